@@ -1,0 +1,241 @@
+//! The commit as a value: what a store applies whole or not at all.
+
+use std::{fmt, sync::Arc};
+
+use chrono::{DateTime, Utc};
+
+use crate::event::{CATEGORY_BYTES_MAX, EVENT_BYTES_MAX, NewEvent, Position, StreamId, Version};
+
+/// The most events and documents that one commit may carry: what a store writes in well under a second.
+pub const COMMIT_ROWS_MAX: usize = 10_000;
+/// The longest document id, in bytes: it is an index key in every store.
+pub const DOCUMENT_ID_BYTES_MAX: usize = 1_024;
+/// The largest document body, in bytes of JSON.
+pub const DOCUMENT_BYTES_MAX: usize = 4_000_000;
+
+/// Appends and documents that become durable together, or not at all.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Commit {
+    /// Events to append, at most one entry per stream.
+    pub appends: Vec<Append>,
+    /// Documents to put, at most one entry per key.
+    pub puts: Vec<Put>,
+}
+
+/// Events to append to one stream.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Append {
+    /// The stream.
+    pub stream: StreamId,
+    /// Where the stream must stand for the commit to hold.
+    pub expected: Expected,
+    /// The events, in order. May be empty: then only `expected` is checked.
+    pub events: Vec<NewEvent>,
+}
+
+/// Where a stream must stand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expected {
+    /// At exactly this version; [`Version::START`] for a stream that must not exist yet.
+    Version(Version),
+    /// Anywhere: for streams where order among writers means nothing.
+    Any,
+}
+
+/// The name of a document: a collection and an id in it.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct DocumentKey {
+    /// Such as `checkpoint` or `read.orders@1`.
+    pub collection: Arc<str>,
+    /// Unique in the collection; collections are scanned in byte order of it.
+    pub id: Arc<str>,
+}
+
+impl DocumentKey {
+    /// A key.
+    pub fn new(collection: impl Into<Arc<str>>, id: impl Into<Arc<str>>) -> Self {
+        Self { collection: collection.into(), id: id.into() }
+    }
+}
+impl fmt::Debug for DocumentKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.collection, self.id)
+    }
+}
+impl fmt::Display for DocumentKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.collection, self.id)
+    }
+}
+
+/// A document to write or remove.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Put {
+    /// Which.
+    pub key: DocumentKey,
+    /// The version it must have now: 0 for one that must not exist, `None` for whichever. A writer that was fenced off
+    /// fails here.
+    pub expected: Option<i64>,
+    /// The JSON text to store; `None` removes the document. A removed document counts as version 0 again.
+    pub body: Option<Arc<str>>,
+    /// When it wants attention; [`Scan::Due`](crate::store::Scan) finds it by this.
+    pub due: Option<DateTime<Utc>>,
+}
+
+/// A document as the store holds it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Document {
+    /// Which.
+    pub key: DocumentKey,
+    /// From 1, one more with each put.
+    pub version: i64,
+    /// Its JSON text.
+    pub body: Arc<str>,
+    /// When it wants attention.
+    pub due: Option<DateTime<Utc>>,
+}
+
+/// What a commit came to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Committed {
+    /// The position of its last event; [`Position::START`] if it had none.
+    pub position: Position,
+    /// The version that each of its appends left its stream at, in the order of the appends.
+    pub versions: Vec<Version>,
+}
+
+/// Why a commit does not hold. In every case but [`Unknown`](CommitError::Unknown), nothing of it was stored.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum CommitError {
+    /// Another writer was first. Read the stream again and decide again.
+    #[error("stream {stream} stands at version {actual}, not at {expected}")]
+    Conflict {
+        /// The stream.
+        stream: StreamId,
+        /// Where the commit wanted it.
+        expected: Version,
+        /// Where it is.
+        actual: Version,
+    },
+    /// Another writer put the document first. Read it again; a worker that meets this on its checkpoint was fenced off.
+    #[error("document {key} stands at version {actual}, not at {expected}")]
+    DocumentConflict {
+        /// The document.
+        key: DocumentKey,
+        /// The version the commit wanted.
+        expected: i64,
+        /// The version it has.
+        actual: i64,
+    },
+    /// The commit can never hold: too large, a name that is not one, a payload the store refuses. Do not retry.
+    #[error("the commit was refused: {0}")]
+    Invalid(String),
+    /// The connection was lost while the commit was under way: it holds, or it does not. Retry with the same ids; the
+    /// version check tells which.
+    #[error("it is not known whether the commit holds: {0}")]
+    Unknown(String),
+    /// The store cannot be reached or is overloaded. Nothing was stored; retry later.
+    #[error("the store is unavailable: {0}")]
+    Unavailable(String),
+}
+
+impl Commit {
+    /// Whether there is nothing to do.
+    pub fn is_empty(&self) -> bool {
+        self.appends.is_empty() && self.puts.is_empty()
+    }
+
+    /// How many rows a store writes for it.
+    pub fn rows(&self) -> usize {
+        self.appends.iter().map(|append| append.events.len()).sum::<usize>() + self.puts.len()
+    }
+
+    /// Checks what no store needs to look up: sizes, names, one entry per stream and per key, JSON that every store takes.
+    pub fn validate(&self) -> Result<(), CommitError> {
+        let invalid = |reason: String| Err(CommitError::Invalid(reason));
+        if self.rows() > COMMIT_ROWS_MAX {
+            return invalid(format!("it has {} rows; the limit is {COMMIT_ROWS_MAX}: split it", self.rows()));
+        }
+        if has_twins(self.appends.iter().map(|append| append.stream.as_str())) {
+            return invalid("a stream stands in it twice: put its events into one append".into());
+        }
+        if has_twins(self.puts.iter().map(|put| (&*put.key.collection, &*put.key.id))) {
+            return invalid("a document stands in it twice".into());
+        }
+        for append in &self.appends {
+            if let Err(error) = StreamId::parse(append.stream.as_str()) {
+                return invalid(error.to_string());
+            }
+            for event in &append.events {
+                let at = || format!("{} for stream {}", event.type_name, append.stream);
+                if event.data.len() > EVENT_BYTES_MAX {
+                    let bytes = event.data.len();
+                    return invalid(format!("{} has {bytes} bytes; the limit is {EVENT_BYTES_MAX}", at()));
+                }
+                if let Err(reason) = check_json(&event.data) {
+                    return invalid(format!("{}: {reason}", at()));
+                }
+            }
+        }
+        for put in &self.puts {
+            let (key, id_bytes) = (&put.key, put.key.id.len());
+            if id_bytes > DOCUMENT_ID_BYTES_MAX || key.collection.len() > CATEGORY_BYTES_MAX * 2 || key.id.contains('\0') {
+                return invalid(format!("the name of document {:.80?} is too long ({id_bytes} bytes) or has a NUL", key));
+            }
+            if let Some(body) = &put.body {
+                if body.len() > DOCUMENT_BYTES_MAX {
+                    return invalid(format!("document {key} has {} bytes; the limit is {DOCUMENT_BYTES_MAX}", body.len()));
+                }
+                if let Err(reason) = check_json(body) {
+                    return invalid(format!("document {key}: {reason}"));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn has_twins<T: std::hash::Hash + Eq>(mut items: impl Iterator<Item = T>) -> bool {
+    let mut seen = std::collections::HashSet::new();
+    !items.all(|item| seen.insert(item))
+}
+
+/// Whether the text is JSON that every store and every reader takes: nesting within 128, and no `\u0000`, which
+/// PostgreSQL stores as `json` but can never give back as text.
+fn check_json(text: &str) -> Result<(), String> {
+    serde_json::from_str::<serde::de::IgnoredAny>(text).map_err(|error| format!("not JSON: {error}"))?;
+    if text.contains("\\u0000") && has_escaped_nul(text) {
+        return Err("a string has \\u0000, which not every store can give back".into());
+    }
+    Ok(())
+}
+
+/// Tells the escape `\u0000` from a backslash that is itself escaped and followed by the letters `u0000`.
+fn has_escaped_nul(text: &str) -> bool {
+    let mut rest = text.as_bytes();
+    while let Some(at) = rest.iter().position(|byte| *byte == b'\\') {
+        if rest[at + 1..].starts_with(b"u0000") {
+            return true;
+        }
+        rest = &rest[(at + 2).min(rest.len())..];
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn escaped_nul_is_told_from_an_escaped_backslash() {
+        assert!(has_escaped_nul(r#"{"a":"x\u0000"}"#));
+        assert!(!has_escaped_nul(r#"{"a":"x\\u0000"}"#));
+        assert!(has_escaped_nul(r#"{"a":"x\\\u0000"}"#));
+    }
+
+    #[test]
+    fn nesting_beyond_128_is_refused_before_anything_is_written() {
+        let deep = format!("{}{}", "[".repeat(6_000), "]".repeat(6_000));
+        assert!(check_json(&deep).is_err());
+    }
+}

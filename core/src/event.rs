@@ -1,0 +1,382 @@
+//! What the log holds: events in streams, each with a version in its stream and a position in the log.
+
+use std::{borrow::Cow, fmt, sync::Arc};
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// The longest stream id, in bytes: it is an index key in every store and a key on every bus.
+pub const STREAM_ID_BYTES_MAX: usize = 512;
+/// The longest category, in bytes.
+pub const CATEGORY_BYTES_MAX: usize = 100;
+/// The largest payload of one event, in bytes of JSON: below what PostgreSQL and Kafka take by default.
+pub const EVENT_BYTES_MAX: usize = 900_000;
+
+/// The name of a stream: `<category>-<id>`, such as `order-536365`.
+///
+/// The category is lower-case letters, digits, `.` and `_`, starting with a letter; it ends at the first `-`. The id is
+/// any text without control characters; both together take at most [`STREAM_ID_BYTES_MAX`] bytes.
+///
+/// ```
+/// use annals::StreamId;
+/// let id = StreamId::new("order", "536365")?;
+/// assert_eq!((id.as_str(), id.category(), id.id()), ("order-536365", "order", "536365"));
+/// assert!(StreamId::new("order", "two\nlines").is_err());
+/// # Ok::<(), annals::StreamIdError>(())
+/// ```
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct StreamId(Arc<str>);
+
+/// Why a text is no stream id. Nothing was stored; give the aggregate another id.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StreamIdError {
+    /// No `-` between category and id, or nothing on one side of it.
+    #[error("stream id {0:?} is not `<category>-<id>` with both parts given")]
+    Shape(String),
+    /// The category has a character that no category may have.
+    #[error("category {0:?} must be lower-case letters, digits, `.` or `_`, start with a letter, and have at most {CATEGORY_BYTES_MAX} bytes")]
+    Category(String),
+    /// The id has a control character, such as a newline.
+    #[error("the id {id:?} has the control character U+{:04X} at byte {at}; ids are printable text", *.character as u32)]
+    ControlCharacter {
+        /// The id, shortened.
+        id: String,
+        /// The offending character.
+        character: char,
+        /// Where it stands in the id, in bytes.
+        at: usize,
+    },
+    /// Longer than [`STREAM_ID_BYTES_MAX`].
+    #[error("the stream id starting with {start:?} has {bytes} bytes; the limit is {STREAM_ID_BYTES_MAX}")]
+    TooLong {
+        /// Its first characters.
+        start: String,
+        /// Its whole length.
+        bytes: usize,
+    },
+}
+
+fn shortened(text: &str) -> String {
+    text.chars().take(40).collect()
+}
+
+impl StreamId {
+    /// Joins a category and an id.
+    pub fn new(category: &str, id: &str) -> Result<Self, StreamIdError> {
+        if category.contains('-') {
+            return Err(StreamIdError::Category(shortened(category)));
+        }
+        Self::parse(&format!("{category}-{id}"))
+    }
+
+    /// Reads `<category>-<id>`.
+    pub fn parse(text: &str) -> Result<Self, StreamIdError> {
+        if text.len() > STREAM_ID_BYTES_MAX {
+            return Err(StreamIdError::TooLong { start: shortened(text), bytes: text.len() });
+        }
+        let Some((category, id)) = text.split_once('-') else {
+            return Err(StreamIdError::Shape(shortened(text)));
+        };
+        if category.is_empty() || id.is_empty() {
+            return Err(StreamIdError::Shape(shortened(text)));
+        }
+        let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'.' || b == b'_';
+        if category.len() > CATEGORY_BYTES_MAX
+            || !category.as_bytes()[0].is_ascii_lowercase()
+            || !category.bytes().all(plain)
+        {
+            return Err(StreamIdError::Category(shortened(category)));
+        }
+        if let Some((at, character)) = id.char_indices().find(|(_, c)| c.is_control()) {
+            return Err(StreamIdError::ControlCharacter { id: shortened(id), character, at });
+        }
+        Ok(Self(text.into()))
+    }
+
+    /// A name that a store already holds, taken as it is: a reader must not be stopped by a row it would not have written.
+    pub fn from_stored(text: &str) -> Self {
+        Self(text.into())
+    }
+
+    /// The whole name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The part before the first `-`.
+    pub fn category(&self) -> &str {
+        self.0.split_once('-').map_or("", |(category, _)| category)
+    }
+
+    /// The part after the first `-`.
+    pub fn id(&self) -> &str {
+        self.0.split_once('-').map_or(&*self.0, |(_, id)| id)
+    }
+
+    /// The shared text, for keys that outlive the borrow.
+    pub fn shared(&self) -> Arc<str> {
+        self.0.clone()
+    }
+}
+
+impl fmt::Display for StreamId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+impl fmt::Debug for StreamId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", &*self.0)
+    }
+}
+impl TryFrom<String> for StreamId {
+    type Error = StreamIdError;
+    fn try_from(text: String) -> Result<Self, StreamIdError> {
+        Self::parse(&text)
+    }
+}
+impl From<StreamId> for String {
+    fn from(id: StreamId) -> Self {
+        id.0.to_string()
+    }
+}
+
+macro_rules! counter {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct $name(pub i64);
+
+        impl $name {
+            /// Before the first event.
+            pub const START: Self = Self(0);
+            /// The one after.
+            pub fn next(self) -> Self {
+                Self(self.0.saturating_add(1))
+            }
+        }
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+    };
+}
+counter!(
+    /// The place of an event in its stream: 1, 2, 3, … without gaps. A stream at version 0 does not exist.
+    Version
+);
+counter!(
+    /// The place of an event in the whole log. Rises in log order; may have gaps.
+    Position
+);
+
+/// Derives an id from its cause: the same cause and index always give the same id, so a retry meets its own result.
+///
+/// ```
+/// let cause = uuid::Uuid::nil();
+/// assert_eq!(annals::event::derived_id(cause, 1), annals::event::derived_id(cause, 1));
+/// assert_ne!(annals::event::derived_id(cause, 1), annals::event::derived_id(cause, 2));
+/// ```
+pub fn derived_id(cause: Uuid, index: u64) -> Uuid {
+    Uuid::new_v5(&cause, &index.to_be_bytes())
+}
+
+/// Derives an id from its cause and a name.
+pub fn named_id(cause: Uuid, name: &str) -> Uuid {
+    Uuid::new_v5(&cause, name.as_bytes())
+}
+
+/// Who caused an event, and in which trace. The framework carries it from each message to all that follows from it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Metadata {
+    /// The same for everything that one request caused.
+    #[serde(default)]
+    pub correlation_id: Uuid,
+    /// The command or message that caused this event.
+    #[serde(default)]
+    pub causation_id: Uuid,
+    /// W3C trace context, where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traceparent: Option<Arc<str>>,
+}
+
+impl Metadata {
+    /// The metadata of the first command of a request: it correlates with itself.
+    pub fn of_request(command_id: Uuid) -> Self {
+        Self { correlation_id: command_id, causation_id: command_id, traceparent: None }
+    }
+
+    /// The metadata of what a message causes.
+    pub fn caused_by(&self, message_id: Uuid) -> Self {
+        Self { causation_id: message_id, ..self.clone() }
+    }
+
+    /// Reads stored metadata; what is not ours reads as empty, so that no row can stop a reader.
+    pub fn from_json(text: &str) -> Self {
+        serde_json::from_str(text).unwrap_or_default()
+    }
+
+    /// The JSON to store: written by hand because it is on every event's path and has three plain fields.
+    pub fn to_json(&self) -> String {
+        let ids = format!(r#"{{"correlation_id":"{}","causation_id":"{}""#, self.correlation_id, self.causation_id);
+        match &self.traceparent {
+            None => ids + "}",
+            Some(traceparent) => format!(r#"{ids},"traceparent":{}}}"#, serde_json::Value::from(&**traceparent)),
+        }
+    }
+}
+
+/// An event on its way into a stream.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NewEvent {
+    /// Derived from the cause with [`derived_id`], so that it is unique without an index to check it.
+    pub id: Uuid,
+    /// The stored type name, such as `order.placed`.
+    pub type_name: Cow<'static, str>,
+    /// The schema version of `data`.
+    pub schema_version: i32,
+    /// JSON text, stored and given back byte for byte.
+    pub data: String,
+    /// Who caused it.
+    pub metadata: Metadata,
+}
+
+/// An event as the log holds it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Recorded {
+    /// Its place in the log.
+    pub position: Position,
+    /// Its stream.
+    pub stream: StreamId,
+    /// Its place in the stream.
+    pub version: Version,
+    /// Its id.
+    pub id: Uuid,
+    /// The stored type name.
+    pub type_name: Arc<str>,
+    /// The schema version of `data`.
+    pub schema_version: i32,
+    /// JSON text, byte for byte as it was appended.
+    pub data: Arc<str>,
+    /// Who caused it.
+    pub metadata: Metadata,
+    /// When the store took it, by the store's clock.
+    pub recorded_at: DateTime<Utc>,
+}
+
+impl Recorded {
+    /// Decodes the payload as one of `E`; `None` where `E` skips types it does not know.
+    pub fn decode<E: Event>(&self) -> Result<Option<E>, DecodeError> {
+        E::decode(&self.type_name, self.schema_version, &self.data).map_err(|source| DecodeError {
+            stream: self.stream.clone(),
+            version: self.version,
+            position: self.position,
+            source,
+        })
+    }
+}
+
+/// An event in the log that the code of today cannot read: says which, where and why.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("event {version} of stream {stream} (position {position}): {source}")]
+pub struct DecodeError {
+    /// The stream it is in.
+    pub stream: StreamId,
+    /// Its version there.
+    pub version: Version,
+    /// Its position in the log.
+    pub position: Position,
+    /// What is wrong with it.
+    pub source: EventError,
+}
+
+/// A stored type name and the schema version written today.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EventType {
+    /// Such as `order.placed`. Stored: never rename.
+    pub name: &'static str,
+    /// From 1; raise it with an upcaster when the shape changes.
+    pub version: i32,
+}
+
+/// Anything that travels or is stored by name: events, and commands that cross a bus.
+///
+/// Derive it: `#[derive(Event)]` on an enum, see [the macro](macro@crate::Event).
+pub trait Event: Sized + Send + Sync + 'static {
+    /// Every type name that this enum knows, with its current schema version.
+    const TYPES: &'static [EventType];
+    /// The stored type name of this value.
+    fn type_name(&self) -> &'static str;
+    /// The schema version this value is written with.
+    fn schema_version(&self) -> i32;
+    /// The JSON text to store.
+    fn encode(&self) -> Result<String, EventError>;
+    /// Reads what was stored, through the upcasters where it is older. `Ok(None)`: a type that this enum skips.
+    fn decode(type_name: &str, schema_version: i32, data: &str) -> Result<Option<Self>, EventError>;
+}
+
+/// Why a payload could not be read or written.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum EventError {
+    /// The enum has no such variant. Add it, or declare `#[event(unknown = "skip")]`.
+    #[error("unknown event type {type_name:?}; this build knows {}", names(.expected))]
+    UnknownType {
+        /// The type found.
+        type_name: String,
+        /// The types known.
+        expected: &'static [EventType],
+    },
+    /// Written by a newer build. Deploy that build, or wait for it.
+    #[error("{type_name} has schema version {version}; this build reads versions 1 to {known}")]
+    FutureVersion {
+        /// The type.
+        type_name: String,
+        /// The version found.
+        version: i32,
+        /// The newest version known.
+        known: i32,
+    },
+    /// The JSON does not fit, also after the upcasters. Add or mend an upcaster.
+    #[error("{type_name} version {version} cannot be read: {reason}")]
+    Undecodable {
+        /// The type.
+        type_name: String,
+        /// The version found.
+        version: i32,
+        /// What did not fit, and where.
+        reason: String,
+    },
+    /// The value has no JSON form (a map with non-text keys, a NaN).
+    #[error("{type_name} cannot be written as JSON: {reason}")]
+    Unencodable {
+        /// The type.
+        type_name: String,
+        /// What has no JSON form.
+        reason: String,
+    },
+}
+
+fn names(types: &[EventType]) -> String {
+    types.iter().map(|t| t.name).collect::<Vec<_>>().join(", ")
+}
+
+/// Encodes typed events as the result of one command: their ids derive from the command's.
+pub fn encode_all<E: Event>(events: &[E], command_id: Uuid, first: u64, metadata: &Metadata) -> Result<Vec<NewEvent>, EventError> {
+    events
+        .iter()
+        .zip(first..)
+        .map(|(event, index)| {
+            Ok(NewEvent {
+                id: derived_id(command_id, index),
+                type_name: Cow::Borrowed(event.type_name()),
+                schema_version: event.schema_version(),
+                data: event.encode()?,
+                metadata: metadata.clone(),
+            })
+        })
+        .collect()
+}

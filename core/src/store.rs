@@ -1,0 +1,113 @@
+//! The port to a store: the log, the streams in it, and the documents beside it.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use chrono::{DateTime, Utc};
+
+use crate::{
+    commit::{Commit, CommitError, Committed, Document, DocumentKey},
+    event::{Position, Recorded, StreamId, Version},
+};
+
+/// A durable log with documents beside it. `annals_tests::store` is the suite that says whether an implementation is one.
+///
+/// Every method may be called from many tasks at once, and every future may be dropped at any point: a dropped
+/// [`commit`](EventStore::commit) still happens whole or not at all.
+#[async_trait]
+pub trait EventStore: Send + Sync + 'static {
+    /// Applies a commit whole or not at all, and returns once it is durable. Concurrent commits may share a round trip;
+    /// a failing one takes no other with it.
+    ///
+    /// Crash before it returns: it holds or it does not. Crash after: it holds.
+    async fn commit(&self, commit: Commit) -> Result<Committed, CommitError>;
+
+    /// Up to `limit` events of a stream with versions above `after`, in order.
+    async fn read_stream(&self, stream: &StreamId, after: Version, limit: usize) -> Result<Vec<Recorded>, StoreError>;
+
+    /// Events in log order after `after`. Never passes an event that a slower writer may still commit.
+    async fn read_log(&self, query: &LogQuery, after: Position, limit: usize) -> Result<LogPage, StoreError>;
+
+    /// Documents by key, in the order of the keys, as of one moment.
+    async fn documents(&self, keys: &[DocumentKey]) -> Result<Vec<Option<Document>>, StoreError>;
+
+    /// Documents of a collection, in order, up to `limit`.
+    async fn scan(&self, collection: &str, scan: &Scan, limit: usize) -> Result<Vec<Document>, StoreError>;
+
+    /// Resolves when there may be events after `after`; may resolve early, never stays asleep past one.
+    async fn wait(&self, after: Position) -> Result<(), StoreError>;
+
+    /// Where the log stands, and what its readers wait for.
+    async fn status(&self) -> Result<StoreStatus, StoreError>;
+}
+
+/// Which documents of a collection to give.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Scan {
+    /// Ids above this one, in byte order; start with `""`.
+    After(Arc<str>),
+    /// Those due by then, earliest first.
+    Due(DateTime<Utc>),
+}
+
+/// Which events of the log to give. Empty lists give all.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LogQuery {
+    /// Categories, such as `order`.
+    pub categories: Vec<Arc<str>>,
+    /// Type names, such as `order.placed`.
+    pub types: Vec<Arc<str>>,
+}
+
+impl LogQuery {
+    /// Every event.
+    pub fn all() -> Self {
+        Self::default()
+    }
+
+    /// Events of these categories.
+    pub fn categories<S: Into<Arc<str>>>(categories: impl IntoIterator<Item = S>) -> Self {
+        Self { categories: categories.into_iter().map(Into::into).collect(), types: Vec::new() }
+    }
+
+    /// Events of these types.
+    pub fn types<S: Into<Arc<str>>>(types: impl IntoIterator<Item = S>) -> Self {
+        Self { types: types.into_iter().map(Into::into).collect(), categories: Vec::new() }
+    }
+
+    /// Whether it gives this event.
+    pub fn matches(&self, event: &Recorded) -> bool {
+        (self.categories.is_empty() || self.categories.iter().any(|category| **category == *event.stream.category()))
+            && (self.types.is_empty() || self.types.contains(&event.type_name))
+    }
+}
+
+/// One page of the log.
+#[derive(Clone, Debug, Default)]
+pub struct LogPage {
+    /// The events that the query gives, in log order.
+    pub events: Vec<Arc<Recorded>>,
+    /// Read on from here: past everything this page looked at, also what the query left out. Equal to the position asked
+    /// for when the reader has caught up.
+    pub next: Position,
+}
+
+/// Where a log stands.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StoreStatus {
+    /// The position of the last event that a reader can see.
+    pub head: Position,
+    /// What readers wait for before they go on, such as an older transaction; `None` when they wait for nothing.
+    pub waits_for: Option<String>,
+}
+
+/// Why a read gave nothing. Reading again is always safe.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum StoreError {
+    /// The store cannot be reached or is overloaded; retry later.
+    #[error("the store is unavailable: {0}")]
+    Unavailable(String),
+    /// What was read is not what a store of ours holds; retrying does not help.
+    #[error("the store holds something that cannot be read: {0}")]
+    Corrupt(String),
+}
