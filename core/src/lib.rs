@@ -3,10 +3,20 @@
 extern crate self as annals;
 
 pub mod aggregate;
+mod backoff;
 pub mod bus;
 pub mod commit;
+pub mod consumer;
 pub mod event;
+pub mod handler;
+pub mod health;
+pub mod parking;
+pub mod repository;
 pub mod store;
+pub mod subscription;
+pub mod tail;
+pub mod work;
+pub mod worker;
 
 // pub use annals_macros::Event;
 #[doc(hidden)]

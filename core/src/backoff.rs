@@ -1,0 +1,41 @@
+//! Waiting longer after each failure, with jitter so that many do not come back at once.
+
+use std::time::Duration;
+
+/// Doubling delays between two bounds, each drawn from its upper half.
+#[derive(Clone, Debug)]
+pub(crate) struct Backoff {
+    next: Duration,
+    first: Duration,
+    longest: Duration,
+}
+
+impl Backoff {
+    /// Between writers that race for one stream: a few commits long.
+    pub fn short() -> Self {
+        Self::between(Duration::from_micros(200), Duration::from_millis(50))
+    }
+
+    /// While a store or a bus is away.
+    pub fn long() -> Self {
+        Self::between(Duration::from_millis(50), Duration::from_secs(5))
+    }
+
+    pub fn between(first: Duration, longest: Duration) -> Self {
+        Self { next: first, first, longest }
+    }
+
+    pub fn next(&mut self) -> Duration {
+        let delay = self.next.mul_f64(0.5 + fastrand::f64() / 2.0);
+        self.next = (self.next * 2).min(self.longest);
+        delay
+    }
+
+    pub async fn wait(&mut self) {
+        tokio::time::sleep(self.next()).await;
+    }
+
+    pub fn reset(&mut self) {
+        self.next = self.first;
+    }
+}

@@ -1,0 +1,94 @@
+//! What a user writes to react to messages, and how it says that one did not work.
+
+use std::{error::Error, fmt, sync::Arc};
+
+use async_trait::async_trait;
+
+use crate::{bus::Message, event::DecodeError, store::StoreError, work::Work};
+
+/// Reacts to messages, from the log or from a bus, in order per key.
+///
+/// What it stages in `work` is committed together with the checkpoint, for many messages at once: exactly one effect per
+/// message, however often it is delivered. Effects outside the store are at least once: give them [`Work::cause_id`] as
+/// their idempotency key.
+#[async_trait]
+pub trait Handler: Send + Sync + 'static {
+    /// Stages what the message causes. `?` on any error means: try this message again later, and meanwhile hold back
+    /// those with the same key.
+    async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError>;
+
+    /// Called with each batch before its first message: the place to read documents for all of them in one round trip.
+    async fn prepare(&self, _messages: &[&Message], _work: &mut Work) -> Result<(), HandlerError> {
+        Ok(())
+    }
+}
+
+/// Why a message was not handled. Made by `?` from any error; then it is tried again with growing delays, and parked when
+/// it has failed often. [`Terminal::terminal`] parks it at once.
+#[derive(Debug)]
+pub struct HandlerError {
+    source: Box<dyn Error + Send + Sync>,
+    terminal: bool,
+}
+
+/// What to do about a failed message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Remedy {
+    /// Park it with a time to try again.
+    RetryMessage,
+    /// Park it until somebody redrives it.
+    Park,
+    /// Nothing is wrong with the message: the store is away, wait for it.
+    AwaitStore,
+}
+
+impl HandlerError {
+    pub(crate) fn remedy(&self) -> Remedy {
+        let mut cause: Option<&(dyn Error + 'static)> = Some(&*self.source);
+        while let Some(error) = cause {
+            if matches!(error.downcast_ref(), Some(StoreError::Unavailable(_))) {
+                return Remedy::AwaitStore;
+            }
+            if error.is::<DecodeError>() {
+                return Remedy::Park;
+            }
+            cause = error.source();
+        }
+        if self.terminal { Remedy::Park } else { Remedy::RetryMessage }
+    }
+}
+
+impl fmt::Display for HandlerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.source.fmt(f)
+    }
+}
+
+impl<E: Into<Box<dyn Error + Send + Sync>>> From<E> for HandlerError {
+    fn from(error: E) -> Self {
+        Self { source: error.into(), terminal: false }
+    }
+}
+
+/// Opts out of retrying.
+pub trait Terminal<T> {
+    /// Parks the message at once if this failed: trying again would not help.
+    fn terminal(self) -> Result<T, HandlerError>;
+}
+
+impl<T, E: Into<HandlerError>> Terminal<T> for Result<T, E> {
+    fn terminal(self) -> Result<T, HandlerError> {
+        self.map_err(|error| HandlerError { terminal: true, ..error.into() })
+    }
+}
+
+#[async_trait]
+impl<H: Handler + ?Sized> Handler for Arc<H> {
+    async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
+        (**self).handle(message, work).await
+    }
+
+    async fn prepare(&self, messages: &[&Message], work: &mut Work) -> Result<(), HandlerError> {
+        (**self).prepare(messages, work).await
+    }
+}

@@ -1,0 +1,378 @@
+//! Aggregates by id: folded, cached, and executed upon, with every command of one aggregate in one line.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use tokio::sync::oneshot;
+use uuid::Uuid;
+
+use crate::{
+    aggregate::Aggregate,
+    backoff::Backoff,
+    commit::{CommitError, DocumentKey, Put},
+    event::{DecodeError, Metadata, StreamId, StreamIdError, Version, derived_id},
+    store::{EventStore, StoreError},
+    work::{Decided, StagedStream, Stale, Work, WorkError},
+};
+
+/// How many folded aggregates a repository keeps by default.
+pub const CACHED_AGGREGATES: usize = 50_000;
+/// How many of a stream's last events a repeated command is looked for in. A command repeated after more events than
+/// these on the same stream is taken for a new one; saga steps have a stream of their own and never come near it.
+pub const REMEMBERED_EVENTS: usize = 1_024;
+/// How often a command is decided anew after another writer was first, or after an unknown outcome.
+pub const DECISIONS_MAX: u32 = 32;
+/// How many commands may wait for one aggregate; more are turned away as [`ExecuteError::Overloaded`].
+pub const WAITING_COMMANDS_MAX: usize = 10_000;
+/// How many waiting commands of one aggregate share a commit.
+const COMMANDS_PER_COMMIT: usize = 512;
+/// Events read in one go while folding.
+const FOLD_PAGE: usize = 1_000;
+
+/// The aggregates of one kind in a store. Clones share their cache.
+///
+/// Commands to one aggregate are decided one after another, without a lock around the commit: those that arrive while a
+/// commit is under way are decided together and share the next one.
+pub struct Repository<A: Aggregate> {
+    inner: Arc<Inner<A>>,
+}
+
+struct Inner<A: Aggregate> {
+    store: Arc<dyn EventStore>,
+    category: String,
+    cache: quick_cache::sync::Cache<StreamId, Arc<Folded<A>>>,
+    lines: Mutex<HashMap<StreamId, VecDeque<Waiting<A>>>>,
+}
+
+impl<A: Aggregate> Clone for Repository<A> {
+    fn clone(&self) -> Self {
+        Self { inner: self.inner.clone() }
+    }
+}
+
+/// Who asks for a command to be carried out.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Request {
+    /// The same id is carried out once, however often it is sent.
+    pub command_id: Uuid,
+    /// What caused it.
+    pub metadata: Metadata,
+}
+
+impl From<Uuid> for Request {
+    fn from(command_id: Uuid) -> Self {
+        Self { command_id, metadata: Metadata::of_request(command_id) }
+    }
+}
+
+/// Why a command was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum ExecuteError<R: std::error::Error> {
+    /// The aggregate said no.
+    #[error("refused: {0}")]
+    Refused(R),
+    /// The id, the event or the size can never be stored. Do not retry.
+    #[error("{0}")]
+    Invalid(String),
+    /// The stream holds an event that this build cannot read.
+    #[error(transparent)]
+    Undecodable(DecodeError),
+    /// Other writers were first each time. Retry with the same command id.
+    #[error("stream {stream} was written by others on each of {DECISIONS_MAX} attempts")]
+    Contended {
+        /// The stream.
+        stream: StreamId,
+    },
+    /// Too many commands wait for this aggregate. Nothing was done; retry later.
+    #[error("{WAITING_COMMANDS_MAX} commands already wait for {stream}")]
+    Overloaded {
+        /// The stream.
+        stream: StreamId,
+    },
+    /// The store is unavailable, or the outcome is unknown. Retry with the same command id.
+    #[error("{0}")]
+    Unavailable(String),
+}
+
+struct Waiting<A: Aggregate> {
+    id: String,
+    command: A::Command,
+    request: Request,
+    answer: oneshot::Sender<Result<Decided<A::Event>, ExecuteError<A::Refusal>>>,
+}
+
+impl<A: Aggregate> Repository<A> {
+    /// The aggregates of this kind in `store`.
+    pub fn new(store: Arc<dyn EventStore>) -> Self {
+        Self::with(store, A::CATEGORY, CACHED_AGGREGATES)
+    }
+
+    /// The same under another category, keeping at most `cached` folded aggregates in memory.
+    pub fn with(store: Arc<dyn EventStore>, category: &str, cached: usize) -> Self {
+        let cache = quick_cache::sync::Cache::new(cached);
+        Self { inner: Arc::new(Inner { store, category: category.to_owned(), cache, lines: Mutex::default() }) }
+    }
+
+    /// The stream of the aggregate with this id.
+    pub fn stream(&self, id: &str) -> Result<StreamId, StreamIdError> {
+        StreamId::new(&self.inner.category, id)
+    }
+
+    /// Loads, decides and commits. A command id that was carried out before gives its first outcome again, and does
+    /// nothing. A refused command stores nothing and may be sent again.
+    ///
+    /// Dropping the future does not call the command back.
+    pub async fn execute(
+        &self,
+        id: &str,
+        command: A::Command,
+        request: impl Into<Request>,
+    ) -> Result<Decided<A::Event>, ExecuteError<A::Refusal>> {
+        let stream = self.stream(id).map_err(|error| ExecuteError::Invalid(error.to_string()))?;
+        let (answer, answered) = oneshot::channel();
+        let waiting = Waiting { id: id.to_owned(), command, request: request.into(), answer };
+        let first = {
+            let mut lines = self.inner.lines.lock().unwrap_or_else(PoisonError::into_inner);
+            let line = lines.get_mut(&stream);
+            match line {
+                Some(line) if line.len() >= WAITING_COMMANDS_MAX => return Err(ExecuteError::Overloaded { stream }),
+                Some(line) => {
+                    line.push_back(waiting);
+                    false
+                }
+                None => {
+                    lines.insert(stream.clone(), VecDeque::from([waiting]));
+                    true
+                }
+            }
+        };
+        if first {
+            // In a task of its own, so that a caller who goes away does not leave those behind it waiting.
+            tokio::spawn(self.clone().serve(stream));
+        }
+        answered.await.unwrap_or_else(|_| Err(ExecuteError::Unavailable("the runtime shut down meanwhile".into())))
+    }
+
+    /// The state of an aggregate, as the store has it now.
+    pub async fn state(&self, id: &str) -> Result<A, WorkError<A::Refusal>> {
+        let stream = self.stream(id)?;
+        Ok(self.folded(&*self.inner.store, &stream, true, false).await?.state.clone())
+    }
+
+    async fn serve(self, stream: StreamId) {
+        loop {
+            let batch: Vec<Waiting<A>> = {
+                let mut lines = self.inner.lines.lock().unwrap_or_else(PoisonError::into_inner);
+                let Some(line) = lines.get_mut(&stream) else { return };
+                if line.is_empty() {
+                    lines.remove(&stream);
+                    return;
+                }
+                let count = line.len().min(COMMANDS_PER_COMMIT);
+                line.drain(..count).collect()
+            };
+            self.carry_out(&stream, batch).await;
+        }
+    }
+
+    async fn carry_out(&self, stream: &StreamId, mut batch: Vec<Waiting<A>>) {
+        let mut stale = Stale::Nothing;
+        let mut backoff = Backoff::short();
+        for _ in 0..DECISIONS_MAX {
+            let mut work = Work::new(self.inner.store.clone(), stale.clone());
+            let mut results = Vec::with_capacity(batch.len());
+            for waiting in &batch {
+                work.begin(waiting.request.command_id, waiting.request.metadata.clone());
+                results.push(work.execute(self, &waiting.id, &waiting.command).await.map_err(ExecuteError::from));
+            }
+            // A commit carries at least the check of the version, so a refusal on outdated state is not given out.
+            let error = match work.commit().await {
+                Ok(_) => {
+                    for (waiting, result) in batch.into_iter().zip(results) {
+                        _ = waiting.answer.send(result);
+                    }
+                    return;
+                }
+                Err(error) => error,
+            };
+            match &error {
+                CommitError::Conflict { .. } | CommitError::DocumentConflict { .. } | CommitError::Unknown(_) => {
+                    stale = stale.after(&error);
+                    backoff.wait().await;
+                }
+                CommitError::Invalid(_) if batch.len() > 1 => {
+                    // One of them is at fault; alone, each gets its own answer.
+                    let rest = batch.split_off(1);
+                    Box::pin(self.carry_out(stream, batch)).await;
+                    batch = rest;
+                }
+                CommitError::Invalid(reason) => {
+                    return answer_all(batch, || ExecuteError::Invalid(reason.clone()));
+                }
+                CommitError::Unavailable(reason) => {
+                    return answer_all(batch, || ExecuteError::Unavailable(reason.clone()));
+                }
+            }
+        }
+        answer_all(batch, || ExecuteError::Contended { stream: stream.clone() });
+    }
+
+    /// The folded aggregate: from the cache, caught up with the store if the cached one is known to be outdated.
+    pub(crate) async fn folded(
+        &self,
+        store: &dyn EventStore,
+        stream: &StreamId,
+        stale: bool,
+        expect_new: bool,
+    ) -> Result<Arc<Folded<A>>, WorkError<A::Refusal>> {
+        let cached = self.inner.cache.get(stream);
+        let mut folded = match cached {
+            Some(folded) if !stale => return Ok(folded),
+            Some(folded) => (*folded).clone(),
+            None if expect_new && !stale => return Ok(Arc::default()),
+            None => self.from_snapshot(store, stream).await?,
+        };
+        loop {
+            let page = store.read_stream(stream, folded.version, FOLD_PAGE).await?;
+            let last = page.len() < FOLD_PAGE;
+            for event in page {
+                match event.decode::<A::Event>()? {
+                    Some(decoded) => folded.apply(&decoded, event.id),
+                    None => folded.skip(event.id),
+                }
+            }
+            if last {
+                break;
+            }
+        }
+        let folded = Arc::new(folded);
+        self.remember(stream.clone(), folded.clone());
+        Ok(folded)
+    }
+
+    pub(crate) fn remember(&self, stream: StreamId, folded: Arc<Folded<A>>) {
+        // A state that another task brought further must not be set back.
+        if self.inner.cache.peek(&stream).is_none_or(|known| known.version <= folded.version) {
+            self.inner.cache.insert(stream, folded);
+        }
+    }
+
+    /// The first outcome of a command that is found again in its stream.
+    pub(crate) async fn events_of(
+        &self,
+        store: &dyn EventStore,
+        stream: &StreamId,
+        first: Version,
+        command_id: Uuid,
+        staged: &StagedStream<A>,
+    ) -> Result<Vec<A::Event>, WorkError<A::Refusal>> {
+        if first > staged.base_version() {
+            return Ok(staged.staged_events(command_id)?);
+        }
+        let mut events = Vec::new();
+        for (event, index) in store.read_stream(stream, Version(first.0 - 1), FOLD_PAGE).await?.into_iter().zip(0..) {
+            if event.id != derived_id(command_id, index) {
+                break;
+            }
+            events.extend(event.decode::<A::Event>()?);
+        }
+        Ok(events)
+    }
+
+    fn snapshot_key(&self, stream: &StreamId) -> DocumentKey {
+        DocumentKey::new(format!("snapshot.{}", self.inner.category), stream.id())
+    }
+
+    /// The snapshot to store with the commit that takes the stream past the next multiple of the policy.
+    pub(crate) fn snapshot(&self, stream: &StreamId, folded: &mut Folded<A>) -> Option<Put> {
+        let policy = A::SNAPSHOT?;
+        if folded.version.0 - folded.snapshot.0 < policy.every {
+            return None;
+        }
+        let state = (policy.save)(&folded.state).ok()?;
+        let stored = StoredSnapshot {
+            version: folded.version,
+            schema: policy.version,
+            ids: folded.ids.iter().copied().collect(),
+            state: serde_json::value::RawValue::from_string(state).ok()?,
+        };
+        folded.snapshot = folded.version;
+        let body = serde_json::to_string(&stored).ok()?;
+        Some(Put { key: self.snapshot_key(stream), expected: None, body: Some(body.into()), due: None })
+    }
+
+    async fn from_snapshot(&self, store: &dyn EventStore, stream: &StreamId) -> Result<Folded<A>, StoreError> {
+        let Some(policy) = A::SNAPSHOT else { return Ok(Folded::default()) };
+        let found = store.documents(&[self.snapshot_key(stream)]).await?.into_iter().next().flatten();
+        let stored = found.and_then(|document| serde_json::from_str::<StoredSnapshot>(&document.body).ok());
+        let Some(stored) = stored.filter(|stored| stored.schema == policy.version) else {
+            return Ok(Folded::default());
+        };
+        Ok((policy.load)(stored.state.get()).map_or_else(
+            |_| Folded::default(),
+            |state| Folded { version: stored.version, snapshot: stored.version, ids: stored.ids.into(), state },
+        ))
+    }
+}
+
+fn answer_all<A: Aggregate>(batch: Vec<Waiting<A>>, error: impl Fn() -> ExecuteError<A::Refusal>) {
+    for waiting in batch {
+        _ = waiting.answer.send(Err(error()));
+    }
+}
+
+impl<R: std::error::Error> From<WorkError<R>> for ExecuteError<R> {
+    fn from(error: WorkError<R>) -> Self {
+        match error {
+            WorkError::Refused(refusal) => Self::Refused(refusal),
+            WorkError::Undecodable(error) => Self::Undecodable(error),
+            WorkError::Store(StoreError::Unavailable(reason)) => Self::Unavailable(reason),
+            other @ (WorkError::Id(_) | WorkError::Unencodable(_) | WorkError::Store(_)) => Self::Invalid(other.to_string()),
+        }
+    }
+}
+
+#[derive(serde::Serialize, serde::Deserialize)]
+struct StoredSnapshot {
+    version: Version,
+    schema: i32,
+    ids: Vec<Uuid>,
+    state: Box<serde_json::value::RawValue>,
+}
+
+/// An aggregate as folded from its stream, with the ids of the last events, by which a repeated command is known.
+#[derive(Clone)]
+pub(crate) struct Folded<A> {
+    pub version: Version,
+    pub state: A,
+    snapshot: Version,
+    ids: VecDeque<Uuid>,
+}
+
+impl<A: Default> Default for Folded<A> {
+    fn default() -> Self {
+        Self { version: Version::START, state: A::default(), snapshot: Version::START, ids: VecDeque::new() }
+    }
+}
+
+impl<A: Aggregate> Folded<A> {
+    pub fn apply(&mut self, event: &A::Event, id: Uuid) {
+        self.state.evolve(event);
+        self.skip(id);
+    }
+
+    pub fn skip(&mut self, id: Uuid) {
+        if self.ids.len() == REMEMBERED_EVENTS {
+            self.ids.pop_front();
+        }
+        self.ids.push_back(id);
+        self.version = self.version.next();
+    }
+
+    pub fn version_of(&self, id: Uuid) -> Option<Version> {
+        let index = self.ids.iter().position(|known| *known == id)?;
+        Some(Version(self.version.0 - (self.ids.len() - 1 - index) as i64))
+    }
+}

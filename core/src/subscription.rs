@@ -1,0 +1,199 @@
+//! Following the log: catch up, then live, with the checkpoint in the same commit as the effects.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    backoff::Backoff,
+    bus::Message,
+    event::Position,
+    handler::Handler,
+    health::Health,
+    parking::ParkedKeys,
+    store::{EventStore, LogQuery},
+    worker::{BATCH_MAX, Item, Lane, PARKED_TICK, RetryPolicy, Stop, Worker},
+};
+
+/// How often the checkpoint of a lane that only skips events is moved.
+const IDLE_CHECKPOINT: Duration = Duration::from_secs(1);
+
+/// A handler that follows the log of its own service.
+///
+/// Each lane has a checkpoint and a worker; the lane of an event is a hash of its stream id, so order is kept per stream.
+pub struct Subscription {
+    name: Arc<str>,
+    handler: Arc<dyn Handler>,
+    query: LogQuery,
+    lanes: u32,
+    start: Start,
+    retry: RetryPolicy,
+}
+
+/// Where a subscription without a checkpoint begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// With the first event of the log.
+    Beginning,
+    /// With what is recorded from now on.
+    Now,
+    /// After this position.
+    After(Position),
+}
+
+impl Subscription {
+    /// A subscription under this name, which its checkpoints are stored by: never reuse it for another handler.
+    pub fn new(name: &str, handler: impl Handler) -> Self {
+        Self {
+            name: name.into(),
+            handler: Arc::new(handler),
+            query: LogQuery::all(),
+            lanes: 1,
+            start: Start::Beginning,
+            retry: RetryPolicy::default(),
+        }
+    }
+
+    /// Only these events; the default is all.
+    pub fn query(mut self, query: LogQuery) -> Self {
+        self.query = query;
+        self
+    }
+
+    /// How many lanes to handle side by side; 1 by default. A number that has once been stored must stay.
+    pub fn lanes(mut self, lanes: u32) -> Self {
+        self.lanes = lanes.max(1);
+        self
+    }
+
+    /// Where to begin without a checkpoint; with the first event by default.
+    pub fn start(mut self, start: Start) -> Self {
+        self.start = start;
+        self
+    }
+
+    /// When failed messages are tried again.
+    pub fn retry(mut self, retry: RetryPolicy) -> Self {
+        self.retry = retry;
+        self
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Follows the log until `shutdown`, then finishes the batch in hand.
+    pub async fn run(self, store: Arc<dyn EventStore>, health: Health, shutdown: CancellationToken) -> Result<(), String> {
+        let this = Arc::new(self);
+        let mut workers = tokio::task::JoinSet::new();
+        for lane in 0..this.lanes {
+            workers.spawn(this.clone().follow(lane, store.clone(), health.clone(), shutdown.clone()));
+        }
+        while let Some(ended) = workers.join_next().await {
+            if let Err(panic) = ended {
+                shutdown.cancel();
+                return Err(format!("subscription {} ended: {panic}", this.name));
+            }
+        }
+        Ok(())
+    }
+
+    async fn follow(self: Arc<Self>, lane: u32, store: Arc<dyn EventStore>, health: Health, shutdown: CancellationToken) {
+        let reporter = health.reporter(&format!("{}/{lane}", self.name));
+        let mut worker = Worker {
+            name: self.name.clone(),
+            store,
+            handler: self.handler.clone(),
+            retry: self.retry.clone(),
+            lanes: vec![Lane::new(&format!("{}/{lane}", self.name), None)],
+            parked: ParkedKeys::new(self.name.clone()),
+            reporter,
+        };
+        let mut backoff = Backoff::long();
+        while !shutdown.is_cancelled() {
+            if let Err(stop) = self.follow_lane(lane, &mut worker, &shutdown).await {
+                worker.reporter.trouble(stop.to_string());
+                tokio::select! {
+                    () = backoff.wait() => {}
+                    () = shutdown.cancelled() => {}
+                }
+            }
+        }
+        health.set(&format!("{}/{lane}", self.name), crate::health::State::Stopped);
+    }
+
+    async fn follow_lane(&self, lane: u32, worker: &mut Worker, shutdown: &CancellationToken) -> Result<(), Stop> {
+        let mut cursor = match worker.lanes[0].load(&*worker.store).await? {
+            Some(next) => Position(next),
+            None => match self.start {
+                Start::Beginning => Position::START,
+                Start::After(position) => position,
+                Start::Now => {
+                    let head = worker.store.status().await?.head;
+                    worker.checkpoint(head.0).await?;
+                    head
+                }
+            },
+        };
+        worker.load_parked().await?;
+        worker.reporter.fine();
+        let source: Arc<str> = worker.name.clone();
+        let mut tick = interval(PARKED_TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut moved_at = Instant::now();
+        while !shutdown.is_cancelled() {
+            let page = worker.store.read_log(&self.query, cursor, BATCH_MAX).await?;
+            let mut items: Vec<Item> = page
+                .events
+                .iter()
+                .filter(|event| self.lanes == 1 || lane_of(event.stream.as_str(), self.lanes) == lane)
+                .map(|event| Item {
+                    lane: 0,
+                    next: event.position.0,
+                    key: event.stream.shared(),
+                    message: Ok(Message::of(event, &source)),
+                })
+                .collect();
+            if let Some(last) = items.last_mut() {
+                last.next = page.next.0;
+                worker.deliver(&items).await?;
+                moved_at = Instant::now();
+            }
+            let caught_up = page.next == cursor;
+            cursor = page.next;
+            if !caught_up {
+                if worker.lanes[0].next < cursor.0 && moved_at.elapsed() > IDLE_CHECKPOINT {
+                    worker.checkpoint(cursor.0).await?;
+                    moved_at = Instant::now();
+                }
+                if worker.parked.is_empty() {
+                    continue;
+                }
+            }
+            tokio::select! {
+                woken = worker.store.wait(cursor), if caught_up => woken?,
+                _ = tick.tick() => {
+                    worker.redrive_due().await?;
+                    if worker.lanes[0].next < cursor.0 && moved_at.elapsed() > IDLE_CHECKPOINT {
+                        worker.checkpoint(cursor.0).await?;
+                        moved_at = Instant::now();
+                    }
+                }
+                () = shutdown.cancelled() => {}
+                () = std::future::ready(()), if !caught_up => {}
+            }
+        }
+        if worker.lanes[0].next < cursor.0 {
+            worker.checkpoint(cursor.0).await?;
+        }
+        Ok(())
+    }
+}
+
+/// The lane of a stream: a hash that must never change, because checkpoints are stored by it (FNV-1a, 32 bits).
+pub(crate) fn lane_of(key: &str, lanes: u32) -> u32 {
+    let hash = key.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    hash % lanes
+}

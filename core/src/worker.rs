@@ -1,0 +1,399 @@
+//! What every subscription and consumer does with a batch: handle, commit with the checkpoint, park what fails.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use chrono::Utc;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    backoff::Backoff,
+    bus::{Message, Undecodable},
+    commit::{COMMIT_ROWS_MAX, CommitError, DocumentKey},
+    handler::{Handler, HandlerError, Remedy},
+    health::Reporter,
+    parking::{self, PARKED_MAX, Parked, ParkedKeys, Place},
+    store::{EventStore, Scan, StoreError},
+    work::{Stale, Work},
+};
+
+/// A batch is cut where its commit has this many rows: half of what a commit takes, so that one large message more fits.
+const ROWS_PER_COMMIT: usize = COMMIT_ROWS_MAX / 2;
+/// Messages handled in one commit at most.
+pub(crate) const BATCH_MAX: usize = 512;
+/// Conflicts in a row before a batch is cut down to a single message.
+const CONFLICTS_BEFORE_SINGLE: u32 = 3;
+/// How often the parked keys that wait for their time are looked at.
+pub(crate) const PARKED_TICK: Duration = Duration::from_millis(200);
+
+/// When a failed message is tried again, and how often.
+#[derive(Clone, Debug)]
+pub struct RetryPolicy {
+    /// Tries in all before the message stays parked until somebody redrives it.
+    pub attempts_max: u32,
+    /// The delay before the second try; doubled before each further one, and drawn from its upper half.
+    pub delay_min: Duration,
+    /// The longest delay.
+    pub delay_max: Duration,
+}
+
+impl Default for RetryPolicy {
+    fn default() -> Self {
+        Self { attempts_max: 8, delay_min: Duration::from_millis(200), delay_max: Duration::from_secs(60) }
+    }
+}
+
+impl RetryPolicy {
+    fn delay_after(&self, attempts: u32) -> Option<Duration> {
+        let doubled = self.delay_min * 2u32.saturating_pow(attempts.saturating_sub(1).min(20));
+        (attempts < self.attempts_max).then(|| Backoff::between(doubled.min(self.delay_max), self.delay_max).next())
+    }
+}
+
+/// The checkpoint of a lane of the log, or of a partition of a topic.
+#[derive(Clone, Debug)]
+pub(crate) struct Lane {
+    pub key: DocumentKey,
+    pub version: i64,
+    pub next: i64,
+    pub incarnation: Option<Arc<str>>,
+}
+
+/// The body of a checkpoint document.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Checkpoint {
+    /// Read on after this position; for a partition, from this offset.
+    pub next: i64,
+    /// The incarnation of the topic that the offset belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub incarnation: Option<Arc<str>>,
+    /// When it was last moved.
+    pub at: chrono::DateTime<Utc>,
+}
+
+/// The collection of all checkpoints.
+pub const CHECKPOINTS: &str = "checkpoint";
+
+impl Lane {
+    pub fn new(id: &str, incarnation: Option<Arc<str>>) -> Self {
+        Self { key: DocumentKey::new(CHECKPOINTS, id), version: 0, next: 0, incarnation }
+    }
+
+    /// Reads the checkpoint; `None` if there is none, or one of another incarnation.
+    pub async fn load(&mut self, store: &dyn EventStore) -> Result<Option<i64>, StoreError> {
+        let found = store.documents(std::slice::from_ref(&self.key)).await?.into_iter().next().flatten();
+        let Some(document) = found else {
+            self.version = 0;
+            return Ok(None);
+        };
+        let checkpoint: Checkpoint = serde_json::from_str(&document.body)
+            .map_err(|error| StoreError::Corrupt(format!("document {}: {error}", self.key)))?;
+        self.version = document.version;
+        if checkpoint.incarnation != self.incarnation {
+            return Ok(None);
+        }
+        self.next = checkpoint.next;
+        Ok(Some(checkpoint.next))
+    }
+
+    fn body(&self, next: i64) -> Arc<str> {
+        let checkpoint = Checkpoint { next, incarnation: self.incarnation.clone(), at: Utc::now() };
+        serde_json::to_string(&checkpoint).unwrap_or_default().into()
+    }
+}
+
+/// A message with its lane, and the checkpoint after it.
+pub(crate) struct Item {
+    pub lane: usize,
+    pub next: i64,
+    pub key: Arc<str>,
+    pub message: Result<Message, Undecodable>,
+}
+
+/// Why a worker stops.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Stop {
+    /// Another worker moved the checkpoint: this one has lost the lane.
+    #[error("another worker took over {0}")]
+    Fenced(DocumentKey),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+pub(crate) struct Worker {
+    pub name: Arc<str>,
+    pub store: Arc<dyn EventStore>,
+    pub handler: Arc<dyn Handler>,
+    pub retry: RetryPolicy,
+    pub lanes: Vec<Lane>,
+    pub parked: ParkedKeys,
+    pub reporter: Reporter,
+}
+
+enum Attempt {
+    Handled(usize),
+    AwaitStore(String),
+    TooLarge(String),
+}
+
+impl Worker {
+    pub async fn load_parked(&mut self) -> Result<(), StoreError> {
+        let lanes: Vec<_> = self.lanes.iter().map(|lane| lane.key.id.clone()).collect();
+        self.parked.load(&*self.store, &lanes).await
+    }
+
+    /// Handles all items, in as many commits as their size asks for. Returns early only when the worker must stop.
+    pub async fn deliver(&mut self, items: &[Item]) -> Result<(), Stop> {
+        let mut done = 0;
+        while done < items.len() {
+            done += self.deliver_some(&items[done..]).await?;
+        }
+        Ok(())
+    }
+
+    /// Handles a first part of the items in one commit; returns how many.
+    async fn deliver_some(&mut self, items: &[Item]) -> Result<usize, Stop> {
+        let (mut stale, mut conflicts, mut refused) = (Stale::Nothing, 0, None::<String>);
+        let (mut racing, mut waiting) = (Backoff::short(), Backoff::long());
+        loop {
+            if self.parked.len() >= PARKED_MAX {
+                self.reporter.trouble(format!("{PARKED_MAX} messages are parked: redrive or drop some"));
+                waiting.wait().await;
+                self.load_parked().await?;
+                continue;
+            }
+            let single = conflicts >= CONFLICTS_BEFORE_SINGLE || refused.is_some();
+            let batch = &items[..if single { 1 } else { items.len() }];
+            let mut work = Work::new(self.store.clone(), stale.clone());
+            let mut parked = self.parked.clone();
+            let count = match self.attempt(batch, &mut work, &mut parked, refused.as_deref()).await {
+                Attempt::Handled(count) => count,
+                Attempt::AwaitStore(reason) => {
+                    self.reporter.trouble(reason);
+                    waiting.wait().await;
+                    continue;
+                }
+                Attempt::TooLarge(reason) => {
+                    refused = Some(reason);
+                    continue;
+                }
+            };
+            let nexts = self.stage_checkpoints(&batch[..count], &mut work);
+            let error = match work.commit().await {
+                Ok(_) => {
+                    self.moved(nexts, parked);
+                    return Ok(count);
+                }
+                Err(error) => error,
+            };
+            match &error {
+                CommitError::DocumentConflict { key, .. } if &*key.collection == CHECKPOINTS => {
+                    return Err(Stop::Fenced(key.clone()));
+                }
+                CommitError::DocumentConflict { key, .. } if key.collection.starts_with("parked.") => {
+                    self.load_parked().await?;
+                }
+                CommitError::Conflict { .. } | CommitError::DocumentConflict { .. } => {
+                    conflicts += 1;
+                    stale = stale.after(&error);
+                    racing.wait().await;
+                }
+                CommitError::Unknown(reason) => {
+                    self.reporter.trouble(reason.clone());
+                    waiting.wait().await;
+                    if self.was_committed(&nexts).await? {
+                        self.moved(nexts, parked);
+                        self.load_parked().await?;
+                        return Ok(count);
+                    }
+                    stale = Stale::Everything;
+                }
+                CommitError::Invalid(reason) => refused = Some(reason.clone()),
+                CommitError::Unavailable(reason) => {
+                    self.reporter.trouble(reason.clone());
+                    waiting.wait().await;
+                }
+            }
+        }
+    }
+
+    /// Stages the items one by one. With `refused`, the first item's own work is what the store refuses: it is parked.
+    async fn attempt(&self, items: &[Item], work: &mut Work, parked: &mut ParkedKeys, refused: Option<&str>) -> Attempt {
+        let messages: Vec<&Message> = items.iter().filter_map(|item| item.message.as_ref().ok()).collect();
+        if let Err(error) = self.handler.prepare(&messages, work).await {
+            return Attempt::AwaitStore(format!("preparing a batch: {error}"));
+        }
+        for (index, item) in items.iter().enumerate() {
+            if parked.has(&item.key) {
+                work.begin(uuid::Uuid::nil(), Default::default());
+                self.park(item, work, parked, None);
+            } else {
+                let outcome = match (&item.message, refused) {
+                    (_, Some(reason)) => Err(HandlerError::from(reason)),
+                    (Err(undecodable), _) => Err(HandlerError::from(undecodable.clone())),
+                    (Ok(message), _) => {
+                        work.begin(message.id, message.effects());
+                        self.handler.handle(message, work).await
+                    }
+                };
+                if let Err(error) = outcome {
+                    let hopeless = refused.is_some() || item.message.is_err();
+                    let remedy = if hopeless { Remedy::Park } else { error.remedy() };
+                    if remedy == Remedy::AwaitStore {
+                        return Attempt::AwaitStore(error.to_string());
+                    }
+                    work.rollback();
+                    self.park(item, work, parked, Some((error.to_string(), remedy)));
+                }
+            }
+            if work.rows() > COMMIT_ROWS_MAX - self.lanes.len() && index == 0 {
+                return Attempt::TooLarge(format!("its effects take {} rows; a commit takes {COMMIT_ROWS_MAX}", work.rows()));
+            }
+            if work.rows() > ROWS_PER_COMMIT && index + 1 < items.len() {
+                if work.rows() > COMMIT_ROWS_MAX - self.lanes.len() {
+                    // The last message alone made it too large: leave it to the next commit.
+                    work.rollback();
+                    return Attempt::Handled(index);
+                }
+                return Attempt::Handled(index + 1);
+            }
+        }
+        Attempt::Handled(items.len())
+    }
+
+    fn park(&self, item: &Item, work: &mut Work, parked: &mut ParkedKeys, failure: Option<(String, Remedy)>) {
+        let sequence = parked.next_sequence(&item.key);
+        let (reason, attempts, due) = match failure {
+            None => (String::new(), 0, None),
+            Some((reason, remedy)) => {
+                tracing::warn!(subscription = %self.name, key = %item.key, %reason, "parked");
+                let delay = (remedy == Remedy::RetryMessage).then(|| self.retry.delay_after(1)).flatten();
+                (reason, 1, delay.map(|delay| Utc::now() + delay))
+            }
+        };
+        let document = Parked {
+            subscription: self.name.clone(),
+            lane: self.lanes[item.lane].key.id.clone(),
+            key: item.key.clone(),
+            reason,
+            attempts,
+            parked_at: Utc::now(),
+            message: Parked::payload(&item.message),
+        };
+        let body = serde_json::to_string(&document).unwrap_or_default();
+        work.put_json(&parking::key(&self.name, &item.key, sequence), Some(body.into()), due);
+        parked.add(&item.key, Place { sequence, version: 1 });
+    }
+
+    /// Moves the checkpoint of each lane past its last item.
+    fn stage_checkpoints(&self, items: &[Item], work: &mut Work) -> HashMap<usize, i64> {
+        let nexts: HashMap<usize, i64> = items.iter().map(|item| (item.lane, item.next)).collect();
+        work.begin(uuid::Uuid::nil(), Default::default());
+        for (lane, next) in &nexts {
+            let lane = &self.lanes[*lane];
+            work.put_expecting(&lane.key, lane.version, Some(lane.body(*next)), None);
+        }
+        nexts
+    }
+
+    fn moved(&mut self, nexts: HashMap<usize, i64>, parked: ParkedKeys) {
+        for (lane, next) in nexts {
+            self.lanes[lane].version += 1;
+            self.lanes[lane].next = next;
+        }
+        self.parked = parked;
+        self.reporter.fine();
+    }
+
+    /// After an unknown outcome: whether the checkpoints stand where this very commit would have put them.
+    async fn was_committed(&self, nexts: &HashMap<usize, i64>) -> Result<bool, StoreError> {
+        for (index, next) in nexts {
+            let mut lane = self.lanes[*index].clone();
+            let found = lane.load(&*self.store).await?;
+            if found != Some(*next) || lane.version != self.lanes[*index].version + 1 {
+                return Ok(false);
+            }
+        }
+        Ok(!nexts.is_empty())
+    }
+
+    /// Moves idle lanes to where the reader is, so that lag shows what is true and a restart does not read it all again.
+    pub async fn checkpoint(&mut self, next: i64) -> Result<(), Stop> {
+        let mut work = Work::new(self.store.clone(), Stale::Nothing);
+        let behind: HashMap<usize, i64> =
+            (0..self.lanes.len()).filter(|lane| self.lanes[*lane].next < next).map(|lane| (lane, next)).collect();
+        for index in behind.keys() {
+            let lane = &self.lanes[*index];
+            work.put_expecting(&lane.key, lane.version, Some(lane.body(next)), None);
+        }
+        match work.commit().await {
+            Ok(_) => self.moved(behind, self.parked.clone()),
+            Err(CommitError::DocumentConflict { key, .. }) => return Err(Stop::Fenced(key)),
+            Err(error) => return Err(Stop::Store(StoreError::Unavailable(error.to_string()))),
+        }
+        Ok(())
+    }
+
+    /// Tries parked keys again whose time has come, each in order until one of its messages fails.
+    pub async fn redrive_due(&mut self) -> Result<(), Stop> {
+        if self.parked.is_empty() {
+            return Ok(());
+        }
+        let due = self.store.scan(&parking::collection(&self.name), &Scan::Due(Utc::now()), 64).await?;
+        for document in due {
+            let key = document.key.id.rsplit_once(" #").map(|(key, _)| Arc::<str>::from(key));
+            if let Some(key) = key.filter(|key| self.parked.has(key)) {
+                self.redrive(&key).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn redrive(&mut self, key: &Arc<str>) -> Result<(), Stop> {
+        for place in self.parked.places(key) {
+            let document_key = parking::key(&self.name, key, place.sequence);
+            let found = self.store.documents(std::slice::from_ref(&document_key)).await?.into_iter().next().flatten();
+            let Some(document) = found else {
+                self.load_parked().await?;
+                return Ok(());
+            };
+            let Ok(mut parked) = serde_json::from_str::<Parked>(&document.body) else { return Ok(()) };
+            let mut work = Work::new(self.store.clone(), Stale::Everything);
+            let (outcome, terminal) = match parked.message() {
+                None => (Err("not a message".to_owned()), true),
+                Some(message) => {
+                    work.begin(message.id, message.effects());
+                    match self.handler.handle(&message, &mut work).await {
+                        Ok(()) => (Ok(()), false),
+                        Err(error) if error.remedy() == Remedy::AwaitStore => return Ok(()),
+                        Err(error) => (Err(error.to_string()), error.remedy() == Remedy::Park),
+                    }
+                }
+            };
+            let handled = outcome.is_ok();
+            if let Err(reason) = outcome {
+                work.rollback();
+                parked.attempts += 1;
+                parked.reason = reason;
+                let delay = (!terminal).then(|| self.retry.delay_after(parked.attempts)).flatten();
+                let body = serde_json::to_string(&parked).unwrap_or_default();
+                work.put_expecting(&document_key, document.version, Some(body.into()), delay.map(|delay| Utc::now() + delay));
+            } else {
+                work.put_expecting(&document_key, document.version, None, None);
+            }
+            match work.commit().await {
+                Ok(_) if handled => self.parked.release_first(key),
+                Ok(_) => {
+                    self.parked.touch_first(key);
+                    return Ok(());
+                }
+                // The document is still due: the next tick tries again.
+                Err(error) => {
+                    tracing::warn!(subscription = %self.name, %key, %error, "redrive did not commit");
+                    self.load_parked().await?;
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,8 @@
+//! What `#[derive(Event)]` refuses, and how it says so.
+//!
+//! After a deliberate change of a message: `TRYBUILD=overwrite cargo test -p annals --test event_derive_ui`.
+
+#[test]
+fn refusals_are_clear() {
+    trybuild::TestCases::new().compile_fail("tests/ui/event_*.rs");
+}

@@ -1,0 +1,6 @@
+#[derive(annals::Event)]
+struct OrderPlaced {
+    order_id: String,
+}
+
+fn main() {}
