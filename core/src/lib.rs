@@ -11,14 +11,17 @@ pub mod event;
 pub mod handler;
 pub mod health;
 pub mod parking;
+pub mod relay;
 pub mod repository;
+pub mod saga;
+pub mod service;
 pub mod store;
 pub mod subscription;
 pub mod tail;
 pub mod work;
 pub mod worker;
 
-// pub use annals_macros::Event;
+pub use annals_macros::Event;
 #[doc(hidden)]
 pub use {serde, serde_json};
 

@@ -190,6 +190,16 @@ impl Work {
         Ok(self.staged(repository, &stream, false).await?.current().state.clone())
     }
 
+    /// Like [`load`](Self::load) on a stream that is expected not to exist yet; see [`create`](Self::create).
+    pub async fn load_new<A: Aggregate>(
+        &mut self,
+        repository: &Repository<A>,
+        id: &str,
+    ) -> Result<A, WorkError<A::Refusal>> {
+        let stream = repository.stream(id)?;
+        Ok(self.staged(repository, &stream, true).await?.current().state.clone())
+    }
+
     /// Decides on a command and stages its events. A command whose events the stream already has gives them again.
     pub async fn execute<A: Aggregate>(
         &mut self,

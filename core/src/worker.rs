@@ -260,6 +260,18 @@ impl Worker {
         Attempt::Handled(items.len())
     }
 
+    /// Parks one message by itself, and leaves the checkpoint where it is.
+    pub async fn park_message(&mut self, key: Arc<str>, message: Message, reason: String) -> Result<(), Stop> {
+        let item = Item { lane: 0, next: self.lanes[0].next, key, message: Ok(message) };
+        let mut work = Work::new(self.store.clone(), Stale::Nothing);
+        let mut parked = self.parked.clone();
+        let failure = (!parked.has(&item.key)).then_some((reason, Remedy::Park));
+        self.park(&item, &mut work, &mut parked, failure);
+        work.commit().await.map_err(|error| StoreError::Unavailable(error.to_string()))?;
+        self.parked = parked;
+        Ok(())
+    }
+
     fn park(&self, item: &Item, work: &mut Work, parked: &mut ParkedKeys, failure: Option<(String, Remedy)>) {
         let sequence = parked.next_sequence(&item.key);
         let (reason, attempts, due) = match failure {

@@ -35,4 +35,10 @@ enum TooLongTogether {
     VeryLong,
 }
 
+#[derive(annals::Event)]
+#[event(prefix = "order")]
+enum HiddenByPrefix {
+    _Hidden,
+}
+
 fn main() {}

@@ -1,0 +1,292 @@
+//! From the log to the bus: one more subscription, whose checkpoint moves once the bus has taken the messages.
+
+use std::{collections::VecDeque, sync::Arc};
+
+use async_trait::async_trait;
+use futures::FutureExt;
+use serde::Deserialize;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    backoff::Backoff,
+    bus::{BusError, Message, Outgoing, Publisher, Receipt},
+    event::{Position, Recorded, StreamId},
+    handler::{Handler, HandlerError, Terminal},
+    health::{Health, State},
+    parking::ParkedKeys,
+    saga::{Command, StepEvent, attribute},
+    store::{EventStore, LogQuery},
+    work::Work,
+    worker::{Lane, PARKED_TICK, RetryPolicy, Stop, Worker},
+};
+
+/// Events read and published in one go.
+const PAGE: usize = 1_000;
+/// Pages published and not acknowledged yet: what a bus that is away may hold in memory.
+const PAGES_IN_FLIGHT: usize = 16;
+/// How long a draining relay waits for one more receipt.
+const LAST_RECEIPTS: std::time::Duration = std::time::Duration::from_millis(500);
+
+/// Which events of a service go to which topic.
+#[derive(Clone, Debug, Default)]
+pub struct Routes {
+    service: Arc<str>,
+    published: Vec<Arc<str>>,
+    internal: Vec<Arc<str>>,
+}
+
+impl Routes {
+    /// The routes of a service: its events go to `<service>.events`, commands of its sagas to `<participant>.commands`, and
+    /// its replies to other services' sagas to `<their service>.commands`.
+    pub fn of(service: &str) -> Self {
+        Self { service: service.into(), published: Vec::new(), internal: vec![format!("step.{service}").into()] }
+    }
+
+    /// Publishes the events of this category.
+    pub fn publish(&mut self, category: &str) {
+        self.published.push(category.into());
+    }
+
+    /// Sends the commands of sagas recorded under this category.
+    pub(crate) fn saga(&mut self, category: &str) {
+        self.internal.push(category.into());
+    }
+
+    fn query(&self) -> LogQuery {
+        LogQuery::categories(self.published.iter().chain(&self.internal).cloned())
+    }
+
+    /// The messages that an event leads to.
+    fn messages(&self, event: &Recorded) -> Result<Vec<Outgoing>, String> {
+        let category = event.stream.category();
+        if category.starts_with("saga.") {
+            return self.commands(event);
+        }
+        if category.starts_with("step.") {
+            return self.reply(event);
+        }
+        let topic = format!("{}.events", self.service).into();
+        Ok(vec![Outgoing { topic, message: Message::of(event, &self.service) }])
+    }
+
+    fn commands(&self, event: &Recorded) -> Result<Vec<Outgoing>, String> {
+        #[derive(Deserialize)]
+        struct Sending {
+            #[serde(default)]
+            send: Vec<Command>,
+        }
+        let Sending { send } = serde_json::from_str(&event.data).map_err(|error| error.to_string())?;
+        let message = |command: Command| {
+            let extensions = [
+                (attribute::AT, command.at.to_string()),
+                (attribute::CALL, command.call.to_string()),
+                (attribute::ATTEMPT, command.attempt.to_string()),
+                (attribute::REPLY_TO, self.service.to_string()),
+            ];
+            let message = Message {
+                // Effects derive from the command, so that all attempts at it are one.
+                id: command.id,
+                type_name: command.type_name.into(),
+                schema_version: command.schema_version,
+                data: <Box<str>>::from(command.data).into(),
+                metadata: event.metadata.caused_by(event.id),
+                version: crate::event::Version::START,
+                extensions: extensions.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+                ..Message::of(event, &self.service)
+            };
+            Outgoing { topic: format!("{}.commands", command.to).into(), message }
+        };
+        Ok(send.into_iter().map(message).collect())
+    }
+
+    fn reply(&self, event: &Recorded) -> Result<Vec<Outgoing>, String> {
+        let Some(StepEvent::Replied { saga, reply_to, .. }) = event.decode().map_err(|error| error.to_string())? else {
+            return Ok(Vec::new());
+        };
+        let message = Message { key: saga.into(), ..Message::of(event, &self.service) };
+        Ok(vec![Outgoing { topic: format!("{reply_to}.commands").into(), message }])
+    }
+}
+
+/// Carries a service's messages from its log to the bus, in log order per key, many at a time.
+pub struct Relay {
+    routes: Routes,
+    name: Arc<str>,
+}
+
+struct InFlight {
+    next: Position,
+    receipt: Receipt,
+    /// The event that each message came from.
+    sources: Vec<Arc<Recorded>>,
+}
+
+/// Publishes a parked event again.
+struct Republish {
+    routes: Routes,
+    publisher: Arc<dyn Publisher>,
+}
+
+#[async_trait]
+impl Handler for Republish {
+    async fn handle(&self, message: &Message, _work: &mut Work) -> Result<(), HandlerError> {
+        let event = Recorded {
+            position: message.position,
+            stream: StreamId::from_stored(&message.subject),
+            version: message.version,
+            id: message.id,
+            type_name: message.type_name.clone(),
+            schema_version: message.schema_version,
+            data: message.data.clone(),
+            metadata: message.metadata.clone(),
+            recorded_at: message.time,
+        };
+        let messages = self.routes.messages(&event).terminal()?;
+        self.publisher.publish(messages).await?.await?;
+        Ok(())
+    }
+}
+
+impl Relay {
+    /// A relay under the name `<service>.relay`.
+    pub fn new(routes: Routes) -> Self {
+        Self { name: format!("{}.relay", routes.service).into(), routes }
+    }
+
+    /// Carries messages until `shutdown`, then waits for those in flight to be taken.
+    pub async fn run(
+        self,
+        store: Arc<dyn EventStore>,
+        publisher: Arc<dyn Publisher>,
+        health: Health,
+        shutdown: CancellationToken,
+    ) -> Result<(), String> {
+        let mut worker = Worker {
+            name: self.name.clone(),
+            store,
+            handler: Arc::new(Republish { routes: self.routes.clone(), publisher: publisher.clone() }),
+            retry: RetryPolicy::default(),
+            lanes: vec![Lane::new(&format!("{}/0", self.name), None)],
+            parked: ParkedKeys::new(self.name.clone()),
+            reporter: health.reporter(&self.name),
+        };
+        let mut backoff = Backoff::long();
+        while !shutdown.is_cancelled() {
+            if let Err(trouble) = self.carry(&mut worker, &publisher, &shutdown, &mut backoff).await {
+                worker.reporter.trouble(trouble.to_string());
+                tokio::select! {
+                    () = backoff.wait() => {}
+                    () = shutdown.cancelled() => {}
+                }
+            }
+        }
+        health.set(&self.name, State::Stopped);
+        Ok(())
+    }
+
+    /// Publishes from the checkpoint on. After an error, everything since the checkpoint is published again.
+    async fn carry(
+        &self,
+        worker: &mut Worker,
+        publisher: &Arc<dyn Publisher>,
+        shutdown: &CancellationToken,
+        backoff: &mut Backoff,
+    ) -> Result<(), Trouble> {
+        let query = self.routes.query();
+        let mut cursor = Position(worker.lanes[0].load(&*worker.store).await?.unwrap_or(0));
+        worker.load_parked().await?;
+        worker.reporter.fine();
+        let mut in_flight: VecDeque<InFlight> = VecDeque::new();
+        let mut tick = tokio::time::interval(PARKED_TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let stopping = shutdown.is_cancelled();
+            if stopping && in_flight.is_empty() {
+                return Ok(());
+            }
+            let room = in_flight.len() < PAGES_IN_FLIGHT && !stopping;
+            let mut caught_up = true;
+            if room {
+                let page = worker.store.read_log(&query, cursor, PAGE).await?;
+                caught_up = page.next == cursor;
+                cursor = page.next;
+                if !page.events.is_empty() {
+                    let (messages, sources) = self.messages(worker, &page.events).await?;
+                    in_flight.push_back(InFlight { next: cursor, receipt: publisher.publish(messages).await?, sources });
+                }
+            }
+            let first_taken = async {
+                match in_flight.front_mut() {
+                    Some(first) => (&mut first.receipt).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                taken = first_taken => {
+                    let mut taken = Some(taken);
+                    let mut next = None;
+                    while let (Some(outcome), Some(first)) = (taken.take(), in_flight.pop_front()) {
+                        if let Err(BusError::Refused { index, reason }) = &outcome {
+                            if let Some(event) = first.sources.get(*index) {
+                                self.park(worker, event, reason.clone()).await?;
+                            }
+                        }
+                        outcome?;
+                        next = Some(first.next);
+                        taken = in_flight.front_mut().and_then(|first| (&mut first.receipt).now_or_never());
+                    }
+                    if let Some(next) = next {
+                        worker.checkpoint(next.0).await?;
+                        backoff.reset();
+                    }
+                }
+                woken = worker.store.wait(cursor), if room && caught_up => woken?,
+                () = std::future::ready(()), if room && !caught_up => {}
+                _ = tick.tick() => worker.redrive_due().await?,
+                () = shutdown.cancelled(), if !stopping => {}
+                // Consumers of this process stop too; what nobody takes any more is published again at the next start.
+                () = tokio::time::sleep(LAST_RECEIPTS), if stopping => return Ok(()),
+            }
+        }
+    }
+
+    /// The messages of these events, each with its event. What makes no message is parked, and its key behind it.
+    async fn messages(
+        &self,
+        worker: &mut Worker,
+        events: &[Arc<Recorded>],
+    ) -> Result<(Vec<Outgoing>, Vec<Arc<Recorded>>), Stop> {
+        let (mut messages, mut sources) = (Vec::with_capacity(events.len()), Vec::with_capacity(events.len()));
+        for event in events {
+            let made = match self.routes.messages(event) {
+                Ok(_) if worker.parked.has(event.stream.as_str()) => Err("waits behind a parked message".to_owned()),
+                made => made,
+            };
+            match made {
+                Ok(made) => {
+                    sources.extend(made.iter().map(|_| event.clone()));
+                    messages.extend(made);
+                }
+                Err(reason) => self.park(worker, event, reason).await?,
+            }
+        }
+        Ok((messages, sources))
+    }
+
+    async fn park(&self, worker: &mut Worker, event: &Recorded, reason: String) -> Result<(), Stop> {
+        let message = Message::of(event, &self.routes.service);
+        // The checkpoint stays: what was published before this event is not acknowledged yet.
+        worker.park_message(event.stream.shared(), message, reason).await
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Trouble {
+    #[error(transparent)]
+    Stop(#[from] Stop),
+    #[error(transparent)]
+    Store(#[from] crate::store::StoreError),
+    #[error(transparent)]
+    Bus(#[from] BusError),
+}

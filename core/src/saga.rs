@@ -1,0 +1,32 @@
+//! Sagas: a typed plan of steps over several services, run, drawn, replayed and model-checked by one pure function.
+//!
+//! | file | what is there |
+//! |---|---|
+//! | `definition` | the plan: compensatable steps, at most one pivot, then retriable ones |
+//! | `progress` | how far one saga has come, and the events that record it |
+//! | `transition` | the pure function from progress and input to progress and commands |
+//! | `instance` | a saga as an aggregate |
+//! | `runner` | starts sagas, feeds them replies and timers, lets operators act |
+//! | `participant` | the other side: carries out steps once, and keeps the barrier against late ones |
+//! | `index` | a document per saga: for operators, and for finding timers that are due |
+//! | `diagram` | draws a plan as Mermaid or SVG |
+
+mod definition;
+mod diagram;
+mod index;
+mod instance;
+mod participant;
+mod progress;
+mod runner;
+mod transition;
+
+pub use definition::{AfterPivot, Closing, Kind, NeedsUndo, Open, Plan, Request, Saga, SagaState, Undoable};
+pub use index::{Index, SagaStatus};
+pub use instance::{Instance, SagaRefusal};
+pub use participant::{Participant, Participation, Slot, Step, StepCommand, StepError, StepEvent};
+pub(crate) use participant::{Desk, attribute};
+pub use participant::decide_step;
+pub(crate) use runner::{Replies, Starter};
+pub use progress::{At, CallState, Command, Failure, Outcome, Progress, Reply, SagaEvent, Status};
+pub use runner::{Runner, Starts};
+pub use transition::{Input, Moved, Verb, begin, transition};

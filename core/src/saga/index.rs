@@ -1,0 +1,84 @@
+//! A document per saga: what operators see, and how timers that are due are found.
+
+use async_trait::async_trait;
+use chrono::{DateTime, TimeZone, Utc};
+use serde::{Deserialize, Serialize};
+
+use super::progress::{Progress, SagaEvent, Status};
+use crate::{
+    bus::Message,
+    commit::DocumentKey,
+    event::StreamId,
+    handler::{Handler, HandlerError, Terminal},
+    work::Work,
+};
+
+/// Follows the sagas' own events and keeps a document for each saga: in collection `saga.<name>`, under the saga's id, due
+/// when its next timer is. A saga that moves several times within one batch is written once.
+#[derive(Clone, Debug, Default)]
+pub struct Index;
+
+/// The document of one saga.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SagaStatus {
+    /// The saga's name.
+    pub saga: String,
+    /// Its id.
+    pub saga_id: String,
+    /// The definition it keeps to.
+    pub definition_hash: String,
+    /// Its state.
+    pub status: Status,
+    /// The step it is at.
+    pub step: String,
+    /// How often that step was asked for.
+    pub attempts: u32,
+    /// When it started.
+    pub started_at: DateTime<Utc>,
+    /// When it ended.
+    pub ended_at: Option<DateTime<Utc>>,
+    /// What went wrong last.
+    pub last_error: Option<String>,
+}
+
+impl SagaStatus {
+    fn of(stream: &StreamId, progress: &Progress) -> Self {
+        Self {
+            saga: stream.category().trim_start_matches("saga.").to_owned(),
+            saga_id: stream.id().to_owned(),
+            definition_hash: progress.definition.clone(),
+            status: progress.status,
+            step: progress.step.clone(),
+            attempts: progress.attempt,
+            started_at: time(progress.started),
+            ended_at: progress.ended.map(time),
+            last_error: progress.failure.as_ref().map(|failure| format!("{}: {}", failure.step, failure.reason)),
+        }
+    }
+}
+
+fn time(millis: i64) -> DateTime<Utc> {
+    Utc.timestamp_millis_opt(millis).single().unwrap_or_default()
+}
+
+/// The one field of a saga event that the index wants.
+#[derive(Deserialize)]
+struct Glimpse {
+    progress: Progress,
+}
+
+#[async_trait]
+impl Handler for Index {
+    async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
+        if !<SagaEvent as crate::Event>::TYPES.iter().any(|known| *known.name == *message.type_name) {
+            return Ok(());
+        }
+        let stream = StreamId::parse(&message.subject).terminal()?;
+        let Glimpse { progress } = serde_json::from_str(&message.data).terminal()?;
+        let status = SagaStatus::of(&stream, &progress);
+        let body = serde_json::to_string(&status)?;
+        let key = DocumentKey::new(stream.category(), stream.id());
+        work.put_json(&key, Some(body.into()), progress.wakes().map(time));
+        Ok(())
+    }
+}

@@ -1,0 +1,159 @@
+//! A saga as an aggregate: its stream is its history, folded by evolving and moved by the pure transition.
+
+use std::{collections::HashMap, sync::Arc};
+
+use uuid::Uuid;
+
+use super::{
+    definition::{Saga, SagaState},
+    progress::{Outcome, Progress, Reply, SagaEvent},
+    transition::{Input, Moved, Verb, begin, transition},
+};
+use crate::aggregate::Aggregate;
+
+/// One saga, folded from its stream.
+#[derive(Clone, Debug)]
+pub struct Instance<C> {
+    context: Option<C>,
+    unreadable: Option<Arc<str>>,
+    /// How far it is; `None` before it starts.
+    pub progress: Option<Progress>,
+}
+
+impl<C> Default for Instance<C> {
+    fn default() -> Self {
+        Self { context: None, unreadable: None, progress: None }
+    }
+}
+
+impl<C> Instance<C> {
+    /// What the saga knows; `None` before it starts.
+    pub fn context(&self) -> Option<&C> {
+        self.context.as_ref()
+    }
+}
+
+/// The definitions that running sagas may keep to.
+pub struct Definitions<C> {
+    pub current: Arc<Saga<C>>,
+    pub older: HashMap<String, Arc<Saga<C>>>,
+    pub migrations: HashMap<String, fn(&Progress) -> Progress>,
+}
+
+/// What is asked of a saga, with everything a pure decision needs.
+pub struct Ask<C> {
+    pub definitions: Arc<Definitions<C>>,
+    pub saga_id: Uuid,
+    pub now: i64,
+    pub what: What<C>,
+}
+
+pub enum What<C> {
+    Begin(C),
+    Reply(Reply),
+    Due,
+    Operate { verb: Verb, by: String, reason: String },
+}
+
+/// Why a saga takes no input.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SagaRefusal {
+    /// There is no such saga.
+    #[error("no such saga")]
+    NotStarted,
+    /// It was started under a definition that this build does not have. Register it as an older one, or a migration.
+    #[error("the saga keeps to definition {0}, which this build does not have: register it as older, or a migration from it")]
+    UnknownDefinition(String),
+    /// What it was started with cannot be read by this build.
+    #[error("what the saga was started with cannot be read: {0}")]
+    Unreadable(Arc<str>),
+    /// The verb does not apply, or a command has no JSON form.
+    #[error("{0}")]
+    Illegal(String),
+}
+
+impl<C: SagaState> Aggregate for Instance<C> {
+    const CATEGORY: &'static str = "saga";
+    type Command = Ask<C>;
+    type Event = SagaEvent;
+    type Refusal = SagaRefusal;
+
+    fn decide(&self, ask: &Ask<C>) -> Result<Vec<SagaEvent>, SagaRefusal> {
+        let current = &ask.definitions.current;
+        let Some(progress) = &self.progress else {
+            let What::Begin(context) = &ask.what else { return Err(SagaRefusal::NotStarted) };
+            let given = serde_json::to_value(context).map_err(|error| SagaRefusal::Illegal(error.to_string()))?;
+            let moved = begin(current, ask.saga_id, context.clone(), ask.now).map_err(SagaRefusal::Illegal)?;
+            let Moved { progress, send, .. } = moved;
+            return Ok(vec![SagaEvent::Started { saga: current.name.to_owned(), context: given, progress, send }]);
+        };
+        if let Some(reason) = &self.unreadable {
+            return Err(SagaRefusal::Unreadable(reason.clone()));
+        }
+        let Some(context) = &self.context else { return Err(SagaRefusal::NotStarted) };
+        let mut events = Vec::new();
+        let mut progress = progress.clone();
+        let definition = if progress.definition == current.hash {
+            current
+        } else if let Some(migrate) = ask.definitions.migrations.get(&progress.definition) {
+            let from = progress.definition.clone();
+            progress = Progress { definition: current.hash.clone(), ..migrate(&progress) };
+            events.push(SagaEvent::Migrated { from, progress: progress.clone() });
+            current
+        } else {
+            let older = ask.definitions.older.get(&progress.definition);
+            older.ok_or_else(|| SagaRefusal::UnknownDefinition(progress.definition.clone()))?
+        };
+        let input = match &ask.what {
+            What::Begin(_) => return Ok(Vec::new()),
+            What::Reply(reply) => Input::Reply(reply.clone()),
+            What::Due => Input::Due,
+            What::Operate { verb, .. } => Input::Operate(*verb),
+        };
+        let moved = transition(definition, ask.saga_id, context, &progress, &input, ask.now);
+        let Some(Moved { progress, send, gave_up, .. }) = moved.map_err(SagaRefusal::Illegal)? else {
+            return Ok(Vec::new());
+        };
+        events.push(match &ask.what {
+            What::Reply(reply) => SagaEvent::Replied { reply: reply.clone(), gave_up, progress, send },
+            What::Operate { verb, by, reason } => {
+                SagaEvent::Operated { verb: *verb, by: by.clone(), reason: reason.clone(), progress, send }
+            }
+            What::Begin(_) | What::Due => SagaEvent::Timed { gave_up, progress, send },
+        });
+        Ok(events)
+    }
+
+    fn evolve(&mut self, event: &SagaEvent) {
+        let was = self.progress.replace(event.progress().clone());
+        match event {
+            SagaEvent::Started { context, .. } => match serde_json::from_value(context.clone()) {
+                Ok(context) => self.context = Some(context),
+                Err(error) => self.unreadable = Some(error.to_string().into()),
+            },
+            SagaEvent::Replied { reply, gave_up, .. } => {
+                let step = was.filter(|was| was.at == reply.at && !matches!(was.at, super::At::Undo(_)));
+                if let (Some(step), Outcome::Done(_) | Outcome::Refused(_)) = (step, &reply.outcome) {
+                    self.learn(&step.step, &reply.outcome);
+                }
+                self.learn_given_up(gave_up.as_ref());
+            }
+            SagaEvent::Timed { gave_up, .. } => self.learn_given_up(gave_up.as_ref()),
+            SagaEvent::Operated { .. } | SagaEvent::Migrated { .. } => {}
+        }
+    }
+}
+
+impl<C: SagaState> Instance<C> {
+    fn learn(&mut self, step: &str, outcome: &Outcome) {
+        if let Some(context) = &mut self.context {
+            context.learn(step, outcome);
+        }
+    }
+
+    fn learn_given_up(&mut self, gave_up: Option<&super::Failure>) {
+        if let Some(failure) = gave_up {
+            self.learn(&failure.step, &Outcome::Failed(failure.reason.clone()));
+        }
+    }
+}

@@ -1,0 +1,225 @@
+//! The other side of a saga: carries out a step once, takes it back once, and refuses a step that arrives after its undo.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use async_trait::async_trait;
+use serde_json::Value;
+
+use super::progress::{At, Outcome, Reply};
+use crate::{
+    Event,
+    aggregate::Aggregate,
+    bus::Message,
+    event::StreamIdError,
+    handler::{Handler, HandlerError, Terminal},
+    repository::Repository,
+    store::EventStore,
+    work::{Work, WorkError},
+};
+
+/// Carries out the commands that sagas send to a service.
+///
+/// What it stages in `work` commits together with the record that the step was done. It is called once per step and once
+/// per undo, whatever the bus delivers; an undo only where the step was done.
+#[async_trait]
+pub trait Participant: Send + Sync + 'static {
+    /// The commands it knows.
+    type Command: Event;
+
+    /// Carries out a command. What it returns is the reply that the saga learns.
+    async fn perform(&self, command: Self::Command, work: &mut Work) -> Result<Value, StepError>;
+}
+
+/// Why a step was not done. In both cases nothing of it was.
+#[derive(Debug)]
+pub enum StepError {
+    /// It will not be done: the saga goes back. `?` on an aggregate's refusal becomes this.
+    Refused(String),
+    /// It could not be done now, or it is not known whether an outside party did it: the saga asks again with the same
+    /// id.
+    Failed(String),
+    /// The store is away; nobody else is told.
+    Store(crate::store::StoreError),
+}
+
+impl<R: std::error::Error + 'static> From<WorkError<R>> for StepError {
+    fn from(error: WorkError<R>) -> Self {
+        match error {
+            WorkError::Refused(refusal) => Self::Refused(refusal.to_string()),
+            WorkError::Store(error) => Self::Store(error),
+            error @ (WorkError::Id(_) | WorkError::Undecodable(_) | WorkError::Unencodable(_)) => {
+                Self::Failed(error.to_string())
+            }
+        }
+    }
+}
+
+/// What a service did of one saga's steps.
+#[derive(Event, Clone, Debug, PartialEq)]
+#[event(prefix = "step")]
+pub enum StepEvent {
+    /// A step was done, refused or failed.
+    Replied {
+        /// The saga's stream.
+        saga: String,
+        /// The service that runs the saga.
+        reply_to: String,
+        /// What became of the step.
+        reply: Reply,
+    },
+}
+
+/// What is known of one step.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Slot {
+    /// It was done.
+    Done,
+    /// It was refused, for good.
+    Refused,
+    /// It was undone, or its undo came first: it will not be done any more.
+    Undone,
+}
+
+/// The steps of one saga at one service. Its stream is the barrier.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Participation {
+    slots: BTreeMap<(At, usize), Slot>,
+}
+
+/// A step as it arrives.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepCommand {
+    /// Where in the plan.
+    pub at: At,
+    /// Which participant of the step.
+    pub call: usize,
+    /// Which attempt.
+    pub attempt: u32,
+}
+
+/// What to do about a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Carry it out.
+    Perform,
+    /// There is nothing to take back: record that, so that a late step is refused.
+    Bar,
+    /// It was answered before, or it is late: do nothing.
+    Ignore,
+}
+
+/// The barrier, as a pure function.
+pub fn decide_step(participation: &Participation, command: &StepCommand) -> Step {
+    let slot = |at| participation.slots.get(&(at, command.call));
+    match command.at {
+        At::Forward(_) | At::Closing(_) => match slot(command.at) {
+            None => Step::Perform,
+            Some(_) => Step::Ignore,
+        },
+        At::Undo(step) => match slot(At::Forward(step)) {
+            Some(Slot::Done) => Step::Perform,
+            None | Some(Slot::Refused) => Step::Bar,
+            Some(Slot::Undone) => Step::Ignore,
+        },
+    }
+}
+
+impl Participation {
+    /// What is known of a step.
+    pub fn slot(&self, at: At, call: usize) -> Option<&Slot> {
+        self.slots.get(&(at, call))
+    }
+}
+
+impl Aggregate for Participation {
+    const CATEGORY: &'static str = "step";
+    type Command = StepEvent;
+    type Event = StepEvent;
+    type Refusal = std::convert::Infallible;
+
+    fn decide(&self, command: &StepEvent) -> Result<Vec<StepEvent>, Self::Refusal> {
+        Ok(vec![command.clone()])
+    }
+
+    fn evolve(&mut self, StepEvent::Replied { reply, .. }: &StepEvent) {
+        let (at, slot) = match (reply.at, &reply.outcome) {
+            (_, Outcome::Failed(_)) => return,
+            (At::Undo(step), _) => (At::Forward(step), Slot::Undone),
+            (at, Outcome::Done(_)) => (at, Slot::Done),
+            (at, Outcome::Refused(_)) => (at, Slot::Refused),
+        };
+        self.slots.insert((at, reply.call), slot);
+    }
+}
+
+/// Names of the message attributes that carry a step.
+pub(crate) mod attribute {
+    pub const AT: &str = "sagastep";
+    pub const CALL: &str = "sagacall";
+    pub const ATTEMPT: &str = "sagaattempt";
+    pub const REPLY_TO: &str = "sagareplyto";
+}
+
+/// Takes step commands off a topic, and gives them to the participant through the barrier.
+pub(crate) struct Desk<P> {
+    participant: P,
+    participations: Repository<Participation>,
+}
+
+impl<P: Participant> Desk<P> {
+    pub fn new(service: &str, store: Arc<dyn EventStore>, participant: P) -> Self {
+        let participations = Repository::with(store, &format!("step.{service}"), crate::repository::CACHED_AGGREGATES);
+        Self { participant, participations }
+    }
+}
+
+fn extension<T: std::str::FromStr>(message: &Message, name: &str) -> Result<T, HandlerError> {
+    let text = message.extensions.get(name).ok_or_else(|| format!("the command lacks the attribute {name}"));
+    text.terminal()?.parse().map_err(|_| format!("attribute {name} does not read")).terminal()
+}
+
+#[async_trait]
+impl<P: Participant> Handler for Desk<P> {
+    async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
+        let step = StepCommand {
+            at: extension(message, attribute::AT)?,
+            call: extension(message, attribute::CALL)?,
+            attempt: extension(message, attribute::ATTEMPT)?,
+        };
+        let reply_to: String = extension(message, attribute::REPLY_TO)?;
+        let Some(command) = message.decode::<P::Command>()? else { return Ok(()) };
+        // The first step of a saga at a service usually is the first the service hears of it.
+        let first = step.attempt == 1 && !matches!(step.at, At::Undo(_));
+        let known = if first {
+            work.load_new(&self.participations, &message.key).await?
+        } else {
+            work.load(&self.participations, &message.key).await?
+        };
+        let outcome = match decide_step(&known, &step) {
+            Step::Ignore => return Ok(()),
+            Step::Bar => Outcome::Done(Value::Null),
+            Step::Perform => match self.participant.perform(command, work).await {
+                Ok(reply) => Outcome::Done(reply),
+                Err(StepError::Store(error)) => return Err(error.into()),
+                Err(StepError::Refused(reason)) => {
+                    work.rollback();
+                    Outcome::Refused(reason)
+                }
+                Err(StepError::Failed(reason)) => {
+                    work.rollback();
+                    Outcome::Failed(reason)
+                }
+            },
+        };
+        let reply = Reply { at: step.at, call: step.call, attempt: step.attempt, outcome };
+        let replied = StepEvent::Replied { saga: message.key.to_string(), reply_to, reply };
+        work.execute(&self.participations, &message.key, &replied).await?;
+        Ok(())
+    }
+}
+
+impl From<StreamIdError> for StepError {
+    fn from(error: StreamIdError) -> Self {
+        Self::Refused(error.to_string())
+    }
+}

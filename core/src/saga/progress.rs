@@ -1,0 +1,281 @@
+//! How far one saga has come, and the events that record it.
+
+use std::{fmt, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use uuid::Uuid;
+
+use super::transition::Verb;
+use crate::Event;
+
+/// The state of a saga as operators see it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// Going forward.
+    Running,
+    /// Going back.
+    Compensating,
+    /// Every step is done.
+    Completed,
+    /// Every step is undone.
+    Compensated,
+    /// A step that must succeed was given up: an operator has to act.
+    Stuck,
+}
+
+impl Status {
+    /// Whether nothing more will happen by itself or by an operator.
+    pub fn has_ended(self) -> bool {
+        matches!(self, Self::Completed | Self::Compensated)
+    }
+}
+
+/// Where in its plan a saga is: `forward.2`, `undo.0`, `closing.1`. Steps count from 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum At {
+    /// Carrying out this step.
+    Forward(usize),
+    /// Undoing this step.
+    Undo(usize),
+    /// Carrying out this step of the end of a compensated saga.
+    Closing(usize),
+}
+
+impl fmt::Display for At {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Forward(step) => write!(f, "forward.{step}"),
+            Self::Undo(step) => write!(f, "undo.{step}"),
+            Self::Closing(step) => write!(f, "closing.{step}"),
+        }
+    }
+}
+
+impl From<At> for String {
+    fn from(at: At) -> Self {
+        at.to_string()
+    }
+}
+
+impl FromStr for At {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("{text:?} is no place in a saga, such as forward.0");
+        let (part, step) = text.split_once('.').ok_or_else(wrong)?;
+        let step = step.parse().map_err(|_| wrong())?;
+        match part {
+            "forward" => Ok(Self::Forward(step)),
+            "undo" => Ok(Self::Undo(step)),
+            "closing" => Ok(Self::Closing(step)),
+            _ => Err(wrong()),
+        }
+    }
+}
+
+impl TryFrom<String> for At {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+/// What is known of one participant in the present step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CallState {
+    /// Asked, and not heard of. It may have happened or not.
+    Waiting,
+    /// Done.
+    Done,
+    /// Refused: it did not happen.
+    Refused,
+    /// Failed: it did not happen this time.
+    Failed,
+}
+
+/// Why a saga goes back, or is stuck.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Failure {
+    /// The step.
+    pub step: String,
+    /// What was wrong.
+    pub reason: String,
+}
+
+/// How far a saga has come. Times are in milliseconds since 1970.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Progress {
+    /// Its state.
+    pub status: Status,
+    /// Where in the plan.
+    pub at: At,
+    /// The name of that step.
+    pub step: String,
+    /// What is known of its participants.
+    pub calls: Vec<CallState>,
+    /// How often the step was asked for.
+    pub attempt: u32,
+    /// Whether `due` is when to ask again, rather than when to stop waiting.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub retrying: bool,
+    /// The step's timer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub due: Option<i64>,
+    /// When the saga is to be compensated if it has not reached its pivot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline: Option<i64>,
+    /// Why it goes back, or is stuck.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<Failure>,
+    /// The definition it keeps to.
+    pub definition: String,
+    /// When it started.
+    pub started: i64,
+    /// When it ended, or was abandoned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended: Option<i64>,
+}
+
+impl Progress {
+    /// When it wants attention next.
+    pub fn wakes(&self) -> Option<i64> {
+        match (self.due, self.deadline) {
+            (Some(due), Some(deadline)) => Some(due.min(deadline)),
+            (due, deadline) => due.or(deadline),
+        }
+    }
+}
+
+/// How a step ended, as a saga's state gets to know it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// Done, with what the participant replied.
+    Done(serde_json::Value),
+    /// Refused, with the reason.
+    Refused(String),
+    /// Failed this time, with the reason; or given up by the saga.
+    Failed(String),
+}
+
+/// What a participant replied.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Reply {
+    /// To which step.
+    pub at: At,
+    /// Which of its participants.
+    pub call: usize,
+    /// To which attempt.
+    pub attempt: u32,
+    /// What became of it.
+    pub outcome: Outcome,
+}
+
+/// A command on its way to a participant.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Command {
+    /// The same on each attempt.
+    pub id: Uuid,
+    /// The service that carries it out.
+    pub to: String,
+    /// The name of the command.
+    #[serde(rename = "type")]
+    pub type_name: String,
+    /// The schema version of `data`.
+    pub schema_version: i32,
+    /// The step it belongs to.
+    pub at: At,
+    /// Which of its participants.
+    pub call: usize,
+    /// Which attempt.
+    pub attempt: u32,
+    /// The command as JSON.
+    pub data: Box<RawValue>,
+}
+
+impl PartialEq for Command {
+    fn eq(&self, other: &Self) -> bool {
+        (self.id, self.at, self.call, self.attempt, self.data.get())
+            == (other.id, other.at, other.call, other.attempt, other.data.get())
+    }
+}
+
+/// What happened to a saga. Every event carries the progress after it, and the commands it sends: the relay needs nothing
+/// else.
+#[derive(Event, Clone, Debug, PartialEq)]
+#[event(prefix = "saga")]
+pub enum SagaEvent {
+    /// It began.
+    Started {
+        /// Its name.
+        saga: String,
+        /// What it was given, as JSON.
+        context: serde_json::Value,
+        /// Where it stands now.
+        progress: Progress,
+        /// What it asks for.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        send: Vec<Command>,
+    },
+    /// A participant replied.
+    Replied {
+        /// What.
+        reply: Reply,
+        /// The step it gave up because of it, and why.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        gave_up: Option<Failure>,
+        /// Where it stands now.
+        progress: Progress,
+        /// What it asks for.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        send: Vec<Command>,
+    },
+    /// A timer fired.
+    Timed {
+        /// The step it gave up because of it, and why.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        gave_up: Option<Failure>,
+        /// Where it stands now.
+        progress: Progress,
+        /// What it asks for.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        send: Vec<Command>,
+    },
+    /// An operator acted.
+    Operated {
+        /// How.
+        verb: Verb,
+        /// Who.
+        by: String,
+        /// Why.
+        reason: String,
+        /// Where it stands now.
+        progress: Progress,
+        /// What it asks for.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        send: Vec<Command>,
+    },
+    /// It was moved to another definition.
+    Migrated {
+        /// The definition it kept to before.
+        from: String,
+        /// Where it stands now.
+        progress: Progress,
+    },
+}
+
+impl SagaEvent {
+    /// Where the saga stands after this event.
+    pub fn progress(&self) -> &Progress {
+        match self {
+            Self::Started { progress, .. }
+            | Self::Replied { progress, .. }
+            | Self::Timed { progress, .. }
+            | Self::Operated { progress, .. }
+            | Self::Migrated { progress, .. } => progress,
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! Starts sagas, feeds them replies and timers, and lets operators act on them.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use chrono::Utc;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use super::{
+    definition::{Saga, SagaState},
+    instance::{Ask, Definitions, Instance, SagaRefusal, What},
+    participant::StepEvent,
+    progress::Progress,
+    transition::Verb,
+};
+use crate::{
+    backoff::Backoff,
+    bus::Message,
+    event::named_id,
+    handler::{Handler, HandlerError, Terminal},
+    health::Health,
+    repository::{CACHED_AGGREGATES, ExecuteError, Repository, Request},
+    store::{EventStore, LogQuery, Scan},
+    work::Work,
+};
+
+/// How often the timers are looked at: the precision of every timeout and delay.
+pub const TIMER_TICK: Duration = Duration::from_millis(100);
+/// Timers fired in one go.
+const DUE_PAGE: usize = 256;
+
+/// Tells which messages start a saga: its id, and what it is given.
+pub type Starts<C> = fn(&Message) -> Result<Option<(String, C)>, HandlerError>;
+
+/// Runs the sagas of one definition.
+pub struct Runner<C: SagaState> {
+    definitions: Arc<Definitions<C>>,
+    instances: Repository<Instance<C>>,
+    store: Arc<dyn EventStore>,
+    starts: Starts<C>,
+    query: LogQuery,
+}
+
+impl<C: SagaState> Clone for Runner<C> {
+    fn clone(&self) -> Self {
+        Self {
+            definitions: self.definitions.clone(),
+            instances: self.instances.clone(),
+            store: self.store.clone(),
+            starts: self.starts,
+            query: self.query.clone(),
+        }
+    }
+}
+
+impl<C: SagaState> Runner<C> {
+    /// Runs `saga`; it starts with those events of `query` that `starts` gives an id for.
+    pub fn new(store: Arc<dyn EventStore>, saga: Saga<C>, query: LogQuery, starts: Starts<C>) -> Self {
+        let instances = Repository::with(store.clone(), &saga.category(), CACHED_AGGREGATES);
+        let definitions = Definitions { current: Arc::new(saga), older: HashMap::new(), migrations: HashMap::new() };
+        Self { definitions: Arc::new(definitions), instances, store, starts, query }
+    }
+
+    fn with(mut self, change: impl FnOnce(&mut Definitions<C>)) -> Self {
+        let known = &self.definitions;
+        let mut definitions = Definitions {
+            current: known.current.clone(),
+            older: known.older.clone(),
+            migrations: known.migrations.clone(),
+        };
+        change(&mut definitions);
+        self.definitions = Arc::new(definitions);
+        self
+    }
+
+    /// Lets sagas that were started under an earlier definition keep to it.
+    pub fn older(self, saga: Saga<C>) -> Self {
+        self.with(|definitions| _ = definitions.older.insert(saga.hash.clone(), Arc::new(saga)))
+    }
+
+    /// Moves sagas that were started under the definition with this hash to the current one, each when it next wants
+    /// attention. `migrate` says where in the current plan they stand.
+    pub fn migrate(self, from: &str, migrate: fn(&Progress) -> Progress) -> Self {
+        self.with(|definitions| _ = definitions.migrations.insert(from.to_owned(), migrate))
+    }
+
+    /// The name of the saga.
+    pub fn name(&self) -> &'static str {
+        self.definitions.current.name
+    }
+
+    pub(crate) fn category(&self) -> String {
+        self.definitions.current.category()
+    }
+
+    pub(crate) fn query(&self) -> &LogQuery {
+        &self.query
+    }
+
+    /// One saga as the store has it now; `None` if it never started.
+    pub async fn saga(&self, id: &str) -> Result<Option<Instance<C>>, String> {
+        let instance = self.instances.state(id).await.map_err(|error| error.to_string())?;
+        Ok(instance.progress.is_some().then_some(instance))
+    }
+
+    /// Acts on a stuck saga. The act is an event in its stream, with who and why.
+    pub async fn operate(&self, id: &str, verb: Verb, by: &str, reason: &str) -> Result<(), ExecuteError<SagaRefusal>> {
+        let what = What::Operate { verb, by: by.to_owned(), reason: reason.to_owned() };
+        self.instances.execute(id, self.ask(id, what), Request::from(Uuid::new_v4())).await?;
+        Ok(())
+    }
+
+    fn ask(&self, id: &str, what: What<C>) -> Ask<C> {
+        let saga_id = named_id(named_id(Uuid::NAMESPACE_OID, &self.category()), id);
+        Ask { definitions: self.definitions.clone(), saga_id, now: Utc::now().timestamp_millis(), what }
+    }
+
+    async fn start(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
+        if let Some((id, context)) = (self.starts)(message)? {
+            work.create(&self.instances, &id, &self.ask(&id, What::Begin(context))).await?;
+        }
+        Ok(())
+    }
+
+    async fn reply(&self, saga_id: &str, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
+        let Some(StepEvent::Replied { reply, .. }) = message.decode()? else { return Ok(()) };
+        let ask = self.ask(saga_id, What::Reply(reply));
+        work.execute(&self.instances, saga_id, &ask).await.terminal()?;
+        Ok(())
+    }
+
+    /// Fires timers until `shutdown`.
+    pub(crate) async fn timers(self, health: Health, shutdown: CancellationToken) -> Result<(), String> {
+        let mut reporter = health.reporter(&format!("{}.timers", self.name()));
+        let mut backoff = Backoff::long();
+        let mut tick = tokio::time::interval(TIMER_TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let collection = self.category();
+        loop {
+            tokio::select! {
+                _ = tick.tick() => {}
+                () = shutdown.cancelled() => break,
+            }
+            let due = match self.store.scan(&collection, &Scan::Due(Utc::now()), DUE_PAGE).await {
+                Ok(due) => due,
+                Err(error) => {
+                    reporter.trouble(error.to_string());
+                    backoff.wait().await;
+                    continue;
+                }
+            };
+            let mut fired = tokio::task::JoinSet::new();
+            for document in due {
+                let (runner, id) = (self.clone(), document.key.id);
+                fired.spawn(async move {
+                    let ask = runner.ask(&id, What::Due);
+                    let outcome = runner.instances.execute(&id, ask, Request::from(Uuid::new_v4())).await;
+                    outcome.err().map(|error| format!("timer of saga {id}: {error}"))
+                });
+            }
+            let troubles: Vec<_> = fired.join_all().await.into_iter().flatten().collect();
+            match troubles.into_iter().next() {
+                Some(trouble) => {
+                    reporter.trouble(trouble);
+                    backoff.wait().await;
+                }
+                None => {
+                    reporter.fine();
+                    backoff.reset();
+                }
+            }
+        }
+        health.set(&format!("{}.timers", self.name()), crate::health::State::Stopped);
+        Ok(())
+    }
+}
+
+/// Starts sagas from the log.
+pub(crate) struct Starter<C: SagaState>(pub Runner<C>);
+
+#[async_trait]
+impl<C: SagaState> Handler for Starter<C> {
+    async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
+        self.0.start(message, work).await
+    }
+}
+
+/// Takes the replies to one kind of saga, whatever it knows.
+#[async_trait]
+pub(crate) trait Replies: Send + Sync {
+    fn category(&self) -> String;
+    async fn reply(&self, saga_id: &str, message: &Message, work: &mut Work) -> Result<(), HandlerError>;
+}
+
+#[async_trait]
+impl<C: SagaState> Replies for Runner<C> {
+    fn category(&self) -> String {
+        Runner::category(self)
+    }
+
+    async fn reply(&self, saga_id: &str, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
+        Runner::reply(self, saga_id, message, work).await
+    }
+}

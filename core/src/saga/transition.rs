@@ -1,0 +1,349 @@
+//! What a saga does next: a pure function of its plan, its progress and one input.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use uuid::Uuid;
+
+use super::{
+    definition::{Kind, PlannedStep, RETRY_DELAY_MAX, RETRY_DELAY_MIN, Saga, SagaState},
+    progress::{At, CallState, Command, Failure, Outcome, Progress, Reply, Status},
+};
+use crate::event::named_id;
+
+/// What can happen to a running saga.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Input {
+    /// A participant replied.
+    Reply(Reply),
+    /// Time has passed: a timer may be due.
+    Due,
+    /// An operator acts.
+    Operate(Verb),
+}
+
+/// What an operator can do to a stuck saga.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verb {
+    /// Ask again for the step it is stuck at.
+    Retry,
+    /// Take the step as done, and go on.
+    SkipStep,
+    /// Go back instead. Only up to the pivot: the operator vouches that it did not happen.
+    Compensate,
+    /// Leave it as it is, for good.
+    Abandon,
+}
+
+/// What an input leads to.
+#[derive(Clone, Debug)]
+pub struct Moved<C> {
+    /// What the saga knows now.
+    pub context: C,
+    /// Where it stands now.
+    pub progress: Progress,
+    /// What it asks for.
+    pub send: Vec<Command>,
+    /// The step it gave up, and why.
+    pub gave_up: Option<Failure>,
+}
+
+struct Move<'a, C> {
+    plan: &'a Saga<C>,
+    saga_id: Uuid,
+    now: i64,
+    context: C,
+    progress: Progress,
+    send: Vec<Command>,
+    gave_up: Option<Failure>,
+}
+
+/// The first move of a saga. `saga_id` is what the ids of its commands derive from; `now` is in milliseconds since 1970.
+///
+/// # Errors
+/// If a command has no JSON form.
+pub fn begin<C: SagaState>(plan: &Saga<C>, saga_id: Uuid, context: C, now: i64) -> Result<Moved<C>, String> {
+    let progress = Progress {
+        status: Status::Running,
+        at: At::Forward(0),
+        step: String::new(),
+        calls: Vec::new(),
+        attempt: 0,
+        retrying: false,
+        due: None,
+        deadline: plan.deadline.map(|deadline| now + millis(deadline)),
+        failure: None,
+        definition: plan.hash.clone(),
+        started: now,
+        ended: None,
+    };
+    let mut step = Move { plan, saga_id, now, context, progress, send: Vec::new(), gave_up: None };
+    step.enter(At::Forward(0))?;
+    Ok(step.end())
+}
+
+/// What `input` leads to; `None` if it changes nothing: it is late, repeated, early, or for a saga that has ended.
+///
+/// # Errors
+/// If a command has no JSON form, or an operator's verb does not apply.
+pub fn transition<C: SagaState>(
+    plan: &Saga<C>,
+    saga_id: Uuid,
+    context: &C,
+    progress: &Progress,
+    input: &Input,
+    now: i64,
+) -> Result<Option<Moved<C>>, String> {
+    if progress.ended.is_some() {
+        return match input {
+            Input::Operate(verb) => Err(format!("the saga has ended: {verb:?} does nothing")),
+            Input::Reply(_) | Input::Due => Ok(None),
+        };
+    }
+    let (context, progress) = (context.clone(), progress.clone());
+    let mut step = Move { plan, saga_id, now, context, progress, send: Vec::new(), gave_up: None };
+    let changed = match input {
+        Input::Reply(reply) => step.reply(reply)?,
+        Input::Due => step.due()?,
+        Input::Operate(verb) => {
+            step.operate(*verb)?;
+            true
+        }
+    };
+    Ok(changed.then(|| step.end()))
+}
+
+impl<C: SagaState> Move<'_, C> {
+    fn end(self) -> Moved<C> {
+        Moved { context: self.context, progress: self.progress, send: self.send, gave_up: self.gave_up }
+    }
+
+    fn planned(&self) -> &PlannedStep<C> {
+        match self.progress.at {
+            At::Forward(step) | At::Undo(step) => &self.plan.steps[step],
+            At::Closing(step) => &self.plan.closing[step],
+        }
+    }
+
+    fn reply(&mut self, reply: &Reply) -> Result<bool, String> {
+        let known = self.progress.calls.get(reply.call).copied();
+        if reply.at != self.progress.at || matches!(known, None | Some(CallState::Done | CallState::Refused)) {
+            return Ok(false);
+        }
+        let stale = reply.attempt < self.progress.attempt || self.progress.retrying;
+        let state = match &reply.outcome {
+            Outcome::Done(_) => CallState::Done,
+            // A step that must succeed takes a refusal as one more failure.
+            Outcome::Refused(_) if self.may_refuse() => CallState::Refused,
+            Outcome::Refused(_) | Outcome::Failed(_) if stale => return Ok(false),
+            Outcome::Refused(_) | Outcome::Failed(_) => CallState::Failed,
+        };
+        self.progress.calls[reply.call] = state;
+        if !matches!(self.progress.at, At::Undo(_)) && !matches!(reply.outcome, Outcome::Failed(_)) {
+            self.context.learn(self.planned().name, &reply.outcome);
+        }
+        if self.progress.status != Status::Stuck {
+            let reason = match &reply.outcome {
+                Outcome::Done(_) => "",
+                Outcome::Refused(reason) | Outcome::Failed(reason) => reason,
+            };
+            self.settle(reason)?;
+        }
+        Ok(true)
+    }
+
+    fn may_refuse(&self) -> bool {
+        matches!(self.progress.at, At::Forward(_)) && matches!(self.planned().kind, Kind::Compensatable | Kind::Pivot)
+    }
+
+    /// Goes on if what is known of the calls allows it.
+    fn settle(&mut self, reason: &str) -> Result<(), String> {
+        let has = |state| self.progress.calls.contains(&state);
+        if has(CallState::Refused) {
+            self.compensate(reason)
+        } else if has(CallState::Failed) && !has(CallState::Waiting) {
+            self.fail(reason)
+        } else if has(CallState::Failed) || has(CallState::Waiting) {
+            Ok(())
+        } else {
+            self.advance()
+        }
+    }
+
+    fn advance(&mut self) -> Result<(), String> {
+        match self.progress.at {
+            At::Forward(step) if step + 1 < self.plan.steps.len() => self.enter(At::Forward(step + 1)),
+            At::Forward(_) => Ok(self.finish(Status::Completed)),
+            At::Undo(0) => self.close(),
+            At::Undo(step) => self.enter(At::Undo(step - 1)),
+            At::Closing(step) if step + 1 < self.plan.closing.len() => self.enter(At::Closing(step + 1)),
+            At::Closing(_) => Ok(self.finish(Status::Compensated)),
+        }
+    }
+
+    fn close(&mut self) -> Result<(), String> {
+        if self.plan.closing.is_empty() {
+            self.finish(Status::Compensated);
+            return Ok(());
+        }
+        self.enter(At::Closing(0))
+    }
+
+    fn finish(&mut self, status: Status) {
+        let progress = &mut self.progress;
+        (progress.status, progress.ended) = (status, Some(self.now));
+        (progress.due, progress.deadline, progress.retrying) = (None, None, false);
+    }
+
+    fn enter(&mut self, at: At) -> Result<(), String> {
+        self.progress.at = at;
+        let calls = self.planned().calls.len();
+        self.enter_with(at, vec![CallState::Waiting; calls])
+    }
+
+    fn enter_with(&mut self, at: At, calls: Vec<CallState>) -> Result<(), String> {
+        self.progress.at = at;
+        self.progress.step = self.planned().name.to_owned();
+        self.progress.calls = calls;
+        self.progress.attempt = 0;
+        if matches!(at, At::Forward(step) if self.plan.steps[step].kind != Kind::Compensatable) {
+            self.progress.deadline = None;
+        }
+        if self.progress.calls.iter().all(|call| *call == CallState::Done) { self.advance() } else { self.ask() }
+    }
+
+    /// Sends the commands of all calls that are not done.
+    fn ask(&mut self) -> Result<(), String> {
+        let (planned, at) = (self.planned(), self.progress.at);
+        let (timeout, attempt) = (planned.timeout, self.progress.attempt + 1);
+        let open = |call: &usize| self.progress.calls[*call] != CallState::Done;
+        let mut commands = Vec::new();
+        for call in (0..planned.calls.len()).filter(open) {
+            let make = match at {
+                At::Undo(_) => planned.calls[call].undo.unwrap_or(planned.calls[call].perform),
+                At::Forward(_) | At::Closing(_) => planned.calls[call].perform,
+            };
+            let request = make(&self.context);
+            let data = request.data.and_then(|data| RawValue::from_string(data).map_err(|error| error.to_string()));
+            commands.push(Command {
+                id: named_id(self.saga_id, &format!("{at}/{call}")),
+                to: request.to,
+                type_name: request.type_name.to_owned(),
+                schema_version: request.schema_version,
+                at,
+                call,
+                attempt,
+                data: data.map_err(|error| format!("step {:?}: {} has no JSON form: {error}", planned.name, request.type_name))?,
+            });
+        }
+        for command in &commands {
+            self.progress.calls[command.call] = CallState::Waiting;
+        }
+        self.send.extend(commands);
+        self.progress.attempt = attempt;
+        self.progress.retrying = false;
+        self.progress.due = Some(self.now + millis(timeout));
+        Ok(())
+    }
+
+    /// Some participants failed, and nobody is waited for: ask again later, or give up.
+    fn fail(&mut self, reason: &str) -> Result<(), String> {
+        if self.progress.attempt >= self.planned().attempts_max {
+            return self.give_up(reason);
+        }
+        self.progress.retrying = true;
+        self.progress.due = Some(self.now + millis(retry_delay(self.saga_id, self.progress.attempt)));
+        Ok(())
+    }
+
+    fn give_up(&mut self, reason: &str) -> Result<(), String> {
+        let failure = Failure { step: self.planned().name.to_owned(), reason: reason.to_owned() };
+        let compensatable = self.planned().kind == Kind::Compensatable && matches!(self.progress.at, At::Forward(_));
+        if compensatable {
+            self.context.learn(&failure.step, &Outcome::Failed(reason.to_owned()));
+            self.gave_up = Some(failure);
+            return self.compensate(reason);
+        }
+        // The pivot may have happened, and what follows it or undoes something must happen: only a person can say more.
+        self.progress.status = Status::Stuck;
+        self.progress.failure = Some(failure);
+        (self.progress.due, self.progress.deadline, self.progress.retrying) = (None, None, false);
+        Ok(())
+    }
+
+    /// Goes back: first undoes what this step may have done, then the steps before it.
+    fn compensate(&mut self, reason: &str) -> Result<(), String> {
+        let At::Forward(step) = self.progress.at else { return Ok(()) };
+        let failed = self.planned();
+        self.progress.failure = Some(Failure { step: failed.name.to_owned(), reason: reason.to_owned() });
+        self.progress.status = Status::Compensating;
+        self.progress.deadline = None;
+        if self.plan.steps[step].kind == Kind::Compensatable {
+            // Whoever was asked and has not refused may have done it, or may do it yet.
+            let undone = |call: &CallState| if *call == CallState::Refused { CallState::Done } else { CallState::Waiting };
+            let calls = self.progress.calls.iter().map(undone).collect();
+            return self.enter_with(At::Undo(step), calls);
+        }
+        match self.plan.compensatable() {
+            0 => self.close(),
+            steps => self.enter(At::Undo(steps - 1)),
+        }
+    }
+
+    fn due(&mut self) -> Result<bool, String> {
+        if self.progress.status == Status::Running && self.progress.deadline.is_some_and(|deadline| deadline <= self.now) {
+            let failure = Failure { step: self.planned().name.to_owned(), reason: "deadline".to_owned() };
+            self.context.learn(&failure.step, &Outcome::Failed(failure.reason.clone()));
+            self.gave_up = Some(failure);
+            self.compensate("deadline")?;
+            return Ok(true);
+        }
+        if self.progress.due.is_none_or(|due| due > self.now) {
+            return Ok(false);
+        }
+        if self.progress.retrying || self.progress.attempt < self.planned().attempts_max {
+            self.ask()?;
+        } else {
+            self.give_up("timeout")?;
+        }
+        Ok(true)
+    }
+
+    fn operate(&mut self, verb: Verb) -> Result<(), String> {
+        if self.progress.status != Status::Stuck {
+            return Err(format!("the saga is {:?}, not stuck: {verb:?} does not apply", self.progress.status));
+        }
+        let (back, past_pivot) = match self.progress.at {
+            At::Forward(step) => (false, self.plan.steps[step].kind == Kind::Retriable),
+            At::Undo(_) | At::Closing(_) => (true, true),
+        };
+        if verb == Verb::Compensate && past_pivot {
+            return Err(format!("step {:?} only goes forward: it cannot be compensated", self.progress.step));
+        }
+        if verb == Verb::Abandon {
+            self.progress.ended = Some(self.now);
+            return Ok(());
+        }
+        self.progress.status = if back { Status::Compensating } else { Status::Running };
+        self.progress.attempt = 0;
+        let all_done = self.progress.calls.iter().all(|call| *call == CallState::Done);
+        match verb {
+            Verb::Compensate => self.compensate("an operator compensated it"),
+            Verb::Retry if !all_done => self.ask(),
+            Verb::SkipStep | Verb::Retry | Verb::Abandon => self.advance(),
+        }
+    }
+}
+
+fn millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX / 4)
+}
+
+/// Doubles with each attempt. The jitter comes from the saga's id, so that the function stays pure.
+fn retry_delay(saga_id: Uuid, attempt: u32) -> Duration {
+    let doubled = RETRY_DELAY_MIN.saturating_mul(2u32.saturating_pow(attempt.saturating_sub(1).min(20)));
+    let jitter = saga_id.as_bytes()[attempt as usize % 16];
+    doubled.min(RETRY_DELAY_MAX).mul_f64(0.5 + f64::from(jitter) / 512.0)
+}

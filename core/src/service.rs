@@ -1,0 +1,222 @@
+//! A service: what it publishes, the steps it carries out, the sagas it runs, and everything that keeps them going.
+
+use std::{sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    bus::{Bus, BusError, Message, Publisher},
+    consumer::Group,
+    event::StreamId,
+    handler::{Handler, HandlerError},
+    health::{Health, State},
+    relay::{Relay, Routes},
+    saga::{Desk, Index, Participant, Replies, Runner, SagaState, Starter, StepEvent},
+    store::{EventStore, LogQuery},
+    subscription::Subscription,
+    work::Work,
+};
+
+/// A service in the making.
+///
+/// Services talk only through the bus; several in one process may share a store, since each knows only its own
+/// categories.
+pub struct Service {
+    name: String,
+    store: Arc<dyn EventStore>,
+    routes: Routes,
+    desk: Option<Arc<dyn Handler>>,
+    members: u32,
+    replies: Vec<Arc<dyn Replies>>,
+    subscriptions: Vec<Subscription>,
+    groups: Vec<Group>,
+    timers: Vec<Timers>,
+}
+
+type Timers = Box<dyn FnOnce(Health, CancellationToken) -> std::pin::Pin<Box<dyn Future<Output = Result<(), String>> + Send>> + Send>;
+
+impl Service {
+    /// A service of this name on its store: its events go to topic `<name>.events`, its commands come from
+    /// `<name>.commands`.
+    pub fn new(name: &str, store: Arc<dyn EventStore>) -> Self {
+        Self {
+            name: name.to_owned(),
+            store,
+            routes: Routes::of(name),
+            desk: None,
+            members: 1,
+            replies: Vec::new(),
+            subscriptions: Vec::new(),
+            groups: Vec::new(),
+            timers: Vec::new(),
+        }
+    }
+
+    /// Publishes the events of these categories.
+    pub fn publish(mut self, categories: &[&str]) -> Self {
+        categories.iter().for_each(|category| self.routes.publish(category));
+        self
+    }
+
+    /// Carries out steps of sagas, its own or other services'.
+    pub fn participant(mut self, participant: impl Participant) -> Self {
+        self.desk = Some(Arc::new(Desk::new(&self.name, self.store.clone(), participant)));
+        self
+    }
+
+    /// How many members take commands side by side; see [`Group::members`].
+    pub fn members(mut self, members: u32) -> Self {
+        self.members = members;
+        self
+    }
+
+    /// Runs sagas of this definition.
+    pub fn saga<C: SagaState>(mut self, runner: Runner<C>) -> Self {
+        let name = format!("{}.{}", self.name, runner.name());
+        self.routes.saga(&runner.category());
+        let starter = Subscription::new(&format!("{name}.start"), Starter(runner.clone())).query(runner.query().clone());
+        let of_saga = LogQuery::categories([runner.category()]);
+        let index = Subscription::new(&format!("{name}.index"), Index).query(of_saga);
+        self.subscriptions.extend([starter, index]);
+        self.replies.push(Arc::new(runner.clone()));
+        self.timers.push(Box::new(|health, shutdown| Box::pin(runner.timers(health, shutdown))));
+        self
+    }
+
+    /// Follows the service's own log.
+    pub fn subscribe(mut self, subscription: Subscription) -> Self {
+        self.subscriptions.push(subscription);
+        self
+    }
+
+    /// Consumes other services' topics.
+    pub fn consume(mut self, group: Group) -> Self {
+        self.groups.push(group);
+        self
+    }
+}
+
+/// Takes everything that arrives on `<service>.commands`: replies to its sagas, and steps to carry out.
+struct Inbox {
+    replies: Vec<Arc<dyn Replies>>,
+    desk: Option<Arc<dyn Handler>>,
+}
+
+#[async_trait]
+impl Handler for Inbox {
+    async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
+        let is_reply = <StepEvent as crate::Event>::TYPES.iter().any(|known| *known.name == *message.type_name);
+        if is_reply {
+            let saga = StreamId::from_stored(&message.key);
+            if let Some(replies) = self.replies.iter().find(|replies| replies.category() == saga.category()) {
+                return replies.reply(saga.id(), message, work).await;
+            }
+        } else if let Some(desk) = &self.desk {
+            return desk.handle(message, work).await;
+        }
+        Ok(())
+    }
+}
+
+/// Everything that runs, started and stopped together.
+pub struct Runtime {
+    tasks: JoinSet<(String, Result<(), String>)>,
+    shutdown: CancellationToken,
+    health: Health,
+}
+
+impl Default for Runtime {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Runtime {
+    /// Nothing yet.
+    pub fn new() -> Self {
+        Self { tasks: JoinSet::new(), shutdown: CancellationToken::new(), health: Health::default() }
+    }
+
+    /// How the parts are doing.
+    pub fn health(&self) -> Health {
+        self.health.clone()
+    }
+
+    /// Ends when the runtime is to drain, for parts of the user's own.
+    pub fn shutdown(&self) -> CancellationToken {
+        self.shutdown.clone()
+    }
+
+    /// Starts services on a bus. All of them join it before any of them publishes, so that no message is missed.
+    ///
+    /// # Errors
+    /// If the bus cannot be joined; then nothing is started.
+    pub async fn start<B: Bus>(&mut self, services: Vec<Service>, bus: Arc<B>) -> Result<(), BusError> {
+        let mut joined = Vec::new();
+        for service in services {
+            let mut groups = Vec::new();
+            if service.desk.is_some() || !service.replies.is_empty() {
+                let inbox = Inbox { replies: service.replies, desk: service.desk };
+                let topic = format!("{}.commands", service.name);
+                let group = Group::new(&topic, &[&topic], inbox).members(service.members);
+                groups.push((group.name().to_owned(), group.join(&*bus).await?));
+            }
+            for group in service.groups {
+                groups.push((group.name().to_owned(), group.join(&*bus).await?));
+            }
+            joined.push((service.name, service.store, service.routes, groups, service.subscriptions, service.timers));
+        }
+        for (name, store, routes, groups, subscriptions, timers) in joined {
+            let (health, shutdown) = (self.health(), self.shutdown());
+            for (group_name, group) in groups {
+                self.spawn(group_name, group.run(store.clone(), health.clone(), shutdown.clone()));
+            }
+            for subscription in subscriptions {
+                let part = subscription.name().to_owned();
+                self.spawn(part, subscription.run(store.clone(), health.clone(), shutdown.clone()));
+            }
+            for timers in timers {
+                self.spawn(format!("{name}.timers"), timers(health.clone(), shutdown.clone()));
+            }
+            let publisher: Arc<dyn Publisher> = bus.clone();
+            self.spawn(format!("{name}.relay"), Relay::new(routes).run(store, publisher, health, shutdown));
+        }
+        Ok(())
+    }
+
+    /// Starts a part of the user's own; it should end when [`shutdown`](Self::shutdown) does.
+    pub fn spawn(&mut self, part: impl Into<String>, task: impl Future<Output = Result<(), String>> + Send + 'static) {
+        let part = part.into();
+        self.tasks.spawn(async move { (part, task.await) });
+    }
+
+    /// Stops intake, lets every part finish what it has in hand for at most `patience`, and joins all of them.
+    ///
+    /// # Errors
+    /// The first error or panic of a part, or which parts did not end in time; those are cut off, which loses nothing.
+    pub async fn drain(mut self, patience: Duration) -> Result<(), String> {
+        self.shutdown.cancel();
+        let (mut first_error, health) = (None, self.health.clone());
+        let joined = tokio::time::timeout(patience, async {
+            while let Some(ended) = self.tasks.join_next().await {
+                let error = match ended {
+                    Ok((_, Ok(()))) => continue,
+                    Ok((part, Err(error))) => {
+                        health.set(&part, State::Failed(error.clone()));
+                        format!("{part}: {error}")
+                    }
+                    Err(panic) => panic.to_string(),
+                };
+                first_error.get_or_insert(error);
+            }
+        });
+        if joined.await.is_err() {
+            let left = self.tasks.len();
+            self.tasks.shutdown().await;
+            return Err(first_error.unwrap_or_else(|| format!("{left} parts did not end within {patience:?} and were cut off")));
+        }
+        first_error.map_or(Ok(()), Err)
+    }
+}

@@ -1,0 +1,225 @@
+//! The code the macro writes.
+//!
+//! Everything is in one anonymous constant, where names that begin with `__` cannot meet those of the
+//! user, whose field types and upcasters are resolved there. For the same reason all paths are
+//! absolute: the user may well have another `Result`.
+
+use proc_macro2::{Span, TokenStream};
+use quote::{ToTokens, format_ident, quote, quote_spanned};
+use syn::{Fields, Ident, ext::IdentExt, spanned::Spanned};
+
+use crate::{
+    attributes::path_text,
+    event::{EventEnum, EventVariant},
+};
+
+/// `impl Event for ..` and what it stands on.
+pub(crate) fn event_impl(event_enum: &EventEnum) -> TokenStream {
+    let EventEnum { ident, skip_unknown, variants } = event_enum;
+    let names: Vec<_> = variants.iter().map(|v| &v.name).collect();
+    let versions: Vec<_> = variants.iter().map(|v| v.version).collect();
+    let idents: Vec<_> = variants.iter().map(|v| &v.ident).collect();
+    let read_arms = variants.iter().map(read_arm);
+    let writer = writer(event_enum);
+    let readers = variants.iter().filter_map(reader);
+    let read = read_fn();
+    let unknown = if *skip_unknown {
+        quote!(::std::result::Result::Ok(::std::option::Option::None))
+    } else {
+        quote! {
+            ::std::result::Result::Err(::annals::event::EventError::UnknownType {
+                type_name: ::std::borrow::ToOwned::to_owned(type_name),
+                expected: <Self as ::annals::event::Event>::TYPES,
+            })
+        }
+    };
+
+    quote! {
+        const _: () = {
+            #writer
+            #(#readers)*
+            #read
+
+            #[automatically_derived]
+            impl ::annals::event::Event for #ident {
+                const TYPES: &'static [::annals::event::EventType] = &[
+                    #(::annals::event::EventType { name: #names, version: #versions },)*
+                ];
+
+                fn type_name(&self) -> &'static str {
+                    match *self {
+                        #(Self::#idents { .. } => #names,)*
+                    }
+                }
+
+                fn schema_version(&self) -> i32 {
+                    match *self {
+                        #(Self::#idents { .. } => #versions,)*
+                    }
+                }
+
+                fn encode(
+                    &self,
+                ) -> ::std::result::Result<::std::string::String, ::annals::event::EventError> {
+                    ::annals::serde_json::to_string(&__Written(self)).map_err(|error| {
+                        ::annals::event::EventError::Unencodable {
+                            type_name: ::std::borrow::ToOwned::to_owned(
+                                ::annals::event::Event::type_name(self),
+                            ),
+                            reason: ::std::string::ToString::to_string(&error),
+                        }
+                    })
+                }
+
+                fn decode(
+                    type_name: &str,
+                    schema_version: i32,
+                    data: &str,
+                ) -> ::std::result::Result<
+                    ::std::option::Option<Self>,
+                    ::annals::event::EventError,
+                > {
+                    match type_name {
+                        #(#read_arms)*
+                        _ => #unknown,
+                    }
+                }
+            }
+        };
+    }
+}
+
+/// Serializes the fields of any variant in place.
+///
+/// This is serde's "remote derive" of a mirror of the enum: it borrows the fields from the original
+/// but sees their own types, so that `skip_serializing_if` and `serialize_with` work as usual, which a
+/// struct of references would break. `untagged` leaves the fields alone in the JSON.
+fn writer(event_enum: &EventEnum) -> TokenStream {
+    let ident = &event_enum.ident;
+    let remote = ident.to_string();
+    let variants = event_enum.variants.iter().map(|variant| {
+        let EventVariant { ident, serde, fields, .. } = variant;
+        quote!(#(#serde)* #ident #fields)
+    });
+    quote! {
+        #[derive(::annals::serde::Serialize)]
+        #[serde(crate = "::annals::serde", remote = #remote, untagged)]
+        enum __Fields {
+            #(#variants,)*
+        }
+
+        struct __Written<'a>(&'a #ident);
+
+        impl ::annals::serde::Serialize for __Written<'_> {
+            fn serialize<S: ::annals::serde::Serializer>(
+                &self,
+                serializer: S,
+            ) -> ::std::result::Result<S::Ok, S::Error> {
+                __Fields::serialize(self.0, serializer)
+            }
+        }
+    }
+}
+
+fn reader_ident(variant: &EventVariant) -> Ident {
+    format_ident!("__Read{}", variant.ident.unraw())
+}
+
+/// The struct that the fields of one variant are deserialized into, if there are any.
+fn reader(variant: &EventVariant) -> Option<TokenStream> {
+    let EventVariant { name, serde, fields, .. } = variant;
+    if fields.is_empty() {
+        return None;
+    }
+    let reader = reader_ident(variant);
+    let expecting = format!("the fields of {name}");
+    let semicolon = matches!(fields, Fields::Unnamed(_)).then(|| quote!(;));
+    Some(quote! {
+        #[derive(::annals::serde::Deserialize)]
+        #[serde(crate = "::annals::serde", expecting = #expecting)]
+        #(#serde)*
+        struct #reader #fields #semicolon
+    })
+}
+
+/// The arm of `decode` for one variant.
+fn read_arm(variant: &EventVariant) -> TokenStream {
+    let EventVariant { ident, name, version, fields, .. } = variant;
+    // A struct without fields would accept an array too.
+    let reader = if fields.is_empty() {
+        quote!(::annals::serde_json::Map<::std::string::String, ::annals::serde_json::Value>)
+    } else {
+        reader_ident(variant).into_token_stream()
+    };
+    let members: Vec<_> = fields.members().collect();
+    let steps = variant.upcasters.iter().map(|upcaster| {
+        let shown = path_text(&upcaster.path);
+        // An upcaster of another type is then reported where it is named, not at `derive(Event)`.
+        let span = Span::mixed_site().located_at(upcaster.span());
+        quote_spanned! {span=>
+            (#shown, |value| {
+                let upcast: ::std::result::Result<::annals::serde_json::Value, _> = #upcaster(value);
+                upcast.map_err(|error| ::std::string::ToString::to_string(&error))
+            })
+        }
+    });
+    quote! {
+        #name => {
+            let _read: #reader = __read(#name, #version, &[#(#steps),*], schema_version, data)?;
+            ::std::result::Result::Ok(::std::option::Option::Some(
+                Self::#ident { #(#members: _read.#members),* }
+            ))
+        }
+    }
+}
+
+/// The function that all arms of `decode` share.
+fn read_fn() -> TokenStream {
+    quote! {
+        fn __read<T: ::annals::serde::de::DeserializeOwned>(
+            type_name: &str,
+            known: i32,
+            upcasters: &[(
+                &str,
+                fn(::annals::serde_json::Value) -> ::std::result::Result<
+                    ::annals::serde_json::Value,
+                    ::std::string::String,
+                >,
+            )],
+            schema_version: i32,
+            data: &str,
+        ) -> ::std::result::Result<T, ::annals::event::EventError> {
+            let type_name = || ::std::borrow::ToOwned::to_owned(type_name);
+            let undecodable = |reason| ::annals::event::EventError::Undecodable {
+                type_name: type_name(),
+                version: schema_version,
+                reason,
+            };
+            let mismatch = |error: ::annals::serde_json::Error| {
+                undecodable(::std::string::ToString::to_string(&error))
+            };
+            if schema_version < 1 || schema_version > known {
+                return ::std::result::Result::Err(::annals::event::EventError::FutureVersion {
+                    type_name: type_name(),
+                    version: schema_version,
+                    known,
+                });
+            }
+            if schema_version == known {
+                return ::annals::serde_json::from_str(data).map_err(mismatch);
+            }
+            let mut value: ::annals::serde_json::Value =
+                ::annals::serde_json::from_str(data).map_err(mismatch)?;
+            for (from, (name, upcast)) in (1..known).zip(upcasters) {
+                if from >= schema_version {
+                    value = upcast(value).map_err(|reason| {
+                        let to = from + 1;
+                        undecodable(::std::format!("upcaster {name}, from {from} to {to}: {reason}"))
+                    })?;
+                }
+            }
+            ::annals::serde_json::from_value(value)
+                .map_err(|error| undecodable(::std::format!("after the upcasters: {error}")))
+        }
+    }
+}

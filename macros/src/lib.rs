@@ -1,0 +1,59 @@
+//! Derive macros of annals. Use them through the `annals` crate, which re-exports them.
+
+mod attributes;
+mod event;
+mod expand;
+mod name;
+
+use proc_macro::TokenStream;
+use syn::{DeriveInput, parse_macro_input};
+
+/// Implements `annals::Event` for an enum: each variant is one stored event type.
+///
+/// ```ignore
+/// #[derive(Event, Clone, Debug, PartialEq)]
+/// #[event(prefix = "order")]
+/// enum OrderEvent {
+///     #[event(version = 3, upcasters(add_currency, split_name))]
+///     Placed { order_id: String, currency: String },
+///     #[event(name = "order.confirmed-by-hand")]
+///     Confirmed { order_id: String },
+///     Imported(ImportedOrder),
+///     Closed,
+/// }
+/// ```
+///
+/// # On the enum
+///
+/// - `prefix = "order"`: a variant is stored as the prefix, a dot and the variant's name in
+///   kebab-case (`order.placed`). Without it, as the kebab-case name alone.
+/// - `unknown = "skip"`: a stored type that this enum does not know decodes to `Ok(None)`. Without
+///   it, to `EventError::UnknownType`.
+///
+/// # On a variant
+///
+/// - `name = "order.placed"`: the whole stored name; the prefix is not added. Set it before renaming
+///   a variant whose events are already stored.
+/// - `version = 3`: the schema version that is written; 1 without it.
+/// - `upcasters(one_to_two, two_to_three)`: one function per step to the current version, each
+///   `fn(serde_json::Value) -> Result<serde_json::Value, impl Display>`. Events of the current version
+///   are decoded directly and never meet them.
+///
+/// A name starts with a lowercase letter, goes on with lowercase letters, digits, `.`, `-` and `_`,
+/// and has at most 100 bytes.
+///
+/// # What is stored
+///
+/// - `Placed { .. }`: the JSON object of its fields. `#[serde(..)]` on a field and
+///   `#[serde(rename_all = "..")]` on the variant work as they do in serde; the types of the fields
+///   implement `Serialize` and `Deserialize`, the enum need not.
+/// - `Imported(ImportedOrder)`: the JSON of the inner value.
+/// - `Closed`: `{}`; any JSON object is accepted on reading.
+#[proc_macro_derive(Event, attributes(event, serde))]
+pub fn derive_event(input: TokenStream) -> TokenStream {
+    let input = parse_macro_input!(input as DeriveInput);
+    event::EventEnum::parse(input)
+        .map(|event_enum| expand::event_impl(&event_enum))
+        .unwrap_or_else(syn::Error::into_compile_error)
+        .into()
+}
