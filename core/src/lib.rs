@@ -10,6 +10,7 @@ pub mod consumer;
 pub mod event;
 pub mod handler;
 pub mod health;
+pub mod local_bus;
 pub mod parking;
 pub mod relay;
 pub mod repository;
@@ -30,5 +31,6 @@ pub use self::{
     bus::{Bus, BusError, Consumer, Message, Publisher},
     commit::{Append, Commit, CommitError, Committed, Document, DocumentKey, Expected, Put},
     event::{Event, EventError, EventType, Metadata, NewEvent, Position, Recorded, StreamId, StreamIdError, Version},
+    local_bus::LocalBus,
     store::{EventStore, LogPage, LogQuery, Scan, StoreError, StoreStatus},
 };

@@ -1,0 +1,399 @@
+//! What the bus knows, and how it changes: no task, no lock, no waiting here.
+
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    sync::Arc,
+};
+
+use tokio::sync::{Notify, oneshot};
+use uuid::Uuid;
+
+use super::HELD_MAX;
+use crate::bus::{BusError, Message, Outgoing, Partition};
+
+/// How many messages are taken in under one hold of the lock, so that a large batch does not keep consumers out.
+const STRIDE: usize = 1_024;
+
+pub(super) struct State {
+    pub(super) closed: bool,
+    partitions: u32,
+    /// Differs for each bus, so that nobody seeks to an offset of messages that went with another process.
+    incarnation: Arc<str>,
+    topics: Vec<Topic>,
+    topic_names: HashMap<Arc<str>, usize>,
+    groups: Vec<Group>,
+    group_names: HashMap<Box<str>, usize>,
+    members_ever: u64,
+}
+
+struct Topic {
+    logs: Vec<Log>,
+    /// Messages held in all its logs.
+    held: usize,
+}
+
+/// One partition.
+struct Log {
+    partition: Partition,
+    /// The offset of the first message held.
+    base: i64,
+    /// Shared with deliveries under way, so that the lock is never held to copy a message.
+    messages: VecDeque<Arc<Message>>,
+    /// Rising offsets, each with the receipt that waits until it is freed. Whoever lets go of the last share of a receipt
+    /// sends it.
+    receipts: VecDeque<(i64, Arc<oneshot::Sender<()>>)>,
+    /// By group. One for each group that ever joined.
+    cursors: BTreeMap<usize, Cursor>,
+}
+
+/// Where a group is in a partition.
+struct Cursor {
+    /// All below is committed by the group.
+    acknowledged: i64,
+    /// The next to deliver, while the holder is at [`Stage::Delivering`].
+    next: i64,
+    /// The member that shall have it.
+    target: Option<u64>,
+    /// The member that has it, up to the poll that gives it up.
+    holder: Option<Holder>,
+}
+
+struct Holder {
+    member: u64,
+    stage: Stage,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Stage {
+    /// Told of the assignment, has not sought yet.
+    Assigned,
+    Delivering,
+    /// Told of the revocation, may still be at work until it polls again.
+    Revoked,
+}
+
+#[derive(Default)]
+struct Group {
+    members: BTreeMap<u64, Member>,
+}
+
+struct Member {
+    topics: Vec<usize>,
+    wake: Arc<Notify>,
+}
+
+/// Whom to wake once the lock is free again.
+pub(super) type Wakes = Vec<Arc<Notify>>;
+
+/// A message with its place worked out before the lock is taken.
+pub(super) struct Placed {
+    topic: Arc<str>,
+    hash: u64,
+    message: Arc<Message>,
+}
+
+pub(super) enum Taken {
+    All,
+    Stride,
+    Full,
+}
+
+/// What an acknowledgement let go of, to be dropped and sent after the lock.
+#[derive(Default)]
+pub(super) struct Freed {
+    pub(super) messages: Vec<Arc<Message>>,
+    pub(super) receipts: Vec<oneshot::Sender<()>>,
+}
+
+pub(super) enum Next {
+    Nothing,
+    Assigned(Vec<Partition>),
+    Revoked(Vec<Partition>),
+    Messages(Vec<(Partition, i64, Arc<Message>)>),
+}
+
+/// Who is asking.
+pub(super) struct Seat {
+    group: usize,
+    member: u64,
+    topics: Vec<usize>,
+    /// Which partition to look at first, moved on with each poll so that a busy one does not starve the others.
+    turn: usize,
+}
+
+impl Placed {
+    pub(super) fn new(Outgoing { topic, message }: Outgoing) -> Self {
+        // FNV-1a: the same in every build, which the standard library's hasher does not promise.
+        let hash = message
+            .key
+            .bytes()
+            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+        Self { topic, hash: hash ^ (hash >> 32), message: Arc::new(message) }
+    }
+}
+
+impl State {
+    pub(super) fn new(partitions: u32) -> Self {
+        Self {
+            closed: false,
+            partitions: partitions.max(1),
+            incarnation: Uuid::new_v4().to_string().into(),
+            topics: Vec::new(),
+            topic_names: HashMap::new(),
+            groups: Vec::new(),
+            group_names: HashMap::new(),
+            members_ever: 0,
+        }
+    }
+
+    /// Closes, and gives out what it knew: the receipts in it fail when that is dropped.
+    pub(super) fn close(&mut self, wakes: &mut Wakes) -> Self {
+        wakes.extend(self.groups.iter().flat_map(|group| group.members.values()).map(|member| member.wake.clone()));
+        std::mem::replace(self, Self { closed: true, ..Self::new(self.partitions) })
+    }
+
+    pub(super) fn held(&self, topic: &str) -> usize {
+        self.topic_names.get(topic).map_or(0, |&topic| self.topics[topic].held)
+    }
+
+    /// Takes in some of `rest`, from its front.
+    pub(super) fn take(
+        &mut self,
+        rest: &mut VecDeque<Placed>,
+        done: &Arc<oneshot::Sender<()>>,
+        wakes: &mut Wakes,
+    ) -> Taken {
+        for _ in 0..STRIDE {
+            let Some(placed) = rest.front() else { return Taken::All };
+            let joined = self.topic_names.get(&placed.topic).map(|&topic| &mut self.topics[topic]);
+            if joined.as_ref().is_some_and(|topic| topic.held >= HELD_MAX) {
+                return Taken::Full;
+            }
+            if let (Some(placed), Some(topic)) = (rest.pop_front(), joined) {
+                topic.held += 1;
+                let log = (placed.hash % topic.logs.len() as u64) as usize;
+                topic.logs[log].push(placed.message, done, &self.groups, wakes);
+            }
+        }
+        Taken::Stride
+    }
+
+    pub(super) fn join(&mut self, group: &str, topics: &[&str], wakes: &mut Wakes) -> (Seat, Arc<Notify>) {
+        let group = *self.group_names.entry(group.into()).or_insert_with(|| {
+            self.groups.push(Group::default());
+            self.groups.len() - 1
+        });
+        let mut joined: Vec<usize> = topics.iter().map(|topic| self.topic(topic)).collect();
+        joined.sort_unstable();
+        joined.dedup();
+        for &topic in &joined {
+            for log in &mut self.topics[topic].logs {
+                let start = Cursor { acknowledged: log.base, next: log.base, target: None, holder: None };
+                log.cursors.entry(group).or_insert(start);
+            }
+        }
+        self.members_ever += 1;
+        let (member, wake) = (self.members_ever, Arc::new(Notify::new()));
+        self.groups[group].members.insert(member, Member { topics: joined.clone(), wake: wake.clone() });
+        self.rebalance(group, wakes);
+        (Seat { group, member, topics: joined, turn: 0 }, wake)
+    }
+
+    fn topic(&mut self, name: &str) -> usize {
+        if let Some(&topic) = self.topic_names.get(name) {
+            return topic;
+        }
+        let name: Arc<str> = name.into();
+        let log = |number| Log {
+            partition: Partition { topic: name.clone(), number, incarnation: self.incarnation.clone() },
+            base: 0,
+            messages: VecDeque::new(),
+            receipts: VecDeque::new(),
+            cursors: BTreeMap::new(),
+        };
+        self.topics.push(Topic { logs: (0..self.partitions).map(log).collect(), held: 0 });
+        self.topic_names.insert(name, self.topics.len() - 1);
+        self.topics.len() - 1
+    }
+
+    pub(super) fn leave(&mut self, seat: &Seat, wakes: &mut Wakes) {
+        self.groups[seat.group].members.remove(&seat.member);
+        for (_, cursor) in self.cursors(seat) {
+            cursor.holder.take_if(|holder| holder.member == seat.member);
+        }
+        self.rebalance(seat.group, wakes);
+    }
+
+    /// Chooses who shall have each partition of a group, as evenly as the members' topics allow, moving as few as it can.
+    fn rebalance(&mut self, group: usize, wakes: &mut Wakes) {
+        let members = &self.groups[group].members;
+        let mut loads: BTreeMap<u64, usize> = members.keys().map(|&member| (member, 0)).collect();
+        let mut shares: Vec<(usize, &mut Option<u64>)> = Vec::new();
+        for (topic, Topic { logs, .. }) in self.topics.iter_mut().enumerate() {
+            for cursor in logs.iter_mut().filter_map(|log| log.cursors.get_mut(&group)) {
+                cursor.target.take_if(|member| !members.contains_key(member));
+                if let Some(load) = cursor.target.and_then(|member| loads.get_mut(&member)) {
+                    *load += 1;
+                }
+                shares.push((topic, &mut cursor.target));
+            }
+        }
+        // Each move makes the loads more even, so this comes to an end.
+        let mut moved = true;
+        while std::mem::take(&mut moved) {
+            for (topic, target) in &mut shares {
+                let takers = members.iter().filter(|(_, member)| member.topics.contains(topic));
+                let Some((&to, _)) = takers.min_by_key(|(member, _)| loads[*member]) else { continue };
+                if target.is_none_or(|from| loads[&from] > loads[&to] + 1) {
+                    let from = target.replace(to);
+                    from.and_then(|from| loads.get_mut(&from)).into_iter().for_each(|load| *load -= 1);
+                    loads.entry(to).and_modify(|load| *load += 1);
+                    moved = true;
+                }
+            }
+        }
+        wakes.extend(members.values().map(|member| member.wake.clone()));
+    }
+
+    pub(super) fn next(&mut self, seat: &mut Seat, max: usize, wakes: &mut Wakes) -> Next {
+        let (me, mut revoked, mut assigned, mut heirs) = (seat.member, Vec::new(), Vec::new(), Vec::new());
+        for (partition, cursor) in self.cursors(seat) {
+            // This poll is the promise that nothing of what was revoked is under way any more.
+            if cursor.holder.take_if(|holder| holder.member == me && holder.stage == Stage::Revoked).is_some() {
+                heirs.extend(cursor.target);
+            }
+            match &mut cursor.holder {
+                Some(holder) if holder.member == me && cursor.target != Some(me) => {
+                    holder.stage = Stage::Revoked;
+                    revoked.push(partition.clone());
+                }
+                _ => {}
+            }
+        }
+        let members = &self.groups[seat.group].members;
+        wakes.extend(heirs.iter().filter_map(|heir| members.get(heir)).map(|heir| heir.wake.clone()));
+        if !revoked.is_empty() {
+            return Next::Revoked(revoked);
+        }
+        for (partition, cursor) in self.cursors(seat) {
+            if cursor.holder.is_none() && cursor.target == Some(me) {
+                cursor.holder = Some(Holder { member: me, stage: Stage::Assigned });
+                assigned.push(partition.clone());
+            }
+        }
+        if !assigned.is_empty() {
+            return Next::Assigned(assigned);
+        }
+        self.messages(seat, max)
+    }
+
+    fn messages(&mut self, seat: &mut Seat, max: usize) -> Next {
+        let mut taken = Vec::new();
+        // All topics of one bus have the same number of partitions.
+        let each = self.topics[seat.topics[0]].logs.len();
+        let slots = seat.topics.len() * each;
+        for slot in (0..slots).map(|step| (seat.turn + step) % slots) {
+            let log = &mut self.topics[seat.topics[slot / each]].logs[slot % each];
+            let Some(cursor) = log.cursors.get_mut(&seat.group) else { continue };
+            let delivers = |holder: &Holder| holder.member == seat.member && holder.stage == Stage::Delivering;
+            if !cursor.holder.as_ref().is_some_and(delivers) {
+                continue;
+            }
+            cursor.next = cursor.next.max(log.base);
+            let from = (cursor.next - log.base) as usize;
+            let to = log.messages.len().min(from + max - taken.len());
+            let found = log.messages.range(from..to).zip(cursor.next..);
+            taken.extend(found.map(|(message, offset)| (log.partition.clone(), offset, message.clone())));
+            cursor.next = log.base + to as i64;
+            if taken.len() == max {
+                break;
+            }
+        }
+        seat.turn = (seat.turn + 1) % slots;
+        if taken.is_empty() { Next::Nothing } else { Next::Messages(taken) }
+    }
+
+    pub(super) fn seek(&mut self, seat: &Seat, partition: &Partition, next: Option<i64>) -> Result<Freed, BusError> {
+        let freed = match next {
+            Some(next) => self.acknowledge(seat, partition, next)?,
+            None => Freed::default(),
+        };
+        let (_, log) = self.find(partition)?;
+        if let Some(cursor) = log.cursors.get_mut(&seat.group)
+            && let Some(holder) = &mut cursor.holder
+            && holder.member == seat.member
+            && holder.stage != Stage::Revoked
+        {
+            holder.stage = Stage::Delivering;
+            cursor.next = next.unwrap_or(cursor.acknowledged);
+        }
+        Ok(freed)
+    }
+
+    /// Of a partition that is not the member's any more, nothing is taken: what counts for the next holder is its commit.
+    pub(super) fn acknowledge(&mut self, seat: &Seat, partition: &Partition, next: i64) -> Result<Freed, BusError> {
+        let (held, log) = self.find(partition)?;
+        if next > log.end() {
+            let reason = format!("offset {next} of {partition:?} is past its end, {}", log.end());
+            return Err(BusError::Misconfigured(reason));
+        }
+        match log.cursors.get_mut(&seat.group) {
+            Some(cursor) if cursor.holder.as_ref().is_some_and(|holder| holder.member == seat.member) => {
+                cursor.acknowledged = cursor.acknowledged.max(next);
+            }
+            _ => return Ok(Freed::default()),
+        }
+        let freed = log.free();
+        *held -= freed.messages.len();
+        Ok(freed)
+    }
+
+    /// The partition of that name, beside the count of messages that its topic holds.
+    fn find(&mut self, partition: &Partition) -> Result<(&mut usize, &mut Log), BusError> {
+        let topic = self.topic_names.get(&partition.topic).map(|&topic| &mut self.topics[topic]);
+        topic
+            .and_then(|Topic { logs, held }| Some((held, logs.get_mut(partition.number as usize)?)))
+            .filter(|(_, log)| log.partition.incarnation == partition.incarnation)
+            .ok_or_else(|| BusError::Misconfigured(format!("this bus has no {partition:?}")))
+    }
+
+    /// What the group of this member has in the member's topics.
+    fn cursors(&mut self, seat: &Seat) -> impl Iterator<Item = (&Partition, &mut Cursor)> {
+        let mine = self.topics.iter_mut().enumerate().filter(|(topic, _)| seat.topics.contains(topic));
+        mine.flat_map(|(_, topic)| &mut topic.logs)
+            .filter_map(|log| Some((&log.partition, log.cursors.get_mut(&seat.group)?)))
+    }
+}
+
+impl Log {
+    /// The offset that the next message gets.
+    fn end(&self) -> i64 {
+        self.base + self.messages.len() as i64
+    }
+
+    fn push(&mut self, message: Arc<Message>, done: &Arc<oneshot::Sender<()>>, groups: &[Group], wakes: &mut Wakes) {
+        let offset = self.end();
+        // Who is behind anyway looks here again before it sleeps.
+        for (&group, cursor) in self.cursors.iter().filter(|(_, cursor)| cursor.next == offset) {
+            let holder = cursor.holder.as_ref().and_then(|holder| groups[group].members.get(&holder.member));
+            wakes.extend(holder.map(|member| member.wake.clone()));
+        }
+        self.messages.push_back(message);
+        match self.receipts.back_mut() {
+            Some((last, receipt)) if Arc::ptr_eq(receipt, done) => *last = offset,
+            _ => self.receipts.push_back((offset, done.clone())),
+        }
+    }
+
+    /// Lets go of what every group has acknowledged.
+    fn free(&mut self) -> Freed {
+        let base = self.cursors.values().map(|cursor| cursor.acknowledged).min().unwrap_or(self.base);
+        let messages = self.messages.drain(..(base - self.base) as usize).collect();
+        self.base = base;
+        let past = self.receipts.partition_point(|(last, _)| *last < base);
+        Freed {
+            messages,
+            receipts: self.receipts.drain(..past).filter_map(|(_, done)| Arc::into_inner(done)).collect(),
+        }
+    }
+}
