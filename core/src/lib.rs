@@ -6,6 +6,7 @@ pub mod aggregate;
 pub mod bus;
 pub mod commit;
 pub mod event;
+pub mod memory;
 pub mod store;
 
 // pub use annals_macros::Event;
@@ -17,5 +18,6 @@ pub use self::{
     bus::{Bus, BusError, Consumer, Message, Publisher},
     commit::{Append, Commit, CommitError, Committed, Document, DocumentKey, Expected, Put},
     event::{Event, EventError, EventType, Metadata, NewEvent, Position, Recorded, StreamId, StreamIdError, Version},
+    memory::MemoryStore,
     store::{EventStore, LogPage, LogQuery, Scan, StoreError, StoreStatus},
 };
