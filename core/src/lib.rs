@@ -11,6 +11,7 @@ pub mod event;
 pub mod handler;
 pub mod health;
 pub mod local_bus;
+pub mod memory;
 pub mod parking;
 pub mod relay;
 pub mod repository;
@@ -30,7 +31,18 @@ pub use self::{
     aggregate::{Aggregate, Snapshot},
     bus::{Bus, BusError, Consumer, Message, Publisher},
     commit::{Append, Commit, CommitError, Committed, Document, DocumentKey, Expected, Put},
+    consumer::Group,
     event::{Event, EventError, EventType, Metadata, NewEvent, Position, Recorded, StreamId, StreamIdError, Version},
+    handler::{Handler, HandlerError, Terminal},
+    health::Health,
     local_bus::LocalBus,
+    memory::MemoryStore,
+    parking::DeadLetters,
+    repository::{ExecuteError, Repository, Request},
+    saga::{Participant, Saga, SagaState, StepError},
+    service::{Runtime, Service},
     store::{EventStore, LogPage, LogQuery, Scan, StoreError, StoreStatus},
+    subscription::{Start, Subscription},
+    tail::Tail,
+    work::{Work, WorkError},
 };

@@ -404,7 +404,7 @@ fn an_enum_without_events_knows_no_type() {
 
 /// The generated code must not pick up the names around it.
 mod shadowed {
-    #![allow(dead_code)]
+    #![allow(dead_code, clippy::upper_case_acronyms)]
 
     pub struct Result;
     pub struct Option;

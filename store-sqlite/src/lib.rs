@@ -1,1 +1,206 @@
-//! wip
+//! The embedded store of [annals](annals): one SQLite file, nothing to install, nothing to run.
+//!
+//! ```
+//! # tokio::runtime::Runtime::new()?.block_on(async {
+//! # let folder = tempfile::tempdir()?;
+//! use annals::{EventStore, LogQuery, Position};
+//! use annals_sqlite::SqliteStore;
+//!
+//! let store = SqliteStore::open(folder.path().join("shop.db")).await?;
+//! let page = store.read_log(&LogQuery::all(), Position::START, 100).await?;
+//! assert!(page.events.is_empty());
+//! store.close().await?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! # })?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # What it keeps
+//!
+//! A commit that was acknowledged is in the file and synced (write-ahead log, `synchronous = FULL`): it survives a kill at
+//! any moment and a loss of power. Several processes may use one file; each has a writer of its own, and they take turns.
+//! Positions are dense, start at 1, and rise in the order of the commits. The file refuses `UPDATE` and `DELETE` on events.
+//!
+//! # What a commit costs
+//!
+//! One task writes. It takes all commits that wait as one group, and makes one transaction with one sync of them; a commit
+//! that comes alone waits for nobody. A conflict fails its own commit only. A group takes this many statements, however
+//! many commits it holds:
+//!
+//! | statements | for |
+//! |---|---|
+//! | 2 | `BEGIN IMMEDIATE`, `COMMIT` |
+//! | 1 | the versions of all its streams, if it has any |
+//! | 1 | the versions of all its documents, if it has any |
+//! | 1 per 256 events | the events |
+//! | 1 per 256 documents | the documents put |
+//! | 1 | the documents removed, if there are any |
+
+mod error;
+mod group;
+mod open;
+mod read;
+mod rows;
+mod writer;
+
+use std::{
+    path::Path,
+    sync::{Arc, PoisonError, RwLock},
+};
+
+use annals::{
+    Commit, CommitError, Committed, Document, DocumentKey, EventStore, LogPage, LogQuery, Position, Recorded, Scan,
+    StoreError, StoreStatus, StreamId, Version,
+};
+use async_trait::async_trait;
+use sqlx::sqlite::SqlitePool;
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::timeout,
+};
+
+pub use self::{
+    error::OpenError,
+    open::{APPLICATION_ID, Settings},
+};
+use self::{
+    group::Prepared,
+    open::Database,
+    writer::{QUEUE_COMMITS_MAX, Submission, Writer},
+};
+
+/// An event store in one SQLite file. Clones share it; when the last is gone, what was handed over is still written.
+#[derive(Clone, Debug)]
+pub struct SqliteStore {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    settings: Settings,
+    /// `None` once closed.
+    queue: RwLock<Option<mpsc::Sender<Submission>>>,
+    /// The last position this process wrote. Its sender is the writer's.
+    head: watch::Receiver<Position>,
+    /// How the writer ended.
+    ended: watch::Receiver<Option<Result<(), String>>>,
+    readers: SqlitePool,
+}
+
+impl SqliteStore {
+    /// Opens a file, or creates it.
+    pub async fn open(path: impl AsRef<Path>) -> Result<Self, OpenError> {
+        Self::open_with(path, Settings::default()).await
+    }
+
+    /// Opens the file of a store URL, `sqlite:PATH`, or creates it.
+    pub async fn open_url(url: &str) -> Result<Self, OpenError> {
+        let path = url.strip_prefix("sqlite:").map(|path| path.strip_prefix("//").unwrap_or(path));
+        match path {
+            Some(path) if !path.is_empty() && path != ":memory:" => Self::open(path).await,
+            _ => Err(OpenError::Url { url: url.into() }),
+        }
+    }
+
+    /// Opens a file with settings of its own, or creates it.
+    pub async fn open_with(path: impl AsRef<Path>, settings: Settings) -> Result<Self, OpenError> {
+        let database = Database::locate(path.as_ref(), settings.clone())?;
+        let connection = database.prepare().await?;
+        let readers = database.readers();
+        let head = read::head(&readers)
+            .await
+            .map_err(|error| OpenError::Unavailable { path: database.path.clone(), reason: error.to_string() })?;
+        let (head, head_seen) = watch::channel(head);
+        let (queue, submissions) = mpsc::channel(QUEUE_COMMITS_MAX);
+        let (end, ended) = watch::channel(None);
+        let writer = Writer { database, connection: Some(connection), queue: submissions, head };
+        // A second task watches over the first, so that even a panic in it is heard of.
+        let writing = tokio::spawn(writer.run());
+        tokio::spawn(async move {
+            let result = match writing.await {
+                Ok(Ok(())) => Ok(()),
+                Ok(Err(error)) => Err(error.to_string()),
+                Err(error) => Err(error.to_string()),
+            };
+            if let Err(reason) = &result {
+                tracing::error!(reason, "the writer of a store has failed");
+            }
+            end.send_replace(Some(result));
+        });
+        let queue = RwLock::new(Some(queue));
+        Ok(Self { shared: Arc::new(Shared { settings, queue, head: head_seen, ended, readers }) })
+    }
+
+    /// Writes what was handed over, moves the log into the file, and lets go of it. Later calls of other methods are refused
+    /// as unavailable; closing twice is fine.
+    pub async fn close(&self) -> Result<(), StoreError> {
+        drop(self.shared.queue.write().unwrap_or_else(PoisonError::into_inner).take());
+        self.shared.readers.close().await;
+        let mut ended = self.shared.ended.clone();
+        let ended = ended.wait_for(Option::is_some).await.map(|ended| ended.clone());
+        match ended {
+            Ok(Some(Err(reason))) => Err(StoreError::Unavailable(reason)),
+            Ok(_) => Ok(()),
+            Err(_) => Err(StoreError::Unavailable("the runtime that it was opened in has ended".into())),
+        }
+    }
+
+    /// Why there is no writer to take a commit.
+    fn stopped(&self) -> CommitError {
+        CommitError::Unavailable(match &*self.shared.ended.borrow() {
+            Some(Err(reason)) => format!("its writer has failed: {reason}"),
+            Some(Ok(())) => "it is closed".into(),
+            None => "it is closing".into(),
+        })
+    }
+}
+
+#[async_trait]
+impl EventStore for SqliteStore {
+    async fn commit(&self, commit: Commit) -> Result<Committed, CommitError> {
+        commit.validate()?;
+        if commit.is_empty() {
+            return Ok(Committed::default());
+        }
+        let queue = self.shared.queue.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let (answer, answered) = oneshot::channel();
+        let submission = Submission { commit: Prepared::from(commit), answer };
+        queue.ok_or_else(|| self.stopped())?.send(submission).await.map_err(|_| self.stopped())?;
+        answered.await.unwrap_or_else(|_| Err(CommitError::Unknown("its writer ended while it had the commit".into())))
+    }
+
+    async fn read_stream(&self, stream: &StreamId, after: Version, limit: usize) -> Result<Vec<Recorded>, StoreError> {
+        read::stream(&self.shared.readers, stream, after, limit).await
+    }
+
+    async fn read_log(&self, query: &LogQuery, after: Position, limit: usize) -> Result<LogPage, StoreError> {
+        read::log(&self.shared.readers, query, after, limit).await
+    }
+
+    async fn documents(&self, keys: &[DocumentKey]) -> Result<Vec<Option<Document>>, StoreError> {
+        read::documents(&self.shared.readers, keys).await
+    }
+
+    async fn scan(&self, collection: &str, scan: &Scan, limit: usize) -> Result<Vec<Document>, StoreError> {
+        read::scan(&self.shared.readers, collection, scan, limit).await
+    }
+
+    async fn wait(&self, after: Position) -> Result<(), StoreError> {
+        let mut head = self.shared.head.clone();
+        loop {
+            // Only commits of this process are announced; for those of others, the file has to be asked.
+            let announced = head.wait_for(|head| *head > after);
+            let announced = timeout(self.shared.settings.poll_interval, announced).await.map(|head| head.is_ok());
+            match announced {
+                Ok(true) => return Ok(()),
+                Ok(false) => return Err(StoreError::Unavailable("it is closed".into())),
+                Err(_) if read::head(&self.shared.readers).await? > after => return Ok(()),
+                Err(_) => {}
+            }
+        }
+    }
+
+    async fn status(&self) -> Result<StoreStatus, StoreError> {
+        Ok(StoreStatus { head: read::head(&self.shared.readers).await?, waits_for: None })
+    }
+}

@@ -1,0 +1,233 @@
+//! The reference store: the whole contract of [`EventStore`] in memory, for tests and for trying things out.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    ops::Bound,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use async_trait::async_trait;
+use chrono::{DateTime, SubsecRound, Utc};
+use tokio::sync::watch;
+
+use crate::{
+    commit::{Append, Commit, CommitError, Committed, Document, DocumentKey, Expected, Put},
+    event::{Position, Recorded, StreamId, Version},
+    store::{EventStore, LogPage, LogQuery, Scan, StoreError, StoreStatus},
+};
+
+/// How much of the log one page of [`EventStore::read_log`] looks at when a query leaves most of it out: the lock is not
+/// held longer than that takes.
+const PAGE_EVENTS_MAX: usize = 10_000;
+
+/// A store that forgets everything with its last handle. Clones share one log.
+///
+/// Nothing bounds it: it holds every event and document that was ever put into it.
+///
+/// ```
+/// # tokio::runtime::Runtime::new()?.block_on(async {
+/// use annals::{Commit, DocumentKey, EventStore, MemoryStore, Put};
+///
+/// let store = MemoryStore::new();
+/// let key = DocumentKey::new("greeting", "1");
+/// let put = Put { key: key.clone(), expected: Some(0), body: Some("\"hello\"".into()), due: None };
+/// store.commit(Commit { appends: vec![], puts: vec![put] }).await?;
+///
+/// let found = store.documents(&[key]).await?;
+/// assert_eq!(found[0].as_ref().map(|document| (document.version, &*document.body)), Some((1, "\"hello\"")));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// # })?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct MemoryStore {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    held: Mutex<Held>,
+    head: watch::Sender<Position>,
+}
+
+#[derive(Debug, Default)]
+struct Held {
+    /// In log order: the event at position `p` is at index `p - 1`.
+    log: Vec<Arc<Recorded>>,
+    streams: HashMap<StreamId, Vec<Arc<Recorded>>>,
+    documents: BTreeMap<DocumentKey, Document>,
+    /// Collection, due, id: what [`Scan::Due`] walks.
+    due: BTreeSet<(Arc<str>, DateTime<Utc>, Arc<str>)>,
+    last_recorded_at: DateTime<Utc>,
+}
+
+impl MemoryStore {
+    /// An empty store.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A panic elsewhere cannot leave a commit half applied: everything is checked before anything is changed.
+    fn held(&self) -> MutexGuard<'_, Held> {
+        self.shared.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[async_trait]
+impl EventStore for MemoryStore {
+    async fn commit(&self, commit: Commit) -> Result<Committed, CommitError> {
+        commit.validate()?;
+        let mut held = self.held();
+        held.check(&commit)?;
+        let committed = held.apply(commit);
+        // Under the lock, so that the head never goes back.
+        if committed.position > Position::START {
+            self.shared.head.send_replace(committed.position);
+        }
+        Ok(committed)
+    }
+
+    async fn read_stream(&self, stream: &StreamId, after: Version, limit: usize) -> Result<Vec<Recorded>, StoreError> {
+        let held = self.held();
+        let events = held.streams.get(stream).map_or(&[][..], Vec::as_slice);
+        Ok(events.iter().skip(index_after(after.0)).take(limit).map(|event| Recorded::clone(event)).collect())
+    }
+
+    async fn read_log(&self, query: &LogQuery, after: Position, limit: usize) -> Result<LogPage, StoreError> {
+        let held = self.held();
+        let mut page = LogPage { events: Vec::new(), next: after };
+        for event in held.log.iter().skip(index_after(after.0)).take(PAGE_EVENTS_MAX) {
+            if page.events.len() == limit {
+                break;
+            }
+            if query.matches(event) {
+                page.events.push(event.clone());
+            }
+            page.next = event.position;
+        }
+        Ok(page)
+    }
+
+    async fn documents(&self, keys: &[DocumentKey]) -> Result<Vec<Option<Document>>, StoreError> {
+        let held = self.held();
+        Ok(keys.iter().map(|key| held.documents.get(key).cloned()).collect())
+    }
+
+    async fn scan(&self, collection: &str, scan: &Scan, limit: usize) -> Result<Vec<Document>, StoreError> {
+        let held = self.held();
+        Ok(match scan {
+            Scan::After(id) => {
+                let start = DocumentKey::new(collection, id.clone());
+                let from_there = held.documents.range((Bound::Excluded(start), Bound::Unbounded));
+                from_there
+                    .take_while(|(key, _)| *key.collection == *collection)
+                    .take(limit)
+                    .map(|(_, document)| document.clone())
+                    .collect()
+            }
+            Scan::Due(by) => {
+                let first = (Arc::from(collection), DateTime::<Utc>::MIN_UTC, Arc::from(""));
+                held.due
+                    .range(first..)
+                    .take_while(|(of, due, _)| **of == *collection && due <= by)
+                    .take(limit)
+                    .filter_map(|(of, _, id)| held.documents.get(&DocumentKey::new(of.clone(), id.clone())).cloned())
+                    .collect()
+            }
+        })
+    }
+
+    async fn wait(&self, after: Position) -> Result<(), StoreError> {
+        let mut head = self.shared.head.subscribe();
+        // The sender lives in `self`, so this can only end with a head beyond `after`.
+        head.wait_for(|head| *head > after).await.map(drop).map_err(|error| StoreError::Unavailable(error.to_string()))
+    }
+
+    async fn status(&self) -> Result<StoreStatus, StoreError> {
+        Ok(StoreStatus { head: *self.shared.head.borrow(), waits_for: None })
+    }
+}
+
+impl Held {
+    fn version(&self, stream: &StreamId) -> Version {
+        Version(self.streams.get(stream).map_or(0, |events| events.len() as i64))
+    }
+
+    fn document_version(&self, key: &DocumentKey) -> i64 {
+        self.documents.get(key).map_or(0, |document| document.version)
+    }
+
+    fn check(&self, commit: &Commit) -> Result<(), CommitError> {
+        for append in &commit.appends {
+            let actual = self.version(&append.stream);
+            if let Expected::Version(expected) = append.expected
+                && expected != actual
+            {
+                return Err(CommitError::Conflict { stream: append.stream.clone(), expected, actual });
+            }
+        }
+        for put in &commit.puts {
+            let actual = self.document_version(&put.key);
+            if let Some(expected) = put.expected
+                && expected != actual
+            {
+                return Err(CommitError::DocumentConflict { key: put.key.clone(), expected, actual });
+            }
+        }
+        Ok(())
+    }
+
+    fn apply(&mut self, commit: Commit) -> Committed {
+        // To the microsecond, as a database keeps it, and never backwards, whatever the clock does.
+        self.last_recorded_at = Utc::now().trunc_subsecs(6).max(self.last_recorded_at);
+        let mut committed = Committed::default();
+        for append in commit.appends {
+            if !append.events.is_empty() {
+                committed.position = self.append(&append);
+            }
+            committed.versions.push(self.version(&append.stream));
+        }
+        for put in commit.puts {
+            self.put(put);
+        }
+        committed
+    }
+
+    fn append(&mut self, append: &Append) -> Position {
+        let stream = self.streams.entry(append.stream.clone()).or_default();
+        for event in &append.events {
+            let recorded = Arc::new(Recorded {
+                position: Position(self.log.len() as i64 + 1),
+                stream: append.stream.clone(),
+                version: Version(stream.len() as i64 + 1),
+                id: event.id,
+                type_name: Arc::from(&*event.type_name),
+                schema_version: event.schema_version,
+                data: Arc::from(&*event.data),
+                metadata: event.metadata.clone(),
+                recorded_at: self.last_recorded_at,
+            });
+            stream.push(recorded.clone());
+            self.log.push(recorded);
+        }
+        Position(self.log.len() as i64)
+    }
+
+    fn put(&mut self, put: Put) {
+        let version = self.document_version(&put.key) + 1;
+        if let Some(Document { key, due: Some(due), .. }) = self.documents.remove(&put.key) {
+            self.due.remove(&(key.collection, due, key.id));
+        }
+        let Some(body) = put.body else { return };
+        let due = put.due.map(|due| due.trunc_subsecs(6));
+        if let Some(due) = due {
+            self.due.insert((put.key.collection.clone(), due, put.key.id.clone()));
+        }
+        self.documents.insert(put.key.clone(), Document { key: put.key, version, body, due });
+    }
+}
+
+/// Versions and positions are dense and start at 1, so what comes after one stands at its number.
+fn index_after(number: i64) -> usize {
+    usize::try_from(number).unwrap_or(0)
+}

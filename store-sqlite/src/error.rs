@@ -1,0 +1,153 @@
+//! The one place where SQLite's result codes are told apart. Message text is for people and is never looked into.
+
+use std::path::{Path, PathBuf};
+
+use annals::{CommitError, StoreError};
+
+/// Why a file could not be opened as a store. In every case the file is as it was.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum OpenError {
+    /// The text is no `sqlite:PATH`.
+    #[error("{url:?} is not a store URL of SQLite; write `sqlite:PATH`, such as `sqlite:shop.db`")]
+    Url {
+        /// What was given.
+        url: String,
+    },
+    /// The path is a directory.
+    #[error("{} is a directory; name a file in it, such as {}", path.display(), path.join("annals.db").display())]
+    Directory {
+        /// What was given.
+        path: PathBuf,
+    },
+    /// There is no folder to create the file in.
+    #[error("there is no folder {}; create it, or name another path than {}", folder.display(), path.display())]
+    NoFolder {
+        /// What was given.
+        path: PathBuf,
+        /// What is missing.
+        folder: PathBuf,
+    },
+    /// The file is no SQLite database.
+    #[error("{} is not a SQLite database; name another path, or move that file away", path.display())]
+    NotSqlite {
+        /// What was given.
+        path: PathBuf,
+    },
+    /// The database belongs to another application.
+    #[error(
+        "{} is a SQLite database of another application (application id {application_id:#010x}); a store needs a file of \
+         its own: name another path",
+        path.display()
+    )]
+    Foreign {
+        /// What was given.
+        path: PathBuf,
+        /// The id it carries; 0 where its application set none.
+        application_id: u32,
+    },
+    /// The database was written by a newer build.
+    #[error("{} has schema version {found}; this build knows versions up to {known}: use a newer build", path.display())]
+    TooNew {
+        /// What was given.
+        path: PathBuf,
+        /// The version it has.
+        found: i64,
+        /// The newest version known.
+        known: i64,
+    },
+    /// The file cannot be created, read or written here.
+    #[error("{} cannot be opened for writing: {reason}; check permissions of the file and its folder", path.display())]
+    Unwritable {
+        /// What was given.
+        path: PathBuf,
+        /// What the system says.
+        reason: String,
+    },
+    /// The file is ours, but damaged.
+    #[error("{} is damaged: {reason}; restore it from a copy, or see `.recover` of the sqlite3 shell", path.display())]
+    Damaged {
+        /// What was given.
+        path: PathBuf,
+        /// What SQLite says.
+        reason: String,
+    },
+    /// Another process holds the file locked, or the system is short of something; try again.
+    #[error("{} cannot be opened now: {reason}; try again", path.display())]
+    Unavailable {
+        /// What was given.
+        path: PathBuf,
+        /// What SQLite says.
+        reason: String,
+    },
+}
+
+/// What a failed statement means for those who wait for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// Another connection holds the lock for longer than the busy timeout.
+    Busy,
+    /// No space left.
+    Full,
+    /// Not to be opened or written: permissions, a missing folder, a read-only file system.
+    Unwritable,
+    /// Not a database, or not one that hangs together.
+    Damaged,
+    /// Anything else.
+    Other,
+}
+
+// https://www.sqlite.org/rescode.html: the primary result code is the low byte of the extended one.
+const SQLITE_PERM: i32 = 3;
+const SQLITE_BUSY: i32 = 5;
+const SQLITE_LOCKED: i32 = 6;
+const SQLITE_READONLY: i32 = 8;
+const SQLITE_CORRUPT: i32 = 11;
+const SQLITE_FULL: i32 = 13;
+const SQLITE_CANTOPEN: i32 = 14;
+const SQLITE_AUTH: i32 = 23;
+const SQLITE_NOTADB: i32 = 26;
+
+pub(crate) fn fault(error: &sqlx::Error) -> Fault {
+    let code = error.as_database_error().and_then(|error| error.code()).and_then(|code| code.parse::<i32>().ok());
+    match code.map(|code| code & 0xff) {
+        Some(SQLITE_BUSY | SQLITE_LOCKED) => Fault::Busy,
+        Some(SQLITE_FULL) => Fault::Full,
+        Some(SQLITE_PERM | SQLITE_READONLY | SQLITE_CANTOPEN | SQLITE_AUTH) => Fault::Unwritable,
+        Some(SQLITE_CORRUPT | SQLITE_NOTADB) => Fault::Damaged,
+        _ => Fault::Other,
+    }
+}
+
+pub(crate) fn open_error(path: &Path, error: &sqlx::Error) -> OpenError {
+    let (path, reason) = (path.to_owned(), error.to_string());
+    match fault(error) {
+        Fault::Unwritable => OpenError::Unwritable { path, reason },
+        Fault::Damaged => OpenError::Damaged { path, reason },
+        Fault::Busy | Fault::Full | Fault::Other => OpenError::Unavailable { path, reason },
+    }
+}
+
+pub(crate) fn read_error(error: sqlx::Error) -> StoreError {
+    match fault(&error) {
+        Fault::Damaged => StoreError::Corrupt(error.to_string()),
+        _ => StoreError::Unavailable(error.to_string()),
+    }
+}
+
+/// A statement before COMMIT failed: the transaction is gone, so nothing was stored.
+pub(crate) fn write_error(error: &sqlx::Error) -> CommitError {
+    CommitError::Unavailable(match fault(error) {
+        Fault::Busy => format!("another process holds the write lock: {error}"),
+        Fault::Full => format!("no space left: {error}"),
+        _ => error.to_string(),
+    })
+}
+
+/// COMMIT itself failed. Without space, or without the lock, its last frame cannot have been written; after any other
+/// failure, such as of the sync behind it, the next process to open the file may find the commit there.
+pub(crate) fn commit_error(error: &sqlx::Error) -> CommitError {
+    match fault(error) {
+        Fault::Busy | Fault::Full => write_error(error),
+        _ => CommitError::Unknown(error.to_string()),
+    }
+}

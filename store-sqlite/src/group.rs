@@ -1,0 +1,158 @@
+//! What a group of commits comes to: decided in memory, one commit after the other, from where everything stood before.
+
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
+
+use annals::{Append, Commit, CommitError, Committed, DocumentKey, Expected, Position, Put, StreamId, Version};
+
+/// A commit as the writer takes it: whatever can be made ready before is made ready by its caller, because callers run in
+/// parallel and the writer does not.
+pub(crate) struct Prepared {
+    appends: Vec<PreparedAppend>,
+    puts: Vec<Put>,
+    /// What it adds to the size of a group.
+    pub(crate) rows: usize,
+    /// Likewise.
+    pub(crate) bytes: usize,
+}
+
+struct PreparedAppend {
+    stream: StreamId,
+    expected: Expected,
+    events: Vec<EventText>,
+}
+
+/// The columns of an event that do not depend on where it ends up.
+pub(crate) struct EventText {
+    pub(crate) id: String,
+    pub(crate) type_name: Cow<'static, str>,
+    pub(crate) schema_version: i32,
+    pub(crate) data: String,
+    pub(crate) metadata: String,
+}
+
+impl From<Commit> for Prepared {
+    fn from(commit: Commit) -> Self {
+        let rows = commit.rows();
+        let appended = commit.appends.iter().flat_map(|append| &append.events).map(|event| event.data.len());
+        let put = commit.puts.iter().filter_map(|put| put.body.as_ref()).map(|body| body.len());
+        let bytes = appended.chain(put).sum();
+        Self { appends: commit.appends.into_iter().map(PreparedAppend::from).collect(), puts: commit.puts, rows, bytes }
+    }
+}
+
+impl From<Append> for PreparedAppend {
+    fn from(append: Append) -> Self {
+        let text = |event: annals::NewEvent| EventText {
+            id: event.id.hyphenated().to_string(),
+            type_name: event.type_name,
+            schema_version: event.schema_version,
+            data: event.data,
+            metadata: event.metadata.to_json(),
+        };
+        Self { stream: append.stream, expected: append.expected, events: append.events.into_iter().map(text).collect() }
+    }
+}
+
+/// An event with its place.
+pub(crate) struct EventRow {
+    pub(crate) position: i64,
+    pub(crate) stream: Arc<str>,
+    pub(crate) version: i64,
+    pub(crate) text: EventText,
+}
+
+/// A document as the group leaves it. Without a body it is removed.
+pub(crate) struct DocumentRow {
+    pub(crate) version: i64,
+    pub(crate) body: Option<Arc<str>>,
+    pub(crate) due: Option<i64>,
+}
+
+/// Where everything stands that a group is about, moved on by each commit that holds.
+#[derive(Default)]
+pub(crate) struct Ledger {
+    pub(crate) head: i64,
+    pub(crate) streams: HashMap<StreamId, i64>,
+    pub(crate) documents: HashMap<DocumentKey, i64>,
+    /// What is to be written, in log order.
+    pub(crate) events: Vec<EventRow>,
+    /// What is to be written, in the order of the table: only the last state of each counts.
+    pub(crate) rows: BTreeMap<DocumentKey, DocumentRow>,
+}
+
+/// The streams that a group is about, each once.
+pub(crate) fn streams_of(group: &[Prepared]) -> Vec<StreamId> {
+    unique(group.iter().flat_map(|commit| &commit.appends).map(|append| &append.stream))
+}
+
+/// The documents that a group is about, each once.
+pub(crate) fn documents_of(group: &[Prepared]) -> Vec<DocumentKey> {
+    unique(group.iter().flat_map(|commit| &commit.puts).map(|put| &put.key))
+}
+
+fn unique<'a, T: Clone + Eq + std::hash::Hash + 'a>(items: impl Iterator<Item = &'a T>) -> Vec<T> {
+    let mut seen = std::collections::HashSet::new();
+    items.filter(|item| seen.insert(*item)).cloned().collect()
+}
+
+impl Ledger {
+    /// Takes a commit in, whole or not at all.
+    pub(crate) fn decide(&mut self, commit: Prepared) -> Result<Committed, CommitError> {
+        self.check(&commit)?;
+        let mut committed = Committed::default();
+        for append in commit.appends {
+            let standing = self.streams.entry(append.stream.clone()).or_default();
+            for text in append.events {
+                self.head += 1;
+                *standing += 1;
+                committed.position = Position(self.head);
+                let (position, version) = (self.head, *standing);
+                self.events.push(EventRow { position, stream: append.stream.shared(), version, text });
+            }
+            committed.versions.push(Version(*standing));
+        }
+        for Put { key, body, due, .. } in commit.puts {
+            let standing = self.documents.entry(key.clone()).or_default();
+            *standing = if body.is_some() { *standing + 1 } else { 0 };
+            let due = due.map(|due| due.timestamp_micros());
+            self.rows.insert(key, DocumentRow { version: *standing, body, due });
+        }
+        Ok(committed)
+    }
+
+    fn check(&self, commit: &Prepared) -> Result<(), CommitError> {
+        // Only a row that somebody wrote by hand can stand so high.
+        let full = |what: String| CommitError::Unavailable(format!("{what} stands at the last number there is"));
+        let appended = commit.appends.iter().map(|append| append.events.len()).sum::<usize>() as i64;
+        if self.head.checked_add(appended).is_none() {
+            return Err(full("the log".into()));
+        }
+        for PreparedAppend { stream, expected, events } in &commit.appends {
+            let actual = self.streams.get(stream).copied().unwrap_or(0);
+            if let Expected::Version(expected) = *expected
+                && expected.0 != actual
+            {
+                return Err(CommitError::Conflict { stream: stream.clone(), expected, actual: Version(actual) });
+            }
+            if actual.checked_add(events.len() as i64).is_none() {
+                return Err(full(format!("stream {stream}")));
+            }
+        }
+        for Put { key, expected, .. } in &commit.puts {
+            let actual = self.documents.get(key).copied().unwrap_or(0);
+            if let Some(expected) = *expected
+                && expected != actual
+            {
+                return Err(CommitError::DocumentConflict { key: key.clone(), expected, actual });
+            }
+            if actual == i64::MAX {
+                return Err(full(format!("document {key}")));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,174 @@
+//! Reads, and how rows become values. A row that somebody inserted by hand must never stop a reader, so what has no proper
+//! form is read as near to it as there is.
+
+use std::{borrow::Cow, sync::Arc};
+
+use annals::{
+    Document, DocumentKey, LogPage, LogQuery, Metadata, Position, Recorded, Scan, StoreError, StreamId, Version,
+    event::named_id,
+};
+use chrono::{DateTime, Utc};
+use futures::TryStreamExt;
+use sqlx::{
+    Row, Sqlite,
+    query::Query,
+    sqlite::{SqliteArguments, SqlitePool, SqliteRow},
+};
+use uuid::Uuid;
+
+use crate::{error::read_error, writer::keys_json};
+
+/// How much of the log one page looks at when a query leaves most of it out: some tens of milliseconds of reading.
+const PAGE_EVENTS_MAX: usize = 10_000;
+/// A page of the log ends after this many bytes of payload, however many events were asked for.
+const PAGE_BYTES_MAX: usize = 16 << 20;
+
+pub(crate) async fn head(readers: &SqlitePool) -> Result<Position, StoreError> {
+    let head: i64 = sqlx::query_scalar(include_str!("sql/head.sql")).fetch_one(readers).await.map_err(read_error)?;
+    Ok(Position(head))
+}
+
+pub(crate) async fn stream(
+    readers: &SqlitePool,
+    stream: &StreamId,
+    after: Version,
+    limit: usize,
+) -> Result<Vec<Recorded>, StoreError> {
+    let query = sqlx::query(include_str!("sql/read_stream.sql")).bind(stream.as_str()).bind(after.0).bind(bound(limit));
+    let rows = query.fetch(readers);
+    rows.and_then(async |row| recorded(&row)).try_collect().await.map_err(read_error)
+}
+
+pub(crate) async fn log(
+    readers: &SqlitePool,
+    query: &LogQuery,
+    after: Position,
+    limit: usize,
+) -> Result<LogPage, StoreError> {
+    if limit == 0 {
+        return Ok(LogPage { events: Vec::new(), next: after });
+    }
+    if *query == LogQuery::all() {
+        let query = sqlx::query(include_str!("sql/read_log.sql")).bind(after.0).bind(bound(limit));
+        return page(readers, query, after, limit, after).await;
+    }
+    // In a statement of its own, before the other: the log only grows, so what is found up to there stays what was there.
+    let until: Option<i64> = sqlx::query_scalar(include_str!("sql/read_log_until.sql"))
+        .bind(after.0)
+        .bind(bound(limit.max(PAGE_EVENTS_MAX)))
+        .fetch_one(readers)
+        .await
+        .map_err(read_error)?;
+    let Some(until) = until else {
+        return Ok(LogPage { events: Vec::new(), next: after });
+    };
+    let names = |names: &[Arc<str>]| (!names.is_empty()).then(|| serde_json::json!(names).to_string());
+    let query = sqlx::query(include_str!("sql/read_log_where.sql"))
+        .bind(after.0)
+        .bind(until)
+        .bind(names(&query.categories))
+        .bind(names(&query.types))
+        .bind(bound(limit));
+    page(readers, query, after, limit, Position(until)).await
+}
+
+/// A page ends at its last event where it is full, and where it is not, at `until`.
+async fn page(
+    readers: &SqlitePool,
+    query: Query<'_, Sqlite, SqliteArguments>,
+    after: Position,
+    limit: usize,
+    until: Position,
+) -> Result<LogPage, StoreError> {
+    let (mut events, mut bytes, mut next) = (Vec::new(), 0, after);
+    let mut rows = query.fetch(readers);
+    while let Some(row) = rows.try_next().await.map_err(read_error)? {
+        let event = recorded(&row).map_err(read_error)?;
+        bytes += event.data.len();
+        next = event.position;
+        events.push(Arc::new(event));
+        if events.len() == limit || bytes >= PAGE_BYTES_MAX {
+            return Ok(LogPage { events, next });
+        }
+    }
+    Ok(LogPage { events, next: next.max(until) })
+}
+
+pub(crate) async fn documents(readers: &SqlitePool, keys: &[DocumentKey]) -> Result<Vec<Option<Document>>, StoreError> {
+    let mut found = vec![None; keys.len()];
+    if keys.is_empty() {
+        return Ok(found);
+    }
+    let query = sqlx::query(include_str!("sql/documents.sql")).bind(keys_json(keys.iter()));
+    for row in query.fetch_all(readers).await.map_err(read_error)? {
+        let index: i64 = row.try_get_unchecked(0).map_err(read_error)?;
+        let place = usize::try_from(index).ok().and_then(|index| found.get_mut(index));
+        if let Some(place) = place {
+            *place = Some(document(&row).map_err(read_error)?);
+        }
+    }
+    Ok(found)
+}
+
+pub(crate) async fn scan(
+    readers: &SqlitePool,
+    collection: &str,
+    scan: &Scan,
+    limit: usize,
+) -> Result<Vec<Document>, StoreError> {
+    let query = match scan {
+        Scan::After(id) => sqlx::query(include_str!("sql/scan_after.sql")).bind(collection).bind(id.clone()),
+        Scan::Due(by) => sqlx::query(include_str!("sql/scan_due.sql")).bind(collection).bind(by.timestamp_micros()),
+    };
+    let rows = query.bind(bound(limit)).fetch(readers);
+    rows.and_then(async |row| document(&row)).try_collect().await.map_err(read_error)
+}
+
+/// SQLite takes a negative limit for none at all, so one beyond its range must not wrap around.
+fn bound(limit: usize) -> i64 {
+    i64::try_from(limit).unwrap_or(i64::MAX)
+}
+
+fn recorded(row: &SqliteRow) -> Result<Recorded, sqlx::Error> {
+    Ok(Recorded {
+        position: Position(row.try_get_unchecked(0)?),
+        stream: StreamId::from_stored(&text(row, 1)?),
+        version: Version(row.try_get_unchecked(2)?),
+        id: event_id(&text(row, 3)?),
+        type_name: text(row, 4)?.into(),
+        schema_version: schema_version(row.try_get_unchecked(5)?),
+        data: text(row, 6)?.into(),
+        metadata: Metadata::from_json(&text(row, 7)?),
+        recorded_at: time(row.try_get_unchecked(8)?),
+    })
+}
+
+fn document(row: &SqliteRow) -> Result<Document, sqlx::Error> {
+    let due: Option<i64> = row.try_get_unchecked(5)?;
+    Ok(Document {
+        key: DocumentKey::new(text(row, 1)?, text(row, 2)?),
+        version: row.try_get_unchecked(3)?,
+        body: text(row, 4)?.into(),
+        due: due.map(time),
+    })
+}
+
+/// A column of text need not be UTF-8: SQLite takes any bytes for it.
+fn text(row: &SqliteRow, column: usize) -> Result<Cow<'_, str>, sqlx::Error> {
+    Ok(String::from_utf8_lossy(row.try_get_unchecked(column)?))
+}
+
+/// An id that is none of ours still tells its event from others, and the same on each reading.
+fn event_id(text: &str) -> Uuid {
+    Uuid::try_parse(text).unwrap_or_else(|_| named_id(Uuid::nil(), text))
+}
+
+/// A number too large for a schema version is one that no build knows, like the largest there is.
+fn schema_version(stored: i64) -> i32 {
+    i32::try_from(stored).unwrap_or(i32::MAX)
+}
+
+fn time(microseconds: i64) -> DateTime<Utc> {
+    let bound = if microseconds < 0 { DateTime::<Utc>::MIN_UTC } else { DateTime::<Utc>::MAX_UTC };
+    DateTime::from_timestamp_micros(microseconds).unwrap_or(bound)
+}

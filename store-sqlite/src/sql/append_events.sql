@@ -1,0 +1,7 @@
+-- Appends events. The code repeats the row of binds to a few fixed widths; rows left unbound are NULL and not inserted.
+-- binds: position, stream_id, version, event_id, type, schema_version, data, metadata, recorded_at
+-- index: grows the primary key at its end, and events_stream_version
+INSERT INTO events (position, stream_id, version, event_id, type, schema_version, data, metadata, recorded_at)
+SELECT * FROM (VALUES
+(?, ?, ?, ?, ?, ?, ?, ?, ?)
+) WHERE column1 IS NOT NULL

@@ -1,0 +1,7 @@
+-- Documents by key; one statement, so as of one moment.
+-- binds: ?1 JSON array of [collection, id]
+-- gives: the index in ?1 first; nothing for a document that does not exist
+-- index: the primary key, one seek a document
+SELECT wanted.key, held.collection, held.id, held.version, held.body, held.due
+  FROM json_each(?1) AS wanted
+ CROSS JOIN documents AS held ON held.collection = wanted.value ->> 0 AND held.id = wanted.value ->> 1

@@ -1,0 +1,8 @@
+-- The log.
+-- binds: ?1 after this position, ?2 limit
+-- index: the primary key
+SELECT position, stream_id, version, event_id, type, schema_version, data, metadata, recorded_at
+  FROM events
+ WHERE position > ?1
+ ORDER BY position
+ LIMIT ?2

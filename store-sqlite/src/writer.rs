@@ -1,0 +1,177 @@
+//! The one task that writes: takes the commits that are waiting as a group, and makes one transaction of them.
+
+use annals::{CommitError, Committed, DocumentKey, Position, StreamId};
+use chrono::Utc;
+use sqlx::{Connection, SqliteConnection};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::{
+    error::{Fault, commit_error, fault, write_error},
+    group::{Ledger, Prepared, documents_of, streams_of},
+    open::Database,
+    rows,
+};
+
+/// Commits that may wait for the writer; further callers wait for a place. Two groups' worth: one being written, one behind.
+pub(crate) const QUEUE_COMMITS_MAX: usize = 2 * GROUP_COMMITS_MAX;
+/// The most commits in a group: beyond this, a sync less per commit is not worth the wait of the first for the last.
+const GROUP_COMMITS_MAX: usize = 1_024;
+/// A group takes no further commit once it has this many rows.
+const GROUP_ROWS_MAX: usize = 4_096;
+/// A group takes no further commit once it has this many bytes of payload.
+const GROUP_BYTES_MAX: usize = 8 << 20;
+/// A last event that is dated further ahead than this was dated by hand; time goes on without it.
+const CLOCK_AHEAD_MICROSECONDS_MAX: i64 = 24 * 3_600 * 1_000_000;
+
+pub(crate) type Outcome = Result<Committed, CommitError>;
+
+/// A commit and who waits for it. Nobody may: then the commit is written all the same.
+pub(crate) struct Submission {
+    pub(crate) commit: Prepared,
+    pub(crate) answer: oneshot::Sender<Outcome>,
+}
+
+pub(crate) struct Writer {
+    pub(crate) database: Database,
+    /// `None` after a failure: what state it left a connection in is not worth finding out.
+    pub(crate) connection: Option<SqliteConnection>,
+    pub(crate) queue: mpsc::Receiver<Submission>,
+    pub(crate) head: watch::Sender<Position>,
+}
+
+impl Writer {
+    /// Runs until the last sender is gone and the queue is empty, then leaves a file without a log beside it.
+    pub(crate) async fn run(mut self) -> Result<(), sqlx::Error> {
+        while let Some(first) = self.queue.recv().await {
+            let group = self.group(first);
+            self.write(group).await;
+        }
+        let Some(mut connection) = self.connection.take() else { return Ok(()) };
+        sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)").execute(&mut connection).await?;
+        connection.close().await
+    }
+
+    /// Takes what is waiting, and waits for nothing.
+    fn group(&mut self, first: Submission) -> Vec<Submission> {
+        let (mut rows, mut bytes) = (first.commit.rows, first.commit.bytes);
+        let mut group = vec![first];
+        while group.len() < GROUP_COMMITS_MAX && rows < GROUP_ROWS_MAX && bytes < GROUP_BYTES_MAX {
+            let Ok(next) = self.queue.try_recv() else { break };
+            rows += next.commit.rows;
+            bytes += next.commit.bytes;
+            group.push(next);
+        }
+        group
+    }
+
+    async fn write(&mut self, group: Vec<Submission>) {
+        let (commits, answers): (Vec<_>, Vec<_>) =
+            group.into_iter().map(|submission| (submission.commit, submission.answer)).unzip();
+        let count = commits.len();
+        let outcomes = self.transact(commits).await.unwrap_or_else(|error| {
+            tracing::warn!(%error, commits = count, "a group of commits failed");
+            vec![Err(error); count]
+        });
+        for (answer, outcome) in answers.into_iter().zip(outcomes) {
+            // A caller that gave up needs no answer.
+            drop(answer.send(outcome));
+        }
+    }
+
+    async fn transact(&mut self, commits: Vec<Prepared>) -> Result<Vec<Outcome>, CommitError> {
+        let mut connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => self.database.writer().await.map_err(|error| write_error(&error))?,
+        };
+        if let Err(error) = execute(&mut connection, "BEGIN IMMEDIATE").await {
+            if fault(&error) == Fault::Busy {
+                self.connection = Some(connection);
+            }
+            return Err(write_error(&error));
+        }
+        // From here on, an error drops the connection, and that ends the transaction.
+        let (outcomes, head) = apply(&mut connection, commits).await.map_err(|error| write_error(&error))?;
+        execute(&mut connection, "COMMIT").await.map_err(|error| commit_error(&error))?;
+        self.connection = Some(connection);
+        self.head.send_if_modified(|seen| {
+            let further = head > *seen;
+            *seen = head.max(*seen);
+            further
+        });
+        Ok(outcomes)
+    }
+}
+
+/// Decides and writes a group within the open transaction; gives the outcomes and the position of the last event.
+async fn apply(
+    connection: &mut SqliteConnection,
+    commits: Vec<Prepared>,
+) -> Result<(Vec<Outcome>, Position), sqlx::Error> {
+    let mut ledger = Ledger::default();
+    let streams = streams_of(&commits);
+    let mut last_recorded_at = 0;
+    if !streams.is_empty() {
+        (ledger.head, last_recorded_at) = load_streams(connection, streams, &mut ledger).await?;
+    }
+    let documents = documents_of(&commits);
+    if !documents.is_empty() {
+        load_documents(connection, documents, &mut ledger).await?;
+    }
+    let outcomes = commits.into_iter().map(|commit| ledger.decide(commit)).collect();
+
+    let recorded_at = recorded_at(last_recorded_at);
+    rows::append_events(connection, ledger.events.into_iter().map(|event| (event, recorded_at)).collect()).await?;
+    let (removed, put): (Vec<_>, Vec<_>) = ledger.rows.into_iter().partition(|(_, row)| row.body.is_none());
+    rows::put_documents(connection, put).await?;
+    if !removed.is_empty() {
+        let keys = keys_json(removed.iter().map(|(key, _)| key));
+        sqlx::query(include_str!("sql/remove_documents.sql")).bind(keys).execute(connection).await?;
+    }
+    Ok((outcomes, Position(ledger.head)))
+}
+
+async fn load_streams(
+    connection: &mut SqliteConnection,
+    streams: Vec<StreamId>,
+    ledger: &mut Ledger,
+) -> Result<(i64, i64), sqlx::Error> {
+    let names = streams.iter().map(StreamId::as_str).collect::<Vec<_>>();
+    let (head, recorded_at, versions): (i64, i64, String) = sqlx::query_as(include_str!("sql/versions.sql"))
+        .bind(serde_json::json!(names).to_string())
+        .fetch_one(connection)
+        .await?;
+    ledger.streams = streams.into_iter().zip(numbers(&versions)?).collect();
+    Ok((head, recorded_at))
+}
+
+async fn load_documents(
+    connection: &mut SqliteConnection,
+    documents: Vec<DocumentKey>,
+    ledger: &mut Ledger,
+) -> Result<(), sqlx::Error> {
+    let versions: String = sqlx::query_scalar(include_str!("sql/document_versions.sql"))
+        .bind(keys_json(documents.iter()))
+        .fetch_one(connection)
+        .await?;
+    ledger.documents = documents.into_iter().zip(numbers(&versions)?).collect();
+    Ok(())
+}
+
+/// Document keys as the statements take them.
+pub(crate) fn keys_json<'a>(keys: impl Iterator<Item = &'a DocumentKey>) -> String {
+    keys.map(|key| serde_json::json!([&*key.collection, &*key.id])).collect::<serde_json::Value>().to_string()
+}
+
+fn numbers(json: &str) -> Result<Vec<i64>, sqlx::Error> {
+    serde_json::from_str(json).map_err(|error| sqlx::Error::Decode(error.into()))
+}
+
+/// By the clock of this process, but not before the last event.
+fn recorded_at(last: i64) -> i64 {
+    let now = Utc::now().timestamp_micros();
+    if last > now.saturating_add(CLOCK_AHEAD_MICROSECONDS_MAX) { now } else { now.max(last) }
+}
+
+async fn execute(connection: &mut SqliteConnection, sql: &'static str) -> Result<(), sqlx::Error> {
+    sqlx::query(sql).execute(connection).await.map(drop)
+}
