@@ -20,6 +20,7 @@ pub mod service;
 pub mod store;
 pub mod subscription;
 pub mod tail;
+pub mod transact;
 pub mod work;
 pub mod worker;
 
@@ -39,10 +40,11 @@ pub use self::{
     memory::MemoryStore,
     parking::DeadLetters,
     repository::{ExecuteError, Repository, Request},
-    saga::{Participant, Saga, SagaState, StepError},
+    saga::{Answer, Participant, Saga, SagaState, StepError},
     service::{Runtime, Service},
     store::{EventStore, LogPage, LogQuery, Scan, StoreError, StoreStatus},
     subscription::{Start, Subscription},
     tail::Tail,
+    transact::{TransactError, transact},
     work::{Work, WorkError},
 };

@@ -23,7 +23,7 @@ mod transition;
 pub use definition::{AfterPivot, Closing, Kind, NeedsUndo, Open, Plan, Request, Saga, SagaState, Undoable};
 pub use index::{Index, SagaStatus};
 pub use instance::{Instance, SagaRefusal};
-pub use participant::{Participant, Participation, Slot, Step, StepCommand, StepError, StepEvent};
+pub use participant::{Answer, Participant, Participation, Slot, Step, StepCommand, StepError, StepEvent};
 pub(crate) use participant::{Desk, attribute};
 pub use participant::decide_step;
 pub(crate) use runner::{Replies, Starter};
