@@ -20,7 +20,7 @@ pub mod service;
 pub mod store;
 pub mod subscription;
 pub mod tail;
-pub mod transact;
+pub mod transaction;
 pub mod work;
 pub mod worker;
 
@@ -45,6 +45,6 @@ pub use self::{
     store::{EventStore, LogPage, LogQuery, Scan, StoreError, StoreStatus},
     subscription::{Start, Subscription},
     tail::Tail,
-    transact::{TransactError, transact},
+    transaction::Transaction,
     work::{Work, WorkError},
 };

@@ -2,9 +2,11 @@
 #![allow(missing_docs)]
 
 pub mod checkout;
+pub mod input;
 pub mod inventory;
 pub mod notification;
 pub mod order;
 pub mod payment;
+pub mod run;
 pub mod shop;
 pub mod ledger;

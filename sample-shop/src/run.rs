@@ -7,9 +7,7 @@ use std::{
 };
 
 use annals::{
-    CommitError, EventStore, ExecuteError, LocalBus, Runtime, StoreError, Tail, TransactError,
-    event::named_id,
-    transact,
+    EventStore, ExecuteError, LocalBus, Runtime, StoreError, Tail, Transaction, event::named_id,
 };
 use async_trait::async_trait;
 use futures::StreamExt;
@@ -266,17 +264,17 @@ impl Shop {
         for (sku, quantity) in lines {
             *of_sku.entry(sku).or_default() += quantity;
         }
-        let adjusted = transact(self.store.clone(), command_id, async |work| {
+        let mut transaction = Transaction::new(self.store.clone(), command_id);
+        loop {
+            let mut work = transaction.begin();
             for (sku, quantity) in &of_sku {
                 let command = StockCommand::Adjust { adjustment_id: id.to_owned(), quantity: *quantity };
-                work.execute(&self.stock, sku, &OfSku { sku: sku.clone(), command }).await?;
+                let of_sku = OfSku { sku: sku.clone(), command };
+                work.execute(&self.stock, sku, &of_sku).await.map_err(|error| error.to_string())?;
             }
-            Ok(())
-        });
-        match adjusted.await {
-            Ok(_) => Ok(()),
-            Err(TransactError::Commit(CommitError::Unavailable(reason))) => Err(reason),
-            Err(error) => Err(error.to_string()),
+            if transaction.commit(work).await.map_err(|error| error.to_string())?.is_some() {
+                return Ok(());
+            }
         }
     }
 }
