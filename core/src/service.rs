@@ -19,6 +19,9 @@ use crate::{
     work::Work,
 };
 
+/// How long the index of sagas may be behind: it adds to the precision of timers.
+const INDEX_PAUSE: Duration = Duration::from_millis(200);
+
 /// A service in the making.
 ///
 /// Services talk only through the bus; several in one process may share a store, since each knows only its own
@@ -78,7 +81,8 @@ impl Service {
         self.routes.saga(&runner.category());
         let starter = Subscription::new(&format!("{name}.start"), Starter(runner.clone())).query(runner.query().clone());
         let of_saga = LogQuery::categories([runner.category()]);
-        let index = Subscription::new(&format!("{name}.index"), Index).query(of_saga);
+        // Sagas that end within the pause are written once.
+        let index = Subscription::new(&format!("{name}.index"), Index).query(of_saga).linger(INDEX_PAUSE);
         self.subscriptions.extend([starter, index]);
         self.replies.push(Arc::new(runner.clone()));
         self.timers.push(Box::new(|health, shutdown| Box::pin(runner.timers(health, shutdown))));

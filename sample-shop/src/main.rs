@@ -1,6 +1,8 @@
 //! wip
 use std::{collections::BTreeMap, sync::Arc};
 use sample_shop::{input, run};
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 #[tokio::main] async fn main() {
   tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_default_env()).with_writer(std::io::stderr).init();
   let n: usize = std::env::args().nth(1).map(|s| s.parse().unwrap()).unwrap_or(2000);
