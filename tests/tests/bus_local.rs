@@ -32,6 +32,10 @@ fn outgoing(numbers: impl Iterator<Item = i64>) -> Vec<Outgoing> {
     numbers.map(|number| Outgoing { topic: TOPIC.into(), message: message("order-1", number) }).collect()
 }
 
+async fn polled(consumer: &mut Box<dyn Consumer>) -> Polled {
+    within("poll", consumer.poll(100)).await.unwrap()
+}
+
 async fn is_unavailable(receipt: Receipt) -> bool {
     matches!(within("receipt", receipt).await, Err(BusError::Unavailable(_)))
 }
@@ -75,11 +79,17 @@ async fn seek_acknowledges_what_is_below() {
 #[tokio::test]
 async fn group_without_members_stays() {
     let bus = LocalBus::default();
-    drop(Member::join(&bus, "absent", TOPIC).await);
+    let (mut absent, mut other) = (Member::join(&bus, "absent", TOPIC).await, Member::join(&bus, "other", TOPIC).await);
     let mut receipt = publish(&bus, TOPIC, (1..=5).map(|number| message("order-1", number))).await;
+    let taken = absent.collect(5).await;
+    absent.acknowledge(&taken[..2]).await;
+    drop(absent);
+    other.fill(&mut Ledger::default(), 5, 10).await;
     assert!(poll!(&mut receipt).is_pending());
     let mut returned = Member::join(&bus, "absent", TOPIC).await;
-    returned.fill(&mut Ledger::default(), 5, 10).await;
+    let rest = returned.collect(3).await;
+    assert_eq!(rest[0].offset, taken[2].offset);
+    returned.acknowledge(&rest).await;
     within("receipt", receipt).await.unwrap();
 }
 
@@ -156,13 +166,11 @@ async fn dropped_bus_fails_receipts_and_whoever_waits() {
     });
     assert!(matches!(waiting.await.unwrap(), Err(BusError::Unavailable(_))));
     assert!(is_unavailable(full.remove(0)).await);
-    assert!(matches!(member.consumer.poll(1).await, Err(BusError::Unavailable(_))));
+    assert!(matches!(within("poll", member.consumer.poll(1)).await, Err(BusError::Unavailable(_))));
     assert!(bus.join("dropped", &[TOPIC]).await.is_err());
 
     let bus = LocalBus::new(1);
     let mut member = Member::join(&bus, "dropped", TOPIC).await;
-    let polled = member.consumer.poll(1).await;
-    assert!(member.take(polled).await.is_empty());
     let receipt = publish(&bus, TOPIC, [message("order-1", 1)]).await;
     assert_eq!(member.collect(1).await.len(), 1);
     let mut poll_of_nothing = member.consumer.poll(1);
@@ -176,7 +184,7 @@ async fn dropped_bus_fails_receipts_and_whoever_waits() {
 async fn offsets_of_another_bus_mean_nothing() {
     let assigned = async |bus: &LocalBus| {
         let mut consumer = bus.join("group", &[TOPIC]).await.unwrap();
-        let Polled::Assigned(partitions) = consumer.poll(1).await.unwrap() else { panic!("not assigned") };
+        let Polled::Assigned(partitions) = polled(&mut consumer).await else { panic!("not assigned") };
         (consumer, partitions)
     };
     let (old, new) = (LocalBus::new(1), LocalBus::new(1));
@@ -196,7 +204,7 @@ async fn offsets_of_another_bus_mean_nothing() {
 async fn nothing_is_delivered_before_seek_or_once_revoked() {
     let bus = LocalBus::new(2);
     let mut one = bus.join("group", &[TOPIC]).await.unwrap();
-    let Polled::Assigned(all) = one.poll(10).await.unwrap() else { panic!("not assigned") };
+    let Polled::Assigned(all) = polled(&mut one).await else { panic!("not assigned") };
     let _receipt = publish(&bus, TOPIC, (0..20).map(|key| message(&format!("order-{key}"), 1))).await;
     assert!(poll!(one.poll(10)).is_pending(), "not sought yet");
     one.seek(&all[0], None).await.unwrap();
@@ -204,18 +212,39 @@ async fn nothing_is_delivered_before_seek_or_once_revoked() {
 
     let mut two = bus.join("group", &[TOPIC]).await.unwrap();
     assert!(poll!(two.poll(10)).is_pending(), "not revoked yet");
-    let Polled::Revoked(gone) = one.poll(100).await.unwrap() else { panic!("not revoked") };
+    let Polled::Revoked(gone) = polled(&mut one).await else { panic!("not revoked") };
     assert!(poll!(two.poll(10)).is_pending(), "what is under way may still end");
-    let Polled::Messages(kept) = one.poll(100).await.unwrap() else { panic!("no messages") };
+    let Polled::Messages(kept) = polled(&mut one).await else { panic!("no messages") };
     assert!(kept.iter().all(|delivery| !gone.contains(&delivery.partition)));
-    let Polled::Assigned(taken) = within("poll", two.poll(10)).await.unwrap() else { panic!("not assigned") };
+    let Polled::Assigned(taken) = polled(&mut two).await else { panic!("not assigned") };
     assert_eq!(taken, gone);
     // The former owner has no say any more.
     one.seek(&gone[0], None).await.unwrap();
     one.acknowledge(&gone[0], 1).await.unwrap();
     two.seek(&gone[0], None).await.unwrap();
-    let Polled::Messages(theirs) = two.poll(100).await.unwrap() else { panic!("no messages") };
+    let Polled::Messages(theirs) = polled(&mut two).await else { panic!("no messages") };
     assert_eq!((theirs[0].offset, kept.len() + theirs.len()), (0, 20));
+}
+
+#[tokio::test]
+async fn rebalance_wakes_those_who_wait() {
+    let bus = LocalBus::new(2);
+    let mut one = bus.join("group", &[TOPIC]).await.unwrap();
+    polled(&mut one).await;
+    let mut idle = one.poll(1);
+    assert!(poll!(&mut idle).is_pending());
+    let mut two = bus.join("group", &[TOPIC]).await.unwrap();
+    let mut heir = two.poll(1);
+    assert!(poll!(&mut heir).is_pending());
+    assert!(matches!(within("revocation", idle).await, Ok(Polled::Revoked(_))));
+    let mut giving_up = one.poll(1);
+    assert!(poll!(&mut giving_up).is_pending());
+    assert!(matches!(within("assignment", heir).await, Ok(Polled::Assigned(_))));
+    drop(giving_up);
+    let mut last = two.poll(1);
+    assert!(poll!(&mut last).is_pending());
+    drop(one);
+    assert!(matches!(within("the rest", last).await, Ok(Polled::Assigned(_))));
 }
 
 #[tokio::test]
@@ -227,7 +256,7 @@ async fn partitions_are_spread_evenly_over_topics() {
     }
     let mut owned = Vec::new();
     for consumer in &mut members {
-        let Polled::Assigned(partitions) = consumer.poll(1).await.unwrap() else { panic!("not assigned") };
+        let Polled::Assigned(partitions) = polled(consumer).await else { panic!("not assigned") };
         owned.push(partitions.len());
     }
     owned.sort_unstable();

@@ -12,7 +12,10 @@ use annals::{
     bus::{Delivery, Outgoing, Partition, Polled, Receipt},
 };
 use chrono::DateTime;
-use tokio::sync::{oneshot, watch};
+use tokio::{
+    sync::{oneshot, watch},
+    task::yield_now,
+};
 use uuid::Uuid;
 
 /// Only to fail instead of hanging: long enough for a broker on a busy machine, whose groups take seconds to settle.
@@ -199,6 +202,10 @@ impl Crew {
                         }
                     }
                     Polled::Revoked(partitions) => {
+                        // Work under way takes its time to end; until the next poll the partitions are still its own.
+                        for _ in 0..1_000 {
+                            yield_now().await;
+                        }
                         roll.send_modify(|roll| roll.owners.retain(|partition, _| !partitions.contains(partition)));
                     }
                     Polled::Messages(deliveries) => {
