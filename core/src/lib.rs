@@ -13,6 +13,7 @@ pub mod health;
 pub mod local_bus;
 pub mod memory;
 pub mod parking;
+pub mod read_model;
 pub mod relay;
 pub mod repository;
 pub mod saga;
@@ -39,6 +40,7 @@ pub use self::{
     local_bus::LocalBus,
     memory::MemoryStore,
     parking::DeadLetters,
+    read_model::{Projection, ReadModel, Views},
     repository::{ExecuteError, Repository, Request},
     saga::{Answer, Participant, Saga, SagaState, StepError},
     service::{Runtime, Service},
