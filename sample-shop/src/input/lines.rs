@@ -150,7 +150,7 @@ mod tests {
         let mut lines = Lines::new(BufReader::with_capacity(5, text));
         let mut record = Record::default();
         let mut found = Vec::new();
-        while lines.read(&mut record, 2).unwrap() {
+        while lines.read(&mut record, 2).expect("bytes in memory") {
             found.push((record.line, record.get(0).unwrap_or_default().to_owned(), record.flaw));
         }
         assert_eq!(lines.bytes(), text.len() as u64);
