@@ -27,9 +27,9 @@ struct Sums {
 #[test]
 fn the_real_orders_come_out_to_the_penny() {
     let (mut orders, mut returns, mut adjustments) = (Sums::default(), Sums::default(), Sums::default());
-    let mut invoices = real().invoices().unwrap();
+    let mut invoices = real().invoices().expect("the file is still there");
     for invoice in &mut invoices {
-        let invoice = invoice.unwrap();
+        let invoice = invoice.expect("no row of it is malformed");
         let (sums, guest, lines) = match &invoice {
             Invoice::Order { customer, lines, .. } => {
                 assert!(invoice.total() > Decimal::ZERO, "{invoice:?}");
@@ -65,9 +65,9 @@ fn the_real_orders_come_out_to_the_penny() {
 fn the_real_demand_is_what_orders_and_write_offs_take() {
     let source = real();
     assert_eq!(source.len(), 2_082);
-    let demand = source.demand().unwrap();
+    let demand = source.demand().expect("readable");
     assert_eq!(demand.len(), 2_802);
     assert_eq!(demand.values().sum::<u64>(), 372_703);
     assert_eq!((demand["84077"], demand["85123A"], demand["85123a"]), (5_196, 3_820, 118));
-    assert_eq!(source.stock(StockFactor::ONE).unwrap(), demand);
+    assert_eq!(source.stock(StockFactor::ONE).expect("readable"), demand);
 }

@@ -40,7 +40,11 @@ pub fn read_csv(path: impl AsRef<Path>) -> Result<CsvFile, InputError> {
     if !read(path, &mut lines, &mut record, 0)? {
         return Err(InputError::Empty { path: path.to_owned() });
     }
-    let columns = Columns::of(&record).map_err(|reason| InputError::Header { path: path.to_owned(), reason })?;
+    let columns = Columns::of(&record).map_err(|reason| InputError::Header {
+        path: path.to_owned(),
+        line: record.line,
+        reason,
+    })?;
 
     let mut first_lines: HashMap<Box<str>, u64> = HashMap::new();
     let mut scattered = HashMap::new();
@@ -262,3 +266,6 @@ impl Iterator for FileInvoices {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

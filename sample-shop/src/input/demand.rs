@@ -123,7 +123,7 @@ mod tests {
 
     #[test]
     fn a_factor_has_bounds() {
-        let error = |text: &str| text.parse::<StockFactor>().unwrap_err();
+        let error = |text: &str| text.parse::<StockFactor>().expect_err("a fault");
         for text in ["0", "-1", "0.0", "1000000.1"] {
             assert_eq!(error(text), StockFactorError::OutOfRange, "{text}");
         }
@@ -137,7 +137,7 @@ mod tests {
     #[test]
     fn stock_covers_every_sku_of_the_demand() {
         let demand = Demand::from([("a".into(), 5), ("b".into(), 7)]);
-        let half: StockFactor = "0.5".parse().unwrap();
+        let half: StockFactor = "0.5".parse().expect("a factor");
         assert_eq!(half.stock(&demand), BTreeMap::from([("a".into(), 3), ("b".into(), 4)]));
     }
 }

@@ -24,10 +24,12 @@ pub enum InputError {
         path: PathBuf,
     },
     /// The first line names too few columns, or one twice, or is no CSV.
-    #[error("{}:1: {reason}; the first line must name the columns {}", path.display(), super::columns::names())]
+    #[error("{}:{line}: {reason}; the first line must name the columns {}", path.display(), super::columns::names())]
     Header {
         /// The file.
         path: PathBuf,
+        /// Where it stands: the first line that is not blank.
+        line: u64,
         /// What is wrong.
         reason: String,
     },

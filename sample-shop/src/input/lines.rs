@@ -150,7 +150,7 @@ mod tests {
         let mut lines = Lines::new(BufReader::with_capacity(5, text));
         let mut record = Record::default();
         let mut found = Vec::new();
-        while lines.read(&mut record, 2).unwrap() {
+        while lines.read(&mut record, 2).expect("bytes in memory") {
             found.push((record.line, record.get(0).unwrap_or_default().to_owned(), record.flaw));
         }
         assert_eq!(lines.bytes(), text.len() as u64);
@@ -184,6 +184,9 @@ mod tests {
         let flawed = (1, "a".to_owned(), Some(OPEN_QUOTE));
         assert_eq!(records(b"a,\"b\nc,d\ne,f\n"), [flawed.clone(), sound(2, "c"), sound(3, "e")]);
         assert_eq!(records(b"a,\"b\nc,\"d\"\ne,f\n"), [flawed.clone(), sound(2, "c"), sound(3, "e")]);
+        // The quote closes, but not to a row of two columns.
+        let found = records(b"a,\"b\nc\",d\ne,f\n");
+        assert_eq!((&found[0], found[1].0, &found[2]), (&flawed, 2, &sound(3, "e")));
         let far = format!("a,\"b\n{}\"\n", "c,d\n".repeat(20));
         let mut expected = vec![flawed];
         expected.extend((2..22).map(|line| sound(line, "c")));

@@ -161,7 +161,7 @@ mod tests {
     }
 
     fn check(line: &str, expected: &str) {
-        assert_eq!(parse(&record(line), &COLUMNS).unwrap_err(), expected, "{line}");
+        assert_eq!(parse(&record(line), &COLUMNS).expect_err(line), expected, "{line}");
     }
 
     #[test]
