@@ -174,7 +174,7 @@ pub async fn run(
         while under_way.try_join_next().is_some() {}
     }
     while under_way.join_next().await.is_some() {}
-    wait_for_open_sagas(&shop.ledger).await;
+    wait_for_open_sagas(&shop).await?;
     let elapsed = started.elapsed();
     runtime.drain(PATIENCE).await.map_err(RunError::Runtime)?;
     let (_, stuck) = ledger.open();
@@ -191,11 +191,12 @@ pub async fn run(
 }
 
 /// Sagas that an earlier run left under way end too; those that are stuck wait for an operator.
-async fn wait_for_open_sagas(ledger: &Ledger) {
+async fn wait_for_open_sagas(shop: &Shop) -> Result<(), RunError> {
+    let head = shop.store.status().await?.head;
     loop {
-        let (open, stuck) = ledger.open();
-        if open == stuck {
-            return;
+        let (open, stuck) = shop.ledger.open();
+        if shop.ledger.position() >= head && open == stuck {
+            return Ok(());
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
