@@ -90,6 +90,23 @@ async fn a_store_of_a_newer_build() {
     assert_eq!(refused(&path).await, OpenError::TooNew { path: path.clone(), found: 99, known });
 }
 
+/// As it is after that build was killed: what is in the log beside the file is for that build to take in.
+#[tokio::test]
+async fn a_store_that_a_newer_build_left_in_haste() {
+    let (folder, copies) = (folder(), folder());
+    let path = folder.path().join("annals.db");
+    SqliteStore::open(&path).await.unwrap().close().await.unwrap();
+    let mut connection = connect(&path).await;
+    let sql = "PRAGMA user_version = 99; PRAGMA wal_checkpoint; CREATE TABLE newer (a); INSERT INTO newer VALUES (1)";
+    connection.execute(sql).await.unwrap();
+    for name in ["annals.db", "annals.db-wal"] {
+        fs::copy(folder.path().join(name), copies.path().join(name)).unwrap();
+    }
+    connection.close().await.unwrap();
+    let error = refused(&copies.path().join("annals.db")).await;
+    assert!(matches!(error, OpenError::TooNew { found: 99, .. }), "{error}");
+}
+
 /// As it is while that build runs: the new version stands in the log beside the file only.
 #[tokio::test]
 async fn a_store_that_a_newer_build_has_open() {

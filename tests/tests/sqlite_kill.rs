@@ -9,6 +9,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use annals::{Append, Commit, DocumentKey, EventStore, Expected, Metadata, NewEvent, Put, StreamId, Version};
@@ -17,7 +18,9 @@ use sqlx::{Connection, SqliteConnection, sqlite::SqliteConnectOptions};
 use uuid::Uuid;
 
 const WRITERS: usize = 8;
-const KILLS: u64 = 10;
+const KILLS: u64 = 20;
+/// How much later than an acknowledgement a kill may come: a few groups' time.
+const LATER_MICROSECONDS_MAX: u64 = 3_000;
 /// Set for the process that is to be killed: the file that it writes to, for as long as it lives.
 const FILE: &str = "ANNALS_SQLITE_KILL_FILE";
 
@@ -151,6 +154,12 @@ fn run_and_kill(file: &Path, after: u64) -> Vec<(usize, i64, i64)> {
     };
     let seen = lines.by_ref().filter_map(&mut read).take(after as usize).count();
     assert_eq!(seen as u64, after, "the process ended by itself");
+    // Without this, it would always die in the same place: at the start of the group after one that was acknowledged.
+    let later = Duration::from_micros(RandomState::new().hash_one(after) % LATER_MICROSECONDS_MAX);
+    let seen_at = Instant::now();
+    while seen_at.elapsed() < later {
+        std::hint::spin_loop();
+    }
     child.kill().unwrap();
     // What it said before it died counts as well, though nobody had read it.
     let _rest = lines.filter_map(&mut read).count();

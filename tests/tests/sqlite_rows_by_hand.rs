@@ -105,6 +105,22 @@ async fn a_row_dated_ahead_does_not_move_the_clock() {
     store.close().await.unwrap();
 }
 
+/// As the last event of a process whose clock was ahead.
+#[tokio::test]
+async fn time_does_not_go_back_behind_the_last_event() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("annals.db");
+    let store = SqliteStore::open(&file).await.unwrap();
+    let ahead = (chrono::Utc::now() + chrono::TimeDelta::hours(1)).timestamp_micros();
+    let mut connection = connect(&file).await;
+    let row = sqlx::query("INSERT INTO events VALUES (1, 'a-1', 1, '', 'x', 1, '{}', '{}', ?1)").bind(ahead);
+    row.execute(&mut connection).await.unwrap();
+    store.commit(commit("a-1", 1)).await.unwrap();
+    let events = store.read_log(&LogQuery::all(), Position::START, 2).await.unwrap().events;
+    assert!(events[1].recorded_at >= events[0].recorded_at, "{} {}", events[0].recorded_at, events[1].recorded_at);
+    store.close().await.unwrap();
+}
+
 #[tokio::test]
 async fn the_file_itself_refuses_changes_to_the_log() {
     let folder = tempfile::tempdir().unwrap();

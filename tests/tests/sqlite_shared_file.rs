@@ -7,7 +7,8 @@ use std::{
 };
 
 use annals::{
-    Append, Commit, CommitError, EventStore, Expected, LogQuery, Metadata, NewEvent, Position, StreamId, Version,
+    Append, Commit, CommitError, DocumentKey, EventStore, Expected, LogQuery, Metadata, NewEvent, Position, Put,
+    StreamId, Version,
 };
 use annals_sqlite::{Settings, SqliteStore};
 use sqlx::{Connection, Executor, SqliteConnection, sqlite::SqliteConnectOptions};
@@ -74,19 +75,12 @@ async fn a_waiting_reader_learns_of_commits_of_another_process() {
     let writer = SqliteStore::open(&file).await.unwrap();
     let mut head = Position::START;
     for version in 0..3 {
-        let (waited, committed) = tokio::join!(reader.wait(head), writer.commit(commit("a-1", at(version))));
-        waited.unwrap();
-        let page = timeout(Duration::from_secs(10), async {
-            loop {
-                let page = reader.read_log(&LogQuery::all(), head, 10).await.unwrap();
-                if !page.events.is_empty() {
-                    return page;
-                }
-                reader.wait(head).await.unwrap();
-            }
-        });
-        head = page.await.unwrap().next;
-        assert_eq!(head, committed.unwrap().position);
+        let waited = timeout(Duration::from_secs(10), reader.wait(head));
+        let (waited, committed) = tokio::join!(waited, writer.commit(commit("a-1", at(version))));
+        waited.expect("it must not stay asleep").unwrap();
+        let page = reader.read_log(&LogQuery::all(), head, 10).await.unwrap();
+        head = page.next;
+        assert_eq!((page.events.len(), head), (1, committed.unwrap().position));
     }
     reader.close().await.unwrap();
     writer.close().await.unwrap();
@@ -128,5 +122,28 @@ async fn a_commit_waits_its_turn() {
     tokio::task::yield_now().await;
     other.execute("COMMIT").await.unwrap();
     waiting.await.unwrap().unwrap();
+    store.close().await.unwrap();
+}
+
+/// Here by a trigger, as no statement fails by itself. The events before it in the group are not stored either,
+/// no lock remains, and the next commit holds.
+#[tokio::test]
+async fn a_commit_that_fails_midway_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("annals.db");
+    let store = SqliteStore::open(&file).await.unwrap();
+    store.commit(commit("a-1", at(0))).await.unwrap();
+    let mut other = connect(&file).await;
+    other
+        .execute("CREATE TRIGGER fault BEFORE INSERT ON documents BEGIN SELECT RAISE(ABORT, 'fault'); END")
+        .await
+        .unwrap();
+    let put = Put { key: DocumentKey::new("note", "1"), expected: None, body: Some("1".into()), due: None };
+    let both = || Commit { puts: vec![put.clone()], ..commit("a-1", at(1)) };
+    let refused = store.commit(both()).await;
+    assert!(matches!(refused, Err(CommitError::Unavailable(_))), "{refused:?}");
+    assert_eq!(store.status().await.unwrap().head, Position(1));
+    other.execute("DROP TRIGGER fault").await.unwrap();
+    store.commit(both()).await.unwrap();
     store.close().await.unwrap();
 }
