@@ -20,6 +20,8 @@ pub mod service;
 pub mod store;
 pub mod subscription;
 pub mod tail;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod work;
 pub mod worker;
 
