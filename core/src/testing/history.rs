@@ -33,15 +33,15 @@ where
         Action::Begin => "the saga starts".to_owned(),
         Action::Take(message, luck) => match &**message {
             Message::Command { at, attempt, to, .. } => {
-                let (step, reply) = (what(*at), new_reply(before, after));
-                let verb = match (luck, reply) {
-                    (Luck::Refuses, _) | (Luck::Does, Some(Outcome::Refused(_))) => "refuses",
+                let idle = after.broken.is_none() && before.ledger == after.ledger;
+                let verb = match (luck, new_reply(before, after)) {
                     (Luck::Fails, _) | (Luck::Does, Some(Outcome::Failed(_))) => "fails with",
-                    (Luck::Does, _) if after.broken.is_none() && before.ledger == after.ledger => {
-                        "has nothing to take back for"
-                    }
+                    (Luck::Refuses, _) | (Luck::Does, Some(Outcome::Refused(_))) => "refuses",
+                    (Luck::Does, _) if idle && matches!(at, At::Undo(_)) => "has nothing to take back for",
+                    (Luck::Does, _) if idle => "refuses",
                     (Luck::Does, _) => "does",
                 };
+                let step = what(*at);
                 format!("{to} {verb} {step} (attempt {attempt})")
             }
             Message::Reply { .. } => format!("{message}"),

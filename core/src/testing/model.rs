@@ -2,8 +2,8 @@
 //!
 //! A message that was sent stays in flight: it may come at any time, in any order, again and again, or never. So a lost
 //! message, a late one, and one that is delivered again after a crash are all the same move, and no budget is needed to
-//! keep the space finite. A reply is dropped once the saga has left its step: [`Machine`] proves for every place that
-//! such a reply changes nothing.
+//! keep the space finite. It is dropped only once it is tried and found that nobody reacts to it any more; and [`Machine`]
+//! tries for every place that replies to other steps change nothing.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -23,8 +23,7 @@ use super::{
 use crate::{
     aggregate::Aggregate,
     saga::{
-        At, Outcome, Participation, Progress, Reply, SagaState, Status, Step, StepCommand, StepError, StepEvent,
-        decide_step,
+        At, Outcome, Participation, Reply, SagaState, Status, Step, StepCommand, StepError, StepEvent, decide_step,
     },
 };
 
@@ -54,6 +53,17 @@ impl Message {
     pub fn at(&self) -> At {
         match self {
             Self::Command { at, .. } | Self::Reply { at, .. } => *at,
+        }
+    }
+
+    fn command(&self) -> StepCommand {
+        match self {
+            Self::Command { at, call, attempt, must_succeed, .. } => {
+                StepCommand { at: *at, call: *call, attempt: *attempt, must_succeed: *must_succeed }
+            }
+            Self::Reply { at, call, attempt, .. } => {
+                StepCommand { at: *at, call: *call, attempt: *attempt, must_succeed: false }
+            }
         }
     }
 
@@ -157,7 +167,6 @@ where
 
     /// The saga stands elsewhere, and what it sends is in flight.
     fn leap(&self, state: &State<W>, leap: Leap) -> Result<State<W>, String> {
-        let progress = &self.machine.place(leap.to).progress;
         let mut next = State { place: Some(leap.to), ..state.clone() };
         let flying = Arc::make_mut(&mut next.flying);
         for sent in leap.send {
@@ -166,19 +175,44 @@ where
             }
             flying.insert(sent);
         }
-        self.forget(flying, progress);
+        self.forget(&mut next)?;
         Ok(next)
     }
 
-    /// Drops replies that come too late to matter, and of commands that do, all attempts but the last.
-    fn forget(&self, flying: &mut BTreeSet<Arc<Message>>, progress: &Progress) {
-        let present = |message: &Message| message.at() == progress.at && progress.ended.is_none();
-        let latest: BTreeMap<_, _> = flying.iter().filter_map(|message| attempt(message)).collect();
-        flying.retain(|message| {
-            present(message)
-                || attempt(message)
-                    .is_some_and(|(key, attempt)| !self.troubles.messages_repeat || latest[&key] == attempt)
+    /// Drops the messages that nobody will react to any more: what the barrier ignores now, it ignores for ever, and what
+    /// the saga does not take as news, it has heard, or has given up waiting for. Of the commands of a step that the saga
+    /// has left, the first attempt stands for all.
+    fn forget(&self, state: &mut State<W>) -> Result<(), String> {
+        let Some(number) = state.place else { return Ok(()) };
+        let progress = &self.machine.place(number).progress;
+        let present = |at: At| at == progress.at && progress.ended.is_none();
+        // In falling order, so that the first attempt is what stays in the map.
+        let attempts = state.flying.iter().rev().filter_map(|message| match &**message {
+            Message::Command { at, call, attempt, .. } => Some(((*at, *call), *attempt)),
+            Message::Reply { .. } => None,
         });
+        let first: BTreeMap<_, _> = attempts.collect();
+        let one_is_enough = self.troubles.messages_repeat;
+        let useful = |message: &Arc<Message>| match &**message {
+            Message::Reply { .. } => {
+                Ok::<_, String>(self.machine.happens(number, Happening::Hear(message.clone()))?.is_some())
+            }
+            Message::Command { at, call, attempt, to, .. } => {
+                let ignored = |known| decide_step(known, &message.command()) == Step::Ignore;
+                let alike = one_is_enough && !present(*at) && first[&(*at, *call)] != *attempt;
+                Ok(!alike && !state.services.get(to).is_some_and(ignored))
+            }
+        };
+        let mut useless = Vec::new();
+        for message in state.flying.iter() {
+            if !useful(message)? {
+                useless.push(message.clone());
+            }
+        }
+        if !useless.is_empty() {
+            Arc::make_mut(&mut state.flying).retain(|message| !useless.contains(message));
+        }
+        Ok(())
     }
 
     /// As `saga::participant::Desk` does it.
@@ -189,15 +223,14 @@ where
         luck: Luck,
         repeat: bool,
     ) -> Result<Option<State<W>>, String> {
-        let Message::Command { at, call, attempt, must_succeed, to, type_name, schema_version, data, .. } = &**message
-        else {
+        let Message::Command { at, call, attempt, to, type_name, schema_version, data, .. } = &**message else {
             return Ok(None);
         };
         let mut next = state.clone();
         if !repeat {
             Arc::make_mut(&mut next.flying).remove(message);
         }
-        let command = StepCommand { at: *at, call: *call, attempt: *attempt, must_succeed: *must_succeed };
+        let command = message.command();
         let known = state.services.get(to).cloned().unwrap_or_default();
         let outcome = match decide_step(&known, &command) {
             Step::Ignore if luck == Luck::Does => return Ok((next != *state).then_some(next)),
@@ -214,11 +247,8 @@ where
         let replied = StepEvent::Replied { saga: String::new(), reply_to: String::new(), reply };
         Arc::make_mut(&mut next.services).entry(to.clone()).or_default().evolve(&replied);
         let reply = Message::Reply { at: *at, call: *call, attempt: *attempt, outcome: outcome_json };
-        let flying = Arc::make_mut(&mut next.flying);
-        flying.insert(Arc::new(reply));
-        if let Some(place) = state.place {
-            self.forget(flying, &self.machine.place(place).progress);
-        }
+        Arc::make_mut(&mut next.flying).insert(Arc::new(reply));
+        self.forget(&mut next)?;
         Ok((next != *state).then_some(next))
     }
 
@@ -273,29 +303,28 @@ where
         if !self.troubles.timers_fire && !place.is_stuck() && self.next_states(state).is_empty() {
             return Some(format!("nothing more happens, and the saga is still at {:?}", progress.step));
         }
-        if place.is_stuck() && !self.ends_in_sunshine(state.clone()) {
+        if place.is_stuck()
+            && let Err(step) = self.ends_in_sunshine(state.clone())
+        {
+            let stuck = &progress.step;
             return Some(format!(
-                "the saga is stuck at {:?}, and does not end even if all goes well after a retry",
-                progress.step
+                "the saga is stuck at {stuck:?}; when an operator retries and all goes well from then on, it comes to {step:?} \
+                 and does not end"
             ));
         }
         None
     }
 
-    /// Whether a stuck saga comes to an end if an operator retries, and nothing goes wrong any more. What it has heard
-    /// before does not come again: it must have kept it.
-    fn ends_in_sunshine(&self, mut state: State<W>) -> bool {
-        let Some(stuck) = state.place else { return false };
-        let unheard = |message: &Arc<Message>| {
-            let hear = || self.machine.happens(stuck, Happening::Hear(message.clone()));
-            attempt(message).is_some() || !matches!(hear(), Ok(None))
-        };
-        Arc::make_mut(&mut state.flying).retain(unheard);
+    /// Whether a stuck saga comes to an end if an operator retries, and nothing goes wrong any more; `Err` has the step
+    /// it comes to. What it has heard before does not come again: it must have kept it.
+    fn ends_in_sunshine(&self, mut state: State<W>) -> Result<(), String> {
+        let mut step = String::new();
         for _ in 0..SUNNY_MOVES_MAX {
-            let Some(place) = state.place.map(|place| self.machine.place(place)) else { return false };
+            let Some(place) = state.place.map(|place| self.machine.place(place)) else { break };
             if place.progress.ended.is_some() {
-                return true;
+                return Ok(());
             }
+            step.clone_from(&place.progress.step);
             let messages = state.flying.iter().filter(|message| !message.is_failure());
             let mut moves = messages.map(|message| match **message {
                 Message::Command { .. } => Action::Take(message.clone(), Luck::Does),
@@ -305,19 +334,12 @@ where
             let action = moves.next().unwrap_or(Action::Saga(happening));
             match self.step(&state, &action, false) {
                 Ok(Some(next)) => state = next,
-                Ok(None) => return false,
+                Ok(None) => break,
                 // The model makes this move too, and says what it breaks.
-                Err(_) => return true,
+                Err(_) => return Ok(()),
             }
         }
-        false
-    }
-}
-
-fn attempt(message: &Message) -> Option<((At, usize), u32)> {
-    match message {
-        Message::Command { at, call, attempt, .. } => Some(((*at, *call), *attempt)),
-        Message::Reply { .. } => None,
+        Err(step)
     }
 }
 
