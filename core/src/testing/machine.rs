@@ -211,7 +211,8 @@ impl<C: SagaState> Machine<C> {
         Ok(number)
     }
 
-    /// No reply to another step, no timer that is not due, and nothing at all after the end, may move the saga. Because
+    /// No reply to another step, no failure of an earlier attempt, no timer that is not due, and nothing at all after the
+    /// end may move the saga. Because
     /// every such reply is tried here, the model need not keep late replies in flight.
     fn deaf(&self, place: &Place<C>) -> Result<(), String> {
         let progress = &place.progress;
@@ -223,12 +224,15 @@ impl<C: SagaState> Machine<C> {
         let undo = (0..saga.compensatable()).map(|step| (At::Undo(step), &saga.steps[step]));
         let closing = (0..saga.closing.len()).map(|step| (At::Closing(step), &saga.closing[step]));
         for (at, planned) in forward.chain(undo).chain(closing) {
-            if at == progress.at && progress.ended.is_none() {
-                continue;
-            }
+            let left = at != progress.at || progress.ended.is_some();
             for call in 0..planned.calls.len() {
                 for attempt in 1..=planned.attempts_max {
                     for outcome in late_outcomes() {
+                        let stale = attempt < progress.attempt || progress.retrying;
+                        let is_late = left || stale && matches!(outcome, Outcome::Failed(_));
+                        if !is_late {
+                            continue;
+                        }
                         let what = format!("{outcome:?}");
                         let reply = Reply { at, call, attempt, outcome };
                         if self.transition(place, &Input::Reply(reply), 0)?.is_some() {
