@@ -81,6 +81,7 @@ impl Routes {
                 (attribute::AT, command.at.to_string()),
                 (attribute::CALL, command.call.to_string()),
                 (attribute::ATTEMPT, command.attempt.to_string()),
+                (attribute::MUST_SUCCEED, command.must_succeed.to_string()),
                 (attribute::REPLY_TO, self.service.to_string()),
             ];
             let message = Message {

@@ -22,6 +22,8 @@ mod transition;
 
 pub use definition::{AfterPivot, Closing, Kind, NeedsUndo, Open, Plan, Request, Saga, SagaState, Undoable};
 pub use index::{Index, SagaStatus};
+#[cfg(feature = "testing")]
+pub(crate) use instance::{Ask, Definitions, What};
 pub use instance::{Instance, SagaRefusal};
 pub use participant::{Answer, Participant, Participation, Slot, Step, StepCommand, StepError, StepEvent};
 pub(crate) use participant::{Desk, attribute};

@@ -140,6 +140,9 @@ impl<C: SagaState> Move<'_, C> {
             Outcome::Refused(_) | Outcome::Failed(_) if stale => return Ok(false),
             Outcome::Refused(_) | Outcome::Failed(_) => CallState::Failed,
         };
+        if known == Some(state) {
+            return Ok(false);
+        }
         self.progress.calls[reply.call] = state;
         if !matches!(self.progress.at, At::Undo(_)) && !matches!(reply.outcome, Outcome::Failed(_)) {
             self.context.learn(self.planned().name, &reply.outcome);
@@ -235,6 +238,7 @@ impl<C: SagaState> Move<'_, C> {
                 at,
                 call,
                 attempt,
+                must_succeed: !self.may_refuse(),
                 data: data.map_err(|error| format!("step {:?}: {} has no JSON form: {error}", planned.name, request.type_name))?,
             });
         }
@@ -329,8 +333,11 @@ impl<C: SagaState> Move<'_, C> {
         self.progress.status = if back { Status::Compensating } else { Status::Running };
         self.progress.attempt = 0;
         let all_done = self.progress.calls.iter().all(|call| *call == CallState::Done);
+        // Its participant answers no second time.
+        let refused = self.progress.calls.contains(&CallState::Refused);
         match verb {
             Verb::Compensate => self.compensate("an operator compensated it"),
+            Verb::Retry if refused => self.compensate("it was refused while the saga was stuck"),
             Verb::Retry if !all_done => self.ask(),
             Verb::SkipStep | Verb::Retry | Verb::Abandon => self.advance(),
         }
