@@ -18,6 +18,7 @@ use crate::{
     inventory::StockEvent,
     order::{OrderEvent, ReturnEvent},
     payment::PaymentEvent,
+    report::Units,
 };
 
 /// The books of the whole shop, as of one position in the log.
@@ -32,18 +33,6 @@ pub struct Books {
     pub charged: Decimal,
     pub refunded: Decimal,
     pub units: Units,
-}
-
-/// Units of all SKUs together.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Units {
-    pub initial: i64,
-    pub sold: i64,
-    pub returned: i64,
-    /// Signed.
-    pub adjusted: i64,
-    pub remaining: i64,
-    pub reserved: i64,
 }
 
 impl Books {
@@ -112,6 +101,8 @@ struct State {
     open: HashMap<Arc<str>, Status>,
     ended: HashSet<Arc<str>>,
     waiting: HashMap<Arc<str>, Vec<oneshot::Sender<()>>>,
+    /// Everything up to here is booked.
+    position: Position,
 }
 
 /// The part of a saga's event that tells whether it has ended.
@@ -137,17 +128,6 @@ impl Ledger {
         Ok(())
     }
 
-    /// Reads up to the present end of the log.
-    pub async fn catch_up(&self, store: &dyn EventStore) -> Result<Position, StoreError> {
-        let mut position = Position::START;
-        loop {
-            match self.read(store, position).await? {
-                next if next == position => return Ok(position),
-                next => position = next,
-            }
-        }
-    }
-
     async fn read(&self, store: &dyn EventStore, after: Position) -> Result<Position, StoreError> {
         let page = store.read_log(&LogQuery::all(), after, 2_000).await?;
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -158,7 +138,13 @@ impl Ledger {
                 return Err(StoreError::Corrupt(error.to_string()));
             }
         }
+        state.position = page.next;
         Ok(page.next)
+    }
+
+    /// How far the books are.
+    pub fn position(&self) -> Position {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).position
     }
 
     /// Resolves once the saga with this stream id has ended.
@@ -177,11 +163,6 @@ impl Ledger {
     /// The books as they stand.
     pub fn books(&self) -> Books {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).books.clone()
-    }
-
-    /// Whether this saga has ended.
-    pub fn has_ended(&self, saga: &str) -> bool {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).ended.contains(saga)
     }
 
     /// How many sagas are under way, and how many of them are stuck.

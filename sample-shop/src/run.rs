@@ -20,7 +20,7 @@ use tokio::{
 use uuid::Uuid;
 
 use crate::{
-    input::{Invoice, RowError},
+    input::{InputError, Invoice, Invoices, ReadError},
     inventory::{OfSku, Stock, StockCommand},
     ledger::{Books, Ledger, saga_stream},
     order::{Line, OrderCommand, ReturnCommand},
@@ -67,7 +67,7 @@ pub struct Outcome {
     pub elapsed: Duration,
     /// From handing in an invoice to the end of its saga, in microseconds.
     pub latency_us: Histogram<u64>,
-    /// Invoices and rows that were turned away, each with why.
+    /// Invoices that a service turned away, each with why.
     pub rejected: Vec<String>,
 }
 
@@ -76,6 +76,8 @@ pub struct Outcome {
 pub enum RunError {
     #[error("{0}")]
     Store(#[from] StoreError),
+    #[error("{0}")]
+    Input(#[from] InputError),
     #[error("opening the stock: {0}")]
     Stock(String),
     #[error("{0}")]
@@ -128,7 +130,7 @@ struct Tally {
 pub async fn run(
     store: Arc<dyn EventStore>,
     opening_stock: BTreeMap<String, u64>,
-    invoices: impl Iterator<Item = Result<Invoice, RowError>>,
+    invoices: &mut Invoices,
     settings: Settings,
     mut on_progress: impl FnMut(u64),
 ) -> Result<Outcome, RunError> {
@@ -153,15 +155,14 @@ pub async fn run(
     let mut under_way = JoinSet::new();
     let mut handed_in = 0;
     for invoice in invoices {
-        handed_in += 1;
-        on_progress(handed_in);
         let invoice = match invoice {
             Ok(invoice) => invoice,
-            Err(row) => {
-                shop.tally().rejected.push(row.to_string());
-                continue;
-            }
+            // The reader counts and reports it; the run goes on.
+            Err(ReadError::Row(_)) => continue,
+            Err(ReadError::Input(error)) => return Err(error.into()),
         };
+        handed_in += 1;
+        on_progress(handed_in);
         let Ok(slot) = slots.clone().acquire_owned().await else { break };
         let turn = if settings.scarce { queues.join(&invoice) } else { Turn::default() };
         let shop = shop.clone();
@@ -173,7 +174,7 @@ pub async fn run(
         while under_way.try_join_next().is_some() {}
     }
     while under_way.join_next().await.is_some() {}
-    wait_for_open_sagas(&shop.ledger).await;
+    wait_for_open_sagas(&shop).await?;
     let elapsed = started.elapsed();
     runtime.drain(PATIENCE).await.map_err(RunError::Runtime)?;
     let (_, stuck) = ledger.open();
@@ -190,11 +191,12 @@ pub async fn run(
 }
 
 /// Sagas that an earlier run left under way end too; those that are stuck wait for an operator.
-async fn wait_for_open_sagas(ledger: &Ledger) {
+async fn wait_for_open_sagas(shop: &Shop) -> Result<(), RunError> {
+    let head = shop.store.status().await?.head;
     loop {
-        let (open, stuck) = ledger.open();
-        if open == stuck {
-            return;
+        let (open, stuck) = shop.ledger.open();
+        if shop.ledger.position() >= head && open == stuck {
+            return Ok(());
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
