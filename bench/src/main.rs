@@ -81,7 +81,7 @@ async fn main() -> Result<(), Failure> {
 
 fn report(rounds: &[Vec<Figure>], json: bool) {
     let mut table = Table::new();
-    table.load_preset(UTF8_FULL_CONDENSED);
+    table.load_style(UTF8_FULL_CONDENSED);
     table.set_header(["workload", "store", "per second", "rows/s", "of baseline", "p50 ms", "p99 ms", "commits/op", "rows/op"]);
     let Some(first) = rounds.first() else { return };
     let medians: Vec<Figure> = (0..first.len()).map(|index| median(rounds, index)).collect();
