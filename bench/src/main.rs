@@ -1,2 +1,118 @@
-//! wip
-fn main(){}
+//! Every figure with its baseline and its limit in the same run: these machines differ and are noisy, so only ratios count.
+
+mod baseline;
+mod commands;
+mod counting;
+mod sagas;
+
+use std::path::PathBuf;
+
+use clap::Parser;
+use comfy_table::{Table, presets::UTF8_FULL_CONDENSED};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Measures the embedded stores.
+#[derive(Parser)]
+struct Arguments {
+    /// Commands to execute at each concurrency.
+    #[arg(long, default_value_t = 20_000)]
+    commands: usize,
+    /// Orders to check out.
+    #[arg(long, default_value_t = 20_000)]
+    sagas: usize,
+    /// How often each figure is taken; the median is printed.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// Where the database files go; the disk that is measured.
+    #[arg(long, default_value = ".")]
+    directory: PathBuf,
+    /// One JSON object a figure, instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+/// One line of the report.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Figure {
+    workload: String,
+    store: &'static str,
+    /// Operations per second: commands, sagas, or rows for a baseline.
+    per_second: f64,
+    /// Events and documents per second.
+    rows_per_second: f64,
+    p50_ms: Option<f64>,
+    p99_ms: Option<f64>,
+    /// Calls of `EventStore::commit` per operation.
+    commits_per_op: Option<f64>,
+    rows_per_op: Option<f64>,
+}
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+#[tokio::main]
+async fn main() -> Result<(), Failure> {
+    let arguments = Arguments::parse();
+    let mut figures: Vec<Vec<Figure>> = Vec::new();
+    for round in 0..arguments.rounds {
+        eprintln!("round {} of {}", round + 1, arguments.rounds);
+        let mut round = Vec::new();
+        let directory = tempfile::tempdir_in(&arguments.directory)?;
+        for in_flight in [1, 64, 1_024] {
+            let count = if in_flight == 1 { arguments.commands / 20 } else { arguments.commands };
+            round.push(commands::memory(count, in_flight).await?);
+            let path = directory.path().join(format!("commands-{in_flight}.db"));
+            round.push(commands::sqlite(&path, count, in_flight).await?);
+            if in_flight != 1 {
+                round.push(baseline::rewrite(&path, &format!("commands, {in_flight} in flight")).await?);
+            }
+        }
+        round.push(sagas::memory(arguments.sagas).await?);
+        let path = directory.path().join("sagas.db");
+        round.push(sagas::sqlite(&path, arguments.sagas, 256).await?);
+        round.push(baseline::rewrite(&path, "sagas").await?);
+        round.push(sagas::sqlite(&directory.path().join("saga.db"), arguments.sagas / 100, 1).await?);
+        figures.push(round);
+    }
+    report(&figures, arguments.json);
+    Ok(())
+}
+
+fn report(rounds: &[Vec<Figure>], json: bool) {
+    let mut table = Table::new();
+    table.load_style(UTF8_FULL_CONDENSED);
+    table.set_header(["workload", "store", "per second", "rows/s", "of baseline", "p50 ms", "p99 ms", "commits/op", "rows/op"]);
+    let Some(first) = rounds.first() else { return };
+    let medians: Vec<Figure> = (0..first.len()).map(|index| median(rounds, index)).collect();
+    for figure in &medians {
+        if json {
+            println!("{}", serde_json::to_string(figure).unwrap_or_default());
+            continue;
+        }
+        let limit = medians.iter().find(|limit| limit.store == "plain sqlx" && limit.workload == figure.workload);
+        let ratio = limit.filter(|_| figure.store == "sqlite").map(|limit| figure.rows_per_second / limit.rows_per_second);
+        let optional = |value: Option<f64>| value.map_or(String::new(), |value| format!("{value:.2}"));
+        table.add_row([
+            figure.workload.clone(),
+            figure.store.to_owned(),
+            format!("{:.0}", figure.per_second),
+            format!("{:.0}", figure.rows_per_second),
+            optional(ratio),
+            optional(figure.p50_ms),
+            optional(figure.p99_ms),
+            optional(figure.commits_per_op),
+            optional(figure.rows_per_op),
+        ]);
+    }
+    if !json {
+        println!("{table}");
+    }
+}
+
+/// The round in the middle, by operations per second.
+fn median(rounds: &[Vec<Figure>], index: usize) -> Figure {
+    let mut of_figure: Vec<&Figure> = rounds.iter().map(|round| &round[index]).collect();
+    of_figure.sort_by(|a, b| a.per_second.total_cmp(&b.per_second));
+    of_figure[of_figure.len() / 2].clone()
+}

@@ -10,6 +10,8 @@ use crate::event::{CATEGORY_BYTES_MAX, EVENT_BYTES_MAX, NewEvent, Position, Stre
 pub const COMMIT_ROWS_MAX: usize = 10_000;
 /// The longest document id, in bytes: it is an index key in every store.
 pub const DOCUMENT_ID_BYTES_MAX: usize = 1_024;
+/// The deepest nesting of a payload or body: what serde_json reads, and so what every reader of ours can.
+pub const NESTING_MAX: usize = 127;
 /// The largest document body, in bytes of JSON.
 pub const DOCUMENT_BYTES_MAX: usize = 4_000_000;
 
@@ -200,14 +202,37 @@ fn has_twins<T: std::hash::Hash + Eq>(mut items: impl Iterator<Item = T>) -> boo
     !items.all(|item| seen.insert(item))
 }
 
-/// Whether the text is JSON that every store and every reader takes: nesting within 128, and no `\u0000`, which
+/// Whether the text is JSON that every store and every reader takes: nesting within [`NESTING_MAX`], and no `\u0000`, which
 /// PostgreSQL stores as `json` but can never give back as text.
 fn check_json(text: &str) -> Result<(), String> {
     serde_json::from_str::<serde::de::IgnoredAny>(text).map_err(|error| format!("not JSON: {error}"))?;
+    // Skipping over a value, as above, takes any depth; reading it does not.
+    if nesting(text) > NESTING_MAX {
+        return Err(format!("it is nested more than {NESTING_MAX} deep"));
+    }
     if text.contains("\\u0000") && has_escaped_nul(text) {
         return Err("a string has \\u0000, which not every store can give back".into());
     }
     Ok(())
+}
+
+/// How deep the brackets of a valid JSON text go.
+fn nesting(text: &str) -> usize {
+    let (mut depth, mut deepest, mut in_string, mut escaped) = (0_usize, 0, false, false);
+    for byte in text.bytes() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = true,
+            b'"' => in_string = !in_string,
+            b'[' | b'{' if !in_string => {
+                depth += 1;
+                deepest = deepest.max(depth);
+            }
+            b']' | b'}' if !in_string => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    deepest
 }
 
 /// Tells the escape `\u0000` from a backslash that is itself escaped and followed by the letters `u0000`.
@@ -234,8 +259,12 @@ mod tests {
     }
 
     #[test]
-    fn nesting_beyond_128_is_refused_before_anything_is_written() {
-        let deep = format!("{}{}", "[".repeat(6_000), "]".repeat(6_000));
-        assert!(check_json(&deep).is_err());
+    fn nesting_beyond_what_serde_json_reads_is_refused() {
+        let deep = |depth: usize| format!("{}{}", "[".repeat(depth), "]".repeat(depth));
+        for depth in [1, NESTING_MAX, NESTING_MAX + 1, 6_000] {
+            let readable = serde_json::from_str::<serde_json::Value>(&deep(depth)).is_ok();
+            assert_eq!(check_json(&deep(depth)).is_ok(), readable, "{depth}");
+        }
+        assert!(check_json(&format!(r#"{{"a":"\"{}"}}"#, "[".repeat(200))).is_ok());
     }
 }

@@ -101,7 +101,8 @@ impl Joined {
                 parked: ParkedKeys::new(group.name.clone()),
                 reporter: health.reporter(&part),
             };
-            let member = Member { worker, consumer, lane_of: HashMap::new() };
+            let member =
+                Member { worker, consumer, assigned: Vec::new(), lane_of: HashMap::new(), unsettled: false };
             members.spawn(member.consume(part, health.clone(), shutdown.clone()));
         }
         while let Some(ended) = members.join_next().await {
@@ -117,7 +118,12 @@ impl Joined {
 struct Member {
     worker: Worker,
     consumer: Box<dyn Consumer>,
+    /// What the bus has assigned.
+    assigned: Vec<Partition>,
+    /// The lanes of those whose offset was found.
     lane_of: HashMap<Partition, usize>,
+    /// Whether assigned partitions still lack their place: finding it failed.
+    unsettled: bool,
 }
 
 impl Member {
@@ -131,7 +137,7 @@ impl Member {
                     Ok(polled) => self.take(polled).await,
                     Err(error) => Err(error.into()),
                 },
-                _ = tick.tick() => self.worker.redrive_due().await.map_err(Ended::from),
+                _ = tick.tick() => self.look_around().await,
                 () = shutdown.cancelled() => Ok(()),
             };
             let Err(ended) = ended else {
@@ -144,24 +150,31 @@ impl Member {
                 () = shutdown.cancelled() => {}
             }
             // What was polled but not committed is polled again from the offset in the store.
-            let partitions: Vec<Partition> = self.lane_of.keys().cloned().collect();
-            if let Err(error) = self.assign(partitions, true).await {
+            if let Err(error) = self.assign(true).await {
                 self.worker.reporter.trouble(error.to_string());
+                self.unsettled = true;
             }
         }
         health.set(&part, State::Stopped);
     }
 
+    async fn look_around(&mut self) -> Result<(), Ended> {
+        if self.unsettled {
+            self.assign(true).await?;
+        }
+        Ok(self.worker.redrive_due().await?)
+    }
+
     async fn take(&mut self, polled: Polled) -> Result<(), Ended> {
         match polled {
             Polled::Assigned(partitions) => {
-                let all = self.lane_of.keys().cloned().chain(partitions).collect();
-                self.assign(all, false).await?;
+                self.assigned.extend(partitions);
+                self.assign(false).await?;
                 self.worker.reporter.fine();
             }
             Polled::Revoked(partitions) => {
-                let kept = self.lane_of.keys().filter(|partition| !partitions.contains(partition)).cloned().collect();
-                self.assign(kept, false).await?;
+                self.assigned.retain(|partition| !partitions.contains(partition));
+                self.assign(false).await?;
             }
             Polled::Messages(deliveries) => {
                 let mut nexts = HashMap::new();
@@ -188,22 +201,23 @@ impl Member {
         Ok(())
     }
 
-    /// Takes exactly these partitions. New ones, and with `rewind` all, are delivered from the offset in the store.
-    async fn assign(&mut self, partitions: Vec<Partition>, rewind: bool) -> Result<(), Ended> {
-        let known = std::mem::take(&mut self.lane_of);
-        let lanes = std::mem::take(&mut self.worker.lanes);
-        for partition in partitions {
+    /// Takes exactly the assigned partitions. New ones, and with `rewind` all, are delivered from the offset in the store.
+    async fn assign(&mut self, rewind: bool) -> Result<(), Ended> {
+        let (mut lane_of, mut lanes) = (HashMap::new(), Vec::new());
+        for partition in &self.assigned {
             let id = format!("{}/{}/{}", self.worker.name, partition.topic, partition.number);
             let mut lane = Lane::new(&id, Some(partition.incarnation.clone()));
             let next = lane.load(&*self.worker.store).await?;
-            let same = known.get(&partition).is_some_and(|index| lanes[*index].version == lane.version);
-            if rewind || !same {
-                self.consumer.seek(&partition, next).await?;
+            let known = self.lane_of.get(partition).map(|index| &self.worker.lanes[*index]);
+            if rewind || known.is_none_or(|known| known.version != lane.version) {
+                self.consumer.seek(partition, next).await?;
             }
-            self.lane_of.insert(partition, self.worker.lanes.len());
-            self.worker.lanes.push(lane);
+            lane_of.insert(partition.clone(), lanes.len());
+            lanes.push(lane);
         }
+        (self.lane_of, self.worker.lanes) = (lane_of, lanes);
         self.worker.load_parked().await?;
+        self.unsettled = false;
         Ok(())
     }
 }

@@ -13,6 +13,7 @@ pub mod health;
 pub mod local_bus;
 pub mod memory;
 pub mod parking;
+pub mod read_model;
 pub mod relay;
 pub mod repository;
 pub mod saga;
@@ -22,6 +23,7 @@ pub mod subscription;
 pub mod tail;
 #[cfg(feature = "testing")]
 pub mod testing;
+pub mod transaction;
 pub mod work;
 pub mod worker;
 
@@ -40,11 +42,13 @@ pub use self::{
     local_bus::LocalBus,
     memory::MemoryStore,
     parking::DeadLetters,
+    read_model::{Projection, ReadModel, Views},
     repository::{ExecuteError, Repository, Request},
-    saga::{Participant, Saga, SagaState, StepError},
+    saga::{Answer, Participant, Saga, SagaState, StepError},
     service::{Runtime, Service},
     store::{EventStore, LogPage, LogQuery, Scan, StoreError, StoreStatus},
     subscription::{Start, Subscription},
     tail::Tail,
+    transaction::Transaction,
     work::{Work, WorkError},
 };

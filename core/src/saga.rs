@@ -25,7 +25,7 @@ pub use index::{Index, SagaStatus};
 #[cfg(feature = "testing")]
 pub(crate) use instance::{Ask, Definitions, What};
 pub use instance::{Instance, SagaRefusal};
-pub use participant::{Participant, Participation, Slot, Step, StepCommand, StepError, StepEvent};
+pub use participant::{Answer, Participant, Participation, Slot, Step, StepCommand, StepError, StepEvent};
 pub(crate) use participant::{Desk, attribute};
 pub use participant::decide_step;
 pub(crate) use runner::{Replies, Starter};

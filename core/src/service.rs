@@ -12,12 +12,16 @@ use crate::{
     event::StreamId,
     handler::{Handler, HandlerError},
     health::{Health, State},
+    read_model::{Projection, ReadModel},
     relay::{Relay, Routes},
     saga::{Desk, Index, Participant, Replies, Runner, SagaState, Starter, StepEvent},
     store::{EventStore, LogQuery},
     subscription::Subscription,
     work::Work,
 };
+
+/// How long the index of sagas may be behind: it adds to the precision of timers.
+const INDEX_PAUSE: Duration = Duration::from_millis(200);
 
 /// A service in the making.
 ///
@@ -32,10 +36,10 @@ pub struct Service {
     replies: Vec<Arc<dyn Replies>>,
     subscriptions: Vec<Subscription>,
     groups: Vec<Group>,
-    timers: Vec<Timers>,
+    parts: Vec<Part>,
 }
 
-type Timers = Box<dyn FnOnce(Health, CancellationToken) -> std::pin::Pin<Box<dyn Future<Output = Result<(), String>> + Send>> + Send>;
+type Part = Box<dyn FnOnce(Health, CancellationToken) -> std::pin::Pin<Box<dyn Future<Output = Result<(), String>> + Send>> + Send>;
 
 impl Service {
     /// A service of this name on its store: its events go to topic `<name>.events`, its commands come from
@@ -50,7 +54,7 @@ impl Service {
             replies: Vec::new(),
             subscriptions: Vec::new(),
             groups: Vec::new(),
-            timers: Vec::new(),
+            parts: Vec::new(),
         }
     }
 
@@ -78,16 +82,24 @@ impl Service {
         self.routes.saga(&runner.category());
         let starter = Subscription::new(&format!("{name}.start"), Starter(runner.clone())).query(runner.query().clone());
         let of_saga = LogQuery::categories([runner.category()]);
-        let index = Subscription::new(&format!("{name}.index"), Index).query(of_saga);
+        // Sagas that end within the pause are written once.
+        let index = Subscription::new(&format!("{name}.index"), Index).query(of_saga).linger(INDEX_PAUSE);
         self.subscriptions.extend([starter, index]);
         self.replies.push(Arc::new(runner.clone()));
-        self.timers.push(Box::new(|health, shutdown| Box::pin(runner.timers(health, shutdown))));
+        self.parts.push(Box::new(|health, shutdown| Box::pin(runner.timers(health, shutdown))));
         self
     }
 
     /// Follows the service's own log.
     pub fn subscribe(mut self, subscription: Subscription) -> Self {
         self.subscriptions.push(subscription);
+        self
+    }
+
+    /// Keeps the views of a read model.
+    pub fn project<R: ReadModel>(mut self, projection: Projection<R>) -> Self {
+        let store = self.store.clone();
+        self.parts.push(Box::new(|health, shutdown| Box::pin(projection.run(store, health, shutdown))));
         self
     }
 
@@ -166,9 +178,9 @@ impl Runtime {
             for group in service.groups {
                 groups.push((group.name().to_owned(), group.join(&*bus).await?));
             }
-            joined.push((service.name, service.store, service.routes, groups, service.subscriptions, service.timers));
+            joined.push((service.name, service.store, service.routes, groups, service.subscriptions, service.parts));
         }
-        for (name, store, routes, groups, subscriptions, timers) in joined {
+        for (name, store, routes, groups, subscriptions, parts) in joined {
             let (health, shutdown) = (self.health(), self.shutdown());
             for (group_name, group) in groups {
                 self.spawn(group_name, group.run(store.clone(), health.clone(), shutdown.clone()));
@@ -177,8 +189,8 @@ impl Runtime {
                 let part = subscription.name().to_owned();
                 self.spawn(part, subscription.run(store.clone(), health.clone(), shutdown.clone()));
             }
-            for timers in timers {
-                self.spawn(format!("{name}.timers"), timers(health.clone(), shutdown.clone()));
+            for part in parts {
+                self.spawn(name.clone(), part(health.clone(), shutdown.clone()));
             }
             let publisher: Arc<dyn Publisher> = bus.clone();
             self.spawn(format!("{name}.relay"), Relay::new(routes).run(store, publisher, health, shutdown));

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -19,6 +19,9 @@ use crate::{
 /// How often the checkpoint of a lane that only skips events is moved.
 const IDLE_CHECKPOINT: Duration = Duration::from_secs(1);
 
+/// Messages in one batch of a subscription that lingers.
+const LINGERING_BATCH_MAX: usize = 4_096;
+
 /// A handler that follows the log of its own service.
 ///
 /// Each lane has a checkpoint and a worker; the lane of an event is a hash of its stream id, so order is kept per stream.
@@ -29,6 +32,7 @@ pub struct Subscription {
     lanes: u32,
     start: Start,
     retry: RetryPolicy,
+    linger: Duration,
 }
 
 /// Where a subscription without a checkpoint begins.
@@ -52,6 +56,7 @@ impl Subscription {
             lanes: 1,
             start: Start::Beginning,
             retry: RetryPolicy::default(),
+            linger: Duration::ZERO,
         }
     }
 
@@ -79,12 +84,19 @@ impl Subscription {
         self
     }
 
+    /// Waits at least this long between batches, and takes larger ones: for a handler that writes only the last state of
+    /// each key, and that nobody waits for. Not at all by default.
+    pub fn linger(mut self, linger: Duration) -> Self {
+        self.linger = linger;
+        self
+    }
+
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Follows the log until `shutdown`, then finishes the batch in hand.
+    /// Follows the log until `shutdown`, then handles what is recorded by then.
     pub async fn run(self, store: Arc<dyn EventStore>, health: Health, shutdown: CancellationToken) -> Result<(), String> {
         let this = Arc::new(self);
         let mut workers = tokio::task::JoinSet::new();
@@ -143,8 +155,20 @@ impl Subscription {
         let mut tick = interval(PARKED_TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut moved_at = Instant::now();
-        while !shutdown.is_cancelled() {
-            let page = worker.store.read_log(&self.query, cursor, BATCH_MAX).await?;
+        let page_size = if self.linger.is_zero() { BATCH_MAX } else { LINGERING_BATCH_MAX };
+        let mut last = None;
+        loop {
+            if shutdown.is_cancelled() {
+                // What is recorded by now is still handled, so that a drained service leaves nothing behind.
+                let last = match last {
+                    Some(last) => last,
+                    None => *last.insert(worker.store.status().await?.head),
+                };
+                if cursor >= last {
+                    break;
+                }
+            }
+            let page = worker.store.read_log(&self.query, cursor, page_size).await?;
             let mut items: Vec<Item> = page
                 .events
                 .iter()
@@ -160,6 +184,12 @@ impl Subscription {
                 last.next = page.next.0;
                 worker.deliver(&items).await?;
                 moved_at = Instant::now();
+                if !self.linger.is_zero() {
+                    tokio::select! {
+                        () = sleep(self.linger) => {}
+                        () = shutdown.cancelled() => {}
+                    }
+                }
             }
             let caught_up = page.next == cursor;
             cursor = page.next;

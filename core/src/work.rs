@@ -228,13 +228,25 @@ impl Work {
         command: &A::Command,
         expect_new: bool,
     ) -> Result<Decided<A::Event>, WorkError<A::Refusal>> {
-        let stream = repository.stream(id)?;
         // Two commands of one message to one stream must not meet as twins, so each has an id of its own.
         let command_id = match self.cause.calls {
             0 => self.cause.id,
             calls => derived_id(self.cause.id, u64::MAX - calls),
         };
         self.cause.calls += 1;
+        self.stage_as(command_id, repository, id, command, expect_new).await
+    }
+
+    /// Stages a command under an id of its own.
+    pub(crate) async fn stage_as<A: Aggregate>(
+        &mut self,
+        command_id: Uuid,
+        repository: &Repository<A>,
+        id: &str,
+        command: &A::Command,
+        expect_new: bool,
+    ) -> Result<Decided<A::Event>, WorkError<A::Refusal>> {
+        let stream = repository.stream(id)?;
         let metadata = self.cause.metadata.clone();
         let store = self.store.clone();
         let staged = self.staged(repository, &stream, expect_new).await?;

@@ -1,2 +1,148 @@
-//! wip
-fn main(){}
+//! The command line of the sample shop.
+
+use std::{process::ExitCode, sync::Arc};
+
+use annals::{EventStore, MemoryStore};
+use annals_sqlite::SqliteStore;
+use clap::Parser;
+use rust_decimal::Decimal;
+use sample_shop::{
+    arguments::{Arguments, BusUrl, Command, Connection, Output, StoreUrl},
+    input::{Demand, Invoices, Source},
+    report::{self, Cancelled, Progress, Summary},
+    run::{self, Outcome, Settings},
+};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// How many rejected invoices are told one by one.
+const REJECTED_SHOWN: usize = 10;
+
+type Failure = Box<dyn std::error::Error>;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "error".into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    match carry_out(Arguments::parse().command).await {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("sample-shop: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+async fn carry_out(command: Command) -> Result<ExitCode, Failure> {
+    match command {
+        Command::Run(arguments) => {
+            let source = arguments.source()?;
+            let stock = source.stock(arguments.stock_factor)?;
+            let settings = Settings {
+                concurrency: arguments.concurrency as usize,
+                decline_rate: arguments.decline_rate(),
+                cancel_rate: arguments.cancel_rate(),
+                seed: arguments.seed,
+                scarce: arguments.stock_factor.of(1_000_000) < 1_000_000,
+                input: name_of(&arguments.orders, arguments.seed, source.len()),
+            };
+            run_shop(&arguments.connection, &arguments.output, source, stock, settings).await
+        }
+        Command::Drain(arguments) => {
+            let source = Source::generated(0, 0);
+            let settings = Settings {
+                concurrency: 1,
+                decline_rate: 0.0,
+                cancel_rate: 0.0,
+                seed: 0,
+                scarce: false,
+                input: "drain".into(),
+            };
+            run_shop(&arguments.connection, &arguments.output, source, Demand::new(), settings).await
+        }
+        Command::Serve(_) => Err("`serve` is not in this version: it comes with the PostgreSQL store and the Kafka bus. \
+                                  `run` has all four services in one process."
+            .into()),
+    }
+}
+
+/// Stock is opened once for each input: the same file, or as many orders out of the same seed.
+fn name_of(orders: &Option<std::path::PathBuf>, seed: u64, count: u64) -> String {
+    match orders.as_ref().and_then(|path| path.file_name()) {
+        Some(file) => file.to_string_lossy().chars().filter(|c| !c.is_control()).take(100).collect(),
+        None => format!("{count} orders of seed {seed}"),
+    }
+}
+
+async fn run_shop(
+    connection: &Connection,
+    output: &Output,
+    source: Source,
+    stock: Demand,
+    settings: Settings,
+) -> Result<ExitCode, Failure> {
+    let BusUrl::Local = &connection.bus else {
+        return Err(format!("bus {}: this version has the local bus only (--bus local:)", connection.bus).into());
+    };
+    let (store, sqlite): (Arc<dyn EventStore>, _) = match &connection.store {
+        StoreUrl::Memory => (Arc::new(MemoryStore::new()), None),
+        StoreUrl::Sqlite(path) => {
+            let sqlite = Arc::new(SqliteStore::open(path).await?);
+            (sqlite.clone(), Some(sqlite))
+        }
+        other @ StoreUrl::Postgres(_) => {
+            return Err(format!("store {other}: this version has memory: and sqlite:PATH only").into());
+        }
+    };
+    let mut invoices = source.invoices()?;
+    let progress = Progress::new(source.len(), output.quiet || output.json);
+    let outcome = run::run(store, stock, &mut invoices, settings, |_| progress.inc(1)).await;
+    progress.finish();
+    if let Some(sqlite) = sqlite {
+        sqlite.close().await?;
+    }
+    Ok(show(connection, output, &invoices, outcome?))
+}
+
+fn show(connection: &Connection, output: &Output, invoices: &Invoices, outcome: Outcome) -> ExitCode {
+    let rows = invoices.rows();
+    if rows.malformed > 0 || matches!(invoices, Invoices::File(_)) {
+        eprintln!("{}", report::rows(rows));
+    }
+    if outcome.repeated > 0 {
+        eprintln!("{} invoices were already in the store and were not handed in again.", outcome.repeated);
+    }
+    for reason in outcome.rejected.iter().take(REJECTED_SHOWN) {
+        eprintln!("rejected: {reason}");
+    }
+    if outcome.rejected.len() > REJECTED_SHOWN {
+        eprintln!("and {} more were rejected", outcome.rejected.len() - REJECTED_SHOWN);
+    }
+    let books = &outcome.books;
+    let cancelled = |reason: &str| books.cancelled.get(reason).copied().unwrap_or(0);
+    let summary = Summary {
+        orders: books.orders,
+        confirmed: books.confirmed,
+        cancelled: Cancelled {
+            out_of_stock: cancelled("out_of_stock"),
+            declined: cancelled("declined"),
+            by_customer: cancelled("by_customer"),
+        },
+        returns: books.returns,
+        adjustments: books.adjustments.len() as u64,
+        stuck: outcome.stuck,
+        charged: books.charged,
+        refunded: books.refunded,
+        units: books.units,
+        elapsed: outcome.elapsed,
+        sagas: outcome.sagas,
+        latency_us: outcome.latency_us,
+        store: connection.store.to_string(),
+        bus: connection.bus.to_string(),
+    };
+    let text = if output.json { summary.json() } else { summary.human() };
+    println!("{text}");
+    let sound = summary.stuck == 0 && summary.units.conserved() && books.charged >= Decimal::ZERO;
+    if sound { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

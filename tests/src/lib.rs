@@ -1,1 +1,4 @@
-//! wip
+//! Conformance suites that every store and bus must pass, also those of others.
+
+pub mod bus;
+pub mod store;

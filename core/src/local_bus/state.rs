@@ -224,7 +224,7 @@ impl State {
         self.rebalance(seat.group, wakes);
     }
 
-    /// Chooses who shall have each partition of a group, as evenly as the members' topics allow, moving as few as it can.
+    /// Chooses who shall have each partition of a group: evenly (between members of the same topics), moving few.
     fn rebalance(&mut self, group: usize, wakes: &mut Wakes) {
         let members = &self.groups[group].members;
         let mut loads: BTreeMap<u64, usize> = members.keys().map(|&member| (member, 0)).collect();

@@ -10,7 +10,7 @@ use crate::{
     Event,
     aggregate::Aggregate,
     bus::Message,
-    event::StreamIdError,
+    event::{StreamIdError, named_id},
     handler::{Handler, HandlerError, Terminal},
     repository::Repository,
     store::EventStore,
@@ -26,8 +26,22 @@ pub trait Participant: Send + Sync + 'static {
     /// The commands it knows.
     type Command: Event;
 
-    /// Carries out a command. What it returns is the reply that the saga learns.
-    async fn perform(&self, command: Self::Command, work: &mut Work) -> Result<Value, StepError>;
+    /// Carries out a command. What it stages is committed with the answer; on an error it is thrown away.
+    async fn perform(&self, command: Self::Command, work: &mut Work) -> Result<Answer, StepError>;
+}
+
+/// What a participant answers, having staged what belongs to it.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Answer {
+    /// It is done; the saga learns the value.
+    Done(Value),
+    /// It will not be done, and what was staged says so.
+    Refused(String),
+}
+
+impl Answer {
+    /// It is done, and there is nothing more to say.
+    pub const DONE: Self = Self::Done(Value::Null);
 }
 
 /// Why a step was not done. In both cases nothing of it was.
@@ -212,7 +226,8 @@ impl<P: Participant> Handler for Desk<P> {
             Step::Ignore => return Ok(()),
             Step::Bar => Outcome::Done(Value::Null),
             Step::Perform => match self.participant.perform(command, work).await {
-                Ok(reply) => Outcome::Done(reply),
+                Ok(Answer::Done(reply)) => Outcome::Done(reply),
+                Ok(Answer::Refused(reason)) => Outcome::Refused(reason),
                 Err(StepError::Store(error)) => return Err(error.into()),
                 Err(StepError::Refused(reason)) => {
                     work.rollback();
@@ -226,7 +241,9 @@ impl<P: Participant> Handler for Desk<P> {
         };
         let reply = Reply { at: step.at, call: step.call, attempt: step.attempt, outcome };
         let replied = StepEvent::Replied { saga: message.key.to_string(), reply_to, reply };
-        work.execute(&self.participations, &message.key, &replied).await?;
+        // All attempts at a step have one id, but each is answered.
+        let answer_id = named_id(message.id, &format!("answer {}", step.attempt));
+        work.stage_as(answer_id, &self.participations, &message.key, &replied, false).await?;
         Ok(())
     }
 }

@@ -1,0 +1,69 @@
+//! Placing orders on distinct aggregates: decide and append, so many in flight.
+
+use std::{path::Path, sync::Arc, time::Instant};
+
+use annals::{EventStore, MemoryStore, Repository};
+use annals_sqlite::SqliteStore;
+use futures::StreamExt;
+use hdrhistogram::Histogram;
+use sample_shop::{
+    input::{Invoice, generate},
+    order::{Line, Order, OrderCommand},
+};
+use uuid::Uuid;
+
+use crate::{Failure, Figure, counting::Counting};
+
+pub async fn memory(count: usize, in_flight: usize) -> Result<Figure, Failure> {
+    place(Arc::new(MemoryStore::new()), "memory", count, in_flight).await
+}
+
+pub async fn sqlite(path: &Path, count: usize, in_flight: usize) -> Result<Figure, Failure> {
+    let store = Arc::new(SqliteStore::open(path).await?);
+    let figure = place(store.clone(), "sqlite", count, in_flight).await?;
+    store.close().await?;
+    Ok(figure)
+}
+
+async fn place(store: Arc<dyn EventStore>, name: &'static str, count: usize, in_flight: usize) -> Result<Figure, Failure> {
+    let counting = Counting::new(store);
+    let orders = Repository::<Order>::new(Arc::new(counting.clone()));
+    let mut latency = Histogram::<u64>::new(3)?;
+    let commands: Vec<_> = generate(count as u64, 1)
+        .filter_map(|invoice| match invoice {
+            Invoice::Order { id, customer, lines } => {
+                let line = |line: sample_shop::input::Line| Line { sku: line.sku, quantity: line.quantity, unit_price: line.unit_price };
+                let lines = lines.into_iter().map(line).collect();
+                Some((id.clone(), OrderCommand::Place { order_id: id, customer, lines }))
+            }
+            Invoice::Return { .. } | Invoice::Adjustment { .. } => None,
+        })
+        .collect();
+    let started = Instant::now();
+    let mut placed = futures::stream::iter(commands)
+        .map(|(id, command)| {
+            let orders = orders.clone();
+            async move {
+                let asked = Instant::now();
+                // A task each, as in a server: a single one would decide and encode on one core only.
+                let placed = tokio::spawn(async move { orders.execute(&id, command, Uuid::new_v4()).await.map(drop) });
+                placed.await.map(|outcome| outcome.map(|()| asked.elapsed()))
+            }
+        })
+        .buffer_unordered(in_flight);
+    while let Some(outcome) = placed.next().await {
+        latency.record(u64::try_from(outcome??.as_micros())?)?;
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    let (commits, rows) = counting.counts();
+    Ok(Figure {
+        workload: format!("commands, {in_flight} in flight"),
+        store: name,
+        per_second: count as f64 / seconds,
+        rows_per_second: rows as f64 / seconds,
+        p50_ms: Some(latency.value_at_quantile(0.5) as f64 / 1_000.0),
+        p99_ms: Some(latency.value_at_quantile(0.99) as f64 / 1_000.0),
+        commits_per_op: Some(commits as f64 / count as f64),
+        rows_per_op: Some(rows as f64 / count as f64),
+    })
+}

@@ -1,0 +1,51 @@
+//! Checkouts of generated orders: four services in one process, one in ten cards declined, two in a hundred cancelled.
+
+use std::{path::Path, sync::Arc};
+
+use annals::{EventStore, MemoryStore};
+use annals_sqlite::SqliteStore;
+use sample_shop::{input::Source, run};
+
+use crate::{Failure, Figure, counting::Counting};
+
+pub async fn memory(count: usize) -> Result<Figure, Failure> {
+    check_out(Arc::new(MemoryStore::new()), "memory", count, 256).await
+}
+
+pub async fn sqlite(path: &Path, count: usize, concurrency: usize) -> Result<Figure, Failure> {
+    let store = Arc::new(SqliteStore::open(path).await?);
+    let figure = check_out(store.clone(), "sqlite", count, concurrency).await?;
+    store.close().await?;
+    Ok(figure)
+}
+
+async fn check_out(
+    store: Arc<dyn EventStore>,
+    name: &'static str,
+    count: usize,
+    concurrency: usize,
+) -> Result<Figure, Failure> {
+    let counting = Counting::new(store);
+    let settings = run::Settings {
+        concurrency,
+        decline_rate: 0.1,
+        cancel_rate: 0.02,
+        seed: 7,
+        scarce: false,
+        input: "bench".to_owned(),
+    };
+    let source = Source::generated(count as u64, 7);
+    let outcome = run::run(Arc::new(counting.clone()), source.demand()?, &mut source.invoices()?, settings, |_| {}).await?;
+    let (seconds, (commits, rows)) = (outcome.elapsed.as_secs_f64(), counting.counts());
+    let sagas = outcome.sagas as f64;
+    Ok(Figure {
+        workload: if concurrency == 1 { "sagas, one at a time".to_owned() } else { "sagas".to_owned() },
+        store: name,
+        per_second: sagas / seconds,
+        rows_per_second: rows as f64 / seconds,
+        p50_ms: Some(outcome.latency_us.value_at_quantile(0.5) as f64 / 1_000.0),
+        p99_ms: Some(outcome.latency_us.value_at_quantile(0.99) as f64 / 1_000.0),
+        commits_per_op: Some(commits as f64 / sagas),
+        rows_per_op: Some(rows as f64 / sagas),
+    })
+}

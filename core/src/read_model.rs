@@ -1,0 +1,263 @@
+//! Views kept up to date from the log, rebuilt beside the old ones and swapped.
+
+use std::{marker::PhantomData, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    bus::Message,
+    commit::{Commit, CommitError, Document, DocumentKey, Put},
+    event::{Event, Position},
+    handler::{Handler, HandlerError},
+    health::Health,
+    store::{EventStore, LogQuery, Scan, StoreError},
+    subscription::Subscription,
+    work::Work,
+    worker::{CHECKPOINTS, Checkpoint},
+};
+
+/// How often a running projection looks whether it was swapped for a rebuilt one.
+const SWAP_TICK: Duration = Duration::from_millis(500);
+/// Documents read or removed in one go.
+const PAGE: usize = 500;
+/// The collection of the pointers that say which generation of a read model is the live one.
+const GENERATIONS: &str = "read-model";
+
+/// Folds events into views, one document per key. Pure, so that it can be rebuilt at any time.
+pub trait ReadModel: Send + Sync + 'static {
+    /// Stored: never rename.
+    const NAME: &'static str;
+    /// The events it wants; declare `#[event(unknown = "skip")]` to pass over the others of its query.
+    type Event: Event;
+    /// One document.
+    type View: Default + Serialize + DeserializeOwned + Send;
+
+    /// The keys of the views that an event changes.
+    fn keys(&self, event: &Self::Event, message: &Message) -> Vec<String>;
+    /// Changes one of them.
+    fn apply(&self, key: &str, view: &mut Self::View, event: &Self::Event, message: &Message);
+}
+
+/// Keeps the views of a read model.
+pub struct Projection<R> {
+    model: Arc<R>,
+    query: LogQuery,
+}
+
+impl<R> Clone for Projection<R> {
+    fn clone(&self) -> Self {
+        Self { model: self.model.clone(), query: self.query.clone() }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct Generation {
+    live: u32,
+}
+
+/// What a rebuild came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rebuilt {
+    /// The generation that is live now.
+    pub generation: u32,
+    /// How many views it has.
+    pub views: usize,
+    /// How many the one before it had.
+    pub views_before: usize,
+}
+
+impl<R: ReadModel> Projection<R> {
+    /// A projection of the events that `query` gives.
+    pub fn new(model: R, query: LogQuery) -> Self {
+        Self { model: Arc::new(model), query }
+    }
+
+    /// Keeps the live generation up to date until `shutdown`, and changes over when it is swapped.
+    pub async fn run(self, store: Arc<dyn EventStore>, health: Health, shutdown: CancellationToken) -> Result<(), String> {
+        while !shutdown.is_cancelled() {
+            let (generation, _) = live(&*store, R::NAME).await.map_err(|error| error.to_string())?;
+            let swapped = shutdown.child_token();
+            let follows = self.subscription(generation).run(store.clone(), health.clone(), swapped.clone());
+            let watches = async {
+                loop {
+                    tokio::time::sleep(SWAP_TICK).await;
+                    if live(&*store, R::NAME).await.is_ok_and(|(live, _)| live != generation) {
+                        swapped.cancel();
+                        return;
+                    }
+                }
+            };
+            tokio::pin!(follows);
+            let was_swapped = tokio::select! {
+                ended = &mut follows => ended.map(|()| false)?,
+                () = watches => follows.await.map(|()| true)?,
+            };
+            if was_swapped {
+                // Between the swap and this moment it may have put views back that the rebuild had removed.
+                self.remove(&*store, generation).await.map_err(|error| error.to_string())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Builds all views anew beside the live ones, from the first event, and swaps them in once they have caught up. Whoever
+    /// reads meanwhile reads the old ones. A rebuild that was cut off starts over.
+    ///
+    /// # Errors
+    /// If the store is away, or another rebuild was faster.
+    pub async fn rebuild(&self, store: Arc<dyn EventStore>) -> Result<Rebuilt, String> {
+        let (before, version) = live(&*store, R::NAME).await.map_err(|error| error.to_string())?;
+        let generation = before + 1;
+        self.remove(&*store, generation).await.map_err(|error| error.to_string())?;
+        let (health, done) = (Health::default(), CancellationToken::new());
+        let follows = self.subscription(generation).run(store.clone(), health, done.clone());
+        let catches_up = async {
+            let outcome = caught_up(&*store, &name::<R>(generation)).await;
+            done.cancel();
+            outcome
+        };
+        let (followed, caught_up) = tokio::join!(follows, catches_up);
+        followed?;
+        caught_up.map_err(|error| error.to_string())?;
+        let pointer = serde_json::to_string(&Generation { live: generation }).map_err(|error| error.to_string())?;
+        let key = DocumentKey::new(GENERATIONS, R::NAME);
+        let swap = Put { key, expected: Some(version), body: Some(pointer.into()), due: None };
+        let swapped = store.commit(Commit { appends: Vec::new(), puts: vec![swap] }).await;
+        swapped.map_err(|error| format!("{} was not swapped: {error}", R::NAME))?;
+        let views = count(&*store, &collection::<R>(generation)).await.map_err(|error| error.to_string())?;
+        let views_before = self.remove(&*store, before).await.map_err(|error| error.to_string())?;
+        Ok(Rebuilt { generation, views, views_before })
+    }
+
+    fn subscription(&self, generation: u32) -> Subscription {
+        let handler = Project { model: self.model.clone(), collection: collection::<R>(generation).into() };
+        Subscription::new(&name::<R>(generation), handler).query(self.query.clone())
+    }
+
+    /// Removes a generation's views and its checkpoint.
+    async fn remove(&self, store: &dyn EventStore, generation: u32) -> Result<usize, CommitError> {
+        let (collection, mut removed) = (collection::<R>(generation), 0);
+        let checkpoint = DocumentKey::new(CHECKPOINTS, format!("{}/0", name::<R>(generation)));
+        let remove = |key: DocumentKey| Put { key, expected: None, body: None, due: None };
+        let mut puts = vec![remove(checkpoint)];
+        loop {
+            let page = store.scan(&collection, &Scan::After("".into()), PAGE).await;
+            let page = page.map_err(|error| CommitError::Unavailable(error.to_string()))?;
+            removed += page.len();
+            let last = page.is_empty();
+            puts.extend(page.into_iter().map(|document| remove(document.key)));
+            store.commit(Commit { appends: Vec::new(), puts: std::mem::take(&mut puts) }).await?;
+            if last {
+                return Ok(removed);
+            }
+        }
+    }
+}
+
+fn name<R: ReadModel>(generation: u32) -> String {
+    format!("{}@{generation}", R::NAME)
+}
+
+fn collection<R: ReadModel>(generation: u32) -> String {
+    format!("read.{}", name::<R>(generation))
+}
+
+/// The live generation, and the version of the document that says so.
+async fn live(store: &dyn EventStore, name: &str) -> Result<(u32, i64), StoreError> {
+    let pointer = store.documents(&[DocumentKey::new(GENERATIONS, name)]).await?.into_iter().next().flatten();
+    let Some(Document { body, version, .. }) = pointer else { return Ok((1, 0)) };
+    let generation: Generation =
+        serde_json::from_str(&body).map_err(|error| StoreError::Corrupt(format!("read model {name}: {error}")))?;
+    Ok((generation.live, version))
+}
+
+/// Waits until a subscription's checkpoint has reached what is the end of the log now.
+async fn caught_up(store: &dyn EventStore, subscription: &str) -> Result<Position, StoreError> {
+    let head = store.status().await?.head;
+    let key = DocumentKey::new(CHECKPOINTS, format!("{subscription}/0"));
+    loop {
+        let found = store.documents(std::slice::from_ref(&key)).await?.into_iter().next().flatten();
+        let checkpoint = found.and_then(|document| serde_json::from_str::<Checkpoint>(&document.body).ok());
+        if head == Position::START || checkpoint.is_some_and(|checkpoint| checkpoint.next >= head.0) {
+            return Ok(head);
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+async fn count(store: &dyn EventStore, collection: &str) -> Result<usize, StoreError> {
+    let (mut count, mut after) = (0, Arc::<str>::from(""));
+    loop {
+        let page = store.scan(collection, &Scan::After(after), PAGE).await?;
+        let Some(last) = page.last() else { return Ok(count) };
+        (count, after) = (count + page.len(), last.key.id.clone());
+    }
+}
+
+struct Project<R> {
+    model: Arc<R>,
+    collection: Arc<str>,
+}
+
+#[async_trait]
+impl<R: ReadModel> Handler for Project<R> {
+    async fn prepare(&self, messages: &[&Message], work: &mut Work) -> Result<(), HandlerError> {
+        let decoded = messages.iter().filter_map(|message| Some((message, message.decode::<R::Event>().ok()??)));
+        let keys: Vec<DocumentKey> = decoded
+            .flat_map(|(message, event)| self.model.keys(&event, message))
+            .map(|key| DocumentKey::new(self.collection.clone(), key))
+            .collect();
+        Ok(work.prefetch(&keys).await?)
+    }
+
+    async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
+        let Some(event) = message.decode::<R::Event>()? else { return Ok(()) };
+        for id in self.model.keys(&event, message) {
+            let key = DocumentKey::new(self.collection.clone(), id.as_str());
+            let mut view: R::View = work.document(&key).await?.unwrap_or_default();
+            self.model.apply(&id, &mut view, &event, message);
+            work.put(&key, &view)?;
+        }
+        Ok(())
+    }
+}
+
+/// Reads the live views of a read model.
+pub struct Views<R> {
+    store: Arc<dyn EventStore>,
+    model: PhantomData<fn() -> R>,
+}
+
+impl<R: ReadModel> Views<R> {
+    /// Of this store.
+    pub fn new(store: Arc<dyn EventStore>) -> Self {
+        Self { store, model: PhantomData }
+    }
+
+    /// One view.
+    pub async fn get(&self, key: &str) -> Result<Option<R::View>, StoreError> {
+        loop {
+            let (generation, _) = live(&*self.store, R::NAME).await?;
+            let key = DocumentKey::new(collection::<R>(generation), key);
+            match self.store.documents(&[key]).await?.into_iter().next().flatten() {
+                Some(document) => return view::<R>(&document).map(Some),
+                // It may have been removed because the generation was swapped meanwhile.
+                None if live(&*self.store, R::NAME).await?.0 == generation => return Ok(None),
+                None => {}
+            }
+        }
+    }
+
+    /// Views in order of their keys, after this one, up to `limit`.
+    pub async fn list(&self, after: &str, limit: usize) -> Result<Vec<(Arc<str>, R::View)>, StoreError> {
+        let (generation, _) = live(&*self.store, R::NAME).await?;
+        let page = self.store.scan(&collection::<R>(generation), &Scan::After(after.into()), limit).await?;
+        page.iter().map(|document| Ok((document.key.id.clone(), view::<R>(document)?))).collect()
+    }
+}
+
+fn view<R: ReadModel>(document: &Document) -> Result<R::View, StoreError> {
+    serde_json::from_str(&document.body).map_err(|error| StoreError::Corrupt(format!("{}: {error}", document.key)))
+}

@@ -1,0 +1,70 @@
+//! One atomic change over several aggregates and documents, for code that is not a handler.
+
+use std::sync::Arc;
+
+use crate::{
+    backoff::Backoff,
+    commit::{CommitError, Committed},
+    repository::{DECISIONS_MAX, Request},
+    store::EventStore,
+    work::{Stale, Work},
+};
+
+/// Stages work on several streams and documents, and commits it whole or not at all, again where another writer was
+/// first. It holds no database transaction: what was read is checked by the commit.
+///
+/// ```
+/// # use std::sync::Arc;
+/// # use annals::{MemoryStore, DocumentKey, transaction::Transaction};
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let key = DocumentKey::new("counter", "visits");
+/// let mut transaction = Transaction::new(Arc::new(MemoryStore::new()), uuid::Uuid::new_v4());
+/// let committed = loop {
+///     let mut work = transaction.begin();
+///     let visits: u64 = work.document(&key).await?.unwrap_or(0);
+///     work.put(&key, &(visits + 1))?;
+///     if let Some(committed) = transaction.commit(work).await? {
+///         break committed;
+///     }
+/// };
+/// # Ok(()) }
+/// ```
+pub struct Transaction {
+    store: Arc<dyn EventStore>,
+    request: Request,
+    attempts: u32,
+    backoff: Backoff,
+}
+
+impl Transaction {
+    /// A transaction under a command id: what it executes on aggregates is done once, however often it is run.
+    pub fn new(store: Arc<dyn EventStore>, request: impl Into<Request>) -> Self {
+        Self { store, request: request.into(), attempts: 0, backoff: Backoff::short() }
+    }
+
+    /// An attempt. It reads everything anew, so that a refusal is never for an outdated reason.
+    pub fn begin(&mut self) -> Work {
+        self.attempts += 1;
+        let mut work = Work::new(self.store.clone(), Stale::Everything);
+        work.begin(self.request.command_id, self.request.metadata.clone());
+        work
+    }
+
+    /// Commits an attempt. `None`: another writer was first, or the outcome is unknown; begin another one, which finds
+    /// its own results if this one did hold.
+    ///
+    /// # Errors
+    /// What another attempt cannot mend, or after too many of them the last one's.
+    pub async fn commit(&mut self, work: Work) -> Result<Option<Committed>, CommitError> {
+        match work.commit().await {
+            Ok(committed) => Ok(Some(committed)),
+            Err(CommitError::Conflict { .. } | CommitError::DocumentConflict { .. } | CommitError::Unknown(_))
+                if self.attempts < DECISIONS_MAX =>
+            {
+                self.backoff.wait().await;
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+}

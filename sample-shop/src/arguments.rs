@@ -1,0 +1,179 @@
+//! The command line.
+
+mod bus_url;
+mod store_url;
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+pub use self::{
+    bus_url::{BusUrl, BusUrlError},
+    store_url::{StoreUrl, StoreUrlError},
+};
+use crate::input::{InputError, Source, StockFactor};
+
+/// Orders that `run` makes when it is given none.
+pub const GENERATED_DEFAULT: u64 = 2_000;
+/// Share of cards declined for generated orders.
+pub const DECLINE_RATE_GENERATED: f64 = 0.1;
+/// Share of customers who cancel for generated orders.
+pub const CANCEL_RATE_GENERATED: f64 = 0.02;
+
+const EXAMPLES: &str = "Examples:
+  sample-shop run
+      2,000 generated orders through all four services, in shop.db, with nothing else installed
+  sample-shop run --orders online-retail-2010-12.csv --stock-factor 0.9
+      real orders, with a tenth too little stock
+  sample-shop run --generate 10000 --seed 42 --store memory: --json
+      the same orders and the same bad luck each time, and one line of JSON
+  sample-shop serve inventory --store postgres://shop@db/inventory --bus kafka://one:9092,two:9092
+  sample-shop drain --store postgres://shop@db/order --bus kafka://one:9092";
+
+/// A shop of four services (order, inventory, payment, notification) whose checkout is a saga.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "sample-shop", version, after_help = EXAMPLES)]
+pub struct Arguments {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What the shop can do.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Command {
+    /// Run orders through the whole shop in this process, and say how they ended.
+    #[command(after_help = EXAMPLES)]
+    Run(Run),
+    /// Run one service, or all, until told to stop.
+    Serve(Serve),
+    /// Wait until every saga has ended, then print the summary.
+    Drain(Drain),
+}
+
+/// Where things are kept and how services talk.
+#[derive(Clone, Debug, Args)]
+pub struct Connection {
+    /// Where events are kept: `memory:`, `sqlite:PATH` or `postgres://…`.
+    #[arg(long, value_name = "URL", default_value = "sqlite:shop.db")]
+    pub store: StoreUrl,
+    /// How services talk: `local:` or `kafka://host:port[,host:port]`.
+    #[arg(long, value_name = "URL", default_value = "local:")]
+    pub bus: BusUrl,
+}
+
+/// How much is said.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct Output {
+    /// Make the last line the summary as JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Show no progress.
+    #[arg(long)]
+    pub quiet: bool,
+}
+
+/// Arguments of `run`.
+#[derive(Clone, Debug, Args)]
+pub struct Run {
+    /// Take the invoices of this CSV file.
+    #[arg(long, value_name = "FILE.csv", conflicts_with = "generate")]
+    pub orders: Option<PathBuf>,
+    /// Make this many orders [default: 2000].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub generate: Option<u64>,
+    /// Where to, and over what.
+    #[command(flatten)]
+    pub connection: Connection,
+    /// At most this many orders and returns on their way at once.
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub concurrency: u32,
+    /// Start each SKU with this many times what the input will take of it, rounded up.
+    #[arg(long, value_name = "F", default_value = "1", allow_negative_numbers = true)]
+    pub stock_factor: StockFactor,
+    /// Share of cards declined, 0 to 1 [default: 0 for a file, 0.1 for generated orders].
+    #[arg(long, value_name = "P", value_parser = rate, allow_negative_numbers = true)]
+    pub decline_rate: Option<f64>,
+    /// Share of customers who cancel while their checkout runs, 0 to 1 [default: 0 for a file, 0.02 for generated orders].
+    #[arg(long, value_name = "P", value_parser = rate, allow_negative_numbers = true)]
+    pub cancel_rate: Option<f64>,
+    /// Where all chance comes from.
+    #[arg(long, value_name = "N", default_value_t = 7)]
+    pub seed: u64,
+    /// How much is said.
+    #[command(flatten)]
+    pub output: Output,
+}
+
+impl Run {
+    /// Opens the file, or makes the orders.
+    pub fn source(&self) -> Result<Source, InputError> {
+        match &self.orders {
+            Some(path) => Source::file(path),
+            None => Ok(Source::generated(self.generate.unwrap_or(GENERATED_DEFAULT), self.seed)),
+        }
+    }
+
+    /// Share of cards declined.
+    pub fn decline_rate(&self) -> f64 {
+        self.decline_rate.unwrap_or(if self.orders.is_some() { 0.0 } else { DECLINE_RATE_GENERATED })
+    }
+
+    /// Share of customers who cancel while their checkout runs.
+    pub fn cancel_rate(&self) -> f64 {
+        self.cancel_rate.unwrap_or(if self.orders.is_some() { 0.0 } else { CANCEL_RATE_GENERATED })
+    }
+}
+
+/// Arguments of `serve`. What is served must outlive it, so where to is not left to a default.
+#[derive(Clone, Debug, Args)]
+pub struct Serve {
+    /// Which.
+    #[arg(value_name = "SERVICE")]
+    pub role: Role,
+    /// Where events are kept: `memory:`, `sqlite:PATH` or `postgres://…`.
+    #[arg(long, value_name = "URL")]
+    pub store: StoreUrl,
+    /// How services talk: `local:` or `kafka://host:port[,host:port]`.
+    #[arg(long, value_name = "URL")]
+    pub bus: BusUrl,
+    /// Answer HTTP here, such as 127.0.0.1:8080.
+    #[arg(long, value_name = "ADDR")]
+    pub http: Option<SocketAddr>,
+}
+
+/// What `serve` runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Role {
+    /// All four services.
+    All,
+    /// Orders, returns, and their sagas.
+    Order,
+    /// Stock.
+    Inventory,
+    /// Charges and refunds.
+    Payment,
+    /// Messages to customers.
+    Notification,
+}
+
+/// Arguments of `drain`.
+#[derive(Clone, Debug, Args)]
+pub struct Drain {
+    /// Whose sagas.
+    #[command(flatten)]
+    pub connection: Connection,
+    /// How much is said.
+    #[command(flatten)]
+    pub output: Output,
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(rate) if (0.0..=1.0).contains(&rate) => Ok(rate),
+        _ => Err("must be a number from 0 to 1, such as 0.1".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

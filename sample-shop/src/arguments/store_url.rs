@@ -1,0 +1,96 @@
+use std::{fmt, path::PathBuf, str::FromStr};
+
+/// Where events are kept.
+#[derive(Clone, PartialEq, Eq)]
+pub enum StoreUrl {
+    /// In this process, and gone with it.
+    Memory,
+    /// In a file.
+    Sqlite(PathBuf),
+    /// In a database; the whole URL, with its password.
+    Postgres(String),
+}
+
+/// What is wrong with a store URL. Says nothing of the URL but its scheme: the rest may hold a password.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StoreUrlError {
+    /// No store has this scheme.
+    #[error("no store has the scheme {0:?}; known are memory:, sqlite:PATH, postgres://…")]
+    Scheme(String),
+    /// Not even a scheme.
+    #[error("it has no scheme; known are memory:, sqlite:PATH, postgres://…")]
+    NoScheme,
+    /// Something follows `memory:`.
+    #[error("memory: takes nothing after it")]
+    Memory,
+    /// Nothing follows `sqlite:`.
+    #[error("sqlite: needs the path of a file, such as sqlite:shop.db")]
+    Path,
+    /// No host follows `postgres:`.
+    #[error("postgres: needs a host, such as postgres://user@host/database")]
+    Host,
+}
+
+impl StoreUrl {
+    /// The scheme: `memory`, `sqlite` or `postgres`.
+    pub fn scheme(&self) -> &'static str {
+        match self {
+            Self::Memory => "memory",
+            Self::Sqlite(_) => "sqlite",
+            Self::Postgres(_) => "postgres",
+        }
+    }
+}
+
+impl FromStr for StoreUrl {
+    type Err = StoreUrlError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (scheme, rest) = text.split_once(':').ok_or(StoreUrlError::NoScheme)?;
+        match scheme {
+            "memory" if rest.is_empty() => Ok(Self::Memory),
+            "memory" => Err(StoreUrlError::Memory),
+            "sqlite" => match rest.strip_prefix("//").unwrap_or(rest) {
+                "" => Err(StoreUrlError::Path),
+                path => Ok(Self::Sqlite(path.into())),
+            },
+            "postgres" | "postgresql" => match rest.strip_prefix("//") {
+                None | Some("") => Err(StoreUrlError::Host),
+                Some(_) => Ok(Self::Postgres(text.to_owned())),
+            },
+            other => Err(StoreUrlError::Scheme(other.to_owned())),
+        }
+    }
+}
+
+/// The URL without its password.
+impl fmt::Display for StoreUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Memory => f.write_str("memory:"),
+            Self::Sqlite(path) => write!(f, "sqlite:{}", path.display()),
+            Self::Postgres(url) => f.write_str(&without_password(url)),
+        }
+    }
+}
+
+/// As [`Display`](fmt::Display), since what is debugged ends in logs.
+impl fmt::Debug for StoreUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// Drops the parameters too: a password may be one of them.
+fn without_password(url: &str) -> String {
+    let url = url.split(['?', '#']).next().unwrap_or_default();
+    let Some((scheme, rest)) = url.split_once("//") else { return String::new() };
+    // The last `@`: a password that was not encoded may hold one.
+    match rest.rsplit_once('@') {
+        None => url.to_owned(),
+        Some((user, host)) => {
+            let user = user.split(':').next().unwrap_or_default();
+            format!("{scheme}//{user}@{host}")
+        }
+    }
+}

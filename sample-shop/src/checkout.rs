@@ -1,0 +1,161 @@
+//! The sagas of the shop: `checkout` and `return`.
+
+use std::collections::BTreeMap;
+
+use annals::{
+    HandlerError, LogQuery, Message, Saga, SagaState,
+    saga::{Outcome, Request},
+};
+use rust_decimal::Decimal;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    inventory::{InventoryStep, Units},
+    notification::NotificationStep,
+    order::{Line, OrderEvent, OrderStep, ReturnEvent},
+    payment::PaymentStep,
+};
+
+const RESERVE: &str = "reserve stock";
+const CHARGE: &str = "charge card";
+const CONFIRM: &str = "confirm order";
+
+/// What a checkout knows.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Checkout {
+    pub order_id: String,
+    pub customer: Option<String>,
+    pub units: Vec<Units>,
+    pub total: Decimal,
+    pub currency: String,
+    /// Why the order will be cancelled, once that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cancelled: Option<String>,
+}
+
+impl SagaState for Checkout {
+    fn learn(&mut self, step: &str, outcome: &Outcome) {
+        let reason = match (step, outcome) {
+            (_, Outcome::Done(_)) => return,
+            (RESERVE, Outcome::Refused(_)) => "out_of_stock",
+            (CHARGE, Outcome::Refused(_)) => "declined",
+            (CONFIRM, Outcome::Refused(_)) => "by_customer",
+            (_, Outcome::Refused(_) | Outcome::Failed(_)) => "unavailable",
+        };
+        self.cancelled = Some(reason.to_owned());
+    }
+}
+
+/// Reserve, charge, confirm; then ship and notify. Or back.
+///
+/// ```
+/// println!("{}", sample_shop::checkout::checkout().mermaid());
+/// ```
+pub fn checkout() -> Saga<Checkout> {
+    Saga::<Checkout>::named("checkout")
+        .compensatable(RESERVE, |c| inventory(InventoryStep::Reserve { order_id: c.id(), units: c.units.clone() }))
+        .undo(|c| inventory(InventoryStep::Release { order_id: c.id(), units: c.units.clone() }))
+        .compensatable(CHARGE, |c| {
+            payment(PaymentStep::Charge { order_id: c.id(), amount: c.total, currency: c.currency.clone() })
+        })
+        .undo(|c| payment(PaymentStep::Refund { order_id: c.id(), amount: c.total, currency: c.currency.clone() }))
+        .pivot(CONFIRM, |c| order(OrderStep::Confirm { order_id: c.id() }))
+        .retriable("ship", |c| inventory(InventoryStep::Ship { order_id: c.id(), units: c.units.clone() }))
+        .retriable("notify customer", |c| c.notify("order confirmed"))
+        .when_compensated("cancel order", |c| {
+            order(OrderStep::Cancel { order_id: c.id(), reason: c.cancelled.clone().unwrap_or_default() })
+        })
+        .when_compensated("notify of cancellation", |c| c.notify("order cancelled"))
+        .build()
+}
+
+fn inventory(step: InventoryStep) -> Request {
+    Request::to("inventory", &step)
+}
+fn payment(step: PaymentStep) -> Request {
+    Request::to("payment", &step)
+}
+fn order(step: OrderStep) -> Request {
+    Request::to("order", &step)
+}
+
+impl Checkout {
+    fn id(&self) -> String {
+        self.order_id.clone()
+    }
+
+    fn notify(&self, subject: &str) -> Request {
+        let (customer, subject) = (self.customer.clone(), subject.to_owned());
+        Request::to("notification", &NotificationStep::OrderEnded { order_id: self.id(), customer, subject })
+    }
+
+    /// A checkout starts with each order that is placed.
+    pub fn starts(message: &Message) -> Result<Option<(String, Self)>, HandlerError> {
+        let Some(OrderEvent::Placed { order_id, customer, lines, total, currency }) = message.decode()? else {
+            return Ok(None);
+        };
+        let units = units(&lines);
+        Ok(Some((order_id.clone(), Self { order_id, customer, units, total, currency, cancelled: None })))
+    }
+
+    /// The events that may start one.
+    pub fn query() -> LogQuery {
+        LogQuery::types(["order.placed"])
+    }
+}
+
+/// A SKU may stand on several lines of an order; it is reserved once.
+fn units(lines: &[Line]) -> Vec<Units> {
+    let mut units: BTreeMap<&str, u32> = BTreeMap::new();
+    for line in lines {
+        let quantity = units.entry(&line.sku).or_default();
+        *quantity = quantity.saturating_add(line.quantity);
+    }
+    units.into_iter().map(|(sku, quantity)| Units { sku: sku.to_owned(), quantity }).collect()
+}
+
+/// What the saga of a return knows.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Returning {
+    pub return_id: String,
+    pub customer: Option<String>,
+    pub units: Vec<Units>,
+    pub total: Decimal,
+    pub currency: String,
+}
+
+impl SagaState for Returning {}
+
+/// Goods back into stock, money back, and a word to the customer.
+pub fn returning() -> Saga<Returning> {
+    Saga::<Returning>::named("return")
+        .retriable("restock", |r| {
+            inventory(InventoryStep::Restock { return_id: r.return_id.clone(), units: r.units.clone() })
+        })
+        .retriable("refund", |r| {
+            let (return_id, currency) = (r.return_id.clone(), r.currency.clone());
+            payment(PaymentStep::RefundReturn { return_id, amount: r.total, currency })
+        })
+        .retriable("notify customer", |r| {
+            let (return_id, customer) = (r.return_id.clone(), r.customer.clone());
+            Request::to("notification", &NotificationStep::ReturnEnded { return_id, customer })
+        })
+        .retriable("complete return", |r| order(OrderStep::CompleteReturn { return_id: r.return_id.clone() }))
+        .build()
+}
+
+impl Returning {
+    /// It starts with each return that is opened.
+    pub fn starts(message: &Message) -> Result<Option<(String, Self)>, HandlerError> {
+        let Some(ReturnEvent::Opened { return_id, customer, lines, total, currency }) = message.decode()? else {
+            return Ok(None);
+        };
+        let units = units(&lines);
+        Ok(Some((return_id.clone(), Self { return_id, customer, units, total, currency })))
+    }
+
+    /// The events that may start one.
+    pub fn query() -> LogQuery {
+        LogQuery::types(["return.opened"])
+    }
+}

@@ -1,0 +1,139 @@
+//! What the shop takes in: the invoices of a file, or seeded ones.
+//!
+//! | an invoice with | is |
+//! |---|---|
+//! | a number without `C`, a total above zero | an [order](Invoice::Order) of all its lines |
+//! | a number that starts with `C`, only negative quantities | a [return](Invoice::Return) |
+//! | a number without `C`, a total of zero | an [adjustment](Invoice::Adjustment) of stock |
+//!
+//! Everything else is wrong, and is reported with its line: see [`FileInvoices`] for what happens to the rest of its invoice.
+//!
+//! ```
+//! # use sample_shop::input::{Invoice, ReadError, Source};
+//! # fn place(_: Invoice) {}
+//! let source = Source::generated(100, 7);
+//! let demand = source.demand()?;
+//! let mut invoices = source.invoices()?;
+//! for invoice in &mut invoices {
+//!     match invoice {
+//!         Ok(invoice) => place(invoice),
+//!         Err(ReadError::Row(row)) => eprintln!("{row}"),
+//!         Err(ReadError::Input(error)) => return Err(error),
+//!     }
+//! }
+//! assert_eq!(invoices.rows().orders.invoices, 100);
+//! # Ok::<(), sample_shop::input::InputError>(())
+//! ```
+
+mod columns;
+mod csv_file;
+mod demand;
+mod draft;
+mod error;
+mod generate;
+mod lines;
+mod record;
+mod row;
+mod rows;
+mod source;
+
+use rust_decimal::Decimal;
+
+pub use self::{
+    csv_file::{CsvFile, FileInvoices, read_csv},
+    demand::{Demand, StockFactor, StockFactorError, demand},
+    error::{InputError, ReadError, RowError},
+    generate::{Generated, generate},
+    rows::{MESSAGES_MAX, Rows, Tally},
+    source::{Invoices, Source},
+};
+
+/// One line of an order or of a return. A SKU may stand on several lines of one invoice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Line {
+    /// What: opaque text, taken as it stands (`85123A` and `85123a` are two).
+    pub sku: String,
+    /// How many; above zero.
+    pub quantity: u32,
+    /// The price of one; zero for what is given away with an order, never below.
+    pub unit_price: Decimal,
+}
+
+/// What one invoice is to the shop.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Invoice {
+    /// Goods for money. At least one line has a price; the others may be free, and are shipped like any other.
+    Order {
+        /// The invoice number, as in the file.
+        id: String,
+        /// Who; `None` is a guest.
+        customer: Option<String>,
+        /// All lines, in the order of the file.
+        lines: Vec<Line>,
+    },
+    /// Goods come back, and their total is refunded. The total may be zero: free goods come back too.
+    Return {
+        /// The invoice number, as in the file, with its `C`.
+        id: String,
+        /// Who; `None` is a guest.
+        customer: Option<String>,
+        /// All lines, with the quantities made positive.
+        lines: Vec<Line>,
+    },
+    /// Stock was found, lost, damaged or thrown away. No money moves.
+    Adjustment {
+        /// The invoice number, as in the file.
+        id: String,
+        /// SKU and change: above zero found, below zero written off, never zero.
+        lines: Vec<(String, i64)>,
+    },
+}
+
+impl Invoice {
+    /// The invoice number.
+    pub fn id(&self) -> &str {
+        match self {
+            Self::Order { id, .. } | Self::Return { id, .. } | Self::Adjustment { id, .. } => id,
+        }
+    }
+
+    /// The sum of quantity times price, exact: what an order charges or a return refunds; zero for an adjustment.
+    ///
+    /// The readers keep prices, quantities and lines within bounds that no exact sum can leave.
+    pub fn total(&self) -> Decimal {
+        match self {
+            Self::Order { lines, .. } | Self::Return { lines, .. } => {
+                lines.iter().map(|line| Decimal::from(line.quantity) * line.unit_price).sum()
+            }
+            Self::Adjustment { .. } => Decimal::ZERO,
+        }
+    }
+
+    /// How many units move: out for an order, in for a return, the net change for an adjustment.
+    pub fn units(&self) -> i64 {
+        match self {
+            Self::Order { lines, .. } | Self::Return { lines, .. } => {
+                lines.iter().map(|line| i64::from(line.quantity)).sum()
+            }
+            Self::Adjustment { lines, .. } => lines.iter().map(|(_, quantity)| quantity).sum(),
+        }
+    }
+
+    /// What it is about: a SKU for each line.
+    pub fn skus(&self) -> impl Iterator<Item = &str> {
+        let (sold, counted): (&[Line], &[(String, i64)]) = match self {
+            Self::Order { lines, .. } | Self::Return { lines, .. } => (lines, &[]),
+            Self::Adjustment { lines, .. } => (&[], lines),
+        };
+        sold.iter().map(|line| line.sku.as_str()).chain(counted.iter().map(|(sku, _)| sku.as_str()))
+    }
+
+    /// How many lines it has, which is how many rows of a file it came from.
+    pub fn rows(&self) -> u64 {
+        let rows = match self {
+            Self::Order { lines, .. } | Self::Return { lines, .. } => lines.len(),
+            Self::Adjustment { lines, .. } => lines.len(),
+        };
+        rows as u64
+    }
+}

@@ -1,0 +1,271 @@
+use std::{
+    collections::{HashMap, VecDeque, hash_map::Entry},
+    fs::File,
+    io::BufReader,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::SystemTime,
+};
+
+use super::{
+    Invoice, ReadError, RowError, Rows, columns::Columns, draft::Draft, error::InputError, lines::Lines,
+    record::Record, row,
+};
+
+const BUFFER_BYTES: usize = 128 * 1024;
+
+/// A CSV file of invoices, looked through once when it is opened.
+///
+/// Opening finds the invoices whose rows do not stand together. Without that, the first rows of such an invoice would be
+/// an order before anybody knew of the others. It holds every invoice number once while it looks, about 100 bytes each
+/// (2.5 MB for the 25,900 invoices of the full data set), and afterwards only those that do not stand together; reading
+/// then holds one invoice.
+#[derive(Clone, Debug)]
+pub struct CsvFile {
+    path: PathBuf,
+    bytes: u64,
+    modified: Option<SystemTime>,
+    columns: Columns,
+    invoices: u64,
+    /// Where the first rows of each invoice stand whose rows do not stand together.
+    scattered: Arc<HashMap<String, u64>>,
+}
+
+/// Opens a CSV file of invoices: columns by name, with or without a byte order mark, lines ending in LF or CRLF.
+pub fn read_csv(path: impl AsRef<Path>) -> Result<CsvFile, InputError> {
+    let path = path.as_ref();
+    let (file, bytes, modified) = open(path)?;
+    let mut lines = Lines::new(BufReader::with_capacity(BUFFER_BYTES, file));
+    let mut record = Record::default();
+    if !read(path, &mut lines, &mut record, 0)? {
+        return Err(InputError::Empty { path: path.to_owned() });
+    }
+    let columns = Columns::of(&record).map_err(|reason| InputError::Header {
+        path: path.to_owned(),
+        line: record.line,
+        reason,
+    })?;
+
+    let mut first_lines: HashMap<Box<str>, u64> = HashMap::new();
+    let mut scattered = HashMap::new();
+    let mut current = String::new();
+    while read(path, &mut lines, &mut record, columns.count)? {
+        let Ok(number) = row::number(&record, &columns) else { continue };
+        if number == current {
+            continue;
+        }
+        number.clone_into(&mut current);
+        match first_lines.entry(number.into()) {
+            Entry::Occupied(first) => {
+                scattered.insert(number.to_owned(), *first.get());
+            }
+            Entry::Vacant(first) => {
+                first.insert(record.line);
+            }
+        }
+    }
+    let invoices = first_lines.len() as u64;
+    Ok(CsvFile { path: path.to_owned(), bytes, modified, columns, invoices, scattered: Arc::new(scattered) })
+}
+
+impl CsvFile {
+    /// Its size.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// How many invoice numbers it has, with those that will be left out.
+    pub fn len(&self) -> u64 {
+        self.invoices
+    }
+
+    /// Whether it has a header and nothing else.
+    pub fn is_empty(&self) -> bool {
+        self.invoices == 0
+    }
+
+    /// Reads it from the start.
+    pub fn invoices(&self) -> Result<FileInvoices, InputError> {
+        let (file, bytes, modified) = open(&self.path)?;
+        if (bytes, modified) != (self.bytes, self.modified) {
+            return Err(InputError::Changed { path: self.path.clone() });
+        }
+        let mut lines = Lines::new(BufReader::with_capacity(BUFFER_BYTES, file));
+        let mut record = Record::default();
+        read(&self.path, &mut lines, &mut record, 0)?;
+        Ok(FileInvoices {
+            file: self.clone(),
+            lines,
+            record,
+            rows: Rows::default(),
+            draft: None,
+            unknown_above: false,
+            ready: VecDeque::new(),
+            ended: false,
+        })
+    }
+}
+
+fn open(path: &Path) -> Result<(File, u64, Option<SystemTime>), InputError> {
+    let unreadable = |source| InputError::Unreadable { path: path.to_owned(), source };
+    // Asked before opening: to open a pipe waits for whoever writes to it.
+    if !std::fs::metadata(path).map_err(unreadable)?.is_file() {
+        return Err(InputError::NotAFile { path: path.to_owned() });
+    }
+    let file = File::open(path).map_err(unreadable)?;
+    let metadata = file.metadata().map_err(unreadable)?;
+    Ok((file, metadata.len(), metadata.modified().ok()))
+}
+
+fn read(
+    path: &Path,
+    lines: &mut Lines<BufReader<File>>,
+    record: &mut Record,
+    columns: usize,
+) -> Result<bool, InputError> {
+    lines.read(record, columns).map_err(|source| InputError::Unreadable { path: path.to_owned(), source })
+}
+
+/// The invoices of a file, in its order, with a report for each malformed row.
+///
+/// An invoice with a malformed row is left out whole, and so is one whose rows do not stand together: there is never half
+/// an order. Where a row's invoice number cannot be read, it may belong to the invoice above it or below it, and both are
+/// left out. [`rows`](Self::rows) counts all of this.
+#[derive(Debug)]
+pub struct FileInvoices {
+    file: CsvFile,
+    lines: Lines<BufReader<File>>,
+    record: Record,
+    rows: Rows,
+    draft: Option<Draft>,
+    /// Since the last row of the draft there was a row without a readable number.
+    unknown_above: bool,
+    ready: VecDeque<Result<Invoice, ReadError>>,
+    ended: bool,
+}
+
+impl FileInvoices {
+    /// What became of the rows read so far.
+    pub fn rows(&self) -> &Rows {
+        &self.rows
+    }
+
+    /// How many bytes of the file were read so far.
+    pub fn bytes_read(&self) -> u64 {
+        self.lines.bytes()
+    }
+
+    /// Takes the next row in; false at the end.
+    fn step(&mut self) -> Result<bool, InputError> {
+        if !read(&self.file.path, &mut self.lines, &mut self.record, self.file.columns.count)? {
+            if self.lines.bytes() != self.file.bytes {
+                return Err(InputError::Changed { path: self.file.path.clone() });
+            }
+            self.close();
+            return Ok(false);
+        }
+        self.rows.read += 1;
+        let line = self.record.line;
+        let fault = match row::number(&self.record, &self.file.columns) {
+            Err(reason) => {
+                self.unknown_above = true;
+                Some(format!("{reason}; the invoices above and below are left out, since the row may be theirs"))
+            }
+            Ok(number) => {
+                let number = number.to_owned();
+                self.turn_to(&number, line);
+                self.take(line)
+            }
+        };
+        if let Some(reason) = fault {
+            if let Some(draft) = &mut self.draft {
+                draft.spoil();
+            }
+            self.reject(line, reason);
+        }
+        Ok(true)
+    }
+
+    /// Makes sure that the draft is of this invoice.
+    fn turn_to(&mut self, number: &str, line: u64) {
+        let unknown_above = std::mem::take(&mut self.unknown_above);
+        if self.draft.as_ref().is_some_and(|draft| draft.number == number) {
+            return;
+        }
+        self.close();
+        let mut draft = Draft::new(number, line);
+        if unknown_above || self.file.scattered.contains_key(number) {
+            draft.spoil();
+        }
+        self.draft = Some(draft);
+    }
+
+    /// Takes the row into the draft, or says what is wrong with it.
+    fn take(&mut self, line: u64) -> Option<String> {
+        let draft = self.draft.as_mut()?;
+        if let Some(first) = self.file.scattered.get(&draft.number).filter(|first| **first != draft.first_line) {
+            return Some(format!(
+                "{} is back: it starts on line {first}, and other invoices stand between",
+                draft.number
+            ));
+        }
+        row::parse(&self.record, &self.file.columns).and_then(|row| draft.take(line, row)).err()
+    }
+
+    /// Makes of the draft what it is, or counts it as left out.
+    fn close(&mut self) {
+        let Some(draft) = self.draft.take() else { return };
+        // Of an invoice whose rows do not stand together, the first rows count it.
+        let again = self.file.scattered.get(&draft.number).is_some_and(|first| *first != draft.first_line);
+        let (flawed, sound) = (draft.flawed, draft.sound);
+        if flawed {
+            if !again {
+                self.rows.left_out.add(sound);
+            }
+            return;
+        }
+        match draft.finish() {
+            Ok(invoice) => {
+                self.rows.became(&invoice);
+                self.ready.push_back(Ok(invoice));
+            }
+            Err(faults) => {
+                self.rows.left_out.add(sound - faults.len() as u64);
+                for (line, reason) in faults {
+                    self.reject(line, reason);
+                }
+            }
+        }
+    }
+
+    fn reject(&mut self, line: u64, reason: String) {
+        let error = RowError { file: self.file.path.clone(), line, reason };
+        self.rows.malformed(&error);
+        self.ready.push_back(Err(error.into()));
+    }
+}
+
+impl Iterator for FileInvoices {
+    type Item = Result<Invoice, ReadError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            if let Some(item) = self.ready.pop_front() {
+                return Some(item);
+            }
+            if self.ended {
+                return None;
+            }
+            match self.step() {
+                Ok(more) => self.ended = !more,
+                Err(error) => {
+                    self.ended = true;
+                    return Some(Err(error.into()));
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

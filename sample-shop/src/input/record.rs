@@ -1,0 +1,136 @@
+/// The fields of one CSV record, decoded, in one buffer that the next record reuses.
+#[derive(Debug, Default)]
+pub(super) struct Record {
+    /// The physical line it starts on.
+    pub line: u64,
+    /// Why its fields are not all there, if they are not; those before the fault are.
+    pub flaw: Option<&'static str>,
+    text: String,
+    ends: Vec<usize>,
+}
+
+/// How far a record could be split.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Split {
+    /// To its end.
+    Whole,
+    /// It ends inside quotes.
+    Open,
+    /// It is no CSV.
+    Flawed(&'static str),
+}
+
+const BARE_QUOTE: &str = "a quote inside a field must be doubled, and the field must stand in quotes";
+const NOT_UTF_8: &str = "not UTF-8";
+
+impl Record {
+    /// How many fields were decoded.
+    pub fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// The field at this place, if it was decoded.
+    pub fn get(&self, at: usize) -> Option<&str> {
+        let end = *self.ends.get(at)?;
+        let start = if at == 0 { 0 } else { self.ends[at - 1] };
+        self.text.get(start..end)
+    }
+
+    /// Splits `bytes`, which hold no line ending but those inside quotes.
+    ///
+    /// By hand and not by the `csv` crate, which takes a stray quote as text, or as the start of a field that goes on to
+    /// the next quote of the file however far that is; here one bad row must cost no other row.
+    pub fn split(&mut self, bytes: &[u8]) -> Split {
+        self.text.clear();
+        self.ends.clear();
+        let mut rest = bytes;
+        loop {
+            let taken = match rest.strip_prefix(b"\"") {
+                Some(quoted) => self.quoted(quoted).map(|taken| taken + 1),
+                None => self.plain(rest),
+            };
+            match taken {
+                Err(fault) => return fault,
+                Ok(taken) => {
+                    self.ends.push(self.text.len());
+                    rest = &rest[taken..];
+                }
+            }
+            match rest.split_first() {
+                None => return Split::Whole,
+                Some((b',', after)) => rest = after,
+                Some(_) => return Split::Flawed(BARE_QUOTE),
+            }
+        }
+    }
+
+    fn plain(&mut self, bytes: &[u8]) -> Result<usize, Split> {
+        let end = bytes.iter().position(|b| *b == b',').unwrap_or(bytes.len());
+        if bytes[..end].contains(&b'"') {
+            return Err(Split::Flawed(BARE_QUOTE));
+        }
+        self.push(&bytes[..end])?;
+        Ok(end)
+    }
+
+    /// Returns how many bytes the field takes, with its closing quote.
+    fn quoted(&mut self, bytes: &[u8]) -> Result<usize, Split> {
+        let mut from = 0;
+        loop {
+            let Some(quote) = bytes[from..].iter().position(|b| *b == b'"').map(|at| from + at) else {
+                return Err(Split::Open);
+            };
+            if bytes.get(quote + 1) == Some(&b'"') {
+                self.push(&bytes[from..=quote])?;
+                from = quote + 2;
+            } else {
+                self.push(&bytes[from..quote])?;
+                return Ok(quote + 1);
+            }
+        }
+    }
+
+    fn push(&mut self, bytes: &[u8]) -> Result<(), Split> {
+        self.text.push_str(std::str::from_utf8(bytes).map_err(|_| Split::Flawed(NOT_UTF_8))?);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(bytes: &[u8], expected: Split, fields: &[&str]) {
+        let mut record = Record::default();
+        assert_eq!(record.split(bytes), expected, "{}", bytes.escape_ascii());
+        let found: Vec<_> = (0..record.len()).filter_map(|at| record.get(at)).collect();
+        assert_eq!(found, fields, "{}", bytes.escape_ascii());
+    }
+
+    #[test]
+    fn splits_plain_and_quoted_fields() {
+        check(b"a,b,c", Split::Whole, &["a", "b", "c"]);
+        check(b",,", Split::Whole, &["", "", ""]);
+        check(b"", Split::Whole, &[""]);
+        check(b"a,\"b, \"\"c\"\"\",d", Split::Whole, &["a", "b, \"c\"", "d"]);
+        check(b"\"\",\"\"\"\"", Split::Whole, &["", "\""]);
+        check("£40,\"é\"".as_bytes(), Split::Whole, &["£40", "é"]);
+        check(b"a,\"two\nlines\"", Split::Whole, &["a", "two\nlines"]);
+    }
+
+    #[test]
+    fn keeps_the_fields_before_a_fault() {
+        check(b"1,7\" RECORD,3", Split::Flawed(BARE_QUOTE), &["1"]);
+        check(b"1,\"a\"b,3", Split::Flawed(BARE_QUOTE), &["1", "a"]);
+        check(b"1,2,\xa340,4", Split::Flawed(NOT_UTF_8), &["1", "2"]);
+        check(b"1,2,\"three,4", Split::Open, &["1", "2"]);
+    }
+
+    #[test]
+    fn forgets_the_record_before() {
+        let mut record = Record::default();
+        record.split(b"long,longer,longest");
+        record.split(b"a,b");
+        assert_eq!((record.len(), record.get(1), record.get(2)), (2, Some("b"), None));
+    }
+}

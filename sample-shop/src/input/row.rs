@@ -1,0 +1,270 @@
+use chrono::{DateTime, NaiveDate, NaiveDateTime};
+use rust_decimal::Decimal;
+
+use super::{columns::Columns, record::Record};
+
+/// Longest id that is taken: invoice number, SKU or customer. With a category before it, it still fits a stream id.
+const ID_BYTES_MAX: usize = 200;
+/// Most digits before the point of a price. Times a quantity of 32 bits, four decimals and [`LINES_MAX`] lines, a total has
+/// at most 27 digits, and a `Decimal` holds 28: no total can overflow or be rounded.
+const PRICE_DIGITS_MAX: usize = 9;
+/// Most digits after the point of a price: money has at most four, in any currency. More is the trace of a float.
+const PRICE_DECIMALS_MAX: usize = 4;
+/// Most lines of one invoice, since one invoice is held in memory; the longest of the file in `shared/data` has 675.
+pub(super) const LINES_MAX: usize = 10_000;
+
+/// What one sound row says, without its invoice number.
+#[derive(Debug, PartialEq)]
+pub(super) struct Row<'a> {
+    pub sku: &'a str,
+    /// Not zero, and within 32 bits without its sign.
+    pub quantity: i64,
+    pub price: Decimal,
+    pub customer: Option<&'a str>,
+}
+
+/// The invoice number of a row, or why nobody can say what it is.
+///
+/// A row with too few or too many fields is still known by its number if that is the first column, where nothing can
+/// have moved it.
+pub(super) fn number<'a>(record: &'a Record, columns: &Columns) -> Result<&'a str, String> {
+    let moved = record.flaw.is_none() && record.len() != columns.count && columns.number > 0;
+    match record.get(columns.number) {
+        Some(number) if !moved => identifier("InvoiceNo", number),
+        _ => Err(flaw(record, columns).unwrap_or_else(|| "InvoiceNo is missing".to_owned())),
+    }
+}
+
+/// Reads a row.
+pub(super) fn parse<'a>(record: &'a Record, columns: &Columns) -> Result<Row<'a>, String> {
+    if let Some(flaw) = flaw(record, columns) {
+        return Err(flaw);
+    }
+    let field = |at: usize| record.get(at).unwrap_or_default();
+    let sku = identifier("StockCode", field(columns.sku))?;
+    let quantity = quantity(field(columns.quantity))?;
+    date(field(columns.date))?;
+    let price = price(field(columns.price))?;
+    let customer = match field(columns.customer) {
+        "" => None,
+        customer => Some(identifier("CustomerID", customer)?),
+    };
+    Ok(Row { sku, quantity, price, customer })
+}
+
+fn flaw(record: &Record, columns: &Columns) -> Option<String> {
+    if let Some(flaw) = record.flaw {
+        return Some(flaw.to_owned());
+    }
+    (record.len() != columns.count).then(|| format!("{} columns instead of {}", record.len(), columns.count))
+}
+
+/// Text for a message: what is wrong with a field may be its length.
+fn quoted(text: &str) -> String {
+    const CHARACTERS_MAX: usize = 40;
+    let mut start: String = text.chars().take(CHARACTERS_MAX).collect();
+    if start.len() < text.len() {
+        start.push('…');
+    }
+    format!("{start:?}")
+}
+
+fn identifier<'a>(name: &str, text: &'a str) -> Result<&'a str, String> {
+    if text.trim().is_empty() {
+        return Err(format!("{name} is empty"));
+    }
+    if text.len() > ID_BYTES_MAX {
+        return Err(format!("{name} {} has {} bytes; the limit is {ID_BYTES_MAX}", quoted(text), text.len()));
+    }
+    if text.chars().any(char::is_control) {
+        return Err(format!("{name} {} has a control character", quoted(text)));
+    }
+    Ok(text)
+}
+
+fn quantity(text: &str) -> Result<i64, String> {
+    let digits = text.strip_prefix('-').unwrap_or(text);
+    if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
+        return Err(format!("Quantity {} is not a whole number", quoted(text)));
+    }
+    let size: u32 = digits.parse().map_err(|_| format!("Quantity {} is beyond {}", quoted(text), u32::MAX))?;
+    match size {
+        0 => Err("Quantity is 0".to_owned()),
+        size if digits.len() < text.len() => Ok(-i64::from(size)),
+        size => Ok(i64::from(size)),
+    }
+}
+
+fn price(text: &str) -> Result<Decimal, String> {
+    let wrong = || format!("UnitPrice {} is not a decimal number such as 2.55", quoted(text));
+    let size = text.strip_prefix('-').unwrap_or(text);
+    let (whole, decimals) = match size.split_once('.') {
+        Some((whole, decimals)) if !decimals.is_empty() => (whole, decimals),
+        Some(_) => return Err(wrong()),
+        None => (size, ""),
+    };
+    if whole.is_empty() || !whole.bytes().chain(decimals.bytes()).all(|b| b.is_ascii_digit()) {
+        return Err(wrong());
+    }
+    if size.len() < text.len() {
+        return Err(format!("UnitPrice {} is below zero", quoted(text)));
+    }
+    if decimals.len() > PRICE_DECIMALS_MAX {
+        return Err(format!(
+            "UnitPrice {} has {} decimals; money has at most {PRICE_DECIMALS_MAX}",
+            quoted(text),
+            decimals.len()
+        ));
+    }
+    if whole.trim_start_matches('0').len() > PRICE_DIGITS_MAX {
+        return Err(format!("UnitPrice {} has more than {PRICE_DIGITS_MAX} digits before the point", quoted(text)));
+    }
+    text.parse().map_err(|_| wrong())
+}
+
+/// `2010-12-01`, `2010-12-01T08:26`, with seconds, with a fraction of them, with an offset; a blank may stand for the `T`.
+///
+/// The shop needs no date, but a field that should hold one and does not is a sign that the columns are not what they say.
+fn date(text: &str) -> Result<(), String> {
+    let shaped = |shape: &str| {
+        text.len() >= shape.len()
+            && text.bytes().zip(shape.bytes()).all(|(b, like)| match like {
+                b'9' => b.is_ascii_digit(),
+                b'T' => b == b'T' || b == b' ',
+                like => b == like,
+            })
+    };
+    let known = if text.len() == "9999-99-99".len() {
+        shaped("9999-99-99") && text.parse::<NaiveDate>().is_ok()
+    } else if shaped("9999-99-99T99:99") {
+        let text = text.replacen(' ', "T", 1);
+        NaiveDateTime::parse_from_str(&text, "%Y-%m-%dT%H:%M").is_ok()
+            || NaiveDateTime::parse_from_str(&text, "%Y-%m-%dT%H:%M:%S%.f").is_ok()
+            || DateTime::parse_from_str(&text, "%Y-%m-%dT%H:%M%#z").is_ok()
+            || DateTime::parse_from_rfc3339(&text).is_ok()
+    } else {
+        false
+    };
+    if known { Ok(()) } else { Err(format!("InvoiceDate {} is not ISO 8601, such as 2010-12-01T08:26", quoted(text))) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const COLUMNS: Columns = Columns { number: 0, sku: 1, quantity: 2, date: 3, price: 4, customer: 5, count: 6 };
+
+    fn record(line: &str) -> Record {
+        let mut record = Record::default();
+        record.split(line.as_bytes());
+        record
+    }
+
+    fn check(line: &str, expected: &str) {
+        assert_eq!(parse(&record(line), &COLUMNS).expect_err(line), expected, "{line}");
+    }
+
+    #[test]
+    fn reads_a_sound_row() {
+        let record = record("536365,gift_0001_40,-6,2010-12-01T08:26,2.5,");
+        let price = Decimal::new(25, 1);
+        let expected = Row { sku: "gift_0001_40", quantity: -6, price, customer: None };
+        assert_eq!(parse(&record, &COLUMNS), Ok(expected));
+    }
+
+    #[test]
+    fn says_what_is_wrong() {
+        check("1,A,6,2010-12-01,2.5", "5 columns instead of 6");
+        check("1,A,6,2010-12-01,2.5,7,8", "7 columns instead of 6");
+        check("1,,6,2010-12-01,2.5,7", "StockCode is empty");
+        check("1, ,6,2010-12-01,2.5,7", "StockCode is empty");
+        check("1,A\tB,6,2010-12-01,2.5,7", r#"StockCode "A\tB" has a control character"#);
+        check("1,A,6,2010-12-01,2.5,\u{85}", "CustomerID is empty");
+        let long = "é".repeat(101);
+        let start = "é".repeat(40);
+        check(
+            &format!("1,{long},6,2010-12-01,2.5,7"),
+            &format!("StockCode \"{start}…\" has 202 bytes; the limit is 200"),
+        );
+    }
+
+    #[test]
+    fn a_quantity_is_a_whole_number_of_32_bits_and_not_zero() {
+        assert_eq!(quantity("4294967295"), Ok(4_294_967_295));
+        assert_eq!(quantity("-4294967295"), Ok(-4_294_967_295));
+        assert_eq!(quantity("4294967296"), Err(r#"Quantity "4294967296" is beyond 4294967295"#.to_owned()));
+        assert_eq!(
+            quantity("99999999999999999999"),
+            Err(r#"Quantity "99999999999999999999" is beyond 4294967295"#.to_owned())
+        );
+        for zero in ["0", "-0", "000"] {
+            assert_eq!(quantity(zero), Err("Quantity is 0".to_owned()));
+        }
+        for wrong in ["", "-", "--5", "+5", "6.0", "1e3", " 6", "six", "１"] {
+            assert_eq!(quantity(wrong), Err(format!("Quantity {wrong:?} is not a whole number")));
+        }
+    }
+
+    #[test]
+    fn a_price_is_exact_money() {
+        assert_eq!(price("13541.33"), Ok(Decimal::new(1_354_133, 2)));
+        assert_eq!(price("0.001"), Ok(Decimal::new(1, 3)));
+        assert_eq!(price("999999999.9999"), Ok(Decimal::new(9_999_999_999_999, 4)));
+        assert_eq!(price("0"), Ok(Decimal::ZERO));
+        assert_eq!(
+            price("2.5500000000"),
+            Err(r#"UnitPrice "2.5500000000" has 10 decimals; money has at most 4"#.to_owned())
+        );
+        assert_eq!(
+            price("1000000000"),
+            Err(r#"UnitPrice "1000000000" has more than 9 digits before the point"#.to_owned())
+        );
+        assert_eq!(price("-11062.06"), Err(r#"UnitPrice "-11062.06" is below zero"#.to_owned()));
+        for wrong in ["", "-", ".", "2.", ".5", "+2", "1_000", "1,5", "1e3", "NaN", " 2", "2.5.5", "£2"] {
+            assert_eq!(price(wrong), Err(format!("UnitPrice {wrong:?} is not a decimal number such as 2.55")));
+        }
+    }
+
+    #[test]
+    fn a_date_is_iso_8601() {
+        for right in [
+            "2010-12-01",
+            "2010-12-01T08:26",
+            "2010-12-01 08:26",
+            "2010-12-01T08:26:59",
+            "2010-12-01T08:26:59.123",
+            "2010-12-01T08:26Z",
+            "2010-12-01T08:26:00+01:00",
+            "2012-02-29T00:00",
+        ] {
+            assert_eq!(date(right), Ok(()), "{right}");
+        }
+        for wrong in [
+            "",
+            "12/1/2010 8:26",
+            "01.12.2010",
+            "2010-13-01",
+            "2010-12-32T08:26",
+            "2011-02-29",
+            "2010-12-01T24:01",
+            "2010-12-01T8:26",
+            "2010-12-01T08:26 ",
+            "2010-12-01T",
+            "20101201",
+            "2010-12-01T08:26:00+1",
+        ] {
+            let expected = format!("InvoiceDate {wrong:?} is not ISO 8601, such as 2010-12-01T08:26");
+            assert_eq!(date(wrong), Err(expected));
+        }
+    }
+
+    #[test]
+    fn a_number_is_known_where_nothing_can_have_moved_it() {
+        assert_eq!(number(&record("1,A"), &COLUMNS), Ok("1"));
+        assert_eq!(number(&record(",A,6,2010-12-01,2.5,7"), &COLUMNS), Err("InvoiceNo is empty".to_owned()));
+        let last = Columns { number: 5, customer: 0, ..COLUMNS };
+        assert_eq!(number(&record("A,6,2010-12-01,2.5,7"), &last), Err("5 columns instead of 6".to_owned()));
+        assert_eq!(number(&record("7,A,6,2010-12-01,2.5,1,x"), &last), Err("7 columns instead of 6".to_owned()));
+        assert_eq!(number(&record("7,A,6,2010-12-01,2.5,1"), &last), Ok("1"));
+    }
+}

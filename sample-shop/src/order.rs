@@ -1,0 +1,220 @@
+//! The order service: takes orders and returns, and confirms or cancels them as their sagas decide.
+
+use annals::{Aggregate, Answer, Event, Participant, Repository, StepError, Work};
+use async_trait::async_trait;
+use rust_decimal::Decimal;
+use serde::{Deserialize, Serialize};
+
+/// The currency of every amount in the shop.
+pub const CURRENCY: &str = "GBP";
+
+/// So many units of one SKU, at one price.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Line {
+    /// What.
+    pub sku: String,
+    /// How many.
+    pub quantity: u32,
+    /// The price of one.
+    pub unit_price: Decimal,
+}
+
+/// What happens to an order.
+#[derive(Event, Clone, Debug, PartialEq)]
+#[event(prefix = "order")]
+pub enum OrderEvent {
+    /// A customer ordered.
+    Placed { order_id: String, customer: Option<String>, lines: Vec<Line>, total: Decimal, currency: String },
+    /// It will be delivered.
+    Confirmed { order_id: String },
+    /// It will not.
+    Cancelled { order_id: String, reason: String },
+}
+
+/// What can be asked of an order.
+#[derive(Clone, Debug)]
+pub enum OrderCommand {
+    Place { order_id: String, customer: Option<String>, lines: Vec<Line> },
+    Confirm,
+    Cancel { reason: String },
+}
+
+/// Why an order says no.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum OrderRefusal {
+    #[error("an order needs at least one line")]
+    NoLines,
+    #[error("line {line}, {sku}: the quantity is 0")]
+    NoQuantity { line: usize, sku: String },
+    #[error("line {line}, {sku}: the price {price} is negative or has more than {PRICE_DECIMALS_MAX} decimals")]
+    Price { line: usize, sku: String, price: Decimal },
+    #[error("the total of the order is too large")]
+    TooLarge,
+    #[error("there is no such order")]
+    NotPlaced,
+    #[error("the order is cancelled: {0}")]
+    Cancelled(String),
+    #[error("the order is confirmed; send the goods back instead")]
+    Confirmed,
+}
+
+/// Prices in the source have up to three decimals; more is a mistake in the input.
+pub const PRICE_DECIMALS_MAX: u32 = 4;
+
+/// An order.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum Order {
+    #[default]
+    Unknown,
+    Placed {
+        order_id: String,
+    },
+    Confirmed,
+    Cancelled(String),
+}
+
+impl Aggregate for Order {
+    const CATEGORY: &'static str = "order";
+    type Command = OrderCommand;
+    type Event = OrderEvent;
+    type Refusal = OrderRefusal;
+
+    fn decide(&self, command: &OrderCommand) -> Result<Vec<OrderEvent>, OrderRefusal> {
+        use {Order as Is, OrderCommand as Do};
+        match (self, command) {
+            (Is::Unknown, Do::Place { order_id, customer, lines }) => {
+                let total = total(lines)?;
+                let (order_id, customer, lines) = (order_id.clone(), customer.clone(), lines.clone());
+                Ok(vec![OrderEvent::Placed { order_id, customer, lines, total, currency: CURRENCY.into() }])
+            }
+            (Is::Unknown, _) => Err(OrderRefusal::NotPlaced),
+            (_, Do::Place { .. }) | (Is::Confirmed, Do::Confirm) | (Is::Cancelled(_), Do::Cancel { .. }) => Ok(vec![]),
+            (Is::Placed { order_id }, Do::Confirm) => Ok(vec![OrderEvent::Confirmed { order_id: order_id.clone() }]),
+            (Is::Placed { order_id }, Do::Cancel { reason }) => {
+                Ok(vec![OrderEvent::Cancelled { order_id: order_id.clone(), reason: reason.clone() }])
+            }
+            (Is::Cancelled(reason), Do::Confirm) => Err(OrderRefusal::Cancelled(reason.clone())),
+            (Is::Confirmed, Do::Cancel { .. }) => Err(OrderRefusal::Confirmed),
+        }
+    }
+
+    fn evolve(&mut self, event: &OrderEvent) {
+        *self = match event {
+            OrderEvent::Placed { order_id, .. } => Self::Placed { order_id: order_id.clone() },
+            OrderEvent::Confirmed { .. } => Self::Confirmed,
+            OrderEvent::Cancelled { reason, .. } => Self::Cancelled(reason.clone()),
+        };
+    }
+}
+
+/// The sum of the lines, or what is wrong with them.
+pub fn total(lines: &[Line]) -> Result<Decimal, OrderRefusal> {
+    if lines.is_empty() {
+        return Err(OrderRefusal::NoLines);
+    }
+    let mut total = Decimal::ZERO;
+    for (line, Line { sku, quantity, unit_price }) in (1..).zip(lines) {
+        if *quantity == 0 {
+            return Err(OrderRefusal::NoQuantity { line, sku: sku.clone() });
+        }
+        if unit_price.is_sign_negative() || unit_price.scale() > PRICE_DECIMALS_MAX {
+            return Err(OrderRefusal::Price { line, sku: sku.clone(), price: *unit_price });
+        }
+        let amount = unit_price.checked_mul(Decimal::from(*quantity)).and_then(|amount| total.checked_add(amount));
+        total = amount.ok_or(OrderRefusal::TooLarge)?;
+    }
+    Ok(total)
+}
+
+/// What happens to a return.
+#[derive(Event, Clone, Debug, PartialEq)]
+#[event(prefix = "return")]
+pub enum ReturnEvent {
+    /// A customer sends goods back.
+    Opened { return_id: String, customer: Option<String>, lines: Vec<Line>, total: Decimal, currency: String },
+    /// They are in stock and paid back.
+    Completed { return_id: String },
+}
+
+/// What can be asked of a return.
+#[derive(Clone, Debug)]
+pub enum ReturnCommand {
+    Open { return_id: String, customer: Option<String>, lines: Vec<Line> },
+    Complete,
+}
+
+/// A return.
+#[derive(Clone, Debug, Default)]
+pub struct Return {
+    opened: Option<String>,
+    completed: bool,
+}
+
+impl Aggregate for Return {
+    const CATEGORY: &'static str = "return";
+    type Command = ReturnCommand;
+    type Event = ReturnEvent;
+    type Refusal = OrderRefusal;
+
+    fn decide(&self, command: &ReturnCommand) -> Result<Vec<ReturnEvent>, OrderRefusal> {
+        match (command, &self.opened) {
+            (ReturnCommand::Open { return_id, customer, lines }, None) => {
+                let total = total(lines)?;
+                let (return_id, customer, lines) = (return_id.clone(), customer.clone(), lines.clone());
+                Ok(vec![ReturnEvent::Opened { return_id, customer, lines, total, currency: CURRENCY.into() }])
+            }
+            (ReturnCommand::Open { .. }, Some(_)) => Ok(vec![]),
+            (ReturnCommand::Complete, Some(_)) if self.completed => Ok(vec![]),
+            (ReturnCommand::Complete, Some(id)) => Ok(vec![ReturnEvent::Completed { return_id: id.clone() }]),
+            (ReturnCommand::Complete, None) => Err(OrderRefusal::NotPlaced),
+        }
+    }
+
+    fn evolve(&mut self, event: &ReturnEvent) {
+        match event {
+            ReturnEvent::Opened { return_id, .. } => self.opened = Some(return_id.clone()),
+            ReturnEvent::Completed { .. } => self.completed = true,
+        }
+    }
+}
+
+/// The steps that sagas ask of the order service.
+#[derive(Event, Clone, Debug, PartialEq)]
+#[event(prefix = "order")]
+pub enum OrderStep {
+    Confirm { order_id: String },
+    Cancel { order_id: String, reason: String },
+    CompleteReturn { return_id: String },
+}
+
+/// Carries them out.
+pub struct OrderDesk {
+    orders: Repository<Order>,
+    returns: Repository<Return>,
+}
+
+impl OrderDesk {
+    pub fn new(orders: Repository<Order>, returns: Repository<Return>) -> Self {
+        Self { orders, returns }
+    }
+}
+
+#[async_trait]
+impl Participant for OrderDesk {
+    type Command = OrderStep;
+
+    async fn perform(&self, step: OrderStep, work: &mut Work) -> Result<Answer, StepError> {
+        match step {
+            OrderStep::Confirm { order_id } => {
+                work.execute(&self.orders, &order_id, &OrderCommand::Confirm).await?;
+            }
+            OrderStep::Cancel { order_id, reason } => {
+                work.execute(&self.orders, &order_id, &OrderCommand::Cancel { reason }).await?;
+            }
+            OrderStep::CompleteReturn { return_id } => {
+                work.execute(&self.returns, &return_id, &ReturnCommand::Complete).await?;
+            }
+        }
+        Ok(Answer::DONE)
+    }
+}

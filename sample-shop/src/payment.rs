@@ -1,0 +1,197 @@
+//! The payment service: charges and refunds through a provider, once each.
+
+use std::{
+    collections::HashSet,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use annals::{Aggregate, Answer, Event, EventStore, Participant, Repository, StepError, Work};
+use async_trait::async_trait;
+use rust_decimal::Decimal;
+use uuid::Uuid;
+
+/// What happens to a payment.
+#[derive(Event, Clone, Debug, PartialEq)]
+#[event(prefix = "payment")]
+pub enum PaymentEvent {
+    /// The card was charged.
+    Charged { order_id: String, amount: Decimal, currency: String },
+    /// The provider said no.
+    Declined { order_id: String, amount: Decimal, currency: String, reason: String },
+    /// Money went back, for an order or a return.
+    Refunded {
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        order_id: Option<String>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        return_id: Option<String>,
+        amount: Decimal,
+        currency: String,
+    },
+}
+
+/// The payment of an order or a return.
+#[derive(Clone, Debug, Default)]
+pub struct Payment {
+    charged: bool,
+    refunded: bool,
+}
+
+/// A payment has nothing to refuse: what may happen is decided by the saga and the provider.
+impl Aggregate for Payment {
+    const CATEGORY: &'static str = "payment";
+    type Command = PaymentEvent;
+    type Event = PaymentEvent;
+    type Refusal = std::convert::Infallible;
+
+    fn decide(&self, fact: &PaymentEvent) -> Result<Vec<PaymentEvent>, Self::Refusal> {
+        let known = match fact {
+            PaymentEvent::Charged { .. } => self.charged,
+            PaymentEvent::Refunded { .. } => self.refunded,
+            PaymentEvent::Declined { .. } => false,
+        };
+        Ok(if known { vec![] } else { vec![fact.clone()] })
+    }
+
+    fn evolve(&mut self, event: &PaymentEvent) {
+        match event {
+            PaymentEvent::Charged { .. } => self.charged = true,
+            PaymentEvent::Refunded { .. } => self.refunded = true,
+            PaymentEvent::Declined { .. } => {}
+        }
+    }
+}
+
+/// The steps that sagas ask of the payment service.
+#[derive(Event, Clone, Debug, PartialEq)]
+#[event(prefix = "payment")]
+pub enum PaymentStep {
+    Charge { order_id: String, amount: Decimal, currency: String },
+    Refund { order_id: String, amount: Decimal, currency: String },
+    RefundReturn { return_id: String, amount: Decimal, currency: String },
+}
+
+/// Why a provider did not take the money.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum ProviderError {
+    /// The card's issuer said no.
+    #[error("declined: {0}")]
+    Declined(String),
+    /// It did not happen; ask again.
+    #[error("the provider is busy")]
+    Busy,
+    /// Nobody knows whether it happened; ask again under the same key.
+    #[error("the provider did not answer in time")]
+    TimedOut,
+}
+
+/// Moves money. The same key moves it once, however often it is asked.
+#[async_trait]
+pub trait Provider: Send + Sync + 'static {
+    async fn charge(&self, key: Uuid, order_id: &str, amount: Decimal) -> Result<(), ProviderError>;
+    async fn refund(&self, key: Uuid, id: &str, amount: Decimal) -> Result<(), ProviderError>;
+}
+
+/// Carries the steps out.
+pub struct PaymentDesk {
+    payments: Repository<Payment>,
+    provider: Arc<dyn Provider>,
+}
+
+impl PaymentDesk {
+    pub fn new(store: Arc<dyn EventStore>, provider: Arc<dyn Provider>) -> Self {
+        Self { payments: Repository::new(store), provider }
+    }
+
+    async fn refund(&self, id: &str, amount: Decimal, fact: PaymentEvent, work: &mut Work) -> Result<Answer, StepError> {
+        let paid = self.provider.refund(work.cause_id(), id, amount).await;
+        paid.map_err(|error| StepError::Failed(error.to_string()))?;
+        work.execute(&self.payments, id, &fact).await?;
+        Ok(Answer::DONE)
+    }
+}
+
+#[async_trait]
+impl Participant for PaymentDesk {
+    type Command = PaymentStep;
+
+    async fn perform(&self, step: PaymentStep, work: &mut Work) -> Result<Answer, StepError> {
+        match step {
+            PaymentStep::Charge { order_id, amount, currency } => {
+                match self.provider.charge(work.cause_id(), &order_id, amount).await {
+                    Ok(()) => {
+                        let charged = PaymentEvent::Charged { order_id: order_id.clone(), amount, currency };
+                        work.create(&self.payments, &order_id, &charged).await?;
+                        Ok(Answer::DONE)
+                    }
+                    Err(ProviderError::Declined(reason)) => {
+                        let (id, why) = (order_id.clone(), reason.clone());
+                        let declined = PaymentEvent::Declined { order_id: id, amount, currency, reason: why };
+                        work.create(&self.payments, &order_id, &declined).await?;
+                        Ok(Answer::Refused(reason))
+                    }
+                    Err(error) => Err(StepError::Failed(error.to_string())),
+                }
+            }
+            PaymentStep::Refund { order_id, amount, currency } => {
+                let fact = PaymentEvent::Refunded { order_id: Some(order_id.clone()), return_id: None, amount, currency };
+                self.refund(&order_id, amount, fact, work).await
+            }
+            PaymentStep::RefundReturn { return_id, amount, currency } => {
+                let fact =
+                    PaymentEvent::Refunded { order_id: None, return_id: Some(return_id.clone()), amount, currency };
+                self.refund(&return_id, amount, fact, work).await
+            }
+        }
+    }
+}
+
+/// A provider whose moods are drawn from a seed: which cards are declined, and which requests go wrong the first time.
+pub struct SimulatedProvider {
+    pub seed: u64,
+    pub decline_rate: f64,
+    /// Share of requests that are answered busy the first time, and of those that time out after taking the money.
+    pub trouble_rate: f64,
+    /// Requests that already went wrong once.
+    troubled: Mutex<HashSet<Uuid>>,
+}
+
+impl SimulatedProvider {
+    pub fn new(seed: u64, decline_rate: f64, trouble_rate: f64) -> Self {
+        Self { seed, decline_rate, trouble_rate, troubled: Mutex::default() }
+    }
+
+    fn trouble(&self, key: Uuid, id: &str) -> Result<(), ProviderError> {
+        let draw = draw(self.seed, "trouble", id);
+        if draw >= self.trouble_rate {
+            return Ok(());
+        }
+        let mut troubled = self.troubled.lock().unwrap_or_else(PoisonError::into_inner);
+        if troubled.remove(&key) {
+            return Ok(());
+        }
+        troubled.insert(key);
+        Err(if draw < self.trouble_rate / 2.0 { ProviderError::Busy } else { ProviderError::TimedOut })
+    }
+}
+
+/// A number from 0 to 1 that depends on nothing but its arguments, so that chance is the same on every run and in every
+/// order of events.
+pub fn draw(seed: u64, what: &str, id: &str) -> f64 {
+    let hash = annals::event::named_id(Uuid::from_u64_pair(seed, 0), &format!("{what}/{id}"));
+    (hash.as_u64_pair().0 >> 11) as f64 / (1u64 << 53) as f64
+}
+
+#[async_trait]
+impl Provider for SimulatedProvider {
+    async fn charge(&self, key: Uuid, order_id: &str, _amount: Decimal) -> Result<(), ProviderError> {
+        self.trouble(key, order_id)?;
+        if draw(self.seed, "decline", order_id) < self.decline_rate {
+            return Err(ProviderError::Declined("insufficient funds".into()));
+        }
+        Ok(())
+    }
+
+    async fn refund(&self, key: Uuid, id: &str, _amount: Decimal) -> Result<(), ProviderError> {
+        self.trouble(key, id)
+    }
+}

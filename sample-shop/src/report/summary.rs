@@ -1,0 +1,243 @@
+use std::{fmt::Write, time::Duration};
+
+use comfy_table::{Cell, CellAlignment, ContentArrangement, Table, presets};
+use hdrhistogram::Histogram;
+use rust_decimal::Decimal;
+use serde::{Serialize, Serializer, ser::Error};
+use serde_json::value::RawValue;
+
+use super::{
+    histogram,
+    number::{grouped, grouped_money, money},
+    terminal::Terminal,
+};
+
+/// How it all ended.
+#[derive(Clone, Debug)]
+pub struct Summary {
+    /// Orders placed.
+    pub orders: u64,
+    /// Orders whose checkout completed.
+    pub confirmed: u64,
+    /// Orders whose checkout was compensated.
+    pub cancelled: Cancelled,
+    /// Returns opened.
+    pub returns: u64,
+    /// Stock adjustments made.
+    pub adjustments: u64,
+    /// Sagas that need a person.
+    pub stuck: u64,
+    /// All that was charged, with what was refunded later.
+    pub charged: Decimal,
+    /// All that was refunded.
+    pub refunded: Decimal,
+    /// What became of the stock.
+    pub units: Units,
+    /// From the first order to the end of the last saga.
+    pub elapsed: Duration,
+    /// Sagas that ended in that time.
+    pub sagas: u64,
+    /// From start to end of each saga, in microseconds.
+    pub latency_us: Histogram<u64>,
+    /// Where events were kept; no password.
+    pub store: String,
+    /// How the services talked.
+    pub bus: String,
+}
+
+/// Why orders were cancelled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Cancelled {
+    /// Too little stock.
+    pub out_of_stock: u64,
+    /// The card was declined.
+    pub declined: u64,
+    /// The customer changed their mind.
+    pub by_customer: u64,
+}
+
+impl Cancelled {
+    /// For whatever reason.
+    pub fn all(&self) -> u64 {
+        self.out_of_stock + self.declined + self.by_customer
+    }
+}
+
+/// Units of all SKUs together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Units {
+    /// In stock at the start.
+    pub initial: i64,
+    /// Shipped.
+    pub sold: i64,
+    /// Came back.
+    pub returned: i64,
+    /// Found, less those written off.
+    pub adjusted: i64,
+    /// In stock at the end, reserved or not.
+    pub remaining: i64,
+    /// Held for checkouts that have not ended.
+    pub reserved: i64,
+}
+
+impl Units {
+    /// Whether no unit was lost or made up, and none is held for nobody.
+    pub fn conserved(&self) -> bool {
+        self.reserved == 0 && self.unexplained() == 0
+    }
+
+    /// Units at the end beyond those that the others explain.
+    fn unexplained(&self) -> i128 {
+        let [initial, sold, returned, adjusted, remaining] =
+            [self.initial, self.sold, self.returned, self.adjusted, self.remaining].map(i128::from);
+        remaining - (initial - sold + returned + adjusted)
+    }
+}
+
+impl Summary {
+    /// Sagas that ended in a second; 0 if no time passed.
+    pub fn sagas_per_second(&self) -> f64 {
+        let seconds = self.elapsed.as_secs_f64();
+        if seconds > 0.0 { self.sagas as f64 / seconds } else { 0.0 }
+    }
+
+    /// One line, as `CONTRACT` promises it to other programs: these fields, in this order.
+    pub fn json(&self) -> String {
+        let line = Json {
+            orders: self.orders,
+            confirmed: self.confirmed,
+            cancelled: self.cancelled,
+            returns: self.returns,
+            adjustments: self.adjustments,
+            stuck: self.stuck,
+            charged: money(self.charged),
+            refunded: money(self.refunded),
+            units: self.units,
+            seconds: Fixed(3, self.elapsed.as_secs_f64()),
+            sagas_per_second: Fixed(1, self.sagas_per_second()),
+            latency_ms: LatencyMs { p50: self.millis(0.50), p95: self.millis(0.95), p99: self.millis(0.99) },
+            store: &self.store,
+            bus: &self.bus,
+        };
+        // Numbers and text always serialize.
+        serde_json::to_string(&line).unwrap_or_else(|error| format!("{{\"error\":{:?}}}", error.to_string()))
+    }
+
+    /// For a person at standard output: fitted to the terminal, plain if it is none.
+    pub fn human(&self) -> String {
+        self.human_on(Terminal::stdout())
+    }
+
+    /// For a person at this terminal.
+    pub fn human_on(&self, terminal: Terminal) -> String {
+        let mut text = self.table(terminal).trim_fmt();
+        text.push('\n');
+        let verdict = if self.units.conserved() {
+            terminal.good("✓ units conserved")
+        } else {
+            let Units { reserved, .. } = self.units;
+            let fault = format!(
+                "✗ units not conserved:\n  {} unexplained, {} still reserved",
+                grouped(self.units.unexplained()),
+                grouped(reserved)
+            );
+            terminal.bad(&fault)
+        };
+        let _ = writeln!(text, "{verdict}");
+        if self.stuck > 0 {
+            let _ = writeln!(text, "{}", terminal.bad(&format!("✗ {} stuck", grouped(self.stuck))));
+        }
+        let _ = writeln!(
+            text,
+            "\n{} sagas in {:.3} s, {} a second",
+            grouped(self.sagas),
+            self.elapsed.as_secs_f64(),
+            // Whole ones: a fraction of a saga a second tells nobody anything, except where there are few.
+            if self.sagas_per_second() < 10.0 {
+                format!("{:.1}", self.sagas_per_second())
+            } else {
+                grouped(self.sagas_per_second().round() as u64)
+            }
+        );
+        let _ = writeln!(text, "store {}, bus {}", self.store, self.bus);
+        if !self.latency_us.is_empty() {
+            let [p50, p95, p99] = [0.50, 0.95, 0.99].map(|quantile| self.millis(quantile).1);
+            let _ = writeln!(text, "\nlatency: p50 {p50:.1} ms, p95 {p95:.1} ms, p99 {p99:.1} ms");
+            text.push_str(&histogram::draw(&self.latency_us, terminal));
+        }
+        text
+    }
+
+    fn table(&self, terminal: Terminal) -> Table {
+        let mut table = Table::new();
+        table.load_style(presets::UTF8_FULL_CONDENSED);
+        table.set_content_arrangement(ContentArrangement::Dynamic).set_width(terminal.width).force_no_tty();
+        let mut row = |name: &str, value: String| {
+            table.add_row([Cell::new(name), Cell::new(value).set_alignment(CellAlignment::Right)]);
+        };
+        row("orders", grouped(self.orders));
+        row("  confirmed", grouped(self.confirmed));
+        row("  cancelled", grouped(self.cancelled.all()));
+        row("    out of stock", grouped(self.cancelled.out_of_stock));
+        row("    card declined", grouped(self.cancelled.declined));
+        row("    by the customer", grouped(self.cancelled.by_customer));
+        row("returns", grouped(self.returns));
+        row("adjustments", grouped(self.adjustments));
+        row("stuck", grouped(self.stuck));
+        row("charged", grouped_money(self.charged));
+        row("refunded", grouped_money(self.refunded));
+        row("units at the start", grouped(self.units.initial));
+        row("  sold", grouped(-i128::from(self.units.sold)));
+        row("  returned", signed(self.units.returned));
+        row("  adjusted", signed(self.units.adjusted));
+        row("units at the end", grouped(self.units.remaining));
+        row("  of these reserved", grouped(self.units.reserved));
+        table
+    }
+
+    fn millis(&self, quantile: f64) -> Fixed {
+        Fixed(2, self.latency_us.value_at_quantile(quantile) as f64 / 1_000.0)
+    }
+}
+
+fn signed(units: i64) -> String {
+    format!("{}{}", if units > 0 { "+" } else { "" }, grouped(units))
+}
+
+#[derive(Serialize)]
+struct Json<'a> {
+    orders: u64,
+    confirmed: u64,
+    cancelled: Cancelled,
+    returns: u64,
+    adjustments: u64,
+    stuck: u64,
+    charged: String,
+    refunded: String,
+    units: Units,
+    seconds: Fixed,
+    sagas_per_second: Fixed,
+    latency_ms: LatencyMs,
+    store: &'a str,
+    bus: &'a str,
+}
+
+#[derive(Serialize)]
+struct LatencyMs {
+    p50: Fixed,
+    p95: Fixed,
+    p99: Fixed,
+}
+
+/// A JSON number with this many decimals, zeros included: columns of them line up in a log.
+struct Fixed(usize, f64);
+
+impl Serialize for Fixed {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let Self(decimals, value) = self;
+        RawValue::from_string(format!("{value:.decimals$}")).map_err(S::Error::custom)?.serialize(serializer)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,252 @@
+//! Appending events and reading streams.
+
+use annals::{Commit, Committed, Expected, Metadata, NewEvent, Position, Version, commit::COMMIT_ROWS_MAX};
+use chrono::Utc;
+use uuid::Uuid;
+
+use super::{
+    StoreUnderTest, append, appending, assert_conflict, assert_empty, at, event, key, numbered, put, putting, stream,
+    whole_log, whole_stream,
+};
+
+/// Every field, from the stream and from the log.
+pub async fn events_come_back_as_they_were_given<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    let traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let given = NewEvent {
+        id: Uuid::new_v4(),
+        type_name: "order.placed".into(),
+        schema_version: 7,
+        data: r#"{"sku":"A"}"#.into(),
+        metadata: Metadata {
+            correlation_id: Uuid::new_v4(),
+            causation_id: Uuid::new_v4(),
+            traceparent: Some(traceparent.into()),
+        },
+    };
+    let before = Utc::now();
+    let odd_trace = Metadata { traceparent: Some("\" \\ \n é".into()), ..Metadata::default() };
+    let second = NewEvent { id: Uuid::new_v4(), metadata: odd_trace, ..given.clone() };
+    store.commit(appending([append("order-1", at(0), vec![given.clone(), second.clone()])])).await.unwrap();
+
+    let events = whole_stream(&*store, "order-1").await;
+    for (found, given) in events.iter().zip([&given, &second]) {
+        assert_eq!(found.stream, stream("order-1"));
+        assert_eq!(found.id, given.id);
+        assert_eq!(*found.type_name, *given.type_name);
+        assert_eq!(found.schema_version, given.schema_version);
+        assert_eq!(*found.data, *given.data);
+        assert_eq!(found.metadata, given.metadata);
+        // The store's clock need not be ours, but both are clocks.
+        assert!((found.recorded_at - before).num_hours().abs() < 24, "{}", found.recorded_at);
+    }
+    assert_eq!((events.len(), events[0].version, events[1].version), (2, Version(1), Version(2)));
+    let from_log = whole_log(&*store).await;
+    assert!(events.iter().zip(&from_log).all(|(one, other)| *one == **other));
+}
+
+/// What a JSON library would not give back as it was.
+pub const ODD_PAYLOADS: &[&str] = &[
+    r#"{"a":1,"a":2}"#,
+    r#"{"z":1,"a":9007199254740993}"#,
+    r#"{"huge":1e400,"tiny":1e-400,"exact":0.1000,"signed":-0}"#,
+    " { \"spaces\" :\t[ 1 ,\n2 ]\r\n} ",
+    r#""just text: ü 漢字 🦀 \ud83e\udd80 \/ \u00fc""#,
+    r#""\\u0000 is a backslash and letters""#,
+    r#""' \" ; -- $1 ?1 :x {} %s""#,
+    "\"\u{2028}\u{fffd}\u{feff}e\u{301}é\"",
+    "null",
+    "true",
+    "[]",
+    "{}",
+    "123456789012345678901234567890.123456789012345678901234567890",
+];
+
+/// Payloads are text, not values.
+pub async fn payloads_come_back_byte_for_byte<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    let events = ODD_PAYLOADS.iter().map(|data| event("odd.payload", *data)).collect();
+    store.commit(appending([append("odd-1", at(0), events)])).await.unwrap();
+    let found = whole_stream(&*store, "odd-1").await;
+    let found = found.iter().map(|event| &*event.data).collect::<Vec<_>>();
+    assert_eq!(found, ODD_PAYLOADS);
+}
+
+/// Versions count up from 1 in each stream; positions rise in the order of the commits.
+pub async fn versions_are_dense_and_positions_rise<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    let mut last = Position::START;
+    for round in 0..10 {
+        for name in ["a-1", "b-1"] {
+            let committed = store.commit(appending([append(name, at(round * 3), numbered(3))])).await.unwrap();
+            assert_eq!(committed.versions, [Version(round * 3 + 3)]);
+            assert!(committed.position > last);
+            last = committed.position;
+        }
+    }
+    for name in ["a-1", "b-1"] {
+        let versions = whole_stream(&*store, name).await.iter().map(|event| event.version.0).collect::<Vec<_>>();
+        assert_eq!(versions, (1..=30).collect::<Vec<_>>());
+    }
+    let log = whole_log(&*store).await;
+    assert_eq!(log.len(), 60);
+    assert!(log.is_sorted_by(|one, next| one.position < next.position));
+    assert_eq!(log.last().map(|event| event.position), Some(last));
+}
+
+/// The error says where the stream stands.
+pub async fn a_commit_holds_only_at_the_expected_version<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    assert_conflict(store.commit(appending([append("a-1", at(1), numbered(1))])).await, "a-1", 1, 0);
+    store.commit(appending([append("a-1", at(0), numbered(2))])).await.unwrap();
+    for wrong in [0, 1, 3, i64::MAX, -1] {
+        assert_conflict(store.commit(appending([append("a-1", at(wrong), numbered(1))])).await, "a-1", wrong, 2);
+    }
+    store.commit(appending([append("a-1", at(2), numbered(1))])).await.unwrap();
+    assert_eq!(whole_stream(&*store, "a-1").await.len(), 3);
+}
+
+/// On a new stream as well.
+pub async fn any_version_will_do_where_none_is_expected<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    for round in 1..=3 {
+        let committed = store.commit(appending([append("a-1", Expected::Any, numbered(2))])).await.unwrap();
+        assert_eq!(committed.versions, [Version(round * 2)]);
+    }
+}
+
+/// The versions come in the order of the appends, whichever order the store writes in.
+pub async fn a_commit_spans_streams<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    store.commit(appending([append("m-1", at(0), numbered(4))])).await.unwrap();
+    let commit = appending([
+        append("z-1", at(0), numbered(3)),
+        append("m-1", at(4), numbered(1)),
+        append("a-1", Expected::Any, numbered(2)),
+    ]);
+    let Committed { position, versions } = store.commit(commit).await.unwrap();
+    assert_eq!(versions, [Version(3), Version(5), Version(2)]);
+    let log = whole_log(&*store).await;
+    assert_eq!(log.len(), 10);
+    assert_eq!(log.last().map(|event| event.position), Some(position));
+}
+
+/// Neither of its other streams nor of its documents.
+pub async fn one_conflict_leaves_nothing_of_the_commit<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    let document = key("note", "1");
+    for (streams, expected) in [(["a-1", "b-1", "c-1"], Some(0)), (["a-1", "b-1", "d-1"], Some(1))] {
+        // First a stream stands elsewhere, then the document does.
+        let last = at(if expected == Some(0) { 1 } else { 0 });
+        let appends = [(streams[0], at(0)), (streams[1], Expected::Any), (streams[2], last)];
+        let commit = Commit {
+            appends: appends.map(|(name, expected)| append(name, expected, numbered(2))).into(),
+            puts: vec![put(&key("note", "2"), None, Some("{}")), put(&document, expected, Some("{}"))],
+        };
+        assert!(store.commit(commit).await.is_err());
+        assert_empty(&*store, &[document.clone(), key("note", "2")]).await;
+    }
+    store.commit(appending([append("a-1", at(0), numbered(1))])).await.unwrap();
+}
+
+/// Nothing to do is nothing that can fail.
+pub async fn an_empty_commit_holds<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    assert_eq!(store.commit(Commit::default()).await.unwrap(), Committed::default());
+    assert_empty(&*store, &[]).await;
+}
+
+/// That is how a commit depends on a stream it does not write.
+pub async fn an_append_without_events_only_checks<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    store.commit(appending([append("a-1", at(0), numbered(2))])).await.unwrap();
+    let commit = || appending([append("a-1", at(2), vec![]), append("b-1", Expected::Any, vec![])]);
+    let committed = store.commit(commit()).await.unwrap();
+    assert_eq!(committed, Committed { position: Position::START, versions: vec![Version(2), Version::START] });
+
+    let document = key("note", "1");
+    let guarded =
+        Commit { puts: vec![put(&document, Some(0), Some("1"))], ..appending([append("a-1", at(1), vec![])]) };
+    assert_conflict(store.commit(guarded).await, "a-1", 1, 2);
+    assert_eq!(store.documents(&[document]).await.unwrap(), [None]);
+    assert_eq!(whole_log(&*store).await.len(), 2);
+}
+
+/// From anywhere in it, beyond its end too.
+pub async fn a_stream_is_read_after_a_version_up_to_a_limit<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    store.commit(appending([append("a-1", at(0), numbered(10))])).await.unwrap();
+    let cases: [(i64, usize, &[i64]); 8] = [
+        (0, 3, &[1, 2, 3]),
+        (3, 3, &[4, 5, 6]),
+        (8, 3, &[9, 10]),
+        (10, 3, &[]),
+        (i64::MAX, 3, &[]),
+        (9, usize::MAX, &[10]),
+        (0, 0, &[]),
+        (-5, 1, &[1]),
+    ];
+    for (after, limit, expected) in cases {
+        let events = store.read_stream(&stream("a-1"), Version(after), limit).await.unwrap();
+        let versions = events.iter().map(|event| event.version.0).collect::<Vec<_>>();
+        assert_eq!(versions, expected, "after {after}, limit {limit}");
+    }
+    assert!(store.read_stream(&stream("a-2"), Version::START, 10).await.unwrap().is_empty());
+}
+
+/// Neither pattern characters, nor case, nor Unicode forms, nor spaces make two names one.
+pub async fn streams_with_like_names_are_apart<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    let long = format!("a-{}", "x".repeat(510));
+    let names =
+        ["a-1", "a-10", "a-%", "a-_", "a-é", "a-e\u{301}", "a-É", "a-1 ", "a- 1", "a-b-c", "a-B-c", "a-'", &long];
+    for (index, name) in names.iter().enumerate() {
+        let committed = store.commit(appending([append(name, at(0), numbered(index + 1))])).await.unwrap();
+        assert_eq!(committed.versions, [Version(index as i64 + 1)], "{name:?}");
+    }
+    for (index, name) in names.iter().enumerate() {
+        let events = whole_stream(&*store, name).await;
+        assert_eq!(events.len(), index + 1, "{name:?}");
+        assert!(events.iter().all(|event| event.stream == stream(name)));
+    }
+}
+
+/// And with that many rows, everything still comes back in order.
+pub async fn a_commit_may_be_as_large_as_the_limit<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    store.commit(appending([append("a-1", at(0), numbered(COMMIT_ROWS_MAX))])).await.unwrap();
+    let events = whole_stream(&*store, "a-1").await;
+    assert_eq!(events.len(), COMMIT_ROWS_MAX);
+    for (event, number) in events.iter().zip(1..) {
+        assert_eq!((event.version, &*event.data), (Version(number), &*format!(r#"{{"number":{number}}}"#)));
+    }
+    let keys = (0..COMMIT_ROWS_MAX).map(|number| key("many", &format!("{number:05}"))).collect::<Vec<_>>();
+    store.commit(putting(keys.iter().map(|key| put(key, Some(0), Some(&format!("\"{key}\"")))))).await.unwrap();
+    for (found, key) in store.documents(&keys).await.unwrap().into_iter().zip(keys) {
+        assert_eq!(found.map(|found| found.body.to_string()), Some(format!("\"{key}\"")));
+    }
+}
+
+/// Not within a commit, nor from one to the next.
+pub async fn the_clock_does_not_go_back<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    for round in 0..50 {
+        store.commit(appending([append("a-1", at(round * 2), numbered(2))])).await.unwrap();
+    }
+    let log = whole_log(&*store).await;
+    assert_eq!(log.len(), 100);
+    assert!(log.is_sorted_by_key(|event| event.recorded_at));
+}

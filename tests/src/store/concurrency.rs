@@ -1,0 +1,144 @@
+//! Many callers at once.
+
+use std::sync::Arc;
+
+use annals::{Commit, CommitError, EventStore};
+use tokio::task::JoinSet;
+
+use super::{StoreUnderTest, append, appending, assert_conflict, at, key, numbered, put, putting, whole_stream};
+
+/// And each of the others learns where the stream stands.
+pub async fn of_many_writers_at_one_version_one_wins<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    let mut writers = JoinSet::new();
+    for _ in 0..50 {
+        let store = store.clone();
+        writers.spawn(async move { store.commit(appending([append("a-1", at(0), numbered(1))])).await });
+    }
+    let (won, lost): (Vec<_>, Vec<_>) = writers.join_all().await.into_iter().partition(Result::is_ok);
+    assert_eq!(won.len(), 1);
+    for outcome in lost {
+        assert_conflict(outcome, "a-1", 0, 1);
+    }
+    assert_eq!(whole_stream(&*store, "a-1").await.len(), 1);
+}
+
+/// Commits that share a round trip do not share their fate.
+pub async fn conflicts_fail_alone<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    store.commit(appending([append("taken-1", at(0), numbered(1))])).await.unwrap();
+    store.commit(putting([put(&key("taken", "1"), Some(0), Some("1"))])).await.unwrap();
+    let commit = |number: i64| {
+        let mut commit = appending([append(&format!("free-{number}"), at(0), numbered(2))]);
+        match number % 4 {
+            1 => commit.appends.push(append("taken-1", at(0), numbered(1))),
+            3 => commit.puts.push(put(&key("taken", "1"), Some(0), Some("2"))),
+            _ => commit.puts.push(put(&key("free", &number.to_string()), Some(0), Some("1"))),
+        }
+        commit
+    };
+    let mut writers = JoinSet::new();
+    for number in 0..200 {
+        let store = store.clone();
+        writers.spawn(async move { (number, store.commit(commit(number)).await) });
+    }
+    for (number, outcome) in writers.join_all().await {
+        let holds = number % 2 == 0;
+        match outcome {
+            Ok(_) => assert!(holds, "{number}"),
+            Err(CommitError::Conflict { .. }) => assert_eq!(number % 4, 1),
+            Err(CommitError::DocumentConflict { .. }) => assert_eq!(number % 4, 3),
+            Err(other) => panic!("{number}: {other}"),
+        }
+        let events = whole_stream(&*store, &format!("free-{number}")).await.len();
+        let document = store.documents(&[key("free", &number.to_string())]).await.unwrap().remove(0);
+        assert_eq!((events, document.is_some()), if holds { (2, true) } else { (0, false) }, "{number}");
+    }
+    assert_eq!(whole_stream(&*store, "taken-1").await.len(), 1);
+}
+
+/// Read, add one, write; again on a conflict. The document and the stream count alike.
+pub async fn counting_up_loses_nothing<T: StoreUnderTest>() {
+    const WRITERS: i64 = 16;
+    const ROUNDS: i64 = 10;
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    let mut writers = JoinSet::new();
+    for _ in 0..WRITERS {
+        let store = store.clone();
+        writers.spawn(async move {
+            for _ in 0..ROUNDS {
+                while !count_up(&store).await {}
+            }
+        });
+    }
+    writers.join_all().await;
+    let found = store.documents(&[key("count", "1")]).await.unwrap().remove(0).unwrap();
+    assert_eq!((found.version, &*found.body), (WRITERS * ROUNDS, &*(WRITERS * ROUNDS).to_string()));
+    assert_eq!(whole_stream(&*store, "count-1").await.len() as i64, WRITERS * ROUNDS);
+}
+
+async fn count_up(store: &Arc<dyn EventStore>) -> bool {
+    let key = key("count", "1");
+    let found = store.documents(std::slice::from_ref(&key)).await.unwrap().remove(0);
+    let (version, count) = found.map_or((0, 0), |found| (found.version, found.body.parse::<i64>().unwrap()));
+    let counted = put(&key, Some(version), Some(&(count + 1).to_string()));
+    let commit = Commit { puts: vec![counted], ..appending([append("count-1", at(count), numbered(1))]) };
+    match store.commit(commit).await {
+        Ok(_) => true,
+        Err(CommitError::Conflict { .. } | CommitError::DocumentConflict { .. }) => false,
+        Err(other) => panic!("{other}"),
+    }
+}
+
+/// A caller that goes away takes its commit along or leaves it, but never half of it; and nobody else suffers.
+pub async fn dropped_commits_are_whole_or_not_there<T: StoreUnderTest>() {
+    const COMMITS: usize = 1_000;
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    let mut kept = Vec::new();
+    for number in 0..COMMITS {
+        let task = {
+            let store = store.clone();
+            tokio::spawn(async move { store.commit(spread(number)).await })
+        };
+        match number % 10 {
+            0 => kept.push((number, task)),
+            odd if odd % 2 == 1 => {
+                tokio::task::yield_now().await;
+                task.abort();
+            }
+            _ => task.abort(),
+        }
+    }
+    for (number, task) in kept {
+        task.await.unwrap().unwrap();
+        assert_eq!(parts(&*store, number).await, (true, true, true), "{number} was kept");
+    }
+    for number in 0..COMMITS {
+        // A commit may still arrive between two looks: so what is seen of it first says what must be there afterwards.
+        let (one, other, document) = parts(&*store, number).await;
+        if one || other || document {
+            assert_eq!(parts(&*store, number).await, (true, true, true), "{number} is there in part");
+        }
+    }
+    let after = (COMMITS..COMMITS + 200).map(|number| store.commit(spread(number))).collect::<Vec<_>>();
+    for outcome in futures::future::join_all(after).await {
+        outcome.unwrap();
+    }
+}
+
+fn spread(number: usize) -> Commit {
+    let appends = ["one", "other"].map(|category| append(&format!("{category}-{number}"), at(0), numbered(2)));
+    Commit { appends: appends.into(), puts: vec![put(&key("spread", &number.to_string()), Some(0), Some("1"))] }
+}
+
+async fn parts(store: &dyn EventStore, number: usize) -> (bool, bool, bool) {
+    let one = whole_stream(store, &format!("one-{number}")).await.len();
+    let other = whole_stream(store, &format!("other-{number}")).await.len();
+    assert!([0, 2].contains(&one) && [0, 2].contains(&other), "half an append");
+    let document = store.documents(&[key("spread", &number.to_string())]).await.unwrap().remove(0);
+    (one == 2, other == 2, document.is_some())
+}

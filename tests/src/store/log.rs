@@ -1,0 +1,205 @@
+//! Reading and following the log.
+
+use std::sync::Arc;
+
+use annals::{EventStore, Expected, LogQuery, Position, Recorded};
+use tokio::time::timeout;
+
+use super::{PROMPTLY, StoreUnderTest, append, appending, at, event, key, numbered, put, putting, stream, whole_log};
+
+/// Whatever the size of the pages.
+pub async fn pages_follow_each_other_in_order<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    for round in 0..7 {
+        store.commit(appending(["a-1", "b-1"].map(|name| append(name, at(round * 5), numbered(5))))).await.unwrap();
+    }
+    let all = whole_log(&*store).await;
+    assert_eq!(all.len(), 70);
+    for limit in [1, 3, 10, 69, 70, 71, 1_000, usize::MAX] {
+        let (mut seen, mut after) = (Vec::new(), Position::START);
+        loop {
+            let page = store.read_log(&LogQuery::all(), after, limit).await.unwrap();
+            assert!(page.events.len() <= limit);
+            if page.next == after {
+                assert!(page.events.is_empty());
+                break;
+            }
+            assert!(page.next >= page.events.last().map_or(after, |event| event.position));
+            after = page.next;
+            seen.extend(page.events);
+        }
+        assert_eq!(seen, all, "in pages of {limit}");
+    }
+    let page = store.read_log(&LogQuery::all(), Position::START, 0).await.unwrap();
+    assert_eq!((page.events.len(), page.next), (0, Position::START));
+}
+
+/// A subscription to one category must not read the rest of the log again each time.
+pub async fn a_query_leaves_out_and_goes_past<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    for round in 0..20 {
+        let events = |placed: &'static str| vec![event(placed, "{}"), event("thing.happened", "{}")];
+        let order = append("order-1", at(round * 2), events("order.placed"));
+        let orders = append("orders-1", at(round * 2), events("orders.closed"));
+        let more = append("order.line-order-1", at(round * 2), events("order.placed"));
+        store.commit(appending([order, orders, more])).await.unwrap();
+    }
+    let all = whole_log(&*store).await;
+    let head = all.last().unwrap().position;
+    let queries = [
+        (LogQuery::categories(["order"]), 40),
+        (LogQuery::categories(["orders"]), 40),
+        (LogQuery::categories(["order.line"]), 40),
+        (LogQuery::categories(["order", "orders", "nothing"]), 80),
+        (LogQuery::types(["order.placed"]), 40),
+        (LogQuery::types(["order.placed", "orders.closed"]), 60),
+        (LogQuery { categories: vec!["order".into()], types: vec!["order.placed".into()] }, 20),
+        (LogQuery::categories(["ord"]), 0),
+        (LogQuery::categories(["Order"]), 0),
+        (LogQuery::categories([""]), 0),
+        (LogQuery::types(["order"]), 0),
+        (LogQuery::types(["%"]), 0),
+    ];
+    for (query, count) in queries {
+        let expected = all.iter().filter(|event| query.matches(event)).cloned().collect::<Vec<_>>();
+        assert_eq!(expected.len(), count, "{query:?}");
+        for limit in [1, 7, 1_000] {
+            let (mut seen, mut after) = (Vec::new(), Position::START);
+            loop {
+                let page = store.read_log(&query, after, limit).await.unwrap();
+                assert!(page.events.len() <= limit);
+                if page.next == after {
+                    break;
+                }
+                after = page.next;
+                seen.extend(page.events);
+            }
+            assert_eq!(seen, expected, "{query:?} in pages of {limit}");
+            assert_eq!(after, head, "{query:?} goes past what it leaves out");
+        }
+    }
+}
+
+/// With a query that gives nothing as well.
+pub async fn a_reader_that_caught_up_stays_where_it_is<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    let queries = [LogQuery::all(), LogQuery::categories(["nothing"])];
+    for query in &queries {
+        let page = store.read_log(query, Position::START, 10).await.unwrap();
+        assert_eq!((page.events.len(), page.next), (0, Position::START));
+    }
+    let head = store.commit(appending([append("a-1", at(0), numbered(3))])).await.unwrap().position;
+    for query in &queries {
+        let page = store.read_log(query, head, 10).await.unwrap();
+        assert_eq!((page.events.len(), page.next), (0, head));
+    }
+}
+
+/// The end of the numbers is no special place.
+pub async fn a_far_position_has_nothing_after_it<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    store.commit(appending([append("a-1", at(0), numbered(3))])).await.unwrap();
+    for query in [LogQuery::all(), LogQuery::categories(["a"])] {
+        for after in [1_000_000, i64::MAX - 1, i64::MAX] {
+            let page = store.read_log(&query, Position(after), 10).await.unwrap();
+            assert_eq!((page.events.len(), page.next), (0, Position(after)));
+        }
+        let page = store.read_log(&query, Position(-1), 10).await.unwrap();
+        assert_eq!(page.events.len(), 3);
+    }
+}
+
+/// Whoever comes late must not sleep.
+pub async fn waiting_ends_at_once_when_there_is_more<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    let head = store.commit(appending([append("a-1", at(0), numbered(3))])).await.unwrap().position;
+    for after in [-1, 0, head.0 - 1] {
+        timeout(PROMPTLY, store.wait(Position(after))).await.expect("it must not sleep").unwrap();
+    }
+}
+
+/// A hundred times in a row well within the time: by being told, not by looking now and then.
+pub async fn waiting_ends_with_the_next_commit<T: StoreUnderTest>() {
+    const ROUNDS: i64 = 100;
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    let rounds = async {
+        let mut head = Position::START;
+        for round in 0..ROUNDS {
+            let waiting = {
+                let store = store.clone();
+                tokio::spawn(async move { store.wait(head).await })
+            };
+            tokio::task::yield_now().await;
+            head = store.commit(appending([append("a-1", at(round), numbered(1))])).await.unwrap().position;
+            waiting.await.unwrap().unwrap();
+        }
+    };
+    timeout(PROMPTLY, rounds).await.expect("a waiting reader must be told");
+}
+
+/// Many write, one follows: it misses none, and sees none twice or too early.
+pub async fn a_tailing_reader_sees_every_event_once_and_in_order<T: StoreUnderTest>() {
+    const WRITERS: usize = 24;
+    const COMMITS: usize = 40;
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    let reading = {
+        let store = store.clone();
+        tokio::spawn(async move { follow(&*store, WRITERS * COMMITS * 2).await })
+    };
+    let writing = (0..WRITERS).map(|writer| {
+        let store = store.clone();
+        tokio::spawn(async move {
+            for round in 0..COMMITS {
+                let own = append(&format!("own-{writer}"), at(round as i64), numbered(1));
+                let shared = append("shared-1", Expected::Any, numbered(1));
+                store.commit(appending([own, shared])).await.unwrap();
+            }
+        })
+    });
+    for writer in writing.collect::<Vec<_>>() {
+        writer.await.unwrap();
+    }
+    let seen = timeout(PROMPTLY * 3, reading).await.expect("the reader must not stay asleep").unwrap();
+
+    assert!(seen.is_sorted_by(|one, next| one.position < next.position));
+    for name in (0..WRITERS).map(|writer| format!("own-{writer}")).chain(["shared-1".to_owned()]) {
+        let of_stream = seen.iter().filter(|event| event.stream == stream(&name));
+        let versions = of_stream.map(|event| event.version.0).collect::<Vec<_>>();
+        let count = if name == "shared-1" { WRITERS * COMMITS } else { COMMITS };
+        assert_eq!(versions, (1..=count as i64).collect::<Vec<_>>(), "{name}");
+    }
+    assert_eq!(seen, whole_log(&*store).await);
+}
+
+async fn follow(store: &dyn EventStore, count: usize) -> Vec<Arc<Recorded>> {
+    let (mut seen, mut after) = (Vec::new(), Position::START);
+    while seen.len() < count {
+        let page = store.read_log(&LogQuery::all(), after, 17).await.unwrap();
+        if page.next == after {
+            store.wait(after).await.unwrap();
+        }
+        after = page.next;
+        seen.extend(page.events);
+    }
+    seen
+}
+
+/// Documents do not move it.
+pub async fn the_head_is_the_last_event<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    assert_eq!(store.status().await.unwrap().head, Position::START);
+    let head = store.commit(appending([append("a-1", at(0), numbered(3))])).await.unwrap().position;
+    let note = put(&key("note", "1"), None, Some("1"));
+    let committed = store.commit(putting([note])).await.unwrap();
+    assert_eq!((committed.position, committed.versions), (Position::START, vec![]));
+    let status = store.status().await.unwrap();
+    assert_eq!((status.head, status.waits_for), (head, None));
+}

@@ -1,0 +1,79 @@
+//! Commits that can never hold: refused as invalid, with nothing stored.
+
+use std::sync::Arc;
+
+use annals::{
+    Append, Commit, CommitError, EventStore, Expected, StreamId,
+    commit::{COMMIT_ROWS_MAX, DOCUMENT_BYTES_MAX, DOCUMENT_ID_BYTES_MAX},
+    event::EVENT_BYTES_MAX,
+};
+
+use super::{StoreUnderTest, append, assert_empty, at, event, key, numbered, put, putting};
+
+/// Each beside something that would hold alone.
+async fn assert_refused(store: &Arc<dyn EventStore>, mut commit: Commit) {
+    let sound = key("sound", "1");
+    commit.appends.push(append("sound-1", at(0), numbered(1)));
+    commit.puts.push(put(&sound, Some(0), Some("{}")));
+    match store.commit(commit).await {
+        Err(CommitError::Invalid(reason)) => assert!(!reason.is_empty() && reason.len() < 2_000, "{reason}"),
+        other => panic!("a refusal was due, not {other:?}"),
+    }
+    assert_empty(&**store, &[sound]).await;
+}
+
+fn of(append: Append) -> Commit {
+    Commit { appends: vec![append], puts: Vec::new() }
+}
+
+/// What should come of two writes to one thing in one commit would be anybody's guess.
+pub async fn twins_are_refused<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    let twins = ["a-1", "a-1"].map(|name| append(name, Expected::Any, numbered(1)));
+    assert_refused(&store, Commit { appends: twins.into(), puts: Vec::new() }).await;
+    let document = key("note", "1");
+    assert_refused(&store, putting([put(&document, None, Some("1")), put(&document, None, None)])).await;
+}
+
+/// However the name came to be: ids read from a store are taken as they are, but not written.
+pub async fn names_that_are_none_are_refused<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    let long = format!("order-{}", "x".repeat(10_000));
+    for name in ["order-two\nlines", "order-nul\0", "order", "-1", "order-", "", "Order-1", "or der-1", &long] {
+        let append = Append { stream: StreamId::from_stored(name), expected: Expected::Any, events: numbered(1) };
+        assert_refused(&store, of(append)).await;
+    }
+    let long = "x".repeat(DOCUMENT_ID_BYTES_MAX + 1);
+    for id in ["nul\0", &long] {
+        assert_refused(&store, putting([put(&key("note", id), None, Some("{}"))])).await;
+    }
+}
+
+/// A byte, a row or an event above the limit.
+pub async fn what_is_too_large_is_refused<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    let text = |bytes: usize| format!("\"{}\"", "x".repeat(bytes - 2));
+    assert_refused(&store, of(append("a-1", at(0), vec![event("too.large", text(EVENT_BYTES_MAX + 1))]))).await;
+    assert_refused(&store, putting([put(&key("note", "1"), None, Some(&text(DOCUMENT_BYTES_MAX + 1)))])).await;
+    assert_refused(&store, of(append("a-1", at(0), numbered(COMMIT_ROWS_MAX)))).await;
+
+    let large = of(append("a-1", at(0), vec![event("just.fits", text(EVENT_BYTES_MAX))]));
+    store.commit(large).await.unwrap();
+    store.commit(putting([put(&key("note", "1"), None, Some(&text(DOCUMENT_BYTES_MAX)))])).await.unwrap();
+}
+
+/// Refused before anything is written, not by the first reader.
+pub async fn payloads_that_no_reader_takes_are_refused<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    let deep = format!("{}{}", "[".repeat(6_000), "]".repeat(6_000));
+    let payloads =
+        [r#"{"a":"\u0000"}"#, r#"{"\u0000":1}"#, &deep, "", "{", "nothing", "{} {}", "NaN", "'a'", "\"\u{1}\""];
+    for payload in payloads {
+        assert_refused(&store, of(append("a-1", at(0), vec![event("odd.payload", payload)]))).await;
+        assert_refused(&store, putting([put(&key("note", "1"), None, Some(payload))])).await;
+    }
+}
