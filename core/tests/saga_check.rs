@@ -502,3 +502,10 @@ fn a_sunny_day_is_a_single_history() {
     let report = in_the_shop(checkout()).ends_clean();
     assert_eq!(report.states, 12, "the start, the begin, and for each of five steps: done, heard: {report:?}");
 }
+
+#[test]
+fn a_check_that_does_not_see_every_state_does_not_pass() {
+    let violation = in_the_shop(checkout()).everything().states_max(1_000).run().unwrap_err();
+    let expected = "more than 1000 states: leave out of the world and the saga's state what does not matter";
+    assert_eq!((violation.broken.as_str(), violation.history.len()), (expected, 0));
+}
