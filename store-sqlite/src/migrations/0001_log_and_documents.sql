@@ -22,7 +22,7 @@ BEGIN
     SELECT RAISE(ABORT, 'annals: events are never deleted');
 END;
 
--- INSERT OR REPLACE would take an event away without a DELETE that a trigger sees. (Costs some 15 % of the rate of commits
+-- INSERT OR REPLACE would take an event away without a DELETE that a trigger sees. (Costs 5 to 15 % of the rate of commits
 -- of one event each, and less of larger ones.)
 CREATE TRIGGER events_are_never_replaced BEFORE INSERT ON events
     WHEN EXISTS (SELECT 1 FROM events WHERE position = NEW.position)
