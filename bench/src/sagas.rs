@@ -4,8 +4,7 @@ use std::{path::Path, sync::Arc};
 
 use annals::{EventStore, MemoryStore};
 use annals_sqlite::SqliteStore;
-use rust_decimal::Decimal;
-use sample_shop::{input, run};
+use sample_shop::{input::Source, run};
 
 use crate::{Failure, Figure, counting::Counting};
 
@@ -35,9 +34,9 @@ async fn check_out(
         scarce: false,
         input: "bench".to_owned(),
     };
-    let count = count as u64;
-    let stock = input::stock_factor(&input::demand(input::generate(count, 7)), Decimal::ONE);
-    let outcome = run::run(Arc::new(counting.clone()), stock, input::generate(count, 7).map(Ok), settings, |_| {}).await?;
+    let source = Source::generated(count as u64, 7);
+    let outcome =
+        run::run(Arc::new(counting.clone()), source.demand()?, &mut source.invoices()?, settings, |_| {}).await?;
     let (seconds, (commits, rows)) = (outcome.elapsed.as_secs_f64(), counting.counts());
     let sagas = outcome.sagas as f64;
     Ok(Figure {

@@ -181,12 +181,21 @@ impl Commit {
         }
         for put in &self.puts {
             let (key, id_bytes) = (&put.key, put.key.id.len());
-            if id_bytes > DOCUMENT_ID_BYTES_MAX || key.collection.len() > CATEGORY_BYTES_MAX * 2 || key.id.contains('\0') {
-                return invalid(format!("the name of document {:.80?} is too long ({id_bytes} bytes) or has a NUL", key));
+            if id_bytes > DOCUMENT_ID_BYTES_MAX
+                || key.collection.len() > CATEGORY_BYTES_MAX * 2
+                || key.id.contains('\0')
+            {
+                return invalid(format!(
+                    "the name of document {:.80?} is too long ({id_bytes} bytes) or has a NUL",
+                    key
+                ));
             }
             if let Some(body) = &put.body {
                 if body.len() > DOCUMENT_BYTES_MAX {
-                    return invalid(format!("document {key} has {} bytes; the limit is {DOCUMENT_BYTES_MAX}", body.len()));
+                    return invalid(format!(
+                        "document {key} has {} bytes; the limit is {DOCUMENT_BYTES_MAX}",
+                        body.len()
+                    ));
                 }
                 if let Err(reason) = check_json(body) {
                     return invalid(format!("document {key}: {reason}"));

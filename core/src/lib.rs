@@ -21,6 +21,8 @@ pub mod service;
 pub mod store;
 pub mod subscription;
 pub mod tail;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod transaction;
 pub mod work;
 pub mod worker;

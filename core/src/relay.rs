@@ -81,6 +81,7 @@ impl Routes {
                 (attribute::AT, command.at.to_string()),
                 (attribute::CALL, command.call.to_string()),
                 (attribute::ATTEMPT, command.attempt.to_string()),
+                (attribute::MUST_SUCCEED, command.must_succeed.to_string()),
                 (attribute::REPLY_TO, self.service.to_string()),
             ];
             let message = Message {
@@ -212,7 +213,11 @@ impl Relay {
                 cursor = page.next;
                 if !page.events.is_empty() {
                     let (messages, sources) = self.messages(worker, &page.events).await?;
-                    in_flight.push_back(InFlight { next: cursor, receipt: publisher.publish(messages).await?, sources });
+                    in_flight.push_back(InFlight {
+                        next: cursor,
+                        receipt: publisher.publish(messages).await?,
+                        sources,
+                    });
                 }
             }
             let first_taken = async {
@@ -227,10 +232,10 @@ impl Relay {
                     let mut taken = Some(taken);
                     let mut next = None;
                     while let (Some(outcome), Some(first)) = (taken.take(), in_flight.pop_front()) {
-                        if let Err(BusError::Refused { index, reason }) = &outcome {
-                            if let Some(event) = first.sources.get(*index) {
-                                self.park(worker, event, reason.clone()).await?;
-                            }
+                        if let Err(BusError::Refused { index, reason }) = &outcome
+                            && let Some(event) = first.sources.get(*index)
+                        {
+                            self.park(worker, event, reason.clone()).await?;
                         }
                         outcome?;
                         next = Some(first.next);

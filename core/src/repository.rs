@@ -96,11 +96,13 @@ pub enum ExecuteError<R: std::error::Error> {
     Unavailable(String),
 }
 
+type Answer<A> = Result<Decided<<A as Aggregate>::Event>, ExecuteError<<A as Aggregate>::Refusal>>;
+
 struct Waiting<A: Aggregate> {
     id: String,
     command: A::Command,
     request: Request,
-    answer: oneshot::Sender<Result<Decided<A::Event>, ExecuteError<A::Refusal>>>,
+    answer: oneshot::Sender<Answer<A>>,
 }
 
 impl<A: Aggregate> Repository<A> {
@@ -232,7 +234,7 @@ impl<A: Aggregate> Repository<A> {
             Some(folded) if !stale => return Ok(folded),
             Some(folded) => (*folded).clone(),
             None if expect_new && !stale => return Ok(Arc::default()),
-            None => self.from_snapshot(store, stream).await?,
+            None => self.load_snapshot(store, stream).await?,
         };
         loop {
             let page = store.read_stream(stream, folded.version, FOLD_PAGE).await?;
@@ -303,7 +305,7 @@ impl<A: Aggregate> Repository<A> {
         Some(Put { key: self.snapshot_key(stream), expected: None, body: Some(body.into()), due: None })
     }
 
-    async fn from_snapshot(&self, store: &dyn EventStore, stream: &StreamId) -> Result<Folded<A>, StoreError> {
+    async fn load_snapshot(&self, store: &dyn EventStore, stream: &StreamId) -> Result<Folded<A>, StoreError> {
         let Some(policy) = A::SNAPSHOT else { return Ok(Folded::default()) };
         let found = store.documents(&[self.snapshot_key(stream)]).await?.into_iter().next().flatten();
         let stored = found.and_then(|document| serde_json::from_str::<StoredSnapshot>(&document.body).ok());
@@ -329,7 +331,9 @@ impl<R: std::error::Error> From<WorkError<R>> for ExecuteError<R> {
             WorkError::Refused(refusal) => Self::Refused(refusal),
             WorkError::Undecodable(error) => Self::Undecodable(error),
             WorkError::Store(StoreError::Unavailable(reason)) => Self::Unavailable(reason),
-            other @ (WorkError::Id(_) | WorkError::Unencodable(_) | WorkError::Store(_)) => Self::Invalid(other.to_string()),
+            other @ (WorkError::Id(_) | WorkError::Unencodable(_) | WorkError::Store(_)) => {
+                Self::Invalid(other.to_string())
+            }
         }
     }
 }

@@ -96,8 +96,13 @@ impl Subscription {
         &self.name
     }
 
-    /// Follows the log until `shutdown`, then finishes the batch in hand.
-    pub async fn run(self, store: Arc<dyn EventStore>, health: Health, shutdown: CancellationToken) -> Result<(), String> {
+    /// Follows the log until `shutdown`, then handles what is recorded by then.
+    pub async fn run(
+        self,
+        store: Arc<dyn EventStore>,
+        health: Health,
+        shutdown: CancellationToken,
+    ) -> Result<(), String> {
         let this = Arc::new(self);
         let mut workers = tokio::task::JoinSet::new();
         for lane in 0..this.lanes {
@@ -112,7 +117,13 @@ impl Subscription {
         Ok(())
     }
 
-    async fn follow(self: Arc<Self>, lane: u32, store: Arc<dyn EventStore>, health: Health, shutdown: CancellationToken) {
+    async fn follow(
+        self: Arc<Self>,
+        lane: u32,
+        store: Arc<dyn EventStore>,
+        health: Health,
+        shutdown: CancellationToken,
+    ) {
         let reporter = health.reporter(&format!("{}/{lane}", self.name));
         let mut worker = Worker {
             name: self.name.clone(),
@@ -156,7 +167,18 @@ impl Subscription {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut moved_at = Instant::now();
         let page_size = if self.linger.is_zero() { BATCH_MAX } else { LINGERING_BATCH_MAX };
-        while !shutdown.is_cancelled() {
+        let mut last = None;
+        loop {
+            if shutdown.is_cancelled() {
+                // What is recorded by now is still handled, so that a drained service leaves nothing behind.
+                let last = match last {
+                    Some(last) => last,
+                    None => *last.insert(worker.store.status().await?.head),
+                };
+                if cursor >= last {
+                    break;
+                }
+            }
             let page = worker.store.read_log(&self.query, cursor, page_size).await?;
             let mut items: Vec<Item> = page
                 .events

@@ -217,7 +217,13 @@ impl Worker {
     }
 
     /// Stages the items one by one. With `refused`, the first item's own work is what the store refuses: it is parked.
-    async fn attempt(&self, items: &[Item], work: &mut Work, parked: &mut ParkedKeys, refused: Option<&str>) -> Attempt {
+    async fn attempt(
+        &self,
+        items: &[Item],
+        work: &mut Work,
+        parked: &mut ParkedKeys,
+        refused: Option<&str>,
+    ) -> Attempt {
         let messages: Vec<&Message> = items.iter().filter_map(|item| item.message.as_ref().ok()).collect();
         if let Err(error) = self.handler.prepare(&messages, work).await {
             return Attempt::AwaitStore(format!("preparing a batch: {error}"));
@@ -246,7 +252,10 @@ impl Worker {
                 }
             }
             if work.rows() > COMMIT_ROWS_MAX - self.lanes.len() && index == 0 {
-                return Attempt::TooLarge(format!("its effects take {} rows; a commit takes {COMMIT_ROWS_MAX}", work.rows()));
+                return Attempt::TooLarge(format!(
+                    "its effects take {} rows; a commit takes {COMMIT_ROWS_MAX}",
+                    work.rows()
+                ));
             }
             if work.rows() > ROWS_PER_COMMIT && index + 1 < items.len() {
                 if work.rows() > COMMIT_ROWS_MAX - self.lanes.len() {
@@ -388,7 +397,12 @@ impl Worker {
                 parked.reason = reason;
                 let delay = (!terminal).then(|| self.retry.delay_after(parked.attempts)).flatten();
                 let body = serde_json::to_string(&parked).unwrap_or_default();
-                work.put_expecting(&document_key, document.version, Some(body.into()), delay.map(|delay| Utc::now() + delay));
+                work.put_expecting(
+                    &document_key,
+                    document.version,
+                    Some(body.into()),
+                    delay.map(|delay| Utc::now() + delay),
+                );
             } else {
                 work.put_expecting(&document_key, document.version, None, None);
             }

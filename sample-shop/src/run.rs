@@ -6,9 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use annals::{
-    EventStore, ExecuteError, LocalBus, Runtime, StoreError, Tail, Transaction, event::named_id,
-};
+use annals::{EventStore, ExecuteError, LocalBus, Runtime, StoreError, Tail, Transaction, event::named_id};
 use async_trait::async_trait;
 use futures::StreamExt;
 use hdrhistogram::Histogram;
@@ -143,7 +141,8 @@ pub async fn run(
     runtime.start(services, Arc::new(LocalBus::new(4))).await.map_err(|error| RunError::Runtime(error.to_string()))?;
     let ledger = Ledger::default();
     runtime.spawn("ledger", ledger.clone().follow(store.clone(), runtime.shutdown()));
-    let latency_us = Histogram::new_with_max(LATENCY_MAX_US, 3).map_err(|error| RunError::Runtime(error.to_string()))?;
+    let latency_us =
+        Histogram::new_with_max(LATENCY_MAX_US, 3).map_err(|error| RunError::Runtime(error.to_string()))?;
     let tally = Tally { latency_us, sagas: 0, repeated: 0, rejected: Vec::new() };
     let stock = annals::Repository::new(store.clone());
     let shop = Shop { store, counter, stock, ledger: ledger.clone(), tally: Arc::new(Mutex::new(tally)) };

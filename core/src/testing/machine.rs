@@ -1,0 +1,312 @@
+//! The saga in the model: every move is made by the real transition, written as JSON, read back and folded.
+//!
+//! A saga stands in few places, however many ways lead there, so places are numbered and moves between them remembered.
+//! Time is abstract: a timer that is set is due "soon", a deadline "later", and each move starts at moment 0 again.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use uuid::Uuid;
+
+use super::{model::Message, rules};
+use crate::{
+    aggregate::Aggregate,
+    event::Event,
+    saga::{
+        Ask, At, Command, Definitions, Failure, Input, Instance, Moved, Outcome, Progress, Reply, Saga, SagaEvent,
+        SagaState, Status, Verb, What, begin, transition,
+    },
+};
+
+/// When a timer that is set is due, in the model's milliseconds.
+const SOON: i64 = 1;
+/// When a deadline that is set is due: after any timer, as the model fires it by itself.
+const LATER: i64 = 1_000_000_000;
+
+/// What can happen to the saga.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Happening {
+    Hear(Arc<Message>),
+    Timer,
+    Deadline,
+    Retry,
+}
+
+/// One place that a saga can stand in.
+pub(super) struct Place<C> {
+    instance: Instance<C>,
+    /// One way that leads here.
+    history: Vec<Arc<Written>>,
+    pub progress: Progress,
+}
+
+/// A move: the place it leads to, and the messages it sends.
+#[derive(Clone, Debug)]
+pub(super) struct Leap {
+    pub to: usize,
+    pub send: Vec<Arc<Message>>,
+}
+
+/// `Err` says which rule the move breaks.
+type Move = Result<Option<Leap>, String>;
+
+pub(super) struct Machine<C> {
+    definitions: Arc<Definitions<C>>,
+    context: C,
+    known: Mutex<Known<C>>,
+}
+
+struct Known<C> {
+    places: Vec<Arc<Place<C>>>,
+    numbers: HashMap<(String, Progress), usize>,
+    moves: HashMap<(Option<usize>, Option<Happening>), Move>,
+}
+
+/// The saga's id: any does.
+const SAGA_ID: Uuid = Uuid::from_u128(0x5a6a);
+
+impl<C: SagaState> Machine<C> {
+    pub fn new(saga: Saga<C>, context: C) -> Self {
+        let definitions = Definitions { current: Arc::new(saga), older: HashMap::new(), migrations: HashMap::new() };
+        let known = Known { places: Vec::new(), numbers: HashMap::new(), moves: HashMap::new() };
+        Self { definitions: Arc::new(definitions), context, known: Mutex::new(known) }
+    }
+
+    pub fn saga(&self) -> &Saga<C> {
+        &self.definitions.current
+    }
+
+    pub fn place(&self, number: usize) -> Arc<Place<C>> {
+        self.known().places[number].clone()
+    }
+
+    fn known(&self) -> std::sync::MutexGuard<'_, Known<C>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The first move.
+    pub fn begin(&self) -> Move {
+        self.remembered(None, None)
+    }
+
+    /// What `happening` leads to from a place; `None` if it changes nothing.
+    pub fn happens(&self, place: usize, happening: Happening) -> Move {
+        self.remembered(Some(place), Some(happening))
+    }
+
+    fn remembered(&self, place: Option<usize>, happening: Option<Happening>) -> Move {
+        let key = (place, happening);
+        if let Some(known) = self.known().moves.get(&key) {
+            return known.clone();
+        }
+        let made = self.make(key.0, key.1.as_ref());
+        self.known().moves.insert(key, made.clone());
+        made
+    }
+
+    fn make(&self, place: Option<usize>, happening: Option<&Happening>) -> Move {
+        let from = place.map(|place| self.place(place));
+        let instance = from.as_ref().map(|from| from.instance.clone()).unwrap_or_default();
+        let (what, now) = match happening {
+            None => (What::Begin(self.context.clone()), 0),
+            Some(Happening::Hear(message)) => (What::Reply(message.reply()?), 0),
+            Some(Happening::Timer) => (What::Due, SOON),
+            Some(Happening::Deadline) => (What::Due, LATER),
+            Some(Happening::Retry) => {
+                (What::Operate { verb: Verb::Retry, by: "model".to_owned(), reason: "model".to_owned() }, 0)
+            }
+        };
+        let moved = self.in_memory(&instance, &what, now)?;
+        let ask = Ask { definitions: self.definitions.clone(), saga_id: SAGA_ID, now, what };
+        let events = instance.decide(&ask).map_err(|refusal| format!("the saga refuses: {refusal}"))?;
+        let (Some(moved), [event]) = (moved, &events[..]) else {
+            return if events.is_empty() {
+                Ok(None)
+            } else {
+                Err(format!("{} events are recorded for one input", events.len()))
+            };
+        };
+        let mut history = from.as_ref().map(|from| from.history.clone()).unwrap_or_default();
+        history.push(Arc::new(write(event)?));
+        let folded = restart::<C>(&history)?;
+        let context =
+            json(folded.context().ok_or("what the saga was started with cannot be read back from its history")?)?;
+        let progress = folded.progress.clone().ok_or("a saga with a history has no progress")?;
+        if progress != moved.progress {
+            return Err(format!(
+                "after a crash the saga stands elsewhere: {:?} in memory, {progress:?} from its history",
+                moved.progress
+            ));
+        }
+        if context != json(&moved.context)? {
+            let memory = json(&moved.context)?;
+            return Err(format!(
+                "after a crash the saga knows other things: {memory} in memory, {context} from its history"
+            ));
+        }
+        if let (Some(from), Some(happening)) = (&from, happening) {
+            rules::moved(self.saga(), &from.progress, happening, &progress)?;
+        }
+        rules::timers(&progress, &moved.send, now)?;
+        let to = self.number(folded, history, context, progress)?;
+        let send = moved.send.iter().map(|command| Arc::new(Message::of(command))).collect();
+        let leap = Leap { to, send };
+        if let Some(Happening::Hear(message)) = happening
+            && self.transition(&self.place(to), &Input::Reply(message.reply()?), 0)?.is_some()
+        {
+            return Err(format!("{message} changes the saga once more when it is repeated"));
+        }
+        Ok(Some(leap))
+    }
+
+    /// The move as a running service makes it, without its history.
+    fn in_memory(&self, instance: &Instance<C>, what: &What<C>, now: i64) -> Result<Option<Moved<C>>, String> {
+        let input = match what {
+            What::Begin(context) => return begin(self.saga(), SAGA_ID, context.clone(), now).map(Some),
+            What::Reply(reply) => Input::Reply(reply.clone()),
+            What::Due => Input::Due,
+            What::Operate { verb, .. } => Input::Operate(*verb),
+        };
+        let (Some(context), Some(progress)) = (instance.context(), &instance.progress) else {
+            return Err("a saga that began has no context".to_owned());
+        };
+        transition(self.saga(), SAGA_ID, context, progress, &input, now)
+    }
+
+    fn transition(&self, place: &Place<C>, input: &Input, now: i64) -> Result<Option<Moved<C>>, String> {
+        let context = place.instance.context().ok_or("a saga that began has no context")?;
+        transition(self.saga(), SAGA_ID, context, &place.progress, input, now)
+    }
+
+    /// The number of a place. A place that is seen for the first time is asked for what it must not react to.
+    fn number(
+        &self,
+        mut instance: Instance<C>,
+        history: Vec<Arc<Written>>,
+        context: String,
+        progress: Progress,
+    ) -> Result<usize, String> {
+        let progress = Progress {
+            due: progress.due.map(|_| SOON),
+            deadline: progress.deadline.map(|_| LATER),
+            started: 0,
+            ended: progress.ended.map(|_| 0),
+            // For people to read; no move depends on it.
+            failure: progress.failure.map(|_| Failure { step: String::new(), reason: String::new() }),
+            ..progress
+        };
+        let key = (context, progress);
+        if let Some(number) = self.known().numbers.get(&key) {
+            return Ok(*number);
+        }
+        instance.progress = Some(key.1.clone());
+        let place = Place { instance, history, progress: key.1.clone() };
+        self.deaf(&place)?;
+        let mut known = self.known();
+        let number = known.places.len();
+        known.places.push(Arc::new(place));
+        known.numbers.insert(key, number);
+        Ok(number)
+    }
+
+    /// No reply to another step, no failure of an earlier attempt, no timer that is not due, and nothing at all after the
+    /// end may move the saga. Because
+    /// every such reply is tried here, the model need not keep late replies in flight.
+    fn deaf(&self, place: &Place<C>) -> Result<(), String> {
+        let progress = &place.progress;
+        let saga = self.saga();
+        if self.transition(place, &Input::Due, 0)?.is_some() {
+            return Err(format!("a timer that is not due moves the saga at {:?}", progress.step));
+        }
+        let forward = (0..saga.steps.len()).map(|step| (At::Forward(step), &saga.steps[step]));
+        let undo = (0..saga.compensatable()).map(|step| (At::Undo(step), &saga.steps[step]));
+        let closing = (0..saga.closing.len()).map(|step| (At::Closing(step), &saga.closing[step]));
+        for (at, planned) in forward.chain(undo).chain(closing) {
+            let left = at != progress.at || progress.ended.is_some();
+            for call in 0..planned.calls.len() {
+                for attempt in 1..=planned.attempts_max {
+                    for outcome in late_outcomes() {
+                        let stale = attempt < progress.attempt || progress.retrying;
+                        let is_late = left || stale && matches!(outcome, Outcome::Failed(_));
+                        if !is_late {
+                            continue;
+                        }
+                        let what = format!("{outcome:?}");
+                        let reply = Reply { at, call, attempt, outcome };
+                        if self.transition(place, &Input::Reply(reply), 0)?.is_some() {
+                            let (step, here) = (planned.name, rules::place(progress));
+                            return Err(format!(
+                                "a late reply of step {step:?} ({at}, {what}) changes the saga {here}"
+                            ));
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<C> Place<C> {
+    pub fn is_stuck(&self) -> bool {
+        self.progress.status == Status::Stuck
+    }
+}
+
+fn late_outcomes() -> [Outcome; 3] {
+    [Outcome::Done(serde_json::Value::Null), Outcome::Refused("late".to_owned()), Outcome::Failed("late".to_owned())]
+}
+
+/// An event as a store has it.
+struct Written {
+    type_name: &'static str,
+    schema_version: i32,
+    data: String,
+}
+
+fn write(event: &SagaEvent) -> Result<Written, String> {
+    let data = event.encode().map_err(|error| error.to_string())?;
+    Ok(Written { type_name: event.type_name(), schema_version: event.schema_version(), data })
+}
+
+/// What a service makes of a saga after a crash: it has nothing but the history.
+fn restart<C: SagaState>(history: &[Arc<Written>]) -> Result<Instance<C>, String> {
+    let mut instance = Instance::default();
+    for Written { type_name, schema_version, data } in history.iter().map(|written| &**written) {
+        let event = SagaEvent::decode(type_name, *schema_version, data).map_err(|error| error.to_string())?;
+        instance.evolve(&event.ok_or("an event of the saga is skipped when it is read")?);
+    }
+    Ok(instance)
+}
+
+fn json<C: SagaState>(context: &C) -> Result<String, String> {
+    serde_json::to_string(context).map_err(|error| format!("the saga's state has no JSON form: {error}"))
+}
+
+impl Message {
+    fn of(command: &Command) -> Self {
+        Self::Command {
+            at: command.at,
+            call: command.call,
+            attempt: command.attempt,
+            must_succeed: command.must_succeed,
+            id: command.id,
+            to: command.to.clone(),
+            type_name: command.type_name.clone(),
+            schema_version: command.schema_version,
+            data: command.data.get().to_owned(),
+        }
+    }
+
+    fn reply(&self) -> Result<Reply, String> {
+        match self {
+            Self::Reply { at, call, attempt, outcome } => {
+                let outcome = serde_json::from_str(outcome).map_err(|error| error.to_string())?;
+                Ok(Reply { at: *at, call: *call, attempt: *attempt, outcome })
+            }
+            Self::Command { .. } => Err("a command came to the saga".to_owned()),
+        }
+    }
+}

@@ -1,0 +1,441 @@
+//! The state space: one saga, the barriers of its services, every message in flight, the world, and all that may happen.
+//!
+//! A message that was sent stays in flight: it may come at any time, in any order, again and again, or never. So a lost
+//! message, a late one, and one that is delivered again after a crash are all the same move, and no budget is needed to
+//! keep the space finite. It is dropped only once it is tried and found that nobody reacts to it any more; and [`Machine`]
+//! tries for every place that replies to other steps change nothing.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::{self, Debug},
+    hash::Hash,
+    sync::Arc,
+};
+
+use serde_json::Value;
+use stateright::{Model, Property};
+use uuid::Uuid;
+
+use super::{
+    machine::{Happening, Leap, Machine},
+    rules::Ledger,
+};
+use crate::{
+    aggregate::Aggregate,
+    saga::{
+        At, Outcome, Participation, Reply, SagaState, Status, Step, StepCommand, StepError, StepEvent, decide_step,
+    },
+};
+
+/// A message in flight.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Message {
+    Command {
+        at: At,
+        call: usize,
+        attempt: u32,
+        must_succeed: bool,
+        id: Uuid,
+        to: String,
+        type_name: String,
+        schema_version: i32,
+        data: String,
+    },
+    Reply {
+        at: At,
+        call: usize,
+        attempt: u32,
+        outcome: String,
+    },
+}
+
+impl Message {
+    pub fn at(&self) -> At {
+        match self {
+            Self::Command { at, .. } | Self::Reply { at, .. } => *at,
+        }
+    }
+
+    fn command(&self) -> StepCommand {
+        match self {
+            Self::Command { at, call, attempt, must_succeed, .. } => {
+                StepCommand { at: *at, call: *call, attempt: *attempt, must_succeed: *must_succeed }
+            }
+            Self::Reply { at, call, attempt, .. } => {
+                StepCommand { at: *at, call: *call, attempt: *attempt, must_succeed: false }
+            }
+        }
+    }
+
+    fn is_failure(&self) -> bool {
+        matches!(self, Self::Reply { outcome, .. } if outcome.starts_with("{\"failed\""))
+    }
+}
+
+impl fmt::Display for Message {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Command { at, attempt, type_name, .. } => write!(f, "command {type_name} ({at}, attempt {attempt})"),
+            Self::Reply { at, attempt, outcome, .. } => write!(f, "reply {outcome} ({at}, attempt {attempt})"),
+        }
+    }
+}
+
+/// How a service fares with a command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Luck {
+    Does,
+    Refuses,
+    Fails,
+}
+
+/// One thing that happens.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Action {
+    Begin,
+    /// A command comes to its service.
+    Take(Arc<Message>, Luck),
+    /// Something happens to the saga.
+    Saga(Happening),
+}
+
+/// Everything that survives a crash.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct State<W> {
+    /// Where the saga stands; `None` before it began.
+    pub place: Option<usize>,
+    pub flying: Arc<BTreeSet<Arc<Message>>>,
+    /// What each service's barrier knows.
+    pub services: Arc<BTreeMap<String, Participation>>,
+    pub ledger: Arc<Ledger>,
+    pub world: Arc<W>,
+    /// The rule that the last move broke.
+    pub broken: Option<Arc<str>>,
+}
+
+/// Carries out a command in the world, given its type, schema version and data. The outer error: it is not known there.
+pub(super) type Act<W> = Box<dyn Fn(&mut W, &str, i32, &str) -> Result<Result<Value, StepError>, String> + Send + Sync>;
+/// A named invariant of the world.
+pub(super) type Always<W> = (&'static str, Box<dyn Fn(&W) -> bool + Send + Sync>);
+/// A named invariant of the world and of how the saga ended.
+pub(super) type AtEnd<W> = (&'static str, Box<dyn Fn(&W, Status) -> bool + Send + Sync>);
+
+/// What may go wrong.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Troubles {
+    pub steps_fail: bool,
+    pub messages_repeat: bool,
+    pub timers_fire: bool,
+}
+
+pub(super) struct Protocol<C, W> {
+    pub machine: Machine<C>,
+    pub world: W,
+    pub services: BTreeMap<String, Act<W>>,
+    pub always: Vec<Always<W>>,
+    pub at_end: Vec<AtEnd<W>>,
+    pub troubles: Troubles,
+}
+
+/// The most moves a saga may need to its end once nothing goes wrong any more.
+const SUNNY_MOVES_MAX: usize = 1_000;
+
+impl<C, W> Protocol<C, W>
+where
+    C: SagaState,
+    W: Clone + Debug + Eq + Hash + Send + Sync + 'static,
+{
+    /// The state after `action`, `None` where it changes nothing, or the rule it breaks. A message stays in flight if it may
+    /// `repeat`.
+    fn step(&self, state: &State<W>, action: &Action, repeat: bool) -> Result<Option<State<W>>, String> {
+        match (action, state.place) {
+            (Action::Begin, _) => Ok(self.machine.begin()?.map(|leap| self.leap(state, leap)).transpose()?),
+            (Action::Take(message, luck), _) => self.take(state, message, *luck, repeat),
+            (Action::Saga(happening), Some(place)) => {
+                let mut next = state.clone();
+                if let (Happening::Hear(message), false) = (happening, repeat) {
+                    Arc::make_mut(&mut next.flying).remove(message);
+                }
+                match self.machine.happens(place, happening.clone())? {
+                    Some(leap) => self.leap(&next, leap).map(Some),
+                    None => Ok((next != *state).then_some(next)),
+                }
+            }
+            (Action::Saga(_), None) => Ok(None),
+        }
+    }
+
+    /// The saga stands elsewhere, and what it sends is in flight.
+    fn leap(&self, state: &State<W>, leap: Leap) -> Result<State<W>, String> {
+        let mut next = State { place: Some(leap.to), ..state.clone() };
+        let flying = Arc::make_mut(&mut next.flying);
+        for sent in leap.send {
+            for other in flying.iter() {
+                same_command(&sent, other)?;
+            }
+            flying.insert(sent);
+        }
+        self.forget(&mut next)?;
+        Ok(next)
+    }
+
+    /// Drops the messages that nobody will react to any more: what the barrier ignores now, it ignores for ever, and what
+    /// the saga does not take as news, it has heard, or has given up waiting for. Of the commands of a step that the saga
+    /// has left, the first attempt stands for all.
+    fn forget(&self, state: &mut State<W>) -> Result<(), String> {
+        let Some(number) = state.place else { return Ok(()) };
+        let progress = &self.machine.place(number).progress;
+        let present = |at: At| at == progress.at && progress.ended.is_none();
+        // In falling order, so that the first attempt is what stays in the map.
+        let attempts = state.flying.iter().rev().filter_map(|message| match &**message {
+            Message::Command { at, call, attempt, .. } => Some(((*at, *call), *attempt)),
+            Message::Reply { .. } => None,
+        });
+        let first: BTreeMap<_, _> = attempts.collect();
+        let one_is_enough = self.troubles.messages_repeat;
+        let useful = |message: &Arc<Message>| match &**message {
+            Message::Reply { .. } => {
+                Ok::<_, String>(self.machine.happens(number, Happening::Hear(message.clone()))?.is_some())
+            }
+            Message::Command { at, call, attempt, to, .. } => {
+                let ignored = |known| decide_step(known, &message.command()) == Step::Ignore;
+                let alike = one_is_enough && !present(*at) && first[&(*at, *call)] != *attempt;
+                Ok(!alike && !state.services.get(to).is_some_and(ignored))
+            }
+        };
+        let mut useless = Vec::new();
+        for message in state.flying.iter() {
+            if !useful(message)? {
+                useless.push(message.clone());
+            }
+        }
+        if !useless.is_empty() {
+            Arc::make_mut(&mut state.flying).retain(|message| !useless.contains(message));
+        }
+        Ok(())
+    }
+
+    /// As `saga::participant::Desk` does it.
+    fn take(
+        &self,
+        state: &State<W>,
+        message: &Arc<Message>,
+        luck: Luck,
+        repeat: bool,
+    ) -> Result<Option<State<W>>, String> {
+        let Message::Command { at, call, attempt, to, type_name, schema_version, data, .. } = &**message else {
+            return Ok(None);
+        };
+        let mut next = state.clone();
+        if !repeat {
+            Arc::make_mut(&mut next.flying).remove(message);
+        }
+        let command = message.command();
+        let known = state.services.get(to).cloned().unwrap_or_default();
+        let outcome = match decide_step(&known, &command) {
+            Step::Ignore if luck == Luck::Does => return Ok((next != *state).then_some(next)),
+            Step::Bar if luck == Luck::Does => Outcome::Done(Value::Null),
+            Step::Ignore | Step::Bar => return Ok(None),
+            Step::Perform => match luck {
+                Luck::Refuses => command.refused("it says no".to_owned()),
+                Luck::Fails => Outcome::Failed("not now".to_owned()),
+                Luck::Does => self.perform(&mut next, &command, to, (type_name, *schema_version, data))?,
+            },
+        };
+        let outcome_json = serde_json::to_string(&outcome).map_err(|error| error.to_string())?;
+        let reply = Reply { at: *at, call: *call, attempt: *attempt, outcome };
+        let replied = StepEvent::Replied { saga: String::new(), reply_to: String::new(), reply };
+        Arc::make_mut(&mut next.services).entry(to.clone()).or_default().evolve(&replied);
+        let reply = Message::Reply { at: *at, call: *call, attempt: *attempt, outcome: outcome_json };
+        Arc::make_mut(&mut next.flying).insert(Arc::new(reply));
+        self.forget(&mut next)?;
+        Ok((next != *state).then_some(next))
+    }
+
+    fn perform(
+        &self,
+        next: &mut State<W>,
+        command: &StepCommand,
+        to: &str,
+        (type_name, schema_version, data): (&str, i32, &str),
+    ) -> Result<Outcome, String> {
+        let reply = match self.services.get(to) {
+            None if self.services.is_empty() => Ok(Value::Null),
+            None => return Err(format!("{type_name} goes to the service {to:?}, which the world does not have")),
+            Some(act) => {
+                let mut world = W::clone(&next.world);
+                let reply = act(&mut world, type_name, schema_version, data)?;
+                if reply.is_ok() {
+                    next.world = Arc::new(world);
+                }
+                reply
+            }
+        };
+        match reply {
+            Ok(reply) => {
+                Arc::make_mut(&mut next.ledger).perform(self.machine.saga(), command.at, command.call)?;
+                Ok(Outcome::Done(reply))
+            }
+            Err(StepError::Refused(reason)) => Ok(command.refused(reason)),
+            Err(StepError::Failed(reason)) => Ok(Outcome::Failed(reason)),
+            Err(StepError::Store(error)) => Ok(Outcome::Failed(error.to_string())),
+        }
+    }
+
+    /// Which invariant does not hold in `state`.
+    pub fn fault(&self, state: &State<W>) -> Option<String> {
+        if let Some(broken) = &state.broken {
+            return Some(broken.to_string());
+        }
+        if let Some((name, _)) = self.always.iter().find(|(_, holds)| !holds(&state.world)) {
+            return Some(format!("broken: {name}"));
+        }
+        let place = self.machine.place(state.place?);
+        let progress = &place.progress;
+        if let Err(fault) = state.ledger.agrees(self.machine.saga(), progress) {
+            return Some(fault);
+        }
+        if progress.ended.is_some() {
+            let broken = self.at_end.iter().find(|(_, holds)| !holds(&state.world, progress.status));
+            return broken.map(|(name, _)| format!("broken at the end ({:?}): {name}", progress.status));
+        }
+        // A running saga has a timer ahead, so that it comes to its end or is stuck. Only without timers it may just stop.
+        if !self.troubles.timers_fire && !place.is_stuck() && self.next_states(state).is_empty() {
+            return Some(format!("nothing more happens, and the saga is still at {:?}", progress.step));
+        }
+        if place.is_stuck()
+            && let Err(step) = self.ends_in_sunshine(state.clone())
+        {
+            let stuck = &progress.step;
+            return Some(format!(
+                "the saga is stuck at {stuck:?}; when an operator retries and all goes well from then on, it comes to {step:?} \
+                 and does not end"
+            ));
+        }
+        None
+    }
+
+    /// Whether a stuck saga comes to an end if an operator retries, and nothing goes wrong any more; `Err` has the step
+    /// it comes to. What it has heard before does not come again: it must have kept it.
+    fn ends_in_sunshine(&self, mut state: State<W>) -> Result<(), String> {
+        let mut step = String::new();
+        for _ in 0..SUNNY_MOVES_MAX {
+            let Some(place) = state.place.map(|place| self.machine.place(place)) else { break };
+            if place.progress.ended.is_some() {
+                return Ok(());
+            }
+            step.clone_from(&place.progress.step);
+            let messages = state.flying.iter().filter(|message| !message.is_failure());
+            let mut moves = messages.map(|message| match **message {
+                Message::Command { .. } => Action::Take(message.clone(), Luck::Does),
+                Message::Reply { .. } => Action::Saga(Happening::Hear(message.clone())),
+            });
+            let happening = if place.is_stuck() { Happening::Retry } else { Happening::Timer };
+            let action = moves.next().unwrap_or(Action::Saga(happening));
+            match self.step(&state, &action, false) {
+                Ok(Some(next)) => state = next,
+                Ok(None) => break,
+                // The model makes this move too, and says what it breaks.
+                Err(_) => return Ok(()),
+            }
+        }
+        Err(step)
+    }
+}
+
+/// The attempts at one call are one command, with one id; those at others have other ids.
+fn same_command(sent: &Message, other: &Message) -> Result<(), String> {
+    let Message::Command { at, call, id, to, type_name, schema_version, data, .. } = sent else { return Ok(()) };
+    let Message::Command {
+        at: other_at,
+        call: other_call,
+        id: other_id,
+        to: other_to,
+        type_name: other_type,
+        schema_version: other_version,
+        data: other_data,
+        ..
+    } = other
+    else {
+        return Ok(());
+    };
+    if (at, call) != (other_at, other_call) {
+        return if id == other_id { Err(format!("{sent} has the id of {other}")) } else { Ok(()) };
+    }
+    if id != other_id {
+        return Err(format!("{sent} has another id than the attempt before"));
+    }
+    let same = (to, type_name, schema_version, data) == (other_to, other_type, other_version, other_data);
+    if same {
+        return Ok(());
+    }
+    Err(format!(
+        "{sent} is asked for again with other content: first {other_type} {other_data} to {other_to}, then {type_name} {data} \
+         to {to}; a service carries out whichever comes first"
+    ))
+}
+
+impl<C, W> Model for Protocol<C, W>
+where
+    C: SagaState,
+    W: Clone + Debug + Eq + Hash + Send + Sync + 'static,
+{
+    type State = State<W>;
+    type Action = Action;
+
+    fn init_states(&self) -> Vec<State<W>> {
+        vec![State {
+            place: None,
+            flying: Arc::default(),
+            services: Arc::default(),
+            ledger: Arc::default(),
+            world: Arc::new(self.world.clone()),
+            broken: None,
+        }]
+    }
+
+    fn actions(&self, state: &State<W>, actions: &mut Vec<Action>) {
+        if state.broken.is_some() {
+            return;
+        }
+        let Some(place) = state.place else {
+            actions.push(Action::Begin);
+            return;
+        };
+        let place = self.machine.place(place);
+        let progress = &place.progress;
+        for message in state.flying.iter() {
+            match &**message {
+                Message::Reply { .. } => actions.push(Action::Saga(Happening::Hear(message.clone()))),
+                Message::Command { .. } => {
+                    actions.push(Action::Take(message.clone(), Luck::Does));
+                    if self.troubles.steps_fail {
+                        actions.push(Action::Take(message.clone(), Luck::Refuses));
+                        actions.push(Action::Take(message.clone(), Luck::Fails));
+                    }
+                }
+            }
+        }
+        if progress.due.is_some() && (self.troubles.timers_fire || progress.retrying) {
+            actions.push(Action::Saga(Happening::Timer));
+        }
+        if progress.deadline.is_some() && self.troubles.timers_fire {
+            actions.push(Action::Saga(Happening::Deadline));
+        }
+        if place.is_stuck() {
+            actions.push(Action::Saga(Happening::Retry));
+        }
+    }
+
+    fn next_state(&self, state: &State<W>, action: Action) -> Option<State<W>> {
+        self.step(state, &action, self.troubles.messages_repeat)
+            .unwrap_or_else(|broken| Some(State { broken: Some(broken.into()), ..state.clone() }))
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        vec![Property::always(RULES, |protocol: &Self, state: &State<W>| protocol.fault(state).is_none())]
+    }
+}
+
+/// The one property of the model: no rule and no invariant is broken.
+pub(super) const RULES: &str = "rules";

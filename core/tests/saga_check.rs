@@ -1,0 +1,511 @@
+//! The saga checker: good sagas end clean whatever happens, broken ones are caught, each by its shortest history.
+#![allow(clippy::unwrap_used)]
+
+use annals::{
+    Event, Saga, SagaState, StepError,
+    saga::{Outcome, Request, Status},
+    testing::{Check, Violation, check},
+};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+#[derive(Event, Clone, Debug)]
+#[event(prefix = "stock")]
+enum Stock {
+    Reserve { units: i32 },
+    Release { units: i32 },
+    Ship { units: i32 },
+}
+
+#[derive(Event, Clone, Debug)]
+#[event(prefix = "payment")]
+enum Payment {
+    Charge { cents: i32 },
+    Refund { cents: i32 },
+}
+
+#[derive(Event, Clone, Debug)]
+#[event(prefix = "order")]
+enum Order {
+    Confirm {},
+    Cancel {},
+}
+
+#[derive(Event, Clone, Debug)]
+#[event(prefix = "mail")]
+enum Mail {
+    Send { confirmed: bool },
+}
+
+/// What the checkout knows.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Checkout {
+    units: i32,
+    cents: i32,
+    discount: i32,
+}
+
+impl SagaState for Checkout {
+    fn learn(&mut self, step: &str, outcome: &Outcome) {
+        if let ("reserve stock", Outcome::Done(reply)) = (step, outcome) {
+            self.discount = reply["discount"].as_i64().map_or(self.discount, |cents| cents as i32);
+        }
+    }
+}
+
+fn sample() -> Checkout {
+    Checkout { units: 2, cents: 50, discount: 0 }
+}
+
+fn reserve(it: &Checkout) -> Request {
+    Request::to("inventory", &Stock::Reserve { units: it.units })
+}
+fn release(it: &Checkout) -> Request {
+    Request::to("inventory", &Stock::Release { units: it.units })
+}
+fn charge(it: &Checkout) -> Request {
+    Request::to("payment", &Payment::Charge { cents: it.cents })
+}
+fn refund(it: &Checkout) -> Request {
+    Request::to("payment", &Payment::Refund { cents: it.cents })
+}
+fn confirm(_: &Checkout) -> Request {
+    Request::to("order", &Order::Confirm {})
+}
+fn cancel(_: &Checkout) -> Request {
+    Request::to("order", &Order::Cancel {})
+}
+fn ship(it: &Checkout) -> Request {
+    Request::to("inventory", &Stock::Ship { units: it.units })
+}
+fn notify(_: &Checkout) -> Request {
+    Request::to("mail", &Mail::Send { confirmed: true })
+}
+fn notify_cancelled(_: &Checkout) -> Request {
+    Request::to("mail", &Mail::Send { confirmed: false })
+}
+
+fn checkout() -> Saga<Checkout> {
+    Saga::named("checkout")
+        .compensatable("reserve stock", reserve)
+        .undo(release)
+        .compensatable("charge card", charge)
+        .undo(refund)
+        .pivot("confirm order", confirm)
+        .retriable("ship", ship)
+        .retriable("notify customer", notify)
+        .when_compensated("cancel order", cancel)
+        .when_compensated("notify of cancellation", notify_cancelled)
+        .deadline(std::time::Duration::from_secs(60))
+        .build()
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Placed {
+    Open,
+    Confirmed,
+    Cancelled,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Shop {
+    free: i32,
+    reserved: i32,
+    shipped: i32,
+    charged: i32,
+    order: Placed,
+    mails: Vec<bool>,
+}
+
+fn shop() -> Shop {
+    Shop { free: 2, reserved: 0, shipped: 0, charged: 0, order: Placed::Open, mails: Vec::new() }
+}
+
+fn done() -> Result<Value, StepError> {
+    Ok(Value::Null)
+}
+
+fn inventory(shop: &mut Shop, command: Stock) -> Result<Value, StepError> {
+    match command {
+        Stock::Reserve { units } if shop.free < units => return Err(StepError::Refused("out of stock".to_owned())),
+        Stock::Reserve { units } => {
+            shop.free -= units;
+            shop.reserved += units;
+            return Ok(json!({ "discount": 5 }));
+        }
+        Stock::Release { units } => {
+            shop.reserved -= units;
+            shop.free += units;
+        }
+        Stock::Ship { units } => {
+            shop.reserved -= units;
+            shop.shipped += units;
+        }
+    }
+    done()
+}
+
+fn payment(shop: &mut Shop, command: Payment) -> Result<Value, StepError> {
+    match command {
+        Payment::Charge { cents } => shop.charged += cents,
+        Payment::Refund { cents } => shop.charged -= cents,
+    }
+    done()
+}
+
+fn orders(shop: &mut Shop, command: Order) -> Result<Value, StepError> {
+    match (shop.order, command) {
+        (Placed::Cancelled, Order::Confirm {}) => return Err(StepError::Refused("cancelled".to_owned())),
+        (_, Order::Confirm {}) => shop.order = Placed::Confirmed,
+        (_, Order::Cancel {}) => shop.order = Placed::Cancelled,
+    }
+    done()
+}
+
+fn mail(shop: &mut Shop, Mail::Send { confirmed }: Mail) -> Result<Value, StepError> {
+    shop.mails.push(confirmed);
+    done()
+}
+
+/// A checkout by `saga` in the shop, with everything that must hold there.
+fn in_the_shop(saga: Saga<Checkout>) -> Check<Checkout, Shop> {
+    with_inventory(saga, inventory)
+}
+
+fn with_inventory(
+    saga: Saga<Checkout>,
+    inventory: fn(&mut Shop, Stock) -> Result<Value, StepError>,
+) -> Check<Checkout, Shop> {
+    check(saga, sample())
+        .world(shop())
+        .service("inventory", inventory)
+        .service("payment", payment)
+        .service("order", orders)
+        .service("mail", mail)
+        .always("no unit comes or goes by itself", |shop| shop.free + shop.reserved + shop.shipped == 2)
+        .always("nothing ships unpaid", |shop| shop.shipped == 0 || shop.charged > 0)
+        .at_end("a customer pays for what ships, and for nothing else", |shop, _| shop.charged == shop.shipped * 25)
+        .at_end("nothing stays reserved", |shop, _| shop.reserved == 0)
+        .at_end("the customer hears once how it ended", |shop, status| shop.mails == [status == Status::Completed])
+        .at_end("the order says how it ended", |shop, status| match status {
+            Status::Completed => shop.order == Placed::Confirmed,
+            _ => shop.order == Placed::Cancelled,
+        })
+}
+
+/// The violation that everything together finds.
+#[track_caller]
+fn caught(check: Check<Checkout, Shop>) -> Violation {
+    check.everything().run().expect_err("this saga is broken, and was not caught")
+}
+
+/// Compares the rule and the history, without the lines that show the world.
+#[track_caller]
+fn shows(violation: &Violation, broken: &str, history: &[&str]) {
+    let moves: Vec<_> = violation.history.iter().filter_map(|line| line.lines().next()).collect();
+    assert!(violation.broken == broken && moves == history, "another history:\n{violation}");
+}
+
+#[test]
+fn a_good_checkout_ends_clean_whatever_happens() {
+    let report = in_the_shop(checkout()).everything().ends_clean();
+    println!("{report:?}");
+    assert!((1_000..100_000).contains(&report.states), "{report:?}");
+}
+
+#[test]
+fn a_good_checkout_ends_clean_with_three_attempts() {
+    let report = in_the_shop(checkout()).everything().attempts(3).ends_clean();
+    println!("{report:?}");
+}
+
+#[test]
+fn a_checkout_whose_customer_cancelled_or_that_finds_no_stock_ends_clean() {
+    let cancelled = Shop { order: Placed::Cancelled, ..shop() };
+    let sold_out = Shop { free: 0, shipped: 2, charged: 50, ..shop() };
+    for (world, sold) in [(cancelled, 0), (sold_out, 2)] {
+        check(checkout(), sample())
+            .world(world)
+            .service("inventory", inventory)
+            .service("payment", payment)
+            .service("order", orders)
+            .service("mail", mail)
+            .at_end("nothing was sold", move |shop, _| shop.shipped == sold && shop.charged == sold * 25)
+            .at_end("it was compensated", |_, status| status == Status::Compensated)
+            .everything()
+            .ends_clean();
+    }
+}
+
+/// Reserves and charges at the same time.
+fn parallel() -> Saga<Checkout> {
+    Saga::named("parallel")
+        .compensatable("prepare", reserve)
+        .undo(release)
+        .and(charge)
+        .undo(refund)
+        .pivot("confirm order", confirm)
+        .retriable("ship", ship)
+        .retriable("notify customer", notify)
+        .when_compensated("cancel order", cancel)
+        .when_compensated("notify of cancellation", notify_cancelled)
+        .build()
+}
+
+#[test]
+fn a_good_saga_with_a_parallel_step_ends_clean() {
+    let report = in_the_shop(parallel()).everything().ends_clean();
+    println!("{report:?}");
+}
+
+/// Notes everything it learns.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+struct Diary(Vec<String>);
+
+impl SagaState for Diary {
+    fn learn(&mut self, step: &str, outcome: &Outcome) {
+        self.0.push(format!("{step}: {outcome:?}"));
+    }
+}
+
+#[test]
+fn a_good_saga_that_learns_everything_ends_clean() {
+    let saga = Saga::<Diary>::named("diary")
+        .compensatable("one", |_| Request::to("mail", &Mail::Send { confirmed: true }))
+        .undo(|_| Request::to("mail", &Mail::Send { confirmed: false }))
+        .compensatable("two", |_| Request::to("mail", &Mail::Send { confirmed: true }))
+        .undo(|_| Request::to("mail", &Mail::Send { confirmed: false }))
+        .compensatable("three", |_| Request::to("mail", &Mail::Send { confirmed: true }))
+        .undo(|_| Request::to("mail", &Mail::Send { confirmed: false }))
+        .build();
+    let report = check(saga, Diary::default()).everything().ends_clean();
+    println!("{report:?}");
+}
+
+#[test]
+fn a_saga_without_a_world_is_checked_against_the_rules() {
+    check(checkout(), sample()).everything().ends_clean();
+}
+
+#[test]
+fn an_undo_that_does_nothing_is_caught() {
+    let forgetful = |shop: &mut Shop, command| match command {
+        Stock::Release { .. } => done(),
+        command => inventory(shop, command),
+    };
+    let violation = caught(with_inventory(checkout(), forgetful));
+    shows(
+        &violation,
+        "broken at the end (Compensated): nothing stays reserved",
+        &[
+            r#"the saga starts; it asks inventory for "reserve stock""#,
+            r#"inventory does "reserve stock" (attempt 1)"#,
+            r#"the saga's deadline passes; it asks inventory for the undo of "reserve stock"; it goes back"#,
+            r#"inventory does the undo of "reserve stock" (attempt 1)"#,
+            r#"the saga hears that the undo of "reserve stock" is done; it asks order for "cancel order""#,
+            r#"order does "cancel order" (attempt 1)"#,
+            r#"the saga hears that "cancel order" is done; it asks mail for "notify of cancellation""#,
+            r#"mail does "notify of cancellation" (attempt 1)"#,
+            r#"the saga hears that "notify of cancellation" is done; it is compensated"#,
+        ],
+    );
+    assert_eq!(
+        violation.history[1],
+        "inventory does \"reserve stock\" (attempt 1)\n       world: Shop { free: 0, reserved: 2, shipped: 0, charged: 0, \
+         order: Open, mails: [] }"
+    );
+    assert_eq!(
+        violation.world,
+        "Shop { free: 0, reserved: 2, shipped: 0, charged: 0, order: Cancelled, mails: [false] }"
+    );
+}
+
+#[test]
+fn an_undo_of_another_amount_is_caught() {
+    let saga = Saga::named("checkout")
+        .compensatable("charge card", charge)
+        .undo(|it| Request::to("payment", &Payment::Refund { cents: it.cents - 1 }))
+        .pivot("confirm order", confirm)
+        .build();
+    let check = check(saga, sample())
+        .world(shop())
+        .service("payment", payment)
+        .service("order", orders)
+        .at_end("nobody pays for a cancelled order", |shop, _| shop.order == Placed::Confirmed || shop.charged == 0);
+    shows(
+        &caught(check),
+        "broken at the end (Compensated): nobody pays for a cancelled order",
+        &[
+            r#"the saga starts; it asks payment for "charge card""#,
+            r#"payment does "charge card" (attempt 1)"#,
+            r#"the timer fires; it asks payment for "charge card" again (attempt 2)"#,
+            r#"the timer fires; it asks payment for the undo of "charge card"; it goes back"#,
+            r#"payment does the undo of "charge card" (attempt 1)"#,
+            r#"the saga hears that the undo of "charge card" is done; it is compensated"#,
+        ],
+    );
+}
+
+/// The refund gives back what the charge reported: nothing, if its reply never came.
+#[test]
+fn an_undo_that_needs_the_reply_of_its_step_is_caught() {
+    let saga = Saga::named("checkout")
+        .compensatable("reserve stock", reserve)
+        .undo(|it| Request::to("inventory", &Stock::Release { units: if it.discount > 0 { it.units } else { 0 } }))
+        .pivot("confirm order", confirm)
+        .retriable("ship", ship)
+        .build();
+    let check = || {
+        check(saga.clone(), sample())
+            .world(shop())
+            .service("inventory", inventory)
+            .service("order", orders)
+            .at_end("nothing stays reserved", |shop, _| shop.reserved == 0)
+    };
+    shows(
+        &caught(check()),
+        "broken at the end (Compensated): nothing stays reserved",
+        &[
+            r#"the saga starts; it asks inventory for "reserve stock""#,
+            r#"inventory does "reserve stock" (attempt 1)"#,
+            r#"the timer fires; it asks inventory for "reserve stock" again (attempt 2)"#,
+            r#"the timer fires; it asks inventory for the undo of "reserve stock"; it goes back"#,
+            r#"inventory does the undo of "reserve stock" (attempt 1)"#,
+            r#"the saga hears that the undo of "reserve stock" is done; it is compensated"#,
+        ],
+    );
+    check().ends_clean();
+}
+
+/// Asked again after the reservation taught it a discount, it asks for another amount.
+#[test]
+fn a_step_that_asks_for_something_else_the_second_time_is_caught() {
+    let saga = Saga::named("parallel")
+        .compensatable("reserve stock", reserve)
+        .undo(release)
+        .and(|it: &Checkout| Request::to("payment", &Payment::Charge { cents: it.cents - it.discount }))
+        .undo(|it| Request::to("payment", &Payment::Refund { cents: it.cents - it.discount }))
+        .pivot("confirm order", confirm)
+        .build();
+    let services = check(saga, sample()).world(shop()).service("inventory", inventory).service("payment", payment);
+    let check = services.service("order", orders);
+    shows(
+        &caught(check),
+        "command payment.charge (forward.0, attempt 2) is asked for again with other content: first payment.charge \
+         {\"cents\":50} to payment, then payment.charge {\"cents\":45} to payment; a service carries out whichever comes first",
+        &[
+            r#"the saga starts; it asks inventory for "reserve stock"; it asks payment for "reserve stock""#,
+            r#"inventory does "reserve stock" (attempt 1)"#,
+            r#"the saga hears that "reserve stock" is done"#,
+            r#"the timer fires; it asks payment for "reserve stock" again (attempt 2)"#,
+        ],
+    );
+}
+
+#[test]
+fn an_effect_that_is_seen_after_it_was_undone_is_caught() {
+    let saga = Saga::named("checkout")
+        .compensatable("notify customer", notify)
+        .undo(notify_cancelled)
+        .pivot("confirm order", confirm)
+        .when_compensated("cancel order", cancel)
+        .build();
+    let check = check(saga, sample())
+        .world(shop())
+        .service("order", orders)
+        .service("mail", mail)
+        .always("no mail promises what may not come", |shop| {
+            !shop.mails.contains(&true) || shop.order == Placed::Confirmed
+        });
+    shows(
+        &caught(check),
+        "broken: no mail promises what may not come",
+        &[r#"the saga starts; it asks mail for "notify customer""#, r#"mail does "notify customer" (attempt 1)"#],
+    );
+}
+
+#[test]
+fn a_moment_in_which_a_cancelled_order_is_charged_is_caught() {
+    let saga = Saga::named("checkout")
+        .compensatable("charge card", charge)
+        .undo(refund)
+        .compensatable("confirm order", confirm)
+        .undo(cancel)
+        .pivot("notify customer", notify)
+        .build();
+    let check = check(saga, sample())
+        .world(shop())
+        .service("payment", payment)
+        .service("order", orders)
+        .service("mail", mail)
+        .always("a cancelled order is never charged", |shop| shop.order != Placed::Cancelled || shop.charged == 0);
+    let violation = caught(check);
+    assert_eq!(violation.broken, "broken: a cancelled order is never charged");
+    assert!(violation.history[6].starts_with(r#"order does the undo of "confirm order" (attempt 1)"#), "{violation}");
+    assert_eq!(violation.history.len(), 7, "{violation}");
+}
+
+#[test]
+fn an_undo_that_goes_to_another_service_is_caught() {
+    let saga = Saga::named("checkout")
+        .compensatable("reserve stock", reserve)
+        .undo(|it| Request::to("payment", &Payment::Refund { cents: it.cents }))
+        .pivot("confirm order", confirm)
+        .build();
+    let violation = check(saga, sample()).everything().run().unwrap_err();
+    let expected = r#"
+the saga was compensated, but "reserve stock" is still done
+   1. the saga starts; it asks inventory for "reserve stock"
+   2. inventory does "reserve stock" (attempt 1)
+   3. the timer fires; it asks inventory for "reserve stock" again (attempt 2)
+   4. the timer fires; it asks payment for the undo of "reserve stock"; it goes back
+   5. payment has nothing to take back for the undo of "reserve stock" (attempt 1)
+   6. the saga hears that the undo of "reserve stock" is done; it is compensated
+  the world then: ()"#;
+    assert_eq!(violation.to_string(), expected.trim_start());
+}
+
+#[test]
+fn a_step_that_must_succeed_and_never_can_is_caught() {
+    let stubborn = |shop: &mut Shop, command| match command {
+        Stock::Ship { .. } => Err(StepError::Refused("we do not ship there".to_owned())),
+        command => inventory(shop, command),
+    };
+    let violation = caught(with_inventory(checkout(), stubborn));
+    let expected = "the saga is stuck at \"confirm order\"; when an operator retries and all goes well from then on, it comes \
+                    to \"ship\" and does not end";
+    assert_eq!(violation.broken, expected);
+}
+
+#[test]
+fn a_service_that_is_not_there_is_caught() {
+    let saga = Saga::named("checkout").pivot("confirm order", |_| Request::to("orders", &Order::Confirm {})).build();
+    let violation = caught(in_the_shop(saga));
+    assert_eq!(violation.broken, "order.confirm goes to the service \"orders\", which the world does not have");
+}
+
+#[test]
+fn a_command_that_its_service_does_not_know_is_caught() {
+    let saga = Saga::named("checkout").pivot("confirm order", |_| Request::to("mail", &Order::Confirm {})).build();
+    let violation = caught(in_the_shop(saga));
+    assert!(violation.broken.starts_with("the service \"mail\" cannot read order.confirm"), "{violation}");
+}
+
+#[test]
+#[should_panic(expected = "saga \"checkout\": broken: nothing is ever charged\n   1. the saga starts")]
+fn a_broken_saga_panics_with_its_history() {
+    in_the_shop(checkout()).always("nothing is ever charged", |shop| shop.charged == 0).ends_clean();
+}
+
+#[test]
+fn a_sunny_day_is_a_single_history() {
+    let report = in_the_shop(checkout()).ends_clean();
+    assert_eq!(report.states, 12, "the start, the begin, and for each of five steps: done, heard: {report:?}");
+}
+
+#[test]
+fn a_check_that_does_not_see_every_state_does_not_pass() {
+    let violation = in_the_shop(checkout()).everything().states_max(1_000).run().unwrap_err();
+    let expected = "more than 1000 states: leave out of the world and the saga's state what does not matter";
+    assert_eq!((violation.broken.as_str(), violation.history.len()), (expected, 0));
+}

@@ -1,0 +1,23 @@
+//! What a plan of a saga refuses to compile, and how it says so.
+//!
+//! After a deliberate change of a message: `TRYBUILD=overwrite cargo test -p annals --test saga_plan_ui`.
+
+#[test]
+fn wrong_plans_do_not_compile() {
+    let cases = trybuild::TestCases::new();
+    cases.pass("tests/ui/saga_good_plans.rs");
+    for wrong in [
+        "build_empty",
+        "build_without_undo",
+        "compensatable_after_pivot",
+        "compensatable_after_retriable",
+        "pivot_after_retriable",
+        "step_after_closing",
+        "step_without_undo",
+        "two_pivots",
+        "undo_of_pivot",
+        "undo_of_retriable",
+    ] {
+        cases.compile_fail(format!("tests/ui/saga_{wrong}.rs"));
+    }
+}

@@ -1,0 +1,209 @@
+//! Paths and files that are no store: each is refused with an error of its own that names it, and is left as it was.
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use annals_sqlite::{APPLICATION_ID, OpenError, SqliteStore};
+use sqlx::{ConnectOptions, Connection, Executor, SqliteConnection, sqlite::SqliteConnectOptions};
+use tempfile::TempDir;
+
+fn folder() -> TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+async fn connect(file: &Path) -> SqliteConnection {
+    SqliteConnectOptions::new().filename(file).create_if_missing(true).connect().await.unwrap()
+}
+
+/// A SQLite file made by these statements, and nothing beside it.
+async fn sqlite_file(file: &Path, sql: &'static str) {
+    let mut connection = connect(file).await;
+    connection.execute(sql).await.unwrap();
+    connection.close().await.unwrap();
+}
+
+/// Every file of a folder with its bytes.
+fn contents(folder: &Path) -> BTreeMap<PathBuf, Option<Vec<u8>>> {
+    fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .map(|path| (path.clone(), fs::read(&path).ok()))
+        .collect()
+}
+
+/// Opens what must not open, and says that the folder around it did not change and that the message names the file.
+async fn refused(path: &Path) -> OpenError {
+    let parent = path.parent().filter(|parent| parent.is_dir());
+    let before = parent.map(contents);
+    let error = SqliteStore::open(path).await.expect_err("it must not open");
+    assert!(parent.map(contents) == before, "the folder is not as it was: {error}");
+    let name = path.file_name().unwrap().to_str().unwrap();
+    assert!(error.to_string().contains(name), "{error}");
+    error
+}
+
+#[tokio::test]
+async fn a_text_file() {
+    let folder = folder();
+    for text in ["a", "SQLite format", "once upon a time\n", &"once upon a time\n".repeat(1_000)] {
+        let path = folder.path().join("story.txt");
+        fs::write(&path, text).unwrap();
+        assert_eq!(refused(&path).await, OpenError::NotSqlite { path });
+    }
+}
+
+#[tokio::test]
+async fn a_database_of_another_application() {
+    let folder = folder();
+    let plain = folder.path().join("plain.db");
+    sqlite_file(&plain, "CREATE TABLE events (a); INSERT INTO events VALUES (1)").await;
+    assert_eq!(refused(&plain).await, OpenError::Foreign { path: plain, application_id: 0 });
+
+    let named = folder.path().join("named.db");
+    sqlite_file(&named, "PRAGMA application_id = 7; PRAGMA journal_mode = WAL; CREATE TABLE t (a)").await;
+    assert_eq!(refused(&named).await, OpenError::Foreign { path: named, application_id: 7 });
+}
+
+#[tokio::test]
+async fn a_database_that_another_application_has_open() {
+    let folder = folder();
+    let path = folder.path().join("busy.db");
+    let mut connection = connect(&path).await;
+    connection.execute("PRAGMA journal_mode = WAL; CREATE TABLE t (a); INSERT INTO t VALUES (1)").await.unwrap();
+    assert!(matches!(refused(&path).await, OpenError::Foreign { .. }));
+    connection.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_store_of_a_newer_build() {
+    let folder = folder();
+    let path = folder.path().join("annals.db");
+    SqliteStore::open(&path).await.unwrap().close().await.unwrap();
+    let mut connection = connect(&path).await;
+    let known: i64 = sqlx::query_scalar("PRAGMA user_version").fetch_one(&mut connection).await.unwrap();
+    connection.close().await.unwrap();
+    sqlite_file(&path, "PRAGMA user_version = 99; PRAGMA wal_checkpoint").await;
+    assert_eq!(refused(&path).await, OpenError::TooNew { path: path.clone(), found: 99, known });
+}
+
+/// As it is after that build was killed: what is in the log beside the file is for that build to take in.
+#[tokio::test]
+async fn a_store_that_a_newer_build_left_in_haste() {
+    let (folder, copies) = (folder(), folder());
+    let path = folder.path().join("annals.db");
+    SqliteStore::open(&path).await.unwrap().close().await.unwrap();
+    let mut connection = connect(&path).await;
+    let sql = "PRAGMA user_version = 99; PRAGMA wal_checkpoint; CREATE TABLE newer (a); INSERT INTO newer VALUES (1)";
+    connection.execute(sql).await.unwrap();
+    for name in ["annals.db", "annals.db-wal"] {
+        fs::copy(folder.path().join(name), copies.path().join(name)).unwrap();
+    }
+    connection.close().await.unwrap();
+    let error = refused(&copies.path().join("annals.db")).await;
+    assert!(matches!(error, OpenError::TooNew { found: 99, .. }), "{error}");
+}
+
+/// As it is while that build runs: the new version stands in the log beside the file only.
+#[tokio::test]
+async fn a_store_that_a_newer_build_has_open() {
+    let folder = folder();
+    let path = folder.path().join("annals.db");
+    let store = SqliteStore::open(&path).await.unwrap();
+    let mut connection = connect(&path).await;
+    connection.execute("PRAGMA user_version = 99").await.unwrap();
+    let error = SqliteStore::open(&path).await.err().unwrap();
+    assert!(matches!(error, OpenError::TooNew { found: 99, .. }), "{error}");
+    connection.close().await.unwrap();
+    store.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_directory() {
+    let folder = folder();
+    let path = folder.path().join("shop");
+    fs::create_dir(&path).unwrap();
+    assert_eq!(refused(&path).await, OpenError::Directory { path });
+}
+
+#[tokio::test]
+async fn a_folder_that_is_missing() {
+    let folder = folder();
+    let missing = folder.path().join("data");
+    let path = missing.join("annals.db");
+    assert_eq!(refused(&path).await, OpenError::NoFolder { path, folder: missing.clone() });
+    assert!(!missing.exists());
+
+    let file = folder.path().join("file");
+    fs::write(&file, "").unwrap();
+    let path = file.join("annals.db");
+    assert_eq!(refused(&path).await, OpenError::NoFolder { path, folder: file });
+}
+
+/// Permissions do not bind whoever runs tests as root; these do.
+#[tokio::test]
+async fn a_path_that_cannot_be_written() {
+    let folder = folder();
+    let long = folder.path().join("x".repeat(300));
+    assert!(matches!(refused(&long).await, OpenError::Unwritable { .. }));
+
+    // Where the journal should go, something is in the way.
+    let blocked = folder.path().join("blocked.db");
+    fs::create_dir_all(folder.path().join("blocked.db-journal/in the way")).unwrap();
+    let error = SqliteStore::open(&blocked).await.err().unwrap();
+    assert!(matches!(error, OpenError::Unwritable { .. }), "{error}");
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn a_device() {
+    let error = SqliteStore::open("/dev/null").await.err().unwrap();
+    assert!(matches!(error, OpenError::Unwritable { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_damaged_store() {
+    let folder = folder();
+    let path = folder.path().join("annals.db");
+    SqliteStore::open(&path).await.unwrap().close().await.unwrap();
+    let mut bytes = fs::read(&path).unwrap();
+    bytes[100..4096].fill(0xff);
+    fs::write(&path, &bytes).unwrap();
+    let error = SqliteStore::open(&path).await.err().unwrap();
+    assert!(matches!(error, OpenError::Damaged { .. }), "{error}");
+    assert!(fs::read(&path).unwrap() == bytes, "what may still be saved must be left alone");
+}
+
+#[tokio::test]
+async fn a_url_of_something_else() {
+    for url in ["postgres://localhost", "shop.db", "sqlite:", "sqlite://", "sqlite::memory:", ""] {
+        let error = SqliteStore::open_url(url).await.err().unwrap();
+        assert_eq!(error, OpenError::Url { url: url.into() });
+    }
+}
+
+/// What `touch` leaves, and what a crash leaves before anything was written.
+#[tokio::test]
+async fn an_empty_file_is_taken() {
+    let folder = folder();
+    let path = folder.path().join("annals.db");
+    fs::write(&path, "").unwrap();
+    SqliteStore::open_url(&format!("sqlite:{}", path.display())).await.unwrap().close().await.unwrap();
+    let header = fs::read(&path).unwrap();
+    assert_eq!(header[68..72], APPLICATION_ID.to_be_bytes(), "the file itself says whose it is");
+    let beside = contents(folder.path()).into_keys().collect::<Vec<_>>();
+    assert_eq!(beside, [path], "nothing is left beside a store that was closed");
+}
+
+#[tokio::test]
+async fn many_may_open_a_new_file_at_once() {
+    let folder = folder();
+    let path = folder.path().join("annals.db");
+    let opening = (0..8).map(|_| SqliteStore::open(&path));
+    for store in futures::future::join_all(opening).await {
+        store.unwrap().close().await.unwrap();
+    }
+}

@@ -1,0 +1,107 @@
+//! Closing a store, and letting go of one.
+#![allow(clippy::unwrap_used)]
+
+use std::path::Path;
+
+use annals::{
+    Append, Commit, CommitError, EventStore, Expected, LogQuery, Metadata, NewEvent, Position, StoreError, StreamId,
+    Version,
+};
+use annals_sqlite::SqliteStore;
+use tokio::task::JoinSet;
+use uuid::Uuid;
+
+fn commit(number: usize) -> Commit {
+    let event = NewEvent {
+        id: Uuid::new_v4(),
+        type_name: "thing.happened".into(),
+        schema_version: 1,
+        data: "{}".into(),
+        metadata: Metadata::default(),
+    };
+    let stream = StreamId::new("a", &number.to_string()).unwrap();
+    let append = Append { stream, expected: Expected::Version(Version(0)), events: vec![event] };
+    Commit { appends: vec![append], puts: Vec::new() }
+}
+
+async fn count(file: &Path) -> usize {
+    let store = SqliteStore::open(file).await.unwrap();
+    let count = store.read_log(&LogQuery::all(), Position::START, usize::MAX).await.unwrap().events.len();
+    store.close().await.unwrap();
+    count
+}
+
+/// What is under way holds or is refused; none of it remains in doubt, and the file has exactly what holds.
+#[tokio::test(flavor = "multi_thread")]
+async fn closing_drains() {
+    const COMMITS: usize = 4_000;
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("annals.db");
+    let store = SqliteStore::open(&file).await.unwrap();
+    let mut commits = JoinSet::new();
+    for number in 0..COMMITS {
+        let store = store.clone();
+        commits.spawn(async move { store.commit(commit(number)).await });
+    }
+    // Once the first has come through, the others are on their way.
+    let mut held = usize::from(commits.join_next().await.unwrap().unwrap().is_ok());
+    assert_eq!(held, 1);
+    store.close().await.unwrap();
+    let beside = std::fs::read_dir(folder.path()).unwrap().count();
+    assert_eq!(beside, 1, "nothing is left beside the file");
+    for outcome in commits.join_all().await {
+        match outcome {
+            Ok(_) => held += 1,
+            Err(CommitError::Unavailable(_)) => {}
+            Err(other) => panic!("{other}"),
+        }
+    }
+    assert_eq!(count(&file).await, held);
+}
+
+#[tokio::test]
+async fn a_closed_store_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = SqliteStore::open(folder.path().join("annals.db")).await.unwrap();
+    store.commit(commit(1)).await.unwrap();
+    let waiting = tokio::spawn({
+        let store = store.clone();
+        async move { store.wait(Position(1)).await }
+    });
+    tokio::task::yield_now().await;
+    store.close().await.unwrap();
+    store.close().await.unwrap();
+    assert!(matches!(waiting.await.unwrap(), Err(StoreError::Unavailable(_))), "nobody waits for ever");
+    assert!(matches!(store.wait(Position(1)).await, Err(StoreError::Unavailable(_))));
+    assert!(matches!(store.commit(commit(2)).await, Err(CommitError::Unavailable(_))));
+    assert!(matches!(store.status().await, Err(StoreError::Unavailable(_))));
+    let page = store.read_log(&LogQuery::all(), Position::START, 1).await;
+    assert!(matches!(page, Err(StoreError::Unavailable(_))));
+}
+
+/// Its runtime ends in the middle of things, and the file is none the worse for it.
+#[test]
+fn a_store_that_is_just_dropped_leaves_a_sound_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("annals.db");
+    let runtime = || tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let ended = runtime();
+    let store = ended.block_on(async {
+        let store = SqliteStore::open(&file).await.unwrap();
+        store.commit(commit(0)).await.unwrap();
+        for number in 1..500 {
+            let store = store.clone();
+            tokio::spawn(async move { store.commit(commit(number)).await });
+        }
+        store
+    });
+    drop(ended);
+    runtime().block_on(async {
+        let refused = store.commit(commit(1_000)).await;
+        assert!(matches!(refused, Err(CommitError::Unavailable(_))), "{refused:?}");
+        assert!(matches!(store.close().await, Err(StoreError::Unavailable(_))));
+        drop(store);
+        let count = count(&file).await;
+        assert!((1..=500).contains(&count), "{count}");
+    });
+}

@@ -1,0 +1,119 @@
+//! A process that may not write any further: it is told so, and what it was told before remains true.
+//!
+//! `ulimit -f` stands in for a full disk, because that needs no disk of its own: the write fails just the same.
+#![cfg(unix)]
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use annals::{
+    Append, Commit, CommitError, Committed, EventStore, Expected, Metadata, NewEvent, Position, StreamId, Version,
+};
+use annals_sqlite::SqliteStore;
+use uuid::Uuid;
+
+/// Set for the process that may not write much: its file.
+const FILE: &str = "ANNALS_SQLITE_NO_SPACE_FILE";
+/// In blocks of 512 or 1,024 bytes, as the shell has it.
+const BLOCKS: u32 = 1_000;
+
+fn commit(number: i64) -> Commit {
+    let event = || NewEvent {
+        id: Uuid::new_v4(),
+        type_name: "thing.happened".into(),
+        schema_version: 1,
+        data: format!("\"{}\"", "x".repeat(20_000)),
+        metadata: Metadata::default(),
+    };
+    let append = |name: String, expected| Append {
+        stream: StreamId::new("a", &name).unwrap(),
+        expected,
+        events: vec![event(), event()],
+    };
+    let own = append(number.to_string(), Expected::Version(Version::START));
+    Commit { appends: vec![own, append("shared".into(), Expected::Any)], puts: Vec::new() }
+}
+
+async fn lengths(store: &SqliteStore, number: i64) -> usize {
+    let stream = StreamId::new("a", &number.to_string()).unwrap();
+    store.read_stream(&stream, Version::START, 10).await.unwrap().len()
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
+}
+
+/// What the limited process runs; by itself, it says that the commits hold where there is space.
+#[test]
+fn commits_until_it_may_not() {
+    match env::var_os(FILE) {
+        Some(file) => runtime().block_on(until_no_space(&PathBuf::from(file))),
+        None => runtime().block_on(async {
+            let folder = tempfile::tempdir().unwrap();
+            let store = SqliteStore::open(folder.path().join("annals.db")).await.unwrap();
+            for number in 0..100 {
+                store.commit(commit(number)).await.unwrap();
+            }
+            store.close().await.unwrap();
+        }),
+    }
+}
+
+async fn until_no_space(file: &Path) {
+    let store = SqliteStore::open(file).await.unwrap();
+    let (mut held, mut failures_in_a_row) = (0, 0);
+    // A failure may make space, as the log beside the file is let go of; in the end there is none to be made.
+    while failures_in_a_row < 5 {
+        match store.commit(commit(held)).await {
+            Ok(Committed { versions, .. }) => {
+                assert_eq!(versions[1], Version(held * 2 + 2));
+                (held, failures_in_a_row) = (held + 1, 0);
+            }
+            Err(CommitError::Unavailable(_) | CommitError::Unknown(_)) => {
+                assert_eq!(lengths(&store, held).await, 0, "what failed is not there");
+                failures_in_a_row += 1;
+            }
+            Err(other) => panic!("{other}"),
+        }
+        assert!(held < 10_000, "the limit does not bind");
+    }
+    assert!(held > 0);
+    for number in 0..held {
+        assert_eq!(lengths(&store, number).await, 2, "reading goes on");
+    }
+    assert_eq!(store.status().await.unwrap().head, Position(held * 4));
+    // Closing may fail to move the log into the file: there is no space for that either.
+    store.close().await.ok();
+    println!("held {held}");
+}
+
+#[test]
+fn a_process_without_space_loses_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("annals.db");
+    let limited = Command::new("sh")
+        .args(["-c", &format!("trap '' XFSZ; ulimit -f {BLOCKS}; exec \"$0\" \"$@\"")])
+        .arg(env::current_exe().unwrap())
+        .args(["--exact", "commits_until_it_may_not", "--nocapture"])
+        .env(FILE, &file)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&limited.stdout);
+    assert!(limited.status.success(), "{said}{}", String::from_utf8_lossy(&limited.stderr));
+    let held: i64 = said.lines().find_map(|line| line.strip_prefix("held ")).unwrap().parse().unwrap();
+
+    runtime().block_on(async {
+        let store = SqliteStore::open(&file).await.unwrap();
+        for number in 0..held {
+            assert_eq!(lengths(&store, number).await, 2);
+        }
+        // With space again, it goes on where it stopped, without a gap.
+        let committed = store.commit(commit(held)).await.unwrap();
+        assert_eq!((committed.position, committed.versions[1]), (Position(held * 4 + 4), Version(held * 2 + 2)));
+        store.close().await.unwrap();
+    });
+}

@@ -1,0 +1,151 @@
+//! Rows that somebody wrote with plain SQL: no reader stops at them, and the log lets nobody rewrite it.
+#![allow(clippy::unwrap_used)]
+
+use std::path::Path;
+
+use annals::{
+    Append, Commit, CommitError, EventStore, Expected, LogQuery, Metadata, NewEvent, Position, StreamId, Version,
+};
+use annals_sqlite::SqliteStore;
+use sqlx::{Connection, Executor, SqliteConnection, sqlite::SqliteConnectOptions};
+use uuid::Uuid;
+
+async fn connect(file: &Path) -> SqliteConnection {
+    SqliteConnection::connect_with(&SqliteConnectOptions::new().filename(file)).await.unwrap()
+}
+
+fn commit(stream: &str, count: usize) -> Commit {
+    let event = || NewEvent {
+        id: Uuid::new_v4(),
+        type_name: "thing.happened".into(),
+        schema_version: 1,
+        data: "{}".into(),
+        metadata: Metadata::default(),
+    };
+    let events = (0..count).map(|_| event()).collect();
+    let append = Append { stream: StreamId::parse(stream).unwrap(), expected: Expected::Any, events };
+    Commit { appends: vec![append], puts: Vec::new() }
+}
+
+/// Everything from the start, page by page, until the reader has caught up.
+async fn read_all(store: &SqliteStore, query: &LogQuery) -> (Vec<i64>, Position) {
+    let (mut positions, mut after) = (Vec::new(), Position::START);
+    loop {
+        let page = store.read_log(query, after, 2).await.unwrap();
+        if page.next == after {
+            return (positions, after);
+        }
+        after = page.next;
+        positions.extend(page.events.iter().map(|event| event.position.0));
+    }
+}
+
+#[tokio::test]
+async fn odd_rows_stop_no_reader() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("annals.db");
+    let store = SqliteStore::open(&file).await.unwrap();
+    store.commit(commit("a-1", 3)).await.unwrap();
+
+    let long = format!("a-{}", "x".repeat(6_000));
+    let mut connection = connect(&file).await;
+    sqlx::query(
+        "INSERT INTO events VALUES
+            (1000, ?1, 1, 'no uuid', '', -1, 'no json', 'no json', 0),
+            (1001, 'no dash', 5, '', 'x', 9999999999, '', '{\"correlation_id\":7}', 9223372036854775807),
+            (1002, CAST(x'612dff' AS TEXT), 1, CAST(x'ff' AS TEXT), 'x', 1, CAST(x'22ff22' AS TEXT), '[]', -9223372036854775808),
+            (9223372036854775807, 'a-1', 9223372036854775807, '', 'x', 1, '{}', '{}', 0)",
+    )
+    .bind(&long)
+    .execute(&mut connection)
+    .await
+    .unwrap();
+
+    let head = Position(i64::MAX);
+    let all = [1, 2, 3, 1000, 1001, 1002, i64::MAX];
+    assert_eq!(read_all(&store, &LogQuery::all()).await, (all.to_vec(), head));
+    assert_eq!(read_all(&store, &LogQuery::categories(["a"])).await, (vec![1, 2, 3, 1000, 1002, i64::MAX], head));
+    assert_eq!(read_all(&store, &LogQuery::categories(["nothing"])).await, (vec![], head));
+    assert_eq!(store.status().await.unwrap().head, head);
+    store.wait(Position(1002)).await.unwrap();
+
+    let by_name = store.read_stream(&StreamId::from_stored(&long), Version::START, 10).await.unwrap();
+    assert_eq!((by_name.len(), &*by_name[0].data, by_name[0].metadata.clone()), (1, "no json", Metadata::default()));
+    let odd = store.read_log(&LogQuery::all(), Position(1001), 1).await.unwrap().events.remove(0);
+    assert_eq!((odd.stream.as_str(), &*odd.data), ("a-\u{fffd}", "\"\u{fffd}\""));
+    let ids = store.read_log(&LogQuery::all(), Position(3), 2).await.unwrap().events;
+    assert_ne!(ids[0].id, ids[1].id, "what has no id of ours is still told apart");
+    let stream = StreamId::parse("a-1").unwrap();
+    let versions = store.read_stream(&stream, Version(3), 10).await.unwrap();
+    assert_eq!(versions.iter().map(|event| event.version.0).collect::<Vec<_>>(), [i64::MAX]);
+    assert!(store.read_stream(&stream, Version(i64::MAX), 10).await.unwrap().is_empty());
+
+    // There is no number left for a new event; that is said, and nothing breaks.
+    let refused = store.commit(commit("b-1", 1)).await;
+    assert!(matches!(refused, Err(CommitError::Unavailable(_))), "{refused:?}");
+    let refused = store.commit(commit("b-1", 1)).await;
+    assert!(matches!(refused, Err(CommitError::Unavailable(_))), "{refused:?}");
+    store.commit(commit("b-1", 0)).await.unwrap();
+    store.close().await.unwrap();
+}
+
+/// One row of the far future must not date all that follow.
+#[tokio::test]
+async fn a_row_dated_ahead_does_not_move_the_clock() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("annals.db");
+    let store = SqliteStore::open(&file).await.unwrap();
+    let mut connection = connect(&file).await;
+    let row = "INSERT INTO events VALUES (7, 'a-1', 1, '', 'x', 1, '{}', '{}', 9000000000000000)";
+    connection.execute(row).await.unwrap();
+    let committed = store.commit(commit("a-1", 1)).await.unwrap();
+    assert_eq!((committed.position, committed.versions), (Position(8), vec![Version(2)]));
+    let event = store.read_log(&LogQuery::all(), Position(7), 1).await.unwrap().events.remove(0);
+    assert!((event.recorded_at - chrono::Utc::now()).num_hours().abs() < 1, "{}", event.recorded_at);
+    store.close().await.unwrap();
+}
+
+/// As the last event of a process whose clock was ahead.
+#[tokio::test]
+async fn time_does_not_go_back_behind_the_last_event() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("annals.db");
+    let store = SqliteStore::open(&file).await.unwrap();
+    let ahead = (chrono::Utc::now() + chrono::TimeDelta::hours(1)).timestamp_micros();
+    let mut connection = connect(&file).await;
+    let row = sqlx::query("INSERT INTO events VALUES (1, 'a-1', 1, '', 'x', 1, '{}', '{}', ?1)").bind(ahead);
+    row.execute(&mut connection).await.unwrap();
+    store.commit(commit("a-1", 1)).await.unwrap();
+    let events = store.read_log(&LogQuery::all(), Position::START, 2).await.unwrap().events;
+    assert!(events[1].recorded_at >= events[0].recorded_at, "{} {}", events[0].recorded_at, events[1].recorded_at);
+    store.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn the_file_itself_refuses_changes_to_the_log() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("annals.db");
+    let store = SqliteStore::open(&file).await.unwrap();
+    store.commit(commit("a-1", 3)).await.unwrap();
+    let mut connection = connect(&file).await;
+    let attempts = [
+        "UPDATE events SET data = 'changed'",
+        "UPDATE events SET position = 9 WHERE position = 3",
+        "DELETE FROM events",
+        "DELETE FROM events WHERE position = 3",
+        "INSERT OR REPLACE INTO events VALUES (3, 'b-1', 1, '', 'x', 1, 'changed', '{}', 0)",
+        "INSERT OR REPLACE INTO events VALUES (4, 'a-1', 3, '', 'x', 1, 'changed', '{}', 0)",
+        "INSERT INTO events VALUES (3, 'a-1', 3, '', 'x', 1, 'changed', '{}', 0)
+             ON CONFLICT (position) DO UPDATE SET data = 'changed'",
+        "INSERT INTO events VALUES (4, 'a-1', 3, '', 'x', 1, 'changed', '{}', 0)",
+        "INSERT INTO events VALUES ('four', 'b-1', 1, '', 'x', 1, '{}', '{}', 0)",
+        "INSERT INTO events VALUES (0, 'b-1', 1, '', 'x', 1, '{}', '{}', 0)",
+        "INSERT INTO events VALUES (4, 'b-1', 0, '', 'x', 1, '{}', '{}', 0)",
+    ];
+    for sql in attempts {
+        assert!(connection.execute(sql).await.is_err(), "{sql}");
+    }
+    let events = store.read_log(&LogQuery::all(), Position::START, 10).await.unwrap().events;
+    assert_eq!(events.iter().map(|event| &*event.data).collect::<Vec<_>>(), ["{}", "{}", "{}"]);
+    store.close().await.unwrap();
+}
