@@ -133,6 +133,8 @@ enum Attempt {
     Handled(usize),
     AwaitStore(String),
     TooLarge(String),
+    /// Some message of the batch cannot be prepared for: find out which.
+    Smaller,
 }
 
 impl Worker {
@@ -153,6 +155,7 @@ impl Worker {
     /// Handles a first part of the items in one commit; returns how many.
     async fn deliver_some(&mut self, items: &[Item]) -> Result<usize, Stop> {
         let (mut stale, mut conflicts, mut refused) = (Stale::Nothing, 0, None::<String>);
+        let mut limit = items.len();
         let (mut racing, mut waiting) = (Backoff::short(), Backoff::long());
         loop {
             if self.parked.len() >= PARKED_MAX {
@@ -161,8 +164,7 @@ impl Worker {
                 self.load_parked().await?;
                 continue;
             }
-            let single = conflicts >= CONFLICTS_BEFORE_SINGLE || refused.is_some();
-            let batch = &items[..if single { 1 } else { items.len() }];
+            let batch = &items[..limit];
             let mut work = Work::new(self.store.clone(), stale.clone());
             let mut parked = self.parked.clone();
             let count = match self.attempt(batch, &mut work, &mut parked, refused.as_deref()).await {
@@ -173,7 +175,11 @@ impl Worker {
                     continue;
                 }
                 Attempt::TooLarge(reason) => {
-                    refused = Some(reason);
+                    (limit, refused) = (1, Some(reason));
+                    continue;
+                }
+                Attempt::Smaller => {
+                    limit = limit.div_ceil(2);
                     continue;
                 }
             };
@@ -195,6 +201,9 @@ impl Worker {
                 CommitError::Conflict { .. } | CommitError::DocumentConflict { .. } => {
                     conflicts += 1;
                     stale = stale.after(&error);
+                    if conflicts >= CONFLICTS_BEFORE_SINGLE {
+                        limit = 1;
+                    }
                     racing.wait().await;
                 }
                 CommitError::Unknown(reason) => {
@@ -207,7 +216,9 @@ impl Worker {
                     }
                     stale = Stale::Everything;
                 }
-                CommitError::Invalid(reason) => refused = Some(reason.clone()),
+                // Only a message that is refused by itself is at fault; until it stands alone, nobody is parked for it.
+                CommitError::Invalid(_) if count > 1 => limit = count / 2,
+                CommitError::Invalid(reason) => (limit, refused) = (1, Some(reason.clone())),
                 CommitError::Unavailable(reason) => {
                     self.reporter.trouble(reason.clone());
                     waiting.wait().await;
@@ -219,8 +230,15 @@ impl Worker {
     /// Stages the items one by one. With `refused`, the first item's own work is what the store refuses: it is parked.
     async fn attempt(&self, items: &[Item], work: &mut Work, parked: &mut ParkedKeys, refused: Option<&str>) -> Attempt {
         let messages: Vec<&Message> = items.iter().filter_map(|item| item.message.as_ref().ok()).collect();
+        let mut unprepared = None;
         if let Err(error) = self.handler.prepare(&messages, work).await {
-            return Attempt::AwaitStore(format!("preparing a batch: {error}"));
+            if error.remedy() == Remedy::AwaitStore {
+                return Attempt::AwaitStore(format!("preparing a batch: {error}"));
+            }
+            if items.len() > 1 {
+                return Attempt::Smaller;
+            }
+            unprepared = Some(error);
         }
         for (index, item) in items.iter().enumerate() {
             if parked.has(&item.key) {
@@ -232,7 +250,10 @@ impl Worker {
                     (Err(undecodable), _) => Err(HandlerError::from(undecodable.clone())),
                     (Ok(message), _) => {
                         work.begin(message.id, message.effects());
-                        self.handler.handle(message, work).await
+                        match unprepared.take() {
+                            Some(error) => Err(error),
+                            None => self.handler.handle(message, work).await,
+                        }
                     }
                 };
                 if let Err(error) = outcome {
