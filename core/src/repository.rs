@@ -13,6 +13,7 @@ use crate::{
     backoff::Backoff,
     commit::{CommitError, DocumentKey, Put},
     event::{DecodeError, Metadata, StreamId, StreamIdError, Version, derived_id},
+    panic::caught,
     store::{EventStore, StoreError},
     work::{Decided, StagedStream, Stale, Work, WorkError},
 };
@@ -162,16 +163,18 @@ impl<A: Aggregate> Repository<A> {
     }
 
     async fn serve(self, stream: StreamId) {
+        let mut line = Line { repository: &self, stream: &stream, served: false };
         loop {
             let batch: Vec<Waiting<A>> = {
                 let mut lines = self.inner.lines.lock().unwrap_or_else(PoisonError::into_inner);
-                let Some(line) = lines.get_mut(&stream) else { return };
-                if line.is_empty() {
+                let waiting = lines.get_mut(&stream).filter(|waiting| !waiting.is_empty());
+                let Some(waiting) = waiting else {
                     lines.remove(&stream);
+                    line.served = true;
                     return;
-                }
-                let count = line.len().min(COMMANDS_PER_COMMIT);
-                line.drain(..count).collect()
+                };
+                let count = waiting.len().min(COMMANDS_PER_COMMIT);
+                waiting.drain(..count).collect()
             };
             self.carry_out(&stream, batch).await;
         }
@@ -185,7 +188,14 @@ impl<A: Aggregate> Repository<A> {
             let mut results = Vec::with_capacity(batch.len());
             for waiting in &batch {
                 work.begin(waiting.request.command_id, waiting.request.metadata.clone());
-                results.push(work.execute(self, &waiting.id, &waiting.command).await.map_err(ExecuteError::from));
+                let decided = caught(work.execute(self, &waiting.id, &waiting.command)).await;
+                results.push(decided.map_or_else(
+                    |panic| {
+                        work.rollback();
+                        Err(ExecuteError::Invalid(format!("the decision {panic}")))
+                    },
+                    |decided| decided.map_err(ExecuteError::from),
+                ));
             }
             // A commit carries at least the check of the version, so a refusal on outdated state is not given out.
             let error = match work.commit().await {
@@ -314,6 +324,22 @@ impl<A: Aggregate> Repository<A> {
             |_| Folded::default(),
             |state| Folded { version: stored.version, snapshot: stored.version, ids: stored.ids.into(), state },
         ))
+    }
+}
+
+/// The commands that wait for one aggregate. If the task that serves them goes, so do they: those who wait get an answer,
+/// and the next command starts a new line.
+struct Line<'a, A: Aggregate> {
+    repository: &'a Repository<A>,
+    stream: &'a StreamId,
+    served: bool,
+}
+
+impl<A: Aggregate> Drop for Line<'_, A> {
+    fn drop(&mut self) {
+        if !self.served {
+            self.repository.inner.lines.lock().unwrap_or_else(PoisonError::into_inner).remove(self.stream);
+        }
     }
 }
 

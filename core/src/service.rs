@@ -12,6 +12,7 @@ use crate::{
     event::StreamId,
     handler::{Handler, HandlerError},
     health::{Health, State},
+    panic::caught,
     read_model::{Projection, ReadModel},
     relay::{Relay, Routes},
     saga::{Desk, Index, Participant, Replies, Runner, SagaState, Starter, StepEvent},
@@ -198,10 +199,18 @@ impl Runtime {
         Ok(())
     }
 
-    /// Starts a part of the user's own; it should end when [`shutdown`](Self::shutdown) does.
+    /// Starts a part of the user's own; it should end when [`shutdown`](Self::shutdown) does. An error or a panic of it
+    /// shows in [`health`](Self::health) at once, and is what [`drain`](Self::drain) returns.
     pub fn spawn(&mut self, part: impl Into<String>, task: impl Future<Output = Result<(), String>> + Send + 'static) {
-        let part = part.into();
-        self.tasks.spawn(async move { (part, task.await) });
+        let (part, health) = (part.into(), self.health());
+        self.tasks.spawn(async move {
+            let ended = caught(task).await.unwrap_or_else(|panic| Err(panic.to_string()));
+            if let Err(error) = &ended {
+                tracing::error!(%part, %error, "ended");
+                health.set(&part, State::Failed(error.clone()));
+            }
+            (part, ended)
+        });
     }
 
     /// Stops intake, lets every part finish what it has in hand for at most `patience`, and joins all of them.
@@ -210,15 +219,12 @@ impl Runtime {
     /// The first error or panic of a part, or which parts did not end in time; those are cut off, which loses nothing.
     pub async fn drain(mut self, patience: Duration) -> Result<(), String> {
         self.shutdown.cancel();
-        let (mut first_error, health) = (None, self.health.clone());
+        let mut first_error = None;
         let joined = tokio::time::timeout(patience, async {
             while let Some(ended) = self.tasks.join_next().await {
                 let error = match ended {
                     Ok((_, Ok(()))) => continue,
-                    Ok((part, Err(error))) => {
-                        health.set(&part, State::Failed(error.clone()));
-                        format!("{part}: {error}")
-                    }
+                    Ok((part, Err(error))) => format!("{part}: {error}"),
                     Err(panic) => panic.to_string(),
                 };
                 first_error.get_or_insert(error);

@@ -272,7 +272,7 @@ impl Work {
         if !self.streams.contains_key(stream) {
             let stale = self.stale.has(stream);
             let base = repository.folded(&*self.store, stream, stale, expect_new).await?;
-            let staged = StagedStream { repository: repository.clone(), stream: stream.clone(), base, current: None, encoded: Vec::new(), kept: 0 };
+            let staged = StagedStream { repository: repository.clone(), stream: stream.clone(), base, current: None, encoded: Vec::new(), kept: 0, torn: false };
             self.streams.insert(stream.clone(), Box::new(staged));
         }
         if !self.touched.contains(stream) {
@@ -388,6 +388,8 @@ pub(crate) struct StagedStream<A: Aggregate> {
     current: Option<Folded<A>>,
     encoded: Vec<NewEvent>,
     kept: usize,
+    /// Whether an event is half folded in: its `evolve` panicked.
+    torn: bool,
 }
 
 impl<A: Aggregate> StagedStream<A> {
@@ -396,8 +398,10 @@ impl<A: Aggregate> StagedStream<A> {
     }
 
     fn add(&mut self, event: &A::Event, encoded: NewEvent) {
+        self.torn = true;
         self.current.get_or_insert_with(|| (*self.base).clone()).apply(event, encoded.id);
         self.encoded.push(encoded);
+        self.torn = false;
     }
 
     /// Events of a command that was staged in this very work, and so is in no store yet.
@@ -427,9 +431,10 @@ impl<A: Aggregate> Staged for StagedStream<A> {
     }
 
     fn forget(&mut self) {
-        if self.encoded.len() == self.kept {
+        if self.encoded.len() == self.kept && !self.torn {
             return;
         }
+        self.torn = false;
         self.encoded.truncate(self.kept);
         let mut folded = (*self.base).clone();
         for event in &self.encoded {

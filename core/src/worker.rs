@@ -11,6 +11,7 @@ use crate::{
     commit::{COMMIT_ROWS_MAX, CommitError, DocumentKey},
     handler::{Handler, HandlerError, Remedy},
     health::Reporter,
+    panic::caught,
     parking::{self, PARKED_MAX, Parked, ParkedKeys, Place},
     store::{EventStore, Scan, StoreError},
     work::{Stale, Work},
@@ -231,7 +232,8 @@ impl Worker {
     async fn attempt(&self, items: &[Item], work: &mut Work, parked: &mut ParkedKeys, refused: Option<&str>) -> Attempt {
         let messages: Vec<&Message> = items.iter().filter_map(|item| item.message.as_ref().ok()).collect();
         let mut unprepared = None;
-        if let Err(error) = self.handler.prepare(&messages, work).await {
+        let prepared = caught(async { self.handler.prepare(&messages, work).await }).await;
+        if let Err(error) = prepared.unwrap_or_else(|panic| Err(panic.into())) {
             if error.remedy() == Remedy::AwaitStore {
                 return Attempt::AwaitStore(format!("preparing a batch: {error}"));
             }
@@ -252,7 +254,7 @@ impl Worker {
                         work.begin(message.id, message.effects());
                         match unprepared.take() {
                             Some(error) => Err(error),
-                            None => self.handler.handle(message, work).await,
+                            None => self.handle(message, work).await,
                         }
                     }
                 };
@@ -279,6 +281,12 @@ impl Worker {
             }
         }
         Attempt::Handled(items.len())
+    }
+
+    /// A handler that panics fails at this message; the lane goes on.
+    async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
+        let handled = caught(async { self.handler.handle(message, work).await }).await;
+        handled.unwrap_or_else(|panic| Err(panic.into()))
     }
 
     /// Parks one message by itself, and leaves the checkpoint where it is.
@@ -395,7 +403,7 @@ impl Worker {
                 None => (Err("not a message".to_owned()), true),
                 Some(message) => {
                     work.begin(message.id, message.effects());
-                    match self.handler.handle(&message, &mut work).await {
+                    match self.handle(&message, &mut work).await {
                         Ok(()) => (Ok(()), false),
                         Err(error) if error.remedy() == Remedy::AwaitStore => return Ok(()),
                         Err(error) => (Err(error.to_string()), error.remedy() == Remedy::Park),
