@@ -10,7 +10,7 @@ use crate::{
     bus::{Bus, BusError, Message, Publisher},
     consumer::Group,
     event::StreamId,
-    handler::{Handler, HandlerError},
+    handler::{Handler, HandlerError, Terminal},
     health::{Health, State},
     panic::caught,
     read_model::{Projection, ReadModel},
@@ -123,9 +123,10 @@ impl Handler for Inbox {
         let is_reply = <StepEvent as crate::Event>::TYPES.iter().any(|known| *known.name == *message.type_name);
         if is_reply {
             let saga = StreamId::from_stored(&message.key);
-            if let Some(replies) = self.replies.iter().find(|replies| replies.category() == saga.category()) {
-                return replies.reply(saga.id(), message, work).await;
-            }
+            // Participants answer once: a reply that is let go, because a saga is not registered for a while, is lost.
+            let runs_it = self.replies.iter().find(|replies| replies.category() == saga.category());
+            let replies = runs_it.ok_or_else(|| format!("this build does not run {}", saga.category())).terminal()?;
+            return replies.reply(saga.id(), message, work).await;
         } else if let Some(desk) = &self.desk {
             return desk.handle(message, work).await;
         }
