@@ -183,6 +183,7 @@ impl<A: Aggregate> Repository<A> {
     async fn carry_out(&self, stream: &StreamId, mut batch: Vec<Waiting<A>>) {
         let mut stale = Stale::Nothing;
         let mut backoff = Backoff::short();
+        let mut unknown = None;
         for _ in 0..DECISIONS_MAX {
             let mut work = Work::new(self.inner.store.clone(), stale.clone());
             let mut results = Vec::with_capacity(batch.len());
@@ -207,16 +208,17 @@ impl<A: Aggregate> Repository<A> {
                 }
                 Err(error) => error,
             };
+            unknown = matches!(error, CommitError::Unknown(_)).then(|| error.to_string());
             match &error {
                 CommitError::Conflict { .. } | CommitError::DocumentConflict { .. } | CommitError::Unknown(_) => {
                     stale = stale.after(&error);
                     backoff.wait().await;
                 }
                 CommitError::Invalid(_) if batch.len() > 1 => {
-                    // One of them is at fault; alone, each gets its own answer.
-                    let rest = batch.split_off(1);
+                    // One of them is at fault, or they are too much together; alone, each gets its own answer.
+                    let rest = batch.split_off(batch.len() / 2);
                     Box::pin(self.carry_out(stream, batch)).await;
-                    batch = rest;
+                    return Box::pin(self.carry_out(stream, rest)).await;
                 }
                 CommitError::Invalid(reason) => {
                     return answer_all(batch, || ExecuteError::Invalid(reason.clone()));
@@ -226,7 +228,10 @@ impl<A: Aggregate> Repository<A> {
                 }
             }
         }
-        answer_all(batch, || ExecuteError::Contended { stream: stream.clone() });
+        answer_all(batch, || match &unknown {
+            Some(reason) => ExecuteError::Unavailable(reason.clone()),
+            None => ExecuteError::Contended { stream: stream.clone() },
+        });
     }
 
     /// The folded aggregate: from the cache, caught up with the store if the cached one is known to be outdated.
