@@ -11,7 +11,7 @@ use uuid::Uuid;
 use crate::{
     aggregate::Aggregate,
     backoff::Backoff,
-    commit::{CommitError, DocumentKey, Put},
+    commit::{Commit, CommitError, DocumentKey, Put},
     event::{DecodeError, Metadata, StreamId, StreamIdError, Version, derived_id},
     panic::caught,
     store::{EventStore, StoreError},
@@ -315,7 +315,11 @@ impl<A: Aggregate> Repository<A> {
         };
         folded.snapshot = folded.version;
         let body = serde_json::to_string(&stored).ok()?;
-        Some(Put { key: self.snapshot_key(stream), expected: None, body: Some(body.into()), due: None })
+        let put = Put { key: self.snapshot_key(stream), expected: None, body: Some(body.into()), due: None };
+        // A state that no store takes as a document is folded from its events; its commands must not fail for that.
+        let alone = Commit { appends: Vec::new(), puts: vec![put] };
+        alone.validate().ok()?;
+        alone.puts.into_iter().next()
     }
 
     async fn from_snapshot(&self, store: &dyn EventStore, stream: &StreamId) -> Result<Folded<A>, StoreError> {
