@@ -104,6 +104,9 @@ pub struct Committed {
     pub position: Position,
     /// The version that each of its appends left its stream at, in the order of the appends.
     pub versions: Vec<Version>,
+    /// When its events were recorded, from a store that gave them one run of positions, in the order of the appends, that
+    /// ends at `position`: then nobody in this process needs to read them back. `None` from others.
+    pub recorded_at: Option<DateTime<Utc>>,
 }
 
 /// Why a commit does not hold. In every case but [`Unknown`](CommitError::Unknown), nothing of it was stored.
