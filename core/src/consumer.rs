@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -10,7 +10,7 @@ use crate::{
     bus::{Bus, BusError, Consumer, Partition, Polled},
     handler::Handler,
     health::{Health, State},
-    parking::ParkedKeys,
+    parking::{ParkedKeys, parking_key},
     store::EventStore,
     worker::{BATCH_MAX, Item, Lane, PARKED_TICK, RetryPolicy, Stop, Worker},
 };
@@ -99,6 +99,7 @@ impl Joined {
                 retry: group.retry.clone(),
                 lanes: Vec::new(),
                 parked: ParkedKeys::new(group.name.clone()),
+                reconciled_at: Instant::now(),
                 reporter: health.reporter(&part),
             };
             let member =
@@ -184,8 +185,8 @@ impl Member {
                     let Some(lane) = self.lane_of.get(&delivery.partition).copied() else { continue };
                     let next = delivery.offset + 1;
                     let key = match &delivery.message {
-                        Ok(message) => message.key.clone(),
-                        Err(undecodable) => undecodable.key.clone(),
+                        Ok(message) => parking_key(&message.key),
+                        Err(undecodable) => parking_key(&undecodable.key),
                     };
                     if delivery.offset >= self.worker.lanes[lane].next {
                         items.push(Item { lane, next, key, message: delivery.message });

@@ -5,6 +5,7 @@ use std::{collections::VecDeque, sync::Arc};
 use async_trait::async_trait;
 use futures::FutureExt;
 use serde::Deserialize;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -169,6 +170,7 @@ impl Relay {
             retry: RetryPolicy::default(),
             lanes: vec![Lane::new(&format!("{}/0", self.name), None)],
             parked: ParkedKeys::new(self.name.clone()),
+            reconciled_at: Instant::now(),
             reporter: health.reporter(&self.name),
         };
         let mut backoff = Backoff::long();

@@ -121,6 +121,7 @@ impl Subscription {
             retry: self.retry.clone(),
             lanes: vec![Lane::new(&format!("{}/{lane}", self.name), None)],
             parked: ParkedKeys::new(self.name.clone()),
+            reconciled_at: Instant::now(),
             reporter,
         };
         let mut backoff = Backoff::long();
