@@ -204,20 +204,25 @@ impl Member {
 
     /// Takes exactly the assigned partitions. New ones, and with `rewind` all, are delivered from the offset in the store.
     async fn assign(&mut self, rewind: bool) -> Result<(), Ended> {
-        let (mut lane_of, mut lanes) = (HashMap::new(), Vec::new());
+        let (mut lane_of, mut lanes, mut seeks) = (HashMap::new(), Vec::new(), Vec::new());
         for partition in &self.assigned {
             let id = format!("{}/{}/{}", self.worker.name, partition.topic, partition.number);
             let mut lane = Lane::new(&id, Some(partition.incarnation.clone()));
             let next = lane.load(&*self.worker.store).await?;
             let known = self.lane_of.get(partition).map(|index| &self.worker.lanes[*index]);
             if rewind || known.is_none_or(|known| known.version != lane.version) {
-                self.consumer.seek(partition, next).await?;
+                seeks.push((partition, next));
             }
             lane_of.insert(partition.clone(), lanes.len());
             lanes.push(lane);
         }
+        // Nothing is delivered before it is known what it has to wait behind.
+        let ids: Vec<_> = lanes.iter().map(|lane| lane.key.id.clone()).collect();
+        self.worker.parked = self.worker.parked.load(&*self.worker.store, &ids).await?;
         (self.lane_of, self.worker.lanes) = (lane_of, lanes);
-        self.worker.load_parked().await?;
+        for (partition, next) in seeks {
+            self.consumer.seek(partition, next).await?;
+        }
         self.unsettled = false;
         Ok(())
     }
