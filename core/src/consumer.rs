@@ -123,7 +123,7 @@ struct Member {
     assigned: Vec<Partition>,
     /// The lanes of those whose offset was found.
     lane_of: HashMap<Partition, usize>,
-    /// Whether assigned partitions still lack their place: finding it failed.
+    /// Whether assigned partitions still lack their place: something failed since they had it.
     unsettled: bool,
 }
 
@@ -133,37 +133,40 @@ impl Member {
         let mut tick = interval(PARKED_TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         while !shutdown.is_cancelled() {
+            if self.unsettled {
+                // What was polled but not committed is polled again from the offset in the store: not one message more
+                // before that, or its offset would pass over those.
+                if let Err(error) = self.assign(true).await {
+                    self.pause(&error, &mut backoff, &shutdown).await;
+                    continue;
+                }
+                self.worker.reporter.fine();
+            }
             let ended = tokio::select! {
                 polled = self.consumer.poll(BATCH_MAX) => match polled {
                     Ok(polled) => self.take(polled).await,
                     Err(error) => Err(error.into()),
                 },
-                _ = tick.tick() => self.look_around().await,
+                _ = tick.tick() => self.worker.redrive_due().await.map_err(Ended::from),
                 () = shutdown.cancelled() => Ok(()),
             };
-            let Err(ended) = ended else {
-                backoff.reset();
-                continue;
-            };
-            self.worker.reporter.trouble(ended.to_string());
-            tokio::select! {
-                () = backoff.wait() => {}
-                () = shutdown.cancelled() => {}
-            }
-            // What was polled but not committed is polled again from the offset in the store.
-            if let Err(error) = self.assign(true).await {
-                self.worker.reporter.trouble(error.to_string());
-                self.unsettled = true;
+            match ended {
+                Ok(()) => backoff.reset(),
+                Err(error) => {
+                    self.unsettled = true;
+                    self.pause(&error, &mut backoff, &shutdown).await;
+                }
             }
         }
         health.set(&part, State::Stopped);
     }
 
-    async fn look_around(&mut self) -> Result<(), Ended> {
-        if self.unsettled {
-            self.assign(true).await?;
+    async fn pause(&mut self, ended: &Ended, backoff: &mut Backoff, shutdown: &CancellationToken) {
+        self.worker.reporter.trouble(ended.to_string());
+        tokio::select! {
+            () = backoff.wait() => {}
+            () = shutdown.cancelled() => {}
         }
-        Ok(self.worker.redrive_due().await?)
     }
 
     async fn take(&mut self, polled: Polled) -> Result<(), Ended> {
