@@ -102,6 +102,11 @@ impl Lane {
         Ok(Some(checkpoint.next))
     }
 
+    /// A lane without a checkpoint is before any place: "from now on" must mean the same after a restart.
+    fn is_before(&self, next: i64) -> bool {
+        self.next < next || self.version == 0
+    }
+
     fn body(&self, next: i64) -> Arc<str> {
         let checkpoint = Checkpoint { next, incarnation: self.incarnation.clone(), at: Utc::now() };
         serde_json::to_string(&checkpoint).unwrap_or_default().into()
@@ -382,7 +387,7 @@ impl Worker {
     pub async fn checkpoint(&mut self, next: i64) -> Result<(), Stop> {
         let mut work = Work::new(self.store.clone(), Stale::Nothing);
         let behind: HashMap<usize, i64> =
-            (0..self.lanes.len()).filter(|lane| self.lanes[*lane].next < next).map(|lane| (lane, next)).collect();
+            (0..self.lanes.len()).filter(|lane| self.lanes[*lane].is_before(next)).map(|lane| (lane, next)).collect();
         for index in behind.keys() {
             let lane = &self.lanes[*index];
             work.put_expecting(&lane.key, lane.version, Some(lane.body(next)), None);
