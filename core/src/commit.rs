@@ -216,7 +216,7 @@ fn has_twins<T: std::hash::Hash + Eq>(mut items: impl Iterator<Item = T>) -> boo
 
 /// Whether the text is JSON that every store and every reader takes: nesting within [`NESTING_MAX`], and no `\u0000`, which
 /// PostgreSQL stores as `json` but can never give back as text.
-fn check_json(text: &str) -> Result<(), String> {
+pub(crate) fn check_json(text: &str) -> Result<(), String> {
     serde_json::from_str::<serde::de::IgnoredAny>(text).map_err(|error| format!("not JSON: {error}"))?;
     // Skipping over a value, as above, takes any depth; reading it does not.
     if nesting(text) > NESTING_MAX {
