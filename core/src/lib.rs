@@ -12,6 +12,7 @@ pub mod handler;
 pub mod health;
 pub mod local_bus;
 pub mod memory;
+mod panic;
 pub mod parking;
 pub mod read_model;
 pub mod relay;

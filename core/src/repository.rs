@@ -11,8 +11,9 @@ use uuid::Uuid;
 use crate::{
     aggregate::Aggregate,
     backoff::Backoff,
-    commit::{CommitError, DocumentKey, Put},
+    commit::{Commit, CommitError, DocumentKey, Put},
     event::{DecodeError, Metadata, StreamId, StreamIdError, Version, derived_id},
+    panic::caught,
     store::{EventStore, StoreError},
     work::{Decided, StagedStream, Stale, Work, WorkError},
 };
@@ -164,16 +165,18 @@ impl<A: Aggregate> Repository<A> {
     }
 
     async fn serve(self, stream: StreamId) {
+        let mut line = Line { repository: &self, stream: &stream, served: false };
         loop {
             let batch: Vec<Waiting<A>> = {
                 let mut lines = self.inner.lines.lock().unwrap_or_else(PoisonError::into_inner);
-                let Some(line) = lines.get_mut(&stream) else { return };
-                if line.is_empty() {
+                let waiting = lines.get_mut(&stream).filter(|waiting| !waiting.is_empty());
+                let Some(waiting) = waiting else {
                     lines.remove(&stream);
+                    line.served = true;
                     return;
-                }
-                let count = line.len().min(COMMANDS_PER_COMMIT);
-                line.drain(..count).collect()
+                };
+                let count = waiting.len().min(COMMANDS_PER_COMMIT);
+                waiting.drain(..count).collect()
             };
             self.carry_out(&stream, batch).await;
         }
@@ -182,12 +185,20 @@ impl<A: Aggregate> Repository<A> {
     async fn carry_out(&self, stream: &StreamId, mut batch: Vec<Waiting<A>>) {
         let mut stale = Stale::Nothing;
         let mut backoff = Backoff::short();
+        let mut unknown = None;
         for _ in 0..DECISIONS_MAX {
             let mut work = Work::new(self.inner.store.clone(), stale.clone());
             let mut results = Vec::with_capacity(batch.len());
             for waiting in &batch {
                 work.begin(waiting.request.command_id, waiting.request.metadata.clone());
-                results.push(work.execute(self, &waiting.id, &waiting.command).await.map_err(ExecuteError::from));
+                let decided = caught(work.execute(self, &waiting.id, &waiting.command)).await;
+                results.push(decided.map_or_else(
+                    |panic| {
+                        work.rollback();
+                        Err(ExecuteError::Invalid(format!("the decision {panic}")))
+                    },
+                    |decided| decided.map_err(ExecuteError::from),
+                ));
             }
             // A commit carries at least the check of the version, so a refusal on outdated state is not given out.
             let error = match work.commit().await {
@@ -199,16 +210,17 @@ impl<A: Aggregate> Repository<A> {
                 }
                 Err(error) => error,
             };
+            unknown = matches!(error, CommitError::Unknown(_)).then(|| error.to_string());
             match &error {
                 CommitError::Conflict { .. } | CommitError::DocumentConflict { .. } | CommitError::Unknown(_) => {
                     stale = stale.after(&error);
                     backoff.wait().await;
                 }
                 CommitError::Invalid(_) if batch.len() > 1 => {
-                    // One of them is at fault; alone, each gets its own answer.
-                    let rest = batch.split_off(1);
+                    // One of them is at fault, or they are too much together; alone, each gets its own answer.
+                    let rest = batch.split_off(batch.len() / 2);
                     Box::pin(self.carry_out(stream, batch)).await;
-                    batch = rest;
+                    return Box::pin(self.carry_out(stream, rest)).await;
                 }
                 CommitError::Invalid(reason) => {
                     return answer_all(batch, || ExecuteError::Invalid(reason.clone()));
@@ -218,7 +230,10 @@ impl<A: Aggregate> Repository<A> {
                 }
             }
         }
-        answer_all(batch, || ExecuteError::Contended { stream: stream.clone() });
+        answer_all(batch, || match &unknown {
+            Some(reason) => ExecuteError::Unavailable(reason.clone()),
+            None => ExecuteError::Contended { stream: stream.clone() },
+        });
     }
 
     /// The folded aggregate: from the cache, caught up with the store if the cached one is known to be outdated.
@@ -302,7 +317,11 @@ impl<A: Aggregate> Repository<A> {
         };
         folded.snapshot = folded.version;
         let body = serde_json::to_string(&stored).ok()?;
-        Some(Put { key: self.snapshot_key(stream), expected: None, body: Some(body.into()), due: None })
+        let put = Put { key: self.snapshot_key(stream), expected: None, body: Some(body.into()), due: None };
+        // A state that no store takes as a document is folded from its events; its commands must not fail for that.
+        let alone = Commit { appends: Vec::new(), puts: vec![put] };
+        alone.validate().ok()?;
+        alone.puts.into_iter().next()
     }
 
     async fn load_snapshot(&self, store: &dyn EventStore, stream: &StreamId) -> Result<Folded<A>, StoreError> {
@@ -316,6 +335,22 @@ impl<A: Aggregate> Repository<A> {
             |_| Folded::default(),
             |state| Folded { version: stored.version, snapshot: stored.version, ids: stored.ids.into(), state },
         ))
+    }
+}
+
+/// The commands that wait for one aggregate. If the task that serves them goes, so do they: those who wait get an answer,
+/// and the next command starts a new line.
+struct Line<'a, A: Aggregate> {
+    repository: &'a Repository<A>,
+    stream: &'a StreamId,
+    served: bool,
+}
+
+impl<A: Aggregate> Drop for Line<'_, A> {
+    fn drop(&mut self) {
+        if !self.served {
+            self.repository.inner.lines.lock().unwrap_or_else(PoisonError::into_inner).remove(self.stream);
+        }
     }
 }
 

@@ -20,7 +20,10 @@ mod progress;
 mod runner;
 mod transition;
 
-pub use definition::{AfterPivot, Closing, Kind, NeedsUndo, Open, Plan, Request, Saga, SagaState, Undoable};
+pub use definition::{
+    ATTEMPTS_MAX, AfterPivot, Closing, Kind, NeedsUndo, Open, Plan, RETRY_DELAY_MAX, RETRY_DELAY_MIN, Request,
+    STEP_TIMEOUT, Saga, SagaState, Undoable,
+};
 pub use index::{Index, SagaStatus};
 #[cfg(feature = "testing")]
 pub(crate) use instance::{Ask, Definitions, What};

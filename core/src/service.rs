@@ -10,8 +10,9 @@ use crate::{
     bus::{Bus, BusError, Message, Publisher},
     consumer::Group,
     event::StreamId,
-    handler::{Handler, HandlerError},
+    handler::{Handler, HandlerError, Terminal},
     health::{Health, State},
+    panic::caught,
     read_model::{Projection, ReadModel},
     relay::{Relay, Routes},
     saga::{Desk, Index, Participant, Replies, Runner, SagaState, Starter, StepEvent},
@@ -125,9 +126,10 @@ impl Handler for Inbox {
         let is_reply = <StepEvent as crate::Event>::TYPES.iter().any(|known| *known.name == *message.type_name);
         if is_reply {
             let saga = StreamId::from_stored(&message.key);
-            if let Some(replies) = self.replies.iter().find(|replies| replies.category() == saga.category()) {
-                return replies.reply(saga.id(), message, work).await;
-            }
+            // Participants answer once: a reply that is let go, because a saga is not registered for a while, is lost.
+            let runs_it = self.replies.iter().find(|replies| replies.category() == saga.category());
+            let replies = runs_it.ok_or_else(|| format!("this build does not run {}", saga.category())).terminal()?;
+            return replies.reply(saga.id(), message, work).await;
         } else if let Some(desk) = &self.desk {
             return desk.handle(message, work).await;
         }
@@ -201,10 +203,18 @@ impl Runtime {
         Ok(())
     }
 
-    /// Starts a part of the user's own; it should end when [`shutdown`](Self::shutdown) does.
+    /// Starts a part of the user's own; it should end when [`shutdown`](Self::shutdown) does. An error or a panic of it
+    /// shows in [`health`](Self::health) at once, and is what [`drain`](Self::drain) returns.
     pub fn spawn(&mut self, part: impl Into<String>, task: impl Future<Output = Result<(), String>> + Send + 'static) {
-        let part = part.into();
-        self.tasks.spawn(async move { (part, task.await) });
+        let (part, health) = (part.into(), self.health());
+        self.tasks.spawn(async move {
+            let ended = caught(task).await.unwrap_or_else(|panic| Err(panic.to_string()));
+            if let Err(error) = &ended {
+                tracing::error!(%part, %error, "ended");
+                health.set(&part, State::Failed(error.clone()));
+            }
+            (part, ended)
+        });
     }
 
     /// Stops intake, lets every part finish what it has in hand for at most `patience`, and joins all of them.
@@ -213,15 +223,12 @@ impl Runtime {
     /// The first error or panic of a part, or which parts did not end in time; those are cut off, which loses nothing.
     pub async fn drain(mut self, patience: Duration) -> Result<(), String> {
         self.shutdown.cancel();
-        let (mut first_error, health) = (None, self.health.clone());
+        let mut first_error = None;
         let joined = tokio::time::timeout(patience, async {
             while let Some(ended) = self.tasks.join_next().await {
                 let error = match ended {
                     Ok((_, Ok(()))) => continue,
-                    Ok((part, Err(error))) => {
-                        health.set(&part, State::Failed(error.clone()));
-                        format!("{part}: {error}")
-                    }
+                    Ok((part, Err(error))) => format!("{part}: {error}"),
                     Err(panic) => panic.to_string(),
                 };
                 first_error.get_or_insert(error);

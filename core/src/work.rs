@@ -279,6 +279,7 @@ impl Work {
                 current: None,
                 encoded: Vec::new(),
                 kept: 0,
+                torn: false,
             };
             self.streams.insert(stream.clone(), Box::new(staged));
         }
@@ -407,6 +408,8 @@ pub(crate) struct StagedStream<A: Aggregate> {
     current: Option<Folded<A>>,
     encoded: Vec<NewEvent>,
     kept: usize,
+    /// Whether an event is half folded in: its `evolve` panicked.
+    torn: bool,
 }
 
 impl<A: Aggregate> StagedStream<A> {
@@ -415,8 +418,10 @@ impl<A: Aggregate> StagedStream<A> {
     }
 
     fn add(&mut self, event: &A::Event, encoded: NewEvent) {
+        self.torn = true;
         self.current.get_or_insert_with(|| (*self.base).clone()).apply(event, encoded.id);
         self.encoded.push(encoded);
+        self.torn = false;
     }
 
     /// Events of a command that was staged in this very work, and so is in no store yet.
@@ -447,9 +452,10 @@ impl<A: Aggregate> Staged for StagedStream<A> {
     }
 
     fn forget(&mut self) {
-        if self.encoded.len() == self.kept {
+        if self.encoded.len() == self.kept && !self.torn {
             return;
         }
+        self.torn = false;
         self.encoded.truncate(self.kept);
         let mut folded = (*self.base).clone();
         for event in &self.encoded {

@@ -11,6 +11,7 @@ use crate::{
     commit::{COMMIT_ROWS_MAX, CommitError, DocumentKey},
     handler::{Handler, HandlerError, Remedy},
     health::Reporter,
+    panic::caught,
     parking::{self, PARKED_MAX, Parked, ParkedKeys, Place},
     store::{EventStore, Scan, StoreError},
     work::{Stale, Work},
@@ -133,6 +134,8 @@ enum Attempt {
     Handled(usize),
     AwaitStore(String),
     TooLarge(String),
+    /// Some message of the batch cannot be prepared for: find out which.
+    Smaller,
 }
 
 impl Worker {
@@ -153,6 +156,7 @@ impl Worker {
     /// Handles a first part of the items in one commit; returns how many.
     async fn deliver_some(&mut self, items: &[Item]) -> Result<usize, Stop> {
         let (mut stale, mut conflicts, mut refused) = (Stale::Nothing, 0, None::<String>);
+        let mut limit = items.len();
         let (mut racing, mut waiting) = (Backoff::short(), Backoff::long());
         loop {
             if self.parked.len() >= PARKED_MAX {
@@ -161,8 +165,7 @@ impl Worker {
                 self.load_parked().await?;
                 continue;
             }
-            let single = conflicts >= CONFLICTS_BEFORE_SINGLE || refused.is_some();
-            let batch = &items[..if single { 1 } else { items.len() }];
+            let batch = &items[..limit];
             let mut work = Work::new(self.store.clone(), stale.clone());
             let mut parked = self.parked.clone();
             let count = match self.attempt(batch, &mut work, &mut parked, refused.as_deref()).await {
@@ -173,7 +176,11 @@ impl Worker {
                     continue;
                 }
                 Attempt::TooLarge(reason) => {
-                    refused = Some(reason);
+                    (limit, refused) = (1, Some(reason));
+                    continue;
+                }
+                Attempt::Smaller => {
+                    limit = limit.div_ceil(2);
                     continue;
                 }
             };
@@ -195,6 +202,9 @@ impl Worker {
                 CommitError::Conflict { .. } | CommitError::DocumentConflict { .. } => {
                     conflicts += 1;
                     stale = stale.after(&error);
+                    if conflicts >= CONFLICTS_BEFORE_SINGLE {
+                        limit = 1;
+                    }
                     racing.wait().await;
                 }
                 CommitError::Unknown(reason) => {
@@ -207,7 +217,9 @@ impl Worker {
                     }
                     stale = Stale::Everything;
                 }
-                CommitError::Invalid(reason) => refused = Some(reason.clone()),
+                // Only a message that is refused by itself is at fault; until it stands alone, nobody is parked for it.
+                CommitError::Invalid(_) if count > 1 => limit = count / 2,
+                CommitError::Invalid(reason) => (limit, refused) = (1, Some(reason.clone())),
                 CommitError::Unavailable(reason) => {
                     self.reporter.trouble(reason.clone());
                     waiting.wait().await;
@@ -225,8 +237,16 @@ impl Worker {
         refused: Option<&str>,
     ) -> Attempt {
         let messages: Vec<&Message> = items.iter().filter_map(|item| item.message.as_ref().ok()).collect();
-        if let Err(error) = self.handler.prepare(&messages, work).await {
-            return Attempt::AwaitStore(format!("preparing a batch: {error}"));
+        let mut unprepared = None;
+        let prepared = caught(async { self.handler.prepare(&messages, work).await }).await;
+        if let Err(error) = prepared.unwrap_or_else(|panic| Err(panic.into())) {
+            if error.remedy() == Remedy::AwaitStore {
+                return Attempt::AwaitStore(format!("preparing a batch: {error}"));
+            }
+            if items.len() > 1 {
+                return Attempt::Smaller;
+            }
+            unprepared = Some(error);
         }
         for (index, item) in items.iter().enumerate() {
             if parked.has(&item.key) {
@@ -238,7 +258,10 @@ impl Worker {
                     (Err(undecodable), _) => Err(HandlerError::from(undecodable.clone())),
                     (Ok(message), _) => {
                         work.begin(message.id, message.effects());
-                        self.handler.handle(message, work).await
+                        match unprepared.take() {
+                            Some(error) => Err(error),
+                            None => self.handle(message, work).await,
+                        }
                     }
                 };
                 if let Err(error) = outcome {
@@ -267,6 +290,12 @@ impl Worker {
             }
         }
         Attempt::Handled(items.len())
+    }
+
+    /// A handler that panics fails at this message; the lane goes on.
+    async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
+        let handled = caught(async { self.handler.handle(message, work).await }).await;
+        handled.unwrap_or_else(|panic| Err(panic.into()))
     }
 
     /// Parks one message by itself, and leaves the checkpoint where it is.
@@ -383,7 +412,7 @@ impl Worker {
                 None => (Err("not a message".to_owned()), true),
                 Some(message) => {
                     work.begin(message.id, message.effects());
-                    match self.handler.handle(&message, &mut work).await {
+                    match self.handle(&message, &mut work).await {
                         Ok(()) => (Ok(()), false),
                         Err(error) if error.remedy() == Remedy::AwaitStore => return Ok(()),
                         Err(error) => (Err(error.to_string()), error.remedy() == Remedy::Park),

@@ -12,6 +12,7 @@ use crate::{
     bus::Message,
     event::{StreamIdError, named_id},
     handler::{Handler, HandlerError, Terminal},
+    panic::caught,
     repository::Repository,
     store::EventStore,
     work::{Work, WorkError},
@@ -199,6 +200,14 @@ impl<P: Participant> Desk<P> {
     }
 }
 
+impl<P: Participant> Desk<P> {
+    /// A participant that panics has failed at the step, and the saga is told so: it can ask again, or go back.
+    async fn perform(&self, command: P::Command, work: &mut Work) -> Result<Answer, StepError> {
+        let performed = caught(async { self.participant.perform(command, work).await }).await;
+        performed.unwrap_or_else(|panic| Err(StepError::Failed(panic.to_string())))
+    }
+}
+
 fn extension<T: std::str::FromStr>(message: &Message, name: &str) -> Result<T, HandlerError> {
     let text = message.extensions.get(name).ok_or_else(|| format!("the command lacks the attribute {name}"));
     text.terminal()?.parse().map_err(|_| format!("attribute {name} does not read")).terminal()
@@ -225,7 +234,7 @@ impl<P: Participant> Handler for Desk<P> {
         let outcome = match decide_step(&known, &step) {
             Step::Ignore => return Ok(()),
             Step::Bar => Outcome::Done(Value::Null),
-            Step::Perform => match self.participant.perform(command, work).await {
+            Step::Perform => match self.perform(command, work).await {
                 Ok(Answer::Done(reply)) => Outcome::Done(reply),
                 Ok(Answer::Refused(reason)) => Outcome::Refused(reason),
                 Err(StepError::Store(error)) => return Err(error.into()),
