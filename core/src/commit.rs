@@ -104,6 +104,9 @@ pub struct Committed {
     pub position: Position,
     /// The version that each of its appends left its stream at, in the order of the appends.
     pub versions: Vec<Version>,
+    /// When its events were recorded, from a store that gave them one run of positions, in the order of the appends, that
+    /// ends at `position`: then nobody in this process needs to read them back. `None` from others.
+    pub recorded_at: Option<DateTime<Utc>>,
 }
 
 /// Why a commit does not hold. In every case but [`Unknown`](CommitError::Unknown), nothing of it was stored.
@@ -213,7 +216,7 @@ fn has_twins<T: std::hash::Hash + Eq>(mut items: impl Iterator<Item = T>) -> boo
 
 /// Whether the text is JSON that every store and every reader takes: nesting within [`NESTING_MAX`], and no `\u0000`, which
 /// PostgreSQL stores as `json` but can never give back as text.
-fn check_json(text: &str) -> Result<(), String> {
+pub(crate) fn check_json(text: &str) -> Result<(), String> {
     serde_json::from_str::<serde::de::IgnoredAny>(text).map_err(|error| format!("not JSON: {error}"))?;
     // Skipping over a value, as above, takes any depth; reading it does not.
     if nesting(text) > NESTING_MAX {

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -10,7 +10,7 @@ use crate::{
     bus::{Bus, BusError, Consumer, Partition, Polled},
     handler::Handler,
     health::{Health, State},
-    parking::ParkedKeys,
+    parking::{ParkedKeys, parking_key},
     store::EventStore,
     worker::{BATCH_MAX, Item, Lane, PARKED_TICK, RetryPolicy, Stop, Worker},
 };
@@ -104,6 +104,7 @@ impl Joined {
                 retry: group.retry.clone(),
                 lanes: Vec::new(),
                 parked: ParkedKeys::new(group.name.clone()),
+                reconciled_at: Instant::now(),
                 reporter: health.reporter(&part),
             };
             let member = Member { worker, consumer, assigned: Vec::new(), lane_of: HashMap::new(), unsettled: false };
@@ -126,7 +127,7 @@ struct Member {
     assigned: Vec<Partition>,
     /// The lanes of those whose offset was found.
     lane_of: HashMap<Partition, usize>,
-    /// Whether assigned partitions still lack their place: finding it failed.
+    /// Whether assigned partitions still lack their place: something failed since they had it.
     unsettled: bool,
 }
 
@@ -136,37 +137,40 @@ impl Member {
         let mut tick = interval(PARKED_TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         while !shutdown.is_cancelled() {
+            if self.unsettled {
+                // What was polled but not committed is polled again from the offset in the store: not one message more
+                // before that, or its offset would pass over those.
+                if let Err(error) = self.assign(true).await {
+                    self.pause(&error, &mut backoff, &shutdown).await;
+                    continue;
+                }
+                self.worker.reporter.fine();
+            }
             let ended = tokio::select! {
                 polled = self.consumer.poll(BATCH_MAX) => match polled {
                     Ok(polled) => self.take(polled).await,
                     Err(error) => Err(error.into()),
                 },
-                _ = tick.tick() => self.look_around().await,
+                _ = tick.tick() => self.worker.redrive_due().await.map_err(Ended::from),
                 () = shutdown.cancelled() => Ok(()),
             };
-            let Err(ended) = ended else {
-                backoff.reset();
-                continue;
-            };
-            self.worker.reporter.trouble(ended.to_string());
-            tokio::select! {
-                () = backoff.wait() => {}
-                () = shutdown.cancelled() => {}
-            }
-            // What was polled but not committed is polled again from the offset in the store.
-            if let Err(error) = self.assign(true).await {
-                self.worker.reporter.trouble(error.to_string());
-                self.unsettled = true;
+            match ended {
+                Ok(()) => backoff.reset(),
+                Err(error) => {
+                    self.unsettled = true;
+                    self.pause(&error, &mut backoff, &shutdown).await;
+                }
             }
         }
         health.set(&part, State::Stopped);
     }
 
-    async fn look_around(&mut self) -> Result<(), Ended> {
-        if self.unsettled {
-            self.assign(true).await?;
+    async fn pause(&mut self, ended: &Ended, backoff: &mut Backoff, shutdown: &CancellationToken) {
+        self.worker.reporter.trouble(ended.to_string());
+        tokio::select! {
+            () = backoff.wait() => {}
+            () = shutdown.cancelled() => {}
         }
-        Ok(self.worker.redrive_due().await?)
     }
 
     async fn take(&mut self, polled: Polled) -> Result<(), Ended> {
@@ -188,8 +192,8 @@ impl Member {
                     let Some(lane) = self.lane_of.get(&delivery.partition).copied() else { continue };
                     let next = delivery.offset + 1;
                     let key = match &delivery.message {
-                        Ok(message) => message.key.clone(),
-                        Err(undecodable) => undecodable.key.clone(),
+                        Ok(message) => parking_key(&message.key),
+                        Err(undecodable) => parking_key(&undecodable.key),
                     };
                     if delivery.offset >= self.worker.lanes[lane].next {
                         items.push(Item { lane, next, key, message: delivery.message });
@@ -207,20 +211,25 @@ impl Member {
 
     /// Takes exactly the assigned partitions. New ones, and with `rewind` all, are delivered from the offset in the store.
     async fn assign(&mut self, rewind: bool) -> Result<(), Ended> {
-        let (mut lane_of, mut lanes) = (HashMap::new(), Vec::new());
+        let (mut lane_of, mut lanes, mut seeks) = (HashMap::new(), Vec::new(), Vec::new());
         for partition in &self.assigned {
             let id = format!("{}/{}/{}", self.worker.name, partition.topic, partition.number);
             let mut lane = Lane::new(&id, Some(partition.incarnation.clone()));
             let next = lane.load(&*self.worker.store).await?;
             let known = self.lane_of.get(partition).map(|index| &self.worker.lanes[*index]);
             if rewind || known.is_none_or(|known| known.version != lane.version) {
-                self.consumer.seek(partition, next).await?;
+                seeks.push((partition, next));
             }
             lane_of.insert(partition.clone(), lanes.len());
             lanes.push(lane);
         }
+        // Nothing is delivered before it is known what it has to wait behind.
+        let ids: Vec<_> = lanes.iter().map(|lane| lane.key.id.clone()).collect();
+        self.worker.parked = self.worker.parked.load(&*self.worker.store, &ids).await?;
         (self.lane_of, self.worker.lanes) = (lane_of, lanes);
-        self.worker.load_parked().await?;
+        for (partition, next) in seeks {
+            self.consumer.seek(partition, next).await?;
+        }
         self.unsettled = false;
         Ok(())
     }

@@ -34,9 +34,10 @@ impl Health {
         self.parts.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Whether every part works.
+    /// Whether every part works. Before the first one reports, nothing does.
     pub fn is_fine(&self) -> bool {
-        self.parts().values().all(|state| *state == State::Fine)
+        let parts = self.parts();
+        !parts.is_empty() && parts.values().all(|state| *state == State::Fine)
     }
 
     pub(crate) fn set(&self, part: &str, state: State) {

@@ -190,6 +190,7 @@ impl Held {
         for put in commit.puts {
             self.put(put);
         }
+        committed.recorded_at = Some(self.last_recorded_at);
         committed
     }
 

@@ -8,16 +8,26 @@ use std::{
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
+use uuid::Uuid;
 
 use crate::{
     bus::{Message, Undecodable},
-    commit::{Commit, CommitError, Document, DocumentKey, Put},
+    commit::{Commit, CommitError, DOCUMENT_BYTES_MAX, DOCUMENT_ID_BYTES_MAX, Document, Put, check_json},
+    event::named_id,
     store::{EventStore, Scan, StoreError},
+    subscription::lane_of,
 };
 
 /// How many messages one worker may have parked before it stops taking in more.
 pub const PARKED_MAX: usize = 100_000;
 const PAGE: usize = 500;
+/// A longer key is parked under a short form of it: the sequence and the lane are in the document's name too.
+const KEY_BYTES_MAX: usize = DOCUMENT_ID_BYTES_MAX - 64;
+/// A reason is for people to read; what more there is of it is not kept.
+const REASON_CHARS_MAX: usize = 4_000;
+/// A message that is larger as JSON is parked as the start of its bytes: a document that no store takes would be tried for
+/// ever.
+const PAYLOAD_BYTES_MAX: usize = DOCUMENT_BYTES_MAX - 100_000;
 
 /// A parked message, as its document holds it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -34,6 +44,9 @@ pub struct Parked {
     pub attempts: u32,
     /// Since when it is parked.
     pub parked_at: DateTime<Utc>,
+    /// The position of an event, by which one that is read again is known to be parked already.
+    #[serde(default)]
+    pub position: i64,
     /// The message; for bytes that were none, an object with `raw` in hexadecimal.
     pub message: Box<RawValue>,
 }
@@ -45,34 +58,69 @@ impl Parked {
     }
 
     pub(crate) fn payload(message: &Result<Message, Undecodable>) -> Box<RawValue> {
+        let raw = |raw: &str| serde_json::value::to_raw_value(&serde_json::json!({ "raw": raw }));
         let json = match message {
             Ok(message) => serde_json::value::to_raw_value(message),
-            Err(undecodable) => serde_json::value::to_raw_value(&serde_json::json!({ "raw": undecodable.raw })),
+            Err(undecodable) => raw(&undecodable.raw),
         };
-        json.unwrap_or_default()
+        let json = json.unwrap_or_default();
+        if json.get().len() <= PAYLOAD_BYTES_MAX && check_json(json.get()).is_ok() {
+            return json;
+        }
+        let whole = match message {
+            Ok(_) => json.get().bytes().map(|byte| format!("{byte:02x}")).collect(),
+            Err(undecodable) => undecodable.raw.clone(),
+        };
+        let kept: String = whole.chars().filter(char::is_ascii_hexdigit).take(PAYLOAD_BYTES_MAX).collect();
+        raw(&kept).unwrap_or_default()
+    }
+
+    pub(crate) fn reason(reason: &str) -> String {
+        reason.replace('\0', "\u{fffd}").chars().take(REASON_CHARS_MAX).collect()
     }
 }
 
-/// The parked messages of one worker, by key: only their places are in memory.
+/// The parked messages of one worker, by key: only their places are in memory. Clones share them until one is changed.
 #[derive(Clone, Default)]
 pub(crate) struct ParkedKeys {
     subscription: Arc<str>,
-    keys: HashMap<Arc<str>, VecDeque<Place>>,
+    keys: Arc<HashMap<Arc<str>, VecDeque<Place>>>,
     count: usize,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Place {
     pub sequence: u64,
-    pub version: i64,
+    /// The id of its document.
+    pub id: Arc<str>,
+    /// The event's position, if it is one.
+    pub position: i64,
+    /// Whether it was never tried itself, and only waits behind another.
+    pub waits: bool,
 }
 
 pub(crate) fn collection(subscription: &str) -> Arc<str> {
     format!("parked.{subscription}").into()
 }
 
-pub(crate) fn document_id(key: &str, sequence: u64) -> String {
-    format!("{key} #{sequence:019}")
+/// The id of a parked message's document: by key, then in order. The lane is part of it, because two lanes may have
+/// messages of one key (the topics of a group, a topic that was given more partitions), each numbered by its own worker.
+fn document_id(key: &str, sequence: u64, lane: &str) -> Arc<str> {
+    format!("{key} #{sequence:019}.{:08x}", lane_of(lane, u32::MAX)).into()
+}
+
+fn sequence_of(id: &str) -> Option<u64> {
+    let (_, place) = id.rsplit_once(" #")?;
+    place.split('.').next()?.parse().ok()
+}
+
+/// The key that a message is parked by: its own, unless no document can be named by that.
+pub(crate) fn parking_key(key: &Arc<str>) -> Arc<str> {
+    if key.len() <= KEY_BYTES_MAX && !key.contains('\0') {
+        return key.clone();
+    }
+    let start: String = key.chars().filter(|character| !character.is_control()).take(100).collect();
+    format!("{start}… {}", named_id(Uuid::NAMESPACE_OID, key).simple()).into()
 }
 
 impl ParkedKeys {
@@ -81,19 +129,18 @@ impl ParkedKeys {
     }
 
     /// Reads what is parked on these lanes.
-    pub async fn load(&mut self, store: &dyn EventStore, lanes: &[Arc<str>]) -> Result<(), StoreError> {
-        self.keys.clear();
-        self.count = 0;
+    pub async fn load(&self, store: &dyn EventStore, lanes: &[Arc<str>]) -> Result<Self, StoreError> {
+        let mut found = Self::new(self.subscription.clone());
         let mut after: Arc<str> = "".into();
         loop {
             let page = store.scan(&collection(&self.subscription), &Scan::After(after), PAGE).await?;
-            let Some(last) = page.last() else { return Ok(()) };
+            let Some(last) = page.last() else { return Ok(found) };
             after = last.key.id.clone();
             for document in page {
                 let Ok(parked) = serde_json::from_str::<Parked>(&document.body) else { continue };
-                let sequence = document.key.id.rsplit_once(" #").and_then(|(_, sequence)| sequence.parse().ok());
-                if let Some(sequence) = sequence.filter(|_| lanes.contains(&parked.lane)) {
-                    self.add(&parked.key, Place { sequence, version: document.version });
+                if let Some(sequence) = sequence_of(&document.key.id).filter(|_| lanes.contains(&parked.lane)) {
+                    let (id, waits) = (document.key.id, parked.attempts == 0);
+                    found.add(&parked.key, Place { sequence, id, position: parked.position, waits });
                 }
             }
         }
@@ -111,33 +158,49 @@ impl ParkedKeys {
         self.keys.contains_key(key)
     }
 
-    pub fn next_sequence(&self, key: &str) -> u64 {
-        self.keys.get(key).and_then(|places| places.back()).map_or(0, |place| place.sequence + 1)
+    pub fn first(&self, key: &str) -> Option<&Place> {
+        self.keys.get(key).and_then(|places| places.front())
     }
 
-    pub fn places(&self, key: &str) -> Vec<Place> {
-        self.keys.get(key).map(|places| places.iter().copied().collect()).unwrap_or_default()
+    /// Whether this event is parked.
+    pub fn has_event(&self, key: &str, position: i64) -> bool {
+        let places = self.keys.get(key).filter(|places| places.back().is_some_and(|last| last.position >= position));
+        places.is_some_and(|places| places.iter().any(|place| place.position == position))
+    }
+
+    /// The place of the next message of this key.
+    pub fn next_place(&self, key: &str, lane: &str, position: i64) -> Place {
+        let last = self.keys.get(key).and_then(|places| places.back());
+        let sequence = last.map_or(0, |place| place.sequence + 1);
+        Place { sequence, id: document_id(key, sequence, lane), position, waits: last.is_some() }
+    }
+
+    /// Keys whose first message was never tried: the one before it was handled or dropped, and then something came between.
+    pub fn freed(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.keys.iter().filter(|(_, places)| places.front().is_some_and(|first| first.waits)).map(|(key, _)| key)
     }
 
     pub fn add(&mut self, key: &Arc<str>, place: Place) {
-        self.keys.entry(key.clone()).or_default().push_back(place);
+        Arc::make_mut(&mut self.keys).entry(key.clone()).or_default().push_back(place);
         self.count += 1;
     }
 
     /// The first message of the key is handled.
     pub fn release_first(&mut self, key: &str) {
-        if let Some(places) = self.keys.get_mut(key) {
+        let keys = Arc::make_mut(&mut self.keys);
+        if let Some(places) = keys.get_mut(key) {
             self.count -= usize::from(places.pop_front().is_some());
             if places.is_empty() {
-                self.keys.remove(key);
+                keys.remove(key);
             }
         }
     }
 
-    /// The first message of the key was tried again in vain.
-    pub fn touch_first(&mut self, key: &str) {
-        if let Some(place) = self.keys.get_mut(key).and_then(|places| places.front_mut()) {
-            place.version += 1;
+    /// The first message of the key was tried in vain.
+    pub fn tried_first(&mut self, key: &str) {
+        let places = Arc::make_mut(&mut self.keys).get_mut(key);
+        if let Some(first) = places.and_then(|places| places.front_mut()) {
+            first.waits = false;
         }
     }
 }
@@ -172,9 +235,10 @@ impl DeadLetters {
         let mut letters: Vec<DeadLetter> = Vec::new();
         for document in self.documents(subscription).await? {
             let Ok(parked) = serde_json::from_str::<Parked>(&document.body) else { continue };
-            match letters.last_mut() {
-                Some(head) if head.parked.key == parked.key => head.behind += 1,
-                _ => letters.push(DeadLetter { id: document.key.id, parked, retries_at: document.due, behind: 0 }),
+            let of_key = letters.iter_mut().rev().take_while(|head| head.parked.key == parked.key);
+            match of_key.into_iter().find(|head| head.parked.lane == parked.lane) {
+                Some(head) => head.behind += 1,
+                None => letters.push(DeadLetter { id: document.key.id, parked, retries_at: document.due, behind: 0 }),
             }
         }
         Ok(letters)
@@ -183,34 +247,31 @@ impl DeadLetters {
     /// Has a key's messages tried again now, in order, by the worker that owns it. Returns how many wait; 0 if the key is
     /// not parked.
     pub async fn redrive(&self, subscription: &str, key: &str) -> Result<usize, CommitError> {
-        let documents = self.documents(subscription).await.map_err(unavailable)?;
-        let of_key: Vec<_> = documents.into_iter().filter(|document| key_of(document) == Some(key)).collect();
-        if let Some(head) = of_key.first() {
-            let put = Put {
-                key: head.key.clone(),
-                expected: Some(head.version),
-                body: Some(head.body.clone()),
-                due: Some(DateTime::UNIX_EPOCH),
-            };
-            self.store.commit(Commit { appends: Vec::new(), puts: vec![put] }).await?;
+        let documents = self.of_key(subscription, key).await?;
+        let puts: Vec<Put> = heads(&documents).map(|head| due_now(head.clone())).collect();
+        if !puts.is_empty() {
+            self.store.commit(Commit { appends: Vec::new(), puts }).await?;
         }
-        Ok(of_key.len())
+        Ok(documents.len())
     }
 
     /// Gives up the first message of a key for good; those behind it are tried then.
     pub async fn drop_first(&self, subscription: &str, key: &str) -> Result<Option<Parked>, CommitError> {
-        let documents = self.documents(subscription).await.map_err(unavailable)?;
-        let mut of_key = documents.into_iter().filter(|document| key_of(document) == Some(key));
-        let Some(head) = of_key.next() else { return Ok(None) };
-        let mut puts = vec![Put { key: head.key.clone(), expected: Some(head.version), body: None, due: None }];
-        puts.extend(of_key.next().map(|next| Put {
-            key: next.key,
-            expected: Some(next.version),
-            body: Some(next.body),
-            due: Some(DateTime::UNIX_EPOCH),
-        }));
+        let mut documents = self.of_key(subscription, key).await?;
+        if documents.is_empty() {
+            return Ok(None);
+        }
+        let dropped = documents.remove(0);
+        let mut puts: Vec<Put> = heads(&documents).map(|head| due_now(head.clone())).collect();
+        puts.push(Put { key: dropped.key.clone(), expected: Some(dropped.version), body: None, due: None });
         self.store.commit(Commit { appends: Vec::new(), puts }).await?;
-        Ok(serde_json::from_str(&head.body).ok())
+        Ok(serde_json::from_str(&dropped.body).ok())
+    }
+
+    async fn of_key(&self, subscription: &str, key: &str) -> Result<Vec<Document>, CommitError> {
+        let documents = self.documents(subscription).await.map_err(unavailable)?;
+        let key = parking_key(&key.into());
+        Ok(documents.into_iter().filter(|document| key_of(document) == Some(&*key)).collect())
     }
 
     async fn documents(&self, subscription: &str) -> Result<Vec<Document>, StoreError> {
@@ -230,11 +291,23 @@ fn key_of(document: &Document) -> Option<&str> {
     document.key.id.rsplit_once(" #").map(|(key, _)| key)
 }
 
-fn unavailable(error: StoreError) -> CommitError {
-    CommitError::Unavailable(error.to_string())
+/// The first of each lane, of one key's documents.
+fn heads(documents: &[Document]) -> impl Iterator<Item = &Document> {
+    let lane = |document: &Document| document.key.id.rsplit_once('.').map(|(_, lane)| lane.to_owned());
+    let mut seen = Vec::new();
+    documents.iter().filter(move |document| {
+        let lane = lane(document);
+        let first = !seen.contains(&lane);
+        seen.push(lane);
+        first
+    })
 }
 
-/// The document of one parked message.
-pub(crate) fn key(subscription: &str, key: &str, sequence: u64) -> DocumentKey {
-    DocumentKey::new(collection(subscription), document_id(key, sequence))
+fn due_now(document: Document) -> Put {
+    let Document { key, version, body, .. } = document;
+    Put { key, expected: Some(version), body: Some(body), due: Some(DateTime::UNIX_EPOCH) }
+}
+
+fn unavailable(error: StoreError) -> CommitError {
+    CommitError::Unavailable(error.to_string())
 }

@@ -5,6 +5,7 @@ use std::{collections::VecDeque, sync::Arc};
 use async_trait::async_trait;
 use futures::FutureExt;
 use serde::Deserialize;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -16,6 +17,7 @@ use crate::{
     parking::ParkedKeys,
     saga::{Command, StepEvent, attribute},
     store::{EventStore, LogQuery},
+    subscription::IDLE_CHECKPOINT,
     work::Work,
     worker::{Lane, PARKED_TICK, RetryPolicy, Stop, Worker},
 };
@@ -24,6 +26,8 @@ use crate::{
 const PAGE: usize = 1_000;
 /// Pages published and not acknowledged yet: what a bus that is away may hold in memory.
 const PAGES_IN_FLIGHT: usize = 16;
+/// How long a redriven message may take until the bus has it.
+const REPUBLISHED: std::time::Duration = std::time::Duration::from_secs(5);
 /// How long a draining relay waits for one more receipt.
 const LAST_RECEIPTS: std::time::Duration = std::time::Duration::from_millis(500);
 
@@ -143,7 +147,8 @@ impl Handler for Republish {
             recorded_at: message.time,
         };
         let messages = self.routes.messages(&event).terminal()?;
-        self.publisher.publish(messages).await?.await?;
+        // The relay carries nothing else meanwhile, and a receipt may wait for a consumer that is away.
+        tokio::time::timeout(REPUBLISHED, async { self.publisher.publish(messages).await?.await }).await??;
         Ok(())
     }
 }
@@ -169,6 +174,7 @@ impl Relay {
             retry: RetryPolicy::default(),
             lanes: vec![Lane::new(&format!("{}/0", self.name), None)],
             parked: ParkedKeys::new(self.name.clone()),
+            reconciled_at: Instant::now(),
             reporter: health.reporter(&self.name),
         };
         let mut backoff = Backoff::long();
@@ -198,6 +204,7 @@ impl Relay {
         worker.load_parked().await?;
         worker.reporter.fine();
         let mut in_flight: VecDeque<InFlight> = VecDeque::new();
+        let mut moved_at = Instant::now();
         let mut tick = tokio::time::interval(PARKED_TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -243,12 +250,19 @@ impl Relay {
                     }
                     if let Some(next) = next {
                         worker.checkpoint(next.0).await?;
+                        moved_at = Instant::now();
                         backoff.reset();
                     }
                 }
                 woken = worker.store.wait(cursor), if room && caught_up => woken?,
                 () = std::future::ready(()), if room && !caught_up => {}
-                _ = tick.tick() => worker.redrive_due().await?,
+                _ = tick.tick() => {
+                    worker.redrive_due().await?;
+                    if in_flight.is_empty() && worker.lanes[0].next < cursor.0 && moved_at.elapsed() > IDLE_CHECKPOINT {
+                        worker.checkpoint(cursor.0).await?;
+                        moved_at = Instant::now();
+                    }
+                }
                 () = shutdown.cancelled(), if !stopping => {}
                 // Consumers of this process stop too; what nobody takes any more is published again at the next start.
                 () = tokio::time::sleep(LAST_RECEIPTS), if stopping => return Ok(()),

@@ -288,14 +288,21 @@ impl<A: Aggregate> Repository<A> {
         if first > staged.base_version() {
             return Ok(staged.staged_events(command_id)?);
         }
-        let mut events = Vec::new();
-        for (event, index) in store.read_stream(stream, Version(first.0 - 1), FOLD_PAGE).await?.into_iter().zip(0..) {
-            if event.id != derived_id(command_id, index) {
-                break;
+        let (mut events, mut index, mut after) = (Vec::new(), 0, Version(first.0 - 1));
+        loop {
+            let page = store.read_stream(stream, after, FOLD_PAGE).await?;
+            let last = page.len() < FOLD_PAGE;
+            for event in page {
+                if event.id != derived_id(command_id, index) {
+                    return Ok(events);
+                }
+                (index, after) = (index + 1, event.version);
+                events.extend(event.decode::<A::Event>()?);
             }
-            events.extend(event.decode::<A::Event>()?);
+            if last {
+                return Ok(events);
+            }
         }
-        Ok(events)
     }
 
     fn snapshot_key(&self, stream: &StreamId) -> DocumentKey {

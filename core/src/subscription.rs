@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// How often the checkpoint of a lane that only skips events is moved.
-const IDLE_CHECKPOINT: Duration = Duration::from_secs(1);
+pub(crate) const IDLE_CHECKPOINT: Duration = Duration::from_secs(1);
 
 /// Messages in one batch of a subscription that lingers.
 const LINGERING_BATCH_MAX: usize = 4_096;
@@ -132,6 +132,7 @@ impl Subscription {
             retry: self.retry.clone(),
             lanes: vec![Lane::new(&format!("{}/{lane}", self.name), None)],
             parked: ParkedKeys::new(self.name.clone()),
+            reconciled_at: Instant::now(),
             reporter,
         };
         let mut backoff = Backoff::long();

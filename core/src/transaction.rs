@@ -51,13 +51,16 @@ impl Transaction {
     }
 
     /// Commits an attempt. `None`: another writer was first, or the outcome is unknown; begin another one, which finds
-    /// its own results if this one did hold.
+    /// its own events if this one did hold, and says so with [`Decided::repeated`](crate::work::Decided).
     ///
     /// # Errors
-    /// What another attempt cannot mend, or after too many of them the last one's.
+    /// What another attempt cannot mend, or after too many of them the last one's. Also an unknown outcome of work that
+    /// appends nothing: documents do not tell who wrote them, so only the caller can.
     pub async fn commit(&mut self, work: Work) -> Result<Option<Committed>, CommitError> {
+        let knows_itself = work.appends_events();
         match work.commit().await {
             Ok(committed) => Ok(Some(committed)),
+            Err(error @ CommitError::Unknown(_)) if !knows_itself => Err(error),
             Err(CommitError::Conflict { .. } | CommitError::DocumentConflict { .. } | CommitError::Unknown(_))
                 if self.attempts < DECISIONS_MAX =>
             {

@@ -16,8 +16,9 @@ use crate::{
 
 /// What one message or request, or a batch of them, wants to become durable.
 ///
-/// Nothing is written before the framework commits the whole; every stream and document that was looked at is checked
-/// then, so a decision on state that has moved on is taken again rather than stored. Code that stages work may therefore
+/// Nothing is written before the framework commits the whole; every stream that was looked at, and every document that is
+/// written after it was read, is checked then, so a decision on state that has moved on is taken again rather than stored. A
+/// document that is only read is not checked: write it again where the decision rests on it. Code that stages work may therefore
 /// run more than once and must have no other effects.
 pub struct Work {
     store: Arc<dyn EventStore>,
@@ -167,6 +168,11 @@ impl Work {
     /// How many rows the commit will write.
     pub(crate) fn rows(&self) -> usize {
         self.rows
+    }
+
+    /// Whether its events tell, after an unknown outcome, that it was this work that was committed.
+    pub(crate) fn appends_events(&self) -> bool {
+        self.streams.values().any(|staged| staged.has_events())
     }
 
     /// The id that effects outside the store should carry as their idempotency key: the same on each delivery of the
@@ -397,6 +403,7 @@ trait Staged: Send + Sync {
     fn as_any(&mut self) -> &mut dyn Any;
     fn keep(&mut self);
     fn forget(&mut self);
+    fn has_events(&self) -> bool;
     fn append(&mut self) -> (Append, Option<Put>);
     fn committed(self: Box<Self>);
 }
@@ -467,6 +474,10 @@ impl<A: Aggregate> Staged for StagedStream<A> {
             }
         }
         self.current = (!self.encoded.is_empty()).then_some(folded);
+    }
+
+    fn has_events(&self) -> bool {
+        !self.encoded.is_empty()
     }
 
     fn append(&mut self) -> (Append, Option<Put>) {

@@ -4,6 +4,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use chrono::Utc;
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 
 use crate::{
     backoff::Backoff,
@@ -12,8 +13,8 @@ use crate::{
     handler::{Handler, HandlerError, Remedy},
     health::Reporter,
     panic::caught,
-    parking::{self, PARKED_MAX, Parked, ParkedKeys, Place},
-    store::{EventStore, Scan, StoreError},
+    parking::{PARKED_MAX, Parked, ParkedKeys, Place, collection},
+    store::{EventStore, StoreError},
     work::{Stale, Work},
 };
 
@@ -44,7 +45,7 @@ impl Default for RetryPolicy {
 }
 
 impl RetryPolicy {
-    fn delay_after(&self, attempts: u32) -> Option<Duration> {
+    pub(crate) fn delay_after(&self, attempts: u32) -> Option<Duration> {
         let doubled = self.delay_min * 2u32.saturating_pow(attempts.saturating_sub(1).min(20));
         (attempts < self.attempts_max).then(|| Backoff::between(doubled.min(self.delay_max), self.delay_max).next())
     }
@@ -96,6 +97,11 @@ impl Lane {
         Ok(Some(checkpoint.next))
     }
 
+    /// A lane without a checkpoint is before any place: "from now on" must mean the same after a restart.
+    fn is_before(&self, next: i64) -> bool {
+        self.next < next || self.version == 0
+    }
+
     fn body(&self, next: i64) -> Arc<str> {
         let checkpoint = Checkpoint { next, incarnation: self.incarnation.clone(), at: Utc::now() };
         serde_json::to_string(&checkpoint).unwrap_or_default().into()
@@ -127,6 +133,7 @@ pub(crate) struct Worker {
     pub retry: RetryPolicy,
     pub lanes: Vec<Lane>,
     pub parked: ParkedKeys,
+    pub reconciled_at: Instant,
     pub reporter: Reporter,
 }
 
@@ -141,7 +148,9 @@ enum Attempt {
 impl Worker {
     pub async fn load_parked(&mut self) -> Result<(), StoreError> {
         let lanes: Vec<_> = self.lanes.iter().map(|lane| lane.key.id.clone()).collect();
-        self.parked.load(&*self.store, &lanes).await
+        self.parked = self.parked.load(&*self.store, &lanes).await?;
+        self.reconciled_at = Instant::now();
+        Ok(())
     }
 
     /// Handles all items, in as many commits as their size asks for. Returns early only when the worker must stop.
@@ -163,6 +172,7 @@ impl Worker {
                 self.reporter.trouble(format!("{PARKED_MAX} messages are parked: redrive or drop some"));
                 waiting.wait().await;
                 self.load_parked().await?;
+                self.redrive_due().await?;
                 continue;
             }
             let batch = &items[..limit];
@@ -197,6 +207,7 @@ impl Worker {
                     return Err(Stop::Fenced(key.clone()));
                 }
                 CommitError::DocumentConflict { key, .. } if key.collection.starts_with("parked.") => {
+                    racing.wait().await;
                     self.load_parked().await?;
                 }
                 CommitError::Conflict { .. } | CommitError::DocumentConflict { .. } => {
@@ -293,13 +304,16 @@ impl Worker {
     }
 
     /// A handler that panics fails at this message; the lane goes on.
-    async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
+    pub(crate) async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
         let handled = caught(async { self.handler.handle(message, work).await }).await;
         handled.unwrap_or_else(|panic| Err(panic.into()))
     }
 
-    /// Parks one message by itself, and leaves the checkpoint where it is.
+    /// Parks one message by itself, and leaves the checkpoint where it is. An event that is parked already stays as it is.
     pub async fn park_message(&mut self, key: Arc<str>, message: Message, reason: String) -> Result<(), Stop> {
+        if self.parked.has_event(&key, message.position.0) {
+            return Ok(());
+        }
         let item = Item { lane: 0, next: self.lanes[0].next, key, message: Ok(message) };
         let mut work = Work::new(self.store.clone(), Stale::Nothing);
         let mut parked = self.parked.clone();
@@ -311,27 +325,34 @@ impl Worker {
     }
 
     fn park(&self, item: &Item, work: &mut Work, parked: &mut ParkedKeys, failure: Option<(String, Remedy)>) {
-        let sequence = parked.next_sequence(&item.key);
         let (reason, attempts, due) = match failure {
             None => (String::new(), 0, None),
             Some((reason, remedy)) => {
                 tracing::warn!(subscription = %self.name, key = %item.key, %reason, "parked");
                 let delay = (remedy == Remedy::RetryMessage).then(|| self.retry.delay_after(1)).flatten();
-                (reason, 1, delay.map(|delay| Utc::now() + delay))
+                (Parked::reason(&reason), 1, delay.map(|delay| Utc::now() + delay))
             }
         };
+        let position = item.message.as_ref().map_or(0, |message| message.position.0);
+        let lane = self.lanes[item.lane].key.id.clone();
+        let place = parked.next_place(&item.key, &lane, position);
         let document = Parked {
             subscription: self.name.clone(),
-            lane: self.lanes[item.lane].key.id.clone(),
+            lane,
             key: item.key.clone(),
             reason,
             attempts,
             parked_at: Utc::now(),
+            position,
             message: Parked::payload(&item.message),
         };
         let body = serde_json::to_string(&document).unwrap_or_default();
-        work.put_json(&parking::key(&self.name, &item.key, sequence), Some(body.into()), due);
-        parked.add(&item.key, Place { sequence, version: 1 });
+        work.put_expecting(&self.parked_document(&place), 0, Some(body.into()), due);
+        parked.add(&item.key, place);
+    }
+
+    pub(crate) fn parked_document(&self, place: &Place) -> DocumentKey {
+        DocumentKey::new(collection(&self.name), place.id.clone())
     }
 
     /// Moves the checkpoint of each lane past its last item.
@@ -370,7 +391,7 @@ impl Worker {
     pub async fn checkpoint(&mut self, next: i64) -> Result<(), Stop> {
         let mut work = Work::new(self.store.clone(), Stale::Nothing);
         let behind: HashMap<usize, i64> =
-            (0..self.lanes.len()).filter(|lane| self.lanes[*lane].next < next).map(|lane| (lane, next)).collect();
+            (0..self.lanes.len()).filter(|lane| self.lanes[*lane].is_before(next)).map(|lane| (lane, next)).collect();
         for index in behind.keys() {
             let lane = &self.lanes[*index];
             work.put_expecting(&lane.key, lane.version, Some(lane.body(next)), None);
@@ -379,75 +400,6 @@ impl Worker {
             Ok(_) => self.moved(behind, self.parked.clone()),
             Err(CommitError::DocumentConflict { key, .. }) => return Err(Stop::Fenced(key)),
             Err(error) => return Err(Stop::Store(StoreError::Unavailable(error.to_string()))),
-        }
-        Ok(())
-    }
-
-    /// Tries parked keys again whose time has come, each in order until one of its messages fails.
-    pub async fn redrive_due(&mut self) -> Result<(), Stop> {
-        if self.parked.is_empty() {
-            return Ok(());
-        }
-        let due = self.store.scan(&parking::collection(&self.name), &Scan::Due(Utc::now()), 64).await?;
-        for document in due {
-            let key = document.key.id.rsplit_once(" #").map(|(key, _)| Arc::<str>::from(key));
-            if let Some(key) = key.filter(|key| self.parked.has(key)) {
-                self.redrive(&key).await?;
-            }
-        }
-        Ok(())
-    }
-
-    async fn redrive(&mut self, key: &Arc<str>) -> Result<(), Stop> {
-        for place in self.parked.places(key) {
-            let document_key = parking::key(&self.name, key, place.sequence);
-            let found = self.store.documents(std::slice::from_ref(&document_key)).await?.into_iter().next().flatten();
-            let Some(document) = found else {
-                self.load_parked().await?;
-                return Ok(());
-            };
-            let Ok(mut parked) = serde_json::from_str::<Parked>(&document.body) else { return Ok(()) };
-            let mut work = Work::new(self.store.clone(), Stale::Everything);
-            let (outcome, terminal) = match parked.message() {
-                None => (Err("not a message".to_owned()), true),
-                Some(message) => {
-                    work.begin(message.id, message.effects());
-                    match self.handle(&message, &mut work).await {
-                        Ok(()) => (Ok(()), false),
-                        Err(error) if error.remedy() == Remedy::AwaitStore => return Ok(()),
-                        Err(error) => (Err(error.to_string()), error.remedy() == Remedy::Park),
-                    }
-                }
-            };
-            let handled = outcome.is_ok();
-            if let Err(reason) = outcome {
-                work.rollback();
-                parked.attempts += 1;
-                parked.reason = reason;
-                let delay = (!terminal).then(|| self.retry.delay_after(parked.attempts)).flatten();
-                let body = serde_json::to_string(&parked).unwrap_or_default();
-                work.put_expecting(
-                    &document_key,
-                    document.version,
-                    Some(body.into()),
-                    delay.map(|delay| Utc::now() + delay),
-                );
-            } else {
-                work.put_expecting(&document_key, document.version, None, None);
-            }
-            match work.commit().await {
-                Ok(_) if handled => self.parked.release_first(key),
-                Ok(_) => {
-                    self.parked.touch_first(key);
-                    return Ok(());
-                }
-                // The document is still due: the next tick tries again.
-                Err(error) => {
-                    tracing::warn!(subscription = %self.name, %key, %error, "redrive did not commit");
-                    self.load_parked().await?;
-                    return Ok(());
-                }
-            }
         }
         Ok(())
     }

@@ -4,4 +4,6 @@
 #![allow(clippy::unwrap_used)]
 
 pub mod bus;
+pub mod faulty;
 pub mod store;
+pub mod tally;

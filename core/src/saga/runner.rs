@@ -17,7 +17,8 @@ use super::{
 use crate::{
     backoff::Backoff,
     bus::Message,
-    event::named_id,
+    commit::{Commit, Document, Put},
+    event::{Metadata, Version, named_id},
     handler::{Handler, HandlerError, Terminal},
     health::Health,
     repository::{CACHED_AGGREGATES, ExecuteError, Repository, Request},
@@ -27,6 +28,8 @@ use crate::{
 
 /// How often the timers are looked at: the precision of every timeout and delay.
 pub const TIMER_TICK: Duration = Duration::from_millis(100);
+/// How long a timer is left alone whose saga takes no input, such as one of a definition that this build lacks.
+const REFUSED_TIMER: Duration = Duration::from_secs(30);
 /// Timers fired in one go.
 const DUE_PAGE: usize = 256;
 
@@ -107,7 +110,18 @@ impl<C: SagaState> Runner<C> {
     /// Acts on a stuck saga. The act is an event in its stream, with who and why.
     pub async fn operate(&self, id: &str, verb: Verb, by: &str, reason: &str) -> Result<(), ExecuteError<SagaRefusal>> {
         let what = What::Operate { verb, by: by.to_owned(), reason: reason.to_owned() };
-        self.instances.execute(id, self.ask(id, what), Request::from(Uuid::new_v4())).await?;
+        self.put_in(id, what).await
+    }
+
+    /// An input that no message brings. What follows from it still belongs to the request that the saga began with.
+    async fn put_in(&self, id: &str, what: What<C>) -> Result<(), ExecuteError<SagaRefusal>> {
+        let command_id = Uuid::new_v4();
+        let stream = self.instances.stream(id).map_err(|error| ExecuteError::Invalid(error.to_string()))?;
+        let first = self.store.read_stream(&stream, Version::START, 1).await;
+        let first = first.map_err(|error| ExecuteError::Unavailable(error.to_string()))?;
+        let metadata = first.first().map(|event| event.metadata.caused_by(command_id));
+        let metadata = metadata.unwrap_or_else(|| Metadata::of_request(command_id));
+        self.instances.execute(id, self.ask(id, what), Request { command_id, metadata }).await?;
         Ok(())
     }
 
@@ -146,24 +160,37 @@ impl<C: SagaState> Runner<C> {
                 Ok(due) => due,
                 Err(error) => {
                     reporter.trouble(error.to_string());
-                    backoff.wait().await;
+                    tokio::select! {
+                        () = backoff.wait() => {}
+                        () = shutdown.cancelled() => {}
+                    }
                     continue;
                 }
             };
             let mut fired = tokio::task::JoinSet::new();
             for document in due {
-                let (runner, id) = (self.clone(), document.key.id);
+                let runner = self.clone();
                 fired.spawn(async move {
-                    let ask = runner.ask(&id, What::Due);
-                    let outcome = runner.instances.execute(&id, ask, Request::from(Uuid::new_v4())).await;
-                    outcome.err().map(|error| format!("timer of saga {id}: {error}"))
+                    let outcome = runner.put_in(&document.key.id, What::Due).await;
+                    let Err(error) = outcome else { return None };
+                    let trouble = format!("timer of saga {}: {error}", document.key.id);
+                    if matches!(
+                        error,
+                        ExecuteError::Refused(_) | ExecuteError::Invalid(_) | ExecuteError::Undecodable(_)
+                    ) {
+                        runner.postpone(document).await;
+                    }
+                    Some(trouble)
                 });
             }
             let troubles: Vec<_> = fired.join_all().await.into_iter().flatten().collect();
             match troubles.into_iter().next() {
                 Some(trouble) => {
                     reporter.trouble(trouble);
-                    backoff.wait().await;
+                    tokio::select! {
+                        () = backoff.wait() => {}
+                        () = shutdown.cancelled() => {}
+                    }
                 }
                 None => {
                     reporter.fine();
@@ -173,6 +200,16 @@ impl<C: SagaState> Runner<C> {
         }
         health.set(&format!("{}.timers", self.name()), crate::health::State::Stopped);
         Ok(())
+    }
+}
+
+impl<C: SagaState> Runner<C> {
+    /// A saga that takes no input makes room for the timers of others, of which only so many are looked at together.
+    async fn postpone(&self, document: Document) {
+        let due = Some(Utc::now() + REFUSED_TIMER);
+        let put = Put { key: document.key, expected: Some(document.version), body: Some(document.body), due };
+        // If it does not hold, the saga has moved or the store is away: the next tick sees.
+        _ = self.store.commit(Commit { appends: Vec::new(), puts: vec![put] }).await;
     }
 }
 

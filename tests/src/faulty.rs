@@ -1,0 +1,267 @@
+//! A store that fails where a test says, around any other store.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use annals::{
+    Commit, CommitError, Committed, Document, DocumentKey, EventStore, LogPage, LogQuery, Position, Recorded, Scan,
+    StoreError, StoreStatus, StreamId, Version,
+};
+use async_trait::async_trait;
+use tokio::sync::watch;
+
+/// What happens to one commit.
+#[derive(Clone, Debug)]
+pub enum Fault {
+    /// It is not applied, and [`CommitError::Unavailable`] says so.
+    Unavailable,
+    /// It is not applied, and [`CommitError::Unknown`] does not say so.
+    LostUnknown,
+    /// It is applied, and [`CommitError::Unknown`] does not say so.
+    AppliedUnknown,
+    /// The process dies before it is applied: this call and all later ones fail.
+    CrashBefore,
+    /// The process dies after it is applied: this call and all later ones fail.
+    CrashAfter,
+    /// It waits at the gate, and is applied when the gate opens.
+    Hold(Gate),
+}
+
+/// Where a commit waits until a test lets it through. Clones are the same gate.
+#[derive(Clone, Debug, Default)]
+pub struct Gate(Arc<(watch::Sender<bool>, watch::Sender<bool>)>);
+
+impl Gate {
+    /// A closed gate.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Resolves once a commit waits at the gate.
+    pub async fn reached(&self) {
+        wait_for(&self.0.0).await;
+    }
+
+    /// Lets through whoever waits, and all who come later.
+    pub fn open(&self) {
+        self.0.1.send_replace(true);
+    }
+
+    async fn pass(&self) {
+        self.0.0.send_replace(true);
+        wait_for(&self.0.1).await;
+    }
+}
+
+async fn wait_for(flag: &watch::Sender<bool>) {
+    // The sender outlives the wait, so it cannot end otherwise.
+    _ = flag.subscribe().wait_for(|set| *set).await;
+}
+
+type Matches = Box<dyn Fn(&Commit) -> bool + Send + Sync>;
+
+/// A store with scripted faults. Commits are counted from 1; clones share the count and the script.
+///
+/// ```
+/// # use std::sync::Arc;
+/// # use annals::{Commit, CommitError, DocumentKey, EventStore, MemoryStore, Put};
+/// # use annals_tests::faulty::{Fault, FaultyStore};
+/// # #[tokio::main(flavor = "current_thread")] async fn main() {
+/// let store = FaultyStore::new(Arc::new(MemoryStore::new()));
+/// store.at(1, Fault::AppliedUnknown);
+/// let put = Put { key: DocumentKey::new("notes", "1"), expected: Some(0), body: Some("1".into()), due: None };
+/// let commit = Commit { appends: Vec::new(), puts: vec![put] };
+/// assert!(matches!(store.commit(commit.clone()).await, Err(CommitError::Unknown(_))));
+/// assert!(matches!(store.commit(commit).await, Err(CommitError::DocumentConflict { actual: 1, .. })));
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct FaultyStore {
+    inner: Arc<dyn EventStore>,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    script: Mutex<Script>,
+    crashed: watch::Sender<bool>,
+    away: watch::Sender<bool>,
+    /// Calls that met an outage.
+    refused: watch::Sender<u64>,
+    commits: watch::Sender<u64>,
+}
+
+#[derive(Default)]
+struct Script {
+    by_number: HashMap<u64, Fault>,
+    by_content: Vec<(Matches, Fault)>,
+}
+
+impl FaultyStore {
+    /// Nothing fails yet.
+    pub fn new(inner: Arc<dyn EventStore>) -> Self {
+        let shared = Shared {
+            script: Mutex::default(),
+            crashed: watch::Sender::new(false),
+            away: watch::Sender::new(false),
+            refused: watch::Sender::new(0),
+            commits: watch::Sender::new(0),
+        };
+        Self { inner, shared: Arc::new(shared) }
+    }
+
+    /// The fault of the `number`th commit.
+    pub fn at(&self, number: u64, fault: Fault) -> &Self {
+        self.script().by_number.insert(number, fault);
+        self
+    }
+
+    /// The fault of the next commit that is like this, once.
+    pub fn when(&self, matches: impl Fn(&Commit) -> bool + Send + Sync + 'static, fault: Fault) -> &Self {
+        self.script().by_content.push((Box::new(matches), fault));
+        self
+    }
+
+    /// The fault of the next commit that moves a checkpoint whose id starts like this, once.
+    pub fn when_checkpoint(&self, id: &str, fault: Fault) -> &Self {
+        let id = id.to_owned();
+        let moves =
+            move |put: &annals::Put| &*put.key.collection == annals::worker::CHECKPOINTS && put.key.id.starts_with(&id);
+        self.when(move |commit| commit.puts.iter().any(&moves), fault)
+    }
+
+    /// From now on every call fails: the process has lost the store for good. What waits in the store fails too.
+    pub fn crash(&self) {
+        self.shared.crashed.send_replace(true);
+    }
+
+    /// Resolves once it has crashed.
+    pub async fn crashed(&self) {
+        wait_for(&self.shared.crashed).await;
+    }
+
+    /// Whether it has crashed.
+    pub fn has_crashed(&self) -> bool {
+        *self.shared.crashed.borrow()
+    }
+
+    /// Makes every call fail as unavailable until it is back.
+    pub fn away(&self, away: bool) {
+        self.shared.away.send_replace(away);
+    }
+
+    /// Resolves once this many calls have met an outage.
+    pub async fn refused(&self, calls: u64) {
+        _ = self.shared.refused.subscribe().wait_for(|refused| *refused >= calls).await;
+    }
+
+    /// How many commits were asked for.
+    pub fn commits(&self) -> u64 {
+        *self.shared.commits.borrow()
+    }
+
+    /// Resolves once this many commits were asked for.
+    pub async fn committed(&self, commits: u64) {
+        _ = self.shared.commits.subscribe().wait_for(|asked| *asked >= commits).await;
+    }
+
+    fn script(&self) -> std::sync::MutexGuard<'_, Script> {
+        self.shared.script.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn fault(&self, number: u64, commit: &Commit) -> Option<Fault> {
+        let mut script = self.script();
+        if let Some(fault) = script.by_number.remove(&number) {
+            return Some(fault);
+        }
+        let index = script.by_content.iter().position(|(matches, _)| matches(commit))?;
+        Some(script.by_content.remove(index).1)
+    }
+
+    fn check(&self) -> Result<(), StoreError> {
+        if self.has_crashed() {
+            return Err(StoreError::Unavailable("this process has crashed".into()));
+        }
+        if *self.shared.away.borrow() {
+            self.shared.refused.send_modify(|refused| *refused += 1);
+            return Err(StoreError::Unavailable("the store is away".into()));
+        }
+        Ok(())
+    }
+}
+
+fn unavailable(error: StoreError) -> CommitError {
+    CommitError::Unavailable(error.to_string())
+}
+
+#[async_trait]
+impl EventStore for FaultyStore {
+    async fn commit(&self, commit: Commit) -> Result<Committed, CommitError> {
+        self.check().map_err(unavailable)?;
+        let mut number = 0;
+        self.shared.commits.send_modify(|commits| {
+            *commits += 1;
+            number = *commits;
+        });
+        match self.fault(number, &commit) {
+            None => self.inner.commit(commit).await,
+            Some(Fault::Unavailable) => Err(CommitError::Unavailable("scripted".into())),
+            Some(Fault::LostUnknown) => Err(CommitError::Unknown("scripted".into())),
+            Some(Fault::AppliedUnknown) => {
+                self.inner.commit(commit).await?;
+                Err(CommitError::Unknown("scripted".into()))
+            }
+            Some(Fault::CrashBefore) => {
+                self.crash();
+                self.check().map_err(unavailable)?;
+                Err(CommitError::Unknown("crashed".into()))
+            }
+            Some(Fault::CrashAfter) => {
+                let committed = self.inner.commit(commit).await;
+                self.crash();
+                self.check().map_err(unavailable)?;
+                committed
+            }
+            Some(Fault::Hold(gate)) => {
+                gate.pass().await;
+                self.check().map_err(unavailable)?;
+                self.inner.commit(commit).await
+            }
+        }
+    }
+
+    async fn read_stream(&self, stream: &StreamId, after: Version, limit: usize) -> Result<Vec<Recorded>, StoreError> {
+        self.check()?;
+        self.inner.read_stream(stream, after, limit).await
+    }
+
+    async fn read_log(&self, query: &LogQuery, after: Position, limit: usize) -> Result<LogPage, StoreError> {
+        self.check()?;
+        self.inner.read_log(query, after, limit).await
+    }
+
+    async fn documents(&self, keys: &[DocumentKey]) -> Result<Vec<Option<Document>>, StoreError> {
+        self.check()?;
+        self.inner.documents(keys).await
+    }
+
+    async fn scan(&self, collection: &str, scan: &Scan, limit: usize) -> Result<Vec<Document>, StoreError> {
+        self.check()?;
+        self.inner.scan(collection, scan, limit).await
+    }
+
+    async fn wait(&self, after: Position) -> Result<(), StoreError> {
+        self.check()?;
+        tokio::select! {
+            woken = self.inner.wait(after) => woken,
+            () = wait_for(&self.shared.crashed) => self.check(),
+            () = wait_for(&self.shared.away) => self.check(),
+        }
+    }
+
+    async fn status(&self) -> Result<StoreStatus, StoreError> {
+        self.check()?;
+        self.inner.status().await
+    }
+}

@@ -1,0 +1,181 @@
+//! A small domain for tests of the engine: tallies that are added to, and handlers that copy them.
+
+use std::{sync::Arc, time::Duration};
+
+use annals::{
+    Aggregate, Commit, DocumentKey, Event, EventStore, Handler, HandlerError, LogQuery, Message, Position, Repository,
+    Scan, Work,
+};
+use async_trait::async_trait;
+use uuid::Uuid;
+
+/// What happens to a tally.
+#[derive(Event, Clone, Debug, PartialEq)]
+#[event(prefix = "tally")]
+pub enum TallyEvent {
+    /// Something was added.
+    Added {
+        /// How much.
+        amount: i64,
+    },
+    /// It takes no more.
+    Closed,
+}
+
+/// What can be asked of a tally.
+#[derive(Clone, Debug)]
+pub enum TallyCommand {
+    /// Add this.
+    Add(i64),
+    /// Add one, this many times.
+    AddOnes(usize),
+    /// Take no more.
+    Close,
+    /// Panic while deciding.
+    Panic,
+    /// Nothing at all.
+    Nothing,
+}
+
+/// It is closed.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[error("the tally is closed at {0}")]
+pub struct Closed(pub i64);
+
+/// A sum, and what it was made of.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Tally {
+    /// All amounts, in order.
+    pub amounts: Vec<i64>,
+    /// Whether it takes no more.
+    pub closed: bool,
+}
+
+impl Tally {
+    /// Their sum.
+    pub fn sum(&self) -> i64 {
+        self.amounts.iter().sum()
+    }
+}
+
+impl Aggregate for Tally {
+    const CATEGORY: &'static str = "tally";
+    type Command = TallyCommand;
+    type Event = TallyEvent;
+    type Refusal = Closed;
+
+    fn decide(&self, command: &TallyCommand) -> Result<Vec<TallyEvent>, Closed> {
+        match command {
+            _ if self.closed => Err(Closed(self.sum())),
+            TallyCommand::Add(amount) => Ok(vec![TallyEvent::Added { amount: *amount }]),
+            TallyCommand::AddOnes(times) => Ok(vec![TallyEvent::Added { amount: 1 }; *times]),
+            TallyCommand::Close => Ok(vec![TallyEvent::Closed]),
+            TallyCommand::Panic => panic!("decided to panic"),
+            TallyCommand::Nothing => Ok(vec![]),
+        }
+    }
+
+    fn evolve(&mut self, event: &TallyEvent) {
+        match event {
+            TallyEvent::Added { amount } => self.amounts.push(*amount),
+            TallyEvent::Closed => self.closed = true,
+        }
+    }
+}
+
+/// Where a [`Copier`] writes what it has seen of a tally.
+pub fn copied(id: &str) -> DocumentKey {
+    DocumentKey::new("copied", id)
+}
+
+/// A handler with effects of both kinds: it appends each amount to a list in a document, and adds it to the tally
+/// `copy.<id>` under category `copy`.
+pub struct Copier {
+    copies: Repository<Tally>,
+}
+
+impl Copier {
+    /// A copier with a cache of its own.
+    pub fn new(store: Arc<dyn EventStore>) -> Self {
+        Self { copies: Repository::with(store, "copy", 1_000) }
+    }
+}
+
+#[async_trait]
+impl Handler for Copier {
+    async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
+        let Some(TallyEvent::Added { amount }) = message.decode()? else { return Ok(()) };
+        let id = message.subject.split_once('-').map_or("", |(_, id)| id);
+        let mut seen: Vec<i64> = work.document(&copied(id)).await?.unwrap_or_default();
+        seen.push(amount);
+        work.put(&copied(id), &seen)?;
+        work.execute(&self.copies, id, &TallyCommand::Add(amount)).await?;
+        Ok(())
+    }
+}
+
+/// Records amounts on the tally of this id, an event each.
+pub async fn add(store: &Arc<dyn EventStore>, id: &str, amounts: impl IntoIterator<Item = i64>) {
+    let tallies = Repository::<Tally>::new(store.clone());
+    for amount in amounts {
+        let added = tallies.execute(id, TallyCommand::Add(amount), Uuid::new_v4()).await;
+        added.unwrap_or_else(|error| panic!("adding {amount} to {id}: {error}"));
+    }
+}
+
+/// What the [`Copier`] has written of a tally: its document, and its copy of the tally.
+pub async fn copies(store: &Arc<dyn EventStore>, id: &str) -> (Vec<i64>, Vec<i64>) {
+    let found = document(store, &copied(id)).await;
+    let copies = Repository::<Tally>::with(store.clone(), "copy", 1);
+    let copy = copies.state(id).await.unwrap_or_else(|error| panic!("copy of {id}: {error}"));
+    (found.map(|body| serde_json::from_str(&body).unwrap_or_default()).unwrap_or_default(), copy.amounts)
+}
+
+/// The body of a document.
+pub async fn document(store: &Arc<dyn EventStore>, key: &DocumentKey) -> Option<Arc<str>> {
+    let found = store.documents(std::slice::from_ref(key)).await;
+    let found = found.unwrap_or_else(|error| panic!("document {key}: {error}"));
+    found.into_iter().next().flatten().map(|document| document.body)
+}
+
+/// Every document of a collection: id and body.
+pub async fn documents(store: &Arc<dyn EventStore>, collection: &str) -> Vec<(Arc<str>, Arc<str>)> {
+    let found = store.scan(collection, &Scan::After("".into()), 10_000).await;
+    let found = found.unwrap_or_else(|error| panic!("collection {collection}: {error}"));
+    found.into_iter().map(|document| (document.key.id, document.body)).collect()
+}
+
+/// The whole log, as stream, type and data.
+pub async fn log(store: &Arc<dyn EventStore>) -> Vec<annals::Recorded> {
+    let (mut all, mut after) = (Vec::new(), Position::START);
+    loop {
+        let page = store.read_log(&LogQuery::all(), after, 1_000).await;
+        let page = page.unwrap_or_else(|error| panic!("the log: {error}"));
+        if page.next == after {
+            return all;
+        }
+        after = page.next;
+        all.extend(page.events.iter().map(|event| annals::Recorded::clone(event)));
+    }
+}
+
+/// Looks again, each time something may have changed, until `look` finds what it waits for.
+///
+/// What the engine does shows in its store alone, and a document says nothing when it changes: this looks every few
+/// milliseconds, and fails after half a minute.
+pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut look: impl FnMut() -> F) -> T {
+    let found = tokio::time::timeout(Duration::from_secs(30), async {
+        loop {
+            if let Some(found) = look().await {
+                return found;
+            }
+            tokio::time::sleep(Duration::from_millis(3)).await;
+        }
+    });
+    found.await.unwrap_or_else(|_| panic!("never came about: {what}"))
+}
+
+/// Whether a commit has nothing but what this says.
+pub fn touches(commit: &Commit, collection: &str) -> bool {
+    commit.puts.iter().any(|put| &*put.key.collection == collection)
+}
