@@ -21,6 +21,8 @@ pub enum Fault {
     LostUnknown,
     /// It is applied, and [`CommitError::Unknown`] does not say so.
     AppliedUnknown,
+    /// It is not applied, [`CommitError::Unknown`] does not say so, and the store is [away](FaultyStore::away) from then on.
+    LostAndAway,
     /// The process dies before it is applied: this call and all later ones fail.
     CrashBefore,
     /// The process dies after it is applied: this call and all later ones fail.
@@ -151,6 +153,11 @@ impl FaultyStore {
         self.shared.away.send_replace(away);
     }
 
+    /// Whether it is away.
+    pub fn is_away(&self) -> bool {
+        *self.shared.away.borrow()
+    }
+
     /// Resolves once this many calls have met an outage.
     pub async fn refused(&self, calls: u64) {
         _ = self.shared.refused.subscribe().wait_for(|refused| *refused >= calls).await;
@@ -208,6 +215,10 @@ impl EventStore for FaultyStore {
             None => self.inner.commit(commit).await,
             Some(Fault::Unavailable) => Err(CommitError::Unavailable("scripted".into())),
             Some(Fault::LostUnknown) => Err(CommitError::Unknown("scripted".into())),
+            Some(Fault::LostAndAway) => {
+                self.away(true);
+                Err(CommitError::Unknown("scripted".into()))
+            }
             Some(Fault::AppliedUnknown) => {
                 self.inner.commit(commit).await?;
                 Err(CommitError::Unknown("scripted".into()))
@@ -253,6 +264,7 @@ impl EventStore for FaultyStore {
 
     async fn wait(&self, after: Position) -> Result<(), StoreError> {
         self.check()?;
+        // As a dropped connection does, an outage ends what waits.
         tokio::select! {
             woken = self.inner.wait(after) => woken,
             () = wait_for(&self.shared.crashed) => self.check(),

@@ -163,7 +163,7 @@ pub async fn log(store: &Arc<dyn EventStore>) -> Vec<annals::Recorded> {
 ///
 /// What the engine does shows in its store alone, and a document says nothing when it changes: this looks every few
 /// milliseconds, and fails after half a minute.
-pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut look: impl FnMut() -> F) -> T {
+pub async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
     let found = tokio::time::timeout(Duration::from_secs(30), async {
         loop {
             if let Some(found) = look().await {
