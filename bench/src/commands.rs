@@ -55,7 +55,7 @@ async fn place(
             async move {
                 let asked = Instant::now();
                 // A task each, as in a server: a single one would decide and encode on one core only.
-                let placed = tokio::spawn(async move { orders.execute(&id, command, Uuid::new_v4()).await.map(drop) });
+                let placed = tokio::spawn(async move { orders.create(&id, command, Uuid::new_v4()).await.map(drop) });
                 placed.await.map(|outcome| outcome.map(|()| asked.elapsed()))
             }
         })

@@ -103,6 +103,7 @@ struct Waiting<A: Aggregate> {
     id: String,
     command: A::Command,
     request: Request,
+    expect_new: bool,
     answer: oneshot::Sender<Answer<A>>,
 }
 
@@ -133,9 +134,24 @@ impl<A: Aggregate> Repository<A> {
         command: A::Command,
         request: impl Into<Request>,
     ) -> Result<Decided<A::Event>, ExecuteError<A::Refusal>> {
+        self.ask(id, command, request.into(), false).await
+    }
+
+    /// Like [`execute`](Self::execute) on an aggregate that is expected not to exist yet, which saves reading it. If it does
+    /// exist, nothing is lost but time: the commit fails its check, and the command is decided again with reading.
+    pub async fn create(
+        &self,
+        id: &str,
+        command: A::Command,
+        request: impl Into<Request>,
+    ) -> Result<Decided<A::Event>, ExecuteError<A::Refusal>> {
+        self.ask(id, command, request.into(), true).await
+    }
+
+    async fn ask(&self, id: &str, command: A::Command, request: Request, expect_new: bool) -> Answer<A> {
         let stream = self.stream(id).map_err(|error| ExecuteError::Invalid(error.to_string()))?;
         let (answer, answered) = oneshot::channel();
-        let waiting = Waiting { id: id.to_owned(), command, request: request.into(), answer };
+        let waiting = Waiting { id: id.to_owned(), command, request, expect_new, answer };
         let first = {
             let mut lines = self.inner.lines.lock().unwrap_or_else(PoisonError::into_inner);
             let line = lines.get_mut(&stream);
@@ -191,7 +207,11 @@ impl<A: Aggregate> Repository<A> {
             let mut results = Vec::with_capacity(batch.len());
             for waiting in &batch {
                 work.begin(waiting.request.command_id, waiting.request.metadata.clone());
-                let decided = caught(work.execute(self, &waiting.id, &waiting.command)).await;
+                let decided = if waiting.expect_new {
+                    caught(work.create(self, &waiting.id, &waiting.command)).await
+                } else {
+                    caught(work.execute(self, &waiting.id, &waiting.command)).await
+                };
                 results.push(decided.map_or_else(
                     |panic| {
                         work.rollback();

@@ -235,14 +235,14 @@ impl Shop {
             }
             Invoice::Order { id, customer, lines } => {
                 let place = OrderCommand::Place { order_id: id.clone(), customer, lines: order_lines(lines) };
-                match self.counter.orders.execute(&id, place, command_id).await {
+                match self.counter.orders.create(&id, place, command_id).await {
                     Ok(decided) => ("checkout", id, decided.repeated || decided.events.is_empty()),
                     Err(error) => return rejected(format!("order {id:.60}: {error}")),
                 }
             }
             Invoice::Return { id, customer, lines } => {
                 let open = ReturnCommand::Open { return_id: id.clone(), customer, lines: order_lines(lines) };
-                match self.counter.returns.execute(&id, open, command_id).await {
+                match self.counter.returns.create(&id, open, command_id).await {
                     Ok(decided) => ("return", id, decided.repeated || decided.events.is_empty()),
                     Err(error) => return rejected(format!("return {id:.60}: {error}")),
                 }
