@@ -4,3 +4,4 @@ pub mod bus;
 pub mod faulty;
 pub mod store;
 pub mod tally;
+pub mod trip;
