@@ -269,6 +269,17 @@ impl Work {
         Ok(Decided { events, repeated: false })
     }
 
+    /// Whether the stream has what this command gave, as far as this work knows it.
+    pub(crate) async fn has_executed<A: Aggregate>(
+        &mut self,
+        command_id: Uuid,
+        repository: &Repository<A>,
+        id: &str,
+    ) -> Result<bool, WorkError<A::Refusal>> {
+        let stream = repository.stream(id)?;
+        Ok(self.staged(repository, &stream, false).await?.current().version_of(derived_id(command_id, 0)).is_some())
+    }
+
     async fn staged<A: Aggregate>(
         &mut self,
         repository: &Repository<A>,

@@ -264,16 +264,18 @@ impl Worker {
                 work.begin(uuid::Uuid::nil(), Default::default());
                 self.park(item, work, parked, None);
             } else {
+                // Always: what is rolled back must be its own.
+                match &item.message {
+                    Ok(message) => work.begin(message.id, message.effects()),
+                    Err(_) => work.begin(uuid::Uuid::nil(), Default::default()),
+                }
                 let outcome = match (&item.message, refused) {
                     (_, Some(reason)) => Err(HandlerError::from(reason)),
                     (Err(undecodable), _) => Err(HandlerError::from(undecodable.clone())),
-                    (Ok(message), _) => {
-                        work.begin(message.id, message.effects());
-                        match unprepared.take() {
-                            Some(error) => Err(error),
-                            None => self.handle(message, work).await,
-                        }
-                    }
+                    (Ok(message), _) => match unprepared.take() {
+                        Some(error) => Err(error),
+                        None => self.handle(message, work).await,
+                    },
                 };
                 if let Err(error) = outcome {
                     let hopeless = refused.is_some() || item.message.is_err();

@@ -7,3 +7,4 @@ pub mod bus;
 pub mod faulty;
 pub mod store;
 pub mod tally;
+pub mod trip;

@@ -231,6 +231,13 @@ impl<P: Participant> Handler for Desk<P> {
         } else {
             work.load(&self.participations, &message.key).await?
         };
+        // All attempts at a step have one id, and one that an operator asks for has the number of an earlier one; each is
+        // answered once. One that was answered is not carried out again when it is delivered again: it may have failed,
+        // and what it did now would not be known to have been done.
+        let answer_id = named_id(message.id, &format!("answer {} {}", step.attempt, message.metadata.causation_id));
+        if work.has_executed(answer_id, &self.participations, &message.key).await? {
+            return Ok(());
+        }
         let outcome = match decide_step(&known, &step) {
             Step::Ignore => return Ok(()),
             Step::Bar => Outcome::Done(Value::Null),
@@ -257,8 +264,6 @@ impl<P: Participant> Handler for Desk<P> {
         };
         let reply = Reply { at: step.at, call: step.call, attempt: step.attempt, outcome };
         let replied = StepEvent::Replied { saga: message.key.to_string(), reply_to, reply };
-        // All attempts at a step have one id, but each is answered.
-        let answer_id = named_id(message.id, &format!("answer {}", step.attempt));
         work.stage_as(answer_id, &self.participations, &message.key, &replied, false).await?;
         Ok(())
     }

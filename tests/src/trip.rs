@@ -1,0 +1,257 @@
+//! A small saga for tests of the engine: a trip is booked at a hotel, charged by a bank, confirmed and announced.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use annals::{
+    Answer, DocumentKey, Event, EventStore, HandlerError, LocalBus, LogQuery, Message, Metadata, Participant, Recorded,
+    Repository, Runtime, Saga, SagaState, Service, StepError, Version, Work,
+    saga::{Outcome, Request, Runner, SagaStatus, Status},
+};
+use async_trait::async_trait;
+use tokio::sync::watch;
+use uuid::Uuid;
+
+use crate::tally::{Tally, TallyCommand, document, eventually};
+
+/// What a trip's saga knows.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Trip {
+    /// Its id.
+    pub id: String,
+    /// What it heard of its steps.
+    #[serde(default)]
+    pub heard: Vec<String>,
+}
+
+impl SagaState for Trip {
+    fn learn(&mut self, step: &str, outcome: &Outcome) {
+        let heard = match outcome {
+            Outcome::Done(_) => "done",
+            Outcome::Refused(_) => "refused",
+            Outcome::Failed(_) => "given up",
+        };
+        self.heard.push(format!("{step} {heard}"));
+    }
+}
+
+/// What is asked of a participant.
+#[derive(Event, Clone, Debug, PartialEq)]
+#[event(prefix = "act")]
+pub enum Act {
+    /// A step.
+    Do {
+        /// Which.
+        step: String,
+        /// Of which trip.
+        trip: String,
+    },
+    /// Its undo.
+    Undo {
+        /// Of which step.
+        step: String,
+        /// Of which trip.
+        trip: String,
+    },
+}
+
+/// Asks for a step.
+pub fn ask(service: &str, step: &str, trip: &Trip) -> Request {
+    Request::to(service, &Act::Do { step: step.to_owned(), trip: trip.id.clone() })
+}
+
+/// Asks for its undo.
+pub fn take_back(service: &str, step: &str, trip: &Trip) -> Request {
+    Request::to(service, &Act::Undo { step: step.to_owned(), trip: trip.id.clone() })
+}
+
+/// The plan, with the same patience at each step.
+pub fn trip(timeout: Duration, attempts: u32) -> Saga<Trip> {
+    Saga::named("trip")
+        .compensatable("book", |trip| ask("hotel", "book", trip))
+        .undo(|trip| take_back("hotel", "book", trip))
+        .timeout(timeout)
+        .attempts(attempts)
+        .compensatable("charge", |trip| ask("bank", "charge", trip))
+        .undo(|trip| take_back("bank", "charge", trip))
+        .timeout(timeout)
+        .attempts(attempts)
+        .pivot("confirm", |trip| ask("shop", "confirm", trip))
+        .timeout(timeout)
+        .attempts(attempts)
+        .retriable("announce", |trip| ask("hotel", "announce", trip))
+        .timeout(timeout)
+        .attempts(attempts)
+        .build()
+}
+
+/// How a participant plays a step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Play {
+    /// It refuses.
+    Refuse,
+    /// It fails.
+    Fail,
+    /// It panics.
+    Panic,
+}
+
+/// What the participants do, other than what they are asked: `book`, or `undo book`.
+#[derive(Clone, Default)]
+pub struct Script {
+    plays: Arc<Mutex<HashMap<String, (Play, u32)>>>,
+    asked: watch::Sender<Vec<(String, Uuid)>>,
+}
+
+impl Script {
+    /// The next so many times that this is asked.
+    pub fn play(&self, name: &str, play: Play, times: u32) -> &Self {
+        self.plays().insert(name.to_owned(), (play, times));
+        self
+    }
+
+    /// From now on all do as they are asked.
+    pub fn behave(&self) {
+        self.plays().clear();
+    }
+
+    /// Everything that was asked, with the id that it was asked under.
+    pub fn asked(&self) -> Vec<(String, Uuid)> {
+        self.asked.borrow().clone()
+    }
+
+    /// Resolves once this was asked so many times.
+    pub async fn asked_for(&self, name: &str, times: usize) {
+        let enough = |asked: &Vec<(String, Uuid)>| asked.iter().filter(|(asked, _)| asked == name).count() >= times;
+        _ = self.asked.subscribe().wait_for(enough).await;
+    }
+
+    fn plays(&self) -> std::sync::MutexGuard<'_, HashMap<String, (Play, u32)>> {
+        self.plays.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn next(&self, name: &str, id: Uuid) -> Option<Play> {
+        self.asked.send_modify(|asked| asked.push((name.to_owned(), id)));
+        let mut plays = self.plays();
+        let (play, times) = plays.get_mut(name)?;
+        *times = times.checked_sub(1)?;
+        Some(*play)
+    }
+}
+
+/// A participant that writes what it does into the trip's ledger, in the same commit.
+pub struct Clerk(pub Script);
+
+#[async_trait]
+impl Participant for Clerk {
+    type Command = Act;
+
+    async fn perform(&self, act: Act, work: &mut Work) -> Result<Answer, StepError> {
+        let (name, trip) = match act {
+            Act::Do { step, trip } => (step, trip),
+            Act::Undo { step, trip } => (format!("undo {step}"), trip),
+        };
+        let key = DocumentKey::new("ledger", &*trip);
+        let mut ledger: Vec<String> = work.document(&key).await?.unwrap_or_default();
+        ledger.push(name.clone());
+        // Staged before it fails, so that it shows if anything of it is kept.
+        work.put(&key, &ledger)?;
+        match self.0.next(&name, work.cause_id()) {
+            None => Ok(Answer::DONE),
+            Some(Play::Refuse) => Err(StepError::Refused(format!("no {name} today"))),
+            Some(Play::Fail) => Err(StepError::Failed(format!("{name} does not work"))),
+            Some(Play::Panic) => panic!("{name} is too much"),
+        }
+    }
+}
+
+/// A tally that is added to starts the trip of its id.
+pub fn starts(message: &Message) -> Result<Option<(String, Trip)>, HandlerError> {
+    let id = message.subject.split_once('-').map_or("", |(_, id)| id).to_owned();
+    Ok((&*message.type_name == "tally.added").then(|| (id.clone(), Trip { id, heard: Vec::new() })))
+}
+
+/// What tallies say.
+pub fn tallies() -> LogQuery {
+    LogQuery::categories(["tally"])
+}
+
+/// The services of a trip, all on one store.
+pub struct World {
+    /// What outlives every process.
+    pub store: Arc<dyn EventStore>,
+    /// Between them.
+    pub bus: Arc<LocalBus>,
+    /// What the participants do.
+    pub script: Script,
+    /// The saga's plan.
+    pub plan: Saga<Trip>,
+}
+
+impl World {
+    /// With this plan, on this store.
+    pub fn new(store: Arc<dyn EventStore>, plan: Saga<Trip>) -> Self {
+        Self { store, bus: Arc::new(LocalBus::default()), script: Script::default(), plan }
+    }
+
+    /// Its runner, on this store.
+    pub fn runner(&self, store: &Arc<dyn EventStore>) -> Runner<Trip> {
+        Runner::new(store.clone(), self.plan.clone(), tallies(), starts)
+    }
+
+    /// A service as it runs on this store; the shop is the one with the saga.
+    pub fn service(&self, name: &str, store: &Arc<dyn EventStore>) -> Service {
+        let service = Service::new(name, store.clone()).participant(Clerk(self.script.clone()));
+        if name == "shop" { service.saga(self.runner(store)) } else { service }
+    }
+
+    /// A process with these services, on the world's own store.
+    pub async fn start(&self, names: &[&str]) -> Runtime {
+        self.start_on(&self.store, names).await
+    }
+
+    /// A process with these services, on this store.
+    pub async fn start_on(&self, store: &Arc<dyn EventStore>, names: &[&str]) -> Runtime {
+        let services = names.iter().map(|name| self.service(name, store)).collect();
+        let mut runtime = Runtime::new();
+        runtime.start(services, self.bus.clone()).await.unwrap_or_else(|error| panic!("start: {error}"));
+        runtime
+    }
+
+    /// Asks for a trip, in this trace.
+    pub async fn request(&self, id: &str, request: Uuid, traceparent: Option<&str>) {
+        let metadata = Metadata { traceparent: traceparent.map(Arc::from), ..Metadata::of_request(request) };
+        let tallies = Repository::<Tally>::new(self.store.clone());
+        let asked = annals::Request { command_id: request, metadata };
+        let added = tallies.execute(id, TallyCommand::Add(1), asked).await;
+        added.unwrap_or_else(|error| panic!("request {id}: {error}"));
+    }
+
+    /// What operators see of it.
+    pub async fn status(&self, id: &str) -> Option<SagaStatus> {
+        let body = document(&self.store, &DocumentKey::new("saga.trip", id)).await?;
+        Some(serde_json::from_str(&body).unwrap_or_else(|error| panic!("{body}: {error}")))
+    }
+
+    /// Waits until operators see it so.
+    pub async fn becomes(&self, id: &str, status: Status) -> SagaStatus {
+        let is_so = async || self.status(id).await.filter(|found| found.status == status);
+        eventually(&format!("trip {id} is {status:?}"), is_so).await
+    }
+
+    /// What the participants did for it.
+    pub async fn ledger(&self, id: &str) -> Vec<String> {
+        let found = document(&self.store, &DocumentKey::new("ledger", id)).await;
+        found.map(|body| serde_json::from_str(&body).unwrap_or_default()).unwrap_or_default()
+    }
+
+    /// The saga's own events.
+    pub async fn history(&self, id: &str) -> Vec<Recorded> {
+        let stream = annals::StreamId::from_stored(&format!("saga.trip-{id}"));
+        let found = self.store.read_stream(&stream, Version::START, 1_000).await;
+        found.unwrap_or_else(|error| panic!("{stream}: {error}"))
+    }
+}

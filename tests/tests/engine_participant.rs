@@ -1,0 +1,165 @@
+//! The barrier at a participant: a step once, its undo once, whatever the bus delivers and in which order.
+#![allow(clippy::unwrap_used)]
+
+use std::sync::Arc;
+
+use annals::{
+    Event, EventStore, LocalBus, MemoryStore, Message, Metadata, Position, Publisher, Runtime, Service, Version,
+    bus::Outgoing,
+    saga::{At, Outcome, StepEvent},
+};
+use annals_tests::{
+    bus::{Member, within},
+    tally::{documents, eventually},
+    trip::{Act, Clerk, Play, Script},
+};
+use uuid::Uuid;
+
+const TRIP: &str = "saga.trip-a";
+
+struct Desk {
+    store: Arc<dyn EventStore>,
+    bus: LocalBus,
+    script: Script,
+    replies: Member,
+    runtime: Runtime,
+    step: Uuid,
+}
+
+impl Desk {
+    async fn open() -> Self {
+        let (store, bus, script): (Arc<dyn EventStore>, _, _) =
+            (Arc::new(MemoryStore::new()), LocalBus::default(), Script::default());
+        let replies = Member::join(&bus, "spy", "shop.commands").await;
+        let mut runtime = Runtime::new();
+        let bank = Service::new("bank", store.clone()).participant(Clerk(script.clone()));
+        runtime.start(vec![bank], Arc::new(bus.clone())).await.unwrap();
+        Self { store, bus, script, replies, runtime, step: Uuid::new_v4() }
+    }
+
+    /// A command as the relay makes it; `sent` is the saga's event that sent it.
+    fn command(&self, at: At, attempt: u32, sent: u128) -> Message {
+        let act = match at {
+            At::Undo(_) => Act::Undo { step: "charge".into(), trip: "a".into() },
+            At::Forward(_) | At::Closing(_) => Act::Do { step: "charge".into(), trip: "a".into() },
+        };
+        let attributes = [
+            ("sagastep", at.to_string()),
+            ("sagacall", "0".into()),
+            ("sagaattempt", attempt.to_string()),
+            ("sagamustsucceed", matches!(at, At::Undo(_)).to_string()),
+            ("sagareplyto", "shop".into()),
+        ];
+        Message {
+            id: Uuid::new_v5(&self.step, at.to_string().as_bytes()),
+            type_name: act.type_name().into(),
+            schema_version: 1,
+            source: "shop".into(),
+            subject: TRIP.into(),
+            key: TRIP.into(),
+            data: act.encode().unwrap().into(),
+            metadata: Metadata { causation_id: Uuid::from_u128(sent), ..Metadata::default() },
+            time: chrono::Utc::now(),
+            position: Position(1),
+            version: Version::START,
+            extensions: attributes.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+        }
+    }
+
+    async fn send(&self, messages: Vec<Message>) {
+        let outgoing = messages.into_iter().map(|message| Outgoing { topic: "bank.commands".into(), message });
+        // It resolves once the desk has committed what it made of them.
+        let receipt = self.bus.publish(outgoing.collect()).await.unwrap();
+        within("the bank", receipt).await.unwrap();
+    }
+
+    async fn reply(&mut self) -> Outcome {
+        let delivery = self.replies.collect(1).await.remove(0);
+        let StepEvent::Replied { reply, .. } = delivery.message.unwrap().decode().unwrap().unwrap();
+        reply.outcome
+    }
+
+    async fn ledger(&self) -> Vec<String> {
+        let found = documents(&self.store, "ledger").await;
+        found.first().map(|(_, body)| serde_json::from_str(body).unwrap()).unwrap_or_default()
+    }
+
+    /// Nothing is parked, and no reply is left that was not asked for.
+    async fn close(mut self, replies: usize) {
+        assert_eq!(documents(&self.store, "parked.bank.commands").await, []);
+        let stream = annals::StreamId::from_stored(&format!("step.bank-{TRIP}"));
+        let answers = self.store.read_stream(&stream, Version::START, 100).await.unwrap();
+        assert_eq!(answers.len(), replies);
+        let health = self.runtime.health();
+        self.script.behave();
+        assert!(health.is_fine(), "{:?}", health.parts());
+        drop(std::mem::take(&mut self.runtime));
+    }
+}
+
+#[tokio::test]
+async fn repeated_step_and_undo_are_carried_out_once() {
+    let mut desk = Desk::open().await;
+    let (step, undo) = (At::Forward(1), At::Undo(1));
+    let once = desk.command(step, 1, 1);
+    desk.send(vec![once.clone(), once.clone()]).await;
+    desk.send(vec![once, desk.command(step, 2, 2)]).await;
+    assert_eq!(desk.reply().await, Outcome::Done(serde_json::Value::Null));
+    assert_eq!(desk.ledger().await, ["charge"]);
+    let once = desk.command(undo, 1, 3);
+    desk.send(vec![once.clone(), desk.command(undo, 2, 4), once]).await;
+    assert_eq!(desk.reply().await, Outcome::Done(serde_json::Value::Null));
+    // The step once more, far too late.
+    desk.send(vec![desk.command(step, 3, 5)]).await;
+    assert_eq!(desk.ledger().await, ["charge", "undo charge"]);
+    desk.close(2).await;
+}
+
+#[tokio::test]
+async fn undo_that_comes_first_bars_the_step() {
+    let mut desk = Desk::open().await;
+    desk.send(vec![desk.command(At::Undo(1), 1, 2)]).await;
+    assert_eq!(desk.reply().await, Outcome::Done(serde_json::Value::Null));
+    desk.send(vec![desk.command(At::Forward(1), 1, 1), desk.command(At::Forward(1), 2, 3)]).await;
+    assert_eq!((desk.ledger().await, desk.script.asked()), (vec![], vec![]));
+    desk.close(1).await;
+}
+
+#[tokio::test]
+async fn failed_attempt_that_is_delivered_again_does_nothing() {
+    let mut desk = Desk::open().await;
+    desk.script.play("charge", Play::Fail, 1);
+    let failed = desk.command(At::Forward(1), 1, 1);
+    desk.send(vec![failed.clone()]).await;
+    assert!(matches!(desk.reply().await, Outcome::Failed(_)));
+    // By now it would succeed, but its answer was given: nobody would know.
+    desk.send(vec![failed]).await;
+    assert_eq!((desk.ledger().await, desk.script.asked().len()), (vec![], 1));
+    // An operator's retry counts from 1 again.
+    desk.send(vec![desk.command(At::Forward(1), 1, 2)]).await;
+    assert_eq!(desk.reply().await, Outcome::Done(serde_json::Value::Null));
+    assert_eq!(desk.ledger().await, ["charge"]);
+    desk.close(2).await;
+}
+
+#[tokio::test]
+async fn refused_step_stays_refused_and_has_nothing_to_undo() {
+    let mut desk = Desk::open().await;
+    desk.script.play("charge", Play::Refuse, 1);
+    desk.send(vec![desk.command(At::Forward(1), 1, 1), desk.command(At::Forward(1), 2, 2)]).await;
+    assert_eq!(desk.reply().await, Outcome::Refused("no charge today".into()));
+    desk.send(vec![desk.command(At::Undo(1), 1, 3)]).await;
+    assert_eq!(desk.reply().await, Outcome::Done(serde_json::Value::Null));
+    assert_eq!((desk.ledger().await, desk.script.asked().len()), (vec![], 1));
+    desk.close(2).await;
+}
+
+#[tokio::test]
+async fn command_that_is_none_is_parked() {
+    let desk = Desk::open().await;
+    let mut without = desk.command(At::Forward(1), 1, 1);
+    without.extensions.remove("sagaattempt");
+    desk.send(vec![without]).await;
+    let parked = eventually("it is parked", async || documents(&desk.store, "parked.bank.commands").await.pop()).await;
+    assert!(parked.1.contains("lacks the attribute sagaattempt"), "{}", parked.1);
+}

@@ -1,0 +1,262 @@
+//! Sagas end to end over several services: forward, back, again, and stuck.
+#![allow(clippy::unwrap_used)]
+
+use std::{collections::HashSet, sync::Arc, time::Duration};
+
+use annals::{
+    EventStore, MemoryStore, Saga,
+    saga::{Status, Verb},
+};
+use annals_sqlite::SqliteStore;
+use annals_tests::{
+    tally::{documents, eventually},
+    trip::{Play, World, ask, take_back, trip},
+};
+use uuid::Uuid;
+
+const ALL: [&str; 3] = ["shop", "hotel", "bank"];
+/// Longer than any test lasts, so that no step is asked for twice for the time it took.
+const PATIENT: Duration = Duration::from_secs(60);
+const QUICK: Duration = Duration::from_millis(150);
+const DRAIN: Duration = Duration::from_secs(10);
+
+fn world(timeout: Duration, attempts: u32) -> World {
+    World::new(Arc::new(MemoryStore::new()), trip(timeout, attempts))
+}
+
+async fn no_message_is_parked(world: &World) {
+    for service in ALL {
+        assert_eq!(documents(&world.store, &format!("parked.{service}.commands")).await, [], "{service}");
+    }
+}
+
+#[tokio::test]
+async fn goes_forward_to_its_end() {
+    let world = world(PATIENT, 3);
+    let runtime = world.start(&ALL).await;
+    for trip in 0..50 {
+        world.request(&trip.to_string(), Uuid::new_v4(), None).await;
+    }
+    for trip in 0..50 {
+        let status = world.becomes(&trip.to_string(), Status::Completed).await;
+        assert_eq!((status.last_error, status.ended_at.is_some()), (None, true));
+        assert_eq!(world.ledger(&trip.to_string()).await, ["book", "charge", "confirm", "announce"]);
+    }
+    let known = world.runner(&world.store).saga("7").await.unwrap().unwrap();
+    assert_eq!(known.context().unwrap().heard, ["book done", "charge done", "confirm done", "announce done"]);
+    no_message_is_parked(&world).await;
+    runtime.drain(DRAIN).await.unwrap();
+}
+
+#[tokio::test]
+async fn goes_forward_to_its_end_on_sqlite() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = SqliteStore::open(folder.path().join("annals.db")).await.unwrap();
+    let world = World::new(Arc::new(store.clone()), trip(PATIENT, 3));
+    let runtime = world.start(&ALL).await;
+    world.script.play("charge", Play::Fail, 1);
+    for trip in ["a", "b", "c"] {
+        world.request(trip, Uuid::new_v4(), None).await;
+    }
+    for trip in ["a", "b", "c"] {
+        world.becomes(trip, Status::Completed).await;
+        assert_eq!(world.ledger(trip).await, ["book", "charge", "confirm", "announce"]);
+    }
+    runtime.drain(DRAIN).await.unwrap();
+    store.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn refusal_takes_back_in_reverse_order_and_once() {
+    for (refused, done) in [
+        ("book", vec![]),
+        ("charge", vec!["book", "undo book"]),
+        ("confirm", vec!["book", "charge", "undo charge", "undo book"]),
+    ] {
+        let world = world(PATIENT, 3);
+        let runtime = world.start(&ALL).await;
+        world.script.play(refused, Play::Refuse, 1);
+        world.request("a", Uuid::new_v4(), None).await;
+        let status = world.becomes("a", Status::Compensated).await;
+        assert_eq!(status.last_error.unwrap(), format!("{refused}: no {refused} today"));
+        assert_eq!(world.ledger("a").await, done, "{refused}");
+        no_message_is_parked(&world).await;
+        runtime.drain(DRAIN).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn failed_steps_are_asked_for_again_under_one_id() {
+    let world = world(PATIENT, 4);
+    let runtime = world.start(&ALL).await;
+    world.script.play("charge", Play::Fail, 2).play("announce", Play::Panic, 2).play("confirm", Play::Fail, 1);
+    world.request("a", Uuid::new_v4(), None).await;
+    world.becomes("a", Status::Completed).await;
+    assert_eq!(world.ledger("a").await, ["book", "charge", "confirm", "announce"]);
+    let asked = world.script.asked();
+    for (step, times) in [("book", 1), ("charge", 3), ("confirm", 2), ("announce", 3)] {
+        let ids: Vec<Uuid> = asked.iter().filter(|(asked, _)| asked == step).map(|(_, id)| *id).collect();
+        assert_eq!((ids.len(), ids.iter().collect::<HashSet<_>>().len()), (times, 1), "{step}");
+    }
+    no_message_is_parked(&world).await;
+    runtime.drain(DRAIN).await.unwrap();
+}
+
+#[tokio::test]
+async fn step_that_keeps_failing_is_given_up() {
+    let world = world(PATIENT, 2);
+    let runtime = world.start(&ALL).await;
+    world.script.play("charge", Play::Panic, u32::MAX);
+    world.request("a", Uuid::new_v4(), None).await;
+    let status = world.becomes("a", Status::Compensated).await;
+    assert_eq!(status.last_error.unwrap(), "charge: panicked: charge is too much");
+    assert_eq!(world.ledger("a").await, ["book", "undo book"]);
+    runtime.drain(DRAIN).await.unwrap();
+}
+
+#[tokio::test]
+async fn participant_that_is_down_is_asked_again_until_it_is_there() {
+    let world = world(QUICK, 100);
+    let runtime = world.start(&["shop", "hotel"]).await;
+    world.request("a", Uuid::new_v4(), None).await;
+    eventually("it was asked three times", async || {
+        world.status("a").await.filter(|status| status.step == "charge" && status.attempts >= 3)
+    })
+    .await;
+    let bank = world.start(&["bank"]).await;
+    world.becomes("a", Status::Completed).await;
+    assert_eq!(world.ledger("a").await, ["book", "charge", "confirm", "announce"]);
+    bank.drain(DRAIN).await.unwrap();
+    runtime.drain(DRAIN).await.unwrap();
+}
+
+#[tokio::test]
+async fn step_that_comes_after_its_undo_is_refused() {
+    let world = world(QUICK, 2);
+    // The bank's messages are held from here on, but nobody takes them.
+    let bank = world.start(&["bank"]).await;
+    bank.drain(DRAIN).await.unwrap();
+    let runtime = world.start(&["shop", "hotel"]).await;
+    world.request("a", Uuid::new_v4(), None).await;
+    eventually("the charge is given up", async || {
+        world.status("a").await.filter(|status| status.status == Status::Compensating)
+    })
+    .await;
+    // Now it gets both attempts, and behind them the undo of what it did.
+    let bank = world.start(&["bank"]).await;
+    world.becomes("a", Status::Compensated).await;
+    assert_eq!(world.ledger("a").await, ["book", "charge", "undo charge", "undo book"]);
+    bank.drain(DRAIN).await.unwrap();
+    runtime.drain(DRAIN).await.unwrap();
+}
+
+#[tokio::test]
+async fn deadline_takes_back_and_counts_no_further_than_the_pivot() {
+    let plan = |deadline| {
+        Saga::named("trip")
+            .deadline(deadline)
+            .compensatable("book", |trip| ask("hotel", "book", trip))
+            .undo(|trip| take_back("hotel", "book", trip))
+            .compensatable("charge", |trip| ask("bank", "charge", trip))
+            .undo(|trip| take_back("bank", "charge", trip))
+            .attempts(100)
+            .pivot("confirm", |trip| ask("shop", "confirm", trip))
+            .retriable("announce", |trip| ask("hotel", "announce", trip))
+            .attempts(100)
+            .build()
+    };
+    let world = World::new(Arc::new(MemoryStore::new()), plan(Duration::from_millis(700)));
+    let runtime = world.start(&ALL).await;
+    world.script.play("charge", Play::Fail, u32::MAX);
+    world.request("late", Uuid::new_v4(), None).await;
+    let status = world.becomes("late", Status::Compensated).await;
+    assert_eq!(status.last_error.unwrap(), "charge: deadline");
+    assert_eq!(world.ledger("late").await, ["book", "undo book"]);
+    world.script.behave();
+    world.script.play("announce", Play::Fail, 3);
+    world.request("in time", Uuid::new_v4(), None).await;
+    world.becomes("in time", Status::Completed).await;
+    runtime.drain(DRAIN).await.unwrap();
+}
+
+#[tokio::test]
+async fn undo_that_fails_gets_stuck_where_an_operator_sees_it() {
+    let world = world(PATIENT, 2);
+    let runtime = world.start(&ALL).await;
+    world.script.play("confirm", Play::Refuse, 1).play("undo charge", Play::Fail, 2);
+    world.request("a", Uuid::new_v4(), None).await;
+    let status = world.becomes("a", Status::Stuck).await;
+    assert_eq!((&*status.step, status.ended_at), ("charge", None));
+    assert_eq!(status.last_error.unwrap(), "charge: undo charge does not work");
+    let runner = world.runner(&world.store);
+    assert!(runner.operate("a", Verb::Compensate, "ann", "it cannot").await.is_err());
+    runner.operate("a", Verb::Retry, "ann", "the bank is back").await.unwrap();
+    world.becomes("a", Status::Compensated).await;
+    assert_eq!(world.ledger("a").await, ["book", "charge", "undo charge", "undo book"]);
+    let operated = world.history("a").await.into_iter().find(|event| &*event.type_name == "saga.operated").unwrap();
+    assert!(operated.data.contains("ann") && operated.data.contains("the bank is back"));
+    assert!(runner.operate("a", Verb::Retry, "ann", "again").await.is_err());
+    runtime.drain(DRAIN).await.unwrap();
+}
+
+#[tokio::test]
+async fn stuck_saga_is_stuck_for_itself_alone() {
+    let world = world(PATIENT, 1);
+    let runtime = world.start(&ALL).await;
+    world.script.play("announce", Play::Fail, 1);
+    world.request("a", Uuid::new_v4(), None).await;
+    world.becomes("a", Status::Stuck).await;
+    world.request("b", Uuid::new_v4(), None).await;
+    world.becomes("b", Status::Completed).await;
+    world.runner(&world.store).operate("a", Verb::SkipStep, "ann", "told them").await.unwrap();
+    world.becomes("a", Status::Completed).await;
+    assert_eq!(world.ledger("a").await, ["book", "charge", "confirm"]);
+    runtime.drain(DRAIN).await.unwrap();
+}
+
+#[tokio::test]
+async fn correlation_and_trace_reach_the_last_event() {
+    let (traceparent, request) = ("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", Uuid::new_v4());
+    let world = world(QUICK, 3);
+    let runtime = world.start(&["shop", "hotel"]).await;
+    world.script.play("announce", Play::Fail, 3);
+    world.request("a", request, Some(traceparent)).await;
+    // Through a timeout, a retry and an operator.
+    eventually("a timer fired", async || world.status("a").await.filter(|status| status.attempts >= 2)).await;
+    let bank = world.start(&["bank"]).await;
+    world.becomes("a", Status::Stuck).await;
+    world.runner(&world.store).operate("a", Verb::Retry, "ann", "once more").await.unwrap();
+    world.becomes("a", Status::Completed).await;
+    let history = world.history("a").await;
+    assert!(history.iter().any(|event| &*event.type_name == "saga.timed"));
+    let ids: HashSet<Uuid> = history.iter().map(|event| event.id).collect();
+    assert_eq!(ids.len(), history.len());
+    for event in annals_tests::tally::log(&world.store).await {
+        let metadata = &event.metadata;
+        assert_eq!(metadata.correlation_id, request, "{} of {}", event.type_name, event.stream);
+        assert_eq!(metadata.traceparent.as_deref(), Some(traceparent), "{} of {}", event.type_name, event.stream);
+    }
+    bank.drain(DRAIN).await.unwrap();
+    runtime.drain(DRAIN).await.unwrap();
+}
+
+#[tokio::test]
+async fn request_that_comes_twice_makes_one_saga() {
+    let world = world(PATIENT, 3);
+    let runtime = world.start(&ALL).await;
+    let request = Uuid::new_v4();
+    world.request("a", request, None).await;
+    world.request("a", request, None).await;
+    // Another request of the same id finds the saga there.
+    world.request("a", Uuid::new_v4(), None).await;
+    world.becomes("a", Status::Completed).await;
+    world.request("a", Uuid::new_v4(), None).await;
+    world.request("b", Uuid::new_v4(), None).await;
+    world.becomes("b", Status::Completed).await;
+    assert_eq!(world.ledger("a").await, ["book", "charge", "confirm", "announce"]);
+    let started = world.history("a").await.into_iter().filter(|event| &*event.type_name == "saga.started");
+    assert_eq!(started.count(), 1);
+    let store: Arc<dyn EventStore> = world.store.clone();
+    assert_eq!(documents(&store, "parked.shop.trip.start").await, []);
+    runtime.drain(DRAIN).await.unwrap();
+}
