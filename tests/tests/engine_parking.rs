@@ -227,7 +227,8 @@ async fn retries_by_itself_with_growing_delays() {
 #[tokio::test]
 async fn after_the_last_attempt_it_stays_until_redriven() {
     let mut bed = Bed::new();
-    bed.retry = RetryPolicy { attempts_max: 3, delay_min: Duration::from_millis(1), delay_max: Duration::from_millis(2) };
+    bed.retry =
+        RetryPolicy { attempts_max: 3, delay_min: Duration::from_millis(1), delay_max: Duration::from_millis(2) };
     bed.fussy.trouble(1, Trouble::Fail, u32::MAX);
     bed.add("a", 1..=2).await;
     let running = bed.start();
@@ -295,7 +296,8 @@ async fn hopeless_messages_park_at_once_with_the_reason() {
 #[tokio::test]
 async fn panic_parks_its_message_and_the_lane_goes_on() {
     let mut bed = Bed::new();
-    bed.retry = RetryPolicy { attempts_max: 2, delay_min: Duration::from_millis(1), delay_max: Duration::from_millis(2) };
+    bed.retry =
+        RetryPolicy { attempts_max: 2, delay_min: Duration::from_millis(1), delay_max: Duration::from_millis(2) };
     bed.fussy.trouble(2, Trouble::Panic, 2);
     bed.add("a", 1..=3).await;
     bed.add("b", 11..=13).await;
@@ -348,7 +350,10 @@ async fn undecodable_event_parks_for_good() {
     bed.becomes("a", &[1]).await;
     let letter = bed.parked(0).await;
     assert_eq!(letter.retries_at, None);
-    assert!(letter.parked.reason.contains("tally.multiplied") && letter.parked.reason.contains("tally-odd"), "{letter:?}");
+    assert!(
+        letter.parked.reason.contains("tally.multiplied") && letter.parked.reason.contains("tally-odd"),
+        "{letter:?}"
+    );
     assert_eq!(&*letter.parked.message().unwrap().data, "{}");
     running.stop().await;
 }
@@ -406,7 +411,8 @@ async fn parked_messages_survive_a_restart() {
 #[tokio::test]
 async fn redrive_that_is_cut_off_goes_on() {
     // After the head is handled: the process dies, or the store is away for a moment.
-    for fault in [Fault::CrashBefore, Fault::CrashAfter, Fault::Unavailable, Fault::AppliedUnknown, Fault::LostUnknown] {
+    for fault in [Fault::CrashBefore, Fault::CrashAfter, Fault::Unavailable, Fault::AppliedUnknown, Fault::LostUnknown]
+    {
         let mut bed = Bed::new();
         let inner = bed.store.clone();
         let faulty = FaultyStore::new(inner.clone());
@@ -447,7 +453,8 @@ async fn redrive_decides_on_what_is_true_now() {
     let failing = Arc::new(Mutex::new(true));
     let sums = || Repository::<Tally>::with(store.clone(), "sum", 10);
     let retry = RetryPolicy { attempts_max: 1, ..RetryPolicy::default() };
-    let adds = Subscription::new("adds", Adds(sums(), failing.clone())).query(LogQuery::categories(["tally"])).retry(retry);
+    let adds =
+        Subscription::new("adds", Adds(sums(), failing.clone())).query(LogQuery::categories(["tally"])).retry(retry);
     let shutdown = CancellationToken::new();
     let task = tokio::spawn(adds.run(store.clone(), Health::default(), shutdown.clone()));
     add(&store, "a", 1..=3).await;
@@ -459,7 +466,8 @@ async fn redrive_decides_on_what_is_true_now() {
     sums().execute("sum", TallyCommand::Add(100), uuid::Uuid::new_v4()).await.unwrap();
     *failing.lock().unwrap() = false;
     letters.redrive("adds", "tally-a").await.unwrap();
-    eventually("all is added", async || (sums().state("sum").await.unwrap().amounts == [100, 1, 2, 3]).then_some(())).await;
+    eventually("all is added", async || (sums().state("sum").await.unwrap().amounts == [100, 1, 2, 3]).then_some(()))
+        .await;
     shutdown.cancel();
     within("stop", task).await.unwrap().unwrap();
 }

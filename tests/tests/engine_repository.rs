@@ -31,7 +31,8 @@ async fn sixty_four_tasks(store: Arc<dyn EventStore>, each: i64) {
         let tallies = if task % 8 == 0 { two.clone() } else { one.clone() };
         tokio::spawn(async move {
             for step in 0..each {
-                let added = tallies.execute("hot", TallyCommand::Add(task * 1_000 + step), Uuid::new_v4()).await.unwrap();
+                let added =
+                    tallies.execute("hot", TallyCommand::Add(task * 1_000 + step), Uuid::new_v4()).await.unwrap();
                 assert_eq!(added.events, [TallyEvent::Added { amount: task * 1_000 + step }]);
                 assert!(!added.repeated);
             }
@@ -343,7 +344,8 @@ async fn snapshots_are_a_shortcut_and_nothing_else() {
     assert_eq!((fresh.loaded, fresh.tally.amounts), (true, all.clone()));
     // Command ids are remembered across it, before and after.
     for amount in [3, 23] {
-        let again = Repository::<Snapped<1>>::new(store.clone()).execute("a", TallyCommand::Add(0), number(amount)).await;
+        let again =
+            Repository::<Snapped<1>>::new(store.clone()).execute("a", TallyCommand::Add(0), number(amount)).await;
         assert_eq!(again.unwrap().events, [TallyEvent::Added { amount }]);
     }
     // One of another version is passed over, and so is one that does not read.

@@ -4,8 +4,8 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use annals::{
-    DocumentKey, EventStore, Handler, HandlerError, Health, LogQuery, MemoryStore, Message, Position, Repository, Start,
-    Subscription, Tail, Work, parking::DeadLetters, worker::Checkpoint,
+    DocumentKey, EventStore, Handler, HandlerError, Health, LogQuery, MemoryStore, Message, Position, Repository,
+    Start, Subscription, Tail, Work, parking::DeadLetters, worker::Checkpoint,
 };
 use annals_tests::{
     bus::within,
@@ -133,7 +133,8 @@ async fn starts_where_it_is_told() {
         running.stop().await;
     }
     add(&store, "a", 11..=12).await;
-    for (name, start, first) in [("all", Start::Beginning, 1), ("later", Start::After(Position(7)), 8), ("new", Start::Now, 11)]
+    for (name, start, first) in
+        [("all", Start::Beginning, 1), ("later", Start::After(Position(7)), 8), ("new", Start::Now, 11)]
     {
         let running = Running::start(Subscription::new(name, Seen { name }).start(start), &store);
         let expected: Vec<i64> = (first..=12).collect();
@@ -311,7 +312,8 @@ async fn idle_lane_moves_its_checkpoint() {
         add(&store, "a", [amount]).await;
         tokio::time::advance(Duration::from_millis(400)).await;
     }
-    eventually("its checkpoint has moved", async || (checkpoint(&store, "idle/0").await == Some(5)).then_some(())).await;
+    eventually("its checkpoint has moved", async || (checkpoint(&store, "idle/0").await == Some(5)).then_some(()))
+        .await;
     running.kill().await;
     assert_eq!(seen(&store, "idle").await, Vec::<i64>::new());
 }
