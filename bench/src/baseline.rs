@@ -24,7 +24,8 @@ pub async fn rewrite(path: &Path, workload: &str) -> Result<Figure, Failure> {
         sqlx::query_as("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL AND type IN ('table', 'index')")
             .fetch_all(&mut source)
             .await?;
-    let mut target = SqliteConnection::connect_with(&options(&path.with_extension("plain.db")).create_if_missing(true)).await?;
+    let mut target =
+        SqliteConnection::connect_with(&options(&path.with_extension("plain.db")).create_if_missing(true)).await?;
     for (sql,) in schema {
         sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&mut target).await?;
     }

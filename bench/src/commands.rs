@@ -25,14 +25,23 @@ pub async fn sqlite(path: &Path, count: usize, in_flight: usize) -> Result<Figur
     Ok(figure)
 }
 
-async fn place(store: Arc<dyn EventStore>, name: &'static str, count: usize, in_flight: usize) -> Result<Figure, Failure> {
+async fn place(
+    store: Arc<dyn EventStore>,
+    name: &'static str,
+    count: usize,
+    in_flight: usize,
+) -> Result<Figure, Failure> {
     let counting = Counting::new(store);
     let orders = Repository::<Order>::new(Arc::new(counting.clone()));
     let mut latency = Histogram::<u64>::new(3)?;
     let commands: Vec<_> = generate(count as u64, 1)
         .filter_map(|invoice| match invoice {
             Invoice::Order { id, customer, lines } => {
-                let line = |line: sample_shop::input::Line| Line { sku: line.sku, quantity: line.quantity, unit_price: line.unit_price };
+                let line = |line: sample_shop::input::Line| Line {
+                    sku: line.sku,
+                    quantity: line.quantity,
+                    unit_price: line.unit_price,
+                };
                 let lines = lines.into_iter().map(line).collect();
                 Some((id.clone(), OrderCommand::Place { order_id: id, customer, lines }))
             }
@@ -46,7 +55,7 @@ async fn place(store: Arc<dyn EventStore>, name: &'static str, count: usize, in_
             async move {
                 let asked = Instant::now();
                 // A task each, as in a server: a single one would decide and encode on one core only.
-                let placed = tokio::spawn(async move { orders.execute(&id, command, Uuid::new_v4()).await.map(drop) });
+                let placed = tokio::spawn(async move { orders.create(&id, command, Uuid::new_v4()).await.map(drop) });
                 placed.await.map(|outcome| outcome.map(|()| asked.elapsed()))
             }
         })

@@ -82,7 +82,17 @@ async fn main() -> Result<(), Failure> {
 fn report(rounds: &[Vec<Figure>], json: bool) {
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED);
-    table.set_header(["workload", "store", "per second", "rows/s", "of baseline", "p50 ms", "p99 ms", "commits/op", "rows/op"]);
+    table.set_header([
+        "workload",
+        "store",
+        "per second",
+        "rows/s",
+        "of baseline",
+        "p50 ms",
+        "p99 ms",
+        "commits/op",
+        "rows/op",
+    ]);
     let Some(first) = rounds.first() else { return };
     let medians: Vec<Figure> = (0..first.len()).map(|index| median(rounds, index)).collect();
     for figure in &medians {
@@ -91,7 +101,8 @@ fn report(rounds: &[Vec<Figure>], json: bool) {
             continue;
         }
         let limit = medians.iter().find(|limit| limit.store == "plain sqlx" && limit.workload == figure.workload);
-        let ratio = limit.filter(|_| figure.store == "sqlite").map(|limit| figure.rows_per_second / limit.rows_per_second);
+        let ratio =
+            limit.filter(|_| figure.store == "sqlite").map(|limit| figure.rows_per_second / limit.rows_per_second);
         let optional = |value: Option<f64>| value.map_or(String::new(), |value| format!("{value:.2}"));
         table.add_row([
             figure.workload.clone(),

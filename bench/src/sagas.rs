@@ -35,7 +35,8 @@ async fn check_out(
         input: "bench".to_owned(),
     };
     let source = Source::generated(count as u64, 7);
-    let outcome = run::run(Arc::new(counting.clone()), source.demand()?, &mut source.invoices()?, settings, |_| {}).await?;
+    let outcome =
+        run::run(Arc::new(counting.clone()), source.demand()?, &mut source.invoices()?, settings, |_| {}).await?;
     let (seconds, (commits, rows)) = (outcome.elapsed.as_secs_f64(), counting.counts());
     let sagas = outcome.sagas as f64;
     Ok(Figure {

@@ -104,6 +104,9 @@ pub struct Committed {
     pub position: Position,
     /// The version that each of its appends left its stream at, in the order of the appends.
     pub versions: Vec<Version>,
+    /// When its events were recorded, from a store that gave them one run of positions, in the order of the appends, that
+    /// ends at `position`: then nobody in this process needs to read them back. `None` from others.
+    pub recorded_at: Option<DateTime<Utc>>,
 }
 
 /// Why a commit does not hold. In every case but [`Unknown`](CommitError::Unknown), nothing of it was stored.
@@ -181,12 +184,21 @@ impl Commit {
         }
         for put in &self.puts {
             let (key, id_bytes) = (&put.key, put.key.id.len());
-            if id_bytes > DOCUMENT_ID_BYTES_MAX || key.collection.len() > CATEGORY_BYTES_MAX * 2 || key.id.contains('\0') {
-                return invalid(format!("the name of document {:.80?} is too long ({id_bytes} bytes) or has a NUL", key));
+            if id_bytes > DOCUMENT_ID_BYTES_MAX
+                || key.collection.len() > CATEGORY_BYTES_MAX * 2
+                || key.id.contains('\0')
+            {
+                return invalid(format!(
+                    "the name of document {:.80?} is too long ({id_bytes} bytes) or has a NUL",
+                    key
+                ));
             }
             if let Some(body) = &put.body {
                 if body.len() > DOCUMENT_BYTES_MAX {
-                    return invalid(format!("document {key} has {} bytes; the limit is {DOCUMENT_BYTES_MAX}", body.len()));
+                    return invalid(format!(
+                        "document {key} has {} bytes; the limit is {DOCUMENT_BYTES_MAX}",
+                        body.len()
+                    ));
                 }
                 if let Err(reason) = check_json(body) {
                     return invalid(format!("document {key}: {reason}"));

@@ -87,7 +87,12 @@ pub struct Joined {
 
 impl Joined {
     /// Consumes until `shutdown`, then finishes the batch in hand.
-    pub async fn run(self, store: Arc<dyn EventStore>, health: Health, shutdown: CancellationToken) -> Result<(), String> {
+    pub async fn run(
+        self,
+        store: Arc<dyn EventStore>,
+        health: Health,
+        shutdown: CancellationToken,
+    ) -> Result<(), String> {
         let mut members = tokio::task::JoinSet::new();
         let group = Arc::new(self.group);
         for (number, consumer) in self.consumers.into_iter().enumerate() {
@@ -102,8 +107,7 @@ impl Joined {
                 reconciled_at: Instant::now(),
                 reporter: health.reporter(&part),
             };
-            let member =
-                Member { worker, consumer, assigned: Vec::new(), lane_of: HashMap::new(), unsettled: false };
+            let member = Member { worker, consumer, assigned: Vec::new(), lane_of: HashMap::new(), unsettled: false };
             members.spawn(member.consume(part, health.clone(), shutdown.clone()));
         }
         while let Some(ended) = members.join_next().await {

@@ -36,7 +36,9 @@ pub enum StreamIdError {
     #[error("stream id {0:?} is not `<category>-<id>` with both parts given")]
     Shape(String),
     /// The category has a character that no category may have.
-    #[error("category {0:?} must be lower-case letters, digits, `.` or `_`, start with a letter, and have at most {CATEGORY_BYTES_MAX} bytes")]
+    #[error(
+        "category {0:?} must be lower-case letters, digits, `.` or `_`, start with a letter, and have at most {CATEGORY_BYTES_MAX} bytes"
+    )]
     Category(String),
     /// The id has a control character, such as a newline.
     #[error("the id {id:?} has the control character U+{:04X} at byte {at}; ids are printable text", *.character as u32)]
@@ -365,7 +367,12 @@ fn names(types: &[EventType]) -> String {
 }
 
 /// Encodes typed events as the result of one command: their ids derive from the command's.
-pub fn encode_all<E: Event>(events: &[E], command_id: Uuid, first: u64, metadata: &Metadata) -> Result<Vec<NewEvent>, EventError> {
+pub fn encode_all<E: Event>(
+    events: &[E],
+    command_id: Uuid,
+    first: u64,
+    metadata: &Metadata,
+) -> Result<Vec<NewEvent>, EventError> {
     events
         .iter()
         .zip(first..)

@@ -15,6 +15,7 @@ pub mod memory;
 mod panic;
 pub mod parking;
 pub mod read_model;
+mod redrive;
 pub mod relay;
 pub mod repository;
 pub mod saga;

@@ -190,6 +190,7 @@ impl Held {
         for put in commit.puts {
             self.put(put);
         }
+        committed.recorded_at = (committed.position > Position::START).then_some(self.last_recorded_at);
         committed
     }
 

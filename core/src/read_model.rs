@@ -75,7 +75,12 @@ impl<R: ReadModel> Projection<R> {
     }
 
     /// Keeps the live generation up to date until `shutdown`, and changes over when it is swapped.
-    pub async fn run(self, store: Arc<dyn EventStore>, health: Health, shutdown: CancellationToken) -> Result<(), String> {
+    pub async fn run(
+        self,
+        store: Arc<dyn EventStore>,
+        health: Health,
+        shutdown: CancellationToken,
+    ) -> Result<(), String> {
         while !shutdown.is_cancelled() {
             let (generation, _) = live(&*store, R::NAME).await.map_err(|error| error.to_string())?;
             let swapped = shutdown.child_token();

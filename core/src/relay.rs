@@ -223,7 +223,11 @@ impl Relay {
                 cursor = page.next;
                 if !page.events.is_empty() {
                     let (messages, sources) = self.messages(worker, &page.events).await?;
-                    in_flight.push_back(InFlight { next: cursor, receipt: publisher.publish(messages).await?, sources });
+                    in_flight.push_back(InFlight {
+                        next: cursor,
+                        receipt: publisher.publish(messages).await?,
+                        sources,
+                    });
                 }
             }
             let first_taken = async {
@@ -238,10 +242,10 @@ impl Relay {
                     let mut taken = Some(taken);
                     let mut next = None;
                     while let (Some(outcome), Some(first)) = (taken.take(), in_flight.pop_front()) {
-                        if let Err(BusError::Refused { index, reason }) = &outcome {
-                            if let Some(event) = first.sources.get(*index) {
-                                self.park(worker, event, reason.clone()).await?;
-                            }
+                        if let Err(BusError::Refused { index, reason }) = &outcome
+                            && let Some(event) = first.sources.get(*index)
+                        {
+                            self.park(worker, event, reason.clone()).await?;
                         }
                         outcome?;
                         next = Some(first.next);

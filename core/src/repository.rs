@@ -97,11 +97,14 @@ pub enum ExecuteError<R: std::error::Error> {
     Unavailable(String),
 }
 
+type Answer<A> = Result<Decided<<A as Aggregate>::Event>, ExecuteError<<A as Aggregate>::Refusal>>;
+
 struct Waiting<A: Aggregate> {
     id: String,
     command: A::Command,
     request: Request,
-    answer: oneshot::Sender<Result<Decided<A::Event>, ExecuteError<A::Refusal>>>,
+    expect_new: bool,
+    answer: oneshot::Sender<Answer<A>>,
 }
 
 impl<A: Aggregate> Repository<A> {
@@ -131,9 +134,24 @@ impl<A: Aggregate> Repository<A> {
         command: A::Command,
         request: impl Into<Request>,
     ) -> Result<Decided<A::Event>, ExecuteError<A::Refusal>> {
+        self.ask(id, command, request.into(), false).await
+    }
+
+    /// Like [`execute`](Self::execute) on an aggregate that is expected not to exist yet, which saves reading it. If it does
+    /// exist, nothing is lost but time: the commit fails its check, and the command is decided again with reading.
+    pub async fn create(
+        &self,
+        id: &str,
+        command: A::Command,
+        request: impl Into<Request>,
+    ) -> Result<Decided<A::Event>, ExecuteError<A::Refusal>> {
+        self.ask(id, command, request.into(), true).await
+    }
+
+    async fn ask(&self, id: &str, command: A::Command, request: Request, expect_new: bool) -> Answer<A> {
         let stream = self.stream(id).map_err(|error| ExecuteError::Invalid(error.to_string()))?;
         let (answer, answered) = oneshot::channel();
-        let waiting = Waiting { id: id.to_owned(), command, request: request.into(), answer };
+        let waiting = Waiting { id: id.to_owned(), command, request, expect_new, answer };
         let first = {
             let mut lines = self.inner.lines.lock().unwrap_or_else(PoisonError::into_inner);
             let line = lines.get_mut(&stream);
@@ -189,7 +207,11 @@ impl<A: Aggregate> Repository<A> {
             let mut results = Vec::with_capacity(batch.len());
             for waiting in &batch {
                 work.begin(waiting.request.command_id, waiting.request.metadata.clone());
-                let decided = caught(work.execute(self, &waiting.id, &waiting.command)).await;
+                let decided = if waiting.expect_new {
+                    caught(work.create(self, &waiting.id, &waiting.command)).await
+                } else {
+                    caught(work.execute(self, &waiting.id, &waiting.command)).await
+                };
                 results.push(decided.map_or_else(
                     |panic| {
                         work.rollback();
@@ -247,7 +269,7 @@ impl<A: Aggregate> Repository<A> {
             Some(folded) if !stale => return Ok(folded),
             Some(folded) => (*folded).clone(),
             None if expect_new && !stale => return Ok(Arc::default()),
-            None => self.from_snapshot(store, stream).await?,
+            None => self.load_snapshot(store, stream).await?,
         };
         loop {
             let page = store.read_stream(stream, folded.version, FOLD_PAGE).await?;
@@ -329,7 +351,7 @@ impl<A: Aggregate> Repository<A> {
         alone.puts.into_iter().next()
     }
 
-    async fn from_snapshot(&self, store: &dyn EventStore, stream: &StreamId) -> Result<Folded<A>, StoreError> {
+    async fn load_snapshot(&self, store: &dyn EventStore, stream: &StreamId) -> Result<Folded<A>, StoreError> {
         let Some(policy) = A::SNAPSHOT else { return Ok(Folded::default()) };
         let found = store.documents(&[self.snapshot_key(stream)]).await?.into_iter().next().flatten();
         let stored = found.and_then(|document| serde_json::from_str::<StoredSnapshot>(&document.body).ok());
@@ -371,7 +393,9 @@ impl<R: std::error::Error> From<WorkError<R>> for ExecuteError<R> {
             WorkError::Refused(refusal) => Self::Refused(refusal),
             WorkError::Undecodable(error) => Self::Undecodable(error),
             WorkError::Store(StoreError::Unavailable(reason)) => Self::Unavailable(reason),
-            other @ (WorkError::Id(_) | WorkError::Unencodable(_) | WorkError::Store(_)) => Self::Invalid(other.to_string()),
+            other @ (WorkError::Id(_) | WorkError::Unencodable(_) | WorkError::Store(_)) => {
+                Self::Invalid(other.to_string())
+            }
         }
     }
 }

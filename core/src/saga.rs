@@ -20,15 +20,18 @@ mod progress;
 mod runner;
 mod transition;
 
-pub use definition::{AfterPivot, Closing, Kind, NeedsUndo, Open, Plan, Request, Saga, SagaState, Undoable};
+pub use definition::{
+    ATTEMPTS_MAX, AfterPivot, Closing, Kind, NeedsUndo, Open, Plan, RETRY_DELAY_MAX, RETRY_DELAY_MIN, Request,
+    STEP_TIMEOUT, Saga, SagaState, Undoable,
+};
 pub use index::{Index, SagaStatus};
 #[cfg(feature = "testing")]
 pub(crate) use instance::{Ask, Definitions, What};
 pub use instance::{Instance, SagaRefusal};
+pub use participant::decide_step;
 pub use participant::{Answer, Participant, Participation, Slot, Step, StepCommand, StepError, StepEvent};
 pub(crate) use participant::{Desk, attribute};
-pub use participant::decide_step;
-pub(crate) use runner::{Replies, Starter};
 pub use progress::{At, CallState, Command, Failure, Outcome, Progress, Reply, SagaEvent, Status};
+pub(crate) use runner::{Replies, Starter};
 pub use runner::{Runner, Starts};
 pub use transition::{Input, Moved, Verb, begin, transition};

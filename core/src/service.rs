@@ -40,7 +40,9 @@ pub struct Service {
     parts: Vec<Part>,
 }
 
-type Part = Box<dyn FnOnce(Health, CancellationToken) -> std::pin::Pin<Box<dyn Future<Output = Result<(), String>> + Send>> + Send>;
+type Part = Box<
+    dyn FnOnce(Health, CancellationToken) -> std::pin::Pin<Box<dyn Future<Output = Result<(), String>> + Send>> + Send,
+>;
 
 impl Service {
     /// A service of this name on its store: its events go to topic `<name>.events`, its commands come from
@@ -81,7 +83,8 @@ impl Service {
     pub fn saga<C: SagaState>(mut self, runner: Runner<C>) -> Self {
         let name = format!("{}.{}", self.name, runner.name());
         self.routes.saga(&runner.category());
-        let starter = Subscription::new(&format!("{name}.start"), Starter(runner.clone())).query(runner.query().clone());
+        let starter =
+            Subscription::new(&format!("{name}.start"), Starter(runner.clone())).query(runner.query().clone());
         let of_saga = LogQuery::categories([runner.category()]);
         // Sagas that end within the pause are written once.
         let index = Subscription::new(&format!("{name}.index"), Index).query(of_saga).linger(INDEX_PAUSE);
@@ -234,7 +237,9 @@ impl Runtime {
         if joined.await.is_err() {
             let left = self.tasks.len();
             self.tasks.shutdown().await;
-            return Err(first_error.unwrap_or_else(|| format!("{left} parts did not end within {patience:?} and were cut off")));
+            return Err(
+                first_error.unwrap_or_else(|| format!("{left} parts did not end within {patience:?} and were cut off"))
+            );
         }
         first_error.map_or(Ok(()), Err)
     }

@@ -97,7 +97,12 @@ impl Subscription {
     }
 
     /// Follows the log until `shutdown`, then handles what is recorded by then.
-    pub async fn run(self, store: Arc<dyn EventStore>, health: Health, shutdown: CancellationToken) -> Result<(), String> {
+    pub async fn run(
+        self,
+        store: Arc<dyn EventStore>,
+        health: Health,
+        shutdown: CancellationToken,
+    ) -> Result<(), String> {
         let this = Arc::new(self);
         let mut workers = tokio::task::JoinSet::new();
         for lane in 0..this.lanes {
@@ -112,7 +117,13 @@ impl Subscription {
         Ok(())
     }
 
-    async fn follow(self: Arc<Self>, lane: u32, store: Arc<dyn EventStore>, health: Health, shutdown: CancellationToken) {
+    async fn follow(
+        self: Arc<Self>,
+        lane: u32,
+        store: Arc<dyn EventStore>,
+        health: Health,
+        shutdown: CancellationToken,
+    ) {
         let reporter = health.reporter(&format!("{}/{lane}", self.name));
         let mut worker = Worker {
             name: self.name.clone(),

@@ -1,15 +1,20 @@
 //! One reader at the end of the log for all subscriptions of a process.
 
 use std::{
-    collections::VecDeque,
-    sync::{Arc, Mutex, PoisonError},
+    collections::{BTreeMap, VecDeque},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
 };
 
 use async_trait::async_trait;
+use tokio::sync::watch;
 
 use crate::{
     commit::{Commit, CommitError, Committed, Document, DocumentKey},
-    event::{Position, Recorded, StreamId, Version},
+    event::{NewEvent, Position, Recorded, StreamId, Version},
     store::{EventStore, LogPage, LogQuery, Scan, StoreError, StoreStatus},
 };
 
@@ -17,14 +22,22 @@ use crate::{
 const EVENTS_MAX: usize = 20_000;
 /// The most payload bytes held.
 const BYTES_MAX: usize = 64 * 1024 * 1024;
+/// The most commits held that the log has not reached yet.
+const COMMITS_AHEAD_MAX: usize = 4_096;
+/// How long to wait for a commit of this process that the store already shows.
+const SHOWN_SOON: Duration = Duration::from_millis(2);
 /// Events read from the store in one go.
 const PAGE: usize = 2_000;
 
-/// A store that reads the end of the log once for all who follow it. Whoever is far behind reads the store directly.
+/// A store that reads the end of the log once for all who follow it, and what this process commits itself not at all.
+/// Whoever is far behind reads the store directly.
 pub struct Tail {
     store: Arc<dyn EventStore>,
     recent: Mutex<Recent>,
     fetch: tokio::sync::Mutex<()>,
+    last: watch::Sender<Position>,
+    /// Commits of this process that the store has not answered yet.
+    committing: AtomicUsize,
 }
 
 /// All events in `(after, last]`.
@@ -34,14 +47,62 @@ struct Recent {
     last: Position,
     events: VecDeque<Arc<Recorded>>,
     bytes: usize,
+    /// Commits of this process whose predecessors are not known yet, by their first position.
+    ahead: BTreeMap<Position, Vec<Arc<Recorded>>>,
 }
+
+impl Recent {
+    /// Takes events in log order, all there are up to `next`.
+    fn extend(&mut self, events: impl IntoIterator<Item = Arc<Recorded>>, next: Position) {
+        for event in events.into_iter().filter(|event| event.position > self.last).collect::<Vec<_>>() {
+            self.bytes += event.data.len();
+            self.events.push_back(event);
+        }
+        self.last = self.last.max(next);
+    }
+
+    /// Takes in what has become the next piece of the log.
+    fn settle(&mut self) {
+        while let Some(entry) = self.ahead.first_entry() {
+            if *entry.key() > self.last.next() {
+                break;
+            }
+            let events = entry.remove();
+            let next = events.last().map_or(self.last, |event| event.position);
+            self.extend(events, next);
+        }
+        if self.ahead.len() > COMMITS_AHEAD_MAX {
+            // Another writer came between: the next read of the store brings them.
+            self.ahead.clear();
+        }
+        while self.events.len() > EVENTS_MAX || self.bytes > BYTES_MAX {
+            let Some(oldest) = self.events.pop_front() else { break };
+            self.bytes -= oldest.data.len();
+            self.after = oldest.position;
+        }
+    }
+}
+
+/// What of a commit the log will show.
+type Appended = Vec<(StreamId, Vec<NewEvent>)>;
 
 impl Tail {
     /// Follows `store` from its present end.
     pub async fn follow(store: Arc<dyn EventStore>) -> Result<Self, StoreError> {
         let head = store.status().await?.head;
-        let recent = Recent { after: head, last: head, ..Recent::default() };
-        Ok(Self { store, recent: Mutex::new(recent), fetch: tokio::sync::Mutex::default() })
+        let recent = Mutex::new(Recent { after: head, last: head, ..Recent::default() });
+        let (last, committing) = (watch::Sender::new(head), AtomicUsize::new(0));
+        Ok(Self { store, recent, fetch: tokio::sync::Mutex::default(), last, committing })
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Recent)) {
+        let last = {
+            let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+            change(&mut recent);
+            recent.settle();
+            recent.last
+        };
+        self.last.send_if_modified(|known| std::mem::replace(known, last.max(*known)) < last);
     }
 
     /// The page after `after`, if it is held; `None` if the store must be asked.
@@ -65,22 +126,36 @@ impl Tail {
         Some(page)
     }
 
-    fn hold(&self, page: LogPage) {
-        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
-        recent.last = recent.last.max(page.next);
-        for event in page.events {
-            recent.bytes += event.data.len();
-            recent.events.push_back(event);
-        }
-        while recent.events.len() > EVENTS_MAX || recent.bytes > BYTES_MAX {
-            let Some(oldest) = recent.events.pop_front() else { break };
-            recent.bytes -= oldest.data.len();
-            recent.after = oldest.position;
-        }
+    fn ends_at(&self) -> Position {
+        *self.last.borrow()
     }
 
-    fn ends_at(&self) -> Position {
-        self.recent.lock().unwrap_or_else(PoisonError::into_inner).last
+    /// Shows a commit of this process, if the store tells where its events stand.
+    fn show(&self, appended: Appended, committed: &Committed) {
+        let count = appended.iter().map(|(_, events)| events.len() as i64).sum::<i64>();
+        let Some(recorded_at) = committed.recorded_at.filter(|_| count > 0) else { return };
+        let first = Position(committed.position.0 - count + 1);
+        let mut position = first;
+        let mut shown = Vec::with_capacity(appended.iter().map(|(_, events)| events.len()).sum());
+        for ((stream, events), version) in appended.into_iter().zip(&committed.versions) {
+            let mut version = Version(version.0 - events.len() as i64);
+            for event in events {
+                version = version.next();
+                shown.push(Arc::new(Recorded {
+                    position,
+                    stream: stream.clone(),
+                    version,
+                    id: event.id,
+                    type_name: event.type_name.into(),
+                    schema_version: event.schema_version,
+                    data: event.data.into(),
+                    metadata: event.metadata,
+                    recorded_at,
+                }));
+                position = position.next();
+            }
+        }
+        self.change(|recent| _ = recent.ahead.insert(first, shown));
     }
 }
 
@@ -99,13 +174,20 @@ impl EventStore for Tail {
         }
         if after == self.ends_at() {
             let page = self.store.read_log(&LogQuery::all(), after, PAGE).await?;
-            self.hold(page);
+            self.change(|recent| recent.extend(page.events, page.next));
         }
         Ok(self.held(query, after, limit).unwrap_or(LogPage { events: Vec::new(), next: after }))
     }
 
     async fn commit(&self, commit: Commit) -> Result<Committed, CommitError> {
-        self.store.commit(commit).await
+        let appended = commit.appends.iter().map(|append| (append.stream.clone(), append.events.clone())).collect();
+        self.committing.fetch_add(1, Ordering::AcqRel);
+        // A caller may drop the future: then the store shows what became of it.
+        let done = Done(&self.committing);
+        let committed = self.store.commit(commit).await?;
+        self.show(appended, &committed);
+        drop(done);
+        Ok(committed)
     }
 
     async fn read_stream(&self, stream: &StreamId, after: Version, limit: usize) -> Result<Vec<Recorded>, StoreError> {
@@ -121,13 +203,29 @@ impl EventStore for Tail {
     }
 
     async fn wait(&self, after: Position) -> Result<(), StoreError> {
-        if self.ends_at() > after {
-            return Ok(());
+        let mut last = self.last.subscribe();
+        tokio::select! {
+            biased;
+            _ = last.wait_for(|last| *last > after) => return Ok(()),
+            stored = self.store.wait(after) => stored?,
         }
-        self.store.wait(after).await
+        // The store knows more. If that is a commit of this process, it is about to be shown, and need not be read.
+        if self.committing.load(Ordering::Acquire) > 0 {
+            _ = tokio::time::timeout(SHOWN_SOON, last.wait_for(|last| *last > after)).await;
+        }
+        Ok(())
     }
 
     async fn status(&self) -> Result<StoreStatus, StoreError> {
         self.store.status().await
+    }
+}
+
+/// Counts a commit as answered, also when its caller went away.
+struct Done<'a>(&'a AtomicUsize);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
     }
 }

@@ -289,7 +289,15 @@ impl Work {
         if !self.streams.contains_key(stream) {
             let stale = self.stale.has(stream);
             let base = repository.folded(&*self.store, stream, stale, expect_new).await?;
-            let staged = StagedStream { repository: repository.clone(), stream: stream.clone(), base, current: None, encoded: Vec::new(), kept: 0, torn: false };
+            let staged = StagedStream {
+                repository: repository.clone(),
+                stream: stream.clone(),
+                base,
+                current: None,
+                encoded: Vec::new(),
+                kept: 0,
+                torn: false,
+            };
             self.streams.insert(stream.clone(), Box::new(staged));
         }
         if !self.touched.contains(stream) {
@@ -302,11 +310,16 @@ impl Work {
     }
 
     /// Reads a document, as staged. `None` if there is none.
-    pub async fn document<T: DeserializeOwned>(&mut self, key: &DocumentKey) -> Result<Option<T>, WorkError<std::convert::Infallible>> {
+    pub async fn document<T: DeserializeOwned>(
+        &mut self,
+        key: &DocumentKey,
+    ) -> Result<Option<T>, WorkError<std::convert::Infallible>> {
         self.prefetch(std::slice::from_ref(key)).await?;
         match self.documents.get(key).and_then(|document| document.body.as_deref()) {
             None => Ok(None),
-            Some(body) => serde_json::from_str(body).map(Some).map_err(|error| WorkError::Unencodable(format!("document {key}: {error}"))),
+            Some(body) => serde_json::from_str(body)
+                .map(Some)
+                .map_err(|error| WorkError::Unencodable(format!("document {key}: {error}"))),
         }
     }
 
@@ -321,18 +334,25 @@ impl Work {
             let Document { version, body, due, .. } = match document {
                 Some(document) => document,
                 None => {
-                    self.documents.insert(key, StagedDocument { read_version: Some(0), body: None, due: None, dirty: false });
+                    self.documents
+                        .insert(key, StagedDocument { read_version: Some(0), body: None, due: None, dirty: false });
                     continue;
                 }
             };
-            self.documents.insert(key, StagedDocument { read_version: Some(version), body: Some(body), due, dirty: false });
+            self.documents
+                .insert(key, StagedDocument { read_version: Some(version), body: Some(body), due, dirty: false });
         }
         Ok(())
     }
 
     /// Stages a document. One that was read before is only written over what was read.
-    pub fn put<T: Serialize>(&mut self, key: &DocumentKey, value: &T) -> Result<(), WorkError<std::convert::Infallible>> {
-        let body = serde_json::to_string(value).map_err(|error| WorkError::Unencodable(format!("document {key}: {error}")))?;
+    pub fn put<T: Serialize>(
+        &mut self,
+        key: &DocumentKey,
+        value: &T,
+    ) -> Result<(), WorkError<std::convert::Infallible>> {
+        let body =
+            serde_json::to_string(value).map_err(|error| WorkError::Unencodable(format!("document {key}: {error}")))?;
         self.put_json(key, Some(body.into()), None);
         Ok(())
     }
@@ -426,7 +446,8 @@ impl<A: Aggregate> StagedStream<A> {
     pub(crate) fn staged_events(&self, command_id: Uuid) -> Result<Vec<A::Event>, EventError> {
         let start = derived_id(command_id, 0);
         let from = self.encoded.iter().position(|event| event.id == start).unwrap_or(self.encoded.len());
-        let of_command = self.encoded[from..].iter().zip(0..).take_while(|(event, i)| event.id == derived_id(command_id, *i));
+        let of_command =
+            self.encoded[from..].iter().zip(0..).take_while(|(event, i)| event.id == derived_id(command_id, *i));
         of_command.filter_map(|(event, _)| decode::<A>(event).transpose()).collect()
     }
 

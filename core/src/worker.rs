@@ -14,7 +14,7 @@ use crate::{
     health::Reporter,
     panic::caught,
     parking::{PARKED_MAX, Parked, ParkedKeys, Place, collection},
-    store::{EventStore, Scan, StoreError},
+    store::{EventStore, StoreError},
     work::{Stale, Work},
 };
 
@@ -26,11 +26,6 @@ pub(crate) const BATCH_MAX: usize = 512;
 const CONFLICTS_BEFORE_SINGLE: u32 = 3;
 /// How often the parked keys that wait for their time are looked at.
 pub(crate) const PARKED_TICK: Duration = Duration::from_millis(200);
-/// How often the places of parked messages are read anew: an operator drops some, and a worker that lost its lane may have
-/// redriven some before it knew.
-const RECONCILE: Duration = Duration::from_secs(10);
-/// Parked keys looked at in one tick.
-const DUE_PAGE: usize = 64;
 
 /// When a failed message is tried again, and how often.
 #[derive(Clone, Debug)]
@@ -50,7 +45,7 @@ impl Default for RetryPolicy {
 }
 
 impl RetryPolicy {
-    fn delay_after(&self, attempts: u32) -> Option<Duration> {
+    pub(crate) fn delay_after(&self, attempts: u32) -> Option<Duration> {
         let doubled = self.delay_min * 2u32.saturating_pow(attempts.saturating_sub(1).min(20));
         (attempts < self.attempts_max).then(|| Backoff::between(doubled.min(self.delay_max), self.delay_max).next())
     }
@@ -245,7 +240,13 @@ impl Worker {
     }
 
     /// Stages the items one by one. With `refused`, the first item's own work is what the store refuses: it is parked.
-    async fn attempt(&self, items: &[Item], work: &mut Work, parked: &mut ParkedKeys, refused: Option<&str>) -> Attempt {
+    async fn attempt(
+        &self,
+        items: &[Item],
+        work: &mut Work,
+        parked: &mut ParkedKeys,
+        refused: Option<&str>,
+    ) -> Attempt {
         let messages: Vec<&Message> = items.iter().filter_map(|item| item.message.as_ref().ok()).collect();
         let mut unprepared = None;
         let prepared = caught(async { self.handler.prepare(&messages, work).await }).await;
@@ -287,7 +288,10 @@ impl Worker {
                 }
             }
             if work.rows() > COMMIT_ROWS_MAX - self.lanes.len() && index == 0 {
-                return Attempt::TooLarge(format!("its effects take {} rows; a commit takes {COMMIT_ROWS_MAX}", work.rows()));
+                return Attempt::TooLarge(format!(
+                    "its effects take {} rows; a commit takes {COMMIT_ROWS_MAX}",
+                    work.rows()
+                ));
             }
             if work.rows() > ROWS_PER_COMMIT && index + 1 < items.len() {
                 if work.rows() > COMMIT_ROWS_MAX - self.lanes.len() {
@@ -302,7 +306,7 @@ impl Worker {
     }
 
     /// A handler that panics fails at this message; the lane goes on.
-    async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
+    pub(crate) async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
         let handled = caught(async { self.handler.handle(message, work).await }).await;
         handled.unwrap_or_else(|panic| Err(panic.into()))
     }
@@ -349,7 +353,7 @@ impl Worker {
         parked.add(&item.key, place);
     }
 
-    fn parked_document(&self, place: &Place) -> DocumentKey {
+    pub(crate) fn parked_document(&self, place: &Place) -> DocumentKey {
         DocumentKey::new(collection(&self.name), place.id.clone())
     }
 
@@ -400,97 +404,5 @@ impl Worker {
             Err(error) => return Err(Stop::Store(StoreError::Unavailable(error.to_string()))),
         }
         Ok(())
-    }
-
-    /// Tries parked keys again whose time has come, each in order until one of its messages fails.
-    pub async fn redrive_due(&mut self) -> Result<(), Stop> {
-        if self.parked.is_empty() {
-            return Ok(());
-        }
-        if self.reconciled_at.elapsed() > RECONCILE {
-            self.load_parked().await?;
-        }
-        let mut keys: Vec<Arc<str>> = self.parked.freed().take(DUE_PAGE).cloned().collect();
-        let mut limit = DUE_PAGE;
-        loop {
-            let due = self.store.scan(&collection(&self.name), &Scan::Due(Utc::now()), limit).await?;
-            let all = due.len() < limit;
-            let of_key = due.iter().filter_map(|document| document.key.id.rsplit_once(" #"));
-            let mine = of_key.map(|(key, _)| Arc::<str>::from(key)).filter(|key| self.parked.has(key));
-            keys.extend(mine);
-            // Those in front may be of lanes that nobody follows at present.
-            if all || !keys.is_empty() {
-                break;
-            }
-            limit *= 4;
-        }
-        for key in keys {
-            while self.redrive_first(&key).await? {}
-        }
-        Ok(())
-    }
-
-    /// Tries the first message of a parked key again; whether it is handled, and another one waits behind it.
-    async fn redrive_first(&mut self, key: &Arc<str>) -> Result<bool, Stop> {
-        let Some(document_key) = self.parked.first(key).map(|place| self.parked_document(place)) else {
-            return Ok(false);
-        };
-        let found = self.store.documents(std::slice::from_ref(&document_key)).await?.into_iter().next().flatten();
-        let Some(document) = found else {
-            self.load_parked().await?;
-            return Ok(false);
-        };
-        let Ok(parked) = serde_json::from_str::<Parked>(&document.body) else { return Ok(false) };
-        let mut work = Work::new(self.store.clone(), Stale::Everything);
-        let handled = match parked.message() {
-            None => Err((parked.reason.clone(), Remedy::Park)),
-            Some(message) => {
-                work.begin(message.id, message.effects());
-                match self.handle(&message, &mut work).await {
-                    Err(error) if error.remedy() == Remedy::AwaitStore => return Ok(false),
-                    handled => handled.map_err(|error| (error.to_string(), error.remedy())),
-                }
-            }
-        };
-        let failure = match handled {
-            Ok(()) => {
-                work.put_expecting(&document_key, document.version, None, None);
-                match work.commit().await {
-                    Ok(_) => {
-                        self.parked.release_first(key);
-                        return Ok(self.parked.has(key));
-                    }
-                    Err(CommitError::Invalid(reason)) => {
-                        work = Work::new(self.store.clone(), Stale::Everything);
-                        (reason, Remedy::Park)
-                    }
-                    Err(error) => return self.redrive_later(key, &error).await,
-                }
-            }
-            Err(failure) => {
-                work.rollback();
-                failure
-            }
-        };
-        let (reason, remedy) = failure;
-        let attempts = parked.attempts + 1;
-        let delay = (remedy == Remedy::RetryMessage).then(|| self.retry.delay_after(attempts)).flatten();
-        let tried = Parked { attempts, reason: Parked::reason(&reason), ..parked };
-        let body = serde_json::to_string(&tried).unwrap_or_default();
-        work.put_expecting(&document_key, document.version, Some(body.into()), delay.map(|delay| Utc::now() + delay));
-        match work.commit().await {
-            Ok(_) => {
-                self.parked.tried_first(key);
-                Ok(false)
-            }
-            Err(error) => self.redrive_later(key, &error).await,
-        }
-    }
-
-    /// The document is still due, or free: the next tick tries again.
-    async fn redrive_later(&mut self, key: &str, error: &CommitError) -> Result<bool, Stop> {
-        tracing::warn!(subscription = %self.name, %key, %error, "redrive did not commit");
-        self.load_parked().await?;
-        Ok(false)
     }
 }

@@ -2,170 +2,17 @@
 #![allow(clippy::unwrap_used)]
 
 use annals::{
-    Event, Saga, SagaState, StepError,
+    Saga, SagaState, StepError,
     saga::{Outcome, Request, Status},
     testing::{Check, Violation, check},
 };
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::Value;
 
-#[derive(Event, Clone, Debug)]
-#[event(prefix = "stock")]
-enum Stock {
-    Reserve { units: i32 },
-    Release { units: i32 },
-    Ship { units: i32 },
-}
+#[path = "saga_check/shop.rs"]
+mod shop;
 
-#[derive(Event, Clone, Debug)]
-#[event(prefix = "payment")]
-enum Payment {
-    Charge { cents: i32 },
-    Refund { cents: i32 },
-}
-
-#[derive(Event, Clone, Debug)]
-#[event(prefix = "order")]
-enum Order {
-    Confirm {},
-    Cancel {},
-}
-
-#[derive(Event, Clone, Debug)]
-#[event(prefix = "mail")]
-enum Mail {
-    Send { confirmed: bool },
-}
-
-/// What the checkout knows.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-struct Checkout {
-    units: i32,
-    cents: i32,
-    discount: i32,
-}
-
-impl SagaState for Checkout {
-    fn learn(&mut self, step: &str, outcome: &Outcome) {
-        if let ("reserve stock", Outcome::Done(reply)) = (step, outcome) {
-            self.discount = reply["discount"].as_i64().map_or(self.discount, |cents| cents as i32);
-        }
-    }
-}
-
-fn sample() -> Checkout {
-    Checkout { units: 2, cents: 50, discount: 0 }
-}
-
-fn reserve(it: &Checkout) -> Request {
-    Request::to("inventory", &Stock::Reserve { units: it.units })
-}
-fn release(it: &Checkout) -> Request {
-    Request::to("inventory", &Stock::Release { units: it.units })
-}
-fn charge(it: &Checkout) -> Request {
-    Request::to("payment", &Payment::Charge { cents: it.cents })
-}
-fn refund(it: &Checkout) -> Request {
-    Request::to("payment", &Payment::Refund { cents: it.cents })
-}
-fn confirm(_: &Checkout) -> Request {
-    Request::to("order", &Order::Confirm {})
-}
-fn cancel(_: &Checkout) -> Request {
-    Request::to("order", &Order::Cancel {})
-}
-fn ship(it: &Checkout) -> Request {
-    Request::to("inventory", &Stock::Ship { units: it.units })
-}
-fn notify(_: &Checkout) -> Request {
-    Request::to("mail", &Mail::Send { confirmed: true })
-}
-fn notify_cancelled(_: &Checkout) -> Request {
-    Request::to("mail", &Mail::Send { confirmed: false })
-}
-
-fn checkout() -> Saga<Checkout> {
-    Saga::named("checkout")
-        .compensatable("reserve stock", reserve)
-        .undo(release)
-        .compensatable("charge card", charge)
-        .undo(refund)
-        .pivot("confirm order", confirm)
-        .retriable("ship", ship)
-        .retriable("notify customer", notify)
-        .when_compensated("cancel order", cancel)
-        .when_compensated("notify of cancellation", notify_cancelled)
-        .deadline(std::time::Duration::from_secs(60))
-        .build()
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Placed {
-    Open,
-    Confirmed,
-    Cancelled,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Shop {
-    free: i32,
-    reserved: i32,
-    shipped: i32,
-    charged: i32,
-    order: Placed,
-    mails: Vec<bool>,
-}
-
-fn shop() -> Shop {
-    Shop { free: 2, reserved: 0, shipped: 0, charged: 0, order: Placed::Open, mails: Vec::new() }
-}
-
-fn done() -> Result<Value, StepError> {
-    Ok(Value::Null)
-}
-
-fn inventory(shop: &mut Shop, command: Stock) -> Result<Value, StepError> {
-    match command {
-        Stock::Reserve { units } if shop.free < units => return Err(StepError::Refused("out of stock".to_owned())),
-        Stock::Reserve { units } => {
-            shop.free -= units;
-            shop.reserved += units;
-            return Ok(json!({ "discount": 5 }));
-        }
-        Stock::Release { units } => {
-            shop.reserved -= units;
-            shop.free += units;
-        }
-        Stock::Ship { units } => {
-            shop.reserved -= units;
-            shop.shipped += units;
-        }
-    }
-    done()
-}
-
-fn payment(shop: &mut Shop, command: Payment) -> Result<Value, StepError> {
-    match command {
-        Payment::Charge { cents } => shop.charged += cents,
-        Payment::Refund { cents } => shop.charged -= cents,
-    }
-    done()
-}
-
-fn orders(shop: &mut Shop, command: Order) -> Result<Value, StepError> {
-    match (shop.order, command) {
-        (Placed::Cancelled, Order::Confirm {}) => return Err(StepError::Refused("cancelled".to_owned())),
-        (_, Order::Confirm {}) => shop.order = Placed::Confirmed,
-        (_, Order::Cancel {}) => shop.order = Placed::Cancelled,
-    }
-    done()
-}
-
-fn mail(shop: &mut Shop, Mail::Send { confirmed }: Mail) -> Result<Value, StepError> {
-    shop.mails.push(confirmed);
-    done()
-}
+use shop::*;
 
 /// A checkout by `saga` in the shop, with everything that must hold there.
 fn in_the_shop(saga: Saga<Checkout>) -> Check<Checkout, Shop> {
@@ -501,4 +348,11 @@ fn a_broken_saga_panics_with_its_history() {
 fn a_sunny_day_is_a_single_history() {
     let report = in_the_shop(checkout()).ends_clean();
     assert_eq!(report.states, 12, "the start, the begin, and for each of five steps: done, heard: {report:?}");
+}
+
+#[test]
+fn a_check_that_does_not_see_every_state_does_not_pass() {
+    let violation = in_the_shop(checkout()).everything().states_max(1_000).run().unwrap_err();
+    let expected = "more than 1000 states: leave out of the world and the saga's state what does not matter";
+    assert_eq!((violation.broken.as_str(), violation.history.len()), (expected, 0));
 }

@@ -427,7 +427,11 @@ fn the_hash_tells_plans_apart_by_name_kind_order_and_calls() {
     let tuned = plan().compensatable("a", car).undo(car).attempts(2).timeout(Duration::from_secs(1));
     let tuned = tuned.compensatable("b", hotel).undo(hotel).deadline(Duration::from_secs(9)).build();
     assert_eq!(tuned.hash(), base.hash());
-    assert_eq!(base.hash(), "855426530fec", "stored with every saga: it must not change with the code that computes it");
+    assert_eq!(
+        base.hash(),
+        "855426530fec",
+        "stored with every saga: it must not change with the code that computes it"
+    );
 }
 
 #[test]

@@ -196,4 +196,3 @@ impl State {
 pub fn saga_stream(saga: &str, id: &str) -> String {
     format!("saga.{saga}-{id}")
 }
-

@@ -61,9 +61,11 @@ async fn carry_out(command: Command) -> Result<ExitCode, Failure> {
             };
             run_shop(&arguments.connection, &arguments.output, source, Demand::new(), settings).await
         }
-        Command::Serve(_) => Err("`serve` is not in this version: it comes with the PostgreSQL store and the Kafka bus. \
+        Command::Serve(_) => {
+            Err("`serve` is not in this version: it comes with the PostgreSQL store and the Kafka bus. \
                                   `run` has all four services in one process."
-            .into()),
+                .into())
+        }
     }
 }
 

@@ -67,12 +67,16 @@ impl Participant for NotificationDesk {
 
     async fn perform(&self, step: NotificationStep, work: &mut Work) -> Result<Answer, StepError> {
         let (id, fact) = match step {
-            NotificationStep::OrderEnded { order_id, customer, subject } => {
-                (order_id.clone(), NotificationEvent::Sent { order_id: Some(order_id), return_id: None, subject, customer })
-            }
+            NotificationStep::OrderEnded { order_id, customer, subject } => (
+                order_id.clone(),
+                NotificationEvent::Sent { order_id: Some(order_id), return_id: None, subject, customer },
+            ),
             NotificationStep::ReturnEnded { return_id, customer } => {
                 let subject = "return completed".to_owned();
-                (return_id.clone(), NotificationEvent::Sent { order_id: None, return_id: Some(return_id), subject, customer })
+                (
+                    return_id.clone(),
+                    NotificationEvent::Sent { order_id: None, return_id: Some(return_id), subject, customer },
+                )
             }
         };
         work.create(&self.notifications, &id, &fact).await?;

@@ -102,7 +102,13 @@ impl PaymentDesk {
         Self { payments: Repository::new(store), provider }
     }
 
-    async fn refund(&self, id: &str, amount: Decimal, fact: PaymentEvent, work: &mut Work) -> Result<Answer, StepError> {
+    async fn refund(
+        &self,
+        id: &str,
+        amount: Decimal,
+        fact: PaymentEvent,
+        work: &mut Work,
+    ) -> Result<Answer, StepError> {
         let paid = self.provider.refund(work.cause_id(), id, amount).await;
         paid.map_err(|error| StepError::Failed(error.to_string()))?;
         work.execute(&self.payments, id, &fact).await?;
@@ -133,7 +139,8 @@ impl Participant for PaymentDesk {
                 }
             }
             PaymentStep::Refund { order_id, amount, currency } => {
-                let fact = PaymentEvent::Refunded { order_id: Some(order_id.clone()), return_id: None, amount, currency };
+                let fact =
+                    PaymentEvent::Refunded { order_id: Some(order_id.clone()), return_id: None, amount, currency };
                 self.refund(&order_id, amount, fact, work).await
             }
             PaymentStep::RefundReturn { return_id, amount, currency } => {

@@ -6,9 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use annals::{
-    EventStore, ExecuteError, LocalBus, Runtime, StoreError, Tail, Transaction, event::named_id,
-};
+use annals::{EventStore, ExecuteError, LocalBus, Runtime, StoreError, Tail, Transaction, event::named_id};
 use async_trait::async_trait;
 use futures::StreamExt;
 use hdrhistogram::Histogram;
@@ -143,7 +141,8 @@ pub async fn run(
     runtime.start(services, Arc::new(LocalBus::new(4))).await.map_err(|error| RunError::Runtime(error.to_string()))?;
     let ledger = Ledger::default();
     runtime.spawn("ledger", ledger.clone().follow(store.clone(), runtime.shutdown()));
-    let latency_us = Histogram::new_with_max(LATENCY_MAX_US, 3).map_err(|error| RunError::Runtime(error.to_string()))?;
+    let latency_us =
+        Histogram::new_with_max(LATENCY_MAX_US, 3).map_err(|error| RunError::Runtime(error.to_string()))?;
     let tally = Tally { latency_us, sagas: 0, repeated: 0, rejected: Vec::new() };
     let stock = annals::Repository::new(store.clone());
     let shop = Shop { store, counter, stock, ledger: ledger.clone(), tally: Arc::new(Mutex::new(tally)) };
@@ -236,14 +235,14 @@ impl Shop {
             }
             Invoice::Order { id, customer, lines } => {
                 let place = OrderCommand::Place { order_id: id.clone(), customer, lines: order_lines(lines) };
-                match self.counter.orders.execute(&id, place, command_id).await {
+                match self.counter.orders.create(&id, place, command_id).await {
                     Ok(decided) => ("checkout", id, decided.repeated || decided.events.is_empty()),
                     Err(error) => return rejected(format!("order {id:.60}: {error}")),
                 }
             }
             Invoice::Return { id, customer, lines } => {
                 let open = ReturnCommand::Open { return_id: id.clone(), customer, lines: order_lines(lines) };
-                match self.counter.returns.execute(&id, open, command_id).await {
+                match self.counter.returns.create(&id, open, command_id).await {
                     Ok(decided) => ("return", id, decided.repeated || decided.events.is_empty()),
                     Err(error) => return rejected(format!("return {id:.60}: {error}")),
                 }

@@ -35,24 +35,34 @@ fn business(output: &Output) -> Value {
 
 /// Looks at the file as somebody who has none of our code.
 async fn look_from_outside(store: &Path) -> Value {
-    let mut file = SqliteConnection::connect_with(&SqliteConnectOptions::new().filename(store).read_only(true)).await.unwrap();
+    let mut file =
+        SqliteConnection::connect_with(&SqliteConnectOptions::new().filename(store).read_only(true)).await.unwrap();
     let mut ask = async |sql: &'static str| -> i64 { sqlx::query_scalar(sql).fetch_one(&mut file).await.unwrap() };
-    let gaps = ask("SELECT count(*) FROM (SELECT max(version) - count(*) AS gaps FROM events GROUP BY stream_id) WHERE gaps <> 0").await;
+    let gaps = ask(
+        "SELECT count(*) FROM (SELECT max(version) - count(*) AS gaps FROM events GROUP BY stream_id) WHERE gaps <> 0",
+    )
+    .await;
     assert_eq!(gaps, 0, "a stream has a gap");
     assert_eq!(ask("SELECT count(*) - count(DISTINCT event_id) FROM events").await, 0, "an event happened twice");
-    let twice = "SELECT count(*) FROM (SELECT 1 FROM events WHERE type = 'payment.charged' GROUP BY data HAVING count(*) > 1)";
+    let twice =
+        "SELECT count(*) FROM (SELECT 1 FROM events WHERE type = 'payment.charged' GROUP BY data HAVING count(*) > 1)";
     assert_eq!(ask(twice).await, 0, "a card was charged twice");
-    let open = "SELECT count(*) FROM documents WHERE collection LIKE 'saga.%' AND json_extract(body, '$.ended_at') IS NULL";
+    let open =
+        "SELECT count(*) FROM documents WHERE collection LIKE 'saga.%' AND json_extract(body, '$.ended_at') IS NULL";
     assert_eq!(ask(open).await, 0, "a saga has not ended");
     assert_eq!(ask("SELECT count(*) FROM documents WHERE collection LIKE 'parked.%'").await, 0, "a message is parked");
     let (mut units, mut pence) = (serde_json::Map::new(), 0);
     for kind in ["received", "reserved", "released", "shipped"] {
-        let sql = format!("SELECT coalesce(sum(json_extract(data, '$.quantity')), 0) FROM events WHERE type = 'stock.{kind}'");
+        let sql = format!(
+            "SELECT coalesce(sum(json_extract(data, '$.quantity')), 0) FROM events WHERE type = 'stock.{kind}'"
+        );
         let sum: i64 = sqlx::query_scalar(sqlx::AssertSqlSafe(sql)).fetch_one(&mut file).await.unwrap();
         units.insert(kind.into(), sum.into());
     }
     for (kind, sign) in [("charged", 1), ("refunded", -1)] {
-        let sql = format!("SELECT coalesce(sum(CAST(round(100 * json_extract(data, '$.amount')) AS INTEGER)), 0) FROM events WHERE type = 'payment.{kind}'");
+        let sql = format!(
+            "SELECT coalesce(sum(CAST(round(100 * json_extract(data, '$.amount')) AS INTEGER)), 0) FROM events WHERE type = 'payment.{kind}'"
+        );
         let sum: i64 = sqlx::query_scalar(sqlx::AssertSqlSafe(sql)).fetch_one(&mut file).await.unwrap();
         pence += sign * sum;
     }

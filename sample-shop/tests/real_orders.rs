@@ -39,7 +39,8 @@ fn with_plenty_of_stock_every_order_is_confirmed() {
 fn with_too_little_stock_a_seed_gives_the_same_business_twice() {
     let arguments = ["--stock-factor", "0.7", "--decline-rate", "0.1", "--cancel-rate", "0.05", "--seed", "7"];
     let first = run(&arguments);
-    let cancelled = ["out_of_stock", "declined", "by_customer"].map(|reason| first["cancelled"][reason].as_u64().unwrap());
+    let cancelled =
+        ["out_of_stock", "declined", "by_customer"].map(|reason| first["cancelled"][reason].as_u64().unwrap());
     assert!(cancelled.iter().all(|count| *count > 0), "{first}");
     assert_eq!(first["confirmed"].as_u64().unwrap() + cancelled.iter().sum::<u64>(), 1595, "{first}");
     let units = |name: &str| first["units"][name].as_i64().unwrap();

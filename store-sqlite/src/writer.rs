@@ -1,7 +1,7 @@
 //! The one task that writes: takes the commits that are waiting as a group, and makes one transaction of them.
 
 use annals::{CommitError, Committed, DocumentKey, Position, StreamId};
-use chrono::Utc;
+use chrono::{DateTime, Utc};
 use sqlx::{Connection, SqliteConnection};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -117,9 +117,12 @@ async fn apply(
     if !documents.is_empty() {
         load_documents(connection, documents, &mut ledger).await?;
     }
-    let outcomes = commits.into_iter().map(|commit| ledger.decide(commit)).collect();
-
     let recorded_at = recorded_at(last_recorded_at);
+    let told = DateTime::from_timestamp_micros(recorded_at);
+    // One writer gives out the positions, so those of a commit follow one another.
+    let decide = |commit| ledger.decide(commit).map(|committed| Committed { recorded_at: told, ..committed });
+    let outcomes = commits.into_iter().map(decide).collect();
+
     rows::append_events(connection, ledger.events.into_iter().map(|event| (event, recorded_at)).collect()).await?;
     let (removed, put): (Vec<_>, Vec<_>) = ledger.rows.into_iter().partition(|(_, row)| row.body.is_none());
     rows::put_documents(connection, put).await?;

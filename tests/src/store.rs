@@ -24,6 +24,9 @@
 //! A store that outlives its process implements [`Durable`] too, and says so: `suite!(Sqlite, durable)`. That adds tests;
 //! no test is ever skipped.
 
+// A property that does not hold panics: that is how a test fails.
+#![allow(clippy::unwrap_used)]
+
 use std::{future::Future, sync::Arc, time::Duration};
 
 use annals::{

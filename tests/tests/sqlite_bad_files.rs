@@ -39,7 +39,7 @@ fn contents(folder: &Path) -> BTreeMap<PathBuf, Option<Vec<u8>>> {
 async fn refused(path: &Path) -> OpenError {
     let parent = path.parent().filter(|parent| parent.is_dir());
     let before = parent.map(contents);
-    let error = SqliteStore::open(path).await.err().expect("it must not open");
+    let error = SqliteStore::open(path).await.expect_err("it must not open");
     assert!(parent.map(contents) == before, "the folder is not as it was: {error}");
     let name = path.file_name().unwrap().to_str().unwrap();
     assert!(error.to_string().contains(name), "{error}");

@@ -163,7 +163,11 @@ impl<C: SagaState, P> Plan<C, P> {
     fn step<Q>(mut self, name: &'static str, kind: Kind, perform: Make<C>) -> Plan<C, Q> {
         let calls = vec![Call { perform, undo: None }];
         let step = PlannedStep { name, kind, calls, timeout: STEP_TIMEOUT, attempts_max: ATTEMPTS_MAX };
-        if kind == Kind::Closing { self.saga.closing.push(step) } else { self.saga.steps.push(step) }
+        if kind == Kind::Closing {
+            self.saga.closing.push(step)
+        } else {
+            self.saga.steps.push(step)
+        }
         self.now()
     }
 

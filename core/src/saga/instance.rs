@@ -62,7 +62,9 @@ pub enum SagaRefusal {
     #[error("no such saga")]
     NotStarted,
     /// It was started under a definition that this build does not have. Register it as an older one, or a migration.
-    #[error("the saga keeps to definition {0}, which this build does not have: register it as older, or a migration from it")]
+    #[error(
+        "the saga keeps to definition {0}, which this build does not have: register it as older, or a migration from it"
+    )]
     UnknownDefinition(String),
     /// What it was started with cannot be read by this build.
     #[error("what the saga was started with cannot be read: {0}")]

@@ -243,7 +243,14 @@ impl<P: Participant> Handler for Desk<P> {
             Step::Bar => Outcome::Done(Value::Null),
             Step::Perform => match self.perform(command, work).await {
                 Ok(Answer::Done(reply)) => Outcome::Done(reply),
-                Ok(Answer::Refused(reason)) => Outcome::Refused(reason),
+                Ok(Answer::Refused(reason)) => {
+                    let outcome = step.refused(reason);
+                    if matches!(outcome, Outcome::Failed(_)) {
+                        // It is asked again: what goes with the refusal is not stored once for each time.
+                        work.rollback();
+                    }
+                    outcome
+                }
                 Err(StepError::Store(error)) => return Err(error.into()),
                 Err(StepError::Refused(reason)) => {
                     work.rollback();

@@ -174,7 +174,10 @@ impl<C: SagaState> Runner<C> {
                     let outcome = runner.put_in(&document.key.id, What::Due).await;
                     let Err(error) = outcome else { return None };
                     let trouble = format!("timer of saga {}: {error}", document.key.id);
-                    if matches!(error, ExecuteError::Refused(_) | ExecuteError::Invalid(_) | ExecuteError::Undecodable(_)) {
+                    if matches!(
+                        error,
+                        ExecuteError::Refused(_) | ExecuteError::Invalid(_) | ExecuteError::Undecodable(_)
+                    ) {
                         runner.postpone(document).await;
                     }
                     Some(trouble)

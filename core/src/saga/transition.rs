@@ -178,26 +178,26 @@ impl<C: SagaState> Move<'_, C> {
     fn advance(&mut self) -> Result<(), String> {
         match self.progress.at {
             At::Forward(step) if step + 1 < self.plan.steps.len() => self.enter(At::Forward(step + 1)),
-            At::Forward(_) => Ok(self.finish(Status::Completed)),
+            At::Forward(_) => self.finish(Status::Completed),
             At::Undo(0) => self.close(),
             At::Undo(step) => self.enter(At::Undo(step - 1)),
             At::Closing(step) if step + 1 < self.plan.closing.len() => self.enter(At::Closing(step + 1)),
-            At::Closing(_) => Ok(self.finish(Status::Compensated)),
+            At::Closing(_) => self.finish(Status::Compensated),
         }
     }
 
     fn close(&mut self) -> Result<(), String> {
         if self.plan.closing.is_empty() {
-            self.finish(Status::Compensated);
-            return Ok(());
+            return self.finish(Status::Compensated);
         }
         self.enter(At::Closing(0))
     }
 
-    fn finish(&mut self, status: Status) {
+    fn finish(&mut self, status: Status) -> Result<(), String> {
         let progress = &mut self.progress;
         (progress.status, progress.ended) = (status, Some(self.now));
         (progress.due, progress.deadline, progress.retrying) = (None, None, false);
+        Ok(())
     }
 
     fn enter(&mut self, at: At) -> Result<(), String> {
@@ -239,7 +239,9 @@ impl<C: SagaState> Move<'_, C> {
                 call,
                 attempt,
                 must_succeed: !self.may_refuse(),
-                data: data.map_err(|error| format!("step {:?}: {} has no JSON form: {error}", planned.name, request.type_name))?,
+                data: data.map_err(|error| {
+                    format!("step {:?}: {} has no JSON form: {error}", planned.name, request.type_name)
+                })?,
             });
         }
         for command in &commands {
@@ -286,7 +288,8 @@ impl<C: SagaState> Move<'_, C> {
         self.progress.deadline = None;
         if self.plan.steps[step].kind == Kind::Compensatable {
             // Whoever was asked and has not refused may have done it, or may do it yet.
-            let undone = |call: &CallState| if *call == CallState::Refused { CallState::Done } else { CallState::Waiting };
+            let undone =
+                |call: &CallState| if *call == CallState::Refused { CallState::Done } else { CallState::Waiting };
             let calls = self.progress.calls.iter().map(undone).collect();
             return self.enter_with(At::Undo(step), calls);
         }
@@ -297,7 +300,9 @@ impl<C: SagaState> Move<'_, C> {
     }
 
     fn due(&mut self) -> Result<bool, String> {
-        if self.progress.status == Status::Running && self.progress.deadline.is_some_and(|deadline| deadline <= self.now) {
+        if self.progress.status == Status::Running
+            && self.progress.deadline.is_some_and(|deadline| deadline <= self.now)
+        {
             let failure = Failure { step: self.planned().name.to_owned(), reason: "deadline".to_owned() };
             self.context.learn(&failure.step, &Outcome::Failed(failure.reason.clone()));
             self.gave_up = Some(failure);

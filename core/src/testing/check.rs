@@ -22,9 +22,9 @@ use crate::{
 
 /// How often a step is asked for before the checked saga gives it up: often enough for a repeated, a late and a last one.
 pub const ATTEMPTS: u32 = 2;
-/// The most states that a check explores. A saga that needs more has too much in its world or its state: leave out of them
-/// what does not matter to an invariant.
-pub const STATES_MAX: usize = 2_000_000;
+/// How many states a check explores at most, each counted as often as a move leads to it. A saga that needs more has too
+/// much in its world or its state: leave out of them what does not matter to an invariant.
+pub const STATES_MAX: usize = 5_000_000;
 
 /// A check of one saga; see [`check`].
 #[must_use = "a check does nothing before `ends_clean` or `run`"]
@@ -33,6 +33,7 @@ pub struct Check<C, W> {
     context: C,
     protocol: Parts<W>,
     attempts: u32,
+    states_max: usize,
 }
 
 struct Parts<W> {
@@ -144,7 +145,7 @@ impl std::error::Error for Violation {}
 ///     .ends_clean();
 /// ```
 pub fn check<C: SagaState>(saga: Saga<C>, context: C) -> Check<C, ()> {
-    Check { saga, context, protocol: Parts::of(()), attempts: ATTEMPTS }
+    Check { saga, context, protocol: Parts::of(()), attempts: ATTEMPTS, states_max: STATES_MAX }
 }
 
 impl<W> Parts<W> {
@@ -158,7 +159,8 @@ impl<C: SagaState> Check<C, ()> {
     /// Gives the saga's services a world to act in, as it is when the saga starts. Comes before everything else. The smaller
     /// it is, the faster the check: what matters to an invariant, and no more.
     pub fn world<W>(self, world: W) -> Check<C, W> {
-        Check { saga: self.saga, context: self.context, protocol: Parts::of(world), attempts: self.attempts }
+        let Self { saga, context, attempts, states_max, .. } = self;
+        Check { saga, context, protocol: Parts::of(world), attempts, states_max }
     }
 }
 
@@ -231,6 +233,12 @@ where
         self
     }
 
+    /// Gives up after this many states, instead of [`STATES_MAX`].
+    pub fn states_max(mut self, states_max: usize) -> Self {
+        self.states_max = states_max;
+        self
+    }
+
     /// Runs the check.
     ///
     /// # Panics
@@ -248,10 +256,10 @@ where
     /// Runs the check.
     ///
     /// # Errors
-    /// The shortest history that breaks a rule or an invariant; without a history, if there are more than [`STATES_MAX`]
+    /// The shortest history that breaks a rule or an invariant; without a history, if there are too many
     /// states.
     pub fn run(self) -> Result<Report, Violation> {
-        let Self { mut saga, context, protocol, attempts } = self;
+        let Self { mut saga, context, protocol, attempts, states_max } = self;
         for step in saga.steps.iter_mut().chain(&mut saga.closing) {
             step.attempts_max = step.attempts_max.min(attempts);
         }
@@ -259,7 +267,7 @@ where
         let protocol = Protocol { machine: Machine::new(saga, context), world, services, always, at_end, troubles };
         let start = Instant::now();
         // One thread, so that the first history found is a shortest one, and the same each time.
-        let checker = protocol.checker().threads(1).target_state_count(STATES_MAX).spawn_bfs().join();
+        let checker = protocol.checker().threads(1).target_state_count(states_max).spawn_bfs().join();
         let protocol = checker.model();
         if let Some(path) = checker.discovery(RULES) {
             let path = path.into_vec();
@@ -271,9 +279,10 @@ where
             });
         }
         let report = Report { states: checker.unique_state_count(), depth: checker.max_depth(), took: start.elapsed() };
-        if report.states >= STATES_MAX {
-            let broken =
-                format!("more than {STATES_MAX} states: leave out of world and saga state what does not matter");
+        if checker.state_count() >= states_max {
+            let broken = format!(
+                "more than {states_max} states: leave out of the world and the saga's state what does not matter"
+            );
             return Err(Violation { broken, history: Vec::new(), world: String::new() });
         }
         Ok(report)

@@ -23,10 +23,9 @@ impl Ledger {
 
     /// Notes that a service carried out a call; `Err` if it must not have.
     pub fn perform<C: SagaState>(&mut self, saga: &Saga<C>, at: At, call: usize) -> Result<(), String> {
-        let (name, undo) = match at {
-            At::Forward(step) => (saga.steps[step].name, false),
-            At::Undo(step) => (saga.steps[step].name, true),
-            At::Closing(step) => (saga.closing[step].name, false),
+        let name = match at {
+            At::Forward(step) | At::Undo(step) => saga.steps[step].name,
+            At::Closing(step) => saga.closing[step].name,
         };
         if let At::Undo(step) = at {
             let forward = At::Forward(step);
@@ -39,7 +38,6 @@ impl Ledger {
                 None => Err(format!("{name:?} is undone but was never done")),
             };
         }
-        debug_assert!(!undo);
         match self.0.insert((at, call), Effect::Done) {
             None => {}
             Some(Effect::Done) => return Err(format!("{name:?} is done twice")),

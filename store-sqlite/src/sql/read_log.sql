@@ -1,8 +1,9 @@
 -- The log.
 -- binds: ?1 after this position, ?2 limit
+-- A limit that is a plain bind would have SQLite prepare the statement again on every use.
 -- index: the primary key
 SELECT position, stream_id, version, event_id, type, schema_version, data, metadata, recorded_at
   FROM events
  WHERE position > ?1
  ORDER BY position
- LIMIT ?2
+ LIMIT ?2 + 0

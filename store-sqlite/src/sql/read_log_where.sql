@@ -1,6 +1,7 @@
 -- The log, without the events that a query leaves out.
 -- binds: ?1 after this position, ?2 up to this position, ?3 JSON array of categories or NULL, ?4 JSON array of types or
 --        NULL, ?5 limit
+-- A limit that is a plain bind would have SQLite prepare the statement again on every use.
 -- index: the primary key
 SELECT position, stream_id, version, event_id, type, schema_version, data, metadata, recorded_at
   FROM events
@@ -8,4 +9,4 @@ SELECT position, stream_id, version, event_id, type, schema_version, data, metad
    AND (?3 IS NULL OR substr(stream_id, 1, instr(stream_id, '-') - 1) IN (SELECT value FROM json_each(?3)))
    AND (?4 IS NULL OR type IN (SELECT value FROM json_each(?4)))
  ORDER BY position
- LIMIT ?5
+ LIMIT ?5 + 0

@@ -1,8 +1,9 @@
 -- Documents of a collection that are due, earliest first.
 -- binds: ?1 collection, ?2 due by then, ?3 limit
+-- A limit that is a plain bind would have SQLite prepare the statement again on every use.
 -- index: documents_due
 SELECT 0, collection, id, version, body, due
   FROM documents
  WHERE collection = ?1 AND due IS NOT NULL AND due <= ?2
  ORDER BY due, id
- LIMIT ?3
+ LIMIT ?3 + 0

@@ -1,0 +1,248 @@
+//! Who may know whom, and other promises of ARCHITECTURE.md and the README that the compiler does not check.
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use serde::Deserialize;
+
+/// A file longer than this is two ideas.
+const SOURCE_LINES_MAX: usize = 500;
+/// Drivers of databases and brokers, which the core must not meet even through others.
+const DRIVERS: [&str; 7] =
+    ["sqlx", "sqlx-core", "libsqlite3-sys", "rusqlite", "tokio-postgres", "rdkafka", "rdkafka-sys"];
+
+#[derive(Deserialize)]
+struct Workspace {
+    workspace_root: PathBuf,
+    packages: Vec<Package>,
+}
+
+#[derive(Deserialize)]
+struct Package {
+    name: String,
+    manifest_path: PathBuf,
+    dependencies: Vec<Dependency>,
+}
+
+#[derive(Deserialize)]
+struct Dependency {
+    name: String,
+    /// `None` for a normal one, else `dev` or `build`.
+    kind: Option<String>,
+}
+
+impl Workspace {
+    fn read() -> Self {
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let arguments = ["metadata", "--format-version", "1", "--no-deps", "--offline"];
+        let output = Command::new(cargo).args(arguments).current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    fn text(&self, file: &str) -> String {
+        let path = self.workspace_root.join(file);
+        fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+    }
+
+    /// The folders of the packages, which is what ARCHITECTURE.md calls them by.
+    fn rooms(&self) -> BTreeMap<&str, &str> {
+        self.packages.iter().map(|package| (&*package.name, package.room())).collect()
+    }
+}
+
+impl Package {
+    fn room(&self) -> &str {
+        self.manifest_path.parent().unwrap().file_name().unwrap().to_str().unwrap()
+    }
+}
+
+/// Where a room stands; it may only know rooms further in.
+fn ring(room: &str) -> u32 {
+    match room {
+        "macros" => 0,
+        "core" => 1,
+        room if room.starts_with("store-") || room.starts_with("bus-") => 2,
+        "cli" | "sample-shop" => 3,
+        "tests" | "bench" => 4,
+        room => panic!("{room} has no place in ARCHITECTURE.md: give it one there and here"),
+    }
+}
+
+#[test]
+fn rooms_know_only_rooms_further_in() {
+    let workspace = Workspace::read();
+    let rooms = workspace.rooms();
+    let mut wrong = Vec::new();
+    for package in &workspace.packages {
+        let known = package.dependencies.iter().filter(|dependency| dependency.name != package.name);
+        for room in known.filter_map(|dependency| rooms.get(&*dependency.name)) {
+            if ring(room) >= ring(package.room()) {
+                wrong.push(format!("{} must not know {room}", package.room()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn the_core_meets_no_driver_even_through_others() {
+    let workspace = Workspace::read();
+    let lock = workspace.text("Cargo.lock");
+    let locked = locked(&lock);
+    let core = workspace.packages.iter().find(|package| package.room() == "core").unwrap();
+    let normal = core.dependencies.iter().filter(|dependency| dependency.kind.is_none());
+    let (mut met, mut next) = (BTreeSet::new(), normal.map(|dependency| &*dependency.name).collect::<Vec<_>>());
+    while let Some(name) = next.pop() {
+        if met.insert(name) {
+            next.extend(locked.get(name).into_iter().flatten());
+        }
+    }
+    // So that a change in the shape of the lock file is not taken for innocence.
+    assert!(met.contains("mio"), "tokio brings mio: the lock file was not understood");
+    let wrong: Vec<_> = met.iter().filter(|name| DRIVERS.contains(*name)).collect();
+    assert!(wrong.is_empty(), "core must not know {wrong:?}");
+}
+
+/// What each package of the lock file depends on, by name; of several versions, all together.
+fn locked(lock: &str) -> BTreeMap<&str, Vec<&str>> {
+    let mut locked: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    let mut name = "";
+    for line in lock.lines() {
+        if let Some(rest) = line.strip_prefix("name = ") {
+            name = rest.trim_matches('"');
+        } else if let Some(dependency) = line.strip_prefix(" \"") {
+            let dependency = dependency.trim_end_matches(['"', ',']);
+            locked.entry(name).or_default().push(dependency.split(' ').next().unwrap());
+        }
+    }
+    locked
+}
+
+#[test]
+fn every_package_inherits_the_lints() {
+    let workspace = Workspace::read();
+    let inherits =
+        |package: &&Package| fs::read_to_string(&package.manifest_path).unwrap().contains("[lints]\nworkspace = true");
+    let wrong: Vec<_> = workspace.packages.iter().filter(|package| !inherits(package)).map(Package::room).collect();
+    assert!(wrong.is_empty(), "these do not inherit the lints of the workspace: {wrong:?}");
+}
+
+#[test]
+fn no_source_file_is_two_ideas() {
+    let workspace = Workspace::read();
+    let mut files = Vec::new();
+    for package in &workspace.packages {
+        rust_files(package.manifest_path.parent().unwrap(), &mut files);
+    }
+    assert!(files.len() > workspace.packages.len(), "only {} files were found", files.len());
+    let lines = |file: &PathBuf| fs::read_to_string(file).unwrap().lines().count();
+    let wrong: Vec<_> =
+        files.iter().map(|file| (lines(file), file)).filter(|(lines, _)| *lines > SOURCE_LINES_MAX).collect();
+    assert!(wrong.is_empty(), "more than {SOURCE_LINES_MAX} lines: {wrong:#?}");
+}
+
+fn rust_files(folder: &Path, files: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            if !path.ends_with("target") {
+                rust_files(&path, files);
+            }
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            files.push(path);
+        }
+    }
+}
+
+#[test]
+fn every_decision_is_listed() {
+    let workspace = Workspace::read();
+    let list = workspace.text("docs/adr/README.md");
+    let files = fs::read_dir(workspace.workspace_root.join("docs/adr")).unwrap();
+    let names = files.map(|file| file.unwrap().file_name().into_string().unwrap());
+    let decisions: Vec<String> = names.filter(|name| name.ends_with(".md") && name != "README.md").collect();
+    assert!(!decisions.is_empty());
+    let missing: Vec<_> = decisions.iter().filter(|name| !list.contains(&format!("]({name})"))).collect();
+    assert!(missing.is_empty(), "docs/adr/README.md does not list {missing:?}");
+}
+
+/// `core/src/work.rs` in backticks, or `](docs/adr/README.md)`, in a page of documentation.
+#[test]
+fn the_documents_name_files_that_are_there() {
+    let workspace = Workspace::read();
+    let mut pages = vec!["README.md".to_owned(), "ARCHITECTURE.md".to_owned(), "CHANGELOG.md".to_owned()];
+    for decision in fs::read_dir(workspace.workspace_root.join("docs/adr")).unwrap() {
+        pages.push(format!("docs/adr/{}", decision.unwrap().file_name().into_string().unwrap()));
+    }
+    let (mut looked_at, mut missing) = (0, Vec::new());
+    for page in &pages {
+        let text = workspace.text(page);
+        let folder = workspace.workspace_root.join(page).parent().unwrap().to_owned();
+        for link in between(&text, "](", ")").filter(|link| !link.contains("://") && !link.starts_with('#')) {
+            looked_at += 1;
+            if !folder.join(link.split('#').next().unwrap()).exists() {
+                missing.push(format!("{page}: {link}"));
+            }
+        }
+        for path in between(&text, "`", "`").filter(|quoted| is_path(quoted)) {
+            looked_at += 1;
+            if !workspace.workspace_root.join(path).exists() {
+                missing.push(format!("{page}: {path}"));
+            }
+        }
+    }
+    assert!(looked_at > 50, "only {looked_at} names were found");
+    assert!(missing.is_empty(), "these are not there: {missing:#?}");
+}
+
+fn is_path(quoted: &str) -> bool {
+    let plain = |letter: char| letter.is_ascii_alphanumeric() || "/._-".contains(letter);
+    quoted.contains('/')
+        && quoted.chars().all(plain)
+        && [".rs", ".sql", ".md", ".toml", "/"].iter().any(|end| quoted.ends_with(end))
+}
+
+fn between<'a>(text: &'a str, start: &'a str, end: &'a str) -> impl Iterator<Item = &'a str> {
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        let (_, after) = rest.split_once(start)?;
+        let (found, left) = after.split_once(end)?;
+        rest = left;
+        Some(found)
+    })
+}
+
+/// `<!-- quote:FILE -->` and the code block after it: the file, or what stands in it between its `README` marks.
+#[test]
+fn the_readme_quotes_its_example_as_it_is_tested() {
+    let workspace = Workspace::read();
+    let readme = workspace.text("README.md");
+    let quotes: Vec<(&str, &str)> = readme
+        .split("<!-- quote:")
+        .skip(1)
+        .map(|quote| {
+            let (file, rest) = quote.split_once(" -->\n```rust\n").unwrap();
+            (file, rest.split_once("\n```").unwrap().0)
+        })
+        .collect();
+    assert!(quotes.len() >= 2, "the README quotes only {quotes:?}");
+    for (file, quoted) in quotes {
+        let source = workspace.text(file);
+        let marked: Vec<String> =
+            between(&source, "// README: from here\n", "// README: up to here").map(unindented).collect();
+        let wanted = if marked.is_empty() { source.trim_end().to_owned() } else { marked.join("\n\n") };
+        assert_eq!(quoted, wanted, "{file} is not what the README quotes");
+    }
+}
+
+fn unindented(text: &str) -> String {
+    let indent = text.len() - text.trim_start_matches(' ').len();
+    let lines: Vec<&str> = text.lines().map(|line| line.get(indent..).unwrap_or("")).collect();
+    lines.join("\n").trim_end().to_owned()
+}

@@ -1,0 +1,33 @@
+//! The pictures of the checkout saga are what the library draws. `UPDATE=1 cargo test` draws them anew.
+#![allow(clippy::unwrap_used)]
+
+use std::{fs, path::Path};
+
+use sample_shop::checkout::checkout;
+
+/// Compares what stands in a file with what is drawn, or writes it.
+fn check(file: &str, drawn: impl Fn(&str) -> String) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(file);
+    let stands = fs::read_to_string(&path).unwrap_or_default();
+    let drawn = drawn(&stands);
+    if std::env::var_os("UPDATE").is_some() {
+        fs::write(&path, drawn).unwrap();
+        return;
+    }
+    assert_eq!(stands, drawn, "{file} is not what the library draws: run the tests with UPDATE=1");
+}
+
+#[test]
+fn the_svg_is_the_one_the_library_draws() {
+    check("docs/checkout.svg", |_| checkout().svg());
+}
+
+#[test]
+fn the_readme_has_the_mermaid_text_that_the_library_writes() {
+    check("README.md", |readme| {
+        let (start, end) = ("<!-- saga:checkout -->\n", "<!-- saga:end -->\n");
+        let (before, rest) = readme.split_once(start).unwrap();
+        let (_, after) = rest.split_once(end).unwrap();
+        format!("{before}{start}```mermaid\n{}```\n{end}{after}", checkout().mermaid())
+    });
+}
