@@ -204,13 +204,16 @@ impl Relay {
         worker.load_parked().await?;
         worker.reporter.fine();
         let mut in_flight: VecDeque<InFlight> = VecDeque::new();
-        let mut moved_at = Instant::now();
+        let (mut moved_at, mut patient_until) = (Instant::now(), Instant::now() + LAST_RECEIPTS);
         let mut tick = tokio::time::interval(PARKED_TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let stopping = shutdown.is_cancelled();
             if stopping && in_flight.is_empty() {
                 return Ok(());
+            }
+            if !stopping {
+                patient_until = Instant::now() + LAST_RECEIPTS;
             }
             let room = in_flight.len() < PAGES_IN_FLIGHT && !stopping;
             let mut caught_up = true;
@@ -251,6 +254,7 @@ impl Relay {
                     if let Some(next) = next {
                         worker.checkpoint(next.0).await?;
                         moved_at = Instant::now();
+                        patient_until = moved_at + LAST_RECEIPTS;
                         backoff.reset();
                     }
                 }
@@ -265,7 +269,7 @@ impl Relay {
                 }
                 () = shutdown.cancelled(), if !stopping => {}
                 // Consumers of this process stop too; what nobody takes any more is published again at the next start.
-                () = tokio::time::sleep(LAST_RECEIPTS), if stopping => return Ok(()),
+                () = tokio::time::sleep_until(patient_until), if stopping => return Ok(()),
             }
         }
     }

@@ -1,0 +1,135 @@
+//! The runtime: started whole, drained whole, and no failure of a part goes unseen.
+#![allow(clippy::unwrap_used)]
+
+use std::{sync::Arc, time::Duration};
+
+use annals::{Bus, EventStore, LocalBus, LogQuery, MemoryStore, Runtime, Service, Subscription, health::State};
+use annals_tests::{
+    bus::within,
+    faulty::{Fault, FaultyStore, Gate},
+    tally::{Copier, add, copies, eventually},
+};
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+struct Bed {
+    inner: Arc<dyn EventStore>,
+    faulty: FaultyStore,
+    runtime: Runtime,
+}
+
+async fn bed() -> Bed {
+    let inner: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    let faulty = FaultyStore::new(inner.clone());
+    let store: Arc<dyn EventStore> = Arc::new(faulty.clone());
+    let copier =
+        Subscription::new("copier", Copier::new(store.clone())).query(LogQuery::categories(["tally"])).lanes(2);
+    let mut runtime = Runtime::new();
+    let service = Service::new("source", store).subscribe(copier).publish(&["tally"]);
+    runtime.start(vec![service], Arc::new(LocalBus::default())).await.unwrap();
+    Bed { inner, faulty, runtime }
+}
+
+#[tokio::test]
+async fn health_goes_from_starting_over_fine_and_trouble_to_stopped() {
+    let Bed { inner, faulty, runtime } = bed().await;
+    let health = runtime.health();
+    assert!(!health.is_fine());
+    eventually("fine", async || health.is_fine().then_some(())).await;
+    assert_eq!(health.parts().keys().collect::<Vec<_>>(), ["copier/0", "copier/1", "source.relay"]);
+    faulty.away(true);
+    add(&inner, "a", [1]).await;
+    let troubled = async || health.parts().values().all(|state| matches!(state, State::Trouble(_))).then_some(());
+    eventually("all are in trouble", troubled).await;
+    faulty.away(false);
+    eventually("fine again", async || health.is_fine().then_some(())).await;
+    runtime.drain(PATIENCE).await.unwrap();
+    assert!(health.parts().values().all(|state| *state == State::Stopped), "{:?}", health.parts());
+}
+
+#[tokio::test]
+async fn drain_waits_for_the_batch_in_hand() {
+    let Bed { inner, faulty, runtime } = bed().await;
+    let gate = Gate::new();
+    faulty.when_checkpoint("copier", Fault::Hold(gate.clone()));
+    add(&inner, "a", 1..=3).await;
+    within("a batch is in hand", gate.reached()).await;
+    let drained = tokio::spawn(runtime.drain(PATIENCE));
+    tokio::task::yield_now().await;
+    assert!(!drained.is_finished());
+    gate.open();
+    within("drain", drained).await.unwrap().unwrap();
+    assert_eq!(copies(&inner, "a").await, (vec![1, 2, 3], vec![1, 2, 3]));
+}
+
+#[tokio::test]
+async fn drain_that_takes_too_long_says_so_and_cuts_off() {
+    let Bed { inner, faulty, runtime } = bed().await;
+    let gate = Gate::new();
+    faulty.when_checkpoint("copier", Fault::Hold(gate.clone()));
+    add(&inner, "a", [1]).await;
+    within("a batch is in hand", gate.reached()).await;
+    let error = within("drain", runtime.drain(Duration::from_millis(20))).await.unwrap_err();
+    assert!(error.contains("cut off"), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn drain_waits_for_no_consumer_that_is_gone() {
+    let (store, bus): (Arc<dyn EventStore>, _) = (Arc::new(MemoryStore::new()), LocalBus::default());
+    // The group stays, and messages are held for it.
+    drop(bus.join("gone", &["source.events"]).await.unwrap());
+    let mut runtime = Runtime::new();
+    let source = Service::new("source", store.clone()).publish(&["tally"]);
+    runtime.start(vec![source], Arc::new(bus.clone())).await.unwrap();
+    add(&store, "a", 1..=3).await;
+    eventually("it is on the bus", async || (bus.held("source.events") == 3).then_some(())).await;
+    let began = tokio::time::Instant::now();
+    runtime.drain(PATIENCE).await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+}
+
+#[tokio::test]
+async fn first_error_is_returned_and_health_names_the_part() {
+    let Bed { inner, mut runtime, .. } = bed().await;
+    let (health, shutdown) = (runtime.health(), runtime.shutdown());
+    runtime.spawn("mailer", async { Err("no such host".to_owned()) });
+    runtime.spawn("clock", async move {
+        shutdown.cancelled().await;
+        Ok(())
+    });
+    let failed = async || health.parts().get("mailer").cloned();
+    assert_eq!(eventually("it has failed", failed).await, State::Failed("no such host".into()));
+    assert!(!health.is_fine());
+    // The others go on.
+    add(&inner, "a", [1]).await;
+    eventually("copied", async || (copies(&inner, "a").await.0 == [1]).then_some(())).await;
+    assert_eq!(runtime.drain(PATIENCE).await.unwrap_err(), "mailer: no such host");
+}
+
+#[tokio::test]
+async fn panic_of_a_part_is_seen_at_once_and_returned() {
+    let Bed { mut runtime, .. } = bed().await;
+    let health = runtime.health();
+    runtime.spawn("mailer", async { panic!("out of paper") });
+    let failed = async || health.parts().get("mailer").cloned();
+    assert_eq!(eventually("it has failed", failed).await, State::Failed("panicked: out of paper".into()));
+    assert_eq!(runtime.drain(PATIENCE).await.unwrap_err(), "mailer: panicked: out of paper");
+}
+
+#[tokio::test]
+async fn drain_without_a_start_and_right_after_it() {
+    Runtime::new().drain(PATIENCE).await.unwrap();
+    bed().await.runtime.drain(PATIENCE).await.unwrap();
+}
+
+#[tokio::test]
+async fn nothing_starts_on_a_closed_bus() {
+    let (store, bus) = (Arc::new(MemoryStore::new()), LocalBus::default());
+    bus.close();
+    let mut runtime = Runtime::new();
+    let group = annals::Group::new("late", &["source.events"], Copier::new(store.clone()));
+    let outcome = runtime.start(vec![Service::new("late", store).consume(group)], Arc::new(bus)).await;
+    assert!(outcome.is_err());
+    assert_eq!(runtime.health().parts().len(), 0);
+    runtime.drain(PATIENCE).await.unwrap();
+}
