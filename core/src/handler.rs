@@ -9,8 +9,11 @@ use crate::{bus::Message, event::DecodeError, store::StoreError, work::Work};
 /// Reacts to messages, from the log or from a bus, in order per key.
 ///
 /// What it stages in `work` is committed together with the checkpoint, for many messages at once: exactly one effect per
-/// message, however often it is delivered. Effects outside the store are at least once: give them [`Work::cause_id`] as
-/// their idempotency key.
+/// event of the log, and per offset of a bus. A bus may carry one message at two offsets, as when its publisher crashed: then
+/// commands to aggregates find their results, and a document has to be written so that twice is as good as once (compare
+/// [`Message::version`]). Effects outside the store are at least once: give them [`Work::cause_id`] as their idempotency key.
+///
+/// A handler that panics has failed at that message, as if it had returned an error.
 #[async_trait]
 pub trait Handler: Send + Sync + 'static {
     /// Stages what the message causes. `?` on any error means: try this message again later, and meanwhile hold back
