@@ -288,6 +288,9 @@ impl Work {
     ) -> Result<&mut StagedStream<A>, WorkError<A::Refusal>> {
         if !self.streams.contains_key(stream) {
             let stale = self.stale.has(stream);
+            // After one conflict no hint is believed: a batch that comes again after a restart has many that are wrong, and
+            // finding them out one by one would stage it once for each.
+            let expect_new = expect_new && self.stale == Stale::Nothing;
             let base = repository.folded(&*self.store, stream, stale, expect_new).await?;
             let staged = StagedStream {
                 repository: repository.clone(),

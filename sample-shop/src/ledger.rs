@@ -101,6 +101,7 @@ struct State {
     open: HashMap<Arc<str>, Status>,
     ended: HashSet<Arc<str>>,
     waiting: HashMap<Arc<str>, Vec<oneshot::Sender<()>>>,
+    failed: Option<String>,
     /// Everything up to here is booked.
     position: Position,
 }
@@ -114,18 +115,34 @@ struct Glimpse {
 impl Ledger {
     /// Follows the log from its beginning until `shutdown`.
     pub async fn follow(self, store: Arc<dyn EventStore>, shutdown: CancellationToken) -> Result<(), String> {
+        let followed = self.read_on(&*store, shutdown).await.map_err(|error| error.to_string());
+        if let Err(reason) = &followed {
+            // Nobody may wait for an end that cannot be read any more.
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            state.failed = Some(reason.clone());
+            state.waiting.clear();
+        }
+        followed
+    }
+
+    async fn read_on(&self, store: &dyn EventStore, shutdown: CancellationToken) -> Result<(), StoreError> {
         let mut position = Position::START;
         while !shutdown.is_cancelled() {
-            let next = self.read(&*store, position).await.map_err(|error| error.to_string())?;
+            let next = self.read(store, position).await?;
             if next == position {
                 tokio::select! {
-                    woken = store.wait(position) => woken.map_err(|error| error.to_string())?,
+                    woken = store.wait(position) => woken?,
                     () = shutdown.cancelled() => {}
                 }
             }
             position = next;
         }
         Ok(())
+    }
+
+    /// Why the books cannot be kept any more.
+    pub fn failed(&self) -> Option<String> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).failed.clone()
     }
 
     async fn read(&self, store: &dyn EventStore, after: Position) -> Result<Position, StoreError> {
@@ -152,7 +169,7 @@ impl Ledger {
         let (ended, waiting) = oneshot::channel();
         {
             let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-            if state.ended.contains(saga) {
+            if state.ended.contains(saga) || state.failed.is_some() {
                 return;
             }
             state.waiting.entry(saga.into()).or_default().push(ended);

@@ -1,6 +1,10 @@
 //! The command line of the sample shop.
 
-use std::{process::ExitCode, sync::Arc};
+use std::{
+    io::{IsTerminal, Write},
+    process::ExitCode,
+    sync::Arc,
+};
 
 use annals::{EventStore, MemoryStore};
 use annals_sqlite::SqliteStore;
@@ -24,7 +28,11 @@ type Failure = Box<dyn std::error::Error>;
 #[tokio::main]
 async fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "error".into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
     match carry_out(Arguments::parse().command).await {
         Ok(code) => code,
         Err(error) => {
@@ -50,6 +58,11 @@ async fn carry_out(command: Command) -> Result<ExitCode, Failure> {
             run_shop(&arguments.connection, &arguments.output, source, stock, settings).await
         }
         Command::Drain(arguments) => {
+            if let StoreUrl::Sqlite(path) = &arguments.connection.store
+                && !path.exists()
+            {
+                return Err(format!("{}: there is no such store to drain", path.display()).into());
+            }
             let source = Source::generated(0, 0);
             let settings = Settings {
                 concurrency: 1,
@@ -144,7 +157,10 @@ fn show(connection: &Connection, output: &Output, invoices: &Invoices, outcome: 
         bus: connection.bus.to_string(),
     };
     let text = if output.json { summary.json() } else { summary.human() };
-    println!("{text}");
+    if let Err(error) = writeln!(std::io::stdout(), "{text}") {
+        eprintln!("sample-shop: the summary could not be written: {error}");
+        return ExitCode::from(2);
+    }
     let sound = summary.stuck == 0 && summary.units.conserved() && books.charged >= Decimal::ZERO;
     if sound { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -48,7 +48,7 @@ pub enum OrderRefusal {
     NoQuantity { line: usize, sku: String },
     #[error("line {line}, {sku}: the price {price} is negative or has more than {PRICE_DECIMALS_MAX} decimals")]
     Price { line: usize, sku: String, price: Decimal },
-    #[error("the total of the order is too large")]
+    #[error("the order is too large: its units or its total leave all bounds")]
     TooLarge,
     #[error("there is no such order")]
     NotPlaced,
@@ -112,11 +112,12 @@ pub fn total(lines: &[Line]) -> Result<Decimal, OrderRefusal> {
     if lines.is_empty() {
         return Err(OrderRefusal::NoLines);
     }
-    let mut total = Decimal::ZERO;
+    let (mut total, mut units) = (Decimal::ZERO, 0_u32);
     for (line, Line { sku, quantity, unit_price }) in (1..).zip(lines) {
         if *quantity == 0 {
             return Err(OrderRefusal::NoQuantity { line, sku: sku.clone() });
         }
+        units = units.checked_add(*quantity).ok_or(OrderRefusal::TooLarge)?;
         if unit_price.is_sign_negative() || unit_price.scale() > PRICE_DECIMALS_MAX {
             return Err(OrderRefusal::Price { line, sku: sku.clone(), price: *unit_price });
         }

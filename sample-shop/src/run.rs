@@ -193,6 +193,9 @@ pub async fn run(
 async fn wait_for_open_sagas(shop: &Shop) -> Result<(), RunError> {
     let head = shop.store.status().await?.head;
     loop {
+        if let Some(reason) = shop.ledger.failed() {
+            return Err(RunError::Runtime(reason));
+        }
         let (open, stuck) = shop.ledger.open();
         if shop.ledger.position() >= head && open == stuck {
             return Ok(());
