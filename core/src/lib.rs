@@ -20,6 +20,7 @@ pub mod relay;
 pub mod repository;
 pub mod saga;
 pub mod service;
+mod stale;
 pub mod store;
 pub mod subscription;
 pub mod tail;

@@ -14,6 +14,8 @@ use crate::{
     store::{EventStore, StoreError},
 };
 
+pub(crate) use crate::stale::Stale;
+
 /// What one message or request, or a batch of them, wants to become durable.
 ///
 /// Nothing is written before the framework commits the whole; every stream that was looked at, and every document that is
@@ -38,37 +40,6 @@ pub(crate) struct Cause {
     pub id: Uuid,
     pub metadata: Metadata,
     pub calls: u64,
-}
-
-/// Which cached states were proven outdated by an earlier attempt.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub(crate) enum Stale {
-    #[default]
-    Nothing,
-    Streams(Vec<StreamId>),
-    Everything,
-}
-
-impl Stale {
-    fn has(&self, stream: &StreamId) -> bool {
-        match self {
-            Self::Nothing => false,
-            Self::Streams(streams) => streams.contains(stream),
-            Self::Everything => true,
-        }
-    }
-
-    /// What to read anew after this error: first only the stream it names, then everything.
-    pub fn after(self, error: &CommitError) -> Self {
-        match (self, error) {
-            (Self::Nothing, CommitError::Conflict { stream, .. }) => Self::Streams(vec![stream.clone()]),
-            (Self::Streams(mut streams), CommitError::Conflict { stream, .. }) if streams.len() < 4 => {
-                streams.push(stream.clone());
-                Self::Streams(streams)
-            }
-            _ => Self::Everything,
-        }
-    }
 }
 
 /// Why work could not be staged.

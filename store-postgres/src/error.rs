@@ -1,0 +1,144 @@
+//! The one place where SQLSTATEs and names of constraints are told apart. Message text is for people and is never looked into.
+
+use annals::{CommitError, StoreError};
+use sqlx::{error::DatabaseError, postgres::PgDatabaseError, postgres::PgSeverity};
+
+/// Why a store could not be opened. Whatever was there is as it was.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum OpenError {
+    /// The text is no `postgres://` URL. It is not repeated here: it may hold a password.
+    #[error("the store URL is not one of PostgreSQL ({reason}); write `postgres://user@host/database`")]
+    Url {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// No schema may have this name.
+    #[error(
+        "{schema:?} is no name for a schema: lower-case letters, digits and `_`, not starting with a digit or `pg_`, at most 50"
+    )]
+    Schema {
+        /// What was given.
+        schema: String,
+    },
+    /// The schema was written by a newer build.
+    #[error("schema {schema} has version {found}; this build knows versions up to {known}: use a newer build")]
+    TooNew {
+        /// The schema.
+        schema: String,
+        /// The version it has.
+        found: i32,
+        /// The newest version known.
+        known: i32,
+    },
+    /// The server refuses this user: a wrong password, no such database, or no permission.
+    #[error("the database refuses: {reason}; check user, password, database and permissions")]
+    Refused {
+        /// What the server says.
+        reason: String,
+    },
+    /// The server follows another one, so it cannot write, and does not know who else writes.
+    #[error("the server is a standby; name the primary")]
+    Standby,
+    /// The server cannot be reached now, or is short of something; try again.
+    #[error("the database cannot be used now: {reason}; try again")]
+    Unavailable {
+        /// What the system or the server says.
+        reason: String,
+    },
+}
+
+/// What a failed statement means for those who wait for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// Another process was faster, or this one was chosen to end a deadlock. Nothing was written; look again.
+    Race,
+    /// A position is taken already: the sequence is behind the table.
+    PositionTaken,
+    /// The server does not take a value. Nothing was written.
+    Refused,
+    /// The user may not, or the database is not there.
+    Forbidden,
+    /// The server cannot do it now, or its schema is not ours. Nothing was written.
+    Unavailable,
+    /// The connection ended: what was under way holds, or does not.
+    Lost,
+}
+
+// https://www.postgresql.org/docs/current/errcodes-appendix.html
+const UNIQUE_VIOLATION: &str = "23505";
+const CHECK_VIOLATION: &str = "23514";
+const SERIALIZATION_FAILURE: &str = "40001";
+const DEADLOCK_DETECTED: &str = "40P01";
+const PROGRAM_LIMIT_EXCEEDED: &str = "54000";
+const NUMBER_OUT_OF_RANGE: &str = "22003";
+const INSUFFICIENT_PRIVILEGE: &str = "42501";
+const NO_SUCH_DATABASE: &str = "3D000";
+const READ_ONLY_TRANSACTION: &str = "25006";
+/// Raised by our own function: a document was put between the look and the write.
+const DOCUMENT_RACE: &str = "AN001";
+const CLASS_DATA: &str = "22";
+const CLASS_AUTHORIZATION: &str = "28";
+
+const POSITION_KEY: &str = "events_position_key";
+const RACED_KEYS: [&str; 2] = ["events_stream_version", "documents_key"];
+
+pub(crate) fn fault(error: &sqlx::Error) -> Fault {
+    let Some(error) = error.as_database_error().and_then(|error| error.try_downcast_ref::<PgDatabaseError>()) else {
+        return match error {
+            // Before anything was sent.
+            sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::Encode(_) => Fault::Unavailable,
+            _ => Fault::Lost,
+        };
+    };
+    if matches!(error.severity(), PgSeverity::Fatal | PgSeverity::Panic) {
+        return match error.code() {
+            code if code.starts_with(CLASS_AUTHORIZATION) || code == NO_SUCH_DATABASE => Fault::Forbidden,
+            _ => Fault::Lost,
+        };
+    }
+    match error.code() {
+        UNIQUE_VIOLATION if error.constraint() == Some(POSITION_KEY) => Fault::PositionTaken,
+        UNIQUE_VIOLATION if error.constraint().is_some_and(|name| RACED_KEYS.contains(&name)) => Fault::Race,
+        SERIALIZATION_FAILURE | DEADLOCK_DETECTED | DOCUMENT_RACE => Fault::Race,
+        // A number that somebody wrote by hand stands at its end.
+        NUMBER_OUT_OF_RANGE => Fault::Unavailable,
+        CHECK_VIOLATION | PROGRAM_LIMIT_EXCEEDED => Fault::Refused,
+        code if code.starts_with(CLASS_DATA) => Fault::Refused,
+        INSUFFICIENT_PRIVILEGE => Fault::Forbidden,
+        code if code.starts_with(CLASS_AUTHORIZATION) => Fault::Forbidden,
+        _ => Fault::Unavailable,
+    }
+}
+
+/// Whether the connection ended, and with it whatever was under way.
+pub(crate) fn is_lost(error: &sqlx::Error) -> bool {
+    fault(error) == Fault::Lost
+}
+
+pub(crate) fn open_error(error: &sqlx::Error) -> OpenError {
+    let reason = error.to_string();
+    let read_only =
+        error.as_database_error().and_then(DatabaseError::code).is_some_and(|code| code == READ_ONLY_TRANSACTION);
+    match fault(error) {
+        _ if read_only => OpenError::Standby,
+        Fault::Forbidden => OpenError::Refused { reason },
+        _ => OpenError::Unavailable { reason },
+    }
+}
+
+pub(crate) fn read_error(error: sqlx::Error) -> StoreError {
+    match error {
+        sqlx::Error::Decode(_) | sqlx::Error::ColumnDecode { .. } => StoreError::Corrupt(error.to_string()),
+        _ => StoreError::Unavailable(error.to_string()),
+    }
+}
+
+/// A statement failed, and with it everything that it was to write.
+pub(crate) fn write_error(error: &sqlx::Error) -> CommitError {
+    match fault(error) {
+        Fault::Refused => CommitError::Invalid(error.to_string()),
+        Fault::Lost => CommitError::Unknown(error.to_string()),
+        Fault::Race => CommitError::Unavailable(format!("other processes were faster each time: {error}")),
+        _ => CommitError::Unavailable(error.to_string()),
+    }
+}

@@ -1,0 +1,221 @@
+//! What a group of commits comes to: decided in memory, one commit after the other, from where everything is known or guessed
+//! to stand. The database checks each guess; so a group takes one round trip, and two where a guess was wrong.
+
+use std::{borrow::Cow, collections::HashMap, sync::Arc};
+
+use annals::{Append, Commit, CommitError, Committed, DocumentKey, Expected, Position, Put, StreamId, Version};
+use uuid::Uuid;
+
+/// A commit as the writer takes it: whatever can be made ready before is made ready by its caller, because callers run in
+/// parallel and the writer does not.
+pub(crate) struct Prepared {
+    appends: Vec<PreparedAppend>,
+    puts: Vec<Put>,
+    /// What it adds to the size of a group.
+    pub(crate) rows: usize,
+    /// Likewise.
+    pub(crate) bytes: usize,
+}
+
+struct PreparedAppend {
+    stream: StreamId,
+    expected: Expected,
+    events: Vec<EventText>,
+}
+
+/// The columns of an event that do not depend on where it ends up.
+pub(crate) struct EventText {
+    pub(crate) id: Uuid,
+    pub(crate) type_name: Cow<'static, str>,
+    pub(crate) schema_version: i32,
+    pub(crate) data: String,
+    pub(crate) metadata: String,
+}
+
+impl From<Commit> for Prepared {
+    fn from(commit: Commit) -> Self {
+        let rows = commit.rows();
+        let appended = commit.appends.iter().flat_map(|append| &append.events).map(|event| event.data.len());
+        let put = commit.puts.iter().filter_map(|put| put.body.as_ref()).map(|body| body.len());
+        let bytes = appended.chain(put).sum();
+        Self { appends: commit.appends.into_iter().map(PreparedAppend::from).collect(), puts: commit.puts, rows, bytes }
+    }
+}
+
+impl From<Append> for PreparedAppend {
+    fn from(append: Append) -> Self {
+        let text = |event: annals::NewEvent| EventText {
+            id: event.id,
+            type_name: event.type_name,
+            schema_version: event.schema_version,
+            data: event.data,
+            metadata: event.metadata.to_json(),
+        };
+        Self { stream: append.stream, expected: append.expected, events: append.events.into_iter().map(text).collect() }
+    }
+}
+
+/// Where the streams and documents of a group stand, in the order of [`Decision::streams`] and [`Decision::documents`].
+#[derive(Clone, Debug)]
+pub(crate) struct Standings {
+    pub(crate) streams: Vec<i64>,
+    pub(crate) documents: Vec<i64>,
+}
+
+/// A group as it is to be written.
+pub(crate) struct Decision<'g> {
+    /// Each stream once, in byte order.
+    pub(crate) streams: Vec<StreamState<'g>>,
+    /// Each document once, in byte order.
+    pub(crate) documents: Vec<DocumentState<'g>>,
+    /// In byte order of the streams.
+    pub(crate) events: Vec<EventRow<'g>>,
+    outcomes: Vec<Result<Outline, CommitError>>,
+}
+
+pub(crate) struct StreamState<'g> {
+    pub(crate) id: &'g StreamId,
+    /// Where it stands before the group. `None`: wherever.
+    pub(crate) base: Option<i64>,
+    steps: i64,
+}
+
+pub(crate) struct DocumentState<'g> {
+    pub(crate) key: &'g DocumentKey,
+    /// As of a stream.
+    pub(crate) base: Option<i64>,
+    /// Removed within the group: its versions start again.
+    pub(crate) fresh: bool,
+    pub(crate) steps: i64,
+    /// The last put that holds.
+    pub(crate) put: Option<&'g Put>,
+}
+
+pub(crate) struct EventRow<'g> {
+    /// From 1, in log order.
+    pub(crate) rank: usize,
+    /// Index of the stream.
+    pub(crate) stream: usize,
+    /// Counted from where the stream stands before the group.
+    pub(crate) step: i64,
+    pub(crate) text: &'g EventText,
+}
+
+/// A commit that holds: where its last event ranks, and how far each of its streams has come.
+struct Outline {
+    rank: Option<usize>,
+    versions: Vec<(usize, i64)>,
+}
+
+/// Where a thing must stand before the group for `expected` to be met after `steps`. What no guess can meet is guessed to be
+/// at its beginning: if it is, the commit has its conflict without another look.
+fn guess(expected: i64, steps: i64) -> i64 {
+    expected.checked_sub(steps).filter(|base| (0..i64::MAX / 2).contains(base)).unwrap_or(0)
+}
+
+impl<'g> Decision<'g> {
+    /// Decides from where everything stands, or from a guess where that is not known.
+    pub(crate) fn new(group: &'g [Prepared], known: Option<&Standings>) -> Self {
+        let mut streams: Vec<_> =
+            group.iter().flat_map(|commit| &commit.appends).map(|append| &append.stream).collect();
+        streams.sort_unstable_by_key(|stream| stream.as_str());
+        streams.dedup();
+        let mut documents: Vec<_> = group.iter().flat_map(|commit| &commit.puts).map(|put| &put.key).collect();
+        documents.sort_unstable_by_key(|key| (&*key.collection, &*key.id));
+        documents.dedup();
+        let stream_indexes: HashMap<_, _> = streams.iter().copied().zip(0..).collect();
+        let document_indexes: HashMap<_, _> = documents.iter().copied().zip(0..).collect();
+        let mut decision = Self {
+            streams: streams
+                .into_iter()
+                .enumerate()
+                .map(|(n, id)| StreamState { id, base: known.map(|known| known.streams[n]), steps: 0 })
+                .collect(),
+            documents: documents
+                .into_iter()
+                .enumerate()
+                .map(|(n, key)| {
+                    let base = known.map(|known| known.documents[n]);
+                    DocumentState { key, base, fresh: false, steps: 0, put: None }
+                })
+                .collect(),
+            events: Vec::with_capacity(group.iter().map(|commit| commit.rows).sum()),
+            outcomes: Vec::with_capacity(group.len()),
+        };
+        for commit in group {
+            let outcome = decision.decide(commit, &stream_indexes, &document_indexes);
+            decision.outcomes.push(outcome);
+        }
+        decision.events.sort_unstable_by_key(|event| (event.stream, event.step));
+        decision
+    }
+
+    /// Takes a commit in, whole or not at all.
+    fn decide(
+        &mut self,
+        commit: &'g Prepared,
+        streams: &HashMap<&'g StreamId, usize>,
+        documents: &HashMap<&'g DocumentKey, usize>,
+    ) -> Result<Outline, CommitError> {
+        for append in &commit.appends {
+            let state = &mut self.streams[streams[&append.stream]];
+            if let Expected::Version(expected) = append.expected {
+                let actual = Version(*state.base.get_or_insert_with(|| guess(expected.0, state.steps)) + state.steps);
+                if actual != expected {
+                    return Err(CommitError::Conflict { stream: append.stream.clone(), expected, actual });
+                }
+            }
+        }
+        for put in &commit.puts {
+            let state = &mut self.documents[documents[&put.key]];
+            if let Some(expected) = put.expected {
+                let before =
+                    if state.fresh { 0 } else { *state.base.get_or_insert_with(|| guess(expected, state.steps)) };
+                let actual = before + state.steps;
+                if actual != expected {
+                    return Err(CommitError::DocumentConflict { key: put.key.clone(), expected, actual });
+                }
+            }
+        }
+
+        let mut outline = Outline { rank: None, versions: Vec::with_capacity(commit.appends.len()) };
+        for append in &commit.appends {
+            let stream = streams[&append.stream];
+            let state = &mut self.streams[stream];
+            for text in &append.events {
+                state.steps += 1;
+                let rank = self.events.len() + 1;
+                self.events.push(EventRow { rank, stream, step: state.steps, text });
+                outline.rank = Some(rank);
+            }
+            outline.versions.push((stream, state.steps));
+        }
+        for put in &commit.puts {
+            let state = &mut self.documents[documents[&put.key]];
+            match put.body {
+                Some(_) => state.steps += 1,
+                None => (state.fresh, state.steps) = (true, 0),
+            }
+            state.put = Some(put);
+        }
+        Ok(outline)
+    }
+
+    /// What each commit came to, now that it is written.
+    pub(crate) fn outcomes(self, positions: &[i64], standings: &Standings) -> Vec<Result<Committed, CommitError>> {
+        let position = |rank: usize| positions.get(rank - 1).map_or(Position::START, |position| Position(*position));
+        let version = |(stream, steps): &(usize, i64)| Version(standings.streams[*stream] + steps);
+        let committed = |outline: Outline| Committed {
+            position: outline.rank.map_or(Position::START, position),
+            versions: outline.versions.iter().map(version).collect(),
+        };
+        self.outcomes.into_iter().map(|outcome| outcome.map(committed)).collect()
+    }
+}
+
+impl DocumentState<'_> {
+    /// The body to write; `None` removes the document.
+    pub(crate) fn body(&self) -> Option<&Arc<str>> {
+        self.put.and_then(|put| put.body.as_ref())
+    }
+}

@@ -1,0 +1,229 @@
+//! The event store of [annals] on PostgreSQL.
+//!
+//! ```no_run
+//! # tokio::runtime::Runtime::new()?.block_on(async {
+//! use annals::{EventStore, LogQuery, Position};
+//! use annals_postgres::{PostgresStore, Settings};
+//!
+//! let store = PostgresStore::connect("postgres://shop@localhost/shop", Settings::default()).await?;
+//! let page = store.read_log(&LogQuery::all(), Position::START, 100).await?;
+//! for event in page.events {
+//!     println!("{} {}", event.position, event.type_name);
+//! }
+//! store.close().await?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! # })?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # What it keeps
+//!
+//! A commit that was acknowledged was committed by PostgreSQL, and is as durable as `synchronous_commit` says there. Any number
+//! of processes may use one schema, and write at the same time. The database refuses `UPDATE`, `DELETE` and `TRUNCATE` of
+//! events, whoever asks. Positions rise in the order in which a process commits; between processes they rise, too, but become
+//! visible in any order, and those of failed transactions remain empty. A reader never passes one that may still be filled
+//! (the module `log` says how it knows).
+//!
+//! # What a commit costs
+//!
+//! One task writes, on a connection of its own. It takes all commits that wait as one group, and makes one round trip and one
+//! transaction of them; a commit that comes alone waits for nobody. A conflict fails its own commit only. A group takes a
+//! second round trip where a commit in it expects a version that is not there.
+
+mod error;
+mod group;
+mod log;
+mod news;
+mod open;
+mod read;
+mod statements;
+mod writer;
+
+use std::{
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
+
+use annals::{
+    Commit, CommitError, Committed, Document, DocumentKey, EventStore, LogPage, LogQuery, Position, Recorded, Scan,
+    StoreError, StoreStatus, StreamId, Version,
+};
+use async_trait::async_trait;
+use sqlx::PgPool;
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::AbortHandle,
+    time::timeout,
+};
+
+pub use self::{error::OpenError, open::Settings};
+use self::{
+    group::Prepared,
+    log::{Ahead, Log},
+    news::News,
+    open::Database,
+    statements::Statements,
+    writer::{QUEUE_COMMITS_MAX, Reconnect, Submission, Writer},
+};
+
+/// How long a reader waits before it looks for what nobody told it of, doubling between these: rows written by hand, and
+/// commits whose process could not tell.
+const LOOK_MS_MIN: u64 = 50;
+const LOOK_MS_MAX: u64 = 1_000;
+/// Likewise while other processes cannot be heard.
+const DEAF_LOOK_MS_MAX: u64 = 100;
+/// Likewise at a gap: the end of a transaction is not announced.
+const GAP_LOOK_MS_MIN: u64 = 1;
+const GAP_LOOK_MS_MAX: u64 = 50;
+
+/// An event store in one schema of a PostgreSQL database. Clones share it; when the last is gone, what was handed over is
+/// still written.
+#[derive(Clone, Debug)]
+pub struct PostgresStore {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    database: Arc<Database>,
+    /// `None` once closed.
+    queue: RwLock<Option<mpsc::Sender<Submission>>>,
+    /// How the writer ended.
+    ended: watch::Receiver<Option<Result<(), String>>>,
+    readers: PgPool,
+    log: Log,
+    news: News,
+    /// What tells other processes, and listens to them.
+    helpers: [AbortHandle; 2],
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.helpers.iter().for_each(AbortHandle::abort);
+    }
+}
+
+impl PostgresStore {
+    /// Connects, and creates the schema or brings it to the newest version.
+    pub async fn connect(url: &str, settings: Settings) -> Result<Self, OpenError> {
+        let database = Arc::new(Database::locate(url, settings)?);
+        database.prepare().await?;
+        let (readers, news) = (database.readers(), News::new());
+        let (queue, submissions) = mpsc::channel(QUEUE_COMMITS_MAX);
+        let writer = Writer {
+            database: database.clone(),
+            connection: None,
+            queue: submissions,
+            news: news.clone(),
+            reconnect: Reconnect::default(),
+        };
+        let (end, ended) = watch::channel(None);
+        // A second task watches over the first, so that even a panic in it is heard of.
+        let writing = tokio::spawn(writer.run());
+        tokio::spawn(async move {
+            let result = match writing.await {
+                Ok(Ok(())) => Ok(()),
+                Ok(Err(error)) => Err(error.to_string()),
+                Err(error) => Err(error.to_string()),
+            };
+            if let Err(reason) = &result {
+                tracing::error!(reason, "the writer of a store has failed");
+            }
+            end.send_replace(Some(result));
+        });
+        let helpers = [
+            tokio::spawn(news.clone().notify(database.clone())).abort_handle(),
+            tokio::spawn(news.clone().listen(database.clone())).abort_handle(),
+        ];
+        let log = Log::new(database.clone(), readers.clone());
+        let queue = RwLock::new(Some(queue));
+        Ok(Self { shared: Arc::new(Shared { database, queue, ended, readers, log, news, helpers }) })
+    }
+
+    /// Writes what was handed over and lets go of all connections. Later calls of other methods are refused as unavailable;
+    /// closing twice is fine.
+    pub async fn close(&self) -> Result<(), StoreError> {
+        drop(self.shared.queue.write().unwrap_or_else(PoisonError::into_inner).take());
+        let mut ended = self.shared.ended.clone();
+        let ended = ended.wait_for(Option::is_some).await.map(|ended| ended.clone());
+        self.shared.helpers.iter().for_each(AbortHandle::abort);
+        self.shared.readers.close().await;
+        match ended {
+            Ok(Some(Err(reason))) => Err(StoreError::Unavailable(reason)),
+            Ok(_) => Ok(()),
+            Err(_) => Err(StoreError::Unavailable("the runtime that it was opened in has ended".into())),
+        }
+    }
+
+    /// Why there is no writer to take a commit.
+    fn stopped(&self) -> CommitError {
+        CommitError::Unavailable(match &*self.shared.ended.borrow() {
+            Some(Err(reason)) => format!("its writer has failed: {reason}"),
+            Some(Ok(())) => "it is closed".into(),
+            None => "it is closing".into(),
+        })
+    }
+
+    fn reading(&self) -> (&PgPool, &Statements) {
+        (&self.shared.readers, &self.shared.database.statements)
+    }
+}
+
+#[async_trait]
+impl EventStore for PostgresStore {
+    async fn commit(&self, commit: Commit) -> Result<Committed, CommitError> {
+        commit.validate()?;
+        if commit.is_empty() {
+            return Ok(Committed::default());
+        }
+        let queue = self.shared.queue.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let (answer, answered) = oneshot::channel();
+        let submission = Submission { commit: Prepared::from(commit), answer };
+        queue.ok_or_else(|| self.stopped())?.send(submission).await.map_err(|_| self.stopped())?;
+        answered.await.unwrap_or_else(|_| Err(CommitError::Unknown("its writer ended while it had the commit".into())))
+    }
+
+    async fn read_stream(&self, stream: &StreamId, after: Version, limit: usize) -> Result<Vec<Recorded>, StoreError> {
+        read::stream(self.reading(), stream, after, limit).await
+    }
+
+    async fn read_log(&self, query: &LogQuery, after: Position, limit: usize) -> Result<LogPage, StoreError> {
+        self.shared.log.page(query, after, limit).await
+    }
+
+    async fn documents(&self, keys: &[DocumentKey]) -> Result<Vec<Option<Document>>, StoreError> {
+        read::documents(self.reading(), keys).await
+    }
+
+    async fn scan(&self, collection: &str, scan: &Scan, limit: usize) -> Result<Vec<Document>, StoreError> {
+        read::scan(self.reading(), collection, scan, limit).await
+    }
+
+    async fn wait(&self, after: Position) -> Result<(), StoreError> {
+        let Shared { log, news, .. } = &*self.shared;
+        let mut told = news.subscribe();
+        let (mut look, mut gap_look) = (LOOK_MS_MIN, GAP_LOOK_MS_MIN);
+        loop {
+            // Before the look, so that what is told during it counts.
+            told.mark_unchanged();
+            match log.ahead(after).await? {
+                Ahead::Events => return Ok(()),
+                // What is told now is beyond the gap.
+                Ahead::Gap => {
+                    tokio::time::sleep(Duration::from_millis(gap_look)).await;
+                    gap_look = (gap_look * 2).min(GAP_LOOK_MS_MAX);
+                }
+                Ahead::Nothing => {
+                    let longest = if news.is_listening() { LOOK_MS_MAX } else { DEAF_LOOK_MS_MAX };
+                    // An end of this wait for any reason is one to look again.
+                    timeout(Duration::from_millis(look.min(longest)), told.changed()).await.ok();
+                    look = (look * 2).min(LOOK_MS_MAX);
+                }
+            }
+        }
+    }
+
+    async fn status(&self) -> Result<StoreStatus, StoreError> {
+        self.shared.log.status().await
+    }
+}

@@ -1,0 +1,351 @@
+//! Reading the log without losing events.
+//!
+//! Positions are drawn before their transactions commit, so an event may appear below one that is visible already. A reader
+//! therefore stops at a gap. What lies in it is either still to come or never was, and this is how to tell:
+//!
+//! 1. Read the last position drawn by anybody.
+//! 2. Then ask who holds the lock that every writer of events takes *before* it draws (`annals.append` takes it by a statement
+//!    of its own; an `INSERT` takes it before it evaluates its defaults), and keeps until it has ended.
+//! 3. Whoever drew a position up to the one read, and has not ended by now, is among them. Once exactly those have ended, and
+//!    whoever came later does not matter, a fresh look at the table shows all that will ever be there up to the position read.
+//!
+//! That is then *settled* for good, up to the last event visible in it. No further: what is visible is durable, and with it
+//! that the sequence has come so far; after a crash, positions beyond it may be drawn again. Nothing here depends on
+//! transaction ids, so a log that was restored elsewhere is read as before.
+
+use std::{
+    collections::HashSet,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Duration,
+};
+
+use annals::{LogPage, LogQuery, Position, StoreError, StoreStatus};
+use futures::TryStreamExt;
+use sqlx::{PgPool, postgres::PgRow};
+use tokio::{sync::Mutex, time::sleep};
+
+use crate::{
+    open::Database,
+    read::{bound, read, recorded},
+};
+
+/// The most events that one page looks at: some tens of milliseconds of reading.
+const PAGE_EVENTS_MAX: usize = 10_000;
+/// A page of the log ends after this many bytes of payload, however many events were asked for.
+const PAGE_BYTES_MAX: usize = 16 << 20;
+/// How often `status` looks whether the writers in flight have ended, before it says that it waits for them.
+const STATUS_LOOKS_MAX: u32 = 20;
+const STATUS_LOOK_MS: u64 = 2;
+/// How many pages `status` looks through for the first gap, while it cannot tell in another way how far the log is settled.
+const STATUS_PAGES_MAX: usize = 200;
+
+/// The log, and how far it is known to be settled.
+#[derive(Debug)]
+pub(crate) struct Log {
+    database: Arc<Database>,
+    readers: PgPool,
+    /// Up to here, no event will come in any more.
+    settled: AtomicI64,
+    proof: Mutex<Option<Proof>>,
+}
+
+/// A position that was drawn by someone, and who may not have come to an end since.
+#[derive(Debug)]
+struct Proof {
+    drawn: i64,
+    holders: HashSet<String>,
+}
+
+/// What is known of the events after a position.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ahead {
+    /// There are some to read.
+    Events,
+    /// There are some, behind a gap that a transaction may still fill.
+    Gap,
+    /// There are none.
+    Nothing,
+}
+
+impl Log {
+    pub(crate) fn new(database: Arc<Database>, readers: PgPool) -> Self {
+        Self { database, readers, settled: AtomicI64::new(0), proof: Mutex::default() }
+    }
+
+    fn settled(&self) -> i64 {
+        self.settled.load(Ordering::SeqCst)
+    }
+
+    pub(crate) async fn page(&self, query: &LogQuery, after: Position, limit: usize) -> Result<LogPage, StoreError> {
+        let nothing = LogPage { events: Vec::new(), next: after };
+        if limit == 0 {
+            return Ok(nothing);
+        }
+        loop {
+            let page = if *query == LogQuery::all() {
+                self.every_event(after, limit.min(PAGE_EVENTS_MAX)).await?
+            } else {
+                self.some_events(query, after, limit.min(PAGE_EVENTS_MAX)).await?
+            };
+            match page {
+                Ok(page) => return Ok(page),
+                // Something is visible behind a gap.
+                Err(visible) if !self.settle(visible).await? => return Ok(nothing),
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// A page, or the position of the event behind the gap that it would begin with.
+    async fn every_event(&self, after: Position, limit: usize) -> Result<Result<LogPage, i64>, StoreError> {
+        // Before the statement: what is settled by now is visible to it.
+        let settled = self.settled();
+        let mut page = read!(self.fetch(after, limit))?;
+        let mut last = after.0.max(0);
+        let dense = page.events.iter().take_while(|event| {
+            let fits = event.position.0 <= settled || event.position.0 == last.saturating_add(1);
+            last = event.position.0;
+            fits
+        });
+        let dense = dense.count();
+        if dense == 0 && !page.events.is_empty() {
+            return Ok(Err(page.events[0].position.0));
+        }
+        page.events.truncate(dense);
+        page.next = page.events.last().map_or(after, |event| event.position);
+        Ok(Ok(page))
+    }
+
+    async fn fetch(&self, after: Position, limit: usize) -> Result<LogPage, sqlx::Error> {
+        let query = sqlx::query(self.database.statements.read_log.clone()).bind(after.0).bind(bound(limit));
+        self.rows(query, after).await
+    }
+
+    /// The events of a statement, up to what a page may hold.
+    async fn rows(
+        &self,
+        query: sqlx::query::Query<'_, sqlx::Postgres, sqlx::postgres::PgArguments>,
+        after: Position,
+    ) -> Result<LogPage, sqlx::Error> {
+        let mut connection = self.readers.acquire().await?;
+        let (mut page, mut bytes) = (LogPage { events: Vec::new(), next: after }, 0);
+        let mut rows = query.fetch(&mut *connection);
+        let mut full = false;
+        while let Some(row) = rows.try_next().await? {
+            let row: PgRow = row;
+            let event = recorded(&row)?;
+            bytes += event.data.len();
+            page.next = event.position;
+            page.events.push(Arc::new(event));
+            full = bytes >= PAGE_BYTES_MAX;
+            if full {
+                break;
+            }
+        }
+        drop(rows);
+        if full {
+            // The server goes on sending what nobody wants any more.
+            connection.close_on_drop();
+        }
+        Ok(page)
+    }
+
+    /// As [`every_event`](Log::every_event), for a query that leaves some out.
+    async fn some_events(
+        &self,
+        query: &LogQuery,
+        after: Position,
+        limit: usize,
+    ) -> Result<Result<LogPage, i64>, StoreError> {
+        let statements = &self.database.statements;
+        let (settled, start) = (self.settled(), after.0.max(0));
+        let until = if start < settled {
+            let until: Option<i64> = read!(
+                sqlx::query_scalar(statements.settled_until.clone())
+                    .bind(start)
+                    .bind(settled)
+                    .bind(bound(PAGE_EVENTS_MAX))
+                    .fetch_one(&self.readers)
+            )?;
+            until.unwrap_or(settled)
+        } else {
+            let (until, any) = read!(self.dense_until(start))?;
+            match until {
+                Some(until) => until,
+                None if any => return Ok(Err(self.next(start).await?.unwrap_or(start))),
+                None => return Ok(Ok(LogPage { events: Vec::new(), next: after })),
+            }
+        };
+        let names = |names: &[Arc<str>]| {
+            (!names.is_empty()).then(|| names.iter().map(|name| name.to_string()).collect::<Vec<_>>())
+        };
+        let mut page = read!(
+            self.rows(
+                sqlx::query(statements.read_log_where.clone())
+                    .bind(after.0)
+                    .bind(until)
+                    .bind(names(&query.categories))
+                    .bind(names(&query.types))
+                    .bind(bound(limit)),
+                after,
+            )
+        )?;
+        let bytes: usize = page.events.iter().map(|event| event.data.len()).sum();
+        if page.events.len() < limit && bytes < PAGE_BYTES_MAX {
+            page.next = Position(until);
+        }
+        Ok(Ok(page))
+    }
+
+    async fn dense_until(&self, start: i64) -> Result<(Option<i64>, bool), sqlx::Error> {
+        sqlx::query_as(self.database.statements.dense_until.clone())
+            .bind(start)
+            .bind(bound(PAGE_EVENTS_MAX))
+            .fetch_one(&self.readers)
+            .await
+    }
+
+    async fn next(&self, after: i64) -> Result<Option<i64>, StoreError> {
+        read!(sqlx::query_scalar(self.database.statements.next.clone()).bind(after).fetch_one(&self.readers))
+    }
+
+    async fn top(&self, until: i64) -> Result<i64, StoreError> {
+        read!(sqlx::query_scalar(self.database.statements.top.clone()).bind(until).fetch_one(&self.readers))
+    }
+
+    async fn drawn(&self) -> Result<i64, StoreError> {
+        read!(sqlx::query_scalar(self.database.statements.drawn.clone()).fetch_one(&self.readers))
+    }
+
+    async fn holders(&self) -> Result<HashSet<String>, StoreError> {
+        let holders: Vec<String> =
+            read!(sqlx::query_scalar(self.database.statements.holders.clone()).fetch_all(&self.readers))?;
+        Ok(holders.into_iter().collect())
+    }
+
+    /// Tries to settle the log up to a visible event; says whether it is.
+    async fn settle(&self, visible: i64) -> Result<bool, StoreError> {
+        let mut proof = self.proof.lock().await;
+        // An older proof may end short of the event; then one of this moment is tried, which does not unless somebody has set
+        // the sequence back.
+        let mut of_this_moment = false;
+        loop {
+            if visible <= self.settled() {
+                return Ok(true);
+            }
+            match &mut *proof {
+                Some(proof) => still_holding(&mut proof.holders, self.holders().await?),
+                // In this order: who draws later than this look at the sequence is not waited for.
+                None => {
+                    of_this_moment = true;
+                    let drawn = self.drawn().await?;
+                    *proof = Some(Proof { drawn, holders: self.holders().await? });
+                }
+            }
+            match &*proof {
+                Some(Proof { drawn, holders }) if holders.is_empty() => {
+                    // A statement of its own, so it sees what those have committed.
+                    let (drawn, top) = (*drawn, self.top(*drawn).await?);
+                    self.settled.fetch_max(top, Ordering::SeqCst);
+                    *proof = None;
+                    if of_this_moment || drawn >= visible {
+                        return Ok(visible <= self.settled());
+                    }
+                }
+                _ => return Ok(false),
+            }
+        }
+    }
+
+    pub(crate) async fn ahead(&self, after: Position) -> Result<Ahead, StoreError> {
+        let start = after.0.max(0);
+        Ok(match self.next(start).await? {
+            None => Ahead::Nothing,
+            Some(next) if next == start.saturating_add(1) => Ahead::Events,
+            Some(next) if self.settle(next).await? => Ahead::Events,
+            Some(_) => Ahead::Gap,
+        })
+    }
+
+    /// The last event that a reader can get to, and what keeps it from going further.
+    pub(crate) async fn status(&self) -> Result<StoreStatus, StoreError> {
+        let top = self.top(self.drawn().await?).await?;
+        for look in 0..STATUS_LOOKS_MAX {
+            if self.settle(top).await? {
+                return Ok(StoreStatus { head: Position(self.settled()), waits_for: None });
+            }
+            // Most writers are done in a moment.
+            if look + 1 < STATUS_LOOKS_MAX {
+                sleep(Duration::from_millis(STATUS_LOOK_MS)).await;
+            }
+        }
+        let mut head = self.settled();
+        for _ in 0..STATUS_PAGES_MAX {
+            let Some(until) = read!(self.dense_until(head))?.0 else { break };
+            head = until;
+            // No gap up to there, so nothing can come in.
+            self.settled.fetch_max(head, Ordering::SeqCst);
+        }
+        let waits_for = if head < top { self.waits_for().await? } else { None };
+        Ok(StoreStatus { head: Position(head), waits_for })
+    }
+
+    async fn waits_for(&self) -> Result<Option<String>, StoreError> {
+        let holders: Vec<String> = match &*self.proof.lock().await {
+            Some(proof) => proof.holders.iter().cloned().collect(),
+            None => return Ok(None),
+        };
+        let found: Vec<(i32, f64, String)> =
+            read!(sqlx::query_as(self.database.statements.waits_for.clone()).bind(&holders).fetch_all(&self.readers))?;
+        let described: Vec<String> = found
+            .into_iter()
+            .map(|(pid, seconds, name)| match pid {
+                0 => format!("prepared transaction {name:?} of {seconds:.1} s ago"),
+                _ => format!("pid {pid} ({name}), in a transaction for {seconds:.1} s"),
+            })
+            .collect();
+        Ok((!described.is_empty()).then(|| format!("writers of events that have not ended: {}", described.join("; "))))
+    }
+}
+
+/// Who of those is still there. A transaction that is prepared may change its name to that of its transaction id (see
+/// `holders.sql`): so where one went away, all that have such a name count as what it may have become.
+fn still_holding(holders: &mut HashSet<String>, now: HashSet<String>) {
+    let before = holders.len();
+    holders.retain(|holder| now.contains(holder));
+    if holders.len() < before {
+        holders.extend(now.into_iter().filter(|holder| holder.starts_with("-1/")));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn set(names: &[&str]) -> HashSet<String> {
+        names.iter().map(|name| (*name).to_owned()).collect()
+    }
+
+    #[test]
+    fn who_came_later_is_not_waited_for() {
+        let mut holders = set(&["3/1", "4/1"]);
+        still_holding(&mut holders, set(&["3/1", "4/2", "5/1"]));
+        assert_eq!(holders, set(&["3/1"]));
+        still_holding(&mut holders, set(&["3/2", "5/1"]));
+        assert_eq!(holders, set(&[]));
+    }
+
+    #[test]
+    fn a_transaction_that_is_prepared_is_still_the_same() {
+        let mut holders = set(&["3/1"]);
+        still_holding(&mut holders, set(&["3/1", "-1/700"]));
+        assert_eq!(holders, set(&["3/1"]), "another one was prepared");
+        still_holding(&mut holders, set(&["-1/701", "3/2"]));
+        assert_eq!(holders, set(&["-1/701"]));
+        still_holding(&mut holders, set(&[]));
+        assert_eq!(holders, set(&[]));
+    }
+}

@@ -1,0 +1,108 @@
+//! Who waits for events is told of them: by the writer of this process, and by those of others through `NOTIFY`.
+//!
+//! Not within the appending transaction: a `NOTIFY` takes a lock that all committing notifiers of the cluster share.
+
+use std::{sync::Arc, time::Duration};
+
+use annals::Position;
+use sqlx::{PgConnection, postgres::PgListener};
+use tokio::{sync::watch, time::sleep};
+
+use crate::{open::Database, writer::Reconnect};
+
+/// The least time between two notifications: however many groups are written, other processes hear of them so often.
+const NOTIFY_MS_MIN: u64 = 3;
+
+/// That there is something new; clones share it.
+#[derive(Clone, Debug)]
+pub(crate) struct News {
+    /// Counts what there was to tell, from here or elsewhere.
+    told: watch::Sender<u64>,
+    /// The last position written here.
+    written: watch::Sender<Position>,
+    /// Whether other processes are heard.
+    listening: watch::Sender<bool>,
+}
+
+impl News {
+    pub(crate) fn new() -> Self {
+        Self {
+            told: watch::Sender::new(0),
+            written: watch::Sender::new(Position::START),
+            listening: watch::Sender::new(false),
+        }
+    }
+
+    pub(crate) fn subscribe(&self) -> watch::Receiver<u64> {
+        self.told.subscribe()
+    }
+
+    /// This process has written up to there.
+    pub(crate) fn written(&self, position: Position) {
+        self.written.send_replace(position);
+        self.tell();
+    }
+
+    pub(crate) fn is_listening(&self) -> bool {
+        *self.listening.borrow()
+    }
+
+    fn tell(&self) {
+        self.told.send_modify(|count| *count = count.wrapping_add(1));
+    }
+
+    /// Tells other processes. Ends only by being aborted.
+    pub(crate) async fn notify(self, database: Arc<Database>) {
+        let (channel, mut written, mut reconnect) =
+            (database.channel(), self.written.subscribe(), Reconnect::default());
+        let mut connection: Option<PgConnection> = None;
+        // `self` holds the sender, so this goes on for ever.
+        while written.changed().await.is_ok() {
+            reconnect.wait().await;
+            let told = async {
+                let open = match connection.take() {
+                    Some(open) => open,
+                    None => database.notifier().await?,
+                };
+                let open = connection.insert(open);
+                sqlx::query(database.statements.notify.clone()).bind(&channel).execute(open).await
+            };
+            match told.await {
+                Ok(_) => reconnect.succeeded(),
+                Err(error) => {
+                    // Others find out by looking. What is written next is told again.
+                    tracing::debug!(%error, "other processes could not be told of new events");
+                    connection = None;
+                    reconnect.failed();
+                }
+            }
+            sleep(Duration::from_millis(NOTIFY_MS_MIN)).await;
+        }
+    }
+
+    /// Hears other processes. Ends only by being aborted.
+    pub(crate) async fn listen(self, database: Arc<Database>) {
+        let (channel, pool, mut reconnect) = (database.channel(), database.listener(), Reconnect::default());
+        loop {
+            reconnect.wait().await;
+            let heard = async {
+                let mut listener = PgListener::connect_with(&pool).await?;
+                listener.listen(&channel).await?;
+                reconnect.succeeded();
+                self.listening.send_replace(true);
+                // What was said before nobody heard.
+                self.tell();
+                while listener.try_recv().await?.is_some() {
+                    self.tell();
+                }
+                Ok::<(), sqlx::Error>(())
+            };
+            let ended = heard.await;
+            self.listening.send_replace(false);
+            if let Err(error) = ended {
+                tracing::debug!(%error, "other processes are not heard; looking instead");
+            }
+            reconnect.failed();
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! Reads of streams and documents, and how rows become values. A row that somebody inserted by hand must never stop a reader,
+//! so what has no proper form is read as near to it as there is.
+
+use std::sync::Arc;
+
+use annals::{Document, DocumentKey, Metadata, Position, Recorded, Scan, StoreError, StreamId, Version};
+use chrono::{DateTime, Utc};
+use sqlx::{PgPool, Row, postgres::PgRow};
+
+use crate::{error::read_error, statements::Statements};
+
+/// A read whose connection had died while nobody used it is repeated; each of them may have.
+pub(crate) const READS_MAX: u32 = 10;
+/// What a `timestamptz` can hold, in seconds since 1970: from 4714-11-24 BC to the end of 294276 AD.
+const TIME_SECONDS: std::ops::RangeInclusive<i64> = -210_866_803_200..=9_224_318_015_999;
+
+/// Repeats a read whose connection has died. Reading again is always safe.
+macro_rules! read {
+    ($read:expr) => {{
+        let mut reads = 1;
+        loop {
+            match $read.await {
+                Err(error) if reads < $crate::read::READS_MAX && $crate::error::is_lost(&error) => reads += 1,
+                outcome => break outcome.map_err($crate::error::read_error),
+            }
+        }
+    }};
+}
+pub(crate) use read;
+
+pub(crate) async fn stream(
+    (readers, statements): (&PgPool, &Statements),
+    stream: &StreamId,
+    after: Version,
+    limit: usize,
+) -> Result<Vec<Recorded>, StoreError> {
+    let rows = read!(
+        sqlx::query(statements.read_stream.clone())
+            .bind(stream.as_str())
+            .bind(after.0)
+            .bind(bound(limit))
+            .fetch_all(readers)
+    )?;
+    rows.iter().map(recorded).collect::<Result<_, _>>().map_err(read_error)
+}
+
+pub(crate) async fn documents(
+    (readers, statements): (&PgPool, &Statements),
+    keys: &[DocumentKey],
+) -> Result<Vec<Option<Document>>, StoreError> {
+    let mut found = vec![None; keys.len()];
+    if keys.is_empty() {
+        return Ok(found);
+    }
+    let rows = read!(
+        sqlx::query(statements.documents.clone())
+            .bind(keys.iter().map(|key| &*key.collection).collect::<Vec<_>>())
+            .bind(keys.iter().map(|key| &*key.id).collect::<Vec<_>>())
+            .fetch_all(readers)
+    )?;
+    for row in rows {
+        let number: i64 = row.try_get(0).map_err(read_error)?;
+        let place = usize::try_from(number - 1).ok().and_then(|index| found.get_mut(index));
+        if let Some(place) = place {
+            *place = Some(document(&row).map_err(read_error)?);
+        }
+    }
+    Ok(found)
+}
+
+pub(crate) async fn scan(
+    (readers, statements): (&PgPool, &Statements),
+    collection: &str,
+    scan: &Scan,
+    limit: usize,
+) -> Result<Vec<Document>, StoreError> {
+    let rows = match scan {
+        Scan::After(id) => read!(
+            sqlx::query(statements.scan_after.clone())
+                .bind(collection)
+                .bind(&**id)
+                .bind(bound(limit))
+                .fetch_all(readers)
+        )?,
+        Scan::Due(by) => read!(
+            sqlx::query(statements.scan_due.clone())
+                .bind(collection)
+                .bind(storable(*by))
+                .bind(bound(limit))
+                .fetch_all(readers)
+        )?,
+    };
+    rows.iter().map(document).collect::<Result<_, _>>().map_err(read_error)
+}
+
+/// PostgreSQL refuses a negative limit, so one beyond its range must not wrap around.
+pub(crate) fn bound(limit: usize) -> i64 {
+    i64::try_from(limit).unwrap_or(i64::MAX)
+}
+
+/// A time as near as a `timestamptz` can hold it.
+pub(crate) fn storable(time: DateTime<Utc>) -> DateTime<Utc> {
+    let seconds = time.timestamp();
+    let within = seconds.clamp(*TIME_SECONDS.start(), *TIME_SECONDS.end());
+    if within == seconds { time } else { DateTime::from_timestamp(within, 0).unwrap_or(time) }
+}
+
+pub(crate) fn recorded(row: &PgRow) -> Result<Recorded, sqlx::Error> {
+    Ok(Recorded {
+        position: Position(row.try_get(0)?),
+        stream: StreamId::from_stored(row.try_get(1)?),
+        version: Version(row.try_get(2)?),
+        id: row.try_get(3)?,
+        type_name: row.try_get::<&str, _>(4)?.into(),
+        schema_version: row.try_get(5)?,
+        // `json` travels as the text it is.
+        data: row.try_get_unchecked::<&str, _>(6)?.into(),
+        metadata: Metadata::from_json(row.try_get_unchecked(7)?),
+        recorded_at: time(row, 8)?.unwrap_or_default(),
+    })
+}
+
+fn document(row: &PgRow) -> Result<Document, sqlx::Error> {
+    let text = |column: usize| row.try_get::<&str, _>(column).map(Arc::from);
+    Ok(Document {
+        key: DocumentKey::new(text(1)?, text(2)?),
+        version: row.try_get(3)?,
+        body: row.try_get_unchecked::<&str, _>(4)?.into(),
+        due: time(row, 5)?,
+    })
+}
+
+/// Microseconds since 2000. Read by hand: `infinity`, and years that chrono does not know, must not stop a reader.
+fn time(row: &PgRow, column: usize) -> Result<Option<DateTime<Utc>>, sqlx::Error> {
+    const MICROSECONDS_TO_2000: i64 = 946_684_800_000_000;
+    let microseconds: Option<i64> = row.try_get_unchecked(column)?;
+    Ok(microseconds.map(|since_2000| {
+        let since_1970 = since_2000.saturating_add(MICROSECONDS_TO_2000);
+        let bound = if since_1970 < 0 { DateTime::<Utc>::MIN_UTC } else { DateTime::<Utc>::MAX_UTC };
+        DateTime::from_timestamp_micros(since_1970).unwrap_or(bound)
+    }))
+}

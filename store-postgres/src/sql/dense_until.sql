@@ -1,0 +1,10 @@
+-- How far the log goes on from a position without a gap.
+-- binds: $1 after this position, $2 how many events to look at
+-- gives: the last position before the first gap (NULL: a gap, or the end, is at once), and whether there is any event at all
+-- index: events_position_key
+SELECT max(position) FILTER (WHERE position - $1 = place), count(*) > 0
+  FROM (SELECT position, row_number() OVER (ORDER BY position) AS place
+          FROM annals.events
+         WHERE position > $1 AND position <= (SELECT annals.drawn())
+         ORDER BY position
+         LIMIT $2) AS page

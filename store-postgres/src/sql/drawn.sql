@@ -1,0 +1,4 @@
+-- The last position drawn by anybody, committed or not.
+-- binds: none
+-- index: none
+SELECT annals.drawn()

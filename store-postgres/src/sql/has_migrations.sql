@@ -1,0 +1,6 @@
+-- Whether there is a schema with a table of migrations in it. Not by to_regclass(), which answers from a cache: that may have
+-- been filled before another instance created the schema.
+-- binds: $1 schema
+-- index: those of the catalogue
+SELECT EXISTS (SELECT FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+                WHERE n.nspname = $1 AND c.relname = 'migrations')

@@ -1,0 +1,5 @@
+-- The first event after a position.
+-- binds: $1 after this position
+-- gives: its position, or NULL
+-- index: events_position_key
+SELECT min(position) FROM annals.events WHERE position > $1 AND position <= (SELECT annals.drawn())

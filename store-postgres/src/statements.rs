@@ -1,0 +1,84 @@
+//! The statements, each from its file, for the schema of a store.
+
+use sqlx::{AssertSqlSafe, SqlSafeStr, SqlStr};
+
+/// The schema that the files name.
+pub(crate) const SCHEMA_DEFAULT: &str = "annals";
+/// What PostgreSQL takes for a name without cutting it, less what the names of constraints and channels add.
+const SCHEMA_BYTES_MAX: usize = 50;
+
+/// Whether a store may use this schema: names that need no quoting but for reserved words, so that any tool can type them.
+pub(crate) fn is_schema_name(schema: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
+    schema.len() <= SCHEMA_BYTES_MAX
+        && schema.bytes().all(plain)
+        && schema.bytes().next().is_some_and(|first| !first.is_ascii_digit())
+        && !schema.starts_with("pg_")
+}
+
+/// A statement for another schema than the one its file names. Files name it nowhere but in front of a dot.
+pub(crate) fn in_schema(sql: &'static str, schema: &str) -> SqlStr {
+    if schema == SCHEMA_DEFAULT {
+        return SqlStr::from_static(sql);
+    }
+    // The name is one that `is_schema_name` took.
+    AssertSqlSafe(sql.replace("annals.", &format!("\"{schema}\"."))).into_sql_str().clone()
+}
+
+macro_rules! statements {
+    ($($name:ident),* $(,)?) => {
+        /// All statements of a store.
+        #[derive(Debug)]
+        pub(crate) struct Statements {
+            $(pub(crate) $name: SqlStr,)*
+        }
+
+        impl Statements {
+            pub(crate) fn new(schema: &str) -> Self {
+                Self { $($name: in_schema(include_str!(concat!("sql/", stringify!($name), ".sql")), schema),)* }
+            }
+        }
+    };
+}
+statements!(
+    advance,
+    append,
+    dense_until,
+    documents,
+    drawn,
+    holders,
+    next,
+    notify,
+    read_log,
+    read_log_where,
+    read_stream,
+    scan_after,
+    scan_due,
+    schema_version,
+    settled_until,
+    top,
+    waits_for,
+);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn schemas_are_plain_names() {
+        for name in ["annals", "shop_2", "_x", "user"] {
+            assert!(is_schema_name(name), "{name}");
+        }
+        for name in ["", "2nd", "Shop", "a-b", "a\"b", "a.b", "pg_temp", "é", &"x".repeat(51)] {
+            assert!(!is_schema_name(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn statements_name_their_schema_everywhere() {
+        let statements = Statements::new("shop");
+        assert!(statements.append.as_str().contains("\"shop\".append("));
+        assert!(!statements.append.as_str().contains("annals."));
+        assert!(Statements::new("annals").append.as_str().contains("annals.append("));
+    }
+}

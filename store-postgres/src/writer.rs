@@ -1,0 +1,259 @@
+//! The one task that writes: takes the commits that are waiting as a group, and makes one round trip of them.
+
+use std::{ops::Range, sync::Arc, time::Duration};
+
+use annals::{CommitError, Committed, Position};
+use chrono::{DateTime, Utc};
+use sqlx::{Connection, PgConnection, Row};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::{Instant, sleep, sleep_until, timeout},
+};
+
+use crate::{
+    error::{Fault, fault, write_error},
+    group::{Decision, Prepared, Standings},
+    news::News,
+    open::Database,
+    read::storable,
+};
+
+/// Commits that may wait for the writer; further callers wait for a place. Two groups' worth: one being written, one behind.
+pub(crate) const QUEUE_COMMITS_MAX: usize = 2 * GROUP_COMMITS_MAX;
+/// The most commits in a group: beyond this, a sync less per commit is not worth the wait of the first for the last.
+const GROUP_COMMITS_MAX: usize = 1_024;
+/// A group takes no further commit once it has this many rows.
+const GROUP_ROWS_MAX: usize = 4_096;
+/// A group takes no further commit once it has this many bytes of payload.
+const GROUP_BYTES_MAX: usize = 8 << 20;
+/// How often a group is tried as a whole while other processes are faster, before it is tried in halves.
+const RACES_MAX: u32 = 4;
+/// How often a single commit is tried while other processes are faster: it loses one of these only to somebody who won.
+const RACES_ALONE_MAX: u32 = 50;
+/// An answer that takes longer than this will not come: the server gives up on a group after half of it.
+const ANSWER_SECONDS_MAX: u64 = 60;
+/// How long to wait after connecting failed: doubling between these.
+const RECONNECT_MS_MIN: u64 = 20;
+const RECONNECT_MS_MAX: u64 = 1_000;
+
+pub(crate) type Outcome = Result<Committed, CommitError>;
+
+/// A commit and who waits for it. Nobody may: then the commit is written all the same.
+pub(crate) struct Submission {
+    pub(crate) commit: Prepared,
+    pub(crate) answer: oneshot::Sender<Outcome>,
+}
+
+pub(crate) struct Writer {
+    pub(crate) database: Arc<Database>,
+    /// `None` after a failure: what state it left a connection in is not worth finding out.
+    pub(crate) connection: Option<PgConnection>,
+    pub(crate) queue: mpsc::Receiver<Submission>,
+    pub(crate) news: News,
+    pub(crate) reconnect: Reconnect,
+}
+
+/// When to connect again.
+#[derive(Debug)]
+pub(crate) struct Reconnect {
+    not_before: Instant,
+    delay: Duration,
+}
+
+impl Default for Reconnect {
+    fn default() -> Self {
+        Self { not_before: Instant::now(), delay: Duration::from_millis(RECONNECT_MS_MIN) }
+    }
+}
+
+impl Reconnect {
+    pub(crate) async fn wait(&self) {
+        sleep_until(self.not_before).await;
+    }
+
+    pub(crate) fn failed(&mut self) {
+        self.not_before = Instant::now() + self.delay;
+        self.delay = (self.delay * 2).min(Duration::from_millis(RECONNECT_MS_MAX));
+    }
+
+    pub(crate) fn succeeded(&mut self) {
+        *self = Self::default();
+    }
+}
+
+/// What trying a group came to, where it was not written.
+enum Failure {
+    /// Another process was faster each time, or the server refuses something in it: a part of the group may do better.
+    OfSome(CommitError),
+    /// Whatever is in it.
+    OfAll(CommitError),
+}
+
+impl Writer {
+    /// Runs until the last sender is gone and the queue is empty.
+    pub(crate) async fn run(mut self) -> Result<(), sqlx::Error> {
+        while let Some(first) = self.queue.recv().await {
+            let (commits, answers): (Vec<_>, Vec<_>) =
+                self.group(first).into_iter().map(|submission| (submission.commit, submission.answer)).unzip();
+            for (answer, outcome) in answers.into_iter().zip(self.write(&commits).await) {
+                // A caller that gave up needs no answer.
+                drop(answer.send(outcome));
+            }
+            // Callers that were just answered often have the next commit at hand. Without this turn for them, the next group
+            // would be those who queued during this one, and two halves would take turns for twice as many round trips.
+            tokio::task::yield_now().await;
+        }
+        match self.connection.take() {
+            Some(connection) => connection.close().await,
+            None => Ok(()),
+        }
+    }
+
+    /// Takes what is waiting, and waits for nothing.
+    fn group(&mut self, first: Submission) -> Vec<Submission> {
+        let (mut rows, mut bytes) = (first.commit.rows, first.commit.bytes);
+        let mut group = vec![first];
+        while group.len() < GROUP_COMMITS_MAX && rows < GROUP_ROWS_MAX && bytes < GROUP_BYTES_MAX {
+            let Ok(next) = self.queue.try_recv() else { break };
+            rows += next.commit.rows;
+            bytes += next.commit.bytes;
+            group.push(next);
+        }
+        group
+    }
+
+    /// Writes a group, in halves where it does not go as a whole.
+    async fn write(&mut self, commits: &[Prepared]) -> Vec<Outcome> {
+        let mut outcomes = Vec::with_capacity(commits.len());
+        let mut parts: Vec<Range<usize>> = vec![0..commits.len()];
+        while let Some(part) = parts.pop() {
+            match self.attempt(&commits[part.clone()]).await {
+                Ok(written) => outcomes.extend(written),
+                Err(Failure::OfSome(_)) if part.len() > 1 => {
+                    let middle = part.start + part.len() / 2;
+                    parts.extend([middle..part.end, part.start..middle]);
+                }
+                Err(Failure::OfSome(error) | Failure::OfAll(error)) => {
+                    tracing::warn!(%error, commits = part.len(), "a group of commits failed");
+                    outcomes.extend(std::iter::repeat_n(Err(error), part.len()));
+                }
+            }
+        }
+        outcomes
+    }
+
+    async fn attempt(&mut self, commits: &[Prepared]) -> Result<Vec<Outcome>, Failure> {
+        let (mut known, mut races) = (None, 0);
+        loop {
+            let decision = Decision::new(commits, known.as_ref());
+            let mut connection = self.connect().await.map_err(Failure::OfAll)?;
+            let appended =
+                timeout(Duration::from_secs(ANSWER_SECONDS_MAX), self.append(&mut connection, &decision)).await;
+            let appended = appended.unwrap_or_else(|elapsed| Err(sqlx::Error::Io(elapsed.into())));
+            let error = match appended {
+                Ok((positions, standings)) => {
+                    self.connection = Some(connection);
+                    let Some(positions) = positions else {
+                        // A guess was wrong. Where it was no guess, somebody else has just moved on.
+                        races += u32::from(known.is_some());
+                        if races > RACES_ALONE_MAX {
+                            return Err(Failure::OfSome(CommitError::Unavailable(
+                                "other processes were faster each time".into(),
+                            )));
+                        }
+                        known = Some(standings);
+                        continue;
+                    };
+                    if let Some(last) = positions.last() {
+                        self.news.written(Position(*last));
+                    }
+                    return Ok(decision.outcomes(&positions, &standings));
+                }
+                Err(error) => error,
+            };
+            let fault = fault(&error);
+            if fault != Fault::Lost {
+                self.connection = Some(connection);
+            }
+            match fault {
+                Fault::Refused => return Err(Failure::OfSome(write_error(&error))),
+                Fault::Race | Fault::PositionTaken => {
+                    races += 1;
+                    let most = if commits.len() > 1 { RACES_MAX } else { RACES_ALONE_MAX };
+                    if races > most {
+                        return Err(Failure::OfSome(write_error(&error)));
+                    }
+                    if fault == Fault::PositionTaken {
+                        self.advance().await.map_err(Failure::OfAll)?;
+                    }
+                    // Not in step with whoever it was.
+                    sleep(Duration::from_micros(fastrand::u64(0..500 << races.min(6)))).await;
+                    known = None;
+                }
+                Fault::Forbidden | Fault::Unavailable | Fault::Lost => return Err(Failure::OfAll(write_error(&error))),
+            }
+        }
+    }
+
+    async fn connect(&mut self) -> Result<PgConnection, CommitError> {
+        if let Some(connection) = self.connection.take() {
+            return Ok(connection);
+        }
+        self.reconnect.wait().await;
+        match self.database.writer().await {
+            Ok(connection) => {
+                self.reconnect.succeeded();
+                Ok(connection)
+            }
+            Err(error) => {
+                self.reconnect.failed();
+                Err(CommitError::Unavailable(error.to_string()))
+            }
+        }
+    }
+
+    async fn advance(&mut self) -> Result<(), CommitError> {
+        let mut connection = self.connect().await?;
+        let advance = sqlx::query(self.database.statements.advance.clone()).execute(&mut connection).await;
+        advance.map_err(|error| CommitError::Unavailable(error.to_string()))?;
+        self.connection = Some(connection);
+        Ok(())
+    }
+
+    /// Gives the positions by rank, `None` if a guess was wrong, and where everything stood before.
+    async fn append(
+        &self,
+        connection: &mut PgConnection,
+        decision: &Decision<'_>,
+    ) -> Result<(Option<Vec<i64>>, Standings), sqlx::Error> {
+        let Decision { streams, documents, events, .. } = decision;
+        let query = sqlx::query(self.database.statements.append.clone())
+            .bind(streams.iter().map(|stream| stream.id.as_str()).collect::<Vec<_>>())
+            .bind(streams.iter().map(|stream| stream.base).collect::<Vec<_>>())
+            .bind(documents.iter().map(|document| &*document.key.collection).collect::<Vec<_>>())
+            .bind(documents.iter().map(|document| &*document.key.id).collect::<Vec<_>>())
+            .bind(documents.iter().map(|document| document.base).collect::<Vec<_>>())
+            .bind(documents.iter().map(|document| document.fresh).collect::<Vec<_>>())
+            .bind(documents.iter().map(|document| document.put.map(|_| document.steps)).collect::<Vec<_>>())
+            .bind(documents.iter().map(|document| document.body().map(|body| &**body)).collect::<Vec<_>>())
+            .bind(documents.iter().map(|document| due(document.put)).collect::<Vec<_>>())
+            .bind(events.iter().map(|event| event.rank as i32).collect::<Vec<_>>())
+            // Arrays count from 1.
+            .bind(events.iter().map(|event| event.stream as i32 + 1).collect::<Vec<_>>())
+            .bind(events.iter().map(|event| streams[event.stream].id.as_str()).collect::<Vec<_>>())
+            .bind(events.iter().map(|event| event.step).collect::<Vec<_>>())
+            .bind(events.iter().map(|event| event.text.id).collect::<Vec<_>>())
+            .bind(events.iter().map(|event| &*event.text.type_name).collect::<Vec<_>>())
+            .bind(events.iter().map(|event| event.text.schema_version).collect::<Vec<_>>())
+            .bind(events.iter().map(|event| &*event.text.data).collect::<Vec<_>>())
+            .bind(events.iter().map(|event| &*event.text.metadata).collect::<Vec<_>>());
+        // To its very end: the row comes before the transaction is committed.
+        let rows = query.fetch_all(connection).await?;
+        let row = rows.first().ok_or(sqlx::Error::RowNotFound)?;
+        Ok((row.try_get(0)?, Standings { streams: row.try_get(1)?, documents: row.try_get(2)? }))
+    }
+}
+
+fn due(put: Option<&annals::Put>) -> Option<DateTime<Utc>> {
+    put.and_then(|put| put.due).map(storable)
+}

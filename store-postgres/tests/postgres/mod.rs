@@ -1,0 +1,126 @@
+//! A PostgreSQL to test on: a schema for each test, gone after it.
+#![allow(dead_code)]
+
+use std::{sync::Arc, time::Duration};
+
+use annals::{
+    Append, Commit, EventStore, Expected, LogQuery, Metadata, NewEvent, Position, Recorded, StreamId, Version,
+};
+use annals_postgres::{PostgresStore, Settings};
+use sqlx::{AssertSqlSafe, Connection, PgConnection};
+use uuid::Uuid;
+
+/// Where the server is.
+pub fn url() -> String {
+    std::env::var("DATABASE_URL").expect(
+        "DATABASE_URL is not set: run the tests with `./test`, which starts a PostgreSQL of its own, \
+         or name a database that they may create schemas in",
+    )
+}
+
+/// Dropped with the last of its clones.
+#[derive(Clone)]
+pub struct Schema(Arc<Owned>);
+
+struct Owned(String);
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        let name = self.0.clone();
+        let drop = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let mut connection = PgConnection::connect(&url()).await?;
+                // What a failed test has left prepared would hold its locks for ever.
+                let prepared: Vec<String> =
+                    sqlx::query_scalar("SELECT gid FROM pg_prepared_xacts WHERE starts_with(gid, $1 || '-')")
+                        .bind(&name)
+                        .fetch_all(&mut connection)
+                        .await?;
+                for id in prepared {
+                    sqlx::raw_sql(AssertSqlSafe(format!("ROLLBACK PREPARED '{id}'"))).execute(&mut connection).await?;
+                }
+                // And what it has left open must not keep the others waiting.
+                sqlx::raw_sql("SET lock_timeout = '2s'").execute(&mut connection).await?;
+                let sql = format!("DROP SCHEMA IF EXISTS {name} CASCADE");
+                sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut connection).await?;
+                connection.close().await
+            })
+        });
+        // What cannot be dropped stays behind; the test has its own outcome.
+        drop.join().ok();
+    }
+}
+
+impl Schema {
+    pub fn new() -> Self {
+        // To fail here, if at all.
+        url();
+        Self(Arc::new(Owned(format!("test_{}", Uuid::new_v4().simple()))))
+    }
+
+    pub fn name(&self) -> &str {
+        &self.0.0
+    }
+
+    pub fn settings(&self) -> Settings {
+        Settings { schema: self.name().into(), connections: 4 }
+    }
+
+    pub async fn store(&self) -> PostgresStore {
+        PostgresStore::connect(&url(), self.settings()).await.unwrap()
+    }
+
+    /// A name for a prepared transaction, which is rolled back after the test if it is still there.
+    pub fn prepared(&self) -> String {
+        format!("{}-{}", self.name(), Uuid::new_v4().simple())
+    }
+
+    /// A connection of its own, beside the store.
+    pub async fn connection(&self) -> PgConnection {
+        PgConnection::connect(&url()).await.unwrap()
+    }
+
+    /// A statement written for the schema `annals`, for this one.
+    pub fn sql(&self, sql: &str) -> AssertSqlSafe<String> {
+        AssertSqlSafe(sql.replace("annals.", &format!("{}.", self.name())))
+    }
+}
+
+/// How long something may take that ought to happen at once.
+pub const PROMPTLY: Duration = Duration::from_secs(10);
+
+/// So many events for a stream.
+pub fn append(stream: &str, expected: i64, count: usize) -> Commit {
+    let event = || NewEvent {
+        id: Uuid::new_v4(),
+        type_name: "thing.happened".into(),
+        schema_version: 1,
+        data: "{}".into(),
+        metadata: Metadata::of_request(Uuid::new_v4()),
+    };
+    let append = Append {
+        stream: StreamId::parse(stream).unwrap(),
+        expected: Expected::Version(Version(expected)),
+        events: (0..count).map(|_| event()).collect(),
+    };
+    Commit { appends: vec![append], puts: Vec::new() }
+}
+
+/// The whole log, as far as it can be read.
+pub async fn whole_log(store: &PostgresStore) -> Vec<Arc<Recorded>> {
+    let (mut all, mut after) = (Vec::new(), Position::START);
+    loop {
+        let page = store.read_log(&LogQuery::all(), after, 100).await.unwrap();
+        if page.next == after {
+            return all;
+        }
+        after = page.next;
+        all.extend(page.events);
+    }
+}
+
+/// Their positions.
+pub fn numbers(events: &[Arc<Recorded>]) -> Vec<i64> {
+    events.iter().map(|event| event.position.0).collect()
+}
