@@ -10,7 +10,7 @@ use syn::{DeriveInput, parse_macro_input};
 
 /// Implements `annals::Event` for an enum: each variant is one stored event type.
 ///
-/// ```ignore
+/// ```text
 /// #[derive(Event, Clone, Debug, PartialEq)]
 /// #[event(prefix = "order")]
 /// enum OrderEvent {
