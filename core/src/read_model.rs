@@ -171,7 +171,7 @@ fn collection<R: ReadModel>(generation: u32) -> String {
 
 /// The live generation, and the version of the document that says so.
 async fn live(store: &dyn EventStore, name: &str) -> Result<(u32, i64), StoreError> {
-    let pointer = store.documents(&[DocumentKey::new(GENERATIONS, name)]).await?.into_iter().next().flatten();
+    let pointer = store.document(&DocumentKey::new(GENERATIONS, name)).await?;
     let Some(Document { body, version, .. }) = pointer else { return Ok((1, 0)) };
     let generation: Generation =
         serde_json::from_str(&body).map_err(|error| StoreError::Corrupt(format!("read model {name}: {error}")))?;
@@ -183,7 +183,7 @@ async fn caught_up(store: &dyn EventStore, subscription: &str) -> Result<Positio
     let head = store.status().await?.head;
     let key = DocumentKey::new(CHECKPOINTS, format!("{subscription}/0"));
     loop {
-        let found = store.documents(std::slice::from_ref(&key)).await?.into_iter().next().flatten();
+        let found = store.document(&key).await?;
         let checkpoint = found.and_then(|document| serde_json::from_str::<Checkpoint>(&document.body).ok());
         if head == Position::START || checkpoint.is_some_and(|checkpoint| checkpoint.next >= head.0) {
             return Ok(head);
@@ -246,7 +246,7 @@ impl<R: ReadModel> Views<R> {
         loop {
             let (generation, _) = live(&*self.store, R::NAME).await?;
             let key = DocumentKey::new(collection::<R>(generation), key);
-            match self.store.documents(&[key]).await?.into_iter().next().flatten() {
+            match self.store.document(&key).await? {
                 Some(document) => return view::<R>(&document).map(Some),
                 // It may have been removed because the generation was swapped meanwhile.
                 None if live(&*self.store, R::NAME).await?.0 == generation => return Ok(None),

@@ -53,7 +53,7 @@ impl Worker {
         let Some(document_key) = self.parked.first(key).map(|place| self.parked_document(place)) else {
             return Ok(false);
         };
-        let found = self.store.documents(std::slice::from_ref(&document_key)).await?.into_iter().next().flatten();
+        let found = self.store.document(&document_key).await?;
         let Some(document) = found else {
             self.load_parked().await?;
             return Ok(false);

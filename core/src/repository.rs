@@ -353,7 +353,7 @@ impl<A: Aggregate> Repository<A> {
 
     async fn load_snapshot(&self, store: &dyn EventStore, stream: &StreamId) -> Result<Folded<A>, StoreError> {
         let Some(policy) = A::SNAPSHOT else { return Ok(Folded::default()) };
-        let found = store.documents(&[self.snapshot_key(stream)]).await?.into_iter().next().flatten();
+        let found = store.document(&self.snapshot_key(stream)).await?;
         let stored = found.and_then(|document| serde_json::from_str::<StoredSnapshot>(&document.body).ok());
         let Some(stored) = stored.filter(|stored| stored.schema == policy.version) else {
             return Ok(Folded::default());

@@ -41,6 +41,13 @@ pub trait EventStore: Send + Sync + 'static {
     async fn status(&self) -> Result<StoreStatus, StoreError>;
 }
 
+impl dyn EventStore + '_ {
+    /// One document by key.
+    pub(crate) async fn document(&self, key: &DocumentKey) -> Result<Option<Document>, StoreError> {
+        Ok(self.documents(std::slice::from_ref(key)).await?.into_iter().next().flatten())
+    }
+}
+
 /// Which documents of a collection to give.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Scan {

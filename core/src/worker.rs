@@ -82,7 +82,7 @@ impl Lane {
 
     /// Reads the checkpoint; `None` if there is none, or one of another incarnation.
     pub async fn load(&mut self, store: &dyn EventStore) -> Result<Option<i64>, StoreError> {
-        let found = store.documents(std::slice::from_ref(&self.key)).await?.into_iter().next().flatten();
+        let found = store.document(&self.key).await?;
         let Some(document) = found else {
             self.version = 0;
             return Ok(None);
