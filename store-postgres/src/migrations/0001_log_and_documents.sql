@@ -48,15 +48,19 @@ CREATE INDEX documents_due ON annals.documents (collection, due, id) WHERE due I
 -- matter. Where a guess is wrong, nothing is written, `positions` is NULL, and the caller decides again from the versions
 -- given back. So versions are checked before positions are drawn, and a conflict burns none.
 --
--- Another process may pass the same check at the same time. Then the unique key of streams, or the key or count of documents,
--- fails the whole call, and the caller tries again. Streams and documents come in byte order, so that two such calls wait for
--- each other in one direction only.
+-- Another process may pass the same check at the same time. Where both write the same thing, the unique key of streams, or the
+-- key or count of documents, fails the whole call, and the caller tries again. Where one writes what the other only looked at,
+-- no key would notice, and each could decide on what the other is about to change. So whoever writes to a stream shares its
+-- gate with all who write, and who relies on a stream without writing to it (`held`) has the gate for itself. All gates are
+-- taken before anything is looked at. There are 1,024 of them for all streams together: a lock for each stream of a large
+-- group would fill the lock table of the server. Gates, streams and documents come in one order, so that two such calls wait
+-- for each other in one direction only.
 --
 -- `ranks` is the place of each event in log order within the call, from 1; `steps` count on from where a stream or document
 -- stands, or from 0 for a document that is `fresh`: removed before within the group. A document without a step is only
 -- checked; one without a body is removed.
 CREATE FUNCTION annals.append(
-    streams text[], stream_guesses bigint[],
+    streams text[], stream_guesses bigint[], held boolean[],
     collections text[], ids text[], document_guesses bigint[], fresh boolean[], document_steps bigint[], bodies text[],
     dues timestamptz[],
     ranks int[], event_streams int[], stream_ids text[], event_steps bigint[], event_ids uuid[], types text[],
@@ -71,6 +75,18 @@ DECLARE
     expected bigint;
     last timestamptz;
 BEGIN
+    -- With any other, what follows would look at the time before the gates were taken.
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'annals: appending needs isolation level read committed' USING ERRCODE = 'AN003';
+    END IF;
+    PERFORM CASE WHEN g.held THEN pg_advisory_xact_lock('annals.events'::regclass::oid::int, g.gate)
+                 ELSE pg_advisory_xact_lock_shared('annals.events'::regclass::oid::int, g.gate) END
+       FROM (SELECT (hashtextextended(w.stream, 0) & 1023)::int AS gate, w.held
+               FROM unnest(append.streams, append.held) AS w (stream, held)
+              WHERE w.held IS NOT NULL
+              ORDER BY gate, w.held DESC
+             OFFSET 0) AS g;
+
     -- binds: streams, stream_guesses; index: events_stream_version, one seek a stream
     SELECT coalesce(array_agg(s.standing ORDER BY s.n), '{}'), coalesce(bool_and(s.guess IS NULL OR s.guess = s.standing), true)
       INTO stream_versions, hold
