@@ -70,7 +70,7 @@ async fn main() -> Result<(), Failure> {
         }
         round.push(sagas::memory(arguments.sagas).await?);
         let path = directory.path().join("sagas.db");
-        round.push(sagas::sqlite(&path, arguments.sagas, 256).await?);
+        round.push(sagas::sqlite(&path, arguments.sagas, 512).await?);
         round.push(baseline::rewrite(&path, "sagas").await?);
         round.push(sagas::sqlite(&directory.path().join("saga.db"), arguments.sagas / 100, 1).await?);
         figures.push(round);
