@@ -197,18 +197,62 @@ SELECT regexp_replace(id, '/[^/]*$', '')        AS subscription,
        (SELECT coalesce(max(e.position), 0) AS position FROM annals.events AS e WHERE e.position <= (SELECT annals.drawn())) AS head
  WHERE collection = 'checkpoint';
 
--- A parked key by its first message. Ids are `<key> #<number of 19 digits>`.
+-- A parked key of a lane by its first message. Ids begin with the key and go on with a number of fixed length, so their order is
+-- that of the messages.
 CREATE VIEW annals.dead_letters AS
 SELECT id, subscription, key, reason, attempts, parked_at, message, behind
   FROM (SELECT id,
                substr(collection, 8)                    AS subscription,
-               regexp_replace(id, ' #[0-9]+$', '')      AS key,
+               body ->> 'key'                           AS key,
                body ->> 'reason'                        AS reason,
                (body ->> 'attempts')::int               AS attempts,
                (body ->> 'parked_at')::timestamptz      AS parked_at,
                body -> 'message'                        AS message,
-               row_number() OVER (PARTITION BY collection, regexp_replace(id, ' #[0-9]+$', '') ORDER BY id) AS place,
-               count(*) OVER (PARTITION BY collection, regexp_replace(id, ' #[0-9]+$', '')) - 1 AS behind
+               row_number() OVER (PARTITION BY collection, body ->> 'key', body ->> 'lane' ORDER BY id) AS place,
+               count(*) OVER (PARTITION BY collection, body ->> 'key', body ->> 'lane') - 1 AS behind
           FROM annals.documents
          WHERE collection LIKE 'parked.%') AS parked
  WHERE place = 1;
+
+-- Brings the sequence past the events that stand beyond it, as after a restore of the table alone. Positions beyond 2^62 are left
+-- out of this: no log gets there, so they were put in by hand, and following them would leave no position to draw. With the
+-- rights of the owner, because whoever may set a sequence may also set it back.
+CREATE FUNCTION annals.advance() RETURNS void LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+    -- index: events_position_key
+    SELECT setval('annals.events_position', top.position)
+      FROM (SELECT max(position) AS position FROM annals.events WHERE position < (1::bigint << 62)) AS top
+     WHERE top.position > (SELECT annals.drawn())
+$body$;
+
+-- Nobody but the owner of the schema has any access, until it is granted:
+--
+--   reader    reads everything: for reports, and for those who follow the log elsewhere
+--   operator  also changes documents: redrives and drops dead letters, moves checkpoints; writes no events
+--   writer    also appends events: what a service needs
+--
+-- The role must exist. Granting again changes nothing.
+REVOKE EXECUTE ON FUNCTION annals.append, annals.drawn, annals.advance, annals.refuse_change FROM PUBLIC;
+
+CREATE FUNCTION annals.grant_access(role name, access text) RETURNS void LANGUAGE plpgsql AS $body$
+BEGIN
+    IF access NOT IN ('reader', 'operator', 'writer') THEN
+        RAISE EXCEPTION 'annals: access is reader, operator or writer, not %', access USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    EXECUTE format(
+        'GRANT USAGE ON SCHEMA %s TO %I',
+        (SELECT c.relnamespace::regnamespace FROM pg_class AS c WHERE c.oid = 'annals.events'::regclass), role);
+    EXECUTE format(
+        'GRANT SELECT ON annals.events, annals.documents, annals.migrations, annals.events_position, annals.sagas, '
+        'annals.checkpoints, annals.dead_letters TO %I', role);
+    EXECUTE format('GRANT EXECUTE ON FUNCTION annals.drawn, annals.advance TO %I', role);
+    IF access IN ('operator', 'writer') THEN
+        EXECUTE format('GRANT EXECUTE ON FUNCTION annals.append TO %I', role);
+        EXECUTE format('GRANT INSERT, UPDATE, DELETE ON annals.documents TO %I', role);
+    END IF;
+    IF access = 'writer' THEN
+        EXECUTE format('GRANT INSERT ON annals.events TO %I', role);
+        EXECUTE format('GRANT USAGE ON SEQUENCE annals.events_position TO %I', role);
+    END IF;
+END
+$body$;
+REVOKE EXECUTE ON FUNCTION annals.grant_access FROM PUBLIC;
