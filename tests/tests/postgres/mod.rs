@@ -1,6 +1,10 @@
 //! A PostgreSQL to test on: a schema for each test, gone after it.
 #![allow(dead_code)]
 
+pub mod load;
+#[cfg(target_os = "linux")]
+pub mod server;
+
 use std::{sync::Arc, time::Duration};
 
 use annals::{
