@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::postgres::{Schema, load::Load, url};
 
-/// How long it takes its time. With `ANNALS_SLOW_WRITER_SECONDS=30`, as long as such a thing ever should.
+/// For how long. `ANNALS_SLOW_WRITER_SECONDS=30` makes it as long as such a thing ever should be.
 fn patience() -> Duration {
     let seconds = std::env::var("ANNALS_SLOW_WRITER_SECONDS").ok().and_then(|seconds| seconds.parse().ok());
     Duration::from_secs(seconds.unwrap_or(3))
@@ -45,7 +45,7 @@ async fn no_reader_misses_what_a_slow_writer_commits() {
         add_by_hand(&mut slow, &schema, "slow-1", 1).await;
         // Others commit all the while.
         let before = load.acknowledged();
-        tokio::time::sleep(patience() / 2).await;
+        tokio::time::sleep(patience()).await;
         assert!(load.acknowledged() > before + 50, "{} commits", load.acknowledged() - before);
         assert!(store.status().await.unwrap().waits_for.is_some());
         execute(&mut slow, ending).await;
@@ -93,7 +93,7 @@ async fn a_subscription_that_restarts_meanwhile_has_each_effect_once() {
             tokio::spawn(async move { add(&store, "during", 1..=60).await })
         };
         for _ in 0..4 {
-            tokio::time::sleep(patience() / 8).await;
+            tokio::time::sleep(patience() / 4).await;
             following.kill().await;
             following = Following::start(&schema).await;
         }
