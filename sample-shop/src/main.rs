@@ -8,7 +8,6 @@ use std::{
 
 use annals::{EventStore, MemoryStore};
 use annals_sqlite::SqliteStore;
-use clap::Parser;
 use rust_decimal::Decimal;
 use sample_shop::{
     arguments::{Arguments, BusUrl, Command, Connection, Output, StoreUrl},
@@ -33,7 +32,8 @@ async fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
-    match carry_out(Arguments::parse().command).await {
+    let arguments = Arguments::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
+    match carry_out(arguments.command).await {
         Ok(code) => code,
         Err(error) => {
             eprintln!("sample-shop: {error}");
