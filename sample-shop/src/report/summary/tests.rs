@@ -96,13 +96,27 @@ fn the_summary_for_a_person_reads_so() {
 
 #[test]
 fn the_summary_fits_the_terminal() {
-    for width in [50, 60, 80, 100] {
-        for line in summary().human_on(Terminal::new(width, false)).lines() {
-            assert!(line.chars().count() <= usize::from(width), "{width}: {line}");
+    let mut slow = summary();
+    slow.latency_us.record_n(599_000_000, 1_234_567).expect("it resizes");
+    slow.elapsed = Duration::from_secs(3_600);
+    for summary in [summary(), slow] {
+        for width in [40, 41, 50, 60, 80, 100] {
+            for line in summary.human_on(Terminal::new(width, false)).lines() {
+                assert!(line.chars().count() <= usize::from(width), "{width}: {line}");
+            }
         }
     }
-    assert_eq!(Terminal::new(10, false).width, 50);
+    assert_eq!(Terminal::new(10, false).width, 40);
     assert_eq!(Terminal::new(300, false).width, 100);
+}
+
+#[test]
+fn long_times_are_grouped_too() {
+    let mut slow = Summary { elapsed: Duration::from_millis(1_234_567), ..summary() };
+    slow.latency_us.record_n(2_500_000, 1_000).expect("it resizes");
+    let text = slow.human_on(Terminal::REDIRECTED);
+    assert!(text.contains("1,928 sagas in 1,234.567 s, 1.6 a second"), "{text}");
+    assert!(text.contains("latency: p50 2,500.6 ms, "), "{text}");
 }
 
 #[test]
