@@ -97,7 +97,7 @@ pub struct Ledger {
 #[derive(Default)]
 struct State {
     books: Books,
-    /// Sagas that are under way.
+    /// Sagas that are under way, or about to start.
     open: HashMap<Arc<str>, Status>,
     ended: HashSet<Arc<str>>,
     waiting: HashMap<Arc<str>, Vec<oneshot::Sender<()>>>,
@@ -140,6 +140,16 @@ impl Ledger {
         Ok(())
     }
 
+    /// Books what came after the follower was told to stop.
+    pub async fn read_up(&self, store: &dyn EventStore) -> Result<(), StoreError> {
+        loop {
+            let position = self.position();
+            if self.read(store, position).await? == position {
+                return Ok(());
+            }
+        }
+    }
+
     /// Why the books cannot be kept any more.
     pub fn failed(&self) -> Option<String> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).failed.clone()
@@ -151,8 +161,13 @@ impl Ledger {
         for event in &page.events {
             if event.stream.category().starts_with("saga.") {
                 state.note(event);
-            } else if let Err(error) = state.books.book(event) {
-                return Err(StoreError::Corrupt(error.to_string()));
+                continue;
+            }
+            state.books.book(event).map_err(|error| StoreError::Corrupt(error.to_string()))?;
+            match &*event.type_name {
+                "order.placed" => state.expect_saga("checkout", event.stream.id()),
+                "return.opened" => state.expect_saga("return", event.stream.id()),
+                _ => {}
             }
         }
         state.position = page.next;
@@ -182,7 +197,7 @@ impl Ledger {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).books.clone()
     }
 
-    /// How many sagas are under way, and how many of them are stuck.
+    /// How many sagas are under way or about to start, and how many of them are stuck.
     pub fn open(&self) -> (usize, usize) {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         (state.open.len(), state.open.values().filter(|status| **status == Status::Stuck).count())
@@ -190,6 +205,13 @@ impl Ledger {
 }
 
 impl State {
+    fn expect_saga(&mut self, saga: &str, id: &str) {
+        let saga: Arc<str> = saga_stream(saga, id).into();
+        if !self.ended.contains(&saga) {
+            self.open.entry(saga).or_insert(Status::Running);
+        }
+    }
+
     fn note(&mut self, event: &Recorded) {
         let Ok(Glimpse { progress }) = serde_json::from_str(&event.data) else { return };
         let saga = event.stream.shared();

@@ -11,9 +11,11 @@ use annals_sqlite::SqliteStore;
 use rust_decimal::Decimal;
 use sample_shop::{
     arguments::{Arguments, BusUrl, Command, Connection, Output, StoreUrl},
+    claim::Claim,
     input::{Demand, Invoices, Source},
     report::{self, Cancelled, Progress, Summary},
     run::{self, Outcome, Settings},
+    stop::Stop,
 };
 
 #[global_allocator]
@@ -43,6 +45,7 @@ async fn main() -> ExitCode {
 }
 
 async fn carry_out(command: Command) -> Result<ExitCode, Failure> {
+    let stop = Stop::on_signals()?;
     match command {
         Command::Run(arguments) => {
             let source = arguments.source()?;
@@ -54,8 +57,9 @@ async fn carry_out(command: Command) -> Result<ExitCode, Failure> {
                 seed: arguments.seed,
                 scarce: arguments.stock_factor.of(1_000_000) < 1_000_000,
                 input: name_of(&arguments.orders, arguments.seed, source.len()),
+                stop: stop.asked.clone(),
             };
-            run_shop(&arguments.connection, &arguments.output, source, stock, settings).await
+            run_shop(&arguments.connection, &arguments.output, source, stock, settings, &stop).await
         }
         Command::Drain(arguments) => {
             if let StoreUrl::Sqlite(path) = &arguments.connection.store
@@ -71,8 +75,9 @@ async fn carry_out(command: Command) -> Result<ExitCode, Failure> {
                 seed: 0,
                 scarce: false,
                 input: "drain".into(),
+                stop: stop.asked.clone(),
             };
-            run_shop(&arguments.connection, &arguments.output, source, Demand::new(), settings).await
+            run_shop(&arguments.connection, &arguments.output, source, Demand::new(), settings, &stop).await
         }
         Command::Serve(_) => {
             Err("`serve` is not in this version: it comes with the PostgreSQL store and the Kafka bus. \
@@ -96,6 +101,7 @@ async fn run_shop(
     source: Source,
     stock: Demand,
     settings: Settings,
+    stop: &Stop,
 ) -> Result<ExitCode, Failure> {
     let BusUrl::Local = &connection.bus else {
         return Err(format!("bus {}: this version has the local bus only (--bus local:)", connection.bus).into());
@@ -110,6 +116,7 @@ async fn run_shop(
             return Err(format!("store {other}: this version has memory: and sqlite:PATH only").into());
         }
     };
+    let _claim = Claim::on(&connection.store)?;
     let mut invoices = source.invoices()?;
     let progress = Progress::new(source.len(), output.quiet || output.json);
     let outcome = run::run(store, stock, &mut invoices, settings, |_| progress.inc(1)).await;
@@ -117,7 +124,12 @@ async fn run_shop(
     if let Some(sqlite) = sqlite {
         sqlite.close().await?;
     }
-    Ok(show(connection, output, &invoices, outcome?))
+    let outcome = outcome?;
+    if stop.asked.is_cancelled() {
+        eprintln!("{}", report::stopped(outcome.unfinished, &connection.store));
+        return Ok(stop.exit_code());
+    }
+    Ok(show(connection, output, &invoices, outcome))
 }
 
 fn show(connection: &Connection, output: &Output, invoices: &Invoices, outcome: Outcome) -> ExitCode {
@@ -126,13 +138,17 @@ fn show(connection: &Connection, output: &Output, invoices: &Invoices, outcome: 
         eprintln!("{}", report::rows(rows));
     }
     if outcome.repeated > 0 {
-        eprintln!("{} invoices were already in the store and were not handed in again.", outcome.repeated);
+        eprintln!("{}", report::repeated(outcome.repeated));
     }
     for reason in outcome.rejected.iter().take(REJECTED_SHOWN) {
         eprintln!("rejected: {reason}");
     }
     if outcome.rejected.len() > REJECTED_SHOWN {
-        eprintln!("and {} more were rejected", outcome.rejected.len() - REJECTED_SHOWN);
+        eprintln!("and {} more were rejected", report::grouped((outcome.rejected.len() - REJECTED_SHOWN) as u64));
+    }
+    let useless = rows.malformed > 0 && rows.invoices() == 0;
+    if useless {
+        eprintln!("sample-shop: no order, return or adjustment could be made of any row");
     }
     let books = &outcome.books;
     let cancelled = |reason: &str| books.cancelled.get(reason).copied().unwrap_or(0);
@@ -161,6 +177,6 @@ fn show(connection: &Connection, output: &Output, invoices: &Invoices, outcome: 
         eprintln!("sample-shop: the summary could not be written: {error}");
         return ExitCode::from(2);
     }
-    let sound = summary.stuck == 0 && summary.units.conserved() && books.charged >= Decimal::ZERO;
+    let sound = !useless && summary.stuck == 0 && summary.units.conserved() && books.charged >= Decimal::ZERO;
     if sound { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -15,6 +15,7 @@ use tokio::{
     sync::{Semaphore, watch},
     task::JoinSet,
 };
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
@@ -49,6 +50,8 @@ pub struct Settings {
     pub scarce: bool,
     /// Names this input: stock is opened once for each.
     pub input: String,
+    /// Ends the run early: nothing more is handed in, and what is in hand is finished.
+    pub stop: CancellationToken,
 }
 
 /// What a run came to.
@@ -61,6 +64,8 @@ pub struct Outcome {
     pub repeated: u64,
     /// Sagas an operator has to look at.
     pub stuck: u64,
+    /// Orders and returns that were taken in and have not ended; only a run that was stopped leaves any.
+    pub unfinished: u64,
     /// From the first invoice to the last end.
     pub elapsed: Duration,
     /// From handing in an invoice to the end of its saga, in microseconds.
@@ -146,7 +151,11 @@ pub async fn run(
     let tally = Tally { latency_us, sagas: 0, repeated: 0, rejected: Vec::new() };
     let stock = annals::Repository::new(store.clone());
     let shop = Shop { store, counter, stock, ledger: ledger.clone(), tally: Arc::new(Mutex::new(tally)) };
-    shop.open_stock(opening_stock, &settings.input).await?;
+    let stop = settings.stop;
+    tokio::select! {
+        opened = shop.open_stock(opening_stock, &settings.input) => opened?,
+        () = stop.cancelled() => {}
+    }
 
     let started = Instant::now();
     let slots = Arc::new(Semaphore::new(settings.concurrency));
@@ -160,9 +169,14 @@ pub async fn run(
             Err(ReadError::Row(_)) => continue,
             Err(ReadError::Input(error)) => return Err(error.into()),
         };
+        let slot = tokio::select! {
+            biased;
+            () = stop.cancelled() => break,
+            slot = slots.clone().acquire_owned() => slot,
+        };
+        let Ok(slot) = slot else { break };
         handed_in += 1;
         on_progress(handed_in);
-        let Ok(slot) = slots.clone().acquire_owned().await else { break };
         let turn = if settings.scarce { queues.join(&invoice) } else { Turn::default() };
         let shop = shop.clone();
         under_way.spawn(async move {
@@ -172,17 +186,27 @@ pub async fn run(
         });
         while under_way.try_join_next().is_some() {}
     }
-    while under_way.join_next().await.is_some() {}
-    wait_for_open_sagas(&shop).await?;
+    let all_end = async {
+        while under_way.join_next().await.is_some() {}
+        wait_for_open_sagas(&shop).await
+    };
+    tokio::select! {
+        ended = all_end => ended?,
+        () = stop.cancelled() => {}
+    }
     let elapsed = started.elapsed();
+    // Those who still wait for the end of their sagas.
+    under_way.shutdown().await;
     runtime.drain(PATIENCE).await.map_err(RunError::Runtime)?;
-    let (_, stuck) = ledger.open();
+    ledger.read_up(&*shop.store).await?;
+    let (open, stuck) = ledger.open();
     let mut tally = shop.tally();
     Ok(Outcome {
         books: ledger.books(),
         sagas: tally.sagas,
         repeated: tally.repeated,
         stuck: stuck as u64,
+        unfinished: (open - stuck) as u64,
         elapsed,
         latency_us: tally.latency_us.clone(),
         rejected: std::mem::take(&mut tally.rejected),
