@@ -150,7 +150,7 @@ fn no_error_has_a_password() {
             format!("run --bus {url}"),
             format!("run --generate {url}"),
             format!("run {url}"),
-            format!("{url}"),
+            url.to_owned(),
             format!("serve {url}"),
             format!("drain --bus={url}"),
         ] {
