@@ -25,12 +25,21 @@ struct Arguments {
     /// How often each figure is taken; the median is printed.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
+    /// Only this workload.
+    #[arg(long)]
+    only: Option<Workload>,
     /// Where the database files go; the disk that is measured.
     #[arg(long, default_value = ".")]
     directory: PathBuf,
     /// One JSON object a figure, instead of a table.
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
+enum Workload {
+    Commands,
+    Sagas,
 }
 
 /// One line of the report.
@@ -59,7 +68,8 @@ async fn main() -> Result<(), Failure> {
         eprintln!("round {} of {}", round + 1, arguments.rounds);
         let mut round = Vec::new();
         let directory = tempfile::tempdir_in(&arguments.directory)?;
-        for in_flight in [1, 64, 1_024] {
+        let wanted = |workload| arguments.only.is_none_or(|only| only == workload);
+        for in_flight in [1, 64, 1_024].into_iter().filter(|_| wanted(Workload::Commands)) {
             let count = if in_flight == 1 { arguments.commands / 20 } else { arguments.commands };
             round.push(commands::memory(count, in_flight).await?);
             let path = directory.path().join(format!("commands-{in_flight}.db"));
@@ -68,11 +78,13 @@ async fn main() -> Result<(), Failure> {
                 round.push(baseline::rewrite(&path, &format!("commands, {in_flight} in flight")).await?);
             }
         }
-        round.push(sagas::memory(arguments.sagas).await?);
-        let path = directory.path().join("sagas.db");
-        round.push(sagas::sqlite(&path, arguments.sagas, 256).await?);
-        round.push(baseline::rewrite(&path, "sagas").await?);
-        round.push(sagas::sqlite(&directory.path().join("saga.db"), arguments.sagas / 100, 1).await?);
+        if wanted(Workload::Sagas) {
+            round.push(sagas::memory(arguments.sagas).await?);
+            let path = directory.path().join("sagas.db");
+            round.push(sagas::sqlite(&path, arguments.sagas, 512).await?);
+            round.push(baseline::rewrite(&path, "sagas").await?);
+            round.push(sagas::sqlite(&directory.path().join("saga.db"), arguments.sagas / 100, 1).await?);
+        }
         figures.push(round);
     }
     report(&figures, arguments.json);

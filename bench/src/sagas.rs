@@ -9,7 +9,7 @@ use sample_shop::{input::Source, run};
 use crate::{Failure, Figure, counting::Counting};
 
 pub async fn memory(count: usize) -> Result<Figure, Failure> {
-    check_out(Arc::new(MemoryStore::new()), "memory", count, 256).await
+    check_out(Arc::new(MemoryStore::new()), "memory", count, 512).await
 }
 
 pub async fn sqlite(path: &Path, count: usize, concurrency: usize) -> Result<Figure, Failure> {

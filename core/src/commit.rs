@@ -44,6 +44,19 @@ pub enum Expected {
     Any,
 }
 
+impl Expected {
+    /// Whether a stream that stands at `actual` is where it must be: with [`Put::check`], all that decides if a commit holds,
+    /// in every store.
+    pub fn check(self, stream: &StreamId, actual: Version) -> Result<(), CommitError> {
+        match self {
+            Self::Version(expected) if expected != actual => {
+                Err(CommitError::Conflict { stream: stream.clone(), expected, actual })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// The name of a document: a collection and an id in it.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct DocumentKey {
@@ -82,6 +95,18 @@ pub struct Put {
     pub body: Option<Arc<str>>,
     /// When it wants attention; [`Scan::Due`](crate::store::Scan) finds it by this.
     pub due: Option<DateTime<Utc>>,
+}
+
+impl Put {
+    /// Whether a document of version `actual` (0: there is none) has the version it must have. As [`Expected::check`].
+    pub fn check(&self, actual: i64) -> Result<(), CommitError> {
+        match self.expected {
+            Some(expected) if expected != actual => {
+                Err(CommitError::DocumentConflict { key: self.key.clone(), expected, actual })
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// A document as the store holds it.
@@ -172,7 +197,16 @@ impl Commit {
                 return invalid(error.to_string());
             }
             for event in &append.events {
-                let at = || format!("{} for stream {}", event.type_name, append.stream);
+                let at = || format!("{:.100} for stream {}", event.type_name, append.stream);
+                if event.type_name.contains('\0') {
+                    return invalid(format!("{:?}: a type name has a NUL, which not every store takes", at()));
+                }
+                if event.metadata.traceparent.as_ref().is_some_and(|traceparent| traceparent.contains('\0')) {
+                    return invalid(format!(
+                        "{}: its traceparent has a NUL, which not every store can give back",
+                        at()
+                    ));
+                }
                 if event.data.len() > EVENT_BYTES_MAX {
                     let bytes = event.data.len();
                     return invalid(format!("{} has {bytes} bytes; the limit is {EVENT_BYTES_MAX}", at()));
@@ -184,10 +218,8 @@ impl Commit {
         }
         for put in &self.puts {
             let (key, id_bytes) = (&put.key, put.key.id.len());
-            if id_bytes > DOCUMENT_ID_BYTES_MAX
-                || key.collection.len() > CATEGORY_BYTES_MAX * 2
-                || key.id.contains('\0')
-            {
+            let has_nul = key.id.contains('\0') || key.collection.contains('\0');
+            if id_bytes > DOCUMENT_ID_BYTES_MAX || key.collection.len() > CATEGORY_BYTES_MAX * 2 || has_nul {
                 return invalid(format!(
                     "the name of document {:.80?} is too long ({id_bytes} bytes) or has a NUL",
                     key
@@ -214,18 +246,16 @@ fn has_twins<T: std::hash::Hash + Eq>(mut items: impl Iterator<Item = T>) -> boo
     !items.all(|item| seen.insert(item))
 }
 
-/// Whether the text is JSON that every store and every reader takes: nesting within [`NESTING_MAX`], and no `\u0000`, which
-/// PostgreSQL stores as `json` but can never give back as text.
+/// Whether the text is JSON that every store and every reader takes: nesting within [`NESTING_MAX`], and neither
+/// `\u0000` nor half a surrogate pair, which PostgreSQL stores as `json` but can never give back as text.
 pub(crate) fn check_json(text: &str) -> Result<(), String> {
     serde_json::from_str::<serde::de::IgnoredAny>(text).map_err(|error| format!("not JSON: {error}"))?;
     // Skipping over a value, as above, takes any depth; reading it does not.
     if nesting(text) > NESTING_MAX {
         return Err(format!("it is nested more than {NESTING_MAX} deep"));
     }
-    if text.contains("\\u0000") && has_escaped_nul(text) {
-        return Err("a string has \\u0000, which not every store can give back".into());
-    }
-    Ok(())
+    // Skipping does not look at these either.
+    check_escapes(text)
 }
 
 /// How deep the brackets of a valid JSON text go.
@@ -247,16 +277,32 @@ fn nesting(text: &str) -> usize {
     deepest
 }
 
-/// Tells the escape `\u0000` from a backslash that is itself escaped and followed by the letters `u0000`.
-fn has_escaped_nul(text: &str) -> bool {
-    let mut rest = text.as_bytes();
-    while let Some(at) = rest.iter().position(|byte| *byte == b'\\') {
-        if rest[at + 1..].starts_with(b"u0000") {
-            return true;
+/// Whether each `\u` escape of a valid JSON text, alone or with the one that follows, is a character, and none is NUL.
+fn check_escapes(text: &str) -> Result<(), String> {
+    let mut rest = text;
+    while let Some(at) = rest.find('\\') {
+        // A backslash that is itself escaped is skipped with its escape.
+        let Some(unit) = utf16_unit(&rest[at..]) else {
+            rest = rest.get(at + 2..).unwrap_or("");
+            continue;
+        };
+        rest = &rest[at + UNIT_BYTES..];
+        match unit {
+            0 => return Err("a string has \\u0000, which not every store can give back".into()),
+            0xd800..=0xdbff if matches!(utf16_unit(rest), Some(0xdc00..=0xdfff)) => rest = &rest[UNIT_BYTES..],
+            0xd800..=0xdfff => return Err(format!("a string has \\u{unit:04x}, which is half a character")),
+            _ => {}
         }
-        rest = &rest[(at + 2).min(rest.len())..];
     }
-    false
+    Ok(())
+}
+
+/// How long `\u0000` is.
+const UNIT_BYTES: usize = 6;
+
+/// The number of the `\u` escape that a text starts with.
+fn utf16_unit(text: &str) -> Option<u16> {
+    u16::from_str_radix(text.strip_prefix("\\u")?.get(..4)?, 16).ok()
 }
 
 #[cfg(test)]
@@ -264,10 +310,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn escaped_nul_is_told_from_an_escaped_backslash() {
-        assert!(has_escaped_nul(r#"{"a":"x\u0000"}"#));
-        assert!(!has_escaped_nul(r#"{"a":"x\\u0000"}"#));
-        assert!(has_escaped_nul(r#"{"a":"x\\\u0000"}"#));
+    fn escapes_are_told_from_escaped_backslashes() {
+        for text in [
+            r#""x\\u0000""#,
+            r#""\\ud800""#,
+            r#""\ud83e\udd80 \u00fc \n""#,
+            r#""\\\\u0000""#,
+            r#""\ufffe\uffff""#,
+            "\"\u{1f980}\"",
+        ] {
+            assert_eq!(check_json(text), Ok(()), "{text}");
+        }
+        for text in [
+            r#""x\u0000""#,
+            r#""x\\\u0000""#,
+            r#""\ud800""#,
+            r#""\uDC00 ""#,
+            r#""\ud800\u0041""#,
+            r#""\ud800\ud800\udc00""#,
+            r#""\ud800\\udc00""#,
+            r#"{"\udbff":1}"#,
+        ] {
+            assert!(check_json(text).is_err(), "{text}");
+        }
     }
 
     #[test]

@@ -11,7 +11,7 @@ use chrono::{DateTime, SubsecRound, Utc};
 use tokio::sync::watch;
 
 use crate::{
-    commit::{Append, Commit, CommitError, Committed, Document, DocumentKey, Expected, Put},
+    commit::{Append, Commit, CommitError, Committed, Document, DocumentKey, Put},
     event::{Position, Recorded, StreamId, Version},
     store::{EventStore, LogPage, LogQuery, Scan, StoreError, StoreStatus},
 };
@@ -158,21 +158,11 @@ impl Held {
     }
 
     fn check(&self, commit: &Commit) -> Result<(), CommitError> {
-        for append in &commit.appends {
-            let actual = self.version(&append.stream);
-            if let Expected::Version(expected) = append.expected
-                && expected != actual
-            {
-                return Err(CommitError::Conflict { stream: append.stream.clone(), expected, actual });
-            }
+        for Append { stream, expected, .. } in &commit.appends {
+            expected.check(stream, self.version(stream))?;
         }
         for put in &commit.puts {
-            let actual = self.document_version(&put.key);
-            if let Some(expected) = put.expected
-                && expected != actual
-            {
-                return Err(CommitError::DocumentConflict { key: put.key.clone(), expected, actual });
-            }
+            put.check(self.document_version(&put.key))?;
         }
         Ok(())
     }

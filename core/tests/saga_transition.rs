@@ -36,7 +36,9 @@ impl SagaState for Learned {
     fn learn(&mut self, step: &str, outcome: &Outcome) {
         self.0.push(match outcome {
             Outcome::Done(_) => format!("{step} done"),
-            Outcome::Refused(reason) | Outcome::Failed(reason) => format!("{step}: {reason}"),
+            Outcome::Refused(reason) | Outcome::Failed(reason) | Outcome::Unknown(reason) => {
+                format!("{step}: {reason}")
+            }
         });
     }
 }

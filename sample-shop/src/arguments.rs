@@ -117,7 +117,7 @@ pub struct Run {
     #[command(flatten)]
     pub connection: Connection,
     /// At most this many orders and returns on their way at once.
-    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub concurrency: u32,
     /// Start each SKU with this many times what the input will take of it, rounded up.
     #[arg(long, value_name = "F", default_value = "1", allow_negative_numbers = true)]

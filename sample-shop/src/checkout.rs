@@ -40,7 +40,7 @@ impl SagaState for Checkout {
             (RESERVE, Outcome::Refused(_)) => "out_of_stock",
             (CHARGE, Outcome::Refused(_)) => "declined",
             (CONFIRM, Outcome::Refused(_)) => "by_customer",
-            (_, Outcome::Refused(_) | Outcome::Failed(_)) => "unavailable",
+            (_, Outcome::Refused(_) | Outcome::Failed(_) | Outcome::Unknown(_)) => "unavailable",
         };
         self.cancelled = Some(reason.to_owned());
     }

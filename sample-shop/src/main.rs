@@ -7,6 +7,7 @@ use std::{
 };
 
 use annals::{EventStore, MemoryStore};
+use annals_postgres::PostgresStore;
 use annals_sqlite::SqliteStore;
 use rust_decimal::Decimal;
 use sample_shop::{
@@ -79,11 +80,9 @@ async fn carry_out(command: Command) -> Result<ExitCode, Failure> {
             };
             run_shop(&arguments.connection, &arguments.output, source, Demand::new(), settings, &stop).await
         }
-        Command::Serve(_) => {
-            Err("`serve` is not in this version: it comes with the PostgreSQL store and the Kafka bus. \
+        Command::Serve(_) => Err("`serve` is not in this version: it comes with the Kafka bus. \
                                   `run` has all four services in one process."
-                .into())
-        }
+            .into()),
     }
 }
 
@@ -92,6 +91,42 @@ fn name_of(orders: &Option<std::path::PathBuf>, seed: u64, count: u64) -> String
     match orders.as_ref().and_then(|path| path.file_name()) {
         Some(file) => file.to_string_lossy().chars().filter(|c| !c.is_control()).take(100).collect(),
         None => format!("{count} orders of seed {seed}"),
+    }
+}
+
+/// The store that a URL names.
+enum Store {
+    Memory(Arc<MemoryStore>),
+    Sqlite(SqliteStore),
+    Postgres(PostgresStore),
+}
+
+impl Store {
+    async fn open(url: &StoreUrl) -> Result<Self, Failure> {
+        Ok(match url {
+            StoreUrl::Memory => Self::Memory(Arc::new(MemoryStore::new())),
+            StoreUrl::Sqlite(path) => Self::Sqlite(SqliteStore::open(path).await?),
+            StoreUrl::Postgres(url) => {
+                Self::Postgres(PostgresStore::connect(url, annals_postgres::Settings::default()).await?)
+            }
+        })
+    }
+
+    fn port(&self) -> Arc<dyn EventStore> {
+        match self {
+            Self::Memory(store) => store.clone(),
+            Self::Sqlite(store) => Arc::new(store.clone()),
+            Self::Postgres(store) => Arc::new(store.clone()),
+        }
+    }
+
+    async fn close(&self) -> Result<(), Failure> {
+        match self {
+            Self::Memory(_) => {}
+            Self::Sqlite(store) => store.close().await?,
+            Self::Postgres(store) => store.close().await?,
+        }
+        Ok(())
     }
 }
 
@@ -106,24 +141,13 @@ async fn run_shop(
     let BusUrl::Local = &connection.bus else {
         return Err(format!("bus {}: this version has the local bus only (--bus local:)", connection.bus).into());
     };
-    let (store, sqlite): (Arc<dyn EventStore>, _) = match &connection.store {
-        StoreUrl::Memory => (Arc::new(MemoryStore::new()), None),
-        StoreUrl::Sqlite(path) => {
-            let sqlite = Arc::new(SqliteStore::open(path).await?);
-            (sqlite.clone(), Some(sqlite))
-        }
-        other @ StoreUrl::Postgres(_) => {
-            return Err(format!("store {other}: this version has memory: and sqlite:PATH only").into());
-        }
-    };
+    let store = Store::open(&connection.store).await?;
     let _claim = Claim::on(&connection.store)?;
     let mut invoices = source.invoices()?;
     let progress = Progress::new(source.len(), output.quiet || output.json);
-    let outcome = run::run(store, stock, &mut invoices, settings, |_| progress.inc(1)).await;
+    let outcome = run::run(store.port(), stock, &mut invoices, settings, |_| progress.inc(1)).await;
     progress.finish();
-    if let Some(sqlite) = sqlite {
-        sqlite.close().await?;
-    }
+    store.close().await?;
     let outcome = outcome?;
     if stop.asked.is_cancelled() {
         eprintln!("{}", report::stopped(outcome.unfinished, &connection.store));

@@ -46,6 +46,8 @@ impl Aggregate for Payment {
     fn decide(&self, fact: &PaymentEvent) -> Result<Vec<PaymentEvent>, Self::Refusal> {
         let known = match fact {
             PaymentEvent::Charged { .. } => self.charged,
+            // What was charged as far as nobody knows was never in the books, and neither is its way back.
+            PaymentEvent::Refunded { order_id: Some(_), .. } if !self.charged => true,
             PaymentEvent::Refunded { .. } => self.refunded,
             PaymentEvent::Declined { .. } => false,
         };
@@ -84,10 +86,22 @@ pub enum ProviderError {
     TimedOut,
 }
 
+impl From<ProviderError> for StepError {
+    fn from(error: ProviderError) -> Self {
+        let reason = error.to_string();
+        match error {
+            ProviderError::Declined(_) => Self::Refused(reason),
+            ProviderError::Busy => Self::Failed(reason),
+            ProviderError::TimedOut => Self::Unknown(reason),
+        }
+    }
+}
+
 /// Moves money. The same key moves it once, however often it is asked.
 #[async_trait]
 pub trait Provider: Send + Sync + 'static {
     async fn charge(&self, key: Uuid, order_id: &str, amount: Decimal) -> Result<(), ProviderError>;
+    /// Gives back at most what was taken for `id`; nothing, if nothing was.
     async fn refund(&self, key: Uuid, id: &str, amount: Decimal) -> Result<(), ProviderError>;
 }
 
@@ -109,8 +123,7 @@ impl PaymentDesk {
         fact: PaymentEvent,
         work: &mut Work,
     ) -> Result<Answer, StepError> {
-        let paid = self.provider.refund(work.cause_id(), id, amount).await;
-        paid.map_err(|error| StepError::Failed(error.to_string()))?;
+        self.provider.refund(work.cause_id(), id, amount).await?;
         work.execute(&self.payments, id, &fact).await?;
         Ok(Answer::DONE)
     }
@@ -135,7 +148,7 @@ impl Participant for PaymentDesk {
                         work.create(&self.payments, &order_id, &declined).await?;
                         Ok(Answer::Refused(reason))
                     }
-                    Err(error) => Err(StepError::Failed(error.to_string())),
+                    Err(error) => Err(error.into()),
                 }
             }
             PaymentStep::Refund { order_id, amount, currency } => {

@@ -1,18 +1,28 @@
 //! The main job on the real orders of December 2010.
 #![allow(clippy::unwrap_used)]
 
-use std::{path::PathBuf, process::Command};
+use std::{
+    path::PathBuf,
+    process::{Command, Output},
+};
 
 use serde_json::{Value, json};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, postgres::PgConnectOptions};
+use uuid::Uuid;
 
-fn run(arguments: &[&str]) -> Value {
+/// Stock for all, cards for all: every order must go through.
+const PLENTY: [&str; 4] = ["--stock-factor", "1.5", "--decline-rate", "0"];
+
+fn shop(store: &str, arguments: &[&str]) -> Output {
     let orders = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../shared/data/online-retail-2010-12.csv");
     assert!(orders.is_file(), "{} is missing: the data belongs beside the checkout", orders.display());
-    let directory = tempfile::tempdir().unwrap();
-    let store = format!("sqlite:{}", directory.path().join("shop.db").display());
     let mut command = Command::new(env!("CARGO_BIN_EXE_sample-shop"));
-    command.args(["run", "--json", "--store", &store, "--orders"]).arg(orders).args(arguments);
-    let output = command.output().unwrap();
+    command.args(["run", "--json", "--store", store, "--orders"]).arg(orders).args(arguments);
+    command.output().unwrap()
+}
+
+/// The last line without what differs from run to run.
+fn business(output: &Output) -> Value {
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
     let mut line: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
@@ -22,23 +32,50 @@ fn run(arguments: &[&str]) -> Value {
     line
 }
 
-#[test]
-fn with_plenty_of_stock_every_order_is_confirmed() {
-    let expected = json!({
+fn run_on_sqlite(arguments: &[&str]) -> Value {
+    let directory = tempfile::tempdir().unwrap();
+    business(&shop(&format!("sqlite:{}", directory.path().join("shop.db").display()), arguments))
+}
+
+/// In a database of its own, since the shop takes the schema that operators know.
+async fn run_on_postgres(arguments: &[&str]) -> Value {
+    let url = std::env::var("DATABASE_URL").expect("run the tests with `./test`, which starts a PostgreSQL of its own");
+    let options: PgConnectOptions = url.parse().unwrap();
+    let mut server = PgConnection::connect_with(&options).await.unwrap();
+    let name = format!("shop_{}", Uuid::new_v4().simple());
+    sqlx::raw_sql(AssertSqlSafe(format!("CREATE DATABASE {name}"))).execute(&mut server).await.unwrap();
+    let output = shop(options.database(&name).to_url_lossy().as_str(), arguments);
+    // Before what the run came to is looked at, so that it does not stay behind.
+    let drop = format!("DROP DATABASE {name} WITH (FORCE)");
+    sqlx::raw_sql(AssertSqlSafe(drop)).execute(&mut server).await.unwrap();
+    business(&output)
+}
+
+fn every_order_confirmed() -> Value {
+    json!({
         "orders": 1595, "confirmed": 1595,
         "cancelled": {"out_of_stock": 0, "declined": 0, "by_customer": 0},
         "returns": 333, "adjustments": 154, "stuck": 0,
         "charged": "839772.22", "refunded": "75864.72",
         "units": {"initial": 559_756, "sold": 368_150, "returned": 16_274, "adjusted": -1_709, "remaining": 206_171, "reserved": 0},
         "bus": "local:",
-    });
-    assert_eq!(run(&["--stock-factor", "1.5", "--decline-rate", "0"]), expected);
+    })
+}
+
+#[test]
+fn with_plenty_of_stock_every_order_is_confirmed() {
+    assert_eq!(run_on_sqlite(&PLENTY), every_order_confirmed());
+}
+
+#[tokio::test]
+async fn the_result_is_the_same_on_postgres() {
+    assert_eq!(run_on_postgres(&PLENTY).await, every_order_confirmed());
 }
 
 #[test]
 fn with_too_little_stock_a_seed_gives_the_same_business_twice() {
     let arguments = ["--stock-factor", "0.7", "--decline-rate", "0.1", "--cancel-rate", "0.05", "--seed", "7"];
-    let first = run(&arguments);
+    let first = run_on_sqlite(&arguments);
     let cancelled =
         ["out_of_stock", "declined", "by_customer"].map(|reason| first["cancelled"][reason].as_u64().unwrap());
     assert!(cancelled.iter().all(|count| *count > 0), "{first}");
@@ -46,5 +83,5 @@ fn with_too_little_stock_a_seed_gives_the_same_business_twice() {
     let units = |name: &str| first["units"][name].as_i64().unwrap();
     assert_eq!((first["stuck"].as_u64(), units("reserved")), (Some(0), 0), "{first}");
     assert_eq!(units("initial") - units("sold") + units("returned") + units("adjusted"), units("remaining"), "{first}");
-    assert_eq!(run(&arguments), first);
+    assert_eq!(run_on_sqlite(&arguments), first);
 }

@@ -4,6 +4,7 @@
 use std::{borrow::Cow, collections::HashMap, sync::Arc};
 
 use annals::{Append, Commit, CommitError, Committed, DocumentKey, Expected, Position, Put, StreamId, Version};
+use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
 /// A commit as the writer takes it: whatever can be made ready before is made ready by its caller, because callers run in
@@ -104,6 +105,8 @@ pub(crate) struct EventRow<'g> {
 /// A commit that holds: where its last event ranks, and how far each of its streams has come.
 struct Outline {
     rank: Option<usize>,
+    /// How many events it has; their ranks follow one another.
+    events: usize,
     versions: Vec<(usize, i64)>,
 }
 
@@ -160,10 +163,8 @@ impl<'g> Decision<'g> {
         for append in &commit.appends {
             let state = &mut self.streams[streams[&append.stream]];
             if let Expected::Version(expected) = append.expected {
-                let actual = Version(*state.base.get_or_insert_with(|| guess(expected.0, state.steps)) + state.steps);
-                if actual != expected {
-                    return Err(CommitError::Conflict { stream: append.stream.clone(), expected, actual });
-                }
+                let before = *state.base.get_or_insert_with(|| guess(expected.0, state.steps));
+                append.expected.check(&append.stream, Version(before + state.steps))?;
             }
         }
         for put in &commit.puts {
@@ -171,14 +172,11 @@ impl<'g> Decision<'g> {
             if let Some(expected) = put.expected {
                 let before =
                     if state.fresh { 0 } else { *state.base.get_or_insert_with(|| guess(expected, state.steps)) };
-                let actual = before + state.steps;
-                if actual != expected {
-                    return Err(CommitError::DocumentConflict { key: put.key.clone(), expected, actual });
-                }
+                put.check(before + state.steps)?;
             }
         }
 
-        let mut outline = Outline { rank: None, versions: Vec::with_capacity(commit.appends.len()) };
+        let mut outline = Outline { rank: None, events: 0, versions: Vec::with_capacity(commit.appends.len()) };
         for append in &commit.appends {
             let stream = streams[&append.stream];
             let state = &mut self.streams[stream];
@@ -187,6 +185,7 @@ impl<'g> Decision<'g> {
                 let rank = self.events.len() + 1;
                 self.events.push(EventRow { rank, stream, step: state.steps, text });
                 outline.rank = Some(rank);
+                outline.events += 1;
             }
             outline.versions.push((stream, state.steps));
         }
@@ -202,14 +201,33 @@ impl<'g> Decision<'g> {
     }
 
     /// What each commit came to, now that it is written.
-    pub(crate) fn outcomes(self, positions: &[i64], standings: &Standings) -> Vec<Result<Committed, CommitError>> {
-        let position = |rank: usize| positions.get(rank - 1).map_or(Position::START, |position| Position(*position));
+    pub(crate) fn outcomes(self, written: &Written, standings: &Standings) -> Vec<Result<Committed, CommitError>> {
         let version = |(stream, steps): &(usize, i64)| Version(standings.streams[*stream] + steps);
         let committed = |outline: Outline| Committed {
-            position: outline.rank.map_or(Position::START, position),
+            position: outline.rank.map_or(Position::START, |rank| written.position(rank)),
             versions: outline.versions.iter().map(version).collect(),
+            recorded_at: outline.rank.filter(|rank| written.is_one_run(*rank, outline.events)).and(written.recorded_at),
         };
         self.outcomes.into_iter().map(|outcome| outcome.map(committed)).collect()
+    }
+}
+
+/// Where the events of a group came to stand, and when.
+pub(crate) struct Written {
+    /// By rank, which counts from 1.
+    pub(crate) positions: Vec<i64>,
+    /// `None` where there are no events, or where the database keeps a time that this process cannot tell.
+    pub(crate) recorded_at: Option<DateTime<Utc>>,
+}
+
+impl Written {
+    fn position(&self, rank: usize) -> Position {
+        self.positions.get(rank - 1).map_or(Position::START, |position| Position(*position))
+    }
+
+    /// Whether the events up to a rank have positions without a gap: other processes draw from the same sequence.
+    fn is_one_run(&self, last_rank: usize, events: usize) -> bool {
+        self.position(last_rank).0 - self.position(last_rank + 1 - events).0 == events as i64 - 1
     }
 }
 

@@ -131,7 +131,7 @@ fn document(row: &PgRow) -> Result<Document, sqlx::Error> {
 }
 
 /// Microseconds since 2000. Read by hand: `infinity`, and years that chrono does not know, must not stop a reader.
-fn time(row: &PgRow, column: usize) -> Result<Option<DateTime<Utc>>, sqlx::Error> {
+pub(crate) fn time(row: &PgRow, column: usize) -> Result<Option<DateTime<Utc>>, sqlx::Error> {
     const MICROSECONDS_TO_2000: i64 = 946_684_800_000_000;
     let microseconds: Option<i64> = row.try_get_unchecked(column)?;
     Ok(microseconds.map(|since_2000| {

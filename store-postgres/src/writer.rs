@@ -1,6 +1,6 @@
 //! The one task that writes: takes the commits that are waiting as a group, and makes one round trip of them.
 
-use std::{ops::Range, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use annals::{CommitError, Committed, Position};
 use chrono::{DateTime, Utc};
@@ -12,10 +12,10 @@ use tokio::{
 
 use crate::{
     error::{Fault, fault, write_error},
-    group::{Decision, Prepared, Standings},
+    group::{Decision, Prepared, Standings, Written},
     news::News,
     open::Database,
-    read::storable,
+    read::{storable, time},
 };
 
 /// Commits that may wait for the writer; further callers wait for a place. Two groups' worth: one being written, one behind.
@@ -125,7 +125,8 @@ impl Writer {
     /// Writes a group, in halves where it does not go as a whole.
     async fn write(&mut self, commits: &[Prepared]) -> Vec<Outcome> {
         let mut outcomes = Vec::with_capacity(commits.len());
-        let mut parts: Vec<Range<usize>> = vec![0..commits.len()];
+        let whole = 0..commits.len();
+        let mut parts = Vec::from([whole]);
         while let Some(part) = parts.pop() {
             match self.attempt(&commits[part.clone()]).await {
                 Ok(written) => outcomes.extend(written),
@@ -151,9 +152,9 @@ impl Writer {
                 timeout(Duration::from_secs(ANSWER_SECONDS_MAX), self.append(&mut connection, &decision)).await;
             let appended = appended.unwrap_or_else(|elapsed| Err(sqlx::Error::Io(elapsed.into())));
             let error = match appended {
-                Ok((positions, standings)) => {
+                Ok((written, standings)) => {
                     self.connection = Some(connection);
-                    let Some(positions) = positions else {
+                    let Some(written) = written else {
                         // A guess was wrong. Where it was no guess, somebody else has just moved on.
                         races += u32::from(known.is_some());
                         if races > RACES_ALONE_MAX {
@@ -164,10 +165,10 @@ impl Writer {
                         known = Some(standings);
                         continue;
                     };
-                    if let Some(last) = positions.last() {
+                    if let Some(last) = written.positions.last() {
                         self.news.written(Position(*last));
                     }
-                    return Ok(decision.outcomes(&positions, &standings));
+                    return Ok(decision.outcomes(&written, &standings));
                 }
                 Err(error) => error,
             };
@@ -220,12 +221,12 @@ impl Writer {
         Ok(())
     }
 
-    /// Gives the positions by rank, `None` if a guess was wrong, and where everything stood before.
+    /// Gives what was written, `None` if a guess was wrong, and where everything stood before.
     async fn append(
         &self,
         connection: &mut PgConnection,
         decision: &Decision<'_>,
-    ) -> Result<(Option<Vec<i64>>, Standings), sqlx::Error> {
+    ) -> Result<(Option<Written>, Standings), sqlx::Error> {
         let Decision { streams, documents, events, .. } = decision;
         let query = sqlx::query(self.database.statements.append.clone())
             .bind(streams.iter().map(|stream| stream.id.as_str()).collect::<Vec<_>>())
@@ -250,7 +251,10 @@ impl Writer {
         // To its very end: the row comes before the transaction is committed.
         let rows = query.fetch_all(connection).await?;
         let row = rows.first().ok_or(sqlx::Error::RowNotFound)?;
-        Ok((row.try_get(0)?, Standings { streams: row.try_get(1)?, documents: row.try_get(2)? }))
+        let positions: Option<Vec<i64>> = row.try_get(0)?;
+        let recorded_at = time(row, 3)?;
+        let written = positions.map(|positions| Written { positions, recorded_at });
+        Ok((written, Standings { streams: row.try_get(1)?, documents: row.try_get(2)? }))
     }
 }
 

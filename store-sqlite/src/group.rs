@@ -133,24 +133,16 @@ impl Ledger {
         }
         for PreparedAppend { stream, expected, events } in &commit.appends {
             let actual = self.streams.get(stream).copied().unwrap_or(0);
-            if let Expected::Version(expected) = *expected
-                && expected.0 != actual
-            {
-                return Err(CommitError::Conflict { stream: stream.clone(), expected, actual: Version(actual) });
-            }
+            expected.check(stream, Version(actual))?;
             if actual.checked_add(events.len() as i64).is_none() {
                 return Err(full(format!("stream {stream}")));
             }
         }
-        for Put { key, expected, .. } in &commit.puts {
-            let actual = self.documents.get(key).copied().unwrap_or(0);
-            if let Some(expected) = *expected
-                && expected != actual
-            {
-                return Err(CommitError::DocumentConflict { key: key.clone(), expected, actual });
-            }
+        for put in &commit.puts {
+            let actual = self.documents.get(&put.key).copied().unwrap_or(0);
+            put.check(actual)?;
             if actual == i64::MAX {
-                return Err(full(format!("document {key}")));
+                return Err(full(format!("document {}", put.key)));
             }
         }
         Ok(())

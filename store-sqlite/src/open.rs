@@ -110,6 +110,8 @@ impl Database {
             .synchronous(SqliteSynchronous::Full)
             .pragma("wal_autocheckpoint", CHECKPOINT_PAGES.to_string())
             .pragma("journal_size_limit", JOURNAL_BYTES_MAX.to_string())
+            // Rows on their way into a table with triggers wait in a temporary one: not in a file made for each statement.
+            .pragma("temp_store", "MEMORY")
             .pragma("cache_size", format!("-{WRITER_CACHE_KIB}"))
             .connect()
             .await

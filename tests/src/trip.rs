@@ -32,7 +32,7 @@ impl SagaState for Trip {
         let heard = match outcome {
             Outcome::Done(_) => "done",
             Outcome::Refused(_) => "refused",
-            Outcome::Failed(_) => "given up",
+            Outcome::Failed(_) | Outcome::Unknown(_) => "given up",
         };
         self.heard.push(format!("{step} {heard}"));
     }
@@ -95,6 +95,8 @@ pub enum Play {
     Refuse,
     /// It fails.
     Fail,
+    /// Nobody knows whether it did.
+    Vanish,
     /// It panics.
     Panic,
 }
@@ -163,6 +165,7 @@ impl Participant for Clerk {
             None => Ok(Answer::DONE),
             Some(Play::Refuse) => Err(StepError::Refused(format!("no {name} today"))),
             Some(Play::Fail) => Err(StepError::Failed(format!("{name} does not work"))),
+            Some(Play::Vanish) => Err(StepError::Unknown(format!("nobody knows of {name}"))),
             Some(Play::Panic) => panic!("{name} is too much"),
         }
     }

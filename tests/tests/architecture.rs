@@ -13,8 +13,8 @@ use serde::Deserialize;
 /// A file longer than this is two ideas.
 const SOURCE_LINES_MAX: usize = 500;
 /// Drivers of databases and brokers, which the core must not meet even through others.
-const DRIVERS: [&str; 7] =
-    ["sqlx", "sqlx-core", "libsqlite3-sys", "rusqlite", "tokio-postgres", "rdkafka", "rdkafka-sys"];
+const DRIVERS: [&str; 8] =
+    ["sqlx", "sqlx-core", "sqlx-postgres", "libsqlite3-sys", "rusqlite", "tokio-postgres", "rdkafka", "rdkafka-sys"];
 
 #[derive(Deserialize)]
 struct Workspace {

@@ -143,6 +143,40 @@ async fn failed_attempt_that_is_delivered_again_does_nothing() {
 }
 
 #[tokio::test]
+async fn step_whose_outcome_stays_unknown_is_undone() {
+    let mut desk = Desk::open().await;
+    desk.script.play("charge", Play::Vanish, 1);
+    desk.send(vec![desk.command(At::Forward(1), 1, 1)]).await;
+    assert!(matches!(desk.reply().await, Outcome::Unknown(_)));
+    // A failure that is certain does not make the first attempt any more certain.
+    desk.script.play("charge", Play::Fail, 1);
+    desk.send(vec![desk.command(At::Forward(1), 2, 2)]).await;
+    assert!(matches!(desk.reply().await, Outcome::Failed(_)));
+    desk.script.play("undo charge", Play::Vanish, 1);
+    desk.send(vec![desk.command(At::Undo(1), 1, 3)]).await;
+    assert!(matches!(desk.reply().await, Outcome::Unknown(_)));
+    desk.send(vec![desk.command(At::Undo(1), 2, 4)]).await;
+    assert_eq!(desk.reply().await, Outcome::Done(serde_json::Value::Null));
+    // The step once more, too late.
+    desk.send(vec![desk.command(At::Forward(1), 3, 5)]).await;
+    assert_eq!(desk.ledger().await, ["undo charge"]);
+    desk.close(4).await;
+}
+
+#[tokio::test]
+async fn step_that_only_failed_has_nothing_to_undo() {
+    let mut desk = Desk::open().await;
+    desk.script.play("charge", Play::Fail, 2);
+    desk.send(vec![desk.command(At::Forward(1), 1, 1), desk.command(At::Forward(1), 2, 2)]).await;
+    assert!(matches!(desk.reply().await, Outcome::Failed(_)));
+    assert!(matches!(desk.reply().await, Outcome::Failed(_)));
+    desk.send(vec![desk.command(At::Undo(1), 1, 3)]).await;
+    assert_eq!(desk.reply().await, Outcome::Done(serde_json::Value::Null));
+    assert_eq!((desk.ledger().await, desk.script.asked().len()), (vec![], 2));
+    desk.close(3).await;
+}
+
+#[tokio::test]
 async fn refused_step_stays_refused_and_has_nothing_to_undo() {
     let mut desk = Desk::open().await;
     desk.script.play("charge", Play::Refuse, 1);

@@ -21,7 +21,10 @@ use crate::{
 /// Carries out the commands that sagas send to a service.
 ///
 /// What it stages in `work` commits together with the record that the step was done. It is called once per step and once
-/// per undo, whatever the bus delivers; an undo only where the step was done.
+/// per undo, whatever the bus delivers; an undo only where the step was done, or may have been done: see
+/// [`StepError::Unknown`].
+///
+/// Stage first and call an outside party last: then no refusal by an aggregate comes after the money moved.
 #[async_trait]
 pub trait Participant: Send + Sync + 'static {
     /// The commands it knows.
@@ -45,15 +48,18 @@ impl Answer {
     pub const DONE: Self = Self::Done(Value::Null);
 }
 
-/// Why a step was not done. In both cases nothing of it was.
+/// Why a step was not done. What was staged for it is thrown away.
 #[derive(Debug)]
 pub enum StepError {
     /// It will not be done: the saga goes back. `?` on an aggregate's refusal becomes this. An undo, and a step that the
     /// saga cannot go back from, must succeed: there it is taken as [`Failed`](StepError::Failed), and asked for again.
     Refused(String),
-    /// It could not be done now, or it is not known whether an outside party did it: the saga asks again with the same
-    /// id.
+    /// It could not be done now: the saga asks again with the same id. If it gives the step up, there is nothing to undo.
     Failed(String),
+    /// It is not known whether an outside party did it, as when no answer came in time: the saga asks again with the same
+    /// id. If it gives the step up, the undo is called, and takes back what is there, which may be nothing. A panic is
+    /// taken as this.
+    Unknown(String),
     /// The store is away; nobody else is told.
     Store(crate::store::StoreError),
 }
@@ -88,6 +94,8 @@ pub enum StepEvent {
 /// What is known of one step.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Slot {
+    /// It may have been done: an attempt had an unknown outcome.
+    Unknown,
     /// It was done.
     Done,
     /// It was refused, for good.
@@ -139,11 +147,11 @@ pub fn decide_step(participation: &Participation, command: &StepCommand) -> Step
     let slot = |at| participation.slots.get(&(at, command.call));
     match command.at {
         At::Forward(_) | At::Closing(_) => match slot(command.at) {
-            None => Step::Perform,
-            Some(_) => Step::Ignore,
+            None | Some(Slot::Unknown) => Step::Perform,
+            Some(Slot::Done | Slot::Refused | Slot::Undone) => Step::Ignore,
         },
         At::Undo(step) => match slot(At::Forward(step)) {
-            Some(Slot::Done) => Step::Perform,
+            Some(Slot::Done | Slot::Unknown) => Step::Perform,
             None | Some(Slot::Refused) => Step::Bar,
             Some(Slot::Undone) => Step::Ignore,
         },
@@ -169,7 +177,9 @@ impl Aggregate for Participation {
 
     fn evolve(&mut self, StepEvent::Replied { reply, .. }: &StepEvent) {
         let (at, slot) = match (reply.at, &reply.outcome) {
-            (_, Outcome::Failed(_)) => return,
+            // Whatever was known before is as true as it was.
+            (_, Outcome::Failed(_)) | (At::Undo(_), Outcome::Unknown(_)) => return,
+            (at, Outcome::Unknown(_)) => (at, Slot::Unknown),
             (At::Undo(step), _) => (At::Forward(step), Slot::Undone),
             (at, Outcome::Done(_)) => (at, Slot::Done),
             (at, Outcome::Refused(_)) => (at, Slot::Refused),
@@ -201,10 +211,10 @@ impl<P: Participant> Desk<P> {
 }
 
 impl<P: Participant> Desk<P> {
-    /// A participant that panics has failed at the step, and the saga is told so: it can ask again, or go back.
+    /// A participant that panics may have done anything, and the saga is told so: it can ask again, or go back.
     async fn perform(&self, command: P::Command, work: &mut Work) -> Result<Answer, StepError> {
         let performed = caught(async { self.participant.perform(command, work).await }).await;
-        performed.unwrap_or_else(|panic| Err(StepError::Failed(panic.to_string())))
+        performed.unwrap_or_else(|panic| Err(StepError::Unknown(panic.to_string())))
     }
 }
 
@@ -259,6 +269,10 @@ impl<P: Participant> Handler for Desk<P> {
                 Err(StepError::Failed(reason)) => {
                     work.rollback();
                     Outcome::Failed(reason)
+                }
+                Err(StepError::Unknown(reason)) => {
+                    work.rollback();
+                    Outcome::Unknown(reason)
                 }
             },
         };

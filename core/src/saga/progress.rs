@@ -92,7 +92,7 @@ pub enum CallState {
     Done,
     /// Refused: it did not happen.
     Refused,
-    /// Failed: it did not happen this time.
+    /// Failed: it did not happen this time, or nobody knows.
     Failed,
 }
 
@@ -159,6 +159,9 @@ pub enum Outcome {
     Refused(String),
     /// Failed this time, with the reason; or given up by the saga.
     Failed(String),
+    /// It is not known whether it was done this time, with the reason. A saga asks again as after a failure; its
+    /// participant remembers that there may be something to undo.
+    Unknown(String),
 }
 
 /// What a participant replied.

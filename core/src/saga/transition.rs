@@ -137,20 +137,21 @@ impl<C: SagaState> Move<'_, C> {
             Outcome::Done(_) => CallState::Done,
             // A step that must succeed takes a refusal as one more failure.
             Outcome::Refused(_) if self.may_refuse() => CallState::Refused,
-            Outcome::Refused(_) | Outcome::Failed(_) if stale => return Ok(false),
-            Outcome::Refused(_) | Outcome::Failed(_) => CallState::Failed,
+            Outcome::Refused(_) | Outcome::Failed(_) | Outcome::Unknown(_) if stale => return Ok(false),
+            Outcome::Refused(_) | Outcome::Failed(_) | Outcome::Unknown(_) => CallState::Failed,
         };
         if known == Some(state) {
             return Ok(false);
         }
         self.progress.calls[reply.call] = state;
-        if !matches!(self.progress.at, At::Undo(_)) && !matches!(reply.outcome, Outcome::Failed(_)) {
+        let is_final = matches!(reply.outcome, Outcome::Done(_) | Outcome::Refused(_));
+        if is_final && !matches!(self.progress.at, At::Undo(_)) {
             self.context.learn(self.planned().name, &reply.outcome);
         }
         if self.progress.status != Status::Stuck {
             let reason = match &reply.outcome {
                 Outcome::Done(_) => "",
-                Outcome::Refused(reason) | Outcome::Failed(reason) => reason,
+                Outcome::Refused(reason) | Outcome::Failed(reason) | Outcome::Unknown(reason) => reason,
             };
             self.settle(reason)?;
         }

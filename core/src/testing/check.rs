@@ -80,8 +80,8 @@ impl std::error::Error for Violation {}
 
 /// Checks everything that can happen to a saga that starts with `context`, at most as much as is switched on:
 ///
-/// - [`every_step_fails`](Check::every_step_fails): a step is refused where it may be; any call and any undo fails, again
-///   and again, until the saga gives up; then an operator retries;
+/// - [`every_step_fails`](Check::every_step_fails): a step is refused where it may be; any call and any undo fails, or is
+///   done without anybody knowing, again and again, until the saga gives up; then an operator retries;
 /// - [`every_message_repeats`](Check::every_message_repeats): any message comes twice, late, out of order, or never;
 /// - [`every_timer_fires`](Check::every_timer_fires): any step times out while it is under way, done, or lost, and the
 ///   deadline of the saga passes at any moment.
@@ -203,7 +203,7 @@ where
         self
     }
 
-    /// Steps are refused, and calls and undos fail.
+    /// Steps are refused, and calls and undos fail, or are done without anybody knowing.
     pub fn every_step_fails(mut self) -> Self {
         self.protocol.troubles.steps_fail = true;
         self

@@ -35,6 +35,7 @@ where
             Message::Command { at, attempt, to, .. } => {
                 let idle = after.broken.is_none() && before.ledger == after.ledger;
                 let verb = match (luck, new_reply(before, after)) {
+                    (Luck::Vanishes, _) => "does, without anybody knowing,",
                     (Luck::Fails, _) | (Luck::Does, Some(Outcome::Failed(_))) => "fails with",
                     (Luck::Refuses, _) | (Luck::Does, Some(Outcome::Refused(_))) => "refuses",
                     (Luck::Does, _) if idle && matches!(at, At::Undo(_)) => "has nothing to take back for",
@@ -50,6 +51,7 @@ where
             let outcome = match &**message {
                 Message::Reply { outcome, .. } if outcome.starts_with("{\"done\"") => "done",
                 Message::Reply { outcome, .. } if outcome.starts_with("{\"refused\"") => "refused",
+                Message::Reply { outcome, .. } if outcome.starts_with("{\"unknown\"") => "unknown",
                 Message::Reply { .. } | Message::Command { .. } => "failed",
             };
             format!("the saga hears that {} is {outcome}", what(message.at()))

@@ -229,7 +229,7 @@ impl<C: SagaState> Machine<C> {
                 for attempt in 1..=planned.attempts_max {
                     for outcome in late_outcomes() {
                         let stale = attempt < progress.attempt || progress.retrying;
-                        let is_late = left || stale && matches!(outcome, Outcome::Failed(_));
+                        let is_late = left || stale && matches!(outcome, Outcome::Failed(_) | Outcome::Unknown(_));
                         if !is_late {
                             continue;
                         }
@@ -255,8 +255,14 @@ impl<C> Place<C> {
     }
 }
 
-fn late_outcomes() -> [Outcome; 3] {
-    [Outcome::Done(serde_json::Value::Null), Outcome::Refused("late".to_owned()), Outcome::Failed("late".to_owned())]
+fn late_outcomes() -> [Outcome; 4] {
+    let late = || "late".to_owned();
+    [
+        Outcome::Done(serde_json::Value::Null),
+        Outcome::Refused(late()),
+        Outcome::Failed(late()),
+        Outcome::Unknown(late()),
+    ]
 }
 
 /// An event as a store has it.

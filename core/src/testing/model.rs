@@ -68,7 +68,8 @@ impl Message {
     }
 
     fn is_failure(&self) -> bool {
-        matches!(self, Self::Reply { outcome, .. } if outcome.starts_with("{\"failed\""))
+        matches!(self, Self::Reply { outcome, .. }
+            if outcome.starts_with("{\"failed\"") || outcome.starts_with("{\"unknown\""))
     }
 }
 
@@ -87,6 +88,8 @@ pub(super) enum Luck {
     Does,
     Refuses,
     Fails,
+    /// It does it, or an outside party does it for it, and nobody gets to know.
+    Vanishes,
 }
 
 /// One thing that happens.
@@ -237,9 +240,20 @@ where
             Step::Bar if luck == Luck::Does => Outcome::Done(Value::Null),
             Step::Ignore | Step::Bar => return Ok(None),
             Step::Perform => match luck {
+                // It would not have done it and then say no.
+                Luck::Refuses if next.ledger.is_unheard(*at, *call) => return Ok(None),
                 Luck::Refuses => command.refused("it says no".to_owned()),
                 Luck::Fails => Outcome::Failed("not now".to_owned()),
-                Luck::Does => self.perform(&mut next, &command, to, (type_name, *schema_version, data))?,
+                Luck::Does | Luck::Vanishes => {
+                    let outcome = self.perform(&mut next, &command, to, (type_name, *schema_version, data))?;
+                    match (luck, outcome) {
+                        (Luck::Vanishes, Outcome::Done(reply)) => {
+                            Arc::make_mut(&mut next.ledger).unheard(*at, *call, reply);
+                            Outcome::Unknown("nobody knows".to_owned())
+                        }
+                        (_, outcome) => outcome,
+                    }
+                }
             },
         };
         let outcome_json = serde_json::to_string(&outcome).map_err(|error| error.to_string())?;
@@ -247,7 +261,11 @@ where
         let replied = StepEvent::Replied { saga: String::new(), reply_to: String::new(), reply };
         Arc::make_mut(&mut next.services).entry(to.clone()).or_default().evolve(&replied);
         let reply = Message::Reply { at: *at, call: *call, attempt: *attempt, outcome: outcome_json };
-        Arc::make_mut(&mut next.flying).insert(Arc::new(reply));
+        let alike =
+            |other: &Arc<Message>| reply.is_failure() && other.is_failure() && other.command() == reply.command();
+        if !next.flying.iter().any(alike) {
+            Arc::make_mut(&mut next.flying).insert(Arc::new(reply));
+        }
         self.forget(&mut next)?;
         Ok((next != *state).then_some(next))
     }
@@ -259,6 +277,12 @@ where
         to: &str,
         (type_name, schema_version, data): (&str, i32, &str),
     ) -> Result<Outcome, String> {
+        // An outside party that is asked again under the same id answers again.
+        if next.ledger.is_unheard(command.at, command.call)
+            && let Some(reply) = Arc::make_mut(&mut next.ledger).heard_now(command.at, command.call)
+        {
+            return Ok(Outcome::Done(reply));
+        }
         let reply = match self.services.get(to) {
             None if self.services.is_empty() => Ok(Value::Null),
             None => return Err(format!("{type_name} goes to the service {to:?}, which the world does not have")),
@@ -278,6 +302,7 @@ where
             }
             Err(StepError::Refused(reason)) => Ok(command.refused(reason)),
             Err(StepError::Failed(reason)) => Ok(Outcome::Failed(reason)),
+            Err(StepError::Unknown(reason)) => Ok(Outcome::Unknown(reason)),
             Err(StepError::Store(error)) => Ok(Outcome::Failed(error.to_string())),
         }
     }
@@ -412,6 +437,7 @@ where
                     if self.troubles.steps_fail {
                         actions.push(Action::Take(message.clone(), Luck::Refuses));
                         actions.push(Action::Take(message.clone(), Luck::Fails));
+                        actions.push(Action::Take(message.clone(), Luck::Vanishes));
                     }
                 }
             }

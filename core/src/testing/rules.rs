@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use serde_json::Value;
+
 use super::machine::Happening;
 use crate::saga::{At, Command, Kind, Progress, Saga, SagaState, Status};
 
@@ -12,13 +14,32 @@ pub(super) enum Effect {
     Undone,
 }
 
-/// Every effect of the saga. An undo counts for the step it takes back.
+/// Every effect of the saga.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-pub(super) struct Ledger(BTreeMap<(At, usize), Effect>);
+pub(super) struct Ledger {
+    /// An undo counts for the step it takes back.
+    effects: BTreeMap<(At, usize), Effect>,
+    /// The replies, as JSON, to calls that were done without anybody knowing.
+    unheard: BTreeMap<(At, usize), String>,
+}
 
 impl Ledger {
+    /// Notes that a call was done without anybody knowing.
+    pub fn unheard(&mut self, at: At, call: usize, reply: Value) {
+        self.unheard.insert((at, call), reply.to_string());
+    }
+
+    pub fn is_unheard(&self, at: At, call: usize) -> bool {
+        self.unheard.contains_key(&(at, call))
+    }
+
+    /// The reply to a call that was done without anybody knowing, now that somebody gets to know.
+    pub fn heard_now(&mut self, at: At, call: usize) -> Option<Value> {
+        self.unheard.remove(&(at, call)).and_then(|reply| reply.parse().ok())
+    }
+
     fn is(&self, at: At, call: usize, effect: Effect) -> bool {
-        self.0.get(&(at, call)) == Some(&effect)
+        self.effects.get(&(at, call)) == Some(&effect)
     }
 
     /// Notes that a service carried out a call; `Err` if it must not have.
@@ -32,13 +53,13 @@ impl Ledger {
             if let Some((after, _)) = self.any(saga, step + 1.., Effect::Done) {
                 return Err(format!("{name:?} is undone while {after:?}, which came after it, is still done"));
             }
-            return match self.0.insert((forward, call), Effect::Undone) {
+            return match self.effects.insert((forward, call), Effect::Undone) {
                 Some(Effect::Done) => Ok(()),
                 Some(Effect::Undone) => Err(format!("{name:?} is undone twice")),
                 None => Err(format!("{name:?} is undone but was never done")),
             };
         }
-        match self.0.insert((at, call), Effect::Done) {
+        match self.effects.insert((at, call), Effect::Done) {
             None => {}
             Some(Effect::Done) => return Err(format!("{name:?} is done twice")),
             Some(Effect::Undone) => return Err(format!("{name:?} is done after it was undone")),

@@ -32,13 +32,13 @@ fn run_with_no_argument_generates_orders_into_a_file() {
     let run = run("run");
     assert_eq!(run.connection.store, StoreUrl::Sqlite("shop.db".into()));
     assert_eq!(run.connection.bus, BusUrl::Local);
-    assert_eq!((run.concurrency, run.stock_factor, run.seed), (256, StockFactor::ONE, 7));
+    assert_eq!((run.concurrency, run.stock_factor, run.seed), (512, StockFactor::ONE, 7));
     assert_eq!((run.decline_rate(), run.cancel_rate()), (0.1, 0.02));
     assert_eq!((run.output.json, run.output.quiet), (false, false));
     let source = run.source().expect("generated");
     assert_eq!(source.len(), 2_000);
     let first = source.invoices().expect("generated").next().expect("one").expect("sound");
-    assert_eq!(first.id(), "g7-1");
+    assert_eq!(first.id(), "g7-000001");
 }
 
 #[test]

@@ -63,7 +63,9 @@ impl Iterator for Generated {
             return None;
         }
         self.made += 1;
-        let id = format!("g{}-{}", self.seed, self.made);
+        // Of one width, like the numbers of real invoices: then the ids sort as they were given out, and what is written
+        // together stands together in an index.
+        let id = format!("g{}-{:06}", self.seed, self.made);
         let guest = self.random.u8(0..10) == 0;
         let customer = self.random.u64(1..=CUSTOMERS);
         let wanted = self.random.usize(1..=LINES_MAX);
@@ -101,7 +103,7 @@ mod tests {
             generate(500, 8).map(|order| order.total()).collect::<Vec<_>>(),
             seven.iter().map(Invoice::total).collect::<Vec<_>>()
         );
-        assert_eq!((seven[0].id(), seven[499].id()), ("g7-1", "g7-500"));
+        assert_eq!((seven[0].id(), seven[499].id()), ("g7-000001", "g7-000500"));
     }
 
     #[test]

@@ -61,14 +61,14 @@ CREATE FUNCTION annals.append(
     dues timestamptz[],
     ranks int[], event_streams int[], stream_ids text[], event_steps bigint[], event_ids uuid[], types text[],
     schema_versions int[], datas text[], metadatas text[],
-    OUT positions bigint[], OUT stream_versions bigint[], OUT document_versions bigint[])
+    OUT positions bigint[], OUT stream_versions bigint[], OUT document_versions bigint[],
+    OUT recorded timestamptz)
 LANGUAGE plpgsql AS $body$
 #variable_conflict use_column
 DECLARE
     hold boolean;
     written bigint;
     expected bigint;
-    recorded timestamptz;
     last timestamptz;
 BEGIN
     -- binds: streams, stream_guesses; index: events_stream_version, one seek a stream

@@ -28,7 +28,7 @@ CREATE TRIGGER events_are_never_replaced BEFORE INSERT ON events
     WHEN EXISTS (SELECT 1 FROM events WHERE position = NEW.position)
       OR EXISTS (SELECT 1 FROM events WHERE stream_id = NEW.stream_id AND version = NEW.version)
 BEGIN
-    SELECT RAISE(ABORT, 'annals: events are never replaced');
+    SELECT RAISE(FAIL, 'annals: events are never replaced');
 END;
 
 -- Checkpoints, snapshots, read models, timers, dead letters. The key is the table, so a scan in key order reads it in order.

@@ -45,6 +45,11 @@ pub async fn names_that_are_none_are_refused<T: StoreUnderTest>() {
         let append = Append { stream: StreamId::from_stored(name), expected: Expected::Any, events: numbered(1) };
         assert_refused(&store, of(append)).await;
     }
+    assert_refused(&store, of(append("a-1", at(0), vec![event("nul\0", "{}")]))).await;
+    let mut traced = event("odd.trace", "{}");
+    traced.metadata.traceparent = Some("nul\0".into());
+    assert_refused(&store, of(append("a-1", at(0), vec![traced]))).await;
+    assert_refused(&store, putting([put(&key("nul\0", "1"), None, Some("{}"))])).await;
     let long = "x".repeat(DOCUMENT_ID_BYTES_MAX + 1);
     for id in ["nul\0", &long] {
         assert_refused(&store, putting([put(&key("note", id), None, Some("{}"))])).await;
@@ -70,8 +75,20 @@ pub async fn payloads_that_no_reader_takes_are_refused<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     let deep = format!("{}{}", "[".repeat(6_000), "]".repeat(6_000));
-    let payloads =
-        [r#"{"a":"\u0000"}"#, r#"{"\u0000":1}"#, &deep, "", "{", "nothing", "{} {}", "NaN", "'a'", "\"\u{1}\""];
+    let payloads = [
+        r#"{"a":"\u0000"}"#,
+        r#"{"\u0000":1}"#,
+        r#""\ud800""#,
+        r#"{"a":"\udc00\ud800"}"#,
+        &deep,
+        "",
+        "{",
+        "nothing",
+        "{} {}",
+        "NaN",
+        "'a'",
+        "\"\u{1}\"",
+    ];
     for payload in payloads {
         assert_refused(&store, of(append("a-1", at(0), vec![event("odd.payload", payload)]))).await;
         assert_refused(&store, putting([put(&key("note", "1"), None, Some(payload))])).await;
