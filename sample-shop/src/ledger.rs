@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     inventory::StockEvent,
+    notification::NotificationEvent,
     order::{OrderEvent, ReturnEvent},
     payment::PaymentEvent,
     report::Units,
@@ -56,6 +57,8 @@ impl Books {
                     self.book_stock(event);
                 }
             }
+            // Nothing to book, but what cannot be read must not go unnoticed in this category either.
+            "notification" => _ = event.decode::<NotificationEvent>()?,
             _ => {}
         }
         Ok(())
@@ -160,7 +163,7 @@ impl Ledger {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         for event in &page.events {
             if event.stream.category().starts_with("saga.") {
-                state.note(event);
+                state.note(event)?;
                 continue;
             }
             state.books.book(event).map_err(|error| StoreError::Corrupt(error.to_string()))?;
@@ -212,12 +215,17 @@ impl State {
         }
     }
 
-    fn note(&mut self, event: &Recorded) {
-        let Ok(Glimpse { progress }) = serde_json::from_str(&event.data) else { return };
+    fn note(&mut self, event: &Recorded) -> Result<(), StoreError> {
+        let Glimpse { progress } = serde_json::from_str(&event.data).map_err(|error| {
+            let Recorded { version, stream, position, type_name, .. } = event;
+            StoreError::Corrupt(format!(
+                "event {version} of stream {stream} (position {position}): {type_name} cannot be read: {error}"
+            ))
+        })?;
         let saga = event.stream.shared();
         if progress.ended.is_none() {
             self.open.insert(saga, progress.status);
-            return;
+            return Ok(());
         }
         match progress.status {
             // Abandoned: it stays among those an operator has to know of.
@@ -228,6 +236,7 @@ impl State {
             _ = waiting.send(());
         }
         self.ended.insert(saga);
+        Ok(())
     }
 }
 

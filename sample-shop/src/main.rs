@@ -22,8 +22,8 @@ use sample_shop::{
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// How many rejected invoices are told one by one.
-const REJECTED_SHOWN: usize = 10;
+/// How many rejected invoices, or parked messages, are told one by one.
+const SHOWN_MAX: usize = 10;
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -164,12 +164,8 @@ fn show(connection: &Connection, output: &Output, invoices: &Invoices, outcome: 
     if outcome.repeated > 0 {
         eprintln!("{}", report::repeated(outcome.repeated));
     }
-    for reason in outcome.rejected.iter().take(REJECTED_SHOWN) {
-        eprintln!("rejected: {reason}");
-    }
-    if outcome.rejected.len() > REJECTED_SHOWN {
-        eprintln!("and {} more were rejected", report::grouped((outcome.rejected.len() - REJECTED_SHOWN) as u64));
-    }
+    list("rejected", &outcome.rejected);
+    list("parked", &outcome.parked);
     let useless = rows.malformed > 0 && rows.invoices() == 0;
     if useless {
         eprintln!("sample-shop: no order, return or adjustment could be made of any row");
@@ -187,6 +183,7 @@ fn show(connection: &Connection, output: &Output, invoices: &Invoices, outcome: 
         returns: books.returns,
         adjustments: books.adjustments.len() as u64,
         stuck: outcome.stuck,
+        parked: outcome.parked.len() as u64,
         charged: books.charged,
         refunded: books.refunded,
         units: books.units,
@@ -201,6 +198,19 @@ fn show(connection: &Connection, output: &Output, invoices: &Invoices, outcome: 
         eprintln!("sample-shop: the summary could not be written: {error}");
         return ExitCode::from(2);
     }
-    let sound = !useless && summary.stuck == 0 && summary.units.conserved() && books.charged >= Decimal::ZERO;
+    let sound = !useless
+        && summary.stuck == 0
+        && summary.parked == 0
+        && summary.units.conserved()
+        && books.charged >= Decimal::ZERO;
     if sound { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn list(what: &str, reasons: &[String]) {
+    for reason in reasons.iter().take(SHOWN_MAX) {
+        eprintln!("{what}: {reason}");
+    }
+    if reasons.len() > SHOWN_MAX {
+        eprintln!("and {} more {what}", report::grouped((reasons.len() - SHOWN_MAX) as u64));
+    }
 }

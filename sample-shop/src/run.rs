@@ -6,7 +6,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use annals::{EventStore, ExecuteError, LocalBus, Runtime, StoreError, Tail, Transaction, event::named_id};
+use annals::{
+    DeadLetters, EventStore, ExecuteError, Health, LocalBus, Runtime, StoreError, Tail, Transaction, event::named_id,
+};
 use async_trait::async_trait;
 use futures::StreamExt;
 use hdrhistogram::Histogram;
@@ -72,6 +74,8 @@ pub struct Outcome {
     pub latency_us: Histogram<u64>,
     /// Invoices that a service turned away, each with why.
     pub rejected: Vec<String>,
+    /// Messages that were set aside until somebody redrives them, each with why.
+    pub parked: Vec<String>,
 }
 
 /// Why a run stopped. What it did stays done: run it again, and it goes on.
@@ -197,8 +201,10 @@ pub async fn run(
     let elapsed = started.elapsed();
     // Those who still wait for the end of their sagas.
     under_way.shutdown().await;
+    let health = runtime.health();
     runtime.drain(PATIENCE).await.map_err(RunError::Runtime)?;
     ledger.read_up(&*shop.store).await?;
+    let parked = parked(&shop.store, &health).await?;
     let (open, stuck) = ledger.open();
     let mut tally = shop.tally();
     Ok(Outcome {
@@ -210,7 +216,26 @@ pub async fn run(
         elapsed,
         latency_us: tally.latency_us.clone(),
         rejected: std::mem::take(&mut tally.rejected),
+        parked,
     })
+}
+
+/// What no part will try again by itself, whichever run it was set aside in.
+async fn parked(store: &Arc<dyn EventStore>, health: &Health) -> Result<Vec<String>, StoreError> {
+    // A part is a lane of a subscription, or a member of a group.
+    let parts = health.parts();
+    let subscriptions: BTreeSet<&str> = parts.keys().filter_map(|part| part.split(['/', '#']).next()).collect();
+    let (letters, mut parked) = (DeadLetters::new(store.clone()), Vec::new());
+    for subscription in subscriptions {
+        for letter in letters.list(subscription).await?.into_iter().filter(|letter| letter.retries_at.is_none()) {
+            let behind = match letter.behind {
+                0 => String::new(),
+                behind => format!(" ({behind} wait behind it)"),
+            };
+            parked.push(format!("{subscription}, {}: {}{behind}", letter.parked.key, letter.parked.reason));
+        }
+    }
+    Ok(parked)
 }
 
 /// Sagas that an earlier run left under way end too; those that are stuck wait for an operator.

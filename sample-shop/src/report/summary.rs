@@ -27,6 +27,8 @@ pub struct Summary {
     pub adjustments: u64,
     /// Sagas that need a person.
     pub stuck: u64,
+    /// Messages that were set aside until a person has them tried again.
+    pub parked: u64,
     /// All that was charged, with what was refunded later.
     pub charged: Decimal,
     /// All that was refunded.
@@ -146,6 +148,9 @@ impl Summary {
         let _ = writeln!(text, "{verdict}");
         if self.stuck > 0 {
             let _ = writeln!(text, "{}", terminal.bad(&format!("✗ {} stuck", grouped(self.stuck))));
+        }
+        if self.parked > 0 {
+            let _ = writeln!(text, "{}", terminal.bad(&format!("✗ {} parked", grouped(self.parked))));
         }
         let _ = writeln!(
             text,

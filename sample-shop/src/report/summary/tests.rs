@@ -12,6 +12,7 @@ fn summary() -> Summary {
         returns: 333,
         adjustments: 154,
         stuck: 0,
+        parked: 0,
         charged: Decimal::new(83_977_222, 2),
         refunded: Decimal::new(758_645, 1),
         units: Units {
@@ -121,10 +122,13 @@ fn long_times_are_grouped_too() {
 
 #[test]
 fn only_a_terminal_gets_colours() {
-    let faulty = Summary { stuck: 2, units: Units { reserved: 3, ..summary().units }, ..summary() };
+    let faulty = Summary { stuck: 2, parked: 1_000, units: Units { reserved: 3, ..summary().units }, ..summary() };
     let plain = faulty.human_on(Terminal::REDIRECTED);
     assert!(!plain.contains('\x1b'));
-    assert!(plain.contains("\n✗ units not conserved:\n  0 unexplained, 3 still reserved\n✗ 2 stuck\n"), "{plain}");
+    assert!(
+        plain.contains("\n✗ units not conserved:\n  0 unexplained, 3 still reserved\n✗ 2 stuck\n✗ 1,000 parked\n"),
+        "{plain}"
+    );
     let coloured = faulty.human_on(Terminal::new(80, true));
     assert!(coloured.contains("\x1b[1;31m✗ 2 stuck\x1b[0m"), "{coloured}");
     assert!(summary().human_on(Terminal::new(80, true)).contains("\x1b[32m✓ units conserved\x1b[0m"));
