@@ -254,7 +254,8 @@ impl Relay {
                 taken = first_taken => {
                     let mut taken = Some(taken);
                     let mut next = None;
-                    while let (Some(outcome), Some(first)) = (taken.take(), in_flight.pop_front()) {
+                    while let Some(outcome) = taken.take() {
+                        let Some(first) = in_flight.pop_front() else { break };
                         if let Err(BusError::Refused { index, reason }) = &outcome
                             && let Some(event) = first.sources.get(*index)
                         {
