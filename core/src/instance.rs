@@ -17,7 +17,6 @@ use crate::{
     commit::{COMMIT_ROWS_MAX, Commit, CommitError, Document, DocumentKey, Put},
     health::Health,
     store::{EventStore, Scan},
-    subscription::lane_of,
     worker::CHECKPOINTS,
 };
 
@@ -219,8 +218,9 @@ fn look(found: &[Document], seen: &mut BTreeMap<Arc<str>, Seen>, counts: bool) -
 fn turn<'a>(alive: &'a BTreeMap<Arc<str>, BTreeSet<Arc<str>>>, subscription: &str, lane: u32) -> Option<&'a Arc<str>> {
     let members: Vec<_> =
         alive.iter().filter(|(_, follows)| follows.contains(subscription)).map(|(name, _)| name).collect();
-    let count = u32::try_from(members.len()).ok().filter(|count| *count > 0)?;
-    members.get(((lane_of(subscription, count) + lane) % count) as usize).copied()
+    let all: BTreeSet<_> = alive.values().flatten().collect();
+    let first = all.iter().position(|known| ***known == *subscription)?;
+    members.get((first + lane as usize) % members.len().max(1)).copied()
 }
 
 #[cfg(test)]
@@ -243,6 +243,9 @@ mod tests {
         shares.sort_unstable();
         assert_eq!(shares, [2, 3, 3]);
         assert_eq!(turn(&alive(&[]), "report", 0), None);
+        let relays = || ["order.relay", "payment.relay", "stock.relay"].map(Arc::from);
+        let two = BTreeMap::from(["a", "b"].map(|name| (Arc::from(name), BTreeSet::from(relays()))));
+        assert_eq!(relays().map(|relay| turn(&two, &relay, 0).cloned()), ["a", "b", "a"].map(|name| Some(name.into())));
     }
 
     #[test]
