@@ -33,6 +33,7 @@ async fn check_out(
         seed: 7,
         scarce: false,
         input: "bench".to_owned(),
+        stop: Default::default(),
     };
     let source = Source::generated(count as u64, 7);
     let outcome =
