@@ -71,6 +71,8 @@ LANGUAGE plpgsql AS $body$
 #variable_conflict use_column
 DECLARE
     hold boolean;
+    -- What takes a gate gives nothing back, and an expression must put it somewhere.
+    nothing text;
     written bigint;
     expected bigint;
     last timestamptz;
@@ -79,13 +81,19 @@ BEGIN
     IF current_setting('transaction_isolation') <> 'read committed' THEN
         RAISE EXCEPTION 'annals: appending needs isolation level read committed' USING ERRCODE = 'AN003';
     END IF;
-    PERFORM CASE WHEN g.held THEN pg_advisory_xact_lock('annals.events'::regclass::oid::int, g.gate)
-                 ELSE pg_advisory_xact_lock_shared('annals.events'::regclass::oid::int, g.gate) END
-       FROM (SELECT (hashtextextended(w.stream, 0) & 1023)::int AS gate, w.held
-               FROM unnest(append.streams, append.held) AS w (stream, held)
-              WHERE w.held IS NOT NULL
-              ORDER BY gate, w.held DESC
-             OFFSET 0) AS g;
+    IF cardinality(append.streams) = 1 AND NOT append.held[1] THEN
+        -- What comes most often when there is little to do: an expression, since no plan need be started for that.
+        nothing := pg_advisory_xact_lock_shared(
+            'annals.events'::regclass::oid::int, (hashtextextended(append.streams[1], 0) & 1023)::int);
+    ELSE
+        PERFORM CASE WHEN g.held THEN pg_advisory_xact_lock('annals.events'::regclass::oid::int, g.gate)
+                     ELSE pg_advisory_xact_lock_shared('annals.events'::regclass::oid::int, g.gate) END
+           FROM (SELECT (hashtextextended(w.stream, 0) & 1023)::int AS gate, w.held
+                   FROM unnest(append.streams, append.held) AS w (stream, held)
+                  WHERE w.held IS NOT NULL
+                  ORDER BY gate, w.held DESC
+                 OFFSET 0) AS g;
+    END IF;
 
     -- binds: streams, stream_guesses; index: events_stream_version, one seek a stream
     SELECT coalesce(array_agg(s.standing ORDER BY s.n), '{}'), coalesce(bool_and(s.guess IS NULL OR s.guess = s.standing), true)
