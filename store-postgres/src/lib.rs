@@ -36,7 +36,9 @@ mod log;
 mod news;
 mod open;
 mod read;
+mod sql_store;
 mod statements;
+mod transaction;
 mod writer;
 
 use std::{
@@ -56,7 +58,11 @@ use tokio::{
     time::timeout,
 };
 
-pub use self::{error::OpenError, open::Settings};
+pub use self::{
+    error::OpenError,
+    open::Settings,
+    sql_store::{SqlHandler, SqlStore},
+};
 use self::{
     group::Prepared,
     log::{Ahead, Log},
@@ -162,6 +168,10 @@ impl PostgresStore {
             Some(Ok(())) => "it is closed".into(),
             None => "it is closing".into(),
         })
+    }
+
+    fn is_closed(&self) -> bool {
+        self.shared.queue.read().unwrap_or_else(PoisonError::into_inner).is_none()
     }
 
     fn reading(&self) -> (&PgPool, &Statements) {
