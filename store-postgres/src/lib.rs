@@ -30,12 +30,14 @@
 //! transaction of them; a commit that comes alone waits for nobody. A conflict fails its own commit only. A group takes a
 //! second round trip where a commit in it expects a version that is not there.
 
+mod copied;
 mod error;
 mod group;
 mod log;
 mod news;
 mod open;
 mod read;
+mod replay;
 mod sql_store;
 mod statements;
 mod transaction;
@@ -61,6 +63,7 @@ use tokio::{
 pub use self::{
     error::OpenError,
     open::Settings,
+    replay::{Replay, ReplayError, Replayed},
     sql_store::{SqlHandler, SqlStore},
 };
 use self::{

@@ -14,7 +14,7 @@ use std::{
 
 use annals::{
     DeadLetters, DocumentKey, EventStore, HandlerError, Health, LogQuery, Message, Repository, Subscription, Work,
-    health::State, worker::RetryPolicy,
+    commit::COMMIT_ROWS_MAX, health::State, worker::RetryPolicy,
 };
 use annals_postgres::{PostgresStore, SqlHandler, SqlStore};
 use annals_tests::tally::{Tally, TallyCommand, TallyEvent, add, eventually};
@@ -38,7 +38,7 @@ enum Trouble {
     /// A constraint that is checked at the very end.
     Deferred,
     /// It stages more documents than fit into a commit with those of others.
-    Large,
+    Large(usize),
     /// It writes in a nested transaction, and rolls it back.
     NestedRollback,
     NestedCommit,
@@ -102,8 +102,8 @@ impl SqlHandler for Rows {
                 let insert = self.schema.sql("INSERT INTO annals.deferred VALUES (1)");
                 sqlx::query(insert).execute(transaction).await?;
             }
-            Some(Trouble::Large) => {
-                for row in 0..4_999 + 2 * amount {
+            Some(Trouble::Large(rows)) => {
+                for row in 0..rows {
                     work.put(&DocumentKey::new("large", format!("{amount}.{row}")), &row)?;
                 }
             }
@@ -312,18 +312,17 @@ async fn a_failed_message_leaves_nothing_and_works_later() {
 async fn a_message_left_to_the_next_commit_has_its_row_there() {
     let bed = Bed::new().await;
     // The second makes the commit too large, so that the worker takes it out again.
-    bed.trouble(1, Trouble::Large);
-    bed.trouble(2, Trouble::Large);
-    bed.trouble(3, Trouble::Large);
+    bed.trouble(1, Trouble::Large(COMMIT_ROWS_MAX / 2 - 100));
+    bed.trouble(2, Trouble::Large(COMMIT_ROWS_MAX / 2 + 200));
     // Too large even by itself.
-    bed.trouble(5_000, Trouble::Large);
+    bed.trouble(5, Trouble::Large(COMMIT_ROWS_MAX + 1));
     let watch = bed.watch();
     bed.add("a", 1..=4).await;
     let running = bed.start(1);
     bed.exactly_once(4).await;
     assert!(!watch.is_finished(), "{:?}", watch.await);
     watch.abort();
-    bed.add("b", [5_000]).await;
+    bed.add("b", [5]).await;
     bed.add("c", [6]).await;
     let letters = bed.parked(1).await;
     assert!(letters[0].1.contains("rows; a commit takes"), "{letters:?}");
