@@ -13,7 +13,6 @@ use sample_shop::{
     input::Source,
     run::{self, Settings},
 };
-use tokio_util::sync::CancellationToken;
 
 use self::postgres::{Schema, append};
 
