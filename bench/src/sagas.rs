@@ -34,6 +34,7 @@ async fn check_out(
         scarce: false,
         input: "bench".to_owned(),
         stop: Default::default(),
+        shared_as: None,
     };
     let source = Source::generated(count as u64, 7);
     let outcome =

@@ -91,6 +91,19 @@ pub struct Connection {
     /// How services talk: `local:`, that is inside this process. `kafka://host:port[,host:port]` is not in this version.
     #[arg(long, value_name = "URL", default_value = "local:")]
     pub bus: BusUrl,
+    /// The name of this process among several on one PostgreSQL. One that is started again under its name takes its share
+    /// of the work back at once [default: another one each time].
+    #[arg(long, value_name = "NAME", value_parser = instance)]
+    pub instance: Option<String>,
+}
+
+impl Connection {
+    /// Under which name this process shares the work; `None` if it has the store for itself.
+    pub fn shared_as(&self) -> Option<String> {
+        let is_shared = matches!(self.store, StoreUrl::Postgres(_));
+        let name = || format!("shop-{:08x}", fastrand::u32(..));
+        is_shared.then(|| self.instance.clone().unwrap_or_else(name))
+    }
 }
 
 /// How much is said.
@@ -197,6 +210,14 @@ pub struct Drain {
     /// How much is said.
     #[command(flatten)]
     pub output: Output,
+}
+
+fn instance(text: &str) -> Result<String, String> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if text.is_empty() || text.len() > 100 || !text.chars().all(plain) {
+        return Err("an instance is named by up to 100 letters, digits, '-', '_' and '.'".into());
+    }
+    Ok(text.to_owned())
 }
 
 fn rate(text: &str) -> Result<f64, String> {

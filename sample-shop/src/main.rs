@@ -59,6 +59,7 @@ async fn carry_out(command: Command) -> Result<ExitCode, Failure> {
                 scarce: arguments.stock_factor.of(1_000_000) < 1_000_000,
                 input: name_of(&arguments.orders, arguments.seed, source.len()),
                 stop: stop.asked.clone(),
+                shared_as: arguments.connection.shared_as(),
             };
             run_shop(&arguments.connection, &arguments.output, source, stock, settings, &stop).await
         }
@@ -77,6 +78,7 @@ async fn carry_out(command: Command) -> Result<ExitCode, Failure> {
                 scarce: false,
                 input: "drain".into(),
                 stop: stop.asked.clone(),
+                shared_as: arguments.connection.shared_as(),
             };
             run_shop(&arguments.connection, &arguments.output, source, Demand::new(), settings, &stop).await
         }

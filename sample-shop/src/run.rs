@@ -50,6 +50,8 @@ pub struct Settings {
     /// Whether stock may run out. Then who comes first matters: an invoice waits for the earlier ones that share a SKU
     /// with it, so that the result is that of handling them one by one, whatever the machine does.
     pub scarce: bool,
+    /// The name of this process, where several share the store.
+    pub shared_as: Option<String>,
     /// Names this input: stock is opened once for each.
     pub input: String,
     /// Ends the run early: nothing more is handed in, and what is in hand is finished.
@@ -145,7 +147,7 @@ pub async fn run(
     let counter = Counter::new(&store);
     let provider = SimulatedProvider::new(settings.seed, settings.decline_rate, TROUBLE_RATE);
     let customers = ImpatientCustomers { provider, counter: counter.clone(), cancel_rate: settings.cancel_rate };
-    let mut runtime = Runtime::new();
+    let mut runtime = settings.shared_as.as_deref().map_or_else(Runtime::new, Runtime::shared);
     let services = shop::all(&store, counter.clone(), Arc::new(customers));
     runtime.start(services, Arc::new(LocalBus::new(4))).await.map_err(|error| RunError::Runtime(error.to_string()))?;
     let ledger = Ledger::default();

@@ -81,6 +81,7 @@ const READ_ONLY_TRANSACTION: &str = "25006";
 /// Raised by our own function: a document was put between the look and the write.
 const DOCUMENT_RACE: &str = "AN001";
 const CLASS_DATA: &str = "22";
+const CLASS_CONSTRAINT: &str = "23";
 const CLASS_AUTHORIZATION: &str = "28";
 
 const POSITION_KEY: &str = "events_position_key";
@@ -147,5 +148,14 @@ pub(crate) fn write_error(error: &sqlx::Error) -> CommitError {
         Fault::Race => CommitError::Unavailable(format!("other processes were faster each time: {error}")),
         Fault::Held => CommitError::Unavailable(format!("another transaction stays in the way: {error}")),
         _ => CommitError::Unavailable(error.to_string()),
+    }
+}
+
+/// The end of a transaction failed that has SQL of the user's in it: a constraint of theirs may be checked only then.
+pub(crate) fn end_error(error: &sqlx::Error) -> CommitError {
+    let code = error.as_database_error().and_then(DatabaseError::code);
+    match code {
+        Some(code) if code.starts_with(CLASS_CONSTRAINT) => CommitError::Invalid(error.to_string()),
+        _ => write_error(error),
     }
 }

@@ -60,13 +60,17 @@
 //! - `LISTEN` does not work: events of other processes are noticed by looking, within a second. Those of the same process are
 //!   told as before.
 
+mod copied;
 mod error;
 mod group;
 mod log;
 mod news;
 mod open;
 mod read;
+mod replay;
+mod sql_store;
 mod statements;
+mod transaction;
 mod writer;
 
 use std::{
@@ -86,7 +90,12 @@ use tokio::{
     time::timeout,
 };
 
-pub use self::{error::OpenError, open::Settings};
+pub use self::{
+    error::OpenError,
+    open::Settings,
+    replay::{Replay, ReplayError, Replayed},
+    sql_store::{SqlHandler, SqlStore},
+};
 use self::{
     group::Prepared,
     log::{Ahead, Log},
@@ -192,6 +201,10 @@ impl PostgresStore {
             Some(Ok(())) => "it is closed".into(),
             None => "it is closing".into(),
         })
+    }
+
+    fn is_closed(&self) -> bool {
+        self.shared.queue.read().unwrap_or_else(PoisonError::into_inner).is_none()
     }
 
     fn reading(&self) -> (&PgPool, &Statements) {

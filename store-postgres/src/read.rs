@@ -130,13 +130,14 @@ fn document(row: &PgRow) -> Result<Document, sqlx::Error> {
     })
 }
 
-/// Microseconds since 2000. Read by hand: `infinity`, and years that chrono does not know, must not stop a reader.
 pub(crate) fn time(row: &PgRow, column: usize) -> Result<Option<DateTime<Utc>>, sqlx::Error> {
+    Ok(row.try_get_unchecked::<Option<i64>, _>(column)?.map(instant))
+}
+
+/// Microseconds since 2000. Read by hand: `infinity`, and years that chrono does not know, must not stop a reader.
+pub(crate) fn instant(since_2000: i64) -> DateTime<Utc> {
     const MICROSECONDS_TO_2000: i64 = 946_684_800_000_000;
-    let microseconds: Option<i64> = row.try_get_unchecked(column)?;
-    Ok(microseconds.map(|since_2000| {
-        let since_1970 = since_2000.saturating_add(MICROSECONDS_TO_2000);
-        let bound = if since_1970 < 0 { DateTime::<Utc>::MIN_UTC } else { DateTime::<Utc>::MAX_UTC };
-        DateTime::from_timestamp_micros(since_1970).unwrap_or(bound)
-    }))
+    let since_1970 = since_2000.saturating_add(MICROSECONDS_TO_2000);
+    let bound = if since_1970 < 0 { DateTime::<Utc>::MIN_UTC } else { DateTime::<Utc>::MAX_UTC };
+    DateTime::from_timestamp_micros(since_1970).unwrap_or(bound)
 }

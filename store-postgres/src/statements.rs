@@ -52,6 +52,7 @@ statements!(
     read_log,
     read_log_where,
     read_stream,
+    replay,
     scan_after,
     scan_due,
     schema_version,

@@ -33,7 +33,7 @@ const RACES_ALONE_MAX: u32 = 50;
 /// How often a single commit is tried while somebody keeps a lock; a group is halved at once.
 const WAITS_ALONE_MAX: u32 = 3;
 /// An answer that takes longer than this will not come: the server gives up on a group after half of it.
-const ANSWER_SECONDS_MAX: u64 = 60;
+pub(crate) const ANSWER_SECONDS_MAX: u64 = 60;
 /// How long to wait after connecting failed: doubling between these.
 const RECONNECT_MS_MIN: u64 = 20;
 const RECONNECT_MS_MAX: u64 = 1_000;
@@ -151,7 +151,8 @@ impl Writer {
             let decision = Decision::new(commits, known.as_ref());
             let mut connection = self.connect().await.map_err(Failure::OfAll)?;
             let appended =
-                timeout(Duration::from_secs(ANSWER_SECONDS_MAX), self.append(&mut connection, &decision)).await;
+                timeout(Duration::from_secs(ANSWER_SECONDS_MAX), append(&self.database, &mut connection, &decision))
+                    .await;
             let appended = appended.unwrap_or_else(|elapsed| Err(sqlx::Error::Io(elapsed.into())));
             let error = match appended {
                 Ok((written, standings)) => {
@@ -228,43 +229,43 @@ impl Writer {
         self.connection = Some(connection);
         Ok(())
     }
+}
 
-    /// Gives what was written, `None` if a guess was wrong, and where everything stood before.
-    async fn append(
-        &self,
-        connection: &mut PgConnection,
-        decision: &Decision<'_>,
-    ) -> Result<(Option<Written>, Standings), sqlx::Error> {
-        let Decision { streams, documents, events, .. } = decision;
-        let query = sqlx::query(self.database.statements.append.clone())
-            .bind(streams.iter().map(|stream| stream.id.as_str()).collect::<Vec<_>>())
-            .bind(streams.iter().map(|stream| stream.base).collect::<Vec<_>>())
-            .bind(streams.iter().map(|stream| stream.held()).collect::<Vec<_>>())
-            .bind(documents.iter().map(|document| &*document.key.collection).collect::<Vec<_>>())
-            .bind(documents.iter().map(|document| &*document.key.id).collect::<Vec<_>>())
-            .bind(documents.iter().map(|document| document.base).collect::<Vec<_>>())
-            .bind(documents.iter().map(|document| document.fresh).collect::<Vec<_>>())
-            .bind(documents.iter().map(|document| document.put.map(|_| document.steps)).collect::<Vec<_>>())
-            .bind(documents.iter().map(|document| document.body().map(|body| &**body)).collect::<Vec<_>>())
-            .bind(documents.iter().map(|document| due(document.put)).collect::<Vec<_>>())
-            .bind(events.iter().map(|event| event.rank as i32).collect::<Vec<_>>())
-            // Arrays count from 1.
-            .bind(events.iter().map(|event| event.stream as i32 + 1).collect::<Vec<_>>())
-            .bind(events.iter().map(|event| streams[event.stream].id.as_str()).collect::<Vec<_>>())
-            .bind(events.iter().map(|event| event.step).collect::<Vec<_>>())
-            .bind(events.iter().map(|event| event.text.id).collect::<Vec<_>>())
-            .bind(events.iter().map(|event| &*event.text.type_name).collect::<Vec<_>>())
-            .bind(events.iter().map(|event| event.text.schema_version).collect::<Vec<_>>())
-            .bind(events.iter().map(|event| &*event.text.data).collect::<Vec<_>>())
-            .bind(events.iter().map(|event| &*event.text.metadata).collect::<Vec<_>>());
-        // To its very end: the row comes before the transaction is committed.
-        let rows = query.fetch_all(connection).await?;
-        let row = rows.first().ok_or(sqlx::Error::RowNotFound)?;
-        let positions: Option<Vec<i64>> = row.try_get(0)?;
-        let recorded_at = time(row, 3)?;
-        let written = positions.map(|positions| Written { positions, recorded_at });
-        Ok((written, Standings { streams: row.try_get(1)?, documents: row.try_get(2)? }))
-    }
+/// Gives what was written, `None` if a guess was wrong, and where everything stood before.
+pub(crate) async fn append(
+    database: &Database,
+    connection: &mut PgConnection,
+    decision: &Decision<'_>,
+) -> Result<(Option<Written>, Standings), sqlx::Error> {
+    let Decision { streams, documents, events, .. } = decision;
+    let query = sqlx::query(database.statements.append.clone())
+        .bind(streams.iter().map(|stream| stream.id.as_str()).collect::<Vec<_>>())
+        .bind(streams.iter().map(|stream| stream.base).collect::<Vec<_>>())
+        .bind(streams.iter().map(|stream| stream.held()).collect::<Vec<_>>())
+        .bind(documents.iter().map(|document| &*document.key.collection).collect::<Vec<_>>())
+        .bind(documents.iter().map(|document| &*document.key.id).collect::<Vec<_>>())
+        .bind(documents.iter().map(|document| document.base).collect::<Vec<_>>())
+        .bind(documents.iter().map(|document| document.fresh).collect::<Vec<_>>())
+        .bind(documents.iter().map(|document| document.put.map(|_| document.steps)).collect::<Vec<_>>())
+        .bind(documents.iter().map(|document| document.body().map(|body| &**body)).collect::<Vec<_>>())
+        .bind(documents.iter().map(|document| due(document.put)).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| event.rank as i32).collect::<Vec<_>>())
+        // Arrays count from 1.
+        .bind(events.iter().map(|event| event.stream as i32 + 1).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| streams[event.stream].id.as_str()).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| event.step).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| event.text.id).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| &*event.text.type_name).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| event.text.schema_version).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| &*event.text.data).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| &*event.text.metadata).collect::<Vec<_>>());
+    // To its very end: the row comes before the transaction is committed.
+    let rows = query.fetch_all(connection).await?;
+    let row = rows.first().ok_or(sqlx::Error::RowNotFound)?;
+    let positions: Option<Vec<i64>> = row.try_get(0)?;
+    let recorded_at = time(row, 3)?;
+    let written = positions.map(|positions| Written { positions, recorded_at });
+    Ok((written, Standings { streams: row.try_get(1)?, documents: row.try_get(2)? }))
 }
 
 fn due(put: Option<&annals::Put>) -> Option<DateTime<Utc>> {

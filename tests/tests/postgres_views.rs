@@ -13,7 +13,6 @@ use sample_shop::{
     input::Source,
     run::{self, Settings},
 };
-use tokio_util::sync::CancellationToken;
 
 use self::postgres::{Schema, append};
 
@@ -26,8 +25,16 @@ async fn a_run_of_the_shop_shows_in_the_views() {
         let source = Source::generated(orders, 7);
         let stock = source.stock("1.5".parse().unwrap()).unwrap();
         let (concurrency, seed, scarce, input) = (30, 7, false, "orders".into());
-        let stop = CancellationToken::new();
-        let settings = Settings { concurrency, decline_rate: 0.2, cancel_rate: 0.1, seed, scarce, input, stop };
+        let settings = Settings {
+            concurrency,
+            decline_rate: 0.2,
+            cancel_rate: 0.1,
+            seed,
+            scarce,
+            input,
+            stop: Default::default(),
+            shared_as: None,
+        };
         let store = Arc::new(store.clone());
         run::run(store, stock, &mut source.invoices().unwrap(), settings, |_| {}).await.unwrap()
     };

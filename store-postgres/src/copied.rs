@@ -1,0 +1,122 @@
+//! Rows as `COPY … (FORMAT binary)` sends them. https://www.postgresql.org/docs/current/sql-copy.html#id-1.9.55.9.4
+
+use std::{collections::HashSet, sync::Arc};
+
+use annals::{Metadata, Position, Recorded, StoreError, StreamId, Version};
+use uuid::Uuid;
+
+use crate::read::instant;
+
+/// A signature of 11 bytes, flags, and the length of an extension that does not exist: in front of the first row.
+pub(crate) const HEADER_BYTES: usize = 19;
+
+/// The columns of [`Row::recorded`].
+pub(crate) const COLUMNS: &str =
+    "position, stream_id, version, type, schema_version, data, recorded_at, event_id, metadata";
+/// Those of them that a typed replay needs.
+pub(crate) const COLUMNS_TYPED: &str = "position, stream_id, version, type, schema_version, data, recorded_at";
+
+/// The position of a row, which is its first column; `None` for what comes after the last one.
+pub(crate) fn position(row: &[u8]) -> Option<i64> {
+    Some(i64::from_be_bytes(row.get(6..14)?.try_into().ok()?))
+}
+
+/// Rows one after the other, without the header.
+pub(crate) struct Rows<'b> {
+    rest: &'b [u8],
+    /// A type's name is the same text in many events.
+    names: HashSet<Arc<str>>,
+}
+
+pub(crate) struct Row<'b> {
+    pub(crate) position: Position,
+    pub(crate) stream: &'b str,
+    pub(crate) version: Version,
+    pub(crate) type_name: &'b str,
+    pub(crate) schema_version: i32,
+    pub(crate) data: &'b str,
+    since_2000: i64,
+    /// The event id and the metadata, where they were asked for.
+    more: Option<(Uuid, &'b str)>,
+}
+
+impl<'b> Rows<'b> {
+    pub(crate) fn new(rows: &'b [u8]) -> Self {
+        Self { rest: rows, names: HashSet::new() }
+    }
+
+    pub(crate) fn next(&mut self) -> Result<Option<Row<'b>>, StoreError> {
+        if self.rest.is_empty() {
+            return Ok(None);
+        }
+        self.row()
+            .map(Some)
+            .ok_or_else(|| StoreError::Corrupt("a row of a replay has not the form it should have".into()))
+    }
+
+    fn row(&mut self) -> Option<Row<'b>> {
+        let columns = i16::from_be_bytes(self.take()?);
+        Some(Row {
+            position: Position(i64::from_be_bytes(self.field()?.try_into().ok()?)),
+            stream: self.text()?,
+            version: Version(i64::from_be_bytes(self.field()?.try_into().ok()?)),
+            type_name: self.text()?,
+            schema_version: i32::from_be_bytes(self.field()?.try_into().ok()?),
+            data: self.text()?,
+            since_2000: i64::from_be_bytes(self.field()?.try_into().ok()?),
+            more: if columns > 7 { Some((Uuid::from_slice(self.field()?).ok()?, self.text()?)) } else { None },
+        })
+    }
+
+    fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let (taken, rest) = self.rest.split_first_chunk()?;
+        self.rest = rest;
+        Some(*taken)
+    }
+
+    /// No column may be NULL, which would be a length of -1.
+    fn field(&mut self) -> Option<&'b [u8]> {
+        let length = usize::try_from(i32::from_be_bytes(self.take()?)).ok()?;
+        let (field, rest) = self.rest.split_at_checked(length)?;
+        self.rest = rest;
+        Some(field)
+    }
+
+    fn text(&mut self) -> Option<&'b str> {
+        std::str::from_utf8(self.field()?).ok()
+    }
+
+    pub(crate) fn recorded(&mut self, row: &Row<'_>) -> Recorded {
+        let (id, metadata) = row.more.unwrap_or_default();
+        Recorded {
+            position: row.position,
+            stream: row.stream(),
+            version: row.version,
+            id,
+            type_name: self.name(row.type_name),
+            schema_version: row.schema_version,
+            data: row.data.into(),
+            metadata: Metadata::from_json(metadata),
+            recorded_at: row.recorded_at(),
+        }
+    }
+
+    fn name(&mut self, name: &str) -> Arc<str> {
+        if let Some(known) = self.names.get(name) {
+            return known.clone();
+        }
+        let shared: Arc<str> = name.into();
+        self.names.insert(shared.clone());
+        shared
+    }
+}
+
+impl Row<'_> {
+    pub(crate) fn stream(&self) -> StreamId {
+        StreamId::from_stored(self.stream)
+    }
+
+    pub(crate) fn recorded_at(&self) -> chrono::DateTime<chrono::Utc> {
+        instant(self.since_2000)
+    }
+}

@@ -1,0 +1,408 @@
+//! Replay: much of the log, or all of it, once and fast. One task copies pages out of the database, others decode them, in
+//! order. Between them wait so many bytes and no more.
+//!
+//! A page is one `COPY`, so that no statement and no snapshot of the server is as long as the replay; and one that is not
+//! taken for a while is broken off, and gone on with after what was taken.
+
+use std::{
+    ops::{Bound, RangeBounds},
+    sync::Arc,
+    time::Duration,
+};
+
+use annals::{
+    Event, LogQuery, Position, Recorded, StoreError, StreamId, Version,
+    event::{DecodeError, EventError},
+};
+use chrono::{DateTime, Datelike, Utc};
+use futures::{Stream, StreamExt, TryStreamExt, stream};
+use sqlx::{Connection, PgConnection};
+use tokio::{sync::mpsc, task::JoinSet, time::timeout};
+
+use crate::{
+    PostgresStore, Shared,
+    copied::{COLUMNS, COLUMNS_TYPED, HEADER_BYTES, Row, Rows, position},
+    error::{is_lost, read_error},
+    read::{READS_MAX, bound},
+};
+
+/// Events that one page looks at: some tens of milliseconds of reading.
+const PAGE_EVENTS: usize = 20_000;
+/// A batch, which is decoded at once, has at most so many events, and ends with the one that reaches so many bytes.
+const BATCH_EVENTS: usize = 500;
+const BATCH_BYTES: usize = 256 << 10;
+/// Batches that wait to be decoded.
+const WAITING_BATCHES: usize = 4;
+/// Batches that are decoded side by side, or wait to be taken in order.
+const DECODING_BATCHES: usize = 4;
+/// A page that is not taken for so long is broken off: the server must not keep a snapshot for somebody who is slow.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// What to replay; everything, unless it is told otherwise.
+///
+/// ```
+/// use annals::Position;
+/// use annals_postgres::Replay;
+/// let since_monday = "2026-11-16T00:00:00Z".parse::<chrono::DateTime<chrono::Utc>>()?;
+/// let replay = Replay::all().categories(["order"]).recorded(since_monday..).positions(..=Position(1_000_000));
+/// # Ok::<(), chrono::ParseError>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Replay {
+    query: LogQuery,
+    after: i64,
+    until: i64,
+    recorded: (Bound<DateTime<Utc>>, Bound<DateTime<Utc>>),
+}
+
+impl Replay {
+    /// The whole log.
+    pub fn all() -> Self {
+        let recorded = (Bound::Unbounded, Bound::Unbounded);
+        Self { query: LogQuery::all(), after: 0, until: i64::MAX, recorded }
+    }
+
+    /// Only events of these categories.
+    pub fn categories<S: Into<Arc<str>>>(mut self, categories: impl IntoIterator<Item = S>) -> Self {
+        self.query.categories = categories.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Only events of these types.
+    pub fn types<S: Into<Arc<str>>>(mut self, types: impl IntoIterator<Item = S>) -> Self {
+        self.query.types = types.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Only events at these positions.
+    pub fn positions(mut self, positions: impl RangeBounds<Position>) -> Self {
+        self.after = match positions.start_bound() {
+            Bound::Included(first) => first.0.saturating_sub(1).max(0),
+            Bound::Excluded(before) => before.0.max(0),
+            Bound::Unbounded => 0,
+        };
+        self.until = match positions.end_bound() {
+            Bound::Included(last) => last.0,
+            Bound::Excluded(end) => end.0.saturating_sub(1),
+            Bound::Unbounded => i64::MAX,
+        };
+        self
+    }
+
+    /// Only events recorded at these times. Every event is looked at for this: times have no index.
+    pub fn recorded(mut self, times: impl RangeBounds<DateTime<Utc>>) -> Self {
+        self.recorded = (times.start_bound().cloned(), times.end_bound().cloned());
+        self
+    }
+
+    /// Further conditions, as SQL.
+    fn filter(&self) -> String {
+        let mut filter = String::new();
+        for (column, names) in [("split_part(stream_id, '-', 1)", &self.query.categories), ("type", &self.query.types)]
+        {
+            if !names.is_empty() {
+                // No name in the log has a NUL, and no statement may.
+                let names: Vec<_> = names.iter().filter(|name| !name.contains('\0')).map(|name| quoted(name)).collect();
+                filter += &format!(" AND {column} = ANY (ARRAY[{}]::text[])", names.join(", "));
+            }
+        }
+        match self.recorded.0 {
+            Bound::Included(first) => filter += &format!(" AND recorded_at >= {}", timestamp(first)),
+            Bound::Excluded(before) => filter += &format!(" AND recorded_at > {}", timestamp(before)),
+            Bound::Unbounded => {}
+        }
+        match self.recorded.1 {
+            Bound::Included(last) => filter += &format!(" AND recorded_at <= {}", timestamp(last)),
+            Bound::Excluded(end) => filter += &format!(" AND recorded_at < {}", timestamp(end)),
+            Bound::Unbounded => {}
+        }
+        filter
+    }
+}
+
+/// Text in a statement, whatever `standard_conforming_strings` says.
+fn quoted(text: &str) -> String {
+    format!("E'{}'", text.replace('\\', "\\\\").replace('\'', "''"))
+}
+
+/// A time in a statement; years that are no four digits are before or after all that is recorded.
+fn timestamp(time: DateTime<Utc>) -> String {
+    match time.year() {
+        ..1 => "'-infinity'".to_owned(),
+        1..=9_999 => time.format("'%Y-%m-%d %H:%M:%S%.6f+00'").to_string(),
+        _ => "'infinity'".to_owned(),
+    }
+}
+
+/// An event of a typed replay.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Replayed<E> {
+    /// Its place in the log.
+    pub position: Position,
+    /// Its stream.
+    pub stream: StreamId,
+    /// Its place in the stream.
+    pub version: Version,
+    /// When the store took it.
+    pub recorded_at: DateTime<Utc>,
+    /// The event.
+    pub event: E,
+}
+
+/// Why a typed replay did not give an event.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum ReplayError {
+    /// The store could not be read: the replay has ended. Replay again from after the last event that it gave.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// This event cannot be read as what was asked for. The next one follows.
+    #[error(transparent)]
+    Undecodable(#[from] DecodeError),
+}
+
+impl PostgresStore {
+    /// Gives events in log order, up to where the log can be read as this begins: the same that
+    /// [`read_log`](annals::EventStore::read_log) gives, faster, and in constant memory however long the log and however slow
+    /// whoever takes them. After an error it has ended.
+    ///
+    /// It has a connection of its own until it has ended or is dropped.
+    pub fn replay(&self, replay: Replay) -> impl Stream<Item = Result<Recorded, StoreError>> + Send + Unpin + use<> {
+        let decode = |rows: &[u8]| {
+            let (mut rows, mut events) = (Rows::new(rows), Vec::with_capacity(BATCH_EVENTS));
+            while let Some(row) = rows.next()? {
+                events.push(rows.recorded(&row));
+            }
+            Ok(events)
+        };
+        self.decoded(replay, COLUMNS, decode).map_ok(|events| stream::iter(events).map(Ok)).try_flatten()
+    }
+
+    /// Likewise, as events of one type, decoded on other tasks than the one that reads. What `E` skips is left out.
+    ///
+    /// ```no_run
+    /// # async fn total(store: annals_postgres::PostgresStore) -> Result<(), annals_postgres::ReplayError> {
+    /// use annals::Event;
+    /// use annals_postgres::Replay;
+    /// use futures::TryStreamExt;
+    ///
+    /// #[derive(Event)]
+    /// #[event(prefix = "order", unknown = "skip")]
+    /// enum OrderEvent {
+    ///     Placed { total: u64 },
+    /// }
+    ///
+    /// let mut total = 0;
+    /// let mut orders = store.replay_as::<OrderEvent>(Replay::all().categories(["order"]));
+    /// while let Some(order) = orders.try_next().await? {
+    ///     let OrderEvent::Placed { total: of_order } = order.event;
+    ///     total += of_order;
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn replay_as<E: Event>(
+        &self,
+        replay: Replay,
+    ) -> impl Stream<Item = Result<Replayed<E>, ReplayError>> + Send + Unpin + use<E> {
+        let decode = |rows: &[u8]| {
+            let (mut rows, mut events) = (Rows::new(rows), Vec::with_capacity(BATCH_EVENTS));
+            while let Some(row) = rows.next()? {
+                match E::decode(row.type_name, row.schema_version, row.data) {
+                    Ok(Some(event)) => events.push(Ok(replayed(&row, event))),
+                    Ok(None) => {}
+                    Err(error) => events.push(Err(ReplayError::from(undecodable(&row, error)))),
+                }
+            }
+            Ok(events)
+        };
+        let decoded = self.decoded(replay, COLUMNS_TYPED, decode);
+        decoded.map_err(ReplayError::from).map_ok(stream::iter).try_flatten()
+    }
+
+    fn decoded<T: Send + 'static>(
+        &self,
+        replay: Replay,
+        columns: &'static str,
+        decode: fn(&[u8]) -> Result<Vec<T>, StoreError>,
+    ) -> impl Stream<Item = Result<Vec<T>, StoreError>> + Send + Unpin + use<T> {
+        let (batches, waiting) = mpsc::channel(WAITING_BATCHES);
+        let copier = Copier {
+            shared: self.shared.clone(),
+            statement: self.shared.database.statements.replay.as_str().replace("{columns}", columns),
+            filter: replay.filter(),
+            last: replay.after,
+            batch: Vec::new(),
+            events: 0,
+            batches,
+        };
+        // Dropped with the stream, and with it the task, and with that the connection.
+        let mut task = JoinSet::new();
+        let mut start = Some((copier, replay.until));
+        let batches = stream::unfold(waiting, move |mut waiting| {
+            // Not before somebody asks.
+            if let Some((copier, until)) = start.take() {
+                task.spawn(copier.run(until));
+            }
+            let _owned = &task;
+            async move { waiting.recv().await.map(|batch| (batch, waiting)) }
+        });
+        let decoding = batches.map(move |batch| async move {
+            let decoded = tokio::spawn(async move { batch.and_then(|rows: Vec<u8>| decode(&rows)) });
+            decoded
+                .await
+                .unwrap_or_else(|error| Err(StoreError::Corrupt(format!("an event could not be decoded: {error}"))))
+        });
+        let mut failed = false;
+        let until_an_error = decoding.buffered(DECODING_BATCHES).take_while(move |batch| {
+            let goes_on = !failed;
+            failed |= batch.is_err();
+            std::future::ready(goes_on)
+        });
+        Box::pin(until_an_error)
+    }
+}
+
+fn replayed<E>(row: &Row<'_>, event: E) -> Replayed<E> {
+    let (position, stream, version) = (row.position, row.stream(), row.version);
+    Replayed { position, stream, version, recorded_at: row.recorded_at(), event }
+}
+
+fn undecodable(row: &Row<'_>, source: EventError) -> DecodeError {
+    DecodeError { stream: row.stream(), version: row.version, position: row.position, source }
+}
+
+/// The task that reads.
+struct Copier {
+    shared: Arc<Shared>,
+    statement: String,
+    filter: String,
+    /// Up to here, everything is in batches.
+    last: i64,
+    batch: Vec<u8>,
+    events: usize,
+    batches: mpsc::Sender<Result<Vec<u8>, StoreError>>,
+}
+
+/// How a page ended.
+enum Page {
+    /// There is nothing after it.
+    Last,
+    /// With its last event.
+    Whole,
+    /// Nobody took it for a while.
+    BrokenOff,
+    /// Nobody will take any more.
+    Abandoned,
+}
+
+impl Copier {
+    async fn run(mut self, until: i64) {
+        let outcome = self.copy(until).await;
+        let last = match outcome {
+            Ok(()) if self.batch.is_empty() => return,
+            Ok(()) => Ok(self.batch),
+            Err(error) => Err(error),
+        };
+        // Nobody may be there to take it.
+        self.batches.send(last).await.ok();
+    }
+
+    async fn copy(&mut self, until: i64) -> Result<(), StoreError> {
+        let until = until.min(self.shared.log.status().await?.head.0);
+        let (mut connection, mut failures) = (None::<PgConnection>, 0);
+        while self.last < until {
+            let before = self.last;
+            let page = async {
+                let open = match connection.take() {
+                    Some(open) => open,
+                    None => self.shared.readers.acquire().await?.detach(),
+                };
+                self.page(open, &mut connection, until).await
+            };
+            match page.await {
+                Ok(Page::Last | Page::Abandoned) => break,
+                Ok(Page::Whole) => failures = 0,
+                Ok(Page::BrokenOff) => {
+                    failures = 0;
+                    // Until there is a place for what is at hand.
+                    if !self.send(None).await {
+                        break;
+                    }
+                }
+                Err(error) => {
+                    failures = if self.last > before { 1 } else { failures + 1 };
+                    if failures >= READS_MAX || !is_lost(&error) {
+                        return Err(read_error(error));
+                    }
+                }
+            }
+        }
+        if let Some(open) = connection {
+            // What it has read is complete.
+            open.close().await.ok();
+        }
+        Ok(())
+    }
+
+    /// Copies one page. The connection is given back only where nothing is under way on it.
+    async fn page(
+        &mut self,
+        mut open: PgConnection,
+        connection: &mut Option<PgConnection>,
+        until: i64,
+    ) -> Result<Page, sqlx::Error> {
+        let mut page_until = until;
+        if !self.filter.is_empty() {
+            // What is left out is not sent, so nothing sent would tell where the page ended.
+            let end: Option<i64> = sqlx::query_scalar(self.shared.database.statements.settled_until.clone())
+                .bind(self.last)
+                .bind(until)
+                .bind(bound(PAGE_EVENTS))
+                .fetch_one(&mut open)
+                .await?;
+            match end {
+                Some(end) => page_until = end,
+                None => return Ok(Page::Last),
+            }
+        }
+        let statement = self
+            .statement
+            .replace("{after}", &self.last.to_string())
+            .replace("{until}", &page_until.to_string())
+            .replace("{limit}", &PAGE_EVENTS.to_string())
+            .replace("{filter}", &self.filter);
+        let mut copied = open.copy_out_raw(&statement).await?;
+        let (mut events, mut header) = (0, HEADER_BYTES);
+        // A message is a row; the first one has the header before it, and the last one is none.
+        while let Some(message) = copied.try_next().await? {
+            let row = &message[std::mem::take(&mut header).min(message.len())..];
+            let Some(position) = position(row) else { continue };
+            self.batch.extend_from_slice(row);
+            self.last = position;
+            self.events += 1;
+            events += 1;
+            if (self.events >= BATCH_EVENTS || self.batch.len() >= BATCH_BYTES) && !self.send(Some(PATIENCE)).await {
+                let abandoned = self.batches.is_closed();
+                return Ok(if abandoned { Page::Abandoned } else { Page::BrokenOff });
+            }
+        }
+        drop(copied);
+        *connection = Some(open);
+        if !self.filter.is_empty() {
+            self.last = page_until;
+        }
+        Ok(if self.filter.is_empty() && events < PAGE_EVENTS { Page::Last } else { Page::Whole })
+    }
+
+    /// Hands the batch over; not if nobody takes it in time, or ever.
+    async fn send(&mut self, patience: Option<Duration>) -> bool {
+        let place = match patience {
+            Some(patience) => timeout(patience, self.batches.reserve()).await,
+            None => Ok(self.batches.reserve().await),
+        };
+        let Ok(Ok(place)) = place else { return false };
+        self.events = 0;
+        place.send(Ok(std::mem::take(&mut self.batch)));
+        true
+    }
+}

@@ -1,0 +1,328 @@
+//! A user's SQL in the transaction that moves the checkpoint.
+//!
+//! What a handler stages becomes a commit some time later, and neither the handler nor the commit is told of the other. So the
+//! handler stages a *mark* with its SQL: a document that says which transaction, and how many messages of it. If the message is
+//! rolled back, so is the mark. The store takes the mark out of the commit, and ends the transaction that it names. A commit
+//! with a mark whose transaction is gone is refused; then the batch is handled again.
+
+use std::{
+    collections::HashMap,
+    panic::AssertUnwindSafe,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+};
+
+use annals::{
+    Commit, CommitError, Committed, Document, DocumentKey, EventStore, Handler, HandlerError, LogPage, LogQuery,
+    Message, Position, Recorded, Scan, StoreError, StoreStatus, StreamId, Version, Work,
+};
+use async_trait::async_trait;
+use futures::FutureExt;
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use crate::{
+    PostgresStore,
+    group::Prepared,
+    open::Database,
+    transaction::{Idle, OpenTransaction},
+};
+
+/// A handler that writes tables of its own, in the database of the store, together with the checkpoint.
+///
+/// As a [`Handler`], with one thing more: what it does by `transaction` is committed with what it stages in `work` and with the
+/// checkpoint, whole or not at all. So each event has its effect on the tables exactly once.
+///
+/// - It runs with an open transaction, read committed, which other messages of the batch share: rows that it changed stay
+///   locked until the batch is done. It must not wait for anything slow. A transaction that it begins on the connection
+///   is a savepoint in this one; it must not end this one by statements of its own.
+/// - A statement that fails has failed the message: undo it with a savepoint, or return the error. The message then leaves
+///   nothing behind, and is parked; the others of the batch are not touched.
+/// - A statement may take 30 seconds, and wait 10 for a lock.
+/// - It runs again when the commit meets a conflict, or the connection is lost. What it did before is rolled back by then.
+#[async_trait]
+pub trait SqlHandler: Send + Sync + 'static {
+    /// Writes, and stages, what the message causes.
+    async fn handle(
+        &self,
+        message: &Message,
+        transaction: &mut PgConnection,
+        work: &mut Work,
+    ) -> Result<(), HandlerError>;
+}
+
+/// A [`PostgresStore`] whose subscriptions may write tables of the user's. For everything else it is that store.
+///
+/// ```no_run
+/// # tokio::runtime::Runtime::new()?.block_on(async {
+/// use std::sync::Arc;
+///
+/// use annals::{HandlerError, Message, Service, Subscription, Work};
+/// use annals_postgres::{PostgresStore, Settings, SqlHandler, SqlStore};
+/// use sqlx::PgConnection;
+///
+/// /// How many events there were of each type: `CREATE TABLE report (type text PRIMARY KEY, events bigint)`.
+/// struct Report;
+///
+/// #[async_trait::async_trait]
+/// impl SqlHandler for Report {
+///     async fn handle(
+///         &self,
+///         message: &Message,
+///         transaction: &mut PgConnection,
+///         _work: &mut Work,
+///     ) -> Result<(), HandlerError> {
+///         sqlx::query(
+///             "INSERT INTO report AS r VALUES ($1, 1) ON CONFLICT (type) DO UPDATE SET events = r.events + 1",
+///         )
+///         .bind(&*message.type_name)
+///         .execute(transaction)
+///         .await?;
+///         Ok(())
+///     }
+/// }
+///
+/// let store = SqlStore::new(PostgresStore::connect("postgres://shop@localhost/shop", Settings::default()).await?);
+/// let report = Subscription::new("report", store.handler(Report));
+/// let service = Service::new("reports", Arc::new(store)).subscribe(report);
+/// # drop(service);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// # })?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// Each lane of such a subscription has a connection of its own while it handles a batch, besides those of
+/// [`Settings`](crate::Settings).
+#[derive(Clone)]
+pub struct SqlStore {
+    store: PostgresStore,
+    /// Of its handlers. Each belongs to its handler: when that is gone, nothing of it stays open.
+    transactions: Arc<Mutex<Vec<Weak<Transactions>>>>,
+}
+
+impl SqlStore {
+    /// Around this store; clones share their handlers, other ones do not.
+    pub fn new(store: PostgresStore) -> Self {
+        Self { store, transactions: Arc::default() }
+    }
+
+    /// The store itself.
+    pub fn store(&self) -> &PostgresStore {
+        &self.store
+    }
+
+    /// Makes a handler for a subscription or a group that runs on this store. On another one it handles nothing.
+    pub fn handler<H: SqlHandler>(&self, handler: H) -> impl Handler + use<H> {
+        let database = self.store.shared.database.clone();
+        let transactions = Arc::new(Transactions { database, open: Mutex::default(), idle: Mutex::default() });
+        let mut all = self.lock();
+        all.retain(|of_handler| of_handler.strong_count() > 0);
+        all.push(Arc::downgrade(&transactions));
+        WithSql { handler, transactions }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Weak<Transactions>>> {
+        self.transactions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the transaction of a mark, with those that it belongs to.
+    fn take(&self, mark: Mark) -> Option<(Arc<Transactions>, OpenTransaction)> {
+        let all: Vec<_> = self.lock().iter().filter_map(Weak::upgrade).collect();
+        all.into_iter().find_map(|transactions| {
+            let open = transactions.take(mark.transaction)?;
+            Some((transactions, open.transaction))
+        })
+    }
+}
+
+/// What the handler leaves for the commit.
+#[derive(Clone, Copy)]
+struct Mark {
+    transaction: Uuid,
+    /// Messages whose SQL goes with the commit.
+    handled: u64,
+}
+
+impl Mark {
+    /// No document of this name is ever stored.
+    fn key() -> DocumentKey {
+        DocumentKey::new("sql.transaction", "open")
+    }
+
+    fn body(self) -> Arc<str> {
+        format!("\"{} {}\"", self.transaction, self.handled).into()
+    }
+
+    fn read(text: &str) -> Option<Self> {
+        let (transaction, handled) = text.trim_matches('"').split_once(' ')?;
+        Some(Self { transaction: transaction.parse().ok()?, handled: handled.parse().ok()? })
+    }
+}
+
+/// What is there before any SQL was: it tells this store from others.
+const NO_MARK: &str = "\"\"";
+
+/// The transactions of one handler, one for each lane that has a batch in hand.
+struct Transactions {
+    database: Arc<Database>,
+    open: Mutex<HashMap<Uuid, Waiting>>,
+    idle: Mutex<Vec<Idle>>,
+}
+
+/// A transaction between two messages, or before its commit.
+struct Waiting {
+    transaction: OpenTransaction,
+    /// The bodies of its last two marks. The work or the commit has one of them: when it is gone, so is whoever might go on.
+    marks: [Option<Weak<str>>; 2],
+}
+
+impl Transactions {
+    fn open(&self) -> MutexGuard<'_, HashMap<Uuid, Waiting>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<Idle>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self, id: Uuid) -> Option<Waiting> {
+        self.open().remove(&id)
+    }
+
+    /// Drops those whose batch was given up.
+    fn sweep(&self) {
+        self.open().retain(|_, waiting| waiting.marks.iter().flatten().any(|mark| mark.strong_count() > 0));
+    }
+
+    async fn begin(&self) -> Result<Waiting, HandlerError> {
+        self.sweep();
+        let idle = self.idle().pop();
+        let transaction = OpenTransaction::begin(&self.database, idle).await.map_err(unavailable)?;
+        Ok(Waiting { transaction, marks: Default::default() })
+    }
+
+    async fn resume(&self, mark: Mark) -> Result<Waiting, HandlerError> {
+        let mut waiting = self.take(mark.transaction).ok_or_else(|| unavailable("it is gone"))?;
+        waiting.transaction.resume(mark.handled).await.map_err(unavailable)?;
+        Ok(waiting)
+    }
+
+    /// Leaves out the SQL of a message that failed.
+    async fn leave_out(&self, mut waiting: Waiting, before: Option<Mark>) -> Result<(), HandlerError> {
+        match before {
+            Some(mark) => {
+                waiting.transaction.rewind(mark.handled).await.map_err(unavailable)?;
+                self.open().insert(mark.transaction, waiting);
+            }
+            // It was the first, so no commit knows of this transaction.
+            None => {
+                let idle = waiting.transaction.give_up().await.map_err(unavailable)?;
+                self.idle().push(idle);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Not a failure of the message: the batch waits for the database, and is handled again.
+fn unavailable(error: impl std::fmt::Display) -> HandlerError {
+    StoreError::Unavailable(format!("the transaction of the batch: {error}")).into()
+}
+
+struct WithSql<H> {
+    handler: H,
+    transactions: Arc<Transactions>,
+}
+
+#[async_trait]
+impl<H: SqlHandler> Handler for WithSql<H> {
+    async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
+        let key = Mark::key();
+        let before: Option<String> = work.document(&key).await?;
+        let before = before.ok_or_else(|| {
+            StoreError::Unavailable("a handler that a SqlStore has made runs on that store only".into())
+        })?;
+        let before = Mark::read(&before);
+        // From here on the connection belongs to this future: dropped half-way, it is closed.
+        let mut waiting = match before {
+            None => self.transactions.begin().await?,
+            Some(mark) => self.transactions.resume(mark).await?,
+        };
+        let handled = self.handler.handle(message, waiting.transaction.connection(), work);
+        let outcome = match AssertUnwindSafe(handled).catch_unwind().await {
+            Ok(Ok(())) => waiting.transaction.keep().await.map_err(HandlerError::from),
+            Ok(Err(error)) => Err(error),
+            Err(panic) => {
+                // What others of the batch have done must not go with it.
+                self.transactions.leave_out(waiting, before).await?;
+                std::panic::resume_unwind(panic);
+            }
+        };
+        if let Err(error) = outcome {
+            self.transactions.leave_out(waiting, before).await?;
+            return Err(error);
+        }
+        let mark = Mark { transaction: waiting.transaction.id(), handled: waiting.transaction.handled() };
+        let body = mark.body();
+        waiting.marks.rotate_right(1);
+        waiting.marks[0] = Some(Arc::downgrade(&body));
+        work.put_json(&key, Some(body), None);
+        self.transactions.open().insert(mark.transaction, waiting);
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl EventStore for SqlStore {
+    async fn commit(&self, mut commit: Commit) -> Result<Committed, CommitError> {
+        let key = Mark::key();
+        let Some(index) = commit.puts.iter().position(|put| put.key == key) else {
+            return self.store.commit(commit).await;
+        };
+        let put = commit.puts.swap_remove(index);
+        let found = put.body.as_deref().and_then(Mark::read).and_then(|mark| Some((mark, self.take(mark)?)));
+        let Some((mark, (transactions, open))) = found else {
+            return Err(CommitError::Unavailable("the transaction with the SQL of this batch has ended".into()));
+        };
+        commit.validate()?;
+        if self.store.is_closed() {
+            return Err(self.store.stopped());
+        }
+        let (outcome, idle) = open.commit(&transactions.database, Prepared::from(commit), mark.handled).await;
+        transactions.idle().extend(idle);
+        if let Ok(Committed { position, .. }) = &outcome
+            && *position != Position::START
+        {
+            self.store.shared.news.written(*position);
+        }
+        outcome
+    }
+
+    async fn read_stream(&self, stream: &StreamId, after: Version, limit: usize) -> Result<Vec<Recorded>, StoreError> {
+        self.store.read_stream(stream, after, limit).await
+    }
+
+    async fn read_log(&self, query: &LogQuery, after: Position, limit: usize) -> Result<LogPage, StoreError> {
+        self.store.read_log(query, after, limit).await
+    }
+
+    async fn documents(&self, keys: &[DocumentKey]) -> Result<Vec<Option<Document>>, StoreError> {
+        match keys {
+            [key] if *key == Mark::key() => {
+                Ok(vec![Some(Document { key: key.clone(), version: 1, body: NO_MARK.into(), due: None })])
+            }
+            _ => self.store.documents(keys).await,
+        }
+    }
+
+    async fn scan(&self, collection: &str, scan: &Scan, limit: usize) -> Result<Vec<Document>, StoreError> {
+        self.store.scan(collection, scan, limit).await
+    }
+
+    async fn wait(&self, after: Position) -> Result<(), StoreError> {
+        self.store.wait(after).await
+    }
+
+    async fn status(&self) -> Result<StoreStatus, StoreError> {
+        self.store.status().await
+    }
+}

@@ -1,0 +1,201 @@
+//! A transaction that a user's handler writes in, up to the commit that ends it. It is the only one that is open while a
+//! user's code runs.
+//!
+//! It has a connection of its own, which is dropped in any trouble: a future that is dropped half-way, an error that is not
+//! understood. The server takes the end of the connection for a rollback. A connection of a pool would go back to the pool with
+//! whatever is open on it.
+
+use std::{sync::Arc, time::Duration};
+
+use annals::{CommitError, Committed};
+use sqlx::{AssertSqlSafe, Connection, PgConnection};
+use tokio::time::timeout;
+use uuid::Uuid;
+
+use crate::{
+    error::{Fault, end_error, fault, write_error},
+    group::{Decision, Prepared},
+    open::Database,
+    writer::{ANSWER_SECONDS_MAX, append},
+};
+
+/// Savepoints that are kept apart before they are merged into one.
+const SAVEPOINTS_MAX: u64 = 32;
+/// How often the rows of a commit are tried while others are faster. Not more: meanwhile the user's rows stay locked.
+const RACES_MAX: u32 = 4;
+
+/// The user's SQL is planned as usual, where the store's own only ever seeks. The rest are bounds: on one statement, on the
+/// wait for a lock, and on how long the server keeps a transaction that nobody goes on with, as when the store is away.
+const SETTINGS_OF_USER: &str = "SET enable_seqscan = on; SET enable_bitmapscan = on; SET enable_hashjoin = on; \
+     SET enable_mergejoin = on; SET plan_cache_mode = auto; SET statement_timeout = '30s'; SET lock_timeout = '10s'; \
+     SET idle_in_transaction_session_timeout = '60s'";
+/// Back to how the store wants its own statement, for the rest of the transaction.
+const SETTINGS_OF_STORE: &str = "SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; \
+     SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL plan_cache_mode = force_generic_plan; \
+     SET LOCAL lock_timeout = '500ms'";
+
+/// A connection on which nothing is under way.
+pub(crate) struct Idle(PgConnection);
+
+/// An open transaction, with a savepoint after each message whose SQL is in it.
+pub(crate) struct OpenTransaction {
+    connection: PgConnection,
+    id: Uuid,
+    /// Messages whose SQL is in it.
+    handled: u64,
+    /// The savepoint `annals_0` stands after so many messages.
+    merged: u64,
+}
+
+impl Idle {
+    async fn connect(database: &Database) -> Result<Self, sqlx::Error> {
+        let mut connection = database.writer().await?;
+        // sqlx counts this as open for ever, so that a `begin` of the user's is a savepoint within ours. Ours are begun and
+        // ended behind its back.
+        std::mem::forget(connection.begin().await?);
+        sqlx::raw_sql("ROLLBACK").execute(&mut connection).await?;
+        sqlx::raw_sql(SETTINGS_OF_USER).execute(&mut connection).await?;
+        Ok(Self(connection))
+    }
+}
+
+impl OpenTransaction {
+    /// Begins one, on an idle connection if there is one and it is still good.
+    pub(crate) async fn begin(database: &Database, idle: Option<Idle>) -> Result<Self, sqlx::Error> {
+        if let Some(Idle(connection)) = idle
+            && let Ok(open) = Self::begin_on(connection).await
+        {
+            return Ok(open);
+        }
+        Self::begin_on(Idle::connect(database).await?.0).await
+    }
+
+    async fn begin_on(mut connection: PgConnection) -> Result<Self, sqlx::Error> {
+        let begin = "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SAVEPOINT annals_0";
+        sqlx::raw_sql(begin).execute(&mut connection).await?;
+        Ok(Self { connection, id: Uuid::new_v4(), handled: 0, merged: 0 })
+    }
+
+    pub(crate) fn id(&self) -> Uuid {
+        self.id
+    }
+
+    pub(crate) fn handled(&self) -> u64 {
+        self.handled
+    }
+
+    pub(crate) fn connection(&mut self) -> &mut PgConnection {
+        &mut self.connection
+    }
+
+    /// Makes ready for another message, after so many.
+    pub(crate) async fn resume(&mut self, handled: u64) -> Result<(), sqlx::Error> {
+        if handled != self.handled {
+            self.rewind(handled).await?;
+        }
+        if self.handled - self.merged + 1 >= SAVEPOINTS_MAX {
+            let merge = "RELEASE SAVEPOINT annals_0; SAVEPOINT annals_0";
+            sqlx::raw_sql(merge).execute(&mut self.connection).await?;
+            self.merged = self.handled;
+        }
+        Ok(())
+    }
+
+    /// Takes in the SQL of one more message. Fails if one of its statements had failed, whatever the handler made of that.
+    pub(crate) async fn keep(&mut self) -> Result<(), sqlx::Error> {
+        let savepoint = format!("SAVEPOINT annals_{}", self.handled + 1 - self.merged);
+        sqlx::raw_sql(AssertSqlSafe(savepoint)).execute(&mut self.connection).await?;
+        self.handled += 1;
+        Ok(())
+    }
+
+    /// Leaves out the SQL of all messages after the first so many.
+    pub(crate) async fn rewind(&mut self, handled: u64) -> Result<(), sqlx::Error> {
+        let rewind = self.rewind_to(handled)?;
+        sqlx::raw_sql(AssertSqlSafe(rewind)).execute(&mut self.connection).await?;
+        self.handled = handled;
+        Ok(())
+    }
+
+    fn rewind_to(&self, handled: u64) -> Result<String, sqlx::Error> {
+        match handled.checked_sub(self.merged) {
+            Some(number) if handled <= self.handled => Ok(format!("ROLLBACK TO SAVEPOINT annals_{number}")),
+            _ => Err(sqlx::Error::Protocol(format!("there is no savepoint after {handled} messages any more"))),
+        }
+    }
+
+    /// Rolls back, to keep the connection.
+    pub(crate) async fn give_up(mut self) -> Result<Idle, sqlx::Error> {
+        sqlx::raw_sql("ROLLBACK").execute(&mut self.connection).await?;
+        Ok(Idle(self.connection))
+    }
+
+    /// Writes a commit into it, with the SQL of the first so many messages, and ends it.
+    pub(crate) async fn commit(
+        mut self,
+        database: &Database,
+        commit: Prepared,
+        handled: u64,
+    ) -> (Result<Committed, CommitError>, Option<Idle>) {
+        let answer = Duration::from_secs(ANSWER_SECONDS_MAX);
+        let written = timeout(answer, self.write(database, &commit, handled)).await;
+        let unwritten = |reason: String| CommitError::Unavailable(format!("nothing of it was committed: {reason}"));
+        match written.unwrap_or_else(|elapsed| Err(unwritten(elapsed.to_string()))) {
+            Err(error @ (CommitError::Conflict { .. } | CommitError::DocumentConflict { .. })) => {
+                (Err(error), self.give_up().await.ok())
+            }
+            // Before the end was asked for, so it is known that nothing holds.
+            Err(CommitError::Unknown(reason)) => (Err(unwritten(reason)), None),
+            Err(error) => (Err(error), None),
+            Ok(committed) => {
+                let end = sqlx::raw_sql("COMMIT").execute(&mut self.connection);
+                match timeout(answer, end).await {
+                    Ok(Ok(_)) => (Ok(committed), Some(Idle(self.connection))),
+                    Ok(Err(error)) => (Err(end_error(&error)), None),
+                    Err(elapsed) => (Err(CommitError::Unknown(elapsed.to_string())), None),
+                }
+            }
+        }
+    }
+
+    async fn write(&mut self, database: &Database, commit: &Prepared, handled: u64) -> Result<Committed, CommitError> {
+        let error = |error: sqlx::Error| write_error(&error);
+        let commits = std::slice::from_ref(commit);
+        let ready: Arc<str> = format!("{}; {SETTINGS_OF_STORE}", self.rewind_to(handled).map_err(error)?).into();
+        let (mut known, mut races) = (None, 0);
+        let mut rewound = false;
+        loop {
+            if !rewound {
+                sqlx::raw_sql(AssertSqlSafe(&*ready)).execute(&mut self.connection).await.map_err(error)?;
+                rewound = true;
+            }
+            let decision = Decision::new(commits, known.as_ref());
+            match append(database, &mut self.connection, &decision).await {
+                Ok((Some(written), standings)) => {
+                    let outcome = decision.outcomes(&written, &standings).pop();
+                    return outcome.unwrap_or_else(|| Err(CommitError::Unavailable("there is no outcome".into())));
+                }
+                // A guess was wrong; nothing was written.
+                Ok((None, standings)) => {
+                    races += u32::from(known.is_some());
+                    known = Some(standings);
+                }
+                Err(failed) => {
+                    let fault = fault(&failed);
+                    if !matches!(fault, Fault::Race | Fault::PositionTaken) || races >= RACES_MAX {
+                        return Err(write_error(&failed));
+                    }
+                    (known, races, rewound) = (None, races + 1, false);
+                    if fault == Fault::PositionTaken {
+                        sqlx::raw_sql(AssertSqlSafe(&*ready)).execute(&mut self.connection).await.map_err(error)?;
+                        let advance = sqlx::query(database.statements.advance.clone());
+                        advance.execute(&mut self.connection).await.map_err(error)?;
+                    }
+                }
+            }
+            if races > RACES_MAX {
+                return Err(CommitError::Unavailable("other processes were faster each time".into()));
+            }
+        }
+    }
+}

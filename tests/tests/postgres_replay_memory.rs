@@ -1,0 +1,60 @@
+//! Replay takes no more memory for a longer log. Alone in its file, because what is looked at is the whole process.
+#![allow(clippy::unwrap_used)]
+
+mod postgres;
+
+use std::time::Duration;
+
+use annals::Event;
+use annals_postgres::Replay;
+use futures::TryStreamExt;
+use tokio::time::sleep;
+
+use self::postgres::Schema;
+
+#[derive(Event)]
+#[event(prefix = "number")]
+enum NumberEvent {
+    Drawn { n: i64 },
+}
+
+/// Kilobytes of memory that this process holds.
+fn resident() -> i64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// 300 MB of events, in a tenth of that; also for somebody who is slower than the database.
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_does_not_grow_with_the_log() {
+    const EVENTS: i64 = 300_000;
+    const GROWTH_KB_MAX: i64 = 30_000;
+    let schema = Schema::new();
+    let store = schema.store().await;
+    let fill = "INSERT INTO annals.events (stream_id, version, event_id, type, schema_version, data)
+        SELECT 'number-1', n, gen_random_uuid(), 'number.drawn', 1, json_build_object('n', n, 'ballast', repeat('x', 1000))
+          FROM generate_series(1, $1) AS n";
+    sqlx::query(schema.sql(fill)).bind(EVENTS).execute(&mut schema.connection().await).await.unwrap();
+    let before = resident();
+    let (mut typed, mut untyped) = (0, 0);
+    let mut replayed = store.replay_as::<NumberEvent>(Replay::all());
+    while let Some(event) = replayed.try_next().await.unwrap() {
+        typed += 1;
+        let NumberEvent::Drawn { n } = event.event;
+        assert_eq!(n, typed);
+        if typed % 5_000 == 0 {
+            assert!(resident() - before < GROWTH_KB_MAX, "{} kB more", resident() - before);
+        }
+    }
+    let mut replayed = store.replay(Replay::all());
+    while let Some(event) = replayed.try_next().await.unwrap() {
+        untyped += 1;
+        assert_eq!(event.position.0, untyped);
+        if untyped % 5_000 == 0 {
+            assert!(resident() - before < GROWTH_KB_MAX, "{} kB more", resident() - before);
+            sleep(Duration::from_millis(5)).await;
+        }
+    }
+    assert_eq!((typed, untyped), (EVENTS, EVENTS));
+}
