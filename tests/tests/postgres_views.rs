@@ -13,6 +13,7 @@ use sample_shop::{
     input::Source,
     run::{self, Settings},
 };
+use tokio_util::sync::CancellationToken;
 
 use self::postgres::{Schema, append};
 
