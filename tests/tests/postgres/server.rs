@@ -74,13 +74,20 @@ impl Server {
         ] {
             postgres.args(["-c", setting]);
         }
-        self.running = Some(postgres.spawn().unwrap());
+        let mut running = postgres.spawn().unwrap();
+        let url = self.url();
         let up = async {
-            while PgConnection::connect(&self.url()).await.is_err() {
+            while PgConnection::connect(&url).await.is_err() {
+                // It does not start while a process of the one that was killed is still there.
+                if running.try_wait().unwrap().is_some() {
+                    running = postgres.spawn().unwrap();
+                }
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         };
-        if tokio::time::timeout(START, up).await.is_err() {
+        let up = tokio::time::timeout(START, up).await;
+        self.running = Some(running);
+        if up.is_err() {
             panic!("{}", fs::read_to_string(self.folder.path().join("log")).unwrap());
         }
     }
