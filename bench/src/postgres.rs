@@ -222,12 +222,19 @@ impl Bench<'_> {
     }
 }
 
-/// Runs all of it.
+/// Runs all of it, or until it is interrupted; then, too, the server is stopped.
 pub async fn run(arguments: Arguments) -> Result<(), Failure> {
     let server = Server::start(&arguments.directory)?;
+    tokio::select! {
+        measured = measure(&arguments, &server) => measured,
+        _ = tokio::signal::ctrl_c() => Err("interrupted".into()),
+    }
+}
+
+async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> {
     // Makes the tables.
     PostgresStore::connect(&server.url, Settings::default()).await?.close().await?;
-    let mut bench = Bench { server: &server, sides: Vec::new(), runs: 0 };
+    let mut bench = Bench { server, sides: Vec::new(), runs: 0 };
     let rounds = arguments.rounds.max(1);
     if arguments.replay > 0 {
         bench.replay(arguments.replay, rounds).await?;
@@ -236,14 +243,14 @@ pub async fn run(arguments: Arguments) -> Result<(), Failure> {
     rows::fill(&server.url, arguments.events).await?;
     let mut few = [0; 3];
     for _ in 0..rounds {
-        few = bench.rates(&arguments, "").await?;
-        bench.others(&arguments, few[1]).await?;
+        few = bench.rates(arguments, "").await?;
+        bench.others(arguments, few[1]).await?;
     }
     if arguments.events_many > 0 {
         rows::fill(&server.url, arguments.events_many).await?;
         let mut many = [0; 3];
         for _ in 0..rounds {
-            many = bench.rates(&arguments, "; many events").await?;
+            many = bench.rates(arguments, "; many events").await?;
         }
         for (many, few) in many.into_iter().zip(few) {
             let ratio = bench.sides[many].median().per_second / bench.sides[few].median().per_second;
