@@ -33,6 +33,8 @@ async fn check_out(
         seed: 7,
         scarce: false,
         input: "bench".to_owned(),
+        stop: Default::default(),
+        shared_as: None,
     };
     let source = Source::generated(count as u64, 7);
     let outcome =

@@ -150,6 +150,11 @@ pub type Receipt = std::pin::Pin<Box<dyn Future<Output = Result<(), BusError>> +
 pub trait Bus: Publisher {
     /// Joins a group. From the moment this returns, no message published to the topics is missed by the group.
     async fn join(&self, group: &str, topics: &[&str]) -> Result<Box<dyn Consumer>, BusError>;
+
+    /// Whether it ends at the border of this process. Then each of several processes on a store must run all services.
+    fn is_local(&self) -> bool {
+        false
+    }
 }
 
 /// One member of a consumer group. Dropping it leaves the group.

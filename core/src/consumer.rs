@@ -8,11 +8,12 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     backoff::Backoff,
     bus::{Bus, BusError, Consumer, Partition, Polled},
+    commit::{Commit, DocumentKey, Put},
     handler::Handler,
     health::{Health, State},
     parking::{ParkedKeys, parking_key},
     store::EventStore,
-    worker::{BATCH_MAX, Item, Lane, PARKED_TICK, RetryPolicy, Stop, Worker},
+    worker::{BATCH_MAX, CHECKPOINTS, Item, Lane, PARKED_TICK, RetryPolicy, Stop, Worker},
 };
 
 /// A handler that consumes topics as a group. Its offsets are documents in the store, committed with the effects.
@@ -22,6 +23,7 @@ pub struct Group {
     handler: Arc<dyn Handler>,
     members: u32,
     retry: RetryPolicy,
+    home: Option<Arc<str>>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +49,7 @@ impl Group {
             handler: Arc::new(handler),
             members: 1,
             retry: RetryPolicy::default(),
+            home: None,
         }
     }
 
@@ -60,6 +63,13 @@ impl Group {
     /// When failed messages are tried again.
     pub fn retry(mut self, retry: RetryPolicy) -> Self {
         self.retry = retry;
+        self
+    }
+
+    /// Keeps the offsets of this process apart from those of others on the same store: on a bus inside the process, they mean
+    /// nothing elsewhere.
+    pub(crate) fn at_home(mut self, instance: Option<Arc<str>>) -> Self {
+        self.home = instance;
         self
     }
 
@@ -107,7 +117,8 @@ impl Joined {
                 reconciled_at: Instant::now(),
                 reporter: health.reporter(&part),
             };
-            let member = Member { worker, consumer, assigned: Vec::new(), lane_of: HashMap::new(), unsettled: false };
+            let (home, assigned, lane_of) = (group.home.clone(), Vec::new(), HashMap::new());
+            let member = Member { worker, consumer, home, assigned, lane_of, unsettled: false };
             members.spawn(member.consume(part, health.clone(), shutdown.clone()));
         }
         while let Some(ended) = members.join_next().await {
@@ -123,6 +134,7 @@ impl Joined {
 struct Member {
     worker: Worker,
     consumer: Box<dyn Consumer>,
+    home: Option<Arc<str>>,
     /// What the bus has assigned.
     assigned: Vec<Partition>,
     /// The lanes of those whose offset was found.
@@ -161,6 +173,13 @@ impl Member {
                     self.pause(&error, &mut backoff, &shutdown).await;
                 }
             }
+        }
+        if self.home.is_some() {
+            let lanes = self.worker.lanes.iter().filter(|lane| lane.version > 0);
+            let forget = |lane: &Lane| Put { key: lane.key.clone(), expected: None, body: None, due: None };
+            let puts = lanes.map(forget).collect();
+            // If this fails, the other instances remove them some time after this one is given up.
+            _ = self.worker.store.commit(Commit { appends: Vec::new(), puts }).await;
         }
         health.set(&part, State::Stopped);
     }
@@ -215,6 +234,10 @@ impl Member {
         for partition in &self.assigned {
             let id = format!("{}/{}/{}", self.worker.name, partition.topic, partition.number);
             let mut lane = Lane::new(&id, Some(partition.incarnation.clone()));
+            if let Some(home) = &self.home {
+                let id = format!("{}@{home}/{}/{}", self.worker.name, partition.topic, partition.number);
+                lane.key = DocumentKey::new(CHECKPOINTS, id);
+            }
             let next = lane.load(&*self.worker.store).await?;
             let known = self.lane_of.get(partition).map(|index| &self.worker.lanes[*index]);
             if rewind || known.is_none_or(|known| known.version != lane.version) {
@@ -224,7 +247,7 @@ impl Member {
             lanes.push(lane);
         }
         // Nothing is delivered before it is known what it has to wait behind.
-        let ids: Vec<_> = lanes.iter().map(|lane| lane.key.id.clone()).collect();
+        let ids: Vec<_> = lanes.iter().map(|lane| lane.place.clone()).collect();
         self.worker.parked = self.worker.parked.load(&*self.worker.store, &ids).await?;
         (self.lane_of, self.worker.lanes) = (lane_of, lanes);
         for (partition, next) in seeks {

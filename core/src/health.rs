@@ -14,6 +14,8 @@ pub enum State {
     Starting,
     /// Working.
     Fine,
+    /// Idle, because another instance does this; who or why.
+    Elsewhere(String),
     /// Trying again after this.
     Trouble(String),
     /// Ended as asked.
@@ -34,10 +36,10 @@ impl Health {
         self.parts.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Whether every part works. Before the first one reports, nothing does.
+    /// Whether every part works, here or elsewhere. Before the first one reports, nothing does.
     pub fn is_fine(&self) -> bool {
         let parts = self.parts();
-        !parts.is_empty() && parts.values().all(|state| *state == State::Fine)
+        !parts.is_empty() && parts.values().all(|state| matches!(state, State::Fine | State::Elsewhere(_)))
     }
 
     pub(crate) fn set(&self, part: &str, state: State) {
@@ -69,6 +71,11 @@ impl Reporter {
             self.fine = true;
             self.health.set(&self.part, State::Fine);
         }
+    }
+
+    pub fn elsewhere(&mut self, reason: &str) {
+        self.fine = false;
+        self.health.set(&self.part, State::Elsewhere(reason.to_owned()));
     }
 
     pub fn trouble(&mut self, reason: String) {

@@ -133,6 +133,10 @@ impl Bus for LocalBus {
         let (seat, wake) = shared.with(|state, wakes| state.join(group, topics, wakes))?;
         Ok(Box::new(LocalConsumer { shared, seat, wake }))
     }
+
+    fn is_local(&self) -> bool {
+        true
+    }
 }
 
 #[async_trait]

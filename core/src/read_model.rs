@@ -12,6 +12,7 @@ use crate::{
     event::{Event, Position},
     handler::{Handler, HandlerError},
     health::Health,
+    instance::Instance,
     store::{EventStore, LogQuery, Scan, StoreError},
     subscription::Subscription,
     work::Work,
@@ -44,11 +45,12 @@ pub trait ReadModel: Send + Sync + 'static {
 pub struct Projection<R> {
     model: Arc<R>,
     query: LogQuery,
+    instance: Option<Instance>,
 }
 
 impl<R> Clone for Projection<R> {
     fn clone(&self) -> Self {
-        Self { model: self.model.clone(), query: self.query.clone() }
+        Self { model: self.model.clone(), query: self.query.clone(), instance: self.instance.clone() }
     }
 }
 
@@ -71,7 +73,13 @@ pub struct Rebuilt {
 impl<R: ReadModel> Projection<R> {
     /// A projection of the events that `query` gives.
     pub fn new(model: R, query: LogQuery) -> Self {
-        Self { model: Arc::new(model), query }
+        Self { model: Arc::new(model), query, instance: None }
+    }
+
+    /// Takes turns with other instances at keeping the live views; see [`Subscription::shared`].
+    pub(crate) fn shared(mut self, instance: Option<Instance>) -> Self {
+        self.instance = instance;
+        self
     }
 
     /// Keeps the live generation up to date until `shutdown`, and changes over when it is swapped.
@@ -84,7 +92,8 @@ impl<R: ReadModel> Projection<R> {
         while !shutdown.is_cancelled() {
             let (generation, _) = live(&*store, R::NAME).await.map_err(|error| error.to_string())?;
             let swapped = shutdown.child_token();
-            let follows = self.subscription(generation).run(store.clone(), health.clone(), swapped.clone());
+            let subscription = self.subscription(generation).shared(self.instance.clone());
+            let follows = subscription.run(store.clone(), health.clone(), swapped.clone());
             let watches = async {
                 loop {
                     tokio::time::sleep(SWAP_TICK).await;

@@ -11,9 +11,11 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     backoff::Backoff,
     bus::{BusError, Message, Outgoing, Publisher, Receipt},
+    claim::Claim,
     event::{Position, Recorded, StreamId},
     handler::{Handler, HandlerError, Terminal},
     health::{Health, State},
+    instance::Instance,
     parking::ParkedKeys,
     saga::{Command, StepEvent, attribute},
     store::{EventStore, LogQuery},
@@ -117,6 +119,7 @@ impl Routes {
 pub struct Relay {
     routes: Routes,
     name: Arc<str>,
+    instance: Option<Instance>,
 }
 
 struct InFlight {
@@ -156,7 +159,13 @@ impl Handler for Republish {
 impl Relay {
     /// A relay under the name `<service>.relay`.
     pub fn new(routes: Routes) -> Self {
-        Self { name: format!("{}.relay", routes.service).into(), routes }
+        Self { name: format!("{}.relay", routes.service).into(), routes, instance: None }
+    }
+
+    /// Takes turns with the relays of other instances.
+    pub(crate) fn shared(mut self, instance: Option<Instance>) -> Self {
+        self.instance = instance;
+        self
     }
 
     /// Carries messages until `shutdown`, then waits for those in flight to be taken.
@@ -177,9 +186,10 @@ impl Relay {
             reconciled_at: Instant::now(),
             reporter: health.reporter(&self.name),
         };
+        let claim = Claim::new(self.instance.as_ref(), &self.name, 0);
         let mut backoff = Backoff::long();
         while !shutdown.is_cancelled() {
-            if let Err(trouble) = self.carry(&mut worker, &publisher, &shutdown, &mut backoff).await {
+            if let Err(trouble) = self.carry(&claim, &mut worker, &publisher, &shutdown, &mut backoff).await {
                 worker.reporter.trouble(trouble.to_string());
                 tokio::select! {
                     () = backoff.wait() => {}
@@ -194,13 +204,16 @@ impl Relay {
     /// Publishes from the checkpoint on. After an error, everything since the checkpoint is published again.
     async fn carry(
         &self,
+        claim: &Claim,
         worker: &mut Worker,
         publisher: &Arc<dyn Publisher>,
         shutdown: &CancellationToken,
         backoff: &mut Backoff,
     ) -> Result<(), Trouble> {
         let query = self.routes.query();
-        let mut cursor = Position(worker.lanes[0].load(&*worker.store).await?.unwrap_or(0));
+        let Some(checkpoint) = claim.turn(worker, shutdown).await? else { return Ok(()) };
+        let mut cursor = Position(checkpoint.unwrap_or(0));
+        claim.hold(worker, cursor.0).await?;
         worker.load_parked().await?;
         worker.reporter.fine();
         let mut in_flight: VecDeque<InFlight> = VecDeque::new();
@@ -208,9 +221,13 @@ impl Relay {
         let mut tick = tokio::time::interval(PARKED_TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            let stopping = shutdown.is_cancelled();
+            let stopping = shutdown.is_cancelled() || claim.has_ended();
             if stopping && in_flight.is_empty() {
-                return Ok(());
+                // Past what was not for the bus: nobody should see a lag where nothing is left to do.
+                if worker.lanes[0].next < cursor.0 {
+                    worker.checkpoint(cursor.0).await?;
+                }
+                break;
             }
             if !stopping {
                 patient_until = Instant::now() + LAST_RECEIPTS;
@@ -241,7 +258,8 @@ impl Relay {
                 taken = first_taken => {
                     let mut taken = Some(taken);
                     let mut next = None;
-                    while let (Some(outcome), Some(first)) = (taken.take(), in_flight.pop_front()) {
+                    while let Some(outcome) = taken.take() {
+                        let Some(first) = in_flight.pop_front() else { break };
                         if let Err(BusError::Refused { index, reason }) = &outcome
                             && let Some(event) = first.sources.get(*index)
                         {
@@ -268,10 +286,13 @@ impl Relay {
                     }
                 }
                 () = shutdown.cancelled(), if !stopping => {}
+                () = claim.ends(), if !stopping => {}
                 // Consumers of this process stop too; what nobody takes any more is published again at the next start.
-                () = tokio::time::sleep_until(patient_until), if stopping => return Ok(()),
+                () = tokio::time::sleep_until(patient_until), if stopping => break,
             }
         }
+        let next = worker.lanes[0].next;
+        Ok(claim.release(worker, next).await?)
     }
 
     /// The messages of these events, each with its event. What makes no message is parked, and its key behind it.

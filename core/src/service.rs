@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
+use futures::future::BoxFuture;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -12,6 +13,7 @@ use crate::{
     event::StreamId,
     handler::{Handler, HandlerError, Terminal},
     health::{Health, State},
+    instance::Instance,
     panic::caught,
     read_model::{Projection, ReadModel},
     relay::{Relay, Routes},
@@ -40,9 +42,8 @@ pub struct Service {
     parts: Vec<Part>,
 }
 
-type Part = Box<
-    dyn FnOnce(Health, CancellationToken) -> std::pin::Pin<Box<dyn Future<Output = Result<(), String>> + Send>> + Send,
->;
+type Part =
+    Box<dyn FnOnce(Option<Instance>, Health, CancellationToken) -> BoxFuture<'static, Result<(), String>> + Send>;
 
 impl Service {
     /// A service of this name on its store: its events go to topic `<name>.events`, its commands come from
@@ -90,7 +91,7 @@ impl Service {
         let index = Subscription::new(&format!("{name}.index"), Index).query(of_saga).linger(INDEX_PAUSE);
         self.subscriptions.extend([starter, index]);
         self.replies.push(Arc::new(runner.clone()));
-        self.parts.push(Box::new(|health, shutdown| Box::pin(runner.timers(health, shutdown))));
+        self.parts.push(Box::new(|_, health, shutdown| Box::pin(runner.timers(health, shutdown))));
         self
     }
 
@@ -103,7 +104,9 @@ impl Service {
     /// Keeps the views of a read model.
     pub fn project<R: ReadModel>(mut self, projection: Projection<R>) -> Self {
         let store = self.store.clone();
-        self.parts.push(Box::new(|health, shutdown| Box::pin(projection.run(store, health, shutdown))));
+        self.parts.push(Box::new(|instance, health, shutdown| {
+            Box::pin(projection.shared(instance).run(store, health, shutdown))
+        }));
         self
     }
 
@@ -142,6 +145,13 @@ pub struct Runtime {
     tasks: JoinSet<(String, Result<(), String>)>,
     shutdown: CancellationToken,
     health: Health,
+    /// The name under which it shares its stores with other processes.
+    shared_as: Option<String>,
+    /// What it is on each store.
+    instances: Vec<(Arc<dyn EventStore>, Instance)>,
+    heartbeats: JoinSet<()>,
+    /// Ends the heartbeats, once nothing is held any more.
+    leave: CancellationToken,
 }
 
 impl Default for Runtime {
@@ -153,7 +163,24 @@ impl Default for Runtime {
 impl Runtime {
     /// Nothing yet.
     pub fn new() -> Self {
-        Self { tasks: JoinSet::new(), shutdown: CancellationToken::new(), health: Health::default() }
+        Self {
+            tasks: JoinSet::new(),
+            shutdown: CancellationToken::new(),
+            health: Health::default(),
+            shared_as: None,
+            instances: Vec::new(),
+            heartbeats: JoinSet::new(),
+            leave: CancellationToken::new(),
+        }
+    }
+
+    /// Nothing yet, in one of several processes on the same store: it shares the lanes of the log with the others. Without
+    /// this, it takes all lanes at once, and whoever followed them before is fenced.
+    ///
+    /// `instance` is a name that no other process has at the same time. A process that crashed and is started again under
+    /// its name takes its lanes back at once; others get them when it has shown no sign of life for five seconds.
+    pub fn shared(instance: &str) -> Self {
+        Self { shared_as: Some(instance.to_owned()), ..Self::new() }
     }
 
     /// How the parts are doing.
@@ -172,35 +199,50 @@ impl Runtime {
     /// If the bus cannot be joined; then nothing is started.
     pub async fn start<B: Bus>(&mut self, services: Vec<Service>, bus: Arc<B>) -> Result<(), BusError> {
         let mut joined = Vec::new();
+        let home: Option<Arc<str>> = self.shared_as.as_deref().filter(|_| bus.is_local()).map(Arc::from);
         for service in services {
             let mut groups = Vec::new();
             if service.desk.is_some() || !service.replies.is_empty() {
                 let inbox = Inbox { replies: service.replies, desk: service.desk };
                 let topic = format!("{}.commands", service.name);
-                let group = Group::new(&topic, &[&topic], inbox).members(service.members);
+                let group = Group::new(&topic, &[&topic], inbox).members(service.members).at_home(home.clone());
                 groups.push((group.name().to_owned(), group.join(&*bus).await?));
             }
             for group in service.groups {
-                groups.push((group.name().to_owned(), group.join(&*bus).await?));
+                groups.push((group.name().to_owned(), group.at_home(home.clone()).join(&*bus).await?));
             }
             joined.push((service.name, service.store, service.routes, groups, service.subscriptions, service.parts));
         }
         for (name, store, routes, groups, subscriptions, parts) in joined {
-            let (health, shutdown) = (self.health(), self.shutdown());
+            let (health, shutdown, instance) = (self.health(), self.shutdown(), self.instance_on(&store));
             for (group_name, group) in groups {
                 self.spawn(group_name, group.run(store.clone(), health.clone(), shutdown.clone()));
             }
             for subscription in subscriptions {
                 let part = subscription.name().to_owned();
+                let subscription = subscription.shared(instance.clone());
                 self.spawn(part, subscription.run(store.clone(), health.clone(), shutdown.clone()));
             }
             for part in parts {
-                self.spawn(name.clone(), part(health.clone(), shutdown.clone()));
+                self.spawn(name.clone(), part(instance.clone(), health.clone(), shutdown.clone()));
             }
             let publisher: Arc<dyn Publisher> = bus.clone();
-            self.spawn(format!("{name}.relay"), Relay::new(routes).run(store, publisher, health, shutdown));
+            let relay = Relay::new(routes).shared(instance);
+            self.spawn(format!("{name}.relay"), relay.run(store, publisher, health, shutdown));
         }
         Ok(())
+    }
+
+    /// This process as it shows on a store, where it beats from then on.
+    fn instance_on(&mut self, store: &Arc<dyn EventStore>) -> Option<Instance> {
+        let name = self.shared_as.as_ref()?;
+        if let Some((_, instance)) = self.instances.iter().find(|(known, _)| Arc::ptr_eq(known, store)) {
+            return Some(instance.clone());
+        }
+        let instance = Instance::named(name);
+        self.heartbeats.spawn(instance.clone().run(store.clone(), self.health(), self.shutdown(), self.leave.clone()));
+        self.instances.push((store.clone(), instance.clone()));
+        Some(instance)
     }
 
     /// Starts a part of the user's own; it should end when [`shutdown`](Self::shutdown) does. An error or a panic of it
@@ -234,9 +276,13 @@ impl Runtime {
                 first_error.get_or_insert(error);
             }
         });
-        if joined.await.is_err() {
-            let left = self.tasks.len();
-            self.tasks.shutdown().await;
+        let in_time = joined.await.is_ok();
+        let left = self.tasks.len();
+        self.tasks.shutdown().await;
+        // Only now: until then it held lanes.
+        self.leave.cancel();
+        _ = tokio::time::timeout(patience, self.heartbeats.join_all()).await;
+        if !in_time {
             return Err(
                 first_error.unwrap_or_else(|| format!("{left} parts did not end within {patience:?} and were cut off"))
             );

@@ -8,9 +8,11 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     backoff::Backoff,
     bus::Message,
+    claim::Claim,
     event::Position,
     handler::Handler,
     health::Health,
+    instance::Instance,
     parking::ParkedKeys,
     store::{EventStore, LogQuery},
     worker::{BATCH_MAX, Item, Lane, PARKED_TICK, RetryPolicy, Stop, Worker},
@@ -33,6 +35,7 @@ pub struct Subscription {
     start: Start,
     retry: RetryPolicy,
     linger: Duration,
+    instance: Option<Instance>,
 }
 
 /// Where a subscription without a checkpoint begins.
@@ -57,6 +60,7 @@ impl Subscription {
             start: Start::Beginning,
             retry: RetryPolicy::default(),
             linger: Duration::ZERO,
+            instance: None,
         }
     }
 
@@ -88,6 +92,13 @@ impl Subscription {
     /// each key, and that nobody waits for. Not at all by default.
     pub fn linger(mut self, linger: Duration) -> Self {
         self.linger = linger;
+        self
+    }
+
+    /// Shares the lanes with other instances that follow the same log under the same name. Without one, this process takes
+    /// all of them.
+    pub(crate) fn shared(mut self, instance: Option<Instance>) -> Self {
+        self.instance = instance;
         self
     }
 
@@ -135,9 +146,10 @@ impl Subscription {
             reconciled_at: Instant::now(),
             reporter,
         };
+        let claim = Claim::new(self.instance.as_ref(), &self.name, lane);
         let mut backoff = Backoff::long();
         while !shutdown.is_cancelled() {
-            if let Err(stop) = self.follow_lane(lane, &mut worker, &shutdown).await {
+            if let Err(stop) = self.follow_lane(lane, &claim, &mut worker, &shutdown).await {
                 worker.reporter.trouble(stop.to_string());
                 tokio::select! {
                     () = backoff.wait() => {}
@@ -148,8 +160,15 @@ impl Subscription {
         health.set(&format!("{}/{lane}", self.name), crate::health::State::Stopped);
     }
 
-    async fn follow_lane(&self, lane: u32, worker: &mut Worker, shutdown: &CancellationToken) -> Result<(), Stop> {
-        let mut cursor = match worker.lanes[0].load(&*worker.store).await? {
+    async fn follow_lane(
+        &self,
+        lane: u32,
+        claim: &Claim,
+        worker: &mut Worker,
+        shutdown: &CancellationToken,
+    ) -> Result<(), Stop> {
+        let Some(checkpoint) = claim.turn(worker, shutdown).await? else { return Ok(()) };
+        let mut cursor = match checkpoint {
             Some(next) => Position(next),
             None => match self.start {
                 Start::Beginning => Position::START,
@@ -161,6 +180,7 @@ impl Subscription {
                 }
             },
         };
+        claim.hold(worker, cursor.0).await?;
         worker.load_parked().await?;
         worker.reporter.fine();
         let source: Arc<str> = worker.name.clone();
@@ -170,6 +190,9 @@ impl Subscription {
         let page_size = if self.linger.is_zero() { BATCH_MAX } else { LINGERING_BATCH_MAX };
         let mut last = None;
         loop {
+            if claim.has_ended() && !shutdown.is_cancelled() {
+                break;
+            }
             if shutdown.is_cancelled() {
                 // What is recorded by now is still handled, so that a drained service leaves nothing behind.
                 let last = match last {
@@ -224,13 +247,15 @@ impl Subscription {
                     }
                 }
                 () = shutdown.cancelled() => {}
+                () = claim.ends(), if !shutdown.is_cancelled() => {}
                 () = std::future::ready(()), if !caught_up => {}
             }
         }
         if worker.lanes[0].next < cursor.0 {
             worker.checkpoint(cursor.0).await?;
         }
-        Ok(())
+        let next = worker.lanes[0].next;
+        claim.release(worker, next).await
     }
 }
 

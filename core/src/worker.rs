@@ -54,10 +54,17 @@ impl RetryPolicy {
 /// The checkpoint of a lane of the log, or of a partition of a topic.
 #[derive(Clone, Debug)]
 pub(crate) struct Lane {
+    /// Of the checkpoint.
     pub key: DocumentKey,
+    /// What messages are parked under.
+    pub place: Arc<str>,
     pub version: i64,
     pub next: i64,
     pub incarnation: Option<Arc<str>>,
+    /// The instance that follows it, where several share the store.
+    pub holder: Option<Arc<str>>,
+    /// How often it was taken.
+    pub epoch: i64,
 }
 
 /// The body of a checkpoint document.
@@ -68,8 +75,18 @@ pub struct Checkpoint {
     /// The incarnation of the topic that the offset belongs to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub incarnation: Option<Arc<str>>,
+    /// The instance that follows the lane, where several share the store.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub holder: Option<Arc<str>>,
+    /// How often an instance has taken the lane.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub epoch: i64,
     /// When it was last moved.
     pub at: chrono::DateTime<Utc>,
+}
+
+fn is_zero(number: &i64) -> bool {
+    *number == 0
 }
 
 /// The collection of all checkpoints.
@@ -77,19 +94,20 @@ pub const CHECKPOINTS: &str = "checkpoint";
 
 impl Lane {
     pub fn new(id: &str, incarnation: Option<Arc<str>>) -> Self {
-        Self { key: DocumentKey::new(CHECKPOINTS, id), version: 0, next: 0, incarnation }
+        let key = DocumentKey::new(CHECKPOINTS, id);
+        Self { place: key.id.clone(), key, version: 0, next: 0, incarnation, holder: None, epoch: 0 }
     }
 
     /// Reads the checkpoint; `None` if there is none, or one of another incarnation.
     pub async fn load(&mut self, store: &dyn EventStore) -> Result<Option<i64>, StoreError> {
         let found = store.document(&self.key).await?;
         let Some(document) = found else {
-            self.version = 0;
+            (self.version, self.holder) = (0, None);
             return Ok(None);
         };
         let checkpoint: Checkpoint = serde_json::from_str(&document.body)
             .map_err(|error| StoreError::Corrupt(format!("document {}: {error}", self.key)))?;
-        self.version = document.version;
+        (self.version, self.holder, self.epoch) = (document.version, checkpoint.holder, checkpoint.epoch);
         if checkpoint.incarnation != self.incarnation {
             return Ok(None);
         }
@@ -103,7 +121,8 @@ impl Lane {
     }
 
     fn body(&self, next: i64) -> Arc<str> {
-        let checkpoint = Checkpoint { next, incarnation: self.incarnation.clone(), at: Utc::now() };
+        let (incarnation, holder) = (self.incarnation.clone(), self.holder.clone());
+        let checkpoint = Checkpoint { next, incarnation, holder, epoch: self.epoch, at: Utc::now() };
         serde_json::to_string(&checkpoint).unwrap_or_default().into()
     }
 }
@@ -147,7 +166,7 @@ enum Attempt {
 
 impl Worker {
     pub async fn load_parked(&mut self) -> Result<(), StoreError> {
-        let lanes: Vec<_> = self.lanes.iter().map(|lane| lane.key.id.clone()).collect();
+        let lanes: Vec<_> = self.lanes.iter().map(|lane| lane.place.clone()).collect();
         self.parked = self.parked.load(&*self.store, &lanes).await?;
         self.reconciled_at = Instant::now();
         Ok(())
@@ -336,7 +355,7 @@ impl Worker {
             }
         };
         let position = item.message.as_ref().map_or(0, |message| message.position.0);
-        let lane = self.lanes[item.lane].key.id.clone();
+        let lane = self.lanes[item.lane].place.clone();
         let place = parked.next_place(&item.key, &lane, position);
         let document = Parked {
             subscription: self.name.clone(),
@@ -391,15 +410,23 @@ impl Worker {
 
     /// Moves idle lanes to where the reader is, so that lag shows what is true and a restart does not read it all again.
     pub async fn checkpoint(&mut self, next: i64) -> Result<(), Stop> {
+        let behind = (0..self.lanes.len()).filter(|lane| self.lanes[*lane].is_before(next));
+        self.put_checkpoints(behind.map(|lane| (lane, next)).collect()).await
+    }
+
+    /// Writes the checkpoint of the only lane, whether it moved or not.
+    pub async fn put_checkpoint(&mut self, next: i64) -> Result<(), Stop> {
+        self.put_checkpoints(HashMap::from([(0, next)])).await
+    }
+
+    async fn put_checkpoints(&mut self, nexts: HashMap<usize, i64>) -> Result<(), Stop> {
         let mut work = Work::new(self.store.clone(), Stale::Nothing);
-        let behind: HashMap<usize, i64> =
-            (0..self.lanes.len()).filter(|lane| self.lanes[*lane].is_before(next)).map(|lane| (lane, next)).collect();
-        for index in behind.keys() {
+        for (index, next) in &nexts {
             let lane = &self.lanes[*index];
-            work.put_expecting(&lane.key, lane.version, Some(lane.body(next)), None);
+            work.put_expecting(&lane.key, lane.version, Some(lane.body(*next)), None);
         }
         match work.commit().await {
-            Ok(_) => self.moved(behind, self.parked.clone()),
+            Ok(_) => self.moved(nexts, self.parked.clone()),
             Err(CommitError::DocumentConflict { key, .. }) => return Err(Stop::Fenced(key)),
             Err(error) => return Err(Stop::Store(StoreError::Unavailable(error.to_string()))),
         }

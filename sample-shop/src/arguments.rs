@@ -1,12 +1,14 @@
 //! The command line.
 
 mod bus_url;
+mod quoted;
 mod store_url;
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{ffi::OsString, net::SocketAddr, path::PathBuf};
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum, builder::StyledStr, error::ContextValue};
 
+use self::quoted::quoted;
 pub use self::{
     bus_url::{BusUrl, BusUrlError},
     store_url::{StoreUrl, StoreUrlError},
@@ -27,8 +29,8 @@ const EXAMPLES: &str = "Examples:
       real orders, with a tenth too little stock
   sample-shop run --generate 10000 --seed 42 --store memory: --json
       the same orders and the same bad luck each time, and one line of JSON
-  sample-shop serve inventory --store postgres://shop@db/inventory --bus kafka://one:9092,two:9092
-  sample-shop drain --store postgres://shop@db/order --bus kafka://one:9092";
+  sample-shop drain
+      wait for what an earlier run has left under way in shop.db";
 
 /// A shop of four services (order, inventory, payment, notification) whose checkout is a saga.
 #[derive(Clone, Debug, Parser)]
@@ -39,13 +41,42 @@ pub struct Arguments {
     pub command: Command,
 }
 
+impl Arguments {
+    /// Reads a command line. An error quotes what was typed, but nothing of it that may be a password.
+    pub fn read(words: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<Self, clap::Error> {
+        Self::try_parse_from(words).map_err(|mut error| {
+            let said: Vec<_> = error.context().map(|(kind, value)| (kind, without_passwords(value))).collect();
+            for (kind, value) in said {
+                error.insert(kind, value);
+            }
+            error
+        })
+    }
+}
+
+fn without_passwords(value: &ContextValue) -> ContextValue {
+    let styled = |text: &StyledStr| {
+        let plain = text.to_string();
+        let quoted: Vec<_> = plain.split(' ').map(quoted).collect();
+        let quoted = quoted.join(" ");
+        if quoted == plain { text.clone() } else { StyledStr::from(quoted) }
+    };
+    match value {
+        ContextValue::String(text) => ContextValue::String(quoted(text)),
+        ContextValue::Strings(texts) => ContextValue::Strings(texts.iter().map(|text| quoted(text)).collect()),
+        ContextValue::StyledStr(text) => ContextValue::StyledStr(styled(text)),
+        ContextValue::StyledStrs(texts) => ContextValue::StyledStrs(texts.iter().map(styled).collect()),
+        other => other.clone(),
+    }
+}
+
 /// What the shop can do.
 #[derive(Clone, Debug, Subcommand)]
 pub enum Command {
     /// Run orders through the whole shop in this process, and say how they ended.
     #[command(after_help = EXAMPLES)]
     Run(Run),
-    /// Run one service, or all, until told to stop.
+    /// Not in this version: run one service, or all, until told to stop.
     Serve(Serve),
     /// Wait until every saga has ended, then print the summary.
     Drain(Drain),
@@ -57,9 +88,22 @@ pub struct Connection {
     /// Where events are kept: `memory:`, `sqlite:PATH` or `postgres://…`.
     #[arg(long, value_name = "URL", default_value = "sqlite:shop.db")]
     pub store: StoreUrl,
-    /// How services talk: `local:` or `kafka://host:port[,host:port]`.
+    /// How services talk: `local:`, that is inside this process. `kafka://host:port[,host:port]` is not in this version.
     #[arg(long, value_name = "URL", default_value = "local:")]
     pub bus: BusUrl,
+    /// The name of this process among several on one PostgreSQL. One that is started again under its name takes its share
+    /// of the work back at once [default: another one each time].
+    #[arg(long, value_name = "NAME", value_parser = instance)]
+    pub instance: Option<String>,
+}
+
+impl Connection {
+    /// Under which name this process shares the work; `None` if it has the store for itself.
+    pub fn shared_as(&self) -> Option<String> {
+        let is_shared = matches!(self.store, StoreUrl::Postgres(_));
+        let name = || format!("shop-{:08x}", fastrand::u32(..));
+        is_shared.then(|| self.instance.clone().unwrap_or_else(name))
+    }
 }
 
 /// How much is said.
@@ -134,7 +178,7 @@ pub struct Serve {
     /// Where events are kept: `memory:`, `sqlite:PATH` or `postgres://…`.
     #[arg(long, value_name = "URL")]
     pub store: StoreUrl,
-    /// How services talk: `local:` or `kafka://host:port[,host:port]`.
+    /// How services talk: `kafka://host:port[,host:port]`.
     #[arg(long, value_name = "URL")]
     pub bus: BusUrl,
     /// Answer HTTP here, such as 127.0.0.1:8080.
@@ -166,6 +210,14 @@ pub struct Drain {
     /// How much is said.
     #[command(flatten)]
     pub output: Output,
+}
+
+fn instance(text: &str) -> Result<String, String> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if text.is_empty() || text.len() > 100 || !text.chars().all(plain) {
+        return Err("an instance is named by up to 100 letters, digits, '-', '_' and '.'".into());
+    }
+    Ok(text.to_owned())
 }
 
 fn rate(text: &str) -> Result<f64, String> {

@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     inventory::StockEvent,
+    notification::NotificationEvent,
     order::{OrderEvent, ReturnEvent},
     payment::PaymentEvent,
     report::Units,
@@ -56,6 +57,8 @@ impl Books {
                     self.book_stock(event);
                 }
             }
+            // Nothing to book, but what cannot be read must not go unnoticed in this category either.
+            "notification" => _ = event.decode::<NotificationEvent>()?,
             _ => {}
         }
         Ok(())
@@ -97,7 +100,7 @@ pub struct Ledger {
 #[derive(Default)]
 struct State {
     books: Books,
-    /// Sagas that are under way.
+    /// Sagas that are under way, or about to start.
     open: HashMap<Arc<str>, Status>,
     ended: HashSet<Arc<str>>,
     waiting: HashMap<Arc<str>, Vec<oneshot::Sender<()>>>,
@@ -140,6 +143,16 @@ impl Ledger {
         Ok(())
     }
 
+    /// Books what came after the follower was told to stop.
+    pub async fn read_up(&self, store: &dyn EventStore) -> Result<(), StoreError> {
+        loop {
+            let position = self.position();
+            if self.read(store, position).await? == position {
+                return Ok(());
+            }
+        }
+    }
+
     /// Why the books cannot be kept any more.
     pub fn failed(&self) -> Option<String> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).failed.clone()
@@ -150,9 +163,14 @@ impl Ledger {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         for event in &page.events {
             if event.stream.category().starts_with("saga.") {
-                state.note(event);
-            } else if let Err(error) = state.books.book(event) {
-                return Err(StoreError::Corrupt(error.to_string()));
+                state.note(event)?;
+                continue;
+            }
+            state.books.book(event).map_err(|error| StoreError::Corrupt(error.to_string()))?;
+            match &*event.type_name {
+                "order.placed" => state.expect_saga("checkout", event.stream.id()),
+                "return.opened" => state.expect_saga("return", event.stream.id()),
+                _ => {}
             }
         }
         state.position = page.next;
@@ -182,7 +200,7 @@ impl Ledger {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).books.clone()
     }
 
-    /// How many sagas are under way, and how many of them are stuck.
+    /// How many sagas are under way or about to start, and how many of them are stuck.
     pub fn open(&self) -> (usize, usize) {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         (state.open.len(), state.open.values().filter(|status| **status == Status::Stuck).count())
@@ -190,12 +208,24 @@ impl Ledger {
 }
 
 impl State {
-    fn note(&mut self, event: &Recorded) {
-        let Ok(Glimpse { progress }) = serde_json::from_str(&event.data) else { return };
+    fn expect_saga(&mut self, saga: &str, id: &str) {
+        let saga: Arc<str> = saga_stream(saga, id).into();
+        if !self.ended.contains(&saga) {
+            self.open.entry(saga).or_insert(Status::Running);
+        }
+    }
+
+    fn note(&mut self, event: &Recorded) -> Result<(), StoreError> {
+        let Glimpse { progress } = serde_json::from_str(&event.data).map_err(|error| {
+            let Recorded { version, stream, position, type_name, .. } = event;
+            StoreError::Corrupt(format!(
+                "event {version} of stream {stream} (position {position}): {type_name} cannot be read: {error}"
+            ))
+        })?;
         let saga = event.stream.shared();
         if progress.ended.is_none() {
             self.open.insert(saga, progress.status);
-            return;
+            return Ok(());
         }
         match progress.status {
             // Abandoned: it stays among those an operator has to know of.
@@ -206,6 +236,7 @@ impl State {
             _ = waiting.send(());
         }
         self.ended.insert(saga);
+        Ok(())
     }
 }
 

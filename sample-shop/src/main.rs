@@ -9,20 +9,21 @@ use std::{
 use annals::{EventStore, MemoryStore};
 use annals_postgres::PostgresStore;
 use annals_sqlite::SqliteStore;
-use clap::Parser;
 use rust_decimal::Decimal;
 use sample_shop::{
     arguments::{Arguments, BusUrl, Command, Connection, Output, StoreUrl},
+    claim::Claim,
     input::{Demand, Invoices, Source},
     report::{self, Cancelled, Progress, Summary},
     run::{self, Outcome, Settings},
+    stop::Stop,
 };
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// How many rejected invoices are told one by one.
-const REJECTED_SHOWN: usize = 10;
+/// How many rejected invoices, or parked messages, are told one by one.
+const SHOWN_MAX: usize = 10;
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -34,7 +35,8 @@ async fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
-    match carry_out(Arguments::parse().command).await {
+    let arguments = Arguments::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
+    match carry_out(arguments.command).await {
         Ok(code) => code,
         Err(error) => {
             eprintln!("sample-shop: {error}");
@@ -44,6 +46,7 @@ async fn main() -> ExitCode {
 }
 
 async fn carry_out(command: Command) -> Result<ExitCode, Failure> {
+    let stop = Stop::on_signals()?;
     match command {
         Command::Run(arguments) => {
             let source = arguments.source()?;
@@ -55,8 +58,10 @@ async fn carry_out(command: Command) -> Result<ExitCode, Failure> {
                 seed: arguments.seed,
                 scarce: arguments.stock_factor.of(1_000_000) < 1_000_000,
                 input: name_of(&arguments.orders, arguments.seed, source.len()),
+                stop: stop.asked.clone(),
+                shared_as: arguments.connection.shared_as(),
             };
-            run_shop(&arguments.connection, &arguments.output, source, stock, settings).await
+            run_shop(&arguments.connection, &arguments.output, source, stock, settings, &stop).await
         }
         Command::Drain(arguments) => {
             if let StoreUrl::Sqlite(path) = &arguments.connection.store
@@ -72,8 +77,10 @@ async fn carry_out(command: Command) -> Result<ExitCode, Failure> {
                 seed: 0,
                 scarce: false,
                 input: "drain".into(),
+                stop: stop.asked.clone(),
+                shared_as: arguments.connection.shared_as(),
             };
-            run_shop(&arguments.connection, &arguments.output, source, Demand::new(), settings).await
+            run_shop(&arguments.connection, &arguments.output, source, Demand::new(), settings, &stop).await
         }
         Command::Serve(_) => Err("`serve` is not in this version: it comes with the Kafka bus. \
                                   `run` has all four services in one process."
@@ -131,17 +138,24 @@ async fn run_shop(
     source: Source,
     stock: Demand,
     settings: Settings,
+    stop: &Stop,
 ) -> Result<ExitCode, Failure> {
     let BusUrl::Local = &connection.bus else {
         return Err(format!("bus {}: this version has the local bus only (--bus local:)", connection.bus).into());
     };
     let store = Store::open(&connection.store).await?;
+    let _claim = Claim::on(&connection.store)?;
     let mut invoices = source.invoices()?;
     let progress = Progress::new(source.len(), output.quiet || output.json);
     let outcome = run::run(store.port(), stock, &mut invoices, settings, |_| progress.inc(1)).await;
     progress.finish();
     store.close().await?;
-    Ok(show(connection, output, &invoices, outcome?))
+    let outcome = outcome?;
+    if stop.asked.is_cancelled() {
+        eprintln!("{}", report::stopped(outcome.unfinished, &connection.store));
+        return Ok(stop.exit_code());
+    }
+    Ok(show(connection, output, &invoices, outcome))
 }
 
 fn show(connection: &Connection, output: &Output, invoices: &Invoices, outcome: Outcome) -> ExitCode {
@@ -150,13 +164,13 @@ fn show(connection: &Connection, output: &Output, invoices: &Invoices, outcome: 
         eprintln!("{}", report::rows(rows));
     }
     if outcome.repeated > 0 {
-        eprintln!("{} invoices were already in the store and were not handed in again.", outcome.repeated);
+        eprintln!("{}", report::repeated(outcome.repeated));
     }
-    for reason in outcome.rejected.iter().take(REJECTED_SHOWN) {
-        eprintln!("rejected: {reason}");
-    }
-    if outcome.rejected.len() > REJECTED_SHOWN {
-        eprintln!("and {} more were rejected", outcome.rejected.len() - REJECTED_SHOWN);
+    list("rejected", &outcome.rejected);
+    list("parked", &outcome.parked);
+    let useless = rows.malformed > 0 && rows.invoices() == 0;
+    if useless {
+        eprintln!("sample-shop: no order, return or adjustment could be made of any row");
     }
     let books = &outcome.books;
     let cancelled = |reason: &str| books.cancelled.get(reason).copied().unwrap_or(0);
@@ -171,6 +185,7 @@ fn show(connection: &Connection, output: &Output, invoices: &Invoices, outcome: 
         returns: books.returns,
         adjustments: books.adjustments.len() as u64,
         stuck: outcome.stuck,
+        parked: outcome.parked.len() as u64,
         charged: books.charged,
         refunded: books.refunded,
         units: books.units,
@@ -185,6 +200,19 @@ fn show(connection: &Connection, output: &Output, invoices: &Invoices, outcome: 
         eprintln!("sample-shop: the summary could not be written: {error}");
         return ExitCode::from(2);
     }
-    let sound = summary.stuck == 0 && summary.units.conserved() && books.charged >= Decimal::ZERO;
+    let sound = !useless
+        && summary.stuck == 0
+        && summary.parked == 0
+        && summary.units.conserved()
+        && books.charged >= Decimal::ZERO;
     if sound { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn list(what: &str, reasons: &[String]) {
+    for reason in reasons.iter().take(SHOWN_MAX) {
+        eprintln!("{what}: {reason}");
+    }
+    if reasons.len() > SHOWN_MAX {
+        eprintln!("and {} more {what}", report::grouped((reasons.len() - SHOWN_MAX) as u64));
+    }
 }

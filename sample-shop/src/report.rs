@@ -3,12 +3,15 @@
 mod histogram;
 mod number;
 mod progress;
+mod remarks;
 mod rows;
 mod summary;
 mod terminal;
 
 pub use self::{
+    number::grouped,
     progress::Progress,
+    remarks::{repeated, stopped},
     rows::rows,
     summary::{Cancelled, Summary, Units},
     terminal::Terminal,

@@ -6,7 +6,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use annals::{EventStore, ExecuteError, LocalBus, Runtime, StoreError, Tail, Transaction, event::named_id};
+use annals::{
+    DeadLetters, EventStore, ExecuteError, Health, LocalBus, Runtime, StoreError, Tail, Transaction, event::named_id,
+};
 use async_trait::async_trait;
 use futures::StreamExt;
 use hdrhistogram::Histogram;
@@ -15,6 +17,7 @@ use tokio::{
     sync::{Semaphore, watch},
     task::JoinSet,
 };
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
@@ -47,8 +50,12 @@ pub struct Settings {
     /// Whether stock may run out. Then who comes first matters: an invoice waits for the earlier ones that share a SKU
     /// with it, so that the result is that of handling them one by one, whatever the machine does.
     pub scarce: bool,
+    /// The name of this process, where several share the store.
+    pub shared_as: Option<String>,
     /// Names this input: stock is opened once for each.
     pub input: String,
+    /// Ends the run early: nothing more is handed in, and what is in hand is finished.
+    pub stop: CancellationToken,
 }
 
 /// What a run came to.
@@ -61,12 +68,16 @@ pub struct Outcome {
     pub repeated: u64,
     /// Sagas an operator has to look at.
     pub stuck: u64,
+    /// Orders and returns that were taken in and have not ended; only a run that was stopped leaves any.
+    pub unfinished: u64,
     /// From the first invoice to the last end.
     pub elapsed: Duration,
     /// From handing in an invoice to the end of its saga, in microseconds.
     pub latency_us: Histogram<u64>,
     /// Invoices that a service turned away, each with why.
     pub rejected: Vec<String>,
+    /// Messages that were set aside until somebody redrives them, each with why.
+    pub parked: Vec<String>,
 }
 
 /// Why a run stopped. What it did stays done: run it again, and it goes on.
@@ -136,7 +147,7 @@ pub async fn run(
     let counter = Counter::new(&store);
     let provider = SimulatedProvider::new(settings.seed, settings.decline_rate, TROUBLE_RATE);
     let customers = ImpatientCustomers { provider, counter: counter.clone(), cancel_rate: settings.cancel_rate };
-    let mut runtime = Runtime::new();
+    let mut runtime = settings.shared_as.as_deref().map_or_else(Runtime::new, Runtime::shared);
     let services = shop::all(&store, counter.clone(), Arc::new(customers));
     runtime.start(services, Arc::new(LocalBus::new(4))).await.map_err(|error| RunError::Runtime(error.to_string()))?;
     let ledger = Ledger::default();
@@ -146,7 +157,11 @@ pub async fn run(
     let tally = Tally { latency_us, sagas: 0, repeated: 0, rejected: Vec::new() };
     let stock = annals::Repository::new(store.clone());
     let shop = Shop { store, counter, stock, ledger: ledger.clone(), tally: Arc::new(Mutex::new(tally)) };
-    shop.open_stock(opening_stock, &settings.input).await?;
+    let stop = settings.stop;
+    tokio::select! {
+        opened = shop.open_stock(opening_stock, &settings.input) => opened?,
+        () = stop.cancelled() => {}
+    }
 
     let started = Instant::now();
     let slots = Arc::new(Semaphore::new(settings.concurrency));
@@ -160,9 +175,14 @@ pub async fn run(
             Err(ReadError::Row(_)) => continue,
             Err(ReadError::Input(error)) => return Err(error.into()),
         };
+        let slot = tokio::select! {
+            biased;
+            () = stop.cancelled() => break,
+            slot = slots.clone().acquire_owned() => slot,
+        };
+        let Ok(slot) = slot else { break };
         handed_in += 1;
         on_progress(handed_in);
-        let Ok(slot) = slots.clone().acquire_owned().await else { break };
         let turn = if settings.scarce { queues.join(&invoice) } else { Turn::default() };
         let shop = shop.clone();
         under_way.spawn(async move {
@@ -172,21 +192,52 @@ pub async fn run(
         });
         while under_way.try_join_next().is_some() {}
     }
-    while under_way.join_next().await.is_some() {}
-    wait_for_open_sagas(&shop).await?;
+    let all_end = async {
+        while under_way.join_next().await.is_some() {}
+        wait_for_open_sagas(&shop).await
+    };
+    tokio::select! {
+        ended = all_end => ended?,
+        () = stop.cancelled() => {}
+    }
     let elapsed = started.elapsed();
+    // Those who still wait for the end of their sagas.
+    under_way.shutdown().await;
+    let health = runtime.health();
     runtime.drain(PATIENCE).await.map_err(RunError::Runtime)?;
-    let (_, stuck) = ledger.open();
+    ledger.read_up(&*shop.store).await?;
+    let parked = parked(&shop.store, &health).await?;
+    let (open, stuck) = ledger.open();
     let mut tally = shop.tally();
     Ok(Outcome {
         books: ledger.books(),
         sagas: tally.sagas,
         repeated: tally.repeated,
         stuck: stuck as u64,
+        unfinished: (open - stuck) as u64,
         elapsed,
         latency_us: tally.latency_us.clone(),
         rejected: std::mem::take(&mut tally.rejected),
+        parked,
     })
+}
+
+/// What no part will try again by itself, whichever run it was set aside in.
+async fn parked(store: &Arc<dyn EventStore>, health: &Health) -> Result<Vec<String>, StoreError> {
+    // A part is a lane of a subscription, or a member of a group.
+    let parts = health.parts();
+    let subscriptions: BTreeSet<&str> = parts.keys().filter_map(|part| part.split(['/', '#']).next()).collect();
+    let (letters, mut parked) = (DeadLetters::new(store.clone()), Vec::new());
+    for subscription in subscriptions {
+        for letter in letters.list(subscription).await?.into_iter().filter(|letter| letter.retries_at.is_none()) {
+            let behind = match letter.behind {
+                0 => String::new(),
+                behind => format!(" ({behind} wait behind it)"),
+            };
+            parked.push(format!("{subscription}, {}: {}{behind}", letter.parked.key, letter.parked.reason));
+        }
+    }
+    Ok(parked)
 }
 
 /// Sagas that an earlier run left under way end too; those that are stuck wait for an operator.

@@ -52,6 +52,8 @@ pub enum OpenError {
 pub(crate) enum Fault {
     /// Another process was faster, or this one was chosen to end a deadlock. Nothing was written; look again.
     Race,
+    /// Somebody keeps a lock for longer than a group is worth waiting for. Nothing was written.
+    Held,
     /// A position is taken already: the sequence is behind the table.
     PositionTaken,
     /// The server does not take a value. Nothing was written.
@@ -69,6 +71,8 @@ const UNIQUE_VIOLATION: &str = "23505";
 const CHECK_VIOLATION: &str = "23514";
 const SERIALIZATION_FAILURE: &str = "40001";
 const DEADLOCK_DETECTED: &str = "40P01";
+const LOCK_NOT_AVAILABLE: &str = "55P03";
+const OUT_OF_MEMORY: &str = "53200";
 const PROGRAM_LIMIT_EXCEEDED: &str = "54000";
 const NUMBER_OUT_OF_RANGE: &str = "22003";
 const INSUFFICIENT_PRIVILEGE: &str = "42501";
@@ -101,6 +105,8 @@ pub(crate) fn fault(error: &sqlx::Error) -> Fault {
         UNIQUE_VIOLATION if error.constraint() == Some(POSITION_KEY) => Fault::PositionTaken,
         UNIQUE_VIOLATION if error.constraint().is_some_and(|name| RACED_KEYS.contains(&name)) => Fault::Race,
         SERIALIZATION_FAILURE | DEADLOCK_DETECTED | DOCUMENT_RACE => Fault::Race,
+        // Of shared memory, which means that all locks the server has are taken: half as many may do.
+        LOCK_NOT_AVAILABLE | OUT_OF_MEMORY => Fault::Held,
         // A number that somebody wrote by hand stands at its end.
         NUMBER_OUT_OF_RANGE => Fault::Unavailable,
         CHECK_VIOLATION | PROGRAM_LIMIT_EXCEEDED => Fault::Refused,
@@ -140,6 +146,7 @@ pub(crate) fn write_error(error: &sqlx::Error) -> CommitError {
         Fault::Refused => CommitError::Invalid(error.to_string()),
         Fault::Lost => CommitError::Unknown(error.to_string()),
         Fault::Race => CommitError::Unavailable(format!("other processes were faster each time: {error}")),
+        Fault::Held => CommitError::Unavailable(format!("another transaction stays in the way: {error}")),
         _ => CommitError::Unavailable(error.to_string()),
     }
 }

@@ -79,6 +79,19 @@ pub(crate) struct StreamState<'g> {
     /// Where it stands before the group. `None`: wherever.
     pub(crate) base: Option<i64>,
     steps: i64,
+    /// Something is written because of where it stands.
+    relied_on: bool,
+}
+
+impl StreamState<'_> {
+    /// Whether others must not write to it until this group is written, where they may only not pass it otherwise. `None`
+    /// where nothing depends on it: a commit that only looks is true of the moment of the look.
+    pub(crate) fn held(&self) -> Option<bool> {
+        match self.steps {
+            0 => self.relied_on.then_some(true),
+            _ => Some(false),
+        }
+    }
 }
 
 pub(crate) struct DocumentState<'g> {
@@ -132,7 +145,12 @@ impl<'g> Decision<'g> {
             streams: streams
                 .into_iter()
                 .enumerate()
-                .map(|(n, id)| StreamState { id, base: known.map(|known| known.streams[n]), steps: 0 })
+                .map(|(n, id)| StreamState {
+                    id,
+                    base: known.map(|known| known.streams[n]),
+                    steps: 0,
+                    relied_on: false,
+                })
                 .collect(),
             documents: documents
                 .into_iter()
@@ -180,6 +198,7 @@ impl<'g> Decision<'g> {
         for append in &commit.appends {
             let stream = streams[&append.stream];
             let state = &mut self.streams[stream];
+            state.relied_on |= commit.rows > 0 && append.expected != Expected::Any;
             for text in &append.events {
                 state.steps += 1;
                 let rank = self.events.len() + 1;

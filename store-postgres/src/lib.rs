@@ -29,6 +29,36 @@
 //! One task writes, on a connection of its own. It takes all commits that wait as one group, and makes one round trip and one
 //! transaction of them; a commit that comes alone waits for nobody. A conflict fails its own commit only. A group takes a
 //! second round trip where a commit in it expects a version that is not there.
+//!
+//! A commit that relies on a stream without writing to it keeps others from writing there until it holds, in whichever process
+//! they are. Nothing waits longer than half a second for a lock: then the commits that somebody's open transaction is in the
+//! way of are unavailable, and the others of their group go through. Rows that are inserted by hand take no part in this; call
+//! the function `append` of the schema instead.
+//!
+//! # Who may do what
+//!
+//! Whoever connects first must be allowed to create the schema, and owns it. Other roles get what they need from its function
+//! `grant_access`, as the owner:
+//!
+//! ```sql
+//! SELECT annals.grant_access('shop', 'writer');       -- a service: appends events, changes documents, reads everything
+//! SELECT annals.grant_access('oncall', 'operator');   -- changes documents: dead letters, checkpoints; reads everything
+//! SELECT annals.grant_access('reports', 'reader');    -- reads everything
+//! ```
+//!
+//! None of them may change or delete an event, set the sequence of positions back, or change the schema.
+//!
+//! # Behind a connection pooler
+//!
+//! In session mode a pooler makes no difference. Appending is one statement and leaves nothing behind in its session, so
+//! transaction mode can work, on these conditions; no test has run on it yet.
+//!
+//! - The pooler must know prepared statements: PgBouncer 1.21 or newer with `max_prepared_statements` above 50.
+//! - It must let the start parameter `options` go by (`ignore_startup_parameters = options`). What would be set by it is then
+//!   set for the role: `ALTER ROLE shop SET lock_timeout = '500ms'`, likewise `statement_timeout = '30s'`,
+//!   `plan_cache_mode = 'force_generic_plan'`, `enable_seqscan = off`, `jit = off`.
+//! - `LISTEN` does not work: events of other processes are noticed by looking, within a second. Those of the same process are
+//!   told as before.
 
 mod copied;
 mod error;

@@ -20,6 +20,9 @@ const ACQUIRE_SECONDS_MAX: u64 = 30;
 /// How long the server works on one group before it gives up: as behind somebody's lock on the whole table. The end of a
 /// statement by this is an answer; that of a connection is none.
 const GROUP_SECONDS_MAX: u64 = 30;
+/// How long a group waits for a lock. The transactions of other processes end much sooner; what takes longer is somebody's open
+/// transaction, and then those commits of the group that are not in its way must not wait with the one that is.
+const LOCK_MS_MAX: u64 = 500;
 /// Statements that each connection keeps prepared: all there are.
 const STATEMENTS_MAX: usize = 64;
 
@@ -152,9 +155,13 @@ impl Database {
 
     /// A connection for the writer.
     pub(crate) async fn writer(&self) -> Result<PgConnection, sqlx::Error> {
-        let seconds = format!("{GROUP_SECONDS_MAX}s");
-        let options =
-            self.options.clone().options([("statement_timeout", &*seconds), ("plan_cache_mode", "force_generic_plan")]);
+        let (statement, lock) = (format!("{GROUP_SECONDS_MAX}s"), format!("{LOCK_MS_MAX}ms"));
+        let options = self.options.clone().options([
+            ("statement_timeout", &*statement),
+            ("lock_timeout", &*lock),
+            ("default_transaction_isolation", "read committed"),
+            ("plan_cache_mode", "force_generic_plan"),
+        ]);
         options.connect().await
     }
 

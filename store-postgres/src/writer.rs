@@ -30,6 +30,8 @@ const GROUP_BYTES_MAX: usize = 8 << 20;
 const RACES_MAX: u32 = 4;
 /// How often a single commit is tried while other processes are faster: it loses one of these only to somebody who won.
 const RACES_ALONE_MAX: u32 = 50;
+/// How often a single commit is tried while somebody keeps a lock; a group is halved at once.
+const WAITS_ALONE_MAX: u32 = 3;
 /// An answer that takes longer than this will not come: the server gives up on a group after half of it.
 pub(crate) const ANSWER_SECONDS_MAX: u64 = 60;
 /// How long to wait after connecting failed: doubling between these.
@@ -144,7 +146,7 @@ impl Writer {
     }
 
     async fn attempt(&mut self, commits: &[Prepared]) -> Result<Vec<Outcome>, Failure> {
-        let (mut known, mut races) = (None, 0);
+        let (mut known, mut races, mut waits) = (None, 0, 0);
         loop {
             let decision = Decision::new(commits, known.as_ref());
             let mut connection = self.connect().await.map_err(Failure::OfAll)?;
@@ -192,6 +194,12 @@ impl Writer {
                     sleep(Duration::from_micros(fastrand::u64(0..500 << races.min(6)))).await;
                     known = None;
                 }
+                Fault::Held => {
+                    waits += 1;
+                    if commits.len() > 1 || waits > WAITS_ALONE_MAX {
+                        return Err(Failure::OfSome(write_error(&error)));
+                    }
+                }
                 Fault::Forbidden | Fault::Unavailable | Fault::Lost => return Err(Failure::OfAll(write_error(&error))),
             }
         }
@@ -233,6 +241,7 @@ pub(crate) async fn append(
     let query = sqlx::query(database.statements.append.clone())
         .bind(streams.iter().map(|stream| stream.id.as_str()).collect::<Vec<_>>())
         .bind(streams.iter().map(|stream| stream.base).collect::<Vec<_>>())
+        .bind(streams.iter().map(|stream| stream.held()).collect::<Vec<_>>())
         .bind(documents.iter().map(|document| &*document.key.collection).collect::<Vec<_>>())
         .bind(documents.iter().map(|document| &*document.key.id).collect::<Vec<_>>())
         .bind(documents.iter().map(|document| document.base).collect::<Vec<_>>())

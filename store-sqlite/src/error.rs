@@ -10,7 +10,7 @@ pub enum OpenError {
     /// The text is no `sqlite:PATH`.
     #[error("{url:?} is not a store URL of SQLite; write `sqlite:PATH`, such as `sqlite:shop.db`")]
     Url {
-        /// What was given.
+        /// What was given; only its scheme where it is a URL of something else, which may hold a password.
         url: String,
     },
     /// The path is a directory.
@@ -79,6 +79,16 @@ pub enum OpenError {
         /// What SQLite says.
         reason: String,
     },
+}
+
+impl OpenError {
+    pub(crate) fn without_password(url: &str) -> String {
+        match url.split_once(':') {
+            Some((scheme, _)) if scheme != "sqlite" => format!("{scheme}:…"),
+            None if url.contains('@') => "…".into(),
+            _ => url.into(),
+        }
+    }
 }
 
 /// What a failed statement means for those who wait for it.

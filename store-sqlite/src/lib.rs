@@ -98,7 +98,7 @@ impl SqliteStore {
         let path = url.strip_prefix("sqlite:").map(|path| path.strip_prefix("//").unwrap_or(path));
         match path {
             Some(path) if !path.is_empty() && path != ":memory:" => Self::open(path).await,
-            _ => Err(OpenError::Url { url: url.into() }),
+            _ => Err(OpenError::Url { url: OpenError::without_password(url) }),
         }
     }
 

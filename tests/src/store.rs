@@ -121,6 +121,7 @@ macro_rules! __store_suite {
             log: a_tailing_reader_sees_every_event_once_and_in_order;
             log: the_head_is_the_last_event;
             concurrency: of_many_writers_at_one_version_one_wins;
+            concurrency: a_commit_tells_where_its_events_stand;
             concurrency: conflicts_fail_alone;
             concurrency: counting_up_loses_nothing;
             concurrency: dropped_commits_are_whole_or_not_there;

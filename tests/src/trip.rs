@@ -216,10 +216,18 @@ impl World {
         self.start_on(&self.store, names).await
     }
 
+    /// A process that shares the world's own store with others.
+    pub async fn start_shared(&self, instance: &str, names: &[&str]) -> Runtime {
+        self.start_in(Runtime::shared(instance), &self.store, names).await
+    }
+
     /// A process with these services, on this store.
     pub async fn start_on(&self, store: &Arc<dyn EventStore>, names: &[&str]) -> Runtime {
+        self.start_in(Runtime::new(), store, names).await
+    }
+
+    async fn start_in(&self, mut runtime: Runtime, store: &Arc<dyn EventStore>, names: &[&str]) -> Runtime {
         let services = names.iter().map(|name| self.service(name, store)).collect();
-        let mut runtime = Runtime::new();
         runtime.start(services, self.bus.clone()).await.unwrap_or_else(|error| panic!("start: {error}"));
         runtime
     }

@@ -3,13 +3,16 @@
 
 mod postgres;
 
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
-use annals::{CommitError, EventStore, StreamId, Version};
+use annals::{CommitError, DocumentKey, EventStore, LogQuery, Position, Put, StreamId, Version};
 use annals_postgres::{OpenError, PostgresStore};
-use tokio::task::JoinSet;
+use tokio::{task::JoinSet, time::timeout};
 
-use self::postgres::{Schema, append, url, whole_log};
+use self::postgres::{Schema, append, load::Load, url, whole_log};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn of_many_writers_in_several_stores_one_wins() {
@@ -71,75 +74,90 @@ async fn stores_that_contend_for_many_streams_lose_nothing() {
     assert_dense(&schema.store().await).await;
 }
 
-async fn assert_dense(store: &PostgresStore) -> BTreeMap<String, i64> {
+async fn assert_dense(store: &PostgresStore) {
     let mut streams: BTreeMap<String, i64> = BTreeMap::new();
     for event in whole_log(store).await {
         let last = streams.entry(event.stream.to_string()).or_default();
         *last += 1;
         assert_eq!(event.version.0, *last, "{}", event.stream);
     }
-    streams
 }
 
-/// Whatever was acknowledged is there; whatever was not is there whole or not at all.
-#[tokio::test(flavor = "multi_thread")]
-async fn ended_sessions_lose_no_acknowledged_commit() {
-    const WRITERS: usize = 32;
-    const KILLS: usize = 30;
-    let schema = Schema::new();
+/// A URL under which the sessions of a test can be told from those of others.
+fn named(schema: &Schema) -> String {
     let separator = if url().contains('?') { '&' } else { '?' };
-    let named = format!("{}{separator}application_name={}", url(), schema.name());
-    let store = PostgresStore::connect(&named, schema.settings()).await.unwrap();
-    let (stop, stopped) = tokio::sync::watch::channel(false);
-    let mut writers = JoinSet::new();
-    for writer in 0..WRITERS {
-        let (store, stopped) = (store.clone(), stopped.clone());
-        writers.spawn(async move {
-            let (name, mut standing, mut unknown) = (format!("killed-{writer}"), 0, 0);
-            while !*stopped.borrow() {
-                match store.commit(append(&name, standing, 2)).await {
-                    Ok(committed) => standing = committed.versions[0].0,
-                    Err(CommitError::Unknown(_)) => unknown += 1,
-                    Err(CommitError::Unavailable(_)) => {}
-                    // What was not known before is known now.
-                    Err(CommitError::Conflict { actual, .. }) => {
-                        assert_eq!(actual.0, standing + 2, "{name}");
-                        standing = actual.0;
-                    }
-                    Err(other) => panic!("{other}"),
+    format!("{}{separator}application_name={}", url(), schema.name())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sessions_ended_every_50_ms_lose_no_acknowledged_commit() {
+    const ROUNDS: u32 = 60;
+    let schema = Schema::new();
+    let (url, settings) = (named(&schema), schema.settings());
+    let store = PostgresStore::connect(&url, settings.clone()).await.unwrap();
+    let load = Load::start(&store, &url, &settings, 32);
+    load.goes_on(10).await;
+    let before = load.acknowledged();
+    let mut outside = schema.connection().await;
+    let (mut every, mut ended) = (tokio::time::interval(Duration::from_millis(50)), 0);
+    for _ in 0..ROUNDS {
+        every.tick().await;
+        let sql = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = $1";
+        let of_round: i64 = sqlx::query_scalar(sql).bind(schema.name()).fetch_one(&mut outside).await.unwrap();
+        ended += of_round;
+    }
+    assert!(load.acknowledged() > before, "nothing got through between the ends");
+    let summary = load.ends_well(&mut outside, |sql| schema.sql(sql)).await;
+    assert!(
+        ended > i64::from(ROUNDS) && summary.unknown > 0,
+        "{ended} sessions ended, {summary:?}: this tested nothing"
+    );
+}
+
+/// Whoever asked goes away: each of its commits is there whole or not at all, and no transaction stays open.
+#[tokio::test(flavor = "multi_thread")]
+async fn ten_thousand_dropped_futures_leave_nothing_half_done() {
+    const TASKS: usize = 50;
+    const COMMITS: usize = 200;
+    let schema = Schema::new();
+    let store = PostgresStore::connect(&named(&schema), schema.settings()).await.unwrap();
+    let mut tasks = JoinSet::new();
+    for task in 0..TASKS {
+        let store = store.clone();
+        tasks.spawn(async move {
+            let mut acknowledged = Vec::new();
+            for number in 0..COMMITS {
+                let name = format!("dropped-{task}.{number}");
+                let mut commit = append(&name, 0, 2);
+                let key = DocumentKey::new("dropped", &*name);
+                commit.puts.push(Put { key: key.clone(), expected: Some(0), body: Some("{}".into()), due: None });
+                let asked = timeout(Duration::from_millis(1), store.commit(commit)).await;
+                if asked.is_ok_and(|outcome| outcome.is_ok()) {
+                    acknowledged.push(name);
                 }
+                // Readers go away too.
+                timeout(Duration::from_micros(300), store.documents(&[key])).await.ok();
+                timeout(Duration::from_micros(300), store.read_log(&LogQuery::all(), Position::START, 50)).await.ok();
             }
-            (name, standing, unknown)
+            acknowledged
         });
     }
-    let mut killer = schema.connection().await;
-    let mut killed = 0;
-    for _ in 0..KILLS {
-        let ended: i64 = sqlx::query_scalar(
-            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = $1",
-        )
-        .bind(schema.name())
-        .fetch_one(&mut killer)
-        .await
-        .unwrap();
-        killed += ended;
-        // Until it has written again.
-        let head = store.status().await.map_or(0, |status| status.head.0);
-        let _ = tokio::time::timeout(postgres::PROMPTLY, store.wait(annals::Position(head + 10))).await;
-    }
-    stop.send_replace(true);
-    let mut unknown = 0;
-    let acknowledged: Vec<_> = writers.join_all().await;
-    let found = assert_dense(&store).await;
-    for (name, standing, of_writer) in acknowledged {
-        let held = found.get(&name).copied().unwrap_or(0);
-        assert!(held == standing || held == standing + 2, "{name} stands at {held}; {standing} was acknowledged");
-        unknown += of_writer;
-    }
-    assert!(
-        killed > KILLS as i64 && unknown > 0,
-        "{killed} sessions ended, {unknown} outcomes unknown: this tested nothing"
-    );
+    let acknowledged = tasks.join_all().await.concat();
+    // Everything that was queued before this is done by now.
+    store.commit(append("last-1", 0, 1)).await.unwrap();
+    let mut outside = schema.connection().await;
+    let sql = "SELECT stream_id, count(*), (SELECT count(*) FROM annals.documents WHERE collection = 'dropped' AND id = stream_id)
+                 FROM annals.events WHERE stream_id LIKE 'dropped-%' GROUP BY stream_id";
+    let found: Vec<(String, i64, i64)> = sqlx::query_as(schema.sql(sql)).fetch_all(&mut outside).await.unwrap();
+    assert!(found.iter().all(|(_, events, documents)| (*events, *documents) == (2, 1)), "half a commit");
+    let found: BTreeSet<_> = found.into_iter().map(|(name, ..)| name).collect();
+    let lost: Vec<_> = acknowledged.iter().filter(|name| !found.contains(*name)).collect();
+    assert!(lost.is_empty(), "acknowledged and not there: {lost:?}");
+    assert!(acknowledged.len() < TASKS * COMMITS, "no future was dropped: this tested nothing");
+    let sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1 AND state LIKE 'idle in transaction%'";
+    let open: i64 = sqlx::query_scalar(sql).bind(schema.name()).fetch_one(&mut outside).await.unwrap();
+    assert_eq!(open, 0, "transactions left open");
+    assert_eq!(store.status().await.unwrap().waits_for, None);
 }
 
 #[tokio::test(flavor = "multi_thread")]

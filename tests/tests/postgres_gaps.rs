@@ -22,7 +22,7 @@ use self::postgres::{PROMPTLY, Schema, append, numbers, whole_log};
 /// Through the function that the store appends with.
 async fn append_within(connection: &mut PgConnection, schema: &Schema, stream: &str) -> i64 {
     let sql = "SELECT positions[1] FROM annals.append(
-        ARRAY[$1], ARRAY[NULL]::bigint[], '{}', '{}', '{}', '{}', '{}', '{}', '{}',
+        ARRAY[$1], ARRAY[NULL]::bigint[], '{f}', '{}', '{}', '{}', '{}', '{}', '{}', '{}',
         '{1}', '{1}', ARRAY[$1], '{1}', ARRAY[gen_random_uuid()], '{thing.happened}', '{1}', '{1}', '{\"{}\"}')";
     sqlx::query_scalar(schema.sql(sql)).bind(stream).fetch_one(connection).await.unwrap()
 }
@@ -278,4 +278,47 @@ async fn positions_are_drawn_under_the_lock() {
         writing.await.unwrap();
     }
     assert_eq!(whole_log(&store).await.len(), 3);
+}
+
+/// Two processes draw from one sequence at a time: a commit whose events are not one run must not say that they are.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_tells_of_one_run_only_where_it_is_one() {
+    const EVENTS: i64 = 400;
+    const ROUNDS: i64 = 40;
+    let schema = Schema::new();
+    let mut writers = JoinSet::new();
+    for writer in 0..4 {
+        let store = schema.store().await;
+        writers.spawn(async move {
+            let name = format!("run-{writer}");
+            let (mut told, mut silent) = (Vec::new(), 0);
+            for round in 0..ROUNDS {
+                let committed = store.commit(append(&name, round * EVENTS, EVENTS as usize)).await.unwrap();
+                match committed.recorded_at {
+                    Some(_) => told.push(committed.position.0),
+                    None => silent += 1,
+                }
+            }
+            (name, told, silent)
+        });
+    }
+    let (mut one_run, mut interleaved) = (0, 0);
+    let mut outside = schema.connection().await;
+    for (name, told, silent) in writers.join_all().await {
+        one_run += told.len();
+        interleaved += silent;
+        for last in told {
+            let sql =
+                "SELECT count(*) FROM annals.events WHERE position > $1 - $2 AND position <= $1 AND stream_id = $3";
+            let of_stream: i64 = sqlx::query_scalar(schema.sql(sql))
+                .bind(last)
+                .bind(EVENTS)
+                .bind(&name)
+                .fetch_one(&mut outside)
+                .await
+                .unwrap();
+            assert_eq!(of_stream, EVENTS, "{name} up to {last}");
+        }
+    }
+    assert!(one_run > 0 && interleaved > 0, "{one_run} runs, {interleaved} others: this tested nothing");
 }

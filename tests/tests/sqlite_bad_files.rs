@@ -179,10 +179,17 @@ async fn a_damaged_store() {
 
 #[tokio::test]
 async fn a_url_of_something_else() {
-    for url in ["postgres://localhost", "shop.db", "sqlite:", "sqlite://", "sqlite::memory:", ""] {
+    for url in ["shop.db", "sqlite:", "sqlite://", "sqlite::memory:", ""] {
         let error = SqliteStore::open_url(url).await.err().unwrap();
         assert_eq!(error, OpenError::Url { url: url.into() });
     }
+    // What may hold a password is not repeated.
+    for url in ["postgres://shop:secret@localhost", "postgres://shop:secret", "postgres://db?password=secret"] {
+        let error = SqliteStore::open_url(url).await.err().unwrap();
+        assert_eq!(error, OpenError::Url { url: "postgres:…".into() });
+    }
+    let error = SqliteStore::open_url("secret@localhost").await.err().unwrap();
+    assert!(!error.to_string().contains("secret"), "{error}");
 }
 
 /// What `touch` leaves, and what a crash leaves before anything was written.

@@ -1,5 +1,7 @@
 use std::{fmt, path::PathBuf, str::FromStr};
 
+use super::quoted::is_scheme;
+
 /// Where events are kept.
 #[derive(Clone, PartialEq, Eq)]
 pub enum StoreUrl {
@@ -26,6 +28,9 @@ pub enum StoreUrlError {
     /// Nothing follows `sqlite:`.
     #[error("sqlite: needs the path of a file, such as sqlite:shop.db")]
     Path,
+    /// What SQLite itself calls a database in memory. Here it would be a file of that name.
+    #[error("a store in memory is memory:, without sqlite in front")]
+    SqliteInMemory,
     /// No host follows `postgres:`.
     #[error("postgres: needs a host, such as postgres://user@host/database")]
     Host,
@@ -52,13 +57,15 @@ impl FromStr for StoreUrl {
             "memory" => Err(StoreUrlError::Memory),
             "sqlite" => match rest.strip_prefix("//").unwrap_or(rest) {
                 "" => Err(StoreUrlError::Path),
+                ":memory:" => Err(StoreUrlError::SqliteInMemory),
                 path => Ok(Self::Sqlite(path.into())),
             },
             "postgres" | "postgresql" => match rest.strip_prefix("//") {
                 None | Some("") => Err(StoreUrlError::Host),
                 Some(_) => Ok(Self::Postgres(text.to_owned())),
             },
-            other => Err(StoreUrlError::Scheme(other.to_owned())),
+            other if is_scheme(other) => Err(StoreUrlError::Scheme(other.to_owned())),
+            _ => Err(StoreUrlError::NoScheme),
         }
     }
 }
@@ -81,16 +88,24 @@ impl fmt::Debug for StoreUrl {
     }
 }
 
-/// Drops the parameters too: a password may be one of them.
+/// Drops the parameters too: a password may be one of them. Where it cannot be told where the password ends, nothing is
+/// shown but the scheme.
 fn without_password(url: &str) -> String {
-    let url = url.split(['?', '#']).next().unwrap_or_default();
-    let Some((scheme, rest)) = url.split_once("//") else { return String::new() };
-    // The last `@`: a password that was not encoded may hold one.
-    match rest.rsplit_once('@') {
-        None => url.to_owned(),
-        Some((user, host)) => {
-            let user = user.split(':').next().unwrap_or_default();
-            format!("{scheme}//{user}@{host}")
-        }
+    let scheme = url.split(':').next().unwrap_or_default();
+    let hidden = format!("{scheme}://…");
+    let (shown, parameters) = url.split_at(url.find(['?', '#']).unwrap_or(url.len()));
+    let Some((_, rest)) = shown.split_once("//") else { return hidden };
+    // The last `@`: a password that was not encoded may hold one, and may hold a `?` too.
+    let (user, host) = match rest.rsplit_once('@') {
+        Some((user, host)) => (user.split(':').next(), host),
+        None if parameters.contains('@') => return hidden,
+        None => (None, rest),
+    };
+    let port = host.split('/').next().unwrap_or_default().rsplit(']').next().unwrap_or_default().split_once(':');
+    if port.is_some_and(|(_, port)| !port.bytes().all(|b| b.is_ascii_digit())) {
+        // A user and a password without their host.
+        return hidden;
     }
+    let user = user.map(|user| format!("{user}@")).unwrap_or_default();
+    format!("{scheme}://{user}{host}")
 }

@@ -40,6 +40,11 @@ pub struct Rows {
 }
 
 impl Rows {
+    /// How many invoices came of them.
+    pub fn invoices(&self) -> u64 {
+        self.orders.invoices + self.returns.invoices + self.adjustments.invoices
+    }
+
     pub(super) fn became(&mut self, invoice: &Invoice) {
         let tally = match invoice {
             Invoice::Order { .. } => &mut self.orders,

@@ -1,7 +1,7 @@
 use rust_decimal::Decimal;
 
 /// With a comma every three digits: `368,150`, `-1,709`.
-pub(super) fn grouped(number: impl Into<i128>) -> String {
+pub fn grouped(number: impl Into<i128>) -> String {
     let number: i128 = number.into();
     let digits = number.unsigned_abs().to_string();
     let mut text = String::from(if number < 0 { "-" } else { "" });
@@ -30,6 +30,16 @@ pub(super) fn grouped_money(amount: Decimal) -> String {
     format!("{sign}{}.{decimals}", grouped(whole))
 }
 
+/// With a comma every three digits, and this many decimals.
+pub(super) fn grouped_decimal(number: f64, decimals: usize) -> String {
+    let text = format!("{number:.decimals$}");
+    let (whole, fraction) = text.split_once('.').unwrap_or((&text, ""));
+    match whole.parse::<i128>() {
+        Ok(whole) => format!("{}.{fraction}", grouped(whole)),
+        Err(_) => text,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -42,6 +52,14 @@ mod tests {
             assert_eq!(grouped(number), text);
         }
         assert_eq!(grouped(u64::MAX), "18,446,744,073,709,551,615");
+    }
+
+    #[test]
+    fn decimals_stay() {
+        for (number, text) in [(0.0, "0.00"), (1.006, "1.01"), (999.999, "1,000.00"), (1_234_567.8, "1,234,567.80")] {
+            assert_eq!(grouped_decimal(number, 2), text);
+        }
+        assert_eq!(grouped_decimal(f64::INFINITY, 2), "inf");
     }
 
     #[test]

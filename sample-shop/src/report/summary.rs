@@ -8,7 +8,7 @@ use serde_json::value::RawValue;
 
 use super::{
     histogram,
-    number::{grouped, grouped_money, money},
+    number::{grouped, grouped_decimal, grouped_money, money},
     terminal::Terminal,
 };
 
@@ -27,6 +27,8 @@ pub struct Summary {
     pub adjustments: u64,
     /// Sagas that need a person.
     pub stuck: u64,
+    /// Messages that were set aside until a person has them tried again.
+    pub parked: u64,
     /// All that was charged, with what was refunded later.
     pub charged: Decimal,
     /// All that was refunded.
@@ -147,11 +149,14 @@ impl Summary {
         if self.stuck > 0 {
             let _ = writeln!(text, "{}", terminal.bad(&format!("✗ {} stuck", grouped(self.stuck))));
         }
+        if self.parked > 0 {
+            let _ = writeln!(text, "{}", terminal.bad(&format!("✗ {} parked", grouped(self.parked))));
+        }
         let _ = writeln!(
             text,
-            "\n{} sagas in {:.3} s, {} a second",
+            "\n{} sagas in {} s, {} a second",
             grouped(self.sagas),
-            self.elapsed.as_secs_f64(),
+            grouped_decimal(self.elapsed.as_secs_f64(), 3),
             // Whole ones: a fraction of a saga a second tells nobody anything, except where there are few.
             if self.sagas_per_second() < 10.0 {
                 format!("{:.1}", self.sagas_per_second())
@@ -161,8 +166,10 @@ impl Summary {
         );
         let _ = writeln!(text, "store {}, bus {}", self.store, self.bus);
         if !self.latency_us.is_empty() {
-            let [p50, p95, p99] = [0.50, 0.95, 0.99].map(|quantile| self.millis(quantile).1);
-            let _ = writeln!(text, "\nlatency: p50 {p50:.1} ms, p95 {p95:.1} ms, p99 {p99:.1} ms");
+            let [p50, p95, p99] = [0.50, 0.95, 0.99].map(|quantile| grouped_decimal(self.millis(quantile).1, 1));
+            let latency = format!("latency: p50 {p50} ms, p95 {p95} ms, p99 {p99} ms");
+            let fits = latency.chars().count() <= usize::from(terminal.width);
+            let _ = writeln!(text, "\n{}", if fits { latency } else { latency.replace(", ", "\n         ") });
             text.push_str(&histogram::draw(&self.latency_us, terminal));
         }
         text

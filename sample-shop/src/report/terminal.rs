@@ -14,7 +14,7 @@ const REDIRECTED_WIDTH: u16 = 80;
 /// A wide terminal is not filled: numbers far from their names are hard to read.
 const WIDTH_MAX: u16 = 100;
 /// Narrower than this nothing can be laid out; what is written then wraps.
-const WIDTH_MIN: u16 = 50;
+const WIDTH_MIN: u16 = 40;
 
 impl Terminal {
     /// A file or a pipe.

@@ -48,15 +48,19 @@ CREATE INDEX documents_due ON annals.documents (collection, due, id) WHERE due I
 -- matter. Where a guess is wrong, nothing is written, `positions` is NULL, and the caller decides again from the versions
 -- given back. So versions are checked before positions are drawn, and a conflict burns none.
 --
--- Another process may pass the same check at the same time. Then the unique key of streams, or the key or count of documents,
--- fails the whole call, and the caller tries again. Streams and documents come in byte order, so that two such calls wait for
--- each other in one direction only.
+-- Another process may pass the same check at the same time. Where both write the same thing, the unique key of streams, or the
+-- key or count of documents, fails the whole call, and the caller tries again. Where one writes what the other only looked at,
+-- no key would notice, and each could decide on what the other is about to change. So whoever writes to a stream shares its
+-- gate with all who write, and who relies on a stream without writing to it (`held`) has the gate for itself. All gates are
+-- taken before anything is looked at. There are 1,024 of them for all streams together: a lock for each stream of a large
+-- group would fill the lock table of the server. Gates, streams and documents come in one order, so that two such calls wait
+-- for each other in one direction only.
 --
 -- `ranks` is the place of each event in log order within the call, from 1; `steps` count on from where a stream or document
 -- stands, or from 0 for a document that is `fresh`: removed before within the group. A document without a step is only
 -- checked; one without a body is removed.
 CREATE FUNCTION annals.append(
-    streams text[], stream_guesses bigint[],
+    streams text[], stream_guesses bigint[], held boolean[],
     collections text[], ids text[], document_guesses bigint[], fresh boolean[], document_steps bigint[], bodies text[],
     dues timestamptz[],
     ranks int[], event_streams int[], stream_ids text[], event_steps bigint[], event_ids uuid[], types text[],
@@ -67,10 +71,30 @@ LANGUAGE plpgsql AS $body$
 #variable_conflict use_column
 DECLARE
     hold boolean;
+    -- What takes a gate gives nothing back, and an expression must put it somewhere.
+    nothing text;
     written bigint;
     expected bigint;
     last timestamptz;
 BEGIN
+    -- With any other, what follows would look at the time before the gates were taken.
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'annals: appending needs isolation level read committed' USING ERRCODE = 'AN003';
+    END IF;
+    IF cardinality(append.streams) = 1 AND NOT append.held[1] THEN
+        -- What comes most often when there is little to do: an expression, since no plan need be started for that.
+        nothing := pg_advisory_xact_lock_shared(
+            'annals.events'::regclass::oid::int, (hashtextextended(append.streams[1], 0) & 1023)::int);
+    ELSE
+        PERFORM CASE WHEN g.held THEN pg_advisory_xact_lock('annals.events'::regclass::oid::int, g.gate)
+                     ELSE pg_advisory_xact_lock_shared('annals.events'::regclass::oid::int, g.gate) END
+           FROM (SELECT (hashtextextended(w.stream, 0) & 1023)::int AS gate, w.held
+                   FROM unnest(append.streams, append.held) AS w (stream, held)
+                  WHERE w.held IS NOT NULL
+                  ORDER BY gate, w.held DESC
+                 OFFSET 0) AS g;
+    END IF;
+
     -- binds: streams, stream_guesses; index: events_stream_version, one seek a stream
     SELECT coalesce(array_agg(s.standing ORDER BY s.n), '{}'), coalesce(bool_and(s.guess IS NULL OR s.guess = s.standing), true)
       INTO stream_versions, hold
@@ -181,18 +205,62 @@ SELECT regexp_replace(id, '/[^/]*$', '')        AS subscription,
        (SELECT coalesce(max(e.position), 0) AS position FROM annals.events AS e WHERE e.position <= (SELECT annals.drawn())) AS head
  WHERE collection = 'checkpoint';
 
--- A parked key by its first message. Ids are `<key> #<number of 19 digits>`.
+-- A parked key of a lane by its first message. Ids begin with the key and go on with a number of fixed length, so their order is
+-- that of the messages.
 CREATE VIEW annals.dead_letters AS
 SELECT id, subscription, key, reason, attempts, parked_at, message, behind
   FROM (SELECT id,
                substr(collection, 8)                    AS subscription,
-               regexp_replace(id, ' #[0-9]+$', '')      AS key,
+               body ->> 'key'                           AS key,
                body ->> 'reason'                        AS reason,
                (body ->> 'attempts')::int               AS attempts,
                (body ->> 'parked_at')::timestamptz      AS parked_at,
                body -> 'message'                        AS message,
-               row_number() OVER (PARTITION BY collection, regexp_replace(id, ' #[0-9]+$', '') ORDER BY id) AS place,
-               count(*) OVER (PARTITION BY collection, regexp_replace(id, ' #[0-9]+$', '')) - 1 AS behind
+               row_number() OVER (PARTITION BY collection, body ->> 'key', body ->> 'lane' ORDER BY id) AS place,
+               count(*) OVER (PARTITION BY collection, body ->> 'key', body ->> 'lane') - 1 AS behind
           FROM annals.documents
          WHERE collection LIKE 'parked.%') AS parked
  WHERE place = 1;
+
+-- Brings the sequence past the events that stand beyond it, as after a restore of the table alone. Positions beyond 2^62 are left
+-- out of this: no log gets there, so they were put in by hand, and following them would leave no position to draw. With the
+-- rights of the owner, because whoever may set a sequence may also set it back.
+CREATE FUNCTION annals.advance() RETURNS void LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+    -- index: events_position_key
+    SELECT setval('annals.events_position', top.position)
+      FROM (SELECT max(position) AS position FROM annals.events WHERE position < (1::bigint << 62)) AS top
+     WHERE top.position > (SELECT annals.drawn())
+$body$;
+
+-- Nobody but the owner of the schema has any access, until it is granted:
+--
+--   reader    reads everything: for reports, and for those who follow the log elsewhere
+--   operator  also changes documents: redrives and drops dead letters, moves checkpoints; writes no events
+--   writer    also appends events: what a service needs
+--
+-- The role must exist. Granting again changes nothing.
+REVOKE EXECUTE ON FUNCTION annals.append, annals.drawn, annals.advance, annals.refuse_change FROM PUBLIC;
+
+CREATE FUNCTION annals.grant_access(role name, access text) RETURNS void LANGUAGE plpgsql AS $body$
+BEGIN
+    IF access NOT IN ('reader', 'operator', 'writer') THEN
+        RAISE EXCEPTION 'annals: access is reader, operator or writer, not %', access USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    EXECUTE format(
+        'GRANT USAGE ON SCHEMA %s TO %I',
+        (SELECT c.relnamespace::regnamespace FROM pg_class AS c WHERE c.oid = 'annals.events'::regclass), role);
+    EXECUTE format(
+        'GRANT SELECT ON annals.events, annals.documents, annals.migrations, annals.events_position, annals.sagas, '
+        'annals.checkpoints, annals.dead_letters TO %I', role);
+    EXECUTE format('GRANT EXECUTE ON FUNCTION annals.drawn, annals.advance TO %I', role);
+    IF access IN ('operator', 'writer') THEN
+        EXECUTE format('GRANT EXECUTE ON FUNCTION annals.append TO %I', role);
+        EXECUTE format('GRANT INSERT, UPDATE, DELETE ON annals.documents TO %I', role);
+    END IF;
+    IF access = 'writer' THEN
+        EXECUTE format('GRANT INSERT ON annals.events TO %I', role);
+        EXECUTE format('GRANT USAGE ON SEQUENCE annals.events_position TO %I', role);
+    END IF;
+END
+$body$;
+REVOKE EXECUTE ON FUNCTION annals.grant_access FROM PUBLIC;

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use annals::{Commit, CommitError, EventStore};
 use tokio::task::JoinSet;
 
-use super::{StoreUnderTest, append, appending, assert_conflict, at, key, numbered, put, putting, whole_stream};
+use super::{
+    StoreUnderTest, append, appending, assert_conflict, at, key, numbered, put, putting, whole_log, whole_stream,
+};
 
 /// And each of the others learns where the stream stands.
 pub async fn of_many_writers_at_one_version_one_wins<T: StoreUnderTest>() {
@@ -22,6 +24,40 @@ pub async fn of_many_writers_at_one_version_one_wins<T: StoreUnderTest>() {
         assert_conflict(outcome, "a-1", 0, 1);
     }
     assert_eq!(whole_stream(&*store, "a-1").await.len(), 1);
+}
+
+/// Whoever follows the log may take a commit's own word for where its events stand, where it says when they were recorded.
+pub async fn a_commit_tells_where_its_events_stand<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    let mut writers = JoinSet::new();
+    for writer in 0..16 {
+        let store = store.clone();
+        writers.spawn(async move {
+            let mut told = Vec::new();
+            for round in 0..10 {
+                let names = ["left", "right"].map(|side| format!("{side}-{writer}"));
+                let appends = names.clone().map(|name| append(&name, at(round * 2), numbered(2)));
+                told.push((names, store.commit(appending(appends)).await.unwrap()));
+            }
+            told
+        });
+    }
+    let told = writers.join_all().await.into_iter().flatten().collect::<Vec<_>>();
+    let log = whole_log(&*store).await;
+    for (names, committed) in told {
+        let end = log.iter().position(|event| event.position == committed.position).unwrap() + 1;
+        let found = &log[end - 4..end];
+        let Some(recorded_at) = committed.recorded_at else { continue };
+        assert!(found.iter().all(|event| event.recorded_at == recorded_at), "{recorded_at}: {found:?}");
+        let expected =
+            names.iter().zip(&committed.versions).flat_map(|(name, last)| [(name, last.0 - 1), (name, last.0)]);
+        let first = committed.position.0 - 3;
+        for (event, ((name, version), position)) in found.iter().zip(expected.zip(first..)) {
+            let found = (event.stream.as_str(), event.version.0, event.position.0);
+            assert_eq!(found, (&**name, version, position));
+        }
+    }
 }
 
 /// Commits that share a round trip do not share their fate.

@@ -1,6 +1,10 @@
 //! A PostgreSQL to test on: a schema for each test, gone after it.
 #![allow(dead_code)]
 
+pub mod load;
+#[cfg(target_os = "linux")]
+pub mod server;
+
 use std::{sync::Arc, time::Duration};
 
 use annals::{
@@ -44,6 +48,14 @@ impl Drop for Owned {
                 sqlx::raw_sql("SET lock_timeout = '2s'").execute(&mut connection).await?;
                 let sql = format!("DROP SCHEMA IF EXISTS {name} CASCADE");
                 sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut connection).await?;
+                let roles: Vec<String> =
+                    sqlx::query_scalar("SELECT rolname::text FROM pg_roles WHERE starts_with(rolname, $1 || '_')")
+                        .bind(&name)
+                        .fetch_all(&mut connection)
+                        .await?;
+                for role in roles {
+                    sqlx::raw_sql(AssertSqlSafe(format!("DROP ROLE {role}"))).execute(&mut connection).await?;
+                }
                 connection.close().await
             })
         });
@@ -74,6 +86,11 @@ impl Schema {
     /// A name for a prepared transaction, which is rolled back after the test if it is still there.
     pub fn prepared(&self) -> String {
         format!("{}-{}", self.name(), Uuid::new_v4().simple())
+    }
+
+    /// A name for a role, which is dropped after the test.
+    pub fn role(&self, name: &str) -> String {
+        format!("{}_{name}", self.name())
     }
 
     /// A connection of its own, beside the store.

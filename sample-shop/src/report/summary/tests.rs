@@ -12,6 +12,7 @@ fn summary() -> Summary {
         returns: 333,
         adjustments: 154,
         stuck: 0,
+        parked: 0,
         charged: Decimal::new(83_977_222, 2),
         refunded: Decimal::new(758_645, 1),
         units: Units {
@@ -96,21 +97,38 @@ fn the_summary_for_a_person_reads_so() {
 
 #[test]
 fn the_summary_fits_the_terminal() {
-    for width in [50, 60, 80, 100] {
-        for line in summary().human_on(Terminal::new(width, false)).lines() {
-            assert!(line.chars().count() <= usize::from(width), "{width}: {line}");
+    let mut slow = summary();
+    slow.latency_us.record_n(599_000_000, 1_234_567).expect("it resizes");
+    slow.elapsed = Duration::from_secs(3_600);
+    for summary in [summary(), slow] {
+        for width in [40, 41, 50, 60, 80, 100] {
+            for line in summary.human_on(Terminal::new(width, false)).lines() {
+                assert!(line.chars().count() <= usize::from(width), "{width}: {line}");
+            }
         }
     }
-    assert_eq!(Terminal::new(10, false).width, 50);
+    assert_eq!(Terminal::new(10, false).width, 40);
     assert_eq!(Terminal::new(300, false).width, 100);
 }
 
 #[test]
+fn long_times_are_grouped_too() {
+    let mut slow = Summary { elapsed: Duration::from_millis(1_234_567), ..summary() };
+    slow.latency_us.record_n(2_500_000, 1_000).expect("it resizes");
+    let text = slow.human_on(Terminal::REDIRECTED);
+    assert!(text.contains("1,928 sagas in 1,234.567 s, 1.6 a second"), "{text}");
+    assert!(text.contains("latency: p50 2,500.6 ms, "), "{text}");
+}
+
+#[test]
 fn only_a_terminal_gets_colours() {
-    let faulty = Summary { stuck: 2, units: Units { reserved: 3, ..summary().units }, ..summary() };
+    let faulty = Summary { stuck: 2, parked: 1_000, units: Units { reserved: 3, ..summary().units }, ..summary() };
     let plain = faulty.human_on(Terminal::REDIRECTED);
     assert!(!plain.contains('\x1b'));
-    assert!(plain.contains("\n✗ units not conserved:\n  0 unexplained, 3 still reserved\n✗ 2 stuck\n"), "{plain}");
+    assert!(
+        plain.contains("\n✗ units not conserved:\n  0 unexplained, 3 still reserved\n✗ 2 stuck\n✗ 1,000 parked\n"),
+        "{plain}"
+    );
     let coloured = faulty.human_on(Terminal::new(80, true));
     assert!(coloured.contains("\x1b[1;31m✗ 2 stuck\x1b[0m"), "{coloured}");
     assert!(summary().human_on(Terminal::new(80, true)).contains("\x1b[32m✓ units conserved\x1b[0m"));

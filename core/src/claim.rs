@@ -1,0 +1,87 @@
+//! A lane of the log that instances take turns at.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    instance::Instance,
+    worker::{Stop, Worker},
+};
+
+/// How often a lane is looked at whose holder is to let go of it.
+const HANDOVER_TICK: Duration = Duration::from_millis(200);
+
+/// Whether to follow a lane: always, where a process is alone on its store.
+#[derive(Clone)]
+pub(crate) struct Claim {
+    instance: Option<Instance>,
+    subscription: Arc<str>,
+    lane: u32,
+}
+
+impl Claim {
+    pub fn new(instance: Option<&Instance>, subscription: &Arc<str>, lane: u32) -> Self {
+        if let Some(instance) = instance {
+            instance.follow(subscription);
+        }
+        Self { instance: instance.cloned(), subscription: subscription.clone(), lane }
+    }
+
+    /// Waits until it is this instance's turn and nobody who is alive holds the lane; then `worker` has read its checkpoint,
+    /// and takes it with its next commit or [`hold`](Claim::hold). `None` at shutdown.
+    pub async fn turn(&self, worker: &mut Worker, shutdown: &CancellationToken) -> Result<Option<Option<i64>>, Stop> {
+        let Some(instance) = &self.instance else { return Ok(Some(worker.lanes[0].load(&*worker.store).await?)) };
+        loop {
+            if !instance.has_turn(&self.subscription, self.lane) {
+                worker.reporter.elsewhere("it is another instance's turn");
+            }
+            tokio::select! {
+                () = instance.turns(&self.subscription, self.lane, true) => {}
+                () = shutdown.cancelled() => return Ok(None),
+            }
+            let next = worker.lanes[0].load(&*worker.store).await?;
+            match worker.lanes[0].holder.clone() {
+                Some(holder) if holder != *instance.name() && instance.is_alive(&holder) => {
+                    worker.reporter.elsewhere(&format!("{holder} has not let go of it yet"));
+                }
+                _ => return Ok(Some(next)),
+            }
+            tokio::select! {
+                () = tokio::time::sleep(HANDOVER_TICK) => {}
+                () = shutdown.cancelled() => return Ok(None),
+            }
+        }
+    }
+
+    /// Takes the lane where it stands: whoever held it before is fenced.
+    pub async fn hold(&self, worker: &mut Worker, next: i64) -> Result<(), Stop> {
+        let Some(instance) = &self.instance else { return Ok(()) };
+        let lane = &mut worker.lanes[0];
+        lane.holder = Some(instance.name().clone());
+        lane.epoch += 1;
+        worker.put_checkpoint(next).await
+    }
+
+    /// Lets go of the lane, so that the next one need not wait until this instance is given up.
+    pub async fn release(&self, worker: &mut Worker, next: i64) -> Result<(), Stop> {
+        if self.instance.is_none() {
+            return Ok(());
+        }
+        worker.lanes[0].holder = None;
+        worker.put_checkpoint(next).await
+    }
+
+    /// Resolves when it is another instance's turn.
+    pub async fn ends(&self) {
+        match &self.instance {
+            Some(instance) => instance.turns(&self.subscription, self.lane, false).await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Whether it is another instance's turn.
+    pub fn has_ended(&self) -> bool {
+        self.instance.as_ref().is_some_and(|instance| !instance.has_turn(&self.subscription, self.lane))
+    }
+}

@@ -1,0 +1,269 @@
+//! Several processes that share a store: who is alive, and whose turn it is at which lane.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+use tokio::{
+    sync::{Notify, watch},
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    commit::{COMMIT_ROWS_MAX, Commit, CommitError, Document, DocumentKey, Put},
+    health::Health,
+    store::{EventStore, Scan},
+    worker::CHECKPOINTS,
+};
+
+/// The collection in which instances show that they are alive.
+pub(crate) const INSTANCES: &str = "instance";
+/// How often they do.
+pub(crate) const HEARTBEAT: Duration = Duration::from_secs(1);
+/// Heartbeats in a row that an instance may miss before its lanes are given to others.
+const MISSED_MAX: u32 = 5;
+/// After so many, what it left behind is removed.
+const FORGOTTEN: u32 = 600;
+/// The most instances on one store.
+const INSTANCES_MAX: usize = 1_000;
+/// Checkpoints looked at for what a forgotten instance left.
+const CHECKPOINTS_MAX: usize = 10_000;
+
+/// One process among several that follow the same log.
+///
+/// Each instance shows once a second that it is alive, in a document of its own. Whether another one is, is judged by
+/// whether its document changes, so no two clocks are compared. The lanes of a subscription are spread over the living
+/// instances that follow it. Whose turn it is, is no more than a hint: what fences an instance that was stopped and
+/// goes on is the version of the lane's checkpoint, which the claim of another one has changed.
+#[derive(Clone)]
+pub(crate) struct Instance {
+    name: Arc<str>,
+    follows: Arc<Mutex<BTreeSet<Arc<str>>>>,
+    changed: Arc<Notify>,
+    alive: watch::Sender<Alive>,
+}
+
+/// The living instances, each with what it follows; `None` before they were first looked at.
+type Alive = Option<Arc<BTreeMap<Arc<str>, BTreeSet<Arc<str>>>>>;
+
+/// What an instance shows.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Heartbeat {
+    follows: BTreeSet<Arc<str>>,
+    at: chrono::DateTime<chrono::Utc>,
+}
+
+/// What was seen of another instance.
+struct Seen {
+    version: i64,
+    missed: u32,
+    follows: BTreeSet<Arc<str>>,
+}
+
+impl Instance {
+    pub fn named(name: &str) -> Self {
+        let (follows, changed, alive) = (Arc::default(), Arc::default(), watch::Sender::new(None));
+        Self { name: name.into(), follows, changed, alive }
+    }
+
+    pub fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+
+    /// Takes part in a subscription from the next heartbeat on, which comes at once.
+    pub(crate) fn follow(&self, subscription: &Arc<str>) {
+        self.follows().insert(subscription.clone());
+        self.changed.notify_one();
+    }
+
+    fn follows(&self) -> std::sync::MutexGuard<'_, BTreeSet<Arc<str>>> {
+        self.follows.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn is_alive(&self, name: &str) -> bool {
+        self.alive.borrow().as_ref().is_none_or(|alive| alive.contains_key(name))
+    }
+
+    /// Whether it is this instance's turn at a lane.
+    pub(crate) fn has_turn(&self, subscription: &str, lane: u32) -> bool {
+        let alive = self.alive.borrow();
+        let Some(alive) = &*alive else { return false };
+        turn(alive, subscription, lane).is_some_and(|name| *name == self.name)
+    }
+
+    /// Resolves when it is this instance's turn at a lane, or is not any more.
+    pub(crate) async fn turns(&self, subscription: &str, lane: u32, has_turn: bool) {
+        let mut alive = self.alive.subscribe();
+        while self.has_turn(subscription, lane) != has_turn {
+            if alive.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    /// Shows that it is alive and looks at the others, until `stop`; then it takes leave.
+    pub(crate) async fn run(
+        self,
+        store: Arc<dyn EventStore>,
+        health: Health,
+        shutdown: CancellationToken,
+        stop: CancellationToken,
+    ) {
+        let mut reporter = health.reporter(&format!("instance {}", self.name));
+        let (mut own, mut seen) = (None, BTreeMap::new());
+        let mut counted_at = Instant::now();
+        loop {
+            // A beat that comes early gave the others no time for theirs.
+            let counts = counted_at.elapsed() >= HEARTBEAT;
+            if counts {
+                counted_at = Instant::now();
+            }
+            // One that is about to stop asks for nothing any more; what it holds it lets go by itself.
+            let follows = if shutdown.is_cancelled() { BTreeSet::new() } else { self.follows().clone() };
+            match self.beat(&*store, &follows, &mut own, &mut seen, counts).await {
+                Ok(()) => reporter.fine(),
+                Err(trouble) => reporter.trouble(trouble),
+            }
+            tokio::select! {
+                () = tokio::time::sleep(HEARTBEAT) => {}
+                () = self.changed.notified() => {}
+                () = shutdown.cancelled(), if !shutdown.is_cancelled() => {}
+                () = stop.cancelled() => break,
+            }
+        }
+        let leave = Put { key: self.key(), expected: None, body: None, due: None };
+        // If this fails, the others find out as they do after a crash.
+        _ = store.commit(Commit { appends: Vec::new(), puts: vec![leave] }).await;
+        health.set(&format!("instance {}", self.name), crate::health::State::Stopped);
+    }
+
+    fn key(&self) -> DocumentKey {
+        DocumentKey::new(INSTANCES, self.name.clone())
+    }
+
+    async fn beat(
+        &self,
+        store: &dyn EventStore,
+        follows: &BTreeSet<Arc<str>>,
+        own: &mut Option<i64>,
+        seen: &mut BTreeMap<Arc<str>, Seen>,
+        counts: bool,
+    ) -> Result<(), String> {
+        let heartbeat = Heartbeat { follows: follows.clone(), at: chrono::Utc::now() };
+        let body = serde_json::to_string(&heartbeat).map_err(|error| error.to_string())?;
+        let put = Put { key: self.key(), expected: *own, body: Some(body.into()), due: None };
+        let put = store.commit(Commit { appends: Vec::new(), puts: vec![put] }).await;
+        let known = own.take();
+        match put {
+            Ok(_) => *own = known.map(|version| version + 1),
+            Err(CommitError::DocumentConflict { .. }) => {
+                return Err(format!("another process runs as instance {:?}: give each a name of its own", self.name));
+            }
+            Err(error) => return Err(error.to_string()),
+        }
+        let found = store.scan(INSTANCES, &Scan::After("".into()), INSTANCES_MAX).await;
+        let found = found.map_err(|error| error.to_string())?;
+        let forgotten = look(&found, seen, counts);
+        *own = found.iter().find(|document| document.key.id == self.name).map(|document| document.version);
+        let living = seen.iter().filter(|(name, seen)| seen.missed < MISSED_MAX || **name == self.name);
+        let alive: BTreeMap<_, _> = living.map(|(name, seen)| (name.clone(), seen.follows.clone())).collect();
+        self.alive.send_replace(Some(Arc::new(alive)));
+        if !forgotten.is_empty() {
+            // If one of them is back after all, nothing is removed; another time, then.
+            forget(store, forgotten).await.map_err(|error| error.to_string())?;
+        }
+        Ok(())
+    }
+}
+
+/// Removes instances, and the offsets of what was a bus inside them.
+async fn forget(store: &dyn EventStore, mut forgotten: Vec<Put>) -> Result<(), CommitError> {
+    let homes: Vec<_> = forgotten.iter().map(|put| format!("@{}/", put.key.id)).collect();
+    let checkpoints = store.scan(CHECKPOINTS, &Scan::After("".into()), CHECKPOINTS_MAX).await;
+    let checkpoints = checkpoints.map_err(|error| CommitError::Unavailable(error.to_string()))?;
+    let left = checkpoints.into_iter().filter(|found| homes.iter().any(|home| found.key.id.contains(home)));
+    let remove = |found: Document| Put { key: found.key, expected: Some(found.version), body: None, due: None };
+    forgotten.extend(left.take(COMMIT_ROWS_MAX - INSTANCES_MAX).map(remove));
+    store.commit(Commit { appends: Vec::new(), puts: forgotten }).await.map(drop)
+}
+
+/// Takes note of what instances show; gives the removal of those that have shown nothing for long.
+fn look(found: &[Document], seen: &mut BTreeMap<Arc<str>, Seen>, counts: bool) -> Vec<Put> {
+    seen.retain(|name, _| found.iter().any(|document| document.key.id == *name));
+    let mut forgotten = Vec::new();
+    for document in found {
+        let entry = seen.entry(document.key.id.clone());
+        let entry = entry.or_insert_with(|| Seen { version: 0, missed: 0, follows: BTreeSet::new() });
+        if entry.version == document.version {
+            entry.missed = entry.missed.saturating_add(u32::from(counts));
+        } else {
+            // One that does not read follows nothing that is known here.
+            let heartbeat: Result<Heartbeat, _> = serde_json::from_str(&document.body);
+            let follows = heartbeat.map(|heartbeat| heartbeat.follows).unwrap_or_default();
+            *entry = Seen { version: document.version, missed: 0, follows };
+        }
+        if entry.missed >= FORGOTTEN {
+            let (key, expected) = (document.key.clone(), Some(document.version));
+            forgotten.push(Put { key, expected, body: None, due: None });
+        }
+    }
+    forgotten
+}
+
+/// Whose turn it is at a lane. Each subscription starts with another instance, so that those of one lane are spread too.
+fn turn<'a>(alive: &'a BTreeMap<Arc<str>, BTreeSet<Arc<str>>>, subscription: &str, lane: u32) -> Option<&'a Arc<str>> {
+    let members: Vec<_> =
+        alive.iter().filter(|(_, follows)| follows.contains(subscription)).map(|(name, _)| name).collect();
+    let all: BTreeSet<_> = alive.values().flatten().collect();
+    let first = all.iter().position(|known| ***known == *subscription)?;
+    members.get((first + lane as usize) % members.len().max(1)).copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn alive(names: &[&str]) -> BTreeMap<Arc<str>, BTreeSet<Arc<str>>> {
+        names.iter().map(|name| (Arc::from(*name), BTreeSet::from([Arc::from("report")]))).collect()
+    }
+
+    #[test]
+    fn lanes_are_spread_evenly_over_those_who_follow() {
+        let mut three = alive(&["a", "b", "c"]);
+        three.insert("idle".into(), BTreeSet::new());
+        let mut counts = BTreeMap::new();
+        for lane in 0..8 {
+            *counts.entry(turn(&three, "report", lane).unwrap_or_else(|| panic!("lane {lane}"))).or_insert(0) += 1;
+        }
+        let mut shares: Vec<_> = counts.into_values().collect();
+        shares.sort_unstable();
+        assert_eq!(shares, [2, 3, 3]);
+        assert_eq!(turn(&alive(&[]), "report", 0), None);
+        let relays = || ["order.relay", "payment.relay", "stock.relay"].map(Arc::from);
+        let two = BTreeMap::from(["a", "b"].map(|name| (Arc::from(name), BTreeSet::from(relays()))));
+        assert_eq!(relays().map(|relay| turn(&two, &relay, 0).cloned()), ["a", "b", "a"].map(|name| Some(name.into())));
+    }
+
+    #[test]
+    fn who_shows_nothing_is_given_up_and_later_forgotten() {
+        let document = |version| Document {
+            key: DocumentKey::new(INSTANCES, "a"),
+            version,
+            body: r#"{"follows":["report"],"at":"2026-01-01T00:00:00Z"}"#.into(),
+            due: None,
+        };
+        let mut seen = BTreeMap::new();
+        for _ in 0..=FORGOTTEN {
+            assert!(seen.get("a").is_none_or(|seen: &Seen| seen.missed < FORGOTTEN));
+            let forgotten = look(&[document(1)], &mut seen, true);
+            assert_eq!(forgotten.len(), usize::from(seen["a"].missed == FORGOTTEN));
+        }
+        look(&[document(2)], &mut seen, true);
+        look(&[document(2)], &mut seen, false);
+        assert_eq!(seen["a"].missed, 0);
+    }
+}

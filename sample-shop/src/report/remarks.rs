@@ -1,0 +1,51 @@
+use super::number::grouped;
+use crate::arguments::StoreUrl;
+
+/// What a run says that finds orders of its input in the store.
+pub fn repeated(count: u64) -> String {
+    format!(
+        "{} in the store already, from an earlier run; nothing was done twice",
+        orders_and_returns(count, "was", "were")
+    )
+}
+
+/// What a run says that was stopped.
+pub fn stopped(unfinished: u64, store: &StoreUrl) -> String {
+    let what = orders_and_returns(unfinished, "is", "are");
+    let then = match store {
+        StoreUrl::Memory => "gone with the store in memory".to_owned(),
+        kept => format!("kept in {kept}: run the same command again, and it goes on from there"),
+    };
+    format!("stopped: {what} unfinished, and {then}")
+}
+
+fn orders_and_returns(count: u64, is: &str, are: &str) -> String {
+    match count {
+        1 => format!("1 order or return {is}"),
+        _ => format!("{} orders and returns {are}", grouped(count)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn remarks_read_so() {
+        let file = StoreUrl::Sqlite("shop.db".into());
+        assert_eq!(
+            repeated(1),
+            "1 order or return was in the store already, from an earlier run; nothing was done twice"
+        );
+        assert!(repeated(2_000).starts_with("2,000 orders and returns were in the store already, "));
+        assert_eq!(
+            stopped(1_234, &file),
+            "stopped: 1,234 orders and returns are unfinished, and kept in sqlite:shop.db: run the same command again, \
+             and it goes on from there"
+        );
+        assert_eq!(
+            stopped(1, &StoreUrl::Memory),
+            "stopped: 1 order or return is unfinished, and gone with the store in memory"
+        );
+    }
+}

@@ -1,0 +1,198 @@
+//! Writers and readers that go on through whatever happens to the server, and know afterwards what they were promised.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use annals::{CommitError, DocumentKey, EventStore, LogQuery, Position, Put, StoreError};
+use annals_postgres::{PostgresStore, Settings};
+use sqlx::PgConnection;
+use tokio::{
+    sync::watch,
+    task::{JoinHandle, JoinSet},
+    time::timeout,
+};
+
+use super::append;
+
+/// How long anything may take to come right again.
+const RECOVERY: Duration = Duration::from_secs(60);
+/// How many pages a reader reads before it is replaced by one that knows nothing but its position.
+const PAGES_UNTIL_RESTART: usize = 40;
+
+pub struct Load {
+    stop: watch::Sender<bool>,
+    /// Told when the last writer has ended.
+    written: watch::Sender<bool>,
+    writers: JoinSet<Promise>,
+    readers: Vec<JoinHandle<Vec<i64>>>,
+    acknowledged: Arc<AtomicU64>,
+}
+
+/// What one writer knows to be there: so many versions of its stream, and half as many of its document.
+struct Promise {
+    name: String,
+    standing: i64,
+    unknown: u64,
+    unavailable: u64,
+}
+
+/// What went on.
+#[derive(Debug)]
+pub struct Summary {
+    pub acknowledged: u64,
+    /// Commits that were sent again because nobody knew whether they held.
+    pub unknown: u64,
+    pub unavailable: u64,
+}
+
+impl Load {
+    /// On a store, with a reader of the same store and one that is opened anew again and again under the URL.
+    pub fn start(store: &PostgresStore, url: &str, settings: &Settings, writers: usize) -> Self {
+        let ((stop, stopped), (written, all_written)) = (watch::channel(false), watch::channel(false));
+        let acknowledged = Arc::<AtomicU64>::default();
+        let writers = (0..writers)
+            .map(|number| write(store.clone(), format!("load-{number}"), stopped.clone(), acknowledged.clone()))
+            .collect();
+        let readers = vec![
+            tokio::spawn(follow(Some(store.clone()), url.to_owned(), settings.clone(), all_written.clone())),
+            tokio::spawn(follow(None, url.to_owned(), settings.clone(), all_written)),
+        ];
+        Self { stop, written, writers, readers, acknowledged }
+    }
+
+    /// Until so many more commits were acknowledged.
+    pub async fn goes_on(&self, more: u64) {
+        let wanted = self.acknowledged.load(Ordering::SeqCst) + more;
+        let reached = async {
+            while self.acknowledged.load(Ordering::SeqCst) < wanted {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        };
+        timeout(RECOVERY, reached).await.expect("commits must be acknowledged again");
+    }
+
+    pub fn acknowledged(&self) -> u64 {
+        self.acknowledged.load(Ordering::SeqCst)
+    }
+
+    /// Stops, and compares what each knows with what plain SQL finds. `sql` names the schema.
+    pub async fn ends_well(
+        self,
+        outside: &mut PgConnection,
+        sql: impl Fn(&str) -> sqlx::AssertSqlSafe<String>,
+    ) -> Summary {
+        self.stop.send_replace(true);
+        let promises = timeout(RECOVERY, self.writers.join_all()).await.expect("every outcome must become known");
+        self.written.send_replace(true);
+        let mut summary =
+            Summary { acknowledged: self.acknowledged.load(Ordering::SeqCst), unknown: 0, unavailable: 0 };
+        for Promise { name, standing, unknown, unavailable } in promises {
+            let query = "SELECT count(*), coalesce(max(version), 0), count(DISTINCT event_id),
+                                (SELECT coalesce(max(version), 0) FROM annals.documents WHERE collection = 'load' AND id = $1)
+                           FROM annals.events WHERE stream_id = $1";
+            let found: (i64, i64, i64, i64) =
+                sqlx::query_as(sql(query)).bind(&name).fetch_one(&mut *outside).await.unwrap();
+            assert_eq!(found, (standing, standing, standing, standing / 2), "{name}: count, version, ids, document");
+            summary.unknown += unknown;
+            summary.unavailable += unavailable;
+        }
+        let held: Vec<i64> = sqlx::query_scalar(sql("SELECT position FROM annals.events ORDER BY position"))
+            .fetch_all(outside)
+            .await
+            .unwrap();
+        for reader in self.readers {
+            let seen = timeout(RECOVERY, reader).await.expect("the reader must get to the end").unwrap();
+            let missed = held.iter().filter(|position| seen.binary_search(position).is_err()).count();
+            assert_eq!((missed, seen.len()), (0, held.len()), "events missed, events seen");
+            assert!(seen == held, "events came twice or out of order");
+        }
+        summary
+    }
+}
+
+/// Two events and a counter, again and again; what is not known to hold is sent again as it was.
+async fn write(
+    store: PostgresStore,
+    name: String,
+    stopped: watch::Receiver<bool>,
+    acknowledged: Arc<AtomicU64>,
+) -> Promise {
+    let mut promise = Promise { name, standing: 0, unknown: 0, unavailable: 0 };
+    while !*stopped.borrow() {
+        let mut commit = append(&promise.name, promise.standing, 2);
+        let (key, expected) = (DocumentKey::new("load", &*promise.name), Some(promise.standing / 2));
+        commit.puts.push(Put { key, expected, body: Some("{}".into()), due: None });
+        let mut sent_before = false;
+        loop {
+            match store.commit(commit.clone()).await {
+                Ok(committed) => {
+                    assert_eq!(committed.versions[0].0, promise.standing + 2);
+                    break;
+                }
+                Err(CommitError::Unknown(_)) => (promise.unknown, sent_before) = (promise.unknown + 1, true),
+                Err(CommitError::Unavailable(_)) => promise.unavailable += 1,
+                // What was not known before is known now.
+                Err(CommitError::Conflict { actual, .. }) if sent_before && actual.0 == promise.standing + 2 => break,
+                Err(other) => panic!("{}: {other}", promise.name),
+            }
+        }
+        promise.standing += 2;
+        acknowledged.fetch_add(1, Ordering::SeqCst);
+    }
+    promise
+}
+
+/// Reads until everything that was written by the end is read; gives the positions.
+async fn follow(
+    own: Option<PostgresStore>,
+    url: String,
+    settings: Settings,
+    written: watch::Receiver<bool>,
+) -> Vec<i64> {
+    let (mut seen, mut after) = (Vec::new(), Position::START);
+    loop {
+        let store = match &own {
+            Some(own) => own.clone(),
+            None => match PostgresStore::connect(&url, settings.clone()).await {
+                Ok(store) => store,
+                Err(_) => {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                    continue;
+                }
+            },
+        };
+        for _ in 0..PAGES_UNTIL_RESTART {
+            let ends = *written.borrow();
+            match read(&store, &mut seen, &mut after, ends).await {
+                Ok(true) => return seen,
+                Ok(false) => {}
+                Err(StoreError::Unavailable(_)) => tokio::time::sleep(Duration::from_millis(5)).await,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+}
+
+/// One page; says whether that was the last.
+async fn read(
+    store: &PostgresStore,
+    seen: &mut Vec<i64>,
+    after: &mut Position,
+    ends: bool,
+) -> Result<bool, StoreError> {
+    let page = store.read_log(&LogQuery::all(), *after, 37).await?;
+    if page.next == *after {
+        if ends && store.status().await?.head <= *after {
+            return Ok(true);
+        }
+        timeout(Duration::from_millis(50), store.wait(*after)).await.ok();
+    }
+    *after = page.next;
+    seen.extend(page.events.iter().map(|event| event.position.0));
+    Ok(false)
+}

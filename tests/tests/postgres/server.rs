@@ -1,0 +1,129 @@
+//! A PostgreSQL server of a test's own, to be killed, filled up or thrown away. It is a child of the test, so that it ends with
+//! it on Ctrl-C too.
+
+use std::{
+    fs,
+    os::unix::{fs::chown, process::CommandExt},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use sqlx::{Connection, PgConnection};
+use tempfile::TempDir;
+
+/// How long a server may take to start, also after a crash.
+const START: Duration = Duration::from_secs(60);
+
+pub struct Server {
+    folder: TempDir,
+    data: PathBuf,
+    port: u16,
+    running: Option<Child>,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+impl Server {
+    pub async fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let data = folder.path().join("data");
+        Self::start_in(folder, data).await
+    }
+
+    /// With its tables in a folder of the caller's; everything else, the write-ahead log too, in the other one.
+    pub async fn start_in(folder: TempDir, data: PathBuf) -> Self {
+        fs::create_dir_all(&data).unwrap();
+        if let Some((user, group)) = postgres_user() {
+            for path in [folder.path(), &data] {
+                chown(path, Some(user), Some(group)).unwrap();
+            }
+        }
+        let wal = folder.path().join("wal");
+        let mut initdb = program("initdb");
+        initdb.args(["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"]);
+        initdb.arg("--pgdata").arg(&data).arg("--waldir").arg(&wal).current_dir(folder.path());
+        let output = initdb.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let mut server = Self { folder, data, port: 0, running: None };
+        server.resume().await;
+        server
+    }
+
+    /// Starts it, for the first time or again, under the port it had.
+    pub async fn resume(&mut self) {
+        if self.port == 0 {
+            self.port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        }
+        let log = fs::OpenOptions::new().create(true).append(true).open(self.folder.path().join("log")).unwrap();
+        let mut postgres = program("postgres");
+        postgres.arg("-D").arg(&self.data).current_dir(self.folder.path()).stdin(Stdio::null());
+        postgres.stdout(log.try_clone().unwrap()).stderr(log);
+        for setting in [
+            "listen_addresses=127.0.0.1",
+            &format!("port={}", self.port),
+            "unix_socket_directories=",
+            // Processes die here, never the machine.
+            "fsync=off",
+            "max_connections=100",
+            "max_wal_size=64MB",
+        ] {
+            postgres.args(["-c", setting]);
+        }
+        self.running = Some(postgres.spawn().unwrap());
+        let up = async {
+            while PgConnection::connect(&self.url()).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        if tokio::time::timeout(START, up).await.is_err() {
+            panic!("{}", fs::read_to_string(self.folder.path().join("log")).unwrap());
+        }
+    }
+
+    /// With -9, all its processes.
+    pub fn kill(&mut self) {
+        let Some(mut postmaster) = self.running.take() else { return };
+        let id = postmaster.id();
+        let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
+        // First the one that would start others.
+        postmaster.kill().ok();
+        postmaster.wait().ok();
+        Command::new("kill").arg("-9").args(children.split_whitespace()).stderr(Stdio::null()).status().ok();
+    }
+
+    pub fn url(&self) -> String {
+        format!("postgres://postgres@127.0.0.1:{}/postgres", self.port)
+    }
+}
+
+/// A program of the server, as the user it agrees to run as.
+pub fn program(name: &str) -> Command {
+    let installed = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().filter_map(Result::ok);
+    let newest = installed.map(|version| version.path().join("bin").join(name)).filter(|path| path.exists()).max();
+    let mut command = Command::new(newest.unwrap_or_else(|| Path::new(name).to_owned()));
+    if let Some((user, group)) = postgres_user() {
+        command.uid(user).gid(group);
+    }
+    command
+}
+
+pub fn is_root() -> bool {
+    let output = Command::new("id").arg("-u").output().unwrap();
+    output.stdout.trim_ascii() == b"0"
+}
+
+/// PostgreSQL refuses to run as root.
+fn postgres_user() -> Option<(u32, u32)> {
+    if !is_root() {
+        return None;
+    }
+    let users = fs::read_to_string("/etc/passwd").unwrap();
+    let fields: Vec<&str> =
+        users.lines().map(|line| line.split(':').collect::<Vec<_>>()).find(|fields| fields[0] == "postgres")?;
+    Some((fields[2].parse().ok()?, fields[3].parse().ok()?))
+}

@@ -1,0 +1,147 @@
+//! A connection that is cut around a commit, by a proxy between the store and the server.
+#![allow(clippy::unwrap_used)]
+
+mod postgres;
+
+use std::sync::{Arc, Mutex};
+
+use annals::{CommitError, EventStore, Position};
+use annals_postgres::PostgresStore;
+use sqlx::{ConnectOptions, postgres::PgConnectOptions};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    time::timeout,
+};
+
+use self::postgres::{PROMPTLY, Schema, append, numbers, url, whole_log};
+
+/// When to cut the connection over which a text goes to the server.
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Cut {
+    /// The server never hears of it.
+    Before,
+    /// The server has answered, and nobody hears of that.
+    After,
+}
+
+/// Passes everything on, but for what it is armed to cut: once.
+#[derive(Clone)]
+struct Proxy {
+    port: u16,
+    armed: Arc<Mutex<Option<(String, Cut)>>>,
+}
+
+impl Proxy {
+    async fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let proxy = Self { port: listener.local_addr().unwrap().port(), armed: Arc::default() };
+        let of_task = proxy.clone();
+        tokio::spawn(async move {
+            let server: PgConnectOptions = url().parse().unwrap();
+            while let Ok((client, _)) = listener.accept().await {
+                let proxy = of_task.clone();
+                let server = (server.get_host().to_owned(), server.get_port());
+                // Either side may go away at any time.
+                tokio::spawn(async move { proxy.pass(client, TcpStream::connect(server).await?).await });
+            }
+        });
+        proxy
+    }
+
+    async fn pass(&self, client: TcpStream, server: TcpStream) -> std::io::Result<()> {
+        let ((mut from_client, mut to_client), (mut from_server, mut to_server)) =
+            (client.into_split(), server.into_split());
+        let (mut asked, mut answered) = (vec![0; 1 << 16], vec![0; 1 << 16]);
+        loop {
+            tokio::select! {
+                length = from_client.read(&mut asked) => {
+                    let length = length?;
+                    let cut = self.cut(&asked[..length]);
+                    if length == 0 || cut == Some(Cut::Before) {
+                        return Ok(());
+                    }
+                    to_server.write_all(&asked[..length]).await?;
+                    if cut == Some(Cut::After) {
+                        // It answers when the transaction has ended.
+                        assert!(from_server.read(&mut answered).await? > 0, "the server went away itself");
+                        return Ok(());
+                    }
+                }
+                length = from_server.read(&mut answered) => match length? {
+                    0 => return Ok(()),
+                    length => to_client.write_all(&answered[..length]).await?,
+                },
+            }
+        }
+    }
+
+    fn cut(&self, asked: &[u8]) -> Option<Cut> {
+        let mut armed = self.armed.lock().unwrap();
+        let text = armed.as_ref().map(|(text, _)| text.clone())?;
+        let found = asked.windows(text.len()).any(|part| part == text.as_bytes());
+        if found { armed.take().map(|(_, cut)| cut) } else { None }
+    }
+
+    fn arm(&self, text: &str, cut: Cut) {
+        *self.armed.lock().unwrap() = Some((text.to_owned(), cut));
+    }
+
+    fn url(&self) -> String {
+        let server: PgConnectOptions = url().parse().unwrap();
+        server.host("127.0.0.1").port(self.port).to_url_lossy().to_string()
+    }
+}
+
+/// Not known is not failed: the same commit again finds itself or holds then, and either way once.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_whose_answer_was_lost_is_sent_again_and_holds_once() {
+    const ROUNDS: i64 = 20;
+    let (schema, proxy) = (Schema::new(), Proxy::start().await);
+    let store = PostgresStore::connect(&proxy.url(), schema.settings()).await.unwrap();
+    let mut outside = schema.connection().await;
+    for cut in [Cut::After, Cut::Before] {
+        let name = format!("cut-{cut:?}").to_lowercase();
+        for round in 0..ROUNDS {
+            let commit = append(&name, round * 2, 2);
+            proxy.arm(&name, cut);
+            let outcome = timeout(PROMPTLY, store.commit(commit.clone())).await.expect("it must not hang");
+            assert!(matches!(outcome, Err(CommitError::Unknown(_))), "{cut:?}: {outcome:?}");
+            let sql = "SELECT count(*) FROM annals.events WHERE stream_id = $1";
+            let count = async |outside: &mut sqlx::PgConnection| -> i64 {
+                sqlx::query_scalar(schema.sql(sql)).bind(&name).fetch_one(outside).await.unwrap()
+            };
+            let held = count(&mut outside).await;
+            assert_eq!(held, round * 2 + if cut == Cut::After { 2 } else { 0 }, "{cut:?}");
+            match store.commit(commit).await {
+                Err(CommitError::Conflict { actual, .. }) => {
+                    assert_eq!((cut, actual.0), (Cut::After, round * 2 + 2));
+                }
+                Ok(committed) => assert_eq!((cut, committed.versions[0].0), (Cut::Before, round * 2 + 2)),
+                Err(other) => panic!("{other}"),
+            }
+            assert_eq!(count(&mut outside).await, round * 2 + 2);
+        }
+    }
+    let sql = "SELECT count(*), count(DISTINCT event_id), count(DISTINCT (stream_id, version)) FROM annals.events";
+    let found: (i64, i64, i64) = sqlx::query_as(schema.sql(sql)).fetch_one(&mut outside).await.unwrap();
+    assert_eq!(found, (80, 80, 80));
+    let log = whole_log(&store).await;
+    assert_eq!(numbers(&log).len(), 80);
+    assert_eq!(store.status().await.unwrap().head, log.last().unwrap().position);
+}
+
+/// A read can be repeated, so nobody hears of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_whose_answer_was_lost_is_read_again() {
+    let (schema, proxy) = (Schema::new(), Proxy::start().await);
+    let store = PostgresStore::connect(&proxy.url(), schema.settings()).await.unwrap();
+    store.commit(append("read-1", 0, 3)).await.unwrap();
+    let stream = annals::StreamId::parse("read-1").unwrap();
+    for cut in [Cut::After, Cut::Before] {
+        proxy.arm("read-1", cut);
+        assert_eq!(store.read_stream(&stream, annals::Version::START, 10).await.unwrap().len(), 3);
+        assert!(proxy.armed.lock().unwrap().is_none(), "nothing was cut");
+    }
+    assert_eq!(store.status().await.unwrap().head, Position(3));
+}

@@ -1,0 +1,158 @@
+//! A server that dies, whose disk is full, or that is replaced by another one restored from a dump.
+#![cfg(target_os = "linux")]
+#![allow(clippy::unwrap_used)]
+
+mod postgres;
+
+use std::{
+    fs,
+    io::Write,
+    process::{Command, Stdio},
+};
+
+use annals::{CommitError, EventStore, LogQuery, Position};
+use annals_postgres::{PostgresStore, Settings};
+use sqlx::{AssertSqlSafe, Connection, PgConnection};
+use uuid::Uuid;
+
+use self::postgres::{
+    append,
+    load::Load,
+    numbers,
+    server::{self, Server},
+    whole_log,
+};
+
+fn as_it_is(sql: &str) -> AssertSqlSafe<String> {
+    AssertSqlSafe(sql.to_owned())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_is_killed_loses_nothing_that_it_acknowledged() {
+    const KILLS: usize = 3;
+    let mut server = Server::start().await;
+    let settings = Settings { connections: 4, ..Settings::default() };
+    let store = PostgresStore::connect(&server.url(), settings.clone()).await.unwrap();
+    let load = Load::start(&store, &server.url(), &settings, 16);
+    for _ in 0..KILLS {
+        load.goes_on(200).await;
+        server.kill();
+        server.resume().await;
+    }
+    load.goes_on(200).await;
+    let mut outside = PgConnection::connect(&server.url()).await.unwrap();
+    let summary = load.ends_well(&mut outside, as_it_is).await;
+    assert!(summary.unknown > 0, "{summary:?}: no commit was under way, so this tested nothing");
+}
+
+/// A file system of its own, as small as that.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn new(megabytes: u32) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let size = format!("size={megabytes}m");
+        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(folder.path()).status();
+        assert!(mounted.unwrap().success(), "a file system cannot be mounted here");
+        Self(folder)
+    }
+
+    /// Takes all the space there is.
+    fn fill(&self) {
+        let error = std::io::copy(&mut std::io::repeat(1), &mut fs::File::create(self.ballast()).unwrap()).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
+    }
+
+    fn free(&self) {
+        fs::remove_file(self.ballast()).unwrap();
+    }
+
+    fn ballast(&self) -> std::path::PathBuf {
+        self.0.path().join("ballast")
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        Command::new("umount").arg("--lazy").arg(self.0.path()).status().ok();
+    }
+}
+
+/// Only root may mount a file system; whoever else runs this is told that it was not tested.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_refuses_and_once_freed_all_goes_on() {
+    if !server::is_root() {
+        eprintln!("NOT TESTED: a full disk needs a file system of its own, which only root can mount");
+        return;
+    }
+    let disk = SmallDisk::new(120);
+    let server = Server::start_in(tempfile::tempdir().unwrap(), disk.0.path().join("data")).await;
+    let settings = Settings { connections: 4, ..Settings::default() };
+    let store = PostgresStore::connect(&server.url(), settings.clone()).await.unwrap();
+    let load = Load::start(&store, &server.url(), &settings, 8);
+    load.goes_on(100).await;
+    disk.fill();
+    // What the tables still have room for goes in; then nothing does.
+    let mut large = append("large-1", 0, 40);
+    for event in &mut large.appends[0].events {
+        // Text that does not compress.
+        let ids: String = (0..3_000).map(|_| Uuid::new_v4().simple().to_string()).collect();
+        event.data = format!("\"{ids}\"");
+    }
+    let outcome = store.commit(large.clone()).await;
+    assert!(matches!(outcome, Err(CommitError::Unavailable(_))), "{outcome:?}");
+    // Readers go on.
+    assert!(!store.read_log(&LogQuery::all(), Position::START, 10).await.unwrap().events.is_empty());
+    disk.free();
+    store.commit(large).await.unwrap();
+    load.goes_on(100).await;
+    let mut outside = PgConnection::connect(&server.url()).await.unwrap();
+    load.ends_well(&mut outside, as_it_is).await;
+    drop(store);
+    drop(server);
+}
+
+/// As `pg_dump` and `psql` do it. Positions, versions and who may fill a gap: nothing may hang on the old cluster.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dump_that_is_restored_elsewhere_goes_on() {
+    let schema = postgres::Schema::new();
+    let store = schema.store().await;
+    for round in 0..20 {
+        store.commit(append("a-1", round, 1)).await.unwrap();
+        store.commit(append(&format!("b-{round}"), 0, 2)).await.unwrap();
+    }
+    // Burnt positions stay gaps.
+    let sql = schema.sql("SELECT nextval('annals.events_position') FROM generate_series(1, 100)");
+    sqlx::query(sql).execute(&mut schema.connection().await).await.unwrap();
+    store.commit(append("a-1", 20, 1)).await.unwrap();
+    let before = whole_log(&store).await;
+
+    let dump = server::program("pg_dump").arg("--schema").arg(schema.name()).arg(postgres::url()).output().unwrap();
+    assert!(dump.status.success(), "{}", String::from_utf8_lossy(&dump.stderr));
+    let server = Server::start().await;
+    let mut psql = server::program("psql");
+    psql.args(["--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1", &server.url()]).stdin(Stdio::piped());
+    let mut restoring = psql.stdout(Stdio::null()).spawn().unwrap();
+    restoring.stdin.take().unwrap().write_all(&dump.stdout).unwrap();
+    assert!(restoring.wait().unwrap().success());
+
+    let elsewhere = PostgresStore::connect(&server.url(), schema.settings()).await.unwrap();
+    assert_eq!(whole_log(&elsewhere).await, before);
+    assert_eq!(elsewhere.status().await.unwrap(), store.status().await.unwrap());
+    let outcome = elsewhere.commit(append("a-1", 20, 1)).await;
+    assert!(matches!(outcome, Err(CommitError::Conflict { .. })), "{outcome:?}");
+    let committed = elsewhere.commit(append("a-1", 21, 2)).await.unwrap();
+    let log = whole_log(&elsewhere).await;
+    assert_eq!(log.len(), before.len() + 2);
+    assert!(numbers(&log).is_sorted_by(|one, next| one < next));
+    assert_eq!(log.last().unwrap().position, committed.position);
+    for sql in ["UPDATE annals.events SET version = 1", "DELETE FROM annals.events", "TRUNCATE annals.events"] {
+        let mut outside = PgConnection::connect(&server.url()).await.unwrap();
+        sqlx::raw_sql(schema.sql(sql)).execute(&mut outside).await.unwrap_err();
+    }
+    let settings = schema.settings();
+    let load = Load::start(&elsewhere, &server.url(), &settings, 4);
+    load.goes_on(100).await;
+    let mut outside = PgConnection::connect(&server.url()).await.unwrap();
+    load.ends_well(&mut outside, |sql| schema.sql(sql)).await;
+}

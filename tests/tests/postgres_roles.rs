@@ -1,0 +1,133 @@
+//! What each role may do and may not, as the database enforces it.
+#![allow(clippy::unwrap_used)]
+
+mod postgres;
+
+use annals::{Commit, CommitError, DocumentKey, EventStore, LogQuery, Position, Put};
+use annals_postgres::{OpenError, PostgresStore};
+use sqlx::{AssertSqlSafe, PgConnection};
+
+use self::postgres::{Schema, append, url, whole_log};
+
+const INSUFFICIENT_PRIVILEGE: &str = "42501";
+const NEVER_CHANGED: &str = "AN002";
+
+/// What may be asked of a schema, and by whom: reader, operator, writer.
+const RIGHTS: [(&str, [bool; 3]); 15] = [
+    ("SELECT count(*) FROM annals.events", [true, true, true]),
+    ("SELECT count(*) FROM annals.documents", [true, true, true]),
+    ("SELECT count(*) FROM annals.sagas", [true, true, true]),
+    ("SELECT count(*) FROM annals.checkpoints", [true, true, true]),
+    ("SELECT count(*) FROM annals.dead_letters", [true, true, true]),
+    ("INSERT INTO annals.documents (collection, id, version, body) VALUES ('note', '2', 1, '1')", [false, true, true]),
+    ("UPDATE annals.documents SET version = version + 1", [false, true, true]),
+    ("DELETE FROM annals.documents", [false, true, true]),
+    (
+        "INSERT INTO annals.events (stream_id, version, event_id, type, schema_version, data)
+         VALUES ('hand-1', 1, gen_random_uuid(), 'by.hand', 1, '{}')",
+        [false, false, true],
+    ),
+    ("SELECT nextval('annals.events_position')", [false, false, true]),
+    ("SELECT setval('annals.events_position', 1)", [false, false, false]),
+    ("INSERT INTO annals.migrations (version) VALUES (99)", [false, false, false]),
+    ("DROP TABLE annals.documents", [false, false, false]),
+    ("ALTER TABLE annals.events DISABLE TRIGGER ALL", [false, false, false]),
+    ("SELECT annals.grant_access('postgres', 'writer')", [false, false, false]),
+];
+
+async fn execute(connection: &mut PgConnection, sql: &str) -> Result<(), String> {
+    let done = sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await;
+    done.map(drop).map_err(|error| error.into_database_error().unwrap().code().unwrap().into_owned())
+}
+
+/// A role of each kind.
+async fn roles(schema: &Schema) -> [String; 3] {
+    let roles = ["reader", "operator", "writer"].map(|access| (access, schema.role(access)));
+    for (access, role) in &roles {
+        let grant = schema.sql(&format!("SELECT annals.grant_access('{role}', '{access}')")).0;
+        let mut owner = schema.connection().await;
+        execute(&mut owner, &format!("CREATE ROLE {role}; {grant}; {grant}")).await.unwrap();
+    }
+    roles.map(|(_, role)| role)
+}
+
+/// A URL under which everything is done as a role.
+fn url_as(role: &str) -> String {
+    let url = url();
+    let separator = if url.contains('?') { '&' } else { '?' };
+    format!("{url}{separator}options=-c%20role%3D{role}")
+}
+
+fn note(expected: i64) -> Commit {
+    let key = DocumentKey::new("note", "1");
+    Commit { appends: Vec::new(), puts: vec![Put { key, expected: Some(expected), body: Some("1".into()), due: None }] }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_role_may_do_its_own_and_no_more() {
+    let schema = Schema::new();
+    let store = schema.store().await;
+    store.commit(append("a-1", 0, 2)).await.unwrap();
+    store.commit(note(0)).await.unwrap();
+    for (place, role) in roles(&schema).await.iter().enumerate() {
+        for (sql, may) in RIGHTS {
+            let mut connection = schema.connection().await;
+            execute(&mut connection, &format!("BEGIN; SET LOCAL ROLE {role}")).await.unwrap();
+            let done = execute(&mut connection, &schema.sql(sql).0).await;
+            match done {
+                Ok(()) => assert!(may[place], "{role} must not: {sql}"),
+                Err(code) => assert_eq!((&*code, may[place]), (INSUFFICIENT_PRIVILEGE, false), "{role}: {sql}"),
+            }
+        }
+        // Rights or not: nobody changes an event.
+        for sql in
+            ["UPDATE annals.events SET data = '[]'", "DELETE FROM annals.events", "TRUNCATE annals.events CASCADE"]
+        {
+            let mut connection = schema.connection().await;
+            execute(&mut connection, &format!("SET ROLE {role}")).await.unwrap();
+            assert_eq!(execute(&mut connection, &schema.sql(sql).0).await.unwrap_err(), INSUFFICIENT_PRIVILEGE);
+            execute(&mut connection, "RESET ROLE").await.unwrap();
+            assert_eq!(execute(&mut connection, &schema.sql(sql).0).await.unwrap_err(), NEVER_CHANGED);
+        }
+    }
+    assert_eq!(whole_log(&store).await.len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_works_as_far_as_its_role_goes() {
+    let schema = Schema::new();
+    schema.store().await.commit(append("a-1", 0, 2)).await.unwrap();
+    let [reader, operator, writer] = roles(&schema).await;
+    let open = async |role: &str| PostgresStore::connect(&url_as(role), schema.settings()).await;
+
+    let store = open(&writer).await.unwrap();
+    store.commit(append("a-1", 2, 2)).await.unwrap();
+    store.commit(note(0)).await.unwrap();
+    // A sequence that a restore has left behind is brought forward by those who may not set it.
+    let back = schema.sql("SELECT setval('annals.events_position', 1)");
+    sqlx::query(back).execute(&mut schema.connection().await).await.unwrap();
+    store.commit(append("a-1", 4, 1)).await.unwrap();
+    assert_eq!(store.status().await.unwrap().head, Position(5));
+
+    let store = open(&operator).await.unwrap();
+    store.commit(note(1)).await.unwrap();
+    let outcome = store.commit(append("a-1", 5, 1)).await;
+    assert!(matches!(outcome, Err(CommitError::Unavailable(_))), "{outcome:?}");
+    assert_eq!(whole_log(&store).await.len(), 5);
+
+    let store = open(&reader).await.unwrap();
+    let outcome = store.commit(note(2)).await;
+    assert!(matches!(outcome, Err(CommitError::Unavailable(_))), "{outcome:?}");
+    assert_eq!(
+        store.read_log(&LogQuery::types(["thing.happened"]), Position::START, 10).await.unwrap().events.len(),
+        5
+    );
+    store.wait(Position(4)).await.unwrap();
+    assert_eq!(store.status().await.unwrap().head, Position(5));
+
+    // A role to which nothing was granted.
+    let stranger = schema.role("stranger");
+    execute(&mut schema.connection().await, &format!("CREATE ROLE {stranger}")).await.unwrap();
+    let refused = open(&stranger).await.unwrap_err();
+    assert!(matches!(refused, OpenError::Refused { .. }), "{refused}");
+}

@@ -1,0 +1,127 @@
+//! Two commits that each write what the other only looked at: one of them must lose, in whichever processes they are.
+#![allow(clippy::unwrap_used)]
+
+mod postgres;
+
+use annals::{Append, Commit, CommitError, EventStore, Expected, StreamId, Version};
+use annals_postgres::PostgresStore;
+use sqlx::{Connection, PgConnection};
+use tokio::{sync::Barrier, time::timeout};
+
+use self::postgres::{PROMPTLY, Schema, append};
+
+/// Writes to one stream because another one stands at a version.
+fn relying(on: (&str, i64), write: (&str, i64)) -> Commit {
+    let mut commit = append(write.0, write.1, 1);
+    let (stream, expected) = (StreamId::parse(on.0).unwrap(), Expected::Version(Version(on.1)));
+    commit.appends.push(Append { stream, expected, events: Vec::new() });
+    commit
+}
+
+/// Until a transaction waits for the gate of a stream.
+async fn somebody_waits(schema: &Schema) {
+    let mut observer = schema.connection().await;
+    let waits = "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND locktype = 'advisory'
+                                   AND classid = 'annals.events'::regclass::oid)";
+    let observed = async {
+        while !sqlx::query_scalar::<_, bool>(schema.sql(waits)).fetch_one(&mut observer).await.unwrap() {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(PROMPTLY, observed).await.expect("the other one must be waited for");
+}
+
+/// As another process would: looks at `checked`, which stands at nothing, and writes to `written` within an open transaction.
+async fn rely_within(connection: &mut PgConnection, schema: &Schema, checked: &str, written: &str) {
+    let sql = "SELECT positions[1] IS NOT NULL FROM annals.append(
+        ARRAY[$1, $2], '{0,0}', '{t,f}', '{}', '{}', '{}', '{}', '{}', '{}', '{}',
+        '{1}', '{2}', ARRAY[$2], '{1}', ARRAY[gen_random_uuid()], '{thing.happened}', '{1}', '{\"{}\"}', '{\"{}\"}')";
+    let query = sqlx::query_scalar::<_, bool>(schema.sql(sql)).bind(checked).bind(written);
+    assert!(query.fetch_one(connection).await.unwrap(), "nothing is in its way");
+}
+
+/// Whoever comes second looks only when the first has ended.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_second_waits_for_the_first_and_sees_what_it_did() {
+    for (ending, holds) in [("COMMIT", false), ("ROLLBACK", true)] {
+        let schema = Schema::new();
+        let store = schema.store().await;
+        let mut first = schema.connection().await;
+        sqlx::raw_sql("BEGIN").execute(&mut first).await.unwrap();
+        rely_within(&mut first, &schema, "left-1", "right-1").await;
+        let second = {
+            let store = store.clone();
+            tokio::spawn(async move { store.commit(relying(("right-1", 0), ("left-1", 0))).await })
+        };
+        somebody_waits(&schema).await;
+        sqlx::raw_sql(ending).execute(&mut first).await.unwrap();
+        match second.await.unwrap() {
+            Ok(_) => assert!(holds, "it relied on what had changed"),
+            Err(CommitError::Conflict { stream, actual, .. }) => {
+                assert_eq!((stream.as_str(), actual, holds), ("right-1", Version(1), false));
+            }
+            Err(other) => panic!("{other}"),
+        }
+        first.close().await.unwrap();
+    }
+}
+
+/// At least one doctor stays on call: each leaves only while the other has not left.
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_that_rely_on_each_other_one_goes() {
+    const ROUNDS: i64 = 200;
+    let schema = Schema::new();
+    let stores = [schema.store().await, schema.store().await];
+    let barrier = Barrier::new(2);
+    let leave = async |store: &PostgresStore, own: &str, other: &str| {
+        let mut left = 0;
+        for round in 0..ROUNDS {
+            barrier.wait().await;
+            let (own, other) = (format!("{own}-{round}"), format!("{other}-{round}"));
+            match store.commit(relying((&other, 0), (&own, 0))).await {
+                Ok(_) => left += 1,
+                Err(CommitError::Conflict { .. }) => {}
+                Err(unexpected) => panic!("{unexpected}"),
+            }
+        }
+        left
+    };
+    let (first, second) = tokio::join!(leave(&stores[0], "anna", "berta"), leave(&stores[1], "berta", "anna"));
+    assert_eq!(first + second, ROUNDS, "in each round exactly one leaves");
+    let both: i64 = sqlx::query_scalar(schema.sql(
+        "SELECT count(*) FROM (SELECT FROM annals.events GROUP BY split_part(stream_id, '-', 2) HAVING count(*) > 1) AS rounds",
+    ))
+    .fetch_one(&mut schema.connection().await)
+    .await
+    .unwrap();
+    assert_eq!(both, 0, "rounds in which both left");
+}
+
+/// Who only writes, or only looks, waits for nobody, and what is held up holds up only itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_open_transaction_holds_up_only_what_it_contradicts() {
+    let schema = Schema::new();
+    let store = schema.store().await;
+    let mut open = schema.connection().await;
+    sqlx::raw_sql("BEGIN").execute(&mut open).await.unwrap();
+    rely_within(&mut open, &schema, "left-1", "right-1").await;
+
+    let looks = Append { events: Vec::new(), ..append("right-1", 0, 0).appends.remove(0) };
+    let [contradicts, looks, also_relies, writes] = [
+        relying(("right-1", 0), ("left-1", 0)),
+        Commit { appends: vec![looks], puts: Vec::new() },
+        relying(("other-1", 0), ("other-2", 0)),
+        append("other-3", 0, 1),
+    ]
+    .map(|commit| {
+        let store = store.clone();
+        tokio::spawn(async move { store.commit(commit).await })
+    });
+    for unrelated in [looks, also_relies, writes] {
+        timeout(PROMPTLY, unrelated).await.expect("it must not wait for the transaction").unwrap().unwrap();
+    }
+    let outcome = timeout(PROMPTLY, contradicts).await.expect("it must give up").unwrap();
+    assert!(matches!(outcome, Err(CommitError::Unavailable(_))), "{outcome:?}");
+    sqlx::raw_sql("ROLLBACK").execute(&mut open).await.unwrap();
+    store.commit(relying(("right-1", 0), ("left-1", 0))).await.unwrap();
+}
