@@ -42,6 +42,9 @@ pub struct Arguments {
     /// Where the server has its data: the disk that is measured.
     #[arg(long, default_value_os_t = std::env::temp_dir())]
     directory: PathBuf,
+    /// How often each figure is taken, side by side; the median is printed.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
     /// One JSON object a figure, instead of a table.
     #[arg(long)]
     json: bool,
@@ -59,26 +62,45 @@ fn histogram() -> Result<Histogram<u64>, Failure> {
     Ok(Histogram::new(3)?)
 }
 
-/// One line of the report.
-#[derive(serde::Serialize)]
-struct Figure {
+/// One side of a workload, over all rounds.
+struct Side {
     workload: String,
-    side: &'static str,
+    name: &'static str,
+    samples: Vec<Sample>,
+    against: Option<Against>,
+    goal: &'static str,
+}
+
+#[derive(Clone, Copy)]
+struct Sample {
     per_second: f64,
     p50_ms: Option<f64>,
     p99_ms: Option<f64>,
-    /// Of what stands under `of`, by operations per second, or by p50 where that is what counts.
-    ratio: Option<f64>,
-    of: &'static str,
-    goal: &'static str,
-    per_thousand: Costs,
+    costs: Costs,
+}
+
+/// What a side is compared with.
+#[derive(Clone, Copy)]
+struct Against {
+    side: usize,
+    by: fn(&Sample) -> f64,
+    what: &'static str,
 }
 
 /// The figures so far.
 struct Bench<'s> {
     server: &'s Server,
-    figures: Vec<Figure>,
+    sides: Vec<Side>,
     runs: usize,
+}
+
+impl Side {
+    /// The round in the middle, by operations per second.
+    fn median(&self) -> Sample {
+        let mut samples = self.samples.clone();
+        samples.sort_by(|a, b| a.per_second.total_cmp(&b.per_second));
+        samples[samples.len() / 2]
+    }
 }
 
 impl Bench<'_> {
@@ -88,40 +110,39 @@ impl Bench<'_> {
         format!("r{:04}", self.runs)
     }
 
-    /// Measures one side, and gives its index.
+    /// Measures one side once more, and gives its index.
     async fn measure(
         &mut self,
         workload: &str,
-        side: &'static str,
+        name: &'static str,
         running: impl Future<Output = Result<Measured, Failure>>,
     ) -> Result<usize, Failure> {
-        eprintln!("{workload}, {side}");
+        eprintln!("{workload}, {name}");
         let before = Counters::now(self.server).await?;
         let measured = running.await?;
-        let per_thousand = Counters::now(self.server).await?.since(&before, measured.count);
+        let costs = Counters::now(self.server).await?.since(&before, measured.count);
         let quantile = |q| measured.latency.as_ref().map(|latency| latency.value_at_quantile(q) as f64 / 1_000.0);
-        self.figures.push(Figure {
-            workload: workload.to_owned(),
-            side,
-            per_second: measured.count as f64 / measured.seconds,
-            p50_ms: quantile(0.5),
-            p99_ms: quantile(0.99),
-            ratio: None,
-            of: "",
-            goal: "",
-            per_thousand,
-        });
-        Ok(self.figures.len() - 1)
+        let per_second = measured.count as f64 / measured.seconds;
+        let sample = Sample { per_second, p50_ms: quantile(0.5), p99_ms: quantile(0.99), costs };
+        let index = match self.sides.iter().position(|side| side.workload == workload && side.name == name) {
+            Some(index) => index,
+            None => {
+                let (workload, samples) = (workload.to_owned(), Vec::new());
+                self.sides.push(Side { workload, name, samples, against: None, goal: "" });
+                self.sides.len() - 1
+            }
+        };
+        self.sides[index].samples.push(sample);
+        Ok(index)
     }
 
-    fn rate(&mut self, ours: usize, limit: usize, of: &'static str, goal: &'static str) {
-        let ratio = self.figures[ours].per_second / self.figures[limit].per_second;
-        let figure = &mut self.figures[ours];
-        (figure.ratio, figure.of, figure.goal) = (Some(ratio), of, goal);
+    fn rate(&mut self, ours: usize, limit: usize, what: &'static str, goal: &'static str) {
+        self.sides[ours].against = Some(Against { side: limit, by: |sample| sample.per_second, what });
+        self.goal(ours, goal);
     }
 
     fn goal(&mut self, ours: usize, goal: &'static str) {
-        self.figures[ours].goal = goal;
+        self.sides[ours].goal = goal;
     }
 
     /// The workloads that are repeated on a larger table: gives where the three of ours stand.
@@ -147,10 +168,9 @@ impl Bench<'_> {
         let alone = self.measure(&workload, "annals", ours::place(url, &run, few, 1)).await?;
         let rows = rows::rows(&self.run(), few)?;
         let limit = self.measure(&workload, "INSERT, 1 connection", raw::one_by_one(url, rows, 1)).await?;
-        let p50 = |index: usize| self.figures[index].p50_ms.unwrap_or_default();
-        let ratio = p50(alone) / p50(limit);
-        let figure = &mut self.figures[alone];
-        (figure.ratio, figure.of, figure.goal) = (Some(ratio), "p50 of INSERT", "≤ 1.1");
+        let p50 = |sample: &Sample| sample.p50_ms.unwrap_or_default();
+        self.sides[alone].against = Some(Against { side: limit, by: p50, what: "p50 of INSERT" });
+        self.goal(alone, "≤ 1.1");
         Ok([of_many, of_64, alone])
     }
 
@@ -185,45 +205,63 @@ impl Bench<'_> {
     }
 
     /// On a log of nothing but orders.
-    async fn replay(&mut self, events: i64) -> Result<(), Failure> {
+    async fn replay(&mut self, events: i64, rounds: usize) -> Result<(), Failure> {
         let url = &self.server.url;
         rows::empty(url).await?;
         rows::fill(url, events).await?;
-        // Each of them once before, so that both find the log in memory.
+        // Once before, so that both find the log in memory.
         raw::copy(url).await?;
-        let replay = self.measure("typed replay", "annals", ours::replay(url)).await?;
-        let limit = self.measure("typed replay", "COPY BINARY and serde", raw::copy(url)).await?;
-        self.rate(replay, limit, "COPY", "≥ 0.8");
+        for _ in 0..rounds {
+            let replay = self.measure("typed replay", "annals", ours::replay(url)).await?;
+            let limit = self.measure("typed replay", "COPY BINARY and serde", raw::copy(url)).await?;
+            let paged = self.measure("typed replay", "annals, read_log", ours::paged(url)).await?;
+            self.rate(paged, limit, "COPY", "");
+            self.rate(replay, limit, "COPY", "≥ 0.8");
+        }
         Ok(())
     }
 }
 
-/// Runs all of it.
+/// Runs all of it, or until it is interrupted; then, too, the server is stopped.
 pub async fn run(arguments: Arguments) -> Result<(), Failure> {
     let server = Server::start(&arguments.directory)?;
+    tokio::select! {
+        measured = measure(&arguments, &server) => measured,
+        _ = tokio::signal::ctrl_c() => Err("interrupted".into()),
+    }
+}
+
+async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> {
     // Makes the tables.
     PostgresStore::connect(&server.url, Settings::default()).await?.close().await?;
-    let mut bench = Bench { server: &server, figures: Vec::new(), runs: 0 };
+    let mut bench = Bench { server, sides: Vec::new(), runs: 0 };
+    let rounds = arguments.rounds.max(1);
     if arguments.replay > 0 {
-        bench.replay(arguments.replay).await?;
+        bench.replay(arguments.replay, rounds).await?;
         rows::empty(&server.url).await?;
     }
     rows::fill(&server.url, arguments.events).await?;
-    let few = bench.rates(&arguments, "").await?;
-    bench.others(&arguments, few[1]).await?;
+    let mut few = [0; 3];
+    for _ in 0..rounds {
+        few = bench.rates(arguments, "").await?;
+        bench.others(arguments, few[1]).await?;
+    }
     if arguments.events_many > 0 {
         rows::fill(&server.url, arguments.events_many).await?;
-        let many = bench.rates(&arguments, &format!("; {} events", arguments.events_many)).await?;
+        let mut many = [0; 3];
+        for _ in 0..rounds {
+            many = bench.rates(arguments, "; many events").await?;
+        }
         for (many, few) in many.into_iter().zip(few) {
-            let ratio = bench.figures[many].per_second / bench.figures[few].per_second;
-            bench.figures[many].workload += &format!(" ({ratio:.2} of before, ≥ 0.9)");
+            let ratio = bench.sides[many].median().per_second / bench.sides[few].median().per_second;
+            bench.sides[many].workload += &format!(" ({ratio:.2} of few, ≥ 0.9)");
         }
     }
-    report(&bench.figures, arguments.json);
+    report(&bench.sides, arguments.json);
     Ok(())
 }
 
-fn report(figures: &[Figure], json: bool) {
+fn report(sides: &[Side], json: bool) {
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED);
     table.set_header([
@@ -238,32 +276,41 @@ fn report(figures: &[Figure], json: bool) {
         "trips",
         "commits",
         "WAL kB",
-        "CPU s",
+        "CPU ms",
     ]);
-    for figure in figures {
+    for side in sides {
+        let Sample { per_second, p50_ms, p99_ms, costs } = side.median();
+        let Costs { round_trips, commits, wal_kilobytes, cpu_ms } = costs;
+        let ratio =
+            side.against.map(|against| (against.by)(&side.median()) / (against.by)(&sides[against.side].median()));
+        let of = side.against.map_or("", |against| against.what);
         if json {
-            println!("{}", serde_json::to_string(figure).unwrap_or_default());
+            let figure = serde_json::json!({
+                "workload": side.workload, "side": side.name, "per_second": per_second, "ratio": ratio, "of": of,
+                "goal": side.goal, "p50_ms": p50_ms, "p99_ms": p99_ms, "per_thousand": costs,
+            });
+            println!("{figure}");
             continue;
         }
         let optional = |value: Option<f64>| value.map_or(String::new(), |value| format!("{value:.2}"));
-        let Costs { round_trips, commits, wal_kilobytes, cpu_seconds } = figure.per_thousand;
         table.add_row([
-            figure.workload.clone(),
-            figure.side.to_owned(),
-            format!("{:.0}", figure.per_second),
-            optional(figure.ratio),
-            figure.of.to_owned(),
-            figure.goal.to_owned(),
-            optional(figure.p50_ms),
-            optional(figure.p99_ms),
+            side.workload.clone(),
+            side.name.to_owned(),
+            format!("{per_second:.0}"),
+            optional(ratio),
+            of.to_owned(),
+            side.goal.to_owned(),
+            optional(p50_ms),
+            optional(p99_ms),
             format!("{round_trips:.0}"),
             format!("{commits:.0}"),
             format!("{wal_kilobytes:.0}"),
-            format!("{cpu_seconds:.3}"),
+            format!("{cpu_ms:.1}"),
         ]);
     }
     if !json {
         println!("{table}");
         println!("trips, commits, WAL and CPU are per 1,000 operations; CPU is of both sides of the connection");
+        println!("a commit is a transaction that has a number of its own: those that only notify others have one too");
     }
 }

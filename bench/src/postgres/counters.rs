@@ -27,7 +27,7 @@ pub struct Costs {
     pub commits: f64,
     pub wal_kilobytes: f64,
     /// Of this process and of the server, if that is ours.
-    pub cpu_seconds: f64,
+    pub cpu_ms: f64,
 }
 
 impl Counters {
@@ -62,7 +62,7 @@ impl Counters {
             round_trips: (self.round_trips - before.round_trips) as f64 * per_thousand,
             commits: (self.commits - before.commits) as f64 * per_thousand,
             wal_kilobytes: (self.wal_bytes - before.wal_bytes) as f64 / 1_024.0 * per_thousand,
-            cpu_seconds: (self.cpu_seconds - before.cpu_seconds) * per_thousand,
+            cpu_ms: (self.cpu_seconds - before.cpu_seconds) * 1_000.0 * per_thousand,
         }
     }
 }

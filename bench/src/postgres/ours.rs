@@ -6,8 +6,8 @@ use std::{
 };
 
 use annals::{
-    Aggregate, Event, EventStore, Handler, HandlerError, Health, LogQuery, Message, Repository, Start, Subscription,
-    Work,
+    Aggregate, Event, EventStore, Handler, HandlerError, Health, LogQuery, Message, Position, Repository, Start,
+    Subscription, Work,
 };
 use annals_postgres::{PostgresStore, Replay, Settings};
 use async_trait::async_trait;
@@ -138,6 +138,26 @@ pub async fn replay(url: &str) -> Result<Measured, Failure> {
     }
     let seconds = started.elapsed().as_secs_f64();
     drop(replayed);
+    store.close().await?;
+    Ok(Measured { count, seconds, latency: None })
+}
+
+/// The same page by page through the port, decoded where it is read.
+pub async fn paged(url: &str) -> Result<Measured, Failure> {
+    let store = open(url).await?;
+    let (mut count, mut after, started) = (0, Position::START, Instant::now());
+    loop {
+        let page = store.read_log(&LogQuery::all(), after, 10_000).await?;
+        if page.next == after {
+            break;
+        }
+        after = page.next;
+        for event in page.events {
+            std::hint::black_box(event.decode::<OrderEvent>()?);
+            count += 1;
+        }
+    }
+    let seconds = started.elapsed().as_secs_f64();
     store.close().await?;
     Ok(Measured { count, seconds, latency: None })
 }
