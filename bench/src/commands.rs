@@ -1,10 +1,9 @@
 //! Placing orders on distinct aggregates: decide and append, so many in flight.
 
-use std::{path::Path, sync::Arc, time::Instant};
+use std::{path::Path, sync::Arc};
 
 use annals::{EventStore, MemoryStore, Repository};
 use annals_sqlite::SqliteStore;
-use futures::StreamExt;
 use hdrhistogram::Histogram;
 use sample_shop::{
     input::{Invoice, generate},
@@ -12,7 +11,7 @@ use sample_shop::{
 };
 use uuid::Uuid;
 
-use crate::{Failure, Figure, counting::Counting};
+use crate::{Failure, Figure, clients, counting::Counting};
 
 pub async fn memory(count: usize, in_flight: usize) -> Result<Figure, Failure> {
     place(Arc::new(MemoryStore::new()), "memory", count, in_flight).await
@@ -48,22 +47,18 @@ async fn place(
             Invoice::Return { .. } | Invoice::Adjustment { .. } => None,
         })
         .collect();
-    let started = Instant::now();
-    let mut placed = futures::stream::iter(commands)
-        .map(|(id, command)| {
-            let orders = orders.clone();
-            async move {
-                let asked = Instant::now();
-                // A task each, as in a server: a single one would decide and encode on one core only.
-                let placed = tokio::spawn(async move { orders.create(&id, command, Uuid::new_v4()).await.map(drop) });
-                placed.await.map(|outcome| outcome.map(|()| asked.elapsed()))
-            }
-        })
-        .buffer_unordered(in_flight);
-    while let Some(outcome) = placed.next().await {
-        latency.record(u64::try_from(outcome??.as_micros())?)?;
+    let (took, elapsed) = clients::all(commands, in_flight, move |(id, command)| {
+        let orders = orders.clone();
+        async move {
+            let created = orders.create(&id, command, Uuid::new_v4()).await;
+            created.map(drop).map_err(|error| error.to_string())
+        }
+    })
+    .await?;
+    for one in took {
+        latency.record(u64::try_from(one.as_micros())?)?;
     }
-    let seconds = started.elapsed().as_secs_f64();
+    let seconds = elapsed.as_secs_f64();
     let (commits, rows) = counting.counts();
     Ok(Figure {
         workload: format!("commands, {in_flight} in flight"),

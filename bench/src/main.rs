@@ -1,8 +1,10 @@
 //! Every figure with its baseline and its limit in the same run: these machines differ and are noisy, so only ratios count.
 
 mod baseline;
+mod clients;
 mod commands;
 mod counting;
+mod postgres;
 mod sagas;
 
 use std::path::PathBuf;
@@ -13,9 +15,12 @@ use comfy_table::{Table, presets::UTF8_FULL_CONDENSED};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Measures the embedded stores.
+/// Measures the embedded stores, or another one.
 #[derive(Parser)]
+#[command(args_conflicts_with_subcommands = true)]
 struct Arguments {
+    #[command(subcommand)]
+    store: Option<Store>,
     /// Commands to execute at each concurrency.
     #[arg(long, default_value_t = 20_000)]
     commands: usize,
@@ -34,6 +39,11 @@ struct Arguments {
     /// One JSON object a figure, instead of a table.
     #[arg(long)]
     json: bool,
+}
+
+#[derive(clap::Subcommand)]
+enum Store {
+    Postgres(postgres::Arguments),
 }
 
 #[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
@@ -63,6 +73,9 @@ type Failure = Box<dyn std::error::Error + Send + Sync>;
 #[tokio::main]
 async fn main() -> Result<(), Failure> {
     let arguments = Arguments::parse();
+    if let Some(Store::Postgres(arguments)) = arguments.store {
+        return postgres::run(arguments).await;
+    }
     let mut figures: Vec<Vec<Figure>> = Vec::new();
     for round in 0..arguments.rounds {
         eprintln!("round {} of {}", round + 1, arguments.rounds);

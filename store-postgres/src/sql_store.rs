@@ -37,7 +37,8 @@ use crate::{
 ///   is a savepoint in this one; it must not end this one by statements of its own.
 /// - A statement that fails has failed the message: undo it with a savepoint, or return the error. The message then leaves
 ///   nothing behind, and is parked; the others of the batch are not touched.
-/// - A statement may take 30 seconds, and wait 10 for a lock.
+/// - A statement may take 30 seconds, and wait 10 for a lock. Settings that it changes should be `LOCAL`: the connection is used
+///   again.
 /// - It runs again when the commit meets a conflict, or the connection is lost. What it did before is rolled back by then.
 #[async_trait]
 pub trait SqlHandler: Send + Sync + 'static {

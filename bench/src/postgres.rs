@@ -1,0 +1,316 @@
+//! The PostgreSQL store beside its limits: plain sqlx on the same table, before it and after it in the same run.
+
+mod counters;
+mod ours;
+mod raw;
+mod rows;
+mod server;
+
+use std::path::PathBuf;
+
+use annals_postgres::{PostgresStore, Settings};
+use comfy_table::{Table, presets::UTF8_FULL_CONDENSED};
+use hdrhistogram::Histogram;
+
+use self::{
+    counters::{Costs, Counters},
+    server::Server,
+};
+use crate::Failure;
+
+/// Measures the PostgreSQL store.
+///
+/// It starts a server of its own, unless `DATABASE_URL` names one; then it writes to the schema `annals` there, and the
+/// server should have nothing else to do.
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Commands of each workload.
+    #[arg(long, default_value_t = 50_000)]
+    commands: usize,
+    /// Events in the log before the first workload.
+    #[arg(long, default_value_t = 100_000)]
+    events: i64,
+    /// Events in the log for the second round of rates; 0 leaves it out. 10,000,000 are meant.
+    #[arg(long, default_value_t = 0)]
+    events_many: i64,
+    /// Events to replay; 0 leaves it out.
+    #[arg(long, default_value_t = 1_000_000)]
+    replay: i64,
+    /// Aggregates that are loaded, four times each.
+    #[arg(long, default_value_t = 5_000)]
+    aggregates: usize,
+    /// Where the server has its data: the disk that is measured.
+    #[arg(long, default_value_os_t = std::env::temp_dir())]
+    directory: PathBuf,
+    /// How often each figure is taken, side by side; the median is printed.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// One JSON object a figure, instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What came of one side of a workload.
+pub struct Measured {
+    count: usize,
+    seconds: f64,
+    /// In microseconds.
+    latency: Option<Histogram<u64>>,
+}
+
+fn histogram() -> Result<Histogram<u64>, Failure> {
+    Ok(Histogram::new(3)?)
+}
+
+/// One side of a workload, over all rounds.
+struct Side {
+    workload: String,
+    name: &'static str,
+    samples: Vec<Sample>,
+    against: Option<Against>,
+    goal: &'static str,
+}
+
+#[derive(Clone, Copy)]
+struct Sample {
+    per_second: f64,
+    p50_ms: Option<f64>,
+    p99_ms: Option<f64>,
+    costs: Costs,
+}
+
+/// What a side is compared with.
+#[derive(Clone, Copy)]
+struct Against {
+    side: usize,
+    by: fn(&Sample) -> f64,
+    what: &'static str,
+}
+
+/// The figures so far.
+struct Bench<'s> {
+    server: &'s Server,
+    sides: Vec<Side>,
+    runs: usize,
+}
+
+impl Side {
+    /// The round in the middle, by operations per second.
+    fn median(&self) -> Sample {
+        let mut samples = self.samples.clone();
+        samples.sort_by(|a, b| a.per_second.total_cmp(&b.per_second));
+        samples[samples.len() / 2]
+    }
+}
+
+impl Bench<'_> {
+    /// A name that no aggregate had yet. They rise, as those of a real service do.
+    fn run(&mut self) -> String {
+        self.runs += 1;
+        format!("r{:04}", self.runs)
+    }
+
+    /// Measures one side once more, and gives its index.
+    async fn measure(
+        &mut self,
+        workload: &str,
+        name: &'static str,
+        running: impl Future<Output = Result<Measured, Failure>>,
+    ) -> Result<usize, Failure> {
+        eprintln!("{workload}, {name}");
+        let before = Counters::now(self.server).await?;
+        let measured = running.await?;
+        let costs = Counters::now(self.server).await?.since(&before, measured.count);
+        let quantile = |q| measured.latency.as_ref().map(|latency| latency.value_at_quantile(q) as f64 / 1_000.0);
+        let per_second = measured.count as f64 / measured.seconds;
+        let sample = Sample { per_second, p50_ms: quantile(0.5), p99_ms: quantile(0.99), costs };
+        let index = match self.sides.iter().position(|side| side.workload == workload && side.name == name) {
+            Some(index) => index,
+            None => {
+                let (workload, samples) = (workload.to_owned(), Vec::new());
+                self.sides.push(Side { workload, name, samples, against: None, goal: "" });
+                self.sides.len() - 1
+            }
+        };
+        self.sides[index].samples.push(sample);
+        Ok(index)
+    }
+
+    fn rate(&mut self, ours: usize, limit: usize, what: &'static str, goal: &'static str) {
+        self.sides[ours].against = Some(Against { side: limit, by: |sample| sample.per_second, what });
+        self.goal(ours, goal);
+    }
+
+    fn goal(&mut self, ours: usize, goal: &'static str) {
+        self.sides[ours].goal = goal;
+    }
+
+    /// The workloads that are repeated on a larger table: gives where the three of ours stand.
+    async fn rates(&mut self, arguments: &Arguments, events: &str) -> Result<[usize; 3], Failure> {
+        let url = &self.server.url;
+        let count = arguments.commands;
+        let few = (count / 25).max(100);
+        let named = |workload: &str| format!("{workload}{events}");
+
+        let (workload, run) = (named("commands, 1,024 in flight"), self.run());
+        let of_many = self.measure(&workload, "annals", ours::place(url, &run, count, 1_024)).await?;
+        let rows = rows::rows(&self.run(), count)?;
+        let unnest = self.measure(&workload, "unnest, 2 connections", raw::unnest(url, rows, 2)).await?;
+        self.rate(of_many, unnest, "unnest", "≥ 0.8");
+
+        let (workload, run) = (named("commands, 64 in flight"), self.run());
+        let of_64 = self.measure(&workload, "annals", ours::place(url, &run, count, 64)).await?;
+        let rows = rows::rows(&self.run(), count / 4)?;
+        let limit = self.measure(&workload, "INSERT, 64 connections", raw::one_by_one(url, rows, 64)).await?;
+        self.rate(of_64, limit, "INSERT", "≥ 6, p99 < its p50");
+
+        let (workload, run) = (named("commands, one at a time"), self.run());
+        let alone = self.measure(&workload, "annals", ours::place(url, &run, few, 1)).await?;
+        let rows = rows::rows(&self.run(), few)?;
+        let limit = self.measure(&workload, "INSERT, 1 connection", raw::one_by_one(url, rows, 1)).await?;
+        let p50 = |sample: &Sample| sample.p50_ms.unwrap_or_default();
+        self.sides[alone].against = Some(Against { side: limit, by: p50, what: "p50 of INSERT" });
+        self.goal(alone, "≤ 1.1");
+        Ok([of_many, of_64, alone])
+    }
+
+    async fn others(&mut self, arguments: &Arguments, of_64: usize) -> Result<(), Failure> {
+        let url = &self.server.url;
+        let (aggregates, count) = (arguments.aggregates, arguments.commands);
+        for (workload, warm, goal) in
+            [("load, decide, append: warm", true, "≥ 0.8"), ("load, decide, append: cold", false, "≥ 0.3")]
+        {
+            let run = self.run();
+            let again = self.measure(workload, "annals", ours::again(url, &run, aggregates, 4, warm)).await?;
+            self.rate(again, of_64, "64 in flight", goal);
+        }
+        let run = self.run();
+        let contended =
+            self.measure("64 tasks, one aggregate", "annals", ours::contended(url, &run, count / 2)).await?;
+        self.goal(contended, "≥ 5,000/s");
+
+        let (workload, run) = ("100 events a commit", self.run());
+        let hundreds = self.measure(workload, "annals", ours::hundreds(url, &run, count * 2)).await?;
+        // The same rows in another category.
+        let rows = rows::counted(&self.run(), count * 2);
+        let limit = self.measure(workload, "unnest, 2 connections", raw::unnest(url, rows, 2)).await?;
+        self.rate(hundreds, limit, "unnest", "≥ 0.7");
+
+        for (workload, far) in [("commit to subscriber, 1,000/s", false), ("the same, another store", true)] {
+            let run = self.run();
+            let heard = self.measure(workload, "annals", ours::heard(url, &run, (count / 10).max(1_000), far)).await?;
+            self.goal(heard, "p50 ≤ 3, p99 ≤ 15 ms");
+        }
+        Ok(())
+    }
+
+    /// On a log of nothing but orders.
+    async fn replay(&mut self, events: i64, rounds: usize) -> Result<(), Failure> {
+        let url = &self.server.url;
+        rows::empty(url).await?;
+        rows::fill(url, events).await?;
+        // Once before, so that both find the log in memory.
+        raw::copy(url).await?;
+        for _ in 0..rounds {
+            let replay = self.measure("typed replay", "annals", ours::replay(url)).await?;
+            let limit = self.measure("typed replay", "COPY BINARY and serde", raw::copy(url)).await?;
+            let paged = self.measure("typed replay", "annals, read_log", ours::paged(url)).await?;
+            self.rate(paged, limit, "COPY", "");
+            self.rate(replay, limit, "COPY", "≥ 0.8");
+        }
+        Ok(())
+    }
+}
+
+/// Runs all of it, or until it is interrupted; then, too, the server is stopped.
+pub async fn run(arguments: Arguments) -> Result<(), Failure> {
+    let server = Server::start(&arguments.directory)?;
+    tokio::select! {
+        measured = measure(&arguments, &server) => measured,
+        _ = tokio::signal::ctrl_c() => Err("interrupted".into()),
+    }
+}
+
+async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> {
+    // Makes the tables.
+    PostgresStore::connect(&server.url, Settings::default()).await?.close().await?;
+    let mut bench = Bench { server, sides: Vec::new(), runs: 0 };
+    let rounds = arguments.rounds.max(1);
+    if arguments.replay > 0 {
+        bench.replay(arguments.replay, rounds).await?;
+        rows::empty(&server.url).await?;
+    }
+    rows::fill(&server.url, arguments.events).await?;
+    let mut few = [0; 3];
+    for _ in 0..rounds {
+        few = bench.rates(arguments, "").await?;
+        bench.others(arguments, few[1]).await?;
+    }
+    if arguments.events_many > 0 {
+        rows::fill(&server.url, arguments.events_many).await?;
+        let mut many = [0; 3];
+        for _ in 0..rounds {
+            many = bench.rates(arguments, "; many events").await?;
+        }
+        for (many, few) in many.into_iter().zip(few) {
+            let ratio = bench.sides[many].median().per_second / bench.sides[few].median().per_second;
+            bench.sides[many].workload += &format!(" ({ratio:.2} of few, ≥ 0.9)");
+        }
+    }
+    report(&bench.sides, arguments.json);
+    Ok(())
+}
+
+fn report(sides: &[Side], json: bool) {
+    let mut table = Table::new();
+    table.load_style(UTF8_FULL_CONDENSED);
+    table.set_header([
+        "workload",
+        "side",
+        "per second",
+        "ratio",
+        "of",
+        "goal",
+        "p50 ms",
+        "p99 ms",
+        "trips",
+        "commits",
+        "WAL kB",
+        "CPU ms",
+    ]);
+    for side in sides {
+        let Sample { per_second, p50_ms, p99_ms, costs } = side.median();
+        let Costs { round_trips, commits, wal_kilobytes, cpu_ms } = costs;
+        let ratio =
+            side.against.map(|against| (against.by)(&side.median()) / (against.by)(&sides[against.side].median()));
+        let of = side.against.map_or("", |against| against.what);
+        if json {
+            let figure = serde_json::json!({
+                "workload": side.workload, "side": side.name, "per_second": per_second, "ratio": ratio, "of": of,
+                "goal": side.goal, "p50_ms": p50_ms, "p99_ms": p99_ms, "per_thousand": costs,
+            });
+            println!("{figure}");
+            continue;
+        }
+        let optional = |value: Option<f64>| value.map_or(String::new(), |value| format!("{value:.2}"));
+        table.add_row([
+            side.workload.clone(),
+            side.name.to_owned(),
+            format!("{per_second:.0}"),
+            optional(ratio),
+            of.to_owned(),
+            side.goal.to_owned(),
+            optional(p50_ms),
+            optional(p99_ms),
+            format!("{round_trips:.0}"),
+            format!("{commits:.0}"),
+            format!("{wal_kilobytes:.0}"),
+            format!("{cpu_ms:.1}"),
+        ]);
+    }
+    if !json {
+        println!("{table}");
+        println!("trips, commits, WAL and CPU are per 1,000 operations; CPU is of both sides of the connection");
+        println!("a commit is a transaction that has a number of its own: those that only notify others have one too");
+    }
+}

@@ -1,0 +1,226 @@
+//! The same through Annals: repositories, the store, replay and subscription.
+
+use std::{
+    sync::{Arc, OnceLock},
+    time::{Duration, Instant},
+};
+
+use annals::{
+    Aggregate, Event, EventStore, Handler, HandlerError, Health, LogQuery, Message, Position, Repository, Start,
+    Subscription, Work,
+};
+use annals_postgres::{PostgresStore, Replay, Settings};
+use async_trait::async_trait;
+use futures::TryStreamExt;
+use sample_shop::order::{Order, OrderEvent};
+use tokio::time::{MissedTickBehavior, interval};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::{
+    Failure, clients,
+    postgres::{Measured, histogram, rows},
+};
+
+/// Counts; says so in as many events as it is asked for.
+#[derive(Clone, Default)]
+pub struct Counter(u64);
+
+#[derive(Event)]
+#[event(prefix = "counter")]
+pub enum CounterEvent {
+    Counted { n: u64 },
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("never")]
+pub struct Never;
+
+impl Aggregate for Counter {
+    const CATEGORY: &'static str = "counter";
+    /// How many events.
+    type Command = u64;
+    type Event = CounterEvent;
+    type Refusal = Never;
+
+    fn decide(&self, count: &u64) -> Result<Vec<CounterEvent>, Never> {
+        Ok((1..=*count).map(|n| CounterEvent::Counted { n: self.0 + n }).collect())
+    }
+
+    fn evolve(&mut self, CounterEvent::Counted { n }: &CounterEvent) {
+        self.0 = *n;
+    }
+}
+
+async fn open(url: &str) -> Result<PostgresStore, Failure> {
+    Ok(PostgresStore::connect(url, Settings::default()).await?)
+}
+
+/// Commands, so many in flight, each on a task of its own, as in a server.
+async fn all<A: Aggregate>(
+    commands: Vec<(String, A::Command)>,
+    repository: &Repository<A>,
+    in_flight: usize,
+    new: bool,
+) -> Result<Measured, Failure>
+where
+    A::Command: Send,
+{
+    let (count, mut latency, repository) = (commands.len(), histogram()?, repository.clone());
+    let (took, elapsed) = clients::all(commands, in_flight, move |(id, command)| {
+        let repository = repository.clone();
+        async move {
+            let request = Uuid::new_v4();
+            let done = if new {
+                repository.create(&id, command, request).await
+            } else {
+                repository.execute(&id, command, request).await
+            };
+            done.map(drop).map_err(|error| error.to_string())
+        }
+    })
+    .await?;
+    for one in took {
+        latency.record(u64::try_from(one.as_micros())?)?;
+    }
+    Ok(Measured { count, seconds: elapsed.as_secs_f64(), latency: Some(latency) })
+}
+
+/// Places orders, each on an aggregate of its own.
+pub async fn place(url: &str, run: &str, count: usize, in_flight: usize) -> Result<Measured, Failure> {
+    let store = open(url).await?;
+    let repository = Repository::<Order>::new(Arc::new(store.clone()));
+    let measured = all(rows::orders(run, count), &repository, in_flight, true).await?;
+    store.close().await?;
+    Ok(measured)
+}
+
+/// Loads, decides and appends: so many aggregates, so often each, 64 at a time; with the folded ones at hand, or without.
+pub async fn again(url: &str, run: &str, aggregates: usize, times: usize, warm: bool) -> Result<Measured, Failure> {
+    let store = open(url).await?;
+    let cached = if warm { 2 * aggregates } else { 1 };
+    let repository = Repository::<Counter>::with(Arc::new(store.clone()), Counter::CATEGORY, cached);
+    let each = || (0..aggregates).map(|n| (format!("{run}.{n:06}"), 1));
+    all(each().collect(), &repository, 1_024, true).await?;
+    let commands = (0..times).flat_map(|_| each()).collect();
+    let measured = all(commands, &repository, 64, false).await?;
+    store.close().await?;
+    Ok(measured)
+}
+
+/// Commands of 64 tasks on one aggregate.
+pub async fn contended(url: &str, run: &str, count: usize) -> Result<Measured, Failure> {
+    let store = open(url).await?;
+    let repository = Repository::<Counter>::new(Arc::new(store.clone()));
+    let measured = all(vec![(run.to_owned(), 1); count], &repository, 64, false).await?;
+    store.close().await?;
+    Ok(measured)
+}
+
+/// Commands that give 100 events each. Counts events.
+pub async fn hundreds(url: &str, run: &str, events: usize) -> Result<Measured, Failure> {
+    let store = open(url).await?;
+    let repository = Repository::<Counter>::new(Arc::new(store.clone()));
+    let commands = (0..events / 100).map(|n| (format!("{run}.{n:06}"), 100)).collect();
+    let measured = all(commands, &repository, 64, true).await?;
+    store.close().await?;
+    Ok(Measured { count: measured.count * 100, ..measured })
+}
+
+/// The whole log as typed events.
+pub async fn replay(url: &str) -> Result<Measured, Failure> {
+    let store = open(url).await?;
+    let (mut count, started) = (0, Instant::now());
+    let mut replayed = store.replay_as::<OrderEvent>(Replay::all());
+    while let Some(event) = replayed.try_next().await? {
+        std::hint::black_box(event);
+        count += 1;
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    drop(replayed);
+    store.close().await?;
+    Ok(Measured { count, seconds, latency: None })
+}
+
+/// The same page by page through the port, decoded where it is read.
+pub async fn paged(url: &str) -> Result<Measured, Failure> {
+    let store = open(url).await?;
+    let (mut count, mut after, started) = (0, Position::START, Instant::now());
+    loop {
+        let page = store.read_log(&LogQuery::all(), after, 10_000).await?;
+        if page.next == after {
+            break;
+        }
+        after = page.next;
+        for event in page.events {
+            std::hint::black_box(event.decode::<OrderEvent>()?);
+            count += 1;
+        }
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    store.close().await?;
+    Ok(Measured { count, seconds, latency: None })
+}
+
+/// When each event was handled.
+struct Heard(Arc<Vec<OnceLock<Instant>>>);
+
+#[async_trait]
+impl Handler for Heard {
+    async fn handle(&self, message: &Message, _work: &mut Work) -> Result<(), HandlerError> {
+        let heard = usize::try_from(message.version.0).ok().and_then(|version| self.0.get(version - 1));
+        if let Some(heard) = heard {
+            heard.get_or_init(Instant::now);
+        }
+        Ok(())
+    }
+}
+
+/// From the call of `commit` to the handler of a subscription, at 1,000 events a second; `far`: on a store of its own, as in
+/// another process.
+pub async fn heard(url: &str, run: &str, count: usize, far: bool) -> Result<Measured, Failure> {
+    let store = open(url).await?;
+    let listening = if far { open(url).await? } else { store.clone() };
+    let heard = Arc::new(Vec::from_iter((0..count).map(|_| OnceLock::new())));
+    let (health, shutdown) = (Health::default(), CancellationToken::new());
+    let subscription = Subscription::new(&format!("heard.{run}"), Heard(heard.clone()))
+        .query(LogQuery::categories([Counter::CATEGORY]))
+        .start(Start::Now);
+    let follows: Arc<dyn EventStore> = Arc::new(listening.clone());
+    let following = tokio::spawn(subscription.run(follows, health.clone(), shutdown.clone()));
+    while !health.is_fine() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    // A moment more, until other stores are heard.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let repository = Repository::<Counter>::new(Arc::new(store.clone()));
+    let mut tick = interval(Duration::from_millis(1));
+    tick.set_missed_tick_behavior(MissedTickBehavior::Burst);
+    let (started, mut asked, mut commands) = (Instant::now(), Vec::with_capacity(count), Vec::with_capacity(count));
+    for _ in 0..count {
+        tick.tick().await;
+        asked.push(Instant::now());
+        let (repository, run) = (repository.clone(), run.to_owned());
+        commands.push(tokio::spawn(async move { repository.execute(&run, 1, Uuid::new_v4()).await.map(drop) }));
+    }
+    for command in commands {
+        command.await??;
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    let mut latency = histogram()?;
+    for (asked, heard) in asked.iter().zip(&*heard) {
+        let heard = loop {
+            match heard.get() {
+                Some(heard) => break *heard,
+                None if started.elapsed().as_secs_f64() > seconds + 10.0 => return Err("an event was not heard".into()),
+                None => tokio::time::sleep(Duration::from_millis(1)).await,
+            }
+        };
+        latency.record(u64::try_from(heard.saturating_duration_since(*asked).as_micros())?)?;
+    }
+    shutdown.cancel();
+    following.await??;
+    listening.close().await?;
+    store.close().await?;
+    Ok(Measured { count, seconds, latency: Some(latency) })
+}
