@@ -74,8 +74,13 @@ type Failure = Box<dyn std::error::Error + Send + Sync>;
 async fn main() -> Result<(), Failure> {
     let arguments = Arguments::parse();
     if let Some(Store::Postgres(arguments)) = arguments.store {
-        return postgres::run(arguments).await;
+        return tokio::spawn(postgres::run(arguments)).await?;
     }
+    // On a worker of the runtime: what this thread spawns would wait in a queue that busy workers seldom look at.
+    tokio::spawn(embedded(arguments)).await?
+}
+
+async fn embedded(arguments: Arguments) -> Result<(), Failure> {
     let mut figures: Vec<Vec<Figure>> = Vec::new();
     for round in 0..arguments.rounds {
         eprintln!("round {} of {}", round + 1, arguments.rounds);

@@ -25,7 +25,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// How many rejected invoices, or parked messages, are told one by one.
 const SHOWN_MAX: usize = 10;
 
-type Failure = Box<dyn std::error::Error>;
+type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -36,7 +36,8 @@ async fn main() -> ExitCode {
         .with_ansi(std::io::stderr().is_terminal())
         .init();
     let arguments = Arguments::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
-    match carry_out(arguments.command).await {
+    // On a worker of the runtime: what this thread spawns would wait in a queue that busy workers seldom look at.
+    match tokio::spawn(carry_out(arguments.command)).await.unwrap_or_else(|panic| Err(panic.into())) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("sample-shop: {error}");
