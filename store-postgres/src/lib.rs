@@ -60,6 +60,7 @@
 //! - `LISTEN` does not work: events of other processes are noticed by looking, within a second. Those of the same process are
 //!   told as before.
 
+mod append;
 mod copied;
 mod error;
 mod group;

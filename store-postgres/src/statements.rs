@@ -43,6 +43,7 @@ macro_rules! statements {
 statements!(
     advance,
     append,
+    append_events,
     dense_until,
     documents,
     drawn,

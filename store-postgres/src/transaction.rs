@@ -13,10 +13,11 @@ use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::{
+    append::append,
     error::{Fault, end_error, fault, write_error},
     group::{Decision, Prepared},
     open::Database,
-    writer::{ANSWER_SECONDS_MAX, append},
+    writer::ANSWER_SECONDS_MAX,
 };
 
 /// Savepoints that are kept apart before they are merged into one.

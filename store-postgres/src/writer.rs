@@ -3,19 +3,18 @@
 use std::{sync::Arc, time::Duration};
 
 use annals::{CommitError, Committed, Position};
-use chrono::{DateTime, Utc};
-use sqlx::{Connection, PgConnection, Row};
+use sqlx::{Connection, PgConnection};
 use tokio::{
     sync::{mpsc, oneshot},
     time::{Instant, sleep, sleep_until, timeout},
 };
 
 use crate::{
+    append::append,
     error::{Fault, fault, write_error},
-    group::{Decision, Prepared, Standings, Written},
+    group::{Decision, Prepared},
     news::News,
     open::Database,
-    read::{storable, time},
 };
 
 /// Commits that may wait for the writer; further callers wait for a place. Two groups' worth: one being written, one behind.
@@ -229,45 +228,4 @@ impl Writer {
         self.connection = Some(connection);
         Ok(())
     }
-}
-
-/// Gives what was written, `None` if a guess was wrong, and where everything stood before.
-pub(crate) async fn append(
-    database: &Database,
-    connection: &mut PgConnection,
-    decision: &Decision<'_>,
-) -> Result<(Option<Written>, Standings), sqlx::Error> {
-    let Decision { streams, documents, events, .. } = decision;
-    let query = sqlx::query(database.statements.append.clone())
-        .bind(streams.iter().map(|stream| stream.id.as_str()).collect::<Vec<_>>())
-        .bind(streams.iter().map(|stream| stream.base).collect::<Vec<_>>())
-        .bind(streams.iter().map(|stream| stream.held()).collect::<Vec<_>>())
-        .bind(documents.iter().map(|document| &*document.key.collection).collect::<Vec<_>>())
-        .bind(documents.iter().map(|document| &*document.key.id).collect::<Vec<_>>())
-        .bind(documents.iter().map(|document| document.base).collect::<Vec<_>>())
-        .bind(documents.iter().map(|document| document.fresh).collect::<Vec<_>>())
-        .bind(documents.iter().map(|document| document.put.map(|_| document.steps)).collect::<Vec<_>>())
-        .bind(documents.iter().map(|document| document.body().map(|body| &**body)).collect::<Vec<_>>())
-        .bind(documents.iter().map(|document| due(document.put)).collect::<Vec<_>>())
-        .bind(events.iter().map(|event| event.rank as i32).collect::<Vec<_>>())
-        // Arrays count from 1.
-        .bind(events.iter().map(|event| event.stream as i32 + 1).collect::<Vec<_>>())
-        .bind(events.iter().map(|event| streams[event.stream].id.as_str()).collect::<Vec<_>>())
-        .bind(events.iter().map(|event| event.step).collect::<Vec<_>>())
-        .bind(events.iter().map(|event| event.text.id).collect::<Vec<_>>())
-        .bind(events.iter().map(|event| &*event.text.type_name).collect::<Vec<_>>())
-        .bind(events.iter().map(|event| event.text.schema_version).collect::<Vec<_>>())
-        .bind(events.iter().map(|event| &*event.text.data).collect::<Vec<_>>())
-        .bind(events.iter().map(|event| &*event.text.metadata).collect::<Vec<_>>());
-    // To its very end: the row comes before the transaction is committed.
-    let rows = query.fetch_all(connection).await?;
-    let row = rows.first().ok_or(sqlx::Error::RowNotFound)?;
-    let positions: Option<Vec<i64>> = row.try_get(0)?;
-    let recorded_at = time(row, 3)?;
-    let written = positions.map(|positions| Written { positions, recorded_at });
-    Ok((written, Standings { streams: row.try_get(1)?, documents: row.try_get(2)? }))
-}
-
-fn due(put: Option<&annals::Put>) -> Option<DateTime<Utc>> {
-    put.and_then(|put| put.due).map(storable)
 }

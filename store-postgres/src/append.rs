@@ -1,0 +1,86 @@
+//! One round trip to the database with a group of commits.
+
+use chrono::{DateTime, Utc};
+use sqlx::{PgConnection, Row};
+
+use crate::{
+    group::{Decision, Standings, Written},
+    open::Database,
+    read::{storable, time},
+};
+
+/// Gives what was written, `None` if a guess was wrong, and where everything stood before.
+pub(crate) async fn append(
+    database: &Database,
+    connection: &mut PgConnection,
+    decision: &Decision<'_>,
+) -> Result<(Option<Written>, Standings), sqlx::Error> {
+    if let Some(bases) = decision.only_appends()
+        && let Some(written) = append_events(database, connection, decision, &bases).await?
+    {
+        return Ok((Some(written), Standings { streams: bases, documents: Vec::new() }));
+    }
+    let Decision { streams, documents, events, .. } = decision;
+    let query = sqlx::query(database.statements.append.clone())
+        .bind(streams.iter().map(|stream| stream.id.as_str()).collect::<Vec<_>>())
+        .bind(streams.iter().map(|stream| stream.base).collect::<Vec<_>>())
+        .bind(streams.iter().map(|stream| stream.held()).collect::<Vec<_>>())
+        .bind(documents.iter().map(|document| &*document.key.collection).collect::<Vec<_>>())
+        .bind(documents.iter().map(|document| &*document.key.id).collect::<Vec<_>>())
+        .bind(documents.iter().map(|document| document.base).collect::<Vec<_>>())
+        .bind(documents.iter().map(|document| document.fresh).collect::<Vec<_>>())
+        .bind(documents.iter().map(|document| document.put.map(|_| document.steps)).collect::<Vec<_>>())
+        .bind(documents.iter().map(|document| document.body().map(|body| &**body)).collect::<Vec<_>>())
+        .bind(documents.iter().map(|document| due(document.put)).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| event.rank as i32).collect::<Vec<_>>())
+        // Arrays count from 1.
+        .bind(events.iter().map(|event| event.stream as i32 + 1).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| streams[event.stream].id.as_str()).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| event.step).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| event.text.id).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| &*event.text.type_name).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| event.text.schema_version).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| &*event.text.data).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| &*event.text.metadata).collect::<Vec<_>>());
+    // To its very end: the row comes before the transaction is committed.
+    let rows = query.fetch_all(connection).await?;
+    let row = rows.first().ok_or(sqlx::Error::RowNotFound)?;
+    let positions: Option<Vec<i64>> = row.try_get(0)?;
+    let recorded_at = time(row, 3)?;
+    let written = positions.map(|positions| Written { positions, recorded_at });
+    Ok((written, Standings { streams: row.try_get(1)?, documents: row.try_get(2)? }))
+}
+
+/// The same for a group that only appends; gives `None` if a guess was wrong.
+async fn append_events(
+    database: &Database,
+    connection: &mut PgConnection,
+    decision: &Decision<'_>,
+    bases: &[i64],
+) -> Result<Option<Written>, sqlx::Error> {
+    let Decision { streams, events, .. } = decision;
+    let query = sqlx::query(database.statements.append_events.clone())
+        .bind(streams.iter().map(|stream| stream.id.as_str()).collect::<Vec<_>>())
+        .bind(bases)
+        .bind(streams.iter().map(|stream| stream.held()).collect::<Vec<_>>())
+        .bind(events.len() as i32)
+        .bind(events.iter().map(|event| event.rank as i32).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| streams[event.stream].id.as_str()).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| bases[event.stream] + event.step).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| event.text.id).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| &*event.text.type_name).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| event.text.schema_version).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| &*event.text.data).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| &*event.text.metadata).collect::<Vec<_>>());
+    let rows = query.fetch_all(connection).await?;
+    let Some(row) = rows.first() else { return Ok(None) };
+    let recorded_at = time(row, 1)?;
+    // Drawn in the order of the ranks, whatever the order in which they come back.
+    let mut positions = rows.iter().map(|row| row.try_get(0)).collect::<Result<Vec<i64>, _>>()?;
+    positions.sort_unstable();
+    Ok(Some(Written { positions, recorded_at }))
+}
+
+fn due(put: Option<&annals::Put>) -> Option<DateTime<Utc>> {
+    put.and_then(|put| put.due).map(storable)
+}
