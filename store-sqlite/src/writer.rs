@@ -14,8 +14,9 @@ use crate::{
 
 /// Commits that may wait for the writer; further callers wait for a place. Two groups' worth: one being written, one behind.
 pub(crate) const QUEUE_COMMITS_MAX: usize = 2 * GROUP_COMMITS_MAX;
-/// The most commits in a group: beyond this, a sync less per commit is not worth the wait of the first for the last.
-const GROUP_COMMITS_MAX: usize = 1_024;
+/// The most commits in a group: beyond this, a sync less per commit is not worth the wait of the first for the last, and
+/// a thousand callers had better decide in two halves, one while the other is written.
+const GROUP_COMMITS_MAX: usize = 512;
 /// A group takes no further commit once it has this many rows.
 const GROUP_ROWS_MAX: usize = 4_096;
 /// A group takes no further commit once it has this many bytes of payload.
