@@ -14,6 +14,12 @@ pub(crate) async fn caught<T>(code: impl Future<Output = T>) -> Result<T, Panick
     AssertUnwindSafe(code).catch_unwind().await.map_err(|panic| Panicked(text(&*panic)))
 }
 
+/// The same for code that waits for nothing.
+#[cfg(feature = "testing")]
+pub(crate) fn caught_now<T>(code: impl FnOnce() -> T) -> Result<T, Panicked> {
+    std::panic::catch_unwind(AssertUnwindSafe(code)).map_err(|panic| Panicked(text(&*panic)))
+}
+
 fn text(panic: &(dyn Any + Send)) -> String {
     let literal = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
     literal.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "without a message".to_owned())

@@ -68,8 +68,12 @@ impl Service {
         self
     }
 
-    /// Carries out steps of sagas, its own or other services'.
+    /// Carries out steps of sagas, its own or other services'. A service has one participant, with one enum of commands.
+    ///
+    /// # Panics
+    /// If it has one already, whose commands nobody would carry out.
     pub fn participant(mut self, participant: impl Participant) -> Self {
+        assert!(self.desk.is_none(), "service {} has a participant: put the commands of both in one enum", self.name);
         self.desk = Some(Arc::new(Desk::new(&self.name, self.store.clone(), participant)));
         self
     }

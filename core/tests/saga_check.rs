@@ -356,3 +356,21 @@ fn a_check_that_does_not_see_every_state_does_not_pass() {
     let expected = "more than 1000 states: leave out of the world and the saga's state what does not matter";
     assert_eq!((violation.broken.as_str(), violation.history.len()), (expected, 0));
 }
+
+#[test]
+fn a_world_without_services_is_told() {
+    let violation = check(checkout(), sample()).world(shop()).everything().run().unwrap_err();
+    assert_eq!(violation.broken, "the world has no services: say with `service` what commands do in it");
+}
+
+#[test]
+fn a_service_that_panics_is_shown_with_its_history() {
+    let clumsy = |shop: &mut Shop, command| match command {
+        Stock::Release { .. } => panic!("out of hands"),
+        command => inventory(shop, command),
+    };
+    let violation = caught(with_inventory(checkout(), clumsy));
+    assert!(violation.broken.starts_with("the service \"inventory\", asked for stock.release"), "{violation}");
+    assert!(violation.broken.ends_with("panicked: out of hands"), "{violation}");
+    assert!(!violation.history.is_empty());
+}

@@ -8,6 +8,7 @@ use std::{
 
 use annals::{
     DeadLetters, EventStore, ExecuteError, Health, LocalBus, Runtime, StoreError, Tail, Transaction, event::named_id,
+    health::State,
 };
 use async_trait::async_trait;
 use futures::StreamExt;
@@ -22,7 +23,7 @@ use uuid::Uuid;
 
 use crate::{
     input::{InputError, Invoice, Invoices, ReadError},
-    inventory::{OfSku, Stock, StockCommand},
+    inventory::{OfSku, Stock, StockCommand, StockEvent},
     ledger::{Books, Ledger, saga_stream},
     order::{Line, OrderCommand, ReturnCommand},
     payment::{Provider, ProviderError, SimulatedProvider, draw},
@@ -33,6 +34,8 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Share of the simulated provider's requests that go wrong the first time.
 const TROUBLE_RATE: f64 = 0.002;
+/// A trouble is told when it lasts this long.
+const TROUBLE_LASTS: Duration = Duration::from_secs(2);
 /// Latencies are kept from a microsecond to ten minutes.
 const LATENCY_MAX_US: u64 = 600_000_000;
 
@@ -150,6 +153,7 @@ pub async fn run(
     let mut runtime = settings.shared_as.as_deref().map_or_else(Runtime::new, Runtime::shared);
     let services = shop::all(&store, counter.clone(), Arc::new(customers));
     runtime.start(services, Arc::new(LocalBus::new(4))).await.map_err(|error| RunError::Runtime(error.to_string()))?;
+    runtime.spawn("troubles", tell_troubles(runtime.health(), runtime.shutdown()));
     let ledger = Ledger::default();
     runtime.spawn("ledger", ledger.clone().follow(store.clone(), runtime.shutdown()));
     let latency_us =
@@ -222,6 +226,29 @@ pub async fn run(
     })
 }
 
+/// Says why nothing moves, once for each reason that lasts. The parts go on trying.
+async fn tell_troubles(health: Health, shutdown: CancellationToken) -> Result<(), String> {
+    let (mut told, mut before) = (BTreeSet::new(), BTreeSet::new());
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(TROUBLE_LASTS) => {}
+            () = shutdown.cancelled() => return Ok(()),
+        }
+        let reasons = health.parts().into_values().filter_map(|state| match state {
+            State::Trouble(reason) => Some(reason),
+            _ => None,
+        });
+        let now: BTreeSet<String> = reasons.collect();
+        for reason in now.intersection(&before) {
+            if told.insert(reason.clone()) {
+                tracing::error!("waiting, and trying again: {reason}");
+            }
+        }
+        told.retain(|reason| now.contains(reason));
+        before = now;
+    }
+}
+
 /// What no part will try again by itself, whichever run it was set aside in.
 async fn parked(store: &Arc<dyn EventStore>, health: &Health) -> Result<Vec<String>, StoreError> {
     // A part is a lane of a subscription, or a member of a group.
@@ -266,13 +293,20 @@ impl Shop {
             let id = named_id(named_id(Uuid::NAMESPACE_OID, &delivery_id), &sku);
             let command = OfSku { sku: sku.clone(), command: StockCommand::Receive { quantity, delivery_id } };
             let stock = &self.stock;
-            async move { stock.execute(&sku, command, id).await.map_err(|error| format!("{sku}: {error}")) }
+            async move {
+                let decided = stock.execute(&sku, command, id).await.map_err(|error| format!("{sku}: {error}"))?;
+                match decided.events.first() {
+                    Some(StockEvent::Received { quantity: before, .. }) if *before != quantity => Err(format!(
+                        "{input:?} was run on this store before, with {before} units of {sku} where there would be {quantity} \
+                         now: run the same file with the same --stock-factor, or name another --store"
+                    )),
+                    _ => Ok(()),
+                }
+            }
         };
-        let mut received = futures::stream::iter(opening_stock).map(receive).buffer_unordered(512);
-        while let Some(outcome) = received.next().await {
-            outcome.map_err(RunError::Stock)?;
-        }
-        Ok(())
+        let received = futures::stream::iter(opening_stock).map(receive).buffer_unordered(512);
+        let refused = received.filter_map(async |outcome| outcome.err()).collect::<Vec<_>>().await;
+        refused.into_iter().min().map_or(Ok(()), |reason| Err(RunError::Stock(reason)))
     }
 
     /// Hands in one invoice and waits for its end.

@@ -27,6 +27,18 @@ pub enum OpenError {
         /// What is missing.
         folder: PathBuf,
     },
+    /// The file is known under further names, and SQLite keeps its log by name: what is written under one name is lost, or
+    /// worse, under another.
+    #[error(
+        "{} has {names} names (hard links), and SQLite would keep a log for each; make a copy, or remove the other names",
+        path.display()
+    )]
+    HardLinks {
+        /// What was given.
+        path: PathBuf,
+        /// How many there are.
+        names: u64,
+    },
     /// The file is no SQLite database.
     #[error("{} is not a SQLite database; name another path, or move that file away", path.display())]
     NotSqlite {

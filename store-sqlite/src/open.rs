@@ -73,7 +73,10 @@ impl Database {
             Ok(found) if !found.is_file() => {
                 return Err(OpenError::Unwritable { path, reason: "it is not a regular file".into() });
             }
-            Ok(_) => identify(&path)?,
+            Ok(found) => {
+                one_name(&path, &found)?;
+                identify(&path)?;
+            }
             Err(_) if !folder.is_dir() => return Err(OpenError::NoFolder { path, folder }),
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(unwritable(error)),
@@ -178,6 +181,19 @@ impl Database {
         }
         sqlx::query("PRAGMA journal_mode = WAL").execute(connection).await.map(drop)
     }
+}
+
+#[cfg(unix)]
+fn one_name(path: &Path, found: &fs::Metadata) -> Result<(), OpenError> {
+    match std::os::unix::fs::MetadataExt::nlink(found) {
+        names @ 2.. => Err(OpenError::HardLinks { path: path.to_owned(), names }),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(not(unix))]
+fn one_name(_: &Path, _: &fs::Metadata) -> Result<(), OpenError> {
+    Ok(())
 }
 
 /// Whose a file is, by its header (<https://www.sqlite.org/fileformat2.html#the_database_header>). An empty one is for the

@@ -214,3 +214,17 @@ async fn many_may_open_a_new_file_at_once() {
         store.unwrap().close().await.unwrap();
     }
 }
+
+#[cfg(unix)]
+#[tokio::test]
+async fn a_file_of_two_names_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, other) = (folder.path().join("a.db"), folder.path().join("b.db"));
+    SqliteStore::open(&path).await.unwrap().close().await.unwrap();
+    std::fs::hard_link(&path, &other).unwrap();
+    for name in [&path, &other] {
+        assert_eq!(refused(name).await, OpenError::HardLinks { path: name.clone(), names: 2 });
+    }
+    std::fs::remove_file(&other).unwrap();
+    SqliteStore::open(&path).await.unwrap().close().await.unwrap();
+}

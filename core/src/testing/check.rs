@@ -1,6 +1,7 @@
 //! The checker of one saga, as a test writes it.
 
 use std::{
+    any::TypeId,
     collections::BTreeMap,
     fmt::{self, Debug},
     hash::Hash,
@@ -17,6 +18,7 @@ use super::{
 };
 use crate::{
     event::Event,
+    panic::caught_now,
     saga::{Saga, SagaState, Status, StepError},
 };
 
@@ -182,7 +184,8 @@ where
             schema_version,
             data,
         ) {
-            Ok(Some(command)) => Ok(act(world, command)),
+            Ok(Some(command)) => caught_now(|| act(world, command))
+                .map_err(|panic| format!("the service {service:?}, asked for {type_name} {data}, {panic}")),
             Ok(None) => Err(format!("the service {service:?} does not know {type_name}")),
             Err(error) => Err(format!("the service {service:?} cannot read {type_name} {data}: {error}")),
         };
@@ -264,6 +267,10 @@ where
             step.attempts_max = step.attempts_max.min(attempts);
         }
         let Parts { world, services, always, at_end, troubles } = protocol;
+        if services.is_empty() && TypeId::of::<W>() != TypeId::of::<()>() {
+            let broken = "the world has no services: say with `service` what commands do in it".to_owned();
+            return Err(Violation { broken, history: Vec::new(), world: format!("{world:?}") });
+        }
         let protocol = Protocol { machine: Machine::new(saga, context), world, services, always, at_end, troubles };
         let start = Instant::now();
         // One thread, so that the first history found is a shortest one, and the same each time.

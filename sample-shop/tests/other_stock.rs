@@ -1,0 +1,33 @@
+//! A file that is run again with other stock is refused: what was opened before would be kept without a word.
+#![allow(clippy::unwrap_used)]
+
+use std::{path::Path, process::Command};
+
+const HEADER: &str = "InvoiceNo,StockCode,Description,Quantity,InvoiceDate,UnitPrice,CustomerID,Country\n";
+const LINE: &str = "536365,85123A,lantern,6,2010-12-01 08:26:00,2.55,17850,United Kingdom\n";
+
+fn run(folder: &Path, rows: &str, arguments: &[&str]) -> (Option<i32>, String) {
+    let (file, store) = (folder.join("orders.csv"), folder.join("shop.db"));
+    std::fs::write(&file, format!("{HEADER}{rows}")).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sample-shop"));
+    command.args(["run", "--json", "--quiet", "--store", &format!("sqlite:{}", store.display()), "--orders"]);
+    let output = command.arg(file).args(arguments).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap() + &String::from_utf8(output.stdout).unwrap();
+    (output.status.code(), said)
+}
+
+#[test]
+fn another_stock_factor_or_another_file_of_one_name_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let (code, said) = run(folder.path(), LINE, &[]);
+    assert_eq!(code, Some(0), "{said}");
+    let (code, said) = run(folder.path(), LINE, &[]);
+    assert!(code == Some(0) && said.contains("in the store already"), "{said}");
+    let grown = format!("{LINE}{}", LINE.replace("536365", "536366"));
+    for (rows, arguments) in [(LINE, &["--stock-factor", "1.5"][..]), (&grown, &[])] {
+        let (code, said) = run(folder.path(), rows, arguments);
+        assert_eq!(code, Some(2), "{said}");
+        assert!(said.contains("with 6 units of 85123A where there would be"), "{said}");
+        assert!(said.contains("name another --store"), "{said}");
+    }
+}
