@@ -1,4 +1,59 @@
-//! Event sourcing and sagas.
+//! Event sourcing and sagas: aggregates decide, their events go into one log, and everything else follows that log.
+//!
+//! ```
+//! # tokio::runtime::Runtime::new()?.block_on(async {
+//! use std::{convert::Infallible, sync::Arc};
+//!
+//! use annals::{Aggregate, Event, MemoryStore, Repository};
+//! use uuid::Uuid;
+//!
+//! /// What happens. The names are stored: `account.opened`, `account.credited`.
+//! #[derive(Event, Clone, Debug)]
+//! #[event(prefix = "account")]
+//! enum AccountEvent {
+//!     Opened,
+//!     Credited { pence: u64 },
+//! }
+//!
+//! #[derive(Clone, Default)]
+//! struct Account {
+//!     open: bool,
+//!     pence: u64,
+//! }
+//!
+//! impl Aggregate for Account {
+//!     const CATEGORY: &'static str = "account";
+//!     type Command = u64;
+//!     type Event = AccountEvent;
+//!     type Refusal = Infallible;
+//!
+//!     fn decide(&self, pence: &u64) -> Result<Vec<AccountEvent>, Infallible> {
+//!         let credited = AccountEvent::Credited { pence: *pence };
+//!         Ok(if self.open { vec![credited] } else { vec![AccountEvent::Opened, credited] })
+//!     }
+//!
+//!     fn evolve(&mut self, event: &AccountEvent) {
+//!         match event {
+//!             AccountEvent::Opened => self.open = true,
+//!             AccountEvent::Credited { pence } => self.pence += pence,
+//!         }
+//!     }
+//! }
+//!
+//! let accounts = Repository::<Account>::new(Arc::new(MemoryStore::new()));
+//! let request = Uuid::new_v4();
+//! accounts.execute("alice", 250, request).await?;
+//! // The same request once more finds what it did.
+//! assert!(accounts.execute("alice", 250, request).await?.repeated);
+//! assert_eq!(accounts.state("alice").await?.pence, 250);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! # })?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! From here: [`Handler`] and [`Subscription`] react to the log, [`Service`] and [`Runtime`] run services that talk over a
+//! bus, [`Saga`] plans steps over several of them, and a [`Participant`] carries such steps out. A store is chosen by
+//! another crate: `annals-sqlite` or `annals-postgres`.
 
 extern crate self as annals;
 

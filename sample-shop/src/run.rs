@@ -34,6 +34,8 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Share of the simulated provider's requests that go wrong the first time.
 const TROUBLE_RATE: f64 = 0.002;
+/// The same while something is wrong, such as a full disk: what is cut off is done again at the next start.
+const PATIENCE_IN_TROUBLE: Duration = Duration::from_secs(2);
 /// A trouble is told when it lasts this long.
 const TROUBLE_LASTS: Duration = Duration::from_secs(2);
 /// Latencies are kept from a microsecond to ten minutes.
@@ -208,7 +210,11 @@ pub async fn run(
     // Those who still wait for the end of their sagas.
     under_way.shutdown().await;
     let health = runtime.health();
-    runtime.drain(PATIENCE).await.map_err(RunError::Runtime)?;
+    let patience = if health.is_fine() { PATIENCE } else { PATIENCE_IN_TROUBLE };
+    let drained = runtime.drain(patience).await;
+    if !stop.is_cancelled() {
+        drained.map_err(RunError::Runtime)?;
+    }
     ledger.read_up(&*shop.store).await?;
     let parked = parked(&shop.store, &health).await?;
     let (open, stuck) = ledger.open();
