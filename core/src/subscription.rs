@@ -88,8 +88,8 @@ impl Subscription {
         self
     }
 
-    /// Waits at least this long between batches, and takes larger ones: for a handler that writes only the last state of
-    /// each key, and that nobody waits for. Not at all by default.
+    /// Waits at least this long between batches once it has caught up, and takes larger ones: for a handler that writes only
+    /// the last state of each key, and that nobody waits for. Not at all by default.
     pub fn linger(mut self, linger: Duration) -> Self {
         self.linger = linger;
         self
@@ -219,7 +219,8 @@ impl Subscription {
                 last.next = page.next.0;
                 worker.deliver(&items).await?;
                 moved_at = Instant::now();
-                if !self.linger.is_zero() {
+                // Who is behind has its large batches without waiting for them.
+                if !self.linger.is_zero() && page.events.len() < page_size {
                     tokio::select! {
                         () = sleep(self.linger) => {}
                         () = shutdown.cancelled() => {}

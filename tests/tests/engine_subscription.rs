@@ -353,3 +353,19 @@ async fn effects_of_a_hot_aggregate_are_exact_under_other_writers() {
     assert_eq!(positive, (1..=200).collect::<Vec<_>>());
     running.stop().await;
 }
+
+#[tokio::test]
+async fn one_that_lingers_does_not_while_it_is_behind() {
+    let store = memory();
+    let tallies = Repository::<Tally>::new(store.clone());
+    for tally in 0..10 {
+        let ones = TallyCommand::AddOnes(1_000);
+        tallies.execute(&tally.to_string(), ones, Uuid::new_v4()).await.unwrap();
+    }
+    let seen_all = Subscription::new("lingering", Seen { name: "lingering" });
+    let running = Running::start(seen_all.linger(Duration::from_secs(3_600)), &store);
+    // Two full batches, and what is left in a third.
+    let all = async || (seen(&store, "lingering").await.len() == 10_000).then_some(());
+    eventually("all is seen without a pause", all).await;
+    running.kill().await;
+}
