@@ -1,4 +1,4 @@
-//! Rows as `COPY … (FORMAT binary)` sends them. https://www.postgresql.org/docs/current/sql-copy.html#id-1.9.55.9.4
+//! Rows as `COPY … (FORMAT binary)` sends them. <https://www.postgresql.org/docs/current/sql-copy.html#id-1.9.55.9.4>
 
 use std::{collections::HashSet, sync::Arc};
 
