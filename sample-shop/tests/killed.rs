@@ -1,14 +1,18 @@
 //! The shop killed with -9 at random moments and started again ends the same, to the penny and the unit.
 #![allow(clippy::unwrap_used)]
 
+mod summary;
+
 use std::{
     path::Path,
-    process::{Command, Output, Stdio},
+    process::{Command, Stdio},
     time::Duration,
 };
 
 use serde_json::Value;
 use sqlx::{Connection, SqliteConnection, sqlite::SqliteConnectOptions};
+
+use self::summary::business;
 
 const ORDERS: u64 = 400;
 const KILLS: usize = 10;
@@ -20,17 +24,6 @@ fn shop(store: &Path, factor: &str) -> Command {
     command.arg(format!("sqlite:{}", store.display()));
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     command
-}
-
-/// The last line without what differs from run to run.
-fn business(output: &Output) -> Value {
-    let text = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
-    let mut line: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
-    for changing in ["seconds", "sagas_per_second", "latency_ms", "store"] {
-        line.as_object_mut().unwrap().remove(changing);
-    }
-    line
 }
 
 /// Looks at the file as somebody who has none of our code.

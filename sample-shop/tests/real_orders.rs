@@ -1,6 +1,8 @@
 //! The main job on the real orders of December 2010.
 #![allow(clippy::unwrap_used)]
 
+mod summary;
+
 use std::{
     path::PathBuf,
     process::{Command, Output},
@@ -9,6 +11,8 @@ use std::{
 use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, postgres::PgConnectOptions};
 use uuid::Uuid;
+
+use self::summary::business;
 
 /// Stock for all, cards for all: every order must go through.
 const PLENTY: [&str; 4] = ["--stock-factor", "1.5", "--decline-rate", "0"];
@@ -19,17 +23,6 @@ fn shop(store: &str, arguments: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sample-shop"));
     command.args(["run", "--json", "--store", store, "--orders"]).arg(orders).args(arguments);
     command.output().unwrap()
-}
-
-/// The last line without what differs from run to run.
-fn business(output: &Output) -> Value {
-    let text = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
-    let mut line: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
-    for changing in ["seconds", "sagas_per_second", "latency_ms", "store"] {
-        assert!(line.as_object_mut().unwrap().remove(changing).is_some(), "the line lacks {changing}");
-    }
-    line
 }
 
 fn run_on_sqlite(arguments: &[&str]) -> Value {

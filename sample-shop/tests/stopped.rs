@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used)]
 #![cfg(unix)]
 
+mod summary;
+
 use std::{
     io::{BufRead, BufReader},
     path::Path,
@@ -11,6 +13,8 @@ use std::{
 
 use serde_json::Value;
 use sqlx::{Connection, Executor, SqliteConnection, sqlite::SqliteConnectOptions};
+
+use self::summary::business;
 
 const ORDERS: u32 = 1_500;
 /// Nothing here takes nearly as long on an idle machine.
@@ -64,17 +68,6 @@ async fn until(store: &Path, type_name: &str, least: i64) {
         assert!(started.elapsed() < PATIENCE, "there are never {least} {type_name}");
         tokio::time::sleep(Duration::from_millis(3)).await;
     }
-}
-
-/// The last line without what differs from run to run.
-fn business(output: &Output) -> Value {
-    let text = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
-    let mut line: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
-    for changing in ["seconds", "sagas_per_second", "latency_ms", "store"] {
-        line.as_object_mut().unwrap().remove(changing);
-    }
-    line
 }
 
 /// How many it says are unfinished.

@@ -1,10 +1,10 @@
 //! One round trip to the database with a group of commits.
 
 use chrono::{DateTime, Utc};
-use sqlx::{PgConnection, Row};
+use sqlx::{PgConnection, Postgres, Row, postgres::PgArguments, query::Query};
 
 use crate::{
-    group::{Decision, Standings, Written},
+    group::{Decision, EventRow, Standings, Written},
     open::Database,
     read::{storable, time},
 };
@@ -36,14 +36,9 @@ pub(crate) async fn append(
         // Arrays count from 1.
         .bind(events.iter().map(|event| event.stream as i32 + 1).collect::<Vec<_>>())
         .bind(events.iter().map(|event| streams[event.stream].id.as_str()).collect::<Vec<_>>())
-        .bind(events.iter().map(|event| event.step).collect::<Vec<_>>())
-        .bind(events.iter().map(|event| event.text.id).collect::<Vec<_>>())
-        .bind(events.iter().map(|event| &*event.text.type_name).collect::<Vec<_>>())
-        .bind(events.iter().map(|event| event.text.schema_version).collect::<Vec<_>>())
-        .bind(events.iter().map(|event| &*event.text.data).collect::<Vec<_>>())
-        .bind(events.iter().map(|event| &*event.text.metadata).collect::<Vec<_>>());
+        .bind(events.iter().map(|event| event.step).collect::<Vec<_>>());
     // To its very end: the row comes before the transaction is committed.
-    let rows = query.fetch_all(connection).await?;
+    let rows = with_texts(query, events).fetch_all(connection).await?;
     let row = rows.first().ok_or(sqlx::Error::RowNotFound)?;
     let positions: Option<Vec<i64>> = row.try_get(0)?;
     let recorded_at = time(row, 3)?;
@@ -66,19 +61,27 @@ async fn append_events(
         .bind(events.len() as i32)
         .bind(events.iter().map(|event| event.rank as i32).collect::<Vec<_>>())
         .bind(events.iter().map(|event| streams[event.stream].id.as_str()).collect::<Vec<_>>())
-        .bind(events.iter().map(|event| bases[event.stream] + event.step).collect::<Vec<_>>())
-        .bind(events.iter().map(|event| event.text.id).collect::<Vec<_>>())
-        .bind(events.iter().map(|event| &*event.text.type_name).collect::<Vec<_>>())
-        .bind(events.iter().map(|event| event.text.schema_version).collect::<Vec<_>>())
-        .bind(events.iter().map(|event| &*event.text.data).collect::<Vec<_>>())
-        .bind(events.iter().map(|event| &*event.text.metadata).collect::<Vec<_>>());
-    let rows = query.fetch_all(connection).await?;
+        .bind(events.iter().map(|event| bases[event.stream] + event.step).collect::<Vec<_>>());
+    let rows = with_texts(query, events).fetch_all(connection).await?;
     let Some(row) = rows.first() else { return Ok(None) };
     let recorded_at = time(row, 1)?;
     // Drawn in the order of the ranks, whatever the order in which they come back.
     let mut positions = rows.iter().map(|row| row.try_get(0)).collect::<Result<Vec<i64>, _>>()?;
     positions.sort_unstable();
     Ok(Some(Written { positions, recorded_at }))
+}
+
+/// Both statements end with these.
+fn with_texts<'q>(
+    query: Query<'q, Postgres, PgArguments>,
+    events: &'q [EventRow<'_>],
+) -> Query<'q, Postgres, PgArguments> {
+    query
+        .bind(events.iter().map(|event| event.text.id).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| &*event.text.type_name).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| event.text.schema_version).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| &*event.text.data).collect::<Vec<_>>())
+        .bind(events.iter().map(|event| &*event.text.metadata).collect::<Vec<_>>())
 }
 
 fn due(put: Option<&annals::Put>) -> Option<DateTime<Utc>> {
