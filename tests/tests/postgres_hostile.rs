@@ -114,6 +114,7 @@ async fn rows_put_in_by_hand_stop_nobody() {
                    VALUES (9223372036854775807, 'last-1', 1, gen_random_uuid(), 'by.hand', 1, '{}')";
     sqlx::query(schema.sql(by_hand)).execute(&mut outside).await.unwrap();
     store.commit(append("after-1", 0, 1)).await.unwrap();
+    assert_eq!(store.status().await.unwrap().head, Position(6));
 
     for store in [store.clone(), schema.store().await] {
         let log = whole_log(&store).await;
