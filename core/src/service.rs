@@ -201,7 +201,7 @@ impl Runtime {
     ///
     /// # Errors
     /// If the bus cannot be joined; then nothing is started.
-    pub async fn start<B: Bus>(&mut self, services: Vec<Service>, bus: Arc<B>) -> Result<(), BusError> {
+    pub async fn start(&mut self, services: Vec<Service>, bus: Arc<dyn Bus>) -> Result<(), BusError> {
         let mut joined = Vec::new();
         let home: Option<Arc<str>> = self.shared_as.as_deref().filter(|_| bus.is_local()).map(Arc::from);
         for service in services {
