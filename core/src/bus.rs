@@ -7,7 +7,7 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::event::{DecodeError, Event, EventError, Metadata, Position, Recorded, StreamId, Version};
+use crate::event::{DecodeError, Event, EventError, Metadata, Position, Recorded, StreamId, Version, named_id};
 
 /// What a [`Handler`](crate::Handler) is given: an event of the log, or an event or command from the bus. The attributes
 /// are those of CloudEvents 1.0.
@@ -35,6 +35,10 @@ pub struct Message {
     pub position: Position,
     /// Its place in its stream; [`Version::START`] for a command.
     pub version: Version,
+    /// The lane of the relay that sent it: those with one source and lane come in the order of their positions, and whoever
+    /// has seen a higher one has seen this. `None` where that does not hold: sent by no relay, or redriven.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lane: Option<u32>,
     /// Further attributes, by name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub extensions: BTreeMap<String, String>,
@@ -55,6 +59,7 @@ impl Message {
             time: event.recorded_at,
             position: event.position,
             version: event.version,
+            lane: None,
             extensions: BTreeMap::new(),
         }
     }
@@ -102,6 +107,22 @@ pub struct Delivery {
     pub message: Result<Message, Undecodable>,
 }
 
+impl Delivery {
+    /// The id of the message, the same on each delivery.
+    pub fn id(&self) -> Uuid {
+        self.message.as_ref().map_or_else(Undecodable::id, |message| message.id)
+    }
+}
+
+/// Where a consumer goes on in a partition, out of its own commit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bookmark {
+    /// The offset to go on from.
+    pub next: i64,
+    /// The [id](Delivery::id) of the message before it, where it is known: another one there means that the topic was wiped.
+    pub last: Option<Uuid>,
+}
+
 /// Bytes that are no message of any kind known. They are parked, so that nothing is lost.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("not a message: {reason}")]
@@ -114,6 +135,13 @@ pub struct Undecodable {
     pub raw: String,
 }
 
+impl Undecodable {
+    /// The same for the same bytes.
+    pub fn id(&self) -> Uuid {
+        named_id(Uuid::NAMESPACE_OID, &self.raw)
+    }
+}
+
 /// What a consumer reports.
 #[derive(Debug)]
 pub enum Polled {
@@ -123,6 +151,8 @@ pub enum Polled {
     Assigned(Vec<Partition>),
     /// These are not any more: what is under way must end or be given up before the next poll.
     Revoked(Vec<Partition>),
+    /// These are not what they were at their bookmark: the topic was wiped. They wait for [`Consumer::seek`] again.
+    Wiped(Vec<Partition>),
 }
 
 /// Sends messages. Order is kept per key; a message may arrive more than once, never not at all.
@@ -163,8 +193,8 @@ pub trait Consumer: Send + 'static {
     /// Waits for what comes next, at most `max` messages at once. Dropping the future loses nothing.
     async fn poll(&mut self, max: usize) -> Result<Polled, BusError>;
 
-    /// Starts delivery of an assigned partition at this offset: the one in our own commit, or `None` for its beginning.
-    async fn seek(&mut self, partition: &Partition, next: Option<i64>) -> Result<(), BusError>;
+    /// Starts delivery of an assigned partition at this bookmark out of our own commit, or with `None` at its beginning.
+    async fn seek(&mut self, partition: &Partition, from: Option<Bookmark>) -> Result<(), BusError>;
 
     /// Tells the bus that everything below `next` is committed on our side. For the bus's own book-keeping: what counts
     /// is the offset in the commit.

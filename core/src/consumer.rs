@@ -8,12 +8,13 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     backoff::Backoff,
     bus::{Bus, BusError, Consumer, Partition, Polled},
+    checkpoint::{CHECKPOINTS, Lane},
     commit::{Commit, DocumentKey, Put},
     handler::Handler,
     health::{Health, State},
     parking::{ParkedKeys, parking_key},
     store::EventStore,
-    worker::{BATCH_MAX, CHECKPOINTS, Item, Lane, PARKED_TICK, RetryPolicy, Stop, Worker},
+    worker::{BATCH_MAX, Item, PARKED_TICK, RetryPolicy, Stop, Worker},
 };
 
 /// A handler that consumes topics as a group. Its offsets are documents in the store, committed with the effects.
@@ -203,24 +204,45 @@ impl Member {
                 self.assigned.retain(|partition| !partitions.contains(partition));
                 self.assign(false).await?;
             }
+            Polled::Wiped(partitions) => {
+                for partition in partitions {
+                    let Some(lane) = self.lane_of.get(&partition).copied() else { continue };
+                    tracing::warn!(group = %self.worker.name, ?partition, "the topic was wiped: reading it from its beginning");
+                    self.worker.lanes[lane].start_over();
+                    self.consumer.seek(&partition, None).await?;
+                }
+            }
             Polled::Messages(deliveries) => {
-                let mut nexts = HashMap::new();
+                let (mut nexts, mut ahead) = (HashMap::new(), HashMap::new());
                 let mut items = Vec::with_capacity(deliveries.len());
                 for delivery in deliveries {
                     // A message of a partition that was revoked meanwhile is its new owner's.
                     let Some(lane) = self.lane_of.get(&delivery.partition).copied() else { continue };
-                    let next = delivery.offset + 1;
+                    let (next, id) = (delivery.offset + 1, delivery.id());
+                    if next <= self.worker.lanes[lane].next {
+                        continue;
+                    }
+                    let marks = ahead.entry(lane).or_insert_with(|| self.worker.lanes[lane].marks.clone());
+                    let is_new = delivery.message.as_ref().map_or(true, |message| marks.pass(message));
                     let key = match &delivery.message {
                         Ok(message) => parking_key(&message.key),
                         Err(undecodable) => parking_key(&undecodable.key),
                     };
-                    if delivery.offset >= self.worker.lanes[lane].next {
+                    if is_new {
                         items.push(Item { lane, next, key, message: delivery.message });
                     }
-                    nexts.insert(delivery.partition, next);
+                    nexts.insert(delivery.partition, (lane, next, id));
                 }
                 self.worker.deliver(&items).await?;
-                for (partition, next) in nexts {
+                let lanes = &self.worker.lanes;
+                let behind = nexts.values().filter(|(lane, next, _)| lanes[*lane].next < *next);
+                let after =
+                    |&(lane, next, id): &(usize, i64, _)| (lane, Lane { next, last: Some(id), ..lanes[lane].clone() });
+                let after: HashMap<_, _> = behind.map(after).collect();
+                if !after.is_empty() {
+                    self.worker.put_checkpoints(after).await?;
+                }
+                for (partition, (_, next, _)) in nexts {
                     self.consumer.acknowledge(&partition, next).await?;
                 }
             }
@@ -238,10 +260,10 @@ impl Member {
                 let id = format!("{}@{home}/{}/{}", self.worker.name, partition.topic, partition.number);
                 lane.key = DocumentKey::new(CHECKPOINTS, id);
             }
-            let next = lane.load(&*self.worker.store).await?;
+            lane.load(&*self.worker.store).await?;
             let known = self.lane_of.get(partition).map(|index| &self.worker.lanes[*index]);
             if rewind || known.is_none_or(|known| known.version != lane.version) {
-                seeks.push((partition, next));
+                seeks.push((partition, lane.bookmark()));
             }
             lane_of.insert(partition.clone(), lanes.len());
             lanes.push(lane);
@@ -250,8 +272,8 @@ impl Member {
         let ids: Vec<_> = lanes.iter().map(|lane| lane.place.clone()).collect();
         self.worker.parked = self.worker.parked.load(&*self.worker.store, &ids).await?;
         (self.lane_of, self.worker.lanes) = (lane_of, lanes);
-        for (partition, next) in seeks {
-            self.consumer.seek(partition, next).await?;
+        for (partition, from) in seeks {
+            self.consumer.seek(partition, from).await?;
         }
         self.unsettled = false;
         Ok(())

@@ -14,10 +14,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    checkpoint::CHECKPOINTS,
     commit::{COMMIT_ROWS_MAX, Commit, CommitError, Document, DocumentKey, Put},
     health::Health,
     store::{EventStore, Scan},
-    worker::CHECKPOINTS,
 };
 
 /// The collection in which instances show that they are alive.

@@ -17,7 +17,9 @@ use tokio::{
 };
 
 use self::state::{Freed, Next, Placed, Seat, State, Taken, Wakes};
-use crate::bus::{Bus, BusError, Consumer, Delivery, Message, Outgoing, Partition, Polled, Publisher, Receipt};
+use crate::bus::{
+    Bookmark, Bus, BusError, Consumer, Delivery, Message, Outgoing, Partition, Polled, Publisher, Receipt,
+};
 
 mod state;
 
@@ -161,7 +163,8 @@ impl Consumer for LocalConsumer {
         }
     }
 
-    async fn seek(&mut self, partition: &Partition, next: Option<i64>) -> Result<(), BusError> {
+    async fn seek(&mut self, partition: &Partition, from: Option<Bookmark>) -> Result<(), BusError> {
+        let next = from.map(|bookmark| bookmark.next);
         let freed = self.shared.with(|state, _| state.seek(&self.seat, partition, next))??;
         self.shared.release(freed);
         Ok(())

@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     bus::Message,
+    checkpoint::{CHECKPOINTS, Checkpoint},
     commit::{Commit, CommitError, Document, DocumentKey, Put},
     event::{Event, Position},
     handler::{Handler, HandlerError},
@@ -16,7 +17,6 @@ use crate::{
     store::{EventStore, LogQuery, Scan, StoreError},
     subscription::Subscription,
     work::Work,
-    worker::{CHECKPOINTS, Checkpoint},
 };
 
 /// How often a running projection looks whether it was swapped for a rebuilt one.

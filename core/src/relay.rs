@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     backoff::Backoff,
     bus::{BusError, Message, Outgoing, Publisher, Receipt},
+    checkpoint::Lane,
     claim::Claim,
     event::{Position, Recorded, StreamId},
     handler::{Handler, HandlerError, Terminal},
@@ -19,9 +20,9 @@ use crate::{
     parking::ParkedKeys,
     saga::{Command, StepEvent, attribute},
     store::{EventStore, LogQuery},
-    subscription::IDLE_CHECKPOINT,
+    subscription::{IDLE_CHECKPOINT, lane_of},
     work::Work,
-    worker::{Lane, PARKED_TICK, RetryPolicy, Stop, Worker},
+    worker::{PARKED_TICK, RetryPolicy, Stop, Worker},
 };
 
 /// Events read and published in one go.
@@ -119,6 +120,7 @@ impl Routes {
 pub struct Relay {
     routes: Routes,
     name: Arc<str>,
+    lanes: u32,
     instance: Option<Instance>,
 }
 
@@ -159,7 +161,14 @@ impl Handler for Republish {
 impl Relay {
     /// A relay under the name `<service>.relay`.
     pub fn new(routes: Routes) -> Self {
-        Self { name: format!("{}.relay", routes.service).into(), routes, instance: None }
+        Self { name: format!("{}.relay", routes.service).into(), routes, lanes: 1, instance: None }
+    }
+
+    /// How many lanes to carry side by side, each with a checkpoint of its own; 1 by default. A number that has once been
+    /// stored must stay.
+    pub fn lanes(mut self, lanes: u32) -> Self {
+        self.lanes = lanes.max(1);
+        self
     }
 
     /// Takes turns with the relays of other instances.
@@ -176,20 +185,44 @@ impl Relay {
         health: Health,
         shutdown: CancellationToken,
     ) -> Result<(), String> {
+        let this = Arc::new(self);
+        let mut carriers = tokio::task::JoinSet::new();
+        for lane in 0..this.lanes {
+            let this = this.clone();
+            carriers.spawn(this.carry_lane(lane, store.clone(), publisher.clone(), health.clone(), shutdown.clone()));
+        }
+        while let Some(ended) = carriers.join_next().await {
+            if let Err(panic) = ended {
+                shutdown.cancel();
+                return Err(format!("relay {} ended: {panic}", this.name));
+            }
+        }
+        Ok(())
+    }
+
+    async fn carry_lane(
+        self: Arc<Self>,
+        lane: u32,
+        store: Arc<dyn EventStore>,
+        publisher: Arc<dyn Publisher>,
+        health: Health,
+        shutdown: CancellationToken,
+    ) {
+        let part = format!("{}/{lane}", self.name);
         let mut worker = Worker {
             name: self.name.clone(),
             store,
             handler: Arc::new(Republish { routes: self.routes.clone(), publisher: publisher.clone() }),
             retry: RetryPolicy::default(),
-            lanes: vec![Lane::new(&format!("{}/0", self.name), None)],
+            lanes: vec![Lane::new(&part, None)],
             parked: ParkedKeys::new(self.name.clone()),
             reconciled_at: Instant::now(),
-            reporter: health.reporter(&self.name),
+            reporter: health.reporter(&part),
         };
-        let claim = Claim::new(self.instance.as_ref(), &self.name, 0);
+        let claim = Claim::new(self.instance.as_ref(), &self.name, lane);
         let mut backoff = Backoff::long();
         while !shutdown.is_cancelled() {
-            if let Err(trouble) = self.carry(&claim, &mut worker, &publisher, &shutdown, &mut backoff).await {
+            if let Err(trouble) = self.carry(lane, &claim, &mut worker, &publisher, &shutdown, &mut backoff).await {
                 worker.reporter.trouble(trouble.to_string());
                 tokio::select! {
                     () = backoff.wait() => {}
@@ -197,13 +230,13 @@ impl Relay {
                 }
             }
         }
-        health.set(&self.name, State::Stopped);
-        Ok(())
+        health.set(&part, State::Stopped);
     }
 
     /// Publishes from the checkpoint on. After an error, everything since the checkpoint is published again.
     async fn carry(
         &self,
+        lane: u32,
         claim: &Claim,
         worker: &mut Worker,
         publisher: &Arc<dyn Publisher>,
@@ -238,8 +271,8 @@ impl Relay {
                 let page = worker.store.read_log(&query, cursor, PAGE).await?;
                 caught_up = page.next == cursor;
                 cursor = page.next;
-                if !page.events.is_empty() {
-                    let (messages, sources) = self.messages(worker, &page.events).await?;
+                let (messages, sources) = self.messages(lane, worker, &page.events).await?;
+                if !messages.is_empty() {
                     in_flight.push_back(InFlight {
                         next: cursor,
                         receipt: publisher.publish(messages).await?,
@@ -295,20 +328,23 @@ impl Relay {
         Ok(claim.release(worker, next).await?)
     }
 
-    /// The messages of these events, each with its event. What makes no message is parked, and its key behind it.
+    /// The messages of those events that are of this lane, each with its event. What makes no message is parked, and its key behind it.
     async fn messages(
         &self,
+        lane: u32,
         worker: &mut Worker,
         events: &[Arc<Recorded>],
     ) -> Result<(Vec<Outgoing>, Vec<Arc<Recorded>>), Stop> {
         let (mut messages, mut sources) = (Vec::with_capacity(events.len()), Vec::with_capacity(events.len()));
-        for event in events {
+        let is_mine = |event: &&Arc<Recorded>| self.lanes == 1 || lane_of(event.stream.as_str(), self.lanes) == lane;
+        for event in events.iter().filter(is_mine) {
             let made = match self.routes.messages(event) {
                 Ok(_) if worker.parked.has(event.stream.as_str()) => Err("waits behind a parked message".to_owned()),
                 made => made,
             };
             match made {
-                Ok(made) => {
+                Ok(mut made) => {
+                    made.iter_mut().for_each(|outgoing| outgoing.message.lane = Some(lane));
                     sources.extend(made.iter().map(|_| event.clone()));
                     messages.extend(made);
                 }

@@ -34,6 +34,7 @@ pub struct Service {
     name: String,
     store: Arc<dyn EventStore>,
     routes: Routes,
+    relay_lanes: u32,
     desk: Option<Arc<dyn Handler>>,
     members: u32,
     replies: Vec<Arc<dyn Replies>>,
@@ -53,6 +54,7 @@ impl Service {
             name: name.to_owned(),
             store,
             routes: Routes::of(name),
+            relay_lanes: 1,
             desk: None,
             members: 1,
             replies: Vec::new(),
@@ -81,6 +83,12 @@ impl Service {
     /// How many members take commands side by side; see [`Group::members`].
     pub fn members(mut self, members: u32) -> Self {
         self.members = members;
+        self
+    }
+
+    /// How many lanes its messages leave by; see [`Relay::lanes`].
+    pub fn relay_lanes(mut self, lanes: u32) -> Self {
+        self.relay_lanes = lanes;
         self
     }
 
@@ -215,9 +223,10 @@ impl Runtime {
             for group in service.groups {
                 groups.push((group.name().to_owned(), group.at_home(home.clone()).join(&*bus).await?));
             }
-            joined.push((service.name, service.store, service.routes, groups, service.subscriptions, service.parts));
+            let relay = Relay::new(service.routes).lanes(service.relay_lanes);
+            joined.push((service.name, service.store, relay, groups, service.subscriptions, service.parts));
         }
-        for (name, store, routes, groups, subscriptions, parts) in joined {
+        for (name, store, relay, groups, subscriptions, parts) in joined {
             let (health, shutdown, instance) = (self.health(), self.shutdown(), self.instance_on(&store));
             for (group_name, group) in groups {
                 self.spawn(group_name, group.run(store.clone(), health.clone(), shutdown.clone()));
@@ -231,8 +240,7 @@ impl Runtime {
                 self.spawn(name.clone(), part(instance.clone(), health.clone(), shutdown.clone()));
             }
             let publisher: Arc<dyn Publisher> = bus.clone();
-            let relay = Relay::new(routes).shared(instance);
-            self.spawn(format!("{name}.relay"), relay.run(store, publisher, health, shutdown));
+            self.spawn(format!("{name}.relay"), relay.shared(instance).run(store, publisher, health, shutdown));
         }
         Ok(())
     }

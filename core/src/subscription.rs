@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     backoff::Backoff,
     bus::Message,
+    checkpoint::Lane,
     claim::Claim,
     event::Position,
     handler::Handler,
@@ -15,7 +16,7 @@ use crate::{
     instance::Instance,
     parking::ParkedKeys,
     store::{EventStore, LogQuery},
-    worker::{BATCH_MAX, Item, Lane, PARKED_TICK, RetryPolicy, Stop, Worker},
+    worker::{BATCH_MAX, Item, PARKED_TICK, RetryPolicy, Stop, Worker},
 };
 
 /// How often the checkpoint of a lane that only skips events is moved.

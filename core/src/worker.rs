@@ -3,12 +3,12 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use chrono::Utc;
-use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use crate::{
     backoff::Backoff,
     bus::{Message, Undecodable},
+    checkpoint::{CHECKPOINTS, Lane},
     commit::{COMMIT_ROWS_MAX, CommitError, DocumentKey},
     handler::{Handler, HandlerError, Remedy},
     health::Reporter,
@@ -51,88 +51,18 @@ impl RetryPolicy {
     }
 }
 
-/// The checkpoint of a lane of the log, or of a partition of a topic.
-#[derive(Clone, Debug)]
-pub(crate) struct Lane {
-    /// Of the checkpoint.
-    pub key: DocumentKey,
-    /// What messages are parked under.
-    pub place: Arc<str>,
-    pub version: i64,
-    pub next: i64,
-    pub incarnation: Option<Arc<str>>,
-    /// The instance that follows it, where several share the store.
-    pub holder: Option<Arc<str>>,
-    /// How often it was taken.
-    pub epoch: i64,
-}
-
-/// The body of a checkpoint document.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Checkpoint {
-    /// Read on after this position; for a partition, from this offset.
-    pub next: i64,
-    /// The incarnation of the topic that the offset belongs to.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub incarnation: Option<Arc<str>>,
-    /// The instance that follows the lane, where several share the store.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub holder: Option<Arc<str>>,
-    /// How often an instance has taken the lane.
-    #[serde(default, skip_serializing_if = "is_zero")]
-    pub epoch: i64,
-    /// When it was last moved.
-    pub at: chrono::DateTime<Utc>,
-}
-
-fn is_zero(number: &i64) -> bool {
-    *number == 0
-}
-
-/// The collection of all checkpoints.
-pub const CHECKPOINTS: &str = "checkpoint";
-
-impl Lane {
-    pub fn new(id: &str, incarnation: Option<Arc<str>>) -> Self {
-        let key = DocumentKey::new(CHECKPOINTS, id);
-        Self { place: key.id.clone(), key, version: 0, next: 0, incarnation, holder: None, epoch: 0 }
-    }
-
-    /// Reads the checkpoint; `None` if there is none, or one of another incarnation.
-    pub async fn load(&mut self, store: &dyn EventStore) -> Result<Option<i64>, StoreError> {
-        let found = store.document(&self.key).await?;
-        let Some(document) = found else {
-            (self.version, self.holder) = (0, None);
-            return Ok(None);
-        };
-        let checkpoint: Checkpoint = serde_json::from_str(&document.body)
-            .map_err(|error| StoreError::Corrupt(format!("document {}: {error}", self.key)))?;
-        (self.version, self.holder, self.epoch) = (document.version, checkpoint.holder, checkpoint.epoch);
-        if checkpoint.incarnation != self.incarnation {
-            return Ok(None);
-        }
-        self.next = checkpoint.next;
-        Ok(Some(checkpoint.next))
-    }
-
-    /// A lane without a checkpoint is before any place: "from now on" must mean the same after a restart.
-    fn is_before(&self, next: i64) -> bool {
-        self.next < next || self.version == 0
-    }
-
-    fn body(&self, next: i64) -> Arc<str> {
-        let (incarnation, holder) = (self.incarnation.clone(), self.holder.clone());
-        let checkpoint = Checkpoint { next, incarnation, holder, epoch: self.epoch, at: Utc::now() };
-        serde_json::to_string(&checkpoint).unwrap_or_default().into()
-    }
-}
-
 /// A message with its lane, and the checkpoint after it.
 pub(crate) struct Item {
     pub lane: usize,
     pub next: i64,
     pub key: Arc<str>,
     pub message: Result<Message, Undecodable>,
+}
+
+impl Item {
+    pub fn id(&self) -> uuid::Uuid {
+        self.message.as_ref().map_or_else(Undecodable::id, |message| message.id)
+    }
 }
 
 /// Why a worker stops.
@@ -213,10 +143,10 @@ impl Worker {
                     continue;
                 }
             };
-            let nexts = self.stage_checkpoints(&batch[..count], &mut work);
+            let after = self.stage_checkpoints(&batch[..count], &mut work);
             let error = match work.commit().await {
                 Ok(_) => {
-                    self.moved(nexts, parked);
+                    self.moved(after, parked);
                     return Ok(count);
                 }
                 Err(error) => error,
@@ -240,8 +170,8 @@ impl Worker {
                 CommitError::Unknown(reason) => {
                     self.reporter.trouble(reason.clone());
                     waiting.wait().await;
-                    if self.was_committed(&nexts).await? {
-                        self.moved(nexts, parked);
+                    if self.was_committed(&after).await? {
+                        self.moved(after, parked);
                         self.load_parked().await?;
                         return Ok(count);
                     }
@@ -377,59 +307,64 @@ impl Worker {
     }
 
     /// Moves the checkpoint of each lane past its last item.
-    fn stage_checkpoints(&self, items: &[Item], work: &mut Work) -> HashMap<usize, i64> {
-        let nexts: HashMap<usize, i64> = items.iter().map(|item| (item.lane, item.next)).collect();
-        work.begin(uuid::Uuid::nil(), Default::default());
-        for (lane, next) in &nexts {
-            let lane = &self.lanes[*lane];
-            work.put_expecting(&lane.key, lane.version, Some(lane.body(*next)), None);
+    fn stage_checkpoints(&self, items: &[Item], work: &mut Work) -> HashMap<usize, Lane> {
+        let mut after = HashMap::new();
+        for item in items {
+            after.entry(item.lane).or_insert_with(|| self.lanes[item.lane].clone()).pass(item);
         }
-        nexts
+        work.begin(uuid::Uuid::nil(), Default::default());
+        put(&after, work);
+        after
     }
 
-    fn moved(&mut self, nexts: HashMap<usize, i64>, parked: ParkedKeys) {
-        for (lane, next) in nexts {
-            self.lanes[lane].version += 1;
-            self.lanes[lane].next = next;
+    /// The lanes stand as in `after` now.
+    fn moved(&mut self, after: HashMap<usize, Lane>, parked: ParkedKeys) {
+        for (index, lane) in after {
+            self.lanes[index] = Lane { version: lane.version + 1, ..lane };
         }
         self.parked = parked;
         self.reporter.fine();
     }
 
     /// After an unknown outcome: whether the checkpoints stand where this very commit would have put them.
-    async fn was_committed(&self, nexts: &HashMap<usize, i64>) -> Result<bool, StoreError> {
-        for (index, next) in nexts {
+    async fn was_committed(&self, after: &HashMap<usize, Lane>) -> Result<bool, StoreError> {
+        for (index, after) in after {
             let mut lane = self.lanes[*index].clone();
             let found = lane.load(&*self.store).await?;
-            if found != Some(*next) || lane.version != self.lanes[*index].version + 1 {
+            if found != Some(after.next) || lane.version != self.lanes[*index].version + 1 {
                 return Ok(false);
             }
         }
-        Ok(!nexts.is_empty())
+        Ok(!after.is_empty())
     }
 
     /// Moves idle lanes to where the reader is, so that lag shows what is true and a restart does not read it all again.
     pub async fn checkpoint(&mut self, next: i64) -> Result<(), Stop> {
-        let behind = (0..self.lanes.len()).filter(|lane| self.lanes[*lane].is_before(next));
-        self.put_checkpoints(behind.map(|lane| (lane, next)).collect()).await
+        let behind = self.lanes.iter().enumerate().filter(|(_, lane)| lane.is_before(next));
+        let after = behind.map(|(index, lane)| (index, Lane { next, ..lane.clone() })).collect();
+        self.put_checkpoints(after).await
     }
 
     /// Writes the checkpoint of the only lane, whether it moved or not.
     pub async fn put_checkpoint(&mut self, next: i64) -> Result<(), Stop> {
-        self.put_checkpoints(HashMap::from([(0, next)])).await
+        self.put_checkpoints(HashMap::from([(0, Lane { next, ..self.lanes[0].clone() })])).await
     }
 
-    async fn put_checkpoints(&mut self, nexts: HashMap<usize, i64>) -> Result<(), Stop> {
+    /// Moves these lanes and does nothing else.
+    pub async fn put_checkpoints(&mut self, after: HashMap<usize, Lane>) -> Result<(), Stop> {
         let mut work = Work::new(self.store.clone(), Stale::Nothing);
-        for (index, next) in &nexts {
-            let lane = &self.lanes[*index];
-            work.put_expecting(&lane.key, lane.version, Some(lane.body(*next)), None);
-        }
+        put(&after, &mut work);
         match work.commit().await {
-            Ok(_) => self.moved(nexts, self.parked.clone()),
+            Ok(_) => self.moved(after, self.parked.clone()),
             Err(CommitError::DocumentConflict { key, .. }) => return Err(Stop::Fenced(key)),
             Err(error) => return Err(Stop::Store(StoreError::Unavailable(error.to_string()))),
         }
         Ok(())
+    }
+}
+
+fn put(after: &HashMap<usize, Lane>, work: &mut Work) {
+    for lane in after.values() {
+        work.put_expecting(&lane.key, lane.version, Some(lane.body()), None);
     }
 }

@@ -30,7 +30,7 @@ use std::{
 
 use annals::{
     Bus, Message, Metadata, Position, Version,
-    bus::{Delivery, Receipt},
+    bus::{Bookmark, Delivery, Receipt},
 };
 use async_trait::async_trait;
 use chrono::DateTime;
@@ -178,7 +178,8 @@ pub async fn seek_replays<S: Subject>() {
     let mut member = Member::join(&*bus, "replay", &topic).await;
     let _receipt = publish(&*bus, &topic, (1..=20).map(|number| message("order-1", number))).await;
     let taken = member.collect(10).await;
-    member.consumer.seek(&taken[2].partition, Some(taken[2].offset)).await.unwrap();
+    let third = Bookmark { next: taken[2].offset, last: Some(taken[1].id()) };
+    member.consumer.seek(&taken[2].partition, Some(third)).await.unwrap();
     let again = member.collect(18).await;
     assert_eq!(numbers(&again), (3..=20).collect::<Vec<_>>());
     for (first, second) in taken[2..].iter().zip(&again) {
@@ -285,6 +286,7 @@ pub async fn attributes_round_trip<S: Subject>() {
         time: DateTime::from_timestamp_micros(1_700_000_000_123_457).unwrap(),
         position: Position(i64::MAX - 1),
         version: Version(42),
+        lane: Some(3),
         extensions: [("tenant", "Ærø & søn, \"a=b\""), ("tracestate", "vendor=1,other=2"), ("dataref", "")]
             .map(|(name, value)| (name.to_owned(), value.to_owned()))
             .into(),
@@ -295,6 +297,7 @@ pub async fn attributes_round_trip<S: Subject>() {
         time: DateTime::from_timestamp_micros(-1).unwrap(),
         position: Position::START,
         version: Version::START,
+        lane: None,
         data: "null".into(),
         extensions: BTreeMap::new(),
         ..event.clone()

@@ -128,8 +128,9 @@ impl FaultyStore {
     /// The fault of the next commit that moves a checkpoint whose id starts like this, once.
     pub fn when_checkpoint(&self, id: &str, fault: Fault) -> &Self {
         let id = id.to_owned();
-        let moves =
-            move |put: &annals::Put| &*put.key.collection == annals::worker::CHECKPOINTS && put.key.id.starts_with(&id);
+        let moves = move |put: &annals::Put| {
+            &*put.key.collection == annals::checkpoint::CHECKPOINTS && put.key.id.starts_with(&id)
+        };
         self.when(move |commit| commit.puts.iter().any(&moves), fault)
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use annals::{
     Bus, BusError, Consumer, LocalBus, Publisher,
-    bus::{Outgoing, Partition, Polled, Receipt},
+    bus::{Bookmark, Outgoing, Partition, Polled, Receipt},
     local_bus::HELD_MAX,
 };
 use annals_tests::bus::{Ledger, Member, Subject, message, publish, within};
@@ -191,10 +191,11 @@ async fn offsets_of_another_bus_mean_nothing() {
     let (_consumer, before) = assigned(&old).await;
     let (mut consumer, after) = assigned(&new).await;
     assert_ne!(before[0].incarnation, after[0].incarnation);
+    let at = |next| Some(Bookmark { next, last: None });
     let refused = |result| matches!(result, Err(BusError::Misconfigured(_)));
-    assert!(refused(consumer.seek(&before[0], Some(0)).await));
+    assert!(refused(consumer.seek(&before[0], at(0)).await));
     assert!(refused(consumer.acknowledge(&before[0], 0).await));
-    assert!(refused(consumer.seek(&after[0], Some(1)).await), "past the end");
+    assert!(refused(consumer.seek(&after[0], at(1)).await), "past the end");
     assert!(refused(consumer.acknowledge(&after[0], 1).await), "past the end");
     assert!(refused(consumer.seek(&Partition { number: 1, ..after[0].clone() }, None).await), "no such partition");
     assert!(matches!(new.join("group", &[]).await, Err(BusError::Misconfigured(_))));

@@ -9,9 +9,9 @@ use std::{
 
 use annals::{
     EventStore, Handler, HandlerError, LocalBus, LogQuery, MemoryStore, Message, Runtime, Service, Subscription, Work,
+    checkpoint::{CHECKPOINTS, Checkpoint},
     health::State,
     saga::Status,
-    worker::{CHECKPOINTS, Checkpoint},
 };
 use annals_tests::{
     bus::within,

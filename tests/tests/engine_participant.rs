@@ -62,6 +62,7 @@ impl Desk {
             time: chrono::Utc::now(),
             position: Position(1),
             version: Version::START,
+            lane: None,
             extensions: attributes.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
         }
     }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use annals::{
     BusError, DocumentKey, EventStore, Health, MemoryStore, Publisher,
     bus::{Outgoing, Receipt},
+    checkpoint::{CHECKPOINTS, Checkpoint},
     relay::{Relay, Routes},
-    worker::{CHECKPOINTS, Checkpoint},
 };
 use annals_tests::{
     bus::within,

@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use annals::{
     DocumentKey, EventStore, Handler, HandlerError, Health, LogQuery, MemoryStore, Message, Position, Repository,
-    Start, Subscription, Tail, Work, parking::DeadLetters, worker::Checkpoint,
+    Start, Subscription, Tail, Work, checkpoint::Checkpoint, parking::DeadLetters,
 };
 use annals_tests::{
     bus::within,
@@ -57,7 +57,7 @@ async fn copied(store: &Arc<dyn EventStore>, id: &str, amounts: Vec<i64>) {
 }
 
 async fn checkpoint(store: &Arc<dyn EventStore>, id: &str) -> Option<i64> {
-    let body = document(store, &DocumentKey::new(annals::worker::CHECKPOINTS, id)).await?;
+    let body = document(store, &DocumentKey::new(annals::checkpoint::CHECKPOINTS, id)).await?;
     Some(serde_json::from_str::<Checkpoint>(&body).unwrap().next)
 }
 

@@ -9,7 +9,7 @@ use std::{
 
 use annals::{
     Bus, BusError, Consumer, Message, Metadata, Position, Version,
-    bus::{Delivery, Outgoing, Partition, Polled, Receipt},
+    bus::{Bookmark, Delivery, Outgoing, Partition, Polled, Receipt},
 };
 use chrono::DateTime;
 use tokio::{
@@ -34,6 +34,7 @@ pub fn message(key: &str, number: i64) -> Message {
         time: DateTime::from_timestamp_micros(1_700_000_000_000_000 + number).unwrap(),
         position: Position(number),
         version: Version(number),
+        lane: None,
         extensions: BTreeMap::new(),
     }
 }
@@ -73,11 +74,12 @@ impl Member {
             Polled::Messages(deliveries) => return deliveries,
             Polled::Assigned(partitions) => {
                 for partition in partitions {
-                    let start = self.starts.get(&partition).copied();
+                    let start = self.starts.get(&partition).map(|next| Bookmark { next: *next, last: None });
                     within("seek", self.consumer.seek(&partition, start)).await.unwrap();
                 }
             }
             Polled::Revoked(_) => {}
+            Polled::Wiped(partitions) => panic!("nobody wiped {partitions:?}"),
         }
         Vec::new()
     }
@@ -208,6 +210,7 @@ impl Crew {
                         }
                         roll.send_modify(|roll| roll.owners.retain(|partition, _| !partitions.contains(partition)));
                     }
+                    Polled::Wiped(partitions) => panic!("nobody wiped {partitions:?}"),
                     Polled::Messages(deliveries) => {
                         roll.send_modify(|roll| roll.enter(member, &deliveries));
                         for Delivery { partition, offset, .. } in &deliveries {

@@ -1,0 +1,126 @@
+//! How far a subscription or a consumer has come: a document per lane of the log or partition of a topic.
+
+use std::sync::Arc;
+
+use chrono::Utc;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::{
+    bus::Bookmark,
+    commit::DocumentKey,
+    marks::Marks,
+    store::{EventStore, StoreError},
+    worker::Item,
+};
+
+/// The checkpoint of a lane of the log, or of a partition of a topic.
+#[derive(Clone, Debug)]
+pub(crate) struct Lane {
+    /// Of the checkpoint.
+    pub key: DocumentKey,
+    /// What messages are parked under.
+    pub place: Arc<str>,
+    pub version: i64,
+    pub next: i64,
+    pub incarnation: Option<Arc<str>>,
+    /// The instance that follows it, where several share the store.
+    pub holder: Option<Arc<str>>,
+    /// How often it was taken.
+    pub epoch: i64,
+    /// Of a partition: the message before `next`.
+    pub last: Option<Uuid>,
+    pub marks: Marks,
+}
+
+/// The body of a checkpoint document.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Checkpoint {
+    /// Read on after this position; for a partition, from this offset.
+    pub next: i64,
+    /// The incarnation of the topic that the offset belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub incarnation: Option<Arc<str>>,
+    /// The instance that follows the lane, where several share the store.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub holder: Option<Arc<str>>,
+    /// How often an instance has taken the lane.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub epoch: i64,
+    /// Of a partition: the id of the message before `next`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last: Option<Uuid>,
+    /// Of a partition: how far the messages of each relay have come.
+    #[serde(default, skip_serializing_if = "Marks::is_empty")]
+    pub marks: Marks,
+    /// When it was last moved.
+    pub at: chrono::DateTime<Utc>,
+}
+
+fn is_zero(number: &i64) -> bool {
+    *number == 0
+}
+
+/// The collection of all checkpoints.
+pub const CHECKPOINTS: &str = "checkpoint";
+
+impl Lane {
+    pub fn new(id: &str, incarnation: Option<Arc<str>>) -> Self {
+        let key = DocumentKey::new(CHECKPOINTS, id);
+        let marks = Marks::default();
+        Self { place: key.id.clone(), key, version: 0, next: 0, incarnation, holder: None, epoch: 0, last: None, marks }
+    }
+
+    /// Reads the checkpoint; `None` if there is none, or one of another incarnation.
+    pub async fn load(&mut self, store: &dyn EventStore) -> Result<Option<i64>, StoreError> {
+        let found = store.document(&self.key).await?;
+        let Some(document) = found else {
+            (self.version, self.holder) = (0, None);
+            return Ok(None);
+        };
+        let checkpoint: Checkpoint = serde_json::from_str(&document.body)
+            .map_err(|error| StoreError::Corrupt(format!("document {}: {error}", self.key)))?;
+        (self.version, self.holder, self.epoch) = (document.version, checkpoint.holder, checkpoint.epoch);
+        // What a relay sends again after a topic was wiped has been here all the same.
+        self.marks = checkpoint.marks;
+        if checkpoint.incarnation != self.incarnation {
+            return Ok(None);
+        }
+        (self.next, self.last) = (checkpoint.next, checkpoint.last);
+        Ok(Some(checkpoint.next))
+    }
+
+    /// Where a consumer of the partition goes on.
+    pub fn bookmark(&self) -> Option<Bookmark> {
+        (self.version > 0 && self.next > 0).then_some(Bookmark { next: self.next, last: self.last })
+    }
+
+    /// The topic was wiped: its offsets start over.
+    pub fn start_over(&mut self) {
+        (self.next, self.last) = (0, None);
+    }
+
+    /// Moves behind a message.
+    pub fn pass(&mut self, item: &Item) {
+        self.next = item.next;
+        if self.incarnation.is_some() {
+            self.last = Some(item.id());
+            if let Ok(message) = &item.message {
+                self.marks.pass(message);
+            }
+        }
+    }
+
+    /// A lane without a checkpoint is before any place: "from now on" must mean the same after a restart.
+    pub fn is_before(&self, next: i64) -> bool {
+        self.next < next || self.version == 0
+    }
+
+    /// The body of its document.
+    pub fn body(&self) -> Arc<str> {
+        let Self { next, epoch, last, .. } = *self;
+        let (incarnation, holder, marks) = (self.incarnation.clone(), self.holder.clone(), self.marks.clone());
+        let checkpoint = Checkpoint { next, incarnation, holder, epoch, last, marks, at: Utc::now() };
+        serde_json::to_string(&checkpoint).unwrap_or_default().into()
+    }
+}
