@@ -273,11 +273,11 @@ impl Relay {
                 cursor = page.next;
                 let (messages, sources) = self.messages(lane, worker, &page.events).await?;
                 if !messages.is_empty() {
-                    in_flight.push_back(InFlight {
-                        next: cursor,
-                        receipt: publisher.publish(messages).await?,
-                        sources,
-                    });
+                    let receipt = match publisher.publish(messages).await {
+                        Ok(receipt) => receipt,
+                        Err(error) => return Err(self.refused(worker, &sources, error).await),
+                    };
+                    in_flight.push_back(InFlight { next: cursor, receipt, sources });
                 }
             }
             let first_taken = async {
@@ -293,12 +293,9 @@ impl Relay {
                     let mut next = None;
                     while let Some(outcome) = taken.take() {
                         let Some(first) = in_flight.pop_front() else { break };
-                        if let Err(BusError::Refused { index, reason }) = &outcome
-                            && let Some(event) = first.sources.get(*index)
-                        {
-                            self.park(worker, event, reason.clone()).await?;
+                        if let Err(error) = outcome {
+                            return Err(self.refused(worker, &first.sources, error).await);
                         }
-                        outcome?;
                         next = Some(first.next);
                         taken = in_flight.front_mut().and_then(|first| (&mut first.receipt).now_or_never());
                     }
@@ -352,6 +349,17 @@ impl Relay {
             }
         }
         Ok((messages, sources))
+    }
+
+    /// A message that the bus will never take is parked, and all since the checkpoint is published again without it.
+    async fn refused(&self, worker: &mut Worker, sources: &[Arc<Recorded>], error: BusError) -> Trouble {
+        if let BusError::Refused { index, reason } = &error
+            && let Some(event) = sources.get(*index)
+            && let Err(stop) = self.park(worker, event, reason.clone()).await
+        {
+            return stop.into();
+        }
+        error.into()
     }
 
     async fn park(&self, worker: &mut Worker, event: &Recorded, reason: String) -> Result<(), Stop> {

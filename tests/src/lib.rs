@@ -5,6 +5,7 @@
 
 pub mod bus;
 pub mod faulty;
+pub mod kafka;
 pub mod store;
 pub mod tally;
 pub mod trip;

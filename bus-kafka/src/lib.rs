@@ -1,0 +1,85 @@
+//! The bus of [Annals](annals) on Kafka: events and commands as CloudEvents, in order per key, nothing lost.
+//!
+//! ```no_run
+//! # async fn f(services: Vec<annals::Service>) -> Result<(), annals::BusError> {
+//! use std::sync::Arc;
+//!
+//! let bus = annals_kafka::KafkaBus::connect(annals_kafka::Settings::new("localhost:9092")).await?;
+//! annals::Runtime::new().start(services, Arc::new(bus)).await
+//! # }
+//! ```
+//!
+//! Producers are idempotent and wait for all replicas. Consumers are members of a consumer group that start from the offset
+//! in their own commit; what they commit to Kafka is for those who watch the lag. Topics that are missing are made with as
+//! many partitions as [`Settings`] says. The format is that of CloudEvents 1.0 in binary mode, which any client reads;
+//! structured mode is understood as well.
+
+mod cloud_event;
+mod consumer;
+mod producer;
+mod settings;
+mod topics;
+
+use std::sync::Arc;
+
+use annals::{
+    Bus, BusError, Consumer, Publisher,
+    bus::{Outgoing, Receipt},
+};
+use async_trait::async_trait;
+
+pub use self::settings::Settings;
+use self::{consumer::Member, producer::Producer, topics::Topics};
+
+/// A Kafka cluster as a [`Bus`].
+pub struct KafkaBus {
+    settings: Settings,
+    cluster: Arc<str>,
+    topics: Topics,
+    producer: Producer,
+}
+
+impl KafkaBus {
+    /// Connects.
+    ///
+    /// # Errors
+    /// [`BusError::Misconfigured`] for settings that the client does not take; [`BusError::Unavailable`] if no broker
+    /// answers within ten seconds.
+    pub async fn connect(settings: Settings) -> Result<Self, BusError> {
+        let (topics, producer) = (Topics::new(&settings)?, Producer::new(&settings)?);
+        let cluster = topics.cluster().await?;
+        Ok(Self { settings, cluster, topics, producer })
+    }
+}
+
+#[async_trait]
+impl Publisher for KafkaBus {
+    async fn publish(&self, messages: Vec<Outgoing>) -> Result<Receipt, BusError> {
+        if self.producer.mend()? {
+            self.topics.forget();
+        }
+        // All of them before any is sent: what comes after one that is refused must not pass it.
+        for (index, Outgoing { topic, message }) in messages.iter().enumerate() {
+            let bytes_max = self.topics.ensure(topic).await?.min(producer::MESSAGE_BYTES_MAX);
+            let size = cloud_event::size(message);
+            if size > bytes_max {
+                let reason = format!("it takes {size} bytes, and topic {topic} takes {bytes_max}");
+                return Err(BusError::Refused { index, reason });
+            }
+        }
+        self.producer.send(messages).await
+    }
+}
+
+#[async_trait]
+impl Bus for KafkaBus {
+    async fn join(&self, group: &str, topics: &[&str]) -> Result<Box<dyn Consumer>, BusError> {
+        if topics.is_empty() {
+            return Err(BusError::Misconfigured(format!("group {group} joins no topic")));
+        }
+        for topic in topics {
+            self.topics.ensure(&Arc::from(*topic)).await?;
+        }
+        Ok(Box::new(Member::join(&self.settings, self.cluster.clone(), group, topics)?))
+    }
+}

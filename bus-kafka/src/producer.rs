@@ -1,0 +1,216 @@
+//! From here to Kafka: in order per key, pipelined, and with nothing passing what failed before it.
+
+use std::sync::{
+    Arc, Mutex, PoisonError,
+    atomic::{AtomicBool, AtomicUsize, Ordering},
+};
+
+use annals::{
+    BusError,
+    bus::{Outgoing, Receipt},
+};
+use rdkafka::{
+    ClientContext,
+    error::{KafkaError, RDKafkaErrorCode},
+    message::DeliveryResult,
+    producer::{BaseRecord, Producer as _, ProducerContext, PurgeConfig, ThreadedProducer},
+};
+use tokio::sync::{Notify, oneshot};
+
+use crate::{
+    cloud_event,
+    settings::{Settings, misconfigured},
+};
+
+/// The largest message the client sends, in bytes; a topic may take less.
+pub(crate) const MESSAGE_BYTES_MAX: usize = 10_000_000;
+/// How often a full queue is looked at although nothing was delivered.
+const FULL_TICK: std::time::Duration = std::time::Duration::from_millis(100);
+
+/// What the order of messages hangs on.
+const FIXED: [(&str, &str); 4] = [
+    ("enable.idempotence", "true"),
+    ("acks", "all"),
+    // What follows a message that failed is not sent either: it would come before it in the end.
+    ("enable.gapless.guarantee", "true"),
+    // Nor is a message given up for time alone. A broker that is away costs lag, and nothing else.
+    ("message.timeout.ms", "0"),
+];
+
+/// One batch under way.
+struct Batch {
+    left: AtomicUsize,
+    failed: Mutex<Option<BusError>>,
+    done: Mutex<Option<oneshot::Sender<Result<(), BusError>>>>,
+}
+
+impl Batch {
+    fn settle(&self, count: usize, failed: Option<BusError>) {
+        if let Some(error) = failed {
+            self.failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        }
+        if self.left.fetch_sub(count, Ordering::AcqRel) == count
+            && let Some(done) = self.done.lock().unwrap_or_else(PoisonError::into_inner).take()
+        {
+            let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner).take();
+            // Nobody waits for a receipt that was dropped.
+            _ = done.send(failed.map_or(Ok(()), Err));
+        }
+    }
+}
+
+struct Delivered {
+    batch: Arc<Batch>,
+    index: usize,
+}
+
+#[derive(Default)]
+struct Context {
+    broken: AtomicBool,
+    room: Notify,
+}
+
+impl ClientContext for Context {
+    fn error(&self, error: KafkaError, reason: &str) {
+        if matches!(error, KafkaError::Global(RDKafkaErrorCode::Fatal)) {
+            self.broken.store(true, Ordering::Release);
+        }
+        tracing::warn!(%error, reason, "Kafka producer");
+    }
+}
+
+impl ProducerContext for Context {
+    type DeliveryOpaque = Box<Delivered>;
+
+    fn delivery(&self, result: &DeliveryResult<'_>, delivered: Box<Delivered>) {
+        let failed = result.as_ref().err().map(|(error, _)| {
+            self.broken.store(true, Ordering::Release);
+            refusal(error, delivered.index)
+        });
+        delivered.batch.settle(1, failed);
+        self.room.notify_waiters();
+    }
+}
+
+/// What the broker says of a message by itself; all else is the broker's trouble.
+fn refusal(error: &KafkaError, index: usize) -> BusError {
+    use RDKafkaErrorCode as Code;
+    match error.rdkafka_error_code() {
+        Some(code @ (Code::MessageSizeTooLarge | Code::InvalidMessage | Code::InvalidRecord)) => {
+            BusError::Refused { index, reason: code.to_string() }
+        }
+        Some(code @ (Code::TopicAuthorizationFailed | Code::PolicyViolation)) => {
+            BusError::Unavailable(format!("the cluster does not let us write: {code}"))
+        }
+        _ => BusError::Unavailable(error.to_string()),
+    }
+}
+
+/// A producer, and another one once it has failed: after a failure nothing more leaves the first, so that what is
+/// published again comes after all it has sent.
+pub(crate) struct Producer {
+    settings: Settings,
+    current: Mutex<Arc<ThreadedProducer<Context>>>,
+}
+
+impl Producer {
+    pub fn new(settings: &Settings) -> Result<Self, BusError> {
+        Ok(Self { settings: settings.clone(), current: Mutex::new(Self::start(settings)?) })
+    }
+
+    fn start(settings: &Settings) -> Result<Arc<ThreadedProducer<Context>>, BusError> {
+        let mut config = settings.client();
+        config
+            // Long enough for what is handed over in one go, and not to be noticed.
+            .set("linger.ms", "0.5")
+            .set("compression.type", "lz4")
+            // As clients in Java place keys.
+            .set("partitioner", "murmur2_random")
+            .set("message.max.bytes", MESSAGE_BYTES_MAX.to_string())
+            .set("queue.buffering.max.messages", "100000")
+            .set("queue.buffering.max.kbytes", "65536");
+        let config = settings.finish(config, &FIXED)?;
+        Ok(Arc::new(config.create_with_context(Context::default()).map_err(misconfigured)?))
+    }
+
+    /// The producer, if it is sound; else a new one and whether it is new.
+    fn sound(&self) -> Result<(Arc<ThreadedProducer<Context>>, bool), BusError> {
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        if !current.client().context().broken.load(Ordering::Acquire) {
+            return Ok((current.clone(), false));
+        }
+        let broken = std::mem::replace(&mut *current, Self::start(&self.settings)?);
+        broken.purge(PurgeConfig::default().queue().inflight().non_blocking());
+        // Its end waits for the connections.
+        tokio::task::spawn_blocking(move || drop(broken));
+        Ok((current.clone(), true))
+    }
+
+    /// Whether what was known of the topics may have changed.
+    pub fn mend(&self) -> Result<bool, BusError> {
+        self.sound().map(|(_, is_new)| is_new)
+    }
+
+    /// Sends messages that the topics take.
+    pub async fn send(&self, messages: Vec<Outgoing>) -> Result<Receipt, BusError> {
+        let (producer, _) = self.sound()?;
+        let context = producer.client().context().clone();
+        let (done, receipt) = oneshot::channel();
+        let batch = Arc::new(Batch {
+            // One more for what is not handed over yet.
+            left: AtomicUsize::new(messages.len() + 1),
+            failed: Mutex::default(),
+            done: Mutex::new(Some(done)),
+        });
+        let mut unsent = Unsent { batch: &batch, count: messages.len() + 1 };
+        for (index, Outgoing { topic, message }) in messages.iter().enumerate() {
+            let mut record = BaseRecord::with_opaque_to(topic, Box::new(Delivered { batch: batch.clone(), index }))
+                .key(&*message.key)
+                .payload(&*message.data)
+                .headers(cloud_event::headers(message));
+            loop {
+                let room = context.room.notified();
+                match producer.send(record) {
+                    Ok(()) => break,
+                    Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), back)) => record = back,
+                    Err((error, _)) => {
+                        let refusal = refusal(&error, index);
+                        if let BusError::Unavailable(_) = refusal {
+                            context.broken.store(true, Ordering::Release);
+                        }
+                        return Err(refusal);
+                    }
+                }
+                tokio::select! {
+                    () = room => {}
+                    () = tokio::time::sleep(FULL_TICK) => {}
+                }
+            }
+            unsent.count -= 1;
+        }
+        drop(unsent);
+        Ok(Box::pin(async move {
+            receipt.await.unwrap_or_else(|_| Err(BusError::Unavailable("the producer has ended".into())))
+        }))
+    }
+}
+
+/// Settles, at its end, what was never handed over.
+struct Unsent<'a> {
+    batch: &'a Batch,
+    count: usize,
+}
+
+impl Drop for Unsent<'_> {
+    fn drop(&mut self) {
+        self.batch.settle(self.count, None);
+    }
+}
+
+impl Drop for Producer {
+    fn drop(&mut self) {
+        let current = self.current.get_mut().unwrap_or_else(PoisonError::into_inner);
+        // What was not acknowledged is published again by whoever waited for the receipt.
+        current.purge(PurgeConfig::default().queue().inflight().non_blocking());
+    }
+}

@@ -1,0 +1,211 @@
+//! Which brokers, how topics are made, and what else the client is told.
+
+use std::{collections::BTreeMap, fmt, str::FromStr, time::Duration};
+
+use annals::BusError;
+use percent_encoding::percent_decode_str;
+use rdkafka::{ClientConfig, error::KafkaError};
+
+/// Partitions of a topic that is made here: as many members of a group can share the work.
+const PARTITIONS_DEFAULT: u32 = 8;
+/// More would take a broker minutes to make.
+const PARTITIONS_MAX: u32 = 10_000;
+
+/// Which Kafka, and how it is used. As text: `kafka://host:port[,host:port][?name=value&…]`, where a name is `partitions`,
+/// `replication`, `retention.ms`, or a setting of librdkafka such as `security.protocol`; values are percent-encoded.
+///
+/// ```
+/// let settings: annals_kafka::Settings = "kafka://a:9092,b:9092?partitions=12&replication=3&sasl.password=p%26q".parse()?;
+/// assert_eq!(settings.to_string(), "kafka://a:9092,b:9092");
+/// assert!(!format!("{settings:?}").contains("p&q"));
+/// # Ok::<(), annals::BusError>(())
+/// ```
+#[derive(Clone, PartialEq, Eq)]
+pub struct Settings {
+    brokers: String,
+    pub(crate) partitions: u32,
+    pub(crate) replication: Option<u16>,
+    pub(crate) retention: Option<Duration>,
+    client: BTreeMap<String, String>,
+}
+
+impl Settings {
+    /// The default settings for these brokers, `host:port[,host:port]`.
+    pub fn new(brokers: &str) -> Self {
+        let (replication, retention, client) = (None, None, BTreeMap::new());
+        Self { brokers: brokers.to_owned(), partitions: PARTITIONS_DEFAULT, replication, retention, client }
+    }
+
+    /// How many partitions a topic gets that does not exist yet; 8 by default. Later, order is kept per key only as long as
+    /// the number stays.
+    pub fn partitions(mut self, partitions: u32) -> Self {
+        self.partitions = partitions;
+        self
+    }
+
+    /// On how many brokers such a topic is kept; what the cluster does by default, otherwise.
+    pub fn replication(mut self, replication: u16) -> Self {
+        self.replication = Some(replication);
+        self
+    }
+
+    /// How long such a topic keeps messages; what the cluster does by default, otherwise.
+    pub fn retention(mut self, retention: Duration) -> Self {
+        self.retention = Some(retention);
+        self
+    }
+
+    /// A setting of librdkafka, for TLS, SASL and all else: `set("security.protocol", "SASL_SSL")`. Those that the order of
+    /// messages hangs on cannot be changed.
+    pub fn set(mut self, name: &str, value: &str) -> Self {
+        self.client.insert(name.to_owned(), value.to_owned());
+        self
+    }
+
+    /// What producers and consumers have in common.
+    pub(crate) fn client(&self) -> ClientConfig {
+        let mut config = ClientConfig::new();
+        config
+            .set("bootstrap.servers", &self.brokers)
+            .set("client.id", "annals")
+            // The others are for throughput over latency, and Kafka has its own batches.
+            .set("socket.nagle.disable", "true")
+            // A broker that is back is used again within a second.
+            .set("reconnect.backoff.ms", "50")
+            .set("reconnect.backoff.max.ms", "1000");
+        config
+    }
+
+    /// What consumers have in common, and those who only look.
+    pub(crate) fn consumer(&self) -> ClientConfig {
+        let mut config = self.client();
+        // A topic that is missing is made with declared partitions, or not at all.
+        config.set("allow.auto.create.topics", "false");
+        config
+    }
+
+    /// Adds what the user has set; then what must be so.
+    pub(crate) fn finish(&self, mut config: ClientConfig, fixed: &[(&str, &str)]) -> Result<ClientConfig, BusError> {
+        for (name, value) in &self.client {
+            config.set(name, value);
+        }
+        for (name, value) in fixed {
+            if let Some(asked) = self.client.get(*name).filter(|asked| asked != value) {
+                let reason = format!("{name} must be {value}, not {asked}: the order of messages hangs on it");
+                return Err(BusError::Misconfigured(reason));
+            }
+            config.set(*name, *value);
+        }
+        Ok(config)
+    }
+}
+
+impl fmt::Display for Settings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "kafka://{}", self.brokers)
+    }
+}
+
+impl fmt::Debug for Settings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Names only: which values are secret is not known here.
+        let client: Vec<_> = self.client.keys().collect();
+        f.debug_struct("Settings")
+            .field("brokers", &self.brokers)
+            .field("partitions", &self.partitions)
+            .field("replication", &self.replication)
+            .field("retention", &self.retention)
+            .field("client", &client)
+            .finish()
+    }
+}
+
+impl FromStr for Settings {
+    type Err = BusError;
+
+    /// An error says nothing of values, which may be secrets.
+    fn from_str(text: &str) -> Result<Self, BusError> {
+        const FORM: &str = "a Kafka bus is kafka://host:port[,host:port][?name=value&…]";
+        let wrong = |what: String| BusError::Misconfigured(format!("{what}; {FORM}"));
+        let rest = text.strip_prefix("kafka://").ok_or_else(|| wrong("it does not start with kafka://".into()))?;
+        let (brokers, query) = rest.split_once('?').unwrap_or((rest, ""));
+        if brokers.contains('@') {
+            return Err(wrong("no user and no password may stand before the host: use sasl.username and …".into()));
+        }
+        for (number, broker) in brokers.split(',').enumerate() {
+            let port = broker.rsplit_once(':').filter(|(host, _)| !host.is_empty() && !host.contains(['/', ' ']));
+            if !port.is_some_and(|(_, port)| port.parse::<u16>().is_ok_and(|port| port > 0)) {
+                return Err(wrong(format!("broker {} is not host:port", number + 1)));
+            }
+        }
+        let mut settings = Self::new(brokers);
+        for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+            let (name, value) = pair.split_once('=').ok_or_else(|| wrong("a setting without =".into()))?;
+            let value = percent_decode_str(value).decode_utf8();
+            let value = value.map_err(|_| wrong(format!("the value of {name} is no UTF-8")))?;
+            let number = |max: u64| {
+                let number = value.parse::<u64>().ok().filter(|number| (1..=max).contains(number));
+                number.ok_or_else(|| wrong(format!("{name} must be a number from 1 to {max}")))
+            };
+            settings = match name {
+                "partitions" => settings.partitions(number(u64::from(PARTITIONS_MAX))? as u32),
+                "replication" => settings.replication(number(u64::from(u16::MAX >> 1))? as u16),
+                "retention.ms" => settings.retention(Duration::from_millis(number(i64::MAX as u64)?)),
+                name => settings.set(name, &value),
+            };
+        }
+        Ok(settings)
+    }
+}
+
+/// Says of a setting that it is wrong, without the value, which may be a secret that went under a wrong name.
+pub(crate) fn misconfigured(error: KafkaError) -> BusError {
+    BusError::Misconfigured(match error {
+        KafkaError::ClientConfig(_, reason, name, _) => format!("Kafka client setting {name}: {reason}"),
+        other => other.to_string(),
+    })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_wrong_is_said_without_values() {
+        for (text, reason) in [
+            ("kafka:", "kafka://"),
+            ("kafka://", "broker 1"),
+            ("kafka://a:1,b", "broker 2"),
+            ("kafka://a:0", "broker 1"),
+            ("kafka://a:99999", "broker 1"),
+            ("kafka://user:secret@a:1", "no password"),
+            ("kafka://a:1?secret", "without ="),
+            ("kafka://a:1?partitions=secret", "partitions must be"),
+            ("kafka://a:1?replication=0", "replication must be"),
+            ("kafka://a:1?x=%ffsecret", "no UTF-8"),
+        ] {
+            let error = text.parse::<Settings>().unwrap_err().to_string();
+            assert!(error.contains(reason) && !error.contains("secret"), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn settings_pass_through_but_for_those_that_order_hangs_on() {
+        let settings: Settings = "kafka://a:1?partitions=3&retention.ms=60000&sasl.password=p%26q".parse().unwrap();
+        assert_eq!((settings.partitions, settings.retention), (3, Some(Duration::from_secs(60))));
+        let config = settings.finish(settings.client(), &[("acks", "all")]).unwrap();
+        assert_eq!((config.get("sasl.password"), config.get("acks")), (Some("p&q"), Some("all")));
+        let error = settings.set("acks", "1").finish(ClientConfig::new(), &[("acks", "all")]).unwrap_err();
+        assert!(error.to_string().contains("acks must be all"), "{error}");
+    }
+
+    #[test]
+    fn wrong_setting_is_named_without_its_value() {
+        let mut config = Settings::new("a:1").client();
+        config.set("sasl.pasword", "hidden");
+        let error = config.create::<rdkafka::producer::BaseProducer>().err().unwrap();
+        let error = misconfigured(error).to_string();
+        assert!(error.contains("sasl.pasword") && !error.contains("hidden"), "{error}");
+    }
+}

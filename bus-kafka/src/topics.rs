@@ -1,0 +1,140 @@
+//! Topics: made as declared, or refused with a reason.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use annals::BusError;
+use rdkafka::{
+    admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication},
+    client::DefaultClientContext,
+    consumer::{BaseConsumer, Consumer as _},
+    error::RDKafkaErrorCode,
+    types::RDKafkaErrorCode as Code,
+};
+
+use crate::settings::{Settings, misconfigured};
+
+/// How long a cluster may take to answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long until all brokers know of a new topic.
+const SETTLED: Duration = Duration::from_secs(10);
+/// What brokers take by default.
+const MESSAGE_BYTES_DEFAULT: usize = 1_000_000;
+
+/// The topics that are known to be there, each with the largest message it takes in bytes.
+pub(crate) struct Topics {
+    settings: Settings,
+    admin: AdminClient<DefaultClientContext>,
+    /// A client of another kind: the admin's would have brokers make what it looks for.
+    looking: Arc<BaseConsumer>,
+    known: Mutex<HashMap<Arc<str>, usize>>,
+}
+
+impl Topics {
+    pub fn new(settings: &Settings) -> Result<Self, BusError> {
+        let admin = settings.finish(settings.client(), &[])?.create().map_err(misconfigured)?;
+        let looking: BaseConsumer = settings.finish(settings.consumer(), &[])?.create().map_err(misconfigured)?;
+        Ok(Self { settings: settings.clone(), admin, looking: Arc::new(looking), known: Mutex::default() })
+    }
+
+    /// The id of the cluster.
+    pub async fn cluster(&self) -> Result<Arc<str>, BusError> {
+        let looking = self.looking.clone();
+        let cluster = tokio::task::spawn_blocking(move || looking.client().fetch_cluster_id(PATIENCE));
+        let cluster = cluster.await.map_err(|error| BusError::Unavailable(error.to_string()))?;
+        let silent = || format!("no broker of {} answered within {} s", self.settings, PATIENCE.as_secs());
+        cluster.map(Into::into).ok_or_else(|| BusError::Unavailable(silent()))
+    }
+
+    fn known(&self) -> std::sync::MutexGuard<'_, HashMap<Arc<str>, usize>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Looks again before the next use: topics may have gone.
+    pub fn forget(&self) {
+        self.known().clear();
+    }
+
+    /// Makes the topic unless it is there; gives the largest message that it takes, in bytes.
+    pub async fn ensure(&self, topic: &Arc<str>) -> Result<usize, BusError> {
+        if let Some(bytes_max) = self.known().get(topic) {
+            return Ok(*bytes_max);
+        }
+        if !self.exists(topic).await? {
+            self.create(topic).await?;
+        }
+        let bytes_max = self.message_bytes_max(topic).await;
+        self.known().insert(topic.clone(), bytes_max);
+        Ok(bytes_max)
+    }
+
+    async fn exists(&self, topic: &Arc<str>) -> Result<bool, BusError> {
+        let (looking, topic) = (self.looking.clone(), topic.clone());
+        let looked = tokio::task::spawn_blocking(move || {
+            let metadata = looking.fetch_metadata(Some(&topic), PATIENCE);
+            metadata.map(|metadata| match metadata.topics() {
+                [found] => match found.error().map(Code::from) {
+                    None => Ok(!found.partitions().is_empty()),
+                    Some(Code::UnknownTopicOrPartition) => Ok(false),
+                    Some(Code::LeaderNotAvailable) => Ok(true),
+                    Some(Code::InvalidTopic) => {
+                        Err(BusError::Misconfigured(format!("{topic:?} is no name for a topic")))
+                    }
+                    Some(Code::TopicAuthorizationFailed) => {
+                        Err(BusError::Misconfigured(format!("the cluster does not allow the use of topic {topic}")))
+                    }
+                    Some(error) => Err(BusError::Unavailable(format!("topic {topic}: {error}"))),
+                },
+                _ => Ok(false),
+            })
+        });
+        let looked = looked.await.map_err(|error| BusError::Unavailable(error.to_string()))?;
+        looked.map_err(|error| BusError::Unavailable(format!("looking for the topic: {error}")))?
+    }
+
+    async fn create(&self, topic: &Arc<str>) -> Result<(), BusError> {
+        let Settings { partitions, replication, retention, .. } = &self.settings;
+        // -1: as the cluster does by default.
+        let replication = TopicReplication::Fixed(replication.map_or(-1, i32::from));
+        let mut new = NewTopic::new(topic, *partitions as i32, replication);
+        let retention_ms = retention.map(|retention| retention.as_millis().to_string());
+        if let Some(retention_ms) = &retention_ms {
+            new = new.set("retention.ms", retention_ms);
+        }
+        let options = AdminOptions::new().request_timeout(Some(PATIENCE)).operation_timeout(Some(PATIENCE));
+        let made = self.admin.create_topics([&new], &options).await;
+        let made = made.map_err(|error| BusError::Unavailable(format!("making topic {topic}: {error}")))?;
+        match made.into_iter().next() {
+            Some(Ok(_)) => tracing::info!(%topic, partitions, "topic made"),
+            Some(Err((_, RDKafkaErrorCode::TopicAlreadyExists))) => {}
+            Some(Err((_, error @ (Code::RequestTimedOut | Code::NotController | Code::OperationTimedOut)))) => {
+                return Err(BusError::Unavailable(format!("making topic {topic}: {error}")));
+            }
+            Some(Err((_, error))) => {
+                let wanted = format!("{partitions} partitions, replication {:?}", self.settings.replication);
+                let reason = format!("the cluster does not make topic {topic} ({wanted}): {error}; make it by hand");
+                return Err(BusError::Misconfigured(reason));
+            }
+            None => return Err(BusError::Unavailable(format!("making topic {topic}: no answer"))),
+        }
+        let settled = async {
+            while !self.exists(topic).await.unwrap_or(false) {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let settled = tokio::time::timeout(SETTLED, settled).await;
+        settled.map_err(|_| BusError::Unavailable(format!("topic {topic} was made and is not to be seen yet")))
+    }
+
+    /// Who may not read the topic's settings is left with what is usual.
+    async fn message_bytes_max(&self, topic: &str) -> usize {
+        let options = AdminOptions::new().request_timeout(Some(PATIENCE));
+        let described = self.admin.describe_configs([&ResourceSpecifier::Topic(topic)], &options).await;
+        let described = described.ok().and_then(|described| described.into_iter().next()?.ok());
+        let of_topic = described.and_then(|settings| settings.get("max.message.bytes")?.value.as_ref()?.parse().ok());
+        of_topic.unwrap_or(MESSAGE_BYTES_DEFAULT)
+    }
+}
