@@ -4,6 +4,7 @@ mod baseline;
 mod clients;
 mod commands;
 mod counting;
+mod kafka;
 mod postgres;
 mod sagas;
 
@@ -44,6 +45,7 @@ struct Arguments {
 #[derive(clap::Subcommand)]
 enum Store {
     Postgres(postgres::Arguments),
+    Kafka(kafka::Arguments),
 }
 
 #[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
@@ -73,8 +75,10 @@ type Failure = Box<dyn std::error::Error + Send + Sync>;
 #[tokio::main]
 async fn main() -> Result<(), Failure> {
     let arguments = Arguments::parse();
-    if let Some(Store::Postgres(arguments)) = arguments.store {
-        return tokio::spawn(postgres::run(arguments)).await?;
+    match arguments.store {
+        Some(Store::Postgres(arguments)) => return tokio::spawn(postgres::run(arguments)).await?,
+        Some(Store::Kafka(arguments)) => return tokio::spawn(kafka::run(arguments)).await?,
+        None => {}
     }
     // On a worker of the runtime: what this thread spawns would wait in a queue that busy workers seldom look at.
     tokio::spawn(embedded(arguments)).await?

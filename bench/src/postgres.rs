@@ -1,10 +1,10 @@
 //! The PostgreSQL store beside its limits: plain sqlx on the same table, before it and after it in the same run.
 
 mod counters;
-mod ours;
+pub mod ours;
 mod raw;
-mod rows;
-mod server;
+pub mod rows;
+pub mod server;
 
 use std::path::PathBuf;
 
@@ -52,18 +52,18 @@ pub struct Arguments {
 
 /// What came of one side of a workload.
 pub struct Measured {
-    count: usize,
-    seconds: f64,
+    pub count: usize,
+    pub seconds: f64,
     /// In microseconds.
-    latency: Option<Histogram<u64>>,
+    pub latency: Option<Histogram<u64>>,
 }
 
-fn histogram() -> Result<Histogram<u64>, Failure> {
+pub fn histogram() -> Result<Histogram<u64>, Failure> {
     Ok(Histogram::new(3)?)
 }
 
 /// One side of a workload, over all rounds.
-struct Side {
+pub struct Side {
     workload: String,
     name: &'static str,
     samples: Vec<Sample>,
@@ -88,9 +88,9 @@ struct Against {
 }
 
 /// The figures so far.
-struct Bench<'s> {
+pub struct Bench<'s> {
     server: &'s Server,
-    sides: Vec<Side>,
+    pub sides: Vec<Side>,
     runs: usize,
 }
 
@@ -103,7 +103,11 @@ impl Side {
     }
 }
 
-impl Bench<'_> {
+impl<'s> Bench<'s> {
+    pub fn new(server: &'s Server) -> Self {
+        Self { server, sides: Vec::new(), runs: 0 }
+    }
+
     /// A name that no aggregate had yet. They rise, as those of a real service do.
     fn run(&mut self) -> String {
         self.runs += 1;
@@ -111,7 +115,7 @@ impl Bench<'_> {
     }
 
     /// Measures one side once more, and gives its index.
-    async fn measure(
+    pub async fn measure(
         &mut self,
         workload: &str,
         name: &'static str,
@@ -136,12 +140,12 @@ impl Bench<'_> {
         Ok(index)
     }
 
-    fn rate(&mut self, ours: usize, limit: usize, what: &'static str, goal: &'static str) {
+    pub fn rate(&mut self, ours: usize, limit: usize, what: &'static str, goal: &'static str) {
         self.sides[ours].against = Some(Against { side: limit, by: |sample| sample.per_second, what });
         self.goal(ours, goal);
     }
 
-    fn goal(&mut self, ours: usize, goal: &'static str) {
+    pub fn goal(&mut self, ours: usize, goal: &'static str) {
         self.sides[ours].goal = goal;
     }
 
@@ -234,7 +238,7 @@ pub async fn run(arguments: Arguments) -> Result<(), Failure> {
 async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> {
     // Makes the tables.
     PostgresStore::connect(&server.url, Settings::default()).await?.close().await?;
-    let mut bench = Bench { server, sides: Vec::new(), runs: 0 };
+    let mut bench = Bench::new(server);
     let rounds = arguments.rounds.max(1);
     if arguments.replay > 0 {
         bench.replay(arguments.replay, rounds).await?;
@@ -261,7 +265,7 @@ async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> 
     Ok(())
 }
 
-fn report(sides: &[Side], json: bool) {
+pub fn report(sides: &[Side], json: bool) {
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED);
     table.set_header([

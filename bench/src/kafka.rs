@@ -1,0 +1,87 @@
+//! The bus on Kafka beside its limits: rdkafka and sqlx in bare loops, in the same run.
+
+mod bare;
+mod ours;
+
+use std::path::PathBuf;
+
+use annals_postgres::{PostgresStore, Settings};
+use uuid::Uuid;
+
+use crate::{
+    Failure,
+    postgres::{Bench, report, rows, server::Server},
+};
+
+/// Measures the relay and the consumers on Kafka.
+///
+/// KAFKA_BROKERS names the cluster. The database is that of DATABASE_URL, or one of its own.
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Events to relay and to consume.
+    #[arg(long, default_value_t = 200_000)]
+    events: i64,
+    /// Commands from one service to another, one at a time.
+    #[arg(long, default_value_t = 1_000)]
+    hops: usize,
+    /// Partitions of the topics.
+    #[arg(long, default_value_t = 8)]
+    partitions: u32,
+    /// Where the database server has its data: the disk that is measured.
+    #[arg(long, default_value_os_t = std::env::temp_dir())]
+    directory: PathBuf,
+    /// How often each figure is taken, side by side; the median is printed.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// One JSON object a figure, instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs all of it, or until it is interrupted; then, too, the server is stopped.
+pub async fn run(arguments: Arguments) -> Result<(), Failure> {
+    let brokers = std::env::var("KAFKA_BROKERS").map_err(|_| "KAFKA_BROKERS is not set: which Kafka is measured?")?;
+    let server = Server::start(&arguments.directory)?;
+    tokio::select! {
+        measured = measure(&arguments, &server, &brokers) => measured,
+        _ = tokio::signal::ctrl_c() => Err("interrupted".into()),
+    }
+}
+
+async fn measure(arguments: &Arguments, server: &Server, brokers: &str) -> Result<(), Failure> {
+    let (url, partitions, count) = (&server.url, arguments.partitions, usize::try_from(arguments.events)?);
+    for schema in ["annals", "annals_here", "annals_there"] {
+        let settings = Settings { schema: schema.into(), ..Settings::default() };
+        PostgresStore::connect(url, settings).await?.close().await?;
+    }
+    let mut bench = Bench::new(server);
+    let bus = ours::bus(brokers, partitions).await?;
+    for _ in 0..arguments.rounds.max(1) {
+        rows::empty(url).await?;
+        rows::fill(url, arguments.events).await?;
+        let (ours, bare) = (format!("o{}", Uuid::new_v4().simple()), format!("b{}.events", Uuid::new_v4().simple()));
+        let topic = format!("{ours}.events");
+        for topic in [&topic, &bare] {
+            // Makes the topic.
+            drop(annals::Bus::join(&*bus, "bench", &[topic]).await?);
+        }
+        let relay = bench.measure("relay", "annals", ours::relay(url, bus.clone(), &ours)).await?;
+        let limit = bench.measure("relay", "bare loop", bare::relay(url, brokers, &bare)).await?;
+        bench.rate(relay, limit, "bare loop", "≥ 0.7");
+
+        let consumed = ours::consume(url, bus.clone(), &topic, partitions, count);
+        let consumed = bench.measure("consume, an effect each", "annals", consumed).await?;
+        let limit = bare::consume(url, brokers, &topic, partitions, count);
+        let limit = bench.measure("consume, an effect each", "bare, 500 rows a statement", limit).await?;
+        bench.rate(consumed, limit, "bare", "≥ 0.5");
+
+        let service = format!("h{}", Uuid::new_v4().simple());
+        let hop = ours::hop(url, bus.clone(), &service, arguments.hops);
+        let hop = bench.measure("commit here to commit there", "annals", hop).await?;
+        bench.goal(hop, "p50 ≤ 10, p99 ≤ 40 ms");
+        let bare = bare::hop(url, brokers, &bare, partitions, arguments.hops);
+        bench.measure("commit here to commit there", "2 INSERTs and a message", bare).await?;
+    }
+    report(&bench.sides, arguments.json);
+    Ok(())
+}

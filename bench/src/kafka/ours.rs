@@ -1,0 +1,162 @@
+//! The same through Annals: relay, group, and both with a command before them.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use annals::{
+    Bus, DocumentKey, EventStore, Group, Handler, HandlerError, Health, LogQuery, Message, Position, Publisher,
+    Repository, Runtime, Service, Work,
+    checkpoint::{CHECKPOINTS, Checkpoint},
+    relay::{Relay, Routes},
+};
+use annals_kafka::{KafkaBus, Settings};
+use annals_postgres::PostgresStore;
+use async_trait::async_trait;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::{
+    Failure,
+    postgres::{Measured, histogram, ours::Counter},
+};
+
+/// How often is looked whether all is done: little beside seconds.
+const LOOK: Duration = Duration::from_millis(5);
+
+pub async fn bus(brokers: &str, partitions: u32) -> Result<Arc<KafkaBus>, Failure> {
+    Ok(Arc::new(KafkaBus::connect(Settings::new(brokers).partitions(partitions)).await?))
+}
+
+async fn store(url: &str, schema: &str) -> Result<PostgresStore, Failure> {
+    let settings = annals_postgres::Settings { schema: schema.into(), ..annals_postgres::Settings::default() };
+    Ok(PostgresStore::connect(url, settings).await?)
+}
+
+/// Where a lane or partition is.
+async fn checkpoint(store: &dyn EventStore, id: &str) -> Result<i64, Failure> {
+    let found = store.documents(&[DocumentKey::new(CHECKPOINTS, id)]).await?.pop().flatten();
+    Ok(found.map(|document| serde_json::from_str::<Checkpoint>(&document.body)).transpose()?.map_or(0, |c| c.next))
+}
+
+/// Relays the whole log to `<service>.events`.
+pub async fn relay(url: &str, bus: Arc<KafkaBus>, service: &str) -> Result<Measured, Failure> {
+    let store = store(url, "annals").await?;
+    let count: i64 = store.status().await?.head.0;
+    let mut routes = Routes::of(service);
+    routes.publish("order");
+    let (shutdown, port): (_, Arc<dyn EventStore>) = (CancellationToken::new(), Arc::new(store.clone()));
+    let publisher: Arc<dyn Publisher> = bus;
+    let started = Instant::now();
+    let relay = tokio::spawn(Relay::new(routes).run(port, publisher, Health::default(), shutdown.clone()));
+    let id = format!("{service}.relay/0");
+    while checkpoint(&store, &id).await? < count {
+        tokio::time::sleep(LOOK).await;
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    shutdown.cancel();
+    relay.await??;
+    store.close().await?;
+    Ok(Measured { count: usize::try_from(count)?, seconds, latency: None })
+}
+
+/// An event for each message, in a stream of its own.
+struct Effect {
+    counters: Repository<Counter>,
+    run: String,
+}
+
+#[async_trait]
+impl Handler for Effect {
+    async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
+        let id = format!("{}.{}", self.run, message.key);
+        work.create(&self.counters, &id, &1).await?;
+        Ok(())
+    }
+}
+
+impl Effect {
+    fn new(store: &Arc<dyn EventStore>) -> Self {
+        Self { counters: Repository::new(store.clone()), run: Uuid::now_v7().simple().to_string() }
+    }
+}
+
+/// Consumes so many messages, each with an effect.
+pub async fn consume(
+    url: &str,
+    bus: Arc<KafkaBus>,
+    topic: &str,
+    partitions: u32,
+    count: usize,
+) -> Result<Measured, Failure> {
+    let store = store(url, "annals").await?;
+    let port: Arc<dyn EventStore> = Arc::new(store.clone());
+    let name = format!("bench-{}", Uuid::new_v4().simple());
+    let group = Group::new(&name, &[topic], Effect::new(&port));
+    let shutdown = CancellationToken::new();
+    let started = Instant::now();
+    let joined = group.join(&*bus).await?;
+    let running = tokio::spawn(joined.run(port, Health::default(), shutdown.clone()));
+    loop {
+        let mut done = 0;
+        for number in 0..partitions {
+            done += checkpoint(&store, &format!("{name}/{topic}/{number}")).await?;
+        }
+        if done >= i64::try_from(count)? {
+            break;
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    shutdown.cancel();
+    running.await??;
+    store.close().await?;
+    Ok(Measured { count, seconds, latency: None })
+}
+
+/// A command in one service, until its effect is committed in another: one after the other.
+pub async fn hop(url: &str, bus: Arc<KafkaBus>, service: &str, count: usize) -> Result<Measured, Failure> {
+    let (here, there) = (store(url, "annals_here").await?, store(url, "annals_there").await?);
+    let (from, to): (Arc<dyn EventStore>, Arc<dyn EventStore>) = (Arc::new(here.clone()), Arc::new(there.clone()));
+    let topic = format!("{service}.events");
+    let group = Group::new(&format!("{service}.sink"), &[&topic], Effect::new(&to));
+    let services = vec![
+        Service::new(service, from.clone()).publish(&["counter"]),
+        Service::new(&format!("{service}-sink"), to.clone()).consume(group),
+    ];
+    let mut runtime = Runtime::new();
+    let port: Arc<dyn Bus> = bus;
+    runtime.start(services, port).await?;
+    let counters = Repository::<Counter>::new(from);
+    let mut after = there.status().await?.head;
+    let (mut latency, mut started) = (histogram()?, Instant::now());
+    // The first few find connections and topics cold.
+    let cold = 20;
+    for number in 0..cold + count {
+        let asked = Instant::now();
+        if number == cold {
+            started = asked;
+        }
+        counters.create(&Uuid::now_v7().simple().to_string(), 1, Uuid::new_v4()).await?;
+        after = next_event(&there, after).await?;
+        if number >= cold {
+            latency.record(u64::try_from(asked.elapsed().as_micros())?)?;
+        }
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    runtime.drain(Duration::from_secs(10)).await?;
+    here.close().await?;
+    there.close().await?;
+    Ok(Measured { count, seconds, latency: Some(latency) })
+}
+
+async fn next_event(store: &PostgresStore, after: Position) -> Result<Position, Failure> {
+    loop {
+        let page = store.read_log(&LogQuery::categories(["counter"]), after, 10).await?;
+        if !page.events.is_empty() {
+            return Ok(page.next);
+        }
+        store.wait(page.next).await?;
+    }
+}
