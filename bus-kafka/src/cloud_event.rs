@@ -1,9 +1,9 @@
 //! Messages as CloudEvents 1.0 in Kafka: binary mode out, binary and structured mode in.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{borrow::Cow, collections::BTreeMap, str::FromStr, sync::Arc};
 
 use annals::{Message, Metadata, Position, Version, bus::Undecodable, event::named_id};
-use chrono::{DateTime, SecondsFormat, Utc};
+use chrono::{DateTime, SecondsFormat};
 use rdkafka::message::{Header, Headers, OwnedHeaders};
 use serde_json::value::RawValue;
 use uuid::Uuid;
@@ -12,8 +12,10 @@ use uuid::Uuid;
 const STRUCTURED: &str = "application/cloudevents+json";
 /// Undecodable bytes are kept up to here: a document holds no more.
 const RAW_BYTES_MAX: usize = 1_000_000;
-/// What a record takes beside what is counted, generously.
-const RECORD_BYTES: usize = 128;
+/// Headers of a message without extensions.
+const HEADERS: usize = 14;
+/// What a record takes beside its texts: names of headers, ids, numbers.
+const RECORD_BYTES: usize = 640;
 /// What a header takes beside its name and value.
 const HEADER_BYTES: usize = 8;
 
@@ -31,19 +33,19 @@ mod attribute {
 
 /// The headers of a message.
 pub(crate) fn headers(message: &Message) -> OwnedHeaders {
-    let mut headers = OwnedHeaders::new_with_capacity(14 + message.extensions.len());
+    let mut headers = Some(OwnedHeaders::new_with_capacity(HEADERS + message.extensions.len()));
     each_header(message, |name, value| {
-        let taken = std::mem::replace(&mut headers, OwnedHeaders::new_with_capacity(0));
-        headers = taken.insert(Header { key: name, value: Some(value) });
+        headers = headers.take().map(|headers| headers.insert(Header { key: name, value: Some(value) }));
     });
-    headers
+    headers.unwrap_or_default()
 }
 
-/// About how much the broker will count for it, uncompressed.
+/// What the broker will count for it at most, uncompressed.
 pub(crate) fn size(message: &Message) -> usize {
-    let mut size = RECORD_BYTES + message.key.len() + message.data.len();
-    each_header(message, |name, value| size += name.len() + value.len() + HEADER_BYTES);
-    size
+    let Message { key, data, source, type_name, subject, extensions, .. } = message;
+    let texts = [key, data, source, type_name, subject].map(|text| text.len()).into_iter().sum::<usize>();
+    let extensions = extensions.iter().map(|(name, value)| name.len() + value.len() + HEADER_BYTES).sum::<usize>();
+    RECORD_BYTES + texts + extensions + message.metadata.traceparent.as_ref().map_or(0, |text| text.len())
 }
 
 fn each_header(message: &Message, mut each: impl FnMut(&str, &str)) {
@@ -89,45 +91,84 @@ pub(crate) fn decode(record: &impl rdkafka::Message) -> Result<Message, Undecoda
     })
 }
 
+/// The attributes of an event, by name.
+#[derive(Default)]
+struct Attributes<'r> {
+    specversion: Option<Cow<'r, str>>,
+    id: Option<Cow<'r, str>>,
+    source: Option<Cow<'r, str>>,
+    type_name: Option<Cow<'r, str>>,
+    subject: Option<Cow<'r, str>>,
+    time: Option<Cow<'r, str>>,
+    correlation_id: Option<Uuid>,
+    causation_id: Option<Uuid>,
+    traceparent: Option<Arc<str>>,
+    position: Option<i64>,
+    version: Option<i64>,
+    schema_version: Option<i32>,
+    lane: Option<u32>,
+    extensions: BTreeMap<String, String>,
+}
+
+impl<'r> Attributes<'r> {
+    fn set(&mut self, name: &str, value: Cow<'r, str>) -> Result<(), String> {
+        fn number<N: FromStr>(name: &str, value: &str) -> Result<Option<N>, String> {
+            value.parse().map(Some).map_err(|_| format!("its {name} {value:?} is no number"))
+        }
+        match name {
+            "specversion" => self.specversion = Some(value),
+            "id" => self.id = Some(value),
+            "source" => self.source = Some(value),
+            "type" => self.type_name = Some(value),
+            "subject" => self.subject = Some(value),
+            "time" => self.time = Some(value),
+            "datacontenttype" => {}
+            // Those of others need not be UUIDs.
+            attribute::CORRELATION => self.correlation_id = Uuid::parse_str(&value).ok(),
+            attribute::CAUSATION => self.causation_id = Uuid::parse_str(&value).ok(),
+            attribute::TRACEPARENT => self.traceparent = Some(value.into()),
+            attribute::POSITION => self.position = number(name, &value)?,
+            attribute::VERSION => self.version = number(name, &value)?,
+            attribute::SCHEMA_VERSION => self.schema_version = number(name, &value)?,
+            attribute::LANE => self.lane = number(name, &value)?,
+            _ => _ = self.extensions.insert(name.to_owned(), value.into_owned()),
+        }
+        Ok(())
+    }
+}
+
 fn read(record: &impl rdkafka::Message) -> Result<Message, String> {
-    let mut attributes: BTreeMap<String, String> = BTreeMap::new();
-    let mut content_type = String::new();
-    if let Some(headers) = record.headers() {
-        for header in headers.iter() {
-            let Ok(value) = std::str::from_utf8(header.value.unwrap_or_default()) else {
-                // Only what would be an attribute has to be text.
-                if header.key.starts_with("ce_") {
-                    return Err(format!("header {} is no UTF-8", header.key));
-                }
-                continue;
-            };
-            match header.key {
-                "content-type" => content_type = value.to_ascii_lowercase(),
-                attribute::TRACEPARENT | attribute::TRACESTATE => {
-                    attributes.insert(header.key.to_owned(), value.to_owned());
-                }
-                name => {
-                    if let Some(name) = name.strip_prefix("ce_") {
-                        attributes.insert(name.to_owned(), value.to_owned());
-                    }
-                }
-            }
+    let (mut attributes, mut structured) = (Attributes::default(), false);
+    for header in record.headers().into_iter().flat_map(Headers::iter) {
+        let name = header.key.strip_prefix("ce_");
+        let value = match std::str::from_utf8(header.value.unwrap_or_default()) {
+            Ok(value) => value,
+            // Only what is an attribute has to be text.
+            Err(_) if name.is_some() => return Err(format!("header {} is no UTF-8", header.key)),
+            Err(_) => continue,
+        };
+        match (header.key, name) {
+            (_, Some(name)) => attributes.set(name, value.into())?,
+            ("content-type", _) => structured = value.to_ascii_lowercase().starts_with(STRUCTURED),
+            (attribute::TRACEPARENT | attribute::TRACESTATE, _) => attributes.set(header.key, value.into())?,
+            _ => {}
         }
     }
     let payload = record.payload().map(std::str::from_utf8).transpose().map_err(|_| "its value is no UTF-8")?;
-    let data: Arc<str> = if content_type.starts_with(STRUCTURED) {
-        structured(payload.unwrap_or_default(), &mut attributes)?
-    } else {
-        let data = payload.unwrap_or("null");
-        serde_json::from_str::<&RawValue>(data).map_err(|error| format!("its value is no JSON: {error}"))?;
-        data.into()
+    let data = match payload {
+        Some(payload) if structured => read_structured(payload, &mut attributes)?,
+        payload => {
+            let data = payload.unwrap_or("null");
+            serde_json::from_str::<&RawValue>(data).map_err(|error| format!("its value is no JSON: {error}"))?;
+            data.into()
+        }
     };
     let key = record.key().map(std::str::from_utf8).transpose().map_err(|_| "its key is no UTF-8")?;
     message(attributes, key, data, record.timestamp().to_millis())
 }
 
 /// Takes an event apart that is one JSON object.
-fn structured(payload: &str, attributes: &mut BTreeMap<String, String>) -> Result<Arc<str>, String> {
+fn read_structured(payload: &str, attributes: &mut Attributes<'_>) -> Result<Arc<str>, String> {
     let members: BTreeMap<String, &RawValue> =
         serde_json::from_str(payload).map_err(|error| format!("it is no structured CloudEvent: {error}"))?;
     let mut data = None;
@@ -137,63 +178,56 @@ fn structured(payload: &str, attributes: &mut BTreeMap<String, String>) -> Resul
             "data_base64" => return Err("its data is not JSON".into()),
             _ => {
                 let text = serde_json::from_str::<String>(value.get()).unwrap_or_else(|_| value.get().to_owned());
-                attributes.insert(name, text);
+                attributes.set(&name, text.into())?;
             }
         }
     }
     Ok(data.unwrap_or_else(|| "null".into()))
 }
 
-fn message(
-    mut attributes: BTreeMap<String, String>,
-    key: Option<&str>,
-    data: Arc<str>,
-    millis: Option<i64>,
-) -> Result<Message, String> {
-    let mut required = |name: &str| {
-        let value = attributes.remove(name).filter(|value| !value.is_empty());
-        value.ok_or_else(|| format!("it is no CloudEvent: no {name}"))
-    };
-    let specversion = required("specversion")?;
+fn message(attributes: Attributes<'_>, key: Option<&str>, data: Arc<str>, at: Option<i64>) -> Result<Message, String> {
+    fn required<'r>(name: &str, value: Option<Cow<'r, str>>) -> Result<Cow<'r, str>, String> {
+        value.filter(|value| !value.is_empty()).ok_or_else(|| format!("it is no CloudEvent: no {name}"))
+    }
+    let specversion = required("specversion", attributes.specversion)?;
     if specversion != "1.0" {
         return Err(format!("CloudEvents {specversion:?} is not known, only 1.0"));
     }
-    let (id, source, type_name) = (required("id")?, required("source")?, required("type")?);
+    let (id, source) = (required("id", attributes.id)?, required("source", attributes.source)?);
+    let type_name = required("type", attributes.type_name)?;
     // Ids of others are any text, unique for their source.
     let id = Uuid::parse_str(&id).unwrap_or_else(|_| named_id(Uuid::NAMESPACE_URL, &format!("{source} {id}")));
-    let subject = attributes.remove("subject");
-    let time = match attributes.remove("time") {
+    let time = match attributes.time {
         Some(time) => {
-            DateTime::parse_from_rfc3339(&time).map_err(|error| format!("its time {time:?}: {error}"))?.to_utc()
+            DateTime::parse_from_rfc3339(&time).map_err(|error| format!("its time {time:?}: {error}"))?.into()
         }
-        None => millis.and_then(DateTime::from_timestamp_millis).unwrap_or(DateTime::<Utc>::UNIX_EPOCH),
+        None => at.and_then(DateTime::from_timestamp_millis).unwrap_or(DateTime::UNIX_EPOCH),
     };
-    attributes.remove("datacontenttype");
-    let mut number = |name: &str| match attributes.remove(name) {
-        Some(text) => text.parse::<i64>().map(Some).map_err(|_| format!("its {name} {text:?} is no number")),
-        None => Ok(None),
+    let key: Arc<str> = match (key, &attributes.subject) {
+        (Some(key), _) => key.into(),
+        (None, Some(subject)) => subject.as_ref().into(),
+        (None, None) => id.to_string().into(),
     };
-    let (position, version) = (number(attribute::POSITION)?, number(attribute::VERSION)?);
-    let (schema_version, lane) = (number(attribute::SCHEMA_VERSION)?, number(attribute::LANE)?);
-    // Those of others need not be UUIDs.
-    let mut cause = |name: &str| attributes.remove(name).and_then(|text| Uuid::parse_str(&text).ok()).unwrap_or(id);
-    let (correlation_id, causation_id) = (cause(attribute::CORRELATION), cause(attribute::CAUSATION));
-    let traceparent = attributes.remove(attribute::TRACEPARENT).map(Into::into);
-    let key: Arc<str> = key.or(subject.as_deref()).map_or_else(|| id.to_string().into(), Into::into);
+    // Mostly they are the same.
+    let subject = attributes.subject.filter(|subject| **subject != *key).map_or_else(|| key.clone(), Into::into);
     Ok(Message {
         id,
         type_name: type_name.into(),
-        schema_version: schema_version.and_then(|version| i32::try_from(version).ok()).unwrap_or(1),
+        schema_version: attributes.schema_version.unwrap_or(1),
         source: source.into(),
-        subject: subject.map_or_else(|| key.clone(), Into::into),
+        subject,
         key,
         data,
-        metadata: Metadata { correlation_id, causation_id, traceparent },
+        metadata: Metadata {
+            correlation_id: attributes.correlation_id.unwrap_or(id),
+            causation_id: attributes.causation_id.unwrap_or(id),
+            traceparent: attributes.traceparent,
+        },
         time,
-        position: Position(position.unwrap_or(0)),
-        version: Version(version.unwrap_or(0)),
+        position: Position(attributes.position.unwrap_or(0)),
+        version: Version(attributes.version.unwrap_or(0)),
         // Without a position there is nothing to compare.
-        lane: lane.filter(|_| position.is_some()).and_then(|lane| u32::try_from(lane).ok()),
-        extensions: attributes,
+        lane: attributes.lane.filter(|_| attributes.position.is_some()),
+        extensions: attributes.extensions,
     })
 }

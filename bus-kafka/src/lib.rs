@@ -59,8 +59,11 @@ impl Publisher for KafkaBus {
             self.topics.forget();
         }
         // All of them before any is sent: what comes after one that is refused must not pass it.
+        let (mut last, mut bytes_max): (Option<&Arc<str>>, _) = (None, 0);
         for (index, Outgoing { topic, message }) in messages.iter().enumerate() {
-            let bytes_max = self.topics.ensure(topic).await?.min(producer::MESSAGE_BYTES_MAX);
+            if last != Some(topic) {
+                (last, bytes_max) = (Some(topic), self.topics.ensure(topic).await?.min(producer::MESSAGE_BYTES_MAX));
+            }
             let size = cloud_event::size(message);
             if size > bytes_max {
                 let reason = format!("it takes {size} bytes, and topic {topic} takes {bytes_max}");

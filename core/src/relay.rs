@@ -38,6 +38,8 @@ const LAST_RECEIPTS: std::time::Duration = std::time::Duration::from_millis(500)
 #[derive(Clone, Debug, Default)]
 pub struct Routes {
     service: Arc<str>,
+    /// The topic of its events.
+    events: Arc<str>,
     published: Vec<Arc<str>>,
     internal: Vec<Arc<str>>,
 }
@@ -46,7 +48,8 @@ impl Routes {
     /// The routes of a service: its events go to `<service>.events`, commands of its sagas to `<participant>.commands`, and
     /// its replies to other services' sagas to `<their service>.commands`.
     pub fn of(service: &str) -> Self {
-        Self { service: service.into(), published: Vec::new(), internal: vec![format!("step.{service}").into()] }
+        let (events, internal) = (format!("{service}.events").into(), vec![format!("step.{service}").into()]);
+        Self { service: service.into(), events, published: Vec::new(), internal }
     }
 
     /// Publishes the events of this category.
@@ -72,8 +75,7 @@ impl Routes {
         if category.starts_with("step.") {
             return self.reply(event);
         }
-        let topic = format!("{}.events", self.service).into();
-        Ok(vec![Outgoing { topic, message: Message::of(event, &self.service) }])
+        Ok(vec![Outgoing { topic: self.events.clone(), message: Message::of(event, &self.service) }])
     }
 
     fn commands(&self, event: &Recorded) -> Result<Vec<Outgoing>, String> {
