@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     backoff::Backoff,
     bus::{BusError, Message, Outgoing, Publisher, Receipt},
-    claim::Claim,
+    claim::{Claim, Turn},
     event::{Position, Recorded, StreamId},
     handler::{Handler, HandlerError, Terminal},
     health::{Health, State},
@@ -211,7 +211,7 @@ impl Relay {
         backoff: &mut Backoff,
     ) -> Result<(), Trouble> {
         let query = self.routes.query();
-        let Some(checkpoint) = claim.turn(worker, shutdown).await? else { return Ok(()) };
+        let Turn::Came(checkpoint) = claim.turn(worker, shutdown).await? else { return Ok(()) };
         let mut cursor = Position(checkpoint.unwrap_or(0));
         claim.hold(worker, cursor.0).await?;
         worker.load_parked().await?;

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     backoff::Backoff,
     bus::Message,
-    claim::Claim,
+    claim::{Claim, Turn},
     event::Position,
     handler::Handler,
     health::Health,
@@ -170,7 +170,7 @@ impl Subscription {
         worker: &mut Worker,
         shutdown: &CancellationToken,
     ) -> Result<(), Stop> {
-        let Some(checkpoint) = claim.turn(worker, shutdown).await? else { return Ok(()) };
+        let Turn::Came(checkpoint) = claim.turn(worker, shutdown).await? else { return Ok(()) };
         let mut cursor = match checkpoint {
             Some(next) => Position(next),
             None => match self.start {
