@@ -20,6 +20,13 @@ pub(crate) struct Claim {
     lane: u32,
 }
 
+/// What came of waiting for one's turn.
+pub(crate) enum Turn {
+    /// It came, and the worker has read this checkpoint, if there is one yet.
+    Came(Option<i64>),
+    Shutdown,
+}
+
 impl Claim {
     pub fn new(instance: Option<&Instance>, subscription: &Arc<str>, lane: u32) -> Self {
         if let Some(instance) = instance {
@@ -29,27 +36,27 @@ impl Claim {
     }
 
     /// Waits until it is this instance's turn and nobody who is alive holds the lane; then `worker` has read its checkpoint,
-    /// and takes it with its next commit or [`hold`](Claim::hold). `None` at shutdown.
-    pub async fn turn(&self, worker: &mut Worker, shutdown: &CancellationToken) -> Result<Option<Option<i64>>, Stop> {
-        let Some(instance) = &self.instance else { return Ok(Some(worker.lanes[0].load(&*worker.store).await?)) };
+    /// and takes it with its next commit or [`hold`](Claim::hold).
+    pub async fn turn(&self, worker: &mut Worker, shutdown: &CancellationToken) -> Result<Turn, Stop> {
+        let Some(instance) = &self.instance else { return Ok(Turn::Came(worker.lanes[0].load(&*worker.store).await?)) };
         loop {
             if !instance.has_turn(&self.subscription, self.lane) {
                 worker.reporter.elsewhere("it is another instance's turn");
             }
             tokio::select! {
                 () = instance.turns(&self.subscription, self.lane, true) => {}
-                () = shutdown.cancelled() => return Ok(None),
+                () = shutdown.cancelled() => return Ok(Turn::Shutdown),
             }
             let next = worker.lanes[0].load(&*worker.store).await?;
             match worker.lanes[0].holder.clone() {
                 Some(holder) if holder != *instance.name() && instance.is_alive(&holder) => {
                     worker.reporter.elsewhere(&format!("{holder} has not let go of it yet"));
                 }
-                _ => return Ok(Some(next)),
+                _ => return Ok(Turn::Came(next)),
             }
             tokio::select! {
                 () = tokio::time::sleep(HANDOVER_TICK) => {}
-                () = shutdown.cancelled() => return Ok(None),
+                () = shutdown.cancelled() => return Ok(Turn::Shutdown),
             }
         }
     }

@@ -193,7 +193,7 @@ impl Commit {
             return invalid("a document stands in it twice".into());
         }
         for append in &self.appends {
-            if let Err(error) = StreamId::parse(append.stream.as_str()) {
+            if let Err(error) = StreamId::check(append.stream.as_str()) {
                 return invalid(error.to_string());
             }
             for event in &append.events {
@@ -241,17 +241,18 @@ impl Commit {
     }
 }
 
-fn has_twins<T: std::hash::Hash + Eq>(mut items: impl Iterator<Item = T>) -> bool {
+fn has_twins<T: std::hash::Hash + Eq>(mut items: impl ExactSizeIterator<Item = T>) -> bool {
     let mut seen = std::collections::HashSet::new();
-    !items.all(|item| seen.insert(item))
+    items.len() > 1 && !items.all(|item| seen.insert(item))
 }
 
 /// Whether the text is JSON that every store and every reader takes: nesting within [`NESTING_MAX`], and neither
 /// `\u0000` nor half a surrogate pair, which PostgreSQL stores as `json` but can never give back as text.
 pub(crate) fn check_json(text: &str) -> Result<(), String> {
     serde_json::from_str::<serde::de::IgnoredAny>(text).map_err(|error| format!("not JSON: {error}"))?;
-    // Skipping over a value, as above, takes any depth; reading it does not.
-    if nesting(text) > NESTING_MAX {
+    // Skipping over a value, as above, takes any depth; reading it does not. Few texts have brackets enough to look closer.
+    let brackets = text.bytes().filter(|byte| matches!(byte, b'[' | b'{')).count();
+    if brackets > NESTING_MAX && nesting(text) > NESTING_MAX {
         return Err(format!("it is nested more than {NESTING_MAX} deep"));
     }
     // Skipping does not look at these either.

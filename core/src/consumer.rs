@@ -2,6 +2,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
+use futures::future::join_all;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
@@ -97,16 +98,27 @@ pub struct Joined {
 }
 
 impl Joined {
-    /// Consumes until `shutdown`, then finishes the batch in hand.
+    /// Consumes until `shutdown`, then finishes the batch in hand. All members take turns in the calling task; a
+    /// [`Runtime`](crate::Runtime) gives each a task of its own.
     pub async fn run(
         self,
         store: Arc<dyn EventStore>,
         health: Health,
         shutdown: CancellationToken,
     ) -> Result<(), String> {
-        let mut members = tokio::task::JoinSet::new();
-        let group = Arc::new(self.group);
-        for (number, consumer) in self.consumers.into_iter().enumerate() {
+        join_all(self.members(&store, &health, &shutdown)).await;
+        Ok(())
+    }
+
+    /// What consumes, one for each member.
+    pub(crate) fn members(
+        self,
+        store: &Arc<dyn EventStore>,
+        health: &Health,
+        shutdown: &CancellationToken,
+    ) -> impl Iterator<Item = impl Future<Output = ()> + use<>> {
+        let group = self.group;
+        self.consumers.into_iter().enumerate().map(move |(number, consumer)| {
             let part = format!("{}#{number}", group.name);
             let worker = Worker {
                 name: group.name.clone(),
@@ -120,15 +132,8 @@ impl Joined {
             };
             let (home, assigned, lane_of) = (group.home.clone(), Vec::new(), HashMap::new());
             let member = Member { worker, consumer, home, assigned, lane_of, unsettled: false };
-            members.spawn(member.consume(part, health.clone(), shutdown.clone()));
-        }
-        while let Some(ended) = members.join_next().await {
-            if let Err(panic) = ended {
-                shutdown.cancel();
-                return Err(format!("group {} ended: {panic}", group.name));
-            }
-        }
-        Ok(())
+            member.consume(part, health.clone(), shutdown.clone())
+        })
     }
 }
 

@@ -75,6 +75,12 @@ impl StreamId {
 
     /// Reads `<category>-<id>`.
     pub fn parse(text: &str) -> Result<Self, StreamIdError> {
+        Self::check(text)?;
+        Ok(Self(text.into()))
+    }
+
+    /// Whether this can be a stream id.
+    pub(crate) fn check(text: &str) -> Result<(), StreamIdError> {
         if text.len() > STREAM_ID_BYTES_MAX {
             return Err(StreamIdError::TooLong { start: shortened(text), bytes: text.len() });
         }
@@ -94,7 +100,7 @@ impl StreamId {
         if let Some((at, character)) = id.char_indices().find(|(_, c)| c.is_control()) {
             return Err(StreamIdError::ControlCharacter { id: shortened(id), character, at });
         }
-        Ok(Self(text.into()))
+        Ok(())
     }
 
     /// A name that a store already holds, taken as it is: a reader must not be stopped by a row it would not have written.

@@ -3,7 +3,7 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use async_trait::async_trait;
-use futures::FutureExt;
+use futures::{FutureExt, future::join_all};
 use serde::Deserialize;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -12,7 +12,7 @@ use crate::{
     backoff::Backoff,
     bus::{BusError, Message, Outgoing, Publisher, Receipt},
     checkpoint::Lane,
-    claim::Claim,
+    claim::{Claim, Turn},
     event::{Position, Recorded, StreamId},
     handler::{Handler, HandlerError, Terminal},
     health::{Health, State},
@@ -179,7 +179,8 @@ impl Relay {
         self
     }
 
-    /// Carries messages until `shutdown`, then waits for those in flight to be taken.
+    /// Carries messages until `shutdown`, then waits for those in flight to be taken. All lanes take turns in the calling
+    /// task; a [`Runtime`](crate::Runtime) gives each a task of its own.
     pub async fn run(
         self,
         store: Arc<dyn EventStore>,
@@ -187,19 +188,23 @@ impl Relay {
         health: Health,
         shutdown: CancellationToken,
     ) -> Result<(), String> {
-        let this = Arc::new(self);
-        let mut carriers = tokio::task::JoinSet::new();
-        for lane in 0..this.lanes {
-            let this = this.clone();
-            carriers.spawn(this.carry_lane(lane, store.clone(), publisher.clone(), health.clone(), shutdown.clone()));
-        }
-        while let Some(ended) = carriers.join_next().await {
-            if let Err(panic) = ended {
-                shutdown.cancel();
-                return Err(format!("relay {} ended: {panic}", this.name));
-            }
-        }
+        join_all(self.carriers(&store, &publisher, &health, &shutdown)).await;
         Ok(())
+    }
+
+    /// What carries the lanes, one for each.
+    pub(crate) fn carriers(
+        self,
+        store: &Arc<dyn EventStore>,
+        publisher: &Arc<dyn Publisher>,
+        health: &Health,
+        shutdown: &CancellationToken,
+    ) -> impl Iterator<Item = impl Future<Output = ()> + use<>> {
+        let this = Arc::new(self);
+        let (store, publisher, health, shutdown) = (store.clone(), publisher.clone(), health.clone(), shutdown.clone());
+        (0..this.lanes).map(move |lane| {
+            this.clone().carry_lane(lane, store.clone(), publisher.clone(), health.clone(), shutdown.clone())
+        })
     }
 
     async fn carry_lane(
@@ -246,7 +251,7 @@ impl Relay {
         backoff: &mut Backoff,
     ) -> Result<(), Trouble> {
         let query = self.routes.query();
-        let Some(checkpoint) = claim.turn(worker, shutdown).await? else { return Ok(()) };
+        let Turn::Came(checkpoint) = claim.turn(worker, shutdown).await? else { return Ok(()) };
         let mut cursor = Position(checkpoint.unwrap_or(0));
         claim.hold(worker, cursor.0).await?;
         worker.load_parked().await?;

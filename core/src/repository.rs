@@ -437,7 +437,12 @@ impl<A: Aggregate> Folded<A> {
         self.version = self.version.next();
     }
 
-    pub fn version_of(&self, id: Uuid) -> Option<Version> {
+    /// Where the events of a command begin, if the stream has them.
+    pub fn version_of(&self, command_id: Uuid) -> Option<Version> {
+        if self.ids.is_empty() {
+            return None;
+        }
+        let id = derived_id(command_id, 0);
         let index = self.ids.iter().position(|known| *known == id)?;
         Some(Version(self.version.0 - (self.ids.len() - 1 - index) as i64))
     }

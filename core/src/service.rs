@@ -229,18 +229,19 @@ impl Runtime {
         for (name, store, relay, groups, subscriptions, parts) in joined {
             let (health, shutdown, instance) = (self.health(), self.shutdown(), self.instance_on(&store));
             for (group_name, group) in groups {
-                self.spawn(group_name, group.run(store.clone(), health.clone(), shutdown.clone()));
+                group.members(&store, &health, &shutdown).for_each(|member| self.spawn_worker(&group_name, member));
             }
             for subscription in subscriptions {
                 let part = subscription.name().to_owned();
                 let subscription = subscription.shared(instance.clone());
-                self.spawn(part, subscription.run(store.clone(), health.clone(), shutdown.clone()));
+                subscription.workers(&store, &health, &shutdown).for_each(|lane| self.spawn_worker(&part, lane));
             }
             for part in parts {
                 self.spawn(name.clone(), part(instance.clone(), health.clone(), shutdown.clone()));
             }
             let publisher: Arc<dyn Publisher> = bus.clone();
-            self.spawn(format!("{name}.relay"), relay.shared(instance).run(store, publisher, health, shutdown));
+            let carriers = relay.shared(instance).carriers(&store, &publisher, &health, &shutdown);
+            carriers.for_each(|lane| self.spawn_worker(&format!("{name}.relay"), lane));
         }
         Ok(())
     }
@@ -268,6 +269,18 @@ impl Runtime {
                 health.set(&part, State::Failed(error.clone()));
             }
             (part, ended)
+        });
+    }
+
+    /// A task of the runtime's own and not one of a task's: what is dropped or cut off does nothing more. Panics of handlers
+    /// are caught further in; after one in the engine itself, nothing goes on.
+    fn spawn_worker(&mut self, part: &str, worker: impl Future<Output = ()> + Send + 'static) {
+        let shutdown = self.shutdown();
+        self.spawn(part, async move {
+            caught(worker).await.map_err(|panic| {
+                shutdown.cancel();
+                panic.to_string()
+            })
         });
     }
 

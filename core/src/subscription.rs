@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use futures::future::join_all;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 use tokio_util::sync::CancellationToken;
 
@@ -9,7 +10,7 @@ use crate::{
     backoff::Backoff,
     bus::Message,
     checkpoint::Lane,
-    claim::Claim,
+    claim::{Claim, Turn},
     event::Position,
     handler::Handler,
     health::Health,
@@ -108,25 +109,27 @@ impl Subscription {
         &self.name
     }
 
-    /// Follows the log until `shutdown`, then handles what is recorded by then.
+    /// Follows the log until `shutdown`, then handles what is recorded by then. All lanes take turns in the calling task; a
+    /// [`Runtime`](crate::Runtime) gives each a task of its own.
     pub async fn run(
         self,
         store: Arc<dyn EventStore>,
         health: Health,
         shutdown: CancellationToken,
     ) -> Result<(), String> {
-        let this = Arc::new(self);
-        let mut workers = tokio::task::JoinSet::new();
-        for lane in 0..this.lanes {
-            workers.spawn(this.clone().follow(lane, store.clone(), health.clone(), shutdown.clone()));
-        }
-        while let Some(ended) = workers.join_next().await {
-            if let Err(panic) = ended {
-                shutdown.cancel();
-                return Err(format!("subscription {} ended: {panic}", this.name));
-            }
-        }
+        join_all(self.workers(&store, &health, &shutdown)).await;
         Ok(())
+    }
+
+    /// What follows the lanes, one for each.
+    pub(crate) fn workers(
+        self,
+        store: &Arc<dyn EventStore>,
+        health: &Health,
+        shutdown: &CancellationToken,
+    ) -> impl Iterator<Item = impl Future<Output = ()> + use<>> {
+        let this = Arc::new(self);
+        (0..this.lanes).map(move |lane| this.clone().follow(lane, store.clone(), health.clone(), shutdown.clone()))
     }
 
     async fn follow(
@@ -168,7 +171,7 @@ impl Subscription {
         worker: &mut Worker,
         shutdown: &CancellationToken,
     ) -> Result<(), Stop> {
-        let Some(checkpoint) = claim.turn(worker, shutdown).await? else { return Ok(()) };
+        let Turn::Came(checkpoint) = claim.turn(worker, shutdown).await? else { return Ok(()) };
         let mut cursor = match checkpoint {
             Some(next) => Position(next),
             None => match self.start {

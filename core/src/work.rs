@@ -227,7 +227,7 @@ impl Work {
         let metadata = self.cause.metadata.clone();
         let store = self.store.clone();
         let staged = self.staged(repository, &stream, expect_new).await?;
-        if let Some(first) = staged.current().version_of(derived_id(command_id, 0)) {
+        if let Some(first) = staged.current().version_of(command_id) {
             let events = repository.events_of(&*store, &stream, first, command_id, staged).await?;
             return Ok(Decided { events, repeated: true });
         }
@@ -248,7 +248,7 @@ impl Work {
         id: &str,
     ) -> Result<bool, WorkError<A::Refusal>> {
         let stream = repository.stream(id)?;
-        Ok(self.staged(repository, &stream, false).await?.current().version_of(derived_id(command_id, 0)).is_some())
+        Ok(self.staged(repository, &stream, false).await?.current().version_of(command_id).is_some())
     }
 
     async fn staged<A: Aggregate>(

@@ -247,7 +247,7 @@ fn a_timeout_is_no_failure_and_asks_again() {
         (Timer, "compensating undo.1 #1 asks no-flight and no-car"),
         (Late(Forward(1), 2, "done"), "nothing"),
     ]);
-    assert_eq!(run.progress.failure.unwrap().reason, "timeout");
+    assert_eq!(run.progress.failure.unwrap().reason, "timeout: no answer from agency within 5s");
     // 10 seconds twice, then 5 seconds twice.
     assert_eq!(run.now, START + 30_000);
 }
@@ -261,7 +261,7 @@ fn a_step_that_times_out_to_the_last_is_undone_itself() {
         (Late(Forward(0), 3, "done"), "nothing"),
         (Done(0), "compensating closing.0 #1 asks apology"),
     ]);
-    assert_eq!(run.context.0, ["hotel: timeout"]);
+    assert_eq!(run.context.0, ["hotel: timeout: no answer from agency within 10s"]);
 }
 
 #[test]

@@ -19,7 +19,10 @@ use crate::error::{Fault, OpenError, fault, open_error};
 pub const APPLICATION_ID: u32 = 0x416e_6c73;
 
 /// In order; `PRAGMA user_version` counts how many of them a file has had.
-const MIGRATIONS: &[&str] = &[include_str!("migrations/0001_log_and_documents.sql")];
+const MIGRATIONS: &[&str] = &[
+    include_str!("migrations/0001_log_and_documents.sql"),
+    include_str!("migrations/0002_inserts_without_a_trigger.sql"),
+];
 
 /// A hot page is written to the file once a checkpoint, however many commits touched it since; at 4 KiB a page, 32 MiB of log
 /// between checkpoints spares most of those writes and still recovers in a fraction of a second. (SQLite's own: 1,000.)
@@ -113,8 +116,6 @@ impl Database {
             .synchronous(SqliteSynchronous::Full)
             .pragma("wal_autocheckpoint", CHECKPOINT_PAGES.to_string())
             .pragma("journal_size_limit", JOURNAL_BYTES_MAX.to_string())
-            // Rows on their way into a table with triggers wait in a temporary one: not in a file made for each statement.
-            .pragma("temp_store", "MEMORY")
             .pragma("cache_size", format!("-{WRITER_CACHE_KIB}"))
             .connect()
             .await

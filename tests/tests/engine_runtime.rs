@@ -3,11 +3,14 @@
 
 use std::{sync::Arc, time::Duration};
 
-use annals::{Bus, EventStore, LocalBus, LogQuery, MemoryStore, Runtime, Service, Subscription, health::State};
+use annals::{
+    Append, Bus, Commit, EventStore, Expected, Group, LocalBus, LogQuery, MemoryStore, Message, Metadata, NewEvent,
+    Projection, Publisher, ReadModel, Runtime, Service, StreamId, Subscription, bus::Outgoing, health::State,
+};
 use annals_tests::{
     bus::within,
     faulty::{Fault, FaultyStore, Gate},
-    tally::{Copier, add, copies, eventually},
+    tally::{Copier, TallyEvent, add, copies, eventually},
 };
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -16,6 +19,24 @@ struct Bed {
     inner: Arc<dyn EventStore>,
     faulty: FaultyStore,
     runtime: Runtime,
+}
+
+struct Sums;
+
+impl ReadModel for Sums {
+    const NAME: &'static str = "sums";
+    type Event = TallyEvent;
+    type View = i64;
+
+    fn keys(&self, _: &TallyEvent, message: &Message) -> Vec<String> {
+        vec![message.subject.to_string()]
+    }
+
+    fn apply(&self, _: &str, sum: &mut i64, event: &TallyEvent, _: &Message) {
+        if let TallyEvent::Added { amount } = event {
+            *sum += amount;
+        }
+    }
 }
 
 async fn bed() -> Bed {
@@ -71,6 +92,49 @@ async fn drain_that_takes_too_long_says_so_and_cuts_off() {
     within("a batch is in hand", gate.reached()).await;
     let error = within("drain", runtime.drain(Duration::from_millis(20))).await.unwrap_err();
     assert!(error.contains("cut off"), "{error}");
+}
+
+/// An event that all parts of the bed want, recorded and published without a moment in which one of them could run.
+async fn wake(store: &dyn EventStore, bus: &LocalBus) {
+    let event = NewEvent {
+        id: uuid::Uuid::new_v4(),
+        type_name: "tally.added".into(),
+        schema_version: 1,
+        data: r#"{"amount":1}"#.into(),
+        metadata: Metadata::default(),
+    };
+    let append = Append { stream: StreamId::new("tally", "a").unwrap(), expected: Expected::Any, events: vec![event] };
+    store.commit(Commit { appends: vec![append], puts: Vec::new() }).await.unwrap();
+    let page = store.read_log(&LogQuery::all(), annals::Position::START, 1).await.unwrap();
+    let message = Message::of(&page.events[0], &"other".into());
+    drop(bus.publish(vec![Outgoing { topic: "other.events".into(), message }]).await.unwrap());
+}
+
+#[tokio::test]
+async fn what_was_dropped_does_nothing_more() {
+    for parts in ["lanes", "members", "a projection"] {
+        let (inner, bus): (Arc<dyn EventStore>, _) = (Arc::new(MemoryStore::new()), LocalBus::default());
+        let faulty = FaultyStore::new(inner.clone());
+        let store: Arc<dyn EventStore> = Arc::new(faulty.clone());
+        let (copier, tallies) = (Copier::new(store.clone()), LogQuery::categories(["tally"]));
+        let service = Service::new("source", store.clone());
+        let service = match parts {
+            "lanes" => service.subscribe(Subscription::new("copier", copier).query(tallies).lanes(2)),
+            "members" => service.consume(Group::new("copier", &["other.events"], copier).members(2)),
+            _ => service.project(Projection::new(Sums, tallies)),
+        };
+        let mut runtime = Runtime::new();
+        runtime.start(vec![service], Arc::new(bus.clone())).await.unwrap();
+        let health = runtime.health();
+        eventually("fine", async || health.is_fine().then_some(())).await;
+        let commits = faulty.commits();
+        wake(&*inner, &bus).await;
+        drop(runtime);
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(faulty.commits(), commits, "{parts} went on");
+    }
 }
 
 #[tokio::test(start_paused = true)]

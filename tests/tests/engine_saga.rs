@@ -185,6 +185,17 @@ async fn deadline_takes_back_and_counts_no_further_than_the_pivot() {
 }
 
 #[tokio::test]
+async fn who_does_not_answer_is_named() {
+    let world = world(Duration::from_millis(50), u32::MAX);
+    let runtime = world.start(&["shop", "hotel"]).await;
+    world.request("a", Uuid::new_v4(), None).await;
+    let error = async || world.status("a").await.and_then(|status| status.last_error);
+    let error = eventually("it says so while it asks again", error).await;
+    assert_eq!(error, "charge: timeout: no answer from bank within 50ms");
+    runtime.drain(DRAIN).await.unwrap();
+}
+
+#[tokio::test]
 async fn undo_that_fails_gets_stuck_where_an_operator_sees_it() {
     let world = world(PATIENT, 2);
     let runtime = world.start(&ALL).await;
@@ -192,11 +203,13 @@ async fn undo_that_fails_gets_stuck_where_an_operator_sees_it() {
     world.request("a", Uuid::new_v4(), None).await;
     let status = world.becomes("a", Status::Stuck).await;
     assert_eq!((&*status.step, status.ended_at), ("charge", None));
-    assert_eq!(status.last_error.unwrap(), "charge: undo charge does not work");
+    let both = "charge: undo charge does not work; it goes back because of confirm: no confirm today";
+    assert_eq!(status.last_error.unwrap(), both);
     let runner = world.runner(&world.store);
     assert!(runner.operate("a", Verb::Compensate, "ann", "it cannot").await.is_err());
     runner.operate("a", Verb::Retry, "ann", "the bank is back").await.unwrap();
-    world.becomes("a", Status::Compensated).await;
+    let status = world.becomes("a", Status::Compensated).await;
+    assert_eq!(status.last_error.unwrap(), "confirm: no confirm today");
     assert_eq!(world.ledger("a").await, ["book", "charge", "undo charge", "undo book"]);
     let operated = world.history("a").await.into_iter().find(|event| &*event.type_name == "saga.operated").unwrap();
     assert!(operated.data.contains("ann") && operated.data.contains("the bank is back"));

@@ -6,7 +6,7 @@ use std::path::Path;
 use annals::{
     Append, Commit, CommitError, EventStore, Expected, LogQuery, Metadata, NewEvent, Position, StreamId, Version,
 };
-use annals_sqlite::SqliteStore;
+use annals_sqlite::{APPLICATION_ID, SqliteStore};
 use sqlx::{Connection, Executor, SqliteConnection, sqlite::SqliteConnectOptions};
 use uuid::Uuid;
 
@@ -133,8 +133,7 @@ async fn the_file_itself_refuses_changes_to_the_log() {
         "UPDATE events SET position = 9 WHERE position = 3",
         "DELETE FROM events",
         "DELETE FROM events WHERE position = 3",
-        "INSERT OR REPLACE INTO events VALUES (3, 'b-1', 1, '', 'x', 1, 'changed', '{}', 0)",
-        "INSERT OR REPLACE INTO events VALUES (4, 'a-1', 3, '', 'x', 1, 'changed', '{}', 0)",
+        "INSERT INTO events VALUES (3, 'b-1', 1, '', 'x', 1, 'changed', '{}', 0)",
         "INSERT INTO events VALUES (3, 'a-1', 3, '', 'x', 1, 'changed', '{}', 0)
              ON CONFLICT (position) DO UPDATE SET data = 'changed'",
         "INSERT INTO events VALUES (4, 'a-1', 3, '', 'x', 1, 'changed', '{}', 0)",
@@ -145,7 +144,46 @@ async fn the_file_itself_refuses_changes_to_the_log() {
     for sql in attempts {
         assert!(connection.execute(sql).await.is_err(), "{sql}");
     }
+    // What REPLACE takes away counts as deleted only for who asks for that.
+    connection.execute("PRAGMA recursive_triggers = ON").await.unwrap();
+    let replacing = [
+        "INSERT OR REPLACE INTO events VALUES (3, 'b-1', 1, '', 'x', 1, 'changed', '{}', 0)",
+        "INSERT OR REPLACE INTO events VALUES (4, 'a-1', 3, '', 'x', 1, 'changed', '{}', 0)",
+        "UPDATE OR REPLACE events SET position = 3 WHERE position = 2",
+    ];
+    for sql in replacing {
+        assert!(connection.execute(sql).await.is_err(), "{sql}");
+    }
     let events = store.read_log(&LogQuery::all(), Position::START, 10).await.unwrap().events;
     assert_eq!(events.iter().map(|event| &*event.data).collect::<Vec<_>>(), ["{}", "{}", "{}"]);
     store.close().await.unwrap();
+}
+
+/// A file as the first builds made it.
+#[tokio::test]
+async fn a_file_of_an_older_build_opens_and_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("annals.db");
+    let options = SqliteConnectOptions::new().filename(&file).create_if_missing(true);
+    let mut connection = SqliteConnection::connect_with(&options).await.unwrap();
+    let first = include_str!("../../store-sqlite/src/migrations/0001_log_and_documents.sql");
+    connection.execute(first).await.unwrap();
+    let mark = format!("PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 1");
+    connection.execute(sqlx::AssertSqlSafe(mark)).await.unwrap();
+    let event =
+        "INSERT INTO events VALUES (1, 'a-1', 1, 'bf1cd6a4-c3e1-4b6f-8e4c-4f2b8b4bb0aa', 'x', 1, '{}', '{}', 0)";
+    connection.execute(event).await.unwrap();
+    connection.close().await.unwrap();
+    for _ in 0..2 {
+        let store = SqliteStore::open(&file).await.unwrap();
+        store.commit(commit("b-1", 300)).await.unwrap();
+        store.close().await.unwrap();
+    }
+    let store = SqliteStore::open(&file).await.unwrap();
+    assert_eq!(read_all(&store, &LogQuery::all()).await.1, Position(601));
+    store.close().await.unwrap();
+    let mut connection = connect(&file).await;
+    let triggers = "SELECT group_concat(name, ' ' ORDER BY name) FROM sqlite_schema WHERE type = 'trigger'";
+    let triggers: String = sqlx::query_scalar(triggers).fetch_one(&mut connection).await.unwrap();
+    assert_eq!(triggers, "events_never_change events_never_go");
 }

@@ -37,7 +37,7 @@ pub struct SagaStatus {
     pub started_at: DateTime<Utc>,
     /// When it ended.
     pub ended_at: Option<DateTime<Utc>>,
-    /// What went wrong last.
+    /// What went wrong last at the step it is at, and why it goes back.
     pub last_error: Option<String>,
 }
 
@@ -52,7 +52,7 @@ impl SagaStatus {
             attempts: progress.attempt,
             started_at: time(progress.started),
             ended_at: progress.ended.map(time),
-            last_error: progress.failure.as_ref().map(|failure| format!("{}: {}", failure.step, failure.reason)),
+            last_error: progress.last_error(),
         }
     }
 }

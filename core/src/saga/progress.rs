@@ -96,13 +96,19 @@ pub enum CallState {
     Failed,
 }
 
-/// Why a saga goes back, or is stuck.
+/// What went wrong at a step.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Failure {
     /// The step.
     pub step: String,
     /// What was wrong.
     pub reason: String,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.step, self.reason)
+    }
 }
 
 /// How far a saga has come. Times are in milliseconds since 1970.
@@ -127,9 +133,12 @@ pub struct Progress {
     /// When the saga is to be compensated if it has not reached its pivot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deadline: Option<i64>,
-    /// Why it goes back, or is stuck.
+    /// Why it goes back.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<Failure>,
+    /// What went wrong last at the step it is at, whether it asks again or is stuck.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trouble: Option<Failure>,
     /// The definition it keeps to.
     pub definition: String,
     /// When it started.
@@ -145,6 +154,14 @@ impl Progress {
         match (self.due, self.deadline) {
             (Some(due), Some(deadline)) => Some(due.min(deadline)),
             (due, deadline) => due.or(deadline),
+        }
+    }
+
+    /// What operators read first: what is wrong now, and why it goes back.
+    pub fn last_error(&self) -> Option<String> {
+        match (&self.trouble, &self.failure) {
+            (Some(trouble), Some(failure)) => Some(format!("{trouble}; it goes back because of {failure}")),
+            (trouble, failure) => trouble.as_ref().or(failure.as_ref()).map(Failure::to_string),
         }
     }
 }

@@ -4,6 +4,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use chrono::Utc;
+use futures::future::join_all;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -167,24 +168,16 @@ impl<C: SagaState> Runner<C> {
                     continue;
                 }
             };
-            let mut fired = tokio::task::JoinSet::new();
-            for document in due {
-                let runner = self.clone();
-                fired.spawn(async move {
-                    let outcome = runner.put_in(&document.key.id, What::Due).await;
-                    let Err(error) = outcome else { return None };
-                    let trouble = format!("timer of saga {}: {error}", document.key.id);
-                    if matches!(
-                        error,
-                        ExecuteError::Refused(_) | ExecuteError::Invalid(_) | ExecuteError::Undecodable(_)
-                    ) {
-                        runner.postpone(document).await;
-                    }
-                    Some(trouble)
-                });
-            }
-            let troubles: Vec<_> = fired.join_all().await.into_iter().flatten().collect();
-            match troubles.into_iter().next() {
+            let fired = due.into_iter().map(async |document| {
+                let error = self.put_in(&document.key.id, What::Due).await.err()?;
+                let trouble = format!("timer of saga {}: {error}", document.key.id);
+                if matches!(error, ExecuteError::Refused(_) | ExecuteError::Invalid(_) | ExecuteError::Undecodable(_)) {
+                    self.postpone(document).await;
+                }
+                Some(trouble)
+            });
+            let trouble = join_all(fired).await.into_iter().flatten().next();
+            match trouble {
                 Some(trouble) => {
                     reporter.trouble(trouble);
                     tokio::select! {

@@ -1,13 +1,13 @@
 //! What a saga does next: a pure function of its plan, its progress and one input.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use super::{
-    definition::{Kind, PlannedStep, RETRY_DELAY_MAX, RETRY_DELAY_MIN, Saga, SagaState},
+    definition::{Kind, PlannedStep, RETRY_DELAY_MAX, RETRY_DELAY_MIN, Request, Saga, SagaState},
     progress::{At, CallState, Command, Failure, Outcome, Progress, Reply, Status},
 };
 use crate::event::named_id;
@@ -75,6 +75,7 @@ pub fn begin<C: SagaState>(plan: &Saga<C>, saga_id: Uuid, context: C, now: i64) 
         due: None,
         deadline: plan.deadline.map(|deadline| now + millis(deadline)),
         failure: None,
+        trouble: None,
         definition: plan.hash.clone(),
         started: now,
         ended: None,
@@ -198,6 +199,7 @@ impl<C: SagaState> Move<'_, C> {
         let progress = &mut self.progress;
         (progress.status, progress.ended) = (status, Some(self.now));
         (progress.due, progress.deadline, progress.retrying) = (None, None, false);
+        progress.trouble = None;
         Ok(())
     }
 
@@ -212,24 +214,32 @@ impl<C: SagaState> Move<'_, C> {
         self.progress.step = self.planned().name.to_owned();
         self.progress.calls = calls;
         self.progress.attempt = 0;
+        self.progress.trouble = None;
         if matches!(at, At::Forward(step) if self.plan.steps[step].kind != Kind::Compensatable) {
             self.progress.deadline = None;
         }
         if self.progress.calls.iter().all(|call| *call == CallState::Done) { self.advance() } else { self.ask() }
     }
 
-    /// Sends the commands of all calls that are not done.
-    fn ask(&mut self) -> Result<(), String> {
+    /// What is asked of the participants that are not done.
+    fn requests(&self) -> impl Iterator<Item = (usize, Request)> {
         let (planned, at) = (self.planned(), self.progress.at);
-        let (timeout, attempt) = (planned.timeout, self.progress.attempt + 1);
-        let open = |call: &usize| self.progress.calls[*call] != CallState::Done;
-        let mut commands = Vec::new();
-        for call in (0..planned.calls.len()).filter(open) {
+        let open = (0..planned.calls.len()).filter(|call| self.progress.calls[*call] != CallState::Done);
+        open.map(move |call| {
             let make = match at {
                 At::Undo(_) => planned.calls[call].undo.unwrap_or(planned.calls[call].perform),
                 At::Forward(_) | At::Closing(_) => planned.calls[call].perform,
             };
-            let request = make(&self.context);
+            (call, make(&self.context))
+        })
+    }
+
+    /// Sends the commands of all calls that are not done.
+    fn ask(&mut self) -> Result<(), String> {
+        let (planned, at) = (self.planned(), self.progress.at);
+        let (timeout, attempt) = (planned.timeout, self.progress.attempt + 1);
+        let mut commands = Vec::new();
+        for (call, request) in self.requests() {
             let data = request.data.and_then(|data| RawValue::from_string(data).map_err(|error| error.to_string()));
             commands.push(Command {
                 id: named_id(self.saga_id, &format!("{at}/{call}")),
@@ -260,13 +270,18 @@ impl<C: SagaState> Move<'_, C> {
         if self.progress.attempt >= self.planned().attempts_max {
             return self.give_up(reason);
         }
+        self.progress.trouble = Some(self.failure(reason));
         self.progress.retrying = true;
         self.progress.due = Some(self.now + millis(retry_delay(self.saga_id, self.progress.attempt)));
         Ok(())
     }
 
+    fn failure(&self, reason: &str) -> Failure {
+        Failure { step: self.planned().name.to_owned(), reason: reason.to_owned() }
+    }
+
     fn give_up(&mut self, reason: &str) -> Result<(), String> {
-        let failure = Failure { step: self.planned().name.to_owned(), reason: reason.to_owned() };
+        let failure = self.failure(reason);
         let compensatable = self.planned().kind == Kind::Compensatable && matches!(self.progress.at, At::Forward(_));
         if compensatable {
             self.context.learn(&failure.step, &Outcome::Failed(reason.to_owned()));
@@ -275,7 +290,7 @@ impl<C: SagaState> Move<'_, C> {
         }
         // The pivot may have happened, and what follows it or undoes something must happen: only a person can say more.
         self.progress.status = Status::Stuck;
-        self.progress.failure = Some(failure);
+        self.progress.trouble = Some(failure);
         (self.progress.due, self.progress.deadline, self.progress.retrying) = (None, None, false);
         Ok(())
     }
@@ -283,8 +298,7 @@ impl<C: SagaState> Move<'_, C> {
     /// Goes back: first undoes what this step may have done, then the steps before it.
     fn compensate(&mut self, reason: &str) -> Result<(), String> {
         let At::Forward(step) = self.progress.at else { return Ok(()) };
-        let failed = self.planned();
-        self.progress.failure = Some(Failure { step: failed.name.to_owned(), reason: reason.to_owned() });
+        self.progress.failure = Some(self.failure(reason));
         self.progress.status = Status::Compensating;
         self.progress.deadline = None;
         if self.plan.steps[step].kind == Kind::Compensatable {
@@ -304,7 +318,7 @@ impl<C: SagaState> Move<'_, C> {
         if self.progress.status == Status::Running
             && self.progress.deadline.is_some_and(|deadline| deadline <= self.now)
         {
-            let failure = Failure { step: self.planned().name.to_owned(), reason: "deadline".to_owned() };
+            let failure = self.failure("deadline");
             self.context.learn(&failure.step, &Outcome::Failed(failure.reason.clone()));
             self.gave_up = Some(failure);
             self.compensate("deadline")?;
@@ -313,12 +327,26 @@ impl<C: SagaState> Move<'_, C> {
         if self.progress.due.is_none_or(|due| due > self.now) {
             return Ok(false);
         }
-        if self.progress.retrying || self.progress.attempt < self.planned().attempts_max {
+        if self.progress.retrying {
+            self.ask()?;
+            return Ok(true);
+        }
+        let unanswered = self.unanswered();
+        if self.progress.attempt < self.planned().attempts_max {
+            self.progress.trouble = Some(self.failure(&unanswered));
             self.ask()?;
         } else {
-            self.give_up("timeout")?;
+            self.give_up(&unanswered)?;
         }
         Ok(true)
+    }
+
+    /// Who was asked and has not answered in time.
+    fn unanswered(&self) -> String {
+        let waiting = self.requests().filter(|(call, _)| self.progress.calls[*call] == CallState::Waiting);
+        let silent: BTreeSet<String> = waiting.map(|(_, request)| request.to).collect();
+        let silent = silent.into_iter().collect::<Vec<_>>().join(" and ");
+        format!("timeout: no answer from {silent} within {:?}", self.planned().timeout)
     }
 
     fn operate(&mut self, verb: Verb) -> Result<(), String> {

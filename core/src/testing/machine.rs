@@ -195,6 +195,7 @@ impl<C: SagaState> Machine<C> {
             ended: progress.ended.map(|_| 0),
             // For people to read; no move depends on it.
             failure: progress.failure.map(|_| Failure { step: String::new(), reason: String::new() }),
+            trouble: None,
             ..progress
         };
         let key = (context, progress);
