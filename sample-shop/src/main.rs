@@ -3,20 +3,19 @@
 use std::{
     io::{IsTerminal, Write},
     process::ExitCode,
-    sync::Arc,
 };
 
-use annals::{EventStore, MemoryStore};
-use annals_postgres::PostgresStore;
-use annals_sqlite::SqliteStore;
 use rust_decimal::Decimal;
 use sample_shop::{
-    arguments::{Arguments, BusUrl, Command, Connection, Output, StoreUrl},
+    Failure,
+    arguments::{Arguments, Command, Connection, Output, StoreUrl},
+    bus,
     claim::Claim,
     input::{Demand, Invoices, Source},
     report::{self, Cancelled, Progress, Summary},
     run::{self, Outcome, Settings},
     stop::Stop,
+    store::Store,
 };
 
 #[global_allocator]
@@ -24,8 +23,6 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// How many rejected invoices, or parked messages, are told one by one.
 const SHOWN_MAX: usize = 10;
-
-type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -97,42 +94,6 @@ fn name_of(orders: &Option<std::path::PathBuf>, seed: u64, count: u64) -> String
     }
 }
 
-/// The store that a URL names.
-enum Store {
-    Memory(Arc<MemoryStore>),
-    Sqlite(SqliteStore),
-    Postgres(PostgresStore),
-}
-
-impl Store {
-    async fn open(url: &StoreUrl) -> Result<Self, Failure> {
-        Ok(match url {
-            StoreUrl::Memory => Self::Memory(Arc::new(MemoryStore::new())),
-            StoreUrl::Sqlite(path) => Self::Sqlite(SqliteStore::open(path).await?),
-            StoreUrl::Postgres(url) => {
-                Self::Postgres(PostgresStore::connect(url, annals_postgres::Settings::default()).await?)
-            }
-        })
-    }
-
-    fn port(&self) -> Arc<dyn EventStore> {
-        match self {
-            Self::Memory(store) => store.clone(),
-            Self::Sqlite(store) => Arc::new(store.clone()),
-            Self::Postgres(store) => Arc::new(store.clone()),
-        }
-    }
-
-    async fn close(&self) -> Result<(), Failure> {
-        match self {
-            Self::Memory(_) => {}
-            Self::Sqlite(store) => store.close().await?,
-            Self::Postgres(store) => store.close().await?,
-        }
-        Ok(())
-    }
-}
-
 async fn run_shop(
     connection: &Connection,
     output: &Output,
@@ -141,14 +102,12 @@ async fn run_shop(
     settings: Settings,
     stop: &Stop,
 ) -> Result<ExitCode, Failure> {
-    let BusUrl::Local = &connection.bus else {
-        return Err(format!("bus {}: this version has the local bus only (--bus local:)", connection.bus).into());
-    };
+    let bus = bus::open(&connection.bus).await?;
     let store = Store::open(&connection.store).await?;
     let _claim = Claim::on(&connection.store)?;
     let mut invoices = source.invoices()?;
     let progress = Progress::new(source.len(), output.quiet || output.json);
-    let outcome = run::run(store.port(), stock, &mut invoices, settings, |_| progress.inc(1)).await;
+    let outcome = run::run(store.port(), bus, stock, &mut invoices, settings, |_| progress.inc(1)).await;
     progress.finish();
     store.close().await?;
     let outcome = outcome?;
@@ -184,7 +143,7 @@ fn show(connection: &Connection, output: &Output, invoices: &Invoices, outcome: 
             by_customer: cancelled("by_customer"),
         },
         returns: books.returns,
-        adjustments: books.adjustments.len() as u64,
+        adjustments: books.adjustments,
         stuck: outcome.stuck,
         parked: outcome.parked.len() as u64,
         charged: books.charged,
