@@ -10,6 +10,8 @@
 //! | `shop` | the services put together |
 //! | `input` | orders from a file, or seeded ones |
 //! | `run` | the main job, with all services in this process |
+//! | `serve`, `http`, `api` | services that run until told to stop, and what they answer |
+//! | `remote` | the main job as a customer of a shop elsewhere |
 //! | `hand_in` | hands in every invoice, and waits for its end |
 //! | `books`, `ledger`, `report` | the books, folded from the log, and how they are shown |
 //! | `store`, `bus` | what the URLs of the command line name |
@@ -17,6 +19,7 @@
 // Fields of events and commands say what they are by their names.
 #![allow(missing_docs)]
 
+pub mod api;
 pub mod arguments;
 pub mod books;
 pub mod bus;
@@ -25,14 +28,17 @@ pub mod checkout;
 pub mod claim;
 pub mod closing;
 pub mod hand_in;
+pub mod http;
 pub mod input;
 pub mod inventory;
 pub mod ledger;
 pub mod notification;
 pub mod order;
 pub mod payment;
+pub mod remote;
 pub mod report;
 pub mod run;
+pub mod serve;
 pub mod shop;
 pub mod stop;
 pub mod store;

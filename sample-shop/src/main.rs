@@ -8,12 +8,14 @@ use std::{
 use rust_decimal::Decimal;
 use sample_shop::{
     Failure,
-    arguments::{Arguments, Command, Connection, Output, StoreUrl},
+    arguments::{Arguments, Command, Connection, HttpUrl, Output, StoreUrl},
     bus,
     claim::Claim,
     input::{Demand, Invoices, Source},
+    remote::{self, RemoteOutcome},
     report::{self, Cancelled, Progress, Summary},
     run::{self, Outcome, Settings},
+    serve,
     stop::Stop,
     store::Store,
 };
@@ -59,7 +61,10 @@ async fn carry_out(command: Command) -> Result<ExitCode, Failure> {
                 stop: stop.asked.clone(),
                 shared_as: arguments.connection.shared_as(),
             };
-            run_shop(&arguments.connection, &arguments.output, source, stock, settings, &stop).await
+            match &arguments.http {
+                Some(url) => buy(url, &arguments.output, source, stock, settings, &stop).await,
+                None => run_shop(&arguments.connection, &arguments.output, source, stock, settings, &stop).await,
+            }
         }
         Command::Drain(arguments) => {
             if let StoreUrl::Sqlite(path) = &arguments.connection.store
@@ -80,9 +85,10 @@ async fn carry_out(command: Command) -> Result<ExitCode, Failure> {
             };
             run_shop(&arguments.connection, &arguments.output, source, Demand::new(), settings, &stop).await
         }
-        Command::Serve(_) => Err("`serve` is not in this version: it comes with the Kafka bus. \
-                                  `run` has all four services in one process."
-            .into()),
+        Command::Serve(arguments) => {
+            serve::serve(arguments, stop.asked.clone()).await?;
+            Ok(stop.exit_code())
+        }
     }
 }
 
@@ -112,13 +118,40 @@ async fn run_shop(
     store.close().await?;
     let outcome = outcome?;
     if stop.asked.is_cancelled() {
-        eprintln!("{}", report::stopped(outcome.unfinished, &connection.store));
+        eprintln!("{}", report::stopped(outcome.unfinished, kept_in(&connection.store).as_deref()));
         return Ok(stop.exit_code());
     }
-    Ok(show(connection, output, &invoices, outcome))
+    Ok(show(connection.store.to_string(), connection.bus.to_string(), output, &invoices, outcome))
 }
 
-fn show(connection: &Connection, output: &Output, invoices: &Invoices, outcome: Outcome) -> ExitCode {
+/// Where the next run finds what this one has left; nowhere after one in memory.
+fn kept_in(store: &StoreUrl) -> Option<String> {
+    (*store != StoreUrl::Memory).then(|| store.to_string())
+}
+
+/// Hands the invoices in to a shop elsewhere.
+async fn buy(
+    url: &HttpUrl,
+    output: &Output,
+    source: Source,
+    stock: Demand,
+    settings: Settings,
+    stop: &Stop,
+) -> Result<ExitCode, Failure> {
+    let mut invoices = source.invoices()?;
+    let progress = Progress::new(source.len(), output.quiet || output.json);
+    let ended = remote::run(url, stock, &mut invoices, settings, |_| progress.inc(1)).await;
+    progress.finish();
+    match ended? {
+        Ok(RemoteOutcome { outcome, store, bus }) => Ok(show(store, bus, output, &invoices, outcome)),
+        Err(unfinished) => {
+            eprintln!("{}", report::stopped(unfinished, Some(&url.to_string())));
+            Ok(stop.exit_code())
+        }
+    }
+}
+
+fn show(store: String, bus: String, output: &Output, invoices: &Invoices, outcome: Outcome) -> ExitCode {
     let rows = invoices.rows();
     if rows.malformed > 0 || matches!(invoices, Invoices::File(_)) {
         eprintln!("{}", report::rows(rows));
@@ -152,8 +185,8 @@ fn show(connection: &Connection, output: &Output, invoices: &Invoices, outcome: 
         elapsed: outcome.elapsed,
         sagas: outcome.sagas,
         latency_us: outcome.latency_us,
-        store: connection.store.to_string(),
-        bus: connection.bus.to_string(),
+        store,
+        bus,
     };
     let text = if output.json { summary.json() } else { summary.human() };
     if let Err(error) = writeln!(std::io::stdout(), "{text}") {

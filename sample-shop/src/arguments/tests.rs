@@ -71,9 +71,24 @@ fn serve_must_be_told_where() {
     assert_eq!(serve.role, Role::Inventory);
     assert_eq!(serve.store, StoreUrl::Postgres("postgresql://shop@db/inventory".into()));
     assert_eq!(serve.http, "127.0.0.1:8080".parse().ok());
+    assert!(serve.shared_as().is_some_and(|name| name.starts_with("shop-")));
     refused("serve all --bus local:", &["--store <URL>"]);
     refused("serve all --store memory:", &["--bus <URL>"]);
     refused("serve till --store memory: --bus local:", &["'till'", "all, order, inventory, payment, notification"]);
+}
+
+#[test]
+fn a_customer_elsewhere_needs_a_url_and_no_store() {
+    let run = run("run --http http://127.0.0.1:8080/ --generate 5");
+    assert_eq!(run.http.expect("a URL").to_string(), "http://127.0.0.1:8080");
+    refused("run --http http://a:1 --store memory:", &["--http", "cannot be used with", "--store"]);
+    refused("run --http http://a:1 --bus local:", &["cannot be used with", "--bus"]);
+    refused("run --http https://a:1", &["no TLS"]);
+    refused("run --http http://shop@a:1", &["no user and no password"]);
+    refused("run --http http://a:1/orders", &["nothing may follow the port"]);
+    for url in ["a:1", "http://", "8080", "ftp://a:1", "http://a:99999"] {
+        refused(&format!("run --http {url}"), &["http://host:port"]);
+    }
 }
 
 #[test]
@@ -166,15 +181,13 @@ fn no_error_has_a_password() {
 
 #[test]
 fn help_says_what_is_not_there_yet() {
-    refused("--help", &["serve  Not in this version"]);
-    refused("serve --help", &["Not in this version"]);
-    for line in ["run --help", "drain --help"] {
+    for line in ["run --help", "serve --help", "drain --help"] {
         refused(line, &["`kafka://host:port[,host:port]` is not in this version", "postgres://…"]);
     }
     for line in ["--help", "run --help"] {
         let help = parse(line).expect_err(line);
         let examples = help.split("Examples:").nth(1).unwrap_or_default();
-        assert!(!examples.contains("kafka") && !examples.contains("sample-shop serve"), "{examples}");
+        assert!(!examples.contains("kafka"), "{examples}");
     }
 }
 
