@@ -42,7 +42,7 @@ async fn place(
                     unit_price: line.unit_price,
                 };
                 let lines = lines.into_iter().map(line).collect();
-                Some((id.clone(), OrderCommand::Place { order_id: id, customer, lines }))
+                Some((id.clone(), OrderCommand::Place { order_id: id, customer, lines, card: Default::default() }))
             }
             Invoice::Return { .. } | Invoice::Adjustment { .. } => None,
         })

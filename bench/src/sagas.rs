@@ -2,7 +2,7 @@
 
 use std::{path::Path, sync::Arc};
 
-use annals::{EventStore, MemoryStore};
+use annals::{EventStore, LocalBus, MemoryStore};
 use annals_sqlite::SqliteStore;
 use sample_shop::{input::Source, run};
 
@@ -37,8 +37,15 @@ async fn check_out(
         shared_as: None,
     };
     let source = Source::generated(count as u64, 7);
-    let outcome =
-        run::run(Arc::new(counting.clone()), source.demand()?, &mut source.invoices()?, settings, |_| {}).await?;
+    let outcome = run::run(
+        Arc::new(counting.clone()),
+        Arc::new(LocalBus::new(4)),
+        source.demand()?,
+        &mut source.invoices()?,
+        settings,
+        |_| {},
+    )
+    .await?;
     let (seconds, (commits, rows)) = (outcome.elapsed.as_secs_f64(), counting.counts());
     let sagas = outcome.sagas as f64;
     Ok(Figure {

@@ -1,16 +1,18 @@
 //! The command line.
 
 mod bus_url;
+mod http_url;
 mod quoted;
 mod store_url;
 
-use std::{ffi::OsString, net::SocketAddr, path::PathBuf};
+use std::{ffi::OsString, fmt, net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum, builder::StyledStr, error::ContextValue};
 
 use self::quoted::quoted;
 pub use self::{
     bus_url::{BusUrl, BusUrlError},
+    http_url::{HttpUrl, HttpUrlError},
     store_url::{StoreUrl, StoreUrlError},
 };
 use crate::input::{InputError, Source, StockFactor};
@@ -31,6 +33,12 @@ const EXAMPLES: &str = "Examples:
       the same orders and the same bad luck each time, and one line of JSON
   sample-shop drain
       wait for what an earlier run has left under way in shop.db";
+
+const SERVE_EXAMPLES: &str = "Examples:
+  sample-shop serve all --store sqlite:shop.db --bus local: --http 127.0.0.1:8080
+      all four services in this process
+  sample-shop run --http http://127.0.0.1:8080 --generate 1000
+      a thousand orders for it, from another terminal";
 
 /// A shop of four services (order, inventory, payment, notification) whose checkout is a saga.
 #[derive(Clone, Debug, Parser)]
@@ -76,7 +84,8 @@ pub enum Command {
     /// Run orders through the whole shop in this process, and say how they ended.
     #[command(after_help = EXAMPLES)]
     Run(Run),
-    /// Not in this version: run one service, or all, until told to stop.
+    /// Run one service, or all, until told to stop.
+    #[command(after_help = SERVE_EXAMPLES)]
     Serve(Serve),
     /// Wait until every saga has ended, then print the summary.
     Drain(Drain),
@@ -88,7 +97,7 @@ pub struct Connection {
     /// Where events are kept: `memory:`, `sqlite:PATH` or `postgres://…`.
     #[arg(long, value_name = "URL", default_value = "sqlite:shop.db")]
     pub store: StoreUrl,
-    /// How services talk: `local:`, that is inside this process. `kafka://host:port[,host:port]` is not in this version.
+    /// How services talk: `local:`, that is inside this process, or `kafka://host:port[,host:port][?name=value&…]`.
     #[arg(long, value_name = "URL", default_value = "local:")]
     pub bus: BusUrl,
     /// The name of this process among several on one PostgreSQL. One that is started again under its name takes its share
@@ -100,10 +109,14 @@ pub struct Connection {
 impl Connection {
     /// Under which name this process shares the work; `None` if it has the store for itself.
     pub fn shared_as(&self) -> Option<String> {
-        let is_shared = matches!(self.store, StoreUrl::Postgres(_));
-        let name = || format!("shop-{:08x}", fastrand::u32(..));
-        is_shared.then(|| self.instance.clone().unwrap_or_else(name))
+        shared_as(&self.store, &self.instance)
     }
+}
+
+fn shared_as(store: &StoreUrl, instance: &Option<String>) -> Option<String> {
+    let is_shared = matches!(store, StoreUrl::Postgres(_));
+    let name = || format!("shop-{:08x}", fastrand::u32(..));
+    is_shared.then(|| instance.clone().unwrap_or_else(name))
 }
 
 /// How much is said.
@@ -120,6 +133,9 @@ pub struct Output {
 /// Arguments of `run`.
 #[derive(Clone, Debug, Args)]
 pub struct Run {
+    /// Be a customer of the shop that answers HTTP here, instead of running one.
+    #[arg(long, value_name = "URL", conflicts_with_all = ["store", "bus", "instance"])]
+    pub http: Option<HttpUrl>,
     /// Take the invoices of this CSV file.
     #[arg(long, value_name = "FILE.csv", conflicts_with = "generate")]
     pub orders: Option<PathBuf>,
@@ -178,12 +194,23 @@ pub struct Serve {
     /// Where events are kept: `memory:`, `sqlite:PATH` or `postgres://…`.
     #[arg(long, value_name = "URL")]
     pub store: StoreUrl,
-    /// How services talk: `kafka://host:port[,host:port]`.
+    /// How services talk: `local:`, that is inside this process, or `kafka://host:port[,host:port][?name=value&…]`.
     #[arg(long, value_name = "URL")]
     pub bus: BusUrl,
-    /// Answer HTTP here, such as 127.0.0.1:8080.
+    /// Answer HTTP here, such as 127.0.0.1:8080; with port 0, at a free one. Whoever reaches it may do everything.
     #[arg(long, value_name = "ADDR")]
     pub http: Option<SocketAddr>,
+    /// The name of this process among several of its service on one PostgreSQL. One that is started again under its name
+    /// takes its share of the work back at once [default: another one each time].
+    #[arg(long, value_name = "NAME", value_parser = instance)]
+    pub instance: Option<String>,
+}
+
+impl Serve {
+    /// Under which name this process shares the work; `None` if it has the store for itself.
+    pub fn shared_as(&self) -> Option<String> {
+        shared_as(&self.store, &self.instance)
+    }
 }
 
 /// What `serve` runs.
@@ -199,6 +226,18 @@ pub enum Role {
     Payment,
     /// Messages to customers.
     Notification,
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::All => "all",
+            Self::Order => "order",
+            Self::Inventory => "inventory",
+            Self::Payment => "payment",
+            Self::Notification => "notification",
+        })
+    }
 }
 
 /// Arguments of `drain`.

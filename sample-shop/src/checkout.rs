@@ -10,9 +10,10 @@ use rust_decimal::Decimal;
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    card::Card,
     inventory::{InventoryStep, Units},
     notification::NotificationStep,
-    order::{Line, OrderEvent, OrderStep, ReturnEvent},
+    order::{BY_CUSTOMER, Line, OrderEvent, OrderStep, ReturnEvent},
     payment::PaymentStep,
 };
 
@@ -28,6 +29,8 @@ pub struct Checkout {
     pub units: Vec<Units>,
     pub total: Decimal,
     pub currency: String,
+    #[serde(default, skip_serializing_if = "Card::is_good")]
+    pub card: Card,
     /// Why the order will be cancelled, once that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cancelled: Option<String>,
@@ -39,7 +42,7 @@ impl SagaState for Checkout {
             (_, Outcome::Done(_)) => return,
             (RESERVE, Outcome::Refused(_)) => "out_of_stock",
             (CHARGE, Outcome::Refused(_)) => "declined",
-            (CONFIRM, Outcome::Refused(_)) => "by_customer",
+            (CONFIRM, Outcome::Refused(_)) => BY_CUSTOMER,
             (_, Outcome::Refused(_) | Outcome::Failed(_) | Outcome::Unknown(_)) => "unavailable",
         };
         self.cancelled = Some(reason.to_owned());
@@ -56,10 +59,16 @@ pub fn checkout() -> Saga<Checkout> {
         .compensatable(RESERVE, |c| inventory(InventoryStep::Reserve { order_id: c.id(), units: c.units.clone() }))
         .undo(|c| inventory(InventoryStep::Release { order_id: c.id(), units: c.units.clone() }))
         .compensatable(CHARGE, |c| {
-            payment(PaymentStep::Charge { order_id: c.id(), amount: c.total, currency: c.currency.clone() })
+            let (order_id, currency) = (c.id(), c.currency.clone());
+            payment(PaymentStep::Charge { order_id, amount: c.total, currency, card: c.card })
         })
         .undo(|c| payment(PaymentStep::Refund { order_id: c.id(), amount: c.total, currency: c.currency.clone() }))
-        .pivot(CONFIRM, |c| order(OrderStep::Confirm { order_id: c.id() }))
+        .pivot(CONFIRM, |c| {
+            order(match c.card {
+                Card::Withdrawn => OrderStep::Withdraw { order_id: c.id() },
+                Card::Good | Card::Declined => OrderStep::Confirm { order_id: c.id() },
+            })
+        })
         .retriable("ship", |c| inventory(InventoryStep::Ship { order_id: c.id(), units: c.units.clone() }))
         .retriable("notify customer", |c| c.notify("order confirmed"))
         .when_compensated("cancel order", |c| {
@@ -91,11 +100,11 @@ impl Checkout {
 
     /// A checkout starts with each order that is placed.
     pub fn starts(message: &Message) -> Result<Option<(String, Self)>, HandlerError> {
-        let Some(OrderEvent::Placed { order_id, customer, lines, total, currency }) = message.decode()? else {
+        let Some(OrderEvent::Placed { order_id, customer, lines, total, currency, card }) = message.decode()? else {
             return Ok(None);
         };
         let units = units(&lines);
-        Ok(Some((order_id.clone(), Self { order_id, customer, units, total, currency, cancelled: None })))
+        Ok(Some((order_id.clone(), Self { order_id, customer, units, total, currency, card, cancelled: None })))
     }
 
     /// The events that may start one.

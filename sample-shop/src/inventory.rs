@@ -9,6 +9,11 @@ use annals::{Aggregate, Answer, Event, EventStore, Participant, Repository, Step
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
+use crate::{
+    books::Bookkeeper,
+    supply::{Change, SupplyEvent},
+};
+
 /// What happens to the stock of a SKU.
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "stock")]
@@ -153,30 +158,55 @@ pub struct Units {
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "inventory")]
 pub enum InventoryStep {
-    Reserve { order_id: String, units: Vec<Units> },
-    Release { order_id: String, units: Vec<Units> },
-    Ship { order_id: String, units: Vec<Units> },
-    Restock { return_id: String, units: Vec<Units> },
+    Reserve {
+        order_id: String,
+        units: Vec<Units>,
+    },
+    Release {
+        order_id: String,
+        units: Vec<Units>,
+    },
+    Ship {
+        order_id: String,
+        units: Vec<Units>,
+    },
+    Restock {
+        return_id: String,
+        units: Vec<Units>,
+    },
+    /// What was delivered, or else what a count found.
+    Book {
+        supply_id: String,
+        delivered: bool,
+        units: Vec<Change>,
+    },
+    /// Says what became of the stock in all.
+    Count,
 }
 
 /// Carries them out: all lines or none.
 pub struct InventoryDesk {
     stock: Repository<Stock>,
+    bookkeeper: Bookkeeper,
 }
 
 impl InventoryDesk {
     pub fn new(store: Arc<dyn EventStore>) -> Self {
-        Self { stock: Repository::new(store) }
+        let bookkeeper = Bookkeeper::new("inventory", &[Stock::CATEGORY], store.clone());
+        Self { stock: Repository::new(store), bookkeeper }
     }
 
     async fn each(
         &self,
         work: &mut Work,
         units: Vec<Units>,
-        command: impl Fn(u32) -> StockCommand,
+        command: impl Fn(u32) -> StockCommand + Sync,
     ) -> Result<Answer, StepError> {
-        for Units { sku, quantity } in units {
-            let of_sku = OfSku { sku, command: command(quantity) };
+        self.all(work, units.into_iter().map(|Units { sku, quantity }| OfSku { sku, command: command(quantity) })).await
+    }
+
+    async fn all(&self, work: &mut Work, commands: impl Iterator<Item = OfSku> + Send) -> Result<Answer, StepError> {
+        for of_sku in commands {
             work.execute(&self.stock, &of_sku.sku, &of_sku).await?;
         }
         Ok(Answer::DONE)
@@ -202,6 +232,10 @@ impl Participant for InventoryDesk {
                 let take_back = |quantity| StockCommand::TakeBack { return_id: return_id.clone(), quantity };
                 self.each(work, units, take_back).await
             }
+            InventoryStep::Book { supply_id, delivered, units } => {
+                self.all(work, SupplyEvent::new(supply_id, delivered, units).commands()).await
+            }
+            InventoryStep::Count => self.bookkeeper.count(work).await,
         }
     }
 }

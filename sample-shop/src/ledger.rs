@@ -1,7 +1,7 @@
 //! Follows the log and keeps the books: what was ordered, sold and paid, and which sagas have ended.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{HashMap, HashSet},
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -9,87 +9,11 @@ use annals::{
     EventStore, LogQuery, Position, Recorded, StoreError,
     saga::{Progress, Status},
 };
-use rust_decimal::Decimal;
 use serde::Deserialize;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    inventory::StockEvent,
-    notification::NotificationEvent,
-    order::{OrderEvent, ReturnEvent},
-    payment::PaymentEvent,
-    report::Units,
-};
-
-/// The books of the whole shop, as of one position in the log.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Books {
-    pub orders: u64,
-    pub confirmed: u64,
-    /// By reason.
-    pub cancelled: BTreeMap<String, u64>,
-    pub returns: u64,
-    pub adjustments: HashSet<String>,
-    pub charged: Decimal,
-    pub refunded: Decimal,
-    pub units: Units,
-}
-
-impl Books {
-    /// Books one event; those of other kinds leave them as they are.
-    pub fn book(&mut self, event: &Recorded) -> Result<(), annals::event::DecodeError> {
-        match event.stream.category() {
-            "order" => match event.decode()? {
-                Some(OrderEvent::Placed { .. }) => self.orders += 1,
-                Some(OrderEvent::Confirmed { .. }) => self.confirmed += 1,
-                Some(OrderEvent::Cancelled { reason, .. }) => *self.cancelled.entry(reason).or_default() += 1,
-                None => {}
-            },
-            "return" => self.returns += u64::from(matches!(event.decode()?, Some(ReturnEvent::Completed { .. }))),
-            "payment" => match event.decode()? {
-                Some(PaymentEvent::Charged { amount, .. }) => self.charged += amount,
-                Some(PaymentEvent::Refunded { amount, .. }) => self.refunded += amount,
-                Some(PaymentEvent::Declined { .. }) | None => {}
-            },
-            "stock" => {
-                if let Some(event) = event.decode()? {
-                    self.book_stock(event);
-                }
-            }
-            // Nothing to book, but what cannot be read must not go unnoticed in this category either.
-            "notification" => _ = event.decode::<NotificationEvent>()?,
-            _ => {}
-        }
-        Ok(())
-    }
-
-    fn book_stock(&mut self, event: StockEvent) {
-        let units = &mut self.units;
-        match event {
-            StockEvent::Received { quantity, .. } => {
-                units.initial += quantity as i64;
-                units.remaining += quantity as i64;
-            }
-            StockEvent::Reserved { quantity, .. } => units.reserved += i64::from(quantity),
-            StockEvent::Released { quantity, .. } => units.reserved -= i64::from(quantity),
-            StockEvent::Shipped { quantity, .. } => {
-                units.reserved -= i64::from(quantity);
-                units.remaining -= i64::from(quantity);
-                units.sold += i64::from(quantity);
-            }
-            StockEvent::Returned { quantity, .. } => {
-                units.remaining += i64::from(quantity);
-                units.returned += i64::from(quantity);
-            }
-            StockEvent::Adjusted { quantity, adjustment_id, .. } => {
-                units.remaining += quantity;
-                units.adjusted += quantity;
-                self.adjustments.insert(adjustment_id);
-            }
-        }
-    }
-}
+use crate::books::Books;
 
 /// The books, and who waits for which saga. Clones share them.
 #[derive(Clone, Default)]

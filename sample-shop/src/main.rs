@@ -3,20 +3,21 @@
 use std::{
     io::{IsTerminal, Write},
     process::ExitCode,
-    sync::Arc,
 };
 
-use annals::{EventStore, MemoryStore};
-use annals_postgres::PostgresStore;
-use annals_sqlite::SqliteStore;
 use rust_decimal::Decimal;
 use sample_shop::{
-    arguments::{Arguments, BusUrl, Command, Connection, Output, StoreUrl},
+    Failure,
+    arguments::{Arguments, Command, Connection, HttpUrl, Output, StoreUrl},
+    bus,
     claim::Claim,
     input::{Demand, Invoices, Source},
+    remote::{self, RemoteOutcome},
     report::{self, Cancelled, Progress, Summary},
     run::{self, Outcome, Settings},
+    serve,
     stop::Stop,
+    store::Store,
 };
 
 #[global_allocator]
@@ -24,8 +25,6 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// How many rejected invoices, or parked messages, are told one by one.
 const SHOWN_MAX: usize = 10;
-
-type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -62,7 +61,10 @@ async fn carry_out(command: Command) -> Result<ExitCode, Failure> {
                 stop: stop.asked.clone(),
                 shared_as: arguments.connection.shared_as(),
             };
-            run_shop(&arguments.connection, &arguments.output, source, stock, settings, &stop).await
+            match &arguments.http {
+                Some(url) => buy(url, &arguments.output, source, stock, settings, &stop).await,
+                None => run_shop(&arguments.connection, &arguments.output, source, stock, settings, &stop).await,
+            }
         }
         Command::Drain(arguments) => {
             if let StoreUrl::Sqlite(path) = &arguments.connection.store
@@ -83,9 +85,10 @@ async fn carry_out(command: Command) -> Result<ExitCode, Failure> {
             };
             run_shop(&arguments.connection, &arguments.output, source, Demand::new(), settings, &stop).await
         }
-        Command::Serve(_) => Err("`serve` is not in this version: it comes with the Kafka bus. \
-                                  `run` has all four services in one process."
-            .into()),
+        Command::Serve(arguments) => {
+            serve::serve(arguments, stop.asked.clone()).await?;
+            Ok(stop.exit_code())
+        }
     }
 }
 
@@ -97,42 +100,6 @@ fn name_of(orders: &Option<std::path::PathBuf>, seed: u64, count: u64) -> String
     }
 }
 
-/// The store that a URL names.
-enum Store {
-    Memory(Arc<MemoryStore>),
-    Sqlite(SqliteStore),
-    Postgres(PostgresStore),
-}
-
-impl Store {
-    async fn open(url: &StoreUrl) -> Result<Self, Failure> {
-        Ok(match url {
-            StoreUrl::Memory => Self::Memory(Arc::new(MemoryStore::new())),
-            StoreUrl::Sqlite(path) => Self::Sqlite(SqliteStore::open(path).await?),
-            StoreUrl::Postgres(url) => {
-                Self::Postgres(PostgresStore::connect(url, annals_postgres::Settings::default()).await?)
-            }
-        })
-    }
-
-    fn port(&self) -> Arc<dyn EventStore> {
-        match self {
-            Self::Memory(store) => store.clone(),
-            Self::Sqlite(store) => Arc::new(store.clone()),
-            Self::Postgres(store) => Arc::new(store.clone()),
-        }
-    }
-
-    async fn close(&self) -> Result<(), Failure> {
-        match self {
-            Self::Memory(_) => {}
-            Self::Sqlite(store) => store.close().await?,
-            Self::Postgres(store) => store.close().await?,
-        }
-        Ok(())
-    }
-}
-
 async fn run_shop(
     connection: &Connection,
     output: &Output,
@@ -141,25 +108,50 @@ async fn run_shop(
     settings: Settings,
     stop: &Stop,
 ) -> Result<ExitCode, Failure> {
-    let BusUrl::Local = &connection.bus else {
-        return Err(format!("bus {}: this version has the local bus only (--bus local:)", connection.bus).into());
-    };
+    let bus = bus::open(&connection.bus).await?;
     let store = Store::open(&connection.store).await?;
     let _claim = Claim::on(&connection.store)?;
     let mut invoices = source.invoices()?;
     let progress = Progress::new(source.len(), output.quiet || output.json);
-    let outcome = run::run(store.port(), stock, &mut invoices, settings, |_| progress.inc(1)).await;
+    let outcome = run::run(store.port(), bus, stock, &mut invoices, settings, |_| progress.inc(1)).await;
     progress.finish();
     store.close().await?;
     let outcome = outcome?;
     if stop.asked.is_cancelled() {
-        eprintln!("{}", report::stopped(outcome.unfinished, &connection.store));
+        eprintln!("{}", report::stopped(outcome.unfinished, kept_in(&connection.store).as_deref()));
         return Ok(stop.exit_code());
     }
-    Ok(show(connection, output, &invoices, outcome))
+    Ok(show(connection.store.to_string(), connection.bus.to_string(), output, &invoices, outcome))
 }
 
-fn show(connection: &Connection, output: &Output, invoices: &Invoices, outcome: Outcome) -> ExitCode {
+/// Where the next run finds what this one has left; nowhere after one in memory.
+fn kept_in(store: &StoreUrl) -> Option<String> {
+    (*store != StoreUrl::Memory).then(|| store.to_string())
+}
+
+/// Hands the invoices in to a shop elsewhere.
+async fn buy(
+    url: &HttpUrl,
+    output: &Output,
+    source: Source,
+    stock: Demand,
+    settings: Settings,
+    stop: &Stop,
+) -> Result<ExitCode, Failure> {
+    let mut invoices = source.invoices()?;
+    let progress = Progress::new(source.len(), output.quiet || output.json);
+    let ended = remote::run(url, stock, &mut invoices, settings, |_| progress.inc(1)).await;
+    progress.finish();
+    match ended? {
+        Ok(RemoteOutcome { outcome, store, bus }) => Ok(show(store, bus, output, &invoices, outcome)),
+        Err(unfinished) => {
+            eprintln!("{}", report::stopped(unfinished, Some(&url.to_string())));
+            Ok(stop.exit_code())
+        }
+    }
+}
+
+fn show(store: String, bus: String, output: &Output, invoices: &Invoices, outcome: Outcome) -> ExitCode {
     let rows = invoices.rows();
     if rows.malformed > 0 || matches!(invoices, Invoices::File(_)) {
         eprintln!("{}", report::rows(rows));
@@ -184,7 +176,7 @@ fn show(connection: &Connection, output: &Output, invoices: &Invoices, outcome: 
             by_customer: cancelled("by_customer"),
         },
         returns: books.returns,
-        adjustments: books.adjustments.len() as u64,
+        adjustments: books.adjustments,
         stuck: outcome.stuck,
         parked: outcome.parked.len() as u64,
         charged: books.charged,
@@ -193,8 +185,8 @@ fn show(connection: &Connection, output: &Output, invoices: &Invoices, outcome: 
         elapsed: outcome.elapsed,
         sagas: outcome.sagas,
         latency_us: outcome.latency_us,
-        store: connection.store.to_string(),
-        bus: connection.bus.to_string(),
+        store,
+        bus,
     };
     let text = if output.json { summary.json() } else { summary.human() };
     if let Err(error) = writeln!(std::io::stdout(), "{text}") {

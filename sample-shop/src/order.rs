@@ -5,6 +5,12 @@ use async_trait::async_trait;
 use rust_decimal::Decimal;
 use serde::{Deserialize, Serialize};
 
+use crate::{
+    books::{Bookkeeper, Books},
+    card::Card,
+    closing::{Closing, ClosingCommand},
+};
+
 /// The currency of every amount in the shop.
 pub const CURRENCY: &str = "GBP";
 
@@ -24,7 +30,15 @@ pub struct Line {
 #[event(prefix = "order")]
 pub enum OrderEvent {
     /// A customer ordered.
-    Placed { order_id: String, customer: Option<String>, lines: Vec<Line>, total: Decimal, currency: String },
+    Placed {
+        order_id: String,
+        customer: Option<String>,
+        lines: Vec<Line>,
+        total: Decimal,
+        currency: String,
+        #[serde(default, skip_serializing_if = "Card::is_good")]
+        card: Card,
+    },
     /// It will be delivered.
     Confirmed { order_id: String },
     /// It will not.
@@ -34,7 +48,7 @@ pub enum OrderEvent {
 /// What can be asked of an order.
 #[derive(Clone, Debug)]
 pub enum OrderCommand {
-    Place { order_id: String, customer: Option<String>, lines: Vec<Line> },
+    Place { order_id: String, customer: Option<String>, lines: Vec<Line>, card: Card },
     Confirm,
     Cancel { reason: String },
 }
@@ -82,10 +96,11 @@ impl Aggregate for Order {
     fn decide(&self, command: &OrderCommand) -> Result<Vec<OrderEvent>, OrderRefusal> {
         use {Order as Is, OrderCommand as Do};
         match (self, command) {
-            (Is::Unknown, Do::Place { order_id, customer, lines }) => {
+            (Is::Unknown, Do::Place { order_id, customer, lines, card }) => {
                 let total = total(lines)?;
                 let (order_id, customer, lines) = (order_id.clone(), customer.clone(), lines.clone());
-                Ok(vec![OrderEvent::Placed { order_id, customer, lines, total, currency: CURRENCY.into() }])
+                let currency = CURRENCY.into();
+                Ok(vec![OrderEvent::Placed { order_id, customer, lines, total, currency, card: *card }])
             }
             (Is::Unknown, _) => Err(OrderRefusal::NotPlaced),
             (_, Do::Place { .. }) | (Is::Confirmed, Do::Confirm) | (Is::Cancelled(_), Do::Cancel { .. }) => Ok(vec![]),
@@ -183,20 +198,46 @@ impl Aggregate for Return {
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "order")]
 pub enum OrderStep {
-    Confirm { order_id: String },
-    Cancel { order_id: String, reason: String },
-    CompleteReturn { return_id: String },
+    Confirm {
+        order_id: String,
+    },
+    /// Instead of confirming: the customer has changed their mind meanwhile.
+    Withdraw {
+        order_id: String,
+    },
+    Cancel {
+        order_id: String,
+        reason: String,
+    },
+    CompleteReturn {
+        return_id: String,
+    },
+    /// Says the last word of a closing, with what the other services have counted.
+    Close {
+        closing_id: String,
+        books: Books,
+    },
 }
+
+/// Why an order was cancelled whose customer wanted it so.
+pub const BY_CUSTOMER: &str = "by_customer";
 
 /// Carries them out.
 pub struct OrderDesk {
     orders: Repository<Order>,
     returns: Repository<Return>,
+    closings: Repository<Closing>,
+    bookkeeper: Bookkeeper,
 }
 
 impl OrderDesk {
-    pub fn new(orders: Repository<Order>, returns: Repository<Return>) -> Self {
-        Self { orders, returns }
+    pub fn new(
+        orders: Repository<Order>,
+        returns: Repository<Return>,
+        closings: Repository<Closing>,
+        bookkeeper: Bookkeeper,
+    ) -> Self {
+        Self { orders, returns, closings, bookkeeper }
     }
 }
 
@@ -209,11 +250,20 @@ impl Participant for OrderDesk {
             OrderStep::Confirm { order_id } => {
                 work.execute(&self.orders, &order_id, &OrderCommand::Confirm).await?;
             }
+            OrderStep::Withdraw { order_id } => {
+                let cancel = OrderCommand::Cancel { reason: BY_CUSTOMER.into() };
+                work.execute(&self.orders, &order_id, &cancel).await?;
+                return Ok(Answer::Refused("the customer has cancelled".into()));
+            }
             OrderStep::Cancel { order_id, reason } => {
                 work.execute(&self.orders, &order_id, &OrderCommand::Cancel { reason }).await?;
             }
             OrderStep::CompleteReturn { return_id } => {
                 work.execute(&self.returns, &return_id, &ReturnCommand::Complete).await?;
+            }
+            OrderStep::Close { closing_id, mut books } => {
+                books.add(&self.bookkeeper.books(work).await?);
+                work.execute(&self.closings, &closing_id, &ClosingCommand::Close(books)).await?;
             }
         }
         Ok(Answer::DONE)

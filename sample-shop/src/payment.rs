@@ -10,6 +10,11 @@ use async_trait::async_trait;
 use rust_decimal::Decimal;
 use uuid::Uuid;
 
+use crate::{
+    books::Bookkeeper,
+    card::{Card, draw},
+};
+
 /// What happens to a payment.
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "payment")]
@@ -67,9 +72,25 @@ impl Aggregate for Payment {
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "payment")]
 pub enum PaymentStep {
-    Charge { order_id: String, amount: Decimal, currency: String },
-    Refund { order_id: String, amount: Decimal, currency: String },
-    RefundReturn { return_id: String, amount: Decimal, currency: String },
+    Charge {
+        order_id: String,
+        amount: Decimal,
+        currency: String,
+        #[serde(default, skip_serializing_if = "Card::is_good")]
+        card: Card,
+    },
+    Refund {
+        order_id: String,
+        amount: Decimal,
+        currency: String,
+    },
+    RefundReturn {
+        return_id: String,
+        amount: Decimal,
+        currency: String,
+    },
+    /// Says what was charged and refunded in all.
+    Count,
 }
 
 /// Why a provider did not take the money.
@@ -100,7 +121,7 @@ impl From<ProviderError> for StepError {
 /// Moves money. The same key moves it once, however often it is asked.
 #[async_trait]
 pub trait Provider: Send + Sync + 'static {
-    async fn charge(&self, key: Uuid, order_id: &str, amount: Decimal) -> Result<(), ProviderError>;
+    async fn charge(&self, key: Uuid, order_id: &str, card: Card, amount: Decimal) -> Result<(), ProviderError>;
     /// Gives back at most what was taken for `id`; nothing, if nothing was.
     async fn refund(&self, key: Uuid, id: &str, amount: Decimal) -> Result<(), ProviderError>;
 }
@@ -109,11 +130,13 @@ pub trait Provider: Send + Sync + 'static {
 pub struct PaymentDesk {
     payments: Repository<Payment>,
     provider: Arc<dyn Provider>,
+    bookkeeper: Bookkeeper,
 }
 
 impl PaymentDesk {
     pub fn new(store: Arc<dyn EventStore>, provider: Arc<dyn Provider>) -> Self {
-        Self { payments: Repository::new(store), provider }
+        let bookkeeper = Bookkeeper::new("payment", &[Payment::CATEGORY], store.clone());
+        Self { payments: Repository::new(store), provider, bookkeeper }
     }
 
     async fn refund(
@@ -135,8 +158,8 @@ impl Participant for PaymentDesk {
 
     async fn perform(&self, step: PaymentStep, work: &mut Work) -> Result<Answer, StepError> {
         match step {
-            PaymentStep::Charge { order_id, amount, currency } => {
-                match self.provider.charge(work.cause_id(), &order_id, amount).await {
+            PaymentStep::Charge { order_id, amount, currency, card } => {
+                match self.provider.charge(work.cause_id(), &order_id, card, amount).await {
                     Ok(()) => {
                         let charged = PaymentEvent::Charged { order_id: order_id.clone(), amount, currency };
                         work.create(&self.payments, &order_id, &charged).await?;
@@ -161,23 +184,26 @@ impl Participant for PaymentDesk {
                     PaymentEvent::Refunded { order_id: None, return_id: Some(return_id.clone()), amount, currency };
                 self.refund(&return_id, amount, fact, work).await
             }
+            PaymentStep::Count => self.bookkeeper.count(work).await,
         }
     }
 }
 
-/// A provider whose moods are drawn from a seed: which cards are declined, and which requests go wrong the first time.
+/// Share of requests to the simulated provider that are answered busy the first time, and of those that time out after
+/// taking the money.
+pub const TROUBLE_RATE: f64 = 0.002;
+
+/// A provider that does what the [card](Card) says. Which of its requests go wrong the first time is drawn from a seed.
 pub struct SimulatedProvider {
-    pub seed: u64,
-    pub decline_rate: f64,
-    /// Share of requests that are answered busy the first time, and of those that time out after taking the money.
-    pub trouble_rate: f64,
+    seed: u64,
+    trouble_rate: f64,
     /// Requests that already went wrong once.
     troubled: Mutex<HashSet<Uuid>>,
 }
 
 impl SimulatedProvider {
-    pub fn new(seed: u64, decline_rate: f64, trouble_rate: f64) -> Self {
-        Self { seed, decline_rate, trouble_rate, troubled: Mutex::default() }
+    pub fn new(seed: u64, trouble_rate: f64) -> Self {
+        Self { seed, trouble_rate, troubled: Mutex::default() }
     }
 
     fn trouble(&self, key: Uuid, id: &str) -> Result<(), ProviderError> {
@@ -194,21 +220,14 @@ impl SimulatedProvider {
     }
 }
 
-/// A number from 0 to 1 that depends on nothing but its arguments, so that chance is the same on every run and in every
-/// order of events.
-pub fn draw(seed: u64, what: &str, id: &str) -> f64 {
-    let hash = annals::event::named_id(Uuid::from_u64_pair(seed, 0), &format!("{what}/{id}"));
-    (hash.as_u64_pair().0 >> 11) as f64 / (1u64 << 53) as f64
-}
-
 #[async_trait]
 impl Provider for SimulatedProvider {
-    async fn charge(&self, key: Uuid, order_id: &str, _amount: Decimal) -> Result<(), ProviderError> {
+    async fn charge(&self, key: Uuid, order_id: &str, card: Card, _amount: Decimal) -> Result<(), ProviderError> {
         self.trouble(key, order_id)?;
-        if draw(self.seed, "decline", order_id) < self.decline_rate {
-            return Err(ProviderError::Declined("insufficient funds".into()));
+        match card {
+            Card::Declined => Err(ProviderError::Declined("insufficient funds".into())),
+            Card::Good | Card::Withdrawn => Ok(()),
         }
-        Ok(())
     }
 
     async fn refund(&self, key: Uuid, id: &str, _amount: Decimal) -> Result<(), ProviderError> {

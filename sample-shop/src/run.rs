@@ -1,46 +1,38 @@
-//! The main job: opens the stock, hands in every invoice, and waits until each has come to its end.
+//! The main job: all four services in this process; opens the stock, hands in every invoice, and waits until each has come
+//! to its end.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
-    sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant},
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
 };
 
 use annals::{
-    DeadLetters, EventStore, ExecuteError, Health, LocalBus, Runtime, StoreError, Tail, Transaction, event::named_id,
-    health::State,
+    Aggregate, Bus, DeadLetters, EventStore, Health, Repository, Runtime, StoreError, Tail, Transaction, health::State,
 };
 use async_trait::async_trait;
-use futures::StreamExt;
 use hdrhistogram::Histogram;
-use rust_decimal::Decimal;
-use tokio::{
-    sync::{Semaphore, watch},
-    task::JoinSet,
-};
 use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 
 use crate::{
-    input::{InputError, Invoice, Invoices, ReadError},
-    inventory::{OfSku, Stock, StockCommand, StockEvent},
-    ledger::{Books, Ledger, saga_stream},
-    order::{Line, OrderCommand, ReturnCommand},
-    payment::{Provider, ProviderError, SimulatedProvider, draw},
-    shop::{self, Counter},
+    books::Books,
+    card::Chances,
+    hand_in::{Customers, End, Kind, Paper, Shop, TakenIn},
+    input::{InputError, Invoices},
+    inventory::Stock,
+    ledger::{Ledger, saga_stream},
+    order::{OrderCommand, ReturnCommand},
+    payment::{SimulatedProvider, TROUBLE_RATE},
+    shop::{self, Counter, request},
+    supply::{Supply, SupplyEvent},
 };
 
 /// How long the parts may take to finish what they have in hand.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// Share of the simulated provider's requests that go wrong the first time.
-const TROUBLE_RATE: f64 = 0.002;
 /// The same while something is wrong, such as a full disk: what is cut off is done again at the next start.
 const PATIENCE_IN_TROUBLE: Duration = Duration::from_secs(2);
 /// A trouble is told when it lasts this long.
 const TROUBLE_LASTS: Duration = Duration::from_secs(2);
-/// Latencies are kept from a microsecond to ten minutes.
-const LATENCY_MAX_US: u64 = 600_000_000;
-
 /// How a run goes about it.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -98,127 +90,63 @@ pub enum RunError {
     Runtime(String),
 }
 
-/// Customers, some of whom cancel while their card is being charged: in the middle of the checkout, on every run.
-struct ImpatientCustomers {
-    provider: SimulatedProvider,
-    counter: Counter,
-    cancel_rate: f64,
-}
-
-#[async_trait]
-impl Provider for ImpatientCustomers {
-    async fn charge(&self, key: Uuid, order_id: &str, amount: Decimal) -> Result<(), ProviderError> {
-        if self.cancel_rate > 0.0 && draw(self.provider.seed, "cancel", order_id) < self.cancel_rate {
-            let cancel = OrderCommand::Cancel { reason: "by_customer".into() };
-            let command_id = named_id(key, "cancel");
-            if let Err(ExecuteError::Unavailable(_)) = self.counter.orders.execute(order_id, cancel, command_id).await {
-                return Err(ProviderError::Busy);
-            }
-        }
-        self.provider.charge(key, order_id, amount).await
-    }
-
-    async fn refund(&self, key: Uuid, id: &str, amount: Decimal) -> Result<(), ProviderError> {
-        self.provider.refund(key, id, amount).await
+impl Settings {
+    /// What customers' cards are drawn by.
+    pub fn chances(&self) -> Chances {
+        Chances { seed: self.seed, decline_rate: self.decline_rate, cancel_rate: self.cancel_rate }
     }
 }
 
-/// A run under way.
+/// The shop in this process.
 #[derive(Clone)]
-struct Shop {
+struct Here {
     store: Arc<dyn EventStore>,
     counter: Counter,
-    stock: annals::Repository<Stock>,
+    stock: Repository<Stock>,
     ledger: Ledger,
-    tally: Arc<Mutex<Tally>>,
 }
 
-struct Tally {
-    latency_us: Histogram<u64>,
-    sagas: u64,
-    repeated: u64,
-    rejected: Vec<String>,
-}
-
-/// Runs all four services in this process on one store and the local bus, and hands in the invoices.
+/// Runs all four services in this process on one store, and hands in the invoices.
 pub async fn run(
     store: Arc<dyn EventStore>,
+    bus: Arc<dyn Bus>,
     opening_stock: BTreeMap<String, u64>,
     invoices: &mut Invoices,
     settings: Settings,
-    mut on_progress: impl FnMut(u64),
+    on_progress: impl FnMut(u64),
 ) -> Result<Outcome, RunError> {
     let store: Arc<dyn EventStore> = Arc::new(Tail::follow(store).await?);
     let counter = Counter::new(&store);
-    let provider = SimulatedProvider::new(settings.seed, settings.decline_rate, TROUBLE_RATE);
-    let customers = ImpatientCustomers { provider, counter: counter.clone(), cancel_rate: settings.cancel_rate };
+    let provider = Arc::new(SimulatedProvider::new(settings.seed, TROUBLE_RATE));
     let mut runtime = settings.shared_as.as_deref().map_or_else(Runtime::new, Runtime::shared);
-    let services = shop::all(&store, counter.clone(), Arc::new(customers));
-    runtime.start(services, Arc::new(LocalBus::new(4))).await.map_err(|error| RunError::Runtime(error.to_string()))?;
+    let services = shop::all(&store, counter.clone(), provider);
+    runtime.start(services, bus).await.map_err(|error| RunError::Runtime(error.to_string()))?;
     runtime.spawn("troubles", tell_troubles(runtime.health(), runtime.shutdown()));
     let ledger = Ledger::default();
     runtime.spawn("ledger", ledger.clone().follow(store.clone(), runtime.shutdown()));
-    let latency_us =
-        Histogram::new_with_max(LATENCY_MAX_US, 3).map_err(|error| RunError::Runtime(error.to_string()))?;
-    let tally = Tally { latency_us, sagas: 0, repeated: 0, rejected: Vec::new() };
-    let stock = annals::Repository::new(store.clone());
-    let shop = Shop { store, counter, stock, ledger: ledger.clone(), tally: Arc::new(Mutex::new(tally)) };
-    let stop = settings.stop;
+    let here = Here { stock: Repository::new(store.clone()), store, counter, ledger: ledger.clone() };
+    let customers = Customers::new(here.clone())?;
+    let stop = &settings.stop;
     tokio::select! {
-        opened = shop.open_stock(opening_stock, &settings.input) => opened?,
+        opened = customers.open_stock(opening_stock, &settings.input) => opened?,
         () = stop.cancelled() => {}
     }
-
-    let started = Instant::now();
-    let slots = Arc::new(Semaphore::new(settings.concurrency));
-    let mut queues = Queues::default();
-    let mut under_way = JoinSet::new();
-    let mut handed_in = 0;
-    for invoice in invoices {
-        let invoice = match invoice {
-            Ok(invoice) => invoice,
-            // The reader counts and reports it; the run goes on.
-            Err(ReadError::Row(_)) => continue,
-            Err(ReadError::Input(error)) => return Err(error.into()),
-        };
-        let slot = tokio::select! {
-            biased;
-            () = stop.cancelled() => break,
-            slot = slots.clone().acquire_owned() => slot,
-        };
-        let Ok(slot) = slot else { break };
-        handed_in += 1;
-        on_progress(handed_in);
-        let turn = if settings.scarce { queues.join(&invoice) } else { Turn::default() };
-        let shop = shop.clone();
-        under_way.spawn(async move {
-            turn.come().await;
-            shop.hand_in(invoice).await;
-            drop((turn, slot));
-        });
-        while under_way.try_join_next().is_some() {}
-    }
-    let all_end = async {
-        while under_way.join_next().await.is_some() {}
-        wait_for_open_sagas(&shop).await
-    };
+    let started = customers.hand_in_all(invoices, &settings, on_progress).await?;
     tokio::select! {
-        ended = all_end => ended?,
+        ended = wait_for_open_sagas(&here) => ended?,
         () = stop.cancelled() => {}
     }
     let elapsed = started.elapsed();
-    // Those who still wait for the end of their sagas.
-    under_way.shutdown().await;
     let health = runtime.health();
     let patience = if health.is_fine() { PATIENCE } else { PATIENCE_IN_TROUBLE };
     let drained = runtime.drain(patience).await;
     if !stop.is_cancelled() {
         drained.map_err(RunError::Runtime)?;
     }
-    ledger.read_up(&*shop.store).await?;
-    let parked = parked(&shop.store, &health).await?;
+    ledger.read_up(&*here.store).await?;
+    let parked = parked(&here.store, &health).await?;
     let (open, stuck) = ledger.open();
-    let mut tally = shop.tally();
+    let mut tally = customers.tally();
     Ok(Outcome {
         books: ledger.books(),
         sagas: tally.sagas,
@@ -233,7 +161,7 @@ pub async fn run(
 }
 
 /// Says why nothing moves, once for each reason that lasts. The parts go on trying.
-async fn tell_troubles(health: Health, shutdown: CancellationToken) -> Result<(), String> {
+pub(crate) async fn tell_troubles(health: Health, shutdown: CancellationToken) -> Result<(), String> {
     let (mut told, mut before) = (BTreeSet::new(), BTreeSet::new());
     loop {
         tokio::select! {
@@ -274,137 +202,75 @@ async fn parked(store: &Arc<dyn EventStore>, health: &Health) -> Result<Vec<Stri
 }
 
 /// Sagas that an earlier run left under way end too; those that are stuck wait for an operator.
-async fn wait_for_open_sagas(shop: &Shop) -> Result<(), RunError> {
-    let head = shop.store.status().await?.head;
+async fn wait_for_open_sagas(here: &Here) -> Result<(), RunError> {
+    let head = here.store.status().await?.head;
     loop {
-        if let Some(reason) = shop.ledger.failed() {
+        if let Some(reason) = here.ledger.failed() {
             return Err(RunError::Runtime(reason));
         }
-        let (open, stuck) = shop.ledger.open();
-        if shop.ledger.position() >= head && open == stuck {
+        let (open, stuck) = here.ledger.open();
+        if here.ledger.position() >= head && open == stuck {
             return Ok(());
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
-impl Shop {
-    fn tally(&self) -> std::sync::MutexGuard<'_, Tally> {
-        self.tally.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    async fn open_stock(&self, opening_stock: BTreeMap<String, u64>, input: &str) -> Result<(), RunError> {
-        let receive = |(sku, quantity): (String, u64)| {
-            let delivery_id = format!("opening of {input}");
-            let id = named_id(named_id(Uuid::NAMESPACE_OID, &delivery_id), &sku);
-            let command = OfSku { sku: sku.clone(), command: StockCommand::Receive { quantity, delivery_id } };
-            let stock = &self.stock;
-            async move {
-                let decided = stock.execute(&sku, command, id).await.map_err(|error| format!("{sku}: {error}"))?;
-                match decided.events.first() {
-                    Some(StockEvent::Received { quantity: before, .. }) if *before != quantity => Err(format!(
-                        "{input:?} was run on this store before, with {before} units of {sku} where there would be {quantity} \
-                         now: run the same file with the same --stock-factor, or name another --store"
-                    )),
-                    _ => Ok(()),
-                }
+#[async_trait]
+impl Shop for Here {
+    async fn take_in(&self, paper: Paper) -> Result<TakenIn, String> {
+        match paper {
+            Paper::Order { id, customer, lines, card } => {
+                let place = OrderCommand::Place { order_id: id.clone(), customer, lines, card };
+                taken_in(&self.counter.orders, &id, place).await
             }
-        };
-        let received = futures::stream::iter(opening_stock).map(receive).buffer_unordered(512);
-        let refused = received.filter_map(async |outcome| outcome.err()).collect::<Vec<_>>().await;
-        refused.into_iter().min().map_or(Ok(()), |reason| Err(RunError::Stock(reason)))
-    }
-
-    /// Hands in one invoice and waits for its end.
-    async fn hand_in(&self, invoice: Invoice) {
-        let started = Instant::now();
-        let command_id = named_id(named_id(Uuid::NAMESPACE_OID, "sample-shop invoice"), invoice.id());
-        let rejected = |reason: String| self.tally().rejected.push(reason);
-        let (saga, id, repeated) = match invoice {
-            Invoice::Adjustment { id, lines } => {
-                if let Err(error) = self.adjust(&id, lines, command_id).await {
-                    rejected(format!("adjustment {id}: {error}"));
-                }
-                return;
+            Paper::Return { id, customer, lines } => {
+                let open = ReturnCommand::Open { return_id: id.clone(), customer, lines };
+                taken_in(&self.counter.returns, &id, open).await
             }
-            Invoice::Order { id, customer, lines } => {
-                let place = OrderCommand::Place { order_id: id.clone(), customer, lines: order_lines(lines) };
-                match self.counter.orders.create(&id, place, command_id).await {
-                    Ok(decided) => ("checkout", id, decided.repeated || decided.events.is_empty()),
-                    Err(error) => return rejected(format!("order {id:.60}: {error}")),
-                }
-            }
-            Invoice::Return { id, customer, lines } => {
-                let open = ReturnCommand::Open { return_id: id.clone(), customer, lines: order_lines(lines) };
-                match self.counter.returns.create(&id, open, command_id).await {
-                    Ok(decided) => ("return", id, decided.repeated || decided.events.is_empty()),
-                    Err(error) => return rejected(format!("return {id:.60}: {error}")),
-                }
-            }
-        };
-        self.ledger.ended(&saga_stream(saga, &id)).await;
-        let mut tally = self.tally();
-        if repeated {
-            tally.repeated += 1;
-        } else {
-            tally.sagas += 1;
-            let elapsed = u64::try_from(started.elapsed().as_micros()).unwrap_or(LATENCY_MAX_US);
-            tally.latency_us.saturating_record(elapsed);
+            Paper::Supply(supply) => self.book(supply).await,
         }
     }
 
-    /// All lines of an adjustment in one commit.
-    async fn adjust(&self, id: &str, lines: Vec<(String, i64)>, command_id: Uuid) -> Result<(), String> {
-        let mut of_sku: BTreeMap<String, i64> = BTreeMap::new();
-        for (sku, quantity) in lines {
-            *of_sku.entry(sku).or_default() += quantity;
-        }
-        let mut transaction = Transaction::new(self.store.clone(), command_id);
+    async fn ended(&self, kind: Kind, id: &str) -> Result<End, String> {
+        let saga = match kind {
+            Kind::Order => "checkout",
+            Kind::Return => "return",
+            // Booked when it was taken in.
+            Kind::Supply => return Ok(End::Ended),
+        };
+        self.ledger.ended(&saga_stream(saga, id)).await;
+        Ok(End::Ended)
+    }
+}
+
+impl Here {
+    /// Takes a supply in and books it in one commit, since order and inventory share a store here.
+    async fn book(&self, supply: SupplyEvent) -> Result<TakenIn, String> {
+        let mut transaction = Transaction::new(self.store.clone(), request(Supply::CATEGORY, supply.id()));
         loop {
             let mut work = transaction.begin();
-            for (sku, quantity) in &of_sku {
-                let command = StockCommand::Adjust { adjustment_id: id.to_owned(), quantity: *quantity };
-                let of_sku = OfSku { sku: sku.clone(), command };
-                work.execute(&self.stock, sku, &of_sku).await.map_err(|error| error.to_string())?;
+            let decided = work.execute(&self.counter.supplies, supply.id(), &supply).await;
+            let decided = decided.map_err(|error| error.to_string())?;
+            let repeated = decided.repeated || decided.events.is_empty();
+            if !repeated {
+                for of_sku in supply.commands() {
+                    let booked = work.execute(&self.stock, &of_sku.sku, &of_sku).await;
+                    booked.map_err(|error| format!("{}: {error}", of_sku.sku))?;
+                }
             }
             if transaction.commit(work).await.map_err(|error| error.to_string())?.is_some() {
-                return Ok(());
+                return Ok(TakenIn {
+                    repeated,
+                    units: decided.events.into_iter().flat_map(SupplyEvent::units).collect(),
+                });
             }
         }
     }
 }
 
-fn order_lines(lines: Vec<crate::input::Line>) -> Vec<Line> {
-    lines.into_iter().map(|line| Line { sku: line.sku, quantity: line.quantity, unit_price: line.unit_price }).collect()
-}
-
-/// Who came last for each SKU.
-#[derive(Default)]
-struct Queues {
-    last: HashMap<String, watch::Receiver<()>>,
-}
-
-/// A place in the queues of an invoice's SKUs; dropping it lets the next ones come.
-#[derive(Default)]
-struct Turn {
-    earlier: Vec<watch::Receiver<()>>,
-    _mine: Option<watch::Sender<()>>,
-}
-
-impl Queues {
-    fn join(&mut self, invoice: &Invoice) -> Turn {
-        let (mine, served) = watch::channel(());
-        let skus: BTreeSet<&str> = invoice.skus().collect();
-        let earlier = skus.into_iter().filter_map(|sku| self.last.insert(sku.to_owned(), served.clone())).collect();
-        Turn { earlier, _mine: Some(mine) }
-    }
-}
-
-impl Turn {
-    async fn come(&self) {
-        for earlier in &self.earlier {
-            // Ends with an error when the earlier invoice's sender is gone, which is what is waited for.
-            while earlier.clone().changed().await.is_ok() {}
-        }
-    }
+/// Once, however often it is handed in.
+async fn taken_in<A: Aggregate>(papers: &Repository<A>, id: &str, command: A::Command) -> Result<TakenIn, String> {
+    let decided = papers.create(id, command, request(A::CATEGORY, id)).await.map_err(|error| error.to_string())?;
+    Ok(TakenIn { repeated: decided.repeated || decided.events.is_empty(), units: Vec::new() })
 }

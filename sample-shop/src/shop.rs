@@ -2,36 +2,62 @@
 
 use std::sync::Arc;
 
-use annals::{EventStore, Repository, Service, saga::Runner};
+use annals::{Aggregate, EventStore, Repository, Service, event::named_id, saga::Runner};
+use uuid::Uuid;
 
 use crate::{
+    books::Bookkeeper,
     checkout::{Checkout, Returning, checkout, returning},
+    closing::{Closing, Counting, counting},
     inventory::InventoryDesk,
     notification::NotificationDesk,
     order::{Order, OrderDesk, Return},
     payment::{PaymentDesk, Provider},
+    supply::{Supply, Supplying, supplying},
 };
 
-/// What customers reach: orders and returns, by id.
+/// What customers and the back office reach, by id.
 #[derive(Clone)]
 pub struct Counter {
     pub orders: Repository<Order>,
     pub returns: Repository<Return>,
+    pub supplies: Repository<Supply>,
+    pub closings: Repository<Closing>,
 }
 
 impl Counter {
     pub fn new(store: &Arc<dyn EventStore>) -> Self {
-        Self { orders: Repository::new(store.clone()), returns: Repository::new(store.clone()) }
+        Self {
+            orders: Repository::new(store.clone()),
+            returns: Repository::new(store.clone()),
+            supplies: Repository::new(store.clone()),
+            closings: Repository::new(store.clone()),
+        }
     }
+}
+
+/// Who asks for the order, the return or the supply of this id: whoever asks again asks the same.
+pub fn request(category: &str, id: &str) -> Uuid {
+    named_id(named_id(Uuid::NAMESPACE_OID, &format!("sample-shop {category}")), id)
 }
 
 /// The order service, which runs the sagas.
 pub fn order_service(store: Arc<dyn EventStore>, counter: Counter) -> Service {
+    let booked = [Order::CATEGORY, Return::CATEGORY, Supply::CATEGORY];
+    let bookkeeper = Bookkeeper::new("order", &booked, store.clone());
     Service::new("order", store.clone())
-        .publish(&["order", "return"])
-        .participant(OrderDesk::new(counter.orders, counter.returns))
+        .publish(&[Order::CATEGORY, Return::CATEGORY])
+        .participant(OrderDesk::new(counter.orders, counter.returns, counter.closings, bookkeeper))
         .saga(Runner::new(store.clone(), checkout(), Checkout::query(), Checkout::starts))
         .saga(Runner::new(store, returning(), Returning::query(), Returning::starts))
+}
+
+/// The order service with its back office, for services that are apart: what inventory and payment know of is asked for
+/// over the bus.
+pub fn order_service_with_office(store: Arc<dyn EventStore>, counter: Counter) -> Service {
+    order_service(store.clone(), counter)
+        .saga(Runner::new(store.clone(), supplying(), Supplying::query(), Supplying::starts))
+        .saga(Runner::new(store, counting(), Counting::query(), Counting::starts))
 }
 
 /// The inventory service. Its orders meet in the same SKUs, so one member takes them all.

@@ -11,6 +11,7 @@ use annals::{Aggregate, EventStore, LocalBus, LogQuery, MemoryStore, Position, R
 use async_trait::async_trait;
 use rust_decimal::Decimal;
 use sample_shop::{
+    card::Card,
     inventory::{OfSku, Stock, StockCommand},
     order::{Line, OrderCommand},
     payment::{Payment, PaymentEvent, Provider, ProviderError},
@@ -27,7 +28,7 @@ struct DeafProvider {
 
 #[async_trait]
 impl Provider for DeafProvider {
-    async fn charge(&self, key: Uuid, order_id: &str, amount: Decimal) -> Result<(), ProviderError> {
+    async fn charge(&self, key: Uuid, order_id: &str, _card: Card, amount: Decimal) -> Result<(), ProviderError> {
         if self.charges.lock().unwrap().insert(key, amount).is_none() {
             *self.balances.lock().unwrap().entry(order_id.to_owned()).or_default() += amount;
         }
@@ -53,7 +54,7 @@ async fn money_taken_without_an_answer_goes_back_and_stays_out_of_the_books() {
     let stock = Repository::<Stock>::new(store.clone());
     stock.execute("tea", OfSku { sku: "tea".into(), command: received }, Uuid::new_v4()).await.unwrap();
     let line = Line { sku: "tea".into(), quantity: 2, unit_price: Decimal::new(250, 2) };
-    let place = OrderCommand::Place { order_id: "1".into(), customer: None, lines: vec![line] };
+    let place = OrderCommand::Place { order_id: "1".into(), customer: None, lines: vec![line], card: Card::Good };
     counter.orders.execute("1", place, Uuid::new_v4()).await.unwrap();
 
     let cancelled = async {

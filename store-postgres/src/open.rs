@@ -29,7 +29,8 @@ const STATEMENTS_MAX: usize = 64;
 /// How to open a store, where the defaults do not do.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// The schema that holds the tables: lower-case letters, digits and `_`. It is created if it is missing.
+    /// The schema that holds the tables: lower-case letters, digits and `_`. It is created if it is missing. `?schema=NAME` in
+    /// the URL says so too, and comes first.
     pub schema: String,
     /// How many connections serve reads. Three more write, tell other processes, and listen to them.
     pub connections: u32,
@@ -41,6 +42,15 @@ impl Default for Settings {
     }
 }
 
+/// The URL without its parameter `schema`, and that.
+fn without_schema(url: &str) -> (String, Option<String>) {
+    let Some((rest, query)) = url.split_once('?') else { return (url.to_owned(), None) };
+    let (of_schema, others): (Vec<_>, Vec<_>) = query.split('&').partition(|pair| pair.starts_with("schema="));
+    let schema = of_schema.last().map(|pair| pair["schema=".len()..].to_owned());
+    let others = others.join("&");
+    (if others.is_empty() { rest.to_owned() } else { format!("{rest}?{others}") }, schema)
+}
+
 /// Where the database is and how to connect to it.
 #[derive(Debug)]
 pub(crate) struct Database {
@@ -50,7 +60,10 @@ pub(crate) struct Database {
 }
 
 impl Database {
-    pub(crate) fn locate(url: &str, settings: Settings) -> Result<Self, OpenError> {
+    pub(crate) fn locate(url: &str, mut settings: Settings) -> Result<Self, OpenError> {
+        let (url, schema) = without_schema(url);
+        let url = url.as_str();
+        settings.schema = schema.unwrap_or(settings.schema);
         if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
             return Err(OpenError::Url { reason: "it does not start with postgres://".into() });
         }

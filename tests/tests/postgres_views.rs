@@ -5,7 +5,7 @@ mod postgres;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use annals::{DeadLetters, EventStore, Handler, HandlerError, Health, Message, Subscription, Terminal, Work};
+use annals::{DeadLetters, EventStore, Handler, HandlerError, Health, LocalBus, Message, Subscription, Terminal, Work};
 use annals_tests::tally::eventually;
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
@@ -37,7 +37,9 @@ async fn a_run_of_the_shop_shows_in_the_views() {
             shared_as: None,
         };
         let store = Arc::new(store.clone());
-        run::run(store, stock, &mut source.invoices().unwrap(), settings, |_| {}).await.unwrap()
+        run::run(store, Arc::new(LocalBus::default()), stock, &mut source.invoices().unwrap(), settings, |_| {})
+            .await
+            .unwrap()
     };
     let outcome = run(ORDERS).await;
     // A service that has stopped is behind what the others still wrote; here it gets to see that.

@@ -28,7 +28,12 @@ async fn an_order_earns_points_that_can_be_spent_once() {
     // README: up to here
 
     let line = Line { sku: "85123A".into(), quantity: 6, unit_price: Decimal::new(255, 2) };
-    let place = OrderCommand::Place { order_id: "1".into(), customer: Some("17850".into()), lines: vec![line] };
+    let place = OrderCommand::Place {
+        order_id: "1".into(),
+        customer: Some("17850".into()),
+        lines: vec![line],
+        card: Default::default(),
+    };
     counter.orders.execute("1", place, Uuid::new_v4()).await.unwrap();
     tokio::time::timeout(Duration::from_secs(60), event_in(&*store, "points")).await.unwrap();
     assert_eq!(points.state("17850").await.unwrap().0, Decimal::from(15));

@@ -30,7 +30,7 @@ pub fn orders(run: &str, count: usize) -> Vec<(String, OrderCommand)> {
                 unit_price: line.unit_price,
             };
             let (order_id, lines) = (format!("{run}.{id}"), lines.into_iter().map(line).collect());
-            Some((order_id.clone(), OrderCommand::Place { order_id, customer, lines }))
+            Some((order_id.clone(), OrderCommand::Place { order_id, customer, lines, card: Default::default() }))
         }
         Invoice::Return { .. } | Invoice::Adjustment { .. } => None,
     });

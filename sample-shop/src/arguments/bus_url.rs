@@ -7,8 +7,8 @@ use super::quoted::is_scheme;
 pub enum BusUrl {
     /// Inside this process.
     Local,
-    /// Over Kafka: its first brokers, each `host:port`.
-    Kafka(Vec<String>),
+    /// Over Kafka.
+    Kafka(annals_kafka::Settings),
 }
 
 /// What is wrong with a bus URL. Says nothing of what may be a password.
@@ -23,12 +23,9 @@ pub enum BusUrlError {
     /// Something follows `local:`.
     #[error("local: takes nothing after it")]
     Local,
-    /// A user, with or without a password.
-    #[error("no user and no password may stand in it; a Kafka bus is kafka://host:port[,host:port]")]
-    User,
-    /// A broker is not `host:port`.
-    #[error("{0:?} is not host:port; a Kafka bus is kafka://host:port[,host:port]")]
-    Broker(String),
+    /// A Kafka bus that is none.
+    #[error("{0}")]
+    Kafka(String),
 }
 
 impl BusUrl {
@@ -49,10 +46,8 @@ impl FromStr for BusUrl {
         match scheme {
             "local" if rest.is_empty() => Ok(Self::Local),
             "local" => Err(BusUrlError::Local),
-            "kafka" if rest.contains('@') => Err(BusUrlError::User),
             "kafka" => {
-                let brokers = rest.strip_prefix("//").ok_or_else(|| no_broker(rest))?;
-                brokers.split(',').map(broker).collect::<Result<_, _>>().map(Self::Kafka)
+                text.parse().map(Self::Kafka).map_err(|error: annals::BusError| BusUrlError::Kafka(error.to_string()))
             }
             other if is_scheme(other) => Err(BusUrlError::Scheme(other.to_owned())),
             _ => Err(BusUrlError::NoScheme),
@@ -60,33 +55,11 @@ impl FromStr for BusUrl {
     }
 }
 
-/// Quotes the host, and the port if it is a number: it may be a password whose `@host` was forgotten.
-fn no_broker(text: &str) -> BusUrlError {
-    BusUrlError::Broker(match text.split_once(':') {
-        Some((host, port)) if !port.bytes().all(|b| b.is_ascii_digit()) => format!("{host}:…"),
-        _ => text.to_owned(),
-    })
-}
-
-fn broker(text: &str) -> Result<String, BusUrlError> {
-    match text.rsplit_once(':') {
-        Some((host, port))
-            if !host.is_empty()
-                && !host.contains(['/', ' '])
-                && port.bytes().all(|b| b.is_ascii_digit())
-                && port.parse::<u16>().is_ok_and(|port| port > 0) =>
-        {
-            Ok(text.to_owned())
-        }
-        _ => Err(no_broker(text)),
-    }
-}
-
 impl fmt::Display for BusUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Local => f.write_str("local:"),
-            Self::Kafka(brokers) => write!(f, "kafka://{}", brokers.join(",")),
+            Self::Kafka(settings) => settings.fmt(f),
         }
     }
 }

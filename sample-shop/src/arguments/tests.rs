@@ -47,7 +47,7 @@ fn run_takes_every_argument() {
         run("run --generate 50 --store memory: --bus kafka://a:9092,[::1]:9093 --concurrency 8 --stock-factor 0.9 \
                    --decline-rate 0 --cancel-rate 1 --seed 42 --json --quiet");
     assert_eq!(run.connection.store, StoreUrl::Memory);
-    assert_eq!(run.connection.bus, BusUrl::Kafka(vec!["a:9092".into(), "[::1]:9093".into()]));
+    assert_eq!(run.connection.bus, BusUrl::Kafka(annals_kafka::Settings::new("a:9092,[::1]:9093")));
     assert_eq!((run.concurrency, run.stock_factor.of(10), run.seed), (8, 9, 42));
     assert_eq!((run.decline_rate(), run.cancel_rate()), (0.0, 1.0));
     assert_eq!((run.output.json, run.output.quiet), (true, true));
@@ -71,9 +71,24 @@ fn serve_must_be_told_where() {
     assert_eq!(serve.role, Role::Inventory);
     assert_eq!(serve.store, StoreUrl::Postgres("postgresql://shop@db/inventory".into()));
     assert_eq!(serve.http, "127.0.0.1:8080".parse().ok());
+    assert!(serve.shared_as().is_some_and(|name| name.starts_with("shop-")));
     refused("serve all --bus local:", &["--store <URL>"]);
     refused("serve all --store memory:", &["--bus <URL>"]);
     refused("serve till --store memory: --bus local:", &["'till'", "all, order, inventory, payment, notification"]);
+}
+
+#[test]
+fn a_customer_elsewhere_needs_a_url_and_no_store() {
+    let run = run("run --http http://127.0.0.1:8080/ --generate 5");
+    assert_eq!(run.http.expect("a URL").to_string(), "http://127.0.0.1:8080");
+    refused("run --http http://a:1 --store memory:", &["--http", "cannot be used with", "--store"]);
+    refused("run --http http://a:1 --bus local:", &["cannot be used with", "--bus"]);
+    refused("run --http https://a:1", &["no TLS"]);
+    refused("run --http http://shop@a:1", &["no user and no password"]);
+    refused("run --http http://a:1/orders", &["nothing may follow the port"]);
+    for url in ["a:1", "http://", "8080", "ftp://a:1", "http://a:99999"] {
+        refused(&format!("run --http {url}"), &["http://host:port"]);
+    }
 }
 
 #[test]
@@ -96,11 +111,11 @@ fn what_is_wrong_is_said() {
     refused("run --store sqlite://:memory:", &["memory:, without sqlite"]);
     refused("run --store postgres:db", &["postgres://user@host/database"]);
     refused("run --bus amqp://x", &["the scheme \"amqp\"", "local:, kafka://host:port"]);
-    refused("run --bus kafka://", &["\"\" is not host:port"]);
-    refused("run --bus kafka:a:9092", &["is not host:port"]);
+    refused("run --bus kafka://", &["broker 1 is not host:port"]);
+    refused("run --bus kafka:a:9092", &["kafka://host:port"]);
     refused("run --bus kafka://shop@a:9092", &["no user and no password", "kafka://host:port"]);
-    refused("run --bus kafka://a:9092,b", &["\"b\" is not host:port"]);
-    refused("run --bus kafka://a:0", &["\"a:0\" is not host:port"]);
+    refused("run --bus kafka://a:9092,b", &["broker 2 is not host:port"]);
+    refused("run --bus kafka://a:0", &["broker 1 is not host:port"]);
     refused("run --stock-factor 0", &["above 0"]);
     refused("run --stock-factor -1", &["above 0"]);
     refused("run --stock-factor half", &["not a decimal number"]);
@@ -139,7 +154,7 @@ fn no_error_has_a_password() {
         "kafka://shop:a/secret@b:9092",
         "kafka:shop:secret@a:9092",
         "kafka://shop:secret",
-        "kafka://a:9092?sasl.password=secret",
+        "kafka://a:9092?sasl.password=secret&no-value",
         "local:secret@a",
         "memory:secret@a",
         "-postgres://shop:secret@db",
@@ -162,20 +177,6 @@ fn no_error_has_a_password() {
     refused("run --store shop.db", &["'shop.db'"]);
     refused("run --store mysql://db:3306/shop", &["'mysql://db:3306/shop'"]);
     refused("run --store postgers://shop:secret@db/shop", &["'postgers://…'", "--store <URL>", "\"postgers\""]);
-}
-
-#[test]
-fn help_says_what_is_not_there_yet() {
-    refused("--help", &["serve  Not in this version"]);
-    refused("serve --help", &["Not in this version"]);
-    for line in ["run --help", "drain --help"] {
-        refused(line, &["`kafka://host:port[,host:port]` is not in this version", "postgres://…"]);
-    }
-    for line in ["--help", "run --help"] {
-        let help = parse(line).expect_err(line);
-        let examples = help.split("Examples:").nth(1).unwrap_or_default();
-        assert!(!examples.contains("kafka") && !examples.contains("sample-shop serve"), "{examples}");
-    }
 }
 
 #[test]

@@ -1,6 +1,4 @@
 use super::number::grouped;
-use crate::arguments::StoreUrl;
-
 /// What a run says that finds orders of its input in the store.
 pub fn repeated(count: u64) -> String {
     format!(
@@ -9,12 +7,12 @@ pub fn repeated(count: u64) -> String {
     )
 }
 
-/// What a run says that was stopped.
-pub fn stopped(unfinished: u64, store: &StoreUrl) -> String {
+/// What a run says that was stopped, and what is kept where for the next one.
+pub fn stopped(unfinished: u64, kept_in: Option<&str>) -> String {
     let what = orders_and_returns(unfinished, "is", "are");
-    let then = match store {
-        StoreUrl::Memory => "gone with the store in memory".to_owned(),
-        kept => format!("kept in {kept}: run the same command again, and it goes on from there"),
+    let then = match kept_in {
+        None => "gone with the store in memory".to_owned(),
+        Some(place) => format!("kept in {place}: run the same command again, and it goes on from there"),
     };
     format!("stopped: {what} unfinished, and {then}")
 }
@@ -32,20 +30,16 @@ mod tests {
 
     #[test]
     fn remarks_read_so() {
-        let file = StoreUrl::Sqlite("shop.db".into());
         assert_eq!(
             repeated(1),
             "1 order or return was in the store already, from an earlier run; nothing was done twice"
         );
         assert!(repeated(2_000).starts_with("2,000 orders and returns were in the store already, "));
         assert_eq!(
-            stopped(1_234, &file),
+            stopped(1_234, Some("sqlite:shop.db")),
             "stopped: 1,234 orders and returns are unfinished, and kept in sqlite:shop.db: run the same command again, \
              and it goes on from there"
         );
-        assert_eq!(
-            stopped(1, &StoreUrl::Memory),
-            "stopped: 1 order or return is unfinished, and gone with the store in memory"
-        );
+        assert_eq!(stopped(1, None), "stopped: 1 order or return is unfinished, and gone with the store in memory");
     }
 }

@@ -3,7 +3,7 @@ use std::{fmt::Write, time::Duration};
 use comfy_table::{Cell, CellAlignment, ContentArrangement, Table, presets};
 use hdrhistogram::Histogram;
 use rust_decimal::Decimal;
-use serde::{Serialize, Serializer, ser::Error};
+use serde::{Deserialize, Serialize, Serializer, ser::Error};
 use serde_json::value::RawValue;
 
 use super::{
@@ -66,7 +66,8 @@ impl Cancelled {
 }
 
 /// Units of all SKUs together.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Units {
     /// In stock at the start.
     pub initial: i64,
@@ -83,6 +84,16 @@ pub struct Units {
 }
 
 impl Units {
+    /// Adds those of another part of the shop.
+    pub fn add(&mut self, other: &Self) {
+        self.initial += other.initial;
+        self.sold += other.sold;
+        self.returned += other.returned;
+        self.adjusted += other.adjusted;
+        self.remaining += other.remaining;
+        self.reserved += other.reserved;
+    }
+
     /// Whether no unit was lost or made up, and none is held for nobody.
     pub fn conserved(&self) -> bool {
         self.reserved == 0 && self.unexplained() == 0

@@ -1,0 +1,51 @@
+use std::{fmt, str::FromStr};
+
+use hyper::Uri;
+
+/// Where a shop answers HTTP: `http://host:port`, and nothing after it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HttpUrl(String);
+
+/// What is wrong with it. Says nothing of what may be a password.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum HttpUrlError {
+    /// Not a URL of this kind.
+    #[error("a shop is at http://host:port, such as http://127.0.0.1:8080")]
+    Shape,
+    /// What would need TLS.
+    #[error("this version has no TLS: a shop is at http://host:port, behind whatever encrypts")]
+    Tls,
+    /// A user, with or without a password.
+    #[error("no user and no password may stand in it; a shop is at http://host:port")]
+    User,
+    /// Something follows the port.
+    #[error("nothing may follow the port; a shop is at http://host:port")]
+    Path,
+}
+
+impl FromStr for HttpUrl {
+    type Err = HttpUrlError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text.contains('@') {
+            return Err(HttpUrlError::User);
+        }
+        let uri: Uri = text.parse().map_err(|_| HttpUrlError::Shape)?;
+        match (uri.scheme_str(), uri.authority()) {
+            (Some("https"), _) => Err(HttpUrlError::Tls),
+            (Some("http"), Some(authority)) if !authority.host().is_empty() => {
+                if !matches!(uri.path(), "" | "/") || uri.query().is_some() {
+                    return Err(HttpUrlError::Path);
+                }
+                Ok(Self(format!("http://{authority}")))
+            }
+            _ => Err(HttpUrlError::Shape),
+        }
+    }
+}
+
+impl fmt::Display for HttpUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}

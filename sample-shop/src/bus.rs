@@ -1,0 +1,22 @@
+//! The bus that a URL names.
+
+use std::sync::Arc;
+
+use annals::{Bus, LocalBus};
+use annals_kafka::KafkaBus;
+
+use crate::{Failure, arguments::BusUrl};
+
+/// Partitions of a topic inside this process.
+const LOCAL_PARTITIONS: u32 = 4;
+
+/// Opens it.
+///
+/// # Errors
+/// If it cannot be reached.
+pub async fn open(url: &BusUrl) -> Result<Arc<dyn Bus>, Failure> {
+    match url {
+        BusUrl::Local => Ok(Arc::new(LocalBus::new(LOCAL_PARTITIONS))),
+        BusUrl::Kafka(settings) => Ok(Arc::new(KafkaBus::connect(settings.clone()).await?)),
+    }
+}

@@ -1,0 +1,288 @@
+//! Hands the invoices of an input in to a shop, wherever it is, and waits for the end of each.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use hdrhistogram::Histogram;
+use tokio::{
+    sync::{Semaphore, watch},
+    task::JoinSet,
+};
+
+use crate::{
+    card::Card,
+    input::{self, Invoice, Invoices, ReadError},
+    order::Line,
+    run::{RunError, Settings},
+    supply::{self, Change, SupplyEvent},
+};
+
+/// Latencies are kept from a microsecond to ten minutes.
+const LATENCY_MAX_US: u64 = 600_000_000;
+/// Deliveries of the opening stock under way at the same time.
+const DELIVERIES_MAX: usize = 8;
+
+/// A shop that takes invoices in: the one in this process, or one behind HTTP. The same invoice may be handed in any number
+/// of times, and is taken in once.
+#[async_trait]
+pub trait Shop: Clone + Send + Sync + 'static {
+    /// Takes in an order, a return or a supply. An error says why it was turned away.
+    async fn take_in(&self, paper: Paper) -> Result<TakenIn, String>;
+    /// Waits for the end of what was taken in.
+    async fn ended(&self, kind: Kind, id: &str) -> Result<End, String>;
+}
+
+/// What is handed in.
+#[derive(Clone, Debug)]
+pub enum Paper {
+    Order { id: String, customer: Option<String>, lines: Vec<Line>, card: Card },
+    Return { id: String, customer: Option<String>, lines: Vec<Line> },
+    Supply(SupplyEvent),
+}
+
+/// Of which kind it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Order,
+    Return,
+    Supply,
+}
+
+/// What became of a paper that was taken in.
+#[derive(Clone, Debug, Default)]
+pub struct TakenIn {
+    /// Whether an earlier run had handed it in already.
+    pub repeated: bool,
+    /// What a supply had in it when it was taken in.
+    pub units: Vec<Change>,
+}
+
+/// How it ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    Ended,
+    /// It waits for an operator.
+    Stuck,
+}
+
+/// What came of handing in.
+pub struct Tally {
+    /// From handing in an invoice to the end of its saga, in microseconds.
+    pub latency_us: Histogram<u64>,
+    /// Sagas of this run that ended.
+    pub sagas: u64,
+    /// Invoices that an earlier run had already handed in.
+    pub repeated: u64,
+    /// Orders and returns that wait for an operator.
+    pub stuck: u64,
+    /// Invoices taken in whose end was not seen.
+    pub unfinished: u64,
+    /// Invoices that were turned away, each with why.
+    pub rejected: Vec<String>,
+}
+
+/// Hands in opening stocks and invoices.
+#[derive(Clone)]
+pub struct Customers<S> {
+    shop: S,
+    tally: Arc<Mutex<Tally>>,
+}
+
+impl<S: Shop> Customers<S> {
+    /// Of this shop.
+    pub fn new(shop: S) -> Result<Self, RunError> {
+        let latency_us =
+            Histogram::new_with_max(LATENCY_MAX_US, 3).map_err(|error| RunError::Runtime(error.to_string()))?;
+        let tally = Tally { latency_us, sagas: 0, repeated: 0, stuck: 0, unfinished: 0, rejected: Vec::new() };
+        Ok(Self { shop, tally: Arc::new(Mutex::new(tally)) })
+    }
+
+    /// What came of it so far.
+    pub fn tally(&self) -> MutexGuard<'_, Tally> {
+        self.tally.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Opens the stock, unless that was done, and waits until it is there.
+    pub async fn open_stock(&self, stock: BTreeMap<String, u64>, input: &str) -> Result<(), RunError> {
+        let slots = Arc::new(Semaphore::new(DELIVERIES_MAX));
+        let mut deliveries = JoinSet::new();
+        for delivery in supply::opening(input, stock) {
+            let (shop, slots, input) = (self.shop.clone(), slots.clone(), input.to_owned());
+            deliveries.spawn(async move {
+                let _slot = slots.acquire_owned().await;
+                let SupplyEvent::Delivered { supply_id, units } = &delivery else { return Ok(()) };
+                let taken_in = shop.take_in(Paper::Supply(delivery.clone())).await;
+                let before = taken_in.map_err(|error| format!("{supply_id}: {error}"))?.units;
+                differs(&input, &before, units)?;
+                match shop.ended(Kind::Supply, supply_id).await {
+                    Ok(End::Ended) => Ok(()),
+                    Ok(End::Stuck) => Err(format!("{supply_id} could not be booked, and waits for an operator")),
+                    Err(error) => Err(format!("{supply_id}: {error}")),
+                }
+            });
+        }
+        let ended: Vec<Result<(), String>> = deliveries.join_all().await;
+        let refused = ended.into_iter().filter_map(Result::err);
+        refused.min().map_or(Ok(()), |reason| Err(RunError::Stock(reason)))
+    }
+
+    /// Hands in all invoices and waits for their ends, or until the run is stopped. Returns when the first was handed in.
+    pub async fn hand_in_all(
+        &self,
+        invoices: &mut Invoices,
+        settings: &Settings,
+        mut on_progress: impl FnMut(u64),
+    ) -> Result<Instant, RunError> {
+        let (started, stop) = (Instant::now(), &settings.stop);
+        let slots = Arc::new(Semaphore::new(settings.concurrency));
+        let mut queues = Queues::default();
+        let mut under_way = JoinSet::new();
+        let mut handed_in = 0;
+        for invoice in invoices {
+            let invoice = match invoice {
+                Ok(invoice) => invoice,
+                // The reader counts and reports it; the run goes on.
+                Err(ReadError::Row(_)) => continue,
+                Err(ReadError::Input(error)) => return Err(error.into()),
+            };
+            let slot = tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                slot = slots.clone().acquire_owned() => slot,
+            };
+            let Ok(slot) = slot else { break };
+            handed_in += 1;
+            on_progress(handed_in);
+            let turn = if settings.scarce { queues.join(&invoice) } else { Turn::default() };
+            let customers = self.clone();
+            let card = settings.chances().card(invoice.id());
+            under_way.spawn(async move {
+                turn.come().await;
+                customers.hand_in(invoice, card).await;
+                drop((turn, slot));
+            });
+            while under_way.try_join_next().is_some() {}
+        }
+        let all_end = async { while under_way.join_next().await.is_some() {} };
+        tokio::select! {
+            () = all_end => {}
+            () = stop.cancelled() => {}
+        }
+        // Those who still wait for the end of their sagas.
+        under_way.shutdown().await;
+        Ok(started)
+    }
+
+    /// Hands in one invoice and waits for its end.
+    async fn hand_in(&self, invoice: Invoice, card: Card) {
+        let started = Instant::now();
+        let (kind, id, paper) = match invoice {
+            Invoice::Adjustment { id, lines } => {
+                (Kind::Supply, id.clone(), Paper::Supply(supply::adjustment(id, lines)))
+            }
+            Invoice::Order { id, customer, lines } => {
+                (Kind::Order, id.clone(), Paper::Order { id, customer, lines: order_lines(lines), card })
+            }
+            Invoice::Return { id, customer, lines } => {
+                (Kind::Return, id.clone(), Paper::Return { id, customer, lines: order_lines(lines) })
+            }
+        };
+        let rejected = |reason: String| self.tally().rejected.push(format!("{} {id:.60}: {reason}", kind.name()));
+        let repeated = match self.shop.take_in(paper).await {
+            Ok(taken_in) => taken_in.repeated,
+            Err(reason) => return rejected(reason),
+        };
+        if kind != Kind::Supply {
+            self.tally().unfinished += 1;
+        }
+        let end = match self.shop.ended(kind, &id).await {
+            Ok(end) => end,
+            Err(reason) => return rejected(reason),
+        };
+        let mut tally = self.tally();
+        if end == End::Stuck {
+            tally.stuck += 1;
+        }
+        if kind == Kind::Supply {
+            return;
+        }
+        tally.unfinished -= 1;
+        if repeated {
+            tally.repeated += 1;
+        } else if end == End::Ended {
+            tally.sagas += 1;
+            tally.latency_us.saturating_record(micros(started.elapsed()));
+        }
+    }
+}
+
+fn micros(elapsed: Duration) -> u64 {
+    u64::try_from(elapsed.as_micros()).unwrap_or(LATENCY_MAX_US)
+}
+
+/// Says where a stock that was opened before was another one.
+fn differs(input: &str, before: &[Change], now: &[Change]) -> Result<(), String> {
+    let quantity =
+        |units: &[Change], sku: &str| units.iter().find(|change| change.sku == sku).map_or(0, |change| change.quantity);
+    let skus: BTreeSet<&str> = before.iter().chain(now).map(|change| change.sku.as_str()).collect();
+    for sku in skus {
+        let (before, now) = (quantity(before, sku), quantity(now, sku));
+        if before != now {
+            return Err(format!(
+                "{input:?} was run on this store before, with {before} units of {sku} where there would be {now} now: run the \
+                 same file with the same --stock-factor, or name another --store"
+            ));
+        }
+    }
+    Ok(())
+}
+
+impl Kind {
+    /// What a person calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Order => "order",
+            Self::Return => "return",
+            Self::Supply => "adjustment",
+        }
+    }
+}
+
+fn order_lines(lines: Vec<input::Line>) -> Vec<Line> {
+    lines.into_iter().map(|line| Line { sku: line.sku, quantity: line.quantity, unit_price: line.unit_price }).collect()
+}
+
+/// Who came last for each SKU.
+#[derive(Default)]
+struct Queues {
+    last: HashMap<String, watch::Receiver<()>>,
+}
+
+/// A place in the queues of an invoice's SKUs; dropping it lets the next ones come.
+#[derive(Default)]
+struct Turn {
+    earlier: Vec<watch::Receiver<()>>,
+    _mine: Option<watch::Sender<()>>,
+}
+
+impl Queues {
+    fn join(&mut self, invoice: &Invoice) -> Turn {
+        let (mine, served) = watch::channel(());
+        let skus: BTreeSet<&str> = invoice.skus().collect();
+        let earlier = skus.into_iter().filter_map(|sku| self.last.insert(sku.to_owned(), served.clone())).collect();
+        Turn { earlier, _mine: Some(mine) }
+    }
+}
+
+impl Turn {
+    async fn come(&self) {
+        for earlier in &self.earlier {
+            // Ends with an error when the earlier invoice's sender is gone, which is what is waited for.
+            while earlier.clone().changed().await.is_ok() {}
+        }
+    }
+}

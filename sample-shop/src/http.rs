@@ -1,0 +1,86 @@
+//! The HTTP interface: that of the order service, and the probes that every service has.
+
+mod asked;
+mod endings;
+mod limits;
+mod listener;
+mod metrics;
+mod orders;
+mod probes;
+mod problem;
+mod sagas;
+
+use std::time::Instant;
+
+use axum::{
+    Router,
+    extract::{MatchedPath, Request, State},
+    http::{Method, StatusCode},
+    middleware::{Next, from_fn_with_state},
+    response::{IntoResponse, Response},
+};
+
+pub use self::{
+    asked::{ID_BYTES_MAX, LINES_MAX},
+    endings::Endings,
+    limits::{ANSWER_TIME_MAX, BODY_BYTES_MAX, BODY_TIME_MAX, Limits, REQUESTS_MAX, WAIT_MAX},
+    listener::{CONNECTIONS_MAX, HEAD_TIME_MAX, LAST_ANSWERS, serve},
+    metrics::Metrics,
+    orders::Front,
+    probes::Probes,
+    problem::Problem,
+    sagas::Sagas,
+};
+
+/// All routes of a service. Only the order service has a front; probes are answered whatever else goes on.
+pub fn app(front: Option<Front>, probes: Probes) -> Router {
+    let metrics = probes.metrics.clone();
+    let limits = Limits::new(probes.stopping.clone());
+    let front = front.map_or_else(Router::new, orders::routes);
+    front
+        .fallback(no_route)
+        .method_not_allowed_fallback(no_method)
+        .layer(from_fn_with_state(limits, limits::hold))
+        .merge(probes::routes(probes).method_not_allowed_fallback(no_method))
+        .layer(from_fn_with_state(metrics, measure))
+}
+
+async fn no_route(request: Request) -> Problem {
+    Problem::new(StatusCode::NOT_FOUND, format!("there is nothing at {:.200}", request.uri().path()))
+}
+
+async fn no_method(request: Request) -> Problem {
+    let detail = format!("{:.20} is not among what {:.200} takes", request.method().as_str(), request.uri().path());
+    Problem::new(StatusCode::METHOD_NOT_ALLOWED, detail)
+}
+
+/// Counts requests and their time, by route: an id is no label.
+async fn measure(State(metrics): State<Metrics>, path: Option<MatchedPath>, request: Request, next: Next) -> Response {
+    let started = Instant::now();
+    let _in_hand = InHand::new(&metrics);
+    let method = match *request.method() {
+        Method::GET => "GET",
+        Method::POST => "POST",
+        _ => "other",
+    };
+    let response = next.run(request).await.into_response();
+    let route = path.as_ref().map_or("none", MatchedPath::as_str);
+    metrics.answered(method, route, response.status().as_u16(), started.elapsed());
+    response
+}
+
+/// A request in hand, also one whose client goes away.
+struct InHand(prometheus::IntGauge);
+
+impl InHand {
+    fn new(metrics: &Metrics) -> Self {
+        metrics.in_hand.inc();
+        Self(metrics.in_hand.clone())
+    }
+}
+
+impl Drop for InHand {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}

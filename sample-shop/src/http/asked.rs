@@ -1,0 +1,128 @@
+//! What a request says beside its path, read strictly: the key, the body, how long to wait.
+
+use std::{sync::Arc, time::Duration};
+
+use annals::{Metadata, Request};
+use axum::{
+    body::Bytes,
+    extract::{
+        Path, Query,
+        rejection::{PathRejection, QueryRejection},
+    },
+    http::{HeaderMap, StatusCode, header},
+};
+use serde::{Deserialize, de::DeserializeOwned};
+use uuid::Uuid;
+
+use super::{limits::WAIT_MAX, problem::Problem};
+use crate::{api::IDEMPOTENCY_KEY, order::Line, shop::request};
+
+/// The longest id, SKU or customer, in bytes: with a category before it, it still fits a stream id.
+pub const ID_BYTES_MAX: usize = 200;
+/// The most lines of an order or return. All are reserved in one commit.
+pub const LINES_MAX: usize = 5_000;
+
+/// An id out of a path.
+pub type Id = Result<Path<String>, PathRejection>;
+/// `?wait=10s`.
+pub type Wait = Result<Query<Waiting>, QueryRejection>;
+
+/// How long to wait for the end of what is asked for.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Waiting {
+    wait: Option<String>,
+}
+
+fn bad(detail: impl Into<String>) -> Problem {
+    Problem::new(StatusCode::BAD_REQUEST, detail)
+}
+
+fn unprocessable(detail: impl Into<String>) -> Problem {
+    Problem::new(StatusCode::UNPROCESSABLE_ENTITY, detail)
+}
+
+/// The id, if it can be one.
+pub fn id(id: Id) -> Result<String, Problem> {
+    let Path(id) = id.map_err(|error| bad(error.body_text()))?;
+    named("the id", &id).map_err(bad)?;
+    Ok(id)
+}
+
+/// Seconds, with or without an `s`; at most [`WAIT_MAX`].
+pub fn wait(wait: Wait) -> Result<Duration, Problem> {
+    let Query(Waiting { wait }) = wait.map_err(|error| bad(error.body_text()))?;
+    let Some(text) = wait else { return Ok(Duration::ZERO) };
+    let seconds = text.strip_suffix('s').unwrap_or(&text).parse::<u32>();
+    let seconds = seconds.map_err(|_| bad(format!("wait={text:.20} is not a number of seconds, such as wait=10s")))?;
+    Ok(Duration::from_secs(seconds.into()).min(WAIT_MAX))
+}
+
+/// The key, which becomes the id of what is handed in; another one each time where there is none.
+pub fn key(headers: &HeaderMap) -> Result<String, Problem> {
+    let mut keys = headers.get_all(IDEMPOTENCY_KEY).into_iter();
+    let Some(value) = keys.next() else { return Ok(Uuid::now_v7().to_string()) };
+    if keys.next().is_some() {
+        return Err(bad("there must be one Idempotency-Key"));
+    }
+    let text = std::str::from_utf8(value.as_bytes()).map_err(|_| bad("the Idempotency-Key is not UTF-8"))?;
+    // The draft of the standard has it in quotes, and hardly any client does that.
+    let text = text.strip_prefix('"').and_then(|text| text.strip_suffix('"')).unwrap_or(text);
+    named("the Idempotency-Key", text).map_err(bad)?;
+    Ok(text.to_owned())
+}
+
+/// Who asks for what has this id: whoever asks again asks the same.
+pub fn asked(category: &str, id: &str, headers: &HeaderMap) -> Request {
+    let command_id = request(category, id);
+    Request { command_id, metadata: Metadata { traceparent: traceparent(headers), ..Metadata::of_request(command_id) } }
+}
+
+/// The W3C trace context, if it is one.
+fn traceparent(headers: &HeaderMap) -> Option<Arc<str>> {
+    let text = headers.get("traceparent")?.to_str().ok()?;
+    let parts: Vec<&str> = text.split('-').collect();
+    let hex = |part: &str, digits| {
+        part.len() == digits && part.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+    };
+    let is_one = parts.len() == 4 && [2, 32, 16, 2].into_iter().zip(&parts).all(|(digits, part)| hex(part, digits));
+    is_one.then(|| text.into())
+}
+
+/// The body as JSON. Fields that nobody knows are mistakes.
+pub fn body<T: DeserializeOwned>(headers: &HeaderMap, body: &Bytes) -> Result<T, Problem> {
+    let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+    if !kind.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case("application/json") {
+        let detail = format!("the Content-Type is {kind:.100?}; it must be application/json");
+        return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, detail));
+    }
+    serde_json::from_slice(body).map_err(|error| match error.classify() {
+        serde_json::error::Category::Data => unprocessable(format!("the body is not what is asked for: {error}")),
+        _ => bad(format!("the body is not JSON: {error}")),
+    })
+}
+
+/// Whether customer and lines can be stored. What they add up to is looked at by the order.
+pub fn order_lines(customer: Option<&str>, lines: &[Line]) -> Result<(), Problem> {
+    if let Some(customer) = customer {
+        named("the customer", customer).map_err(unprocessable)?;
+    }
+    if lines.len() > LINES_MAX {
+        return Err(unprocessable(format!("there are {} lines; the limit is {LINES_MAX}", lines.len())));
+    }
+    lines.iter().try_for_each(|line| sku(&line.sku))
+}
+
+/// Whether this can be a SKU.
+pub fn sku(sku: &str) -> Result<(), Problem> {
+    named("the SKU", sku).map_err(unprocessable)
+}
+
+fn named(what: &str, text: &str) -> Result<(), String> {
+    match text {
+        text if text.trim().is_empty() => Err(format!("{what} is empty")),
+        text if text.len() > ID_BYTES_MAX => Err(format!("{what} {text:.40?}… has more than {ID_BYTES_MAX} bytes")),
+        text if text.chars().any(char::is_control) => Err(format!("{what} {text:.40?} has a control character")),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,79 @@
+//! What a request may take: bytes, time, and a place among the others.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    body::{Body, to_bytes},
+    extract::{Request, State},
+    http::StatusCode,
+    middleware::Next,
+    response::{IntoResponse, Response},
+};
+use http_body_util::LengthLimitError;
+use tokio::{sync::Semaphore, time::timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::problem::Problem;
+
+/// The largest body of a request, in bytes. An order of five thousand lines has less than half of it.
+pub const BODY_BYTES_MAX: usize = 1_000_000;
+/// How long a body may take to arrive.
+pub const BODY_TIME_MAX: Duration = Duration::from_secs(10);
+/// How long a request may wait for the end of something.
+pub const WAIT_MAX: Duration = Duration::from_secs(30);
+/// How long an answer may take in all, once the body is there.
+pub const ANSWER_TIME_MAX: Duration = Duration::from_secs(40);
+/// Requests in hand at the same time, with those that wait; one more is turned away.
+pub const REQUESTS_MAX: usize = 2_048;
+
+/// The places that are left.
+#[derive(Clone)]
+pub struct Limits {
+    places: Arc<Semaphore>,
+    stopping: CancellationToken,
+}
+
+impl Limits {
+    /// All places. From `stopping` on, none.
+    pub fn new(stopping: CancellationToken) -> Self {
+        Self { places: Arc::new(Semaphore::new(REQUESTS_MAX)), stopping }
+    }
+}
+
+/// Holds a request to its limits; the handlers behind it find the whole body in memory.
+pub async fn hold(State(limits): State<Limits>, request: Request, next: Next) -> Response {
+    if limits.stopping.is_cancelled() {
+        return Problem::unavailable("this instance is stopping").into_response();
+    }
+    let Ok(_place) = limits.places.try_acquire() else {
+        let detail = format!("{REQUESTS_MAX} requests are in hand; come back in a moment");
+        return Problem::unavailable(detail).into_response();
+    };
+    let (head, body) = request.into_parts();
+    let body = match timeout(BODY_TIME_MAX, to_bytes(body, BODY_BYTES_MAX)).await {
+        Ok(Ok(body)) => body,
+        Ok(Err(error)) => return unread(error).into_response(),
+        Err(_) => {
+            let detail = format!("the body was not there after {} s", BODY_TIME_MAX.as_secs());
+            return Problem::new(StatusCode::REQUEST_TIMEOUT, detail).into_response();
+        }
+    };
+    match timeout(ANSWER_TIME_MAX, next.run(Request::from_parts(head, Body::from(body)))).await {
+        Ok(response) => response,
+        Err(_) => {
+            let detail = "nobody knows yet whether it was done: ask again with the same Idempotency-Key";
+            Problem::new(StatusCode::GATEWAY_TIMEOUT, detail).into_response()
+        }
+    }
+}
+
+fn unread(error: axum::Error) -> Problem {
+    let error = error.into_inner();
+    if error.is::<LengthLimitError>() {
+        return Problem::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            format!("the body has more than {BODY_BYTES_MAX} bytes, which is the limit"),
+        );
+    }
+    Problem::new(StatusCode::BAD_REQUEST, format!("the body could not be read: {error}"))
+}

@@ -1,0 +1,147 @@
+//! What Prometheus reads at `/metrics`.
+
+use std::{sync::Arc, time::Duration};
+
+use annals::{
+    EventStore, Health, Scan,
+    checkpoint::{CHECKPOINTS, Checkpoint},
+    health::State,
+    saga::Status,
+};
+use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
+use tokio::time::timeout;
+
+/// How long the store may take to tell how it is.
+const STORE_TIME_MAX: Duration = Duration::from_secs(2);
+/// The most checkpoints shown: more than all services on one store have.
+const CHECKPOINTS_MAX: usize = 1_000;
+/// Upper bounds of the times of requests, in seconds.
+const SECONDS: [f64; 14] = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0];
+
+/// The figures of one process. Clones share them.
+#[derive(Clone)]
+pub struct Metrics {
+    registry: Registry,
+    requests: IntCounterVec,
+    seconds: HistogramVec,
+    /// Requests in hand.
+    pub in_hand: IntGauge,
+    taken_in: IntCounterVec,
+    sagas: IntCounterVec,
+    parts: IntGaugeVec,
+    lag: IntGaugeVec,
+    head: IntGauge,
+    readers_wait: IntGauge,
+    store_up: IntGauge,
+}
+
+impl Metrics {
+    /// All at zero.
+    pub fn new() -> Result<Self, prometheus::Error> {
+        let registry = Registry::new();
+        let counters = |name: &str, help: &str, labels: &[&str]| -> Result<IntCounterVec, prometheus::Error> {
+            let counters = IntCounterVec::new(Opts::new(name, help), labels)?;
+            registry.register(Box::new(counters.clone()))?;
+            Ok(counters)
+        };
+        let gauges = |name: &str, help: &str, labels: &[&str]| -> Result<IntGaugeVec, prometheus::Error> {
+            let gauges = IntGaugeVec::new(Opts::new(name, help), labels)?;
+            registry.register(Box::new(gauges.clone()))?;
+            Ok(gauges)
+        };
+        let gauge = |name: &str, help: &str| -> Result<IntGauge, prometheus::Error> {
+            let gauge = IntGauge::new(name, help)?;
+            registry.register(Box::new(gauge.clone()))?;
+            Ok(gauge)
+        };
+        let options =
+            HistogramOpts::new("shop_http_request_seconds", "Time to answer, with the time that was asked to wait.");
+        let seconds = HistogramVec::new(options.buckets(SECONDS.to_vec()), &["method", "route"])?;
+        registry.register(Box::new(seconds.clone()))?;
+        Ok(Self {
+            requests: counters("shop_http_requests_total", "Requests answered.", &["method", "route", "status"])?,
+            seconds,
+            in_hand: gauge("shop_http_requests_in_hand", "Requests that are not answered yet.")?,
+            taken_in: counters(
+                "shop_taken_in_total",
+                "Orders and others taken in by this process, without repeats.",
+                &["kind"],
+            )?,
+            sagas: counters(
+                "shop_sagas_ended_total",
+                "Sagas seen to end, or get stuck, since this process started, whichever instance ran them.",
+                &["saga", "status"],
+            )?,
+            parts: gauges("shop_part_state", "1 for the state that a part is in.", &["part", "state"])?,
+            lag: gauges(
+                "shop_lag_events",
+                "How far a reader of the log is behind its head, in positions.",
+                &["reader"],
+            )?,
+            head: gauge("shop_log_head", "The last position of the log that readers can see.")?,
+            readers_wait: gauge("shop_log_readers_wait", "1 while readers of the log wait for an older transaction.")?,
+            store_up: gauge("shop_store_up", "1 if the store answers.")?,
+            registry,
+        })
+    }
+
+    /// Counts an answer.
+    pub fn answered(&self, method: &str, route: &str, status: u16, elapsed: Duration) {
+        self.requests.with_label_values(&[method, route, status.to_string().as_str()]).inc();
+        self.seconds.with_label_values(&[method, route]).observe(elapsed.as_secs_f64());
+    }
+
+    /// Counts an order, or another thing of this category, that was taken in.
+    pub fn taken_in(&self, kind: &str) {
+        self.taken_in.with_label_values(&[kind]).inc();
+    }
+
+    /// Counts the end of a saga.
+    pub fn saga_ended(&self, category: &str, status: Status) {
+        let status = match status {
+            Status::Completed => "completed",
+            Status::Compensated => "compensated",
+            Status::Stuck => "stuck",
+            Status::Running | Status::Compensating => return,
+        };
+        self.sagas.with_label_values(&[category.trim_start_matches("saga."), status]).inc();
+    }
+
+    /// Everything in the format of Prometheus, with the store and the parts as they are now.
+    pub async fn text(&self, store: &Arc<dyn EventStore>, health: &Health) -> Result<String, prometheus::Error> {
+        self.parts.reset();
+        for (part, state) in health.parts() {
+            self.parts.with_label_values(&[part.as_str(), state_name(&state)]).set(1);
+        }
+        let up = timeout(STORE_TIME_MAX, self.look_at(store)).await.is_ok_and(|looked| looked.is_ok());
+        self.store_up.set(up.into());
+        TextEncoder::new().encode_to_string(&self.registry.gather())
+    }
+
+    async fn look_at(&self, store: &Arc<dyn EventStore>) -> Result<(), annals::StoreError> {
+        let status = store.status().await?;
+        self.head.set(status.head.0);
+        self.readers_wait.set(status.waits_for.is_some().into());
+        let checkpoints = store.scan(CHECKPOINTS, &Scan::After("".into()), CHECKPOINTS_MAX).await?;
+        self.lag.reset();
+        for document in checkpoints {
+            // How far a topic goes is for the bus to say.
+            let checkpoint = serde_json::from_str::<Checkpoint>(&document.body).ok();
+            if let Some(Checkpoint { next, incarnation: None, .. }) = checkpoint {
+                self.lag.with_label_values(&[&*document.key.id]).set((status.head.0 - next).max(0));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn state_name(state: &State) -> &'static str {
+    match state {
+        State::Starting => "starting",
+        State::Fine => "fine",
+        State::Elsewhere(_) => "elsewhere",
+        State::Trouble(_) => "trouble",
+        State::Stopped => "stopped",
+        State::Failed(_) => "failed",
+    }
+}

@@ -1,0 +1,262 @@
+//! Orders, returns, supplies and closings over HTTP: each is taken in once under its key, and looked at by its id.
+
+use std::sync::Arc;
+
+use annals::{Aggregate, EventStore, ExecuteError, Repository, Version};
+use axum::{
+    Json, Router,
+    body::Bytes,
+    extract::State,
+    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use serde_json::{Value, json};
+
+use super::{
+    asked::{Id, Wait, asked, body, id, key, order_lines, sku, wait},
+    metrics::Metrics,
+    problem::Problem,
+    sagas::Sagas,
+};
+use crate::{
+    api::{ClosingView, NewOrder, NewReturn, NewSupply, OrderView, REPLAYED, ReturnView, SupplyView},
+    closing::{Closing, ClosingCommand, ClosingEvent},
+    order::{BY_CUSTOMER, Order, OrderCommand, OrderEvent, OrderRefusal, Return, ReturnCommand, ReturnEvent},
+    shop::Counter,
+    supply::{Supply, SupplyEvent},
+};
+
+/// Events of one order, return, supply or closing: they have three at most.
+const EVENTS_MAX: usize = 100;
+
+/// What the order service shows to the world.
+#[derive(Clone)]
+pub struct Front {
+    pub store: Arc<dyn EventStore>,
+    pub counter: Counter,
+    pub sagas: Sagas,
+    pub metrics: Metrics,
+    /// The URLs that closings tell; no password.
+    pub kept_in: (String, String),
+}
+
+/// The routes.
+pub fn routes(front: Front) -> Router {
+    Router::new()
+        .route("/orders", post(place))
+        .route("/orders/{id}", get(order))
+        .route("/orders/{id}/cancel", post(cancel))
+        .route("/returns", post(open_return))
+        .route("/returns/{id}", get(returned))
+        .route("/supplies", post(supply))
+        .route("/supplies/{id}", get(supplied))
+        .route("/closings", post(open_closing))
+        .route("/closings/{id}", get(closing))
+        .with_state(front)
+}
+
+async fn place(State(front): State<Front>, headers: HeaderMap, sent: Bytes) -> Result<Response, Problem> {
+    let id = key(&headers)?;
+    let order: NewOrder = body(&headers, &sent)?;
+    order_lines(order.customer.as_deref(), &order.lines)?;
+    let NewOrder { customer, lines, card } = order.clone();
+    let place = OrderCommand::Place { order_id: id.clone(), customer, lines, card };
+    let (placed, repeated) = front.take_in(&front.counter.orders, &id, place, &headers).await?;
+    let OrderEvent::Placed { customer, lines, card, total, currency, .. } = placed else { return Err(other_body()) };
+    if order != (NewOrder { customer, lines, card }) {
+        return Err(other_body());
+    }
+    Ok(taken_in("orders", &id, repeated, json!({"order_id": id, "total": total, "currency": currency})))
+}
+
+async fn open_return(State(front): State<Front>, headers: HeaderMap, sent: Bytes) -> Result<Response, Problem> {
+    let id = key(&headers)?;
+    let returned: NewReturn = body(&headers, &sent)?;
+    order_lines(returned.customer.as_deref(), &returned.lines)?;
+    let NewReturn { customer, lines } = returned.clone();
+    let open = ReturnCommand::Open { return_id: id.clone(), customer, lines };
+    let (opened, repeated) = front.take_in(&front.counter.returns, &id, open, &headers).await?;
+    let ReturnEvent::Opened { customer, lines, total, currency, .. } = opened else { return Err(other_body()) };
+    if returned != (NewReturn { customer, lines }) {
+        return Err(other_body());
+    }
+    Ok(taken_in("returns", &id, repeated, json!({"return_id": id, "total": total, "currency": currency})))
+}
+
+async fn supply(State(front): State<Front>, headers: HeaderMap, sent: Bytes) -> Result<Response, Problem> {
+    let id = key(&headers)?;
+    let (delivered, units) = match body(&headers, &sent)? {
+        NewSupply::Delivered(units) => (true, units),
+        NewSupply::Adjusted(units) => (false, units),
+    };
+    units.iter().try_for_each(|change| sku(&change.sku))?;
+    let supply = SupplyEvent::new(id.clone(), delivered, units);
+    let (taken, repeated) = front.take_in(&front.counter.supplies, &id, supply.clone(), &headers).await?;
+    if taken != supply {
+        return Err(other_body());
+    }
+    Ok(taken_in("supplies", &id, repeated, json!({"supply_id": id})))
+}
+
+async fn open_closing(State(front): State<Front>, headers: HeaderMap) -> Result<Response, Problem> {
+    let id = key(&headers)?;
+    let open = ClosingCommand::Open { closing_id: id.clone() };
+    let (_, repeated) = front.take_in(&front.counter.closings, &id, open, &headers).await?;
+    Ok(taken_in("closings", &id, repeated, json!({"closing_id": id})))
+}
+
+async fn cancel(State(front): State<Front>, order: Id, headers: HeaderMap) -> Result<Response, Problem> {
+    let order_id = id(order)?;
+    // Its own request, not that which placed the order. A repeat finds the order cancelled.
+    let request = asked("cancel", &order_id, &headers);
+    let cancel = OrderCommand::Cancel { reason: BY_CUSTOMER.into() };
+    match front.counter.orders.execute(&order_id, cancel, request).await {
+        Ok(_) => {}
+        Err(ExecuteError::Refused(OrderRefusal::NotPlaced)) => return Err(unknown("order", &order_id)),
+        Err(ExecuteError::Refused(refusal)) => return Err(Problem::new(StatusCode::CONFLICT, refusal.to_string())),
+        Err(error) => return Err(problem(error)),
+    }
+    let state = front.counter.orders.state(&order_id).await;
+    match state.map_err(|error| Problem::unavailable(error.to_string()))? {
+        Order::Cancelled(reason) => {
+            Ok(Json(json!({"order_id": order_id, "status": "cancelled", "reason": reason})).into_response())
+        }
+        _ => Err(Problem::unavailable("the order was not cancelled; ask again")),
+    }
+}
+
+async fn order(State(front): State<Front>, order: Id, time: Wait) -> Result<Response, Problem> {
+    let (order_id, time) = (id(order)?, wait(time)?);
+    front.events::<Order>(&front.counter.orders, "order", &order_id).await?;
+    let saga = front.sagas.read("checkout", &order_id, time).await?;
+    // Read after the saga, so that it is never behind it.
+    let mut events = front.events(&front.counter.orders, "order", &order_id).await?.into_iter();
+    let Some((placed_at, OrderEvent::Placed { customer, lines, total, currency, .. })) = events.next() else {
+        return Err(unknown("order", &order_id));
+    };
+    let (mut status, mut reason) = ("placed", None);
+    for (_, event) in events {
+        match event {
+            OrderEvent::Placed { .. } => {}
+            OrderEvent::Confirmed { .. } => status = "confirmed",
+            OrderEvent::Cancelled { reason: why, .. } => (status, reason) = ("cancelled", Some(why)),
+        }
+    }
+    let status = status.to_owned();
+    Ok(Json(OrderView { order_id, status, reason, customer, lines, total, currency, placed_at, saga }).into_response())
+}
+
+async fn returned(State(front): State<Front>, returned: Id, time: Wait) -> Result<Response, Problem> {
+    let (return_id, time) = (id(returned)?, wait(time)?);
+    front.events::<Return>(&front.counter.returns, "return", &return_id).await?;
+    let saga = front.sagas.read("return", &return_id, time).await?;
+    let mut events = front.events(&front.counter.returns, "return", &return_id).await?.into_iter();
+    let Some((opened_at, ReturnEvent::Opened { customer, lines, total, currency, .. })) = events.next() else {
+        return Err(unknown("return", &return_id));
+    };
+    let completed = events.any(|(_, event)| matches!(event, ReturnEvent::Completed { .. }));
+    let status = if completed { "completed" } else { "opened" }.to_owned();
+    Ok(Json(ReturnView { return_id, status, customer, lines, total, currency, opened_at, saga }).into_response())
+}
+
+async fn supplied(State(front): State<Front>, supply: Id, time: Wait) -> Result<Response, Problem> {
+    let (supply_id, time) = (id(supply)?, wait(time)?);
+    let events = front.events::<Supply>(&front.counter.supplies, "supply", &supply_id).await?;
+    let saga = front.sagas.read("supply", &supply_id, time).await?;
+    let supply = match events.into_iter().next() {
+        Some((_, SupplyEvent::Delivered { units, .. })) => NewSupply::Delivered(units),
+        Some((_, SupplyEvent::Adjusted { units, .. })) => NewSupply::Adjusted(units),
+        None => return Err(unknown("supply", &supply_id)),
+    };
+    Ok(Json(SupplyView { supply_id, supply, saga }).into_response())
+}
+
+async fn closing(State(front): State<Front>, closing: Id, time: Wait) -> Result<Response, Problem> {
+    let (closing_id, time) = (id(closing)?, wait(time)?);
+    front.events::<Closing>(&front.counter.closings, "closing", &closing_id).await?;
+    let saga = front.sagas.read("closing", &closing_id, time).await?;
+    let events = front.events::<Closing>(&front.counter.closings, "closing", &closing_id).await?;
+    let books = events.into_iter().find_map(|(_, event)| match event {
+        ClosingEvent::Closed { books, .. } => Some(books),
+        ClosingEvent::Opened { .. } => None,
+    });
+    let (store, bus) = front.kept_in;
+    Ok(Json(ClosingView { closing_id, books, store, bus, saga }).into_response())
+}
+
+impl Front {
+    /// Takes something in under its id. What was taken in under it before is given instead, so that it can be compared.
+    async fn take_in<A: Aggregate<Event: Clone>>(
+        &self,
+        papers: &Repository<A>,
+        id: &str,
+        command: A::Command,
+        headers: &HeaderMap,
+    ) -> Result<(A::Event, bool), Problem> {
+        let decided = papers.create(id, command, asked(A::CATEGORY, id, headers)).await.map_err(problem)?;
+        let repeated = decided.repeated || decided.events.is_empty();
+        if !repeated {
+            self.metrics.taken_in(A::CATEGORY);
+        }
+        let first = match decided.events.into_iter().next() {
+            Some(first) => Some(first),
+            // It was taken in by somebody who asked in another way.
+            None => self.events(papers, A::CATEGORY, id).await?.into_iter().next().map(|(_, event)| event),
+        };
+        first.map(|first| (first, repeated)).ok_or_else(other_body)
+    }
+
+    async fn events<A: Aggregate>(
+        &self,
+        papers: &Repository<A>,
+        what: &str,
+        id: &str,
+    ) -> Result<Vec<(chrono::DateTime<chrono::Utc>, A::Event)>, Problem> {
+        let stream = papers.stream(id).map_err(|error| Problem::new(StatusCode::BAD_REQUEST, error.to_string()))?;
+        let recorded = self.store.read_stream(&stream, Version::START, EVENTS_MAX).await;
+        let mut events = Vec::new();
+        for event in recorded.map_err(|error| Problem::unavailable(error.to_string()))? {
+            let decoded = event.decode::<A::Event>();
+            let decoded =
+                decoded.map_err(|error| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
+            events.extend(decoded.map(|decoded| (event.recorded_at, decoded)));
+        }
+        if events.is_empty() { Err(unknown(what, id)) } else { Ok(events) }
+    }
+}
+
+fn unknown(what: &str, id: &str) -> Problem {
+    Problem::new(StatusCode::NOT_FOUND, format!("there is no {what} {id}"))
+}
+
+fn other_body() -> Problem {
+    let detail = "this Idempotency-Key came before, with another body: what is new needs a new key";
+    Problem::new(StatusCode::UNPROCESSABLE_ENTITY, detail)
+}
+
+fn problem<R: std::error::Error>(error: ExecuteError<R>) -> Problem {
+    let detail = error.to_string();
+    match error {
+        ExecuteError::Refused(refusal) => Problem::new(StatusCode::UNPROCESSABLE_ENTITY, refusal.to_string()),
+        ExecuteError::Invalid(_) => Problem::new(StatusCode::UNPROCESSABLE_ENTITY, detail),
+        ExecuteError::Undecodable(_) => Problem::new(StatusCode::INTERNAL_SERVER_ERROR, detail),
+        ExecuteError::Contended { .. } | ExecuteError::Overloaded { .. } | ExecuteError::Unavailable(_) => {
+            Problem::unavailable(detail)
+        }
+    }
+}
+
+/// The same for the first time and for each repeat, but for one header.
+fn taken_in(resource: &str, id: &str, repeated: bool, body: Value) -> Response {
+    let mut response = (StatusCode::CREATED, Json(body)).into_response();
+    let location = format!("/{resource}/{}", utf8_percent_encode(id, NON_ALPHANUMERIC));
+    if let Ok(location) = HeaderValue::from_str(&location) {
+        response.headers_mut().insert(header::LOCATION, location);
+    }
+    if repeated {
+        response.headers_mut().insert(HeaderName::from_static(REPLAYED), HeaderValue::from_static("true"));
+    }
+    response
+}

@@ -1,0 +1,91 @@
+//! `/healthz`, `/readyz` and `/metrics`, which every service has.
+
+use std::{sync::Arc, time::Duration};
+
+use annals::{EventStore, Health, health::State as PartState};
+use axum::{
+    Json, Router,
+    extract::State,
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use serde_json::json;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use super::{metrics::Metrics, problem::Problem};
+
+/// How long the store may take to show that it is there.
+const STORE_TIME_MAX: Duration = Duration::from_secs(2);
+
+/// What the probes look at.
+#[derive(Clone)]
+pub struct Probes {
+    pub store: Arc<dyn EventStore>,
+    pub health: Health,
+    pub metrics: Metrics,
+    pub stopping: CancellationToken,
+}
+
+/// The routes.
+pub fn routes(probes: Probes) -> Router {
+    Router::new()
+        .route("/healthz", get(healthz))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics))
+        .with_state(probes)
+}
+
+/// Whether the process should be left alone: false once a part has ended by an error, which only a restart mends.
+async fn healthz(State(probes): State<Probes>) -> Response {
+    let failed = probes.health.parts().into_iter().find_map(|(part, state)| match state {
+        PartState::Failed(reason) => Some(format!("{part} has ended: {reason}")),
+        _ => None,
+    });
+    match failed {
+        Some(reason) => Problem::unavailable(reason).into_response(),
+        None => Json(json!({"status": "ok"})).into_response(),
+    }
+}
+
+/// Whether it can work now, and if not, why. What readers of the log wait for is told too; orders are taken in meanwhile.
+async fn readyz(State(probes): State<Probes>) -> Response {
+    let mut reasons = Vec::new();
+    if probes.stopping.is_cancelled() {
+        reasons.push("stopping".to_owned());
+    }
+    let waits_for = match timeout(STORE_TIME_MAX, probes.store.status()).await {
+        Ok(Ok(status)) => status.waits_for,
+        Ok(Err(error)) => {
+            reasons.push(error.to_string());
+            None
+        }
+        Err(_) => {
+            reasons.push(format!("the store did not answer within {} s", STORE_TIME_MAX.as_secs()));
+            None
+        }
+    };
+    let parts = probes.health.parts();
+    for (part, state) in &parts {
+        match state {
+            PartState::Fine | PartState::Elsewhere(_) => {}
+            PartState::Starting => reasons.push(format!("{part} is starting")),
+            PartState::Stopped => reasons.push(format!("{part} has stopped")),
+            PartState::Trouble(reason) | PartState::Failed(reason) => reasons.push(format!("{part}: {reason}")),
+        }
+    }
+    let (status, word) = match reasons.is_empty() {
+        true => (StatusCode::OK, "ready"),
+        false => (StatusCode::SERVICE_UNAVAILABLE, "not ready"),
+    };
+    (status, Json(json!({"status": word, "reasons": reasons, "readers_wait_for": waits_for, "parts": parts})))
+        .into_response()
+}
+
+async fn metrics(State(probes): State<Probes>) -> Response {
+    match probes.metrics.text(&probes.store, &probes.health).await {
+        Ok(text) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response(),
+        Err(error) => Problem::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+    }
+}

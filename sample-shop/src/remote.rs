@@ -1,0 +1,336 @@
+//! The main job over HTTP: hands every invoice in to a shop elsewhere, and waits until each has come to its end.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::{
+    Method, Request, StatusCode,
+    body::Bytes,
+    header::{CONTENT_TYPE, HeaderMap, HeaderValue},
+};
+use hyper_util::{
+    client::legacy::{Client, connect::HttpConnector},
+    rt::{TokioExecutor, TokioTimer},
+};
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::{
+    api::{ClosingView, IDEMPOTENCY_KEY, NewOrder, NewReturn, NewSupply, REPLAYED, SagaView, SupplyView},
+    arguments::HttpUrl,
+    hand_in::{Customers, End, Kind, Paper, Shop, TakenIn},
+    http::Problem,
+    input::Invoices,
+    run::{Outcome, RunError, Settings},
+    supply::SupplyEvent,
+};
+
+/// How long a request waits for an end before it asks again.
+const WAIT: Duration = Duration::from_secs(10);
+/// How long an answer may take.
+const ANSWER_TIME_MAX: Duration = Duration::from_secs(30);
+/// How long nobody may answer before the run is given up. What it did stays done.
+const SILENCE_MAX: Duration = Duration::from_secs(120);
+/// Silence is told when it lasts this long.
+const SILENCE_TOLD: Duration = Duration::from_secs(2);
+/// The delay before the second try; doubled before each further one.
+const RETRY_MIN: Duration = Duration::from_millis(50);
+/// The longest delay.
+const RETRY_MAX: Duration = Duration::from_secs(2);
+/// The largest answer, in bytes: a large order with its timeline.
+const ANSWER_BYTES_MAX: usize = 16_000_000;
+/// An idle connection is not used again after this: less than the shop keeps it.
+const IDLE_MAX: Duration = Duration::from_secs(15);
+
+/// A shop behind HTTP.
+#[derive(Clone)]
+struct There {
+    url: HttpUrl,
+    client: Client<HttpConnector, Full<Bytes>>,
+    silence: Arc<Mutex<Silence>>,
+    stop: CancellationToken,
+}
+
+/// Since when nobody has answered.
+struct Silence {
+    heard: Instant,
+    told: bool,
+}
+
+struct Answered {
+    status: StatusCode,
+    headers: HeaderMap,
+    body: Bytes,
+    /// Whether an earlier try may have been heard.
+    tried_before: bool,
+}
+
+/// The one part that every answer about an id has.
+#[derive(Deserialize)]
+struct Watched {
+    saga: Option<SagaView>,
+}
+
+/// What a run over HTTP came to, with where the shop keeps its events and how its services talk.
+pub struct RemoteOutcome {
+    pub outcome: Outcome,
+    pub store: String,
+    pub bus: String,
+}
+
+/// Hands in the invoices. `None`: it was stopped, with so many under way.
+pub async fn run(
+    url: &HttpUrl,
+    opening_stock: BTreeMap<String, u64>,
+    invoices: &mut Invoices,
+    settings: Settings,
+    on_progress: impl FnMut(u64),
+) -> Result<Result<RemoteOutcome, u64>, RunError> {
+    let mut connector = HttpConnector::new();
+    connector.set_nodelay(true);
+    let mut builder = Client::builder(TokioExecutor::new());
+    builder.pool_timer(TokioTimer::new()).pool_idle_timeout(IDLE_MAX).pool_max_idle_per_host(settings.concurrency);
+    let silence = Arc::new(Mutex::new(Silence { heard: Instant::now(), told: false }));
+    let there = There { url: url.clone(), client: builder.build(connector), silence, stop: settings.stop.clone() };
+    let customers = Customers::new(there.clone())?;
+    let stop = &settings.stop;
+    tokio::select! {
+        opened = customers.open_stock(opening_stock, &settings.input) => opened?,
+        () = stop.cancelled() => return Ok(Err(0)),
+    }
+    let started = customers.hand_in_all(invoices, &settings, on_progress).await?;
+    let elapsed = started.elapsed();
+    if let Some(reason) = there.gave_up() {
+        return Err(RunError::Runtime(reason));
+    }
+    if stop.is_cancelled() {
+        return Ok(Err(customers.tally().unfinished));
+    }
+    let closing = tokio::select! {
+        closed = there.close() => closed.map_err(RunError::Runtime)?,
+        () = stop.cancelled() => return Ok(Err(0)),
+    };
+    let mut tally = customers.tally();
+    let outcome = Outcome {
+        books: closing.books.unwrap_or_default(),
+        sagas: tally.sagas,
+        repeated: tally.repeated,
+        stuck: tally.stuck,
+        unfinished: tally.unfinished,
+        elapsed,
+        latency_us: tally.latency_us.clone(),
+        rejected: std::mem::take(&mut tally.rejected),
+        parked: Vec::new(),
+    };
+    Ok(Ok(RemoteOutcome { outcome, store: closing.store, bus: closing.bus }))
+}
+
+impl There {
+    /// Asks until somebody answers other than "not now".
+    async fn ask(&self, method: Method, path: &str, key: Option<&str>, body: Bytes) -> Result<Answered, String> {
+        let (mut delay, mut tried_before) = (RETRY_MIN, false);
+        loop {
+            let trouble = match tokio::time::timeout(ANSWER_TIME_MAX, self.once(&method, path, key, body.clone())).await
+            {
+                Ok(Ok((status, headers, body))) if !is_passing(status) => {
+                    self.heard();
+                    return Ok(Answered { status, headers, body, tried_before });
+                }
+                Ok(Ok((status, _, body))) => {
+                    // Turned away before anything was done, or cut off in the middle.
+                    tried_before |= status != StatusCode::SERVICE_UNAVAILABLE;
+                    detail(status, &body)
+                }
+                Ok(Err(error)) => {
+                    tried_before = true;
+                    error
+                }
+                Err(_) => {
+                    tried_before = true;
+                    format!("no answer within {} s", ANSWER_TIME_MAX.as_secs())
+                }
+            };
+            self.unheard(&trouble)?;
+            // Between half of the delay and the whole, so that not all come back at once.
+            tokio::time::sleep(delay.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
+            delay = (delay * 2).min(RETRY_MAX);
+        }
+    }
+
+    async fn once(
+        &self,
+        method: &Method,
+        path: &str,
+        key: Option<&str>,
+        body: Bytes,
+    ) -> Result<(StatusCode, HeaderMap, Bytes), String> {
+        let mut request = Request::builder().method(method.clone()).uri(format!("{}{path}", self.url));
+        if let Some(key) = key {
+            let key = HeaderValue::from_bytes(key.as_bytes()).map_err(|error| error.to_string())?;
+            request = request.header(IDEMPOTENCY_KEY, key).header(CONTENT_TYPE, "application/json");
+        }
+        let request = request.body(Full::new(body)).map_err(|error| error.to_string())?;
+        let response = self.client.request(request).await.map_err(|error| chain(&error))?;
+        let (head, body) = response.into_parts();
+        let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await.map_err(|error| error.to_string())?;
+        Ok((head.status, head.headers, body.to_bytes()))
+    }
+
+    fn silence(&self) -> std::sync::MutexGuard<'_, Silence> {
+        self.silence.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn heard(&self) {
+        *self.silence() = Silence { heard: Instant::now(), told: false };
+    }
+
+    /// An error once nobody has answered anybody for long.
+    fn unheard(&self, trouble: &str) -> Result<(), String> {
+        let mut silence = self.silence();
+        if silence.heard.elapsed() > SILENCE_MAX {
+            // The others need not find out one by one.
+            self.stop.cancel();
+            return Err(format!("{}: {trouble}, for {} s", self.url, SILENCE_MAX.as_secs()));
+        }
+        if silence.heard.elapsed() > SILENCE_TOLD && !std::mem::replace(&mut silence.told, true) {
+            tracing::error!("waiting, and trying again: {}: {trouble}", self.url);
+        }
+        Ok(())
+    }
+
+    /// Why the run was given up.
+    fn gave_up(&self) -> Option<String> {
+        let silent = self.silence().heard.elapsed() > SILENCE_MAX;
+        silent.then(|| {
+            format!(
+                "{} has not answered for {} s; run the same command again, and it goes on",
+                self.url,
+                SILENCE_MAX.as_secs()
+            )
+        })
+    }
+
+    async fn post<T: Serialize>(&self, resource: &str, key: &str, body: &T) -> Result<Answered, String> {
+        let body = serde_json::to_vec(body).map_err(|error| error.to_string())?;
+        self.ask(Method::POST, &format!("/{resource}"), Some(key), body.into()).await
+    }
+
+    async fn get<T: DeserializeOwned>(&self, resource: &str, id: &str) -> Result<T, String> {
+        let id = utf8_percent_encode(id, NON_ALPHANUMERIC);
+        let path = format!("/{resource}/{id}?wait={}s", WAIT.as_secs());
+        let answered = self.ask(Method::GET, &path, None, Bytes::new()).await?;
+        if !answered.status.is_success() {
+            return Err(detail(answered.status, &answered.body));
+        }
+        serde_json::from_slice(&answered.body).map_err(|error| format!("{}{path}: {error}", self.url))
+    }
+
+    /// Closes the books, now that all has ended.
+    async fn close(&self) -> Result<ClosingView, String> {
+        let id = Uuid::now_v7().to_string();
+        let opened = self.post("closings", &id, &()).await?;
+        if !opened.status.is_success() {
+            return Err(format!("closing the books: {}", detail(opened.status, &opened.body)));
+        }
+        loop {
+            let closing: ClosingView = self.get("closings", &id).await?;
+            match &closing.saga {
+                _ if closing.books.is_some() => return Ok(closing),
+                Some(saga) if saga.is_stuck() => {
+                    let reason = saga.last_error.clone().unwrap_or_default();
+                    return Err(format!("closing the books: {reason}; run the same command again"));
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl Shop for There {
+    async fn take_in(&self, paper: Paper) -> Result<TakenIn, String> {
+        let answered = match &paper {
+            Paper::Order { id, customer, lines, card } => {
+                let order = NewOrder { customer: customer.clone(), lines: lines.clone(), card: *card };
+                self.post("orders", id, &order).await?
+            }
+            Paper::Return { id, customer, lines } => {
+                let returned = NewReturn { customer: customer.clone(), lines: lines.clone() };
+                self.post("returns", id, &returned).await?
+            }
+            Paper::Supply(supply) => {
+                let sent = match supply.clone() {
+                    SupplyEvent::Delivered { units, .. } => NewSupply::Delivered(units),
+                    SupplyEvent::Adjusted { units, .. } => NewSupply::Adjusted(units),
+                };
+                let answered = self.post("supplies", supply.id(), &sent).await?;
+                // Whether it is the one of an earlier run, with other units in it.
+                if answered.status == StatusCode::UNPROCESSABLE_ENTITY
+                    && let Ok(before) = self.get::<SupplyView>("supplies", supply.id()).await
+                    && before.supply != sent
+                {
+                    let (NewSupply::Delivered(units) | NewSupply::Adjusted(units)) = before.supply;
+                    return Ok(TakenIn { repeated: true, units });
+                }
+                answered
+            }
+        };
+        if !answered.status.is_success() {
+            return Err(detail(answered.status, &answered.body));
+        }
+        let units = match paper {
+            Paper::Supply(supply) => supply.units(),
+            Paper::Order { .. } | Paper::Return { .. } => Vec::new(),
+        };
+        // What this run itself may have handed in at an earlier try is not of an earlier run.
+        let repeated = answered.headers.contains_key(REPLAYED) && !answered.tried_before;
+        Ok(TakenIn { repeated, units })
+    }
+
+    async fn ended(&self, kind: Kind, id: &str) -> Result<End, String> {
+        let resource = match kind {
+            Kind::Order => "orders",
+            Kind::Return => "returns",
+            Kind::Supply => "supplies",
+        };
+        loop {
+            match self.get::<Watched>(resource, id).await?.saga {
+                Some(saga) if saga.is_stuck() => return Ok(End::Stuck),
+                Some(saga) if saga.ended_at.is_some() => return Ok(End::Ended),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Whether the same request may have more luck in a moment.
+fn is_passing(status: StatusCode) -> bool {
+    matches!(
+        status,
+        StatusCode::SERVICE_UNAVAILABLE
+            | StatusCode::BAD_GATEWAY
+            | StatusCode::GATEWAY_TIMEOUT
+            | StatusCode::REQUEST_TIMEOUT
+            | StatusCode::TOO_MANY_REQUESTS
+    )
+}
+
+fn detail(status: StatusCode, body: &[u8]) -> String {
+    match serde_json::from_slice::<Problem>(body) {
+        Ok(problem) => problem.detail,
+        Err(_) => status.to_string(),
+    }
+}
+
+/// An error with what is behind it: the client's own says little.
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.last().map(ToString::to_string).unwrap_or_default()
+}

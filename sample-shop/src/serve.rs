@@ -1,0 +1,112 @@
+//! Runs one service, or all, until told to stop.
+
+use std::{io::Write, net::SocketAddr, sync::Arc, time::Duration};
+
+use annals::{EventStore, Runtime, Service, Tail};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    Failure,
+    arguments::{BusUrl, Role, Serve},
+    bus,
+    claim::Claim,
+    http::{self, Endings, Front, Metrics, Probes, Sagas},
+    payment::{SimulatedProvider, TROUBLE_RATE},
+    run::tell_troubles,
+    shop::{self, Counter},
+    store::Store,
+};
+
+/// How long the parts may take to finish what they have in hand.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Which requests to the simulated provider go wrong at first. What becomes of an order does not depend on it.
+const PROVIDER_SEED: u64 = 7;
+/// The sagas of the order service, whose ends are waited for.
+const SAGAS: [&str; 4] = ["saga.checkout", "saga.return", "saga.supply", "saga.closing"];
+
+/// Serves until `stop`.
+///
+/// # Errors
+/// If store, bus or address cannot be had, or a part ended by an error.
+pub async fn serve(arguments: Serve, stop: CancellationToken) -> Result<(), Failure> {
+    if arguments.bus == BusUrl::Local && arguments.role != Role::All {
+        return Err("bus local: ends with this process, and the other services are not in it: `serve all`, or name a \
+                    --bus kafka://host:port"
+            .into());
+    }
+    // First, so that an address in use costs nothing.
+    let listener = match arguments.http {
+        Some(address) => Some(bind(address).await?),
+        None => None,
+    };
+    let store = Store::open(&arguments.store).await?;
+    let claim = Claim::on(&arguments.store)?;
+    let served = serve_on(&store, &arguments, listener, stop).await;
+    let closed = store.close().await;
+    drop(claim);
+    served.and(closed)
+}
+
+async fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
+    TcpListener::bind(address).await.map_err(|error| format!("--http {address}: {error}").into())
+}
+
+async fn serve_on(
+    store: &Store,
+    arguments: &Serve,
+    listener: Option<TcpListener>,
+    stop: CancellationToken,
+) -> Result<(), Failure> {
+    let bus = bus::open(&arguments.bus).await?;
+    let store: Arc<dyn EventStore> = Arc::new(Tail::follow(store.port()).await?);
+    let counter = Counter::new(&store);
+    let mut runtime = arguments.shared_as().as_deref().map_or_else(Runtime::new, Runtime::shared);
+    runtime.start(services(arguments.role, &store, &counter), bus).await?;
+    runtime.spawn("troubles", tell_troubles(runtime.health(), runtime.shutdown()));
+    let metrics = Metrics::new()?;
+    let health = runtime.health();
+    let probes = Probes { store: store.clone(), health, metrics: metrics.clone(), stopping: stop.clone() };
+    let front = matches!(arguments.role, Role::All | Role::Order).then(|| {
+        let endings = Endings::default();
+        let follows = endings.clone().follow(store.clone(), SAGAS.to_vec(), metrics.clone(), runtime.shutdown());
+        runtime.spawn("endings", follows);
+        let sagas = Sagas { store: store.clone(), endings, stopping: stop.clone() };
+        let kept_in = (arguments.store.to_string(), arguments.bus.to_string());
+        Front { store: store.clone(), counter, sagas, metrics, kept_in }
+    });
+    say_where(arguments, listener.as_ref())?;
+    match listener {
+        // Ends once requests in hand are answered.
+        Some(listener) => http::serve(listener, http::app(front, probes), stop).await?,
+        None => stop.cancelled().await,
+    }
+    Ok(runtime.drain(PATIENCE).await?)
+}
+
+/// The line that others read the address from.
+fn say_where(arguments: &Serve, listener: Option<&TcpListener>) -> Result<(), Failure> {
+    let at = match listener {
+        Some(listener) => format!("http://{}", listener.local_addr()?),
+        None => "no --http".to_owned(),
+    };
+    let Serve { role, store, bus, .. } = arguments;
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "serving {role} at {at}, store {store}, bus {bus}")?;
+    Ok(out.flush()?)
+}
+
+fn services(role: Role, store: &Arc<dyn EventStore>, counter: &Counter) -> Vec<Service> {
+    let order = || shop::order_service_with_office(store.clone(), counter.clone());
+    let inventory = || shop::inventory_service(store.clone());
+    let payment =
+        || shop::payment_service(store.clone(), Arc::new(SimulatedProvider::new(PROVIDER_SEED, TROUBLE_RATE)));
+    let notification = || shop::notification_service(store.clone());
+    match role {
+        Role::All => vec![order(), inventory(), payment(), notification()],
+        Role::Order => vec![order()],
+        Role::Inventory => vec![inventory()],
+        Role::Payment => vec![payment()],
+        Role::Notification => vec![notification()],
+    }
+}

@@ -1,0 +1,48 @@
+//! The store that a URL names.
+
+use std::sync::Arc;
+
+use annals::{EventStore, MemoryStore};
+use annals_postgres::PostgresStore;
+use annals_sqlite::SqliteStore;
+
+use crate::{Failure, arguments::StoreUrl};
+
+/// The store that a URL names.
+pub enum Store {
+    Memory(Arc<MemoryStore>),
+    Sqlite(SqliteStore),
+    Postgres(PostgresStore),
+}
+
+impl Store {
+    /// Opens it, and makes it where it is not there.
+    pub async fn open(url: &StoreUrl) -> Result<Self, Failure> {
+        Ok(match url {
+            StoreUrl::Memory => Self::Memory(Arc::new(MemoryStore::new())),
+            StoreUrl::Sqlite(path) => Self::Sqlite(SqliteStore::open(path).await?),
+            StoreUrl::Postgres(url) => {
+                Self::Postgres(PostgresStore::connect(url, annals_postgres::Settings::default()).await?)
+            }
+        })
+    }
+
+    /// The port to it.
+    pub fn port(&self) -> Arc<dyn EventStore> {
+        match self {
+            Self::Memory(store) => store.clone(),
+            Self::Sqlite(store) => Arc::new(store.clone()),
+            Self::Postgres(store) => Arc::new(store.clone()),
+        }
+    }
+
+    /// Closes it.
+    pub async fn close(&self) -> Result<(), Failure> {
+        match self {
+            Self::Memory(_) => {}
+            Self::Sqlite(store) => store.close().await?,
+            Self::Postgres(store) => store.close().await?,
+        }
+        Ok(())
+    }
+}
