@@ -67,6 +67,7 @@ mod group;
 mod log;
 mod news;
 mod open;
+mod queue;
 mod read;
 mod replay;
 mod sql_store;
@@ -87,7 +88,7 @@ use async_trait::async_trait;
 use sqlx::PgPool;
 use tokio::{
     sync::{mpsc, oneshot, watch},
-    task::AbortHandle,
+    task::{AbortHandle, JoinHandle},
     time::timeout,
 };
 
@@ -102,8 +103,9 @@ use self::{
     log::{Ahead, Log},
     news::News,
     open::Database,
+    queue::{QUEUE_COMMITS_MAX, Queue, Submission},
     statements::Statements,
-    writer::{QUEUE_COMMITS_MAX, Reconnect, Submission, Writer},
+    writer::{Reconnect, Writer},
 };
 
 /// How long a reader waits before it looks for what nobody told it of, doubling between these: rows written by hand, and
@@ -150,22 +152,28 @@ impl PostgresStore {
         database.prepare().await?;
         let (readers, news) = (database.readers(), News::new());
         let (queue, submissions) = mpsc::channel(QUEUE_COMMITS_MAX);
-        let writer = Writer {
+        let queue_of_writers = Arc::new(Queue::new(submissions));
+        let writer = |second| Writer {
             database: database.clone(),
             connection: None,
-            queue: submissions,
+            queue: queue_of_writers.clone(),
+            second,
             news: news.clone(),
             reconnect: Reconnect::default(),
         };
         let (end, ended) = watch::channel(None);
-        // A second task watches over the first, so that even a panic in it is heard of.
-        let writing = tokio::spawn(writer.run());
+        // Another task watches over them, so that even a panic in one is heard of.
+        let (first, second) = (tokio::spawn(writer(false).run()), tokio::spawn(writer(true).run()));
         tokio::spawn(async move {
-            let result = match writing.await {
+            let ended = async |writing: JoinHandle<Result<(), sqlx::Error>>| match writing.await {
                 Ok(Ok(())) => Ok(()),
                 Ok(Err(error)) => Err(error.to_string()),
                 Err(error) => Err(error.to_string()),
             };
+            let stop_second = second.abort_handle();
+            let result = tokio::try_join!(ended(first), ended(second)).map(drop);
+            // Without the first, nobody takes what is waiting; then it must not wait.
+            stop_second.abort();
             if let Err(reason) = &result {
                 tracing::error!(reason, "the writer of a store has failed");
             }

@@ -1,13 +1,10 @@
-//! The one task that writes: takes the commits that are waiting as a group, and makes one round trip of them.
+//! What writes: takes the commits that are waiting as a group, and makes one round trip of them.
 
 use std::{sync::Arc, time::Duration};
 
-use annals::{CommitError, Committed, Position};
+use annals::{CommitError, Position};
 use sqlx::{Connection, PgConnection};
-use tokio::{
-    sync::{mpsc, oneshot},
-    time::{Instant, sleep, sleep_until, timeout},
-};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::{
     append::append,
@@ -15,16 +12,9 @@ use crate::{
     group::{Decision, Prepared},
     news::News,
     open::Database,
+    queue::{Outcome, Queue},
 };
 
-/// Commits that may wait for the writer; further callers wait for a place. Two groups' worth: one being written, one behind.
-pub(crate) const QUEUE_COMMITS_MAX: usize = 2 * GROUP_COMMITS_MAX;
-/// The most commits in a group: beyond this, a sync less per commit is not worth the wait of the first for the last.
-const GROUP_COMMITS_MAX: usize = 1_024;
-/// A group takes no further commit once it has this many rows.
-const GROUP_ROWS_MAX: usize = 4_096;
-/// A group takes no further commit once it has this many bytes of payload.
-const GROUP_BYTES_MAX: usize = 8 << 20;
 /// How often a group is tried as a whole while other processes are faster, before it is tried in halves.
 const RACES_MAX: u32 = 4;
 /// How often a single commit is tried while other processes are faster: it loses one of these only to somebody who won.
@@ -37,19 +27,13 @@ pub(crate) const ANSWER_SECONDS_MAX: u64 = 60;
 const RECONNECT_MS_MIN: u64 = 20;
 const RECONNECT_MS_MAX: u64 = 1_000;
 
-pub(crate) type Outcome = Result<Committed, CommitError>;
-
-/// A commit and who waits for it. Nobody may: then the commit is written all the same.
-pub(crate) struct Submission {
-    pub(crate) commit: Prepared,
-    pub(crate) answer: oneshot::Sender<Outcome>,
-}
-
 pub(crate) struct Writer {
     pub(crate) database: Arc<Database>,
     /// `None` after a failure: what state it left a connection in is not worth finding out.
     pub(crate) connection: Option<PgConnection>,
-    pub(crate) queue: mpsc::Receiver<Submission>,
+    pub(crate) queue: Arc<Queue>,
+    /// Whether it takes only what another writer leaves.
+    pub(crate) second: bool,
     pub(crate) news: News,
     pub(crate) reconnect: Reconnect,
 }
@@ -93,9 +77,10 @@ enum Failure {
 impl Writer {
     /// Runs until the last sender is gone and the queue is empty.
     pub(crate) async fn run(mut self) -> Result<(), sqlx::Error> {
-        while let Some(first) = self.queue.recv().await {
+        let queue = self.queue.clone();
+        while let Some(group) = if self.second { queue.overflow().await } else { queue.next().await } {
             let (commits, answers): (Vec<_>, Vec<_>) =
-                self.group(first).into_iter().map(|submission| (submission.commit, submission.answer)).unzip();
+                group.into_iter().map(|submission| (submission.commit, submission.answer)).unzip();
             for (answer, outcome) in answers.into_iter().zip(self.write(&commits).await) {
                 // A caller that gave up needs no answer.
                 drop(answer.send(outcome));
@@ -108,19 +93,6 @@ impl Writer {
             Some(connection) => connection.close().await,
             None => Ok(()),
         }
-    }
-
-    /// Takes what is waiting, and waits for nothing.
-    fn group(&mut self, first: Submission) -> Vec<Submission> {
-        let (mut rows, mut bytes) = (first.commit.rows, first.commit.bytes);
-        let mut group = vec![first];
-        while group.len() < GROUP_COMMITS_MAX && rows < GROUP_ROWS_MAX && bytes < GROUP_BYTES_MAX {
-            let Ok(next) = self.queue.try_recv() else { break };
-            rows += next.commit.rows;
-            bytes += next.commit.bytes;
-            group.push(next);
-        }
-        group
     }
 
     /// Writes a group, in halves where it does not go as a whole.
