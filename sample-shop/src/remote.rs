@@ -85,7 +85,7 @@ pub struct RemoteOutcome {
     pub bus: String,
 }
 
-/// Hands in the invoices. `None`: it was stopped, with so many under way.
+/// Hands in the invoices. Inside, an error says that the run was stopped, and how many orders and returns are unfinished.
 pub async fn run(
     url: &HttpUrl,
     opening_stock: BTreeMap<String, u64>,
@@ -103,19 +103,16 @@ pub async fn run(
     let stop = &settings.stop;
     tokio::select! {
         opened = customers.open_stock(opening_stock, &settings.input) => opened?,
-        () = stop.cancelled() => return Ok(Err(0)),
+        () = stop.cancelled() => return there.stopped(0),
     }
     let started = customers.hand_in_all(invoices, &settings, on_progress).await?;
     let elapsed = started.elapsed();
-    if let Some(reason) = there.gave_up() {
-        return Err(RunError::Runtime(reason));
-    }
     if stop.is_cancelled() {
-        return Ok(Err(customers.tally().unfinished));
+        return there.stopped(customers.tally().unfinished);
     }
     let closing = tokio::select! {
         closed = there.close() => closed.map_err(RunError::Runtime)?,
-        () = stop.cancelled() => return Ok(Err(0)),
+        () = stop.cancelled() => return there.stopped(0),
     };
     let mut tally = customers.tally();
     let outcome = Outcome {
@@ -205,16 +202,14 @@ impl There {
         Ok(())
     }
 
-    /// Why the run was given up.
-    fn gave_up(&self) -> Option<String> {
-        let silent = self.silence().heard.elapsed() > SILENCE_MAX;
-        silent.then(|| {
-            format!(
-                "{} has not answered for {} s; run the same command again, and it goes on",
-                self.url,
-                SILENCE_MAX.as_secs()
-            )
-        })
+    /// Who stopped the run: somebody, or nobody's answering.
+    fn stopped(&self, unfinished: u64) -> Result<Result<RemoteOutcome, u64>, RunError> {
+        if self.silence().heard.elapsed() <= SILENCE_MAX {
+            return Ok(Err(unfinished));
+        }
+        let (url, seconds) = (&self.url, SILENCE_MAX.as_secs());
+        let reason = format!("{url} has not answered for {seconds} s; run the same command again, and it goes on");
+        Err(RunError::Runtime(reason))
     }
 
     async fn post<T: Serialize>(&self, resource: &str, key: &str, body: &T) -> Result<Answered, String> {

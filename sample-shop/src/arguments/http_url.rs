@@ -34,6 +34,10 @@ impl FromStr for HttpUrl {
         match (uri.scheme_str(), uri.authority()) {
             (Some("https"), _) => Err(HttpUrlError::Tls),
             (Some("http"), Some(authority)) if !authority.host().is_empty() => {
+                let has_port = authority.as_str().rsplit(']').next().is_some_and(|rest| rest.contains(':'));
+                if has_port && authority.port_u16().is_none() {
+                    return Err(HttpUrlError::Shape);
+                }
                 if !matches!(uri.path(), "" | "/") || uri.query().is_some() {
                     return Err(HttpUrlError::Path);
                 }

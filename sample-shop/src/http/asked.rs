@@ -93,7 +93,7 @@ fn traceparent(headers: &HeaderMap) -> Option<Arc<str>> {
 pub fn body<T: DeserializeOwned>(headers: &HeaderMap, body: &Bytes) -> Result<T, Problem> {
     let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
     if !kind.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case("application/json") {
-        let detail = format!("the Content-Type is {kind:.100?}; it must be application/json");
+        let detail = format!("the Content-Type is {:?}; it must be application/json", start(kind));
         return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, detail));
     }
     serde_json::from_slice(body).map_err(|error| match error.classify() {
@@ -121,8 +121,15 @@ pub fn sku(sku: &str) -> Result<(), Problem> {
 fn named(what: &str, text: &str) -> Result<(), String> {
     match text {
         text if text.trim().is_empty() => Err(format!("{what} is empty")),
-        text if text.len() > ID_BYTES_MAX => Err(format!("{what} {text:.40?}… has more than {ID_BYTES_MAX} bytes")),
-        text if text.chars().any(char::is_control) => Err(format!("{what} {text:.40?} has a control character")),
+        text if text.len() > ID_BYTES_MAX => {
+            Err(format!("{what} {:?}… has more than {ID_BYTES_MAX} bytes", start(text)))
+        }
+        text if text.chars().any(char::is_control) => Err(format!("{what} {:?} has a control character", start(text))),
         _ => Ok(()),
     }
+}
+
+/// Enough of a text to know it again.
+fn start(text: &str) -> String {
+    text.chars().take(40).collect()
 }

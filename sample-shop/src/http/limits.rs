@@ -77,3 +77,40 @@ fn unread(error: axum::Error) -> Problem {
     }
     Problem::new(StatusCode::BAD_REQUEST, format!("the body could not be read: {error}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::{Router, http, middleware::from_fn_with_state, routing::post};
+    use futures::future::join_all;
+    use hyper::service::Service;
+    use hyper_util::service::TowerToHyperService;
+
+    use super::*;
+
+    /// All places are taken by requests that are not answered yet; the next one is turned away, and so is one that comes when
+    /// the shop stops.
+    #[tokio::test]
+    async fn one_more_than_all_places_is_turned_away() {
+        let (answer, stopping) = (CancellationToken::new(), CancellationToken::new());
+        let held = answer.clone();
+        let limits = Limits::new(stopping.clone());
+        let app: Router = Router::new()
+            .route("/", post(move || async move { held.cancelled().await }))
+            .layer(from_fn_with_state(limits.clone(), hold));
+        let app = TowerToHyperService::new(app);
+        let ask = || app.call(http::Request::post("/").body(Body::empty()).expect("a request"));
+        let asked: Vec<_> = (0..REQUESTS_MAX).map(|_| tokio::spawn(ask())).collect();
+        while limits.places.available_permits() > 0 {
+            tokio::task::yield_now().await;
+        }
+        let refused = ask().await.expect("an answer");
+        assert_eq!(refused.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(refused.headers()["retry-after"], "1");
+        answer.cancel();
+        for answered in join_all(asked).await {
+            assert_eq!(answered.expect("joined").expect("an answer").status(), StatusCode::OK);
+        }
+        stopping.cancel();
+        assert_eq!(ask().await.expect("an answer").status(), StatusCode::SERVICE_UNAVAILABLE);
+    }
+}

@@ -1,0 +1,179 @@
+//! Starts `serve` in processes of its own and talks to it: for tests of one process or of many.
+#![allow(clippy::unwrap_used, dead_code)]
+
+use std::{
+    io::{BufRead, BufReader, Read, Write},
+    net::{SocketAddr, TcpStream},
+    process::{Child, Command, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+
+/// Nothing here takes nearly as long on an idle machine.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A `serve` that answers HTTP. Killed when it is dropped.
+pub struct Serving {
+    child: Child,
+    pub at: SocketAddr,
+    /// What it was started with, but for the address.
+    arguments: Vec<String>,
+}
+
+/// What came back.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: u16,
+    /// Names in lower case.
+    pub headers: Vec<(String, String)>,
+    pub text: String,
+}
+
+impl Serving {
+    /// Starts one service, or all, on a store and a bus, and waits until it says where it answers.
+    pub fn start(role: &str, store: &str, bus: &str) -> Self {
+        let arguments = ["serve", role, "--store", store, "--bus", bus].map(str::to_owned).to_vec();
+        Self::start_at(arguments, "127.0.0.1:0")
+    }
+
+    /// All four services in one process, on the local bus.
+    pub fn all(store: &str) -> Self {
+        Self::start("all", store, "local:")
+    }
+
+    fn start_at(arguments: Vec<String>, address: &str) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sample-shop"));
+        command.args(&arguments).args(["--http", address]).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let line = lines.next().unwrap_or_else(|| panic!("{arguments:?} ended")).unwrap();
+        let at =
+            line.split("http://").nth(1).and_then(|rest| rest.split(',').next()).unwrap_or_else(|| panic!("{line}"));
+        Self { child, at: at.parse().unwrap(), arguments }
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}", self.at)
+    }
+
+    pub fn signal(&self, name: &str) {
+        let sent = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status().unwrap();
+        assert!(sent.success(), "it had ended before it was sent {name}");
+    }
+
+    /// Ends it as a power cut does, and starts it again at the same address.
+    pub fn kill_and_restart(mut self) -> Self {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        Self::start_at(self.arguments.clone(), &self.at.to_string())
+    }
+
+    /// Waits for its end, and not for ever.
+    pub fn code(&mut self) -> Option<i32> {
+        let started = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code();
+            }
+            assert!(started.elapsed() < PATIENCE, "it never ends");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// One request on a connection of its own.
+    pub fn ask(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
+        self.try_ask(method, path, headers, body).expect("no answer")
+    }
+
+    /// The same of a server that may be about to end.
+    pub fn try_ask(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Option<Answer> {
+        let mut request = format!("{method} {path} HTTP/1.1\r\nhost: shop\r\nconnection: close\r\n");
+        headers.iter().for_each(|(name, value)| request += &format!("{name}: {value}\r\n"));
+        request += &format!("content-length: {}\r\n\r\n{body}", body.len());
+        let mut stream = TcpStream::connect(self.at).ok()?;
+        stream.set_read_timeout(Some(PATIENCE)).ok()?;
+        _ = stream.write_all(request.as_bytes());
+        read_answer(&mut stream)
+    }
+
+    /// Whatever bytes, and what comes back.
+    pub fn send(&self, bytes: &[u8]) -> Answer {
+        let mut stream = self.connect();
+        // It may answer and close before it has read all.
+        _ = stream.write_all(bytes);
+        read_answer(&mut stream).expect("no answer")
+    }
+
+    pub fn connect(&self) -> TcpStream {
+        let stream = TcpStream::connect(self.at).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream
+    }
+
+    pub fn get(&self, path: &str) -> Answer {
+        self.ask("GET", path, &[], "")
+    }
+
+    pub fn post(&self, path: &str, key: &str, body: &Value) -> Answer {
+        let headers = [("content-type", "application/json"), ("idempotency-key", key)];
+        self.ask("POST", path, &headers, &body.to_string())
+    }
+
+    /// `run --http` against it.
+    pub fn customer(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sample-shop"));
+        command.args(["run", "--json", "--quiet", "--http", &self.url()]).args(arguments);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    pub fn buy(&self, arguments: &[&str]) -> Output {
+        self.customer(arguments).output().unwrap()
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        _ = self.child.kill();
+        _ = self.child.wait();
+    }
+}
+
+/// Reads what comes until the connection is closed; `None` if that is not a whole answer.
+pub fn read_answer(stream: &mut TcpStream) -> Option<Answer> {
+    let mut bytes = Vec::new();
+    // A reset behind the answer is as good as its end.
+    _ = stream.read_to_end(&mut bytes);
+    let text = String::from_utf8(bytes).unwrap();
+    let (head, body) = text.split_once("\r\n\r\n")?;
+    let mut lines = head.lines();
+    let status = lines.next().and_then(|line| line.split(' ').nth(1)).unwrap().parse().unwrap();
+    let headers = lines.filter_map(|line| line.split_once(": "));
+    let headers = headers.map(|(name, value)| (name.to_lowercase(), value.to_owned())).collect();
+    let answer = Answer { status, headers, text: body.to_owned() };
+    let whole = answer.header("content-length").is_none_or(|length| length.parse() == Ok(body.len()));
+    whole.then_some(answer)
+}
+
+impl Answer {
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.text).unwrap_or_else(|error| panic!("{error}: {self:?}"))
+    }
+
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
+    }
+
+    /// It is a problem of this status, in the shape of RFC 9457, and its detail has all of these.
+    pub fn is_problem(&self, status: u16, parts: &[&str]) {
+        assert_eq!((self.status, self.header("content-type")), (status, Some("application/problem+json")), "{self:?}");
+        let problem = self.json();
+        assert_eq!((&problem["status"], &problem["type"]), (&status.into(), &"about:blank".into()), "{self:?}");
+        assert!(problem["title"].as_str().is_some_and(|title| !title.is_empty()), "{self:?}");
+        let detail = problem["detail"].as_str().unwrap();
+        for part in parts {
+            assert!(detail.contains(part), "{part:?} is not in {detail:?}");
+        }
+    }
+}
