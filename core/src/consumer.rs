@@ -1,6 +1,6 @@
 //! Following a bus: a whole polled batch becomes one commit, together with the offsets.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
@@ -16,6 +16,9 @@ use crate::{
     store::EventStore,
     worker::{BATCH_MAX, Item, PARKED_TICK, RetryPolicy, Stop, Worker},
 };
+
+/// Without a message, all is well again when nothing has failed for so long: a bus may wait a while before it says so.
+const CALM: Duration = Duration::from_secs(3);
 
 /// A handler that consumes topics as a group. Its offsets are documents in the store, committed with the effects.
 pub struct Group {
@@ -86,7 +89,7 @@ impl Group {
         for _ in 0..self.members {
             consumers.push(bus.join(&self.name, &topics).await?);
         }
-        Ok(Joined { group: self, consumers })
+        Ok(Joined { group: self, consumers, is_local: bus.is_local() })
     }
 }
 
@@ -94,6 +97,7 @@ impl Group {
 pub struct Joined {
     group: Group,
     consumers: Vec<Box<dyn Consumer>>,
+    is_local: bool,
 }
 
 impl Joined {
@@ -118,8 +122,9 @@ impl Joined {
                 reconciled_at: Instant::now(),
                 reporter: health.reporter(&part),
             };
-            let (home, assigned, lane_of) = (group.home.clone(), Vec::new(), HashMap::new());
-            let member = Member { worker, consumer, home, assigned, lane_of, unsettled: false };
+            let (home, is_local) = (group.home.clone(), self.is_local);
+            let (assigned, lane_of) = (Vec::new(), HashMap::new());
+            let member = Member { worker, consumer, home, is_local, assigned, lane_of, unsettled: false };
             members.spawn(member.consume(part, health.clone(), shutdown.clone()));
         }
         while let Some(ended) = members.join_next().await {
@@ -136,6 +141,8 @@ struct Member {
     worker: Worker,
     consumer: Box<dyn Consumer>,
     home: Option<Arc<str>>,
+    /// Whether the bus ends with this process: then its relays count nothing as sent that was not handled.
+    is_local: bool,
     /// What the bus has assigned.
     assigned: Vec<Partition>,
     /// The lanes of those whose offset was found.
@@ -149,6 +156,7 @@ impl Member {
         let mut backoff = Backoff::long();
         let mut tick = interval(PARKED_TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut calm_from = Instant::now() + CALM;
         while !shutdown.is_cancelled() {
             if self.unsettled {
                 // What was polled but not committed is polled again from the offset in the store: not one message more
@@ -157,14 +165,19 @@ impl Member {
                     self.pause(&error, &mut backoff, &shutdown).await;
                     continue;
                 }
-                self.worker.reporter.fine();
+                calm_from = Instant::now() + CALM;
             }
             let ended = tokio::select! {
                 polled = self.consumer.poll(BATCH_MAX) => match polled {
                     Ok(polled) => self.take(polled).await,
                     Err(error) => Err(error.into()),
                 },
-                _ = tick.tick() => self.worker.redrive_due().await.map_err(Ended::from),
+                _ = tick.tick() => {
+                    if Instant::now() > calm_from {
+                        self.worker.reporter.fine();
+                    }
+                    self.worker.redrive_due().await.map_err(Ended::from)
+                }
                 () = shutdown.cancelled() => Ok(()),
             };
             match ended {
@@ -260,10 +273,15 @@ impl Member {
                 let id = format!("{}@{home}/{}/{}", self.worker.name, partition.topic, partition.number);
                 lane.key = DocumentKey::new(CHECKPOINTS, id);
             }
-            lane.load(&*self.worker.store).await?;
+            let found = lane.load(&*self.worker.store).await?;
+            if found.is_none() && !self.is_local {
+                lane.marks.interrupt();
+            }
             let known = self.lane_of.get(partition).map(|index| &self.worker.lanes[*index]);
-            if rewind || known.is_none_or(|known| known.version != lane.version) {
-                seeks.push((partition, lane.bookmark()));
+            match known.filter(|known| !rewind && known.version == lane.version) {
+                // It is not where its checkpoint says if its topic was wiped since that was written.
+                Some(known) => lane = known.clone(),
+                None => seeks.push((partition, lane.bookmark())),
             }
             lane_of.insert(partition.clone(), lanes.len());
             lanes.push(lane);
