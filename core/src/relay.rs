@@ -31,6 +31,10 @@ const PAGE: usize = 1_000;
 const PAGES_IN_FLIGHT: usize = 16;
 /// How long a redriven message may take until the bus has it.
 const REPUBLISHED: std::time::Duration = std::time::Duration::from_secs(5);
+/// A bus that has taken nothing for so long is in trouble.
+const STALLED: std::time::Duration = std::time::Duration::from_secs(3);
+/// How often it says so again.
+const STALLED_AGAIN: std::time::Duration = std::time::Duration::from_secs(60);
 /// How long a draining relay waits for one more receipt.
 const LAST_RECEIPTS: std::time::Duration = std::time::Duration::from_millis(500);
 
@@ -251,6 +255,7 @@ impl Relay {
         worker.reporter.fine();
         let mut in_flight: VecDeque<InFlight> = VecDeque::new();
         let (mut moved_at, mut patient_until) = (Instant::now(), Instant::now() + LAST_RECEIPTS);
+        let mut stalls_at = Instant::now() + STALLED;
         let mut tick = tokio::time::interval(PARKED_TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -273,13 +278,29 @@ impl Relay {
                 cursor = page.next;
                 let (messages, sources) = self.messages(lane, worker, &page.events).await?;
                 if !messages.is_empty() {
-                    let receipt = match publisher.publish(messages).await {
-                        Ok(receipt) => receipt,
-                        Err(error) => return Err(self.refused(worker, &sources, error).await),
+                    if in_flight.is_empty() {
+                        stalls_at = Instant::now() + STALLED;
+                    }
+                    let mut publishing = publisher.publish(messages);
+                    let published = loop {
+                        tokio::select! {
+                            biased;
+                            published = &mut publishing => break Some(published),
+                            // It waits for room; what it has handed over already is published again.
+                            () = shutdown.cancelled() => break None,
+                            () = claim.ends() => break None,
+                            () = tokio::time::sleep_until(stalls_at) => stalls_at = stall(worker),
+                        }
+                    };
+                    let receipt = match published {
+                        Some(Ok(receipt)) => receipt,
+                        Some(Err(error)) => return Err(self.refused(worker, &sources, error).await),
+                        None => break,
                     };
                     in_flight.push_back(InFlight { next: cursor, receipt, sources });
                 }
             }
+            let waits = !in_flight.is_empty();
             let first_taken = async {
                 match in_flight.front_mut() {
                     Some(first) => (&mut first.receipt).await,
@@ -303,6 +324,7 @@ impl Relay {
                         worker.checkpoint(next.0).await?;
                         moved_at = Instant::now();
                         patient_until = moved_at + LAST_RECEIPTS;
+                        stalls_at = moved_at + STALLED;
                         backoff.reset();
                     }
                 }
@@ -315,6 +337,7 @@ impl Relay {
                         moved_at = Instant::now();
                     }
                 }
+                () = tokio::time::sleep_until(stalls_at), if waits => stalls_at = stall(worker),
                 () = shutdown.cancelled(), if !stopping => {}
                 () = claim.ends(), if !stopping => {}
                 // Consumers of this process stop too; what nobody takes any more is published again at the next start.
@@ -335,8 +358,11 @@ impl Relay {
         let (mut messages, mut sources) = (Vec::with_capacity(events.len()), Vec::with_capacity(events.len()));
         let is_mine = |event: &&Arc<Recorded>| self.lanes == 1 || lane_of(event.stream.as_str(), self.lanes) == lane;
         for event in events.iter().filter(is_mine) {
+            // Those before a parked one are seen again when the checkpoint was set back.
+            let first_parked = worker.parked.first(event.stream.as_str()).map(|place| place.position);
+            let waits = first_parked.is_some_and(|position| position <= event.position.0);
             let made = match self.routes.messages(event) {
-                Ok(_) if worker.parked.has(event.stream.as_str()) => Err("waits behind a parked message".to_owned()),
+                Ok(_) if waits => Err("waits behind a parked message".to_owned()),
                 made => made,
             };
             match made {
@@ -367,6 +393,12 @@ impl Relay {
         // The checkpoint stays: what was published before this event is not acknowledged yet.
         worker.park_message(event.stream.shared(), message, reason).await
     }
+}
+
+/// Tells once that the bus takes nothing; when to tell it again.
+fn stall(worker: &mut Worker) -> Instant {
+    worker.reporter.trouble(format!("the bus has acknowledged nothing for {} s", STALLED.as_secs()));
+    Instant::now() + STALLED_AGAIN
 }
 
 #[derive(Debug, thiserror::Error)]
