@@ -1,6 +1,10 @@
 //! Messages as CloudEvents 1.0 in Kafka: binary mode out, binary and structured mode in.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+};
 
 use annals::{Message, Metadata, Position, Version, bus::Undecodable, event::named_id};
 use chrono::{DateTime, SecondsFormat, Utc};
@@ -81,7 +85,10 @@ fn each_header(message: &Message, mut each: impl FnMut(&str, &str)) {
 
 /// What a record says, whoever has written it.
 pub(crate) fn decode(record: &impl rdkafka::Message) -> Result<Message, Undecodable> {
-    read(record).map_err(|reason| {
+    // The client panics at a header whose name is no UTF-8, which only a strange producer can send.
+    let read = catch_unwind(AssertUnwindSafe(|| read(record)));
+    let read = read.unwrap_or_else(|_| Err("the name of a header is no UTF-8".into()));
+    read.map_err(|reason| {
         let hex = |bytes: &[u8]| bytes.iter().take(RAW_BYTES_MAX).map(|byte| format!("{byte:02x}")).collect::<String>();
         let key = record.key().unwrap_or_default();
         let key = std::str::from_utf8(key).map_or_else(|_| hex(key), str::to_owned);
@@ -116,6 +123,8 @@ fn read(record: &impl rdkafka::Message) -> Result<Message, String> {
     }
     let payload = record.payload().map(std::str::from_utf8).transpose().map_err(|_| "its value is no UTF-8")?;
     let data: Arc<str> = if content_type.starts_with(STRUCTURED) {
+        // Headers may repeat attributes; what counts is the event.
+        attributes.retain(|name, _| [attribute::TRACEPARENT, attribute::TRACESTATE].contains(&&**name));
         structured(payload.unwrap_or_default(), &mut attributes)?
     } else {
         let data = payload.unwrap_or("null");
@@ -169,12 +178,14 @@ fn message(
         None => millis.and_then(DateTime::from_timestamp_millis).unwrap_or(DateTime::<Utc>::UNIX_EPOCH),
     };
     attributes.remove("datacontenttype");
-    let mut number = |name: &str| match attributes.remove(name) {
-        Some(text) => text.parse::<i64>().map(Some).map_err(|_| format!("its {name} {text:?} is no number")),
-        None => Ok(None),
+    // What is no number is not ours: others may give these names to something else.
+    let mut number = |name: &str| {
+        let number = attributes.get(name)?.parse::<i64>().ok()?;
+        attributes.remove(name);
+        Some(number)
     };
-    let (position, version) = (number(attribute::POSITION)?, number(attribute::VERSION)?);
-    let (schema_version, lane) = (number(attribute::SCHEMA_VERSION)?, number(attribute::LANE)?);
+    let (position, version) = (number(attribute::POSITION), number(attribute::VERSION));
+    let (schema_version, lane) = (number(attribute::SCHEMA_VERSION), number(attribute::LANE));
     // Those of others need not be UUIDs.
     let mut cause = |name: &str| attributes.remove(name).and_then(|text| Uuid::parse_str(&text).ok()).unwrap_or(id);
     let (correlation_id, causation_id) = (cause(attribute::CORRELATION), cause(attribute::CAUSATION));

@@ -60,8 +60,14 @@ impl Publisher for KafkaBus {
         }
         // All of them before any is sent: what comes after one that is refused must not pass it.
         for (index, Outgoing { topic, message }) in messages.iter().enumerate() {
-            let bytes_max = self.topics.ensure(topic).await?.min(producer::MESSAGE_BYTES_MAX);
             let size = cloud_event::size(message);
+            let mut bytes_max = self.topics.ensure(topic).await?;
+            if size > bytes_max {
+                // It may take more by now.
+                bytes_max = self.topics.look_again(topic).await;
+            }
+            self.producer.fit(bytes_max);
+            bytes_max = bytes_max.min(producer::MESSAGE_BYTES_MAX);
             if size > bytes_max {
                 let reason = format!("it takes {size} bytes, and topic {topic} takes {bytes_max}");
                 return Err(BusError::Refused { index, reason });
