@@ -1,6 +1,12 @@
 //! Messages as CloudEvents 1.0 in Kafka: binary mode out, binary and structured mode in.
 
-use std::{borrow::Cow, collections::BTreeMap, str::FromStr, sync::Arc};
+use std::{
+    borrow::Cow,
+    collections::BTreeMap,
+    panic::{AssertUnwindSafe, catch_unwind},
+    str::FromStr,
+    sync::Arc,
+};
 
 use annals::{Message, Metadata, Position, Version, bus::Undecodable, event::named_id};
 use chrono::{DateTime, SecondsFormat};
@@ -66,8 +72,8 @@ fn each_header(message: &Message, mut each: impl FnMut(&str, &str)) {
     if message.version > Version::START {
         each("ce_streamversion", &message.version.0.to_string());
     }
-    if let Some(lane) = message.lane {
-        each("ce_lane", &lane.to_string());
+    if let Some(lane) = &message.lane {
+        each("ce_lane", lane);
     }
     if let Some(traceparent) = &message.metadata.traceparent {
         each(attribute::TRACEPARENT, traceparent);
@@ -83,7 +89,10 @@ fn each_header(message: &Message, mut each: impl FnMut(&str, &str)) {
 
 /// What a record says, whoever has written it.
 pub(crate) fn decode(record: &impl rdkafka::Message) -> Result<Message, Undecodable> {
-    read(record).map_err(|reason| {
+    // The client panics at a header whose name is no UTF-8, which only a strange producer can send.
+    let read = catch_unwind(AssertUnwindSafe(|| read(record)));
+    let read = read.unwrap_or_else(|_| Err("the name of a header is no UTF-8".into()));
+    read.map_err(|reason| {
         let hex = |bytes: &[u8]| bytes.iter().take(RAW_BYTES_MAX).map(|byte| format!("{byte:02x}")).collect::<String>();
         let key = record.key().unwrap_or_default();
         let key = std::str::from_utf8(key).map_or_else(|_| hex(key), str::to_owned);
@@ -106,14 +115,25 @@ struct Attributes<'r> {
     position: Option<i64>,
     version: Option<i64>,
     schema_version: Option<i32>,
-    lane: Option<u32>,
+    lane: Option<Arc<str>>,
     extensions: BTreeMap<String, String>,
 }
 
 impl<'r> Attributes<'r> {
-    fn set(&mut self, name: &str, value: Cow<'r, str>) -> Result<(), String> {
-        fn number<N: FromStr>(name: &str, value: &str) -> Result<Option<N>, String> {
-            value.parse().map(Some).map_err(|_| format!("its {name} {value:?} is no number"))
+    fn set(&mut self, name: &str, value: Cow<'r, str>) {
+        fn number<N: FromStr>(into: &mut Option<N>, value: &str) -> bool {
+            *into = value.parse().ok();
+            into.is_some()
+        }
+        // What is no number is not ours: others may give these names to something else.
+        let is_ours = match name {
+            attribute::POSITION => number(&mut self.position, &value),
+            attribute::VERSION => number(&mut self.version, &value),
+            attribute::SCHEMA_VERSION => number(&mut self.schema_version, &value),
+            _ => false,
+        };
+        if is_ours {
+            return;
         }
         match name {
             "specversion" => self.specversion = Some(value),
@@ -127,13 +147,18 @@ impl<'r> Attributes<'r> {
             attribute::CORRELATION => self.correlation_id = Uuid::parse_str(&value).ok(),
             attribute::CAUSATION => self.causation_id = Uuid::parse_str(&value).ok(),
             attribute::TRACEPARENT => self.traceparent = Some(value.into()),
-            attribute::POSITION => self.position = number(name, &value)?,
-            attribute::VERSION => self.version = number(name, &value)?,
-            attribute::SCHEMA_VERSION => self.schema_version = number(name, &value)?,
-            attribute::LANE => self.lane = number(name, &value)?,
+            attribute::LANE => self.lane = Some(value.into()),
             _ => _ = self.extensions.insert(name.to_owned(), value.into_owned()),
         }
-        Ok(())
+    }
+}
+
+impl Attributes<'_> {
+    /// Only those of the trace.
+    fn of_trace(self) -> Self {
+        let mut extensions = self.extensions;
+        extensions.retain(|name, _| name == attribute::TRACESTATE);
+        Self { traceparent: self.traceparent, extensions, ..Self::default() }
     }
 }
 
@@ -148,15 +173,19 @@ fn read(record: &impl rdkafka::Message) -> Result<Message, String> {
             Err(_) => continue,
         };
         match (header.key, name) {
-            (_, Some(name)) => attributes.set(name, value.into())?,
+            (_, Some(name)) => attributes.set(name, value.into()),
             ("content-type", _) => structured = value.to_ascii_lowercase().starts_with(STRUCTURED),
-            (attribute::TRACEPARENT | attribute::TRACESTATE, _) => attributes.set(header.key, value.into())?,
+            (attribute::TRACEPARENT | attribute::TRACESTATE, _) => attributes.set(header.key, value.into()),
             _ => {}
         }
     }
     let payload = record.payload().map(std::str::from_utf8).transpose().map_err(|_| "its value is no UTF-8")?;
     let data = match payload {
-        Some(payload) if structured => read_structured(payload, &mut attributes)?,
+        Some(payload) if structured => {
+            // Headers may repeat attributes; what counts is the event.
+            attributes = attributes.of_trace();
+            read_structured(payload, &mut attributes)?
+        }
         payload => {
             let data = payload.unwrap_or("null");
             serde_json::from_str::<&RawValue>(data).map_err(|error| format!("its value is no JSON: {error}"))?;
@@ -178,7 +207,7 @@ fn read_structured(payload: &str, attributes: &mut Attributes<'_>) -> Result<Arc
             "data_base64" => return Err("its data is not JSON".into()),
             _ => {
                 let text = serde_json::from_str::<String>(value.get()).unwrap_or_else(|_| value.get().to_owned());
-                attributes.set(&name, text.into())?;
+                attributes.set(&name, text.into());
             }
         }
     }

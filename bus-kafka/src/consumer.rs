@@ -2,7 +2,10 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -14,11 +17,11 @@ use async_trait::async_trait;
 use rdkafka::{
     ClientContext, Message as _, Offset, TopicPartitionList,
     consumer::{BaseConsumer, CommitMode, Consumer as _, ConsumerContext, RebalanceProtocol},
-    error::KafkaError,
+    error::{KafkaError, RDKafkaErrorCode},
     message::BorrowedMessage,
     types::RDKafkaRespErr,
 };
-use tokio::sync::Notify;
+use tokio::{sync::Notify, task::JoinHandle};
 
 use crate::{
     cloud_event,
@@ -26,8 +29,10 @@ use crate::{
 };
 
 /// What our offsets hang on.
-const FIXED: [(&str, &str); 4] = [
+const FIXED: [(&str, &str); 5] = [
     ("enable.auto.offset.store", "false"),
+    // The end of a partition is no trouble.
+    ("enable.partition.eof", "false"),
     // An offset that is gone shows in the offset of what comes instead.
     ("auto.offset.reset", "earliest"),
     // Others go on while some partitions move.
@@ -48,7 +53,9 @@ enum Rebalance {
 struct Context {
     rebalances: Mutex<VecDeque<Rebalance>>,
     news: Arc<Notify>,
-    closing: std::sync::atomic::AtomicBool,
+    closing: AtomicBool,
+    /// Whether the client has lost all brokers, since when it says nothing any more.
+    lost: AtomicBool,
 }
 
 impl Context {
@@ -59,6 +66,9 @@ impl Context {
 
 impl ClientContext for Context {
     fn error(&self, error: KafkaError, reason: &str) {
+        if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) {
+            self.lost.store(true, Ordering::Release);
+        }
         tracing::warn!(%error, reason, "Kafka consumer");
     }
 }
@@ -68,7 +78,7 @@ impl ConsumerContext for Context {
     fn rebalance(&self, consumer: &BaseConsumer<Self>, error: RDKafkaRespErr, list: &mut TopicPartitionList) {
         let places = list.elements().iter().map(|found| (found.topic().to_owned(), found.partition())).collect();
         let assigned = error == RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS;
-        if self.closing.load(std::sync::atomic::Ordering::Acquire) {
+        if self.closing.load(Ordering::Acquire) {
             let given_up = match consumer.rebalance_protocol() {
                 RebalanceProtocol::Cooperative if assigned => consumer.incremental_assign(&TopicPartitionList::new()),
                 RebalanceProtocol::Cooperative => {
@@ -92,6 +102,8 @@ struct Assigned {
     fetching: bool,
     /// The bookmark that the first message is compared to.
     check: Option<Bookmark>,
+    /// After the last message that came.
+    next: i64,
     /// Everything below is acknowledged.
     acknowledged: Option<i64>,
 }
@@ -105,13 +117,15 @@ pub(crate) struct Member {
     leaving: Option<Vec<Place>>,
     /// What is not what it was at its bookmark, and nobody knows yet.
     wiped: Vec<Partition>,
+    topic: String,
+    /// Asks the brokers that were lost.
+    asking: Option<JoinHandle<Result<(), KafkaError>>>,
 }
 
 impl Member {
     pub fn join(settings: &Settings, cluster: Arc<str>, group: &str, topics: &[&str]) -> Result<Self, BusError> {
         let mut config = settings.consumer();
         config
-            .set("group.id", group)
             // A member that died is replaced within these; the client itself beats, so a long batch does not count.
             .set("session.timeout.ms", "10000")
             .set("heartbeat.interval.ms", "500")
@@ -123,7 +137,8 @@ impl Member {
             .set("fetch.queue.backoff.ms", "10")
             .set("fetch.error.backoff.ms", "100")
             .set("topic.metadata.refresh.interval.ms", "10000");
-        let config = settings.finish(config, &FIXED)?;
+        let fixed: Vec<_> = FIXED.into_iter().chain([("group.id", group)]).collect();
+        let config = settings.finish(config, &fixed)?;
         let context = Context::default();
         let news = context.news.clone();
         let mut consumer: BaseConsumer<Context> = config.create_with_context(context).map_err(misconfigured)?;
@@ -131,11 +146,30 @@ impl Member {
         consumer.set_nonempty_callback(move || woken.notify_one());
         consumer.subscribe(topics).map_err(unavailable)?;
         let (assigned, leaving, wiped) = (BTreeMap::new(), None, Vec::new());
-        Ok(Self { consumer: Some(Arc::new(consumer)), news, cluster, assigned, leaving, wiped })
+        let (consumer, topic, asking) =
+            (Some(Arc::new(consumer)), topics.first().map_or_else(String::new, |topic| (*topic).to_owned()), None);
+        Ok(Self { consumer, news, cluster, assigned, leaving, wiped, topic, asking })
     }
 
     fn consumer(&self) -> Result<&Arc<BaseConsumer<Context>>, BusError> {
         self.consumer.as_ref().ok_or_else(|| BusError::Unavailable("the consumer has ended".into()))
+    }
+
+    /// Whether a broker answers again, if all were lost: the client itself says nothing until there is a message.
+    async fn find_brokers(&mut self) -> Result<(), BusError> {
+        let consumer = self.consumer()?.clone();
+        if !consumer.context().lost.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        // Kept where it is, when the poll is given up meanwhile.
+        let topic = self.topic.clone();
+        let asked = move || consumer.fetch_metadata(Some(&topic), LOOK).map(drop);
+        let asking = self.asking.get_or_insert_with(|| tokio::task::spawn_blocking(asked));
+        let answered = asking.await;
+        self.asking = None;
+        answered.map_err(|error| BusError::Unavailable(error.to_string()))?.map_err(unavailable)?;
+        self.consumer()?.context().lost.store(false, Ordering::Release);
+        Ok(())
     }
 
     /// What was revoked by the last poll is another member's from here on.
@@ -177,7 +211,7 @@ impl Member {
                     let (topic, number) = (place.0.as_str().into(), place.1 as u32);
                     let partition = Partition { topic, number, incarnation: self.cluster.clone() };
                     partitions.push(partition.clone());
-                    let new = Assigned { partition, fetching: false, check: None, acknowledged: None };
+                    let new = Assigned { partition, fetching: false, check: None, next: 0, acknowledged: None };
                     self.assigned.insert(place, new);
                 }
                 Ok((!partitions.is_empty()).then_some(Polled::Assigned(partitions)))
@@ -198,7 +232,7 @@ impl Member {
         list.add_partition_offset(&place.0, place.1, offset).map_err(unavailable)?;
         self.consumer()?.incremental_assign(&list).map_err(unavailable)?;
         if let Some(assigned) = self.assigned.get_mut(place) {
-            (assigned.fetching, assigned.check) = (true, check);
+            (assigned.fetching, assigned.check, assigned.next) = (true, check, 0);
         }
         Ok(())
     }
@@ -248,6 +282,7 @@ fn delivery(partition: &Partition, record: &BorrowedMessage<'_>) -> Delivery {
 #[async_trait]
 impl Consumer for Member {
     async fn poll(&mut self, max: usize) -> Result<Polled, BusError> {
+        self.find_brokers().await?;
         self.let_go().await?;
         let news = self.news.clone();
         loop {
@@ -282,7 +317,14 @@ impl Consumer for Member {
                     continue;
                 };
                 let delivery = delivery(&assigned.partition, &record);
-                match assigned.check.take().map_or(Found::New, |check| compare(check, &delivery)) {
+                let found = match assigned.check.take() {
+                    Some(check) => compare(check, &delivery),
+                    // The client went back to the beginning by itself: what it was to go on with is gone.
+                    None if delivery.offset < assigned.next => Found::Wiped,
+                    None => Found::New,
+                };
+                assigned.next = delivery.offset + 1;
+                match found {
                     Found::Before => {}
                     Found::New => deliveries.push(delivery),
                     Found::Wiped => {
@@ -333,7 +375,7 @@ impl Consumer for Member {
 impl Drop for Member {
     fn drop(&mut self) {
         let Some(consumer) = self.consumer.take() else { return };
-        consumer.context().closing.store(true, std::sync::atomic::Ordering::Release);
+        consumer.context().closing.store(true, Ordering::Release);
         let mut unanswered: Vec<_> = consumer.context().rebalances().drain(..).collect();
         unanswered.extend(self.leaving.take().map(Rebalance::Revoked));
         let leave = move || {

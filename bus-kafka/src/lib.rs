@@ -62,9 +62,15 @@ impl Publisher for KafkaBus {
         let (mut last, mut bytes_max): (Option<&Arc<str>>, _) = (None, 0);
         for (index, Outgoing { topic, message }) in messages.iter().enumerate() {
             if last != Some(topic) {
-                (last, bytes_max) = (Some(topic), self.topics.ensure(topic).await?.min(producer::MESSAGE_BYTES_MAX));
+                (last, bytes_max) = (Some(topic), self.topics.ensure(topic).await?);
+                self.producer.fit(bytes_max);
             }
             let size = cloud_event::size(message);
+            if size > bytes_max {
+                // It may take more by now.
+                bytes_max = self.topics.look_again(topic).await;
+            }
+            let bytes_max = bytes_max.min(producer::MESSAGE_BYTES_MAX);
             if size > bytes_max {
                 let reason = format!("it takes {size} bytes, and topic {topic} takes {bytes_max}");
                 return Err(BusError::Refused { index, reason });

@@ -24,17 +24,26 @@ use crate::{
 
 /// The largest message the client sends, in bytes; a topic may take less.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 10_000_000;
+/// The largest batch, in bytes, as long as no topic takes less.
+const BATCH_BYTES_MAX: usize = 1_000_000;
 /// How often a full queue is looked at although nothing was delivered.
 const FULL_TICK: std::time::Duration = std::time::Duration::from_millis(100);
 
 /// What the order of messages hangs on.
-const FIXED: [(&str, &str); 4] = [
+const FIXED: [(&str, &str); 8] = [
     ("enable.idempotence", "true"),
     ("acks", "all"),
+    // The same under another name, as are others below.
+    ("request.required.acks", "all"),
+    // A broker that knows nothing of a producer takes any batch for its first one: the second of two under way, when a new
+    // topic or a new leader was not ready for the first. The client then counts the first as sent too, and it is lost.
+    ("max.in.flight.requests.per.connection", "1"),
+    ("max.in.flight", "1"),
     // What follows a message that failed is not sent either: it would come before it in the end.
     ("enable.gapless.guarantee", "true"),
     // Nor is a message given up for time alone. A broker that is away costs lag, and nothing else.
     ("message.timeout.ms", "0"),
+    ("delivery.timeout.ms", "0"),
 ];
 
 /// One batch under way.
@@ -64,9 +73,11 @@ struct Delivered {
     index: usize,
 }
 
-#[derive(Default)]
 struct Context {
     broken: AtomicBool,
+    /// A batch was too large for its topic, and may have had more than one message.
+    too_large: AtomicBool,
+    batch_bytes_max: usize,
     room: Notify,
 }
 
@@ -83,7 +94,14 @@ impl ProducerContext for Context {
     type DeliveryOpaque = Box<Delivered>;
 
     fn delivery(&self, result: &DeliveryResult<'_>, delivered: Box<Delivered>) {
-        let failed = result.as_ref().err().map(|(error, _)| {
+        let failed = result.as_ref().err().map(|(error, message)| {
+            // A batch is refused as a whole. Only a message that fills one is known to have been alone.
+            let fills = message.payload_len() + message.key_len() >= self.batch_bytes_max;
+            if error.rdkafka_error_code() == Some(RDKafkaErrorCode::MessageSizeTooLarge) && !fills {
+                self.too_large.store(true, Ordering::Release);
+                self.broken.store(true, Ordering::Release);
+                return BusError::Unavailable("a batch was too large for its topic: trying smaller ones".into());
+            }
             self.broken.store(true, Ordering::Release);
             refusal(error, delivered.index)
         });
@@ -110,27 +128,35 @@ fn refusal(error: &KafkaError, index: usize) -> BusError {
 /// published again comes after all it has sent.
 pub(crate) struct Producer {
     settings: Settings,
+    /// No batch is larger: what a topic takes is one batch at most, not one message.
+    batch_bytes_max: AtomicUsize,
     current: Mutex<Arc<ThreadedProducer<Context>>>,
 }
 
 impl Producer {
     pub fn new(settings: &Settings) -> Result<Self, BusError> {
-        Ok(Self { settings: settings.clone(), current: Mutex::new(Self::start(settings)?) })
+        let current = Mutex::new(Self::start(settings, BATCH_BYTES_MAX)?);
+        Ok(Self { settings: settings.clone(), batch_bytes_max: AtomicUsize::new(BATCH_BYTES_MAX), current })
     }
 
-    fn start(settings: &Settings) -> Result<Arc<ThreadedProducer<Context>>, BusError> {
+    fn start(settings: &Settings, batch_bytes_max: usize) -> Result<Arc<ThreadedProducer<Context>>, BusError> {
         let mut config = settings.client();
         config
             // Long enough for what is handed over in one go, and not to be noticed.
             .set("linger.ms", "0.5")
             .set("compression.type", "lz4")
+            // The topic was there before anything is sent: one that is not any more was deleted, and is made again.
+            .set("topic.metadata.propagation.max.ms", "5000")
             // As clients in Java place keys.
             .set("partitioner", "murmur2_random")
             .set("message.max.bytes", MESSAGE_BYTES_MAX.to_string())
+            .set("batch.size", batch_bytes_max.to_string())
             .set("queue.buffering.max.messages", "100000")
             .set("queue.buffering.max.kbytes", "65536");
         let config = settings.finish(config, &FIXED)?;
-        Ok(Arc::new(config.create_with_context(Context::default()).map_err(misconfigured)?))
+        let (broken, too_large, room) = (AtomicBool::new(false), AtomicBool::new(false), Notify::new());
+        let context = Context { broken, too_large, batch_bytes_max, room };
+        Ok(Arc::new(config.create_with_context(context).map_err(misconfigured)?))
     }
 
     /// The producer, if it is sound; else a new one and whether it is new.
@@ -139,7 +165,12 @@ impl Producer {
         if !current.client().context().broken.load(Ordering::Acquire) {
             return Ok((current.clone(), false));
         }
-        let broken = std::mem::replace(&mut *current, Self::start(&self.settings)?);
+        let context = current.client().context();
+        if context.too_large.load(Ordering::Acquire) {
+            self.batch_bytes_max.fetch_min((context.batch_bytes_max / 2).max(1), Ordering::AcqRel);
+        }
+        let batch_bytes_max = self.batch_bytes_max.load(Ordering::Acquire);
+        let broken = std::mem::replace(&mut *current, Self::start(&self.settings, batch_bytes_max)?);
         broken.purge(PurgeConfig::default().queue().inflight().non_blocking());
         // Its end waits for the connections.
         tokio::task::spawn_blocking(move || drop(broken));
@@ -149,6 +180,14 @@ impl Producer {
     /// Whether what was known of the topics may have changed.
     pub fn mend(&self) -> Result<bool, BusError> {
         self.sound().map(|(_, is_new)| is_new)
+    }
+
+    /// From the next batch on, none is larger than what a topic takes. What is under way is published again.
+    pub fn fit(&self, topic_bytes_max: usize) {
+        if self.batch_bytes_max.fetch_min(topic_bytes_max, Ordering::AcqRel) > topic_bytes_max {
+            let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+            current.client().context().broken.store(true, Ordering::Release);
+        }
     }
 
     /// Sends messages that the topics take.

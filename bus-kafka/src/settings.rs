@@ -90,8 +90,8 @@ impl Settings {
             config.set(name, value);
         }
         for (name, value) in fixed {
-            if let Some(asked) = self.client.get(*name).filter(|asked| asked != value) {
-                let reason = format!("{name} must be {value}, not {asked}: the order of messages hangs on it");
+            if self.client.get(*name).is_some_and(|asked| asked != value) {
+                let reason = format!("{name} must be {value}: that nothing is lost or out of order hangs on it");
                 return Err(BusError::Misconfigured(reason));
             }
             config.set(*name, *value);
@@ -161,7 +161,12 @@ impl FromStr for Settings {
 /// Says of a setting that it is wrong, without the value, which may be a secret that went under a wrong name.
 pub(crate) fn misconfigured(error: KafkaError) -> BusError {
     BusError::Misconfigured(match error {
-        KafkaError::ClientConfig(_, reason, name, _) => format!("Kafka client setting {name}: {reason}"),
+        KafkaError::ClientConfig(_, reason, name, value) => {
+            // Some reasons repeat the value, or an element of it.
+            let repeats = value.split(',').any(|part| !part.is_empty() && reason.contains(part));
+            let reason = if repeats { "the client does not take its value" } else { &*reason };
+            format!("Kafka client setting {name}: {reason}")
+        }
         other => other.to_string(),
     })
 }

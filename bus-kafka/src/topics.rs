@@ -66,9 +66,14 @@ impl Topics {
         if !self.exists(topic).await? {
             self.create(topic).await?;
         }
+        Ok(self.look_again(topic).await)
+    }
+
+    /// The largest message that the topic takes at present, in bytes.
+    pub async fn look_again(&self, topic: &Arc<str>) -> usize {
         let bytes_max = self.message_bytes_max(topic).await;
         self.known().insert(topic.clone(), bytes_max);
-        Ok(bytes_max)
+        bytes_max
     }
 
     async fn exists(&self, topic: &Arc<str>) -> Result<bool, BusError> {
@@ -114,7 +119,8 @@ impl Topics {
                 return Err(BusError::Unavailable(format!("making topic {topic}: {error}")));
             }
             Some(Err((_, error))) => {
-                let wanted = format!("{partitions} partitions, replication {:?}", self.settings.replication);
+                let replication = self.settings.replication.map_or("as usual".to_owned(), |count| count.to_string());
+                let wanted = format!("{partitions} partitions, replication {replication}");
                 let reason = format!("the cluster does not make topic {topic} ({wanted}): {error}; make it by hand");
                 return Err(BusError::Misconfigured(reason));
             }

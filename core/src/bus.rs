@@ -35,10 +35,11 @@ pub struct Message {
     pub position: Position,
     /// Its place in its stream; [`Version::START`] for a command.
     pub version: Version,
-    /// The lane of the relay that sent it: those with one source and lane come in the order of their positions, and whoever
-    /// has seen a higher one has seen this. `None` where that does not hold: sent by no relay, or redriven.
+    /// The lane of the relay that sent it, and the log that it read: those of one source and lane come in the order of their
+    /// positions, and whoever has seen a higher one has seen this. `None` where that does not hold: sent by no relay, or
+    /// redriven.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub lane: Option<u32>,
+    pub lane: Option<Arc<str>>,
     /// Further attributes, by name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub extensions: BTreeMap<String, String>,

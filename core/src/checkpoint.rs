@@ -57,7 +57,7 @@ pub struct Checkpoint {
     pub at: chrono::DateTime<Utc>,
 }
 
-fn is_zero(number: &i64) -> bool {
+pub(crate) fn is_zero(number: &i64) -> bool {
     *number == 0
 }
 
@@ -95,9 +95,10 @@ impl Lane {
         (self.version > 0 && self.next > 0).then_some(Bookmark { next: self.next, last: self.last })
     }
 
-    /// The topic was wiped: its offsets start over.
+    /// The topic was wiped: its offsets start over, and some of what it had may never have come.
     pub fn start_over(&mut self) {
         (self.next, self.last) = (0, None);
+        self.marks.interrupt();
     }
 
     /// Moves behind a message.

@@ -1,6 +1,6 @@
 //! Following a bus: a whole polled batch becomes one commit, together with the offsets.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use futures::future::join_all;
 use tokio::time::{Instant, MissedTickBehavior, interval};
@@ -17,6 +17,9 @@ use crate::{
     store::EventStore,
     worker::{BATCH_MAX, Item, PARKED_TICK, RetryPolicy, Stop, Worker},
 };
+
+/// Without a message, all is well again when nothing has failed for so long: a bus may wait a while before it says so.
+const CALM: Duration = Duration::from_secs(3);
 
 /// A handler that consumes topics as a group. Its offsets are documents in the store, committed with the effects.
 pub struct Group {
@@ -87,7 +90,7 @@ impl Group {
         for _ in 0..self.members {
             consumers.push(bus.join(&self.name, &topics).await?);
         }
-        Ok(Joined { group: self, consumers })
+        Ok(Joined { group: self, consumers, is_local: bus.is_local() })
     }
 }
 
@@ -95,6 +98,7 @@ impl Group {
 pub struct Joined {
     group: Group,
     consumers: Vec<Box<dyn Consumer>>,
+    is_local: bool,
 }
 
 impl Joined {
@@ -117,7 +121,7 @@ impl Joined {
         health: &Health,
         shutdown: &CancellationToken,
     ) -> impl Iterator<Item = impl Future<Output = ()> + use<>> {
-        let group = self.group;
+        let (group, is_local) = (self.group, self.is_local);
         self.consumers.into_iter().enumerate().map(move |(number, consumer)| {
             let part = format!("{}#{number}", group.name);
             let worker = Worker {
@@ -131,7 +135,7 @@ impl Joined {
                 reporter: health.reporter(&part),
             };
             let (home, assigned, lane_of) = (group.home.clone(), Vec::new(), HashMap::new());
-            let member = Member { worker, consumer, home, assigned, lane_of, unsettled: false };
+            let member = Member { worker, consumer, home, is_local, assigned, lane_of, unsettled: false };
             member.consume(part, health.clone(), shutdown.clone())
         })
     }
@@ -141,6 +145,8 @@ struct Member {
     worker: Worker,
     consumer: Box<dyn Consumer>,
     home: Option<Arc<str>>,
+    /// Whether the bus ends with this process: then its relays count nothing as sent that was not handled.
+    is_local: bool,
     /// What the bus has assigned.
     assigned: Vec<Partition>,
     /// The lanes of those whose offset was found.
@@ -154,6 +160,7 @@ impl Member {
         let mut backoff = Backoff::long();
         let mut tick = interval(PARKED_TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut calm_from = Instant::now() + CALM;
         while !shutdown.is_cancelled() {
             if self.unsettled {
                 // What was polled but not committed is polled again from the offset in the store: not one message more
@@ -162,14 +169,19 @@ impl Member {
                     self.pause(&error, &mut backoff, &shutdown).await;
                     continue;
                 }
-                self.worker.reporter.fine();
+                calm_from = Instant::now() + CALM;
             }
             let ended = tokio::select! {
                 polled = self.consumer.poll(BATCH_MAX) => match polled {
                     Ok(polled) => self.take(polled).await,
                     Err(error) => Err(error.into()),
                 },
-                _ = tick.tick() => self.worker.redrive_due().await.map_err(Ended::from),
+                _ = tick.tick() => {
+                    if Instant::now() > calm_from {
+                        self.worker.reporter.fine();
+                    }
+                    self.worker.redrive_due().await.map_err(Ended::from)
+                }
                 () = shutdown.cancelled() => Ok(()),
             };
             match ended {
@@ -265,10 +277,15 @@ impl Member {
                 let id = format!("{}@{home}/{}/{}", self.worker.name, partition.topic, partition.number);
                 lane.key = DocumentKey::new(CHECKPOINTS, id);
             }
-            lane.load(&*self.worker.store).await?;
+            let found = lane.load(&*self.worker.store).await?;
+            if found.is_none() && !self.is_local {
+                lane.marks.interrupt();
+            }
             let known = self.lane_of.get(partition).map(|index| &self.worker.lanes[*index]);
-            if rewind || known.is_none_or(|known| known.version != lane.version) {
-                seeks.push((partition, lane.bookmark()));
+            match known.filter(|known| !rewind && known.version == lane.version) {
+                // It is not where its checkpoint says if its topic was wiped since that was written.
+                Some(known) => lane = known.clone(),
+                None => seeks.push((partition, lane.bookmark())),
             }
             lane_of.insert(partition.clone(), lanes.len());
             lanes.push(lane);

@@ -9,22 +9,70 @@ use crate::bus::Message;
 
 /// Relays that a partition keeps marks of. Messages of more than these are handled as often as they arrive.
 const RELAYS_MAX: usize = 256;
+/// Runs kept of a lane. After more interruptions than this, what the oldest of them has lost counts as handled.
+const RUNS_MAX: usize = 32;
 
 /// The marks of one partition.
 ///
 /// A relay sends what its lane of the log says, in log order, and after a crash once more from its checkpoint on. So
 /// whatever several runs of it have sent, up to the highest position that arrived there is nothing missing, and what
 /// comes with a lower one has been here before.
+///
+/// That ends where a topic was wiped: what had not arrived before, is gone. What comes next starts another run, and what
+/// comes of the gap between the two, sent again by a relay that was set back, is new.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Marks(BTreeMap<Arc<str>, BTreeMap<u32, Mark>>);
+pub struct Marks(BTreeMap<Arc<str>, BTreeMap<Arc<str>, Mark>>);
 
 /// Where one lane of one service has come to.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Mark {
+    #[serde(flatten)]
+    last: Run,
+    /// Those before it, in order; all of them end below its start.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    earlier: Vec<Run>,
+    /// Something may be missing after the last run.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    interrupted: bool,
+}
+
+/// Positions that were followed without a gap.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+struct Run {
+    /// The first of them; 0 for the start of the log.
+    #[serde(default, skip_serializing_if = "crate::checkpoint::is_zero")]
+    start: i64,
+    /// The last of them.
     position: i64,
     /// What arrived of that position: an event of a saga may lead to several commands.
     ids: Vec<Uuid>,
+}
+
+impl Mark {
+    fn pass(&mut self, position: i64, id: Uuid) -> bool {
+        if position > self.last.position && self.interrupted {
+            let next = Run { start: position, position, ids: Vec::new() };
+            self.earlier.push(std::mem::replace(&mut self.last, next));
+            self.interrupted = false;
+            if self.earlier.len() == RUNS_MAX {
+                let oldest = self.earlier.remove(0);
+                self.earlier[0].start = oldest.start;
+            }
+        }
+        // The last that starts no later: what is behind its end is in the gap after it, or follows all.
+        let mut runs = self.earlier.iter_mut().chain([&mut self.last]).rev();
+        let Some(run) = runs.find(|run| run.start <= position) else { return true };
+        if position < run.position || (position == run.position && run.ids.contains(&id)) {
+            return false;
+        }
+        if position > run.position {
+            run.position = position;
+            run.ids.clear();
+        }
+        run.ids.push(id);
+        true
+    }
 }
 
 impl Marks {
@@ -32,29 +80,30 @@ impl Marks {
         self.0.is_empty()
     }
 
+    /// The topic was wiped: of what comes next, nobody knows that all before it has been here.
+    pub(crate) fn interrupt(&mut self) {
+        self.0.values_mut().flat_map(BTreeMap::values_mut).for_each(|mark| mark.interrupted = true);
+    }
+
     /// Notes a message; whether it is new. One that no relay sent, or that was redriven, always is.
     pub(crate) fn pass(&mut self, message: &Message) -> bool {
-        let Some(lane) = message.lane else { return true };
+        let Some(lane) = &message.lane else { return true };
         let position = message.position.0;
-        let known = self.0.get_mut(&message.source).and_then(|lanes| lanes.get_mut(&lane));
+        let known = self.0.get_mut(&message.source).and_then(|lanes| lanes.get_mut(lane));
         if let Some(mark) = known {
-            if position < mark.position || (position == mark.position && mark.ids.contains(&message.id)) {
-                return false;
-            }
-            if position > mark.position {
-                mark.position = position;
-                mark.ids.clear();
-            }
-            mark.ids.push(message.id);
-        } else if self.0.values().map(BTreeMap::len).sum::<usize>() < RELAYS_MAX {
-            let mark = Mark { position, ids: vec![message.id] };
-            self.0.entry(message.source.clone()).or_default().insert(lane, mark);
+            return mark.pass(position, message.id);
+        }
+        if self.0.values().map(BTreeMap::len).sum::<usize>() < RELAYS_MAX {
+            let last = Run { start: 0, position, ids: vec![message.id] };
+            let mark = Mark { last, ..Mark::default() };
+            self.0.entry(message.source.clone()).or_default().insert(lane.clone(), mark);
         }
         true
     }
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use crate::event::{Metadata, Position, Version};
@@ -80,9 +129,10 @@ mod tests {
     #[test]
     fn what_a_relay_sent_twice_is_known() {
         let mut marks = Marks::default();
-        let sent = |source: &str, lane, position, id: u128| {
+        let sent = |source: &str, lane: Option<u32>, position, id: u128| {
             let mut message = message();
-            (message.source, message.lane, message.position) = (source.into(), lane, Position(position));
+            (message.source, message.lane, message.position) =
+                (source.into(), lane.map(|lane| lane.to_string().into()), Position(position));
             message.id = Uuid::from_u128(id);
             message
         };
@@ -94,5 +144,41 @@ mod tests {
         assert!(marks.pass(&sent("order", Some(1), 5, 1)), "another lane");
         assert!(marks.pass(&sent("payment", Some(0), 5, 1)), "another service");
         assert!(marks.pass(&sent("order", None, 1, 9)), "redriven");
+    }
+
+    #[test]
+    fn what_was_lost_with_a_topic_is_new_when_it_comes_again() {
+        let mut marks = Marks::default();
+        let pass = |marks: &mut Marks, positions: &[i64]| {
+            let sent = |position: &i64| {
+                let mut message = message();
+                (message.lane, message.position, message.id) =
+                    (Some("0".into()), Position(*position), Uuid::from_u128(*position as u128));
+                message
+            };
+            positions.iter().map(|position| marks.pass(&sent(position))).collect::<Vec<_>>()
+        };
+        assert_eq!(pass(&mut marks, &[1, 3]), [true, true]);
+        // 5 and 6 were in the topic when it was wiped.
+        marks.interrupt();
+        assert_eq!(pass(&mut marks, &[3, 7, 9]), [false, true, true]);
+        let stored = serde_json::to_string(&marks).unwrap();
+        let mut marks: Marks = serde_json::from_str(&stored).unwrap();
+        assert_eq!(
+            pass(&mut marks, &[1, 3, 5, 6, 7, 9, 11]),
+            [false, false, true, true, false, false, true],
+            "the log once more: {stored}"
+        );
+        assert_eq!(pass(&mut marks, &[5, 6, 9, 11]), [false; 4]);
+        for interruption in 1..100 {
+            marks.interrupt();
+            assert_eq!(pass(&mut marks, &[20 * interruption, 20 * interruption]), [true, false]);
+        }
+        assert_eq!(
+            pass(&mut marks, &[21, 1_970, 1_970, 1_980]),
+            [false, true, false, false],
+            "of the latest gaps only"
+        );
+        assert!(serde_json::to_string(&marks).unwrap().len() < 10_000);
     }
 }

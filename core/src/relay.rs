@@ -13,13 +13,14 @@ use crate::{
     bus::{BusError, Message, Outgoing, Publisher, Receipt},
     checkpoint::Lane,
     claim::{Claim, Turn},
+    commit::{Commit, CommitError, DocumentKey, Put},
     event::{Position, Recorded, StreamId},
     handler::{Handler, HandlerError, Terminal},
     health::{Health, State},
     instance::Instance,
     parking::ParkedKeys,
     saga::{Command, StepEvent, attribute},
-    store::{EventStore, LogQuery},
+    store::{EventStore, LogQuery, StoreError},
     subscription::{IDLE_CHECKPOINT, lane_of},
     work::Work,
     worker::{PARKED_TICK, RetryPolicy, Stop, Worker},
@@ -31,6 +32,10 @@ const PAGE: usize = 1_000;
 const PAGES_IN_FLIGHT: usize = 16;
 /// How long a redriven message may take until the bus has it.
 const REPUBLISHED: std::time::Duration = std::time::Duration::from_secs(5);
+/// A bus that has taken nothing for so long is in trouble.
+const STALLED: std::time::Duration = std::time::Duration::from_secs(3);
+/// How often it says so again.
+const STALLED_AGAIN: std::time::Duration = std::time::Duration::from_secs(60);
 /// How long a draining relay waits for one more receipt.
 const LAST_RECEIPTS: std::time::Duration = std::time::Duration::from_millis(500);
 
@@ -255,9 +260,11 @@ impl Relay {
         let mut cursor = Position(checkpoint.unwrap_or(0));
         claim.hold(worker, cursor.0).await?;
         worker.load_parked().await?;
+        let label: Arc<str> = format!("{lane}@{}", name_of_log(&*worker.store).await?).into();
         worker.reporter.fine();
         let mut in_flight: VecDeque<InFlight> = VecDeque::new();
         let (mut moved_at, mut patient_until) = (Instant::now(), Instant::now() + LAST_RECEIPTS);
+        let mut stalls_at = Instant::now() + STALLED;
         let mut tick = tokio::time::interval(PARKED_TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -278,15 +285,31 @@ impl Relay {
                 let page = worker.store.read_log(&query, cursor, PAGE).await?;
                 caught_up = page.next == cursor;
                 cursor = page.next;
-                let (messages, sources) = self.messages(lane, worker, &page.events).await?;
+                let (messages, sources) = self.messages(lane, &label, worker, &page.events).await?;
                 if !messages.is_empty() {
-                    let receipt = match publisher.publish(messages).await {
-                        Ok(receipt) => receipt,
-                        Err(error) => return Err(self.refused(worker, &sources, error).await),
+                    if in_flight.is_empty() {
+                        stalls_at = Instant::now() + STALLED;
+                    }
+                    let mut publishing = publisher.publish(messages);
+                    let published = loop {
+                        tokio::select! {
+                            biased;
+                            published = &mut publishing => break Some(published),
+                            // It waits for room; what it has handed over already is published again.
+                            () = shutdown.cancelled() => break None,
+                            () = claim.ends() => break None,
+                            () = tokio::time::sleep_until(stalls_at) => stalls_at = stall(worker),
+                        }
+                    };
+                    let receipt = match published {
+                        Some(Ok(receipt)) => receipt,
+                        Some(Err(error)) => return Err(self.refused(worker, &sources, error).await),
+                        None => break,
                     };
                     in_flight.push_back(InFlight { next: cursor, receipt, sources });
                 }
             }
+            let waits = !in_flight.is_empty();
             let first_taken = async {
                 match in_flight.front_mut() {
                     Some(first) => (&mut first.receipt).await,
@@ -310,6 +333,7 @@ impl Relay {
                         worker.checkpoint(next.0).await?;
                         moved_at = Instant::now();
                         patient_until = moved_at + LAST_RECEIPTS;
+                        stalls_at = moved_at + STALLED;
                         backoff.reset();
                     }
                 }
@@ -322,6 +346,7 @@ impl Relay {
                         moved_at = Instant::now();
                     }
                 }
+                () = tokio::time::sleep_until(stalls_at), if waits => stalls_at = stall(worker),
                 () = shutdown.cancelled(), if !stopping => {}
                 () = claim.ends(), if !stopping => {}
                 // Consumers of this process stop too; what nobody takes any more is published again at the next start.
@@ -336,19 +361,23 @@ impl Relay {
     async fn messages(
         &self,
         lane: u32,
+        label: &Arc<str>,
         worker: &mut Worker,
         events: &[Arc<Recorded>],
     ) -> Result<(Vec<Outgoing>, Vec<Arc<Recorded>>), Stop> {
         let (mut messages, mut sources) = (Vec::with_capacity(events.len()), Vec::with_capacity(events.len()));
         let is_mine = |event: &&Arc<Recorded>| self.lanes == 1 || lane_of(event.stream.as_str(), self.lanes) == lane;
         for event in events.iter().filter(is_mine) {
+            // Those before a parked one are seen again when the checkpoint was set back.
+            let first_parked = worker.parked.first(event.stream.as_str()).map(|place| place.position);
+            let waits = first_parked.is_some_and(|position| position <= event.position.0);
             let made = match self.routes.messages(event) {
-                Ok(_) if worker.parked.has(event.stream.as_str()) => Err("waits behind a parked message".to_owned()),
+                Ok(_) if waits => Err("waits behind a parked message".to_owned()),
                 made => made,
             };
             match made {
                 Ok(mut made) => {
-                    made.iter_mut().for_each(|outgoing| outgoing.message.lane = Some(lane));
+                    made.iter_mut().for_each(|outgoing| outgoing.message.lane = Some(label.clone()));
                     sources.extend(made.iter().map(|_| event.clone()));
                     messages.extend(made);
                 }
@@ -376,12 +405,37 @@ impl Relay {
     }
 }
 
+/// What tells this log from others that have the same service: an earlier one that was given up, say, whose messages are still
+/// in a topic. Drawn by the first relay.
+async fn name_of_log(store: &dyn EventStore) -> Result<String, StoreError> {
+    let key = DocumentKey::new("log", "name");
+    loop {
+        if let Some(found) = store.document(&key).await? {
+            let name = serde_json::from_str(&found.body);
+            return name.map_err(|error| StoreError::Corrupt(format!("document {key}: {error}")));
+        }
+        let name = format!("\"{:016x}\"", uuid::Uuid::new_v4().as_u64_pair().0);
+        let put = Put { key: key.clone(), expected: Some(0), body: Some(name.into()), due: None };
+        match store.commit(Commit { appends: Vec::new(), puts: vec![put] }).await {
+            // Another one may have been first.
+            Ok(_) | Err(CommitError::DocumentConflict { .. }) => {}
+            Err(error) => return Err(StoreError::Unavailable(error.to_string())),
+        }
+    }
+}
+
+/// Tells once that the bus takes nothing; when to tell it again.
+fn stall(worker: &mut Worker) -> Instant {
+    worker.reporter.trouble(format!("the bus has acknowledged nothing for {} s", STALLED.as_secs()));
+    Instant::now() + STALLED_AGAIN
+}
+
 #[derive(Debug, thiserror::Error)]
 enum Trouble {
     #[error(transparent)]
     Stop(#[from] Stop),
     #[error(transparent)]
-    Store(#[from] crate::store::StoreError),
+    Store(#[from] StoreError),
     #[error(transparent)]
     Bus(#[from] BusError),
 }

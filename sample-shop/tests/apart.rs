@@ -56,7 +56,10 @@ impl Schemas {
     async fn hold_together(&mut self) {
         for role in ROLES {
             for (what, sql) in [
-                ("versions with a gap", "SELECT count(*) FROM (SELECT stream_id FROM annals.events GROUP BY stream_id HAVING max(version) <> count(*)) AS gaps"),
+                (
+                    "versions with a gap",
+                    "SELECT count(*) FROM (SELECT stream_id FROM annals.events GROUP BY stream_id HAVING max(version) <> count(*)) AS gaps",
+                ),
                 ("events twice", "SELECT count(*) - count(DISTINCT event_id) FROM annals.events"),
                 ("messages parked", "SELECT count(*) FROM annals.dead_letters"),
                 ("sagas under way", "SELECT count(*) FROM annals.sagas WHERE ended_at IS NULL"),

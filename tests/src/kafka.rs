@@ -1,6 +1,139 @@
-//! Where the tests find a Kafka.
+//! Where the tests find a Kafka, and brokers of a test's own, to be killed, stopped and emptied.
+
+use std::{
+    env, fs,
+    net::{TcpListener, TcpStream},
+    path::Path,
+    process::{Child, Command, Stdio},
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use tempfile::TempDir;
+
+/// How long a broker may take to start, also after a crash.
+const START: Duration = Duration::from_secs(180);
+/// How often a broker that starts is looked at.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// The brokers that the tests use: `./test` starts one, unless KAFKA_BROKERS names some.
 pub fn brokers() -> String {
-    std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| panic!("KAFKA_BROKERS is not set: run the tests by ./test"))
+    env::var("KAFKA_BROKERS").unwrap_or_else(|_| panic!("KAFKA_BROKERS is not set: run the tests by ./test"))
+}
+
+/// The folder of Kafka's jars, which `./test` fetches.
+pub fn jars() -> String {
+    env::var("KAFKA_JARS").unwrap_or_else(|_| panic!("KAFKA_JARS is not set: run the tests by ./test"))
+}
+
+/// One broker of a cluster of the test's own. It is a child of the test, so that it ends with it on Ctrl-C too.
+pub struct Broker {
+    folder: TempDir,
+    /// Of all brokers of the cluster.
+    ports: Vec<u16>,
+    /// From 1.
+    node: usize,
+    running: Option<Child>,
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+impl Broker {
+    /// A cluster of one.
+    pub fn start() -> Self {
+        let mut cluster = Self::cluster(1);
+        cluster.remove(0)
+    }
+
+    /// A cluster of so many.
+    pub fn cluster(brokers: usize) -> Vec<Self> {
+        let ports: Vec<u16> = free_ports(brokers);
+        let mut cluster: Vec<Self> = (1..=brokers)
+            .map(|node| Self { folder: tempfile::tempdir().unwrap(), ports: ports.clone(), node, running: None })
+            .collect();
+        // Each of them waits for the others.
+        cluster.iter_mut().for_each(Self::launch);
+        cluster.iter_mut().for_each(Self::settle);
+        cluster
+    }
+
+    /// Starts it again with the data it has, under the port it had.
+    pub fn resume(&mut self) {
+        self.launch();
+        self.settle();
+    }
+
+    /// Starts it, and does not wait until it takes connections.
+    pub fn launch(&mut self) {
+        let log = fs::OpenOptions::new().create(true).append(true).open(self.folder.path().join("log")).unwrap();
+        let ports: Vec<_> = self.ports.iter().map(u16::to_string).collect();
+        let mut broker = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("kafka/broker"));
+        broker.arg(self.folder.path()).arg(ports.join(",")).arg(self.node.to_string());
+        broker.env("KAFKA_JARS", jars()).stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        self.running = Some(broker.spawn().unwrap());
+    }
+
+    /// Waits until it takes connections.
+    pub fn settle(&mut self) {
+        let started_at = Instant::now();
+        while TcpStream::connect(("127.0.0.1", self.port())).is_err() {
+            let ended = self.running.as_mut().is_some_and(|running| running.try_wait().unwrap().is_some());
+            if ended || started_at.elapsed() > START {
+                panic!("{}", fs::read_to_string(self.folder.path().join("log")).unwrap());
+            }
+            sleep(LOOK);
+        }
+    }
+
+    /// With -9.
+    pub fn kill(&mut self) {
+        let Some(mut broker) = self.running.take() else { return };
+        let id = broker.id();
+        // While it is being set up, it is a script with a child.
+        let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
+        broker.kill().ok();
+        broker.wait().ok();
+        for child in children.split_whitespace() {
+            Command::new("kill").args(["-9", child]).stderr(Stdio::null()).status().ok();
+        }
+    }
+
+    /// Removes all that it has stored. It must have been killed.
+    pub fn wipe(&mut self) {
+        assert!(self.running.is_none(), "it would write on");
+        fs::remove_dir_all(self.folder.path().join("data")).unwrap();
+    }
+
+    /// Where clients find it.
+    pub fn address(&self) -> String {
+        format!("127.0.0.1:{}", self.port())
+    }
+
+    /// Its number in the cluster, from 1.
+    pub fn node(&self) -> i32 {
+        self.node as i32
+    }
+
+    fn port(&self) -> u16 {
+        self.ports[self.node - 1]
+    }
+}
+
+/// Ports that are free, as are those after each of them. Another process may take one meanwhile; then the start says so.
+fn free_ports(count: usize) -> Vec<u16> {
+    let (mut ports, mut held) = (Vec::new(), Vec::new());
+    while ports.len() < count {
+        let first = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = first.local_addr().unwrap().port();
+        if let Some(second) = port.checked_add(1).and_then(|next| TcpListener::bind(("127.0.0.1", next)).ok()) {
+            ports.push(port);
+            held.push(second);
+        }
+        held.push(first);
+    }
+    ports
 }

@@ -294,7 +294,7 @@ async fn what_a_relay_sends_twice_is_handled_once() {
     let (bus, store, notes) = (Arc::new(Scripted::default()), memory(), Notes::default());
     let sent = |key: &str, lane, position| {
         let message = message(key, position);
-        Ok(Message { lane: Some(lane), position: annals::Position(position), ..message })
+        Ok(Message { lane: Some(format!("{lane}").into()), position: annals::Position(position), ..message })
     };
     let consuming = consume(&Handle(bus.clone()), &["source.events"], 1, &notes, store.clone()).await;
     bus.add([sent("a", 0, 1), sent("b", 0, 2), sent("c", 1, 1), sent("a", 0, 1), sent("a", 0, 3), sent("b", 0, 2)]);

@@ -1,0 +1,288 @@
+//! A relay or a consumer as a process of its own, which a test kills or stops.
+
+use std::{
+    env,
+    io::{BufRead, BufReader, Read, Write},
+    process::{Child, ChildStdout, Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use annals::{
+    Bus, BusError, Consumer, EventStore, Publisher,
+    bus::{Bookmark, Outgoing, Partition, Polled, Receipt},
+};
+use annals_kafka::KafkaBus;
+use annals_tests::faulty::{Fault, FaultyStore, Gate};
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+
+use super::Pair;
+
+/// Set for the process: what it is to run.
+const TASK: &str = "ANNALS_KAFKA_PROCESS";
+
+/// Which part of the pair runs there.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Role {
+    Relay,
+    Consumer,
+}
+
+/// Where it tells that it is there, and waits for its end.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Point {
+    /// Nowhere.
+    Nowhere,
+    /// A page was read, and is not sent yet.
+    Read,
+    /// As above, but it goes on after a moment, which a stop makes longer.
+    ReadThenOn,
+    /// A page was sent, and is not acknowledged yet.
+    Sent,
+    /// A page was acknowledged, and the checkpoint stands before it.
+    Acknowledged,
+    /// A batch was committed, and the bus was not told its offset.
+    Offset,
+    /// The commit that moves a checkpoint is asked for, and held back.
+    BeforeCommit,
+    /// It is under way.
+    InCommit,
+    /// It holds, and nobody was told.
+    AfterCommit,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Task {
+    pub pair: Pair,
+    pub role: Role,
+    /// The name it shares its store under.
+    pub instance: Option<String>,
+    pub lanes: u32,
+    pub point: Point,
+    /// How often it passes the point before it stays there.
+    pub passes: u32,
+}
+
+/// What the process runs; each file has a test that calls it, and that does nothing by itself.
+pub fn run() {
+    let Some(task) = env::var_os(TASK) else { return };
+    let task: Task = serde_json::from_str(task.to_str().unwrap()).unwrap();
+    // Ends with the test, however that ends.
+    std::thread::spawn(|| {
+        _ = std::io::stdin().read_to_end(&mut Vec::new());
+        std::process::exit(1);
+    });
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    runtime.block_on(task.run());
+}
+
+fn say(word: &str) {
+    // In one write, so that what the other side reads up to a line's end is a line.
+    std::io::stdout().lock().write_all(format!("{word}\n").as_bytes()).unwrap();
+}
+
+impl Task {
+    async fn run(self) {
+        let point = Arc::new(Reached { point: self.point, left: AtomicU32::new(self.passes) });
+        let (pair, lanes) = (&self.pair, self.lanes);
+        let store = match self.role {
+            Role::Relay => pair.source_store().await,
+            Role::Consumer => pair.sink_store().await,
+        };
+        let store = point.clone().watch(store, pair, self.role);
+        let bus = Arc::new(Watched { inner: Arc::new(pair.bus().await), point });
+        let instance = self.instance.as_deref();
+        let _runtime = match self.role {
+            Role::Relay => pair.start_relay(store, bus, lanes, instance).await,
+            Role::Consumer => pair.start_consumer(store, bus).await,
+        };
+        say("started");
+        std::future::pending::<()>().await;
+    }
+
+    /// Starts the process.
+    pub fn start(self) -> Process {
+        let mut child = Command::new(env::current_exe().unwrap())
+            .args(["--exact", "process", "--nocapture"])
+            .env(TASK, serde_json::to_string(&self).unwrap())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap());
+        Process { child, lines: Some(lines) }
+    }
+}
+
+/// One that was started. It is killed when it is dropped.
+pub struct Process {
+    child: Child,
+    lines: Option<BufReader<ChildStdout>>,
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+impl Process {
+    /// Waits until it says this.
+    pub async fn says(&mut self, word: &'static str) {
+        let mut lines = self.lines.take().unwrap();
+        let heard = tokio::task::spawn_blocking(move || {
+            let mut line = String::new();
+            while line.trim_end() != word {
+                line.clear();
+                assert_ne!(lines.read_line(&mut line).unwrap(), 0, "the process has ended");
+            }
+            lines
+        });
+        let heard = tokio::time::timeout(Duration::from_secs(60), heard).await;
+        self.lines = Some(heard.unwrap_or_else(|_| panic!("the process never says {word:?}")).unwrap());
+    }
+
+    pub async fn started(&mut self) {
+        self.says("started").await;
+    }
+
+    /// It is at its point.
+    pub async fn reached(&mut self) {
+        self.says("reached").await;
+    }
+
+    /// With -9.
+    pub fn kill(mut self) {
+        assert_eq!(self.child.try_wait().unwrap(), None, "it has ended by itself");
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Until [`wake`](Self::wake), it does nothing at all.
+    pub fn stop(&self) {
+        self.signal("-STOP");
+    }
+
+    pub fn wake(&self) {
+        self.signal("-CONT");
+    }
+
+    fn signal(&self, signal: &str) {
+        assert!(Command::new("kill").arg(signal).arg(self.child.id().to_string()).status().unwrap().success());
+    }
+}
+
+/// Whether the point is reached.
+struct Reached {
+    point: Point,
+    left: AtomicU32,
+}
+
+impl Reached {
+    fn is_now(&self, point: Point) -> bool {
+        point == self.point && self.left.fetch_sub(1, Ordering::AcqRel) == 0
+    }
+
+    async fn stay() {
+        say("reached");
+        std::future::pending().await
+    }
+
+    /// A store that is at the point when a checkpoint of the role is committed.
+    fn watch(self: Arc<Self>, store: Arc<dyn EventStore>, pair: &Pair, role: Role) -> Arc<dyn EventStore> {
+        let gate = Gate::new();
+        let fault = match self.point {
+            Point::BeforeCommit | Point::InCommit => Fault::Hold(gate.clone()),
+            Point::AfterCommit => Fault::CrashAfter,
+            _ => return store,
+        };
+        let store = FaultyStore::new(store);
+        let place = match role {
+            Role::Relay => format!("{}.relay/", pair.service),
+            Role::Consumer => format!("{}/", pair.group()),
+        };
+        let this = self.clone();
+        let moves = move |put: &annals::Put| &*put.key.collection == "checkpoint" && put.key.id.starts_with(&place);
+        store.when(move |commit| commit.puts.iter().any(&moves) && this.is_now(this.point), fault);
+        let watched = store.clone();
+        tokio::spawn(async move {
+            match self.point {
+                Point::AfterCommit => watched.crashed().await,
+                _ => gate.reached().await,
+            }
+            say("reached");
+            if self.point == Point::InCommit {
+                gate.open();
+            }
+        });
+        Arc::new(store)
+    }
+}
+
+/// A bus that is at the point when something passes through it.
+struct Watched {
+    inner: Arc<KafkaBus>,
+    point: Arc<Reached>,
+}
+
+#[async_trait]
+impl Publisher for Watched {
+    async fn publish(&self, messages: Vec<Outgoing>) -> Result<Receipt, BusError> {
+        if self.point.is_now(Point::Read) {
+            Reached::stay().await;
+        }
+        if self.point.is_now(Point::ReadThenOn) {
+            say("reached");
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+        let receipt = self.inner.publish(messages).await?;
+        let point = self.point.clone();
+        let is_sent = point.is_now(Point::Sent);
+        Ok(Box::pin(async move {
+            if is_sent {
+                Reached::stay().await;
+            }
+            let taken = receipt.await;
+            if point.is_now(Point::Acknowledged) {
+                Reached::stay().await;
+            }
+            taken
+        }))
+    }
+}
+
+#[async_trait]
+impl Bus for Watched {
+    async fn join(&self, group: &str, topics: &[&str]) -> Result<Box<dyn Consumer>, BusError> {
+        let inner = self.inner.join(group, topics).await?;
+        Ok(Box::new(WatchedConsumer { inner, point: self.point.clone() }))
+    }
+}
+
+struct WatchedConsumer {
+    inner: Box<dyn Consumer>,
+    point: Arc<Reached>,
+}
+
+#[async_trait]
+impl Consumer for WatchedConsumer {
+    async fn poll(&mut self, max: usize) -> Result<Polled, BusError> {
+        self.inner.poll(max).await
+    }
+
+    async fn seek(&mut self, partition: &Partition, from: Option<Bookmark>) -> Result<(), BusError> {
+        self.inner.seek(partition, from).await
+    }
+
+    async fn acknowledge(&mut self, partition: &Partition, next: i64) -> Result<(), BusError> {
+        if self.point.is_now(Point::Offset) {
+            Reached::stay().await;
+        }
+        self.inner.acknowledge(partition, next).await
+    }
+}

@@ -1,0 +1,127 @@
+//! A topic as others see it: by a plain client, without any of our code.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use rdkafka::{
+    ClientConfig, Message, Offset, TopicPartitionList,
+    consumer::{BaseConsumer, Consumer},
+    error::KafkaError,
+    message::{BorrowedMessage, Header, Headers, OwnedHeaders},
+    producer::{BaseProducer, BaseRecord, Producer},
+};
+use uuid::Uuid;
+
+/// How long a broker may take to answer.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// One record.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Record {
+    pub partition: i32,
+    pub offset: i64,
+    pub key: Option<Vec<u8>>,
+    pub value: Option<Vec<u8>>,
+    pub headers: Vec<(String, Option<Vec<u8>>)>,
+}
+
+impl Record {
+    fn of(message: &BorrowedMessage<'_>) -> Self {
+        let headers = message.headers().into_iter().flat_map(Headers::iter);
+        Self {
+            partition: message.partition(),
+            offset: message.offset(),
+            key: message.key().map(<[u8]>::to_vec),
+            value: message.payload().map(<[u8]>::to_vec),
+            headers: headers.map(|header| (header.key.to_owned(), header.value.map(<[u8]>::to_vec))).collect(),
+        }
+    }
+
+    pub fn header(&self, name: &str) -> Option<&str> {
+        let (_, value) = self.headers.iter().find(|(key, _)| key == name)?;
+        value.as_deref().map(|value| std::str::from_utf8(value).unwrap())
+    }
+
+    /// The event's id.
+    pub fn id(&self) -> Uuid {
+        self.header("ce_id").unwrap().parse().unwrap()
+    }
+
+    pub fn text_key(&self) -> &str {
+        std::str::from_utf8(self.key.as_deref().unwrap()).unwrap()
+    }
+}
+
+fn client(brokers: &str) -> ClientConfig {
+    let mut config = ClientConfig::new();
+    config.set("bootstrap.servers", brokers).set("group.id", "plain").set("enable.auto.commit", "false");
+    config.set("enable.partition.eof", "true").set("allow.auto.create.topics", "false");
+    config
+}
+
+/// First offset and the one after the last, by partition; empty if there is no such topic.
+pub fn ends(brokers: &str, topic: &str) -> BTreeMap<i32, (i64, i64)> {
+    ends_by(&client(brokers).create().unwrap(), topic)
+}
+
+fn ends_by(consumer: &BaseConsumer, topic: &str) -> BTreeMap<i32, (i64, i64)> {
+    let metadata = consumer.fetch_metadata(Some(topic), PATIENCE).unwrap();
+    let partitions = metadata.topics()[0].partitions().iter().map(|partition| partition.id());
+    let ends = |partition| (partition, consumer.fetch_watermarks(topic, partition, PATIENCE).unwrap());
+    partitions.map(ends).collect()
+}
+
+/// How many records there are.
+pub fn count(brokers: &str, topic: &str) -> i64 {
+    ends(brokers, topic).values().map(|(first, next)| next - first).sum()
+}
+
+/// The broker that leads each partition.
+pub fn leaders(brokers: &str, topic: &str) -> BTreeMap<i32, i32> {
+    let consumer: BaseConsumer = client(brokers).create().unwrap();
+    let metadata = consumer.fetch_metadata(Some(topic), PATIENCE).unwrap();
+    metadata.topics()[0].partitions().iter().map(|partition| (partition.id(), partition.leader())).collect()
+}
+
+/// The whole topic, in order per partition.
+pub fn read(brokers: &str, topic: &str) -> Vec<Record> {
+    let consumer: BaseConsumer = client(brokers).create().unwrap();
+    let mut waiting = ends_by(&consumer, topic);
+    waiting.retain(|_, (first, next)| first < next);
+    let mut list = TopicPartitionList::new();
+    for partition in waiting.keys() {
+        list.add_partition_offset(topic, *partition, Offset::Beginning).unwrap();
+    }
+    consumer.assign(&list).unwrap();
+    let mut records = Vec::new();
+    while !waiting.is_empty() {
+        match consumer.poll(PATIENCE) {
+            Some(Ok(message)) => {
+                records.push(Record::of(&message));
+                if waiting.get(&message.partition()).is_some_and(|(_, next)| message.offset() + 1 >= *next) {
+                    waiting.remove(&message.partition());
+                }
+            }
+            Some(Err(KafkaError::PartitionEOF(partition))) => _ = waiting.remove(&partition),
+            Some(Err(error)) => panic!("reading {topic}: {error}"),
+            None => panic!("nothing came of {waiting:?} of {topic}"),
+        }
+    }
+    records
+}
+
+/// Sends records to a topic as they are, where their keys belong.
+pub fn send(brokers: &str, topic: &str, records: &[Record]) {
+    let mut config = ClientConfig::new();
+    config.set("bootstrap.servers", brokers).set("enable.idempotence", "true").set("partitioner", "murmur2_random");
+    let producer: BaseProducer = config.create().unwrap();
+    for record in records {
+        let mut headers = OwnedHeaders::new();
+        for (key, value) in &record.headers {
+            headers = headers.insert(Header { key, value: value.as_deref() });
+        }
+        let mut sent = BaseRecord::<[u8], [u8]>::to(topic).headers(headers);
+        (sent.key, sent.payload) = (record.key.as_deref(), record.value.as_deref());
+        producer.send(sent).unwrap();
+    }
+    producer.flush(PATIENCE).unwrap();
+}

@@ -1,0 +1,193 @@
+//! Brokers that are killed, away for long, gone for good or emptied, under relays and consumers that go on by themselves.
+#![allow(clippy::unwrap_used)]
+
+mod kafka;
+mod postgres;
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use annals::{
+    Bus, BusError, Consumer, Publisher, Runtime,
+    bus::{Outgoing, Receipt},
+};
+use annals_kafka::KafkaBus;
+use annals_tests::kafka::Broker;
+use async_trait::async_trait;
+use kafka::{DRAIN, Load, Pair, TALLIES, add, in_trouble, shows, topic, until};
+use tokio::time::{Instant, sleep};
+
+const PAUSE: Duration = Duration::from_millis(50);
+const AWAY: Duration = Duration::from_secs(20);
+/// Recorded while the broker is away: more than a relay reads ahead.
+const ROUNDS_AWAY: i64 = 850;
+/// What a relay hands to the client without an acknowledgement: 16 pages of 1,000.
+const MESSAGES_AHEAD_MAX: usize = 16_000;
+
+/// Counts what was published and is not acknowledged.
+struct Counting {
+    inner: KafkaBus,
+    ahead: Arc<AtomicUsize>,
+    most: Arc<AtomicUsize>,
+}
+
+#[async_trait]
+impl Publisher for Counting {
+    async fn publish(&self, messages: Vec<Outgoing>) -> Result<Receipt, BusError> {
+        let count = messages.len();
+        let ahead = self.ahead.clone();
+        self.most.fetch_max(ahead.fetch_add(count, Ordering::SeqCst) + count, Ordering::SeqCst);
+        let receipt = self.inner.publish(messages).await?;
+        Ok(Box::pin(async move {
+            let taken = receipt.await;
+            ahead.fetch_sub(count, Ordering::SeqCst);
+            taken
+        }))
+    }
+}
+
+#[async_trait]
+impl Bus for Counting {
+    async fn join(&self, group: &str, topics: &[&str]) -> Result<Box<dyn Consumer>, BusError> {
+        self.inner.join(group, topics).await
+    }
+}
+
+async fn are_fine(runtimes: [&Runtime; 2]) {
+    for runtime in runtimes {
+        shows(runtime, "fine again", |parts| !in_trouble(parts)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn killed_and_away_under_load() {
+    let mut broker = Broker::start();
+    let pair = Pair::on(&broker.address()).await;
+    let (ahead, most) = (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default());
+    let bus = Counting { inner: pair.bus().await, ahead, most: most.clone() };
+    let relay = pair.start_relay(pair.source_store().await, Arc::new(bus), 1, None).await;
+    let consumer = pair.consumer().await;
+    let load = Load::start(pair.source_store().await, PAUSE);
+    let mut sql = pair.sql().await;
+    {
+        let before = sql.copies().await;
+        until("a load", async || sql.copies().await >= before + 200).await;
+        broker.kill();
+        shows(&relay, "in trouble", in_trouble).await;
+        shows(&consumer, "in trouble", in_trouble).await;
+        broker.resume();
+        are_fine([&relay, &consumer]).await;
+    }
+    let rounds = load.end().await;
+    pair.handled(&mut sql).await;
+
+    broker.kill();
+    let away_since = Instant::now();
+    add(&pair.source_store().await, rounds..rounds + ROUNDS_AWAY).await;
+    sleep(AWAY.saturating_sub(away_since.elapsed())).await;
+    shows(&relay, "in trouble", in_trouble).await;
+    shows(&consumer, "in trouble", in_trouble).await;
+    let events = ROUNDS_AWAY as usize * TALLIES;
+    let most = most.load(Ordering::SeqCst);
+    assert!(most <= MESSAGES_AHEAD_MAX && events > MESSAGES_AHEAD_MAX, "{most} of {events} were read ahead");
+    broker.resume();
+    pair.agrees().await;
+    are_fine([&relay, &consumer]).await;
+    relay.drain(DRAIN).await.unwrap();
+    consumer.drain(DRAIN).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_is_gone_for_good() {
+    let mut brokers = Broker::cluster(3);
+    let addresses: Vec<_> = brokers.iter().map(Broker::address).collect();
+    let pair = Pair::on(&addresses.join(",")).await.set("replication", "3");
+    let (relay, consumer) = (pair.relay().await, pair.consumer().await);
+    let load = Load::start(pair.source_store().await, PAUSE);
+    let mut sql = pair.sql().await;
+    until("a load", async || sql.copies().await >= 200).await;
+    let leader = {
+        let (brokers, topic) = (pair.brokers.clone(), pair.topic());
+        tokio::task::spawn_blocking(move || topic::leaders(&brokers, &topic)[&0]).await.unwrap()
+    };
+    brokers.retain(|broker| broker.node() != leader);
+    assert_eq!(brokers.len(), 2);
+    let before = sql.copies().await;
+    until("another leader", async || sql.copies().await >= before + 1_000).await;
+    load.end().await;
+    pair.agrees().await;
+    are_fine([&relay, &consumer]).await;
+    relay.drain(DRAIN).await.unwrap();
+    consumer.drain(DRAIN).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn emptied_and_built_anew() {
+    let mut broker = Broker::start();
+    let pair = Pair::on(&broker.address()).await;
+    let (relay, consumer) = (pair.relay().await, pair.consumer().await);
+    let store = pair.source_store().await;
+    let mut sql = pair.sql().await;
+    add(&store, 0..50).await;
+    pair.agrees().await;
+    // Both go on with what is new: first so little that its offsets are below those handled, then more than there was.
+    let mut round = 50;
+    for more in [1, 100] {
+        broker.kill();
+        broker.wipe();
+        broker.resume();
+        add(&store, round..round + more).await;
+        pair.handled(&mut sql).await;
+        assert!(pair.sent().await < sql.events().await, "it was not emptied");
+        sql.set_back().await;
+        round += more;
+        // A relay reads its checkpoint again when it was to move it.
+        add(&store, round..round + 1).await;
+        round += 1;
+        until("all is in the topic", async || pair.sent().await >= sql.events().await).await;
+        pair.agrees_out_of_order().await;
+    }
+    are_fine([&relay, &consumer]).await;
+    relay.drain(DRAIN).await.unwrap();
+    consumer.drain(DRAIN).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn emptied_before_all_was_handled() {
+    let mut broker = Broker::start();
+    let pair = Pair::on(&broker.address()).await;
+    let (relay, consumer) = (pair.relay().await, pair.consumer().await);
+    let store = pair.source_store().await;
+    let mut sql = pair.sql().await;
+    add(&store, 0..20).await;
+    pair.agrees().await;
+    consumer.drain(DRAIN).await.unwrap();
+    add(&store, 20..30).await;
+    until("all is in the topic", async || pair.sent().await >= sql.events().await).await;
+    broker.kill();
+    broker.wipe();
+    broker.resume();
+    let consumer = pair.consumer().await;
+    // What was sent and not handled is gone with the topic, and what is new is handled before it comes again.
+    add(&store, 30..40).await;
+    let lost = 10 * TALLIES as i64;
+    until("what is new is handled", async || sql.copies().await + lost >= sql.events().await).await;
+    sql.set_back().await;
+    add(&store, 40..41).await;
+    pair.handled(&mut sql).await;
+    pair.caught_up(&mut sql).await;
+    let expected: Vec<i64> = (0..20).chain(30..40).collect();
+    for (tally, amounts) in sql.copied().await {
+        assert_eq!(amounts[..30], expected, "of tally {tally}");
+        let mut late = amounts[30..].to_vec();
+        late.sort_unstable();
+        assert_eq!(late, [&(20..30).collect::<Vec<_>>()[..], &[40]].concat(), "of tally {tally}");
+    }
+    relay.drain(DRAIN).await.unwrap();
+    consumer.drain(DRAIN).await.unwrap();
+}

@@ -1,0 +1,172 @@
+//! What operators meet: topics as declared or a reason why not, messages that the tools of Kafka read, no secrets anywhere.
+#![allow(clippy::unwrap_used)]
+
+mod kafka;
+mod postgres;
+
+use std::{
+    collections::HashMap,
+    io::Write,
+    process::Command,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use annals::{Bus, BusError};
+use annals_kafka::{KafkaBus, Settings};
+use annals_tests::kafka::{brokers, jars};
+use kafka::{DRAIN, Pair, TALLIES, add};
+use rdkafka::{
+    ClientConfig,
+    admin::{AdminClient, AdminOptions, ResourceSpecifier},
+    client::DefaultClientContext,
+    consumer::{BaseConsumer, Consumer},
+};
+use uuid::Uuid;
+
+const RETENTION: Duration = Duration::from_secs(3_600);
+const SECRET: &str = "hunter2";
+/// How long a wrong address may take to be told.
+const SECONDS: Duration = Duration::from_secs(15);
+
+fn admin() -> AdminClient<DefaultClientContext> {
+    ClientConfig::new().set("bootstrap.servers", brokers()).create().unwrap()
+}
+
+fn topic() -> String {
+    format!("made-{}", Uuid::new_v4().simple())
+}
+
+#[tokio::test]
+async fn topics_are_made_as_declared() {
+    let topic = topic();
+    let settings = Settings::new(&brokers()).partitions(3).replication(1).retention(RETENTION);
+    let bus = KafkaBus::connect(settings).await.unwrap();
+    drop(bus.join("watcher", &[&topic]).await.unwrap());
+    let consumer: BaseConsumer = ClientConfig::new().set("bootstrap.servers", brokers()).create().unwrap();
+    let metadata = consumer.fetch_metadata(Some(&topic), SECONDS).unwrap();
+    let partitions = metadata.topics()[0].partitions();
+    assert_eq!(partitions.len(), 3);
+    assert!(partitions.iter().all(|partition| partition.replicas().len() == 1));
+    let described = admin().describe_configs([&ResourceSpecifier::Topic(&topic)], &AdminOptions::new()).await.unwrap();
+    let described = described.into_iter().next().unwrap().unwrap();
+    let retention = described.get("retention.ms").unwrap().value.as_ref().unwrap().clone();
+    assert_eq!(retention, RETENTION.as_millis().to_string());
+}
+
+#[tokio::test]
+async fn what_the_cluster_does_not_give_is_refused_with_a_reason() {
+    let topic = topic();
+    let bus = KafkaBus::connect(Settings::new(&brokers()).replication(7)).await.unwrap();
+    let error = bus.join("watcher", &[&topic]).await.err().unwrap();
+    assert!(matches!(error, BusError::Misconfigured(_)), "{error}");
+    let told = error.to_string();
+    for part in [&*topic, "replication 7", "InvalidReplicationFactor", "make it by hand"] {
+        assert!(told.contains(part), "{part}: {told}");
+    }
+    let error = bus.join("watcher", &["no/name"]).await.err().unwrap().to_string();
+    assert!(error.contains("no/name"), "{error}");
+}
+
+#[tokio::test]
+async fn a_wrong_address_is_told_within_seconds() {
+    let asked_at = Instant::now();
+    let nobody = Settings::new("127.0.0.1:1");
+    let error = KafkaBus::connect(nobody).await.err().unwrap();
+    assert!(asked_at.elapsed() < SECONDS, "{:?}", asked_at.elapsed());
+    assert!(matches!(error, BusError::Unavailable(_)), "{error}");
+    assert!(error.to_string().contains("127.0.0.1:1"), "{error}");
+}
+
+/// What is logged.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn secrets_are_never_told() {
+    let log = Log::default();
+    let written = log.clone();
+    let subscriber = tracing_subscriber::fmt().with_max_level(tracing_subscriber::filter::LevelFilter::TRACE);
+    // For all threads of this process: the client logs from threads of its own.
+    subscriber.with_writer(move || written.clone()).init();
+    let mut told = Vec::new();
+    // The broker knows no SASL; and settings of the wrong name or with the value of another.
+    let sasl = Settings::new(&brokers())
+        .set("security.protocol", "SASL_PLAINTEXT")
+        .set("sasl.mechanisms", "PLAIN")
+        .set("sasl.username", "shop")
+        .set("sasl.password", SECRET)
+        .set("debug", "security,broker,conf");
+    told.push(format!("{sasl:?} {sasl}"));
+    told.push(KafkaBus::connect(sasl).await.err().unwrap().to_string());
+    for name in ["sasl.pasword", "security.protocol", "session.timeout.ms", "acks", "enable.idempotence", "partitioner"]
+    {
+        let wrong = Settings::new(&brokers()).set(name, SECRET);
+        let error = match KafkaBus::connect(wrong).await {
+            Err(error) => error,
+            Ok(bus) => bus.join("watcher", &[&topic()]).await.err().unwrap(),
+        };
+        let error = error.to_string();
+        assert!(error.contains(name), "{name} is not named: {error}");
+        told.push(error);
+    }
+    told.push(format!("kafka://a:1?sasl.password={SECRET}%zz&x").parse::<Settings>().unwrap_err().to_string());
+    let log = String::from_utf8_lossy(&log.0.lock().unwrap()).into_owned();
+    assert!(log.contains("rdkafka"), "nothing was logged: {log}");
+    for told in told.iter().map(String::as_str).chain(log.lines()) {
+        assert!(!told.contains(SECRET), "{told}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_console_consumer_reads_our_messages() {
+    let pair = Pair::new().await;
+    let relay = pair.relay().await;
+    add(&pair.source_store().await, 0..1).await;
+    let mut sql = pair.sql().await;
+    let mut events: HashMap<_, _> =
+        sql.stored().await.into_iter().map(|event| (event.event_id.to_string(), event)).collect();
+    let mut console = Command::new("java");
+    console.args(["-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-cp", &format!("{}/*", jars())]);
+    console.args(["org.apache.kafka.tools.consumer.ConsoleConsumer", "--bootstrap-server", &pair.brokers]);
+    console.args(["--topic", &pair.topic(), "--from-beginning", "--max-messages", &TALLIES.to_string()]);
+    console.args(["--timeout-ms", "30000", "--property", "print.key=true"]);
+    console.args(["--property", "print.headers=true"]);
+    let output = tokio::task::spawn_blocking(move || console.output().unwrap()).await.unwrap();
+    let told = String::from_utf8(output.stdout).unwrap();
+    let lines: Vec<_> = told.lines().filter(|line| line.contains('\t')).collect();
+    assert_eq!(lines.len(), TALLIES, "{told}{}", String::from_utf8_lossy(&output.stderr));
+    for line in lines {
+        let [headers, key, value] = line.split('\t').collect::<Vec<_>>()[..] else { panic!("{line}") };
+        let headers: HashMap<_, _> = headers.split(',').map(|header| header.split_once(':').unwrap()).collect();
+        let event = events.remove(headers["ce_id"]).unwrap();
+        assert_eq!((key, value), (&*event.stream_id, &*format!(r#"{{"amount":{}}}"#, event.amount)));
+        for (name, expected) in [
+            ("ce_specversion", "1.0"),
+            ("ce_source", &*pair.service),
+            ("ce_type", "tally.added"),
+            ("ce_subject", &event.stream_id),
+            ("content-type", "application/json"),
+            ("ce_position", &event.position.to_string()),
+            ("ce_streamversion", "1"),
+        ] {
+            assert_eq!(headers[name], expected, "{name} of {line}");
+        }
+        for name in ["ce_correlationid", "ce_causationid"] {
+            headers[name].parse::<Uuid>().unwrap();
+        }
+        headers["ce_time"].parse::<chrono::DateTime<chrono::Utc>>().unwrap();
+    }
+    relay.drain(DRAIN).await.unwrap();
+}
