@@ -58,6 +58,7 @@
 extern crate self as annals;
 
 pub mod aggregate;
+pub mod archive;
 mod backoff;
 pub mod bus;
 mod claim;
@@ -93,6 +94,7 @@ pub use {serde, serde_json};
 
 pub use self::{
     aggregate::{Aggregate, Snapshot},
+    archive::Archive,
     bus::{Bus, BusError, Consumer, Message, Publisher},
     commit::{Append, Commit, CommitError, Committed, Document, DocumentKey, Expected, Put},
     consumer::Group,

@@ -1,0 +1,11 @@
+//! A command a file: its arguments, and what it does.
+
+pub(crate) mod completions;
+pub(crate) mod migrate;
+pub(crate) mod read;
+pub(crate) mod saga;
+pub(crate) mod sagas;
+pub(crate) mod streams;
+pub(crate) mod subscriptions;
+pub(crate) mod tail;
+pub(crate) mod trace;
