@@ -3,7 +3,10 @@
 use clap::{Args, Parser, Subcommand};
 
 use crate::{
-    commands::{completions, migrate, read, saga, sagas, streams, subscriptions, tail, trace},
+    commands::{
+        completions, dead_letters, export, import, migrate, read, replay, saga, sagas, streams, subscription,
+        subscriptions, tail, trace, verify,
+    },
     store::StoreUrl,
 };
 
@@ -57,10 +60,22 @@ pub(crate) enum Command {
     Subscriptions(subscriptions::Arguments),
     /// List sagas.
     Sagas(sagas::Arguments),
-    /// Show what happened to a saga.
+    /// Show what happened to a saga, or act on it.
     Saga(saga::Arguments),
+    /// List messages that could not be handled, and act on them.
+    DeadLetters(dead_letters::Arguments),
+    /// Pause, resume or reset a follower of the log.
+    Subscription(subscription::Arguments),
     /// Show everything that one request caused, as a tree.
     Trace(trace::Arguments),
+    /// Write events of a range to standard output or a file.
+    Replay(replay::Arguments),
+    /// Write a store to a file.
+    Export(export::Arguments),
+    /// Fill an empty store from such a file.
+    Import(import::Arguments),
+    /// Check a store whole: versions, ids, payloads, sagas, checkpoints, seals.
+    Verify(verify::Arguments),
     /// Create a store, or bring an older one to this version.
     Migrate(migrate::Arguments),
     /// Print completions for a shell.

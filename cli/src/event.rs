@@ -47,7 +47,6 @@ impl<'a> EventLine<'a> {
     }
 
     /// The event, or what is wrong with the line.
-    #[cfg_attr(not(test), expect(dead_code, reason = "`import` is not there yet"))]
     pub fn recorded(self) -> Result<Recorded, String> {
         let data: Arc<str> = match (self.data, self.data_text) {
             (Some(data), None) => data.get().into(),

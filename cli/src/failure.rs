@@ -2,15 +2,16 @@
 
 use std::io::ErrorKind;
 
-use annals::{CommitError, StoreError};
+use annals::{CommitError, StoreError, operator::OperatorError};
 
 /// What was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Fine,
     /// Something that a person has to look at.
-    #[expect(dead_code, reason = "the commands that look for faults are next")]
     Fault,
+    /// Somebody wanted it to end before it had.
+    Stopped,
 }
 
 /// Why a command did not do what it was asked for.
@@ -36,6 +37,12 @@ impl From<StoreError> for Failure {
 
 impl From<CommitError> for Failure {
     fn from(error: CommitError) -> Self {
+        Self::Told(error.to_string())
+    }
+}
+
+impl From<OperatorError> for Failure {
+    fn from(error: OperatorError) -> Self {
         Self::Told(error.to_string())
     }
 }

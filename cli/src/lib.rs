@@ -11,11 +11,16 @@
 
 mod arguments;
 mod commands;
+mod confirm;
 mod event;
+mod exported;
 mod failure;
 mod moment;
 mod output;
+mod place;
+mod progress;
 mod quoted;
+mod stop;
 mod store;
 
 use std::{ffi::OsString, process::ExitCode};
@@ -24,7 +29,10 @@ use clap::{CommandFactory, FromArgMatches};
 
 use crate::{
     arguments::{Arguments, Command, Common},
-    commands::{completions, migrate, read, saga, sagas, streams, subscriptions, tail, trace},
+    commands::{
+        completions, dead_letters, export, import, migrate, read, replay, saga, sagas, streams, subscription,
+        subscriptions, tail, trace, verify,
+    },
     failure::{Failure, Verdict},
     output::Output,
     store::{Open, Store, StoreUrl},
@@ -34,6 +42,8 @@ use crate::{
 const FOUND_A_FAULT: u8 = 1;
 /// The command line is wrong, or the store cannot be reached.
 const COULD_NOT: u8 = 2;
+/// Ended by Ctrl-C, as a shell has it.
+const STOPPED: u8 = 130;
 
 /// The command, as it is called.
 #[derive(Clone, Debug)]
@@ -60,6 +70,7 @@ impl Ops {
         match self.carry_out(arguments).await {
             Ok(Verdict::Fine) | Err(Failure::OutputClosed) => ExitCode::SUCCESS,
             Ok(Verdict::Fault) => FOUND_A_FAULT.into(),
+            Ok(Verdict::Stopped) => STOPPED.into(),
             Err(Failure::Told(text)) => {
                 eprintln!("{}: {}", self.name, output::shown(&text));
                 COULD_NOT.into()
@@ -95,6 +106,12 @@ impl Ops {
             Command::Subscriptions(arguments) => subscriptions::run(arguments, &store, &mut output).await,
             Command::Sagas(arguments) => sagas::run(arguments, &store, &mut output).await,
             Command::Saga(arguments) => saga::run(arguments, &store, &mut output).await,
+            Command::DeadLetters(arguments) => dead_letters::run(arguments, &store, &mut output).await,
+            Command::Subscription(arguments) => subscription::run(arguments, &store, &mut output).await,
+            Command::Replay(arguments) => replay::run(arguments, &store, &mut output).await,
+            Command::Export(arguments) => export::run(arguments, &store, &mut output).await,
+            Command::Import(arguments) => import::run(arguments, &store, &mut output).await,
+            Command::Verify(arguments) => verify::run(arguments, &store, &mut output).await,
             Command::Trace(arguments) => trace::run(arguments, &store, &mut output).await,
             Command::Migrate(_) | Command::Completions(_) => Ok(Verdict::Fine),
         };

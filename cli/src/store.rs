@@ -106,6 +106,7 @@ pub(crate) enum Open {
 /// An open store.
 #[derive(Clone)]
 pub(crate) struct Store {
+    pub url: StoreUrl,
     driver: Driver,
 }
 
@@ -149,7 +150,7 @@ impl Store {
                 })
             }
         }?;
-        Ok(Self { driver })
+        Ok(Self { url: url.clone(), driver })
     }
 
     pub fn port(&self) -> Arc<dyn Archive> {

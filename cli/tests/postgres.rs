@@ -93,3 +93,45 @@ async fn a_database_that_refuses_is_told_apart_from_one_that_is_away() {
     let refused = ended(command(&["streams", "--store", &nobody])).refused();
     assert!(refused.contains("the database refuses: ") && !refused.contains("secret"), "{refused}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_moves_from_sqlite_to_postgresql_and_back() {
+    let (place, schema) = (travel::Place::with_trips().await, Schema::new());
+    let export = |name: &str| place.file(name).to_str().unwrap().to_owned();
+    place.annals(&["export", &export("first.ndjson.zst")]).fine();
+    schema.annals(&["migrate"]).fine();
+    schema.annals(&["import", &export("first.ndjson.zst")]).fine();
+    schema.annals(&["export", &export("second.ndjson")]).fine();
+    let back = |words: &[&str]| {
+        let mut command = command(words);
+        command.env("ANNALS_STORE", travel::url(&place.file("back.db")));
+        ended(command)
+    };
+    back(&["migrate"]).fine();
+    back(&["import", &export("second.ndjson")]).fine();
+    let first = place.annals(&["replay"]).fine();
+    assert!(first.lines().count() > 20);
+    assert_eq!(schema.annals(&["replay"]).fine(), first);
+    assert_eq!(back(&["replay"]).fine(), first);
+    back(&["export", &export("third.ndjson")]).fine();
+    let documents = |name: &str| {
+        let text = std::fs::read_to_string(export(name)).unwrap();
+        text.lines().filter(|line| line.starts_with("{\"document\"")).map(str::to_owned).collect::<Vec<_>>()
+    };
+    place.annals(&["export", &export("plain.ndjson")]).fine();
+    assert_eq!(documents("third.ndjson"), documents("plain.ndjson"));
+    assert_eq!(documents("second.ndjson"), documents("plain.ndjson"));
+
+    // A service goes on with it, behind the last position.
+    let store = schema.store().await;
+    let events: Arc<dyn annals::EventStore> = Arc::new(store.clone());
+    let running = travel::agency(&events, true).await;
+    assert!(
+        schema.annals(&["saga", "lost-1", "retry", "--reason", "moved", "--wait", "60s"]).fine().contains("running")
+    );
+    travel::until("it completes", async || travel::sagas(&events).await.iter().all(|saga| saga.ended_at.is_some()))
+        .await;
+    running.drain(std::time::Duration::from_secs(30)).await.unwrap();
+    store.close().await.unwrap();
+    schema.drop().await;
+}

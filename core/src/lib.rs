@@ -70,6 +70,7 @@ pub mod health;
 mod instance;
 pub mod local_bus;
 pub mod memory;
+pub mod operator;
 mod panic;
 pub mod parking;
 pub mod read_model;
@@ -103,6 +104,7 @@ pub use self::{
     health::Health,
     local_bus::LocalBus,
     memory::MemoryStore,
+    operator::Operator,
     parking::DeadLetters,
     read_model::{Projection, ReadModel, Views},
     repository::{ExecuteError, Repository, Request},

@@ -65,6 +65,8 @@ pub(crate) struct Lane {
     pub holder: Option<Arc<str>>,
     /// How often it was taken.
     pub epoch: i64,
+    /// Whether an operator holds it up.
+    pub paused: bool,
 }
 
 /// The body of a checkpoint document.
@@ -81,6 +83,9 @@ pub struct Checkpoint {
     /// How often an instance has taken the lane.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub epoch: i64,
+    /// Whether an operator holds the lane up: nobody follows it until that is taken back.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub paused: bool,
     /// When it was last moved.
     pub at: chrono::DateTime<Utc>,
 }
@@ -95,19 +100,20 @@ pub const CHECKPOINTS: &str = "checkpoint";
 impl Lane {
     pub fn new(id: &str, incarnation: Option<Arc<str>>) -> Self {
         let key = DocumentKey::new(CHECKPOINTS, id);
-        Self { place: key.id.clone(), key, version: 0, next: 0, incarnation, holder: None, epoch: 0 }
+        Self { place: key.id.clone(), key, version: 0, next: 0, incarnation, holder: None, epoch: 0, paused: false }
     }
 
     /// Reads the checkpoint; `None` if there is none, or one of another incarnation.
     pub async fn load(&mut self, store: &dyn EventStore) -> Result<Option<i64>, StoreError> {
         let found = store.document(&self.key).await?;
         let Some(document) = found else {
-            (self.version, self.holder) = (0, None);
+            (self.version, self.holder, self.paused) = (0, None, false);
             return Ok(None);
         };
         let checkpoint: Checkpoint = serde_json::from_str(&document.body)
             .map_err(|error| StoreError::Corrupt(format!("document {}: {error}", self.key)))?;
         (self.version, self.holder, self.epoch) = (document.version, checkpoint.holder, checkpoint.epoch);
+        self.paused = checkpoint.paused;
         if checkpoint.incarnation != self.incarnation {
             return Ok(None);
         }
@@ -122,7 +128,8 @@ impl Lane {
 
     fn body(&self, next: i64) -> Arc<str> {
         let (incarnation, holder) = (self.incarnation.clone(), self.holder.clone());
-        let checkpoint = Checkpoint { next, incarnation, holder, epoch: self.epoch, at: Utc::now() };
+        let (epoch, paused) = (self.epoch, self.paused);
+        let checkpoint = Checkpoint { next, incarnation, holder, epoch, paused, at: Utc::now() };
         serde_json::to_string(&checkpoint).unwrap_or_default().into()
     }
 }

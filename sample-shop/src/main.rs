@@ -47,8 +47,13 @@ async fn main() -> ExitCode {
 }
 
 async fn carry_out(command: Command) -> Result<ExitCode, Failure> {
+    // It has its own way with Ctrl-C.
+    if let Command::Ops { words } = command {
+        return Ok(annals_cli::Ops::named("sample-shop ops").run(words).await);
+    }
     let stop = Stop::on_signals()?;
     match command {
+        Command::Ops { .. } => Ok(ExitCode::SUCCESS),
         Command::Run(arguments) => {
             let source = arguments.source()?;
             let stock = source.stock(arguments.stock_factor)?;

@@ -1,5 +1,6 @@
 //! `saga`: what happened to one saga.
 
+mod act;
 mod path;
 mod timeline;
 
@@ -25,7 +26,9 @@ const EVENTS_MAX: usize = 10_000;
   annals saga 536365
       its steps, attempts, commands, replies, timers and errors
   annals saga saga.return-C536379 --diagram > path.mmd
-      the way it took, as a Mermaid flowchart")]
+      the way it took, as a Mermaid flowchart
+  annals saga 536365 retry --reason \"the card provider is back\"
+      asks again for the step that it is stuck at")]
 pub(crate) struct Arguments {
     /// The saga's id, or its stream where several sagas have the id: `536365`, `saga.checkout-536365`.
     #[arg(value_name = "ID")]
@@ -33,10 +36,16 @@ pub(crate) struct Arguments {
     /// Draw the way it took as a Mermaid flowchart.
     #[arg(long)]
     diagram: bool,
+    /// What to do about it, if it is stuck.
+    #[command(subcommand)]
+    act: Option<act::Verb>,
 }
 
 pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
     let stream = locate(store, &arguments.id).await?;
+    if let Some(verb) = arguments.act {
+        return act::run(verb, &stream, store, output).await;
+    }
     let history = history(store, &stream).await?;
     if arguments.diagram {
         output.line(path::mermaid(history.iter().map(|(_, event)| event)).trim_end())?;

@@ -98,7 +98,15 @@ fn happened(event: &SagaEvent, before: Option<&Progress>, steps: &HashMap<At, St
             gave_up.as_ref()
         }
         SagaEvent::Operated { verb, by, reason, .. } => {
-            lines.push(format!("! {by} asked for {}: {reason}", word(verb)));
+            lines.push(format!("! {}, as {by} asked: {reason}", word(verb)));
+            None
+        }
+        SagaEvent::Requested { verb, by, reason, .. } => {
+            lines.push(format!("! {by} asks for {}: {reason}", word(verb)));
+            None
+        }
+        SagaEvent::Declined { verb, why, .. } => {
+            lines.push(format!("! {} declined: {why}", word(verb)));
             None
         }
         SagaEvent::Migrated { from, progress } => {
@@ -111,7 +119,7 @@ fn happened(event: &SagaEvent, before: Option<&Progress>, steps: &HashMap<At, St
 }
 
 /// A verb as it is typed.
-fn word(verb: &impl Serialize) -> String {
+pub(crate) fn word(verb: &impl Serialize) -> String {
     serde_json::to_value(verb).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
@@ -121,7 +129,7 @@ fn sent(event: &SagaEvent) -> &[annals::saga::Command] {
         | SagaEvent::Replied { send, .. }
         | SagaEvent::Timed { send, .. }
         | SagaEvent::Operated { send, .. } => send,
-        SagaEvent::Migrated { .. } => &[],
+        SagaEvent::Requested { .. } | SagaEvent::Declined { .. } | SagaEvent::Migrated { .. } => &[],
     }
 }
 
