@@ -4,8 +4,8 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::{
     commands::{
-        completions, dead_letters, export, import, migrate, read, replay, saga, sagas, streams, subscription,
-        subscriptions, tail, trace, verify,
+        check_history, completions, dead_letters, export, import, migrate, read, replay, saga, sagas, streams,
+        subscription, subscriptions, tail, trace, verify,
     },
     store::StoreUrl,
 };
@@ -76,6 +76,8 @@ pub(crate) enum Command {
     Import(import::Arguments),
     /// Check a store whole: versions, ids, payloads, sagas, checkpoints, seals.
     Verify(verify::Arguments),
+    /// Check that this build reads, and does, what an export says.
+    CheckHistory(check_history::Arguments),
     /// Create a store, or bring an older one to this version.
     Migrate(migrate::Arguments),
     /// Print completions for a shell.

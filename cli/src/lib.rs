@@ -8,10 +8,13 @@
 //! annals_cli::Ops::named("my-service ops").run(std::env::args_os().skip(2)).await
 //! # }
 //! ```
+//!
+//! With [`Ops::events`] and [`Ops::saga`] it also knows what the service's events and sagas are, for `check-history`.
 
 mod arguments;
 mod commands;
 mod confirm;
+mod domain;
 mod event;
 mod exported;
 mod failure;
@@ -30,8 +33,8 @@ use clap::{CommandFactory, FromArgMatches};
 use crate::{
     arguments::{Arguments, Command, Common},
     commands::{
-        completions, dead_letters, export, import, migrate, read, replay, saga, sagas, streams, subscription,
-        subscriptions, tail, trace, verify,
+        check_history, completions, dead_letters, export, import, migrate, read, replay, saga, sagas, streams,
+        subscription, subscriptions, tail, trace, verify,
     },
     failure::{Failure, Verdict},
     output::Output,
@@ -46,15 +49,28 @@ const COULD_NOT: u8 = 2;
 const STOPPED: u8 = 130;
 
 /// The command, as it is called.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Ops {
     name: &'static str,
+    domain: domain::Domain,
 }
 
 impl Ops {
     /// Under this name, as it is typed: `annals`, `sample-shop ops`.
     pub fn named(name: &'static str) -> Self {
-        Self { name }
+        Self { name, domain: domain::Domain::default() }
+    }
+
+    /// Knows these events, for `check-history`.
+    pub fn events<E: annals::Event>(mut self) -> Self {
+        self.domain.add_events::<E>();
+        self
+    }
+
+    /// Knows sagas of this definition, for `check-history`.
+    pub fn saga<C: annals::SagaState>(mut self, saga: annals::Saga<C>) -> Self {
+        self.domain.add_saga(saga);
+        self
     }
 
     /// Does what the words ask for, which are those after the name. Prints to standard output and standard error.
@@ -96,6 +112,10 @@ impl Ops {
             Command::Migrate(arguments) => {
                 return migrate::run(arguments, url(&common)?, &common.schema, &mut output).await;
             }
+            Command::CheckHistory(arguments) => {
+                let outcome = check_history::run(arguments, &self.domain, &mut output);
+                return outcome.and_then(|verdict| output.flush().map(|()| verdict));
+            }
             _ => {}
         }
         let store = open(&common).await?;
@@ -113,7 +133,7 @@ impl Ops {
             Command::Import(arguments) => import::run(arguments, &store, &mut output).await,
             Command::Verify(arguments) => verify::run(arguments, &store, &mut output).await,
             Command::Trace(arguments) => trace::run(arguments, &store, &mut output).await,
-            Command::Migrate(_) | Command::Completions(_) => Ok(Verdict::Fine),
+            Command::Migrate(_) | Command::CheckHistory(_) | Command::Completions(_) => Ok(Verdict::Fine),
         };
         let outcome = outcome.and_then(|verdict| output.flush().map(|()| verdict));
         // What was printed is true, whatever becomes of the connections.

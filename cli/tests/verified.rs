@@ -147,7 +147,7 @@ async fn what_was_sealed_cannot_be_changed_unseen() {
         (
             "stream",
             "DELETE FROM documents WHERE id LIKE '%poor-1'; DELETE FROM events WHERE stream_id LIKE '%-poor-1'",
-            "that were sealed are gone".to_owned(),
+            ": the event that was sealed is gone".to_owned(),
         ),
         (
             "seal",

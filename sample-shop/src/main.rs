@@ -49,7 +49,7 @@ async fn main() -> ExitCode {
 async fn carry_out(command: Command) -> Result<ExitCode, Failure> {
     // It has its own way with Ctrl-C.
     if let Command::Ops { words } = command {
-        return Ok(annals_cli::Ops::named("sample-shop ops").run(words).await);
+        return Ok(sample_shop::shop::ops().run(words).await);
     }
     let stop = Stop::on_signals()?;
     match command {

@@ -6,10 +6,10 @@ use annals::{EventStore, Repository, Service, saga::Runner};
 
 use crate::{
     checkout::{Checkout, Returning, checkout, returning},
-    inventory::InventoryDesk,
-    notification::NotificationDesk,
-    order::{Order, OrderDesk, Return},
-    payment::{PaymentDesk, Provider},
+    inventory::{InventoryDesk, StockEvent},
+    notification::{NotificationDesk, NotificationEvent},
+    order::{Order, OrderDesk, OrderEvent, Return, ReturnEvent},
+    payment::{PaymentDesk, PaymentEvent, Provider},
 };
 
 /// What customers reach: orders and returns, by id.
@@ -48,6 +48,18 @@ pub fn payment_service(store: Arc<dyn EventStore>, provider: Arc<dyn Provider>) 
 /// The notification service.
 pub fn notification_service(store: Arc<dyn EventStore>) -> Service {
     Service::new("notification", store.clone()).publish(&["notification"]).participant(NotificationDesk::new(store))
+}
+
+/// The `annals` command, with what the shop knows of its events and sagas.
+pub fn ops() -> annals_cli::Ops {
+    annals_cli::Ops::named("sample-shop ops")
+        .events::<OrderEvent>()
+        .events::<ReturnEvent>()
+        .events::<StockEvent>()
+        .events::<PaymentEvent>()
+        .events::<NotificationEvent>()
+        .saga(checkout())
+        .saga(returning())
 }
 
 /// All four on one store.

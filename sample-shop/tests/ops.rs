@@ -22,6 +22,12 @@ fn a_store_of_the_shop_is_looked_at_and_verified() {
     let verified = shop(&["ops", "verify", "--store", &store]);
     assert_eq!(verified.status.code(), Some(0), "{}", text(&verified));
     assert!(text(&verified).contains(" 60 sagas and "), "{}", text(&verified));
+    let file = folder.path().join("shop.ndjson.zst").display().to_string();
+    let exported = shop(&["ops", "export", &file, "--store", &store]);
+    assert!(exported.status.success(), "{}", String::from_utf8_lossy(&exported.stderr));
+    let checked = shop(&["ops", "check-history", "--against", &file]);
+    assert_eq!(checked.status.code(), Some(0), "{}", text(&checked));
+    assert!(text(&checked).ends_with(" events and 60 sagas checked: 0 findings\n"), "{}", text(&checked));
     let missing = shop(&["ops", "streams", "--store", "sqlite:nowhere.db"]);
     assert_eq!(missing.status.code(), Some(2));
     assert!(
