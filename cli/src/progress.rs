@@ -11,7 +11,7 @@ const TICK: Duration = Duration::from_millis(200);
 pub(crate) fn bar(what: &'static str, total: u64) -> ProgressBar {
     let bar = ProgressBar::new(total);
     let template = "{prefix} {wide_bar:.cyan/blue} {human_pos}/{human_len}  {per_sec}  {eta} left";
-    // The template is a literal that a test draws.
+    // Without its style a bar is still one: the template is no reason to fail.
     if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style);
     }
