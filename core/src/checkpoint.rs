@@ -28,6 +28,8 @@ pub(crate) struct Lane {
     pub holder: Option<Arc<str>>,
     /// How often it was taken.
     pub epoch: i64,
+    /// Whether an operator holds it up.
+    pub paused: bool,
     /// Of a partition: the message before `next`.
     pub last: Option<Uuid>,
     pub marks: Marks,
@@ -47,6 +49,9 @@ pub struct Checkpoint {
     /// How often an instance has taken the lane.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub epoch: i64,
+    /// Whether an operator holds the lane up: nobody follows it until that is taken back.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub paused: bool,
     /// Of a partition: the id of the message before `next`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last: Option<Uuid>,
@@ -68,19 +73,21 @@ impl Lane {
     pub fn new(id: &str, incarnation: Option<Arc<str>>) -> Self {
         let key = DocumentKey::new(CHECKPOINTS, id);
         let marks = Marks::default();
-        Self { place: key.id.clone(), key, version: 0, next: 0, incarnation, holder: None, epoch: 0, last: None, marks }
+        let (place, version, next, epoch, paused) = (key.id.clone(), 0, 0, 0, false);
+        Self { key, place, version, next, incarnation, holder: None, epoch, paused, last: None, marks }
     }
 
     /// Reads the checkpoint; `None` if there is none, or one of another incarnation.
     pub async fn load(&mut self, store: &dyn EventStore) -> Result<Option<i64>, StoreError> {
         let found = store.document(&self.key).await?;
         let Some(document) = found else {
-            (self.version, self.holder) = (0, None);
+            (self.version, self.holder, self.paused) = (0, None, false);
             return Ok(None);
         };
         let checkpoint: Checkpoint = serde_json::from_str(&document.body)
             .map_err(|error| StoreError::Corrupt(format!("document {}: {error}", self.key)))?;
         (self.version, self.holder, self.epoch) = (document.version, checkpoint.holder, checkpoint.epoch);
+        self.paused = checkpoint.paused;
         // What a relay sends again after a topic was wiped has been here all the same.
         self.marks = checkpoint.marks;
         if checkpoint.incarnation != self.incarnation {
@@ -119,9 +126,9 @@ impl Lane {
 
     /// The body of its document.
     pub fn body(&self) -> Arc<str> {
-        let Self { next, epoch, last, .. } = *self;
+        let Self { next, epoch, paused, last, .. } = *self;
         let (incarnation, holder, marks) = (self.incarnation.clone(), self.holder.clone(), self.marks.clone());
-        let checkpoint = Checkpoint { next, incarnation, holder, epoch, last, marks, at: Utc::now() };
+        let checkpoint = Checkpoint { next, incarnation, holder, epoch, paused, last, marks, at: Utc::now() };
         serde_json::to_string(&checkpoint).unwrap_or_default().into()
     }
 }

@@ -9,7 +9,7 @@ use crate::{
     worker::{Stop, Worker},
 };
 
-/// How often a lane is looked at whose holder is to let go of it.
+/// How often a lane is looked at that an operator holds up, or whose holder is to let go of it.
 const HANDOVER_TICK: Duration = Duration::from_millis(200);
 
 /// Whether to follow a lane: always, where a process is alone on its store.
@@ -35,24 +35,28 @@ impl Claim {
         Self { instance: instance.cloned(), subscription: subscription.clone(), lane }
     }
 
-    /// Waits until it is this instance's turn and nobody who is alive holds the lane; then `worker` has read its checkpoint,
-    /// and takes it with its next commit or [`hold`](Claim::hold).
+    /// Waits until it is this instance's turn, and neither an operator nor anybody who is alive holds the lane; then `worker`
+    /// has read its checkpoint, and takes it with its next commit or [`hold`](Claim::hold).
     pub async fn turn(&self, worker: &mut Worker, shutdown: &CancellationToken) -> Result<Turn, Stop> {
-        let Some(instance) = &self.instance else { return Ok(Turn::Came(worker.lanes[0].load(&*worker.store).await?)) };
         loop {
-            if !instance.has_turn(&self.subscription, self.lane) {
-                worker.reporter.elsewhere("it is another instance's turn");
-            }
-            tokio::select! {
-                () = instance.turns(&self.subscription, self.lane, true) => {}
-                () = shutdown.cancelled() => return Ok(Turn::Shutdown),
+            if let Some(instance) = &self.instance {
+                if !instance.has_turn(&self.subscription, self.lane) {
+                    worker.reporter.elsewhere("it is another instance's turn");
+                }
+                tokio::select! {
+                    () = instance.turns(&self.subscription, self.lane, true) => {}
+                    () = shutdown.cancelled() => return Ok(Turn::Shutdown),
+                }
             }
             let next = worker.lanes[0].load(&*worker.store).await?;
-            match worker.lanes[0].holder.clone() {
-                Some(holder) if holder != *instance.name() && instance.is_alive(&holder) => {
-                    worker.reporter.elsewhere(&format!("{holder} has not let go of it yet"));
-                }
-                _ => return Ok(Turn::Came(next)),
+            let lane = &worker.lanes[0];
+            let holder = self.instance.as_ref().and_then(|instance| {
+                lane.holder.clone().filter(|holder| holder != instance.name() && instance.is_alive(holder))
+            });
+            match holder {
+                _ if lane.paused => worker.reporter.elsewhere("an operator has paused it"),
+                Some(holder) => worker.reporter.elsewhere(&format!("{holder} has not let go of it yet")),
+                None => return Ok(Turn::Came(next)),
             }
             tokio::select! {
                 () = tokio::time::sleep(HANDOVER_TICK) => {}

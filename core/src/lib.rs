@@ -58,6 +58,7 @@
 extern crate self as annals;
 
 pub mod aggregate;
+pub mod archive;
 mod backoff;
 pub mod bus;
 pub mod checkpoint;
@@ -71,6 +72,7 @@ mod instance;
 pub mod local_bus;
 mod marks;
 pub mod memory;
+pub mod operator;
 mod panic;
 pub mod parking;
 pub mod read_model;
@@ -95,6 +97,7 @@ pub use {serde, serde_json};
 
 pub use self::{
     aggregate::{Aggregate, Snapshot},
+    archive::Archive,
     bus::{Bus, BusError, Consumer, Message, Publisher},
     commit::{Append, Commit, CommitError, Committed, Document, DocumentKey, Expected, Put},
     consumer::Group,
@@ -103,6 +106,7 @@ pub use self::{
     health::Health,
     local_bus::LocalBus,
     memory::MemoryStore,
+    operator::Operator,
     parking::DeadLetters,
     read_model::{Projection, ReadModel, Views},
     repository::{ExecuteError, Repository, Request},

@@ -247,16 +247,32 @@ impl DeadLetters {
     /// Has a key's messages tried again now, in order, by the worker that owns it. Returns how many wait; 0 if the key is
     /// not parked.
     pub async fn redrive(&self, subscription: &str, key: &str) -> Result<usize, CommitError> {
-        let documents = self.of_key(subscription, key).await?;
-        let puts: Vec<Put> = heads(&documents).map(|head| due_now(head.clone())).collect();
+        let (puts, waiting) = self.to_redrive(subscription, key).await?;
         if !puts.is_empty() {
             self.store.commit(Commit { appends: Vec::new(), puts }).await?;
         }
-        Ok(documents.len())
+        Ok(waiting)
+    }
+
+    /// What has a key, or the one message with this id, tried again; and how many messages wait.
+    pub(crate) async fn to_redrive(&self, subscription: &str, key: &str) -> Result<(Vec<Put>, usize), CommitError> {
+        let documents = self.of_key(subscription, key).await?;
+        Ok((heads(&documents).map(|head| due_now(head.clone())).collect(), documents.len()))
     }
 
     /// Gives up the first message of a key for good; those behind it are tried then.
     pub async fn drop_first(&self, subscription: &str, key: &str) -> Result<Option<Parked>, CommitError> {
+        let Some((puts, dropped)) = self.to_drop(subscription, key).await? else { return Ok(None) };
+        self.store.commit(Commit { appends: Vec::new(), puts }).await?;
+        Ok(serde_json::from_str(&dropped.body).ok())
+    }
+
+    /// What removes the first message of a key, or the one with this id; and that message.
+    pub(crate) async fn to_drop(
+        &self,
+        subscription: &str,
+        key: &str,
+    ) -> Result<Option<(Vec<Put>, Document)>, CommitError> {
         let mut documents = self.of_key(subscription, key).await?;
         if documents.is_empty() {
             return Ok(None);
@@ -264,14 +280,14 @@ impl DeadLetters {
         let dropped = documents.remove(0);
         let mut puts: Vec<Put> = heads(&documents).map(|head| due_now(head.clone())).collect();
         puts.push(Put { key: dropped.key.clone(), expected: Some(dropped.version), body: None, due: None });
-        self.store.commit(Commit { appends: Vec::new(), puts }).await?;
-        Ok(serde_json::from_str(&dropped.body).ok())
+        Ok(Some((puts, dropped)))
     }
 
     async fn of_key(&self, subscription: &str, key: &str) -> Result<Vec<Document>, CommitError> {
         let documents = self.documents(subscription).await.map_err(unavailable)?;
-        let key = parking_key(&key.into());
-        Ok(documents.into_iter().filter(|document| key_of(document) == Some(&*key)).collect())
+        let (id, key) = (key, parking_key(&key.into()));
+        let wanted = |document: &Document| *document.key.id == *id || key_of(document) == Some(&*key);
+        Ok(documents.into_iter().filter(wanted).collect())
     }
 
     async fn documents(&self, subscription: &str) -> Result<Vec<Document>, StoreError> {

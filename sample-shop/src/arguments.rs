@@ -89,6 +89,13 @@ pub enum Command {
     Serve(Serve),
     /// Wait until every saga has ended, then print the summary.
     Drain(Drain),
+    /// The `annals` command on the shop's store: inspect, replay, verify, move and repair.
+    #[command(disable_help_flag = true)]
+    Ops {
+        /// What it is asked for; `ops --help` tells.
+        #[arg(value_name = "WORDS", trailing_var_arg = true, allow_hyphen_values = true)]
+        words: Vec<OsString>,
+    },
 }
 
 /// Where things are kept and how services talk.

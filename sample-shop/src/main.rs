@@ -35,6 +35,10 @@ async fn main() -> ExitCode {
         .with_ansi(std::io::stderr().is_terminal())
         .init();
     let arguments = Arguments::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
+    // It has its own way with Ctrl-C.
+    if let Command::Ops { words } = arguments.command {
+        return sample_shop::shop::ops().run(words).await;
+    }
     // On a worker of the runtime: what this thread spawns would wait in a queue that busy workers seldom look at.
     match tokio::spawn(carry_out(arguments.command)).await.unwrap_or_else(|panic| Err(panic.into())) {
         Ok(code) => code,
@@ -48,6 +52,7 @@ async fn main() -> ExitCode {
 async fn carry_out(command: Command) -> Result<ExitCode, Failure> {
     let stop = Stop::on_signals()?;
     match command {
+        Command::Ops { .. } => Err("`ops` is carried out by `main`".into()),
         Command::Run(arguments) => {
             let source = arguments.source()?;
             let stock = source.stock(arguments.stock_factor)?;

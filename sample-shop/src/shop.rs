@@ -9,10 +9,10 @@ use crate::{
     books::Bookkeeper,
     checkout::{Checkout, Returning, checkout, returning},
     closing::{Closing, Counting, counting},
-    inventory::InventoryDesk,
-    notification::NotificationDesk,
-    order::{Order, OrderDesk, Return},
-    payment::{PaymentDesk, Provider},
+    inventory::{InventoryDesk, StockEvent},
+    notification::{NotificationDesk, NotificationEvent},
+    order::{Order, OrderDesk, OrderEvent, Return, ReturnEvent},
+    payment::{PaymentDesk, PaymentEvent, Provider},
     supply::{Supply, Supplying, supplying},
 };
 
@@ -74,6 +74,18 @@ pub fn payment_service(store: Arc<dyn EventStore>, provider: Arc<dyn Provider>) 
 /// The notification service.
 pub fn notification_service(store: Arc<dyn EventStore>) -> Service {
     Service::new("notification", store.clone()).publish(&["notification"]).participant(NotificationDesk::new(store))
+}
+
+/// The `annals` command, with what the shop knows of its events and sagas.
+pub fn ops() -> annals_cli::Ops {
+    annals_cli::Ops::named("sample-shop ops")
+        .events::<OrderEvent>()
+        .events::<ReturnEvent>()
+        .events::<StockEvent>()
+        .events::<PaymentEvent>()
+        .events::<NotificationEvent>()
+        .saga(checkout())
+        .saga(returning())
 }
 
 /// All four on one store.

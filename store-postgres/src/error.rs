@@ -30,6 +30,22 @@ pub enum OpenError {
         /// The newest version known.
         known: i32,
     },
+    /// There is no store to open, and none was to be created.
+    #[error("there is no store in schema {schema} of that database")]
+    Missing {
+        /// The schema.
+        schema: String,
+    },
+    /// The schema was written by an older build, and was to be left as it is.
+    #[error("schema {schema} has version {found}; this build needs {known}: migrate it")]
+    Outdated {
+        /// The schema.
+        schema: String,
+        /// The version it has.
+        found: i32,
+        /// The version needed.
+        known: i32,
+    },
     /// The server refuses this user: a wrong password, no such database, or no permission.
     #[error("the database refuses: {reason}; check user, password, database and permissions")]
     Refused {

@@ -61,6 +61,7 @@
 //!   told as before.
 
 mod append;
+mod archive;
 mod copied;
 mod error;
 mod group;
@@ -148,8 +149,17 @@ impl Drop for Shared {
 impl PostgresStore {
     /// Connects, and creates the schema or brings it to the newest version.
     pub async fn connect(url: &str, settings: Settings) -> Result<Self, OpenError> {
+        Self::start(url, settings, true).await
+    }
+
+    /// Connects to a schema that holds a store of this version: it is neither created nor brought to a newer version.
+    pub async fn connect_existing(url: &str, settings: Settings) -> Result<Self, OpenError> {
+        Self::start(url, settings, false).await
+    }
+
+    async fn start(url: &str, settings: Settings, create: bool) -> Result<Self, OpenError> {
         let database = Arc::new(Database::locate(url, settings)?);
-        database.prepare().await?;
+        database.prepare(create).await?;
         let (readers, news) = (database.readers(), News::new());
         let (queue, submissions) = mpsc::channel(QUEUE_COMMITS_MAX);
         let queue_of_writers = Arc::new(Queue::new(submissions));

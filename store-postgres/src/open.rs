@@ -89,15 +89,17 @@ impl Database {
     }
 
     /// Creates the schema or brings it to the newest version.
-    pub(crate) async fn prepare(&self) -> Result<(), OpenError> {
+    ///
+    /// Not without `create`: then there must be one of the newest version.
+    pub(crate) async fn prepare(&self, create: bool) -> Result<(), OpenError> {
         let mut connection = self.options.connect().await.map_err(|error| open_error(&error))?;
-        let prepared = self.prepare_with(&mut connection).await;
+        let prepared = self.prepare_with(&mut connection, create).await;
         // Not just dropped, which would let go of the session some time later. The outcome is known already.
         connection.close().await.ok();
         prepared
     }
 
-    async fn prepare_with(&self, connection: &mut PgConnection) -> Result<(), OpenError> {
+    async fn prepare_with(&self, connection: &mut PgConnection, create: bool) -> Result<(), OpenError> {
         let failed = |error: sqlx::Error| open_error(&error);
         let standby: bool =
             sqlx::query_scalar("SELECT pg_is_in_recovery()").fetch_one(&mut *connection).await.map_err(failed)?;
@@ -105,8 +107,15 @@ impl Database {
             return Err(OpenError::Standby);
         }
         // Most openings find nothing to do, and need neither a lock nor permission to see it.
-        if self.schema_version(connection).await? != MIGRATIONS.len() {
-            self.migrate(connection).await?;
+        let schema = || self.settings.schema.clone();
+        match self.schema_version(connection).await? {
+            found if found == MIGRATIONS.len() => {}
+            _ if create => self.migrate(connection).await?,
+            0 => return Err(OpenError::Missing { schema: schema() }),
+            found => {
+                let (found, known) = (found as i32, MIGRATIONS.len() as i32);
+                return Err(OpenError::Outdated { schema: schema(), found, known });
+            }
         }
         sqlx::query(self.statements.advance.clone()).execute(connection).await.map(drop).map_err(failed)
     }

@@ -19,6 +19,22 @@ pub enum OpenError {
         /// What was given.
         path: PathBuf,
     },
+    /// There is no store to open, and none was to be created.
+    #[error("there is no store {}", path.display())]
+    Missing {
+        /// What was given.
+        path: PathBuf,
+    },
+    /// The file was written by an older build, and was to be left as it is.
+    #[error("{} has schema version {found}; this build needs {known}: migrate it", path.display())]
+    Outdated {
+        /// What was given.
+        path: PathBuf,
+        /// The version it has.
+        found: i64,
+        /// The version needed.
+        known: i64,
+    },
     /// There is no folder to create the file in.
     #[error("there is no folder {}; create it, or name another path than {}", folder.display(), path.display())]
     NoFolder {

@@ -36,6 +36,7 @@
 //! | 1 per 256 documents | the documents put |
 //! | 1 | the documents removed, if there are any |
 
+mod archive;
 mod error;
 mod group;
 mod open;
@@ -77,7 +78,7 @@ pub struct SqliteStore {
 
 #[derive(Debug)]
 struct Shared {
-    settings: Settings,
+    database: Database,
     /// `None` once closed.
     queue: RwLock<Option<mpsc::Sender<Submission>>>,
     /// The last position this process wrote. Its sender is the writer's.
@@ -104,13 +105,21 @@ impl SqliteStore {
 
     /// Opens a file with settings of its own, or creates it.
     pub async fn open_with(path: impl AsRef<Path>, settings: Settings) -> Result<Self, OpenError> {
-        let database = Database::locate(path.as_ref(), settings.clone())?;
+        Self::start(Database::locate(path.as_ref(), settings, true)?).await
+    }
+
+    /// Opens a file that holds a store of this version: it is neither created nor brought to a newer version.
+    pub async fn open_existing(path: impl AsRef<Path>, settings: Settings) -> Result<Self, OpenError> {
+        Self::start(Database::locate(path.as_ref(), settings, false)?).await
+    }
+
+    async fn start(database: Database) -> Result<Self, OpenError> {
         let (connection, head) = database.prepare().await?;
         let readers = database.readers();
         let (head, head_seen) = watch::channel(head);
         let (queue, submissions) = mpsc::channel(QUEUE_COMMITS_MAX);
         let (end, ended) = watch::channel(None);
-        let writer = Writer { database, connection: Some(connection), queue: submissions, head };
+        let writer = Writer { database: database.clone(), connection: Some(connection), queue: submissions, head };
         // A second task watches over the first, so that even a panic in it is heard of.
         let writing = tokio::spawn(writer.run());
         tokio::spawn(async move {
@@ -125,7 +134,7 @@ impl SqliteStore {
             end.send_replace(Some(result));
         });
         let queue = RwLock::new(Some(queue));
-        Ok(Self { shared: Arc::new(Shared { settings, queue, head: head_seen, ended, readers }) })
+        Ok(Self { shared: Arc::new(Shared { database, queue, head: head_seen, ended, readers }) })
     }
 
     /// Writes what was handed over, moves the log into the file, and lets go of it. Later calls of other methods are refused
@@ -187,7 +196,8 @@ impl EventStore for SqliteStore {
         loop {
             // Only commits of this process are announced; for those of others, the file has to be asked.
             let announced = head.wait_for(|head| *head > after);
-            let announced = timeout(self.shared.settings.poll_interval, announced).await.map(|head| head.is_ok());
+            let announced =
+                timeout(self.shared.database.settings.poll_interval, announced).await.map(|head| head.is_ok());
             match announced {
                 Ok(true) => return Ok(()),
                 Ok(false) => return Err(StoreError::Unavailable("it is closed".into())),

@@ -58,11 +58,13 @@ impl Default for Settings {
 pub(crate) struct Database {
     pub(crate) path: PathBuf,
     pub(crate) settings: Settings,
+    /// Whether a store is made where there is none, or none of the newest version.
+    pub(crate) create: bool,
 }
 
 impl Database {
     /// Looks at the file without SQLite, which would leave traces beside it: what is not ours is never opened at all.
-    pub(crate) fn locate(path: &Path, settings: Settings) -> Result<Self, OpenError> {
+    pub(crate) fn locate(path: &Path, settings: Settings, create: bool) -> Result<Self, OpenError> {
         let given = path.to_owned();
         let unwritable =
             |error: std::io::Error| OpenError::Unwritable { path: given.clone(), reason: error.to_string() };
@@ -78,13 +80,16 @@ impl Database {
             }
             Ok(found) => {
                 one_name(&path, &found)?;
-                identify(&path)?;
+                if identify(&path)?.is_none() && !create {
+                    return Err(OpenError::Missing { path });
+                }
             }
+            Err(error) if error.kind() == ErrorKind::NotFound && !create => return Err(OpenError::Missing { path }),
             Err(_) if !folder.is_dir() => return Err(OpenError::NoFolder { path, folder }),
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(unwritable(error)),
         }
-        Ok(Self { path, settings })
+        Ok(Self { path, settings, create })
     }
 
     /// Creates the file or brings it to the newest schema; gives the connection that will write to it, and the last position.
@@ -112,7 +117,7 @@ impl Database {
     /// A connection for the writer.
     pub(crate) async fn writer(&self) -> Result<SqliteConnection, sqlx::Error> {
         self.connection()
-            .create_if_missing(true)
+            .create_if_missing(self.create)
             .synchronous(SqliteSynchronous::Full)
             .pragma("wal_autocheckpoint", CHECKPOINT_PAGES.to_string())
             .pragma("journal_size_limit", JOURNAL_BYTES_MAX.to_string())
@@ -144,8 +149,13 @@ impl Database {
         let failed = |error: sqlx::Error| open_error(&self.path, &error);
         let known = MIGRATIONS.len();
         // Most openings find nothing to do, and need no lock to see it.
-        if self.schema_version(connection).await? == known {
+        let found = self.schema_version(connection).await?;
+        if found == known {
             return Ok(());
+        }
+        if !self.create {
+            let (path, found, known) = (self.path.clone(), found as i64, known as i64);
+            return Err(OpenError::Outdated { path, found, known });
         }
         // Two processes may open a new file at once: the second finds the work done.
         let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await.map_err(failed)?;
@@ -197,15 +207,15 @@ fn one_name(_: &Path, _: &fs::Metadata) -> Result<(), OpenError> {
     Ok(())
 }
 
-/// Whose a file is, by its header (<https://www.sqlite.org/fileformat2.html#the_database_header>). An empty one is for the
+/// Its schema version, or `None` for an empty file. Whose a file is, by its header (<https://www.sqlite.org/fileformat2.html#the_database_header>). An empty one is for the
 /// taking: that is what a crash before the first commit leaves, and what `touch` makes.
-fn identify(path: &Path) -> Result<(), OpenError> {
+fn identify(path: &Path) -> Result<Option<u32>, OpenError> {
     const MAGIC: &[u8] = b"SQLite format 3\0";
     let unwritable = |error: std::io::Error| OpenError::Unwritable { path: path.to_owned(), reason: error.to_string() };
     let mut header = Vec::with_capacity(100);
     File::open(path).map_err(unwritable)?.take(100).read_to_end(&mut header).map_err(unwritable)?;
     if header.is_empty() {
-        return Ok(());
+        return Ok(None);
     }
     let number = |at: usize| header.get(at..at + 4).and_then(|bytes| bytes.try_into().ok()).map(u32::from_be_bytes);
     let (true, Some(user_version), Some(application_id)) = (header.starts_with(MAGIC), number(60), number(68)) else {
@@ -218,5 +228,5 @@ fn identify(path: &Path) -> Result<(), OpenError> {
         let (found, known) = (i64::from(user_version), MIGRATIONS.len() as i64);
         return Err(OpenError::TooNew { path: path.to_owned(), found, known });
     }
-    Ok(())
+    Ok(Some(user_version))
 }

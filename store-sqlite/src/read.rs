@@ -125,7 +125,7 @@ pub(crate) async fn scan(
 }
 
 /// SQLite takes a negative limit for none at all, so one beyond its range must not wrap around.
-fn bound(limit: usize) -> i64 {
+pub(crate) fn bound(limit: usize) -> i64 {
     i64::try_from(limit).unwrap_or(i64::MAX)
 }
 
@@ -154,7 +154,7 @@ fn document(row: &SqliteRow) -> Result<Document, sqlx::Error> {
 }
 
 /// A column of text need not be UTF-8: SQLite takes any bytes for it.
-fn text(row: &SqliteRow, column: usize) -> Result<Cow<'_, str>, sqlx::Error> {
+pub(crate) fn text(row: &SqliteRow, column: usize) -> Result<Cow<'_, str>, sqlx::Error> {
     Ok(String::from_utf8_lossy(row.try_get_unchecked(column)?))
 }
 
@@ -168,7 +168,7 @@ fn schema_version(stored: i64) -> i32 {
     i32::try_from(stored).unwrap_or(i32::MAX)
 }
 
-fn time(microseconds: i64) -> DateTime<Utc> {
+pub(crate) fn time(microseconds: i64) -> DateTime<Utc> {
     let bound = if microseconds < 0 { DateTime::<Utc>::MIN_UTC } else { DateTime::<Utc>::MAX_UTC };
     DateTime::from_timestamp_micros(microseconds).unwrap_or(bound)
 }

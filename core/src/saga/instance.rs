@@ -16,13 +16,15 @@ use crate::aggregate::Aggregate;
 pub struct Instance<C> {
     context: Option<C>,
     unreadable: Option<Arc<str>>,
+    /// What an operator asked for from outside: verb, who, why.
+    requested: Option<(Verb, String, String)>,
     /// How far it is; `None` before it starts.
     pub progress: Option<Progress>,
 }
 
 impl<C> Default for Instance<C> {
     fn default() -> Self {
-        Self { context: None, unreadable: None, progress: None }
+        Self { context: None, unreadable: None, requested: None, progress: None }
     }
 }
 
@@ -109,7 +111,13 @@ impl<C: SagaState> Aggregate for Instance<C> {
         let input = match &ask.what {
             What::Begin(_) => return Ok(Vec::new()),
             What::Reply(reply) => Input::Reply(reply.clone()),
-            What::Due => Input::Due,
+            What::Due => match &self.requested {
+                Some(request) => {
+                    events.push(carry_out(request, definition, ask, context, progress));
+                    return Ok(events);
+                }
+                None => Input::Due,
+            },
             What::Operate { verb, .. } => Input::Operate(*verb),
         };
         let moved = transition(definition, ask.saga_id, context, &progress, &input, ask.now);
@@ -141,9 +149,30 @@ impl<C: SagaState> Aggregate for Instance<C> {
                 self.learn_given_up(gave_up.as_ref());
             }
             SagaEvent::Timed { gave_up, .. } => self.learn_given_up(gave_up.as_ref()),
-            SagaEvent::Operated { .. } | SagaEvent::Migrated { .. } => {}
+            SagaEvent::Requested { verb, by, reason, .. } => {
+                self.requested = Some((*verb, by.clone(), reason.clone()));
+            }
+            SagaEvent::Operated { .. } | SagaEvent::Declined { .. } => self.requested = None,
+            SagaEvent::Migrated { .. } => {}
         }
     }
+}
+
+/// What becomes of an operator's request: it is taken up once, whether it applies or not.
+fn carry_out<C: SagaState>(
+    (verb, by, reason): &(Verb, String, String),
+    definition: &Saga<C>,
+    ask: &Ask<C>,
+    context: &C,
+    progress: Progress,
+) -> SagaEvent {
+    let (verb, by, reason) = (*verb, by.clone(), reason.clone());
+    let why = match transition(definition, ask.saga_id, context, &progress, &Input::Operate(verb), ask.now) {
+        Ok(Some(Moved { progress, send, .. })) => return SagaEvent::Operated { verb, by, reason, progress, send },
+        Ok(None) => "it changes nothing".to_owned(),
+        Err(why) => why,
+    };
+    SagaEvent::Declined { verb, by, why, progress: Progress { due: None, ..progress } }
 }
 
 impl<C: SagaState> Instance<C> {

@@ -281,6 +281,28 @@ pub enum SagaEvent {
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         send: Vec<Command>,
     },
+    /// An operator asks for a verb from outside: whoever runs the saga carries it out, or declines.
+    Requested {
+        /// Which.
+        verb: Verb,
+        /// Who.
+        by: String,
+        /// Why.
+        reason: String,
+        /// As before, but for the timer: it is due at once.
+        progress: Progress,
+    },
+    /// What an operator asked for does not apply.
+    Declined {
+        /// Which.
+        verb: Verb,
+        /// Who asked for it.
+        by: String,
+        /// Why not.
+        why: String,
+        /// As before.
+        progress: Progress,
+    },
     /// It was moved to another definition.
     Migrated {
         /// The definition it kept to before.
@@ -298,6 +320,8 @@ impl SagaEvent {
             | Self::Replied { progress, .. }
             | Self::Timed { progress, .. }
             | Self::Operated { progress, .. }
+            | Self::Requested { progress, .. }
+            | Self::Declined { progress, .. }
             | Self::Migrated { progress, .. } => progress,
         }
     }

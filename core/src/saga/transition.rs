@@ -353,6 +353,8 @@ impl<C: SagaState> Move<'_, C> {
         if self.progress.status != Status::Stuck {
             return Err(format!("the saga is {:?}, not stuck: {verb:?} does not apply", self.progress.status));
         }
+        // That of a request from outside, which is taken up now.
+        self.progress.due = None;
         let (back, past_pivot) = match self.progress.at {
             At::Forward(step) => (false, self.plan.steps[step].kind == Kind::Retriable),
             At::Undo(_) | At::Closing(_) => (true, true),

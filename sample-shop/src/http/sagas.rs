@@ -63,7 +63,10 @@ impl Sagas {
             };
             let (outcome, reason) = match &happened {
                 SagaEvent::Replied { reply, .. } => outcome(&reply.outcome),
-                SagaEvent::Operated { verb, by, reason, .. } => (None, Some(format!("{verb:?} by {by}: {reason}"))),
+                SagaEvent::Requested { verb, by, reason, .. } | SagaEvent::Operated { verb, by, reason, .. } => {
+                    (None, Some(format!("{verb:?} by {by}: {reason}")))
+                }
+                SagaEvent::Declined { why, .. } => (None, Some(why.clone())),
                 SagaEvent::Started { .. } | SagaEvent::Timed { .. } | SagaEvent::Migrated { .. } => (None, None),
             };
             let progress = happened.progress().clone();

@@ -1,0 +1,85 @@
+//! The command line. Each command has its arguments beside it.
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::{
+    commands::{
+        check_history, completions, dead_letters, export, import, migrate, read, replay, saga, sagas, streams,
+        subscription, subscriptions, tail, trace, verify,
+    },
+    store::StoreUrl,
+};
+
+const EXAMPLES: &str = "Examples:
+  annals streams --category order --store sqlite:shop.db
+      the orders of a SQLite store
+  annals read order-536365 --store postgres://shop@localhost/shop
+      what happened to one of them
+  annals saga 536365
+      the same of its saga; the store is named by ANNALS_STORE
+  annals tail --category payment --json | jq .data
+      payments as they are recorded
+
+Exit codes: 0, all is well; 1, something was found that a person has to look at; 2, it could not be done.";
+
+/// Inspects, replays, verifies, moves and repairs what a store of annals holds.
+#[derive(Debug, Parser)]
+#[command(version, after_help = EXAMPLES, propagate_version = true, max_term_width = 100)]
+pub(crate) struct Arguments {
+    /// Which store, and how to print.
+    #[command(flatten)]
+    pub common: Common,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What every command takes.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Common {
+    /// The store: `sqlite:PATH` or `postgres://user@host/database`.
+    #[arg(long, global = true, value_name = "URL", env = "ANNALS_STORE", hide_env_values = true)]
+    pub store: Option<StoreUrl>,
+    /// The schema of the store in a PostgreSQL database.
+    #[arg(long, global = true, value_name = "NAME", env = "ANNALS_SCHEMA", default_value = "annals")]
+    pub schema: String,
+    /// Print one JSON value a line.
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// List streams.
+    Streams(streams::Arguments),
+    /// Show the events of a stream.
+    Read(read::Arguments),
+    /// Show events as they are recorded.
+    Tail(tail::Arguments),
+    /// Show how far the followers of the log are.
+    Subscriptions(subscriptions::Arguments),
+    /// List sagas.
+    Sagas(sagas::Arguments),
+    /// Show what happened to a saga, or act on it.
+    Saga(saga::Arguments),
+    /// List messages that could not be handled, and act on them.
+    DeadLetters(dead_letters::Arguments),
+    /// Pause, resume or reset a follower of the log.
+    Subscription(subscription::Arguments),
+    /// Show everything that one request caused, as a tree.
+    Trace(trace::Arguments),
+    /// Write events of a range to standard output or a file.
+    Replay(replay::Arguments),
+    /// Write a store to a file.
+    Export(export::Arguments),
+    /// Fill an empty store from such a file.
+    Import(import::Arguments),
+    /// Check a store whole: versions, ids, payloads, sagas, checkpoints, seals.
+    Verify(verify::Arguments),
+    /// Check that this build reads, and does, what an export says.
+    CheckHistory(check_history::Arguments),
+    /// Create a store, or bring an older one to this version.
+    Migrate(migrate::Arguments),
+    /// Print completions for a shell.
+    Completions(completions::Arguments),
+}

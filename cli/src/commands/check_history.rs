@@ -1,0 +1,105 @@
+//! `check-history`: whether this build still reads, and still does, what an export of production says.
+
+use std::{collections::HashMap, path::PathBuf};
+
+use annals::saga::SagaEvent;
+use clap::Args;
+use serde::Serialize;
+
+use crate::{
+    domain::{Domain, Replay},
+    exported::{Reader, Step},
+    failure::{Failure, Verdict},
+    output::{Output, grouped, shown},
+};
+
+/// So many findings are told one by one; the others are counted.
+const TOLD_MAX: u64 = 200;
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:
+  my-service ops check-history --against production.ndjson.zst
+      in CI: exit code 1 if events would no longer be read, or sagas would take another way
+
+It needs a service's own binary, which knows its events and sagas. Sagas under another definition are told as such.")]
+pub(crate) struct Arguments {
+    /// What `export` wrote.
+    #[arg(long, value_name = "FILE")]
+    against: PathBuf,
+}
+
+#[derive(Serialize)]
+struct Finding {
+    #[serde(rename = "where")]
+    place: String,
+    what: String,
+}
+
+#[derive(Serialize)]
+struct Checked {
+    events: u64,
+    sagas: u64,
+    findings: u64,
+}
+
+pub(crate) fn run(arguments: Arguments, domain: &Domain, output: &mut Output) -> Result<Verdict, Failure> {
+    let mut reader = Reader::open(&arguments.against)?;
+    let mut checked = Checked { events: 0, sagas: 0, findings: 0 };
+    // Those that have not ended, and whether something was told of them: what follows from that need not be told.
+    let mut sagas: HashMap<String, Option<Box<dyn Replay>>> = HashMap::new();
+    let complete = loop {
+        let event = match reader.step()? {
+            Step::Event(event) => event,
+            Step::Document(_) => continue,
+            Step::Section(section) if section.complete => break true,
+            Step::Section(_) => continue,
+            Step::End => break false,
+        };
+        checked.events += 1;
+        let place = || format!("position {} ({} v{})", event.position, event.stream, event.version);
+        if let Some(what) = domain.unreadable(&event) {
+            tell(place(), what, &mut checked, output)?;
+            continue;
+        }
+        let Ok(Some(of_saga)) = event.decode::<SagaEvent>() else { continue };
+        let known = sagas.entry(event.stream.to_string()).or_insert_with(|| {
+            checked.sagas += 1;
+            domain.replay(&event.stream)
+        });
+        let ended = of_saga.progress().ended.is_some();
+        if let Some(Err(what)) = known.as_mut().map(|replay| replay.event(&event, &of_saga)) {
+            *known = None;
+            tell(place(), what, &mut checked, output)?;
+        }
+        if ended {
+            sagas.remove(event.stream.as_str());
+        }
+    };
+    if !complete {
+        return Err(Failure::new(format!("{} is not complete", arguments.against.display())));
+    }
+    if output.json {
+        output.value(&checked)?;
+    } else {
+        let Checked { events, sagas, findings } = &checked;
+        let findings =
+            if *findings == 1 { "1 finding".to_owned() } else { format!("{} findings", grouped(*findings as i64)) };
+        output.line(&format!(
+            "{} events and {} sagas checked: {findings}",
+            grouped(*events as i64),
+            grouped(*sagas as i64)
+        ))?;
+    }
+    Ok(if checked.findings == 0 { Verdict::Fine } else { Verdict::Fault })
+}
+
+fn tell(place: String, what: String, checked: &mut Checked, output: &mut Output) -> Result<(), Failure> {
+    checked.findings += 1;
+    if checked.findings > TOLD_MAX {
+        return Ok(());
+    }
+    if output.json {
+        return output.value(&Finding { place, what });
+    }
+    output.line(&shown(&format!("{place}: {what}")).replace('\n', " "))
+}

@@ -1,0 +1,135 @@
+//! `export`: a store as a file.
+
+use std::{io, path::PathBuf};
+
+use annals::{LogQuery, Scan};
+use chrono::Utc;
+use clap::Args;
+use futures::TryStreamExt;
+use serde::Serialize;
+use uuid::Uuid;
+
+use super::import::IMPORT;
+use crate::{
+    exported::{FORMAT, Header, Section, Writer},
+    failure::{Failure, Verdict},
+    output::{Output, grouped},
+    progress,
+    stop::Stop,
+    store::Store,
+};
+
+/// Documents read at once.
+const PAGE: usize = 500;
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  annals export shop.ndjson.zst
+      everything: events with their positions and times, documents with their versions
+  annals export shop.ndjson.zst --resume
+      goes on with one that was broken off
+  annals export shop.ndjson --json
+      not compressed, since the name does not end in .zst
+
+The log is exported as it stood when it began. Documents (checkpoints, read models) of services that run meanwhile are each
+of another moment: stop the services if they are to be exact.")]
+pub(crate) struct Arguments {
+    /// The file; compressed if its name ends in .zst.
+    file: PathBuf,
+    /// Go on with a file that was broken off, from its last good place.
+    #[arg(long)]
+    resume: bool,
+}
+
+#[derive(Serialize)]
+struct Exported {
+    file: String,
+    id: Uuid,
+    #[serde(flatten)]
+    contents: Section,
+}
+
+pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
+    let path = arguments.file.as_path();
+    let broken = |error: io::Error| Failure::new(format!("{} cannot be written: {error}", path.display()));
+    let (mut writer, header) = match arguments.resume {
+        true => match Writer::go_on(path)? {
+            Some(found) => found,
+            None => {
+                return Err(Failure::new(format!("{} is complete: there is nothing to go on with", path.display())));
+            }
+        },
+        false => {
+            let header = Header {
+                annals_export: FORMAT,
+                id: Uuid::new_v4(),
+                store: store.url.to_string(),
+                taken_at: Utc::now(),
+            };
+            (Writer::begin(path, &header)?, header)
+        }
+    };
+    if header.store != store.url.to_string() {
+        return Err(Failure::new(format!(
+            "{} was taken from {}, not from {}",
+            path.display(),
+            header.store,
+            store.url
+        )));
+    }
+    let stop = Stop::on_ctrl_c();
+    let stopped = |writer: &mut Writer| {
+        writer.section(false).map_err(broken)?;
+        let path = path.display();
+        eprintln!("stopped after position {}; go on with: export {path} --resume", grouped(writer.so_far().position));
+        Ok(Verdict::Stopped)
+    };
+    if writer.so_far().until.is_none() {
+        let archive = store.port();
+        let (collection_done, mut after) = writer.so_far().document.clone().unwrap_or_default();
+        for collection in archive.collections().await? {
+            // How far an import came is of this store, not of what is in it.
+            if *collection < *collection_done || &*collection == IMPORT {
+                continue;
+            }
+            if *collection != *collection_done {
+                after = String::new();
+            }
+            loop {
+                let page = archive.scan(&collection, &Scan::After(after.as_str().into()), PAGE).await?;
+                let Some(last) = page.last() else { break };
+                after = last.key.id.to_string();
+                page.iter().try_for_each(|document| writer.document(document)).map_err(broken)?;
+                if stop.is_asked() {
+                    return stopped(&mut writer);
+                }
+            }
+        }
+        writer.until(archive.status().await?.head.0).map_err(broken)?;
+    }
+    let until = writer.so_far().until.unwrap_or_default();
+    let bar = progress::bar("exported", until.unsigned_abs());
+    let mut log = store.log(LogQuery::all(), writer.so_far().position + 1..=until).await?;
+    while let Some(event) = log.try_next().await? {
+        writer.event(&event).map_err(broken)?;
+        bar.set_position(event.position.0.unsigned_abs());
+        if stop.is_asked() {
+            bar.finish_and_clear();
+            return stopped(&mut writer);
+        }
+    }
+    writer.section(true).map_err(broken)?;
+    bar.finish_and_clear();
+    let contents = writer.so_far().clone();
+    if output.json {
+        output.value(&Exported { file: path.display().to_string(), id: header.id, contents })?;
+    } else {
+        let (events, documents) = (grouped(contents.events as i64), grouped(contents.documents as i64));
+        output.line(&format!(
+            "{}: {events} events, {documents} documents, blake3 {}",
+            path.display(),
+            contents.blake3
+        ))?;
+    }
+    Ok(Verdict::Fine)
+}

@@ -1,0 +1,45 @@
+//! `migrate`: the only command that creates a store or changes its schema.
+
+use clap::Args;
+use serde::Serialize;
+
+use crate::{
+    failure::{Failure, Verdict},
+    output::Output,
+    store::{Open, OpenError, Store, StoreUrl},
+};
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:
+  annals migrate --store postgres://owner@localhost/shop
+      as a role that may create schemas; the services then need not")]
+pub(crate) struct Arguments {}
+
+#[derive(Serialize)]
+struct Migrated {
+    store: String,
+    outcome: &'static str,
+}
+
+pub(crate) async fn run(_: Arguments, url: &StoreUrl, schema: &str, output: &mut Output) -> Result<Verdict, Failure> {
+    let (store, outcome) = match Store::open(url, schema, Open::Existing).await {
+        Ok(store) => (store, "up to date"),
+        Err(error) => {
+            let outcome = match &error {
+                OpenError::Missing => "created",
+                OpenError::Outdated => "migrated",
+                OpenError::Other(_) => return Err(error.told(url, schema)),
+            };
+            let opened = Store::open(url, schema, Open::Migrate).await;
+            (opened.map_err(|error| error.told(url, schema))?, outcome)
+        }
+    };
+    store.close().await?;
+    if output.json {
+        output.value(&Migrated { store: url.to_string(), outcome })?;
+    } else {
+        output.line(&format!("{url}: {outcome}"))?;
+    }
+    output.flush()?;
+    Ok(Verdict::Fine)
+}

@@ -1,0 +1,92 @@
+//! `read`: the events of a stream.
+
+use annals::{Recorded, StreamId, Version};
+use clap::Args;
+
+use crate::{
+    event::EventLine,
+    failure::{Failure, Verdict},
+    moment::{self, Moment},
+    output::{Output, shown},
+    store::Store,
+};
+
+/// Events read at once: few enough that the largest ones fit into memory.
+const PAGE: usize = 500;
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  annals read order-536365
+      everything that happened to an order
+  annals read order-536365 --at \"2026-11-21 15:04\"
+      what was known of it at that time
+  annals read order-536365 --from 3 --to 5 --json | jq .data
+      payloads of three of its events")]
+pub(crate) struct Arguments {
+    /// The stream, such as `order-536365`.
+    #[arg(value_name = "STREAM")]
+    stream: String,
+    /// From this version on.
+    #[arg(long, value_name = "VERSION", default_value_t = 1)]
+    from: i64,
+    /// Up to this version.
+    #[arg(long, value_name = "VERSION", default_value_t = i64::MAX, hide_default_value = true)]
+    to: i64,
+    /// Only what was recorded by then.
+    #[arg(long, value_name = "TIME")]
+    at: Option<Moment>,
+}
+
+pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
+    let stream = StreamId::from_stored(&arguments.stream);
+    let events = store.port();
+    let mut after = Version(arguments.from.saturating_sub(1).max(0));
+    let mut any = false;
+    loop {
+        let page = events.read_stream(&stream, after, PAGE).await?;
+        let Some(last) = page.last() else { break };
+        any = true;
+        after = last.version;
+        for event in &page {
+            let later = arguments.at.is_some_and(|Moment(at)| event.recorded_at > at);
+            if event.version.0 > arguments.to || later {
+                return Ok(Verdict::Fine);
+            }
+            show(event, output)?;
+        }
+    }
+    if !any && events.read_stream(&stream, Version::START, 1).await?.is_empty() {
+        return Err(Failure::new(missing(&arguments.stream)));
+    }
+    Ok(Verdict::Fine)
+}
+
+fn missing(stream: &str) -> String {
+    let hint = match StreamId::parse(stream) {
+        Ok(stream) => format!("`streams --category {}` lists those of its category", stream.category()),
+        Err(_) => "a stream is named `<category>-<id>`, such as order-536365; `streams` lists them".to_owned(),
+    };
+    format!("there is no stream {stream}; {hint}")
+}
+
+/// An event with its payload, or on a line of JSON.
+pub(crate) fn show(event: &Recorded, output: &mut Output) -> Result<(), Failure> {
+    if output.json {
+        return output.value(&EventLine::of(event));
+    }
+    output.line(&shown(&format!(
+        "{} {}  {} v{}  position {}",
+        moment::time(event.recorded_at),
+        event.type_name,
+        event.stream,
+        event.version,
+        event.position
+    )))?;
+    output.line(&format!("  id {}  cause {}", event.id, event.metadata.causation_id))?;
+    // Keys keep their order only where the text is kept; a person rather has it laid out.
+    let data = match serde_json::from_str::<serde_json::Value>(&event.data) {
+        Ok(value) => serde_json::to_string_pretty(&value)?,
+        Err(error) => format!("not JSON ({error}): {}", event.data),
+    };
+    data.lines().try_for_each(|line| output.line(&format!("  {}", shown(line))))
+}

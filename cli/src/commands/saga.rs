@@ -1,0 +1,121 @@
+//! `saga`: what happened to one saga.
+
+mod act;
+mod path;
+mod timeline;
+
+use annals::{Recorded, StreamId, Version, saga::SagaEvent};
+use chrono::Utc;
+use clap::Args;
+
+use super::sagas;
+use crate::{
+    failure::{Failure, Verdict},
+    moment::{self, span},
+    output::{Output, shown},
+    store::Store,
+};
+
+/// Events read at once.
+const PAGE: usize = 500;
+/// A saga has some tens of events; one with more is shown from its beginning, up to here.
+const EVENTS_MAX: usize = 10_000;
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  annals saga 536365
+      its steps, attempts, commands, replies, timers and errors
+  annals saga saga.return-C536379 --diagram > path.mmd
+      the way it took, as a Mermaid flowchart
+  annals saga 536365 retry --reason \"the card provider is back\"
+      asks again for the step that it is stuck at")]
+pub(crate) struct Arguments {
+    /// The saga's id, or its stream where several sagas have the id: `536365`, `saga.checkout-536365`.
+    #[arg(value_name = "ID")]
+    id: String,
+    /// Draw the way it took as a Mermaid flowchart.
+    #[arg(long)]
+    diagram: bool,
+    /// What to do about it, if it is stuck.
+    #[command(subcommand)]
+    act: Option<act::Verb>,
+}
+
+pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
+    let stream = locate(store, &arguments.id).await?;
+    if let Some(verb) = arguments.act {
+        return act::run(verb, &stream, store, output).await;
+    }
+    let history = history(store, &stream).await?;
+    if arguments.diagram {
+        output.line(path::mermaid(history.iter().map(|(_, event)| event)).trim_end())?;
+        return Ok(Verdict::Fine);
+    }
+    let entries = timeline::entries(&history);
+    if output.json {
+        entries.iter().try_for_each(|entry| output.value(entry))?;
+        return Ok(Verdict::Fine);
+    }
+    let Some((first, last)) = history.first().zip(history.last()) else { return Ok(Verdict::Fine) };
+    let progress = last.1.progress();
+    output.line(&shown(&format!("{stream}  {}", timeline::state(progress))))?;
+    output.line(&format!("started {}, definition {}", moment::time(first.0.recorded_at), progress.definition))?;
+    output.line(&format!("correlation {}", first.0.metadata.correlation_id))?;
+    output.line("")?;
+    for entry in &entries {
+        let since = format!("+{}", span(entry.at - first.0.recorded_at));
+        for (number, line) in entry.lines.iter().enumerate() {
+            let margin = if number == 0 { since.as_str() } else { "" };
+            output.line(&format!("{margin:>9}  {}", shown(line)))?;
+        }
+    }
+    if let Some(waits) = timeline::waits(progress, Utc::now()) {
+        output.line("")?;
+        output.line(&waits)?;
+    }
+    Ok(Verdict::Fine)
+}
+
+/// The stream of a saga that is named by its id alone, if only one has it.
+pub(crate) async fn locate(store: &Store, id: &str) -> Result<StreamId, Failure> {
+    let archive = store.port();
+    let mut found = Vec::new();
+    if id.starts_with("saga.") {
+        let stream = StreamId::from_stored(id);
+        if !archive.read_stream(&stream, Version::START, 1).await?.is_empty() {
+            return Ok(stream);
+        }
+    }
+    let names = sagas::names(&*archive).await?;
+    for name in &names {
+        let stream = StreamId::from_stored(&format!("saga.{name}-{id}"));
+        if !archive.read_stream(&stream, Version::START, 1).await?.is_empty() {
+            found.push(stream);
+        }
+    }
+    match found.as_slice() {
+        [stream] => Ok(stream.clone()),
+        [] if names.is_empty() => Err(Failure::new("there are no sagas in this store")),
+        [] => Err(Failure::new(format!("there is no saga {id}; known are sagas of: {}", names.join(", ")))),
+        several => {
+            let streams: Vec<_> = several.iter().map(StreamId::as_str).collect();
+            Err(Failure::new(format!("several sagas have that id: name one of {}", streams.join(", "))))
+        }
+    }
+}
+
+/// The events of a saga.
+pub(crate) async fn history(store: &Store, stream: &StreamId) -> Result<Vec<(Recorded, SagaEvent)>, Failure> {
+    let archive = store.port();
+    let (mut history, mut after) = (Vec::new(), Version::START);
+    while history.len() < EVENTS_MAX {
+        let page = archive.read_stream(stream, after, PAGE).await?;
+        let Some(last) = page.last() else { break };
+        after = last.version;
+        for event in page {
+            let decoded = event.decode::<SagaEvent>().map_err(|error| Failure::new(error.to_string()))?;
+            history.extend(decoded.map(|decoded| (event, decoded)));
+        }
+    }
+    Ok(history)
+}

@@ -1,0 +1,86 @@
+//! What an operator does to a stuck saga. It is asked for in the saga's own stream; the service that runs it answers there.
+
+use annals::{
+    Operator, StreamId, Version,
+    saga::{self, SagaEvent},
+};
+use clap::{Args, Subcommand};
+use tokio::time::{Instant, timeout_at};
+
+use super::timeline::{state, word};
+use crate::{
+    confirm::Act,
+    failure::{Failure, Verdict},
+    moment::Span,
+    output::{Output, shown},
+    store::Store,
+};
+
+/// Events read at once.
+const PAGE: usize = 100;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// Ask again for the step that it is stuck at.
+    Retry(Arguments),
+    /// Take that step as done, and go on.
+    SkipStep(Arguments),
+    /// Go back instead. Only up to the pivot: you vouch that it did not happen.
+    Compensate(Arguments),
+    /// Leave it as it is, for good.
+    Abandon(Arguments),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    act: Act,
+    /// How long to wait for the service that runs the saga to answer.
+    #[arg(long, value_name = "DURATION", default_value = "10s")]
+    wait: Span,
+}
+
+pub(crate) async fn run(verb: Verb, stream: &StreamId, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
+    let (verb, Arguments { act, wait }) = match verb {
+        Verb::Retry(arguments) => (saga::Verb::Retry, arguments),
+        Verb::SkipStep(arguments) => (saga::Verb::SkipStep, arguments),
+        Verb::Compensate(arguments) => (saga::Verb::Compensate, arguments),
+        Verb::Abandon(arguments) => (saga::Verb::Abandon, arguments),
+    };
+    let operator = Operator::new(store.port(), &act.by()?);
+    if verb != saga::Verb::Retry {
+        act.confirm(&format!("{} {stream}? That cannot be undone.", word(&verb)))?;
+    }
+    let version = operator.ask(stream, verb, &act.reason).await?;
+    let until = Instant::now() + wait.0;
+    match timeout_at(until, answer(store, stream, version)).await {
+        Ok(answer) => match answer? {
+            SagaEvent::Declined { why, .. } => {
+                output.line(&shown(&format!("{stream}: declined: {why}")))?;
+                Ok(Verdict::Fault)
+            }
+            carried_out => {
+                output.line(&shown(&format!("{stream}: {}", state(carried_out.progress()))))?;
+                Ok(Verdict::Fine)
+            }
+        },
+        Err(_) => {
+            output.line(&format!("{stream}: asked for; the service that runs it carries it out when it is up"))?;
+            Ok(Verdict::Fine)
+        }
+    }
+}
+
+async fn answer(store: &Store, stream: &StreamId, after: Version) -> Result<SagaEvent, Failure> {
+    let events = store.port();
+    loop {
+        let head = events.status().await?.head;
+        for event in events.read_stream(stream, after, PAGE).await? {
+            let decoded = event.decode::<SagaEvent>().map_err(|error| Failure::new(error.to_string()))?;
+            if let Some(answer @ (SagaEvent::Operated { .. } | SagaEvent::Declined { .. })) = decoded {
+                return Ok(answer);
+            }
+        }
+        events.wait(head).await?;
+    }
+}

@@ -1,0 +1,127 @@
+//! `sagas`: which sagas there are, and how they are doing.
+
+use annals::{Archive, Scan, StoreError, saga::SagaStatus};
+use clap::{Args, ValueEnum};
+
+use crate::{
+    failure::{Failure, Verdict},
+    moment::{Span, age, span},
+    output::{Output, short},
+    store::Store,
+};
+
+/// Documents read at once.
+const PAGE: usize = 1_000;
+/// A table has so many rows, unless it is told otherwise.
+const ROWS_DEFAULT: usize = 100;
+/// What of an error is shown in a table.
+const ERROR_CHARS_MAX: usize = 60;
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  annals sagas --status stuck
+      those that wait for an operator
+  annals sagas --saga checkout --older-than 1h --status running,compensating
+      checkouts that take too long")]
+pub(crate) struct Arguments {
+    /// Only sagas of this name, such as `checkout`.
+    #[arg(long, value_name = "NAME")]
+    saga: Option<String>,
+    /// Only sagas in these states.
+    #[arg(long, value_delimiter = ',')]
+    status: Vec<Status>,
+    /// Only sagas at this step, such as `charge card`.
+    #[arg(long)]
+    step: Option<String>,
+    /// Only sagas that were started longer ago than this, such as 15m.
+    #[arg(long, value_name = "DURATION")]
+    older_than: Option<Span>,
+    /// At most so many [default: 100 in a table, all with --json].
+    #[arg(long, value_name = "N")]
+    limit: Option<usize>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Status {
+    Running,
+    Compensating,
+    Completed,
+    Compensated,
+    Stuck,
+}
+
+impl Status {
+    fn of(saga: &SagaStatus) -> Self {
+        match saga.status {
+            annals::saga::Status::Running => Self::Running,
+            annals::saga::Status::Compensating => Self::Compensating,
+            annals::saga::Status::Completed => Self::Completed,
+            annals::saga::Status::Compensated => Self::Compensated,
+            annals::saga::Status::Stuck => Self::Stuck,
+        }
+    }
+}
+
+pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
+    let archive = store.port();
+    let limit = arguments.limit.unwrap_or(if output.json { usize::MAX } else { ROWS_DEFAULT });
+    let started_before = arguments.older_than.map(Span::ago);
+    let wanted = |saga: &SagaStatus| {
+        (arguments.status.is_empty() || arguments.status.contains(&Status::of(saga)))
+            && arguments.step.as_ref().is_none_or(|step| *step == saga.step)
+            && started_before.is_none_or(|before| saga.started_at < before)
+    };
+    let (mut rows, mut found, mut more) = (Vec::new(), 0, false);
+    'collections: for name in names(&*archive).await? {
+        if arguments.saga.as_ref().is_some_and(|saga| *saga != name) {
+            continue;
+        }
+        let (collection, mut after) = (format!("saga.{name}"), "".into());
+        loop {
+            let page = archive.scan(&collection, &Scan::After(after), PAGE).await?;
+            let Some(last) = page.last() else { break };
+            after = last.key.id.clone();
+            let sagas = page.iter().filter_map(|document| serde_json::from_str::<SagaStatus>(&document.body).ok());
+            for saga in sagas.filter(&wanted) {
+                if found == limit {
+                    more = true;
+                    break 'collections;
+                }
+                found += 1;
+                rows.push(saga);
+            }
+            if output.json {
+                show(&std::mem::take(&mut rows), output)?;
+            }
+        }
+    }
+    show(&rows, output)?;
+    if more && !output.json {
+        output.flush()?;
+        eprintln!("and more: --limit N, or narrow it down");
+    }
+    Ok(Verdict::Fine)
+}
+
+/// The names of the sagas that there are documents of.
+pub(crate) async fn names(archive: &dyn Archive) -> Result<Vec<String>, StoreError> {
+    let collections = archive.collections().await?;
+    Ok(collections.iter().filter_map(|name| name.strip_prefix("saga.").map(str::to_owned)).collect())
+}
+
+fn show(sagas: &[SagaStatus], output: &mut Output) -> Result<(), Failure> {
+    output.list(&["SAGA", "ID", "STATUS", "STEP", "ATTEMPTS", "STARTED", "TOOK", "LAST ERROR"], sagas, |saga| {
+        let ended = saga.ended_at.map_or_else(String::new, |ended| span(ended - saga.started_at));
+        let error = saga.last_error.as_deref().unwrap_or_default();
+        vec![
+            saga.saga.clone(),
+            saga.saga_id.clone(),
+            format!("{:?}", saga.status).to_lowercase(),
+            saga.step.clone(),
+            saga.attempts.to_string(),
+            age(saga.started_at) + " ago",
+            ended,
+            short(error, ERROR_CHARS_MAX),
+        ]
+    })
+}

@@ -1,0 +1,133 @@
+//! `streams`: which streams there are.
+
+use annals::archive::StreamSummary;
+use chrono::{DateTime, Utc};
+use clap::Args;
+use serde::Serialize;
+
+use crate::{
+    failure::{Failure, Verdict},
+    moment::{Span, age},
+    output::{Output, grouped},
+    store::Store,
+};
+
+/// Streams asked for at once.
+const PAGE: usize = 1_000;
+/// A table has so many rows, unless it is told otherwise.
+const ROWS_DEFAULT: usize = 100;
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  annals streams --category order --min-events 50
+      orders that had a lot happen to them
+  annals streams --category saga.checkout --quiet-for 1h
+      checkouts of which nothing was heard for an hour
+  annals streams --json | wc -l
+      how many streams there are")]
+pub(crate) struct Arguments {
+    /// Only streams of this category, such as `order`.
+    #[arg(long)]
+    category: Option<String>,
+    /// Only streams of at least this many events.
+    #[arg(long, value_name = "N")]
+    min_events: Option<i64>,
+    /// Only streams of at most this many events.
+    #[arg(long, value_name = "N")]
+    max_events: Option<i64>,
+    /// Only streams whose last event is older than this, such as 90s, 15m, 2h, 7d.
+    #[arg(long, value_name = "DURATION")]
+    quiet_for: Option<Span>,
+    /// Only streams whose last event is younger than this.
+    #[arg(long, value_name = "DURATION")]
+    active_within: Option<Span>,
+    /// At most so many [default: 100 in a table, all with --json].
+    #[arg(long, value_name = "N")]
+    limit: Option<usize>,
+}
+
+#[derive(Serialize)]
+struct Row {
+    stream: String,
+    events: i64,
+    position: i64,
+    first_at: DateTime<Utc>,
+    last_at: DateTime<Utc>,
+}
+
+impl From<StreamSummary> for Row {
+    fn from(of: StreamSummary) -> Self {
+        let (stream, events, position) = (of.stream.as_str().to_owned(), of.version.0, of.position.0);
+        Self { stream, events, position, first_at: of.first_at, last_at: of.last_at }
+    }
+}
+
+pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
+    let archive = store.port();
+    let limit = arguments.limit.unwrap_or(if output.json { usize::MAX } else { ROWS_DEFAULT });
+    let wanted = Wanted::of(&arguments);
+    let prefix = arguments.category.as_ref().map(|category| format!("{category}-"));
+    // Every stream of a category has an id, so its name comes after this.
+    let mut after = prefix.clone().unwrap_or_default();
+    let (mut rows, mut found, mut more) = (Vec::new(), 0, false);
+    'pages: loop {
+        let page = archive.streams(&after, PAGE).await?;
+        let Some(last) = page.last() else { break };
+        after = last.stream.as_str().to_owned();
+        for stream in page {
+            if prefix.as_ref().is_some_and(|prefix| !stream.stream.as_str().starts_with(prefix)) {
+                break 'pages;
+            }
+            if !wanted.has(&stream) {
+                continue;
+            }
+            if found == limit {
+                more = true;
+                break 'pages;
+            }
+            found += 1;
+            rows.push(Row::from(stream));
+        }
+        if output.json {
+            show(&std::mem::take(&mut rows), output)?;
+        }
+    }
+    show(&rows, output)?;
+    if more && !output.json {
+        output.flush()?;
+        eprintln!("and more: --limit N, or narrow it down");
+    }
+    Ok(Verdict::Fine)
+}
+
+fn show(rows: &[Row], output: &mut Output) -> Result<(), Failure> {
+    output.list(&["STREAM", "EVENTS", "LAST POSITION", "LAST EVENT", "AGE"], rows, |row| {
+        let (events, position) = (grouped(row.events), grouped(row.position));
+        vec![row.stream.clone(), events, position, age(row.last_at) + " ago", age(row.first_at)]
+    })
+}
+
+/// The filter, with durations as moments.
+struct Wanted {
+    min_events: i64,
+    max_events: i64,
+    last_before: Option<DateTime<Utc>>,
+    last_after: Option<DateTime<Utc>>,
+}
+
+impl Wanted {
+    fn of(arguments: &Arguments) -> Self {
+        Self {
+            min_events: arguments.min_events.unwrap_or(0),
+            max_events: arguments.max_events.unwrap_or(i64::MAX),
+            last_before: arguments.quiet_for.map(Span::ago),
+            last_after: arguments.active_within.map(Span::ago),
+        }
+    }
+
+    fn has(&self, stream: &StreamSummary) -> bool {
+        (self.min_events..=self.max_events).contains(&stream.version.0)
+            && self.last_before.is_none_or(|before| stream.last_at < before)
+            && self.last_after.is_none_or(|after| stream.last_at > after)
+    }
+}

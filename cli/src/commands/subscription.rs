@@ -1,0 +1,90 @@
+//! `subscription`: acts on one follower of the log.
+
+use annals::{Operator, Position};
+use clap::{Args, Subcommand};
+
+use crate::{
+    confirm::Act,
+    failure::{Failure, Verdict},
+    moment::Moment,
+    output::{Output, grouped},
+    place::position_at,
+    store::Store,
+};
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  annals subscription order.mailer pause --reason \"the mail server is being moved\"
+  annals subscription order.mailer resume --reason \"it is back\"
+  annals subscription order.statistics reset --to beginning --reason \"counted twice before 1.4\"
+      its handler sees everything again, also while the service runs
+
+What a handler did stays done. One that calls others (mails, payments) does so again for each event that it sees again,
+unless it asks by the event's id whether it did. A read model is rebuilt by its service, beside the live one.")]
+pub(crate) struct Arguments {
+    /// Its name, as `subscriptions` shows it.
+    name: String,
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Have it go on from another place of the log.
+    Reset {
+        /// After this position; or `beginning`, `now`, or a time: with the first event since then.
+        #[arg(long, value_name = "PLACE")]
+        to: String,
+        #[command(flatten)]
+        act: Act,
+    },
+    /// Hold it up.
+    Pause {
+        #[command(flatten)]
+        act: Act,
+    },
+    /// Let it go on from where it was paused.
+    Resume {
+        #[command(flatten)]
+        act: Act,
+    },
+}
+
+pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
+    let name = arguments.name.as_str();
+    match arguments.what {
+        What::Reset { to, act } => {
+            let to = place(&to, store).await?;
+            let operator = Operator::new(store.port(), &act.by()?);
+            act.confirm(&format!("Have {name} see everything after position {} again?", grouped(to.0)))?;
+            operator.reset(name, to, &act.reason).await?;
+            output.line(&format!("{name}: goes on after position {}", grouped(to.0)))?;
+        }
+        What::Pause { act } => {
+            Operator::new(store.port(), &act.by()?).pause(name, true, &act.reason).await?;
+            output.line(&format!("{name}: paused"))?;
+        }
+        What::Resume { act } => {
+            Operator::new(store.port(), &act.by()?).pause(name, false, &act.reason).await?;
+            output.line(&format!("{name}: goes on"))?;
+        }
+    }
+    Ok(Verdict::Fine)
+}
+
+async fn place(text: &str, store: &Store) -> Result<Position, Failure> {
+    match text {
+        "beginning" => return Ok(Position::START),
+        "now" => return Ok(store.port().status().await?.head),
+        _ => {}
+    }
+    if let Ok(position) = text.parse() {
+        return Ok(Position(position));
+    }
+    let Ok(Moment(time)) = text.parse() else {
+        return Err(Failure::new(
+            "--to is a position, `beginning`, `now`, or a time such as 2026-11-21T15:04:05Z or 2h",
+        ));
+    };
+    Ok(position_at(&*store.port(), time).await?)
+}

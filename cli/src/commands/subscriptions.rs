@@ -1,0 +1,154 @@
+//! `subscriptions`: how far the followers of the log are, and what holds them up.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use annals::{
+    Archive, Document, Scan, StoreError,
+    checkpoint::{CHECKPOINTS, Checkpoint},
+};
+use chrono::{DateTime, Utc};
+use clap::Args;
+use serde::Serialize;
+use tokio::time::Instant;
+
+use crate::{
+    failure::{Failure, Verdict},
+    moment::{Span, age},
+    output::{Output, grouped},
+    store::Store,
+};
+
+/// Documents read at once.
+const PAGE: usize = 1_000;
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  annals subscriptions
+  annals subscriptions --sample 10s --behind 1000
+      those more than a thousand events behind, with their rate over ten seconds")]
+pub(crate) struct Arguments {
+    /// Measure how fast each moves for this long; 0s for not at all.
+    #[arg(long, value_name = "DURATION", default_value = "1s")]
+    sample: Span,
+    /// Only those that are at least so many events behind.
+    #[arg(long, value_name = "N")]
+    behind: Option<i64>,
+}
+
+/// A lane of the log, or a partition of a topic.
+#[derive(Serialize)]
+struct Row {
+    subscription: String,
+    lane: String,
+    /// A position of the log, or an offset of a topic.
+    position: i64,
+    /// Events of the log after it; unknown for a topic.
+    lag: Option<i64>,
+    rate_per_second: Option<f64>,
+    owner: Option<String>,
+    updated_at: DateTime<Utc>,
+    parked: usize,
+    waits_for: Option<String>,
+}
+
+pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
+    let archive = store.port();
+    let sample = arguments.sample.0;
+    let before = if sample.is_zero() { BTreeMap::new() } else { checkpoints(&*archive).await? };
+    let began = Instant::now();
+    tokio::time::sleep(sample).await;
+    // In this order: a checkpoint that is read after the head may be beyond it.
+    let after = checkpoints(&*archive).await?;
+    let status = archive.status().await?;
+    let elapsed = began.elapsed();
+    let mut rows = Vec::new();
+    for (id, checkpoint) in &after {
+        let (name, lane) = named(id, checkpoint);
+        let of_log = checkpoint.incarnation.is_none();
+        let lag = of_log.then(|| (status.head.0 - checkpoint.next).max(0));
+        if arguments.behind.is_some_and(|behind| lag.is_none_or(|lag| lag < behind)) {
+            continue;
+        }
+        let parked = parked(&*archive, name, id).await?;
+        let waits_for = match &status.waits_for {
+            _ if checkpoint.paused => Some("an operator: it is paused".to_owned()),
+            Some(writer) if lag.is_some_and(|lag| lag == 0) => Some(writer.clone()),
+            _ if parked > 0 => Some(format!("{parked} parked: see dead-letters")),
+            _ => None,
+        };
+        rows.push(Row {
+            subscription: name.to_owned(),
+            lane: lane.to_owned(),
+            position: checkpoint.next,
+            lag,
+            rate_per_second: before.get(id).map(|before| rate(before, checkpoint, elapsed)),
+            owner: checkpoint.holder.as_deref().map(str::to_owned),
+            updated_at: checkpoint.at,
+            parked,
+            waits_for,
+        });
+    }
+    output.list(&["SUBSCRIPTION", "LANE", "POSITION", "LAG", "RATE", "OWNER", "MOVED", "WAITS FOR"], &rows, |row| {
+        vec![
+            row.subscription.clone(),
+            row.lane.clone(),
+            grouped(row.position),
+            row.lag.map_or("-".into(), grouped),
+            row.rate_per_second.map_or("-".into(), |rate| format!("{}/s", grouped(rate.round() as i64))),
+            row.owner.clone().unwrap_or_else(|| "-".into()),
+            age(row.updated_at) + " ago",
+            row.waits_for.clone().unwrap_or_default(),
+        ]
+    })?;
+    if let Some(writer) = status.waits_for.filter(|_| !output.json) {
+        output.line(&format!("readers of the log wait for {writer}"))?;
+    }
+    Ok(Verdict::Fine)
+}
+
+/// A group stores an offset for each partition, `<group>/<topic>/<number>`; a follower of the log one for each lane.
+fn named<'a>(id: &'a str, checkpoint: &Checkpoint) -> (&'a str, &'a str) {
+    match checkpoint.incarnation {
+        Some(_) => id.split_once('/').unwrap_or((id, "")),
+        None => id.rsplit_once('/').unwrap_or((id, "")),
+    }
+}
+
+fn rate(before: &Checkpoint, after: &Checkpoint, elapsed: Duration) -> f64 {
+    (after.next - before.next) as f64 / elapsed.as_secs_f64()
+}
+
+/// All checkpoints, by their document's id. One that does not read is left to `verify`.
+pub(crate) async fn checkpoints(archive: &dyn Archive) -> Result<BTreeMap<Arc<str>, Checkpoint>, StoreError> {
+    let documents = documents(archive, CHECKPOINTS).await?;
+    let read = |document: Document| {
+        let checkpoint = serde_json::from_str(&document.body).ok()?;
+        Some((document.key.id, checkpoint))
+    };
+    Ok(documents.into_iter().filter_map(read).collect())
+}
+
+/// A whole collection that is known to be small.
+pub(crate) async fn documents(archive: &dyn Archive, collection: &str) -> Result<Vec<Document>, StoreError> {
+    let mut all: Vec<Document> = Vec::new();
+    loop {
+        let after = all.last().map_or("".into(), |document| document.key.id.clone());
+        let page = archive.scan(collection, &Scan::After(after), PAGE).await?;
+        if page.is_empty() {
+            return Ok(all);
+        }
+        all.extend(page);
+    }
+}
+
+/// How many messages of a lane are parked.
+async fn parked(archive: &dyn Archive, name: &str, id: &str) -> Result<usize, StoreError> {
+    #[derive(serde::Deserialize)]
+    struct Glimpse {
+        lane: String,
+    }
+    let documents = documents(archive, &format!("parked.{name}")).await?;
+    let of_lane =
+        |document: &&Document| serde_json::from_str::<Glimpse>(&document.body).is_ok_and(|parked| parked.lane == id);
+    Ok(documents.iter().filter(of_lane).count())
+}

@@ -1,0 +1,124 @@
+//! `tail`: events as they are recorded.
+
+use std::{sync::Arc, time::Duration};
+
+use annals::{LogQuery, Position, Recorded, StoreError};
+use clap::Args;
+use serde_json_path::JsonPath;
+
+use super::read;
+use crate::{
+    failure::{Failure, Verdict},
+    output::Output,
+    store::Store,
+};
+
+/// Events read at once.
+const PAGE: usize = 500;
+/// A store that is away is asked again after this long at first, then doubling up to the other.
+const PAUSE_MIN: Duration = Duration::from_millis(250);
+const PAUSE_MAX: Duration = Duration::from_secs(10);
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  annals tail --category order,payment
+      orders and payments from now on; Ctrl-C ends it
+  annals tail --type payment.declined --json >> declined.ndjson
+  annals tail --where '$[?@.sku==\"85123A\"]' --from 0
+      everything about one product, from the beginning of the log on")]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    which: Which,
+    /// Begin after this position, not with what is recorded from now on.
+    #[arg(long, value_name = "POSITION")]
+    from: Option<i64>,
+    /// End after so many events.
+    #[arg(long, value_name = "N")]
+    count: Option<u64>,
+}
+
+/// Which events of the log.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Which {
+    /// Only events of streams of these categories, such as `order,payment`.
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    pub category: Vec<String>,
+    /// Only events of these types, such as `order.placed,order.confirmed`.
+    #[arg(long = "type", value_name = "NAME", value_delimiter = ',')]
+    pub types: Vec<String>,
+    /// Only events in whose payload this JSONPath (RFC 9535) finds something. The payload is also the only element of a
+    /// list, so that a filter can be written for it: `$[?@.order_id=="536365"]`.
+    #[arg(long = "where", value_name = "JSONPATH", value_parser = path)]
+    pub path: Option<JsonPath>,
+}
+
+fn path(text: &str) -> Result<JsonPath, String> {
+    JsonPath::parse(text).map_err(|error| format!("no JSONPath, such as $[?@.order_id==\"536365\"]: {error}"))
+}
+
+impl Which {
+    /// What the store can leave out by itself.
+    pub fn query(&self) -> LogQuery {
+        let names = |names: &[String]| names.iter().map(|name| Arc::from(name.as_str())).collect();
+        LogQuery { categories: names(&self.category), types: names(&self.types) }
+    }
+
+    /// Whether the payload is one that is looked for.
+    pub fn has(&self, event: &Recorded) -> bool {
+        let Some(path) = &self.path else { return true };
+        let Ok(payload) = serde_json::from_str::<serde_json::Value>(&event.data) else { return false };
+        !path.query(&payload).is_empty() || !path.query(&serde_json::Value::Array(vec![payload])).is_empty()
+    }
+}
+
+pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
+    let events = store.port();
+    let query = arguments.which.query();
+    let mut after = match arguments.from {
+        Some(position) => Position(position.max(0)),
+        None => events.status().await?.head,
+    };
+    let mut left = arguments.count.unwrap_or(u64::MAX);
+    let mut pause = PAUSE_MIN;
+    let ended = tokio::signal::ctrl_c();
+    tokio::pin!(ended);
+    loop {
+        let read = async {
+            let page = events.read_log(&query, after, PAGE).await?;
+            if page.next == after {
+                events.wait(after).await?;
+            }
+            Ok::<_, StoreError>(page)
+        };
+        let page = tokio::select! {
+            page = read => page,
+            _ = &mut ended => return Ok(Verdict::Fine),
+        };
+        let page = match page {
+            Ok(page) => page,
+            Err(error @ StoreError::Corrupt(_)) => return Err(error.into()),
+            Err(error) => {
+                eprintln!("{error}; trying again");
+                tokio::select! {
+                    () = tokio::time::sleep(pause) => {}
+                    _ = &mut ended => return Ok(Verdict::Fine),
+                }
+                pause = (pause * 2).min(PAUSE_MAX);
+                continue;
+            }
+        };
+        pause = PAUSE_MIN;
+        after = page.next;
+        for event in page.events.iter().filter(|event| arguments.which.has(event)) {
+            if left == 0 {
+                break;
+            }
+            left -= 1;
+            read::show(event, output)?;
+        }
+        output.flush()?;
+        if left == 0 {
+            return Ok(Verdict::Fine);
+        }
+    }
+}

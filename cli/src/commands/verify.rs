@@ -1,0 +1,142 @@
+//! `verify`: whether a store is what it should be, in one pass over the log and one over the documents.
+
+mod documents;
+mod histories;
+mod order;
+mod seal;
+
+use annals::LogQuery;
+use clap::Args;
+use futures::TryStreamExt;
+use serde::Serialize;
+
+use self::{histories::Histories, order::Order, seal::Seals};
+use crate::{
+    failure::{Failure, Verdict},
+    output::{Output, grouped, shown},
+    progress,
+    stop::Stop,
+    store::Store,
+};
+
+/// So many faults are told one by one; the others are counted.
+const TOLD_MAX: u64 = 1_000;
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  annals verify
+      dense versions, unique ids, payloads, histories of sagas, checkpoints; a line a fault, exit code 1 if there is one
+  annals verify --seal
+      also seals what was not sealed yet: later runs find what was changed, deleted, moved or cut off since
+  annals verify --expect 5b1c0e…
+      also that a seal is there whose hash you noted elsewhere: whoever changes the log may change the seals as well
+
+All faults of the store are told, up to 1,000; what a service writes meanwhile is looked at by the next run.")]
+pub(crate) struct Arguments {
+    /// Seal what was not sealed yet.
+    #[arg(long)]
+    seal: bool,
+    /// The hash that an earlier run ended with.
+    #[arg(long, value_name = "HASH")]
+    expect: Vec<String>,
+}
+
+/// What is wrong, and where.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(crate) struct Fault {
+    #[serde(rename = "where")]
+    pub place: String,
+    pub what: String,
+}
+
+/// Faults, printed as they are found.
+pub(crate) struct Faults<'a> {
+    output: &'a mut Output,
+    count: u64,
+}
+
+impl Faults<'_> {
+    pub fn add(&mut self, place: impl Into<String>, what: impl Into<String>) -> Result<(), Failure> {
+        self.count += 1;
+        if self.count > TOLD_MAX {
+            return Ok(());
+        }
+        let fault = Fault { place: place.into(), what: what.into() };
+        if self.output.json {
+            return self.output.value(&fault);
+        }
+        self.output.line(&shown(&format!("{}: {}", fault.place, fault.what)).replace('\n', " "))
+    }
+}
+
+/// What was looked at.
+#[derive(Serialize)]
+struct Verified {
+    events: i64,
+    sagas: usize,
+    documents: u64,
+    /// Up to this position, events are under seals.
+    sealed_until: i64,
+    /// Of the last seal.
+    seal: Option<String>,
+    faults: u64,
+}
+
+pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
+    let archive = store.port();
+    let until = archive.status().await?.head.0;
+    let bar = progress::bar("verified", until.unsigned_abs());
+    let stop = Stop::on_ctrl_c();
+    let mut faults = Faults { output, count: 0 };
+    let (mut order, mut histories) = (Order::new()?, Histories::default());
+    let mut seals = Seals::new(archive.clone(), arguments.seal, arguments.expect);
+    let mut log = store.log(LogQuery::all(), 1..=until).await?;
+    let mut events = 0;
+    while let Some(event) = log.try_next().await? {
+        if stop.is_asked() {
+            bar.finish_and_clear();
+            eprintln!("stopped at position {}; nothing is verified but what was told", event.position);
+            return Ok(Verdict::Stopped);
+        }
+        events += 1;
+        order.event(&event)?;
+        if let Err(error) = serde_json::from_str::<serde_json::Value>(&event.data) {
+            faults.add(place(&event), format!("the payload cannot be read: {error}"))?;
+        }
+        histories.event(&event, &mut faults)?;
+        seals.event(&event, &mut faults).await?;
+        bar.set_position(event.position.0.unsigned_abs());
+    }
+    bar.finish_and_clear();
+    seals.end(&mut faults).await?;
+    order.end(&*archive, &mut faults).await?;
+    let documents = documents::verify(&*archive, &histories, &mut faults).await?;
+    let verified = Verified {
+        events,
+        sagas: histories.len(),
+        documents,
+        sealed_until: seals.until(),
+        seal: seals.hash(),
+        faults: faults.count,
+    };
+    if output.json {
+        output.value(&verified)?;
+        return Ok(if verified.faults == 0 { Verdict::Fine } else { Verdict::Fault });
+    }
+    if verified.faults > TOLD_MAX {
+        output.line(&format!("and {} more", grouped((verified.faults - TOLD_MAX) as i64)))?;
+    }
+    let Verified { events, sagas, documents, faults, .. } = &verified;
+    let (events, sagas, documents) = (grouped(*events), grouped(*sagas as i64), grouped(*documents as i64));
+    let found = if *faults == 1 { "1 fault".to_owned() } else { format!("{} faults", grouped(*faults as i64)) };
+    output.line(&format!("{events} events, {sagas} sagas and {documents} documents verified: {found}"))?;
+    if let Some(seal) = &verified.seal {
+        output.line(&format!("sealed up to position {}: {seal}", grouped(verified.sealed_until)))?;
+    }
+    Ok(if verified.faults == 0 { Verdict::Fine } else { Verdict::Fault })
+}
+
+/// Where an event is.
+fn place(event: &annals::Recorded) -> String {
+    format!("position {} ({} v{})", event.position, event.stream, event.version)
+}

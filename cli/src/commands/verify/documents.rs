@@ -1,0 +1,86 @@
+//! Whether documents of the engine can be read, and fit the log.
+
+use annals::{
+    Archive, Document, Scan, StreamId, Version,
+    checkpoint::{CHECKPOINTS, Checkpoint},
+    parking::Parked,
+    saga::{SagaEvent, SagaStatus},
+};
+
+use super::{Faults, histories::Histories};
+use crate::{commands::import, failure::Failure};
+
+/// Read at once.
+const PAGE: usize = 500;
+
+/// Gives how many documents there are.
+pub(super) async fn verify(
+    archive: &dyn Archive,
+    histories: &Histories,
+    faults: &mut Faults<'_>,
+) -> Result<u64, Failure> {
+    let mut count = 0;
+    for collection in archive.collections().await? {
+        let mut after = "".into();
+        loop {
+            let page = archive.scan(&collection, &Scan::After(after), PAGE).await?;
+            let Some(last) = page.last() else { break };
+            after = last.key.id.clone();
+            count += page.len() as u64;
+            for document in page {
+                if let Some(wrong) = wrong(archive, histories, &document).await? {
+                    faults.add(format!("document {}", document.key), wrong)?;
+                }
+            }
+        }
+    }
+    if let Some((_, import)) = import::progress_of(archive).await?.filter(|(_, import)| !import.contents.complete) {
+        let events = import.contents.events;
+        faults.add("import", format!("it was broken off after {events} events: import the same file again"))?;
+    }
+    Ok(count)
+}
+
+async fn wrong(archive: &dyn Archive, histories: &Histories, document: &Document) -> Result<Option<String>, Failure> {
+    let unreadable = |error: serde_json::Error| Some(format!("it cannot be read: {error}"));
+    let collection = &*document.key.collection;
+    if collection == CHECKPOINTS {
+        return Ok(match serde_json::from_str::<Checkpoint>(&document.body) {
+            Err(error) => unreadable(error),
+            Ok(checkpoint) if checkpoint.next < 0 => Some(format!("it stands at {}", checkpoint.next)),
+            // Offsets of a topic are counted elsewhere.
+            Ok(checkpoint) if checkpoint.incarnation.is_some() => None,
+            Ok(checkpoint) => {
+                // Read after the checkpoint, so it is no lower unless something is wrong.
+                let head = archive.status().await?.head.0;
+                (checkpoint.next > head)
+                    .then(|| format!("it stands at position {}, and the log ends at {head}", checkpoint.next))
+            }
+        });
+    }
+    if collection.starts_with("parked.") {
+        return Ok(serde_json::from_str::<Parked>(&document.body).map_or_else(unreadable, |_| None));
+    }
+    if !collection.starts_with("saga.") {
+        return Ok(serde_json::from_str::<serde_json::Value>(&document.body).map_or_else(unreadable, |_| None));
+    }
+    let status = match serde_json::from_str::<SagaStatus>(&document.body) {
+        Ok(status) => status,
+        Err(error) => return Ok(unreadable(error)),
+    };
+    let stream = StreamId::from_stored(&format!("{collection}-{}", document.key.id));
+    if status.ended_at.is_none() || histories.has_ended(stream.as_str()) == Some(true) {
+        return Ok(None);
+    }
+    // It may have ended since its history was read.
+    let (mut after, mut last) = (Version::START, None);
+    loop {
+        let page = archive.read_stream(&stream, after, PAGE).await?;
+        let Some(event) = page.into_iter().next_back() else { break };
+        after = event.version;
+        last = Some(event);
+    }
+    let Some(last) = last else { return Ok(Some("there is no such saga in the log".into())) };
+    let ended = last.decode::<SagaEvent>().ok().flatten().is_some_and(|event| event.progress().ended.is_some());
+    Ok((!ended).then(|| "it says that the saga has ended, and the log does not".into()))
+}

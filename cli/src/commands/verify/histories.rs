@@ -1,0 +1,134 @@
+//! Whether the history of each saga is one that a saga can have, as far as that can be told without its definition.
+
+use std::collections::HashMap;
+
+use annals::{
+    Recorded,
+    saga::{At, Progress, SagaEvent, Status, Verb},
+};
+
+use super::{Faults, order::stream_key, place};
+use crate::failure::Failure;
+
+/// The sagas that were met: of one that has not ended, where it stands.
+#[derive(Default)]
+pub(super) struct Histories {
+    sagas: HashMap<u128, Option<Box<Progress>>>,
+}
+
+impl Histories {
+    pub fn event(&mut self, event: &Recorded, faults: &mut Faults<'_>) -> Result<(), Failure> {
+        if !event.stream.category().starts_with("saga.") {
+            return Ok(());
+        }
+        let decoded = match event.decode::<SagaEvent>() {
+            Ok(Some(decoded)) => decoded,
+            Ok(None) => return Ok(()),
+            Err(error) => return faults.add(place(event), format!("no event of a saga: {}", error.source)),
+        };
+        let key = stream_key(event.stream.as_str());
+        let wrong = match self.sagas.get(&key) {
+            None => begins(&decoded),
+            Some(None) => Some("the saga had ended before".to_owned()),
+            Some(Some(before)) => follows(before, &decoded),
+        };
+        let progress = decoded.progress();
+        let live = progress.ended.is_none().then(|| Box::new(progress.clone()));
+        self.sagas.insert(key, live);
+        wrong.map_or(Ok(()), |wrong| faults.add(place(event), wrong))
+    }
+
+    pub fn len(&self) -> usize {
+        self.sagas.len()
+    }
+
+    /// Whether there is such a saga, and whether it has ended.
+    pub fn has_ended(&self, stream: &str) -> Option<bool> {
+        self.sagas.get(&stream_key(stream)).map(Option::is_none)
+    }
+}
+
+/// What is wrong with the first event of a saga.
+fn begins(event: &SagaEvent) -> Option<String> {
+    match event {
+        SagaEvent::Started { .. } => commands(event),
+        _ => Some("the history does not begin with saga.started".into()),
+    }
+}
+
+/// What is wrong with an event after this progress.
+fn follows(before: &Progress, event: &SagaEvent) -> Option<String> {
+    let after = event.progress();
+    let changed = |what: &str| Some(format!("{what} changed"));
+    let migrated = matches!(event, SagaEvent::Migrated { .. });
+    if matches!(event, SagaEvent::Started { .. }) {
+        return Some("the saga had been started before".into());
+    }
+    if after.started != before.started {
+        return changed("when it started");
+    }
+    if after.definition != before.definition && !migrated {
+        return changed("its definition");
+    }
+    if !migrated && rank(after.at) < rank(before.at) {
+        return Some(format!("it went from {} back to {}", before.at, after.at));
+    }
+    let possible = match (before.status, after.status) {
+        (Status::Compensating, Status::Running | Status::Completed) => false,
+        (Status::Completed | Status::Compensated, _) => false,
+        (Status::Stuck, status) if status != Status::Stuck => matches!(event, SagaEvent::Operated { .. }),
+        _ => true,
+    };
+    if !possible && !migrated {
+        return Some(format!("it was {:?} and became {:?}", before.status, after.status));
+    }
+    let abandoned = matches!(event, SagaEvent::Operated { verb: Verb::Abandon, .. });
+    if after.ended.is_some() != (after.status.has_ended() || abandoned) {
+        return Some(format!(
+            "it is {:?}, and has {}ended",
+            after.status,
+            if after.ended.is_some() { "" } else { "not " }
+        ));
+    }
+    match event {
+        SagaEvent::Replied { reply, .. } if reply.at != before.at => {
+            return Some(format!("a reply to {} was taken at {}", reply.at, before.at));
+        }
+        SagaEvent::Requested { .. } | SagaEvent::Declined { .. }
+            if (after.at, after.status) != (before.at, before.status) =>
+        {
+            return Some("it moved where it only was asked".into());
+        }
+        _ => {}
+    }
+    if after.at == before.at
+        && after.attempt < before.attempt
+        && !matches!(event, SagaEvent::Operated { .. })
+        && !migrated
+    {
+        return Some(format!("attempt {} of a step became {}", before.attempt, after.attempt));
+    }
+    commands(event)
+}
+
+/// Commands are those of the step that the saga is at.
+fn commands(event: &SagaEvent) -> Option<String> {
+    let (SagaEvent::Started { progress, send, .. }
+    | SagaEvent::Replied { progress, send, .. }
+    | SagaEvent::Timed { progress, send, .. }
+    | SagaEvent::Operated { progress, send, .. }) = event
+    else {
+        return None;
+    };
+    let wrong = send.iter().find(|command| command.at != progress.at)?;
+    Some(format!("it stands at {} and sends a command of {}", progress.at, wrong.at))
+}
+
+/// A saga never comes to a place of lower rank: forward, then back through the same steps, then to its end.
+fn rank(at: At) -> (u8, usize) {
+    match at {
+        At::Forward(step) => (0, step),
+        At::Undo(step) => (1, usize::MAX - step),
+        At::Closing(step) => (2, step),
+    }
+}

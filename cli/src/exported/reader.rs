@@ -1,0 +1,192 @@
+//! Reads an export, and checks it on the way.
+
+use std::{
+    fs::File,
+    io::{self, BufRead, BufReader, Read, Seek, SeekFrom},
+    path::{Path, PathBuf},
+};
+
+use annals::{Document, Recorded};
+
+use super::{FORMAT, Header, LINE_BYTES_MAX, Line, Section};
+use crate::failure::Failure;
+
+/// <https://www.rfc-editor.org/rfc/rfc8878#section-3.1.1>
+const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
+
+/// What comes next.
+pub(crate) enum Step {
+    Event(Box<Recorded>),
+    Document(Document),
+    /// Everything before it is as it was written.
+    Section(Section),
+    /// The file ends, complete or not.
+    End,
+}
+
+/// Where lines come from. Of a compressed file, one section after the other: each is a frame.
+enum Source {
+    Plain(BufReader<File>),
+    Zstd(Option<BufReader<zstd::Decoder<'static, BufReader<File>>>>),
+}
+
+pub(crate) struct Reader {
+    path: PathBuf,
+    source: Source,
+    header: Header,
+    hasher: blake3::Hasher,
+    /// Where the next line begins in a plain file, or the next frame in a compressed one.
+    offset: u64,
+    so_far: Section,
+    line: Vec<u8>,
+    number: u64,
+}
+
+impl Reader {
+    pub fn open(path: &Path) -> Result<Self, Failure> {
+        let unreadable = |error: io::Error| Failure::new(format!("{} cannot be read: {error}", path.display()));
+        let mut file = File::open(path).map_err(unreadable)?;
+        let mut magic = Vec::new();
+        Read::by_ref(&mut file).take(4).read_to_end(&mut magic).map_err(unreadable)?;
+        file.seek(SeekFrom::Start(0)).map_err(unreadable)?;
+        let file = BufReader::with_capacity(1 << 20, file);
+        let source = match magic == ZSTD_MAGIC {
+            true => Source::Zstd(Some(frame(file).map_err(unreadable)?)),
+            false => Source::Plain(file),
+        };
+        let header = Header {
+            annals_export: 0,
+            id: uuid::Uuid::nil(),
+            store: String::new(),
+            taken_at: chrono::DateTime::UNIX_EPOCH,
+        };
+        let mut reader = Self {
+            path: path.to_owned(),
+            source,
+            header,
+            hasher: blake3::Hasher::new(),
+            offset: 0,
+            so_far: Section::default(),
+            line: Vec::new(),
+            number: 0,
+        };
+        let no_export = |_| Failure::new(format!("{} is no export of `annals export`", path.display()));
+        reader.next_line()?;
+        reader.header = serde_json::from_slice(&reader.line).map_err(no_export)?;
+        let found = reader.header.annals_export;
+        if found != FORMAT {
+            let path = path.display();
+            return Err(Failure::new(format!(
+                "{path} has format {found}; this build reads {FORMAT}: use a newer build"
+            )));
+        }
+        reader.take_in();
+        Ok(reader)
+    }
+
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// Where a file is cut after the section that was read last.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Over everything read.
+    pub fn hasher(&self) -> &blake3::Hasher {
+        &self.hasher
+    }
+
+    pub fn step(&mut self) -> Result<Step, Failure> {
+        if !self.next_line()? {
+            return Ok(Step::End);
+        }
+        let text = std::str::from_utf8(&self.line).map_err(|error| self.damaged(&error.to_string()))?;
+        let step = match Line::parse(text).map_err(|error| self.damaged(&error.to_string()))? {
+            Line::Event(event) => {
+                let event = event.recorded().map_err(|error| self.damaged(&error))?;
+                if event.position.0 <= self.so_far.position {
+                    return Err(self.damaged("its events are not in order"));
+                }
+                self.so_far.position = event.position.0;
+                self.so_far.events += 1;
+                Step::Event(Box::new(event))
+            }
+            Line::Document(document) => {
+                let document = document.document().map_err(|error| self.damaged(&error))?;
+                self.so_far.documents += 1;
+                self.so_far.document = Some((document.key.collection.to_string(), document.key.id.to_string()));
+                Step::Document(document)
+            }
+            Line::Section(section) => {
+                let blake3 = self.hasher.finalize().to_hex().to_string();
+                self.so_far.until = section.until;
+                let read = Section { blake3, complete: section.complete, ..self.so_far.clone() };
+                if read != section {
+                    return Err(self.damaged("its checksum is wrong: something before this line was changed or lost"));
+                }
+                Step::Section(section)
+            }
+        };
+        self.take_in();
+        if matches!(step, Step::Section(_)) {
+            self.next_frame()?;
+        }
+        Ok(step)
+    }
+
+    fn take_in(&mut self) {
+        self.hasher.update(&self.line);
+        if matches!(self.source, Source::Plain(_)) {
+            self.offset += self.line.len() as u64;
+        }
+    }
+
+    /// Reads a line into its place; false at the end.
+    fn next_line(&mut self) -> Result<bool, Failure> {
+        self.line.clear();
+        self.number += 1;
+        let read = match &mut self.source {
+            Source::Plain(file) => file.take(LINE_BYTES_MAX).read_until(b'\n', &mut self.line),
+            Source::Zstd(Some(frame)) => frame.take(LINE_BYTES_MAX).read_until(b'\n', &mut self.line),
+            Source::Zstd(None) => Ok(0),
+        };
+        match read {
+            Ok(0) => Ok(false),
+            Ok(_) if self.line.ends_with(b"\n") => Ok(true),
+            Ok(_) => Err(self.damaged("the line is not whole")),
+            Err(error) => Err(self.damaged(&error.to_string())),
+        }
+    }
+
+    /// A section was the last line of its frame.
+    fn next_frame(&mut self) -> Result<(), Failure> {
+        let Source::Zstd(frame_now) = &mut self.source else { return Ok(()) };
+        let Some(mut ended) = frame_now.take() else { return Ok(()) };
+        let mut rest = Vec::new();
+        let next = (|| {
+            // Its checksum follows the last byte.
+            ended.read_to_end(&mut rest)?;
+            let mut file = ended.into_inner().finish();
+            let offset = file.stream_position()?;
+            let has_more = !file.fill_buf()?.is_empty();
+            Ok::<_, io::Error>((offset, has_more.then(|| frame(file)).transpose()?))
+        })();
+        let (offset, next) = next.map_err(|error| self.damaged(&error.to_string()))?;
+        if !rest.is_empty() {
+            return Err(self.damaged("something follows the end of a section"));
+        }
+        self.offset = offset;
+        self.source = Source::Zstd(next);
+        Ok(())
+    }
+
+    fn damaged(&self, reason: &str) -> Failure {
+        Failure::new(format!("{}, line {}: {reason}", self.path.display(), self.number))
+    }
+}
+
+fn frame(file: BufReader<File>) -> io::Result<BufReader<zstd::Decoder<'static, BufReader<File>>>> {
+    Ok(BufReader::new(zstd::Decoder::with_buffer(file)?.single_frame()))
+}

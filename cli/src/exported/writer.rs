@@ -1,0 +1,183 @@
+//! Writes an export, or goes on with one that was broken off.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, BufWriter, Seek, SeekFrom, Write},
+    path::Path,
+};
+
+use annals::{Document, Recorded};
+use serde::Serialize;
+
+use super::{DocumentLine, Header, Reader, Section, Step};
+use crate::{event::EventLine, failure::Failure};
+
+/// A section ends after so many lines or bytes: at most that is lost when an export is broken off, and an import has it in
+/// memory.
+const SECTION_LINES: u64 = 5_000;
+const SECTION_BYTES: usize = 16 << 20;
+/// The level that zstd itself takes for a good one.
+const COMPRESSION: i32 = 3;
+
+/// Where lines go. Each section is a frame of its own, so that a file can be cut after any of them and gone on with.
+enum Sink {
+    Plain(BufWriter<File>),
+    Zstd(Option<zstd::Encoder<'static, BufWriter<File>>>),
+}
+
+pub(crate) struct Writer {
+    sink: Sink,
+    hasher: blake3::Hasher,
+    so_far: Section,
+    /// Lines and bytes since the last section.
+    open: (u64, usize),
+    line: Vec<u8>,
+}
+
+impl Writer {
+    /// Begins a new file; there must be none.
+    pub fn begin(path: &Path, header: &Header) -> Result<Self, Failure> {
+        let file = OpenOptions::new().write(true).create_new(true).open(path).map_err(|error| told(path, &error))?;
+        let mut writer =
+            Self::to(file, path, blake3::Hasher::new(), Section::default()).map_err(|error| told(path, &error))?;
+        writer.put(header).map_err(|error| told(path, &error))?;
+        Ok(writer)
+    }
+
+    /// Goes on with a file after its last whole section; what follows that is written anew. `None` if it is complete.
+    pub fn go_on(path: &Path) -> Result<Option<(Self, Header)>, Failure> {
+        let mut reader = Reader::open(path)?;
+        let mut whole = None;
+        loop {
+            // A file that was broken off ends in the middle of something: that is where it is cut.
+            match reader.step() {
+                Ok(Step::Section(section)) if section.complete => return Ok(None),
+                Ok(Step::Section(section)) => whole = Some((section, reader.offset(), reader.hasher().clone())),
+                Ok(Step::Event(_) | Step::Document(_)) => {}
+                Ok(Step::End) | Err(_) => break,
+            }
+        }
+        let header = reader.header().clone();
+        let open = || -> io::Result<Self> {
+            let mut file = OpenOptions::new().write(true).open(path)?;
+            let (so_far, hasher) = match whole {
+                Some((section, offset, hasher)) => {
+                    file.set_len(offset)?;
+                    file.seek(SeekFrom::End(0))?;
+                    (section, hasher)
+                }
+                None => {
+                    file.set_len(0)?;
+                    (Section::default(), blake3::Hasher::new())
+                }
+            };
+            let begins = so_far == Section::default();
+            let mut writer = Self::to(file, path, hasher, so_far)?;
+            if begins {
+                writer.put(&header)?;
+            }
+            Ok(writer)
+        };
+        open().map(|writer| Some((writer, header))).map_err(|error| told(path, &error))
+    }
+
+    fn to(file: File, path: &Path, hasher: blake3::Hasher, so_far: Section) -> io::Result<Self> {
+        let file = BufWriter::with_capacity(1 << 20, file);
+        let sink = if is_compressed(path) { Sink::Zstd(Some(frame(file)?)) } else { Sink::Plain(file) };
+        Ok(Self { sink, hasher, so_far, open: (0, 0), line: Vec::new() })
+    }
+
+    /// What is in the file so far.
+    pub fn so_far(&self) -> &Section {
+        &self.so_far
+    }
+
+    pub fn event(&mut self, event: &Recorded) -> io::Result<()> {
+        self.put(&EventLine::of(event))?;
+        self.so_far.position = event.position.0;
+        self.so_far.events += 1;
+        self.ends_section()
+    }
+
+    pub fn document(&mut self, document: &Document) -> io::Result<()> {
+        #[derive(Serialize)]
+        struct Line<'a> {
+            document: DocumentLine<'a>,
+        }
+        self.put(&Line { document: DocumentLine::of(document) })?;
+        self.so_far.documents += 1;
+        self.so_far.document = Some((document.key.collection.to_string(), document.key.id.to_string()));
+        self.ends_section()
+    }
+
+    /// Ends the documents: the log is to be written up to here.
+    pub fn until(&mut self, head: i64) -> io::Result<()> {
+        self.so_far.until = Some(head);
+        self.section(false)
+    }
+
+    /// Ends the section, so that what was written so far is good.
+    pub fn section(&mut self, complete: bool) -> io::Result<()> {
+        #[derive(Serialize)]
+        struct Line<'a> {
+            section: &'a Section,
+        }
+        self.so_far.blake3 = self.hasher.finalize().to_hex().to_string();
+        self.so_far.complete = complete;
+        let section = self.so_far.clone();
+        self.put(&Line { section: &section })?;
+        self.open = (0, 0);
+        match &mut self.sink {
+            Sink::Plain(file) => file.flush()?,
+            Sink::Zstd(encoder) => {
+                if let Some(open) = encoder.take() {
+                    let mut file = open.finish()?;
+                    file.flush()?;
+                    if !complete {
+                        *encoder = Some(frame(file)?);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn ends_section(&mut self) -> io::Result<()> {
+        let (lines, bytes) = self.open;
+        self.open = (lines + 1, bytes + self.line.len());
+        if lines + 1 >= SECTION_LINES || self.open.1 >= SECTION_BYTES { self.section(false) } else { Ok(()) }
+    }
+
+    fn put(&mut self, line: &impl Serialize) -> io::Result<()> {
+        self.line.clear();
+        serde_json::to_writer(&mut self.line, line)?;
+        self.line.push(b'\n');
+        self.hasher.update(&self.line);
+        match &mut self.sink {
+            Sink::Plain(file) => file.write_all(&self.line),
+            Sink::Zstd(Some(encoder)) => encoder.write_all(&self.line),
+            Sink::Zstd(None) => Err(io::Error::other("the export is complete")),
+        }
+    }
+}
+
+fn frame(file: BufWriter<File>) -> io::Result<zstd::Encoder<'static, BufWriter<File>>> {
+    let mut encoder = zstd::Encoder::new(file, COMPRESSION)?;
+    encoder.include_checksum(true)?;
+    Ok(encoder)
+}
+
+/// By its name: `.zst`.
+fn is_compressed(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "zst")
+}
+
+fn told(path: &Path, error: &io::Error) -> Failure {
+    Failure::new(match error.kind() {
+        io::ErrorKind::AlreadyExists => format!(
+            "{} exists already: --resume goes on with it if it was broken off; else name another file",
+            path.display()
+        ),
+        _ => format!("{} cannot be written: {error}", path.display()),
+    })
+}

@@ -1,0 +1,153 @@
+//! The `annals` command: inspects, replays, verifies, moves and repairs what a store of annals holds, whatever the domain.
+//!
+//! A service can have it under its own command. [`Ops::run`] takes the words that follow:
+//!
+//! ```no_run
+//! # async fn main_of_a_service() -> std::process::ExitCode {
+//! // my-service ops streams --store sqlite:my.db
+//! annals_cli::Ops::named("my-service ops").run(std::env::args_os().skip(2)).await
+//! # }
+//! ```
+//!
+//! With [`Ops::events`] and [`Ops::saga`] it also knows what the service's events and sagas are, for `check-history`.
+
+mod arguments;
+mod commands;
+mod confirm;
+mod domain;
+mod event;
+mod exported;
+mod failure;
+mod moment;
+mod output;
+mod place;
+mod progress;
+mod quoted;
+mod stop;
+mod store;
+
+use std::{ffi::OsString, process::ExitCode};
+
+use clap::{CommandFactory, FromArgMatches};
+
+use crate::{
+    arguments::{Arguments, Command, Common},
+    commands::{
+        check_history, completions, dead_letters, export, import, migrate, read, replay, saga, sagas, streams,
+        subscription, subscriptions, tail, trace, verify,
+    },
+    failure::{Failure, Verdict},
+    output::Output,
+    store::{Open, Store, StoreUrl},
+};
+
+/// Found a fault, for which somebody should look at the store.
+const FOUND_A_FAULT: u8 = 1;
+/// The command line is wrong, or the store cannot be reached.
+const COULD_NOT: u8 = 2;
+/// Ended by Ctrl-C, as a shell has it.
+const STOPPED: u8 = 130;
+
+/// The command, as it is called.
+#[derive(Clone)]
+pub struct Ops {
+    name: &'static str,
+    domain: domain::Domain,
+}
+
+impl Ops {
+    /// Under this name, as it is typed: `annals`, `sample-shop ops`.
+    pub fn named(name: &'static str) -> Self {
+        Self { name, domain: domain::Domain::default() }
+    }
+
+    /// Knows these events, for `check-history`.
+    pub fn events<E: annals::Event>(mut self) -> Self {
+        self.domain.add_events::<E>();
+        self
+    }
+
+    /// Knows sagas of this definition, for `check-history`.
+    pub fn saga<C: annals::SagaState>(mut self, saga: annals::Saga<C>) -> Self {
+        self.domain.add_saga(saga);
+        self
+    }
+
+    /// Does what the words ask for, which are those after the name. Prints to standard output and standard error.
+    pub async fn run(self, words: impl IntoIterator<Item = OsString>) -> ExitCode {
+        let arguments = match self.arguments(words) {
+            Ok(arguments) => arguments,
+            Err(error) => {
+                // Help goes to standard output, which may be closed.
+                error.print().ok();
+                return if error.use_stderr() { COULD_NOT.into() } else { ExitCode::SUCCESS };
+            }
+        };
+        match self.carry_out(arguments).await {
+            Ok(Verdict::Fine) | Err(Failure::OutputClosed) => ExitCode::SUCCESS,
+            Ok(Verdict::Fault) => FOUND_A_FAULT.into(),
+            Ok(Verdict::Stopped) => STOPPED.into(),
+            Err(Failure::Told(text)) => {
+                eprintln!("{}: {}", self.name, output::shown(&text));
+                COULD_NOT.into()
+            }
+        }
+    }
+
+    fn command(&self) -> clap::Command {
+        // Its name is one word to clap, which would otherwise take the second one for an argument.
+        Arguments::command().name(self.name).bin_name(self.name).no_binary_name(true)
+    }
+
+    fn arguments(&self, words: impl IntoIterator<Item = OsString>) -> Result<Arguments, clap::Error> {
+        let matches = self.command().try_get_matches_from(words);
+        matches.and_then(|matches| Arguments::from_arg_matches(&matches)).map_err(quoted::without_passwords)
+    }
+
+    async fn carry_out(&self, arguments: Arguments) -> Result<Verdict, Failure> {
+        let Arguments { common, command } = arguments;
+        let mut output = Output::new(common.json);
+        match command {
+            Command::Completions(arguments) => return completions::run(arguments, self.command()),
+            Command::Migrate(arguments) => {
+                return migrate::run(arguments, url(&common)?, &common.schema, &mut output).await;
+            }
+            Command::CheckHistory(arguments) => {
+                let outcome = check_history::run(arguments, &self.domain, &mut output);
+                return outcome.and_then(|verdict| output.flush().map(|()| verdict));
+            }
+            _ => {}
+        }
+        let store = open(&common).await?;
+        let outcome = match command {
+            Command::Streams(arguments) => streams::run(arguments, &store, &mut output).await,
+            Command::Read(arguments) => read::run(arguments, &store, &mut output).await,
+            Command::Tail(arguments) => tail::run(arguments, &store, &mut output).await,
+            Command::Subscriptions(arguments) => subscriptions::run(arguments, &store, &mut output).await,
+            Command::Sagas(arguments) => sagas::run(arguments, &store, &mut output).await,
+            Command::Saga(arguments) => saga::run(arguments, &store, &mut output).await,
+            Command::DeadLetters(arguments) => dead_letters::run(arguments, &store, &mut output).await,
+            Command::Subscription(arguments) => subscription::run(arguments, &store, &mut output).await,
+            Command::Replay(arguments) => replay::run(arguments, &store, &mut output).await,
+            Command::Export(arguments) => export::run(arguments, &store, &mut output).await,
+            Command::Import(arguments) => import::run(arguments, &store, &mut output).await,
+            Command::Verify(arguments) => verify::run(arguments, &store, &mut output).await,
+            Command::Trace(arguments) => trace::run(arguments, &store, &mut output).await,
+            Command::Migrate(_) | Command::CheckHistory(_) | Command::Completions(_) => Ok(Verdict::Fine),
+        };
+        let outcome = outcome.and_then(|verdict| output.flush().map(|()| verdict));
+        // What was printed is true, whatever becomes of the connections.
+        store.close().await.ok();
+        outcome
+    }
+}
+
+fn url(common: &Common) -> Result<&StoreUrl, Failure> {
+    let missing = || Failure::new("which store? Name it with --store URL, or in the variable ANNALS_STORE");
+    common.store.as_ref().ok_or_else(missing)
+}
+
+async fn open(common: &Common) -> Result<Store, Failure> {
+    let url = url(common)?;
+    Store::open(url, &common.schema, Open::Existing).await.map_err(|error| error.told(url, &common.schema))
+}

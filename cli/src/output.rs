@@ -1,0 +1,126 @@
+//! What is printed: a table for people, or one JSON value a line for programs.
+
+use std::{
+    borrow::Cow,
+    io::{self, BufWriter, IsTerminal, Stdout, Write},
+};
+
+use comfy_table::{ContentArrangement, Table, presets};
+use serde::Serialize;
+
+use crate::failure::Failure;
+
+/// Standard output.
+pub(crate) struct Output {
+    /// Whether programs read it.
+    pub json: bool,
+    stdout: BufWriter<Stdout>,
+}
+
+impl Output {
+    pub fn new(json: bool) -> Self {
+        Self { json, stdout: BufWriter::new(io::stdout()) }
+    }
+
+    /// A line as it is. What a store holds goes through [`shown`] first.
+    pub fn line(&mut self, text: &str) -> Result<(), Failure> {
+        writeln!(self.stdout, "{text}")?;
+        Ok(())
+    }
+
+    /// A line of JSON.
+    pub fn value(&mut self, value: &impl Serialize) -> Result<(), Failure> {
+        let line = serde_json::to_string(value)?;
+        self.line(&line)
+    }
+
+    /// Rows under their headings, or one value for each.
+    pub fn list<T: Serialize>(
+        &mut self,
+        headings: &[&str],
+        items: &[T],
+        row: impl Fn(&T) -> Vec<String>,
+    ) -> Result<(), Failure> {
+        if self.json {
+            return items.iter().try_for_each(|item| self.value(item));
+        }
+        let rows: Vec<Vec<String>> =
+            items.iter().map(|item| row(item).iter().map(|cell| shown(cell).into_owned()).collect()).collect();
+        let mut table = Table::new();
+        table.load_style(presets::NOTHING).set_header(headings).add_rows(rows.clone());
+        // What goes to a file or through a pipe has any width; each cell has a blank on both sides.
+        let width = table.column_max_content_widths().iter().map(|width| usize::from(*width) + 2).sum::<usize>();
+        if io::stdout().is_terminal() && table.width().is_some_and(|terminal| usize::from(terminal) < width) {
+            return rows.iter().try_for_each(|row| self.record(headings, row));
+        }
+        for line in table.set_content_arrangement(ContentArrangement::Disabled).lines() {
+            // Without the blank in front.
+            self.line(line.strip_prefix(' ').unwrap_or(&line).trim_end())?;
+        }
+        Ok(())
+    }
+
+    /// A row for a terminal that is too narrow for it: its cells one below the other.
+    fn record(&mut self, headings: &[&str], row: &[String]) -> Result<(), Failure> {
+        let widest = headings.iter().map(|heading| heading.len()).max().unwrap_or(0);
+        for (heading, cell) in headings.iter().zip(row).filter(|(_, cell)| !cell.is_empty()) {
+            self.line(&format!("{heading:widest$}  {cell}"))?;
+        }
+        self.line("")
+    }
+
+    /// So that whoever waits for a line gets it now.
+    pub fn flush(&mut self) -> Result<(), Failure> {
+        self.stdout.flush()?;
+        Ok(())
+    }
+}
+
+/// Text from a store, without the control characters that a terminal would obey.
+pub(crate) fn shown(text: &str) -> Cow<'_, str> {
+    let harmless = |c: char| !c.is_control() || c == '\n' || c == '\t';
+    if text.chars().all(harmless) {
+        return text.into();
+    }
+    text.chars().map(|c| if harmless(c) { c } else { '\u{fffd}' }).collect::<String>().into()
+}
+
+/// The start of a text on one line.
+pub(crate) fn short(text: &str, chars_max: usize) -> String {
+    let one_line: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(chars_max + 1).collect();
+    if one_line.chars().count() <= chars_max {
+        return one_line;
+    }
+    one_line.chars().take(chars_max.saturating_sub(1)).chain(['…']).collect()
+}
+
+/// A number with its thousands apart.
+pub(crate) fn grouped(number: i64) -> String {
+    let digits = number.unsigned_abs().to_string();
+    let mut text = String::from(if number < 0 { "-" } else { "" });
+    for (at, digit) in digits.char_indices() {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_grouped() {
+        for (number, text) in [(0, "0"), (999, "999"), (1_000, "1,000"), (-1_234_567, "-1,234,567")] {
+            assert_eq!(grouped(number), text);
+        }
+    }
+
+    #[test]
+    fn a_terminal_is_told_nothing_by_what_is_stored() {
+        assert_eq!(shown("a\x1b[2Jb\n\tü"), "a\u{fffd}[2Jb\n\tü");
+        assert_eq!(short("one\ntwo three", 9), "one two …");
+    }
+}

@@ -1,0 +1,50 @@
+//! What an error may quote of what was typed: no password, wherever it stands.
+
+use clap::{builder::StyledStr, error::ContextValue};
+
+/// The text, or only its scheme where the rest may hold a password: in front of an `@`, among parameters, behind a second
+/// colon.
+fn quoted(text: &str) -> String {
+    let (scheme, rest) = text.split_once("://").unwrap_or(("", text));
+    let is_port =
+        |after: &str| after.split(['/', ',']).next().is_some_and(|port| port.bytes().all(|b| b.is_ascii_digit()));
+    let has_secret = text.contains(['@', '?', '#'])
+        || text.to_ascii_lowercase().contains("password")
+        || (!scheme.is_empty() && rest.split(':').skip(1).any(|after| !is_port(after)));
+    match scheme {
+        _ if !has_secret => text.to_owned(),
+        _ if is_scheme(scheme) => format!("{scheme}://…"),
+        _ => "…".to_owned(),
+    }
+}
+
+/// Whether this can be a scheme at all, and not what stands in front of the colon of something else, such as a user's name.
+pub(crate) fn is_scheme(text: &str) -> bool {
+    text.starts_with(|c: char| c.is_ascii_alphabetic())
+        && text.chars().all(|c| c.is_ascii_alphanumeric() || ['+', '-', '.'].contains(&c))
+}
+
+/// An error of the command line, without what may be a password in it.
+pub(crate) fn without_passwords(mut error: clap::Error) -> clap::Error {
+    let said: Vec<_> = error.context().map(|(kind, value)| (kind, hidden(value))).collect();
+    for (kind, value) in said {
+        error.insert(kind, value);
+    }
+    error
+}
+
+fn hidden(value: &ContextValue) -> ContextValue {
+    let styled = |text: &StyledStr| {
+        let plain = text.to_string();
+        let quoted: Vec<_> = plain.split(' ').map(quoted).collect();
+        let quoted = quoted.join(" ");
+        if quoted == plain { text.clone() } else { StyledStr::from(quoted) }
+    };
+    match value {
+        ContextValue::String(text) => ContextValue::String(quoted(text)),
+        ContextValue::Strings(texts) => ContextValue::Strings(texts.iter().map(|text| quoted(text)).collect()),
+        ContextValue::StyledStr(text) => ContextValue::StyledStr(styled(text)),
+        ContextValue::StyledStrs(texts) => ContextValue::StyledStrs(texts.iter().map(styled).collect()),
+        other => other.clone(),
+    }
+}

@@ -1,0 +1,248 @@
+//! The store that a URL names, opened as it is: nothing is created, and nothing brought to a newer version.
+
+use std::{fmt, ops::RangeInclusive, path::PathBuf, str::FromStr, sync::Arc};
+
+use annals::{Archive, EventStore, LogQuery, Position, Recorded, StoreError};
+use annals_postgres::{PostgresStore, Replay};
+use annals_sqlite::SqliteStore;
+use futures::{
+    StreamExt, TryStreamExt,
+    stream::{self, BoxStream},
+};
+
+use crate::{failure::Failure, quoted::is_scheme};
+
+/// Events read from a file in one go.
+const PAGE: usize = 2_000;
+
+/// Where events are kept.
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) enum StoreUrl {
+    Sqlite(PathBuf),
+    /// The whole URL, with its password.
+    Postgres(String),
+}
+
+/// What is wrong with a store URL. Says nothing of the URL but its scheme: the rest may hold a password.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum StoreUrlError {
+    #[error("no store has the scheme {0:?}; known are sqlite:PATH and postgres://…")]
+    Scheme(String),
+    #[error("it has no scheme; known are sqlite:PATH and postgres://…")]
+    NoScheme,
+    #[error("a store in memory is gone with its process; name sqlite:PATH or postgres://…")]
+    Memory,
+    #[error("sqlite: needs the path of a file, such as sqlite:shop.db")]
+    Path,
+    #[error("postgres: needs a host, such as postgres://user@host/database")]
+    Host,
+}
+
+impl FromStr for StoreUrl {
+    type Err = StoreUrlError;
+
+    fn from_str(text: &str) -> Result<Self, StoreUrlError> {
+        let (scheme, rest) = text.split_once(':').ok_or(StoreUrlError::NoScheme)?;
+        let path = rest.strip_prefix("//").unwrap_or(rest);
+        match scheme {
+            "memory" => Err(StoreUrlError::Memory),
+            "sqlite" if path.is_empty() => Err(StoreUrlError::Path),
+            "sqlite" if path == ":memory:" => Err(StoreUrlError::Memory),
+            "sqlite" => Ok(Self::Sqlite(path.into())),
+            "postgres" | "postgresql" if path.is_empty() || path == rest => Err(StoreUrlError::Host),
+            "postgres" | "postgresql" => Ok(Self::Postgres(text.to_owned())),
+            other if is_scheme(other) => Err(StoreUrlError::Scheme(other.to_owned())),
+            _ => Err(StoreUrlError::NoScheme),
+        }
+    }
+}
+
+/// The URL without its password.
+impl fmt::Display for StoreUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Sqlite(path) => write!(f, "sqlite:{}", path.display()),
+            Self::Postgres(url) => f.write_str(&without_password(url)),
+        }
+    }
+}
+
+/// As [`Display`](fmt::Display), since what is debugged ends in logs.
+impl fmt::Debug for StoreUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// Drops the parameters too: a password may be one of them. Where it cannot be told where the password ends, nothing is
+/// shown but the scheme.
+fn without_password(url: &str) -> String {
+    let scheme = url.split(':').next().unwrap_or_default();
+    let hidden = format!("{scheme}://…");
+    let (shown, parameters) = url.split_at(url.find(['?', '#']).unwrap_or(url.len()));
+    let Some((_, rest)) = shown.split_once("//") else { return hidden };
+    // The last `@`: a password that was not encoded may hold one, and may hold a `?` too.
+    let (user, host) = match rest.rsplit_once('@') {
+        Some((user, host)) => (user.split(':').next(), host),
+        None if parameters.contains('@') => return hidden,
+        None => (None, rest),
+    };
+    let port = host.split('/').next().unwrap_or_default().rsplit(']').next().unwrap_or_default().split_once(':');
+    if port.is_some_and(|(_, port)| !port.bytes().all(|b| b.is_ascii_digit())) {
+        // A user and a password without their host.
+        return hidden;
+    }
+    let user = user.map(|user| format!("{user}@")).unwrap_or_default();
+    format!("{scheme}://{user}{host}")
+}
+
+/// Whether opening makes a store where there is none, and brings an older one to the newest version.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Open {
+    Existing,
+    Migrate,
+}
+
+/// An open store.
+#[derive(Clone)]
+pub(crate) struct Store {
+    pub url: StoreUrl,
+    driver: Driver,
+}
+
+#[derive(Clone)]
+enum Driver {
+    Sqlite(SqliteStore),
+    Postgres(PostgresStore),
+}
+
+/// Why a store was not opened.
+pub(crate) enum OpenError {
+    Missing,
+    Outdated,
+    Other(String),
+}
+
+impl Store {
+    pub async fn open(url: &StoreUrl, schema: &str, open: Open) -> Result<Self, OpenError> {
+        let driver = match url {
+            StoreUrl::Sqlite(path) => {
+                let opened = match open {
+                    Open::Existing => SqliteStore::open_existing(path, annals_sqlite::Settings::default()).await,
+                    Open::Migrate => SqliteStore::open(path).await,
+                };
+                opened.map(Driver::Sqlite).map_err(|error| match error {
+                    annals_sqlite::OpenError::Missing { .. } => OpenError::Missing,
+                    annals_sqlite::OpenError::Outdated { .. } => OpenError::Outdated,
+                    other => OpenError::Other(other.to_string()),
+                })
+            }
+            StoreUrl::Postgres(text) => {
+                let settings = annals_postgres::Settings { schema: schema.to_owned(), connections: 3 };
+                let opened = match open {
+                    Open::Existing => PostgresStore::connect_existing(text, settings).await,
+                    Open::Migrate => PostgresStore::connect(text, settings).await,
+                };
+                opened.map(Driver::Postgres).map_err(|error| match error {
+                    annals_postgres::OpenError::Missing { .. } => OpenError::Missing,
+                    annals_postgres::OpenError::Outdated { .. } => OpenError::Outdated,
+                    other => OpenError::Other(format!("{url}: {other}")),
+                })
+            }
+        }?;
+        Ok(Self { url: url.clone(), driver })
+    }
+
+    pub fn port(&self) -> Arc<dyn Archive> {
+        match &self.driver {
+            Driver::Sqlite(store) => Arc::new(store.clone()),
+            Driver::Postgres(store) => Arc::new(store.clone()),
+        }
+    }
+
+    /// The events of a query at these positions, in log order, up to where the log can be read as this begins; in constant
+    /// memory however many they are. After an error it has ended.
+    pub async fn log(
+        &self,
+        query: LogQuery,
+        positions: RangeInclusive<i64>,
+    ) -> Result<BoxStream<'static, Result<Arc<Recorded>, StoreError>>, StoreError> {
+        let (first, last) = (*positions.start(), *positions.end());
+        match &self.driver {
+            Driver::Postgres(store) => {
+                let replay = Replay::all().categories(query.categories).types(query.types);
+                let replay = replay.positions(Position(first)..=Position(last));
+                Ok(store.replay(replay).map_ok(Arc::new).boxed())
+            }
+            Driver::Sqlite(store) => {
+                let last = last.min(store.status().await?.head.0);
+                let start = Position(first.saturating_sub(1).max(0));
+                Ok(pages(store.clone(), query, start, last))
+            }
+        }
+    }
+
+    pub async fn close(&self) -> Result<(), StoreError> {
+        match &self.driver {
+            Driver::Sqlite(store) => store.close().await,
+            Driver::Postgres(store) => store.close().await,
+        }
+    }
+}
+
+/// One page is read while the one before is looked at.
+fn pages(
+    store: SqliteStore,
+    query: LogQuery,
+    start: Position,
+    last: i64,
+) -> BoxStream<'static, Result<Arc<Recorded>, StoreError>> {
+    let page = stream::try_unfold(Some(start), move |after| {
+        let (store, query) = (store.clone(), query.clone());
+        async move {
+            let Some(after) = after.filter(|after| after.0 < last) else { return Ok(None) };
+            let page = store.read_log(&query, after, PAGE).await?;
+            let next = (page.next > after).then_some(page.next);
+            Ok(Some((page.events, next)))
+        }
+    });
+    let events = page.map_ok(|events| stream::iter(events).map(Ok)).try_flatten();
+    events.try_take_while(move |event| std::future::ready(Ok(event.position.0 <= last))).boxed()
+}
+
+impl OpenError {
+    /// What to say, and what to do about it.
+    pub fn told(self, url: &StoreUrl, schema: &str) -> Failure {
+        let place = match url {
+            StoreUrl::Sqlite(_) => url.to_string(),
+            StoreUrl::Postgres(_) => format!("schema {schema} of {url}"),
+        };
+        Failure::new(match self {
+            Self::Missing => format!("{place}: there is no such store; `migrate` creates one"),
+            Self::Outdated => format!("{place} was written by an older version; `migrate` brings it to this one"),
+            Self::Other(reason) => reason,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_password_is_shown() {
+        for (url, shown) in [
+            ("postgres://shop:secret@db:5432/shop?sslmode=require", "postgres://shop@db:5432/shop"),
+            ("postgres://shop:se@cret@db/shop", "postgres://shop@db/shop"),
+            ("postgres://shop@db/shop?password=secret", "postgres://shop@db/shop"),
+            ("postgres://shop:secret", "postgres://…"),
+        ] {
+            let parsed: StoreUrl = url.parse().unwrap_or_else(|error| panic!("{error}"));
+            assert_eq!((parsed.to_string(), format!("{parsed:?}")), (shown.to_owned(), shown.to_owned()));
+        }
+        for url in ["postgre://shop:secret@db", "shop:secret@db", "postgres:secret"] {
+            let error = url.parse::<StoreUrl>().map(drop).map_err(|error| error.to_string());
+            assert!(error.is_err_and(|error| !error.contains("secret")), "{url}");
+        }
+    }
+}

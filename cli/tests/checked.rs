@@ -1,0 +1,46 @@
+//! `check-history`: a build that would read or do something else than what was recorded is told so.
+#![allow(clippy::unwrap_used)]
+
+mod travel;
+
+use std::process::ExitCode;
+
+use annals::{Event, saga::Request};
+use annals_cli::Ops;
+
+use travel::{Place, Step, TripEvent, journey, planned};
+
+/// As it was once: the price has become a text.
+#[derive(Event, Clone, Debug)]
+#[event(prefix = "trip")]
+enum NewTripEvent {
+    #[allow(dead_code)]
+    Ordered { trip_id: String, price: String },
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_build_is_held_against_what_was_recorded() {
+    let place = Place::with_trips().await;
+    let file = place.file("trips.ndjson").to_str().unwrap().to_owned();
+    place.annals(&["export", &file]).fine();
+    let words = || ["check-history", "--against", &file].map(std::ffi::OsString::from);
+    let ops = || Ops::named("travel ops");
+
+    let same = ops().events::<TripEvent>().saga(journey());
+    assert_eq!(same.run(words()).await, ExitCode::SUCCESS);
+    let other_event = ops().events::<NewTripEvent>().saga(journey());
+    assert_eq!(other_event.run(words()).await, ExitCode::from(1));
+    let other_plan = planned("charge twice", |j| Request::to("agency", &Step::Charge { trip_id: j.trip_id.clone() }));
+    assert_eq!(ops().events::<TripEvent>().saga(other_plan).run(words()).await, ExitCode::from(1));
+    // The shape of the plan, and with it its hash, is the same.
+    let other_command =
+        planned("charge card", |j| Request::to("agency", &Step::Charge { trip_id: j.trip_id.to_uppercase() }));
+    assert_eq!(ops().events::<TripEvent>().saga(other_command).run(words()).await, ExitCode::from(1));
+
+    // The command of everybody knows no events of anybody's.
+    let told = place.annals(&["check-history", "--against", &file]);
+    assert_eq!(told.code, 1);
+    assert!(told.out.contains("no event of this build is called trip.ordered"), "{}", told.out);
+    let missing = place.annals(&["check-history", "--against", "nowhere"]).refused();
+    assert!(missing.contains("nowhere cannot be read"), "{missing}");
+}

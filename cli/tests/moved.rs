@@ -1,0 +1,230 @@
+//! Exports, imports and replays: nothing is changed on the way, and what is broken off goes on.
+#![allow(clippy::unwrap_used)]
+
+mod travel;
+
+use std::{
+    fs,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use annals::{Append, Commit, DocumentKey, EventStore, Expected, Metadata, NewEvent, Put, StreamId, Version};
+use annals_sqlite::SqliteStore;
+use sqlx::{Connection, SqliteConnection, sqlite::SqliteConnectOptions};
+use uuid::Uuid;
+
+use travel::{Ended, Place, command, ended, url};
+
+fn annals(store: &Path, words: &[&str]) -> Ended {
+    let mut command = command(words);
+    command.env("ANNALS_STORE", url(store));
+    ended(command)
+}
+
+/// Everything in a file, as SQL sees it.
+async fn contents(path: &Path) -> (Vec<String>, Vec<String>) {
+    let options = SqliteConnectOptions::new().filename(path);
+    let mut connection = SqliteConnection::connect_with(&options).await.unwrap();
+    let events = "SELECT json_array(position, stream_id, version, event_id, type, schema_version, data, metadata, recorded_at) \
+                  FROM events ORDER BY position";
+    let documents = "SELECT json_array(collection, id, version, body, due) FROM documents WHERE collection <> 'import' \
+                     ORDER BY collection, id";
+    let events = sqlx::query_scalar(events).fetch_all(&mut connection).await.unwrap();
+    (events, sqlx::query_scalar(documents).fetch_all(&mut connection).await.unwrap())
+}
+
+/// A commit of so many events with payloads of every kind.
+fn commit(stream: &str, from: i64, count: i64) -> Commit {
+    let payloads = ["{\"a\":1.50, \"a\":\"ü\\u00fc\"}", "{\"a\":\n[ ]}", " null ", "123456789012345678901234567890"];
+    let event = |number: i64| NewEvent {
+        id: Uuid::new_v4(),
+        type_name: "thing.happened".into(),
+        schema_version: 1,
+        data: payloads[(number % 4) as usize].into(),
+        metadata: Metadata { traceparent: Some("00-\"x\"".into()), ..Metadata::of_request(Uuid::new_v4()) },
+    };
+    let append = Append {
+        stream: StreamId::parse(stream).unwrap(),
+        expected: Expected::Version(Version(from)),
+        events: (from..from + count).map(event).collect(),
+    };
+    Commit { appends: vec![append], puts: Vec::new() }
+}
+
+/// More than one section.
+const MANY: i64 = 12_000;
+
+async fn many(place: &Place) -> std::path::PathBuf {
+    let path = place.file("many.db");
+    let store = SqliteStore::open(&path).await.unwrap();
+    for from in (0..MANY).step_by(4_000) {
+        store.commit(commit("thing-ü 1", from, 4_000)).await.unwrap();
+    }
+    let put = |id: &str, body: &str| Put {
+        key: DocumentKey::new("read.things", id),
+        expected: None,
+        body: Some(body.into()),
+        due: chrono::DateTime::from_timestamp_micros(1_700_000_000_000_001),
+    };
+    for _ in 0..3 {
+        let puts = vec![put("a", "{\"x\":\n1}"), put("b \"", "[]")];
+        store.commit(Commit { appends: Vec::new(), puts }).await.unwrap();
+    }
+    store.close().await.unwrap();
+    path
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_comes_back_as_it_was_compressed_or_not() {
+    let place = Place::with_trips().await;
+    let original = contents(&place.file("travel.db")).await;
+    for name in ["plain.ndjson", "packed.ndjson.zst"] {
+        let file = place.file(name);
+        let exported = annals(&place.file("travel.db"), &["export", file.to_str().unwrap(), "--json"]).json();
+        assert_eq!(exported[0]["events"], original.0.len());
+        assert_eq!(exported[0]["documents"], original.1.len());
+        let target = place.file(&format!("{name}.db"));
+        let refused = annals(&target, &["import", file.to_str().unwrap()]).refused();
+        assert!(refused.contains("there is no such store"), "{refused}");
+        annals(&target, &["migrate"]).fine();
+        annals(&target, &["import", file.to_str().unwrap()]).fine();
+        assert_eq!(contents(&target).await, original, "{name}");
+        let again = annals(&target, &["import", file.to_str().unwrap()]);
+        assert!(again.code == 0 && again.err.contains("was imported before"), "{again:?}");
+        let refused = annals(&place.file("travel.db"), &["export", file.to_str().unwrap()]).refused();
+        assert!(refused.contains("exists already"), "{refused}");
+        let refused = annals(&place.file("travel.db"), &["export", file.to_str().unwrap(), "--resume"]).refused();
+        assert!(refused.contains("is complete"), "{refused}");
+        let refused = annals(&place.file("travel.db"), &["import", file.to_str().unwrap()]).refused();
+        assert!(refused.contains("the store is not empty"), "{refused}");
+    }
+    // Services go on with it.
+    let target = SqliteStore::open(place.file("plain.ndjson.db")).await.unwrap();
+    let store: std::sync::Arc<dyn EventStore> = std::sync::Arc::new(target.clone());
+    let sagas = travel::sagas(&store).await.len();
+    assert_eq!(sagas, travel::TRIPS.len());
+    let committed = target.commit(commit("thing-new", 0, 1)).await.unwrap();
+    assert_eq!(committed.position.0, original.0.len() as i64 + 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_broken_off_goes_on_wherever_it_was() {
+    let place = Place::empty();
+    let source = many(&place).await;
+    let original = contents(&source).await;
+    for name in ["plain.ndjson", "packed.ndjson.zst"] {
+        let whole = place.file(name);
+        annals(&source, &["export", whole.to_str().unwrap()]).fine();
+        let bytes = fs::read(&whole).unwrap();
+        let target = place.file(&format!("{name}.db"));
+        annals(&target, &["migrate"]).fine();
+        for (number, share) in [5, 40, 60, 95].into_iter().enumerate() {
+            let part = place.file(&format!("{number}.{name}"));
+            fs::write(&part, &bytes[..bytes.len() * share / 100]).unwrap();
+            let part = part.to_str().unwrap();
+            // What there is of it is taken in, and the rest later.
+            let incomplete = annals(&target, &["import", part]);
+            assert_eq!(incomplete.code, 2, "{incomplete:?}");
+            annals(&source, &["export", part, "--resume"]).fine();
+            let other = place.file(&format!("{number}.{name}.db"));
+            annals(&other, &["migrate"]).fine();
+            annals(&other, &["import", part]).fine();
+            assert_eq!(contents(&other).await, original, "{name} from {share} %");
+        }
+        annals(&target, &["import", whole.to_str().unwrap()]).fine();
+        assert_eq!(contents(&target).await, original, "{name}");
+        let stranger = place.file(&format!("stranger.{name}"));
+        annals(&source, &["export", stranger.to_str().unwrap()]).fine();
+        let refused = annals(&target, &["import", stranger.to_str().unwrap()]).refused();
+        assert!(refused.contains("was filled from another export"), "{refused}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_byte_is_found_before_anything_of_its_section_is_written() {
+    let place = Place::empty();
+    let source = many(&place).await;
+    let file = place.file("many.ndjson");
+    annals(&source, &["export", file.to_str().unwrap()]).fine();
+    let text = fs::read_to_string(&file).unwrap();
+    let changed = text.replacen("\"version\":7000,", "\"version\":7001,", 1);
+    let removed: String =
+        text.lines().filter(|line| !line.starts_with("{\"position\":7000,")).map(|line| format!("{line}\n")).collect();
+    for (name, text) in [("changed", changed), ("removed", removed)] {
+        let file = place.file(name);
+        fs::write(&file, text).unwrap();
+        let target = place.file(&format!("{name}.db"));
+        annals(&target, &["migrate"]).fine();
+        let refused = annals(&target, &["import", file.to_str().unwrap()]).refused();
+        assert!(refused.contains("its checksum is wrong"), "{refused}");
+        assert_eq!(contents(&target).await.0.len(), 5_000, "{name}: the first section and no more");
+    }
+    for (name, text, said) in [
+        ("newer", text.replacen("\"annals_export\":1", "\"annals_export\":2", 1), "has format 2; this build reads 1"),
+        ("other", "{}\n".to_owned(), "is no export"),
+    ] {
+        let file = place.file(name);
+        fs::write(&file, text).unwrap();
+        let target = place.file(&format!("{name}.db"));
+        annals(&target, &["migrate"]).fine();
+        assert!(annals(&target, &["import", file.to_str().unwrap()]).refused().contains(said));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_range_is_replayed_to_a_file_or_counted() {
+    let place = Place::with_trips().await;
+    let lines = |words: &[&str]| place.annals(words).fine().lines().count();
+    assert_eq!(lines(&["replay", "--category", "trip"]), 5);
+    assert_eq!(lines(&["replay", "--stream", "trip-odd-1,trip-poor-1"]), 2);
+    assert_eq!(lines(&["replay", "--from", "2", "--to", "4"]), 3);
+    assert_eq!(lines(&["replay", "--since", "1h", "--until", "30m"]), 0);
+    assert_eq!(lines(&["replay", "--type", "trip.ordered", "--where", "$.trip_id", "--speed", "1000x"]), 5);
+    let counted = place.annals(&["replay", "--type", "trip.ordered", "--dry-run"]).fine();
+    assert!(counted.starts_with("5 events would be replayed"), "{counted}");
+    let file = place.file("trips.ndjson");
+    let to_file = ["replay", "--category", "trip", "--output", file.to_str().unwrap()];
+    assert!(place.annals(&to_file).fine().starts_with("5 events replayed"));
+    assert!(place.annals(&to_file).refused().contains("exists already"));
+    place.annals(&[&to_file[..], &["--append"]].concat()).fine();
+    assert_eq!(fs::read_to_string(&file).unwrap().lines().count(), 10);
+    let line = place.annals(&["replay", "--stream", "trip-odd-1"]).fine();
+    assert_eq!(line, place.annals(&["read", "trip-odd-1", "--json"]).fine());
+    assert!(place.annals(&["replay", "--speed", "0"]).refused().contains("a factor above 0"));
+}
+
+#[cfg(unix)]
+#[tokio::test(flavor = "multi_thread")]
+async fn ctrl_c_stops_a_replay_at_an_event_and_it_goes_on_from_there() {
+    let place = Place::empty();
+    let source = many(&place).await;
+    let file = place.file("slow.ndjson");
+    let mut slow = command(&["replay", "--speed", "1x", "--output", file.to_str().unwrap()]);
+    // The log was written in an instant; one more event, much later, holds the replay up.
+    let options = SqliteConnectOptions::new().filename(&source);
+    let mut connection = SqliteConnection::connect_with(&options).await.unwrap();
+    let later = "INSERT INTO events SELECT position + 1, 'thing-late', 1, lower(hex(randomblob(16))), type, schema_version, data, \
+                 metadata, recorded_at + 3600000000 FROM events ORDER BY position DESC LIMIT 1";
+    sqlx::raw_sql(later).execute(&mut connection).await.unwrap();
+    connection.close().await.unwrap();
+    let running = slow.env("ANNALS_STORE", url(&source)).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let started = Instant::now();
+    while fs::metadata(&file).map_or(0, |found| found.len()) < 1 << 20 {
+        assert!(started.elapsed() < Duration::from_secs(60), "it writes nothing");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let sent = std::process::Command::new("kill").args(["-INT", &running.id().to_string()]).status().unwrap();
+    assert!(sent.success());
+    let stopped = Ended::from(running.wait_with_output().unwrap());
+    assert_eq!(stopped.code, 130, "{stopped:?}");
+    let (_, go_on) = stopped.err.trim().split_once("go on with: ").unwrap();
+    let words: Vec<_> = ["replay"].into_iter().chain(go_on.split(' ')).collect();
+    annals(&source, &words).fine();
+    let text = fs::read_to_string(&file).unwrap();
+    let positions: Vec<_> = text
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["position"].as_i64().unwrap())
+        .collect();
+    assert_eq!(positions, (1..=MANY + 1).collect::<Vec<_>>());
+}

@@ -1,0 +1,167 @@
+//! Repairing what is stuck, as a person does; every act is in the log, with who and why.
+#![allow(clippy::unwrap_used)]
+
+mod travel;
+
+use std::{sync::Arc, time::Duration};
+
+use annals::{EventStore, saga::Status};
+
+use travel::{Place, agency, sagas, until};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn parked_messages_are_shown_tried_again_and_dropped() {
+    let place = Place::with_trips().await;
+    let list = place.annals(&["dead-letters", "--json"]);
+    assert_eq!(list.code, 1, "parked messages are a fault");
+    let letter: serde_json::Value = serde_json::from_str(list.out.trim()).unwrap();
+    assert_eq!((&letter["subscription"], &letter["key"]), (&"brochure".into(), &"trip-odd-1".into()));
+    assert_eq!((&letter["behind"], &letter["retries_at"]), (&0.into(), &serde_json::Value::Null));
+    let table = place.annals(&["dead-letters", "list", "brochure"]);
+    assert!(table.out.lines().nth(1).unwrap().contains("when redriven"), "{}", table.out);
+    let shown = place.annals(&["dead-letters", "show", "brochure", "trip-odd-1"]).fine();
+    assert!(
+        shown.contains("reason       no such place on the map") && shown.contains("\"type_name\": \"trip.ordered\"")
+    );
+
+    let drop = ["dead-letters", "drop", "brochure", "trip-odd-1", "--reason", "a test"];
+    let asked = place.annals(&drop).refused();
+    assert!(asked.contains("Nobody is there to be asked: repeat it with --yes"), "{asked}");
+    let unexplained = place.annals(&drop[..4]).refused();
+    assert!(unexplained.contains("--reason"), "{unexplained}");
+    for words in
+        [&["dead-letters", "show", "brochure", "x"][..], &["dead-letters", "redrive", "x", "--all", "--reason", "r"]]
+    {
+        assert!(place.annals(words).refused().contains("is parked"), "{words:?}");
+    }
+
+    // Redriven while the handler still fails: it is parked again.
+    let store: Arc<dyn EventStore> = Arc::new(place.open().await);
+    let running = agency(&store, false).await;
+    let redrive = ["dead-letters", "redrive", "brochure", "trip-odd-1", "--by", "ann", "--reason", "try"];
+    assert_eq!(place.annals(&redrive).fine(), "trip-odd-1: 1 message is to be tried again\n");
+    let attempts = async || {
+        let letters = annals::DeadLetters::new(store.clone()).list("brochure").await.unwrap();
+        letters.first().map(|letter| letter.parked.attempts)
+    };
+    until("it is tried again", async || attempts().await == Some(2)).await;
+    running.drain(Duration::from_secs(30)).await.unwrap();
+    // And by one that does not.
+    let running = agency(&store, true).await;
+    assert_eq!(place.annals(&["dead-letters", "redrive", "brochure", "--all", "--reason", "mended"]).code, 0);
+    until("it is handled", async || attempts().await.is_none()).await;
+    running.drain(Duration::from_secs(30)).await.unwrap();
+    assert_eq!(place.annals(&["dead-letters"]).fine().lines().count(), 1);
+
+    let acts = place.annals(&["read", "operator-brochure", "--json"]).json();
+    let told: Vec<_> = acts.iter().map(|act| [&act["type"], &act["data"]["by"], &act["data"]["reason"]]).collect();
+    assert_eq!(told, [["operator.redriven", "ann", "try"], ["operator.redriven", "tester", "mended"]]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_dropped_stays_in_the_log() {
+    let place = Place::with_trips().await;
+    let drop = ["dead-letters", "drop", "brochure", "trip-odd-1", "--reason", "a test order", "--yes"];
+    assert!(place.annals(&drop).fine().starts_with("trip-odd-1: dropped"));
+    assert!(place.annals(&drop).refused().contains("nothing of brochure is parked under trip-odd-1"));
+    let act = &place.annals(&["read", "operator-brochure", "--json"]).json()[0];
+    assert_eq!(act["type"], "operator.dropped");
+    assert_eq!(act["data"]["parked"]["message"]["type_name"], "trip.ordered");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stuck_saga_does_as_it_is_told_by_whoever_runs_it() {
+    let place = Place::with_trips().await;
+    let refused = place.annals(&["saga", "fine-1", "retry", "--reason", "r"]).refused();
+    assert!(refused.contains("saga fine-1 has ended"), "{refused}");
+    let refused = place.annals(&["saga", "lost-1", "skip-step", "--reason", "r"]).refused();
+    assert!(refused.contains("skip-step saga.journey-lost-1? That cannot be undone. Nobody is there"), "{refused}");
+
+    let store: Arc<dyn EventStore> = Arc::new(place.open().await);
+    let running = agency(&store, true).await;
+    let declined = place.annals(&["saga", "lost-1", "compensate", "--reason", "go home", "--yes", "--wait", "60s"]);
+    assert_eq!(declined.code, 1, "{declined:?}");
+    assert!(declined.out.contains("declined: step \"announce guest\" only goes forward"), "{declined:?}");
+    let retried = place.annals(&["saga", "lost-1", "retry", "--reason", "they are back", "--wait", "60s"]).fine();
+    assert_eq!(retried, "saga.journey-lost-1: running at announce guest\n");
+    until("it completes", async || sagas(&store).await.iter().all(|saga| saga.status != Status::Stuck)).await;
+    running.drain(Duration::from_secs(30)).await.unwrap();
+    let told = place.annals(&["saga", "lost-1"]).fine();
+    for line in [
+        "! tester asks for compensate: go home",
+        "! compensate declined: ",
+        "! retry, as tester asked: they are back",
+        "= completed",
+    ] {
+        assert!(told.contains(line), "{line:?} is not in {told}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_asked_of_a_saga_waits_for_its_service() {
+    let place = Place::with_trips().await;
+    let abandon = ["saga", "lost-1", "abandon", "--reason", "they have moved", "--yes", "--wait", "0s"];
+    assert!(place.annals(&abandon).fine().contains("asked for; the service that runs it carries it out when it is up"));
+    assert!(place.annals(&abandon).refused().contains("tester has asked for Abandon already"));
+    let store: Arc<dyn EventStore> = Arc::new(place.open().await);
+    let running = agency(&store, false).await;
+    until("it is abandoned", async || sagas(&store).await.iter().all(|saga| saga.ended_at.is_some())).await;
+    running.drain(Duration::from_secs(30)).await.unwrap();
+    assert!(place.annals(&["saga", "lost-1"]).fine().starts_with("saga.journey-lost-1  abandoned\n"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_subscription_is_paused_resumed_and_reset() {
+    let place = Place::with_trips().await;
+    let lag = || {
+        let rows = place.annals(&["subscriptions", "--sample", "0s", "--json"]).json();
+        let brochure = rows.into_iter().find(|row| row["subscription"] == "brochure").unwrap();
+        (brochure["position"].as_i64().unwrap(), brochure["waits_for"].clone())
+    };
+    let reset = ["subscription", "brochure", "reset", "--to", "beginning", "--reason", "once more"];
+    assert!(place.annals(&reset).refused().contains("Nobody is there to be asked"));
+    assert!(place.annals(&[&reset[..], &["--yes"]].concat()).fine().contains("goes on after position 0"));
+    assert_eq!(lag().0, 0);
+    let recent = ["subscription", "brochure", "reset", "--to", "1h", "--reason", "an hour ago", "--yes"];
+    assert!(place.annals(&recent).fine().contains("goes on after position 0"));
+    let pause = |verb: &str| place.annals(&["subscription", "brochure", verb, "--reason", "r"]);
+    assert_eq!(pause("pause").fine(), "brochure: paused\n");
+    assert!(pause("pause").refused().contains("is paused already"));
+    assert_eq!(lag().1, "an operator: it is paused");
+    assert_eq!(pause("resume").fine(), "brochure: goes on\n");
+    for (name, to, said) in [
+        ("agency.commands", "beginning", "follows a topic of the bus"),
+        ("nobody", "beginning", "there is no subscription nobody"),
+        ("brochure", "999999", "is after the last one of the log"),
+        ("brochure", "soon", "--to is a position"),
+    ] {
+        let refused = place.annals(&["subscription", name, "reset", "--to", to, "--reason", "r", "--yes"]).refused();
+        assert!(refused.contains(said), "{refused}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn at_a_terminal_a_person_is_asked() {
+    let place = Place::with_trips().await;
+    let annals = env!("CARGO_BIN_EXE_annals");
+    let store = travel::url(&place.file("travel.db"));
+    let session = |answer: &str| {
+        let line = format!("{annals} dead-letters drop brochure trip-odd-1 --by ann --reason test --store {store}");
+        let mut script = std::process::Command::new("script");
+        script.args(["--quiet", "--return", "--command", &line, "/dev/null"]);
+        let answer = place.file(answer);
+        std::fs::write(&answer, format!("{}\n", answer.file_name().unwrap().to_str().unwrap())).unwrap();
+        travel::ended({
+            script.stdin(std::fs::File::open(answer).unwrap());
+            script
+        })
+    };
+    let no = session("n");
+    assert_eq!(no.code, 2, "{no:?}");
+    assert!(
+        no.out.contains("for good? It failed with: no such place on the map. [y/N]")
+            && no.out.contains("nothing was done")
+    );
+    let yes = session("y");
+    assert!(yes.code == 0 && yes.out.contains("trip-odd-1: dropped"), "{yes:?}");
+}

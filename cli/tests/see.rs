@@ -1,0 +1,257 @@
+//! Looking at a store, as a person does.
+#![allow(clippy::unwrap_used)]
+
+mod travel;
+
+use std::{
+    io::{BufRead, BufReader, Read, Write},
+    process::Stdio,
+};
+
+use annals::EventStore;
+use annals::{Repository, StreamId, Version};
+use serde_json::Value;
+use uuid::Uuid;
+
+use travel::{Place, TRIPS, Trip, TripEvent, command, ended, url};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_is_looked_at_from_all_sides() {
+    let place = Place::with_trips().await;
+
+    // streams
+    let streams = place.annals(&["streams", "--category", "trip", "--json"]).json();
+    let names: Vec<_> = streams.iter().map(|stream| stream["stream"].as_str().unwrap()).collect();
+    assert_eq!(names, TRIPS.map(|trip| format!("trip-{trip}")));
+    assert!(streams.iter().all(|stream| stream["events"] == 1));
+    let table = place.annals(&["streams", "--category", "saga.journey", "--min-events", "5"]).fine();
+    let lost = table.lines().find(|line| line.contains("lost-1")).unwrap();
+    assert!(table.starts_with("STREAM ") && lost.starts_with("saga.journey-lost-1 "), "{table}");
+    assert!(!table.contains("fine-1"), "a saga in which all goes well has four events: {table}");
+    assert_eq!(place.annals(&["streams", "--quiet-for", "1h"]).fine().lines().count(), 1);
+    let limited = place.annals(&["streams", "--limit", "2"]);
+    assert_eq!((limited.code, limited.out.lines().count()), (0, 3));
+    assert!(limited.err.contains("and more"));
+
+    // read
+    let event = &place.annals(&["read", "trip-fine-1", "--json"]).json()[0];
+    assert_eq!((&event["type"], &event["version"]), (&Value::from("trip.ordered"), &Value::from(1)));
+    assert_eq!(event["data"], serde_json::json!({"trip_id": "fine-1", "price": 100}));
+    let text = place.annals(&["read", "saga.journey-fine-1", "--from", "2", "--to", "3"]).fine();
+    let versions: Vec<_> = text.lines().filter(|line| line.contains("saga.journey-fine-1 v")).collect();
+    assert_eq!(versions.len(), 2, "{text}");
+    assert!(versions[0].contains(" v2 ") && versions[1].contains(" v3 "), "{text}");
+    assert_eq!(place.annals(&["read", "trip-fine-1", "--at", "1h"]).fine(), "", "an hour ago there was nothing");
+    let missing = place.annals(&["read", "trip-nowhere"]).refused();
+    assert!(missing.contains("there is no stream trip-nowhere; `streams --category trip`"), "{missing}");
+
+    // subscriptions
+    let followers = place.annals(&["subscriptions", "--sample", "0s", "--json"]).json();
+    let brochure = followers.iter().find(|follower| follower["subscription"] == "brochure").unwrap();
+    assert_eq!((&brochure["lag"], &brochure["lane"]), (&Value::from(0), &Value::from("0")));
+    assert_eq!(brochure["waits_for"], "1 parked: see dead-letters");
+    assert!(followers.iter().any(|follower| follower["lane"] == "agency.commands/0" && follower["lag"].is_null()));
+
+    // sagas
+    let stuck = place.annals(&["sagas", "--status", "stuck", "--json"]).json();
+    assert_eq!(stuck.len(), 1, "{stuck:?}");
+    assert_eq!((&stuck[0]["saga_id"], &stuck[0]["step"]), (&Value::from("lost-1"), &Value::from("announce guest")));
+    let others = place.annals(&["sagas", "--status", "completed,compensated", "--json"]).json();
+    assert_eq!(others.len(), 4);
+    assert!(place.annals(&["sagas", "--saga", "nothing", "--json"]).json().is_empty());
+
+    // saga
+    let text = place.annals(&["saga", "poor-1"]).fine();
+    for line in [
+        "saga.journey-poor-1  compensated",
+        "→ agency: agency.book for book room",
+        "← charge card refused: the card is declined",
+        "= compensating at undo book room, because of charge card: the card is declined",
+        "→ agency: agency.cancel for undo book room",
+    ] {
+        assert!(text.contains(line), "{line:?} is not in\n{text}");
+    }
+    let text = place.annals(&["saga", "saga.journey-lost-1"]).fine();
+    assert!(text.contains("← announce guest (attempt 2) failed: nobody answers the phone"), "{text}");
+    assert!(
+        text.trim_end()
+            .ends_with("waits for an operator to retry, skip-step, compensate or abandon it at announce guest")
+    );
+    let drawing = place.annals(&["saga", "poor-1", "--diagram"]).fine();
+    let expected = "flowchart LR\n    start((\" \")) --> n0[\"book room\"]\n    n0 --> n1[\"charge card\"]\n    \
+                    n1 -. refused .-> n2[\"undo book room\"]\n    n2 -.-> compensated([\"compensated\"])\n";
+    assert_eq!(drawing, expected);
+    assert!(place.annals(&["saga", "nobody"]).refused().contains("known are sagas of: journey"));
+
+    // trace
+    let nodes = place.annals(&["trace", "trip-poor-1", "--json"]).json();
+    let correlation = place.annals(&["read", "trip-poor-1", "--json"]).json()[0]["metadata"]["correlation_id"].clone();
+    let by_id = place.annals(&["trace", correlation.as_str().unwrap(), "--json"]).json();
+    assert_eq!(nodes, by_id);
+    let kinds: Vec<_> = nodes.iter().take(4).map(|node| (node["depth"].as_u64(), node["type"].as_str())).collect();
+    let expected = [
+        (Some(1), Some("trip.ordered")),
+        (Some(2), Some("saga.started")),
+        (Some(3), Some("agency.book")),
+        (Some(4), Some("step.replied")),
+    ];
+    assert_eq!(kinds, expected);
+    assert!(place.annals(&["trace", "trip-poor-1"]).fine().contains("   └─ saga.started  saga.journey-poor-1 v1"));
+    assert!(place.annals(&["trace", &Uuid::nil().to_string()]).refused().contains("no event has the correlation id"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tail_shows_what_is_recorded_while_it_looks() {
+    let place = Place::with_trips().await;
+    let old = place.annals(&["tail", "--from", "0", "--type", "trip.ordered", "--count", "5", "--json"]).json();
+    assert_eq!(old.len(), 5);
+    let one =
+        place.annals(&["tail", "--from", "0", "--where", "$[?@.trip_id=='odd-1']", "--count", "1", "--json"]).json();
+    assert_eq!(one[0]["stream"], "trip-odd-1");
+
+    let store = place.open().await;
+    let mut command = place.command(&["tail", "--category", "trip", "--count", "1", "--from"]);
+    command.arg(store.status().await.unwrap().head.to_string()).stdout(Stdio::piped());
+    let mut tail = command.spawn().unwrap();
+    let order = TripEvent::Ordered { trip_id: "late".into(), price: 1 };
+    let trips = Repository::<Trip>::new(std::sync::Arc::new(store.clone()));
+    trips.execute("late", order, Uuid::new_v4()).await.unwrap();
+    let line = BufReader::new(tail.stdout.take().unwrap()).lines().next().unwrap().unwrap();
+    assert!(line.contains("trip.ordered  trip-late v1"), "{line}");
+    assert!(tail.wait().unwrap().success());
+    assert!(place.annals(&["tail", "--where", "$[?"]).refused().contains("no JSONPath"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_created_and_what_is_not_ours_is_told() {
+    let place = Place::empty();
+    let missing = place.annals(&["streams"]).refused();
+    assert!(missing.contains("there is no such store; `migrate` creates one"), "{missing}");
+    assert!(!place.file("travel.db").exists(), "a look created a store");
+    std::fs::write(place.file("empty.db"), "").unwrap();
+    let empty = ended(command(&["streams", "--store", &url(&place.file("empty.db"))])).refused();
+    assert!(empty.contains("there is no such store"), "{empty}");
+    std::fs::write(place.file("text.db"), "no database at all, but long enough to be looked at".repeat(10)).unwrap();
+    let text = ended(command(&["streams", "--store", &url(&place.file("text.db"))])).refused();
+    assert!(text.contains("is not a SQLite database"), "{text}");
+
+    assert!(place.annals(&["migrate"]).fine().ends_with(": created\n"));
+    assert!(place.annals(&["migrate"]).fine().ends_with(": up to date\n"));
+    assert_eq!(place.annals(&["streams", "--json"]).fine(), "");
+    assert_eq!(place.annals(&["sagas", "--json"]).fine(), "");
+
+    let mut bytes = std::fs::read(place.file("travel.db")).unwrap();
+    // The version of the schema, https://www.sqlite.org/fileformat2.html#the_database_header
+    bytes[60..64].copy_from_slice(&99_u32.to_be_bytes());
+    std::fs::write(place.file("newer.db"), bytes).unwrap();
+    let newer = ended(command(&["streams", "--store", &url(&place.file("newer.db"))])).refused();
+    assert!(newer.contains("has schema version 99; this build knows versions up to 1: use a newer build"), "{newer}");
+}
+
+#[test]
+fn the_command_line_is_explained_and_repeats_no_password() {
+    for (words, said) in [
+        (&["streams"][..], "which store? Name it with --store URL, or in the variable ANNALS_STORE"),
+        (&["streams", "--store", "postgre://u:secret@h/d"], "no store has the scheme"),
+        (&["streams", "--store", "u:secret@h/d"], "invalid value '…' for '--store <URL>': no store has the scheme"),
+        (&["streams", "--stroe", "postgres://u:secret@h/d"], "unexpected argument '--stroe'"),
+        (&["postgres://u:secret@h/d"], "unrecognized subcommand"),
+        (
+            &["streams", "--store", "postgres://u:secret@127.0.0.1:1/d"],
+            "postgres://u@127.0.0.1:1/d: the database cannot",
+        ),
+        (&["streams", "--quiet-for", "soon"], "a duration is a number with its unit"),
+        (&["read", "x-1", "--at", "yesterday"], "a time is 2026"),
+        (&["tail", "--store", "memory:"], "gone with its process"),
+    ] {
+        let refused = ended(command(words)).refused();
+        assert!(refused.contains(said), "{words:?}: {refused}");
+        assert!(!refused.contains("secret"), "{words:?}: {refused}");
+    }
+    let help = ended(command(&["--help"])).fine();
+    assert!(help.contains("Examples:") && help.contains("Exit codes:"), "{help}");
+    for name in ["streams", "read", "tail", "subscriptions", "sagas", "saga", "trace", "migrate", "completions"] {
+        let help = ended(command(&[name, "--help"])).fine();
+        assert!(help.contains("Example"), "{name} has no example: {help}");
+    }
+    for shell in ["bash", "zsh", "fish"] {
+        assert!(ended(command(&["completions", shell])).fine().contains("subscriptions"), "{shell}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_that_goes_away_is_no_error() {
+    let place = Place::with_trips().await;
+    let mut command = place.command(&["tail", "--from", "0", "--json"]);
+    let mut tail = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(tail.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert!(line.starts_with("{\"position\":1,"), "{line}");
+    // What is recorded next is written to nobody.
+    let store = place.open().await;
+    let trips = Repository::<Trip>::new(std::sync::Arc::new(store.clone()));
+    let order = TripEvent::Ordered { trip_id: "late".into(), price: 1 };
+    trips.execute("late", order, Uuid::new_v4()).await.unwrap();
+    let output = tail.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), &*output.stderr), (Some(0), &b""[..]));
+    let late = StreamId::parse("trip-late").unwrap();
+    assert_eq!(store.read_stream(&late, Version::START, 9).await.unwrap().len(), 1);
+}
+
+/// A server that asks for a password and takes none: as much of the protocol as that needs
+/// (<https://www.postgresql.org/docs/current/protocol-message-formats.html>).
+fn server_that_takes_no_password() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        for connection in listener.incoming() {
+            let mut connection = connection.unwrap();
+            let mut message = [0; 4_096];
+            let startup = connection.read(&mut message).unwrap();
+            assert!(startup > 8);
+            connection.write_all(b"R\0\0\0\x08\0\0\0\x03").unwrap();
+            let password = connection.read(&mut message).unwrap();
+            assert!(message[..password].windows(6).any(|part| part == b"secret"));
+            let said = b"SFATAL\0VFATAL\0C28P01\0Mpassword authentication failed for user \"shop\"\0\0";
+            let length = u32::try_from(said.len() + 4).unwrap().to_be_bytes();
+            connection.write_all(&[b"E", &length[..], said].concat()).unwrap();
+        }
+    });
+    port
+}
+
+#[test]
+fn a_wrong_password_is_told_and_not_shown() {
+    let url = format!("postgres://shop:secret@127.0.0.1:{}/shop?sslmode=disable", server_that_takes_no_password());
+    let refused = ended(command(&["streams", "--store", &url])).refused();
+    assert!(
+        refused.contains("the database refuses") && refused.contains("password authentication failed"),
+        "{refused}"
+    );
+    assert!(!refused.contains("secret"), "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_terminal_that_is_too_narrow_for_a_table_gets_a_cell_a_line() {
+    let place = Place::with_trips().await;
+    let annals = env!("CARGO_BIN_EXE_annals");
+    let mut script = std::process::Command::new("script");
+    let session = format!("stty cols 50; {annals} sagas --store {}", url(&place.file("travel.db")));
+    script.args(["--quiet", "--return", "--command", &session, "/dev/null"]).stdin(Stdio::null());
+    let narrow = ended(script).fine();
+    let poor = narrow.replace('\r', "").split("\n\n").find(|record| record.contains("poor-1")).unwrap().to_owned();
+    let lines: Vec<_> = poor.lines().filter(|line| !line.starts_with("STARTED") && !line.starts_with("TOOK")).collect();
+    let expected = [
+        "SAGA        journey",
+        "ID          poor-1",
+        "STATUS      compensated",
+        "STEP        book room",
+        "ATTEMPTS    1",
+        "LAST ERROR  charge card: the card is declined",
+    ];
+    assert_eq!(lines, expected);
+    let whole = place.annals(&["sagas"]).fine();
+    assert_eq!(whole.lines().count(), 1 + TRIPS.len(), "{whole}");
+    let widest = whole.lines().map(|line| line.chars().count()).max().unwrap();
+    assert!(widest > 80, "{whole}");
+}

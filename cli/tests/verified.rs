@@ -1,0 +1,202 @@
+//! `verify` finds what was done to a store behind its back, and says where.
+#![allow(clippy::unwrap_used)]
+
+mod travel;
+
+use std::{fs, path::Path};
+
+use sqlx::{Connection, SqliteConnection, sqlite::SqliteConnectOptions};
+
+use travel::{Ended, Place, command, ended, url};
+
+fn verify(store: &Path, words: &[&str]) -> Ended {
+    let mut command = command(&[&["verify"], words].concat());
+    command.env("ANNALS_STORE", url(store));
+    ended(command)
+}
+
+/// What a superuser does to a copy of the store: there nothing refuses it.
+async fn tampered(place: &Place, name: &str, sql: &'static str) -> std::path::PathBuf {
+    let path = place.file(name);
+    fs::copy(place.file("travel.db"), &path).unwrap();
+    let options = SqliteConnectOptions::new().filename(&path);
+    let mut connection = SqliteConnection::connect_with(&options).await.unwrap();
+    let allowed =
+        "DROP TRIGGER events_never_change; DROP TRIGGER events_never_go; DROP TRIGGER events_are_never_replaced;";
+    sqlx::raw_sql(allowed).execute(&mut connection).await.unwrap();
+    let changed = sqlx::raw_sql(sql).execute(&mut connection).await.unwrap();
+    assert!(changed.rows_affected() > 0, "{name}: {sql}");
+    connection.close().await.unwrap();
+    path
+}
+
+/// The faults that are found, as `where: what`.
+fn faults(store: &Path, words: &[&str]) -> Vec<String> {
+    let ended = verify(store, &[words, &["--json"]].concat());
+    assert_eq!((ended.code, &*ended.err), (1, ""), "{}", ended.out);
+    let lines: Vec<serde_json::Value> = ended.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let (summary, faults) = lines.split_last().unwrap();
+    assert_eq!(summary["faults"], faults.len());
+    let told = |fault: &serde_json::Value| {
+        format!("{}: {}", fault["where"].as_str().unwrap(), fault["what"].as_str().unwrap())
+    };
+    faults.iter().map(told).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_is_as_it_should_be_has_no_fault() {
+    let place = Place::with_trips().await;
+    let text = verify(&place.file("travel.db"), &[]).fine();
+    assert!(text.ends_with(" documents verified: 0 faults\n"), "{text}");
+    assert!(text.contains("5 sagas"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_no_seal_is_needed_for_is_found() {
+    let place = Place::with_trips().await;
+    for (name, sql, expected) in [
+        (
+            "deleted",
+            "DELETE FROM events WHERE stream_id = 'saga.journey-fine-1' AND version = 2",
+            "(saga.journey-fine-1 v3): version 2 of the stream is missing before it",
+        ),
+        (
+            "twice",
+            "UPDATE events SET event_id = (SELECT event_id FROM events WHERE position = 1) WHERE position = 3",
+            "position 3 (",
+        ),
+        ("payload", "UPDATE events SET data = '{' WHERE position = 2", ": the payload cannot be read: "),
+        (
+            "beyond",
+            "UPDATE documents SET body = json_set(body, '$.next', 999999) WHERE collection = 'checkpoint' AND id = 'brochure/0'",
+            "document checkpoint/brochure/0: it stands at position 999999, and the log ends at ",
+        ),
+        (
+            "unreadable",
+            "UPDATE documents SET body = '{}' WHERE collection = 'checkpoint' AND id = 'brochure/0'",
+            "document checkpoint/brochure/0: it cannot be read: missing field `next`",
+        ),
+        (
+            "revived",
+            "UPDATE events SET data = json_set(data, '$.progress.status', 'running', '$.progress.ended', NULL)
+              WHERE stream_id = 'saga.journey-poor-1' AND version = (SELECT max(version) FROM events
+              WHERE stream_id = 'saga.journey-poor-1')",
+            "(saga.journey-poor-1 v4): it was Compensating and became Running",
+        ),
+        (
+            "forged",
+            "UPDATE documents SET body = json_set(body, '$.ended_at', '2026-01-01T00:00:00Z')
+              WHERE collection = 'saga.journey' AND id = 'lost-1'",
+            "document saga.journey/lost-1: it says that the saga has ended, and the log does not",
+        ),
+    ] {
+        let store = tampered(&place, name, sql).await;
+        let found = faults(&store, &[]);
+        assert!(found.iter().any(|fault| fault.contains(expected)), "{name}: {found:#?}");
+    }
+    let swapped = tampered(
+        &place,
+        "swapped",
+        "UPDATE events SET version = version + 1000 WHERE stream_id = 'saga.journey-fine-1' AND version IN (2, 3);
+         UPDATE events SET version = 1005 - version WHERE stream_id = 'saga.journey-fine-1' AND version > 1000",
+    )
+    .await;
+    let found = faults(&swapped, &[]);
+    assert!(
+        found.iter().any(|fault| fault.contains("(saga.journey-fine-1 v3): version 2 of the stream is missing")),
+        "{found:#?}"
+    );
+    assert!(
+        found.iter().any(|fault| fault.contains("(saga.journey-fine-1 v2): the stream stands at version 3")),
+        "{found:#?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_sealed_cannot_be_changed_unseen() {
+    let place = Place::with_trips().await;
+    let travel = place.file("travel.db");
+    let sealed = verify(&travel, &["--seal", "--json"]).json().remove(0);
+    let (hash, until) = (sealed["seal"].as_str().unwrap().to_owned(), sealed["sealed_until"].as_i64().unwrap());
+    assert_eq!(until, sealed["events"].as_i64().unwrap());
+    verify(&travel, &["--expect", &hash]).fine();
+    assert_eq!(
+        verify(&travel, &["--seal", "--json"]).json()[0]["seal"],
+        hash.as_str(),
+        "there was nothing new to seal"
+    );
+
+    let (last, before) = (until, until - 1);
+    for (name, sql, expected) in [
+        (
+            "price",
+            "UPDATE events SET data = json_set(data, '$.price', 1) WHERE stream_id = 'trip-fine-1'",
+            "the event was changed after it was sealed".to_owned(),
+        ),
+        (
+            "time",
+            "UPDATE events SET recorded_at = recorded_at - 1 WHERE position = 2",
+            "position 2: the event was changed after it was sealed".to_owned(),
+        ),
+        (
+            "tail",
+            "DELETE FROM documents WHERE collection = 'checkpoint';
+             DELETE FROM events WHERE position > (SELECT max(position) - 2 FROM events)",
+            format!("positions {before} to {last}: 2 events that were sealed are gone"),
+        ),
+        (
+            "stream",
+            "DELETE FROM documents WHERE id LIKE '%poor-1'; DELETE FROM events WHERE stream_id LIKE '%-poor-1'",
+            ": the event that was sealed is gone".to_owned(),
+        ),
+        (
+            "seal",
+            "UPDATE documents SET body = json_set(body, '$.hash', 'ab') WHERE collection = 'seal'",
+            "its hash is not that of what it says was sealed: it was changed".to_owned(),
+        ),
+    ] {
+        let store = tampered(&place, name, sql).await;
+        let found = faults(&store, &[]);
+        assert!(found.iter().any(|fault| fault.contains(&expected)), "{name}: {found:#?}");
+    }
+    // Whoever removes the seals as well is found by a hash that was noted elsewhere.
+    let removed = tampered(&place, "removed", "DELETE FROM documents WHERE collection = 'seal'").await;
+    verify(&removed, &[]).fine();
+    assert_eq!(faults(&removed, &["--expect", &hash]), [format!("seals: there is none with the expected hash {hash}")]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn seals_follow_one_another_as_the_log_grows() {
+    let place = Place::with_trips().await;
+    let first = verify(&place.file("travel.db"), &["--seal", "--json"]).json().remove(0);
+    let store = place.open().await;
+    travel::travel(std::sync::Arc::new(store.clone()), &["fine-3", "fine-4"]).await;
+    store.close().await.unwrap();
+    let second = verify(&place.file("travel.db"), &["--seal", "--json"]).json().remove(0);
+    assert!(second["sealed_until"].as_i64() > first["sealed_until"].as_i64());
+    verify(&place.file("travel.db"), &["--expect", first["seal"].as_str().unwrap()]).fine();
+    let one = tampered(
+        &place,
+        "one",
+        "DELETE FROM documents WHERE collection = 'seal' AND id = (SELECT min(id) FROM documents WHERE collection = 'seal')",
+    )
+    .await;
+    let found = faults(&one, &[]);
+    assert!(
+        found.iter().any(|fault| fault.contains("it does not follow the one before: a seal was changed or removed")),
+        "{found:#?}"
+    );
+    // The store moves with its seals.
+    let file = place.file("moved.ndjson.zst");
+    place.annals(&["export", file.to_str().unwrap()]).fine();
+    let target = place.file("moved.db");
+    let moved = |words: &[&str]| {
+        let mut command = command(words);
+        command.env("ANNALS_STORE", url(&target));
+        ended(command)
+    };
+    moved(&["migrate"]).fine();
+    moved(&["import", file.to_str().unwrap()]).fine();
+    let verified = moved(&["verify", "--expect", second["seal"].as_str().unwrap(), "--json"]).json().remove(0);
+    assert_eq!((&verified["seal"], &verified["events"]), (&second["seal"], &second["events"]));
+}

@@ -1,0 +1,304 @@
+//! What operators do. Every act is one commit with the event that says who did it, when and why.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use chrono::Utc;
+use serde_json::value::RawValue;
+use uuid::Uuid;
+
+use crate::{
+    Event,
+    checkpoint::{CHECKPOINTS, Checkpoint},
+    commit::{Append, Commit, CommitError, Document, Expected, Put},
+    event::{Metadata, NewEvent, Position, StreamId, Version, derived_id},
+    parking::{DeadLetters, Parked},
+    saga::{Progress, SagaEvent, Status, Verb},
+    store::{EventStore, Scan, StoreError},
+};
+
+/// The category of the streams that record acts: one for each subscription.
+pub const CATEGORY: &str = "operator";
+/// An act meets the worker that it is about; it looks again so often.
+const RACES_MAX: u32 = 10;
+/// Documents and events read at once.
+const PAGE: usize = 500;
+
+/// An act, in the stream `operator-<subscription>`. What an operator does to a saga stands in the saga's own stream.
+#[derive(Event, Clone, Debug)]
+#[event(prefix = "operator")]
+pub enum OperatorEvent {
+    /// Parked messages are to be tried again.
+    Redriven {
+        /// Whose.
+        subscription: String,
+        /// Their key, or the id of one of them.
+        key: String,
+        /// How many wait.
+        waiting: usize,
+        /// Who.
+        by: String,
+        /// Why.
+        reason: String,
+    },
+    /// A parked message was given up for good.
+    Dropped {
+        /// Whose.
+        subscription: String,
+        /// Its key, or its id.
+        key: String,
+        /// What was parked: the document, as it was.
+        parked: Box<RawValue>,
+        /// Who.
+        by: String,
+        /// Why.
+        reason: String,
+    },
+    /// A subscription goes on from somewhere else.
+    Reset {
+        /// Which.
+        subscription: String,
+        /// After this position.
+        to: Position,
+        /// Where its lanes were.
+        from: BTreeMap<String, i64>,
+        /// Who.
+        by: String,
+        /// Why.
+        reason: String,
+    },
+    /// Nobody follows the subscription until it is resumed.
+    Paused {
+        /// Which.
+        subscription: String,
+        /// Who.
+        by: String,
+        /// Why.
+        reason: String,
+    },
+    /// The subscription goes on from where it was paused.
+    Resumed {
+        /// Which.
+        subscription: String,
+        /// Who.
+        by: String,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Why an act was not done. Nothing was changed.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum OperatorError {
+    /// It does not apply.
+    #[error("{0}")]
+    Illegal(String),
+    /// The store did not take it, or does not say whether it did.
+    #[error(transparent)]
+    Commit(#[from] CommitError),
+    /// The store could not be read.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Somebody who acts on a store, by name.
+#[derive(Clone)]
+pub struct Operator {
+    store: Arc<dyn EventStore>,
+    by: String,
+}
+
+impl Operator {
+    /// Acts under this name.
+    pub fn new(store: Arc<dyn EventStore>, by: &str) -> Self {
+        Self { store, by: by.to_owned() }
+    }
+
+    /// Has a key's parked messages tried again, in order, or the one with this id; by the worker that owns it, once one
+    /// runs. Returns how many wait; 0 if nothing is parked under it.
+    pub async fn redrive(&self, subscription: &str, key: &str, reason: &str) -> Result<usize, OperatorError> {
+        let letters = DeadLetters::new(self.store.clone());
+        self.again(async || {
+            let (puts, waiting) = letters.to_redrive(subscription, key).await?;
+            if puts.is_empty() {
+                return Ok(0);
+            }
+            let (by, reason) = (self.by.clone(), reason.to_owned());
+            let (of, key) = (subscription.to_owned(), key.to_owned());
+            let event = OperatorEvent::Redriven { subscription: of, key, waiting, by, reason };
+            self.record(subscription, &event, puts).await.map(|()| waiting)
+        })
+        .await
+    }
+
+    /// Gives up the first parked message of a key for good, or the one with this id; those behind it are tried then.
+    /// `None` if nothing is parked under it.
+    pub async fn drop_first(
+        &self,
+        subscription: &str,
+        key: &str,
+        reason: &str,
+    ) -> Result<Option<Parked>, OperatorError> {
+        let letters = DeadLetters::new(self.store.clone());
+        self.again(async || {
+            let Some((puts, dropped)) = letters.to_drop(subscription, key).await? else { return Ok(None) };
+            let parked = RawValue::from_string(dropped.body.to_string()).unwrap_or_default();
+            let (by, reason) = (self.by.clone(), reason.to_owned());
+            let (of, key) = (subscription.to_owned(), key.to_owned());
+            let event = OperatorEvent::Dropped { subscription: of, key, parked, by, reason };
+            self.record(subscription, &event, puts).await?;
+            Ok(serde_json::from_str(&dropped.body).ok())
+        })
+        .await
+    }
+
+    /// Has all lanes of a subscription go on after this position, also while somebody follows them. What the subscription
+    /// has done already stays done, and its handler sees again what lies after the position.
+    pub async fn reset(&self, subscription: &str, to: Position, reason: &str) -> Result<(), OperatorError> {
+        let head = self.store.status().await?.head;
+        if to > head {
+            return Err(OperatorError::Illegal(format!("position {to} is after the last one of the log, {head}")));
+        }
+        self.again(async || {
+            let lanes = self.lanes(subscription).await?;
+            let from = lanes.iter().map(|(document, lane)| (document.key.id.to_string(), lane.next)).collect();
+            let (by, reason) = (self.by.clone(), reason.to_owned());
+            let event = OperatorEvent::Reset { subscription: subscription.to_owned(), to, from, by, reason };
+            let moved = moved(lanes, |lane| Checkpoint { next: to.0, ..lane });
+            self.record(subscription, &event, moved).await
+        })
+        .await
+    }
+
+    /// Holds a subscription up, or lets it go on. Whoever follows it stops before the next commit. A lane counts from its
+    /// first checkpoint on, which it has a second after its start at the latest.
+    pub async fn pause(&self, subscription: &str, paused: bool, reason: &str) -> Result<(), OperatorError> {
+        self.again(async || {
+            let lanes = self.lanes(subscription).await?;
+            if lanes.iter().all(|(_, lane)| lane.paused == paused) {
+                let state = if paused { "is paused already" } else { "is not paused" };
+                return Err(OperatorError::Illegal(format!("subscription {subscription} {state}")));
+            }
+            let (of, by, reason) = (subscription.to_owned(), self.by.clone(), reason.to_owned());
+            let event = match paused {
+                true => OperatorEvent::Paused { subscription: of, by, reason },
+                false => OperatorEvent::Resumed { subscription: of, by, reason },
+            };
+            let moved = moved(lanes, |lane| Checkpoint { paused, holder: None, ..lane });
+            self.record(subscription, &event, moved).await
+        })
+        .await
+    }
+
+    /// Asks for a verb on a stuck saga: whoever runs it carries it out, at once or when it is started, or declines. The
+    /// answer is the next [`SagaEvent::Operated`] or [`SagaEvent::Declined`] after the version that this returns.
+    pub async fn ask(&self, saga: &StreamId, verb: Verb, reason: &str) -> Result<Version, OperatorError> {
+        self.again(async || {
+            let illegal = |why: String| OperatorError::Illegal(why);
+            let (mut first, mut last, mut after) = (None, None, Version::START);
+            loop {
+                let page = self.store.read_stream(saga, after, PAGE).await?;
+                let Some(event) = page.last() else { break };
+                after = event.version;
+                first = first.or_else(|| page.first().map(|event| event.metadata.clone()));
+                last = page.into_iter().next_back();
+            }
+            let Some((metadata, last)) = first.zip(last) else {
+                return Err(illegal(format!("there is no saga {saga}")));
+            };
+            let last = last.decode::<SagaEvent>().map_err(|error| illegal(error.to_string()))?;
+            let progress = last.as_ref().map(SagaEvent::progress);
+            let progress = match progress {
+                Some(progress) if progress.status == Status::Stuck && progress.ended.is_none() => progress.clone(),
+                Some(progress) => {
+                    let state = if progress.ended.is_some() { "has ended" } else { "is not stuck" };
+                    return Err(illegal(format!("saga {} {state}: {verb:?} does not apply", saga.id())));
+                }
+                None => return Err(illegal(format!("{saga} is no saga"))),
+            };
+            if let Some(SagaEvent::Requested { verb, by, .. }) = last {
+                return Err(illegal(format!(
+                    "{by} has asked for {verb:?} already, and no service has taken it up yet"
+                )));
+            }
+            let due = Some(Utc::now().timestamp_millis());
+            let (by, reason) = (self.by.clone(), reason.to_owned());
+            let event = SagaEvent::Requested { verb, by, reason, progress: Progress { due, ..progress } };
+            let id = Uuid::new_v4();
+            let events = vec![new_event(&event, id, metadata.caused_by(id))?];
+            let append = Append { stream: saga.clone(), expected: Expected::Version(after), events };
+            self.store.commit(Commit { appends: vec![append], puts: Vec::new() }).await?;
+            Ok(after.next())
+        })
+        .await
+    }
+
+    /// The checkpoints of a subscription of the log.
+    async fn lanes(&self, subscription: &str) -> Result<Vec<(Document, Checkpoint)>, OperatorError> {
+        let mut lanes = Vec::new();
+        let prefix = format!("{subscription}/");
+        let mut after: Arc<str> = prefix.as_str().into();
+        loop {
+            let page = self.store.scan(CHECKPOINTS, &Scan::After(after), PAGE).await?;
+            let of_it = |document: &&Document| document.key.id.starts_with(&prefix);
+            let Some(last) = page.iter().rfind(of_it) else { break };
+            after = last.key.id.clone();
+            for document in page.iter().filter(of_it) {
+                let checkpoint: Checkpoint = serde_json::from_str(&document.body)
+                    .map_err(|error| StoreError::Corrupt(format!("document {}: {error}", document.key)))?;
+                if checkpoint.incarnation.is_some() {
+                    return Err(OperatorError::Illegal(format!(
+                        "{subscription} follows a topic of the bus, not the log: its offsets are not moved by hand"
+                    )));
+                }
+                lanes.push((document.clone(), checkpoint));
+            }
+        }
+        if lanes.is_empty() {
+            return Err(OperatorError::Illegal(format!("there is no subscription {subscription}")));
+        }
+        Ok(lanes)
+    }
+
+    async fn record(&self, subscription: &str, event: &OperatorEvent, puts: Vec<Put>) -> Result<(), OperatorError> {
+        let stream = StreamId::new(CATEGORY, subscription);
+        let stream = stream.map_err(|error| OperatorError::Illegal(error.to_string()))?;
+        let id = Uuid::new_v4();
+        let events = vec![new_event(event, id, Metadata::of_request(id))?];
+        let append = Append { stream, expected: Expected::Any, events };
+        self.store.commit(Commit { appends: vec![append], puts }).await?;
+        Ok(())
+    }
+
+    /// Looks and acts again where somebody was faster.
+    async fn again<T>(&self, act: impl AsyncFn() -> Result<T, OperatorError>) -> Result<T, OperatorError> {
+        let mut races = 0;
+        loop {
+            match act().await {
+                Err(OperatorError::Commit(CommitError::Conflict { .. } | CommitError::DocumentConflict { .. }))
+                    if races < RACES_MAX =>
+                {
+                    races += 1;
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+}
+
+fn new_event<E: Event>(event: &E, cause: Uuid, metadata: Metadata) -> Result<NewEvent, OperatorError> {
+    Ok(NewEvent {
+        id: derived_id(cause, 1),
+        type_name: event.type_name().into(),
+        schema_version: event.schema_version(),
+        data: event.encode().map_err(|error| OperatorError::Illegal(error.to_string()))?,
+        metadata,
+    })
+}
+
+fn moved(lanes: Vec<(Document, Checkpoint)>, change: impl Fn(Checkpoint) -> Checkpoint) -> Vec<Put> {
+    let put = |(document, lane): (Document, Checkpoint)| {
+        let body = serde_json::to_string(&Checkpoint { at: Utc::now(), ..change(lane) }).unwrap_or_default();
+        Put { key: document.key, expected: Some(document.version), body: Some(body.into()), due: None }
+    };
+    lanes.into_iter().map(put).collect()
+}

@@ -1,0 +1,134 @@
+//! The store as a whole: what is in it, and taking in what another one held.
+
+use std::sync::Arc;
+
+use annals::{
+    CommitError, Document, Position, Recorded, StoreError, StreamId, Version,
+    archive::{Archive, Contents, StreamSummary},
+};
+use async_trait::async_trait;
+use chrono::{DateTime, Datelike, Utc};
+use sqlx::{Connection, PgConnection, Row, postgres::PgRow};
+
+use crate::{
+    PostgresStore,
+    error::{end_error, read_error, write_error},
+    read::{bound, read, storable, time},
+};
+
+/// Text is handed to the server in pieces of so many bytes.
+const COPIED_BYTES: usize = 256 << 10;
+
+#[async_trait]
+impl Archive for PostgresStore {
+    async fn streams(&self, after: &str, limit: usize) -> Result<Vec<StreamSummary>, StoreError> {
+        let (readers, statements) = self.reading();
+        let rows = read!(sqlx::query(statements.streams.clone()).bind(after).bind(bound(limit)).fetch_all(readers))?;
+        rows.iter().map(summary).collect::<Result<_, _>>().map_err(read_error)
+    }
+
+    async fn collections(&self) -> Result<Vec<Arc<str>>, StoreError> {
+        let (readers, statements) = self.reading();
+        let names: Vec<String> = read!(sqlx::query_scalar(statements.collections.clone()).fetch_all(readers))?;
+        Ok(names.into_iter().map(Arc::from).collect())
+    }
+
+    async fn restore(&self, contents: Contents) -> Result<(), CommitError> {
+        let failed = |error: sqlx::Error| match &error {
+            sqlx::Error::Database(error) if error.is_unique_violation() => CommitError::Invalid(error.to_string()),
+            _ => write_error(&error),
+        };
+        let mut connection = self.shared.database.writer().await.map_err(failed)?;
+        let mut transaction = connection.begin().await.map_err(failed)?;
+        self.copy_in(&mut transaction, &contents.events).await.map_err(failed)?;
+        self.put_in(&mut transaction, &contents.documents).await.map_err(failed)?;
+        // In the same transaction: a reader passes no position that was not drawn.
+        let advance = self.shared.database.statements.advance.clone();
+        sqlx::query(advance).execute(&mut *transaction).await.map_err(failed)?;
+        transaction.commit().await.map_err(|error| end_error(&error))?;
+        connection.close().await.ok();
+        Ok(())
+    }
+}
+
+impl PostgresStore {
+    async fn copy_in(&self, connection: &mut PgConnection, events: &[Arc<Recorded>]) -> Result<(), sqlx::Error> {
+        if events.is_empty() {
+            return Ok(());
+        }
+        let statement = self.shared.database.statements.restore_events.as_str();
+        let mut copy = connection.copy_in_raw(statement).await?;
+        let mut text = String::with_capacity(COPIED_BYTES * 2);
+        for event in events {
+            line(event, &mut text);
+            if text.len() >= COPIED_BYTES {
+                copy.send(text.as_bytes()).await?;
+                text.clear();
+            }
+        }
+        copy.send(text.as_bytes()).await?;
+        copy.finish().await.map(drop)
+    }
+
+    async fn put_in(&self, connection: &mut PgConnection, documents: &[Document]) -> Result<(), sqlx::Error> {
+        if documents.is_empty() {
+            return Ok(());
+        }
+        sqlx::query(self.shared.database.statements.restore_documents.clone())
+            .bind(documents.iter().map(|document| &*document.key.collection).collect::<Vec<_>>())
+            .bind(documents.iter().map(|document| &*document.key.id).collect::<Vec<_>>())
+            .bind(documents.iter().map(|document| document.version).collect::<Vec<_>>())
+            .bind(documents.iter().map(|document| &*document.body).collect::<Vec<_>>())
+            .bind(documents.iter().map(|document| document.due.map(storable)).collect::<Vec<_>>())
+            .execute(connection)
+            .await
+            .map(drop)
+    }
+}
+
+fn summary(row: &PgRow) -> Result<StreamSummary, sqlx::Error> {
+    Ok(StreamSummary {
+        stream: StreamId::from_stored(row.try_get(0)?),
+        version: Version(row.try_get(1)?),
+        position: Position(row.try_get(2)?),
+        first_at: time(row, 3)?.unwrap_or_default(),
+        last_at: time(row, 4)?.unwrap_or_default(),
+    })
+}
+
+/// A row in the text form of `COPY`.
+fn line(event: &Recorded, text: &mut String) {
+    use std::fmt::Write;
+    // Writing to a string does not fail.
+    _ = write!(text, "{}\t", event.position);
+    escape(event.stream.as_str(), text);
+    _ = write!(text, "\t{}\t{}\t", event.version, event.id);
+    escape(&event.type_name, text);
+    _ = write!(text, "\t{}\t", event.schema_version);
+    escape(&event.data, text);
+    text.push('\t');
+    escape(&event.metadata.to_json(), text);
+    _ = writeln!(text, "\t{}", timestamp(event.recorded_at));
+}
+
+/// <https://www.postgresql.org/docs/current/sql-copy.html#id-1.9.55.9.2>
+fn escape(value: &str, text: &mut String) {
+    for character in value.chars() {
+        match character {
+            '\\' => text.push_str("\\\\"),
+            '\n' => text.push_str("\\n"),
+            '\r' => text.push_str("\\r"),
+            '\t' => text.push_str("\\t"),
+            character => text.push(character),
+        }
+    }
+}
+
+/// Years that are no four digits are before or after all that is recorded.
+fn timestamp(time: DateTime<Utc>) -> String {
+    match time.year() {
+        ..1 => "-infinity".to_owned(),
+        1..=9_999 => time.format("%Y-%m-%d %H:%M:%S%.6f+00").to_string(),
+        _ => "infinity".to_owned(),
+    }
+}

@@ -1,0 +1,7 @@
+-- Documents as another store held them.
+-- binds: $1 collections, $2 ids, $3 versions, $4 bodies, $5 due
+-- index: documents_key, one seek a document
+INSERT INTO annals.documents (collection, id, version, body, due)
+SELECT w.collection, w.id, w.version, w.body::json, w.due
+  FROM unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::timestamptz[]) AS w (collection, id, version, body, due)
+    ON CONFLICT (collection, id) DO UPDATE SET version = excluded.version, body = excluded.body, due = excluded.due

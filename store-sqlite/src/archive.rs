@@ -1,0 +1,77 @@
+//! The store as a whole: what is in it, and taking in what another one held.
+
+use std::sync::Arc;
+
+use annals::{
+    CommitError, Document, Position, Recorded, StoreError, StreamId, Version,
+    archive::{Archive, Contents, StreamSummary},
+};
+use async_trait::async_trait;
+use sqlx::{Connection, Row, sqlite::SqliteRow};
+
+use crate::{
+    SqliteStore,
+    error::{commit_error, read_error, write_error},
+    group::{DocumentRow, EventRow, EventText},
+    read::{bound, text, time},
+    rows,
+};
+
+#[async_trait]
+impl Archive for SqliteStore {
+    async fn streams(&self, after: &str, limit: usize) -> Result<Vec<StreamSummary>, StoreError> {
+        let query = sqlx::query(include_str!("sql/streams.sql")).bind(after).bind(bound(limit));
+        let rows = query.fetch_all(&self.shared.readers).await.map_err(read_error)?;
+        rows.iter().map(summary).collect::<Result<_, _>>().map_err(read_error)
+    }
+
+    async fn collections(&self) -> Result<Vec<Arc<str>>, StoreError> {
+        let query = sqlx::query(include_str!("sql/collections.sql"));
+        let rows = query.fetch_all(&self.shared.readers).await.map_err(read_error)?;
+        rows.iter().map(|row| text(row, 0).map(Arc::from)).collect::<Result<_, _>>().map_err(read_error)
+    }
+
+    async fn restore(&self, contents: Contents) -> Result<(), CommitError> {
+        let failed = |error: sqlx::Error| match &error {
+            sqlx::Error::Database(error) if error.is_unique_violation() => CommitError::Invalid(error.to_string()),
+            _ => write_error(&error),
+        };
+        let mut connection = self.shared.database.writer().await.map_err(failed)?;
+        let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await.map_err(failed)?;
+        let events = contents.events.iter().map(event_row).collect();
+        rows::append_events(&mut transaction, events).await.map_err(failed)?;
+        let documents = contents.documents.into_iter().map(document_row).collect();
+        rows::put_documents(&mut transaction, documents).await.map_err(failed)?;
+        transaction.commit().await.map_err(|error| commit_error(&error))?;
+        // What it wrote is committed; SQLite finds its file closed or not.
+        connection.close().await.ok();
+        Ok(())
+    }
+}
+
+fn summary(row: &SqliteRow) -> Result<StreamSummary, sqlx::Error> {
+    Ok(StreamSummary {
+        stream: StreamId::from_stored(&text(row, 0)?),
+        version: Version(row.try_get_unchecked(1)?),
+        position: Position(row.try_get_unchecked(2)?),
+        first_at: time(row.try_get_unchecked(3)?),
+        last_at: time(row.try_get_unchecked(4)?),
+    })
+}
+
+fn event_row(event: &Arc<Recorded>) -> (EventRow, i64) {
+    let text = EventText {
+        id: event.id.hyphenated().to_string(),
+        type_name: event.type_name.to_string().into(),
+        schema_version: event.schema_version,
+        data: event.data.to_string(),
+        metadata: event.metadata.to_json(),
+    };
+    let row = EventRow { position: event.position.0, stream: event.stream.shared(), version: event.version.0, text };
+    (row, event.recorded_at.timestamp_micros())
+}
+
+fn document_row(document: Document) -> (annals::DocumentKey, DocumentRow) {
+    let due = document.due.map(|due| due.timestamp_micros());
+    (document.key, DocumentRow { version: document.version, body: Some(document.body), due })
+}

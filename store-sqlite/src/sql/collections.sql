@@ -1,0 +1,11 @@
+-- The names of all collections of documents, in byte order.
+-- binds: none
+-- index: the primary key, one seek a collection
+WITH RECURSIVE names (collection) AS (
+    SELECT min(collection) FROM documents
+     UNION ALL
+    SELECT (SELECT min(collection) FROM documents WHERE collection > names.collection)
+      FROM names
+     WHERE names.collection IS NOT NULL
+)
+SELECT collection FROM names WHERE collection IS NOT NULL

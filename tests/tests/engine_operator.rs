@@ -1,0 +1,190 @@
+//! What operators do takes effect on services that run, and is in the log with who and why.
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use annals::{
+    DocumentKey, Event, EventStore, Handler, HandlerError, Health, LogQuery, MemoryStore, Message, Operator, Position,
+    StreamId, Subscription, Version, Work,
+    health::State,
+    operator::{OperatorError, OperatorEvent},
+    saga::{SagaEvent, Status, Verb},
+};
+use annals_tests::{
+    bus::within,
+    tally::{TallyEvent, add, documents, eventually},
+    trip::{Play, World, trip},
+};
+use async_trait::async_trait;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+/// Every amount it was given, in order.
+#[derive(Clone, Default)]
+struct Seen(Arc<Mutex<Vec<i64>>>);
+
+#[async_trait]
+impl Handler for Seen {
+    async fn handle(&self, message: &Message, _: &mut Work) -> Result<(), HandlerError> {
+        if let Some(TallyEvent::Added { amount }) = message.decode()? {
+            self.0.lock().unwrap().push(amount);
+        }
+        Ok(())
+    }
+}
+
+impl Seen {
+    async fn is(&self, amounts: &[i64]) {
+        eventually(&format!("{amounts:?} are seen"), async || (*self.0.lock().unwrap() == amounts).then_some(())).await;
+    }
+}
+
+/// The acts on a subscription: type, who, why.
+async fn acts(store: &Arc<dyn EventStore>, subscription: &str) -> Vec<(String, String, String)> {
+    let stream = StreamId::new(annals::operator::CATEGORY, subscription).unwrap();
+    let events = store.read_stream(&stream, Version::START, 100).await.unwrap();
+    let of = |data: &str| {
+        let data: serde_json::Value = serde_json::from_str(data).unwrap();
+        (data["by"].as_str().unwrap().to_owned(), data["reason"].as_str().unwrap().to_owned())
+    };
+    let told = events.iter().map(|event| (event.type_name.to_string(), of(&event.data)));
+    told.map(|(type_name, (by, reason))| (type_name, by, reason)).collect()
+}
+
+#[tokio::test]
+async fn a_subscription_is_paused_resumed_and_reset_while_it_runs() {
+    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    let (seen, health, shutdown) = (Seen::default(), Health::default(), CancellationToken::new());
+    let subscription = Subscription::new("seen", seen.clone()).query(LogQuery::categories(["tally"])).lanes(2);
+    let running = tokio::spawn(subscription.run(store.clone(), health.clone(), shutdown.clone()));
+    add(&store, "a", [1, 2]).await;
+    seen.is(&[1, 2]).await;
+    let both = async || (documents(&store, "checkpoint").await.len() == 2).then_some(());
+    eventually("the lane without events has a checkpoint as well", both).await;
+
+    let operator = Operator::new(store.clone(), "ann");
+    operator.pause("seen", true, "the map is being redrawn").await.unwrap();
+    for lane in ["seen/0", "seen/1"] {
+        let paused = State::Elsewhere("an operator has paused it".into());
+        eventually("its lanes stop", async || (health.parts().get(lane) == Some(&paused)).then_some(())).await;
+    }
+    add(&store, "a", [3]).await;
+    let error = operator.pause("seen", true, "again").await;
+    assert!(matches!(error, Err(OperatorError::Illegal(_))), "{error:?}");
+    assert_eq!(*seen.0.lock().unwrap(), [1, 2]);
+    operator.pause("seen", false, "it is drawn").await.unwrap();
+    seen.is(&[1, 2, 3]).await;
+
+    operator.reset("seen", Position(1), "the second one was wrong").await.unwrap();
+    seen.is(&[1, 2, 3, 2, 3]).await;
+    let error = operator.reset("seen", Position(1_000), "beyond").await;
+    assert!(matches!(error, Err(OperatorError::Illegal(_))), "{error:?}");
+    let error = operator.reset("unseen", Position(0), "nobody").await;
+    assert!(matches!(error, Err(OperatorError::Illegal(_))), "{error:?}");
+    let expected = [
+        ("operator.paused", "ann", "the map is being redrawn"),
+        ("operator.resumed", "ann", "it is drawn"),
+        ("operator.reset", "ann", "the second one was wrong"),
+    ];
+    let told = acts(&store, "seen").await;
+    let told: Vec<_> = told.iter().map(|(kind, by, reason)| (&**kind, &**by, &**reason)).collect();
+    assert_eq!(told, expected);
+    let stream = StreamId::new(annals::operator::CATEGORY, "seen").unwrap();
+    let reset = store.read_stream(&stream, Version(2), 1).await.unwrap().remove(0);
+    let Ok(Some(OperatorEvent::Reset { from, to, .. })) = reset.decode() else { panic!("{reset:?}") };
+    assert_eq!((to, from.keys().map(String::as_str).collect::<Vec<_>>()), (Position(1), vec!["seen/0", "seen/1"]));
+    shutdown.cancel();
+    within("stop", running).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_paused_subscription_ends_with_its_service_and_stays_paused() {
+    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    let start = || {
+        let (seen, shutdown) = (Seen::default(), CancellationToken::new());
+        let health = Health::default();
+        let running = Subscription::new("seen", seen.clone()).run(store.clone(), health.clone(), shutdown.clone());
+        (seen, health, shutdown, tokio::spawn(running))
+    };
+    let (seen, _, shutdown, running) = start();
+    add(&store, "a", [1]).await;
+    seen.is(&[1]).await;
+    shutdown.cancel();
+    within("stop", running).await.unwrap().unwrap();
+    Operator::new(store.clone(), "ann").pause("seen", true, "not today").await.unwrap();
+    add(&store, "a", [2]).await;
+    let (seen, health, shutdown, running) = start();
+    let paused = State::Elsewhere("an operator has paused it".into());
+    eventually("it is paused", async || (health.parts().get("seen/0") == Some(&paused)).then_some(())).await;
+    shutdown.cancel();
+    within("stop", running).await.unwrap().unwrap();
+    assert_eq!(*seen.0.lock().unwrap(), [0; 0]);
+}
+
+#[tokio::test]
+async fn a_saga_does_what_an_operator_asks_for_from_outside_or_says_why_not() {
+    let world = World::new(Arc::new(MemoryStore::new()), trip(Duration::from_secs(20), 2));
+    let runtime = world.start(&["shop", "hotel", "bank"]).await;
+    world.script.play("announce", Play::Fail, 2);
+    world.request("t", Uuid::new_v4(), None).await;
+    world.becomes("t", Status::Stuck).await;
+
+    let operator = Operator::new(world.store.clone(), "ann");
+    let stream = StreamId::from_stored("saga.trip-t");
+    let version = operator.ask(&stream, Verb::Compensate, "let us go home").await.unwrap();
+    let answer = |after: Version| {
+        let (world, stream) = (&world, &stream);
+        async move {
+            let find = async || {
+                let events = world.store.read_stream(stream, after, 10).await.unwrap();
+                let decoded = events.iter().filter_map(|event| event.decode::<SagaEvent>().unwrap());
+                decoded
+                    .into_iter()
+                    .find(|event| matches!(event, SagaEvent::Operated { .. } | SagaEvent::Declined { .. }))
+            };
+            eventually("it answers", find).await
+        }
+    };
+    let SagaEvent::Declined { verb, by, why, .. } = answer(version).await else { panic!("it went back") };
+    assert_eq!((verb, &*by), (Verb::Compensate, "ann"));
+    assert!(why.contains("only goes forward"), "{why}");
+
+    let version = operator.ask(&stream, Verb::Retry, "the phone works again").await.unwrap();
+    let SagaEvent::Operated { verb, by, reason, .. } = answer(version).await else { panic!("it declined") };
+    assert_eq!((verb, &*by, &*reason), (Verb::Retry, "ann", "the phone works again"));
+    world.becomes("t", Status::Completed).await;
+    let error = operator.ask(&stream, Verb::Retry, "once more").await;
+    assert!(matches!(error, Err(OperatorError::Illegal(_))), "{error:?}");
+    let error = operator.ask(&StreamId::from_stored("saga.trip-none"), Verb::Retry, "who").await;
+    assert!(matches!(error, Err(OperatorError::Illegal(_))), "{error:?}");
+    runtime.drain(Duration::from_secs(20)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_request_waits_for_a_service_and_an_abandoned_saga_has_no_timer_left() {
+    let world = World::new(Arc::new(MemoryStore::new()), trip(Duration::from_secs(20), 1));
+    let runtime = world.start(&["shop", "hotel", "bank"]).await;
+    world.script.play("announce", Play::Fail, 1);
+    world.request("t", Uuid::new_v4(), None).await;
+    world.becomes("t", Status::Stuck).await;
+    runtime.drain(Duration::from_secs(20)).await.unwrap();
+
+    let operator = Operator::new(world.store.clone(), "ann");
+    let stream = StreamId::from_stored("saga.trip-t");
+    operator.ask(&stream, Verb::Abandon, "the guest has died").await.unwrap();
+    let twice = operator.ask(&stream, Verb::Retry, "no, wait").await;
+    assert!(matches!(twice, Err(OperatorError::Illegal(_))), "{twice:?}");
+    let runtime = world.start(&["shop", "hotel", "bank"]).await;
+    let ended = async || world.status("t").await.filter(|status| status.ended_at.is_some());
+    eventually("it is abandoned", ended).await;
+    runtime.drain(Duration::from_secs(20)).await.unwrap();
+    let key = DocumentKey::new("saga.trip", "t");
+    let document = world.store.documents(&[key]).await.unwrap().remove(0).unwrap();
+    assert_eq!(document.due, None);
+    let types: Vec<_> = world.history("t").await.iter().map(|event| event.type_name.to_string()).collect();
+    assert_eq!(types[types.len() - 2..], ["saga.requested", "saga.operated"]);
+    assert!(SagaEvent::TYPES.iter().any(|known| known.name == "saga.declined"));
+}
