@@ -7,7 +7,7 @@ mod summary;
 
 use std::{
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::Command,
     time::Duration,
 };
 
@@ -204,25 +204,27 @@ impl Database {
     }
 }
 
-fn customer_of(shop: &Serving, arguments: &[String]) -> std::process::Child {
-    shop.customer(&arguments.iter().map(String::as_str).collect::<Vec<_>>()).spawn().unwrap()
-}
-
-fn end_of(customer: std::process::Child) -> Output {
-    customer.wait_with_output().unwrap()
-}
-
-/// Two customers with the same orders, each at an instance of its own.
 #[tokio::test]
-async fn december_through_two_instances_on_one_postgres() {
+async fn december_through_one_process_on_postgres() {
+    let database = Database::create().await;
+    let shop = Serving::all(&database.url());
+    let output = shop.buy(&december().each_ref().map(String::as_str));
+    drop(shop);
+    database.drop().await;
+    assert_eq!(business(&output), every_order_confirmed());
+}
+
+/// Two customers with the same orders, each at an instance of its own. Few at a time: the two inventories meet in the same
+/// goods.
+#[tokio::test]
+async fn two_instances_on_one_postgres_share_the_work() {
+    let arguments = ["--generate", "300", "--stock-factor", "1.5", "--concurrency", "8"];
+    let expected = embedded(&arguments);
     let database = Database::create().await;
     let shops = [(); 2].map(|()| Serving::all(&database.url()));
-    // More at a time would fight for the same goods from two sides.
-    let few = ["--concurrency", "16"].map(str::to_owned);
-    let arguments: Vec<String> = december().into_iter().chain(few).collect();
-    let customers = shops.each_ref().map(|shop| customer_of(shop, &arguments));
-    let lines = customers.map(|customer| business(&end_of(customer)));
-    assert_eq!(lines, [every_order_confirmed(), every_order_confirmed()]);
+    let customers = shops.each_ref().map(|shop| shop.customer(&arguments).spawn().unwrap());
+    let lines = customers.map(|customer| business(&customer.wait_with_output().unwrap()));
+    assert_eq!(lines, [expected.clone(), expected]);
     for mut shop in shops {
         shop.signal("INT");
         assert_eq!(shop.code(), Some(130));
