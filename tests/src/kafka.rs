@@ -73,6 +73,8 @@ impl Broker {
         let ports: Vec<_> = self.ports.iter().map(u16::to_string).collect();
         let mut broker = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("kafka/broker"));
         broker.arg(self.folder.path()).arg(ports.join(",")).arg(self.node.to_string());
+        // It is started often and lives for seconds.
+        broker.env("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1").env("KAFKA_HEAP", "256m");
         broker.env("KAFKA_JARS", jars()).stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         self.running = Some(broker.spawn().unwrap());
     }
