@@ -75,6 +75,8 @@ struct Delivered {
 
 struct Context {
     broken: AtomicBool,
+    /// Held by all who hand over messages or wait for a receipt.
+    waiting: Arc<()>,
     /// A batch was too large for its topic, and may have had more than one message.
     too_large: AtomicBool,
     batch_bytes_max: usize,
@@ -124,6 +126,10 @@ fn refusal(error: &KafkaError, index: usize) -> BusError {
     }
 }
 
+fn failed() -> BusError {
+    BusError::Unavailable("what was under way has failed".into())
+}
+
 /// A producer, and another one once it has failed: after a failure nothing more leaves the first, so that what is
 /// published again comes after all it has sent.
 pub(crate) struct Producer {
@@ -155,23 +161,27 @@ impl Producer {
             .set("queue.buffering.max.kbytes", "65536");
         let config = settings.finish(config, &FIXED)?;
         let (broken, too_large, room) = (AtomicBool::new(false), AtomicBool::new(false), Notify::new());
-        let context = Context { broken, too_large, batch_bytes_max, room };
+        let context = Context { broken, waiting: Arc::default(), too_large, batch_bytes_max, room };
         Ok(Arc::new(config.create_with_context(context).map_err(misconfigured)?))
     }
 
-    /// The producer, if it is sound; else a new one and whether it is new.
+    /// The producer, if it is sound; else a new one and whether it is new. That there is none before everybody has seen how
+    /// the old one failed: whoever has not would send the next page, which would come before those that failed.
     fn sound(&self) -> Result<(Arc<ThreadedProducer<Context>>, bool), BusError> {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         if !current.client().context().broken.load(Ordering::Acquire) {
             return Ok((current.clone(), false));
         }
+        current.purge(PurgeConfig::default().queue().inflight().non_blocking());
         let context = current.client().context();
+        if Arc::strong_count(&context.waiting) > 1 {
+            return Err(failed());
+        }
         if context.too_large.load(Ordering::Acquire) {
             self.batch_bytes_max.fetch_min((context.batch_bytes_max / 2).max(1), Ordering::AcqRel);
         }
         let batch_bytes_max = self.batch_bytes_max.load(Ordering::Acquire);
         let broken = std::mem::replace(&mut *current, Self::start(&self.settings, batch_bytes_max)?);
-        broken.purge(PurgeConfig::default().queue().inflight().non_blocking());
         // Its end waits for the connections.
         tokio::task::spawn_blocking(move || drop(broken));
         Ok((current.clone(), true))
@@ -194,6 +204,7 @@ impl Producer {
     pub async fn send(&self, messages: Vec<Outgoing>) -> Result<Receipt, BusError> {
         let (producer, _) = self.sound()?;
         let context = producer.client().context().clone();
+        let waiting = context.waiting.clone();
         let (done, receipt) = oneshot::channel();
         let batch = Arc::new(Batch {
             // One more for what is not handed over yet.
@@ -208,6 +219,9 @@ impl Producer {
                 .payload(&*message.data)
                 .headers(cloud_event::headers(message));
             loop {
+                if context.broken.load(Ordering::Acquire) {
+                    return Err(failed());
+                }
                 let room = context.room.notified();
                 match producer.send(record) {
                     Ok(()) => break,
@@ -229,6 +243,7 @@ impl Producer {
         }
         drop(unsent);
         Ok(Box::pin(async move {
+            let _waiting = waiting;
             receipt.await.unwrap_or_else(|_| Err(BusError::Unavailable("the producer has ended".into())))
         }))
     }
