@@ -57,7 +57,7 @@ async fn health_goes_from_starting_over_fine_and_trouble_to_stopped() {
     let health = runtime.health();
     assert!(!health.is_fine());
     eventually("fine", async || health.is_fine().then_some(())).await;
-    assert_eq!(health.parts().keys().collect::<Vec<_>>(), ["copier/0", "copier/1", "source.relay"]);
+    assert_eq!(health.parts().keys().collect::<Vec<_>>(), ["copier/0", "copier/1", "source.relay/0"]);
     faulty.away(true);
     add(&inner, "a", [1]).await;
     let troubled = async || health.parts().values().all(|state| matches!(state, State::Trouble(_))).then_some(());
