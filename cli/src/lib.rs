@@ -22,7 +22,7 @@ mod moment;
 mod output;
 mod place;
 mod progress;
-mod quoted;
+pub mod quoted;
 mod stop;
 mod store;
 

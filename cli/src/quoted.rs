@@ -4,7 +4,7 @@ use clap::{builder::StyledStr, error::ContextValue};
 
 /// The text, or only its scheme where the rest may hold a password: in front of an `@`, among parameters, behind a second
 /// colon.
-fn quoted(text: &str) -> String {
+pub fn quoted(text: &str) -> String {
     let (scheme, rest) = text.split_once("://").unwrap_or(("", text));
     let is_port =
         |after: &str| after.split(['/', ',']).next().is_some_and(|port| port.bytes().all(|b| b.is_ascii_digit()));
@@ -19,13 +19,13 @@ fn quoted(text: &str) -> String {
 }
 
 /// Whether this can be a scheme at all, and not what stands in front of the colon of something else, such as a user's name.
-pub(crate) fn is_scheme(text: &str) -> bool {
+pub fn is_scheme(text: &str) -> bool {
     text.starts_with(|c: char| c.is_ascii_alphabetic())
         && text.chars().all(|c| c.is_ascii_alphanumeric() || ['+', '-', '.'].contains(&c))
 }
 
 /// An error of the command line, without what may be a password in it.
-pub(crate) fn without_passwords(mut error: clap::Error) -> clap::Error {
+pub fn without_passwords(mut error: clap::Error) -> clap::Error {
     let said: Vec<_> = error.context().map(|(kind, value)| (kind, hidden(value))).collect();
     for (kind, value) in said {
         error.insert(kind, value);
@@ -47,4 +47,26 @@ fn hidden(value: &ContextValue) -> ContextValue {
         ContextValue::StyledStrs(texts) => ContextValue::StyledStrs(texts.iter().map(styled).collect()),
         other => other.clone(),
     }
+}
+
+/// A URL without its password. Drops the parameters too: a password may be one of them. Where it cannot be told where the password ends, nothing is
+/// shown but the scheme.
+pub fn without_password(url: &str) -> String {
+    let scheme = url.split(':').next().unwrap_or_default();
+    let hidden = format!("{scheme}://…");
+    let (shown, parameters) = url.split_at(url.find(['?', '#']).unwrap_or(url.len()));
+    let Some((_, rest)) = shown.split_once("//") else { return hidden };
+    // The last `@`: a password that was not encoded may hold one, and may hold a `?` too.
+    let (user, host) = match rest.rsplit_once('@') {
+        Some((user, host)) => (user.split(':').next(), host),
+        None if parameters.contains('@') => return hidden,
+        None => (None, rest),
+    };
+    let port = host.split('/').next().unwrap_or_default().rsplit(']').next().unwrap_or_default().split_once(':');
+    if port.is_some_and(|(_, port)| !port.bytes().all(|b| b.is_ascii_digit())) {
+        // A user and a password without their host.
+        return hidden;
+    }
+    let user = user.map(|user| format!("{user}@")).unwrap_or_default();
+    format!("{scheme}://{user}{host}")
 }

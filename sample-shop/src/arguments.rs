@@ -2,14 +2,12 @@
 
 mod bus_url;
 mod http_url;
-mod quoted;
 mod store_url;
 
 use std::{ffi::OsString, fmt, net::SocketAddr, path::PathBuf};
 
-use clap::{Args, Parser, Subcommand, ValueEnum, builder::StyledStr, error::ContextValue};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use self::quoted::quoted;
 pub use self::{
     bus_url::{BusUrl, BusUrlError},
     http_url::{HttpUrl, HttpUrlError},
@@ -52,29 +50,7 @@ pub struct Arguments {
 impl Arguments {
     /// Reads a command line. An error quotes what was typed, but nothing of it that may be a password.
     pub fn read(words: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<Self, clap::Error> {
-        Self::try_parse_from(words).map_err(|mut error| {
-            let said: Vec<_> = error.context().map(|(kind, value)| (kind, without_passwords(value))).collect();
-            for (kind, value) in said {
-                error.insert(kind, value);
-            }
-            error
-        })
-    }
-}
-
-fn without_passwords(value: &ContextValue) -> ContextValue {
-    let styled = |text: &StyledStr| {
-        let plain = text.to_string();
-        let quoted: Vec<_> = plain.split(' ').map(quoted).collect();
-        let quoted = quoted.join(" ");
-        if quoted == plain { text.clone() } else { StyledStr::from(quoted) }
-    };
-    match value {
-        ContextValue::String(text) => ContextValue::String(quoted(text)),
-        ContextValue::Strings(texts) => ContextValue::Strings(texts.iter().map(|text| quoted(text)).collect()),
-        ContextValue::StyledStr(text) => ContextValue::StyledStr(styled(text)),
-        ContextValue::StyledStrs(texts) => ContextValue::StyledStrs(texts.iter().map(styled).collect()),
-        other => other.clone(),
+        Self::try_parse_from(words).map_err(annals_cli::quoted::without_passwords)
     }
 }
 

@@ -1,6 +1,6 @@
 use std::{fmt, str::FromStr};
 
-use super::quoted::is_scheme;
+use annals_cli::quoted::is_scheme;
 
 /// How services talk.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,6 +1,6 @@
 use std::{fmt, path::PathBuf, str::FromStr};
 
-use super::quoted::is_scheme;
+use annals_cli::quoted::{is_scheme, without_password};
 
 /// Where events are kept.
 #[derive(Clone, PartialEq, Eq)]
@@ -86,26 +86,4 @@ impl fmt::Debug for StoreUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }
-}
-
-/// Drops the parameters too: a password may be one of them. Where it cannot be told where the password ends, nothing is
-/// shown but the scheme.
-fn without_password(url: &str) -> String {
-    let scheme = url.split(':').next().unwrap_or_default();
-    let hidden = format!("{scheme}://…");
-    let (shown, parameters) = url.split_at(url.find(['?', '#']).unwrap_or(url.len()));
-    let Some((_, rest)) = shown.split_once("//") else { return hidden };
-    // The last `@`: a password that was not encoded may hold one, and may hold a `?` too.
-    let (user, host) = match rest.rsplit_once('@') {
-        Some((user, host)) => (user.split(':').next(), host),
-        None if parameters.contains('@') => return hidden,
-        None => (None, rest),
-    };
-    let port = host.split('/').next().unwrap_or_default().rsplit(']').next().unwrap_or_default().split_once(':');
-    if port.is_some_and(|(_, port)| !port.bytes().all(|b| b.is_ascii_digit())) {
-        // A user and a password without their host.
-        return hidden;
-    }
-    let user = user.map(|user| format!("{user}@")).unwrap_or_default();
-    format!("{scheme}://{user}{host}")
 }
