@@ -8,12 +8,12 @@ use uuid::Uuid;
 use crate::{
     books::Bookkeeper,
     checkout::{Checkout, Returning, checkout, returning},
-    closing::{Closing, Counting, counting},
+    closing::{Closing, ClosingEvent, Counting, counting},
     inventory::{InventoryDesk, StockEvent},
     notification::{NotificationDesk, NotificationEvent},
     order::{Order, OrderDesk, OrderEvent, Return, ReturnEvent},
     payment::{PaymentDesk, PaymentEvent, Provider},
-    supply::{Supply, Supplying, supplying},
+    supply::{Supply, SupplyEvent, Supplying, supplying},
 };
 
 /// What customers and the back office reach, by id.
@@ -84,8 +84,12 @@ pub fn ops() -> annals_cli::Ops {
         .events::<StockEvent>()
         .events::<PaymentEvent>()
         .events::<NotificationEvent>()
+        .events::<SupplyEvent>()
+        .events::<ClosingEvent>()
         .saga(checkout())
         .saga(returning())
+        .saga(supplying())
+        .saga(counting())
 }
 
 /// All four on one store.
