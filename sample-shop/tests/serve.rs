@@ -65,7 +65,7 @@ fn an_order_goes_through_and_shows_how() {
         "shop_http_requests_total{method=\"POST\",route=\"/orders\",status=\"201\"} 1",
         "shop_taken_in_total{kind=\"order\"} 1",
         "shop_sagas_ended_total{saga=\"checkout\",status=\"completed\"} 1",
-        "shop_part_state{part=\"order.relay\",state=\"fine\"} 1",
+        "shop_part_state{part=\"order.relay/0\",state=\"fine\"} 1",
         "shop_lag_events{reader=\"order.checkout.start/0\"} ",
         "shop_log_readers_wait 0",
         "shop_store_up 1",
