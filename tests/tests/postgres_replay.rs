@@ -254,7 +254,8 @@ async fn somebody_slow_keeps_no_transaction_open() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_connection_loses_no_event() {
     let bed = Bed::new().await;
-    bed.fill(60_000, 500).await;
+    // More than what is read ahead when the last connection is cut.
+    bed.fill(120_000, 500).await;
     let mut replayed = bed.store.replay(Replay::all());
     let mut taken = 0;
     let mut killer = bed.schema.connection().await;
@@ -267,7 +268,7 @@ async fn a_lost_connection_loses_no_event() {
         let killed: i64 = sqlx::query_scalar(kill).bind(bed.schema.name()).fetch_one(&mut killer).await.unwrap();
         assert!(killed > 0);
     }
-    assert_eq!(rest(&mut replayed).await, Vec::from_iter(taken + 1..=60_000));
+    assert_eq!(rest(&mut replayed).await, Vec::from_iter(taken + 1..=120_000));
 }
 
 #[tokio::test(flavor = "multi_thread")]
