@@ -1,6 +1,7 @@
 //! The main job on the real orders of December 2010.
 #![allow(clippy::unwrap_used)]
 
+mod december;
 mod summary;
 
 use std::{
@@ -8,11 +9,11 @@ use std::{
     process::{Command, Output},
 };
 
-use serde_json::{Value, json};
+use serde_json::Value;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, postgres::PgConnectOptions};
 use uuid::Uuid;
 
-use self::summary::business;
+use self::{december::every_order_confirmed, summary::business};
 
 /// Stock for all, cards for all: every order must go through.
 const PLENTY: [&str; 4] = ["--stock-factor", "1.5", "--decline-rate", "0"];
@@ -42,17 +43,6 @@ async fn run_on_postgres(arguments: &[&str]) -> Value {
     let drop = format!("DROP DATABASE {name} WITH (FORCE)");
     sqlx::raw_sql(AssertSqlSafe(drop)).execute(&mut server).await.unwrap();
     business(&output)
-}
-
-fn every_order_confirmed() -> Value {
-    json!({
-        "orders": 1595, "confirmed": 1595,
-        "cancelled": {"out_of_stock": 0, "declined": 0, "by_customer": 0},
-        "returns": 333, "adjustments": 154, "stuck": 0,
-        "charged": "839772.22", "refunded": "75864.72",
-        "units": {"initial": 559_756, "sold": 368_150, "returned": 16_274, "adjusted": -1_709, "remaining": 206_171, "reserved": 0},
-        "bus": "local:",
-    })
 }
 
 #[test]

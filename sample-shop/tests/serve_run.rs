@@ -2,6 +2,7 @@
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 
+mod december;
 mod serving;
 mod summary;
 
@@ -18,7 +19,7 @@ use sqlx::{
 };
 use uuid::Uuid;
 
-use self::{serving::Serving, summary::business};
+use self::{december::every_order_confirmed, serving::Serving, summary::business};
 
 const UNLUCKY: [&str; 10] =
     ["--generate", "400", "--decline-rate", "0.1", "--cancel-rate", "0.05", "--seed", "7", "--stock-factor", "0.7"];
@@ -36,17 +37,6 @@ fn december() -> [String; 6] {
     let orders = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../shared/data/online-retail-2010-12.csv");
     assert!(orders.is_file(), "{} is missing: the data belongs beside the checkout", orders.display());
     ["--stock-factor", "1.5", "--decline-rate", "0", "--orders", orders.to_str().unwrap()].map(str::to_owned)
-}
-
-fn every_order_confirmed() -> Value {
-    json!({
-        "orders": 1595, "confirmed": 1595,
-        "cancelled": {"out_of_stock": 0, "declined": 0, "by_customer": 0},
-        "returns": 333, "adjustments": 154, "stuck": 0,
-        "charged": "839772.22", "refunded": "75864.72",
-        "units": {"initial": 559_756, "sold": 368_150, "returned": 16_274, "adjusted": -1_709, "remaining": 206_171, "reserved": 0},
-        "bus": "local:",
-    })
 }
 
 #[test]
