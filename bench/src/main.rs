@@ -25,6 +25,9 @@ struct Arguments {
     /// Commands to execute at each concurrency.
     #[arg(long, default_value_t = 20_000)]
     commands: usize,
+    /// How many commands are in flight; at 1, a twentieth of them is executed.
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 64, 1_024])]
+    in_flight: Vec<usize>,
     /// Orders to check out.
     #[arg(long, default_value_t = 20_000)]
     sagas: usize,
@@ -91,7 +94,7 @@ async fn embedded(arguments: Arguments) -> Result<(), Failure> {
         let mut round = Vec::new();
         let directory = tempfile::tempdir_in(&arguments.directory)?;
         let wanted = |workload| arguments.only.is_none_or(|only| only == workload);
-        for in_flight in [1, 64, 1_024].into_iter().filter(|_| wanted(Workload::Commands)) {
+        for &in_flight in arguments.in_flight.iter().filter(|_| wanted(Workload::Commands)) {
             let count = if in_flight == 1 { arguments.commands / 20 } else { arguments.commands };
             round.push(commands::memory(count, in_flight).await?);
             let path = directory.path().join(format!("commands-{in_flight}.db"));

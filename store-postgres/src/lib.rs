@@ -89,7 +89,7 @@ use async_trait::async_trait;
 use sqlx::PgPool;
 use tokio::{
     sync::{mpsc, oneshot, watch},
-    task::{AbortHandle, JoinHandle},
+    task::AbortHandle,
     time::timeout,
 };
 
@@ -172,23 +172,8 @@ impl PostgresStore {
             reconnect: Reconnect::default(),
         };
         let (end, ended) = watch::channel(None);
-        // Another task watches over them, so that even a panic in one is heard of.
-        let (first, second) = (tokio::spawn(writer(false).run()), tokio::spawn(writer(true).run()));
-        tokio::spawn(async move {
-            let ended = async |writing: JoinHandle<Result<(), sqlx::Error>>| match writing.await {
-                Ok(Ok(())) => Ok(()),
-                Ok(Err(error)) => Err(error.to_string()),
-                Err(error) => Err(error.to_string()),
-            };
-            let stop_second = second.abort_handle();
-            let result = tokio::try_join!(ended(first), ended(second)).map(drop);
-            // Without the first, nobody takes what is waiting; then it must not wait.
-            stop_second.abort();
-            if let Err(reason) = &result {
-                tracing::error!(reason, "the writer of a store has failed");
-            }
-            end.send_replace(Some(result));
-        });
+        writer::start([writer(false), writer(true)], end)
+            .map_err(|error| error::open_error(&sqlx::Error::Io(error)))?;
         let helpers = [
             tokio::spawn(news.clone().notify(database.clone())).abort_handle(),
             tokio::spawn(news.clone().listen(database.clone())).abort_handle(),

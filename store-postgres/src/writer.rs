@@ -1,10 +1,20 @@
 //! What writes: takes the commits that are waiting as a group, and makes one round trip of them.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    io,
+    panic::{self, AssertUnwindSafe},
+    sync::Arc,
+    thread,
+    time::Duration,
+};
 
 use annals::{CommitError, Position};
 use sqlx::{Connection, PgConnection};
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::{
+    runtime,
+    sync::watch,
+    time::{Instant, sleep, sleep_until, timeout},
+};
 
 use crate::{
     append::append,
@@ -74,9 +84,28 @@ enum Failure {
     OfAll(CommitError),
 }
 
+/// Runs both on a thread of its own: as tasks among those of the callers they would wait behind hundreds of them at each step,
+/// with the server idle meanwhile. At the end it says how they ended, even if that was a panic.
+pub(crate) fn start(writers: [Writer; 2], end: watch::Sender<Option<Result<(), String>>>) -> io::Result<()> {
+    let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+    let run = move || {
+        let [first, second] = writers;
+        let both = async { tokio::try_join!(first.run(), second.run()) };
+        let result = match panic::catch_unwind(AssertUnwindSafe(|| runtime.block_on(both))) {
+            Ok(ended) => ended.map(drop).map_err(|error| error.to_string()),
+            Err(_) => Err("it panicked".to_owned()),
+        };
+        if let Err(reason) = &result {
+            tracing::error!(reason, "the writer of a store has failed");
+        }
+        end.send_replace(Some(result));
+    };
+    thread::Builder::new().name("annals-postgres".into()).spawn(run).map(drop)
+}
+
 impl Writer {
     /// Runs until the last sender is gone and the queue is empty.
-    pub(crate) async fn run(mut self) -> Result<(), sqlx::Error> {
+    async fn run(mut self) -> Result<(), sqlx::Error> {
         let queue = self.queue.clone();
         while let Some(group) = if self.second { queue.overflow().await } else { queue.next().await } {
             let (commits, answers): (Vec<_>, Vec<_>) =

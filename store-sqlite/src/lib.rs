@@ -65,6 +65,7 @@ pub use self::{
     open::{APPLICATION_ID, Settings},
 };
 use self::{
+    error::open_error,
     group::Prepared,
     open::Database,
     writer::{QUEUE_COMMITS_MAX, Submission, Writer},
@@ -120,19 +121,7 @@ impl SqliteStore {
         let (queue, submissions) = mpsc::channel(QUEUE_COMMITS_MAX);
         let (end, ended) = watch::channel(None);
         let writer = Writer { database: database.clone(), connection: Some(connection), queue: submissions, head };
-        // A second task watches over the first, so that even a panic in it is heard of.
-        let writing = tokio::spawn(writer.run());
-        tokio::spawn(async move {
-            let result = match writing.await {
-                Ok(Ok(())) => Ok(()),
-                Ok(Err(error)) => Err(error.to_string()),
-                Err(error) => Err(error.to_string()),
-            };
-            if let Err(reason) = &result {
-                tracing::error!(reason, "the writer of a store has failed");
-            }
-            end.send_replace(Some(result));
-        });
+        writer.start(end).map_err(|error| open_error(&database.path, &sqlx::Error::Io(error)))?;
         let queue = RwLock::new(Some(queue));
         Ok(Self { shared: Arc::new(Shared { database, queue, head: head_seen, ended, readers }) })
     }

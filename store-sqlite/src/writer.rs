@@ -1,9 +1,18 @@
-//! The one task that writes: takes the commits that are waiting as a group, and makes one transaction of them.
+//! The one thread that writes: takes the commits that are waiting as a group, and makes one transaction of them.
+
+use std::{
+    io,
+    panic::{self, AssertUnwindSafe},
+    thread,
+};
 
 use annals::{CommitError, Committed, DocumentKey, Position, StreamId};
 use chrono::{DateTime, Utc};
 use sqlx::{Connection, SqliteConnection};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::{
+    runtime,
+    sync::{mpsc, oneshot, watch},
+};
 
 use crate::{
     error::{Fault, commit_error, fault, write_error},
@@ -41,8 +50,26 @@ pub(crate) struct Writer {
 }
 
 impl Writer {
+    /// Runs on a thread of its own: as a task among those of the callers it would wait behind hundreds of them at each step,
+    /// with the file idle meanwhile. At the end it says how it ended, even if that was a panic.
+    pub(crate) fn start(self, end: watch::Sender<Option<Result<(), String>>>) -> io::Result<()> {
+        let runtime = runtime::Builder::new_current_thread().enable_time().build()?;
+        let run = move || {
+            let ran = panic::catch_unwind(AssertUnwindSafe(|| runtime.block_on(self.run())));
+            let result = match ran {
+                Ok(ended) => ended.map_err(|error| error.to_string()),
+                Err(_) => Err("it panicked".to_owned()),
+            };
+            if let Err(reason) = &result {
+                tracing::error!(reason, "the writer of a store has failed");
+            }
+            end.send_replace(Some(result));
+        };
+        thread::Builder::new().name("annals-sqlite".into()).spawn(run).map(drop)
+    }
+
     /// Runs until the last sender is gone and the queue is empty, then leaves a file without a log beside it.
-    pub(crate) async fn run(mut self) -> Result<(), sqlx::Error> {
+    async fn run(mut self) -> Result<(), sqlx::Error> {
         while let Some(first) = self.queue.recv().await {
             let group = self.group(first);
             self.write(group).await;
