@@ -23,12 +23,11 @@ const UNNEST_ROWS: usize = 500;
 /// How long a broker may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-#[derive(sqlx::FromRow)]
 pub struct Row {
     stream_id: String,
     version: i64,
     event_id: Uuid,
-    r#type: String,
+    type_name: String,
     data: String,
     metadata: String,
 }
@@ -41,7 +40,17 @@ pub async fn events(url: &str, schemas: &[String]) -> Result<Vec<Row>, Failure> 
         let sql = format!(
             "SELECT stream_id, version, event_id, type, data::text, metadata::text FROM {schema}.events ORDER BY position"
         );
-        rows.extend(sqlx::query_as::<_, Row>(AssertSqlSafe(sql)).fetch_all(&mut connection).await?);
+        let found: Vec<(String, i64, Uuid, String, String, String)> =
+            sqlx::query_as(AssertSqlSafe(sql)).fetch_all(&mut connection).await?;
+        let row = |(stream_id, version, event_id, type_name, data, metadata)| Row {
+            stream_id,
+            version,
+            event_id,
+            type_name,
+            data,
+            metadata,
+        };
+        rows.extend(found.into_iter().map(row));
     }
     connection.close().await?;
     Ok(rows)
@@ -66,7 +75,7 @@ pub async fn unnest(url: &str, rows: Vec<Row>, sagas: usize) -> Result<Measured,
             .bind(column(|row| &row.stream_id))
             .bind(chunk.iter().map(|row| row.version).collect::<Vec<_>>())
             .bind(chunk.iter().map(|row| row.event_id).collect::<Vec<_>>())
-            .bind(column(|row| &row.r#type))
+            .bind(column(|row| &row.type_name))
             .bind(column(|row| &row.data))
             .bind(column(|row| &row.metadata))
             .execute(&mut connection)

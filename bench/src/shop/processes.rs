@@ -81,10 +81,11 @@ impl Processes {
 
     /// A customer hands in so many orders, so many at a time; then the services are stopped.
     pub async fn sell(mut self, orders: usize, at_once: usize) -> Result<Measured, Failure> {
-        let mut customer = tokio::process::Command::new(sample_shop()?);
+        let mut customer = Command::new(sample_shop()?);
         customer.args(["run", "--json", "--quiet", "--http", &self.url, "--generate", &orders.to_string()]);
         customer.args(["--decline-rate", "0.1", "--cancel-rate", "0", "--concurrency", &at_once.to_string()]);
-        let output = customer.kill_on_drop(true).stderr(Stdio::inherit()).output().await?;
+        customer.stderr(Stdio::inherit());
+        let output = tokio::task::spawn_blocking(move || customer.output()).await??;
         let text = String::from_utf8(output.stdout)?;
         let last = text.lines().last().ok_or("the customer said nothing")?;
         let summary: Summary = serde_json::from_str(last).map_err(|error| format!("{last}: {error}"))?;
