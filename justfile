@@ -8,7 +8,8 @@ ci: fmt clippy doc deny test
 fmt:
     cargo fmt --all --check
 
-# The one feature that is left out, `tls` of the Kafka bus, builds OpenSSL from source for minutes and has no code of ours.
+# The one feature that is left out, `tls` of the Kafka bus, builds OpenSSL from source for minutes and has no code of ours,
+# but for a test: cargo test -p annals-kafka --features tls.
 clippy:
     cargo clippy --workspace --all-targets --features annals/testing -- -D warnings
 

@@ -1,6 +1,6 @@
 //! The bus on Kafka beside its limits: rdkafka and sqlx in bare loops, in the same run.
 
-mod bare;
+pub mod bare;
 mod ours;
 
 use std::path::PathBuf;
@@ -82,6 +82,6 @@ async fn measure(arguments: &Arguments, server: &Server, brokers: &str) -> Resul
         let bare = bare::hop(url, brokers, &bare, partitions, arguments.hops);
         bench.measure("commit here to commit there", "2 INSERTs and a message", bare).await?;
     }
-    report(&bench.sides, arguments.json);
+    report(&bench, arguments.json);
     Ok(())
 }

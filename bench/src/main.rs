@@ -7,6 +7,7 @@ mod counting;
 mod kafka;
 mod postgres;
 mod sagas;
+mod shop;
 
 use std::path::PathBuf;
 
@@ -49,6 +50,7 @@ struct Arguments {
 enum Store {
     Postgres(postgres::Arguments),
     Kafka(kafka::Arguments),
+    Shop(shop::Arguments),
 }
 
 #[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
@@ -81,6 +83,7 @@ async fn main() -> Result<(), Failure> {
     match arguments.store {
         Some(Store::Postgres(arguments)) => return tokio::spawn(postgres::run(arguments)).await?,
         Some(Store::Kafka(arguments)) => return tokio::spawn(kafka::run(arguments)).await?,
+        Some(Store::Shop(arguments)) => return tokio::spawn(shop::run(arguments)).await?,
         None => {}
     }
     // On a worker of the runtime: what this thread spawns would wait in a queue that busy workers seldom look at.

@@ -91,6 +91,8 @@ struct Against {
 pub struct Bench<'s> {
     server: &'s Server,
     pub sides: Vec<Side>,
+    /// Further findings, told below the table.
+    notes: Vec<String>,
     runs: usize,
 }
 
@@ -105,7 +107,7 @@ impl Side {
 
 impl<'s> Bench<'s> {
     pub fn new(server: &'s Server) -> Self {
-        Self { server, sides: Vec::new(), runs: 0 }
+        Self { server, sides: Vec::new(), notes: Vec::new(), runs: 0 }
     }
 
     /// A name that no aggregate had yet. They rise, as those of a real service do.
@@ -143,6 +145,10 @@ impl<'s> Bench<'s> {
     pub fn rate(&mut self, ours: usize, limit: usize, what: &'static str, goal: &'static str) {
         self.sides[ours].against = Some(Against { side: limit, by: |sample| sample.per_second, what });
         self.goal(ours, goal);
+    }
+
+    pub fn note(&mut self, note: String) {
+        self.notes.push(note);
     }
 
     pub fn goal(&mut self, ours: usize, goal: &'static str) {
@@ -261,11 +267,12 @@ async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> 
             bench.sides[many].workload += &format!(" ({ratio:.2} of few, ≥ 0.9)");
         }
     }
-    report(&bench.sides, arguments.json);
+    report(&bench, arguments.json);
     Ok(())
 }
 
-pub fn report(sides: &[Side], json: bool) {
+pub fn report(bench: &Bench<'_>, json: bool) {
+    let sides = &bench.sides;
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED);
     table.set_header([
@@ -314,7 +321,10 @@ pub fn report(sides: &[Side], json: bool) {
     }
     if !json {
         println!("{table}");
-        println!("trips, commits, WAL and CPU are per 1,000 operations; CPU is of both sides of the connection");
+        bench.notes.iter().for_each(|note| println!("{note}"));
+        println!(
+            "trips, commits, WAL and CPU are per 1,000 operations; CPU is of both sides of the connection, and of no broker"
+        );
         println!("a commit is a transaction that has a number of its own: those that only notify others have one too");
     }
 }

@@ -282,10 +282,10 @@ fn delivery(partition: &Partition, record: &BorrowedMessage<'_>) -> Delivery {
 #[async_trait]
 impl Consumer for Member {
     async fn poll(&mut self, max: usize) -> Result<Polled, BusError> {
-        self.find_brokers().await?;
         self.let_go().await?;
         let news = self.news.clone();
         loop {
+            self.find_brokers().await?;
             let woken = news.notified();
             let consumer = self.consumer()?.clone();
             let mut deliveries = Vec::new();
@@ -308,6 +308,8 @@ impl Consumer for Member {
                 };
                 let record = match polled {
                     Ok(record) => record,
+                    // By now they may be back, which only asking them tells.
+                    Err(error) if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) => continue,
                     // Told again and again while it lasts; what was taken comes first.
                     Err(error) if deliveries.is_empty() => return Err(unavailable(error)),
                     Err(_) => break,
@@ -339,9 +341,11 @@ impl Consumer for Member {
             if !self.wiped.is_empty() {
                 return Ok(Polled::Wiped(std::mem::take(&mut self.wiped)));
             }
-            tokio::select! {
-                () = woken => {}
-                () = tokio::time::sleep(LOOK) => {}
+            if !consumer.context().lost.load(Ordering::Acquire) {
+                tokio::select! {
+                    () = woken => {}
+                    () = tokio::time::sleep(LOOK) => {}
+                }
             }
         }
     }

@@ -62,6 +62,14 @@ impl Settings {
         self
     }
 
+    /// A text of a client or a broker, unless it repeats what may be a secret.
+    pub(crate) fn without_secrets<'t>(&self, text: &'t str) -> &'t str {
+        let is_secret =
+            |name: &str| ["password", "secret", "key", "token", "config"].iter().any(|word| name.contains(word));
+        let mut secrets = self.client.iter().filter(|(name, value)| is_secret(name) && !value.is_empty());
+        if secrets.any(|(_, value)| text.contains(&**value)) { "it says why, and repeats a secret" } else { text }
+    }
+
     /// What producers and consumers have in common.
     pub(crate) fn client(&self) -> ClientConfig {
         let mut config = ClientConfig::new();
@@ -203,6 +211,13 @@ mod tests {
         assert_eq!((config.get("sasl.password"), config.get("acks")), (Some("p&q"), Some("all")));
         let error = settings.set("acks", "1").finish(ClientConfig::new(), &[("acks", "all")]).unwrap_err();
         assert!(error.to_string().contains("acks must be all"), "{error}");
+    }
+
+    #[test]
+    fn what_repeats_a_secret_is_not_told() {
+        let settings: Settings = "kafka://a:1?sasl.password=horse&sasl.mechanisms=PLAIN".parse().unwrap();
+        assert_eq!(settings.without_secrets("PLAIN: no such user"), "PLAIN: no such user");
+        assert!(!settings.without_secrets("PLAIN: shop:horse is wrong").contains("horse"));
     }
 
     #[test]

@@ -8,10 +8,11 @@ use std::{
 
 use annals::BusError;
 use rdkafka::{
+    ClientContext,
     admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication},
     client::DefaultClientContext,
-    consumer::{BaseConsumer, Consumer as _},
-    error::RDKafkaErrorCode,
+    consumer::{BaseConsumer, Consumer as _, ConsumerContext},
+    error::{KafkaError, RDKafkaErrorCode},
     types::RDKafkaErrorCode as Code,
 };
 
@@ -19,34 +20,74 @@ use crate::settings::{Settings, misconfigured};
 
 /// How long a cluster may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How often it is looked, while nobody answers, whether somebody refused.
+const LOOK: Duration = Duration::from_millis(500);
 /// How long until all brokers know of a new topic.
 const SETTLED: Duration = Duration::from_secs(10);
 /// What brokers take by default.
 const MESSAGE_BYTES_DEFAULT: usize = 1_000_000;
+
+/// Hears why a broker does not let us in.
+#[derive(Default)]
+struct Door {
+    closed: Mutex<Option<String>>,
+}
+
+impl ClientContext for Door {
+    fn error(&self, error: KafkaError, reason: &str) {
+        tracing::warn!(%error, reason, "Kafka client");
+        if let Some(code @ (Code::Authentication | Code::SSL)) = error.rdkafka_error_code() {
+            *self.closed.lock().unwrap_or_else(PoisonError::into_inner) = Some(format!("{code}: {reason}"));
+        }
+    }
+}
+
+impl ConsumerContext for Door {}
 
 /// The topics that are known to be there, each with the largest message it takes in bytes.
 pub(crate) struct Topics {
     settings: Settings,
     admin: AdminClient<DefaultClientContext>,
     /// A client of another kind: the admin's would have brokers make what it looks for.
-    looking: Arc<BaseConsumer>,
+    looking: Arc<BaseConsumer<Door>>,
     known: Mutex<HashMap<Arc<str>, usize>>,
 }
 
 impl Topics {
     pub fn new(settings: &Settings) -> Result<Self, BusError> {
         let admin = settings.finish(settings.client(), &[])?.create().map_err(misconfigured)?;
-        let looking: BaseConsumer = settings.finish(settings.consumer(), &[])?.create().map_err(misconfigured)?;
+        let looking = settings.finish(settings.consumer(), &[])?.create_with_context(Door::default());
+        let looking: BaseConsumer<Door> = looking.map_err(misconfigured)?;
         Ok(Self { settings: settings.clone(), admin, looking: Arc::new(looking), known: Mutex::default() })
     }
 
     /// The id of the cluster.
     pub async fn cluster(&self) -> Result<Arc<str>, BusError> {
         let looking = self.looking.clone();
-        let cluster = tokio::task::spawn_blocking(move || looking.client().fetch_cluster_id(PATIENCE));
-        let cluster = cluster.await.map_err(|error| BusError::Unavailable(error.to_string()))?;
-        let silent = || format!("no broker of {} answered within {} s", self.settings, PATIENCE.as_secs());
-        cluster.map(Into::into).ok_or_else(|| BusError::Unavailable(silent()))
+        let asked = tokio::task::spawn_blocking(move || {
+            for _ in 0..PATIENCE.as_millis() / LOOK.as_millis() {
+                if let Some(cluster) = looking.client().fetch_cluster_id(LOOK) {
+                    return Ok(cluster);
+                }
+                // What went wrong is told to those who poll.
+                while looking.poll(Duration::ZERO).is_some() {}
+                if let Some(closed) = looking.context().closed.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                    return Err(Some(closed));
+                }
+            }
+            Err(None)
+        });
+        match asked.await.map_err(|error| BusError::Unavailable(error.to_string()))? {
+            Ok(cluster) => Ok(cluster.into()),
+            Err(Some(closed)) => {
+                let reason = self.settings.without_secrets(&closed);
+                Err(BusError::Misconfigured(format!("{} does not let us in: {reason}", self.settings)))
+            }
+            Err(None) => {
+                let seconds = PATIENCE.as_secs();
+                Err(BusError::Unavailable(format!("no broker of {} answered within {seconds} s", self.settings)))
+            }
+        }
     }
 
     fn known(&self) -> std::sync::MutexGuard<'_, HashMap<Arc<str>, usize>> {

@@ -135,7 +135,7 @@ impl Joined {
                 reporter: health.reporter(&part),
             };
             let (home, assigned, lane_of) = (group.home.clone(), Vec::new(), HashMap::new());
-            let member = Member { worker, consumer, home, is_local, assigned, lane_of, unsettled: false };
+            let member = Member { worker, consumer, home, is_local, assigned, lane_of, unsettled: false, ahead: None };
             member.consume(part, health.clone(), shutdown.clone())
         })
     }
@@ -153,6 +153,8 @@ struct Member {
     lane_of: HashMap<Partition, usize>,
     /// Whether assigned partitions still lack their place: something failed since they had it.
     unsettled: bool,
+    /// What was polled while the batch before it was handled.
+    ahead: Option<Result<Polled, BusError>>,
 }
 
 impl Member {
@@ -172,7 +174,7 @@ impl Member {
                 calm_from = Instant::now() + CALM;
             }
             let ended = tokio::select! {
-                polled = self.consumer.poll(BATCH_MAX) => match polled {
+                polled = next(&mut self.ahead, &mut *self.consumer) => match polled {
                     Ok(polled) => self.take(polled).await,
                     Err(error) => Err(error.into()),
                 },
@@ -188,6 +190,12 @@ impl Member {
                 Ok(()) => backoff.reset(),
                 Err(error) => {
                     self.unsettled = true;
+                    match self.ahead.take() {
+                        Some(Ok(Polled::Assigned(partitions))) => self.assigned.extend(partitions),
+                        Some(Ok(Polled::Revoked(partitions))) => self.let_go(&partitions),
+                        // Messages too are polled again from the offset in the store.
+                        Some(_) | None => {}
+                    }
                     self.pause(&error, &mut backoff, &shutdown).await;
                 }
             }
@@ -218,7 +226,7 @@ impl Member {
                 self.worker.reporter.fine();
             }
             Polled::Revoked(partitions) => {
-                self.assigned.retain(|partition| !partitions.contains(partition));
+                self.let_go(&partitions);
                 self.assign(false).await?;
             }
             Polled::Wiped(partitions) => {
@@ -230,6 +238,7 @@ impl Member {
                 }
             }
             Polled::Messages(deliveries) => {
+                let is_behind = deliveries.len() >= BATCH_MAX;
                 let (mut nexts, mut ahead) = (HashMap::new(), HashMap::new());
                 let mut items = Vec::with_capacity(deliveries.len());
                 for delivery in deliveries {
@@ -250,7 +259,7 @@ impl Member {
                     }
                     nexts.insert(delivery.partition, (lane, next, id));
                 }
-                self.worker.deliver(&items).await?;
+                self.deliver(&items, is_behind).await?;
                 let lanes = &self.worker.lanes;
                 let behind = nexts.values().filter(|(lane, next, _)| lanes[*lane].next < *next);
                 let after =
@@ -265,6 +274,24 @@ impl Member {
             }
         }
         Ok(())
+    }
+
+    fn let_go(&mut self, partitions: &[Partition]) {
+        self.assigned.retain(|partition| !partitions.contains(partition));
+    }
+
+    /// Handles the items. Who is behind polls once meanwhile, so that the next ones are there when these are committed; who is
+    /// not finds more of them afterwards.
+    async fn deliver(&mut self, items: &[Item], is_behind: bool) -> Result<(), Stop> {
+        let Self { worker, consumer, ahead, .. } = self;
+        let mut delivering = std::pin::pin!(worker.deliver(items));
+        loop {
+            tokio::select! {
+                biased;
+                delivered = &mut delivering => return delivered,
+                polled = consumer.poll(BATCH_MAX), if is_behind && ahead.is_none() => *ahead = Some(polled),
+            }
+        }
     }
 
     /// Takes exactly the assigned partitions. New ones, and with `rewind` all, are delivered from the offset in the store.
@@ -299,5 +326,13 @@ impl Member {
         }
         self.unsettled = false;
         Ok(())
+    }
+}
+
+/// What was polled ahead, or the next poll. Dropped at any time, it loses nothing.
+async fn next(ahead: &mut Option<Result<Polled, BusError>>, consumer: &mut dyn Consumer) -> Result<Polled, BusError> {
+    match ahead.take() {
+        Some(polled) => polled,
+        None => consumer.poll(BATCH_MAX).await,
     }
 }

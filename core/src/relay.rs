@@ -5,7 +5,7 @@ use std::{collections::VecDeque, sync::Arc};
 use async_trait::async_trait;
 use futures::{FutureExt, future::join_all};
 use serde::Deserialize;
-use tokio::time::Instant;
+use tokio::{task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -20,7 +20,7 @@ use crate::{
     instance::Instance,
     parking::ParkedKeys,
     saga::{Command, StepEvent, attribute},
-    store::{EventStore, LogQuery, StoreError},
+    store::{EventStore, LogPage, LogQuery, StoreError},
     subscription::{IDLE_CHECKPOINT, lane_of},
     work::Work,
     worker::{PARKED_TICK, RetryPolicy, Stop, Worker},
@@ -265,6 +265,10 @@ impl Relay {
         let mut in_flight: VecDeque<InFlight> = VecDeque::new();
         let (mut moved_at, mut patient_until) = (Instant::now(), Instant::now() + LAST_RECEIPTS);
         let mut stalls_at = Instant::now() + STALLED;
+        let store = worker.store.clone();
+        let (mut more, mut is_more) = (store.wait(cursor), true);
+        // The page after the one that is being published, read meanwhile by another processor.
+        let mut ahead: JoinSet<Result<LogPage, StoreError>> = JoinSet::new();
         let mut tick = tokio::time::interval(PARKED_TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -280,11 +284,20 @@ impl Relay {
                 patient_until = Instant::now() + LAST_RECEIPTS;
             }
             let room = in_flight.len() < PAGES_IN_FLIGHT && !stopping;
-            let mut caught_up = true;
-            if room {
-                let page = worker.store.read_log(&query, cursor, PAGE).await?;
-                caught_up = page.next == cursor;
+            if room && is_more {
+                let page = match ahead.join_next().await {
+                    Some(read) => read.map_err(|error| StoreError::Unavailable(error.to_string()))??,
+                    None => store.read_log(&query, cursor, PAGE).await?,
+                };
+                // A short page is the last one, or a wait for more is over at once.
+                is_more = page.events.len() >= PAGE;
                 cursor = page.next;
+                more = store.wait(cursor);
+                if is_more {
+                    let (store, query) = (store.clone(), query.clone());
+                    let reading = async move { store.read_log(&query, cursor, PAGE).await };
+                    ahead.spawn(reading);
+                }
                 let (messages, sources) = self.messages(lane, &label, worker, &page.events).await?;
                 if !messages.is_empty() {
                     if in_flight.is_empty() {
@@ -337,8 +350,11 @@ impl Relay {
                         backoff.reset();
                     }
                 }
-                woken = worker.store.wait(cursor), if room && caught_up => woken?,
-                () = std::future::ready(()), if room && !caught_up => {}
+                woken = &mut more, if room && !is_more => {
+                    woken?;
+                    is_more = true;
+                }
+                () = std::future::ready(()), if room && is_more => {}
                 _ = tick.tick() => {
                     worker.redrive_due().await?;
                     if in_flight.is_empty() && worker.lanes[0].next < cursor.0 && moved_at.elapsed() > IDLE_CHECKPOINT {

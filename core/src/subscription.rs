@@ -231,29 +231,26 @@ impl Subscription {
                     }
                 }
             }
-            let caught_up = page.next == cursor;
+            // A short page is the last one, or a wait for more is over at once.
+            let caught_up = page.events.len() < page_size;
             cursor = page.next;
-            if !caught_up {
-                if worker.lanes[0].next < cursor.0 && moved_at.elapsed() > IDLE_CHECKPOINT {
-                    worker.checkpoint(cursor.0).await?;
-                    moved_at = Instant::now();
-                }
-                if worker.parked.is_empty() {
-                    continue;
-                }
+            if !caught_up && worker.parked.is_empty() {
+                skip(worker, cursor, &mut moved_at).await?;
+                continue;
             }
-            tokio::select! {
-                woken = worker.store.wait(cursor), if caught_up => woken?,
-                _ = tick.tick() => {
-                    worker.redrive_due().await?;
-                    if worker.lanes[0].next < cursor.0 && moved_at.elapsed() > IDLE_CHECKPOINT {
-                        worker.checkpoint(cursor.0).await?;
-                        moved_at = Instant::now();
+            let store = worker.store.clone();
+            let mut more = store.wait(cursor);
+            loop {
+                tokio::select! {
+                    woken = &mut more, if caught_up => break woken?,
+                    () = std::future::ready(()), if !caught_up => break,
+                    _ = tick.tick() => {
+                        worker.redrive_due().await?;
+                        skip(worker, cursor, &mut moved_at).await?;
                     }
+                    () = shutdown.cancelled() => break,
+                    () = claim.ends(), if !shutdown.is_cancelled() => break,
                 }
-                () = shutdown.cancelled() => {}
-                () = claim.ends(), if !shutdown.is_cancelled() => {}
-                () = std::future::ready(()), if !caught_up => {}
             }
         }
         if worker.lanes[0].next < cursor.0 {
@@ -262,6 +259,15 @@ impl Subscription {
         let next = worker.lanes[0].next;
         claim.release(worker, next).await
     }
+}
+
+/// Moves the checkpoint now and then past what was not for this lane.
+async fn skip(worker: &mut Worker, cursor: Position, moved_at: &mut Instant) -> Result<(), Stop> {
+    if worker.lanes[0].next < cursor.0 && moved_at.elapsed() > IDLE_CHECKPOINT {
+        worker.checkpoint(cursor.0).await?;
+        *moved_at = Instant::now();
+    }
+    Ok(())
 }
 
 /// The lane of a stream: a hash that must never change, because checkpoints are stored by it (FNV-1a, 32 bits).

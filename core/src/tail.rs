@@ -35,6 +35,8 @@ pub struct Tail {
     store: Arc<dyn EventStore>,
     recent: Mutex<Recent>,
     fetch: tokio::sync::Mutex<()>,
+    /// Held by the one who waits for the store on behalf of all.
+    waits: tokio::sync::Mutex<()>,
     last: watch::Sender<Position>,
     /// Commits of this process that the store has not answered yet.
     committing: AtomicUsize,
@@ -92,7 +94,8 @@ impl Tail {
         let head = store.status().await?.head;
         let recent = Mutex::new(Recent { after: head, last: head, ..Recent::default() });
         let (last, committing) = (watch::Sender::new(head), AtomicUsize::new(0));
-        Ok(Self { store, recent, fetch: tokio::sync::Mutex::default(), last, committing })
+        let (fetch, waits) = Default::default();
+        Ok(Self { store, recent, fetch, waits, last, committing })
     }
 
     fn change(&self, change: impl FnOnce(&mut Recent)) {
@@ -128,6 +131,36 @@ impl Tail {
 
     fn ends_at(&self) -> Position {
         *self.last.borrow()
+    }
+
+    /// Reads on from the end, if that is where it still stands.
+    async fn fetch_after(&self, end: Position) -> Result<(), StoreError> {
+        let _one_fetches = self.fetch.lock().await;
+        if end == self.ends_at() {
+            let page = self.store.read_log(&LogQuery::all(), end, PAGE).await?;
+            self.change(|recent| recent.extend(page.events, page.next));
+        }
+        Ok(())
+    }
+
+    /// Follows the store for ever, one caller at a time for all of them: who waits is told by `last`.
+    async fn follow_on(&self) -> StoreError {
+        loop {
+            let _one_waits = self.waits.lock().await;
+            // After one commit there is often another of this process, and then the store need not be asked for more at all.
+            tokio::time::sleep(SHOWN_SOON).await;
+            let end = self.ends_at();
+            if let Err(error) = self.store.wait(end).await {
+                return error;
+            }
+            // The store knows more. If that is a commit of this process, it is about to be shown, and need not be read.
+            if self.committing.load(Ordering::Acquire) > 0 {
+                _ = tokio::time::timeout(SHOWN_SOON, self.last.subscribe().wait_for(|last| *last > end)).await;
+            }
+            if let Err(error) = self.fetch_after(end).await {
+                return error;
+            }
+        }
     }
 
     /// Shows a commit of this process, if the store tells where its events stand.
@@ -168,14 +201,7 @@ impl EventStore for Tail {
         if after != self.ends_at() {
             return self.store.read_log(query, after, limit).await;
         }
-        let _one_fetches = self.fetch.lock().await;
-        if let Some(page) = self.held(query, after, limit) {
-            return Ok(page);
-        }
-        if after == self.ends_at() {
-            let page = self.store.read_log(&LogQuery::all(), after, PAGE).await?;
-            self.change(|recent| recent.extend(page.events, page.next));
-        }
+        self.fetch_after(after).await?;
         Ok(self.held(query, after, limit).unwrap_or(LogPage { events: Vec::new(), next: after }))
     }
 
@@ -206,14 +232,9 @@ impl EventStore for Tail {
         let mut last = self.last.subscribe();
         tokio::select! {
             biased;
-            _ = last.wait_for(|last| *last > after) => return Ok(()),
-            stored = self.store.wait(after) => stored?,
+            _ = last.wait_for(|last| *last > after) => Ok(()),
+            error = self.follow_on() => Err(error),
         }
-        // The store knows more. If that is a commit of this process, it is about to be shown, and need not be read.
-        if self.committing.load(Ordering::Acquire) > 0 {
-            _ = tokio::time::timeout(SHOWN_SOON, last.wait_for(|last| *last > after)).await;
-        }
-        Ok(())
     }
 
     async fn status(&self) -> Result<StoreStatus, StoreError> {

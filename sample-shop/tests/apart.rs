@@ -3,45 +3,64 @@
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 
+#[path = "../../tests/tests/postgres/server.rs"]
+#[allow(dead_code)]
+mod server;
 mod serving;
 mod summary;
+#[path = "../../tests/tests/kafka/topic.rs"]
+#[allow(dead_code)]
+mod topic;
 
 use std::{
+    collections::{BTreeSet, HashMap},
+    ops::Range,
     path::PathBuf,
-    process::Command,
+    process::{Child, Command},
     time::{Duration, Instant},
 };
 
 use annals_tests::kafka::Broker;
 use serde_json::Value;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
+use tokio::task::spawn_blocking;
 use uuid::Uuid;
 
 use self::{
+    server::Server,
     serving::{PATIENCE, Serving},
     summary::business,
 };
 
 const ROLES: [&str; 4] = ["order", "inventory", "payment", "notification"];
-const UNLUCKY: [&str; 10] =
-    ["--generate", "1200", "--decline-rate", "0.1", "--cancel-rate", "0.05", "--seed", "7", "--stock-factor", "0.7"];
-/// How many times somebody is killed before the orders may end.
-const KILLS: usize = 12;
+/// What the topic of each service has of its log.
+const PUBLISHED: [(&str, &str); 4] = [
+    ("order", "^(order|return)-"),
+    ("inventory", "^stock-"),
+    ("payment", "^payment-"),
+    ("notification", "^notification-"),
+];
+/// How long faults last, in seconds. SHOP_FAULT_SECONDS says otherwise: two minutes before a release.
+const FAULT_SECONDS: u64 = 18;
+/// Orders for each of these seconds: more than are done meanwhile, here.
+const ORDERS_PER_SECOND: u64 = 65;
+/// How many orders are under way at once.
+const AT_ONCE: &str = "32";
 
 /// Where the services keep what they know.
 struct Schemas {
     run: String,
-    server: PgConnection,
+    server: String,
 }
 
 impl Schemas {
-    async fn new() -> Self {
-        let server = PgConnection::connect(&Self::server()).await.unwrap();
-        Self { run: Uuid::new_v4().simple().to_string(), server }
+    fn new() -> Self {
+        let server = std::env::var("DATABASE_URL");
+        Self::at(server.expect("run the tests with `./test`, which starts a PostgreSQL of its own"))
     }
 
-    fn server() -> String {
-        std::env::var("DATABASE_URL").expect("run the tests with `./test`, which starts a PostgreSQL of its own")
+    fn at(server: String) -> Self {
+        Self { run: Uuid::new_v4().simple().to_string(), server }
     }
 
     fn name(&self, role: &str) -> String {
@@ -49,18 +68,26 @@ impl Schemas {
     }
 
     fn url(&self, role: &str) -> String {
-        let server = Self::server();
+        let server = &self.server;
         let and = if server.contains('?') { '&' } else { '?' };
         format!("{server}{and}schema={}", self.name(role))
     }
 
-    async fn ask(&mut self, role: &str, sql: &str) -> i64 {
-        let sql = sql.replace("annals.", &format!("{}.", self.name(role)));
-        sqlx::query_scalar(AssertSqlSafe(sql)).fetch_one(&mut self.server).await.unwrap()
+    async fn connection(&self) -> PgConnection {
+        PgConnection::connect(&self.server).await.unwrap()
+    }
+
+    /// A statement of which `annals` is the schema of this role.
+    fn sql(&self, role: &str, sql: &str) -> AssertSqlSafe<String> {
+        AssertSqlSafe(sql.replace("annals.", &format!("{}.", self.name(role))))
+    }
+
+    async fn ask(&self, role: &str, sql: &str) -> i64 {
+        sqlx::query_scalar(self.sql(role, sql)).fetch_one(&mut self.connection().await).await.unwrap()
     }
 
     /// What must be so in each of them, by plain SQL.
-    async fn hold_together(&mut self) {
+    async fn hold_together(&self) {
         // What operators see of a saga is a moment behind it.
         let started = Instant::now();
         while self.ask("order", "SELECT count(*) FROM annals.sagas WHERE ended_at IS NULL").await > 0 {
@@ -93,12 +120,48 @@ impl Schemas {
         assert_eq!(self.ask("payment", paid_twice).await, 0, "charged twice");
     }
 
-    async fn drop(mut self) {
-        for role in ROLES {
-            let sql = format!("DROP SCHEMA {} CASCADE", self.name(role));
-            sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut self.server).await.unwrap();
+    /// What a plain consumer finds in the topics is what the logs hold: every event, under its stream, in order.
+    async fn agree_with(&self, broker: &Broker) {
+        for (role, published) in PUBLISHED {
+            let logged = "SELECT event_id, stream_id, version FROM annals.events WHERE stream_id ~ $1";
+            let logged = sqlx::query_as(self.sql(role, logged)).bind(published);
+            let logged: BTreeSet<(Uuid, String, i64)> =
+                logged.fetch_all(&mut self.connection().await).await.unwrap().into_iter().collect();
+            let started = Instant::now();
+            loop {
+                let (brokers, name) = (broker.address(), format!("{role}.events"));
+                let records = spawn_blocking(move || topic::read(&brokers, &name)).await.unwrap();
+                let found = in_order(&records);
+                // A relay may have something left to send.
+                if found.len() >= logged.len() || started.elapsed() > PATIENCE {
+                    let (in_topic, in_log) = (found.len(), logged.len());
+                    assert!(found == logged, "{role}: {in_topic} in the topic, {in_log} in the log");
+                    println!("{role}: {in_log} events, {} of them sent again", records.len() - in_topic);
+                    break;
+                }
+            }
         }
     }
+
+    async fn drop(self) {
+        for role in ROLES {
+            let sql = format!("DROP SCHEMA {} CASCADE", self.name(role));
+            sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut self.connection().await).await.unwrap();
+        }
+    }
+}
+
+/// The events of a topic, without repeats: id, stream and version. What is sent again comes after what it repeats.
+fn in_order(records: &[topic::Record]) -> BTreeSet<(Uuid, String, i64)> {
+    let (mut found, mut last) = (BTreeSet::new(), HashMap::new());
+    for record in records {
+        let (stream, version) = (record.text_key(), record.header("ce_streamversion").unwrap().parse().unwrap());
+        if found.insert((record.id(), stream.to_owned(), version)) {
+            let before = last.insert(stream, (record.partition, version)).unwrap_or((record.partition, 0));
+            assert_eq!((record.partition, version - 1), before, "{stream} is out of order");
+        }
+    }
+    found
 }
 
 fn without_bus(mut line: Value) -> Value {
@@ -113,8 +176,9 @@ fn embedded(arguments: &[&str]) -> Value {
     ))
 }
 
+/// Who is killed keeps his partitions until his session is over. Longer, and there would be no time between faults for orders.
 fn bus(broker: &Broker) -> String {
-    format!("kafka://{}?partitions=4", broker.address())
+    format!("kafka://{}?partitions=4&session.timeout.ms=3000", broker.address())
 }
 
 #[tokio::test]
@@ -122,10 +186,11 @@ async fn december_through_four_processes_is_that_of_one() {
     let orders = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../shared/data/online-retail-2010-12.csv");
     assert!(orders.is_file(), "{} is missing: the data belongs beside the checkout", orders.display());
     let arguments = ["--stock-factor", "1.5", "--decline-rate", "0", "--orders", orders.to_str().unwrap()];
-    let (broker, mut schemas) = (Broker::start(), Schemas::new().await);
+    let (broker, schemas) = (Broker::start(), Schemas::new());
     let shop = ROLES.map(|role| Serving::start(role, &schemas.url(role), &bus(&broker)));
     assert_eq!(without_bus(business(&shop[0].buy(&arguments))), embedded(&arguments));
     schemas.hold_together().await;
+    schemas.agree_with(&broker).await;
     for mut service in shop {
         service.signal("TERM");
         assert_eq!(service.code(), Some(143));
@@ -133,32 +198,90 @@ async fn december_through_four_processes_is_that_of_one() {
     schemas.drop().await;
 }
 
+/// How long faults last, and what is ordered meanwhile.
+struct Storm {
+    lasts: Duration,
+    orders: Vec<String>,
+}
+
+impl Storm {
+    fn new() -> Self {
+        let seconds = std::env::var("SHOP_FAULT_SECONDS").map_or(FAULT_SECONDS, |seconds| seconds.parse().unwrap());
+        let generate = (seconds * ORDERS_PER_SECOND).to_string();
+        let unlucky = ["--decline-rate", "0.1", "--cancel-rate", "0.05", "--seed", "7", "--stock-factor", "0.7"];
+        let orders = ["--generate", &*generate].into_iter().chain(unlucky).map(str::to_owned).collect();
+        Self { lasts: Duration::from_secs(seconds), orders }
+    }
+
+    fn orders(&self) -> Vec<&str> {
+        self.orders.iter().map(String::as_str).collect()
+    }
+
+    fn customer(&self, at: &Serving) -> Child {
+        at.customer(&[&self.orders()[..], &["--concurrency", AT_ONCE]].concat()).spawn().unwrap()
+    }
+
+    /// A fault every so many milliseconds while the customer buys; then his summary is that of one process.
+    async fn rages(&self, mut customer: Child, every: Range<u64>, mut fault: impl AsyncFnMut(usize)) {
+        let (started, mut faults, mut in_time) = (Instant::now(), 0, 0);
+        while started.elapsed() < self.lasts {
+            // Not a wait for something to happen: the moment of the fault is what is drawn.
+            tokio::time::sleep(Duration::from_millis(fastrand::u64(every.clone()))).await;
+            in_time += usize::from(customer.try_wait().unwrap().is_none());
+            fault(faults).await;
+            faults += 1;
+        }
+        println!("{faults} faults in {:?}, {in_time} of them while somebody bought", started.elapsed());
+        assert!(in_time > faults / 2, "the customer was done before most of the faults: little was tested");
+        let line = business(&spawn_blocking(|| customer.wait_with_output().unwrap()).await.unwrap());
+        println!("all had ended after {:?}", started.elapsed());
+        assert_eq!(without_bus(line), embedded(&self.orders()), "after {faults} faults");
+    }
+}
+
 #[tokio::test]
 async fn whoever_is_killed_money_and_units_are_conserved() {
-    let expected = embedded(&UNLUCKY);
-    let (mut broker, mut schemas) = (Broker::start(), Schemas::new().await);
+    let storm = Storm::new();
+    let (mut broker, schemas) = (Broker::start(), Schemas::new());
     // Two of each share the work; what hits one must not hurt the other.
     let start = |role: &&str| Serving::start(role, &schemas.url(role), &bus(&broker));
     let mut shop: Vec<Option<Serving>> = ROLES.iter().chain(&ROLES).map(start).map(Some).collect();
     // The first instance of the order service is the one that the customer knows; it is killed too.
-    let arguments = [&UNLUCKY[..], &["--concurrency", "32"]].concat();
-    let mut customer = shop[0].as_ref().unwrap().customer(&arguments).spawn().unwrap();
-    let mut cut_off = 0;
-    for kill in 0..KILLS {
-        // Not a wait for something to happen: the moment of the kill is what is drawn.
-        tokio::time::sleep(Duration::from_millis(fastrand::u64(500..2_500))).await;
-        cut_off += usize::from(customer.try_wait().unwrap().is_none());
-        if kill == KILLS / 2 {
-            broker.kill();
-            broker.resume();
-            continue;
-        }
-        let victim = &mut shop[fastrand::usize(..ROLES.len() * 2)];
-        *victim = victim.take().map(Serving::kill_and_restart);
-    }
-    assert!(cut_off > KILLS / 2, "the customer was done before most of the kills: little was tested");
-    assert_eq!(without_bus(business(&customer.wait_with_output().unwrap())), expected, "after {cut_off} kills");
+    let customer = storm.customer(shop[0].as_ref().unwrap());
+    storm
+        .rages(customer, 1_000..4_000, async |number| {
+            if number % 16 == 5 {
+                broker.kill();
+                broker.resume();
+                return;
+            }
+            let victim = &mut shop[fastrand::usize(..ROLES.len() * 2)];
+            *victim = victim.take().map(Serving::kill_and_restart);
+        })
+        .await;
     schemas.hold_together().await;
+    schemas.agree_with(&broker).await;
     drop(shop);
     schemas.drop().await;
+}
+
+#[tokio::test]
+async fn a_database_that_is_killed_costs_a_pause() {
+    let storm = Storm::new();
+    let (broker, mut server) = (Broker::start(), Server::start().await);
+    let schemas = Schemas::at(server.url());
+    let shop = ROLES.map(|role| Serving::start(role, &schemas.url(role), &bus(&broker)));
+    storm
+        .rages(storm.customer(&shop[0]), 1_000..4_000, async |_| {
+            server.kill();
+            server.resume().await;
+        })
+        .await;
+    schemas.hold_together().await;
+    schemas.agree_with(&broker).await;
+    for mut service in shop {
+        // None of them was started again: each found its way back by itself.
+        service.signal("TERM");
+        assert_eq!(service.code(), Some(143));
+    }
 }

@@ -3,7 +3,7 @@
 use std::{
     env, fs,
     net::{TcpListener, TcpStream},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread::sleep,
     time::{Duration, Instant},
@@ -11,6 +11,10 @@ use std::{
 
 use tempfile::TempDir;
 
+/// Who may connect to a broker with SASL.
+pub const USER: &str = "shop";
+/// And by which password.
+pub const PASSWORD: &str = "correct-horse";
 /// How long a broker may take to start, also after a crash.
 const START: Duration = Duration::from_secs(180);
 /// How often a broker that starts is looked at.
@@ -33,6 +37,8 @@ pub struct Broker {
     ports: Vec<u16>,
     /// From 1.
     node: usize,
+    /// How clients connect.
+    protocol: String,
     running: Option<Child>,
 }
 
@@ -45,16 +51,27 @@ impl Drop for Broker {
 impl Broker {
     /// A cluster of one.
     pub fn start() -> Self {
-        let mut cluster = Self::cluster(1);
-        cluster.remove(0)
+        Self::cluster(1).remove(0)
+    }
+
+    /// A cluster of one that clients connect to by this protocol, such as `SASL_SSL`: as the user [`USER`] with the password
+    /// [`PASSWORD`].
+    pub fn secured(protocol: &str) -> Self {
+        Self::by_protocol(1, protocol).remove(0)
     }
 
     /// A cluster of so many.
     pub fn cluster(brokers: usize) -> Vec<Self> {
+        Self::by_protocol(brokers, "PLAINTEXT")
+    }
+
+    fn by_protocol(brokers: usize, protocol: &str) -> Vec<Self> {
         let ports: Vec<u16> = free_ports(brokers);
-        let mut cluster: Vec<Self> = (1..=brokers)
-            .map(|node| Self { folder: tempfile::tempdir().unwrap(), ports: ports.clone(), node, running: None })
-            .collect();
+        let broker = |node| {
+            let (folder, ports, protocol) = (tempfile::tempdir().unwrap(), ports.clone(), protocol.to_owned());
+            Self { folder, ports, node, protocol, running: None }
+        };
+        let mut cluster: Vec<Self> = (1..=brokers).map(broker).collect();
         // Each of them waits for the others.
         cluster.iter_mut().for_each(Self::launch);
         cluster.iter_mut().for_each(Self::settle);
@@ -75,6 +92,7 @@ impl Broker {
         broker.arg(self.folder.path()).arg(ports.join(",")).arg(self.node.to_string());
         // It is started often and lives for seconds.
         broker.env("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1").env("KAFKA_HEAP", "256m");
+        broker.env("KAFKA_PROTOCOL", &self.protocol).env("KAFKA_PASSWORD", PASSWORD);
         broker.env("KAFKA_JARS", jars()).stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         self.running = Some(broker.spawn().unwrap());
     }
@@ -113,6 +131,11 @@ impl Broker {
     /// Where clients find it.
     pub fn address(&self) -> String {
         format!("127.0.0.1:{}", self.port())
+    }
+
+    /// The certificate to trust, if it has one.
+    pub fn certificate(&self) -> PathBuf {
+        self.folder.path().join("broker.pem")
     }
 
     /// Its number in the cluster, from 1.

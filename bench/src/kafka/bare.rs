@@ -27,8 +27,9 @@ use crate::{
 /// Rows of one statement.
 const UNNEST_ROWS: usize = 500;
 
+/// How many messages the brokers have taken.
 #[derive(Clone, Default)]
-struct Taken(Arc<AtomicUsize>);
+pub struct Taken(Arc<AtomicUsize>);
 
 impl ClientContext for Taken {}
 
@@ -42,7 +43,8 @@ impl ProducerContext for Taken {
     }
 }
 
-fn producer(brokers: &str, taken: &Taken) -> Result<ThreadedProducer<Taken>, Failure> {
+/// A producer with the settings of the bus.
+pub fn producer(brokers: &str, taken: &Taken) -> Result<ThreadedProducer<Taken>, Failure> {
     let mut config = ClientConfig::new();
     config
         .set("bootstrap.servers", brokers)

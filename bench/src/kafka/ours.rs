@@ -7,7 +7,7 @@ use std::{
 
 use annals::{
     Bus, DocumentKey, EventStore, Group, Handler, HandlerError, Health, LogQuery, Message, Position, Publisher,
-    Repository, Runtime, Service, Work,
+    Repository, Runtime, Service, Tail, Work,
     checkpoint::{CHECKPOINTS, Checkpoint},
     relay::{Relay, Routes},
 };
@@ -115,7 +115,9 @@ pub async fn consume(
 /// A command in one service, until its effect is committed in another: one after the other.
 pub async fn hop(url: &str, bus: Arc<KafkaBus>, service: &str, count: usize) -> Result<Measured, Failure> {
     let (here, there) = (store(url, "annals_here").await?, store(url, "annals_there").await?);
-    let (from, to): (Arc<dyn EventStore>, Arc<dyn EventStore>) = (Arc::new(here.clone()), Arc::new(there.clone()));
+    // As a service has it: what it commits itself, it need not read.
+    let from: Arc<dyn EventStore> = Arc::new(Tail::follow(Arc::new(here.clone())).await?);
+    let to: Arc<dyn EventStore> = Arc::new(Tail::follow(Arc::new(there.clone())).await?);
     let topic = format!("{service}.events");
     let group = Group::new(&format!("{service}.sink"), &[&topic], Effect::new(&to));
     let services = vec![
@@ -136,7 +138,7 @@ pub async fn hop(url: &str, bus: Arc<KafkaBus>, service: &str, count: usize) -> 
             started = asked;
         }
         counters.create(&Uuid::now_v7().simple().to_string(), 1, Uuid::new_v4()).await?;
-        after = next_event(&there, after).await?;
+        after = next_event(&*to, after).await?;
         if number >= cold {
             latency.record(u64::try_from(asked.elapsed().as_micros())?)?;
         }
@@ -148,7 +150,7 @@ pub async fn hop(url: &str, bus: Arc<KafkaBus>, service: &str, count: usize) -> 
     Ok(Measured { count, seconds, latency: Some(latency) })
 }
 
-async fn next_event(store: &PostgresStore, after: Position) -> Result<Position, Failure> {
+async fn next_event(store: &dyn EventStore, after: Position) -> Result<Position, Failure> {
     loop {
         let page = store.read_log(&LogQuery::categories(["counter"]), after, 10).await?;
         if !page.events.is_empty() {

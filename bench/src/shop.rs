@@ -1,0 +1,98 @@
+//! The shop as it is deployed: four processes over Kafka and PostgreSQL, and one process on PostgreSQL alone; beside what its
+//! rows and its messages cost by themselves.
+
+mod bare;
+mod processes;
+
+use std::path::PathBuf;
+
+use uuid::Uuid;
+
+use self::processes::{Broker, Processes};
+use crate::{
+    Failure,
+    postgres::{Bench, report, server::Server},
+};
+
+const ROLES: [&str; 4] = ["order", "inventory", "payment", "notification"];
+
+/// Measures the shop over HTTP.
+///
+/// The binary `sample-shop` must stand beside this one, and KAFKA_JARS name the folder of Kafka's jars: each round has a broker
+/// of its own. The database is that of DATABASE_URL, or one of its own.
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Orders with many in flight.
+    #[arg(long, default_value_t = 10_000)]
+    orders: usize,
+    /// Orders one at a time.
+    #[arg(long, default_value_t = 500)]
+    alone: usize,
+    /// How many are under way at once.
+    #[arg(long, default_value_t = 512)]
+    concurrency: usize,
+    /// Where the servers have their data: the disk that is measured.
+    #[arg(long, default_value_os_t = std::env::temp_dir())]
+    directory: PathBuf,
+    /// How often each figure is taken, side by side; the median is printed.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// Only the one process, without Kafka.
+    #[arg(long)]
+    without_kafka: bool,
+    /// One JSON object a figure, instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs all of it, or until it is interrupted; then, too, the servers are stopped.
+pub async fn run(arguments: Arguments) -> Result<(), Failure> {
+    let server = Server::start(&arguments.directory)?;
+    tokio::select! {
+        measured = measure(&arguments, &server) => measured,
+        _ = tokio::signal::ctrl_c() => Err("interrupted".into()),
+    }
+}
+
+async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> {
+    let mut bench = Bench::new(server);
+    let Arguments { orders, alone, concurrency, .. } = *arguments;
+    for _ in 0..arguments.rounds.max(1) {
+        for (count, at_once) in [(orders, concurrency), (alone, 1)] {
+            let many = at_once > 1;
+            let workload = |what: &str| format!("sagas, {what}, {at_once} in flight");
+            if !arguments.without_kafka {
+                let broker = Broker::start(&arguments.directory)?;
+                let (run, what) = (Uuid::new_v4().simple().to_string(), workload("four processes"));
+                let bus = format!("kafka://{}", broker.address());
+                let apart = Processes::apart(&server.url, &run, &bus);
+                let ours = bench.measure(&what, "annals", async { apart.await?.sell(count, at_once).await }).await?;
+                if many {
+                    let schemas = ROLES.map(|role| processes::schema(role, &run));
+                    let rows = bare::events(&server.url, &schemas).await?;
+                    let limit =
+                        bench.measure(&what, "its events by unnest", bare::unnest(&server.url, rows, count)).await?;
+                    bench.rate(ours, limit, "unnest", "≥ 1,000/s");
+                    let records = bare::records(&broker.address())?;
+                    bench.note(bare::told(&records, count));
+                    bench.measure(&what, "its messages", bare::produce(&broker.address(), records, count)).await?;
+                } else {
+                    bench.goal(ours, "p50 ≤ 40 ms");
+                }
+            }
+            let (run, what) = (Uuid::new_v4().simple().to_string(), workload("one process"));
+            let together = Processes::together(&server.url, &run);
+            let ours = bench.measure(&what, "annals", async { together.await?.sell(count, at_once).await }).await?;
+            if many {
+                let rows = bare::events(&server.url, &[processes::schema("all", &run)]).await?;
+                let limit =
+                    bench.measure(&what, "its events by unnest", bare::unnest(&server.url, rows, count)).await?;
+                bench.rate(ours, limit, "unnest", "≥ 2,500/s");
+            } else {
+                bench.goal(ours, "p50 ≤ 8 ms");
+            }
+        }
+    }
+    report(&bench, arguments.json);
+    Ok(())
+}
