@@ -26,7 +26,7 @@ pub struct Costs {
     pub round_trips: f64,
     pub commits: f64,
     pub wal_kilobytes: f64,
-    /// Of this process and of the server, if that is ours.
+    /// Of this process, of those that it started, and of the server, if that is ours.
     pub cpu_ms: f64,
 }
 
@@ -68,7 +68,7 @@ impl Counters {
 }
 
 fn cpu_seconds(server: Option<u32>) -> f64 {
-    let own = ticks("self").map_or(0, |(_, own, _)| own);
+    let own = ticks("self").map_or(0, |(_, own, ended)| own + ended);
     let Some(server) = server else { return own as f64 / TICKS_PER_SECOND };
     // What has ended counts for the parent, what has not counts for itself.
     let ended = ticks(&server.to_string()).map_or(0, |(_, own, ended)| own + ended);
