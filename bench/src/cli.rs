@@ -65,7 +65,8 @@ async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> 
         sides.copy("TO", &columns).await?;
 
         let copied = bench.measure("replay to a file", r"psql \copy", sides.copy("TO", &columns)).await?;
-        let replayed = bench.measure("replay to a file", "annals", sides.annals(&["replay", "--output"], &lines)).await?;
+        let replayed =
+            bench.measure("replay to a file", "annals", sides.annals(&["replay", "--output"], &lines)).await?;
         bench.rate(replayed, copied, r"\copy", "≥ 0.8");
 
         let verify = "verify";
