@@ -19,6 +19,8 @@ use crate::failure::Failure;
 const SEALS: &str = "seal";
 /// Events under one seal: some 60 KB of document.
 const EVENTS_MAX: usize = 1_000;
+/// Events held until their seal ends: one that says it goes on for ever must not fill the memory.
+const HELD_MAX: usize = 10 * EVENTS_MAX;
 /// Seals read, or written, at once.
 const PAGE: usize = 16;
 /// So many events that are gone one after the other are told one by one; more are told as a run.
@@ -157,6 +159,9 @@ impl Seals {
 
     pub async fn event(&mut self, event: Event, faults: &mut Faults<'_>) -> Result<(), Failure> {
         while self.next_ends_before(event.position, faults).await? {
+            self.check(faults)?;
+        }
+        if !self.ahead.is_empty() && self.events.len() >= HELD_MAX {
             self.check(faults)?;
         }
         // Without a seal to be checked or made, nothing need be kept.
