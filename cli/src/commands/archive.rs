@@ -106,7 +106,10 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
     let categories = arguments.category.iter().map(|name| name.as_str().into()).collect();
     let is_json = store.has_json_only();
     let add = move |lines: &mut Lines, event: Stored<'_>| {
-        if finished.contains(&stream_key(&event.stream)) { lines.add(&event, is_json) } else { lines.skip(&event) }
+        // A section ends with the last event that is in it.
+        if finished.contains(&stream_key(&event.stream)) {
+            lines.add(&event, is_json);
+        }
     };
     let mut log = store.batches(LogQuery { categories, types: Vec::new() }, 1..=until, add).await?;
     while let Some(lines) = log.try_next().await? {
