@@ -1,6 +1,7 @@
 //! Every figure with its baseline and its limit in the same run: these machines differ and are noisy, so only ratios count.
 
 mod baseline;
+mod cli;
 mod clients;
 mod commands;
 mod counting;
@@ -51,6 +52,7 @@ enum Store {
     Postgres(postgres::Arguments),
     Kafka(kafka::Arguments),
     Shop(shop::Arguments),
+    Cli(cli::Arguments),
 }
 
 #[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
@@ -84,6 +86,7 @@ async fn main() -> Result<(), Failure> {
         Some(Store::Postgres(arguments)) => return tokio::spawn(postgres::run(arguments)).await?,
         Some(Store::Kafka(arguments)) => return tokio::spawn(kafka::run(arguments)).await?,
         Some(Store::Shop(arguments)) => return tokio::spawn(shop::run(arguments)).await?,
+        Some(Store::Cli(arguments)) => return tokio::spawn(cli::run(arguments)).await?,
         None => {}
     }
     // On a worker of the runtime: what this thread spawns would wait in a queue that busy workers seldom look at.

@@ -4,7 +4,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::{
     commands::{
-        check_history, completions, dead_letters, export, import, migrate, read, replay, saga, sagas, streams,
+        archive, check_history, completions, dead_letters, export, import, migrate, read, replay, saga, sagas, streams,
         subscription, subscriptions, tail, trace, verify,
     },
     store::StoreUrl,
@@ -72,6 +72,8 @@ pub(crate) enum Command {
     Replay(replay::Arguments),
     /// Write a store to a file.
     Export(export::Arguments),
+    /// Write finished streams to a file, to be read later.
+    Archive(archive::Arguments),
     /// Fill an empty store from such a file.
     Import(import::Arguments),
     /// Check a store whole: versions, ids, payloads, sagas, checkpoints, seals.

@@ -1,5 +1,6 @@
 //! A command a file: its arguments, and what it does.
 
+pub(crate) mod archive;
 pub(crate) mod check_history;
 pub(crate) mod completions;
 pub(crate) mod dead_letters;

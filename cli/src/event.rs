@@ -1,67 +1,137 @@
 //! An event as a line of JSON: what `read`, `tail`, `replay` and `export` write, and `import` reads.
 
-use std::{borrow::Cow, sync::Arc};
+use std::{borrow::Cow, io::Write};
 
-use annals::{Metadata, Position, Recorded, StreamId, Version};
-use chrono::{DateTime, Utc};
-use serde::{Deserialize, Serialize};
+use annals::{Position, Version, archive::Stored};
+use chrono::{DateTime, Datelike, SecondsFormat, Timelike, Utc};
+use serde::Deserialize;
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
-/// The line of an event. Borrows what it was made from.
-#[derive(Serialize, Deserialize)]
-pub(crate) struct EventLine<'a> {
+/// Appends the line of an event, with its end. Written by hand because a million of them are: beside the field names there
+/// is nothing to it but what [`EventLine`] reads.
+///
+/// `is_json`: payload and metadata are known to be JSON.
+pub(crate) fn write_line(event: &Stored<'_>, is_json: bool, line: &mut Vec<u8>) {
+    // Writing to memory does not fail.
+    _ = write!(line, r#"{{"position":{},"stream":"#, event.position.0);
+    text(&event.stream, line);
+    _ = write!(line, r#","version":{},"id":""#, event.version.0);
+    line.extend_from_slice(event.id.hyphenated().encode_lower(&mut Uuid::encode_buffer()).as_bytes());
+    line.extend_from_slice(br#"","type":"#);
+    text(&event.type_name, line);
+    _ = write!(line, r#","schema_version":{},"recorded_at":""#, event.schema_version);
+    time(event.recorded_at, line);
+    line.push(b'"');
+    for (name, value) in [("metadata", &event.metadata), ("data", &event.data)] {
+        line.extend_from_slice(b",\"");
+        line.extend_from_slice(name.as_bytes());
+        if is_one_line(value) && (is_json || raw(value).is_some()) {
+            line.extend_from_slice(b"\":");
+            line.extend_from_slice(value.as_bytes());
+        } else {
+            line.extend_from_slice(b"_text\":");
+            text(value, line);
+        }
+    }
+    line.extend_from_slice(b"}\n");
+}
+
+/// Lines of events that are there together.
+#[derive(Default)]
+pub(crate) struct Lines {
+    pub bytes: Vec<u8>,
+    pub count: u64,
+    /// Of the last event that was looked at.
     pub position: i64,
+}
+
+impl Lines {
+    pub fn add(&mut self, event: &Stored<'_>, is_json: bool) {
+        write_line(event, is_json, &mut self.bytes);
+        self.count += 1;
+        self.position = event.position.0;
+    }
+
+    /// Looks at an event that is not wanted.
+    pub fn skip(&mut self, event: &Stored<'_>) {
+        self.position = event.position.0;
+    }
+}
+
+/// A text as JSON.
+fn text(text: &str, line: &mut Vec<u8>) {
+    // A string can always be written as JSON.
+    _ = serde_json::to_writer(line, text);
+}
+
+/// RFC 3339 in UTC, to the microsecond.
+fn time(time: DateTime<Utc>, line: &mut Vec<u8>) {
+    let Some(year) = u32::try_from(time.year()).ok().filter(|year| *year <= 9_999) else {
+        _ = write!(line, "{}", time.to_rfc3339_opts(SecondsFormat::Micros, true));
+        return;
+    };
+    let mut digits = |mut number: u32, width: usize, end: u8| {
+        let mut buffer = [b'0'; 7];
+        buffer[width] = end;
+        for digit in buffer[..width].iter_mut().rev() {
+            *digit = b'0' + (number % 10) as u8;
+            number /= 10;
+        }
+        line.extend_from_slice(&buffer[..=width]);
+    };
+    digits(year, 4, b'-');
+    digits(time.month(), 2, b'-');
+    digits(time.day(), 2, b'T');
+    digits(time.hour(), 2, b':');
+    digits(time.minute(), 2, b':');
+    digits(time.second(), 2, b'.');
+    // Of a leap second there is more than a million of microseconds.
+    digits((time.nanosecond() / 1_000).min(999_999), 6, b'Z');
+}
+
+/// A line that was read. Borrows what it was read from.
+#[derive(Deserialize)]
+pub(crate) struct EventLine<'a> {
+    position: i64,
     #[serde(borrow)]
-    pub stream: Cow<'a, str>,
-    pub version: i64,
-    pub id: Uuid,
+    stream: Cow<'a, str>,
+    version: i64,
+    id: Uuid,
     #[serde(rename = "type", borrow)]
-    pub type_name: Cow<'a, str>,
-    pub schema_version: i32,
-    pub recorded_at: DateTime<Utc>,
-    pub metadata: Metadata,
+    type_name: Cow<'a, str>,
+    schema_version: i32,
+    recorded_at: DateTime<Utc>,
+    #[serde(borrow, default)]
+    metadata: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    metadata_text: Option<Cow<'a, str>>,
     /// The payload as it is, byte for byte, where it is JSON on one line.
-    #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
-    pub data: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    data: Option<&'a RawValue>,
     /// The payload as a text, where it is not.
-    #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
-    pub data_text: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    data_text: Option<Cow<'a, str>>,
 }
 
 impl<'a> EventLine<'a> {
-    pub fn of(event: &'a Recorded) -> Self {
-        let data = raw(&event.data);
-        Self {
-            position: event.position.0,
-            stream: event.stream.as_str().into(),
-            version: event.version.0,
-            id: event.id,
-            type_name: (&*event.type_name).into(),
-            schema_version: event.schema_version,
-            recorded_at: event.recorded_at,
-            metadata: event.metadata.clone(),
-            data_text: data.is_none().then(|| (&*event.data).into()),
-            data,
-        }
-    }
-
     /// The event, or what is wrong with the line.
-    pub fn recorded(self) -> Result<Recorded, String> {
-        let data: Arc<str> = match (self.data, self.data_text) {
-            (Some(data), None) => data.get().into(),
-            (None, Some(text)) => text.into(),
-            _ => return Err("an event has either `data` or `data_text`".into()),
+    pub fn stored(self) -> Result<Stored<'a>, &'static str> {
+        let either = |raw: Option<&'a RawValue>, text: Option<Cow<'a, str>>| match (raw, text) {
+            (Some(raw), None) => Some(Cow::Borrowed(raw.get())),
+            (None, text) => text,
+            (Some(_), Some(_)) => None,
         };
-        Ok(Recorded {
+        Ok(Stored {
             position: Position(self.position),
-            stream: StreamId::from_stored(&self.stream),
+            stream: self.stream,
             version: Version(self.version),
             id: self.id,
-            type_name: self.type_name.into(),
+            type_name: self.type_name,
             schema_version: self.schema_version,
-            data,
-            metadata: self.metadata,
+            data: either(self.data, self.data_text).ok_or("an event has either `data` or `data_text`")?,
+            metadata: either(self.metadata, self.metadata_text)
+                .ok_or("an event has either `metadata` or `metadata_text`")?,
             recorded_at: self.recorded_at,
         })
     }
@@ -69,9 +139,14 @@ impl<'a> EventLine<'a> {
 
 /// The text as JSON to put into a line, if that leaves every byte of it where it is.
 pub(crate) fn raw(text: &str) -> Option<&RawValue> {
-    let raw: &RawValue = serde_json::from_str(text).ok()?;
-    // Space around a value is not part of it, and a line must stay one.
-    (raw.get().len() == text.len() && !text.contains(['\n', '\r'])).then_some(raw)
+    is_one_line(text).then(|| serde_json::from_str(text).ok()).flatten()
+}
+
+/// Space around a value is not part of it, and a line must stay one.
+fn is_one_line(text: &str) -> bool {
+    let bytes = text.as_bytes();
+    let ends_in_space = |byte: Option<&u8>| byte.is_none_or(u8::is_ascii_whitespace);
+    !ends_in_space(bytes.first()) && !ends_in_space(bytes.last()) && !bytes.contains(&b'\n') && !bytes.contains(&b'\r')
 }
 
 #[cfg(test)]
@@ -90,21 +165,27 @@ mod tests {
             "1e400",
             "123456789012345678901234567890.10",
         ] {
-            let event = Recorded {
-                position: Position(7),
-                stream: StreamId::from_stored("order-\"1\""),
-                version: Version(2),
-                id: Uuid::new_v4(),
-                type_name: "order.placed".into(),
-                schema_version: 1,
-                data: data.into(),
-                metadata: Metadata::of_request(Uuid::new_v4()),
-                recorded_at: DateTime::from_timestamp_micros(1_700_000_000_123_456).unwrap_or_default(),
-            };
-            let line = serde_json::to_string(&EventLine::of(&event)).unwrap_or_default();
-            assert_eq!(line.lines().count(), 1, "{line}");
-            let read: EventLine = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{line}: {error}"));
-            assert_eq!(read.recorded().as_ref(), Ok(&event), "{line}");
+            for (metadata, micros) in
+                [("{\"note\": 1}", 1_700_000_000_123_456), (data, -1), (data, 253_402_300_800_000_000)]
+            {
+                let event = Stored {
+                    position: Position(7),
+                    stream: "order-\"1\"".into(),
+                    version: Version(2),
+                    id: Uuid::new_v4(),
+                    type_name: "order.placed".into(),
+                    schema_version: 1,
+                    data: data.into(),
+                    metadata: metadata.into(),
+                    recorded_at: DateTime::from_timestamp_micros(micros).unwrap_or_default(),
+                };
+                let mut line = Vec::new();
+                write_line(&event, false, &mut line);
+                let line = String::from_utf8(line).unwrap_or_default();
+                assert_eq!((line.lines().count(), line.ends_with('\n')), (1, true), "{line}");
+                let read: EventLine = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{line}: {error}"));
+                assert_eq!(read.stored().as_ref(), Ok(&event), "{line}");
+            }
         }
     }
 }

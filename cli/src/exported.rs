@@ -9,6 +9,8 @@
 //! {"section":{…,"complete":true}}
 //! ```
 //!
+//! An archive is the same with some streams and no documents, and says so in its first line.
+//!
 //! Documents come first: a checkpoint that is older than the events after it is caught up by its service, one that is newer
 //! would have it skip some.
 
@@ -43,6 +45,17 @@ pub(crate) struct Header {
     /// Where it was taken from; no password.
     pub store: String,
     pub taken_at: DateTime<Utc>,
+    /// That it is no whole store, but an archive of some streams.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub archive: Option<Archived>,
+}
+
+/// Which streams an archive has: those that were finished.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Archived {
+    pub categories: Vec<String>,
+    /// Before which their last events were recorded.
+    pub quiet_before: DateTime<Utc>,
 }
 
 /// The end of a section.

@@ -33,7 +33,7 @@ use clap::{CommandFactory, FromArgMatches};
 use crate::{
     arguments::{Arguments, Command, Common},
     commands::{
-        check_history, completions, dead_letters, export, import, migrate, read, replay, saga, sagas, streams,
+        archive, check_history, completions, dead_letters, export, import, migrate, read, replay, saga, sagas, streams,
         subscription, subscriptions, tail, trace, verify,
     },
     failure::{Failure, Verdict},
@@ -116,6 +116,10 @@ impl Ops {
                 let outcome = check_history::run(arguments, &self.domain, &mut output);
                 return outcome.and_then(|verdict| output.flush().map(|()| verdict));
             }
+            Command::Read(arguments) if arguments.is_of_archives() => {
+                let outcome = read::from_archives(arguments, &mut output);
+                return outcome.and_then(|verdict| output.flush().map(|()| verdict));
+            }
             _ => {}
         }
         let store = open(&common).await?;
@@ -130,6 +134,7 @@ impl Ops {
             Command::Subscription(arguments) => subscription::run(arguments, &store, &mut output).await,
             Command::Replay(arguments) => replay::run(arguments, &store, &mut output).await,
             Command::Export(arguments) => export::run(arguments, &store, &mut output).await,
+            Command::Archive(arguments) => archive::run(arguments, &store, &mut output).await,
             Command::Import(arguments) => import::run(arguments, &store, &mut output).await,
             Command::Verify(arguments) => verify::run(arguments, &store, &mut output).await,
             Command::Trace(arguments) => trace::run(arguments, &store, &mut output).await,

@@ -34,6 +34,12 @@ impl Output {
         self.line(&line)
     }
 
+    /// Lines as they are, each with its end.
+    pub fn lines(&mut self, lines: &[u8]) -> Result<(), Failure> {
+        self.stdout.write_all(lines)?;
+        Ok(())
+    }
+
     /// Rows under their headings, or one value for each.
     pub fn list<T: Serialize>(
         &mut self,

@@ -2,21 +2,23 @@
 
 use std::{fmt, ops::RangeInclusive, path::PathBuf, str::FromStr, sync::Arc};
 
-use annals::{Archive, EventStore, LogQuery, Position, Recorded, StoreError};
+use annals::{Archive, EventStore, LogQuery, Position, Recorded, StoreError, archive::Stored};
 use annals_postgres::{PostgresStore, Replay};
 use annals_sqlite::SqliteStore;
 use futures::{
     StreamExt, TryStreamExt,
     stream::{self, BoxStream},
 };
+use tokio::sync::mpsc;
 
 use crate::{
     failure::Failure,
     quoted::{is_scheme, without_password},
 };
 
-/// Events read from a file in one go.
-const PAGE: usize = 2_000;
+/// Events read from a file in one go, and how many times that is read ahead.
+const PAGE: usize = 1_000;
+const PAGES_AHEAD: usize = 2;
 
 /// Where events are kept.
 #[derive(Clone, PartialEq, Eq)]
@@ -148,19 +150,36 @@ impl Store {
         query: LogQuery,
         positions: RangeInclusive<i64>,
     ) -> Result<BoxStream<'static, Result<Arc<Recorded>, StoreError>>, StoreError> {
+        let take = |events: &mut Vec<Arc<Recorded>>, event: Stored<'_>| events.push(Arc::new(event.recorded()));
+        let batches = self.batches(query, positions, take).await?;
+        Ok(batches.map_ok(|events| stream::iter(events).map(Ok)).try_flatten().boxed())
+    }
+
+    /// Likewise, byte for byte, in batches: what `take` makes of each, beside whoever reads and whoever takes them.
+    pub async fn batches<B: Default + Send + 'static>(
+        &self,
+        query: LogQuery,
+        positions: RangeInclusive<i64>,
+        take: impl Fn(&mut B, Stored<'_>) + Send + Sync + 'static,
+    ) -> Result<BoxStream<'static, Result<B, StoreError>>, StoreError> {
         let (first, last) = (*positions.start(), *positions.end());
         match &self.driver {
             Driver::Postgres(store) => {
                 let replay = Replay::all().categories(query.categories).types(query.types);
                 let replay = replay.positions(Position(first)..=Position(last));
-                Ok(store.replay(replay).map_ok(Arc::new).boxed())
+                Ok(store.replay_stored(replay, take).boxed())
             }
             Driver::Sqlite(store) => {
                 let last = last.min(store.status().await?.head.0);
                 let start = Position(first.saturating_sub(1).max(0));
-                Ok(pages(store.clone(), query, start, last))
+                Ok(pages(store.clone(), query, start, last, take))
             }
         }
+    }
+
+    /// Whether payloads and metadata are JSON, since nothing else fits into their columns.
+    pub fn has_json_only(&self) -> bool {
+        matches!(self.driver, Driver::Postgres(_))
     }
 
     pub async fn close(&self) -> Result<(), StoreError> {
@@ -171,24 +190,36 @@ impl Store {
     }
 }
 
-/// One page is read while the one before is looked at.
-fn pages(
+/// Some pages are read ahead of whoever takes them.
+fn pages<B: Default + Send + 'static>(
     store: SqliteStore,
     query: LogQuery,
     start: Position,
     last: i64,
-) -> BoxStream<'static, Result<Arc<Recorded>, StoreError>> {
-    let page = stream::try_unfold(Some(start), move |after| {
-        let (store, query) = (store.clone(), query.clone());
-        async move {
-            let Some(after) = after.filter(|after| after.0 < last) else { return Ok(None) };
-            let page = store.read_log(&query, after, PAGE).await?;
-            let next = (page.next > after).then_some(page.next);
-            Ok(Some((page.events, next)))
+    take: impl Fn(&mut B, Stored<'_>) + Send + Sync + 'static,
+) -> BoxStream<'static, Result<B, StoreError>> {
+    let (pages, taken) = mpsc::channel(PAGES_AHEAD);
+    tokio::spawn(async move {
+        let mut after = start;
+        while after.0 < last {
+            let mut batch = B::default();
+            let within = |event: Stored<'_>| {
+                if event.position.0 <= last {
+                    take(&mut batch, event);
+                }
+            };
+            let read = store.read_stored(&query, after, PAGE, within).await;
+            let (page, goes_on) = match read {
+                Ok(next) => (Ok(batch), next > std::mem::replace(&mut after, next)),
+                Err(error) => (Err(error), false),
+            };
+            // Nobody takes it once the stream is dropped.
+            if pages.send(page).await.is_err() || !goes_on {
+                break;
+            }
         }
     });
-    let events = page.map_ok(|events| stream::iter(events).map(Ok)).try_flatten();
-    events.try_take_while(move |event| std::future::ready(Ok(event.position.0 <= last))).boxed()
+    stream::unfold(taken, |mut taken| async move { taken.recv().await.map(|page| (page, taken)) }).boxed()
 }
 
 impl OpenError {

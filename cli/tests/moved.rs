@@ -228,3 +228,39 @@ async fn ctrl_c_stops_a_replay_at_an_event_and_it_goes_on_from_there() {
         .collect();
     assert_eq!(positions, (1..=MANY + 1).collect::<Vec<_>>());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn finished_streams_are_archived_and_read_from_the_file() {
+    let place = Place::with_trips().await;
+    let file = place.file("journeys.ndjson.zst");
+    let file = file.to_str().unwrap();
+    let archive = ["archive", file, "--category", "saga.journey,trip", "--quiet-for", "0s"];
+    let done = &place.annals(&[&archive[..], &["--json"]].concat()).json()[0];
+    // A saga that is stuck has not ended; of the trips nothing says so but their age.
+    assert_eq!(done["streams"], (travel::TRIPS.len() - 1) + travel::TRIPS.len());
+    assert!(place.annals(&archive).refused().contains("exists already"));
+    for stream in ["saga.journey-fine-1", "saga.journey-poor-1", "trip-odd-1"] {
+        let words = ["read", stream, "--archive", file, "--json"];
+        // No store is asked.
+        let read = annals(&place.file("nowhere.db"), &words).fine();
+        assert_eq!(read, place.annals(&["read", stream, "--json"]).fine());
+    }
+    let part = place.annals(&["read", "saga.journey-fine-1", "--archive", file, "--from", "2", "--to", "3", "--json"]);
+    assert_eq!(part.json().len(), 2);
+    let missing = place.annals(&["read", "saga.journey-lost-1", "--archive", file]).refused();
+    assert!(missing.contains("there is no stream saga.journey-lost-1 in "), "{missing}");
+    let target = place.file("target.db");
+    annals(&target, &["migrate"]).fine();
+    assert!(annals(&target, &["import", file]).refused().contains("is an archive of some streams"));
+    let nothing = place.file("nothing.ndjson");
+    let said = place.annals(&["archive", nothing.to_str().unwrap(), "--category", "trip", "--quiet-for", "1h"]).fine();
+    assert!(said.contains("nothing was archived") && !nothing.exists(), "{said}");
+
+    // A file in which something was changed is not believed.
+    let plain = place.file("trips.ndjson");
+    place.annals(&["archive", plain.to_str().unwrap(), "--category", "trip", "--quiet-for", "0s"]).fine();
+    let text = fs::read_to_string(&plain).unwrap();
+    fs::write(&plain, text.replacen("\"price\":100", "\"price\":101", 1)).unwrap();
+    let refused = place.annals(&["read", "trip-fine-1", "--archive", plain.to_str().unwrap()]).refused();
+    assert!(refused.contains("its checksum is wrong"), "{refused}");
+}

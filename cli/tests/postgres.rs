@@ -80,7 +80,7 @@ async fn a_schema_is_created_when_that_is_asked_for_and_looked_at() {
 
     schema.sql("INSERT INTO annals.migrations (version) VALUES (99)").await;
     let newer = schema.annals(&["streams"]).refused();
-    assert!(newer.contains("has version 99; this build knows versions up to 1: use a newer build"), "{newer}");
+    assert!(newer.contains("has version 99; this build knows versions up to 2: use a newer build"), "{newer}");
     schema.drop().await;
 }
 
@@ -133,5 +133,106 @@ async fn a_store_moves_from_sqlite_to_postgresql_and_back() {
         .await;
     running.drain(std::time::Duration::from_secs(30)).await.unwrap();
     store.close().await.unwrap();
+    schema.drop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_superuser_did_to_a_sealed_log_is_found() {
+    let schema = Schema::new();
+    let store = schema.store().await;
+    travel(Arc::new(store.clone()), &TRIPS).await;
+    store.close().await.unwrap();
+    let sealed = schema.annals(&["verify", "--seal", "--json"]).json().remove(0);
+    let until = sealed["sealed_until"].as_i64().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("sealed.ndjson").to_str().unwrap().to_owned();
+    schema.annals(&["export", &file]).fine();
+    let places: Vec<(i64, String)> = sqlx::query_as(AssertSqlSafe(format!(
+        "SELECT position, 'position ' || position || ' (' || stream_id || ' v' || version || ')' FROM {}.events ORDER BY position",
+        schema.0
+    )))
+    .fetch_all(&mut PgConnection::connect(&Schema::url()).await.unwrap())
+    .await
+    .unwrap();
+    let at = |position: i64| places.iter().find(|(at, _)| *at == position).unwrap().1.clone();
+    schema.drop().await;
+    let changed = "the event was changed after it was sealed";
+    for (sql, expected) in [
+        ("SELECT 1".to_owned(), Vec::new()),
+        (
+            "UPDATE annals.events SET data = '{\"trip_id\":\"x\"}' WHERE position = 5".into(),
+            vec![format!("{}: {changed}", at(5))],
+        ),
+        // Not even a blank.
+        (
+            "UPDATE annals.events SET data = (data::text || ' ')::json WHERE position = 5".into(),
+            vec![format!("{}: {changed}", at(5))],
+        ),
+        (
+            "UPDATE annals.events SET metadata = (metadata::jsonb || '{\"note\":1}')::json WHERE position = 5".into(),
+            vec![format!("{}: {changed}", at(5))],
+        ),
+        (
+            "UPDATE annals.events SET recorded_at = 'infinity' WHERE position = 5".into(),
+            vec![format!("{}: {changed}", at(5))],
+        ),
+        (
+            "DELETE FROM annals.events WHERE position = 5".into(),
+            vec![format!("{}: the event that was sealed is gone", at(5))],
+        ),
+        (
+            "UPDATE annals.events SET position = position + 1000 WHERE position IN (5, 6);
+             UPDATE annals.events SET position = 1011 - position WHERE position > 1000"
+                .into(),
+            vec![format!("{}: {changed}: now it is ", at(5)), format!("{}: {changed}: now it is ", at(6))],
+        ),
+        (
+            format!("DELETE FROM annals.events WHERE position > {until} - 2"),
+            vec![
+                format!("{}: the event that was sealed is gone", at(until - 1)),
+                format!("{}: the event that was sealed is gone", at(until)),
+            ],
+        ),
+    ] {
+        let copy = Schema::new();
+        copy.annals(&["migrate"]).fine();
+        copy.annals(&["import", &file]).fine();
+        copy.sql(&format!("ALTER TABLE annals.events DISABLE TRIGGER ALL; {sql}")).await;
+        let found = copy.annals(&["verify"]);
+        assert_eq!(found.code, i32::from(!expected.is_empty()), "{sql}: {}", found.out);
+        for line in expected {
+            assert!(found.out.lines().any(|found| found.starts_with(&line)), "{sql}: {line} is not in {}", found.out);
+        }
+        copy.drop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_repairs_and_writes_nothing_else() {
+    let schema = Schema::new();
+    let store = schema.store().await;
+    travel(Arc::new(store.clone()), &TRIPS).await;
+    let role = format!("{}_oncall", schema.0);
+    schema.sql(&format!("CREATE ROLE {role}; SELECT annals.grant_access('{role}', 'operator')")).await;
+    let as_operator = |words: &[&str]| {
+        let (url, mut command) = (Schema::url(), command(words));
+        let separator = if url.contains('?') { '&' } else { '?' };
+        command
+            .env("ANNALS_STORE", format!("{url}{separator}options=-c%20role%3D{role}"))
+            .env("ANNALS_SCHEMA", &schema.0);
+        ended(command)
+    };
+    let events: Arc<dyn annals::EventStore> = Arc::new(store.clone());
+    let running = travel::agency(&events, true).await;
+    as_operator(&["dead-letters", "redrive", "brochure", "trip-odd-1", "--reason", "the map is new"]).fine();
+    as_operator(&["saga", "lost-1", "retry", "--reason", "they answer now", "--wait", "60s"]).fine();
+    as_operator(&["subscription", "brochure", "pause", "--reason", "a look"]).fine();
+    as_operator(&["subscription", "brochure", "resume", "--reason", "enough"]).fine();
+    let acts = as_operator(&["read", "operator-brochure", "--json"]).json();
+    let types: Vec<_> = acts.iter().map(|act| act["type"].as_str().unwrap()).collect();
+    assert_eq!(types, ["operator.redriven", "operator.paused", "operator.resumed"]);
+    running.drain(std::time::Duration::from_secs(30)).await.unwrap();
+    store.close().await.unwrap();
+    schema.sql(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
     schema.drop().await;
 }

@@ -125,7 +125,8 @@ async fn what_was_sealed_cannot_be_changed_unseen() {
         "there was nothing new to seal"
     );
 
-    let (last, before) = (until, until - 1);
+    let (second, last) = (place_of(&place, 2).await, place_of(&place, until).await);
+    let before = place_of(&place, until - 1).await;
     for (name, sql, expected) in [
         (
             "price",
@@ -135,13 +136,55 @@ async fn what_was_sealed_cannot_be_changed_unseen() {
         (
             "time",
             "UPDATE events SET recorded_at = recorded_at - 1 WHERE position = 2",
-            "position 2: the event was changed after it was sealed".to_owned(),
+            format!("{second}: the event was changed after it was sealed"),
+        ),
+        (
+            "metadata",
+            "UPDATE events SET metadata = json_set(metadata, '$.note', 'x') WHERE position = 2",
+            format!("{second}: the event was changed after it was sealed"),
         ),
         (
             "tail",
             "DELETE FROM documents WHERE collection = 'checkpoint';
              DELETE FROM events WHERE position > (SELECT max(position) - 2 FROM events)",
-            format!("positions {before} to {last}: 2 events that were sealed are gone"),
+            format!("{last}: the event that was sealed is gone"),
+        ),
+        (
+            "tail but one",
+            "DELETE FROM documents WHERE collection = 'checkpoint';
+             DELETE FROM events WHERE position > (SELECT max(position) - 2 FROM events)",
+            format!("{before}: the event that was sealed is gone"),
+        ),
+        (
+            "long tail",
+            "DELETE FROM documents WHERE collection = 'checkpoint';
+             DELETE FROM events WHERE position > (SELECT max(position) - 11 FROM events)",
+            format!("positions {} to {until}: 11 events that were sealed are gone, from position {0} (", until - 10),
+        ),
+        (
+            "places",
+            "UPDATE events SET position = position + 1000 WHERE position IN (3, 4);
+             UPDATE events SET position = 1007 - position WHERE position > 1000",
+            "after it was sealed: now it is ".to_owned(),
+        ),
+        (
+            "added",
+            "INSERT INTO events SELECT position + 1000, 'trip-forged', 1, lower(hex(randomblob(16))), type, 1, data, metadata, 0
+               FROM events WHERE position = 1;
+             UPDATE events SET position = position + 2000 WHERE position > 5 AND position < 1000;
+             UPDATE events SET position = 6 WHERE position = 1001;
+             UPDATE events SET position = position - 1999 WHERE position > 2000",
+            "position 6 (".to_owned(),
+        ),
+        (
+            "chains",
+            "UPDATE documents SET body = json_set(body, '$.hash', 'ab') WHERE collection = 'seal.streams'",
+            format!("streams up to position {until}: the chains of their hashes are not those that were sealed"),
+        ),
+        (
+            "no chains",
+            "DELETE FROM documents WHERE collection = 'seal.streams'",
+            "document seal.streams/chains: it is gone".to_owned(),
         ),
         (
             "stream",
@@ -159,9 +202,18 @@ async fn what_was_sealed_cannot_be_changed_unseen() {
         assert!(found.iter().any(|fault| fault.contains(&expected)), "{name}: {found:#?}");
     }
     // Whoever removes the seals as well is found by a hash that was noted elsewhere.
-    let removed = tampered(&place, "removed", "DELETE FROM documents WHERE collection = 'seal'").await;
+    let removed = tampered(&place, "removed", "DELETE FROM documents WHERE collection LIKE 'seal%'").await;
     verify(&removed, &[]).fine();
     assert_eq!(faults(&removed, &["--expect", &hash]), [format!("seals: there is none with the expected hash {hash}")]);
+}
+
+/// Where an event is, as a fault says it.
+async fn place_of(place: &Place, position: i64) -> String {
+    let options = SqliteConnectOptions::new().filename(place.file("travel.db"));
+    let mut connection = SqliteConnection::connect_with(&options).await.unwrap();
+    let sql =
+        "SELECT 'position ' || position || ' (' || stream_id || ' v' || version || ')' FROM events WHERE position = ?";
+    sqlx::query_scalar(sql).bind(position).fetch_one(&mut connection).await.unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,13 +1,14 @@
 //! A second port to a store, for those who look it over or move it as a whole. Services have no use for it.
 
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
+use uuid::Uuid;
 
 use crate::{
     commit::{CommitError, Document},
-    event::{Position, Recorded, StreamId, Version},
+    event::{Metadata, Position, Recorded, StreamId, Version},
     store::{EventStore, StoreError},
 };
 
@@ -48,7 +49,80 @@ pub struct StreamSummary {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Contents {
     /// Events, in log order.
-    pub events: Vec<Arc<Recorded>>,
+    pub events: Vec<Stored<'static>>,
     /// Documents, each once.
     pub documents: Vec<Document>,
+}
+
+/// An event byte for byte as a store has it: what is hashed, and moved. A [`Recorded`] of it leaves out what its metadata may
+/// say beyond what the framework knows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stored<'a> {
+    /// Its place in the log.
+    pub position: Position,
+    /// Its stream.
+    pub stream: Cow<'a, str>,
+    /// Its place in the stream.
+    pub version: Version,
+    /// Its id.
+    pub id: Uuid,
+    /// The stored type name.
+    pub type_name: Cow<'a, str>,
+    /// The schema version of `data`.
+    pub schema_version: i32,
+    /// The payload.
+    pub data: Cow<'a, str>,
+    /// Who caused it, as JSON.
+    pub metadata: Cow<'a, str>,
+    /// When the store took it.
+    pub recorded_at: DateTime<Utc>,
+}
+
+/// With the metadata that the framework knows.
+impl<'a> From<&'a Recorded> for Stored<'a> {
+    fn from(event: &'a Recorded) -> Self {
+        Self {
+            position: event.position,
+            stream: event.stream.as_str().into(),
+            version: event.version,
+            id: event.id,
+            type_name: (&*event.type_name).into(),
+            schema_version: event.schema_version,
+            data: (&*event.data).into(),
+            metadata: event.metadata.to_json().into(),
+            recorded_at: event.recorded_at,
+        }
+    }
+}
+
+impl Stored<'_> {
+    /// As services see it.
+    pub fn recorded(&self) -> Recorded {
+        Recorded {
+            position: self.position,
+            stream: StreamId::from_stored(&self.stream),
+            version: self.version,
+            id: self.id,
+            type_name: (&*self.type_name).into(),
+            schema_version: self.schema_version,
+            data: (&*self.data).into(),
+            metadata: Metadata::from_json(&self.metadata),
+            recorded_at: self.recorded_at,
+        }
+    }
+
+    /// With what it borrowed.
+    pub fn into_owned(self) -> Stored<'static> {
+        Stored {
+            stream: self.stream.into_owned().into(),
+            type_name: self.type_name.into_owned().into(),
+            data: self.data.into_owned().into(),
+            metadata: self.metadata.into_owned().into(),
+            position: self.position,
+            version: self.version,
+            id: self.id,
+            schema_version: self.schema_version,
+            recorded_at: self.recorded_at,
+        }
+    }
 }

@@ -15,13 +15,15 @@ pub(crate) async fn append(
     connection: &mut PgConnection,
     decision: &Decision<'_>,
 ) -> Result<(Option<Written>, Standings), sqlx::Error> {
-    if let Some(bases) = decision.only_appends()
+    if !database.operates
+        && let Some(bases) = decision.only_appends()
         && let Some(written) = append_events(database, connection, decision, &bases).await?
     {
         return Ok((Some(written), Standings { streams: bases, documents: Vec::new() }));
     }
     let Decision { streams, documents, events, .. } = decision;
-    let query = sqlx::query(database.statements.append.clone())
+    let statement = if database.operates { &database.statements.operate } else { &database.statements.append };
+    let query = sqlx::query(statement.clone())
         .bind(streams.iter().map(|stream| stream.id.as_str()).collect::<Vec<_>>())
         .bind(streams.iter().map(|stream| stream.base).collect::<Vec<_>>())
         .bind(streams.iter().map(|stream| stream.held()).collect::<Vec<_>>())

@@ -3,20 +3,19 @@
 use std::sync::Arc;
 
 use annals::{
-    CommitError, Document, Position, Recorded, StoreError, StreamId, Version,
-    archive::{Archive, Contents, StreamSummary},
+    CommitError, Document, Position, StoreError, StreamId, Version,
+    archive::{Archive, Contents, Stored, StreamSummary},
 };
 use async_trait::async_trait;
-use chrono::{DateTime, Datelike, Utc};
 use sqlx::{Connection, PgConnection, Row, postgres::PgRow};
 
 use crate::{
-    PostgresStore,
+    PostgresStore, copied,
     error::{end_error, read_error, write_error},
     read::{bound, read, storable, time},
 };
 
-/// Text is handed to the server in pieces of so many bytes.
+/// Rows are handed to the server in pieces of so many bytes.
 const COPIED_BYTES: usize = 256 << 10;
 
 #[async_trait]
@@ -52,21 +51,23 @@ impl Archive for PostgresStore {
 }
 
 impl PostgresStore {
-    async fn copy_in(&self, connection: &mut PgConnection, events: &[Arc<Recorded>]) -> Result<(), sqlx::Error> {
+    async fn copy_in(&self, connection: &mut PgConnection, events: &[Stored<'static>]) -> Result<(), sqlx::Error> {
         if events.is_empty() {
             return Ok(());
         }
         let statement = self.shared.database.statements.restore_events.as_str();
         let mut copy = connection.copy_in_raw(statement).await?;
-        let mut text = String::with_capacity(COPIED_BYTES * 2);
+        let mut rows = Vec::with_capacity(COPIED_BYTES * 2);
+        copied::begin(&mut rows);
         for event in events {
-            line(event, &mut text);
-            if text.len() >= COPIED_BYTES {
-                copy.send(text.as_bytes()).await?;
-                text.clear();
+            copied::put(event, &mut rows)?;
+            if rows.len() >= COPIED_BYTES {
+                copy.send(&*rows).await?;
+                rows.clear();
             }
         }
-        copy.send(text.as_bytes()).await?;
+        copied::end(&mut rows);
+        copy.send(&*rows).await?;
         copy.finish().await.map(drop)
     }
 
@@ -94,41 +95,4 @@ fn summary(row: &PgRow) -> Result<StreamSummary, sqlx::Error> {
         first_at: time(row, 3)?.unwrap_or_default(),
         last_at: time(row, 4)?.unwrap_or_default(),
     })
-}
-
-/// A row in the text form of `COPY`.
-fn line(event: &Recorded, text: &mut String) {
-    use std::fmt::Write;
-    // Writing to a string does not fail.
-    _ = write!(text, "{}\t", event.position);
-    escape(event.stream.as_str(), text);
-    _ = write!(text, "\t{}\t{}\t", event.version, event.id);
-    escape(&event.type_name, text);
-    _ = write!(text, "\t{}\t", event.schema_version);
-    escape(&event.data, text);
-    text.push('\t');
-    escape(&event.metadata.to_json(), text);
-    _ = writeln!(text, "\t{}", timestamp(event.recorded_at));
-}
-
-/// <https://www.postgresql.org/docs/current/sql-copy.html#id-1.9.55.9.2>
-fn escape(value: &str, text: &mut String) {
-    for character in value.chars() {
-        match character {
-            '\\' => text.push_str("\\\\"),
-            '\n' => text.push_str("\\n"),
-            '\r' => text.push_str("\\r"),
-            '\t' => text.push_str("\\t"),
-            character => text.push(character),
-        }
-    }
-}
-
-/// Years that are no four digits are before or after all that is recorded.
-fn timestamp(time: DateTime<Utc>) -> String {
-    match time.year() {
-        ..1 => "-infinity".to_owned(),
-        1..=9_999 => time.format("%Y-%m-%d %H:%M:%S%.6f+00").to_string(),
-        _ => "infinity".to_owned(),
-    }
 }

@@ -2,10 +2,13 @@
 
 use std::{collections::HashSet, sync::Arc};
 
-use annals::{Metadata, Position, Recorded, StoreError, StreamId, Version};
+use annals::{Metadata, Position, Recorded, StoreError, StreamId, Version, archive::Stored};
 use uuid::Uuid;
 
-use crate::read::instant;
+use crate::read::{instant, since_2000};
+
+/// <https://www.postgresql.org/docs/current/sql-copy.html#id-1.9.55.9.4.5>
+const SIGNATURE: &[u8; 11] = b"PGCOPY\n\xff\r\n\0";
 
 /// A signature of 11 bytes, flags, and the length of an extension that does not exist: in front of the first row.
 pub(crate) const HEADER_BYTES: usize = 19;
@@ -111,7 +114,22 @@ impl<'b> Rows<'b> {
     }
 }
 
-impl Row<'_> {
+impl<'b> Row<'b> {
+    pub(crate) fn stored(&self) -> Stored<'b> {
+        let (id, metadata) = self.more.unwrap_or_default();
+        Stored {
+            position: self.position,
+            stream: self.stream.into(),
+            version: self.version,
+            id,
+            type_name: self.type_name.into(),
+            schema_version: self.schema_version,
+            data: self.data.into(),
+            metadata: metadata.into(),
+            recorded_at: self.recorded_at(),
+        }
+    }
+
     pub(crate) fn stream(&self) -> StreamId {
         StreamId::from_stored(self.stream)
     }
@@ -119,4 +137,36 @@ impl Row<'_> {
     pub(crate) fn recorded_at(&self) -> chrono::DateTime<chrono::Utc> {
         instant(self.since_2000)
     }
+}
+
+/// What stands in front of the first row: the signature, no flags, no extension.
+pub(crate) fn begin(rows: &mut Vec<u8>) {
+    rows.extend_from_slice(SIGNATURE);
+    rows.extend_from_slice(&[0; HEADER_BYTES - SIGNATURE.len()]);
+}
+
+/// A row of an event, with its columns in the order of `restore_events.sql`.
+pub(crate) fn put(event: &Stored<'_>, rows: &mut Vec<u8>) -> Result<(), sqlx::Error> {
+    const COLUMNS: i16 = 9;
+    rows.extend_from_slice(&COLUMNS.to_be_bytes());
+    let mut field = |bytes: &[u8]| {
+        let length = i32::try_from(bytes.len()).map_err(|error| sqlx::Error::Encode(error.into()))?;
+        rows.extend_from_slice(&length.to_be_bytes());
+        rows.extend_from_slice(bytes);
+        Ok::<_, sqlx::Error>(())
+    };
+    field(&event.position.0.to_be_bytes())?;
+    field(event.stream.as_bytes())?;
+    field(&event.version.0.to_be_bytes())?;
+    field(event.id.as_bytes())?;
+    field(event.type_name.as_bytes())?;
+    field(&event.schema_version.to_be_bytes())?;
+    field(event.data.as_bytes())?;
+    field(event.metadata.as_bytes())?;
+    field(&since_2000(event.recorded_at).to_be_bytes())
+}
+
+/// What stands behind the last row.
+pub(crate) fn end(rows: &mut Vec<u8>) {
+    rows.extend_from_slice(&(-1_i16).to_be_bytes());
 }

@@ -42,7 +42,7 @@
 //!
 //! ```sql
 //! SELECT annals.grant_access('shop', 'writer');       -- a service: appends events, changes documents, reads everything
-//! SELECT annals.grant_access('oncall', 'operator');   -- changes documents: dead letters, checkpoints; reads everything
+//! SELECT annals.grant_access('oncall', 'operator');   -- repairs, and records that; reads everything
 //! SELECT annals.grant_access('reports', 'reader');    -- reads everything
 //! ```
 //!
@@ -158,8 +158,9 @@ impl PostgresStore {
     }
 
     async fn start(url: &str, settings: Settings, create: bool) -> Result<Self, OpenError> {
-        let database = Arc::new(Database::locate(url, settings)?);
+        let mut database = Database::locate(url, settings)?;
         database.prepare(create).await?;
+        let database = Arc::new(database);
         let (readers, news) = (database.readers(), News::new());
         let (queue, submissions) = mpsc::channel(QUEUE_COMMITS_MAX);
         let queue_of_writers = Arc::new(Queue::new(submissions));

@@ -13,7 +13,8 @@ use crate::{
 };
 
 /// In order; the table `migrations` counts how many of them a schema has had.
-const MIGRATIONS: &[&str] = &[include_str!("migrations/0001_log_and_documents.sql")];
+const MIGRATIONS: &[&str] =
+    &[include_str!("migrations/0001_log_and_documents.sql"), include_str!("migrations/0002_operators_record_acts.sql")];
 
 /// How long a read waits for one of the connections before it gives up.
 const ACQUIRE_SECONDS_MAX: u64 = 30;
@@ -57,6 +58,8 @@ pub(crate) struct Database {
     options: PgConnectOptions,
     pub(crate) settings: Settings,
     pub(crate) statements: Statements,
+    /// Whether the role is one of an operator, who may append nothing but acts.
+    pub(crate) operates: bool,
 }
 
 impl Database {
@@ -85,13 +88,13 @@ impl Database {
                 ("jit", "off"),
             ])
             .disable_statement_logging();
-        Ok(Self { options, settings, statements })
+        Ok(Self { options, settings, statements, operates: false })
     }
 
     /// Creates the schema or brings it to the newest version.
     ///
     /// Not without `create`: then there must be one of the newest version.
-    pub(crate) async fn prepare(&self, create: bool) -> Result<(), OpenError> {
+    pub(crate) async fn prepare(&mut self, create: bool) -> Result<(), OpenError> {
         let mut connection = self.options.connect().await.map_err(|error| open_error(&error))?;
         let prepared = self.prepare_with(&mut connection, create).await;
         // Not just dropped, which would let go of the session some time later. The outcome is known already.
@@ -99,7 +102,7 @@ impl Database {
         prepared
     }
 
-    async fn prepare_with(&self, connection: &mut PgConnection, create: bool) -> Result<(), OpenError> {
+    async fn prepare_with(&mut self, connection: &mut PgConnection, create: bool) -> Result<(), OpenError> {
         let failed = |error: sqlx::Error| open_error(&error);
         let standby: bool =
             sqlx::query_scalar("SELECT pg_is_in_recovery()").fetch_one(&mut *connection).await.map_err(failed)?;
@@ -117,6 +120,9 @@ impl Database {
                 return Err(OpenError::Outdated { schema: schema(), found, known });
             }
         }
+        let may_append: bool =
+            sqlx::query_scalar(self.statements.may_append.clone()).fetch_one(&mut *connection).await.map_err(failed)?;
+        self.operates = !may_append;
         sqlx::query(self.statements.advance.clone()).execute(connection).await.map(drop).map_err(failed)
     }
 

@@ -11,6 +11,7 @@ use crate::{error::read_error, statements::Statements};
 
 /// A read whose connection had died while nobody used it is repeated; each of them may have.
 pub(crate) const READS_MAX: u32 = 10;
+const MICROSECONDS_TO_2000: i64 = 946_684_800_000_000;
 /// What a `timestamptz` can hold, in seconds since 1970: from 4714-11-24 BC to the end of 294276 AD.
 const TIME_SECONDS: std::ops::RangeInclusive<i64> = -210_866_803_200..=9_224_318_015_999;
 
@@ -136,8 +137,18 @@ pub(crate) fn time(row: &PgRow, column: usize) -> Result<Option<DateTime<Utc>>, 
 
 /// Microseconds since 2000. Read by hand: `infinity`, and years that chrono does not know, must not stop a reader.
 pub(crate) fn instant(since_2000: i64) -> DateTime<Utc> {
-    const MICROSECONDS_TO_2000: i64 = 946_684_800_000_000;
     let since_1970 = since_2000.saturating_add(MICROSECONDS_TO_2000);
     let bound = if since_1970 < 0 { DateTime::<Utc>::MIN_UTC } else { DateTime::<Utc>::MAX_UTC };
     DateTime::from_timestamp_micros(since_1970).unwrap_or(bound)
+}
+
+/// The other way round; what [`instant`] made of an infinity is one again.
+pub(crate) fn since_2000(time: DateTime<Utc>) -> i64 {
+    if time == DateTime::<Utc>::MIN_UTC {
+        return i64::MIN;
+    }
+    if time == DateTime::<Utc>::MAX_UTC {
+        return i64::MAX;
+    }
+    storable(time).timestamp_micros() - MICROSECONDS_TO_2000
 }

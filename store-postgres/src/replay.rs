@@ -12,6 +12,7 @@ use std::{
 
 use annals::{
     Event, LogQuery, Position, Recorded, StoreError, StreamId, Version,
+    archive::Stored,
     event::{DecodeError, EventError},
 };
 use chrono::{DateTime, Datelike, Utc};
@@ -219,12 +220,47 @@ impl PostgresStore {
         decoded.map_err(ReplayError::from).map_ok(stream::iter).try_flatten()
     }
 
-    fn decoded<T: Send + 'static>(
+    /// Likewise, byte for byte, in batches: what `take` makes of the events of each, on other tasks than the one that reads.
+    ///
+    /// ```no_run
+    /// # async fn bytes(store: annals_postgres::PostgresStore) -> Result<(), annals::StoreError> {
+    /// use annals_postgres::Replay;
+    /// use futures::TryStreamExt;
+    ///
+    /// let batches = store.replay_stored(Replay::all(), |bytes: &mut u64, event| *bytes += event.data.len() as u64);
+    /// let of_all_payloads = batches.try_fold(0, async |total, bytes| Ok(total + bytes)).await?;
+    /// # let _ = of_all_payloads;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn replay_stored<B, F>(
+        &self,
+        replay: Replay,
+        take: F,
+    ) -> impl Stream<Item = Result<B, StoreError>> + Send + Unpin + use<B, F>
+    where
+        B: Default + Send + 'static,
+        F: Fn(&mut B, Stored<'_>) + Send + Sync + 'static,
+    {
+        let take = Arc::new(take);
+        self.decoded(replay, COLUMNS, move |rows: &[u8]| {
+            let (mut rows, mut batch) = (Rows::new(rows), B::default());
+            while let Some(row) = rows.next()? {
+                take(&mut batch, row.stored());
+            }
+            Ok(batch)
+        })
+    }
+
+    fn decoded<T: Send + 'static, F>(
         &self,
         replay: Replay,
         columns: &'static str,
-        decode: fn(&[u8]) -> Result<Vec<T>, StoreError>,
-    ) -> impl Stream<Item = Result<Vec<T>, StoreError>> + Send + Unpin + use<T> {
+        decode: F,
+    ) -> impl Stream<Item = Result<T, StoreError>> + Send + Unpin + use<T, F>
+    where
+        F: Fn(&[u8]) -> Result<T, StoreError> + Clone + Send + 'static,
+    {
         let (batches, waiting) = mpsc::channel(WAITING_BATCHES);
         let copier = Copier {
             shared: self.shared.clone(),
@@ -246,11 +282,14 @@ impl PostgresStore {
             let _owned = &task;
             async move { waiting.recv().await.map(|batch| (batch, waiting)) }
         });
-        let decoding = batches.map(move |batch| async move {
-            let decoded = tokio::spawn(async move { batch.and_then(|rows: Vec<u8>| decode(&rows)) });
-            decoded
-                .await
-                .unwrap_or_else(|error| Err(StoreError::Corrupt(format!("an event could not be decoded: {error}"))))
+        let decoding = batches.map(move |batch| {
+            let decode = decode.clone();
+            async move {
+                let decoded = tokio::spawn(async move { batch.and_then(|rows: Vec<u8>| decode(&rows)) });
+                decoded
+                    .await
+                    .unwrap_or_else(|error| Err(StoreError::Corrupt(format!("an event could not be decoded: {error}"))))
+            }
         });
         let mut failed = false;
         let until_an_error = decoding.buffered(DECODING_BATCHES).take_while(move |batch| {

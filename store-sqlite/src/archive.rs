@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use annals::{
-    CommitError, Document, Position, Recorded, StoreError, StreamId, Version,
-    archive::{Archive, Contents, StreamSummary},
+    CommitError, Document, LogQuery, Position, StoreError, StreamId, Version,
+    archive::{Archive, Contents, Stored, StreamSummary},
 };
 use async_trait::async_trait;
 use sqlx::{Connection, Row, sqlite::SqliteRow};
@@ -13,7 +13,7 @@ use crate::{
     SqliteStore,
     error::{commit_error, read_error, write_error},
     group::{DocumentRow, EventRow, EventText},
-    read::{bound, text, time},
+    read::{self, bound, text, time},
     rows,
 };
 
@@ -38,7 +38,7 @@ impl Archive for SqliteStore {
         };
         let mut connection = self.shared.database.writer().await.map_err(failed)?;
         let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await.map_err(failed)?;
-        let events = contents.events.iter().map(event_row).collect();
+        let events = contents.events.into_iter().map(event_row).collect();
         rows::append_events(&mut transaction, events).await.map_err(failed)?;
         let documents = contents.documents.into_iter().map(document_row).collect();
         rows::put_documents(&mut transaction, documents).await.map_err(failed)?;
@@ -46,6 +46,20 @@ impl Archive for SqliteStore {
         // What it wrote is committed; SQLite finds its file closed or not.
         connection.close().await.ok();
         Ok(())
+    }
+}
+
+impl SqliteStore {
+    /// As [`read_log`](annals::EventStore::read_log), with each event byte for byte as it is in the file. Gives where the next
+    /// page begins.
+    pub async fn read_stored(
+        &self,
+        query: &LogQuery,
+        after: Position,
+        limit: usize,
+        take: impl FnMut(Stored<'_>) + Send,
+    ) -> Result<Position, StoreError> {
+        read::log(&self.shared.readers, query, after, limit, take).await
     }
 }
 
@@ -59,15 +73,15 @@ fn summary(row: &SqliteRow) -> Result<StreamSummary, sqlx::Error> {
     })
 }
 
-fn event_row(event: &Arc<Recorded>) -> (EventRow, i64) {
+fn event_row(event: Stored<'static>) -> (EventRow, i64) {
     let text = EventText {
         id: event.id.hyphenated().to_string(),
-        type_name: event.type_name.to_string().into(),
+        type_name: event.type_name,
         schema_version: event.schema_version,
-        data: event.data.to_string(),
-        metadata: event.metadata.to_json(),
+        data: event.data.into_owned(),
+        metadata: event.metadata.into_owned(),
     };
-    let row = EventRow { position: event.position.0, stream: event.stream.shared(), version: event.version.0, text };
+    let row = EventRow { position: event.position.0, stream: event.stream.into(), version: event.version.0, text };
     (row, event.recorded_at.timestamp_micros())
 }
 

@@ -51,7 +51,7 @@ use std::{
 
 use annals::{
     Commit, CommitError, Committed, Document, DocumentKey, EventStore, LogPage, LogQuery, Position, Recorded, Scan,
-    StoreError, StoreStatus, StreamId, Version,
+    StoreError, StoreStatus, StreamId, Version, archive::Stored,
 };
 use async_trait::async_trait;
 use sqlx::sqlite::SqlitePool;
@@ -169,7 +169,10 @@ impl EventStore for SqliteStore {
     }
 
     async fn read_log(&self, query: &LogQuery, after: Position, limit: usize) -> Result<LogPage, StoreError> {
-        read::log(&self.shared.readers, query, after, limit).await
+        let mut events = Vec::new();
+        let take = |event: Stored<'_>| events.push(Arc::new(event.recorded()));
+        let next = read::log(&self.shared.readers, query, after, limit, take).await?;
+        Ok(LogPage { events, next })
     }
 
     async fn documents(&self, keys: &[DocumentKey]) -> Result<Vec<Option<Document>>, StoreError> {

@@ -4,7 +4,7 @@
 use std::{borrow::Cow, sync::Arc};
 
 use annals::{
-    Document, DocumentKey, LogPage, LogQuery, Metadata, Position, Recorded, Scan, StoreError, StreamId, Version,
+    Document, DocumentKey, LogQuery, Position, Recorded, Scan, StoreError, StreamId, Version, archive::Stored,
     event::named_id,
 };
 use chrono::{DateTime, Utc};
@@ -36,21 +36,23 @@ pub(crate) async fn stream(
 ) -> Result<Vec<Recorded>, StoreError> {
     let query = sqlx::query(include_str!("sql/read_stream.sql")).bind(stream.as_str()).bind(after.0).bind(bound(limit));
     let rows = query.fetch(readers);
-    rows.and_then(async |row| recorded(&row)).try_collect().await.map_err(read_error)
+    rows.and_then(async |row| stored(&row).map(|stored| stored.recorded())).try_collect().await.map_err(read_error)
 }
 
+/// Gives each event of a page to `take`, and where the next page begins.
 pub(crate) async fn log(
     readers: &SqlitePool,
     query: &LogQuery,
     after: Position,
     limit: usize,
-) -> Result<LogPage, StoreError> {
+    take: impl FnMut(Stored<'_>) + Send,
+) -> Result<Position, StoreError> {
     if limit == 0 {
-        return Ok(LogPage { events: Vec::new(), next: after });
+        return Ok(after);
     }
     if *query == LogQuery::all() {
         let query = sqlx::query(include_str!("sql/read_log.sql")).bind(after.0).bind(bound(limit));
-        return page(readers, query, after, limit, after).await;
+        return page(readers, query, after, limit, after, take).await;
     }
     // In a statement of its own, before the other: the log only grows, so what is found up to there stays what was there.
     let until: Option<i64> = sqlx::query_scalar(include_str!("sql/read_log_until.sql"))
@@ -60,7 +62,7 @@ pub(crate) async fn log(
         .await
         .map_err(read_error)?;
     let Some(until) = until else {
-        return Ok(LogPage { events: Vec::new(), next: after });
+        return Ok(after);
     };
     let names = |names: &[Arc<str>]| (!names.is_empty()).then(|| serde_json::json!(names).to_string());
     let query = sqlx::query(include_str!("sql/read_log_where.sql"))
@@ -69,7 +71,7 @@ pub(crate) async fn log(
         .bind(names(&query.categories))
         .bind(names(&query.types))
         .bind(bound(limit));
-    page(readers, query, after, limit, Position(until)).await
+    page(readers, query, after, limit, Position(until), take).await
 }
 
 /// A page ends at its last event where it is full, and where it is not, at `until`.
@@ -79,19 +81,21 @@ async fn page(
     after: Position,
     limit: usize,
     until: Position,
-) -> Result<LogPage, StoreError> {
-    let (mut events, mut bytes, mut next) = (Vec::new(), 0, after);
+    mut take: impl FnMut(Stored<'_>) + Send,
+) -> Result<Position, StoreError> {
+    let (mut events, mut bytes, mut next) = (0, 0, after);
     let mut rows = query.fetch(readers);
     while let Some(row) = rows.try_next().await.map_err(read_error)? {
-        let event = recorded(&row).map_err(read_error)?;
+        let event = stored(&row).map_err(read_error)?;
         bytes += event.data.len();
+        events += 1;
         next = event.position;
-        events.push(Arc::new(event));
-        if events.len() == limit || bytes >= PAGE_BYTES_MAX {
-            return Ok(LogPage { events, next });
+        take(event);
+        if events == limit || bytes >= PAGE_BYTES_MAX {
+            return Ok(next);
         }
     }
-    Ok(LogPage { events, next: next.max(until) })
+    Ok(next.max(until))
 }
 
 pub(crate) async fn documents(readers: &SqlitePool, keys: &[DocumentKey]) -> Result<Vec<Option<Document>>, StoreError> {
@@ -129,16 +133,16 @@ pub(crate) fn bound(limit: usize) -> i64 {
     i64::try_from(limit).unwrap_or(i64::MAX)
 }
 
-fn recorded(row: &SqliteRow) -> Result<Recorded, sqlx::Error> {
-    Ok(Recorded {
+fn stored(row: &SqliteRow) -> Result<Stored<'_>, sqlx::Error> {
+    Ok(Stored {
         position: Position(row.try_get_unchecked(0)?),
-        stream: StreamId::from_stored(&text(row, 1)?),
+        stream: text(row, 1)?,
         version: Version(row.try_get_unchecked(2)?),
         id: event_id(&text(row, 3)?),
-        type_name: text(row, 4)?.into(),
+        type_name: text(row, 4)?,
         schema_version: schema_version(row.try_get_unchecked(5)?),
-        data: text(row, 6)?.into(),
-        metadata: Metadata::from_json(&text(row, 7)?),
+        data: text(row, 6)?,
+        metadata: text(row, 7)?,
         recorded_at: time(row.try_get_unchecked(8)?),
     })
 }

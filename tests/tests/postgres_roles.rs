@@ -111,9 +111,19 @@ async fn a_store_works_as_far_as_its_role_goes() {
 
     let store = open(&operator).await.unwrap();
     store.commit(note(1)).await.unwrap();
-    let outcome = store.commit(append("a-1", 5, 1)).await;
-    assert!(matches!(outcome, Err(CommitError::Unavailable(_))), "{outcome:?}");
+    for stream in ["a-1", "operator-a"] {
+        let outcome = store.commit(append(stream, if stream == "a-1" { 5 } else { 0 }, 1)).await;
+        assert!(matches!(outcome, Err(CommitError::Unavailable(_))), "{outcome:?}");
+    }
     assert_eq!(whole_log(&store).await.len(), 5);
+    // What it does, it may record.
+    let mut act = append("operator-a", 0, 1);
+    act.appends[0].events[0].type_name = "operator.paused".into();
+    store.commit(act.clone()).await.unwrap();
+    act.appends[0].stream = annals::StreamId::parse("a-2").unwrap();
+    let outcome = store.commit(act).await;
+    assert!(matches!(outcome, Err(CommitError::Unavailable(_))), "{outcome:?}");
+    assert_eq!(whole_log(&store).await.len(), 6);
 
     let store = open(&reader).await.unwrap();
     let outcome = store.commit(note(2)).await;
@@ -122,8 +132,8 @@ async fn a_store_works_as_far_as_its_role_goes() {
         store.read_log(&LogQuery::types(["thing.happened"]), Position::START, 10).await.unwrap().events.len(),
         5
     );
-    store.wait(Position(4)).await.unwrap();
-    assert_eq!(store.status().await.unwrap().head, Position(5));
+    store.wait(Position(5)).await.unwrap();
+    assert_eq!(store.status().await.unwrap().head, Position(6));
 
     // A role to which nothing was granted.
     let stranger = schema.role("stranger");

@@ -49,7 +49,7 @@ pub(crate) fn run(arguments: Arguments, domain: &Domain, output: &mut Output) ->
     let mut sagas: HashMap<String, Option<Box<dyn Replay>>> = HashMap::new();
     let complete = loop {
         let event = match reader.step()? {
-            Step::Event(event) => event,
+            Step::Event(event) => event.recorded(),
             Step::Document(_) => continue,
             Step::Section(section) if section.complete => break true,
             Step::Section(_) => continue,

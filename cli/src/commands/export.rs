@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf};
 
-use annals::{LogQuery, Scan};
+use annals::{LogQuery, Scan, archive::Stored};
 use chrono::Utc;
 use clap::Args;
 use futures::TryStreamExt;
@@ -11,6 +11,7 @@ use uuid::Uuid;
 
 use super::import::IMPORT;
 use crate::{
+    event::Lines,
     exported::{FORMAT, Header, Section, Writer},
     failure::{Failure, Verdict},
     output::{Output, grouped},
@@ -65,10 +66,14 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
                 id: Uuid::new_v4(),
                 store: store.url.to_string(),
                 taken_at: Utc::now(),
+                archive: None,
             };
             (Writer::begin(path, &header)?, header)
         }
     };
+    if header.archive.is_some() {
+        return Err(Failure::new(format!("{} is an archive, not an export", path.display())));
+    }
     if header.store != store.url.to_string() {
         return Err(Failure::new(format!(
             "{} was taken from {}, not from {}",
@@ -109,10 +114,16 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
     }
     let until = writer.so_far().until.unwrap_or_default();
     let bar = progress::bar("exported", until.unsigned_abs());
-    let mut log = store.log(LogQuery::all(), writer.so_far().position + 1..=until).await?;
-    while let Some(event) = log.try_next().await? {
-        writer.event(&event).map_err(broken)?;
-        bar.set_position(event.position.0.unsigned_abs());
+    let is_json = store.has_json_only();
+    let add = move |lines: &mut Lines, event: Stored<'_>| lines.add(&event, is_json);
+    let mut log = store.batches(LogQuery::all(), writer.so_far().position + 1..=until, add).await?;
+    while let Some(lines) = log.try_next().await? {
+        // An empty page says nothing of where it ends.
+        if lines.count == 0 {
+            continue;
+        }
+        writer.events(&lines).map_err(broken)?;
+        bar.set_position(lines.position.unsigned_abs());
         if stop.is_asked() {
             bar.finish_and_clear();
             return stopped(&mut writer);

@@ -1,10 +1,11 @@
 //! `import`: a store out of a file.
 
-use std::{path::PathBuf, sync::Arc};
+use std::path::PathBuf;
 
 use annals::{Archive, Document, DocumentKey, StoreError, archive::Contents};
 use clap::Args;
 use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use crate::{
@@ -18,6 +19,12 @@ use crate::{
 
 /// The collection of the one document that says how far an import is.
 pub(crate) const IMPORT: &str = "import";
+
+/// Sections are written together until there is so much of them.
+const PART_EVENTS: usize = 20_000;
+const PART_BYTES: usize = 16 << 20;
+/// Read while one is written.
+const PARTS_AHEAD: usize = 1;
 
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
@@ -44,7 +51,12 @@ pub(crate) struct Progress {
 pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
     let path = arguments.file.display();
     let archive = store.port();
-    let mut reader = Reader::open(&arguments.file)?;
+    let reader = Reader::open(&arguments.file)?;
+    if reader.header().archive.is_some() {
+        return Err(Failure::new(format!(
+            "{path} is an archive of some streams, not a whole store: `read STREAM --archive {path}` reads it"
+        )));
+    }
     let export = reader.header().id;
     let (mut version, done) = match progress_of(&*archive).await? {
         Some((version, progress)) if progress.export == export => (version, progress.contents),
@@ -56,53 +68,38 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
     };
     let stop = Stop::on_ctrl_c();
     let bar = progress::bar("imported", 0);
-    let (mut events, mut documents) = (0, 0);
-    let (mut contents, mut last) = (Contents::default(), None::<Section>);
-    loop {
-        match reader.step()? {
-            Step::Event(event) => {
-                events += 1;
-                if events > done.events {
-                    contents.events.push(Arc::new(*event));
-                }
-            }
-            Step::Document(document) => {
-                documents += 1;
-                if documents > done.documents {
-                    contents.documents.push(document);
-                }
-            }
-            Step::Section(section) => {
-                bar.set_length(section.until.unwrap_or_default().unsigned_abs());
-                bar.set_position(section.position.unsigned_abs());
-                let complete = section.complete;
-                // What is written was checked, and in the same commit stands how far it is.
-                if !contents.events.is_empty() || !contents.documents.is_empty() || (complete && !done.complete) {
-                    version += 1;
-                    contents.documents.push(document(export, &section, version)?);
-                    archive.restore(std::mem::take(&mut contents)).await.map_err(refused)?;
-                }
-                last = Some(section);
-                if complete {
-                    break;
-                }
-                if stop.is_asked() {
-                    bar.finish_and_clear();
-                    eprintln!("stopped after {} events; go on with: import {path}", grouped(events as i64));
-                    return Ok(Verdict::Stopped);
-                }
-            }
-            Step::End => {
-                bar.finish_and_clear();
-                return Err(Failure::new(format!(
-                    "{path} is not complete: it ends after {} events. They are imported; go on with `export --resume`, and \
-                     then import it again",
-                    grouped(last.map_or(0, |section| section.events) as i64)
-                )));
-            }
+    let (parts, mut read) = mpsc::channel(PARTS_AHEAD);
+    // Ends by itself once nobody takes what it reads.
+    let (events, documents) = (done.events, done.documents);
+    let reading = tokio::task::spawn_blocking(move || read_parts(reader, (events, documents), &parts));
+    let mut last = None::<Section>;
+    while let Some(Part { mut contents, section }) = read.recv().await {
+        bar.set_length(section.until.unwrap_or_default().unsigned_abs());
+        let complete = section.complete;
+        // What is written was checked, and in the same commit stands how far it is.
+        if !contents.events.is_empty() || !contents.documents.is_empty() || (complete && !done.complete) {
+            version += 1;
+            contents.documents.push(document(export, &section, version)?);
+            archive.restore(contents).await.map_err(refused)?;
+        }
+        bar.set_position(section.position.unsigned_abs());
+        let events = section.events;
+        last = Some(section);
+        if !complete && stop.is_asked() {
+            bar.finish_and_clear();
+            eprintln!("stopped after {} events; go on with: import {path}", grouped(events as i64));
+            return Ok(Verdict::Stopped);
         }
     }
     bar.finish_and_clear();
+    let complete = reading.await.map_err(|error| Failure::new(format!("{path} could not be read: {error}")))??;
+    if !complete {
+        return Err(Failure::new(format!(
+            "{path} is not complete: it ends after {} events. They are imported; go on with `export --resume`, and \
+             then import it again",
+            grouped(last.map_or(0, |section| section.events) as i64)
+        )));
+    }
     if done.complete {
         eprintln!("{path} was imported before");
     }
@@ -117,6 +114,69 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
         ))?;
     }
     Ok(Verdict::Fine)
+}
+
+/// Sections that were checked, to be written in one commit.
+#[derive(Default)]
+struct Part {
+    contents: Contents,
+    /// The last of them.
+    section: Section,
+}
+
+/// Reads sections, without what is there already; says whether the file is complete.
+fn read_parts(
+    mut reader: Reader,
+    (events_done, documents_done): (u64, u64),
+    parts: &mpsc::Sender<Part>,
+) -> Result<bool, Failure> {
+    let (mut events, mut documents, mut bytes) = (0, 0, 0);
+    let (mut contents, mut whole) = (Contents::default(), None::<Part>);
+    let complete = loop {
+        let step = match reader.step() {
+            Ok(step) => step,
+            Err(error) => {
+                // What was good before it is taken in.
+                whole.map(|part| parts.blocking_send(part).ok());
+                return Err(error);
+            }
+        };
+        match step {
+            Step::Event(event) => {
+                events += 1;
+                if events > events_done {
+                    bytes += event.data.len();
+                    contents.events.push(*event);
+                }
+            }
+            Step::Document(document) => {
+                documents += 1;
+                if documents > documents_done {
+                    bytes += document.body.len();
+                    contents.documents.push(document);
+                }
+            }
+            Step::Section(section) => {
+                let complete = section.complete;
+                let mut part = whole.take().unwrap_or_default();
+                part.contents.events.append(&mut contents.events);
+                part.contents.documents.append(&mut contents.documents);
+                part.section = section;
+                let full = part.contents.events.len() >= PART_EVENTS || bytes >= PART_BYTES;
+                if !complete && !full {
+                    whole = Some(part);
+                    continue;
+                }
+                bytes = 0;
+                if parts.blocking_send(part).is_err() || complete {
+                    break complete;
+                }
+            }
+            Step::End => break false,
+        }
+    };
+    whole.map(|part| parts.blocking_send(part).ok());
+    Ok(complete)
 }
 
 fn key() -> DocumentKey {

@@ -1,10 +1,14 @@
 //! `read`: the events of a stream.
 
+use std::{collections::BTreeMap, path::PathBuf};
+
 use annals::{Recorded, StreamId, Version};
+use chrono::{DateTime, Utc};
 use clap::Args;
 
 use crate::{
-    event::EventLine,
+    event::write_line,
+    exported::{Reader, Step},
     failure::{Failure, Verdict},
     moment::{self, Moment},
     output::{Output, shown},
@@ -21,7 +25,9 @@ const PAGE: usize = 500;
   annals read order-536365 --at \"2026-11-21 15:04\"
       what was known of it at that time
   annals read order-536365 --from 3 --to 5 --json | jq .data
-      payloads of three of its events")]
+      payloads of three of its events
+  annals read order-536365 --archive orders-2026.ndjson.zst
+      of a stream that was archived")]
 pub(crate) struct Arguments {
     /// The stream, such as `order-536365`.
     #[arg(value_name = "STREAM")]
@@ -35,6 +41,20 @@ pub(crate) struct Arguments {
     /// Only what was recorded by then.
     #[arg(long, value_name = "TIME")]
     at: Option<Moment>,
+    /// From these files, which `archive` or `export` wrote, and not from a store.
+    #[arg(long, value_name = "FILE")]
+    archive: Vec<PathBuf>,
+}
+
+impl Arguments {
+    pub fn is_of_archives(&self) -> bool {
+        !self.archive.is_empty()
+    }
+
+    /// What is not looked for also ends it: versions and times rise.
+    fn ends_before(&self, version: i64, recorded_at: DateTime<Utc>) -> bool {
+        version > self.to || self.at.is_some_and(|Moment(at)| recorded_at > at)
+    }
 }
 
 pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
@@ -48,8 +68,7 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
         any = true;
         after = last.version;
         for event in &page {
-            let later = arguments.at.is_some_and(|Moment(at)| event.recorded_at > at);
-            if event.version.0 > arguments.to || later {
+            if arguments.ends_before(event.version.0, event.recorded_at) {
                 return Ok(Verdict::Fine);
             }
             show(event, output)?;
@@ -57,6 +76,40 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
     }
     if !any && events.read_stream(&stream, Version::START, 1).await?.is_empty() {
         return Err(Failure::new(missing(&arguments.stream)));
+    }
+    Ok(Verdict::Fine)
+}
+
+/// The same of files. Each is read to its end, so that nothing of one that was changed passes for true.
+pub(crate) fn from_archives(arguments: Arguments, output: &mut Output) -> Result<Verdict, Failure> {
+    let mut found = BTreeMap::new();
+    for path in &arguments.archive {
+        let mut reader = Reader::open(path)?;
+        let mut complete = false;
+        loop {
+            match reader.step()? {
+                Step::Event(event) if event.stream == arguments.stream => _ = found.insert(event.version, event),
+                Step::Event(_) | Step::Document(_) => {}
+                Step::Section(section) => complete = section.complete,
+                Step::End => break,
+            }
+            if complete {
+                break;
+            }
+        }
+        if !complete {
+            return Err(Failure::new(format!("{} is not complete", path.display())));
+        }
+    }
+    if found.is_empty() {
+        let files: Vec<_> = arguments.archive.iter().map(|path| path.display().to_string()).collect();
+        return Err(Failure::new(format!("there is no stream {} in {}", arguments.stream, files.join(", "))));
+    }
+    for event in found.into_values().skip_while(|event| event.version.0 < arguments.from) {
+        if arguments.ends_before(event.version.0, event.recorded_at) {
+            break;
+        }
+        show(&event.recorded(), output)?;
     }
     Ok(Verdict::Fine)
 }
@@ -72,7 +125,9 @@ fn missing(stream: &str) -> String {
 /// An event with its payload, or on a line of JSON.
 pub(crate) fn show(event: &Recorded, output: &mut Output) -> Result<(), Failure> {
     if output.json {
-        return output.value(&EventLine::of(event));
+        let mut line = Vec::new();
+        write_line(&event.into(), false, &mut line);
+        return output.lines(&line);
     }
     output.line(&shown(&format!(
         "{} {}  {} v{}  position {}",

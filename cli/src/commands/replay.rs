@@ -1,5 +1,6 @@
 //! `replay`: a range of the log, once more, to somewhere else.
 
+mod lines;
 mod target;
 
 use std::{path::PathBuf, time::Duration};
@@ -95,25 +96,32 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
         _ => progress::bar("replayed", (last - first + 1).max(0).unsigned_abs()),
     };
     let stop = Stop::on_ctrl_c();
-    let mut log = store.log(arguments.which.query(), first..=last).await?;
-    let (mut written, mut at, mut pace) = (0_i64, first - 1, Pace::new(arguments.speed));
-    loop {
-        let next = tokio::select! {
-            next = log.try_next() => next?,
-            () = stop.asked() => break,
-        };
-        let Some(event) = next else { break };
-        let wanted = arguments.stream.is_empty() || arguments.stream.iter().any(|name| name == event.stream.as_str());
-        if wanted && arguments.which.has(&event) {
-            tokio::select! {
-                () = pace.until(event.recorded_at) => {}
+    let (mut written, mut at) = (0_i64, first - 1);
+    if arguments.speed.is_none() && target.takes_lines() {
+        let wanted = (arguments.which.clone(), arguments.stream.clone());
+        (written, at) = lines::replay(store, wanted, first..=last, &mut target, (&bar, &stop)).await?;
+    } else {
+        let mut pace = Pace::new(arguments.speed);
+        let mut log = store.log(arguments.which.query(), first..=last).await?;
+        loop {
+            let next = tokio::select! {
+                next = log.try_next() => next?,
                 () = stop.asked() => break,
+            };
+            let Some(event) = next else { break };
+            let of_stream =
+                arguments.stream.is_empty() || arguments.stream.iter().any(|name| name == event.stream.as_str());
+            if of_stream && arguments.which.has(&event.data) {
+                tokio::select! {
+                    () = pace.until(event.recorded_at) => {}
+                    () = stop.asked() => break,
+                }
+                target.take(&event).await?;
+                written += 1;
             }
-            target.take(&event).await?;
-            written += 1;
+            at = event.position.0;
+            bar.set_position((at - first + 1).unsigned_abs());
         }
-        at = event.position.0;
-        bar.set_position((at - first + 1).unsigned_abs());
     }
     target.commit().await?;
     bar.finish_and_clear();

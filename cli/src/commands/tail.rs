@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use annals::{LogQuery, Position, Recorded, StoreError};
+use annals::{LogQuery, Position, StoreError};
 use clap::Args;
 use serde_json_path::JsonPath;
 
@@ -64,9 +64,9 @@ impl Which {
     }
 
     /// Whether the payload is one that is looked for.
-    pub fn has(&self, event: &Recorded) -> bool {
+    pub fn has(&self, payload: &str) -> bool {
         let Some(path) = &self.path else { return true };
-        let Ok(payload) = serde_json::from_str::<serde_json::Value>(&event.data) else { return false };
+        let Ok(payload) = serde_json::from_str::<serde_json::Value>(payload) else { return false };
         !path.query(&payload).is_empty() || !path.query(&serde_json::Value::Array(vec![payload])).is_empty()
     }
 }
@@ -109,7 +109,7 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
         };
         pause = PAUSE_MIN;
         after = page.next;
-        for event in page.events.iter().filter(|event| arguments.which.has(event)) {
+        for event in page.events.iter().filter(|event| arguments.which.has(&event.data)) {
             if left == 0 {
                 break;
             }

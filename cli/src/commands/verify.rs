@@ -5,12 +5,19 @@ mod histories;
 mod order;
 mod seal;
 
-use annals::LogQuery;
+use annals::{LogQuery, Recorded, archive::Stored};
 use clap::Args;
 use futures::TryStreamExt;
 use serde::Serialize;
+use serde_json::value::RawValue;
+use uuid::Uuid;
 
-use self::{histories::Histories, order::Order, seal::Seals};
+pub(crate) use self::order::stream_key;
+use self::{
+    histories::Histories,
+    order::Order,
+    seal::{Digest, Seals, digest},
+};
 use crate::{
     failure::{Failure, Verdict},
     output::{Output, grouped, shown},
@@ -89,27 +96,36 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
     let stop = Stop::on_ctrl_c();
     let mut faults = Faults { output, count: 0 };
     let (mut order, mut histories) = (Order::new()?, Histories::default());
-    let mut seals = Seals::new(archive.clone(), arguments.seal, arguments.expect);
-    let mut log = store.log(LogQuery::all(), 1..=until).await?;
+    let mut seals = Seals::open(archive.clone(), arguments.seal, arguments.expect, &mut faults).await?;
+    let sealed = seals.are_there();
+    let look = move |events: &mut Vec<Event>, event: Stored<'_>| events.push(Event::of(&event, sealed));
+    let mut log = store.batches(LogQuery::all(), 1..=until, look).await?;
     let mut events = 0;
-    while let Some(event) = log.try_next().await? {
-        if stop.is_asked() {
-            bar.finish_and_clear();
-            eprintln!("stopped at position {}; nothing is verified but what was told", event.position);
-            return Ok(Verdict::Stopped);
+    while let Some(batch) = log.try_next().await? {
+        for event in batch {
+            if stop.is_asked() {
+                bar.finish_and_clear();
+                eprintln!("stopped at position {}; nothing is verified but what was told", event.position);
+                return Ok(Verdict::Stopped);
+            }
+            events += 1;
+            order.event(&event)?;
+            if let Some(wrong) = &event.unreadable {
+                faults.add(event.place(), format!("the payload cannot be read: {wrong}"))?;
+            }
+            if let Some(of_saga) = &event.of_saga {
+                histories.event(of_saga, &mut faults)?;
+            }
+            bar.set_position(event.position.unsigned_abs());
+            if sealed {
+                seals.event(event, &mut faults).await?;
+            }
         }
-        events += 1;
-        order.event(&event)?;
-        if let Err(error) = serde_json::from_str::<serde_json::Value>(&event.data) {
-            faults.add(place(&event), format!("the payload cannot be read: {error}"))?;
-        }
-        histories.event(&event, &mut faults)?;
-        seals.event(&event, &mut faults).await?;
-        bar.set_position(event.position.0.unsigned_abs());
     }
     bar.finish_and_clear();
     seals.end(&mut faults).await?;
-    order.end(&*archive, &mut faults).await?;
+    let chains = order.end(&*archive, &mut faults, (seals.chained_until(), seals.until())).await?;
+    seals.chains(chains, &mut faults).await?;
     let documents = documents::verify(&*archive, &histories, &mut faults).await?;
     let verified = Verified {
         events,
@@ -136,7 +152,46 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
     Ok(if verified.faults == 0 { Verdict::Fine } else { Verdict::Fault })
 }
 
+/// What is to be looked at of an event: made beside whoever goes through the log.
+struct Event {
+    position: i64,
+    stream: Box<str>,
+    version: i64,
+    id: Uuid,
+    /// See [`stream_key`].
+    key: u128,
+    /// Nothing, where there are no seals.
+    digest: Digest,
+    unreadable: Option<String>,
+    /// The whole of it, if it is in a saga's stream.
+    of_saga: Option<Box<Recorded>>,
+}
+
+impl Event {
+    fn of(event: &Stored<'_>, sealed: bool) -> Self {
+        let is_of_saga = event.stream.starts_with("saga.");
+        Self {
+            position: event.position.0,
+            stream: event.stream.as_ref().into(),
+            version: event.version.0,
+            id: event.id,
+            key: stream_key(&event.stream),
+            digest: if sealed { digest(event) } else { Digest::default() },
+            unreadable: serde_json::from_str::<&RawValue>(&event.data).err().map(|error| error.to_string()),
+            of_saga: is_of_saga.then(|| Box::new(event.recorded())),
+        }
+    }
+
+    fn place(&self) -> String {
+        at(self.position, &self.stream, self.version)
+    }
+}
+
 /// Where an event is.
-fn place(event: &annals::Recorded) -> String {
-    format!("position {} ({} v{})", event.position, event.stream, event.version)
+fn place(event: &Recorded) -> String {
+    at(event.position.0, event.stream.as_str(), event.version.0)
+}
+
+fn at(position: i64, stream: &str, version: i64) -> String {
+    format!("position {position} ({stream} v{version})")
 }

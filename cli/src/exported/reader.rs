@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use annals::{Document, Recorded};
+use annals::{Document, archive::Stored};
 
 use super::{FORMAT, Header, LINE_BYTES_MAX, Line, Section};
 use crate::failure::Failure;
@@ -14,9 +14,12 @@ use crate::failure::Failure;
 /// <https://www.rfc-editor.org/rfc/rfc8878#section-3.1.1>
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 
+/// So many bytes are hashed at once.
+const HASHED_BYTES: usize = 128 << 10;
+
 /// What comes next.
 pub(crate) enum Step {
-    Event(Box<Recorded>),
+    Event(Box<Stored<'static>>),
     Document(Document),
     /// Everything before it is as it was written.
     Section(Section),
@@ -35,6 +38,8 @@ pub(crate) struct Reader {
     source: Source,
     header: Header,
     hasher: blake3::Hasher,
+    /// Read, and not hashed yet: much at once is hashed faster.
+    unhashed: Vec<u8>,
     /// Where the next line begins in a plain file, or the next frame in a compressed one.
     offset: u64,
     so_far: Section,
@@ -59,12 +64,14 @@ impl Reader {
             id: uuid::Uuid::nil(),
             store: String::new(),
             taken_at: chrono::DateTime::UNIX_EPOCH,
+            archive: None,
         };
         let mut reader = Self {
             path: path.to_owned(),
             source,
             header,
             hasher: blake3::Hasher::new(),
+            unhashed: Vec::with_capacity(2 * HASHED_BYTES),
             offset: 0,
             so_far: Section::default(),
             line: Vec::new(),
@@ -94,7 +101,9 @@ impl Reader {
     }
 
     /// Over everything read.
-    pub fn hasher(&self) -> &blake3::Hasher {
+    pub fn hasher(&mut self) -> &blake3::Hasher {
+        self.hasher.update(&self.unhashed);
+        self.unhashed.clear();
         &self.hasher
     }
 
@@ -105,7 +114,7 @@ impl Reader {
         let text = std::str::from_utf8(&self.line).map_err(|error| self.damaged(&error.to_string()))?;
         let step = match Line::parse(text).map_err(|error| self.damaged(&error.to_string()))? {
             Line::Event(event) => {
-                let event = event.recorded().map_err(|error| self.damaged(&error))?;
+                let event = event.stored().map_err(|error| self.damaged(error))?.into_owned();
                 if event.position.0 <= self.so_far.position {
                     return Err(self.damaged("its events are not in order"));
                 }
@@ -120,7 +129,7 @@ impl Reader {
                 Step::Document(document)
             }
             Line::Section(section) => {
-                let blake3 = self.hasher.finalize().to_hex().to_string();
+                let blake3 = self.hasher().finalize().to_hex().to_string();
                 self.so_far.until = section.until;
                 let read = Section { blake3, complete: section.complete, ..self.so_far.clone() };
                 if read != section {
@@ -137,7 +146,10 @@ impl Reader {
     }
 
     fn take_in(&mut self) {
-        self.hasher.update(&self.line);
+        self.unhashed.extend_from_slice(&self.line);
+        if self.unhashed.len() >= HASHED_BYTES {
+            self.hasher();
+        }
         if matches!(self.source, Source::Plain(_)) {
             self.offset += self.line.len() as u64;
         }

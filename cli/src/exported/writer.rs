@@ -6,11 +6,11 @@ use std::{
     path::Path,
 };
 
-use annals::{Document, Recorded};
+use annals::Document;
 use serde::Serialize;
 
 use super::{DocumentLine, Header, Reader, Section, Step};
-use crate::{event::EventLine, failure::Failure};
+use crate::{event::Lines, failure::Failure};
 
 /// A section ends after so many lines or bytes: at most that is lost when an export is broken off, and an import has it in
 /// memory.
@@ -92,11 +92,11 @@ impl Writer {
         &self.so_far
     }
 
-    pub fn event(&mut self, event: &Recorded) -> io::Result<()> {
-        self.put(&EventLine::of(event))?;
-        self.so_far.position = event.position.0;
-        self.so_far.events += 1;
-        self.ends_section()
+    pub fn events(&mut self, events: &Lines) -> io::Result<()> {
+        self.write(&events.bytes)?;
+        self.so_far.position = events.position;
+        self.so_far.events += events.count;
+        self.ends_section(events.count, events.bytes.len())
     }
 
     pub fn document(&mut self, document: &Document) -> io::Result<()> {
@@ -107,7 +107,7 @@ impl Writer {
         self.put(&Line { document: DocumentLine::of(document) })?;
         self.so_far.documents += 1;
         self.so_far.document = Some((document.key.collection.to_string(), document.key.id.to_string()));
-        self.ends_section()
+        self.ends_section(1, self.line.len())
     }
 
     /// Ends the documents: the log is to be written up to here.
@@ -142,20 +142,26 @@ impl Writer {
         Ok(())
     }
 
-    fn ends_section(&mut self) -> io::Result<()> {
-        let (lines, bytes) = self.open;
-        self.open = (lines + 1, bytes + self.line.len());
-        if lines + 1 >= SECTION_LINES || self.open.1 >= SECTION_BYTES { self.section(false) } else { Ok(()) }
+    fn ends_section(&mut self, lines: u64, bytes: usize) -> io::Result<()> {
+        self.open = (self.open.0 + lines, self.open.1 + bytes);
+        if self.open.0 >= SECTION_LINES || self.open.1 >= SECTION_BYTES { self.section(false) } else { Ok(()) }
     }
 
     fn put(&mut self, line: &impl Serialize) -> io::Result<()> {
-        self.line.clear();
-        serde_json::to_writer(&mut self.line, line)?;
-        self.line.push(b'\n');
-        self.hasher.update(&self.line);
+        let mut text = std::mem::take(&mut self.line);
+        text.clear();
+        serde_json::to_writer(&mut text, line)?;
+        text.push(b'\n');
+        let written = self.write(&text);
+        self.line = text;
+        written
+    }
+
+    fn write(&mut self, lines: &[u8]) -> io::Result<()> {
+        self.hasher.update(lines);
         match &mut self.sink {
-            Sink::Plain(file) => file.write_all(&self.line),
-            Sink::Zstd(Some(encoder)) => encoder.write_all(&self.line),
+            Sink::Plain(file) => file.write_all(lines),
+            Sink::Zstd(Some(encoder)) => encoder.write_all(lines),
             Sink::Zstd(None) => Err(io::Error::other("the export is complete")),
         }
     }

@@ -8,7 +8,7 @@ use std::{
 
 use annals::Recorded;
 
-use crate::{event::EventLine, failure::Failure, output::Output};
+use crate::{event::write_line, failure::Failure, output::Output};
 
 pub(super) enum Target<'a> {
     /// Events are only counted.
@@ -39,11 +39,24 @@ impl Target<'_> {
     pub async fn take(&mut self, event: &Recorded) -> Result<(), Failure> {
         match self {
             Self::Nowhere => Ok(()),
-            Self::Output(output) => output.value(&EventLine::of(event)),
-            Self::File(path, file) => {
-                serde_json::to_writer(&mut *file, &EventLine::of(event))?;
-                file.write_all(b"\n").map_err(|error| unwritable(path, &error))
+            Self::Output(_) | Self::File(..) => {
+                let mut line = Vec::new();
+                write_line(&event.into(), false, &mut line);
+                self.take_lines(&line)
             }
+        }
+    }
+
+    /// Whether lines can be handed over as well, as they are.
+    pub fn takes_lines(&self) -> bool {
+        matches!(self, Self::Nowhere | Self::Output(_) | Self::File(..))
+    }
+
+    pub fn take_lines(&mut self, lines: &[u8]) -> Result<(), Failure> {
+        match self {
+            Self::Nowhere => Ok(()),
+            Self::Output(output) => output.lines(lines),
+            Self::File(path, file) => file.write_all(lines).map_err(|error| unwritable(path, &error)),
         }
     }
 
@@ -52,10 +65,7 @@ impl Target<'_> {
         match self {
             Self::Nowhere => Ok(()),
             Self::Output(output) => output.flush(),
-            Self::File(path, file) => {
-                let written = file.flush().and_then(|()| file.get_ref().sync_data());
-                written.map_err(|error| unwritable(path, &error))
-            }
+            Self::File(path, file) => file.flush().map_err(|error| unwritable(path, &error)),
         }
     }
 }

@@ -6,6 +6,7 @@ use annals::{
     parking::Parked,
     saga::{SagaEvent, SagaStatus},
 };
+use serde_json::value::RawValue;
 
 use super::{Faults, histories::Histories};
 use crate::{commands::import, failure::Failure};
@@ -62,7 +63,7 @@ async fn wrong(archive: &dyn Archive, histories: &Histories, document: &Document
         return Ok(serde_json::from_str::<Parked>(&document.body).map_or_else(unreadable, |_| None));
     }
     if !collection.starts_with("saga.") {
-        return Ok(serde_json::from_str::<serde_json::Value>(&document.body).map_or_else(unreadable, |_| None));
+        return Ok(serde_json::from_str::<&RawValue>(&document.body).map_or_else(unreadable, |_| None));
     }
     let status = match serde_json::from_str::<SagaStatus>(&document.body) {
         Ok(status) => status,

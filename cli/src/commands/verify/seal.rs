@@ -1,52 +1,88 @@
-//! Seals: documents that say what the log was when it was sealed, event by event, each bound to the one before.
+//! Seals: documents that say what the log was when it was sealed, event by event, each bound to the one before; and one that
+//! says where the chain of each stream stood.
 //!
 //! A seal finds what was done to the log by somebody who did not know of seals, or could not write documents. Whoever can write
 //! both can make new seals; against that, the hash of a seal is noted elsewhere, and expected by a later run.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+};
 
-use annals::{Archive, Commit, DocumentKey, Put, Recorded, Scan};
+use annals::{Archive, Commit, DocumentKey, Put, Scan, archive::Stored};
 use serde::{Deserialize, Serialize};
 
-use super::Faults;
+use super::{Event, Faults, at, order::Chained};
 use crate::failure::Failure;
 
 /// The collection of all seals; their ids are their last positions, with leading zeros.
 const SEALS: &str = "seal";
-/// Events under one seal: some 30 KB of document.
+/// Events under one seal: some 60 KB of document.
 const EVENTS_MAX: usize = 1_000;
-/// Seals read at once.
-const PAGE: usize = 50;
-/// What of an event's hash is kept, to tell which one was changed; the whole of it goes into that of the seal.
-const KEPT_BYTES: usize = 8;
+/// Events held until their seal ends: one that says it goes on for ever must not fill the memory.
+const HELD_MAX: usize = 10 * EVENTS_MAX;
+/// Seals read, or written, at once.
+const PAGE: usize = 16;
+/// So many events that are gone one after the other are told one by one; more are told as a run.
+const GONE_TOLD_MAX: usize = 10;
 
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+/// The hash of everything that a store keeps of an event.
+pub(super) type Digest = [u8; 32];
+
+/// Each text has its length in front, so that none can lend bytes to the next.
+pub(super) fn digest(event: &Stored<'_>) -> Digest {
+    let mut bytes = Vec::with_capacity(256 + event.data.len());
+    for number in
+        [event.position.0, event.version.0, i64::from(event.schema_version), event.recorded_at.timestamp_micros()]
+    {
+        bytes.extend_from_slice(&number.to_be_bytes());
+    }
+    bytes.extend_from_slice(event.id.as_bytes());
+    for text in [&event.stream, &event.type_name, &event.data, &event.metadata] {
+        bytes.extend_from_slice(&(text.len() as u64).to_be_bytes());
+        bytes.extend_from_slice(text.as_bytes());
+    }
+    *blake3::hash(&bytes).as_bytes()
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Seal {
     /// Of the seal before; empty for the first.
     previous: String,
     /// Of `previous` and the hashes of all events.
     hash: String,
-    /// Where the events stand.
-    positions: Vec<i64>,
-    /// The start of the hash of each.
-    digests: Vec<String>,
+    /// The streams of the events, each once.
+    streams: Vec<String>,
+    events: Vec<Sealed>,
 }
 
+/// An event: its position, its stream, its version, and the start of its hash.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Sealed(i64, usize, i64, u64);
+
 impl Seal {
-    fn over(previous: &str, events: &[(i64, blake3::Hash)]) -> Self {
+    fn over(previous: &str, events: &[Event]) -> Self {
         let mut hasher = blake3::Hasher::new();
         hasher.update(previous.as_bytes());
-        events.iter().for_each(|(_, hash)| _ = hasher.update(hash.as_bytes()));
-        Self {
-            previous: previous.to_owned(),
-            hash: hasher.finalize().to_hex().to_string(),
-            positions: events.iter().map(|(position, _)| *position).collect(),
-            digests: events.iter().map(|(_, hash)| kept(hash)).collect(),
+        events.iter().for_each(|event| _ = hasher.update(&event.digest));
+        let (mut streams, mut numbers, mut sealed) = (Vec::new(), HashMap::new(), Vec::with_capacity(events.len()));
+        for event in events {
+            let number = *numbers.entry(&*event.stream).or_insert_with(|| {
+                streams.push(event.stream.to_string());
+                streams.len() - 1
+            });
+            sealed.push(Sealed(event.position, number, event.version, kept(&event.digest)));
         }
+        let hash = hasher.finalize().to_hex().to_string();
+        Self { previous: previous.to_owned(), hash, streams, events: sealed }
     }
 
     fn last(&self) -> i64 {
-        self.positions.last().copied().unwrap_or_default()
+        self.events.last().map_or(0, |Sealed(position, ..)| *position)
+    }
+
+    fn place(&self, Sealed(position, stream, version, _): &Sealed) -> String {
+        at(*position, self.streams.get(*stream).map_or("?", String::as_str), *version)
     }
 }
 
@@ -55,40 +91,82 @@ pub(super) struct Seals {
     /// Whether to seal what is not.
     adds: bool,
     expected: Vec<String>,
+    /// Where the chains of streams stood, and the version of the document that says so.
+    chained: (Option<Chained>, i64),
     /// The next ones, and the document that was read last.
     ahead: VecDeque<(Arc<str>, Seal)>,
     read: Arc<str>,
     all_read: bool,
     /// The last one that was met.
-    last: Option<Seal>,
+    last: Option<(i64, String)>,
     /// Events since then.
-    events: Vec<(i64, blake3::Hash)>,
+    events: Vec<Event>,
+    /// Seals to be written.
+    added: Vec<Put>,
     broken: bool,
 }
 
 impl Seals {
-    pub fn new(archive: Arc<dyn Archive>, adds: bool, expected: Vec<String>) -> Self {
-        let (ahead, read) = (VecDeque::new(), "".into());
-        Self { archive, adds, expected, ahead, read, all_read: false, last: None, events: Vec::new(), broken: false }
+    pub async fn open(
+        archive: Arc<dyn Archive>,
+        adds: bool,
+        expected: Vec<String>,
+        faults: &mut Faults<'_>,
+    ) -> Result<Self, Failure> {
+        let found = archive.documents(&[chains_key()]).await?.into_iter().next().flatten();
+        let version = found.as_ref().map_or(0, |document| document.version);
+        let chained = found.as_ref().and_then(|document| serde_json::from_str(&document.body).ok());
+        let broken = found.is_some() && chained.is_none();
+        if broken {
+            faults.add(format!("document {}", chains_key()), "it cannot be read")?;
+        }
+        let mut seals = Self {
+            archive,
+            adds,
+            expected,
+            chained: (chained, version),
+            ahead: VecDeque::new(),
+            read: "".into(),
+            all_read: false,
+            last: None,
+            events: Vec::new(),
+            added: Vec::new(),
+            broken,
+        };
+        seals.read_ahead(faults).await?;
+        Ok(seals)
+    }
+
+    /// Whether there is anything to be checked or made.
+    pub fn are_there(&self) -> bool {
+        self.adds || !self.ahead.is_empty() || self.chained.0.is_some()
     }
 
     /// Up to this position, events are under seals.
     pub fn until(&self) -> i64 {
-        self.last.as_ref().map_or(0, Seal::last)
+        self.last.as_ref().map_or(0, |(until, _)| *until)
     }
 
     /// Of the last seal.
     pub fn hash(&self) -> Option<String> {
-        self.last.as_ref().map(|seal| seal.hash.clone())
+        self.last.as_ref().map(|(_, hash)| hash.clone())
     }
 
-    pub async fn event(&mut self, event: &Recorded, faults: &mut Faults<'_>) -> Result<(), Failure> {
-        while self.next_ends_before(event.position.0, faults).await? {
+    /// Up to this position, the chains of streams are known.
+    pub fn chained_until(&self) -> i64 {
+        self.chained.0.as_ref().map_or(0, |chained| chained.until)
+    }
+
+    pub async fn event(&mut self, event: Event, faults: &mut Faults<'_>) -> Result<(), Failure> {
+        while self.next_ends_before(event.position, faults).await? {
+            self.check(faults)?;
+        }
+        if !self.ahead.is_empty() && self.events.len() >= HELD_MAX {
             self.check(faults)?;
         }
         // Without a seal to be checked or made, nothing need be kept.
         if self.adds || !self.ahead.is_empty() {
-            self.events.push((event.position.0, digest(event)));
+            self.events.push(event);
         }
         if self.ahead.is_empty() && self.events.len() >= EVENTS_MAX {
             self.add().await?;
@@ -103,13 +181,49 @@ impl Seals {
         if !self.events.is_empty() {
             self.add().await?;
         }
+        self.write().await?;
         for hash in &self.expected {
             faults.add("seals", format!("there is none with the expected hash {hash}"))?;
         }
         Ok(())
     }
 
+    /// Compares the chains of streams up to where they were known, and keeps those up to the last seal.
+    pub async fn chains(&mut self, [before, now]: [Chained; 2], faults: &mut Faults<'_>) -> Result<(), Failure> {
+        let (chained, version) = &self.chained;
+        match chained {
+            // What was changed, if it was an event, has been told by now.
+            Some(chained) if *chained != before => {
+                self.broken = true;
+                faults.add(
+                    format!("streams up to position {}", before.until),
+                    "the chains of their hashes are not those that were sealed",
+                )?;
+            }
+            None if *version == 0 && self.last.is_some() && !self.adds => {
+                faults.add(
+                    format!("document {}", chains_key()),
+                    "it is gone: there are seals, and no chains of streams",
+                )?;
+            }
+            _ => {}
+        }
+        if self.adds && !self.broken && chained.as_ref() != Some(&now) {
+            let body = serde_json::to_string(&now)?;
+            let put = Put { key: chains_key(), expected: Some(*version), body: Some(body.into()), due: None };
+            self.archive.commit(Commit { appends: Vec::new(), puts: vec![put] }).await?;
+        }
+        Ok(())
+    }
+
     async fn next_ends_before(&mut self, position: i64, faults: &mut Faults<'_>) -> Result<bool, Failure> {
+        if self.ahead.is_empty() {
+            self.read_ahead(faults).await?;
+        }
+        Ok(self.ahead.front().is_some_and(|(_, seal)| seal.last() < position))
+    }
+
+    async fn read_ahead(&mut self, faults: &mut Faults<'_>) -> Result<(), Failure> {
         while self.ahead.is_empty() && !self.all_read {
             let page = self.archive.scan(SEALS, &Scan::After(self.read.clone()), PAGE).await?;
             self.all_read = page.is_empty();
@@ -124,28 +238,32 @@ impl Seals {
                 }
             }
         }
-        Ok(self.ahead.front().is_some_and(|(_, seal)| seal.last() < position))
+        Ok(())
     }
 
     /// Compares the next seal with the events up to its end.
     fn check(&mut self, faults: &mut Faults<'_>) -> Result<(), Failure> {
         let Some((id, seal)) = self.ahead.pop_front() else { return Ok(()) };
-        let of_it = self.events.partition_point(|(position, _)| *position <= seal.last());
+        let of_it = self.events.partition_point(|event| event.position <= seal.last());
         let found: Vec<_> = self.events.drain(..of_it).collect();
-        let before = self.last.as_ref().map_or("", |last| &last.hash);
+        let before = self.last.as_ref().map_or("", |(_, hash)| hash);
         let name = format!("seal {id}");
         let faulty = faults.count;
         if seal.previous != before {
             faults.add(&*name, "it does not follow the one before: a seal was changed or removed")?;
         }
         compare(&seal, &found, faults)?;
-        if faults.count == faulty && Seal::over(&seal.previous, &found).hash != seal.hash {
+        if faults.count == faulty && Seal::over(&seal.previous, &found) != seal {
             faults.add(&*name, "its hash is not that of what it says was sealed: it was changed")?;
         }
         self.broken |= faults.count > faulty;
-        self.expected.retain(|expected| *expected != seal.hash);
-        self.last = Some(seal);
+        self.met(&seal);
         Ok(())
+    }
+
+    fn met(&mut self, seal: &Seal) {
+        self.expected.retain(|expected| *expected != seal.hash);
+        self.last = Some((seal.last(), seal.hash.clone()));
     }
 
     /// Seals the events at hand; not behind a seal that is broken.
@@ -154,68 +272,68 @@ impl Seals {
         if !self.adds || self.broken {
             return Ok(());
         }
-        let seal = Seal::over(self.last.as_ref().map_or("", |last| &last.hash), &events);
+        let seal = Seal::over(self.last.as_ref().map_or("", |(_, hash)| hash), &events);
         let key = DocumentKey::new(SEALS, format!("{:019}", seal.last()));
         let body = serde_json::to_string(&seal)?;
-        let put = Put { key, expected: Some(0), body: Some(body.into()), due: None };
-        self.archive.commit(Commit { appends: Vec::new(), puts: vec![put] }).await?;
-        self.expected.retain(|expected| *expected != seal.hash);
-        self.last = Some(seal);
+        self.added.push(Put { key, expected: Some(0), body: Some(body.into()), due: None });
+        self.met(&seal);
+        if self.added.len() >= PAGE { self.write().await } else { Ok(()) }
+    }
+
+    async fn write(&mut self) -> Result<(), Failure> {
+        let puts = std::mem::take(&mut self.added);
+        if !puts.is_empty() {
+            self.archive.commit(Commit { appends: Vec::new(), puts }).await?;
+        }
         Ok(())
     }
 }
 
-/// Tells what became of the events under a seal. What is gone is told by runs: a tail that was cut off is one.
-fn compare(seal: &Seal, found: &[(i64, blake3::Hash)], faults: &mut Faults<'_>) -> Result<(), Failure> {
+/// The one document that says where the chains of streams stood.
+fn chains_key() -> DocumentKey {
+    DocumentKey::new("seal.streams", "chains")
+}
+
+/// Tells what became of the events under a seal.
+fn compare(seal: &Seal, found: &[Event], faults: &mut Faults<'_>) -> Result<(), Failure> {
     let mut found = found.iter().peekable();
-    let mut gone: Vec<i64> = Vec::new();
-    let told = |gone: &mut Vec<i64>, faults: &mut Faults<'_>| match std::mem::take(gone).as_slice() {
-        [] => Ok(()),
-        [one] => faults.add(format!("position {one}"), "the event that was sealed is gone"),
-        [first, .., last] => {
-            let count = last - first + 1;
-            faults.add(format!("positions {first} to {last}"), format!("{count} events that were sealed are gone"))
+    let mut gone: Vec<&Sealed> = Vec::new();
+    for sealed in &seal.events {
+        let Sealed(position, _, _, digest) = sealed;
+        while let Some(extra) = found.next_if(|event| event.position < *position) {
+            faults.add(extra.place(), "the event was not there when this part of the log was sealed")?;
         }
-    };
-    for (position, digest) in seal.positions.iter().zip(&seal.digests) {
-        while let Some((extra, _)) = found.next_if(|(at, _)| at < position) {
-            faults.add(format!("position {extra}"), "the event was not there when this part of the log was sealed")?;
-        }
-        match found.next_if(|(at, _)| at == position) {
-            None => {
-                if gone.last().is_some_and(|last| last + 1 != *position) {
-                    told(&mut gone, faults)?;
+        let Some(event) = found.next_if(|event| event.position == *position) else {
+            gone.push(sealed);
+            continue;
+        };
+        told(seal, &std::mem::take(&mut gone), faults)?;
+        if kept(&event.digest) != *digest {
+            let what = match (seal.place(sealed), event.place()) {
+                (before, now) if before == now => "the event was changed after it was sealed".to_owned(),
+                _ => {
+                    format!("the event was changed after it was sealed: now it is {} v{}", event.stream, event.version)
                 }
-                gone.push(*position);
-                continue;
-            }
-            Some((_, hash)) if kept(hash) != *digest => {
-                faults.add(format!("position {position}"), "the event was changed after it was sealed")?;
-            }
-            Some(_) => {}
+            };
+            faults.add(seal.place(sealed), what)?;
         }
-        told(&mut gone, faults)?;
     }
-    told(&mut gone, faults)
+    told(seal, &gone, faults)
 }
 
-fn kept(hash: &blake3::Hash) -> String {
-    hash.to_hex()[..KEPT_BYTES * 2].to_owned()
+/// Tells what is gone: a tail that was cut off is a long run.
+fn told(seal: &Seal, gone: &[&Sealed], faults: &mut Faults<'_>) -> Result<(), Failure> {
+    let (Some(first), Some(last)) = (gone.first(), gone.last()) else { return Ok(()) };
+    if gone.len() <= GONE_TOLD_MAX {
+        return gone.iter().try_for_each(|one| faults.add(seal.place(one), "the event that was sealed is gone"));
+    }
+    faults.add(
+        format!("positions {} to {}", first.0, last.0),
+        format!("{} events that were sealed are gone, from {} to {}", gone.len(), seal.place(first), seal.place(last)),
+    )
 }
 
-/// The hash of everything that a store keeps of an event. Each text has its length in front, so that none can lend bytes to
-/// the next.
-fn digest(event: &Recorded) -> blake3::Hash {
-    let mut hasher = blake3::Hasher::new();
-    for number in
-        [event.position.0, event.version.0, i64::from(event.schema_version), event.recorded_at.timestamp_micros()]
-    {
-        hasher.update(&number.to_be_bytes());
-    }
-    hasher.update(event.id.as_bytes());
-    for text in [event.stream.as_str(), &event.type_name, &event.data, &event.metadata.to_json()] {
-        hasher.update(&(text.len() as u64).to_be_bytes());
-        hasher.update(text.as_bytes());
-    }
-    hasher.finalize()
+/// What of an event's hash is kept, to tell which one was changed; the whole of it goes into that of the seal.
+fn kept(digest: &Digest) -> u64 {
+    digest[..8].iter().fold(0, |kept, byte| kept << 8 | u64::from(*byte))
 }

@@ -1,0 +1,41 @@
+//! Lines of events as they are, in batches: what a replay is that keeps no pauses and goes where lines go.
+
+use std::ops::RangeInclusive;
+
+use annals::archive::Stored;
+use futures::TryStreamExt;
+use indicatif::ProgressBar;
+
+use super::target::Target;
+use crate::{commands::tail::Which, event::Lines, failure::Failure, stop::Stop, store::Store};
+
+/// Gives how many events were wanted, and the last position that was looked at.
+pub(super) async fn replay(
+    store: &Store,
+    (which, streams): (Which, Vec<String>),
+    positions: RangeInclusive<i64>,
+    target: &mut Target<'_>,
+    (bar, stop): (&ProgressBar, &Stop),
+) -> Result<(i64, i64), Failure> {
+    let before = positions.start() - 1;
+    let (query, is_json) = (which.query(), store.has_json_only());
+    let take = move |lines: &mut Lines, event: Stored<'_>| {
+        let of_stream = streams.is_empty() || streams.iter().any(|name| *name == event.stream);
+        if of_stream && which.has(&event.data) { lines.add(&event, is_json) } else { lines.skip(&event) }
+    };
+    let mut batches = store.batches(query, positions, take).await?;
+    let (mut written, mut at) = (0, before);
+    loop {
+        let next = tokio::select! {
+            biased;
+            () = stop.asked() => break,
+            next = batches.try_next() => next?,
+        };
+        let Some(lines) = next else { break };
+        target.take_lines(&lines.bytes)?;
+        written += lines.count as i64;
+        at = at.max(lines.position);
+        bar.set_position((at - before).unsigned_abs());
+    }
+    Ok((written, at))
+}
