@@ -9,7 +9,8 @@
 //! # }
 //! ```
 //!
-//! With [`Ops::events`] and [`Ops::saga`] it also knows what the service's events and sagas are, for `check-history`.
+//! With [`Ops::events`] and [`Ops::saga`] it also knows what the service's events and sagas are, for `check-history`; with
+//! [`Ops::read_model`] how its views are built, for `read-model`.
 
 mod arguments;
 mod commands;
@@ -33,8 +34,8 @@ use clap::{CommandFactory, FromArgMatches};
 use crate::{
     arguments::{Arguments, Command, Common},
     commands::{
-        check_history, completions, dead_letters, export, import, migrate, read, replay, saga, sagas, streams,
-        subscription, subscriptions, tail, trace, verify,
+        check_history, completions, dead_letters, export, import, migrate, read, read_model, replay, saga, sagas,
+        streams, subscription, subscriptions, tail, trace, verify,
     },
     failure::{Failure, Verdict},
     output::Output,
@@ -70,6 +71,20 @@ impl Ops {
     /// Knows sagas of this definition, for `check-history`.
     pub fn saga<C: annals::SagaState>(mut self, saga: annals::Saga<C>) -> Self {
         self.domain.add_saga(saga);
+        self
+    }
+
+    /// Knows how the views of this read model are built: the projection that the service runs.
+    pub fn read_model<R: annals::ReadModel>(mut self, projection: annals::Projection<R>) -> Self {
+        self.domain.add_read_model(projection);
+        self
+    }
+
+    /// Says of a handler that it may see events again, for `replay --handler NAME`. No other handler is ever called by this
+    /// command. What it executes on aggregates finds its own results of the first time; documents it has to write so that twice is
+    /// as good as once; anything it does outside the store happens again.
+    pub fn replayable(mut self, name: &'static str, handler: impl annals::Handler) -> Self {
+        self.domain.add_handler(name, handler);
         self
     }
 
@@ -128,7 +143,8 @@ impl Ops {
             Command::Saga(arguments) => saga::run(arguments, &store, &mut output).await,
             Command::DeadLetters(arguments) => dead_letters::run(arguments, &store, &mut output).await,
             Command::Subscription(arguments) => subscription::run(arguments, &store, &mut output).await,
-            Command::Replay(arguments) => replay::run(arguments, &store, &mut output).await,
+            Command::Replay(arguments) => replay::run(arguments, &store, &self.domain, self.name, &mut output).await,
+            Command::ReadModel(arguments) => read_model::run(arguments, &store, &self.domain, &mut output).await,
             Command::Export(arguments) => export::run(arguments, &store, &mut output).await,
             Command::Import(arguments) => import::run(arguments, &store, &mut output).await,
             Command::Verify(arguments) => verify::run(arguments, &store, &mut output).await,

@@ -1,13 +1,15 @@
-//! Where a replay goes. A topic of a bus is one more of these: `take` publishes, `commit` waits for the receipts.
+//! Where a replay goes.
 
 use std::{
     fs::{File, OpenOptions},
     io::{self, BufWriter, Write},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use annals::Recorded;
 
+use super::{rerun::Rerun, topic::Topic};
 use crate::{event::EventLine, failure::Failure, output::Output};
 
 pub(super) enum Target<'a> {
@@ -15,6 +17,8 @@ pub(super) enum Target<'a> {
     Nowhere,
     Output(&'a mut Output),
     File(PathBuf, BufWriter<File>),
+    Topic(Box<Topic>),
+    Handler(Rerun),
 }
 
 impl Target<'_> {
@@ -36,7 +40,7 @@ impl Target<'_> {
     }
 
     /// Hands an event over.
-    pub async fn take(&mut self, event: &Recorded) -> Result<(), Failure> {
+    pub async fn take(&mut self, event: &Arc<Recorded>) -> Result<(), Failure> {
         match self {
             Self::Nowhere => Ok(()),
             Self::Output(output) => output.value(&EventLine::of(event)),
@@ -44,6 +48,8 @@ impl Target<'_> {
                 serde_json::to_writer(&mut *file, &EventLine::of(event))?;
                 file.write_all(b"\n").map_err(|error| unwritable(path, &error))
             }
+            Self::Topic(topic) => topic.take(event).await,
+            Self::Handler(rerun) => rerun.take(event).await,
         }
     }
 
@@ -56,6 +62,28 @@ impl Target<'_> {
                 let written = file.flush().and_then(|()| file.get_ref().sync_data());
                 written.map_err(|error| unwritable(path, &error))
             }
+            Self::Topic(topic) => topic.commit().await,
+            // Each event is a commit.
+            Self::Handler(_) => Ok(()),
+        }
+    }
+
+    /// Takes nothing more; what was handed over may still arrive within a moment.
+    pub async fn give_up(&mut self) -> Result<(), Failure> {
+        match self {
+            Self::Topic(topic) => {
+                topic.give_up().await;
+                Ok(())
+            }
+            other => other.commit().await,
+        }
+    }
+
+    /// What was handed over and is not known to be there: after which position it begins, and how many events it is.
+    pub fn open(&self) -> Option<(i64, i64)> {
+        match self {
+            Self::Topic(topic) => topic.open(),
+            _ => None,
         }
     }
 }
