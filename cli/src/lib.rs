@@ -167,3 +167,15 @@ async fn open(common: &Common) -> Result<Store, Failure> {
     let url = url(common)?;
     Store::open(url, &common.schema, Open::Existing).await.map_err(|error| error.told(url, &common.schema))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// So that a service can spawn it.
+    #[test]
+    fn it_may_run_on_any_thread() {
+        fn sent(_: impl Send) {}
+        sent(Ops::named("annals").run([]));
+    }
+}

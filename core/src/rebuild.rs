@@ -147,7 +147,8 @@ impl Rebuild {
             if same(live.as_ref(), rebuilt.as_ref()) {
                 return Ok(None);
             }
-            let certain = position(of_live.as_ref()) == position(of_rebuilt.as_ref());
+            // Views that nobody has ever kept are behind nothing.
+            let certain = of_live.is_none() || position(of_live.as_ref()) == position(of_rebuilt.as_ref());
             if certain || *looks == LOOKS_MAX {
                 let body = |view: Option<Document>| view.map(|view| view.body);
                 let difference = Difference { key, live: body(live), rebuilt: body(rebuilt) };

@@ -121,7 +121,15 @@ pub(crate) async fn run(
         return Ok(Verdict::Stopped);
     };
     let built = built.map_err(Failure::new)?;
-    let compared = compare(&built, arguments.limit, output).await;
+    let compared = tokio::select! {
+        compared = compare(&built, arguments.limit, output) => Some(compared),
+        () = stop.asked() => None,
+    };
+    let Some(compared) = compared else {
+        built.discard().await?;
+        eprintln!("stopped: the live views are as they were");
+        return Ok(Verdict::Stopped);
+    };
     let fine = compared.as_ref().is_ok_and(|compared| compared.differences == 0);
     let agreed = match (&compared, act) {
         (Err(_), _) | (_, None) => None,

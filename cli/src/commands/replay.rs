@@ -186,8 +186,8 @@ pub(crate) async fn run(
                 arguments.stream.is_empty() || arguments.stream.iter().any(|name| name == event.stream.as_str());
             if wanted && arguments.which.has(&event) {
                 pace.until(event.recorded_at).await;
-                target.take(&event).await?;
                 written += 1;
+                target.take(&event).await?;
             }
             at = event.position.0;
             bar.set_position((at - first + 1).unsigned_abs());
@@ -204,7 +204,7 @@ pub(crate) async fn run(
         Some(ended) => ended.map(|()| true),
     };
     bar.finish_and_clear();
-    if let Some((before, events)) = target.open() {
+    if let Some((before, events)) = target.unacknowledged() {
         (at, written) = (before, written - events);
     }
     let (said, events) = (if arguments.dry_run { "would be replayed" } else { "replayed" }, grouped(written));

@@ -80,9 +80,10 @@ impl Target<'_> {
     }
 
     /// What was handed over and is not known to be there: after which position it begins, and how many events it is.
-    pub fn open(&self) -> Option<(i64, i64)> {
+    pub fn unacknowledged(&self) -> Option<(i64, i64)> {
         match self {
-            Self::Topic(topic) => topic.open(),
+            Self::Topic(topic) => topic.unacknowledged(),
+            Self::Handler(rerun) => rerun.under_way.map(|position| (position - 1, 1)),
             _ => None,
         }
     }

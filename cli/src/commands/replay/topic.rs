@@ -106,7 +106,6 @@ impl Topic {
     }
 
     pub async fn give_up(&mut self) {
-        self.next.clear();
         let arrive = async {
             while let Some(receipt) = self.pages.front_mut().and_then(|page| page.receipt.as_mut()) {
                 if receipt.await.is_err() {
@@ -118,7 +117,8 @@ impl Topic {
         _ = tokio::time::timeout(LAST_RECEIPTS, arrive).await;
     }
 
-    pub fn open(&self) -> Option<(i64, i64)> {
+    /// After which position begins what the brokers have not acknowledged, and how many events it is.
+    pub fn unacknowledged(&self) -> Option<(i64, i64)> {
         let mut messages = self.pages.iter().flat_map(|page| &page.messages).chain(&self.next);
         let first = messages.next()?;
         Some((first.message.position.0 - 1, 1 + messages.count() as i64))

@@ -1,91 +1,31 @@
-//! Versions are dense and rise with positions, and no id is there twice: for that, all events have to be sorted. They are
-//! spread over files by what they are sorted by, so that one after the other fits into memory.
-
-use std::{
-    fs::File,
-    io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write},
-};
+//! Versions are dense and rise with positions, and no id is there twice: for that, all events have to be sorted.
 
 use annals::{Archive, LogQuery, Position, Recorded};
 
-use super::{Faults, place};
+use super::{Faults, place, sorter::Sorter};
 use crate::failure::Failure;
-
-/// A hundred million events take 50 MB at a time.
-const FILES: usize = 64;
-const RECORD_BYTES: usize = 32;
-
-/// What is kept of an event: a key, and two numbers.
-type Record = (u128, i64, i64);
-
-/// Records that are sorted file by file.
-struct Sorter {
-    files: Vec<BufWriter<File>>,
-}
-
-impl Sorter {
-    fn new() -> io::Result<Self> {
-        let file = |_| tempfile::tempfile().map(|file| BufWriter::with_capacity(16 << 10, file));
-        (0..FILES).map(file).collect::<io::Result<_>>().map(|files| Self { files })
-    }
-
-    fn push(&mut self, (key, first, second): Record) -> io::Result<()> {
-        let mut bytes = [0; RECORD_BYTES];
-        bytes[..16].copy_from_slice(&key.to_be_bytes());
-        bytes[16..24].copy_from_slice(&first.to_be_bytes());
-        bytes[24..].copy_from_slice(&second.to_be_bytes());
-        // By its last bits, which are as good as random in both kinds of key.
-        self.files[(key % FILES as u128) as usize].write_all(&bytes)
-    }
-
-    /// The records of each file, sorted.
-    fn sorted(self) -> impl Iterator<Item = io::Result<Vec<Record>>> {
-        self.files.into_iter().map(|file| {
-            let mut file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
-            file.seek(SeekFrom::Start(0))?;
-            let (mut file, mut records, mut bytes) = (BufReader::new(file), Vec::new(), [0; RECORD_BYTES]);
-            loop {
-                match file.read_exact(&mut bytes) {
-                    Ok(()) => records.push(record(&bytes)),
-                    Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => break,
-                    Err(error) => return Err(error),
-                }
-            }
-            records.sort_unstable();
-            Ok(records)
-        })
-    }
-}
-
-fn record(bytes: &[u8; RECORD_BYTES]) -> Record {
-    let number = |at: usize| bytes[at..at + 8].iter().fold(0_u64, |number, byte| number << 8 | u64::from(*byte));
-    let key = u128::from(number(0)) << 64 | u128::from(number(8));
-    (key, number(16).cast_signed(), number(24).cast_signed())
-}
 
 pub(super) struct Order {
     /// Stream, position, version.
-    streams: Sorter,
+    streams: Sorter<2>,
     /// Event id, position.
-    ids: Sorter,
+    ids: Sorter<1>,
 }
 
 impl Order {
     pub fn new() -> Result<Self, Failure> {
-        let sorters = || Ok(Self { streams: Sorter::new()?, ids: Sorter::new()? });
-        sorters().map_err(|error: io::Error| no_room(&error))
+        Ok(Self { streams: Sorter::new()?, ids: Sorter::new()? })
     }
 
     pub fn event(&mut self, event: &Recorded) -> Result<(), Failure> {
-        let version = (stream_key(event.stream.as_str()), event.position.0, event.version.0);
-        let id = (event.id.as_u128(), event.position.0, 0);
-        self.streams.push(version).and_then(|()| self.ids.push(id)).map_err(|error| no_room(&error))
+        self.streams.push((stream_key(event.stream.as_str()), [event.position.0, event.version.0]))?;
+        self.ids.push((event.id.as_u128(), [event.position.0]))
     }
 
     pub async fn end(self, archive: &dyn Archive, faults: &mut Faults<'_>) -> Result<(), Failure> {
         for records in self.streams.sorted() {
             let (mut stream, mut next) = (None, 1);
-            for (key, position, version) in records.map_err(|error| no_room(&error))? {
+            for (key, [position, version]) in records? {
                 if stream != Some(key) {
                     (stream, next) = (Some(key), 1);
                 }
@@ -103,10 +43,9 @@ impl Order {
             }
         }
         for records in self.ids.sorted() {
-            let records = records.map_err(|error| no_room(&error))?;
-            for pair in records.windows(2).filter(|pair| pair[0].0 == pair[1].0) {
-                let what = format!("its id is that of the event at position {}", pair[0].1);
-                faults.add(at(archive, pair[1].1).await?, what)?;
+            for pair in records?.windows(2).filter(|pair| pair[0].0 == pair[1].0) {
+                let what = format!("its id is that of the event at position {}", pair[0].1[0]);
+                faults.add(at(archive, pair[1].1[0]).await?, what)?;
             }
         }
         Ok(())
@@ -118,12 +57,9 @@ pub(super) fn stream_key(stream: &str) -> u128 {
     blake3::hash(stream.as_bytes()).as_bytes()[..16].iter().fold(0, |key, byte| key << 8 | u128::from(*byte))
 }
 
-async fn at(archive: &dyn Archive, position: i64) -> Result<String, Failure> {
+/// Where the event of a position is.
+pub(super) async fn at(archive: &dyn Archive, position: i64) -> Result<String, Failure> {
     let page = archive.read_log(&LogQuery::all(), Position(position - 1), 1).await?;
     let found = page.events.first().filter(|event| event.position.0 == position);
     Ok(found.map_or_else(|| format!("position {position}"), |event| place(event)))
-}
-
-fn no_room(error: &io::Error) -> Failure {
-    Failure::new(format!("temporary files cannot be used (TMPDIR says where they are): {error}"))
 }
