@@ -27,7 +27,7 @@ pub mod quoted;
 mod stop;
 mod store;
 
-use std::{ffi::OsString, process::ExitCode};
+use std::{ffi::OsString, pin::Pin, process::ExitCode};
 
 use clap::{CommandFactory, FromArgMatches};
 
@@ -88,8 +88,23 @@ impl Ops {
         self
     }
 
-    /// Does what the words ask for, which are those after the name. Prints to standard output and standard error.
-    pub async fn run(self, words: impl IntoIterator<Item = OsString>) -> ExitCode {
+    /// Does what the words ask for, which are those after the name. Prints to standard output and standard error. It needs a
+    /// runtime of tokio.
+    pub fn run(
+        self,
+        words: impl IntoIterator<Item = OsString>,
+    ) -> Pin<Box<dyn Future<Output = ExitCode> + Send + 'static>> {
+        let words: Vec<OsString> = words.into_iter().collect();
+        Box::pin(async move {
+            // On a thread of its own: asking somebody blocks, and the compiler cannot see that all futures within are `Send`.
+            let runtime = tokio::runtime::Handle::current();
+            let ran = tokio::task::spawn_blocking(move || runtime.block_on(self.run_here(words)));
+            // A panic has told of itself.
+            ran.await.unwrap_or(COULD_NOT.into())
+        })
+    }
+
+    async fn run_here(self, words: Vec<OsString>) -> ExitCode {
         let arguments = match self.arguments(words) {
             Ok(arguments) => arguments,
             Err(error) => {
