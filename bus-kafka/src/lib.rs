@@ -16,6 +16,8 @@
 
 mod cloud_event;
 mod consumer;
+mod contents;
+mod placing;
 mod producer;
 mod settings;
 mod topics;
@@ -28,8 +30,8 @@ use annals::{
 };
 use async_trait::async_trait;
 
-pub use self::settings::Settings;
 use self::{consumer::Member, producer::Producer, topics::Topics};
+pub use self::{contents::Contents, placing::partition_of, settings::Settings};
 
 /// A Kafka cluster as a [`Bus`].
 pub struct KafkaBus {
@@ -49,6 +51,18 @@ impl KafkaBus {
         let (topics, producer) = (Topics::new(&settings)?, Producer::new(&settings)?);
         let cluster = topics.cluster().await?;
         Ok(Self { settings, cluster, topics, producer })
+    }
+
+    /// What is in a topic at this moment; `None` if there is no such topic. Nothing is made or committed.
+    ///
+    /// # Errors
+    /// If no broker answers, or the topic may not be read.
+    pub async fn contents(&self, topic: &str) -> Result<Option<Contents>, BusError> {
+        let topic: Arc<str> = topic.into();
+        if !self.topics.exists(&topic).await? {
+            return Ok(None);
+        }
+        Contents::of(&self.settings, self.cluster.clone(), topic).await.map(Some)
     }
 }
 

@@ -117,7 +117,8 @@ impl Topics {
         bytes_max
     }
 
-    async fn exists(&self, topic: &Arc<str>) -> Result<bool, BusError> {
+    /// Whether it is there. Makes nothing.
+    pub async fn exists(&self, topic: &Arc<str>) -> Result<bool, BusError> {
         let (looking, topic) = (self.looking.clone(), topic.clone());
         let looked = tokio::task::spawn_blocking(move || {
             let metadata = looking.fetch_metadata(Some(&topic), PATIENCE);

@@ -4,8 +4,8 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::{
     commands::{
-        archive, check_history, completions, dead_letters, export, import, migrate, read, replay, saga, sagas, streams,
-        subscription, subscriptions, tail, trace, verify,
+        archive, check_history, completions, dead_letters, export, import, migrate, read, read_model, replay, saga,
+        sagas, streams, subscription, subscriptions, tail, trace, verify,
     },
     store::StoreUrl,
 };
@@ -68,8 +68,10 @@ pub(crate) enum Command {
     Subscription(subscription::Arguments),
     /// Show everything that one request caused, as a tree.
     Trace(trace::Arguments),
-    /// Write events of a range to standard output or a file.
+    /// Send events of a range to standard output, a file, a Kafka topic or a handler.
     Replay(replay::Arguments),
+    /// Show the views of a read model, or build them anew beside the live ones.
+    ReadModel(read_model::Arguments),
     /// Write a store to a file.
     Export(export::Arguments),
     /// Write finished streams to a file, to be read later.

@@ -1,14 +1,19 @@
 //! What a service's own binary knows of its events and sagas, for checks that need it.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
 use annals::{
-    Event, EventError, Recorded, Saga, SagaState, StreamId,
+    Event, EventError, Handler, Projection, ReadModel, Recorded, Saga, SagaState, StreamId,
     event::named_id,
     operator::OperatorEvent,
     saga::{Command, Input, Moved, Progress, SagaEvent, StepEvent, begin, transition},
 };
 use uuid::Uuid;
+
+use crate::{commands::read_model::Model, failure::Failure};
 
 /// Whether a payload can be read; `false` for one that its enum skips.
 type Read = fn(&str, i32, &str) -> Result<bool, EventError>;
@@ -19,11 +24,13 @@ type NewReplay = Arc<dyn Fn() -> Box<dyn Replay> + Send + Sync>;
 pub(crate) struct Domain {
     events: HashMap<&'static str, Read>,
     sagas: HashMap<String, NewReplay>,
+    handlers: BTreeMap<&'static str, Arc<dyn Handler>>,
+    read_models: BTreeMap<&'static str, Arc<dyn Model>>,
 }
 
 impl Default for Domain {
     fn default() -> Self {
-        let mut domain = Self { events: HashMap::new(), sagas: HashMap::new() };
+        let mut domain = Self::nothing();
         domain.add_events::<SagaEvent>();
         domain.add_events::<StepEvent>();
         domain.add_events::<OperatorEvent>();
@@ -32,6 +39,30 @@ impl Default for Domain {
 }
 
 impl Domain {
+    fn nothing() -> Self {
+        let (events, sagas) = (HashMap::new(), HashMap::new());
+        Self { events, sagas, handlers: BTreeMap::new(), read_models: BTreeMap::new() }
+    }
+
+    pub fn add_handler(&mut self, name: &'static str, handler: impl Handler) {
+        self.handlers.insert(name, Arc::new(handler));
+    }
+
+    pub fn add_read_model<R: ReadModel>(&mut self, projection: Projection<R>) {
+        self.read_models.insert(R::NAME, Arc::new(projection));
+    }
+
+    /// A handler that may see events again.
+    pub fn handler(&self, name: &str) -> Result<Arc<dyn Handler>, Failure> {
+        let found = self.handlers.get(name).cloned();
+        found.ok_or_else(|| unknown("handler that may see events again", name, self.handlers.keys()))
+    }
+
+    pub fn read_model(&self, name: &str) -> Result<Arc<dyn Model>, Failure> {
+        let found = self.read_models.get(name).cloned();
+        found.ok_or_else(|| unknown("read model", name, self.read_models.keys()))
+    }
+
     pub fn add_events<E: Event>(&mut self) {
         let read: Read = |name, version, data| E::decode(name, version, data).map(|decoded| decoded.is_some());
         self.events.extend(E::TYPES.iter().map(|known| (known.name, read)));
@@ -54,6 +85,14 @@ impl Domain {
     pub fn replay(&self, stream: &StreamId) -> Option<Box<dyn Replay>> {
         self.sagas.get(stream.category()).map(|replay| replay())
     }
+}
+
+fn unknown<'a>(what: &str, name: &str, known: impl Iterator<Item = &'a &'static str>) -> Failure {
+    let known: Vec<_> = known.copied().collect();
+    Failure::new(match known.as_slice() {
+        [] => format!("this binary knows no {what}: a service's own does, which gives it to `annals_cli::Ops`"),
+        known => format!("there is no {what} called {name:?}; known are: {}", known.join(", ")),
+    })
 }
 
 /// The history of one saga, gone through again.

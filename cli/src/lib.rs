@@ -9,7 +9,8 @@
 //! # }
 //! ```
 //!
-//! With [`Ops::events`] and [`Ops::saga`] it also knows what the service's events and sagas are, for `check-history`.
+//! With [`Ops::events`] and [`Ops::saga`] it also knows what the service's events and sagas are, for `check-history`; with
+//! [`Ops::read_model`] how its views are built, for `read-model`.
 
 mod arguments;
 mod commands;
@@ -26,15 +27,15 @@ pub mod quoted;
 mod stop;
 mod store;
 
-use std::{ffi::OsString, process::ExitCode};
+use std::{ffi::OsString, pin::Pin, process::ExitCode};
 
 use clap::{CommandFactory, FromArgMatches};
 
 use crate::{
     arguments::{Arguments, Command, Common},
     commands::{
-        archive, check_history, completions, dead_letters, export, import, migrate, read, replay, saga, sagas, streams,
-        subscription, subscriptions, tail, trace, verify,
+        archive, check_history, completions, dead_letters, export, import, migrate, read, read_model, replay, saga,
+        sagas, streams, subscription, subscriptions, tail, trace, verify,
     },
     failure::{Failure, Verdict},
     output::Output,
@@ -73,8 +74,37 @@ impl Ops {
         self
     }
 
-    /// Does what the words ask for, which are those after the name. Prints to standard output and standard error.
-    pub async fn run(self, words: impl IntoIterator<Item = OsString>) -> ExitCode {
+    /// Knows how the views of this read model are built: the projection that the service runs.
+    pub fn read_model<R: annals::ReadModel>(mut self, projection: annals::Projection<R>) -> Self {
+        self.domain.add_read_model(projection);
+        self
+    }
+
+    /// Says of a handler that it may see events again, for `replay --handler NAME`. No other handler is ever called by this
+    /// command. What it executes on aggregates finds its own results of the first time; documents it has to write so that twice is
+    /// as good as once; anything it does outside the store happens again.
+    pub fn replayable(mut self, name: &'static str, handler: impl annals::Handler) -> Self {
+        self.domain.add_handler(name, handler);
+        self
+    }
+
+    /// Does what the words ask for, which are those after the name. Prints to standard output and standard error. It needs a
+    /// runtime of tokio.
+    pub fn run(
+        self,
+        words: impl IntoIterator<Item = OsString>,
+    ) -> Pin<Box<dyn Future<Output = ExitCode> + Send + 'static>> {
+        let words: Vec<OsString> = words.into_iter().collect();
+        Box::pin(async move {
+            // On a thread of its own: asking somebody blocks, and the compiler cannot see that all futures within are `Send`.
+            let runtime = tokio::runtime::Handle::current();
+            let ran = tokio::task::spawn_blocking(move || runtime.block_on(self.run_here(words)));
+            // A panic has told of itself.
+            ran.await.unwrap_or(COULD_NOT.into())
+        })
+    }
+
+    async fn run_here(self, words: Vec<OsString>) -> ExitCode {
         let arguments = match self.arguments(words) {
             Ok(arguments) => arguments,
             Err(error) => {
@@ -132,7 +162,8 @@ impl Ops {
             Command::Saga(arguments) => saga::run(arguments, &store, &mut output).await,
             Command::DeadLetters(arguments) => dead_letters::run(arguments, &store, &mut output).await,
             Command::Subscription(arguments) => subscription::run(arguments, &store, &mut output).await,
-            Command::Replay(arguments) => replay::run(arguments, &store, &mut output).await,
+            Command::Replay(arguments) => replay::run(arguments, &store, &self.domain, self.name, &mut output).await,
+            Command::ReadModel(arguments) => read_model::run(arguments, &store, &self.domain, &mut output).await,
             Command::Export(arguments) => export::run(arguments, &store, &mut output).await,
             Command::Archive(arguments) => archive::run(arguments, &store, &mut output).await,
             Command::Import(arguments) => import::run(arguments, &store, &mut output).await,
@@ -155,4 +186,16 @@ fn url(common: &Common) -> Result<&StoreUrl, Failure> {
 async fn open(common: &Common) -> Result<Store, Failure> {
     let url = url(common)?;
     Store::open(url, &common.schema, Open::Existing).await.map_err(|error| error.told(url, &common.schema))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// So that a service can spawn it.
+    #[test]
+    fn it_may_run_on_any_thread() {
+        fn sent(_: impl Send) {}
+        sent(Ops::named("annals").run([]));
+    }
 }

@@ -81,6 +81,18 @@ async fn a_store_is_looked_at_from_all_sides() {
     let expected = "flowchart LR\n    start((\" \")) --> n0[\"book room\"]\n    n0 --> n1[\"charge card\"]\n    \
                     n1 -. refused .-> n2[\"undo book room\"]\n    n2 -.-> compensated([\"compensated\"])\n";
     assert_eq!(drawing, expected);
+    let picture = place.annals(&["saga", "poor-1", "--diagram=svg"]).fine();
+    let drawn = [
+        "<svg ",
+        "saga.journey-poor-1<",
+        ">book room<",
+        ">charge card<",
+        ">refused<",
+        ">undo book room<",
+        ">compensated<",
+    ];
+    let places: Vec<_> = drawn.iter().map(|part| picture.find(part)).collect();
+    assert!(places.iter().all(Option::is_some) && places.is_sorted(), "{places:?}: {picture}");
     assert!(place.annals(&["saga", "nobody"]).refused().contains("known are sagas of: journey"));
 
     // trace

@@ -12,6 +12,7 @@ use crate::{
     commit::{Append, Commit, CommitError, Document, Expected, Put},
     event::{Metadata, NewEvent, Position, StreamId, Version, derived_id},
     parking::{DeadLetters, Parked},
+    read_model::{Rebuild, Rebuilt},
     saga::{Progress, SagaEvent, Status, Verb},
     store::{EventStore, Scan, StoreError},
 };
@@ -79,6 +80,15 @@ pub enum OperatorEvent {
     Resumed {
         /// Which.
         subscription: String,
+        /// Who.
+        by: String,
+        /// Why.
+        reason: String,
+    },
+    /// Rebuilt views of a read model took the place of the live ones.
+    Swapped {
+        /// Which.
+        read_model: String,
         /// Who.
         by: String,
         /// Why.
@@ -189,6 +199,13 @@ impl Operator {
         .await
     }
 
+    /// Has rebuilt views take the place of the live ones.
+    pub async fn swap(&self, rebuild: Rebuild, reason: &str) -> Result<Rebuilt, OperatorError> {
+        let (read_model, by, reason) = (rebuild.model().to_owned(), self.by.clone(), reason.to_owned());
+        let append = recorded(rebuild.model(), &OperatorEvent::Swapped { read_model, by, reason })?;
+        Ok(rebuild.swap_with(vec![append]).await?)
+    }
+
     /// Asks for a verb on a stuck saga: whoever runs it carries it out, at once or when it is started, or declines. The
     /// answer is the next [`SagaEvent::Operated`] or [`SagaEvent::Declined`] after the version that this returns.
     pub async fn ask(&self, saga: &StreamId, verb: Verb, reason: &str) -> Result<Version, OperatorError> {
@@ -260,12 +277,7 @@ impl Operator {
     }
 
     async fn record(&self, subscription: &str, event: &OperatorEvent, puts: Vec<Put>) -> Result<(), OperatorError> {
-        let stream = StreamId::new(CATEGORY, subscription);
-        let stream = stream.map_err(|error| OperatorError::Illegal(error.to_string()))?;
-        let id = Uuid::new_v4();
-        let events = vec![new_event(event, id, Metadata::of_request(id))?];
-        let append = Append { stream, expected: Expected::Any, events };
-        self.store.commit(Commit { appends: vec![append], puts }).await?;
+        self.store.commit(Commit { appends: vec![recorded(subscription, event)?], puts }).await?;
         Ok(())
     }
 
@@ -283,6 +295,14 @@ impl Operator {
             }
         }
     }
+}
+
+/// The event of an act, at the end of the stream of what it is about.
+fn recorded(about: &str, event: &OperatorEvent) -> Result<Append, OperatorError> {
+    let stream = StreamId::new(CATEGORY, about).map_err(|error| OperatorError::Illegal(error.to_string()))?;
+    let id = Uuid::new_v4();
+    let events = vec![new_event(event, id, Metadata::of_request(id))?];
+    Ok(Append { stream, expected: Expected::Any, events })
 }
 
 fn new_event<E: Event>(event: &E, cause: Uuid, metadata: Metadata) -> Result<NewEvent, OperatorError> {

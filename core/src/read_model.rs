@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     bus::Message,
-    checkpoint::{CHECKPOINTS, Checkpoint},
+    checkpoint::CHECKPOINTS,
     commit::{Commit, CommitError, Document, DocumentKey, Put},
     event::{Event, Position},
     handler::{Handler, HandlerError},
@@ -18,6 +18,8 @@ use crate::{
     subscription::Subscription,
     work::Work,
 };
+
+pub use crate::rebuild::{Compared, Difference, Rebuild, Rebuilt};
 
 /// How often a running projection looks whether it was swapped for a rebuilt one.
 const SWAP_TICK: Duration = Duration::from_millis(500);
@@ -57,17 +59,6 @@ impl<R> Clone for Projection<R> {
 #[derive(Serialize, Deserialize)]
 struct Generation {
     live: u32,
-}
-
-/// What a rebuild came to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Rebuilt {
-    /// The generation that is live now.
-    pub generation: u32,
-    /// How many views it has.
-    pub views: usize,
-    /// How many the one before it had.
-    pub views_before: usize,
 }
 
 impl<R: ReadModel> Projection<R> {
@@ -110,7 +101,7 @@ impl<R: ReadModel> Projection<R> {
             };
             if was_swapped {
                 // Between the swap and this moment it may have put views back that the rebuild had removed.
-                self.remove(&*store, generation).await.map_err(|error| error.to_string())?;
+                remove(&*store, R::NAME, generation).await.map_err(|error| error.to_string())?;
             }
         }
         Ok(())
@@ -122,60 +113,44 @@ impl<R: ReadModel> Projection<R> {
     /// # Errors
     /// If the store is away, or another rebuild was faster.
     pub async fn rebuild(&self, store: Arc<dyn EventStore>) -> Result<Rebuilt, String> {
+        self.build(store, |_| {}).await?.swap().await.map_err(|error| format!("{} was not swapped: {error}", R::NAME))
+    }
+
+    /// Builds all views anew beside the live ones, and returns once they have caught up: to be compared, and swapped or
+    /// discarded. Meanwhile it tells which position of the log it has come to.
+    ///
+    /// # Errors
+    /// If the store is away.
+    pub async fn build(&self, store: Arc<dyn EventStore>, told: impl FnMut(Position)) -> Result<Rebuild, String> {
         let (before, version) = live(&*store, R::NAME).await.map_err(|error| error.to_string())?;
         let generation = before + 1;
-        self.remove(&*store, generation).await.map_err(|error| error.to_string())?;
-        let (health, done) = (Health::default(), CancellationToken::new());
-        let follows = self.subscription(generation).run(store.clone(), health, done.clone());
-        let catches_up = async {
-            let outcome = caught_up(&*store, &name::<R>(generation)).await;
-            done.cancel();
-            outcome
-        };
-        let (followed, caught_up) = tokio::join!(follows, catches_up);
-        followed?;
-        caught_up.map_err(|error| error.to_string())?;
-        let pointer = serde_json::to_string(&Generation { live: generation }).map_err(|error| error.to_string())?;
-        let key = DocumentKey::new(GENERATIONS, R::NAME);
-        let swap = Put { key, expected: Some(version), body: Some(pointer.into()), due: None };
-        let swapped = store.commit(Commit { appends: Vec::new(), puts: vec![swap] }).await;
-        swapped.map_err(|error| format!("{} was not swapped: {error}", R::NAME))?;
-        let views = count(&*store, &collection::<R>(generation)).await.map_err(|error| error.to_string())?;
-        let views_before = self.remove(&*store, before).await.map_err(|error| error.to_string())?;
-        Ok(Rebuilt { generation, views, views_before })
+        remove(&*store, R::NAME, generation).await.map_err(|error| error.to_string())?;
+        let subscription = self.subscription(generation);
+        Rebuild::follow(store, R::NAME, (before, version), subscription, told).await
     }
 
     fn subscription(&self, generation: u32) -> Subscription {
-        let handler = Project { model: self.model.clone(), collection: collection::<R>(generation).into() };
-        Subscription::new(&name::<R>(generation), handler).query(self.query.clone())
-    }
-
-    /// Removes a generation's views and its checkpoint.
-    async fn remove(&self, store: &dyn EventStore, generation: u32) -> Result<usize, CommitError> {
-        let (collection, mut removed) = (collection::<R>(generation), 0);
-        let checkpoint = DocumentKey::new(CHECKPOINTS, format!("{}/0", name::<R>(generation)));
-        let remove = |key: DocumentKey| Put { key, expected: None, body: None, due: None };
-        let mut puts = vec![remove(checkpoint)];
-        loop {
-            let page = store.scan(&collection, &Scan::After("".into()), PAGE).await;
-            let page = page.map_err(|error| CommitError::Unavailable(error.to_string()))?;
-            removed += page.len();
-            let last = page.is_empty();
-            puts.extend(page.into_iter().map(|document| remove(document.key)));
-            store.commit(Commit { appends: Vec::new(), puts: std::mem::take(&mut puts) }).await?;
-            if last {
-                return Ok(removed);
-            }
-        }
+        let handler = Project { model: self.model.clone(), collection: collection(R::NAME, generation).into() };
+        Subscription::new(&name(R::NAME, generation), handler).query(self.query.clone())
     }
 }
 
-fn name<R: ReadModel>(generation: u32) -> String {
-    format!("{}@{generation}", R::NAME)
+fn name(model: &str, generation: u32) -> String {
+    format!("{model}@{generation}")
 }
 
-fn collection<R: ReadModel>(generation: u32) -> String {
-    format!("read.{}", name::<R>(generation))
+pub(crate) fn collection(model: &str, generation: u32) -> String {
+    format!("read.{}", name(model, generation))
+}
+
+/// The document that says how far a generation has come.
+pub(crate) fn checkpoint(model: &str, generation: u32) -> DocumentKey {
+    DocumentKey::new(CHECKPOINTS, format!("{}/0", name(model, generation)))
+}
+
+/// The collection of the views that are live, by whatever build they are kept.
+pub async fn live_collection(store: &dyn EventStore, model: &str) -> Result<String, StoreError> {
+    Ok(collection(model, live(store, model).await?.0))
 }
 
 /// The live generation, and the version of the document that says so.
@@ -187,26 +162,28 @@ async fn live(store: &dyn EventStore, name: &str) -> Result<(u32, i64), StoreErr
     Ok((generation.live, version))
 }
 
-/// Waits until a subscription's checkpoint has reached what is the end of the log now.
-async fn caught_up(store: &dyn EventStore, subscription: &str) -> Result<Position, StoreError> {
-    let head = store.status().await?.head;
-    let key = DocumentKey::new(CHECKPOINTS, format!("{subscription}/0"));
-    loop {
-        let found = store.document(&key).await?;
-        let checkpoint = found.and_then(|document| serde_json::from_str::<Checkpoint>(&document.body).ok());
-        if head == Position::START || checkpoint.is_some_and(|checkpoint| checkpoint.next >= head.0) {
-            return Ok(head);
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+/// Makes a generation the live one, if the pointer is still at this version.
+pub(crate) fn pointer(model: &str, generation: u32, version: i64) -> Put {
+    let body = serde_json::to_string(&Generation { live: generation }).unwrap_or_default();
+    Put { key: DocumentKey::new(GENERATIONS, model), expected: Some(version), body: Some(body.into()), due: None }
 }
 
-async fn count(store: &dyn EventStore, collection: &str) -> Result<usize, StoreError> {
-    let (mut count, mut after) = (0, Arc::<str>::from(""));
+/// Removes a generation's views and its checkpoint.
+pub(crate) async fn remove(store: &dyn EventStore, model: &str, generation: u32) -> Result<usize, CommitError> {
+    let (collection, mut removed) = (collection(model, generation), 0);
+    let checkpoint = checkpoint(model, generation);
+    let remove = |key: DocumentKey| Put { key, expected: None, body: None, due: None };
+    let mut puts = vec![remove(checkpoint)];
     loop {
-        let page = store.scan(collection, &Scan::After(after), PAGE).await?;
-        let Some(last) = page.last() else { return Ok(count) };
-        (count, after) = (count + page.len(), last.key.id.clone());
+        let page = store.scan(&collection, &Scan::After("".into()), PAGE).await;
+        let page = page.map_err(|error| CommitError::Unavailable(error.to_string()))?;
+        removed += page.len();
+        let last = page.is_empty();
+        puts.extend(page.into_iter().map(|document| remove(document.key)));
+        store.commit(Commit { appends: Vec::new(), puts: std::mem::take(&mut puts) }).await?;
+        if last {
+            return Ok(removed);
+        }
     }
 }
 
@@ -254,7 +231,7 @@ impl<R: ReadModel> Views<R> {
     pub async fn get(&self, key: &str) -> Result<Option<R::View>, StoreError> {
         loop {
             let (generation, _) = live(&*self.store, R::NAME).await?;
-            let key = DocumentKey::new(collection::<R>(generation), key);
+            let key = DocumentKey::new(collection(R::NAME, generation), key);
             match self.store.document(&key).await? {
                 Some(document) => return view::<R>(&document).map(Some),
                 // It may have been removed because the generation was swapped meanwhile.
@@ -267,7 +244,7 @@ impl<R: ReadModel> Views<R> {
     /// Views in order of their keys, after this one, up to `limit`.
     pub async fn list(&self, after: &str, limit: usize) -> Result<Vec<(Arc<str>, R::View)>, StoreError> {
         let (generation, _) = live(&*self.store, R::NAME).await?;
-        let page = self.store.scan(&collection::<R>(generation), &Scan::After(after.into()), limit).await?;
+        let page = self.store.scan(&collection(R::NAME, generation), &Scan::After(after.into()), limit).await?;
         page.iter().map(|document| Ok((document.key.id.clone(), view::<R>(document)?))).collect()
     }
 }

@@ -4,7 +4,6 @@ use std::{collections::VecDeque, sync::Arc};
 
 use async_trait::async_trait;
 use futures::{FutureExt, future::join_all};
-use serde::Deserialize;
 use tokio::{task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
@@ -13,18 +12,19 @@ use crate::{
     bus::{BusError, Message, Outgoing, Publisher, Receipt},
     checkpoint::Lane,
     claim::{Claim, Turn},
-    commit::{Commit, CommitError, DocumentKey, Put},
     event::{Position, Recorded, StreamId},
     handler::{Handler, HandlerError, Terminal},
     health::{Health, State},
     instance::Instance,
     parking::ParkedKeys,
-    saga::{Command, StepEvent, attribute},
-    store::{EventStore, LogPage, LogQuery, StoreError},
+    relayed::{label, name_of_log, relay_of},
+    store::{EventStore, LogPage, StoreError},
     subscription::{IDLE_CHECKPOINT, lane_of},
     work::Work,
     worker::{PARKED_TICK, RetryPolicy, Stop, Worker},
 };
+
+pub use crate::{relayed::Relayed, routes::Routes};
 
 /// Events read and published in one go.
 const PAGE: usize = 1_000;
@@ -38,90 +38,6 @@ const STALLED: std::time::Duration = std::time::Duration::from_secs(3);
 const STALLED_AGAIN: std::time::Duration = std::time::Duration::from_secs(60);
 /// How long a draining relay waits for one more receipt.
 const LAST_RECEIPTS: std::time::Duration = std::time::Duration::from_millis(500);
-
-/// Which events of a service go to which topic.
-#[derive(Clone, Debug, Default)]
-pub struct Routes {
-    service: Arc<str>,
-    /// The topic of its events.
-    events: Arc<str>,
-    published: Vec<Arc<str>>,
-    internal: Vec<Arc<str>>,
-}
-
-impl Routes {
-    /// The routes of a service: its events go to `<service>.events`, commands of its sagas to `<participant>.commands`, and
-    /// its replies to other services' sagas to `<their service>.commands`.
-    pub fn of(service: &str) -> Self {
-        let (events, internal) = (format!("{service}.events").into(), vec![format!("step.{service}").into()]);
-        Self { service: service.into(), events, published: Vec::new(), internal }
-    }
-
-    /// Publishes the events of this category.
-    pub fn publish(&mut self, category: &str) {
-        self.published.push(category.into());
-    }
-
-    /// Sends the commands of sagas recorded under this category.
-    pub(crate) fn saga(&mut self, category: &str) {
-        self.internal.push(category.into());
-    }
-
-    fn query(&self) -> LogQuery {
-        LogQuery::categories(self.published.iter().chain(&self.internal).cloned())
-    }
-
-    /// The messages that an event leads to.
-    fn messages(&self, event: &Recorded) -> Result<Vec<Outgoing>, String> {
-        let category = event.stream.category();
-        if category.starts_with("saga.") {
-            return self.commands(event);
-        }
-        if category.starts_with("step.") {
-            return self.reply(event);
-        }
-        Ok(vec![Outgoing { topic: self.events.clone(), message: Message::of(event, &self.service) }])
-    }
-
-    fn commands(&self, event: &Recorded) -> Result<Vec<Outgoing>, String> {
-        #[derive(Deserialize)]
-        struct Sending {
-            #[serde(default)]
-            send: Vec<Command>,
-        }
-        let Sending { send } = serde_json::from_str(&event.data).map_err(|error| error.to_string())?;
-        let message = |command: Command| {
-            let extensions = [
-                (attribute::AT, command.at.to_string()),
-                (attribute::CALL, command.call.to_string()),
-                (attribute::ATTEMPT, command.attempt.to_string()),
-                (attribute::MUST_SUCCEED, command.must_succeed.to_string()),
-                (attribute::REPLY_TO, self.service.to_string()),
-            ];
-            let message = Message {
-                // Effects derive from the command, so that all attempts at it are one.
-                id: command.id,
-                type_name: command.type_name.into(),
-                schema_version: command.schema_version,
-                data: <Box<str>>::from(command.data).into(),
-                metadata: event.metadata.caused_by(event.id),
-                version: crate::event::Version::START,
-                extensions: extensions.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
-                ..Message::of(event, &self.service)
-            };
-            Outgoing { topic: format!("{}.commands", command.to).into(), message }
-        };
-        Ok(send.into_iter().map(message).collect())
-    }
-
-    fn reply(&self, event: &Recorded) -> Result<Vec<Outgoing>, String> {
-        let Some(StepEvent::Replied { saga, reply_to, .. }) = event.decode().map_err(|error| error.to_string())? else {
-            return Ok(Vec::new());
-        };
-        let message = Message { key: saga.into(), ..Message::of(event, &self.service) };
-        Ok(vec![Outgoing { topic: format!("{reply_to}.commands").into(), message }])
-    }
-}
 
 /// Carries a service's messages from its log to the bus, in log order per key, many at a time.
 pub struct Relay {
@@ -168,7 +84,7 @@ impl Handler for Republish {
 impl Relay {
     /// A relay under the name `<service>.relay`.
     pub fn new(routes: Routes) -> Self {
-        Self { name: format!("{}.relay", routes.service).into(), routes, lanes: 1, instance: None }
+        Self { name: relay_of(&routes.service), routes, lanes: 1, instance: None }
     }
 
     /// How many lanes to carry side by side, each with a checkpoint of its own; 1 by default. A number that has once been
@@ -260,7 +176,7 @@ impl Relay {
         let mut cursor = Position(checkpoint.unwrap_or(0));
         claim.hold(worker, cursor.0).await?;
         worker.load_parked().await?;
-        let label: Arc<str> = format!("{lane}@{}", name_of_log(&*worker.store).await?).into();
+        let label = label(lane, &name_of_log(&*worker.store).await?);
         worker.reporter.fine();
         let mut in_flight: VecDeque<InFlight> = VecDeque::new();
         let (mut moved_at, mut patient_until) = (Instant::now(), Instant::now() + LAST_RECEIPTS);
@@ -418,25 +334,6 @@ impl Relay {
         let message = Message::of(event, &self.routes.service);
         // The checkpoint stays: what was published before this event is not acknowledged yet.
         worker.park_message(event.stream.shared(), message, reason).await
-    }
-}
-
-/// What tells this log from others that have the same service: an earlier one that was given up, say, whose messages are still
-/// in a topic. Drawn by the first relay.
-async fn name_of_log(store: &dyn EventStore) -> Result<String, StoreError> {
-    let key = DocumentKey::new("log", "name");
-    loop {
-        if let Some(found) = store.document(&key).await? {
-            let name = serde_json::from_str(&found.body);
-            return name.map_err(|error| StoreError::Corrupt(format!("document {key}: {error}")));
-        }
-        let name = format!("\"{:016x}\"", uuid::Uuid::new_v4().as_u64_pair().0);
-        let put = Put { key: key.clone(), expected: Some(0), body: Some(name.into()), due: None };
-        match store.commit(Commit { appends: Vec::new(), puts: vec![put] }).await {
-            // Another one may have been first.
-            Ok(_) | Err(CommitError::DocumentConflict { .. }) => {}
-            Err(error) => return Err(StoreError::Unavailable(error.to_string())),
-        }
     }
 }
 

@@ -10,12 +10,14 @@
 //! | `participant` | the other side: carries out steps once, and keeps the barrier against late ones |
 //! | `index` | a document per saga: for operators, and for finding timers that are due |
 //! | `diagram` | draws a plan as Mermaid or SVG |
+//! | `path` | draws the way that one saga took |
 
 mod definition;
 mod diagram;
 mod index;
 mod instance;
 mod participant;
+mod path;
 mod progress;
 mod runner;
 mod transition;
@@ -31,6 +33,7 @@ pub use instance::{Instance, SagaRefusal};
 pub use participant::decide_step;
 pub use participant::{Answer, Participant, Participation, Slot, Step, StepCommand, StepError, StepEvent};
 pub(crate) use participant::{Desk, attribute};
+pub use path::Path;
 pub use progress::{At, CallState, Command, Failure, Outcome, Progress, Reply, SagaEvent, Status};
 pub(crate) use runner::{Replies, Starter};
 pub use runner::{Runner, Starts};

@@ -7,6 +7,7 @@
 //! | `checkout` | the sagas `checkout` and `return` |
 //! | `card` | test cards: what the simulated provider does with a payment |
 //! | `supply`, `closing` | goods that come in or are counted; how the books stand; a saga each |
+//! | `shelf` | what is on the shelf, as a read model |
 //! | `shop` | the services put together |
 //! | `input` | orders from a file, or seeded ones |
 //! | `run` | the main job, with all services in this process |
@@ -39,6 +40,7 @@ pub mod remote;
 pub mod report;
 pub mod run;
 pub mod serve;
+pub mod shelf;
 pub mod shop;
 pub mod stop;
 pub mod store;

@@ -98,7 +98,7 @@ fn say_where(arguments: &Serve, listener: Option<&TcpListener>) -> Result<(), Fa
 
 fn services(role: Role, store: &Arc<dyn EventStore>, counter: &Counter) -> Vec<Service> {
     let order = || shop::order_service_with_office(store.clone(), counter.clone());
-    let inventory = || shop::inventory_service(store.clone());
+    let inventory = || shop::inventory_service_with_shelf(store.clone());
     let payment =
         || shop::payment_service(store.clone(), Arc::new(SimulatedProvider::new(PROVIDER_SEED, TROUBLE_RATE)));
     let notification = || shop::notification_service(store.clone());

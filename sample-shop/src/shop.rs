@@ -13,6 +13,7 @@ use crate::{
     notification::{NotificationDesk, NotificationEvent},
     order::{Order, OrderDesk, OrderEvent, Return, ReturnEvent},
     payment::{PaymentDesk, PaymentEvent, Provider},
+    shelf::shelf,
     supply::{Supply, SupplyEvent, Supplying, supplying},
 };
 
@@ -65,6 +66,11 @@ pub fn inventory_service(store: Arc<dyn EventStore>) -> Service {
     Service::new("inventory", store.clone()).publish(&["stock"]).participant(InventoryDesk::new(store))
 }
 
+/// The inventory service with its shelf, which people look at while it serves.
+pub fn inventory_service_with_shelf(store: Arc<dyn EventStore>) -> Service {
+    inventory_service(store).project(shelf())
+}
+
 /// The payment service. It waits for its provider, so several members take commands side by side.
 pub fn payment_service(store: Arc<dyn EventStore>, provider: Arc<dyn Provider>) -> Service {
     let desk = PaymentDesk::new(store.clone(), provider);
@@ -76,7 +82,7 @@ pub fn notification_service(store: Arc<dyn EventStore>) -> Service {
     Service::new("notification", store.clone()).publish(&["notification"]).participant(NotificationDesk::new(store))
 }
 
-/// The `annals` command, with what the shop knows of its events and sagas.
+/// The `annals` command, with what the shop knows of its events, sagas and views.
 pub fn ops() -> annals_cli::Ops {
     annals_cli::Ops::named("sample-shop ops")
         .events::<OrderEvent>()
@@ -90,6 +96,7 @@ pub fn ops() -> annals_cli::Ops {
         .saga(returning())
         .saga(supplying())
         .saga(counting())
+        .read_model(shelf())
 }
 
 /// All four on one store.

@@ -1,18 +1,22 @@
 //! `replay`: a range of the log, once more, to somewhere else.
 
 mod lines;
+mod rerun;
 mod target;
+mod topic;
 
 use std::{path::PathBuf, time::Duration};
 
 use annals::Position;
+use annals_kafka::Settings;
 use chrono::{DateTime, Utc};
 use clap::Args;
 use futures::TryStreamExt;
 
-use self::target::Target;
+use self::{rerun::Rerun, target::Target, topic::Topic};
 use super::tail::Which;
 use crate::{
+    domain::Domain,
     failure::{Failure, Verdict},
     moment::Moment,
     output::{Output, grouped},
@@ -31,8 +35,21 @@ use crate::{
       counts, and writes nothing
   annals replay --stream order-536365,payment-536365 --speed 10x
       ten times as fast as it happened
+  annals replay --category order,return --bus kafka://broker:9092 --service order --topic order.history
+      to a topic of its own, for a consumer that needs what retention has removed elsewhere
+  annals replay --category order,return --since 2h --bus kafka://broker:9092 --service order
+      once more to order.events, where the relay of the service has sent it before
 
-It writes lines of JSON, as `read --json` does. No handler is called: to have one see events again, see `subscription reset`.")]
+Without --bus it writes lines of JSON, as `read --json` does. With it, messages are those of the relay: the same ids, keys,
+bytes and headers. Ctrl-C stops at what was written, or acknowledged by the brokers, and says how to go on.
+
+Replaying re-runs no side effects. Commands and replies of sagas are not replayed. In the service's own topic, messages carry the
+lane and log of its relay: consumers of ours know by them what they had, and pass over it; so does one that is new and has begun
+with later events, so fill it from a topic of its own. That is why only what the relay has sent already goes there. In another
+topic they carry no lane: whoever reads it handles each as often as it comes. Consumers of others know repeated ones by ce_id.
+
+Read models are built anew by `read-model NAME rebuild`, from all events. A handler is called with --handler only if the service's
+binary has registered it as one that may see events again.")]
 pub(crate) struct Arguments {
     #[command(flatten)]
     which: Which,
@@ -52,11 +69,23 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "TIME")]
     until: Option<Moment>,
     /// Write to this file, not to standard output.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["bus", "handler"])]
     output: Option<PathBuf>,
     /// Write behind what is in the file already.
     #[arg(long, requires = "output")]
     append: bool,
+    /// Send to a topic of this Kafka: `kafka://host:port[,host:port][?name=value&…]`.
+    #[arg(long, value_name = "URL", requires = "service", conflicts_with = "handler")]
+    bus: Option<Settings>,
+    /// The service whose events they are.
+    #[arg(long, value_name = "NAME", requires = "bus")]
+    service: Option<String>,
+    /// The topic [default: that of the service's events].
+    #[arg(long, value_name = "NAME", requires = "bus")]
+    topic: Option<String>,
+    /// Call this handler of the service's own binary, which has registered it with `Ops::replayable`.
+    #[arg(long, value_name = "NAME")]
+    handler: Option<String>,
     /// Count, and write nothing.
     #[arg(long)]
     dry_run: bool,
@@ -72,7 +101,49 @@ fn factor(text: &str) -> Result<f64, String> {
         .ok_or_else(|| "a factor above 0, such as 10x".to_owned())
 }
 
-pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
+impl Arguments {
+    /// The words with which to go on after this position, where this ended before `last`.
+    fn again(&self, name: &str, after: i64, last: i64) -> String {
+        let mut words = vec![name.to_owned(), "replay".to_owned()];
+        let mut add = |option: &str, value: String| {
+            let plain = value.chars().all(|c| c.is_ascii_alphanumeric() || "-_.,:/@=".contains(c));
+            let value = if plain { value } else { format!("'{}'", value.replace('\'', "'\\''")) };
+            words.push(format!("{option} {value}"));
+        };
+        for (option, names) in
+            [("--category", &self.which.category), ("--type", &self.which.types), ("--stream", &self.stream)]
+        {
+            if !names.is_empty() {
+                add(option, names.join(","));
+            }
+        }
+        let optional = [
+            ("--where", self.which.path.as_ref().map(ToString::to_string)),
+            ("--from", Some((after + 1).to_string())),
+            ("--to", Some(last.to_string())),
+            // Without its parameters, of which one may be a password.
+            ("--bus", self.bus.as_ref().map(ToString::to_string)),
+            ("--service", self.service.clone()),
+            ("--topic", self.topic.clone()),
+            ("--handler", self.handler.clone()),
+            ("--speed", self.speed.map(|factor| format!("{factor}x"))),
+            ("--output", self.output.as_ref().map(|path| path.display().to_string())),
+        ];
+        optional.into_iter().filter_map(|(option, value)| Some((option, value?))).for_each(|(o, value)| add(o, value));
+        if self.output.is_some() {
+            words.push("--append".to_owned());
+        }
+        words.join(" ")
+    }
+}
+
+pub(crate) async fn run(
+    arguments: Arguments,
+    store: &Store,
+    domain: &Domain,
+    name: &str,
+    output: &mut Output,
+) -> Result<Verdict, Failure> {
     let archive = store.port();
     let first = match (arguments.from, arguments.since) {
         (Some(position), _) => position.max(1),
@@ -80,16 +151,28 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
         (None, None) => 1,
     };
     let head = archive.status().await?.head.0;
-    let last = match (arguments.to, arguments.until) {
+    let mut last = match (arguments.to, arguments.until) {
         (Some(position), _) => position.min(head),
         (None, Some(Moment(time))) => position_at(&*archive, time).await?.0,
         (None, None) => head,
     };
-    let mut target = match (&arguments.output, arguments.dry_run) {
-        (_, true) => Target::Nowhere,
-        (Some(path), false) => Target::file(path, arguments.append)?,
-        (None, false) => Target::Output(output),
+    let mut target = match (&arguments.output, &arguments.bus, &arguments.handler) {
+        (None, Some(settings), _) => {
+            let topic = Topic::open(settings, &arguments, store).await?;
+            if let Some(sent) = topic.sent().filter(|sent| *sent < last) {
+                eprintln!("only up to position {sent}: what follows, the relay sends by itself");
+                last = sent;
+            }
+            Target::Topic(Box::new(topic))
+        }
+        (None, None, Some(handler)) => Target::Handler(Rerun::of(handler, domain, store)?),
+        _ if arguments.dry_run => Target::Nowhere,
+        (Some(path), ..) => Target::file(path, arguments.append)?,
+        (None, None, None) => Target::Output(output),
     };
+    if arguments.dry_run {
+        target = Target::Nowhere;
+    }
     let bar = match target {
         // Its lines and a bar would write over each other on a terminal.
         Target::Output(_) => indicatif::ProgressBar::hidden(),
@@ -97,40 +180,56 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
     };
     let stop = Stop::on_ctrl_c();
     let (mut written, mut at) = (0_i64, first - 1);
-    if arguments.speed.is_none() && target.takes_lines() {
+    let ended = if arguments.speed.is_none() && target.takes_lines() {
         let wanted = (arguments.which.clone(), arguments.stream.clone());
         (written, at) = lines::replay(store, wanted, first..=last, &mut target, (&bar, &stop)).await?;
+        target.commit().await.map(|()| at >= last || !stop.is_asked())
     } else {
-        let mut pace = Pace::new(arguments.speed);
         let mut log = store.log(arguments.which.query(), first..=last).await?;
-        loop {
-            let next = tokio::select! {
-                next = log.try_next() => next?,
-                () = stop.asked() => break,
-            };
-            let Some(event) = next else { break };
-            let of_stream =
-                arguments.stream.is_empty() || arguments.stream.iter().any(|name| name == event.stream.as_str());
-            if of_stream && arguments.which.has(&event.data) {
-                tokio::select! {
-                    () = pace.until(event.recorded_at) => {}
-                    () = stop.asked() => break,
+        let mut pace = Pace::new(arguments.speed);
+        let replays = async {
+            while let Some(event) = log.try_next().await? {
+                let of_stream =
+                    arguments.stream.is_empty() || arguments.stream.iter().any(|name| name == event.stream.as_str());
+                if of_stream && arguments.which.has(&event.data) {
+                    pace.until(event.recorded_at).await;
+                    written += 1;
+                    target.take(&event).await?;
                 }
-                target.take(&event).await?;
-                written += 1;
+                at = event.position.0;
+                bar.set_position((at - first + 1).unsigned_abs());
             }
-            at = event.position.0;
-            bar.set_position((at - first + 1).unsigned_abs());
+            target.commit().await
+        };
+        let ended = tokio::select! {
+            ended = replays => Some(ended),
+            () = stop.asked() => None,
+        };
+        match ended {
+            // What is under way may still arrive.
+            None => target.give_up().await.map(|()| false),
+            Some(ended) => ended.map(|()| true),
         }
-    }
-    target.commit().await?;
+    };
     bar.finish_and_clear();
-    let said = if arguments.dry_run { "would be replayed" } else { "replayed" };
-    let events = grouped(written);
-    if stop.is_asked() {
-        let file = arguments.output.map_or_else(String::new, |path| format!(" --output {} --append", path.display()));
-        eprintln!("stopped: {events} events {said}, up to position {at}; go on with: --from {}{file}", at + 1);
-        return Ok(Verdict::Stopped);
+    if let Some((before, events)) = target.unacknowledged() {
+        (at, written) = (before, written - events);
+    }
+    let (said, events) = (if arguments.dry_run { "would be replayed" } else { "replayed" }, grouped(written));
+    match ended {
+        Ok(true) => {}
+        Ok(false) => {
+            let again = arguments.again(name, at, last);
+            eprintln!("stopped: {events} events {said}, up to position {at}; go on with: {again}");
+            return Ok(Verdict::Stopped);
+        }
+        Err(Failure::Told(reason)) if matches!(target, Target::Topic(_) | Target::Handler(_)) => {
+            let again = arguments.again(name, at, last);
+            return Err(Failure::new(format!(
+                "{reason}\n{events} events {said}, up to position {at}; go on with: {again}"
+            )));
+        }
+        Err(failure) => return Err(failure),
     }
     if !matches!(target, Target::Output(_)) {
         let until = Position(last.max(at));

@@ -1,12 +1,14 @@
 //! `saga`: what happened to one saga.
 
 mod act;
-mod path;
 mod timeline;
 
-use annals::{Recorded, StreamId, Version, saga::SagaEvent};
+use annals::{
+    Recorded, StreamId, Version,
+    saga::{Path, SagaEvent},
+};
 use chrono::Utc;
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use super::sagas;
 use crate::{
@@ -26,19 +28,25 @@ const EVENTS_MAX: usize = 10_000;
   annals saga 536365
       its steps, attempts, commands, replies, timers and errors
   annals saga saga.return-C536379 --diagram > path.mmd
-      the way it took, as a Mermaid flowchart
+      the way it took, as a Mermaid flowchart; --diagram=svg for a picture
   annals saga 536365 retry --reason \"the card provider is back\"
       asks again for the step that it is stuck at")]
 pub(crate) struct Arguments {
     /// The saga's id, or its stream where several sagas have the id: `536365`, `saga.checkout-536365`.
     #[arg(value_name = "ID")]
     id: String,
-    /// Draw the way it took as a Mermaid flowchart.
-    #[arg(long)]
-    diagram: bool,
+    /// Draw the way it took, as a Mermaid flowchart or an SVG.
+    #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "mermaid")]
+    diagram: Option<Format>,
     /// What to do about it, if it is stuck.
     #[command(subcommand)]
     act: Option<act::Verb>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Format {
+    Mermaid,
+    Svg,
 }
 
 pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
@@ -47,8 +55,13 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
         return act::run(verb, &stream, store, output).await;
     }
     let history = history(store, &stream).await?;
-    if arguments.diagram {
-        output.line(path::mermaid(history.iter().map(|(_, event)| event)).trim_end())?;
+    if let Some(format) = arguments.diagram {
+        let path = Path::of(history.iter().map(|(_, event)| event));
+        let drawn = match format {
+            Format::Mermaid => path.mermaid(),
+            Format::Svg => path.svg(stream.as_str()),
+        };
+        output.line(drawn.trim_end())?;
         return Ok(Verdict::Fine);
     }
     let entries = timeline::entries(&history);

@@ -1,9 +1,11 @@
 //! `verify`: whether a store is what it should be, in one pass over the log and one over the documents.
 
+mod bus;
 mod documents;
 mod histories;
 mod order;
 mod seal;
+mod sorter;
 
 use annals::{LogQuery, Recorded, archive::Stored};
 use clap::Args;
@@ -14,6 +16,7 @@ use uuid::Uuid;
 
 pub(crate) use self::order::stream_key;
 use self::{
+    bus::{OfTopics, OnBus},
     histories::Histories,
     order::Order,
     seal::{Digest, Seals, digest},
@@ -38,6 +41,15 @@ const TOLD_MAX: u64 = 1_000;
   annals verify --expect 5b1c0e…
       also that a seal is there whose hash you noted elsewhere: whoever changes the log may change the seals as well
 
+  annals verify --bus kafka://broker:9092
+      also that the topics hold what the relays say they have sent
+
+With --bus, every event and command up to the relay's checkpoint has to be in its topic, with the same bytes, key and attributes, in
+the order of its stream; a message that says it comes from this log, and does not, is one fault, as is one that is missing. What
+retention has removed is counted, and no fault: where the beginning of a partition is gone, nothing before the first message that
+is left of a relay can be looked at. Messages sent twice are counted too. What a relay has parked is not expected; what was dropped
+from there is missing. Topics that no relay of this store writes to are not looked at.
+
 All faults of the store are told, up to 1,000; what a service writes meanwhile is looked at by the next run.")]
 pub(crate) struct Arguments {
     /// Seal what was not sealed yet.
@@ -46,6 +58,8 @@ pub(crate) struct Arguments {
     /// The hash that an earlier run ended with.
     #[arg(long, value_name = "HASH")]
     expect: Vec<String>,
+    #[command(flatten)]
+    on_bus: OnBus,
 }
 
 /// What is wrong, and where.
@@ -86,6 +100,8 @@ struct Verified {
     sealed_until: i64,
     /// Of the last seal.
     seal: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    topics: Option<OfTopics>,
     faults: u64,
 }
 
@@ -127,12 +143,23 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
     let chains = order.end(&*archive, &mut faults, (seals.chained_until(), seals.until())).await?;
     seals.chains(chains, &mut faults).await?;
     let documents = documents::verify(&*archive, &histories, &mut faults).await?;
+    let topics = match &arguments.on_bus.bus {
+        None => None,
+        Some(settings) => match bus::verify(&arguments.on_bus, settings, store, &stop, &mut faults).await? {
+            None => {
+                eprintln!("stopped while the topics were read; of these, nothing is verified but what was told");
+                return Ok(Verdict::Stopped);
+            }
+            found => found,
+        },
+    };
     let verified = Verified {
         events,
         sagas: histories.len(),
         documents,
         sealed_until: seals.until(),
         seal: seals.hash(),
+        topics,
         faults: faults.count,
     };
     if output.json {
@@ -146,6 +173,16 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
     let (events, sagas, documents) = (grouped(*events), grouped(*sagas as i64), grouped(*documents as i64));
     let found = if *faults == 1 { "1 fault".to_owned() } else { format!("{} faults", grouped(*faults as i64)) };
     output.line(&format!("{events} events, {sagas} sagas and {documents} documents verified: {found}"))?;
+    if let Some(OfTopics { topics, messages, repeated, removed, others }) = &verified.topics {
+        let number = |count: &u64| grouped(count.cast_signed());
+        output.line(&format!(
+            "{} messages in {topics} topics held against the log; {} sent again, {} removed by retention, {} of others",
+            number(messages),
+            number(repeated),
+            number(removed),
+            number(others),
+        ))?;
+    }
     if let Some(seal) = &verified.seal {
         output.line(&format!("sealed up to position {}: {seal}", grouped(verified.sealed_until)))?;
     }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use annals::{
-    Answer, DeadLetters, Event, EventStore, Handler, HandlerError, LocalBus, LogQuery, Message, Participant,
+    Answer, Bus, DeadLetters, Event, EventStore, Handler, HandlerError, LocalBus, LogQuery, Message, Participant,
     Repository, Runtime, Saga, SagaState, Scan, Service, StepError, Subscription, Terminal, Work,
     saga::{Request, Runner, SagaStatus, Status},
 };
@@ -125,6 +125,10 @@ fn starts(message: &Message) -> Result<Option<(String, Journey)>, HandlerError> 
 
 /// The agency at work.
 pub async fn agency(store: &Arc<dyn EventStore>, repaired: bool) -> Runtime {
+    agency_on(store, repaired, Arc::new(LocalBus::default())).await
+}
+
+pub async fn agency_on(store: &Arc<dyn EventStore>, repaired: bool, bus: Arc<dyn Bus>) -> Runtime {
     let runner = Runner::new(store.clone(), journey(), LogQuery::types(["trip.ordered"]), starts);
     let brochure = Subscription::new("brochure", Brochure { repaired }).query(LogQuery::categories(["trip"]));
     let service = Service::new("agency", store.clone())
@@ -133,13 +137,17 @@ pub async fn agency(store: &Arc<dyn EventStore>, repaired: bool) -> Runtime {
         .saga(runner)
         .subscribe(brochure);
     let mut runtime = Runtime::new();
-    runtime.start(vec![service], Arc::new(LocalBus::default())).await.unwrap();
+    runtime.start(vec![service], bus).await.unwrap();
     runtime
 }
 
 /// Has the agency take these orders, and waits until it can do no more for them.
 pub async fn travel(store: Arc<dyn EventStore>, trips: &[&str]) {
-    let runtime = agency(&store, false).await;
+    travel_on(store, trips, Arc::new(LocalBus::default())).await;
+}
+
+pub async fn travel_on(store: Arc<dyn EventStore>, trips: &[&str], bus: Arc<dyn Bus>) {
+    let runtime = agency_on(&store, false, bus).await;
     let orders = Repository::<Trip>::new(store.clone());
     for trip in trips {
         let order = TripEvent::Ordered { trip_id: (*trip).to_owned(), price: 100 };

@@ -79,8 +79,7 @@ impl<C> Saga<C> {
     pub fn svg(&self) -> String {
         let mut canvas = Canvas::default();
         let top = MARGIN;
-        canvas.dot(MARGIN, top);
-        let mut x = MARGIN + DOT;
+        let mut x = canvas.dot(MARGIN, top);
         let mut columns = Vec::new();
         for planned in &self.steps {
             let (name, kind) = (label(planned, ""), caption(planned.kind));
@@ -152,7 +151,7 @@ fn label<C>(planned: &PlannedStep<C>, prefix: &str) -> String {
     }
 }
 
-fn mermaid_text(text: &str) -> String {
+pub(super) fn mermaid_text(text: &str) -> String {
     let mut escaped = "\"".to_owned();
     for character in text.chars() {
         match character {
@@ -185,22 +184,22 @@ fn caption(kind: Kind) -> &'static str {
     }
 }
 
-const MARGIN: i32 = 12;
+pub(super) const MARGIN: i32 = 12;
 /// The height of a box.
-const BOX: i32 = 46;
+pub(super) const BOX: i32 = 46;
 /// From the top of one row to the top of the next.
 const ROW: i32 = 92;
 /// Between two boxes in a row.
-const GAP: i32 = 40;
+pub(super) const GAP: i32 = 40;
 /// The length of an arrow's head, which stands beyond the end of its line.
-const TIP: i32 = 8;
+pub(super) const TIP: i32 = 8;
 /// How much lower than a box the end of a saga is, above and below.
 const END_INSET: i32 = 7;
 /// The width of the dot that a saga starts at.
 const DOT: i32 = 14;
 
 /// Wide enough for the text in any common font: nobody knows here which one it will be.
-fn box_width(name: &str, caption: &str) -> i32 {
+pub(super) fn box_width(name: &str, caption: &str) -> i32 {
     let wide = |text: &str, narrow, wide| text.chars().map(|c| if c.is_ascii() { narrow } else { wide }).sum::<i32>();
     wide(name, 8, 14).max(wide(caption, 7, 12)).max(48) + 24
 }
@@ -224,7 +223,7 @@ const STYLE: &str = "\
 .saga marker path{fill:#7d8590;stroke:none;marker-end:none}";
 
 #[derive(Default)]
-struct Canvas {
+pub(super) struct Canvas {
     body: String,
     right: i32,
     bottom: i32,
@@ -238,7 +237,7 @@ impl Canvas {
         self.body.push('\n');
     }
 
-    fn node(&mut self, x: i32, y: i32, width: i32, class: &str, name: &str, caption: &str) {
+    pub fn node(&mut self, x: i32, y: i32, width: i32, class: &str, name: &str, caption: &str) {
         let (center, name) = (x + width / 2, xml_text(name));
         let baseline = y + if caption.is_empty() { 28 } else { 21 };
         let mut element =
@@ -250,24 +249,26 @@ impl Canvas {
         self.draw(x + width, y + BOX, &(element + "</g>"));
     }
 
-    fn end(&mut self, x: i32, y: i32, name: &str) {
+    pub fn end(&mut self, x: i32, y: i32, name: &str) {
         let (width, top, height) = (box_width(name, ""), y + END_INSET, BOX - 2 * END_INSET);
         let rect = format!(r#"<rect x="{x}" y="{top}" width="{width}" height="{height}" rx="{}"/>"#, height / 2);
         let text = format!(r#"<text x="{}" y="{}">{name}</text>"#, x + width / 2, y + 28);
         self.draw(x + width, y + BOX, &format!(r#"<g class="end">{rect}{text}</g>"#));
     }
 
-    fn dot(&mut self, x: i32, y: i32) {
+    /// Where a saga starts; the right edge of it.
+    pub fn dot(&mut self, x: i32, y: i32) -> i32 {
         let radius = DOT / 2;
         let element = format!(r#"<circle class="dot" cx="{}" cy="{}" r="{radius}"/>"#, x + radius, y + BOX / 2);
         self.draw(x + DOT, y + BOX, &element);
+        x + DOT
     }
 
-    fn arrow(&mut self, path: &str, class: &str) {
+    pub fn arrow(&mut self, path: &str, class: &str) {
         self.draw(0, 0, &format!(r#"<path class="{class}" d="{path}"/>"#));
     }
 
-    fn note(&mut self, x: i32, y: i32, text: &str) {
+    pub fn note(&mut self, x: i32, y: i32, text: &str) {
         self.draw(x + 60, y, &format!(r#"<text class="note" x="{}" y="{y}">{text}</text>"#, x + 7));
     }
 
@@ -284,7 +285,7 @@ impl Canvas {
         at
     }
 
-    fn finish(self, name: &str) -> String {
+    pub fn finish(self, name: &str) -> String {
         let (width, height, name) = (self.right + MARGIN, self.bottom + MARGIN, xml_text(name));
         let tip = r#"<marker id="saga-tip" viewBox="0 0 8 8" refX="0" refY="4" markerWidth="8" markerHeight="8""#;
         format!(

@@ -1,13 +1,15 @@
-//! Where a replay goes. A topic of a bus is one more of these: `take` publishes, `commit` waits for the receipts.
+//! Where a replay goes.
 
 use std::{
     fs::{File, OpenOptions},
     io::{self, BufWriter, Write},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use annals::Recorded;
 
+use super::{rerun::Rerun, topic::Topic};
 use crate::{event::write_line, failure::Failure, output::Output};
 
 pub(super) enum Target<'a> {
@@ -15,6 +17,8 @@ pub(super) enum Target<'a> {
     Nowhere,
     Output(&'a mut Output),
     File(PathBuf, BufWriter<File>),
+    Topic(Box<Topic>),
+    Handler(Rerun),
 }
 
 impl Target<'_> {
@@ -36,14 +40,16 @@ impl Target<'_> {
     }
 
     /// Hands an event over.
-    pub async fn take(&mut self, event: &Recorded) -> Result<(), Failure> {
+    pub async fn take(&mut self, event: &Arc<Recorded>) -> Result<(), Failure> {
         match self {
             Self::Nowhere => Ok(()),
             Self::Output(_) | Self::File(..) => {
                 let mut line = Vec::new();
-                write_line(&event.into(), false, &mut line);
+                write_line(&(&**event).into(), false, &mut line);
                 self.take_lines(&line)
             }
+            Self::Topic(topic) => topic.take(event).await,
+            Self::Handler(rerun) => rerun.take(event).await,
         }
     }
 
@@ -57,6 +63,7 @@ impl Target<'_> {
             Self::Nowhere => Ok(()),
             Self::Output(output) => output.lines(lines),
             Self::File(path, file) => file.write_all(lines).map_err(|error| unwritable(path, &error)),
+            Self::Topic(_) | Self::Handler(_) => Err(Failure::new("events are taken one by one here")),
         }
     }
 
@@ -66,6 +73,29 @@ impl Target<'_> {
             Self::Nowhere => Ok(()),
             Self::Output(output) => output.flush(),
             Self::File(path, file) => file.flush().map_err(|error| unwritable(path, &error)),
+            Self::Topic(topic) => topic.commit().await,
+            // Each event is a commit.
+            Self::Handler(_) => Ok(()),
+        }
+    }
+
+    /// Takes nothing more; what was handed over may still arrive within a moment.
+    pub async fn give_up(&mut self) -> Result<(), Failure> {
+        match self {
+            Self::Topic(topic) => {
+                topic.give_up().await;
+                Ok(())
+            }
+            other => other.commit().await,
+        }
+    }
+
+    /// What was handed over and is not known to be there: after which position it begins, and how many events it is.
+    pub fn unacknowledged(&self) -> Option<(i64, i64)> {
+        match self {
+            Self::Topic(topic) => topic.unacknowledged(),
+            Self::Handler(rerun) => rerun.under_way.map(|position| (position - 1, 1)),
+            _ => None,
         }
     }
 }

@@ -1,0 +1,130 @@
+//! What is in a topic, from its beginning to its end, for those who look it over. Joins no group and leaves no trace.
+
+use std::{ops::Range, sync::Arc, time::Duration};
+
+use annals::{
+    BusError,
+    bus::{Delivery, Partition},
+};
+use rdkafka::{
+    Message as _, Offset, TopicPartitionList,
+    consumer::{BaseConsumer, Consumer as _},
+    error::KafkaError,
+};
+use tokio::sync::mpsc;
+
+use crate::{
+    cloud_event,
+    settings::{Settings, misconfigured},
+};
+
+/// How long a cluster may take to answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long brokers may send nothing before the end.
+const SILENCE: Duration = Duration::from_secs(30);
+/// How often it is seen that nobody wants more.
+const LOOK: Duration = Duration::from_millis(200);
+/// Read ahead of whoever looks.
+const AHEAD: usize = 1_000;
+
+/// What was in a topic when it was asked for.
+pub struct Contents {
+    partitions: Vec<Range<i64>>,
+    deliveries: mpsc::Receiver<Result<Delivery, BusError>>,
+}
+
+impl Contents {
+    /// By partition: the offset of the first message that is still there, and the one after the last.
+    pub fn partitions(&self) -> &[Range<i64>] {
+        &self.partitions
+    }
+
+    /// The next message, in order per partition; `None` at the end.
+    ///
+    /// # Errors
+    /// If the brokers are silent for half a minute.
+    pub async fn next(&mut self) -> Result<Option<Delivery>, BusError> {
+        self.deliveries.recv().await.transpose()
+    }
+
+    pub(crate) async fn of(settings: &Settings, cluster: Arc<str>, topic: Arc<str>) -> Result<Self, BusError> {
+        let mut config = settings.consumer();
+        // Of each partition, so much is read ahead.
+        config.set("queued.max.messages.kbytes", "4096").set("auto.offset.reset", "earliest");
+        let fixed =
+            [("enable.partition.eof", "true"), ("enable.auto.commit", "false"), ("group.id", "annals-contents")];
+        let consumer: BaseConsumer = settings.finish(config, &fixed)?.create().map_err(misconfigured)?;
+        let named = topic.clone();
+        let begun = tokio::task::spawn_blocking(move || begin(&consumer, &named).map(|ranges| (consumer, ranges)));
+        let begun = begun.await.map_err(|error| BusError::Unavailable(error.to_string()))?;
+        let (consumer, partitions) =
+            begun.map_err(|error| BusError::Unavailable(format!("reading topic {topic}: {error}")))?;
+        let (sender, deliveries) = mpsc::channel(AHEAD);
+        let ranges = partitions.clone();
+        tokio::task::spawn_blocking(move || read(&consumer, &ranges, &cluster, &topic, &sender));
+        Ok(Self { partitions, deliveries })
+    }
+}
+
+fn begin(consumer: &BaseConsumer, topic: &str) -> Result<Vec<Range<i64>>, KafkaError> {
+    let metadata = consumer.fetch_metadata(Some(topic), PATIENCE)?;
+    let count = metadata.topics().first().map_or(0, |found| found.partitions().len()) as i32;
+    let (mut ranges, mut list) = (Vec::new(), TopicPartitionList::new());
+    for partition in 0..count {
+        let (low, high) = consumer.fetch_watermarks(topic, partition, PATIENCE)?;
+        if low < high {
+            list.add_partition_offset(topic, partition, Offset::Offset(low))?;
+        }
+        ranges.push(low..high);
+    }
+    consumer.assign(&list)?;
+    Ok(ranges)
+}
+
+/// Runs until every partition is at its end, or nobody listens any more.
+fn read(
+    consumer: &BaseConsumer,
+    ranges: &[Range<i64>],
+    cluster: &Arc<str>,
+    topic: &Arc<str>,
+    sender: &mpsc::Sender<Result<Delivery, BusError>>,
+) {
+    let mut open: Vec<bool> = ranges.iter().map(|range| !range.is_empty()).collect();
+    let mut silent = Duration::ZERO;
+    while open.contains(&true) && !sender.is_closed() {
+        let record = match consumer.poll(LOOK) {
+            None => {
+                silent += LOOK;
+                if silent > SILENCE {
+                    let reason = format!("topic {topic}: the brokers sent nothing for {} s", SILENCE.as_secs());
+                    _ = sender.blocking_send(Err(BusError::Unavailable(reason)));
+                    return;
+                }
+                continue;
+            }
+            // Also where the last offsets have no message, as after a transaction.
+            Some(Err(KafkaError::PartitionEOF(partition))) => {
+                open[partition as usize] = false;
+                continue;
+            }
+            // The client tries again by itself; if that does not help, it is silent.
+            Some(Err(error)) => {
+                tracing::warn!(%error, %topic, "reading a topic");
+                continue;
+            }
+            Some(Ok(record)) => record,
+        };
+        silent = Duration::ZERO;
+        let (number, offset) = (record.partition(), record.offset());
+        if offset < ranges[number as usize].end {
+            let partition = Partition { topic: topic.clone(), number: number as u32, incarnation: cluster.clone() };
+            let delivery = Delivery { partition, offset, message: cloud_event::decode(&record) };
+            if sender.blocking_send(Ok(delivery)).is_err() {
+                return;
+            }
+        }
+        if offset + 1 >= ranges[number as usize].end {
+            open[number as usize] = false;
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! `read-model`: the views of a read model; and all of them anew, beside the live ones.
+
+use std::sync::Arc;
+
+use annals::{
+    EventStore, Operator, Position, Projection, ReadModel, Scan,
+    read_model::{Compared, Difference, Rebuild, live_collection},
+};
+use async_trait::async_trait;
+use clap::{Args, Subcommand};
+use serde::Serialize;
+use serde_json::value::RawValue;
+
+use crate::{
+    confirm::Act,
+    domain::Domain,
+    failure::{Failure, Verdict},
+    output::{Output, grouped, short, shown},
+    progress,
+    stop::Stop,
+    store::Store,
+};
+
+/// What of a view is shown in a table.
+const VIEW_CHARS_MAX: usize = 100;
+/// Views read at once.
+const PAGE: usize = 500;
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  annals read-model shelf --limit 20
+      its views, as they are now
+  my-service ops read-model shelf compare
+      builds all of them anew from the log, beside the live ones, and shows what is not the same; exit code 1 if anything is
+  my-service ops read-model shelf rebuild --reason \"returns were counted twice\"
+      the same, then asks whether they are to take the place of the live ones
+
+To build views needs the service's own binary, which has given its read models to `annals_cli::Ops`. It calls nothing but their pure
+functions, so nothing is done again but to fold events. Services may run meanwhile: whoever reads, reads the live views until
+the moment of the swap, which a running service follows. The swap is an event in the stream operator-NAME.")]
+pub(crate) struct Arguments {
+    /// Its stored name.
+    name: String,
+    /// Show views after this key.
+    #[arg(long, value_name = "KEY", default_value = "")]
+    after: String,
+    /// Show so many views, or differences.
+    #[arg(long, value_name = "N", default_value_t = 50, global = true)]
+    limit: usize,
+    #[command(subcommand)]
+    verb: Option<Verb>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Build all views anew, show what is not the same in the live ones, and remove them again.
+    Compare,
+    /// Build all views anew, show what is not the same in the live ones, and swap them.
+    Rebuild {
+        #[command(flatten)]
+        act: Act,
+    },
+}
+
+/// A read model, whatever its types.
+#[async_trait]
+pub(crate) trait Model: Send + Sync {
+    async fn build(&self, store: Arc<dyn EventStore>, told: Box<dyn FnMut(Position) + Send>)
+    -> Result<Rebuild, String>;
+}
+
+#[async_trait]
+impl<R: ReadModel> Model for Projection<R> {
+    async fn build(
+        &self,
+        store: Arc<dyn EventStore>,
+        told: Box<dyn FnMut(Position) + Send>,
+    ) -> Result<Rebuild, String> {
+        Self::build(self, store, told).await
+    }
+}
+
+#[derive(Serialize)]
+struct Row {
+    key: Arc<str>,
+    view: Box<RawValue>,
+}
+
+/// Both sides of a view.
+#[derive(Serialize)]
+struct Sides {
+    key: Arc<str>,
+    live: Option<Box<RawValue>>,
+    rebuilt: Option<Box<RawValue>>,
+}
+
+pub(crate) async fn run(
+    arguments: Arguments,
+    store: &Store,
+    domain: &Domain,
+    output: &mut Output,
+) -> Result<Verdict, Failure> {
+    let Some(verb) = &arguments.verb else { return list(&arguments, store, output).await };
+    let model = domain.read_model(&arguments.name)?;
+    // Before the work: who it is, cannot be found out later.
+    let act = match verb {
+        Verb::Compare => None,
+        Verb::Rebuild { act } => Some((act, act.by()?)),
+    };
+    let stop = Stop::on_ctrl_c();
+    let bar = progress::bar("built", store.port().status().await?.head.0.unsigned_abs());
+    let drawn = bar.clone();
+    let told = Box::new(move |position: Position| drawn.set_position(position.0.unsigned_abs()));
+    let built = tokio::select! {
+        built = model.build(store.port(), told) => Some(built),
+        () = stop.asked() => None,
+    };
+    bar.finish_and_clear();
+    let Some(built) = built else {
+        eprintln!("stopped: the live views are as they were; what was built beside them is removed by the next run");
+        return Ok(Verdict::Stopped);
+    };
+    let built = built.map_err(Failure::new)?;
+    let compared = tokio::select! {
+        compared = compare(&built, arguments.limit, output) => Some(compared),
+        () = stop.asked() => None,
+    };
+    let Some(compared) = compared else {
+        built.discard().await?;
+        eprintln!("stopped: the live views are as they were");
+        return Ok(Verdict::Stopped);
+    };
+    let fine = compared.as_ref().is_ok_and(|compared| compared.differences == 0);
+    let agreed = match (&compared, act) {
+        (Err(_), _) | (_, None) => None,
+        (Ok(_), Some((act, by))) => {
+            output.flush()?;
+            Some(act.confirm(&format!("Swap the live views of {}?", arguments.name)).map(|()| (act, by)))
+        }
+    };
+    match agreed {
+        Some(Ok((act, by))) => {
+            let rebuilt = Operator::new(store.port(), &by).swap(built, &act.reason).await?;
+            let (views, before) = (grouped(rebuilt.views as i64), grouped(rebuilt.views_before as i64));
+            if !output.json {
+                output.line(&format!("swapped: {views} views are live in place of {before}"))?;
+            }
+            Ok(Verdict::Fine)
+        }
+        Some(Err(refused)) => {
+            built.discard().await?;
+            Err(refused)
+        }
+        None => {
+            built.discard().await?;
+            compared.map(|_| if fine { Verdict::Fine } else { Verdict::Fault })
+        }
+    }
+}
+
+/// Shows differences up to a limit, and how many there are.
+async fn compare(built: &Rebuild, limit: usize, output: &mut Output) -> Result<Compared, Failure> {
+    let (mut told, mut broken) = (0, None);
+    let compared = built.compare(|difference| {
+        told += 1;
+        if told <= limit && broken.is_none() {
+            broken = show(&difference, output).err();
+        }
+    });
+    let compared = compared.await?;
+    if let Some(failure) = broken {
+        return Err(failure);
+    }
+    let Compared { live, rebuilt, differences, uncertain } = compared;
+    if output.json {
+        output.value(&serde_json::json!({
+            "live": live, "rebuilt": rebuilt, "differences": differences, "uncertain": uncertain,
+        }))?;
+        return Ok(compared);
+    }
+    if differences > limit {
+        output.line(&format!("and {} more; --limit N shows them", grouped((differences - limit) as i64)))?;
+    }
+    let number = |count: usize| grouped(count as i64);
+    output.line(&format!(
+        "{} live views and {} rebuilt ones: {} {}",
+        number(live),
+        number(rebuilt),
+        number(differences),
+        if differences == 1 { "difference" } else { "differences" },
+    ))?;
+    if uncertain > 0 {
+        output.line(&format!(
+            "{} of these may be no more than a delay: the live views were at another position of the log all the time",
+            number(uncertain)
+        ))?;
+    }
+    Ok(compared)
+}
+
+fn show(difference: &Difference, output: &mut Output) -> Result<(), Failure> {
+    let Difference { key, live, rebuilt } = difference;
+    if output.json {
+        let read = |view: &Option<Arc<str>>| view.as_deref().map(raw).transpose();
+        return output.value(&Sides { key: key.clone(), live: read(live)?, rebuilt: read(rebuilt)? });
+    }
+    let told =
+        |view: &Option<Arc<str>>| view.as_deref().map_or_else(|| "none".to_owned(), |v| short(v, VIEW_CHARS_MAX));
+    output.line(&format!("{}: live {}, rebuilt {}", shown(key), shown(&told(live)), shown(&told(rebuilt))))
+}
+
+fn raw(text: &str) -> Result<Box<RawValue>, Failure> {
+    Ok(RawValue::from_string(text.to_owned())?)
+}
+
+async fn list(arguments: &Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
+    let archive = store.port();
+    let collection = live_collection(&*archive, &arguments.name).await?;
+    let (mut rows, mut after): (Vec<Row>, Arc<str>) = (Vec::new(), arguments.after.as_str().into());
+    while rows.len() < arguments.limit {
+        let page = archive.scan(&collection, &Scan::After(after), PAGE.min(arguments.limit - rows.len())).await?;
+        let Some(last) = page.last() else { break };
+        after = last.key.id.clone();
+        for document in &page {
+            rows.push(Row { key: document.key.id.clone(), view: raw(&document.body)? });
+        }
+    }
+    if rows.is_empty() && arguments.after.is_empty() {
+        return Err(Failure::new(format!("nobody keeps views of a read model {} in this store", arguments.name)));
+    }
+    output.list(&["KEY", "VIEW"], &rows, |row| vec![row.key.to_string(), short(row.view.get(), VIEW_CHARS_MAX)])?;
+    Ok(Verdict::Fine)
+}

@@ -1,0 +1,43 @@
+//! A handler that sees events again, because its service says that it may.
+
+use std::sync::Arc;
+
+use annals::{EventStore, Handler, Message, Recorded, Request, Transaction};
+
+use crate::{domain::Domain, failure::Failure, store::Store};
+
+pub(super) struct Rerun {
+    name: Arc<str>,
+    handler: Arc<dyn Handler>,
+    store: Arc<dyn EventStore>,
+    /// The position of an event that is not known to be committed.
+    pub under_way: Option<i64>,
+}
+
+impl Rerun {
+    pub fn of(name: &str, domain: &Domain, store: &Store) -> Result<Self, Failure> {
+        let handler = domain.handler(name)?;
+        Ok(Self { name: name.into(), handler, store: store.port(), under_way: None })
+    }
+
+    /// One commit, of what the handler stages; what it executes on aggregates has the ids that it had the first time.
+    pub async fn take(&mut self, event: &Recorded) -> Result<(), Failure> {
+        self.under_way = Some(event.position.0);
+        let message = Message::of(event, &self.name);
+        let name = self.name.clone();
+        let failed = |reason: &dyn std::fmt::Display| {
+            Failure::new(format!("{name} failed at position {}: {reason}", event.position))
+        };
+        let request = Request { command_id: message.id, metadata: message.effects() };
+        let mut transaction = Transaction::new(self.store.clone(), request);
+        loop {
+            let mut work = transaction.begin();
+            self.handler.prepare(&[&message], &mut work).await.map_err(|error| failed(&error))?;
+            self.handler.handle(&message, &mut work).await.map_err(|error| failed(&error))?;
+            if transaction.commit(work).await.map_err(|error| failed(&error))?.is_some() {
+                self.under_way = None;
+                return Ok(());
+            }
+        }
+    }
+}

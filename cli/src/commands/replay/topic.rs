@@ -1,0 +1,190 @@
+//! A topic: messages as the relay of a service makes them, many at a time, until the brokers have acknowledged them.
+
+use std::{collections::VecDeque, sync::Arc, time::Duration};
+
+use annals::{
+    BusError, Publisher, Recorded, StreamId,
+    bus::{Outgoing, Receipt},
+    relay::{Relayed, Routes},
+};
+use annals_kafka::{KafkaBus, Settings};
+use futures::FutureExt;
+
+use super::Arguments;
+use crate::{failure::Failure, store::Store};
+
+/// Messages published in one go.
+const PAGE: usize = 500;
+/// Pages published and not acknowledged yet.
+const PAGES_IN_FLIGHT: usize = 16;
+/// So often in a row a bus in trouble is tried again.
+const ATTEMPTS_MAX: u32 = 10;
+/// And this much later each time.
+const PAUSE: Duration = Duration::from_millis(200);
+/// How long what is under way may take to arrive, once it was stopped.
+const LAST_RECEIPTS: Duration = Duration::from_secs(5);
+
+/// Messages of events that follow one another in the log.
+struct Page {
+    messages: Vec<Outgoing>,
+    /// None before it is published, and once that has failed.
+    receipt: Option<Receipt>,
+}
+
+pub(super) struct Topic {
+    bus: KafkaBus,
+    routes: Routes,
+    name: Arc<str>,
+    /// Of the service, if the topic is its own.
+    relayed: Option<Relayed>,
+    page_max: usize,
+    next: Vec<Outgoing>,
+    pages: VecDeque<Page>,
+    attempts: u32,
+}
+
+impl Topic {
+    pub async fn open(settings: &Settings, arguments: &Arguments, store: &Store) -> Result<Self, Failure> {
+        let service = arguments.service.as_deref().unwrap_or_default();
+        let own = format!("{service}.events");
+        let name = arguments.topic.as_deref().unwrap_or(&own);
+        let categories = &arguments.which.category;
+        let streams = arguments.stream.iter().map(|stream| StreamId::from_stored(stream));
+        let of_streams: Vec<_> = streams.map(|stream| stream.category().to_owned()).collect();
+        if categories.is_empty() && of_streams.is_empty() {
+            return Err(Failure::new(format!(
+                "say which categories {service} publishes, with --category: a store may hold those of other services"
+            )));
+        }
+        if let Some(internal) = categories.iter().chain(&of_streams).find(|category| is_internal(category)) {
+            return Err(Failure::new(format!(
+                "{internal} holds commands, replies or acts of operators, and those are not replayed: their effects \
+                 would run again. To have the relay send them, see `subscription {service}.relay reset`"
+            )));
+        }
+        let relayed = match name == own {
+            true => Relayed::on(&*store.port()).await?.remove(service),
+            false => None,
+        };
+        if name == own && relayed.is_none() {
+            return Err(Failure::new(format!(
+                "no relay of a service {service} has run on this store, so nothing of it was ever in {own}: name \
+                 another service, or a topic of your own with --topic"
+            )));
+        }
+        let told = |error: BusError| Failure::new(error.to_string());
+        let bus = KafkaBus::connect(settings.clone()).await.map_err(told)?;
+        // With the pauses kept, a message that waits for others would be late.
+        let page_max = if arguments.speed.is_some() { 1 } else { PAGE };
+        let (next, pages) = (Vec::new(), VecDeque::new());
+        Ok(Self { bus, routes: Routes::of(service), name: name.into(), relayed, page_max, next, pages, attempts: 0 })
+    }
+
+    /// Up to where the relay has sent everything, in its own topic: messages that go before it there, consumers would take
+    /// for a sign that they have seen all up to them.
+    pub fn sent(&self) -> Option<i64> {
+        self.relayed.as_ref().map(|relayed| relayed.all_up_to().0)
+    }
+
+    pub async fn take(&mut self, event: &Arc<Recorded>) -> Result<(), Failure> {
+        let made = self.routes.messages(event);
+        for mut outgoing in made.map_err(|error| Failure::new(format!("position {}: {error}", event.position)))? {
+            outgoing.topic = self.name.clone();
+            outgoing.message.lane = self.relayed.as_ref().map(|relayed| relayed.label(&event.stream));
+            self.next.push(outgoing);
+        }
+        if self.next.len() < self.page_max {
+            return Ok(());
+        }
+        self.turn();
+        self.publish(PAGES_IN_FLIGHT * PAGE / self.page_max).await
+    }
+
+    pub async fn commit(&mut self) -> Result<(), Failure> {
+        self.turn();
+        self.publish(0).await
+    }
+
+    pub async fn give_up(&mut self) {
+        let arrive = async {
+            while let Some(receipt) = self.pages.front_mut().and_then(|page| page.receipt.as_mut()) {
+                if receipt.await.is_err() {
+                    return;
+                }
+                self.pages.pop_front();
+            }
+        };
+        _ = tokio::time::timeout(LAST_RECEIPTS, arrive).await;
+    }
+
+    /// After which position begins what the brokers have not acknowledged, and how many events it is.
+    pub fn unacknowledged(&self) -> Option<(i64, i64)> {
+        let mut messages = self.pages.iter().flat_map(|page| &page.messages).chain(&self.next);
+        let first = messages.next()?;
+        Some((first.message.position.0 - 1, 1 + messages.count() as i64))
+    }
+
+    fn turn(&mut self) {
+        if !self.next.is_empty() {
+            self.pages.push_back(Page { messages: std::mem::take(&mut self.next), receipt: None });
+        }
+    }
+
+    /// Publishes all pages, and waits until no more than `open_max` are without acknowledgement.
+    async fn publish(&mut self, open_max: usize) -> Result<(), Failure> {
+        loop {
+            // In order: what has failed is published again, and all after it.
+            if let Some(page) = self.pages.iter_mut().find(|page| page.receipt.is_none()) {
+                match self.bus.publish(page.messages.clone()).await {
+                    Ok(receipt) => page.receipt = Some(receipt),
+                    Err(error) => {
+                        let messages = page.messages.clone();
+                        self.trouble(&messages, error).await?;
+                    }
+                }
+                continue;
+            }
+            let Some(receipt) = self.pages.front_mut().and_then(|page| page.receipt.as_mut()) else { return Ok(()) };
+            let came = match receipt.now_or_never() {
+                Some(came) => came,
+                None if self.pages.len() <= open_max => return Ok(()),
+                None => match self.pages.front_mut().and_then(|page| page.receipt.as_mut()) {
+                    Some(receipt) => receipt.await,
+                    None => return Ok(()),
+                },
+            };
+            match came {
+                Ok(()) => {
+                    self.attempts = 0;
+                    self.pages.pop_front();
+                }
+                Err(error) => {
+                    let messages = self.pages.front().map(|page| page.messages.clone()).unwrap_or_default();
+                    self.trouble(&messages, error).await?;
+                }
+            }
+        }
+    }
+
+    async fn trouble(&mut self, messages: &[Outgoing], error: BusError) -> Result<(), Failure> {
+        if let BusError::Refused { index, reason } = &error
+            && let Some(outgoing) = messages.get(*index)
+        {
+            let position = outgoing.message.position;
+            return Err(Failure::new(format!("topic {} does not take position {position}: {reason}", self.name)));
+        }
+        self.attempts += 1;
+        if matches!(error, BusError::Misconfigured(_)) || self.attempts > ATTEMPTS_MAX {
+            return Err(Failure::new(error.to_string()));
+        }
+        // None of them is sent again before all have failed.
+        self.pages.iter_mut().for_each(|page| page.receipt = None);
+        tokio::time::sleep(PAUSE * self.attempts).await;
+        Ok(())
+    }
+}
+
+/// Of the engine, not of a service's own.
+fn is_internal(category: &str) -> bool {
+    category.starts_with("saga.") || category.starts_with("step.") || category == annals::operator::CATEGORY
+}

@@ -1,0 +1,207 @@
+//! Whether what a log says was sent is in the topics, as it was sent, and nothing else under its name.
+//!
+//! What is expected and what is found are sorted together in temporary files, so that memory does not grow with either, and
+//! neither resends nor lanes nor partitions have to come in any order.
+
+mod sides;
+mod topics;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use annals::{
+    LogQuery, Recorded, Scan,
+    checkpoint::CHECKPOINTS,
+    parking::Parked,
+    relay::{Relayed, Routes},
+};
+use annals_kafka::{KafkaBus, Settings};
+use clap::Args;
+use futures::TryStreamExt;
+use serde::Serialize;
+
+use self::{
+    sides::{Expected, Sides},
+    topics::Topics,
+};
+use super::Faults;
+use crate::{failure::Failure, progress, stop::Stop, store::Store};
+
+/// Documents read at once.
+const PAGE: usize = 500;
+
+/// Which Kafka, and what is expected there.
+#[derive(Clone, Debug, Args)]
+pub(super) struct OnBus {
+    /// Also hold the topics of this Kafka against the log: `kafka://host:port[,host:port][?name=value&…]`.
+    #[arg(long, value_name = "URL")]
+    pub bus: Option<Settings>,
+    /// The categories that a service publishes [default: those of which its topic holds anything].
+    #[arg(long, value_name = "SERVICE=CATEGORY,…", requires = "bus", value_parser = published)]
+    publish: Vec<Published>,
+}
+
+#[derive(Clone, Debug)]
+struct Published {
+    service: String,
+    categories: Vec<String>,
+}
+
+fn published(text: &str) -> Result<Published, String> {
+    let named = text.split_once('=').filter(|(service, categories)| !service.is_empty() && !categories.is_empty());
+    let (service, categories) = named.ok_or("SERVICE=CATEGORY,CATEGORY, such as order=order,return")?;
+    let categories = categories.split(',').map(str::to_owned).collect();
+    Ok(Published { service: service.to_owned(), categories })
+}
+
+/// What was looked at.
+#[derive(Debug, Default, PartialEq, Serialize)]
+pub(super) struct OfTopics {
+    pub topics: usize,
+    /// Messages of this log.
+    pub messages: u64,
+    /// Of these, sent more than once, as relays do after a crash.
+    pub repeated: u64,
+    /// Sent, and gone by retention.
+    pub removed: u64,
+    /// Of other logs and other senders, which were not looked at.
+    pub others: u64,
+}
+
+/// What the relays on a store have sent.
+struct Sent {
+    services: BTreeMap<String, Relayed>,
+    /// By category: events of services, commands of sagas, replies of steps.
+    senders: HashMap<String, String>,
+    /// From which position on the events of a stream wait because one of them is parked, by service.
+    parked: HashMap<String, HashMap<String, i64>>,
+}
+
+/// `None`: stopped.
+pub(super) async fn verify(
+    on: &OnBus,
+    settings: &Settings,
+    store: &Store,
+    stop: &Stop,
+    faults: &mut Faults<'_>,
+) -> Result<Option<OfTopics>, Failure> {
+    let archive = store.port();
+    // First how far relays have come: then whatever they have sent by then is in the topics.
+    let mut sent = Sent::on(store).await?;
+    if sent.services.is_empty() {
+        return Err(Failure::new("no relay has run on this store: there is nothing in topics to hold against it"));
+    }
+    let bus = KafkaBus::connect(settings.clone()).await.map_err(|error| Failure::new(error.to_string()))?;
+    let mut topics = Topics::of(bus, stop.clone());
+    let mut sides = Sides::new()?;
+    for published in &on.publish {
+        if !sent.services.contains_key(&published.service) {
+            let known: Vec<_> = sent.services.keys().cloned().collect();
+            let (service, known) = (&published.service, known.join(", "));
+            return Err(Failure::new(format!("no relay of a service {service} has run on this store; known: {known}")));
+        }
+        let senders = published.categories.iter().map(|category| (category.clone(), published.service.clone()));
+        sent.senders.extend(senders);
+    }
+    let services: Vec<String> = sent.services.keys().cloned().collect();
+    for service in &services {
+        let named = on.publish.iter().any(|published| published.service == *service);
+        let topic = topics.open(&format!("{service}.events")).await?;
+        let mut categories = BTreeSet::new();
+        let read = topics.read(topic, &sent.services, i64::MAX, &mut sides, |message| {
+            if *message.source == **service {
+                let stream = annals::StreamId::from_stored(&message.subject);
+                categories.insert(stream.category().to_owned());
+            }
+        });
+        if !read.await? {
+            return Ok(None);
+        }
+        if !named {
+            sent.senders.extend(categories.into_iter().map(|category| (category, service.clone())));
+        }
+        topics.open(&format!("{service}.commands")).await?;
+    }
+    let head = archive.status().await?.head.0;
+    let bar = progress::bar("expected", head.unsigned_abs());
+    let mut log = store.log(LogQuery::all(), 1..=head).await?;
+    while let Some(event) = log.try_next().await? {
+        if stop.is_asked() {
+            bar.finish_and_clear();
+            return Ok(None);
+        }
+        sent.expect(&event, &mut topics, &mut sides, faults).await?;
+        bar.set_position(event.position.0.unsigned_abs());
+    }
+    bar.finish_and_clear();
+    for topic in topics.unread() {
+        if !topics.read(topic, &sent.services, head, &mut sides, |_| {}).await? {
+            return Ok(None);
+        }
+    }
+    sides.compare(&topics, &*archive, faults).await.map(Some)
+}
+
+impl Sent {
+    async fn on(store: &Store) -> Result<Self, Failure> {
+        let archive = store.port();
+        let services = Relayed::on(&*archive).await?;
+        let mut senders: HashMap<String, String> =
+            services.keys().map(|service| (format!("step.{service}"), service.clone())).collect();
+        let mut after = "".into();
+        loop {
+            let page = archive.scan(CHECKPOINTS, &Scan::After(after), PAGE).await?;
+            let Some(last) = page.last() else { break };
+            after = last.key.id.clone();
+            // The service that starts a saga sends its commands.
+            for document in &page {
+                let name = document.key.id.rsplit_once('/').and_then(|(name, _)| name.strip_suffix(".start"));
+                let of_service = |service: &&String| name.is_some_and(|name| name.starts_with(&format!("{service}.")));
+                if let Some((name, service)) = name.zip(services.keys().find(of_service)) {
+                    senders.insert(format!("saga.{}", &name[service.len() + 1..]), service.clone());
+                }
+            }
+        }
+        let mut parked: HashMap<String, HashMap<String, i64>> = HashMap::new();
+        for service in services.keys() {
+            let (collection, mut after) = (format!("parked.{service}.relay"), "".into());
+            loop {
+                let page = archive.scan(&collection, &Scan::After(after), PAGE).await?;
+                let Some(last) = page.last() else { break };
+                after = last.key.id.clone();
+                for document in &page {
+                    let waits: Parked = serde_json::from_str(&document.body)?;
+                    let streams = parked.entry(service.clone()).or_default();
+                    let first = streams.entry(waits.key.to_string()).or_insert(waits.position);
+                    *first = waits.position.min(*first);
+                }
+            }
+        }
+        Ok(Self { services, senders, parked })
+    }
+
+    async fn expect(
+        &self,
+        event: &Recorded,
+        topics: &mut Topics,
+        sides: &mut Sides,
+        faults: &mut Faults<'_>,
+    ) -> Result<(), Failure> {
+        let Some(service) = self.senders.get(event.stream.category()) else { return Ok(()) };
+        let Some(relayed) = self.services.get(service) else { return Ok(()) };
+        let messages = match Routes::of(service).messages(event) {
+            Ok(messages) => messages,
+            Err(error) => return faults.add(super::place(event), format!("no message can be made of it: {error}")),
+        };
+        let waits = self.parked.get(service).and_then(|streams| streams.get(event.stream.as_str()));
+        let position = event.position.0;
+        let required = event.position <= relayed.up_to(&event.stream) && waits.is_none_or(|first| position < *first);
+        let lane = relayed.label(&event.stream);
+        for (index, outgoing) in messages.iter().enumerate() {
+            let topic = topics.open(&outgoing.topic).await?;
+            let partition = topics.partition_of(topic, &outgoing.message.key);
+            let removed = Expected { topic, partition, index: index as i64, required };
+            sides.expect(&outgoing.message, &lane, removed)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,72 @@
+//! Sorts more than fits into memory: records are spread over files by their keys, so that one file after the other does.
+
+use std::{
+    fs::File,
+    io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write},
+};
+
+use crate::failure::Failure;
+
+/// A hundred million records of two numbers take 50 MB at a time.
+const FILES: usize = 64;
+const KEY_BYTES: usize = 16;
+const NUMBER_BYTES: usize = 8;
+
+/// A key, whose last bits are as good as random, and numbers.
+pub(super) type Record<const NUMBERS: usize> = (u128, [i64; NUMBERS]);
+
+/// Records that are sorted file by file.
+pub(super) struct Sorter<const NUMBERS: usize> {
+    files: Vec<BufWriter<File>>,
+    bytes: Vec<u8>,
+}
+
+impl<const NUMBERS: usize> Sorter<NUMBERS> {
+    pub fn new() -> Result<Self, Failure> {
+        let file = |_| tempfile::tempfile().map(|file| BufWriter::with_capacity(16 << 10, file));
+        let files = (0..FILES).map(file).collect::<io::Result<_>>().map_err(|error| no_room(&error))?;
+        Ok(Self { files, bytes: Vec::new() })
+    }
+
+    pub fn push(&mut self, (key, numbers): Record<NUMBERS>) -> Result<(), Failure> {
+        self.bytes.clear();
+        self.bytes.extend(key.to_be_bytes());
+        numbers.iter().for_each(|number| self.bytes.extend(number.to_be_bytes()));
+        self.files[(key % FILES as u128) as usize].write_all(&self.bytes).map_err(|error| no_room(&error))
+    }
+
+    /// The records of each file, sorted. Those of one key are in one file.
+    pub fn sorted(self) -> impl Iterator<Item = Result<Vec<Record<NUMBERS>>, Failure>> {
+        self.files.into_iter().map(|file| read(file).map_err(|error| no_room(&error)))
+    }
+}
+
+fn read<const NUMBERS: usize>(file: BufWriter<File>) -> io::Result<Vec<Record<NUMBERS>>> {
+    let mut file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
+    file.seek(SeekFrom::Start(0))?;
+    let (mut file, mut records, mut bytes) =
+        (BufReader::new(file), Vec::new(), vec![0; KEY_BYTES + NUMBERS * NUMBER_BYTES]);
+    loop {
+        match file.read_exact(&mut bytes) {
+            Ok(()) => records.push(record(&bytes)),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => break,
+            Err(error) => return Err(error),
+        }
+    }
+    records.sort_unstable();
+    Ok(records)
+}
+
+fn record<const NUMBERS: usize>(bytes: &[u8]) -> Record<NUMBERS> {
+    let (key, rest) = bytes.split_at(KEY_BYTES);
+    let key = key.iter().fold(0, |key, byte| key << 8 | u128::from(*byte));
+    let mut numbers = [0; NUMBERS];
+    for (number, bytes) in numbers.iter_mut().zip(rest.chunks_exact(NUMBER_BYTES)) {
+        *number = bytes.iter().fold(0_u64, |number, byte| number << 8 | u64::from(*byte)).cast_signed();
+    }
+    (key, numbers)
+}
+
+fn no_room(error: &io::Error) -> Failure {
+    Failure::new(format!("temporary files cannot be used (TMPDIR says where they are): {error}"))
+}

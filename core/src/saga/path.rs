@@ -1,0 +1,148 @@
+//! The way one saga took, as a drawing.
+
+use std::fmt::Write;
+
+use super::{
+    diagram::{BOX, Canvas, GAP, MARGIN, TIP, box_width, mermaid_text},
+    progress::{At, Outcome, Progress, SagaEvent, Status},
+};
+
+/// Between two boxes with a reason on the arrow.
+const WIDE_GAP: i32 = 2 * GAP;
+
+/// The way that one saga took, drawn from its events: the steps it came to, in order, and why it turned back.
+///
+/// ```
+/// # use annals::saga::Path;
+/// assert_eq!(Path::of(&[]).mermaid(), "flowchart LR\n");
+/// assert!(Path::of(&[]).svg("order 1").starts_with("<svg xmlns="));
+/// ```
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Path {
+    stops: Vec<Stop>,
+    /// How it ended; `None` while it waits at its last stop.
+    end: Option<&'static str>,
+    went_back: bool,
+}
+
+/// A step that the saga came to.
+#[derive(Clone, Debug, PartialEq)]
+struct Stop {
+    at: At,
+    name: String,
+    attempts: u32,
+    /// Why it went on from there the way it did, where that was not because it was done.
+    trouble: Option<&'static str>,
+}
+
+impl Path {
+    /// The way that these events of one saga tell of, from its first on.
+    pub fn of<'a>(events: impl IntoIterator<Item = &'a SagaEvent>) -> Self {
+        let mut stops: Vec<Stop> = Vec::new();
+        let mut last: Option<&Progress> = None;
+        for event in events {
+            let progress = event.progress();
+            if let Some(stop) = stops.last_mut() {
+                stop.trouble = trouble(event).or(stop.trouble);
+            }
+            match stops.last_mut() {
+                Some(stop) if stop.at == progress.at => stop.attempts = stop.attempts.max(progress.attempt),
+                _ => {
+                    let undo = if matches!(progress.at, At::Undo(_)) { "undo " } else { "" };
+                    let name = format!("{undo}{}", progress.step.replace(char::is_control, " "));
+                    stops.push(Stop { at: progress.at, name, attempts: progress.attempt, trouble: None });
+                }
+            }
+            last = Some(progress);
+        }
+        let end = last.and_then(|last| match (last.status, last.ended) {
+            (Status::Completed, _) => Some("completed"),
+            (Status::Compensated, _) => Some("compensated"),
+            (Status::Stuck, Some(_)) => Some("abandoned"),
+            (Status::Stuck, None) => Some("stuck"),
+            (Status::Running | Status::Compensating, _) => None,
+        });
+        let went_back = last.is_some_and(|last| matches!(last.status, Status::Compensating | Status::Compensated));
+        Self { stops, end, went_back }
+    }
+
+    /// As a [Mermaid](https://mermaid.js.org) flowchart: solid arrows go forward, dashed ones back.
+    pub fn mermaid(&self) -> String {
+        let mut text = "flowchart LR\n".to_owned();
+        if self.stops.is_empty() {
+            return text;
+        }
+        let mut from = "start((\" \"))".to_owned();
+        let mut line = |line: &str| _ = writeln!(text, "    {line}");
+        let mut reason = None;
+        for (number, stop) in self.stops.iter().enumerate() {
+            let mut label = mermaid_text(&stop.name);
+            if stop.attempts > 1 {
+                label.truncate(label.len() - 1);
+                _ = write!(label, "<br/>{} attempts\"", stop.attempts);
+            }
+            line(&format!("{from} {} n{number}[{label}]", arrow(stop.at, reason)));
+            (from, reason) = (format!("n{number}"), stop.trouble);
+        }
+        if let Some(end) = self.end {
+            let arrow = if self.went_back { "-.->" } else { "-->" };
+            line(&format!("{from} {arrow} {end}([\"{end}\"])"));
+        } else {
+            line("classDef waiting stroke-dasharray: 4 4");
+            line(&format!("class {from} waiting"));
+        }
+        text
+    }
+
+    /// As a standalone SVG, in one row from left to right, readable on light and dark backgrounds. `name` is its title.
+    pub fn svg(&self, name: &str) -> String {
+        let (mut canvas, y) = (Canvas::default(), MARGIN);
+        let mut x = canvas.dot(MARGIN, y);
+        let mut reason = None;
+        for stop in &self.stops {
+            let attempts = if stop.attempts > 1 { format!("{} attempts", stop.attempts) } else { String::new() };
+            let (line, class) = match stop.at {
+                At::Forward(_) => ("forward", "compensatable"),
+                At::Undo(_) => ("back", "undo"),
+                At::Closing(_) => ("back", "closing"),
+            };
+            x = step(&mut canvas, x, line, reason);
+            let width = box_width(&stop.name, &attempts);
+            canvas.node(x, y, width, class, &stop.name, &attempts);
+            (x, reason) = (x + width, stop.trouble);
+        }
+        if let Some(end) = self.end {
+            x = step(&mut canvas, x, if self.went_back { "back" } else { "forward" }, None);
+            canvas.end(x, y, end);
+        }
+        canvas.finish(name)
+    }
+}
+
+/// An arrow to the next box, with the reason for it; where that box begins.
+fn step(canvas: &mut Canvas, x: i32, class: &str, reason: Option<&str>) -> i32 {
+    let gap = if reason.is_some() { WIDE_GAP } else { GAP };
+    canvas.arrow(&format!("M{x} {}h{}", MARGIN + BOX / 2, gap - TIP), class);
+    if let Some(reason) = reason {
+        canvas.note(x, MARGIN + BOX / 2 - TIP, reason);
+    }
+    x + gap
+}
+
+fn arrow(to: At, reason: Option<&str>) -> String {
+    match (to, reason) {
+        (At::Forward(_), None) => "-->".to_owned(),
+        (At::Forward(_), Some(reason)) => format!("-- {reason} -->"),
+        (_, None) => "-.->".to_owned(),
+        (_, Some(reason)) => format!("-. {reason} .->"),
+    }
+}
+
+fn trouble(event: &SagaEvent) -> Option<&'static str> {
+    match event {
+        SagaEvent::Replied { gave_up: Some(_), .. } | SagaEvent::Timed { gave_up: Some(_), .. } => Some("given up"),
+        SagaEvent::Replied { reply, .. } if matches!(reply.outcome, Outcome::Refused(_)) => Some("refused"),
+        SagaEvent::Operated { .. } => Some("operator"),
+        _ => None,
+    }
+}

@@ -1,0 +1,52 @@
+//! What is on the shelf, SKU by SKU: views for people, kept from the events of the stock.
+
+use annals::{LogQuery, Message, Projection, ReadModel};
+use serde::{Deserialize, Serialize};
+
+use crate::inventory::StockEvent;
+
+/// The read model `shelf`: a view for each SKU.
+pub struct Shelf;
+
+/// The units of a SKU.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Level {
+    /// In the house.
+    pub on_hand: i64,
+    /// Of these, promised to orders.
+    pub reserved: i64,
+}
+
+impl ReadModel for Shelf {
+    const NAME: &'static str = "shelf";
+    type Event = StockEvent;
+    type View = Level;
+
+    fn keys(&self, event: &StockEvent, _: &Message) -> Vec<String> {
+        let (StockEvent::Received { sku, .. }
+        | StockEvent::Reserved { sku, .. }
+        | StockEvent::Released { sku, .. }
+        | StockEvent::Shipped { sku, .. }
+        | StockEvent::Returned { sku, .. }
+        | StockEvent::Adjusted { sku, .. }) = event;
+        vec![sku.clone()]
+    }
+
+    fn apply(&self, _: &str, level: &mut Level, event: &StockEvent, _: &Message) {
+        let (on_hand, reserved) = match *event {
+            StockEvent::Received { quantity, .. } => (quantity.cast_signed(), 0),
+            StockEvent::Reserved { quantity, .. } => (0, i64::from(quantity)),
+            StockEvent::Released { quantity, .. } => (0, -i64::from(quantity)),
+            StockEvent::Shipped { quantity, .. } => (-i64::from(quantity), -i64::from(quantity)),
+            StockEvent::Returned { quantity, .. } => (i64::from(quantity), 0),
+            StockEvent::Adjusted { quantity, .. } => (quantity, 0),
+        };
+        level.on_hand += on_hand;
+        level.reserved += reserved;
+    }
+}
+
+/// Kept from the events of the stock.
+pub fn shelf() -> Projection<Shelf> {
+    Projection::new(Shelf, LogQuery::categories(["stock"]))
+}
