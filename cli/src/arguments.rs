@@ -69,7 +69,7 @@ pub(crate) enum Command {
     /// Show everything that one request caused, as a tree.
     Trace(trace::Arguments),
     /// Send events of a range to standard output, a file, a Kafka topic or a handler.
-    Replay(replay::Arguments),
+    Replay(Box<replay::Arguments>),
     /// Show the views of a read model, or build them anew beside the live ones.
     ReadModel(read_model::Arguments),
     /// Write a store to a file.

@@ -162,7 +162,7 @@ impl Ops {
             Command::Saga(arguments) => saga::run(arguments, &store, &mut output).await,
             Command::DeadLetters(arguments) => dead_letters::run(arguments, &store, &mut output).await,
             Command::Subscription(arguments) => subscription::run(arguments, &store, &mut output).await,
-            Command::Replay(arguments) => replay::run(arguments, &store, &self.domain, self.name, &mut output).await,
+            Command::Replay(arguments) => replay::run(*arguments, &store, &self.domain, self.name, &mut output).await,
             Command::ReadModel(arguments) => read_model::run(arguments, &store, &self.domain, &mut output).await,
             Command::Export(arguments) => export::run(arguments, &store, &mut output).await,
             Command::Archive(arguments) => archive::run(arguments, &store, &mut output).await,

@@ -72,7 +72,7 @@ pub fn all(brokers: &str, topic: &str) -> Vec<Record> {
 pub fn send(brokers: &str, topic: &str, key: &str, payload: &str, headers: &[(&str, &str)]) {
     let producer: BaseProducer = ClientConfig::new().set("bootstrap.servers", brokers).create().unwrap();
     let all =
-        headers.iter().fold(OwnedHeaders::new(), |all, (key, value)| all.insert(Header { key, value: Some(value) }));
+        headers.iter().fold(OwnedHeaders::new(), |all, (key, value)| all.insert(Header { key, value: Some(*value) }));
     producer.send(BaseRecord::to(topic).key(key).payload(payload).headers(all)).map_err(|(error, _)| error).unwrap();
     producer.flush(PATIENCE).unwrap();
 }
