@@ -115,7 +115,7 @@ pub use self::{
     repository::{ExecuteError, Repository, Request},
     saga::{Answer, Participant, Saga, SagaState, StepError},
     service::{Runtime, Service},
-    store::{EventStore, LogPage, LogQuery, Scan, StoreError, StoreStatus},
+    store::{EventStore, LogPage, LogQuery, OpenWriter, Scan, StoreError, StoreStatus},
     subscription::{Start, Subscription},
     tail::Tail,
     transaction::Transaction,

@@ -1,6 +1,6 @@
 //! The port to a store: the log, the streams in it, and the documents beside it.
 
-use std::sync::Arc;
+use std::{fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
@@ -104,8 +104,25 @@ pub struct LogPage {
 pub struct StoreStatus {
     /// The position of the last event that a reader can see.
     pub head: Position,
-    /// What readers wait for before they go on, such as an older transaction; `None` when they wait for nothing.
-    pub waits_for: Option<String>,
+    /// What readers wait for before they go on; `None` when they wait for nothing.
+    pub waits_for: Option<OpenWriter>,
+}
+
+/// A transaction that may still write events before those that readers have not come to yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OpenWriter {
+    /// Its process on the server, for who asks there; `None` for a prepared transaction, which has none.
+    pub pid: Option<i32>,
+    /// How long ago it began. Of several, this is the oldest.
+    pub age: Duration,
+    /// All of them in words.
+    pub description: String,
+}
+
+impl fmt::Display for OpenWriter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.description)
+    }
 }
 
 /// Why a read gave nothing. Reading again is always safe.

@@ -22,7 +22,7 @@ use std::{
     time::Duration,
 };
 
-use annals::{LogPage, LogQuery, Position, StoreError, StoreStatus};
+use annals::{LogPage, LogQuery, OpenWriter, Position, StoreError, StoreStatus};
 use futures::TryStreamExt;
 use sqlx::{PgPool, postgres::PgRow};
 use tokio::{sync::Mutex, time::sleep};
@@ -293,21 +293,25 @@ impl Log {
         Ok(StoreStatus { head: Position(head), waits_for })
     }
 
-    async fn waits_for(&self) -> Result<Option<String>, StoreError> {
+    async fn waits_for(&self) -> Result<Option<OpenWriter>, StoreError> {
         let holders: Vec<String> = match &*self.proof.lock().await {
             Some(proof) => proof.holders.iter().cloned().collect(),
             None => return Ok(None),
         };
         let found: Vec<(i32, f64, String)> =
             read!(sqlx::query_as(self.database.statements.waits_for.clone()).bind(&holders).fetch_all(&self.readers))?;
+        // The oldest first.
+        let Some(&(pid, seconds, _)) = found.first() else { return Ok(None) };
         let described: Vec<String> = found
-            .into_iter()
+            .iter()
             .map(|(pid, seconds, name)| match pid {
                 0 => format!("prepared transaction {name:?} of {seconds:.1} s ago"),
                 _ => format!("pid {pid} ({name}), in a transaction for {seconds:.1} s"),
             })
             .collect();
-        Ok((!described.is_empty()).then(|| format!("writers of events that have not ended: {}", described.join("; "))))
+        let age = Duration::try_from_secs_f64(seconds).unwrap_or_default();
+        let description = format!("writers of events that have not ended: {}", described.join("; "));
+        Ok(Some(OpenWriter { pid: (pid != 0).then_some(pid), age, description }))
     }
 }
 

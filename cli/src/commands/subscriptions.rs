@@ -72,7 +72,7 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
         let parked = parked(&*archive, name, id).await?;
         let waits_for = match &status.waits_for {
             _ if checkpoint.paused => Some("an operator: it is paused".to_owned()),
-            Some(writer) if lag.is_some_and(|lag| lag == 0) => Some(writer.clone()),
+            Some(writer) if lag.is_some_and(|lag| lag == 0) => Some(writer.to_string()),
             _ if parked > 0 => Some(format!("{parked} parked: see dead-letters")),
             _ => None,
         };

@@ -8,7 +8,9 @@ use annals::{
     health::State,
     saga::Status,
 };
-use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
+use prometheus::{
+    GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+};
 use tokio::time::timeout;
 
 /// How long the store may take to tell how it is.
@@ -32,6 +34,7 @@ pub struct Metrics {
     lag: IntGaugeVec,
     head: IntGauge,
     readers_wait: IntGauge,
+    readers_wait_for: GaugeVec,
     store_up: IntGauge,
 }
 
@@ -54,6 +57,14 @@ impl Metrics {
             registry.register(Box::new(gauge.clone()))?;
             Ok(gauge)
         };
+        let readers_wait_for = GaugeVec::new(
+            Opts::new(
+                "shop_log_readers_wait_seconds",
+                "Age of the oldest transaction that readers of the log wait for, by its pid; 0 if it is prepared.",
+            ),
+            &["pid"],
+        )?;
+        registry.register(Box::new(readers_wait_for.clone()))?;
         let options =
             HistogramOpts::new("shop_http_request_seconds", "Time to answer, with the time that was asked to wait.");
         let seconds = HistogramVec::new(options.buckets(SECONDS.to_vec()), &["method", "route"])?;
@@ -80,6 +91,7 @@ impl Metrics {
             )?,
             head: gauge("shop_log_head", "The last position of the log that readers can see.")?,
             readers_wait: gauge("shop_log_readers_wait", "1 while readers of the log wait for an older transaction.")?,
+            readers_wait_for,
             store_up: gauge("shop_store_up", "1 if the store answers.")?,
             registry,
         })
@@ -122,6 +134,11 @@ impl Metrics {
         let status = store.status().await?;
         self.head.set(status.head.0);
         self.readers_wait.set(status.waits_for.is_some().into());
+        self.readers_wait_for.reset();
+        if let Some(writer) = &status.waits_for {
+            let pid = writer.pid.unwrap_or(0).to_string();
+            self.readers_wait_for.with_label_values(&[&pid]).set(writer.age.as_secs_f64());
+        }
         let checkpoints = store.scan(CHECKPOINTS, &Scan::After("".into()), CHECKPOINTS_MAX).await?;
         self.lag.reset();
         for document in checkpoints {

@@ -56,7 +56,7 @@ async fn readyz(State(probes): State<Probes>) -> Response {
         reasons.push("stopping".to_owned());
     }
     let waits_for = match timeout(STORE_TIME_MAX, probes.store.status()).await {
-        Ok(Ok(status)) => status.waits_for,
+        Ok(Ok(status)) => status.waits_for.map(|writer| writer.to_string()),
         Ok(Err(error)) => {
             reasons.push(error.to_string());
             None
