@@ -100,7 +100,7 @@ async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> 
             fs::remove_file(file)?;
         }
     }
-    report(&bench.sides, arguments.json);
+    report(&bench, arguments.json);
     Ok(())
 }
 

@@ -102,7 +102,8 @@ async fn a_topic_gets_what_the_relay_sent_and_consumers_know_what_they_had() {
     let (mut first, mut second): (Vec<_>, Vec<_>) =
         both.iter().cloned().partition(|record| sent.iter().any(|known| known == record));
     first.iter_mut().chain(&mut second).for_each(|record| record.offset = 0);
-    (first.sort(), second.sort());
+    first.sort();
+    second.sort();
     assert_eq!(second, first, "its lane included");
 
     // It has come to the end of the topic, and counted none of them again.
@@ -135,7 +136,7 @@ async fn things(place: &Place, count: i64) -> std::path::PathBuf {
             id: Uuid::new_v4(),
             type_name: "thing.happened".into(),
             schema_version: 1,
-            data: format!("{{\"number\": {number}}}").into(),
+            data: format!("{{\"number\": {number}}}"),
             metadata: Metadata::of_request(Uuid::new_v4()),
         };
         let events = (from..count.min(from + 1_000)).map(event).collect();
