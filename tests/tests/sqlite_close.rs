@@ -79,9 +79,9 @@ async fn a_closed_store_says_so() {
     assert!(matches!(page, Err(StoreError::Unavailable(_))));
 }
 
-/// Its runtime ends in the middle of things, and the file is none the worse for it.
+/// The runtime that opened it ends in the middle of things. What had been handed over is written, and so is what comes later.
 #[test]
-fn a_store_that_is_just_dropped_leaves_a_sound_file() {
+fn a_store_outlives_its_runtime() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("annals.db");
     let runtime = || tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
@@ -97,11 +97,9 @@ fn a_store_that_is_just_dropped_leaves_a_sound_file() {
     });
     drop(ended);
     runtime().block_on(async {
-        let refused = store.commit(commit(1_000)).await;
-        assert!(matches!(refused, Err(CommitError::Unavailable(_))), "{refused:?}");
-        assert!(matches!(store.close().await, Err(StoreError::Unavailable(_))));
-        drop(store);
+        store.commit(commit(1_000)).await.unwrap();
+        store.close().await.unwrap();
         let count = count(&file).await;
-        assert!((1..=500).contains(&count), "{count}");
+        assert!((2..=501).contains(&count), "{count}");
     });
 }
