@@ -42,10 +42,7 @@ pub struct Arguments {
 pub async fn run(arguments: Arguments) -> Result<(), Failure> {
     let brokers = std::env::var("KAFKA_BROKERS").map_err(|_| "KAFKA_BROKERS is not set: which Kafka is measured?")?;
     let server = Server::start(&arguments.directory)?;
-    tokio::select! {
-        measured = measure(&arguments, &server, &brokers) => measured,
-        _ = tokio::signal::ctrl_c() => Err("interrupted".into()),
-    }
+    Server::until_interrupted(measure(&arguments, &server, &brokers)).await
 }
 
 async fn measure(arguments: &Arguments, server: &Server, brokers: &str) -> Result<(), Failure> {

@@ -235,10 +235,7 @@ impl<'s> Bench<'s> {
 /// Runs all of it, or until it is interrupted; then, too, the server is stopped.
 pub async fn run(arguments: Arguments) -> Result<(), Failure> {
     let server = Server::start(&arguments.directory)?;
-    tokio::select! {
-        measured = measure(&arguments, &server) => measured,
-        _ = tokio::signal::ctrl_c() => Err("interrupted".into()),
-    }
+    Server::until_interrupted(measure(&arguments, &server)).await
 }
 
 async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> {

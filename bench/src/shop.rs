@@ -48,10 +48,7 @@ pub struct Arguments {
 /// Runs all of it, or until it is interrupted; then, too, the servers are stopped.
 pub async fn run(arguments: Arguments) -> Result<(), Failure> {
     let server = Server::start(&arguments.directory)?;
-    tokio::select! {
-        measured = measure(&arguments, &server) => measured,
-        _ = tokio::signal::ctrl_c() => Err("interrupted".into()),
-    }
+    Server::until_interrupted(measure(&arguments, &server)).await
 }
 
 async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> {

@@ -4,10 +4,7 @@
 mod topic;
 mod travel;
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use annals::{
     Append, Commit, DocumentKey, EventStore, Expected, Group, Handler, HandlerError, Message, Metadata, NewEvent,
@@ -180,11 +177,7 @@ async fn ctrl_c_stops_at_what_the_brokers_have_and_the_printed_command_goes_on_t
         ["replay", "--category", "thing", "--speed", "1x", "--bus", &kafka, "--service", "it", "--topic", &topic];
     let mut slow = command(&words);
     let running = slow.env("ANNALS_STORE", url(&path)).stderr(std::process::Stdio::piped()).spawn().unwrap();
-    let started = Instant::now();
-    while topic::size(&brokers(), &topic) < MANY {
-        assert!(started.elapsed() < Duration::from_secs(60), "it sends nothing");
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    until("it has sent all but the last", || async { topic::size(&brokers(), &topic) >= MANY }).await;
     let sent = std::process::Command::new("kill").args(["-INT", &running.id().to_string()]).status().unwrap();
     assert!(sent.success());
     let stopped = Ended::from(running.wait_with_output().unwrap());
@@ -212,10 +205,7 @@ async fn a_broker_that_is_killed_meanwhile_costs_time_and_no_message() {
     let mut command =
         command(&["replay", "--category", "thing", "--bus", &kafka, "--service", "it", "--topic", "again"]);
     let running = command.env("ANNALS_STORE", url(&path)).stderr(std::process::Stdio::piped()).spawn().unwrap();
-    let started = Instant::now();
-    while topic::size(&broker.address(), "again") < 1 {
-        assert!(started.elapsed() < Duration::from_secs(60), "it sends nothing");
-    }
+    until("it sends something", || async { topic::size(&broker.address(), "again") >= 1 }).await;
     broker.kill();
     tokio::time::sleep(Duration::from_secs(1)).await;
     broker.resume();
@@ -240,10 +230,7 @@ async fn ctrl_c_while_the_broker_is_away_goes_back_to_what_it_had() {
     let mut command =
         command(&["replay", "--category", "thing", "--bus", &kafka, "--service", "it", "--topic", "again"]);
     let running = command.env("ANNALS_STORE", url(&path)).stderr(std::process::Stdio::piped()).spawn().unwrap();
-    let started = Instant::now();
-    while topic::size(&broker.address(), "again") < 1 {
-        assert!(started.elapsed() < Duration::from_secs(60), "it sends nothing");
-    }
+    until("it sends something", || async { topic::size(&broker.address(), "again") >= 1 }).await;
     broker.kill();
     let sent = std::process::Command::new("kill").args(["-INT", &running.id().to_string()]).status().unwrap();
     assert!(sent.success());

@@ -26,6 +26,14 @@ struct Own {
 }
 
 impl Server {
+    /// Measures, unless it is interrupted; either way the server is there to be stopped afterwards.
+    pub async fn until_interrupted(measuring: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+        tokio::select! {
+            measured = measuring => measured,
+            _ = tokio::signal::ctrl_c() => Err("interrupted".into()),
+        }
+    }
+
     /// Starts one in `folder`, unless there is one.
     pub fn start(folder: &Path) -> Result<Self, Failure> {
         if let Ok(url) = std::env::var("DATABASE_URL") {
