@@ -5,6 +5,7 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
+use futures::FutureExt;
 use tokio::sync::Notify;
 
 /// Whether somebody wants it to end. Clones share it.
@@ -19,8 +20,15 @@ impl Stop {
     pub fn on_ctrl_c() -> Self {
         let stop = Self::default();
         let told = stop.clone();
+        let mut first = Box::pin(tokio::signal::ctrl_c());
+        // It listens once it is asked, and its task may be asked late: until then, Ctrl-C would end the process without a word.
+        let pressed = (&mut first).now_or_never();
         tokio::spawn(async move {
-            if tokio::signal::ctrl_c().await.is_ok() {
+            let pressed = match pressed {
+                Some(pressed) => pressed,
+                None => first.await,
+            };
+            if pressed.is_ok() {
                 told.asked.store(true, Ordering::Release);
                 told.told.notify_waiters();
                 if tokio::signal::ctrl_c().await.is_ok() {

@@ -173,12 +173,12 @@ pub(crate) async fn run(
     if arguments.dry_run {
         target = Target::Nowhere;
     }
+    let stop = Stop::on_ctrl_c();
     let bar = match target {
         // Its lines and a bar would write over each other on a terminal.
         Target::Output(_) => indicatif::ProgressBar::hidden(),
         _ => progress::bar("replayed", (last - first + 1).max(0).unsigned_abs()),
     };
-    let stop = Stop::on_ctrl_c();
     let (mut written, mut at) = (0_i64, first - 1);
     let ended = if arguments.speed.is_none() && target.takes_lines() {
         let wanted = (arguments.which.clone(), arguments.stream.clone());

@@ -108,8 +108,8 @@ struct Verified {
 pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
     let archive = store.port();
     let until = archive.status().await?.head.0;
-    let bar = progress::bar("verified", until.unsigned_abs());
     let stop = Stop::on_ctrl_c();
+    let bar = progress::bar("verified", until.unsigned_abs());
     let mut faults = Faults { output, count: 0 };
     let (mut order, mut histories) = (Order::new()?, Histories::default());
     let mut seals = Seals::open(archive.clone(), arguments.seal, arguments.expect, &mut faults).await?;
