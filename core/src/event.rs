@@ -60,6 +60,9 @@ pub enum StreamIdError {
     },
 }
 
+/// The JSON of metadata with a W3C trace context, and some room.
+const METADATA_BYTES: usize = 200;
+
 fn shortened(text: &str) -> String {
     text.chars().take(40).collect()
 }
@@ -70,7 +73,9 @@ impl StreamId {
         if category.contains('-') {
             return Err(StreamIdError::Category(shortened(category)));
         }
-        Self::parse(&format!("{category}-{id}"))
+        let joined = [category, "-", id].concat();
+        Self::check(&joined)?;
+        Ok(Self(joined.into()))
     }
 
     /// Reads `<category>-<id>`.
@@ -230,11 +235,18 @@ impl Metadata {
 
     /// The JSON to store: written by hand because it is on every event's path and has three plain fields.
     pub fn to_json(&self) -> String {
-        let ids = format!(r#"{{"correlation_id":"{}","causation_id":"{}""#, self.correlation_id, self.causation_id);
-        match &self.traceparent {
-            None => ids + "}",
-            Some(traceparent) => format!(r#"{ids},"traceparent":{}}}"#, serde_json::Value::from(&**traceparent)),
+        let mut buffer = Uuid::encode_buffer();
+        let mut json = String::with_capacity(METADATA_BYTES);
+        json += r#"{"correlation_id":""#;
+        json += self.correlation_id.hyphenated().encode_lower(&mut buffer);
+        json += r#"","causation_id":""#;
+        json += self.causation_id.hyphenated().encode_lower(&mut buffer);
+        json += "\"";
+        if let Some(traceparent) = &self.traceparent {
+            json += r#","traceparent":"#;
+            json += &serde_json::Value::from(&**traceparent).to_string();
         }
+        json + "}"
     }
 }
 

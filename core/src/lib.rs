@@ -69,6 +69,7 @@ pub mod event;
 pub mod handler;
 pub mod health;
 mod instance;
+mod line;
 pub mod local_bus;
 mod marks;
 pub mod memory;

@@ -13,6 +13,7 @@ use crate::{
     backoff::Backoff,
     commit::{Commit, CommitError, DocumentKey, Put},
     event::{DecodeError, Metadata, StreamId, StreamIdError, Version, derived_id},
+    line::Line,
     panic::caught,
     store::{EventStore, StoreError},
     work::{Decided, StagedStream, Stale, Work, WorkError},
@@ -44,7 +45,9 @@ struct Inner<A: Aggregate> {
     store: Arc<dyn EventStore>,
     category: String,
     cache: quick_cache::sync::Cache<StreamId, Arc<Folded<A>>>,
-    lines: Mutex<HashMap<StreamId, VecDeque<Waiting<A>>>>,
+    /// What every aggregate begins as.
+    new: Arc<Folded<A>>,
+    lines: Mutex<HashMap<StreamId, Line<Waiting<A>>>>,
 }
 
 impl<A: Aggregate> Clone for Repository<A> {
@@ -100,7 +103,6 @@ pub enum ExecuteError<R: std::error::Error> {
 type Answer<A> = Result<Decided<<A as Aggregate>::Event>, ExecuteError<<A as Aggregate>::Refusal>>;
 
 struct Waiting<A: Aggregate> {
-    id: String,
     command: A::Command,
     request: Request,
     expect_new: bool,
@@ -116,7 +118,8 @@ impl<A: Aggregate> Repository<A> {
     /// The same under another category, keeping at most `cached` folded aggregates in memory.
     pub fn with(store: Arc<dyn EventStore>, category: &str, cached: usize) -> Self {
         let cache = quick_cache::sync::Cache::new(cached);
-        Self { inner: Arc::new(Inner { store, category: category.to_owned(), cache, lines: Mutex::default() }) }
+        let (category, new, lines) = (category.to_owned(), Arc::default(), Mutex::default());
+        Self { inner: Arc::new(Inner { store, category, cache, new, lines }) }
     }
 
     /// The stream of the aggregate with this id.
@@ -151,51 +154,35 @@ impl<A: Aggregate> Repository<A> {
     async fn ask(&self, id: &str, command: A::Command, request: Request, expect_new: bool) -> Answer<A> {
         let stream = self.stream(id).map_err(|error| ExecuteError::Invalid(error.to_string()))?;
         let (answer, answered) = oneshot::channel();
-        let waiting = Waiting { id: id.to_owned(), command, request, expect_new, answer };
-        let first = {
+        let waiting = Waiting { command, request, expect_new, answer };
+        let (carrier, began) = {
             let mut lines = self.inner.lines.lock().unwrap_or_else(PoisonError::into_inner);
-            let line = lines.get_mut(&stream);
-            match line {
-                Some(line) if line.len() >= WAITING_COMMANDS_MAX => return Err(ExecuteError::Overloaded { stream }),
-                Some(line) => {
-                    line.push_back(waiting);
-                    false
+            match lines.get_mut(&stream) {
+                Some(line) if line.waiting.len() >= WAITING_COMMANDS_MAX => {
+                    return Err(ExecuteError::Overloaded { stream });
                 }
+                Some(line) => (line.join(waiting), false),
                 None => {
-                    lines.insert(stream.clone(), VecDeque::from([waiting]));
-                    true
+                    let service = Service { repository: self.clone(), stream: stream.clone(), whole: false };
+                    let (line, carrier) = Line::begin(waiting, service.run());
+                    lines.insert(stream, line);
+                    (carrier, true)
                 }
             }
         };
-        if first {
-            // In a task of its own, so that a caller who goes away does not leave those behind it waiting.
-            tokio::spawn(self.clone().serve(stream));
-        }
-        answered.await.unwrap_or_else(|_| Err(ExecuteError::Unavailable("the runtime shut down meanwhile".into())))
+        let answer = if began {
+            carrier.until(answered).await
+        } else {
+            carrier.leave();
+            answered.await
+        };
+        answer.unwrap_or_else(|_| Err(ExecuteError::Unavailable("the runtime shut down meanwhile".into())))
     }
 
     /// The state of an aggregate, as the store has it now.
     pub async fn state(&self, id: &str) -> Result<A, WorkError<A::Refusal>> {
         let stream = self.stream(id)?;
         Ok(self.folded(&*self.inner.store, &stream, true, false).await?.state.clone())
-    }
-
-    async fn serve(self, stream: StreamId) {
-        let mut line = Line { repository: &self, stream: &stream, served: false };
-        loop {
-            let batch: Vec<Waiting<A>> = {
-                let mut lines = self.inner.lines.lock().unwrap_or_else(PoisonError::into_inner);
-                let waiting = lines.get_mut(&stream).filter(|waiting| !waiting.is_empty());
-                let Some(waiting) = waiting else {
-                    lines.remove(&stream);
-                    line.served = true;
-                    return;
-                };
-                let count = waiting.len().min(COMMANDS_PER_COMMIT);
-                waiting.drain(..count).collect()
-            };
-            self.carry_out(&stream, batch).await;
-        }
     }
 
     async fn carry_out(&self, stream: &StreamId, mut batch: Vec<Waiting<A>>) {
@@ -207,11 +194,7 @@ impl<A: Aggregate> Repository<A> {
             let mut results = Vec::with_capacity(batch.len());
             for waiting in &batch {
                 work.begin(waiting.request.command_id, waiting.request.metadata.clone());
-                let decided = if waiting.expect_new {
-                    caught(work.create(self, &waiting.id, &waiting.command)).await
-                } else {
-                    caught(work.execute(self, &waiting.id, &waiting.command)).await
-                };
+                let decided = caught(work.stage(self, stream, &waiting.command, waiting.expect_new)).await;
                 results.push(decided.map_or_else(
                     |panic| {
                         work.rollback();
@@ -268,7 +251,7 @@ impl<A: Aggregate> Repository<A> {
         let mut folded = match cached {
             Some(folded) if !stale => return Ok(folded),
             Some(folded) => (*folded).clone(),
-            None if expect_new && !stale => return Ok(Arc::default()),
+            None if expect_new && !stale => return Ok(self.inner.new.clone()),
             None => self.load_snapshot(store, stream).await?,
         };
         loop {
@@ -365,18 +348,41 @@ impl<A: Aggregate> Repository<A> {
     }
 }
 
-/// The commands that wait for one aggregate. If the task that serves them goes, so do they: those who wait get an answer,
-/// and the next command starts a new line.
-struct Line<'a, A: Aggregate> {
-    repository: &'a Repository<A>,
-    stream: &'a StreamId,
-    served: bool,
+/// The service of one line. If it goes before its time, so does the line: those who wait get an answer, and the next command
+/// starts a new one.
+struct Service<A: Aggregate> {
+    repository: Repository<A>,
+    stream: StreamId,
+    whole: bool,
 }
 
-impl<A: Aggregate> Drop for Line<'_, A> {
+impl<A: Aggregate> Service<A> {
+    async fn run(mut self) {
+        while let Some(batch) = self.next() {
+            self.repository.carry_out(&self.stream, batch).await;
+        }
+    }
+
+    fn next(&mut self) -> Option<Vec<Waiting<A>>> {
+        let mut lines = self.repository.inner.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        match lines.get_mut(&self.stream).map(|line| &mut line.waiting).filter(|waiting| !waiting.is_empty()) {
+            Some(waiting) => {
+                let rest = waiting.split_off(waiting.len().min(COMMANDS_PER_COMMIT));
+                Some(std::mem::replace(waiting, rest).into())
+            }
+            None => {
+                lines.remove(&self.stream);
+                self.whole = true;
+                None
+            }
+        }
+    }
+}
+
+impl<A: Aggregate> Drop for Service<A> {
     fn drop(&mut self) {
-        if !self.served {
-            self.repository.inner.lines.lock().unwrap_or_else(PoisonError::into_inner).remove(self.stream);
+        if !self.whole {
+            self.repository.inner.lines.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.stream);
         }
     }
 }

@@ -184,7 +184,8 @@ impl Work {
         id: &str,
         command: &A::Command,
     ) -> Result<Decided<A::Event>, WorkError<A::Refusal>> {
-        self.stage(repository, id, command, false).await
+        let stream = repository.stream(id)?;
+        self.stage(repository, &stream, command, false).await
     }
 
     /// Like [`execute`](Self::execute) on a stream that is expected not to exist yet, which saves reading it. If it does
@@ -195,13 +196,14 @@ impl Work {
         id: &str,
         command: &A::Command,
     ) -> Result<Decided<A::Event>, WorkError<A::Refusal>> {
-        self.stage(repository, id, command, true).await
+        let stream = repository.stream(id)?;
+        self.stage(repository, &stream, command, true).await
     }
 
-    async fn stage<A: Aggregate>(
+    pub(crate) async fn stage<A: Aggregate>(
         &mut self,
         repository: &Repository<A>,
-        id: &str,
+        stream: &StreamId,
         command: &A::Command,
         expect_new: bool,
     ) -> Result<Decided<A::Event>, WorkError<A::Refusal>> {
@@ -211,7 +213,7 @@ impl Work {
             calls => derived_id(self.cause.id, u64::MAX - calls),
         };
         self.cause.calls += 1;
-        self.stage_as(command_id, repository, id, command, expect_new).await
+        self.stage_as(command_id, repository, stream, command, expect_new).await
     }
 
     /// Stages a command under an id of its own.
@@ -219,23 +221,20 @@ impl Work {
         &mut self,
         command_id: Uuid,
         repository: &Repository<A>,
-        id: &str,
+        stream: &StreamId,
         command: &A::Command,
         expect_new: bool,
     ) -> Result<Decided<A::Event>, WorkError<A::Refusal>> {
-        let stream = repository.stream(id)?;
         let metadata = self.cause.metadata.clone();
         let store = self.store.clone();
-        let staged = self.staged(repository, &stream, expect_new).await?;
+        let staged = self.staged(repository, stream, expect_new).await?;
         if let Some(first) = staged.current().version_of(command_id) {
-            let events = repository.events_of(&*store, &stream, first, command_id, staged).await?;
+            let events = repository.events_of(&*store, stream, first, command_id, staged).await?;
             return Ok(Decided { events, repeated: true });
         }
         let events = staged.current().state.decide(command).map_err(WorkError::Refused)?;
         let encoded = encode_all(&events, command_id, 0, &metadata)?;
-        for (event, encoded) in events.iter().zip(encoded) {
-            staged.add(event, encoded);
-        }
+        staged.add(&events, encoded);
         self.rows += events.len();
         Ok(Decided { events, repeated: false })
     }
@@ -400,7 +399,7 @@ pub(crate) struct StagedStream<A: Aggregate> {
     current: Option<Folded<A>>,
     encoded: Vec<NewEvent>,
     kept: usize,
-    /// Whether an event is half folded in: its `evolve` panicked.
+    /// Whether a command is half folded in: `evolve` panicked on one of its events.
     torn: bool,
 }
 
@@ -409,10 +408,19 @@ impl<A: Aggregate> StagedStream<A> {
         self.current.as_ref().unwrap_or(&self.base)
     }
 
-    fn add(&mut self, event: &A::Event, encoded: NewEvent) {
+    fn add(&mut self, events: &[A::Event], mut encoded: Vec<NewEvent>) {
+        if events.is_empty() {
+            return;
+        }
         self.torn = true;
-        self.current.get_or_insert_with(|| (*self.base).clone()).apply(event, encoded.id);
-        self.encoded.push(encoded);
+        let current = self.current.get_or_insert_with(|| (*self.base).clone());
+        for (event, encoded) in events.iter().zip(&encoded) {
+            current.apply(event, encoded.id);
+        }
+        match self.encoded.is_empty() {
+            true => self.encoded = encoded,
+            false => self.encoded.append(&mut encoded),
+        }
         self.torn = false;
     }
 

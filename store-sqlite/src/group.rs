@@ -47,7 +47,7 @@ impl From<Commit> for Prepared {
 impl From<Append> for PreparedAppend {
     fn from(append: Append) -> Self {
         let text = |event: annals::NewEvent| EventText {
-            id: event.id.hyphenated().to_string(),
+            id: event.id.hyphenated().encode_lower(&mut uuid::Uuid::encode_buffer()).to_owned(),
             type_name: event.type_name,
             schema_version: event.schema_version,
             data: event.data,

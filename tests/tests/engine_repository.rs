@@ -216,6 +216,52 @@ async fn dropped_futures_call_nothing_back_and_block_nobody() {
 }
 
 #[tokio::test]
+async fn caller_who_does_not_look_holds_up_nobody() {
+    let faulty = FaultyStore::new(memory());
+    let gate = Gate::new();
+    faulty.at(1, Fault::Hold(gate.clone()));
+    let store: Arc<dyn EventStore> = Arc::new(faulty.clone());
+    let tallies = tallies(&store);
+    let mut first = Box::pin(tallies.execute("a", TallyCommand::Add(1), Uuid::new_v4()));
+    assert!((&mut first).now_or_never().is_none());
+    gate.open();
+    // The first is not looked at while the others are carried out, one of whom came before its commit had passed.
+    for amount in 2..=3 {
+        within("a later one", tallies.execute("a", TallyCommand::Add(amount), Uuid::new_v4())).await.unwrap();
+    }
+    assert_eq!(within("the first", first).await.unwrap().events, [TallyEvent::Added { amount: 1 }]);
+    assert_eq!(tallies.state("a").await.unwrap().amounts, [1, 2, 3]);
+}
+
+#[test]
+fn runtime_that_ends_leaves_no_line_behind() {
+    let runtime = || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let (ending, lasting) = (runtime(), runtime());
+    let faulty = FaultyStore::new(memory());
+    let gate = Gate::new();
+    faulty.at(1, Fault::Hold(gate.clone()));
+    let store: Arc<dyn EventStore> = Arc::new(faulty.clone());
+    let tallies = tallies(&store);
+    let send = |runtime: &tokio::runtime::Runtime, amount| {
+        let tallies = tallies.clone();
+        runtime.spawn(async move { tallies.execute("a", TallyCommand::Add(amount), Uuid::new_v4()).await.map(drop) })
+    };
+    let first = send(&ending, 1);
+    lasting.block_on(within("the first commit", gate.reached()));
+    let second = send(&lasting, 2);
+    ending.shutdown_timeout(std::time::Duration::from_secs(10));
+    lasting.block_on(async {
+        assert!(within("the first", first).await.unwrap_err().is_cancelled());
+        // It waited behind the first, or came after it; what it is not is forgotten.
+        let second = within("the second", second).await.unwrap();
+        assert!(matches!(second, Ok(()) | Err(ExecuteError::Unavailable(_))), "{second:?}");
+        within("the third", tallies.execute("a", TallyCommand::Add(3), Uuid::new_v4())).await.unwrap();
+        let amounts = tallies.state("a").await.unwrap().amounts;
+        assert!(amounts == [2, 3] && second.is_ok() || amounts == [3] && second.is_err(), "{amounts:?}, {second:?}");
+    });
+}
+
+#[tokio::test]
 async fn unknown_outcomes_carry_a_command_out_once() {
     let inner = memory();
     let faulty = FaultyStore::new(inner.clone());

@@ -278,7 +278,8 @@ impl<P: Participant> Handler for Desk<P> {
         };
         let reply = Reply { at: step.at, call: step.call, attempt: step.attempt, outcome };
         let replied = StepEvent::Replied { saga: message.key.to_string(), reply_to, reply };
-        work.stage_as(answer_id, &self.participations, &message.key, &replied, false).await?;
+        let stream = self.participations.stream(&message.key)?;
+        work.stage_as(answer_id, &self.participations, &stream, &replied, false).await?;
         Ok(())
     }
 }
