@@ -17,7 +17,7 @@ use crate::{
     panic::caught,
     read_model::{Projection, ReadModel},
     relay::{Relay, Routes},
-    saga::{Desk, Index, Participant, Replies, Runner, SagaState, Starter, StepEvent},
+    saga::{Desk, Participant, Replies, Runner, SagaState, Starter, StepEvent},
     store::{EventStore, LogQuery},
     subscription::Subscription,
     work::Work,
@@ -100,7 +100,7 @@ impl Service {
             Subscription::new(&format!("{name}.start"), Starter(runner.clone())).query(runner.query().clone());
         let of_saga = LogQuery::categories([runner.category()]);
         // Sagas that end within the pause are written once.
-        let index = Subscription::new(&format!("{name}.index"), Index).query(of_saga).linger(INDEX_PAUSE);
+        let index = Subscription::new(&format!("{name}.index"), runner.index()).query(of_saga).linger(INDEX_PAUSE);
         self.subscriptions.extend([starter, index]);
         self.replies.push(Arc::new(runner.clone()));
         self.parts.push(Box::new(|_, health, shutdown| Box::pin(runner.timers(health, shutdown))));

@@ -4,7 +4,10 @@ use async_trait::async_trait;
 use chrono::{DateTime, TimeZone, Utc};
 use serde::{Deserialize, Serialize};
 
-use super::progress::{Progress, SagaEvent, Status};
+use super::{
+    progress::{Progress, SagaEvent, Status},
+    timers::Timers,
+};
 use crate::{
     bus::Message,
     commit::DocumentKey,
@@ -16,7 +19,16 @@ use crate::{
 /// Follows the sagas' own events and keeps a document for each saga: in collection `saga.<name>`, under the saga's id, due
 /// when its next timer is. A saga that moves several times within one batch is written once.
 #[derive(Clone, Debug, Default)]
-pub struct Index;
+pub struct Index {
+    timers: Timers,
+}
+
+impl Index {
+    /// One that says so when it comes upon a timer.
+    pub(crate) fn telling(timers: Timers) -> Self {
+        Self { timers }
+    }
+}
 
 /// The document of one saga.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -78,7 +90,11 @@ impl Handler for Index {
         let status = SagaStatus::of(&stream, &progress);
         let body = serde_json::to_string(&status)?;
         let key = DocumentKey::new(stream.category(), stream.id());
-        work.put_json(&key, Some(body.into()), progress.wakes().map(time));
+        let due = progress.wakes().map(time);
+        if let Some(due) = due {
+            self.timers.set(due, Utc::now());
+        }
+        work.put_json(&key, Some(body.into()), due);
         Ok(())
     }
 }

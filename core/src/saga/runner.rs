@@ -5,14 +5,17 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use async_trait::async_trait;
 use chrono::Utc;
 use futures::future::join_all;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{
     definition::{Saga, SagaState},
+    index::Index,
     instance::{Ask, Definitions, Instance, SagaRefusal, What},
     participant::StepEvent,
     progress::Progress,
+    timers::Timers,
     transition::Verb,
 };
 use crate::{
@@ -27,8 +30,10 @@ use crate::{
     work::Work,
 };
 
-/// How often the timers are looked at: the precision of every timeout and delay.
+/// How often the timers are looked at when one is due: the precision of every timeout and delay.
 pub const TIMER_TICK: Duration = Duration::from_millis(100);
+/// How often they are looked at when none is known to be: for those that a process set which is no more.
+pub const TIMER_LOOK: Duration = Duration::from_secs(1);
 /// How long a timer is left alone whose saga takes no input, such as one of a definition that this build lacks.
 const REFUSED_TIMER: Duration = Duration::from_secs(30);
 /// Timers fired in one go.
@@ -44,6 +49,7 @@ pub struct Runner<C: SagaState> {
     store: Arc<dyn EventStore>,
     starts: Starts<C>,
     query: LogQuery,
+    timers: Timers,
 }
 
 impl<C: SagaState> Clone for Runner<C> {
@@ -54,6 +60,7 @@ impl<C: SagaState> Clone for Runner<C> {
             store: self.store.clone(),
             starts: self.starts,
             query: self.query.clone(),
+            timers: self.timers.clone(),
         }
     }
 }
@@ -63,7 +70,7 @@ impl<C: SagaState> Runner<C> {
     pub fn new(store: Arc<dyn EventStore>, saga: Saga<C>, query: LogQuery, starts: Starts<C>) -> Self {
         let instances = Repository::with(store.clone(), &saga.category(), CACHED_AGGREGATES);
         let definitions = Definitions { current: Arc::new(saga), older: HashMap::new(), migrations: HashMap::new() };
-        Self { definitions: Arc::new(definitions), instances, store, starts, query }
+        Self { definitions: Arc::new(definitions), instances, store, starts, query, timers: Timers::default() }
     }
 
     fn with(mut self, change: impl FnOnce(&mut Definitions<C>)) -> Self {
@@ -100,6 +107,11 @@ impl<C: SagaState> Runner<C> {
 
     pub(crate) fn query(&self) -> &LogQuery {
         &self.query
+    }
+
+    /// The index of these sagas.
+    pub(crate) fn index(&self) -> Index {
+        Index::telling(self.timers.clone())
     }
 
     /// One saga as the store has it now; `None` if it never started.
@@ -151,14 +163,26 @@ impl<C: SagaState> Runner<C> {
         let mut backoff = Backoff::long();
         let mut tick = tokio::time::interval(TIMER_TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let collection = self.category();
+        let (collection, mut looked) = (self.category(), None::<Instant>);
         loop {
             tokio::select! {
                 _ = tick.tick() => {}
                 () = shutdown.cancelled() => break,
             }
-            let due = match self.store.scan(&collection, &Scan::Due(Utc::now()), DUE_PAGE).await {
-                Ok(due) => due,
+            let now = Utc::now();
+            if !self.timers.are_due(now) && looked.is_some_and(|looked| looked.elapsed() < TIMER_LOOK) {
+                continue;
+            }
+            looked = Some(Instant::now());
+            // Until the look after next, so that those which another process has set, or this one long ago, are on time.
+            let due = match self.store.scan(&collection, &Scan::Due(now + 2 * TIMER_LOOK), DUE_PAGE).await {
+                Ok(mut soon) => {
+                    let due = soon.iter().take_while(|document| document.due.is_none_or(|due| due <= now)).count();
+                    if let Some(next) = soon.drain(due..).find_map(|document| document.due) {
+                        self.timers.set(next, now);
+                    }
+                    soon
+                }
                 Err(error) => {
                     reporter.trouble(error.to_string());
                     tokio::select! {
