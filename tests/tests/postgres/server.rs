@@ -108,10 +108,12 @@ impl Server {
     }
 }
 
-/// A program of the server, as the user it agrees to run as.
+/// A program of the server, or one that goes with it, as the user it agrees to run as.
 pub fn program(name: &str) -> Command {
     let installed = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().filter_map(Result::ok);
-    let newest = installed.map(|version| version.path().join("bin").join(name)).filter(|path| path.exists()).max();
+    let installed = installed.map(|version| version.path().join("bin").join(name));
+    // Not on everybody's path.
+    let newest = installed.chain([Path::new("/usr/sbin").join(name)]).filter(|path| path.exists()).max();
     let mut command = Command::new(newest.unwrap_or_else(|| Path::new(name).to_owned()));
     if let Some((user, group)) = postgres_user() {
         command.uid(user).gid(group);
@@ -125,7 +127,7 @@ pub fn is_root() -> bool {
 }
 
 /// PostgreSQL refuses to run as root.
-fn postgres_user() -> Option<(u32, u32)> {
+pub fn postgres_user() -> Option<(u32, u32)> {
     if !is_root() {
         return None;
     }
