@@ -55,6 +55,15 @@ pub enum OpenError {
     /// The server follows another one, so it cannot write, and does not know who else writes.
     #[error("the server is a standby; name the primary")]
     Standby,
+    /// The connection is not as secure as the URL asks for: the server offers no TLS, its certificate does not hold, or this
+    /// build has no TLS.
+    #[error(
+        "no TLS as asked for: {reason}; check sslmode and sslrootcert, and that the certificate names the URL's host"
+    )]
+    Tls {
+        /// What was wrong.
+        reason: String,
+    },
     /// Something stands before the server that does not let by what a connection starts with, or takes it for an error.
     #[error(
         "{reason}: behind a connection pooler in transaction mode, add `pooled=true` to the store URL; see the documentation"
@@ -150,6 +159,15 @@ pub(crate) fn is_lost(error: &sqlx::Error) -> bool {
     fault(error) == Fault::Lost
 }
 
+/// What goes wrong within the handshake comes as invalid data.
+fn is_tls(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Tls(_) => true,
+        sqlx::Error::Io(error) => error.kind() == std::io::ErrorKind::InvalidData,
+        _ => false,
+    }
+}
+
 pub(crate) fn is_protocol_violation(error: &sqlx::Error) -> bool {
     error.as_database_error().and_then(DatabaseError::code).is_some_and(|code| code == PROTOCOL_VIOLATION)
 }
@@ -159,6 +177,7 @@ pub(crate) fn open_error(error: &sqlx::Error) -> OpenError {
     let read_only =
         error.as_database_error().and_then(DatabaseError::code).is_some_and(|code| code == READ_ONLY_TRANSACTION);
     match fault(error) {
+        _ if is_tls(error) => OpenError::Tls { reason },
         _ if read_only => OpenError::Standby,
         Fault::Forbidden => OpenError::Refused { reason },
         _ => OpenError::Unavailable { reason },
