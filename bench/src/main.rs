@@ -5,6 +5,7 @@ mod cli;
 mod clients;
 mod commands;
 mod counting;
+mod idle;
 mod kafka;
 mod postgres;
 mod sagas;
@@ -53,6 +54,7 @@ enum Store {
     Kafka(kafka::Arguments),
     Shop(shop::Arguments),
     Cli(cli::Arguments),
+    Idle(idle::Arguments),
 }
 
 #[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
@@ -87,6 +89,7 @@ async fn main() -> Result<(), Failure> {
         Some(Store::Kafka(arguments)) => return tokio::spawn(kafka::run(arguments)).await?,
         Some(Store::Shop(arguments)) => return tokio::spawn(shop::run(arguments)).await?,
         Some(Store::Cli(arguments)) => return tokio::spawn(cli::run(arguments)).await?,
+        Some(Store::Idle(arguments)) => return tokio::spawn(idle::run(arguments)).await?,
         None => {}
     }
     // On a worker of the runtime: what this thread spawns would wait in a queue that busy workers seldom look at.

@@ -1,6 +1,6 @@
 //! The PostgreSQL store beside its limits: plain sqlx on the same table, before it and after it in the same run.
 
-mod counters;
+pub mod counters;
 pub mod ours;
 mod raw;
 pub mod rows;

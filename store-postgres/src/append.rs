@@ -1,13 +1,40 @@
 //! One round trip to the database with a group of commits.
 
 use chrono::{DateTime, Utc};
-use sqlx::{PgConnection, Postgres, Row, postgres::PgArguments, query::Query};
+use sqlx::{Connection, PgConnection, Postgres, Row, postgres::PgArguments, query::Query};
 
 use crate::{
     group::{Decision, EventRow, Standings, Written},
-    open::Database,
+    open::{Database, Purpose},
     read::{storable, time},
 };
+
+/// As [`append`], in a transaction of its own. That is one statement, unless it has to be told behind a pooler.
+pub(crate) async fn append_alone(
+    database: &Database,
+    connection: &mut PgConnection,
+    decision: &Decision<'_>,
+) -> Result<(Option<Written>, Standings), sqlx::Error> {
+    if !database.pooled {
+        return append(database, connection, decision).await;
+    }
+    let mut transaction = connection.begin_with(database.begin(Purpose::Write)).await?;
+    match append(database, &mut transaction, decision).await {
+        Ok(appended) => transaction.commit().await.map(|()| appended),
+        Err(error) => {
+            // If this fails too, so does the next use of the connection.
+            transaction.rollback().await.ok();
+            Err(error)
+        }
+    }
+}
+
+/// Brings the sequence past the events that stand beyond it.
+pub(crate) async fn advance(database: &Database, connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    let mut transaction = connection.begin_with(database.begin(Purpose::Write)).await?;
+    database.statements.advance.query().execute(&mut *transaction).await?;
+    transaction.commit().await
+}
 
 /// Gives what was written, `None` if a guess was wrong, and where everything stood before.
 pub(crate) async fn append(
@@ -23,7 +50,8 @@ pub(crate) async fn append(
     }
     let Decision { streams, documents, events, .. } = decision;
     let statement = if database.operates { &database.statements.operate } else { &database.statements.append };
-    let query = sqlx::query(statement.clone())
+    let query = statement
+        .query()
         .bind(streams.iter().map(|stream| stream.id.as_str()).collect::<Vec<_>>())
         .bind(streams.iter().map(|stream| stream.base).collect::<Vec<_>>())
         .bind(streams.iter().map(|stream| stream.held()).collect::<Vec<_>>())
@@ -56,7 +84,10 @@ async fn append_events(
     bases: &[i64],
 ) -> Result<Option<Written>, sqlx::Error> {
     let Decision { streams, events, .. } = decision;
-    let query = sqlx::query(database.statements.append_events.clone())
+    let query = database
+        .statements
+        .append_events
+        .query()
         .bind(streams.iter().map(|stream| stream.id.as_str()).collect::<Vec<_>>())
         .bind(bases)
         .bind(streams.iter().map(|stream| stream.held()).collect::<Vec<_>>())

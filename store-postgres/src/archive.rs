@@ -12,6 +12,7 @@ use sqlx::{Connection, PgConnection, Row, postgres::PgRow};
 use crate::{
     PostgresStore, copied,
     error::{end_error, read_error, write_error},
+    open::Purpose,
     read::{bound, read, storable, time},
 };
 
@@ -22,13 +23,13 @@ const COPIED_BYTES: usize = 256 << 10;
 impl Archive for PostgresStore {
     async fn streams(&self, after: &str, limit: usize) -> Result<Vec<StreamSummary>, StoreError> {
         let (readers, statements) = self.reading();
-        let rows = read!(sqlx::query(statements.streams.clone()).bind(after).bind(bound(limit)).fetch_all(readers))?;
+        let rows = read!(statements.streams.query().bind(after).bind(bound(limit)).fetch_all(readers))?;
         rows.iter().map(summary).collect::<Result<_, _>>().map_err(read_error)
     }
 
     async fn collections(&self) -> Result<Vec<Arc<str>>, StoreError> {
         let (readers, statements) = self.reading();
-        let names: Vec<String> = read!(sqlx::query_scalar(statements.collections.clone()).fetch_all(readers))?;
+        let names: Vec<String> = read!(statements.collections.scalar().fetch_all(readers))?;
         Ok(names.into_iter().map(Arc::from).collect())
     }
 
@@ -37,13 +38,13 @@ impl Archive for PostgresStore {
             sqlx::Error::Database(error) if error.is_unique_violation() => CommitError::Invalid(error.to_string()),
             _ => write_error(&error),
         };
-        let mut connection = self.shared.database.writer().await.map_err(failed)?;
-        let mut transaction = connection.begin().await.map_err(failed)?;
+        let mut connection = self.shared.database.connect(Purpose::Write).await.map_err(failed)?;
+        let begin = self.shared.database.begin(Purpose::Write);
+        let mut transaction = connection.begin_with(begin).await.map_err(failed)?;
         self.copy_in(&mut transaction, &contents.events).await.map_err(failed)?;
         self.put_in(&mut transaction, &contents.documents).await.map_err(failed)?;
         // In the same transaction: a reader passes no position that was not drawn.
-        let advance = self.shared.database.statements.advance.clone();
-        sqlx::query(advance).execute(&mut *transaction).await.map_err(failed)?;
+        self.shared.database.statements.advance.query().execute(&mut *transaction).await.map_err(failed)?;
         transaction.commit().await.map_err(|error| end_error(&error))?;
         connection.close().await.ok();
         Ok(())
@@ -75,7 +76,11 @@ impl PostgresStore {
         if documents.is_empty() {
             return Ok(());
         }
-        sqlx::query(self.shared.database.statements.restore_documents.clone())
+        self.shared
+            .database
+            .statements
+            .restore_documents
+            .query()
             .bind(documents.iter().map(|document| &*document.key.collection).collect::<Vec<_>>())
             .bind(documents.iter().map(|document| &*document.key.id).collect::<Vec<_>>())
             .bind(documents.iter().map(|document| document.version).collect::<Vec<_>>())

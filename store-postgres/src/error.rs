@@ -55,6 +55,23 @@ pub enum OpenError {
     /// The server follows another one, so it cannot write, and does not know who else writes.
     #[error("the server is a standby; name the primary")]
     Standby,
+    /// The connection is not as secure as the URL asks for: the server offers no TLS, its certificate does not hold, or this
+    /// build has no TLS.
+    #[error(
+        "no TLS as asked for: {reason}; check sslmode and sslrootcert, and that the certificate names the URL's host"
+    )]
+    Tls {
+        /// What was wrong.
+        reason: String,
+    },
+    /// Something stands before the server that does not let by what a connection starts with, or takes it for an error.
+    #[error(
+        "{reason}: behind a connection pooler in transaction mode, add `pooled=true` to the store URL; see the documentation"
+    )]
+    Pooler {
+        /// What was noticed.
+        reason: String,
+    },
     /// The server cannot be reached now, or is short of something; try again.
     #[error("the database cannot be used now: {reason}; try again")]
     Unavailable {
@@ -96,6 +113,9 @@ const NO_SUCH_DATABASE: &str = "3D000";
 const READ_ONLY_TRANSACTION: &str = "25006";
 /// Raised by our own function: a document was put between the look and the write.
 const DOCUMENT_RACE: &str = "AN001";
+/// What a pooler says of everything: above all, that it has lost its server, with whatever was under way there.
+const PROTOCOL_VIOLATION: &str = "08P01";
+const CLASS_CONNECTION: &str = "08";
 const CLASS_DATA: &str = "22";
 const CLASS_CONSTRAINT: &str = "23";
 const CLASS_AUTHORIZATION: &str = "28";
@@ -128,6 +148,7 @@ pub(crate) fn fault(error: &sqlx::Error) -> Fault {
         CHECK_VIOLATION | PROGRAM_LIMIT_EXCEEDED => Fault::Refused,
         code if code.starts_with(CLASS_DATA) => Fault::Refused,
         INSUFFICIENT_PRIVILEGE => Fault::Forbidden,
+        code if code.starts_with(CLASS_CONNECTION) => Fault::Lost,
         code if code.starts_with(CLASS_AUTHORIZATION) => Fault::Forbidden,
         _ => Fault::Unavailable,
     }
@@ -138,11 +159,25 @@ pub(crate) fn is_lost(error: &sqlx::Error) -> bool {
     fault(error) == Fault::Lost
 }
 
+/// What goes wrong within the handshake comes as invalid data.
+fn is_tls(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Tls(_) => true,
+        sqlx::Error::Io(error) => error.kind() == std::io::ErrorKind::InvalidData,
+        _ => false,
+    }
+}
+
+pub(crate) fn is_protocol_violation(error: &sqlx::Error) -> bool {
+    error.as_database_error().and_then(DatabaseError::code).is_some_and(|code| code == PROTOCOL_VIOLATION)
+}
+
 pub(crate) fn open_error(error: &sqlx::Error) -> OpenError {
     let reason = error.to_string();
     let read_only =
         error.as_database_error().and_then(DatabaseError::code).is_some_and(|code| code == READ_ONLY_TRANSACTION);
     match fault(error) {
+        _ if is_tls(error) => OpenError::Tls { reason },
         _ if read_only => OpenError::Standby,
         Fault::Forbidden => OpenError::Refused { reason },
         _ => OpenError::Unavailable { reason },

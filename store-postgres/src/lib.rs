@@ -50,16 +50,20 @@
 //!
 //! # Behind a connection pooler
 //!
-//! In session mode a pooler makes no difference. Appending is one statement and leaves nothing behind in its session, so
-//! transaction mode can work, on these conditions; no test has run on it yet.
+//! In session mode a pooler makes no difference. In transaction mode a session is somebody else's after each transaction: say
+//! so by `pooled=true` in the URL, and nothing is left in a session, nor expected there. No setting of the pooler is needed
+//! for it, nor that it knows prepared statements.
 //!
-//! - The pooler must know prepared statements: PgBouncer 1.21 or newer with `max_prepared_statements` above 50.
-//! - It must let the start parameter `options` go by (`ignore_startup_parameters = options`). What would be set by it is then
-//!   set for the role: `ALTER ROLE shop SET lock_timeout = '500ms'`, likewise `statement_timeout = '30s'`,
-//!   `plan_cache_mode = 'force_generic_plan'`, `enable_seqscan = off`, `jit = off`.
-//! - `LISTEN` does not work: events of other processes are noticed by looking, within a second. Those of the same process are
-//!   told as before.
-
+//! - Settings are those of a transaction, and statements are not kept prepared. A group of commits takes four round trips to the
+//!   pooler and not one, a read three.
+//! - Other processes are not heard, because `LISTEN` belongs to a session. Their events are noticed by looking, ten times a
+//!   second. Those of the same process are told as before.
+//! - A [`PostgresStore::replay`] keeps a session until it has ended; a lane of an [`SqlHandler`], while it has a batch in hand.
+//! - `options` in the URL are refused by most poolers: set for the role what is to be set.
+//! - A health check that says which session a reader waits for gives the session's `pid`; whose it is, the pooler knows.
+//!
+//! Without `pooled=true`, a store refuses to open where it notices that its settings do not come through.
+//!
 mod append;
 mod archive;
 mod copied;

@@ -120,7 +120,7 @@ impl Log {
     }
 
     async fn fetch(&self, after: Position, limit: usize) -> Result<LogPage, sqlx::Error> {
-        let query = sqlx::query(self.database.statements.read_log.clone()).bind(after.0).bind(bound(limit));
+        let query = self.database.statements.read_log.query().bind(after.0).bind(bound(limit));
         self.rows(query, after).await
     }
 
@@ -164,7 +164,9 @@ impl Log {
         let (settled, start) = (self.settled(), after.0.max(0));
         let until = if start < settled {
             let until: Option<i64> = read!(
-                sqlx::query_scalar(statements.settled_until.clone())
+                statements
+                    .settled_until
+                    .scalar()
                     .bind(start)
                     .bind(settled)
                     .bind(bound(PAGE_EVENTS_MAX))
@@ -184,7 +186,9 @@ impl Log {
         };
         let mut page = read!(
             self.rows(
-                sqlx::query(statements.read_log_where.clone())
+                statements
+                    .read_log_where
+                    .query()
                     .bind(after.0)
                     .bind(until)
                     .bind(names(&query.categories))
@@ -201,7 +205,10 @@ impl Log {
     }
 
     async fn dense_until(&self, start: i64) -> Result<(Option<i64>, bool), sqlx::Error> {
-        sqlx::query_as(self.database.statements.dense_until.clone())
+        self.database
+            .statements
+            .dense_until
+            .rows()
             .bind(start)
             .bind(bound(PAGE_EVENTS_MAX))
             .fetch_one(&self.readers)
@@ -209,20 +216,19 @@ impl Log {
     }
 
     async fn next(&self, after: i64) -> Result<Option<i64>, StoreError> {
-        read!(sqlx::query_scalar(self.database.statements.next.clone()).bind(after).fetch_one(&self.readers))
+        read!(self.database.statements.next.scalar().bind(after).fetch_one(&self.readers))
     }
 
     async fn top(&self, until: i64) -> Result<i64, StoreError> {
-        read!(sqlx::query_scalar(self.database.statements.top.clone()).bind(until).fetch_one(&self.readers))
+        read!(self.database.statements.top.scalar().bind(until).fetch_one(&self.readers))
     }
 
     async fn drawn(&self) -> Result<i64, StoreError> {
-        read!(sqlx::query_scalar(self.database.statements.drawn.clone()).fetch_one(&self.readers))
+        read!(self.database.statements.drawn.scalar().fetch_one(&self.readers))
     }
 
     async fn holders(&self) -> Result<HashSet<String>, StoreError> {
-        let holders: Vec<String> =
-            read!(sqlx::query_scalar(self.database.statements.holders.clone()).fetch_all(&self.readers))?;
+        let holders: Vec<String> = read!(self.database.statements.holders.scalar().fetch_all(&self.readers))?;
         Ok(holders.into_iter().collect())
     }
 
@@ -299,7 +305,7 @@ impl Log {
             None => return Ok(None),
         };
         let found: Vec<(i32, f64, String)> =
-            read!(sqlx::query_as(self.database.statements.waits_for.clone()).bind(&holders).fetch_all(&self.readers))?;
+            read!(self.database.statements.waits_for.rows().bind(&holders).fetch_all(&self.readers))?;
         // The oldest first.
         let Some(&(pid, seconds, _)) = found.first() else { return Ok(None) };
         let described: Vec<String> = found

@@ -5,10 +5,13 @@
 use std::{sync::Arc, time::Duration};
 
 use annals::Position;
-use sqlx::{PgConnection, postgres::PgListener};
+use sqlx::{Connection, PgConnection, postgres::PgListener};
 use tokio::{sync::watch, time::sleep};
 
-use crate::{open::Database, writer::Reconnect};
+use crate::{
+    open::{Database, Purpose},
+    writer::Reconnect,
+};
 
 /// The least time between two notifications: however many groups are written, other processes hear of them so often.
 const NOTIFY_MS_MIN: u64 = 3;
@@ -62,10 +65,16 @@ impl News {
             let told = async {
                 let open = match connection.take() {
                     Some(open) => open,
-                    None => database.notifier().await?,
+                    None => database.connect(Purpose::Tell).await?,
                 };
                 let open = connection.insert(open);
-                sqlx::query(database.statements.notify.clone()).bind(&channel).execute(open).await
+                let notify = database.statements.notify.query().bind(&channel);
+                if !database.pooled {
+                    return notify.execute(open).await.map(drop);
+                }
+                let mut transaction = open.begin_with(database.begin(Purpose::Tell)).await?;
+                notify.execute(&mut *transaction).await?;
+                transaction.commit().await
             };
             match told.await {
                 Ok(_) => reconnect.succeeded(),
@@ -80,8 +89,11 @@ impl News {
         }
     }
 
-    /// Hears other processes. Ends only by being aborted.
+    /// Hears other processes. Ends only by being aborted, or at once where nobody can be heard.
     pub(crate) async fn listen(self, database: Arc<Database>) {
+        if database.pooled {
+            return;
+        }
         let (channel, pool, mut reconnect) = (database.channel(), database.listener(), Reconnect::default());
         loop {
             reconnect.wait().await;

@@ -3,12 +3,12 @@
 use std::{str::FromStr, time::Duration};
 
 use sqlx::{
-    AssertSqlSafe, ConnectOptions, Connection, PgConnection,
+    AssertSqlSafe, ConnectOptions, Connection, PgConnection, SqlSafeStr, SqlStr,
     postgres::{PgConnectOptions, PgPool, PgPoolOptions},
 };
 
 use crate::{
-    error::{OpenError, open_error},
+    error::{OpenError, is_protocol_violation, open_error},
     statements::{SCHEMA_DEFAULT, Statements, in_schema, is_schema_name},
 };
 
@@ -26,6 +26,40 @@ const GROUP_SECONDS_MAX: u64 = 30;
 const LOCK_MS_MAX: u64 = 500;
 /// Statements that each connection keeps prepared: all there are.
 const STATEMENTS_MAX: usize = 64;
+/// Every statement of a store is a few seeks in an index, also where a table is so new that the planner knows nothing of it and
+/// would rather read it whole; and none is worth compiling.
+const SETTINGS: [(&str, &str); 5] = [
+    ("enable_seqscan", "off"),
+    ("enable_bitmapscan", "off"),
+    ("enable_hashjoin", "off"),
+    ("enable_mergejoin", "off"),
+    ("jit", "off"),
+];
+
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    Read,
+    Write,
+    /// To tell other processes. What it says is not worth a sync.
+    Tell,
+}
+
+impl Purpose {
+    /// Its settings, beside [`SETTINGS`].
+    fn settings(self) -> Vec<(&'static str, String)> {
+        match self {
+            Self::Read => vec![("default_transaction_read_only", "on".into())],
+            Self::Write => vec![
+                ("statement_timeout", format!("{GROUP_SECONDS_MAX}s")),
+                ("lock_timeout", format!("{LOCK_MS_MAX}ms")),
+                ("default_transaction_isolation", "read committed".into()),
+                ("plan_cache_mode", "force_generic_plan".into()),
+            ],
+            Self::Tell => vec![("synchronous_commit", "off".into())],
+        }
+    }
+}
 
 /// How to open a store, where the defaults do not do.
 #[derive(Clone, Debug)]
@@ -43,13 +77,14 @@ impl Default for Settings {
     }
 }
 
-/// The URL without its parameter `schema`, and that.
-fn without_schema(url: &str) -> (String, Option<String>) {
-    let Some((rest, query)) = url.split_once('?') else { return (url.to_owned(), None) };
-    let (of_schema, others): (Vec<_>, Vec<_>) = query.split('&').partition(|pair| pair.starts_with("schema="));
-    let schema = of_schema.last().map(|pair| pair["schema=".len()..].to_owned());
-    let others = others.join("&");
-    (if others.is_empty() { rest.to_owned() } else { format!("{rest}?{others}") }, schema)
+/// Takes a parameter of ours out of a URL.
+fn take_parameter(url: &mut String, name: &str) -> Option<String> {
+    let (rest, query) = url.split_once('?')?;
+    let (ours, others): (Vec<_>, Vec<_>) =
+        query.split('&').partition(|pair| pair.split_once('=').is_some_and(|(of, _)| of == name));
+    let value = ours.last()?[name.len() + 1..].to_owned();
+    *url = if others.is_empty() { rest.to_owned() } else { format!("{rest}?{}", others.join("&")) };
+    Some(value)
 }
 
 /// Where the database is and how to connect to it.
@@ -58,44 +93,51 @@ pub(crate) struct Database {
     options: PgConnectOptions,
     pub(crate) settings: Settings,
     pub(crate) statements: Statements,
+    /// Whether a pooler may give the session to somebody else after each transaction. Then nothing is left in it: settings are
+    /// those of a transaction, statements have no names, and nobody listens.
+    pub(crate) pooled: bool,
     /// Whether the role is one of an operator, who may append nothing but acts.
     pub(crate) operates: bool,
 }
 
 impl Database {
     pub(crate) fn locate(url: &str, mut settings: Settings) -> Result<Self, OpenError> {
-        let (url, schema) = without_schema(url);
-        let url = url.as_str();
-        settings.schema = schema.unwrap_or(settings.schema);
+        let mut url = url.to_owned();
+        settings.schema = take_parameter(&mut url, "schema").unwrap_or(settings.schema);
+        let pooled = match take_parameter(&mut url, "pooled").as_deref() {
+            None | Some("false") => false,
+            Some("true") => true,
+            Some(_) => return Err(OpenError::Url { reason: "`pooled` is `true` or `false`".into() }),
+        };
         if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
             return Err(OpenError::Url { reason: "it does not start with postgres://".into() });
         }
         // The errors of this say which part is wrong, and repeat none of it.
-        let options = PgConnectOptions::from_str(url).map_err(|error| OpenError::Url { reason: error.to_string() })?;
+        let options = PgConnectOptions::from_str(&url).map_err(|error| OpenError::Url { reason: error.to_string() })?;
         if !is_schema_name(&settings.schema) {
             return Err(OpenError::Schema { schema: settings.schema });
         }
-        let statements = Statements::new(&settings.schema);
+        let statements = Statements::new(&settings.schema, !pooled);
         let options = options
-            .statement_cache_capacity(STATEMENTS_MAX)
-            // Every statement here is a few seeks in an index, also where a table is so new that the planner knows nothing of
-            // it and would rather read it whole; and none is worth compiling.
-            .options([
-                ("enable_seqscan", "off"),
-                ("enable_bitmapscan", "off"),
-                ("enable_hashjoin", "off"),
-                ("enable_mergejoin", "off"),
-                ("jit", "off"),
-            ])
+            .statement_cache_capacity(if pooled { 0 } else { STATEMENTS_MAX })
+            // A pooler may refuse it, and no number here is a fraction.
+            .extra_float_digits(None)
             .disable_statement_logging();
-        Ok(Self { options, settings, statements, operates: false })
+        let options = if pooled { options } else { options.options(SETTINGS) };
+        Ok(Self { options, settings, statements, pooled, operates: false })
     }
 
     /// Creates the schema or brings it to the newest version.
     ///
     /// Not without `create`: then there must be one of the newest version.
     pub(crate) async fn prepare(&mut self, create: bool) -> Result<(), OpenError> {
-        let mut connection = self.options.connect().await.map_err(|error| open_error(&error))?;
+        let connected = self.options.connect().await;
+        let mut connection = connected.map_err(|error| match open_error(&error) {
+            OpenError::Unavailable { reason } if !self.pooled && is_protocol_violation(&error) => {
+                OpenError::Pooler { reason }
+            }
+            error => error,
+        })?;
         let prepared = self.prepare_with(&mut connection, create).await;
         // Not just dropped, which would let go of the session some time later. The outcome is known already.
         connection.close().await.ok();
@@ -104,10 +146,18 @@ impl Database {
 
     async fn prepare_with(&mut self, connection: &mut PgConnection, create: bool) -> Result<(), OpenError> {
         let failed = |error: sqlx::Error| open_error(&error);
-        let standby: bool =
-            sqlx::query_scalar("SELECT pg_is_in_recovery()").fetch_one(&mut *connection).await.map_err(failed)?;
+        // This connection is used for nothing else: whatever happens, its end is the end of the transaction.
+        let mut transaction = connection.begin().await.map_err(failed)?;
+        let connection = &mut *transaction;
+        let (standby, set_up): (bool, bool) =
+            self.statements.server.rows().fetch_one(&mut *connection).await.map_err(failed)?;
         if standby {
             return Err(OpenError::Standby);
+        }
+        if !set_up && !self.pooled {
+            return Err(OpenError::Pooler {
+                reason: "settings that a connection starts with do not come through".into(),
+            });
         }
         // Most openings find nothing to do, and need neither a lock nor permission to see it.
         let schema = || self.settings.schema.clone();
@@ -120,30 +170,22 @@ impl Database {
                 return Err(OpenError::Outdated { schema: schema(), found, known });
             }
         }
-        let may_append: bool =
-            sqlx::query_scalar(self.statements.may_append.clone()).fetch_one(&mut *connection).await.map_err(failed)?;
+        let may_append: bool = self.statements.may_append.scalar().fetch_one(&mut *connection).await.map_err(failed)?;
         self.operates = !may_append;
-        sqlx::query(self.statements.advance.clone()).execute(connection).await.map(drop).map_err(failed)
+        self.statements.advance.query().execute(connection).await.map_err(failed)?;
+        transaction.commit().await.map_err(failed)
     }
 
     async fn migrate(&self, connection: &mut PgConnection) -> Result<(), OpenError> {
         let failed = |error: sqlx::Error| open_error(&error);
         let schema = &self.settings.schema;
-        // This connection is used for nothing else: whatever happens, its end is the end of the transaction.
-        let mut transaction = connection.begin().await.map_err(failed)?;
-        // Instances that start at once take turns: the second finds the work done.
-        sqlx::query("SELECT pg_advisory_xact_lock(hashtextextended('annals: migrations of ' || $1, 0))")
-            .bind(schema)
-            .execute(&mut *transaction)
-            .await
-            .map_err(failed)?;
-        let found = self.schema_version(&mut transaction).await?;
+        // The second instance finds the work done.
+        let lock = self.statements.lock_migrations.query().bind(schema);
+        lock.execute(&mut *connection).await.map_err(failed)?;
+        let found = self.schema_version(connection).await?;
         if found == 0 {
-            let exists: bool = sqlx::query_scalar("SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = $1)")
-                .bind(schema)
-                .fetch_one(&mut *transaction)
-                .await
-                .map_err(failed)?;
+            let exists = self.statements.has_schema.scalar().bind(schema);
+            let exists: bool = exists.fetch_one(&mut *connection).await.map_err(failed)?;
             // Not with IF NOT EXISTS, which asks for permission to create schemas even where there is nothing to do. The name
             // is one that `is_schema_name` took.
             let create = if exists { String::new() } else { format!("CREATE SCHEMA \"{schema}\";") }
@@ -151,51 +193,56 @@ impl Database {
                     "CREATE TABLE IF NOT EXISTS \"{schema}\".migrations \
                      (version int PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT clock_timestamp())"
                 );
-            sqlx::raw_sql(AssertSqlSafe(create)).execute(&mut *transaction).await.map_err(failed)?;
+            sqlx::raw_sql(AssertSqlSafe(create)).execute(&mut *connection).await.map_err(failed)?;
         }
         for (sql, version) in MIGRATIONS.iter().zip(1..).skip(found) {
-            sqlx::raw_sql(in_schema(sql, schema)).execute(&mut *transaction).await.map_err(failed)?;
+            sqlx::raw_sql(in_schema(sql, schema)).execute(&mut *connection).await.map_err(failed)?;
             let mark = format!("INSERT INTO \"{schema}\".migrations (version) VALUES ({version})");
-            sqlx::raw_sql(AssertSqlSafe(mark)).execute(&mut *transaction).await.map_err(failed)?;
+            sqlx::raw_sql(AssertSqlSafe(mark)).execute(&mut *connection).await.map_err(failed)?;
         }
-        transaction.commit().await.map_err(failed)
+        Ok(())
     }
 
     /// How many migrations the schema has had; 0 where there is none.
     async fn schema_version(&self, connection: &mut PgConnection) -> Result<usize, OpenError> {
         let failed = |error: sqlx::Error| open_error(&error);
         let schema = &self.settings.schema;
-        let exists: bool = sqlx::query_scalar(include_str!("sql/has_migrations.sql"))
-            .bind(schema)
-            .fetch_one(&mut *connection)
-            .await
-            .map_err(failed)?;
+        let exists = self.statements.has_migrations.scalar().bind(schema);
+        let exists: bool = exists.fetch_one(&mut *connection).await.map_err(failed)?;
         if !exists {
             return Ok(0);
         }
-        let found: i32 =
-            sqlx::query_scalar(self.statements.schema_version.clone()).fetch_one(connection).await.map_err(failed)?;
+        let found: i32 = self.statements.schema_version.scalar().fetch_one(connection).await.map_err(failed)?;
         match usize::try_from(found) {
             Ok(version) if version <= MIGRATIONS.len() => Ok(version),
             _ => Err(OpenError::TooNew { schema: schema.clone(), found, known: MIGRATIONS.len() as i32 }),
         }
     }
 
-    /// A connection for the writer.
-    pub(crate) async fn writer(&self) -> Result<PgConnection, sqlx::Error> {
-        let (statement, lock) = (format!("{GROUP_SECONDS_MAX}s"), format!("{LOCK_MS_MAX}ms"));
-        let options = self.options.clone().options([
-            ("statement_timeout", &*statement),
-            ("lock_timeout", &*lock),
-            ("default_transaction_isolation", "read committed"),
-            ("plan_cache_mode", "force_generic_plan"),
-        ]);
-        options.connect().await
+    fn options_for(&self, purpose: Purpose) -> PgConnectOptions {
+        if self.pooled { self.options.clone() } else { self.options.clone().options(purpose.settings()) }
     }
 
-    /// A connection that tells other processes. What it says is not worth a sync.
-    pub(crate) async fn notifier(&self) -> Result<PgConnection, sqlx::Error> {
-        self.options.clone().options([("synchronous_commit", "off")]).connect().await
+    /// A connection beside those for reads.
+    pub(crate) async fn connect(&self, purpose: Purpose) -> Result<PgConnection, sqlx::Error> {
+        self.options_for(purpose).connect().await
+    }
+
+    /// What begins a transaction on such a connection: behind a pooler with the settings that others have from the start.
+    pub(crate) fn begin(&self, purpose: Purpose) -> SqlStr {
+        if !self.pooled {
+            return SqlStr::from_static("BEGIN");
+        }
+        let mut begin = match purpose {
+            Purpose::Read => "BEGIN READ ONLY".to_owned(),
+            Purpose::Write | Purpose::Tell => "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE".to_owned(),
+        };
+        let settings = SETTINGS.iter().map(|(name, value)| (*name, (*value).to_owned())).chain(purpose.settings());
+        for (name, value) in settings.filter(|(name, _)| !name.starts_with("default_transaction_")) {
+            begin += &format!("; SET LOCAL {name} = '{value}'");
+        }
+        // Nothing in it comes from outside.
+        AssertSqlSafe(begin).into_sql_str()
     }
 
     /// The connection that listens to them; a pool because it reconnects by it.
@@ -208,12 +255,30 @@ impl Database {
     }
 
     /// Connections for reads. They are not asked for a sign of life before each use: a read that meets a dead one is repeated.
+    ///
+    /// Behind a pooler, each use of one is a transaction: only then is it one session that knows what was prepared.
     pub(crate) fn readers(&self) -> PgPool {
-        PgPoolOptions::new()
+        let pool = PgPoolOptions::new()
             .max_connections(self.settings.connections.max(1))
             .test_before_acquire(false)
-            .acquire_timeout(Duration::from_secs(ACQUIRE_SECONDS_MAX))
-            .connect_lazy_with(self.options.clone().options([("default_transaction_read_only", "on")]))
+            .acquire_timeout(Duration::from_secs(ACQUIRE_SECONDS_MAX));
+        let pool = if self.pooled {
+            let (first, next) = (self.begin(Purpose::Read), self.begin(Purpose::Read));
+            pool.after_connect(move |connection, _| {
+                let begin = first.clone();
+                Box::pin(async move { sqlx::raw_sql(begin).execute(connection).await.map(drop) })
+            })
+            .before_acquire(move |connection, _| {
+                let begin = next.clone();
+                Box::pin(async move { sqlx::raw_sql(begin).execute(connection).await.map(|_| true) })
+            })
+            .after_release(|connection, _| {
+                Box::pin(async move { sqlx::raw_sql("COMMIT").execute(connection).await.map(|_| true) })
+            })
+        } else {
+            pool
+        };
+        pool.connect_lazy_with(self.options_for(Purpose::Read))
     }
 
     /// What commits are announced on.

@@ -36,11 +36,7 @@ pub(crate) async fn stream(
     limit: usize,
 ) -> Result<Vec<Recorded>, StoreError> {
     let rows = read!(
-        sqlx::query(statements.read_stream.clone())
-            .bind(stream.as_str())
-            .bind(after.0)
-            .bind(bound(limit))
-            .fetch_all(readers)
+        statements.read_stream.query().bind(stream.as_str()).bind(after.0).bind(bound(limit)).fetch_all(readers)
     )?;
     rows.iter().map(recorded).collect::<Result<_, _>>().map_err(read_error)
 }
@@ -54,7 +50,9 @@ pub(crate) async fn documents(
         return Ok(found);
     }
     let rows = read!(
-        sqlx::query(statements.documents.clone())
+        statements
+            .documents
+            .query()
             .bind(keys.iter().map(|key| &*key.collection).collect::<Vec<_>>())
             .bind(keys.iter().map(|key| &*key.id).collect::<Vec<_>>())
             .fetch_all(readers)
@@ -76,19 +74,11 @@ pub(crate) async fn scan(
     limit: usize,
 ) -> Result<Vec<Document>, StoreError> {
     let rows = match scan {
-        Scan::After(id) => read!(
-            sqlx::query(statements.scan_after.clone())
-                .bind(collection)
-                .bind(&**id)
-                .bind(bound(limit))
-                .fetch_all(readers)
-        )?,
+        Scan::After(id) => {
+            read!(statements.scan_after.query().bind(collection).bind(&**id).bind(bound(limit)).fetch_all(readers))?
+        }
         Scan::Due(by) => read!(
-            sqlx::query(statements.scan_due.clone())
-                .bind(collection)
-                .bind(storable(*by))
-                .bind(bound(limit))
-                .fetch_all(readers)
+            statements.scan_due.query().bind(collection).bind(storable(*by)).bind(bound(limit)).fetch_all(readers)
         )?,
     };
     rows.iter().map(document).collect::<Result<_, _>>().map_err(read_error)

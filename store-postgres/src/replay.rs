@@ -393,7 +393,12 @@ impl Copier {
         let mut page_until = until;
         if !self.filter.is_empty() {
             // What is left out is not sent, so nothing sent would tell where the page ended.
-            let end: Option<i64> = sqlx::query_scalar(self.shared.database.statements.settled_until.clone())
+            let end: Option<i64> = self
+                .shared
+                .database
+                .statements
+                .settled_until
+                .scalar()
                 .bind(self.last)
                 .bind(until)
                 .bind(bound(PAGE_EVENTS))

@@ -1,6 +1,10 @@
 //! The statements, each from its file, for the schema of a store.
 
-use sqlx::{AssertSqlSafe, SqlSafeStr, SqlStr};
+use sqlx::{
+    AssertSqlSafe, FromRow, Postgres, SqlSafeStr, SqlStr,
+    postgres::{PgArguments, PgRow},
+    query::{Query, QueryAs, QueryScalar},
+};
 
 /// The schema that the files name.
 pub(crate) const SCHEMA_DEFAULT: &str = "annals";
@@ -25,17 +29,54 @@ pub(crate) fn in_schema(sql: &'static str, schema: &str) -> SqlStr {
     AssertSqlSafe(sql.replace("annals.", &format!("\"{schema}\"."))).into_sql_str().clone()
 }
 
+/// A statement, as it is sent.
+#[derive(Debug)]
+pub(crate) struct Statement {
+    sql: SqlStr,
+    /// Whether its connection keeps it prepared, under a name.
+    named: bool,
+}
+
+impl Statement {
+    pub(crate) fn as_str(&self) -> &str {
+        self.sql.as_str()
+    }
+
+    pub(crate) fn query<'q>(&self) -> Query<'q, Postgres, PgArguments> {
+        sqlx::query(self.sql.clone()).persistent(self.named)
+    }
+
+    /// For rows of several columns.
+    pub(crate) fn rows<'q, R: for<'r> FromRow<'r, PgRow>>(&self) -> QueryAs<'q, Postgres, R, PgArguments> {
+        sqlx::query_as(self.sql.clone()).persistent(self.named)
+    }
+
+    /// For rows of one column.
+    pub(crate) fn scalar<'q, T>(&self) -> QueryScalar<'q, Postgres, T, PgArguments>
+    where
+        (T,): for<'r> FromRow<'r, PgRow>,
+    {
+        sqlx::query_scalar(self.sql.clone()).persistent(self.named)
+    }
+}
+
 macro_rules! statements {
     ($($name:ident),* $(,)?) => {
         /// All statements of a store.
         #[derive(Debug)]
         pub(crate) struct Statements {
-            $(pub(crate) $name: SqlStr,)*
+            $(pub(crate) $name: Statement,)*
         }
 
         impl Statements {
-            pub(crate) fn new(schema: &str) -> Self {
-                Self { $($name: in_schema(include_str!(concat!("sql/", stringify!($name), ".sql")), schema),)* }
+            /// For a schema; without `named`, no connection keeps one of them prepared.
+            pub(crate) fn new(schema: &str, named: bool) -> Self {
+                Self {
+                    $($name: Statement {
+                        sql: in_schema(include_str!(concat!("sql/", stringify!($name), ".sql")), schema),
+                        named,
+                    },)*
+                }
             }
         }
     };
@@ -48,7 +89,10 @@ statements!(
     dense_until,
     documents,
     drawn,
+    has_migrations,
+    has_schema,
     holders,
+    lock_migrations,
     may_append,
     next,
     notify,
@@ -62,6 +106,7 @@ statements!(
     scan_after,
     scan_due,
     schema_version,
+    server,
     settled_until,
     streams,
     top,
@@ -84,9 +129,9 @@ mod tests {
 
     #[test]
     fn statements_name_their_schema_everywhere() {
-        let statements = Statements::new("shop");
+        let statements = Statements::new("shop", true);
         assert!(statements.append.as_str().contains("\"shop\".append("));
         assert!(!statements.append.as_str().contains("annals."));
-        assert!(Statements::new("annals").append.as_str().contains("annals.append("));
+        assert!(Statements::new("annals", true).append.as_str().contains("annals.append("));
     }
 }

@@ -16,7 +16,7 @@ use crate::{
     append::append,
     error::{Fault, end_error, fault, write_error},
     group::{Decision, Prepared},
-    open::Database,
+    open::{Database, Purpose},
     writer::ANSWER_SECONDS_MAX,
 };
 
@@ -27,9 +27,10 @@ const RACES_MAX: u32 = 4;
 
 /// The user's SQL is planned as usual, where the store's own only ever seeks. The rest are bounds: on one statement, on the
 /// wait for a lock, and on how long the server keeps a transaction that nobody goes on with, as when the store is away.
-const SETTINGS_OF_USER: &str = "SET enable_seqscan = on; SET enable_bitmapscan = on; SET enable_hashjoin = on; \
-     SET enable_mergejoin = on; SET plan_cache_mode = auto; SET statement_timeout = '30s'; SET lock_timeout = '10s'; \
-     SET idle_in_transaction_session_timeout = '60s'";
+const SETTINGS_OF_USER: &str = "SET LOCAL enable_seqscan = on; SET LOCAL enable_bitmapscan = on; \
+     SET LOCAL enable_hashjoin = on; SET LOCAL enable_mergejoin = on; SET LOCAL plan_cache_mode = auto; \
+     SET LOCAL statement_timeout = '30s'; SET LOCAL lock_timeout = '10s'; \
+     SET LOCAL idle_in_transaction_session_timeout = '60s'";
 /// Back to how the store wants its own statement, for the rest of the transaction.
 const SETTINGS_OF_STORE: &str = "SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; \
      SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL plan_cache_mode = force_generic_plan; \
@@ -46,16 +47,17 @@ pub(crate) struct OpenTransaction {
     handled: u64,
     /// The savepoint `annals_0` stands after so many messages.
     merged: u64,
+    /// Whether the session is somebody else's after it: what the user's SQL has prepared there must go.
+    pooled: bool,
 }
 
 impl Idle {
     async fn connect(database: &Database) -> Result<Self, sqlx::Error> {
-        let mut connection = database.writer().await?;
+        let mut connection = database.connect(Purpose::Write).await?;
         // sqlx counts this as open for ever, so that a `begin` of the user's is a savepoint within ours. Ours are begun and
         // ended behind its back.
         std::mem::forget(connection.begin().await?);
         sqlx::raw_sql("ROLLBACK").execute(&mut connection).await?;
-        sqlx::raw_sql(SETTINGS_OF_USER).execute(&mut connection).await?;
         Ok(Self(connection))
     }
 }
@@ -64,17 +66,17 @@ impl OpenTransaction {
     /// Begins one, on an idle connection if there is one and it is still good.
     pub(crate) async fn begin(database: &Database, idle: Option<Idle>) -> Result<Self, sqlx::Error> {
         if let Some(Idle(connection)) = idle
-            && let Ok(open) = Self::begin_on(connection).await
+            && let Ok(open) = Self::begin_on(connection, database.pooled).await
         {
             return Ok(open);
         }
-        Self::begin_on(Idle::connect(database).await?.0).await
+        Self::begin_on(Idle::connect(database).await?.0, database.pooled).await
     }
 
-    async fn begin_on(mut connection: PgConnection) -> Result<Self, sqlx::Error> {
-        let begin = "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SAVEPOINT annals_0";
-        sqlx::raw_sql(begin).execute(&mut connection).await?;
-        Ok(Self { connection, id: Uuid::new_v4(), handled: 0, merged: 0 })
+    async fn begin_on(mut connection: PgConnection, pooled: bool) -> Result<Self, sqlx::Error> {
+        let begin = format!("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {SETTINGS_OF_USER}; SAVEPOINT annals_0");
+        sqlx::raw_sql(AssertSqlSafe(begin)).execute(&mut connection).await?;
+        Ok(Self { connection, id: Uuid::new_v4(), handled: 0, merged: 0, pooled })
     }
 
     pub(crate) fn id(&self) -> Uuid {
@@ -127,7 +129,8 @@ impl OpenTransaction {
 
     /// Rolls back, to keep the connection.
     pub(crate) async fn give_up(mut self) -> Result<Idle, sqlx::Error> {
-        sqlx::raw_sql("ROLLBACK").execute(&mut self.connection).await?;
+        let end = if self.pooled { "ROLLBACK; DEALLOCATE ALL" } else { "ROLLBACK" };
+        sqlx::raw_sql(end).execute(&mut self.connection).await?;
         Ok(Idle(self.connection))
     }
 
@@ -149,8 +152,8 @@ impl OpenTransaction {
             Err(CommitError::Unknown(reason)) => (Err(unwritten(reason)), None),
             Err(error) => (Err(error), None),
             Ok(committed) => {
-                let end = sqlx::raw_sql("COMMIT").execute(&mut self.connection);
-                match timeout(answer, end).await {
+                let end = if self.pooled { "DEALLOCATE ALL; COMMIT" } else { "COMMIT" };
+                match timeout(answer, sqlx::raw_sql(end).execute(&mut self.connection)).await {
                     Ok(Ok(_)) => (Ok(committed), Some(Idle(self.connection))),
                     Ok(Err(error)) => (Err(end_error(&error)), None),
                     Err(elapsed) => (Err(CommitError::Unknown(elapsed.to_string())), None),
@@ -189,8 +192,7 @@ impl OpenTransaction {
                     (known, races, rewound) = (None, races + 1, false);
                     if fault == Fault::PositionTaken {
                         sqlx::raw_sql(AssertSqlSafe(&*ready)).execute(&mut self.connection).await.map_err(error)?;
-                        let advance = sqlx::query(database.statements.advance.clone());
-                        advance.execute(&mut self.connection).await.map_err(error)?;
+                        database.statements.advance.query().execute(&mut self.connection).await.map_err(error)?;
                     }
                 }
             }

@@ -17,11 +17,11 @@ use tokio::{
 };
 
 use crate::{
-    append::append,
+    append::{advance, append_alone},
     error::{Fault, fault, write_error},
     group::{Decision, Prepared},
     news::News,
-    open::Database,
+    open::{Database, Purpose},
     queue::{Outcome, Queue},
 };
 
@@ -150,9 +150,11 @@ impl Writer {
         loop {
             let decision = Decision::new(commits, known.as_ref());
             let mut connection = self.connect().await.map_err(Failure::OfAll)?;
-            let appended =
-                timeout(Duration::from_secs(ANSWER_SECONDS_MAX), append(&self.database, &mut connection, &decision))
-                    .await;
+            let appended = timeout(
+                Duration::from_secs(ANSWER_SECONDS_MAX),
+                append_alone(&self.database, &mut connection, &decision),
+            )
+            .await;
             let appended = appended.unwrap_or_else(|elapsed| Err(sqlx::Error::Io(elapsed.into())));
             let error = match appended {
                 Ok((written, standings)) => {
@@ -210,7 +212,7 @@ impl Writer {
             return Ok(connection);
         }
         self.reconnect.wait().await;
-        match self.database.writer().await {
+        match self.database.connect(Purpose::Write).await {
             Ok(connection) => {
                 self.reconnect.succeeded();
                 Ok(connection)
@@ -224,7 +226,7 @@ impl Writer {
 
     async fn advance(&mut self) -> Result<(), CommitError> {
         let mut connection = self.connect().await?;
-        let advance = sqlx::query(self.database.statements.advance.clone()).execute(&mut connection).await;
+        let advance = advance(&self.database, &mut connection).await;
         advance.map_err(|error| CommitError::Unavailable(error.to_string()))?;
         self.connection = Some(connection);
         Ok(())

@@ -5,12 +5,17 @@ mod postgres;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    sync::Arc,
     time::Duration,
 };
 
-use annals::{CommitError, DocumentKey, EventStore, LogQuery, Position, Put, StreamId, Version};
+use annals::{
+    CommitError, DocumentKey, EventStore, ExecuteError, LogQuery, Position, Put, Repository, StreamId, Version,
+};
 use annals_postgres::{OpenError, PostgresStore};
+use annals_tests::tally::{Tally, TallyCommand};
 use tokio::{task::JoinSet, time::timeout};
+use uuid::Uuid;
 
 use self::postgres::{Schema, append, load::Load, url, whole_log};
 
@@ -195,6 +200,112 @@ async fn instances_may_start_at_once() {
         store.commit(append(&format!("a-{number}"), 0, 1)).await.unwrap();
     }
     assert_eq!(whole_log(&stores[0]).await.len(), 12);
+}
+
+/// What the first version of the schema was, with an event in it.
+async fn first_version(schema: &Schema) {
+    let sql = format!(
+        "CREATE SCHEMA annals; CREATE TABLE annals.migrations (version int PRIMARY KEY, applied_at timestamptz NOT NULL \
+         DEFAULT clock_timestamp()); INSERT INTO annals.migrations (version) VALUES (1); {} INSERT INTO annals.events \
+         (stream_id, version, event_id, type, schema_version, data) VALUES ('a-1', 1, gen_random_uuid(), 'old', 1, '{{}}')",
+        include_str!("../../store-postgres/src/migrations/0001_log_and_documents.sql"),
+    );
+    let sql = sql.replace("CREATE SCHEMA annals;", &format!("CREATE SCHEMA {};", schema.name()));
+    sqlx::raw_sql(schema.sql(&sql)).execute(&mut schema.connection().await).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn instances_may_migrate_at_once() {
+    let schema = Schema::new();
+    first_version(&schema).await;
+    let error = PostgresStore::connect_existing(&url(), schema.settings()).await.unwrap_err();
+    assert!(matches!(error, OpenError::Outdated { found: 1, .. }), "{error}");
+    let stores = futures::future::join_all((0..12).map(|_| schema.store())).await;
+    for (number, store) in stores.iter().enumerate() {
+        store.commit(append("a-1", 1 + number as i64, 1)).await.unwrap();
+    }
+    assert_eq!(whole_log(&stores[0]).await.len(), 13);
+    let sql = schema.sql("SELECT array_agg(version ORDER BY version) FROM annals.migrations");
+    let versions: Vec<i32> = sqlx::query_scalar(sql).fetch_one(&mut schema.connection().await).await.unwrap();
+    assert_eq!(versions, [1, 2]);
+}
+
+/// A session may end at any statement of a migration; whoever comes next finds all of it or nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_migration_that_is_cut_off_leaves_nothing_half_done() {
+    const ROUNDS: u64 = 30;
+    let mut cut = 0;
+    for round in 0..ROUNDS {
+        let schema = Schema::new();
+        if round % 2 == 1 {
+            first_version(&schema).await;
+        }
+        let opening: Vec<_> = (0..3)
+            .map(|_| {
+                let (url, settings) = (named(&schema), schema.settings());
+                tokio::spawn(async move { PostgresStore::connect(&url, settings).await })
+            })
+            .collect();
+        let mut outside = schema.connection().await;
+        tokio::time::sleep(Duration::from_millis(round)).await;
+        let sql = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = $1";
+        let _: i64 = sqlx::query_scalar(sql).bind(schema.name()).fetch_one(&mut outside).await.unwrap();
+        for opening in opening {
+            match opening.await.unwrap() {
+                Ok(_) => {}
+                Err(OpenError::Unavailable { .. }) => cut += 1,
+                Err(other) => panic!("{other}"),
+            }
+        }
+        let store = schema.store().await;
+        store.commit(append("b-1", 0, 1)).await.unwrap();
+        assert_eq!(whole_log(&store).await.len() as u64, 1 + round % 2);
+    }
+    assert!(cut > 0, "no migration was cut off: this tested nothing");
+}
+
+/// 64 tasks on one aggregate: its commands are one after the other, whatever ends in between.
+#[tokio::test(flavor = "multi_thread")]
+async fn commands_on_one_aggregate_are_carried_out_once_while_sessions_end() {
+    const TASKS: i64 = 64;
+    const COMMANDS: i64 = 25;
+    let schema = Schema::new();
+    let store = PostgresStore::connect(&named(&schema), schema.settings()).await.unwrap();
+    let tallies = Repository::<Tally>::new(Arc::new(store.clone()));
+    let mut tasks = JoinSet::new();
+    for task in 0..TASKS {
+        let tallies = tallies.clone();
+        tasks.spawn(async move {
+            let mut again = 0;
+            for number in 0..COMMANDS {
+                let (command, id) = (TallyCommand::Add(task * COMMANDS + number), Uuid::new_v4());
+                // What it may be told besides is that nobody knows, and to ask again.
+                while let Err(error) = tallies.execute("one", command.clone(), id).await {
+                    assert!(matches!(error, ExecuteError::Unavailable(_)), "{error}");
+                    again += 1;
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            again
+        });
+    }
+    let (mut outside, mut ended, mut again) = (schema.connection().await, 0, 0);
+    let mut every = tokio::time::interval(Duration::from_millis(50));
+    while !tasks.is_empty() {
+        every.tick().await;
+        let sql = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = $1";
+        let of_round: i64 = sqlx::query_scalar(sql).bind(schema.name()).fetch_one(&mut outside).await.unwrap();
+        ended += of_round;
+        while let Some(done) = tasks.try_join_next() {
+            again += done.unwrap();
+        }
+    }
+    let sql = "SELECT count(*), max(version), count(DISTINCT data ->> 'amount') FROM annals.events WHERE stream_id = 'tally-one'";
+    let found: (i64, i64, i64) = sqlx::query_as(schema.sql(sql)).fetch_one(&mut outside).await.unwrap();
+    assert_eq!(found, (TASKS * COMMANDS, TASKS * COMMANDS, TASKS * COMMANDS), "{ended} ended, {again} asked again");
+    assert!(ended > 10, "{ended} sessions ended: this tested nothing");
+    println!("{ended} sessions ended, {again} of {} commands were asked again", TASKS * COMMANDS);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -86,7 +86,7 @@ async fn a_full_disk_refuses_and_once_freed_all_goes_on() {
         return;
     }
     let disk = SmallDisk::new(120);
-    let server = Server::start_in(tempfile::tempdir().unwrap(), disk.0.path().join("data")).await;
+    let server = Server::start_in(tempfile::tempdir().unwrap(), disk.0.path().join("data"), Vec::new()).await;
     let settings = Settings { connections: 4, ..Settings::default() };
     let store = PostgresStore::connect(&server.url(), settings.clone()).await.unwrap();
     let load = Load::start(&store, &server.url(), &settings, 8);
@@ -105,6 +105,41 @@ async fn a_full_disk_refuses_and_once_freed_all_goes_on() {
     assert!(!store.read_log(&LogQuery::all(), Position::START, 10).await.unwrap().events.is_empty());
     disk.free();
     store.commit(large).await.unwrap();
+    load.goes_on(100).await;
+    let mut outside = PgConnection::connect(&server.url()).await.unwrap();
+    load.ends_well(&mut outside, as_it_is).await;
+    drop(store);
+    drop(server);
+}
+
+/// Where the write-ahead log finds no room, the server itself goes down, and does not come up again before there is some.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_dies_of_a_full_disk_loses_nothing() {
+    if !server::is_root() {
+        eprintln!("NOT TESTED: a full disk needs a file system of its own, which only root can mount");
+        return;
+    }
+    let disk = SmallDisk::new(160);
+    let folder = tempfile::tempdir_in(disk.0.path()).unwrap();
+    let data = folder.path().join("data");
+    fs::set_permissions(disk.0.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    // Segments are not kept for later, where a full disk would leave them room.
+    let settings = ["wal_recycle=off", "min_wal_size=32MB"].map(str::to_owned);
+    let mut server = Server::start_in(folder, data, settings.to_vec()).await;
+    let settings = Settings { connections: 4, ..Settings::default() };
+    let store = PostgresStore::connect(&server.url(), settings.clone()).await.unwrap();
+    let load = Load::start(&store, &server.url(), &settings, 8);
+    load.goes_on(100).await;
+    disk.fill();
+    let down = async {
+        while PgConnection::connect(&server.url()).await.is_ok() {
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(60), down).await.expect("it has room still");
+    disk.free();
+    server.kill();
+    server.resume().await;
     load.goes_on(100).await;
     let mut outside = PgConnection::connect(&server.url()).await.unwrap();
     load.ends_well(&mut outside, as_it_is).await;

@@ -3,17 +3,25 @@
 
 mod postgres;
 
-use annals::{Commit, CommitError, DocumentKey, EventStore, LogQuery, Position, Put};
-use annals_postgres::{OpenError, PostgresStore};
-use sqlx::{AssertSqlSafe, PgConnection};
+use std::sync::Arc;
 
-use self::postgres::{Schema, append, url, whole_log};
+use annals::{
+    Commit, CommitError, DocumentKey, EventStore, LocalBus, LogQuery, Operator, Position, Put, Runtime, Service,
+    Subscription, archive::Archive, health::State,
+};
+use annals_postgres::{OpenError, PostgresStore, Replay};
+use annals_tests::tally::{Copier, add, copied, eventually};
+use futures::TryStreamExt;
+use sqlx::{AssertSqlSafe, PgConnection};
+use tokio::time::timeout;
+
+use self::postgres::{PROMPTLY, Schema, append, url, whole_log};
 
 const INSUFFICIENT_PRIVILEGE: &str = "42501";
 const NEVER_CHANGED: &str = "AN002";
 
 /// What may be asked of a schema, and by whom: reader, operator, writer.
-const RIGHTS: [(&str, [bool; 3]); 15] = [
+const RIGHTS: &[(&str, [bool; 3])] = &[
     ("SELECT count(*) FROM annals.events", [true, true, true]),
     ("SELECT count(*) FROM annals.documents", [true, true, true]),
     ("SELECT count(*) FROM annals.sagas", [true, true, true]),
@@ -33,6 +41,22 @@ const RIGHTS: [(&str, [bool; 3]); 15] = [
     ("DROP TABLE annals.documents", [false, false, false]),
     ("ALTER TABLE annals.events DISABLE TRIGGER ALL", [false, false, false]),
     ("SELECT annals.grant_access('postgres', 'writer')", [false, false, false]),
+    ("SELECT annals.advance(), annals.drawn()", [true, true, true]),
+    ("COPY annals.documents FROM PROGRAM 'true'", [false, false, false]),
+    ("TRUNCATE annals.documents", [false, false, false]),
+    ("UPDATE annals.migrations SET version = 99", [false, false, false]),
+    // What would hold up everybody, or run in everybody's name.
+    ("LOCK TABLE annals.events IN ACCESS EXCLUSIVE MODE", [false, false, false]),
+    ("CREATE TABLE annals.mine ()", [false, false, false]),
+    (
+        "CREATE TRIGGER mine BEFORE INSERT ON annals.events EXECUTE FUNCTION annals.refuse_change()",
+        [false, false, false],
+    ),
+    (
+        "CREATE OR REPLACE FUNCTION annals.drawn() RETURNS bigint LANGUAGE sql AS 'SELECT 1::bigint'",
+        [false, false, false],
+    ),
+    ("SET session_replication_role = replica", [false, false, false]),
 ];
 
 async fn execute(connection: &mut PgConnection, sql: &str) -> Result<(), String> {
@@ -70,7 +94,7 @@ async fn each_role_may_do_its_own_and_no_more() {
     store.commit(append("a-1", 0, 2)).await.unwrap();
     store.commit(note(0)).await.unwrap();
     for (place, role) in roles(&schema).await.iter().enumerate() {
-        for (sql, may) in RIGHTS {
+        for &(sql, may) in RIGHTS {
             let mut connection = schema.connection().await;
             execute(&mut connection, &format!("BEGIN; SET LOCAL ROLE {role}")).await.unwrap();
             let done = execute(&mut connection, &schema.sql(sql).0).await;
@@ -91,6 +115,56 @@ async fn each_role_may_do_its_own_and_no_more() {
         }
     }
     assert_eq!(whole_log(&store).await.len(), 2);
+}
+
+/// A service runs as a writer, somebody on call repairs it as an operator, a report reads: each by its own role.
+#[tokio::test(flavor = "multi_thread")]
+async fn each_role_can_do_its_whole_job() {
+    let schema = Schema::new();
+    schema.store().await.close().await.unwrap();
+    let [reader, operator, writer] = roles(&schema).await;
+    let open = async |role: &str| PostgresStore::connect_existing(&url_as(role), schema.settings()).await.unwrap();
+
+    let service: Arc<dyn EventStore> = Arc::new(open(&writer).await);
+    let mut runtime = Runtime::shared("service");
+    let copies =
+        Subscription::new("copies", Copier::new(service.clone())).query(LogQuery::categories(["tally"])).lanes(2);
+    runtime
+        .start(vec![Service::new("tallies", service.clone()).subscribe(copies)], Arc::new(LocalBus::default()))
+        .await
+        .unwrap();
+    add(&service, "a", [1, 2]).await;
+    let copied_are = async |amounts: &[i64]| {
+        eventually(&format!("{amounts:?} are copied"), async || {
+            let found = service.documents(&[copied("a")]).await.unwrap().remove(0)?;
+            let found: Vec<i64> = serde_json::from_str(&found.body).unwrap();
+            (found == amounts).then_some(())
+        })
+        .await;
+    };
+    copied_are(&[1, 2]).await;
+
+    let desk: Arc<dyn EventStore> = Arc::new(open(&operator).await);
+    let desk = Operator::new(desk, "ann");
+    desk.pause("copies", true, "the disk is changed").await.unwrap();
+    let stopped = || runtime.health().parts().values().any(|part| matches!(part, State::Elsewhere(_)));
+    eventually("its lanes stop", async || stopped().then_some(())).await;
+    add(&service, "a", [3]).await;
+    desk.pause("copies", false, "it was").await.unwrap();
+    copied_are(&[1, 2, 3]).await;
+
+    let report = open(&reader).await;
+    let replayed: Vec<_> = report.replay(Replay::all()).try_collect().await.unwrap();
+    let log = whole_log(&report).await;
+    assert!(replayed.iter().eq(log.iter().map(|event| &**event)));
+    assert!(report.streams("", 100).await.unwrap().iter().any(|stream| stream.stream.as_str() == "tally-a"));
+    let head = report.status().await.unwrap().head;
+    let waiting = report.wait(head);
+    add(&service, "b", [4]).await;
+    timeout(PROMPTLY, waiting).await.expect("it hears of it").unwrap();
+    let refused = Operator::new(Arc::new(report), "bob").pause("copies", true, "I may not").await;
+    assert!(refused.is_err(), "{refused:?}");
+    runtime.drain(PROMPTLY).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -67,7 +67,8 @@ impl Counters {
     }
 }
 
-fn cpu_seconds(server: Option<u32>) -> f64 {
+/// What this process has used so far, and those of a server.
+pub fn cpu_seconds(server: Option<u32>) -> f64 {
     let own = ticks("self").map_or(0, |(_, own, ended)| own + ended);
     let Some(server) = server else { return own as f64 / TICKS_PER_SECOND };
     // What has ended counts for the parent, what has not counts for itself.

@@ -3,6 +3,8 @@
 
 pub mod load;
 #[cfg(target_os = "linux")]
+pub mod pooler;
+#[cfg(target_os = "linux")]
 pub mod server;
 
 use std::{sync::Arc, time::Duration};

@@ -19,6 +19,8 @@ pub struct Server {
     folder: TempDir,
     data: PathBuf,
     port: u16,
+    /// Beyond those that all have.
+    settings: Vec<String>,
     running: Option<Child>,
 }
 
@@ -32,11 +34,11 @@ impl Server {
     pub async fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let data = folder.path().join("data");
-        Self::start_in(folder, data).await
+        Self::start_in(folder, data, Vec::new()).await
     }
 
     /// With its tables in a folder of the caller's; everything else, the write-ahead log too, in the other one.
-    pub async fn start_in(folder: TempDir, data: PathBuf) -> Self {
+    pub async fn start_in(folder: TempDir, data: PathBuf, settings: Vec<String>) -> Self {
         fs::create_dir_all(&data).unwrap();
         if let Some((user, group)) = postgres_user() {
             for path in [folder.path(), &data] {
@@ -49,7 +51,7 @@ impl Server {
         initdb.arg("--pgdata").arg(&data).arg("--waldir").arg(&wal).current_dir(folder.path());
         let output = initdb.output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        let mut server = Self { folder, data, port: 0, running: None };
+        let mut server = Self { folder, data, port: 0, settings, running: None };
         server.resume().await;
         server
     }
@@ -72,6 +74,9 @@ impl Server {
             "max_connections=100",
             "max_wal_size=64MB",
         ] {
+            postgres.args(["-c", setting]);
+        }
+        for setting in &self.settings {
             postgres.args(["-c", setting]);
         }
         let mut running = postgres.spawn().unwrap();
@@ -104,14 +109,21 @@ impl Server {
     }
 
     pub fn url(&self) -> String {
-        format!("postgres://postgres@127.0.0.1:{}/postgres", self.port)
+        self.url_at("127.0.0.1")
+    }
+
+    /// Under another name of this machine.
+    pub fn url_at(&self, host: &str) -> String {
+        format!("postgres://postgres@{host}:{}/postgres", self.port)
     }
 }
 
-/// A program of the server, as the user it agrees to run as.
+/// A program of the server, or one that goes with it, as the user it agrees to run as.
 pub fn program(name: &str) -> Command {
     let installed = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().filter_map(Result::ok);
-    let newest = installed.map(|version| version.path().join("bin").join(name)).filter(|path| path.exists()).max();
+    let installed = installed.map(|version| version.path().join("bin").join(name));
+    // Not on everybody's path.
+    let newest = installed.chain([Path::new("/usr/sbin").join(name)]).filter(|path| path.exists()).max();
     let mut command = Command::new(newest.unwrap_or_else(|| Path::new(name).to_owned()));
     if let Some((user, group)) = postgres_user() {
         command.uid(user).gid(group);
@@ -125,7 +137,7 @@ pub fn is_root() -> bool {
 }
 
 /// PostgreSQL refuses to run as root.
-fn postgres_user() -> Option<(u32, u32)> {
+pub fn postgres_user() -> Option<(u32, u32)> {
     if !is_root() {
         return None;
     }

@@ -135,9 +135,14 @@ impl Running {
 
 impl Bed {
     pub async fn new() -> Self {
+        Self::at(&url()).await
+    }
+
+    /// With the store under another URL of the same database.
+    pub async fn at(url: &str) -> Self {
         let schema = Schema::new();
-        let separator = if url().contains('?') { '&' } else { '?' };
-        let named = format!("{}{separator}application_name={}", url(), schema.name());
+        let separator = if url.contains('?') { '&' } else { '?' };
+        let named = format!("{url}{separator}application_name={}", schema.name());
         let plain = PostgresStore::connect(&named, schema.settings()).await.unwrap();
         let tables = "CREATE TABLE annals.seen (n bigint GENERATED ALWAYS AS IDENTITY, position bigint, stream text, amount bigint);
             CREATE TABLE annals.referred (id int PRIMARY KEY);
