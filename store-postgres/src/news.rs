@@ -7,6 +7,7 @@ use std::{sync::Arc, time::Duration};
 use annals::Position;
 use sqlx::{Connection, PgConnection, postgres::PgListener};
 use tokio::{sync::watch, time::sleep};
+use uuid::Uuid;
 
 use crate::{
     open::{Database, Purpose},
@@ -25,6 +26,8 @@ pub(crate) struct News {
     written: watch::Sender<Position>,
     /// Whether other processes are heard.
     listening: watch::Sender<bool>,
+    /// Who says so, to know one's own voice: what was written here has been told here already.
+    name: Arc<str>,
 }
 
 impl News {
@@ -33,6 +36,7 @@ impl News {
             told: watch::Sender::new(0),
             written: watch::Sender::new(Position::START),
             listening: watch::Sender::new(false),
+            name: Uuid::new_v4().to_string().into(),
         }
     }
 
@@ -68,7 +72,7 @@ impl News {
                     None => database.connect(Purpose::Tell).await?,
                 };
                 let open = connection.insert(open);
-                let notify = database.statements.notify.query().bind(&channel);
+                let notify = database.statements.notify.query().bind(&channel).bind(&*self.name);
                 if !database.pooled {
                     return notify.execute(open).await.map(drop);
                 }
@@ -104,8 +108,10 @@ impl News {
                 self.listening.send_replace(true);
                 // What was said before nobody heard.
                 self.tell();
-                while listener.try_recv().await?.is_some() {
-                    self.tell();
+                while let Some(heard) = listener.try_recv().await? {
+                    if heard.payload() != &*self.name {
+                        self.tell();
+                    }
                 }
                 Ok::<(), sqlx::Error>(())
             };
