@@ -75,6 +75,25 @@ impl Output {
         self.line("")
     }
 
+    /// A line beside a margin. On a terminal that is too narrow for it, it goes on below, between words; what is there to be
+    /// copied stays whole.
+    pub fn beside(&mut self, margin: &str, text: &str) -> Result<(), Failure> {
+        let room = if io::stdout().is_terminal() { Table::new().width() } else { None };
+        let room = room.map_or(usize::MAX, |width| usize::from(width).saturating_sub(margin.chars().count()));
+        let (mut margin, mut line) = (margin.to_owned(), String::new());
+        for word in text.split(' ') {
+            if !line.is_empty() && line.chars().count() + 1 + word.chars().count() > room {
+                self.line(&format!("{margin}{line}"))?;
+                margin = " ".repeat(margin.chars().count());
+                line.clear();
+            } else if !line.is_empty() {
+                line.push(' ');
+            }
+            line.push_str(word);
+        }
+        self.line(&format!("{margin}{line}"))
+    }
+
     /// So that whoever waits for a line gets it now.
     pub fn flush(&mut self) -> Result<(), Failure> {
         self.stdout.flush()?;
