@@ -51,7 +51,7 @@ impl Output {
             return items.iter().try_for_each(|item| self.value(item));
         }
         let rows: Vec<Vec<String>> =
-            items.iter().map(|item| row(item).iter().map(|cell| shown(cell).into_owned()).collect()).collect();
+            items.iter().map(|item| row(item).iter().map(|cell| one_line(cell)).collect()).collect();
         let mut table = Table::new();
         table.load_style(presets::NOTHING).set_header(headings).add_rows(rows.clone());
         // What goes to a file or through a pipe has any width; each cell has a blank on both sides.
@@ -110,6 +110,11 @@ pub(crate) fn shown(text: &str) -> Cow<'_, str> {
     text.chars().map(|c| if harmless(c) { c } else { '\u{fffd}' }).collect::<String>().into()
 }
 
+/// Likewise on one line: what is in a cell of a table must not look like a row.
+pub(crate) fn one_line(text: &str) -> String {
+    shown(text).chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
 /// The start of a text on one line.
 pub(crate) fn short(text: &str, chars_max: usize) -> String {
     let one_line: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(chars_max + 1).collect();
@@ -147,5 +152,6 @@ mod tests {
     fn a_terminal_is_told_nothing_by_what_is_stored() {
         assert_eq!(shown("a\x1b[2Jb\n\tü"), "a\u{fffd}[2Jb\n\tü");
         assert_eq!(short("one\ntwo three", 9), "one two …");
+        assert_eq!(one_line("a\x1b[2Jb\n\tü"), "a\u{fffd}[2Jb  ü");
     }
 }

@@ -342,3 +342,30 @@ async fn what_is_printed_to_go_on_names_the_store_that_was_typed() {
     let text = fs::read_to_string(&file).unwrap();
     assert_eq!(text.lines().count(), 2, "{stopped:?}: {text}");
 }
+
+#[cfg(unix)]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replay_to_a_disk_that_is_full_leaves_whole_lines_and_goes_on() {
+    let place = Place::empty();
+    let source = many(&place).await;
+    let file = place.file("full.ndjson");
+    let annals_command = env!("CARGO_BIN_EXE_annals");
+    let run = |limit: &str, words: &str| {
+        let mut shell = std::process::Command::new("sh");
+        // A file that may not grow is as good as a disk that is full.
+        shell.args(["-c", &format!("{limit} {annals_command} {words}")]).env("ANNALS_STORE", url(&source));
+        ended(shell)
+    };
+    let words = format!("replay --output {}", file.display());
+    let full = run("trap '' XFSZ; ulimit -f 2000;", &words);
+    assert_eq!(full.code, 2, "{full:?}");
+    let written = fs::read_to_string(&file).unwrap();
+    assert!(written.ends_with('\n') && written.lines().count() > 100, "{} bytes", written.len());
+    let (said, go_on) = full.err.trim().split_once("go on with: annals ").unwrap_or_else(|| panic!("{full:?}"));
+    assert!(said.contains("cannot be written: ") && said.contains(" events replayed, up to position "), "{said}");
+    run("", go_on).fine();
+    assert!(
+        fs::read_to_string(&file).unwrap() == annals(&source, &["replay"]).fine(),
+        "it did not go on where it ended"
+    );
+}

@@ -125,6 +125,8 @@ async fn a_subscription_is_paused_resumed_and_reset() {
     assert_eq!(lag().0, 0);
     let recent = ["subscription", "brochure", "reset", "--to", "1h", "--reason", "an hour ago", "--yes"];
     assert!(place.annals(&recent).fine().contains("goes on after position 0"));
+    let unexplained = place.annals(&["subscription", "brochure", "pause", "--reason", " "]).refused();
+    assert!(unexplained.contains("whoever reads the log will ask why"), "{unexplained}");
     let pause = |verb: &str| place.annals(&["subscription", "brochure", verb, "--reason", "r"]);
     assert_eq!(pause("pause").fine(), "brochure: paused\n");
     assert!(pause("pause").refused().contains("is paused already"));
@@ -138,9 +140,11 @@ async fn a_subscription_is_paused_resumed_and_reset() {
         ),
         ("nobody", "beginning", "there is no subscription nobody"),
         ("brochure", "999999", "is after the last one of the log"),
+        ("brochure", "-5", "there is no position -5: the beginning is 0"),
         ("brochure", "soon", "--to is a position"),
     ] {
-        let refused = place.annals(&["subscription", name, "reset", "--to", to, "--reason", "r", "--yes"]).refused();
+        let refused =
+            place.annals(&["subscription", name, "reset", &format!("--to={to}"), "--reason", "r", "--yes"]).refused();
         assert!(refused.contains(said), "{refused}");
     }
 }

@@ -177,6 +177,9 @@ impl Operator {
     /// has done already stays done, and its handler sees again what lies after the position.
     pub async fn reset(&self, subscription: &str, to: Position, reason: &str) -> Result<(), OperatorError> {
         let head = self.store.status().await?.head;
+        if to < Position::START {
+            return Err(OperatorError::Illegal(format!("there is no position {to}: the beginning is 0")));
+        }
         if to > head {
             return Err(OperatorError::Illegal(format!("position {to} is after the last one of the log, {head}")));
         }

@@ -177,8 +177,12 @@ pub(crate) async fn run(
     let (mut written, mut at) = (0_i64, first - 1);
     let ended = if arguments.speed.is_none() && target.takes_lines() {
         let wanted = (arguments.which.clone(), arguments.stream.clone());
-        (written, at) = lines::replay(store, wanted, first..=last, &mut target, (&bar, &stop)).await?;
-        target.commit().await.map(|()| at >= last || !stop.is_asked())
+        let taken;
+        (written, at, taken) = lines::replay(store, wanted, first..=last, &mut target, (&bar, &stop)).await?;
+        match taken {
+            Ok(()) => target.commit().await.map(|()| at >= last || !stop.is_asked()),
+            Err(failure) => Err(failure),
+        }
     } else {
         let mut log = store.log(arguments.which.query(), first..=last).await?;
         let mut pace = Pace::new(arguments.speed);
@@ -218,7 +222,7 @@ pub(crate) async fn run(
             eprintln!("stopped: {events} events {said}, up to position {at}; go on with: {again}");
             return Ok(Verdict::Stopped);
         }
-        Err(Failure::Told(reason)) if matches!(target, Target::Topic(_) | Target::Handler(_)) => {
+        Err(Failure::Told(reason)) if matches!(target, Target::File(_) | Target::Topic(_) | Target::Handler(_)) => {
             let again = arguments.again(again, at, last);
             return Err(Failure::new(format!(
                 "{reason}\n{events} events {said}, up to position {at}; go on with: {again}"
