@@ -145,8 +145,8 @@ impl Sides {
             let what = match topics.exists(topic) {
                 false => format!("there is no such topic, and {messages} messages should be in it"),
                 true => format!(
-                    "it is compacted, so brokers remove all but the last message of each key: {messages} that were sent \
-                     are gone, and whether any was lost cannot be told; set cleanup.policy=delete"
+                    "it is compacted, so brokers remove all but the last message of each key: {messages} messages \
+                     that were sent are gone, and whether any was lost cannot be told; set cleanup.policy=delete"
                 ),
             };
             faults.add(format!("topic {}", topics.name(topic)), what)?;
