@@ -30,6 +30,7 @@ const AHEAD: usize = 1_000;
 /// What was in a topic when it was asked for.
 pub struct Contents {
     partitions: Vec<Range<i64>>,
+    is_compacted: bool,
     deliveries: mpsc::Receiver<Result<Delivery, BusError>>,
 }
 
@@ -37,6 +38,11 @@ impl Contents {
     /// By partition: the offset of the first message that is still there, and the one after the last.
     pub fn partitions(&self) -> &[Range<i64>] {
         &self.partitions
+    }
+
+    /// Whether brokers remove all but the last message of each key, so that any other may be gone.
+    pub fn is_compacted(&self) -> bool {
+        self.is_compacted
     }
 
     /// The next message, in order per partition; `None` at the end.
@@ -47,7 +53,12 @@ impl Contents {
         self.deliveries.recv().await.transpose()
     }
 
-    pub(crate) async fn of(settings: &Settings, cluster: Arc<str>, topic: Arc<str>) -> Result<Self, BusError> {
+    pub(crate) async fn of(
+        settings: &Settings,
+        cluster: Arc<str>,
+        topic: Arc<str>,
+        is_compacted: bool,
+    ) -> Result<Self, BusError> {
         let mut config = settings.consumer();
         // Of each partition, so much is read ahead.
         config.set("queued.max.messages.kbytes", "4096").set("auto.offset.reset", "earliest");
@@ -62,7 +73,7 @@ impl Contents {
         let (sender, deliveries) = mpsc::channel(AHEAD);
         let ranges = partitions.clone();
         tokio::task::spawn_blocking(move || read(&consumer, &ranges, &cluster, &topic, &sender));
-        Ok(Self { partitions, deliveries })
+        Ok(Self { partitions, is_compacted, deliveries })
     }
 }
 

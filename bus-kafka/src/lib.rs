@@ -62,7 +62,8 @@ impl KafkaBus {
         if !self.topics.exists(&topic).await? {
             return Ok(None);
         }
-        Contents::of(&self.settings, self.cluster.clone(), topic).await.map(Some)
+        let is_compacted = self.topics.is_compacted(&topic).await;
+        Contents::of(&self.settings, self.cluster.clone(), topic, is_compacted).await.map(Some)
     }
 }
 

@@ -179,10 +179,19 @@ impl Topics {
 
     /// Who may not read the topic's settings is left with what is usual.
     async fn message_bytes_max(&self, topic: &str) -> usize {
+        let of_topic = self.setting(topic, "max.message.bytes").await.and_then(|bytes| bytes.parse().ok());
+        of_topic.unwrap_or(MESSAGE_BYTES_DEFAULT)
+    }
+
+    /// Whether brokers remove all but the last message of each key; also false for who may not read the topic's settings.
+    pub async fn is_compacted(&self, topic: &str) -> bool {
+        self.setting(topic, "cleanup.policy").await.is_some_and(|policy| policy.contains("compact"))
+    }
+
+    async fn setting(&self, topic: &str, name: &str) -> Option<String> {
         let options = AdminOptions::new().request_timeout(Some(PATIENCE));
         let described = self.admin.describe_configs([&ResourceSpecifier::Topic(topic)], &options).await;
-        let described = described.ok().and_then(|described| described.into_iter().next()?.ok());
-        let of_topic = described.and_then(|settings| settings.get("max.message.bytes")?.value.as_ref()?.parse().ok());
-        of_topic.unwrap_or(MESSAGE_BYTES_DEFAULT)
+        let described = described.ok()?.into_iter().next()?.ok()?;
+        described.get(name)?.value.clone()
     }
 }

@@ -3,14 +3,15 @@
 use std::io::{self, BufRead, IsTerminal, Write};
 
 use clap::Args;
+use tokio::sync::oneshot;
 
-use crate::failure::Failure;
+use crate::{failure::Failure, stop::Stop};
 
 /// What every act takes: it is recorded with who and why.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Act {
     /// Why; it stays in the log.
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", value_parser = reason)]
     pub reason: String,
     /// Who [default: the user who is logged in].
     #[arg(long, value_name = "NAME", env = "ANNALS_OPERATOR")]
@@ -18,6 +19,12 @@ pub(crate) struct Act {
     /// Do not ask before what cannot be undone.
     #[arg(long)]
     yes: bool,
+}
+
+fn reason(text: &str) -> Result<String, &'static str> {
+    Some(text.to_owned())
+        .filter(|text| !text.trim().is_empty())
+        .ok_or("it says nothing, and whoever reads the log will ask why")
 }
 
 impl Act {
@@ -36,14 +43,36 @@ impl Act {
         if !io::stdin().is_terminal() {
             return Err(Failure::new(format!("{question} Nobody is there to be asked: repeat it with --yes")));
         }
-        eprint!("{question} [y/N] ");
-        io::stderr().flush().ok();
-        let mut answer = String::new();
-        let read = io::stdin().lock().read_line(&mut answer);
-        read.map_err(|error| Failure::new(format!("the answer could not be read: {error}")))?;
-        match answer.trim() {
-            "y" | "Y" | "yes" => Ok(()),
-            _ => Err(Failure::new("nothing was done")),
+        ask(question)
+    }
+
+    /// Likewise, where Ctrl-C is heard by `stop`; `None` if it was pressed and nobody has answered.
+    pub async fn confirm_unless(&self, stop: &Stop, question: &str) -> Option<Result<(), Failure>> {
+        if self.yes || !io::stdin().is_terminal() {
+            return Some(self.confirm(question));
         }
+        let (answered, answer) = oneshot::channel();
+        let question = question.to_owned();
+        // A thread of its own, which nothing waits for: it ends with the process.
+        std::thread::spawn(move || answered.send(ask(&question)));
+        tokio::select! {
+            answer = answer => Some(answer.unwrap_or_else(|_| Err(Failure::new("nothing was done")))),
+            () = stop.asked() => {
+                eprintln!();
+                None
+            }
+        }
+    }
+}
+
+fn ask(question: &str) -> Result<(), Failure> {
+    eprint!("{question} [y/N] ");
+    io::stderr().flush().ok();
+    let mut answer = String::new();
+    let read = io::stdin().lock().read_line(&mut answer);
+    read.map_err(|error| Failure::new(format!("the answer could not be read: {error}")))?;
+    match answer.trim() {
+        "y" | "Y" | "yes" => Ok(()),
+        _ => Err(Failure::new("nothing was done")),
     }
 }

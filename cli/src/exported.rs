@@ -56,6 +56,12 @@ pub(crate) struct Archived {
     pub categories: Vec<String>,
     /// Before which their last events were recorded.
     pub quiet_before: DateTime<Utc>,
+    /// How many.
+    #[serde(default)]
+    pub streams: usize,
+    /// Of all their names: whoever goes on has to find the same ones.
+    #[serde(default)]
+    pub blake3: String,
 }
 
 /// The end of a section.

@@ -12,6 +12,7 @@
 //! With [`Ops::events`] and [`Ops::saga`] it also knows what the service's events and sagas are, for `check-history`; with
 //! [`Ops::read_model`] how its views are built, for `read-model`.
 
+mod again;
 mod arguments;
 mod commands;
 mod confirm;
@@ -32,6 +33,7 @@ use std::{ffi::OsString, pin::Pin, process::ExitCode};
 use clap::{CommandFactory, FromArgMatches};
 
 use crate::{
+    again::Again,
     arguments::{Arguments, Command, Common},
     commands::{
         archive, check_history, completions, dead_letters, export, import, migrate, read, read_model, replay, saga,
@@ -105,15 +107,15 @@ impl Ops {
     }
 
     async fn run_here(self, words: Vec<OsString>) -> ExitCode {
-        let arguments = match self.arguments(words) {
-            Ok(arguments) => arguments,
+        let (arguments, again) = match self.arguments(words) {
+            Ok(read) => read,
             Err(error) => {
                 // Help goes to standard output, which may be closed.
                 error.print().ok();
                 return if error.use_stderr() { COULD_NOT.into() } else { ExitCode::SUCCESS };
             }
         };
-        match self.carry_out(arguments).await {
+        match self.carry_out(arguments, &again).await {
             Ok(Verdict::Fine) | Err(Failure::OutputClosed) => ExitCode::SUCCESS,
             Ok(Verdict::Fault) => FOUND_A_FAULT.into(),
             Ok(Verdict::Stopped) => STOPPED.into(),
@@ -129,12 +131,16 @@ impl Ops {
         Arguments::command().name(self.name).bin_name(self.name).no_binary_name(true)
     }
 
-    fn arguments(&self, words: impl IntoIterator<Item = OsString>) -> Result<Arguments, clap::Error> {
-        let matches = self.command().try_get_matches_from(words);
-        matches.and_then(|matches| Arguments::from_arg_matches(&matches)).map_err(quoted::without_passwords)
+    fn arguments(&self, words: impl IntoIterator<Item = OsString>) -> Result<(Arguments, Again), clap::Error> {
+        let read = self.command().try_get_matches_from(words).and_then(|matches| {
+            let arguments = Arguments::from_arg_matches(&matches)?;
+            let again = Again::of(self.name, &matches, &arguments.common);
+            Ok((arguments, again))
+        });
+        read.map_err(quoted::without_passwords)
     }
 
-    async fn carry_out(&self, arguments: Arguments) -> Result<Verdict, Failure> {
+    async fn carry_out(&self, arguments: Arguments, again: &Again) -> Result<Verdict, Failure> {
         let Arguments { common, command } = arguments;
         let mut output = Output::new(common.json);
         match command {
@@ -162,11 +168,11 @@ impl Ops {
             Command::Saga(arguments) => saga::run(arguments, &store, &mut output).await,
             Command::DeadLetters(arguments) => dead_letters::run(arguments, &store, &mut output).await,
             Command::Subscription(arguments) => subscription::run(arguments, &store, &mut output).await,
-            Command::Replay(arguments) => replay::run(*arguments, &store, &self.domain, self.name, &mut output).await,
+            Command::Replay(arguments) => replay::run(*arguments, &store, &self.domain, again, &mut output).await,
             Command::ReadModel(arguments) => read_model::run(arguments, &store, &self.domain, &mut output).await,
-            Command::Export(arguments) => export::run(arguments, &store, &mut output).await,
-            Command::Archive(arguments) => archive::run(arguments, &store, &mut output).await,
-            Command::Import(arguments) => import::run(arguments, &store, &mut output).await,
+            Command::Export(arguments) => export::run(arguments, &store, again, &mut output).await,
+            Command::Archive(arguments) => archive::run(arguments, &store, again, &mut output).await,
+            Command::Import(arguments) => import::run(arguments, &store, again, &mut output).await,
             Command::Verify(arguments) => verify::run(arguments, &store, &mut output).await,
             Command::Trace(arguments) => trace::run(arguments, &store, &mut output).await,
             Command::Migrate(_) | Command::CheckHistory(_) | Command::Completions(_) => Ok(Verdict::Fine),

@@ -51,7 +51,7 @@ impl Output {
             return items.iter().try_for_each(|item| self.value(item));
         }
         let rows: Vec<Vec<String>> =
-            items.iter().map(|item| row(item).iter().map(|cell| shown(cell).into_owned()).collect()).collect();
+            items.iter().map(|item| row(item).iter().map(|cell| one_line(cell)).collect()).collect();
         let mut table = Table::new();
         table.load_style(presets::NOTHING).set_header(headings).add_rows(rows.clone());
         // What goes to a file or through a pipe has any width; each cell has a blank on both sides.
@@ -75,6 +75,25 @@ impl Output {
         self.line("")
     }
 
+    /// A line beside a margin. On a terminal that is too narrow for it, it goes on below, between words; what is there to be
+    /// copied stays whole.
+    pub fn beside(&mut self, margin: &str, text: &str) -> Result<(), Failure> {
+        let room = if io::stdout().is_terminal() { Table::new().width() } else { None };
+        let room = room.map_or(usize::MAX, |width| usize::from(width).saturating_sub(margin.chars().count()));
+        let (mut margin, mut line) = (margin.to_owned(), String::new());
+        for word in text.split(' ') {
+            if !line.is_empty() && line.chars().count() + 1 + word.chars().count() > room {
+                self.line(&format!("{margin}{line}"))?;
+                margin = " ".repeat(margin.chars().count());
+                line.clear();
+            } else if !line.is_empty() {
+                line.push(' ');
+            }
+            line.push_str(word);
+        }
+        self.line(&format!("{margin}{line}"))
+    }
+
     /// So that whoever waits for a line gets it now.
     pub fn flush(&mut self) -> Result<(), Failure> {
         self.stdout.flush()?;
@@ -89,6 +108,11 @@ pub(crate) fn shown(text: &str) -> Cow<'_, str> {
         return text.into();
     }
     text.chars().map(|c| if harmless(c) { c } else { '\u{fffd}' }).collect::<String>().into()
+}
+
+/// Likewise on one line: what is in a cell of a table must not look like a row.
+pub(crate) fn one_line(text: &str) -> String {
+    shown(text).chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 /// The start of a text on one line.
@@ -128,5 +152,6 @@ mod tests {
     fn a_terminal_is_told_nothing_by_what_is_stored() {
         assert_eq!(shown("a\x1b[2Jb\n\tü"), "a\u{fffd}[2Jb\n\tü");
         assert_eq!(short("one\ntwo three", 9), "one two …");
+        assert_eq!(one_line("a\x1b[2Jb\n\tü"), "a\u{fffd}[2Jb  ü");
     }
 }

@@ -11,10 +11,11 @@ use annals::{
     Publisher, Runtime, Service, StreamId, Work, bus::Outgoing, relay::Relayed,
 };
 use annals_kafka::{KafkaBus, Settings};
+use annals_postgres::PostgresStore;
 use annals_sqlite::SqliteStore;
 use annals_tests::kafka::{Broker, brokers};
 use async_trait::async_trait;
-use sqlx::{Connection, SqliteConnection, sqlite::SqliteConnectOptions};
+use sqlx::{Connection, PgConnection, SqliteConnection, sqlite::SqliteConnectOptions};
 use uuid::Uuid;
 
 use topic::Record;
@@ -390,4 +391,74 @@ async fn what_retention_has_removed_is_counted_and_no_fault() {
         gone.contains("0 messages in 1 topics held against the log; 0 sent again, 6 removed by retention"),
         "{gone}"
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_compaction_has_removed_is_one_fault_of_the_topic() {
+    let (place, service) = (Place::empty(), format!("s{}", Uuid::new_v4().simple()));
+    let path = things(&place, 6).await;
+    relayed(&path, &service, 6).await;
+    let topic = format!("{service}.events");
+    topic::make_compacted(&brokers(), &topic).await;
+    let made = messages(&path, &service).await;
+    // What is left of a stream once its topic is compacted.
+    bus(&brokers()).await.publish(made[4..].to_vec()).await.unwrap().await.unwrap();
+    let kafka = format!("kafka://{}", brokers());
+    let found = annals(&path, &["verify", "--bus", &kafka]);
+    assert_eq!(found.code, 1, "{found:?}");
+    let lines: Vec<_> = found.out.lines().collect();
+    let said = format!(
+        "topic {topic}: it is compacted, so brokers remove all but the last message of each key: 4 messages that were sent are gone"
+    );
+    assert!(lines[0].starts_with(&said) && lines[1].ends_with(": 1 fault"), "{lines:#?}");
+    assert!(lines[2].starts_with("2 messages in 1 topics held against the log"), "{lines:#?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_postgresql_store_is_replayed_to_a_topic_and_held_against_it() {
+    let (schema, broker) = (format!("cli_{}", Uuid::new_v4().simple()), Broker::start());
+    let database = std::env::var("DATABASE_URL").expect("DATABASE_URL is not set: run the tests by ./test");
+    let kafka = format!("kafka://{}", broker.address());
+    let settings = annals_postgres::Settings { schema: schema.clone(), connections: 6 };
+    let store = PostgresStore::connect(&database, settings).await.unwrap();
+    travel_on(Arc::new(store.clone()), &TRIPS, bus(&broker.address()).await).await;
+    store.close().await.unwrap();
+    let annals = |words: &[&str]| {
+        let mut command = command(words);
+        command.env("ANNALS_STORE", &database).env("ANNALS_SCHEMA", &schema);
+        ended(command)
+    };
+    let held = || annals(&["verify", "--bus", &kafka, "--json"]).json().remove(0)["topics"].clone();
+    let sent = topic::all(&broker.address(), "agency.events");
+    let commands = topic::all(&broker.address(), "agency.commands").len();
+    assert_eq!((held()["messages"].clone(), sent.len()), ((sent.len() + commands).into(), TRIPS.len()));
+
+    let replay = ["replay", "--category", "trip", "--bus", &kafka, "--service", "agency"];
+    assert!(annals(&[&replay[..], &["--dry-run"]].concat()).fine().starts_with("5 events would be replayed"));
+    assert!(annals(&replay).fine().starts_with("5 events replayed"));
+    let both = topic::all(&broker.address(), "agency.events");
+    let twice: Vec<_> = sent.iter().chain(&sent).map(|record| Record { offset: 0, ..record.clone() }).collect();
+    let sorted = |mut records: Vec<Record>| {
+        records.iter_mut().for_each(|record| record.offset = 0);
+        records.sort();
+        records
+    };
+    assert_eq!(sorted(both), sorted(twice), "the same ids, keys, bytes and headers, its lane included");
+    assert_eq!(held()["repeated"], 5);
+    assert!(annals(&[&replay[..], &["--topic", "trips.again"]].concat()).fine().starts_with("5 events replayed"));
+    assert_eq!(topic::size(&broker.address(), "trips.again"), 5);
+
+    // Somebody with all rights changes what was sent.
+    let mut connection = PgConnection::connect(&database).await.unwrap();
+    let change = format!(
+        "ALTER TABLE {schema}.events DISABLE TRIGGER ALL; \
+         UPDATE {schema}.events SET data = '{{\"Ordered\":null}}' WHERE stream_id = 'trip-fine-1'"
+    );
+    sqlx::raw_sql(sqlx::AssertSqlSafe(change)).execute(&mut connection).await.unwrap();
+    let found = annals(&["verify", "--bus", &kafka]);
+    assert_eq!(found.code, 1, "{found:?}");
+    let changed = found.out.lines().filter(|line| line.contains("the payload is not what the log says at position"));
+    assert_eq!(changed.count(), 2, "the message and its repetition: {found:?}");
+    let drop = format!("DROP SCHEMA {schema} CASCADE");
+    sqlx::raw_sql(sqlx::AssertSqlSafe(drop)).execute(&mut connection).await.unwrap();
 }

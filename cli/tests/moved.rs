@@ -268,3 +268,104 @@ async fn finished_streams_are_archived_and_read_from_the_file() {
     let refused = place.annals(&["read", "trip-fine-1", "--archive", plain.to_str().unwrap()]).refused();
     assert!(refused.contains("its checksum is wrong"), "{refused}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_archive_that_was_broken_off_goes_on_with_the_streams_it_was_begun_with() {
+    let place = Place::empty();
+    let source = many(&place).await;
+    let store = SqliteStore::open(&source).await.unwrap();
+    store.commit(commit("thing-other", 0, 7_000)).await.unwrap();
+    store.close().await.unwrap();
+    let read = |file: &Path| {
+        let words = ["read", "thing-other", "--archive", file.to_str().unwrap(), "--json"];
+        annals(&place.file("nowhere.db"), &words).fine()
+    };
+    for name in ["plain.ndjson", "packed.ndjson.zst"] {
+        let whole = place.file(name);
+        let file = whole.to_str().unwrap();
+        annals(&source, &["archive", file, "--category", "thing", "--quiet-for", "0s"]).fine();
+        assert!(annals(&source, &["archive", file, "--resume"]).refused().contains("is complete"));
+        assert!(
+            annals(&source, &["archive", file, "--resume", "--category", "thing"]).refused().contains("cannot be used")
+        );
+        let bytes = fs::read(&whole).unwrap();
+        for share in [1, 30, 60, 99] {
+            let part = place.file(&format!("{share}.{name}"));
+            fs::write(&part, &bytes[..bytes.len() * share / 100]).unwrap();
+            let done = &annals(&source, &["archive", part.to_str().unwrap(), "--resume", "--json"]).json()[0];
+            assert_eq!((&done["events"], &done["streams"]), (&(MANY + 7_000).into(), &2.into()), "{share} % of {name}");
+            assert_eq!(read(&part), read(&whole));
+        }
+        fs::write(place.file(&format!("half.{name}")), &bytes[..bytes.len() / 2]).unwrap();
+    }
+    let half = place.file("half.plain.ndjson");
+    let go_on = ["archive", half.to_str().unwrap(), "--resume"];
+    let export = annals(&source, &["export", half.to_str().unwrap(), "--resume"]).refused();
+    assert!(export.contains("is an archive, not an export: `archive --resume` goes on with it"), "{export}");
+    // A stream comes to life again: of it the file would have the first half.
+    let store = SqliteStore::open(&source).await.unwrap();
+    store.commit(commit("thing-other", 7_000, 1)).await.unwrap();
+    store.close().await.unwrap();
+    let refused = annals(&source, &go_on).refused();
+    assert!(
+        refused.contains("was begun with 2 finished streams, and of these not all are finished any more"),
+        "{refused}"
+    );
+}
+
+/// What is typed to go on is the whole command, with the store that was typed.
+#[cfg(unix)]
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_printed_to_go_on_names_the_store_that_was_typed() {
+    let place = Place::empty();
+    let source = many(&place).await;
+    let file = place.file("it's slow.ndjson");
+    // Two events, an hour apart.
+    let options = SqliteConnectOptions::new().filename(&source);
+    let mut connection = SqliteConnection::connect_with(&options).await.unwrap();
+    let later = "INSERT INTO events SELECT position + 1, 'thing-late', 1, lower(hex(randomblob(16))), type, schema_version, data, \
+                 metadata, recorded_at + 3600000000 FROM events ORDER BY position DESC LIMIT 1";
+    sqlx::raw_sql(later).execute(&mut connection).await.unwrap();
+    connection.close().await.unwrap();
+    let mut slow = command(&["replay", "--speed", "1x", "--from", "12000", "--output", file.to_str().unwrap()]);
+    let running = slow.args(["--store", &url(&source)]).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    travel::until("it has begun", async || file.exists()).await;
+    let sent = std::process::Command::new("kill").args(["-INT", &running.id().to_string()]).status().unwrap();
+    assert!(sent.success());
+    let stopped = Ended::from(running.wait_with_output().unwrap());
+    let (_, go_on) = stopped.err.trim().split_once("go on with: annals ").unwrap_or_else(|| panic!("{stopped:?}"));
+    // As a shell takes it.
+    let script = format!("{} {}", env!("CARGO_BIN_EXE_annals"), go_on.replace("--speed 1x", "--speed 1000000x"));
+    let mut shell = std::process::Command::new("sh");
+    shell.args(["-c", &script]).env_remove("ANNALS_STORE");
+    ended(shell).fine();
+    let text = fs::read_to_string(&file).unwrap();
+    assert_eq!(text.lines().count(), 2, "{stopped:?}: {text}");
+}
+
+#[cfg(unix)]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replay_to_a_disk_that_is_full_leaves_whole_lines_and_goes_on() {
+    let place = Place::empty();
+    let source = many(&place).await;
+    let file = place.file("full.ndjson");
+    let annals_command = env!("CARGO_BIN_EXE_annals");
+    let run = |limit: &str, words: &str| {
+        let mut shell = std::process::Command::new("sh");
+        // A file that may not grow is as good as a disk that is full.
+        shell.args(["-c", &format!("{limit} {annals_command} {words}")]).env("ANNALS_STORE", url(&source));
+        ended(shell)
+    };
+    let words = format!("replay --output {}", file.display());
+    let full = run("trap '' XFSZ; ulimit -f 2000;", &words);
+    assert_eq!(full.code, 2, "{full:?}");
+    let written = fs::read_to_string(&file).unwrap();
+    assert!(written.ends_with('\n') && written.lines().count() > 100, "{} bytes", written.len());
+    let (said, go_on) = full.err.trim().split_once("go on with: annals ").unwrap_or_else(|| panic!("{full:?}"));
+    assert!(said.contains("cannot be written: ") && said.contains(" events replayed, up to position "), "{said}");
+    run("", go_on).fine();
+    assert!(
+        fs::read_to_string(&file).unwrap() == annals(&source, &["replay"]).fine(),
+        "it did not go on where it ended"
+    );
+}

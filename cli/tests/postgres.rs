@@ -1,6 +1,10 @@
 //! The command on PostgreSQL. Run by `./test`, which starts a server.
 #![allow(clippy::unwrap_used)]
 
+#[cfg(unix)]
+#[allow(dead_code)]
+#[path = "../../tests/tests/postgres/server.rs"]
+mod server;
 mod travel;
 
 use std::sync::Arc;
@@ -235,4 +239,69 @@ async fn an_operator_repairs_and_writes_nothing_else() {
     store.close().await.unwrap();
     schema.sql(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
     schema.drop().await;
+}
+
+#[cfg(unix)]
+async fn order(database: &str, trip: &str) {
+    let store = PostgresStore::connect(database, Settings::default()).await.unwrap();
+    let trips = annals::Repository::<travel::Trip>::new(Arc::new(store.clone()));
+    let ordered = travel::TripEvent::Ordered { trip_id: trip.to_owned(), price: 1 };
+    trips.execute(trip, ordered, Uuid::new_v4()).await.unwrap();
+    store.close().await.unwrap();
+}
+
+#[cfg(unix)]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tail_goes_on_after_the_server_was_away() {
+    use std::io::{BufRead, BufReader};
+
+    let mut server = server::Server::start().await;
+    order(&server.url(), "before").await;
+    let mut tail = command(&["tail", "--from", "0", "--count", "3", "--json"]);
+    tail.env("ANNALS_STORE", server.url()).stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+    let mut tail = tail.spawn().unwrap();
+    let mut shown = BufReader::new(tail.stdout.take().unwrap()).lines();
+    let mut said = BufReader::new(tail.stderr.take().unwrap()).lines();
+    let mut next = || shown.next().unwrap().unwrap();
+    assert!(next().contains("\"stream\":\"trip-before\""));
+    server.kill();
+    let trouble = said.next().unwrap().unwrap();
+    assert!(trouble.ends_with("; trying again"), "{trouble}");
+    server.resume().await;
+    order(&server.url(), "after-1").await;
+    order(&server.url(), "after-2").await;
+    assert!(next().contains("\"stream\":\"trip-after-1\"") && next().contains("\"stream\":\"trip-after-2\""));
+    assert!(tail.wait().unwrap().success());
+}
+
+#[cfg(unix)]
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_asked_for_wrongly_is_told_without_the_password() {
+    let server = server::Server::start().await;
+    let mut connection = PgConnection::connect(&server.url()).await.unwrap();
+    let hba: String = sqlx::query_scalar("SHOW hba_file").fetch_one(&mut connection).await.unwrap();
+    std::fs::write(hba, "host all postgres all trust\nhost all all all scram-sha-256\n").unwrap();
+    let role = "CREATE ROLE shop LOGIN SUPERUSER PASSWORD 'right'; SELECT pg_reload_conf()";
+    sqlx::raw_sql(role).execute(&mut connection).await.unwrap();
+    let (_, host) = server.url().rsplit_once('@').map(|(before, host)| (before.to_owned(), host.to_owned())).unwrap();
+    let annals = |password: &str, host: &str, words: &[&str]| {
+        let url = format!("postgres://shop:{password}@{host}");
+        ended(command(&[words, &["--store", &url]].concat()))
+    };
+    travel::until("the server asks for passwords", async || annals("wrong", &host, &["migrate"]).code == 2).await;
+    let made = annals("right", &host, &["migrate"]).fine();
+    assert!(made.ends_with(": created\n") && !made.contains("right"), "{made}");
+    for (password, host, words, said) in [
+        ("wrong-one", &*host, &["streams"][..], "password authentication failed for user"),
+        ("right", &*host.replace("/postgres", "/nowhere"), &["streams"], "database \"nowhere\" does not exist"),
+        ("right", "127.0.0.1:1/postgres", &["streams"], "the database cannot"),
+        ("right", &*host, &["streams", "--schema", "nowhere"], "there is no such store; `migrate` creates one"),
+        ("right", &*host, &["read", "trip-nowhere"], "there is no stream trip-nowhere"),
+        ("right", &*host, &["saga", "nobody"], "there are no sagas in this store"),
+        ("right", &*host, &["export", "/nowhere/file"], "/nowhere/file cannot be written"),
+        ("right", &*host, &["import", "/nowhere/file"], "/nowhere/file cannot be read"),
+    ] {
+        let refused = annals(password, host, words).refused();
+        assert!(refused.contains(said) && !refused.contains(&format!(":{password}")), "{words:?}: {refused}");
+    }
 }

@@ -5,9 +5,10 @@ mod travel;
 
 use std::{sync::Arc, time::Duration};
 
-use annals::{EventStore, saga::Status};
+use annals::{EventStore, Group, LocalBus, Repository, Runtime, Service, saga::Status};
+use uuid::Uuid;
 
-use travel::{Place, agency, sagas, until};
+use travel::{Brochure, Place, Trip, TripEvent, agency, sagas, until};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn parked_messages_are_shown_tried_again_and_dropped() {
@@ -124,20 +125,70 @@ async fn a_subscription_is_paused_resumed_and_reset() {
     assert_eq!(lag().0, 0);
     let recent = ["subscription", "brochure", "reset", "--to", "1h", "--reason", "an hour ago", "--yes"];
     assert!(place.annals(&recent).fine().contains("goes on after position 0"));
+    let unexplained = place.annals(&["subscription", "brochure", "pause", "--reason", " "]).refused();
+    assert!(unexplained.contains("whoever reads the log will ask why"), "{unexplained}");
     let pause = |verb: &str| place.annals(&["subscription", "brochure", verb, "--reason", "r"]);
     assert_eq!(pause("pause").fine(), "brochure: paused\n");
     assert!(pause("pause").refused().contains("is paused already"));
     assert_eq!(lag().1, "an operator: it is paused");
     assert_eq!(pause("resume").fine(), "brochure: goes on\n");
     for (name, to, said) in [
-        ("agency.commands", "beginning", "follows a topic of the bus"),
+        (
+            "agency.commands",
+            "beginning",
+            "agency.commands consumes agency.commands, and does not follow the log: what it",
+        ),
         ("nobody", "beginning", "there is no subscription nobody"),
         ("brochure", "999999", "is after the last one of the log"),
+        ("brochure", "-5", "there is no position -5: the beginning is 0"),
         ("brochure", "soon", "--to is a position"),
     ] {
-        let refused = place.annals(&["subscription", name, "reset", "--to", to, "--reason", "r", "--yes"]).refused();
+        let refused =
+            place.annals(&["subscription", name, "reset", &format!("--to={to}"), "--reason", "r", "--yes"]).refused();
         assert!(refused.contains(said), "{refused}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_group_consumes_is_held_up_elsewhere_and_tried_again_here() {
+    let place = Place::empty();
+    let store: Arc<dyn EventStore> = Arc::new(place.open().await);
+    let run = async |repaired: bool| {
+        let group = Group::new("post.trips", &["agency.events"], Brochure { repaired });
+        let agency = Service::new("agency", store.clone()).publish(&["trip"]);
+        let post = Service::new("post", store.clone()).consume(group);
+        let mut runtime = Runtime::new();
+        runtime.start(vec![agency, post], Arc::new(LocalBus::default())).await.unwrap();
+        runtime
+    };
+    let attempts = async || {
+        let letters = annals::DeadLetters::new(store.clone()).list("post.trips").await.unwrap();
+        letters.first().map(|letter| letter.parked.attempts)
+    };
+    let running = run(false).await;
+    let order = TripEvent::Ordered { trip_id: "odd-7".into(), price: 1 };
+    Repository::<Trip>::new(store.clone()).execute("odd-7", order, Uuid::new_v4()).await.unwrap();
+    until("it is parked", async || attempts().await.is_some()).await;
+    running.drain(Duration::from_secs(30)).await.unwrap();
+    let rows = place.annals(&["subscriptions", "--sample", "0s", "--json"]).json();
+    let row = rows.iter().find(|row| row["subscription"] == "post.trips").unwrap();
+    assert_eq!((&row["waits_for"], &row["lag"]), (&"1 parked: see dead-letters".into(), &serde_json::Value::Null));
+    for (verb, instead) in [
+        (&["pause"][..], "`subscription SERVICE.relay pause`, on the store of the service that sends"),
+        (&["resume"], "a service that is stopped goes on from its offsets"),
+        (&["reset", "--to", "beginning", "--yes"], "`dead-letters redrive` has it try again what it could not handle"),
+    ] {
+        let refused = place.annals(&[&["subscription", "post.trips"], verb, &["--reason", "r"]].concat()).refused();
+        let said = "post.trips consumes agency.events, and does not follow the log: ";
+        assert!(refused.contains(said) && refused.contains(instead), "{refused}");
+    }
+    let redrive = ["dead-letters", "redrive", "post.trips", "trip-odd-7", "--reason", "mended"];
+    assert_eq!(place.annals(&redrive).fine(), "trip-odd-7: 1 message is to be tried again\n");
+    let running = run(true).await;
+    until("it is handled", async || attempts().await.is_none()).await;
+    running.drain(Duration::from_secs(30)).await.unwrap();
+    let acts = place.annals(&["read", "operator-post.trips", "--json"]).json();
+    assert_eq!((&acts[0]["type"], acts.len()), (&"operator.redriven".into(), 1), "{acts:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

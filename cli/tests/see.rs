@@ -11,6 +11,7 @@ use std::{
 use annals::EventStore;
 use annals::{Repository, StreamId, Version};
 use serde_json::Value;
+use sqlx::{Connection, SqliteConnection, sqlite::SqliteConnectOptions};
 use uuid::Uuid;
 
 use travel::{Place, TRIPS, Trip, TripEvent, command, ended, url};
@@ -131,7 +132,35 @@ async fn a_tail_shows_what_is_recorded_while_it_looks() {
     let line = BufReader::new(tail.stdout.take().unwrap()).lines().next().unwrap().unwrap();
     assert!(line.contains("trip.ordered  trip-late v1"), "{line}");
     assert!(tail.wait().unwrap().success());
+    assert_eq!(place.annals(&["tail", "--count", "0"]).fine(), "", "it waits for nothing");
     assert!(place.annals(&["tail", "--where", "$[?"]).refused().contains("no JSONPath"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_of_any_kind_are_shown_on_a_line_and_found_again() {
+    let place = Place::with_trips().await;
+    let store = std::sync::Arc::new(place.open().await);
+    let trips = Repository::<Trip>::new(store.clone());
+    let names = ["it's \"quoted\"", "new\nline v9", "🚂", "a'b; DROP TABLE events"];
+    for name in names.iter().filter(|name| !name.contains('\n')) {
+        let order = TripEvent::Ordered { trip_id: "x".into(), price: 1 };
+        trips.execute(name, order, Uuid::new_v4()).await.unwrap();
+    }
+    // A store takes no line breaks; whoever writes to it by SQL may.
+    let options = SqliteConnectOptions::new().filename(place.file("travel.db"));
+    let mut connection = SqliteConnection::connect_with(&options).await.unwrap();
+    let broken = "INSERT INTO events SELECT (SELECT max(position) + 1 FROM events), 'trip-new' || char(10) || 'line v9', 1, \
+                  lower(hex(randomblob(16))), type, 1, data, metadata, recorded_at FROM events WHERE position = 1";
+    sqlx::raw_sql(broken).execute(&mut connection).await.unwrap();
+    let table = place.annals(&["streams", "--category", "trip"]).fine();
+    assert_eq!(table.lines().count(), 1 + TRIPS.len() + names.len(), "{table}");
+    for name in names {
+        let stream = format!("trip-{name}");
+        assert_eq!(place.annals(&["read", &stream, "--json"]).json()[0]["stream"], *stream);
+        let text = place.annals(&["read", &stream]).fine();
+        assert!(text.lines().next().unwrap().contains(" v1  position "), "{text}");
+        assert_eq!(place.annals(&["replay", "--stream", &stream]).fine().lines().count(), 1);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

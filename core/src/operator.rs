@@ -1,6 +1,9 @@
 //! What operators do. Every act is one commit with the event that says who did it, when and why.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use chrono::Utc;
 use serde_json::value::RawValue;
@@ -102,6 +105,15 @@ pub enum OperatorError {
     /// It does not apply.
     #[error("{0}")]
     Illegal(String),
+    /// What is named consumes topics of the bus, as a group: there is no place in the log that it could be moved to, and it is
+    /// held up where its messages come from.
+    #[error("{group} consumes {}, and does not follow the log", topics.join(", "))]
+    OfBus {
+        /// Its name.
+        group: String,
+        /// What it has offsets of.
+        topics: Vec<String>,
+    },
     /// The store did not take it, or does not say whether it did.
     #[error(transparent)]
     Commit(#[from] CommitError),
@@ -165,6 +177,9 @@ impl Operator {
     /// has done already stays done, and its handler sees again what lies after the position.
     pub async fn reset(&self, subscription: &str, to: Position, reason: &str) -> Result<(), OperatorError> {
         let head = self.store.status().await?.head;
+        if to < Position::START {
+            return Err(OperatorError::Illegal(format!("there is no position {to}: the beginning is 0")));
+        }
         if to > head {
             return Err(OperatorError::Illegal(format!("position {to} is after the last one of the log, {head}")));
         }
@@ -251,7 +266,7 @@ impl Operator {
 
     /// The checkpoints of a subscription of the log.
     async fn lanes(&self, subscription: &str) -> Result<Vec<(Document, Checkpoint)>, OperatorError> {
-        let mut lanes = Vec::new();
+        let (mut lanes, mut topics) = (Vec::new(), BTreeSet::new());
         let prefix = format!("{subscription}/");
         let mut after: Arc<str> = prefix.as_str().into();
         loop {
@@ -262,13 +277,18 @@ impl Operator {
             for document in page.iter().filter(of_it) {
                 let checkpoint: Checkpoint = serde_json::from_str(&document.body)
                     .map_err(|error| StoreError::Corrupt(format!("document {}: {error}", document.key)))?;
-                if checkpoint.incarnation.is_some() {
-                    return Err(OperatorError::Illegal(format!(
-                        "{subscription} follows a topic of the bus, not the log: its offsets are not moved by hand"
-                    )));
+                match checkpoint.incarnation {
+                    Some(_) => {
+                        let partition = &document.key.id[prefix.len()..];
+                        topics.insert(partition.split_once('/').map_or(partition, |(topic, _)| topic).to_owned());
+                    }
+                    None => lanes.push((document.clone(), checkpoint)),
                 }
-                lanes.push((document.clone(), checkpoint));
             }
+        }
+        if !topics.is_empty() {
+            let topics = topics.into_iter().collect();
+            return Err(OperatorError::OfBus { group: subscription.to_owned(), topics });
         }
         if lanes.is_empty() {
             return Err(OperatorError::Illegal(format!("there is no subscription {subscription}")));

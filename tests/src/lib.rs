@@ -8,4 +8,6 @@ pub mod faulty;
 pub mod kafka;
 pub mod store;
 pub mod tally;
+#[cfg(unix)]
+pub mod terminal;
 pub mod trip;

@@ -11,6 +11,7 @@ use uuid::Uuid;
 
 use super::import::IMPORT;
 use crate::{
+    again::Again,
     event::Lines,
     exported::{FORMAT, Header, Section, Writer},
     failure::{Failure, Verdict},
@@ -50,7 +51,12 @@ struct Exported {
     contents: Section,
 }
 
-pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
+pub(crate) async fn run(
+    arguments: Arguments,
+    store: &Store,
+    again: &Again,
+    output: &mut Output,
+) -> Result<Verdict, Failure> {
     let path = arguments.file.as_path();
     let broken = |error: io::Error| Failure::new(format!("{} cannot be written: {error}", path.display()));
     let (mut writer, header) = match arguments.resume {
@@ -72,7 +78,10 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
         }
     };
     if header.archive.is_some() {
-        return Err(Failure::new(format!("{} is an archive, not an export", path.display())));
+        return Err(Failure::new(format!(
+            "{} is an archive, not an export: `archive --resume` goes on with it",
+            path.display()
+        )));
     }
     if header.store != store.url.to_string() {
         return Err(Failure::new(format!(
@@ -85,8 +94,8 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
     let stop = Stop::on_ctrl_c();
     let stopped = |writer: &mut Writer| {
         writer.section(false).map_err(broken)?;
-        let path = path.display();
-        eprintln!("stopped after position {}; go on with: export {path} --resume", grouped(writer.so_far().position));
+        let again = again.command(["export", &*path.to_string_lossy(), "--resume"]);
+        eprintln!("stopped after position {}; go on with: {again}", grouped(writer.so_far().position));
         Ok(Verdict::Stopped)
     };
     if writer.so_far().until.is_none() {

@@ -9,6 +9,7 @@ use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use crate::{
+    again::Again,
     exported::{Reader, Section, Step},
     failure::{Failure, Verdict},
     output::{Output, grouped},
@@ -48,7 +49,12 @@ pub(crate) struct Progress {
     pub contents: Section,
 }
 
-pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
+pub(crate) async fn run(
+    arguments: Arguments,
+    store: &Store,
+    again: &Again,
+    output: &mut Output,
+) -> Result<Verdict, Failure> {
     let path = arguments.file.display();
     let archive = store.port();
     let reader = Reader::open(&arguments.file)?;
@@ -87,7 +93,8 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
         last = Some(section);
         if !complete && stop.is_asked() {
             bar.finish_and_clear();
-            eprintln!("stopped after {} events; go on with: import {path}", grouped(events as i64));
+            let again = again.command(["import", &*arguments.file.to_string_lossy()]);
+            eprintln!("stopped after {} events; go on with: {again}", grouped(events as i64));
             return Ok(Verdict::Stopped);
         }
     }

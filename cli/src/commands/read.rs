@@ -11,7 +11,7 @@ use crate::{
     exported::{Reader, Step},
     failure::{Failure, Verdict},
     moment::{self, Moment},
-    output::{Output, shown},
+    output::{Output, one_line, shown},
     store::Store,
 };
 
@@ -129,7 +129,7 @@ pub(crate) fn show(event: &Recorded, output: &mut Output) -> Result<(), Failure>
         write_line(&event.into(), false, &mut line);
         return output.lines(&line);
     }
-    output.line(&shown(&format!(
+    output.line(&one_line(&format!(
         "{} {}  {} v{}  position {}",
         moment::time(event.recorded_at),
         event.type_name,

@@ -135,7 +135,13 @@ pub(crate) async fn run(
         (Err(_), _) | (_, None) => None,
         (Ok(_), Some((act, by))) => {
             output.flush()?;
-            Some(act.confirm(&format!("Swap the live views of {}?", arguments.name)).map(|()| (act, by)))
+            let question = format!("Swap the live views of {}?", arguments.name);
+            let Some(agreed) = act.confirm_unless(&stop, &question).await else {
+                built.discard().await?;
+                eprintln!("stopped: the live views are as they were");
+                return Ok(Verdict::Stopped);
+            };
+            Some(agreed.map(|()| (act, by)))
         }
     };
     match agreed {

@@ -16,6 +16,7 @@ use futures::TryStreamExt;
 use self::{rerun::Rerun, target::Target, topic::Topic};
 use super::tail::Which;
 use crate::{
+    again::Again,
     domain::Domain,
     failure::{Failure, Verdict},
     moment::Moment,
@@ -102,22 +103,14 @@ fn factor(text: &str) -> Result<f64, String> {
 }
 
 impl Arguments {
-    /// The words with which to go on after this position, where this ended before `last`.
-    fn again(&self, name: &str, after: i64, last: i64) -> String {
-        let mut words = vec![name.to_owned(), "replay".to_owned()];
-        let mut add = |option: &str, value: String| {
-            let plain = value.chars().all(|c| c.is_ascii_alphanumeric() || "-_.,:/@=".contains(c));
-            let value = if plain { value } else { format!("'{}'", value.replace('\'', "'\\''")) };
-            words.push(format!("{option} {value}"));
-        };
-        for (option, names) in
-            [("--category", &self.which.category), ("--type", &self.which.types), ("--stream", &self.stream)]
-        {
-            if !names.is_empty() {
-                add(option, names.join(","));
-            }
-        }
-        let optional = [
+    /// The command with which to go on after this position, where this ended before `last`.
+    fn again(&self, again: &Again, after: i64, last: i64) -> String {
+        let mut words = vec!["replay".to_owned()];
+        let listed = |names: &[String]| (!names.is_empty()).then(|| names.join(","));
+        let options = [
+            ("--category", listed(&self.which.category)),
+            ("--type", listed(&self.which.types)),
+            ("--stream", listed(&self.stream)),
             ("--where", self.which.path.as_ref().map(ToString::to_string)),
             ("--from", Some((after + 1).to_string())),
             ("--to", Some(last.to_string())),
@@ -129,11 +122,13 @@ impl Arguments {
             ("--speed", self.speed.map(|factor| format!("{factor}x"))),
             ("--output", self.output.as_ref().map(|path| path.display().to_string())),
         ];
-        optional.into_iter().filter_map(|(option, value)| Some((option, value?))).for_each(|(o, value)| add(o, value));
+        for (option, value) in options.into_iter().filter_map(|(option, value)| Some((option, value?))) {
+            words.extend([option.to_owned(), value]);
+        }
         if self.output.is_some() {
             words.push("--append".to_owned());
         }
-        words.join(" ")
+        again.command(words)
     }
 }
 
@@ -141,7 +136,7 @@ pub(crate) async fn run(
     arguments: Arguments,
     store: &Store,
     domain: &Domain,
-    name: &str,
+    again: &Again,
     output: &mut Output,
 ) -> Result<Verdict, Failure> {
     let archive = store.port();
@@ -182,8 +177,12 @@ pub(crate) async fn run(
     let (mut written, mut at) = (0_i64, first - 1);
     let ended = if arguments.speed.is_none() && target.takes_lines() {
         let wanted = (arguments.which.clone(), arguments.stream.clone());
-        (written, at) = lines::replay(store, wanted, first..=last, &mut target, (&bar, &stop)).await?;
-        target.commit().await.map(|()| at >= last || !stop.is_asked())
+        let taken;
+        (written, at, taken) = lines::replay(store, wanted, first..=last, &mut target, (&bar, &stop)).await?;
+        match taken {
+            Ok(()) => target.commit().await.map(|()| at >= last || !stop.is_asked()),
+            Err(failure) => Err(failure),
+        }
     } else {
         let mut log = store.log(arguments.which.query(), first..=last).await?;
         let mut pace = Pace::new(arguments.speed);
@@ -219,12 +218,12 @@ pub(crate) async fn run(
     match ended {
         Ok(true) => {}
         Ok(false) => {
-            let again = arguments.again(name, at, last);
+            let again = arguments.again(again, at, last);
             eprintln!("stopped: {events} events {said}, up to position {at}; go on with: {again}");
             return Ok(Verdict::Stopped);
         }
-        Err(Failure::Told(reason)) if matches!(target, Target::Topic(_) | Target::Handler(_)) => {
-            let again = arguments.again(name, at, last);
+        Err(Failure::Told(reason)) if matches!(target, Target::File(_) | Target::Topic(_) | Target::Handler(_)) => {
+            let again = arguments.again(again, at, last);
             return Err(Failure::new(format!(
                 "{reason}\n{events} events {said}, up to position {at}; go on with: {again}"
             )));

@@ -79,7 +79,7 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
         let since = format!("+{}", span(entry.at - first.0.recorded_at));
         for (number, line) in entry.lines.iter().enumerate() {
             let margin = if number == 0 { since.as_str() } else { "" };
-            output.line(&format!("{margin:>9}  {}", shown(line)))?;
+            output.beside(&format!("{margin:>9}  "), &shown(line))?;
         }
     }
     if let Some(waits) = timeline::waits(progress, Utc::now()) {

@@ -1,6 +1,6 @@
 //! `subscription`: acts on one follower of the log.
 
-use annals::{Operator, Position};
+use annals::{Operator, Position, operator::OperatorError};
 use clap::{Args, Subcommand};
 
 use crate::{
@@ -20,7 +20,10 @@ use crate::{
       its handler sees everything again, also while the service runs
 
 What a handler did stays done. One that calls others (mails, payments) does so again for each event that it sees again,
-unless it asks by the event's id whether it did. A read model is rebuilt by its service, beside the live one.")]
+unless it asks by the event's id whether it did. A read model is built anew by `read-model NAME rebuild`, beside the live one.
+
+What a service consumes from the bus has offsets of topics, not a place in the log. It is held up where its messages come from:
+`subscription SERVICE.relay pause` on the store of the service that sends. What it could not handle is in `dead-letters`.")]
 pub(crate) struct Arguments {
     /// Its name, as `subscriptions` shows it.
     name: String,
@@ -57,19 +60,37 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
             let to = place(&to, store).await?;
             let operator = Operator::new(store.port(), &act.by()?);
             act.confirm(&format!("Have {name} see everything after position {} again?", grouped(to.0)))?;
-            operator.reset(name, to, &act.reason).await?;
+            let reset = operator.reset(name, to, &act.reason).await;
+            let instead = "what it has handled it knows: `replay --bus … --topic` sends events once more to a topic of their own, \
+                           and `dead-letters redrive` has it try again what it could not handle";
+            reset.map_err(|error| of_bus(error, instead))?;
             output.line(&format!("{name}: goes on after position {}", grouped(to.0)))?;
         }
         What::Pause { act } => {
-            Operator::new(store.port(), &act.by()?).pause(name, true, &act.reason).await?;
+            hold_up(name, true, &act, store).await?;
             output.line(&format!("{name}: paused"))?;
         }
         What::Resume { act } => {
-            Operator::new(store.port(), &act.by()?).pause(name, false, &act.reason).await?;
+            hold_up(name, false, &act, store).await?;
             output.line(&format!("{name}: goes on"))?;
         }
     }
     Ok(Verdict::Fine)
+}
+
+async fn hold_up(name: &str, paused: bool, act: &Act, store: &Store) -> Result<(), Failure> {
+    let done = Operator::new(store.port(), &act.by()?).pause(name, paused, &act.reason).await;
+    let instead = "`subscription SERVICE.relay pause`, on the store of the service that sends, holds up what is sent there; and \
+                   a service that is stopped goes on from its offsets";
+    done.map_err(|error| of_bus(error, instead))
+}
+
+/// What to do about a follower of topics.
+fn of_bus(error: OperatorError, instead: &str) -> Failure {
+    match error {
+        OperatorError::OfBus { .. } => Failure::new(format!("{error}: {instead}")),
+        other => other.into(),
+    }
 }
 
 async fn place(text: &str, store: &Store) -> Result<Position, Failure> {

@@ -82,7 +82,7 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
     let mut pause = PAUSE_MIN;
     let ended = tokio::signal::ctrl_c();
     tokio::pin!(ended);
-    loop {
+    while left > 0 {
         let read = async {
             let page = events.read_log(&query, after, PAGE).await?;
             if page.next == after {
@@ -117,8 +117,6 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
             read::show(event, output)?;
         }
         output.flush()?;
-        if left == 0 {
-            return Ok(Verdict::Fine);
-        }
     }
+    Ok(Verdict::Fine)
 }

@@ -47,7 +47,8 @@ const TOLD_MAX: u64 = 1_000;
 With --bus, every event and command up to the relay's checkpoint has to be in its topic, with the same bytes, key and attributes, in
 the order of its stream; a message that says it comes from this log, and does not, is one fault, as is one that is missing. What
 retention has removed is counted, and no fault: where the beginning of a partition is gone, nothing before the first message that
-is left of a relay can be looked at. Messages sent twice are counted too. What a relay has parked is not expected; what was dropped
+is left of a relay can be looked at. In a topic that is compacted any message may be gone: that is one fault of the topic, with how many
+are. Messages sent twice are counted too. What a relay has parked is not expected; what was dropped
 from there is missing. Topics that no relay of this store writes to are not looked at.
 
 All faults of the store are told, up to 1,000; what a service writes meanwhile is looked at by the next run.")]

@@ -40,7 +40,8 @@ impl Writer {
         let file = OpenOptions::new().write(true).create_new(true).open(path).map_err(|error| told(path, &error))?;
         let mut writer =
             Self::to(file, path, blake3::Hasher::new(), Section::default()).map_err(|error| told(path, &error))?;
-        writer.put(header).map_err(|error| told(path, &error))?;
+        // It can be gone on with from its first moment.
+        writer.put(header).and_then(|()| writer.flush()).map_err(|error| told(path, &error))?;
         Ok(writer)
     }
 
@@ -140,6 +141,14 @@ impl Writer {
             }
         }
         Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match &mut self.sink {
+            Sink::Plain(file) => file.flush(),
+            Sink::Zstd(Some(encoder)) => encoder.flush().and_then(|()| encoder.get_mut().flush()),
+            Sink::Zstd(None) => Ok(()),
+        }
     }
 
     fn ends_section(&mut self, lines: u64, bytes: usize) -> io::Result<()> {

@@ -4,9 +4,10 @@ use std::{collections::BTreeMap, time::Duration};
 
 use rdkafka::{
     ClientConfig, Message, Offset, TopicPartitionList,
-    admin::{AdminClient, AdminOptions},
+    admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
     client::DefaultClientContext,
     consumer::{BaseConsumer, Consumer},
+    error::KafkaResult,
     message::{Header, Headers, OwnedHeaders},
     producer::{BaseProducer, BaseRecord, Producer},
 };
@@ -29,22 +30,22 @@ fn client(brokers: &str) -> BaseConsumer {
 }
 
 /// By partition: the first offset and the one after the last.
-fn ranges(consumer: &BaseConsumer, topic: &str) -> Vec<(i64, i64)> {
-    let metadata = consumer.fetch_metadata(Some(topic), PATIENCE).unwrap();
+fn ranges(consumer: &BaseConsumer, topic: &str) -> KafkaResult<Vec<(i64, i64)>> {
+    let metadata = consumer.fetch_metadata(Some(topic), PATIENCE)?;
     let partitions = metadata.topics()[0].partitions().len() as i32;
-    (0..partitions).map(|partition| consumer.fetch_watermarks(topic, partition, PATIENCE).unwrap()).collect()
+    (0..partitions).map(|partition| consumer.fetch_watermarks(topic, partition, PATIENCE)).collect()
 }
 
-/// How many messages there are; 0 if there is no such topic yet.
+/// How many messages there are; 0 if there is no such topic yet, or its partitions have no leaders yet.
 pub fn size(brokers: &str, topic: &str) -> i64 {
-    ranges(&client(brokers), topic).iter().map(|(low, high)| high - low).sum()
+    ranges(&client(brokers), topic).map_or(0, |ranges| ranges.iter().map(|(low, high)| high - low).sum())
 }
 
 /// Everything in a topic, by partition and offset.
 pub fn all(brokers: &str, topic: &str) -> Vec<Record> {
     let consumer = client(brokers);
     let (mut list, mut left) = (TopicPartitionList::new(), 0);
-    for (partition, (low, high)) in ranges(&consumer, topic).into_iter().enumerate() {
+    for (partition, (low, high)) in ranges(&consumer, topic).unwrap().into_iter().enumerate() {
         list.add_partition_offset(topic, partition as i32, Offset::Offset(low)).unwrap();
         left += high - low;
     }
@@ -84,4 +85,12 @@ pub async fn cut(brokers: &str, topic: &str, partition: i32, before: i64) {
     let mut list = TopicPartitionList::new();
     list.add_partition_offset(topic, partition, Offset::Offset(before)).unwrap();
     admin.delete_records(&list, &AdminOptions::new()).await.unwrap();
+}
+
+/// Makes a topic of one partition in which brokers keep only the last message of each key.
+pub async fn make_compacted(brokers: &str, topic: &str) {
+    let admin: AdminClient<DefaultClientContext> =
+        ClientConfig::new().set("bootstrap.servers", brokers).create().unwrap();
+    let new = NewTopic::new(topic, 1, TopicReplication::Fixed(1)).set("cleanup.policy", "compact,delete");
+    admin.create_topics([&new], &AdminOptions::new()).await.unwrap().remove(0).unwrap();
 }

@@ -9,14 +9,14 @@ use indicatif::ProgressBar;
 use super::target::Target;
 use crate::{commands::tail::Which, event::Lines, failure::Failure, stop::Stop, store::Store};
 
-/// Gives how many events were wanted, and the last position that was looked at.
+/// Gives how many events were wanted, the last position that was looked at, and whether all went well.
 pub(super) async fn replay(
     store: &Store,
     (which, streams): (Which, Vec<String>),
     positions: RangeInclusive<i64>,
     target: &mut Target<'_>,
     (bar, stop): (&ProgressBar, &Stop),
-) -> Result<(i64, i64), Failure> {
+) -> Result<(i64, i64, Result<(), Failure>), Failure> {
     let before = positions.start() - 1;
     let (query, is_json) = (which.query(), store.has_json_only());
     let take = move |lines: &mut Lines, event: Stored<'_>| {
@@ -32,10 +32,12 @@ pub(super) async fn replay(
             next = batches.try_next() => next?,
         };
         let Some(lines) = next else { break };
-        target.take_lines(&lines.bytes)?;
+        if let Err(failure) = target.take_lines(&lines.bytes) {
+            return Ok((written, at, Err(failure)));
+        }
         written += lines.count as i64;
         at = at.max(lines.position);
         bar.set_position((at - before).unsigned_abs());
     }
-    Ok((written, at))
+    Ok((written, at, Ok(())))
 }

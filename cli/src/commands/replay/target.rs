@@ -2,7 +2,7 @@
 
 use std::{
     fs::{File, OpenOptions},
-    io::{self, BufWriter, Write},
+    io::{self, Write},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -16,7 +16,7 @@ pub(super) enum Target<'a> {
     /// Events are only counted.
     Nowhere,
     Output(&'a mut Output),
-    File(PathBuf, BufWriter<File>),
+    File(Box<OnDisk>),
     Topic(Box<Topic>),
     Handler(Rerun),
 }
@@ -31,7 +31,9 @@ impl Target<'_> {
             options.write(true).create_new(true)
         };
         match options.open(path) {
-            Ok(file) => Ok(Self::File(path.to_owned(), BufWriter::with_capacity(1 << 20, file))),
+            Ok(file) => {
+                OnDisk::of(path, file).map(|file| Self::File(Box::new(file))).map_err(|error| unwritable(path, &error))
+            }
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 Err(Failure::new(format!("{} exists already: name another file, or --append to it", path.display())))
             }
@@ -62,7 +64,7 @@ impl Target<'_> {
         match self {
             Self::Nowhere => Ok(()),
             Self::Output(output) => output.lines(lines),
-            Self::File(path, file) => file.write_all(lines).map_err(|error| unwritable(path, &error)),
+            Self::File(file) => file.write(lines),
             Self::Topic(_) | Self::Handler(_) => Err(Failure::new("events are taken one by one here")),
         }
     }
@@ -72,7 +74,7 @@ impl Target<'_> {
         match self {
             Self::Nowhere => Ok(()),
             Self::Output(output) => output.flush(),
-            Self::File(path, file) => file.flush().map_err(|error| unwritable(path, &error)),
+            Self::File(_) => Ok(()),
             Self::Topic(topic) => topic.commit().await,
             // Each event is a commit.
             Self::Handler(_) => Ok(()),
@@ -97,6 +99,35 @@ impl Target<'_> {
             Self::Handler(rerun) => rerun.under_way.map(|position| (position - 1, 1)),
             _ => None,
         }
+    }
+}
+
+/// A file in which lines are whole, whatever happens to the disk.
+pub(super) struct OnDisk {
+    path: PathBuf,
+    file: File,
+    bytes: u64,
+}
+
+impl OnDisk {
+    fn of(path: &Path, file: File) -> io::Result<Self> {
+        let bytes = file.metadata()?.len();
+        Ok(Self { path: path.to_owned(), file, bytes })
+    }
+
+    /// All of the lines, or none.
+    fn write(&mut self, lines: &[u8]) -> Result<(), Failure> {
+        let written = self.file.write_all(lines);
+        written.map_err(|error| match self.file.set_len(self.bytes) {
+            Ok(()) => unwritable(&self.path, &error),
+            Err(other) => Failure::new(format!(
+                "{} cannot be written: {error}; nor cut after byte {}, where its last whole line ends: {other}",
+                self.path.display(),
+                self.bytes
+            )),
+        })?;
+        self.bytes += lines.len() as u64;
+        Ok(())
     }
 }
 

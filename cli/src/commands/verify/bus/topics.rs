@@ -26,6 +26,7 @@ struct Topic {
     name: Arc<str>,
     /// Of each partition, the first offset that is still there; `None` if there is no such topic.
     begins: Option<Vec<i64>>,
+    is_compacted: bool,
     contents: Option<Contents>,
 }
 
@@ -41,9 +42,10 @@ impl Topics {
         }
         let contents = self.bus.contents(name).await.map_err(|error| Failure::new(error.to_string()))?;
         let begins = contents.as_ref().map(|contents| contents.partitions().iter().map(|range| range.start).collect());
+        let is_compacted = contents.as_ref().is_some_and(Contents::is_compacted);
         let name: Arc<str> = name.into();
         self.known.insert(name.clone(), self.topics.len());
-        self.topics.push(Topic { name, begins, contents });
+        self.topics.push(Topic { name, begins, is_compacted, contents });
         Ok(self.topics.len() - 1)
     }
 
@@ -53,6 +55,11 @@ impl Topics {
 
     pub fn exists(&self, topic: usize) -> bool {
         self.topics[topic].begins.is_some()
+    }
+
+    /// Whether brokers remove messages from the middle of it.
+    pub fn is_compacted(&self, topic: usize) -> bool {
+        self.topics[topic].is_compacted
     }
 
     /// How many there are.
