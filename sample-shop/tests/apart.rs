@@ -13,7 +13,7 @@ mod summary;
 mod topic;
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     ops::Range,
     path::PathBuf,
     process::{Child, Command},
@@ -143,6 +143,39 @@ impl Schemas {
         }
     }
 
+    /// Every command that a saga sent and every reply to one is in its topic: none of them was passed over.
+    async fn said_all(&self, broker: &Broker) {
+        let commands = "SELECT (command->>'id')::uuid, command->>'to' FROM annals.events, json_array_elements(data->'send') AS command
+                         WHERE stream_id LIKE 'saga.%'";
+        let replies = "SELECT event_id, data->>'reply_to' FROM annals.events WHERE type = 'step.replied'";
+        let mut said: BTreeMap<String, BTreeSet<Uuid>> = BTreeMap::new();
+        for (role, sql) in [("order", commands)].into_iter().chain(ROLES.map(|role| (role, replies))) {
+            let mut connection = self.connection().await;
+            let rows: Vec<(Uuid, String)> =
+                sqlx::query_as(self.sql(role, sql)).fetch_all(&mut connection).await.unwrap();
+            rows.into_iter().for_each(|(id, to)| _ = said.entry(to).or_default().insert(id));
+        }
+        for (to, said) in said {
+            let (brokers, name) = (broker.address(), format!("{to}.commands"));
+            let started = Instant::now();
+            loop {
+                let (brokers, name) = (brokers.clone(), name.clone());
+                let records = spawn_blocking(move || topic::read(&brokers, &name)).await.unwrap();
+                let found: BTreeSet<Uuid> = records.iter().map(topic::Record::id).collect();
+                let missing: Vec<_> = said.difference(&found).collect();
+                if missing.is_empty() {
+                    break;
+                }
+                assert!(
+                    started.elapsed() < PATIENCE,
+                    "{} of {} never came to {to}: {missing:?}",
+                    missing.len(),
+                    said.len()
+                );
+            }
+        }
+    }
+
     async fn drop(self) {
         for role in ROLES {
             let sql = format!("DROP SCHEMA {} CASCADE", self.name(role));
@@ -191,6 +224,7 @@ async fn december_through_four_processes_is_that_of_one() {
     assert_eq!(without_bus(business(&shop[0].buy(&arguments))), embedded(&arguments));
     schemas.hold_together().await;
     schemas.agree_with(&broker).await;
+    schemas.said_all(&broker).await;
     for mut service in shop {
         service.signal("TERM");
         assert_eq!(service.code(), Some(143));
@@ -261,6 +295,7 @@ async fn whoever_is_killed_money_and_units_are_conserved() {
         .await;
     schemas.hold_together().await;
     schemas.agree_with(&broker).await;
+    schemas.said_all(&broker).await;
     drop(shop);
     schemas.drop().await;
 }
@@ -279,6 +314,7 @@ async fn a_database_that_is_killed_costs_a_pause() {
         .await;
     schemas.hold_together().await;
     schemas.agree_with(&broker).await;
+    schemas.said_all(&broker).await;
     for mut service in shop {
         // None of them was started again: each found its way back by itself.
         service.signal("TERM");

@@ -6,15 +6,19 @@ mod postgres;
 
 use std::{
     hash::{BuildHasher, RandomState},
+    sync::Arc,
     time::Duration,
 };
 
-use annals::Runtime;
+use annals::{Group, Handler, HandlerError, Message, Repository, Runtime, Service, Work};
+use annals_tests::tally::{Copier, Tally, TallyCommand};
+use async_trait::async_trait;
 use kafka::{
-    DRAIN, Load, Pair,
+    DRAIN, Load, Pair, add,
     process::{self, Point, Role, Task},
-    shows,
+    shows, until,
 };
+use sqlx::Connection;
 use tokio::time::{Instant, interval, sleep};
 
 const KILLS: u64 = 10;
@@ -138,5 +142,68 @@ async fn eight_members_come_and_go() {
         shows(&member, "fine", |parts| !kafka::in_trouble(parts)).await;
         member.drain(DRAIN).await.unwrap();
     }
+    relay.drain(DRAIN).await.unwrap();
+}
+
+/// Copies, and leaves a mark of its own each time: no other member writes where it does.
+struct Marking {
+    copier: Copier,
+    marks: Repository<Tally>,
+    mark: String,
+}
+
+#[async_trait]
+impl Handler for Marking {
+    async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
+        work.execute(&self.marks, &self.mark, &TallyCommand::Add(1)).await?;
+        self.copier.handle(message, work).await
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_commit_that_the_database_holds_up_past_a_rebalance_changes_nothing() {
+    let pair = Pair::new().await.set("partitions", "1");
+    // A member that does not ask for more within so long is given up, although it lives.
+    let pair = pair.set("session.timeout.ms", SHORT_SESSION_MS).set("max.poll.interval.ms", "3000");
+    let relay = pair.relay().await;
+    let (mut sql, mut holder) = (pair.sql().await, pair.sql().await);
+    // Every commit passes the gates of its streams in order: the first gate is that of the mark, and of no copy.
+    let first_gate =
+        "SELECT n::text FROM generate_series(1, 100000) AS n WHERE hashtextextended('mark-' || n, 0) & 1023 = 0
+                       LIMIT 1";
+    let mark: String = sqlx::query_scalar(first_gate).fetch_one(&mut sql.connection).await.unwrap();
+    let store = pair.sink_store().await;
+    let marks = Repository::with(store.clone(), "mark", 10);
+    let marking = Marking { copier: Copier::new(store.clone()), marks, mark };
+    let mut slow = Runtime::new();
+    let group = Group::new(&pair.group(), &[&pair.topic()], marking);
+    let service = Service::new(&pair.group(), store).consume(group);
+    slow.start(vec![service], Arc::new(pair.bus().await)).await.unwrap();
+    add(&pair.source_store().await, 0..3).await;
+    pair.handled(&mut sql).await;
+
+    let hold = "SELECT pg_backend_pid() FROM pg_advisory_xact_lock('annals.events'::regclass::oid::int, 0)";
+    let hold = holder.sink.sql(hold);
+    let mut held = holder.connection.begin().await.unwrap();
+    let pid: i32 = sqlx::query_scalar(hold).fetch_one(&mut *held).await.unwrap();
+    add(&pair.source_store().await, 3..4).await;
+    let waiting = "SELECT count(*) FROM pg_stat_activity WHERE $1 = ANY (pg_blocking_pids(pid))";
+    let mut waits = async || -> bool {
+        let waiting = sqlx::query_scalar::<_, i64>(waiting).bind(pid).fetch_one(&mut sql.connection);
+        waiting.await.unwrap() > 0
+    };
+    until("its commit is under way", &mut waits).await;
+    // The group gives the partition to another member, which handles what the commit under way has handled.
+    let other = pair.consumer().await;
+    let mut watched = pair.sql().await;
+    pair.handled(&mut watched).await;
+    until("its commit is still held", &mut waits).await;
+    held.rollback().await.unwrap();
+    // It learns that it has lost the partition, and takes its turn again.
+    shows(&slow, "fine again", |parts| !kafka::in_trouble(parts)).await;
+    add(&pair.source_store().await, 4..6).await;
+    pair.agrees().await;
+    slow.drain(DRAIN).await.unwrap();
+    other.drain(DRAIN).await.unwrap();
     relay.drain(DRAIN).await.unwrap();
 }
