@@ -50,7 +50,7 @@
 //!
 //! # Behind a connection pooler
 //!
-//! In session mode a pooler makes no difference. In transaction mode a session is somebody else's after each transaction: say
+//! In session mode a pooler makes no difference, if it lets by what a connection starts with. In transaction mode a session is somebody else's after each transaction: say
 //! so by `pooled=true` in the URL, and nothing is left in a session, nor expected there. No setting of the pooler is needed
 //! for it, nor that it knows prepared statements.
 //!
