@@ -50,9 +50,9 @@
 //!
 //! # Behind a connection pooler
 //!
-//! In session mode a pooler makes no difference. In transaction mode a session is somebody else's after each transaction: say
-//! so by `pooled=true` in the URL, and nothing is left in a session, nor expected there. No setting of the pooler is needed
-//! for it, nor that it knows prepared statements.
+//! In transaction mode a session is somebody else's after each transaction, and most poolers do not let by what a connection
+//! starts with. Say `pooled=true` in the URL, and nothing is left in a session, nor expected there. No setting of the pooler
+//! is needed for it, nor that it knows prepared statements.
 //!
 //! - Settings are those of a transaction, and statements are not kept prepared. A group of commits takes four round trips to the
 //!   pooler and not one, a read three.
@@ -63,7 +63,7 @@
 //! - A health check that says which session a reader waits for gives the session's `pid`; whose it is, the pooler knows.
 //!
 //! Without `pooled=true`, a store refuses to open where it notices that its settings do not come through.
-//!
+
 mod append;
 mod archive;
 mod copied;

@@ -5,7 +5,7 @@
 use std::{sync::Arc, time::Duration};
 
 use annals::Position;
-use sqlx::{Connection, PgConnection, postgres::PgListener};
+use sqlx::{Connection, PgConnection, Row, postgres::PgListener};
 use tokio::{sync::watch, time::sleep};
 use uuid::Uuid;
 
@@ -17,6 +17,9 @@ use crate::{
 /// The least time between two notifications: however many groups are written, other processes hear of them so often.
 const NOTIFY_MS_MIN: u64 = 3;
 
+/// How often to look for what other processes have written where they cannot be heard.
+const LOOK_MS: u64 = 100;
+
 /// That there is something new; clones share it.
 #[derive(Clone, Debug)]
 pub(crate) struct News {
@@ -24,7 +27,7 @@ pub(crate) struct News {
     told: watch::Sender<u64>,
     /// The last position written here.
     written: watch::Sender<Position>,
-    /// Whether other processes are heard.
+    /// Whether other processes are heard, or looked after.
     listening: watch::Sender<bool>,
     /// Who says so, to know one's own voice: what was written here has been told here already.
     name: Arc<str>,
@@ -93,10 +96,44 @@ impl News {
         }
     }
 
-    /// Hears other processes. Ends only by being aborted, or at once where nobody can be heard.
+    /// Looks whether there is something new, on behalf of all who wait.
+    async fn look(self, database: Arc<Database>) {
+        let (mut connection, mut reconnect) = (None::<PgConnection>, Reconnect::default());
+        let mut last = None;
+        loop {
+            reconnect.wait().await;
+            let looked = async {
+                let open = match connection.take() {
+                    Some(open) => open,
+                    None => database.connect(Purpose::Read).await?,
+                };
+                // Without binds, so that it is one message, and needs no transaction around it.
+                let newest = sqlx::raw_sql(database.statements.newest.sql());
+                newest.fetch_one(connection.insert(open)).await?.try_get::<i64, _>(0)
+            };
+            match looked.await {
+                Ok(newest) => {
+                    reconnect.succeeded();
+                    self.listening.send_replace(true);
+                    if last.replace(newest) != Some(newest) {
+                        self.tell();
+                    }
+                }
+                Err(error) => {
+                    tracing::debug!(%error, "what other processes write is not seen; each who waits looks instead");
+                    self.listening.send_replace(false);
+                    connection = None;
+                    reconnect.failed();
+                }
+            }
+            sleep(Duration::from_millis(LOOK_MS)).await;
+        }
+    }
+
+    /// Hears other processes, or looks for what they write where they cannot be heard. Ends only by being aborted.
     pub(crate) async fn listen(self, database: Arc<Database>) {
         if database.pooled {
-            return;
+            return self.look(database).await;
         }
         let (channel, pool, mut reconnect) = (database.channel(), database.listener(), Reconnect::default());
         loop {

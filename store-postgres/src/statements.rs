@@ -38,6 +38,10 @@ pub(crate) struct Statement {
 }
 
 impl Statement {
+    pub(crate) fn sql(&self) -> SqlStr {
+        self.sql.clone()
+    }
+
     pub(crate) fn as_str(&self) -> &str {
         self.sql.as_str()
     }
@@ -94,6 +98,7 @@ statements!(
     holders,
     lock_migrations,
     may_append,
+    newest,
     next,
     notify,
     operate,
