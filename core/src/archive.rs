@@ -4,10 +4,11 @@ use std::{borrow::Cow, sync::Arc};
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
+use serde::Deserialize;
 use uuid::Uuid;
 
 use crate::{
-    commit::{CommitError, Document},
+    commit::{CommitError, Document, DocumentKey},
     event::{Metadata, Position, Recorded, StreamId, Version},
     store::{EventStore, StoreError},
 };
@@ -28,6 +29,26 @@ pub trait Archive: EventStore {
     ///
     /// Checks no version, and is for a store that nobody else writes to.
     async fn restore(&self, contents: Contents) -> Result<(), CommitError>;
+}
+
+/// The collection of the one document by which an import says how far it is. Its field `complete` is true at the end.
+pub const IMPORT: &str = "import";
+
+/// The key of that document.
+pub fn import_key() -> DocumentKey {
+    DocumentKey::new(IMPORT, "progress")
+}
+
+/// Whether a store is still to be filled by an import: its checkpoints stand further on than its log.
+pub(crate) async fn is_half_imported(store: &dyn EventStore) -> Result<bool, StoreError> {
+    #[derive(Deserialize)]
+    struct Import {
+        #[serde(default)]
+        complete: bool,
+    }
+    let Some(document) = store.document(&import_key()).await? else { return Ok(false) };
+    // One that nobody can read was not written by an import.
+    Ok(serde_json::from_str::<Import>(&document.body).is_ok_and(|import| !import.complete))
 }
 
 /// Where a stream stands.

@@ -115,7 +115,7 @@ pub use self::{
     read_model::{Projection, ReadModel, Views},
     repository::{ExecuteError, Repository, Request},
     saga::{Answer, Participant, Saga, SagaState, StepError},
-    service::{Runtime, Service},
+    service::{Runtime, Service, StartError},
     store::{EventStore, LogPage, LogQuery, OpenWriter, Scan, StoreError, StoreStatus},
     subscription::{Start, Subscription},
     tail::Tail,

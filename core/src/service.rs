@@ -8,6 +8,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    archive::is_half_imported,
     bus::{Bus, BusError, Message, Publisher},
     consumer::Group,
     event::StreamId,
@@ -18,7 +19,7 @@ use crate::{
     read_model::{Projection, ReadModel},
     relay::{Relay, Routes},
     saga::{Desk, Participant, Replies, Runner, SagaState, Starter, StepEvent},
-    store::{EventStore, LogQuery},
+    store::{EventStore, LogQuery, StoreError},
     subscription::Subscription,
     work::Work,
 };
@@ -152,6 +153,25 @@ impl Handler for Inbox {
     }
 }
 
+/// Why services were not started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The checkpoints of an import come before its events: a service would pass over what is still to come.
+    #[error(
+        "service {service}: the store is filled by an import that is not complete; finish it with the same `import`, or begin with an empty store"
+    )]
+    HalfImported {
+        /// Whose store.
+        service: String,
+    },
+    /// The store does not answer.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The bus cannot be joined.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+}
+
 /// Everything that runs, started and stopped together.
 pub struct Runtime {
     tasks: JoinSet<(String, Result<(), String>)>,
@@ -208,8 +228,14 @@ impl Runtime {
     /// Starts services on a bus. All of them join it before any of them publishes, so that no message is missed.
     ///
     /// # Errors
-    /// If the bus cannot be joined; then nothing is started.
-    pub async fn start(&mut self, services: Vec<Service>, bus: Arc<dyn Bus>) -> Result<(), BusError> {
+    /// If the bus cannot be joined, or a store is not whole; then nothing is started.
+    pub async fn start(&mut self, services: Vec<Service>, bus: Arc<dyn Bus>) -> Result<(), StartError> {
+        let stores: Vec<_> = services.iter().map(|service| (service.name.clone(), service.store.clone())).collect();
+        for (service, store) in stores {
+            if is_half_imported(&*store).await? {
+                return Err(StartError::HalfImported { service });
+            }
+        }
         let mut joined = Vec::new();
         let home: Option<Arc<str>> = self.shared_as.as_deref().filter(|_| bus.is_local()).map(Arc::from);
         for service in services {

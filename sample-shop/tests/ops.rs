@@ -7,6 +7,12 @@ fn shop(words: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_sample-shop")).args(words).env_remove("ANNALS_STORE").output().unwrap()
 }
 
+/// What a run came to, without how long it took.
+fn line(output: &Output) -> [String; 3] {
+    let line: serde_json::Value = serde_json::from_str(text(output)).unwrap();
+    ["confirmed", "cancelled", "charged"].map(|field| line[field].to_string())
+}
+
 fn text(output: &Output) -> &str {
     std::str::from_utf8(&output.stdout).unwrap()
 }
@@ -36,4 +42,44 @@ fn a_store_of_the_shop_is_looked_at_and_verified() {
     );
     let help = shop(&["ops", "--help"]);
     assert!(help.status.success() && text(&help).contains("Usage: sample-shop ops"), "{}", text(&help));
+}
+
+#[test]
+fn a_store_that_is_imported_by_half_is_not_served_until_all_of_it_is_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let (from, to) = (format!("sqlite:{}", path("shop.db")), format!("sqlite:{}", path("moved.db")));
+    let said = |output: &Output| String::from_utf8_lossy(&output.stderr).into_owned();
+    let ran = shop(&["run", "--generate", "600", "--quiet", "--json", "--store", &from]);
+    assert!(ran.status.success(), "{}", said(&ran));
+    let (whole, cut) = (path("whole.ndjson"), path("cut.ndjson"));
+    assert!(shop(&["ops", "export", &whole, "--store", &from]).status.success());
+    let lines = std::fs::read_to_string(&whole).unwrap();
+    let kept: Vec<_> = lines.lines().take(lines.lines().count() * 9 / 10).collect();
+    std::fs::write(&cut, kept.join("\n") + "\n").unwrap();
+
+    assert!(shop(&["ops", "migrate", "--store", &to]).status.success());
+    let half = shop(&["ops", "import", &cut, "--store", &to]);
+    assert!(half.status.code() == Some(2) && said(&half).contains("is not complete"), "{}", said(&half));
+    let history = |store: &str| text(&shop(&["ops", "replay", "--store", store])).to_owned();
+    let before = history(&to);
+    assert!(!before.is_empty() && history(&from).starts_with(&before));
+    for words in
+        [["run", "--generate", "1", "--store", &to].as_slice(), &["serve", "all", "--bus", "local:", "--store", &to]]
+    {
+        let refused = shop(words);
+        assert!(
+            !refused.status.success() && said(&refused).contains("an import that is not complete"),
+            "{}",
+            said(&refused)
+        );
+    }
+    assert_eq!(history(&to), before);
+
+    let rest = shop(&["ops", "import", &whole, "--store", &to]);
+    assert!(rest.status.success(), "{}", said(&rest));
+    assert_eq!(history(&to), history(&from));
+    let again = shop(&["run", "--generate", "600", "--quiet", "--json", "--store", &to]);
+    assert!(again.status.success(), "{}", said(&again));
+    assert_eq!(line(&again), line(&ran));
 }

@@ -2,14 +2,16 @@
 
 use std::{io, path::PathBuf};
 
-use annals::{LogQuery, Scan, archive::Stored};
+use annals::{
+    LogQuery, Scan,
+    archive::{IMPORT, Stored},
+};
 use chrono::Utc;
 use clap::Args;
 use futures::TryStreamExt;
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::import::IMPORT;
 use crate::{
     again::Again,
     event::Lines,

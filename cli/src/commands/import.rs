@@ -2,7 +2,10 @@
 
 use std::path::PathBuf;
 
-use annals::{Archive, Document, DocumentKey, StoreError, archive::Contents};
+use annals::{
+    Archive, Document, StoreError,
+    archive::{Contents, import_key},
+};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
@@ -18,9 +21,6 @@ use crate::{
     store::Store,
 };
 
-/// The collection of the one document that says how far an import is.
-pub(crate) const IMPORT: &str = "import";
-
 /// Sections are written together until there is so much of them.
 const PART_EVENTS: usize = 20_000;
 const PART_BYTES: usize = 16 << 20;
@@ -33,8 +33,8 @@ const PARTS_AHEAD: usize = 1;
   annals import shop.ndjson.zst --store postgres://owner@localhost/shop
       into a store that must be empty; broken off, the same command goes on
 
-Everything is kept as it was: ids, versions, positions with their gaps, times, and every byte of a payload. No service may
-run on the store meanwhile.")]
+Everything is kept as it was: ids, versions, positions with their gaps, times, and every byte of a payload. No service
+starts on the store before all of it is there.")]
 pub(crate) struct Arguments {
     /// What `export` wrote.
     file: PathBuf,
@@ -186,18 +186,14 @@ fn read_parts(
     Ok(complete)
 }
 
-fn key() -> DocumentKey {
-    DocumentKey::new(IMPORT, "progress")
-}
-
 fn document(export: Uuid, section: &Section, version: i64) -> Result<Document, Failure> {
     let body = serde_json::to_string(&Progress { export, contents: section.clone() })?;
-    Ok(Document { key: key(), version, body: body.into(), due: None })
+    Ok(Document { key: import_key(), version, body: body.into(), due: None })
 }
 
 /// How far an import of a store is, with the version of the document that says so; `None` if there was none.
 pub(crate) async fn progress_of(archive: &dyn Archive) -> Result<Option<(i64, Progress)>, StoreError> {
-    let found = archive.documents(&[key()]).await?.into_iter().next().flatten();
+    let found = archive.documents(&[import_key()]).await?.into_iter().next().flatten();
     let Some(document) = found else { return Ok(None) };
     let progress = serde_json::from_str(&document.body)
         .map_err(|error| StoreError::Corrupt(format!("document {}: {error}", document.key)))?;
