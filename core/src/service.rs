@@ -44,8 +44,15 @@ pub struct Service {
     parts: Vec<Part>,
 }
 
-type Part =
-    Box<dyn FnOnce(Option<Instance>, Health, CancellationToken) -> BoxFuture<'static, Result<(), String>> + Send>;
+type Part = Box<dyn FnOnce(Surroundings) -> BoxFuture<'static, Result<(), String>> + Send>;
+
+/// What a part finds where it runs.
+struct Surroundings {
+    instance: Option<Instance>,
+    bus_is_local: bool,
+    health: Health,
+    shutdown: CancellationToken,
+}
 
 impl Service {
     /// A service of this name on its store: its events go to topic `<name>.events`, its commands come from
@@ -104,7 +111,12 @@ impl Service {
         let index = Subscription::new(&format!("{name}.index"), runner.index()).query(of_saga).linger(INDEX_PAUSE);
         self.subscriptions.extend([starter, index]);
         self.replies.push(Arc::new(runner.clone()));
-        self.parts.push(Box::new(|_, health, shutdown| Box::pin(runner.timers(health, shutdown))));
+        let service = self.name.clone();
+        self.parts.push(Box::new(|Surroundings { bus_is_local, health, shutdown, .. }| {
+            // Within a process, what is not handled yet counts as not sent: the participant may be what takes so long.
+            let relayed_by = (!bus_is_local).then_some(service);
+            Box::pin(runner.timers(relayed_by, health, shutdown))
+        }));
         self
     }
 
@@ -117,7 +129,7 @@ impl Service {
     /// Keeps the views of a read model.
     pub fn project<R: ReadModel>(mut self, projection: Projection<R>) -> Self {
         let store = self.store.clone();
-        self.parts.push(Box::new(|instance, health, shutdown| {
+        self.parts.push(Box::new(|Surroundings { instance, health, shutdown, .. }| {
             Box::pin(projection.shared(instance).run(store, health, shutdown))
         }));
         self
@@ -263,7 +275,13 @@ impl Runtime {
                 subscription.workers(&store, &health, &shutdown).for_each(|lane| self.spawn_worker(&part, lane));
             }
             for part in parts {
-                self.spawn(name.clone(), part(instance.clone(), health.clone(), shutdown.clone()));
+                let surroundings = Surroundings {
+                    instance: instance.clone(),
+                    bus_is_local: bus.is_local(),
+                    health: health.clone(),
+                    shutdown: shutdown.clone(),
+                };
+                self.spawn(name.clone(), part(surroundings));
             }
             let publisher: Arc<dyn Publisher> = bus.clone();
             let carriers = relay.shared(instance).carriers(&store, &publisher, &health, &shutdown);

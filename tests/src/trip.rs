@@ -7,8 +7,8 @@ use std::{
 };
 
 use annals::{
-    Answer, DocumentKey, Event, EventStore, HandlerError, LocalBus, LogQuery, Message, Metadata, Participant, Recorded,
-    Repository, Runtime, Saga, SagaState, Service, StepError, Version, Work,
+    Answer, Bus, DocumentKey, Event, EventStore, HandlerError, LocalBus, LogQuery, Message, Metadata, Participant,
+    Recorded, Repository, Runtime, Saga, SagaState, Service, StepError, Version, Work,
     saga::{Outcome, Request, Runner, SagaStatus, Status},
 };
 use async_trait::async_trait;
@@ -218,17 +218,28 @@ impl World {
 
     /// A process that shares the world's own store with others.
     pub async fn start_shared(&self, instance: &str, names: &[&str]) -> Runtime {
-        self.start_in(Runtime::shared(instance), &self.store, names).await
+        self.start_in(Runtime::shared(instance), &self.store, self.bus.clone(), names).await
     }
 
     /// A process with these services, on this store.
     pub async fn start_on(&self, store: &Arc<dyn EventStore>, names: &[&str]) -> Runtime {
-        self.start_in(Runtime::new(), store, names).await
+        self.start_in(Runtime::new(), store, self.bus.clone(), names).await
     }
 
-    async fn start_in(&self, mut runtime: Runtime, store: &Arc<dyn EventStore>, names: &[&str]) -> Runtime {
+    /// A process with these services, on the world's own store and another bus.
+    pub async fn start_over(&self, bus: Arc<dyn Bus>, names: &[&str]) -> Runtime {
+        self.start_in(Runtime::new(), &self.store, bus, names).await
+    }
+
+    async fn start_in(
+        &self,
+        mut runtime: Runtime,
+        store: &Arc<dyn EventStore>,
+        bus: Arc<dyn Bus>,
+        names: &[&str],
+    ) -> Runtime {
         let services = names.iter().map(|name| self.service(name, store)).collect();
-        runtime.start(services, self.bus.clone()).await.unwrap_or_else(|error| panic!("start: {error}"));
+        runtime.start(services, bus).await.unwrap_or_else(|error| panic!("start: {error}"));
         runtime
     }
 

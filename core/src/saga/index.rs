@@ -11,7 +11,7 @@ use super::{
 use crate::{
     bus::Message,
     commit::DocumentKey,
-    event::StreamId,
+    event::{Position, StreamId},
     handler::{Handler, HandlerError, Terminal},
     work::Work,
 };
@@ -51,10 +51,13 @@ pub struct SagaStatus {
     pub ended_at: Option<DateTime<Utc>>,
     /// What went wrong last at the step it is at, and why it goes back.
     pub last_error: Option<String>,
+    /// The event that brought it there, which has the commands it waits for.
+    #[serde(default)]
+    pub position: Position,
 }
 
 impl SagaStatus {
-    fn of(stream: &StreamId, progress: &Progress) -> Self {
+    fn of(stream: &StreamId, progress: &Progress, position: Position) -> Self {
         Self {
             saga: stream.category().trim_start_matches("saga.").to_owned(),
             saga_id: stream.id().to_owned(),
@@ -65,6 +68,7 @@ impl SagaStatus {
             started_at: time(progress.started),
             ended_at: progress.ended.map(time),
             last_error: progress.last_error(),
+            position,
         }
     }
 }
@@ -87,7 +91,7 @@ impl Handler for Index {
         }
         let stream = StreamId::parse(&message.subject).terminal()?;
         let Glimpse { progress } = serde_json::from_str(&message.data).terminal()?;
-        let status = SagaStatus::of(&stream, &progress);
+        let status = SagaStatus::of(&stream, &progress, message.position);
         let body = serde_json::to_string(&status)?;
         let key = DocumentKey::new(stream.category(), stream.id());
         let due = progress.wakes().map(time);

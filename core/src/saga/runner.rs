@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use chrono::Utc;
+use chrono::{DateTime, Utc};
 use futures::future::join_all;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::{
     definition::{Saga, SagaState},
-    index::Index,
+    index::{Index, SagaStatus},
     instance::{Ask, Definitions, Instance, SagaRefusal, What},
     participant::StepEvent,
     progress::Progress,
@@ -22,11 +22,12 @@ use crate::{
     backoff::Backoff,
     bus::Message,
     commit::{Commit, Document, Put},
-    event::{Metadata, Version, named_id},
+    event::{Metadata, StreamId, Version, named_id},
     handler::{Handler, HandlerError, Terminal},
     health::Health,
+    relayed::Relayed,
     repository::{CACHED_AGGREGATES, ExecuteError, Repository, Request},
-    store::{EventStore, LogQuery, Scan},
+    store::{EventStore, LogQuery, Scan, StoreError},
     work::Work,
 };
 
@@ -36,6 +37,8 @@ pub const TIMER_TICK: Duration = Duration::from_millis(100);
 pub const TIMER_LOOK: Duration = Duration::from_secs(1);
 /// How long a timer is left alone whose saga takes no input, such as one of a definition that this build lacks.
 const REFUSED_TIMER: Duration = Duration::from_secs(30);
+/// The same where the bus has not yet taken what its saga asked for, and there are many of them.
+const UNHEARD_TIMER: Duration = Duration::from_secs(5);
 /// Timers fired in one go.
 const DUE_PAGE: usize = 256;
 
@@ -157,13 +160,19 @@ impl<C: SagaState> Runner<C> {
         Ok(())
     }
 
-    /// Fires timers until `shutdown`.
-    pub(crate) async fn timers(self, health: Health, shutdown: CancellationToken) -> Result<(), String> {
+    /// Fires timers until `shutdown`. With the name of the service whose relay carries the commands, a saga is not held to
+    /// have waited for an answer while the bus has not even taken the question.
+    pub(crate) async fn timers(
+        self,
+        relayed_by: Option<String>,
+        health: Health,
+        shutdown: CancellationToken,
+    ) -> Result<(), String> {
         let mut reporter = health.reporter(&format!("{}.timers", self.name()));
         let mut backoff = Backoff::long();
         let mut tick = tokio::time::interval(TIMER_TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let (collection, mut looked) = (self.category(), None::<Instant>);
+        let mut looked = None::<Instant>;
         loop {
             tokio::select! {
                 _ = tick.tick() => {}
@@ -174,15 +183,8 @@ impl<C: SagaState> Runner<C> {
                 continue;
             }
             looked = Some(Instant::now());
-            // Until the look after next, so that those which another process has set, or this one long ago, are on time.
-            let due = match self.store.scan(&collection, &Scan::Due(now + 2 * TIMER_LOOK), DUE_PAGE).await {
-                Ok(mut soon) => {
-                    let due = soon.iter().take_while(|document| document.due.is_none_or(|due| due <= now)).count();
-                    if let Some(next) = soon.drain(due..).find_map(|document| document.due) {
-                        self.timers.set(next, now);
-                    }
-                    soon
-                }
+            let due = match self.due(now, relayed_by.as_deref()).await {
+                Ok(due) => due,
                 Err(error) => {
                     reporter.trouble(error.to_string());
                     tokio::select! {
@@ -196,7 +198,7 @@ impl<C: SagaState> Runner<C> {
                 let error = self.put_in(&document.key.id, What::Due).await.err()?;
                 let trouble = format!("timer of saga {}: {error}", document.key.id);
                 if matches!(error, ExecuteError::Refused(_) | ExecuteError::Invalid(_) | ExecuteError::Undecodable(_)) {
-                    self.postpone(document).await;
+                    self.postpone(document, REFUSED_TIMER).await;
                 }
                 Some(trouble)
             });
@@ -221,9 +223,31 @@ impl<C: SagaState> Runner<C> {
 }
 
 impl<C: SagaState> Runner<C> {
-    /// A saga that takes no input makes room for the timers of others, of which only so many are looked at together.
-    async fn postpone(&self, document: Document) {
-        let due = Some(Utc::now() + REFUSED_TIMER);
+    /// The sagas whose timers are to fire now.
+    async fn due(&self, now: DateTime<Utc>, relayed_by: Option<&str>) -> Result<Vec<Document>, StoreError> {
+        // Until the look after next, so that those which another process has set, or this one long ago, are on time.
+        let mut soon = self.store.scan(&self.category(), &Scan::Due(now + 2 * TIMER_LOOK), DUE_PAGE).await?;
+        let due = soon.iter().take_while(|document| document.due.is_none_or(|due| due <= now)).count();
+        if let Some(next) = soon.drain(due..).find_map(|document| document.due) {
+            self.timers.set(next, now);
+        }
+        let Some(service) = relayed_by.filter(|_| !soon.is_empty()) else { return Ok(soon) };
+        let relayed = Relayed::on(&*self.store).await?.remove(service);
+        let is_heard = |document: &Document| {
+            let Ok(status) = serde_json::from_str::<SagaStatus>(&document.body) else { return true };
+            let stream = StreamId::from_stored(&format!("{}-{}", document.key.collection, document.key.id));
+            relayed.as_ref().is_some_and(|relayed| status.position <= relayed.up_to(&stream))
+        };
+        let (heard, unheard): (Vec<_>, Vec<_>) = soon.into_iter().partition(is_heard);
+        if unheard.len() > DUE_PAGE / 2 {
+            join_all(unheard.into_iter().map(|document| self.postpone(document, UNHEARD_TIMER))).await;
+        }
+        Ok(heard)
+    }
+
+    /// A timer that is not to fire now makes room for those of others, of which only so many are looked at together.
+    async fn postpone(&self, document: Document, delay: Duration) {
+        let due = Some(Utc::now() + delay);
         let put = Put { key: document.key, expected: Some(document.version), body: Some(document.body), due };
         // If it does not hold, the saga has moved or the store is away: the next tick sees.
         _ = self.store.commit(Commit { appends: Vec::new(), puts: vec![put] }).await;

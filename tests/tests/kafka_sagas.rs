@@ -1,0 +1,41 @@
+//! Sagas over brokers that are away.
+#![allow(clippy::unwrap_used)]
+
+use std::{sync::Arc, time::Duration};
+
+use annals::{MemoryStore, saga::Status};
+use annals_kafka::{KafkaBus, Settings};
+use annals_tests::{
+    kafka::Broker,
+    trip::{World, trip},
+};
+use tokio::time::sleep;
+use uuid::Uuid;
+
+const ALL: [&str; 3] = ["shop", "hotel", "bank"];
+/// How long a step waits for its answer. All attempts together are enough for consumers to find a broker that is back.
+const TIMEOUT: Duration = Duration::from_secs(2);
+const ATTEMPTS: u32 = 12;
+/// Longer than all attempts together.
+const AWAY: Duration = Duration::from_secs(30);
+const DRAIN: Duration = Duration::from_secs(10);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broker_that_is_away_for_longer_than_all_attempts_costs_none_of_them() {
+    let mut broker = Broker::start();
+    let world = World::new(Arc::new(MemoryStore::new()), trip(TIMEOUT, ATTEMPTS));
+    let bus = KafkaBus::connect(Settings::new(&broker.address()).partitions(1)).await.unwrap();
+    let runtime = world.start_over(Arc::new(bus), &ALL).await;
+    world.request("before", Uuid::new_v4(), None).await;
+    world.becomes("before", Status::Completed).await;
+    broker.kill();
+    world.request("meanwhile", Uuid::new_v4(), None).await;
+    // Nothing is to happen.
+    sleep(AWAY).await;
+    let status = world.status("meanwhile").await.unwrap();
+    assert_eq!((status.status, status.attempts), (Status::Running, 1), "{status:?}");
+    broker.resume();
+    world.becomes("meanwhile", Status::Completed).await;
+    assert_eq!(world.ledger("meanwhile").await, ["book", "charge", "confirm", "announce"]);
+    runtime.drain(DRAIN).await.unwrap();
+}
