@@ -30,6 +30,9 @@ pub fn jars() -> String {
     env::var("KAFKA_JARS").unwrap_or_else(|_| panic!("KAFKA_JARS is not set: run the tests by ./test"))
 }
 
+/// What a broker's log says then.
+const PORT_TAKEN: &str = "Address already in use";
+
 /// One broker of a cluster of the test's own. It is a child of the test, so that it ends with it on Ctrl-C too.
 pub struct Broker {
     folder: TempDir,
@@ -66,16 +69,26 @@ impl Broker {
     }
 
     fn by_protocol(brokers: usize, protocol: &str) -> Vec<Self> {
-        let ports: Vec<u16> = free_ports(brokers);
+        let mut tries_left = 3;
+        loop {
+            let mut cluster = Self::laid_out(brokers, protocol);
+            // Each of them waits for the others.
+            cluster.iter_mut().for_each(Self::launch);
+            match cluster.iter_mut().try_for_each(Self::listens) {
+                Ok(()) => return cluster,
+                Err(log) if tries_left > 0 && log.contains(PORT_TAKEN) => tries_left -= 1,
+                Err(log) => panic!("{log}"),
+            }
+        }
+    }
+
+    fn laid_out(brokers: usize, protocol: &str) -> Vec<Self> {
+        let ports = free_ports(brokers);
         let broker = |node| {
             let (folder, ports, protocol) = (tempfile::tempdir().unwrap(), ports.clone(), protocol.to_owned());
             Self { folder, ports, node, protocol, running: None }
         };
-        let mut cluster: Vec<Self> = (1..=brokers).map(broker).collect();
-        // Each of them waits for the others.
-        cluster.iter_mut().for_each(Self::launch);
-        cluster.iter_mut().for_each(Self::settle);
-        cluster
+        (1..=brokers).map(broker).collect()
     }
 
     /// Starts it again with the data it has, under the port it had.
@@ -99,14 +112,20 @@ impl Broker {
 
     /// Waits until it takes connections.
     pub fn settle(&mut self) {
+        self.listens().unwrap_or_else(|log| panic!("{log}"));
+    }
+
+    /// The same, or its log.
+    fn listens(&mut self) -> Result<(), String> {
         let started_at = Instant::now();
         while TcpStream::connect(("127.0.0.1", self.port())).is_err() {
             let ended = self.running.as_mut().is_some_and(|running| running.try_wait().unwrap().is_some());
             if ended || started_at.elapsed() > START {
-                panic!("{}", fs::read_to_string(self.folder.path().join("log")).unwrap());
+                return Err(fs::read_to_string(self.folder.path().join("log")).unwrap());
             }
             sleep(LOOK);
         }
+        Ok(())
     }
 
     /// With -9.
@@ -148,7 +167,7 @@ impl Broker {
     }
 }
 
-/// Ports that are free, as are those after each of them. Another process may take one meanwhile; then the start says so.
+/// Ports that are free, as are those after each of them. Another process may take one meanwhile.
 fn free_ports(count: usize) -> Vec<u16> {
     let (mut ports, mut held) = (Vec::new(), Vec::new());
     while ports.len() < count {

@@ -1,6 +1,9 @@
 //! A topic as others see it: by a plain client, without any of our code.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use rdkafka::{
     ClientConfig, Message, Offset, TopicPartitionList,
@@ -8,11 +11,13 @@ use rdkafka::{
     error::KafkaError,
     message::{BorrowedMessage, Header, Headers, OwnedHeaders},
     producer::{BaseProducer, BaseRecord, Producer},
+    types::RDKafkaErrorCode,
 };
 use uuid::Uuid;
 
 /// How long a broker may take to answer.
 const PATIENCE: Duration = Duration::from_secs(20);
+const LOOK: Duration = Duration::from_millis(50);
 
 /// One record.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -66,8 +71,19 @@ pub fn ends(brokers: &str, topic: &str) -> BTreeMap<i32, (i64, i64)> {
 fn ends_by(consumer: &BaseConsumer, topic: &str) -> BTreeMap<i32, (i64, i64)> {
     let metadata = consumer.fetch_metadata(Some(topic), PATIENCE).unwrap();
     let partitions = metadata.topics()[0].partitions().iter().map(|partition| partition.id());
-    let ends = |partition| (partition, consumer.fetch_watermarks(topic, partition, PATIENCE).unwrap());
-    partitions.map(ends).collect()
+    partitions.map(|partition| (partition, watermarks(consumer, topic, partition))).collect()
+}
+
+/// Of a partition that may have no leader yet, or another one since it was asked who leads it.
+fn watermarks(consumer: &BaseConsumer, topic: &str, partition: i32) -> (i64, i64) {
+    let started_at = Instant::now();
+    loop {
+        match consumer.fetch_watermarks(topic, partition, PATIENCE) {
+            Ok(watermarks) => return watermarks,
+            Err(error) if started_at.elapsed() > PATIENCE => panic!("partition {partition} of {topic}: {error}"),
+            Err(_) => std::thread::sleep(LOOK),
+        }
+    }
 }
 
 /// How many records there are.
@@ -92,7 +108,7 @@ pub fn read(brokers: &str, topic: &str) -> Vec<Record> {
         list.add_partition_offset(topic, *partition, Offset::Beginning).unwrap();
     }
     consumer.assign(&list).unwrap();
-    let mut records = Vec::new();
+    let (mut records, started_at) = (Vec::new(), Instant::now());
     while !waiting.is_empty() {
         match consumer.poll(PATIENCE) {
             Some(Ok(message)) => {
@@ -102,6 +118,9 @@ pub fn read(brokers: &str, topic: &str) -> Vec<Record> {
                 }
             }
             Some(Err(KafkaError::PartitionEOF(partition))) => _ = waiting.remove(&partition),
+            // One of several that is dead; the client goes on with the others.
+            Some(Err(KafkaError::MessageConsumption(RDKafkaErrorCode::BrokerTransportFailure)))
+                if started_at.elapsed() < PATIENCE => {}
             Some(Err(error)) => panic!("reading {topic}: {error}"),
             None => panic!("nothing came of {waiting:?} of {topic}"),
         }
