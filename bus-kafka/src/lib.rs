@@ -1,7 +1,7 @@
 //! The bus of [Annals](annals) on Kafka: events and commands as CloudEvents, in order per key, nothing lost.
 //!
 //! ```no_run
-//! # async fn f(services: Vec<annals::Service>) -> Result<(), annals::BusError> {
+//! # async fn f(services: Vec<annals::Service>) -> Result<(), annals::StartError> {
 //! use std::sync::Arc;
 //!
 //! let bus = annals_kafka::KafkaBus::connect(annals_kafka::Settings::new("localhost:9092")).await?;
