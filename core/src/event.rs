@@ -12,6 +12,8 @@ pub const STREAM_ID_BYTES_MAX: usize = 512;
 pub const CATEGORY_BYTES_MAX: usize = 100;
 /// The largest payload of one event, in bytes of JSON: below what PostgreSQL and Kafka take by default.
 pub const EVENT_BYTES_MAX: usize = 900_000;
+/// The JSON of metadata with a W3C trace context, and some room.
+const METADATA_BYTES: usize = 200;
 
 /// The name of a stream: `<category>-<id>`, such as `order-536365`.
 ///
@@ -60,9 +62,6 @@ pub enum StreamIdError {
     },
 }
 
-/// The JSON of metadata with a W3C trace context, and some room.
-const METADATA_BYTES: usize = 200;
-
 fn shortened(text: &str) -> String {
     text.chars().take(40).collect()
 }
@@ -73,9 +72,7 @@ impl StreamId {
         if category.contains('-') {
             return Err(StreamIdError::Category(shortened(category)));
         }
-        let joined = [category, "-", id].concat();
-        Self::check(&joined)?;
-        Ok(Self(joined.into()))
+        Self::parse(&[category, "-", id].concat())
     }
 
     /// Reads `<category>-<id>`.

@@ -242,7 +242,8 @@ impl Runtime {
     /// # Errors
     /// If the bus cannot be joined, or a store is not whole; then nothing is started.
     pub async fn start(&mut self, services: Vec<Service>, bus: Arc<dyn Bus>) -> Result<(), StartError> {
-        let stores: Vec<_> = services.iter().map(|service| (service.name.clone(), service.store.clone())).collect();
+        let mut stores: Vec<_> = services.iter().map(|service| (service.name.clone(), service.store.clone())).collect();
+        stores.dedup_by(|(_, next), (_, store)| Arc::ptr_eq(next, store));
         for (service, store) in stores {
             if is_half_imported(&*store).await? {
                 return Err(StartError::HalfImported { service });

@@ -22,7 +22,7 @@ use crate::{
     backoff::Backoff,
     bus::Message,
     commit::{Commit, Document, Put},
-    event::{Metadata, StreamId, Version, named_id},
+    event::{Metadata, Version, named_id},
     handler::{Handler, HandlerError, Terminal},
     health::Health,
     relayed::Relayed,
@@ -234,8 +234,8 @@ impl<C: SagaState> Runner<C> {
         let Some(service) = relayed_by.filter(|_| !soon.is_empty()) else { return Ok(soon) };
         let relayed = Relayed::on(&*self.store).await?.remove(service);
         let is_heard = |document: &Document| {
-            let Ok(status) = serde_json::from_str::<SagaStatus>(&document.body) else { return true };
-            let stream = StreamId::from_stored(&format!("{}-{}", document.key.collection, document.key.id));
+            let status = serde_json::from_str::<SagaStatus>(&document.body);
+            let (Ok(status), Ok(stream)) = (status, self.instances.stream(&document.key.id)) else { return true };
             relayed.as_ref().is_some_and(|relayed| status.position <= relayed.up_to(&stream))
         };
         let (heard, unheard): (Vec<_>, Vec<_>) = soon.into_iter().partition(is_heard);
