@@ -36,6 +36,9 @@ const REPUBLISHED: std::time::Duration = std::time::Duration::from_secs(5);
 const STALLED: std::time::Duration = std::time::Duration::from_secs(3);
 /// How often it says so again.
 const STALLED_AGAIN: std::time::Duration = std::time::Duration::from_secs(60);
+/// How long a checkpoint may stay behind what the bus has taken: a commit for each page would only be in the way of those that
+/// the messages bring about. After a crash so much is published again.
+const CHECKPOINT_AFTER: std::time::Duration = std::time::Duration::from_millis(100);
 /// How long a draining relay waits for one more receipt.
 const LAST_RECEIPTS: std::time::Duration = std::time::Duration::from_millis(500);
 
@@ -181,6 +184,8 @@ impl Relay {
         let mut in_flight: VecDeque<InFlight> = VecDeque::new();
         let (mut moved_at, mut patient_until) = (Instant::now(), Instant::now() + LAST_RECEIPTS);
         let mut stalls_at = Instant::now() + STALLED;
+        // What the bus has taken, and when the checkpoint is to follow.
+        let (mut taken_up_to, mut follows_at) = (cursor.0, None);
         let store = worker.store.clone();
         let (mut more, mut is_more) = (store.wait(cursor), true);
         // The page after the one that is being published, read meanwhile by another processor.
@@ -198,6 +203,10 @@ impl Relay {
             }
             if !stopping {
                 patient_until = Instant::now() + LAST_RECEIPTS;
+            }
+            if follows_at.is_some_and(|at| at <= Instant::now()) {
+                worker.checkpoint(taken_up_to).await?;
+                (moved_at, follows_at) = (Instant::now(), None);
             }
             let room = in_flight.len() < PAGES_IN_FLIGHT && !stopping;
             if room && is_more {
@@ -259,13 +268,16 @@ impl Relay {
                         taken = in_flight.front_mut().and_then(|first| (&mut first.receipt).now_or_never());
                     }
                     if let Some(next) = next {
-                        worker.checkpoint(next.0).await?;
-                        moved_at = Instant::now();
-                        patient_until = moved_at + LAST_RECEIPTS;
-                        stalls_at = moved_at + STALLED;
+                        let now = Instant::now();
+                        taken_up_to = next.0;
+                        follows_at.get_or_insert(now + CHECKPOINT_AFTER);
+                        patient_until = now + LAST_RECEIPTS;
+                        stalls_at = now + STALLED;
+                        worker.reporter.fine();
                         backoff.reset();
                     }
                 }
+                () = tokio::time::sleep_until(follows_at.unwrap_or(patient_until)), if follows_at.is_some() => {}
                 woken = &mut more, if room && !is_more => {
                     woken?;
                     is_more = true;
@@ -285,6 +297,7 @@ impl Relay {
                 () = tokio::time::sleep_until(patient_until), if stopping => break,
             }
         }
+        worker.checkpoint(taken_up_to).await?;
         let next = worker.lanes[0].next;
         Ok(claim.release(worker, next).await?)
     }

@@ -15,6 +15,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::books::Books;
 
+/// Events read in one go.
+const PAGE: usize = 2_000;
+
 /// The books, and who waits for which saga. Clones share them.
 #[derive(Clone, Default)]
 pub struct Ledger {
@@ -53,28 +56,22 @@ impl Ledger {
     }
 
     async fn read_on(&self, store: &dyn EventStore, shutdown: CancellationToken) -> Result<(), StoreError> {
-        let mut position = Position::START;
         while !shutdown.is_cancelled() {
-            let next = self.read(store, position).await?;
-            if next == position {
+            // A short page is the last one, or a wait for more is over at once.
+            if self.read(store).await? < PAGE {
                 tokio::select! {
-                    woken = store.wait(position) => woken?,
+                    woken = store.wait(self.position()) => woken?,
                     () = shutdown.cancelled() => {}
                 }
             }
-            position = next;
         }
         Ok(())
     }
 
     /// Books what came after the follower was told to stop.
     pub async fn read_up(&self, store: &dyn EventStore) -> Result<(), StoreError> {
-        loop {
-            let position = self.position();
-            if self.read(store, position).await? == position {
-                return Ok(());
-            }
-        }
+        while self.read(store).await? > 0 {}
+        Ok(())
     }
 
     /// Why the books cannot be kept any more.
@@ -82,8 +79,9 @@ impl Ledger {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).failed.clone()
     }
 
-    async fn read(&self, store: &dyn EventStore, after: Position) -> Result<Position, StoreError> {
-        let page = store.read_log(&LogQuery::all(), after, 2_000).await?;
+    /// Books the next page; how many events it had.
+    async fn read(&self, store: &dyn EventStore) -> Result<usize, StoreError> {
+        let page = store.read_log(&LogQuery::all(), self.position(), PAGE).await?;
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         for event in &page.events {
             if event.stream.category().starts_with("saga.") {
@@ -98,7 +96,7 @@ impl Ledger {
             }
         }
         state.position = page.next;
-        Ok(page.next)
+        Ok(page.events.len())
     }
 
     /// How far the books are.

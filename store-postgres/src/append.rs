@@ -4,7 +4,7 @@ use chrono::{DateTime, Utc};
 use sqlx::{Connection, PgConnection, Postgres, Row, postgres::PgArguments, query::Query};
 
 use crate::{
-    group::{Decision, EventRow, Standings, Written},
+    group::{Decision, EventRow, EventText, Standings, StreamState, Written},
     open::{Database, Purpose},
     read::{storable, time},
 };
@@ -84,6 +84,9 @@ async fn append_events(
     bases: &[i64],
 ) -> Result<Option<Written>, sqlx::Error> {
     let Decision { streams, events, .. } = decision;
+    if let ([event], [stream], [base]) = (&events[..], &streams[..], bases) {
+        return append_one(database, connection, stream, base + event.step, event.text).await;
+    }
     let query = database
         .statements
         .append_events
@@ -104,7 +107,32 @@ async fn append_events(
     Ok(Some(Written { positions, recorded_at }))
 }
 
-/// Both statements end with these.
+/// The same for a group of one event.
+async fn append_one(
+    database: &Database,
+    connection: &mut PgConnection,
+    stream: &StreamState<'_>,
+    version: i64,
+    text: &EventText,
+) -> Result<Option<Written>, sqlx::Error> {
+    let query = database
+        .statements
+        .append_one
+        .query()
+        .bind(stream.id.as_str())
+        .bind(version)
+        .bind(text.id)
+        .bind(&*text.type_name)
+        .bind(text.schema_version)
+        .bind(&*text.data)
+        .bind(&*text.metadata);
+    // To its very end, as above.
+    let rows = query.fetch_all(connection).await?;
+    let Some(row) = rows.first() else { return Ok(None) };
+    Ok(Some(Written { positions: vec![row.try_get(0)?], recorded_at: time(row, 1)? }))
+}
+
+/// Both statements with arrays end with these.
 fn with_texts<'q>(
     query: Query<'q, Postgres, PgArguments>,
     events: &'q [EventRow<'_>],

@@ -26,8 +26,8 @@
 //!
 //! # What a commit costs
 //!
-//! One task writes, on a connection of its own. It takes all commits that wait as one group, and makes one round trip and one
-//! transaction of them; a commit that comes alone waits for nobody. A conflict fails its own commit only. A group takes a
+//! A commit that comes alone is written at once. Where several are under way, those that wait are taken as one group, and make
+//! one round trip and one transaction. A conflict fails its own commit only. A group takes a
 //! second round trip where a commit in it expects a version that is not there.
 //!
 //! A commit that relies on a stream without writing to it keeps others from writing there until it holds, in whichever process
@@ -64,6 +64,7 @@
 //!
 //! Without `pooled=true`, a store refuses to open where it notices that its settings do not come through.
 
+mod alone;
 mod append;
 mod archive;
 mod copied;
@@ -97,20 +98,21 @@ use tokio::{
     time::timeout,
 };
 
+use self::{
+    alone::Alone,
+    group::Prepared,
+    log::{Ahead, Log},
+    news::News,
+    open::Database,
+    queue::{QUEUE_COMMITS_MAX, Queue, Submission, Traffic},
+    statements::Statements,
+    writer::Writer,
+};
 pub use self::{
     error::OpenError,
     open::Settings,
     replay::{Replay, ReplayError, Replayed},
     sql_store::{SqlHandler, SqlStore},
-};
-use self::{
-    group::Prepared,
-    log::{Ahead, Log},
-    news::News,
-    open::Database,
-    queue::{QUEUE_COMMITS_MAX, Queue, Submission},
-    statements::Statements,
-    writer::{Reconnect, Writer},
 };
 
 /// How long a reader waits before it looks for what nobody told it of, doubling between these: rows written by hand, and
@@ -135,6 +137,8 @@ struct Shared {
     database: Arc<Database>,
     /// `None` once closed.
     queue: RwLock<Option<mpsc::Sender<Submission>>>,
+    traffic: Arc<Traffic>,
+    alone: Alone,
     /// How the writer ended.
     ended: watch::Receiver<Option<Result<(), String>>>,
     readers: PgPool,
@@ -167,17 +171,11 @@ impl PostgresStore {
         let database = Arc::new(database);
         let (readers, news) = (database.readers(), News::new());
         let (queue, submissions) = mpsc::channel(QUEUE_COMMITS_MAX);
-        let queue_of_writers = Arc::new(Queue::new(submissions));
-        let writer = |second| Writer {
-            database: database.clone(),
-            connection: None,
-            queue: queue_of_writers.clone(),
-            second,
-            news: news.clone(),
-            reconnect: Reconnect::default(),
-        };
+        let traffic = Arc::new(Traffic::default());
+        let writer = || Writer::new(&database, &news);
+        let alone = Alone::new(writer());
         let (end, ended) = watch::channel(None);
-        writer::start([writer(false), writer(true)], end)
+        writer::start([writer(), writer()], Queue::new(submissions), traffic.clone(), end)
             .map_err(|error| error::open_error(&sqlx::Error::Io(error)))?;
         let helpers = [
             tokio::spawn(news.clone().notify(database.clone())).abort_handle(),
@@ -185,7 +183,7 @@ impl PostgresStore {
         ];
         let log = Log::new(database.clone(), readers.clone());
         let queue = RwLock::new(Some(queue));
-        Ok(Self { shared: Arc::new(Shared { database, queue, ended, readers, log, news, helpers }) })
+        Ok(Self { shared: Arc::new(Shared { database, queue, traffic, alone, ended, readers, log, news, helpers }) })
     }
 
     /// Writes what was handed over and lets go of all connections. Later calls of other methods are refused as unavailable;
@@ -194,6 +192,7 @@ impl PostgresStore {
         drop(self.shared.queue.write().unwrap_or_else(PoisonError::into_inner).take());
         let mut ended = self.shared.ended.clone();
         let ended = ended.wait_for(Option::is_some).await.map(|ended| ended.clone());
+        self.shared.alone.close().await;
         self.shared.helpers.iter().for_each(AbortHandle::abort);
         self.shared.readers.close().await;
         match ended {
@@ -228,9 +227,14 @@ impl EventStore for PostgresStore {
         if commit.is_empty() {
             return Ok(Committed::default());
         }
+        let commit = Prepared::from(commit);
+        let (passage, is_alone) = self.shared.traffic.enter();
+        if is_alone && let Some(turn) = self.shared.alone.turn() {
+            return turn.write(commit, passage).await;
+        }
         let queue = self.shared.queue.read().unwrap_or_else(PoisonError::into_inner).clone();
         let (answer, answered) = oneshot::channel();
-        let submission = Submission { commit: Prepared::from(commit), answer };
+        let submission = Submission { commit, answer, passage };
         queue.ok_or_else(|| self.stopped())?.send(submission).await.map_err(|_| self.stopped())?;
         answered.await.unwrap_or_else(|_| Err(CommitError::Unknown("its writer ended while it had the commit".into())))
     }

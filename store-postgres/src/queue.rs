@@ -1,5 +1,10 @@
 //! Commits that wait for a writer, and how they are taken in groups.
 
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, AtomicUsize, Ordering},
+};
+
 use tokio::sync::{Mutex, Notify, mpsc, oneshot};
 
 use annals::{CommitError, Committed};
@@ -21,6 +26,37 @@ pub(crate) type Outcome = Result<Committed, CommitError>;
 pub(crate) struct Submission {
     pub(crate) commit: Prepared,
     pub(crate) answer: oneshot::Sender<Outcome>,
+    pub(crate) passage: Passage,
+}
+
+/// How many commits are under way, and whether they come one at a time.
+#[derive(Debug, Default)]
+pub(crate) struct Traffic {
+    under_way: AtomicUsize,
+    in_groups: AtomicBool,
+}
+
+/// One of those under way, until this is dropped.
+pub(crate) struct Passage(Arc<Traffic>);
+
+impl Traffic {
+    /// One more is under way; and whether it is the only one, and those before came alone, too. When many are answered at once,
+    /// the first to come back is only ahead of the others.
+    pub(crate) fn enter(self: &Arc<Self>) -> (Passage, bool) {
+        let before = self.under_way.fetch_add(1, Ordering::AcqRel);
+        (Passage(self.clone()), before == 0 && !self.in_groups.load(Ordering::Acquire))
+    }
+
+    /// A group of so many was taken from the queue.
+    pub(crate) fn came(&self, commits: usize) {
+        self.in_groups.store(commits > 1, Ordering::Release);
+    }
+}
+
+impl Drop for Passage {
+    fn drop(&mut self) {
+        self.0.under_way.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 pub(crate) struct Queue {

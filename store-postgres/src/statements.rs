@@ -89,6 +89,7 @@ statements!(
     advance,
     append,
     append_events,
+    append_one,
     collections,
     dense_until,
     documents,

@@ -22,7 +22,7 @@ use crate::{
     group::{Decision, Prepared},
     news::News,
     open::{Database, Purpose},
-    queue::{Outcome, Queue},
+    queue::{Outcome, Queue, Traffic},
 };
 
 /// How often a group is tried as a whole while other processes are faster, before it is tried in halves.
@@ -37,15 +37,13 @@ pub(crate) const ANSWER_SECONDS_MAX: u64 = 60;
 const RECONNECT_MS_MIN: u64 = 20;
 const RECONNECT_MS_MAX: u64 = 1_000;
 
+#[derive(Debug)]
 pub(crate) struct Writer {
     pub(crate) database: Arc<Database>,
     /// `None` after a failure: what state it left a connection in is not worth finding out.
-    pub(crate) connection: Option<PgConnection>,
-    pub(crate) queue: Arc<Queue>,
-    /// Whether it takes only what another writer leaves.
-    pub(crate) second: bool,
-    pub(crate) news: News,
-    pub(crate) reconnect: Reconnect,
+    connection: Option<PgConnection>,
+    news: News,
+    reconnect: Reconnect,
 }
 
 /// When to connect again.
@@ -84,13 +82,19 @@ enum Failure {
     OfAll(CommitError),
 }
 
-/// Runs both on a thread of its own: as tasks among those of the callers they would wait behind hundreds of them at each step,
-/// with the server idle meanwhile. At the end it says how they ended, even if that was a panic.
-pub(crate) fn start(writers: [Writer; 2], end: watch::Sender<Option<Result<(), String>>>) -> io::Result<()> {
+/// Two that serve the queue, on a thread of their own: as tasks among those of the callers they would wait behind hundreds of
+/// them at each step, with the server idle meanwhile. At the end it says how they ended, even if that was a panic.
+pub(crate) fn start(
+    writers: [Writer; 2],
+    queue: Queue,
+    traffic: Arc<Traffic>,
+    end: watch::Sender<Option<Result<(), String>>>,
+) -> io::Result<()> {
     let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
     let run = move || {
         let [first, second] = writers;
-        let both = async { tokio::try_join!(first.run(), second.run()) };
+        let both =
+            async { tokio::try_join!(first.serve(&queue, &traffic, false), second.serve(&queue, &traffic, true)) };
         let result = match panic::catch_unwind(AssertUnwindSafe(|| runtime.block_on(both))) {
             Ok(ended) => ended.map(drop).map_err(|error| error.to_string()),
             Err(_) => Err("it panicked".to_owned()),
@@ -104,13 +108,21 @@ pub(crate) fn start(writers: [Writer; 2], end: watch::Sender<Option<Result<(), S
 }
 
 impl Writer {
-    /// Runs until the last sender is gone and the queue is empty.
-    async fn run(mut self) -> Result<(), sqlx::Error> {
-        let queue = self.queue.clone();
-        while let Some(group) = if self.second { queue.overflow().await } else { queue.next().await } {
-            let (commits, answers): (Vec<_>, Vec<_>) =
-                group.into_iter().map(|submission| (submission.commit, submission.answer)).unzip();
-            for (answer, outcome) in answers.into_iter().zip(self.write(&commits).await) {
+    pub(crate) fn new(database: &Arc<Database>, news: &News) -> Self {
+        let (database, news) = (database.clone(), news.clone());
+        Self { database, connection: None, news, reconnect: Reconnect::default() }
+    }
+
+    /// Writes what the queue holds until the last sender is gone and it is empty. `second`: only what another writer leaves.
+    async fn serve(mut self, queue: &Queue, traffic: &Traffic, second: bool) -> Result<(), sqlx::Error> {
+        while let Some(group) = if second { queue.overflow().await } else { queue.next().await } {
+            traffic.came(group.len());
+            let (commits, answers): (Vec<_>, Vec<_>) = group
+                .into_iter()
+                .map(|submission| (submission.commit, (submission.answer, submission.passage)))
+                .unzip();
+            for ((answer, passage), outcome) in answers.into_iter().zip(self.write(&commits).await) {
+                drop(passage);
                 // A caller that gave up needs no answer.
                 drop(answer.send(outcome));
             }
@@ -118,14 +130,23 @@ impl Writer {
             // would be those who queued during this one, and two halves would take turns for twice as many round trips.
             tokio::task::yield_now().await;
         }
-        match self.connection.take() {
+        self.close().await
+    }
+
+    /// Connects anew for the next group.
+    pub(crate) fn disconnect(&mut self) {
+        self.connection = None;
+    }
+
+    pub(crate) async fn close(self) -> Result<(), sqlx::Error> {
+        match self.connection {
             Some(connection) => connection.close().await,
             None => Ok(()),
         }
     }
 
     /// Writes a group, in halves where it does not go as a whole.
-    async fn write(&mut self, commits: &[Prepared]) -> Vec<Outcome> {
+    pub(crate) async fn write(&mut self, commits: &[Prepared]) -> Vec<Outcome> {
         let mut outcomes = Vec::with_capacity(commits.len());
         let whole = 0..commits.len();
         let mut parts = Vec::from([whole]);

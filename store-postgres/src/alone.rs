@@ -1,0 +1,78 @@
+//! A commit that comes alone is written where its caller runs: to wake another thread, and to be woken by it, would take longer
+//! than all else that a process does for it.
+
+use std::sync::Arc;
+
+use annals::CommitError;
+use tokio::{
+    runtime::{Handle, Id},
+    sync::{Mutex, OwnedMutexGuard},
+};
+
+use crate::{
+    group::Prepared,
+    queue::{Outcome, Passage},
+    writer::Writer,
+};
+
+/// The writer for commits that come alone; clones share it.
+#[derive(Clone, Debug)]
+pub(crate) struct Alone(Arc<Mutex<Option<Resident>>>);
+
+/// A writer, and the runtime that its connection belongs to.
+#[derive(Debug)]
+struct Resident {
+    writer: Writer,
+    runtime: Option<Id>,
+}
+
+/// The right to write one commit with it.
+pub(crate) struct Turn {
+    resident: OwnedMutexGuard<Option<Resident>>,
+    runtime: Handle,
+}
+
+impl Alone {
+    pub(crate) fn new(writer: Writer) -> Self {
+        Self(Arc::new(Mutex::new(Some(Resident { writer, runtime: None }))))
+    }
+
+    /// `None` if it has other things to do, or is closed.
+    pub(crate) fn turn(&self) -> Option<Turn> {
+        let (resident, runtime) = (self.0.clone().try_lock_owned().ok()?, Handle::try_current().ok()?);
+        resident.is_some().then_some(Turn { resident, runtime })
+    }
+
+    pub(crate) async fn close(&self) {
+        if let Some(resident) = self.0.lock().await.take() {
+            // It holds nothing that is not committed.
+            resident.writer.close().await.ok();
+        }
+    }
+}
+
+impl Turn {
+    /// In a task of its own, so that it comes to its end whatever becomes of the caller.
+    pub(crate) async fn write(self, commit: Prepared, passage: Passage) -> Outcome {
+        let Self { mut resident, runtime } = self;
+        let task = runtime.clone().spawn(async move {
+            let outcome = match resident.as_mut() {
+                Some(resident) => resident.write(commit, runtime.id()).await,
+                None => None,
+            };
+            drop((resident, passage));
+            outcome
+        });
+        let outcome = task.await.map_err(|ended| CommitError::Unknown(format!("while it was written, {ended}")))?;
+        outcome.unwrap_or_else(|| Err(CommitError::Unavailable("there is no outcome".into())))
+    }
+}
+
+impl Resident {
+    async fn write(&mut self, commit: Prepared, runtime: Id) -> Option<Outcome> {
+        if self.runtime.replace(runtime) != Some(runtime) {
+            self.writer.disconnect();
+        }
+        self.writer.write(&[commit]).await.pop()
+    }
+}
