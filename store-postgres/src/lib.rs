@@ -145,12 +145,12 @@ struct Shared {
     log: Log,
     news: News,
     /// What tells other processes, and listens to them.
-    helpers: [AbortHandle; 2],
+    spreading: AbortHandle,
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        self.helpers.iter().for_each(AbortHandle::abort);
+        self.spreading.abort();
     }
 }
 
@@ -175,15 +175,12 @@ impl PostgresStore {
         let writer = || Writer::new(&database, &news);
         let alone = Alone::new(writer());
         let (end, ended) = watch::channel(None);
-        writer::start([writer(), writer()], Queue::new(submissions), traffic.clone(), end)
+        writer::start([writer(), writer()], Queue::new(submissions, traffic.clone()), end)
             .map_err(|error| error::open_error(&sqlx::Error::Io(error)))?;
-        let helpers = [
-            tokio::spawn(news.clone().notify(database.clone())).abort_handle(),
-            tokio::spawn(news.clone().listen(database.clone())).abort_handle(),
-        ];
+        let spreading = tokio::spawn(news.clone().spread(database.clone())).abort_handle();
         let log = Log::new(database.clone(), readers.clone());
         let queue = RwLock::new(Some(queue));
-        Ok(Self { shared: Arc::new(Shared { database, queue, traffic, alone, ended, readers, log, news, helpers }) })
+        Ok(Self { shared: Arc::new(Shared { database, queue, traffic, alone, ended, readers, log, news, spreading }) })
     }
 
     /// Writes what was handed over and lets go of all connections. Later calls of other methods are refused as unavailable;
@@ -193,7 +190,7 @@ impl PostgresStore {
         let mut ended = self.shared.ended.clone();
         let ended = ended.wait_for(Option::is_some).await.map(|ended| ended.clone());
         self.shared.alone.close().await;
-        self.shared.helpers.iter().for_each(AbortHandle::abort);
+        self.shared.spreading.abort();
         self.shared.readers.close().await;
         match ended {
             Ok(Some(Err(reason))) => Err(StoreError::Unavailable(reason)),
@@ -228,11 +225,12 @@ impl EventStore for PostgresStore {
             return Ok(Committed::default());
         }
         let commit = Prepared::from(commit);
-        let (passage, is_alone) = self.shared.traffic.enter();
+        let (mut passage, is_alone) = self.shared.traffic.enter();
         if is_alone && let Some(turn) = self.shared.alone.turn() {
             return turn.write(commit, passage).await;
         }
         let queue = self.shared.queue.read().unwrap_or_else(PoisonError::into_inner).clone();
+        passage.wait(commit.rows);
         let (answer, answered) = oneshot::channel();
         let submission = Submission { commit, answer, passage };
         queue.ok_or_else(|| self.stopped())?.send(submission).await.map_err(|_| self.stopped())?;

@@ -6,12 +6,15 @@ use std::{sync::Arc, time::Duration};
 
 use annals::Position;
 use sqlx::{Connection, PgConnection, Row, postgres::PgListener};
-use tokio::{sync::watch, time::sleep};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep, sleep_until, timeout},
+};
 use uuid::Uuid;
 
 use crate::{
     open::{Database, Purpose},
-    writer::Reconnect,
+    writer::{ANSWER_SECONDS_MAX, Reconnect},
 };
 
 /// The least time between two notifications: however many groups are written, other processes hear of them so often.
@@ -61,8 +64,64 @@ impl News {
         self.told.send_modify(|count| *count = count.wrapping_add(1));
     }
 
-    /// Tells other processes. Ends only by being aborted.
-    pub(crate) async fn notify(self, database: Arc<Database>) {
+    /// Tells other processes and hears them, or looks for what they write where they cannot be heard. Ends only by being
+    /// aborted.
+    pub(crate) async fn spread(self, database: Arc<Database>) {
+        if database.pooled {
+            tokio::join!(self.look(&database), self.tell_others(&database));
+        }
+        let (mut written, mut reconnect) = (self.written.subscribe(), Reconnect::default());
+        loop {
+            reconnect.wait().await;
+            let ended = self.converse(&database, &mut written, &mut reconnect).await;
+            self.listening.send_replace(false);
+            if let Err(error) = ended {
+                tracing::debug!(%error, "other processes are neither told nor heard; looking instead");
+            }
+            reconnect.failed();
+        }
+    }
+
+    /// Tells and hears on one connection, until it ends.
+    async fn converse(
+        &self,
+        database: &Database,
+        written: &mut watch::Receiver<Position>,
+        reconnect: &mut Reconnect,
+    ) -> Result<(), sqlx::Error> {
+        let channel = database.channel();
+        let mut listener = PgListener::connect_with(&database.listener()).await?;
+        listener.listen(&channel).await?;
+        database.statements.attend.query().execute(&mut listener).await?;
+        reconnect.succeeded();
+        self.listening.send_replace(true);
+        // What was said before nobody heard, or nobody said it.
+        self.tell();
+        let mut next = Instant::now();
+        loop {
+            let something_new = async {
+                sleep_until(next).await;
+                written.changed().await
+            };
+            tokio::select! {
+                heard = listener.try_recv() => match heard? {
+                    Some(heard) if heard.payload() == &*self.name => {}
+                    Some(_) => self.tell(),
+                    None => return Ok(()),
+                },
+                // `self` holds the sender, so this goes on for ever.
+                _ = something_new => {
+                    let notify = database.statements.notify.query().bind(&channel).bind(&*self.name);
+                    let answer = timeout(Duration::from_secs(ANSWER_SECONDS_MAX), notify.execute(&mut listener));
+                    answer.await.unwrap_or_else(|elapsed| Err(sqlx::Error::Io(elapsed.into())))?;
+                    next = Instant::now() + Duration::from_millis(NOTIFY_MS_MIN);
+                }
+            }
+        }
+    }
+
+    /// Tells other processes from behind a pooler.
+    async fn tell_others(&self, database: &Database) {
         let (channel, mut written, mut reconnect) =
             (database.channel(), self.written.subscribe(), Reconnect::default());
         let mut connection: Option<PgConnection> = None;
@@ -74,17 +133,13 @@ impl News {
                     Some(open) => open,
                     None => database.connect(Purpose::Tell).await?,
                 };
-                let open = connection.insert(open);
+                let mut transaction = connection.insert(open).begin_with(database.begin(Purpose::Tell)).await?;
                 let notify = database.statements.notify.query().bind(&channel).bind(&*self.name);
-                if !database.pooled {
-                    return notify.execute(open).await.map(drop);
-                }
-                let mut transaction = open.begin_with(database.begin(Purpose::Tell)).await?;
                 notify.execute(&mut *transaction).await?;
                 transaction.commit().await
             };
             match told.await {
-                Ok(_) => reconnect.succeeded(),
+                Ok(()) => reconnect.succeeded(),
                 Err(error) => {
                     // Others find out by looking. What is written next is told again.
                     tracing::debug!(%error, "other processes could not be told of new events");
@@ -97,7 +152,7 @@ impl News {
     }
 
     /// Looks whether there is something new, on behalf of all who wait.
-    async fn look(self, database: Arc<Database>) {
+    async fn look(&self, database: &Database) {
         let (mut connection, mut reconnect) = (None::<PgConnection>, Reconnect::default());
         let mut last = None;
         loop {
@@ -127,37 +182,6 @@ impl News {
                 }
             }
             sleep(Duration::from_millis(LOOK_MS)).await;
-        }
-    }
-
-    /// Hears other processes, or looks for what they write where they cannot be heard. Ends only by being aborted.
-    pub(crate) async fn listen(self, database: Arc<Database>) {
-        if database.pooled {
-            return self.look(database).await;
-        }
-        let (channel, pool, mut reconnect) = (database.channel(), database.listener(), Reconnect::default());
-        loop {
-            reconnect.wait().await;
-            let heard = async {
-                let mut listener = PgListener::connect_with(&pool).await?;
-                listener.listen(&channel).await?;
-                reconnect.succeeded();
-                self.listening.send_replace(true);
-                // What was said before nobody heard.
-                self.tell();
-                while let Some(heard) = listener.try_recv().await? {
-                    if heard.payload() != &*self.name {
-                        self.tell();
-                    }
-                }
-                Ok::<(), sqlx::Error>(())
-            };
-            let ended = heard.await;
-            self.listening.send_replace(false);
-            if let Err(error) = ended {
-                tracing::debug!(%error, "other processes are not heard; looking instead");
-            }
-            reconnect.failed();
         }
     }
 }

@@ -245,13 +245,13 @@ impl Database {
         AssertSqlSafe(begin).into_sql_str()
     }
 
-    /// The connection that listens to them; a pool because it reconnects by it.
+    /// The connection that tells other processes and listens to them; a pool because that is what a listener wants.
     pub(crate) fn listener(&self) -> PgPool {
         PgPoolOptions::new()
             .max_connections(1)
             .idle_timeout(None)
             .max_lifetime(None)
-            .connect_lazy_with(self.options.clone())
+            .connect_lazy_with(self.options_for(Purpose::Tell))
     }
 
     /// Connections for reads. They are not asked for a sign of life before each use: a read that meets a dead one is repeated.

@@ -90,6 +90,7 @@ statements!(
     append,
     append_events,
     append_one,
+    attend,
     collections,
     dense_until,
     documents,

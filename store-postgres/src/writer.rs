@@ -22,7 +22,7 @@ use crate::{
     group::{Decision, Prepared},
     news::News,
     open::{Database, Purpose},
-    queue::{Outcome, Queue, Traffic},
+    queue::{Outcome, Queue},
 };
 
 /// How often a group is tried as a whole while other processes are faster, before it is tried in halves.
@@ -87,14 +87,12 @@ enum Failure {
 pub(crate) fn start(
     writers: [Writer; 2],
     queue: Queue,
-    traffic: Arc<Traffic>,
     end: watch::Sender<Option<Result<(), String>>>,
 ) -> io::Result<()> {
     let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
     let run = move || {
         let [first, second] = writers;
-        let both =
-            async { tokio::try_join!(first.serve(&queue, &traffic, false), second.serve(&queue, &traffic, true)) };
+        let both = async { tokio::try_join!(first.serve(&queue, false), second.serve(&queue, true)) };
         let result = match panic::catch_unwind(AssertUnwindSafe(|| runtime.block_on(both))) {
             Ok(ended) => ended.map(drop).map_err(|error| error.to_string()),
             Err(_) => Err("it panicked".to_owned()),
@@ -114,9 +112,8 @@ impl Writer {
     }
 
     /// Writes what the queue holds until the last sender is gone and it is empty. `second`: only what another writer leaves.
-    async fn serve(mut self, queue: &Queue, traffic: &Traffic, second: bool) -> Result<(), sqlx::Error> {
+    async fn serve(mut self, queue: &Queue, second: bool) -> Result<(), sqlx::Error> {
         while let Some(group) = if second { queue.overflow().await } else { queue.next().await } {
-            traffic.came(group.len());
             let (commits, answers): (Vec<_>, Vec<_>) = group
                 .into_iter()
                 .map(|submission| (submission.commit, (submission.answer, submission.passage)))
