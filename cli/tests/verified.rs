@@ -251,3 +251,18 @@ async fn seals_follow_one_another_as_the_log_grows() {
     let verified = moved(&["verify", "--expect", second["seal"].as_str().unwrap(), "--json"]).json().remove(0);
     assert_eq!((&verified["seal"], &verified["events"]), (&second["seal"], &second["events"]));
 }
+
+/// As in `annals verify | head`: whoever reads no further is told all the same, by the exit code.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_that_goes_away_does_not_make_a_fault_go_away() {
+    let place = Place::with_trips().await;
+    let sound = place.file("travel.db");
+    let broken = tampered(&place, "broken.db", "UPDATE events SET data = '{' WHERE position < 10").await;
+    for (store, code) in [(sound, 0), (broken, 1)] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command = command(&["verify"]);
+        let status = command.env("ANNALS_STORE", url(&store)).stdout(writer).status().unwrap();
+        assert_eq!(status.code(), Some(code), "{}", store.display());
+    }
+}

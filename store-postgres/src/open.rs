@@ -67,7 +67,7 @@ pub struct Settings {
     /// The schema that holds the tables: lower-case letters, digits and `_`. It is created if it is missing. `?schema=NAME` in
     /// the URL says so too, and comes first.
     pub schema: String,
-    /// How many connections serve reads. Three more write, tell other processes, and listen to them.
+    /// How many connections serve reads. Up to three more write, and one tells other processes and listens to them.
     pub connections: u32,
 }
 

@@ -107,13 +107,21 @@ struct Verified {
 }
 
 pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
+    let mut faults = Faults { output, count: 0 };
+    match verify(arguments, store, &mut faults).await {
+        // Who reads no further has seen a fault, or would have.
+        Err(Failure::OutputClosed) if faults.count > 0 => Ok(Verdict::Fault),
+        verified => verified,
+    }
+}
+
+async fn verify(arguments: Arguments, store: &Store, faults: &mut Faults<'_>) -> Result<Verdict, Failure> {
     let archive = store.port();
     let until = archive.status().await?.head.0;
     let stop = Stop::on_ctrl_c();
     let bar = progress::bar("verified", until.unsigned_abs());
-    let mut faults = Faults { output, count: 0 };
     let (mut order, mut histories) = (Order::new()?, Histories::default());
-    let mut seals = Seals::open(archive.clone(), arguments.seal, arguments.expect, &mut faults).await?;
+    let mut seals = Seals::open(archive.clone(), arguments.seal, arguments.expect, faults).await?;
     let sealed = seals.are_there();
     let look = move |events: &mut Vec<Event>, event: Stored<'_>| events.push(Event::of(&event, sealed));
     let mut log = store.batches(LogQuery::all(), 1..=until, look).await?;
@@ -131,22 +139,22 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
                 faults.add(event.place(), format!("the payload cannot be read: {wrong}"))?;
             }
             if let Some(of_saga) = &event.of_saga {
-                histories.event(of_saga, &mut faults)?;
+                histories.event(of_saga, faults)?;
             }
             bar.set_position(event.position.unsigned_abs());
             if sealed {
-                seals.event(event, &mut faults).await?;
+                seals.event(event, faults).await?;
             }
         }
     }
     bar.finish_and_clear();
-    seals.end(&mut faults).await?;
-    let chains = order.end(&*archive, &mut faults, (seals.chained_until(), seals.until())).await?;
-    seals.chains(chains, &mut faults).await?;
-    let documents = documents::verify(&*archive, &histories, &mut faults).await?;
+    seals.end(faults).await?;
+    let chains = order.end(&*archive, faults, (seals.chained_until(), seals.until())).await?;
+    seals.chains(chains, faults).await?;
+    let documents = documents::verify(&*archive, &histories, faults).await?;
     let topics = match &arguments.on_bus.bus {
         None => None,
-        Some(settings) => match bus::verify(&arguments.on_bus, settings, store, &stop, &mut faults).await? {
+        Some(settings) => match bus::verify(&arguments.on_bus, settings, store, &stop, faults).await? {
             None => {
                 eprintln!("stopped while the topics were read; of these, nothing is verified but what was told");
                 return Ok(Verdict::Stopped);
@@ -163,6 +171,7 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
         topics,
         faults: faults.count,
     };
+    let output = &mut *faults.output;
     if output.json {
         output.value(&verified)?;
         return Ok(if verified.faults == 0 { Verdict::Fine } else { Verdict::Fault });

@@ -1,0 +1,155 @@
+//! A store that has its database to itself, and commits that come one at a time.
+#![allow(clippy::unwrap_used)]
+
+mod postgres;
+
+use std::{collections::BTreeSet, time::Duration};
+
+use annals::{CommitError, EventStore, Position};
+use sqlx::{PgConnection, postgres::PgListener};
+use tokio::{
+    runtime::{Builder, Runtime},
+    task::JoinSet,
+    time::{Instant, timeout},
+};
+
+use self::postgres::{PROMPTLY, Schema, append, numbers, url, whole_log};
+
+fn runtime() -> Runtime {
+    Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
+}
+
+/// The connection of the first one ended with it.
+#[test]
+fn one_runtime_after_the_other_commits_to_the_same_store() {
+    let (schema, first) = (Schema::new(), runtime());
+    let store = first.block_on(async {
+        let store = schema.store().await;
+        store.commit(append("thing-1", 0, 1)).await.unwrap();
+        store
+    });
+    first.shutdown_timeout(Duration::from_secs(5));
+    let second = runtime();
+    let committed = second.block_on(store.commit(append("thing-1", 1, 1)));
+    assert_eq!(committed.unwrap().position, Position(2));
+    second.block_on(async { assert_eq!(numbers(&whole_log(&schema.store().await).await), [1, 2]) });
+}
+
+/// Whoever waits for a commit that comes alone may go away at any moment: it holds whole or not at all, and the next one is
+/// served. The session that wrote it has no transaction open.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lone_caller_that_goes_away_leaves_nothing_half_done() {
+    let schema = Schema::new();
+    let store = schema.store().await;
+    store.commit(append("thing-0", 0, 1)).await.unwrap();
+    for n in 1..=200 {
+        let commit = store.commit(append(&format!("thing-{n}"), 0, 3));
+        timeout(Duration::from_micros(fastrand::u64(0..2_000)), commit).await.ok();
+    }
+    let last = store.commit(append("thing-201", 0, 1)).await.unwrap();
+    let log = whole_log(&store).await;
+    assert_eq!(log.last().unwrap().position, last.position);
+    for n in 1..=200 {
+        let events = log.iter().filter(|event| event.stream.id() == n.to_string()).count();
+        assert!(events == 3 || events == 0, "{events} of 3 events");
+    }
+    assert_eq!(idle_in_transaction(&mut schema.connection().await, &schema).await, 0);
+}
+
+async fn idle_in_transaction(connection: &mut PgConnection, schema: &Schema) -> i64 {
+    let sql = "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%' AND query LIKE '%' || $1 || '%'";
+    sqlx::query_scalar(sql).bind(schema.name()).fetch_one(connection).await.unwrap()
+}
+
+/// Commits that come one at a time, all at once, and one at a time again: each holds once, and in the order in which it was
+/// answered.
+#[tokio::test(flavor = "multi_thread")]
+async fn alone_and_in_groups_by_turns() {
+    let schema = Schema::new();
+    let store = schema.store().await;
+    for round in 0..20 {
+        for n in 0..5 {
+            store.commit(append("alone-1", round * 5 + n, 1)).await.unwrap();
+        }
+        let mut crowd = JoinSet::new();
+        for n in 0..50 {
+            let store = store.clone();
+            crowd.spawn(async move { store.commit(append(&format!("crowd-{n}"), round, 1)).await });
+        }
+        for committed in crowd.join_all().await {
+            committed.unwrap();
+        }
+    }
+    let log = whole_log(&store).await;
+    assert_eq!(numbers(&log), (1..=20 * 55).collect::<Vec<i64>>());
+    let places: BTreeSet<_> = log.iter().map(|event| (&event.stream, event.version)).collect();
+    assert_eq!(places.len(), log.len());
+}
+
+/// A lone commit that expects a version which is not there has its conflict, and burns no position for it.
+#[tokio::test]
+async fn a_lone_conflict_burns_no_position() {
+    let schema = Schema::new();
+    let store = schema.store().await;
+    store.commit(append("thing-1", 0, 1)).await.unwrap();
+    for expected in [0, 2, 7] {
+        let outcome = store.commit(append("thing-1", expected, 1)).await;
+        assert!(matches!(outcome, Err(CommitError::Conflict { .. })), "{outcome:?}");
+    }
+    assert_eq!(store.commit(append("thing-1", 1, 1)).await.unwrap().position, Position(2));
+}
+
+/// While nobody else is there, nobody is told; whoever says that he listens is, from that moment on.
+#[tokio::test(flavor = "multi_thread")]
+async fn others_are_told_as_soon_as_there_are_any() {
+    let schema = Schema::new();
+    let store = schema.store().await;
+    let channel = format!("{}.events", schema.name());
+    let mut outside = PgListener::connect(&url()).await.unwrap();
+    outside.listen(&channel).await.unwrap();
+    // Until the store itself is heard of, it may not know that it is alone.
+    let attending = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = 'annals.events'::regclass AND objid = 1024";
+    let (mut connection, started) = (schema.connection().await, Instant::now());
+    while sqlx::query_scalar::<_, i64>(schema.sql(attending)).fetch_one(&mut connection).await.unwrap() == 0 {
+        assert!(started.elapsed() < PROMPTLY, "the store does not attend");
+    }
+    for version in 0..10 {
+        store.commit(append("thing-1", version, 1)).await.unwrap();
+    }
+    // What was sent to a session arrives before what it asks for later.
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    sqlx::query("SELECT 1").execute(&mut outside).await.unwrap();
+    assert!(outside.next_buffered().is_none(), "it was told, and had not said that it listens");
+
+    let attend = "SELECT pg_advisory_lock_shared('annals.events'::regclass::oid::int, 1024)";
+    sqlx::query(schema.sql(attend)).execute(&mut outside).await.unwrap();
+    store.commit(append("thing-1", 10, 1)).await.unwrap();
+    let told = timeout(PROMPTLY, outside.recv()).await.expect("it was not told").unwrap();
+    assert_eq!(told.channel(), channel);
+}
+
+/// Another store hears of each commit long before it would look by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn another_store_hears_of_each_commit() {
+    let schema = Schema::new();
+    let (here, there) = (schema.store().await, schema.store().await);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let mut took = Vec::new();
+    for version in 0..20 {
+        let after = Position(version);
+        let waiting = tokio::spawn({
+            let there = there.clone();
+            async move { there.wait(after).await.map(|()| Instant::now()) }
+        });
+        // Longer than the first looks are apart: from here on it would look once a second.
+        tokio::time::sleep(Duration::from_millis(1_600)).await;
+        let asked = Instant::now();
+        here.commit(append("thing-1", version, 1)).await.unwrap();
+        took.push(timeout(PROMPTLY, waiting).await.unwrap().unwrap().unwrap() - asked);
+        if took.len() == 4 {
+            break;
+        }
+    }
+    took.sort();
+    assert!(took[1] < Duration::from_millis(200), "half of them took longer: {took:?}");
+}
