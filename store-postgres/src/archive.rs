@@ -23,13 +23,19 @@ const COPIED_BYTES: usize = 256 << 10;
 impl Archive for PostgresStore {
     async fn streams(&self, after: &str, limit: usize) -> Result<Vec<StreamSummary>, StoreError> {
         let (readers, statements) = self.reading();
-        let rows = read!(statements.streams.query().bind(after).bind(bound(limit)).fetch_all(readers))?;
+        let rows = read!(readers, |reader| statements
+            .streams
+            .query()
+            .bind(after)
+            .bind(bound(limit))
+            .fetch_all(reader.connection()?))?;
         rows.iter().map(summary).collect::<Result<_, _>>().map_err(read_error)
     }
 
     async fn collections(&self) -> Result<Vec<Arc<str>>, StoreError> {
         let (readers, statements) = self.reading();
-        let names: Vec<String> = read!(statements.collections.scalar().fetch_all(readers))?;
+        let names: Vec<String> =
+            read!(readers, |reader| statements.collections.scalar().fetch_all(reader.connection()?))?;
         Ok(names.into_iter().map(Arc::from).collect())
     }
 

@@ -109,6 +109,8 @@ const OUT_OF_MEMORY: &str = "53200";
 const PROGRAM_LIMIT_EXCEEDED: &str = "54000";
 const NUMBER_OUT_OF_RANGE: &str = "22003";
 const INSUFFICIENT_PRIVILEGE: &str = "42501";
+const TOO_MANY_CONNECTIONS: &str = "53300";
+const CANNOT_CONNECT_NOW: &str = "57P03";
 const NO_SUCH_DATABASE: &str = "3D000";
 const READ_ONLY_TRANSACTION: &str = "25006";
 /// Raised by our own function: a document was put between the look and the write.
@@ -157,6 +159,17 @@ pub(crate) fn fault(error: &sqlx::Error) -> Fault {
 /// Whether the connection ended, and with it whatever was under way.
 pub(crate) fn is_lost(error: &sqlx::Error) -> bool {
     fault(error) == Fault::Lost
+}
+
+/// Whether a server that did not let us in may do so in a moment: it restarts, or has no session to spare.
+pub(crate) fn is_for_a_moment(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Io(error) => error.kind() == std::io::ErrorKind::ConnectionRefused,
+        sqlx::Error::Database(error) => {
+            error.code().is_some_and(|code| [TOO_MANY_CONNECTIONS, CANNOT_CONNECT_NOW].contains(&&*code))
+        }
+        _ => false,
+    }
 }
 
 /// What goes wrong within the handshake comes as invalid data.

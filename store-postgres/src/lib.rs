@@ -75,9 +75,11 @@ mod news;
 mod open;
 mod queue;
 mod read;
+mod readers;
 mod replay;
 mod sql_store;
 mod statements;
+mod streams;
 mod transaction;
 mod writer;
 
@@ -91,7 +93,6 @@ use annals::{
     StoreError, StoreStatus, StreamId, Version,
 };
 use async_trait::async_trait;
-use sqlx::PgPool;
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::AbortHandle,
@@ -105,7 +106,9 @@ use self::{
     news::News,
     open::Database,
     queue::{QUEUE_COMMITS_MAX, Queue, Submission, Traffic},
+    readers::Readers,
     statements::Statements,
+    streams::Streams,
     writer::Writer,
 };
 pub use self::{
@@ -141,7 +144,8 @@ struct Shared {
     alone: Alone,
     /// How the writer ended.
     ended: watch::Receiver<Option<Result<(), String>>>,
-    readers: PgPool,
+    readers: Readers,
+    streams: Streams,
     log: Log,
     news: News,
     /// What tells other processes, and listens to them.
@@ -169,7 +173,7 @@ impl PostgresStore {
         let mut database = Database::locate(url, settings)?;
         database.prepare(create).await?;
         let database = Arc::new(database);
-        let (readers, news) = (database.readers(), News::new());
+        let (readers, streams, news) = (Readers::new(database.clone()), Streams::default(), News::new());
         let (queue, submissions) = mpsc::channel(QUEUE_COMMITS_MAX);
         let traffic = Arc::new(Traffic::default());
         let writer = || Writer::new(&database, &news);
@@ -180,7 +184,9 @@ impl PostgresStore {
         let spreading = tokio::spawn(news.clone().spread(database.clone())).abort_handle();
         let log = Log::new(database.clone(), readers.clone());
         let queue = RwLock::new(Some(queue));
-        Ok(Self { shared: Arc::new(Shared { database, queue, traffic, alone, ended, readers, log, news, spreading }) })
+        Ok(Self {
+            shared: Arc::new(Shared { database, queue, traffic, alone, ended, readers, streams, log, news, spreading }),
+        })
     }
 
     /// Writes what was handed over and lets go of all connections. Later calls of other methods are refused as unavailable;
@@ -212,7 +218,7 @@ impl PostgresStore {
         self.shared.queue.read().unwrap_or_else(PoisonError::into_inner).is_none()
     }
 
-    fn reading(&self) -> (&PgPool, &Statements) {
+    fn reading(&self) -> (&Readers, &Statements) {
         (&self.shared.readers, &self.shared.database.statements)
     }
 }
@@ -238,7 +244,7 @@ impl EventStore for PostgresStore {
     }
 
     async fn read_stream(&self, stream: &StreamId, after: Version, limit: usize) -> Result<Vec<Recorded>, StoreError> {
-        read::stream(self.reading(), stream, after, limit).await
+        self.shared.streams.read(self.reading(), stream, after, limit).await
     }
 
     async fn read_log(&self, query: &LogQuery, after: Position, limit: usize) -> Result<LogPage, StoreError> {

@@ -24,12 +24,13 @@ use std::{
 
 use annals::{LogPage, LogQuery, OpenWriter, Position, StoreError, StoreStatus};
 use futures::TryStreamExt;
-use sqlx::{PgPool, postgres::PgRow};
+use sqlx::{Postgres, postgres::PgArguments, query::Query};
 use tokio::{sync::Mutex, time::sleep};
 
 use crate::{
     open::Database,
     read::{bound, read, recorded},
+    readers::{Reader, Readers},
 };
 
 /// The most events that one page looks at: some tens of milliseconds of reading.
@@ -46,7 +47,7 @@ const STATUS_PAGES_MAX: usize = 200;
 #[derive(Debug)]
 pub(crate) struct Log {
     database: Arc<Database>,
-    readers: PgPool,
+    readers: Readers,
     /// Up to here, no event will come in any more.
     settled: AtomicI64,
     proof: Mutex<Option<Proof>>,
@@ -71,7 +72,7 @@ pub(crate) enum Ahead {
 }
 
 impl Log {
-    pub(crate) fn new(database: Arc<Database>, readers: PgPool) -> Self {
+    pub(crate) fn new(database: Arc<Database>, readers: Readers) -> Self {
         Self { database, readers, settled: AtomicI64::new(0), proof: Mutex::default() }
     }
 
@@ -103,7 +104,7 @@ impl Log {
     async fn every_event(&self, after: Position, limit: usize) -> Result<Result<LogPage, i64>, StoreError> {
         // Before the statement: what is settled by now is visible to it.
         let settled = self.settled();
-        let mut page = read!(self.fetch(after, limit))?;
+        let mut page = self.fetch(after, limit).await?;
         let mut last = after.0.max(0);
         let dense = page.events.iter().take_while(|event| {
             let fits = event.position.0 <= settled || event.position.0 == last.saturating_add(1);
@@ -119,38 +120,18 @@ impl Log {
         Ok(Ok(page))
     }
 
-    async fn fetch(&self, after: Position, limit: usize) -> Result<LogPage, sqlx::Error> {
-        let query = self.database.statements.read_log.query().bind(after.0).bind(bound(limit));
+    async fn fetch(&self, after: Position, limit: usize) -> Result<LogPage, StoreError> {
+        let query = || self.database.statements.read_log.query().bind(after.0).bind(bound(limit));
         self.rows(query, after).await
     }
 
     /// The events of a statement, up to what a page may hold.
-    async fn rows(
+    async fn rows<'q>(
         &self,
-        query: sqlx::query::Query<'_, sqlx::Postgres, sqlx::postgres::PgArguments>,
+        query: impl Fn() -> Query<'q, Postgres, PgArguments>,
         after: Position,
-    ) -> Result<LogPage, sqlx::Error> {
-        let mut connection = self.readers.acquire().await?;
-        let (mut page, mut bytes) = (LogPage { events: Vec::new(), next: after }, 0);
-        let mut rows = query.fetch(&mut *connection);
-        let mut full = false;
-        while let Some(row) = rows.try_next().await? {
-            let row: PgRow = row;
-            let event = recorded(&row)?;
-            bytes += event.data.len();
-            page.next = event.position;
-            page.events.push(Arc::new(event));
-            full = bytes >= PAGE_BYTES_MAX;
-            if full {
-                break;
-            }
-        }
-        drop(rows);
-        if full {
-            // The server goes on sending what nobody wants any more.
-            connection.close_on_drop();
-        }
-        Ok(page)
+    ) -> Result<LogPage, StoreError> {
+        read!(self.readers, |reader| rows(query(), after, &mut reader))
     }
 
     /// As [`every_event`](Log::every_event), for a query that leaves some out.
@@ -163,18 +144,16 @@ impl Log {
         let statements = &self.database.statements;
         let (settled, start) = (self.settled(), after.0.max(0));
         let until = if start < settled {
-            let until: Option<i64> = read!(
-                statements
-                    .settled_until
-                    .scalar()
-                    .bind(start)
-                    .bind(settled)
-                    .bind(bound(PAGE_EVENTS_MAX))
-                    .fetch_one(&self.readers)
-            )?;
+            let until: Option<i64> = read!(self.readers, |reader| statements
+                .settled_until
+                .scalar()
+                .bind(start)
+                .bind(settled)
+                .bind(bound(PAGE_EVENTS_MAX))
+                .fetch_one(reader.connection()?))?;
             until.unwrap_or(settled)
         } else {
-            let (until, any) = read!(self.dense_until(start))?;
+            let (until, any) = self.dense_until(start).await?;
             match until {
                 Some(until) => until,
                 None if any => return Ok(Err(self.next(start).await?.unwrap_or(start))),
@@ -184,19 +163,11 @@ impl Log {
         let names = |names: &[Arc<str>]| {
             (!names.is_empty()).then(|| names.iter().map(|name| name.to_string()).collect::<Vec<_>>())
         };
-        let mut page = read!(
-            self.rows(
-                statements
-                    .read_log_where
-                    .query()
-                    .bind(after.0)
-                    .bind(until)
-                    .bind(names(&query.categories))
-                    .bind(names(&query.types))
-                    .bind(bound(limit)),
-                after,
-            )
-        )?;
+        let statement = || {
+            let bounded = statements.read_log_where.query().bind(after.0).bind(until);
+            bounded.bind(names(&query.categories)).bind(names(&query.types)).bind(bound(limit))
+        };
+        let mut page = self.rows(statement, after).await?;
         let bytes: usize = page.events.iter().map(|event| event.data.len()).sum();
         if page.events.len() < limit && bytes < PAGE_BYTES_MAX {
             page.next = Position(until);
@@ -204,31 +175,32 @@ impl Log {
         Ok(Ok(page))
     }
 
-    async fn dense_until(&self, start: i64) -> Result<(Option<i64>, bool), sqlx::Error> {
-        self.database
+    async fn dense_until(&self, start: i64) -> Result<(Option<i64>, bool), StoreError> {
+        read!(self.readers, |reader| self
+            .database
             .statements
             .dense_until
             .rows()
             .bind(start)
             .bind(bound(PAGE_EVENTS_MAX))
-            .fetch_one(&self.readers)
-            .await
+            .fetch_one(reader.connection()?))
     }
 
     async fn next(&self, after: i64) -> Result<Option<i64>, StoreError> {
-        read!(self.database.statements.next.scalar().bind(after).fetch_one(&self.readers))
+        read!(self.readers, |reader| self.database.statements.next.scalar().bind(after).fetch_one(reader.connection()?))
     }
 
     async fn top(&self, until: i64) -> Result<i64, StoreError> {
-        read!(self.database.statements.top.scalar().bind(until).fetch_one(&self.readers))
+        read!(self.readers, |reader| self.database.statements.top.scalar().bind(until).fetch_one(reader.connection()?))
     }
 
     async fn drawn(&self) -> Result<i64, StoreError> {
-        read!(self.database.statements.drawn.scalar().fetch_one(&self.readers))
+        read!(self.readers, |reader| self.database.statements.drawn.scalar().fetch_one(reader.connection()?))
     }
 
     async fn holders(&self) -> Result<HashSet<String>, StoreError> {
-        let holders: Vec<String> = read!(self.database.statements.holders.scalar().fetch_all(&self.readers))?;
+        let holders: Vec<String> =
+            read!(self.readers, |reader| self.database.statements.holders.scalar().fetch_all(reader.connection()?))?;
         Ok(holders.into_iter().collect())
     }
 
@@ -290,7 +262,7 @@ impl Log {
         }
         let mut head = self.settled();
         for _ in 0..STATUS_PAGES_MAX {
-            let Some(until) = read!(self.dense_until(head))?.0 else { break };
+            let Some(until) = self.dense_until(head).await?.0 else { break };
             head = until;
             // No gap up to there, so nothing can come in.
             self.settled.fetch_max(head, Ordering::SeqCst);
@@ -304,8 +276,13 @@ impl Log {
             Some(proof) => proof.holders.iter().cloned().collect(),
             None => return Ok(None),
         };
-        let found: Vec<(i32, f64, String)> =
-            read!(self.database.statements.waits_for.rows().bind(&holders).fetch_all(&self.readers))?;
+        let found: Vec<(i32, f64, String)> = read!(self.readers, |reader| self
+            .database
+            .statements
+            .waits_for
+            .rows()
+            .bind(&holders)
+            .fetch_all(reader.connection()?))?;
         // The oldest first.
         let Some(&(pid, seconds, _)) = found.first() else { return Ok(None) };
         let described: Vec<String> = found
@@ -319,6 +296,28 @@ impl Log {
         let description = format!("writers of events that have not ended: {}", described.join("; "));
         Ok(Some(OpenWriter { pid: (pid != 0).then_some(pid), age, description }))
     }
+}
+
+async fn rows(
+    query: Query<'_, Postgres, PgArguments>,
+    after: Position,
+    reader: &mut Reader,
+) -> Result<LogPage, sqlx::Error> {
+    let (mut page, mut bytes) = (LogPage { events: Vec::new(), next: after }, 0);
+    let mut rows = query.fetch(reader.connection()?);
+    while let Some(row) = rows.try_next().await? {
+        let event = recorded(&row)?;
+        bytes += event.data.len();
+        page.next = event.position;
+        page.events.push(Arc::new(event));
+        if bytes >= PAGE_BYTES_MAX {
+            drop(rows);
+            // The server goes on sending what nobody wants any more.
+            reader.give_up();
+            break;
+        }
+    }
+    Ok(page)
 }
 
 /// Who of those is still there. A transaction that is prepared may change its name to that of its transaction id (see

@@ -1,6 +1,6 @@
 //! Connecting: which database, which schema, and how its connections are set up.
 
-use std::{str::FromStr, time::Duration};
+use std::str::FromStr;
 
 use sqlx::{
     AssertSqlSafe, ConnectOptions, Connection, PgConnection, SqlSafeStr, SqlStr,
@@ -16,8 +16,6 @@ use crate::{
 const MIGRATIONS: &[&str] =
     &[include_str!("migrations/0001_log_and_documents.sql"), include_str!("migrations/0002_operators_record_acts.sql")];
 
-/// How long a read waits for one of the connections before it gives up.
-const ACQUIRE_SECONDS_MAX: u64 = 30;
 /// How long the server works on one group before it gives up: as behind somebody's lock on the whole table. The end of a
 /// statement by this is an answer; that of a connection is none.
 const GROUP_SECONDS_MAX: u64 = 30;
@@ -254,31 +252,9 @@ impl Database {
             .connect_lazy_with(self.options_for(Purpose::Tell))
     }
 
-    /// Connections for reads. They are not asked for a sign of life before each use: a read that meets a dead one is repeated.
-    ///
-    /// Behind a pooler, each use of one is a transaction: only then is it one session that knows what was prepared.
-    pub(crate) fn readers(&self) -> PgPool {
-        let pool = PgPoolOptions::new()
-            .max_connections(self.settings.connections.max(1))
-            .test_before_acquire(false)
-            .acquire_timeout(Duration::from_secs(ACQUIRE_SECONDS_MAX));
-        let pool = if self.pooled {
-            let (first, next) = (self.begin(Purpose::Read), self.begin(Purpose::Read));
-            pool.after_connect(move |connection, _| {
-                let begin = first.clone();
-                Box::pin(async move { sqlx::raw_sql(begin).execute(connection).await.map(drop) })
-            })
-            .before_acquire(move |connection, _| {
-                let begin = next.clone();
-                Box::pin(async move { sqlx::raw_sql(begin).execute(connection).await.map(|_| true) })
-            })
-            .after_release(|connection, _| {
-                Box::pin(async move { sqlx::raw_sql("COMMIT").execute(connection).await.map(|_| true) })
-            })
-        } else {
-            pool
-        };
-        pool.connect_lazy_with(self.options_for(Purpose::Read))
+    /// How many connections serve reads.
+    pub(crate) fn connections(&self) -> usize {
+        self.settings.connections.max(1) as usize
     }
 
     /// What commits are announced on.

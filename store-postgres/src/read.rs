@@ -1,13 +1,13 @@
-//! Reads of streams and documents, and how rows become values. A row that somebody inserted by hand must never stop a reader,
+//! Reads of documents, and how rows become values. A row that somebody inserted by hand must never stop a reader,
 //! so what has no proper form is read as near to it as there is.
 
 use std::sync::Arc;
 
 use annals::{Document, DocumentKey, Metadata, Position, Recorded, Scan, StoreError, StreamId, Version};
 use chrono::{DateTime, Utc};
-use sqlx::{PgPool, Row, postgres::PgRow};
+use sqlx::{Row, postgres::PgRow};
 
-use crate::{error::read_error, statements::Statements};
+use crate::{error::read_error, readers::Readers, statements::Statements};
 
 /// A read whose connection had died while nobody used it is repeated; each of them may have.
 pub(crate) const READS_MAX: u32 = 10;
@@ -15,12 +15,20 @@ const MICROSECONDS_TO_2000: i64 = 946_684_800_000_000;
 /// What a `timestamptz` can hold, in seconds since 1970: from 4714-11-24 BC to the end of 294276 AD.
 const TIME_SECONDS: std::ops::RangeInclusive<i64> = -210_866_803_200..=9_224_318_015_999;
 
-/// Repeats a read whose connection has died. Reading again is always safe.
+/// Reads by one of the sessions; a read whose session has died is repeated, which is always safe.
 macro_rules! read {
-    ($read:expr) => {{
+    ($readers:expr, |$reader:ident| $read:expr) => {{
         let mut reads = 1;
         loop {
-            match $read.await {
+            let outcome = async {
+                let mut $reader = $readers.get().await?;
+                let outcome = async { $read.await }.await;
+                if outcome.as_ref().is_err_and($crate::error::is_lost) {
+                    $reader.give_up();
+                }
+                outcome
+            };
+            match outcome.await {
                 Err(error) if reads < $crate::read::READS_MAX && $crate::error::is_lost(&error) => reads += 1,
                 outcome => break outcome.map_err($crate::error::read_error),
             }
@@ -29,34 +37,20 @@ macro_rules! read {
 }
 pub(crate) use read;
 
-pub(crate) async fn stream(
-    (readers, statements): (&PgPool, &Statements),
-    stream: &StreamId,
-    after: Version,
-    limit: usize,
-) -> Result<Vec<Recorded>, StoreError> {
-    let rows = read!(
-        statements.read_stream.query().bind(stream.as_str()).bind(after.0).bind(bound(limit)).fetch_all(readers)
-    )?;
-    rows.iter().map(recorded).collect::<Result<_, _>>().map_err(read_error)
-}
-
 pub(crate) async fn documents(
-    (readers, statements): (&PgPool, &Statements),
+    (readers, statements): (&Readers, &Statements),
     keys: &[DocumentKey],
 ) -> Result<Vec<Option<Document>>, StoreError> {
     let mut found = vec![None; keys.len()];
     if keys.is_empty() {
         return Ok(found);
     }
-    let rows = read!(
-        statements
-            .documents
-            .query()
-            .bind(keys.iter().map(|key| &*key.collection).collect::<Vec<_>>())
-            .bind(keys.iter().map(|key| &*key.id).collect::<Vec<_>>())
-            .fetch_all(readers)
-    )?;
+    let rows = read!(readers, |reader| statements
+        .documents
+        .query()
+        .bind(keys.iter().map(|key| &*key.collection).collect::<Vec<_>>())
+        .bind(keys.iter().map(|key| &*key.id).collect::<Vec<_>>())
+        .fetch_all(reader.connection()?))?;
     for row in rows {
         let number: i64 = row.try_get(0).map_err(read_error)?;
         let place = usize::try_from(number - 1).ok().and_then(|index| found.get_mut(index));
@@ -68,18 +62,26 @@ pub(crate) async fn documents(
 }
 
 pub(crate) async fn scan(
-    (readers, statements): (&PgPool, &Statements),
+    (readers, statements): (&Readers, &Statements),
     collection: &str,
     scan: &Scan,
     limit: usize,
 ) -> Result<Vec<Document>, StoreError> {
     let rows = match scan {
-        Scan::After(id) => {
-            read!(statements.scan_after.query().bind(collection).bind(&**id).bind(bound(limit)).fetch_all(readers))?
-        }
-        Scan::Due(by) => read!(
-            statements.scan_due.query().bind(collection).bind(storable(*by)).bind(bound(limit)).fetch_all(readers)
-        )?,
+        Scan::After(id) => read!(readers, |reader| statements
+            .scan_after
+            .query()
+            .bind(collection)
+            .bind(&**id)
+            .bind(bound(limit))
+            .fetch_all(reader.connection()?))?,
+        Scan::Due(by) => read!(readers, |reader| statements
+            .scan_due
+            .query()
+            .bind(collection)
+            .bind(storable(*by))
+            .bind(bound(limit))
+            .fetch_all(reader.connection()?))?,
     };
     rows.iter().map(document).collect::<Result<_, _>>().map_err(read_error)
 }

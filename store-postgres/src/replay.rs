@@ -354,7 +354,7 @@ impl Copier {
             let page = async {
                 let open = match connection.take() {
                     Some(open) => open,
-                    None => self.shared.readers.acquire().await?.detach(),
+                    None => self.shared.readers.get().await?.detach().ok_or(sqlx::Error::PoolClosed)?,
                 };
                 self.page(open, &mut connection, until).await
             };

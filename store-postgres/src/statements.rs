@@ -107,6 +107,7 @@ statements!(
     read_log,
     read_log_where,
     read_stream,
+    read_streams,
     replay,
     restore_documents,
     restore_events,

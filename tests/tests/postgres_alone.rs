@@ -57,7 +57,8 @@ async fn a_lone_caller_that_goes_away_leaves_nothing_half_done() {
 }
 
 async fn idle_in_transaction(connection: &mut PgConnection, schema: &Schema) -> i64 {
-    let sql = "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%' AND query LIKE '%' || $1 || '%'";
+    let sql =
+        "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%' AND query LIKE '%' || $1 || '%'";
     sqlx::query_scalar(sql).bind(schema.name()).fetch_one(connection).await.unwrap()
 }
 

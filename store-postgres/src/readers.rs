@@ -1,0 +1,143 @@
+//! The sessions that read.
+//!
+//! Not a pool of sqlx's: that asks a session for a sign of life each time it comes back, and a read would take two round trips.
+//! A read whose session died while nobody used it is repeated on another.
+
+use std::{
+    io,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use sqlx::PgConnection;
+use tokio::{
+    runtime::Handle,
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::{Instant, sleep, timeout_at},
+};
+
+use crate::{
+    error::is_for_a_moment,
+    open::{Database, Purpose},
+};
+
+/// How long a read waits for a session before it gives up.
+const WAIT_SECONDS_MAX: u64 = 30;
+/// How long to wait after the server let nobody in: doubling between these.
+const RECONNECT_MS_MIN: u64 = 10;
+const RECONNECT_MS_MAX: u64 = 500;
+
+/// The sessions, opened as they are needed and kept; clones share them.
+#[derive(Clone, Debug)]
+pub(crate) struct Readers(Arc<Sessions>);
+
+#[derive(Debug)]
+struct Sessions {
+    database: Arc<Database>,
+    permits: Arc<Semaphore>,
+    idle: Mutex<Vec<PgConnection>>,
+}
+
+/// A session, until this is dropped.
+pub(crate) struct Reader {
+    /// `None` once it is given up.
+    connection: Option<PgConnection>,
+    sessions: Arc<Sessions>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Readers {
+    pub(crate) fn new(database: Arc<Database>) -> Self {
+        let permits = Arc::new(Semaphore::new(database.connections()));
+        Self(Arc::new(Sessions { database, permits, idle: Mutex::default() }))
+    }
+
+    /// A session, as soon as one is free.
+    pub(crate) async fn get(&self) -> Result<Reader, sqlx::Error> {
+        let deadline = Instant::now() + Duration::from_secs(WAIT_SECONDS_MAX);
+        let permit = timeout_at(deadline, self.0.permits.clone().acquire_owned()).await;
+        let permit = permit.map_err(|_| sqlx::Error::PoolTimedOut)?.map_err(|_| sqlx::Error::PoolClosed)?;
+        let idle = self.0.idle().pop();
+        let connection = match idle {
+            Some(connection) => connection,
+            None => self.0.connect(deadline).await?,
+        };
+        let mut reader = Reader { connection: Some(connection), sessions: self.0.clone(), _permit: permit };
+        if self.0.database.pooled {
+            let begun = sqlx::raw_sql(self.0.database.begin(Purpose::Read)).execute(reader.connection()?).await;
+            begun.inspect_err(|_| reader.give_up())?;
+        }
+        Ok(reader)
+    }
+
+    /// Nobody gets one from now on; who has one may finish.
+    pub(crate) async fn close(&self) {
+        self.0.permits.close();
+        let idle = std::mem::take(&mut *self.0.idle());
+        for connection in idle {
+            // It holds nothing.
+            sqlx::Connection::close(connection).await.ok();
+        }
+    }
+}
+
+impl Sessions {
+    fn idle(&self) -> MutexGuard<'_, Vec<PgConnection>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A server that restarts is waited for.
+    async fn connect(&self, deadline: Instant) -> Result<PgConnection, sqlx::Error> {
+        let mut delay = RECONNECT_MS_MIN;
+        loop {
+            let connected = timeout_at(deadline, self.database.connect(Purpose::Read)).await;
+            match connected.unwrap_or_else(|elapsed| Err(sqlx::Error::Io(io::Error::from(elapsed)))) {
+                Err(error) if is_for_a_moment(&error) && Instant::now() < deadline => {
+                    sleep(Duration::from_millis(delay)).await;
+                    delay = (delay * 2).min(RECONNECT_MS_MAX);
+                }
+                connected => return connected,
+            }
+        }
+    }
+
+    fn take_back(&self, connection: PgConnection) {
+        if !self.permits.is_closed() {
+            self.idle().push(connection);
+        }
+    }
+}
+
+impl Reader {
+    pub(crate) fn connection(&mut self) -> Result<&mut PgConnection, sqlx::Error> {
+        self.connection.as_mut().ok_or(sqlx::Error::PoolClosed)
+    }
+
+    /// It is of no more use to anybody.
+    pub(crate) fn give_up(&mut self) {
+        self.connection = None;
+    }
+
+    /// Takes it away for good; another one may be opened in its place.
+    pub(crate) fn detach(mut self) -> Option<PgConnection> {
+        self.connection.take()
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        let Some(mut connection) = self.connection.take() else { return };
+        if !self.sessions.database.pooled {
+            return self.sessions.take_back(connection);
+        }
+        // The session behind the pooler is kept for as long as the transaction.
+        if let Ok(runtime) = Handle::try_current() {
+            let sessions = self.sessions.clone();
+            runtime.spawn(async move {
+                if sqlx::raw_sql("COMMIT").execute(&mut connection).await.is_ok() {
+                    sessions.take_back(connection);
+                }
+            });
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! Reads of single streams. Those that wait for a session share the next one that is free, and one statement: under load, many
+//! aggregates are folded with one round trip.
+
+use std::{
+    collections::VecDeque,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use annals::{Recorded, StoreError, StreamId, Version};
+use sqlx::{Row, postgres::PgRow};
+use tokio::sync::oneshot;
+
+use crate::{
+    error::{is_lost, read_error},
+    read::{READS_MAX, bound, recorded},
+    readers::{Reader, Readers},
+    statements::Statements,
+};
+
+/// Streams read by one statement.
+const STREAMS_MAX: usize = 64;
+
+type Outcome = Result<Vec<Recorded>, StoreError>;
+
+/// Who waits.
+#[derive(Debug, Default)]
+pub(crate) struct Streams(Mutex<VecDeque<Wanted>>);
+
+#[derive(Debug)]
+struct Wanted {
+    stream: StreamId,
+    after: Version,
+    limit: usize,
+    answer: oneshot::Sender<Outcome>,
+}
+
+impl Streams {
+    pub(crate) async fn read(
+        &self,
+        (readers, statements): (&Readers, &Statements),
+        stream: &StreamId,
+        after: Version,
+        limit: usize,
+    ) -> Outcome {
+        loop {
+            // Before the receiver, so that it goes after it.
+            let mut place = Place { streams: self, answered: false };
+            let (answer, mut answered) = oneshot::channel();
+            self.waiting().push_back(Wanted { stream: stream.clone(), after, limit, answer });
+            let outcome = loop {
+                let reader = tokio::select! {
+                    biased;
+                    outcome = &mut answered => break outcome,
+                    reader = readers.get() => reader.map_err(read_error)?,
+                };
+                // This one is among the first of them, or somebody has it in hand.
+                let batch = self.next_batch();
+                if batch.is_empty() {
+                    drop(reader);
+                    break (&mut answered).await;
+                }
+                serve(batch, reader, (readers, statements)).await;
+            };
+            place.answered = true;
+            // Else whoever read on its behalf went away.
+            if let Ok(outcome) = outcome {
+                return outcome;
+            }
+        }
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, VecDeque<Wanted>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn next_batch(&self) -> Vec<Wanted> {
+        let mut waiting = self.waiting();
+        let count = waiting.len().min(STREAMS_MAX);
+        waiting.drain(..count).collect()
+    }
+}
+
+/// A place in the line; who goes away leaves it.
+struct Place<'s> {
+    streams: &'s Streams,
+    answered: bool,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        if !self.answered {
+            self.streams.waiting().retain(|wanted| !wanted.answer.is_closed());
+        }
+    }
+}
+
+/// Reads for all of them, and answers.
+async fn serve(batch: Vec<Wanted>, mut reader: Reader, (readers, statements): (&Readers, &Statements)) {
+    let mut reads = 1;
+    let rows = loop {
+        match fetch(&batch, &mut reader, statements).await {
+            Err(error) if reads < READS_MAX && is_lost(&error) => {
+                reads += 1;
+                reader.give_up();
+                drop(reader);
+                match readers.get().await {
+                    Ok(another) => reader = another,
+                    Err(error) => break Err(error),
+                }
+            }
+            outcome => break outcome,
+        }
+    };
+    let rows = match rows {
+        Ok(rows) => rows,
+        Err(error) => {
+            let error = read_error(error);
+            // Who gave up needs no answer.
+            return batch.into_iter().for_each(|wanted| _ = wanted.answer.send(Err(error.clone())));
+        }
+    };
+    let alone = batch.len() == 1;
+    let mut rows = rows.iter().peekable();
+    for (wanted, number) in batch.into_iter().zip(1_i64..) {
+        let is_of_it = |row: &&PgRow| alone || row.try_get::<i64, _>(9).is_ok_and(|n| n == number);
+        let mut events = Vec::new();
+        while let Some(row) = rows.next_if(is_of_it) {
+            events.push(recorded(row));
+        }
+        let events = events.into_iter().collect::<Result<_, _>>().map_err(read_error);
+        _ = wanted.answer.send(events);
+    }
+}
+
+async fn fetch(batch: &[Wanted], reader: &mut Reader, statements: &Statements) -> Result<Vec<PgRow>, sqlx::Error> {
+    let query = match batch {
+        [Wanted { stream, after, limit, .. }] => {
+            statements.read_stream.query().bind(stream.as_str()).bind(after.0).bind(bound(*limit))
+        }
+        several => statements
+            .read_streams
+            .query()
+            .bind(several.iter().map(|wanted| wanted.stream.as_str()).collect::<Vec<_>>())
+            .bind(several.iter().map(|wanted| wanted.after.0).collect::<Vec<_>>())
+            .bind(several.iter().map(|wanted| bound(wanted.limit)).collect::<Vec<_>>()),
+    };
+    query.fetch_all(reader.connection()?).await
+}
