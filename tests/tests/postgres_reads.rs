@@ -1,0 +1,129 @@
+//! Many who read streams at once: they share sessions and statements, and each gets its own.
+#![allow(clippy::unwrap_used)]
+
+mod postgres;
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use annals::{EventStore, StreamId, Version};
+use annals_postgres::{PostgresStore, Settings};
+use tokio::{task::JoinSet, time::timeout};
+
+use self::postgres::{PROMPTLY, Schema, append, url};
+
+const STREAMS: usize = 300;
+
+/// The stream of a number has so many events.
+fn length(number: usize) -> usize {
+    1 + number % 7
+}
+
+/// A store with one session to read by, and streams of different lengths.
+async fn filled(schema: &Schema, url: &str) -> PostgresStore {
+    let settings = Settings { connections: 1, ..schema.settings() };
+    let store = PostgresStore::connect(url, settings).await.unwrap();
+    let mut written = JoinSet::new();
+    for number in 0..STREAMS {
+        let store = store.clone();
+        written.spawn(async move { store.commit(append(&format!("thing-{number}"), 0, length(number))).await });
+    }
+    for committed in written.join_all().await {
+        committed.unwrap();
+    }
+    store
+}
+
+/// Reads from somewhere in the stream, some of it.
+async fn read(store: &PostgresStore, number: usize) {
+    let (after, limit) = (number % 3, 1 + number % 4);
+    let stream = StreamId::parse(&format!("thing-{number}")).unwrap();
+    let events = store.read_stream(&stream, Version(after as i64), limit).await.unwrap();
+    let expected: Vec<_> = (after + 1..=length(number)).take(limit).map(|version| version as i64).collect();
+    assert_eq!(events.iter().map(|event| event.version.0).collect::<Vec<_>>(), expected, "{stream}");
+    assert!(events.iter().all(|event| event.stream == stream), "{stream}: {events:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_of_many_gets_its_own() {
+    let schema = Schema::new();
+    let store = filled(&schema, &url()).await;
+    let mut readers = JoinSet::new();
+    for round in 0..5 {
+        for number in 0..STREAMS {
+            let store = store.clone();
+            // And some that are not there.
+            let missing = StreamId::parse(&format!("nothing-{round}-{number}")).unwrap();
+            readers.spawn(async move {
+                read(&store, number).await;
+                assert!(store.read_stream(&missing, Version::START, 10).await.unwrap().is_empty());
+            });
+        }
+    }
+    timeout(6 * PROMPTLY, readers.join_all()).await.expect("some were never answered");
+}
+
+/// Also when whoever reads for others goes away in the middle of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_goes_away_takes_nobody_with_him() {
+    let schema = Schema::new();
+    let store = filled(&schema, &url()).await;
+    let done = Arc::new(AtomicBool::new(false));
+    let mut hasty = JoinSet::new();
+    for number in 0..32 {
+        let (store, done) = (store.clone(), done.clone());
+        hasty.spawn(async move {
+            while !done.load(Ordering::Relaxed) {
+                timeout(Duration::from_micros(fastrand::u64(0..1_500)), read(&store, number)).await.ok();
+                tokio::task::yield_now().await;
+            }
+        });
+    }
+    let mut patient = JoinSet::new();
+    for number in 0..STREAMS {
+        let store = store.clone();
+        patient.spawn(async move { read(&store, number).await });
+    }
+    timeout(6 * PROMPTLY, patient.join_all()).await.expect("some were never answered");
+    done.store(true, Ordering::Relaxed);
+    hasty.join_all().await;
+}
+
+/// Also when the server ends the session again and again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_that_ends_under_them_is_replaced() {
+    let schema = Schema::new();
+    let separator = if url().contains('?') { '&' } else { '?' };
+    let store = filled(&schema, &format!("{}{separator}application_name={}", url(), schema.name())).await;
+    let done = Arc::new(AtomicBool::new(false));
+    let ending = tokio::spawn({
+        let (schema, done) = (schema.clone(), done.clone());
+        async move {
+            let (mut connection, mut ended) = (schema.connection().await, 0);
+            let sql = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = $1 \
+                       AND query LIKE '%of_stream%'";
+            while !done.load(Ordering::Relaxed) {
+                let query = sqlx::query_scalar::<_, i64>(sql).bind(schema.name());
+                ended += query.fetch_one(&mut connection).await.unwrap();
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            ended
+        }
+    });
+    for _ in 0..5 {
+        let mut readers = JoinSet::new();
+        for number in 0..STREAMS {
+            let store = store.clone();
+            readers.spawn(async move { read(&store, number).await });
+        }
+        timeout(6 * PROMPTLY, readers.join_all()).await.expect("some were never answered");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    done.store(true, Ordering::Relaxed);
+    assert!(ending.await.unwrap() > 0, "no session was ended");
+}
