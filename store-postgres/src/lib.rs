@@ -277,6 +277,11 @@ impl EventStore for PostgresStore {
                     let longest = if news.is_listening() { LOOK_MS_MAX } else { DEAF_LOOK_MS_MAX };
                     // An end of this wait for any reason is one to look again.
                     timeout(Duration::from_millis(look.min(longest)), told.changed()).await.ok();
+                    // What was written here meanwhile is there. If it stands behind a gap, the reader is back soon, and
+                    // looks first.
+                    if news.last_written() > after {
+                        return Ok(());
+                    }
                     look = (look * 2).min(LOOK_MS_MAX);
                 }
             }

@@ -56,6 +56,10 @@ impl News {
         self.tell();
     }
 
+    pub(crate) fn last_written(&self) -> Position {
+        *self.written.borrow()
+    }
+
     pub(crate) fn is_listening(&self) -> bool {
         *self.listening.borrow()
     }
