@@ -13,7 +13,10 @@ use std::{
 
 use annals::{EventStore, StreamId, Version};
 use annals_postgres::{PostgresStore, Settings};
-use tokio::{task::JoinSet, time::timeout};
+use tokio::{
+    task::JoinSet,
+    time::{Instant, timeout},
+};
 
 use self::postgres::{PROMPTLY, Schema, append, url};
 
@@ -73,25 +76,37 @@ async fn each_of_many_gets_its_own() {
 async fn who_goes_away_takes_nobody_with_him() {
     let schema = Schema::new();
     let store = filled(&schema, &url()).await;
-    let done = Arc::new(AtomicBool::new(false));
-    let mut hasty = JoinSet::new();
-    for number in 0..32 {
-        let (store, done) = (store.clone(), done.clone());
-        hasty.spawn(async move {
-            while !done.load(Ordering::Relaxed) {
-                timeout(Duration::from_micros(fastrand::u64(0..1_500)), read(&store, number)).await.ok();
-                tokio::task::yield_now().await;
-            }
-        });
-    }
-    let mut patient = JoinSet::new();
-    for number in 0..STREAMS {
+    let mut outside = schema.connection().await;
+    sqlx::raw_sql(schema.sql("BEGIN; LOCK TABLE annals.events IN ACCESS EXCLUSIVE MODE"))
+        .execute(&mut outside)
+        .await
+        .unwrap();
+    let reading = |number| {
         let store = store.clone();
-        patient.spawn(async move { read(&store, number).await });
+        tokio::spawn(async move { read(&store, number).await })
+    };
+    // Its statement waits for the lock, in the only session.
+    let first = reading(1);
+    let mut connection = schema.connection().await;
+    let waits = "SELECT count(*) FROM pg_locks WHERE relation = 'annals.events'::regclass AND NOT granted";
+    let started = Instant::now();
+    while sqlx::query_scalar::<_, i64>(schema.sql(waits)).fetch_one(&mut connection).await.unwrap() == 0 {
+        assert!(started.elapsed() < PROMPTLY, "it does not wait");
     }
-    timeout(6 * PROMPTLY, patient.join_all()).await.expect("some were never answered");
-    done.store(true, Ordering::Relaxed);
-    hasty.join_all().await;
+    // These wait for the session. When it is free, the first of them reads for all; but the session is not done yet.
+    let mut others = Vec::new();
+    for number in 2..8 {
+        others.push(reading(number));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    first.abort();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    others.remove(0).abort();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    sqlx::raw_sql("ROLLBACK").execute(&mut outside).await.unwrap();
+    for other in others {
+        timeout(PROMPTLY, other).await.expect("it was never answered").unwrap();
+    }
 }
 
 /// Also when the server ends the session again and again.
