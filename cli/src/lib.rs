@@ -150,11 +150,11 @@ impl Ops {
             }
             Command::CheckHistory(arguments) => {
                 let outcome = check_history::run(arguments, &self.domain, &mut output);
-                return outcome.and_then(|verdict| output.flush().map(|()| verdict));
+                return output.end(outcome);
             }
             Command::Read(arguments) if arguments.is_of_archives() => {
                 let outcome = read::from_archives(arguments, &mut output);
-                return outcome.and_then(|verdict| output.flush().map(|()| verdict));
+                return output.end(outcome);
             }
             _ => {}
         }
@@ -177,7 +177,7 @@ impl Ops {
             Command::Trace(arguments) => trace::run(arguments, &store, &mut output).await,
             Command::Migrate(_) | Command::CheckHistory(_) | Command::Completions(_) => Ok(Verdict::Fine),
         };
-        let outcome = outcome.and_then(|verdict| output.flush().map(|()| verdict));
+        let outcome = output.end(outcome);
         // What was printed is true, whatever becomes of the connections.
         store.close().await.ok();
         outcome

@@ -8,7 +8,7 @@ use std::{
 use comfy_table::{ContentArrangement, Table, presets};
 use serde::Serialize;
 
-use crate::failure::Failure;
+use crate::failure::{Failure, Verdict};
 
 /// Standard output.
 pub(crate) struct Output {
@@ -92,6 +92,15 @@ impl Output {
             line.push_str(word);
         }
         self.line(&format!("{margin}{line}"))
+    }
+
+    /// Prints what is left to print, and how it ends with that: who reads no further changes nothing about what was found.
+    pub fn end(&mut self, outcome: Result<Verdict, Failure>) -> Result<Verdict, Failure> {
+        let verdict = outcome?;
+        match self.flush() {
+            Ok(()) | Err(Failure::OutputClosed) => Ok(verdict),
+            Err(failure) => Err(failure),
+        }
     }
 
     /// So that whoever waits for a line gets it now.
