@@ -219,7 +219,13 @@ impl Pair {
     /// Waits until the relay stands at the end of the log.
     pub async fn relay_is_at_the_end(&self, sql: &mut Sql) {
         let waited = timeout(RECOVERY, async {
-            while sql.lags(&format!("{}.relay", self.service)).await.iter().any(|lag| *lag > 0) {
+            let name = format!("{}.relay", self.service);
+            loop {
+                // Its first checkpoint follows what it has sent.
+                let lags = sql.lags(&name).await;
+                if !lags.is_empty() && lags.iter().all(|lag| *lag == 0) {
+                    return;
+                }
                 sleep(LOOK).await;
             }
         });
