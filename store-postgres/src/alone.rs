@@ -6,7 +6,7 @@ use std::sync::Arc;
 use annals::CommitError;
 use tokio::{
     runtime::{Handle, Id},
-    sync::{Mutex, OwnedMutexGuard},
+    sync::{Mutex, OwnedMappedMutexGuard, OwnedMutexGuard},
 };
 
 use crate::{
@@ -15,8 +15,8 @@ use crate::{
     writer::Writer,
 };
 
-/// The writer for commits that come alone; clones share it.
-#[derive(Clone, Debug)]
+/// The writer for commits that come alone; `None` once closed.
+#[derive(Debug)]
 pub(crate) struct Alone(Arc<Mutex<Option<Resident>>>);
 
 /// A writer, and the runtime that its connection belongs to.
@@ -28,7 +28,7 @@ struct Resident {
 
 /// The right to write one commit with it.
 pub(crate) struct Turn {
-    resident: OwnedMutexGuard<Option<Resident>>,
+    resident: OwnedMappedMutexGuard<Option<Resident>, Resident>,
     runtime: Handle,
 }
 
@@ -39,8 +39,9 @@ impl Alone {
 
     /// `None` if it has other things to do, or is closed.
     pub(crate) fn turn(&self) -> Option<Turn> {
-        let (resident, runtime) = (self.0.clone().try_lock_owned().ok()?, Handle::try_current().ok()?);
-        resident.is_some().then_some(Turn { resident, runtime })
+        let (free, runtime) = (self.0.clone().try_lock_owned().ok()?, Handle::try_current().ok()?);
+        let resident = OwnedMutexGuard::try_map(free, Option::as_mut).ok()?;
+        Some(Turn { resident, runtime })
     }
 
     pub(crate) async fn close(&self) {
@@ -56,10 +57,7 @@ impl Turn {
     pub(crate) async fn write(self, commit: Prepared, passage: Passage) -> Outcome {
         let Self { mut resident, runtime } = self;
         let task = runtime.clone().spawn(async move {
-            let outcome = match resident.as_mut() {
-                Some(resident) => resident.write(commit, runtime.id()).await,
-                None => None,
-            };
+            let outcome = resident.write(commit, runtime.id()).await;
             drop((resident, passage));
             outcome
         });

@@ -39,7 +39,7 @@ const RECONNECT_MS_MAX: u64 = 1_000;
 
 #[derive(Debug)]
 pub(crate) struct Writer {
-    pub(crate) database: Arc<Database>,
+    database: Arc<Database>,
     /// `None` after a failure: what state it left a connection in is not worth finding out.
     connection: Option<PgConnection>,
     news: News,

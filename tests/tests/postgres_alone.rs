@@ -138,7 +138,7 @@ async fn another_store_hears_of_each_commit() {
     let (here, there) = (schema.store().await, schema.store().await);
     tokio::time::sleep(Duration::from_millis(500)).await;
     let mut took = Vec::new();
-    for version in 0..20 {
+    for version in 0..4 {
         let after = Position(version);
         let waiting = tokio::spawn({
             let there = there.clone();
@@ -149,9 +149,6 @@ async fn another_store_hears_of_each_commit() {
         let asked = Instant::now();
         here.commit(append("thing-1", version, 1)).await.unwrap();
         took.push(timeout(PROMPTLY, waiting).await.unwrap().unwrap().unwrap() - asked);
-        if took.len() == 4 {
-            break;
-        }
     }
     took.sort();
     assert!(took[1] < Duration::from_millis(200), "half of them took longer: {took:?}");
