@@ -297,7 +297,9 @@ impl Relay {
                 () = tokio::time::sleep_until(patient_until), if stopping => break,
             }
         }
-        worker.checkpoint(taken_up_to).await?;
+        if worker.lanes[0].next < taken_up_to {
+            worker.checkpoint(taken_up_to).await?;
+        }
         let next = worker.lanes[0].next;
         Ok(claim.release(worker, next).await?)
     }
