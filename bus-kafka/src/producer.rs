@@ -148,8 +148,9 @@ impl Producer {
     fn start(settings: &Settings, batch_bytes_max: usize) -> Result<Arc<ThreadedProducer<Context>>, BusError> {
         let mut config = settings.client();
         config
-            // Long enough for what is handed over in one go, and not to be noticed.
-            .set("linger.ms", "0.5")
+            // Long enough for what is handed over in one go. With one request under way, what comes meanwhile goes together
+            // anyway; a message alone waits for this at each hop.
+            .set("linger.ms", "0.1")
             .set("compression.type", "lz4")
             // The topic was there before anything is sent: one that is not any more was deleted, and is made again.
             .set("topic.metadata.propagation.max.ms", "5000")

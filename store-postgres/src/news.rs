@@ -2,7 +2,13 @@
 //!
 //! Not within the appending transaction: a `NOTIFY` takes a lock that all committing notifiers of the cluster share.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use annals::Position;
 use sqlx::{Connection, PgConnection, Row, postgres::PgListener};
@@ -30,6 +36,10 @@ pub(crate) struct News {
     told: watch::Sender<u64>,
     /// The last position written here.
     written: watch::Sender<Position>,
+    /// Counts what came from elsewhere,
+    heard: Arc<AtomicU64>,
+    /// and says how much of that had come when somebody last looked, and saw nothing.
+    looked_at: Arc<AtomicU64>,
     /// Whether other processes are heard, or looked after.
     listening: watch::Sender<bool>,
     /// Who says so, to know one's own voice: what was written here has been told here already.
@@ -41,6 +51,8 @@ impl News {
         Self {
             told: watch::Sender::new(0),
             written: watch::Sender::new(Position::START),
+            heard: Arc::new(AtomicU64::new(1)),
+            looked_at: Arc::default(),
             listening: watch::Sender::new(false),
             name: Uuid::new_v4().to_string().into(),
         }
@@ -52,7 +64,8 @@ impl News {
 
     /// This process has written up to there.
     pub(crate) fn written(&self, position: Position) {
-        self.written.send_replace(position);
+        // Of two writers, the one with the earlier positions may be the later one.
+        self.written.send_modify(|last| *last = position.max(*last));
         self.tell();
     }
 
@@ -62,6 +75,28 @@ impl News {
 
     pub(crate) fn is_listening(&self) -> bool {
         *self.listening.borrow()
+    }
+
+    /// How much has come from elsewhere.
+    pub(crate) fn heard(&self) -> u64 {
+        self.heard.load(Ordering::Acquire)
+    }
+
+    /// Somebody has looked, and there was nothing, when that much had come from elsewhere.
+    pub(crate) fn nothing_at(&self, heard: u64) {
+        self.looked_at.store(heard, Ordering::Release);
+    }
+
+    /// Whether nobody is known to have written after this position: what was written here ends with it, and nothing has come
+    /// from elsewhere since somebody looked. Who inserts by hand tells nobody.
+    pub(crate) fn ends_at(&self, position: Position, heard: u64) -> bool {
+        self.is_listening() && self.last_written() == position && self.looked_at.load(Ordering::Acquire) == heard
+    }
+
+    /// There is something from elsewhere.
+    fn hear(&self) {
+        self.heard.fetch_add(1, Ordering::AcqRel);
+        self.tell();
     }
 
     fn tell(&self) {
@@ -100,7 +135,7 @@ impl News {
         reconnect.succeeded();
         self.listening.send_replace(true);
         // What was said before nobody heard, or nobody said it.
-        self.tell();
+        self.hear();
         let mut next = Instant::now();
         loop {
             let something_new = async {
@@ -110,7 +145,7 @@ impl News {
             tokio::select! {
                 heard = listener.try_recv() => match heard? {
                     Some(heard) if heard.payload() == &*self.name => {}
-                    Some(_) => self.tell(),
+                    Some(_) => self.hear(),
                     None => return Ok(()),
                 },
                 // `self` holds the sender, so this goes on for ever.
@@ -175,7 +210,7 @@ impl News {
                     reconnect.succeeded();
                     self.listening.send_replace(true);
                     if last.replace(newest) != Some(newest) {
-                        self.tell();
+                        self.hear();
                     }
                 }
                 Err(error) => {

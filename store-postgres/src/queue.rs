@@ -21,7 +21,7 @@ const GROUP_ROWS_MAX: usize = 4_096;
 const GROUP_BYTES_MAX: usize = 8 << 20;
 /// Rows that wait behind one group and are worth another at the same time: the server takes longer for so many than for the
 /// commit and the round trip around them.
-const GROUP_ROWS_MIN: usize = 512;
+const GROUP_ROWS_MIN: usize = 256;
 
 pub(crate) type Outcome = Result<Committed, CommitError>;
 

@@ -51,7 +51,7 @@ pub fn producer(brokers: &str, taken: &Taken) -> Result<ThreadedProducer<Taken>,
         .set("socket.nagle.disable", "true")
         .set("enable.idempotence", "true")
         .set("acks", "all")
-        .set("linger.ms", "0.5")
+        .set("linger.ms", "0.1")
         .set("compression.type", "lz4")
         .set("partitioner", "murmur2_random");
     Ok(config.create_with_context(taken.clone())?)

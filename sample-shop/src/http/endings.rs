@@ -66,13 +66,13 @@ impl Endings {
     ) -> Result<(), String> {
         let query = LogQuery::categories(sagas);
         let mut position = store.status().await.map_err(|error| error.to_string())?.head;
+        let mut caught_up = true;
         while !shutdown.is_cancelled() {
             let read = async {
-                let page = store.read_log(&query, position, PAGE).await?;
-                if page.next == position {
+                if caught_up {
                     store.wait(position).await?;
                 }
-                Ok::<_, annals::StoreError>(page)
+                store.read_log(&query, position, PAGE).await
             };
             let page = tokio::select! {
                 page = read => page,
@@ -92,6 +92,8 @@ impl Endings {
                     waiting.remove(event.stream.as_str());
                 }
             }
+            // A short page is the last one, or a wait for more is over at once.
+            caught_up = page.events.len() < PAGE;
             position = page.next;
         }
         Ok(())
