@@ -142,3 +142,25 @@ async fn a_session_that_ends_under_them_is_replaced() {
     done.store(true, Ordering::Relaxed);
     assert!(ending.await.unwrap() > 0, "no session was ended");
 }
+
+/// Each look is a round trip, and after a commit of one's own there is mostly nothing to see.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_waits_after_a_commit_of_this_process_does_not_look() {
+    const COMMITS: i64 = 100;
+    let schema = Schema::new();
+    let store = PostgresStore::connect(&url(), schema.settings()).await.unwrap();
+    for number in 0..COMMITS {
+        let committed = store.commit(append(&format!("thing-{number}"), 0, 1)).await.unwrap();
+        assert!(timeout(Duration::from_millis(5), store.wait(committed.position)).await.is_err(), "there is no more");
+    }
+    // Sessions count at their end.
+    store.close().await.unwrap();
+    let looks = "SELECT idx_scan FROM pg_stat_user_indexes WHERE indexrelid = 'annals.events_position_key'::regclass";
+    let mut connection = schema.connection().await;
+    let (started, mut seen) = (Instant::now(), 0);
+    while seen < COMMITS && started.elapsed() < PROMPTLY {
+        seen = sqlx::query_scalar(schema.sql(looks)).fetch_one(&mut connection).await.unwrap();
+    }
+    // A commit looks when the last event was recorded.
+    assert!((COMMITS..COMMITS + COMMITS / 2).contains(&seen), "{seen} looks for {COMMITS} commits");
+}
