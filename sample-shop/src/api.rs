@@ -2,7 +2,7 @@
 
 use chrono::{DateTime, Utc};
 use rust_decimal::Decimal;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de::Error};
 
 use crate::{books::Books, card::Card, order::Line, supply::Change};
 
@@ -19,6 +19,7 @@ pub struct NewOrder {
     #[serde(default)]
     pub customer: Option<String>,
     /// What, and at which price.
+    #[serde(deserialize_with = "lines")]
     pub lines: Vec<Line>,
     /// A test card; a good one by default.
     #[serde(default, skip_serializing_if = "Card::is_good")]
@@ -33,7 +34,29 @@ pub struct NewReturn {
     #[serde(default)]
     pub customer: Option<String>,
     /// What comes back, and what is paid back for it.
+    #[serde(deserialize_with = "lines")]
     pub lines: Vec<Line>,
+}
+
+/// A line as it is asked for. What is stored is read with fields that later builds add; here they are mistakes.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AskedLine {
+    sku: String,
+    quantity: u32,
+    unit_price: String,
+}
+
+fn lines<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Line>, D::Error> {
+    let lines =
+        Vec::<AskedLine>::deserialize(deserializer)?.into_iter().map(|AskedLine { sku, quantity, unit_price }| {
+            let digits = unit_price.strip_prefix('-').unwrap_or(&unit_price);
+            let is_plain = digits.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
+            let parsed = unit_price.parse().ok().filter(|_| is_plain);
+            let wrong = || D::Error::custom(format!("the price {unit_price:.40?} is no amount, such as \"2.55\""));
+            Ok(Line { sku, quantity, unit_price: parsed.ok_or_else(wrong)? })
+        });
+    lines.collect()
 }
 
 /// The body of `POST /supplies`.

@@ -61,6 +61,8 @@ pub enum Command {
     #[command(after_help = EXAMPLES)]
     Run(Run),
     /// Run one service, or all, until told to stop.
+    ///
+    /// What goes wrong and what is set aside is told on standard error; with RUST_LOG=info, more than that.
     #[command(after_help = SERVE_EXAMPLES)]
     Serve(Serve),
     /// Wait until every saga has ended, then print the summary.

@@ -21,7 +21,7 @@ use axum::{
 };
 
 pub use self::{
-    asked::{ID_BYTES_MAX, LINES_MAX},
+    asked::ID_BYTES_MAX,
     endings::Endings,
     limits::{ANSWER_TIME_MAX, BODY_BYTES_MAX, BODY_TIME_MAX, Limits, REQUESTS_MAX, WAIT_MAX},
     listener::{CONNECTIONS_MAX, HEAD_TIME_MAX, LAST_ANSWERS, serve},

@@ -28,13 +28,15 @@ const SHOWN_MAX: usize = 10;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "error".into());
+    let arguments = Arguments::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
+    // A run lists at its end what was parked; who serves is told of it at once.
+    let told = if matches!(arguments.command, Command::Serve(_)) { "error,annals=warn" } else { "error" };
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| told.into());
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
-    let arguments = Arguments::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
     // It has its own way with Ctrl-C.
     if let Command::Ops { words } = arguments.command {
         return sample_shop::shop::ops().run(words).await;
@@ -171,6 +173,7 @@ fn show(store: String, bus: String, output: &Output, invoices: &Invoices, outcom
         eprintln!("sample-shop: no order, return or adjustment could be made of any row");
     }
     let books = &outcome.books;
+    let told = ["out_of_stock", "declined", "by_customer"];
     let cancelled = |reason: &str| books.cancelled.get(reason).copied().unwrap_or(0);
     let summary = Summary {
         orders: books.orders,
@@ -179,6 +182,7 @@ fn show(store: String, bus: String, output: &Output, invoices: &Invoices, outcom
             out_of_stock: cancelled("out_of_stock"),
             declined: cancelled("declined"),
             by_customer: cancelled("by_customer"),
+            other: books.cancelled.values().sum::<u64>() - told.map(cancelled).iter().sum::<u64>(),
         },
         returns: books.returns,
         adjustments: books.adjustments,
@@ -199,6 +203,7 @@ fn show(store: String, bus: String, output: &Output, invoices: &Invoices, outcom
         return ExitCode::from(2);
     }
     let sound = !useless
+        && outcome.rejected.is_empty()
         && summary.stuck == 0
         && summary.parked == 0
         && summary.units.conserved()

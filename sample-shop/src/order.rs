@@ -60,7 +60,7 @@ pub enum OrderRefusal {
     NoLines,
     #[error("line {line}, {sku}: the quantity is 0")]
     NoQuantity { line: usize, sku: String },
-    #[error("line {line}, {sku}: the price {price} is negative or has more than {PRICE_DECIMALS_MAX} decimals")]
+    #[error("line {line}, {sku}: the price {price} {}", wrong_with(price))]
     Price { line: usize, sku: String, price: Decimal },
     #[error("the order is too large: its units or its total leave all bounds")]
     TooLarge,
@@ -74,6 +74,16 @@ pub enum OrderRefusal {
 
 /// Prices in the source have up to three decimals; more is a mistake in the input.
 pub const PRICE_DECIMALS_MAX: u32 = 4;
+
+fn wrong_with(price: &Decimal) -> String {
+    if price.is_sign_negative() {
+        return "is negative".into();
+    }
+    format!("has more than {PRICE_DECIMALS_MAX} decimals")
+}
+
+/// The most lines of an order or return, however it comes in. All are reserved in one commit.
+pub const LINES_MAX: usize = 5_000;
 
 /// An order.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -8,7 +8,8 @@ use std::{
 };
 
 use annals::{
-    Aggregate, Bus, DeadLetters, EventStore, Health, Repository, Runtime, StoreError, Tail, Transaction, health::State,
+    Aggregate, Bus, DeadLetters, EventStore, Health, Repository, Runtime, StoreError, Tail, Transaction, Version,
+    health::State,
 };
 use async_trait::async_trait;
 use hdrhistogram::Histogram;
@@ -33,6 +34,10 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const PATIENCE_IN_TROUBLE: Duration = Duration::from_secs(2);
 /// A trouble is told when it lasts this long.
 const TROUBLE_LASTS: Duration = Duration::from_secs(2);
+/// Why an invoice of an earlier run is not taken for this one.
+const OTHER: &str = "the store has one of this name, with something else in it: run the same file with the same options, or name another \
+                     --store";
+
 /// How a run goes about it.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -222,11 +227,11 @@ impl Shop for Here {
         match paper {
             Paper::Order { id, customer, lines, card } => {
                 let place = OrderCommand::Place { order_id: id.clone(), customer, lines, card };
-                taken_in(&self.counter.orders, &id, place).await
+                self.papers(&self.counter.orders, &id, place).await
             }
             Paper::Return { id, customer, lines } => {
                 let open = ReturnCommand::Open { return_id: id.clone(), customer, lines };
-                taken_in(&self.counter.returns, &id, open).await
+                self.papers(&self.counter.returns, &id, open).await
             }
             Paper::Supply(supply) => self.book(supply).await,
         }
@@ -245,6 +250,28 @@ impl Shop for Here {
 }
 
 impl Here {
+    /// Takes an order or a return in, once, however often it is handed in.
+    async fn papers<A>(&self, papers: &Repository<A>, id: &str, command: A::Command) -> Result<TakenIn, String>
+    where
+        A: Aggregate<Command: Clone, Event: PartialEq>,
+    {
+        let decided = papers.create(id, command.clone(), request(A::CATEGORY, id)).await;
+        let decided = decided.map_err(|error| error.to_string())?;
+        let repeated = decided.repeated || decided.events.is_empty();
+        if repeated {
+            let stream = papers.stream(id).map_err(|error| error.to_string())?;
+            let recorded =
+                self.store.read_stream(&stream, Version::START, 1).await.map_err(|error| error.to_string())?;
+            let first = recorded.first().map(|event| event.decode::<A::Event>()).transpose();
+            let first = first.map_err(|error| error.to_string())?.flatten();
+            let now = A::default().decide(&command).map_err(|error| error.to_string())?;
+            if first != now.into_iter().next() {
+                return Err(OTHER.into());
+            }
+        }
+        Ok(TakenIn { repeated, units: Vec::new() })
+    }
+
     /// Takes a supply in and books it in one commit, since order and inventory share a store here.
     async fn book(&self, supply: SupplyEvent) -> Result<TakenIn, String> {
         let mut transaction = Transaction::new(self.store.clone(), request(Supply::CATEGORY, supply.id()));
@@ -267,10 +294,4 @@ impl Here {
             }
         }
     }
-}
-
-/// Once, however often it is handed in.
-async fn taken_in<A: Aggregate>(papers: &Repository<A>, id: &str, command: A::Command) -> Result<TakenIn, String> {
-    let decided = papers.create(id, command, request(A::CATEGORY, id)).await.map_err(|error| error.to_string())?;
-    Ok(TakenIn { repeated: decided.repeated || decided.events.is_empty(), units: Vec::new() })
 }

@@ -1,4 +1,5 @@
-//! A file that is run again with other stock is refused: what was opened before would be kept without a word.
+//! A file that is run again with other stock is refused, and an invoice with something else in it rejected: what was there before
+//! would be kept without a word.
 #![allow(clippy::unwrap_used)]
 
 use std::{path::Path, process::Command};
@@ -30,4 +31,23 @@ fn another_stock_factor_or_another_file_of_one_name_is_refused() {
         assert!(said.contains("with 6 units of 85123A where there would be"), "{said}");
         assert!(said.contains("name another --store"), "{said}");
     }
+}
+
+#[test]
+fn an_invoice_that_is_another_one_now_is_rejected() {
+    let folder = tempfile::tempdir().unwrap();
+    let returned = LINE.replace("536365", "C536366").replace(",6,", ",-1,");
+    let rows = format!("{LINE}{returned}");
+    assert_eq!(run(folder.path(), &rows, &[]).0, Some(0));
+    let before = run(folder.path(), &rows, &[]);
+    assert!(before.0 == Some(0) && !before.1.contains("rejected"), "{before:?}");
+    let (code, said) = run(folder.path(), &rows.replace("2.55", "9.99"), &[]);
+    assert_eq!(code, Some(1), "{said}");
+    for of in ["order 536365", "return C536366"] {
+        assert!(
+            said.contains(&format!("rejected: {of}: the store has one of this name, with something else in it")),
+            "{said}"
+        );
+    }
+    assert!(said.contains(r#""charged":"15.30""#), "{said}");
 }

@@ -129,7 +129,10 @@ fn what_cannot_be_taken_is_a_problem_that_says_why() {
     with("\"a\"", "5000000000", "\"1\"").is_problem(422, &["invalid value"]);
     with("\"a\"", "1", "\"-1\"").is_problem(422, &["negative"]);
     with("\"a\"", "1", "\"0.00001\"").is_problem(422, &["more than 4 decimals"]);
-    with("\"a\"", "1", "\"many\"").is_problem(422, &["not what is asked for"]);
+    for price in ["many", "1e2", "1_000", "+1", ""] {
+        with("\"a\"", "1", &format!("\"{price}\"")).is_problem(422, &["no amount", price]);
+    }
+    with("\"a\"", "1", "\"1\", \"discount\": \"0.5\"").is_problem(422, &["unknown field `discount`"]);
     with("\"\"", "1", "\"1\"").is_problem(422, &["the SKU is empty"]);
     with("\"a\\nb\"", "1", "\"1\"").is_problem(422, &["control character"]);
     with(&format!("\"{}\"", "a".repeat(201)), "1", "\"1\"").is_problem(422, &["more than 200 bytes"]);

@@ -15,12 +15,14 @@ use serde::{Deserialize, de::DeserializeOwned};
 use uuid::Uuid;
 
 use super::{limits::WAIT_MAX, problem::Problem};
-use crate::{api::IDEMPOTENCY_KEY, order::Line, shop::request};
+use crate::{
+    api::IDEMPOTENCY_KEY,
+    order::{LINES_MAX, Line},
+    shop::request,
+};
 
 /// The longest id, SKU or customer, in bytes: with a category before it, it still fits a stream id.
 pub const ID_BYTES_MAX: usize = 200;
-/// The most lines of an order or return. All are reserved in one commit.
-pub const LINES_MAX: usize = 5_000;
 
 /// An id out of a path.
 pub type Id = Result<Path<String>, PathRejection>;

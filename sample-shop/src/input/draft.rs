@@ -1,9 +1,7 @@
 use rust_decimal::Decimal;
 
-use super::{
-    Invoice, Line,
-    row::{LINES_MAX, Row},
-};
+use super::{Invoice, Line, row::Row};
+use crate::order::LINES_MAX;
 
 /// The rows of one invoice number that stand together, until it is known what they make.
 #[derive(Debug)]

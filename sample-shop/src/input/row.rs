@@ -5,13 +5,11 @@ use super::{columns::Columns, record::Record};
 
 /// Longest id that is taken: invoice number, SKU or customer. With a category before it, it still fits a stream id.
 const ID_BYTES_MAX: usize = 200;
-/// Most digits before the point of a price. Times a quantity of 32 bits, four decimals and [`LINES_MAX`] lines, a total has
+/// Most digits before the point of a price. Times a quantity of 32 bits, four decimals and [`LINES_MAX`](crate::order::LINES_MAX) lines, a total has
 /// at most 27 digits, and a `Decimal` holds 28: no total can overflow or be rounded.
 const PRICE_DIGITS_MAX: usize = 9;
 /// Most digits after the point of a price: money has at most four, in any currency. More is the trace of a float.
 const PRICE_DECIMALS_MAX: usize = 4;
-/// Most lines of one invoice, since one invoice is held in memory; the longest of the file in `shared/data` has 675.
-pub(super) const LINES_MAX: usize = 10_000;
 
 /// What one sound row says, without its invoice number.
 #[derive(Debug, PartialEq)]

@@ -56,12 +56,19 @@ pub struct Cancelled {
     pub declined: u64,
     /// The customer changed their mind.
     pub by_customer: u64,
+    /// A service refused a step for another reason, or could not be reached; left out of JSON where there are none.
+    #[serde(skip_serializing_if = "none")]
+    pub other: u64,
+}
+
+fn none(count: &u64) -> bool {
+    *count == 0
 }
 
 impl Cancelled {
     /// For whatever reason.
     pub fn all(&self) -> u64 {
-        self.out_of_stock + self.declined + self.by_customer
+        self.out_of_stock + self.declined + self.by_customer + self.other
     }
 }
 
@@ -199,6 +206,9 @@ impl Summary {
         row("    out of stock", grouped(self.cancelled.out_of_stock));
         row("    card declined", grouped(self.cancelled.declined));
         row("    by the customer", grouped(self.cancelled.by_customer));
+        if self.cancelled.other > 0 {
+            row("    for another reason", grouped(self.cancelled.other));
+        }
         row("returns", grouped(self.returns));
         row("adjustments", grouped(self.adjustments));
         row("stuck", grouped(self.stuck));

@@ -8,7 +8,7 @@ fn summary() -> Summary {
     Summary {
         orders: 1_595,
         confirmed: 1_400,
-        cancelled: Cancelled { out_of_stock: 100, declined: 80, by_customer: 15 },
+        cancelled: Cancelled { out_of_stock: 100, declined: 80, by_customer: 15, other: 0 },
         returns: 333,
         adjustments: 154,
         stuck: 0,
