@@ -10,7 +10,7 @@ mod probes;
 mod problem;
 mod sagas;
 
-use std::time::Instant;
+use std::{sync::Arc, time::Instant};
 
 use axum::{
     Router,
@@ -55,7 +55,12 @@ async fn no_method(request: Request) -> Problem {
 }
 
 /// Counts requests and their time, by route: an id is no label.
-async fn measure(State(metrics): State<Metrics>, path: Option<MatchedPath>, request: Request, next: Next) -> Response {
+async fn measure(
+    State(metrics): State<Arc<Metrics>>,
+    path: Option<MatchedPath>,
+    request: Request,
+    next: Next,
+) -> Response {
     let started = Instant::now();
     let _in_hand = InHand::new(&metrics);
     let method = match *request.method() {

@@ -13,8 +13,11 @@ use crate::{
 };
 
 /// In order; the table `migrations` counts how many of them a schema has had.
-const MIGRATIONS: &[&str] =
-    &[include_str!("migrations/0001_log_and_documents.sql"), include_str!("migrations/0002_operators_record_acts.sql")];
+const MIGRATIONS: &[&str] = &[
+    include_str!("migrations/0001_log_and_documents.sql"),
+    include_str!("migrations/0002_operators_record_acts.sql"),
+    include_str!("migrations/0003_few_rows_one_by_one.sql"),
+];
 
 /// How long the server works on one group before it gives up: as behind somebody's lock on the whole table. The end of a
 /// statement by this is an answer; that of a connection is none.

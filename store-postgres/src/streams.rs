@@ -47,6 +47,9 @@ impl Streams {
             let mut place = Place { streams: self, answered: false };
             let (answer, mut answered) = oneshot::channel();
             self.waiting().push_back(Wanted { stream: stream.clone(), after, limit, answer });
+            // Many are often about to ask at once, as when all of a batch are told that it is done. Without this turn for them,
+            // the first of them would each take a session for a stream alone.
+            tokio::task::yield_now().await;
             let outcome = loop {
                 let reader = tokio::select! {
                     biased;

@@ -20,8 +20,7 @@ const CHECKPOINTS_MAX: usize = 1_000;
 /// Upper bounds of the times of requests, in seconds.
 const SECONDS: [f64; 14] = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0];
 
-/// The figures of one process. Clones share them.
-#[derive(Clone)]
+/// The figures of one process.
 pub struct Metrics {
     registry: Registry,
     requests: IntCounterVec,
@@ -40,7 +39,7 @@ pub struct Metrics {
 
 impl Metrics {
     /// All at zero.
-    pub fn new() -> Result<Self, prometheus::Error> {
+    pub fn new() -> Result<Arc<Self>, prometheus::Error> {
         let registry = Registry::new();
         let counters = |name: &str, help: &str, labels: &[&str]| -> Result<IntCounterVec, prometheus::Error> {
             let counters = IntCounterVec::new(Opts::new(name, help), labels)?;
@@ -69,7 +68,7 @@ impl Metrics {
             HistogramOpts::new("shop_http_request_seconds", "Time to answer, with the time that was asked to wait.");
         let seconds = HistogramVec::new(options.buckets(SECONDS.to_vec()), &["method", "route"])?;
         registry.register(Box::new(seconds.clone()))?;
-        Ok(Self {
+        Ok(Arc::new(Self {
             requests: counters("shop_http_requests_total", "Requests answered.", &["method", "route", "status"])?,
             seconds,
             in_hand: gauge("shop_http_requests_in_hand", "Requests that are not answered yet.")?,
@@ -94,7 +93,7 @@ impl Metrics {
             readers_wait_for,
             store_up: gauge("shop_store_up", "1 if the store answers.")?,
             registry,
-        })
+        }))
     }
 
     /// Counts an answer.

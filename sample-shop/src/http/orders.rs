@@ -1,6 +1,6 @@
 //! Orders, returns, supplies and closings over HTTP: each is taken in once under its key, and looked at by its id.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use annals::{Aggregate, EventStore, ExecuteError, Repository, Version};
 use axum::{
@@ -11,6 +11,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
+use chrono::{DateTime, Utc};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::{Value, json};
 
@@ -21,23 +22,25 @@ use super::{
     sagas::Sagas,
 };
 use crate::{
-    api::{ClosingView, NewOrder, NewReturn, NewSupply, OrderView, REPLAYED, ReturnView, SupplyView},
-    closing::{Closing, ClosingCommand, ClosingEvent},
-    order::{BY_CUSTOMER, Order, OrderCommand, OrderEvent, OrderRefusal, Return, ReturnCommand, ReturnEvent},
+    api::{ClosingView, NewOrder, NewReturn, NewSupply, OrderView, REPLAYED, ReturnView, SagaView, SupplyView},
+    closing::{ClosingCommand, ClosingEvent},
+    order::{BY_CUSTOMER, Order, OrderCommand, OrderEvent, OrderRefusal, ReturnCommand, ReturnEvent},
     shop::Counter,
-    supply::{Supply, SupplyEvent},
+    supply::SupplyEvent,
 };
 
 /// Events of one order, return, supply or closing: they have three at most.
 const EVENTS_MAX: usize = 100;
 
+/// Events, and when each was recorded.
+type History<E> = Vec<(DateTime<Utc>, E)>;
+
 /// What the order service shows to the world.
-#[derive(Clone)]
 pub struct Front {
     pub store: Arc<dyn EventStore>,
     pub counter: Counter,
     pub sagas: Sagas,
-    pub metrics: Metrics,
+    pub metrics: Arc<Metrics>,
     /// The URLs that closings tell; no password.
     pub kept_in: (String, String),
 }
@@ -54,10 +57,10 @@ pub fn routes(front: Front) -> Router {
         .route("/supplies/{id}", get(supplied))
         .route("/closings", post(open_closing))
         .route("/closings/{id}", get(closing))
-        .with_state(front)
+        .with_state(Arc::new(front))
 }
 
-async fn place(State(front): State<Front>, headers: HeaderMap, sent: Bytes) -> Result<Response, Problem> {
+async fn place(State(front): State<Arc<Front>>, headers: HeaderMap, sent: Bytes) -> Result<Response, Problem> {
     let id = key(&headers)?;
     let order: NewOrder = body(&headers, &sent)?;
     order_lines(order.customer.as_deref(), &order.lines)?;
@@ -71,7 +74,7 @@ async fn place(State(front): State<Front>, headers: HeaderMap, sent: Bytes) -> R
     Ok(taken_in("orders", &id, repeated, json!({"order_id": id, "total": total, "currency": currency})))
 }
 
-async fn open_return(State(front): State<Front>, headers: HeaderMap, sent: Bytes) -> Result<Response, Problem> {
+async fn open_return(State(front): State<Arc<Front>>, headers: HeaderMap, sent: Bytes) -> Result<Response, Problem> {
     let id = key(&headers)?;
     let returned: NewReturn = body(&headers, &sent)?;
     order_lines(returned.customer.as_deref(), &returned.lines)?;
@@ -85,7 +88,7 @@ async fn open_return(State(front): State<Front>, headers: HeaderMap, sent: Bytes
     Ok(taken_in("returns", &id, repeated, json!({"return_id": id, "total": total, "currency": currency})))
 }
 
-async fn supply(State(front): State<Front>, headers: HeaderMap, sent: Bytes) -> Result<Response, Problem> {
+async fn supply(State(front): State<Arc<Front>>, headers: HeaderMap, sent: Bytes) -> Result<Response, Problem> {
     let id = key(&headers)?;
     let (delivered, units) = match body(&headers, &sent)? {
         NewSupply::Delivered(units) => (true, units),
@@ -100,14 +103,14 @@ async fn supply(State(front): State<Front>, headers: HeaderMap, sent: Bytes) -> 
     Ok(taken_in("supplies", &id, repeated, json!({"supply_id": id})))
 }
 
-async fn open_closing(State(front): State<Front>, headers: HeaderMap) -> Result<Response, Problem> {
+async fn open_closing(State(front): State<Arc<Front>>, headers: HeaderMap) -> Result<Response, Problem> {
     let id = key(&headers)?;
     let open = ClosingCommand::Open { closing_id: id.clone() };
     let (_, repeated) = front.take_in(&front.counter.closings, &id, open, &headers).await?;
     Ok(taken_in("closings", &id, repeated, json!({"closing_id": id})))
 }
 
-async fn cancel(State(front): State<Front>, order: Id, headers: HeaderMap) -> Result<Response, Problem> {
+async fn cancel(State(front): State<Arc<Front>>, order: Id, headers: HeaderMap) -> Result<Response, Problem> {
     let order_id = id(order)?;
     // Its own request, not that which placed the order. A repeat finds the order cancelled.
     let request = asked("cancel", &order_id, &headers);
@@ -127,12 +130,10 @@ async fn cancel(State(front): State<Front>, order: Id, headers: HeaderMap) -> Re
     }
 }
 
-async fn order(State(front): State<Front>, order: Id, time: Wait) -> Result<Response, Problem> {
+async fn order(State(front): State<Arc<Front>>, order: Id, time: Wait) -> Result<Response, Problem> {
     let (order_id, time) = (id(order)?, wait(time)?);
-    front.events::<Order>(&front.counter.orders, "order", &order_id).await?;
-    let saga = front.sagas.read("checkout", &order_id, time).await?;
-    // Read after the saga, so that it is never behind it.
-    let mut events = front.events(&front.counter.orders, "order", &order_id).await?.into_iter();
+    let (events, saga) = front.look(&front.counter.orders, "checkout", &order_id, time).await?;
+    let mut events = events.into_iter();
     let Some((placed_at, OrderEvent::Placed { customer, lines, total, currency, .. })) = events.next() else {
         return Err(unknown("order", &order_id));
     };
@@ -148,11 +149,10 @@ async fn order(State(front): State<Front>, order: Id, time: Wait) -> Result<Resp
     Ok(Json(OrderView { order_id, status, reason, customer, lines, total, currency, placed_at, saga }).into_response())
 }
 
-async fn returned(State(front): State<Front>, returned: Id, time: Wait) -> Result<Response, Problem> {
+async fn returned(State(front): State<Arc<Front>>, returned: Id, time: Wait) -> Result<Response, Problem> {
     let (return_id, time) = (id(returned)?, wait(time)?);
-    front.events::<Return>(&front.counter.returns, "return", &return_id).await?;
-    let saga = front.sagas.read("return", &return_id, time).await?;
-    let mut events = front.events(&front.counter.returns, "return", &return_id).await?.into_iter();
+    let (events, saga) = front.look(&front.counter.returns, "return", &return_id, time).await?;
+    let mut events = events.into_iter();
     let Some((opened_at, ReturnEvent::Opened { customer, lines, total, currency, .. })) = events.next() else {
         return Err(unknown("return", &return_id));
     };
@@ -161,10 +161,9 @@ async fn returned(State(front): State<Front>, returned: Id, time: Wait) -> Resul
     Ok(Json(ReturnView { return_id, status, customer, lines, total, currency, opened_at, saga }).into_response())
 }
 
-async fn supplied(State(front): State<Front>, supply: Id, time: Wait) -> Result<Response, Problem> {
+async fn supplied(State(front): State<Arc<Front>>, supply: Id, time: Wait) -> Result<Response, Problem> {
     let (supply_id, time) = (id(supply)?, wait(time)?);
-    let events = front.events::<Supply>(&front.counter.supplies, "supply", &supply_id).await?;
-    let saga = front.sagas.read("supply", &supply_id, time).await?;
+    let (events, saga) = front.look(&front.counter.supplies, "supply", &supply_id, time).await?;
     let supply = match events.into_iter().next() {
         Some((_, SupplyEvent::Delivered { units, .. })) => NewSupply::Delivered(units),
         Some((_, SupplyEvent::Adjusted { units, .. })) => NewSupply::Adjusted(units),
@@ -173,16 +172,14 @@ async fn supplied(State(front): State<Front>, supply: Id, time: Wait) -> Result<
     Ok(Json(SupplyView { supply_id, supply, saga }).into_response())
 }
 
-async fn closing(State(front): State<Front>, closing: Id, time: Wait) -> Result<Response, Problem> {
+async fn closing(State(front): State<Arc<Front>>, closing: Id, time: Wait) -> Result<Response, Problem> {
     let (closing_id, time) = (id(closing)?, wait(time)?);
-    front.events::<Closing>(&front.counter.closings, "closing", &closing_id).await?;
-    let saga = front.sagas.read("closing", &closing_id, time).await?;
-    let events = front.events::<Closing>(&front.counter.closings, "closing", &closing_id).await?;
+    let (events, saga) = front.look(&front.counter.closings, "closing", &closing_id, time).await?;
     let books = events.into_iter().find_map(|(_, event)| match event {
         ClosingEvent::Closed { books, .. } => Some(books),
         ClosingEvent::Opened { .. } => None,
     });
-    let (store, bus) = front.kept_in;
+    let (store, bus) = front.kept_in.clone();
     Ok(Json(ClosingView { closing_id, books, store, bus, saga }).into_response())
 }
 
@@ -203,17 +200,41 @@ impl Front {
         let first = match decided.events.into_iter().next() {
             Some(first) => Some(first),
             // It was taken in by somebody who asked in another way.
-            None => self.events(papers, A::CATEGORY, id).await?.into_iter().next().map(|(_, event)| event),
+            None => self.events(papers, id).await?.into_iter().next().map(|(_, event)| event),
         };
         first.map(|first| (first, repeated)).ok_or_else(other_body)
     }
 
-    async fn events<A: Aggregate>(
+    /// What was taken in under its id, with its saga, once that has settled or `wait` is over. It is never behind its saga.
+    async fn look<A: Aggregate>(
         &self,
         papers: &Repository<A>,
-        what: &str,
+        saga: &str,
         id: &str,
-    ) -> Result<Vec<(chrono::DateTime<chrono::Utc>, A::Event)>, Problem> {
+        wait: Duration,
+    ) -> Result<(History<A::Event>, Option<SagaView>), Problem> {
+        let mut watch = self.sagas.watch(saga, id, wait)?;
+        let mut told = false;
+        loop {
+            // The store reads both in one go.
+            let (events, view) = tokio::join!(self.events(papers, id), watch.view());
+            let (events, mut view) = (events?, view?);
+            let has_settled = view.as_ref().is_some_and(SagaView::has_settled);
+            if has_settled && told {
+                return Ok((events, view));
+            }
+            if !has_settled && !wait.is_zero() {
+                told = watch.end().await;
+                if told {
+                    continue;
+                }
+                view = watch.view().await?;
+            }
+            return Ok((self.events(papers, id).await?, view));
+        }
+    }
+
+    async fn events<A: Aggregate>(&self, papers: &Repository<A>, id: &str) -> Result<History<A::Event>, Problem> {
         let stream = papers.stream(id).map_err(|error| Problem::new(StatusCode::BAD_REQUEST, error.to_string()))?;
         let recorded = self.store.read_stream(&stream, Version::START, EVENTS_MAX).await;
         let mut events = Vec::new();
@@ -223,7 +244,7 @@ impl Front {
                 decoded.map_err(|error| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
             events.extend(decoded.map(|decoded| (event.recorded_at, decoded)));
         }
-        if events.is_empty() { Err(unknown(what, id)) } else { Ok(events) }
+        if events.is_empty() { Err(unknown(A::CATEGORY, id)) } else { Ok(events) }
     }
 }
 

@@ -24,7 +24,7 @@ const STORE_TIME_MAX: Duration = Duration::from_secs(2);
 pub struct Probes {
     pub store: Arc<dyn EventStore>,
     pub health: Health,
-    pub metrics: Metrics,
+    pub metrics: Arc<Metrics>,
     pub stopping: CancellationToken,
 }
 

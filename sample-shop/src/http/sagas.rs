@@ -8,7 +8,10 @@ use annals::{
 };
 use axum::http::StatusCode;
 use chrono::{DateTime, TimeZone, Utc};
-use tokio::time::{Instant, timeout_at};
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout_at},
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{endings::Endings, problem::Problem};
@@ -25,35 +28,51 @@ pub struct Sagas {
     pub stopping: CancellationToken,
 }
 
+/// Somebody who looks at a saga, and may wait for its end.
+pub struct Watch<'s> {
+    sagas: &'s Sagas,
+    stream: StreamId,
+    until: Instant,
+    /// `None` at the very end.
+    ended: Option<watch::Receiver<()>>,
+}
+
 impl Sagas {
-    /// The saga of this name about this id, once it has settled or `wait` is over; `None` if it has not started.
-    pub async fn read(&self, saga: &str, id: &str, wait: Duration) -> Result<Option<SagaView>, Problem> {
+    /// Looks at the saga of this name about this id, for so long.
+    pub fn watch(&self, saga: &str, id: &str, wait: Duration) -> Result<Watch<'_>, Problem> {
         let stream = StreamId::new(&format!("saga.{saga}"), id);
         let stream = stream.map_err(|error| Problem::new(StatusCode::BAD_REQUEST, error.to_string()))?;
-        let until = Instant::now() + wait;
-        let mut ended = (!wait.is_zero()).then(|| self.endings.of(stream.as_str()));
-        let view = loop {
-            let view = self.view(&stream).await;
-            let settled = !matches!(&view, Ok(view) if !view.as_ref().is_some_and(SagaView::has_settled));
-            let Some(ended) = ended.as_mut().filter(|_| !settled) else { break view };
-            let woken = tokio::select! {
-                // The sender is gone when it has ended.
-                woken = timeout_at(until, ended.changed()) => woken.is_ok(),
-                () = self.stopping.cancelled() => false,
-            };
-            if !woken {
-                break self.view(&stream).await;
-            }
-            *ended = self.endings.of(stream.as_str());
+        let ended = self.endings.of(stream.as_str());
+        Ok(Watch { sagas: self, stream, until: Instant::now() + wait, ended: Some(ended) })
+    }
+}
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        self.sagas.endings.leave(self.stream.as_str(), self.ended.take());
+    }
+}
+
+impl Watch<'_> {
+    /// Waits for its end, or until somebody has to see to it, from the last look on. False when the time is over, or the service
+    /// stops.
+    pub async fn end(&mut self) -> bool {
+        let Some(ended) = &mut self.ended else { return false };
+        let woken = tokio::select! {
+            // The sender is gone when it has ended.
+            woken = timeout_at(self.until, ended.changed()) => woken.is_ok(),
+            () = self.sagas.stopping.cancelled() => false,
         };
-        if let Some(ended) = ended {
-            self.endings.leave(stream.as_str(), ended);
+        if woken {
+            *ended = self.sagas.endings.of(self.stream.as_str());
         }
-        view
+        woken
     }
 
-    async fn view(&self, stream: &StreamId) -> Result<Option<SagaView>, Problem> {
-        let events = self.store.read_stream(stream, Version::START, TIMELINE_MAX).await;
+    /// The saga as it is now; `None` if it has not started.
+    pub async fn view(&self) -> Result<Option<SagaView>, Problem> {
+        let Self { sagas, stream, .. } = self;
+        let events = sagas.store.read_stream(stream, Version::START, TIMELINE_MAX).await;
         let events = events.map_err(|error| Problem::unavailable(error.to_string()))?;
         let (mut timeline, mut last) = (Vec::with_capacity(events.len()), None::<Progress>);
         for event in events {
