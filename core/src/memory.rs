@@ -95,9 +95,10 @@ impl EventStore for MemoryStore {
 
     async fn read_log(&self, query: &LogQuery, after: Position, limit: usize) -> Result<LogPage, StoreError> {
         let held = self.held();
-        let mut page = LogPage { events: Vec::new(), next: after };
-        for event in held.log.iter().skip(index_after(after.0)).take(PAGE_EVENTS_MAX) {
-            if page.events.len() == limit {
+        let mut page = LogPage { next: after, ..LogPage::default() };
+        for (looked_at, event) in held.log.iter().skip(index_after(after.0)).enumerate() {
+            if page.events.len() == limit || looked_at == PAGE_EVENTS_MAX {
+                page.more = true;
                 break;
             }
             if query.matches(event) {

@@ -47,12 +47,14 @@ pub trait ReadModel: Send + Sync + 'static {
 pub struct Projection<R> {
     model: Arc<R>,
     query: LogQuery,
+    linger: Duration,
     instance: Option<Instance>,
 }
 
 impl<R> Clone for Projection<R> {
     fn clone(&self) -> Self {
-        Self { model: self.model.clone(), query: self.query.clone(), instance: self.instance.clone() }
+        let (model, query, instance) = (self.model.clone(), self.query.clone(), self.instance.clone());
+        Self { model, query, linger: self.linger, instance }
     }
 }
 
@@ -64,7 +66,14 @@ struct Generation {
 impl<R: ReadModel> Projection<R> {
     /// A projection of the events that `query` gives.
     pub fn new(model: R, query: LogQuery) -> Self {
-        Self { model: Arc::new(model), query, instance: None }
+        Self { model: Arc::new(model), query, linger: Duration::ZERO, instance: None }
+    }
+
+    /// Lets the views be behind by about so long, which saves writes where the same ones change often; see
+    /// [`Subscription::linger`].
+    pub fn linger(mut self, linger: Duration) -> Self {
+        self.linger = linger;
+        self
     }
 
     /// Takes turns with other instances at keeping the live views; see [`Subscription::shared`].
@@ -131,7 +140,7 @@ impl<R: ReadModel> Projection<R> {
 
     fn subscription(&self, generation: u32) -> Subscription {
         let handler = Project { model: self.model.clone(), collection: collection(R::NAME, generation).into() };
-        Subscription::new(&name(R::NAME, generation), handler).query(self.query.clone())
+        Subscription::new(&name(R::NAME, generation), handler).query(self.query.clone()).linger(self.linger)
     }
 }
 

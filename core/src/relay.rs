@@ -214,8 +214,8 @@ impl Relay {
                     Some(read) => read.map_err(|error| StoreError::Unavailable(error.to_string()))??,
                     None => store.read_log(&query, cursor, PAGE).await?,
                 };
-                // A short page is the last one, or a wait for more is over at once.
-                is_more = page.events.len() >= PAGE;
+                // If it is not the last one after all, a wait for more is over at once.
+                is_more = page.more;
                 cursor = page.next;
                 more = store.wait(cursor);
                 if is_more {

@@ -24,7 +24,7 @@ use crate::{
     work::Work,
 };
 
-/// How long the index of sagas may be behind: it adds to the precision of timers.
+/// How long the index of sagas may be behind while there is little to do: it adds to the precision of timers.
 const INDEX_PAUSE: Duration = Duration::from_millis(200);
 
 /// A service in the making.

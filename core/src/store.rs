@@ -97,6 +97,8 @@ pub struct LogPage {
     /// Read on from here: past everything this page looked at, also what the query left out. Equal to the position asked
     /// for when the reader has caught up.
     pub next: Position,
+    /// Whether it ended although there may be more to read: it is full, or has looked at as much of the log as one page may.
+    pub more: bool,
 }
 
 /// Where a log stands.

@@ -25,6 +25,8 @@ pub(crate) const IDLE_CHECKPOINT: Duration = Duration::from_secs(1);
 
 /// Messages in one batch of a subscription that lingers.
 const LINGERING_BATCH_MAX: usize = 4_096;
+/// How much longer it lingers where there is much to do.
+const LINGER_UNDER_LOAD: u32 = 4;
 
 /// A handler that follows the log of its own service.
 ///
@@ -90,8 +92,9 @@ impl Subscription {
         self
     }
 
-    /// Waits at least this long between batches once it has caught up, and takes larger ones: for a handler that writes only
-    /// the last state of each key, and that nobody waits for. Not at all by default.
+    /// Waits at least this long between batches once it has caught up, four times as long after one of more than 512 messages, and
+    /// takes larger ones: for a handler that writes only the last state of each key, and that nobody waits for. Not at all by
+    /// default.
     pub fn linger(mut self, linger: Duration) -> Self {
         self.linger = linger;
         self
@@ -224,15 +227,16 @@ impl Subscription {
                 worker.deliver(&items).await?;
                 moved_at = Instant::now();
                 // Who is behind has its large batches without waiting for them.
-                if !self.linger.is_zero() && page.events.len() < page_size {
+                if !self.linger.is_zero() && !page.more {
+                    let load = if page.events.len() > BATCH_MAX { LINGER_UNDER_LOAD } else { 1 };
                     tokio::select! {
-                        () = sleep(self.linger) => {}
+                        () = sleep(self.linger * load) => {}
                         () = shutdown.cancelled() => {}
                     }
                 }
             }
-            // A short page is the last one, or a wait for more is over at once.
-            let caught_up = page.events.len() < page_size;
+            // If there is more after all, a wait for it is over at once.
+            let caught_up = !page.more;
             cursor = page.next;
             if !caught_up && worker.parked.is_empty() {
                 skip(worker, cursor, &mut moved_at).await?;

@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// The most events held: what the slowest of several subscriptions may lag behind before it reads for itself.
-const EVENTS_MAX: usize = 20_000;
+const EVENTS_MAX: usize = 65_536;
 /// The most payload bytes held.
 const BYTES_MAX: usize = 64 * 1024 * 1024;
 /// The most commits held that the log has not reached yet.
@@ -115,9 +115,10 @@ impl Tail {
             return None;
         }
         let start = recent.events.partition_point(|event| event.position <= after);
-        let mut page = LogPage { events: Vec::new(), next: after };
+        let mut page = LogPage { next: after, ..LogPage::default() };
         for event in recent.events.range(start..) {
             if page.events.len() == limit {
+                page.more = true;
                 return Some(page);
             }
             page.next = event.position;
@@ -202,7 +203,7 @@ impl EventStore for Tail {
             return self.store.read_log(query, after, limit).await;
         }
         self.fetch_after(after).await?;
-        Ok(self.held(query, after, limit).unwrap_or(LogPage { events: Vec::new(), next: after }))
+        Ok(self.held(query, after, limit).unwrap_or(LogPage { next: after, ..LogPage::default() }))
     }
 
     async fn commit(&self, commit: Commit) -> Result<Committed, CommitError> {

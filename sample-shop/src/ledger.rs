@@ -6,7 +6,7 @@ use std::{
 };
 
 use annals::{
-    EventStore, LogQuery, Position, Recorded, StoreError,
+    EventStore, LogPage, LogQuery, Position, Recorded, StoreError,
     saga::{Progress, Status},
 };
 use serde::Deserialize;
@@ -57,8 +57,8 @@ impl Ledger {
 
     async fn read_on(&self, store: &dyn EventStore, shutdown: CancellationToken) -> Result<(), StoreError> {
         while !shutdown.is_cancelled() {
-            // A short page is the last one, or a wait for more is over at once.
-            if self.read(store).await? < PAGE {
+            // If there is more after all, a wait for it is over at once.
+            if !self.read(store).await?.more {
                 tokio::select! {
                     woken = store.wait(self.position()) => woken?,
                     () = shutdown.cancelled() => {}
@@ -70,8 +70,13 @@ impl Ledger {
 
     /// Books what came after the follower was told to stop.
     pub async fn read_up(&self, store: &dyn EventStore) -> Result<(), StoreError> {
-        while self.read(store).await? > 0 {}
-        Ok(())
+        loop {
+            let before = self.position();
+            self.read(store).await?;
+            if self.position() == before {
+                return Ok(());
+            }
+        }
     }
 
     /// Why the books cannot be kept any more.
@@ -79,8 +84,8 @@ impl Ledger {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).failed.clone()
     }
 
-    /// Books the next page; how many events it had.
-    async fn read(&self, store: &dyn EventStore) -> Result<usize, StoreError> {
+    /// Books the next page.
+    async fn read(&self, store: &dyn EventStore) -> Result<LogPage, StoreError> {
         let page = store.read_log(&LogQuery::all(), self.position(), PAGE).await?;
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         for event in &page.events {
@@ -96,7 +101,7 @@ impl Ledger {
             }
         }
         state.position = page.next;
-        Ok(page.events.len())
+        Ok(page)
     }
 
     /// How far the books are.

@@ -1,5 +1,7 @@
 //! What is on the shelf, SKU by SKU: views for people, kept from the events of the stock.
 
+use std::time::Duration;
+
 use annals::{LogQuery, Message, Projection, ReadModel};
 use serde::{Deserialize, Serialize};
 
@@ -46,7 +48,10 @@ impl ReadModel for Shelf {
     }
 }
 
+/// How old what people see of it may be.
+const AGE: Duration = Duration::from_millis(200);
+
 /// Kept from the events of the stock.
 pub fn shelf() -> Projection<Shelf> {
-    Projection::new(Shelf, LogQuery::categories(["stock"]))
+    Projection::new(Shelf, LogQuery::categories(["stock"])).linger(AGE)
 }

@@ -81,7 +81,7 @@ impl Log {
     }
 
     pub(crate) async fn page(&self, query: &LogQuery, after: Position, limit: usize) -> Result<LogPage, StoreError> {
-        let nothing = LogPage { events: Vec::new(), next: after };
+        let nothing = LogPage { next: after, ..LogPage::default() };
         if limit == 0 {
             return Ok(nothing);
         }
@@ -115,6 +115,9 @@ impl Log {
         if dense == 0 && !page.events.is_empty() {
             return Ok(Err(page.events[0].position.0));
         }
+        page.more |= page.events.len() >= limit;
+        // Before a gap there is nothing more for now.
+        page.more &= dense == page.events.len();
         page.events.truncate(dense);
         page.next = page.events.last().map_or(after, |event| event.position);
         Ok(Ok(page))
@@ -143,7 +146,7 @@ impl Log {
     ) -> Result<Result<LogPage, i64>, StoreError> {
         let statements = &self.database.statements;
         let (settled, start) = (self.settled(), after.0.max(0));
-        let until = if start < settled {
+        let (until, is_end) = if start < settled {
             let until: Option<i64> = read!(self.readers, |reader| statements
                 .settled_until
                 .scalar()
@@ -151,13 +154,13 @@ impl Log {
                 .bind(settled)
                 .bind(bound(PAGE_EVENTS_MAX))
                 .fetch_one(reader.connection()?))?;
-            until.unwrap_or(settled)
+            (until.unwrap_or(settled), until.is_none_or(|until| until == settled))
         } else {
             let (until, any) = self.dense_until(start).await?;
             match until {
-                Some(until) => until,
+                Some(until) => (until, until - start < bound(PAGE_EVENTS_MAX)),
                 None if any => return Ok(Err(self.next(start).await?.unwrap_or(start))),
-                None => return Ok(Ok(LogPage { events: Vec::new(), next: after })),
+                None => return Ok(Ok(LogPage { next: after, ..LogPage::default() })),
             }
         };
         let names = |names: &[Arc<str>]| {
@@ -172,6 +175,7 @@ impl Log {
         if page.events.len() < limit && bytes < PAGE_BYTES_MAX {
             page.next = Position(until);
         }
+        page.more |= page.next.0 < until || !is_end;
         Ok(Ok(page))
     }
 
@@ -303,7 +307,7 @@ async fn rows(
     after: Position,
     reader: &mut Reader,
 ) -> Result<LogPage, sqlx::Error> {
-    let (mut page, mut bytes) = (LogPage { events: Vec::new(), next: after }, 0);
+    let (mut page, mut bytes) = (LogPage { next: after, ..LogPage::default() }, 0);
     let mut rows = query.fetch(reader.connection()?);
     while let Some(row) = rows.try_next().await? {
         let event = recorded(&row)?;
@@ -314,6 +318,7 @@ async fn rows(
             drop(rows);
             // The server goes on sending what nobody wants any more.
             reader.give_up();
+            page.more = true;
             break;
         }
     }

@@ -59,7 +59,7 @@ impl SqliteStore {
         limit: usize,
         take: impl FnMut(Stored<'_>) + Send,
     ) -> Result<Position, StoreError> {
-        read::log(&self.shared.readers, query, after, limit, take).await
+        read::log(&self.shared.readers, query, after, limit, take).await.map(|(next, _)| next)
     }
 }
 

@@ -171,8 +171,8 @@ impl EventStore for SqliteStore {
     async fn read_log(&self, query: &LogQuery, after: Position, limit: usize) -> Result<LogPage, StoreError> {
         let mut events = Vec::new();
         let take = |event: Stored<'_>| events.push(Arc::new(event.recorded()));
-        let next = read::log(&self.shared.readers, query, after, limit, take).await?;
-        Ok(LogPage { events, next })
+        let (next, more) = read::log(&self.shared.readers, query, after, limit, take).await?;
+        Ok(LogPage { events, next, more })
     }
 
     async fn documents(&self, keys: &[DocumentKey]) -> Result<Vec<Option<Document>>, StoreError> {

@@ -40,29 +40,31 @@ pub(crate) async fn stream(
 }
 
 /// Gives each event of a page to `take`, and where the next page begins.
+/// Gives where the next page begins, and whether there may be more.
 pub(crate) async fn log(
     readers: &SqlitePool,
     query: &LogQuery,
     after: Position,
     limit: usize,
     take: impl FnMut(Stored<'_>) + Send,
-) -> Result<Position, StoreError> {
+) -> Result<(Position, bool), StoreError> {
     if limit == 0 {
-        return Ok(after);
+        return Ok((after, false));
     }
     if *query == LogQuery::all() {
         let query = sqlx::query(include_str!("sql/read_log.sql")).bind(after.0).bind(bound(limit));
         return page(readers, query, after, limit, after, take).await;
     }
     // In a statement of its own, before the other: the log only grows, so what is found up to there stays what was there.
+    let looks_at = bound(limit.max(PAGE_EVENTS_MAX));
     let until: Option<i64> = sqlx::query_scalar(include_str!("sql/read_log_until.sql"))
         .bind(after.0)
-        .bind(bound(limit.max(PAGE_EVENTS_MAX)))
+        .bind(looks_at)
         .fetch_one(readers)
         .await
         .map_err(read_error)?;
     let Some(until) = until else {
-        return Ok(after);
+        return Ok((after, false));
     };
     let names = |names: &[Arc<str>]| (!names.is_empty()).then(|| serde_json::json!(names).to_string());
     let query = sqlx::query(include_str!("sql/read_log_where.sql"))
@@ -71,7 +73,9 @@ pub(crate) async fn log(
         .bind(names(&query.categories))
         .bind(names(&query.types))
         .bind(bound(limit));
-    page(readers, query, after, limit, Position(until), take).await
+    let (next, more) = page(readers, query, after, limit, Position(until), take).await?;
+    // Nearly all positions have an event.
+    Ok((next, more || until.saturating_sub(after.0.max(0)) >= looks_at))
 }
 
 /// A page ends at its last event where it is full, and where it is not, at `until`.
@@ -82,7 +86,7 @@ async fn page(
     limit: usize,
     until: Position,
     mut take: impl FnMut(Stored<'_>) + Send,
-) -> Result<Position, StoreError> {
+) -> Result<(Position, bool), StoreError> {
     let (mut events, mut bytes, mut next) = (0, 0, after);
     let mut rows = query.fetch(readers);
     while let Some(row) = rows.try_next().await.map_err(read_error)? {
@@ -92,10 +96,10 @@ async fn page(
         next = event.position;
         take(event);
         if events == limit || bytes >= PAGE_BYTES_MAX {
-            return Ok(next);
+            return Ok((next, true));
         }
     }
-    Ok(next.max(until))
+    Ok((next.max(until), false))
 }
 
 pub(crate) async fn documents(readers: &SqlitePool, keys: &[DocumentKey]) -> Result<Vec<Option<Document>>, StoreError> {

@@ -114,6 +114,7 @@ macro_rules! __store_suite {
             documents: they_become_visible_with_the_events_of_their_commit;
             log: pages_follow_each_other_in_order;
             log: a_query_leaves_out_and_goes_past;
+            log: a_page_that_is_not_the_last_says_so;
             log: a_reader_that_caught_up_stays_where_it_is;
             log: a_far_position_has_nothing_after_it;
             log: waiting_ends_at_once_when_there_is_more;

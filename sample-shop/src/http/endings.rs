@@ -92,8 +92,8 @@ impl Endings {
                     waiting.remove(event.stream.as_str());
                 }
             }
-            // A short page is the last one, or a wait for more is over at once.
-            caught_up = page.events.len() < PAGE;
+            // If there is more after all, a wait for it is over at once.
+            caught_up = !page.more;
             position = page.next;
         }
         Ok(())

@@ -82,6 +82,33 @@ pub async fn a_query_leaves_out_and_goes_past<T: StoreUnderTest>() {
     }
 }
 
+/// A page may look at only so much of the log, and then says that there is more: whoever takes it for the last one would rest
+/// although it is far behind.
+pub async fn a_page_that_is_not_the_last_says_so<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    for round in 0..5 {
+        store.commit(appending([append("many-1", at(round * 5_000), numbered(5_000))])).await.unwrap();
+    }
+    let last = store.commit(appending([append("one-1", at(0), numbered(1))])).await.unwrap().position;
+    let everything = (LogQuery::all(), 25_001);
+    for (query, count) in [everything, (LogQuery::categories(["one"]), 1), (LogQuery::categories(["none"]), 0)] {
+        for limit in [1_000, 100_000] {
+            let (mut seen, mut after) = (0, Position::START);
+            loop {
+                let page = store.read_log(&query, after, limit).await.unwrap();
+                (seen, after) = (seen + page.events.len(), page.next);
+                if !page.more {
+                    break;
+                }
+            }
+            assert_eq!((seen, after), (count, last), "{query:?} in pages of {limit}");
+        }
+        let page = store.read_log(&query, last, 1_000).await.unwrap();
+        assert!(!page.more, "{query:?} at the end");
+    }
+}
+
 /// With a query that gives nothing as well.
 pub async fn a_reader_that_caught_up_stays_where_it_is<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
