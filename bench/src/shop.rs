@@ -18,6 +18,8 @@ use crate::{
 const SEED: u64 = 7;
 /// and those before.
 const WARM_UP_SEED: u64 = 8;
+/// Of each topic: as many as the payment service has members. Each has a checkpoint of its own, in every commit that moves it.
+const PARTITIONS: u32 = 4;
 const ROLES: [&str; 4] = ["order", "inventory", "payment", "notification"];
 
 /// Measures the shop over HTTP.
@@ -69,7 +71,7 @@ async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> 
             if !arguments.without_kafka {
                 let broker = Broker::start(&arguments.directory)?;
                 let (run, what) = (Uuid::new_v4().simple().to_string(), workload("four processes"));
-                let bus = format!("kafka://{}", broker.address());
+                let bus = format!("kafka://{}?partitions={PARTITIONS}", broker.address());
                 let apart = || Processes::apart(&server.url, &run, &bus);
                 apart().await?.sell(warm_up, concurrency, WARM_UP_SEED).await?;
                 let ours = async { apart().await?.sell(count, at_once, SEED).await };

@@ -24,7 +24,7 @@ use crate::{
 pub(crate) const IDLE_CHECKPOINT: Duration = Duration::from_secs(1);
 
 /// Messages in one batch of a subscription that lingers.
-const LINGERING_BATCH_MAX: usize = 4_096;
+const LINGERING_BATCH_MAX: usize = 16_384;
 /// How much longer it lingers where there is much to do.
 const LINGER_UNDER_LOAD: u32 = 4;
 

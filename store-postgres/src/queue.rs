@@ -22,6 +22,8 @@ const GROUP_BYTES_MAX: usize = 8 << 20;
 /// Rows that wait behind one group and are worth another at the same time: the server takes longer for so many than for the
 /// commit and the round trip around them.
 const GROUP_ROWS_MIN: usize = 256;
+/// A commit counts for so many rows beside its own there: behind each is a caller who waits.
+const ROWS_PER_CALLER: usize = 7;
 
 pub(crate) type Outcome = Result<Committed, CommitError>;
 
@@ -64,6 +66,7 @@ impl Traffic {
 impl Passage {
     /// It waits from now on, with so many rows.
     pub(crate) fn wait(&mut self, rows: usize) {
+        let rows = rows + ROWS_PER_CALLER;
         self.rows = rows;
         let before = self.traffic.rows.fetch_add(rows, Ordering::AcqRel);
         if before < GROUP_ROWS_MIN && before + rows >= GROUP_ROWS_MIN {
