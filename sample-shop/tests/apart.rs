@@ -44,6 +44,9 @@ const PUBLISHED: [(&str, &str); 4] = [
 const FAULT_SECONDS: u64 = 18;
 /// Orders for each of these seconds: more than are done meanwhile, here.
 const ORDERS_PER_SECOND: u64 = 65;
+/// Past the session that brokers give up a silent member after, which is three seconds here, and past the five or six that the other
+/// instances take to give up one that does not show that it lives.
+const STOPPED: Duration = Duration::from_secs(8);
 /// How many orders are under way at once.
 const AT_ONCE: &str = "32";
 
@@ -298,6 +301,32 @@ async fn whoever_is_killed_money_and_units_are_conserved() {
     schemas.agree_with(&broker).await;
     schemas.said_all(&broker).await;
     drop(shop);
+    schemas.drop().await;
+}
+
+/// Who is stopped believes, when it goes on, that all is still its own: what it had in hand, its partitions and its lanes.
+#[tokio::test]
+async fn whoever_is_stopped_for_long_and_goes_on_changes_nothing() {
+    let storm = Storm::new(ORDERS_PER_SECOND / 2);
+    let (broker, schemas) = (Broker::start(), Schemas::new());
+    let start = |role: &&str| Serving::start(role, &schemas.url(role), &bus(&broker));
+    let shop: Vec<Serving> = ROLES.iter().chain(&ROLES).map(start).collect();
+    storm
+        .rages(storm.customer(&shop[0]), 200..1_000, async |number| {
+            // One of each service; the other ones do its work.
+            let stopped = &shop[number % 2 * ROLES.len()..][..ROLES.len()];
+            stopped.iter().for_each(|service| service.signal("STOP"));
+            tokio::time::sleep(STOPPED).await;
+            stopped.iter().for_each(|service| service.signal("CONT"));
+        })
+        .await;
+    schemas.hold_together().await;
+    schemas.agree_with(&broker).await;
+    schemas.said_all(&broker).await;
+    for mut service in shop {
+        service.signal("TERM");
+        assert_eq!(service.code(), Some(143));
+    }
     schemas.drop().await;
 }
 
