@@ -69,8 +69,8 @@ impl<R: ReadModel> Projection<R> {
         Self { model: Arc::new(model), query, linger: Duration::ZERO, instance: None }
     }
 
-    /// Lets the views be behind by about so long, which saves writes where the same ones change often; see
-    /// [`Subscription::linger`].
+    /// Lets the views be behind by about so long, under load four times that, which saves writes where the same ones change often;
+    /// see [`Subscription::linger`].
     pub fn linger(mut self, linger: Duration) -> Self {
         self.linger = linger;
         self

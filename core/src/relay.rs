@@ -282,7 +282,6 @@ impl Relay {
                     woken?;
                     is_more = true;
                 }
-                () = std::future::ready(()), if room && is_more => {}
                 _ = tick.tick() => {
                     worker.redrive_due().await?;
                     if in_flight.is_empty() && worker.lanes[0].next < cursor.0 && moved_at.elapsed() > IDLE_CHECKPOINT {
@@ -290,6 +289,8 @@ impl Relay {
                         moved_at = Instant::now();
                     }
                 }
+                // A long stretch with nothing for the bus must not keep its checkpoint where it was.
+                () = std::future::ready(()), if room && is_more => {}
                 () = tokio::time::sleep_until(stalls_at), if waits => stalls_at = stall(worker),
                 () = shutdown.cancelled(), if !stopping => {}
                 () = claim.ends(), if !stopping => {}

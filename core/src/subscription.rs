@@ -228,7 +228,7 @@ impl Subscription {
                 moved_at = Instant::now();
                 // Who is behind has its large batches without waiting for them.
                 if !self.linger.is_zero() && !page.more {
-                    let load = if page.events.len() > BATCH_MAX { LINGER_UNDER_LOAD } else { 1 };
+                    let load = if items.len() > BATCH_MAX { LINGER_UNDER_LOAD } else { 1 };
                     tokio::select! {
                         () = sleep(self.linger * load) => {}
                         () = shutdown.cancelled() => {}

@@ -49,6 +49,8 @@ struct Recent {
     last: Position,
     events: VecDeque<Arc<Recorded>>,
     bytes: usize,
+    /// Whether the store has more behind them than it gave in one go.
+    more: bool,
     /// Commits of this process whose predecessors are not known yet, by their first position.
     ahead: BTreeMap<Position, Vec<Arc<Recorded>>>,
 }
@@ -126,7 +128,7 @@ impl Tail {
                 page.events.push(event.clone());
             }
         }
-        page.next = recent.last;
+        (page.next, page.more) = (recent.last, recent.more);
         Some(page)
     }
 
@@ -139,7 +141,10 @@ impl Tail {
         let _one_fetches = self.fetch.lock().await;
         if end == self.ends_at() {
             let page = self.store.read_log(&LogQuery::all(), end, PAGE).await?;
-            self.change(|recent| recent.extend(page.events, page.next));
+            self.change(|recent| {
+                recent.extend(page.events, page.next);
+                recent.more = page.more;
+            });
         }
         Ok(())
     }
@@ -196,6 +201,9 @@ impl Tail {
 #[async_trait]
 impl EventStore for Tail {
     async fn read_log(&self, query: &LogQuery, after: Position, limit: usize) -> Result<LogPage, StoreError> {
+        if limit == 0 {
+            return Ok(LogPage { next: after, ..LogPage::default() });
+        }
         if let Some(page) = self.held(query, after, limit) {
             return Ok(page);
         }

@@ -48,7 +48,7 @@ impl ReadModel for Shelf {
     }
 }
 
-/// How old what people see of it may be.
+/// How old what people see of it may be; under load, four times that.
 const AGE: Duration = Duration::from_millis(200);
 
 /// Kept from the events of the stock.

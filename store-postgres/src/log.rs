@@ -154,7 +154,8 @@ impl Log {
                 .bind(settled)
                 .bind(bound(PAGE_EVENTS_MAX))
                 .fetch_one(reader.connection()?))?;
-            (until.unwrap_or(settled), until.is_none_or(|until| until == settled))
+            // What is beyond, the next page finds out.
+            (until.unwrap_or(settled), false)
         } else {
             let (until, any) = self.dense_until(start).await?;
             match until {

@@ -39,8 +39,7 @@ pub(crate) async fn stream(
     rows.and_then(async |row| stored(&row).map(|stored| stored.recorded())).try_collect().await.map_err(read_error)
 }
 
-/// Gives each event of a page to `take`, and where the next page begins.
-/// Gives where the next page begins, and whether there may be more.
+/// Gives each event of a page to `take`, then where the next page begins, and whether there may be more.
 pub(crate) async fn log(
     readers: &SqlitePool,
     query: &LogQuery,

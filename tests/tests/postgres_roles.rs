@@ -215,3 +215,29 @@ async fn a_store_works_as_far_as_its_role_goes() {
     let refused = open(&stranger).await.unwrap_err();
     assert!(matches!(refused, OpenError::Refused { .. }), "{refused}");
 }
+
+/// What an operator may append is decided by what is written, however the arrays that say so are numbered.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_is_held_to_what_is_written() {
+    let schema = Schema::new();
+    schema.store().await.close().await.unwrap();
+    let [_, operator, _] = roles(&schema).await;
+    let operate = |ranks: &str, ids: &str| {
+        let sql = format!(
+            "SET LOCAL ROLE {operator}; SELECT annals.operate(
+                 '{{saga.a-1,operator-1}}', '{{NULL,NULL}}', '{{f,f}}', '{{}}', '{{}}', '{{}}', '{{}}', '{{}}', '{{}}', '{{}}',
+                 '{ranks}', '{ranks}', '{{saga.a-1,operator-1}}', '{{1,1}}', ARRAY[{ids}],
+                 '[0:1]={{saga.requested,operator.x}}', '{{1,1}}', '{{\"{{}}\",\"{{}}\"}}', '{{\"{{}}\",\"{{}}\"}}')"
+        );
+        schema.sql(&sql).0
+    };
+    let mut connection = schema.connection().await;
+    let one = operate("{1}", "gen_random_uuid()");
+    assert!(execute(&mut connection, &format!("BEGIN; {one}")).await.is_err(), "one of the two has no rank");
+    execute(&mut connection, "ROLLBACK").await.unwrap();
+    let both = operate("{1,2}", "gen_random_uuid(), gen_random_uuid()");
+    execute(&mut connection, &format!("BEGIN; {both}; COMMIT")).await.unwrap();
+    let written = schema.sql("SELECT stream_id || ' ' || type FROM annals.events ORDER BY 1");
+    let written: Vec<String> = sqlx::query_scalar(written).fetch_all(&mut connection).await.unwrap();
+    assert_eq!(written, ["operator-1 operator.x", "saga.a-1 saga.requested"]);
+}

@@ -1,5 +1,8 @@
 -- The same function; what has few rows takes them one by one. A statement over a set of rows costs as much to start as a dozen of
 -- those over one row, and most calls come alone, with an event or two and a checkpoint. Beyond that, sets win.
+--
+-- Sets it is, too, where several streams are only looked at, so that all are seen at one moment; and where arrays do not count from 1:
+-- `operate` checks them as sets.
 CREATE OR REPLACE FUNCTION annals.append(
     streams text[], stream_guesses bigint[], held boolean[],
     collections text[], ids text[], document_guesses bigint[], fresh boolean[], document_steps bigint[], bodies text[],
@@ -11,7 +14,9 @@ CREATE OR REPLACE FUNCTION annals.append(
 LANGUAGE plpgsql AS $body$
 #variable_conflict use_column
 DECLARE
-    few boolean := cardinality(append.streams) + cardinality(append.ids) + cardinality(append.ranks) <= 24;
+    few boolean := cardinality(append.streams) + cardinality(append.ids) + cardinality(append.ranks) <= 24
+                   AND (cardinality(append.streams) = 1 OR array_position(append.held, NULL) IS NULL)
+                   AND coalesce(array_lower(append.types, 1), 1) = 1 AND coalesce(array_lower(append.stream_ids, 1), 1) = 1;
     hold boolean := true;
     -- What takes a gate gives nothing back, and an expression must put it somewhere.
     nothing text;
@@ -83,28 +88,34 @@ BEGIN
 
     -- Compare-and-set: the version that was looked at must still be there, whoever was faster.
     IF few THEN
+        -- In the order of the sets below, or two calls could wait for each other.
         FOR n IN 1 .. cardinality(append.ids) LOOP
             standing := document_versions[n];
-            IF append.document_steps[n] IS NULL OR (standing = 0 AND append.bodies[n] IS NULL) THEN
-                CONTINUE;
-            ELSIF standing = 0 THEN
-                -- index: grows documents_key
-                INSERT INTO annals.documents (collection, id, version, body, due)
-                VALUES (append.collections[n], append.ids[n], append.document_steps[n], append.bodies[n]::json, append.dues[n]);
-            ELSIF append.bodies[n] IS NULL THEN
-                -- index: documents_key, one seek
-                DELETE FROM annals.documents AS d
-                 WHERE d.collection = append.collections[n] AND d.id = append.ids[n] AND d.version = standing;
-            ELSE
-                -- index: documents_key, one seek
-                UPDATE annals.documents AS d
-                   SET version = CASE WHEN append.fresh[n] THEN 0 ELSE standing END + append.document_steps[n],
-                       body = append.bodies[n]::json, due = append.dues[n]
-                 WHERE d.collection = append.collections[n] AND d.id = append.ids[n] AND d.version = standing;
-            END IF;
+            CONTINUE WHEN standing = 0 OR append.document_steps[n] IS NULL OR append.bodies[n] IS NULL;
+            -- index: documents_key, one seek
+            UPDATE annals.documents AS d
+               SET version = CASE WHEN append.fresh[n] THEN 0 ELSE standing END + append.document_steps[n],
+                   body = append.bodies[n]::json, due = append.dues[n]
+             WHERE d.collection = append.collections[n] AND d.id = append.ids[n] AND d.version = standing;
             IF NOT FOUND THEN
                 RAISE EXCEPTION 'annals: a document was put by another process' USING ERRCODE = 'AN001';
             END IF;
+        END LOOP;
+        FOR n IN 1 .. cardinality(append.ids) LOOP
+            standing := document_versions[n];
+            CONTINUE WHEN standing = 0 OR append.document_steps[n] IS NULL OR append.bodies[n] IS NOT NULL;
+            -- index: documents_key, one seek
+            DELETE FROM annals.documents AS d
+             WHERE d.collection = append.collections[n] AND d.id = append.ids[n] AND d.version = standing;
+            IF NOT FOUND THEN
+                RAISE EXCEPTION 'annals: a document was put by another process' USING ERRCODE = 'AN001';
+            END IF;
+        END LOOP;
+        FOR n IN 1 .. cardinality(append.ids) LOOP
+            CONTINUE WHEN document_versions[n] > 0 OR append.document_steps[n] IS NULL OR append.bodies[n] IS NULL;
+            -- index: grows documents_key
+            INSERT INTO annals.documents (collection, id, version, body, due)
+            VALUES (append.collections[n], append.ids[n], append.document_steps[n], append.bodies[n]::json, append.dues[n]);
         END LOOP;
     ELSE
         IF expected > 0 THEN
@@ -141,7 +152,7 @@ BEGIN
     END IF;
 
     positions := '{}';
-    IF cardinality(append.ranks) = 0 THEN
+    IF coalesce(cardinality(append.ranks), 0) = 0 THEN
         RETURN;
     END IF;
     -- The order matters: readers of the log know the transactions that may hold a position by this lock.

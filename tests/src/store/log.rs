@@ -32,7 +32,7 @@ pub async fn pages_follow_each_other_in_order<T: StoreUnderTest>() {
         assert_eq!(seen, all, "in pages of {limit}");
     }
     let page = store.read_log(&LogQuery::all(), Position::START, 0).await.unwrap();
-    assert_eq!((page.events.len(), page.next), (0, Position::START));
+    assert_eq!((page.events.len(), page.next, page.more), (0, Position::START, false));
 }
 
 /// A subscription to one category must not read the rest of the log again each time.

@@ -1,0 +1,50 @@
+//! The store suite on the tail that a process puts around its store, and what others write behind its back.
+#![allow(clippy::unwrap_used)]
+
+use std::sync::Arc;
+
+use annals::{EventStore, LogQuery, MemoryStore, Position, Tail};
+use annals_tests::store::{StoreUnderTest, suite};
+
+struct Tailed(Arc<Tail>);
+
+impl StoreUnderTest for Tailed {
+    async fn fresh() -> Self {
+        Self(Arc::new(Tail::follow(Arc::new(MemoryStore::new())).await.unwrap()))
+    }
+    fn store(&self) -> Arc<dyn EventStore> {
+        self.0.clone()
+    }
+}
+
+suite!(Tailed);
+
+/// It reads only so much in one go. Whoever takes that for the end of the log rests although there is more.
+#[tokio::test]
+async fn what_others_have_written_is_told_of_before_it_is_read() {
+    const EVENTS: usize = 5_000;
+    let store = Arc::new(MemoryStore::new());
+    let tail = Tail::follow(store.clone()).await.unwrap();
+    let event = |n: usize| annals::NewEvent {
+        id: uuid::Uuid::new_v4(),
+        type_name: "thing.happened".into(),
+        schema_version: 1,
+        data: n.to_string(),
+        metadata: annals::Metadata::default(),
+    };
+    let append = annals::Append {
+        stream: annals::StreamId::parse("thing-1").unwrap(),
+        expected: annals::Expected::Any,
+        events: (0..EVENTS).map(event).collect(),
+    };
+    store.commit(annals::Commit { appends: vec![append], puts: Vec::new() }).await.unwrap();
+    let (mut seen, mut after) = (0, Position::START);
+    loop {
+        let page = tail.read_log(&LogQuery::all(), after, 2 * EVENTS).await.unwrap();
+        (seen, after) = (seen + page.events.len(), page.next);
+        if !page.more {
+            break;
+        }
+    }
+    assert_eq!(seen, EVENTS);
+}
