@@ -265,8 +265,11 @@ async fn a_tail_goes_on_after_the_server_was_away() {
     let mut next = || shown.next().unwrap().unwrap();
     assert!(next().contains("\"stream\":\"trip-before\""));
     server.kill();
+    let away = std::time::Instant::now();
     let trouble = said.next().unwrap().unwrap();
     assert!(trouble.ends_with("; trying again"), "{trouble}");
+    // A server that restarts is waited for: half a minute, and not that for each of ten tries.
+    assert!(away.elapsed().as_secs() < 120, "{:?}", away.elapsed());
     server.resume().await;
     order(&server.url(), "after-1").await;
     order(&server.url(), "after-2").await;

@@ -15,10 +15,11 @@ const MICROSECONDS_TO_2000: i64 = 946_684_800_000_000;
 /// What a `timestamptz` can hold, in seconds since 1970: from 4714-11-24 BC to the end of 294276 AD.
 const TIME_SECONDS: std::ops::RangeInclusive<i64> = -210_866_803_200..=9_224_318_015_999;
 
-/// Reads by one of the sessions; a read whose session has died is repeated, which is always safe.
+/// Reads by one of the sessions; a read whose session has died is repeated, which is always safe, but not for longer than a read
+/// waits for a session: who reads from a server that is away is to hear of it.
 macro_rules! read {
     ($readers:expr, |$reader:ident| $read:expr) => {{
-        let mut reads = 1;
+        let (mut reads, started) = (1, tokio::time::Instant::now());
         loop {
             let outcome = async {
                 let mut $reader = $readers.get().await?;
@@ -29,7 +30,13 @@ macro_rules! read {
                 outcome
             };
             match outcome.await {
-                Err(error) if reads < $crate::read::READS_MAX && $crate::error::is_lost(&error) => reads += 1,
+                Err(error)
+                    if reads < $crate::read::READS_MAX
+                        && started.elapsed().as_secs() < $crate::readers::WAIT_SECONDS_MAX
+                        && $crate::error::is_lost(&error) =>
+                {
+                    reads += 1;
+                }
                 outcome => break outcome.map_err($crate::error::read_error),
             }
         }

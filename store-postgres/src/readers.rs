@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// How long a read waits for a session before it gives up.
-const WAIT_SECONDS_MAX: u64 = 30;
+pub(crate) const WAIT_SECONDS_MAX: u64 = 30;
 /// How long to wait after the server let nobody in: doubling between these.
 const RECONNECT_MS_MIN: u64 = 10;
 const RECONNECT_MS_MAX: u64 = 500;
