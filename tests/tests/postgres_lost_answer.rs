@@ -23,6 +23,15 @@ enum Cut {
     Before,
     /// The server has answered, and nobody hears of that.
     After,
+    /// Nor here, but that the server is lost: as PgBouncer says it, by an error of class 08.
+    Told,
+}
+
+/// That, as the protocol has it: fields by a letter each, ended by a zero.
+fn told() -> Vec<u8> {
+    let fields = b"SERROR\0VERROR\0C08P01\0Mserver conn crashed?\0\0";
+    let length = u32::try_from(fields.len() + 4).unwrap().to_be_bytes();
+    [b"E", &length[..], fields].concat()
 }
 
 /// Passes everything on, but for what it is armed to cut: once.
@@ -62,9 +71,12 @@ impl Proxy {
                         return Ok(());
                     }
                     to_server.write_all(&asked[..length]).await?;
-                    if cut == Some(Cut::After) {
+                    if let Some(cut) = cut {
                         // It answers when the transaction has ended.
                         assert!(from_server.read(&mut answered).await? > 0, "the server went away itself");
+                        if cut == Cut::Told {
+                            to_client.write_all(&told()).await?;
+                        }
                         return Ok(());
                     }
                 }
@@ -100,7 +112,8 @@ async fn a_commit_whose_answer_was_lost_is_sent_again_and_holds_once() {
     let (schema, proxy) = (Schema::new(), Proxy::start().await);
     let store = PostgresStore::connect(&proxy.url(), schema.settings()).await.unwrap();
     let mut outside = schema.connection().await;
-    for cut in [Cut::After, Cut::Before] {
+    for cut in [Cut::After, Cut::Before, Cut::Told] {
+        let has_held = cut != Cut::Before;
         let name = format!("cut-{cut:?}").to_lowercase();
         for round in 0..ROUNDS {
             let commit = append(&name, round * 2, 2);
@@ -112,12 +125,12 @@ async fn a_commit_whose_answer_was_lost_is_sent_again_and_holds_once() {
                 sqlx::query_scalar(schema.sql(sql)).bind(&name).fetch_one(outside).await.unwrap()
             };
             let held = count(&mut outside).await;
-            assert_eq!(held, round * 2 + if cut == Cut::After { 2 } else { 0 }, "{cut:?}");
+            assert_eq!(held, round * 2 + if has_held { 2 } else { 0 }, "{cut:?}");
             match store.commit(commit).await {
                 Err(CommitError::Conflict { actual, .. }) => {
-                    assert_eq!((cut, actual.0), (Cut::After, round * 2 + 2));
+                    assert_eq!((has_held, actual.0), (true, round * 2 + 2));
                 }
-                Ok(committed) => assert_eq!((cut, committed.versions[0].0), (Cut::Before, round * 2 + 2)),
+                Ok(committed) => assert_eq!((has_held, committed.versions[0].0), (false, round * 2 + 2)),
                 Err(other) => panic!("{other}"),
             }
             assert_eq!(count(&mut outside).await, round * 2 + 2);
@@ -125,9 +138,9 @@ async fn a_commit_whose_answer_was_lost_is_sent_again_and_holds_once() {
     }
     let sql = "SELECT count(*), count(DISTINCT event_id), count(DISTINCT (stream_id, version)) FROM annals.events";
     let found: (i64, i64, i64) = sqlx::query_as(schema.sql(sql)).fetch_one(&mut outside).await.unwrap();
-    assert_eq!(found, (80, 80, 80));
+    assert_eq!(found, (120, 120, 120));
     let log = whole_log(&store).await;
-    assert_eq!(numbers(&log).len(), 80);
+    assert_eq!(numbers(&log).len(), 120);
     assert_eq!(store.status().await.unwrap().head, log.last().unwrap().position);
 }
 
