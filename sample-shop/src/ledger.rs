@@ -70,13 +70,8 @@ impl Ledger {
 
     /// Books what came after the follower was told to stop.
     pub async fn read_up(&self, store: &dyn EventStore) -> Result<(), StoreError> {
-        loop {
-            let before = self.position();
-            self.read(store).await?;
-            if self.position() == before {
-                return Ok(());
-            }
-        }
+        while !self.read(store).await?.events.is_empty() {}
+        Ok(())
     }
 
     /// Why the books cannot be kept any more.

@@ -179,11 +179,26 @@ impl Schemas {
         }
     }
 
+    /// All of that.
+    async fn are_whole(&self, broker: &Broker) {
+        self.hold_together().await;
+        self.agree_with(broker).await;
+        self.said_all(broker).await;
+    }
+
     async fn drop(self) {
         for role in ROLES {
             let sql = format!("DROP SCHEMA {} CASCADE", self.name(role));
             sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut self.connection().await).await.unwrap();
         }
+    }
+}
+
+/// Stops all of them, as an operator does.
+fn end(shop: impl IntoIterator<Item = Serving>) {
+    for mut service in shop {
+        service.signal("TERM");
+        assert_eq!(service.code(), Some(143));
     }
 }
 
@@ -225,13 +240,8 @@ async fn december_through_four_processes_is_that_of_one() {
     let (broker, schemas) = (Broker::start(), Schemas::new());
     let shop = ROLES.map(|role| Serving::start(role, &schemas.url(role), &bus(&broker)));
     assert_eq!(without_bus(business(&shop[0].buy(&arguments))), embedded(&arguments));
-    schemas.hold_together().await;
-    schemas.agree_with(&broker).await;
-    schemas.said_all(&broker).await;
-    for mut service in shop {
-        service.signal("TERM");
-        assert_eq!(service.code(), Some(143));
-    }
+    schemas.are_whole(&broker).await;
+    end(shop);
     schemas.drop().await;
 }
 
@@ -297,9 +307,7 @@ async fn whoever_is_killed_money_and_units_are_conserved() {
             *victim = victim.take().map(Serving::kill_and_restart);
         })
         .await;
-    schemas.hold_together().await;
-    schemas.agree_with(&broker).await;
-    schemas.said_all(&broker).await;
+    schemas.are_whole(&broker).await;
     drop(shop);
     schemas.drop().await;
 }
@@ -320,13 +328,8 @@ async fn whoever_is_stopped_for_long_and_goes_on_changes_nothing() {
             stopped.iter().for_each(|service| service.signal("CONT"));
         })
         .await;
-    schemas.hold_together().await;
-    schemas.agree_with(&broker).await;
-    schemas.said_all(&broker).await;
-    for mut service in shop {
-        service.signal("TERM");
-        assert_eq!(service.code(), Some(143));
-    }
+    schemas.are_whole(&broker).await;
+    end(shop);
     schemas.drop().await;
 }
 
@@ -342,12 +345,7 @@ async fn a_database_that_is_killed_costs_a_pause() {
             server.resume().await;
         })
         .await;
-    schemas.hold_together().await;
-    schemas.agree_with(&broker).await;
-    schemas.said_all(&broker).await;
-    for mut service in shop {
-        // None of them was started again: each found its way back by itself.
-        service.signal("TERM");
-        assert_eq!(service.code(), Some(143));
-    }
+    schemas.are_whole(&broker).await;
+    // None of them was started again: each found its way back by itself.
+    end(shop);
 }

@@ -115,9 +115,8 @@ impl Log {
         if dense == 0 && !page.events.is_empty() {
             return Ok(Err(page.events[0].position.0));
         }
-        page.more |= page.events.len() >= limit;
         // Before a gap there is nothing more for now.
-        page.more &= dense == page.events.len();
+        page.more = dense == page.events.len() && (page.more || dense >= limit);
         page.events.truncate(dense);
         page.next = page.events.last().map_or(after, |event| event.position);
         Ok(Ok(page))
@@ -172,8 +171,8 @@ impl Log {
             bounded.bind(names(&query.categories)).bind(names(&query.types)).bind(bound(limit))
         };
         let mut page = self.rows(statement, after).await?;
-        let bytes: usize = page.events.iter().map(|event| event.data.len()).sum();
-        if page.events.len() < limit && bytes < PAGE_BYTES_MAX {
+        // Neither full nor cut for its bytes.
+        if page.events.len() < limit && !page.more {
             page.next = Position(until);
         }
         page.more |= page.next.0 < until || !is_end;

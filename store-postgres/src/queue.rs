@@ -38,7 +38,7 @@ pub(crate) struct Submission {
 #[derive(Debug, Default)]
 pub(crate) struct Traffic {
     commits: AtomicUsize,
-    /// Of those that wait.
+    /// Of those that wait, with what their callers count for.
     rows: AtomicUsize,
     /// There may be enough for another writer.
     long: Notify,

@@ -48,7 +48,7 @@ impl Endings {
     }
 
     /// Forgets a saga that nobody waits for any more.
-    pub fn leave(&self, saga: &str, ended: Option<watch::Receiver<()>>) {
+    pub fn leave(&self, saga: &str, ended: watch::Receiver<()>) {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         drop(ended);
         if waiting.get(saga).is_some_and(|ends| ends.receiver_count() == 0) {

@@ -49,7 +49,9 @@ impl Sagas {
 
 impl Drop for Watch<'_> {
     fn drop(&mut self) {
-        self.sagas.endings.leave(self.stream.as_str(), self.ended.take());
+        if let Some(ended) = self.ended.take() {
+            self.sagas.endings.leave(self.stream.as_str(), ended);
+        }
     }
 }
 
