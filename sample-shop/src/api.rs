@@ -10,6 +10,8 @@ use crate::{books::Books, card::Card, order::Line, supply::Change};
 pub const IDEMPOTENCY_KEY: &str = "idempotency-key";
 /// The header of an answer to what was handed in before.
 pub const REPLAYED: &str = "idempotency-replayed";
+/// The status of a saga that waits for an operator.
+pub const STUCK: &str = "stuck";
 
 /// The body of `POST /orders`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -164,6 +166,6 @@ impl SagaView {
 
     /// Whether it waits for an operator.
     pub fn is_stuck(&self) -> bool {
-        self.status == "stuck"
+        self.status == STUCK
     }
 }

@@ -32,7 +32,7 @@ const DELIVERIES_MAX: usize = 8;
 pub trait Shop: Clone + Send + Sync + 'static {
     /// Takes in an order, a return or a supply. An error says why it was turned away.
     async fn take_in(&self, paper: Paper) -> Result<TakenIn, String>;
-    /// Waits for the end of what was taken in.
+    /// Waits for the end of what was taken in and had not ended.
     async fn ended(&self, kind: Kind, id: &str) -> Result<End, String>;
 }
 
@@ -59,6 +59,8 @@ pub struct TakenIn {
     pub repeated: bool,
     /// What a supply had in it when it was taken in.
     pub units: Vec<Change>,
+    /// How it ended, if it has.
+    pub end: Option<End>,
 }
 
 /// How it ended.
@@ -79,7 +81,7 @@ pub struct Tally {
     pub repeated: u64,
     /// Orders and returns that wait for an operator.
     pub stuck: u64,
-    /// Invoices taken in whose end was not seen.
+    /// Orders and returns handed in whose end was not seen.
     pub unfinished: u64,
     /// Invoices that were turned away, each with why.
     pub rejected: Vec<String>,
@@ -116,9 +118,9 @@ impl<S: Shop> Customers<S> {
                 let _slot = slots.acquire_owned().await;
                 let SupplyEvent::Delivered { supply_id, units } = &delivery else { return Ok(()) };
                 let taken_in = shop.take_in(Paper::Supply(delivery.clone())).await;
-                let before = taken_in.map_err(|error| format!("{supply_id}: {error}"))?.units;
-                differs(&input, &before, units)?;
-                match shop.ended(Kind::Supply, supply_id).await {
+                let taken_in = taken_in.map_err(|error| format!("{supply_id}: {error}"))?;
+                differs(&input, &taken_in.units, units)?;
+                match end(&shop, Kind::Supply, supply_id, &taken_in).await {
                     Ok(End::Ended) => Ok(()),
                     Ok(End::Stuck) => Err(format!("{supply_id} could not be booked, and waits for an operator")),
                     Err(error) => Err(format!("{supply_id}: {error}")),
@@ -192,14 +194,16 @@ impl<S: Shop> Customers<S> {
             }
         };
         let rejected = |reason: String| self.tally().rejected.push(format!("{} {id:.60}: {reason}", kind.name()));
-        let repeated = match self.shop.take_in(paper).await {
-            Ok(taken_in) => taken_in.repeated,
-            Err(reason) => return rejected(reason),
+        let of_orders = u64::from(kind != Kind::Supply);
+        self.tally().unfinished += of_orders;
+        let taken_in = match self.shop.take_in(paper).await {
+            Ok(taken_in) => taken_in,
+            Err(reason) => {
+                self.tally().unfinished -= of_orders;
+                return rejected(reason);
+            }
         };
-        if kind != Kind::Supply {
-            self.tally().unfinished += 1;
-        }
-        let end = match self.shop.ended(kind, &id).await {
+        let end = match end(&self.shop, kind, &id, &taken_in).await {
             Ok(end) => end,
             Err(reason) => return rejected(reason),
         };
@@ -210,13 +214,21 @@ impl<S: Shop> Customers<S> {
         if kind == Kind::Supply {
             return;
         }
-        tally.unfinished -= 1;
-        if repeated {
+        tally.unfinished -= of_orders;
+        if taken_in.repeated {
             tally.repeated += 1;
         } else if end == End::Ended {
             tally.sagas += 1;
             tally.latency_us.saturating_record(micros(started.elapsed()));
         }
+    }
+}
+
+/// How it ended; waits for that, unless it is known by now.
+async fn end<S: Shop>(shop: &S, kind: Kind, id: &str, taken_in: &TakenIn) -> Result<End, String> {
+    match taken_in.end {
+        Some(end) => Ok(end),
+        None => shop.ended(kind, id).await,
     }
 }
 

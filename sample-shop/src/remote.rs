@@ -1,4 +1,5 @@
-//! The main job over HTTP: hands every invoice in to a shop elsewhere, and waits until each has come to its end.
+//! The main job over HTTP: hands every invoice in to a shop elsewhere, and waits until each has come to its end; one
+//! request for both, as long as that takes no longer than [`WAIT`].
 
 use std::{
     collections::BTreeMap,
@@ -7,6 +8,7 @@ use std::{
 };
 
 use async_trait::async_trait;
+use chrono::{DateTime, Utc};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{
     Method, Request, StatusCode,
@@ -23,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
-    api::{ClosingView, IDEMPOTENCY_KEY, NewOrder, NewReturn, NewSupply, REPLAYED, SagaView, SupplyView},
+    api::{ClosingView, IDEMPOTENCY_KEY, NewOrder, NewReturn, NewSupply, REPLAYED, STUCK, SupplyView},
     arguments::HttpUrl,
     hand_in::{Customers, End, Kind, Paper, Shop, TakenIn},
     http::Problem,
@@ -65,6 +67,7 @@ struct Silence {
 }
 
 struct Answered {
+    path: String,
     status: StatusCode,
     headers: HeaderMap,
     body: Bytes,
@@ -75,7 +78,14 @@ struct Answered {
 /// The one part that every answer about an id has.
 #[derive(Deserialize)]
 struct Watched {
-    saga: Option<SagaView>,
+    saga: Option<Seen>,
+}
+
+/// The part of a [`SagaView`] that tells whether it has ended.
+#[derive(Deserialize)]
+struct Seen {
+    status: String,
+    ended_at: Option<DateTime<Utc>>,
 }
 
 /// What a run over HTTP came to, with where the shop keeps its events and how its services talk.
@@ -129,6 +139,16 @@ pub async fn run(
     Ok(Ok(RemoteOutcome { outcome, store: closing.store, bus: closing.bus }))
 }
 
+impl Watched {
+    fn end(&self) -> Option<End> {
+        match &self.saga {
+            Some(saga) if saga.status == STUCK => Some(End::Stuck),
+            Some(saga) if saga.ended_at.is_some() => Some(End::Ended),
+            _ => None,
+        }
+    }
+}
+
 impl There {
     /// Asks until somebody answers other than "not now".
     async fn ask(&self, method: Method, path: &str, key: Option<&str>, body: Bytes) -> Result<Answered, String> {
@@ -138,7 +158,7 @@ impl There {
             {
                 Ok(Ok((status, headers, body))) if !is_passing(status) => {
                     self.heard();
-                    return Ok(Answered { status, headers, body, tried_before });
+                    return Ok(Answered { path: path.to_owned(), status, headers, body, tried_before });
                 }
                 Ok(Ok((status, _, body))) => {
                     // Turned away before anything was done, or cut off in the middle.
@@ -214,7 +234,8 @@ impl There {
 
     async fn post<T: Serialize>(&self, resource: &str, key: &str, body: &T) -> Result<Answered, String> {
         let body = serde_json::to_vec(body).map_err(|error| error.to_string())?;
-        self.ask(Method::POST, &format!("/{resource}"), Some(key), body.into()).await
+        let path = format!("/{resource}?wait={}s", WAIT.as_secs());
+        self.ask(Method::POST, &path, Some(key), body.into()).await
     }
 
     async fn get<T: DeserializeOwned>(&self, resource: &str, id: &str) -> Result<T, String> {
@@ -224,7 +245,11 @@ impl There {
         if !answered.status.is_success() {
             return Err(detail(answered.status, &answered.body));
         }
-        serde_json::from_slice(&answered.body).map_err(|error| format!("{}{path}: {error}", self.url))
+        self.read(&answered)
+    }
+
+    fn read<T: DeserializeOwned>(&self, answered: &Answered) -> Result<T, String> {
+        serde_json::from_slice(&answered.body).map_err(|error| format!("{}{}: {error}", self.url, answered.path))
     }
 
     /// Closes the books, now that all has ended.
@@ -272,7 +297,7 @@ impl Shop for There {
                     && before.supply != sent
                 {
                     let (NewSupply::Delivered(units) | NewSupply::Adjusted(units)) = before.supply;
-                    return Ok(TakenIn { repeated: true, units });
+                    return Ok(TakenIn { repeated: true, units, end: None });
                 }
                 answered
             }
@@ -286,7 +311,8 @@ impl Shop for There {
         };
         // What this run itself may have handed in at an earlier try is not of an earlier run.
         let repeated = answered.headers.contains_key(REPLAYED) && !answered.tried_before;
-        Ok(TakenIn { repeated, units })
+        let watched = self.read::<Watched>(&answered)?;
+        Ok(TakenIn { repeated, units, end: watched.end() })
     }
 
     async fn ended(&self, kind: Kind, id: &str) -> Result<End, String> {
@@ -296,10 +322,8 @@ impl Shop for There {
             Kind::Supply => "supplies",
         };
         loop {
-            match self.get::<Watched>(resource, id).await?.saga {
-                Some(saga) if saga.is_stuck() => return Ok(End::Stuck),
-                Some(saga) if saga.ended_at.is_some() => return Ok(End::Ended),
-                _ => {}
+            if let Some(end) = self.get::<Watched>(resource, id).await?.end() {
+                return Ok(end);
             }
         }
     }

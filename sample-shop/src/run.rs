@@ -269,7 +269,7 @@ impl Here {
                 return Err(OTHER.into());
             }
         }
-        Ok(TakenIn { repeated, units: Vec::new() })
+        Ok(TakenIn { repeated, ..TakenIn::default() })
     }
 
     /// Takes a supply in and books it in one commit, since order and inventory share a store here.
@@ -290,6 +290,7 @@ impl Here {
                 return Ok(TakenIn {
                     repeated,
                     units: decided.events.into_iter().flat_map(SupplyEvent::units).collect(),
+                    end: None,
                 });
             }
         }

@@ -1,6 +1,6 @@
 //! Orders, returns, supplies and closings over HTTP: each is taken in once under its key, and looked at by its id.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use annals::{Aggregate, EventStore, ExecuteError, Repository, Version};
 use axum::{
@@ -13,13 +13,14 @@ use axum::{
 };
 use chrono::{DateTime, Utc};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::json;
 
 use super::{
     asked::{Id, Wait, asked, body, id, key, order_lines, sku, wait},
     metrics::Metrics,
     problem::Problem,
-    sagas::Sagas,
+    sagas::{Sagas, Watch},
 };
 use crate::{
     api::{ClosingView, NewOrder, NewReturn, NewSupply, OrderView, REPLAYED, ReturnView, SagaView, SupplyView},
@@ -60,54 +61,85 @@ pub fn routes(front: Front) -> Router {
         .with_state(Arc::new(front))
 }
 
-async fn place(State(front): State<Arc<Front>>, headers: HeaderMap, sent: Bytes) -> Result<Response, Problem> {
-    let id = key(&headers)?;
+async fn place(
+    State(front): State<Arc<Front>>,
+    headers: HeaderMap,
+    time: Wait,
+    sent: Bytes,
+) -> Result<Response, Problem> {
+    let (id, time) = (key(&headers)?, wait(time)?);
     let order: NewOrder = body(&headers, &sent)?;
     order_lines(order.customer.as_deref(), &order.lines)?;
     let NewOrder { customer, lines, card } = order.clone();
     let place = OrderCommand::Place { order_id: id.clone(), customer, lines, card };
+    let watch = front.sagas.watch("checkout", &id, time)?;
     let (placed, repeated) = front.take_in(&front.counter.orders, &id, place, &headers).await?;
     let OrderEvent::Placed { customer, lines, card, total, currency, .. } = placed else { return Err(other_body()) };
     if order != (NewOrder { customer, lines, card }) {
         return Err(other_body());
     }
-    Ok(taken_in("orders", &id, repeated, json!({"order_id": id, "total": total, "currency": currency})))
+    if time.is_zero() {
+        return Ok(taken_in("orders", &id, repeated, &json!({"order_id": id, "total": total, "currency": currency})));
+    }
+    Ok(taken_in("orders", &id, repeated, &order_view(&front, &id, watch, !repeated).await?))
 }
 
-async fn open_return(State(front): State<Arc<Front>>, headers: HeaderMap, sent: Bytes) -> Result<Response, Problem> {
-    let id = key(&headers)?;
+async fn open_return(
+    State(front): State<Arc<Front>>,
+    headers: HeaderMap,
+    time: Wait,
+    sent: Bytes,
+) -> Result<Response, Problem> {
+    let (id, time) = (key(&headers)?, wait(time)?);
     let returned: NewReturn = body(&headers, &sent)?;
     order_lines(returned.customer.as_deref(), &returned.lines)?;
     let NewReturn { customer, lines } = returned.clone();
     let open = ReturnCommand::Open { return_id: id.clone(), customer, lines };
+    let watch = front.sagas.watch("return", &id, time)?;
     let (opened, repeated) = front.take_in(&front.counter.returns, &id, open, &headers).await?;
     let ReturnEvent::Opened { customer, lines, total, currency, .. } = opened else { return Err(other_body()) };
     if returned != (NewReturn { customer, lines }) {
         return Err(other_body());
     }
-    Ok(taken_in("returns", &id, repeated, json!({"return_id": id, "total": total, "currency": currency})))
+    if time.is_zero() {
+        return Ok(taken_in("returns", &id, repeated, &json!({"return_id": id, "total": total, "currency": currency})));
+    }
+    Ok(taken_in("returns", &id, repeated, &return_view(&front, &id, watch, !repeated).await?))
 }
 
-async fn supply(State(front): State<Arc<Front>>, headers: HeaderMap, sent: Bytes) -> Result<Response, Problem> {
-    let id = key(&headers)?;
+async fn supply(
+    State(front): State<Arc<Front>>,
+    headers: HeaderMap,
+    time: Wait,
+    sent: Bytes,
+) -> Result<Response, Problem> {
+    let (id, time) = (key(&headers)?, wait(time)?);
     let (delivered, units) = match body(&headers, &sent)? {
         NewSupply::Delivered(units) => (true, units),
         NewSupply::Adjusted(units) => (false, units),
     };
     units.iter().try_for_each(|change| sku(&change.sku))?;
     let supply = SupplyEvent::new(id.clone(), delivered, units);
+    let watch = front.sagas.watch("supply", &id, time)?;
     let (taken, repeated) = front.take_in(&front.counter.supplies, &id, supply.clone(), &headers).await?;
     if taken != supply {
         return Err(other_body());
     }
-    Ok(taken_in("supplies", &id, repeated, json!({"supply_id": id})))
+    if time.is_zero() {
+        return Ok(taken_in("supplies", &id, repeated, &json!({"supply_id": id})));
+    }
+    Ok(taken_in("supplies", &id, repeated, &supply_view(&front, &id, watch, !repeated).await?))
 }
 
-async fn open_closing(State(front): State<Arc<Front>>, headers: HeaderMap) -> Result<Response, Problem> {
-    let id = key(&headers)?;
+async fn open_closing(State(front): State<Arc<Front>>, headers: HeaderMap, time: Wait) -> Result<Response, Problem> {
+    let (id, time) = (key(&headers)?, wait(time)?);
     let open = ClosingCommand::Open { closing_id: id.clone() };
+    let watch = front.sagas.watch("closing", &id, time)?;
     let (_, repeated) = front.take_in(&front.counter.closings, &id, open, &headers).await?;
-    Ok(taken_in("closings", &id, repeated, json!({"closing_id": id})))
+    if time.is_zero() {
+        return Ok(taken_in("closings", &id, repeated, &json!({"closing_id": id})));
+    }
+    Ok(taken_in("closings", &id, repeated, &closing_view(&front, &id, watch, !repeated).await?))
 }
 
 async fn cancel(State(front): State<Arc<Front>>, order: Id, headers: HeaderMap) -> Result<Response, Problem> {
@@ -130,12 +162,17 @@ async fn cancel(State(front): State<Arc<Front>>, order: Id, headers: HeaderMap) 
     }
 }
 
-async fn order(State(front): State<Arc<Front>>, order: Id, time: Wait) -> Result<Response, Problem> {
+async fn order(State(front): State<Arc<Front>>, order: Id, time: Wait) -> Result<Json<OrderView>, Problem> {
     let (order_id, time) = (id(order)?, wait(time)?);
-    let (events, saga) = front.look(&front.counter.orders, "checkout", &order_id, time).await?;
+    let watch = front.sagas.watch("checkout", &order_id, time)?;
+    order_view(&front, &order_id, watch, false).await.map(Json)
+}
+
+async fn order_view(front: &Front, order_id: &str, watch: Watch<'_>, is_new: bool) -> Result<OrderView, Problem> {
+    let (events, saga) = front.look(&front.counter.orders, order_id, watch, is_new).await?;
     let mut events = events.into_iter();
     let Some((placed_at, OrderEvent::Placed { customer, lines, total, currency, .. })) = events.next() else {
-        return Err(unknown("order", &order_id));
+        return Err(unknown("order", order_id));
     };
     let (mut status, mut reason) = ("placed", None);
     for (_, event) in events {
@@ -146,41 +183,56 @@ async fn order(State(front): State<Arc<Front>>, order: Id, time: Wait) -> Result
         }
     }
     let status = status.to_owned();
-    Ok(Json(OrderView { order_id, status, reason, customer, lines, total, currency, placed_at, saga }).into_response())
+    Ok(OrderView { order_id: order_id.to_owned(), status, reason, customer, lines, total, currency, placed_at, saga })
 }
 
-async fn returned(State(front): State<Arc<Front>>, returned: Id, time: Wait) -> Result<Response, Problem> {
+async fn returned(State(front): State<Arc<Front>>, returned: Id, time: Wait) -> Result<Json<ReturnView>, Problem> {
     let (return_id, time) = (id(returned)?, wait(time)?);
-    let (events, saga) = front.look(&front.counter.returns, "return", &return_id, time).await?;
+    let watch = front.sagas.watch("return", &return_id, time)?;
+    return_view(&front, &return_id, watch, false).await.map(Json)
+}
+
+async fn return_view(front: &Front, return_id: &str, watch: Watch<'_>, is_new: bool) -> Result<ReturnView, Problem> {
+    let (events, saga) = front.look(&front.counter.returns, return_id, watch, is_new).await?;
     let mut events = events.into_iter();
     let Some((opened_at, ReturnEvent::Opened { customer, lines, total, currency, .. })) = events.next() else {
-        return Err(unknown("return", &return_id));
+        return Err(unknown("return", return_id));
     };
     let completed = events.any(|(_, event)| matches!(event, ReturnEvent::Completed { .. }));
     let status = if completed { "completed" } else { "opened" }.to_owned();
-    Ok(Json(ReturnView { return_id, status, customer, lines, total, currency, opened_at, saga }).into_response())
+    Ok(ReturnView { return_id: return_id.to_owned(), status, customer, lines, total, currency, opened_at, saga })
 }
 
-async fn supplied(State(front): State<Arc<Front>>, supply: Id, time: Wait) -> Result<Response, Problem> {
+async fn supplied(State(front): State<Arc<Front>>, supply: Id, time: Wait) -> Result<Json<SupplyView>, Problem> {
     let (supply_id, time) = (id(supply)?, wait(time)?);
-    let (events, saga) = front.look(&front.counter.supplies, "supply", &supply_id, time).await?;
+    let watch = front.sagas.watch("supply", &supply_id, time)?;
+    supply_view(&front, &supply_id, watch, false).await.map(Json)
+}
+
+async fn supply_view(front: &Front, supply_id: &str, watch: Watch<'_>, is_new: bool) -> Result<SupplyView, Problem> {
+    let (events, saga) = front.look(&front.counter.supplies, supply_id, watch, is_new).await?;
     let supply = match events.into_iter().next() {
         Some((_, SupplyEvent::Delivered { units, .. })) => NewSupply::Delivered(units),
         Some((_, SupplyEvent::Adjusted { units, .. })) => NewSupply::Adjusted(units),
-        None => return Err(unknown("supply", &supply_id)),
+        None => return Err(unknown("supply", supply_id)),
     };
-    Ok(Json(SupplyView { supply_id, supply, saga }).into_response())
+    Ok(SupplyView { supply_id: supply_id.to_owned(), supply, saga })
 }
 
-async fn closing(State(front): State<Arc<Front>>, closing: Id, time: Wait) -> Result<Response, Problem> {
+async fn closing(State(front): State<Arc<Front>>, closing: Id, time: Wait) -> Result<Json<ClosingView>, Problem> {
     let (closing_id, time) = (id(closing)?, wait(time)?);
-    let (events, saga) = front.look(&front.counter.closings, "closing", &closing_id, time).await?;
+    let watch = front.sagas.watch("closing", &closing_id, time)?;
+    closing_view(&front, &closing_id, watch, false).await.map(Json)
+}
+
+async fn closing_view(front: &Front, closing_id: &str, watch: Watch<'_>, is_new: bool) -> Result<ClosingView, Problem> {
+    let (events, saga) = front.look(&front.counter.closings, closing_id, watch, is_new).await?;
     let books = events.into_iter().find_map(|(_, event)| match event {
         ClosingEvent::Closed { books, .. } => Some(books),
         ClosingEvent::Opened { .. } => None,
     });
     let (store, bus) = front.kept_in.clone();
-    Ok(Json(ClosingView { closing_id, books, store, bus, saga }).into_response())
+    Ok(ClosingView { closing_id: closing_id.to_owned(), books, store, bus, saga })
 }
 
 impl Front {
@@ -205,16 +257,16 @@ impl Front {
         first.map(|first| (first, repeated)).ok_or_else(other_body)
     }
 
-    /// What was taken in under its id, with its saga, once that has settled or `wait` is over. It is never behind its saga.
+    /// What was taken in under its id, with its saga, once that has settled or the watch is over. It is never behind its
+    /// saga. What is new, taken in since the watch began, has nothing to see before it is told of.
     async fn look<A: Aggregate>(
         &self,
         papers: &Repository<A>,
-        saga: &str,
         id: &str,
-        wait: Duration,
+        mut watch: Watch<'_>,
+        is_new: bool,
     ) -> Result<(History<A::Event>, Option<SagaView>), Problem> {
-        let mut watch = self.sagas.watch(saga, id, wait)?;
-        let mut told = false;
+        let mut told = is_new && watch.end().await;
         loop {
             // The store reads both in one go.
             let (events, view) = tokio::join!(self.events(papers, id), watch.view());
@@ -223,7 +275,7 @@ impl Front {
             if has_settled && told {
                 return Ok((events, view));
             }
-            if !has_settled && !wait.is_zero() {
+            if !has_settled && !watch.is_over() {
                 told = watch.end().await;
                 if told {
                     continue;
@@ -270,7 +322,7 @@ fn problem<R: std::error::Error>(error: ExecuteError<R>) -> Problem {
 }
 
 /// The same for the first time and for each repeat, but for one header.
-fn taken_in(resource: &str, id: &str, repeated: bool, body: Value) -> Response {
+fn taken_in(resource: &str, id: &str, repeated: bool, body: &impl Serialize) -> Response {
     let mut response = (StatusCode::CREATED, Json(body)).into_response();
     let location = format!("/{resource}/{}", utf8_percent_encode(id, NON_ALPHANUMERIC));
     if let Ok(location) = HeaderValue::from_str(&location) {

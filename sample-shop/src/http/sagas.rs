@@ -56,6 +56,11 @@ impl Drop for Watch<'_> {
 }
 
 impl Watch<'_> {
+    /// Whether its time is over.
+    pub fn is_over(&self) -> bool {
+        self.until <= Instant::now()
+    }
+
     /// Waits for its end, or until somebody has to see to it, from the last look on. False when the time is over, or the service
     /// stops.
     pub async fn end(&mut self) -> bool {
