@@ -16,8 +16,9 @@ use annals::{
 use async_trait::async_trait;
 use rdkafka::{
     ClientContext, Message as _, Offset, TopicPartitionList,
+    config::RDKafkaLogLevel,
     consumer::{BaseConsumer, CommitMode, Consumer as _, ConsumerContext, RebalanceProtocol},
-    error::{KafkaError, RDKafkaErrorCode},
+    error::{KafkaError, KafkaResult, RDKafkaErrorCode},
     message::BorrowedMessage,
     types::RDKafkaRespErr,
 };
@@ -54,6 +55,9 @@ struct Context {
     rebalances: Mutex<VecDeque<Rebalance>>,
     news: Arc<Notify>,
     closing: AtomicBool,
+    /// Whether a poll told something to this context. It then says that there is nothing, though messages may be waiting, and
+    /// no news of them will come.
+    told: AtomicBool,
     /// Whether the client has lost all brokers, since when it says nothing any more.
     lost: AtomicBool,
 }
@@ -62,10 +66,33 @@ impl Context {
     fn rebalances(&self) -> std::sync::MutexGuard<'_, VecDeque<Rebalance>> {
         self.rebalances.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn is_told(&self) {
+        self.told.store(true, Ordering::Release);
+    }
 }
 
 impl ClientContext for Context {
+    fn log(&self, level: RDKafkaLogLevel, fac: &str, message: &str) {
+        self.is_told();
+        match level {
+            RDKafkaLogLevel::Emerg
+            | RDKafkaLogLevel::Alert
+            | RDKafkaLogLevel::Critical
+            | RDKafkaLogLevel::Error => tracing::error!(target: "librdkafka", fac, "{message}"),
+            RDKafkaLogLevel::Warning => tracing::warn!(target: "librdkafka", fac, "{message}"),
+            RDKafkaLogLevel::Notice | RDKafkaLogLevel::Info => tracing::info!(target: "librdkafka", fac, "{message}"),
+            RDKafkaLogLevel::Debug => tracing::debug!(target: "librdkafka", fac, "{message}"),
+        }
+    }
+
+    fn stats_raw(&self, statistics: &[u8]) {
+        self.is_told();
+        tracing::info!(target: "librdkafka", statistics = %String::from_utf8_lossy(statistics), "statistics");
+    }
+
     fn error(&self, error: KafkaError, reason: &str) {
+        self.is_told();
         if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) {
             self.lost.store(true, Ordering::Release);
         }
@@ -74,8 +101,17 @@ impl ClientContext for Context {
 }
 
 impl ConsumerContext for Context {
+    fn commit_callback(&self, committed: KafkaResult<()>, _: &TopicPartitionList) {
+        self.is_told();
+        if let Err(error) = committed {
+            // What counts is in the store.
+            tracing::debug!(%error, "offsets for the broker");
+        }
+    }
+
     /// Runs within a poll, when nothing is under way: what the rebalance asks for is told by that poll, and done by the next.
     fn rebalance(&self, consumer: &BaseConsumer<Self>, error: RDKafkaRespErr, list: &mut TopicPartitionList) {
+        self.is_told();
         let places = list.elements().iter().map(|found| (found.topic().to_owned(), found.partition())).collect();
         let assigned = error == RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS;
         if self.closing.load(Ordering::Acquire) {
@@ -301,10 +337,10 @@ impl Consumer for Member {
                     }
                 }
                 let Some(polled) = consumer.poll(Duration::ZERO) else {
-                    if consumer.context().rebalances().is_empty() {
-                        break;
+                    if consumer.context().told.swap(false, Ordering::AcqRel) {
+                        continue;
                     }
-                    continue;
+                    break;
                 };
                 let record = match polled {
                     Ok(record) => record,
