@@ -51,8 +51,14 @@ pub fn producer(brokers: &str, taken: &Taken) -> Result<ThreadedProducer<Taken>,
         .set("socket.nagle.disable", "true")
         .set("enable.idempotence", "true")
         .set("acks", "all")
+        .set("max.in.flight.requests.per.connection", "1")
+        .set("enable.gapless.guarantee", "true")
+        .set("message.timeout.ms", "0")
         .set("linger.ms", "0.1")
         .set("compression.type", "lz4")
+        .set("batch.size", "1000000")
+        .set("queue.buffering.max.messages", "100000")
+        .set("queue.buffering.max.kbytes", "65536")
         .set("partitioner", "murmur2_random");
     Ok(config.create_with_context(taken.clone())?)
 }
