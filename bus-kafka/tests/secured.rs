@@ -81,8 +81,6 @@ async fn who_has_the_password_is_let_in_and_nobody_else() {
     is_refused(wrong, &[&broker.address(), "Authentication", "Invalid username or password"]).await;
 }
 
-/// `cargo test -p annals-kafka --features tls` builds OpenSSL for it.
-#[cfg(feature = "tls")]
 #[tokio::test]
 async fn a_broker_is_known_by_its_certificate() {
     let broker = Broker::secured("SASL_SSL");
