@@ -1,15 +1,13 @@
 //! Brokers that ask who is there, and by which certificate they are known.
 #![allow(clippy::unwrap_used)]
 
+mod post;
+
 use std::time::{Duration, Instant};
 
-use annals::{
-    Bus, BusError, Message, Metadata, Position, Publisher, Version,
-    bus::{Outgoing, Polled},
-};
+use annals::BusError;
 use annals_kafka::{KafkaBus, Settings};
 use annals_tests::kafka::{Broker, PASSWORD, USER};
-use uuid::Uuid;
 
 /// How long a refusal may take to be told.
 const SECONDS: Duration = Duration::from_secs(8);
@@ -24,40 +22,13 @@ fn sasl(broker: &Broker, protocol: &str, password: &str) -> Settings {
         .set("sasl.password", password)
 }
 
-fn letter(id: Uuid) -> Message {
-    Message {
-        id,
-        type_name: "letter.sent".into(),
-        schema_version: 1,
-        source: "post".into(),
-        subject: "letter-1".into(),
-        key: "letter-1".into(),
-        data: "{}".into(),
-        metadata: Metadata::of_request(id),
-        time: chrono::DateTime::UNIX_EPOCH,
-        position: Position(1),
-        version: Version(1),
-        lane: None,
-        extensions: Default::default(),
-    }
-}
-
 /// A message there and back.
 async fn is_let_in(settings: Settings) {
     let bus = KafkaBus::connect(settings).await.unwrap();
-    let mut consumer = bus.join("reader", &[TOPIC]).await.unwrap();
-    let id = Uuid::new_v4();
-    bus.publish(vec![Outgoing { topic: TOPIC.into(), message: letter(id) }]).await.unwrap().await.unwrap();
-    let found = async {
-        loop {
-            match consumer.poll(10).await.unwrap() {
-                Polled::Assigned(partitions) => consumer.seek(&partitions[0], None).await.unwrap(),
-                Polled::Messages(messages) => return messages[0].message.as_ref().unwrap().id,
-                other => panic!("{other:?}"),
-            }
-        }
-    };
-    assert_eq!(tokio::time::timeout(Duration::from_secs(30), found).await.unwrap(), id);
+    let mut consumer = post::reader(&bus, TOPIC).await;
+    let sent = post::send(&bus, TOPIC).await;
+    let received = tokio::time::timeout(Duration::from_secs(30), post::receive(&mut *consumer)).await;
+    assert_eq!(received.unwrap(), sent);
 }
 
 /// Refused within seconds, with these words and without the password.
