@@ -28,8 +28,8 @@ const ROLES: [&str; 4] = ["order", "inventory", "payment", "notification"];
 /// of its own. The database is that of DATABASE_URL, or one of its own.
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// Orders with many in flight.
-    #[arg(long, default_value_t = 10_000)]
+    /// Orders with many in flight: so many that the first and the last, who are alone with fewer, do not count.
+    #[arg(long, default_value_t = 20_000)]
     orders: usize,
     /// Orders one at a time.
     #[arg(long, default_value_t = 500)]

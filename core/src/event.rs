@@ -120,6 +120,11 @@ impl StreamId {
         self.0.split_once('-').map_or("", |(category, _)| category)
     }
 
+    /// Whether it is of this category. Asked of each event by each who reads, so nothing is searched.
+    pub(crate) fn is_of(&self, category: &str) -> bool {
+        self.0.strip_prefix(category).is_some_and(|rest| rest.starts_with('-'))
+    }
+
     /// The part after the first `-`.
     pub fn id(&self) -> &str {
         self.0.split_once('-').map_or(&*self.0, |(_, id)| id)

@@ -84,7 +84,7 @@ impl LogQuery {
 
     /// Whether it gives this event.
     pub fn matches(&self, event: &Recorded) -> bool {
-        (self.categories.is_empty() || self.categories.iter().any(|category| **category == *event.stream.category()))
+        (self.categories.is_empty() || self.categories.iter().any(|category| event.stream.is_of(category)))
             && (self.types.is_empty() || self.types.contains(&event.type_name))
     }
 }
