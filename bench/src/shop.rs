@@ -34,8 +34,8 @@ pub struct Arguments {
     /// Orders one at a time.
     #[arg(long, default_value_t = 500)]
     alone: usize,
-    /// How many are under way at once.
-    #[arg(long, default_value_t = 512)]
+    /// How many are under way at once. With fewer, the servers wait for customers.
+    #[arg(long, default_value_t = 768)]
     concurrency: usize,
     /// Orders before those that are timed: of the time of a broker that has just started, half goes into its compiler.
     #[arg(long, default_value_t = 10_000)]

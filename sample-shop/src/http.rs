@@ -1,7 +1,7 @@
 //! The HTTP interface: that of the order service, and the probes that every service has.
 
 mod asked;
-mod endings;
+mod follower;
 mod limits;
 mod listener;
 mod metrics;
@@ -22,7 +22,7 @@ use axum::{
 
 pub use self::{
     asked::ID_BYTES_MAX,
-    endings::Endings,
+    follower::Follower,
     limits::{ANSWER_TIME_MAX, BODY_BYTES_MAX, BODY_TIME_MAX, Limits, REQUESTS_MAX, WAIT_MAX},
     listener::{CONNECTIONS_MAX, HEAD_TIME_MAX, LAST_ANSWERS, serve},
     metrics::Metrics,

@@ -11,7 +11,7 @@ use crate::{
     arguments::{BusUrl, Role, Serve},
     bus,
     claim::Claim,
-    http::{self, Endings, Front, Metrics, Probes, Sagas},
+    http::{self, Follower, Front, Metrics, Probes, Sagas},
     payment::{SimulatedProvider, TROUBLE_RATE},
     run::tell_troubles,
     shop::{self, Counter},
@@ -22,8 +22,9 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Which requests to the simulated provider go wrong at first. What becomes of an order does not depend on it.
 const PROVIDER_SEED: u64 = 7;
-/// The sagas of the order service, whose ends are waited for.
-const SAGAS: [&str; 4] = ["saga.checkout", "saga.return", "saga.supply", "saga.closing"];
+/// The sagas of the order service, whose ends are waited for, and what they are about.
+const FOLLOWED: [&str; 8] =
+    ["saga.checkout", "saga.return", "saga.supply", "saga.closing", "order", "return", "supply", "closing"];
 
 /// Serves until `stop`.
 ///
@@ -68,10 +69,10 @@ async fn serve_on(
     let health = runtime.health();
     let probes = Probes { store: store.clone(), health, metrics: metrics.clone(), stopping: stop.clone() };
     let front = matches!(arguments.role, Role::All | Role::Order).then(|| {
-        let endings = Endings::default();
-        let follows = endings.clone().follow(store.clone(), SAGAS.to_vec(), metrics.clone(), runtime.shutdown());
-        runtime.spawn("endings", follows);
-        let sagas = Sagas { store: store.clone(), endings, stopping: stop.clone() };
+        let follower = Follower::default();
+        let reads = follower.clone().read(store.clone(), FOLLOWED.to_vec(), metrics.clone(), runtime.shutdown());
+        runtime.spawn("follower", reads);
+        let sagas = Sagas { store: store.clone(), follower, stopping: stop.clone() };
         let kept_in = (arguments.store.to_string(), arguments.bus.to_string());
         Front { store: store.clone(), counter, sagas, metrics, kept_in }
     });

@@ -202,6 +202,46 @@ fn a_body_has_a_limit_in_bytes_and_in_time() {
     assert_eq!(shop.get("/healthz").status, 200);
 }
 
+/// One request for handing in and for the end of it.
+#[test]
+fn what_is_handed_in_can_be_waited_for_at_once() {
+    let shop = stocked();
+    let placed = shop.post("/orders?wait=30s", "1", &order(6));
+    assert_eq!((placed.status, placed.header("location")), (201, Some("/orders/1")), "{placed:?}");
+    assert_eq!(placed.header("idempotency-replayed"), None);
+    assert_eq!(
+        (&placed.json()["status"], &placed.json()["saga"]["status"]),
+        (&json!("confirmed"), &json!("completed"))
+    );
+    // It is what anybody sees.
+    assert_eq!(placed.json(), shop.get("/orders/1").json());
+    let again = shop.post("/orders?wait=30s", "1", &order(6));
+    assert_eq!((again.status, again.header("idempotency-replayed")), (201, Some("true")), "{again:?}");
+    assert_eq!(again.json(), placed.json());
+    shop.post("/orders?wait=30s", "1", &order(7)).is_problem(422, &["another body"]);
+
+    let turned_down = shop.post("/orders?wait=30s", "2", &order(600)).json();
+    assert_eq!((&turned_down["status"], &turned_down["saga"]["status"]), (&json!("cancelled"), &json!("compensated")));
+    assert_eq!(turned_down, shop.get("/orders/2").json());
+
+    let line = json!([{"sku": "85123A", "quantity": 2, "unit_price": "2.55"}]);
+    let returned = shop.post("/returns?wait=30s", "C1", &json!({"customer": "17850", "lines": line})).json();
+    assert_eq!((&returned["status"], &returned), (&json!("completed"), &shop.get("/returns/C1").json()));
+    let adjusted = json!({"adjusted": [{"sku": "85123A", "quantity": -1}]});
+    let booked = shop.post("/supplies?wait=30s", "found", &adjusted).json();
+    assert_eq!((&booked["saga"]["status"], &booked), (&json!("completed"), &shop.get("/supplies/found").json()));
+    let closing = shop.ask("POST", "/closings?wait=30s", &[("idempotency-key", "evening")], "").json();
+    assert_eq!(
+        (&closing["books"]["units"]["remaining"], &closing),
+        (&json!(95), &shop.get("/closings/evening").json())
+    );
+
+    // Nothing is taken in by a request that cannot be understood.
+    shop.post("/orders?wait=long", "3", &order(1)).is_problem(400, &["wait=10s"]);
+    shop.post("/orders?weight=1", "3", &order(1)).is_problem(400, &["weight"]);
+    shop.get("/orders/3").is_problem(404, &["3"]);
+}
+
 #[test]
 fn an_order_can_be_cancelled_until_it_is_confirmed() {
     let shop = Serving::all("memory:");

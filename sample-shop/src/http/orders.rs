@@ -1,8 +1,8 @@
 //! Orders, returns, supplies and closings over HTTP: each is taken in once under its key, and looked at by its id.
 
-use std::sync::Arc;
+use std::{borrow::Borrow, sync::Arc, time::Duration};
 
-use annals::{Aggregate, EventStore, ExecuteError, Repository, Version};
+use annals::{Aggregate, Event, EventStore, ExecuteError, Recorded, Repository, StreamId, Version};
 use axum::{
     Json, Router,
     body::Bytes,
@@ -18,6 +18,7 @@ use serde_json::json;
 
 use super::{
     asked::{Id, Wait, asked, body, id, key, order_lines, sku, wait},
+    follower::Whole,
     metrics::Metrics,
     problem::Problem,
     sagas::{Sagas, Watch},
@@ -72,7 +73,7 @@ async fn place(
     order_lines(order.customer.as_deref(), &order.lines)?;
     let NewOrder { customer, lines, card } = order.clone();
     let place = OrderCommand::Place { order_id: id.clone(), customer, lines, card };
-    let watch = front.sagas.watch("checkout", &id, time)?;
+    let watch = front.watch(&front.counter.orders, "checkout", &id, time)?;
     let (placed, repeated) = front.take_in(&front.counter.orders, &id, place, &headers).await?;
     let OrderEvent::Placed { customer, lines, card, total, currency, .. } = placed else { return Err(other_body()) };
     if order != (NewOrder { customer, lines, card }) {
@@ -95,7 +96,7 @@ async fn open_return(
     order_lines(returned.customer.as_deref(), &returned.lines)?;
     let NewReturn { customer, lines } = returned.clone();
     let open = ReturnCommand::Open { return_id: id.clone(), customer, lines };
-    let watch = front.sagas.watch("return", &id, time)?;
+    let watch = front.watch(&front.counter.returns, "return", &id, time)?;
     let (opened, repeated) = front.take_in(&front.counter.returns, &id, open, &headers).await?;
     let ReturnEvent::Opened { customer, lines, total, currency, .. } = opened else { return Err(other_body()) };
     if returned != (NewReturn { customer, lines }) {
@@ -120,7 +121,7 @@ async fn supply(
     };
     units.iter().try_for_each(|change| sku(&change.sku))?;
     let supply = SupplyEvent::new(id.clone(), delivered, units);
-    let watch = front.sagas.watch("supply", &id, time)?;
+    let watch = front.watch(&front.counter.supplies, "supply", &id, time)?;
     let (taken, repeated) = front.take_in(&front.counter.supplies, &id, supply.clone(), &headers).await?;
     if taken != supply {
         return Err(other_body());
@@ -134,7 +135,7 @@ async fn supply(
 async fn open_closing(State(front): State<Arc<Front>>, headers: HeaderMap, time: Wait) -> Result<Response, Problem> {
     let (id, time) = (key(&headers)?, wait(time)?);
     let open = ClosingCommand::Open { closing_id: id.clone() };
-    let watch = front.sagas.watch("closing", &id, time)?;
+    let watch = front.watch(&front.counter.closings, "closing", &id, time)?;
     let (_, repeated) = front.take_in(&front.counter.closings, &id, open, &headers).await?;
     if time.is_zero() {
         return Ok(taken_in("closings", &id, repeated, &json!({"closing_id": id})));
@@ -164,7 +165,7 @@ async fn cancel(State(front): State<Arc<Front>>, order: Id, headers: HeaderMap) 
 
 async fn order(State(front): State<Arc<Front>>, order: Id, time: Wait) -> Result<Json<OrderView>, Problem> {
     let (order_id, time) = (id(order)?, wait(time)?);
-    let watch = front.sagas.watch("checkout", &order_id, time)?;
+    let watch = front.watch(&front.counter.orders, "checkout", &order_id, time)?;
     order_view(&front, &order_id, watch, false).await.map(Json)
 }
 
@@ -188,7 +189,7 @@ async fn order_view(front: &Front, order_id: &str, watch: Watch<'_>, is_new: boo
 
 async fn returned(State(front): State<Arc<Front>>, returned: Id, time: Wait) -> Result<Json<ReturnView>, Problem> {
     let (return_id, time) = (id(returned)?, wait(time)?);
-    let watch = front.sagas.watch("return", &return_id, time)?;
+    let watch = front.watch(&front.counter.returns, "return", &return_id, time)?;
     return_view(&front, &return_id, watch, false).await.map(Json)
 }
 
@@ -205,7 +206,7 @@ async fn return_view(front: &Front, return_id: &str, watch: Watch<'_>, is_new: b
 
 async fn supplied(State(front): State<Arc<Front>>, supply: Id, time: Wait) -> Result<Json<SupplyView>, Problem> {
     let (supply_id, time) = (id(supply)?, wait(time)?);
-    let watch = front.sagas.watch("supply", &supply_id, time)?;
+    let watch = front.watch(&front.counter.supplies, "supply", &supply_id, time)?;
     supply_view(&front, &supply_id, watch, false).await.map(Json)
 }
 
@@ -221,7 +222,7 @@ async fn supply_view(front: &Front, supply_id: &str, watch: Watch<'_>, is_new: b
 
 async fn closing(State(front): State<Arc<Front>>, closing: Id, time: Wait) -> Result<Json<ClosingView>, Problem> {
     let (closing_id, time) = (id(closing)?, wait(time)?);
-    let watch = front.sagas.watch("closing", &closing_id, time)?;
+    let watch = front.watch(&front.counter.closings, "closing", &closing_id, time)?;
     closing_view(&front, &closing_id, watch, false).await.map(Json)
 }
 
@@ -236,6 +237,17 @@ async fn closing_view(front: &Front, closing_id: &str, watch: Watch<'_>, is_new:
 }
 
 impl Front {
+    /// Looks at what is under this id and at its saga of this name, for so long.
+    fn watch<A: Aggregate>(
+        &self,
+        papers: &Repository<A>,
+        saga: &str,
+        id: &str,
+        wait: Duration,
+    ) -> Result<Watch<'_>, Problem> {
+        self.sagas.watch(saga, &stream(papers, id)?, wait)
+    }
+
     /// Takes something in under its id. What was taken in under it before is given instead, so that it can be compared.
     async fn take_in<A: Aggregate<Event: Clone>>(
         &self,
@@ -263,11 +275,17 @@ impl Front {
         &self,
         papers: &Repository<A>,
         id: &str,
-        mut watch: Watch<'_>,
+        watch: Watch<'_>,
         is_new: bool,
     ) -> Result<(History<A::Event>, Option<SagaView>), Problem> {
         let mut told = is_new && watch.end().await;
         loop {
+            if told && let Some(Whole { saga, paper }) = watch.whole() {
+                let view = watch.view_of(&saga)?;
+                if view.as_ref().is_some_and(SagaView::has_settled) {
+                    return Ok((decoded(&paper)?, view));
+                }
+            }
             // The store reads both in one go.
             let (events, view) = tokio::join!(self.events(papers, id), watch.view());
             let (events, mut view) = (events?, view?);
@@ -287,17 +305,25 @@ impl Front {
     }
 
     async fn events<A: Aggregate>(&self, papers: &Repository<A>, id: &str) -> Result<History<A::Event>, Problem> {
-        let stream = papers.stream(id).map_err(|error| Problem::new(StatusCode::BAD_REQUEST, error.to_string()))?;
+        let stream = stream(papers, id)?;
         let recorded = self.store.read_stream(&stream, Version::START, EVENTS_MAX).await;
-        let mut events = Vec::new();
-        for event in recorded.map_err(|error| Problem::unavailable(error.to_string()))? {
-            let decoded = event.decode::<A::Event>();
-            let decoded =
-                decoded.map_err(|error| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
-            events.extend(decoded.map(|decoded| (event.recorded_at, decoded)));
-        }
+        let events = decoded(&recorded.map_err(|error| Problem::unavailable(error.to_string()))?)?;
         if events.is_empty() { Err(unknown(A::CATEGORY, id)) } else { Ok(events) }
     }
+}
+
+fn stream<A: Aggregate>(papers: &Repository<A>, id: &str) -> Result<StreamId, Problem> {
+    papers.stream(id).map_err(|error| Problem::new(StatusCode::BAD_REQUEST, error.to_string()))
+}
+
+fn decoded<E: Event>(recorded: &[impl Borrow<Recorded>]) -> Result<History<E>, Problem> {
+    let mut events = Vec::with_capacity(recorded.len());
+    for event in recorded.iter().map(Borrow::borrow) {
+        let decoded = event.decode::<E>();
+        let decoded = decoded.map_err(|error| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
+        events.extend(decoded.map(|decoded| (event.recorded_at, decoded)));
+    }
+    Ok(events)
 }
 
 fn unknown(what: &str, id: &str) -> Problem {

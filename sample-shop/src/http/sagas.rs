@@ -1,20 +1,20 @@
 //! Reads a saga's stream, and waits for its end.
 
-use std::{sync::Arc, time::Duration};
+use std::{borrow::Borrow, sync::Arc, time::Duration};
 
 use annals::{
-    EventStore, StreamId, Version,
+    EventStore, Recorded, StreamId, Version,
     saga::{Outcome, Progress, SagaEvent, Status},
 };
 use axum::http::StatusCode;
 use chrono::{DateTime, TimeZone, Utc};
-use tokio::{
-    sync::watch,
-    time::{Instant, timeout_at},
-};
+use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use super::{endings::Endings, problem::Problem};
+use super::{
+    follower::{Followed, Follower, Whole},
+    problem::Problem,
+};
 use crate::api::{Moment, SagaView};
 
 /// The most events of a saga that are shown. One that repeats its steps for ever has more.
@@ -24,7 +24,7 @@ const TIMELINE_MAX: usize = 1_000;
 #[derive(Clone)]
 pub struct Sagas {
     pub store: Arc<dyn EventStore>,
-    pub endings: Endings,
+    pub follower: Follower,
     pub stopping: CancellationToken,
 }
 
@@ -33,25 +33,16 @@ pub struct Watch<'s> {
     sagas: &'s Sagas,
     stream: StreamId,
     until: Instant,
-    /// `None` at the very end.
-    ended: Option<watch::Receiver<()>>,
+    followed: Followed,
 }
 
 impl Sagas {
-    /// Looks at the saga of this name about this id, for so long.
-    pub fn watch(&self, saga: &str, id: &str, wait: Duration) -> Result<Watch<'_>, Problem> {
-        let stream = StreamId::new(&format!("saga.{saga}"), id);
+    /// Looks at the saga of this name about what is in the stream `paper`, for so long.
+    pub fn watch(&self, saga: &str, paper: &StreamId, wait: Duration) -> Result<Watch<'_>, Problem> {
+        let stream = StreamId::new(&format!("saga.{saga}"), paper.id());
         let stream = stream.map_err(|error| Problem::new(StatusCode::BAD_REQUEST, error.to_string()))?;
-        let ended = self.endings.of(stream.as_str());
-        Ok(Watch { sagas: self, stream, until: Instant::now() + wait, ended: Some(ended) })
-    }
-}
-
-impl Drop for Watch<'_> {
-    fn drop(&mut self) {
-        if let Some(ended) = self.ended.take() {
-            self.sagas.endings.leave(self.stream.as_str(), ended);
-        }
+        let followed = self.follower.follow(&stream, paper);
+        Ok(Watch { sagas: self, stream, until: Instant::now() + wait, followed })
     }
 }
 
@@ -61,28 +52,29 @@ impl Watch<'_> {
         self.until <= Instant::now()
     }
 
-    /// Waits for its end, or until somebody has to see to it, from the last look on. False when the time is over, or the service
-    /// stops.
-    pub async fn end(&mut self) -> bool {
-        let Some(ended) = &mut self.ended else { return false };
-        let woken = tokio::select! {
-            // The sender is gone when it has ended.
-            woken = timeout_at(self.until, ended.changed()) => woken.is_ok(),
+    /// Waits for its end, or until somebody has to see to it. False when the time is over, or the service stops.
+    pub async fn end(&self) -> bool {
+        tokio::select! {
+            ended = timeout_at(self.until, self.followed.ended()) => ended.is_ok(),
             () = self.sagas.stopping.cancelled() => false,
-        };
-        if woken {
-            *ended = self.sagas.endings.of(self.stream.as_str());
         }
-        woken
+    }
+
+    /// All that has happened up to the end that was told, if this began to look before it.
+    pub fn whole(&self) -> Option<Whole> {
+        self.followed.whole()
     }
 
     /// The saga as it is now; `None` if it has not started.
     pub async fn view(&self) -> Result<Option<SagaView>, Problem> {
-        let Self { sagas, stream, .. } = self;
-        let events = sagas.store.read_stream(stream, Version::START, TIMELINE_MAX).await;
-        let events = events.map_err(|error| Problem::unavailable(error.to_string()))?;
+        let events = self.sagas.store.read_stream(&self.stream, Version::START, TIMELINE_MAX).await;
+        self.view_of(&events.map_err(|error| Problem::unavailable(error.to_string()))?)
+    }
+
+    /// The saga after these, which are all its events.
+    pub fn view_of(&self, events: &[impl Borrow<Recorded>]) -> Result<Option<SagaView>, Problem> {
         let (mut timeline, mut last) = (Vec::with_capacity(events.len()), None::<Progress>);
-        for event in events {
+        for event in events.iter().map(Borrow::borrow) {
             let unreadable = |reason: String| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, reason);
             let Some(happened) = event.decode::<SagaEvent>().map_err(|error| unreadable(error.to_string()))? else {
                 continue;
@@ -103,7 +95,7 @@ impl Watch<'_> {
             last = Some(progress);
         }
         Ok(last.map(|progress| SagaView {
-            saga: stream.category().trim_start_matches("saga.").to_owned(),
+            saga: self.stream.category().trim_start_matches("saga.").to_owned(),
             status: name(progress.status),
             step: progress.step.clone(),
             started_at: time(progress.started),

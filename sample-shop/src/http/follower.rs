@@ -1,0 +1,218 @@
+//! Follows the log for those who wait for a saga: keeps what happens to it and to what it is about, and tells its end.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use annals::{
+    EventStore, LogQuery, Recorded, StreamId, Version,
+    saga::{Progress, Status},
+};
+use serde::Deserialize;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use super::metrics::Metrics;
+
+/// Before the log is read again that could not be read.
+const READ_AGAIN: Duration = Duration::from_millis(200);
+/// Events read in one go.
+const PAGE: usize = 1_000;
+/// The most events that are kept for one who waits.
+const KEPT_MAX: usize = 100;
+
+/// By the streams that they wait about.
+type Waiting = HashMap<Arc<str>, Vec<Arc<Seen>>>;
+
+/// Who waits. Clones share it.
+#[derive(Clone, Default)]
+pub struct Follower {
+    waiting: Arc<Mutex<Waiting>>,
+}
+
+#[derive(Default)]
+struct Seen {
+    events: Mutex<Vec<Arc<Recorded>>>,
+    ended: Notify,
+}
+
+/// A saga and what it is about, from the moment on in which somebody began to wait. Dropping it ends that.
+pub struct Followed {
+    follower: Follower,
+    saga: Arc<str>,
+    paper: Arc<str>,
+    seen: Arc<Seen>,
+}
+
+/// All events of a saga and of what it is about, as of one moment.
+pub struct Whole {
+    pub saga: Vec<Arc<Recorded>>,
+    pub paper: Vec<Arc<Recorded>>,
+}
+
+/// The part of a saga's event that tells whether it has ended.
+#[derive(Deserialize)]
+struct Glimpse {
+    progress: Progress,
+}
+
+impl Follower {
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on, both streams.
+    pub fn follow(&self, saga: &StreamId, paper: &StreamId) -> Followed {
+        let (saga, paper, seen) = (saga.shared(), paper.shared(), Arc::<Seen>::default());
+        let mut waiting = self.waiting();
+        for stream in [&saga, &paper] {
+            waiting.entry(stream.clone()).or_default().push(seen.clone());
+        }
+        Followed { follower: self.clone(), saga, paper, seen }
+    }
+
+    /// Reads the log from now on, whichever instance writes it: `categories` are those of sagas and of what they are about.
+    pub async fn read(
+        self,
+        store: Arc<dyn EventStore>,
+        categories: Vec<&'static str>,
+        metrics: Arc<Metrics>,
+        shutdown: CancellationToken,
+    ) -> Result<(), String> {
+        let query = LogQuery::categories(categories);
+        let mut position = store.status().await.map_err(|error| error.to_string())?.head;
+        let mut caught_up = true;
+        while !shutdown.is_cancelled() {
+            let read = async {
+                if caught_up {
+                    store.wait(position).await?;
+                }
+                store.read_log(&query, position, PAGE).await
+            };
+            let page = tokio::select! {
+                page = read => page,
+                () = shutdown.cancelled() => break,
+            };
+            let Ok(page) = page else {
+                // The parts of the services tell of it.
+                tokio::time::sleep(READ_AGAIN).await;
+                continue;
+            };
+            for event in &page.events {
+                self.take(event, &metrics);
+            }
+            // If there is more after all, a wait for it is over at once.
+            caught_up = !page.more;
+            position = page.next;
+        }
+        Ok(())
+    }
+
+    fn take(&self, event: &Arc<Recorded>, metrics: &Metrics) {
+        let category = event.stream.category();
+        // Whoever runs the saga tells of one that cannot be read.
+        let glimpse = category.starts_with("saga.").then(|| serde_json::from_str::<Glimpse>(&event.data));
+        let settled = match glimpse {
+            Some(Ok(Glimpse { progress })) if progress.ended.is_some() || progress.status == Status::Stuck => {
+                metrics.saga_ended(category, progress.status);
+                true
+            }
+            _ => false,
+        };
+        for seen in self.waiting().get(event.stream.as_str()).into_iter().flatten() {
+            let mut events = seen.events.lock().unwrap_or_else(PoisonError::into_inner);
+            if events.len() <= KEPT_MAX {
+                events.push(event.clone());
+            }
+            if settled {
+                seen.ended.notify_one();
+            }
+        }
+    }
+}
+
+impl Followed {
+    /// The saga has ended, or is stuck: after the wait began, or after this was told last.
+    pub async fn ended(&self) {
+        self.seen.ended.notified().await;
+    }
+
+    /// All that has happened, if the wait began before; else it is in the store.
+    pub fn whole(&self) -> Option<Whole> {
+        let events = self.seen.events.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if events.len() > KEPT_MAX {
+            return None;
+        }
+        let (saga, paper): (Vec<_>, Vec<_>) =
+            events.into_iter().partition(|event| event.stream.as_str() == &*self.saga);
+        let begins =
+            |events: &[Arc<Recorded>]| events.first().is_some_and(|first| first.version == Version::START.next());
+        (begins(&saga) && begins(&paper)).then_some(Whole { saga, paper })
+    }
+}
+
+impl Drop for Followed {
+    fn drop(&mut self) {
+        let mut waiting = self.follower.waiting();
+        for stream in [&self.saga, &self.paper] {
+            let Some(all) = waiting.get_mut(stream) else { continue };
+            all.retain(|seen| !Arc::ptr_eq(seen, &self.seen));
+            if all.is_empty() {
+                waiting.remove(stream);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use annals::{Metadata, Position};
+    use uuid::Uuid;
+
+    use super::*;
+
+    fn stream(text: &str) -> StreamId {
+        StreamId::parse(text).expect("a stream")
+    }
+
+    fn event(stream_id: &str, version: i64, data: &str) -> Arc<Recorded> {
+        Arc::new(Recorded {
+            position: Position(version),
+            stream: stream(stream_id),
+            version: Version(version),
+            id: Uuid::nil(),
+            type_name: "thing.happened".into(),
+            schema_version: 1,
+            data: data.into(),
+            metadata: Metadata::of_request(Uuid::nil()),
+            recorded_at: chrono::DateTime::UNIX_EPOCH,
+        })
+    }
+
+    #[tokio::test]
+    async fn only_who_was_there_from_the_beginning_has_all() {
+        let (follower, metrics) = (Follower::default(), Metrics::new().expect("metrics"));
+        let follow = || follower.follow(&stream("saga.checkout-1"), &stream("order-1"));
+        let early = follow();
+        follower.take(&event("order-1", 1, "{}"), &metrics);
+        follower.take(&event("order-2", 1, "{}"), &metrics);
+        let late = follow();
+        for version in 1..=3 {
+            follower.take(&event("saga.checkout-1", version, "{}"), &metrics);
+        }
+        let whole = early.whole().expect("it was there from the beginning");
+        assert_eq!((whole.paper.len(), whole.saga.len()), (1, 3));
+        assert!(late.whole().is_none());
+
+        // Nobody keeps more than this.
+        for version in 2..KEPT_MAX as i64 + 2 {
+            follower.take(&event("order-1", version, "{}"), &metrics);
+        }
+        assert!(early.whole().is_none());
+        assert!(early.seen.events.lock().expect("a lock").len() <= KEPT_MAX + 1);
+        drop((early, late));
+        assert!(follower.waiting().is_empty());
+    }
+}
