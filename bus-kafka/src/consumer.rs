@@ -50,8 +50,8 @@ enum Rebalance {
     Revoked(Vec<Place>),
 }
 
-#[derive(Default)]
 struct Context {
+    settings: Settings,
     rebalances: Mutex<VecDeque<Rebalance>>,
     news: Arc<Notify>,
     closing: AtomicBool,
@@ -63,6 +63,17 @@ struct Context {
 }
 
 impl Context {
+    fn new(settings: &Settings) -> Self {
+        Self {
+            settings: settings.clone(),
+            rebalances: Mutex::default(),
+            news: Arc::default(),
+            closing: AtomicBool::default(),
+            told: AtomicBool::default(),
+            lost: AtomicBool::default(),
+        }
+    }
+
     fn rebalances(&self) -> std::sync::MutexGuard<'_, VecDeque<Rebalance>> {
         self.rebalances.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -75,6 +86,7 @@ impl Context {
 impl ClientContext for Context {
     fn log(&self, level: RDKafkaLogLevel, fac: &str, message: &str) {
         self.is_told();
+        let message = self.settings.without_secrets(message);
         match level {
             RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical | RDKafkaLogLevel::Error => {
                 tracing::error!(target: "librdkafka", fac, "{message}")
@@ -95,7 +107,7 @@ impl ClientContext for Context {
         if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) {
             self.lost.store(true, Ordering::Release);
         }
-        tracing::warn!(%error, reason, "Kafka consumer");
+        tracing::warn!(%error, reason = self.settings.without_secrets(reason), "Kafka consumer");
     }
 }
 
@@ -174,7 +186,7 @@ impl Member {
             .set("topic.metadata.refresh.interval.ms", "10000");
         let fixed: Vec<_> = FIXED.into_iter().chain([("group.id", group)]).collect();
         let config = settings.finish(config, &fixed)?;
-        let context = Context::default();
+        let context = Context::new(settings);
         let news = context.news.clone();
         let mut consumer: BaseConsumer<Context> = config.create_with_context(context).map_err(misconfigured)?;
         let woken = news.clone();

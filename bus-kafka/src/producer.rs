@@ -74,6 +74,7 @@ struct Delivered {
 }
 
 struct Context {
+    settings: Settings,
     broken: AtomicBool,
     /// Held by all who hand over messages or wait for a receipt.
     waiting: Arc<()>,
@@ -88,7 +89,7 @@ impl ClientContext for Context {
         if matches!(error, KafkaError::Global(RDKafkaErrorCode::Fatal)) {
             self.broken.store(true, Ordering::Release);
         }
-        tracing::warn!(%error, reason, "Kafka producer");
+        tracing::warn!(%error, reason = self.settings.without_secrets(reason), "Kafka producer");
     }
 }
 
@@ -162,7 +163,8 @@ impl Producer {
             .set("queue.buffering.max.kbytes", "65536");
         let config = settings.finish(config, &FIXED)?;
         let (broken, too_large, room) = (AtomicBool::new(false), AtomicBool::new(false), Notify::new());
-        let context = Context { broken, waiting: Arc::default(), too_large, batch_bytes_max, room };
+        let (settings, waiting) = (settings.clone(), Arc::default());
+        let context = Context { settings, broken, waiting, too_large, batch_bytes_max, room };
         Ok(Arc::new(config.create_with_context(context).map_err(misconfigured)?))
     }
 

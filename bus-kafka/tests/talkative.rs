@@ -7,26 +7,51 @@ use std::time::Duration;
 
 use annals_kafka::{KafkaBus, Settings};
 use tokio::time::{sleep, timeout};
+use tracing_subscriber::filter::LevelFilter;
 use uuid::Uuid;
 
-/// Seconds for what takes milliseconds. Were only one thing told at each look at the client, it would be minutes.
-const SECONDS: Duration = Duration::from_secs(20);
+const LETTERS: usize = 20;
+/// The client is looked at once a second anyway: a letter that is found then has waited for nothing.
+const SECONDS: Duration = Duration::from_secs(LETTERS as u64 / 2);
 
-#[tokio::test]
-async fn what_the_client_tells_keeps_no_message_waiting() {
-    let brokers = std::env::var("KAFKA_BROKERS").expect("KAFKA_BROKERS: run this with ./test");
-    let settings = Settings::new(&brokers).partitions(1);
-    let settings = settings.set("debug", "consumer,cgrp,topic,fetch").set("statistics.interval.ms", "20");
-    let bus = KafkaBus::connect(settings).await.unwrap();
+/// Letters one by one, with time for the client in between.
+async fn keeps_no_letter_waiting(settings: Settings) {
+    let bus = KafkaBus::connect(settings.partitions(1)).await.unwrap();
     let topic = format!("letters-{}", Uuid::new_v4().simple());
     let mut consumer = post::reader(&bus, &topic).await;
+    let first = async {
+        let sent = post::send(&bus, &topic).await;
+        assert_eq!(post::receive(&mut *consumer).await, sent);
+    };
+    // Joining the group takes a moment.
+    timeout(3 * SECONDS, first).await.expect("the first letter was kept waiting");
     let there_and_back = async {
-        for _ in 0..20 {
+        for _ in 0..LETTERS {
+            sleep(Duration::from_millis(50)).await;
             let sent = post::send(&bus, &topic).await;
             assert_eq!(post::receive(&mut *consumer).await, sent);
-            // In between, there is something to tell, and nobody who asks.
-            sleep(Duration::from_millis(100)).await;
         }
     };
-    timeout(SECONDS, there_and_back).await.expect("a letter was kept waiting");
+    timeout(SECONDS, there_and_back).await.expect("letters were kept waiting");
+}
+
+fn settings() -> Settings {
+    Settings::new(&std::env::var("KAFKA_BROKERS").expect("KAFKA_BROKERS: run this with ./test"))
+}
+
+#[tokio::test]
+async fn by_lines_for_the_log() {
+    // The client asks, when it is made, whether anybody listens.
+    tracing_subscriber::fmt().with_max_level(LevelFilter::DEBUG).with_writer(std::io::sink).init();
+    keeps_no_letter_waiting(settings().set("debug", "consumer,cgrp,topic,fetch")).await;
+}
+
+#[tokio::test]
+async fn by_statistics() {
+    keeps_no_letter_waiting(settings().set("statistics.interval.ms", "20")).await;
+}
+
+#[tokio::test]
+async fn by_offsets_that_are_committed() {
+    keeps_no_letter_waiting(settings().set("auto.commit.interval.ms", "10")).await;
 }

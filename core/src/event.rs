@@ -122,7 +122,7 @@ impl StreamId {
 
     /// Whether it is of this category. Asked of each event by each who reads, so nothing is searched.
     pub(crate) fn is_of(&self, category: &str) -> bool {
-        self.0.strip_prefix(category).is_some_and(|rest| rest.starts_with('-'))
+        self.0.strip_prefix(category).is_some_and(|rest| rest.starts_with('-')) && !category.contains('-')
     }
 
     /// The part after the first `-`.

@@ -152,7 +152,7 @@ async fn buy(
     match ended? {
         Ok(RemoteOutcome { outcome, store, bus }) => Ok(show(store, bus, output, &invoices, outcome)),
         Err(unfinished) => {
-            eprintln!("{}", report::stopped(unfinished, Some(&url.to_string())));
+            eprintln!("{}", report::stopped_there(unfinished, &url.to_string()));
             Ok(stop.exit_code())
         }
     }

@@ -11,7 +11,7 @@ mod terminal;
 pub use self::{
     number::grouped,
     progress::Progress,
-    remarks::{repeated, stopped},
+    remarks::{repeated, stopped, stopped_there},
     rows::rows,
     summary::{Cancelled, Summary, Units},
     terminal::Terminal,

@@ -4,7 +4,10 @@
 
 mod serving;
 
-use std::{io::Write, time::Duration};
+use std::{
+    io::Write,
+    time::{Duration, Instant},
+};
 
 use sample_shop::http::{BODY_BYTES_MAX, BODY_TIME_MAX};
 use serde_json::{Value, json};
@@ -206,6 +209,7 @@ fn a_body_has_a_limit_in_bytes_and_in_time() {
 #[test]
 fn what_is_handed_in_can_be_waited_for_at_once() {
     let shop = stocked();
+    let started = Instant::now();
     let placed = shop.post("/orders?wait=30s", "1", &order(6));
     assert_eq!((placed.status, placed.header("location")), (201, Some("/orders/1")), "{placed:?}");
     assert_eq!(placed.header("idempotency-replayed"), None);
@@ -236,6 +240,8 @@ fn what_is_handed_in_can_be_waited_for_at_once() {
         (&json!(95), &shop.get("/closings/evening").json())
     );
 
+    // Nobody has waited for the end of the time.
+    assert!(started.elapsed() < Duration::from_secs(25), "{:?}", started.elapsed());
     // Nothing is taken in by a request that cannot be understood.
     shop.post("/orders?wait=long", "3", &order(1)).is_problem(400, &["wait=10s"]);
     shop.post("/orders?weight=1", "3", &order(1)).is_problem(400, &["weight"]);

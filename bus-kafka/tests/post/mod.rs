@@ -37,7 +37,11 @@ pub async fn receive(consumer: &mut dyn Consumer) -> Uuid {
     loop {
         match consumer.poll(1).await.unwrap() {
             Polled::Assigned(partitions) => consumer.seek(&partitions[0], None).await.unwrap(),
-            Polled::Messages(messages) => return messages[0].message.as_ref().unwrap().id,
+            Polled::Messages(messages) => {
+                let [letter] = &*messages else { panic!("one at a time was asked for: {messages:?}") };
+                consumer.acknowledge(&letter.partition, letter.offset + 1).await.unwrap();
+                return letter.id();
+            }
             other => panic!("{other:?}"),
         }
     }
@@ -45,5 +49,5 @@ pub async fn receive(consumer: &mut dyn Consumer) -> Uuid {
 
 /// Somebody who reads the topic.
 pub async fn reader(bus: &KafkaBus, topic: &str) -> Box<dyn Consumer> {
-    bus.join("reader", &[topic]).await.unwrap()
+    bus.join(&format!("reader-of-{topic}"), &[topic]).await.unwrap()
 }

@@ -20,8 +20,9 @@ use super::metrics::Metrics;
 const READ_AGAIN: Duration = Duration::from_millis(200);
 /// Events read in one go.
 const PAGE: usize = 1_000;
-/// The most events that are kept for one who waits.
-const KEPT_MAX: usize = 100;
+/// How much is kept for one who waits, in bytes of payload: far more than an ordinary order and its saga have. Of more, nothing
+/// is kept, and it is read from the store.
+const KEPT_BYTES_MAX: usize = 32_000;
 
 /// By the streams that they wait about.
 type Waiting = HashMap<Arc<str>, Vec<Arc<Seen>>>;
@@ -34,8 +35,26 @@ pub struct Follower {
 
 #[derive(Default)]
 struct Seen {
-    events: Mutex<Vec<Arc<Recorded>>>,
+    kept: Mutex<Kept>,
     ended: Notify,
+}
+
+#[derive(Default)]
+struct Kept {
+    events: Vec<Arc<Recorded>>,
+    /// Of those that were to be kept.
+    bytes: usize,
+}
+
+impl Kept {
+    fn push(&mut self, event: &Arc<Recorded>) {
+        self.bytes = self.bytes.saturating_add(event.data.len() + size_of::<Recorded>());
+        if self.bytes <= KEPT_BYTES_MAX {
+            self.events.push(event.clone());
+        } else {
+            self.events = Vec::new();
+        }
+    }
 }
 
 /// A saga and what it is about, from the moment on in which somebody began to wait. Dropping it ends that.
@@ -122,10 +141,7 @@ impl Follower {
             _ => false,
         };
         for seen in self.waiting().get(event.stream.as_str()).into_iter().flatten() {
-            let mut events = seen.events.lock().unwrap_or_else(PoisonError::into_inner);
-            if events.len() <= KEPT_MAX {
-                events.push(event.clone());
-            }
+            seen.kept.lock().unwrap_or_else(PoisonError::into_inner).push(event);
             if settled {
                 seen.ended.notify_one();
             }
@@ -141,10 +157,7 @@ impl Followed {
 
     /// All that has happened, if the wait began before; else it is in the store.
     pub fn whole(&self) -> Option<Whole> {
-        let events = self.seen.events.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if events.len() > KEPT_MAX {
-            return None;
-        }
+        let events = self.seen.kept.lock().unwrap_or_else(PoisonError::into_inner).events.clone();
         let (saga, paper): (Vec<_>, Vec<_>) =
             events.into_iter().partition(|event| event.stream.as_str() == &*self.saga);
         let begins =
@@ -206,12 +219,11 @@ mod tests {
         assert_eq!((whole.paper.len(), whole.saga.len()), (1, 3));
         assert!(late.whole().is_none());
 
-        // Nobody keeps more than this.
-        for version in 2..KEPT_MAX as i64 + 2 {
-            follower.take(&event("order-1", version, "{}"), &metrics);
-        }
+        // What is large is kept by nobody, and neither is what comes after it.
+        follower.take(&event("order-1", 2, &format!("{:KEPT_BYTES_MAX$}", "{}")), &metrics);
+        follower.take(&event("order-1", 3, "{}"), &metrics);
         assert!(early.whole().is_none());
-        assert!(early.seen.events.lock().expect("a lock").len() <= KEPT_MAX + 1);
+        assert!(early.seen.kept.lock().expect("a lock").events.is_empty());
         drop((early, late));
         assert!(follower.waiting().is_empty());
     }

@@ -14,7 +14,7 @@ use axum::{
 use chrono::{DateTime, Utc};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{
     asked::{Id, Wait, asked, body, id, key, order_lines, sku, wait},
@@ -79,10 +79,9 @@ async fn place(
     if order != (NewOrder { customer, lines, card }) {
         return Err(other_body());
     }
-    if time.is_zero() {
-        return Ok(taken_in("orders", &id, repeated, &json!({"order_id": id, "total": total, "currency": currency})));
-    }
-    Ok(taken_in("orders", &id, repeated, &order_view(&front, &id, watch, !repeated).await?))
+    let receipt = json!({"order_id": id, "total": total, "currency": currency});
+    let view = order_view(&front, &id, watch, !repeated);
+    Ok(taken_in("orders", &id, repeated, receipt, (!time.is_zero()).then_some(view)).await)
 }
 
 async fn open_return(
@@ -102,10 +101,9 @@ async fn open_return(
     if returned != (NewReturn { customer, lines }) {
         return Err(other_body());
     }
-    if time.is_zero() {
-        return Ok(taken_in("returns", &id, repeated, &json!({"return_id": id, "total": total, "currency": currency})));
-    }
-    Ok(taken_in("returns", &id, repeated, &return_view(&front, &id, watch, !repeated).await?))
+    let receipt = json!({"return_id": id, "total": total, "currency": currency});
+    let view = return_view(&front, &id, watch, !repeated);
+    Ok(taken_in("returns", &id, repeated, receipt, (!time.is_zero()).then_some(view)).await)
 }
 
 async fn supply(
@@ -126,10 +124,8 @@ async fn supply(
     if taken != supply {
         return Err(other_body());
     }
-    if time.is_zero() {
-        return Ok(taken_in("supplies", &id, repeated, &json!({"supply_id": id})));
-    }
-    Ok(taken_in("supplies", &id, repeated, &supply_view(&front, &id, watch, !repeated).await?))
+    let view = supply_view(&front, &id, watch, !repeated);
+    Ok(taken_in("supplies", &id, repeated, json!({"supply_id": id}), (!time.is_zero()).then_some(view)).await)
 }
 
 async fn open_closing(State(front): State<Arc<Front>>, headers: HeaderMap, time: Wait) -> Result<Response, Problem> {
@@ -137,10 +133,8 @@ async fn open_closing(State(front): State<Arc<Front>>, headers: HeaderMap, time:
     let open = ClosingCommand::Open { closing_id: id.clone() };
     let watch = front.watch(&front.counter.closings, "closing", &id, time)?;
     let (_, repeated) = front.take_in(&front.counter.closings, &id, open, &headers).await?;
-    if time.is_zero() {
-        return Ok(taken_in("closings", &id, repeated, &json!({"closing_id": id})));
-    }
-    Ok(taken_in("closings", &id, repeated, &closing_view(&front, &id, watch, !repeated).await?))
+    let view = closing_view(&front, &id, watch, !repeated);
+    Ok(taken_in("closings", &id, repeated, json!({"closing_id": id}), (!time.is_zero()).then_some(view)).await)
 }
 
 async fn cancel(State(front): State<Arc<Front>>, order: Id, headers: HeaderMap) -> Result<Response, Problem> {
@@ -347,9 +341,23 @@ fn problem<R: std::error::Error>(error: ExecuteError<R>) -> Problem {
     }
 }
 
-/// The same for the first time and for each repeat, but for one header.
-fn taken_in(resource: &str, id: &str, repeated: bool, body: &impl Serialize) -> Response {
-    let mut response = (StatusCode::CREATED, Json(body)).into_response();
+/// The same for the first time and for each repeat, but for one header: a view, where one is asked for, or a receipt. It was
+/// taken in whether or not it can be looked at now.
+async fn taken_in<V: Serialize>(
+    resource: &str,
+    id: &str,
+    repeated: bool,
+    receipt: Value,
+    view: Option<impl Future<Output = Result<V, Problem>>>,
+) -> Response {
+    let mut response = match view {
+        Some(view) => match view.await {
+            Ok(view) => Json(view).into_response(),
+            Err(_) => Json(receipt).into_response(),
+        },
+        None => Json(receipt).into_response(),
+    };
+    *response.status_mut() = StatusCode::CREATED;
     let location = format!("/{resource}/{}", utf8_percent_encode(id, NON_ALPHANUMERIC));
     if let Ok(location) = HeaderValue::from_str(&location) {
         response.headers_mut().insert(header::LOCATION, location);

@@ -17,6 +17,12 @@ pub fn stopped(unfinished: u64, kept_in: Option<&str>) -> String {
     format!("stopped: {what} unfinished, and {then}")
 }
 
+/// The same of a run whose shop is elsewhere: which of them have arrived there, nobody here knows.
+pub fn stopped_there(under_way: u64, shop: &str) -> String {
+    let what = orders_and_returns(under_way, "was", "were");
+    format!("stopped: {what} under way at {shop}: run the same command again, and it goes on from there")
+}
+
 fn orders_and_returns(count: u64, is: &str, are: &str) -> String {
     match count {
         1 => format!("1 order or return {is}"),
@@ -39,6 +45,11 @@ mod tests {
             stopped(1_234, Some("sqlite:shop.db")),
             "stopped: 1,234 orders and returns are unfinished, and kept in sqlite:shop.db: run the same command again, \
              and it goes on from there"
+        );
+        assert_eq!(
+            stopped_there(2, "http://127.0.0.1:8080"),
+            "stopped: 2 orders and returns were under way at http://127.0.0.1:8080: run the same command again, and it goes \
+             on from there"
         );
         assert_eq!(stopped(1, None), "stopped: 1 order or return is unfinished, and gone with the store in memory");
     }
