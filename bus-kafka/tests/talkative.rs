@@ -50,8 +50,3 @@ async fn by_lines_for_the_log() {
 async fn by_statistics() {
     keeps_no_letter_waiting(settings().set("statistics.interval.ms", "20")).await;
 }
-
-#[tokio::test]
-async fn by_offsets_that_are_committed() {
-    keeps_no_letter_waiting(settings().set("auto.commit.interval.ms", "10")).await;
-}
