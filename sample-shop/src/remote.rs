@@ -1,5 +1,5 @@
 //! The main job over HTTP: hands every invoice in to a shop elsewhere, and waits until each has come to its end; one
-//! request for both, as long as that takes no longer than [`WAIT`].
+//! request for both, as long as that takes no longer than ten seconds.
 
 use std::{
     collections::BTreeMap,
