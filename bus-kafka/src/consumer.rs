@@ -78,14 +78,14 @@ impl Context {
         self.rebalances.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn is_told(&self) {
+    fn tell(&self) {
         self.told.store(true, Ordering::Release);
     }
 }
 
 impl ClientContext for Context {
     fn log(&self, level: RDKafkaLogLevel, fac: &str, message: &str) {
-        self.is_told();
+        self.tell();
         let message = self.settings.without_secrets(message);
         match level {
             RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical | RDKafkaLogLevel::Error => {
@@ -98,12 +98,12 @@ impl ClientContext for Context {
     }
 
     fn stats_raw(&self, statistics: &[u8]) {
-        self.is_told();
+        self.tell();
         tracing::info!(target: "librdkafka", statistics = %String::from_utf8_lossy(statistics), "statistics");
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
-        self.is_told();
+        self.tell();
         if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) {
             self.lost.store(true, Ordering::Release);
         }
@@ -113,7 +113,7 @@ impl ClientContext for Context {
 
 impl ConsumerContext for Context {
     fn commit_callback(&self, committed: KafkaResult<()>, _: &TopicPartitionList) {
-        self.is_told();
+        self.tell();
         if let Err(error) = committed {
             // What counts is in the store.
             tracing::debug!(%error, "offsets for the broker");
@@ -122,7 +122,7 @@ impl ConsumerContext for Context {
 
     /// Runs within a poll, when nothing is under way: what the rebalance asks for is told by that poll, and done by the next.
     fn rebalance(&self, consumer: &BaseConsumer<Self>, error: RDKafkaRespErr, list: &mut TopicPartitionList) {
-        self.is_told();
+        self.tell();
         let places = list.elements().iter().map(|found| (found.topic().to_owned(), found.partition())).collect();
         let assigned = error == RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS;
         if self.closing.load(Ordering::Acquire) {

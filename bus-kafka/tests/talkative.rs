@@ -6,12 +6,13 @@ mod post;
 use std::time::Duration;
 
 use annals_kafka::{KafkaBus, Settings};
+use annals_tests::kafka::brokers;
 use tokio::time::{sleep, timeout};
 use tracing_subscriber::filter::LevelFilter;
 use uuid::Uuid;
 
 const LETTERS: usize = 20;
-/// The client is looked at once a second anyway: a letter that is found then has waited for nothing.
+/// Half of what it takes when each letter waits until the client is looked at anyway, once a second.
 const SECONDS: Duration = Duration::from_secs(LETTERS as u64 / 2);
 
 /// Letters one by one, with time for the client in between.
@@ -36,7 +37,7 @@ async fn keeps_no_letter_waiting(settings: Settings) {
 }
 
 fn settings() -> Settings {
-    Settings::new(&std::env::var("KAFKA_BROKERS").expect("KAFKA_BROKERS: run this with ./test"))
+    Settings::new(&brokers())
 }
 
 #[tokio::test]

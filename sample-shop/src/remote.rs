@@ -81,7 +81,7 @@ struct Watched {
     saga: Option<Seen>,
 }
 
-/// The part of a [`SagaView`] that tells whether it has ended.
+/// The part of a [`SagaView`](crate::api::SagaView) that tells whether it has ended.
 #[derive(Deserialize)]
 struct Seen {
     status: String,

@@ -6,7 +6,7 @@ use annals::{Metadata, Request};
 use axum::{
     body::Bytes,
     extract::{
-        Path, Query,
+        FromRequest, FromRequestParts, Path, Query,
         rejection::{PathRejection, QueryRejection},
     },
     http::{HeaderMap, StatusCode, header},
@@ -36,6 +36,36 @@ pub struct Waiting {
     wait: Option<String>,
 }
 
+/// A request that hands something in.
+pub struct HandedIn {
+    /// The key, which becomes the id of what is handed in.
+    pub id: String,
+    /// How long to wait for its end.
+    pub wait: Duration,
+    pub headers: HeaderMap,
+    sent: Bytes,
+}
+
+impl<S: Send + Sync> FromRequest<S> for HandedIn {
+    type Rejection = Problem;
+
+    async fn from_request(request: axum::extract::Request, state: &S) -> Result<Self, Problem> {
+        let (mut head, body) = request.into_parts();
+        let (id, headers) = (key(&head.headers)?, head.headers.clone());
+        let wait = wait(Query::from_request_parts(&mut head, state).await)?;
+        let request = axum::extract::Request::from_parts(head, body);
+        let sent = Bytes::from_request(request, state).await.map_err(|error| bad(error.body_text()))?;
+        Ok(Self { id, wait, headers, sent })
+    }
+}
+
+impl HandedIn {
+    /// The body as JSON. Fields that nobody knows are mistakes.
+    pub fn body<T: DeserializeOwned>(&self) -> Result<T, Problem> {
+        body(&self.headers, &self.sent)
+    }
+}
+
 fn bad(detail: impl Into<String>) -> Problem {
     Problem::new(StatusCode::BAD_REQUEST, detail)
 }
@@ -60,8 +90,8 @@ pub fn wait(wait: Wait) -> Result<Duration, Problem> {
     Ok(Duration::from_secs(seconds.into()).min(WAIT_MAX))
 }
 
-/// The key, which becomes the id of what is handed in; another one each time where there is none.
-pub fn key(headers: &HeaderMap) -> Result<String, Problem> {
+/// Another one each time where there is none.
+fn key(headers: &HeaderMap) -> Result<String, Problem> {
     let mut keys = headers.get_all(IDEMPOTENCY_KEY).into_iter();
     let Some(value) = keys.next() else { return Ok(Uuid::now_v7().to_string()) };
     if keys.next().is_some() {
@@ -91,8 +121,7 @@ fn traceparent(headers: &HeaderMap) -> Option<Arc<str>> {
     is_one.then(|| text.into())
 }
 
-/// The body as JSON. Fields that nobody knows are mistakes.
-pub fn body<T: DeserializeOwned>(headers: &HeaderMap, body: &Bytes) -> Result<T, Problem> {
+fn body<T: DeserializeOwned>(headers: &HeaderMap, body: &Bytes) -> Result<T, Problem> {
     let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
     if !kind.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case("application/json") {
         let detail = format!("the Content-Type is {:?}; it must be application/json", start(kind));

@@ -25,7 +25,7 @@ const PAGE: usize = 1_000;
 const KEPT_BYTES_MAX: usize = 32_000;
 
 /// By the streams that they wait about.
-type Waiting = HashMap<Arc<str>, Vec<Arc<Seen>>>;
+type Waiting = HashMap<StreamId, Vec<Arc<Seen>>>;
 
 /// Who waits. Clones share it.
 #[derive(Clone, Default)]
@@ -59,9 +59,9 @@ impl Kept {
 
 /// A saga and what it is about, from the moment on in which somebody began to wait. Dropping it ends that.
 pub struct Followed {
+    pub saga: StreamId,
+    paper: StreamId,
     follower: Follower,
-    saga: Arc<str>,
-    paper: Arc<str>,
     seen: Arc<Seen>,
 }
 
@@ -83,13 +83,13 @@ impl Follower {
     }
 
     /// From now on, both streams.
-    pub fn follow(&self, saga: &StreamId, paper: &StreamId) -> Followed {
-        let (saga, paper, seen) = (saga.shared(), paper.shared(), Arc::<Seen>::default());
+    pub fn follow(&self, saga: StreamId, paper: StreamId) -> Followed {
+        let seen = Arc::<Seen>::default();
         let mut waiting = self.waiting();
         for stream in [&saga, &paper] {
             waiting.entry(stream.clone()).or_default().push(seen.clone());
         }
-        Followed { follower: self.clone(), saga, paper, seen }
+        Followed { saga, paper, follower: self.clone(), seen }
     }
 
     /// Reads the log from now on, whichever instance writes it: `categories` are those of sagas and of what they are about.
@@ -140,7 +140,7 @@ impl Follower {
             }
             _ => false,
         };
-        for seen in self.waiting().get(event.stream.as_str()).into_iter().flatten() {
+        for seen in self.waiting().get(&event.stream).into_iter().flatten() {
             seen.kept.lock().unwrap_or_else(PoisonError::into_inner).push(event);
             if settled {
                 seen.ended.notify_one();
@@ -158,8 +158,7 @@ impl Followed {
     /// All that has happened, if the wait began before; else it is in the store.
     pub fn whole(&self) -> Option<Whole> {
         let events = self.seen.kept.lock().unwrap_or_else(PoisonError::into_inner).events.clone();
-        let (saga, paper): (Vec<_>, Vec<_>) =
-            events.into_iter().partition(|event| event.stream.as_str() == &*self.saga);
+        let (saga, paper): (Vec<_>, Vec<_>) = events.into_iter().partition(|event| event.stream == self.saga);
         let begins =
             |events: &[Arc<Recorded>]| events.first().is_some_and(|first| first.version == Version::START.next());
         (begins(&saga) && begins(&paper)).then_some(Whole { saga, paper })
@@ -207,7 +206,7 @@ mod tests {
     #[tokio::test]
     async fn only_who_was_there_from_the_beginning_has_all() {
         let (follower, metrics) = (Follower::default(), Metrics::new().expect("metrics"));
-        let follow = || follower.follow(&stream("saga.checkout-1"), &stream("order-1"));
+        let follow = || follower.follow(stream("saga.checkout-1"), stream("order-1"));
         let early = follow();
         follower.take(&event("order-1", 1, "{}"), &metrics);
         follower.take(&event("order-2", 1, "{}"), &metrics);

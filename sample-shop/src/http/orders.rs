@@ -5,7 +5,6 @@ use std::{borrow::Borrow, sync::Arc, time::Duration};
 use annals::{Aggregate, Event, EventStore, ExecuteError, Recorded, Repository, StreamId, Version};
 use axum::{
     Json, Router,
-    body::Bytes,
     extract::State,
     http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
@@ -17,7 +16,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::{
-    asked::{Id, Wait, asked, body, id, key, order_lines, sku, wait},
+    asked::{HandedIn, Id, Wait, asked, id, order_lines, sku, wait},
     follower::Whole,
     metrics::Metrics,
     problem::Problem,
@@ -47,6 +46,15 @@ pub struct Front {
     pub kept_in: (String, String),
 }
 
+/// What was taken in.
+struct Taken<'f, E> {
+    /// Its first event: by this request, or by one before it.
+    first: E,
+    repeated: bool,
+    /// From before it was taken in on, if the request waits.
+    watch: Option<Watch<'f>>,
+}
+
 /// The routes.
 pub fn routes(front: Front) -> Router {
     Router::new()
@@ -62,79 +70,62 @@ pub fn routes(front: Front) -> Router {
         .with_state(Arc::new(front))
 }
 
-async fn place(
-    State(front): State<Arc<Front>>,
-    headers: HeaderMap,
-    time: Wait,
-    sent: Bytes,
-) -> Result<Response, Problem> {
-    let (id, time) = (key(&headers)?, wait(time)?);
-    let order: NewOrder = body(&headers, &sent)?;
+async fn place(State(front): State<Arc<Front>>, handed_in: HandedIn) -> Result<Response, Problem> {
+    let order: NewOrder = handed_in.body()?;
     order_lines(order.customer.as_deref(), &order.lines)?;
     let NewOrder { customer, lines, card } = order.clone();
-    let place = OrderCommand::Place { order_id: id.clone(), customer, lines, card };
-    let watch = front.watch(&front.counter.orders, "checkout", &id, time)?;
-    let (placed, repeated) = front.take_in(&front.counter.orders, &id, place, &headers).await?;
-    let OrderEvent::Placed { customer, lines, card, total, currency, .. } = placed else { return Err(other_body()) };
+    let place = OrderCommand::Place { order_id: handed_in.id.clone(), customer, lines, card };
+    let taken = front.take_in(&front.counter.orders, "checkout", &handed_in, place).await?;
+    let OrderEvent::Placed { customer, lines, card, total, currency, .. } = taken.first else {
+        return Err(other_body());
+    };
     if order != (NewOrder { customer, lines, card }) {
         return Err(other_body());
     }
+    let id = &handed_in.id;
     let receipt = json!({"order_id": id, "total": total, "currency": currency});
-    let view = order_view(&front, &id, watch, !repeated);
-    Ok(taken_in("orders", &id, repeated, receipt, (!time.is_zero()).then_some(view)).await)
+    let view = taken.watch.map(|watch| order_view(&front, id, watch, !taken.repeated));
+    Ok(taken_in("orders", id, taken.repeated, receipt, view).await)
 }
 
-async fn open_return(
-    State(front): State<Arc<Front>>,
-    headers: HeaderMap,
-    time: Wait,
-    sent: Bytes,
-) -> Result<Response, Problem> {
-    let (id, time) = (key(&headers)?, wait(time)?);
-    let returned: NewReturn = body(&headers, &sent)?;
+async fn open_return(State(front): State<Arc<Front>>, handed_in: HandedIn) -> Result<Response, Problem> {
+    let returned: NewReturn = handed_in.body()?;
     order_lines(returned.customer.as_deref(), &returned.lines)?;
     let NewReturn { customer, lines } = returned.clone();
-    let open = ReturnCommand::Open { return_id: id.clone(), customer, lines };
-    let watch = front.watch(&front.counter.returns, "return", &id, time)?;
-    let (opened, repeated) = front.take_in(&front.counter.returns, &id, open, &headers).await?;
-    let ReturnEvent::Opened { customer, lines, total, currency, .. } = opened else { return Err(other_body()) };
+    let open = ReturnCommand::Open { return_id: handed_in.id.clone(), customer, lines };
+    let taken = front.take_in(&front.counter.returns, "return", &handed_in, open).await?;
+    let ReturnEvent::Opened { customer, lines, total, currency, .. } = taken.first else { return Err(other_body()) };
     if returned != (NewReturn { customer, lines }) {
         return Err(other_body());
     }
+    let id = &handed_in.id;
     let receipt = json!({"return_id": id, "total": total, "currency": currency});
-    let view = return_view(&front, &id, watch, !repeated);
-    Ok(taken_in("returns", &id, repeated, receipt, (!time.is_zero()).then_some(view)).await)
+    let view = taken.watch.map(|watch| return_view(&front, id, watch, !taken.repeated));
+    Ok(taken_in("returns", id, taken.repeated, receipt, view).await)
 }
 
-async fn supply(
-    State(front): State<Arc<Front>>,
-    headers: HeaderMap,
-    time: Wait,
-    sent: Bytes,
-) -> Result<Response, Problem> {
-    let (id, time) = (key(&headers)?, wait(time)?);
-    let (delivered, units) = match body(&headers, &sent)? {
+async fn supply(State(front): State<Arc<Front>>, handed_in: HandedIn) -> Result<Response, Problem> {
+    let (delivered, units) = match handed_in.body()? {
         NewSupply::Delivered(units) => (true, units),
         NewSupply::Adjusted(units) => (false, units),
     };
     units.iter().try_for_each(|change| sku(&change.sku))?;
-    let supply = SupplyEvent::new(id.clone(), delivered, units);
-    let watch = front.watch(&front.counter.supplies, "supply", &id, time)?;
-    let (taken, repeated) = front.take_in(&front.counter.supplies, &id, supply.clone(), &headers).await?;
-    if taken != supply {
+    let supply = SupplyEvent::new(handed_in.id.clone(), delivered, units);
+    let taken = front.take_in(&front.counter.supplies, "supply", &handed_in, supply.clone()).await?;
+    if taken.first != supply {
         return Err(other_body());
     }
-    let view = supply_view(&front, &id, watch, !repeated);
-    Ok(taken_in("supplies", &id, repeated, json!({"supply_id": id}), (!time.is_zero()).then_some(view)).await)
+    let id = &handed_in.id;
+    let view = taken.watch.map(|watch| supply_view(&front, id, watch, !taken.repeated));
+    Ok(taken_in("supplies", id, taken.repeated, json!({"supply_id": id}), view).await)
 }
 
-async fn open_closing(State(front): State<Arc<Front>>, headers: HeaderMap, time: Wait) -> Result<Response, Problem> {
-    let (id, time) = (key(&headers)?, wait(time)?);
-    let open = ClosingCommand::Open { closing_id: id.clone() };
-    let watch = front.watch(&front.counter.closings, "closing", &id, time)?;
-    let (_, repeated) = front.take_in(&front.counter.closings, &id, open, &headers).await?;
-    let view = closing_view(&front, &id, watch, !repeated);
-    Ok(taken_in("closings", &id, repeated, json!({"closing_id": id}), (!time.is_zero()).then_some(view)).await)
+async fn open_closing(State(front): State<Arc<Front>>, handed_in: HandedIn) -> Result<Response, Problem> {
+    let open = ClosingCommand::Open { closing_id: handed_in.id.clone() };
+    let taken = front.take_in(&front.counter.closings, "closing", &handed_in, open).await?;
+    let id = &handed_in.id;
+    let view = taken.watch.map(|watch| closing_view(&front, id, watch, !taken.repeated));
+    Ok(taken_in("closings", id, taken.repeated, json!({"closing_id": id}), view).await)
 }
 
 async fn cancel(State(front): State<Arc<Front>>, order: Id, headers: HeaderMap) -> Result<Response, Problem> {
@@ -239,17 +230,18 @@ impl Front {
         id: &str,
         wait: Duration,
     ) -> Result<Watch<'_>, Problem> {
-        self.sagas.watch(saga, &stream(papers, id)?, wait)
+        self.sagas.watch(saga, stream(papers, id)?, wait)
     }
 
     /// Takes something in under its id. What was taken in under it before is given instead, so that it can be compared.
     async fn take_in<A: Aggregate<Event: Clone>>(
         &self,
         papers: &Repository<A>,
-        id: &str,
+        saga: &str,
+        HandedIn { id, wait, headers, .. }: &HandedIn,
         command: A::Command,
-        headers: &HeaderMap,
-    ) -> Result<(A::Event, bool), Problem> {
+    ) -> Result<Taken<'_, A::Event>, Problem> {
+        let watch = (!wait.is_zero()).then(|| self.watch(papers, saga, id, *wait)).transpose()?;
         let decided = papers.create(id, command, asked(A::CATEGORY, id, headers)).await.map_err(problem)?;
         let repeated = decided.repeated || decided.events.is_empty();
         if !repeated {
@@ -260,7 +252,7 @@ impl Front {
             // It was taken in by somebody who asked in another way.
             None => self.events(papers, id).await?.into_iter().next().map(|(_, event)| event),
         };
-        first.map(|first| (first, repeated)).ok_or_else(other_body)
+        first.map(|first| Taken { first, repeated, watch }).ok_or_else(other_body)
     }
 
     /// What was taken in under its id, with its saga, once that has settled or the watch is over. It is never behind its

@@ -31,18 +31,17 @@ pub struct Sagas {
 /// Somebody who looks at a saga, and may wait for its end.
 pub struct Watch<'s> {
     sagas: &'s Sagas,
-    stream: StreamId,
     until: Instant,
     followed: Followed,
 }
 
 impl Sagas {
     /// Looks at the saga of this name about what is in the stream `paper`, for so long.
-    pub fn watch(&self, saga: &str, paper: &StreamId, wait: Duration) -> Result<Watch<'_>, Problem> {
+    pub fn watch(&self, saga: &str, paper: StreamId, wait: Duration) -> Result<Watch<'_>, Problem> {
         let stream = StreamId::new(&format!("saga.{saga}"), paper.id());
         let stream = stream.map_err(|error| Problem::new(StatusCode::BAD_REQUEST, error.to_string()))?;
-        let followed = self.follower.follow(&stream, paper);
-        Ok(Watch { sagas: self, stream, until: Instant::now() + wait, followed })
+        let followed = self.follower.follow(stream, paper);
+        Ok(Watch { sagas: self, until: Instant::now() + wait, followed })
     }
 }
 
@@ -67,7 +66,7 @@ impl Watch<'_> {
 
     /// The saga as it is now; `None` if it has not started.
     pub async fn view(&self) -> Result<Option<SagaView>, Problem> {
-        let events = self.sagas.store.read_stream(&self.stream, Version::START, TIMELINE_MAX).await;
+        let events = self.sagas.store.read_stream(&self.followed.saga, Version::START, TIMELINE_MAX).await;
         self.view_of(&events.map_err(|error| Problem::unavailable(error.to_string()))?)
     }
 
@@ -95,7 +94,7 @@ impl Watch<'_> {
             last = Some(progress);
         }
         Ok(last.map(|progress| SagaView {
-            saga: self.stream.category().trim_start_matches("saga.").to_owned(),
+            saga: self.followed.saga.category().trim_start_matches("saga.").to_owned(),
             status: name(progress.status),
             step: progress.step.clone(),
             started_at: time(progress.started),
