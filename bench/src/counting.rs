@@ -63,4 +63,8 @@ impl EventStore for Counting {
     async fn status(&self) -> Result<StoreStatus, StoreError> {
         self.store.status().await
     }
+
+    fn history(&self) -> u64 {
+        self.store.history()
+    }
 }

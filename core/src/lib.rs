@@ -116,7 +116,7 @@ pub use self::{
     repository::{ExecuteError, Repository, Request},
     saga::{Answer, Participant, Saga, SagaState, StepError},
     service::{Runtime, Service, StartError},
-    store::{EventStore, LogPage, LogQuery, OpenWriter, Scan, StoreError, StoreStatus},
+    store::{EventStore, LogPage, LogQuery, LostEnd, OpenWriter, Scan, StoreError, StoreStatus},
     subscription::{Start, Subscription},
     tail::Tail,
     transaction::Transaction,

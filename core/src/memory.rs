@@ -148,7 +148,7 @@ impl EventStore for MemoryStore {
     }
 
     async fn status(&self) -> Result<StoreStatus, StoreError> {
-        Ok(StoreStatus { head: *self.shared.head.borrow(), waits_for: None })
+        Ok(StoreStatus { head: *self.shared.head.borrow(), ..StoreStatus::default() })
     }
 }
 

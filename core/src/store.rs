@@ -4,6 +4,7 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
+use uuid::Uuid;
 
 use crate::{
     commit::{Commit, CommitError, Committed, Document, DocumentKey},
@@ -39,6 +40,16 @@ pub trait EventStore: Send + Sync + 'static {
 
     /// Where the log stands, and what its readers wait for.
     async fn status(&self) -> Result<StoreStatus, StoreError>;
+
+    /// The number of the history that this handle reads. It changes when events that the handle has shown may be gone: at a
+    /// failover, after a restore, and whenever the last event shown is missing. [`StoreStatus::lost_end`] is set only in the
+    /// last case. After a change, everything in memory that was read before (states, checkpoints, positions) must be read
+    /// again; [`wait`](EventStore::wait) wakes up, and commits that were handed over before fail as unavailable.
+    ///
+    /// Never blocks. The default is for stores that cannot lose events while they are open.
+    fn history(&self) -> u64 {
+        0
+    }
 }
 
 impl dyn EventStore + '_ {
@@ -108,6 +119,32 @@ pub struct StoreStatus {
     pub head: Position,
     /// What readers wait for before they go on; `None` when they wait for nothing.
     pub waits_for: Option<OpenWriter>,
+    /// Set once the log has lost its end under this handle, until the process restarts.
+    pub lost_end: Option<LostEnd>,
+}
+
+/// A log that lacks events which this process has read or written: a failover to a standby that lagged, or a restore to an
+/// earlier moment. Everything recorded after the event is gone too.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LostEnd {
+    /// The last event that was known: its position,
+    pub position: Position,
+    /// and its id.
+    pub event_id: Uuid,
+    /// When its absence was noticed.
+    pub noticed_at: DateTime<Utc>,
+}
+
+impl fmt::Display for LostEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { position, event_id, noticed_at } = self;
+        write!(
+            f,
+            "the log has lost its end: event {event_id} at position {position} was there, and was missing at {noticed_at} \
+             (failover to a standby that lagged, or a restore); caches and checkpoints were read again and the service goes on; \
+             run `annals verify`, and compare what other systems received since with the log; restart this process to clear this"
+        )
+    }
 }
 
 /// A transaction that may still write events before those that readers have not come to yet.

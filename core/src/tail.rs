@@ -249,6 +249,10 @@ impl EventStore for Tail {
     async fn status(&self) -> Result<StoreStatus, StoreError> {
         self.store.status().await
     }
+
+    fn history(&self) -> u64 {
+        self.store.history()
+    }
 }
 
 /// Counts a commit as answered, also when its caller went away.

@@ -257,7 +257,7 @@ impl Log {
         let top = self.top(self.drawn().await?).await?;
         for look in 0..STATUS_LOOKS_MAX {
             if self.settle(top).await? {
-                return Ok(StoreStatus { head: Position(self.settled()), waits_for: None });
+                return Ok(StoreStatus { head: Position(self.settled()), ..StoreStatus::default() });
             }
             // Most writers are done in a moment.
             if look + 1 < STATUS_LOOKS_MAX {
@@ -272,7 +272,7 @@ impl Log {
             self.settled.fetch_max(head, Ordering::SeqCst);
         }
         let waits_for = if head < top { self.waits_for().await? } else { None };
-        Ok(StoreStatus { head: Position(head), waits_for })
+        Ok(StoreStatus { head: Position(head), waits_for, ..StoreStatus::default() })
     }
 
     async fn waits_for(&self) -> Result<Option<OpenWriter>, StoreError> {

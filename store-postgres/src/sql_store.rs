@@ -326,4 +326,8 @@ impl EventStore for SqlStore {
     async fn status(&self) -> Result<StoreStatus, StoreError> {
         self.store.status().await
     }
+
+    fn history(&self) -> u64 {
+        self.store.history()
+    }
 }

@@ -200,6 +200,6 @@ impl EventStore for SqliteStore {
     }
 
     async fn status(&self) -> Result<StoreStatus, StoreError> {
-        Ok(StoreStatus { head: read::head(&self.shared.readers).await?, waits_for: None })
+        Ok(StoreStatus { head: read::head(&self.shared.readers).await?, ..StoreStatus::default() })
     }
 }

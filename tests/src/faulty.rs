@@ -277,4 +277,8 @@ impl EventStore for FaultyStore {
         self.check()?;
         self.inner.status().await
     }
+
+    fn history(&self) -> u64 {
+        self.inner.history()
+    }
 }
