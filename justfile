@@ -15,10 +15,11 @@ clippy:
 doc:
     RUSTDOCFLAGS="-D warnings" cargo doc --workspace --features annals/testing,annals-kafka/tls --no-deps
 
-# The advisories need the network; the other checks do not.
+# cargo-deny is built once and kept with the build. The advisories need the network; the other checks do not.
 deny:
-    if ! cargo deny --version 2>/dev/null; then echo "cargo-deny is not installed: the dependencies were NOT checked"; \
-    elif cargo deny fetch db; then cargo deny check; \
+    cargo install --quiet --locked --root "${CARGO_TARGET_DIR:-target}/tools" --target-dir "${CARGO_TARGET_DIR:-target}/tools/build" cargo-deny@0.20.2
+    PATH="$(realpath "${CARGO_TARGET_DIR:-target}")/tools/bin:$PATH"; \
+    if cargo deny fetch db; then cargo deny check; \
     else echo "the advisory database cannot be fetched: advisories were NOT checked"; cargo deny check bans licenses sources; fi
 
 test:
