@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use annals::{Message, Metadata, Position, Version, bus::Undecodable, event::named_id};
+use annals::{Message, Metadata, Position, TraceContext, Version, bus::Undecodable, event::named_id};
 use chrono::{DateTime, SecondsFormat};
 use rdkafka::message::{Header, Headers, OwnedHeaders};
 use serde_json::value::RawValue;
@@ -51,7 +51,9 @@ pub(crate) fn size(message: &Message) -> usize {
     let Message { key, data, source, type_name, subject, extensions, .. } = message;
     let texts = [key, data, source, type_name, subject].map(|text| text.len()).into_iter().sum::<usize>();
     let extensions = extensions.iter().map(|(name, value)| name.len() + value.len() + HEADER_BYTES).sum::<usize>();
-    RECORD_BYTES + texts + extensions + message.metadata.traceparent.as_ref().map_or(0, |text| text.len())
+    let trace = message.metadata.trace.as_ref();
+    let trace = trace.map_or(0, |trace| trace.traceparent().len() + trace.tracestate().map_or(0, str::len));
+    RECORD_BYTES + texts + extensions + trace
 }
 
 fn each_header(message: &Message, mut each: impl FnMut(&str, &str)) {
@@ -75,15 +77,14 @@ fn each_header(message: &Message, mut each: impl FnMut(&str, &str)) {
     if let Some(lane) = &message.lane {
         each("ce_lane", lane);
     }
-    if let Some(traceparent) = &message.metadata.traceparent {
-        each(attribute::TRACEPARENT, traceparent);
+    if let Some(trace) = &message.metadata.trace {
+        each(attribute::TRACEPARENT, trace.traceparent());
+        if let Some(state) = trace.tracestate() {
+            each(attribute::TRACESTATE, state);
+        }
     }
     for (name, value) in &message.extensions {
-        if name == attribute::TRACESTATE {
-            each(name, value);
-        } else {
-            each(&format!("ce_{name}"), value);
-        }
+        each(&format!("ce_{name}"), value);
     }
 }
 
@@ -111,7 +112,7 @@ struct Attributes<'r> {
     time: Option<Cow<'r, str>>,
     correlation_id: Option<Uuid>,
     causation_id: Option<Uuid>,
-    traceparent: Option<Arc<str>>,
+    trace: Trace<'r>,
     position: Option<i64>,
     version: Option<i64>,
     schema_version: Option<i32>,
@@ -146,36 +147,51 @@ impl<'r> Attributes<'r> {
             // Those of others need not be UUIDs.
             attribute::CORRELATION => self.correlation_id = Uuid::parse_str(&value).ok(),
             attribute::CAUSATION => self.causation_id = Uuid::parse_str(&value).ok(),
-            attribute::TRACEPARENT => self.traceparent = Some(value.into()),
+            attribute::TRACEPARENT | attribute::TRACESTATE => self.trace.add(name, value),
             attribute::LANE => self.lane = Some(value.into()),
             _ => _ = self.extensions.insert(name.to_owned(), value.into_owned()),
         }
     }
 }
 
-impl Attributes<'_> {
-    /// Only those of the trace.
-    fn of_trace(self) -> Self {
-        let mut extensions = self.extensions;
-        extensions.retain(|name, _| name == attribute::TRACESTATE);
-        Self { traceparent: self.traceparent, extensions, ..Self::default() }
+/// All values of `traceparent` and `tracestate`: only all of them show whether the trace context is valid.
+#[derive(Default)]
+struct Trace<'r> {
+    parents: Vec<Cow<'r, str>>,
+    states: Vec<Cow<'r, str>>,
+}
+
+impl<'r> Trace<'r> {
+    fn add(&mut self, name: &str, value: Cow<'r, str>) {
+        match name {
+            attribute::TRACEPARENT => self.parents.push(value),
+            _ => self.states.push(value),
+        }
+    }
+
+    fn context(&self) -> Option<TraceContext> {
+        TraceContext::parse(self.parents.iter().map(|text| &**text), self.states.iter().map(|text| &**text))
     }
 }
 
 fn read(record: &impl rdkafka::Message) -> Result<Message, String> {
-    let (mut attributes, mut structured) = (Attributes::default(), false);
+    let mut attributes = Attributes::default();
+    let mut transport = Trace::default();
+    let mut structured = false;
     for header in record.headers().into_iter().flat_map(Headers::iter) {
         let name = header.key.strip_prefix("ce_");
         let value = match std::str::from_utf8(header.value.unwrap_or_default()) {
             Ok(value) => value,
             // Only what is an attribute has to be text.
             Err(_) if name.is_some() => return Err(format!("header {} is no UTF-8", header.key)),
+            // Present and invalid, which is not the same as absent.
+            Err(_) if matches!(header.key, attribute::TRACEPARENT | attribute::TRACESTATE) => "\0",
             Err(_) => continue,
         };
         match (header.key, name) {
             (_, Some(name)) => attributes.set(name, value.into()),
             ("content-type", _) => structured = value.to_ascii_lowercase().starts_with(STRUCTURED),
-            (attribute::TRACEPARENT | attribute::TRACESTATE, _) => attributes.set(header.key, value.into()),
+            (attribute::TRACEPARENT | attribute::TRACESTATE, _) => transport.add(header.key, value.into()),
             _ => {}
         }
     }
@@ -183,7 +199,7 @@ fn read(record: &impl rdkafka::Message) -> Result<Message, String> {
     let data = match payload {
         Some(payload) if structured => {
             // Headers may repeat attributes; what counts is the event.
-            attributes = attributes.of_trace();
+            attributes = Attributes::default();
             read_structured(payload, &mut attributes)?
         }
         payload => {
@@ -193,7 +209,9 @@ fn read(record: &impl rdkafka::Message) -> Result<Message, String> {
         }
     };
     let key = record.key().map(std::str::from_utf8).transpose().map_err(|_| "its key is no UTF-8")?;
-    message(attributes, key, data, record.timestamp().to_millis())
+    // The headers of the transport are of the nearest hop, and the attributes of the event's origin.
+    let trace = transport.context().or_else(|| attributes.trace.context());
+    message(attributes, key, data, trace, record.timestamp().to_millis())
 }
 
 /// Takes an event apart that is one JSON object.
@@ -214,7 +232,13 @@ fn read_structured(payload: &str, attributes: &mut Attributes<'_>) -> Result<Arc
     Ok(data.unwrap_or_else(|| "null".into()))
 }
 
-fn message(attributes: Attributes<'_>, key: Option<&str>, data: Arc<str>, at: Option<i64>) -> Result<Message, String> {
+fn message(
+    attributes: Attributes<'_>,
+    key: Option<&str>,
+    data: Arc<str>,
+    trace: Option<TraceContext>,
+    at: Option<i64>,
+) -> Result<Message, String> {
     fn required<'r>(name: &str, value: Option<Cow<'r, str>>) -> Result<Cow<'r, str>, String> {
         value.filter(|value| !value.is_empty()).ok_or_else(|| format!("it is no CloudEvent: no {name}"))
     }
@@ -250,7 +274,7 @@ fn message(attributes: Attributes<'_>, key: Option<&str>, data: Arc<str>, at: Op
         metadata: Metadata {
             correlation_id: attributes.correlation_id.unwrap_or(id),
             causation_id: attributes.causation_id.unwrap_or(id),
-            traceparent: attributes.traceparent,
+            trace,
         },
         time,
         position: Position(attributes.position.unwrap_or(0)),
@@ -259,4 +283,64 @@ fn message(attributes: Attributes<'_>, key: Option<&str>, data: Arc<str>, at: Op
         lane: attributes.lane.filter(|_| attributes.position.is_some()),
         extensions: attributes.extensions,
     })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use rdkafka::{Timestamp, message::OwnedMessage};
+
+    use super::*;
+
+    const PARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    const OTHER: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00";
+
+    /// What is read of an event with these headers.
+    fn read(headers: &[(&str, &[u8])], structured: Option<&str>) -> Message {
+        let required: &[(&str, &[u8])] = match structured {
+            Some(_) => &[("content-type", b"application/cloudevents+json")],
+            None => &[("ce_specversion", b"1.0"), ("ce_id", b"1"), ("ce_source", b"till"), ("ce_type", b"till.rang")],
+        };
+        let mut all = OwnedHeaders::new();
+        for (key, value) in required.iter().chain(headers) {
+            all = all.insert(Header { key, value: Some(*value) });
+        }
+        let value = structured.map(|text| text.as_bytes().to_vec());
+        let record = OwnedMessage::new(value, None, "topic".into(), Timestamp::NotAvailable, 0, 0, Some(all));
+        decode(&record).unwrap()
+    }
+
+    fn carried(message: &Message) -> Option<(&str, Option<&str>)> {
+        message.metadata.trace.as_ref().map(|trace| (trace.traceparent(), trace.tracestate()))
+    }
+
+    #[test]
+    fn trace_context_is_valid_or_absent() {
+        let cases: &[(&[(&str, &[u8])], Option<(&str, Option<&str>)>)] = &[
+            (&[("traceparent", PARENT.as_bytes())], Some((PARENT, None))),
+            (
+                &[("traceparent", PARENT.as_bytes()), ("tracestate", b"a=1"), ("tracestate", b"b=2")],
+                Some((PARENT, Some("a=1,b=2"))),
+            ),
+            (&[("traceparent", PARENT.as_bytes()), ("tracestate", b"A")], Some((PARENT, None))),
+            (&[("traceparent", PARENT.as_bytes()), ("tracestate", b"\xff")], Some((PARENT, None))),
+            (&[("traceparent", b"anything"), ("tracestate", b"a=1")], None),
+            (&[("tracestate", b"a=1")], None),
+            (&[("traceparent", PARENT.as_bytes()), ("traceparent", OTHER.as_bytes())], None),
+            (&[("traceparent", PARENT.as_bytes()), ("traceparent", b"\xff")], None),
+            (&[("traceparent", b"00-00000000000000000000000000000000-00f067aa0ba902b7-01")], None),
+            (&[("ce_traceparent", PARENT.as_bytes()), ("ce_tracestate", b"a=1")], Some((PARENT, Some("a=1")))),
+            (&[("ce_traceparent", PARENT.as_bytes()), ("traceparent", OTHER.as_bytes())], Some((OTHER, None))),
+        ];
+        for (headers, expected) in cases {
+            let message = read(headers, None);
+            assert_eq!(carried(&message), *expected, "{headers:?}");
+            assert!(message.extensions.is_empty(), "{message:?}");
+        }
+        let event = format!(
+            r#"{{"specversion":"1.0","id":"1","source":"till","type":"till.rang","traceparent":"{PARENT}","tracestate":"a=1"}}"#
+        );
+        assert_eq!(carried(&read(&[], Some(&event))), Some((PARENT, Some("a=1"))));
+        assert_eq!(carried(&read(&[("traceparent", OTHER.as_bytes())], Some(&event))), Some((OTHER, None)));
+    }
 }

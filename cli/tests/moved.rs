@@ -9,7 +9,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use annals::{Append, Commit, DocumentKey, EventStore, Expected, Metadata, NewEvent, Put, StreamId, Version};
+use annals::{
+    Append, Commit, DocumentKey, EventStore, Expected, Metadata, NewEvent, Put, StreamId, TraceContext, Version,
+};
 use annals_sqlite::SqliteStore;
 use sqlx::{Connection, SqliteConnection, sqlite::SqliteConnectOptions};
 use uuid::Uuid;
@@ -34,6 +36,8 @@ async fn contents(path: &Path) -> (Vec<String>, Vec<String>) {
     (events, sqlx::query_scalar(documents).fetch_all(&mut connection).await.unwrap())
 }
 
+const TRACEPARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+
 /// A commit of so many events with payloads of every kind.
 fn commit(stream: &str, from: i64, count: i64) -> Commit {
     let payloads = ["{\"a\":1.50, \"a\":\"ü\\u00fc\"}", "{\"a\":\n[ ]}", " null ", "123456789012345678901234567890"];
@@ -42,7 +46,10 @@ fn commit(stream: &str, from: i64, count: i64) -> Commit {
         type_name: "thing.happened".into(),
         schema_version: 1,
         data: payloads[(number % 4) as usize].into(),
-        metadata: Metadata { traceparent: Some("00-\"x\"".into()), ..Metadata::of_request(Uuid::new_v4()) },
+        metadata: Metadata {
+            trace: TraceContext::parse([TRACEPARENT], ["vendor=\"x\\"]),
+            ..Metadata::of_request(Uuid::new_v4())
+        },
     };
     let append = Append {
         stream: StreamId::parse(stream).unwrap(),

@@ -201,12 +201,6 @@ impl Commit {
                 if event.type_name.contains('\0') {
                     return invalid(format!("{:?}: a type name has a NUL, which not every store takes", at()));
                 }
-                if event.metadata.traceparent.as_ref().is_some_and(|traceparent| traceparent.contains('\0')) {
-                    return invalid(format!(
-                        "{}: its traceparent has a NUL, which not every store can give back",
-                        at()
-                    ));
-                }
                 if event.data.len() > EVENT_BYTES_MAX {
                     let bytes = event.data.len();
                     return invalid(format!("{} has {bytes} bytes; the limit is {EVENT_BYTES_MAX}", at()));

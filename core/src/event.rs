@@ -6,13 +6,15 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::trace_context::TraceContext;
+
 /// The longest stream id, in bytes: it is an index key in every store and a key on every bus.
 pub const STREAM_ID_BYTES_MAX: usize = 512;
 /// The longest category, in bytes.
 pub const CATEGORY_BYTES_MAX: usize = 100;
 /// The largest payload of one event, in bytes of JSON: below what PostgreSQL and Kafka take by default.
 pub const EVENT_BYTES_MAX: usize = 900_000;
-/// The JSON of metadata with a W3C trace context, and some room.
+/// The JSON of metadata with a `traceparent`, and some room.
 const METADATA_BYTES: usize = 200;
 
 /// The name of a stream: `<category>-<id>`, such as `order-536365`.
@@ -207,22 +209,53 @@ pub fn named_id(cause: Uuid, name: &str) -> Uuid {
 
 /// Who caused an event, and in which trace. The framework carries it from each message to all that follows from it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "Stored", into = "Stored")]
 pub struct Metadata {
     /// The same for everything that one request caused.
-    #[serde(default)]
     pub correlation_id: Uuid,
     /// The command or message that caused this event.
-    #[serde(default)]
     pub causation_id: Uuid,
-    /// W3C trace context, where there is one.
+    /// The W3C trace context, where there is one.
+    pub trace: Option<TraceContext>,
+}
+
+/// Metadata as its JSON has it: a trace context may be invalid there.
+#[derive(Serialize, Deserialize)]
+struct Stored {
+    #[serde(default)]
+    correlation_id: Uuid,
+    #[serde(default)]
+    causation_id: Uuid,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub traceparent: Option<Arc<str>>,
+    traceparent: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tracestate: Option<String>,
+}
+
+impl From<Stored> for Metadata {
+    fn from(stored: Stored) -> Self {
+        let Stored { correlation_id, causation_id, traceparent, tracestate } = stored;
+        Self { correlation_id, causation_id, trace: TraceContext::parse(traceparent.as_deref(), tracestate.as_deref()) }
+    }
+}
+
+impl From<Metadata> for Stored {
+    fn from(metadata: Metadata) -> Self {
+        let Metadata { correlation_id, causation_id, trace } = metadata;
+        let text = |text: &str| text.to_owned();
+        Self {
+            correlation_id,
+            causation_id,
+            traceparent: trace.as_ref().map(|trace| text(trace.traceparent())),
+            tracestate: trace.as_ref().and_then(TraceContext::tracestate).map(text),
+        }
+    }
 }
 
 impl Metadata {
     /// The metadata of the first command of a request: it correlates with itself.
     pub fn of_request(command_id: Uuid) -> Self {
-        Self { correlation_id: command_id, causation_id: command_id, traceparent: None }
+        Self { correlation_id: command_id, causation_id: command_id, trace: None }
     }
 
     /// The metadata of what a message causes.
@@ -235,7 +268,7 @@ impl Metadata {
         serde_json::from_str(text).unwrap_or_default()
     }
 
-    /// The JSON to store: written by hand because it is on every event's path and has three plain fields.
+    /// The JSON to store: written by hand because it is on every event's path and has few plain fields.
     pub fn to_json(&self) -> String {
         let mut buffer = Uuid::encode_buffer();
         let mut json = String::with_capacity(METADATA_BYTES);
@@ -244,9 +277,15 @@ impl Metadata {
         json += r#"","causation_id":""#;
         json += self.causation_id.hyphenated().encode_lower(&mut buffer);
         json += "\"";
-        if let Some(traceparent) = &self.traceparent {
-            json += r#","traceparent":"#;
-            json += &serde_json::Value::from(&**traceparent).to_string();
+        if let Some(trace) = &self.trace {
+            // A valid one has nothing that JSON escapes.
+            json += r#","traceparent":""#;
+            json += trace.traceparent();
+            json += "\"";
+            if let Some(state) = trace.tracestate() {
+                json += r#","tracestate":"#;
+                json += &serde_json::Value::from(state).to_string();
+            }
         }
         json + "}"
     }
@@ -406,4 +445,28 @@ pub fn encode_all<E: Event>(
             })
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metadata_survives_its_json_and_has_no_invalid_trace() {
+        let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        for states in [&[][..], &["a=\"1\"\\", "b@c=2"]] {
+            let trace = TraceContext::parse([parent], states.iter().copied());
+            let metadata = Metadata { trace, ..Metadata::of_request(Uuid::from_u128(1)) }.caused_by(Uuid::from_u128(2));
+            let json = metadata.to_json();
+            assert_eq!(json, serde_json::to_string(&metadata).unwrap());
+            assert_eq!(Metadata::from_json(&json), metadata);
+            assert_eq!(json.contains(r#""tracestate":"a=\"1\"\\,b@c=2""#), !states.is_empty(), "{json}");
+        }
+        let id = Uuid::from_u128(1);
+        for trace in ["00-x", &parent.replace('4', "0").replace(|c: char| c.is_ascii_hexdigit(), "0"), "\\u0000"] {
+            let json = format!(r#"{{"correlation_id":"{id}","traceparent":"{trace}","tracestate":"a=1","more":{{}}}}"#);
+            let expected = Metadata { correlation_id: id, ..Metadata::default() };
+            assert_eq!(Metadata::from_json(&json), expected, "{json}");
+        }
+    }
 }

@@ -91,6 +91,7 @@ pub mod subscription;
 pub mod tail;
 #[cfg(feature = "testing")]
 pub mod testing;
+pub mod trace_context;
 pub mod transaction;
 pub mod work;
 pub mod worker;
@@ -119,6 +120,7 @@ pub use self::{
     store::{EventStore, LogPage, LogQuery, LostEnd, OpenWriter, Scan, StoreError, StoreStatus},
     subscription::{Start, Subscription},
     tail::Tail,
+    trace_context::TraceContext,
     transaction::Transaction,
     work::{Work, WorkError},
 };

@@ -11,6 +11,7 @@ use std::{
 
 use sample_shop::http::{BODY_BYTES_MAX, BODY_TIME_MAX};
 use serde_json::{Value, json};
+use sqlx::{Connection, SqliteConnection, sqlite::SqliteConnectOptions};
 
 use self::serving::{Serving, read_answer};
 
@@ -110,6 +111,47 @@ fn one_key_is_one_order() {
     });
     assert_eq!(bodies.iter().filter(|status| **status == 201).count(), 1, "{bodies:?}");
     assert_eq!(bodies.iter().filter(|status| **status == 422).count(), 7, "{bodies:?}");
+}
+
+/// The metadata of an order's first event shows what became of the headers.
+#[tokio::test]
+async fn w3c_trace_context_is_carried_only_if_it_is_valid() {
+    const TRACE: &str = "12345678901234567890123456789012";
+    const PARENT: &str = "1234567890123456";
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("shop.db");
+    let shop = Serving::all(&format!("sqlite:{}", path.display()));
+    let valid = format!("00-{TRACE}-{PARENT}-01");
+    let other = format!("00-{}-{PARENT}-01", "9".repeat(32));
+    let cases: Vec<(Vec<(&str, String)>, Value)> = vec![
+        (vec![("traceparent", valid.clone())], json!([valid, null])),
+        (vec![("Traceparent", format!(" \t{valid} \t"))], json!([valid, null])),
+        (vec![("traceparent", format!("00-{}-{PARENT}-01", "0".repeat(32)))], json!([null, null])),
+        (vec![("traceparent", format!("00-{TRACE}-{}-01", "0".repeat(16)))], json!([null, null])),
+        (vec![("traceparent", format!("ff-{TRACE}-{PARENT}-01"))], json!([null, null])),
+        (vec![("traceparent", format!("cc-{TRACE}-{PARENT}-01-what-the-future-will-be-like"))], json!([valid, null])),
+        (vec![("traceparent", valid.clone()), ("traceparent", other)], json!([null, null])),
+        (vec![("traceparent", valid.clone()), ("tracestate", "foo=1".into())], json!([valid, "foo=1"])),
+        (
+            vec![("tracestate", "foo=1".into()), ("traceparent", valid.clone()), ("tracestate", "bar=2".into())],
+            json!([valid, "foo=1,bar=2"]),
+        ),
+        (vec![("traceparent", valid.clone()), ("tracestate", "FOO".into())], json!([valid, null])),
+        (vec![("traceparent", "none".into()), ("tracestate", "foo=1".into())], json!([null, null])),
+    ];
+    let mut file = SqliteConnection::connect_with(&SqliteConnectOptions::new().filename(&path)).await.unwrap();
+    for (number, (headers, right)) in cases.iter().enumerate() {
+        let key = format!("t{number}");
+        let json_headers = [("content-type", "application/json"), ("idempotency-key", &*key)];
+        let headers: Vec<_> =
+            json_headers.into_iter().chain(headers.iter().map(|(name, value)| (*name, &**value))).collect();
+        assert_eq!(shop.ask("POST", "/orders", &headers, &order(1).to_string()).status, 201);
+        let stored =
+            sqlx::query_scalar::<_, String>("SELECT metadata FROM events WHERE stream_id = $1 AND version = 1");
+        let stored = stored.bind(format!("order-{key}")).fetch_one(&mut file).await.unwrap();
+        let stored: Value = serde_json::from_str(&stored).unwrap();
+        assert_eq!(json!([stored["traceparent"], stored["tracestate"]]), *right, "{headers:?}");
+    }
 }
 
 #[test]

@@ -29,7 +29,7 @@ use std::{
 };
 
 use annals::{
-    Bus, Message, Metadata, Position, Version,
+    Bus, Message, Metadata, Position, TraceContext, Version,
     bus::{Bookmark, Delivery, Receipt},
 };
 use async_trait::async_trait;
@@ -281,13 +281,16 @@ pub async fn attributes_round_trip<S: Subject>() {
         metadata: Metadata {
             correlation_id: Uuid::new_v4(),
             causation_id: Uuid::new_v4(),
-            traceparent: Some("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".into()),
+            trace: TraceContext::parse(
+                ["00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"],
+                ["vendor=\"1\",other=2"],
+            ),
         },
         time: DateTime::from_timestamp_micros(1_700_000_000_123_457).unwrap(),
         position: Position(i64::MAX - 1),
         version: Version(42),
         lane: Some("3@log".into()),
-        extensions: [("tenant", "Ærø & søn, \"a=b\""), ("tracestate", "vendor=1,other=2"), ("dataref", "")]
+        extensions: [("tenant", "Ærø & søn, \"a=b\""), ("dataref", "")]
             .map(|(name, value)| (name.to_owned(), value.to_owned()))
             .into(),
     };

@@ -8,7 +8,7 @@ use std::{
 
 use annals::{
     Answer, Bus, DocumentKey, Event, EventStore, HandlerError, LocalBus, LogQuery, Message, Metadata, Participant,
-    Recorded, Repository, Runtime, Saga, SagaState, Service, StepError, Version, Work,
+    Recorded, Repository, Runtime, Saga, SagaState, Service, StepError, TraceContext, Version, Work,
     saga::{Outcome, Request, Runner, SagaStatus, Status},
 };
 use async_trait::async_trait;
@@ -245,7 +245,7 @@ impl World {
 
     /// Asks for a trip, in this trace.
     pub async fn request(&self, id: &str, request: Uuid, traceparent: Option<&str>) {
-        let metadata = Metadata { traceparent: traceparent.map(Arc::from), ..Metadata::of_request(request) };
+        let metadata = Metadata { trace: TraceContext::parse(traceparent, None), ..Metadata::of_request(request) };
         let tallies = Repository::<Tally>::new(self.store.clone());
         let asked = annals::Request { command_id: request, metadata };
         let added = tallies.execute(id, TallyCommand::Add(1), asked).await;

@@ -253,7 +253,13 @@ async fn correlation_and_trace_reach_the_last_event() {
     for event in annals_tests::tally::log(&world.store).await {
         let metadata = &event.metadata;
         assert_eq!(metadata.correlation_id, request, "{} of {}", event.type_name, event.stream);
-        assert_eq!(metadata.traceparent.as_deref(), Some(traceparent), "{} of {}", event.type_name, event.stream);
+        assert_eq!(
+            metadata.trace.as_ref().map(|trace| trace.traceparent()),
+            Some(traceparent),
+            "{} of {}",
+            event.type_name,
+            event.stream
+        );
     }
     bank.drain(DRAIN).await.unwrap();
     runtime.drain(DRAIN).await.unwrap();

@@ -1,8 +1,8 @@
 //! What a request says beside its path, read strictly: the key, the body, how long to wait.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
-use annals::{Metadata, Request};
+use annals::{Metadata, Request, TraceContext};
 use axum::{
     body::Bytes,
     extract::{
@@ -107,18 +107,14 @@ fn key(headers: &HeaderMap) -> Result<String, Problem> {
 /// Who asks for what has this id: whoever asks again asks the same.
 pub fn asked(category: &str, id: &str, headers: &HeaderMap) -> Request {
     let command_id = request(category, id);
-    Request { command_id, metadata: Metadata { traceparent: traceparent(headers), ..Metadata::of_request(command_id) } }
+    Request { command_id, metadata: Metadata { trace: trace(headers), ..Metadata::of_request(command_id) } }
 }
 
-/// The W3C trace context, if it is one.
-fn traceparent(headers: &HeaderMap) -> Option<Arc<str>> {
-    let text = headers.get("traceparent")?.to_str().ok()?;
-    let parts: Vec<&str> = text.split('-').collect();
-    let hex = |part: &str, digits| {
-        part.len() == digits && part.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
-    };
-    let is_one = parts.len() == 4 && [2, 32, 16, 2].into_iter().zip(&parts).all(|(digits, part)| hex(part, digits));
-    is_one.then(|| text.into())
+/// The W3C trace context of a request, if it is valid.
+fn trace(headers: &HeaderMap) -> Option<TraceContext> {
+    // Bytes that are not ASCII make a header invalid, and not absent.
+    let all = |name| headers.get_all(name).into_iter().map(|value| value.to_str().unwrap_or("\0"));
+    TraceContext::parse(all("traceparent"), all("tracestate"))
 }
 
 fn body<T: DeserializeOwned>(headers: &HeaderMap, body: &Bytes) -> Result<T, Problem> {

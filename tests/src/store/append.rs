@@ -1,6 +1,8 @@
 //! Appending events and reading streams.
 
-use annals::{Commit, Committed, Expected, Metadata, NewEvent, Position, Version, commit::COMMIT_ROWS_MAX};
+use annals::{
+    Commit, Committed, Expected, Metadata, NewEvent, Position, TraceContext, Version, commit::COMMIT_ROWS_MAX,
+};
 use chrono::Utc;
 use uuid::Uuid;
 
@@ -22,11 +24,13 @@ pub async fn events_come_back_as_they_were_given<T: StoreUnderTest>() {
         metadata: Metadata {
             correlation_id: Uuid::new_v4(),
             causation_id: Uuid::new_v4(),
-            traceparent: Some(traceparent.into()),
+            trace: TraceContext::parse([traceparent], None),
         },
     };
     let before = Utc::now();
-    let odd_trace = Metadata { traceparent: Some("\" \\ \n é".into()), ..Metadata::default() };
+    let odd_state = TraceContext::parse([traceparent], ["vendor=\"\\ {},1@other=2"]);
+    assert!(odd_state.as_ref().is_some_and(|trace| trace.tracestate().is_some()));
+    let odd_trace = Metadata { trace: odd_state, ..Metadata::default() };
     let second = NewEvent { id: Uuid::new_v4(), metadata: odd_trace, ..given.clone() };
     store.commit(appending([append("order-1", at(0), vec![given.clone(), second.clone()])])).await.unwrap();
 

@@ -46,9 +46,6 @@ pub async fn names_that_are_none_are_refused<T: StoreUnderTest>() {
         assert_refused(&store, of(append)).await;
     }
     assert_refused(&store, of(append("a-1", at(0), vec![event("nul\0", "{}")]))).await;
-    let mut traced = event("odd.trace", "{}");
-    traced.metadata.traceparent = Some("nul\0".into());
-    assert_refused(&store, of(append("a-1", at(0), vec![traced]))).await;
     assert_refused(&store, putting([put(&key("nul\0", "1"), None, Some("{}"))])).await;
     let long = "x".repeat(DOCUMENT_ID_BYTES_MAX + 1);
     for id in ["nul\0", &long] {
