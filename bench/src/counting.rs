@@ -6,8 +6,8 @@ use std::sync::{
 };
 
 use annals::{
-    Commit, CommitError, Committed, Document, DocumentKey, EventStore, LogPage, LogQuery, Position, Recorded, Scan,
-    StoreError, StoreStatus, StreamId, Version,
+    Clock, Commit, CommitError, Committed, Document, DocumentKey, EventStore, LogPage, LogQuery, Position, Recorded,
+    Scan, StoreError, StoreStatus, StreamId, Version,
 };
 use async_trait::async_trait;
 
@@ -66,5 +66,9 @@ impl EventStore for Counting {
 
     fn history(&self) -> u64 {
         self.store.history()
+    }
+
+    fn clock(&self) -> Clock {
+        self.store.clock()
     }
 }

@@ -26,8 +26,8 @@ impl Backoff {
     }
 
     pub fn next(&mut self) -> Duration {
-        let delay = self.next.mul_f64(0.5 + fastrand::f64() / 2.0);
-        self.next = (self.next * 2).min(self.longest);
+        let delay = self.next / 2 + (self.next / 2).mul_f64(fastrand::f64());
+        self.next = self.next.saturating_mul(2).min(self.longest);
         delay
     }
 

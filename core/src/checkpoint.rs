@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use chrono::Utc;
+use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -59,7 +59,7 @@ pub struct Checkpoint {
     #[serde(default, skip_serializing_if = "Marks::is_empty")]
     pub marks: Marks,
     /// When it was last moved.
-    pub at: chrono::DateTime<Utc>,
+    pub at: DateTime<Utc>,
 }
 
 pub(crate) fn is_zero(number: &i64) -> bool {
@@ -125,10 +125,10 @@ impl Lane {
     }
 
     /// The body of its document.
-    pub fn body(&self) -> Arc<str> {
+    pub fn body(&self, at: DateTime<Utc>) -> Arc<str> {
         let Self { next, epoch, paused, last, .. } = *self;
         let (incarnation, holder, marks) = (self.incarnation.clone(), self.holder.clone(), self.marks.clone());
-        let checkpoint = Checkpoint { next, incarnation, holder, epoch, paused, last, marks, at: Utc::now() };
+        let checkpoint = Checkpoint { next, incarnation, holder, epoch, paused, last, marks, at };
         serde_json::to_string(&checkpoint).unwrap_or_default().into()
     }
 }

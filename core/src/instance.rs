@@ -153,7 +153,7 @@ impl Instance {
         seen: &mut BTreeMap<Arc<str>, Seen>,
         counts: bool,
     ) -> Result<(), String> {
-        let heartbeat = Heartbeat { follows: follows.clone(), at: chrono::Utc::now() };
+        let heartbeat = Heartbeat { follows: follows.clone(), at: store.clock().now() };
         let body = serde_json::to_string(&heartbeat).map_err(|error| error.to_string())?;
         let put = Put { key: self.key(), expected: *own, body: Some(body.into()), due: None };
         let put = store.commit(Commit { appends: Vec::new(), puts: vec![put] }).await;

@@ -63,6 +63,7 @@ mod backoff;
 pub mod bus;
 pub mod checkpoint;
 mod claim;
+pub mod clock;
 pub mod commit;
 pub mod consumer;
 pub mod event;
@@ -104,6 +105,7 @@ pub use self::{
     aggregate::{Aggregate, Snapshot},
     archive::Archive,
     bus::{Bus, BusError, Consumer, Message, Publisher},
+    clock::Clock,
     commit::{Append, Commit, CommitError, Committed, Document, DocumentKey, Expected, Put},
     consumer::Group,
     event::{Event, EventError, EventType, Metadata, NewEvent, Position, Recorded, StreamId, StreamIdError, Version},

@@ -11,6 +11,7 @@ use chrono::{DateTime, SubsecRound, Utc};
 use tokio::sync::watch;
 
 use crate::{
+    clock::Clock,
     commit::{Append, Commit, CommitError, Committed, Document, DocumentKey, Put},
     event::{Position, Recorded, StreamId, Version},
     store::{EventStore, LogPage, LogQuery, Scan, StoreError, StoreStatus},
@@ -47,6 +48,7 @@ pub struct MemoryStore {
 #[derive(Debug, Default)]
 struct Shared {
     held: Mutex<Held>,
+    clock: Clock,
     head: watch::Sender<Position>,
 }
 
@@ -67,6 +69,11 @@ impl MemoryStore {
         Self::default()
     }
 
+    /// An empty store that waits by this clock, for tests that move it by hand.
+    pub fn with_clock(clock: Clock) -> Self {
+        Self { shared: Arc::new(Shared { clock, ..Shared::default() }) }
+    }
+
     /// A panic elsewhere cannot leave a commit half applied: everything is checked before anything is changed.
     fn held(&self) -> MutexGuard<'_, Held> {
         self.shared.held.lock().unwrap_or_else(PoisonError::into_inner)
@@ -79,7 +86,7 @@ impl EventStore for MemoryStore {
         commit.validate()?;
         let mut held = self.held();
         held.check(&commit)?;
-        let committed = held.apply(commit);
+        let committed = held.apply(commit, self.shared.clock.now());
         // Under the lock, so that the head never goes back.
         if committed.position > Position::START {
             self.shared.head.send_replace(committed.position);
@@ -150,6 +157,10 @@ impl EventStore for MemoryStore {
     async fn status(&self) -> Result<StoreStatus, StoreError> {
         Ok(StoreStatus { head: *self.shared.head.borrow(), ..StoreStatus::default() })
     }
+
+    fn clock(&self) -> Clock {
+        self.shared.clock.clone()
+    }
 }
 
 impl Held {
@@ -171,9 +182,9 @@ impl Held {
         Ok(())
     }
 
-    fn apply(&mut self, commit: Commit) -> Committed {
+    fn apply(&mut self, commit: Commit, now: DateTime<Utc>) -> Committed {
         // To the microsecond, as a database keeps it, and never backwards, whatever the clock does.
-        self.last_recorded_at = Utc::now().trunc_subsecs(6).max(self.last_recorded_at);
+        self.last_recorded_at = now.trunc_subsecs(6).max(self.last_recorded_at);
         let mut committed = Committed::default();
         for append in commit.appends {
             if !append.events.is_empty() {

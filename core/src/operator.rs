@@ -5,7 +5,6 @@ use std::{
     sync::Arc,
 };
 
-use chrono::Utc;
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
@@ -185,10 +184,11 @@ impl Operator {
         }
         self.again(async || {
             let lanes = self.lanes(subscription).await?;
+            let now = self.store.clock().now();
             let from = lanes.iter().map(|(document, lane)| (document.key.id.to_string(), lane.next)).collect();
             let (by, reason) = (self.by.clone(), reason.to_owned());
             let event = OperatorEvent::Reset { subscription: subscription.to_owned(), to, from, by, reason };
-            let moved = moved(lanes, |lane| Checkpoint { next: to.0, ..lane });
+            let moved = moved(lanes, |lane| Checkpoint { next: to.0, at: now, ..lane });
             self.record(subscription, &event, moved).await
         })
         .await
@@ -199,6 +199,7 @@ impl Operator {
     pub async fn pause(&self, subscription: &str, paused: bool, reason: &str) -> Result<(), OperatorError> {
         self.again(async || {
             let lanes = self.lanes(subscription).await?;
+            let now = self.store.clock().now();
             if lanes.iter().all(|(_, lane)| lane.paused == paused) {
                 let state = if paused { "is paused already" } else { "is not paused" };
                 return Err(OperatorError::Illegal(format!("subscription {subscription} {state}")));
@@ -208,7 +209,7 @@ impl Operator {
                 true => OperatorEvent::Paused { subscription: of, by, reason },
                 false => OperatorEvent::Resumed { subscription: of, by, reason },
             };
-            let moved = moved(lanes, |lane| Checkpoint { paused, holder: None, ..lane });
+            let moved = moved(lanes, |lane| Checkpoint { paused, holder: None, at: now, ..lane });
             self.record(subscription, &event, moved).await
         })
         .await
@@ -252,7 +253,7 @@ impl Operator {
                     "{by} has asked for {verb:?} already, and no service has taken it up yet"
                 )));
             }
-            let due = Some(Utc::now().timestamp_millis());
+            let due = Some(self.store.clock().now().timestamp_millis());
             let (by, reason) = (self.by.clone(), reason.to_owned());
             let event = SagaEvent::Requested { verb, by, reason, progress: Progress { due, ..progress } };
             let id = Uuid::new_v4();
@@ -337,7 +338,7 @@ fn new_event<E: Event>(event: &E, cause: Uuid, metadata: Metadata) -> Result<New
 
 fn moved(lanes: Vec<(Document, Checkpoint)>, change: impl Fn(Checkpoint) -> Checkpoint) -> Vec<Put> {
     let put = |(document, lane): (Document, Checkpoint)| {
-        let body = serde_json::to_string(&Checkpoint { at: Utc::now(), ..change(lane) }).unwrap_or_default();
+        let body = serde_json::to_string(&change(lane)).unwrap_or_default();
         Put { key: document.key, expected: Some(document.version), body: Some(body.into()), due: None }
     };
     lanes.into_iter().map(put).collect()

@@ -2,8 +2,6 @@
 
 use std::{sync::Arc, time::Duration};
 
-use chrono::Utc;
-
 use crate::{
     commit::CommitError,
     handler::Remedy,
@@ -31,7 +29,7 @@ impl Worker {
         let mut keys: Vec<Arc<str>> = self.parked.freed().take(DUE_PAGE).cloned().collect();
         let mut limit = DUE_PAGE;
         loop {
-            let due = self.store.scan(&collection(&self.name), &Scan::Due(Utc::now()), limit).await?;
+            let due = self.store.scan(&collection(&self.name), &Scan::Due(self.store.clock().now()), limit).await?;
             let all = due.len() < limit;
             let of_key = due.iter().filter_map(|document| document.key.id.rsplit_once(" #"));
             let mine = of_key.map(|(key, _)| Arc::<str>::from(key)).filter(|key| self.parked.has(key));
@@ -94,8 +92,9 @@ impl Worker {
         let attempts = parked.attempts + 1;
         let delay = (remedy == Remedy::RetryMessage).then(|| self.retry.delay_after(attempts)).flatten();
         let tried = Parked { attempts, reason: Parked::reason(&reason), ..parked };
+        let due = delay.and_then(|delay| work.due_in(delay));
         let body = serde_json::to_string(&tried).unwrap_or_default();
-        work.put_expecting(&document_key, document.version, Some(body.into()), delay.map(|delay| Utc::now() + delay));
+        work.put_expecting(&document_key, document.version, Some(body.into()), due);
         match work.commit().await {
             Ok(_) => {
                 self.parked.tried_first(key);

@@ -9,7 +9,7 @@
 //! | `runner` | starts sagas, feeds them replies and timers, lets operators act |
 //! | `participant` | the other side: carries out steps once, and keeps the barrier against late ones |
 //! | `index` | a document per saga: for operators, and for finding timers that are due |
-//! | `timers` | when timers want to be looked at |
+//! | `timers` | when timers are due, and firing them |
 //! | `diagram` | draws a plan as Mermaid or SVG |
 //! | `path` | draws the way that one saga took |
 

@@ -7,6 +7,7 @@ use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
 use crate::{
+    clock::Clock,
     commit::{Commit, CommitError, Committed, Document, DocumentKey},
     event::{Position, Recorded, StreamId, Version},
 };
@@ -49,6 +50,12 @@ pub trait EventStore: Send + Sync + 'static {
     /// Never blocks. The default is for stores that cannot lose events while they are open.
     fn history(&self) -> u64 {
         0
+    }
+
+    /// The clock that everything on this store waits by. A store that several machines share keeps it at its own time; a store
+    /// around another one gives that one's clock. The default is the clock of the machine.
+    fn clock(&self) -> Clock {
+        Clock::machine()
     }
 }
 

@@ -230,7 +230,7 @@ impl Subscription {
                 if !self.linger.is_zero() && !page.more {
                     let load = if items.len() > BATCH_MAX { LINGER_UNDER_LOAD } else { 1 };
                     tokio::select! {
-                        () = sleep(self.linger * load) => {}
+                        () = sleep(self.linger.saturating_mul(load)) => {}
                         () = shutdown.cancelled() => {}
                     }
                 }

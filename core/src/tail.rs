@@ -13,6 +13,7 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 
 use crate::{
+    clock::Clock,
     commit::{Commit, CommitError, Committed, Document, DocumentKey},
     event::{NewEvent, Position, Recorded, StreamId, Version},
     store::{EventStore, LogPage, LogQuery, Scan, StoreError, StoreStatus},
@@ -252,6 +253,10 @@ impl EventStore for Tail {
 
     fn history(&self) -> u64 {
         self.store.history()
+    }
+
+    fn clock(&self) -> Clock {
+        self.store.clock()
     }
 }
 

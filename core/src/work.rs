@@ -1,6 +1,6 @@
 //! The unit of work: decisions on several aggregates and documents, staged in memory and committed as one value.
 
-use std::{any::Any, collections::HashMap, sync::Arc};
+use std::{any::Any, collections::HashMap, sync::Arc, time::Duration};
 
 use chrono::{DateTime, Utc};
 use serde::{Serialize, de::DeserializeOwned};
@@ -134,6 +134,16 @@ impl Work {
         }
         self.cause.calls = 0;
         self.rows = self.rows_at_begin;
+    }
+
+    /// The time of the store.
+    pub(crate) fn now(&self) -> DateTime<Utc> {
+        self.store.clock().now()
+    }
+
+    /// When something is due after this delay; `None` if that is beyond the calendar, and so never.
+    pub(crate) fn due_in(&self, delay: Duration) -> Option<DateTime<Utc>> {
+        self.store.clock().due_in(delay)
     }
 
     /// How many rows the commit will write.

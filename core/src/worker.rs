@@ -2,7 +2,6 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use chrono::Utc;
 use tokio::time::Instant;
 
 use crate::{
@@ -46,7 +45,7 @@ impl Default for RetryPolicy {
 
 impl RetryPolicy {
     pub(crate) fn delay_after(&self, attempts: u32) -> Option<Duration> {
-        let doubled = self.delay_min * 2u32.saturating_pow(attempts.saturating_sub(1).min(20));
+        let doubled = self.delay_min.saturating_mul(2u32.saturating_pow(attempts.saturating_sub(1).min(20)));
         (attempts < self.attempts_max).then(|| Backoff::between(doubled.min(self.delay_max), self.delay_max).next())
     }
 }
@@ -281,7 +280,7 @@ impl Worker {
             Some((reason, remedy)) => {
                 tracing::warn!(subscription = %self.name, key = %item.key, %reason, "parked");
                 let delay = (remedy == Remedy::RetryMessage).then(|| self.retry.delay_after(1)).flatten();
-                (Parked::reason(&reason), 1, delay.map(|delay| Utc::now() + delay))
+                (Parked::reason(&reason), 1, delay.and_then(|delay| work.due_in(delay)))
             }
         };
         let position = item.message.as_ref().map_or(0, |message| message.position.0);
@@ -293,7 +292,7 @@ impl Worker {
             key: item.key.clone(),
             reason,
             attempts,
-            parked_at: Utc::now(),
+            parked_at: work.now(),
             position,
             message: Parked::payload(&item.message),
         };
@@ -364,7 +363,8 @@ impl Worker {
 }
 
 fn put(after: &HashMap<usize, Lane>, work: &mut Work) {
+    let now = work.now();
     for lane in after.values() {
-        work.put_expecting(&lane.key, lane.version, Some(lane.body()), None);
+        work.put_expecting(&lane.key, lane.version, Some(lane.body(now)), None);
     }
 }

@@ -89,8 +89,8 @@ use std::{
 };
 
 use annals::{
-    Commit, CommitError, Committed, Document, DocumentKey, EventStore, LogPage, LogQuery, Position, Recorded, Scan,
-    StoreError, StoreStatus, StreamId, Version,
+    Clock, Commit, CommitError, Committed, Document, DocumentKey, EventStore, LogPage, LogQuery, Position, Recorded,
+    Scan, StoreError, StoreStatus, StreamId, Version,
 };
 use async_trait::async_trait;
 use tokio::{
@@ -294,5 +294,9 @@ impl EventStore for PostgresStore {
 
     async fn status(&self) -> Result<StoreStatus, StoreError> {
         self.shared.log.status().await
+    }
+
+    fn clock(&self) -> Clock {
+        self.shared.database.clock.clone()
     }
 }

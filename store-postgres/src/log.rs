@@ -23,6 +23,7 @@ use std::{
 };
 
 use annals::{LogPage, LogQuery, OpenWriter, Position, StoreError, StoreStatus};
+use chrono::{DateTime, Utc};
 use futures::TryStreamExt;
 use sqlx::{Postgres, postgres::PgArguments, query::Query};
 use tokio::{sync::Mutex, time::sleep};
@@ -191,7 +192,15 @@ impl Log {
     }
 
     async fn next(&self, after: i64) -> Result<Option<i64>, StoreError> {
-        read!(self.readers, |reader| self.database.statements.next.scalar().bind(after).fetch_one(reader.connection()?))
+        let (statement, clock) = (&self.database.statements.next, &self.database.clock);
+        let (next, now, asked) = read!(self.readers, |reader| async {
+            let asked = clock.ask();
+            let row: (Option<i64>, DateTime<Utc>) =
+                statement.rows().bind(after).fetch_one(reader.connection()?).await?;
+            Ok::<_, sqlx::Error>((row.0, row.1, asked))
+        })?;
+        clock.told(asked, now);
+        Ok(next)
     }
 
     async fn top(&self, until: i64) -> Result<i64, StoreError> {

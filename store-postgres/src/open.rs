@@ -2,6 +2,8 @@
 
 use std::str::FromStr;
 
+use annals::Clock;
+use chrono::{DateTime, Utc};
 use sqlx::{
     AssertSqlSafe, ConnectOptions, Connection, PgConnection, SqlSafeStr, SqlStr,
     postgres::{PgConnectOptions, PgPool, PgPoolOptions},
@@ -100,6 +102,8 @@ pub(crate) struct Database {
     pub(crate) pooled: bool,
     /// Whether the role is one of an operator, who may append nothing but acts.
     pub(crate) operates: bool,
+    /// Kept at the time of the server by every look for new events.
+    pub(crate) clock: Clock,
 }
 
 impl Database {
@@ -126,7 +130,7 @@ impl Database {
             .extra_float_digits(None)
             .disable_statement_logging();
         let options = if pooled { options } else { options.options(SETTINGS) };
-        Ok(Self { options, settings, statements, pooled, operates: false })
+        Ok(Self { options, settings, statements, pooled, operates: false, clock: Clock::of_the_machine() })
     }
 
     /// Creates the schema or brings it to the newest version.
@@ -151,8 +155,10 @@ impl Database {
         // This connection is used for nothing else: whatever happens, its end is the end of the transaction.
         let mut transaction = connection.begin().await.map_err(failed)?;
         let connection = &mut *transaction;
-        let (standby, set_up): (bool, bool) =
+        let asked = self.clock.ask();
+        let (standby, set_up, now): (bool, bool, DateTime<Utc>) =
             self.statements.server.rows().fetch_one(&mut *connection).await.map_err(failed)?;
+        self.clock.told(asked, now);
         if standby {
             return Err(OpenError::Standby);
         }

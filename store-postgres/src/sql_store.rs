@@ -12,7 +12,7 @@ use std::{
 };
 
 use annals::{
-    Commit, CommitError, Committed, Document, DocumentKey, EventStore, Handler, HandlerError, LogPage, LogQuery,
+    Clock, Commit, CommitError, Committed, Document, DocumentKey, EventStore, Handler, HandlerError, LogPage, LogQuery,
     Message, Position, Recorded, Scan, StoreError, StoreStatus, StreamId, Version, Work,
 };
 use async_trait::async_trait;
@@ -329,5 +329,9 @@ impl EventStore for SqlStore {
 
     fn history(&self) -> u64 {
         self.store.history()
+    }
+
+    fn clock(&self) -> Clock {
+        self.store.clock()
     }
 }

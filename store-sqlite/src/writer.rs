@@ -6,8 +6,8 @@ use std::{
     thread,
 };
 
-use annals::{CommitError, Committed, DocumentKey, Position, StreamId};
-use chrono::{DateTime, Utc};
+use annals::{Clock, CommitError, Committed, DocumentKey, Position, StreamId};
+use chrono::DateTime;
 use sqlx::{Connection, SqliteConnection};
 use tokio::{
     runtime,
@@ -197,9 +197,9 @@ fn numbers(json: &str) -> Result<Vec<i64>, sqlx::Error> {
     serde_json::from_str(json).map_err(|error| sqlx::Error::Decode(error.into()))
 }
 
-/// By the clock of this process, but not before the last event.
+/// By the clock of this machine, but not before the last event.
 fn recorded_at(last: i64) -> i64 {
-    let now = Utc::now().timestamp_micros();
+    let now = Clock::machine().now().timestamp_micros();
     if last > now.saturating_add(CLOCK_AHEAD_MICROSECONDS_MAX) { now } else { now.max(last) }
 }
 

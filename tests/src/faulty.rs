@@ -6,8 +6,8 @@ use std::{
 };
 
 use annals::{
-    Commit, CommitError, Committed, Document, DocumentKey, EventStore, LogPage, LogQuery, Position, Recorded, Scan,
-    StoreError, StoreStatus, StreamId, Version,
+    Clock, Commit, CommitError, Committed, Document, DocumentKey, EventStore, LogPage, LogQuery, Position, Recorded,
+    Scan, StoreError, StoreStatus, StreamId, Version,
 };
 use async_trait::async_trait;
 use tokio::sync::watch;
@@ -280,5 +280,9 @@ impl EventStore for FaultyStore {
 
     fn history(&self) -> u64 {
         self.inner.history()
+    }
+
+    fn clock(&self) -> Clock {
+        self.inner.clock()
     }
 }

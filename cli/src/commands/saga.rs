@@ -7,7 +7,6 @@ use annals::{
     Recorded, StreamId, Version,
     saga::{Path, SagaEvent},
 };
-use chrono::Utc;
 use clap::{Args, ValueEnum};
 
 use super::sagas;
@@ -82,7 +81,7 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
             output.beside(&format!("{margin:>9}  "), &shown(line))?;
         }
     }
-    if let Some(waits) = timeline::waits(progress, Utc::now()) {
+    if let Some(waits) = timeline::waits(progress, store.port().clock().now()) {
         output.line("")?;
         output.line(&waits)?;
     }

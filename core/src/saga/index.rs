@@ -10,6 +10,7 @@ use super::{
 };
 use crate::{
     bus::Message,
+    clock::LAST_DUE_MILLISECONDS,
     commit::DocumentKey,
     event::{Position, StreamId},
     handler::{Handler, HandlerError, Terminal},
@@ -94,10 +95,9 @@ impl Handler for Index {
         let status = SagaStatus::of(&stream, &progress, message.position);
         let body = serde_json::to_string(&status)?;
         let key = DocumentKey::new(stream.category(), stream.id());
-        let due = progress.wakes().map(time);
-        if let Some(due) = due {
-            self.timers.set(due, Utc::now());
-        }
+        // What is beyond the calendar is never due.
+        let due = progress.wakes().filter(|due| *due <= LAST_DUE_MILLISECONDS).map(time);
+        self.timers.set(stream.id(), due);
         work.put_json(&key, Some(body.into()), due);
         Ok(())
     }

@@ -1,17 +1,13 @@
 //! Starts sagas, feeds them replies and timers, and lets operators act on them.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc};
 
 use async_trait::async_trait;
-use chrono::{DateTime, Utc};
-use futures::future::join_all;
-use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{
     definition::{Saga, SagaState},
-    index::{Index, SagaStatus},
+    index::Index,
     instance::{Ask, Definitions, Instance, SagaRefusal, What},
     participant::StepEvent,
     progress::Progress,
@@ -19,28 +15,13 @@ use super::{
     transition::Verb,
 };
 use crate::{
-    backoff::Backoff,
     bus::Message,
-    commit::{Commit, Document, Put},
     event::{Metadata, Version, named_id},
     handler::{Handler, HandlerError, Terminal},
-    health::Health,
-    relayed::Relayed,
     repository::{CACHED_AGGREGATES, ExecuteError, Repository, Request},
-    store::{EventStore, LogQuery, Scan, StoreError},
+    store::{EventStore, LogQuery},
     work::Work,
 };
-
-/// How often the timers are looked at when one is due: the precision of every timeout and delay.
-pub const TIMER_TICK: Duration = Duration::from_millis(100);
-/// How often they are looked at when none is known to be: for those that a process set which is no more.
-pub const TIMER_LOOK: Duration = Duration::from_secs(1);
-/// How long a timer is left alone whose saga takes no input, such as one of a definition that this build lacks.
-const REFUSED_TIMER: Duration = Duration::from_secs(30);
-/// The same where the bus has not yet taken what its saga asked for, and there are many of them.
-const UNHEARD_TIMER: Duration = Duration::from_secs(5);
-/// Timers fired in one go.
-const DUE_PAGE: usize = 256;
 
 /// Tells which messages start a saga: its id, and what it is given.
 pub type Starts<C> = fn(&Message) -> Result<Option<(String, C)>, HandlerError>;
@@ -48,11 +29,11 @@ pub type Starts<C> = fn(&Message) -> Result<Option<(String, C)>, HandlerError>;
 /// Runs the sagas of one definition.
 pub struct Runner<C: SagaState> {
     definitions: Arc<Definitions<C>>,
-    instances: Repository<Instance<C>>,
-    store: Arc<dyn EventStore>,
+    pub(super) instances: Repository<Instance<C>>,
+    pub(super) store: Arc<dyn EventStore>,
     starts: Starts<C>,
     query: LogQuery,
-    timers: Timers,
+    pub(super) timers: Timers,
 }
 
 impl<C: SagaState> Clone for Runner<C> {
@@ -141,9 +122,9 @@ impl<C: SagaState> Runner<C> {
         Ok(())
     }
 
-    fn ask(&self, id: &str, what: What<C>) -> Ask<C> {
+    pub(super) fn ask(&self, id: &str, what: What<C>) -> Ask<C> {
         let saga_id = named_id(named_id(Uuid::NAMESPACE_OID, &self.category()), id);
-        Ask { definitions: self.definitions.clone(), saga_id, now: Utc::now().timestamp_millis(), what }
+        Ask { definitions: self.definitions.clone(), saga_id, now: self.store.clock().now().timestamp_millis(), what }
     }
 
     async fn start(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
@@ -158,99 +139,6 @@ impl<C: SagaState> Runner<C> {
         let ask = self.ask(saga_id, What::Reply(reply));
         work.execute(&self.instances, saga_id, &ask).await.terminal()?;
         Ok(())
-    }
-
-    /// Fires timers until `shutdown`. With the name of the service whose relay carries the commands, a saga is not held to
-    /// have waited for an answer while the bus has not even taken the question.
-    pub(crate) async fn timers(
-        self,
-        relayed_by: Option<String>,
-        health: Health,
-        shutdown: CancellationToken,
-    ) -> Result<(), String> {
-        let mut reporter = health.reporter(&format!("{}.timers", self.name()));
-        let mut backoff = Backoff::long();
-        let mut tick = tokio::time::interval(TIMER_TICK);
-        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut looked = None::<Instant>;
-        loop {
-            tokio::select! {
-                _ = tick.tick() => {}
-                () = shutdown.cancelled() => break,
-            }
-            let now = Utc::now();
-            if !self.timers.are_due(now) && looked.is_some_and(|looked| looked.elapsed() < TIMER_LOOK) {
-                continue;
-            }
-            looked = Some(Instant::now());
-            let due = match self.due(now, relayed_by.as_deref()).await {
-                Ok(due) => due,
-                Err(error) => {
-                    reporter.trouble(error.to_string());
-                    tokio::select! {
-                        () = backoff.wait() => {}
-                        () = shutdown.cancelled() => {}
-                    }
-                    continue;
-                }
-            };
-            let fired = due.into_iter().map(async |document| {
-                let error = self.put_in(&document.key.id, What::Due).await.err()?;
-                let trouble = format!("timer of saga {}: {error}", document.key.id);
-                if matches!(error, ExecuteError::Refused(_) | ExecuteError::Invalid(_) | ExecuteError::Undecodable(_)) {
-                    self.postpone(document, REFUSED_TIMER).await;
-                }
-                Some(trouble)
-            });
-            let trouble = join_all(fired).await.into_iter().flatten().next();
-            match trouble {
-                Some(trouble) => {
-                    reporter.trouble(trouble);
-                    tokio::select! {
-                        () = backoff.wait() => {}
-                        () = shutdown.cancelled() => {}
-                    }
-                }
-                None => {
-                    reporter.fine();
-                    backoff.reset();
-                }
-            }
-        }
-        health.set(&format!("{}.timers", self.name()), crate::health::State::Stopped);
-        Ok(())
-    }
-}
-
-impl<C: SagaState> Runner<C> {
-    /// The sagas whose timers are to fire now.
-    async fn due(&self, now: DateTime<Utc>, relayed_by: Option<&str>) -> Result<Vec<Document>, StoreError> {
-        // Until the look after next, so that those which another process has set, or this one long ago, are on time.
-        let mut soon = self.store.scan(&self.category(), &Scan::Due(now + 2 * TIMER_LOOK), DUE_PAGE).await?;
-        let due = soon.iter().take_while(|document| document.due.is_none_or(|due| due <= now)).count();
-        if let Some(next) = soon.drain(due..).find_map(|document| document.due) {
-            self.timers.set(next, now);
-        }
-        let Some(service) = relayed_by.filter(|_| !soon.is_empty()) else { return Ok(soon) };
-        let relayed = Relayed::on(&*self.store).await?.remove(service);
-        let is_heard = |document: &Document| {
-            let status = serde_json::from_str::<SagaStatus>(&document.body);
-            let (Ok(status), Ok(stream)) = (status, self.instances.stream(&document.key.id)) else { return true };
-            relayed.as_ref().is_some_and(|relayed| status.position <= relayed.up_to(&stream))
-        };
-        let (heard, unheard): (Vec<_>, Vec<_>) = soon.into_iter().partition(is_heard);
-        if unheard.len() > DUE_PAGE / 2 {
-            join_all(unheard.into_iter().map(|document| self.postpone(document, UNHEARD_TIMER))).await;
-        }
-        Ok(heard)
-    }
-
-    /// A timer that is not to fire now makes room for those of others, of which only so many are looked at together.
-    async fn postpone(&self, document: Document, delay: Duration) {
-        let due = Some(Utc::now() + delay);
-        let put = Put { key: document.key, expected: Some(document.version), body: Some(document.body), due };
-        // If it does not hold, the saga has moved or the store is away: the next tick sees.
-        _ = self.store.commit(Commit { appends: Vec::new(), puts: vec![put] }).await;
     }
 }
 

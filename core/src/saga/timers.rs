@@ -1,39 +1,371 @@
-//! When the timers of a saga want to be looked at.
+//! The timers of sagas: when they are due, and firing them.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    collections::{BTreeSet, HashMap, HashSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use chrono::{DateTime, TimeDelta, Utc};
+use futures::future::join_all;
+use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
+use super::{definition::SagaState, index::SagaStatus, instance::What, progress::SagaEvent, runner::Runner};
+use crate::{
+    backoff::Backoff,
+    commit::{Commit, CommitError, Document, DocumentKey, Put},
+    event::{Metadata, StreamId, Version},
+    health::{Health, State},
+    panic::caught,
+    relayed::Relayed,
+    store::{Scan, StoreError},
+    work::{Stale, Work, WorkError},
+};
+
+/// How often the timers are looked at when one is due: the precision of every timeout and delay.
+pub const TIMER_TICK: Duration = Duration::from_millis(100);
+/// How often they are looked at when none is known to be: for those that a process set which is no more.
+pub const TIMER_LOOK: Duration = Duration::from_secs(1);
+/// How long a timer is left alone whose saga takes no input, such as one of a definition that this build lacks.
+const REFUSED_TIMER: Duration = Duration::from_secs(30);
+/// The same where the bus has not yet taken what its saga asked for, and there are many of them.
+const UNHEARD_TIMER: Duration = Duration::from_secs(5);
+/// The same for a saga that has moved on, until the index has written down where to.
+const MOVED_TIMER: Duration = Duration::from_secs(2);
+/// Timers fired in one commit: well within a tenth of a second, so that two such commits, one of each half of a turn, keep
+/// nobody waiting.
+const DUE_PAGE: usize = 128;
+/// Timers that a process remembers, about 200 bytes each. The store has all of them: one that is not remembered fires in the order
+/// of the store, behind those that were due before it.
+const KNOWN_MAX: usize = 20_000;
 /// How long after a timer was due it is still looked for: until then the index has written it down.
 const OVERDUE: TimeDelta = TimeDelta::seconds(2);
+/// How often a commit of timers is tried again without the saga that somebody else has just moved.
+const RACES_MAX: u32 = 8;
 
-/// The earliest timer that this process knows of, so that a store in which nothing is due is seldom asked. Clones share it.
+/// The timers that this process knows of. Clones share it.
+///
+/// It saves asking a store in which nothing is due, and it lets a timer that has just become due fire beside a backlog: after a
+/// downtime, the store gives thousands that were due before it.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Timers(Arc<Mutex<Known>>);
 
 #[derive(Debug, Default)]
 struct Known {
-    earliest: Option<DateTime<Utc>>,
-    /// The next one that was set when that was due.
-    next: Option<DateTime<Utc>>,
+    by_due: BTreeSet<(DateTime<Utc>, Arc<str>)>,
+    due_of: HashMap<Arc<str>, DateTime<Utc>>,
+    /// The earliest one that the last look at the store found ahead.
+    ahead: Option<DateTime<Utc>>,
 }
 
 impl Timers {
-    /// There is one at this time.
-    pub(crate) fn set(&self, due: DateTime<Utc>, now: DateTime<Utc>) {
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let Known { earliest, next } = &mut *known;
-        let place = if earliest.is_some_and(|earliest| earliest <= now) { next } else { earliest };
-        *place = Some(place.map_or(due, |known| known.min(due)));
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether one is due, or was a moment ago.
-    pub(crate) fn are_due(&self, now: DateTime<Utc>) -> bool {
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if known.earliest.is_some_and(|earliest| earliest + OVERDUE < now) {
-            known.earliest = known.next.take();
+    /// The timer of this saga; `None`: it has none any more.
+    pub(crate) fn set(&self, id: &str, due: Option<DateTime<Utc>>) {
+        let mut known = self.known();
+        let Known { by_due, due_of, .. } = &mut *known;
+        if let Some((id, before)) = due_of.remove_entry(id) {
+            by_due.remove(&(before, id));
         }
-        known.earliest.is_some_and(|earliest| earliest <= now)
+        let Some(due) = due else { return };
+        let id: Arc<str> = id.into();
+        due_of.insert(id.clone(), due);
+        by_due.insert((due, id));
+        if by_due.len() > KNOWN_MAX
+            && let Some((_, last)) = by_due.pop_last()
+        {
+            due_of.remove(&last);
+        }
+    }
+
+    /// Takes out those that are due, the latest first: what has become due a moment ago does not wait behind a backlog.
+    fn take_due(&self, now: DateTime<Utc>, limit: usize) -> Vec<(DateTime<Utc>, Arc<str>)> {
+        let mut known = self.known();
+        let Known { by_due, due_of, .. } = &mut *known;
+        let mut taken = Vec::new();
+        let end = (now + TimeDelta::microseconds(1), Arc::from(""));
+        while taken.len() < limit {
+            let Some(latest) = by_due.range(..end.clone()).next_back().cloned() else { break };
+            by_due.remove(&latest);
+            due_of.remove(&latest.1);
+            taken.push(latest);
+        }
+        taken
+    }
+
+    /// Whether the store has one that is due by now, as far as the last look at it could tell.
+    fn is_ahead(&self, now: DateTime<Utc>) -> bool {
+        self.known().ahead.is_some_and(|ahead| ahead <= now)
+    }
+
+    fn look_again_at(&self, ahead: Option<DateTime<Utc>>) {
+        self.known().ahead = ahead;
+    }
+}
+
+/// What is due, in two halves that are fired one after the other.
+#[derive(Default)]
+struct Due {
+    /// Those that this process knows of, the latest first.
+    fresh: Vec<Document>,
+    /// The first ones of the store.
+    first: Vec<Document>,
+    /// Whether the store has more.
+    more: bool,
+}
+
+/// How a saga that is to be woken is written: where, and whose request it belongs to.
+type Origin = (StreamId, Metadata);
+
+impl<C: SagaState> Runner<C> {
+    /// Fires timers until `shutdown`. With the name of the service whose relay carries the commands, a saga is not held to
+    /// have waited for an answer while the bus has not even taken the question.
+    pub(crate) async fn timers(
+        self,
+        relayed_by: Option<String>,
+        health: Health,
+        shutdown: CancellationToken,
+    ) -> Result<(), String> {
+        let part = format!("{}.timers", self.name());
+        let mut reporter = health.reporter(&part);
+        let mut backoff = Backoff::long();
+        let mut tick = interval(TIMER_TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let (mut looked, mut more) = (None::<Instant>, false);
+        while !shutdown.is_cancelled() {
+            tokio::select! {
+                _ = tick.tick(), if !more => {}
+                () = std::future::ready(()), if more => {}
+                () = shutdown.cancelled() => break,
+            }
+            let now = self.store.clock().now();
+            let fresh = self.timers.take_due(now, DUE_PAGE);
+            let looks = more || self.timers.is_ahead(now) || looked.is_none_or(|looked| looked.elapsed() >= TIMER_LOOK);
+            if fresh.is_empty() && !looks {
+                continue;
+            }
+            if looks {
+                looked = Some(Instant::now());
+            }
+            let trouble = match self.due(now, fresh, looks, relayed_by.as_deref()).await {
+                Ok(due) => {
+                    more = due.more;
+                    let fresh = self.fire(due.fresh).await;
+                    fresh.or(self.fire(due.first).await)
+                }
+                Err(error) => Some(error.to_string()),
+            };
+            match trouble {
+                Some(trouble) => {
+                    reporter.trouble(trouble);
+                    more = false;
+                    tokio::select! {
+                        () = backoff.wait() => {}
+                        () = shutdown.cancelled() => {}
+                    }
+                }
+                None => {
+                    reporter.fine();
+                    backoff.reset();
+                }
+            }
+        }
+        health.set(&part, State::Stopped);
+        Ok(())
+    }
+
+    /// The sagas whose timers are to fire now.
+    async fn due(
+        &self,
+        now: DateTime<Utc>,
+        known: Vec<(DateTime<Utc>, Arc<str>)>,
+        looks: bool,
+        relayed_by: Option<&str>,
+    ) -> Result<Due, StoreError> {
+        let is_due = |document: &Document| document.due.is_some_and(|due| due <= now);
+        let mut due = Due::default();
+        if !known.is_empty() {
+            let category = self.category();
+            let keys: Vec<_> = known.iter().map(|(_, id)| DocumentKey::new(&*category, id.clone())).collect();
+            for ((time, id), found) in known.into_iter().zip(self.store.documents(&keys).await?) {
+                match found.filter(is_due) {
+                    Some(document) => due.fresh.push(document),
+                    // The index is about to write it down.
+                    None if time + OVERDUE > now => self.timers.set(&id, Some(time)),
+                    None => {}
+                }
+            }
+        }
+        if looks {
+            // Until the look after next, so that those which another process has set, or this one long ago, are on time.
+            let soon = Scan::Due(now + 2 * TIMER_LOOK);
+            let mut soon = self.store.scan(&self.category(), &soon, DUE_PAGE).await?;
+            let later = soon.split_off(soon.iter().take_while(|document| is_due(document)).count());
+            self.timers.look_again_at(later.first().and_then(|document| document.due));
+            due.more = soon.len() == DUE_PAGE;
+            let fresh: HashSet<_> = due.fresh.iter().map(|document| document.key.id.clone()).collect();
+            soon.retain(|document| !fresh.contains(&document.key.id));
+            due.first = soon;
+        }
+        let Some(service) = relayed_by.filter(|_| !due.fresh.is_empty() || !due.first.is_empty()) else {
+            return Ok(due);
+        };
+        let relayed = Relayed::on(&*self.store).await?.remove(service);
+        due.fresh = self.heard(due.fresh, relayed.as_ref()).await;
+        due.first = self.heard(due.first, relayed.as_ref()).await;
+        Ok(due)
+    }
+
+    /// Those whose question the bus has taken.
+    async fn heard(&self, due: Vec<Document>, relayed: Option<&Relayed>) -> Vec<Document> {
+        let is_heard = |document: &Document| {
+            let status = serde_json::from_str::<SagaStatus>(&document.body);
+            let (Ok(status), Ok(stream)) = (status, self.instances.stream(&document.key.id)) else { return true };
+            relayed.is_some_and(|relayed| status.position <= relayed.up_to(&stream))
+        };
+        let (heard, unheard): (Vec<_>, Vec<_>) = due.into_iter().partition(is_heard);
+        // They make room for those of others, of which only so many are looked at together.
+        if unheard.len() > DUE_PAGE / 2 {
+            let due = self.store.clock().due_in(UNHEARD_TIMER);
+            let postponed =
+                |Document { key, version, body, .. }| Put { key, expected: Some(version), body: Some(body), due };
+            let puts = unheard.into_iter().map(postponed);
+            // If one does not hold, its saga has moved or the store is away: the next look sees.
+            join_all(puts.map(|put| self.store.commit(Commit { appends: Vec::new(), puts: vec![put] }))).await;
+        }
+        heard
+    }
+
+    /// Wakes these sagas in one commit. The same commit moves their timers, so that no look finds them again before the index
+    /// has written down where they went. Returns what was in the way.
+    async fn fire(&self, mut due: Vec<Document>) -> Option<String> {
+        let mut trouble = None;
+        let origins = self.origins(&due).await;
+        let (mut stale, mut racing) = (Stale::Nothing, Backoff::short());
+        for _ in 0..RACES_MAX {
+            if due.is_empty() {
+                return trouble;
+            }
+            let mut work = Work::new(self.store.clone(), stale.clone());
+            for document in &due {
+                match self.wake(document, origins.get(&document.key.id), &mut work).await {
+                    Ok(()) => {}
+                    Err(Fault::OfStore(error)) => return Some(error),
+                    Err(Fault::OfSaga(error)) => {
+                        trouble = Some(format!("timer of saga {}: {error}", document.key.id));
+                    }
+                }
+            }
+            let Err(error) = work.commit().await else { return trouble };
+            match &error {
+                // Somebody else has moved it.
+                CommitError::DocumentConflict { key, .. } => {
+                    due.retain(|document| document.key != *key);
+                    racing.wait().await;
+                }
+                CommitError::Conflict { .. } => {
+                    stale = stale.after(&error);
+                    racing.wait().await;
+                }
+                CommitError::Invalid(_) if due.len() > 1 => {
+                    let rest = due.split_off(due.len() / 2);
+                    let first = Box::pin(self.fire(due)).await;
+                    return first.or(Box::pin(self.fire(rest)).await).or(trouble);
+                }
+                CommitError::Invalid(reason) => {
+                    let Document { key, version, body, .. } = due.remove(0);
+                    let trouble = format!("timer of saga {}: {reason}", key.id);
+                    let due = self.store.clock().due_in(REFUSED_TIMER);
+                    let put = Put { key, expected: Some(version), body: Some(body), due };
+                    // If this does not hold, the next look finds it again.
+                    _ = self.store.commit(Commit { appends: Vec::new(), puts: vec![put] }).await;
+                    return Some(trouble);
+                }
+                CommitError::Unknown(_) | CommitError::Unavailable(_) => return Some(error.to_string()),
+            }
+        }
+        trouble
+    }
+
+    /// Reads what is needed to wake them, side by side.
+    async fn origins(&self, due: &[Document]) -> HashMap<Arc<str>, Result<Origin, Fault>> {
+        let read = due.iter().map(async |document| {
+            let id = document.key.id.clone();
+            let origin = caught(self.origin(&id)).await;
+            (id, origin.unwrap_or_else(|panic| Err(Fault::OfSaga(panic.to_string()))))
+        });
+        join_all(read).await.into_iter().collect()
+    }
+
+    async fn origin(&self, id: &str) -> Result<Origin, Fault> {
+        let stream = self.instances.stream(id).map_err(|error| Fault::OfSaga(error.to_string()))?;
+        let first = self.store.read_stream(&stream, Version::START, 1).await;
+        let first = first.map_err(|error| Fault::OfStore(error.to_string()))?;
+        // Into the cache: one by one they would take a round trip each.
+        self.instances.folded(&*self.store, &stream, false, false).await?;
+        let metadata = first.first().map(|event| event.metadata.clone());
+        Ok((stream, metadata.unwrap_or_default()))
+    }
+
+    async fn wake(
+        &self,
+        document: &Document,
+        origin: Option<&Result<Origin, Fault>>,
+        work: &mut Work,
+    ) -> Result<(), Fault> {
+        let id = Uuid::new_v4();
+        let staged = match origin {
+            Some(Ok((stream, metadata))) => {
+                work.begin(id, metadata.caused_by(id));
+                let ask = self.ask(&document.key.id, What::Due);
+                let staged = caught(work.stage_as(id, &self.instances, stream, &ask, false)).await;
+                match staged {
+                    Ok(staged) => staged.map_err(Fault::from),
+                    Err(panic) => Err(Fault::OfSaga(format!("the decision {panic}"))),
+                }
+            }
+            Some(Err(fault)) => Err(fault.clone()),
+            None => return Ok(()),
+        };
+        let (due, outcome) = match staged {
+            Ok(decided) => {
+                let wakes = decided.events.last().map(|event: &SagaEvent| event.progress().wakes());
+                match wakes {
+                    Some(wakes) => (wakes.and_then(DateTime::from_timestamp_millis), Ok(())),
+                    None => (work.due_in(MOVED_TIMER), Ok(())),
+                }
+            }
+            Err(fault @ Fault::OfStore(_)) => return Err(fault),
+            Err(fault) => {
+                work.rollback();
+                (work.due_in(REFUSED_TIMER), Err(fault))
+            }
+        };
+        work.put_expecting(&document.key, document.version, Some(document.body.clone()), due);
+        outcome
+    }
+}
+
+/// Why a saga was not woken.
+#[derive(Clone, Debug)]
+enum Fault {
+    /// The store is away: nothing is wrong with the saga.
+    OfStore(String),
+    /// The saga takes no input.
+    OfSaga(String),
+}
+
+impl<R: std::error::Error> From<WorkError<R>> for Fault {
+    fn from(error: WorkError<R>) -> Self {
+        match error {
+            WorkError::Store(StoreError::Unavailable(reason)) => Self::OfStore(reason),
+            error => Self::OfSaga(error.to_string()),
+        }
     }
 }
 
@@ -41,18 +373,36 @@ impl Timers {
 mod tests {
     use super::*;
 
+    fn at(seconds: i64) -> DateTime<Utc> {
+        DateTime::UNIX_EPOCH + TimeDelta::seconds(seconds)
+    }
+
+    fn ids(taken: Vec<(DateTime<Utc>, Arc<str>)>) -> Vec<String> {
+        taken.into_iter().map(|(_, id)| id.to_string()).collect()
+    }
+
     #[test]
-    fn the_earliest_counts_and_then_the_next() {
-        let (timers, start) = (Timers::default(), Utc::now());
-        let after = |seconds| start + TimeDelta::seconds(seconds);
-        assert!(!timers.are_due(start));
-        for seconds in [7, 5, 9] {
-            timers.set(after(seconds), start);
+    fn the_latest_of_those_that_are_due_come_first() {
+        let timers = Timers::default();
+        for (id, due) in [("a", 7), ("b", 5), ("c", 9), ("d", 6)] {
+            timers.set(id, Some(at(due)));
         }
-        assert_eq!([4, 5, 7].map(|seconds| timers.are_due(after(seconds))), [false, true, true]);
-        for seconds in [12, 11] {
-            timers.set(after(seconds), after(7));
+        assert!(timers.take_due(at(4), 10).is_empty());
+        assert_eq!(ids(timers.take_due(at(7), 2)), ["a", "d"]);
+        timers.set("b", Some(at(8)));
+        timers.set("c", None);
+        assert!(timers.take_due(at(7), 10).is_empty());
+        assert_eq!(ids(timers.take_due(at(9), 10)), ["b"]);
+        assert!(timers.known().due_of.is_empty());
+    }
+
+    #[test]
+    fn what_is_remembered_has_a_limit_and_the_furthest_is_forgotten() {
+        let timers = Timers::default();
+        for number in 0..=KNOWN_MAX {
+            timers.set(&number.to_string(), Some(at(number as i64)));
         }
-        assert_eq!([8, 11, 13, 14].map(|seconds| timers.are_due(after(seconds))), [false, true, true, false]);
+        assert_eq!(timers.known().due_of.len(), KNOWN_MAX);
+        assert_eq!(ids(timers.take_due(at(i64::from(u32::MAX)), 1)), [(KNOWN_MAX - 1).to_string()]);
     }
 }

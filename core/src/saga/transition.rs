@@ -10,7 +10,7 @@ use super::{
     definition::{Kind, PlannedStep, RETRY_DELAY_MAX, RETRY_DELAY_MIN, Request, Saga, SagaState},
     progress::{At, CallState, Command, Failure, Outcome, Progress, Reply, Status},
 };
-use crate::event::named_id;
+use crate::{clock::later, event::named_id};
 
 /// What can happen to a running saga.
 #[derive(Clone, Debug, PartialEq)]
@@ -73,7 +73,7 @@ pub fn begin<C: SagaState>(plan: &Saga<C>, saga_id: Uuid, context: C, now: i64) 
         attempt: 0,
         retrying: false,
         due: None,
-        deadline: plan.deadline.map(|deadline| now + millis(deadline)),
+        deadline: plan.deadline.and_then(|deadline| later(now, deadline)),
         failure: None,
         trouble: None,
         definition: plan.hash.clone(),
@@ -261,7 +261,7 @@ impl<C: SagaState> Move<'_, C> {
         self.send.extend(commands);
         self.progress.attempt = attempt;
         self.progress.retrying = false;
-        self.progress.due = Some(self.now + millis(timeout));
+        self.progress.due = later(self.now, timeout);
         Ok(())
     }
 
@@ -272,7 +272,7 @@ impl<C: SagaState> Move<'_, C> {
         }
         self.progress.trouble = Some(self.failure(reason));
         self.progress.retrying = true;
-        self.progress.due = Some(self.now + millis(retry_delay(self.saga_id, self.progress.attempt)));
+        self.progress.due = later(self.now, retry_delay(self.saga_id, self.progress.attempt));
         Ok(())
     }
 
@@ -378,10 +378,6 @@ impl<C: SagaState> Move<'_, C> {
             Verb::SkipStep | Verb::Retry | Verb::Abandon => self.advance(),
         }
     }
-}
-
-fn millis(duration: Duration) -> i64 {
-    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX / 4)
 }
 
 /// Doubles with each attempt. The jitter comes from the saga's id, so that the function stays pure.

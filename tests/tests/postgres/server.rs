@@ -21,6 +21,7 @@ pub struct Server {
     port: u16,
     /// Beyond those that all have.
     settings: Vec<String>,
+    environment: Vec<(String, String)>,
     running: Option<Child>,
 }
 
@@ -37,8 +38,19 @@ impl Server {
         Self::start_in(folder, data, Vec::new()).await
     }
 
+    /// With these variables, such as a library to load first.
+    pub async fn start_with_environment(environment: Vec<(String, String)>) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let data = folder.path().join("data");
+        Self::begin(folder, data, Vec::new(), environment).await
+    }
+
     /// With its tables in a folder of the caller's; everything else, the write-ahead log too, in the other one.
     pub async fn start_in(folder: TempDir, data: PathBuf, settings: Vec<String>) -> Self {
+        Self::begin(folder, data, settings, Vec::new()).await
+    }
+
+    async fn begin(folder: TempDir, data: PathBuf, settings: Vec<String>, environment: Vec<(String, String)>) -> Self {
         fs::create_dir_all(&data).unwrap();
         if let Some((user, group)) = postgres_user() {
             for path in [folder.path(), &data] {
@@ -51,7 +63,7 @@ impl Server {
         initdb.arg("--pgdata").arg(&data).arg("--waldir").arg(&wal).current_dir(folder.path());
         let output = initdb.output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        let mut server = Self { folder, data, port: 0, settings, running: None };
+        let mut server = Self { folder, data, port: 0, settings, environment, running: None };
         server.resume().await;
         server
     }
@@ -79,6 +91,7 @@ impl Server {
         for setting in &self.settings {
             postgres.args(["-c", setting]);
         }
+        postgres.envs(self.environment.iter().map(|(name, value)| (name, value)));
         let mut running = postgres.spawn().unwrap();
         let url = self.url();
         let up = async {

@@ -1,0 +1,202 @@
+//! What time it is for everything that waits: one clock for all processes on a store.
+
+use std::{
+    fmt,
+    sync::{
+        Arc, LazyLock,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Duration,
+};
+
+use chrono::{DateTime, Utc};
+
+/// The last moment at which anything can be due, the end of the year 9999: every store, and every format that a document or a
+/// message has a time in, can hold the moments before it. A timer beyond it is never due.
+pub const LAST_DUE_MILLISECONDS: i64 = 253_402_300_799_999;
+
+/// The clock of a store. Clones share it.
+///
+/// Timers, deadlines and retry delays compare times that one process wrote with the time that another process sees, so all of
+/// them ask the clock of the store they share, and none asks the clock of its machine. Between two measurements the clock
+/// follows the steady time of the machine, which an operator or NTP does not set.
+///
+/// A test moves a clock [by hand](Clock::by_hand):
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use annals::{Clock, MemoryStore};
+///
+/// let clock = Clock::by_hand(chrono::DateTime::UNIX_EPOCH);
+/// let store = MemoryStore::with_clock(clock.clone());
+/// clock.advance(Duration::from_secs(3 * 24 * 3_600));
+/// assert_eq!(clock.now().to_rfc3339(), "1970-01-04T00:00:00+00:00");
+/// # drop(store);
+/// ```
+#[derive(Clone)]
+pub struct Clock(Arc<Hands>);
+
+struct Hands {
+    /// What is added to the steady time of the machine, in microseconds.
+    offset: AtomicI64,
+    /// Whether time passes by itself.
+    runs: bool,
+}
+
+/// When a store was asked for its time.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked(i64);
+
+/// The clock of this machine, the same for all stores that have no clock of their own.
+static MACHINE: LazyLock<Clock> = LazyLock::new(Clock::of_the_machine);
+
+impl Clock {
+    /// The clock of this machine, read once: setting it afterwards does not move this one.
+    pub fn machine() -> Self {
+        MACHINE.clone()
+    }
+
+    /// A clock of its own for a store that tells its time; until it does, the time of the machine.
+    pub fn of_the_machine() -> Self {
+        let offset = wall_microseconds().saturating_sub(steady_microseconds());
+        Self(Arc::new(Hands { offset: offset.into(), runs: true }))
+    }
+
+    /// A clock that stands still at this moment until a test moves it.
+    pub fn by_hand(start: DateTime<Utc>) -> Self {
+        Self(Arc::new(Hands { offset: start.timestamp_micros().into(), runs: false }))
+    }
+
+    /// Moves the clock forward. Timers that become due fire within a tenth of a second.
+    pub fn advance(&self, by: Duration) {
+        let by = i64::try_from(by.as_micros()).unwrap_or(i64::MAX);
+        let moved = |offset: i64| Some(offset.saturating_add(by).min(LAST_DUE_MILLISECONDS * 1_000));
+        // The closure always gives a value, so there is nothing to handle.
+        _ = self.0.offset.fetch_update(Ordering::SeqCst, Ordering::SeqCst, moved);
+    }
+
+    /// The time now.
+    pub fn now(&self) -> DateTime<Utc> {
+        let steady = if self.0.runs { steady_microseconds() } else { 0 };
+        let now = steady.saturating_add(self.0.offset.load(Ordering::SeqCst));
+        DateTime::from_timestamp_micros(now).unwrap_or_default()
+    }
+
+    /// When something is due after this delay; `None` if that is beyond the calendar, and so never.
+    pub fn due_in(&self, delay: Duration) -> Option<DateTime<Utc>> {
+        later(self.now().timestamp_millis(), delay).and_then(DateTime::from_timestamp_millis)
+    }
+
+    /// Marks the moment before a store is asked for its time.
+    pub fn ask(&self) -> Asked {
+        Asked(steady_microseconds())
+    }
+
+    /// Takes the answer of the store: its time was `told` at some moment since [`ask`](Clock::ask). The clock is moved only as
+    /// far as it contradicts that, so a slow answer does not move a clock that is right.
+    pub fn told(&self, asked: Asked, told: DateTime<Utc>) {
+        self.correct(asked.0, steady_microseconds(), told.timestamp_micros());
+    }
+
+    fn correct(&self, asked: i64, answered: i64, told: i64) {
+        if !self.0.runs {
+            return;
+        }
+        let least = told.saturating_sub(answered);
+        let most = told.saturating_sub(asked).max(least);
+        let offset = self.0.offset.load(Ordering::SeqCst);
+        if offset < least || offset > most {
+            self.0.offset.store(offset.clamp(least, most), Ordering::SeqCst);
+        }
+    }
+}
+
+impl Default for Clock {
+    fn default() -> Self {
+        Self::machine()
+    }
+}
+
+impl fmt::Debug for Clock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Clock").field(&self.now()).finish()
+    }
+}
+
+/// The moment this long after `now`, in milliseconds since 1970; `None` if it is beyond the calendar.
+pub(crate) fn later(now: i64, delay: Duration) -> Option<i64> {
+    let delay = i64::try_from(delay.as_millis()).ok()?;
+    now.checked_add(delay).filter(|due| *due <= LAST_DUE_MILLISECONDS)
+}
+
+/// Asked of the system itself, so that setting the clock of the machine does not move it, and that the sleep of a laptop counts.
+#[cfg(target_os = "linux")]
+fn steady_microseconds() -> i64 {
+    microseconds(rustix::time::clock_gettime(rustix::time::ClockId::Boottime))
+}
+
+#[cfg(target_os = "linux")]
+fn wall_microseconds() -> i64 {
+    microseconds(rustix::time::clock_gettime(rustix::time::ClockId::Realtime))
+}
+
+#[cfg(target_os = "linux")]
+fn microseconds(time: rustix::time::Timespec) -> i64 {
+    time.tv_sec.saturating_mul(1_000_000).saturating_add(time.tv_nsec / 1_000)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn steady_microseconds() -> i64 {
+    static START: LazyLock<std::time::Instant> = LazyLock::new(std::time::Instant::now);
+    i64::try_from(START.elapsed().as_micros()).unwrap_or(i64::MAX)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn wall_microseconds() -> i64 {
+    Utc::now().timestamp_micros()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_measurement_moves_the_clock_no_further_than_it_must() {
+        let clock = Clock(Arc::new(Hands { offset: 1_000.into(), runs: true }));
+        let offset = || clock.0.offset.load(Ordering::SeqCst);
+        // The answer fits: the time of the store was 1,050 somewhere between 40 and 60.
+        clock.correct(40, 60, 1_050);
+        assert_eq!(offset(), 1_000);
+        // The store is an hour ahead, then an hour behind.
+        clock.correct(100, 120, 3_600_001_100);
+        assert_eq!(offset(), 3_600_000_980);
+        clock.correct(200, 220, -3_599_999_000);
+        assert_eq!(offset(), -3_599_999_200);
+        // A slow answer tells little.
+        clock.correct(0, 10_000_000, -3_599_000_000);
+        assert_eq!(offset(), -3_599_999_200);
+    }
+
+    #[test]
+    fn nothing_is_due_beyond_the_calendar() {
+        assert_eq!(later(5, Duration::from_millis(7)), Some(12));
+        for delay in [Duration::MAX, Duration::from_secs(u64::MAX / 1_000), Duration::from_secs(9_000 * 366 * 86_400)] {
+            assert_eq!(later(1_800_000_000_000, delay), None, "{delay:?}");
+        }
+        let clock = Clock::by_hand(DateTime::UNIX_EPOCH);
+        assert_eq!(clock.due_in(Duration::MAX), None);
+        clock.advance(Duration::MAX);
+        assert_eq!(clock.now().timestamp_millis(), LAST_DUE_MILLISECONDS);
+        assert_eq!(clock.due_in(Duration::from_secs(1)), None);
+    }
+
+    #[test]
+    fn the_machine_has_one_clock_and_it_runs() {
+        let machine = Clock::machine();
+        let before = machine.now();
+        std::thread::sleep(Duration::from_millis(2));
+        assert!(Clock::machine().now() > before);
+        assert!((machine.now() - Utc::now()).num_seconds().abs() < 60);
+    }
+}
