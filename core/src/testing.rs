@@ -46,6 +46,77 @@
 //! given::<Door>([]).when(false).refused(ClosedAlready);
 //! ```
 
+//!
+//! Time is moved by hand: a deadline of three days passes in a moment.
+//!
+//! ```
+//! # tokio::runtime::Runtime::new()?.block_on(async {
+//! use std::{convert::Infallible, sync::Arc, time::Duration};
+//!
+//! use annals::{
+//!     Aggregate, Clock, Event, EventStore, HandlerError, LocalBus, LogQuery, MemoryStore, Message, Repository, Runtime, Saga,
+//!     SagaState, Service,
+//!     saga::{Request, Runner, Status},
+//! };
+//! use serde::{Deserialize, Serialize};
+//! use uuid::Uuid;
+//!
+//! #[derive(Event, Clone, Debug)]
+//! #[event(prefix = "booking")]
+//! enum BookingEvent { Made {}, Held {}, Released {} }
+//!
+//! #[derive(Clone, Default)]
+//! struct Booking;
+//!
+//! impl Aggregate for Booking {
+//!     const CATEGORY: &'static str = "booking";
+//!     type Command = ();
+//!     type Event = BookingEvent;
+//!     type Refusal = Infallible;
+//!     fn decide(&self, _: &()) -> Result<Vec<BookingEvent>, Infallible> {
+//!         Ok(vec![BookingEvent::Made {}])
+//!     }
+//!     fn evolve(&mut self, _: &BookingEvent) {}
+//! }
+//!
+//! #[derive(Clone, Serialize, Deserialize)]
+//! struct Stay;
+//! impl SagaState for Stay {}
+//!
+//! // The hotel has three days to answer.
+//! let plan = Saga::named("stay")
+//!     .compensatable("hold a room", |_: &Stay| Request::to("hotel", &BookingEvent::Held {}))
+//!     .undo(|_| Request::to("hotel", &BookingEvent::Released {}))
+//!     .timeout(Duration::MAX)
+//!     .deadline(Duration::from_secs(3 * 24 * 3_600))
+//!     .build();
+//! fn starts(message: &Message) -> Result<Option<(String, Stay)>, HandlerError> {
+//!     Ok(Some((message.subject.replace("booking-", ""), Stay)))
+//! }
+//!
+//! let clock = Clock::by_hand("2026-02-28T12:00:00Z".parse()?);
+//! let store: Arc<dyn EventStore> = Arc::new(MemoryStore::with_clock(clock.clone()));
+//! let runner = Runner::new(store.clone(), plan, LogQuery::categories(["booking"]), starts);
+//! let mut runtime = Runtime::new();
+//! let service = Service::new("desk", store.clone()).saga(runner.clone());
+//! runtime.start(vec![service], Arc::new(LocalBus::default())).await?;
+//!
+//! let becomes = async |status: Status| {
+//!     while runner.saga("7").await?.and_then(|saga| saga.progress).is_none_or(|found| found.status != status) {
+//!         tokio::time::sleep(Duration::from_millis(5)).await;
+//!     }
+//!     Ok::<(), String>(())
+//! };
+//! Repository::<Booking>::new(store).execute("7", (), Uuid::new_v4()).await?;
+//! becomes(Status::Running).await?;
+//! clock.advance(Duration::from_secs(3 * 24 * 3_600));
+//! becomes(Status::Compensating).await?;
+//! runtime.drain(Duration::from_secs(1)).await?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! # })?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
 mod check;
 mod history;
 mod machine;
