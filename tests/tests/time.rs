@@ -16,7 +16,7 @@ use std::{
 
 use annals::{
     Append, Clock, Commit, Event, EventStore, Expected, Handler, HandlerError, LogQuery, MemoryStore, Message,
-    Metadata, NewEvent, Position, Runtime, Saga, Scan, Service, StreamId, Subscription, Work,
+    Metadata, NewEvent, Position, Runtime, Saga, Scan, StreamId, Subscription, Work,
     saga::{SagaEvent, Status, begin},
     worker::RetryPolicy,
 };
