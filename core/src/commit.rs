@@ -244,10 +244,15 @@ fn has_twins<T: std::hash::Hash + Eq>(mut items: impl ExactSizeIterator<Item = T
 /// `\u0000` nor half a surrogate pair, which PostgreSQL stores as `json` but can never give back as text.
 pub(crate) fn check_json(text: &str) -> Result<(), String> {
     serde_json::from_str::<serde::de::IgnoredAny>(text).map_err(|error| format!("not JSON: {error}"))?;
+    check_json_within(text, NESTING_MAX)
+}
+
+/// As [`check_json`], of a text that is known to be JSON and becomes a part of another: so its nesting has a limit of its own.
+pub(crate) fn check_json_within(text: &str, nesting_max: usize) -> Result<(), String> {
     // Skipping over a value, as above, takes any depth; reading it does not. Few texts have brackets enough to look closer.
     let brackets = text.bytes().filter(|byte| matches!(byte, b'[' | b'{')).count();
-    if brackets > NESTING_MAX && nesting(text) > NESTING_MAX {
-        return Err(format!("it is nested more than {NESTING_MAX} deep"));
+    if brackets > nesting_max && nesting(text) > nesting_max {
+        return Err(format!("it is nested more than {nesting_max} deep"));
     }
     // Skipping does not look at these either.
     check_escapes(text)

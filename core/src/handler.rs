@@ -24,6 +24,12 @@ pub trait Handler: Send + Sync + 'static {
     async fn prepare(&self, _messages: &[&Message], _work: &mut Work) -> Result<(), HandlerError> {
         Ok(())
     }
+
+    /// Called instead of [`handle`](Self::handle) once the store has refused what this message alone had staged: too large, or
+    /// nothing that it can hold. Stages what is to be committed in its place; an error parks the message.
+    async fn refused(&self, _message: &Message, reason: &str, _work: &mut Work) -> Result<(), HandlerError> {
+        Err(reason.to_owned()).terminal()
+    }
 }
 
 /// Why a message was not handled. Made by `?` from any error; then it is tried again with growing delays, and parked when
@@ -93,5 +99,9 @@ impl<H: Handler + ?Sized> Handler for Arc<H> {
 
     async fn prepare(&self, messages: &[&Message], work: &mut Work) -> Result<(), HandlerError> {
         (**self).prepare(messages, work).await
+    }
+
+    async fn refused(&self, message: &Message, reason: &str, work: &mut Work) -> Result<(), HandlerError> {
+        (**self).refused(message, reason, work).await
     }
 }

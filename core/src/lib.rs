@@ -78,6 +78,7 @@ pub mod operator;
 mod panic;
 pub mod parking;
 pub mod read_model;
+mod reason;
 mod rebuild;
 mod redrive;
 pub mod relay;

@@ -15,7 +15,6 @@ pub(crate) async fn caught<T>(code: impl Future<Output = T>) -> Result<T, Panick
 }
 
 /// The same for code that waits for nothing.
-#[cfg(feature = "testing")]
 pub(crate) fn caught_now<T>(code: impl FnOnce() -> T) -> Result<T, Panicked> {
     std::panic::catch_unwind(AssertUnwindSafe(code)).map_err(|panic| Panicked(text(&*panic)))
 }

@@ -23,8 +23,6 @@ pub const PARKED_MAX: usize = 100_000;
 const PAGE: usize = 500;
 /// A longer key is parked under a short form of it: the sequence and the lane are in the document's name too.
 const KEY_BYTES_MAX: usize = DOCUMENT_ID_BYTES_MAX - 64;
-/// A reason is for people to read; what more there is of it is not kept.
-const REASON_CHARS_MAX: usize = 4_000;
 /// A message that is larger as JSON is parked as the start of its bytes: a document that no store takes would be tried for
 /// ever.
 const PAYLOAD_BYTES_MAX: usize = DOCUMENT_BYTES_MAX - 100_000;
@@ -73,10 +71,6 @@ impl Parked {
         };
         let kept: String = whole.chars().filter(char::is_ascii_hexdigit).take(PAYLOAD_BYTES_MAX).collect();
         raw(&kept).unwrap_or_default()
-    }
-
-    pub(crate) fn reason(reason: &str) -> String {
-        reason.replace('\0', "\u{fffd}").chars().take(REASON_CHARS_MAX).collect()
     }
 }
 

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use crate::{
-    commit::CommitError,
+    commit::{CommitError, Document},
     handler::Remedy,
     parking::{Parked, collection},
     store::Scan,
@@ -77,6 +77,10 @@ impl Worker {
                         return Ok(self.parked.has(key));
                     }
                     Err(CommitError::Invalid(reason)) => {
+                        if self.redrive_refused(&parked, &reason, &document).await {
+                            self.parked.release_first(key);
+                            return Ok(self.parked.has(key));
+                        }
                         work = Work::new(self.store.clone(), Stale::Everything);
                         (reason, Remedy::Park)
                     }
@@ -91,7 +95,7 @@ impl Worker {
         let (reason, remedy) = failure;
         let attempts = parked.attempts + 1;
         let delay = (remedy == Remedy::RetryMessage).then(|| self.retry.delay_after(attempts)).flatten();
-        let tried = Parked { attempts, reason: Parked::reason(&reason), ..parked };
+        let tried = Parked { attempts, reason: crate::reason::storable(&reason), ..parked };
         let due = delay.and_then(|delay| work.due_in(delay));
         let body = serde_json::to_string(&tried).unwrap_or_default();
         work.put_expecting(&document_key, document.version, Some(body.into()), due);
@@ -102,6 +106,18 @@ impl Worker {
             }
             Err(error) => self.redrive_later(key, &error).await,
         }
+    }
+
+    /// Commits what the handler stages in place of what the store refuses; whether that holds.
+    async fn redrive_refused(&self, parked: &Parked, reason: &str, document: &Document) -> bool {
+        let Some(message) = parked.message() else { return false };
+        let mut work = Work::new(self.store.clone(), Stale::Everything);
+        work.begin(message.id, message.effects());
+        if self.refused(&message, reason, &mut work).await.is_err() {
+            return false;
+        }
+        work.put_expecting(&document.key, document.version, None, None);
+        work.commit().await.is_ok()
     }
 
     /// The document is still due, or free: the next tick tries again.

@@ -32,11 +32,11 @@ pub use index::{Index, SagaStatus};
 #[cfg(feature = "testing")]
 pub(crate) use instance::{Ask, Definitions, What};
 pub use instance::{Instance, SagaRefusal};
-pub use participant::decide_step;
+pub use participant::{ANSWER_BYTES_MAX, decide_step};
 pub use participant::{Answer, Participant, Participation, Slot, Step, StepCommand, StepError, StepEvent};
 pub(crate) use participant::{Desk, attribute};
 pub use path::Path;
 pub use progress::{At, CallState, Command, Failure, Outcome, Progress, Reply, SagaEvent, Status};
 pub(crate) use runner::{Replies, Starter};
 pub use runner::{Runner, Starts};
-pub use transition::{Input, Moved, Verb, begin, transition};
+pub use transition::{COMMANDS_BYTES_MAX, Input, Moved, Verb, begin, transition};

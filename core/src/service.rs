@@ -148,20 +148,36 @@ struct Inbox {
     desk: Option<Arc<dyn Handler>>,
 }
 
+impl Inbox {
+    /// Who runs the saga that a reply is for; `None` for a message that is no reply.
+    fn runs(&self, message: &Message) -> Result<Option<(&dyn Replies, StreamId)>, HandlerError> {
+        let is_reply = <StepEvent as crate::Event>::TYPES.iter().any(|known| *known.name == *message.type_name);
+        if !is_reply {
+            return Ok(None);
+        }
+        let saga = StreamId::from_stored(&message.key);
+        let runs_it = self.replies.iter().find(|replies| replies.category() == saga.category());
+        let replies = runs_it.ok_or_else(|| format!("this build does not run {}", saga.category())).terminal()?;
+        Ok(Some((&**replies, saga)))
+    }
+}
+
 #[async_trait]
 impl Handler for Inbox {
     async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
-        let is_reply = <StepEvent as crate::Event>::TYPES.iter().any(|known| *known.name == *message.type_name);
-        if is_reply {
-            let saga = StreamId::from_stored(&message.key);
-            // Participants answer once: a reply that is let go, because a saga is not registered for a while, is lost.
-            let runs_it = self.replies.iter().find(|replies| replies.category() == saga.category());
-            let replies = runs_it.ok_or_else(|| format!("this build does not run {}", saga.category())).terminal()?;
-            return replies.reply(saga.id(), message, work).await;
-        } else if let Some(desk) = &self.desk {
-            return desk.handle(message, work).await;
+        match (self.runs(message)?, &self.desk) {
+            (Some((replies, saga)), _) => replies.reply(saga.id(), message, None, work).await,
+            (None, Some(desk)) => desk.handle(message, work).await,
+            (None, None) => Ok(()),
         }
-        Ok(())
+    }
+
+    async fn refused(&self, message: &Message, reason: &str, work: &mut Work) -> Result<(), HandlerError> {
+        match (self.runs(message)?, &self.desk) {
+            (Some((replies, saga)), _) => replies.reply(saga.id(), message, Some(reason), work).await,
+            (None, Some(desk)) => desk.refused(message, reason, work).await,
+            (None, None) => Ok(()),
+        }
     }
 }
 

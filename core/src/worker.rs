@@ -85,6 +85,25 @@ pub(crate) struct Worker {
     pub reporter: Reporter,
 }
 
+/// What the store has said of what the first message alone had staged.
+#[derive(Clone)]
+enum Refused {
+    Not,
+    /// The handler may stage something else.
+    Once(String),
+    /// That was refused as well.
+    Again(String),
+}
+
+impl Refused {
+    fn next(self, reason: String) -> Self {
+        match self {
+            Self::Not => Self::Once(reason),
+            Self::Once(_) | Self::Again(_) => Self::Again(reason),
+        }
+    }
+}
+
 enum Attempt {
     Handled(usize),
     AwaitStore(String),
@@ -112,7 +131,9 @@ impl Worker {
 
     /// Handles a first part of the items in one commit; returns how many.
     async fn deliver_some(&mut self, items: &[Item]) -> Result<usize, Stop> {
-        let (mut stale, mut conflicts, mut refused) = (Stale::Nothing, 0, None::<String>);
+        let mut stale = Stale::Nothing;
+        let mut conflicts = 0;
+        let mut refused = Refused::Not;
         let mut limit = items.len();
         let (mut racing, mut waiting) = (Backoff::short(), Backoff::long());
         loop {
@@ -126,7 +147,7 @@ impl Worker {
             let batch = &items[..limit];
             let mut work = Work::new(self.store.clone(), stale.clone());
             let mut parked = self.parked.clone();
-            let count = match self.attempt(batch, &mut work, &mut parked, refused.as_deref()).await {
+            let count = match self.attempt(batch, &mut work, &mut parked, &refused).await {
                 Attempt::Handled(count) => count,
                 Attempt::AwaitStore(reason) => {
                     self.reporter.trouble(reason);
@@ -134,7 +155,8 @@ impl Worker {
                     continue;
                 }
                 Attempt::TooLarge(reason) => {
-                    (limit, refused) = (1, Some(reason));
+                    limit = 1;
+                    refused = refused.next(reason);
                     continue;
                 }
                 Attempt::Smaller => {
@@ -178,7 +200,10 @@ impl Worker {
                 }
                 // Only a message that is refused by itself is at fault; until it stands alone, nobody is parked for it.
                 CommitError::Invalid(_) if count > 1 => limit = count / 2,
-                CommitError::Invalid(reason) => (limit, refused) = (1, Some(reason.clone())),
+                CommitError::Invalid(reason) => {
+                    limit = 1;
+                    refused = refused.next(reason.clone());
+                }
                 CommitError::Unavailable(reason) => {
                     self.reporter.trouble(reason.clone());
                     waiting.wait().await;
@@ -187,14 +212,9 @@ impl Worker {
         }
     }
 
-    /// Stages the items one by one. With `refused`, the first item's own work is what the store refuses: it is parked.
-    async fn attempt(
-        &self,
-        items: &[Item],
-        work: &mut Work,
-        parked: &mut ParkedKeys,
-        refused: Option<&str>,
-    ) -> Attempt {
+    /// Stages the items one by one. If the first item's own work was refused, the handler stages something else, or the item
+    /// is parked.
+    async fn attempt(&self, items: &[Item], work: &mut Work, parked: &mut ParkedKeys, refused: &Refused) -> Attempt {
         let messages: Vec<&Message> = items.iter().filter_map(|item| item.message.as_ref().ok()).collect();
         let mut unprepared = None;
         let prepared = caught(async { self.handler.prepare(&messages, work).await }).await;
@@ -218,15 +238,16 @@ impl Worker {
                     Err(_) => work.begin(uuid::Uuid::nil(), Default::default()),
                 }
                 let outcome = match (&item.message, refused) {
-                    (_, Some(reason)) => Err(HandlerError::from(reason)),
+                    (_, Refused::Again(reason)) => Err(HandlerError::from(reason.as_str())),
                     (Err(undecodable), _) => Err(HandlerError::from(undecodable.clone())),
-                    (Ok(message), _) => match unprepared.take() {
+                    (Ok(message), Refused::Once(reason)) => self.refused(message, reason, work).await,
+                    (Ok(message), Refused::Not) => match unprepared.take() {
                         Some(error) => Err(error),
                         None => self.handle(message, work).await,
                     },
                 };
                 if let Err(error) = outcome {
-                    let hopeless = refused.is_some() || item.message.is_err();
+                    let hopeless = matches!(refused, Refused::Again(_)) || item.message.is_err();
                     let remedy = if hopeless { Remedy::Park } else { error.remedy() };
                     if remedy == Remedy::AwaitStore {
                         return Attempt::AwaitStore(error.to_string());
@@ -259,6 +280,12 @@ impl Worker {
         handled.unwrap_or_else(|panic| Err(panic.into()))
     }
 
+    /// What a handler stages in place of what the store refuses.
+    pub(crate) async fn refused(&self, message: &Message, reason: &str, work: &mut Work) -> Result<(), HandlerError> {
+        let handled = caught(async { self.handler.refused(message, reason, work).await }).await;
+        handled.unwrap_or_else(|panic| Err(panic.into()))
+    }
+
     /// Parks one message by itself, and leaves the checkpoint where it is. An event that is parked already stays as it is.
     pub async fn park_message(&mut self, key: Arc<str>, message: Message, reason: String) -> Result<(), Stop> {
         if self.parked.has_event(&key, message.position.0) {
@@ -280,7 +307,7 @@ impl Worker {
             Some((reason, remedy)) => {
                 tracing::warn!(subscription = %self.name, key = %item.key, %reason, "parked");
                 let delay = (remedy == Remedy::RetryMessage).then(|| self.retry.delay_after(1)).flatten();
-                (Parked::reason(&reason), 1, delay.and_then(|delay| work.due_in(delay)))
+                (crate::reason::storable(&reason), 1, delay.and_then(|delay| work.due_in(delay)))
             }
         };
         let position = item.message.as_ref().map_or(0, |message| message.position.0);

@@ -101,10 +101,14 @@ pub enum Play {
     Panic,
 }
 
+/// What a participant answers, each time that it is asked.
+type Answers = Arc<dyn Fn(&mut Work) -> Result<Answer, StepError> + Send + Sync>;
+
 /// What the participants do, other than what they are asked: `book`, or `undo book`.
 #[derive(Clone, Default)]
 pub struct Script {
     plays: Arc<Mutex<HashMap<String, (Play, u32)>>>,
+    answers: Arc<Mutex<HashMap<String, Answers>>>,
     asked: watch::Sender<Vec<(String, Uuid)>>,
 }
 
@@ -115,9 +119,20 @@ impl Script {
         self
     }
 
+    /// Each time that this is asked, the participant answers so.
+    pub fn answer(
+        &self,
+        name: &str,
+        answer: impl Fn(&mut Work) -> Result<Answer, StepError> + Send + Sync + 'static,
+    ) -> &Self {
+        self.answers.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), Arc::new(answer));
+        self
+    }
+
     /// From now on all do as they are asked.
     pub fn behave(&self) {
         self.plays().clear();
+        self.answers.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     /// Everything that was asked, with the id that it was asked under.
@@ -133,6 +148,10 @@ impl Script {
 
     fn plays(&self) -> std::sync::MutexGuard<'_, HashMap<String, (Play, u32)>> {
         self.plays.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn answers(&self, name: &str) -> Option<Answers> {
+        self.answers.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
     }
 
     fn next(&self, name: &str, id: Uuid) -> Option<Play> {
@@ -162,7 +181,7 @@ impl Participant for Clerk {
         // Staged before it fails, so that it shows if anything of it is kept.
         work.put(&key, &ledger)?;
         match self.0.next(&name, work.cause_id()) {
-            None => Ok(Answer::DONE),
+            None => self.0.answers(&name).map_or(Ok(Answer::DONE), |answer| answer(work)),
             Some(Play::Refuse) => Err(StepError::Refused(format!("no {name} today"))),
             Some(Play::Fail) => Err(StepError::Failed(format!("{name} does not work"))),
             Some(Play::Vanish) => Err(StepError::Unknown(format!("nobody knows of {name}"))),

@@ -99,21 +99,37 @@ impl Desk {
 }
 
 #[tokio::test]
-async fn repeated_step_and_undo_are_carried_out_once() {
+async fn repeated_step_and_undo_are_carried_out_once_and_answered_for_each_attempt() {
     let mut desk = Desk::open().await;
+    let done = || Outcome::Done(serde_json::json!({ "charged": 12 }));
+    let answer = done();
+    desk.script.answer("charge", move |_| match &answer {
+        Outcome::Done(value) => Ok(annals::Answer::Done(value.clone())),
+        _ => unreachable!(),
+    });
     let (step, undo) = (At::Forward(1), At::Undo(1));
     let once = desk.command(step, 1, 1);
+    // The same attempt again, in the batch and later, has its answer on the way.
     desk.send(vec![once.clone(), once.clone()]).await;
-    desk.send(vec![once, desk.command(step, 2, 2)]).await;
-    assert_eq!(desk.reply().await, Outcome::Done(serde_json::Value::Null));
+    desk.send(vec![once]).await;
+    assert_eq!(desk.reply().await, done());
+    // A new attempt says that the answer has not arrived; one that an operator asks for has an old number.
+    let again = desk.command(step, 2, 2);
+    desk.send(vec![again.clone(), again]).await;
+    desk.send(vec![desk.command(step, 1, 3)]).await;
+    assert_eq!((desk.reply().await, desk.reply().await), (done(), done()));
     assert_eq!(desk.ledger().await, ["charge"]);
-    let once = desk.command(undo, 1, 3);
-    desk.send(vec![once.clone(), desk.command(undo, 2, 4), once]).await;
-    assert_eq!(desk.reply().await, Outcome::Done(serde_json::Value::Null));
-    // The step once more, far too late.
-    desk.send(vec![desk.command(step, 3, 5)]).await;
+    let once = desk.command(undo, 1, 4);
+    desk.send(vec![once.clone(), desk.command(undo, 2, 5), once]).await;
+    assert!(matches!(desk.reply().await, Outcome::Done(_)));
+    assert!(matches!(desk.reply().await, Outcome::Done(_)));
+    // The step once more, far too late: it is refused, and what was undone stays so.
+    desk.send(vec![desk.command(step, 3, 6)]).await;
+    assert_eq!(desk.reply().await, Outcome::Refused("it was undone, or its undo came first".into()));
+    desk.send(vec![desk.command(undo, 3, 7)]).await;
+    assert!(matches!(desk.reply().await, Outcome::Done(_)));
     assert_eq!(desk.ledger().await, ["charge", "undo charge"]);
-    desk.close(2).await;
+    desk.close(7).await;
 }
 
 #[tokio::test]
@@ -122,8 +138,11 @@ async fn undo_that_comes_first_bars_the_step() {
     desk.send(vec![desk.command(At::Undo(1), 1, 2)]).await;
     assert_eq!(desk.reply().await, Outcome::Done(serde_json::Value::Null));
     desk.send(vec![desk.command(At::Forward(1), 1, 1), desk.command(At::Forward(1), 2, 3)]).await;
+    for _ in 0..2 {
+        assert!(matches!(desk.reply().await, Outcome::Refused(_)));
+    }
     assert_eq!((desk.ledger().await, desk.script.asked()), (vec![], vec![]));
-    desk.close(1).await;
+    desk.close(3).await;
 }
 
 #[tokio::test]
@@ -160,8 +179,9 @@ async fn step_whose_outcome_stays_unknown_is_undone() {
     assert_eq!(desk.reply().await, Outcome::Done(serde_json::Value::Null));
     // The step once more, too late.
     desk.send(vec![desk.command(At::Forward(1), 3, 5)]).await;
+    assert!(matches!(desk.reply().await, Outcome::Refused(_)));
     assert_eq!(desk.ledger().await, ["undo charge"]);
-    desk.close(4).await;
+    desk.close(5).await;
 }
 
 #[tokio::test]
@@ -181,12 +201,15 @@ async fn step_that_only_failed_has_nothing_to_undo() {
 async fn refused_step_stays_refused_and_has_nothing_to_undo() {
     let mut desk = Desk::open().await;
     desk.script.play("charge", Play::Refuse, 1);
-    desk.send(vec![desk.command(At::Forward(1), 1, 1), desk.command(At::Forward(1), 2, 2)]).await;
-    assert_eq!(desk.reply().await, Outcome::Refused("no charge today".into()));
+    desk.send(vec![desk.command(At::Forward(1), 1, 1)]).await;
+    desk.send(vec![desk.command(At::Forward(1), 2, 2)]).await;
+    for _ in 0..2 {
+        assert_eq!(desk.reply().await, Outcome::Refused("no charge today".into()));
+    }
     desk.send(vec![desk.command(At::Undo(1), 1, 3)]).await;
     assert_eq!(desk.reply().await, Outcome::Done(serde_json::Value::Null));
     assert_eq!((desk.ledger().await, desk.script.asked().len()), (vec![], 1));
-    desk.close(2).await;
+    desk.close(3).await;
 }
 
 #[tokio::test]

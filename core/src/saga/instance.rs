@@ -6,10 +6,10 @@ use uuid::Uuid;
 
 use super::{
     definition::{Saga, SagaState},
-    progress::{Outcome, Progress, Reply, SagaEvent},
-    transition::{Input, Moved, Verb, begin, transition},
+    progress::{At, Outcome, Progress, Reply, SagaEvent},
+    transition::{Input, Moved, Verb, begin, json_bytes, learn_given_up, transition},
 };
-use crate::aggregate::Aggregate;
+use crate::{aggregate::Aggregate, panic::caught_now};
 
 /// One saga, folded from its stream.
 #[derive(Clone, Debug)]
@@ -120,12 +120,20 @@ impl<C: SagaState> Aggregate for Instance<C> {
             },
             What::Operate { verb, .. } => Input::Operate(*verb),
         };
-        let moved = transition(definition, ask.saga_id, context, &progress, &input, ask.now);
-        let Some(Moved { progress, send, gave_up, .. }) = moved.map_err(SagaRefusal::Illegal)? else {
+        let moved = match input {
+            Input::Reply(reply) => take_reply(reply, definition, ask, context, &progress),
+            Input::Due | Input::Operate(_) => {
+                let moved = transition(definition, ask.saga_id, context, &progress, &input, ask.now);
+                moved.map(|moved| moved.map(|moved| (None, moved)))
+            }
+        };
+        let Some((reply, Moved { progress, send, gave_up, .. })) = moved.map_err(SagaRefusal::Illegal)? else {
             return Ok(Vec::new());
         };
         events.push(match &ask.what {
-            What::Reply(reply) => SagaEvent::Replied { reply: reply.clone(), gave_up, progress, send },
+            What::Reply(asked) => {
+                SagaEvent::Replied { reply: reply.unwrap_or_else(|| asked.clone()), gave_up, progress, send }
+            }
             What::Operate { verb, by, reason } => {
                 SagaEvent::Operated { verb: *verb, by: by.clone(), reason: reason.clone(), progress, send }
             }
@@ -142,7 +150,7 @@ impl<C: SagaState> Aggregate for Instance<C> {
                 Err(error) => self.unreadable = Some(error.to_string().into()),
             },
             SagaEvent::Replied { reply, gave_up, .. } => {
-                let step = was.filter(|was| was.at == reply.at && !matches!(was.at, super::At::Undo(_)));
+                let step = was.filter(|was| was.at == reply.at && !matches!(was.at, At::Undo(_)));
                 if let (Some(step), Outcome::Done(_) | Outcome::Refused(_)) = (step, &reply.outcome) {
                     self.learn(&step.step, &reply.outcome);
                 }
@@ -175,16 +183,59 @@ fn carry_out<C: SagaState>(
     SagaEvent::Declined { verb, by, why, progress: Progress { due: None, ..progress } }
 }
 
+/// Where a reply leads to, and the reply as it is recorded: an answer that the saga cannot go on with is a failure of the step
+/// that gave it, so that the saga can go back.
+fn take_reply<C: SagaState>(
+    reply: Reply,
+    definition: &Saga<C>,
+    ask: &Ask<C>,
+    context: &C,
+    progress: &Progress,
+) -> Result<Option<(Option<Reply>, Moved<C>)>, String> {
+    let input = Input::Reply(reply);
+    let moved = caught_now(|| transition(definition, ask.saga_id, context, progress, &input, ask.now));
+    let Input::Reply(reply) = input else { return Ok(None) };
+    let trouble = match moved {
+        Err(panic) => format!("the saga's state cannot take the answer: {panic}"),
+        Ok(Err(illegal)) => return Err(illegal),
+        Ok(Ok(None)) => return Ok(None),
+        Ok(Ok(Some(moved))) => {
+            let answer = if let Outcome::Done(answer) = &reply.outcome { json_bytes(answer) } else { 0 };
+            let can_go_back = moved.progress.failure.is_none() && is_compensatable(definition, progress.at);
+            match moved.too_large_by.filter(|too_many| can_go_back && *too_many <= answer) {
+                None => return Ok(Some((Some(reply), moved))),
+                Some(too_many) => {
+                    let limit = answer - too_many;
+                    format!(
+                        "answer too large: {answer} bytes, limit {limit} beside what the next commands hold already"
+                    )
+                }
+            }
+        }
+    };
+    let outcome = Outcome::Failed(trouble).cleaned();
+    let input = Input::Reply(Reply { outcome, ..reply });
+    let moved = transition(definition, ask.saga_id, context, progress, &input, ask.now)?;
+    let Input::Reply(reply) = input else { return Ok(None) };
+    Ok(moved.map(|moved| (Some(reply), moved)))
+}
+
+fn is_compensatable<C: SagaState>(definition: &Saga<C>, at: At) -> bool {
+    matches!(at, At::Forward(step) if step < definition.compensatable())
+}
+
 impl<C: SagaState> Instance<C> {
+    /// What no decision has come upon: a state of this build that cannot take what an earlier one could.
     fn learn(&mut self, step: &str, outcome: &Outcome) {
-        if let Some(context) = &mut self.context {
-            context.learn(step, outcome);
+        let Some(context) = &mut self.context else { return };
+        if let Err(panic) = caught_now(|| context.learn(step, outcome)) {
+            self.unreadable = Some(format!("step {step:?}: {panic}").into());
         }
     }
 
     fn learn_given_up(&mut self, gave_up: Option<&super::Failure>) {
-        if let Some(failure) = gave_up {
-            self.learn(&failure.step, &Outcome::Failed(failure.reason.clone()));
+        if let (Some(failure), Some(context)) = (gave_up, &mut self.context) {
+            learn_given_up(context, failure);
         }
     }
 }

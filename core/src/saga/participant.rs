@@ -10,13 +10,22 @@ use crate::{
     Event,
     aggregate::Aggregate,
     bus::Message,
-    event::{StreamIdError, named_id},
+    commit::{NESTING_MAX, check_json_within},
+    event::{EVENT_BYTES_MAX, StreamIdError, Version, named_id},
     handler::{Handler, HandlerError, Terminal},
     panic::caught,
     repository::Repository,
-    store::EventStore,
+    store::{EventStore, StoreError},
     work::{Work, WorkError},
 };
+
+/// The largest answer of a participant, in bytes of JSON. The saga records an answer in one event with the commands that
+/// follow from it, so an answer takes half of what an event takes.
+pub const ANSWER_BYTES_MAX: usize = EVENT_BYTES_MAX / 2;
+/// How deep an answer stands in the events that record it.
+const ANSWER_DEPTH: usize = 8;
+/// Events read in one go when an answer is looked for.
+const ANSWERS_PAGE: usize = 1_000;
 
 /// Carries out the commands that sagas send to a service.
 ///
@@ -136,10 +145,12 @@ impl StepCommand {
 pub enum Step {
     /// Carry it out.
     Perform,
-    /// There is nothing to take back: record that, so that a late step is refused.
+    /// There is nothing to take back, or nothing any more: record that, so that a late step is refused.
     Bar,
-    /// It was answered before, or it is late: do nothing.
-    Ignore,
+    /// It was done or refused before: give the recorded answer again.
+    Repeat,
+    /// It was undone, or its undo came first: refuse it.
+    Refuse,
 }
 
 /// The barrier, as a pure function.
@@ -148,12 +159,12 @@ pub fn decide_step(participation: &Participation, command: &StepCommand) -> Step
     match command.at {
         At::Forward(_) | At::Closing(_) => match slot(command.at) {
             None | Some(Slot::Unknown) => Step::Perform,
-            Some(Slot::Done | Slot::Refused | Slot::Undone) => Step::Ignore,
+            Some(Slot::Done | Slot::Refused) => Step::Repeat,
+            Some(Slot::Undone) => Step::Refuse,
         },
         At::Undo(step) => match slot(At::Forward(step)) {
             Some(Slot::Done | Slot::Unknown) => Step::Perform,
-            None | Some(Slot::Refused) => Step::Bar,
-            Some(Slot::Undone) => Step::Ignore,
+            None | Some(Slot::Refused | Slot::Undone) => Step::Bar,
         },
     }
 }
@@ -184,7 +195,11 @@ impl Aggregate for Participation {
             (at, Outcome::Done(_)) => (at, Slot::Done),
             (at, Outcome::Refused(_)) => (at, Slot::Refused),
         };
-        self.slots.insert((at, reply.call), slot);
+        let known = self.slots.entry((at, reply.call)).or_insert_with(|| slot.clone());
+        // What was undone stays so: a late step is answered, but never done.
+        if *known != Slot::Undone {
+            *known = slot;
+        }
     }
 }
 
@@ -198,34 +213,86 @@ pub(crate) mod attribute {
 }
 
 /// Takes step commands off a topic, and gives them to the participant through the barrier.
+///
+/// Every command is answered, whatever is wrong with it: the saga that waits can ask again or go back, and nothing that
+/// went wrong on the way there stands in front of the undo.
 pub(crate) struct Desk<P> {
+    service: String,
+    store: Arc<dyn EventStore>,
     participant: P,
     participations: Repository<Participation>,
 }
 
 impl<P: Participant> Desk<P> {
     pub fn new(service: &str, store: Arc<dyn EventStore>, participant: P) -> Self {
-        let participations = Repository::with(store, &format!("step.{service}"), crate::repository::CACHED_AGGREGATES);
-        Self { participant, participations }
+        let category = format!("step.{service}");
+        let participations = Repository::with(store.clone(), &category, crate::repository::CACHED_AGGREGATES);
+        Self { service: service.to_owned(), store, participant, participations }
     }
-}
 
-impl<P: Participant> Desk<P> {
-    /// A participant that panics may have done anything, and the saga is told so: it can ask again, or go back.
-    async fn perform(&self, command: P::Command, work: &mut Work) -> Result<Answer, StepError> {
+    /// Carries out a step. What was staged is thrown away unless the step was done, or refused for good.
+    async fn carry_out(&self, message: &Message, step: &StepCommand, work: &mut Work) -> Result<Outcome, HandlerError> {
+        let command = match message.decode::<P::Command>() {
+            Ok(Some(command)) => command,
+            Ok(None) => return Ok(self.unknown(message, "this build skips it")),
+            Err(error) => return Ok(self.unknown(message, &error.source.to_string())),
+        };
+        // A participant that panics may have done anything.
         let performed = caught(async { self.participant.perform(command, work).await }).await;
-        performed.unwrap_or_else(|panic| Err(StepError::Unknown(panic.to_string())))
+        let outcome = match performed.unwrap_or_else(|panic| Err(StepError::Unknown(panic.to_string()))) {
+            Ok(Answer::Done(answer)) => match check_answer(&answer) {
+                Ok(()) => return Ok(Outcome::Done(answer)),
+                // It was done, and nobody can know what it gave.
+                Err(reason) => Outcome::Unknown(reason),
+            },
+            Ok(Answer::Refused(reason)) => match step.refused(reason) {
+                refused @ Outcome::Refused(_) => return Ok(refused),
+                // It is asked again: what goes with the refusal is not stored once for each time.
+                failed => failed,
+            },
+            Err(StepError::Store(error @ StoreError::Unavailable(_))) => return Err(error.into()),
+            Err(StepError::Store(error)) => Outcome::Failed(error.to_string()),
+            Err(StepError::Refused(reason)) => step.refused(reason),
+            Err(StepError::Failed(reason)) => Outcome::Failed(reason),
+            Err(StepError::Unknown(reason)) => Outcome::Unknown(reason),
+        };
+        work.rollback();
+        Ok(outcome)
     }
-}
 
-fn extension<T: std::str::FromStr>(message: &Message, name: &str) -> Result<T, HandlerError> {
-    let text = message.extensions.get(name).ok_or_else(|| format!("the command lacks the attribute {name}"));
-    text.terminal()?.parse().map_err(|_| format!("attribute {name} does not read")).terminal()
-}
+    /// A command that this build cannot read was not carried out by it. The saga asks again: another build may know it.
+    fn unknown(&self, message: &Message, reason: &str) -> Outcome {
+        let Message { type_name, schema_version, .. } = message;
+        let service = &self.service;
+        Outcome::Failed(format!(
+            "unknown command {type_name} version {schema_version}: {reason}; deploy a build of {service} that knows it"
+        ))
+    }
 
-#[async_trait]
-impl<P: Participant> Handler for Desk<P> {
-    async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
+    /// The answer that a step got when it was done or refused. `None` if that was staged a moment ago, and so is on its
+    /// way by itself.
+    async fn recorded(&self, saga: &str, step: &StepCommand) -> Result<Option<Outcome>, HandlerError> {
+        let stream = self.participations.stream(saga)?;
+        let mut after = Version::START;
+        loop {
+            let page = self.store.read_stream(&stream, after, ANSWERS_PAGE).await?;
+            for event in &page {
+                let Some(StepEvent::Replied { reply, .. }) = event.decode()? else { continue };
+                let is_final = matches!(reply.outcome, Outcome::Done(_) | Outcome::Refused(_));
+                if is_final && (reply.at, reply.call) == (step.at, step.call) {
+                    return Ok(Some(reply.outcome));
+                }
+                after = event.version;
+            }
+            if page.len() < ANSWERS_PAGE {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Takes a command through the barrier and stages the answer. With `not_stored`, the store has refused what this very
+    /// command staged before.
+    async fn take(&self, message: &Message, not_stored: Option<&str>, work: &mut Work) -> Result<(), HandlerError> {
         let step = StepCommand {
             at: extension(message, attribute::AT)?,
             call: extension(message, attribute::CALL)?,
@@ -233,9 +300,8 @@ impl<P: Participant> Handler for Desk<P> {
             must_succeed: extension(message, attribute::MUST_SUCCEED)?,
         };
         let reply_to: String = extension(message, attribute::REPLY_TO)?;
-        let Some(command) = message.decode::<P::Command>()? else { return Ok(()) };
         // The first step of a saga at a service usually is the first the service hears of it.
-        let first = step.attempt == 1 && !matches!(step.at, At::Undo(_));
+        let first = step.attempt == 1 && !matches!(step.at, At::Undo(_)) && not_stored.is_none();
         let known = if first {
             work.load_new(&self.participations, &message.key).await?
         } else {
@@ -248,39 +314,51 @@ impl<P: Participant> Handler for Desk<P> {
         if work.has_executed(answer_id, &self.participations, &message.key).await? {
             return Ok(());
         }
-        let outcome = match decide_step(&known, &step) {
-            Step::Ignore => return Ok(()),
-            Step::Bar => Outcome::Done(Value::Null),
-            Step::Perform => match self.perform(command, work).await {
-                Ok(Answer::Done(reply)) => Outcome::Done(reply),
-                Ok(Answer::Refused(reason)) => {
-                    let outcome = step.refused(reason);
-                    if matches!(outcome, Outcome::Failed(_)) {
-                        // It is asked again: what goes with the refusal is not stored once for each time.
-                        work.rollback();
-                    }
-                    outcome
-                }
-                Err(StepError::Store(error)) => return Err(error.into()),
-                Err(StepError::Refused(reason)) => {
-                    work.rollback();
-                    step.refused(reason)
-                }
-                Err(StepError::Failed(reason)) => {
-                    work.rollback();
-                    Outcome::Failed(reason)
-                }
-                Err(StepError::Unknown(reason)) => {
-                    work.rollback();
-                    Outcome::Unknown(reason)
-                }
+        let outcome = match (decide_step(&known, &step), not_stored) {
+            (Step::Perform, Some(reason)) => Outcome::Unknown(format!("what it did cannot be stored: {reason}")),
+            (Step::Perform, None) => self.carry_out(message, &step, work).await?,
+            (Step::Bar, _) => Outcome::Done(Value::Null),
+            (Step::Refuse, _) => step.refused("it was undone, or its undo came first".to_owned()),
+            // A new attempt is a sign that the answer has not arrived: it was lost, or is late.
+            (Step::Repeat, _) => match self.recorded(&message.key, &step).await? {
+                Some(outcome) => outcome,
+                None => return Ok(()),
             },
         };
-        let reply = Reply { at: step.at, call: step.call, attempt: step.attempt, outcome };
+        let reply = Reply { at: step.at, call: step.call, attempt: step.attempt, outcome: outcome.cleaned() };
         let replied = StepEvent::Replied { saga: message.key.to_string(), reply_to, reply };
         let stream = self.participations.stream(&message.key)?;
         work.stage_as(answer_id, &self.participations, &stream, &replied, false).await?;
         Ok(())
+    }
+}
+
+/// Whether the events that record an answer can be stored.
+fn check_answer(answer: &Value) -> Result<(), String> {
+    if *answer == Value::Null {
+        return Ok(());
+    }
+    let json = serde_json::to_string(answer).map_err(|error| format!("the answer has no JSON form: {error}"))?;
+    if json.len() > ANSWER_BYTES_MAX {
+        return Err(format!("answer too large: {} bytes, limit {ANSWER_BYTES_MAX}", json.len()));
+    }
+    check_json_within(&json, NESTING_MAX - ANSWER_DEPTH)
+        .map_err(|reason| format!("the answer cannot be stored: {reason}"))
+}
+
+fn extension<T: std::str::FromStr>(message: &Message, name: &str) -> Result<T, HandlerError> {
+    let text = message.extensions.get(name).ok_or_else(|| format!("the command lacks the attribute {name}"));
+    text.terminal()?.parse().map_err(|_| format!("attribute {name} does not read")).terminal()
+}
+
+#[async_trait]
+impl<P: Participant> Handler for Desk<P> {
+    async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
+        self.take(message, None, work).await
+    }
+
+    async fn refused(&self, message: &Message, reason: &str, work: &mut Work) -> Result<(), HandlerError> {
+        self.take(message, Some(reason), work).await
     }
 }
 

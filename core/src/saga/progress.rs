@@ -7,7 +7,7 @@ use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use super::transition::Verb;
-use crate::Event;
+use crate::{Event, reason};
 
 /// The state of a saga as operators see it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -179,6 +179,26 @@ pub enum Outcome {
     /// It is not known whether it was done this time, with the reason. A saga asks again as after a failure; its
     /// participant remembers that there may be something to undo.
     Unknown(String),
+}
+
+impl Outcome {
+    /// The same with its reason as it can be stored.
+    pub(crate) fn cleaned(self) -> Self {
+        match self {
+            Self::Done(answer) => Self::Done(answer),
+            Self::Refused(reason) => Self::Refused(reason::storable(&reason)),
+            Self::Failed(reason) => Self::Failed(reason::storable(&reason)),
+            Self::Unknown(reason) => Self::Unknown(reason::storable(&reason)),
+        }
+    }
+
+    /// The reason; empty for a step that was done.
+    pub(crate) fn reason(&self) -> &str {
+        match self {
+            Self::Done(_) => "",
+            Self::Refused(reason) | Self::Failed(reason) | Self::Unknown(reason) => reason,
+        }
+    }
 }
 
 /// What a participant replied.

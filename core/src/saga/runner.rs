@@ -10,7 +10,7 @@ use super::{
     index::Index,
     instance::{Ask, Definitions, Instance, SagaRefusal, What},
     participant::StepEvent,
-    progress::Progress,
+    progress::{Outcome, Progress},
     timers::Timers,
     transition::Verb,
 };
@@ -134,8 +134,19 @@ impl<C: SagaState> Runner<C> {
         Ok(())
     }
 
-    async fn reply(&self, saga_id: &str, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
-        let Some(StepEvent::Replied { reply, .. }) = message.decode()? else { return Ok(()) };
+    /// Takes a reply. With `not_stored`, the store has refused what this very reply led to: then its step has failed.
+    async fn reply(
+        &self,
+        saga_id: &str,
+        message: &Message,
+        not_stored: Option<&str>,
+        work: &mut Work,
+    ) -> Result<(), HandlerError> {
+        let Some(StepEvent::Replied { mut reply, .. }) = message.decode()? else { return Ok(()) };
+        if let Some(reason) = not_stored {
+            reply.outcome = Outcome::Failed(format!("the answer cannot be recorded: {reason}"));
+        }
+        reply.outcome = reply.outcome.cleaned();
         let ask = self.ask(saga_id, What::Reply(reply));
         work.execute(&self.instances, saga_id, &ask).await.terminal()?;
         Ok(())
@@ -156,7 +167,13 @@ impl<C: SagaState> Handler for Starter<C> {
 #[async_trait]
 pub(crate) trait Replies: Send + Sync {
     fn category(&self) -> String;
-    async fn reply(&self, saga_id: &str, message: &Message, work: &mut Work) -> Result<(), HandlerError>;
+    async fn reply(
+        &self,
+        saga_id: &str,
+        message: &Message,
+        not_stored: Option<&str>,
+        work: &mut Work,
+    ) -> Result<(), HandlerError>;
 }
 
 #[async_trait]
@@ -165,7 +182,13 @@ impl<C: SagaState> Replies for Runner<C> {
         Runner::category(self)
     }
 
-    async fn reply(&self, saga_id: &str, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
-        Runner::reply(self, saga_id, message, work).await
+    async fn reply(
+        &self,
+        saga_id: &str,
+        message: &Message,
+        not_stored: Option<&str>,
+        work: &mut Work,
+    ) -> Result<(), HandlerError> {
+        Runner::reply(self, saga_id, message, not_stored, work).await
     }
 }

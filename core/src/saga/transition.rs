@@ -10,7 +10,19 @@ use super::{
     definition::{Kind, PlannedStep, RETRY_DELAY_MAX, RETRY_DELAY_MIN, Request, Saga, SagaState},
     progress::{At, CallState, Command, Failure, Outcome, Progress, Reply, Status},
 };
-use crate::{clock::later, event::named_id};
+use crate::{
+    clock::later,
+    commit::{NESTING_MAX, check_json_within},
+    event::{EVENT_BYTES_MAX, named_id},
+    panic::caught_now,
+    reason,
+};
+
+/// What the commands of one event of a saga may take, in bytes of JSON: what an event takes, less its progress with the
+/// reasons in it.
+pub const COMMANDS_BYTES_MAX: usize = EVENT_BYTES_MAX - 60_000;
+/// How deep the content of a command stands in the event that sends it.
+const COMMAND_DEPTH: usize = 4;
 
 /// What can happen to a running saga.
 #[derive(Clone, Debug, PartialEq)]
@@ -48,6 +60,8 @@ pub struct Moved<C> {
     pub send: Vec<Command>,
     /// The step it gave up, and why.
     pub gave_up: Option<Failure>,
+    /// By how many bytes the commands of the step that was to come next are too large to be sent.
+    pub(crate) too_large_by: Option<usize>,
 }
 
 struct Move<'a, C> {
@@ -58,12 +72,44 @@ struct Move<'a, C> {
     progress: Progress,
     send: Vec<Command>,
     gave_up: Option<Failure>,
+    /// What the event that records this move holds already, in bytes.
+    recorded: usize,
+    too_large_by: Option<usize>,
+}
+
+/// The size of a value as JSON.
+pub(crate) fn json_bytes(value: &impl Serialize) -> usize {
+    struct Count(usize);
+    impl std::io::Write for Count {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0 += bytes.len();
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut count = Count(0);
+    // What has no JSON form is refused where it is encoded.
+    _ = serde_json::to_writer(&mut count, value);
+    count.0
+}
+
+/// Gives up a step, as the saga's state gets to know it. A state that cannot take it stays as it was: it must not keep the
+/// saga from going back.
+pub(crate) fn learn_given_up<C: SagaState>(context: &mut C, failure: &Failure) {
+    let before = context.clone();
+    if caught_now(|| context.learn(&failure.step, &Outcome::Failed(failure.reason.clone()))).is_err() {
+        *context = before;
+    }
 }
 
 /// The first move of a saga. `saga_id` is what the ids of its commands derive from; `now` is in milliseconds since 1970.
 ///
+/// A command that cannot be made or sent is a failure of its step.
+///
 /// # Errors
-/// If a command has no JSON form.
+/// None that an input of this kind leads to.
 pub fn begin<C: SagaState>(plan: &Saga<C>, saga_id: Uuid, context: C, now: i64) -> Result<Moved<C>, String> {
     let progress = Progress {
         status: Status::Running,
@@ -80,7 +126,8 @@ pub fn begin<C: SagaState>(plan: &Saga<C>, saga_id: Uuid, context: C, now: i64) 
         started: now,
         ended: None,
     };
-    let mut step = Move { plan, saga_id, now, context, progress, send: Vec::new(), gave_up: None };
+    let recorded = json_bytes(&context);
+    let mut step = Move::new(plan, saga_id, now, context, progress, recorded);
     step.enter(At::Forward(0))?;
     Ok(step.end())
 }
@@ -88,7 +135,7 @@ pub fn begin<C: SagaState>(plan: &Saga<C>, saga_id: Uuid, context: C, now: i64) 
 /// What `input` leads to; `None` if it changes nothing: it is late, repeated, early, or for a saga that has ended.
 ///
 /// # Errors
-/// If a command has no JSON form, or an operator's verb does not apply.
+/// If an operator's verb does not apply.
 pub fn transition<C: SagaState>(
     plan: &Saga<C>,
     saga_id: Uuid,
@@ -104,7 +151,11 @@ pub fn transition<C: SagaState>(
         };
     }
     let (context, progress) = (context.clone(), progress.clone());
-    let mut step = Move { plan, saga_id, now, context, progress, send: Vec::new(), gave_up: None };
+    let recorded = match input {
+        Input::Reply(Reply { outcome: Outcome::Done(answer), .. }) => json_bytes(answer),
+        Input::Reply(_) | Input::Due | Input::Operate(_) => 0,
+    };
+    let mut step = Move::new(plan, saga_id, now, context, progress, recorded);
     let changed = match input {
         Input::Reply(reply) => step.reply(reply)?,
         Input::Due => step.due()?,
@@ -116,9 +167,15 @@ pub fn transition<C: SagaState>(
     Ok(changed.then(|| step.end()))
 }
 
-impl<C: SagaState> Move<'_, C> {
+impl<'a, C: SagaState> Move<'a, C> {
+    fn new(plan: &'a Saga<C>, saga_id: Uuid, now: i64, context: C, progress: Progress, recorded: usize) -> Self {
+        let (send, gave_up) = (Vec::new(), None);
+        Self { plan, saga_id, now, context, progress, send, gave_up, recorded, too_large_by: None }
+    }
+
     fn end(self) -> Moved<C> {
-        Moved { context: self.context, progress: self.progress, send: self.send, gave_up: self.gave_up }
+        let Self { context, progress, send, gave_up, too_large_by, .. } = self;
+        Moved { context, progress, send, gave_up, too_large_by }
     }
 
     fn planned(&self) -> &PlannedStep<C> {
@@ -150,10 +207,10 @@ impl<C: SagaState> Move<'_, C> {
             self.context.learn(self.planned().name, &reply.outcome);
         }
         if self.progress.status != Status::Stuck {
-            let reason = match &reply.outcome {
-                Outcome::Done(_) => "",
-                Outcome::Refused(reason) | Outcome::Failed(reason) | Outcome::Unknown(reason) => reason,
-            };
+            let reason = reply.outcome.reason();
+            if state == CallState::Failed {
+                self.progress.trouble = Some(self.failure(reason));
+            }
             self.settle(reason)?;
         }
         Ok(true)
@@ -169,7 +226,9 @@ impl<C: SagaState> Move<'_, C> {
         if has(CallState::Refused) {
             self.compensate(reason)
         } else if has(CallState::Failed) && !has(CallState::Waiting) {
-            self.fail(reason)
+            // The last to answer may have done its part: what failed is what another one has said.
+            let said = self.progress.trouble.as_ref().map_or("", |trouble| &trouble.reason).to_owned();
+            self.fail(if reason.is_empty() { &said } else { reason })
         } else if has(CallState::Failed) || has(CallState::Waiting) {
             Ok(())
         } else {
@@ -221,8 +280,8 @@ impl<C: SagaState> Move<'_, C> {
         if self.progress.calls.iter().all(|call| *call == CallState::Done) { self.advance() } else { self.ask() }
     }
 
-    /// What is asked of the participants that are not done.
-    fn requests(&self) -> impl Iterator<Item = (usize, Request)> {
+    /// What is asked of the participants that are not done; the reason where it cannot be made.
+    fn requests(&self) -> impl Iterator<Item = (usize, Result<Request, String>)> {
         let (planned, at) = (self.planned(), self.progress.at);
         let open = (0..planned.calls.len()).filter(|call| self.progress.calls[*call] != CallState::Done);
         open.map(move |call| {
@@ -230,39 +289,69 @@ impl<C: SagaState> Move<'_, C> {
                 At::Undo(_) => planned.calls[call].undo.unwrap_or(planned.calls[call].perform),
                 At::Forward(_) | At::Closing(_) => planned.calls[call].perform,
             };
-            (call, make(&self.context))
+            (call, caught_now(|| make(&self.context)).map_err(|panic| format!("its command {panic}")))
         })
     }
 
-    /// Sends the commands of all calls that are not done.
+    /// The command of a call; the reason where no store would take it.
+    fn command(&self, call: usize, request: Result<Request, String>, attempt: u32) -> Result<Command, String> {
+        let at = self.progress.at;
+        let Request { to, type_name, schema_version, data } = request?;
+        let data = data.map_err(|error| format!("{type_name} has no JSON form: {error}"))?;
+        check_json_within(&data, NESTING_MAX - COMMAND_DEPTH)
+            .map_err(|reason| format!("{type_name} cannot be stored: {reason}"))?;
+        Ok(Command {
+            id: named_id(self.saga_id, &format!("{at}/{call}")),
+            to,
+            type_name: type_name.to_owned(),
+            schema_version,
+            at,
+            call,
+            attempt,
+            must_succeed: !self.may_refuse(),
+            data: RawValue::from_string(data).map_err(|error| format!("{type_name} has no JSON form: {error}"))?,
+        })
+    }
+
+    /// Sends the commands of all calls that are not done. One that cannot be sent counts as failed.
     fn ask(&mut self) -> Result<(), String> {
-        let (planned, at) = (self.planned(), self.progress.at);
-        let (timeout, attempt) = (planned.timeout, self.progress.attempt + 1);
-        let mut commands = Vec::new();
-        for (call, request) in self.requests() {
-            let data = request.data.and_then(|data| RawValue::from_string(data).map_err(|error| error.to_string()));
-            commands.push(Command {
-                id: named_id(self.saga_id, &format!("{at}/{call}")),
-                to: request.to,
-                type_name: request.type_name.to_owned(),
-                schema_version: request.schema_version,
-                at,
-                call,
-                attempt,
-                must_succeed: !self.may_refuse(),
-                data: data.map_err(|error| {
-                    format!("step {:?}: {} has no JSON form: {error}", planned.name, request.type_name)
-                })?,
-            });
+        let attempt = self.progress.attempt + 1;
+        let made: Vec<_> =
+            self.requests().map(|(call, request)| (call, self.command(call, request, attempt))).collect();
+        let bytes: usize =
+            made.iter().filter_map(|(_, made)| made.as_ref().ok()).map(|made| made.data.get().len()).sum();
+        if bytes <= COMMANDS_BYTES_MAX && bytes + self.recorded > COMMANDS_BYTES_MAX {
+            // The next event has room for them.
+            self.progress.retrying = true;
+            self.progress.due = later(self.now, RETRY_DELAY_MIN);
+            return Ok(());
         }
-        for command in &commands {
-            self.progress.calls[command.call] = CallState::Waiting;
-        }
-        self.send.extend(commands);
         self.progress.attempt = attempt;
         self.progress.retrying = false;
-        self.progress.due = later(self.now, timeout);
-        Ok(())
+        self.progress.due = later(self.now, self.planned().timeout);
+        let mut unsent = None;
+        for (call, made) in made {
+            let made = made.and_then(|command| match bytes.checked_sub(COMMANDS_BYTES_MAX) {
+                None | Some(0) => Ok(command),
+                Some(too_many) => {
+                    self.too_large_by = Some(too_many);
+                    Err(format!("its commands have {bytes} bytes; the limit is {COMMANDS_BYTES_MAX}"))
+                }
+            });
+            match made {
+                Ok(command) => {
+                    self.progress.calls[call] = CallState::Waiting;
+                    self.send.push(command);
+                }
+                Err(reason) => {
+                    self.progress.calls[call] = CallState::Failed;
+                    unsent = Some(reason::storable(&format!("it cannot be asked for: {reason}")));
+                }
+            }
+        }
+        let Some(reason) = unsent else { return Ok(()) };
+        self.progress.trouble = Some(self.failure(&reason));
+        self.settle(&reason)
     }
 
     /// Some participants failed, and nobody is waited for: ask again later, or give up.
@@ -284,7 +373,7 @@ impl<C: SagaState> Move<'_, C> {
         let failure = self.failure(reason);
         let compensatable = self.planned().kind == Kind::Compensatable && matches!(self.progress.at, At::Forward(_));
         if compensatable {
-            self.context.learn(&failure.step, &Outcome::Failed(reason.to_owned()));
+            learn_given_up(&mut self.context, &failure);
             self.gave_up = Some(failure);
             return self.compensate(reason);
         }
@@ -319,7 +408,7 @@ impl<C: SagaState> Move<'_, C> {
             && self.progress.deadline.is_some_and(|deadline| deadline <= self.now)
         {
             let failure = self.failure("deadline");
-            self.context.learn(&failure.step, &Outcome::Failed(failure.reason.clone()));
+            learn_given_up(&mut self.context, &failure);
             self.gave_up = Some(failure);
             self.compensate("deadline")?;
             return Ok(true);
@@ -341,12 +430,18 @@ impl<C: SagaState> Move<'_, C> {
         Ok(true)
     }
 
-    /// Who was asked and has not answered in time.
+    /// Who was asked and has not answered in time, and what the others have said.
     fn unanswered(&self) -> String {
         let waiting = self.requests().filter(|(call, _)| self.progress.calls[*call] == CallState::Waiting);
-        let silent: BTreeSet<String> = waiting.map(|(_, request)| request.to).collect();
+        let silent: BTreeSet<String> = waiting.filter_map(|(_, request)| Some(request.ok()?.to)).collect();
         let silent = silent.into_iter().collect::<Vec<_>>().join(" and ");
-        format!("timeout: no answer from {silent} within {:?}", self.planned().timeout)
+        let unanswered = format!("timeout: no answer from {silent} within {:?}", self.planned().timeout);
+        match &self.progress.trouble {
+            Some(said) if self.progress.calls.contains(&CallState::Failed) => {
+                reason::storable(&format!("{}; {unanswered}", said.reason))
+            }
+            _ => unanswered,
+        }
     }
 
     fn operate(&mut self, verb: Verb) -> Result<(), String> {
@@ -369,7 +464,7 @@ impl<C: SagaState> Move<'_, C> {
         self.progress.status = if back { Status::Compensating } else { Status::Running };
         self.progress.attempt = 0;
         let all_done = self.progress.calls.iter().all(|call| *call == CallState::Done);
-        // Its participant answers no second time.
+        // It would be refused again.
         let refused = self.progress.calls.contains(&CallState::Refused);
         match verb {
             Verb::Compensate => self.compensate("an operator compensated it"),

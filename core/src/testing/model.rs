@@ -23,7 +23,8 @@ use super::{
 use crate::{
     aggregate::Aggregate,
     saga::{
-        At, Outcome, Participation, Reply, SagaState, Status, Step, StepCommand, StepError, StepEvent, decide_step,
+        At, Outcome, Participation, Reply, SagaState, Slot, Status, Step, StepCommand, StepError, StepEvent,
+        decide_step,
     },
 };
 
@@ -65,6 +66,13 @@ impl Message {
                 StepCommand { at: *at, call: *call, attempt: *attempt, must_succeed: false }
             }
         }
+    }
+
+    /// The reply to a command.
+    fn answer(command: &StepCommand, outcome: &Outcome) -> Result<Self, String> {
+        let StepCommand { at, call, attempt, .. } = *command;
+        let outcome = serde_json::to_string(outcome).map_err(|error| error.to_string())?;
+        Ok(Self::Reply { at, call, attempt, outcome })
     }
 
     fn is_failure(&self) -> bool {
@@ -140,6 +148,8 @@ pub(super) struct Protocol<C, W> {
     pub troubles: Troubles,
 }
 
+/// What a participant says of a step that comes after its undo.
+const TOO_LATE: &str = "too late";
 /// The most moves a saga may need to its end once nothing goes wrong any more.
 const SUNNY_MOVES_MAX: usize = 1_000;
 
@@ -201,9 +211,8 @@ where
                 Ok::<_, String>(self.machine.happens(number, Happening::Hear(message.clone()))?.is_some())
             }
             Message::Command { at, call, attempt, to, .. } => {
-                let ignored = |known| decide_step(known, &message.command()) == Step::Ignore;
                 let alike = one_is_enough && !present(*at) && first[&(*at, *call)] != *attempt;
-                Ok(!alike && !state.services.get(to).is_some_and(ignored))
+                Ok(!alike && self.matters(state, number, message, to)?)
             }
         };
         let mut useless = Vec::new();
@@ -216,6 +225,24 @@ where
             Arc::make_mut(&mut state.flying).retain(|message| !useless.contains(message));
         }
         Ok(())
+    }
+
+    /// Whether a command can still lead to anything: it changes the barrier, or its answer moves the saga.
+    fn matters(&self, state: &State<W>, place: usize, message: &Message, to: &str) -> Result<bool, String> {
+        let command = message.command();
+        let Some(known) = state.services.get(to) else { return Ok(true) };
+        let outcome = match decide_step(known, &command) {
+            Step::Perform => return Ok(true),
+            Step::Bar => match command.at {
+                At::Undo(step) if known.slot(At::Forward(step), command.call) == Some(&Slot::Undone) => {
+                    Outcome::Done(Value::Null)
+                }
+                _ => return Ok(true),
+            },
+            Step::Refuse => command.refused(TOO_LATE.to_owned()),
+            Step::Repeat => state.ledger.answer(command.at, command.call)?,
+        };
+        Ok(self.machine.happens(place, Happening::Hear(Arc::new(Message::answer(&command, &outcome)?)))?.is_some())
     }
 
     /// As `saga::participant::Desk` does it.
@@ -236,9 +263,10 @@ where
         let command = message.command();
         let known = state.services.get(to).cloned().unwrap_or_default();
         let outcome = match decide_step(&known, &command) {
-            Step::Ignore if luck == Luck::Does => return Ok((next != *state).then_some(next)),
             Step::Bar if luck == Luck::Does => Outcome::Done(Value::Null),
-            Step::Ignore | Step::Bar => return Ok(None),
+            Step::Refuse if luck == Luck::Does => command.refused(TOO_LATE.to_owned()),
+            Step::Repeat if luck == Luck::Does => state.ledger.answer(*at, *call)?,
+            Step::Bar | Step::Refuse | Step::Repeat => return Ok(None),
             Step::Perform => match luck {
                 // It would not have done it and then say no.
                 Luck::Refuses if next.ledger.is_unheard(*at, *call) => return Ok(None),
@@ -256,15 +284,15 @@ where
                 }
             },
         };
-        let outcome_json = serde_json::to_string(&outcome).map_err(|error| error.to_string())?;
+        let answer = Message::answer(&command, &outcome)?;
+        Arc::make_mut(&mut next.ledger).answered(*at, *call, &outcome)?;
         let reply = Reply { at: *at, call: *call, attempt: *attempt, outcome };
         let replied = StepEvent::Replied { saga: String::new(), reply_to: String::new(), reply };
         Arc::make_mut(&mut next.services).entry(to.clone()).or_default().evolve(&replied);
-        let reply = Message::Reply { at: *at, call: *call, attempt: *attempt, outcome: outcome_json };
         let alike =
-            |other: &Arc<Message>| reply.is_failure() && other.is_failure() && other.command() == reply.command();
+            |other: &Arc<Message>| answer.is_failure() && other.is_failure() && other.command() == answer.command();
         if !next.flying.iter().any(alike) {
-            Arc::make_mut(&mut next.flying).insert(Arc::new(reply));
+            Arc::make_mut(&mut next.flying).insert(Arc::new(answer));
         }
         self.forget(&mut next)?;
         Ok((next != *state).then_some(next))

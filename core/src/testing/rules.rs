@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 
 use super::machine::Happening;
-use crate::saga::{At, Command, Kind, Progress, Saga, SagaState, Status};
+use crate::saga::{At, Command, Kind, Outcome, Progress, Saga, SagaState, Status};
 
 /// What really became of a call, kept apart from what the saga and the services believe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -21,6 +21,8 @@ pub(super) struct Ledger {
     effects: BTreeMap<(At, usize), Effect>,
     /// The replies, as JSON, to calls that were done without anybody knowing.
     unheard: BTreeMap<(At, usize), String>,
+    /// The recorded outcomes, as JSON, of the steps that were done or refused: they are given again.
+    answers: BTreeMap<(At, usize), String>,
 }
 
 impl Ledger {
@@ -36,6 +38,21 @@ impl Ledger {
     /// The reply to a call that was done without anybody knowing, now that somebody gets to know.
     pub fn heard_now(&mut self, at: At, call: usize) -> Option<Value> {
         self.unheard.remove(&(at, call)).and_then(|reply| reply.parse().ok())
+    }
+
+    /// Records an outcome that is given again.
+    pub fn answered(&mut self, at: At, call: usize, outcome: &Outcome) -> Result<(), String> {
+        if !matches!(at, At::Undo(_)) && matches!(outcome, Outcome::Done(_) | Outcome::Refused(_)) {
+            let outcome = serde_json::to_string(outcome).map_err(|error| error.to_string())?;
+            self.answers.entry((at, call)).or_insert(outcome);
+        }
+        Ok(())
+    }
+
+    /// The recorded outcome of a step that was done or refused.
+    pub fn answer(&self, at: At, call: usize) -> Result<Outcome, String> {
+        let recorded = self.answers.get(&(at, call)).ok_or_else(|| format!("no answer is recorded for {at}/{call}"))?;
+        serde_json::from_str(recorded).map_err(|error| error.to_string())
     }
 
     fn is(&self, at: At, call: usize, effect: Effect) -> bool {

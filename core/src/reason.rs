@@ -1,0 +1,31 @@
+//! Texts of failures, as they can be stored: no store refuses them, and no text is too long for what carries it.
+
+/// Characters kept of a reason: it is for people to read, and it stands several times in the events of a saga.
+pub(crate) const REASON_CHARS_MAX: usize = 4_000;
+
+/// The text with every control character but tabs and newlines replaced, cut at [`REASON_CHARS_MAX`].
+pub(crate) fn storable(reason: &str) -> String {
+    let unprintable = |character: char| character.is_control() && !matches!(character, '\n' | '\t');
+    let printable = |character| if unprintable(character) { char::REPLACEMENT_CHARACTER } else { character };
+    let whole = reason.chars().count();
+    if whole <= REASON_CHARS_MAX {
+        return reason.chars().map(printable).collect();
+    }
+    let mark = format!("… ({whole} characters)");
+    let kept = reason.chars().take(REASON_CHARS_MAX - mark.chars().count());
+    kept.map(printable).chain(mark.chars()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reason_is_cleaned_and_cut() {
+        assert_eq!(storable("no\0pe\u{1b}[1m\tand\nso on é"), "no\u{fffd}pe\u{fffd}[1m\tand\nso on é");
+        let long = storable(&"é".repeat(1_000_000));
+        assert_eq!(long.chars().count(), REASON_CHARS_MAX);
+        assert!(long.ends_with("é… (1000000 characters)"), "{}", long.len());
+        assert_eq!(storable(&long), long, "a text that was cut is not cut again");
+    }
+}

@@ -1,0 +1,323 @@
+//! What goes wrong on the way there never keeps a saga from going back: whatever a participant says, stages or does not know,
+//! and whatever the saga's own code makes of it, the step fails with that reason and the undos run.
+#![allow(clippy::unwrap_used)]
+
+mod postgres;
+
+use std::{sync::Arc, time::Duration};
+
+use annals::{
+    Answer, DocumentKey, Event, EventStore, MemoryStore, Saga, SagaState, Service, StepError, Work,
+    saga::{ANSWER_BYTES_MAX, Outcome, Request, Runner, SagaStatus, Status, Verb},
+};
+use annals_sqlite::SqliteStore;
+use annals_tests::{
+    tally::{documents, eventually},
+    trip::{Act, Clerk, Play, Trip, World, ask, take_back, tallies, trip},
+};
+use uuid::Uuid;
+
+const ALL: [&str; 3] = ["shop", "hotel", "bank"];
+const PATIENT: Duration = Duration::from_secs(60);
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// The same on every store.
+async fn on_every_store(test: impl AsyncFn(&str, Arc<dyn EventStore>)) {
+    test("memory", Arc::new(MemoryStore::new())).await;
+    let folder = tempfile::tempdir().unwrap();
+    let sqlite = SqliteStore::open(folder.path().join("annals.db")).await.unwrap();
+    test("SQLite", Arc::new(sqlite.clone())).await;
+    sqlite.close().await.unwrap();
+    let schema = postgres::Schema::new();
+    test("PostgreSQL", Arc::new(schema.store().await)).await;
+}
+
+async fn nothing_is_parked(world: &World, case: &str) {
+    for service in ALL {
+        let parked = documents(&world.store, &format!("parked.{service}.commands")).await;
+        assert_eq!(parked, [], "{case}: {service}");
+    }
+}
+
+type Says = fn(&mut Work) -> Result<Answer, StepError>;
+
+/// What the bank says of the charge; what an operator reads of it; whether the bank may have charged.
+const SAYS: [(&str, Says, &str, bool); 12] = [
+    ("failure with a NUL", |_| Err(StepError::Failed("errno\0 5".into())), "charge: errno\u{fffd} 5", false),
+    ("refusal with a NUL", |_| Ok(Answer::Refused("no\0pe".into())), "charge: no\u{fffd}pe", false),
+    ("refusal by error", |_| Err(StepError::Refused("no\u{1b}[31m".into())), "charge: no\u{fffd}[31m", false),
+    ("unknown with a NUL", |_| Err(StepError::Unknown("\0".into())), "charge: \u{fffd}", true),
+    ("panic with a NUL", |_| panic!("bad \0 thing"), "charge: panicked: bad \u{fffd} thing", true),
+    ("failure of 310 kB", |_| Err(StepError::Failed("x".repeat(310_000))), "(310000 characters)", false),
+    ("failure of 4 MB", |_| Err(StepError::Failed("é".repeat(2_000_000))), "(2000000 characters)", false),
+    ("refusal of 1 MB", |_| Ok(Answer::Refused("x".repeat(1_000_000))), "(1000000 characters)", false),
+    (
+        "answer of 1 MB",
+        |_| Ok(Answer::Done("x".repeat(1_000_000).into())),
+        "answer too large: 1000002 bytes, limit 450000",
+        true,
+    ),
+    ("answer with a NUL", |_| Ok(Answer::Done("a\0b".into())), "a string has \\u0000", true),
+    (
+        "answer nested too deep",
+        |_| Ok(Answer::Done((0..125).fold(1.into(), |inner, _| vec![inner].into()))),
+        "nested",
+        true,
+    ),
+    ("document too large", too_large, "what it did cannot be stored: ", true),
+];
+
+fn too_large(work: &mut Work) -> Result<Answer, StepError> {
+    work.put(&DocumentKey::new("large", "a"), &"x".repeat(5_000_000))?;
+    Ok(Answer::DONE)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whatever_a_participant_says_the_saga_goes_back() {
+    on_every_store(async |store_name, store| {
+        let world = World::new(store, trip(PATIENT, 2));
+        let runtime = world.start(&ALL).await;
+        for (number, (says, bank, error, may_be_done)) in SAYS.into_iter().enumerate() {
+            let (id, case) = (number.to_string(), format!("{says} on {store_name}"));
+            world.script.behave();
+            world.script.answer("charge", bank);
+            world.request(&id, Uuid::new_v4(), None).await;
+            let status = world.becomes(&id, Status::Compensated).await;
+            let last_error = status.last_error.unwrap();
+            assert!(last_error.contains(error), "{case}: {last_error}");
+            assert!(last_error.chars().count() < 5_000, "{case}");
+            // A refusal keeps what says so.
+            let mut ledger = world.ledger(&id).await;
+            ledger.retain(|done| done != "charge");
+            let undone: &[&str] =
+                if may_be_done { &["book", "undo charge", "undo book"] } else { &["book", "undo book"] };
+            assert_eq!(ledger, undone, "{case}");
+            nothing_is_parked(&world, &case).await;
+        }
+        assert!(runtime.health().is_fine(), "{store_name}: {:?}", runtime.health().parts());
+        runtime.drain(DRAIN).await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn undo_and_last_step_fail_with_their_reason() {
+    on_every_store(async |store_name, store| {
+        let world = World::new(store, trip(PATIENT, 2));
+        let runtime = world.start(&ALL).await;
+        // An undo that says something that no store takes, and then works.
+        world.script.play("confirm", Play::Refuse, 1);
+        let tries = std::sync::atomic::AtomicU32::new(0);
+        world.script.answer("undo charge", move |_| match tries.fetch_add(1, std::sync::atomic::Ordering::SeqCst) {
+            0 => Err(StepError::Failed("x\0y".into())),
+            _ => Ok(Answer::DONE),
+        });
+        world.request("undo", Uuid::new_v4(), None).await;
+        world.becomes("undo", Status::Compensated).await;
+        assert_eq!(world.ledger("undo").await, ["book", "charge", "undo charge", "undo book"], "{store_name}");
+        // A step that only goes forward is stuck with what is wrong, and an operator gets it on.
+        world.script.answer("announce", |_| Ok(Answer::Done("x".repeat(ANSWER_BYTES_MAX).into())));
+        world.request("stuck", Uuid::new_v4(), None).await;
+        let status = world.becomes("stuck", Status::Stuck).await;
+        assert!(status.last_error.unwrap().starts_with("announce: answer too large: 450002 bytes"), "{store_name}");
+        world.script.behave();
+        world.runner(&world.store).operate("stuck", Verb::Retry, "ann", "mended").await.unwrap();
+        world.becomes("stuck", Status::Completed).await;
+        nothing_is_parked(&world, store_name).await;
+        runtime.drain(DRAIN).await.unwrap();
+    })
+    .await;
+}
+
+/// What the next build of the bank will know.
+#[derive(Event, Clone, Debug, PartialEq)]
+#[event(prefix = "act")]
+enum Newer {
+    Insure {
+        trip: String,
+    },
+    #[event(version = 2, upcasters(as_it_is))]
+    Do {
+        step: String,
+        trip: String,
+        of: String,
+    },
+}
+
+fn as_it_is(value: serde_json::Value) -> Result<serde_json::Value, std::convert::Infallible> {
+    Ok(value)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn command_that_a_build_does_not_know_fails_and_its_undo_runs() {
+    fn plan(insure: fn(&Trip) -> Request) -> Saga<Trip> {
+        Saga::named("trip")
+            .compensatable("book", |trip| ask("hotel", "book", trip))
+            .undo(|trip| take_back("hotel", "book", trip))
+            .compensatable("insure", insure)
+            // Nor does it know the undo.
+            .undo(|trip| Request::to("bank", &Newer::Insure { trip: trip.id.clone() }))
+            .attempts(2)
+            .pivot("confirm", |trip| ask("shop", "confirm", trip))
+            .build()
+    }
+    let unknown: fn(&Trip) -> Request = |trip| Request::to("bank", &Newer::Insure { trip: trip.id.clone() });
+    let future: fn(&Trip) -> Request = |trip| {
+        let (step, of) = ("insure".to_owned(), "all".to_owned());
+        Request::to("bank", &Newer::Do { step, trip: trip.id.clone(), of })
+    };
+    on_every_store(async |store_name, store| {
+        for (id, insure, reason) in
+            [("a", unknown, "unknown command act.insure"), ("b", future, "unknown command act.do version 2")]
+        {
+            let world = World::new(store.clone(), plan(insure));
+            let runtime = world.start(&ALL).await;
+            world.request(id, Uuid::new_v4(), None).await;
+            let status = world.becomes(id, Status::Compensated).await;
+            let last_error = status.last_error.unwrap();
+            assert!(
+                last_error.contains(reason) && last_error.contains("deploy a build of bank"),
+                "{store_name}: {last_error}"
+            );
+            assert_eq!(world.ledger(id).await, ["book", "undo book"], "{store_name}");
+            nothing_is_parked(&world, store_name).await;
+            runtime.drain(DRAIN).await.unwrap();
+        }
+    })
+    .await;
+}
+
+/// A saga that keeps what it hears, and asks with all of it.
+#[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
+struct Hoard {
+    id: String,
+    kept: Vec<String>,
+}
+
+impl SagaState for Hoard {
+    fn learn(&mut self, _: &str, outcome: &Outcome) {
+        if let Outcome::Done(serde_json::Value::String(answer)) = outcome {
+            assert!(answer != "unbearable", "too much to bear");
+            self.kept.push(answer.clone());
+        }
+    }
+}
+
+impl Hoard {
+    fn act(&self, step: &str) -> Act {
+        Act::Do { step: step.to_owned(), trip: self.id.clone() }
+    }
+
+    fn starts(message: &annals::Message) -> Result<Option<(String, Self)>, annals::HandlerError> {
+        let id = message.subject.split_once('-').map_or("", |(_, id)| id).to_owned();
+        Ok((&*message.type_name == "tally.added").then(|| (id.clone(), Self { id, kept: Vec::new() })))
+    }
+}
+
+/// A command that carries what the saga knows, and whose content may be refused by a store.
+#[derive(Event, Clone, Debug, PartialEq)]
+#[event(prefix = "hoard")]
+enum Carry {
+    All { all: Vec<String> },
+}
+
+fn hoarder() -> Saga<Hoard> {
+    fn carry(hoard: &Hoard) -> Request {
+        assert!(!hoard.kept.iter().any(|kept| kept == "unspeakable"), "not to be said");
+        let nul = hoard.kept.iter().any(|kept| kept == "nul").then(|| "\0".to_owned());
+        Request::to("hotel", &Carry::All { all: hoard.kept.iter().cloned().chain(nul).collect() })
+    }
+    Saga::named("hoard")
+        .compensatable("book", |hoard: &Hoard| Request::to("hotel", &hoard.act("book")))
+        .undo(|hoard: &Hoard| Request::to("hotel", &Act::Undo { step: "book".into(), trip: hoard.id.clone() }))
+        .attempts(2)
+        .compensatable("charge", |hoard: &Hoard| Request::to("bank", &hoard.act("charge")))
+        .undo(|hoard: &Hoard| Request::to("bank", &Act::Undo { step: "charge".into(), trip: hoard.id.clone() }))
+        .attempts(2)
+        .compensatable("carry", carry)
+        .undo(carry)
+        .attempts(2)
+        .pivot("confirm", |hoard: &Hoard| Request::to("shop", &hoard.act("confirm")))
+        .build()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_saga_itself_cannot_go_on_with_is_a_failed_step() {
+    on_every_store(async |store_name, store| {
+        let world = World::new(store.clone(), trip(PATIENT, 2));
+        let runner = Runner::new(store.clone(), hoarder(), tallies(), Hoard::starts);
+        let services = ALL.map(|name| {
+            let service = Service::new(name, store.clone()).participant(Clerk(world.script.clone()));
+            if name == "shop" { service.saga(runner.clone()) } else { service }
+        });
+        let mut runtime = annals::Runtime::new();
+        runtime.start(services.into(), world.bus.clone()).await.unwrap();
+        let large = || Answer::Done("x".repeat(ANSWER_BYTES_MAX - 10).into());
+        for (id, answer, status, reason, ledger) in [
+            // Each of the two fits; the command with both does not: the answer that made it too large is to blame.
+            (
+                "large",
+                large(),
+                Status::Compensated,
+                "charge: answer too large",
+                ["book", "charge", "undo charge", "undo book"],
+            ),
+            (
+                "state",
+                Answer::Done("unbearable".into()),
+                Status::Compensated,
+                "charge: the saga's state cannot take the answer: panicked: too much to bear",
+                ["book", "charge", "undo charge", "undo book"],
+            ),
+        ] {
+            world.script.behave();
+            world.script.answer("book", move |_| Ok(Answer::Done("x".repeat(ANSWER_BYTES_MAX - 10).into())));
+            world.script.answer("charge", move |_| Ok(answer.clone()));
+            world.request(id, Uuid::new_v4(), None).await;
+            let found = ended(&store, id).await;
+            assert_eq!(found.status, status, "{id} on {store_name}: {:?}", found.last_error);
+            assert!(
+                found.last_error.as_ref().unwrap().contains(reason),
+                "{id} on {store_name}: {:?}",
+                found.last_error
+            );
+            assert_eq!(world.ledger(id).await, ledger, "{id} on {store_name}");
+        }
+        for (id, answer, reason) in [
+            ("panic", "unspeakable", "carry: it cannot be asked for: its command panicked: not to be said"),
+            ("nul", "nul", "carry: it cannot be asked for: hoard.all cannot be stored: a string has \\u0000"),
+        ] {
+            world.script.behave();
+            world.script.answer("charge", move |_| Ok(Answer::Done(answer.into())));
+            world.request(id, Uuid::new_v4(), None).await;
+            // Its undo cannot be asked for either: a person decides, and reads why.
+            let found = ended(&store, id).await;
+            assert_eq!(found.status, Status::Stuck, "{id} on {store_name}");
+            assert!(
+                found.last_error.as_ref().unwrap().contains(reason),
+                "{id} on {store_name}: {:?}",
+                found.last_error
+            );
+            runner.operate(id, Verb::SkipStep, "ann", "nothing was carried").await.unwrap();
+            let found = eventually("it is compensated", async || {
+                status_of(&store, id).await.filter(|status| status.status == Status::Compensated)
+            })
+            .await;
+            assert!(found.last_error.unwrap().contains(reason), "{id} on {store_name}");
+            assert_eq!(world.ledger(id).await, ["book", "charge", "undo charge", "undo book"], "{id} on {store_name}");
+        }
+        nothing_is_parked(&world, store_name).await;
+        runtime.drain(DRAIN).await.unwrap();
+    })
+    .await;
+}
+
+async fn status_of(store: &Arc<dyn EventStore>, id: &str) -> Option<SagaStatus> {
+    let body = annals_tests::tally::document(store, &DocumentKey::new("saga.hoard", id)).await?;
+    serde_json::from_str(&body).ok()
+}
+
+async fn ended(store: &Arc<dyn EventStore>, id: &str) -> SagaStatus {
+    let ended = |status: &SagaStatus| status.ended_at.is_some() || status.status == Status::Stuck;
+    eventually("the saga has ended or is stuck", async || status_of(store, id).await.filter(ended)).await
+}
