@@ -144,7 +144,7 @@ impl Worker {
                 self.redrive_due().await?;
                 continue;
             }
-            let batch = &items[..limit];
+            let batch = &items[..if matches!(refused, Refused::Not) { limit } else { 1 }];
             let mut work = Work::new(self.store.clone(), stale.clone());
             let mut parked = self.parked.clone();
             let count = match self.attempt(batch, &mut work, &mut parked, &refused).await {
@@ -155,7 +155,6 @@ impl Worker {
                     continue;
                 }
                 Attempt::TooLarge(reason) => {
-                    limit = 1;
                     refused = refused.next(reason);
                     continue;
                 }
@@ -200,10 +199,7 @@ impl Worker {
                 }
                 // Only a message that is refused by itself is at fault; until it stands alone, nobody is parked for it.
                 CommitError::Invalid(_) if count > 1 => limit = count / 2,
-                CommitError::Invalid(reason) => {
-                    limit = 1;
-                    refused = refused.next(reason.clone());
-                }
+                CommitError::Invalid(reason) => refused = refused.next(reason.clone()),
                 CommitError::Unavailable(reason) => {
                     self.reporter.trouble(reason.clone());
                     waiting.wait().await;

@@ -444,12 +444,14 @@ fn two_steps_of_one_name_are_refused() {
 }
 
 #[test]
-fn a_command_without_json_stops_the_saga_before_it_starts() {
+fn a_command_without_json_is_a_failed_step() {
     let saga = Saga::<Learned>::named("odd")
         .pivot("odd", |_| Request::to("agency", &Odd::Number { nan: std::collections::BTreeMap::from([((), 1)]) }))
         .build();
-    let error = begin(&saga, SAGA_ID, Learned::default(), START).unwrap_err();
-    assert!(error.starts_with("step \"odd\": odd.number has no JSON form"), "{error}");
+    let moved = begin(&saga, SAGA_ID, Learned::default(), START).unwrap();
+    assert_eq!((moved.progress.calls, moved.send, moved.progress.retrying), (vec![CallState::Failed], vec![], true));
+    let trouble = moved.progress.trouble.unwrap().to_string();
+    assert!(trouble.starts_with("odd: it cannot be asked for: odd.number has no JSON form"), "{trouble}");
 }
 
 #[derive(Event, Clone, Debug, PartialEq)]
