@@ -2,9 +2,18 @@
 
 use chrono::{DateTime, Utc};
 use rust_decimal::Decimal;
-use serde::{Deserialize, Deserializer, Serialize, de::Error};
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{Error, IntoDeserializer},
+};
 
-use crate::{books::Books, card::Card, order::Line, supply::Change};
+use crate::{
+    books::Books,
+    card::Card,
+    http::json::{Object, whole_number},
+    order::Line,
+    supply::Change,
+};
 
 /// The header that names what is handed in: the same key is the same order. Becomes its id.
 pub const IDEMPOTENCY_KEY: &str = "idempotency-key";
@@ -24,7 +33,7 @@ pub struct NewOrder {
     #[serde(deserialize_with = "lines")]
     pub lines: Vec<Line>,
     /// A test card; a good one by default.
-    #[serde(default, skip_serializing_if = "Card::is_good")]
+    #[serde(default, skip_serializing_if = "Card::is_good", deserialize_with = "card")]
     pub card: Card,
 }
 
@@ -45,30 +54,69 @@ pub struct NewReturn {
 #[serde(deny_unknown_fields)]
 struct AskedLine {
     sku: String,
+    #[serde(deserialize_with = "whole_number")]
     quantity: u32,
-    unit_price: String,
+    #[serde(deserialize_with = "amount")]
+    unit_price: Decimal,
 }
 
 fn lines<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Line>, D::Error> {
-    let lines =
-        Vec::<AskedLine>::deserialize(deserializer)?.into_iter().map(|AskedLine { sku, quantity, unit_price }| {
-            let digits = unit_price.strip_prefix('-').unwrap_or(&unit_price);
-            let is_plain = digits.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
-            let parsed = unit_price.parse().ok().filter(|_| is_plain);
-            let wrong = || D::Error::custom(format!("the price {unit_price:.40?} is no amount, such as \"2.55\""));
-            Ok(Line { sku, quantity, unit_price: parsed.ok_or_else(wrong)? })
-        });
-    lines.collect()
+    let lines = Vec::<Object<AskedLine>>::deserialize(deserializer)?.into_iter();
+    let line = |Object(AskedLine { sku, quantity, unit_price })| Line { sku, quantity, unit_price };
+    Ok(lines.map(line).collect())
+}
+
+/// By its name alone: derived enums are also read from objects, and say little of numbers.
+fn card<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Card, D::Error> {
+    Card::deserialize(String::deserialize(deserializer)?.into_deserializer())
+}
+
+fn amount<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Decimal, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let digits = text.strip_prefix('-').unwrap_or(&text);
+    let is_plain = digits.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
+    let amount = text.parse().ok().filter(|_| is_plain);
+    amount.ok_or_else(|| D::Error::custom(format!("the price {text:.40?} is no amount, such as \"2.55\"")))
 }
 
 /// The body of `POST /supplies`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
+#[serde(rename_all = "snake_case", try_from = "AskedSupply")]
 pub enum NewSupply {
     /// Goods came in.
     Delivered(Vec<Change>),
     /// Somebody counted.
     Adjusted(Vec<Change>),
+}
+
+/// A supply as it is asked for.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AskedSupply {
+    delivered: Option<Vec<Object<AskedChange>>>,
+    adjusted: Option<Vec<Object<AskedChange>>>,
+}
+
+/// A change as it is asked for.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AskedChange {
+    sku: String,
+    #[serde(deserialize_with = "whole_number")]
+    quantity: i64,
+}
+
+impl TryFrom<AskedSupply> for NewSupply {
+    type Error = &'static str;
+
+    fn try_from(AskedSupply { delivered, adjusted }: AskedSupply) -> Result<Self, Self::Error> {
+        let change = |Object(AskedChange { sku, quantity })| Change { sku, quantity };
+        match (delivered, adjusted) {
+            (Some(units), None) => Ok(Self::Delivered(units.into_iter().map(change).collect())),
+            (None, Some(units)) => Ok(Self::Adjusted(units.into_iter().map(change).collect())),
+            _ => Err("there must be either `delivered` or `adjusted`"),
+        }
+    }
 }
 
 /// What `GET /orders/{id}` gives.

@@ -4,7 +4,7 @@ mod bus_url;
 mod http_url;
 mod store_url;
 
-use std::{ffi::OsString, fmt, net::SocketAddr, path::PathBuf};
+use std::{ffi::OsString, fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -21,6 +21,13 @@ pub const GENERATED_DEFAULT: u64 = 2_000;
 pub const DECLINE_RATE_GENERATED: f64 = 0.1;
 /// Share of customers who cancel for generated orders.
 pub const CANCEL_RATE_GENERATED: f64 = 0.02;
+
+/// How long `serve` takes requests after it was asked to stop: load balancers look every few seconds, and clients that keep
+/// connections learn of the stop with their next answer. With the last answers and the drain of the services it is within the
+/// half minute that Kubernetes grants.
+const GRACE_DEFAULT: &str = "5s";
+/// The longest grace, in seconds: no load balancer takes longer, and a typing error does not keep a process for hours.
+const GRACE_SECONDS_MAX: u32 = 300;
 
 const EXAMPLES: &str = "Examples:
   sample-shop run
@@ -79,10 +86,12 @@ pub enum Command {
 /// Where things are kept and how services talk.
 #[derive(Clone, Debug, Args)]
 pub struct Connection {
-    /// Where events are kept: `memory:`, `sqlite:PATH` or `postgres://…`.
+    /// Where events are kept: `memory:`, `sqlite:PATH` or `postgres://…`. A password can stand in a file or in the environment:
+    /// `?password_file=PATH`, `?password_env=VARIABLE`, PGPASSWORD or PGPASSFILE.
     #[arg(long, value_name = "URL", default_value = "sqlite:shop.db")]
     pub store: StoreUrl,
-    /// How services talk: `local:`, that is inside this process, or `kafka://host:port[,host:port][?name=value&…]`.
+    /// How services talk: `local:`, that is inside this process, or `kafka://host:port[,host:port][?name=value&…]`. Any value can
+    /// stand in a file or in the environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
     #[arg(long, value_name = "URL", default_value = "local:")]
     pub bus: BusUrl,
     /// The name of this process among several on one PostgreSQL. One that is started again under its name takes its share
@@ -176,15 +185,21 @@ pub struct Serve {
     /// Which.
     #[arg(value_name = "SERVICE")]
     pub role: Role,
-    /// Where events are kept: `memory:`, `sqlite:PATH` or `postgres://…`.
+    /// Where events are kept: `memory:`, `sqlite:PATH` or `postgres://…`. A password can stand in a file or in the environment:
+    /// `?password_file=PATH`, `?password_env=VARIABLE`, PGPASSWORD or PGPASSFILE.
     #[arg(long, value_name = "URL")]
     pub store: StoreUrl,
-    /// How services talk: `local:`, that is inside this process, or `kafka://host:port[,host:port][?name=value&…]`.
+    /// How services talk: `local:`, that is inside this process, or `kafka://host:port[,host:port][?name=value&…]`. Any value can
+    /// stand in a file or in the environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
     #[arg(long, value_name = "URL")]
     pub bus: BusUrl,
     /// Answer HTTP here, such as 127.0.0.1:8080; with port 0, at a free one. Whoever reaches it may do everything.
     #[arg(long, value_name = "ADDR")]
     pub http: Option<SocketAddr>,
+    /// Once asked to stop, take requests for so long before the address is closed, so that load balancers and clients go elsewhere:
+    /// 0s to 300s.
+    #[arg(long, value_name = "TIME", value_parser = grace, default_value = GRACE_DEFAULT)]
+    pub grace: Duration,
     /// The name of this process among several of its service on one PostgreSQL. One that is started again under its name
     /// takes its share of the work back at once [default: another one each time].
     #[arg(long, value_name = "NAME", value_parser = instance)]
@@ -242,6 +257,13 @@ fn instance(text: &str) -> Result<String, String> {
         return Err("an instance is named by up to 100 letters, digits, '-', '_' and '.'".into());
     }
     Ok(text.to_owned())
+}
+
+fn grace(text: &str) -> Result<Duration, String> {
+    let seconds =
+        text.strip_suffix('s').unwrap_or(text).parse::<u32>().ok().filter(|seconds| *seconds <= GRACE_SECONDS_MAX);
+    let wrong = || format!("must be a number of seconds up to {GRACE_SECONDS_MAX}, such as {GRACE_DEFAULT}");
+    seconds.map(|seconds| Duration::from_secs(seconds.into())).ok_or_else(wrong)
 }
 
 fn rate(text: &str) -> Result<f64, String> {

@@ -2,6 +2,7 @@
 
 mod asked;
 mod follower;
+pub(crate) mod json;
 mod limits;
 mod listener;
 mod metrics;
@@ -15,16 +16,17 @@ use std::{sync::Arc, time::Instant};
 use axum::{
     Router,
     extract::{MatchedPath, Request, State},
-    http::{Method, StatusCode},
+    http::{HeaderValue, Method, StatusCode, header},
     middleware::{Next, from_fn_with_state},
     response::{IntoResponse, Response},
 };
+use tokio_util::sync::CancellationToken;
 
 pub use self::{
     asked::ID_BYTES_MAX,
     follower::Follower,
     limits::{ANSWER_TIME_MAX, BODY_BYTES_MAX, BODY_TIME_MAX, Limits, REQUESTS_MAX, WAIT_MAX},
-    listener::{CONNECTIONS_MAX, HEAD_TIME_MAX, LAST_ANSWERS, serve},
+    listener::{CONNECTIONS_MAX, HEAD_TIME_MAX, LAST_ANSWERS, Stopping, serve},
     metrics::Metrics,
     orders::Front,
     probes::Probes,
@@ -35,14 +37,24 @@ pub use self::{
 /// All routes of a service. Only the order service has a front; probes are answered whatever else goes on.
 pub fn app(front: Option<Front>, probes: Probes) -> Router {
     let metrics = probes.metrics.clone();
-    let limits = Limits::new(probes.stopping.clone());
+    let announced = probes.announced.clone();
     let front = front.map_or_else(Router::new, orders::routes);
     front
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
-        .layer(from_fn_with_state(limits, limits::hold))
+        .layer(from_fn_with_state(Limits::default(), limits::hold))
         .merge(probes::routes(probes).method_not_allowed_fallback(no_method))
         .layer(from_fn_with_state(metrics, measure))
+        .layer(from_fn_with_state(announced, announce))
+}
+
+/// Once the shop was asked to stop, each answer is the last one on its connection, so that clients come back elsewhere.
+async fn announce(State(announced): State<CancellationToken>, request: Request, next: Next) -> Response {
+    let mut response = next.run(request).await;
+    if announced.is_cancelled() {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
 }
 
 async fn no_route(request: Request) -> Problem {

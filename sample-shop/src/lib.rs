@@ -30,6 +30,7 @@ pub mod claim;
 pub mod closing;
 pub mod hand_in;
 pub mod http;
+mod http_client;
 pub mod input;
 pub mod inventory;
 pub mod ledger;

@@ -9,15 +9,11 @@ use std::{
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::Full;
 use hyper::{
-    Method, Request, StatusCode,
+    Method, Request, Response, StatusCode,
     body::Bytes,
     header::{CONTENT_TYPE, HeaderMap, HeaderValue},
-};
-use hyper_util::{
-    client::legacy::{Client, connect::HttpConnector},
-    rt::{TokioExecutor, TokioTimer},
 };
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -29,6 +25,7 @@ use crate::{
     arguments::HttpUrl,
     hand_in::{Customers, End, Kind, Paper, Shop, TakenIn},
     http::Problem,
+    http_client::{HttpClient, NoAnswer},
     input::Invoices,
     run::{Outcome, RunError, Settings},
     supply::SupplyEvent,
@@ -36,8 +33,6 @@ use crate::{
 
 /// How long a request waits for an end before it asks again.
 const WAIT: Duration = Duration::from_secs(10);
-/// How long an answer may take.
-const ANSWER_TIME_MAX: Duration = Duration::from_secs(30);
 /// How long nobody may answer before the run is given up. What it did stays done.
 const SILENCE_MAX: Duration = Duration::from_secs(120);
 /// Silence is told when it lasts this long.
@@ -46,16 +41,12 @@ const SILENCE_TOLD: Duration = Duration::from_secs(2);
 const RETRY_MIN: Duration = Duration::from_millis(50);
 /// The longest delay.
 const RETRY_MAX: Duration = Duration::from_secs(2);
-/// The largest answer, in bytes: a large order with its timeline.
-const ANSWER_BYTES_MAX: usize = 16_000_000;
-/// An idle connection is not used again after this: less than the shop keeps it.
-const IDLE_MAX: Duration = Duration::from_secs(15);
 
 /// A shop behind HTTP.
 #[derive(Clone)]
 struct There {
     url: HttpUrl,
-    client: Client<HttpConnector, Full<Bytes>>,
+    client: Arc<HttpClient>,
     silence: Arc<Mutex<Silence>>,
     stop: CancellationToken,
 }
@@ -103,12 +94,9 @@ pub async fn run(
     settings: Settings,
     on_progress: impl FnMut(u64),
 ) -> Result<Result<RemoteOutcome, u64>, RunError> {
-    let mut connector = HttpConnector::new();
-    connector.set_nodelay(true);
-    let mut builder = Client::builder(TokioExecutor::new());
-    builder.pool_timer(TokioTimer::new()).pool_idle_timeout(IDLE_MAX).pool_max_idle_per_host(settings.concurrency);
+    let client = HttpClient::new(&url.address(), settings.concurrency).map_err(RunError::Runtime)?;
     let silence = Arc::new(Mutex::new(Silence { heard: Instant::now(), told: false }));
-    let there = There { url: url.clone(), client: builder.build(connector), silence, stop: settings.stop.clone() };
+    let there = There { url: url.clone(), client: Arc::new(client), silence, stop: settings.stop.clone() };
     let customers = Customers::new(there.clone())?;
     let stop = &settings.stop;
     tokio::select! {
@@ -154,24 +142,21 @@ impl There {
     async fn ask(&self, method: Method, path: &str, key: Option<&str>, body: Bytes) -> Result<Answered, String> {
         let (mut delay, mut tried_before) = (RETRY_MIN, false);
         loop {
-            let trouble = match tokio::time::timeout(ANSWER_TIME_MAX, self.once(&method, path, key, body.clone())).await
-            {
-                Ok(Ok((status, headers, body))) if !is_passing(status) => {
+            let answered = self.client.send(request(&method, path, key, body.clone())?).await;
+            let trouble = match answered.map(Response::into_parts) {
+                Ok((head, body)) if !is_passing(head.status) => {
                     self.heard();
-                    return Ok(Answered { path: path.to_owned(), status, headers, body, tried_before });
+                    let path = path.to_owned();
+                    return Ok(Answered { path, status: head.status, headers: head.headers, body, tried_before });
                 }
-                Ok(Ok((status, _, body))) => {
+                Ok((head, body)) => {
                     // Turned away before anything was done, or cut off in the middle.
-                    tried_before |= status != StatusCode::SERVICE_UNAVAILABLE;
-                    detail(status, &body)
+                    tried_before |= head.status != StatusCode::SERVICE_UNAVAILABLE;
+                    detail(head.status, &body)
                 }
-                Ok(Err(error)) => {
-                    tried_before = true;
-                    error
-                }
-                Err(_) => {
-                    tried_before = true;
-                    format!("no answer within {} s", ANSWER_TIME_MAX.as_secs())
+                Err(NoAnswer { reason, may_be_heard }) => {
+                    tried_before |= may_be_heard;
+                    reason
                 }
             };
             self.unheard(&trouble)?;
@@ -179,25 +164,6 @@ impl There {
             tokio::time::sleep(delay.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
             delay = (delay * 2).min(RETRY_MAX);
         }
-    }
-
-    async fn once(
-        &self,
-        method: &Method,
-        path: &str,
-        key: Option<&str>,
-        body: Bytes,
-    ) -> Result<(StatusCode, HeaderMap, Bytes), String> {
-        let mut request = Request::builder().method(method.clone()).uri(format!("{}{path}", self.url));
-        if let Some(key) = key {
-            let key = HeaderValue::from_bytes(key.as_bytes()).map_err(|error| error.to_string())?;
-            request = request.header(IDEMPOTENCY_KEY, key).header(CONTENT_TYPE, "application/json");
-        }
-        let request = request.body(Full::new(body)).map_err(|error| error.to_string())?;
-        let response = self.client.request(request).await.map_err(|error| chain(&error))?;
-        let (head, body) = response.into_parts();
-        let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await.map_err(|error| error.to_string())?;
-        Ok((head.status, head.headers, body.to_bytes()))
     }
 
     fn silence(&self) -> std::sync::MutexGuard<'_, Silence> {
@@ -348,8 +314,11 @@ fn detail(status: StatusCode, body: &[u8]) -> String {
     }
 }
 
-/// An error with what is behind it: the client's own says little.
-fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.last().map(ToString::to_string).unwrap_or_default()
+fn request(method: &Method, path: &str, key: Option<&str>, body: Bytes) -> Result<Request<Full<Bytes>>, String> {
+    let mut request = Request::builder().method(method.clone()).uri(path);
+    if let Some(key) = key {
+        let key = HeaderValue::from_bytes(key.as_bytes()).map_err(|error| error.to_string())?;
+        request = request.header(IDEMPOTENCY_KEY, key).header(CONTENT_TYPE, "application/json");
+    }
+    request.body(Full::new(body)).map_err(|error| error.to_string())
 }

@@ -11,7 +11,7 @@ use crate::{
     arguments::{BusUrl, Role, Serve},
     bus,
     claim::Claim,
-    http::{self, Follower, Front, Metrics, Probes, Sagas},
+    http::{self, Follower, Front, Metrics, Probes, Sagas, Stopping},
     payment::{SimulatedProvider, TROUBLE_RATE},
     run::tell_troubles,
     shop::{self, Counter},
@@ -67,20 +67,21 @@ async fn serve_on(
     runtime.spawn("troubles", tell_troubles(runtime.health(), runtime.shutdown()));
     let metrics = Metrics::new()?;
     let health = runtime.health();
-    let probes = Probes { store: store.clone(), health, metrics: metrics.clone(), stopping: stop.clone() };
+    let probes = Probes { store: store.clone(), health, metrics: metrics.clone(), announced: stop.clone() };
+    let stopping = Stopping::new(stop, arguments.grace);
     let front = matches!(arguments.role, Role::All | Role::Order).then(|| {
         let follower = Follower::default();
         let reads = follower.clone().read(store.clone(), FOLLOWED.to_vec(), metrics.clone(), runtime.shutdown());
         runtime.spawn("follower", reads);
-        let sagas = Sagas { store: store.clone(), follower, stopping: stop.clone() };
+        let sagas = Sagas { store: store.clone(), follower, over: stopping.over.clone() };
         let kept_in = (arguments.store.to_string(), arguments.bus.to_string());
         Front { store: store.clone(), counter, sagas, metrics, kept_in }
     });
     say_where(arguments, listener.as_ref())?;
     match listener {
-        // Ends once requests in hand are answered.
-        Some(listener) => http::serve(listener, http::app(front, probes), stop).await?,
-        None => stop.cancelled().await,
+        // The services work on until the last request is answered.
+        Some(listener) => http::serve(listener, http::app(front, probes), stopping).await?,
+        None => stopping.announced.cancelled().await,
     }
     Ok(runtime.drain(PATIENCE).await?)
 }

@@ -3,8 +3,12 @@
 
 use std::{sync::Arc, time::Duration};
 
-use annals::{EventStore, Health, MemoryStore};
+use annals::{
+    Commit, CommitError, Committed, Document, DocumentKey, EventStore, Health, LogPage, LogQuery, MemoryStore,
+    Position, Recorded, Scan, StoreError, StoreStatus, StreamId, Version,
+};
 use annals_tests::faulty::FaultyStore;
+use async_trait::async_trait;
 use axum::body::{Body, to_bytes};
 use hyper::{Request, StatusCode, service::Service};
 use hyper_util::service::TowerToHyperService;
@@ -17,11 +21,11 @@ use tokio_util::sync::CancellationToken;
 
 /// No service runs here, so no saga ends.
 fn counter_alone(store: Arc<dyn EventStore>) -> axum::Router {
-    let (metrics, stopping) = (Metrics::new().unwrap(), CancellationToken::new());
-    let sagas = Sagas { store: store.clone(), follower: Follower::default(), stopping: stopping.clone() };
+    let metrics = Metrics::new().unwrap();
+    let sagas = Sagas { store: store.clone(), follower: Follower::default(), over: CancellationToken::new() };
     let kept_in = (String::new(), String::new());
     let front = Front { store: store.clone(), counter: Counter::new(&store), sagas, metrics: metrics.clone(), kept_in };
-    http::app(Some(front), Probes { store, health: Health::default(), metrics, stopping })
+    http::app(Some(front), Probes { store, health: Health::default(), metrics, announced: CancellationToken::new() })
 }
 
 #[tokio::test]
@@ -51,5 +55,67 @@ async fn although_nothing_can_be_read_any_more() {
         assert_eq!(answer.headers()["location"], format!("/{resource}/1"));
         let said = to_bytes(answer.into_body(), 1_000_000).await.unwrap();
         assert_eq!(serde_json::from_slice::<Value>(&said).unwrap(), receipt);
+    }
+}
+
+/// A store whose every error has names of files, as those of databases have.
+struct Broken;
+
+const ON_DISK: &str = "could not extend file \"base/5/16389\": /var/lib/shop/shop.db-wal: No space left on device";
+
+impl Broken {
+    fn error<T>() -> Result<T, StoreError> {
+        Err(StoreError::Unavailable(ON_DISK.into()))
+    }
+}
+
+#[async_trait]
+impl EventStore for Broken {
+    async fn commit(&self, _: Commit) -> Result<Committed, CommitError> {
+        Err(CommitError::Unavailable(ON_DISK.into()))
+    }
+    async fn read_stream(&self, _: &StreamId, _: Version, _: usize) -> Result<Vec<Recorded>, StoreError> {
+        Self::error()
+    }
+    async fn read_log(&self, _: &LogQuery, _: Position, _: usize) -> Result<LogPage, StoreError> {
+        Self::error()
+    }
+    async fn documents(&self, _: &[DocumentKey]) -> Result<Vec<Option<Document>>, StoreError> {
+        Self::error()
+    }
+    async fn scan(&self, _: &str, _: &Scan, _: usize) -> Result<Vec<Document>, StoreError> {
+        Self::error()
+    }
+    async fn wait(&self, _: Position) -> Result<(), StoreError> {
+        Self::error()
+    }
+    async fn status(&self) -> Result<StoreStatus, StoreError> {
+        Self::error()
+    }
+}
+
+#[tokio::test]
+async fn no_answer_has_the_name_of_a_file() {
+    let app = TowerToHyperService::new(counter_alone(Arc::new(Broken)));
+    let order = json!({"lines": [{"sku": "85123A", "quantity": 2, "unit_price": "2.55"}]}).to_string();
+    for (method, path, body) in [
+        ("POST", "/orders", &*order),
+        ("POST", "/orders?wait=1s", &order),
+        ("POST", "/returns", &order),
+        ("POST", "/closings", ""),
+        ("POST", "/orders/1/cancel", ""),
+        ("GET", "/orders/1", ""),
+        ("GET", "/returns/1?wait=1s", ""),
+        ("GET", "/supplies/1", ""),
+        ("GET", "/closings/1", ""),
+        ("GET", "/readyz", ""),
+    ] {
+        let request = Request::builder().method(method).uri(path).header("content-type", "application/json");
+        let answer = app.call(request.body(Body::from(body.to_owned())).unwrap()).await.unwrap();
+        assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE, "{method} {path}");
+        let said = to_bytes(answer.into_body(), 1_000_000).await.unwrap();
+        let said = String::from_utf8_lossy(&said);
+        assert!(said.contains("No space left on device"), "{method} {path}: {said}");
+        assert!(!said.contains("16389") && !said.contains("shop.db"), "{method} {path}: {said}");
     }
 }

@@ -2,6 +2,9 @@ use std::{fmt, str::FromStr};
 
 use hyper::Uri;
 
+/// The port where none is named.
+const PORT: u16 = 80;
+
 /// Where a shop answers HTTP: `http://host:port`, and nothing after it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HttpUrl(String);
@@ -45,6 +48,15 @@ impl FromStr for HttpUrl {
             }
             _ => Err(HttpUrlError::Shape),
         }
+    }
+}
+
+impl HttpUrl {
+    /// `host:port`, to connect to.
+    pub fn address(&self) -> String {
+        let authority = self.0.trim_start_matches("http://");
+        let has_port = authority.rsplit(']').next().is_some_and(|rest| rest.contains(':'));
+        if has_port { authority.to_owned() } else { format!("{authority}:{PORT}") }
     }
 }
 

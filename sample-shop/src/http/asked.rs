@@ -14,7 +14,11 @@ use axum::{
 use serde::{Deserialize, de::DeserializeOwned};
 use uuid::Uuid;
 
-use super::{limits::WAIT_MAX, problem::Problem};
+use super::{
+    json::{self, Object},
+    limits::WAIT_MAX,
+    problem::Problem,
+};
 use crate::{
     api::IDEMPOTENCY_KEY,
     order::{LINES_MAX, Line},
@@ -123,10 +127,7 @@ fn body<T: DeserializeOwned>(headers: &HeaderMap, body: &Bytes) -> Result<T, Pro
         let detail = format!("the Content-Type is {:?}; it must be application/json", start(kind));
         return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, detail));
     }
-    serde_json::from_slice(body).map_err(|error| match error.classify() {
-        serde_json::error::Category::Data => unprocessable(format!("the body is not what is asked for: {error}")),
-        _ => bad(format!("the body is not JSON: {error}")),
-    })
+    json::read::<Object<T>>(body).map(|Object(body)| body)
 }
 
 /// Whether customer and lines can be stored. What they add up to is looked at by the order.

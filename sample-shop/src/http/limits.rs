@@ -11,7 +11,6 @@ use axum::{
 };
 use http_body_util::LengthLimitError;
 use tokio::{sync::Semaphore, time::timeout};
-use tokio_util::sync::CancellationToken;
 
 use super::problem::Problem;
 
@@ -26,25 +25,20 @@ pub const ANSWER_TIME_MAX: Duration = Duration::from_secs(40);
 /// Requests in hand at the same time, with those that wait; one more is turned away.
 pub const REQUESTS_MAX: usize = 2_048;
 
-/// The places that are left.
+/// The places that are left: all of them at first.
 #[derive(Clone)]
 pub struct Limits {
     places: Arc<Semaphore>,
-    stopping: CancellationToken,
 }
 
-impl Limits {
-    /// All places. From `stopping` on, none.
-    pub fn new(stopping: CancellationToken) -> Self {
-        Self { places: Arc::new(Semaphore::new(REQUESTS_MAX)), stopping }
+impl Default for Limits {
+    fn default() -> Self {
+        Self { places: Arc::new(Semaphore::new(REQUESTS_MAX)) }
     }
 }
 
 /// Holds a request to its limits; the handlers behind it find the whole body in memory.
 pub async fn hold(State(limits): State<Limits>, request: Request, next: Next) -> Response {
-    if limits.stopping.is_cancelled() {
-        return Problem::unavailable("this instance is stopping").into_response();
-    }
     let Ok(_place) = limits.places.try_acquire() else {
         let detail = format!("{REQUESTS_MAX} requests are in hand; come back in a moment");
         return Problem::unavailable(detail).into_response();
@@ -84,16 +78,16 @@ mod tests {
     use futures::future::join_all;
     use hyper::service::Service;
     use hyper_util::service::TowerToHyperService;
+    use tokio_util::sync::CancellationToken;
 
     use super::*;
 
-    /// All places are taken by requests that are not answered yet; the next one is turned away, and so is one that comes when
-    /// the shop stops.
+    /// All places are taken by requests that are not answered yet; the next one is turned away.
     #[tokio::test]
     async fn one_more_than_all_places_is_turned_away() {
-        let (answer, stopping) = (CancellationToken::new(), CancellationToken::new());
+        let answer = CancellationToken::new();
         let held = answer.clone();
-        let limits = Limits::new(stopping.clone());
+        let limits = Limits::default();
         let app: Router = Router::new()
             .route("/", post(move || async move { held.cancelled().await }))
             .layer(from_fn_with_state(limits.clone(), hold));
@@ -110,7 +104,5 @@ mod tests {
         for answered in join_all(asked).await {
             assert_eq!(answered.expect("joined").expect("an answer").status(), StatusCode::OK);
         }
-        stopping.cancel();
-        assert_eq!(ask().await.expect("an answer").status(), StatusCode::SERVICE_UNAVAILABLE);
     }
 }

@@ -1,61 +1,139 @@
 //! Takes connections, each with its limits, and lets go of them when the shop stops.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    io,
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use axum::Router;
-use hyper::server::conn::http1;
+use hyper::{
+    server::conn::http1,
+    service::{Service, service_fn},
+};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
-    server::graceful::GracefulShutdown,
     service::TowerToHyperService,
 };
-use tokio::{net::TcpListener, sync::Semaphore};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+    task::JoinSet,
+    time::{sleep, timeout},
+};
 use tokio_util::sync::CancellationToken;
 
 /// Connections open at the same time; further ones wait in the queue of the system.
 pub const CONNECTIONS_MAX: usize = 4_096;
 /// How long the head of a request may take to arrive, and how long a connection may be idle before it.
 pub const HEAD_TIME_MAX: Duration = Duration::from_secs(30);
-/// How long requests in hand may take to their end once the shop stops.
+/// How long requests in hand may take to their end once the grace is over.
 pub const LAST_ANSWERS: Duration = Duration::from_secs(10);
+/// How long a client that has just connected may take to send its first request after that.
+const FIRST_REQUEST: Duration = Duration::from_secs(1);
 /// After the system had no connection to give, such as for want of file descriptors.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(50);
 
-/// Serves until `stopping`; then takes no connection and no request any more, and answers those in hand.
-pub async fn serve(listener: TcpListener, app: Router, stopping: CancellationToken) -> Result<(), String> {
-    let (places, graceful) = (Arc::new(Semaphore::new(CONNECTIONS_MAX)), GracefulShutdown::new());
-    let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIME_MAX);
+/// How the shop stops.
+#[derive(Clone, Debug)]
+pub struct Stopping {
+    /// The shop was asked to stop: `/readyz` says so, and each answer asks its client to close the connection.
+    pub announced: CancellationToken,
+    /// How long the shop still takes connections and requests after that.
+    pub grace: Duration,
+    /// The grace is over: no connection is taken, and nothing is waited for any more.
+    pub over: CancellationToken,
+}
+
+impl Stopping {
+    /// Stops when `announced`, after `grace`.
+    pub fn new(announced: CancellationToken, grace: Duration) -> Self {
+        Self { announced, grace, over: CancellationToken::new() }
+    }
+
+    async fn grace_is_over(&self) {
+        self.announced.cancelled().await;
+        sleep(self.grace).await;
+    }
+}
+
+/// Serves until the grace of `stopping` is over. Then answers the requests in hand, and closes the connections.
+pub async fn serve(listener: TcpListener, app: Router, stopping: Stopping) -> Result<(), String> {
+    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let mut connections = JoinSet::new();
+    let mut take = |stream: TcpStream, place: Option<OwnedSemaphorePermit>| {
+        while connections.try_join_next().is_some() {}
+        connections.spawn(converse(stream, app.clone(), stopping.over.clone(), place));
+    };
+    let mut grace_is_over = pin!(stopping.grace_is_over());
     loop {
         let accepted = async {
             let place = places.clone().acquire_owned().await.map_err(io::Error::other)?;
             listener.accept().await.map(|(stream, _)| (stream, place))
         };
-        let (stream, place) = tokio::select! {
+        tokio::select! {
             accepted = accepted => match accepted {
-                Ok(accepted) => accepted,
+                Ok((stream, place)) => take(stream, Some(place)),
                 Err(error) => {
                     tracing::warn!(%error, "no connection could be taken");
-                    tokio::time::sleep(ACCEPT_AGAIN).await;
-                    continue;
+                    sleep(ACCEPT_AGAIN).await;
                 }
             },
-            () = stopping.cancelled() => break,
-        };
-        // An answer is not to wait for the next one to fill a packet.
-        _ = stream.set_nodelay(true);
-        let connection = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(app.clone()));
-        let connection = graceful.watch(connection);
-        tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, "a connection ended");
-            }
-            drop(place);
-        });
+            () = &mut grace_is_over => break,
+        }
     }
-    drop(listener);
-    if tokio::time::timeout(LAST_ANSWERS, graceful.shutdown()).await.is_err() {
-        tracing::warn!("some requests were not answered within {LAST_ANSWERS:?}, and were cut off");
+    // To close the listener would reset the connections that wait in its queue.
+    if let Ok(queue) = listener.into_std() {
+        while let Ok(stream) = queue.accept().and_then(|(stream, _)| {
+            stream.set_nonblocking(true)?;
+            TcpStream::from_std(stream)
+        }) {
+            take(stream, None);
+        }
+    }
+    stopping.over.cancel();
+    if timeout(LAST_ANSWERS, async { while connections.join_next().await.is_some() {} }).await.is_err() {
+        let left = connections.len();
+        tracing::warn!("{left} requests were not answered within {LAST_ANSWERS:?}, and were cut off");
+        connections.shutdown().await;
     }
     Ok(())
+}
+
+/// Answers the requests of one connection until its client leaves, or until the grace is `over` and it is idle.
+async fn converse(stream: TcpStream, app: Router, over: CancellationToken, _place: Option<OwnedSemaphorePermit>) {
+    // An answer is not to wait for the next one to fill a packet.
+    _ = stream.set_nodelay(true);
+    let app = TowerToHyperService::new(app);
+    let was_asked = AtomicBool::new(false);
+    let service = service_fn(|request| {
+        was_asked.store(true, Ordering::Relaxed);
+        app.call(request)
+    });
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIME_MAX);
+    let mut connection = pin!(http.serve_connection(TokioIo::new(stream), service));
+    let grace = async {
+        over.cancelled().await;
+        // A client that has just connected is about to ask, and its answer ends the connection.
+        if !was_asked.load(Ordering::Relaxed) {
+            sleep(FIRST_REQUEST).await;
+        }
+    };
+    let ended = tokio::select! {
+        // What has arrived is read before an idle connection is closed.
+        biased;
+        ended = connection.as_mut() => ended,
+        () = grace => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "a connection ended");
+    }
 }

@@ -19,7 +19,7 @@ use super::{
     asked::{HandedIn, Id, Wait, asked, id, order_lines, sku, wait},
     follower::Whole,
     metrics::Metrics,
-    problem::Problem,
+    problem::{Problem, without_files},
     sagas::{Sagas, Watch},
 };
 use crate::{
@@ -140,7 +140,7 @@ async fn cancel(State(front): State<Arc<Front>>, order: Id, headers: HeaderMap) 
         Err(error) => return Err(problem(error)),
     }
     let state = front.counter.orders.state(&order_id).await;
-    match state.map_err(|error| Problem::unavailable(error.to_string()))? {
+    match state.map_err(|error| Problem::unavailable(without_files(&error)))? {
         Order::Cancelled(reason) => {
             Ok(Json(json!({"order_id": order_id, "status": "cancelled", "reason": reason})).into_response())
         }
@@ -293,7 +293,7 @@ impl Front {
     async fn events<A: Aggregate>(&self, papers: &Repository<A>, id: &str) -> Result<History<A::Event>, Problem> {
         let stream = stream(papers, id)?;
         let recorded = self.store.read_stream(&stream, Version::START, EVENTS_MAX).await;
-        let events = decoded(&recorded.map_err(|error| Problem::unavailable(error.to_string()))?)?;
+        let events = decoded(&recorded.map_err(|error| Problem::unavailable(without_files(&error)))?)?;
         if events.is_empty() { Err(unknown(A::CATEGORY, id)) } else { Ok(events) }
     }
 }
@@ -306,7 +306,8 @@ fn decoded<E: Event>(recorded: &[impl Borrow<Recorded>]) -> Result<History<E>, P
     let mut events = Vec::with_capacity(recorded.len());
     for event in recorded.iter().map(Borrow::borrow) {
         let decoded = event.decode::<E>();
-        let decoded = decoded.map_err(|error| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
+        let decoded =
+            decoded.map_err(|error| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, without_files(&error)))?;
         events.extend(decoded.map(|decoded| (event.recorded_at, decoded)));
     }
     Ok(events)
@@ -322,7 +323,7 @@ fn other_body() -> Problem {
 }
 
 fn problem<R: std::error::Error>(error: ExecuteError<R>) -> Problem {
-    let detail = error.to_string();
+    let detail = without_files(&error);
     match error {
         ExecuteError::Refused(refusal) => Problem::new(StatusCode::UNPROCESSABLE_ENTITY, refusal.to_string()),
         ExecuteError::Invalid(_) => Problem::new(StatusCode::UNPROCESSABLE_ENTITY, detail),

@@ -14,7 +14,10 @@ use serde_json::json;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::{metrics::Metrics, problem::Problem};
+use super::{
+    metrics::Metrics,
+    problem::{Problem, without_files},
+};
 
 /// How long the store may take to show that it is there.
 const STORE_TIME_MAX: Duration = Duration::from_secs(2);
@@ -25,7 +28,8 @@ pub struct Probes {
     pub store: Arc<dyn EventStore>,
     pub health: Health,
     pub metrics: Arc<Metrics>,
-    pub stopping: CancellationToken,
+    /// The shop was asked to stop.
+    pub announced: CancellationToken,
 }
 
 /// The routes.
@@ -40,7 +44,7 @@ pub fn routes(probes: Probes) -> Router {
 /// Whether the process should be left alone: false once a part has ended by an error, which only a restart mends.
 async fn healthz(State(probes): State<Probes>) -> Response {
     let failed = probes.health.parts().into_iter().find_map(|(part, state)| match state {
-        PartState::Failed(reason) => Some(format!("{part} has ended: {reason}")),
+        PartState::Failed(reason) => Some(format!("{part} has ended: {}", without_files(&reason))),
         _ => None,
     });
     match failed {
@@ -52,13 +56,13 @@ async fn healthz(State(probes): State<Probes>) -> Response {
 /// Whether it can work now, and if not, why. What readers of the log wait for is told too; orders are taken in meanwhile.
 async fn readyz(State(probes): State<Probes>) -> Response {
     let mut reasons = Vec::new();
-    if probes.stopping.is_cancelled() {
+    if probes.announced.is_cancelled() {
         reasons.push("stopping".to_owned());
     }
     let waits_for = match timeout(STORE_TIME_MAX, probes.store.status()).await {
         Ok(Ok(status)) => status.waits_for.map(|writer| writer.to_string()),
         Ok(Err(error)) => {
-            reasons.push(error.to_string());
+            reasons.push(without_files(&error));
             None
         }
         Err(_) => {
@@ -66,7 +70,12 @@ async fn readyz(State(probes): State<Probes>) -> Response {
             None
         }
     };
-    let parts = probes.health.parts();
+    let mut parts = probes.health.parts();
+    for state in parts.values_mut() {
+        if let PartState::Trouble(reason) | PartState::Failed(reason) = state {
+            *reason = without_files(reason);
+        }
+    }
     for (part, state) in &parts {
         match state {
             PartState::Fine | PartState::Elsewhere(_) => {}
@@ -86,6 +95,6 @@ async fn readyz(State(probes): State<Probes>) -> Response {
 async fn metrics(State(probes): State<Probes>) -> Response {
     match probes.metrics.text(&probes.store, &probes.health).await {
         Ok(text) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response(),
-        Err(error) => Problem::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+        Err(error) => Problem::new(StatusCode::INTERNAL_SERVER_ERROR, without_files(&error)).into_response(),
     }
 }

@@ -1,5 +1,7 @@
 //! Errors as `application/problem+json` (RFC 9457).
 
+use std::fmt::Display;
+
 use axum::{
     Json,
     http::{HeaderValue, StatusCode, header},
@@ -48,5 +50,75 @@ impl IntoResponse for Problem {
             headers.insert(header::RETRY_AFTER, RETRY_AFTER);
         }
         response
+    }
+}
+
+/// What stands for the name of a file.
+const HIDDEN: &str = "…";
+/// The ends of names that are files even without a folder.
+const EXTENSIONS: [&str; 12] =
+    [".db", ".db-wal", ".db-shm", ".db-journal", ".sqlite", ".sqlite3", ".csv", ".pem", ".crt", ".key", ".conf", ".rs"];
+
+/// An error of the store, of the bus or of the system, without the names of files that it may have: clients learn nothing of the
+/// server's disk.
+pub fn without_files(error: &impl Display) -> String {
+    let is_end = |c: char| c.is_whitespace() || "\"'`()[]{}<>,;=".contains(c);
+    let mut shown = String::new();
+    let mut rest = &*error.to_string();
+    while !rest.is_empty() {
+        let word = &rest[..rest.find(is_end).unwrap_or(rest.len())];
+        let name = word.trim_end_matches([':', '.']);
+        if is_file(name, shown.ends_with(['"', '\''])) {
+            shown += HIDDEN;
+            shown += &word[name.len()..];
+        } else {
+            shown += word;
+        }
+        rest = &rest[word.len()..];
+        let end = rest.chars().next().map_or(0, char::len_utf8);
+        shown += &rest[..end];
+        rest = &rest[end..];
+    }
+    shown
+}
+
+/// Whether a word names a file: an absolute or relative path, a quoted path as PostgreSQL has it, a name with the ending of a file.
+fn is_file(word: &str, is_quoted: bool) -> bool {
+    let is_drive =
+        |word: &str| word.len() > 2 && word.as_bytes()[0].is_ascii_alphabetic() && word[1..].starts_with(":\\");
+    if word.contains("://") {
+        return false;
+    }
+    // `src/main.rs:12:5`, as a panic says it.
+    let name = word.trim_end_matches(|c: char| c == ':' || c.is_ascii_digit());
+    let starts = ["/", "./", "../", "~/", "\\\\", "sqlite:", "file:"];
+    word.len() > 1
+        && (starts.iter().any(|start| word.starts_with(start))
+            || is_drive(word)
+            || is_quoted && word.contains('/')
+            || EXTENSIONS.iter().any(|extension| name.ends_with(extension)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_files_are_hidden_and_nothing_else() {
+        for (error, shown) in [
+            ("the store is unavailable: /srv/shop.db: disk I/O error", "the store is unavailable: …: disk I/O error"),
+            ("could not extend file \"base/5/16389\": No space left", "could not extend file \"…\": No space left"),
+            ("could not open file '../pg_wal/00001'.", "could not open file '…'."),
+            ("(code: 14) unable to open shop.db-wal", "(code: 14) unable to open …"),
+            ("sqlite:shop.db is gone, see C:\\shop\\log.txt", "… is gone, see …"),
+            ("panicked at sample-shop/src/order.rs:12:5: no", "panicked at …: no"),
+            ("127.0.0.1:9092/bootstrap: Connect to ipv4#127.0.0.1:9092 failed", ""),
+            ("order.relay/0 waits; and/or https://a/b.rs, 3/4 done / left", ""),
+            ("stream order-1 stands at version 2, not at 1", ""),
+            ("", ""),
+        ] {
+            let expected = if shown.is_empty() { error } else { shown };
+            assert_eq!(without_files(&error), expected);
+        }
     }
 }

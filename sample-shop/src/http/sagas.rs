@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     follower::{Followed, Follower, Whole},
-    problem::Problem,
+    problem::{Problem, without_files},
 };
 use crate::api::{Moment, SagaView};
 
@@ -25,7 +25,8 @@ const TIMELINE_MAX: usize = 1_000;
 pub struct Sagas {
     pub store: Arc<dyn EventStore>,
     pub follower: Follower,
-    pub stopping: CancellationToken,
+    /// Nothing is waited for any more.
+    pub over: CancellationToken,
 }
 
 /// Somebody who looks at a saga, and may wait for its end.
@@ -55,7 +56,7 @@ impl Watch<'_> {
     pub async fn end(&self) -> bool {
         tokio::select! {
             ended = timeout_at(self.until, self.followed.ended()) => ended.is_ok(),
-            () = self.sagas.stopping.cancelled() => false,
+            () = self.sagas.over.cancelled() => false,
         }
     }
 
@@ -67,7 +68,7 @@ impl Watch<'_> {
     /// The saga as it is now; `None` if it has not started.
     pub async fn view(&self) -> Result<Option<SagaView>, Problem> {
         let events = self.sagas.store.read_stream(&self.followed.saga, Version::START, TIMELINE_MAX).await;
-        self.view_of(&events.map_err(|error| Problem::unavailable(error.to_string()))?)
+        self.view_of(&events.map_err(|error| Problem::unavailable(without_files(&error)))?)
     }
 
     /// The saga after these, which are all its events.
@@ -75,7 +76,7 @@ impl Watch<'_> {
         let (mut timeline, mut last) = (Vec::with_capacity(events.len()), None::<Progress>);
         for event in events.iter().map(Borrow::borrow) {
             let unreadable = |reason: String| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, reason);
-            let Some(happened) = event.decode::<SagaEvent>().map_err(|error| unreadable(error.to_string()))? else {
+            let Some(happened) = event.decode::<SagaEvent>().map_err(|error| unreadable(without_files(&error)))? else {
                 continue;
             };
             let (outcome, reason) = match &happened {
@@ -86,6 +87,7 @@ impl Watch<'_> {
                 SagaEvent::Declined { why, .. } => (None, Some(why.clone())),
                 SagaEvent::Started { .. } | SagaEvent::Timed { .. } | SagaEvent::Migrated { .. } => (None, None),
             };
+            let reason = reason.map(|reason| without_files(&reason));
             let progress = happened.progress().clone();
             // A reply is about the step that the saga was at before it.
             let step = last.as_ref().map_or(&progress.step, |before| &before.step).clone();
@@ -99,7 +101,7 @@ impl Watch<'_> {
             step: progress.step.clone(),
             started_at: time(progress.started),
             ended_at: progress.ended.map(time),
-            last_error: progress.failure.map(|failure| format!("{}: {}", failure.step, failure.reason)),
+            last_error: progress.failure.map(|failure| format!("{}: {}", failure.step, without_files(&failure.reason))),
             timeline,
         }))
     }

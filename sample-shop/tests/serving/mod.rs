@@ -33,7 +33,13 @@ pub struct Answer {
 impl Serving {
     /// Starts one service, or all, on a store and a bus, and waits until it says where it answers.
     pub fn start(role: &str, store: &str, bus: &str) -> Self {
-        let arguments = ["serve", role, "--store", store, "--bus", bus].map(str::to_owned).to_vec();
+        // Nobody comes after the stop, but in the tests that are about that.
+        Self::start_with_grace(role, store, bus, "0s")
+    }
+
+    /// The same, which takes requests for so long after it was asked to stop.
+    pub fn start_with_grace(role: &str, store: &str, bus: &str, grace: &str) -> Self {
+        let arguments = ["serve", role, "--store", store, "--bus", bus, "--grace", grace].map(str::to_owned).to_vec();
         Self::start_at(arguments, "127.0.0.1:0")
     }
 
@@ -42,9 +48,32 @@ impl Serving {
         Self::start("all", store, "local:")
     }
 
+    /// One whose warnings can be read with [`said`](Self::said).
+    pub fn start_heard(role: &str, store: &str, bus: &str) -> Self {
+        let arguments = ["serve", role, "--store", store, "--bus", bus, "--grace", "0s"].map(str::to_owned).to_vec();
+        let mut command = Self::command(&arguments, "127.0.0.1:0");
+        command.env("RUST_LOG", "warn").stderr(Stdio::piped());
+        Self::run(command, arguments)
+    }
+
+    /// All that it said on standard error, up to its end.
+    pub fn said(&mut self) -> String {
+        let mut said = String::new();
+        self.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        said
+    }
+
     fn start_at(arguments: Vec<String>, address: &str) -> Self {
+        Self::run(Self::command(&arguments, address), arguments)
+    }
+
+    fn command(arguments: &[String], address: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_sample-shop"));
-        command.args(&arguments).args(["--http", address]).stdout(Stdio::piped());
+        command.args(arguments).args(["--http", address]).stdout(Stdio::piped());
+        command
+    }
+
+    fn run(mut command: Command, arguments: Vec<String>) -> Self {
         let mut child = command.spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let line = lines.next().unwrap_or_else(|| panic!("{arguments:?} ended")).unwrap();
@@ -60,6 +89,13 @@ impl Serving {
     pub fn signal(&self, name: &str) {
         let sent = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status().unwrap();
         assert!(sent.success(), "it had ended before it was sent {name}");
+    }
+
+    /// Stops it as an operator does, and starts it again at the same address.
+    pub fn stop_and_restart(mut self) -> Self {
+        self.signal("TERM");
+        assert_eq!(self.code(), Some(143));
+        Self::start_at(self.arguments.clone(), &self.at.to_string())
     }
 
     /// Ends it as a power cut does, and starts it again at the same address.
@@ -122,8 +158,13 @@ impl Serving {
 
     /// `run --http` against it.
     pub fn customer(&self, arguments: &[&str]) -> Command {
+        self.customer_at(&self.url(), arguments)
+    }
+
+    /// The same through something in the middle.
+    pub fn customer_at(&self, url: &str, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_sample-shop"));
-        command.args(["run", "--json", "--quiet", "--http", &self.url()]).args(arguments);
+        command.args(["run", "--json", "--quiet", "--http", url]).args(arguments);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }
@@ -154,6 +195,83 @@ pub fn read_answer(stream: &mut TcpStream) -> Option<Answer> {
     let answer = Answer { status, headers, text: body.to_owned() };
     let whole = answer.header("content-length").is_none_or(|length| length.parse() == Ok(body.len()));
     whole.then_some(answer)
+}
+
+/// A connection that is kept from one request to the next, by a client that knows nothing but HTTP.
+pub struct KeepAlive {
+    at: SocketAddr,
+    open: Option<BufReader<TcpStream>>,
+}
+
+/// How a request ended.
+#[derive(Debug)]
+pub enum Asked {
+    Answered(Answer),
+    /// No connection was taken, so nothing was sent: a client goes to another address.
+    Refused,
+    /// It was sent, and there is no whole answer.
+    Lost,
+}
+
+impl KeepAlive {
+    pub fn new(at: SocketAddr) -> Self {
+        Self { at, open: None }
+    }
+
+    pub fn ask(&mut self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Asked {
+        let mut stream = match self.open.take().filter(is_open) {
+            Some(stream) => stream,
+            None => match TcpStream::connect(self.at) {
+                Ok(stream) => BufReader::new(stream),
+                Err(_) => return Asked::Refused,
+            },
+        };
+        let mut request = format!("{method} {path} HTTP/1.1\r\nhost: shop\r\n");
+        headers.iter().for_each(|(name, value)| request += &format!("{name}: {value}\r\n"));
+        request += &format!("content-length: {}\r\n\r\n{body}", body.len());
+        stream.get_ref().set_read_timeout(Some(PATIENCE)).unwrap();
+        if stream.get_mut().write_all(request.as_bytes()).is_err() {
+            return Asked::Lost;
+        }
+        let Some(answer) = read_one(&mut stream) else { return Asked::Lost };
+        if answer.header("connection") != Some("close") {
+            self.open = Some(stream);
+        }
+        Asked::Answered(answer)
+    }
+}
+
+/// Whether the server has closed it meanwhile.
+fn is_open(stream: &BufReader<TcpStream>) -> bool {
+    let stream = stream.get_ref();
+    stream.set_nonblocking(true).unwrap();
+    let open = stream.peek(&mut [0]).is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock);
+    stream.set_nonblocking(false).unwrap();
+    open
+}
+
+/// Reads one answer, up to its length.
+fn read_one(stream: &mut BufReader<TcpStream>) -> Option<Answer> {
+    let mut line = String::new();
+    let mut next = |stream: &mut BufReader<TcpStream>| {
+        line.clear();
+        stream.read_line(&mut line).ok()?;
+        line.ends_with("\r\n").then(|| line.trim_end().to_owned())
+    };
+    let status = next(stream)?.split(' ').nth(1)?.parse().ok()?;
+    let mut headers = Vec::new();
+    loop {
+        let line = next(stream)?;
+        match line.split_once(": ") {
+            Some((name, value)) => headers.push((name.to_lowercase(), value.to_owned())),
+            None => break,
+        }
+    }
+    let mut answer = Answer { status, headers, text: String::new() };
+    let mut body = vec![0; answer.header("content-length")?.parse().ok()?];
+    stream.read_exact(&mut body).ok()?;
+    answer.text = String::from_utf8(body).ok()?;
+    Some(answer)
 }
 
 impl Answer {

@@ -1,0 +1,100 @@
+//! How many connections a customer opens: what stands in the middle counts them.
+#![cfg(unix)]
+#![allow(clippy::unwrap_used)]
+
+mod serving;
+
+use std::{
+    io::{Read, Write},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+};
+
+use self::serving::Serving;
+
+#[derive(Default)]
+struct Counted {
+    open: AtomicUsize,
+    most: AtomicUsize,
+    all: AtomicUsize,
+}
+
+/// One connection, until one of its sides ends.
+struct Open {
+    counted: Arc<Counted>,
+    ended: AtomicBool,
+}
+
+impl Open {
+    fn new(counted: &Arc<Counted>) -> Self {
+        counted.all.fetch_add(1, Ordering::SeqCst);
+        counted.most.fetch_max(counted.open.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+        Self { counted: counted.clone(), ended: AtomicBool::new(false) }
+    }
+
+    fn end(&self) {
+        if !self.ended.swap(true, Ordering::SeqCst) {
+            self.counted.open.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+}
+
+/// Passes connections on to `to`, and counts them.
+fn counting(to: SocketAddr) -> (SocketAddr, Arc<Counted>) {
+    let (listener, counted) = (TcpListener::bind("127.0.0.1:0").unwrap(), Arc::<Counted>::default());
+    let (at, counts) = (listener.local_addr().unwrap(), counted.clone());
+    std::thread::spawn(move || {
+        for client in listener.incoming() {
+            let client = client.unwrap();
+            let open = Arc::new(Open::new(&counts));
+            std::thread::spawn(move || match TcpStream::connect(to) {
+                Ok(server) => {
+                    let (from, into) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+                    let other = open.clone();
+                    std::thread::spawn(move || pass(server, client, &other));
+                    pass(from, into, &open);
+                }
+                Err(_) => open.end(),
+            });
+        }
+    });
+    (at, counted)
+}
+
+/// Until one side ends. It no longer counts before the other side learns of that, and may come back.
+fn pass(mut from: TcpStream, mut into: TcpStream, open: &Open) {
+    let mut buffer = [0; 8_192];
+    while let Ok(bytes @ 1..) = from.read(&mut buffer) {
+        if into.write_all(&buffer[..bytes]).is_err() {
+            break;
+        }
+    }
+    open.end();
+    _ = into.shutdown(Shutdown::Both);
+    _ = from.shutdown(Shutdown::Both);
+}
+
+#[test]
+fn burst_opens_as_many_connections_as_there_are_places() {
+    const PLACES: usize = 8;
+    let folder = tempfile::tempdir().unwrap();
+    let mut shop = Serving::all(&format!("sqlite:{}", folder.path().join("shop.db").display()));
+    let (at, counted) = counting(shop.at);
+    let url = format!("http://{at}");
+    let arguments = ["--concurrency", "8", "--generate", "400", "--cancel-rate", "0.2", "--stock-factor", "1.5"];
+    let mut customer = shop.customer_at(&url, &arguments).spawn().unwrap();
+    // Some are on their way when the shop is killed, and all come back at once.
+    while shop.get("/metrics").text.lines().all(|line| !line.starts_with("shop_taken_in_total{kind=\"order\"} ")) {
+        assert!(customer.try_wait().unwrap().is_none());
+    }
+    shop = shop.kill_and_restart();
+    let output = customer.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let [most, all] = [&counted.most, &counted.all].map(|count| count.load(Ordering::SeqCst));
+    println!("{all} connections, {most} at once");
+    assert!(most <= PLACES, "{most} connections at once");
+    drop(shop);
+}

@@ -1,0 +1,186 @@
+//! Services that are stopped and started again, one after the other, while clients keep their connections and know nothing of it.
+#![cfg(unix)]
+#![allow(clippy::unwrap_used)]
+
+mod serving;
+
+use std::{
+    net::SocketAddr,
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
+};
+
+use annals_tests::kafka::Broker;
+use serde_json::{Value, json};
+use sqlx::{AssertSqlSafe, Connection, PgConnection};
+use uuid::Uuid;
+
+use self::serving::{Asked, KeepAlive, PATIENCE, Serving};
+
+const ROLES: [&str; 4] = ["order", "inventory", "payment", "notification"];
+const JSON: (&str, &str) = ("content-type", "application/json");
+
+fn order() -> String {
+    json!({"lines": [{"sku": "85123A", "quantity": 1, "unit_price": "2.55"}]}).to_string()
+}
+
+/// Orders at two addresses in turn until `done`. At one that takes no connection, it goes to the other.
+fn buy(client: usize, at: [SocketAddr; 2], done: &AtomicBool) -> (Vec<String>, Vec<String>) {
+    let mut connections = at.map(KeepAlive::new);
+    let mut placed = Vec::new();
+    let mut failed = Vec::new();
+    for number in 0.. {
+        if done.load(Ordering::Relaxed) {
+            break;
+        }
+        let id = format!("{client}-{number}");
+        // Some wait for the end of what they ask for.
+        let path = if number % 3 == 0 { "/orders?wait=10s" } else { "/orders" };
+        let mut ask = |at: usize| connections[at].ask("POST", path, &[JSON, ("idempotency-key", &id)], &order());
+        let asked = match ask(number % 2) {
+            Asked::Refused => ask((number + 1) % 2),
+            asked => asked,
+        };
+        match asked {
+            Asked::Answered(answer) if answer.status == 201 => placed.push(id),
+            other => failed.push(format!("{id}: {other:?}")),
+        }
+    }
+    (placed, failed)
+}
+
+#[tokio::test]
+async fn rolling_restart_of_all_services_fails_no_request() {
+    let (broker, url) = (Broker::start(), std::env::var("DATABASE_URL").unwrap());
+    let run = Uuid::new_v4().simple().to_string();
+    let bus = format!("kafka://{}?partitions=4", broker.address());
+    let and = if url.contains('?') { '&' } else { '?' };
+    let start = |role: &&str| Serving::start_with_grace(role, &format!("{url}{and}schema={role}_{run}"), &bus, "2s");
+    let mut shop: Vec<Option<Serving>> = ROLES.iter().chain(&ROLES).map(start).map(Some).collect();
+    let at = [0, ROLES.len()].map(|number| shop[number].as_ref().unwrap().at);
+    let stock = json!({"delivered": [{"sku": "85123A", "quantity": 1_000_000}]});
+    assert_eq!(shop[0].as_ref().unwrap().post("/supplies?wait=30s", "stock", &stock).status, 201);
+    let done = AtomicBool::new(false);
+    let ended: Vec<_> = std::thread::scope(|scope| {
+        let done = &done;
+        let clients: Vec<_> = (0..6).map(|client| scope.spawn(move || buy(client, at, done))).collect();
+        for service in &mut shop {
+            *service = service.take().map(Serving::stop_and_restart);
+            let started = Instant::now();
+            while service.as_ref().unwrap().get("/readyz").status != 200 {
+                assert!(started.elapsed() < PATIENCE, "it is never ready");
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+        clients.into_iter().map(|client| client.join().unwrap()).collect()
+    });
+    let failed: Vec<_> = ended.iter().flat_map(|(_, failed)| failed).collect();
+    assert!(failed.is_empty(), "{} requests failed: {failed:?}", failed.len());
+    let placed: Vec<_> = ended.iter().flat_map(|(placed, _)| placed).collect();
+    assert!(placed.len() > 100, "{} orders while eight services were restarted", placed.len());
+    println!("{} orders", placed.len());
+    let mut order = KeepAlive::new(at[1]);
+    for id in placed {
+        let Asked::Answered(answer) = order.ask("GET", &format!("/orders/{id}?wait=30s"), &[], "") else {
+            panic!("no answer about {id}");
+        };
+        assert_eq!(answer.json()["status"], "confirmed", "{id}: {answer:?}");
+    }
+    drop(shop);
+    let mut connection = PgConnection::connect(&url).await.unwrap();
+    for role in ROLES {
+        let sql = format!("DROP SCHEMA {role}_{run} CASCADE");
+        sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut connection).await.unwrap();
+    }
+}
+
+/// What each kind of client sees from the stop on.
+#[test]
+fn stop_is_announced_and_cuts_nobody_off() {
+    let mut shop = Serving::start_with_grace("all", "memory:", "local:", "3s");
+    let answered = |asked: Asked| match asked {
+        Asked::Answered(answer) => answer,
+        other => panic!("{other:?}"),
+    };
+    let mut used = KeepAlive::new(shop.at);
+    let mut idle = KeepAlive::new(shop.at);
+    for client in [&mut used, &mut idle] {
+        let answer = answered(client.ask("GET", "/readyz", &[], ""));
+        assert_eq!((answer.status, answer.header("connection")), (200, None));
+    }
+    // Nothing is in stock yet, and no saga ends before this one is waited for.
+    let at = shop.at;
+    let waits = std::thread::spawn(move || {
+        KeepAlive::new(at).ask("POST", "/orders?wait=30s", &[JSON, ("idempotency-key", "waits")], &order())
+    });
+    let mut late = std::net::TcpStream::connect(shop.at).unwrap();
+    shop.signal("TERM");
+    let stopped = Instant::now();
+    loop {
+        let answer = shop.get("/readyz");
+        if answer.status == 503 {
+            assert_eq!(answer.json()["reasons"][0], "stopping", "{answer:?}");
+            break;
+        }
+        assert!(stopped.elapsed() < Duration::from_secs(2), "it does not say that it stops");
+    }
+    // On a connection from before, and on new ones, requests are served as ever; each answer asks to close.
+    for client in [&mut used, &mut KeepAlive::new(shop.at)] {
+        let answer = answered(client.ask("POST", "/orders", &[JSON], &order()));
+        assert_eq!((answer.status, answer.header("connection")), (201, Some("close")), "{answer:?}");
+        let answer = answered(client.ask("GET", "/healthz", &[], ""));
+        assert_eq!((answer.status, answer.header("connection")), (200, Some("close")), "{answer:?}");
+    }
+    assert!(matches!(waits.join().unwrap(), Asked::Answered(answer) if answer.status == 201));
+    // One that is connected and has not asked anything is heard at the end of the grace, too.
+    let ask = || {
+        std::thread::sleep(Duration::from_millis(3_300).saturating_sub(stopped.elapsed()));
+        use std::io::Write;
+        late.write_all(b"GET /healthz HTTP/1.1\r\nhost: shop\r\n\r\n").unwrap();
+        serving::read_answer(&mut late)
+    };
+    let answer = { ask }();
+    assert!(answer.is_some_and(|answer| answer.status == 200), "it had connected in time");
+    assert_eq!(shop.code(), Some(143));
+    assert!(stopped.elapsed() >= Duration::from_secs(3), "{:?}", stopped.elapsed());
+    assert!(stopped.elapsed() < Duration::from_secs(10), "{:?}", stopped.elapsed());
+    assert!(matches!(idle.ask("GET", "/healthz", &[], ""), Asked::Refused));
+}
+
+/// On every bus and store, while orders are under way.
+#[tokio::test]
+async fn stop_is_no_reason_to_warn() {
+    let broker = Broker::start();
+    let url = std::env::var("DATABASE_URL").unwrap();
+    let schema = format!("quiet_{}", Uuid::new_v4().simple());
+    let and = if url.contains('?') { '&' } else { '?' };
+    let folder = tempfile::tempdir().unwrap();
+    let kafka = format!("kafka://{}?partitions=2", broker.address());
+    for (store, bus) in [
+        ("memory:".to_owned(), "local:"),
+        (format!("sqlite:{}", folder.path().join("shop.db").display()), "local:"),
+        (format!("{url}{and}schema={schema}"), &*kafka),
+    ] {
+        for signal in ["TERM", "INT"] {
+            let mut shop = Serving::start_heard("all", &store, bus);
+            let at = shop.at;
+            let client = std::thread::spawn(move || {
+                let mut client = KeepAlive::new(at);
+                while let Asked::Answered(answer) = client.ask("POST", "/orders", &[JSON], &order()) {
+                    assert!(answer.status == 201, "{answer:?}");
+                }
+            });
+            // Under load, which an order that has come to its end shows.
+            let ended: Value = shop.post("/orders?wait=30s", signal, &serde_json::from_str(&order()).unwrap()).json();
+            assert_eq!(ended["status"], "cancelled", "{ended}");
+            shop.signal(signal);
+            let (_, said) = (shop.code(), shop.said());
+            client.join().unwrap();
+            let lines: Vec<_> = said.lines().filter(|line| !line.is_empty()).collect();
+            assert!(matches!(lines[..], [only] if only.starts_with("stopping: ")), "{store} {bus}: {said}");
+        }
+    }
+    let sql = format!("DROP SCHEMA {schema} CASCADE");
+    sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut PgConnection::connect(&url).await.unwrap()).await.unwrap();
+}
