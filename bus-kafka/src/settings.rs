@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fmt, str::FromStr, time::Duration};
 
-use annals::BusError;
+use annals::{BusError, secret};
 use percent_encoding::percent_decode_str;
 use rdkafka::{ClientConfig, error::KafkaError};
 
@@ -12,7 +12,9 @@ const PARTITIONS_DEFAULT: u32 = 8;
 const PARTITIONS_MAX: u32 = 10_000;
 
 /// Which Kafka, and how it is used. As text: `kafka://host:port[,host:port][?name=value&…]`, where a name is `partitions`,
-/// `replication`, `retention.ms`, or a setting of librdkafka such as `security.protocol`; values are percent-encoded.
+/// `replication`, `retention.ms`, or a setting of librdkafka such as `security.protocol`; values are percent-encoded. The value of
+/// such a setting can also stand in a file or in a variable of the environment: `sasl.password_file=PATH`,
+/// `sasl.password_env=VARIABLE`.
 ///
 /// ```
 /// let settings: annals_kafka::Settings = "kafka://a:9092,b:9092?partitions=12&replication=3&sasl.password=p%26q".parse()?;
@@ -159,11 +161,25 @@ impl FromStr for Settings {
                 "partitions" => settings.partitions(number(u64::from(PARTITIONS_MAX))? as u32),
                 "replication" => settings.replication(number(u64::from(u16::MAX >> 1))? as u16),
                 "retention.ms" => settings.retention(Duration::from_millis(number(i64::MAX as u64)?)),
-                name => settings.set(name, &value),
+                name => match secret_of(name, &value) {
+                    Some((name, secret)) => {
+                        let secret = secret.map_err(|reason| wrong(format!("{name}: {reason}")))?;
+                        settings.set(name, &secret)
+                    }
+                    None => settings.set(name, &value),
+                },
             };
         }
         Ok(settings)
     }
+}
+
+/// The setting that `NAME_file=PATH` or `NAME_env=VARIABLE` is about, and its value.
+fn secret_of<'n>(name: &'n str, place: &str) -> Option<(&'n str, Result<String, String>)> {
+    if let Some(name) = name.strip_suffix("_file") {
+        return Some((name, secret::from_file(place)));
+    }
+    name.strip_suffix("_env").map(|name| (name, secret::from_env(place)))
 }
 
 /// Says of a setting that it is wrong, without the value, which may be a secret that went under a wrong name.
@@ -211,6 +227,31 @@ mod tests {
         assert_eq!((config.get("sasl.password"), config.get("acks")), (Some("p&q"), Some("all")));
         let error = settings.set("acks", "1").finish(ClientConfig::new(), &[("acks", "all")]).unwrap_err();
         assert!(error.to_string().contains("acks must be all"), "{error}");
+    }
+
+    #[test]
+    fn secret_can_stand_in_a_file_or_in_the_environment() {
+        let path = std::env::temp_dir().join(format!("annals-kafka-secret-{}", std::process::id()));
+        std::fs::write(&path, "horse\n").unwrap();
+        let settings: Settings = format!("kafka://a:1?sasl.password_file={}", path.display()).parse().unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let config = settings.finish(settings.client(), &[]).unwrap();
+        assert_eq!((config.get("sasl.password"), config.get("sasl.password_file")), (Some("horse"), None));
+        assert!(
+            !settings.without_secrets("horse is wrong").contains("horse") && !format!("{settings:?}").contains("horse")
+        );
+        let settings: Settings = "kafka://a:1?ssl.key.password_env=PATH".parse().unwrap();
+        assert_eq!(
+            settings.finish(settings.client(), &[]).unwrap().get("ssl.key.password"),
+            std::env::var("PATH").ok().as_deref()
+        );
+        for (url, part) in [
+            ("kafka://a:1?sasl.password_file=/none/secret", "sasl.password: /none/secret: No such file"),
+            ("kafka://a:1?sasl.password_env=ANNALS_NO_SUCH", "environment variable ANNALS_NO_SUCH is not set"),
+        ] {
+            let error = url.parse::<Settings>().unwrap_err().to_string();
+            assert!(error.contains(part), "{error}");
+        }
     }
 
     #[test]

@@ -37,7 +37,8 @@ pub(crate) struct Arguments {
 /// What every command takes.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Common {
-    /// The store: `sqlite:PATH` or `postgres://user@host/database`.
+    /// The store: `sqlite:PATH` or `postgres://user@host/database`. A password can stand in a file or in the environment:
+    /// `?password_file=PATH`, `?password_env=VARIABLE`, PGPASSWORD or PGPASSFILE.
     #[arg(long, global = true, value_name = "URL", env = "ANNALS_STORE", hide_env_values = true)]
     pub store: Option<StoreUrl>,
     /// The schema of the store in a PostgreSQL database.

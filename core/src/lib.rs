@@ -86,6 +86,7 @@ mod relayed;
 pub mod repository;
 mod routes;
 pub mod saga;
+pub mod secret;
 pub mod service;
 mod stale;
 pub mod store;

@@ -2,8 +2,9 @@
 
 use std::str::FromStr;
 
-use annals::Clock;
+use annals::{Clock, secret};
 use chrono::{DateTime, Utc};
+use percent_encoding::percent_decode_str;
 use sqlx::{
     AssertSqlSafe, ConnectOptions, Connection, PgConnection, SqlSafeStr, SqlStr,
     postgres::{PgConnectOptions, PgPool, PgPoolOptions},
@@ -91,6 +92,32 @@ fn take_parameter(url: &mut String, name: &str) -> Option<String> {
     Some(value)
 }
 
+/// The password that `?password_file=PATH` or `?password_env=VARIABLE` names.
+fn password(url: &mut String) -> Result<Option<String>, OpenError> {
+    let wrong = |reason: String| OpenError::Url { reason };
+    let file = take_parameter(url, "password_file");
+    let variable = take_parameter(url, "password_env");
+    if file.is_none() && variable.is_none() {
+        return Ok(None);
+    }
+    let (place, query) = url.split_once('?').unwrap_or((url, ""));
+    let in_url =
+        place.split_once("://").and_then(|(_, rest)| rest.rsplit_once('@')).is_some_and(|(user, _)| user.contains(':'))
+            || query.split('&').any(|pair| pair.starts_with("password="));
+    match (file, variable) {
+        (Some(file), None) if !in_url => {
+            let path = percent_decode_str(&file).decode_utf8_lossy();
+            secret::from_file(&path).map(Some).map_err(|reason| wrong(format!("password_file {reason}")))
+        }
+        (None, Some(variable)) if !in_url => {
+            secret::from_env(&variable).map(Some).map_err(|reason| wrong(format!("password_env: {reason}")))
+        }
+        _ => {
+            Err(wrong("it names more than one password: one of password_file, password_env and the URL itself".into()))
+        }
+    }
+}
+
 /// Where the database is and how to connect to it.
 #[derive(Debug)]
 pub(crate) struct Database {
@@ -115,11 +142,16 @@ impl Database {
             Some("true") => true,
             Some(_) => return Err(OpenError::Url { reason: "`pooled` is `true` or `false`".into() }),
         };
+        let password = password(&mut url)?;
         if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
             return Err(OpenError::Url { reason: "it does not start with postgres://".into() });
         }
         // The errors of this say which part is wrong, and repeat none of it.
         let options = PgConnectOptions::from_str(&url).map_err(|error| OpenError::Url { reason: error.to_string() })?;
+        let options = match password {
+            Some(password) => options.password(&password),
+            None => options,
+        };
         if !is_schema_name(&settings.schema) {
             return Err(OpenError::Schema { schema: settings.schema });
         }

@@ -1,0 +1,61 @@
+//! Secrets that stand in no URL, so that neither `ps` nor a shell's history has them: a file or a variable of the environment holds
+//! them. For adapters, whose URLs name either.
+
+use std::{fs::File, io::Read};
+
+/// The longest secret, in bytes: a key in PEM has a few thousand, and what is longer is another file.
+const SECRET_BYTES_MAX: u64 = 65_536;
+
+/// Reads the secret that a file holds, without the newline at its end. An error names the file, and says nothing of what it holds.
+///
+/// ```
+/// let error = annals::secret::from_file("/none/password").unwrap_err();
+/// assert!(error.starts_with("/none/password: "));
+/// ```
+pub fn from_file(path: &str) -> Result<String, String> {
+    let wrong = |reason: &str| format!("{path}: {reason}");
+    let mut text = String::new();
+    let file = File::open(path).map_err(|error| wrong(&error.to_string()))?;
+    let read = file.take(SECRET_BYTES_MAX + 1).read_to_string(&mut text);
+    read.map_err(|error| wrong(&error.to_string()))?;
+    if text.len() as u64 > SECRET_BYTES_MAX {
+        return Err(wrong(&format!("a secret has at most {SECRET_BYTES_MAX} bytes")));
+    }
+    let end = text.strip_suffix('\n').map_or(text.len(), |text| text.strip_suffix('\r').unwrap_or(text).len());
+    text.truncate(end);
+    if text.is_empty() { Err(wrong("it is empty, and should hold a secret")) } else { Ok(text) }
+}
+
+/// Reads the secret that a variable of the environment holds. An error names the variable.
+pub fn from_env(name: &str) -> Result<String, String> {
+    match std::env::var(name) {
+        Ok(secret) if !secret.is_empty() => Ok(secret),
+        Ok(_) | Err(std::env::VarError::NotPresent) => {
+            Err(format!("the environment variable {name} is not set, and should hold a secret"))
+        }
+        Err(std::env::VarError::NotUnicode(_)) => Err(format!("the environment variable {name} is not UTF-8")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn secret_is_read_without_its_newline() {
+        let path = std::env::temp_dir().join(format!("annals-secret-{}", std::process::id()));
+        let path_text = path.to_str().unwrap();
+        for (held, secret) in [("horse\n", "horse"), ("horse\r\n", "horse"), (" a\nb ", " a\nb "), ("x\n\n", "x\n")] {
+            std::fs::write(&path, held).unwrap();
+            assert_eq!(from_file(path_text).as_deref(), Ok(secret));
+        }
+        for held in [&b""[..], b"\n", b"\xff", &[b'x'; SECRET_BYTES_MAX as usize + 1]] {
+            std::fs::write(&path, held).unwrap();
+            let error = from_file(path_text).unwrap_err();
+            assert!(error.starts_with(path_text) && !error.contains("xxx"), "{error}");
+        }
+        std::fs::remove_file(&path).unwrap();
+        assert!(from_file(path_text).unwrap_err().contains("No such file"));
+        assert!(from_env("ANNALS_NO_SUCH_SECRET").unwrap_err().contains("ANNALS_NO_SUCH_SECRET is not set"));
+    }
+}
