@@ -11,7 +11,7 @@ use sample_shop::{
     arguments::{Arguments, Command, Connection, HttpUrl, Output, StoreUrl},
     bus,
     claim::Claim,
-    input::{Demand, Invoices, Source},
+    input::{Demand, Invoices, Source, Tally},
     remote::{self, RemoteOutcome},
     report::{self, Cancelled, Progress, Summary},
     run::{self, Outcome, Settings},
@@ -168,6 +168,7 @@ fn show(store: String, bus: String, output: &Output, invoices: &Invoices, outcom
     }
     list("rejected", &outcome.rejected);
     list("parked", &outcome.parked);
+    let left_out = rows.all_left_out();
     let useless = rows.malformed > 0 && rows.invoices() == 0;
     if useless {
         eprintln!("sample-shop: no order, return or adjustment could be made of any row");
@@ -196,13 +197,15 @@ fn show(store: String, bus: String, output: &Output, invoices: &Invoices, outcom
         latency_us: outcome.latency_us,
         store,
         bus,
+        left_out,
+        rejected: outcome.rejected.len() as u64,
     };
     let text = if output.json { summary.json() } else { summary.human() };
     if let Err(error) = writeln!(std::io::stdout(), "{text}") {
         eprintln!("sample-shop: the summary could not be written: {error}");
         return ExitCode::from(2);
     }
-    let sound = !useless
+    let sound = left_out == Tally::default()
         && outcome.rejected.is_empty()
         && summary.stuck == 0
         && summary.parked == 0

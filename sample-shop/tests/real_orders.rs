@@ -5,7 +5,7 @@ mod december;
 mod summary;
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Output},
 };
 
@@ -18,9 +18,17 @@ use self::{december::every_order_confirmed, summary::business};
 /// Stock for all, cards for all: every order must go through.
 const PLENTY: [&str; 4] = ["--stock-factor", "1.5", "--decline-rate", "0"];
 
-fn shop(store: &str, arguments: &[&str]) -> Output {
+fn real_file() -> PathBuf {
     let orders = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../shared/data/online-retail-2010-12.csv");
     assert!(orders.is_file(), "{} is missing: the data belongs beside the checkout", orders.display());
+    orders
+}
+
+fn shop(store: &str, arguments: &[&str]) -> Output {
+    shop_of(&real_file(), store, arguments)
+}
+
+fn shop_of(orders: &Path, store: &str, arguments: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sample-shop"));
     command.args(["run", "--json", "--store", store, "--orders"]).arg(orders).args(arguments);
     command.output().unwrap()
@@ -48,6 +56,33 @@ async fn run_on_postgres(arguments: &[&str]) -> Value {
 #[test]
 fn with_plenty_of_stock_every_order_is_confirmed() {
     assert_eq!(run_on_sqlite(&PLENTY), every_order_confirmed());
+}
+
+/// As the authors of the data set published it: the month first, Latin-1, CRLF, and empty rows at the end.
+#[test]
+fn published_form_of_the_real_orders_comes_to_the_same() {
+    let text = std::fs::read_to_string(real_file()).unwrap();
+    let published =
+        text.lines().map(|line| match line.find(",20").filter(|at| line[at + 1..].chars().nth(10) == Some('T')) {
+            Some(at) => {
+                let (date, rest) = line[at + 1..].split_at("2010-12-01T08:26".len());
+                let plain = |text: &str| text.parse::<u32>().unwrap();
+                let [year, month, day, hour] = [&date[..4], &date[5..7], &date[8..10], &date[11..13]].map(plain);
+                format!("{},{month}/{day}/{year} {hour}:{}{rest}\r\n", &line[..at], &date[14..])
+            }
+            None => format!("{line}\r\n"),
+        });
+    let published = published.collect::<String>() + ",,,,,,,\r\n,,,,,,,\r\n";
+    assert!(published.contains(",12/1/2010 8:26,") && !published.contains("T08:26"));
+    let latin_1: Vec<u8> = published.chars().map(|c| u8::try_from(c).unwrap()).collect();
+    assert!(std::str::from_utf8(&latin_1).is_err());
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("Online Retail.csv");
+    std::fs::write(&file, latin_1).unwrap();
+    let output = shop_of(&file, &format!("sqlite:{}", folder.path().join("shop.db").display()), &PLENTY);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("43,665 rows read") && said.contains("read as Windows-1252"), "{said}");
+    assert_eq!(business(&output), every_order_confirmed());
 }
 
 #[tokio::test]

@@ -31,7 +31,8 @@ pub struct CsvFile {
     scattered: Arc<HashMap<String, u64>>,
 }
 
-/// Opens a CSV file of invoices: columns by name, with or without a byte order mark, lines ending in LF or CRLF.
+/// Opens a CSV file of invoices: columns by name, with or without a byte order mark, lines ending in LF or CRLF, in UTF-8 or
+/// Windows-1252.
 pub fn read_csv(path: impl AsRef<Path>) -> Result<CsvFile, InputError> {
     let path = path.as_ref();
     let (file, bytes, modified) = open(path)?;
@@ -165,6 +166,7 @@ impl FileInvoices {
             return Ok(false);
         }
         self.rows.read += 1;
+        self.rows.recoded += u64::from(self.record.recoded);
         let line = self.record.line;
         let fault = match row::number(&self.record, &self.file.columns) {
             Err(reason) => {

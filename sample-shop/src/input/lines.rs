@@ -21,7 +21,8 @@ struct Physical {
     too_long: bool,
 }
 
-/// The records of a CSV file with the physical lines they start on; blank lines are none.
+/// The records of a CSV file with the physical lines they start on. Blank lines are none, and neither are lines of nothing but
+/// commas, which spreadsheets write for empty rows.
 ///
 /// A record may span lines inside quotes. Where the quotes do not close, or close to something that is no row, only the
 /// line with the open quote is flawed, and the lines after it are read as if it were not there.
@@ -47,7 +48,7 @@ impl<R: BufRead> Lines<R> {
     pub fn read(&mut self, record: &mut Record, columns: usize) -> io::Result<bool> {
         let first = loop {
             let Some(physical) = self.take()? else { return Ok(false) };
-            if physical.too_long || !physical.bytes.is_empty() {
+            if physical.too_long || !physical.bytes.iter().all(|byte| b", \t".contains(byte)) {
                 break physical;
             }
         };
@@ -166,6 +167,11 @@ mod tests {
         let expected = [sound(1, "a"), sound(3, "c"), sound(6, "e")];
         assert_eq!(records(b"a,b\n\nc,d\n\n\ne,f"), expected);
         assert_eq!(records(b"a,b\r\n\r\nc,d\r\n\r\n\r\ne,f\r\n"), expected);
+    }
+
+    #[test]
+    fn an_empty_row_is_none() {
+        assert_eq!(records(b"a,b\n,\n , \t\nc,d\n,,\r\n,"), [sound(1, "a"), sound(4, "c")]);
     }
 
     #[test]

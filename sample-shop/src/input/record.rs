@@ -5,9 +5,14 @@ pub(super) struct Record {
     pub line: u64,
     /// Why its fields are not all there, if they are not; those before the fault are.
     pub flaw: Option<&'static str>,
+    /// Whether a field is not UTF-8, and was read as Windows-1252.
+    pub recoded: bool,
     text: String,
     ends: Vec<usize>,
 }
+
+/// What Windows-1252 has in the bytes 0x80 to 0x9f; all others are the code points of the same number, as in Latin-1.
+const WINDOWS_1252: &str = "€\u{81}‚ƒ„…†‡ˆ‰Š‹Œ\u{8d}Ž\u{8f}\u{90}‘’“”•–—˜™š›œ\u{9d}žŸ";
 
 /// How far a record could be split.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,7 +26,6 @@ pub(super) enum Split {
 }
 
 const BARE_QUOTE: &str = "a quote inside a field must be doubled, and the field must stand in quotes";
-const NOT_UTF_8: &str = "not UTF-8";
 
 impl Record {
     /// How many fields were decoded.
@@ -43,6 +47,7 @@ impl Record {
     pub fn split(&mut self, bytes: &[u8]) -> Split {
         self.text.clear();
         self.ends.clear();
+        self.recoded = false;
         let mut rest = bytes;
         loop {
             let taken = match rest.strip_prefix(b"\"") {
@@ -69,7 +74,7 @@ impl Record {
         if bytes[..end].contains(&b'"') {
             return Err(Split::Flawed(BARE_QUOTE));
         }
-        self.push(&bytes[..end])?;
+        self.push(&bytes[..end]);
         Ok(end)
     }
 
@@ -81,19 +86,30 @@ impl Record {
                 return Err(Split::Open);
             };
             if bytes.get(quote + 1) == Some(&b'"') {
-                self.push(&bytes[from..=quote])?;
+                self.push(&bytes[from..=quote]);
                 from = quote + 2;
             } else {
-                self.push(&bytes[from..quote])?;
+                self.push(&bytes[from..quote]);
                 return Ok(quote + 1);
             }
         }
     }
 
-    fn push(&mut self, bytes: &[u8]) -> Result<(), Split> {
-        self.text.push_str(std::str::from_utf8(bytes).map_err(|_| Split::Flawed(NOT_UTF_8))?);
-        Ok(())
+    /// Text of old spreadsheets is in Windows-1252, whose non-ASCII letters are hardly ever valid UTF-8.
+    fn push(&mut self, bytes: &[u8]) {
+        match std::str::from_utf8(bytes) {
+            Ok(text) => self.text.push_str(text),
+            Err(_) => {
+                self.recoded = true;
+                self.text.extend(bytes.iter().map(|byte| windows_1252(*byte)));
+            }
+        }
     }
+}
+
+fn windows_1252(byte: u8) -> char {
+    let special = byte.checked_sub(0x80).and_then(|at| WINDOWS_1252.chars().nth(at.into()));
+    special.unwrap_or_else(|| byte.into())
 }
 
 #[cfg(test)]
@@ -122,8 +138,19 @@ mod tests {
     fn keeps_the_fields_before_a_fault() {
         check(b"1,7\" RECORD,3", Split::Flawed(BARE_QUOTE), &["1"]);
         check(b"1,\"a\"b,3", Split::Flawed(BARE_QUOTE), &["1", "a"]);
-        check(b"1,2,\xa340,4", Split::Flawed(NOT_UTF_8), &["1", "2"]);
         check(b"1,2,\"three,4", Split::Open, &["1", "2"]);
+    }
+
+    #[test]
+    fn text_that_is_not_utf_8_is_windows_1252() {
+        check(b"1,\xa340 \x80 \x9f,\"caf\xe9 \"\"\x93x\x94\"\"\"", Split::Whole, &["1", "£40 € Ÿ", "café \"“x”\""]);
+        // Each field for itself.
+        check(b"\xc3\xa9,\xe9", Split::Whole, &["é", "é"]);
+        let mut record = Record::default();
+        record.split(b"a,\xa3");
+        assert!(record.recoded);
+        record.split("a,£".as_bytes());
+        assert!(!record.recoded);
     }
 
     #[test]

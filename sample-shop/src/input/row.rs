@@ -11,6 +11,9 @@ const PRICE_DIGITS_MAX: usize = 9;
 /// Most digits after the point of a price: money has at most four, in any currency. More is the trace of a float.
 const PRICE_DECIMALS_MAX: usize = 4;
 
+/// How spreadsheets write times in the United States.
+const MONTH_FIRST: [&str; 4] = ["%m/%d/%Y %H:%M", "%m/%d/%Y %H:%M:%S", "%m/%d/%Y %I:%M %p", "%m/%d/%Y %I:%M:%S %p"];
+
 /// What one sound row says, without its invoice number.
 #[derive(Debug, PartialEq)]
 pub(super) struct Row<'a> {
@@ -120,7 +123,8 @@ fn price(text: &str) -> Result<Decimal, String> {
     text.parse().map_err(|_| wrong())
 }
 
-/// `2010-12-01`, `2010-12-01T08:26`, with seconds, with a fraction of them, with an offset; a blank may stand for the `T`.
+/// `2010-12-01`, `2010-12-01T08:26`, with seconds, with a fraction of them, with an offset; a blank may stand for the `T`. Or as
+/// the data set was published: `12/1/2010 8:26`, the month first.
 ///
 /// The shop needs no date, but a field that should hold one and does not is a sign that the columns are not what they say.
 fn date(text: &str) -> Result<(), String> {
@@ -141,9 +145,14 @@ fn date(text: &str) -> Result<(), String> {
             || DateTime::parse_from_str(&text, "%Y-%m-%dT%H:%M%#z").is_ok()
             || DateTime::parse_from_rfc3339(&text).is_ok()
     } else {
-        false
+        MONTH_FIRST.iter().any(|format| NaiveDateTime::parse_from_str(text, format).is_ok())
+            || NaiveDate::parse_from_str(text, "%m/%d/%Y").is_ok()
     };
-    if known { Ok(()) } else { Err(format!("InvoiceDate {} is not ISO 8601, such as 2010-12-01T08:26", quoted(text))) }
+    let wrong = || {
+        let text = quoted(text);
+        format!("InvoiceDate {text} is neither like 2010-12-01T08:26 nor, with the month first, like 12/1/2010 8:26")
+    };
+    known.then_some(()).ok_or_else(wrong)
 }
 
 #[cfg(test)]
@@ -224,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn a_date_is_iso_8601() {
+    fn a_date_is_iso_8601_or_month_first() {
         for right in [
             "2010-12-01",
             "2010-12-01T08:26",
@@ -234,12 +243,21 @@ mod tests {
             "2010-12-01T08:26Z",
             "2010-12-01T08:26:00+01:00",
             "2012-02-29T00:00",
+            "12/1/2010 8:26",
+            "12/1/2010 08:26",
+            "02/29/2012 23:59:59",
+            "12/13/2010 8:26 PM",
+            "12/1/2010",
+            "12/1/10 8:26",
         ] {
             assert_eq!(date(right), Ok(()), "{right}");
         }
         for wrong in [
             "",
-            "12/1/2010 8:26",
+            "13/12/2010 8:26",
+            "12/1/2010 24:26",
+            "2/29/2011 8:26",
+            "12/1/2010 8:26 uhr",
             "01.12.2010",
             "2010-13-01",
             "2010-12-32T08:26",
@@ -251,8 +269,8 @@ mod tests {
             "20101201",
             "2010-12-01T08:26:00+1",
         ] {
-            let expected = format!("InvoiceDate {wrong:?} is not ISO 8601, such as 2010-12-01T08:26");
-            assert_eq!(date(wrong), Err(expected));
+            let start = format!("InvoiceDate {wrong:?} is neither like 2010-12-01T08:26 nor");
+            assert!(date(wrong).is_err_and(|reason| reason.starts_with(&start)), "{wrong}");
         }
     }
 

@@ -1,10 +1,12 @@
+use serde::Serialize;
+
 use super::{Invoice, RowError};
 
 /// How many messages about malformed rows are kept.
 pub const MESSAGES_MAX: usize = 10;
 
 /// Invoices, and the rows they came from.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Tally {
     /// How many invoices.
     pub invoices: u64,
@@ -33,6 +35,8 @@ pub struct Rows {
     /// Left out: the invoices with a malformed row, or beside a row whose invoice number cannot be read, or whose rows do
     /// not stand together; and of their rows those that are sound.
     pub left_out: Tally,
+    /// Rows that are not UTF-8, and were read as Windows-1252.
+    pub recoded: u64,
     /// Malformed rows, each reported as a [`RowError`].
     pub malformed: u64,
     /// The first [`MESSAGES_MAX`] reports.
@@ -40,6 +44,11 @@ pub struct Rows {
 }
 
 impl Rows {
+    /// Everything that nothing was made of: invoices, and all their rows.
+    pub fn all_left_out(&self) -> Tally {
+        Tally { rows: self.left_out.rows + self.malformed, ..self.left_out }
+    }
+
     /// How many invoices came of them.
     pub fn invoices(&self) -> u64 {
         self.orders.invoices + self.returns.invoices + self.adjustments.invoices

@@ -12,6 +12,9 @@ pub fn rows(rows: &Rows) -> String {
         let _ = write!(text, "{comma} {} ({})", counted(invoices, name), counted(rows, "row"));
     }
     text.push('\n');
+    if rows.recoded > 0 {
+        let _ = writeln!(text, "{} not UTF-8, and read as Windows-1252", counted(rows.recoded, "row"));
+    }
     if rows.malformed == 0 && rows.left_out == Tally::default() {
         return text;
     }
@@ -56,6 +59,12 @@ mod tests {
     fn sound_rows_take_one_line() {
         let expected = "43,665 rows read: 1,595 orders (42,769 rows), 333 returns (742 rows), 1 adjustment (1 row)\n";
         assert_eq!(rows(&sound()), expected);
+    }
+
+    #[test]
+    fn another_encoding_is_told() {
+        let text = rows(&Rows { recoded: 2, ..sound() });
+        assert!(text.ends_with("\n2 rows not UTF-8, and read as Windows-1252\n"), "{text}");
     }
 
     #[test]

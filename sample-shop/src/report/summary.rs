@@ -6,6 +6,8 @@ use rust_decimal::Decimal;
 use serde::{Deserialize, Serialize, Serializer, ser::Error};
 use serde_json::value::RawValue;
 
+use crate::input::Tally;
+
 use super::{
     histogram,
     number::{grouped, grouped_decimal, grouped_money, money},
@@ -45,6 +47,10 @@ pub struct Summary {
     pub store: String,
     /// How the services talked.
     pub bus: String,
+    /// Invoices of the input that could not be read, and all rows that nothing was made of.
+    pub left_out: Tally,
+    /// Invoices that the shop turned away.
+    pub rejected: u64,
 }
 
 /// Why orders were cancelled.
@@ -138,6 +144,8 @@ impl Summary {
             latency_ms: LatencyMs { p50: self.millis(0.50), p95: self.millis(0.95), p99: self.millis(0.99) },
             store: &self.store,
             bus: &self.bus,
+            left_out: self.left_out,
+            rejected: self.rejected,
         };
         // Numbers and text always serialize.
         serde_json::to_string(&line).unwrap_or_else(|error| format!("{{\"error\":{:?}}}", error.to_string()))
@@ -248,6 +256,8 @@ struct Json<'a> {
     latency_ms: LatencyMs,
     store: &'a str,
     bus: &'a str,
+    left_out: Tally,
+    rejected: u64,
 }
 
 #[derive(Serialize)]

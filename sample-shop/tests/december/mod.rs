@@ -10,6 +10,6 @@ pub fn every_order_confirmed() -> Value {
         "returns": 333, "adjustments": 154, "stuck": 0,
         "charged": "839772.22", "refunded": "75864.72",
         "units": {"initial": 559_756, "sold": 368_150, "returned": 16_274, "adjusted": -1_709, "remaining": 206_171, "reserved": 0},
-        "bus": "local:",
+        "bus": "local:", "left_out": {"invoices": 0, "rows": 0}, "rejected": 0,
     })
 }

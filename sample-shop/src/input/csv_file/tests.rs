@@ -205,11 +205,20 @@ fn bytes_before_and_between_rows_do_not_matter() {
 }
 
 #[test]
-fn text_that_is_not_utf_8_is_named() {
+fn text_that_is_not_utf_8_is_taken_as_windows_1252() {
     let mut text = format!("{HEADER}\n{}", sound("1")).into_bytes();
     text.extend_from_slice(b"2,A,\xa340 VOUCHER,1,2010-12-01T08:26,1,17850,United Kingdom\n");
-    let (ids, reports, _) = read_text(text);
-    assert_eq!((ids, reports), (vec!["1".to_owned()], vec!["3: not UTF-8".to_owned()]));
+    let (ids, reports, rows) = read_text(text);
+    assert_eq!((ids.len(), reports, rows.recoded), (2, Vec::new(), 1));
+}
+
+/// At the end, where spreadsheets write it, and anywhere else.
+#[test]
+fn rows_of_commas_cost_nothing() {
+    let rows = [sound("1"), ",,,,,,,\n".into(), sound("1"), sound("2"), ",,,,,,,\r\n".into(), ",,,,,,,".into()];
+    let (ids, reports, rows) = read_rows(&rows);
+    assert_eq!((ids, reports), (vec!["1".to_owned(), "2".to_owned()], Vec::new()));
+    assert_eq!((rows.read, rows.left_out), (3, Tally::default()));
 }
 
 #[test]

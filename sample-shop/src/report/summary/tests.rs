@@ -28,6 +28,8 @@ fn summary() -> Summary {
         latency_us,
         store: "sqlite:shop.db".into(),
         bus: "local:".into(),
+        left_out: Tally { invoices: 2, rows: 7 },
+        rejected: 1,
     }
 }
 
@@ -38,7 +40,7 @@ fn json_is_one_line_with_the_promised_fields_in_order() {
         r#""returns":333,"adjustments":154,"stuck":0,"charged":"839772.22","refunded":"75864.50","#,
         r#""units":{"initial":372703,"sold":368150,"returned":16274,"adjusted":-1709,"remaining":19118,"reserved":0},"#,
         r#""seconds":1.250,"sagas_per_second":1542.4,"latency_ms":{"p50":50.02,"p95":95.04,"p99":99.01},"#,
-        r#""store":"sqlite:shop.db","bus":"local:"}"#
+        r#""store":"sqlite:shop.db","bus":"local:","left_out":{"invoices":2,"rows":7},"rejected":1}"#
     );
     assert_eq!(summary().json(), expected);
 }
@@ -57,7 +59,7 @@ fn json_of_nothing_has_numbers_too() {
     assert!(json.contains(r#""charged":"0.00""#), "{json}");
     assert!(
         json.ends_with(
-            r#""seconds":0.000,"sagas_per_second":0.0,"latency_ms":{"p50":0.00,"p95":0.00,"p99":0.00},"store":"sqlite:a \"b\".db","bus":"local:"}"#
+            r#""seconds":0.000,"sagas_per_second":0.0,"latency_ms":{"p50":0.00,"p95":0.00,"p99":0.00},"store":"sqlite:a \"b\".db","bus":"local:","left_out":{"invoices":2,"rows":7},"rejected":1}"#
         ),
         "{json}"
     );
