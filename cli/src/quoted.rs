@@ -49,8 +49,11 @@ fn hidden(value: &ContextValue) -> ContextValue {
     }
 }
 
-/// A URL without its password. Drops the parameters too: a password may be one of them. Where it cannot be told where the password ends, nothing is
-/// shown but the scheme.
+/// Parameters that are shown: a command that goes on elsewhere needs them, and none is a secret.
+const SHOWN: [&str; 4] = ["schema", "pooled", "password_file", "password_env"];
+
+/// A URL without its password. Drops all parameters but those of [`SHOWN`]: a password may be one of them. Where it cannot be told where
+/// the password ends, nothing is shown but the scheme.
 pub fn without_password(url: &str) -> String {
     let scheme = url.split(':').next().unwrap_or_default();
     let hidden = format!("{scheme}://…");
@@ -58,8 +61,8 @@ pub fn without_password(url: &str) -> String {
     let Some((_, rest)) = shown.split_once("//") else { return hidden };
     // The last `@`: a password that was not encoded may hold one, and may hold a `?` too.
     let (user, host) = match rest.rsplit_once('@') {
+        _ if parameters.contains('@') => return hidden,
         Some((user, host)) => (user.split(':').next(), host),
-        None if parameters.contains('@') => return hidden,
         None => (None, rest),
     };
     let port = host.split('/').next().unwrap_or_default().rsplit(']').next().unwrap_or_default().split_once(':');
@@ -68,5 +71,10 @@ pub fn without_password(url: &str) -> String {
         return hidden;
     }
     let user = user.map(|user| format!("{user}@")).unwrap_or_default();
-    format!("{scheme}://{user}{host}")
+    let parameters =
+        parameters.strip_prefix('?').filter(|parameters| !parameters.contains(['@', '#', '?'])).unwrap_or_default();
+    let is_shown = |pair: &&str| pair.split_once('=').is_some_and(|(name, _)| SHOWN.contains(&name));
+    let query = parameters.split('&').filter(is_shown).collect::<Vec<_>>().join("&");
+    let query = if query.is_empty() { query } else { format!("?{query}") };
+    format!("{scheme}://{user}{host}{query}")
 }

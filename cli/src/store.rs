@@ -247,6 +247,12 @@ mod tests {
             ("postgres://shop:secret@db:5432/shop?sslmode=require", "postgres://shop@db:5432/shop"),
             ("postgres://shop:se@cret@db/shop", "postgres://shop@db/shop"),
             ("postgres://shop@db/shop?password=secret", "postgres://shop@db/shop"),
+            (
+                "postgres://db/shop?password_file=/run/pg&password=secret&schema=shop",
+                "postgres://db/shop?password_file=/run/pg&schema=shop",
+            ),
+            ("postgres://shop:a?schema=secret@db/shop", "postgres://…"),
+            ("postgres://shop:a@b?schema=secret@db/shop", "postgres://…"),
             ("postgres://shop:secret", "postgres://…"),
         ] {
             let parsed: StoreUrl = url.parse().unwrap_or_else(|error| panic!("{error}"));

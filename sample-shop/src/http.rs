@@ -11,7 +11,7 @@ mod probes;
 mod problem;
 mod sagas;
 
-use std::{sync::Arc, time::Instant};
+use std::{panic::AssertUnwindSafe, sync::Arc, time::Instant};
 
 use axum::{
     Router,
@@ -20,6 +20,7 @@ use axum::{
     middleware::{Next, from_fn_with_state},
     response::{IntoResponse, Response},
 };
+use futures::FutureExt;
 use tokio_util::sync::CancellationToken;
 
 pub use self::{
@@ -48,9 +49,15 @@ pub fn app(front: Option<Front>, probes: Probes) -> Router {
         .layer(from_fn_with_state(announced, announce))
 }
 
-/// Once the shop was asked to stop, each answer is the last one on its connection, so that clients come back elsewhere.
+/// Once the shop was asked to stop, each answer is the last one on its connection, so that clients come back elsewhere. A panic is
+/// an answer, too.
 async fn announce(State(announced): State<CancellationToken>, request: Request, next: Next) -> Response {
-    let mut response = next.run(request).await;
+    let answered = AssertUnwindSafe(next.run(request)).catch_unwind().await;
+    // The panic itself is on standard error.
+    let panicked = |_| {
+        Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "the server has a fault; its log says more").into_response()
+    };
+    let mut response = answered.unwrap_or_else(panicked);
     if announced.is_cancelled() {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
@@ -99,5 +106,27 @@ impl InHand {
 impl Drop for InHand {
     fn drop(&mut self) {
         self.0.dec();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::{body::Body, routing::get};
+    use hyper::service::Service;
+    use hyper_util::service::TowerToHyperService;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn panic_is_an_answer_without_its_place() {
+        async fn panics() {
+            panic!("in the middle of src/secret.rs");
+        }
+        let app = Router::new().route("/", get(panics)).layer(from_fn_with_state(CancellationToken::new(), announce));
+        let request = Request::get("/").body(Body::empty()).expect("a request");
+        let answer = TowerToHyperService::new(app).call(request).await.expect("an answer");
+        assert_eq!(answer.status(), StatusCode::INTERNAL_SERVER_ERROR);
+        let said = axum::body::to_bytes(answer.into_body(), 1_000).await.expect("a body");
+        assert!(!String::from_utf8_lossy(&said).contains("secret"));
     }
 }

@@ -116,8 +116,8 @@ impl HttpClient {
     /// The connection that was used last, so that those of a burst end when it is over.
     fn kept(&self) -> Option<SendRequest<Full<Bytes>>> {
         let mut idle = self.idle();
-        idle.retain(|idle| !idle.connection.is_closed() && idle.since.elapsed() < IDLE_MAX);
-        idle.pop().map(|idle| idle.connection)
+        let is_usable = |idle: &Idle| !idle.connection.is_closed() && idle.since.elapsed() < IDLE_MAX;
+        std::iter::from_fn(|| idle.pop()).find(is_usable).map(|idle| idle.connection)
     }
 
     async fn connect(&self) -> Result<SendRequest<Full<Bytes>>, NoAnswer> {

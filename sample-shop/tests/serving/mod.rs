@@ -19,6 +19,8 @@ pub struct Serving {
     pub at: SocketAddr,
     /// What it was started with, but for the address.
     arguments: Vec<String>,
+    /// Its warnings.
+    said: tempfile::NamedTempFile,
 }
 
 /// What came back.
@@ -48,38 +50,17 @@ impl Serving {
         Self::start("all", store, "local:")
     }
 
-    /// One whose warnings can be read with [`said`](Self::said).
-    pub fn start_heard(role: &str, store: &str, bus: &str) -> Self {
-        let arguments = ["serve", role, "--store", store, "--bus", bus, "--grace", "0s"].map(str::to_owned).to_vec();
-        let mut command = Self::command(&arguments, "127.0.0.1:0");
-        command.env("RUST_LOG", "warn").stderr(Stdio::piped());
-        Self::run(command, arguments)
-    }
-
-    /// All that it said on standard error, up to its end.
-    pub fn said(&mut self) -> String {
-        let mut said = String::new();
-        self.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-        said
-    }
-
     fn start_at(arguments: Vec<String>, address: &str) -> Self {
-        Self::run(Self::command(&arguments, address), arguments)
-    }
-
-    fn command(arguments: &[String], address: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_sample-shop"));
-        command.args(arguments).args(["--http", address]).stdout(Stdio::piped());
-        command
-    }
-
-    fn run(mut command: Command, arguments: Vec<String>) -> Self {
+        command.args(&arguments).args(["--http", address]).stdout(Stdio::piped());
+        let said = tempfile::NamedTempFile::new().unwrap();
+        command.env("RUST_LOG", "warn").stderr(said.reopen().unwrap());
         let mut child = command.spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let line = lines.next().unwrap_or_else(|| panic!("{arguments:?} ended")).unwrap();
         let at =
             line.split("http://").nth(1).and_then(|rest| rest.split(',').next()).unwrap_or_else(|| panic!("{line}"));
-        Self { child, at: at.parse().unwrap(), arguments }
+        Self { child, at: at.parse().unwrap(), arguments, said }
     }
 
     pub fn url(&self) -> String {
@@ -91,10 +72,18 @@ impl Serving {
         assert!(sent.success(), "it had ended before it was sent {name}");
     }
 
+    /// Stops it as an operator does, which is nothing to warn of.
+    pub fn stop(&mut self, signal: &str) {
+        self.signal(signal);
+        assert_eq!(self.code(), Some(if signal == "INT" { 130 } else { 143 }));
+        let said = std::fs::read_to_string(self.said.path()).unwrap();
+        let (_, after) = said.split_once("stopping: ").unwrap_or_else(|| panic!("{said}"));
+        assert_eq!(after.lines().skip(1).collect::<Vec<_>>(), [""; 0], "{:?}: {said}", self.arguments);
+    }
+
     /// Stops it as an operator does, and starts it again at the same address.
     pub fn stop_and_restart(mut self) -> Self {
-        self.signal("TERM");
-        assert_eq!(self.code(), Some(143));
+        self.stop("TERM");
         Self::start_at(self.arguments.clone(), &self.at.to_string())
     }
 
