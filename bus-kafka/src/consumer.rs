@@ -87,6 +87,9 @@ impl ClientContext for Context {
     fn log(&self, level: RDKafkaLogLevel, fac: &str, message: &str) {
         self.tell();
         let message = self.settings.without_secrets(message);
+        if self.closing.load(Ordering::Acquire) {
+            return tracing::debug!(target: "librdkafka", fac, "closing: {message}");
+        }
         match level {
             RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical | RDKafkaLogLevel::Error => {
                 tracing::error!(target: "librdkafka", fac, "{message}")

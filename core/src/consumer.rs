@@ -132,7 +132,7 @@ impl Joined {
                 lanes: Vec::new(),
                 parked: ParkedKeys::new(group.name.clone()),
                 reconciled_at: Instant::now(),
-                reporter: health.reporter(&part),
+                reporter: health.reporter(&part, shutdown),
             };
             let (home, assigned, lane_of) = (group.home.clone(), Vec::new(), HashMap::new());
             let member = Member { worker, consumer, home, is_local, assigned, lane_of, unsettled: false, ahead: None };

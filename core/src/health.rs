@@ -5,6 +5,8 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use tokio_util::sync::CancellationToken;
+
 /// The state of one part.
 #[derive(Clone, Debug, PartialEq, Eq, Default, serde::Serialize)]
 #[serde(rename_all = "snake_case", tag = "state", content = "reason")]
@@ -51,9 +53,10 @@ impl Health {
         }
     }
 
-    pub(crate) fn reporter(&self, part: &str) -> Reporter {
+    /// For a part that ends with `shutdown`.
+    pub(crate) fn reporter(&self, part: &str, shutdown: &CancellationToken) -> Reporter {
         self.set(part, State::Starting);
-        Reporter { health: self.clone(), part: part.into(), fine: false }
+        Reporter { health: self.clone(), part: part.into(), fine: false, shutdown: shutdown.clone() }
     }
 }
 
@@ -63,6 +66,7 @@ pub(crate) struct Reporter {
     health: Health,
     part: Arc<str>,
     fine: bool,
+    shutdown: CancellationToken,
 }
 
 impl Reporter {
@@ -79,6 +83,10 @@ impl Reporter {
     }
 
     pub fn trouble(&mut self, reason: String) {
+        // A part that is asked to stop tries nothing again: what it meets while others end is no fault.
+        if self.shutdown.is_cancelled() {
+            return tracing::debug!(part = %self.part, %reason, "stopping");
+        }
         self.fine = false;
         tracing::warn!(part = %self.part, %reason, "trying again");
         self.health.set(&self.part, State::Trouble(reason));

@@ -113,7 +113,7 @@ impl Instance {
         shutdown: CancellationToken,
         stop: CancellationToken,
     ) {
-        let mut reporter = health.reporter(&format!("instance {}", self.name));
+        let mut reporter = health.reporter(&format!("instance {}", self.name), &shutdown);
         let (mut own, mut seen) = (None, BTreeMap::new());
         let mut counted_at = Instant::now();
         loop {

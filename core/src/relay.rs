@@ -148,7 +148,7 @@ impl Relay {
             lanes: vec![Lane::new(&part, None)],
             parked: ParkedKeys::new(self.name.clone()),
             reconciled_at: Instant::now(),
-            reporter: health.reporter(&part),
+            reporter: health.reporter(&part, &shutdown),
         };
         let claim = Claim::new(self.instance.as_ref(), &self.name, lane);
         let mut backoff = Backoff::long();

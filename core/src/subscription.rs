@@ -142,7 +142,7 @@ impl Subscription {
         health: Health,
         shutdown: CancellationToken,
     ) {
-        let reporter = health.reporter(&format!("{}/{lane}", self.name));
+        let reporter = health.reporter(&format!("{}/{lane}", self.name), &shutdown);
         let mut worker = Worker {
             name: self.name.clone(),
             store,

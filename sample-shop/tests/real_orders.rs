@@ -62,16 +62,15 @@ fn with_plenty_of_stock_every_order_is_confirmed() {
 #[test]
 fn published_form_of_the_real_orders_comes_to_the_same() {
     let text = std::fs::read_to_string(real_file()).unwrap();
-    let published =
-        text.lines().map(|line| match line.find(",20").filter(|at| line[at + 1..].chars().nth(10) == Some('T')) {
-            Some(at) => {
-                let (date, rest) = line[at + 1..].split_at("2010-12-01T08:26".len());
-                let plain = |text: &str| text.parse::<u32>().unwrap();
-                let [year, month, day, hour] = [&date[..4], &date[5..7], &date[8..10], &date[11..13]].map(plain);
-                format!("{},{month}/{day}/{year} {hour}:{}{rest}\r\n", &line[..at], &date[14..])
-            }
-            None => format!("{line}\r\n"),
-        });
+    let published = text.lines().map(|line| match line.find(",2010-").or_else(|| line.find(",2011-")) {
+        Some(at) => {
+            let (date, rest) = line[at + 1..].split_at("2010-12-01T08:26".len());
+            let plain = |text: &str| text.parse::<u32>().unwrap();
+            let [year, month, day, hour] = [&date[..4], &date[5..7], &date[8..10], &date[11..13]].map(plain);
+            format!("{},{month}/{day}/{year} {hour}:{}{rest}\r\n", &line[..at], &date[14..])
+        }
+        None => format!("{line}\r\n"),
+    });
     let published = published.collect::<String>() + ",,,,,,,\r\n,,,,,,,\r\n";
     assert!(published.contains(",12/1/2010 8:26,") && !published.contains("T08:26"));
     let latin_1: Vec<u8> = published.chars().map(|c| u8::try_from(c).unwrap()).collect();

@@ -132,7 +132,7 @@ impl<C: SagaState> Runner<C> {
         shutdown: CancellationToken,
     ) -> Result<(), String> {
         let part = format!("{}.timers", self.name());
-        let mut reporter = health.reporter(&part);
+        let mut reporter = health.reporter(&part, &shutdown);
         let mut backoff = Backoff::long();
         let mut tick = interval(TIMER_TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
