@@ -28,14 +28,22 @@ pub struct Settings {
     pub(crate) partitions: u32,
     pub(crate) replication: Option<u16>,
     pub(crate) retention: Option<Duration>,
+    /// The name of the process in all groups.
+    pub(crate) instance: Option<String>,
     client: BTreeMap<String, String>,
 }
 
 impl Settings {
     /// The default settings for these brokers, `host:port[,host:port]`.
     pub fn new(brokers: &str) -> Self {
-        let (replication, retention, client) = (None, None, BTreeMap::new());
-        Self { brokers: brokers.to_owned(), partitions: PARTITIONS_DEFAULT, replication, retention, client }
+        Self {
+            brokers: brokers.to_owned(),
+            partitions: PARTITIONS_DEFAULT,
+            replication: None,
+            retention: None,
+            instance: None,
+            client: BTreeMap::new(),
+        }
     }
 
     /// How many partitions a topic gets that does not exist yet; 8 by default. Later, order is kept per key only as long as
@@ -58,8 +66,13 @@ impl Settings {
     }
 
     /// A setting of librdkafka, for TLS, SASL and all else: `set("security.protocol", "SASL_SSL")`. Those that the order of
-    /// messages hangs on cannot be changed.
+    /// messages hangs on cannot be changed. `group.instance.id` is the name of this process; each member of a group has a number
+    /// after it.
     pub fn set(mut self, name: &str, value: &str) -> Self {
+        if name == "group.instance.id" {
+            self.instance = Some(value.to_owned());
+            return self;
+        }
         self.client.insert(name.to_owned(), value.to_owned());
         self
     }
@@ -259,6 +272,16 @@ mod tests {
         let settings: Settings = "kafka://a:1?sasl.password=horse&sasl.mechanisms=PLAIN".parse().unwrap();
         assert_eq!(settings.without_secrets("PLAIN: no such user"), "PLAIN: no such user");
         assert!(!settings.without_secrets("PLAIN: shop:horse is wrong").contains("horse"));
+    }
+
+    #[test]
+    fn every_codec_of_kafka_is_built_in() {
+        for codec in ["none", "gzip", "snappy", "lz4", "zstd"] {
+            let mut config = Settings::new("a:1").client();
+            config.set("compression.type", codec);
+            let built = config.create::<rdkafka::producer::BaseProducer>();
+            assert!(built.is_ok(), "{codec}: {:?}", built.err());
+        }
     }
 
     #[test]
