@@ -4,11 +4,11 @@ use std::{
     borrow::Cow,
     collections::BTreeMap,
     panic::{AssertUnwindSafe, catch_unwind},
-    str::FromStr,
     sync::Arc,
 };
 
 use annals::{Message, Metadata, Position, TraceContext, Version, bus::Undecodable, event::named_id};
+use base64::{Engine, prelude::BASE64_STANDARD};
 use chrono::{DateTime, SecondsFormat};
 use rdkafka::message::{Header, Headers, OwnedHeaders};
 use serde_json::value::RawValue;
@@ -16,6 +16,9 @@ use uuid::Uuid;
 
 /// The media type of a structured event.
 const STRUCTURED: &str = "application/cloudevents+json";
+/// How the media types of batches begin, and those of events in any format.
+const BATCH: &str = "application/cloudevents-batch";
+const ANY_STRUCTURED: &str = "application/cloudevents";
 /// Undecodable bytes are kept up to here: a document holds no more.
 const RAW_BYTES_MAX: usize = 1_000_000;
 /// Headers of a message without extensions.
@@ -25,7 +28,7 @@ const RECORD_BYTES: usize = 640;
 /// What a header takes beside its name and value.
 const HEADER_BYTES: usize = 8;
 
-/// The names of attributes, beside those of CloudEvents itself.
+/// Names of attributes.
 mod attribute {
     pub const POSITION: &str = "position";
     pub const VERSION: &str = "streamversion";
@@ -35,6 +38,10 @@ mod attribute {
     pub const LANE: &str = "lane";
     pub const TRACEPARENT: &str = "traceparent";
     pub const TRACESTATE: &str = "tracestate";
+    /// The media type of the data, as an extension of a message whose data came in another form than JSON.
+    pub const DATA_CONTENT_TYPE: &str = "datacontenttype";
+    /// `base64` where the data is bytes that are no text. CloudEvents 0.3 had this name for it.
+    pub const DATA_ENCODING: &str = "datacontentencoding";
 }
 
 /// The headers of a message.
@@ -94,11 +101,15 @@ pub(crate) fn decode(record: &impl rdkafka::Message) -> Result<Message, Undecoda
     let read = catch_unwind(AssertUnwindSafe(|| read(record)));
     let read = read.unwrap_or_else(|_| Err("the name of a header is no UTF-8".into()));
     read.map_err(|reason| {
-        let hex = |bytes: &[u8]| bytes.iter().take(RAW_BYTES_MAX).map(|byte| format!("{byte:02x}")).collect::<String>();
         let key = record.key().unwrap_or_default();
         let key = std::str::from_utf8(key).map_or_else(|_| hex(key), str::to_owned);
         Undecodable { reason, key: key.into(), raw: record.payload().map(hex).unwrap_or_default() }
     })
+}
+
+/// Bytes for people to read.
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().take(RAW_BYTES_MAX).map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The attributes of an event, by name.
@@ -110,48 +121,121 @@ struct Attributes<'r> {
     type_name: Option<Cow<'r, str>>,
     subject: Option<Cow<'r, str>>,
     time: Option<Cow<'r, str>>,
-    correlation_id: Option<Uuid>,
-    causation_id: Option<Uuid>,
+    data_content_type: Option<Cow<'r, str>>,
+    correlation_id: Option<Cow<'r, str>>,
+    causation_id: Option<Cow<'r, str>>,
+    position: Option<Cow<'r, str>>,
+    version: Option<Cow<'r, str>>,
+    schema_version: Option<Cow<'r, str>>,
+    lane: Option<Cow<'r, str>>,
     trace: Trace<'r>,
-    position: Option<i64>,
-    version: Option<i64>,
-    schema_version: Option<i32>,
-    lane: Option<Arc<str>>,
     extensions: BTreeMap<String, String>,
+    violation: Option<String>,
 }
 
 impl<'r> Attributes<'r> {
     fn set(&mut self, name: &str, value: Cow<'r, str>) {
-        fn number<N: FromStr>(into: &mut Option<N>, value: &str) -> bool {
-            *into = value.parse().ok();
-            into.is_some()
-        }
-        // What is no number is not ours: others may give these names to something else.
-        let is_ours = match name {
-            attribute::POSITION => number(&mut self.position, &value),
-            attribute::VERSION => number(&mut self.version, &value),
-            attribute::SCHEMA_VERSION => number(&mut self.schema_version, &value),
-            _ => false,
+        self.check(name, &value);
+        let into = match name {
+            "specversion" => &mut self.specversion,
+            "id" => &mut self.id,
+            "source" => &mut self.source,
+            "type" => &mut self.type_name,
+            "subject" => &mut self.subject,
+            "time" => &mut self.time,
+            attribute::CORRELATION => &mut self.correlation_id,
+            attribute::CAUSATION => &mut self.causation_id,
+            attribute::POSITION => &mut self.position,
+            attribute::VERSION => &mut self.version,
+            attribute::SCHEMA_VERSION => &mut self.schema_version,
+            attribute::LANE => &mut self.lane,
+            attribute::TRACEPARENT | attribute::TRACESTATE => return self.trace.add(name, value),
+            _ => {
+                self.extensions.insert(name.to_owned(), value.into_owned());
+                return;
+            }
         };
-        if is_ours {
-            return;
-        }
-        match name {
-            "specversion" => self.specversion = Some(value),
-            "id" => self.id = Some(value),
-            "source" => self.source = Some(value),
-            "type" => self.type_name = Some(value),
-            "subject" => self.subject = Some(value),
-            "time" => self.time = Some(value),
-            "datacontenttype" => {}
-            // Those of others need not be UUIDs.
-            attribute::CORRELATION => self.correlation_id = Uuid::parse_str(&value).ok(),
-            attribute::CAUSATION => self.causation_id = Uuid::parse_str(&value).ok(),
-            attribute::TRACEPARENT | attribute::TRACESTATE => self.trace.add(name, value),
-            attribute::LANE => self.lane = Some(value.into()),
-            _ => _ = self.extensions.insert(name.to_owned(), value.into_owned()),
-        }
+        *into = Some(value);
     }
+
+    /// Remembers the first violation of what CloudEvents asks of each attribute.
+    fn check(&mut self, name: &str, value: &str) {
+        let is_named = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+        let what = if name.is_empty() || !name.bytes().all(is_named) {
+            "has a name of other characters than lower-case letters and digits"
+        } else if value.chars().any(char::is_control) {
+            "has a control character"
+        } else if matches!(name, "subject" | "time" | "dataschema") && value.is_empty() {
+            "is there and empty"
+        } else {
+            return;
+        };
+        self.violation.get_or_insert_with(|| format!("it is no CloudEvent: attribute {name:?} {what}"));
+    }
+
+    /// What a relay says of a message. Other producers may give the same names to anything: they count only in a message
+    /// that has all that a relay writes on each message, each of its form; any other keeps them as extensions.
+    fn relayed(&mut self) -> Option<Relayed> {
+        let id = |value: &Option<Cow<'_, str>>| value.as_deref().and_then(canonical);
+        let ids = (self.id.as_deref().and_then(unique), id(&self.correlation_id), id(&self.causation_id));
+        let of_relay = (|| {
+            let (Some(_), Some(_), Some(_)) = ids else { return None };
+            let schema_version = self.schema_version.as_deref()?.parse().ok().filter(|version| *version > 0)?;
+            let [position, version] = [&self.position, &self.version].map(|value| match value.as_deref() {
+                Some(value) => value.parse::<i64>().ok().filter(|number| *number > 0),
+                None => Some(0),
+            });
+            let (position, version) = (Position(position?), Version(version?));
+            let lane = self.lane.as_deref().filter(|lane| position > Position::START && is_lane(lane));
+            (lane.is_some() || self.lane.is_none()).then(|| Relayed {
+                schema_version,
+                position,
+                version,
+                lane: lane.map(Arc::from),
+            })
+        })();
+        if of_relay.is_none() {
+            for (name, value) in [
+                (attribute::POSITION, self.position.take()),
+                (attribute::VERSION, self.version.take()),
+                (attribute::SCHEMA_VERSION, self.schema_version.take()),
+                (attribute::LANE, self.lane.take()),
+                (attribute::CORRELATION, self.correlation_id.take_if(|_| ids.1.is_none())),
+                (attribute::CAUSATION, self.causation_id.take_if(|_| ids.2.is_none())),
+            ] {
+                self.extensions.extend(value.map(|value| (name.to_owned(), value.into_owned())));
+            }
+        }
+        of_relay
+    }
+}
+
+/// What a relay says of a message beside the attributes of CloudEvents.
+struct Relayed {
+    schema_version: i32,
+    position: Position,
+    version: Version,
+    lane: Option<Arc<str>>,
+}
+
+/// A UUID in the one form that we write. In another form it is a text like others: two texts are two ids.
+fn canonical(text: &str) -> Option<Uuid> {
+    const CANONICAL: usize = 36;
+    (text.len() == CANONICAL).then(|| Uuid::try_parse(text).ok()).flatten()
+}
+
+/// The id of an event, if it is a UUID. Many producers that have no id yet write the nil one: it is a text like others.
+fn unique(text: &str) -> Option<Uuid> {
+    canonical(text).filter(|id| !id.is_nil())
+}
+
+/// Whether this names a lane of a relay: its number, and the name of its log, which is 16 hexadecimal digits.
+fn is_lane(text: &str) -> bool {
+    const LOG: usize = 16;
+    let Some((number, log)) = text.split_once('@') else { return false };
+    number.parse::<u32>().is_ok_and(|parsed| parsed.to_string() == number)
+        && log.len() == LOG
+        && log.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 /// All values of `traceparent` and `tracestate`: only all of them show whether the trace context is valid.
@@ -177,63 +261,163 @@ impl<'r> Trace<'r> {
 fn read(record: &impl rdkafka::Message) -> Result<Message, String> {
     let mut attributes = Attributes::default();
     let mut transport = Trace::default();
-    let mut structured = false;
+    let mut content_type = None;
     for header in record.headers().into_iter().flat_map(Headers::iter) {
-        let name = header.key.strip_prefix("ce_");
-        let value = match std::str::from_utf8(header.value.unwrap_or_default()) {
+        // A header without a value is an attribute without one, which is as if it were not there.
+        let Some(value) = header.value else { continue };
+        // Gateways from HTTP write `Ce-Id` as they please.
+        let key = match header.key.bytes().any(|byte| byte.is_ascii_uppercase()) {
+            true => Cow::Owned(header.key.to_ascii_lowercase()),
+            false => Cow::Borrowed(header.key),
+        };
+        let name = key.strip_prefix("ce_");
+        let value = match std::str::from_utf8(value) {
             Ok(value) => value,
             // Only what is an attribute has to be text.
             Err(_) if name.is_some() => return Err(format!("header {} is no UTF-8", header.key)),
             // Present and invalid, which is not the same as absent.
-            Err(_) if matches!(header.key, attribute::TRACEPARENT | attribute::TRACESTATE) => "\0",
+            Err(_) if matches!(&*key, attribute::TRACEPARENT | attribute::TRACESTATE) => "\0",
             Err(_) => continue,
         };
-        match (header.key, name) {
+        match (&*key, name) {
             (_, Some(name)) => attributes.set(name, value.into()),
-            ("content-type", _) => structured = value.to_ascii_lowercase().starts_with(STRUCTURED),
-            (attribute::TRACEPARENT | attribute::TRACESTATE, _) => transport.add(header.key, value.into()),
+            ("content-type", _) => content_type = Some(MediaType::of(value)),
+            (attribute::TRACEPARENT | attribute::TRACESTATE, _) => transport.add(&key, value.into()),
             _ => {}
         }
     }
-    let payload = record.payload().map(std::str::from_utf8).transpose().map_err(|_| "its value is no UTF-8")?;
-    let data = match payload {
-        Some(payload) if structured => {
-            // Headers may repeat attributes; what counts is the event.
-            attributes = Attributes::default();
-            read_structured(payload, &mut attributes)?
+    let structured = content_type.as_ref().map_or(Ok(false), MediaType::is_structured)?;
+    let data = if structured {
+        let payload = record.payload().ok_or("it is a structured CloudEvent without a value")?;
+        // Headers may repeat attributes; what counts is the event.
+        attributes = Attributes::default();
+        read_structured(payload, &mut attributes)?
+    } else {
+        if let Some(media_type) = &content_type {
+            attributes.data_content_type = Some(media_type.whole.into());
         }
-        payload => {
-            let data = payload.unwrap_or("null");
-            serde_json::from_str::<&RawValue>(data).map_err(|error| format!("its value is no JSON: {error}"))?;
-            data.into()
-        }
+        data_of_bytes(record.payload().unwrap_or_default(), &mut attributes)?
     };
-    let key = record.key().map(std::str::from_utf8).transpose().map_err(|_| "its key is no UTF-8")?;
+    let key = record.key().map(|key| String::from_utf8(key.to_vec()).unwrap_or_else(|_| hex(key)));
     // The headers of the transport are of the nearest hop, and the attributes of the event's origin.
     let trace = transport.context().or_else(|| attributes.trace.context());
-    message(attributes, key, data, trace, record.timestamp().to_millis())
+    message(attributes, key.as_deref(), data, trace, record.timestamp().to_millis())
 }
 
-/// Takes an event apart that is one JSON object.
-fn read_structured(payload: &str, attributes: &mut Attributes<'_>) -> Result<Arc<str>, String> {
-    let members: BTreeMap<String, &RawValue> =
-        serde_json::from_str(payload).map_err(|error| format!("it is no structured CloudEvent: {error}"))?;
-    let mut data = None;
-    for (name, value) in members {
-        match &*name {
-            "data" => data = Some(value.get().into()),
-            "data_base64" => return Err("its data is not JSON".into()),
-            _ => {
-                let text = serde_json::from_str::<String>(value.get()).unwrap_or_else(|_| value.get().to_owned());
-                attributes.set(&name, text.into());
+/// A media type, such as `application/json; charset=utf-8`.
+struct MediaType<'r> {
+    whole: &'r str,
+    /// Without parameters, in lower case.
+    essence: String,
+}
+
+impl<'r> MediaType<'r> {
+    fn of(whole: &'r str) -> Self {
+        Self { whole, essence: whole.split(';').next().unwrap_or_default().trim().to_ascii_lowercase() }
+    }
+
+    fn is_json(&self) -> bool {
+        matches!(&*self.essence, "application/json" | "text/json") || self.essence.ends_with("+json")
+    }
+
+    /// Whether the value is a whole event in JSON. An error if it is events in any other format.
+    fn is_structured(&self) -> Result<bool, String> {
+        if self.essence == STRUCTURED {
+            let mut parameters = self.whole.split(';').skip(1).filter_map(|parameter| parameter.split_once('='));
+            let charset = parameters.find(|(name, _)| name.trim().eq_ignore_ascii_case("charset"));
+            let charset = charset.map(|(_, charset)| charset.trim().trim_matches('"').to_ascii_lowercase());
+            return match charset.as_deref() {
+                None | Some("utf-8" | "utf8" | "us-ascii") => Ok(true),
+                Some(other) => Err(format!("a structured CloudEvent is JSON in UTF-8, and not in {other}")),
+            };
+        }
+        if self.essence.starts_with(BATCH) {
+            return Err(format!("{} is a batch of CloudEvents: send each as a record of its own", self.essence));
+        }
+        if self.essence.starts_with(ANY_STRUCTURED) {
+            return Err(format!("CloudEvents in format {} are not read, only in {STRUCTURED}", self.essence));
+        }
+        Ok(false)
+    }
+}
+
+/// The data of a message as JSON text, out of the bytes that came: JSON as it is, text as a JSON string, other bytes as a
+/// JSON string in base64. What is declared as JSON has to be JSON.
+fn data_of_bytes(bytes: &[u8], attributes: &mut Attributes<'_>) -> Result<Arc<str>, String> {
+    if bytes.is_empty() {
+        return Ok("null".into());
+    }
+    let text = std::str::from_utf8(bytes);
+    let declared = attributes.data_content_type.as_deref().map(MediaType::of);
+    let is_json = declared.as_ref().map(MediaType::is_json);
+    if is_json != Some(false) {
+        let json = match text {
+            Ok(text) => {
+                serde_json::from_str::<&RawValue>(text).map_err(|error| format!("its value is no JSON: {error}"))
             }
+            Err(_) => Err("its value is no UTF-8".to_owned()),
+        };
+        match json {
+            Ok(_) => return Ok(text.unwrap_or_default().into()),
+            Err(reason) if is_json == Some(true) => return Err(reason),
+            Err(_) => {}
         }
     }
-    Ok(data.unwrap_or_else(|| "null".into()))
+    Ok(match text {
+        Ok(text) => serde_json::Value::from(text),
+        Err(_) => {
+            attributes.extensions.insert(attribute::DATA_ENCODING.to_owned(), "base64".to_owned());
+            serde_json::Value::from(BASE64_STANDARD.encode(bytes))
+        }
+    }
+    .to_string()
+    .into())
+}
+
+/// Takes an event apart that is one JSON object. A member that is null counts as absent.
+fn read_structured(payload: &[u8], attributes: &mut Attributes<'_>) -> Result<Arc<str>, String> {
+    let payload = std::str::from_utf8(payload).map_err(|_| "its value is no UTF-8")?;
+    let members: BTreeMap<String, &RawValue> =
+        serde_json::from_str(payload).map_err(|error| format!("it is no structured CloudEvent: {error}"))?;
+    let (mut data, mut bytes) = (None, None);
+    for (name, value) in members.iter().filter(|(_, value)| value.get() != "null") {
+        match &**name {
+            "data" => data = Some(value.get()),
+            "data_base64" => {
+                let text = serde_json::from_str::<String>(value.get()).map_err(|_| "its data_base64 is no string")?;
+                bytes = Some(BASE64_STANDARD.decode(text).map_err(|error| format!("its data_base64: {error}"))?);
+            }
+            attribute::DATA_CONTENT_TYPE => attributes.data_content_type = Some(text(name, value)?.into()),
+            _ => attributes.set(name, text(name, value)?.into()),
+        }
+    }
+    match (data, bytes) {
+        (Some(_), Some(_)) => Err("it is no CloudEvent: it has both data and data_base64".into()),
+        (Some(data), None) => Ok(data.into()),
+        (None, Some(bytes)) => data_of_bytes(&bytes, attributes),
+        (None, None) => Ok("null".into()),
+    }
+}
+
+/// The text of an attribute in JSON: a string, or, of an extension, an integer of 32 bits or a boolean.
+fn text(name: &str, value: &RawValue) -> Result<String, String> {
+    if let Ok(text) = serde_json::from_str::<String>(value.get()) {
+        return Ok(text);
+    }
+    let is_of_the_specification = matches!(
+        name,
+        "specversion" | "id" | "source" | "type" | "subject" | "time" | "dataschema" | attribute::DATA_CONTENT_TYPE
+    );
+    let is_scalar = matches!(value.get(), "true" | "false") || value.get().parse::<i32>().is_ok();
+    match is_of_the_specification {
+        false if is_scalar => Ok(value.get().to_owned()),
+        false => Err(format!("it is no CloudEvent: attribute {name} is no string, integer or boolean")),
+        true => Err(format!("it is no CloudEvent: attribute {name} is no string")),
+    }
 }
 
 fn message(
-    attributes: Attributes<'_>,
+    mut attributes: Attributes<'_>,
     key: Option<&str>,
     data: Arc<str>,
     trace: Option<TraceContext>,
@@ -242,14 +426,20 @@ fn message(
     fn required<'r>(name: &str, value: Option<Cow<'r, str>>) -> Result<Cow<'r, str>, String> {
         value.filter(|value| !value.is_empty()).ok_or_else(|| format!("it is no CloudEvent: no {name}"))
     }
+    let relayed = attributes.relayed();
+    // The stream ids and extensions of our own services may be any text.
+    if let Some(violation) = attributes.violation.filter(|_| relayed.is_none()) {
+        return Err(violation);
+    }
     let specversion = required("specversion", attributes.specversion)?;
     if specversion != "1.0" {
         return Err(format!("CloudEvents {specversion:?} is not known, only 1.0"));
     }
-    let (id, source) = (required("id", attributes.id)?, required("source", attributes.source)?);
+    let id = required("id", attributes.id)?;
+    let source = required("source", attributes.source)?;
     let type_name = required("type", attributes.type_name)?;
     // Ids of others are any text, unique for their source.
-    let id = Uuid::parse_str(&id).unwrap_or_else(|_| named_id(Uuid::NAMESPACE_URL, &format!("{source} {id}")));
+    let id = unique(&id).unwrap_or_else(|| named_id(Uuid::NAMESPACE_URL, &format!("{source} {id}")));
     let time = match attributes.time {
         Some(time) => {
             DateTime::parse_from_rfc3339(&time).map_err(|error| format!("its time {time:?}: {error}"))?.into()
@@ -263,24 +453,31 @@ fn message(
     };
     // Mostly they are the same.
     let subject = attributes.subject.filter(|subject| **subject != *key).map_or_else(|| key.clone(), Into::into);
+    let media_type = attributes.data_content_type.as_deref().map(MediaType::of);
+    let not_plain_json = media_type.filter(|media_type| media_type.essence != "application/json");
+    attributes.extensions.extend(
+        not_plain_json.map(|media_type| (attribute::DATA_CONTENT_TYPE.to_owned(), media_type.whole.to_owned())),
+    );
+    let caused_by = |id: &Option<Cow<'_, str>>| id.as_deref().and_then(canonical);
+    let relayed =
+        relayed.unwrap_or(Relayed { schema_version: 1, position: Position(0), version: Version(0), lane: None });
     Ok(Message {
         id,
         type_name: type_name.into(),
-        schema_version: attributes.schema_version.unwrap_or(1),
+        schema_version: relayed.schema_version,
         source: source.into(),
         subject,
         key,
         data,
         metadata: Metadata {
-            correlation_id: attributes.correlation_id.unwrap_or(id),
-            causation_id: attributes.causation_id.unwrap_or(id),
+            correlation_id: caused_by(&attributes.correlation_id).unwrap_or(id),
+            causation_id: caused_by(&attributes.causation_id).unwrap_or(id),
             trace,
         },
         time,
-        position: Position(attributes.position.unwrap_or(0)),
-        version: Version(attributes.version.unwrap_or(0)),
-        // Without a position there is nothing to compare.
-        lane: attributes.lane.filter(|_| attributes.position.is_some()),
+        position: relayed.position,
+        version: relayed.version,
+        lane: relayed.lane,
         extensions: attributes.extensions,
     })
 }
@@ -288,15 +485,250 @@ fn message(
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use rdkafka::{Timestamp, message::OwnedMessage};
+    use rdkafka::message::{OwnedMessage, Timestamp};
+    use serde_json::{Value, json};
 
     use super::*;
+
+    const ID: &str = "5f0c8a1e-6d3b-4c59-9f57-0f6f2f8f2b11";
+    const REQUIRED: [(&str, &str); 4] =
+        [("ce_specversion", "1.0"), ("ce_id", "1"), ("ce_source", "/other"), ("ce_type", "t")];
+
+    fn record(headers: &[(&str, Option<&[u8]>)], key: Option<&[u8]>, value: Option<&[u8]>) -> OwnedMessage {
+        let headers = headers
+            .iter()
+            .fold(OwnedHeaders::new(), |headers, (key, value)| headers.insert(Header { key, value: *value }));
+        let [key, value] = [key, value].map(|bytes| bytes.map(<[u8]>::to_vec));
+        OwnedMessage::new(value, key, "topic".into(), Timestamp::CreateTime(1_000), 0, 0, Some(headers))
+    }
+
+    /// An event in binary mode with these headers beside, or in the place of, those that are required.
+    fn binary(headers: &[(&str, &str)], value: &[u8]) -> Result<Message, Undecodable> {
+        let required = REQUIRED.iter().filter(|(name, _)| headers.iter().all(|(known, _)| known != name));
+        let all: Vec<_> = required.chain(headers).map(|(name, value)| (*name, Some(value.as_bytes()))).collect();
+        decode(&record(&all, Some(b"key"), Some(value)))
+    }
+
+    /// An event in structured mode with these members beside, or in the place of, those that are required.
+    fn structured(members: Value) -> Result<Message, Undecodable> {
+        let mut event = json!({ "specversion": "1.0", "id": "1", "source": "/other", "type": "t" });
+        event.as_object_mut().unwrap().extend(members.as_object().unwrap().clone());
+        let media_type = ("content-type", Some(&b"application/cloudevents+json; charset=UTF-8"[..]));
+        decode(&record(&[media_type], None, Some(event.to_string().as_bytes())))
+    }
+
+    #[test]
+    fn data_in_binary_mode() {
+        for (content_type, value, data, extensions) in [
+            (Some("application/json"), &b"{\"a\": 1.0}"[..], Ok("{\"a\": 1.0}"), json!({})),
+            (Some("application/json; charset=utf-8"), b"[]", Ok("[]"), json!({})),
+            (Some("Application/JSON"), b"1", Ok("1"), json!({})),
+            (Some("application/json"), b"", Ok("null"), json!({})),
+            (Some("application/json"), b"{", Err("no JSON"), json!({})),
+            (Some("application/json"), b"\xff", Err("no UTF-8"), json!({})),
+            (
+                Some("application/vnd.shop+json"),
+                b"{}",
+                Ok("{}"),
+                json!({"datacontenttype": "application/vnd.shop+json"}),
+            ),
+            (Some("text/json"), b"{}", Ok("{}"), json!({"datacontenttype": "text/json"})),
+            (Some("text/plain"), b"hello", Ok("\"hello\""), json!({"datacontenttype": "text/plain"})),
+            (Some("text/plain"), b"1", Ok("\"1\""), json!({"datacontenttype": "text/plain"})),
+            (
+                Some("text/xml; charset=utf-8"),
+                b"<a/>",
+                Ok("\"<a/>\""),
+                json!({"datacontenttype": "text/xml; charset=utf-8"}),
+            ),
+            (
+                Some("application/octet-stream"),
+                b"\xff\x00",
+                Ok("\"/wA=\""),
+                json!({"datacontenttype": "application/octet-stream", "datacontentencoding": "base64"}),
+            ),
+            (None, b"{\"a\":1}", Ok("{\"a\":1}"), json!({})),
+            (None, b"hello", Ok("\"hello\""), json!({})),
+            (None, b"\xff\x00", Ok("\"/wA=\""), json!({"datacontentencoding": "base64"})),
+            (None, b"", Ok("null"), json!({})),
+            (Some("application/cloudevents-batch+json"), b"[]", Err("batch"), json!({})),
+            (Some("application/cloudevents+avro"), b"{}", Err("application/cloudevents+avro are not read"), json!({})),
+            (Some("application/cloudevents+json; charset=utf-16"), b"{}", Err("not in utf-16"), json!({})),
+        ] {
+            let headers: Vec<_> = content_type.iter().map(|value| ("content-type", *value)).collect();
+            let case = format!("{content_type:?} {value:?}");
+            match (binary(&headers, value), data) {
+                (Ok(message), Ok(data)) => {
+                    assert_eq!(&*message.data, data, "{case}");
+                    assert_eq!(json!(message.extensions), extensions, "{case}");
+                }
+                (Err(refused), Err(reason)) => assert!(refused.reason.contains(reason), "{case}: {}", refused.reason),
+                (read, _) => panic!("{case}: {read:?}"),
+            }
+        }
+        let tombstone = record(&REQUIRED.map(|(name, value)| (name, Some(value.as_bytes()))), Some(b"key"), None);
+        assert_eq!(&*decode(&tombstone).unwrap().data, "null");
+    }
+
+    #[test]
+    fn attributes_in_binary_mode() {
+        for (headers, reason) in [
+            (&[("ce_specversion", "0.3")][..], Err("\"0.3\" is not known")),
+            (&[("ce_id", "")], Err("no id")),
+            (&[("ce_source", "")], Err("no source")),
+            (&[("ce_type", "")], Err("no type")),
+            (&[("ce_subject", "")], Err("\"subject\" is there and empty")),
+            (&[("ce_time", "")], Err("\"time\" is there and empty")),
+            (&[("ce_dataschema", "")], Err("\"dataschema\" is there and empty")),
+            (&[("ce_my-ext", "1")], Err("\"my-ext\" has a name")),
+            (&[("ce_myext", "a\u{7}b")], Err("\"myext\" has a control character")),
+            (&[("ce_myext", "")], Ok(("myext", ""))),
+            (&[("CE_Myext", "1")], Ok(("myext", "1"))),
+            (&[("ce_myext", "a%20b")], Ok(("myext", "a%20b"))),
+            (&[("ce_dataschema", "urn:x")], Ok(("dataschema", "urn:x"))),
+            (&[("Content-Type", "text/plain")], Ok(("datacontenttype", "text/plain"))),
+        ] {
+            match (binary(headers, b"1"), reason) {
+                (Ok(message), Ok((name, value))) => assert_eq!(message.extensions[name], value, "{headers:?}"),
+                (Err(refused), Err(reason)) => assert!(refused.reason.contains(reason), "{headers:?}: {refused}"),
+                (read, _) => panic!("{headers:?}: {read:?}"),
+            }
+        }
+        for time in [
+            "2026-01-02T03:04:05Z",
+            "2026-01-02t03:04:05z",
+            "2026-01-02T05:04:05+02:00",
+            "2026-01-02T03:04:05.000-00:00",
+        ] {
+            let message = binary(&[("ce_time", time)], b"1").unwrap();
+            assert_eq!(message.time.to_rfc3339(), "2026-01-02T03:04:05+00:00", "{time}");
+        }
+        // A header without a value is as if it were not there, and so is one that is no attribute and no text.
+        let required = REQUIRED.map(|(name, value)| (name, Some(value.as_bytes())));
+        let more = [required.as_slice(), &[("ce_subject", None), ("ce_time", None), ("x", Some(b"\xff"))]].concat();
+        let message = decode(&record(&more, Some(b"\xff\xfe"), Some(b"1"))).unwrap();
+        assert_eq!((&*message.key, &*message.subject, message.time.timestamp()), ("fffe", "fffe", 1));
+    }
+
+    #[test]
+    fn structured_mode() {
+        for (members, data, extensions) in [
+            (json!({"data": {"a": 1}}), Ok("{\"a\":1}"), json!({})),
+            (json!({"data": "text"}), Ok("\"text\""), json!({})),
+            (json!({"data": null}), Ok("null"), json!({})),
+            (json!({}), Ok("null"), json!({})),
+            (json!({"data_base64": "eyJhIjoxfQ=="}), Ok("{\"a\":1}"), json!({})),
+            (json!({"data_base64": "eyJhIjoxfQ==", "datacontenttype": "application/json"}), Ok("{\"a\":1}"), json!({})),
+            (json!({"data_base64": "/w==", "datacontenttype": "application/json"}), Err("no UTF-8"), json!({})),
+            (
+                json!({"data_base64": "/wA=", "datacontenttype": "image/png"}),
+                Ok("\"/wA=\""),
+                json!({"datacontenttype": "image/png", "datacontentencoding": "base64"}),
+            ),
+            (
+                json!({"data": "<a/>", "datacontenttype": "text/xml"}),
+                Ok("\"<a/>\""),
+                json!({"datacontenttype": "text/xml"}),
+            ),
+            (json!({"data": null, "data_base64": "MQ=="}), Ok("1"), json!({})),
+            (json!({"data": 1, "data_base64": "MQ=="}), Err("both data and data_base64"), json!({})),
+            (json!({"data_base64": "%"}), Err("data_base64"), json!({})),
+            (json!({"data_base64": 1}), Err("data_base64"), json!({})),
+            (
+                json!({"subject": null, "time": null, "myext": null, "dataschema": null, "datacontenttype": null}),
+                Ok("null"),
+                json!({}),
+            ),
+            (json!({"id": null}), Err("no id"), json!({})),
+            (json!({"type": null}), Err("no type"), json!({})),
+            (json!({"id": 7}), Err("attribute id is no string"), json!({})),
+            (json!({"count": 7, "urgent": true}), Ok("null"), json!({"count": "7", "urgent": "true"})),
+            (json!({"ratio": 0.5}), Err("ratio is no string, integer or boolean"), json!({})),
+            (json!({"large": 3_000_000_000_i64}), Err("large is no"), json!({})),
+            (json!({"nested": {"a": 1}}), Err("nested is no"), json!({})),
+            (json!({"Upper": "a"}), Err("\"Upper\" has a name"), json!({})),
+            (json!({"specversion": "1.1"}), Err("\"1.1\" is not known"), json!({})),
+        ] {
+            match (structured(members.clone()), data) {
+                (Ok(message), Ok(data)) => {
+                    assert_eq!(&*message.data, data, "{members}");
+                    assert_eq!(json!(message.extensions), extensions, "{members}");
+                    assert!(message.key.len() == 36, "{members}: {}", message.key);
+                }
+                (Err(refused), Err(reason)) => assert!(refused.reason.contains(reason), "{members}: {refused}"),
+                (read, _) => panic!("{members}: {read:?}"),
+            }
+        }
+        let content_type = [("content-type", Some(&b"application/cloudevents+json"[..]))];
+        let empty = decode(&record(&content_type, Some(b"key"), None)).unwrap_err();
+        assert!(empty.reason.contains("without a value"), "{empty}");
+        let array = decode(&record(&content_type, Some(b"key"), Some(b"[]"))).unwrap_err();
+        assert!(array.reason.contains("no structured CloudEvent"), "{array}");
+    }
+
+    /// What a relay writes on each message.
+    const OURS: [(&str, &str); 7] = [
+        ("ce_id", ID),
+        ("ce_correlationid", ID),
+        ("ce_causationid", ID),
+        ("ce_schemaversion", "2"),
+        ("ce_position", "7"),
+        ("ce_streamversion", "3"),
+        ("ce_lane", "0@0123456789abcdef"),
+    ];
+
+    #[test]
+    fn attributes_of_a_relay_count_together_or_not_at_all() {
+        let ours = binary(&OURS, b"1").unwrap();
+        assert_eq!((ours.position, ours.version, ours.schema_version), (Position(7), Version(3), 2));
+        assert_eq!(ours.lane.as_deref(), Some("0@0123456789abcdef"));
+        assert_eq!(ours.extensions, BTreeMap::new());
+        let without_lane = binary(&OURS[..6], b"1").unwrap();
+        assert_eq!((without_lane.position, without_lane.lane), (Position(7), None), "redriven");
+        for (name, value) in [
+            ("ce_id", "7"),
+            ("ce_id", "00000000-0000-0000-0000-000000000000"),
+            ("ce_correlationid", "c-1"),
+            ("ce_causationid", "5F0C8A1E6D3B4C599F570F6F2F8F2B11"),
+            ("ce_schemaversion", "draft"),
+            ("ce_schemaversion", "0"),
+            ("ce_position", "48.1,11.5"),
+            ("ce_position", "0"),
+            ("ce_streamversion", "-1"),
+            ("ce_lane", "fast"),
+            ("ce_lane", "7"),
+            ("ce_lane", "0@log"),
+            ("ce_lane", "00@0123456789abcdef"),
+            ("ce_lane", "0@0123456789ABCDEF"),
+            ("ce_lane", ""),
+        ] {
+            let theirs = OURS.map(|(known, ours)| (known, if known == name { value } else { ours }));
+            let message = binary(&theirs, b"1").unwrap();
+            let relayed = (message.position, message.version, message.schema_version, message.lane);
+            assert_eq!(relayed, (Position(0), Version(0), 1, None), "{name}: {value}");
+            for (known, value) in theirs.iter().filter(|(known, _)| !known.ends_with("id")) {
+                let kept = message.extensions.get(known.strip_prefix("ce_").unwrap());
+                assert_eq!(kept.map(String::as_str), Some(*value), "{name}");
+            }
+        }
+        let alone = binary(&[("ce_position", "7"), ("ce_lane", "0@0123456789abcdef")], b"1").unwrap();
+        assert_eq!((alone.position, alone.lane), (Position(0), None));
+    }
+
+    #[test]
+    fn ids_are_unique_for_their_source() {
+        let id = |source: &str, id: &str| binary(&[("ce_source", source), ("ce_id", id)], b"1").unwrap().id;
+        assert_eq!(id("a", ID).to_string(), ID);
+        assert_ne!(id("a", "1"), id("b", "1"));
+        assert_ne!(id("a", "00000000-0000-0000-0000-000000000000"), id("b", "00000000-0000-0000-0000-000000000000"));
+        assert_ne!(id("a", &ID.replace('-', "")).to_string(), ID, "another text");
+    }
 
     const PARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
     const OTHER: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00";
 
     /// What is read of an event with these headers.
-    fn read(headers: &[(&str, &[u8])], structured: Option<&str>) -> Message {
+    fn traced(headers: &[(&str, &[u8])], structured: Option<&str>) -> Message {
         let required: &[(&str, &[u8])] = match structured {
             Some(_) => &[("content-type", b"application/cloudevents+json")],
             None => &[("ce_specversion", b"1.0"), ("ce_id", b"1"), ("ce_source", b"till"), ("ce_type", b"till.rang")],
@@ -333,14 +765,14 @@ mod tests {
             (&[("ce_traceparent", PARENT.as_bytes()), ("traceparent", OTHER.as_bytes())], Some((OTHER, None))),
         ];
         for (headers, expected) in cases {
-            let message = read(headers, None);
+            let message = traced(headers, None);
             assert_eq!(carried(&message), *expected, "{headers:?}");
             assert!(message.extensions.is_empty(), "{message:?}");
         }
         let event = format!(
             r#"{{"specversion":"1.0","id":"1","source":"till","type":"till.rang","traceparent":"{PARENT}","tracestate":"a=1"}}"#
         );
-        assert_eq!(carried(&read(&[], Some(&event))), Some((PARENT, Some("a=1"))));
-        assert_eq!(carried(&read(&[("traceparent", OTHER.as_bytes())], Some(&event))), Some((OTHER, None)));
+        assert_eq!(carried(&traced(&[], Some(&event))), Some((PARENT, Some("a=1"))));
+        assert_eq!(carried(&traced(&[("traceparent", OTHER.as_bytes())], Some(&event))), Some((OTHER, None)));
     }
 }

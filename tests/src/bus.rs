@@ -289,7 +289,7 @@ pub async fn attributes_round_trip<S: Subject>() {
         time: DateTime::from_timestamp_micros(1_700_000_000_123_457).unwrap(),
         position: Position(i64::MAX - 1),
         version: Version(42),
-        lane: Some("3@log".into()),
+        lane: Some("3@0123456789abcdef".into()),
         extensions: [("tenant", "Ærø & søn, \"a=b\""), ("dataref", "")]
             .map(|(name, value)| (name.to_owned(), value.to_owned()))
             .into(),

@@ -130,8 +130,14 @@ pub fn read(brokers: &str, topic: &str) -> Vec<Record> {
 
 /// Sends records to a topic as they are, where their keys belong.
 pub fn send(brokers: &str, topic: &str, records: &[Record]) {
+    send_compressed(brokers, topic, records, "none");
+}
+
+/// The same, in batches that are compressed.
+pub fn send_compressed(brokers: &str, topic: &str, records: &[Record], codec: &str) {
     let mut config = ClientConfig::new();
     config.set("bootstrap.servers", brokers).set("enable.idempotence", "true").set("partitioner", "murmur2_random");
+    config.set("compression.type", codec).set("linger.ms", "50");
     let producer: BaseProducer = config.create().unwrap();
     for record in records {
         let mut headers = OwnedHeaders::new();
