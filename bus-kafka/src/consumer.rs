@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    ops::Range,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -12,6 +13,7 @@ use std::{
 use annals::{
     BusError, Consumer,
     bus::{Bookmark, Delivery, Partition, Polled},
+    event::named_id,
 };
 use async_trait::async_trait;
 use rdkafka::{
@@ -22,7 +24,8 @@ use rdkafka::{
     message::BorrowedMessage,
     types::RDKafkaRespErr,
 };
-use tokio::{sync::Notify, task::JoinHandle};
+use tokio::{sync::Notify, task::JoinHandle, time::Instant};
+use uuid::Uuid;
 
 use crate::{
     cloud_event,
@@ -34,14 +37,26 @@ const FIXED: [(&str, &str); 5] = [
     ("enable.auto.offset.store", "false"),
     // The end of a partition is no trouble.
     ("enable.partition.eof", "false"),
-    // An offset that is gone shows in the offset of what comes instead.
-    ("auto.offset.reset", "earliest"),
+    // An offset that is gone is a fault, which the client reports: see `find_ranges`.
+    ("auto.offset.reset", "error"),
     // Others go on while some partitions move.
     ("partition.assignment.strategy", "cooperative-sticky"),
     ("group.protocol", "classic"),
 ];
 /// How often the client is looked at although it did not call: it must be, or the group takes this member for dead.
 const LOOK: Duration = Duration::from_secs(1);
+
+/// A client that had a fatal error is replaced no sooner than this after its start: one whose successor fails at once
+/// must not take the brokers' time with connections.
+const REPLACE_AFTER: Duration = Duration::from_secs(1);
+/// How long a broker may take to say which offsets it has.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a member that stops waits until it has let go of its partitions,
+const LEAVE: Duration = Duration::from_secs(2);
+/// and then until its leave is on its way: some round trips to a broker that is far.
+const LEAVE_SENT: Duration = Duration::from_millis(500);
+/// The longest `group.instance.id` that brokers take.
+const INSTANCE_ID_MAX: usize = 249;
 
 type Place = (String, i32);
 
@@ -53,13 +68,14 @@ enum Rebalance {
 struct Context {
     settings: Settings,
     rebalances: Mutex<VecDeque<Rebalance>>,
-    news: Arc<Notify>,
     closing: AtomicBool,
     /// Whether a poll told something to this context. It then says that there is nothing, though messages may be waiting, and
     /// no news of them will come.
     told: AtomicBool,
     /// Whether the client has lost all brokers, since when it says nothing any more.
     lost: AtomicBool,
+    /// Whether the client has ended for good: from then on it says nothing any more, and must be replaced.
+    fatal: AtomicBool,
 }
 
 impl Context {
@@ -67,10 +83,10 @@ impl Context {
         Self {
             settings: settings.clone(),
             rebalances: Mutex::default(),
-            news: Arc::default(),
             closing: AtomicBool::default(),
             told: AtomicBool::default(),
             lost: AtomicBool::default(),
+            fatal: AtomicBool::default(),
         }
     }
 
@@ -107,8 +123,15 @@ impl ClientContext for Context {
 
     fn error(&self, error: KafkaError, reason: &str) {
         self.tell();
-        if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) {
-            self.lost.store(true, Ordering::Release);
+        match error.rdkafka_error_code() {
+            Some(RDKafkaErrorCode::AllBrokersDown) => self.lost.store(true, Ordering::Release),
+            Some(RDKafkaErrorCode::Fatal) => self.fatal.store(true, Ordering::Release),
+            // Its consequences are worked out, and reported where they are known.
+            Some(RDKafkaErrorCode::AutoOffsetReset) => return,
+            _ => {}
+        }
+        if self.closing.load(Ordering::Acquire) {
+            return tracing::debug!(%error, "closing");
         }
         tracing::warn!(%error, reason = self.settings.without_secrets(reason), "Kafka consumer");
     }
@@ -152,32 +175,91 @@ struct Assigned {
     fetching: bool,
     /// The bookmark that the first message is compared to.
     check: Option<Bookmark>,
-    /// After the last message that came.
-    next: i64,
+    /// The offset to go on from; `None` while it is the beginning, wherever that is.
+    next: Option<i64>,
     /// Everything below is acknowledged.
     acknowledged: Option<i64>,
 }
 
+impl Assigned {
+    /// The offset that the client was asked to fetch.
+    fn position(&self) -> Option<i64> {
+        self.next.map(|next| if self.check.is_some() { next - 1 } else { next })
+    }
+}
+
+/// The first offset and the one after the last, of partitions.
+type Ranges = Vec<(Place, (i64, i64))>;
+
 pub(crate) struct Member {
+    settings: Settings,
+    group: String,
+    topics: Vec<String>,
+    /// What brokers know this member by, so that it keeps its partitions when its process is started again.
+    instance_id: Option<String>,
+    /// `None` after a fatal error, until there is a new one.
     consumer: Option<Arc<BaseConsumer<Context>>>,
+    started_at: Instant,
+    /// Another process has taken the place of this one.
+    fenced: bool,
     news: Arc<Notify>,
     cluster: Arc<str>,
     assigned: BTreeMap<Place, Assigned>,
+    /// What a client had that has ended, and nobody knows yet.
+    gone: Vec<Partition>,
     /// What the last poll said is lost: let go of by the next.
     leaving: Option<Vec<Place>>,
     /// What is not what it was at its bookmark, and nobody knows yet.
     wiped: Vec<Partition>,
-    topic: String,
+    /// Offsets that were removed before they were read, and nobody knows yet.
+    lost: Vec<(Partition, Range<i64>)>,
+    /// Whether some partition is asked for an offset that is not there.
+    out_of_range: bool,
     /// Asks the brokers that were lost.
     asking: Option<JoinHandle<Result<(), KafkaError>>>,
+    /// Asks which offsets there are.
+    ranging: Option<JoinHandle<Result<Ranges, KafkaError>>>,
 }
 
 impl Member {
-    pub fn join(settings: &Settings, cluster: Arc<str>, group: &str, topics: &[&str]) -> Result<Self, BusError> {
-        let mut config = settings.consumer();
+    /// Joins a group; under an `instance`, which is of this member alone, as the same member as before.
+    pub fn join(
+        settings: &Settings,
+        cluster: Arc<str>,
+        group: &str,
+        topics: &[&str],
+        instance: Option<&str>,
+    ) -> Result<Self, BusError> {
+        let mut member = Self {
+            settings: settings.clone(),
+            group: group.to_owned(),
+            topics: topics.iter().map(|topic| (*topic).to_owned()).collect(),
+            instance_id: instance.map(instance_id),
+            consumer: None,
+            started_at: Instant::now(),
+            fenced: false,
+            news: Arc::default(),
+            cluster,
+            assigned: BTreeMap::new(),
+            gone: Vec::new(),
+            leaving: None,
+            wiped: Vec::new(),
+            lost: Vec::new(),
+            out_of_range: false,
+            asking: None,
+            ranging: None,
+        };
+        member.start()?;
+        Ok(member)
+    }
+
+    /// Starts a client.
+    fn start(&mut self) -> Result<(), BusError> {
+        let mut config = self.settings.consumer();
         config
-            // A member that died is replaced within these; the client itself beats, so a long batch does not count.
-            .set("session.timeout.ms", "10000")
+            // A member that died is replaced within these, the shortest that brokers allow by default; the client itself
+            // beats, so a long batch does not count.
+            .set("session.timeout.ms", "6000")
             .set("heartbeat.interval.ms", "500")
             .set("max.poll.interval.ms", "300000")
             .set("auto.commit.interval.ms", "1000")
@@ -187,22 +269,84 @@ impl Member {
             .set("fetch.queue.backoff.ms", "10")
             .set("fetch.error.backoff.ms", "100")
             .set("topic.metadata.refresh.interval.ms", "10000");
-        let fixed: Vec<_> = FIXED.into_iter().chain([("group.id", group)]).collect();
-        let config = settings.finish(config, &fixed)?;
-        let context = Context::new(settings);
-        let news = context.news.clone();
+        let named = self.instance_id.as_deref().map(|id| ("group.instance.id", id));
+        let fixed: Vec<_> = FIXED.into_iter().chain([("group.id", &*self.group)]).chain(named).collect();
+        let config = self.settings.finish(config, &fixed)?;
+        let context = Context::new(&self.settings);
         let mut consumer: BaseConsumer<Context> = config.create_with_context(context).map_err(misconfigured)?;
-        let woken = news.clone();
+        let woken = self.news.clone();
         consumer.set_nonempty_callback(move || woken.notify_one());
-        consumer.subscribe(topics).map_err(unavailable)?;
-        let (assigned, leaving, wiped) = (BTreeMap::new(), None, Vec::new());
-        let (consumer, topic, asking) =
-            (Some(Arc::new(consumer)), topics.first().map_or_else(String::new, |topic| (*topic).to_owned()), None);
-        Ok(Self { consumer, news, cluster, assigned, leaving, wiped, topic, asking })
+        let topics: Vec<&str> = self.topics.iter().map(String::as_str).collect();
+        consumer.subscribe(&topics).map_err(unavailable)?;
+        (self.consumer, self.started_at) = (Some(Arc::new(consumer)), Instant::now());
+        Ok(())
     }
 
     fn consumer(&self) -> Result<&Arc<BaseConsumer<Context>>, BusError> {
-        self.consumer.as_ref().ok_or_else(|| BusError::Unavailable("the consumer has ended".into()))
+        self.consumer.as_ref().ok_or_else(|| BusError::Unavailable("the Kafka client has ended".into()))
+    }
+
+    /// Ends a client that had a fatal error; the next poll starts another one.
+    fn end(&mut self, consumer: &BaseConsumer<Context>) -> BusError {
+        let (code, reason) = consumer.client().fatal_error().unwrap_or((RDKafkaErrorCode::Fatal, String::new()));
+        let reason = self.settings.without_secrets(&reason).to_owned();
+        self.close();
+        self.gone = std::mem::take(&mut self.assigned).into_values().map(|assigned| assigned.partition).collect();
+        self.wiped.clear();
+        self.lost.clear();
+        (self.out_of_range, self.asking, self.ranging) = (false, None, None);
+        if code == RDKafkaErrorCode::FencedInstanceId {
+            self.fenced = true;
+            return self.is_fenced();
+        }
+        BusError::Unavailable(format!("fatal error of the Kafka client, which is replaced: {code}: {reason}"))
+    }
+
+    fn is_fenced(&self) -> BusError {
+        let (group, id) = (&self.group, self.instance_id.as_deref().unwrap_or_default());
+        BusError::Misconfigured(format!(
+            "another process runs under instance name {id:?} in group {group}: give each process a name of its own"
+        ))
+    }
+
+    /// Starts a client in the place of one that has ended.
+    async fn replace(&mut self) -> Result<(), BusError> {
+        if self.consumer.is_none() {
+            tokio::time::sleep_until(self.started_at + REPLACE_AFTER).await;
+            self.started_at = Instant::now();
+            self.start()?;
+        }
+        Ok(())
+    }
+
+    /// Leaves the group, and ends the client without waiting for it.
+    fn close(&mut self) {
+        let Some(consumer) = self.consumer.take() else { return };
+        consumer.context().closing.store(true, Ordering::Release);
+        let mut unanswered: Vec<_> = consumer.context().rebalances().drain(..).collect();
+        unanswered.extend(self.leaving.take().map(Rebalance::Revoked));
+        let is_named = self.instance_id.is_some();
+        let close = move || {
+            // A rebalance that was never answered would keep the group waiting, and the end of this as well.
+            for rebalance in unanswered {
+                let answered = match rebalance {
+                    Rebalance::Assigned(_) => consumer.incremental_assign(&TopicPartitionList::new()),
+                    Rebalance::Revoked(_) => consumer.assignment().and_then(|all| consumer.incremental_unassign(&all)),
+                };
+                if let Err(error) = answered {
+                    tracing::debug!(%error, "leaving the group");
+                }
+            }
+            if is_named {
+                leave(&consumer);
+            }
+            drop(consumer);
+        };
+        // Waits for a broker.
+        match tokio::runtime::Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn_blocking(close)),
+            Err(_) => close(),
+        }
     }
 
     /// Whether a broker answers again, if all were lost: the client itself says nothing until there is a message.
@@ -212,14 +356,63 @@ impl Member {
             return Ok(());
         }
         // Kept where it is, when the poll is given up meanwhile.
-        let topic = self.topic.clone();
-        let asked = move || consumer.fetch_metadata(Some(&topic), LOOK).map(drop);
+        let topic = self.topics.first().cloned();
+        let asked = move || consumer.fetch_metadata(topic.as_deref(), LOOK).map(drop);
         let asking = self.asking.get_or_insert_with(|| tokio::task::spawn_blocking(asked));
         let answered = asking.await;
         self.asking = None;
         answered.map_err(|error| BusError::Unavailable(error.to_string()))?.map_err(unavailable)?;
         self.consumer()?.context().lost.store(false, Ordering::Release);
         Ok(())
+    }
+
+    /// Finds out why offsets are not there, once the client has reported it: removed before they were read, or never written
+    /// since the topic was wiped. The client says neither which partition it is nor which offsets there are.
+    async fn find_ranges(&mut self) -> Result<(), BusError> {
+        if !self.out_of_range {
+            return Ok(());
+        }
+        let consumer = self.consumer()?.clone();
+        let fetching = self.assigned.iter().filter(|(_, assigned)| assigned.fetching);
+        let places: Vec<Place> = fetching.map(|(place, _)| place.clone()).collect();
+        let asked = move || {
+            let range_of = |place: Place| {
+                let range = consumer.fetch_watermarks(&place.0, place.1, PATIENCE)?;
+                Ok((place, range))
+            };
+            places.into_iter().map(range_of).collect::<Result<Ranges, KafkaError>>()
+        };
+        // Kept where it is, when the poll is given up meanwhile.
+        let answered = self.ranging.get_or_insert_with(|| tokio::task::spawn_blocking(asked)).await;
+        self.ranging = None;
+        let ranges = answered.map_err(|error| BusError::Unavailable(error.to_string()))?.map_err(unavailable)?;
+        self.out_of_range = false;
+        for (place, (first, end)) in ranges {
+            self.check_range(&place, first, end)?;
+        }
+        Ok(())
+    }
+
+    fn check_range(&mut self, place: &Place, first: i64, end: i64) -> Result<(), BusError> {
+        let Some(assigned) = self.assigned.get(place).filter(|assigned| assigned.fetching) else { return Ok(()) };
+        let (partition, check) = (assigned.partition.clone(), assigned.check);
+        let (Some(next), Some(position)) = (assigned.next, assigned.position()) else {
+            return self.fetch(place, Offset::Beginning, None);
+        };
+        if next < first {
+            self.lost.push((partition, next..first));
+            return self.stop_fetching(place);
+        }
+        if position > end {
+            self.wiped.push(partition);
+            return self.stop_fetching(place);
+        }
+        if position < first {
+            // Only what the bookmark would be compared to is gone.
+            return self.fetch(place, Offset::Offset(next), None);
+        }
+        // Maybe it is this one whose client stopped: a leader that had just changed may have known fewer offsets.
+        self.fetch(place, Offset::Offset(position), check)
     }
 
     /// What was revoked by the last poll is another member's from here on.
@@ -261,7 +454,7 @@ impl Member {
                     let (topic, number) = (place.0.as_str().into(), place.1 as u32);
                     let partition = Partition { topic, number, incarnation: self.cluster.clone() };
                     partitions.push(partition.clone());
-                    let new = Assigned { partition, fetching: false, check: None, next: 0, acknowledged: None };
+                    let new = Assigned { partition, fetching: false, check: None, next: None, acknowledged: None };
                     self.assigned.insert(place, new);
                 }
                 Ok((!partitions.is_empty()).then_some(Polled::Assigned(partitions)))
@@ -281,8 +474,13 @@ impl Member {
         let mut list = TopicPartitionList::new();
         list.add_partition_offset(&place.0, place.1, offset).map_err(unavailable)?;
         self.consumer()?.incremental_assign(&list).map_err(unavailable)?;
+        let next = match (check, offset) {
+            (Some(check), _) => Some(check.next),
+            (None, Offset::Offset(offset)) => Some(offset),
+            (None, _) => None,
+        };
         if let Some(assigned) = self.assigned.get_mut(place) {
-            (assigned.fetching, assigned.check, assigned.next) = (true, check, 0);
+            (assigned.fetching, assigned.check, assigned.next) = (true, check, next);
         }
         Ok(())
     }
@@ -317,11 +515,7 @@ fn compare(check: Bookmark, delivery: &Delivery) -> Found {
     if delivery.offset == before {
         return Found::Before;
     }
-    if delivery.offset > check.next {
-        let Partition { topic, number, .. } = &delivery.partition;
-        let missed = delivery.offset - check.next;
-        tracing::error!(%topic, number, missed, next = check.next, "offsets are gone before they were read");
-    }
+    // Offsets between may hold no message: those of control records, and of what was compacted.
     Found::New
 }
 
@@ -329,69 +523,107 @@ fn delivery(partition: &Partition, record: &BorrowedMessage<'_>) -> Delivery {
     Delivery { partition: partition.clone(), offset: record.offset(), message: cloud_event::decode(record) }
 }
 
+impl Member {
+    /// What the client has at this moment, if anything. There is no await in here: what was taken is never dropped half-way.
+    fn take(&mut self, max: usize) -> Result<Option<Polled>, BusError> {
+        let consumer = self.consumer()?.clone();
+        let context = consumer.context();
+        let mut deliveries = Vec::new();
+        while deliveries.len() < max.max(1) {
+            if !deliveries.is_empty() && !context.rebalances().is_empty() {
+                break;
+            }
+            if let Some(rebalance) = context.rebalances().pop_front() {
+                match self.rebalanced(rebalance)? {
+                    Some(polled) => return Ok(Some(polled)),
+                    None => continue,
+                }
+            }
+            let Some(polled) = consumer.poll(Duration::ZERO) else {
+                if context.told.swap(false, Ordering::AcqRel) {
+                    continue;
+                }
+                break;
+            };
+            let record = match polled {
+                Ok(record) => record,
+                // Reported once, and not repeated: they must not be lost for what was taken.
+                Err(error) if consumer.client().fatal_error().is_some() => {
+                    tracing::debug!(%error, "fatal");
+                    context.fatal.store(true, Ordering::Release);
+                    break;
+                }
+                Err(error) if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AutoOffsetReset) => {
+                    self.out_of_range = true;
+                    continue;
+                }
+                // By now they may be back, which only asking them tells.
+                Err(error) if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) => continue,
+                // Repeated while it lasts; what was taken comes first.
+                Err(error) if deliveries.is_empty() => return Err(unavailable(error)),
+                Err(_) => break,
+            };
+            deliveries.extend(self.delivered(&record)?);
+        }
+        if !deliveries.is_empty() {
+            return Ok(Some(Polled::Messages(deliveries)));
+        }
+        if context.fatal.load(Ordering::Acquire) {
+            return Err(self.end(&consumer));
+        }
+        Ok(None)
+    }
+
+    /// What a record is for the group, if it is anything.
+    fn delivered(&mut self, record: &BorrowedMessage<'_>) -> Result<Option<Delivery>, BusError> {
+        let place = (record.topic().to_owned(), record.partition());
+        let Some(assigned) = self.assigned.get_mut(&place).filter(|assigned| assigned.fetching) else {
+            return Ok(None);
+        };
+        let delivery = delivery(&assigned.partition, record);
+        let found = assigned.check.take().map_or(Found::New, |check| compare(check, &delivery));
+        assigned.next = Some(delivery.offset + 1);
+        match found {
+            Found::Before => Ok(None),
+            Found::New => Ok(Some(delivery)),
+            Found::Wiped => {
+                self.wiped.push(assigned.partition.clone());
+                self.stop_fetching(&place)?;
+                Ok(None)
+            }
+        }
+    }
+}
+
 #[async_trait]
 impl Consumer for Member {
     async fn poll(&mut self, max: usize) -> Result<Polled, BusError> {
+        if self.fenced {
+            return Err(self.is_fenced());
+        }
+        if !self.gone.is_empty() {
+            return Ok(Polled::Revoked(std::mem::take(&mut self.gone)));
+        }
+        self.replace().await?;
         self.let_go().await?;
         let news = self.news.clone();
         loop {
             self.find_brokers().await?;
+            self.find_ranges().await?;
             let woken = news.notified();
-            let consumer = self.consumer()?.clone();
-            let mut deliveries = Vec::new();
-            // From here to the return there is no await: what was taken is never dropped half-way.
-            while deliveries.len() < max.max(1) {
-                if !deliveries.is_empty() && !consumer.context().rebalances().is_empty() {
-                    break;
-                }
-                if let Some(rebalance) = consumer.context().rebalances().pop_front() {
-                    match self.rebalanced(rebalance)? {
-                        Some(polled) => return Ok(polled),
-                        None => continue,
-                    }
-                }
-                let Some(polled) = consumer.poll(Duration::ZERO) else {
-                    if consumer.context().told.swap(false, Ordering::AcqRel) {
-                        continue;
-                    }
-                    break;
-                };
-                let record = match polled {
-                    Ok(record) => record,
-                    // By now they may be back, which only asking them tells.
-                    Err(error) if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) => continue,
-                    // Told again and again while it lasts; what was taken comes first.
-                    Err(error) if deliveries.is_empty() => return Err(unavailable(error)),
-                    Err(_) => break,
-                };
-                let place = (record.topic().to_owned(), record.partition());
-                let Some(assigned) = self.assigned.get_mut(&place).filter(|assigned| assigned.fetching) else {
-                    continue;
-                };
-                let delivery = delivery(&assigned.partition, &record);
-                let found = match assigned.check.take() {
-                    Some(check) => compare(check, &delivery),
-                    // The client went back to the beginning by itself: what it was to go on with is gone.
-                    None if delivery.offset < assigned.next => Found::Wiped,
-                    None => Found::New,
-                };
-                assigned.next = delivery.offset + 1;
-                match found {
-                    Found::Before => {}
-                    Found::New => deliveries.push(delivery),
-                    Found::Wiped => {
-                        self.wiped.push(assigned.partition.clone());
-                        self.stop_fetching(&place)?;
-                    }
-                }
-            }
-            if !deliveries.is_empty() {
-                return Ok(Polled::Messages(deliveries));
+            if let Some((partition, offsets)) = self.lost.pop() {
+                return Ok(Polled::Lost { partition, offsets });
             }
             if !self.wiped.is_empty() {
                 return Ok(Polled::Wiped(std::mem::take(&mut self.wiped)));
             }
-            if !consumer.context().lost.load(Ordering::Acquire) {
+            if let Some(polled) = self.take(max)? {
+                return Ok(polled);
+            }
+            if self.out_of_range || !self.wiped.is_empty() {
+                continue;
+            }
+            if !self.consumer()?.context().lost.load(Ordering::Acquire) {
                 tokio::select! {
                     () = woken => {}
                     () = tokio::time::sleep(LOOK) => {}
@@ -428,29 +660,34 @@ impl Consumer for Member {
 
 impl Drop for Member {
     fn drop(&mut self) {
-        let Some(consumer) = self.consumer.take() else { return };
-        consumer.context().closing.store(true, Ordering::Release);
-        let mut unanswered: Vec<_> = consumer.context().rebalances().drain(..).collect();
-        unanswered.extend(self.leaving.take().map(Rebalance::Revoked));
-        let leave = move || {
-            // A rebalance that was never answered would keep the group waiting, and the end of this as well.
-            for rebalance in unanswered {
-                let answered = match rebalance {
-                    Rebalance::Assigned(_) => consumer.incremental_assign(&TopicPartitionList::new()),
-                    Rebalance::Revoked(_) => consumer.assignment().and_then(|all| consumer.incremental_unassign(&all)),
-                };
-                if let Err(error) = answered {
-                    tracing::debug!(%error, "leaving the group");
-                }
-            }
-            drop(consumer);
-        };
-        // Waits for a broker.
-        match tokio::runtime::Handle::try_current() {
-            Ok(runtime) => drop(runtime.spawn_blocking(leave)),
-            Err(_) => leave(),
+        self.close();
+    }
+}
+
+/// Tells the group that this member is gone. A client that just ends leaves a member with an instance id in the group, for
+/// the process that may come back: one that was asked to stop has its partitions taken over at once.
+fn leave(consumer: &BaseConsumer<Context>) {
+    consumer.unsubscribe();
+    let mut until = Instant::now() + LEAVE;
+    let mut has_let_go = false;
+    while Instant::now() < until && consumer.client().fatal_error().is_none() {
+        // Serves the rebalance that the leave begins with.
+        _ = consumer.poll(Duration::from_millis(10));
+        if !has_let_go && consumer.assignment().is_ok_and(|assigned| assigned.count() == 0) {
+            // The client does not say when it has sent what comes then: offsets, and the leave.
+            (has_let_go, until) = (true, Instant::now() + LEAVE_SENT);
         }
     }
+}
+
+/// The id that brokers know a member by: the name that it was given, in the characters that they allow.
+fn instance_id(name: &str) -> String {
+    let is_allowed = |character: char| character.is_ascii_alphanumeric() || matches!(character, '.' | '_' | '-');
+    if !name.is_empty() && name.len() <= INSTANCE_ID_MAX && name.chars().all(is_allowed) {
+        return name.to_owned();
+    }
+    let readable: String = name.chars().filter(|character| is_allowed(*character)).take(100).collect();
+    format!("{readable}-{}", named_id(Uuid::NAMESPACE_OID, name).simple())
 }
 
 fn unavailable(error: KafkaError) -> BusError {

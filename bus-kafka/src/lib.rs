@@ -22,7 +22,10 @@ mod producer;
 mod settings;
 mod topics;
 
-use std::sync::Arc;
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use annals::{
     Bus, BusError, Consumer, Publisher,
@@ -39,6 +42,8 @@ pub struct KafkaBus {
     cluster: Arc<str>,
     topics: Topics,
     producer: Producer,
+    /// How many members of each group have joined.
+    members: Mutex<HashMap<String, u32>>,
 }
 
 impl KafkaBus {
@@ -50,7 +55,7 @@ impl KafkaBus {
     pub async fn connect(settings: Settings) -> Result<Self, BusError> {
         let (topics, producer) = (Topics::new(&settings)?, Producer::new(&settings)?);
         let cluster = topics.cluster().await?;
-        Ok(Self { settings, cluster, topics, producer })
+        Ok(Self { settings, cluster, topics, producer, members: Mutex::default() })
     }
 
     /// What is in a topic at this moment; `None` if there is no such topic. Nothing is made or committed.
@@ -74,12 +79,15 @@ impl Publisher for KafkaBus {
             self.topics.forget();
         }
         // All of them before any is sent: what comes after one that is refused must not pass it.
-        let (mut last, mut bytes_max): (Option<&Arc<str>>, _) = (None, 0);
+        let (mut last, mut bytes_max, mut count): (Option<&Arc<str>>, _, _) = (None, 0, 0);
+        let mut partitions = Vec::with_capacity(messages.len());
         for (index, Outgoing { topic, message }) in messages.iter().enumerate() {
             if last != Some(topic) {
-                (last, bytes_max) = (Some(topic), self.topics.ensure(topic).await?);
+                let known = self.topics.ensure(topic).await?;
+                (last, bytes_max, count) = (Some(topic), known.bytes_max, known.partitions);
                 self.producer.fit(bytes_max);
             }
+            partitions.push(partition_of(&message.key, count));
             let size = cloud_event::size(message);
             if size > bytes_max {
                 // It may take more by now.
@@ -91,19 +99,44 @@ impl Publisher for KafkaBus {
                 return Err(BusError::Refused { index, reason });
             }
         }
-        self.producer.send(messages).await
+        self.producer.send(messages, &partitions).await
     }
 }
 
-#[async_trait]
-impl Bus for KafkaBus {
-    async fn join(&self, group: &str, topics: &[&str]) -> Result<Box<dyn Consumer>, BusError> {
+impl KafkaBus {
+    async fn member(
+        &self,
+        group: &str,
+        topics: &[&str],
+        instance: Option<&str>,
+    ) -> Result<Box<dyn Consumer>, BusError> {
         if topics.is_empty() {
             return Err(BusError::Misconfigured(format!("group {group} joins no topic")));
         }
         for topic in topics {
             self.topics.ensure(&Arc::from(*topic)).await?;
         }
-        Ok(Box::new(Member::join(&self.settings, self.cluster.clone(), group, topics)?))
+        // What the settings say is the name of the process, and so the same for all its members of a group.
+        let instance = match &self.settings.instance {
+            Some(name) => {
+                let mut members = self.members.lock().unwrap_or_else(PoisonError::into_inner);
+                let number = members.entry(group.to_owned()).or_insert(0);
+                *number += 1;
+                Some(format!("{name}.{}", *number - 1))
+            }
+            None => instance.map(str::to_owned),
+        };
+        Ok(Box::new(Member::join(&self.settings, self.cluster.clone(), group, topics, instance.as_deref())?))
+    }
+}
+
+#[async_trait]
+impl Bus for KafkaBus {
+    async fn join(&self, group: &str, topics: &[&str]) -> Result<Box<dyn Consumer>, BusError> {
+        self.member(group, topics, None).await
+    }
+
+    async fn join_as(&self, group: &str, topics: &[&str], instance: &str) -> Result<Box<dyn Consumer>, BusError> {
+        self.member(group, topics, Some(instance)).await
     }
 }

@@ -1,8 +1,12 @@
 //! From here to Kafka: in order per key, pipelined, and with nothing passing what failed before it.
 
-use std::sync::{
-    Arc, Mutex, PoisonError,
-    atomic::{AtomicBool, AtomicUsize, Ordering},
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use annals::{
@@ -26,19 +30,24 @@ use crate::{
 pub(crate) const MESSAGE_BYTES_MAX: usize = 10_000_000;
 /// The largest batch, in bytes, as long as no topic takes less.
 const BATCH_BYTES_MAX: usize = 1_000_000;
+/// How long a broker that has acknowledged a message surely knows the producer. It forgets one that is silent for a day, or,
+/// in older versions, one whose messages were all removed by retention, which runs every few minutes.
+const KNOWN_MS: u64 = 10_000;
 /// How often a full queue is looked at although nothing was delivered.
-const FULL_TICK: std::time::Duration = std::time::Duration::from_millis(100);
+const FULL_TICK: Duration = Duration::from_millis(100);
 
 /// What the order of messages hangs on.
-const FIXED: [(&str, &str); 8] = [
+const FIXED: [(&str, &str); 9] = [
     ("enable.idempotence", "true"),
     ("acks", "all"),
     // The same under another name, as are others below.
     ("request.required.acks", "all"),
-    // A broker that knows nothing of a producer takes any batch for its first one: the second of two under way, when a new
-    // topic or a new leader was not ready for the first. The client then counts the first as sent too, and it is lost.
-    ("max.in.flight.requests.per.connection", "1"),
-    ("max.in.flight", "1"),
+    // As many as an idempotent producer may have. Each request has messages of one partition: with one under way, messages
+    // to all partitions take as many round trips. What keeps the order is `Gate`.
+    ("max.in.flight.requests.per.connection", "5"),
+    ("max.in.flight", "5"),
+    // As clients in Java place keys, and as `partition_of` says.
+    ("partitioner", "murmur2_random"),
     // What follows a message that failed is not sent either: it would come before it in the end.
     ("enable.gapless.guarantee", "true"),
     // Nor is a message given up for time alone. A broker that is away costs lag, and nothing else.
@@ -71,7 +80,44 @@ impl Batch {
 struct Delivered {
     batch: Arc<Batch>,
     index: usize,
+    gate: Arc<Gate>,
 }
+
+/// Lets messages pass to a partition.
+///
+/// A broker that knows nothing of a producer takes any batch for its first one: the second of two under way, when a new topic
+/// or a new leader was not ready for the first. The client then counts the first as sent too, and it is lost. A broker that
+/// has acknowledged a message of this producer knows the number of the next one, and takes no other. So a message passes if
+/// no other is under way to its partition, or if the partition has acknowledged one of late.
+#[derive(Default)]
+struct Gate {
+    under_way: AtomicUsize,
+    /// Milliseconds from the start of the producer to the last acknowledgement; 0 if there is none.
+    acknowledged_ms: AtomicU64,
+}
+
+impl Gate {
+    /// Lets a message pass, or not yet. What was acknowledged before the client met an error counts no more.
+    fn pass(&self, now_ms: u64, erred_ms: u64) -> bool {
+        let acknowledged_ms = self.acknowledged_ms.load(Ordering::Acquire);
+        if acknowledged_ms > erred_ms && now_ms.saturating_sub(acknowledged_ms) < KNOWN_MS {
+            self.under_way.fetch_add(1, Ordering::AcqRel);
+            return true;
+        }
+        self.under_way.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+
+    /// A message is not under way any more.
+    fn settle(&self, acknowledged_ms: Option<u64>) {
+        if let Some(now_ms) = acknowledged_ms {
+            self.acknowledged_ms.store(now_ms.max(1), Ordering::Release);
+        }
+        self.under_way.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// The gates of all partitions of a topic.
+type Gates = Vec<Arc<Gate>>;
 
 struct Context {
     settings: Settings,
@@ -82,10 +128,32 @@ struct Context {
     too_large: AtomicBool,
     batch_bytes_max: usize,
     room: Notify,
+    started_at: Instant,
+    /// Milliseconds from the start to the last error of the client, such as a connection that was lost: a broker that comes back
+    /// may have been emptied.
+    erred_ms: AtomicU64,
+    gates: Mutex<HashMap<Arc<str>, Gates>>,
+}
+
+impl Context {
+    fn now_ms(&self) -> u64 {
+        self.started_at.elapsed().as_millis() as u64
+    }
+
+    /// The gate of a partition.
+    fn gate(&self, topic: &Arc<str>, partition: u32) -> Arc<Gate> {
+        let (mut gates, number) = (self.gates.lock().unwrap_or_else(PoisonError::into_inner), partition as usize);
+        let of_topic = gates.entry(topic.clone()).or_default();
+        if of_topic.len() <= number {
+            of_topic.resize_with(number + 1, Arc::default);
+        }
+        of_topic[number].clone()
+    }
 }
 
 impl ClientContext for Context {
     fn error(&self, error: KafkaError, reason: &str) {
+        self.erred_ms.store(self.now_ms(), Ordering::Release);
         if matches!(error, KafkaError::Global(RDKafkaErrorCode::Fatal)) {
             self.broken.store(true, Ordering::Release);
         }
@@ -97,6 +165,7 @@ impl ProducerContext for Context {
     type DeliveryOpaque = Box<Delivered>;
 
     fn delivery(&self, result: &DeliveryResult<'_>, delivered: Box<Delivered>) {
+        delivered.gate.settle(result.is_ok().then(|| self.now_ms()));
         let failed = result.as_ref().err().map(|(error, message)| {
             // A batch is refused as a whole. Only a message that fills one is known to have been alone.
             let fills = message.payload_len() + message.key_len() >= self.batch_bytes_max;
@@ -149,14 +218,12 @@ impl Producer {
     fn start(settings: &Settings, batch_bytes_max: usize) -> Result<Arc<ThreadedProducer<Context>>, BusError> {
         let mut config = settings.client();
         config
-            // Long enough for what is handed over in one go. With one request under way, what comes meanwhile goes together
+            // Long enough for what is handed over in one go. With requests under way, what comes meanwhile goes together
             // anyway; a message alone waits for this at each hop.
             .set("linger.ms", "0.1")
             .set("compression.type", "lz4")
             // The topic was there before anything is sent: one that is not any more was deleted, and is made again.
             .set("topic.metadata.propagation.max.ms", "5000")
-            // As clients in Java place keys.
-            .set("partitioner", "murmur2_random")
             .set("message.max.bytes", MESSAGE_BYTES_MAX.to_string())
             .set("batch.size", batch_bytes_max.to_string())
             .set("queue.buffering.max.messages", "100000")
@@ -164,7 +231,9 @@ impl Producer {
         let config = settings.finish(config, &FIXED)?;
         let (broken, too_large, room) = (AtomicBool::new(false), AtomicBool::new(false), Notify::new());
         let (settings, waiting) = (settings.clone(), Arc::default());
-        let context = Context { settings, broken, waiting, too_large, batch_bytes_max, room };
+        let (started_at, erred_ms, gates) = (Instant::now(), AtomicU64::new(0), Mutex::default());
+        let context =
+            Context { settings, broken, waiting, too_large, batch_bytes_max, room, started_at, erred_ms, gates };
         Ok(Arc::new(config.create_with_context(context).map_err(misconfigured)?))
     }
 
@@ -203,8 +272,8 @@ impl Producer {
         }
     }
 
-    /// Sends messages that the topics take.
-    pub async fn send(&self, messages: Vec<Outgoing>) -> Result<Receipt, BusError> {
+    /// Sends messages that the topics take, each to its partition.
+    pub async fn send(&self, messages: Vec<Outgoing>, partitions: &[u32]) -> Result<Receipt, BusError> {
         let (producer, _) = self.sound()?;
         let context = producer.client().context().clone();
         let waiting = context.waiting.clone();
@@ -216,39 +285,82 @@ impl Producer {
             done: Mutex::new(Some(done)),
         });
         let mut unsent = Unsent { batch: &batch, count: messages.len() + 1 };
-        for (index, Outgoing { topic, message }) in messages.iter().enumerate() {
-            let mut record = BaseRecord::with_opaque_to(topic, Box::new(Delivered { batch: batch.clone(), index }))
-                .key(&*message.key)
-                .payload(&*message.data)
-                .headers(cloud_event::headers(message));
-            loop {
+        let mut next: Vec<usize> = (0..messages.len()).collect();
+        while !next.is_empty() {
+            let settled = context.room.notified();
+            let (mut held, mut closed) = (Vec::new(), Vec::<Arc<Gate>>::new());
+            let (now_ms, erred_ms) = (context.now_ms(), context.erred_ms.load(Ordering::Acquire));
+            for index in next {
+                let Outgoing { topic, message } = &messages[index];
+                let gate = context.gate(topic, partitions[index]);
+                // What is behind a message that is held is held as well; those of other partitions go on.
+                if closed.iter().any(|closed| Arc::ptr_eq(closed, &gate)) {
+                    held.push(index);
+                } else if gate.pass(now_ms, erred_ms) {
+                    let delivered = Box::new(Delivered { batch: batch.clone(), index, gate });
+                    let record = BaseRecord::with_opaque_to(topic, delivered)
+                        .partition(partitions[index] as i32)
+                        .key(&*message.key)
+                        .payload(&*message.data)
+                        .headers(cloud_event::headers(message));
+                    hand_over(&producer, &context, record).await?;
+                    unsent.count -= 1;
+                } else {
+                    closed.push(gate);
+                    held.push(index);
+                }
+            }
+            if !held.is_empty() {
                 if context.broken.load(Ordering::Acquire) {
                     return Err(failed());
                 }
-                let room = context.room.notified();
-                match producer.send(record) {
-                    Ok(()) => break,
-                    Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), back)) => record = back,
-                    Err((error, _)) => {
-                        let refusal = refusal(&error, index);
-                        if let BusError::Unavailable(_) = refusal {
-                            context.broken.store(true, Ordering::Release);
-                        }
-                        return Err(refusal);
-                    }
-                }
                 tokio::select! {
-                    () = room => {}
+                    () = settled => {}
                     () = tokio::time::sleep(FULL_TICK) => {}
                 }
             }
-            unsent.count -= 1;
+            next = held;
         }
         drop(unsent);
         Ok(Box::pin(async move {
             let _waiting = waiting;
             receipt.await.unwrap_or_else(|_| Err(BusError::Unavailable("the producer has ended".into())))
         }))
+    }
+}
+
+type Record<'m> = BaseRecord<'m, str, str, Box<Delivered>>;
+
+/// Hands a message over to the client, once it has room.
+async fn hand_over(
+    producer: &ThreadedProducer<Context>,
+    context: &Context,
+    mut record: Record<'_>,
+) -> Result<(), BusError> {
+    loop {
+        let room = context.room.notified();
+        let result = if context.broken.load(Ordering::Acquire) {
+            Err((None, record))
+        } else {
+            producer.send(record).map_err(|(error, back)| (Some(error), back))
+        };
+        match result {
+            Ok(()) => return Ok(()),
+            Err((Some(KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull)), back)) => record = back,
+            Err((error, back)) => {
+                back.delivery_opaque.gate.settle(None);
+                let Some(error) = error else { return Err(failed()) };
+                let refusal = refusal(&error, back.delivery_opaque.index);
+                if let BusError::Unavailable(_) = refusal {
+                    context.broken.store(true, Ordering::Release);
+                }
+                return Err(refusal);
+            }
+        }
+        tokio::select! {
+            () = room => {}
+            () = tokio::time::sleep(FULL_TICK) => {}
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use annals::BusError;
@@ -44,13 +44,26 @@ impl ClientContext for Door {
 
 impl ConsumerContext for Door {}
 
-/// The topics that are known to be there, each with the largest message it takes in bytes.
+/// How long what is known of a topic is believed: it may be given more partitions, or take larger messages.
+const BELIEVED: Duration = Duration::from_secs(300);
+
+/// What is known of a topic.
+#[derive(Clone, Copy)]
+pub(crate) struct Known {
+    /// The largest message that it takes, in bytes.
+    pub bytes_max: usize,
+    /// How many partitions it has.
+    pub partitions: u32,
+    at: Instant,
+}
+
+/// The topics that are known to be there.
 pub(crate) struct Topics {
     settings: Settings,
     admin: AdminClient<DefaultClientContext>,
     /// A client of another kind: the admin's would have brokers make what it looks for.
     looking: Arc<BaseConsumer<Door>>,
-    known: Mutex<HashMap<Arc<str>, usize>>,
+    known: Mutex<HashMap<Arc<str>, Known>>,
 }
 
 impl Topics {
@@ -90,7 +103,7 @@ impl Topics {
         }
     }
 
-    fn known(&self) -> std::sync::MutexGuard<'_, HashMap<Arc<str>, usize>> {
+    fn known(&self) -> std::sync::MutexGuard<'_, HashMap<Arc<str>, Known>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -99,34 +112,51 @@ impl Topics {
         self.known().clear();
     }
 
-    /// Makes the topic unless it is there; gives the largest message that it takes, in bytes.
-    pub async fn ensure(&self, topic: &Arc<str>) -> Result<usize, BusError> {
-        if let Some(bytes_max) = self.known().get(topic) {
-            return Ok(*bytes_max);
+    /// Makes the topic unless it is there.
+    pub async fn ensure(&self, topic: &Arc<str>) -> Result<Known, BusError> {
+        if let Some(known) = self.known().get(topic).filter(|known| known.at.elapsed() < BELIEVED) {
+            return Ok(*known);
         }
-        if !self.exists(topic).await? {
-            self.create(topic).await?;
-        }
-        Ok(self.look_again(topic).await)
+        let partitions = match self.partitions(topic).await? {
+            Some(partitions) => partitions,
+            None => self.create(topic).await?,
+        };
+        let known = Known { bytes_max: self.message_bytes_max(topic).await, partitions, at: Instant::now() };
+        self.known().insert(topic.clone(), known);
+        Ok(known)
     }
 
     /// The largest message that the topic takes at present, in bytes.
     pub async fn look_again(&self, topic: &Arc<str>) -> usize {
         let bytes_max = self.message_bytes_max(topic).await;
-        self.known().insert(topic.clone(), bytes_max);
+        if let Some(known) = self.known().get_mut(topic) {
+            known.bytes_max = bytes_max;
+        }
         bytes_max
     }
 
     /// Whether it is there. Makes nothing.
     pub async fn exists(&self, topic: &Arc<str>) -> Result<bool, BusError> {
+        Ok(self.partitions(topic).await?.is_some())
+    }
+
+    /// How many partitions it has, if it is there. Makes nothing.
+    async fn partitions(&self, topic: &Arc<str>) -> Result<Option<u32>, BusError> {
         let (looking, topic) = (self.looking.clone(), topic.clone());
         let looked = tokio::task::spawn_blocking(move || {
             let metadata = looking.fetch_metadata(Some(&topic), PATIENCE);
             metadata.map(|metadata| match metadata.topics() {
                 [found] => match found.error().map(Code::from) {
-                    None => Ok(!found.partitions().is_empty()),
-                    Some(Code::UnknownTopicOrPartition) => Ok(false),
-                    Some(Code::LeaderNotAvailable) => Ok(true),
+                    None => Ok(u32::try_from(found.partitions().len()).ok().filter(|count| *count > 0)),
+                    Some(Code::UnknownTopicOrPartition) => Ok(None),
+                    Some(error @ Code::LeaderNotAvailable) => {
+                        let reason = format!("topic {topic}: {error}");
+                        // It is being made, and its partitions are not known yet.
+                        match found.partitions().len() {
+                            0 => Err(BusError::Unavailable(reason)),
+                            count => Ok(u32::try_from(count).ok()),
+                        }
+                    }
                     Some(Code::InvalidTopic) => {
                         Err(BusError::Misconfigured(format!("{topic:?} is no name for a topic")))
                     }
@@ -135,14 +165,14 @@ impl Topics {
                     }
                     Some(error) => Err(BusError::Unavailable(format!("topic {topic}: {error}"))),
                 },
-                _ => Ok(false),
+                _ => Ok(None),
             })
         });
         let looked = looked.await.map_err(|error| BusError::Unavailable(error.to_string()))?;
         looked.map_err(|error| BusError::Unavailable(format!("looking for the topic: {error}")))?
     }
 
-    async fn create(&self, topic: &Arc<str>) -> Result<(), BusError> {
+    async fn create(&self, topic: &Arc<str>) -> Result<u32, BusError> {
         let Settings { partitions, replication, retention, .. } = &self.settings;
         // -1: as the cluster does by default.
         let replication = TopicReplication::Fixed(replication.map_or(-1, i32::from));
@@ -169,7 +199,10 @@ impl Topics {
             None => return Err(BusError::Unavailable(format!("making topic {topic}: no answer"))),
         }
         let settled = async {
-            while !self.exists(topic).await.unwrap_or(false) {
+            loop {
+                if let Ok(Some(partitions)) = self.partitions(topic).await {
+                    return partitions;
+                }
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         };

@@ -1,6 +1,6 @@
 //! The port to a bus: messages with CloudEvents attributes, published and consumed by key.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, ops::Range, sync::Arc};
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
@@ -154,6 +154,13 @@ pub enum Polled {
     Revoked(Vec<Partition>),
     /// These are not what they were at their bookmark: the topic was wiped. They wait for [`Consumer::seek`] again.
     Wiped(Vec<Partition>),
+    /// Messages were removed before they were read, as a topic's retention does. The partition waits for [`Consumer::seek`] again.
+    Lost {
+        /// Where.
+        partition: Partition,
+        /// Their offsets.
+        offsets: Range<i64>,
+    },
 }
 
 /// Sends messages. Order is kept per key; a message may arrive more than once, never not at all.
@@ -182,6 +189,13 @@ pub trait Bus: Publisher {
     /// Joins a group. From the moment this returns, no message published to the topics is missed by the group.
     async fn join(&self, group: &str, topics: &[&str]) -> Result<Box<dyn Consumer>, BusError>;
 
+    /// The same under the name of an instance, which no other member of the group has at the same time. A bus that outlives
+    /// processes gives such a member the share of the one that had this name before: a process that crashed goes on at once
+    /// when it is started again.
+    async fn join_as(&self, group: &str, topics: &[&str], _instance: &str) -> Result<Box<dyn Consumer>, BusError> {
+        self.join(group, topics).await
+    }
+
     /// Whether it ends at the border of this process. Then each of several processes on a store must run all services.
     fn is_local(&self) -> bool {
         false
@@ -191,7 +205,8 @@ pub trait Bus: Publisher {
 /// One member of a consumer group. Dropping it leaves the group.
 #[async_trait]
 pub trait Consumer: Send + 'static {
-    /// Waits for what comes next, at most `max` messages at once. Dropping the future loses nothing.
+    /// Waits for what comes next, at most `max` messages at once. Dropping the future loses nothing. After
+    /// [`BusError::Misconfigured`] nothing more comes.
     async fn poll(&mut self, max: usize) -> Result<Polled, BusError>;
 
     /// Starts delivery of an assigned partition at this bookmark out of our own commit, or with `None` at its beginning.

@@ -13,7 +13,7 @@ use crate::{
     commit::{Commit, DocumentKey, Put},
     handler::Handler,
     health::{Health, State},
-    parking::{ParkedKeys, parking_key},
+    parking::{Lost, ParkedKeys, parking_key},
     store::EventStore,
     worker::{BATCH_MAX, Item, PARKED_TICK, RetryPolicy, Stop, Worker},
 };
@@ -28,7 +28,7 @@ pub struct Group {
     handler: Arc<dyn Handler>,
     members: u32,
     retry: RetryPolicy,
-    home: Option<Arc<str>>,
+    instance: Option<Arc<str>>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -54,7 +54,7 @@ impl Group {
             handler: Arc::new(handler),
             members: 1,
             retry: RetryPolicy::default(),
-            home: None,
+            instance: None,
         }
     }
 
@@ -71,10 +71,9 @@ impl Group {
         self
     }
 
-    /// Keeps the offsets of this process apart from those of others on the same store: on a bus inside the process, they mean
-    /// nothing elsewhere.
-    pub(crate) fn at_home(mut self, instance: Option<Arc<str>>) -> Self {
-        self.home = instance;
+    /// Shares the store with other processes, under this name.
+    pub(crate) fn shared(mut self, instance: Option<Arc<str>>) -> Self {
+        self.instance = instance;
         self
     }
 
@@ -87,8 +86,13 @@ impl Group {
     pub async fn join(self, bus: &dyn Bus) -> Result<Joined, BusError> {
         let topics: Vec<&str> = self.topics.iter().map(String::as_str).collect();
         let mut consumers = Vec::new();
-        for _ in 0..self.members {
-            consumers.push(bus.join(&self.name, &topics).await?);
+        for number in 0..self.members {
+            // Each member has a name of its own, and the same one after a restart.
+            let instance = self.instance.as_ref().map(|name| format!("{name}.{number}"));
+            consumers.push(match instance {
+                Some(instance) => bus.join_as(&self.name, &topics, &instance).await?,
+                None => bus.join(&self.name, &topics).await?,
+            });
         }
         Ok(Joined { group: self, consumers, is_local: bus.is_local() })
     }
@@ -110,8 +114,7 @@ impl Joined {
         health: Health,
         shutdown: CancellationToken,
     ) -> Result<(), String> {
-        join_all(self.members(&store, &health, &shutdown)).await;
-        Ok(())
+        join_all(self.members(&store, &health, &shutdown)).await.into_iter().collect()
     }
 
     /// What consumes, one for each member.
@@ -120,7 +123,7 @@ impl Joined {
         store: &Arc<dyn EventStore>,
         health: &Health,
         shutdown: &CancellationToken,
-    ) -> impl Iterator<Item = impl Future<Output = ()> + use<>> {
+    ) -> impl Iterator<Item = impl Future<Output = Result<(), String>> + use<>> {
         let (group, is_local) = (self.group, self.is_local);
         self.consumers.into_iter().enumerate().map(move |(number, consumer)| {
             let part = format!("{}#{number}", group.name);
@@ -134,7 +137,9 @@ impl Joined {
                 reconciled_at: Instant::now(),
                 reporter: health.reporter(&part, shutdown),
             };
-            let (home, assigned, lane_of) = (group.home.clone(), Vec::new(), HashMap::new());
+            // On a bus inside the process, offsets mean nothing elsewhere: they are kept apart from those of other processes.
+            let home = group.instance.clone().filter(|_| is_local);
+            let (assigned, lane_of) = (Vec::new(), HashMap::new());
             let member = Member { worker, consumer, home, is_local, assigned, lane_of, unsettled: false, ahead: None };
             member.consume(part, health.clone(), shutdown.clone())
         })
@@ -158,7 +163,7 @@ struct Member {
 }
 
 impl Member {
-    async fn consume(mut self, part: String, health: Health, shutdown: CancellationToken) {
+    async fn consume(mut self, part: String, health: Health, shutdown: CancellationToken) -> Result<(), String> {
         let mut backoff = Backoff::long();
         let mut tick = interval(PARKED_TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -188,6 +193,10 @@ impl Member {
             };
             match ended {
                 Ok(()) => backoff.reset(),
+                Err(Ended::Bus(error @ BusError::Misconfigured(_))) => {
+                    health.set(&part, State::Failed(error.to_string()));
+                    return Err(error.to_string());
+                }
                 Err(error) => {
                     self.unsettled = true;
                     match self.ahead.take() {
@@ -208,6 +217,7 @@ impl Member {
             _ = self.worker.store.commit(Commit { appends: Vec::new(), puts }).await;
         }
         health.set(&part, State::Stopped);
+        Ok(())
     }
 
     async fn pause(&mut self, ended: &Ended, backoff: &mut Backoff, shutdown: &CancellationToken) {
@@ -236,6 +246,13 @@ impl Member {
                     self.worker.lanes[lane].start_over();
                     self.consumer.seek(&partition, None).await?;
                 }
+            }
+            Polled::Lost { partition, offsets } => {
+                let Some(lane) = self.lane_of.get(&partition).copied() else { return Ok(()) };
+                let (topic, number) = (partition.topic.clone(), partition.number);
+                let lost = Lost { topic, partition: number, from: offsets.start, to: offsets.end };
+                self.worker.lose(lane, lost).await?;
+                self.consumer.seek(&partition, self.worker.lanes[lane].bookmark()).await?;
             }
             Polled::Messages(deliveries) => {
                 let is_behind = deliveries.len() >= BATCH_MAX;
@@ -305,7 +322,7 @@ impl Member {
                 lane.key = DocumentKey::new(CHECKPOINTS, id);
             }
             let found = lane.load(&*self.worker.store).await?;
-            if found.is_none() && !self.is_local {
+            if found.is_none() && lane.version > 0 && !self.is_local {
                 lane.marks.interrupt();
             }
             let known = self.lane_of.get(partition).map(|index| &self.worker.lanes[*index]);
@@ -320,6 +337,7 @@ impl Member {
         // Nothing is delivered before it is known what it has to wait behind.
         let ids: Vec<_> = lanes.iter().map(|lane| lane.place.clone()).collect();
         self.worker.parked = self.worker.parked.load(&*self.worker.store, &ids).await?;
+        self.worker.reporter.fault(self.worker.parked.lost());
         (self.lane_of, self.worker.lanes) = (lane_of, lanes);
         for (partition, from) in seeks {
             self.consumer.seek(partition, from).await?;

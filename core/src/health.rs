@@ -56,7 +56,7 @@ impl Health {
     /// For a part that ends with `shutdown`.
     pub(crate) fn reporter(&self, part: &str, shutdown: &CancellationToken) -> Reporter {
         self.set(part, State::Starting);
-        Reporter { health: self.clone(), part: part.into(), fine: false, shutdown: shutdown.clone() }
+        Reporter { health: self.clone(), part: part.into(), fine: false, fault: None, shutdown: shutdown.clone() }
     }
 }
 
@@ -66,6 +66,8 @@ pub(crate) struct Reporter {
     health: Health,
     part: Arc<str>,
     fine: bool,
+    /// What is wrong although the part works, until somebody repairs it.
+    fault: Option<Arc<str>>,
     shutdown: CancellationToken,
 }
 
@@ -73,7 +75,15 @@ impl Reporter {
     pub fn fine(&mut self) {
         if !self.fine {
             self.fine = true;
-            self.health.set(&self.part, State::Fine);
+            let state = self.fault.as_deref().map_or(State::Fine, |fault| State::Trouble(fault.to_owned()));
+            self.health.set(&self.part, state);
+        }
+    }
+
+    /// A part with a fault is in trouble, however well it works.
+    pub fn fault(&mut self, fault: Option<Arc<str>>) {
+        if self.fault != fault {
+            (self.fault, self.fine) = (fault, false);
         }
     }
 

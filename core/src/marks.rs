@@ -9,6 +9,8 @@ use crate::bus::Message;
 
 /// Relays that a partition keeps marks of. Messages of more than these are handled as often as they arrive.
 const RELAYS_MAX: usize = 256;
+/// The source and lane that stand for all of which nothing has come yet. No message has an empty source.
+const UNKNOWN: &str = "";
 /// Runs kept of a lane. After more interruptions than this, what the oldest of them has lost counts as handled.
 const RUNS_MAX: usize = 32;
 
@@ -80,8 +82,10 @@ impl Marks {
         self.0.is_empty()
     }
 
-    /// The topic was wiped: of what comes next, nobody knows that all before it has been here.
+    /// The topic was wiped, or messages of it were removed: of what comes next, nobody knows that all before it has been
+    /// here. That holds for lanes too of which nothing has come yet.
     pub(crate) fn interrupt(&mut self) {
+        self.0.entry(UNKNOWN.into()).or_default().entry(UNKNOWN.into()).or_default();
         self.0.values_mut().flat_map(BTreeMap::values_mut).for_each(|mark| mark.interrupted = true);
     }
 
@@ -94,8 +98,9 @@ impl Marks {
             return mark.pass(position, message.id);
         }
         if self.0.values().map(BTreeMap::len).sum::<usize>() < RELAYS_MAX {
-            let last = Run { start: 0, position, ids: vec![message.id] };
-            let mark = Mark { last, ..Mark::default() };
+            let interrupted = self.0.contains_key(UNKNOWN);
+            let mut mark = Mark { interrupted, ..Mark::default() };
+            mark.pass(position, message.id);
             self.0.entry(message.source.clone()).or_default().insert(lane.clone(), mark);
         }
         true
@@ -144,6 +149,24 @@ mod tests {
         assert!(marks.pass(&sent("order", Some(1), 5, 1)), "another lane");
         assert!(marks.pass(&sent("payment", Some(0), 5, 1)), "another service");
         assert!(marks.pass(&sent("order", None, 1, 9)), "redriven");
+    }
+
+    #[test]
+    fn what_was_lost_before_anything_of_its_lane_came_is_new_once() {
+        let mut marks = Marks::default();
+        marks.interrupt();
+        let mut pass = |position: i64| {
+            let lane = Some("0".into());
+            marks.pass(&Message {
+                lane,
+                position: Position(position),
+                id: Uuid::from_u128(position as u128),
+                ..message()
+            })
+        };
+        // 3 and 4 were removed before 5 came. The relay is set back.
+        assert_eq!([5, 3, 4, 5, 6].map(&mut pass), [true, true, true, false, true]);
+        assert_eq!([3, 4, 5, 6].map(pass), [false; 4], "sent again, they are known");
     }
 
     #[test]

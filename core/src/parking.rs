@@ -23,6 +23,8 @@ pub const PARKED_MAX: usize = 100_000;
 const PAGE: usize = 500;
 /// A longer key is parked under a short form of it: the sequence and the lane are in the document's name too.
 const KEY_BYTES_MAX: usize = DOCUMENT_ID_BYTES_MAX - 64;
+/// How the keys of what was lost begin. A message whose key begins like this is parked under another one.
+const LOST_KEY: &str = "lost messages of ";
 /// A message that is larger as JSON is parked as the start of its bytes: a document that no store takes would be tried for
 /// ever.
 const PAYLOAD_BYTES_MAX: usize = DOCUMENT_BYTES_MAX - 100_000;
@@ -49,7 +51,51 @@ pub struct Parked {
     pub message: Box<RawValue>,
 }
 
+/// Messages that a bus removed before they were read, as a dead letter says it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Lost {
+    /// The topic that they were in.
+    pub topic: Arc<str>,
+    /// Its partition.
+    pub partition: u32,
+    /// The offset of the first of them.
+    pub from: i64,
+    /// The offset after the last of them.
+    pub to: i64,
+}
+
+impl std::fmt::Display for Lost {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { topic, partition, from, to } = self;
+        write!(
+            f,
+            "offsets {from} to {} of {topic}, partition {partition}, were removed before they were read: set back what sent \
+             them, then drop this dead letter",
+            to - 1
+        )
+    }
+}
+
+impl Lost {
+    /// The key that it is parked by. No message is to wait behind it.
+    pub(crate) fn key(&self) -> Arc<str> {
+        format!("{LOST_KEY}{}/{}", self.topic, self.partition).into()
+    }
+}
+
 impl Parked {
+    /// What was lost, if this stands for that.
+    pub fn lost(&self) -> Option<Lost> {
+        #[derive(Deserialize)]
+        struct Message {
+            lost: Lost,
+        }
+        self.key
+            .starts_with(LOST_KEY)
+            .then(|| serde_json::from_str::<Message>(self.message.get()).ok())?
+            .map(|of| of.lost)
+    }
+
     /// The message, unless what came was none.
     pub fn message(&self) -> Option<Message> {
         serde_json::from_str(self.message.get()).ok()
@@ -80,6 +126,8 @@ pub(crate) struct ParkedKeys {
     subscription: Arc<str>,
     keys: Arc<HashMap<Arc<str>, VecDeque<Place>>>,
     count: usize,
+    /// What was lost, the first of it.
+    lost: Option<Arc<str>>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -110,7 +158,7 @@ fn sequence_of(id: &str) -> Option<u64> {
 
 /// The key that a message is parked by: its own, unless no document can be named by that.
 pub(crate) fn parking_key(key: &Arc<str>) -> Arc<str> {
-    if key.len() <= KEY_BYTES_MAX && !key.contains('\0') {
+    if key.len() <= KEY_BYTES_MAX && !key.contains('\0') && !key.starts_with(LOST_KEY) {
         return key.clone();
     }
     let start: String = key.chars().filter(|character| !character.is_control()).take(100).collect();
@@ -134,6 +182,9 @@ impl ParkedKeys {
                 let Ok(parked) = serde_json::from_str::<Parked>(&document.body) else { continue };
                 if let Some(sequence) = sequence_of(&document.key.id).filter(|_| lanes.contains(&parked.lane)) {
                     let (id, waits) = (document.key.id, parked.attempts == 0);
+                    if let Some(lost) = parked.lost().filter(|_| found.lost.is_none()) {
+                        found.lost = Some(lost.to_string().into());
+                    }
                     found.add(&parked.key, Place { sequence, id, position: parked.position, waits });
                 }
             }
@@ -146,6 +197,17 @@ impl ParkedKeys {
 
     pub fn len(&self) -> usize {
         self.count
+    }
+
+    /// What was lost and is not repaired yet.
+    pub fn lost(&self) -> Option<Arc<str>> {
+        self.lost.clone()
+    }
+
+    /// Notes what was lost, at its place.
+    pub fn add_lost(&mut self, key: &Arc<str>, place: Place, lost: &Lost) {
+        self.add(key, place);
+        self.lost.get_or_insert_with(|| lost.to_string().into());
     }
 
     pub fn has(&self, key: &str) -> bool {
@@ -279,8 +341,10 @@ impl DeadLetters {
 
     async fn of_key(&self, subscription: &str, key: &str) -> Result<Vec<Document>, CommitError> {
         let documents = self.documents(subscription).await.map_err(unavailable)?;
-        let (id, key) = (key, parking_key(&key.into()));
-        let wanted = |document: &Document| *document.key.id == *id || key_of(document) == Some(&*key);
+        // What was lost is parked by a key that a message cannot have.
+        let short = parking_key(&key.into());
+        let is_of_key = |found: &str| found == key || found == &*short;
+        let wanted = |document: &Document| *document.key.id == *key || key_of(document).is_some_and(is_of_key);
         Ok(documents.into_iter().filter(wanted).collect())
     }
 

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use futures::future::BoxFuture;
+use futures::{FutureExt, future::BoxFuture};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -238,7 +238,8 @@ impl Runtime {
     /// this, it takes all lanes at once, and whoever followed them before is fenced.
     ///
     /// `instance` is a name that no other process has at the same time. A process that crashed and is started again under
-    /// its name takes its lanes back at once; others get them when it has shown no sign of life for five seconds.
+    /// its name takes its lanes, and its partitions of topics, back at once; others get them when it has shown no sign of life for
+    /// five seconds, or as long as the bus needs.
     pub fn shared(instance: &str) -> Self {
         Self { shared_as: Some(instance.to_owned()), ..Self::new() }
     }
@@ -266,17 +267,17 @@ impl Runtime {
             }
         }
         let mut joined = Vec::new();
-        let home: Option<Arc<str>> = self.shared_as.as_deref().filter(|_| bus.is_local()).map(Arc::from);
+        let instance: Option<Arc<str>> = self.shared_as.as_deref().map(Arc::from);
         for service in services {
             let mut groups = Vec::new();
             if service.desk.is_some() || !service.replies.is_empty() {
                 let inbox = Inbox { replies: service.replies, desk: service.desk };
                 let topic = format!("{}.commands", service.name);
-                let group = Group::new(&topic, &[&topic], inbox).members(service.members).at_home(home.clone());
+                let group = Group::new(&topic, &[&topic], inbox).members(service.members).shared(instance.clone());
                 groups.push((group.name().to_owned(), group.join(&*bus).await?));
             }
             for group in service.groups {
-                groups.push((group.name().to_owned(), group.at_home(home.clone()).join(&*bus).await?));
+                groups.push((group.name().to_owned(), group.shared(instance.clone()).join(&*bus).await?));
             }
             let relay = Relay::new(service.routes).lanes(service.relay_lanes);
             joined.push((service.name, service.store, relay, groups, service.subscriptions, service.parts));
@@ -289,7 +290,9 @@ impl Runtime {
             for subscription in subscriptions {
                 let part = subscription.name().to_owned();
                 let subscription = subscription.shared(instance.clone());
-                subscription.workers(&store, &health, &shutdown).for_each(|lane| self.spawn_worker(&part, lane));
+                subscription
+                    .workers(&store, &health, &shutdown)
+                    .for_each(|lane| self.spawn_worker(&part, lane.map(Ok)));
             }
             for part in parts {
                 let surroundings = Surroundings {
@@ -302,7 +305,7 @@ impl Runtime {
             }
             let publisher: Arc<dyn Publisher> = bus.clone();
             let carriers = relay.shared(instance).carriers(&store, &publisher, &health, &shutdown);
-            carriers.for_each(|lane| self.spawn_worker(&format!("{name}.relay"), lane));
+            carriers.for_each(|lane| self.spawn_worker(&format!("{name}.relay"), lane.map(Ok)));
         }
         Ok(())
     }
@@ -335,12 +338,12 @@ impl Runtime {
 
     /// A task of the runtime's own and not one of a task's: what is dropped or cut off does nothing more. Panics of handlers
     /// are caught further in; after one in the engine itself, nothing goes on.
-    fn spawn_worker(&mut self, part: &str, worker: impl Future<Output = ()> + Send + 'static) {
+    fn spawn_worker(&mut self, part: &str, worker: impl Future<Output = Result<(), String>> + Send + 'static) {
         let shutdown = self.shutdown();
         self.spawn(part, async move {
-            caught(worker).await.map_err(|panic| {
+            caught(worker).await.unwrap_or_else(|panic| {
                 shutdown.cancel();
-                panic.to_string()
+                Err(panic.to_string())
             })
         });
     }

@@ -12,7 +12,7 @@ use crate::{
     handler::{Handler, HandlerError, Remedy},
     health::Reporter,
     panic::caught,
-    parking::{PARKED_MAX, Parked, ParkedKeys, Place, collection},
+    parking::{Lost, PARKED_MAX, Parked, ParkedKeys, Place, collection},
     store::{EventStore, StoreError},
     work::{Stale, Work},
 };
@@ -116,6 +116,7 @@ impl Worker {
     pub async fn load_parked(&mut self) -> Result<(), StoreError> {
         let lanes: Vec<_> = self.lanes.iter().map(|lane| lane.place.clone()).collect();
         self.parked = self.parked.load(&*self.store, &lanes).await?;
+        self.reporter.fault(self.parked.lost());
         self.reconciled_at = Instant::now();
         Ok(())
     }
@@ -322,6 +323,42 @@ impl Worker {
         let body = serde_json::to_string(&document).unwrap_or_default();
         work.put_expecting(&self.parked_document(&place), 0, Some(body.into()), due);
         parked.add(&item.key, place);
+    }
+
+    /// Goes on behind messages that are gone. A dead letter and the health of the part say so, until somebody drops it; what is sent
+    /// again counts as new.
+    pub async fn lose(&mut self, lane: usize, lost: Lost) -> Result<(), Stop> {
+        let mut after = self.lanes[lane].clone();
+        (after.next, after.last) = (lost.to, None);
+        after.marks.interrupt();
+        let (key, place) = (lost.key(), after.place.clone());
+        let at = Place { waits: false, ..self.parked.next_place(&key, &place, 0) };
+        let mut work = Work::new(self.store.clone(), Stale::Nothing);
+        let document = Parked {
+            subscription: self.name.clone(),
+            lane: place,
+            key: key.clone(),
+            reason: lost.to_string(),
+            attempts: 1,
+            parked_at: work.now(),
+            position: 0,
+            message: serde_json::value::to_raw_value(&serde_json::json!({ "lost": lost })).unwrap_or_default(),
+        };
+        let body = serde_json::to_string(&document).unwrap_or_default();
+        work.put_expecting(&self.parked_document(&at), 0, Some(body.into()), None);
+        let after = HashMap::from([(lane, after)]);
+        put(&after, &mut work);
+        match work.commit().await {
+            Ok(_) => {}
+            Err(CommitError::DocumentConflict { key, .. }) => return Err(Stop::Fenced(key)),
+            Err(error) => return Err(Stop::Store(StoreError::Unavailable(error.to_string()))),
+        }
+        tracing::error!(subscription = %self.name, %lost, count = lost.to - lost.from, "messages are lost");
+        let mut parked = self.parked.clone();
+        parked.add_lost(&key, at, &lost);
+        self.reporter.fault(parked.lost());
+        self.moved(after, parked);
+        Ok(())
     }
 
     pub(crate) fn parked_document(&self, place: &Place) -> DocumentKey {

@@ -11,6 +11,8 @@ use std::{
 
 use tempfile::TempDir;
 
+use crate::distance::Distance;
+
 /// Who may connect to a broker with SASL.
 pub const USER: &str = "shop";
 /// And by which password.
@@ -43,6 +45,8 @@ pub struct Broker {
     /// How clients connect.
     protocol: String,
     running: Option<Child>,
+    /// What is between it and its clients.
+    distance: Option<Distance>,
 }
 
 impl Drop for Broker {
@@ -68,6 +72,15 @@ impl Broker {
         Self::by_protocol(brokers, "PLAINTEXT")
     }
 
+    /// A cluster of one that all bytes to and from take so long.
+    pub async fn at_distance(one_way: Duration) -> Self {
+        let mut broker = Self::laid_out(1, "PLAINTEXT").remove(0);
+        broker.distance = Some(Distance::to(broker.port(), one_way).await.unwrap());
+        broker.launch();
+        broker.settle();
+        broker
+    }
+
     fn by_protocol(brokers: usize, protocol: &str) -> Vec<Self> {
         let mut tries_left = 3;
         loop {
@@ -86,7 +99,7 @@ impl Broker {
         let ports = free_ports(brokers);
         let broker = |node| {
             let (folder, ports, protocol) = (tempfile::tempdir().unwrap(), ports.clone(), protocol.to_owned());
-            Self { folder, ports, node, protocol, running: None }
+            Self { folder, ports, node, protocol, running: None, distance: None }
         };
         (1..=brokers).map(broker).collect()
     }
@@ -106,6 +119,9 @@ impl Broker {
         // It is started often and lives for seconds.
         broker.env("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1").env("KAFKA_HEAP", "256m");
         broker.env("KAFKA_PROTOCOL", &self.protocol).env("KAFKA_PASSWORD", PASSWORD);
+        if let Some(distance) = &self.distance {
+            broker.env("KAFKA_ADVERTISED", format!("127.0.0.1:{}", distance.port()));
+        }
         broker.env("KAFKA_JARS", jars()).stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         self.running = Some(broker.spawn().unwrap());
     }
@@ -149,7 +165,8 @@ impl Broker {
 
     /// Where clients find it.
     pub fn address(&self) -> String {
-        format!("127.0.0.1:{}", self.port())
+        let port = self.distance.as_ref().map_or_else(|| self.port(), Distance::port);
+        format!("127.0.0.1:{port}")
     }
 
     /// The certificate to trust, if it has one.

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 pub mod bus;
+pub mod distance;
 pub mod faulty;
 pub mod kafka;
 pub mod store;

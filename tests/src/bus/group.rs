@@ -80,6 +80,7 @@ impl Member {
             }
             Polled::Revoked(_) => {}
             Polled::Wiped(partitions) => panic!("nobody wiped {partitions:?}"),
+            Polled::Lost { partition, offsets } => panic!("nobody removed {offsets:?} of {partition:?}"),
         }
         Vec::new()
     }
@@ -211,6 +212,7 @@ impl Crew {
                         roll.send_modify(|roll| roll.owners.retain(|partition, _| !partitions.contains(partition)));
                     }
                     Polled::Wiped(partitions) => panic!("nobody wiped {partitions:?}"),
+                    Polled::Lost { partition, offsets } => panic!("nobody removed {offsets:?} of {partition:?}"),
                     Polled::Messages(deliveries) => {
                         roll.send_modify(|roll| roll.enter(member, &deliveries));
                         for Delivery { partition, offset, .. } in &deliveries {

@@ -114,8 +114,13 @@ impl Pair {
     }
 
     pub async fn bus(&self) -> KafkaBus {
-        let settings: Vec<_> = self.settings.iter().map(|(name, value)| format!("{name}={value}")).collect();
-        let settings: Settings = format!("kafka://{}?{}", self.brokers, settings.join("&")).parse().unwrap();
+        let settings: Settings =
+            format!("kafka://{}?partitions={}", self.brokers, self.settings["partitions"]).parse().unwrap();
+        let others = self.settings.iter().filter(|(name, _)| *name != "partitions");
+        let settings = others.fold(settings, |settings, (name, value)| match &**name {
+            "replication" => settings.replication(value.parse().unwrap()),
+            name => settings.set(name, value),
+        });
         KafkaBus::connect(settings).await.unwrap()
     }
 
@@ -132,8 +137,13 @@ impl Pair {
         runtime
     }
 
-    pub async fn start_consumer(&self, store: Arc<dyn EventStore>, bus: Arc<dyn Bus>) -> Runtime {
-        let mut runtime = Runtime::new();
+    pub async fn start_consumer(
+        &self,
+        store: Arc<dyn EventStore>,
+        bus: Arc<dyn Bus>,
+        instance: Option<&str>,
+    ) -> Runtime {
+        let mut runtime = instance.map_or_else(Runtime::new, Runtime::shared);
         let copier = Group::new(&self.group(), &[&self.topic()], Copier::new(store.clone()));
         let service = Service::new(&self.group(), store).consume(copier);
         runtime.start(vec![service], bus).await.unwrap();
@@ -147,7 +157,7 @@ impl Pair {
 
     /// A consumer in this process, with a client of its own.
     pub async fn consumer(&self) -> Runtime {
-        self.start_consumer(self.sink_store().await, Arc::new(self.bus().await)).await
+        self.start_consumer(self.sink_store().await, Arc::new(self.bus().await), None).await
     }
 
     /// Connections to the database, which know of the schemas only.

@@ -98,7 +98,7 @@ impl Task {
         let instance = self.instance.as_deref();
         let _runtime = match self.role {
             Role::Relay => pair.start_relay(store, bus, lanes, instance).await,
-            Role::Consumer => pair.start_consumer(store, bus).await,
+            Role::Consumer => pair.start_consumer(store, bus, instance).await,
         };
         say("started");
         std::future::pending::<()>().await;
@@ -260,6 +260,11 @@ impl Publisher for Watched {
 impl Bus for Watched {
     async fn join(&self, group: &str, topics: &[&str]) -> Result<Box<dyn Consumer>, BusError> {
         let inner = self.inner.join(group, topics).await?;
+        Ok(Box::new(WatchedConsumer { inner, point: self.point.clone() }))
+    }
+
+    async fn join_as(&self, group: &str, topics: &[&str], instance: &str) -> Result<Box<dyn Consumer>, BusError> {
+        let inner = self.inner.join_as(group, topics, instance).await?;
         Ok(Box::new(WatchedConsumer { inner, point: self.point.clone() }))
     }
 }

@@ -1,0 +1,98 @@
+//! A network with a delay, on one machine: a proxy in front of a server.
+
+use std::{
+    io,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream, tcp},
+    sync::mpsc,
+    task::JoinHandle,
+    time::{Instant, sleep_until},
+};
+
+/// Bytes read at once.
+const CHUNK: usize = 64 * 1_024;
+/// Chunks on their way in one direction of a connection: far more than a client has under way.
+const CHUNKS: usize = 4_096;
+
+/// A proxy that passes bytes on, in each direction, after a delay. It ends when it is dropped.
+pub struct Distance {
+    port: u16,
+    accepted: Arc<AtomicUsize>,
+    accepting: JoinHandle<()>,
+}
+
+impl Drop for Distance {
+    fn drop(&mut self) {
+        self.accepting.abort();
+    }
+}
+
+impl Distance {
+    /// In front of a server on this machine.
+    ///
+    /// # Errors
+    /// If no port is free.
+    pub async fn to(server: u16, one_way: Duration) -> io::Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let port = listener.local_addr()?.port();
+        let accepted = Arc::<AtomicUsize>::default();
+        let counted = accepted.clone();
+        let accepting = tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                counted.fetch_add(1, Ordering::Relaxed);
+                tokio::spawn(async move {
+                    let Ok(server) = TcpStream::connect(SocketAddr::from(([127, 0, 0, 1], server))).await else {
+                        return;
+                    };
+                    _ = client.set_nodelay(true);
+                    _ = server.set_nodelay(true);
+                    let ((from_client, to_client), (from_server, to_server)) =
+                        (client.into_split(), server.into_split());
+                    tokio::join!(pass(from_client, to_server, one_way), pass(from_server, to_client, one_way));
+                });
+            }
+        });
+        Ok(Self { port, accepted, accepting })
+    }
+
+    /// Where clients find it.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// How many connections it has accepted.
+    pub fn accepted(&self) -> usize {
+        self.accepted.load(Ordering::Relaxed)
+    }
+}
+
+async fn pass(mut from: tcp::OwnedReadHalf, mut to: tcp::OwnedWriteHalf, delay: Duration) {
+    let (sender, mut chunks) = mpsc::channel::<(Instant, Vec<u8>)>(CHUNKS);
+    let reading = async move {
+        let mut buffer = vec![0; CHUNK];
+        while let Ok(count @ 1..) = from.read(&mut buffer).await {
+            if sender.send((Instant::now() + delay, buffer[..count].to_vec())).await.is_err() {
+                break;
+            }
+        }
+    };
+    let writing = async move {
+        while let Some((at, chunk)) = chunks.recv().await {
+            sleep_until(at).await;
+            if to.write_all(&chunk).await.is_err() {
+                break;
+            }
+        }
+        _ = to.shutdown().await;
+    };
+    tokio::join!(reading, writing);
+}

@@ -1,0 +1,124 @@
+//! Members of a group under the name of their process: back at once after a crash, taken over after seconds, one for each name.
+#![allow(clippy::unwrap_used)]
+
+mod kafka;
+mod postgres;
+
+use std::{sync::Arc, time::Duration};
+
+use annals::{Runtime, health::State};
+use kafka::{
+    DRAIN, Pair, Sql, add,
+    process::{self, Point, Role, Task},
+    shows, until,
+};
+use tokio::time::Instant;
+
+/// Less than a member may be silent before its partitions are given to others.
+const AT_ONCE: Duration = Duration::from_secs(4);
+/// More than that, and less than it took by the settings before.
+const TAKEN_OVER: Duration = Duration::from_secs(9);
+
+/// What the processes run.
+#[test]
+fn process() {
+    process::run();
+}
+
+fn consumer(pair: &Pair, instance: &str) -> Task {
+    let (pair, role, instance) = (pair.clone(), Role::Consumer, Some(instance.to_owned()));
+    Task { pair, role, instance, lanes: 1, point: Point::Nowhere, passes: 0 }
+}
+
+async fn named(pair: &Pair, instance: &str) -> Runtime {
+    pair.start_consumer(pair.sink_store().await, Arc::new(pair.bus().await), Some(instance)).await
+}
+
+/// How long it takes until these rounds are handled.
+async fn handled(pair: &Pair, sql: &mut Sql, rounds: std::ops::Range<i64>) -> Duration {
+    let asked_at = Instant::now();
+    add(&pair.source_store().await, rounds).await;
+    pair.handled(sql).await;
+    asked_at.elapsed()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn killed_it_is_back_at_once_under_its_name() {
+    let pair = Pair::new().await;
+    let (relay, mut sql) = (pair.relay().await, pair.sql().await);
+    let (mut one, mut other) = (consumer(&pair, "one").start(), consumer(&pair, "other").start());
+    one.started().await;
+    other.started().await;
+    handled(&pair, &mut sql, 0..5).await;
+    for round in [5, 10] {
+        one.kill();
+        one = consumer(&pair, "one").start();
+        one.started().await;
+        let taken = handled(&pair, &mut sql, round..round + 5).await;
+        assert!(taken < AT_ONCE, "{taken:?}");
+    }
+    // Not started again: the other takes over.
+    one.kill();
+    let taken = handled(&pair, &mut sql, 15..20).await;
+    assert!(taken < TAKEN_OVER, "{taken:?}");
+    pair.agrees().await;
+    other.kill();
+    relay.drain(DRAIN).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_stops_is_taken_over_at_once() {
+    let pair = Pair::new().await;
+    let (relay, mut sql) = (pair.relay().await, pair.sql().await);
+    let (one, other) = (named(&pair, "one").await, named(&pair, "other").await);
+    handled(&pair, &mut sql, 0..5).await;
+    one.drain(DRAIN).await.unwrap();
+    let taken = handled(&pair, &mut sql, 5..10).await;
+    assert!(taken < AT_ONCE, "{taken:?}");
+    pair.agrees().await;
+    other.drain(DRAIN).await.unwrap();
+    relay.drain(DRAIN).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_two_under_one_name_the_first_says_that_it_has_ended() {
+    // One store would have them find each other by their heartbeats: by the settings, they meet in the group alone.
+    let pair = Pair::new().await.set("group.instance.id", "the only one");
+    let (relay, mut sql) = (pair.relay().await, pair.sql().await);
+    let first = pair.consumer().await;
+    handled(&pair, &mut sql, 0..5).await;
+    let second = pair.consumer().await;
+    shows(&first, "failed", |parts| {
+        let reason = |state: &State| matches!(state, State::Failed(reason) if reason.contains("another process runs under instance name"));
+        parts.values().any(reason)
+    })
+    .await;
+    assert!(!first.health().is_fine());
+    until("the second handles all", async || {
+        handled(&pair, &mut sql, 5..6).await;
+        true
+    })
+    .await;
+    shows(&second, "fine", |parts| !kafka::in_trouble(parts)).await;
+    let error = first.drain(DRAIN).await.unwrap_err();
+    assert!(error.contains("another process runs under instance name"), "{error}");
+    second.drain(DRAIN).await.unwrap();
+    relay.drain(DRAIN).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn members_of_one_process_do_not_fence_each_other() {
+    let pair = Pair::new().await.set("group.instance.id", "node 1/größe");
+    let (relay, mut sql) = (pair.relay().await, pair.sql().await);
+    let mut runtime = Runtime::new();
+    let store = pair.sink_store().await;
+    let copier = annals::Group::new(&pair.group(), &[&pair.topic()], annals_tests::tally::Copier::new(store.clone()));
+    let service = annals::Service::new(&pair.group(), store).consume(copier.members(3));
+    runtime.start(vec![service], Arc::new(pair.bus().await)).await.unwrap();
+    handled(&pair, &mut sql, 0..5).await;
+    pair.agrees().await;
+    shows(&runtime, "fine", |parts| !kafka::in_trouble(parts)).await;
+    assert_eq!(runtime.health().parts().keys().filter(|part| part.contains('#')).count(), 3);
+    runtime.drain(DRAIN).await.unwrap();
+    relay.drain(DRAIN).await.unwrap();
+}

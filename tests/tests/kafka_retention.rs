@@ -1,0 +1,274 @@
+//! Messages that a topic's retention removes before they are read: a fault that is loud, and that can be repaired.
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use annals::{
+    DeadLetters, EventStore, Group, Handler, HandlerError, MemoryStore, Message, Metadata, Position, Publisher,
+    Runtime, Service, Version, Work,
+    bus::Outgoing,
+    health::State,
+    parking::{DeadLetter, Lost},
+};
+use annals_kafka::{KafkaBus, Settings};
+use annals_tests::kafka::brokers;
+use async_trait::async_trait;
+use rdkafka::{
+    ClientConfig, Offset, TopicPartitionList,
+    admin::{AdminClient, AdminOptions},
+    client::DefaultClientContext,
+    consumer::{BaseConsumer, Consumer},
+};
+use tokio::{
+    sync::Notify,
+    time::{sleep, timeout},
+};
+use uuid::Uuid;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+const LOOK: Duration = Duration::from_millis(20);
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// What was handled, in order; while it is shut, the handler waits.
+#[derive(Clone, Default)]
+struct Seen {
+    positions: Arc<Mutex<Vec<i64>>>,
+    shut: Arc<AtomicBool>,
+    opened: Arc<Notify>,
+}
+
+#[async_trait]
+impl Handler for Seen {
+    async fn handle(&self, message: &Message, _: &mut Work) -> Result<(), HandlerError> {
+        self.positions.lock().unwrap().push(message.position.0);
+        while self.shut.load(Ordering::SeqCst) {
+            self.opened.notified().await;
+        }
+        Ok(())
+    }
+}
+
+impl Seen {
+    fn positions(&self) -> Vec<i64> {
+        self.positions.lock().unwrap().clone()
+    }
+}
+
+/// A topic of one partition, and a group on it.
+struct Setting {
+    topic: Arc<str>,
+    store: Arc<dyn EventStore>,
+    settings: Settings,
+    bus: KafkaBus,
+    seen: Seen,
+}
+
+impl Setting {
+    async fn new(settings: Settings) -> Self {
+        let topic: Arc<str> = format!("kept{}.events", Uuid::new_v4().simple()).into();
+        let bus = KafkaBus::connect(settings.clone()).await.unwrap();
+        Self { topic, store: Arc::new(MemoryStore::new()), settings, bus, seen: Seen::default() }
+    }
+
+    /// Sends as a relay does that reads this log.
+    async fn send(&self, positions: impl IntoIterator<Item = i64>, bytes: usize) {
+        let message = |position: i64| {
+            let id = Uuid::from_u128(position as u128 + 1);
+            Message {
+                id,
+                type_name: "kept".into(),
+                schema_version: 1,
+                source: "sender".into(),
+                subject: format!("kept-{position}").into(),
+                key: format!("kept-{position}").into(),
+                // No codec makes it small.
+                data: format!(
+                    "\"{}\"",
+                    (0..bytes.div_ceil(32)).map(|_| Uuid::new_v4().simple().to_string()).collect::<String>()
+                )
+                .into(),
+                metadata: Metadata::of_request(id),
+                time: chrono::DateTime::UNIX_EPOCH,
+                position: Position(position),
+                version: Version(1),
+                lane: Some("0@0123456789abcdef".into()),
+                extensions: BTreeMap::new(),
+            }
+        };
+        let outgoing = |position| Outgoing { topic: self.topic.clone(), message: message(position) };
+        self.bus.publish(positions.into_iter().map(outgoing).collect()).await.unwrap().await.unwrap();
+    }
+
+    /// Removes all that is in the topic at this moment, as retention does; the offset after it.
+    async fn trim(&self) -> i64 {
+        let topic = self.topic.clone();
+        let end = tokio::task::spawn_blocking(move || {
+            let consumer: BaseConsumer = ClientConfig::new().set("bootstrap.servers", brokers()).create().unwrap();
+            consumer.fetch_watermarks(&topic, 0, PATIENCE).unwrap().1
+        });
+        let end = end.await.unwrap();
+        let admin: AdminClient<DefaultClientContext> =
+            ClientConfig::new().set("bootstrap.servers", brokers()).create().unwrap();
+        let mut list = TopicPartitionList::new();
+        list.add_partition_offset(&self.topic, 0, Offset::Offset(end)).unwrap();
+        admin.delete_records(&list, &AdminOptions::new()).await.unwrap();
+        end
+    }
+
+    async fn start(&self) -> Runtime {
+        let mut runtime = Runtime::new();
+        let group = Group::new(&self.group(), &[&self.topic], self.seen.clone());
+        let service = Service::new(&self.group(), self.store.clone()).consume(group);
+        let bus = KafkaBus::connect(self.settings.clone()).await.unwrap();
+        runtime.start(vec![service], Arc::new(bus)).await.unwrap();
+        runtime
+    }
+
+    fn group(&self) -> String {
+        format!("group-{}", self.topic)
+    }
+
+    async fn lost(&self) -> Vec<Lost> {
+        let letters = DeadLetters::new(self.store.clone()).list(&self.group()).await.unwrap();
+        let lost = |letter: &DeadLetter| letter.parked.lost().unwrap_or_else(|| panic!("{letter:?}"));
+        letters.iter().map(lost).collect()
+    }
+
+    /// The health of the member.
+    fn state(&self, runtime: &Runtime) -> State {
+        runtime.health().parts()[&format!("{}#0", self.group())].clone()
+    }
+}
+
+async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
+    let waited = timeout(PATIENCE, async {
+        while !is_so().await {
+            sleep(LOOK).await;
+        }
+    });
+    waited.await.unwrap_or_else(|_| panic!("never: {what}"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn removed_while_the_consumer_runs() {
+    // It reads ahead less than there is.
+    let settings = Settings::new(&brokers()).partitions(1);
+    let settings = settings.set("queued.max.messages.kbytes", "512").set("fetch.max.bytes", "100000");
+    let setting = Setting::new(settings.set("message.max.bytes", "100000")).await;
+    let seen = &setting.seen;
+    seen.shut.store(true, Ordering::SeqCst);
+    let runtime = setting.start().await;
+    setting.send(1..=300, 20_000).await;
+    until("the first is there", async || !seen.positions().is_empty()).await;
+    let end = setting.trim().await;
+    setting.send([1_000], 10).await;
+    seen.shut.store(false, Ordering::SeqCst);
+    seen.opened.notify_waiters();
+    seen.opened.notify_one();
+    until("what is new is handled", async || seen.positions().contains(&1_000)).await;
+    let lost = setting.lost().await;
+    let handled = seen.positions().len() as i64 - 1;
+    assert!(handled < 300, "all was read ahead");
+    assert_eq!((lost.len(), lost[0].from, lost[0].to), (1, handled, end), "{lost:?}");
+    let state = setting.state(&runtime);
+    assert!(matches!(&state, State::Trouble(reason) if reason.contains("removed before they were read")), "{state:?}");
+    assert!(!runtime.health().is_fine());
+    // Nothing waits behind it, and dropping it is the end of it.
+    setting.send([1_001], 10).await;
+    until("the next is handled", async || seen.positions().contains(&1_001)).await;
+    let letters = DeadLetters::new(setting.store.clone());
+    let key = letters.list(&setting.group()).await.unwrap()[0].parked.key.clone();
+    letters.drop_first(&setting.group(), &key).await.unwrap().unwrap();
+    until("fine again", async || setting.state(&runtime) == State::Fine).await;
+    runtime.drain(DRAIN).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn removed_while_the_consumer_is_down_and_sent_again() {
+    let setting = Setting::new(Settings::new(&brokers()).partitions(1)).await;
+    let seen = &setting.seen;
+    setting.send([1, 2], 10).await;
+    let runtime = setting.start().await;
+    until("the first are handled", async || seen.positions() == [1, 2]).await;
+    runtime.drain(DRAIN).await.unwrap();
+    setting.send([3, 4], 10).await;
+    setting.trim().await;
+    setting.send([5], 10).await;
+    let runtime = setting.start().await;
+    until("what is left is handled", async || seen.positions() == [1, 2, 5]).await;
+    let lost = |from, to| Lost { topic: setting.topic.clone(), partition: 0, from, to };
+    assert_eq!(setting.lost().await, [lost(2, 4)]);
+    assert!(matches!(setting.state(&runtime), State::Trouble(_)));
+    // The relay is set back, twice.
+    setting.send(1..=5, 10).await;
+    setting.send(1..=6, 10).await;
+    until("what was lost is handled", async || seen.positions() == [1, 2, 5, 3, 4, 6]).await;
+    runtime.drain(DRAIN).await.unwrap();
+    // The fault outlives the process; a restart finds no other.
+    let runtime = setting.start().await;
+    until("it is known", async || matches!(setting.state(&runtime), State::Trouble(_))).await;
+    assert_eq!(setting.lost().await, [lost(2, 4)]);
+    runtime.drain(DRAIN).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn removed_after_it_was_read_is_no_fault() {
+    let setting = Setting::new(Settings::new(&brokers()).partitions(1)).await;
+    let seen = &setting.seen;
+    setting.send([1, 2], 10).await;
+    let runtime = setting.start().await;
+    until("all is handled", async || seen.positions() == [1, 2]).await;
+    runtime.drain(DRAIN).await.unwrap();
+    // The message before the bookmark is gone too.
+    setting.trim().await;
+    let runtime = setting.start().await;
+    setting.send([3], 10).await;
+    until("the next is handled", async || seen.positions() == [1, 2, 3]).await;
+    assert_eq!(setting.lost().await, []);
+    assert_eq!(setting.state(&runtime), State::Fine);
+    runtime.drain(DRAIN).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lane_of_which_nothing_came_before_its_messages_were_lost() {
+    let setting = Setting::new(Settings::new(&brokers()).partitions(1)).await;
+    let seen = &setting.seen;
+    // The partition has a bookmark by the message of another sender.
+    let topic = setting.topic.to_string();
+    let stranger = tokio::task::spawn_blocking(move || {
+        use rdkafka::{
+            message::{Header, OwnedHeaders},
+            producer::{BaseProducer, BaseRecord, Producer},
+        };
+        let producer: BaseProducer = ClientConfig::new().set("bootstrap.servers", brokers()).create().unwrap();
+        let headers = [("ce_specversion", "1.0"), ("ce_id", "1"), ("ce_source", "other"), ("ce_type", "kept")];
+        let headers = headers
+            .iter()
+            .fold(OwnedHeaders::new(), |headers, (key, value)| headers.insert(Header { key, value: Some(*value) }));
+        producer.send(BaseRecord::to(&topic).key("other").payload("1").headers(headers)).map_err(drop).unwrap();
+        producer.flush(PATIENCE).unwrap();
+    });
+    // Makes the topic.
+    let runtime = setting.start().await;
+    stranger.await.unwrap();
+    until("the other's is handled", async || seen.positions() == [0]).await;
+    runtime.drain(DRAIN).await.unwrap();
+    setting.send([3, 4], 10).await;
+    setting.trim().await;
+    setting.send([5], 10).await;
+    let runtime = setting.start().await;
+    until("what is left is handled", async || seen.positions() == [0, 5]).await;
+    for _ in 0..2 {
+        setting.send(3..=5, 10).await;
+    }
+    setting.send([6], 10).await;
+    until("what was lost is handled once", async || seen.positions() == [0, 5, 3, 4, 6]).await;
+    runtime.drain(DRAIN).await.unwrap();
+}
