@@ -3,6 +3,7 @@
 use std::{fmt, sync::Arc};
 
 use chrono::{DateTime, Utc};
+use uuid::Uuid;
 
 use crate::event::{CATEGORY_BYTES_MAX, EVENT_BYTES_MAX, NewEvent, Position, StreamId, Version};
 
@@ -40,20 +41,43 @@ pub struct Append {
 pub enum Expected {
     /// At exactly this version; [`Version::START`] for a stream that must not exist yet.
     Version(Version),
+    /// At exactly this event: a version alone may be another event's by now, where the log has lost its end and grown again.
+    Event {
+        /// The version of the last event of the stream,
+        version: Version,
+        /// and its id.
+        id: Uuid,
+    },
     /// Anywhere: for streams where order among writers means nothing.
     Any,
 }
 
 impl Expected {
-    /// Whether a stream that stands at `actual` is where it must be: with [`Put::check`], all that decides if a commit holds,
-    /// in every store.
-    pub fn check(self, stream: &StreamId, actual: Version) -> Result<(), CommitError> {
+    /// The version, unless any will do.
+    pub fn version(self) -> Option<Version> {
         match self {
-            Self::Version(expected) if expected != actual => {
-                Err(CommitError::Conflict { stream: stream.clone(), expected, actual })
-            }
-            _ => Ok(()),
+            Self::Version(version) | Self::Event { version, .. } => Some(version),
+            Self::Any => None,
         }
+    }
+
+    /// The id of the event, where it matters.
+    pub fn event(self) -> Option<Uuid> {
+        match self {
+            Self::Event { id, .. } => Some(id),
+            Self::Version(_) | Self::Any => None,
+        }
+    }
+
+    /// Whether a stream that stands at `actual`, with `last` as the id of its last event, is where it must be: with
+    /// [`Put::check`], all that decides if a commit holds, in every store.
+    pub fn check(self, stream: &StreamId, actual: Version, last: Option<Uuid>) -> Result<(), CommitError> {
+        let is_there = self.version().is_none_or(|expected| expected == actual);
+        if is_there && self.event().is_none_or(|id| last == Some(id)) {
+            return Ok(());
+        }
+        let expected = self.version().unwrap_or(actual);
+        Err(CommitError::Conflict { stream: stream.clone(), expected, actual })
     }
 }
 
@@ -138,11 +162,14 @@ pub struct Committed {
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum CommitError {
     /// Another writer was first. Read the stream again and decide again.
-    #[error("stream {stream} stands at version {actual}, not at {expected}")]
+    #[error(
+        "stream {stream} stands at version {actual}, not at {}",
+        if .actual == .expected { "the event known here".to_owned() } else { .expected.to_string() }
+    )]
     Conflict {
         /// The stream.
         stream: StreamId,
-        /// Where the commit wanted it.
+        /// Where the commit wanted it. The same as `actual`, if another event than the one known has this version.
         expected: Version,
         /// Where it is.
         actual: Version,

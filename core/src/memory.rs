@@ -174,7 +174,8 @@ impl Held {
 
     fn check(&self, commit: &Commit) -> Result<(), CommitError> {
         for Append { stream, expected, .. } in &commit.appends {
-            expected.check(stream, self.version(stream))?;
+            let last = self.streams.get(stream).and_then(|events| events.last());
+            expected.check(stream, self.version(stream), last.map(|event| event.id))?;
         }
         for put in &commit.puts {
             put.check(self.document_version(&put.key))?;

@@ -1,29 +1,38 @@
 //! One round trip to the database with a group of commits.
 
 use chrono::{DateTime, Utc};
-use sqlx::{Connection, PgConnection, Postgres, Row, postgres::PgArguments, query::Query};
+use sqlx::{PgConnection, Postgres, Row, postgres::PgArguments, query::Query};
 
 use crate::{
+    error::not_primary,
     group::{Decision, EventRow, EventText, Standings, StreamState, Written},
     open::{Database, Purpose},
     read::{storable, time},
 };
 
-/// As [`append`], in a transaction of its own. That is one statement, unless it has to be told behind a pooler.
+/// As [`append`], in a transaction of its own. That is one statement, unless it has to be told behind a pooler. `history` is the
+/// number that the group was handed over under: under another one, nothing is written.
 pub(crate) async fn append_alone(
     database: &Database,
     connection: &mut PgConnection,
     decision: &Decision<'_>,
+    history: u64,
 ) -> Result<(Option<Written>, Standings), sqlx::Error> {
     if !database.pooled {
         return append(database, connection, decision).await;
     }
-    let mut transaction = connection.begin_with(database.begin(Purpose::Write)).await?;
-    match append(database, &mut transaction, decision).await {
-        Ok(appended) => transaction.commit().await.map(|()| appended),
+    let appended = async {
+        database.begin(connection, Purpose::Write).await?;
+        if database.history.number() != history {
+            return Err(not_primary("the log changed before this was written"));
+        }
+        append(database, connection, decision).await
+    };
+    match appended.await {
+        Ok(appended) => sqlx::raw_sql("COMMIT").execute(connection).await.map(|_| appended),
         Err(error) => {
             // If this fails too, so does the next use of the connection.
-            transaction.rollback().await.ok();
+            sqlx::raw_sql("ROLLBACK").execute(connection).await.ok();
             Err(error)
         }
     }
@@ -31,9 +40,9 @@ pub(crate) async fn append_alone(
 
 /// Brings the sequence past the events that stand beyond it.
 pub(crate) async fn advance(database: &Database, connection: &mut PgConnection) -> Result<(), sqlx::Error> {
-    let mut transaction = connection.begin_with(database.begin(Purpose::Write)).await?;
-    database.statements.advance.query().execute(&mut *transaction).await?;
-    transaction.commit().await
+    database.begin(connection, Purpose::Write).await?;
+    database.statements.advance.query().execute(&mut *connection).await?;
+    sqlx::raw_sql("COMMIT").execute(connection).await.map(drop)
 }
 
 /// Gives what was written, `None` if a guess was wrong, and where everything stood before.
@@ -46,7 +55,7 @@ pub(crate) async fn append(
         && let Some(bases) = decision.only_appends()
         && let Some(written) = append_events(database, connection, decision, &bases).await?
     {
-        return Ok((Some(written), Standings { streams: bases, documents: Vec::new() }));
+        return Ok((Some(written), Standings { streams: bases, events: Vec::new(), documents: Vec::new() }));
     }
     let Decision { streams, documents, events, .. } = decision;
     let statement = if database.operates { &database.statements.operate } else { &database.statements.append };
@@ -54,6 +63,7 @@ pub(crate) async fn append(
         .query()
         .bind(streams.iter().map(|stream| stream.id.as_str()).collect::<Vec<_>>())
         .bind(streams.iter().map(|stream| stream.base).collect::<Vec<_>>())
+        .bind(streams.iter().map(|stream| stream.event).collect::<Vec<_>>())
         .bind(streams.iter().map(|stream| stream.held()).collect::<Vec<_>>())
         .bind(documents.iter().map(|document| &*document.key.collection).collect::<Vec<_>>())
         .bind(documents.iter().map(|document| &*document.key.id).collect::<Vec<_>>())
@@ -71,9 +81,9 @@ pub(crate) async fn append(
     let rows = with_texts(query, events).fetch_all(connection).await?;
     let row = rows.first().ok_or(sqlx::Error::RowNotFound)?;
     let positions: Option<Vec<i64>> = row.try_get(0)?;
-    let recorded_at = time(row, 3)?;
+    let recorded_at = time(row, 4)?;
     let written = positions.map(|positions| Written { positions, recorded_at });
-    Ok((written, Standings { streams: row.try_get(1)?, documents: row.try_get(2)? }))
+    Ok((written, Standings { streams: row.try_get(1)?, events: row.try_get(2)?, documents: row.try_get(3)? }))
 }
 
 /// The same for a group that only appends; gives `None` if a guess was wrong.
@@ -98,7 +108,8 @@ async fn append_events(
         .bind(events.iter().map(|event| event.rank as i32).collect::<Vec<_>>())
         .bind(events.iter().map(|event| streams[event.stream].id.as_str()).collect::<Vec<_>>())
         .bind(events.iter().map(|event| bases[event.stream] + event.step).collect::<Vec<_>>());
-    let rows = with_texts(query, events).fetch_all(connection).await?;
+    let query = with_texts(query, events).bind(streams.iter().map(|stream| stream.event).collect::<Vec<_>>());
+    let rows = query.fetch_all(connection).await?;
     let Some(row) = rows.first() else { return Ok(None) };
     let recorded_at = time(row, 1)?;
     // Drawn in the order of the ranks, whatever the order in which they come back.
@@ -125,7 +136,8 @@ async fn append_one(
         .bind(&*text.type_name)
         .bind(text.schema_version)
         .bind(&*text.data)
-        .bind(&*text.metadata);
+        .bind(&*text.metadata)
+        .bind(stream.event);
     // To its very end, as above.
     let rows = query.fetch_all(connection).await?;
     let Some(row) = rows.first() else { return Ok(None) };

@@ -16,6 +16,8 @@ pub(crate) struct Prepared {
     pub(crate) rows: usize,
     /// Likewise.
     pub(crate) bytes: usize,
+    /// The number of the history when it was handed over.
+    pub(crate) history: u64,
 }
 
 struct PreparedAppend {
@@ -33,13 +35,14 @@ pub(crate) struct EventText {
     pub(crate) metadata: String,
 }
 
-impl From<Commit> for Prepared {
-    fn from(commit: Commit) -> Self {
+impl Prepared {
+    pub(crate) fn new(commit: Commit, history: u64) -> Self {
         let rows = commit.rows();
         let appended = commit.appends.iter().flat_map(|append| &append.events).map(|event| event.data.len());
         let put = commit.puts.iter().filter_map(|put| put.body.as_ref()).map(|body| body.len());
         let bytes = appended.chain(put).sum();
-        Self { appends: commit.appends.into_iter().map(PreparedAppend::from).collect(), puts: commit.puts, rows, bytes }
+        let appends = commit.appends.into_iter().map(PreparedAppend::from).collect();
+        Self { appends, puts: commit.puts, rows, bytes, history }
     }
 }
 
@@ -60,6 +63,8 @@ impl From<Append> for PreparedAppend {
 #[derive(Clone, Debug)]
 pub(crate) struct Standings {
     pub(crate) streams: Vec<i64>,
+    /// The ids of the last events of the streams.
+    pub(crate) events: Vec<Option<Uuid>>,
     pub(crate) documents: Vec<i64>,
 }
 
@@ -71,6 +76,8 @@ pub(crate) struct Decision<'g> {
     pub(crate) documents: Vec<DocumentState<'g>>,
     /// In byte order of the streams.
     pub(crate) events: Vec<EventRow<'g>>,
+    /// Whether it is decided from what is known.
+    known: bool,
     outcomes: Vec<Result<Outline, CommitError>>,
 }
 
@@ -78,6 +85,10 @@ pub(crate) struct StreamState<'g> {
     pub(crate) id: &'g StreamId,
     /// Where it stands before the group. `None`: wherever.
     pub(crate) base: Option<i64>,
+    /// The id of the event there. `None`: whichever, or there is none.
+    pub(crate) event: Option<Uuid>,
+    /// What the group has appended last.
+    appended: Option<Uuid>,
     steps: i64,
     /// Something is written because of where it stands.
     relied_on: bool,
@@ -148,6 +159,8 @@ impl<'g> Decision<'g> {
                 .map(|(n, id)| StreamState {
                     id,
                     base: known.map(|known| known.streams[n]),
+                    event: known.and_then(|known| known.events[n]),
+                    appended: None,
                     steps: 0,
                     relied_on: false,
                 })
@@ -161,6 +174,7 @@ impl<'g> Decision<'g> {
                 })
                 .collect(),
             events: Vec::with_capacity(group.iter().map(|commit| commit.rows).sum()),
+            known: known.is_some(),
             outcomes: Vec::with_capacity(group.len()),
         };
         for commit in group {
@@ -189,10 +203,14 @@ impl<'g> Decision<'g> {
     ) -> Result<Outline, CommitError> {
         for append in &commit.appends {
             let state = &mut self.streams[streams[&append.stream]];
-            if let Expected::Version(expected) = append.expected {
-                let before = *state.base.get_or_insert_with(|| guess(expected.0, state.steps));
-                append.expected.check(&append.stream, Version(before + state.steps))?;
+            let Some(expected) = append.expected.version() else { continue };
+            let before = *state.base.get_or_insert_with(|| guess(expected.0, state.steps));
+            // As long as it is not known which event is there, it is guessed to be the one that a commit expects.
+            if !self.known && state.steps == 0 && before == expected.0 {
+                state.event = state.event.or(append.expected.event());
             }
+            let last = state.appended.or(state.event);
+            append.expected.check(&append.stream, Version(before + state.steps), last)?;
         }
         for put in &commit.puts {
             let state = &mut self.documents[documents[&put.key]];
@@ -210,6 +228,7 @@ impl<'g> Decision<'g> {
             state.relied_on |= commit.rows > 0 && append.expected != Expected::Any;
             for text in &append.events {
                 state.steps += 1;
+                state.appended = Some(text.id);
                 let rank = self.events.len() + 1;
                 self.events.push(EventRow { rank, stream, step: state.steps, text });
                 outline.rank = Some(rank);
@@ -226,6 +245,11 @@ impl<'g> Decision<'g> {
             state.put = Some(put);
         }
         Ok(outline)
+    }
+
+    /// The id of the last event in log order.
+    pub(crate) fn last_event(&self) -> Option<Uuid> {
+        self.events.iter().max_by_key(|event| event.rank).map(|event| event.text.id)
     }
 
     /// What each commit came to, now that it is written.

@@ -7,6 +7,7 @@ use std::{
 };
 
 use annals::{Append, Commit, CommitError, Committed, DocumentKey, Expected, Position, Put, StreamId, Version};
+use uuid::Uuid;
 
 /// A commit as the writer takes it: whatever can be made ready before is made ready by its caller, because callers run in
 /// parallel and the writer does not.
@@ -76,7 +77,8 @@ pub(crate) struct DocumentRow {
 #[derive(Default)]
 pub(crate) struct Ledger {
     pub(crate) head: i64,
-    pub(crate) streams: HashMap<StreamId, i64>,
+    /// The version of each stream, and the id of its last event.
+    pub(crate) streams: HashMap<StreamId, (i64, Option<Uuid>)>,
     pub(crate) documents: HashMap<DocumentKey, i64>,
     /// What is to be written, in log order.
     pub(crate) events: Vec<EventRow>,
@@ -105,7 +107,10 @@ impl Ledger {
         self.check(&commit)?;
         let mut committed = Committed::default();
         for append in commit.appends {
-            let standing = self.streams.entry(append.stream.clone()).or_default();
+            let (standing, last) = self.streams.entry(append.stream.clone()).or_default();
+            if let Some(text) = append.events.last() {
+                *last = text.id.parse().ok();
+            }
             for text in append.events {
                 self.head += 1;
                 *standing += 1;
@@ -132,8 +137,8 @@ impl Ledger {
             return Err(full("the log".into()));
         }
         for PreparedAppend { stream, expected, events } in &commit.appends {
-            let actual = self.streams.get(stream).copied().unwrap_or(0);
-            expected.check(stream, Version(actual))?;
+            let (actual, last) = self.streams.get(stream).copied().unwrap_or_default();
+            expected.check(stream, Version(actual), last)?;
             if actual.checked_add(events.len() as i64).is_none() {
                 return Err(full(format!("stream {stream}")));
             }

@@ -171,7 +171,13 @@ async fn load_streams(
         .bind(serde_json::json!(names).to_string())
         .fetch_one(connection)
         .await?;
-    ledger.streams = streams.into_iter().zip(numbers(&versions)?).collect();
+    let versions: Vec<String> = serde_json::from_str(&versions).map_err(|error| sqlx::Error::Decode(error.into()))?;
+    for (stream, standing) in streams.into_iter().zip(versions) {
+        let (version, event) = standing.split_once(' ').unwrap_or((&standing, ""));
+        let version = version.parse().map_err(|error: std::num::ParseIntError| sqlx::Error::Decode(error.into()))?;
+        // An id that somebody wrote by hand may be none.
+        ledger.streams.insert(stream, (version, event.parse().ok()));
+    }
     Ok((head, recorded_at))
 }
 

@@ -95,6 +95,7 @@ macro_rules! __store_suite {
             append: one_conflict_leaves_nothing_of_the_commit;
             append: an_empty_commit_holds;
             append: an_append_without_events_only_checks;
+            append: an_event_that_is_expected_is_compared_by_its_id;
             append: a_stream_is_read_after_a_version_up_to_a_limit;
             append: streams_with_like_names_are_apart;
             append: a_commit_may_be_as_large_as_the_limit;

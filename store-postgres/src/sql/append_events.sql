@@ -5,7 +5,8 @@
 -- the unique key of streams finds whoever was faster; so it does no harm that this statement looks at the time before it had
 -- the gates. The table is locked before a statement that inserts into it runs, hence before a position is drawn.
 -- binds: $1 streams, $2 where they are guessed to stand, $3 whether they are only held (NULL: not even that); $4 how many events,
---        $5 their ranks, $6 stream ids, $7 versions, $8 event ids, $9 types, $10 schema versions, $11 data, $12 metadata
+--        $5 their ranks, $6 stream ids, $7 versions, $8 event ids, $9 types, $10 schema versions, $11 data, $12 metadata;
+--        $13 the ids of the events that the streams are guessed to stand at (NULL: whichever)
 -- gives: a position for each event and when it was recorded; nothing if a guess was wrong, and then nothing was written
 -- index: events_stream_version, one seek a stream; grows events_position_key and events_stream_version
 WITH gates AS MATERIALIZED (
@@ -18,9 +19,10 @@ WITH gates AS MATERIALIZED (
 ), checked AS MATERIALIZED (
     SELECT bool_and(s.guess = s.standing) AS hold
       FROM gates,
-           (SELECT w.guess, coalesce((SELECT e.version FROM annals.events AS e WHERE e.stream_id = w.stream
+           (SELECT w.guess, coalesce((SELECT CASE WHEN e.event_id = coalesce(w.event, e.event_id) THEN e.version ELSE -1 END
+                                        FROM annals.events AS e WHERE e.stream_id = w.stream
                                        ORDER BY e.version DESC LIMIT 1), 0) AS standing
-              FROM unnest($1::text[], $2::bigint[]) AS w (stream, guess)
+              FROM unnest($1::text[], $2::bigint[], $13::uuid[]) AS w (stream, guess, event)
             OFFSET 0) AS s
 ), drawn AS MATERIALIZED (
     SELECT array_agg(nextval('annals.events_position')) AS positions

@@ -1,7 +1,8 @@
 -- One event alone: what `append_events` does, without its arrays, and without a node of the plan that could be spared.
--- binds: $1 stream, $2 version, $3 event id, $4 type, $5 schema version, $6 data, $7 metadata
--- gives: the position and when it was recorded; nothing if the stream does not stand right before the version, and then nothing was
---        written
+-- binds: $1 stream, $2 version, $3 event id, $4 type, $5 schema version, $6 data, $7 metadata, $8 the id of the event before it (NULL:
+--        whichever)
+-- gives: the position and when it was recorded; nothing if the stream does not stand right before the version, or at another event,
+--        and then nothing was written
 -- index: events_stream_version, one seek; grows events_position_key and events_stream_version
 INSERT INTO annals.events (position, stream_id, version, event_id, type, schema_version, data, metadata, recorded_at)
 -- By the clock of this server, but not before the last event, unless that is dated ahead by a day or more: by hand.
@@ -15,7 +16,9 @@ SELECT drawn.position, $1, $2, $3, $4, $5, $6::text::json, $7::text::json,
           FROM (SELECT nextval('annals.events_position') AS position
                  WHERE pg_advisory_xact_lock_shared(
                            'annals.events'::regclass::oid::int, (hashtextextended($1::text, 0) & 1023)::int) IS NOT NULL
-                   AND $2::bigint = 1 + coalesce((SELECT e.version FROM annals.events AS e WHERE e.stream_id = $1
+                   AND $2::bigint = 1 + coalesce((SELECT CASE WHEN e.event_id = coalesce($8::uuid, e.event_id) THEN e.version
+                                                              ELSE -1 END
+                                                    FROM annals.events AS e WHERE e.stream_id = $1
                                                    ORDER BY e.version DESC LIMIT 1), 0)
                 OFFSET 0) AS d
         OFFSET 0) AS drawn

@@ -1,10 +1,12 @@
 -- Where the log and some streams stand, in one row.
 -- binds: ?1 JSON array of stream ids
--- gives: head position, its recorded_at, JSON array of versions in the order of ?1 (0: no such stream)
+-- gives: head position, its recorded_at, JSON array of versions, each with a blank and the id of the event there, in the order of ?1
+--        (`0 `: no such stream)
 -- index: events_stream_version, one seek a stream; the primary key for the head
 SELECT coalesce(max(head.position), 0),
        coalesce(max(head.recorded_at), 0),
        (SELECT json_group_array(
-                   (SELECT coalesce(max(version), 0) FROM events WHERE stream_id = wanted.value) ORDER BY wanted.key)
+                   coalesce((SELECT version || ' ' || event_id FROM events WHERE stream_id = wanted.value
+                              ORDER BY version DESC LIMIT 1), '0 ') ORDER BY wanted.key)
           FROM json_each(?1) AS wanted)
   FROM (SELECT position, recorded_at FROM events ORDER BY position DESC LIMIT 1) AS head

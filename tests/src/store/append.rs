@@ -185,6 +185,44 @@ pub async fn an_append_without_events_only_checks<T: StoreUnderTest>() {
     assert_eq!(whole_log(&*store).await.len(), 2);
 }
 
+/// A version alone may be another event's by now, where a log has lost its end and grown again.
+pub async fn an_event_that_is_expected_is_compared_by_its_id<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    let (events, other) = (numbered(2), Uuid::new_v4());
+    let (first, second) = (events[0].id, events[1].id);
+    store.commit(appending([append("a-1", at(0), events)])).await.unwrap();
+    let expect = |version, id| Expected::Event { version: Version(version), id };
+    for (expected, count) in
+        [(expect(2, other), 1), (expect(2, first), 0), (expect(1, first), 1), (expect(3, second), 2)]
+    {
+        let version = expected.version().unwrap().0;
+        let alone = appending([append("a-1", expected, numbered(count))]);
+        assert_conflict(store.commit(alone).await, "a-1", version, 2);
+        // Beside another stream, and beside a document: stores may go other ways then.
+        let with_another = appending([append("a-1", expected, numbered(count)), append("b-1", at(0), numbered(1))]);
+        assert_conflict(store.commit(with_another).await, "a-1", version, 2);
+        let note = put(&key("note", "1"), None, Some("1"));
+        let with_document = Commit { puts: vec![note], ..appending([append("a-1", expected, numbered(count))]) };
+        assert_conflict(store.commit(with_document).await, "a-1", version, 2);
+    }
+    assert!(store.read_stream(&stream("b-1"), Version::START, 1).await.unwrap().is_empty());
+    store.commit(appending([append("a-1", expect(2, second), vec![])])).await.unwrap();
+    let third = numbered(1);
+    let (third_id, another) = (third[0].id, appending([append("never-1", expect(1, other), numbered(1))]));
+    store.commit(appending([append("a-1", expect(2, second), third)])).await.unwrap();
+    assert_conflict(store.commit(another).await, "never-1", 1, 0);
+    // Many at once, some of which rest on what others of the same group append.
+    let racing = (0..40).map(|number| {
+        let (store, id) = (store.clone(), if number % 2 == 0 { third_id } else { other });
+        async move { store.commit(appending([append("a-1", expect(3, id), numbered(1))])).await }
+    });
+    let outcomes = futures::future::join_all(racing).await;
+    assert_eq!(outcomes.iter().filter(|outcome| outcome.is_ok()).count(), 1);
+    assert_eq!(outcomes.iter().position(Result::is_ok).map(|place| place % 2), Some(0));
+    assert_eq!(whole_stream(&*store, "a-1").await.len(), 4);
+}
+
 /// From anywhere in it, beyond its end too.
 pub async fn a_stream_is_read_after_a_version_up_to_a_limit<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
