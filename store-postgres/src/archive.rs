@@ -44,14 +44,14 @@ impl Archive for PostgresStore {
             sqlx::Error::Database(error) if error.is_unique_violation() => CommitError::Invalid(error.to_string()),
             _ => write_error(&error),
         };
-        let mut connection = self.shared.database.connect(Purpose::Write).await.map_err(failed)?;
-        let begin = self.shared.database.begin(Purpose::Write);
-        let mut transaction = connection.begin_with(begin).await.map_err(failed)?;
-        self.copy_in(&mut transaction, &contents.events).await.map_err(failed)?;
-        self.put_in(&mut transaction, &contents.documents).await.map_err(failed)?;
+        let (_, mut connection) = self.shared.database.connect(Purpose::Write).await.map_err(failed)?;
+        // Used for nothing else: whatever happens, its end is the end of the transaction.
+        self.shared.database.begin(&mut connection, Purpose::Write).await.map_err(failed)?;
+        self.copy_in(&mut connection, &contents.events).await.map_err(failed)?;
+        self.put_in(&mut connection, &contents.documents).await.map_err(failed)?;
         // In the same transaction: a reader passes no position that was not drawn.
-        self.shared.database.statements.advance.query().execute(&mut *transaction).await.map_err(failed)?;
-        transaction.commit().await.map_err(|error| end_error(&error))?;
+        self.shared.database.statements.advance.query().execute(&mut connection).await.map_err(failed)?;
+        sqlx::raw_sql("COMMIT").execute(&mut connection).await.map_err(|error| end_error(&error))?;
         connection.close().await.ok();
         Ok(())
     }

@@ -93,6 +93,9 @@ pub(crate) enum Fault {
     Refused,
     /// The user may not, or the database is not there.
     Forbidden,
+    /// The session is on a standby or a read-only server: it stays of no use, even when the address leads to the primary again.
+    /// Nothing was written.
+    NotPrimary,
     /// The server cannot do it now, or its schema is not ours. Nothing was written.
     Unavailable,
     /// The connection ended: what was under way holds, or does not.
@@ -125,7 +128,32 @@ const CLASS_AUTHORIZATION: &str = "28";
 const POSITION_KEY: &str = "events_position_key";
 const RACED_KEYS: [&str; 2] = ["events_stream_version", "documents_key"];
 
+/// Why a session cannot be used: what `session.sql` said.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}; connecting again until the address leads to the writable primary")]
+struct NotPrimary(String);
+
+/// The session is not on the server that it must be on.
+pub(crate) fn not_primary(reason: impl Into<String>) -> sqlx::Error {
+    sqlx::Error::Configuration(Box::new(NotPrimary(reason.into())))
+}
+
+fn is_not_primary(error: &sqlx::Error) -> bool {
+    matches!(error, sqlx::Error::Configuration(reason) if reason.is::<NotPrimary>())
+}
+
+/// What an error says, for people.
+fn text(error: &sqlx::Error) -> String {
+    match error {
+        sqlx::Error::Configuration(reason) => reason.to_string(),
+        error => error.to_string(),
+    }
+}
+
 pub(crate) fn fault(error: &sqlx::Error) -> Fault {
+    if is_not_primary(error) {
+        return Fault::NotPrimary;
+    }
     let Some(error) = error.as_database_error().and_then(|error| error.try_downcast_ref::<PgDatabaseError>()) else {
         return match error {
             // Before anything was sent.
@@ -150,6 +178,7 @@ pub(crate) fn fault(error: &sqlx::Error) -> Fault {
         CHECK_VIOLATION | PROGRAM_LIMIT_EXCEEDED => Fault::Refused,
         code if code.starts_with(CLASS_DATA) => Fault::Refused,
         INSUFFICIENT_PRIVILEGE => Fault::Forbidden,
+        READ_ONLY_TRANSACTION => Fault::NotPrimary,
         code if code.starts_with(CLASS_CONNECTION) => Fault::Lost,
         code if code.starts_with(CLASS_AUTHORIZATION) => Fault::Forbidden,
         _ => Fault::Unavailable,
@@ -191,7 +220,7 @@ pub(crate) fn open_error(error: &sqlx::Error) -> OpenError {
         error.as_database_error().and_then(DatabaseError::code).is_some_and(|code| code == READ_ONLY_TRANSACTION);
     match fault(error) {
         _ if is_tls(error) => OpenError::Tls { reason },
-        _ if read_only => OpenError::Standby,
+        _ if read_only || fault(error) == Fault::NotPrimary => OpenError::Standby,
         Fault::Forbidden => OpenError::Refused { reason },
         _ => OpenError::Unavailable { reason },
     }
@@ -200,7 +229,7 @@ pub(crate) fn open_error(error: &sqlx::Error) -> OpenError {
 pub(crate) fn read_error(error: sqlx::Error) -> StoreError {
     match error {
         sqlx::Error::Decode(_) | sqlx::Error::ColumnDecode { .. } => StoreError::Corrupt(error.to_string()),
-        _ => StoreError::Unavailable(error.to_string()),
+        _ => StoreError::Unavailable(text(&error)),
     }
 }
 
@@ -211,8 +240,13 @@ pub(crate) fn write_error(error: &sqlx::Error) -> CommitError {
         Fault::Lost => CommitError::Unknown(error.to_string()),
         Fault::Race => CommitError::Unavailable(format!("other processes were faster each time: {error}")),
         Fault::Held => CommitError::Unavailable(format!("another transaction stays in the way: {error}")),
-        _ => CommitError::Unavailable(error.to_string()),
+        _ => CommitError::Unavailable(text(error)),
     }
+}
+
+/// Something failed before anything was written.
+pub(crate) fn not_written(error: &sqlx::Error) -> CommitError {
+    CommitError::Unavailable(text(error))
 }
 
 /// The end of a transaction failed that has SQL of the user's in it: a constraint of theirs may be checked only then.

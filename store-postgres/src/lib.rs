@@ -70,6 +70,7 @@ mod archive;
 mod copied;
 mod error;
 mod group;
+mod history;
 mod log;
 mod news;
 mod open;
@@ -230,7 +231,7 @@ impl EventStore for PostgresStore {
         if commit.is_empty() {
             return Ok(Committed::default());
         }
-        let commit = Prepared::from(commit);
+        let commit = Prepared::new(commit, self.history());
         let (mut passage, is_alone) = self.shared.traffic.enter();
         if is_alone && let Some(turn) = self.shared.alone.turn() {
             return turn.write(commit, passage).await;
@@ -260,15 +261,20 @@ impl EventStore for PostgresStore {
     }
 
     async fn wait(&self, after: Position) -> Result<(), StoreError> {
-        let Shared { log, news, .. } = &*self.shared;
+        let Shared { database, log, news, .. } = &*self.shared;
         let mut told = news.subscribe();
+        let mut changes = database.history.subscribe();
+        let history = *changes.borrow_and_update();
         let (mut look, mut gap_look, mut first) = (LOOK_MS_MIN, GAP_LOOK_MS_MIN, true);
         loop {
+            if database.history.number() != history {
+                return Ok(());
+            }
             // Before the look, so that what is told during it counts.
             told.mark_unchanged();
             let heard = news.heard();
             // After a commit of this process there is mostly nothing, and a look is a round trip. The next one is soon.
-            let is_known = std::mem::take(&mut first) && news.ends_at(after, heard);
+            let is_known = std::mem::take(&mut first) && news.ends_at(history, after, heard);
             match if is_known { Ahead::Nothing } else { log.ahead(after).await? } {
                 Ahead::Events => return Ok(()),
                 // What is told now is beyond the gap.
@@ -280,10 +286,16 @@ impl EventStore for PostgresStore {
                     news.nothing_at(heard);
                     let longest = if news.is_listening() { LOOK_MS_MAX } else { DEAF_LOOK_MS_MAX };
                     // An end of this wait for any reason is one to look again.
-                    timeout(Duration::from_millis(look.min(longest)), told.changed()).await.ok();
+                    let woken = async {
+                        tokio::select! {
+                            told = told.changed() => told,
+                            changed = changes.changed() => changed,
+                        }
+                    };
+                    timeout(Duration::from_millis(look.min(longest)), woken).await.ok();
                     // What was written here meanwhile is there. If it stands behind a gap, the reader is back soon, and
                     // looks first.
-                    if news.last_written() > after {
+                    if news.last_written(history) > after {
                         return Ok(());
                     }
                     look = (look * 2).min(LOOK_MS_MAX);
@@ -298,5 +310,9 @@ impl EventStore for PostgresStore {
 
     fn clock(&self) -> Clock {
         self.shared.database.clock.clone()
+    }
+
+    fn history(&self) -> u64 {
+        self.shared.database.history.number()
     }
 }

@@ -3,32 +3,30 @@
 //! Positions are drawn before their transactions commit, so an event may appear below one that is visible already. A reader
 //! therefore stops at a gap. What lies in it is either still to come or never was, and this is how to tell:
 //!
-//! 1. Read the last position drawn by anybody.
+//! 1. Read the last event that is *visible*. It is durable, so no crash lets anybody draw its position, or one below it, again.
+//!    The last position that was only drawn is not durable: after a crash it may be drawn once more.
 //! 2. Then ask who holds the lock that every writer of events takes *before* it draws (`annals.append` takes it by a statement
 //!    of its own; an `INSERT` takes it before it evaluates its defaults), and keeps until it has ended.
-//! 3. Whoever drew a position up to the one read, and has not ended by now, is among them. Once exactly those have ended, and
-//!    whoever came later does not matter, a fresh look at the table shows all that will ever be there up to the position read.
+//! 3. Whoever drew a position below that event, and has not ended by now, is among them. Once exactly those have ended, and
+//!    whoever came later does not matter, all that will ever be there up to that event is visible.
 //!
-//! That is then *settled* for good, up to the last event visible in it. No further: what is visible is durable, and with it
-//! that the sequence has come so far; after a crash, positions beyond it may be drawn again. Nothing here depends on
-//! transaction ids, so a log that was restored elsewhere is read as before.
+//! That is then *settled* for good. A crash between two of these steps ends transactions, and nothing else; those that are
+//! prepared survive it with their locks. What may not change is the log itself: if the event of step 1 is gone (a failover to a
+//! standby that lagged, a restore, a crash without `synchronous_commit`), the module `history` notices on the first session
+//! that sees the other log, and the proof is discarded. Nothing here depends on transaction ids, so a log that was restored
+//! elsewhere is read as before.
 
-use std::{
-    collections::HashSet,
-    sync::{
-        Arc,
-        atomic::{AtomicI64, Ordering},
-    },
-    time::Duration,
-};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use annals::{LogPage, LogQuery, OpenWriter, Position, StoreError, StoreStatus};
 use chrono::{DateTime, Utc};
 use futures::TryStreamExt;
 use sqlx::{Postgres, postgres::PgArguments, query::Query};
 use tokio::{sync::Mutex, time::sleep};
+use uuid::Uuid;
 
 use crate::{
+    history::{History, Seen},
     open::Database,
     read::{bound, read, recorded},
     readers::{Reader, Readers},
@@ -49,15 +47,15 @@ const STATUS_PAGES_MAX: usize = 200;
 pub(crate) struct Log {
     database: Arc<Database>,
     readers: Readers,
-    /// Up to here, no event will come in any more.
-    settled: AtomicI64,
     proof: Mutex<Option<Proof>>,
 }
 
-/// A position that was drawn by someone, and who may not have come to an end since.
+/// The last event that was visible, and who might have drawn a position below it and has not ended since.
 #[derive(Debug)]
 struct Proof {
-    drawn: i64,
+    /// The number of the history that all of it was read under.
+    history: u64,
+    visible: i64,
     holders: HashSet<String>,
 }
 
@@ -74,11 +72,11 @@ pub(crate) enum Ahead {
 
 impl Log {
     pub(crate) fn new(database: Arc<Database>, readers: Readers) -> Self {
-        Self { database, readers, settled: AtomicI64::new(0), proof: Mutex::default() }
+        Self { database, readers, proof: Mutex::default() }
     }
 
-    fn settled(&self) -> i64 {
-        self.settled.load(Ordering::SeqCst)
+    fn history(&self) -> &History {
+        &self.database.history
     }
 
     pub(crate) async fn page(&self, query: &LogQuery, after: Position, limit: usize) -> Result<LogPage, StoreError> {
@@ -87,12 +85,15 @@ impl Log {
             return Ok(nothing);
         }
         loop {
+            let history = self.history().number();
             let page = if *query == LogQuery::all() {
                 self.every_event(after, limit.min(PAGE_EVENTS_MAX)).await?
             } else {
                 self.some_events(query, after, limit.min(PAGE_EVENTS_MAX)).await?
             };
             match page {
+                // It may be a mixture of two logs.
+                _ if self.history().number() != history => {}
                 Ok(page) => return Ok(page),
                 // Something is visible behind a gap.
                 Err(visible) if !self.settle(visible).await? => return Ok(nothing),
@@ -104,7 +105,7 @@ impl Log {
     /// A page, or the position of the event behind the gap that it would begin with.
     async fn every_event(&self, after: Position, limit: usize) -> Result<Result<LogPage, i64>, StoreError> {
         // Before the statement: what is settled by now is visible to it.
-        let settled = self.settled();
+        let (history, settled) = self.history().settled();
         let mut page = self.fetch(after, limit).await?;
         let mut last = after.0.max(0);
         let dense = page.events.iter().take_while(|event| {
@@ -120,6 +121,9 @@ impl Log {
         page.more = dense == page.events.len() && (page.more || dense >= limit);
         page.events.truncate(dense);
         page.next = page.events.last().map_or(after, |event| event.position);
+        if let Some(last) = page.events.last() {
+            self.history().saw(history, (last.position.0, last.id));
+        }
         Ok(Ok(page))
     }
 
@@ -145,7 +149,8 @@ impl Log {
         limit: usize,
     ) -> Result<Result<LogPage, i64>, StoreError> {
         let statements = &self.database.statements;
-        let (settled, start) = (self.settled(), after.0.max(0));
+        let start = after.0.max(0);
+        let (history, settled) = self.history().settled();
         let (until, is_end) = if start < settled {
             let until: Option<i64> = read!(self.readers, |reader| statements
                 .settled_until
@@ -157,7 +162,7 @@ impl Log {
             // What is beyond, the next page finds out.
             (until.unwrap_or(settled), false)
         } else {
-            let (until, any) = self.dense_until(start).await?;
+            let (until, any) = self.dense_until(history, start).await?;
             match until {
                 Some(until) => (until, until - start < bound(PAGE_EVENTS_MAX)),
                 None if any => return Ok(Err(self.next(start).await?.unwrap_or(start))),
@@ -180,35 +185,44 @@ impl Log {
         Ok(Ok(page))
     }
 
-    async fn dense_until(&self, start: i64) -> Result<(Option<i64>, bool), StoreError> {
-        read!(self.readers, |reader| self
+    async fn dense_until(&self, history: u64, start: i64) -> Result<(Option<i64>, bool), StoreError> {
+        let (until, id, any): (Option<i64>, Option<Uuid>, bool) = read!(self.readers, |reader| self
             .database
             .statements
             .dense_until
             .rows()
             .bind(start)
             .bind(bound(PAGE_EVENTS_MAX))
-            .fetch_one(reader.connection()?))
+            .fetch_one(reader.connection()?))?;
+        if let Some(last) = until.zip(id) {
+            self.history().saw(history, last);
+        }
+        Ok((until, any))
     }
 
+    /// The first event after a position; looks also whether the log has lost its end.
     async fn next(&self, after: i64) -> Result<Option<i64>, StoreError> {
+        let last = self.history().last();
         let (statement, clock) = (&self.database.statements.next, &self.database.clock);
-        let (next, now, asked) = read!(self.readers, |reader| async {
+        let (next, found, now, asked) = read!(self.readers, |reader| async {
             let asked = clock.ask();
-            let row: (Option<i64>, DateTime<Utc>) =
-                statement.rows().bind(after).fetch_one(reader.connection()?).await?;
-            Ok::<_, sqlx::Error>((row.0, row.1, asked))
+            let query = statement.rows().bind(after).bind(last.map(|(position, _)| position));
+            let row: (Option<i64>, Option<Uuid>, DateTime<Utc>) = query.fetch_one(reader.connection()?).await?;
+            Ok::<_, sqlx::Error>((row.0, row.1, row.2, asked))
         })?;
         clock.told(asked, now);
+        self.history().compare(last, found);
         Ok(next)
     }
 
-    async fn top(&self, until: i64) -> Result<i64, StoreError> {
-        read!(self.readers, |reader| self.database.statements.top.scalar().bind(until).fetch_one(reader.connection()?))
-    }
-
-    async fn drawn(&self) -> Result<i64, StoreError> {
-        read!(self.readers, |reader| self.database.statements.drawn.scalar().fetch_one(reader.connection()?))
+    /// The last event that is visible.
+    async fn newest(&self, history: u64) -> Result<Option<i64>, StoreError> {
+        let newest: Option<Seen> =
+            read!(self.readers, |reader| self.database.statements.newest.rows().fetch_optional(reader.connection()?))?;
+        if let Some(newest) = newest {
+            self.history().saw(history, newest);
+        }
+        Ok(newest.map(|(position, _)| position))
     }
 
     async fn holders(&self) -> Result<HashSet<String>, StoreError> {
@@ -220,35 +234,30 @@ impl Log {
     /// Tries to settle the log up to a visible event; says whether it is.
     async fn settle(&self, visible: i64) -> Result<bool, StoreError> {
         let mut proof = self.proof.lock().await;
-        // An older proof may end short of the event; then one of this moment is tried, which does not unless somebody has set
-        // the sequence back.
-        let mut of_this_moment = false;
-        loop {
-            if visible <= self.settled() {
+        // An older proof may end short of the event; one that begins now does not, unless the log changes.
+        for _ in 0..2 {
+            let (history, settled) = self.history().settled();
+            if visible <= settled {
                 return Ok(true);
             }
-            match &mut *proof {
-                Some(proof) => still_holding(&mut proof.holders, self.holders().await?),
-                // In this order: who draws later than this look at the sequence is not waited for.
+            let pending = match proof.take().filter(|pending| pending.history == history) {
+                Some(mut pending) => {
+                    still_holding(&mut pending.holders, self.holders().await?);
+                    pending
+                }
+                // In this order: who draws later than this look at the log is not waited for.
                 None => {
-                    of_this_moment = true;
-                    let drawn = self.drawn().await?;
-                    *proof = Some(Proof { drawn, holders: self.holders().await? });
+                    let Some(visible) = self.newest(history).await? else { return Ok(false) };
+                    Proof { history, visible, holders: self.holders().await? }
                 }
+            };
+            if !pending.holders.is_empty() {
+                *proof = Some(pending);
+                return Ok(false);
             }
-            match &*proof {
-                Some(Proof { drawn, holders }) if holders.is_empty() => {
-                    // A statement of its own, so it sees what those have committed.
-                    let (drawn, top) = (*drawn, self.top(*drawn).await?);
-                    self.settled.fetch_max(top, Ordering::SeqCst);
-                    *proof = None;
-                    if of_this_moment || drawn >= visible {
-                        return Ok(visible <= self.settled());
-                    }
-                }
-                _ => return Ok(false),
-            }
+            self.history().settle(history, pending.visible);
         }
+        Ok(visible <= self.history().settled().1)
     }
 
     pub(crate) async fn ahead(&self, after: Position) -> Result<Ahead, StoreError> {
@@ -263,25 +272,28 @@ impl Log {
 
     /// The last event that a reader can get to, and what keeps it from going further.
     pub(crate) async fn status(&self) -> Result<StoreStatus, StoreError> {
-        let top = self.top(self.drawn().await?).await?;
+        let history = self.history().number();
+        let status =
+            |head, waits_for| StoreStatus { head: Position(head), waits_for, lost_end: self.history().lost_end() };
+        let Some(top) = self.newest(history).await? else { return Ok(status(0, None)) };
         for look in 0..STATUS_LOOKS_MAX {
             if self.settle(top).await? {
-                return Ok(StoreStatus { head: Position(self.settled()), ..StoreStatus::default() });
+                return Ok(status(self.history().settled().1, None));
             }
             // Most writers are done in a moment.
             if look + 1 < STATUS_LOOKS_MAX {
                 sleep(Duration::from_millis(STATUS_LOOK_MS)).await;
             }
         }
-        let mut head = self.settled();
+        let mut head = self.history().settled().1;
         for _ in 0..STATUS_PAGES_MAX {
-            let Some(until) = self.dense_until(head).await?.0 else { break };
+            let Some(until) = self.dense_until(history, head).await?.0 else { break };
             head = until;
             // No gap up to there, so nothing can come in.
-            self.settled.fetch_max(head, Ordering::SeqCst);
+            self.history().settle(history, head);
         }
         let waits_for = if head < top { self.waits_for().await? } else { None };
-        Ok(StoreStatus { head: Position(head), waits_for, ..StoreStatus::default() })
+        Ok(status(head, waits_for))
     }
 
     async fn waits_for(&self) -> Result<Option<OpenWriter>, StoreError> {

@@ -11,7 +11,7 @@ use std::{
 };
 
 use annals::Position;
-use sqlx::{Connection, PgConnection, Row, postgres::PgListener};
+use sqlx::{PgConnection, Row, postgres::PgListener};
 use tokio::{
     sync::watch,
     time::{Instant, sleep, sleep_until, timeout},
@@ -34,8 +34,8 @@ const LOOK_MS: u64 = 100;
 pub(crate) struct News {
     /// Counts what there was to tell, from here or elsewhere.
     told: watch::Sender<u64>,
-    /// The last position written here.
-    written: watch::Sender<Position>,
+    /// The last position written here, with the number of the history.
+    written: watch::Sender<(u64, Position)>,
     /// Counts what came from elsewhere,
     heard: Arc<AtomicU64>,
     /// and says how much of that had come when somebody last looked, and saw nothing.
@@ -50,7 +50,7 @@ impl News {
     pub(crate) fn new() -> Self {
         Self {
             told: watch::Sender::new(0),
-            written: watch::Sender::new(Position::START),
+            written: watch::Sender::new((0, Position::START)),
             heard: Arc::new(AtomicU64::new(1)),
             looked_at: Arc::default(),
             listening: watch::Sender::new(false),
@@ -62,15 +62,17 @@ impl News {
         self.told.subscribe()
     }
 
-    /// This process has written up to there.
-    pub(crate) fn written(&self, position: Position) {
+    /// This process has written up to there, under this number of the history.
+    pub(crate) fn written(&self, history: u64, position: Position) {
         // Of two writers, the one with the earlier positions may be the later one.
-        self.written.send_modify(|last| *last = position.max(*last));
+        self.written.send_modify(|last| *last = (history, position).max(*last));
         self.tell();
     }
 
-    pub(crate) fn last_written(&self) -> Position {
-        *self.written.borrow()
+    /// The last position written here under this number of the history.
+    pub(crate) fn last_written(&self, history: u64) -> Position {
+        let (of, position) = *self.written.borrow();
+        if of == history { position } else { Position::START }
     }
 
     pub(crate) fn is_listening(&self) -> bool {
@@ -89,8 +91,8 @@ impl News {
 
     /// Whether nobody is known to have written after this position: what was written here ends with it, and nothing has come
     /// from elsewhere since somebody looked. Who inserts by hand tells nobody.
-    pub(crate) fn ends_at(&self, position: Position, heard: u64) -> bool {
-        self.is_listening() && self.last_written() == position && self.looked_at.load(Ordering::Acquire) == heard
+    pub(crate) fn ends_at(&self, history: u64, position: Position, heard: u64) -> bool {
+        self.is_listening() && self.last_written(history) == position && self.looked_at.load(Ordering::Acquire) == heard
     }
 
     /// There is something from elsewhere.
@@ -125,11 +127,13 @@ impl News {
     async fn converse(
         &self,
         database: &Database,
-        written: &mut watch::Receiver<Position>,
+        written: &mut watch::Receiver<(u64, Position)>,
         reconnect: &mut Reconnect,
     ) -> Result<(), sqlx::Error> {
         let channel = database.channel();
         let mut listener = PgListener::connect_with(&database.listener()).await?;
+        // So that a process which does nothing notices, too, what became of its log.
+        database.check(&mut listener, Purpose::Tell).await?;
         listener.listen(&channel).await?;
         database.statements.attend.query().execute(&mut listener).await?;
         reconnect.succeeded();
@@ -170,12 +174,13 @@ impl News {
             let told = async {
                 let open = match connection.take() {
                     Some(open) => open,
-                    None => database.connect(Purpose::Tell).await?,
+                    None => database.connect(Purpose::Tell).await?.1,
                 };
-                let mut transaction = connection.insert(open).begin_with(database.begin(Purpose::Tell)).await?;
+                let session = connection.insert(open);
+                database.begin(session, Purpose::Tell).await?;
                 let notify = database.statements.notify.query().bind(&channel).bind(&*self.name);
-                notify.execute(&mut *transaction).await?;
-                transaction.commit().await
+                notify.execute(&mut *session).await?;
+                sqlx::raw_sql("COMMIT").execute(session).await.map(drop)
             };
             match told.await {
                 Ok(()) => reconnect.succeeded(),
@@ -199,11 +204,13 @@ impl News {
             let looked = async {
                 let open = match connection.take() {
                     Some(open) => open,
-                    None => database.connect(Purpose::Read).await?,
+                    None => database.connect(Purpose::Read).await?.1,
                 };
-                // Without binds, so that it is one message, and needs no transaction around it.
-                let newest = sqlx::raw_sql(database.statements.newest.sql());
-                newest.fetch_one(connection.insert(open)).await?.try_get::<i64, _>(0)
+                let session = connection.insert(open);
+                // Without binds, so that each is one message, and needs no transaction around it.
+                database.check(&mut *session, Purpose::Read).await?;
+                let newest = sqlx::raw_sql(database.statements.newest.sql()).fetch_optional(session).await?;
+                newest.map_or(Ok(0), |newest| newest.try_get::<i64, _>(0))
             };
             match looked.await {
                 Ok(newest) => {

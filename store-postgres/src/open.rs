@@ -6,12 +6,13 @@ use annals::{Clock, secret};
 use chrono::{DateTime, Utc};
 use percent_encoding::percent_decode_str;
 use sqlx::{
-    AssertSqlSafe, ConnectOptions, Connection, PgConnection, SqlSafeStr, SqlStr,
+    AssertSqlSafe, ConnectOptions, Connection, Executor, PgConnection, Postgres,
     postgres::{PgConnectOptions, PgPool, PgPoolOptions},
 };
 
 use crate::{
     error::{OpenError, is_protocol_violation, open_error},
+    history::{History, Seen},
     statements::{SCHEMA_DEFAULT, Statements, in_schema, is_schema_name},
 };
 
@@ -20,6 +21,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("migrations/0001_log_and_documents.sql"),
     include_str!("migrations/0002_operators_record_acts.sql"),
     include_str!("migrations/0003_few_rows_one_by_one.sql"),
+    include_str!("migrations/0004_streams_stand_at_an_event.sql"),
 ];
 
 /// How long the server works on one group before it gives up: as behind somebody's lock on the whole table. The end of a
@@ -131,6 +133,8 @@ pub(crate) struct Database {
     pub(crate) operates: bool,
     /// Kept at the time of the server by every look for new events.
     pub(crate) clock: Clock,
+    /// What every session is held against.
+    pub(crate) history: History,
 }
 
 impl Database {
@@ -162,7 +166,8 @@ impl Database {
             .extra_float_digits(None)
             .disable_statement_logging();
         let options = if pooled { options } else { options.options(SETTINGS) };
-        Ok(Self { options, settings, statements, pooled, operates: false, clock: Clock::of_the_machine() })
+        let (clock, history) = (Clock::of_the_machine(), History::default());
+        Ok(Self { options, settings, statements, pooled, operates: false, clock, history })
     }
 
     /// Creates the schema or brings it to the newest version.
@@ -263,15 +268,40 @@ impl Database {
         if self.pooled { self.options.clone() } else { self.options.clone().options(purpose.settings()) }
     }
 
-    /// A connection beside those for reads.
-    pub(crate) async fn connect(&self, purpose: Purpose) -> Result<PgConnection, sqlx::Error> {
-        self.options_for(purpose).connect().await
+    /// A new session, with the number of the history that it reads. Behind a pooler, the transactions on it are checked instead;
+    /// see [`begin`](Self::begin).
+    pub(crate) async fn connect(&self, purpose: Purpose) -> Result<(u64, PgConnection), sqlx::Error> {
+        let mut connection = self.options_for(purpose).connect().await?;
+        let history = match self.pooled {
+            true => self.history.number(),
+            false => self.check(&mut connection, purpose).await?,
+        };
+        Ok((history, connection))
     }
 
-    /// What begins a transaction on such a connection: behind a pooler with the settings that others have from the start.
-    pub(crate) fn begin(&self, purpose: Purpose) -> SqlStr {
+    /// Holds a session against the history that is known.
+    pub(crate) async fn check(
+        &self,
+        session: impl Executor<'_, Database = Postgres>,
+        purpose: Purpose,
+    ) -> Result<u64, sqlx::Error> {
+        let (asked, sql) = self.question();
+        let row = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_one(session).await?;
+        self.history.check(asked, &row, purpose)
+    }
+
+    /// The statement that asks a session what it is, and the event that it is asked for.
+    fn question(&self) -> (Option<Seen>, String) {
+        let asked = self.history.last();
+        let last = asked.map_or("NULL".to_owned(), |(position, _)| position.to_string());
+        (asked, self.statements.session.as_str().replace("{last}", &last))
+    }
+
+    /// Begins a transaction: behind a pooler with the settings that others have from the start, and on a server that is held
+    /// against the history. End it with `COMMIT`, or drop the connection.
+    pub(crate) async fn begin(&self, connection: &mut PgConnection, purpose: Purpose) -> Result<(), sqlx::Error> {
         if !self.pooled {
-            return SqlStr::from_static("BEGIN");
+            return sqlx::raw_sql("BEGIN").execute(connection).await.map(drop);
         }
         let mut begin = match purpose {
             Purpose::Read => "BEGIN READ ONLY".to_owned(),
@@ -281,8 +311,21 @@ impl Database {
         for (name, value) in settings.filter(|(name, _)| !name.starts_with("default_transaction_")) {
             begin += &format!("; SET LOCAL {name} = '{value}'");
         }
-        // Nothing in it comes from outside.
-        AssertSqlSafe(begin).into_sql_str()
+        self.begin_with(connection, &begin, purpose).await
+    }
+
+    /// The same, with what begins the transaction.
+    pub(crate) async fn begin_with(
+        &self,
+        connection: &mut PgConnection,
+        begin: &str,
+        purpose: Purpose,
+    ) -> Result<(), sqlx::Error> {
+        let (asked, question) = self.question();
+        // Nothing in it comes from outside. In one message, so that it costs no round trip.
+        let begin = AssertSqlSafe(format!("{begin}; {question}"));
+        let rows = sqlx::raw_sql(begin).fetch_all(&mut *connection).await?;
+        self.history.check(asked, rows.last().ok_or(sqlx::Error::RowNotFound)?, purpose).map(drop)
     }
 
     /// The connection that tells other processes and listens to them; a pool because that is what a listener wants.

@@ -18,6 +18,7 @@ use tokio::{
 
 use crate::{
     error::is_for_a_moment,
+    history::History,
     open::{Database, Purpose},
 };
 
@@ -35,13 +36,15 @@ pub(crate) struct Readers(Arc<Sessions>);
 struct Sessions {
     database: Arc<Database>,
     permits: Arc<Semaphore>,
-    idle: Mutex<Vec<PgConnection>>,
+    /// Each with the number of the history that it was opened under: under another one, it may be on another server.
+    idle: Mutex<Vec<(u64, PgConnection)>>,
 }
 
 /// A session, until this is dropped.
 pub(crate) struct Reader {
     /// `None` once it is given up.
     connection: Option<PgConnection>,
+    history: u64,
     sessions: Arc<Sessions>,
     _permit: OwnedSemaphorePermit,
 }
@@ -52,19 +55,23 @@ impl Readers {
         Self(Arc::new(Sessions { database, permits, idle: Mutex::default() }))
     }
 
+    /// What each of them is held against.
+    pub(crate) fn history(&self) -> &History {
+        &self.0.database.history
+    }
+
     /// A session, as soon as one is free.
     pub(crate) async fn get(&self) -> Result<Reader, sqlx::Error> {
         let deadline = Instant::now() + Duration::from_secs(WAIT_SECONDS_MAX);
         let permit = timeout_at(deadline, self.0.permits.clone().acquire_owned()).await;
         let permit = permit.map_err(|_| sqlx::Error::PoolTimedOut)?.map_err(|_| sqlx::Error::PoolClosed)?;
-        let idle = self.0.idle().pop();
-        let connection = match idle {
-            Some(connection) => connection,
+        let (history, connection) = match self.0.take_idle() {
+            Some(idle) => idle,
             None => self.0.connect(deadline).await?,
         };
-        let mut reader = Reader { connection: Some(connection), sessions: self.0.clone(), _permit: permit };
+        let mut reader = Reader { connection: Some(connection), history, sessions: self.0.clone(), _permit: permit };
         if self.0.database.pooled {
-            let begun = sqlx::raw_sql(self.0.database.begin(Purpose::Read)).execute(reader.connection()?).await;
+            let begun = self.0.database.begin(reader.connection()?, Purpose::Read).await;
             begun.inspect_err(|_| reader.give_up())?;
         }
         Ok(reader)
@@ -74,7 +81,7 @@ impl Readers {
     pub(crate) async fn close(&self) {
         self.0.permits.close();
         let idle = std::mem::take(&mut *self.0.idle());
-        for connection in idle {
+        for (_, connection) in idle {
             // It holds nothing.
             sqlx::Connection::close(connection).await.ok();
         }
@@ -82,12 +89,22 @@ impl Readers {
 }
 
 impl Sessions {
-    fn idle(&self) -> MutexGuard<'_, Vec<PgConnection>> {
+    fn idle(&self) -> MutexGuard<'_, Vec<(u64, PgConnection)>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// A session of the history as it is now; those of an older one are dropped.
+    fn take_idle(&self) -> Option<(u64, PgConnection)> {
+        let mut idle = self.idle();
+        if !self.database.pooled {
+            let number = self.database.history.number();
+            idle.retain(|(history, _)| *history == number);
+        }
+        idle.pop()
+    }
+
     /// A server that restarts is waited for.
-    async fn connect(&self, deadline: Instant) -> Result<PgConnection, sqlx::Error> {
+    async fn connect(&self, deadline: Instant) -> Result<(u64, PgConnection), sqlx::Error> {
         let mut delay = RECONNECT_MS_MIN;
         loop {
             let connected = timeout_at(deadline, self.database.connect(Purpose::Read)).await;
@@ -101,9 +118,9 @@ impl Sessions {
         }
     }
 
-    fn take_back(&self, connection: PgConnection) {
+    fn take_back(&self, history: u64, connection: PgConnection) {
         if !self.permits.is_closed() {
-            self.idle().push(connection);
+            self.idle().push((history, connection));
         }
     }
 }
@@ -128,14 +145,14 @@ impl Drop for Reader {
     fn drop(&mut self) {
         let Some(mut connection) = self.connection.take() else { return };
         if !self.sessions.database.pooled {
-            return self.sessions.take_back(connection);
+            return self.sessions.take_back(self.history, connection);
         }
         // The session behind the pooler is kept for as long as the transaction.
         if let Ok(runtime) = Handle::try_current() {
-            let sessions = self.sessions.clone();
+            let (history, sessions) = (self.history, self.sessions.clone());
             runtime.spawn(async move {
                 if sqlx::raw_sql("COMMIT").execute(&mut connection).await.is_ok() {
-                    sessions.take_back(connection);
+                    sessions.take_back(history, connection);
                 }
             });
         }

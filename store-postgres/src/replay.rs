@@ -347,6 +347,7 @@ impl Copier {
     }
 
     async fn copy(&mut self, until: i64) -> Result<(), StoreError> {
+        let history = self.shared.database.history.number();
         let until = until.min(self.shared.log.status().await?.head.0);
         let (mut connection, mut failures) = (None::<PgConnection>, 0);
         while self.last < until {
@@ -358,7 +359,13 @@ impl Copier {
                 };
                 self.page(open, &mut connection, until).await
             };
-            match page.await {
+            let page = page.await;
+            if self.shared.database.history.number() != history {
+                // What is settled was so in the log as it was.
+                let reason = "the log changed (failover or restore) during the replay: start it again";
+                return Err(StoreError::Unavailable(reason.into()));
+            }
+            match page {
                 Ok(Page::Last | Page::Abandoned) => break,
                 Ok(Page::Whole) => failures = 0,
                 Ok(Page::BrokenOff) => {

@@ -288,12 +288,14 @@ impl EventStore for SqlStore {
         if self.store.is_closed() {
             return Err(self.store.stopped());
         }
-        let (outcome, idle) = open.commit(&transactions.database, Prepared::from(commit), mark.handled).await;
+        let history = transactions.database.history.number();
+        let commit = Prepared::new(commit, history);
+        let (outcome, idle) = open.commit(&transactions.database, commit, mark.handled).await;
         transactions.idle().extend(idle);
         if let Ok(Committed { position, .. }) = &outcome
             && *position != Position::START
         {
-            self.store.shared.news.written(*position);
+            self.store.shared.news.written(history, *position);
         }
         outcome
     }

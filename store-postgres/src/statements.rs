@@ -94,7 +94,6 @@ statements!(
     collections,
     dense_until,
     documents,
-    drawn,
     has_migrations,
     has_schema,
     holders,
@@ -115,9 +114,9 @@ statements!(
     scan_due,
     schema_version,
     server,
+    session,
     settled_until,
     streams,
-    top,
     waits_for,
 );
 

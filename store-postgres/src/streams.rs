@@ -100,6 +100,8 @@ impl Drop for Place<'_> {
 /// Reads for all of them, and answers.
 async fn serve(batch: Vec<Wanted>, mut reader: Reader, (readers, statements): (&Readers, &Statements)) {
     let mut reads = 1;
+    let history = readers.history();
+    let of = history.number();
     let rows = loop {
         match fetch(&batch, &mut reader, statements).await {
             Err(error) if reads < READS_MAX && is_lost(&error) => {
@@ -130,7 +132,10 @@ async fn serve(batch: Vec<Wanted>, mut reader: Reader, (readers, statements): (&
         while let Some(row) = rows.next_if(is_of_it) {
             events.push(recorded(row));
         }
-        let events = events.into_iter().collect::<Result<_, _>>().map_err(read_error);
+        let events = events.into_iter().collect::<Result<Vec<_>, _>>().map_err(read_error);
+        if let Some(last) = events.as_ref().ok().and_then(|events| events.last()) {
+            history.saw(of, (last.position.0, last.id));
+        }
         _ = wanted.answer.send(events);
     }
 }

@@ -16,6 +16,7 @@ use crate::{
     append::append,
     error::{Fault, end_error, fault, write_error},
     group::{Decision, Prepared},
+    history::Seen,
     open::{Database, Purpose},
     writer::ANSWER_SECONDS_MAX,
 };
@@ -36,13 +37,17 @@ const SETTINGS_OF_STORE: &str = "SET LOCAL enable_seqscan = off; SET LOCAL enabl
      SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL plan_cache_mode = force_generic_plan; \
      SET LOCAL lock_timeout = '500ms'";
 
-/// A connection on which nothing is under way.
-pub(crate) struct Idle(PgConnection);
+/// A connection on which nothing is under way, with the number of the history that it writes.
+pub(crate) struct Idle(u64, PgConnection);
 
 /// An open transaction, with a savepoint after each message whose SQL is in it.
 pub(crate) struct OpenTransaction {
     connection: PgConnection,
+    /// The number of the history that it writes.
+    history: u64,
     id: Uuid,
+    /// The last event that was written into it.
+    last: Option<Seen>,
     /// Messages whose SQL is in it.
     handled: u64,
     /// The savepoint `annals_0` stands after so many messages.
@@ -53,30 +58,36 @@ pub(crate) struct OpenTransaction {
 
 impl Idle {
     async fn connect(database: &Database) -> Result<Self, sqlx::Error> {
-        let mut connection = database.connect(Purpose::Write).await?;
+        let (history, mut connection) = database.connect(Purpose::Write).await?;
         // sqlx counts this as open for ever, so that a `begin` of the user's is a savepoint within ours. Ours are begun and
         // ended behind its back.
         std::mem::forget(connection.begin().await?);
         sqlx::raw_sql("ROLLBACK").execute(&mut connection).await?;
-        Ok(Self(connection))
+        Ok(Self(history, connection))
     }
 }
 
 impl OpenTransaction {
     /// Begins one, on an idle connection if there is one and it is still good.
     pub(crate) async fn begin(database: &Database, idle: Option<Idle>) -> Result<Self, sqlx::Error> {
-        if let Some(Idle(connection)) = idle
-            && let Ok(open) = Self::begin_on(connection, database.pooled).await
+        if let Some(idle) = idle.filter(|Idle(history, _)| *history == database.history.number())
+            && let Ok(open) = Self::begin_on(idle, database).await
         {
             return Ok(open);
         }
-        Self::begin_on(Idle::connect(database).await?.0, database.pooled).await
+        Self::begin_on(Idle::connect(database).await?, database).await
     }
 
-    async fn begin_on(mut connection: PgConnection, pooled: bool) -> Result<Self, sqlx::Error> {
+    async fn begin_on(Idle(mut history, mut connection): Idle, database: &Database) -> Result<Self, sqlx::Error> {
         let begin = format!("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {SETTINGS_OF_USER}; SAVEPOINT annals_0");
-        sqlx::raw_sql(AssertSqlSafe(begin)).execute(&mut connection).await?;
-        Ok(Self { connection, id: Uuid::new_v4(), handled: 0, merged: 0, pooled })
+        if database.pooled {
+            database.begin_with(&mut connection, &begin, Purpose::Write).await?;
+            history = database.history.number();
+        } else {
+            sqlx::raw_sql(AssertSqlSafe(begin)).execute(&mut connection).await?;
+        }
+        let id = Uuid::new_v4();
+        Ok(Self { connection, history, id, last: None, handled: 0, merged: 0, pooled: database.pooled })
     }
 
     pub(crate) fn id(&self) -> Uuid {
@@ -131,7 +142,7 @@ impl OpenTransaction {
     pub(crate) async fn give_up(mut self) -> Result<Idle, sqlx::Error> {
         let end = if self.pooled { "ROLLBACK; DEALLOCATE ALL" } else { "ROLLBACK" };
         sqlx::raw_sql(end).execute(&mut self.connection).await?;
-        Ok(Idle(self.connection))
+        Ok(Idle(self.history, self.connection))
     }
 
     /// Writes a commit into it, with the SQL of the first so many messages, and ends it.
@@ -142,8 +153,11 @@ impl OpenTransaction {
         handled: u64,
     ) -> (Result<Committed, CommitError>, Option<Idle>) {
         let answer = Duration::from_secs(ANSWER_SECONDS_MAX);
-        let written = timeout(answer, self.write(database, &commit, handled)).await;
         let unwritten = |reason: String| CommitError::Unavailable(format!("nothing of it was committed: {reason}"));
+        if commit.history != self.history || self.history != database.history.number() {
+            return (Err(unwritten("the log changed (failover or restore) meanwhile".into())), None);
+        }
+        let written = timeout(answer, self.write(database, &commit, handled)).await;
         match written.unwrap_or_else(|elapsed| Err(unwritten(elapsed.to_string()))) {
             Err(error @ (CommitError::Conflict { .. } | CommitError::DocumentConflict { .. })) => {
                 (Err(error), self.give_up().await.ok())
@@ -154,7 +168,12 @@ impl OpenTransaction {
             Ok(committed) => {
                 let end = if self.pooled { "DEALLOCATE ALL; COMMIT" } else { "COMMIT" };
                 match timeout(answer, sqlx::raw_sql(end).execute(&mut self.connection)).await {
-                    Ok(Ok(_)) => (Ok(committed), Some(Idle(self.connection))),
+                    Ok(Ok(_)) => {
+                        if let Some(last) = self.last {
+                            database.history.saw(self.history, last);
+                        }
+                        (Ok(committed), Some(Idle(self.history, self.connection)))
+                    }
                     Ok(Err(error)) => (Err(end_error(&error)), None),
                     Err(elapsed) => (Err(CommitError::Unknown(elapsed.to_string())), None),
                 }
@@ -176,6 +195,7 @@ impl OpenTransaction {
             let decision = Decision::new(commits, known.as_ref());
             match append(database, &mut self.connection, &decision).await {
                 Ok((Some(written), standings)) => {
+                    self.last = written.positions.last().copied().zip(decision.last_event());
                     let outcome = decision.outcomes(&written, &standings).pop();
                     return outcome.unwrap_or_else(|| Err(CommitError::Unavailable("there is no outcome".into())));
                 }

@@ -18,8 +18,9 @@ use tokio::{
 
 use crate::{
     append::{advance, append_alone},
-    error::{Fault, fault, write_error},
-    group::{Decision, Prepared},
+    error::{Fault, fault, not_written, write_error},
+    group::{Decision, Prepared, Written},
+    history::Seen,
     news::News,
     open::{Database, Purpose},
     queue::{Outcome, Queue},
@@ -40,8 +41,9 @@ const RECONNECT_MS_MAX: u64 = 1_000;
 #[derive(Debug)]
 pub(crate) struct Writer {
     database: Arc<Database>,
-    /// `None` after a failure: what state it left a connection in is not worth finding out.
-    connection: Option<PgConnection>,
+    /// `None` after a failure: what state it left a connection in is not worth finding out. With the number of the history that
+    /// it writes.
+    connection: Option<(u64, PgConnection)>,
     news: News,
     reconnect: Reconnect,
 }
@@ -137,7 +139,7 @@ impl Writer {
 
     pub(crate) async fn close(self) -> Result<(), sqlx::Error> {
         match self.connection {
-            Some(connection) => connection.close().await,
+            Some((_, connection)) => connection.close().await,
             None => Ok(()),
         }
     }
@@ -167,16 +169,24 @@ impl Writer {
         let (mut known, mut races, mut waits) = (None, 0, 0);
         loop {
             let decision = Decision::new(commits, known.as_ref());
-            let mut connection = self.connect().await.map_err(Failure::OfAll)?;
+            let (history, mut connection) = self.connect().await.map_err(Failure::OfAll)?;
+            if let Err(failure) = are_of(commits, history) {
+                self.connection = Some((history, connection));
+                return Err(failure);
+            }
+            let seen = self.database.history.last();
             let appended = timeout(
                 Duration::from_secs(ANSWER_SECONDS_MAX),
-                append_alone(&self.database, &mut connection, &decision),
+                append_alone(&self.database, &mut connection, &decision, history),
             )
             .await;
             let appended = appended.unwrap_or_else(|elapsed| Err(sqlx::Error::Io(elapsed.into())));
             let error = match appended {
                 Ok((written, standings)) => {
-                    self.connection = Some(connection);
+                    if let Some(written) = &written {
+                        self.wrote(&mut connection, history, seen, written, &decision).await;
+                    }
+                    self.connection = Some((history, connection));
                     let Some(written) = written else {
                         // A guess was wrong. Where it was no guess, somebody else has just moved on.
                         races += u32::from(known.is_some());
@@ -188,16 +198,13 @@ impl Writer {
                         known = Some(standings);
                         continue;
                     };
-                    if let Some(last) = written.positions.last() {
-                        self.news.written(Position(*last));
-                    }
                     return Ok(decision.outcomes(&written, &standings));
                 }
                 Err(error) => error,
             };
             let fault = fault(&error);
-            if fault != Fault::Lost {
-                self.connection = Some(connection);
+            if !matches!(fault, Fault::Lost | Fault::NotPrimary) {
+                self.connection = Some((history, connection));
             }
             match fault {
                 Fault::Refused => return Err(Failure::OfSome(write_error(&error))),
@@ -220,33 +227,76 @@ impl Writer {
                         return Err(Failure::OfSome(write_error(&error)));
                     }
                 }
-                Fault::Forbidden | Fault::Unavailable | Fault::Lost => return Err(Failure::OfAll(write_error(&error))),
+                Fault::Forbidden | Fault::Unavailable | Fault::NotPrimary | Fault::Lost => {
+                    return Err(Failure::OfAll(write_error(&error)));
+                }
             }
         }
     }
 
-    async fn connect(&mut self) -> Result<PgConnection, CommitError> {
-        if let Some(connection) = self.connection.take() {
-            return Ok(connection);
+    /// Takes note of what was written. A position is drawn after its statement was sent, so it is above all that was seen before,
+    /// unless the log has lost its end on this very server.
+    async fn wrote(
+        &self,
+        connection: &mut PgConnection,
+        history: u64,
+        seen: Option<Seen>,
+        written: &Written,
+        decision: &Decision<'_>,
+    ) {
+        let Some((first, last)) = written.positions.first().zip(written.positions.last()) else { return };
+        if seen.is_some_and(|(seen, _)| *first <= seen) {
+            // If it fails, whoever reads or writes next finds out.
+            self.database.check(connection, Purpose::Write).await.ok();
+        }
+        if let Some(id) = decision.last_event() {
+            self.database.history.saw(history, (*last, id));
+        }
+        self.news.written(history, Position(*last));
+    }
+
+    async fn connect(&mut self) -> Result<(u64, PgConnection), CommitError> {
+        if let Some((history, connection)) = self.connection.take() {
+            let number = self.database.history.number();
+            if history == number {
+                return Ok((history, connection));
+            }
+            if self.database.pooled {
+                // The session behind it is checked by each transaction.
+                return Ok((number, connection));
+            }
         }
         self.reconnect.wait().await;
         match self.database.connect(Purpose::Write).await {
-            Ok(connection) => {
+            Ok(session) => {
                 self.reconnect.succeeded();
-                Ok(connection)
+                Ok(session)
             }
             Err(error) => {
                 self.reconnect.failed();
-                Err(CommitError::Unavailable(error.to_string()))
+                Err(not_written(&error))
             }
         }
     }
 
     async fn advance(&mut self) -> Result<(), CommitError> {
-        let mut connection = self.connect().await?;
-        let advance = advance(&self.database, &mut connection).await;
-        advance.map_err(|error| CommitError::Unavailable(error.to_string()))?;
-        self.connection = Some(connection);
+        let (history, mut connection) = self.connect().await?;
+        advance(&self.database, &mut connection).await.map_err(|error| not_written(&error))?;
+        self.connection = Some((history, connection));
         Ok(())
+    }
+}
+
+/// Whether the commits were handed over under this number of the history. What was decided before may rest on events that are
+/// gone.
+fn are_of(commits: &[Prepared], history: u64) -> Result<(), Failure> {
+    let older = commits.iter().filter(|commit| commit.history != history).count();
+    let error = || {
+        CommitError::Unavailable("the log changed (failover or restore) before this was written: decide again".into())
+    };
+    match older {
+        0 => Ok(()),
+        older if older == commits.len() => Err(Failure::OfAll(error())),
+        _ => Err(Failure::OfSome(error())),
     }
 }

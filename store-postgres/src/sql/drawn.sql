@@ -1,4 +1,0 @@
--- The last position drawn by anybody, committed or not.
--- binds: none
--- index: none
-SELECT annals.drawn()

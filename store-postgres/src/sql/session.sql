@@ -1,0 +1,11 @@
+-- Whether a session is on the server that writes, and which log it has. Sent as text, because behind a pooler it is the end of
+-- what begins a transaction.
+-- in place: {last} the position of the last event that was seen, or NULL
+-- gives: whether the server is a standby; whether a transaction may not write; the cluster, its timeline and the table; the id of
+--        that event
+-- index: events_position_key, one seek
+SELECT pg_is_in_recovery(), current_setting('transaction_read_only') = 'on',
+       CASE WHEN pg_is_in_recovery() THEN ''
+            ELSE (SELECT system_identifier FROM pg_control_system()) || '/'
+                 || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) || '/' || 'annals.events'::regclass::oid END,
+       (SELECT e.event_id FROM annals.events AS e WHERE e.position = {last})
