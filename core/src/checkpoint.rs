@@ -9,8 +9,9 @@ use uuid::Uuid;
 use crate::{
     bus::Bookmark,
     commit::DocumentKey,
+    event::Position,
     marks::Marks,
-    store::{EventStore, StoreError},
+    store::{EventStore, LogQuery, StoreError},
     worker::Item,
 };
 
@@ -33,6 +34,25 @@ pub(crate) struct Lane {
     /// Of a partition: the message before `next`.
     pub last: Option<Uuid>,
     pub marks: Marks,
+    /// Of a lane of the log: the last event that it was given.
+    pub event: Option<Given>,
+}
+
+/// The last event that a lane of the log was given: as long as the log has it, the lane is not beyond the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Given {
+    /// Its position.
+    pub position: Position,
+    /// Its id.
+    pub id: Uuid,
+}
+
+impl Given {
+    /// Whether the log has it.
+    pub async fn is_in(self, store: &dyn EventStore) -> Result<bool, StoreError> {
+        let page = store.read_log(&LogQuery::all(), Position(self.position.0 - 1), 1).await?;
+        Ok(page.events.first().is_some_and(|event| event.position == self.position && event.id == self.id))
+    }
 }
 
 /// The body of a checkpoint document.
@@ -58,6 +78,9 @@ pub struct Checkpoint {
     /// Of a partition: how far the messages of each relay have come.
     #[serde(default, skip_serializing_if = "Marks::is_empty")]
     pub marks: Marks,
+    /// Of a lane of the log: the last event that it was given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub event: Option<Given>,
     /// When it was last moved.
     pub at: DateTime<Utc>,
 }
@@ -74,7 +97,7 @@ impl Lane {
         let key = DocumentKey::new(CHECKPOINTS, id);
         let marks = Marks::default();
         let (place, version, next, epoch, paused) = (key.id.clone(), 0, 0, 0, false);
-        Self { key, place, version, next, incarnation, holder: None, epoch, paused, last: None, marks }
+        Self { key, place, version, next, incarnation, holder: None, epoch, paused, last: None, marks, event: None }
     }
 
     /// Reads the checkpoint; `None` if there is none, or one of another incarnation.
@@ -94,7 +117,20 @@ impl Lane {
             return Ok(None);
         }
         (self.next, self.last) = (checkpoint.next, checkpoint.last);
-        Ok(Some(checkpoint.next))
+        self.event = checkpoint.event;
+        let Some(given) = self.event.filter(|given| given.position.0 <= checkpoint.next) else {
+            return Ok(Some(checkpoint.next));
+        };
+        if !given.is_in(store).await? {
+            self.next = last_before(store, checkpoint.at, given.position).await?.0;
+            self.event = None;
+            tracing::error!(
+                checkpoint = %self.key, position = checkpoint.next, event = %given.id, goes_on_after = self.next,
+                "the checkpoint stands beyond the end of the log, which was restored without it: what was recorded since the \
+                 checkpoint was written is handled; run `annals verify`"
+            );
+        }
+        Ok(Some(self.next))
     }
 
     /// Where a consumer of the partition goes on.
@@ -116,6 +152,8 @@ impl Lane {
             if let Ok(message) = &item.message {
                 self.marks.pass(message);
             }
+        } else if let Ok(message) = &item.message {
+            self.event = Some(Given { position: message.position, id: message.id });
         }
     }
 
@@ -126,9 +164,23 @@ impl Lane {
 
     /// The body of its document.
     pub fn body(&self, at: DateTime<Utc>) -> Arc<str> {
-        let Self { next, epoch, paused, last, .. } = *self;
+        let Self { next, epoch, paused, last, event, .. } = *self;
         let (incarnation, holder, marks) = (self.incarnation.clone(), self.holder.clone(), self.marks.clone());
-        let checkpoint = Checkpoint { next, incarnation, holder, epoch, paused, last, marks, at };
+        let checkpoint = Checkpoint { next, incarnation, holder, epoch, paused, last, marks, event, at };
         serde_json::to_string(&checkpoint).unwrap_or_default().into()
     }
+}
+
+/// The last position before this one whose event was recorded by then; the log's times do not fall.
+async fn last_before(store: &dyn EventStore, at: DateTime<Utc>, before: Position) -> Result<Position, StoreError> {
+    let (mut low, mut high) = (0, before.0 - 1);
+    while low < high {
+        let middle = low + (high - low) / 2;
+        let page = store.read_log(&LogQuery::all(), Position(middle), 1).await?;
+        match page.events.first() {
+            Some(event) if event.recorded_at <= at && event.position < before => low = event.position.0.max(middle + 1),
+            _ => high = middle,
+        }
+    }
+    Ok(Position(low.min(high)))
 }

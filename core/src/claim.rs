@@ -48,6 +48,7 @@ impl Claim {
                     () = shutdown.cancelled() => return Ok(Turn::Shutdown),
                 }
             }
+            worker.history = worker.store.history();
             let next = worker.lanes[0].load(&*worker.store).await?;
             let lane = &worker.lanes[0];
             let holder = self.instance.as_ref().and_then(|instance| {

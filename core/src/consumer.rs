@@ -133,6 +133,7 @@ impl Joined {
                 handler: group.handler.clone(),
                 retry: group.retry.clone(),
                 lanes: Vec::new(),
+                history: store.history(),
                 parked: ParkedKeys::new(group.name.clone()),
                 reconciled_at: Instant::now(),
                 reporter: health.reporter(&part, shutdown),
@@ -204,6 +205,10 @@ impl Member {
                         Some(Ok(Polled::Revoked(partitions))) => self.let_go(&partitions),
                         // Messages too are polled again from the offset in the store.
                         Some(_) | None => {}
+                    }
+                    if matches!(error, Ended::Stop(Stop::Renewed)) {
+                        self.worker.reporter.trouble(error.to_string());
+                        continue;
                     }
                     self.pause(&error, &mut backoff, &shutdown).await;
                 }
@@ -314,6 +319,9 @@ impl Member {
     /// Takes exactly the assigned partitions. New ones, and with `rewind` all, are delivered from the offset in the store.
     async fn assign(&mut self, rewind: bool) -> Result<(), Ended> {
         let (mut lane_of, mut lanes, mut seeks) = (HashMap::new(), Vec::new(), Vec::new());
+        // What is known of lanes that stay is of the log as it was.
+        let history = self.worker.store.history();
+        let rewind = rewind || history != self.worker.history;
         for partition in &self.assigned {
             let id = format!("{}/{}/{}", self.worker.name, partition.topic, partition.number);
             let mut lane = Lane::new(&id, Some(partition.incarnation.clone()));
@@ -339,6 +347,7 @@ impl Member {
         self.worker.parked = self.worker.parked.load(&*self.worker.store, &ids).await?;
         self.worker.reporter.fault(self.worker.parked.lost());
         (self.lane_of, self.worker.lanes) = (lane_of, lanes);
+        self.worker.history = history;
         for (partition, from) in seeks {
             self.consumer.seek(partition, from).await?;
         }

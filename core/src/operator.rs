@@ -188,7 +188,7 @@ impl Operator {
             let from = lanes.iter().map(|(document, lane)| (document.key.id.to_string(), lane.next)).collect();
             let (by, reason) = (self.by.clone(), reason.to_owned());
             let event = OperatorEvent::Reset { subscription: subscription.to_owned(), to, from, by, reason };
-            let moved = moved(lanes, |lane| Checkpoint { next: to.0, at: now, ..lane });
+            let moved = moved(lanes, |lane| Checkpoint { next: to.0, event: None, at: now, ..lane });
             self.record(subscription, &event, moved).await
         })
         .await

@@ -20,6 +20,7 @@ const DUE_PAGE: usize = 64;
 impl Worker {
     /// Tries parked keys again whose time has come, each in order until one of its messages fails.
     pub async fn redrive_due(&mut self) -> Result<(), Stop> {
+        self.is_of_this_log()?;
         if self.parked.is_empty() {
             return Ok(());
         }

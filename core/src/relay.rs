@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     backoff::Backoff,
     bus::{BusError, Message, Outgoing, Publisher, Receipt},
-    checkpoint::Lane,
+    checkpoint::{Given, Lane},
     claim::{Claim, Turn},
     event::{Position, Recorded, StreamId},
     handler::{Handler, HandlerError, Terminal},
@@ -146,6 +146,7 @@ impl Relay {
             handler: Arc::new(Republish { routes: self.routes.clone(), publisher: publisher.clone() }),
             retry: RetryPolicy::default(),
             lanes: vec![Lane::new(&part, None)],
+            history: 0,
             parked: ParkedKeys::new(self.name.clone()),
             reconciled_at: Instant::now(),
             reporter: health.reporter(&part, &shutdown),
@@ -155,6 +156,9 @@ impl Relay {
         while !shutdown.is_cancelled() {
             if let Err(trouble) = self.carry(lane, &claim, &mut worker, &publisher, &shutdown, &mut backoff).await {
                 worker.reporter.trouble(trouble.to_string());
+                if matches!(trouble, Trouble::Stop(Stop::Renewed)) {
+                    continue;
+                }
                 tokio::select! {
                     () = backoff.wait() => {}
                     () = shutdown.cancelled() => {}
@@ -193,6 +197,7 @@ impl Relay {
         let mut tick = tokio::time::interval(PARKED_TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
+            worker.is_of_this_log()?;
             let stopping = shutdown.is_cancelled() || claim.has_ended();
             if stopping && in_flight.is_empty() {
                 // Past what was not for the bus: nobody should see a lag where nothing is left to do.
@@ -214,6 +219,7 @@ impl Relay {
                     Some(read) => read.map_err(|error| StoreError::Unavailable(error.to_string()))??,
                     None => store.read_log(&query, cursor, PAGE).await?,
                 };
+                worker.is_of_this_log()?;
                 // If it is not the last one after all, a wait for more is over at once.
                 is_more = page.more;
                 cursor = page.next;
@@ -265,6 +271,9 @@ impl Relay {
                             return Err(self.refused(worker, &first.sources, error).await);
                         }
                         next = Some(first.next);
+                        if let Some(source) = first.sources.last() {
+                            worker.lanes[0].event = Some(Given { position: source.position, id: source.id });
+                        }
                         taken = in_flight.front_mut().and_then(|first| (&mut first.receipt).now_or_never());
                     }
                     if let Some(next) = next {

@@ -2,7 +2,10 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use tokio::sync::oneshot;
@@ -11,7 +14,7 @@ use uuid::Uuid;
 use crate::{
     aggregate::Aggregate,
     backoff::Backoff,
-    commit::{Commit, CommitError, DocumentKey, Put},
+    commit::{Commit, CommitError, DocumentKey, Expected, Put},
     event::{DecodeError, Metadata, StreamId, StreamIdError, Version, derived_id},
     line::Line,
     panic::caught,
@@ -45,6 +48,8 @@ struct Inner<A: Aggregate> {
     store: Arc<dyn EventStore>,
     category: String,
     cache: quick_cache::sync::Cache<StreamId, Arc<Folded<A>>>,
+    /// The number of the store's history that the cache is of.
+    history: AtomicU64,
     /// What every aggregate begins as.
     new: Arc<Folded<A>>,
     lines: Mutex<HashMap<StreamId, Line<Waiting<A>>>>,
@@ -118,8 +123,9 @@ impl<A: Aggregate> Repository<A> {
     /// The same under another category, keeping at most `cached` folded aggregates in memory.
     pub fn with(store: Arc<dyn EventStore>, category: &str, cached: usize) -> Self {
         let cache = quick_cache::sync::Cache::new(cached);
+        let history = AtomicU64::new(store.history());
         let (category, new, lines) = (category.to_owned(), Arc::default(), Mutex::default());
-        Self { inner: Arc::new(Inner { store, category, cache, new, lines }) }
+        Self { inner: Arc::new(Inner { store, category, cache, history, new, lines }) }
     }
 
     /// The stream of the aggregate with this id.
@@ -190,6 +196,7 @@ impl<A: Aggregate> Repository<A> {
         let mut backoff = Backoff::short();
         let mut unknown = None;
         for _ in 0..DECISIONS_MAX {
+            let history = self.inner.store.history();
             let mut work = Work::new(self.inner.store.clone(), stale.clone());
             let mut results = Vec::with_capacity(batch.len());
             for waiting in &batch {
@@ -228,6 +235,8 @@ impl<A: Aggregate> Repository<A> {
                 CommitError::Invalid(reason) => {
                     return answer_all(batch, || ExecuteError::Invalid(reason.clone()));
                 }
+                // Nothing was stored, because what it was decided on may be gone: decide again.
+                CommitError::Unavailable(_) if self.inner.store.history() != history => {}
                 CommitError::Unavailable(reason) => {
                     return answer_all(batch, || ExecuteError::Unavailable(reason.clone()));
                 }
@@ -247,16 +256,51 @@ impl<A: Aggregate> Repository<A> {
         stale: bool,
         expect_new: bool,
     ) -> Result<Arc<Folded<A>>, WorkError<A::Refusal>> {
-        let cached = self.inner.cache.get(stream);
-        let mut folded = match cached {
+        let history = self.renew();
+        let known = match self.inner.cache.get(stream) {
             Some(folded) if !stale => return Ok(folded),
             Some(folded) => (*folded).clone(),
             None if expect_new && !stale => return Ok(self.inner.new.clone()),
             None => self.load_snapshot(store, stream).await?,
         };
+        let folded = match self.caught_up(store, stream, known).await? {
+            Some(folded) => folded,
+            // What was known is not of this stream any more: the log has lost its end. The snapshot may be, or be lost with it.
+            None => {
+                self.inner.cache.remove(stream);
+                let known = self.load_snapshot(store, stream).await?;
+                let of_snapshot = self.caught_up(store, stream, known).await?;
+                let anew = match of_snapshot {
+                    Some(folded) => Some(folded),
+                    None => self.caught_up(store, stream, Folded::default()).await?,
+                };
+                anew.ok_or_else(|| StoreError::Unavailable(format!("stream {stream} changed while it was read")))?
+            }
+        };
+        let folded = Arc::new(folded);
+        self.remember(stream.clone(), folded.clone(), history);
+        Ok(folded)
+    }
+
+    /// Reads on after what is known. `None` if the stream does not have the event that this ends with.
+    async fn caught_up(
+        &self,
+        store: &dyn EventStore,
+        stream: &StreamId,
+        mut folded: Folded<A>,
+    ) -> Result<Option<Folded<A>>, WorkError<A::Refusal>> {
+        // The event that is known is read once more: another one may have its version by now.
+        let mut known = folded.last_event();
         loop {
-            let page = store.read_stream(stream, folded.version, FOLD_PAGE).await?;
+            let after = Version(folded.version.0 - i64::from(known.is_some()));
+            let page = store.read_stream(stream, after, FOLD_PAGE).await?;
             let last = page.len() < FOLD_PAGE;
+            let mut page = page.into_iter();
+            if let Some(id) = known.take()
+                && page.next().is_none_or(|event| event.id != id)
+            {
+                return Ok(None);
+            }
             for event in page {
                 match event.decode::<A::Event>()? {
                     Some(decoded) => folded.apply(&decoded, event.id),
@@ -264,15 +308,25 @@ impl<A: Aggregate> Repository<A> {
                 }
             }
             if last {
-                break;
+                return Ok(Some(folded));
             }
         }
-        let folded = Arc::new(folded);
-        self.remember(stream.clone(), folded.clone());
-        Ok(folded)
     }
 
-    pub(crate) fn remember(&self, stream: StreamId, folded: Arc<Folded<A>>) {
+    /// Forgets everything if the log may have lost events since it was read; gives the number of the history.
+    fn renew(&self) -> u64 {
+        let history = self.inner.store.history();
+        if self.inner.history.swap(history, Ordering::AcqRel) != history {
+            self.inner.cache.clear();
+        }
+        history
+    }
+
+    /// Keeps a state that was read, or committed, under this number of the history.
+    pub(crate) fn remember(&self, stream: StreamId, folded: Arc<Folded<A>>, history: u64) {
+        if self.renew() != history {
+            return;
+        }
         // A state that another task brought further must not be set back.
         if self.inner.cache.peek(&stream).is_none_or(|known| known.version <= folded.version) {
             self.inner.cache.insert(stream, folded);
@@ -441,6 +495,19 @@ impl<A: Aggregate> Folded<A> {
         }
         self.ids.push_back(id);
         self.version = self.version.next();
+    }
+
+    /// The id of the event at its version.
+    pub fn last_event(&self) -> Option<Uuid> {
+        self.ids.back().copied()
+    }
+
+    /// Where it must stand for what follows from it to hold.
+    pub fn expected(&self) -> Expected {
+        match self.last_event() {
+            Some(id) => Expected::Event { version: self.version, id },
+            None => Expected::Version(self.version),
+        }
     }
 
     /// Where the events of a command begin, if the stream has them.

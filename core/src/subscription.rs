@@ -149,6 +149,7 @@ impl Subscription {
             handler: self.handler.clone(),
             retry: self.retry.clone(),
             lanes: vec![Lane::new(&format!("{}/{lane}", self.name), None)],
+            history: 0,
             parked: ParkedKeys::new(self.name.clone()),
             reconciled_at: Instant::now(),
             reporter,
@@ -158,6 +159,9 @@ impl Subscription {
         while !shutdown.is_cancelled() {
             if let Err(stop) = self.follow_lane(lane, &claim, &mut worker, &shutdown).await {
                 worker.reporter.trouble(stop.to_string());
+                if matches!(stop, Stop::Renewed) {
+                    continue;
+                }
                 tokio::select! {
                     () = backoff.wait() => {}
                     () = shutdown.cancelled() => {}
@@ -197,6 +201,7 @@ impl Subscription {
         let page_size = if self.linger.is_zero() { BATCH_MAX } else { LINGERING_BATCH_MAX };
         let mut last = None;
         loop {
+            worker.is_of_this_log()?;
             if claim.has_ended() && !shutdown.is_cancelled() {
                 break;
             }
@@ -211,6 +216,7 @@ impl Subscription {
                 }
             }
             let page = worker.store.read_log(&self.query, cursor, page_size).await?;
+            worker.is_of_this_log()?;
             let mut items: Vec<Item> = page
                 .events
                 .iter()

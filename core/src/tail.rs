@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
@@ -38,7 +38,8 @@ pub struct Tail {
     fetch: tokio::sync::Mutex<()>,
     /// Held by the one who waits for the store on behalf of all.
     waits: tokio::sync::Mutex<()>,
-    last: watch::Sender<Position>,
+    /// The number of the store's history, and the end of what is held of it.
+    last: watch::Sender<(u64, Position)>,
     /// Commits of this process that the store has not answered yet.
     committing: AtomicUsize,
 }
@@ -46,6 +47,8 @@ pub struct Tail {
 /// All events in `(after, last]`.
 #[derive(Default)]
 struct Recent {
+    /// The number of the store's history that they were read from.
+    history: u64,
     after: Position,
     last: Position,
     events: VecDeque<Arc<Recorded>>,
@@ -94,26 +97,53 @@ type Appended = Vec<(StreamId, Vec<NewEvent>)>;
 impl Tail {
     /// Follows `store` from its present end.
     pub async fn follow(store: Arc<dyn EventStore>) -> Result<Self, StoreError> {
+        let history = store.history();
         let head = store.status().await?.head;
-        let recent = Mutex::new(Recent { after: head, last: head, ..Recent::default() });
-        let (last, committing) = (watch::Sender::new(head), AtomicUsize::new(0));
+        let recent = Mutex::new(Recent { history, after: head, last: head, ..Recent::default() });
+        let (last, committing) = (watch::Sender::new((history, head)), AtomicUsize::new(0));
         let (fetch, waits) = Default::default();
         Ok(Self { store, recent, fetch, waits, last, committing })
     }
 
-    fn change(&self, change: impl FnOnce(&mut Recent)) {
+    /// Changes what is held, unless that is of another history than this one by now.
+    fn change(&self, history: u64, change: impl FnOnce(&mut Recent)) {
         let last = {
-            let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut recent = self.recent();
+            if recent.history != history {
+                return;
+            }
             change(&mut recent);
             recent.settle();
             recent.last
         };
-        self.last.send_if_modified(|known| std::mem::replace(known, last.max(*known)) < last);
+        self.last.send_if_modified(|(of, known)| *of == history && std::mem::replace(known, last.max(*known)) < last);
+    }
+
+    fn recent(&self) -> MutexGuard<'_, Recent> {
+        self.recent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Forgets what is held if the log may have lost events since, and goes on from its present end. Gives the number of the
+    /// history, and that end.
+    async fn renewed(&self) -> Result<(u64, Position), StoreError> {
+        let known = *self.last.borrow();
+        if self.store.history() == known.0 {
+            return Ok(known);
+        }
+        let _one_fetches = self.fetch.lock().await;
+        let history = self.store.history();
+        if history != self.last.borrow().0 {
+            let head = self.store.status().await?.head;
+            *self.recent() = Recent { history, after: head, last: head, ..Recent::default() };
+            // Whoever waits is to look again, wherever the end is now.
+            self.last.send_replace((history, head));
+        }
+        Ok(*self.last.borrow())
     }
 
     /// The page after `after`, if it is held; `None` if the store must be asked.
     fn held(&self, query: &LogQuery, after: Position, limit: usize) -> Option<LogPage> {
-        let recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        let recent = self.recent();
         if after < recent.after || after >= recent.last {
             return None;
         }
@@ -133,19 +163,17 @@ impl Tail {
         Some(page)
     }
 
-    fn ends_at(&self) -> Position {
-        *self.last.borrow()
-    }
-
     /// Reads on from the end, if that is where it still stands.
-    async fn fetch_after(&self, end: Position) -> Result<(), StoreError> {
+    async fn fetch_after(&self, (history, end): (u64, Position)) -> Result<(), StoreError> {
         let _one_fetches = self.fetch.lock().await;
-        if end == self.ends_at() {
+        if (history, end) == *self.last.borrow() {
             let page = self.store.read_log(&LogQuery::all(), end, PAGE).await?;
-            self.change(|recent| {
-                recent.extend(page.events, page.next);
-                recent.more = page.more;
-            });
+            if self.store.history() == history {
+                self.change(history, |recent| {
+                    recent.extend(page.events, page.next);
+                    recent.more = page.more;
+                });
+            }
         }
         Ok(())
     }
@@ -156,13 +184,16 @@ impl Tail {
             let _one_waits = self.waits.lock().await;
             // After one commit there is often another of this process, and then the store need not be asked for more at all.
             tokio::time::sleep(SHOWN_SOON).await;
-            let end = self.ends_at();
-            if let Err(error) = self.store.wait(end).await {
+            let end = *self.last.borrow();
+            if let Err(error) = self.store.wait(end.1).await {
                 return error;
             }
             // The store knows more. If that is a commit of this process, it is about to be shown, and need not be read.
             if self.committing.load(Ordering::Acquire) > 0 {
                 _ = tokio::time::timeout(SHOWN_SOON, self.last.subscribe().wait_for(|last| *last > end)).await;
+            }
+            if let Err(error) = self.renewed().await {
+                return error;
             }
             if let Err(error) = self.fetch_after(end).await {
                 return error;
@@ -171,7 +202,7 @@ impl Tail {
     }
 
     /// Shows a commit of this process, if the store tells where its events stand.
-    fn show(&self, appended: Appended, committed: &Committed) {
+    fn show(&self, history: u64, appended: Appended, committed: &Committed) {
         let count = appended.iter().map(|(_, events)| events.len() as i64).sum::<i64>();
         let Some(recorded_at) = committed.recorded_at.filter(|_| count > 0) else { return };
         let first = Position(committed.position.0 - count + 1);
@@ -195,7 +226,9 @@ impl Tail {
                 position = position.next();
             }
         }
-        self.change(|recent| _ = recent.ahead.insert(first, shown));
+        if self.store.history() == history {
+            self.change(history, |recent| _ = recent.ahead.insert(first, shown));
+        }
     }
 }
 
@@ -205,13 +238,14 @@ impl EventStore for Tail {
         if limit == 0 {
             return Ok(LogPage { next: after, ..LogPage::default() });
         }
+        let (history, end) = self.renewed().await?;
         if let Some(page) = self.held(query, after, limit) {
             return Ok(page);
         }
-        if after != self.ends_at() {
+        if after != end {
             return self.store.read_log(query, after, limit).await;
         }
-        self.fetch_after(after).await?;
+        self.fetch_after((history, after)).await?;
         Ok(self.held(query, after, limit).unwrap_or(LogPage { next: after, ..LogPage::default() }))
     }
 
@@ -220,8 +254,9 @@ impl EventStore for Tail {
         self.committing.fetch_add(1, Ordering::AcqRel);
         // A caller may drop the future: then the store shows what became of it.
         let done = Done(&self.committing);
+        let history = self.store.history();
         let committed = self.store.commit(commit).await?;
-        self.show(appended, &committed);
+        self.show(history, appended, &committed);
         drop(done);
         Ok(committed)
     }
@@ -240,9 +275,10 @@ impl EventStore for Tail {
 
     async fn wait(&self, after: Position) -> Result<(), StoreError> {
         let mut last = self.last.subscribe();
+        let (history, _) = self.renewed().await?;
         tokio::select! {
             biased;
-            _ = last.wait_for(|last| *last > after) => Ok(()),
+            _ = last.wait_for(|(of, last)| *of != history || *last > after) => Ok(()),
             error = self.follow_on() => Err(error),
         }
     }

@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use crate::{
     aggregate::Aggregate,
-    commit::{Append, Commit, CommitError, Committed, Document, DocumentKey, Expected, Put},
+    commit::{Append, Commit, CommitError, Committed, Document, DocumentKey, Put},
     event::{DecodeError, Event, EventError, Metadata, NewEvent, StreamId, StreamIdError, derived_id, encode_all},
     repository::{Folded, Repository},
     store::{EventStore, StoreError},
@@ -24,6 +24,8 @@ pub(crate) use crate::stale::Stale;
 /// run more than once and must have no other effects.
 pub struct Work {
     store: Arc<dyn EventStore>,
+    /// The number of the store's history when it began: what is read under another one may contradict what was read before.
+    history: u64,
     cause: Cause,
     streams: HashMap<StreamId, Box<dyn Staged>>,
     touched: Vec<StreamId>,
@@ -94,6 +96,7 @@ impl StagedDocument {
 impl Work {
     pub(crate) fn new(store: Arc<dyn EventStore>, stale: Stale) -> Self {
         Self {
+            history: store.history(),
             store,
             cause: Cause::default(),
             streams: HashMap::new(),
@@ -384,9 +387,14 @@ impl Work {
         if commit.is_empty() {
             return Ok(Committed::default());
         }
+        if self.store.history() != self.history {
+            return Err(CommitError::Unavailable(
+                "the log changed (failover or restore) meanwhile: decide again".into(),
+            ));
+        }
         let committed = self.store.commit(commit).await?;
         for staged in self.streams.into_values() {
-            staged.committed();
+            staged.committed(self.history);
         }
         Ok(committed)
     }
@@ -399,7 +407,7 @@ trait Staged: Send + Sync {
     fn forget(&mut self);
     fn has_events(&self) -> bool;
     fn append(&mut self) -> (Append, Option<Put>);
-    fn committed(self: Box<Self>);
+    fn committed(self: Box<Self>, history: u64);
 }
 
 pub(crate) struct StagedStream<A: Aggregate> {
@@ -485,12 +493,12 @@ impl<A: Aggregate> Staged for StagedStream<A> {
 
     fn append(&mut self) -> (Append, Option<Put>) {
         let snapshot = self.current.as_mut().and_then(|folded| self.repository.snapshot(&self.stream, folded));
-        let expected = Expected::Version(self.base.version);
+        let expected = self.base.expected();
         (Append { stream: self.stream.clone(), expected, events: std::mem::take(&mut self.encoded) }, snapshot)
     }
 
-    fn committed(self: Box<Self>) {
+    fn committed(self: Box<Self>, history: u64) {
         let folded = self.current.map_or(self.base, Arc::new);
-        self.repository.remember(self.stream, folded);
+        self.repository.remember(self.stream, folded, history);
     }
 }

@@ -70,6 +70,9 @@ pub(crate) enum Stop {
     /// Another worker moved the checkpoint: this one has lost the lane.
     #[error("another worker took over {0}")]
     Fenced(DocumentKey),
+    /// The log is not the one that the checkpoint was read from.
+    #[error("the log changed (failover or restore): reading the checkpoint again")]
+    Renewed,
     #[error(transparent)]
     Store(#[from] StoreError),
 }
@@ -80,6 +83,8 @@ pub(crate) struct Worker {
     pub handler: Arc<dyn Handler>,
     pub retry: RetryPolicy,
     pub lanes: Vec<Lane>,
+    /// The number of the store's history that the lanes were read under.
+    pub history: u64,
     pub parked: ParkedKeys,
     pub reconciled_at: Instant,
     pub reporter: Reporter,
@@ -113,6 +118,11 @@ enum Attempt {
 }
 
 impl Worker {
+    /// Stops where the lanes may rest on events that are gone.
+    pub fn is_of_this_log(&self) -> Result<(), Stop> {
+        if self.store.history() == self.history { Ok(()) } else { Err(Stop::Renewed) }
+    }
+
     pub async fn load_parked(&mut self) -> Result<(), StoreError> {
         let lanes: Vec<_> = self.lanes.iter().map(|lane| lane.place.clone()).collect();
         self.parked = self.parked.load(&*self.store, &lanes).await?;
@@ -138,6 +148,7 @@ impl Worker {
         let mut limit = items.len();
         let (mut racing, mut waiting) = (Backoff::short(), Backoff::long());
         loop {
+            self.is_of_this_log()?;
             if self.parked.len() >= PARKED_MAX {
                 self.reporter.trouble(format!("{PARKED_MAX} messages are parked: redrive or drop some"));
                 waiting.wait().await;
@@ -411,6 +422,7 @@ impl Worker {
 
     /// Moves these lanes and does nothing else.
     pub async fn put_checkpoints(&mut self, after: HashMap<usize, Lane>) -> Result<(), Stop> {
+        self.is_of_this_log()?;
         let mut work = Work::new(self.store.clone(), Stale::Nothing);
         put(&after, &mut work);
         match work.commit().await {

@@ -80,6 +80,7 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
     };
     let mut left = arguments.count.unwrap_or(u64::MAX);
     let mut pause = PAUSE_MIN;
+    let history = events.history();
     let ended = tokio::signal::ctrl_c();
     tokio::pin!(ended);
     while left > 0 {
@@ -108,6 +109,12 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
             }
         };
         pause = PAUSE_MIN;
+        if events.history() != history
+            && let Some(lost) = events.status().await?.lost_end
+        {
+            // What was shown and is not there any more cannot be taken back.
+            return Err(StoreError::Unavailable(lost.to_string()).into());
+        }
         after = page.next;
         for event in page.events.iter().filter(|event| arguments.which.has(&event.data)) {
             if left == 0 {

@@ -102,9 +102,15 @@ impl Follower {
     ) -> Result<(), String> {
         let query = LogQuery::categories(categories);
         let mut position = store.status().await.map_err(|error| error.to_string())?.head;
-        let mut caught_up = true;
+        let (mut caught_up, mut history) = (true, store.history());
         while !shutdown.is_cancelled() {
             let read = async {
+                if store.history() != history {
+                    // Not beyond the end of a log that has lost it.
+                    let now = store.history();
+                    position = position.min(store.status().await?.head);
+                    history = now;
+                }
                 if caught_up {
                     store.wait(position).await?;
                 }

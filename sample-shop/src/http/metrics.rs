@@ -34,6 +34,7 @@ pub struct Metrics {
     head: IntGauge,
     readers_wait: IntGauge,
     readers_wait_for: GaugeVec,
+    lost_end: IntGauge,
     store_up: IntGauge,
 }
 
@@ -91,6 +92,10 @@ impl Metrics {
             head: gauge("shop_log_head", "The last position of the log that readers can see.")?,
             readers_wait: gauge("shop_log_readers_wait", "1 while readers of the log wait for an older transaction.")?,
             readers_wait_for,
+            lost_end: gauge(
+                "shop_log_lost_end_position",
+                "The last event that this process knew of a log that has lost its end since; 0 if it has not.",
+            )?,
             store_up: gauge("shop_store_up", "1 if the store answers.")?,
             registry,
         }))
@@ -133,6 +138,7 @@ impl Metrics {
         let status = store.status().await?;
         self.head.set(status.head.0);
         self.readers_wait.set(status.waits_for.is_some().into());
+        self.lost_end.set(status.lost_end.as_ref().map_or(0, |lost| lost.position.0));
         self.readers_wait_for.reset();
         if let Some(writer) = &status.waits_for {
             let pid = writer.pid.unwrap_or(0).to_string();

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use annals::{EventStore, Health, health::State as PartState};
+use annals::{EventStore, Health, StoreStatus, health::State as PartState};
 use axum::{
     Json, Router,
     extract::State,
@@ -59,17 +59,20 @@ async fn readyz(State(probes): State<Probes>) -> Response {
     if probes.announced.is_cancelled() {
         reasons.push("stopping".to_owned());
     }
-    let waits_for = match timeout(STORE_TIME_MAX, probes.store.status()).await {
-        Ok(Ok(status)) => status.waits_for.map(|writer| writer.to_string()),
+    let found = match timeout(STORE_TIME_MAX, probes.store.status()).await {
+        Ok(Ok(found)) => found,
         Ok(Err(error)) => {
             reasons.push(without_files(&error));
-            None
+            StoreStatus::default()
         }
         Err(_) => {
             reasons.push(format!("the store did not answer within {} s", STORE_TIME_MAX.as_secs()));
-            None
+            StoreStatus::default()
         }
     };
+    let waits_for = found.waits_for.map(|writer| writer.to_string());
+    // It works, and a person must look: what other systems have received may not be in the log any more.
+    let lost_end = found.lost_end.map(|lost| lost.to_string());
     let mut parts = probes.health.parts();
     for state in parts.values_mut() {
         if let PartState::Trouble(reason) | PartState::Failed(reason) = state {
@@ -88,8 +91,10 @@ async fn readyz(State(probes): State<Probes>) -> Response {
         true => (StatusCode::OK, "ready"),
         false => (StatusCode::SERVICE_UNAVAILABLE, "not ready"),
     };
-    (status, Json(json!({"status": word, "reasons": reasons, "readers_wait_for": waits_for, "parts": parts})))
-        .into_response()
+    let told = json!({
+        "status": word, "reasons": reasons, "readers_wait_for": waits_for, "log_lost_its_end": lost_end, "parts": parts,
+    });
+    (status, Json(told)).into_response()
 }
 
 async fn metrics(State(probes): State<Probes>) -> Response {

@@ -13,6 +13,9 @@ use crate::{commands::import, failure::Failure};
 
 /// Read at once.
 const PAGE: usize = 500;
+/// What to do where a checkpoint stands beyond the end of a log.
+const REMEDY: &str =
+    " (the log was restored without it; a service that starts goes back to the end, or reset the subscription)";
 
 /// Gives how many documents there are.
 pub(super) async fn verify(
@@ -54,13 +57,36 @@ async fn wrong(archive: &dyn Archive, histories: &Histories, document: &Document
             Ok(checkpoint) => {
                 // Read after the checkpoint, so it is no lower unless something is wrong.
                 let head = archive.status().await?.head.0;
-                (checkpoint.next > head)
-                    .then(|| format!("it stands at position {}, and the log ends at {head}", checkpoint.next))
+                match checkpoint.event {
+                    _ if checkpoint.next > head => {
+                        Some(format!("it stands at position {}, and the log ends at {head}{REMEDY}", checkpoint.next))
+                    }
+                    Some(given) if !given.is_in(archive).await? => Some(format!(
+                        "it stands behind event {} at position {}, which the log does not have{REMEDY}",
+                        given.id, given.position
+                    )),
+                    _ => None,
+                }
             }
         });
     }
     if collection.starts_with("parked.") {
-        return Ok(serde_json::from_str::<Parked>(&document.body).map_or_else(unreadable, |_| None));
+        let parked = match serde_json::from_str::<Parked>(&document.body) {
+            Ok(parked) => parked,
+            Err(error) => return Ok(unreadable(error)),
+        };
+        // What is parked for a lane of a topic has its position in another log.
+        let of_log = parked.lane.matches('/').count() == 1;
+        let head = archive.status().await?.head.0;
+        return Ok((of_log && parked.position > head).then(|| {
+            format!(
+                "it holds the event at position {}, and the log ends at {head}: drop it, its event is gone",
+                parked.position
+            )
+        }));
+    }
+    if let Some(category) = collection.strip_prefix("snapshot.") {
+        return snapshot(archive, category, document).await;
     }
     if !collection.starts_with("saga.") {
         return Ok(serde_json::from_str::<&RawValue>(&document.body).map_or_else(unreadable, |_| None));
@@ -84,4 +110,30 @@ async fn wrong(archive: &dyn Archive, histories: &Histories, document: &Document
     let Some(last) = last else { return Ok(Some("there is no such saga in the log".into())) };
     let ended = last.decode::<SagaEvent>().ok().flatten().is_some_and(|event| event.progress().ended.is_some());
     Ok((!ended).then(|| "it says that the saga has ended, and the log does not".into()))
+}
+
+/// The part of a snapshot that says which event it ends with.
+#[derive(serde::Deserialize)]
+struct Snapshot {
+    version: Version,
+    ids: Vec<uuid::Uuid>,
+}
+
+/// A snapshot of what its stream does not have is ignored, and written over by the next one.
+async fn snapshot(archive: &dyn Archive, category: &str, document: &Document) -> Result<Option<String>, Failure> {
+    let snapshot = match serde_json::from_str::<Snapshot>(&document.body) {
+        Ok(snapshot) => snapshot,
+        Err(error) => return Ok(Some(format!("it cannot be read: {error}"))),
+    };
+    let Some(last) = snapshot.ids.last() else { return Ok(None) };
+    let stream = StreamId::from_stored(&format!("{category}-{}", document.key.id));
+    let found = archive.read_stream(&stream, Version(snapshot.version.0 - 1), 1).await?;
+    let is_there = found.first().is_some_and(|event| event.version == snapshot.version && event.id == *last);
+    Ok((!is_there).then(|| {
+        format!(
+            "it ends with event {last} at version {} of {stream}, which the log does not have (it is not used, and the next \
+             snapshot replaces it)",
+            snapshot.version
+        )
+    }))
 }
