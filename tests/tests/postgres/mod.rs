@@ -6,6 +6,8 @@ pub mod load;
 pub mod pooler;
 #[cfg(target_os = "linux")]
 pub mod server;
+#[cfg(target_os = "linux")]
+pub mod virtual_address;
 
 use std::{sync::Arc, time::Duration};
 

@@ -110,6 +110,56 @@ impl Server {
         }
     }
 
+    /// A standby that follows it asynchronously, from now on.
+    pub async fn standby(&self) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let data = folder.path().join("data");
+        if let Some((user, group)) = postgres_user() {
+            chown(folder.path(), Some(user), Some(group)).unwrap();
+        }
+        let mut copy = program("pg_basebackup");
+        copy.args(["--checkpoint=fast", "--write-recovery-conf", "--no-sync"]).arg("--pgdata").arg(&data);
+        copy.arg(format!("--dbname=host=127.0.0.1 port={} user=postgres", self.port)).current_dir(folder.path());
+        let output = copy.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let mut standby = Self { folder, data, port: 0, settings: self.settings.clone(), running: None };
+        standby.resume().await;
+        standby
+    }
+
+    /// Waits until this standby has all that its primary has written by now.
+    pub async fn catch_up(&self, primary: &Self) {
+        let mut there = PgConnection::connect(&primary.url()).await.unwrap();
+        let until: String =
+            sqlx::query_scalar("SELECT pg_current_wal_insert_lsn()::text").fetch_one(&mut there).await.unwrap();
+        let mut here = PgConnection::connect(&self.url()).await.unwrap();
+        let caught_up = async {
+            let sql = "SELECT pg_last_wal_replay_lsn() >= $1::pg_lsn";
+            while !sqlx::query_scalar::<_, bool>(sql).bind(&until).fetch_one(&mut here).await.unwrap() {
+                // Nothing else flushes what no commit has flushed.
+                sqlx::query("SELECT pg_switch_wal()").execute(&mut there).await.unwrap();
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(START, caught_up).await.expect("the standby must catch up");
+    }
+
+    /// Makes this standby the primary.
+    pub async fn promote(&self) {
+        let mut connection = PgConnection::connect(&self.url()).await.unwrap();
+        let promoted: bool = sqlx::query_scalar("SELECT pg_promote()").fetch_one(&mut connection).await.unwrap();
+        assert!(promoted);
+    }
+
+    /// A session beside the store's.
+    pub async fn connection(&self) -> PgConnection {
+        PgConnection::connect(&self.url()).await.unwrap()
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
     /// With -9, all its processes.
     pub fn kill(&mut self) {
         let Some(mut postmaster) = self.running.take() else { return };

@@ -1,0 +1,339 @@
+//! What readers, writers and caches make of a server that crashes, of one that cannot be written to for a while, and of a log that
+//! has lost its end.
+#![cfg(target_os = "linux")]
+#![allow(clippy::unwrap_used)]
+
+mod postgres;
+
+use std::{sync::Arc, time::Duration};
+
+use annals::{CommitError, EventStore, Health, LogQuery, Position, Repository, Subscription, Tail};
+use annals_postgres::{PostgresStore, Settings};
+use annals_tests::tally::{Copier, Tally, TallyCommand, copies, eventually, log};
+use sqlx::{AssertSqlSafe, PgConnection};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use self::postgres::{PROMPTLY, append, numbers, server::Server, virtual_address::VirtualAddress, whole_log};
+
+const INSERT: &str = "INSERT INTO annals.events (stream_id, version, event_id, type, schema_version, data)
+    SELECT $1, n, gen_random_uuid(), 'thing.happened', 1, '{}' FROM generate_series(1, $2) AS n RETURNING position";
+
+async fn insert(session: &mut PgConnection, stream: &str, count: i32) -> Vec<i64> {
+    sqlx::query_scalar(INSERT).bind(stream).bind(count).fetch_all(session).await.unwrap()
+}
+
+async fn execute(session: &mut PgConnection, sql: &str) {
+    sqlx::raw_sql(AssertSqlSafe(sql)).execute(session).await.unwrap();
+}
+
+/// What plain SQL finds.
+async fn positions(server: &Server) -> Vec<i64> {
+    let sql = "SELECT position FROM annals.events ORDER BY position";
+    sqlx::query_scalar(sql).fetch_all(&mut server.connection().await).await.unwrap()
+}
+
+/// Every event after a position, until there is nothing more; the reader keeps its store.
+async fn read_on(store: &PostgresStore, seen: &mut Vec<i64>) {
+    loop {
+        let after = Position(seen.last().copied().unwrap_or(0));
+        let page = store.read_log(&LogQuery::all(), after, 100).await.unwrap();
+        if page.next == after {
+            return;
+        }
+        seen.extend(numbers(&page.events));
+    }
+}
+
+fn few() -> Settings {
+    Settings { connections: 3, ..Settings::default() }
+}
+
+async fn store(url: &str) -> PostgresStore {
+    PostgresStore::connect(url, few()).await.unwrap()
+}
+
+/// Positions that were drawn and never became durable are drawn again after a crash: a proof may not rest on them.
+#[tokio::test(flavor = "multi_thread")]
+async fn reader_at_a_gap_loses_no_event_to_a_crash() {
+    const CRASHES: usize = 4;
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    // What no commit has flushed is lost with the server.
+    let mut server = Server::start_in(folder, data, vec!["wal_writer_delay=10s".into()]).await;
+    let store = store(&server.url()).await;
+    let mut seen = Vec::new();
+    for crash in 0..CRASHES {
+        let (mut slow, mut many) = (server.connection().await, server.connection().await);
+        execute(&mut slow, "BEGIN").await;
+        insert(&mut slow, &format!("slow-{crash}"), 1).await;
+        insert(&mut server.connection().await, &format!("visible-{crash}"), 1).await;
+        execute(&mut many, "BEGIN").await;
+        let drawn = insert(&mut many, &format!("many-{crash}"), 100).await;
+        // It stops at the gap of `slow`, and begins to prove what lies in it.
+        read_on(&store, &mut seen).await;
+        server.kill();
+        server.resume().await;
+        let mut again = server.connection().await;
+        execute(&mut again, "BEGIN").await;
+        let drawn_again = insert(&mut again, &format!("again-{crash}"), 1).await;
+        assert!(drawn_again[0] <= drawn[99], "nothing was drawn again, so this tested nothing");
+        insert(&mut server.connection().await, &format!("behind-{crash}"), 1).await;
+        read_on(&store, &mut seen).await;
+        execute(&mut again, "COMMIT").await;
+        timeout(PROMPTLY, store.wait(Position(*seen.last().unwrap()))).await.unwrap().unwrap();
+        read_on(&store, &mut seen).await;
+        assert_eq!(seen, positions(&server).await, "after crash {crash}");
+    }
+    assert_eq!((store.history(), store.status().await.unwrap().lost_end), (0, None), "nothing durable was lost");
+}
+
+/// On a standby nobody holds a lock, so every gap would count as settled there.
+#[tokio::test(flavor = "multi_thread")]
+async fn sessions_that_were_led_to_a_standby_read_and_write_nothing() {
+    let primary = Server::start().await;
+    let address = VirtualAddress::of(&primary).await;
+    let store = store(&address.url()).await;
+    store.commit(append("before-1", 0, 1)).await.unwrap();
+    let standby = primary.standby().await;
+    standby.catch_up(&primary).await;
+
+    address.lead_to(&standby);
+    address.cut();
+    let looks = (0..6).map(|_| store.status());
+    for status in futures::future::join_all(looks).await {
+        let error = status.expect_err("a reader must not read from a standby").to_string();
+        assert!(error.contains("standby"), "{error}");
+    }
+    for _ in 0..3 {
+        let outcome = store.commit(append("before-1", 1, 1)).await;
+        // The first one may have been on the way when the connection was cut.
+        assert!(matches!(outcome, Err(CommitError::Unavailable(_) | CommitError::Unknown(_))), "{outcome:?}");
+    }
+
+    // Nobody cuts a connection now.
+    address.lead_to(&primary);
+    let mut slow = primary.connection().await;
+    execute(&mut slow, "BEGIN").await;
+    insert(&mut slow, "slow-1", 1).await;
+    let committed = async {
+        while store.commit(append("after-1", 0, 1)).await.is_err() {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(PROMPTLY, committed).await.expect("the writer must leave the standby by itself");
+    let mut seen = Vec::new();
+    read_on(&store, &mut seen).await;
+    assert_eq!(seen, [1], "a gap is not settled while its writer is open");
+    execute(&mut slow, "COMMIT").await;
+    timeout(PROMPTLY, store.wait(Position(1))).await.unwrap().unwrap();
+    read_on(&store, &mut seen).await;
+    assert_eq!(seen, positions(&primary).await);
+}
+
+/// `default_transaction_read_only`, as it is set for maintenance; the sessions that were opened meanwhile stay read-only.
+#[tokio::test(flavor = "multi_thread")]
+async fn writers_recover_by_themselves_from_a_read_only_database() {
+    let server = Server::start().await;
+    let address = VirtualAddress::of(&server).await;
+    let store = store(&address.url()).await;
+    let mut outside = server.connection().await;
+    execute(&mut outside, "ALTER DATABASE postgres SET default_transaction_read_only = on").await;
+    address.cut();
+    let mut refusal = None;
+    let refused = async {
+        while refusal.is_none() {
+            match store.commit(append("a-1", 0, 1)).await {
+                Err(CommitError::Unavailable(reason)) if reason.contains("read-only") => refusal = Some(reason),
+                Err(CommitError::Unavailable(_) | CommitError::Unknown(_)) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    };
+    timeout(PROMPTLY, refused).await.expect("it must say why");
+    let mut session = server.connection().await;
+    execute(&mut session, "SET default_transaction_read_only = off").await;
+    execute(&mut session, "ALTER DATABASE postgres RESET default_transaction_read_only").await;
+    let committed = async {
+        while store.commit(append("a-1", 0, 1)).await.is_err() {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(PROMPTLY, committed).await.expect("the writer must leave its session by itself");
+
+    // The same under a session that writes already.
+    execute(&mut session, "ALTER SYSTEM SET default_transaction_read_only = on").await;
+    execute(&mut session, "SELECT pg_reload_conf()").await;
+    eventually("it is refused", async || store.commit(append(&format!("b-{}", Uuid::new_v4()), 0, 1)).await.err())
+        .await;
+    execute(&mut session, "ALTER SYSTEM RESET default_transaction_read_only").await;
+    execute(&mut session, "SELECT pg_reload_conf()").await;
+    let written = async || store.commit(append(&format!("b-{}", Uuid::new_v4()), 0, 1)).await.ok();
+    timeout(PROMPTLY, eventually("it is taken again", written)).await.unwrap();
+}
+
+/// A failover to an asynchronous standby that lacks the last commits, under a service that goes on.
+struct Failover {
+    address: VirtualAddress,
+    primary: Server,
+    standby: Server,
+}
+
+impl Failover {
+    async fn prepare() -> Self {
+        let primary = Server::start().await;
+        let address = VirtualAddress::of(&primary).await;
+        drop(store(&address.url()).await);
+        let standby = primary.standby().await;
+        Self { address, primary, standby }
+    }
+
+    /// What is committed from now on is lost.
+    async fn detach(&mut self) {
+        self.standby.catch_up(&self.primary).await;
+        self.standby.kill();
+    }
+
+    async fn fail_over(&mut self) {
+        self.primary.kill();
+        self.standby.resume().await;
+        self.standby.promote().await;
+        self.address.lead_to(&self.standby);
+        self.address.cut();
+    }
+}
+
+async fn pay(tallies: &Repository<Tally>, id: &str, amount: i64) {
+    let paid = async || tallies.execute(id, TallyCommand::Add(amount), Uuid::new_v4()).await.ok();
+    eventually(&format!("{amount} is added to {id}"), paid).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lost_end_is_noticed_by_caches_and_nothing_is_decided_on_what_is_gone() {
+    let mut failover = Failover::prepare().await;
+    let here: Arc<dyn EventStore> = Arc::new(store(&failover.address.url()).await);
+    let tallies = Repository::<Tally>::new(here.clone());
+    for id in ["x", "y", "z"] {
+        pay(&tallies, id, 1).await;
+    }
+    failover.detach().await;
+    for id in ["x", "y", "z"] {
+        pay(&tallies, id, 100).await;
+    }
+    failover.fail_over().await;
+
+    // Another process brings one of them to the version that is known here, before anything is asked here.
+    let elsewhere: Arc<dyn EventStore> = Arc::new(store(&failover.address.url()).await);
+    pay(&Repository::<Tally>::new(elsewhere.clone()), "y", 7).await;
+    for id in ["x", "y"] {
+        pay(&tallies, id, 10).await;
+    }
+    assert_eq!(tallies.state("x").await.unwrap().amounts, [1, 10]);
+    assert_eq!(tallies.state("y").await.unwrap().amounts, [1, 7, 10]);
+    assert_eq!(tallies.state("z").await.unwrap().amounts, [1]);
+    let stored: Vec<_> = log(&here).await.into_iter().map(|event| (event.stream.to_string(), event.data)).collect();
+    assert!(!stored.iter().any(|(_, data)| data.contains("100")), "{stored:?}");
+
+    let lost = here.status().await.unwrap().lost_end.expect("health must say it");
+    assert_eq!(lost.position, Position(6));
+    assert!(lost.to_string().contains("lost its end") && lost.to_string().contains("annals verify"), "{lost}");
+    assert!(here.history() > 0);
+    assert_eq!(elsewhere.status().await.unwrap().lost_end, None, "it has seen nothing of what is gone");
+}
+
+/// The tail, the checkpoint and the reader's place stand beyond the end; what gets the lost positions is handled all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn lost_end_is_noticed_by_subscriptions_of_a_running_service() {
+    let mut failover = Failover::prepare().await;
+    let shared: Arc<dyn EventStore> = Arc::new(store(&failover.address.url()).await);
+    let tail: Arc<dyn EventStore> = Arc::new(Tail::follow(shared).await.unwrap());
+    let (health, shutdown) = (Health::default(), CancellationToken::new());
+    let copier = Subscription::new("copier", Copier::new(tail.clone())).query(LogQuery::categories(["tally"]));
+    let running = tokio::spawn(copier.run(tail.clone(), health.clone(), shutdown.clone()));
+    let tallies = Repository::<Tally>::new(tail.clone());
+    let copied = async |amounts: &[i64]| {
+        eventually(&format!("{amounts:?} are copied"), async || {
+            let found = copies(&tail, "x").await;
+            (found.0 == amounts && found.1 == amounts).then_some(())
+        })
+        .await;
+    };
+    for amount in 1..=3 {
+        pay(&tallies, "x", amount).await;
+    }
+    copied(&[1, 2, 3]).await;
+    failover.detach().await;
+    // More than the sequence is ahead on a standby, which is 32: or no position would come twice.
+    for amount in 101..=140 {
+        pay(&tallies, "x", amount).await;
+    }
+    copied(&[1, 2, 3].into_iter().chain(101..=140).collect::<Vec<_>>()).await;
+    failover.fail_over().await;
+
+    // By another process: what is new has positions that were passed here.
+    let elsewhere: Arc<dyn EventStore> = Arc::new(store(&failover.address.url()).await);
+    pay(&Repository::<Tally>::new(elsewhere.clone()), "x", 4).await;
+    timeout(
+        PROMPTLY,
+        eventually("it is handled", async || {
+            let found = copies(&elsewhere, "x").await;
+            (found.0 == [1, 2, 3, 4]).then_some(())
+        }),
+    )
+    .await
+    .expect("a subscription must not stay beyond the end");
+    pay(&tallies, "x", 5).await;
+    copied(&[1, 2, 3, 4, 5]).await;
+    assert!(tail.status().await.unwrap().lost_end.is_some());
+    eventually("health is fine again", async || health.is_fine().then_some(())).await;
+    shutdown.cancel();
+    running.await.unwrap().unwrap();
+}
+
+/// Restored in place, under sessions that nobody cuts.
+#[tokio::test(flavor = "multi_thread")]
+async fn lost_end_is_noticed_under_sessions_that_stay() {
+    let server = Server::start().await;
+    for by_commit in [true, false] {
+        let mut outside = server.connection().await;
+        execute(&mut outside, "DROP SCHEMA IF EXISTS annals CASCADE").await;
+        let store = store(&server.url()).await;
+        for version in 0..5 {
+            store.commit(append("a-1", version, 1)).await.unwrap();
+        }
+        let mut seen = Vec::new();
+        read_on(&store, &mut seen).await;
+        execute(
+            &mut outside,
+            "ALTER TABLE annals.events DISABLE TRIGGER ALL; DELETE FROM annals.events WHERE position > 3;
+             ALTER TABLE annals.events ENABLE ALWAYS TRIGGER events_never_change;
+             ALTER TABLE annals.events ENABLE ALWAYS TRIGGER event_never_changes;
+             SELECT setval('annals.events_position', 3)",
+        )
+        .await;
+        if by_commit {
+            store.commit(append("b-1", 0, 1)).await.unwrap();
+        } else {
+            let waiting = store.wait(Position(5));
+            timeout(PROMPTLY, waiting).await.expect("who waits beyond the end must wake up").unwrap();
+        }
+        let lost = store.status().await.unwrap().lost_end;
+        assert_eq!(lost.map(|lost| lost.position), Some(Position(5)), "by a commit: {by_commit}");
+        assert_eq!(whole_log(&store).await.len(), if by_commit { 4 } else { 3 });
+    }
+}
+
+/// Only who has read what is gone is concerned.
+#[tokio::test(flavor = "multi_thread")]
+async fn failover_that_loses_nothing_says_nothing() {
+    let mut failover = Failover::prepare().await;
+    let store = store(&failover.address.url()).await;
+    store.commit(append("a-1", 0, 3)).await.unwrap();
+    failover.detach().await;
+    failover.fail_over().await;
+    let committed = async || store.commit(append("a-1", 3, 1)).await.ok();
+    timeout(PROMPTLY + Duration::from_secs(20), eventually("it goes on", committed)).await.unwrap();
+    assert_eq!(store.status().await.unwrap().lost_end, None);
+    assert_eq!(whole_log(&store).await.len(), 4);
+}
