@@ -115,12 +115,17 @@ impl Instance {
     ) {
         let mut reporter = health.reporter(&format!("instance {}", self.name), &shutdown);
         let (mut own, mut seen) = (None, BTreeMap::new());
+        let mut history = store.history();
         let mut counted_at = Instant::now();
         loop {
             // A beat that comes early gave the others no time for theirs.
             let counts = counted_at.elapsed() >= HEARTBEAT;
             if counts {
                 counted_at = Instant::now();
+            }
+            if store.history() != history {
+                // Its own document may be older than it knows.
+                (history, own) = (store.history(), None);
             }
             // One that is about to stop asks for nothing any more; what it holds it lets go by itself.
             let follows = if shutdown.is_cancelled() { BTreeSet::new() } else { self.follows().clone() };

@@ -57,10 +57,14 @@ impl Transaction {
     /// What another attempt cannot mend, or after too many of them the last one's. Also an unknown outcome of work that
     /// appends nothing: documents do not tell who wrote them, so only the caller can.
     pub async fn commit(&mut self, work: Work) -> Result<Option<Committed>, CommitError> {
-        let knows_itself = work.appends_events();
+        let (knows_itself, history) = (work.appends_events(), work.history());
         match work.commit().await {
             Ok(committed) => Ok(Some(committed)),
             Err(error @ CommitError::Unknown(_)) if !knows_itself => Err(error),
+            // Nothing was stored, because what it was decided on may be gone.
+            Err(CommitError::Unavailable(_)) if self.store.history() != history && self.attempts < DECISIONS_MAX => {
+                Ok(None)
+            }
             Err(CommitError::Conflict { .. } | CommitError::DocumentConflict { .. } | CommitError::Unknown(_))
                 if self.attempts < DECISIONS_MAX =>
             {

@@ -154,6 +154,11 @@ impl Work {
         self.rows
     }
 
+    /// The number of the store's history when it began.
+    pub(crate) fn history(&self) -> u64 {
+        self.history
+    }
+
     /// Whether its events tell, after an unknown outcome, that it was this work that was committed.
     pub(crate) fn appends_events(&self) -> bool {
         self.streams.values().any(|staged| staged.has_events())

@@ -7,9 +7,12 @@ mod postgres;
 
 use std::{sync::Arc, time::Duration};
 
-use annals::{CommitError, EventStore, Health, LogQuery, Position, Repository, Subscription, Tail};
+use annals::{CommitError, EventStore, Health, LogQuery, Position, Repository, Subscription, Tail, saga::Status};
 use annals_postgres::{PostgresStore, Settings};
-use annals_tests::tally::{Copier, Tally, TallyCommand, copies, eventually, log};
+use annals_tests::{
+    tally::{Copier, Tally, TallyCommand, copies, eventually, log},
+    trip::{World, trip},
+};
 use sqlx::{AssertSqlSafe, PgConnection};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -45,6 +48,9 @@ async fn read_on(store: &PostgresStore, seen: &mut Vec<i64>) {
         seen.extend(numbers(&page.events));
     }
 }
+
+/// Directly, and as behind a pooler, where each transaction is checked and not each session.
+const EITHER: [&str; 2] = ["", "?pooled=true"];
 
 fn few() -> Settings {
     Settings { connections: 3, ..Settings::default() }
@@ -92,9 +98,15 @@ async fn reader_at_a_gap_loses_no_event_to_a_crash() {
 /// On a standby nobody holds a lock, so every gap would count as settled there.
 #[tokio::test(flavor = "multi_thread")]
 async fn sessions_that_were_led_to_a_standby_read_and_write_nothing() {
+    for pooled in EITHER {
+        led_to_a_standby_for_a_moment(pooled).await;
+    }
+}
+
+async fn led_to_a_standby_for_a_moment(pooled: &str) {
     let primary = Server::start().await;
     let address = VirtualAddress::of(&primary).await;
-    let store = store(&address.url()).await;
+    let store = store(&(address.url() + pooled)).await;
     store.commit(append("before-1", 0, 1)).await.unwrap();
     let standby = primary.standby().await;
     standby.catch_up(&primary).await;
@@ -211,8 +223,14 @@ async fn pay(tallies: &Repository<Tally>, id: &str, amount: i64) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn lost_end_is_noticed_by_caches_and_nothing_is_decided_on_what_is_gone() {
+    for pooled in EITHER {
+        caches_after_a_failover(pooled).await;
+    }
+}
+
+async fn caches_after_a_failover(pooled: &str) {
     let mut failover = Failover::prepare().await;
-    let here: Arc<dyn EventStore> = Arc::new(store(&failover.address.url()).await);
+    let here: Arc<dyn EventStore> = Arc::new(store(&(failover.address.url() + pooled)).await);
     let tallies = Repository::<Tally>::new(here.clone());
     for id in ["x", "y", "z"] {
         pay(&tallies, id, 1).await;
@@ -291,14 +309,53 @@ async fn lost_end_is_noticed_by_subscriptions_of_a_running_service() {
     running.await.unwrap().unwrap();
 }
 
+/// Of the sagas that are gone nothing is left, and those that come after them under the same positions are carried out once.
+#[tokio::test(flavor = "multi_thread")]
+async fn lost_end_is_noticed_by_sagas_of_a_running_service() {
+    const STEPS: [&str; 4] = ["book", "charge", "confirm", "announce"];
+    let mut failover = Failover::prepare().await;
+    let shared: Arc<dyn EventStore> = Arc::new(store(&failover.address.url()).await);
+    let tail: Arc<dyn EventStore> = Arc::new(Tail::follow(shared).await.unwrap());
+    let world = World::new(tail.clone(), trip(Duration::from_secs(2), 20));
+    let runtime = world.start(&["shop", "hotel", "bank"]).await;
+    let tallies = Repository::<Tally>::new(tail.clone());
+    let travel = async |names: std::ops::Range<usize>| {
+        for name in names.clone() {
+            pay(&tallies, &format!("t{name}"), 1).await;
+        }
+        for name in names {
+            world.becomes(&format!("t{name}"), Status::Completed).await;
+        }
+    };
+    travel(0..3).await;
+    failover.detach().await;
+    travel(3..10).await;
+    // Under way when the end is lost.
+    for name in 10..14 {
+        pay(&tallies, &format!("t{name}"), 1).await;
+    }
+    failover.fail_over().await;
+    travel(20..30).await;
+    for name in (0..3).chain(20..30) {
+        assert_eq!(world.ledger(&format!("t{name}")).await, STEPS, "t{name}");
+    }
+    for name in 3..10 {
+        let name = format!("t{name}");
+        assert!(world.status(&name).await.is_none() && world.history(&name).await.is_empty(), "{name} is gone");
+    }
+    assert!(tail.status().await.unwrap().lost_end.is_some());
+    eventually("health is fine again", async || runtime.health().is_fine().then_some(())).await;
+    runtime.drain(Duration::from_secs(20)).await.unwrap();
+}
+
 /// Restored in place, under sessions that nobody cuts.
 #[tokio::test(flavor = "multi_thread")]
 async fn lost_end_is_noticed_under_sessions_that_stay() {
     let server = Server::start().await;
-    for by_commit in [true, false] {
+    for (by_commit, pooled) in [(true, ""), (false, ""), (true, "?pooled=true"), (false, "?pooled=true")] {
         let mut outside = server.connection().await;
         execute(&mut outside, "DROP SCHEMA IF EXISTS annals CASCADE").await;
-        let store = store(&server.url()).await;
+        let store = store(&(server.url() + pooled)).await;
         for version in 0..5 {
             store.commit(append("a-1", version, 1)).await.unwrap();
         }
@@ -313,7 +370,13 @@ async fn lost_end_is_noticed_under_sessions_that_stay() {
         )
         .await;
         if by_commit {
-            store.commit(append("b-1", 0, 1)).await.unwrap();
+            let committed = store.commit(append("b-1", 0, 1)).await;
+            if !pooled.is_empty() && matches!(committed, Err(CommitError::Unavailable(_))) {
+                // Noticed before it was written.
+                store.commit(append("b-1", 0, 1)).await.unwrap();
+            } else {
+                committed.unwrap();
+            }
         } else {
             let waiting = store.wait(Position(5));
             timeout(PROMPTLY, waiting).await.expect("who waits beyond the end must wake up").unwrap();
@@ -322,6 +385,50 @@ async fn lost_end_is_noticed_under_sessions_that_stay() {
         assert_eq!(lost.map(|lost| lost.position), Some(Position(5)), "by a commit: {by_commit}");
         assert_eq!(whole_log(&store).await.len(), if by_commit { 4 } else { 3 });
     }
+}
+
+/// The events came back from an older backup than the documents: a checkpoint stands beyond the end, and another process has
+/// already given the lost positions to something new.
+#[tokio::test(flavor = "multi_thread")]
+async fn service_that_starts_on_a_log_without_its_end_goes_back_to_it() {
+    let server = Server::start().await;
+    let here: Arc<dyn EventStore> = Arc::new(store(&server.url()).await);
+    let follow = |store: &Arc<dyn EventStore>, shutdown: &CancellationToken| {
+        let copier = Subscription::new("copier", Copier::new(store.clone())).query(LogQuery::categories(["tally"]));
+        tokio::spawn(copier.run(store.clone(), Health::default(), shutdown.clone()))
+    };
+    let copied = async |amounts: &[i64]| {
+        let found = async || (copies(&here, "x").await.0 == amounts).then_some(());
+        eventually(&format!("{amounts:?} are copied"), found).await;
+    };
+    let shutdown = CancellationToken::new();
+    let running = follow(&here, &shutdown);
+    let tallies = Repository::<Tally>::new(here.clone());
+    for amount in 1..=5 {
+        pay(&tallies, "x", amount).await;
+    }
+    copied(&[1, 2, 3, 4, 5]).await;
+    shutdown.cancel();
+    running.await.unwrap().unwrap();
+
+    let mut outside = server.connection().await;
+    let third = "(SELECT position FROM annals.events WHERE stream_id = 'tally-x' AND version = 3)";
+    let lose = format!(
+        "ALTER TABLE annals.events DISABLE TRIGGER ALL;
+         SELECT setval('annals.events_position', {third}); DELETE FROM annals.events WHERE position > {third};
+         DELETE FROM annals.documents WHERE collection LIKE 'snapshot.%'"
+    );
+    execute(&mut outside, &lose).await;
+    let elsewhere: Arc<dyn EventStore> = Arc::new(store(&server.url()).await);
+    let other = Repository::<Tally>::new(elsewhere.clone());
+    for amount in 6..=20 {
+        pay(&other, "x", amount).await;
+    }
+    let shutdown = CancellationToken::new();
+    let running = follow(&elsewhere, &shutdown);
+    copied(&(1..=20).collect::<Vec<_>>()).await;
+    shutdown.cancel();
+    running.await.unwrap().unwrap();
 }
 
 /// Only who has read what is gone is concerned.

@@ -122,7 +122,14 @@ impl Server {
         copy.arg(format!("--dbname=host=127.0.0.1 port={} user=postgres", self.port)).current_dir(folder.path());
         let output = copy.output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        let mut standby = Self { folder, data, port: 0, settings: self.settings.clone(), running: None };
+        let mut standby = Self {
+            folder,
+            data,
+            port: 0,
+            settings: self.settings.clone(),
+            environment: self.environment.clone(),
+            running: None,
+        };
         standby.resume().await;
         standby
     }
