@@ -71,6 +71,25 @@ async fn what_no_seal_is_needed_for_is_found() {
             "document checkpoint/brochure/0: it stands at position 999999, and the log ends at ",
         ),
         (
+            "lost event",
+            "UPDATE documents SET body = json_set(body, '$.event.id', '00000000-0000-0000-0000-000000000001')
+              WHERE collection = 'checkpoint' AND id = 'brochure/0'",
+            "document checkpoint/brochure/0: it stands behind event 00000000-0000-0000-0000-000000000001 at position ",
+        ),
+        (
+            "snapshot",
+            r#"INSERT INTO documents (collection, id, version, body) VALUES ('snapshot.trip', 'fine-1', 1,
+               '{"version":99,"schema":1,"ids":["00000000-0000-0000-0000-000000000001"],"state":{}}')"#,
+            "document snapshot.trip/fine-1: it ends with event 00000000-0000-0000-0000-000000000001 at version 99 of trip-fine-1",
+        ),
+        (
+            "parked",
+            r#"INSERT INTO documents (collection, id, version, body) VALUES ('parked.brochure', 'trip-lost #1', 1,
+               '{"subscription":"brochure","lane":"brochure/0","key":"trip-lost","reason":"x","attempts":1,
+                 "parked_at":"2026-01-01T00:00:00Z","position":999999,"message":{}}')"#,
+            "document parked.brochure/trip-lost #1: it holds the event at position 999999, and the log ends at ",
+        ),
+        (
             "unreadable",
             "UPDATE documents SET body = '{}' WHERE collection = 'checkpoint' AND id = 'brochure/0'",
             "document checkpoint/brochure/0: it cannot be read: missing field `next`",
