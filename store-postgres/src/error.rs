@@ -116,6 +116,8 @@ const TOO_MANY_CONNECTIONS: &str = "53300";
 const CANNOT_CONNECT_NOW: &str = "57P03";
 const NO_SUCH_DATABASE: &str = "3D000";
 const READ_ONLY_TRANSACTION: &str = "25006";
+/// What a standby says to a transaction that is to write.
+const FEATURE_NOT_SUPPORTED: &str = "0A000";
 /// Raised by our own function: a document was put between the look and the write.
 const DOCUMENT_RACE: &str = "AN001";
 /// What a pooler says of everything: above all, that it has lost its server, with whatever was under way there.
@@ -136,6 +138,15 @@ struct NotPrimary(String);
 /// The session is not on the server that it must be on.
 pub(crate) fn not_primary(reason: impl Into<String>) -> sqlx::Error {
     sqlx::Error::Configuration(Box::new(NotPrimary(reason.into())))
+}
+
+/// What the failure to begin a transaction means: nothing else that begins one is unsupported anywhere.
+pub(crate) fn begin_error(error: sqlx::Error) -> sqlx::Error {
+    let code = error.as_database_error().and_then(DatabaseError::code);
+    if code.is_some_and(|code| code == FEATURE_NOT_SUPPORTED) {
+        return not_primary(format!("the server is a standby ({error})"));
+    }
+    error
 }
 
 fn is_not_primary(error: &sqlx::Error) -> bool {

@@ -11,7 +11,7 @@ use sqlx::{
 };
 
 use crate::{
-    error::{OpenError, is_protocol_violation, open_error},
+    error::{OpenError, begin_error, is_protocol_violation, open_error},
     history::{History, Seen},
     statements::{SCHEMA_DEFAULT, Statements, in_schema, is_schema_name},
 };
@@ -324,7 +324,7 @@ impl Database {
         let (asked, question) = self.question();
         // Nothing in it comes from outside. In one message, so that it costs no round trip.
         let begin = AssertSqlSafe(format!("{begin}; {question}"));
-        let rows = sqlx::raw_sql(begin).fetch_all(&mut *connection).await?;
+        let rows = sqlx::raw_sql(begin).fetch_all(&mut *connection).await.map_err(begin_error)?;
         self.history.check(asked, rows.last().ok_or(sqlx::Error::RowNotFound)?, purpose).map(drop)
     }
 
