@@ -106,7 +106,7 @@ fn stop_is_announced_and_cuts_nobody_off() {
     let mut used = KeepAlive::new(shop.at);
     let mut idle = KeepAlive::new(shop.at);
     for client in [&mut used, &mut idle] {
-        let answer = answered(client.ask("GET", "/readyz", &[], ""));
+        let answer = answered(client.ask("GET", "/healthz", &[], ""));
         assert_eq!((answer.status, answer.header("connection")), (200, None));
     }
     // Nothing is in stock yet, and no saga ends before this one is waited for.
