@@ -1,6 +1,11 @@
 //! Runs one service, or all, until told to stop.
 
-use std::{io::Write, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io::{ErrorKind, Write},
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use annals::{EventStore, Runtime, Service, Tail};
 use tokio::net::TcpListener;
@@ -20,6 +25,10 @@ use crate::{
 
 /// How long the parts may take to finish what they have in hand.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How much longer than the grace a start waits for an address in use: an instance that stops has it so long.
+const NEXT_INSTANCE: Duration = Duration::from_secs(2);
+/// How often it tries.
+const BIND_AGAIN: Duration = Duration::from_millis(50);
 /// Which requests to the simulated provider go wrong at first. What becomes of an order does not depend on it.
 const PROVIDER_SEED: u64 = 7;
 /// The sagas of the order service, whose ends are waited for, and what they are about.
@@ -38,7 +47,13 @@ pub async fn serve(arguments: Serve, stop: CancellationToken) -> Result<(), Fail
     }
     // First, so that an address in use costs nothing.
     let listener = match arguments.http {
-        Some(address) => Some(bind(address).await?),
+        Some(address) => {
+            let patience = arguments.grace + NEXT_INSTANCE;
+            tokio::select! {
+                listener = bind(address, patience) => Some(listener?),
+                () = stop.cancelled() => return Ok(()),
+            }
+        }
         None => None,
     };
     let store = Store::open(&arguments.store).await?;
@@ -49,8 +64,23 @@ pub async fn serve(arguments: Serve, stop: CancellationToken) -> Result<(), Fail
     served.and(closed)
 }
 
-async fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
-    TcpListener::bind(address).await.map_err(|error| format!("--http {address}: {error}").into())
+/// Takes the address, once the instance that has it has closed it.
+async fn bind(address: SocketAddr, patience: Duration) -> Result<TcpListener, Failure> {
+    let started = Instant::now();
+    let mut waits = false;
+    loop {
+        match TcpListener::bind(address).await {
+            Ok(listener) => return Ok(listener),
+            Err(error) if error.kind() == ErrorKind::AddrInUse && started.elapsed() < patience => {
+                if !std::mem::replace(&mut waits, true) {
+                    let seconds = patience.as_secs();
+                    eprintln!("--http {address}: {error}; waiting up to {seconds} s for an instance that stops");
+                }
+                tokio::time::sleep(BIND_AGAIN).await;
+            }
+            Err(error) => return Err(format!("--http {address}: {error}").into()),
+        }
+    }
 }
 
 async fn serve_on(

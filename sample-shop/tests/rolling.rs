@@ -148,6 +148,16 @@ fn stop_is_announced_and_cuts_nobody_off() {
     assert!(matches!(idle.ask("GET", "/healthz", &[], ""), Asked::Refused));
 }
 
+/// A supervisor may start it before the one before it is gone.
+#[test]
+fn next_instance_waits_for_the_address() {
+    let mut shop = Serving::start_with_grace("all", "memory:", "local:", "2s");
+    shop.signal("TERM");
+    let next = shop.start_next();
+    assert_eq!(shop.code(), Some(143));
+    assert_eq!((next.at, next.get("/healthz").status), (shop.at, 200));
+}
+
 /// On every bus and store, while orders are under way.
 #[tokio::test]
 async fn stop_is_no_reason_to_warn() {

@@ -235,5 +235,5 @@ fn what_cannot_be_served_is_refused() {
     let shop = Serving::all(&store);
     refused(&["serve", "all", "--store", &store, "--bus", "local:"], "is in use by another sample-shop");
     let taken = shop.at.to_string();
-    refused(&["serve", "all", "--store", "memory:", "--bus", "local:", "--http", &taken], "in use");
+    refused(&["serve", "all", "--store", "memory:", "--bus", "local:", "--grace", "0s", "--http", &taken], "in use");
 }

@@ -75,7 +75,8 @@ pub(crate) struct Arguments {
     /// Write behind what is in the file already.
     #[arg(long, requires = "output")]
     append: bool,
-    /// Send to a topic of this Kafka: `kafka://host:port[,host:port][?name=value&…]`.
+    /// Send to a topic of this Kafka: `kafka://host:port[,host:port][?name=value&…]`. Any value can stand in a file or in the
+    /// environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
     #[arg(long, value_name = "URL", requires = "service", conflicts_with = "handler")]
     bus: Option<Settings>,
     /// The service whose events they are.

@@ -72,6 +72,11 @@ impl Serving {
         assert!(sent.success(), "it had ended before it was sent {name}");
     }
 
+    /// Starts the next instance at its address.
+    pub fn start_next(&self) -> Self {
+        Self::start_at(self.arguments.clone(), &self.at.to_string())
+    }
+
     /// Stops it as an operator does, which is nothing to warn of.
     pub fn stop(&mut self, signal: &str) {
         self.signal(signal);

@@ -32,7 +32,8 @@ const PAGE: usize = 500;
 /// Which Kafka, and what is expected there.
 #[derive(Clone, Debug, Args)]
 pub(super) struct OnBus {
-    /// Also hold the topics of this Kafka against the log: `kafka://host:port[,host:port][?name=value&…]`.
+    /// Also hold the topics of this Kafka against the log: `kafka://host:port[,host:port][?name=value&…]`. Any value can stand in a
+    /// file or in the environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
     #[arg(long, value_name = "URL")]
     pub bus: Option<Settings>,
     /// The categories that a service publishes [default: those of which its topic holds anything].
