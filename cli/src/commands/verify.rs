@@ -171,15 +171,19 @@ async fn verify(arguments: Arguments, store: &Store, faults: &mut Faults<'_>) ->
         topics,
         faults: faults.count,
     };
-    let output = &mut *faults.output;
+    tell(&verified, faults.output)
+}
+
+/// Prints what was looked at.
+fn tell(verified: &Verified, output: &mut Output) -> Result<Verdict, Failure> {
     if output.json {
-        output.value(&verified)?;
+        output.value(verified)?;
         return Ok(if verified.faults == 0 { Verdict::Fine } else { Verdict::Fault });
     }
     if verified.faults > TOLD_MAX {
         output.line(&format!("and {} more", grouped((verified.faults - TOLD_MAX) as i64)))?;
     }
-    let Verified { events, sagas, documents, faults, .. } = &verified;
+    let Verified { events, sagas, documents, faults, .. } = verified;
     let (events, sagas, documents) = (grouped(*events), grouped(*sagas as i64), grouped(*documents as i64));
     let found = if *faults == 1 { "1 fault".to_owned() } else { format!("{} faults", grouped(*faults as i64)) };
     output.line(&format!("{events} events, {sagas} sagas and {documents} documents verified: {found}"))?;
