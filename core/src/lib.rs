@@ -83,6 +83,7 @@ mod rebuild;
 mod redrive;
 pub mod relay;
 mod relayed;
+mod remembered;
 pub mod repository;
 mod routes;
 pub mod saga;
@@ -96,6 +97,7 @@ pub mod tail;
 pub mod testing;
 pub mod trace_context;
 pub mod transaction;
+mod unsettled;
 pub mod work;
 pub mod worker;
 

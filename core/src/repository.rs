@@ -1,7 +1,7 @@
 //! Aggregates by id: folded, cached, and executed upon, with every command of one aggregate in one line.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::HashMap,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -11,6 +11,7 @@ use std::{
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
+pub use crate::remembered::REMEMBERED_COMMANDS;
 use crate::{
     aggregate::Aggregate,
     backoff::Backoff,
@@ -18,15 +19,14 @@ use crate::{
     event::{DecodeError, Metadata, StreamId, StreamIdError, Version, derived_id},
     line::Line,
     panic::caught,
+    remembered::{First, Remembered},
     store::{EventStore, StoreError},
+    unsettled::Unsettled,
     work::{Decided, StagedStream, Stale, Work, WorkError},
 };
 
 /// How many folded aggregates a repository keeps by default.
 pub const CACHED_AGGREGATES: usize = 50_000;
-/// How many of a stream's last events a repeated command is looked for in. A command repeated after more events than
-/// these on the same stream is taken for a new one; saga steps have a stream of their own and never come near it.
-pub const REMEMBERED_EVENTS: usize = 1_024;
 /// How often a command is decided anew after another writer was first, or after an unknown outcome.
 pub const DECISIONS_MAX: u32 = 32;
 /// How many commands may wait for one aggregate; more are turned away as [`ExecuteError::Overloaded`].
@@ -195,31 +195,28 @@ impl<A: Aggregate> Repository<A> {
         let mut stale = Stale::Nothing;
         let mut backoff = Backoff::short();
         let mut unknown = None;
+        // The last attempt that may still turn out to hold, with what it decided. Earlier ones cannot: each was staged where
+        // the one before it would stand.
+        let mut unsettled: Option<(Box<Unsettled>, Vec<Answer<A>>)> = None;
         for _ in 0..DECISIONS_MAX {
+            if let Some((attempt, _)) = &unsettled
+                && let Ok(Some(_)) = attempt.find(&*self.inner.store).await
+            {
+                let results = unsettled.map(|(_, results)| results).unwrap_or_default();
+                return give_out(batch, results.into_iter().map(|result| result.map(found)).collect());
+            }
             let history = self.inner.store.history();
             let mut work = Work::new(self.inner.store.clone(), stale.clone());
-            let mut results = Vec::with_capacity(batch.len());
-            for waiting in &batch {
-                work.begin(waiting.request.command_id, waiting.request.metadata.clone());
-                let decided = caught(work.stage(self, stream, &waiting.command, waiting.expect_new)).await;
-                results.push(decided.map_or_else(
-                    |panic| {
-                        work.rollback();
-                        Err(ExecuteError::Invalid(format!("the decision {panic}")))
-                    },
-                    |decided| decided.map_err(ExecuteError::from),
-                ));
-            }
+            let results = self.stage_all(&mut work, stream, &batch).await;
             // A commit carries at least the check of the version, so a refusal on outdated state is not given out.
-            let error = match work.commit().await {
-                Ok(_) => {
-                    for (waiting, result) in batch.into_iter().zip(results) {
-                        _ = waiting.answer.send(result);
-                    }
-                    return;
-                }
-                Err(error) => error,
+            let failed = match work.attempt().await {
+                Ok(_) => return give_out(batch, results),
+                Err(failed) => failed,
             };
+            if let Some(attempt) = failed.unsettled {
+                unsettled = Some((attempt, results));
+            }
+            let error = failed.error;
             unknown = matches!(error, CommitError::Unknown(_)).then(|| error.to_string());
             match &error {
                 CommitError::Conflict { .. } | CommitError::DocumentConflict { .. } | CommitError::Unknown(_) => {
@@ -246,6 +243,22 @@ impl<A: Aggregate> Repository<A> {
             Some(reason) => ExecuteError::Unavailable(reason.clone()),
             None => ExecuteError::Contended { stream: stream.clone() },
         });
+    }
+
+    async fn stage_all(&self, work: &mut Work, stream: &StreamId, batch: &[Waiting<A>]) -> Vec<Answer<A>> {
+        let mut results = Vec::with_capacity(batch.len());
+        for waiting in batch {
+            work.begin(waiting.request.command_id, waiting.request.metadata.clone());
+            let decided = caught(work.stage(self, stream, &waiting.command, waiting.expect_new)).await;
+            results.push(decided.map_or_else(
+                |panic| {
+                    work.rollback();
+                    Err(ExecuteError::Invalid(format!("the decision {panic}")))
+                },
+                |decided| decided.map_err(ExecuteError::from),
+            ));
+        }
+        results
     }
 
     /// The folded aggregate: from the cache, caught up with the store if the cached one is known to be outdated.
@@ -290,7 +303,7 @@ impl<A: Aggregate> Repository<A> {
         mut folded: Folded<A>,
     ) -> Result<Option<Folded<A>>, WorkError<A::Refusal>> {
         // The event that is known is read once more: another one may have its version by now.
-        let mut known = folded.last_event();
+        let mut known = folded.last_event;
         loop {
             let after = Version(folded.version.0 - i64::from(known.is_some()));
             let page = store.read_stream(stream, after, FOLD_PAGE).await?;
@@ -302,12 +315,11 @@ impl<A: Aggregate> Repository<A> {
                 return Ok(None);
             }
             for event in page {
-                match event.decode::<A::Event>()? {
-                    Some(decoded) => folded.apply(&decoded, event.id),
-                    None => folded.skip(event.id),
-                }
+                folded.remembered.read(event.id, folded.version.next(), event.metadata.causation_id);
+                folded.apply(event.decode::<A::Event>()?.as_ref(), event.id);
             }
             if last {
+                folded.remembered.end_of_run();
                 return Ok(Some(folded));
             }
         }
@@ -376,7 +388,9 @@ impl<A: Aggregate> Repository<A> {
         let stored = StoredSnapshot {
             version: folded.version,
             schema: policy.version,
-            ids: folded.ids.iter().copied().collect(),
+            ids: Vec::new(),
+            last_event: folded.last_event,
+            commands: folded.remembered.to_stored(),
             state: serde_json::value::RawValue::from_string(state).ok()?,
         };
         folded.snapshot = folded.version;
@@ -395,10 +409,13 @@ impl<A: Aggregate> Repository<A> {
         let Some(stored) = stored.filter(|stored| stored.schema == policy.version) else {
             return Ok(Folded::default());
         };
-        Ok((policy.load)(stored.state.get()).map_or_else(
-            |_| Folded::default(),
-            |state| Folded { version: stored.version, snapshot: stored.version, ids: stored.ids.into(), state },
-        ))
+        let Ok(state) = (policy.load)(stored.state.get()) else { return Ok(Folded::default()) };
+        let remembered = match &stored.ids[..] {
+            [] => Remembered::from_stored(stored.commands),
+            ids => Remembered::from_ids(ids, stored.version),
+        };
+        let last_event = stored.last_event.or(stored.ids.last().copied());
+        Ok(Folded { version: stored.version, snapshot: stored.version, last_event, remembered, state })
     }
 }
 
@@ -441,6 +458,17 @@ impl<A: Aggregate> Drop for Service<A> {
     }
 }
 
+/// What an attempt decided that was carried out before this one.
+fn found<E>(decided: Decided<E>) -> Decided<E> {
+    Decided { repeated: decided.repeated || !decided.events.is_empty(), ..decided }
+}
+
+fn give_out<A: Aggregate>(batch: Vec<Waiting<A>>, results: Vec<Answer<A>>) {
+    for (waiting, result) in batch.into_iter().zip(results) {
+        _ = waiting.answer.send(result);
+    }
+}
+
 fn answer_all<A: Aggregate>(batch: Vec<Waiting<A>>, error: impl Fn() -> ExecuteError<A::Refusal>) {
     for waiting in batch {
         _ = waiting.answer.send(Err(error()));
@@ -464,59 +492,56 @@ impl<R: std::error::Error> From<WorkError<R>> for ExecuteError<R> {
 struct StoredSnapshot {
     version: Version,
     schema: i32,
+    /// The ids of the last events, in snapshots of builds that knew repeated commands by them. A snapshot without this field
+    /// does not read there, so such a build folds the stream.
+    #[serde(default, skip_serializing)]
     ids: Vec<Uuid>,
+    /// The id of the event at `version`.
+    #[serde(default)]
+    last_event: Option<Uuid>,
+    #[serde(default)]
+    commands: Vec<First>,
     state: Box<serde_json::value::RawValue>,
 }
 
-/// An aggregate as folded from its stream, with the ids of the last events, by which a repeated command is known.
+/// An aggregate as folded from its stream, with its last commands, by which a repeated one is known.
 #[derive(Clone)]
 pub(crate) struct Folded<A> {
     pub version: Version,
+    /// The id of the event at `version`.
+    pub last_event: Option<Uuid>,
     pub state: A,
+    pub remembered: Remembered,
     snapshot: Version,
-    ids: VecDeque<Uuid>,
 }
 
 impl<A: Default> Default for Folded<A> {
     fn default() -> Self {
-        Self { version: Version::START, state: A::default(), snapshot: Version::START, ids: VecDeque::new() }
+        Self {
+            version: Version::START,
+            last_event: None,
+            state: A::default(),
+            remembered: Remembered::default(),
+            snapshot: Version::START,
+        }
     }
 }
 
 impl<A: Aggregate> Folded<A> {
-    pub fn apply(&mut self, event: &A::Event, id: Uuid) {
-        self.state.evolve(event);
-        self.skip(id);
-    }
-
-    pub fn skip(&mut self, id: Uuid) {
-        if self.ids.len() == REMEMBERED_EVENTS {
-            self.ids.pop_front();
+    /// Takes in the next event. `None`: one of a type that the aggregate skips.
+    pub fn apply(&mut self, event: Option<&A::Event>, id: Uuid) {
+        if let Some(event) = event {
+            self.state.evolve(event);
         }
-        self.ids.push_back(id);
         self.version = self.version.next();
-    }
-
-    /// The id of the event at its version.
-    pub fn last_event(&self) -> Option<Uuid> {
-        self.ids.back().copied()
+        self.last_event = Some(id);
     }
 
     /// Where it must stand for what follows from it to hold.
     pub fn expected(&self) -> Expected {
-        match self.last_event() {
+        match self.last_event {
             Some(id) => Expected::Event { version: self.version, id },
             None => Expected::Version(self.version),
         }
-    }
-
-    /// Where the events of a command begin, if the stream has them.
-    pub fn version_of(&self, command_id: Uuid) -> Option<Version> {
-        if self.ids.is_empty() {
-            return None;
-        }
-        let id = derived_id(command_id, 0);
-        let index = self.ids.iter().position(|known| *known == id)?;
-        Some(Version(self.version.0 - (self.ids.len() - 1 - index) as i64))
     }
 }

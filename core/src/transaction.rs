@@ -7,6 +7,7 @@ use crate::{
     commit::{CommitError, Committed},
     repository::{DECISIONS_MAX, Request},
     store::EventStore,
+    unsettled::Unsettled,
     work::{Stale, Work},
 };
 
@@ -34,12 +35,14 @@ pub struct Transaction {
     request: Request,
     attempts: u32,
     backoff: Backoff,
+    /// An attempt that may still turn out to hold.
+    unsettled: Option<Box<Unsettled>>,
 }
 
 impl Transaction {
     /// A transaction under a command id: what it executes on aggregates is done once, however often it is run.
     pub fn new(store: Arc<dyn EventStore>, request: impl Into<Request>) -> Self {
-        Self { store, request: request.into(), attempts: 0, backoff: Backoff::short() }
+        Self { store, request: request.into(), attempts: 0, backoff: Backoff::short(), unsettled: None }
     }
 
     /// An attempt. It reads everything anew, so that a refusal is never for an outdated reason.
@@ -51,27 +54,37 @@ impl Transaction {
     }
 
     /// Commits an attempt. `None`: another writer was first, or the outcome is unknown; begin another one, which finds
-    /// its own events if this one did hold, and says so with [`Decided::repeated`](crate::work::Decided).
+    /// its own events if this one did hold, and says so with [`Decided::repeated`](crate::work::Decided). Nothing more is
+    /// committed then, however large the attempt was, and whatever other writers did meanwhile.
     ///
     /// # Errors
     /// What another attempt cannot mend, or after too many of them the last one's. Also an unknown outcome of work that
     /// appends nothing: documents do not tell who wrote them, so only the caller can.
     pub async fn commit(&mut self, work: Work) -> Result<Option<Committed>, CommitError> {
-        let (knows_itself, history) = (work.appends_events(), work.history());
-        match work.commit().await {
-            Ok(committed) => Ok(Some(committed)),
-            Err(error @ CommitError::Unknown(_)) if !knows_itself => Err(error),
+        if let Some(committed) = self.settled().await {
+            return Ok(Some(committed));
+        }
+        let history = work.history();
+        let failed = match work.attempt().await {
+            Ok(committed) => return Ok(Some(committed)),
+            Err(failed) => failed,
+        };
+        match failed.error {
+            error @ CommitError::Unknown(_) if failed.unsettled.is_none() => Err(error),
             // Nothing was stored, because what it was decided on may be gone.
-            Err(CommitError::Unavailable(_)) if self.store.history() != history && self.attempts < DECISIONS_MAX => {
-                Ok(None)
-            }
-            Err(CommitError::Conflict { .. } | CommitError::DocumentConflict { .. } | CommitError::Unknown(_))
+            CommitError::Unavailable(_) if self.store.history() != history && self.attempts < DECISIONS_MAX => Ok(None),
+            CommitError::Conflict { .. } | CommitError::DocumentConflict { .. } | CommitError::Unknown(_)
                 if self.attempts < DECISIONS_MAX =>
             {
+                self.unsettled = failed.unsettled.or(self.unsettled.take());
                 self.backoff.wait().await;
                 Ok(None)
             }
-            Err(error) => Err(error),
+            error => Err(error),
         }
+    }
+
+    async fn settled(&self) -> Option<Committed> {
+        self.unsettled.as_ref()?.find(&*self.store).await.ok().flatten()
     }
 }

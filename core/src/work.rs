@@ -9,9 +9,12 @@ use uuid::Uuid;
 use crate::{
     aggregate::Aggregate,
     commit::{Append, Commit, CommitError, Committed, Document, DocumentKey, Put},
-    event::{DecodeError, Event, EventError, Metadata, NewEvent, StreamId, StreamIdError, derived_id, encode_all},
+    event::{
+        DecodeError, Event, EventError, Metadata, NewEvent, StreamId, StreamIdError, Version, derived_id, encode_all,
+    },
     repository::{Folded, Repository},
     store::{EventStore, StoreError},
+    unsettled::{self, Unsettled},
 };
 
 pub(crate) use crate::stale::Stale;
@@ -159,11 +162,6 @@ impl Work {
         self.history
     }
 
-    /// Whether its events tell, after an unknown outcome, that it was this work that was committed.
-    pub(crate) fn appends_events(&self) -> bool {
-        self.streams.values().any(|staged| staged.has_events())
-    }
-
     /// The id that effects outside the store should carry as their idempotency key: the same on each delivery of the
     /// message and on each attempt at the command.
     pub fn cause_id(&self) -> Uuid {
@@ -246,7 +244,7 @@ impl Work {
         let metadata = self.cause.metadata.clone();
         let store = self.store.clone();
         let staged = self.staged(repository, stream, expect_new).await?;
-        if let Some(first) = staged.current().version_of(command_id) {
+        if let Some(first) = staged.current().remembered.version_of(command_id) {
             let events = repository.events_of(&*store, stream, first, command_id, staged).await?;
             return Ok(Decided { events, repeated: true });
         }
@@ -265,7 +263,7 @@ impl Work {
         id: &str,
     ) -> Result<bool, WorkError<A::Refusal>> {
         let stream = repository.stream(id)?;
-        Ok(self.staged(repository, &stream, false).await?.current().version_of(command_id).is_some())
+        Ok(self.staged(repository, &stream, false).await?.current().remembered.version_of(command_id).is_some())
     }
 
     async fn staged<A: Aggregate>(
@@ -342,8 +340,7 @@ impl Work {
         key: &DocumentKey,
         value: &T,
     ) -> Result<(), WorkError<std::convert::Infallible>> {
-        let body =
-            serde_json::to_string(value).map_err(|error| WorkError::Unencodable(format!("document {key}: {error}")))?;
+        let body = serde_json::to_string(value).map_err(|error| WorkError::Unencodable(format!("document {key}: {error}")))?;
         self.put_json(key, Some(body.into()), None);
         Ok(())
     }
@@ -377,7 +374,22 @@ impl Work {
     }
 
     /// Commits what is staged, and gives the folded states to the caches of their repositories.
-    pub(crate) async fn commit(mut self) -> Result<Committed, CommitError> {
+    pub(crate) async fn commit(self) -> Result<Committed, CommitError> {
+        let store = self.store.clone();
+        let failed = match self.attempt().await {
+            Ok(committed) => return Ok(committed),
+            Err(failed) => failed,
+        };
+        // A commit whose answer was lost counts as answered, if its events stand where they were staged.
+        let found = match &failed.unsettled {
+            Some(unsettled) => unsettled.find(&*store).await.ok().flatten(),
+            None => None,
+        };
+        found.ok_or(failed.error)
+    }
+
+    /// As [`commit`](Self::commit), for a caller that looks for a commit of unknown outcome itself.
+    pub(crate) async fn attempt(mut self) -> Result<Committed, Failed> {
         let mut commit = Commit::default();
         for staged in self.streams.values_mut() {
             let (append, snapshot) = staged.append();
@@ -393,11 +405,19 @@ impl Work {
             return Ok(Committed::default());
         }
         if self.store.history() != self.history {
-            return Err(CommitError::Unavailable(
-                "the log changed (failover or restore) meanwhile: decide again".into(),
-            ));
+            let error =
+                CommitError::Unavailable("the log changed (failover or restore) meanwhile: decide again".into());
+            return Err(Failed { error, unsettled: None });
         }
-        let committed = self.store.commit(commit).await?;
+        let committed = match self.store.commit(commit).await {
+            Ok(committed) => committed,
+            Err(error @ CommitError::Unknown(_)) => {
+                let streams: Vec<_> = self.streams.values().map(|staged| staged.place()).collect();
+                let has_events = streams.iter().any(|staged| staged.last > staged.base);
+                return Err(Failed { error, unsettled: has_events.then(|| Box::new(Unsettled { streams })) });
+            }
+            Err(error) => return Err(Failed { error, unsettled: None }),
+        };
         for staged in self.streams.into_values() {
             staged.committed(self.history);
         }
@@ -405,12 +425,21 @@ impl Work {
     }
 }
 
+/// A commit that does not hold, as far as is known.
+pub(crate) struct Failed {
+    pub error: CommitError,
+    /// How to find out later, where the outcome is unknown. `None` if the commit has no events: documents do not tell which
+    /// commit wrote them.
+    pub unsettled: Option<Box<Unsettled>>,
+}
+
 /// One stream's part of the work, whatever its aggregate.
 trait Staged: Send + Sync {
     fn as_any(&mut self) -> &mut dyn Any;
     fn keep(&mut self);
     fn forget(&mut self);
-    fn has_events(&self) -> bool;
+    /// Where its events are, once they are handed to the store.
+    fn place(&self) -> unsettled::Staged;
     fn append(&mut self) -> (Append, Option<Put>);
     fn committed(self: Box<Self>, history: u64);
 }
@@ -437,8 +466,11 @@ impl<A: Aggregate> StagedStream<A> {
         }
         self.torn = true;
         let current = self.current.get_or_insert_with(|| (*self.base).clone());
+        if let Some(first) = encoded.first() {
+            current.remembered.begin(first.id, current.version.next());
+        }
         for (event, encoded) in events.iter().zip(&encoded) {
-            current.apply(event, encoded.id);
+            current.apply(Some(event), encoded.id);
         }
         match self.encoded.is_empty() {
             true => self.encoded = encoded,
@@ -456,7 +488,7 @@ impl<A: Aggregate> StagedStream<A> {
         of_command.filter_map(|(event, _)| decode::<A>(event).transpose()).collect()
     }
 
-    pub(crate) fn base_version(&self) -> crate::event::Version {
+    pub(crate) fn base_version(&self) -> Version {
         self.base.version
     }
 }
@@ -482,18 +514,19 @@ impl<A: Aggregate> Staged for StagedStream<A> {
         self.encoded.truncate(self.kept);
         let mut folded = (*self.base).clone();
         for event in &self.encoded {
-            match decode::<A>(event) {
-                Ok(Some(decoded)) => folded.apply(&decoded, event.id),
-                // It was encoded from a value a moment ago; an enum that cannot read its own writing is caught by the
-                // first reader of the stream, with the place.
-                Ok(None) | Err(_) => folded.skip(event.id),
-            }
+            folded.remembered.read(event.id, folded.version.next(), event.metadata.causation_id);
+            // It was encoded from a value a moment ago; an enum that cannot read its own writing is caught by the first
+            // reader of the stream, with the place.
+            folded.apply(decode::<A>(event).ok().flatten().as_ref(), event.id);
         }
+        folded.remembered.end_of_run();
         self.current = (!self.encoded.is_empty()).then_some(folded);
     }
 
-    fn has_events(&self) -> bool {
-        !self.encoded.is_empty()
+    fn place(&self) -> unsettled::Staged {
+        let Folded { version: last, remembered, .. } = self.current();
+        let commands = remembered.since(self.base.version).collect();
+        unsettled::Staged { stream: self.stream.clone(), base: self.base.version, last: *last, commands }
     }
 
     fn append(&mut self) -> (Append, Option<Put>) {

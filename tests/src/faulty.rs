@@ -21,6 +21,8 @@ pub enum Fault {
     LostUnknown,
     /// It is applied, and [`CommitError::Unknown`] does not say so.
     AppliedUnknown,
+    /// [`CommitError::Unknown`] comes at once; it is applied when the gate opens, as by a server that still works on it.
+    AppliedLater(Gate),
     /// It is not applied, [`CommitError::Unknown`] does not say so, and the store is [away](FaultyStore::away) from then on.
     LostAndAway,
     /// The process dies before it is applied: this call and all later ones fail.
@@ -33,7 +35,7 @@ pub enum Fault {
 
 /// Where a commit waits until a test lets it through. Clones are the same gate.
 #[derive(Clone, Debug, Default)]
-pub struct Gate(Arc<(watch::Sender<bool>, watch::Sender<bool>)>);
+pub struct Gate(Arc<(watch::Sender<bool>, watch::Sender<bool>, watch::Sender<Option<bool>>)>);
 
 impl Gate {
     /// A closed gate.
@@ -49,6 +51,17 @@ impl Gate {
     /// Lets through whoever waits, and all who come later.
     pub fn open(&self) {
         self.0.1.send_replace(true);
+    }
+
+    /// Resolves once a commit of [`Fault::AppliedLater`] went through, and says whether it held.
+    pub async fn applied(&self) -> bool {
+        let mut applied = self.0.2.subscribe();
+        // As in `wait_for`.
+        applied.wait_for(Option::is_some).await.is_ok_and(|held| *held == Some(true))
+    }
+
+    fn passed(&self, held: bool) {
+        self.0.2.send_replace(Some(held));
     }
 
     async fn pass(&self) {
@@ -222,6 +235,15 @@ impl EventStore for FaultyStore {
             }
             Some(Fault::AppliedUnknown) => {
                 self.inner.commit(commit).await?;
+                Err(CommitError::Unknown("scripted".into()))
+            }
+            Some(Fault::AppliedLater(gate)) => {
+                let inner = self.inner.clone();
+                tokio::spawn(async move {
+                    gate.pass().await;
+                    let applied = inner.commit(commit).await;
+                    gate.passed(applied.is_ok());
+                });
                 Err(CommitError::Unknown("scripted".into()))
             }
             Some(Fault::CrashBefore) => {

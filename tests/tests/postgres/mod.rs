@@ -12,9 +12,11 @@ pub mod virtual_address;
 use std::{sync::Arc, time::Duration};
 
 use annals::{
-    Append, Commit, EventStore, Expected, LogQuery, Metadata, NewEvent, Position, Recorded, StreamId, Version,
+    Append, Commit, EventStore, Expected, LogQuery, MemoryStore, Metadata, NewEvent, Position, Recorded, StreamId,
+    Version,
 };
 use annals_postgres::{PostgresStore, Settings};
+use annals_sqlite::SqliteStore;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use uuid::Uuid;
 
@@ -106,6 +108,17 @@ impl Schema {
     pub fn sql(&self, sql: &str) -> AssertSqlSafe<String> {
         AssertSqlSafe(sql.replace("annals.", &format!("{}.", self.name())))
     }
+}
+
+/// The same on each kind of store, each one empty.
+pub async fn on_each_store(property: impl AsyncFn(Arc<dyn EventStore>)) {
+    property(Arc::new(MemoryStore::new())).await;
+    let folder = tempfile::tempdir().unwrap();
+    let sqlite = SqliteStore::open(folder.path().join("annals.db")).await.unwrap();
+    property(Arc::new(sqlite.clone())).await;
+    sqlite.close().await.unwrap();
+    let schema = Schema::new();
+    property(Arc::new(schema.store().await)).await;
 }
 
 /// How long something may take that ought to happen at once.

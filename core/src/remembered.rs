@@ -1,0 +1,213 @@
+//! The commands that a stream carried out last: how a repeated command is known.
+
+use std::collections::VecDeque;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::{
+    commit::COMMIT_ROWS_MAX,
+    event::{Version, derived_id},
+};
+
+/// A repeated command is found among this many last commands of its stream, however many events each of them gave. A
+/// command that is repeated later is taken for a new one; each saga has a stream of its own at each service, and stays far
+/// below.
+pub const REMEMBERED_COMMANDS: usize = 1_024;
+/// Where the store does not say which command an event belongs to, each event may be the first of a command and is
+/// remembered by itself, up to this many: a commit may hold that many.
+const UNCERTAIN_EVENTS_MAX: usize = COMMIT_ROWS_MAX;
+
+/// The first event of each of the last commands.
+///
+/// A command that this process stages is remembered by its first event alone. Events that are read from the store carry the
+/// command only as their cause, so the boundaries are inferred: another cause begins another command, and a run of events
+/// with one cause is one command if the id of its last event derives from the cause with the length of the run. Otherwise,
+/// as when a message caused several commands, every event of the run is remembered.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Remembered {
+    /// In the order of the stream.
+    events: VecDeque<First>,
+    /// How many of `events` may be in the middle of a command.
+    uncertain: usize,
+    /// The events with one cause that were read last.
+    run: Option<Run>,
+}
+
+/// An event that begins a command, or may begin one.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct First {
+    id: Uuid,
+    version: Version,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    uncertain: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Run {
+    cause: Uuid,
+    events: u64,
+    last: Uuid,
+}
+
+impl Remembered {
+    /// A command begins with this event.
+    pub fn begin(&mut self, id: Uuid, version: Version) {
+        self.end_of_run();
+        self.push(First { id, version, uncertain: false });
+    }
+
+    /// An event as it was read. The events of one commit are read together, up to [`end_of_run`](Self::end_of_run).
+    pub fn read(&mut self, id: Uuid, version: Version, cause: Uuid) {
+        match &mut self.run {
+            Some(run) if run.cause == cause => {
+                run.events += 1;
+                run.last = id;
+                self.push(First { id, version, uncertain: true });
+            }
+            _ => {
+                self.begin(id, version);
+                self.run = Some(Run { cause, events: 1, last: id });
+            }
+        }
+    }
+
+    /// No further event of the same commit follows.
+    pub fn end_of_run(&mut self) {
+        let Some(run) = self.run.take() else { return };
+        // One hash for a whole run, and none for the usual command of one event.
+        if run.events > 1 && run.last == derived_id(run.cause, run.events - 1) {
+            while self.events.pop_back_if(|event| event.uncertain).is_some() {
+                self.uncertain -= 1;
+            }
+        }
+        self.trim(UNCERTAIN_EVENTS_MAX);
+    }
+
+    /// Where the events of a command begin, if it is remembered.
+    pub fn version_of(&self, command_id: Uuid) -> Option<Version> {
+        if self.events.is_empty() {
+            return None;
+        }
+        let id = derived_id(command_id, 0);
+        self.events.iter().find(|event| event.id == id).map(|event| event.version)
+    }
+
+    /// The first events of the commands after a version.
+    pub fn since(&self, version: Version) -> impl Iterator<Item = (Version, Uuid)> + '_ {
+        self.events.iter().rev().map(|event| (event.version, event.id)).take_while(move |(of, _)| *of > version)
+    }
+
+    /// For a snapshot.
+    pub fn to_stored(&self) -> Vec<First> {
+        self.events.iter().copied().collect()
+    }
+
+    /// From a snapshot.
+    pub fn from_stored(events: Vec<First>) -> Self {
+        let uncertain = events.iter().filter(|event| event.uncertain).count();
+        Self { events: events.into(), uncertain, run: None }
+    }
+
+    /// From a snapshot of a build that stored the ids of the last events, up to `version`.
+    pub fn from_ids(ids: &[Uuid], version: Version) -> Self {
+        let versions = (version.0 + 1).saturating_sub_unsigned(ids.len() as u64)..;
+        let first = |(id, version): (&Uuid, i64)| First { id: *id, version: Version(version), uncertain: true };
+        Self::from_stored(ids.iter().zip(versions).map(first).collect())
+    }
+
+    fn push(&mut self, event: First) {
+        self.uncertain += usize::from(event.uncertain);
+        self.events.push_back(event);
+        // A run that turns out to be one command must not cost the commands before it.
+        self.trim(2 * UNCERTAIN_EVENTS_MAX);
+    }
+
+    fn trim(&mut self, uncertain_max: usize) {
+        while self.uncertain > uncertain_max || self.events.len() - self.uncertain > REMEMBERED_COMMANDS {
+            let Some(forgotten) = self.events.pop_front() else { return };
+            self.uncertain -= usize::from(forgotten.uncertain);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Reads a command's events, which come after those that are remembered.
+    fn read(remembered: &mut Remembered, next: &mut i64, command_id: Uuid, cause: Uuid, events: u64) -> Version {
+        let first = Version(*next);
+        for index in 0..events {
+            remembered.read(derived_id(command_id, index), Version(*next), cause);
+            *next += 1;
+        }
+        first
+    }
+
+    #[test]
+    fn commands_are_remembered_however_many_events_they_gave() {
+        let mut remembered = Remembered::default();
+        let mut next = 1;
+        let commands: Vec<_> = (0..2_000).map(|number| (Uuid::new_v4(), 1 + number % 30)).collect();
+        let firsts: Vec<_> =
+            commands.iter().map(|(id, events)| read(&mut remembered, &mut next, *id, *id, *events)).collect();
+        remembered.end_of_run();
+        assert_eq!(remembered.events.len(), REMEMBERED_COMMANDS);
+        for ((id, _), first) in commands.iter().zip(firsts).rev().take(REMEMBERED_COMMANDS) {
+            assert_eq!(remembered.version_of(*id), Some(first));
+        }
+    }
+
+    #[test]
+    fn largest_commit_is_remembered_whether_its_boundaries_are_known_or_not() {
+        for unknown_cause in [false, true] {
+            let mut remembered = Remembered::default();
+            let mut next = 1;
+            let before = Uuid::new_v4();
+            read(&mut remembered, &mut next, before, before, 1);
+            let cause = Uuid::new_v4();
+            let large = if unknown_cause { Uuid::new_v4() } else { cause };
+            let first = read(&mut remembered, &mut next, large, cause, COMMIT_ROWS_MAX as u64);
+            remembered.end_of_run();
+            assert_eq!(remembered.version_of(large), Some(first));
+            assert_eq!(remembered.version_of(before), Some(Version(1)));
+            let held = if unknown_cause { COMMIT_ROWS_MAX + 1 } else { 2 };
+            assert_eq!(remembered.events.len(), held);
+        }
+    }
+
+    #[test]
+    fn several_commands_with_one_cause_are_all_remembered() {
+        let mut remembered = Remembered::default();
+        let mut next = 1;
+        let cause = Uuid::new_v4();
+        let commands = [cause, derived_id(cause, u64::MAX - 1), derived_id(cause, u64::MAX - 2)];
+        let firsts = commands.map(|id| read(&mut remembered, &mut next, id, cause, 3));
+        remembered.end_of_run();
+        assert_eq!(commands.map(|id| remembered.version_of(id)), firsts.map(Some));
+    }
+
+    #[test]
+    fn events_without_a_cause_take_bounded_memory() {
+        let mut remembered = Remembered::default();
+        for number in 1..100_000 {
+            remembered.read(Uuid::new_v4(), Version(number), Uuid::nil());
+            assert!(remembered.events.len() <= 2 * UNCERTAIN_EVENTS_MAX + REMEMBERED_COMMANDS);
+        }
+        remembered.end_of_run();
+        assert_eq!(remembered.events.len(), UNCERTAIN_EVENTS_MAX);
+    }
+
+    #[test]
+    fn snapshots_keep_it_and_older_ones_are_read() {
+        let ids: Vec<_> = (0..5).map(|_| Uuid::new_v4()).collect();
+        let firsts: Vec<_> = ids.iter().map(|id| derived_id(*id, 0)).collect();
+        let older = Remembered::from_ids(&firsts, Version(7));
+        let known: Vec<_> = ids.iter().map(|id| older.version_of(*id)).collect();
+        assert_eq!(known, (3..=7).map(|version| Some(Version(version))).collect::<Vec<_>>());
+        let text = serde_json::to_string(&older.to_stored()).unwrap();
+        let again = Remembered::from_stored(serde_json::from_str(&text).unwrap());
+        assert_eq!((again.to_stored(), again.uncertain), (older.to_stored(), 5));
+    }
+}
