@@ -1,6 +1,6 @@
 //! The unit of decision: pure `decide` and `evolve`, no clock, no I/O, no services.
 
-use crate::event::Event;
+use crate::{event::Event, json::to_json_exact};
 
 /// Decides on commands and evolves by events.
 ///
@@ -34,7 +34,7 @@ pub struct Snapshot<A> {
     pub every: i64,
     /// Raise it when the shape of the state changes.
     pub version: i32,
-    /// Writes the state as JSON.
+    /// Writes the state as JSON. An error stores no snapshot.
     pub save: fn(&A) -> Result<String, serde_json::Error>,
     /// Reads the state from JSON.
     pub load: fn(&str) -> Result<A, serde_json::Error>,
@@ -43,6 +43,6 @@ pub struct Snapshot<A> {
 impl<A: serde::Serialize + serde::de::DeserializeOwned> Snapshot<A> {
     /// A snapshot each `every` events, by the state's own serde implementation.
     pub const fn every(every: i64, version: i32) -> Self {
-        Self { every, version, save: |state| serde_json::to_string(state), load: |text| serde_json::from_str(text) }
+        Self { every, version, save: |state| to_json_exact(state), load: |text| serde_json::from_str(text) }
     }
 }

@@ -13,6 +13,8 @@ pub const COMMIT_ROWS_MAX: usize = 10_000;
 pub const DOCUMENT_ID_BYTES_MAX: usize = 1_024;
 /// The deepest nesting of a payload or body: what serde_json reads, and so what every reader of ours can.
 pub const NESTING_MAX: usize = 127;
+/// The earliest time at which a document may be due, in seconds since 1970: 4714-11-24 BC, where PostgreSQL's calendar begins.
+pub const DUE_SECONDS_MIN: i64 = -210_866_803_200;
 /// The largest document body, in bytes of JSON.
 pub const DOCUMENT_BYTES_MAX: usize = 4_000_000;
 
@@ -117,7 +119,7 @@ pub struct Put {
     pub expected: Option<i64>,
     /// The JSON text to store; `None` removes the document. A removed document counts as version 0 again.
     pub body: Option<Arc<str>>,
-    /// When it wants attention; [`Scan::Due`](crate::store::Scan) finds it by this.
+    /// When it wants attention; [`Scan::Due`](crate::store::Scan) finds it by this. Kept to the microsecond, rounded down.
     pub due: Option<DateTime<Utc>>,
 }
 
@@ -244,6 +246,11 @@ impl Commit {
                 return invalid(format!(
                     "the name of document {:.80?} is too long ({id_bytes} bytes) or has a NUL",
                     key
+                ));
+            }
+            if let Some(due) = put.due.filter(|due| due.timestamp() < DUE_SECONDS_MIN) {
+                return invalid(format!(
+                    "document {key} is due at {due}, before the year 4714 BC: no store holds that"
                 ));
             }
             if let Some(body) = &put.body {

@@ -70,6 +70,7 @@ pub mod event;
 pub mod handler;
 pub mod health;
 mod instance;
+pub mod json;
 mod line;
 pub mod local_bus;
 mod marks;

@@ -226,7 +226,8 @@ impl Held {
             self.due.remove(&(key.collection, due, key.id));
         }
         let Some(body) = put.body else { return };
-        let due = put.due.map(|due| due.trunc_subsecs(6));
+        // As a database keeps it. Whatever chrono holds, its microseconds do, too.
+        let due = put.due.map(|due| DateTime::from_timestamp_micros(due.timestamp_micros()).unwrap_or(due));
         if let Some(due) = due {
             self.due.insert((put.key.collection.clone(), due, put.key.id.clone()));
         }

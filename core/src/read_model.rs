@@ -11,9 +11,10 @@ use crate::{
     checkpoint::CHECKPOINTS,
     commit::{Commit, CommitError, Document, DocumentKey, Put},
     event::{Event, Position},
-    handler::{Handler, HandlerError},
+    handler::{Handler, HandlerError, Terminal},
     health::Health,
     instance::Instance,
+    json::to_json_exact,
     store::{EventStore, LogQuery, Scan, StoreError},
     subscription::Subscription,
     work::Work,
@@ -218,7 +219,9 @@ impl<R: ReadModel> Handler for Project<R> {
             let key = DocumentKey::new(self.collection.clone(), id.as_str());
             let mut view: R::View = work.document(&key).await?.unwrap_or_default();
             self.model.apply(&id, &mut view, &event, message);
-            work.put(&key, &view)?;
+            // The same event gives the same view again, so another try is of no use.
+            let body = to_json_exact(&view).map_err(|error| format!("view {key}: {error}")).terminal()?;
+            work.put_json(&key, Some(body.into()), None);
         }
         Ok(())
     }

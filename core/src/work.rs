@@ -12,6 +12,7 @@ use crate::{
     event::{
         DecodeError, Event, EventError, Metadata, NewEvent, StreamId, StreamIdError, Version, derived_id, encode_all,
     },
+    json::to_json,
     repository::{Folded, Repository},
     store::{EventStore, StoreError},
     unsettled::{self, Unsettled},
@@ -340,7 +341,7 @@ impl Work {
         key: &DocumentKey,
         value: &T,
     ) -> Result<(), WorkError<std::convert::Infallible>> {
-        let body = serde_json::to_string(value).map_err(|error| WorkError::Unencodable(format!("document {key}: {error}")))?;
+        let body = to_json(value).map_err(|error| WorkError::Unencodable(format!("document {key}: {error}")))?;
         self.put_json(key, Some(body.into()), None);
         Ok(())
     }

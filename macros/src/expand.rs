@@ -23,6 +23,7 @@ pub(crate) fn event_impl(event_enum: &EventEnum) -> TokenStream {
     let writer = writer(event_enum);
     let readers = variants.iter().filter_map(reader);
     let read = read_fn();
+    let encode = encode_fn();
     let unknown = if *skip_unknown {
         quote!(::std::result::Result::Ok(::std::option::Option::None))
     } else {
@@ -58,18 +59,7 @@ pub(crate) fn event_impl(event_enum: &EventEnum) -> TokenStream {
                     }
                 }
 
-                fn encode(
-                    &self,
-                ) -> ::std::result::Result<::std::string::String, ::annals::event::EventError> {
-                    ::annals::serde_json::to_string(&__Written(self)).map_err(|error| {
-                        ::annals::event::EventError::Unencodable {
-                            type_name: ::std::borrow::ToOwned::to_owned(
-                                ::annals::event::Event::type_name(self),
-                            ),
-                            reason: ::std::string::ToString::to_string(&error),
-                        }
-                    })
-                }
+                #encode
 
                 fn decode(
                     type_name: &str,
@@ -86,6 +76,41 @@ pub(crate) fn event_impl(event_enum: &EventEnum) -> TokenStream {
                 }
             }
         };
+    }
+}
+
+/// Writes a value, and reads it back where serde may not give a number of it back.
+fn encode_fn() -> TokenStream {
+    quote! {
+        fn encode(
+            &self,
+        ) -> ::std::result::Result<::std::string::String, ::annals::event::EventError> {
+            let type_name = ::annals::event::Event::type_name(self);
+            let unencodable = |error: ::annals::serde_json::Error| {
+                ::annals::event::EventError::Unencodable {
+                    type_name: ::std::borrow::ToOwned::to_owned(type_name),
+                    reason: ::std::string::ToString::to_string(&error),
+                }
+            };
+            let text = ::annals::json::to_json(&__Written(self)).map_err(unencodable)?;
+            let again = || {
+                let version = ::annals::event::Event::schema_version(self);
+                match <Self as ::annals::event::Event>::decode(type_name, version, &text) {
+                    ::std::result::Result::Ok(::std::option::Option::Some(read)) => {
+                        ::annals::json::to_json(&__Written(&read))
+                            .map_err(|error| ::std::string::ToString::to_string(&error))
+                    }
+                    ::std::result::Result::Ok(::std::option::Option::None) => {
+                        ::std::result::Result::Ok(::std::string::String::new())
+                    }
+                    ::std::result::Result::Err(error) => {
+                        ::std::result::Result::Err(::std::string::ToString::to_string(&error))
+                    }
+                }
+            };
+            ::annals::json::check_read_back(&text, again).map_err(unencodable)?;
+            ::std::result::Result::Ok(text)
+        }
     }
 }
 
@@ -208,17 +233,17 @@ fn read_fn() -> TokenStream {
             if schema_version == known {
                 return ::annals::serde_json::from_str(data).map_err(mismatch);
             }
-            let mut value: ::annals::serde_json::Value =
-                ::annals::serde_json::from_str(data).map_err(mismatch)?;
+            let mut upcasting = ::annals::json::Upcast::read(data).map_err(mismatch)?;
             for (from, (name, upcast)) in (1..known).zip(upcasters) {
                 if from >= schema_version {
-                    value = upcast(value).map_err(|reason| {
+                    upcasting.value = upcast(::std::mem::take(&mut upcasting.value)).map_err(|reason| {
                         let to = from + 1;
                         undecodable(::std::format!("upcaster {name}, from {from} to {to}: {reason}"))
                     })?;
                 }
             }
-            ::annals::serde_json::from_value(value)
+            upcasting
+                .finish()
                 .map_err(|error| undecodable(::std::format!("after the upcasters: {error}")))
         }
     }

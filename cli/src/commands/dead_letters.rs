@@ -167,8 +167,8 @@ async fn show(subscription: &str, key: &str, store: &Store, output: &mut Output)
         output.line(&format!("{name:<12} {}", shown(&value)))?;
     }
     output.line("message")?;
-    let message: serde_json::Value = serde_json::from_str(row.message.get())?;
-    serde_json::to_string_pretty(&message)?.lines().try_for_each(|line| output.line(&format!("  {}", shown(line))))?;
+    let message = annals::json::pretty(row.message.get())?;
+    message.lines().try_for_each(|line| output.line(&format!("  {}", shown(line))))?;
     Ok(Verdict::Fine)
 }
 

@@ -139,8 +139,8 @@ pub(crate) fn show(event: &Recorded, output: &mut Output) -> Result<(), Failure>
     )))?;
     output.line(&format!("  id {}  cause {}", event.id, event.metadata.causation_id))?;
     // Keys keep their order only where the text is kept; a person rather has it laid out.
-    let data = match serde_json::from_str::<serde_json::Value>(&event.data) {
-        Ok(value) => serde_json::to_string_pretty(&value)?,
+    let data = match annals::json::pretty(&event.data) {
+        Ok(data) => data,
         Err(error) => format!("not JSON ({error}): {}", event.data),
     };
     data.lines().try_for_each(|line| output.line(&format!("  {}", shown(line))))

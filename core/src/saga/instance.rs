@@ -9,7 +9,7 @@ use super::{
     progress::{At, Outcome, Progress, Reply, SagaEvent},
     transition::{Input, Moved, Verb, begin, json_bytes, learn_given_up, transition},
 };
-use crate::{aggregate::Aggregate, panic::caught_now};
+use crate::{aggregate::Aggregate, json::to_value, panic::caught_now};
 
 /// One saga, folded from its stream.
 #[derive(Clone, Debug)]
@@ -86,7 +86,7 @@ impl<C: SagaState> Aggregate for Instance<C> {
         let current = &ask.definitions.current;
         let Some(progress) = &self.progress else {
             let What::Begin(context) = &ask.what else { return Err(SagaRefusal::NotStarted) };
-            let given = serde_json::to_value(context).map_err(|error| SagaRefusal::Illegal(error.to_string()))?;
+            let given = to_value(context).map_err(|error| SagaRefusal::Illegal(error.to_string()))?;
             let moved = begin(current, ask.saga_id, context.clone(), ask.now).map_err(SagaRefusal::Illegal)?;
             let Moved { progress, send, .. } = moved;
             return Ok(vec![SagaEvent::Started { saga: current.name.to_owned(), context: given, progress, send }]);

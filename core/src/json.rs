@@ -1,0 +1,480 @@
+//! Values as JSON text, and back as they were.
+//!
+//! serde_json writes a number that is not finite as `null`, and reads an integer beyond 64 bits into a
+//! [`Value`] as the nearest `f64`; neither is an error there. Here the first is refused, and the second is exact. (The
+//! feature `arbitrary_precision` of serde_json would do the second, and break numbers in flattened and untagged types of
+//! the whole program.)
+
+use std::{collections::HashSet, fmt, io, ops::Range};
+
+use serde::{
+    Serialize,
+    de::DeserializeOwned,
+    ser::{self, Serializer},
+};
+use serde_json::{
+    Error, Value,
+    ser::{CompactFormatter, Formatter, PrettyFormatter},
+};
+
+/// The digits of the shortest integer that does not fit into 64 bits: -9,223,372,036,854,775,809.
+const BIG_DIGITS_MIN: usize = 19;
+
+/// Writes a value as JSON text.
+///
+/// # Errors
+/// What serde_json refuses, and numbers that are NaN or infinite, with the field they are in.
+pub fn to_json<T: Serialize + ?Sized>(value: &T) -> Result<String, Error> {
+    let text = serde_json::to_string(value)?;
+    // Such a number is in the text as `null`, so most texts need no second look.
+    if text.contains("null") {
+        check_finite(value)?;
+    }
+    Ok(text)
+}
+
+/// As [`to_json`], of a value that is read as the same type. What has an integer beyond 64 bits is read back at once: within
+/// flattened, untagged and internally tagged types, serde does not give such integers back.
+pub fn to_json_exact<T: Serialize + DeserializeOwned>(value: &T) -> Result<String, Error> {
+    let text = to_json(value)?;
+    check_read_back(&text, || to_json(&serde_json::from_str::<T>(&text)?))?;
+    Ok(text)
+}
+
+/// A value as a [`Value`], with the same errors.
+pub(crate) fn to_value<T: Serialize>(value: &T) -> Result<Value, Error> {
+    check_finite(value)?;
+    serde_json::to_value(value)
+}
+
+/// Refuses a text with integers beyond 64 bits that do not come back. `again`: the text that results from reading and writing it.
+#[doc(hidden)]
+pub fn check_read_back<E: fmt::Display>(text: &str, again: impl FnOnce() -> Result<String, E>) -> Result<(), Error> {
+    if !may_have_big_integers(text) {
+        return Ok(());
+    }
+    let wanted: Vec<_> = big_integers(text).map(|range| &text[range]).collect();
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    let reason = match again() {
+        Ok(again) if big_integers(&again).map(|range| &again[range]).eq(wanted) => return Ok(()),
+        Ok(_) => "it is read as another number".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    Err(ser::Error::custom(format!(
+        "an integer beyond 64 bits would not be read back ({reason}); write it as text, or outside of flattened and \
+         untagged types"
+    )))
+}
+
+fn check_finite<T: Serialize + ?Sized>(value: &T) -> Result<(), Error> {
+    value.serialize(Finite).map_err(|NotFinite { path, reason }| {
+        let place = if path.is_empty() { String::new() } else { format!("{}: ", path.trim_start_matches('.')) };
+        ser::Error::custom(format!("{place}{reason}"))
+    })
+}
+
+/// JSON text as a [`Value`] that upcasters change, with what is needed to have integers beyond 64 bits back afterwards.
+#[doc(hidden)]
+pub struct Upcast {
+    /// Integers beyond 64 bits stand in it as `f64`s near to them, each as another one.
+    pub value: Value,
+    stand_ins: Vec<(f64, String)>,
+}
+
+impl Upcast {
+    /// Reads the text.
+    pub fn read(text: &str) -> Result<Self, Error> {
+        let mut stand_ins = Vec::new();
+        if !may_have_big_integers(text) {
+            return Ok(Self { value: serde_json::from_str(text)?, stand_ins });
+        }
+        // A stand-in that is another number of the text, too, would have both come back as one.
+        let floats = numbers(text).filter(|range| !is_integer(&text[range.clone()]));
+        let mut taken: HashSet<u64> = floats.filter_map(|range| text[range].parse().ok().map(f64::to_bits)).collect();
+        let (mut changed, mut done) = (String::with_capacity(text.len()), 0);
+        for range in big_integers(text) {
+            let digits = &text[range.clone()];
+            let known = stand_ins.iter().find(|(_, known)| known == digits).map(|(stand_in, _)| *stand_in);
+            let stand_in = match (known, digits.parse::<f64>()) {
+                (Some(known), _) => known,
+                (None, Ok(mut near)) => {
+                    while !taken.insert(near.to_bits()) {
+                        near = f64::from_bits(near.to_bits() + 1);
+                    }
+                    stand_ins.push((near, digits.to_owned()));
+                    near
+                }
+                // Too large for any number; the reader says so.
+                (None, Err(_)) => continue,
+            };
+            changed += &text[done..range.start];
+            changed += &format!("{stand_in:e}");
+            done = range.end;
+        }
+        changed += &text[done..];
+        Ok(Self { value: serde_json::from_str(&changed)?, stand_ins })
+    }
+
+    /// What the upcasters left, as its type.
+    pub fn finish<T: DeserializeOwned>(self) -> Result<T, Error> {
+        if self.stand_ins.is_empty()
+            && let Ok(read) = T::deserialize(&self.value)
+        {
+            return Ok(read);
+        }
+        // Also for types that are only read from text, such as `RawValue`.
+        serde_json::from_slice(&self.written(CompactFormatter)?)
+    }
+
+    fn written<F: Formatter>(&self, form: F) -> Result<Vec<u8>, Error> {
+        let mut text = Vec::new();
+        let formatter = WithIntegers { stand_ins: &self.stand_ins, form };
+        self.value.serialize(&mut serde_json::Serializer::with_formatter(&mut text, formatter))?;
+        Ok(text)
+    }
+}
+
+/// JSON text laid out for people, with every number as it is.
+pub fn pretty(text: &str) -> Result<String, Error> {
+    let laid_out = Upcast::read(text)?.written(PrettyFormatter::new())?;
+    String::from_utf8(laid_out).map_err(ser::Error::custom)
+}
+
+/// Writes integers in the place of their stand-ins.
+struct WithIntegers<'a, F> {
+    stand_ins: &'a [(f64, String)],
+    form: F,
+}
+
+macro_rules! as_in_form {
+    ($($name:ident($($argument:ident: $type:ty)?),)*) => {
+        $(fn $name<W: io::Write + ?Sized>(&mut self, writer: &mut W $(, $argument: $type)?) -> io::Result<()> {
+            self.form.$name(writer $(, $argument)?)
+        })*
+    };
+}
+
+impl<F: Formatter> Formatter for WithIntegers<'_, F> {
+    fn write_f64<W: io::Write + ?Sized>(&mut self, writer: &mut W, value: f64) -> io::Result<()> {
+        match self.stand_ins.iter().find(|(stand_in, _)| stand_in.to_bits() == value.to_bits()) {
+            Some((_, digits)) => writer.write_all(digits.as_bytes()),
+            None => self.form.write_f64(writer, value),
+        }
+    }
+
+    as_in_form!(
+        begin_array(),
+        end_array(),
+        begin_array_value(first: bool),
+        end_array_value(),
+        begin_object(),
+        end_object(),
+        begin_object_key(first: bool),
+        end_object_key(),
+        begin_object_value(),
+        end_object_value(),
+    );
+}
+
+/// Whether there is a run of digits that is long enough. Looks at one byte of many.
+fn may_have_big_integers(text: &str) -> bool {
+    let bytes = text.as_bytes();
+    let digits = |bytes: &mut dyn Iterator<Item = &u8>| bytes.take_while(|byte| byte.is_ascii_digit()).count();
+    (BIG_DIGITS_MIN - 1..bytes.len()).step_by(BIG_DIGITS_MIN).any(|at| {
+        digits(&mut bytes[at..].iter()) > 0
+            && digits(&mut bytes[at..].iter()) + digits(&mut bytes[..at].iter().rev()) >= BIG_DIGITS_MIN
+    })
+}
+
+/// The integers of a valid JSON text that fit into 128 bits but not into 64.
+fn big_integers(text: &str) -> impl Iterator<Item = Range<usize>> + '_ {
+    numbers(text).filter(|range| {
+        let number = &text[range.clone()];
+        let fits_64 = number.parse::<i64>().is_ok() || number.parse::<u64>().is_ok();
+        is_integer(number) && !fits_64 && (number.parse::<i128>().is_ok() || number.parse::<u128>().is_ok())
+    })
+}
+
+fn is_integer(number: &str) -> bool {
+    !number.contains(['.', 'e', 'E'])
+}
+
+/// The numbers of a valid JSON text.
+fn numbers(text: &str) -> impl Iterator<Item = Range<usize>> + '_ {
+    let bytes = text.as_bytes();
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        while let Some(byte) = bytes.get(at) {
+            let start = at;
+            at += 1;
+            match byte {
+                b'"' => {
+                    while let Some(byte) = bytes.get(at).filter(|byte| **byte != b'"') {
+                        at += if *byte == b'\\' { 2 } else { 1 };
+                    }
+                    at += 1;
+                }
+                b'-' | b'0'..=b'9' => {
+                    let goes_on = |byte: &&u8| matches!(byte, b'0'..=b'9' | b'.' | b'e' | b'E' | b'+' | b'-');
+                    at += bytes[at..].iter().take_while(goes_on).count();
+                    return Some(start..at);
+                }
+                _ => {}
+            }
+        }
+        None
+    })
+}
+
+/// Writes nothing, and fails at a number that is not finite.
+#[derive(Clone, Copy)]
+struct Finite;
+
+/// A sequence, with how many of its elements were looked at, or anything else that has parts.
+struct Parts(usize);
+
+#[derive(Debug)]
+struct NotFinite {
+    path: String,
+    reason: String,
+}
+
+impl NotFinite {
+    fn within(self, part: impl fmt::Display) -> Self {
+        Self { path: format!("{part}{}", self.path), ..self }
+    }
+}
+
+impl fmt::Display for NotFinite {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.reason)
+    }
+}
+
+impl std::error::Error for NotFinite {}
+
+impl ser::Error for NotFinite {
+    fn custom<T: fmt::Display>(reason: T) -> Self {
+        Self { path: String::new(), reason: reason.to_string() }
+    }
+}
+
+type Looked = Result<(), NotFinite>;
+
+macro_rules! finite {
+    ($($name:ident: $type:ty),*) => {
+        $(fn $name(self, _: $type) -> Looked {
+            Ok(())
+        })*
+    };
+}
+
+macro_rules! parts {
+    ($($name:ident($($argument:ty),*);)*) => {
+        $(fn $name(self, $(_: $argument),*) -> Result<Parts, NotFinite> {
+            Ok(Parts(0))
+        })*
+    };
+}
+
+impl Serializer for Finite {
+    type Ok = ();
+    type Error = NotFinite;
+    type SerializeSeq = Parts;
+    type SerializeTuple = Parts;
+    type SerializeTupleStruct = Parts;
+    type SerializeTupleVariant = Parts;
+    type SerializeMap = Parts;
+    type SerializeStruct = Parts;
+    type SerializeStructVariant = Parts;
+
+    finite!(
+        serialize_bool: bool, serialize_i8: i8, serialize_i16: i16, serialize_i32: i32, serialize_i64: i64,
+        serialize_i128: i128, serialize_u8: u8, serialize_u16: u16, serialize_u32: u32, serialize_u64: u64,
+        serialize_u128: u128, serialize_char: char, serialize_str: &str, serialize_bytes: &[u8],
+        serialize_unit_struct: &'static str
+    );
+    parts!(
+        serialize_seq(Option<usize>);
+        serialize_tuple(usize);
+        serialize_tuple_struct(&'static str, usize);
+        serialize_tuple_variant(&'static str, u32, &'static str, usize);
+        serialize_map(Option<usize>);
+        serialize_struct(&'static str, usize);
+        serialize_struct_variant(&'static str, u32, &'static str, usize);
+    );
+
+    fn serialize_f32(self, value: f32) -> Looked {
+        self.serialize_f64(f64::from(value))
+    }
+
+    fn serialize_f64(self, value: f64) -> Looked {
+        if value.is_finite() { Ok(()) } else { Err(ser::Error::custom(format!("JSON has no number {value}"))) }
+    }
+
+    fn serialize_none(self) -> Looked {
+        Ok(())
+    }
+
+    fn serialize_unit(self) -> Looked {
+        Ok(())
+    }
+
+    fn serialize_some<T: Serialize + ?Sized>(self, value: &T) -> Looked {
+        value.serialize(self)
+    }
+
+    fn serialize_unit_variant(self, _: &'static str, _: u32, _: &'static str) -> Looked {
+        Ok(())
+    }
+
+    fn serialize_newtype_struct<T: Serialize + ?Sized>(self, _: &'static str, value: &T) -> Looked {
+        value.serialize(self)
+    }
+
+    fn serialize_newtype_variant<T: Serialize + ?Sized>(
+        self,
+        _: &'static str,
+        _: u32,
+        _: &'static str,
+        value: &T,
+    ) -> Looked {
+        value.serialize(self)
+    }
+}
+
+macro_rules! elements {
+    ($($port:ident::$element:ident),*) => {
+        $(impl ser::$port for Parts {
+            type Ok = ();
+            type Error = NotFinite;
+
+            fn $element<T: Serialize + ?Sized>(&mut self, value: &T) -> Looked {
+                self.0 += 1;
+                value.serialize(Finite).map_err(|error| error.within(format_args!("[{}]", self.0 - 1)))
+            }
+
+            fn end(self) -> Looked {
+                Ok(())
+            }
+        })*
+    };
+}
+elements!(
+    SerializeSeq::serialize_element,
+    SerializeTuple::serialize_element,
+    SerializeTupleStruct::serialize_field,
+    SerializeTupleVariant::serialize_field
+);
+
+macro_rules! fields {
+    ($($port:ident),*) => {
+        $(impl ser::$port for Parts {
+            type Ok = ();
+            type Error = NotFinite;
+
+            fn serialize_field<T: Serialize + ?Sized>(&mut self, name: &'static str, value: &T) -> Looked {
+                value.serialize(Finite).map_err(|error| error.within(format_args!(".{name}")))
+            }
+
+            fn end(self) -> Looked {
+                Ok(())
+            }
+        })*
+    };
+}
+fields!(SerializeStruct, SerializeStructVariant);
+
+impl ser::SerializeMap for Parts {
+    type Ok = ();
+    type Error = NotFinite;
+
+    // Keys are text, or serde_json has refused them.
+    fn serialize_key<T: Serialize + ?Sized>(&mut self, _: &T) -> Looked {
+        Ok(())
+    }
+
+    fn serialize_value<T: Serialize + ?Sized>(&mut self, value: &T) -> Looked {
+        value.serialize(Finite)
+    }
+
+    fn serialize_entry<K: Serialize + ?Sized, T: Serialize + ?Sized>(&mut self, key: &K, value: &T) -> Looked {
+        value.serialize(Finite).map_err(|error| {
+            let key = serde_json::to_string(key).unwrap_or_default();
+            error.within(format_args!("[{key}]"))
+        })
+    }
+
+    fn end(self) -> Looked {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn big_integers_are_found_outside_of_strings_only() {
+        let text = r#"{"a":18446744073709551615,"b":18446744073709551616,"c":"18446744073709551616",
+            "d\"99999999999999999999":[-9223372036854775808,-9223372036854775809],"e":18446744073709551616.5,
+            "f":18446744073709551616e3,"g":340282366920938463463374607431768211455,
+            "h":340282366920938463463374607431768211456}"#;
+        let found: Vec<_> = big_integers(text).map(|range| &text[range]).collect();
+        assert_eq!(found, ["18446744073709551616", "-9223372036854775809", "340282366920938463463374607431768211455"]);
+        for at in 0..60 {
+            let text = format!("[{}{}]", " ".repeat(at), "9".repeat(BIG_DIGITS_MIN));
+            assert!(may_have_big_integers(&text), "{text}");
+            assert!(!may_have_big_integers(&text.replacen('9', "", 1)), "{text}");
+        }
+    }
+
+    #[test]
+    fn upcasters_change_what_is_beside_a_big_integer() {
+        // Two that are the same `f64`, and that `f64` itself.
+        let text = r#"{"a":1000000000000000000000000,"b":1000000000000000000000001,"c":1e24,"d":[-170141183460469231731687303715884105728]}"#;
+        let mut upcast = Upcast::read(text).unwrap();
+        upcast.value["e"] = upcast.value["a"].take();
+        #[derive(serde::Deserialize)]
+        struct Read {
+            b: u128,
+            c: f64,
+            d: Vec<i128>,
+            e: u128,
+        }
+        let Read { b, c, d, e } = upcast.finish().unwrap();
+        assert_eq!((b, e, c), (10_u128.pow(24) + 1, 10_u128.pow(24), 1e24));
+        assert_eq!(d, [i128::MIN]);
+    }
+
+    #[test]
+    fn people_are_shown_the_numbers_that_are_there() {
+        let text = r#"{"b":[18446744073709551616,{}],"a":0.1}"#;
+        let shown = "{\n  \"a\": 0.1,\n  \"b\": [\n    18446744073709551616,\n    {}\n  ]\n}";
+        assert_eq!(pretty(text).unwrap(), shown);
+        assert!(pretty("{").is_err());
+    }
+
+    #[test]
+    fn what_a_saga_starts_with_is_finite() {
+        assert_eq!(to_value(&Some(1.5)).unwrap(), serde_json::json!(1.5));
+        assert!(to_value(&Some(f64::NAN)).is_err());
+        assert!(to_value(&std::collections::BTreeMap::from([("k", f32::INFINITY)])).is_err());
+        assert!(to_value(&(u128::from(u64::MAX) + 1)).is_err(), "a value cannot hold it, and says so");
+    }
+
+    #[test]
+    fn the_place_of_a_number_that_is_not_finite_is_named() {
+        #[derive(Serialize)]
+        struct Outer {
+            none: Option<u8>,
+            inner: Vec<std::collections::BTreeMap<String, (u8, f32)>>,
+        }
+        let value = |number| Outer { none: None, inner: vec![[].into(), [("k".to_owned(), (1, number))].into()] };
+        assert!(to_json(&value(1.5)).is_ok());
+        let error = to_json(&value(f32::NEG_INFINITY)).unwrap_err().to_string();
+        assert_eq!(error, r#"inner[1]["k"][1]: JSON has no number -inf"#);
+    }
+}
