@@ -22,6 +22,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("migrations/0002_operators_record_acts.sql"),
     include_str!("migrations/0003_few_rows_one_by_one.sql"),
     include_str!("migrations/0004_streams_stand_at_an_event.sql"),
+    include_str!("migrations/0005_absence_counts.sql"),
 ];
 
 /// How long the server works on one group before it gives up: as behind somebody's lock on the whole table. The end of a

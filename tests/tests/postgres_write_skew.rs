@@ -3,10 +3,13 @@
 
 mod postgres;
 
-use annals::{Append, Commit, CommitError, EventStore, Expected, StreamId, Version};
+use std::sync::Arc;
+
+use annals::{Append, Commit, CommitError, DocumentKey, EventStore, Expected, Put, StreamId, Version};
 use annals_postgres::PostgresStore;
+use annals_tests::store::concurrency::relying_on_absence;
 use sqlx::{Connection, PgConnection};
-use tokio::{sync::Barrier, time::timeout};
+use tokio::{sync::Barrier, task::JoinSet, time::timeout};
 
 use self::postgres::{PROMPTLY, Schema, append};
 
@@ -124,4 +127,85 @@ async fn an_open_transaction_holds_up_only_what_it_contradicts() {
     assert!(matches!(outcome, Err(CommitError::Unavailable(_))), "{outcome:?}");
     sqlx::raw_sql("ROLLBACK").execute(&mut open).await.unwrap();
     store.commit(relying(("right-1", 0), ("left-1", 0))).await.unwrap();
+}
+
+/// The same by documents that do not exist: whatever creates one, or relies on its absence, waits and looks again.
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_that_rely_on_absence_one_holds_between_processes() {
+    const ROUNDS: usize = 100;
+    let schema = Schema::new();
+    let stores = [schema.store().await, schema.store().await];
+    for round in 0..ROUNDS {
+        for (kind, commits) in relying_on_absence(round).into_iter().enumerate() {
+            let mut writers = JoinSet::new();
+            let barrier = Arc::new(Barrier::new(2));
+            for (store, commit) in stores.iter().zip(commits) {
+                let (store, barrier) = (store.clone(), barrier.clone());
+                writers.spawn(async move {
+                    barrier.wait().await;
+                    store.commit(commit).await
+                });
+            }
+            let held = writers.join_all().await.into_iter().filter(|outcome| match outcome {
+                Ok(_) => true,
+                Err(CommitError::Conflict { .. } | CommitError::DocumentConflict { .. }) => false,
+                Err(unexpected) => panic!("{unexpected}"),
+            });
+            assert_eq!(held.count(), 1, "kind {kind}, round {round}");
+        }
+    }
+    let left: i64 = sqlx::query_scalar(schema.sql("SELECT count(*) FROM annals.documents WHERE body::text = 'null'"))
+        .fetch_one(&mut schema.connection().await)
+        .await
+        .unwrap();
+    assert_eq!(left, 0, "what holds the place of an absent document is gone with the transaction");
+}
+
+/// A transaction that relies on absence is waited for, by the one that would create the document.
+#[tokio::test(flavor = "multi_thread")]
+async fn absence_that_is_relied_on_is_waited_for() {
+    for (ending, holds) in [("COMMIT", false), ("ROLLBACK", true)] {
+        let schema = Schema::new();
+        let store = schema.store().await;
+        let mut first = schema.connection().await;
+        sqlx::raw_sql("BEGIN").execute(&mut first).await.unwrap();
+        // Creates `b` because there is no `a`.
+        let sql =
+            "SELECT positions IS NOT NULL FROM annals.append('{}', '{}', '{}', '{c,c}', '{a,b}', '{0,NULL}', '{f,f}',
+                   '{0,1}', '{NULL,{}}'::text[], '{NULL,NULL}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}')";
+        let sql = sql.replace("'{NULL,{}}'::text[]", "ARRAY[NULL, '{}']");
+        let query = sqlx::query_scalar::<_, bool>(schema.sql(&sql));
+        assert!(query.fetch_one(&mut first).await.unwrap(), "nothing is in its way");
+        let second = {
+            let store = store.clone();
+            let put = |id: &str, expected, body: Option<&str>| Put {
+                key: DocumentKey::new("c", id),
+                expected,
+                body: body.map(Into::into),
+                due: None,
+            };
+            let commit =
+                Commit { appends: Vec::new(), puts: vec![put("a", None, Some("{}")), put("b", Some(0), None)] };
+            tokio::spawn(async move { store.commit(commit).await })
+        };
+        let mut observer = schema.connection().await;
+        let waits = "SELECT EXISTS (SELECT FROM pg_locks AS w JOIN pg_locks AS l ON l.pid = w.pid
+                                     WHERE NOT w.granted AND w.locktype = 'transactionid'
+                                       AND l.relation = 'annals.documents'::regclass)";
+        let observed = async {
+            while !sqlx::query_scalar::<_, bool>(schema.sql(waits)).fetch_one(&mut observer).await.unwrap() {
+                assert!(!second.is_finished(), "it must wait");
+            }
+        };
+        timeout(PROMPTLY, observed).await.expect("the other one must be waited for");
+        sqlx::raw_sql(ending).execute(&mut first).await.unwrap();
+        match second.await.unwrap() {
+            Ok(_) => assert!(holds, "it relied on the absence of what there is"),
+            Err(CommitError::DocumentConflict { key, actual, .. }) => {
+                assert_eq!((&*key.id, actual, holds), ("b", 1, false));
+            }
+            Err(other) => panic!("{other}"),
+        }
+        first.close().await.unwrap();
+    }
 }

@@ -178,3 +178,49 @@ async fn parts(store: &dyn EventStore, number: usize) -> (bool, bool, bool) {
     let document = store.documents(&[key("spread", &number.to_string())]).await.unwrap().remove(0);
     (one == 2, other == 2, document.is_some())
 }
+
+/// Neither writes what the other writes, and each is right only as long as the other has not written. What is absent and stays
+/// absent shows nowhere but in the check.
+pub async fn of_two_that_rely_on_absence_one_holds<T: StoreUnderTest>() {
+    const ROUNDS: usize = 60;
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    for round in 0..ROUNDS {
+        for (kind, commits) in relying_on_absence(round).into_iter().enumerate() {
+            let mut writers = JoinSet::new();
+            for commit in commits {
+                let store = store.clone();
+                writers.spawn(async move { store.commit(commit).await });
+            }
+            let held = writers.join_all().await.into_iter().filter(|outcome| match outcome {
+                Ok(_) => true,
+                Err(CommitError::Conflict { .. } | CommitError::DocumentConflict { .. }) => false,
+                Err(unexpected) => panic!("{unexpected}"),
+            });
+            assert_eq!(held.count(), 1, "kind {kind}, round {round}");
+        }
+    }
+}
+
+/// Pairs of commits that contradict each other: by documents, few and many, by streams, and by one of each.
+pub fn relying_on_absence(round: usize) -> Vec<[Commit; 2]> {
+    let name = |kind: &str, side: usize| format!("{kind}{side}-{round}");
+    let sides = [[0, 1], [1, 0]];
+    let absent = |kind: &str, side: usize| put(&key("absent", &name(kind, side)), Some(0), None);
+    let present = |kind: &str, side: usize| put(&key("absent", &name(kind, side)), None, Some("{}"));
+    let documents = sides.map(|[own, other]| putting([absent("few", other), present("few", own)]));
+    let many = sides.map(|[own, other]| {
+        let others =
+            (0..40).map(|number| put(&key(&format!("other{own}{round}"), &number.to_string()), None, Some("{}")));
+        putting(others.chain([absent("many", other), present("many", own)]))
+    });
+    let streams = sides.map(|[own, other]| {
+        appending([append(&name("s", other), at(0), Vec::new()), append(&name("s", own), at(0), numbered(1))])
+    });
+    let stream = name("t", 0);
+    let mixed = [
+        Commit { appends: vec![append(&stream, annals::Expected::Any, numbered(1))], puts: vec![absent("mixed", 0)] },
+        Commit { appends: vec![append(&stream, at(0), Vec::new())], puts: vec![present("mixed", 0)] },
+    ];
+    vec![documents, many, streams, mixed]
+}
