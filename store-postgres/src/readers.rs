@@ -13,20 +13,18 @@ use sqlx::PgConnection;
 use tokio::{
     runtime::Handle,
     sync::{OwnedSemaphorePermit, Semaphore},
-    time::{Instant, sleep, timeout_at},
+    time::{Instant, sleep_until, timeout_at},
 };
 
 use crate::{
     error::is_for_a_moment,
     history::History,
     open::{Database, Purpose},
+    writer::Reconnect,
 };
 
 /// How long a read waits for a session before it gives up.
 pub(crate) const WAIT_SECONDS_MAX: u64 = 30;
-/// How long to wait after the server let nobody in: doubling between these.
-const RECONNECT_MS_MIN: u64 = 10;
-const RECONNECT_MS_MAX: u64 = 500;
 
 /// The sessions, opened as they are needed and kept; clones share them.
 #[derive(Clone, Debug)]
@@ -38,6 +36,8 @@ struct Sessions {
     permits: Arc<Semaphore>,
     /// Each with the number of the history that it was opened under: under another one, it may be on another server.
     idle: Mutex<Vec<(u64, PgConnection)>>,
+    /// When the next one may be opened.
+    reconnect: Mutex<Reconnect>,
 }
 
 /// A session, until this is dropped.
@@ -52,7 +52,7 @@ pub(crate) struct Reader {
 impl Readers {
     pub(crate) fn new(database: Arc<Database>) -> Self {
         let permits = Arc::new(Semaphore::new(database.connections()));
-        Self(Arc::new(Sessions { database, permits, idle: Mutex::default() }))
+        Self(Arc::new(Sessions { database, permits, idle: Mutex::default(), reconnect: Mutex::default() }))
     }
 
     /// What each of them is held against.
@@ -65,11 +65,17 @@ impl Readers {
         let deadline = Instant::now() + Duration::from_secs(WAIT_SECONDS_MAX);
         let permit = timeout_at(deadline, self.0.permits.clone().acquire_owned()).await;
         let permit = permit.map_err(|_| sqlx::Error::PoolTimedOut)?.map_err(|_| sqlx::Error::PoolClosed)?;
-        let (history, connection) = match self.0.take_idle() {
-            Some(idle) => idle,
-            None => self.0.connect(deadline).await?,
+        let mut reader = match self.0.take_idle() {
+            Some((history, connection)) => {
+                Reader { connection: Some(connection), history, sessions: self.0.clone(), _permit: permit }
+            }
+            None => {
+                // In a task of its own. A burst of reads shares a few sessions, so most of those that began to connect are
+                // answered before they are through; a session that is half made then is finished, and kept.
+                let opening = tokio::spawn(self.0.clone().open(permit, deadline));
+                opening.await.unwrap_or(Err(sqlx::Error::PoolClosed))?
+            }
         };
-        let mut reader = Reader { connection: Some(connection), history, sessions: self.0.clone(), _permit: permit };
         if self.0.database.pooled {
             let begun = self.0.database.begin(reader.connection()?, Purpose::Read).await;
             begun.inspect_err(|_| reader.give_up())?;
@@ -103,19 +109,29 @@ impl Sessions {
         idle.pop()
     }
 
-    /// A server that restarts is waited for.
-    async fn connect(&self, deadline: Instant) -> Result<(u64, PgConnection), sqlx::Error> {
-        let mut delay = RECONNECT_MS_MIN;
+    /// Opens a session in a place of the pool. A server that restarts is waited for, by all readers in the same rhythm.
+    async fn open(self: Arc<Self>, permit: OwnedSemaphorePermit, deadline: Instant) -> Result<Reader, sqlx::Error> {
         loop {
+            let not_before = self.reconnect().not_before();
+            sleep_until(not_before.min(deadline)).await;
             let connected = timeout_at(deadline, self.database.connect(Purpose::Read)).await;
             match connected.unwrap_or_else(|elapsed| Err(sqlx::Error::Io(io::Error::from(elapsed)))) {
-                Err(error) if is_for_a_moment(&error) && Instant::now() < deadline => {
-                    sleep(Duration::from_millis(delay)).await;
-                    delay = (delay * 2).min(RECONNECT_MS_MAX);
+                Ok((history, connection)) => {
+                    self.reconnect().succeeded();
+                    return Ok(Reader { connection: Some(connection), history, sessions: self, _permit: permit });
                 }
-                connected => return connected,
+                Err(error) => {
+                    self.reconnect().failed();
+                    if !is_for_a_moment(&error) || Instant::now() >= deadline {
+                        return Err(error);
+                    }
+                }
             }
         }
+    }
+
+    fn reconnect(&self) -> MutexGuard<'_, Reconnect> {
+        self.reconnect.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn take_back(&self, history: u64, connection: PgConnection) {

@@ -66,7 +66,15 @@ impl Reconnect {
         sleep_until(self.not_before).await;
     }
 
+    pub(crate) fn not_before(&self) -> Instant {
+        self.not_before
+    }
+
+    /// Others that tried at the same time do not double the delay once more.
     pub(crate) fn failed(&mut self) {
+        if self.not_before > Instant::now() {
+            return;
+        }
         self.not_before = Instant::now() + self.delay;
         self.delay = (self.delay * 2).min(Duration::from_millis(RECONNECT_MS_MAX));
     }
