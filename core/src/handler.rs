@@ -55,8 +55,10 @@ impl HandlerError {
     pub(crate) fn remedy(&self) -> Remedy {
         let mut cause: Option<&(dyn Error + 'static)> = Some(&*self.source);
         while let Some(error) = cause {
-            if matches!(error.downcast_ref(), Some(StoreError::Unavailable(_))) {
-                return Remedy::AwaitStore;
+            match error.downcast_ref() {
+                Some(StoreError::Unavailable(_)) => return Remedy::AwaitStore,
+                Some(StoreError::Refused(_)) => return Remedy::Park,
+                Some(StoreError::Corrupt(_)) | None => {}
             }
             if error.is::<DecodeError>() {
                 return Remedy::Park;

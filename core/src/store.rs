@@ -177,6 +177,9 @@ pub enum StoreError {
     /// The store cannot be reached or is overloaded; retry later.
     #[error("the store is unavailable: {0}")]
     Unavailable(String),
+    /// The question is at fault, such as a name that the store can never hold; retrying does not help.
+    #[error("the store cannot be asked for that: {0}")]
+    Refused(String),
     /// What was read is not what a store of ours holds; retrying does not help.
     #[error("the store holds something that cannot be read: {0}")]
     Corrupt(String),

@@ -46,6 +46,17 @@ pub enum OpenError {
         /// The version needed.
         known: i32,
     },
+    /// The functions of the schema write to another one: it was renamed, or restored under another name.
+    #[error(
+        "the functions of schema {schema} use schema {found}: it was renamed; open it once with `migrate`, as its owner, and \
+         they are made anew"
+    )]
+    Renamed {
+        /// The schema.
+        schema: String,
+        /// The schema that its functions name.
+        found: String,
+    },
     /// The server refuses this user: a wrong password, no such database, or no permission.
     #[error("the database refuses: {reason}; check user, password, database and permissions")]
     Refused {
@@ -168,7 +179,8 @@ pub(crate) fn fault(error: &sqlx::Error) -> Fault {
     let Some(error) = error.as_database_error().and_then(|error| error.try_downcast_ref::<PgDatabaseError>()) else {
         return match error {
             // Before anything was sent.
-            sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::Encode(_) => Fault::Unavailable,
+            sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => Fault::Unavailable,
+            sqlx::Error::Encode(_) => Fault::Refused,
             _ => Fault::Lost,
         };
     };
@@ -240,7 +252,9 @@ pub(crate) fn open_error(error: &sqlx::Error) -> OpenError {
 pub(crate) fn read_error(error: sqlx::Error) -> StoreError {
     match error {
         sqlx::Error::Decode(_) | sqlx::Error::ColumnDecode { .. } => StoreError::Corrupt(error.to_string()),
-        _ => StoreError::Unavailable(text(&error)),
+        // Not the absence of the store: the same question would fail again.
+        error if fault(&error) == Fault::Refused => StoreError::Refused(error.to_string()),
+        error => StoreError::Unavailable(text(&error)),
     }
 }
 

@@ -107,6 +107,7 @@ use self::{
     news::News,
     open::Database,
     queue::{QUEUE_COMMITS_MAX, Queue, Submission, Traffic},
+    read::is_text,
     readers::Readers,
     statements::Statements,
     streams::Streams,
@@ -245,6 +246,9 @@ impl EventStore for PostgresStore {
     }
 
     async fn read_stream(&self, stream: &StreamId, after: Version, limit: usize) -> Result<Vec<Recorded>, StoreError> {
+        if !is_text(stream.as_str()) {
+            return Ok(Vec::new());
+        }
         self.shared.streams.read(self.reading(), stream, after, limit).await
     }
 

@@ -28,7 +28,7 @@ use uuid::Uuid;
 use crate::{
     history::{History, Seen},
     open::Database,
-    read::{bound, read, recorded},
+    read::{bound, is_text, read, recorded},
     readers::{Reader, Readers},
 };
 
@@ -170,7 +170,8 @@ impl Log {
             }
         };
         let names = |names: &[Arc<str>]| {
-            (!names.is_empty()).then(|| names.iter().map(|name| name.to_string()).collect::<Vec<_>>())
+            let texts = || names.iter().filter(|name| is_text(name)).map(|name| name.to_string()).collect::<Vec<_>>();
+            (!names.is_empty()).then(texts)
         };
         let statement = || {
             let bounded = statements.read_log_where.query().bind(after.0).bind(until);

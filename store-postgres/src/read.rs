@@ -49,18 +49,22 @@ pub(crate) async fn documents(
     keys: &[DocumentKey],
 ) -> Result<Vec<Option<Document>>, StoreError> {
     let mut found = vec![None; keys.len()];
-    if keys.is_empty() {
+    // The others cannot be stored, nor asked for.
+    let asked: Vec<usize> =
+        (0..keys.len()).filter(|index| is_text(&keys[*index].collection) && is_text(&keys[*index].id)).collect();
+    if asked.is_empty() {
         return Ok(found);
     }
     let rows = read!(readers, |reader| statements
         .documents
         .query()
-        .bind(keys.iter().map(|key| &*key.collection).collect::<Vec<_>>())
-        .bind(keys.iter().map(|key| &*key.id).collect::<Vec<_>>())
+        .bind(asked.iter().map(|index| &*keys[*index].collection).collect::<Vec<_>>())
+        .bind(asked.iter().map(|index| &*keys[*index].id).collect::<Vec<_>>())
         .fetch_all(reader.connection()?))?;
     for row in rows {
         let number: i64 = row.try_get(0).map_err(read_error)?;
-        let place = usize::try_from(number - 1).ok().and_then(|index| found.get_mut(index));
+        let asked = usize::try_from(number - 1).ok().and_then(|number| asked.get(number));
+        let place = asked.and_then(|index| found.get_mut(*index));
         if let Some(place) = place {
             *place = Some(document(&row).map_err(read_error)?);
         }
@@ -74,12 +78,16 @@ pub(crate) async fn scan(
     scan: &Scan,
     limit: usize,
 ) -> Result<Vec<Document>, StoreError> {
+    if !is_text(collection) {
+        return Ok(Vec::new());
+    }
     let rows = match scan {
+        // No id has a NUL, so those after `a` and a NUL are those after `a`.
         Scan::After(id) => read!(readers, |reader| statements
             .scan_after
             .query()
             .bind(collection)
-            .bind(&**id)
+            .bind(id.split('\0').next())
             .bind(bound(limit))
             .fetch_all(reader.connection()?))?,
         Scan::Due(by) => read!(readers, |reader| statements
@@ -93,13 +101,19 @@ pub(crate) async fn scan(
     rows.iter().map(document).collect::<Result<_, _>>().map_err(read_error)
 }
 
+/// Whether PostgreSQL takes it for text. What is no text for it is in no row, so nothing need be asked.
+pub(crate) fn is_text(text: &str) -> bool {
+    !text.contains('\0')
+}
+
 /// PostgreSQL refuses a negative limit, so one beyond its range must not wrap around.
 pub(crate) fn bound(limit: usize) -> i64 {
     i64::try_from(limit).unwrap_or(i64::MAX)
 }
 
-/// A time as near as a `timestamptz` can hold it.
+/// A time as near as a `timestamptz` can hold it: to the microsecond, rounded down. sqlx would round towards the year 2000.
 pub(crate) fn storable(time: DateTime<Utc>) -> DateTime<Utc> {
+    let time = DateTime::from_timestamp_micros(time.timestamp_micros()).unwrap_or(time);
     let seconds = time.timestamp();
     let within = seconds.clamp(*TIME_SECONDS.start(), *TIME_SECONDS.end());
     if within == seconds { time } else { DateTime::from_timestamp(within, 0).unwrap_or(time) }

@@ -130,6 +130,8 @@ pub(crate) enum Fault {
     Unwritable,
     /// Not a database, or not one that hangs together.
     Damaged,
+    /// It is too large, whatever the state of the file.
+    Refused,
     /// Anything else.
     Other,
 }
@@ -142,7 +144,9 @@ const SQLITE_READONLY: i32 = 8;
 const SQLITE_CORRUPT: i32 = 11;
 const SQLITE_FULL: i32 = 13;
 const SQLITE_CANTOPEN: i32 = 14;
+const SQLITE_TOOBIG: i32 = 18;
 const SQLITE_AUTH: i32 = 23;
+const SQLITE_RANGE: i32 = 25;
 const SQLITE_NOTADB: i32 = 26;
 
 pub(crate) fn fault(error: &sqlx::Error) -> Fault {
@@ -152,6 +156,7 @@ pub(crate) fn fault(error: &sqlx::Error) -> Fault {
         Some(SQLITE_FULL) => Fault::Full,
         Some(SQLITE_PERM | SQLITE_READONLY | SQLITE_CANTOPEN | SQLITE_AUTH) => Fault::Unwritable,
         Some(SQLITE_CORRUPT | SQLITE_NOTADB) => Fault::Damaged,
+        Some(SQLITE_TOOBIG | SQLITE_RANGE) => Fault::Refused,
         _ => Fault::Other,
     }
 }
@@ -161,24 +166,26 @@ pub(crate) fn open_error(path: &Path, error: &sqlx::Error) -> OpenError {
     match fault(error) {
         Fault::Unwritable => OpenError::Unwritable { path, reason },
         Fault::Damaged => OpenError::Damaged { path, reason },
-        Fault::Busy | Fault::Full | Fault::Other => OpenError::Unavailable { path, reason },
+        Fault::Busy | Fault::Full | Fault::Refused | Fault::Other => OpenError::Unavailable { path, reason },
     }
 }
 
 pub(crate) fn read_error(error: sqlx::Error) -> StoreError {
     match fault(&error) {
         Fault::Damaged => StoreError::Corrupt(error.to_string()),
+        Fault::Refused => StoreError::Refused(error.to_string()),
         _ => StoreError::Unavailable(error.to_string()),
     }
 }
 
 /// A statement before COMMIT failed: the transaction is gone, so nothing was stored.
 pub(crate) fn write_error(error: &sqlx::Error) -> CommitError {
-    CommitError::Unavailable(match fault(error) {
-        Fault::Busy => format!("another process holds the write lock: {error}"),
-        Fault::Full => format!("no space left: {error}"),
-        _ => error.to_string(),
-    })
+    match fault(error) {
+        Fault::Refused => CommitError::Invalid(error.to_string()),
+        Fault::Busy => CommitError::Unavailable(format!("another process holds the write lock: {error}")),
+        Fault::Full => CommitError::Unavailable(format!("no space left: {error}")),
+        _ => CommitError::Unavailable(error.to_string()),
+    }
 }
 
 /// COMMIT itself failed. Without space, or without the lock, its last frame cannot have been written; after any other

@@ -100,9 +100,11 @@ macro_rules! __store_suite {
             append: streams_with_like_names_are_apart;
             append: a_commit_may_be_as_large_as_the_limit;
             append: the_clock_does_not_go_back;
+            append: the_time_of_recording_is_kept_to_the_microsecond;
             refusal: twins_are_refused;
             refusal: names_that_are_none_are_refused;
             refusal: what_is_too_large_is_refused;
+            refusal: times_before_the_calendar_are_refused;
             refusal: payloads_that_no_reader_takes_are_refused;
             documents: versions_rise_with_each_put;
             documents: a_put_holds_only_at_the_expected_version;
@@ -112,6 +114,8 @@ macro_rules! __store_suite {
             documents: scanned_in_byte_order;
             documents: scanned_by_what_is_due;
             documents: due_follows_the_last_put;
+            documents: due_is_kept_to_the_microsecond;
+            documents: names_that_no_store_can_hold_are_absent;
             documents: they_become_visible_with_the_events_of_their_commit;
             log: pages_follow_each_other_in_order;
             log: a_query_leaves_out_and_goes_past;
@@ -126,6 +130,7 @@ macro_rules! __store_suite {
             concurrency: a_commit_tells_where_its_events_stand;
             concurrency: conflicts_fail_alone;
             concurrency: counting_up_loses_nothing;
+            concurrency: of_two_that_rely_on_absence_one_holds;
             concurrency: dropped_commits_are_whole_or_not_there;
         }
     };

@@ -97,7 +97,7 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
         };
         let page = match page {
             Ok(page) => page,
-            Err(error @ StoreError::Corrupt(_)) => return Err(error.into()),
+            Err(error @ (StoreError::Corrupt(_) | StoreError::Refused(_))) => return Err(error.into()),
             Err(error) => {
                 eprintln!("{error}; trying again");
                 tokio::select! {

@@ -70,15 +70,16 @@ pub enum StepError {
     /// taken as this.
     Unknown(String),
     /// The store is away; nobody else is told.
-    Store(crate::store::StoreError),
+    Store(StoreError),
 }
 
 impl<R: std::error::Error + 'static> From<WorkError<R>> for StepError {
     fn from(error: WorkError<R>) -> Self {
         match error {
             WorkError::Refused(refusal) => Self::Refused(refusal.to_string()),
-            WorkError::Store(error) => Self::Store(error),
-            error @ (WorkError::Id(_) | WorkError::Undecodable(_) | WorkError::Unencodable(_)) => {
+            WorkError::Store(error @ StoreError::Unavailable(_)) => Self::Store(error),
+            error
+            @ (WorkError::Id(_) | WorkError::Undecodable(_) | WorkError::Unencodable(_) | WorkError::Store(_)) => {
                 Self::Failed(error.to_string())
             }
         }

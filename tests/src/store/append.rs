@@ -3,7 +3,7 @@
 use annals::{
     Commit, Committed, Expected, Metadata, NewEvent, Position, TraceContext, Version, commit::COMMIT_ROWS_MAX,
 };
-use chrono::Utc;
+use chrono::{TimeDelta, Utc};
 use uuid::Uuid;
 
 use super::{
@@ -291,4 +291,21 @@ pub async fn the_clock_does_not_go_back<T: StoreUnderTest>() {
     let log = whole_log(&*store).await;
     assert_eq!(log.len(), 100);
     assert!(log.is_sorted_by_key(|event| event.recorded_at));
+}
+
+/// And a commit says the same time as its events.
+pub async fn the_time_of_recording_is_kept_to_the_microsecond<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    for round in 0..20 {
+        let name = format!("a-{round}");
+        let before = Utc::now() - TimeDelta::minutes(1);
+        let committed = store.commit(appending([append(&name, at(0), numbered(2))])).await.unwrap();
+        for event in whole_stream(&*store, &name).await {
+            assert_eq!(event.recorded_at.timestamp_subsec_nanos() % 1_000, 0);
+            assert!(committed.recorded_at.is_none_or(|said| said == event.recorded_at), "{committed:?}");
+            // By the clock of the store, which is on this machine.
+            assert!(before < event.recorded_at && event.recorded_at < before + TimeDelta::minutes(2));
+        }
+    }
 }

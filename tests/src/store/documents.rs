@@ -2,11 +2,15 @@
 
 use std::sync::Arc;
 
-use annals::{Commit, Document, DocumentKey, EventStore, Put, Scan, Version};
+use annals::{
+    Commit, Document, DocumentKey, EventStore, LogQuery, Position, Put, Scan, StreamId, Version,
+    commit::DUE_SECONDS_MIN,
+};
 use chrono::{DateTime, TimeDelta, Utc};
 
 use super::{
-    StoreUnderTest, append, append::ODD_PAYLOADS, assert_document_conflict, at, key, numbered, put, putting, stream,
+    StoreUnderTest, append, append::ODD_PAYLOADS, appending, assert_document_conflict, at, key, numbered, put, putting,
+    stream,
 };
 
 async fn version(store: &Arc<dyn EventStore>, key: &DocumentKey) -> i64 {
@@ -165,6 +169,68 @@ pub async fn due_follows_the_last_put<T: StoreUnderTest>() {
     store.commit(putting([timer("later", Some(minute(1))), timer("gone", Some(minute(3)))])).await.unwrap();
     let expected = [("later", 3), ("same", 2), ("gone", 1)].map(|(id, version)| (id.to_owned(), version));
     assert_eq!(due().await, expected);
+}
+
+/// Rounded down, before 1970 and 2000, too; and what is asked for is compared as exactly.
+pub async fn due_is_kept_to_the_microsecond<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    let times = [
+        (1_800_000_000, 123_456_789, 123_456_000),
+        (950_000_000, 1, 0),
+        (940_000_000, 999, 0),
+        (940_000_000, 123_456_999, 123_456_000),
+        (-1, 999_999_999, 999_999_000),
+        (-1_000_000_000, 1_500, 1_000),
+        (DUE_SECONDS_MIN, 0, 0),
+        (DateTime::<Utc>::MAX_UTC.timestamp(), 999_999_999, 999_999_000),
+    ];
+    for (number, (seconds, given, kept)) in times.into_iter().enumerate() {
+        let time = |nanoseconds| DateTime::from_timestamp(seconds, nanoseconds).unwrap();
+        let timer = Put { due: Some(time(given)), ..put(&key(&format!("timer{number}"), "t"), None, Some("{}")) };
+        let (collection, timer_key) = (timer.key.collection.clone(), timer.key.clone());
+        store.commit(putting([timer])).await.unwrap();
+        let due = store.documents(&[timer_key]).await.unwrap()[0].as_ref().unwrap().due;
+        assert_eq!(due, Some(time(kept)));
+        let found = async |by| store.scan(&collection, &Scan::Due(by), 10).await.unwrap().len();
+        assert_eq!(found(time(kept)).await, 1, "{seconds}");
+        assert_eq!(found(time(given)).await, 1, "{seconds}");
+        if seconds > DUE_SECONDS_MIN {
+            assert_eq!(found(time(kept) - TimeDelta::nanoseconds(1)).await, 0, "{seconds}");
+        }
+    }
+}
+
+/// A store that cannot even be asked for a name answers as one that can.
+pub async fn names_that_no_store_can_hold_are_absent<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    let puts = ["a", "a\u{1}", "aa", "b"].map(|id| put(&key("c", id), None, Some("{}")));
+    store.commit(putting(puts)).await.unwrap();
+    store.commit(appending([append("a-1", at(0), numbered(3))])).await.unwrap();
+
+    let long = "x".repeat(100_000);
+    let keys = [key("c", "a\0b"), key("c", "b"), key("c\0", "a"), key("c", "\0"), key("c", &long), key("c", "a")];
+    let found = store.documents(&keys).await.unwrap();
+    let found = found.iter().map(|found| found.as_ref().map(|found| &*found.key.id)).collect::<Vec<_>>();
+    assert_eq!(found, [None, Some("b"), None, None, None, Some("a")]);
+    assert_eq!(store.documents(&keys[..1]).await.unwrap(), [None]);
+    assert!(store.scan("c\0", &Scan::After("".into()), 10).await.unwrap().is_empty());
+    assert!(store.scan("c\0", &Scan::Due(minute(9)), 10).await.unwrap().is_empty());
+    let after = async |id: &str| ids(&store.scan("c", &Scan::After(id.into()), 10).await.unwrap()).join(" ");
+    assert_eq!(after("a\0b").await, "a\u{1} aa b");
+    assert_eq!(after("\0").await, "a a\u{1} aa b");
+    assert_eq!(after(&long).await, "");
+    for name in ["a-\0", "a-1\0", &long] {
+        let stream = StreamId::from_stored(name);
+        assert!(store.read_stream(&stream, Version::START, 10).await.unwrap().is_empty());
+    }
+    for query in [LogQuery::categories(["a\0"]), LogQuery::types(["thing.happened\0"]), LogQuery::types([&*long])] {
+        let page = store.read_log(&query, Position::START, 10).await.unwrap();
+        assert!(page.events.is_empty() && page.next > Position::START, "{query:?}");
+    }
+    let query = LogQuery::types(["\0", "thing.happened"]);
+    assert_eq!(store.read_log(&query, Position::START, 10).await.unwrap().events.len(), 3);
 }
 
 /// Whoever reads a checkpoint and then the stream finds what the checkpoint speaks of, and the other way round.

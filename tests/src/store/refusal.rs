@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use annals::{
-    Append, Commit, CommitError, EventStore, Expected, StreamId,
-    commit::{COMMIT_ROWS_MAX, DOCUMENT_BYTES_MAX, DOCUMENT_ID_BYTES_MAX},
+    Append, Commit, CommitError, EventStore, Expected, Put, StreamId,
+    commit::{COMMIT_ROWS_MAX, DOCUMENT_BYTES_MAX, DOCUMENT_ID_BYTES_MAX, DUE_SECONDS_MIN},
     event::EVENT_BYTES_MAX,
 };
+use chrono::{DateTime, Utc};
 
 use super::{StoreUnderTest, append, assert_empty, at, event, key, numbered, put, putting};
 
@@ -65,6 +66,16 @@ pub async fn what_is_too_large_is_refused<T: StoreUnderTest>() {
     let large = of(append("a-1", at(0), vec![event("just.fits", text(EVENT_BYTES_MAX))]));
     store.commit(large).await.unwrap();
     store.commit(putting([put(&key("note", "1"), None, Some(&text(DOCUMENT_BYTES_MAX)))])).await.unwrap();
+}
+
+/// By every store, because one of them has no such time.
+pub async fn times_before_the_calendar_are_refused<T: StoreUnderTest>() {
+    let under_test = T::fresh().await;
+    let store = under_test.store();
+    for due in [DateTime::from_timestamp(DUE_SECONDS_MIN - 1, 0).unwrap(), DateTime::<Utc>::MIN_UTC] {
+        let timer = Put { due: Some(due), ..put(&key("timer", "t"), None, Some("{}")) };
+        assert_refused(&store, putting([timer])).await;
+    }
 }
 
 /// Refused before anything is written, not by the first reader.
