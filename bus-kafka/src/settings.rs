@@ -1,13 +1,28 @@
 //! Which brokers, how topics are made, and what else the client is told.
 
-use std::{collections::BTreeMap, fmt, str::FromStr, time::Duration};
+use std::{
+    collections::{BTreeMap, HashSet},
+    fmt,
+    str::FromStr,
+    time::Duration,
+};
 
 use annals::{BusError, secret};
 use percent_encoding::percent_decode_str;
-use rdkafka::{ClientConfig, error::KafkaError};
+use rdkafka::{ClientConfig, error::KafkaError, types::RDKafkaConfRes::RD_KAFKA_CONF_UNKNOWN as UNKNOWN};
 
 /// Partitions of a topic that is made here: as many members of a group can share the work.
 const PARTITIONS_DEFAULT: u32 = 8;
+/// The parameters of a URL that are none of librdkafka; and some that are, for those who misspell them.
+const PARAMETERS: [&str; 7] = [
+    "partitions",
+    "replication",
+    "retention.ms",
+    "security.protocol",
+    "sasl.mechanism",
+    "sasl.username",
+    "sasl.password",
+];
 /// More would take a broker minutes to make.
 const PARTITIONS_MAX: u32 = 10_000;
 
@@ -162,8 +177,12 @@ impl FromStr for Settings {
             }
         }
         let mut settings = Self::new(brokers);
+        let mut names = HashSet::new();
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {
             let (name, value) = pair.split_once('=').ok_or_else(|| wrong("a setting without =".into()))?;
+            if !names.insert(name) {
+                return Err(wrong(format!("the setting {name} stands in it twice")));
+            }
             let value = percent_decode_str(value).decode_utf8();
             let value = value.map_err(|_| wrong(format!("the value of {name} is no UTF-8")))?;
             let number = |max: u64| {
@@ -174,13 +193,20 @@ impl FromStr for Settings {
                 "partitions" => settings.partitions(number(u64::from(PARTITIONS_MAX))? as u32),
                 "replication" => settings.replication(number(u64::from(u16::MAX >> 1))? as u16),
                 "retention.ms" => settings.retention(Duration::from_millis(number(i64::MAX as u64)?)),
-                name => match secret_of(name, &value) {
-                    Some((name, secret)) => {
-                        let secret = secret.map_err(|reason| wrong(format!("{name}: {reason}")))?;
-                        settings.set(name, &secret)
+                name => {
+                    let (name, value) = match secret_of(name, &value) {
+                        Some((name, secret)) => (name, secret.map_err(|reason| wrong(format!("{name}: {reason}")))?),
+                        None => (name, value.into_owned()),
+                    };
+                    if !is_known_to_client(name, &value) {
+                        let unknown = annals::config::unknown_parameter(name, &PARAMETERS);
+                        return Err(wrong(format!("{unknown}, and the settings of librdkafka")));
                     }
-                    None => settings.set(name, &value),
-                },
+                    if settings.client.contains_key(name) {
+                        return Err(wrong(format!("the setting {name} stands in it twice")));
+                    }
+                    settings.set(name, &value)
+                }
             };
         }
         Ok(settings)
@@ -193,6 +219,12 @@ fn secret_of<'n>(name: &'n str, place: &str) -> Option<(&'n str, Result<String, 
         return Some((name, secret::from_file(place)));
     }
     name.strip_suffix("_env").map(|name| (name, secret::from_env(place)))
+}
+
+/// Whether librdkafka has a setting of this name. What is wrong with its value, it says later.
+fn is_known_to_client(name: &str, value: &str) -> bool {
+    let set = ClientConfig::new().set(name, value).create_native_config();
+    !matches!(set, Err(KafkaError::ClientConfig(UNKNOWN, ..)))
 }
 
 /// Says of a setting that it is wrong, without the value, which may be a secret that went under a wrong name.
@@ -225,7 +257,11 @@ mod tests {
             ("kafka://a:1?secret", "without ="),
             ("kafka://a:1?partitions=secret", "partitions must be"),
             ("kafka://a:1?replication=0", "replication must be"),
-            ("kafka://a:1?x=%ffsecret", "no UTF-8"),
+            ("kafka://a:1?client.id=%ffsecret", "no UTF-8"),
+            ("kafka://a:1?Partitions=secret", "did you mean `partitions`"),
+            ("kafka://a:1?sasl.pasword=secret", "did you mean `sasl.password`"),
+            ("kafka://a:1?nonsense=secret", "`nonsense` is unknown"),
+            ("kafka://a:1?partitions=3&partitions=4", "partitions stands in it twice"),
         ] {
             let error = text.parse::<Settings>().unwrap_err().to_string();
             assert!(error.contains(reason) && !error.contains("secret"), "{text}: {error}");

@@ -39,6 +39,8 @@ pub(crate) enum StoreUrlError {
     Memory,
     #[error("sqlite: needs the path of a file, such as sqlite:shop.db")]
     Path,
+    #[error("sqlite: takes no parameters, and here no path with a `?` in it")]
+    Parameters,
     #[error("postgres: needs a host, such as postgres://user@host/database")]
     Host,
 }
@@ -53,6 +55,7 @@ impl FromStr for StoreUrl {
             "memory" => Err(StoreUrlError::Memory),
             "sqlite" if path.is_empty() => Err(StoreUrlError::Path),
             "sqlite" if path == ":memory:" => Err(StoreUrlError::Memory),
+            "sqlite" if path.contains('?') => Err(StoreUrlError::Parameters),
             "sqlite" => Ok(Self::Sqlite(path.into())),
             "postgres" | "postgresql" if path.is_empty() || path == rest => Err(StoreUrlError::Host),
             "postgres" | "postgresql" => Ok(Self::Postgres(text.to_owned())),

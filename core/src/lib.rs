@@ -65,6 +65,7 @@ pub mod checkpoint;
 mod claim;
 pub mod clock;
 pub mod commit;
+pub mod config;
 pub mod consumer;
 pub mod event;
 pub mod handler;

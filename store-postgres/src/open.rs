@@ -85,7 +85,7 @@ impl Default for Settings {
     }
 }
 
-/// Takes a parameter of ours out of a URL.
+/// Takes a parameter of ours out of a URL that [`check_parameters`] has seen.
 fn take_parameter(url: &mut String, name: &str) -> Option<String> {
     let (rest, query) = url.split_once('?')?;
     let (ours, others): (Vec<_>, Vec<_>) =
@@ -121,6 +121,71 @@ fn password(url: &mut String) -> Result<Option<String>, OpenError> {
     }
 }
 
+/// The parameters of a URL that are obeyed: ours, and those of sqlx. Others that libpq has, such as `target_session_attrs`, sqlx
+/// would pass over.
+const PARAMETERS: [&str; 23] = [
+    "schema",
+    "pooled",
+    "application_name",
+    "dbname",
+    "host",
+    "hostaddr",
+    "options",
+    "password",
+    "password_env",
+    "password_file",
+    "port",
+    "sslmode",
+    "sslrootcert",
+    "sslcert",
+    "sslkey",
+    "ssl-ca",
+    "ssl-cert",
+    "ssl-key",
+    "ssl-mode",
+    "ssl-root-cert",
+    "statement-cache-capacity",
+    "user",
+    "options[…]",
+];
+
+const CACHE_PARAMETER: &str = "statement-cache-capacity=";
+/// Names of one and the same parameter, but for the first.
+const SAME_PARAMETERS: [(&str, &str); 6] = [
+    ("ssl-mode", "sslmode"),
+    ("ssl-ca", "sslrootcert"),
+    ("ssl-root-cert", "sslrootcert"),
+    ("ssl-cert", "sslcert"),
+    ("ssl-key", "sslkey"),
+    ("hostaddr", "host"),
+];
+
+/// Refuses a parameter that would be passed over, and one that is there twice: what is meant by it would not happen, without a word.
+/// The errors repeat names, and no values.
+fn check_parameters(url: &str) -> Result<(), OpenError> {
+    let refused = |reason: String| Err(OpenError::Url { reason });
+    if url.contains('#') {
+        return refused("a `#` in it, as in a password, must be written `%23`".into());
+    }
+    let Some((_, query)) = url.split_once('?') else { return Ok(()) };
+    let mut seen = Vec::new();
+    for pair in query.split('&') {
+        let Some((name, _)) = pair.split_once('=') else {
+            return refused("a parameter in it has no `=` and no value".into());
+        };
+        let is_option = name.starts_with("options[") && name.ends_with(']');
+        if !is_option && !PARAMETERS.contains(&name) {
+            return refused(annals::config::unknown_parameter(name, &PARAMETERS));
+        }
+        let same = SAME_PARAMETERS.iter().find(|(other, _)| *other == name).map_or(name, |(_, name)| *name);
+        if seen.contains(&same) {
+            return refused(format!("the parameter `{same}` stands in it twice"));
+        }
+        seen.push(same);
+    }
+    Ok(())
+}
+
 /// Where the database is and how to connect to it.
 #[derive(Debug)]
 pub(crate) struct Database {
@@ -140,6 +205,10 @@ pub(crate) struct Database {
 
 impl Database {
     pub(crate) fn locate(url: &str, mut settings: Settings) -> Result<Self, OpenError> {
+        if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
+            return Err(OpenError::Url { reason: "it does not start with postgres://".into() });
+        }
+        check_parameters(url)?;
         let mut url = url.to_owned();
         settings.schema = take_parameter(&mut url, "schema").unwrap_or(settings.schema);
         let pooled = match take_parameter(&mut url, "pooled").as_deref() {
@@ -148,9 +217,6 @@ impl Database {
             Some(_) => return Err(OpenError::Url { reason: "`pooled` is `true` or `false`".into() }),
         };
         let password = password(&mut url)?;
-        if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
-            return Err(OpenError::Url { reason: "it does not start with postgres://".into() });
-        }
         // The errors of this say which part is wrong, and repeat none of it.
         let options = PgConnectOptions::from_str(&url).map_err(|error| OpenError::Url { reason: error.to_string() })?;
         let options = match password {
@@ -161,8 +227,12 @@ impl Database {
             return Err(OpenError::Schema { schema: settings.schema });
         }
         let statements = Statements::new(&settings.schema, !pooled);
+        let options = match (pooled, url.contains(CACHE_PARAMETER)) {
+            (true, _) => options.statement_cache_capacity(0),
+            (false, true) => options,
+            (false, false) => options.statement_cache_capacity(STATEMENTS_MAX),
+        };
         let options = options
-            .statement_cache_capacity(if pooled { 0 } else { STATEMENTS_MAX })
             // A pooler may refuse it, and no number here is a fraction.
             .extra_float_digits(None)
             .disable_statement_logging();
@@ -216,6 +286,7 @@ impl Database {
                 return Err(OpenError::Outdated { schema: schema(), found, known });
             }
         }
+        self.check_functions(connection, create).await?;
         let may_append: bool = self.statements.may_append.scalar().fetch_one(&mut *connection).await.map_err(failed)?;
         self.operates = !may_append;
         self.statements.advance.query().execute(connection).await.map_err(failed)?;
@@ -246,6 +317,36 @@ impl Database {
             let mark = format!("INSERT INTO \"{schema}\".migrations (version) VALUES ({version})");
             sqlx::raw_sql(AssertSqlSafe(mark)).execute(&mut *connection).await.map_err(failed)?;
         }
+        Ok(())
+    }
+
+    /// A schema that was renamed has functions that still use the one of its first name, which may be another store by now. With
+    /// `create` they are made anew; otherwise, and for a user who may not, the schema is refused before anything is written.
+    async fn check_functions(&self, connection: &mut PgConnection, create: bool) -> Result<(), OpenError> {
+        let failed = |error: sqlx::Error| open_error(&error);
+        let schema = &self.settings.schema;
+        let foreign = self.statements.foreign_schemas.scalar().bind(schema);
+        let foreign: Vec<String> = foreign.fetch_all(&mut *connection).await.map_err(failed)?;
+        let Some(found) = foreign.first().cloned() else { return Ok(()) };
+        let renamed = || OpenError::Renamed { schema: schema.clone(), found: found.clone() };
+        if !create {
+            return Err(renamed());
+        }
+        let lock = self.statements.lock_migrations.query().bind(schema);
+        lock.execute(&mut *connection).await.map_err(failed)?;
+        for named in &foreign {
+            let definitions = self.statements.renamed_functions.scalar().bind(schema).bind(named);
+            let definitions: Vec<String> = definitions.fetch_all(&mut *connection).await.map_err(failed)?;
+            for definition in definitions {
+                // What the server itself says of a function of ours.
+                let made = sqlx::raw_sql(AssertSqlSafe(definition)).execute(&mut *connection).await;
+                made.map_err(|error| match open_error(&error) {
+                    OpenError::Refused { .. } => renamed(),
+                    error => error,
+                })?;
+            }
+        }
+        tracing::warn!(schema, found, "the schema was renamed: its functions were made anew under its name");
         Ok(())
     }
 

@@ -31,6 +31,9 @@ pub enum StoreUrlError {
     /// What SQLite itself calls a database in memory. Here it would be a file of that name.
     #[error("a store in memory is memory:, without sqlite in front")]
     SqliteInMemory,
+    /// A `?` in the path: parameters as other programs have them, which would become part of the name of a file.
+    #[error("sqlite: takes no parameters, and here no path with a `?` in it")]
+    SqliteParameters,
     /// No host follows `postgres:`.
     #[error("postgres: needs a host, such as postgres://user@host/database")]
     Host,
@@ -58,6 +61,7 @@ impl FromStr for StoreUrl {
             "sqlite" => match rest.strip_prefix("//").unwrap_or(rest) {
                 "" => Err(StoreUrlError::Path),
                 ":memory:" => Err(StoreUrlError::SqliteInMemory),
+                path if path.contains('?') => Err(StoreUrlError::SqliteParameters),
                 path => Ok(Self::Sqlite(path.into())),
             },
             "postgres" | "postgresql" => match rest.strip_prefix("//") {

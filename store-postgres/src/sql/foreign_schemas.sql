@@ -1,0 +1,13 @@
+-- Schemas that the functions of a schema name, but for itself: there are some once it was renamed, or restored under another name,
+-- because the text of a function has the name of its time. (Views and triggers follow a renaming by themselves.)
+-- binds: $1 schema
+-- index: those of the catalogue
+SELECT DISTINCT named.schema
+  FROM pg_proc AS p
+  JOIN pg_namespace AS n ON n.oid = p.pronamespace,
+       LATERAL (SELECT trim(BOTH '"' FROM m[1]) AS schema
+                  FROM regexp_matches(p.prosrc, '("?[a-z_][a-z0-9_]*"?)\.(?:events|events_position|documents|migrations)\M', 'g')
+                       AS m) AS named
+ WHERE n.nspname = $1 AND p.proname = ANY (ARRAY['append', 'append_checked', 'operate', 'operate_checked', 'drawn', 'advance', 'grant_access'])
+   AND named.schema <> $1
+ ORDER BY named.schema
