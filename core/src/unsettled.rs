@@ -55,7 +55,7 @@ impl Staged {
         let mut position = Position::START;
         while at < self.last {
             let page = store.read_stream(&self.stream, at, PAGE).await?;
-            if page.is_empty() {
+            if page.first().is_none_or(|event| event.version > self.last) {
                 return Ok(None);
             }
             for event in page.into_iter().take_while(|event| event.version <= self.last) {
