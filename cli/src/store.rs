@@ -106,6 +106,8 @@ enum Driver {
 pub(crate) enum OpenError {
     Missing,
     Outdated,
+    /// Its schema was renamed.
+    Renamed(String),
     Other(String),
 }
 
@@ -132,6 +134,9 @@ impl Store {
                 opened.map(Driver::Postgres).map_err(|error| match error {
                     annals_postgres::OpenError::Missing { .. } => OpenError::Missing,
                     annals_postgres::OpenError::Outdated { .. } => OpenError::Outdated,
+                    renamed @ annals_postgres::OpenError::Renamed { .. } => {
+                        OpenError::Renamed(format!("{url}: {renamed}"))
+                    }
                     other => OpenError::Other(format!("{url}: {other}")),
                 })
             }
@@ -235,7 +240,7 @@ impl OpenError {
         Failure::new(match self {
             Self::Missing => format!("{place}: there is no such store; `migrate` creates one"),
             Self::Outdated => format!("{place} was written by an older version; `migrate` brings it to this one"),
-            Self::Other(reason) => reason,
+            Self::Renamed(reason) | Self::Other(reason) => reason,
         })
     }
 }

@@ -28,6 +28,7 @@ pub(crate) async fn run(_: Arguments, url: &StoreUrl, schema: &str, output: &mut
             let outcome = match &error {
                 OpenError::Missing => "created",
                 OpenError::Outdated => "migrated",
+                OpenError::Renamed(_) => "made anew under its name",
                 OpenError::Other(_) => return Err(error.told(url, schema)),
             };
             let opened = Store::open(url, schema, Open::Migrate).await;
