@@ -4,7 +4,7 @@ use std::{ops::Range, sync::Arc, time::Duration};
 
 use annals::{
     BusError,
-    bus::{Delivery, Partition},
+    bus::{Delivery, Ends, Partition},
 };
 use rdkafka::{
     Message as _, Offset, TopicPartitionList,
@@ -27,17 +27,26 @@ const LOOK: Duration = Duration::from_millis(200);
 /// Read ahead of whoever looks.
 const AHEAD: usize = 1_000;
 
+/// By partition: what is read, and what is there.
+type Ranges = (Vec<Range<i64>>, Vec<Range<i64>>);
+
 /// What was in a topic when it was asked for.
 pub struct Contents {
     partitions: Vec<Range<i64>>,
+    held: Vec<Range<i64>>,
     is_compacted: bool,
     deliveries: mpsc::Receiver<Result<Delivery, BusError>>,
 }
 
 impl Contents {
-    /// By partition: the offset of the first message that is still there, and the one after the last.
+    /// By partition: the offset of the first message that is given, and the one after the last.
     pub fn partitions(&self) -> &[Range<i64>] {
         &self.partitions
+    }
+
+    /// By partition: the offset of the first message that brokers hold, and the one after the last.
+    pub fn held(&self) -> &[Range<i64>] {
+        &self.held
     }
 
     /// Whether brokers remove all but the last message of each key, so that any other may be gone.
@@ -58,6 +67,7 @@ impl Contents {
         cluster: Arc<str>,
         topic: Arc<str>,
         is_compacted: bool,
+        from: Ends,
     ) -> Result<Self, BusError> {
         let mut config = settings.consumer();
         // Of each partition, so much is read ahead.
@@ -66,30 +76,34 @@ impl Contents {
             [("enable.partition.eof", "true"), ("enable.auto.commit", "false"), ("group.id", "annals-contents")];
         let consumer: BaseConsumer = settings.finish(config, &fixed)?.create().map_err(misconfigured)?;
         let named = topic.clone();
-        let begun = tokio::task::spawn_blocking(move || begin(&consumer, &named).map(|ranges| (consumer, ranges)));
+        let begun =
+            tokio::task::spawn_blocking(move || begin(&consumer, &named, &from).map(|ranges| (consumer, ranges)));
         let begun = begun.await.map_err(|error| BusError::Unavailable(error.to_string()))?;
-        let (consumer, partitions) =
+        let (consumer, (partitions, held)) =
             begun.map_err(|error| BusError::Unavailable(format!("reading topic {topic}: {error}")))?;
         let (sender, deliveries) = mpsc::channel(AHEAD);
         let ranges = partitions.clone();
         tokio::task::spawn_blocking(move || read(&consumer, &ranges, &cluster, &topic, &sender));
-        Ok(Self { partitions, is_compacted, deliveries })
+        Ok(Self { partitions, held, is_compacted, deliveries })
     }
 }
 
-fn begin(consumer: &BaseConsumer, topic: &str) -> Result<Vec<Range<i64>>, KafkaError> {
+/// Starts at these offsets; where there is none, or the topic is not as long any more, at the first that is still there.
+fn begin(consumer: &BaseConsumer, topic: &str, from: &Ends) -> Result<Ranges, KafkaError> {
     let metadata = consumer.fetch_metadata(Some(topic), PATIENCE)?;
     let count = metadata.topics().first().map_or(0, |found| found.partitions().len()) as i32;
-    let (mut ranges, mut list) = (Vec::new(), TopicPartitionList::new());
+    let (mut ranges, mut held, mut list) = (Vec::new(), Vec::new(), TopicPartitionList::new());
     for partition in 0..count {
         let (low, high) = consumer.fetch_watermarks(topic, partition, PATIENCE)?;
-        if low < high {
-            list.add_partition_offset(topic, partition, Offset::Offset(low))?;
+        let from = from.of(topic, partition.cast_unsigned()).filter(|from| (low..=high).contains(from)).unwrap_or(low);
+        if from < high {
+            list.add_partition_offset(topic, partition, Offset::Offset(from))?;
         }
-        ranges.push(low..high);
+        ranges.push(from..high);
+        held.push(low..high);
     }
     consumer.assign(&list)?;
-    Ok(ranges)
+    Ok((ranges, held))
 }
 
 /// Runs until every partition is at its end, or nobody listens any more.

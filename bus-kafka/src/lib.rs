@@ -19,6 +19,7 @@ mod consumer;
 mod contents;
 mod placing;
 mod producer;
+mod sent;
 mod settings;
 mod topics;
 
@@ -29,7 +30,7 @@ use std::{
 
 use annals::{
     Bus, BusError, Consumer, Publisher,
-    bus::{Outgoing, Receipt},
+    bus::{Delivery, Ends, Outgoing, Receipt},
 };
 use async_trait::async_trait;
 
@@ -63,12 +64,33 @@ impl KafkaBus {
     /// # Errors
     /// If no broker answers, or the topic may not be read.
     pub async fn contents(&self, topic: &str) -> Result<Option<Contents>, BusError> {
+        self.contents_since(topic, &Ends::default()).await
+    }
+
+    /// Likewise, without what lies before these ends.
+    ///
+    /// # Errors
+    /// If no broker answers, or the topic may not be read.
+    pub async fn contents_since(&self, topic: &str, ends: &Ends) -> Result<Option<Contents>, BusError> {
         let topic: Arc<str> = topic.into();
         if !self.topics.exists(&topic).await? {
             return Ok(None);
         }
         let is_compacted = self.topics.is_compacted(&topic).await;
-        Contents::of(&self.settings, self.cluster.clone(), topic, is_compacted).await.map(Some)
+        Contents::of(&self.settings, self.cluster.clone(), topic, is_compacted, ends.clone()).await.map(Some)
+    }
+
+    /// The names of all topics of the cluster that may be seen, but for its own.
+    ///
+    /// # Errors
+    /// If no broker answers.
+    pub async fn topics(&self) -> Result<Vec<String>, BusError> {
+        self.topics.names().await
+    }
+
+    /// The id of the cluster: what a checkpoint of one of its partitions has for an incarnation.
+    pub fn cluster(&self) -> &Arc<str> {
+        &self.cluster
     }
 }
 
@@ -100,6 +122,10 @@ impl Publisher for KafkaBus {
             }
         }
         self.producer.send(messages, &partitions).await
+    }
+
+    fn taken(&self) -> Ends {
+        self.producer.taken()
     }
 }
 
@@ -138,5 +164,9 @@ impl Bus for KafkaBus {
 
     async fn join_as(&self, group: &str, topics: &[&str], instance: &str) -> Result<Box<dyn Consumer>, BusError> {
         self.member(group, topics, Some(instance)).await
+    }
+
+    async fn sent_since(&self, service: &str, ends: &Ends) -> Result<Vec<Delivery>, BusError> {
+        sent::since(&self.settings, self.cluster.clone(), service.into(), ends.clone()).await
     }
 }

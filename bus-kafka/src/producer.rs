@@ -11,10 +11,10 @@ use std::{
 
 use annals::{
     BusError,
-    bus::{Outgoing, Receipt},
+    bus::{Ends, Outgoing, Receipt},
 };
 use rdkafka::{
-    ClientContext,
+    ClientContext, Message as _,
     error::{KafkaError, RDKafkaErrorCode},
     message::DeliveryResult,
     producer::{BaseRecord, Producer as _, ProducerContext, PurgeConfig, ThreadedProducer},
@@ -128,6 +128,8 @@ struct Context {
     too_large: AtomicBool,
     batch_bytes_max: usize,
     room: Notify,
+    /// Up to where brokers have acknowledged messages; shared with the producers before and after.
+    taken: Arc<Mutex<Ends>>,
     started_at: Instant,
     /// Milliseconds from the start to the last error of the client, such as a connection that was lost: a broker that comes back
     /// may have been emptied.
@@ -177,6 +179,10 @@ impl ProducerContext for Context {
             self.broken.store(true, Ordering::Release);
             refusal(error, delivered.index)
         });
+        if let Ok(message) = result {
+            let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+            taken.set(message.topic(), message.partition().cast_unsigned(), message.offset() + 1);
+        }
         delivered.batch.settle(1, failed);
         self.room.notify_waiters();
     }
@@ -207,15 +213,26 @@ pub(crate) struct Producer {
     /// No batch is larger: what a topic takes is one batch at most, not one message.
     batch_bytes_max: AtomicUsize,
     current: Mutex<Arc<ThreadedProducer<Context>>>,
+    taken: Arc<Mutex<Ends>>,
 }
 
 impl Producer {
     pub fn new(settings: &Settings) -> Result<Self, BusError> {
-        let current = Mutex::new(Self::start(settings, BATCH_BYTES_MAX)?);
-        Ok(Self { settings: settings.clone(), batch_bytes_max: AtomicUsize::new(BATCH_BYTES_MAX), current })
+        let taken = Arc::default();
+        let current = Mutex::new(Self::start(settings, BATCH_BYTES_MAX, &taken)?);
+        Ok(Self { settings: settings.clone(), batch_bytes_max: AtomicUsize::new(BATCH_BYTES_MAX), current, taken })
     }
 
-    fn start(settings: &Settings, batch_bytes_max: usize) -> Result<Arc<ThreadedProducer<Context>>, BusError> {
+    /// Up to where brokers have acknowledged messages.
+    pub fn taken(&self) -> Ends {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn start(
+        settings: &Settings,
+        batch_bytes_max: usize,
+        taken: &Arc<Mutex<Ends>>,
+    ) -> Result<Arc<ThreadedProducer<Context>>, BusError> {
         let mut config = settings.client();
         config
             // Long enough for what is handed over in one go. With requests under way, what comes meanwhile goes together
@@ -230,10 +247,10 @@ impl Producer {
             .set("queue.buffering.max.kbytes", "65536");
         let config = settings.finish(config, &FIXED)?;
         let (broken, too_large, room) = (AtomicBool::new(false), AtomicBool::new(false), Notify::new());
-        let (settings, waiting) = (settings.clone(), Arc::default());
+        let (settings, waiting, taken) = (settings.clone(), Arc::default(), taken.clone());
         let (started_at, erred_ms, gates) = (Instant::now(), AtomicU64::new(0), Mutex::default());
         let context =
-            Context { settings, broken, waiting, too_large, batch_bytes_max, room, started_at, erred_ms, gates };
+            Context { settings, broken, waiting, too_large, batch_bytes_max, room, taken, started_at, erred_ms, gates };
         Ok(Arc::new(config.create_with_context(context).map_err(misconfigured)?))
     }
 
@@ -253,7 +270,7 @@ impl Producer {
             self.batch_bytes_max.fetch_min((context.batch_bytes_max / 2).max(1), Ordering::AcqRel);
         }
         let batch_bytes_max = self.batch_bytes_max.load(Ordering::Acquire);
-        let broken = std::mem::replace(&mut *current, Self::start(&self.settings, batch_bytes_max)?);
+        let broken = std::mem::replace(&mut *current, Self::start(&self.settings, batch_bytes_max, &self.taken)?);
         // Its end waits for the connections.
         tokio::task::spawn_blocking(move || drop(broken));
         Ok((current.clone(), true))

@@ -172,6 +172,18 @@ impl Topics {
         looked.map_err(|error| BusError::Unavailable(format!("looking for the topic: {error}")))?
     }
 
+    /// The names of all topics that may be seen, but for those of the cluster itself.
+    pub async fn names(&self) -> Result<Vec<String>, BusError> {
+        let looking = self.looking.clone();
+        let looked = tokio::task::spawn_blocking(move || {
+            let metadata = looking.fetch_metadata(None, PATIENCE)?;
+            let names = metadata.topics().iter().map(|topic| topic.name().to_owned());
+            Ok::<_, KafkaError>(names.filter(|name| !name.starts_with("__")).collect())
+        });
+        let looked = looked.await.map_err(|error| BusError::Unavailable(error.to_string()))?;
+        looked.map_err(|error| BusError::Unavailable(format!("listing topics: {error}")))
+    }
+
     async fn create(&self, topic: &Arc<str>) -> Result<u32, BusError> {
         let Settings { partitions, replication, retention, .. } = &self.settings;
         // -1: as the cluster does by default.

@@ -124,6 +124,69 @@ pub struct Bookmark {
     pub last: Option<Uuid>,
 }
 
+/// Offsets by topic and partition, each the one after the last message that is meant.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Ends(BTreeMap<Arc<str>, BTreeMap<u32, i64>>);
+
+impl Ends {
+    /// Whether there is no offset in it.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The topics.
+    pub fn topics(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.0.keys()
+    }
+
+    /// The offset of a partition, if it is known.
+    pub fn of(&self, topic: &str, partition: u32) -> Option<i64> {
+        self.0.get(topic)?.get(&partition).copied()
+    }
+
+    /// The offsets of a topic.
+    pub fn partitions(&self, topic: &str) -> impl Iterator<Item = (u32, i64)> {
+        self.0.get(topic).into_iter().flatten().map(|(partition, next)| (*partition, *next))
+    }
+
+    /// Names a topic of which no offset is known.
+    pub fn name(&mut self, topic: &str) {
+        if !self.0.contains_key(topic) {
+            self.0.insert(topic.into(), BTreeMap::new());
+        }
+    }
+
+    /// Sets the offset of a partition.
+    pub fn set(&mut self, topic: &str, partition: u32, next: i64) {
+        match self.0.get_mut(topic) {
+            Some(partitions) => _ = partitions.insert(partition, next),
+            None => _ = self.0.insert(topic.into(), BTreeMap::from([(partition, next)])),
+        }
+    }
+
+    /// Takes over what `other` knows.
+    pub fn update(&mut self, other: &Self) {
+        for (topic, partitions) in &other.0 {
+            match self.0.get_mut(topic) {
+                Some(known) => known.extend(partitions),
+                None => _ = self.0.insert(topic.clone(), partitions.clone()),
+            }
+        }
+    }
+
+    /// Moves on to where `other` is further.
+    pub fn reach(&mut self, other: &Self) {
+        for (topic, partitions) in &other.0 {
+            let known = self.0.entry(topic.clone()).or_default();
+            for (partition, next) in partitions {
+                let reached = known.entry(*partition).or_insert(*next);
+                *reached = (*reached).max(*next);
+            }
+        }
+    }
+}
+
 /// Bytes that are no message of any kind known. They are parked, so that nothing is lost.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("not a message: {reason}")]
@@ -168,6 +231,11 @@ pub enum Polled {
 pub trait Publisher: Send + Sync + 'static {
     /// Hands over messages, in order, and returns a receipt at once; waits only while the publisher's own buffer is full.
     async fn publish(&self, messages: Vec<Outgoing>) -> Result<Receipt, BusError>;
+
+    /// Up to where the bus has taken what this publisher sent; empty for a bus that ends with its process.
+    fn taken(&self) -> Ends {
+        Ends::default()
+    }
 }
 
 /// A message and where it goes.
@@ -194,6 +262,13 @@ pub trait Bus: Publisher {
     /// when it is started again.
     async fn join_as(&self, group: &str, topics: &[&str], _instance: &str) -> Result<Box<dyn Consumer>, BusError> {
         self.join(group, topics).await
+    }
+
+    /// Messages of a service that the bus holds behind these ends, in the topics that they name, in order per partition: so
+    /// that a service sees at its start whether its log holds all that it has sent. May leave out most of many, but never the
+    /// last ones. A bus that ends with its process holds none.
+    async fn sent_since(&self, _service: &str, _ends: &Ends) -> Result<Vec<Delivery>, BusError> {
+        Ok(Vec::new())
     }
 
     /// Whether it ends at the border of this process. Then each of several processes on a store must run all services.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::{
-    bus::Bookmark,
+    bus::{Bookmark, Ends},
     commit::DocumentKey,
     event::Position,
     marks::Marks,
@@ -34,6 +34,8 @@ pub(crate) struct Lane {
     /// Of a partition: the message before `next`.
     pub last: Option<Uuid>,
     pub marks: Marks,
+    /// Of a relay: up to where the bus has taken messages.
+    pub taken: Ends,
     /// Of a lane of the log: the last event that it was given.
     pub event: Option<Given>,
 }
@@ -81,6 +83,9 @@ pub struct Checkpoint {
     /// Of a lane of the log: the last event that it was given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub event: Option<Given>,
+    /// Of a relay: up to where the bus has taken messages.
+    #[serde(default, skip_serializing_if = "Ends::is_empty")]
+    pub taken: Ends,
     /// When it was last moved.
     pub at: DateTime<Utc>,
 }
@@ -97,7 +102,9 @@ impl Lane {
         let key = DocumentKey::new(CHECKPOINTS, id);
         let marks = Marks::default();
         let (place, version, next, epoch, paused) = (key.id.clone(), 0, 0, 0, false);
-        Self { key, place, version, next, incarnation, holder: None, epoch, paused, last: None, marks, event: None }
+        let taken = Ends::default();
+        let event = None;
+        Self { key, place, version, next, incarnation, holder: None, epoch, paused, last: None, marks, taken, event }
     }
 
     /// Reads the checkpoint; `None` if there is none, or one of another incarnation.
@@ -113,6 +120,7 @@ impl Lane {
         self.paused = checkpoint.paused;
         // What a relay sends again after a topic was wiped has been here all the same.
         self.marks = checkpoint.marks;
+        self.taken = checkpoint.taken;
         if checkpoint.incarnation != self.incarnation {
             return Ok(None);
         }
@@ -166,7 +174,8 @@ impl Lane {
     pub fn body(&self, at: DateTime<Utc>) -> Arc<str> {
         let Self { next, epoch, paused, last, event, .. } = *self;
         let (incarnation, holder, marks) = (self.incarnation.clone(), self.holder.clone(), self.marks.clone());
-        let checkpoint = Checkpoint { next, incarnation, holder, epoch, paused, last, marks, event, at };
+        let taken = self.taken.clone();
+        let checkpoint = Checkpoint { next, incarnation, holder, epoch, paused, last, marks, taken, event, at };
         serde_json::to_string(&checkpoint).unwrap_or_default().into()
     }
 }

@@ -87,6 +87,23 @@ pub enum OperatorEvent {
         /// Why.
         reason: String,
     },
+    /// The log of a restored database was brought back to where the bus was: see [`Recovery`](crate::recovery::Recovery).
+    Recovered {
+        /// The services whose topics were looked at.
+        services: Vec<String>,
+        /// The name that the messages of the log carry from this event on.
+        log: String,
+        /// Where the log ended before.
+        restored_to: Position,
+        /// How many events were taken back from topics.
+        taken_back: u64,
+        /// Whether the service begins without the history that the topics hold.
+        anew: bool,
+        /// Who.
+        by: String,
+        /// Why.
+        reason: String,
+    },
     /// Rebuilt views of a read model took the place of the live ones.
     Swapped {
         /// Which.
@@ -96,6 +113,13 @@ pub enum OperatorEvent {
         /// Why.
         reason: String,
     },
+}
+
+impl OperatorEvent {
+    /// As a store takes it, with an id that derives from this one.
+    pub fn recorded(&self, id: Uuid) -> Result<NewEvent, OperatorError> {
+        new_event(self, id, Metadata::of_request(id))
+    }
 }
 
 /// Why an act was not done. Nothing was changed.
@@ -322,7 +346,7 @@ impl Operator {
 fn recorded(about: &str, event: &OperatorEvent) -> Result<Append, OperatorError> {
     let stream = StreamId::new(CATEGORY, about).map_err(|error| OperatorError::Illegal(error.to_string()))?;
     let id = Uuid::new_v4();
-    let events = vec![new_event(event, id, Metadata::of_request(id))?];
+    let events = vec![event.recorded(id)?];
     Ok(Append { stream, expected: Expected::Any, events })
 }
 

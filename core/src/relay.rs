@@ -16,20 +16,27 @@ use crate::{
     handler::{Handler, HandlerError, Terminal},
     health::{Health, State},
     instance::Instance,
+    log_names::Labels,
     parking::ParkedKeys,
-    relayed::{label, name_of_log, relay_of},
+    relayed::relay_of,
     store::{EventStore, LogPage, StoreError},
     subscription::{IDLE_CHECKPOINT, lane_of},
     work::Work,
     worker::{PARKED_TICK, RetryPolicy, Stop, Worker},
 };
 
-pub use crate::{relayed::Relayed, routes::Routes};
+pub use crate::{
+    log_names::{LogNames, Segment, log_of},
+    relayed::Relayed,
+    routes::Routes,
+};
 
 /// Events read and published in one go.
 const PAGE: usize = 1_000;
 /// Pages published and not acknowledged yet: what a bus that is away may hold in memory.
 const PAGES_IN_FLIGHT: usize = 16;
+/// Events whose messages may be under way together: of those before the last so many that a lane has sent, the bus has taken all.
+pub const WINDOW: usize = PAGE * PAGES_IN_FLIGHT;
 /// How long a redriven message may take until the bus has it.
 const REPUBLISHED: std::time::Duration = std::time::Duration::from_secs(5);
 /// A bus that has taken nothing for so long is in trouble.
@@ -183,7 +190,7 @@ impl Relay {
         let mut cursor = Position(checkpoint.unwrap_or(0));
         claim.hold(worker, cursor.0).await?;
         worker.load_parked().await?;
-        let label = label(lane, &name_of_log(&*worker.store).await?);
+        let labels = LogNames::drawn(&*worker.store).await?.labels(lane);
         worker.reporter.fine();
         let mut in_flight: VecDeque<InFlight> = VecDeque::new();
         let (mut moved_at, mut patient_until) = (Instant::now(), Instant::now() + LAST_RECEIPTS);
@@ -202,7 +209,7 @@ impl Relay {
             if stopping && in_flight.is_empty() {
                 // Past what was not for the bus: nobody should see a lag where nothing is left to do.
                 if worker.lanes[0].next < cursor.0 {
-                    worker.checkpoint(cursor.0).await?;
+                    note(worker, &**publisher, cursor.0).await?;
                 }
                 break;
             }
@@ -210,7 +217,7 @@ impl Relay {
                 patient_until = Instant::now() + LAST_RECEIPTS;
             }
             if follows_at.is_some_and(|at| at <= Instant::now()) {
-                worker.checkpoint(taken_up_to).await?;
+                note(worker, &**publisher, taken_up_to).await?;
                 (moved_at, follows_at) = (Instant::now(), None);
             }
             let room = in_flight.len() < PAGES_IN_FLIGHT && !stopping;
@@ -229,7 +236,7 @@ impl Relay {
                     let reading = async move { store.read_log(&query, cursor, PAGE).await };
                     ahead.spawn(reading);
                 }
-                let (messages, sources) = self.messages(lane, &label, worker, &page.events).await?;
+                let (messages, sources) = self.messages(lane, &labels, worker, &page.events).await?;
                 if !messages.is_empty() {
                     if in_flight.is_empty() {
                         stalls_at = Instant::now() + STALLED;
@@ -294,7 +301,7 @@ impl Relay {
                 _ = tick.tick() => {
                     worker.redrive_due().await?;
                     if in_flight.is_empty() && worker.lanes[0].next < cursor.0 && moved_at.elapsed() > IDLE_CHECKPOINT {
-                        worker.checkpoint(cursor.0).await?;
+                        note(worker, &**publisher, cursor.0).await?;
                         moved_at = Instant::now();
                     }
                 }
@@ -308,7 +315,7 @@ impl Relay {
             }
         }
         if worker.lanes[0].next < taken_up_to {
-            worker.checkpoint(taken_up_to).await?;
+            note(worker, &**publisher, taken_up_to).await?;
         }
         let next = worker.lanes[0].next;
         Ok(claim.release(worker, next).await?)
@@ -318,7 +325,7 @@ impl Relay {
     async fn messages(
         &self,
         lane: u32,
-        label: &Arc<str>,
+        labels: &Labels,
         worker: &mut Worker,
         events: &[Arc<Recorded>],
     ) -> Result<(Vec<Outgoing>, Vec<Arc<Recorded>>), Stop> {
@@ -334,7 +341,8 @@ impl Relay {
             };
             match made {
                 Ok(mut made) => {
-                    made.iter_mut().for_each(|outgoing| outgoing.message.lane = Some(label.clone()));
+                    let label = labels.of(event.position);
+                    made.iter_mut().for_each(|outgoing| outgoing.message.lane = label.cloned());
                     sources.extend(made.iter().map(|_| event.clone()));
                     messages.extend(made);
                 }
@@ -360,6 +368,12 @@ impl Relay {
         // The checkpoint stays: what was published before this event is not acknowledged yet.
         worker.park_message(event.stream.shared(), message, reason).await
     }
+}
+
+/// Moves the checkpoint, and notes with it how far the bus has taken messages: whatever it holds behind that was sent later.
+async fn note(worker: &mut Worker, publisher: &dyn Publisher, next: i64) -> Result<(), Stop> {
+    worker.lanes[0].taken.update(&publisher.taken());
+    worker.checkpoint(next).await
 }
 
 /// Tells once that the bus takes nothing; when to tell it again.

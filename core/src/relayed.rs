@@ -3,9 +3,10 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use crate::{
+    bus::Ends,
     checkpoint::{CHECKPOINTS, Checkpoint},
-    commit::{Commit, CommitError, DocumentKey, Put},
     event::{Position, StreamId},
+    log_names::{LogNames, log_of},
     store::{EventStore, Scan, StoreError},
     subscription::lane_of,
 };
@@ -18,15 +19,16 @@ const RELAY: &str = ".relay";
 /// How far the relay of a service has come.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Relayed {
-    log: Arc<str>,
+    names: LogNames,
     /// Of each lane.
     checkpoints: Vec<Position>,
+    taken: Ends,
 }
 
 impl Relayed {
     /// Of every service whose relay has run on this store, by the name of the service.
     pub async fn on(store: &dyn EventStore) -> Result<BTreeMap<String, Self>, StoreError> {
-        let mut services: BTreeMap<String, BTreeMap<u32, Position>> = BTreeMap::new();
+        let mut services: BTreeMap<String, (BTreeMap<u32, Position>, Ends)> = BTreeMap::new();
         let mut after: Arc<str> = "".into();
         loop {
             let page = store.scan(CHECKPOINTS, &Scan::After(after), PAGE).await?;
@@ -38,15 +40,32 @@ impl Relayed {
                 let Some((service, lane)) = of_relay else { continue };
                 let checkpoint: Checkpoint = serde_json::from_str(&document.body)
                     .map_err(|error| StoreError::Corrupt(format!("document {}: {error}", document.key)))?;
-                services.entry(service.to_owned()).or_default().insert(lane, Position(checkpoint.next));
+                let (lanes, taken) = services.entry(service.to_owned()).or_default();
+                lanes.insert(lane, Position(checkpoint.next));
+                // All lanes note what the same process has sent.
+                taken.reach(&checkpoint.taken);
             }
         }
-        let Some(log) = known_name(store).await? else { return Ok(BTreeMap::new()) };
-        let relayed = |lanes: BTreeMap<u32, Position>| Self {
-            log: log.as_str().into(),
+        let names = LogNames::of(store).await?;
+        if names.segments().is_empty() {
+            return Ok(BTreeMap::new());
+        }
+        let relayed = |(lanes, taken): (BTreeMap<u32, Position>, Ends)| Self {
+            names: names.clone(),
             checkpoints: lanes.into_values().collect(),
+            taken,
         };
-        Ok(services.into_iter().map(|(service, lanes)| (service, relayed(lanes))).collect())
+        Ok(services.into_iter().map(|(service, progress)| (service, relayed(progress))).collect())
+    }
+
+    /// Up to where the bus had taken messages when the relay last noted it. What lies behind, it has sent since.
+    pub fn taken(&self) -> &Ends {
+        &self.taken
+    }
+
+    /// The names of the log.
+    pub fn names(&self) -> &LogNames {
+        &self.names
     }
 
     /// The bus has taken all that comes of the events of this stream up to here, but for what is parked.
@@ -59,14 +78,14 @@ impl Relayed {
         self.checkpoints.iter().copied().min().unwrap_or(Position::START)
     }
 
-    /// What [`Message::lane`](crate::Message::lane) says of the messages that come of a stream's events.
-    pub fn label(&self, stream: &StreamId) -> Arc<str> {
-        label(self.lane(stream), &self.log)
+    /// What [`Message::lane`](crate::Message::lane) says of the messages that come of a stream's event.
+    pub fn label(&self, stream: &StreamId, position: Position) -> Arc<str> {
+        self.names.label(self.lane(stream), position)
     }
 
     /// Whether a message says that it came from this log, by any lane.
     pub fn is_of_this_log(&self, lane: &str) -> bool {
-        lane.split_once('@').is_some_and(|(_, log)| log == &*self.log)
+        log_of(lane).is_some_and(|log| self.names.knows(log))
     }
 
     fn lane(&self, stream: &StreamId) -> u32 {
@@ -80,33 +99,4 @@ impl Relayed {
 /// The name of a service's relay.
 pub(crate) fn relay_of(service: &str) -> Arc<str> {
     format!("{service}{RELAY}").into()
-}
-
-pub(crate) fn label(lane: u32, log: &str) -> Arc<str> {
-    format!("{lane}@{log}").into()
-}
-
-async fn known_name(store: &dyn EventStore) -> Result<Option<String>, StoreError> {
-    let key = DocumentKey::new("log", "name");
-    let Some(found) = store.document(&key).await? else { return Ok(None) };
-    let name = serde_json::from_str(&found.body);
-    name.map(Some).map_err(|error| StoreError::Corrupt(format!("document {key}: {error}")))
-}
-
-/// What tells this log from others that have the same service: an earlier one that was given up, say, whose messages are still
-/// in a topic. Drawn by the first relay.
-pub(crate) async fn name_of_log(store: &dyn EventStore) -> Result<String, StoreError> {
-    let key = DocumentKey::new("log", "name");
-    loop {
-        if let Some(name) = known_name(store).await? {
-            return Ok(name);
-        }
-        let name = format!("\"{:016x}\"", uuid::Uuid::new_v4().as_u64_pair().0);
-        let put = Put { key: key.clone(), expected: Some(0), body: Some(name.into()), due: None };
-        match store.commit(Commit { appends: Vec::new(), puts: vec![put] }).await {
-            // Another one may have been first.
-            Ok(_) | Err(CommitError::DocumentConflict { .. }) => {}
-            Err(error) => return Err(StoreError::Unavailable(error.to_string())),
-        }
-    }
 }

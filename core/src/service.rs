@@ -17,6 +17,7 @@ use crate::{
     instance::Instance,
     panic::caught,
     read_model::{Projection, ReadModel},
+    recovery::{self, Ahead},
     relay::{Relay, Routes},
     saga::{Desk, Participant, Replies, Runner, SagaState, Starter, StepEvent},
     store::{EventStore, LogQuery, StoreError},
@@ -40,6 +41,8 @@ pub struct Service {
     members: u32,
     replies: Vec<Arc<dyn Replies>>,
     subscriptions: Vec<Subscription>,
+    /// The names of those that start sagas.
+    starters: Vec<String>,
     groups: Vec<Group>,
     parts: Vec<Part>,
 }
@@ -67,6 +70,7 @@ impl Service {
             members: 1,
             replies: Vec::new(),
             subscriptions: Vec::new(),
+            starters: Vec::new(),
             groups: Vec::new(),
             parts: Vec::new(),
         }
@@ -106,6 +110,7 @@ impl Service {
         self.routes.saga(&runner.category());
         let starter =
             Subscription::new(&format!("{name}.start"), Starter(runner.clone())).query(runner.query().clone());
+        self.starters.push(format!("{name}.start"));
         let of_saga = LogQuery::categories([runner.category()]);
         // Sagas that end within the pause are written once.
         let index = Subscription::new(&format!("{name}.index"), runner.index()).query(of_saga).linger(INDEX_PAUSE);
@@ -192,6 +197,17 @@ pub enum StartError {
         /// Whose store.
         service: String,
     },
+    /// A recovery was not finished: topics may hold events that the log lacks.
+    #[error(
+        "service {service}: the recovery of the store is not complete; run the same `annals recover` once more to its end"
+    )]
+    HalfRecovered {
+        /// Whose store.
+        service: String,
+    },
+    /// The bus holds what the log does not: the database was restored, or is a new one under topics that another log has filled.
+    #[error("{0}")]
+    Ahead(Box<Ahead>),
     /// The store does not answer.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -260,6 +276,9 @@ impl Runtime {
     /// If the bus cannot be joined, or a store is not whole; then nothing is started.
     pub async fn start(&mut self, services: Vec<Service>, bus: Arc<dyn Bus>) -> Result<(), StartError> {
         let mut stores: Vec<_> = services.iter().map(|service| (service.name.clone(), service.store.clone())).collect();
+        for (service, store) in &stores {
+            recovery::check(service, &**store, &*bus).await?;
+        }
         stores.dedup_by(|(_, next), (_, store)| Arc::ptr_eq(next, store));
         for (service, store) in stores {
             if is_half_imported(&*store).await? {
@@ -274,18 +293,26 @@ impl Runtime {
                 let inbox = Inbox { replies: service.replies, desk: service.desk };
                 let topic = format!("{}.commands", service.name);
                 let group = Group::new(&topic, &[&topic], inbox).members(service.members).shared(instance.clone());
-                groups.push((group.name().to_owned(), group.join(&*bus).await?));
+                groups.push((group.name().to_owned(), group.join(&*bus).await?, service.starters));
             }
             for group in service.groups {
-                groups.push((group.name().to_owned(), group.shared(instance.clone()).join(&*bus).await?));
+                groups.push((group.name().to_owned(), group.shared(instance.clone()).join(&*bus).await?, Vec::new()));
             }
             let relay = Relay::new(service.routes).lanes(service.relay_lanes);
             joined.push((service.name, service.store, relay, groups, service.subscriptions, service.parts));
         }
         for (name, store, relay, groups, subscriptions, parts) in joined {
             let (health, shutdown, instance) = (self.health(), self.shutdown(), self.instance_on(&store));
-            for (group_name, group) in groups {
-                group.members(&store, &health, &shutdown).for_each(|member| self.spawn_worker(&group_name, member));
+            for (group_name, group, starters) in groups {
+                for member in group.members(&store, &health, &shutdown) {
+                    let store = store.clone();
+                    let starters = starters.clone();
+                    let shutdown = shutdown.clone();
+                    self.spawn_worker(&group_name, async move {
+                        recovery::sagas_begun(&*store, &starters, &shutdown).await;
+                        member.await;
+                    });
+                }
             }
             for subscription in subscriptions {
                 let part = subscription.name().to_owned();
@@ -302,6 +329,10 @@ impl Runtime {
                     shutdown: shutdown.clone(),
                 };
                 self.spawn(name.clone(), part(surroundings));
+            }
+            if !bus.is_local() {
+                let watch = recovery::watch(name.clone(), store.clone(), bus.clone(), shutdown.clone());
+                self.spawn(format!("{name}.history"), watch);
             }
             let publisher: Arc<dyn Publisher> = bus.clone();
             let carriers = relay.shared(instance).carriers(&store, &publisher, &health, &shutdown);

@@ -20,7 +20,7 @@ use crate::{
     handler::{Handler, HandlerError, Terminal},
     repository::{CACHED_AGGREGATES, ExecuteError, Repository, Request},
     store::{EventStore, LogQuery},
-    work::Work,
+    work::{Work, WorkError},
 };
 
 /// Tells which messages start a saga: its id, and what it is given.
@@ -148,8 +148,14 @@ impl<C: SagaState> Runner<C> {
         }
         reply.outcome = reply.outcome.cleaned();
         let ask = self.ask(saga_id, What::Reply(reply));
-        work.execute(&self.instances, saga_id, &ask).await.terminal()?;
-        Ok(())
+        match work.execute(&self.instances, saga_id, &ask).await {
+            // The log lost the saga when its database was restored. Begun again, the saga asks again, and is answered again.
+            Err(WorkError::Refused(SagaRefusal::NotStarted)) => {
+                tracing::warn!(saga = %message.key, id = %message.id, "an answer to a saga that the log does not hold");
+                Ok(())
+            }
+            executed => executed.map(drop).terminal(),
+        }
     }
 }
 

@@ -19,6 +19,7 @@ use crate::{
     event::{Metadata, StreamId, Version},
     health::{Health, State},
     panic::caught,
+    recovery,
     relayed::Relayed,
     store::{Scan, StoreError},
     work::{Stale, Work, WorkError},
@@ -137,6 +138,9 @@ impl<C: SagaState> Runner<C> {
         let mut tick = interval(TIMER_TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (mut looked, mut more) = (None::<Instant>, false);
+        if let Some(service) = &relayed_by {
+            recovery::inbox_read(&*self.store, service, &shutdown).await;
+        }
         while !shutdown.is_cancelled() {
             tokio::select! {
                 _ = tick.tick(), if !more => {}

@@ -1,0 +1,215 @@
+//! The names of a log. Consumers know messages of one log from those of another by them.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    commit::{Commit, CommitError, Document, DocumentKey, Put},
+    event::Position,
+    store::{EventStore, StoreError},
+};
+
+/// Each restore of a database adds a name. More than this many mean that something adds them in a loop.
+const SEGMENTS_MAX: usize = 1_000;
+
+/// A part of the log, with the name that its messages carry.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Segment {
+    /// Unlike that of any other log.
+    pub name: Arc<str>,
+    /// The position that it starts with; it ends before the next segment.
+    pub first: Position,
+    /// Where the log ended when its database had been restored, if that is why the segment was begun. Of the positions between
+    /// here and `first`, the log holds only what was taken back from topics.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restored_to: Option<Position>,
+    /// Other logs whose messages the topics held when a service began anew: it takes none of them for its own.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub passes_over: Vec<Arc<str>>,
+}
+
+impl Segment {
+    /// One of this name that begins with this position.
+    pub fn new(name: Arc<str>, first: Position) -> Self {
+        Self { name, first, restored_to: None, passes_over: Vec::new() }
+    }
+}
+
+/// The names of a log, in the order of its positions. There is one more after each restore of its database: positions are
+/// drawn again then, and consumers would take new messages for those that they have seen.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LogNames(Vec<Segment>);
+
+/// The document: the name alone, as long as there is one segment.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Stored {
+    Name(Arc<str>),
+    Segments(Vec<Segment>),
+}
+
+impl LogNames {
+    /// The names of a log; none before its first relay has run.
+    pub async fn of(store: &dyn EventStore) -> Result<Self, StoreError> {
+        Ok(Self::with_version(store).await?.0)
+    }
+
+    /// Likewise, with the version of the document that holds them.
+    pub async fn with_version(store: &dyn EventStore) -> Result<(Self, i64), StoreError> {
+        let key = Self::key();
+        let Some(found) = store.document(&key).await? else { return Ok((Self::default(), 0)) };
+        let stored = serde_json::from_str(&found.body)
+            .map_err(|error| StoreError::Corrupt(format!("document {key}: {error}")))?;
+        let segments = match stored {
+            Stored::Name(name) => vec![Segment::new(name, Position::START)],
+            Stored::Segments(segments) => segments,
+        };
+        Ok((Self(segments), found.version))
+    }
+
+    /// The names of a log, after its first one was drawn if it had none.
+    pub(crate) async fn drawn(store: &dyn EventStore) -> Result<Self, StoreError> {
+        loop {
+            let names = Self::of(store).await?;
+            if !names.0.is_empty() {
+                return Ok(names);
+            }
+            let body = serde_json::to_string(&Stored::Name(Self::draw())).unwrap_or_default();
+            let put = Put { key: Self::key(), expected: Some(0), body: Some(body.into()), due: None };
+            match store.commit(Commit { appends: Vec::new(), puts: vec![put] }).await {
+                // Another relay may have been first.
+                Ok(_) | Err(CommitError::DocumentConflict { .. }) => {}
+                Err(error) => return Err(StoreError::Unavailable(error.to_string())),
+            }
+        }
+    }
+
+    /// A name that no log has.
+    pub fn draw() -> Arc<str> {
+        format!("{:016x}", uuid::Uuid::new_v4().as_u64_pair().0).into()
+    }
+
+    fn key() -> DocumentKey {
+        DocumentKey::new("log", "name")
+    }
+
+    /// The parts of the log, in order.
+    pub fn segments(&self) -> &[Segment] {
+        &self.0
+    }
+
+    /// Adds a segment.
+    ///
+    /// # Errors
+    /// If it does not begin after the others, or there are too many.
+    pub fn push(&mut self, segment: Segment) -> Result<(), String> {
+        if let Some(last) = self.0.last().filter(|last| segment.first <= last.first) {
+            return Err(format!(
+                "log {} begins at position {}, and log {} at {}: one must begin after the other",
+                last.name, last.first, segment.name, segment.first
+            ));
+        }
+        if self.0.len() >= SEGMENTS_MAX {
+            return Err(format!("the log has {SEGMENTS_MAX} names already"));
+        }
+        self.0.push(segment);
+        Ok(())
+    }
+
+    /// The document that holds them.
+    pub fn document(&self, version: i64) -> Document {
+        let stored = match &self.0[..] {
+            [only] if *only == Segment::new(only.name.clone(), Position::START) => Stored::Name(only.name.clone()),
+            segments => Stored::Segments(segments.to_vec()),
+        };
+        let body = serde_json::to_string(&stored).unwrap_or_default().into();
+        Document { key: Self::key(), version, body, due: None }
+    }
+
+    /// Whether a log of this name is this log.
+    pub fn knows(&self, name: &str) -> bool {
+        self.0.iter().any(|segment| *segment.name == *name)
+    }
+
+    /// Whether a log of this name is another one, that a service of this log has left behind.
+    pub fn passes_over(&self, name: &str) -> bool {
+        self.0.iter().flat_map(|segment| &segment.passes_over).any(|passed| **passed == *name)
+    }
+
+    /// Whether the event of a position may have been lost when a database was restored.
+    pub fn may_have_lost(&self, position: Position) -> bool {
+        let lost =
+            |segment: &Segment| segment.restored_to.is_some_and(|end| end < position && position < segment.first);
+        self.0.iter().any(lost)
+    }
+
+    /// What the messages of a lane carry.
+    pub(crate) fn labels(&self, lane: u32) -> Labels {
+        Labels(self.0.iter().map(|segment| (segment.first, label(lane, &segment.name))).collect())
+    }
+
+    pub(crate) fn label(&self, lane: u32, position: Position) -> Arc<str> {
+        let segment = self.0.iter().rfind(|segment| segment.first <= position).or(self.0.first());
+        segment.map_or_else(|| label(lane, ""), |segment| label(lane, &segment.name))
+    }
+}
+
+/// The labels of a lane, each from a position on.
+pub(crate) struct Labels(Vec<(Position, Arc<str>)>);
+
+impl Labels {
+    /// That of an event. Mostly it is the last one.
+    pub fn of(&self, position: Position) -> Option<&Arc<str>> {
+        let found = self.0.iter().rfind(|(first, _)| *first <= position).or(self.0.first());
+        found.map(|(_, label)| label)
+    }
+}
+
+fn label(lane: u32, log: &str) -> Arc<str> {
+    format!("{lane}@{log}").into()
+}
+
+/// The log that a message says it comes from, if a relay has sent it.
+pub fn log_of(lane: &str) -> Option<&str> {
+    let (number, log) = lane.split_once('@')?;
+    (number.parse::<u32>().is_ok() && !log.is_empty()).then_some(log)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn segment(name: &str, first: i64, restored_to: Option<i64>) -> Segment {
+        Segment { restored_to: restored_to.map(Position), ..Segment::new(name.into(), Position(first)) }
+    }
+
+    #[test]
+    fn each_position_has_the_name_of_its_segment() {
+        let names = LogNames(vec![segment("a", 0, None), segment("b", 100, Some(40))]);
+        let labels = names.labels(3);
+        for (position, name) in [(1, "3@a"), (99, "3@a"), (100, "3@b"), (5_000, "3@b")] {
+            assert_eq!(&**labels.of(Position(position)).unwrap(), name);
+            assert_eq!(&*names.label(3, Position(position)), name);
+        }
+        assert_eq!([40, 41, 99, 100].map(|at| names.may_have_lost(Position(at))), [false, true, true, false]);
+        assert!(names.knows("a") && names.knows("b") && !names.knows("c"));
+    }
+
+    #[test]
+    fn one_name_is_stored_as_builds_before_segments_did() {
+        let mut names = LogNames(vec![segment("a", 0, None)]);
+        assert_eq!(&*names.document(1).body, "\"a\"");
+        names.push(segment("b", 9, Some(4))).unwrap();
+        let stored: Stored = serde_json::from_str(&names.document(2).body).unwrap();
+        assert!(matches!(stored, Stored::Segments(segments) if segments == names.0));
+        assert!(names.push(segment("c", 9, None)).is_err(), "it begins where another one does");
+    }
+
+    #[test]
+    fn only_what_a_relay_writes_names_a_log() {
+        assert_eq!(log_of("0@5b1c0e"), Some("5b1c0e"));
+        assert_eq!(["", "0", "fast@lane", "0@", "@a"].map(log_of), [None; 5]);
+    }
+}
