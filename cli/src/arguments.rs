@@ -4,8 +4,8 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::{
     commands::{
-        archive, check_history, completions, dead_letters, export, import, migrate, read, read_model, replay, saga,
-        sagas, streams, subscription, subscriptions, tail, trace, verify,
+        archive, check_history, completions, dead_letters, export, import, migrate, read, read_model, recover, replay,
+        saga, sagas, streams, subscription, subscriptions, tail, trace, verify,
     },
     store::StoreUrl,
 };
@@ -81,6 +81,8 @@ pub(crate) enum Command {
     Import(import::Arguments),
     /// Check a store whole: versions, ids, payloads, sagas, checkpoints, seals.
     Verify(verify::Arguments),
+    /// Bring a store back whose database was restored to an earlier moment than its Kafka topics.
+    Recover(recover::Arguments),
     /// Check that this build reads, and does, what an export says.
     CheckHistory(check_history::Arguments),
     /// Create a store, or bring an older one to this version.

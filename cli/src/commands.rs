@@ -9,6 +9,7 @@ pub(crate) mod import;
 pub(crate) mod migrate;
 pub(crate) mod read;
 pub(crate) mod read_model;
+pub(crate) mod recover;
 pub(crate) mod replay;
 pub(crate) mod saga;
 pub(crate) mod sagas;

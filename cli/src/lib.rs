@@ -36,8 +36,8 @@ use crate::{
     again::Again,
     arguments::{Arguments, Command, Common},
     commands::{
-        archive, check_history, completions, dead_letters, export, import, migrate, read, read_model, replay, saga,
-        sagas, streams, subscription, subscriptions, tail, trace, verify,
+        archive, check_history, completions, dead_letters, export, import, migrate, read, read_model, recover, replay,
+        saga, sagas, streams, subscription, subscriptions, tail, trace, verify,
     },
     failure::{Failure, Verdict},
     output::Output,
@@ -174,6 +174,7 @@ impl Ops {
             Command::Archive(arguments) => archive::run(arguments, &store, again, &mut output).await,
             Command::Import(arguments) => import::run(arguments, &store, again, &mut output).await,
             Command::Verify(arguments) => verify::run(arguments, &store, &mut output).await,
+            Command::Recover(arguments) => recover::run(arguments, &store, again, &mut output).await,
             Command::Trace(arguments) => trace::run(arguments, &store, &mut output).await,
             Command::Migrate(_) | Command::CheckHistory(_) | Command::Completions(_) => Ok(Verdict::Fine),
         };

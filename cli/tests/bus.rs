@@ -266,7 +266,8 @@ async fn messages(path: &std::path::Path, service: &str) -> Vec<Outgoing> {
     let relayed = Relayed::on(&store).await.unwrap().remove(service).unwrap();
     let page = store.read_log(&annals::LogQuery::all(), annals::Position(0), 100).await.unwrap();
     let message = |event: &Arc<annals::Recorded>| {
-        let message = Message { lane: Some(relayed.label(&event.stream)), ..Message::of(event, &service.into()) };
+        let message =
+            Message { lane: Some(relayed.label(&event.stream, event.position)), ..Message::of(event, &service.into()) };
         Outgoing { topic: format!("{service}.events").into(), message }
     };
     let made = page.events.iter().map(message).collect();

@@ -187,15 +187,8 @@ fn tell(verified: &Verified, output: &mut Output) -> Result<Verdict, Failure> {
     let (events, sagas, documents) = (grouped(*events), grouped(*sagas as i64), grouped(*documents as i64));
     let found = if *faults == 1 { "1 fault".to_owned() } else { format!("{} faults", grouped(*faults as i64)) };
     output.line(&format!("{events} events, {sagas} sagas and {documents} documents verified: {found}"))?;
-    if let Some(OfTopics { topics, messages, repeated, removed, others }) = &verified.topics {
-        let number = |count: &u64| grouped(count.cast_signed());
-        output.line(&format!(
-            "{} messages in {topics} topics held against the log; {} sent again, {} removed by retention, {} of others",
-            number(messages),
-            number(repeated),
-            number(removed),
-            number(others),
-        ))?;
+    if let Some(of_topics) = &verified.topics {
+        of_topics.tell(output)?;
     }
     if let Some(seal) = &verified.seal {
         output.line(&format!("sealed up to position {}: {seal}", grouped(verified.sealed_until)))?;

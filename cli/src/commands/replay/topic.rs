@@ -90,7 +90,7 @@ impl Topic {
         let made = self.routes.messages(event);
         for mut outgoing in made.map_err(|error| Failure::new(format!("position {}: {error}", event.position)))? {
             outgoing.topic = self.name.clone();
-            outgoing.message.lane = self.relayed.as_ref().map(|relayed| relayed.label(&event.stream));
+            outgoing.message.lane = self.relayed.as_ref().map(|relayed| relayed.label(&event.stream, event.position));
             self.next.push(outgoing);
         }
         if self.next.len() < self.page_max {

@@ -12,7 +12,7 @@ use annals::{
     LogQuery, Recorded, Scan,
     checkpoint::CHECKPOINTS,
     parking::Parked,
-    relay::{Relayed, Routes},
+    relay::{LogNames, Relayed, Routes},
 };
 use annals_kafka::{KafkaBus, Settings};
 use clap::Args;
@@ -24,7 +24,13 @@ use self::{
     topics::Topics,
 };
 use super::Faults;
-use crate::{failure::Failure, progress, stop::Stop, store::Store};
+use crate::{
+    failure::Failure,
+    output::{Output, grouped},
+    progress,
+    stop::Stop,
+    store::Store,
+};
 
 /// Documents read at once.
 const PAGE: usize = 500;
@@ -64,8 +70,29 @@ pub(super) struct OfTopics {
     pub repeated: u64,
     /// Sent, and gone by retention.
     pub removed: u64,
+    /// Of events that the log lost when its database was restored.
+    pub lost: u64,
     /// Of other logs and other senders, which were not looked at.
     pub others: u64,
+}
+
+impl OfTopics {
+    /// For people.
+    pub fn tell(&self, output: &mut Output) -> Result<(), Failure> {
+        let Self { topics, messages, repeated, removed, lost, others } = self;
+        let number = |count: &u64| grouped(count.cast_signed());
+        output.line(&format!(
+            "{} messages in {topics} topics held against the log; {} sent again, {} removed by retention, {} of others",
+            number(messages),
+            number(repeated),
+            number(removed),
+            number(others),
+        ))?;
+        if *lost == 0 {
+            return Ok(());
+        }
+        output.line(&format!("{} messages are of events that were lost when the database was restored", number(lost)))
+    }
 }
 
 /// What the relays on a store have sent.
@@ -139,7 +166,8 @@ pub(super) async fn verify(
             return Ok(None);
         }
     }
-    sides.compare(&topics, &*archive, faults).await.map(Some)
+    let names = LogNames::of(&*archive).await?;
+    sides.compare(&topics, &names, &*archive, faults).await.map(Some)
 }
 
 impl Sent {
@@ -196,7 +224,7 @@ impl Sent {
         let waits = self.parked.get(service).and_then(|streams| streams.get(event.stream.as_str()));
         let position = event.position.0;
         let required = event.position <= relayed.up_to(&event.stream) && waits.is_none_or(|first| position < *first);
-        let lane = relayed.label(&event.stream);
+        let lane = relayed.label(&event.stream, event.position);
         for (index, outgoing) in messages.iter().enumerate() {
             let topic = topics.open(&outgoing.topic).await?;
             let partition = topics.partition_of(topic, &outgoing.message.key);

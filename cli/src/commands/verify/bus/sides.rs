@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use annals::{Archive, Message};
+use annals::{Archive, Message, Position, relay::LogNames};
 
 use super::{OfTopics, topics::Topics};
 use crate::{
@@ -81,6 +81,7 @@ impl Sides {
     pub async fn compare(
         self,
         topics: &Topics,
+        names: &LogNames,
         archive: &dyn Archive,
         faults: &mut Faults<'_>,
     ) -> Result<OfTopics, Failure> {
@@ -94,7 +95,9 @@ impl Sides {
                 let lines: Vec<Line> = records.iter().map(Line::read).collect();
                 let (expected, found) = lines.split_at(lines.partition_point(|line| line.side == EXPECTED));
                 let Some(expected) = expected.first() else {
-                    for line in found {
+                    let lost = |line: &&Line| names.may_have_lost(Position(line.position));
+                    told.lost += found.iter().filter(lost).count() as u64;
+                    for line in found.iter().filter(|line| !lost(line)) {
                         faults.add(line.place(topics), extra(line))?;
                     }
                     continue;

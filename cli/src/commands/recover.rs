@@ -1,0 +1,412 @@
+//! `recover`: brings back a store whose database was restored to an earlier moment than its topics.
+
+mod found;
+mod sorted;
+mod taking;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use annals::{
+    Archive, Document, DocumentKey, Position, StreamId,
+    archive::{Contents, Stored},
+    bus::Ends,
+    checkpoint::CHECKPOINTS,
+    operator::OperatorEvent,
+    recovery::{self, Recovery},
+    relay::{LogNames, Relayed, Segment},
+};
+use annals_kafka::{KafkaBus, Settings};
+use clap::Args;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use self::{
+    found::{Found, Search},
+    taking::{Counts, Taking},
+};
+use crate::{
+    again::Again,
+    confirm::Act,
+    failure::{Failure, Verdict},
+    output::{Output, grouped},
+    stop::Stop,
+    store::Store,
+};
+
+/// Positions left free behind the last one that was sent. The lost database may have drawn more than its relay had sent, and
+/// readers over HTTP may remember them.
+const MARGIN: i64 = 1_000_000;
+/// What the acts about the log itself are recorded under.
+const LOG: &str = "log";
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  annals recover --bus kafka://broker:9092 --reason \"disk lost, restored from 03:00\" --dry-run
+      what would be taken back, and what cannot be
+  annals recover --bus kafka://broker:9092 --reason \"disk lost, restored from 03:00\" --yes
+      takes it back; killed at any moment, the same command goes on
+  annals recover --service order --anew --bus kafka://broker:9092 --reason \"new database\" --yes
+      a new store under topics that another log has filled: begins behind what they hold
+
+Events that the service published, and its answers to sagas, are taken back as they were: ids, versions, positions, times, bytes. What
+topics do not hold is listed: exit code 1. Sagas of the lost time are begun again by what started them, and their participants answer
+as they did. The log gets a new name and positions behind all that were ever sent, so consumers know old messages from new ones.
+
+Stop all instances of the store first. The service starts when it is done; docs/postgresql.md has the whole procedure.")]
+pub(crate) struct Arguments {
+    /// The Kafka of the services: `kafka://host:port[,host:port][?name=value&…]`.
+    #[arg(long, value_name = "URL")]
+    bus: Settings,
+    /// The services on the store [default: those whose relays have run on it].
+    #[arg(long, value_name = "NAME")]
+    service: Vec<String>,
+    /// Begin behind what the topics hold, and take nothing back.
+    #[arg(long)]
+    anew: bool,
+    /// Only say what would be done.
+    #[arg(long)]
+    dry_run: bool,
+    #[command(flatten)]
+    act: Act,
+}
+
+/// What was done, or would be.
+#[derive(Serialize)]
+struct Recovered<'a> {
+    services: &'a BTreeSet<String>,
+    topics: usize,
+    /// The new name of the log.
+    log: &'a str,
+    restored_to: i64,
+    /// The position that the new segment begins with.
+    first: i64,
+    #[serde(flatten)]
+    counts: &'a Counts,
+    dry_run: bool,
+}
+
+/// What a recovery starts from.
+struct Plan {
+    services: BTreeSet<String>,
+    relayed: BTreeMap<String, Relayed>,
+    names: LogNames,
+    names_version: i64,
+    recovery: Recovery,
+    recovery_version: i64,
+    resumes: bool,
+    head: i64,
+}
+
+pub(crate) async fn run(
+    arguments: Arguments,
+    store: &Store,
+    again: &Again,
+    output: &mut Output,
+) -> Result<Verdict, Failure> {
+    let by = arguments.act.by()?;
+    let archive = store.port();
+    let stop = Stop::on_ctrl_c();
+    let plan = Plan::of(&arguments, &archive).await?;
+    if !arguments.dry_run {
+        nobody_runs(&archive).await?;
+    }
+    let told = |error: annals::BusError| Failure::new(error.to_string());
+    let bus = KafkaBus::connect(arguments.bus.clone()).await.map_err(told)?;
+    let search = Search { services: &plan.services, relayed: &plan.relayed, names: &plan.names };
+    let Some(found) = search.run(&bus, &stop).await? else {
+        eprintln!("stopped while the topics were read; nothing was changed");
+        return Ok(Verdict::Stopped);
+    };
+    Recovering { plan, arguments, by, bus }.run(found, store, (again, &stop), output).await
+}
+
+/// A recovery that has found something to do, or may find it as it compares.
+struct Recovering {
+    plan: Plan,
+    arguments: Arguments,
+    by: String,
+    bus: KafkaBus,
+}
+
+/// What the topics had, and what became of it.
+struct Outcome<'a> {
+    found: &'a Found,
+    unknown: Vec<(String, i64)>,
+    first: Position,
+    counts: &'a Counts,
+}
+
+impl Recovering {
+    async fn run(
+        mut self,
+        mut found: Found,
+        store: &Store,
+        (again, stop): (&Again, &Stop),
+        output: &mut Output,
+    ) -> Result<Verdict, Failure> {
+        let archive = store.port();
+        let (is_behind, dry_run) = (self.plan.is_behind(&found), self.arguments.dry_run);
+        let unknown = self.plan.unknown_logs(&found, self.arguments.anew)?;
+        self.plan.recovery.inboxes = found.inboxes.clone();
+        let question = format!("Bring {} to where the topics are?", store.url);
+        if is_behind && !dry_run {
+            self.arguments.act.confirm(&question)?;
+            self.plan.begin(&archive).await?;
+        }
+        let restored_to = self.plan.recovery.restored_to.0;
+        let mut taking = Taking::new(store, self.plan.head, restored_to, is_behind && !dry_run, output).await?;
+        if !self.arguments.anew {
+            let ran = tokio::select! {
+                ran = taking.run(&mut found) => Some(ran),
+                () = stop.asked() => None,
+            };
+            let Some(ran) = ran else {
+                eprintln!("stopped; go on with: {}", again.command(words(&self.arguments)));
+                return Ok(Verdict::Stopped);
+            };
+            ran?;
+        }
+        let (counts, first_other) = (taking.counts.clone(), taking.first_other);
+        if !is_behind && first_other.is_none() {
+            output.line("the topics hold nothing that the log lacks: there is nothing to recover")?;
+            return Ok(Verdict::Fine);
+        }
+        if let Some(other) = first_other {
+            self.plan.recovery.restored_to = Position(restored_to.min(other - 1));
+        }
+        let first = found.last().max(archive.status().await?.head.0) + MARGIN;
+        if !dry_run {
+            if !is_behind {
+                self.arguments.act.confirm(&question)?;
+            }
+            let outcome = Outcome { found: &found, unknown, first: Position(first), counts: &counts };
+            self.complete(&archive, outcome).await?;
+        }
+        let recovered = Recovered {
+            services: &self.plan.services,
+            topics: found.topics,
+            log: &self.plan.recovery.log,
+            restored_to: self.plan.recovery.restored_to.0,
+            first,
+            counts: &counts,
+            dry_run,
+        };
+        tell(&recovered, output)?;
+        Ok(if counts.lost == 0 { Verdict::Fine } else { Verdict::Fault })
+    }
+
+    /// The last commit: what the log is called from now on, where relays and, anew, consumers go on, and who did it.
+    async fn complete(&mut self, archive: &Arc<dyn Archive>, outcome: Outcome<'_>) -> Result<(), Failure> {
+        let Outcome { found, unknown, first, counts } = outcome;
+        let (plan, anew) = (&mut self.plan, self.arguments.anew);
+        let mut segment = Segment::new(plan.recovery.log.clone(), first);
+        segment.restored_to = Some(plan.recovery.restored_to);
+        for (log, first) in unknown {
+            if anew {
+                segment.passes_over.push(log.into());
+            } else {
+                plan.names.push(Segment::new(log.into(), Position(first))).map_err(Failure::new)?;
+            }
+        }
+        plan.names.push(segment).map_err(Failure::new)?;
+        plan.recovery.complete = true;
+        let mut documents = plan.relays(archive, found).await?;
+        if anew {
+            documents.extend(inboxes(archive, &self.bus, found).await?);
+        }
+        documents.push(plan.names.document(plan.names_version + 1));
+        documents.push(plan.recovery.document(plan.recovery_version + 1));
+        let event = OperatorEvent::Recovered {
+            services: plan.services.iter().cloned().collect(),
+            log: plan.recovery.log.to_string(),
+            restored_to: plan.recovery.restored_to,
+            taken_back: counts.taken_back,
+            anew,
+            by: self.by.clone(),
+            reason: self.arguments.act.reason.clone(),
+        };
+        let stored = recorded(archive, &event, first).await?;
+        put(archive, Contents { events: vec![stored], documents }).await
+    }
+}
+
+/// The words with which an interrupted recovery goes on.
+fn words(arguments: &Arguments) -> Vec<String> {
+    let mut words = vec!["recover".to_owned(), "--bus".to_owned(), arguments.bus.to_string()];
+    for service in &arguments.service {
+        words.extend(["--service".to_owned(), service.clone()]);
+    }
+    words.extend(["--reason".to_owned(), arguments.act.reason.clone()]);
+    words
+}
+
+fn tell(recovered: &Recovered<'_>, output: &mut Output) -> Result<(), Failure> {
+    if output.json {
+        return output.value(recovered);
+    }
+    let number = |count: u64| grouped(count.cast_signed());
+    let Recovered { topics, log, restored_to, first, counts, dry_run, .. } = recovered;
+    let Counts { taken_back, asked_again, saga_steps, lost } = counts;
+    let would = if *dry_run { "would be " } else { "" };
+    output.line(&format!(
+        "{} events {would}taken back from {topics} topics into a log that ended at position {}; {} answers to sagas {would}asked \
+         for again, {} steps of sagas {would}left to be done again, {} lost",
+        number(*taken_back),
+        grouped(*restored_to),
+        number(*asked_again),
+        number(*saga_steps),
+        number(*lost),
+    ))?;
+    if *dry_run {
+        return Ok(());
+    }
+    output.line(&format!(
+        "from position {} on, messages carry the log's new name {log}: services may start",
+        grouped(*first)
+    ))
+}
+
+/// Refuses while an instance of a service shows that it is alive.
+async fn nobody_runs(archive: &Arc<dyn Archive>) -> Result<(), Failure> {
+    let alive = recovery::alive(&**archive).await?;
+    if alive.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::new(format!(
+        "instances of services run on the store: {}. Stop all of them, and repeat this",
+        alive.join(", ")
+    )))
+}
+
+async fn put(archive: &Arc<dyn Archive>, contents: Contents) -> Result<(), Failure> {
+    let put = archive.restore(contents).await;
+    put.map_err(|error| Failure::new(format!("the store did not take it: {error}. Does something else write to it?")))
+}
+
+impl Plan {
+    async fn of(arguments: &Arguments, archive: &Arc<dyn Archive>) -> Result<Self, Failure> {
+        let relayed = Relayed::on(&**archive).await?;
+        let mut services: BTreeSet<String> = relayed.keys().cloned().collect();
+        services.extend(arguments.service.iter().cloned());
+        if services.is_empty() {
+            return Err(Failure::new(
+                "no relay has run on this store: name the services that are to run on it, with --service NAME",
+            ));
+        }
+        let (names, names_version) = LogNames::with_version(&**archive).await?;
+        let head = archive.status().await?.head;
+        let known = Recovery::of(&**archive).await?;
+        let recovery_version = known.as_ref().map_or(0, |(_, version)| *version);
+        let begun = known.map(|(recovery, _)| recovery).filter(|recovery| !recovery.complete);
+        let resumes = begun.is_some();
+        let new = || Recovery { complete: false, log: LogNames::draw(), restored_to: head, inboxes: Ends::default() };
+        let recovery = begun.unwrap_or_else(new);
+        Ok(Self { services, relayed, names, names_version, recovery, recovery_version, resumes, head: head.0 })
+    }
+
+    /// Whether a recovery was begun, or topics hold what is not in the log, as far as their positions and names say.
+    fn is_behind(&self, found: &Found) -> bool {
+        let is_ahead = |(log, (_, last)): (&String, &(i64, i64))| !self.names.knows(log) || *last > self.head;
+        self.resumes || found.logs.iter().any(is_ahead)
+    }
+
+    /// The logs that the store does not know, in the order of their positions.
+    fn unknown_logs(&self, found: &Found, anew: bool) -> Result<Vec<(String, i64)>, Failure> {
+        let unknown = found.logs.iter().filter(|(log, _)| !self.names.knows(log));
+        let mut unknown: Vec<_> = unknown.map(|(log, (first, last))| (log.clone(), *first, *last)).collect();
+        unknown.sort_by_key(|(_, first, _)| *first);
+        if !anew {
+            let mut end = self.recovery.restored_to.0;
+            for (log, first, last) in &unknown {
+                if *first <= end {
+                    return Err(Failure::new(format!(
+                        "log {log} of the topics has positions {first} to {last}, and other events stand at positions up to {end}: its \
+                         history cannot be taken back into this store. Begin anew behind it with --anew, or restore the \
+                         database of that log"
+                    )));
+                }
+                end = *last;
+            }
+        }
+        Ok(unknown.into_iter().map(|(log, first, _)| (log, first)).collect())
+    }
+
+    /// From here on no service starts before the recovery is complete.
+    async fn begin(&mut self, archive: &Arc<dyn Archive>) -> Result<(), Failure> {
+        self.recovery_version += 1;
+        let begun = self.recovery.document(self.recovery_version);
+        put(archive, Contents { events: Vec::new(), documents: vec![begun] }).await
+    }
+
+    /// Relays go on where brokers may lack messages, and do not send the rest once more.
+    async fn relays(&self, archive: &Arc<dyn Archive>, found: &Found) -> Result<Vec<Document>, Failure> {
+        let mut documents = Vec::new();
+        for service in &self.services {
+            let mut lane = 0;
+            while let Some(document) = one(archive, &format!("{service}.relay/{lane}")).await? {
+                let mut checkpoint: Value = serde_json::from_str(&document.body)?;
+                let next = checkpoint["next"].as_i64().unwrap_or(0);
+                let taken_before = found.all_taken_before(service, lane).map_or(next, |first| next.max(first - 1));
+                checkpoint["next"] = taken_before.into();
+                checkpoint["taken"] = serde_json::to_value(&found.ends)?;
+                documents.push(Document {
+                    version: document.version + 1,
+                    body: checkpoint.to_string().into(),
+                    ..document
+                });
+                lane += 1;
+            }
+        }
+        Ok(documents)
+    }
+}
+
+/// The act as an event, which is the first of the new segment.
+async fn recorded(
+    archive: &Arc<dyn Archive>,
+    event: &OperatorEvent,
+    first: Position,
+) -> Result<Stored<'static>, Failure> {
+    let stream = StreamId::new(annals::operator::CATEGORY, LOG).map_err(|error| Failure::new(error.to_string()))?;
+    let (mut version, mut page) =
+        (annals::Version::START, archive.read_stream(&stream, annals::Version::START, 500).await?);
+    while let Some(last) = page.last() {
+        version = last.version;
+        page = archive.read_stream(&stream, version, 500).await?;
+    }
+    let new = event.recorded(uuid::Uuid::new_v4())?;
+    Ok(Stored {
+        position: first,
+        stream: stream.as_str().to_owned().into(),
+        version: version.next(),
+        id: new.id,
+        type_name: new.type_name.to_string().into(),
+        schema_version: new.schema_version,
+        data: new.data.to_string().into(),
+        metadata: new.metadata.to_json().to_string().into(),
+        recorded_at: archive.clock().now(),
+    })
+}
+
+/// Anew, what the services consume begins where it ends now: what is there was for sagas of another log.
+async fn inboxes(archive: &Arc<dyn Archive>, bus: &KafkaBus, found: &Found) -> Result<Vec<Document>, Failure> {
+    let mut documents = Vec::new();
+    for topic in found.inboxes.topics() {
+        for (partition, next) in found.inboxes.partitions(topic) {
+            let id = format!("{topic}/{topic}/{partition}");
+            let version = one(archive, &id).await?.map_or(0, |document| document.version);
+            let checkpoint = json!({ "next": next, "incarnation": &**bus.cluster(), "at": archive.clock().now() });
+            let key = DocumentKey::new(CHECKPOINTS, id);
+            documents.push(Document { key, version: version + 1, body: checkpoint.to_string().into(), due: None });
+        }
+    }
+    Ok(documents)
+}
+
+async fn one(archive: &Arc<dyn Archive>, id: &str) -> Result<Option<Document>, Failure> {
+    let key = DocumentKey::new(CHECKPOINTS, id);
+    Ok(archive.documents(&[key]).await?.into_iter().next().flatten())
+}

@@ -1,0 +1,199 @@
+//! What the topics hold of the services on a store.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
+
+use annals::{
+    Message, Recorded, StreamId,
+    bus::{Delivery, Ends},
+    relay::{LogNames, Relayed, WINDOW, log_of},
+};
+use annals_kafka::{Contents, KafkaBus};
+
+use super::sorted::{Sent, Sorter};
+use crate::{failure::Failure, progress, stop::Stop};
+
+/// What the topics hold.
+#[derive(Default)]
+pub(super) struct Found {
+    pub sent: Sorter,
+    /// The logs that the services' messages came from, each with its first and its last position.
+    pub logs: BTreeMap<String, (i64, i64)>,
+    /// All positions that messages came from, in order.
+    positions: Vec<i64>,
+    /// The first and the last position of the events that were recorded together, by that time. A commit has one time.
+    together: HashMap<i64, (i64, i64)>,
+    /// By service and lane: the last positions that its relay may not have known to be taken.
+    windows: BTreeMap<(String, u32), BTreeSet<i64>>,
+    /// Where the topics end that the services have sent to.
+    pub ends: Ends,
+    /// Where those end that the services consume.
+    pub inboxes: Ends,
+    /// Partitions of which messages are gone that no checkpoint had noted.
+    pub removed: Vec<String>,
+    pub topics: usize,
+}
+
+/// Whose messages are looked for.
+pub(super) struct Search<'a> {
+    pub services: &'a BTreeSet<String>,
+    pub relayed: &'a BTreeMap<String, Relayed>,
+    pub names: &'a LogNames,
+}
+
+impl Search<'_> {
+    /// Reads the topics from where the relays have last noted their ends; `None` if it was stopped.
+    pub async fn run(&self, bus: &KafkaBus, stop: &Stop) -> Result<Option<Found>, Failure> {
+        let told = |error: annals::BusError| Failure::new(error.to_string());
+        let own: BTreeSet<String> = self.services.iter().map(|service| format!("{service}.events")).collect();
+        let inboxes: BTreeSet<String> = self.services.iter().map(|service| format!("{service}.commands")).collect();
+        let mut found = Found::default();
+        for topic in bus.topics().await.map_err(told)? {
+            if !own.contains(&topic) && !topic.ends_with(".commands") {
+                continue;
+            }
+            let is_own = own.contains(&topic);
+            let since = self.known_ends(&topic);
+            let Some(mut contents) = bus.contents_since(&topic, &since).await.map_err(told)? else { continue };
+            found.topics += 1;
+            found.begin(&topic, &contents, &since, inboxes.contains(&topic));
+            let before = found.positions.len();
+            let total: i64 = contents.partitions().iter().map(|range| range.end - range.start).sum();
+            let bar = progress::bar("read", total.unsigned_abs());
+            loop {
+                let next = tokio::select! {
+                    next = contents.next() => next,
+                    () = stop.asked() => return Ok(None),
+                };
+                let Some(delivery) = next.map_err(told)? else { break };
+                bar.inc(1);
+                self.take(delivery, is_own, &mut found)?;
+            }
+            bar.finish_and_clear();
+            if is_own || !since.is_empty() || found.positions.len() > before {
+                let ends = contents.held().iter().map(|held| held.end);
+                (0..).zip(ends).for_each(|(number, end)| found.ends.set(&topic, number, end));
+            }
+        }
+        found.positions.sort_unstable();
+        found.positions.dedup();
+        Ok(Some(found))
+    }
+
+    /// Where each partition of a topic ended when the last of the relays noted it. What a relay has not noted begins at the
+    /// beginning.
+    fn known_ends(&self, topic: &str) -> Ends {
+        let mut known = Ends::default();
+        let mut relays = self.services.iter().map(|service| self.relayed.get(service).map(Relayed::taken));
+        let Some(Some(first)) = relays.next() else { return known };
+        first.partitions(topic).for_each(|(partition, next)| known.set(topic, partition, next));
+        for relay in relays {
+            let mut both = Ends::default();
+            for (partition, next) in known.partitions(topic) {
+                if let Some(other) = relay.and_then(|ends| ends.of(topic, partition)) {
+                    both.set(topic, partition, next.min(other));
+                }
+            }
+            known = both;
+        }
+        known
+    }
+
+    fn take(&self, delivery: Delivery, is_own: bool, found: &mut Found) -> Result<(), Failure> {
+        let Ok(message) = &delivery.message else { return Ok(()) };
+        if !self.services.contains(&*message.source) || message.position.0 <= 0 {
+            return Ok(());
+        }
+        let position = message.position;
+        let log = message.lane.as_deref().and_then(log_of);
+        let is_passed = |log| self.names.passes_over(log);
+        if log.is_some_and(is_passed) || self.names.may_have_lost(position) {
+            return Ok(());
+        }
+        if let Some(log) = log {
+            let known = found.logs.entry(log.to_owned()).or_insert((position.0, position.0));
+            *known = (known.0.min(position.0), known.1.max(position.0));
+            let lane = message.lane.as_deref().and_then(|lane| lane.split_once('@')?.0.parse().ok()).unwrap_or(0);
+            let window = found.windows.entry((message.source.to_string(), lane)).or_default();
+            window.insert(position.0);
+            if window.len() > WINDOW {
+                window.pop_first();
+            }
+        } else if !is_own {
+            // An event that was redriven carries no lane. Of anything else it cannot be said where it came from.
+            return Ok(());
+        }
+        found.positions.push(position.0);
+        let event = is_event(message, is_own).then(|| event(message));
+        if event.is_some() {
+            let time = message.time.timestamp_micros();
+            let known = found.together.entry(time).or_insert((position.0, position.0));
+            *known = (known.0.min(position.0), known.1.max(position.0));
+        }
+        let place = format!("{}[{}] offset {}", delivery.partition.topic, delivery.partition.number, delivery.offset);
+        let (id, causation) = (message.id, message.metadata.causation_id);
+        let event = event.map(|event| annals::archive::Stored::from(&event).into_owned());
+        found.sent.push(Sent { position: position.0, id, causation, event, place })
+    }
+}
+
+impl Found {
+    fn begin(&mut self, topic: &str, contents: &Contents, since: &Ends, is_inbox: bool) {
+        for (number, (read, held)) in contents.partitions().iter().zip(contents.held()).enumerate() {
+            let number = number as u32;
+            if is_inbox && !held.is_empty() {
+                self.inboxes.set(topic, number, held.end);
+            }
+            let known = since.of(topic, number).unwrap_or(0);
+            if read.start > known {
+                self.removed.push(format!(
+                    "{topic}[{number}]: offsets {known} to {} are gone by retention; what they held cannot be taken back",
+                    read.start - 1
+                ));
+            }
+        }
+    }
+
+    /// The last position.
+    pub fn last(&self) -> i64 {
+        self.positions.last().copied().unwrap_or(0)
+    }
+
+    /// Whether all that was committed together with an event is here, after a position up to which all is in the log: neither a
+    /// position between, nor one beside them, is unknown.
+    pub fn is_whole(&self, event: &annals::archive::Stored<'_>, held_to: i64) -> bool {
+        let time = event.recorded_at.timestamp_micros();
+        let Some((first, last)) = self.together.get(&time).copied() else { return false };
+        let (first, last) = ((first - 1).max(held_to + 1), last + 1);
+        let known = self.positions.partition_point(|position| *position <= last)
+            - self.positions.partition_point(|position| *position < first);
+        known as i64 == last - first + 1
+    }
+
+    /// The position before which brokers have taken all messages of a lane for certain.
+    pub fn all_taken_before(&self, service: &str, lane: u32) -> Option<i64> {
+        let window = self.windows.get(&(service.to_owned(), lane))?;
+        window.first().copied().filter(|_| window.len() == WINDOW)
+    }
+}
+
+/// Whether a message is an event as its log has it: published, or an answer to a saga.
+fn is_event(message: &Message, is_own: bool) -> bool {
+    message.version.0 > 0 && (is_own || message.subject.starts_with("step."))
+}
+
+fn event(message: &Message) -> Recorded {
+    Recorded {
+        position: message.position,
+        stream: StreamId::from_stored(&message.subject),
+        version: message.version,
+        id: message.id,
+        type_name: Arc::clone(&message.type_name),
+        schema_version: message.schema_version,
+        data: Arc::clone(&message.data),
+        metadata: message.metadata.clone(),
+        recorded_at: message.time,
+    }
+}

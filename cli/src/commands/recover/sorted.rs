@@ -1,0 +1,180 @@
+//! Messages in the order of their positions: sorted in memory, and in temporary files once there are many.
+
+use std::{
+    cmp::Reverse,
+    collections::BinaryHeap,
+    fs::File,
+    io::{self, BufRead, BufReader, BufWriter, Seek, SeekFrom, Write},
+};
+
+use annals::archive::Stored;
+use uuid::Uuid;
+
+use crate::{
+    event::{EventLine, write_line},
+    failure::Failure,
+};
+
+/// Held in memory before it goes to a file.
+const MEMORY_BYTES: usize = 64 << 20;
+/// What an event takes beside its texts.
+const EVENT_BYTES: usize = 200;
+
+/// What a message says of the log that it came from.
+pub(super) struct Sent {
+    pub position: i64,
+    /// Of the event, or of what the event has caused.
+    pub id: Uuid,
+    pub causation: Uuid,
+    /// The event itself, if the message carries it; a command of a saga does not.
+    pub event: Option<Stored<'static>>,
+    /// Where it is, for people.
+    pub place: String,
+}
+
+/// Takes messages in any order.
+#[derive(Default)]
+pub(super) struct Sorter {
+    held: Vec<Sent>,
+    bytes: usize,
+    files: Vec<BufReader<File>>,
+}
+
+impl Sorter {
+    pub fn push(&mut self, sent: Sent) -> Result<(), Failure> {
+        let texts = sent.event.as_ref().map_or(0, |event| event.data.len() + event.metadata.len() + event.stream.len());
+        self.bytes += EVENT_BYTES + texts;
+        self.held.push(sent);
+        if self.bytes < MEMORY_BYTES {
+            return Ok(());
+        }
+        self.spill().map_err(|error| no_room(&error))
+    }
+
+    fn spill(&mut self) -> io::Result<()> {
+        let mut file = BufWriter::new(tempfile::tempfile()?);
+        sort(&mut self.held);
+        let mut line = Vec::new();
+        for Sent { position, id, causation, event, place } in self.held.drain(..) {
+            line.clear();
+            writeln!(line, "{}", serde_json::to_string(&(position, id, causation, event.is_some(), place))?)?;
+            if let Some(event) = event {
+                write_line(&event, false, &mut line);
+            }
+            file.write_all(&line)?;
+        }
+        let mut file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
+        file.seek(SeekFrom::Start(0))?;
+        self.files.push(BufReader::new(file));
+        self.bytes = 0;
+        Ok(())
+    }
+
+    /// All of them in order.
+    pub fn sorted(mut self) -> Result<Sorted, Failure> {
+        sort(&mut self.held);
+        let mut sorted = Sorted { held: self.held.into_iter(), files: self.files, next: BinaryHeap::new() };
+        for source in 0..=sorted.files.len() {
+            sorted.advance(source)?;
+        }
+        Ok(sorted)
+    }
+}
+
+fn sort(sent: &mut [Sent]) {
+    sent.sort_by_key(|sent| (sent.position, sent.id));
+}
+
+/// Messages in order.
+pub(super) struct Sorted {
+    held: std::vec::IntoIter<Sent>,
+    files: Vec<BufReader<File>>,
+    next: BinaryHeap<Reverse<Next>>,
+}
+
+/// The first message of a source that was not given yet.
+struct Next {
+    source: usize,
+    sent: Sent,
+}
+
+impl Sorted {
+    pub fn next(&mut self) -> Result<Option<Sent>, Failure> {
+        let Some(Reverse(Next { source, sent })) = self.next.pop() else { return Ok(None) };
+        self.advance(source)?;
+        Ok(Some(sent))
+    }
+
+    fn advance(&mut self, source: usize) -> Result<(), Failure> {
+        let sent = match source.checked_sub(1) {
+            None => self.held.next(),
+            Some(file) => read(&mut self.files[file])?,
+        };
+        self.next.extend(sent.map(|sent| Reverse(Next { source, sent })));
+        Ok(())
+    }
+}
+
+fn read(file: &mut BufReader<File>) -> Result<Option<Sent>, Failure> {
+    let mut line = String::new();
+    if file.read_line(&mut line).map_err(|error| no_room(&error))? == 0 {
+        return Ok(None);
+    }
+    let (position, id, causation, has_event, place) = serde_json::from_str(&line)?;
+    let mut event = None;
+    if has_event {
+        line.clear();
+        file.read_line(&mut line).map_err(|error| no_room(&error))?;
+        let read: EventLine<'_> = serde_json::from_str(&line)?;
+        event = Some(read.stored().map_err(Failure::new)?.into_owned());
+    }
+    Ok(Some(Sent { position, id, causation, event, place }))
+}
+
+impl PartialEq for Next {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for Next {}
+
+impl PartialOrd for Next {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Next {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.sent.position, self.sent.id).cmp(&(other.sent.position, other.sent.id))
+    }
+}
+
+fn no_room(error: &io::Error) -> Failure {
+    Failure::new(format!("temporary files cannot be used (TMPDIR says where they are): {error}"))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_and_memory_are_one_order() {
+        let mut sorter = Sorter::default();
+        for position in [5, 3, 9, 1, 7, 2, 8, 4, 6] {
+            let (id, causation, place) = (Uuid::from_u128(position as u128), Uuid::nil(), format!("offset {position}"));
+            sorter.push(Sent { position, id, causation, event: None, place }).unwrap();
+            if position % 3 == 0 {
+                sorter.spill().unwrap();
+            }
+        }
+        let (mut sorted, mut positions) = (sorter.sorted().unwrap(), Vec::new());
+        while let Some(sent) = sorted.next().unwrap() {
+            assert_eq!(sent.place, format!("offset {}", sent.position));
+            positions.push(sent.position);
+        }
+        assert_eq!(positions, [1, 2, 3, 4, 5, 6, 7, 8, 9]);
+    }
+}

@@ -1,0 +1,218 @@
+//! Taking back: events of topics go into the log at the positions that they had, as far as their places are free.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
+
+use annals::{
+    Archive, LogQuery, Recorded, StoreError, StreamId, Version,
+    archive::{Contents, Stored},
+};
+use futures::{StreamExt, stream::BoxStream};
+use serde::Serialize;
+use uuid::Uuid;
+
+use super::{
+    found::Found,
+    sorted::{Sent, Sorter},
+};
+use crate::{
+    commands::verify::stream_key,
+    failure::Failure,
+    output::{Output, shown},
+    store::Store,
+};
+
+/// Events and bytes written in one commit.
+const PART_EVENTS: usize = 20_000;
+const PART_BYTES: usize = 16 << 20;
+/// So many events that cannot be taken back are listed one by one; the others are counted.
+const LISTED_MAX: u64 = 1_000;
+
+/// What became of the messages.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub(super) struct Counts {
+    /// Events written to the log.
+    pub taken_back: u64,
+    /// Answers to sagas that are not taken back: their commands come again, and are answered again.
+    pub asked_again: u64,
+    /// Steps of sagas, of which topics hold only the commands: what started the sagas starts them again.
+    pub saga_steps: u64,
+    /// What cannot be taken back.
+    pub lost: u64,
+}
+
+/// Something that cannot be taken back.
+#[derive(Serialize)]
+struct Lost<'a> {
+    #[serde(rename = "where")]
+    place: &'a str,
+    what: &'a str,
+}
+
+pub(super) struct Taking<'a> {
+    archive: Arc<dyn Archive>,
+    log: Log,
+    /// Up to here the log is as it was restored.
+    restored_to: i64,
+    /// `None` to look only.
+    writes: bool,
+    output: &'a mut Output,
+    pub counts: Counts,
+    /// The last versions of the streams that something was taken back of; `None` where something is missing.
+    streams: HashMap<u128, Option<i64>>,
+    asked_again: HashSet<u128>,
+    part: Vec<Stored<'static>>,
+    bytes: usize,
+    /// The first position at which the log holds another event than was sent.
+    pub first_other: Option<i64>,
+    last: Option<(i64, Uuid)>,
+    /// The last position of a saga that was counted.
+    last_step: i64,
+}
+
+impl<'a> Taking<'a> {
+    pub async fn new(
+        store: &Store,
+        head: i64,
+        restored_to: i64,
+        writes: bool,
+        output: &'a mut Output,
+    ) -> Result<Self, Failure> {
+        let log = Log { events: store.log(LogQuery::all(), 1..=head).await?, next: None };
+        Ok(Self {
+            archive: store.port(),
+            log,
+            restored_to,
+            writes,
+            output,
+            counts: Counts::default(),
+            streams: HashMap::new(),
+            asked_again: HashSet::new(),
+            part: Vec::new(),
+            bytes: 0,
+            first_other: None,
+            last: None,
+            last_step: 0,
+        })
+    }
+
+    /// Takes back all that can be.
+    pub async fn run(&mut self, found: &mut Found) -> Result<(), Failure> {
+        let mut sent = std::mem::replace(&mut found.sent, Sorter::default()).sorted()?;
+        for removed in &found.removed {
+            self.lost("retention", removed)?;
+        }
+        while let Some(sent) = sent.next()? {
+            self.take(sent, found).await?;
+        }
+        self.write().await
+    }
+
+    async fn take(&mut self, sent: Sent, found: &Found) -> Result<(), Failure> {
+        if self.last == Some((sent.position, sent.id)) {
+            return Ok(());
+        }
+        let is_beside = self.last.is_some_and(|(position, _)| position == sent.position);
+        self.last = Some((sent.position, sent.id));
+        let held = self.log.at(sent.position).await?;
+        if held.is_some_and(|id| id == sent.id || id == sent.causation) {
+            return Ok(());
+        }
+        let Sent { position, event, place, .. } = sent;
+        if held.is_some() || (position <= self.restored_to && event.is_some()) {
+            self.first_other = self.first_other.or(Some(position));
+            return self.lost(&place, &format!("the log holds another event at position {position}, or none: it was written to after it was restored"));
+        }
+        let Some(event) = event else {
+            self.counts.saga_steps += u64::from(std::mem::replace(&mut self.last_step, position) != position);
+            return Ok(());
+        };
+        if is_beside {
+            return self.lost(&place, &format!("another event was sent of position {position} before"));
+        }
+        let key = stream_key(&event.stream);
+        if event.stream.starts_with("step.")
+            && (self.asked_again.contains(&key) || !found.is_whole(&event, self.restored_to))
+        {
+            // What the step did may be lost: done again, it finds what is there by its ids, and does the rest.
+            self.asked_again.insert(key);
+            self.counts.asked_again += 1;
+            return Ok(());
+        }
+        let version = event.version.0;
+        let stands_at = match self.streams.get(&key) {
+            Some(known) => *known,
+            None => self.stands_at(&event).await?,
+        };
+        if stands_at != Some(version - 1) {
+            self.streams.insert(key, None);
+            let reason = match stands_at {
+                Some(stands_at) if stands_at >= version => format!("the stream stands at version {stands_at} already"),
+                _ => format!("version {} is in no topic", version - 1),
+            };
+            return self.lost(&place, &format!("{} v{version}: {reason}", event.stream));
+        }
+        self.streams.insert(key, Some(version));
+        self.counts.taken_back += 1;
+        self.bytes += event.data.len();
+        self.part.push(event);
+        if self.part.len() >= PART_EVENTS || self.bytes >= PART_BYTES {
+            self.write().await?;
+        }
+        Ok(())
+    }
+
+    /// The version of a stream in the log, as far as it matters to an event that comes next.
+    async fn stands_at(&self, event: &Stored<'_>) -> Result<Option<i64>, StoreError> {
+        let stream = StreamId::from_stored(&event.stream);
+        let after = Version((event.version.0 - 2).max(0));
+        let found = self.archive.read_stream(&stream, after, 2).await?;
+        Ok(match found.last() {
+            Some(last) => Some(last.version.0),
+            None if event.version.0 == 1 => Some(0),
+            None => None,
+        })
+    }
+
+    async fn write(&mut self) -> Result<(), Failure> {
+        let events = std::mem::take(&mut self.part);
+        self.bytes = 0;
+        if !self.writes || events.is_empty() {
+            return Ok(());
+        }
+        let restored = self.archive.restore(Contents { events, documents: Vec::new() }).await;
+        restored.map_err(|error| {
+            Failure::new(format!("the store did not take it: {error}. Does something else write to it?"))
+        })
+    }
+
+    fn lost(&mut self, place: &str, what: &str) -> Result<(), Failure> {
+        self.counts.lost += 1;
+        if self.counts.lost > LISTED_MAX {
+            return Ok(());
+        }
+        if self.output.json {
+            return self.output.value(&Lost { place, what });
+        }
+        self.output.line(&shown(&format!("{place}: {what}")).replace('\n', " "))
+    }
+}
+
+/// The log beside what is taken back, in step with it.
+struct Log {
+    events: BoxStream<'static, Result<Arc<Recorded>, StoreError>>,
+    next: Option<Arc<Recorded>>,
+}
+
+impl Log {
+    /// The id of the event at a position. Positions may not go back.
+    async fn at(&mut self, position: i64) -> Result<Option<Uuid>, StoreError> {
+        while self.next.as_ref().is_none_or(|event| event.position.0 < position) {
+            let Some(event) = self.events.next().await else { return Ok(None) };
+            self.next = Some(event?);
+        }
+        Ok(self.next.as_ref().filter(|event| event.position.0 == position).map(|event| event.id))
+    }
+}
