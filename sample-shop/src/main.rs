@@ -5,6 +5,7 @@ use std::{
     process::ExitCode,
 };
 
+use annals::StartError;
 use rust_decimal::Decimal;
 use sample_shop::{
     Failure,
@@ -46,9 +47,16 @@ async fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("sample-shop: {error}");
-            ExitCode::from(2)
+            ExitCode::from(if needs_a_person(&error) { 1 } else { 2 })
         }
     }
+}
+
+/// Whether somebody has to look at the store before it can be served.
+fn needs_a_person(error: &Failure) -> bool {
+    let refused = error.downcast_ref::<StartError>();
+    error.is::<serve::Ended>()
+        || refused.is_some_and(|error| matches!(error, StartError::Ahead(_) | StartError::HalfRecovered { .. }))
 }
 
 async fn carry_out(command: Command) -> Result<ExitCode, Failure> {

@@ -35,6 +35,11 @@ const PROVIDER_SEED: u64 = 7;
 const FOLLOWED: [&str; 8] =
     ["saga.checkout", "saga.return", "saga.supply", "saga.closing", "order", "return", "supply", "closing"];
 
+/// Why services ended that nobody had stopped.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Ended(String);
+
 /// Serves until `stop`.
 ///
 /// # Errors
@@ -94,6 +99,17 @@ async fn serve_on(
     let counter = Counter::new(&store);
     let mut runtime = arguments.shared_as().as_deref().map_or_else(Runtime::new, Runtime::shared);
     runtime.start(services(arguments.role, &store, &counter), bus).await?;
+    // Services that end by themselves, as where the database was restored under them, take the process with them.
+    let asked = stop;
+    let stop = asked.child_token();
+    let ended = runtime.shutdown();
+    tokio::spawn({
+        let stop = stop.clone();
+        async move {
+            ended.cancelled().await;
+            stop.cancel();
+        }
+    });
     runtime.spawn("troubles", tell_troubles(runtime.health(), runtime.shutdown()));
     let metrics = Metrics::new()?;
     let health = runtime.health();
@@ -113,7 +129,9 @@ async fn serve_on(
         Some(listener) => http::serve(listener, http::app(front, probes), stopping).await?,
         None => stopping.announced.cancelled().await,
     }
-    Ok(runtime.drain(PATIENCE).await?)
+    let by_itself = !asked.is_cancelled();
+    let drained = runtime.drain(PATIENCE).await;
+    Ok(drained.map_err(|error| if by_itself { Failure::from(Ended(error)) } else { error.into() })?)
 }
 
 /// The line that others read the address from.
