@@ -200,6 +200,9 @@ async fn are_restored(restored: &[&str]) {
     for load in [&meanwhile, &killed, &load("4", 40)] {
         business(&shop[0].buy(&words(load)));
     }
+    let running = recover(&schemas.url(restored[0]), &bus, &[]).output().unwrap();
+    assert_eq!(running.status.code(), Some(2), "{}", text(&running));
+    assert!(text(&running).contains("instances of services run on the store"), "{}", text(&running));
     schemas.are_whole(&broker).await;
     schemas.money_is_conserved().await;
     ROLES.iter().for_each(|role| are_verified(&schemas.url(role), &bus));
