@@ -310,7 +310,7 @@ impl Runtime {
                     let shutdown = shutdown.clone();
                     self.spawn_worker(&group_name, async move {
                         recovery::sagas_begun(&*store, &starters, &shutdown).await;
-                        member.await;
+                        member.await
                     });
                 }
             }
