@@ -131,7 +131,7 @@ async fn serve_on(
     }
     let by_itself = !asked.is_cancelled();
     let drained = runtime.drain(PATIENCE).await;
-    Ok(drained.map_err(|error| if by_itself { Failure::from(Ended(error)) } else { error.into() })?)
+    drained.map_err(|error| if by_itself { Failure::from(Ended(error)) } else { error.into() })
 }
 
 /// The line that others read the address from.
