@@ -27,6 +27,10 @@ pub(crate) struct Lane {
     pub incarnation: Option<Arc<str>>,
     /// The instance that follows it, where several share the store.
     pub holder: Option<Arc<str>>,
+    /// Of a partition of a bus inside a process that shares the store: the instance whose bus that is.
+    pub home: Option<Arc<str>>,
+    /// Of a lane of the log: how many lanes there are.
+    pub lanes: Option<u32>,
     /// How often it was taken.
     pub epoch: i64,
     /// Whether an operator holds it up.
@@ -68,6 +72,13 @@ pub struct Checkpoint {
     /// The instance that follows the lane, where several share the store.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub holder: Option<Arc<str>>,
+    /// Of a partition of a bus inside a process that shares the store: the instance whose bus that is. Its offsets mean nothing once
+    /// that instance has gone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub home: Option<Arc<str>>,
+    /// Of a lane of the log: how many lanes there are under the name; earlier releases did not note it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lanes: Option<u32>,
     /// How often an instance has taken the lane.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub epoch: i64,
@@ -102,12 +113,25 @@ impl Lane {
         let key = DocumentKey::new(CHECKPOINTS, id);
         let marks = Marks::default();
         let (place, version, next, epoch, paused) = (key.id.clone(), 0, 0, 0, false);
-        let taken = Ends::default();
-        let event = None;
-        Self { key, place, version, next, incarnation, holder: None, epoch, paused, last: None, marks, taken, event }
+        Self {
+            key,
+            place,
+            version,
+            next,
+            incarnation,
+            holder: None,
+            home: None,
+            lanes: None,
+            epoch,
+            paused,
+            last: None,
+            marks,
+            taken: Ends::default(),
+            event: None,
+        }
     }
 
-    /// Reads the checkpoint; `None` if there is none, or one of another incarnation.
+    /// Reads the checkpoint; `None` if there is none, or one of another incarnation or number of lanes.
     pub async fn load(&mut self, store: &dyn EventStore) -> Result<Option<i64>, StoreError> {
         let found = store.document(&self.key).await?;
         let Some(document) = found else {
@@ -121,7 +145,7 @@ impl Lane {
         // What a relay sends again after a topic was wiped has been here all the same.
         self.marks = checkpoint.marks;
         self.taken = checkpoint.taken;
-        if checkpoint.incarnation != self.incarnation {
+        if checkpoint.incarnation != self.incarnation || self.is_of_others(checkpoint.lanes) {
             return Ok(None);
         }
         (self.next, self.last) = (checkpoint.next, checkpoint.last);
@@ -139,6 +163,17 @@ impl Lane {
             );
         }
         Ok(Some(self.next))
+    }
+
+    /// Whether a lane of so many that was loaded without a checkpoint is not a new one: several are created together, and what a
+    /// document without one says is another number.
+    pub fn is_replaced(&self, of: u32) -> bool {
+        of > 1 || self.version > 0
+    }
+
+    /// Whether a number of lanes is another one than this lane's.
+    fn is_of_others(&self, lanes: Option<u32>) -> bool {
+        lanes.zip(self.lanes).is_some_and(|(stored, own)| stored != own)
     }
 
     /// Where a consumer of the partition goes on.
@@ -172,11 +207,25 @@ impl Lane {
 
     /// The body of its document.
     pub fn body(&self, at: DateTime<Utc>) -> Arc<str> {
-        let Self { next, epoch, paused, last, event, .. } = *self;
-        let (incarnation, holder, marks) = (self.incarnation.clone(), self.holder.clone(), self.marks.clone());
-        let taken = self.taken.clone();
-        let checkpoint = Checkpoint { next, incarnation, holder, epoch, paused, last, marks, taken, event, at };
-        serde_json::to_string(&checkpoint).unwrap_or_default().into()
+        serde_json::to_string(&self.checkpoint(Position(self.next), at)).unwrap_or_default().into()
+    }
+
+    /// What its document says at a position.
+    pub fn checkpoint(&self, next: Position, at: DateTime<Utc>) -> Checkpoint {
+        Checkpoint {
+            next: next.0,
+            incarnation: self.incarnation.clone(),
+            holder: self.holder.clone(),
+            home: self.home.clone(),
+            lanes: self.lanes,
+            epoch: self.epoch,
+            paused: self.paused,
+            last: self.last,
+            marks: self.marks.clone(),
+            taken: self.taken.clone(),
+            event: self.event,
+            at,
+        }
     }
 }
 

@@ -13,6 +13,7 @@ use crate::{
     commit::{Commit, DocumentKey, Put},
     handler::Handler,
     health::{Health, State},
+    name,
     parking::{Lost, ParkedKeys, parking_key},
     store::EventStore,
     worker::{BATCH_MAX, Item, PARKED_TICK, RetryPolicy, Stop, Worker},
@@ -46,7 +47,8 @@ impl From<crate::store::StoreError> for Ended {
 }
 
 impl Group {
-    /// A consumer group under this name, which its offsets are stored by.
+    /// A consumer group under this name, which its offsets are stored by. What [`Subscription::new`](crate::Subscription::new) says of
+    /// names holds here too.
     pub fn new(name: &str, topics: &[&str], handler: impl Handler) -> Self {
         Self {
             name: name.into(),
@@ -84,6 +86,7 @@ impl Group {
 
     /// Joins the bus; from then on the group misses nothing.
     pub async fn join(self, bus: &dyn Bus) -> Result<Joined, BusError> {
+        name::check("group", &self.name).map_err(|error| BusError::Unavailable(error.to_string()))?;
         let topics: Vec<&str> = self.topics.iter().map(String::as_str).collect();
         let mut consumers = Vec::new();
         for number in 0..self.members {
@@ -328,6 +331,7 @@ impl Member {
             if let Some(home) = &self.home {
                 let id = format!("{}@{home}/{}/{}", self.worker.name, partition.topic, partition.number);
                 lane.key = DocumentKey::new(CHECKPOINTS, id);
+                lane.home = Some(home.clone());
             }
             let found = lane.load(&*self.worker.store).await?;
             if found.is_none() && lane.version > 0 && !self.is_local {

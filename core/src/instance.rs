@@ -14,7 +14,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    checkpoint::CHECKPOINTS,
+    checkpoint::{CHECKPOINTS, Checkpoint},
     commit::{COMMIT_ROWS_MAX, Commit, CommitError, Document, DocumentKey, Put},
     health::Health,
     store::{EventStore, Scan},
@@ -187,12 +187,18 @@ impl Instance {
 
 /// Removes instances, and the offsets of what was a bus inside them.
 async fn forget(store: &dyn EventStore, mut forgotten: Vec<Put>) -> Result<(), CommitError> {
-    let homes: Vec<_> = forgotten.iter().map(|put| format!("@{}/", put.key.id)).collect();
     let checkpoints = store.scan(CHECKPOINTS, &Scan::After("".into()), CHECKPOINTS_MAX).await;
     let checkpoints = checkpoints.map_err(|error| CommitError::Unavailable(error.to_string()))?;
-    let left = checkpoints.into_iter().filter(|found| homes.iter().any(|home| found.key.id.contains(home)));
+    // By what the checkpoint says, never by its name: an instance may be called as a generation of a read model is.
+    let of_forgotten = |found: &Document| {
+        let checkpoint = serde_json::from_str::<Checkpoint>(&found.body).ok();
+        let home = checkpoint.and_then(|checkpoint| checkpoint.home);
+        home.is_some_and(|home| forgotten.iter().any(|put| put.key.id == home))
+    };
     let remove = |found: Document| Put { key: found.key, expected: Some(found.version), body: None, due: None };
-    forgotten.extend(left.take(COMMIT_ROWS_MAX - INSTANCES_MAX).map(remove));
+    let left = checkpoints.into_iter().filter(of_forgotten).take(COMMIT_ROWS_MAX - INSTANCES_MAX).map(remove);
+    let left: Vec<_> = left.collect();
+    forgotten.extend(left);
     store.commit(Commit { appends: Vec::new(), puts: forgotten }).await.map(drop)
 }
 

@@ -68,15 +68,18 @@ pub mod commit;
 pub mod config;
 pub mod consumer;
 pub mod event;
+mod generation;
 pub mod handler;
 pub mod health;
 mod instance;
 pub mod json;
+mod lanes;
 mod line;
 pub mod local_bus;
 mod log_names;
 mod marks;
 pub mod memory;
+mod name;
 pub mod operator;
 mod panic;
 pub mod parking;
@@ -121,6 +124,7 @@ pub use self::{
     health::Health,
     local_bus::LocalBus,
     memory::MemoryStore,
+    name::{NAME_BYTES_MAX, NameError},
     operator::Operator,
     parking::DeadLetters,
     read_model::{Projection, ReadModel, Views},

@@ -11,10 +11,12 @@ use uuid::Uuid;
 use crate::{
     Event,
     checkpoint::{CHECKPOINTS, Checkpoint},
-    commit::{Append, Commit, CommitError, Document, Expected, Put},
+    commit::{Append, COMMIT_ROWS_MAX, Commit, CommitError, Document, DocumentKey, Expected, Put},
     event::{Metadata, NewEvent, Position, StreamId, Version, derived_id},
+    generation,
+    name::RELAY,
     parking::{DeadLetters, Parked},
-    read_model::{Rebuild, Rebuilt},
+    read_model::{Rebuild, Rebuilt, SwapError},
     saga::{Progress, SagaEvent, Status, Verb},
     store::{EventStore, Scan, StoreError},
 };
@@ -23,6 +25,8 @@ use crate::{
 pub const CATEGORY: &str = "operator";
 /// An act meets the worker that it is about; it looks again so often.
 const RACES_MAX: u32 = 10;
+/// Parked messages that a reset removes: the rest of its commit is for the checkpoints of the lanes and the act.
+const RESET_PARKED_MAX: usize = COMMIT_ROWS_MAX - 1_000;
 /// Documents and events read at once.
 const PAGE: usize = 500;
 
@@ -137,6 +141,9 @@ pub enum OperatorError {
         /// What it has offsets of.
         topics: Vec<String>,
     },
+    /// Rebuilt views are not swapped in.
+    #[error(transparent)]
+    NotSwapped(#[from] SwapError),
     /// The store did not take it, or does not say whether it did.
     #[error(transparent)]
     Commit(#[from] CommitError),
@@ -197,7 +204,12 @@ impl Operator {
     }
 
     /// Has all lanes of a subscription go on after this position, also while somebody follows them. What the subscription
-    /// has done already stays done, and its handler sees again what lies after the position.
+    /// has done already stays done, and its handler sees again what lies after the position. That includes what is parked: the
+    /// parked messages after the position are removed in the same commit, and come again in the order of their key.
+    ///
+    /// # Errors
+    /// If the position is not in the log, nothing follows the log under this name, or the name is a read model: its events would be
+    /// applied twice. Then nothing is changed.
     pub async fn reset(&self, subscription: &str, to: Position, reason: &str) -> Result<(), OperatorError> {
         let head = self.store.status().await?.head;
         if to < Position::START {
@@ -206,14 +218,21 @@ impl Operator {
         if to > head {
             return Err(OperatorError::Illegal(format!("position {to} is after the last one of the log, {head}")));
         }
+        if let Some(model) = self.read_model(subscription).await? {
+            return Err(OperatorError::Illegal(format!(
+                "{subscription} keeps the views of read model {model}, to which events would be applied twice: build the views anew \
+                 with `read-model {model} rebuild`"
+            )));
+        }
         self.again(async || {
             let lanes = self.lanes(subscription).await?;
             let now = self.store.clock().now();
+            let mut puts = self.coming_again(subscription, to).await?;
             let from = lanes.iter().map(|(document, lane)| (document.key.id.to_string(), lane.next)).collect();
             let (by, reason) = (self.by.clone(), reason.to_owned());
             let event = OperatorEvent::Reset { subscription: subscription.to_owned(), to, from, by, reason };
-            let moved = moved(lanes, |lane| Checkpoint { next: to.0, event: None, at: now, ..lane });
-            self.record(subscription, &event, moved).await
+            puts.extend(moved(lanes, |lane| Checkpoint { next: to.0, event: None, at: now, ..lane }));
+            self.record(subscription, &event, puts).await
         })
         .await
     }
@@ -289,8 +308,44 @@ impl Operator {
         .await
     }
 
-    /// The checkpoints of a subscription of the log.
-    async fn lanes(&self, subscription: &str) -> Result<Vec<(Document, Checkpoint)>, OperatorError> {
+    /// What removes the parked messages of a subscription that come again after a reset. A relay keeps those that it has parked:
+    /// its receivers pass over what is behind the last message they have, unless it was redriven.
+    async fn coming_again(&self, subscription: &str, to: Position) -> Result<Vec<Put>, OperatorError> {
+        if subscription.ends_with(RELAY) {
+            return Ok(Vec::new());
+        }
+        let parked = DeadLetters::new(self.store.clone()).after(subscription, to).await?;
+        if parked.len() > RESET_PARKED_MAX {
+            return Err(OperatorError::Illegal(format!(
+                "{} messages of {subscription} are parked after position {to}, and a commit removes {RESET_PARKED_MAX}: redrive or drop \
+                 some with `dead-letters`, then reset",
+                parked.len()
+            )));
+        }
+        let removal = |Document { key, version, .. }| Put { key, expected: Some(version), body: None, due: None };
+        Ok(parked.into_iter().map(removal).collect())
+    }
+
+    /// The read model that a name stands for: its own name, or `NAME@GENERATION`.
+    async fn read_model<'a>(&self, name: &'a str) -> Result<Option<&'a str>, OperatorError> {
+        if let Some((model, generation)) = name.split_once('@') {
+            return Ok(generation.parse::<u32>().is_ok().then_some(model));
+        }
+        let keys = [generation::pointer_key(name), DocumentKey::new(CHECKPOINTS, format!("{name}/0"))];
+        let found = self.store.documents(&keys).await?;
+        Ok(matches!(&*found, [Some(_), None]).then_some(name))
+    }
+
+    /// The checkpoints of a subscription of the log, or of the live generation of a read model.
+    async fn lanes(&self, name: &str) -> Result<Vec<(Document, Checkpoint)>, OperatorError> {
+        if name.contains('@') || self.read_model(name).await?.is_none() {
+            return self.lanes_of(name).await;
+        }
+        let (pointer, _) = generation::load(&*self.store, name).await?;
+        self.lanes_of(&generation::name(name, pointer.live)).await
+    }
+
+    async fn lanes_of(&self, subscription: &str) -> Result<Vec<(Document, Checkpoint)>, OperatorError> {
         let (mut lanes, mut topics) = (Vec::new(), BTreeSet::new());
         let prefix = format!("{subscription}/");
         let mut after: Arc<str> = prefix.as_str().into();
@@ -307,7 +362,11 @@ impl Operator {
                         let partition = &document.key.id[prefix.len()..];
                         topics.insert(partition.split_once('/').map_or(partition, |(topic, _)| topic).to_owned());
                     }
-                    None => lanes.push((document.clone(), checkpoint)),
+                    // A lane is a number: any other document here is of another name.
+                    None if document.key.id[prefix.len()..].parse::<u32>().is_ok() => {
+                        lanes.push((document.clone(), checkpoint));
+                    }
+                    None => {}
                 }
             }
         }

@@ -12,8 +12,8 @@ use uuid::Uuid;
 
 use crate::{
     bus::{Message, Undecodable},
-    commit::{Commit, CommitError, DOCUMENT_BYTES_MAX, DOCUMENT_ID_BYTES_MAX, Document, Put, check_json},
-    event::named_id,
+    commit::{Commit, CommitError, DOCUMENT_BYTES_MAX, DOCUMENT_ID_BYTES_MAX, Document, DocumentKey, Put, check_json},
+    event::{Position, named_id},
     store::{EventStore, Scan, StoreError},
     subscription::lane_of,
 };
@@ -154,6 +154,23 @@ fn document_id(key: &str, sequence: u64, lane: &str) -> Arc<str> {
 fn sequence_of(id: &str) -> Option<u64> {
     let (_, place) = id.rsplit_once(" #")?;
     place.split('.').next()?.parse().ok()
+}
+
+/// What moves a parked message to the lane that its key has among so many; nothing if it is there.
+pub(crate) fn moved(document: Document, subscription: &str, lanes: u32) -> Vec<Put> {
+    let parked = serde_json::from_str::<Parked>(&document.body).ok();
+    let Some((parked, sequence)) = parked.zip(sequence_of(&document.key.id)) else { return Vec::new() };
+    let lane: Arc<str> = format!("{subscription}/{}", lane_of(&parked.key, lanes)).into();
+    if lane == parked.lane {
+        return Vec::new();
+    }
+    let Document { key, version, due, .. } = document;
+    let moved = DocumentKey::new(key.collection.clone(), document_id(&parked.key, sequence, &lane));
+    let body = serde_json::to_string(&Parked { lane, ..parked }).unwrap_or_default();
+    vec![
+        Put { key, expected: Some(version), body: None, due: None },
+        Put { key: moved, expected: Some(0), body: Some(body.into()), due },
+    ]
 }
 
 /// The key that a message is parked by: its own, unless no document can be named by that.
@@ -348,7 +365,16 @@ impl DeadLetters {
         Ok(documents.into_iter().filter(wanted).collect())
     }
 
-    async fn documents(&self, subscription: &str) -> Result<Vec<Document>, StoreError> {
+    /// The parked messages of a subscription whose events come after a position of the log.
+    pub(crate) async fn after(&self, subscription: &str, position: Position) -> Result<Vec<Document>, StoreError> {
+        let is_after = |document: &Document| {
+            serde_json::from_str::<Parked>(&document.body).is_ok_and(|parked| parked.position > position.0)
+        };
+        Ok(self.documents(subscription).await?.into_iter().filter(is_after).collect())
+    }
+
+    /// All that is parked under a name.
+    pub(crate) async fn documents(&self, subscription: &str) -> Result<Vec<Document>, StoreError> {
         let (mut all, collection) = (Vec::new(), collection(subscription));
         loop {
             let after = all.last().map_or("".into(), |document: &Document| document.key.id.clone());

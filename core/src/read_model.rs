@@ -3,36 +3,43 @@
 use std::{marker::PhantomData, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Serialize, de::DeserializeOwned};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    backoff::Backoff,
     bus::Message,
-    checkpoint::CHECKPOINTS,
-    commit::{Commit, CommitError, Document, DocumentKey, Put},
+    commit::{Document, DocumentKey},
     event::{Event, Position},
+    generation::{self, Pointer, collection},
     handler::{Handler, HandlerError, Terminal},
-    health::Health,
+    health::{Health, Reporter, State},
     instance::Instance,
     json::to_json_exact,
+    name,
     store::{EventStore, LogQuery, Scan, StoreError},
     subscription::Subscription,
     work::Work,
+    worker::RetryPolicy,
 };
 
-pub use crate::rebuild::{Compared, Difference, Rebuild, Rebuilt};
+pub use crate::rebuild::{Compared, Difference, Rebuild, Rebuilt, SwapError};
 
-/// How often a running projection looks whether it was swapped for a rebuilt one.
+/// How often a running projection looks whether its generation was swapped for another one.
 const SWAP_TICK: Duration = Duration::from_millis(500);
-/// Documents read or removed in one go.
-const PAGE: usize = 500;
-/// The collection of the pointers that say which generation of a read model is the live one.
-const GENERATIONS: &str = "read-model";
+/// How long the live views of a later build may stand still before health says that nobody keeps them.
+const NEGLECTED: Duration = Duration::from_secs(10);
+/// How long a service waits until it builds views of its version again after that failed: a build costs as much as reading the
+/// log, and most that fail do so again.
+const BUILD_AGAIN: Duration = Duration::from_secs(60);
 
 /// Folds events into views, one document per key. Pure, so that it can be rebuilt at any time.
 pub trait ReadModel: Send + Sync + 'static {
-    /// Stored: never rename.
+    /// Stored: never rename. At most 150 bytes, without `/`, `@` and control characters.
     const NAME: &'static str;
+    /// Raise it with each change of the views, or of how events change them. A service with a higher version than the live views
+    /// builds its own beside them and swaps; one with a lower version leaves them alone, and waits.
+    const VERSION: u32 = 1;
     /// The events it wants; declare `#[event(unknown = "skip")]` to pass over the others of its query.
     type Event: Event;
     /// One document.
@@ -59,11 +66,6 @@ impl<R> Clone for Projection<R> {
     }
 }
 
-#[derive(Serialize, Deserialize)]
-struct Generation {
-    live: u32,
-}
-
 impl<R: ReadModel> Projection<R> {
     /// A projection of the events that `query` gives.
     pub fn new(model: R, query: LogQuery) -> Self {
@@ -83,45 +85,117 @@ impl<R: ReadModel> Projection<R> {
         self
     }
 
-    /// Keeps the live generation up to date until `shutdown`, and changes over when it is swapped.
+    /// Keeps the live views up to date until `shutdown`, and follows each swap. An outage of the store ends nothing: it is tried
+    /// again, and health says so meanwhile.
     pub async fn run(
         self,
         store: Arc<dyn EventStore>,
         health: Health,
         shutdown: CancellationToken,
     ) -> Result<(), String> {
+        name::check("read model", R::NAME).map_err(|error| error.to_string())?;
+        let mut reporter = health.reporter(R::NAME, &shutdown);
+        let mut backoff = Backoff::long();
         while !shutdown.is_cancelled() {
-            let (generation, _) = live(&*store, R::NAME).await.map_err(|error| error.to_string())?;
-            let swapped = shutdown.child_token();
-            let subscription = self.subscription(generation).shared(self.instance.clone());
-            let follows = subscription.run(store.clone(), health.clone(), swapped.clone());
-            let watches = async {
-                loop {
-                    tokio::time::sleep(SWAP_TICK).await;
-                    if live(&*store, R::NAME).await.is_ok_and(|(live, _)| live != generation) {
-                        swapped.cancel();
-                        return;
+            match self.keep(&store, &health, &mut reporter, &shutdown).await {
+                Ok(()) => backoff.reset(),
+                Err(error) => {
+                    reporter.trouble(error);
+                    tokio::select! {
+                        () = backoff.wait() => {}
+                        () = shutdown.cancelled() => {}
                     }
                 }
-            };
-            tokio::pin!(follows);
-            let was_swapped = tokio::select! {
-                ended = &mut follows => ended.map(|()| false)?,
-                () = watches => follows.await.map(|()| true)?,
-            };
-            if was_swapped {
-                // Between the swap and this moment it may have put views back that the rebuild had removed.
-                remove(&*store, R::NAME, generation).await.map_err(|error| error.to_string())?;
             }
         }
+        health.set(R::NAME, State::Stopped);
         Ok(())
     }
 
-    /// Builds all views anew beside the live ones, from the first event, and swaps them in once they have caught up. Whoever
-    /// reads meanwhile reads the old ones. A rebuild that was cut off starts over.
+    /// Does what the pointer asks for, until it asks for something else.
+    async fn keep(
+        &self,
+        store: &Arc<dyn EventStore>,
+        health: &Health,
+        reporter: &mut Reporter,
+        shutdown: &CancellationToken,
+    ) -> Result<(), String> {
+        let pointer = generation::adopt(&**store, R::NAME, R::VERSION).await.map_err(|error| error.to_string())?;
+        if !pointer.retired.is_empty() {
+            generation::remove_retired(&**store, R::NAME).await.map_err(|error| error.to_string())?;
+        }
+        let of_live = pointer.version.unwrap_or(R::VERSION);
+        if of_live < R::VERSION {
+            return self.renew(store, &pointer, reporter, shutdown).await;
+        }
+        let keeps = async {
+            match of_live == R::VERSION {
+                true => self.follow(store, health, pointer.live, shutdown).await,
+                false => stand_by(&**store, R::NAME, &pointer, R::VERSION, reporter, shutdown).await,
+            }
+        };
+        tokio::select! {
+            kept = keeps => kept,
+            // Dropped at any point, what writes the generation that was live leaves nothing half done: it is fenced.
+            () = swapped(&**store, R::NAME, pointer.live) => Ok(()),
+        }
+    }
+
+    /// Keeps a generation up to date until `shutdown`, or until it is gone.
+    async fn follow(
+        &self,
+        store: &Arc<dyn EventStore>,
+        health: &Health,
+        live: u32,
+        shutdown: &CancellationToken,
+    ) -> Result<(), String> {
+        let subscription = self.subscription(live).views_of(R::NAME, R::VERSION).shared(self.instance.clone());
+        subscription.run(store.clone(), health.clone(), shutdown.clone()).await
+    }
+
+    /// Builds the views of this version beside the live ones, which are of an earlier version, and swaps them in.
+    async fn renew(
+        &self,
+        store: &Arc<dyn EventStore>,
+        pointer: &Pointer,
+        reporter: &mut Reporter,
+        shutdown: &CancellationToken,
+    ) -> Result<(), String> {
+        let name = R::NAME;
+        let version = R::VERSION;
+        if pointer.builds.iter().any(|build| build.version == version && build.is_alive(store.clock().now())) {
+            reporter.elsewhere(&format!("another process builds version {version} of {name}"));
+            pause(SWAP_TICK, shutdown).await;
+            return Ok(());
+        }
+        reporter.elsewhere(&format!("building version {version} of {name}; the live views are of an earlier version"));
+        let build = self.begin(store.clone()).await?;
+        let caught_up = tokio::select! {
+            caught_up = build.catch_up(|_| {}) => Some(caught_up),
+            () = shutdown.cancelled() => None,
+        };
+        let failed = match caught_up {
+            Some(Ok(())) => match build.swap().await {
+                Ok(_) | Err(SwapError::Outrun { .. }) => return Ok(()),
+                Err(error) => error,
+            },
+            None => return build.discard().await.map_err(|error| error.to_string()),
+            Some(Err(error)) => {
+                _ = build.discard().await;
+                error
+            }
+        };
+        reporter.trouble(format!("version {version} of {name} is not built: {failed}"));
+        pause(BUILD_AGAIN, shutdown).await;
+        Ok(())
+    }
+
+    /// Builds all views anew beside the live ones, from the first event, and swaps them in once they have caught up. Readers see
+    /// the old ones meanwhile.
     ///
     /// # Errors
-    /// If the store is away, or another rebuild was faster.
+    /// If the store is away, another rebuild was faster, or events could not be applied: see [`SwapError`]. The live views are as
+    /// they were then.
     pub async fn rebuild(&self, store: Arc<dyn EventStore>) -> Result<Rebuilt, String> {
         self.build(store, |_| {}).await?.swap().await.map_err(|error| format!("{} was not swapped: {error}", R::NAME))
     }
@@ -130,70 +204,95 @@ impl<R: ReadModel> Projection<R> {
     /// discarded. Meanwhile it tells which position of the log it has come to.
     ///
     /// # Errors
-    /// If the store is away.
+    /// If the store is away, or more events fail than a build may park.
     pub async fn build(&self, store: Arc<dyn EventStore>, told: impl FnMut(Position)) -> Result<Rebuild, String> {
-        let (before, version) = live(&*store, R::NAME).await.map_err(|error| error.to_string())?;
-        let generation = before + 1;
-        remove(&*store, R::NAME, generation).await.map_err(|error| error.to_string())?;
-        let subscription = self.subscription(generation);
-        Rebuild::follow(store, R::NAME, (before, version), subscription, told).await
+        let build = self.begin(store).await?;
+        match build.catch_up(told).await {
+            Ok(()) => Ok(build),
+            Err(error) => {
+                // If this fails too, the next build removes what is left.
+                _ = build.discard().await;
+                Err(format!("{} was not built: {error}", R::NAME))
+            }
+        }
+    }
+
+    /// Begins to build all views anew, in a generation that belongs to this build alone; [`Rebuild::catch_up`] waits until they
+    /// have caught up.
+    ///
+    /// # Errors
+    /// If the store is away, or too many builds of this read model are under way.
+    pub async fn begin(&self, store: Arc<dyn EventStore>) -> Result<Rebuild, String> {
+        name::check("read model", R::NAME).map_err(|error| error.to_string())?;
+        // What fails once in a pure function fails again.
+        let once = RetryPolicy { attempts_max: 1, ..RetryPolicy::default() };
+        let subscription = |generation| self.subscription(generation).views_of(R::NAME, R::VERSION).retry(once);
+        let begun = Rebuild::begin(store, R::NAME, R::VERSION, subscription).await;
+        begun.map_err(|error| format!("{} was not built: {error}", R::NAME))
     }
 
     fn subscription(&self, generation: u32) -> Subscription {
         let handler = Project { model: self.model.clone(), collection: collection(R::NAME, generation).into() };
-        Subscription::new(&name(R::NAME, generation), handler).query(self.query.clone()).linger(self.linger)
+        let name = generation::name(R::NAME, generation);
+        Subscription::new(&name, handler).query(self.query.clone()).linger(self.linger)
     }
-}
-
-fn name(model: &str, generation: u32) -> String {
-    format!("{model}@{generation}")
-}
-
-pub(crate) fn collection(model: &str, generation: u32) -> String {
-    format!("read.{}", name(model, generation))
-}
-
-/// The document that says how far a generation has come.
-pub(crate) fn checkpoint(model: &str, generation: u32) -> DocumentKey {
-    DocumentKey::new(CHECKPOINTS, format!("{}/0", name(model, generation)))
 }
 
 /// The collection of the views that are live, by whatever build they are kept.
 pub async fn live_collection(store: &dyn EventStore, model: &str) -> Result<String, StoreError> {
-    Ok(collection(model, live(store, model).await?.0))
+    Ok(collection(model, live(store, model).await?))
 }
 
-/// The live generation, and the version of the document that says so.
-async fn live(store: &dyn EventStore, name: &str) -> Result<(u32, i64), StoreError> {
-    let pointer = store.document(&DocumentKey::new(GENERATIONS, name)).await?;
-    let Some(Document { body, version, .. }) = pointer else { return Ok((1, 0)) };
-    let generation: Generation =
-        serde_json::from_str(&body).map_err(|error| StoreError::Corrupt(format!("read model {name}: {error}")))?;
-    Ok((generation.live, version))
+/// The generation that is read.
+async fn live(store: &dyn EventStore, model: &str) -> Result<u32, StoreError> {
+    Ok(generation::load(store, model).await?.0.live)
 }
 
-/// Makes a generation the live one, if the pointer is still at this version.
-pub(crate) fn pointer(model: &str, generation: u32, version: i64) -> Put {
-    let body = serde_json::to_string(&Generation { live: generation }).unwrap_or_default();
-    Put { key: DocumentKey::new(GENERATIONS, model), expected: Some(version), body: Some(body.into()), due: None }
-}
-
-/// Removes a generation's views and its checkpoint.
-pub(crate) async fn remove(store: &dyn EventStore, model: &str, generation: u32) -> Result<usize, CommitError> {
-    let (collection, mut removed) = (collection(model, generation), 0);
-    let checkpoint = checkpoint(model, generation);
-    let remove = |key: DocumentKey| Put { key, expected: None, body: None, due: None };
-    let mut puts = vec![remove(checkpoint)];
+/// Resolves when another generation is live.
+async fn swapped(store: &dyn EventStore, model: &str, generation: u32) {
     loop {
-        let page = store.scan(&collection, &Scan::After("".into()), PAGE).await;
-        let page = page.map_err(|error| CommitError::Unavailable(error.to_string()))?;
-        removed += page.len();
-        let last = page.is_empty();
-        puts.extend(page.into_iter().map(|document| remove(document.key)));
-        store.commit(Commit { appends: Vec::new(), puts: std::mem::take(&mut puts) }).await?;
-        if last {
-            return Ok(removed);
+        tokio::time::sleep(SWAP_TICK).await;
+        if live(store, model).await.is_ok_and(|live| live != generation) {
+            return;
         }
+    }
+}
+
+/// Leaves views of a later version alone, and says so.
+async fn stand_by(
+    store: &dyn EventStore,
+    model: &str,
+    pointer: &Pointer,
+    version: u32,
+    reporter: &mut Reporter,
+    shutdown: &CancellationToken,
+) -> Result<(), String> {
+    let of_live = pointer.version.unwrap_or(version);
+    let kept = format!("the live views of {model} are of version {of_live}, and this build has version {version}");
+    let mut stood_at = None;
+    let mut since = tokio::time::Instant::now();
+    while !shutdown.is_cancelled() {
+        let head = store.status().await.map_err(|error| error.to_string())?.head;
+        let at = generation::reached(store, model, pointer.live).await.map_err(|error| error.to_string())?;
+        if stood_at != Some(at) || at >= head {
+            (stood_at, since) = (Some(at), tokio::time::Instant::now());
+        }
+        if since.elapsed() < NEGLECTED {
+            reporter.elsewhere(&format!("{kept}: it leaves them alone"));
+        } else {
+            reporter.trouble(format!(
+                "{kept}, and nobody keeps them: start the later build, or go back with `read-model {model} rebuild --accept-older`"
+            ));
+        }
+        pause(NEGLECTED / 2, shutdown).await;
+    }
+    Ok(())
+}
+
+async fn pause(time: Duration, shutdown: &CancellationToken) {
+    tokio::select! {
+        () = tokio::time::sleep(time) => {}
+        () = shutdown.cancelled() => {}
     }
 }
 
@@ -242,12 +341,12 @@ impl<R: ReadModel> Views<R> {
     /// One view.
     pub async fn get(&self, key: &str) -> Result<Option<R::View>, StoreError> {
         loop {
-            let (generation, _) = live(&*self.store, R::NAME).await?;
+            let generation = live(&*self.store, R::NAME).await?;
             let key = DocumentKey::new(collection(R::NAME, generation), key);
             match self.store.document(&key).await? {
                 Some(document) => return view::<R>(&document).map(Some),
                 // It may have been removed because the generation was swapped meanwhile.
-                None if live(&*self.store, R::NAME).await?.0 == generation => return Ok(None),
+                None if live(&*self.store, R::NAME).await? == generation => return Ok(None),
                 None => {}
             }
         }
@@ -255,8 +354,14 @@ impl<R: ReadModel> Views<R> {
 
     /// Views in order of their keys, after this one, up to `limit`.
     pub async fn list(&self, after: &str, limit: usize) -> Result<Vec<(Arc<str>, R::View)>, StoreError> {
-        let (generation, _) = live(&*self.store, R::NAME).await?;
-        let page = self.store.scan(&collection(R::NAME, generation), &Scan::After(after.into()), limit).await?;
+        let page = loop {
+            let generation = live(&*self.store, R::NAME).await?;
+            let page = self.store.scan(&collection(R::NAME, generation), &Scan::After(after.into()), limit).await?;
+            // Some may have been removed because the generation was swapped meanwhile.
+            if live(&*self.store, R::NAME).await? == generation {
+                break page;
+            }
+        };
         page.iter().map(|document| Ok((document.key.id.clone(), view::<R>(document)?))).collect()
     }
 }

@@ -2,15 +2,17 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::task::JoinHandle;
+use tokio::{task::JoinHandle, time::Instant};
 use tokio_util::sync::{CancellationToken, DropGuard};
+use uuid::Uuid;
 
 use crate::{
     checkpoint::Checkpoint,
-    commit::{Append, Commit, CommitError, Document},
+    commit::{Append, CommitError, Document, Put},
     event::Position,
+    generation::{self, BEAT, Build, checkpoint, collection, count, position, unavailable},
     health::Health,
-    read_model::{checkpoint, collection, pointer, remove},
+    parking::{self, Parked},
     store::{EventStore, Scan, StoreError},
     subscription::Subscription,
 };
@@ -21,16 +23,76 @@ const PAGE: usize = 500;
 const LOOK: Duration = Duration::from_millis(20);
 /// So often a comparison looks again, because one side was ahead of the other.
 const LOOKS_MAX: u32 = 250;
+/// Events that a build may fail at before it is given up: with more, something is wrong with the build as a whole.
+const PARKED_MAX: usize = 1_000;
+/// How often the failed events of a build are counted.
+const COUNT_AGAIN: Duration = Duration::from_secs(1);
+/// How long a build waits for a store that is away: a restart of its server, and a failover.
+const OUTAGE_MAX: Duration = Duration::from_secs(60);
 
-/// Views of a read model that are kept up to date beside the live ones. Dropped, they stay where they are until the next
-/// rebuild removes them.
+/// Views of a read model that are kept up to date beside the live ones, in a generation of their own. If this is dropped, or its
+/// process dies, a later build notices that nobody keeps them, and removes them.
 pub struct Rebuild {
     store: Arc<dyn EventStore>,
     model: &'static str,
-    /// The generation that is live, and the version of the document that says so.
-    live: (u32, i64),
-    follows: JoinHandle<Result<(), String>>,
-    done: DropGuard,
+    build: Build,
+    builder: Uuid,
+    /// The generation that was live when the build began.
+    before: u32,
+    accepts_parked: bool,
+    accepts_older: bool,
+    follows: JoinHandle<()>,
+    done: Option<DropGuard>,
+}
+
+/// Why rebuilt views did not take the place of the live ones, which are as they were.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum SwapError {
+    /// Events could not be applied, so their views would be incomplete. What was built is removed.
+    #[error(
+        "{parked} events could not be applied to the new views of read model {model} (the first: {first}): mend the code and build \
+         again, or swap with `accept_parked` (`--accept-parked`) and have them wait as dead letters"
+    )]
+    Parked {
+        /// The name of the read model.
+        model: &'static str,
+        /// How many there are; counted up to a limit.
+        parked: usize,
+        /// The key and the reason of the first one.
+        first: String,
+    },
+    /// Another build was swapped in since this one began. What was built is removed.
+    #[error("another build of read model {model} was faster: generation {live} is live now; build again")]
+    Outrun {
+        /// The name of the read model.
+        model: &'static str,
+        /// The generation that is live.
+        live: u32,
+    },
+    /// The live views are of a later version of the code. What was built is removed.
+    #[error(
+        "the live views of read model {model} are of version {live}, and this build has version {version}; to go back to it, accept \
+         that with `accept_older`, on the command line `--accept-older`"
+    )]
+    Older {
+        /// The name of the read model.
+        model: &'static str,
+        /// The version of the live views.
+        live: u32,
+        /// The version of this build.
+        version: u32,
+    },
+    /// Another build took this one for dead, because it showed no sign of life for long.
+    #[error(
+        "the build of read model {model} was given up by another process, because this one stood still for too long; build again"
+    )]
+    GivenUp {
+        /// The name of the read model.
+        model: &'static str,
+    },
+    /// The store did not take it.
+    #[error(transparent)]
+    Commit(#[from] CommitError),
 }
 
 /// What a rebuild came to.
@@ -42,6 +104,8 @@ pub struct Rebuilt {
     pub views: usize,
     /// How many the one before it had.
     pub views_before: usize,
+    /// How many events wait to be applied to them, because that failed.
+    pub parked: usize,
 }
 
 /// Views side by side.
@@ -55,6 +119,8 @@ pub struct Compared {
     pub differences: usize,
     /// How many of these nobody could look at with both sides at one position: one was behind the other all the time.
     pub uncertain: usize,
+    /// How many events could not be applied to the rebuilt ones.
+    pub parked: usize,
 }
 
 /// A view that is not the same on both sides. Each is JSON text.
@@ -69,43 +135,125 @@ pub struct Difference {
 }
 
 impl Rebuild {
-    pub(crate) async fn follow(
+    /// Reserves a generation and begins to fill it.
+    pub(crate) async fn begin(
         store: Arc<dyn EventStore>,
         model: &'static str,
-        live: (u32, i64),
-        subscription: Subscription,
-        mut told: impl FnMut(Position),
-    ) -> Result<Self, String> {
+        version: u32,
+        subscription: impl FnOnce(u32) -> Subscription,
+    ) -> Result<Self, CommitError> {
+        generation::clean(&*store, model).await?;
+        let builder = Uuid::new_v4();
+        let (build, pointer) = generation::reserve(&*store, model, version, builder).await?;
         let done = CancellationToken::new();
-        let follows = tokio::spawn(subscription.run(store.clone(), Health::default(), done.clone()));
-        let this = Self { store, model, live, follows, done: done.drop_guard() };
-        let head = this.store.status().await.map_err(|error| error.to_string())?.head;
-        while head > Position::START && !this.follows.is_finished() {
-            let reached = this.reached(this.generation()).await.map_err(|error| error.to_string())?;
-            told(reached);
-            if reached >= head {
-                break;
+        let follows = subscription(build.generation).run(store.clone(), Health::default(), done.clone());
+        let beats = beats(store.clone(), model, builder);
+        let follows = tokio::spawn(async move {
+            tokio::select! {
+                _ = follows => {}
+                () = beats => {}
+            }
+        });
+        let accepts_parked = false;
+        let accepts_older = false;
+        let before = pointer.live;
+        let done = Some(done.drop_guard());
+        Ok(Self { store, model, build, builder, before, accepts_parked, accepts_older, follows, done })
+    }
+
+    /// Returns once all that is recorded when this is called has been handled. Tells meanwhile which position of the log the
+    /// build has come to.
+    ///
+    /// # Errors
+    /// If the store is away for a minute, another process has given the build up, or more events fail than a build may park.
+    pub async fn catch_up(&self, mut told: impl FnMut(Position)) -> Result<(), SwapError> {
+        let mut answered_at = Instant::now();
+        let mut counted_at = Instant::now();
+        let mut head = None;
+        loop {
+            if self.follows.is_finished() {
+                return Err(SwapError::GivenUp { model: self.model });
+            }
+            match self.progress(&mut head, &mut counted_at).await {
+                Ok((reached, head)) => {
+                    answered_at = Instant::now();
+                    told(reached);
+                    if reached >= head {
+                        return Ok(());
+                    }
+                }
+                Err(SwapError::Commit(CommitError::Unavailable(_))) if answered_at.elapsed() < OUTAGE_MAX => {}
+                Err(error) => return Err(error),
             }
             tokio::time::sleep(LOOK).await;
         }
-        Ok(this)
     }
 
-    fn generation(&self) -> u32 {
-        self.live.0 + 1
+    /// How far the build has come, and how far it has to.
+    async fn progress(
+        &self,
+        head: &mut Option<Position>,
+        counted_at: &mut Instant,
+    ) -> Result<(Position, Position), SwapError> {
+        let until = match *head {
+            Some(head) => head,
+            None => *head.insert(self.store.status().await.map_err(unavailable)?.head),
+        };
+        if counted_at.elapsed() > COUNT_AGAIN {
+            *counted_at = Instant::now();
+            let (parked, first) = self.parked().await?;
+            if parked >= PARKED_MAX {
+                return Err(SwapError::Parked { model: self.model, parked, first });
+            }
+        }
+        let reached =
+            generation::reached(&*self.store, self.model, self.build.generation).await.map_err(unavailable)?;
+        Ok((reached, until))
     }
 
-    /// What a subscription's checkpoint says; the start if there is none yet.
-    async fn reached(&self, generation: u32) -> Result<Position, StoreError> {
-        let found = self.store.document(&checkpoint(self.model, generation)).await?;
-        Ok(position(found.as_ref()))
+    /// Swaps also where events could not be applied: they wait as dead letters, and their views are incomplete until then.
+    pub fn accept_parked(mut self) -> Self {
+        self.accepts_parked = true;
+        self
+    }
+
+    /// Swaps also where the live views are of a later version of the code, to go back to this one.
+    pub fn accept_older(mut self) -> Self {
+        self.accepts_older = true;
+        self
+    }
+
+    /// How many messages are parked, up to a limit, and the first one in words.
+    async fn parked(&self) -> Result<(usize, String), CommitError> {
+        let of = parking::collection(&generation::name(self.model, self.build.generation));
+        let found = self.store.scan(&of, &Scan::After("".into()), PARKED_MAX).await.map_err(unavailable)?;
+        let failed = found.iter().filter_map(|document| serde_json::from_str::<Parked>(&document.body).ok());
+        let first = failed.into_iter().find(|parked| parked.attempts > 0);
+        let first = first.map(|parked| format!("key {}: {:.200}", parked.key, parked.reason)).unwrap_or_default();
+        Ok((found.len(), first))
     }
 
     /// Compares the views on both sides, and tells of each that is not the same. While both are kept up to date, a view counts
     /// as different if it is so with both sides at the same position.
-    pub async fn compare(&self, mut told: impl FnMut(Difference)) -> Result<Compared, StoreError> {
+    ///
+    /// # Errors
+    /// If the store cannot be read, or other views are swapped in meanwhile.
+    pub async fn compare(&self, told: impl FnMut(Difference)) -> Result<Compared, StoreError> {
+        let live = generation::load(&*self.store, self.model).await?.0.live;
+        let mut compared = self.compare_with(live, told).await?;
+        if generation::load(&*self.store, self.model).await?.0.live != live {
+            let reason = format!("other views of read model {} were swapped in meanwhile: compare again", self.model);
+            return Err(StoreError::Unavailable(reason));
+        }
+        let parked = self.parked().await.map_err(|error| StoreError::Unavailable(error.to_string()))?;
+        compared.parked = parked.0;
+        Ok(compared)
+    }
+
+    async fn compare_with(&self, of_live: u32, mut told: impl FnMut(Difference)) -> Result<Compared, StoreError> {
         let (mut compared, mut looks) = (Compared::default(), 0);
-        let (mut live, mut rebuilt) = (Views::new(self, self.live.0), Views::new(self, self.generation()));
+        let mut live = Views::new(self, of_live);
+        let mut rebuilt = Views::new(self, self.build.generation);
         loop {
             let (left, right) = (live.peek().await?, rebuilt.peek().await?);
             let (left, right) = match (left, right) {
@@ -125,7 +273,7 @@ impl Rebuild {
             if same(left.as_ref(), right.as_ref()) {
                 continue;
             }
-            if let Some((difference, certain)) = self.look_again(key, &mut looks).await? {
+            if let Some((difference, certain)) = self.look_again(of_live, key, &mut looks).await? {
                 compared.differences += 1;
                 compared.uncertain += usize::from(!certain);
                 told(difference);
@@ -134,8 +282,13 @@ impl Rebuild {
     }
 
     /// Both sides of a view as of one moment; whether that was also one position. `None` if they are the same.
-    async fn look_again(&self, key: Arc<str>, looks: &mut u32) -> Result<Option<(Difference, bool)>, StoreError> {
-        let generations = [self.live.0, self.generation()];
+    async fn look_again(
+        &self,
+        of_live: u32,
+        key: Arc<str>,
+        looks: &mut u32,
+    ) -> Result<Option<(Difference, bool)>, StoreError> {
+        let generations = [of_live, self.build.generation];
         let views = generations.map(|generation| (collection(self.model, generation), key.clone()));
         let [live, rebuilt] = views.map(|(collection, id)| crate::commit::DocumentKey::new(collection, id));
         let [of_live, of_rebuilt] = generations.map(|generation| checkpoint(self.model, generation));
@@ -162,51 +315,114 @@ impl Rebuild {
     /// Takes the place of the live views, which are removed.
     ///
     /// # Errors
-    /// If the store did not take it, or another rebuild was faster.
-    pub async fn swap(self) -> Result<Rebuilt, CommitError> {
+    /// If the build is refused, another one was faster, or the store did not take it. Then the live views are as they were, and
+    /// what was built is removed, by the next build if the store is away.
+    pub async fn swap(self) -> Result<Rebuilt, SwapError> {
         self.swap_with(Vec::new()).await
     }
 
     /// The same, in one commit with these events.
-    pub(crate) async fn swap_with(self, appends: Vec<Append>) -> Result<Rebuilt, CommitError> {
-        let (generation, (before, version)) = (self.generation(), self.live);
-        let Self { store, model, follows, done, .. } = self;
-        end(follows, done).await?;
-        let swap = Commit { appends, puts: vec![pointer(model, generation, version)] };
-        store.commit(swap).await?;
-        let views = count(&*store, &collection(model, generation)).await;
-        let views = views.map_err(|error| CommitError::Unavailable(error.to_string()))?;
-        let views_before = remove(&*store, model, before).await?;
-        Ok(Rebuilt { generation, views, views_before })
+    pub(crate) async fn swap_with(mut self, appends: Vec<Append>) -> Result<Rebuilt, SwapError> {
+        // As long as the build runs, it shows that it is alive, and this may take a while.
+        let before = count(&*self.store, &collection(self.model, self.before)).await;
+        self.end().await;
+        let swapped = match before {
+            Ok(views_before) => self.try_swap(appends, views_before).await,
+            Err(error) => Err(unavailable(error).into()),
+        };
+        match &swapped {
+            Ok(_) => {
+                // The swap holds, whatever becomes of this: what is left is removed by the next build or start of a service.
+                if let Err(error) = generation::remove_retired(&*self.store, self.model).await {
+                    tracing::warn!(read_model = self.model, %error, "not all views that were replaced are removed yet");
+                }
+            }
+            Err(_) => _ = self.remove().await,
+        }
+        swapped
+    }
+
+    async fn try_swap(&self, appends: Vec<Append>, views_before: usize) -> Result<Rebuilt, SwapError> {
+        let model = self.model;
+        let generation = self.build.generation;
+        let version = self.build.version;
+        let (parked, first) = self.parked().await?;
+        if parked > 0 && !self.accepts_parked {
+            return Err(SwapError::Parked { model, parked, first });
+        }
+        let paused = self.paused().await.map_err(unavailable)?;
+        generation::change(&*self.store, model, |pointer| {
+            if pointer.live == generation {
+                return Ok(None);
+            }
+            if pointer.live != self.before {
+                return Err(SwapError::Outrun { model, live: pointer.live });
+            }
+            if let Some(live) = pointer.version.filter(|live| *live > version && !self.accepts_older) {
+                return Err(SwapError::Older { model, live, version });
+            }
+            let mut with = pointer.swap(model, self.builder).ok_or(SwapError::GivenUp { model })?;
+            with.appends.clone_from(&appends);
+            with.puts.extend(paused.clone());
+            Ok(Some(with))
+        })
+        .await?;
+        let views = count(&*self.store, &collection(model, generation)).await.map_err(unavailable);
+        Ok(Rebuilt { generation, views: views.unwrap_or_default(), views_before, parked })
+    }
+
+    /// What holds up the rebuilt views as an operator has held up the live ones.
+    async fn paused(&self) -> Result<Option<Put>, StoreError> {
+        let [live, rebuilt] = [self.before, self.build.generation].map(|number| checkpoint(self.model, number));
+        let found = self.store.documents(&[live, rebuilt]).await?;
+        let read = |document: &Document| serde_json::from_str::<Checkpoint>(&document.body).ok();
+        let [Some(live), Some(rebuilt)] = &*found else { return Ok(None) };
+        let (Some(live), Some(next)) = (read(live), read(rebuilt)) else { return Ok(None) };
+        let body = serde_json::to_string(&Checkpoint { paused: true, ..next }).unwrap_or_default();
+        let key = rebuilt.key.clone();
+        let expected = Some(rebuilt.version);
+        Ok(live.paused.then(|| Put { key, expected, body: Some(body.into()), due: None }))
     }
 
     /// Removes what was built.
     ///
     /// # Errors
-    /// If the store is away; then the next rebuild removes it.
-    pub async fn discard(self) -> Result<(), CommitError> {
-        let generation = self.generation();
-        let Self { store, model, follows, done, .. } = self;
-        end(follows, done).await?;
-        remove(&*store, model, generation).await.map(drop)
+    /// If the store is away; then the next build removes it.
+    pub async fn discard(mut self) -> Result<(), CommitError> {
+        self.end().await;
+        self.remove().await
     }
 
     /// Of which read model.
     pub fn model(&self) -> &'static str {
         self.model
     }
+
+    /// Has the build handle what is recorded by now, and end. Views and checkpoint agree wherever it ends.
+    async fn end(&mut self) {
+        drop(self.done.take());
+        _ = (&mut self.follows).await;
+    }
+
+    async fn remove(&self) -> Result<(), CommitError> {
+        generation::change(&*self.store, self.model, |pointer| {
+            Ok::<_, CommitError>(pointer.end_build(self.model, self.builder))
+        })
+        .await?;
+        generation::remove_retired(&*self.store, self.model).await
+    }
 }
 
-/// Until it has handled what is recorded by now.
-async fn end(follows: JoinHandle<Result<(), String>>, done: DropGuard) -> Result<(), CommitError> {
-    drop(done);
-    let ended = follows.await.unwrap_or_else(|panic| Err(panic.to_string()));
-    ended.map_err(CommitError::Unavailable)
-}
-
-fn position(checkpoint: Option<&Document>) -> Position {
-    let read = checkpoint.and_then(|document| serde_json::from_str::<Checkpoint>(&document.body).ok());
-    Position(read.map_or(0, |checkpoint| checkpoint.next))
+/// Shows that a build is alive, until another process has taken it for dead.
+async fn beats(store: Arc<dyn EventStore>, model: &'static str, builder: Uuid) {
+    loop {
+        tokio::time::sleep(BEAT).await;
+        match generation::beat(&*store, model, builder).await {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(error) => tracing::warn!(read_model = model, %error, "the build could not show that it is alive"),
+        }
+    }
 }
 
 /// The same value: a map in a view has its members in any order.
@@ -244,14 +460,5 @@ impl<'a> Views<'a> {
             self.after = self.page.last().map(|last| last.key.id.clone());
         }
         Ok(self.page.get(self.at).cloned())
-    }
-}
-
-async fn count(store: &dyn EventStore, collection: &str) -> Result<usize, StoreError> {
-    let (mut count, mut after) = (0, Arc::<str>::from(""));
-    loop {
-        let page = store.scan(collection, &Scan::After(after), PAGE).await?;
-        let Some(last) = page.last() else { return Ok(count) };
-        (count, after) = (count + page.len(), last.key.id.clone());
     }
 }

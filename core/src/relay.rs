@@ -4,7 +4,7 @@ use std::{collections::VecDeque, sync::Arc};
 
 use async_trait::async_trait;
 use futures::{FutureExt, future::join_all};
-use tokio::{task::JoinSet, time::Instant};
+use tokio::{sync::OnceCell, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -14,13 +14,15 @@ use crate::{
     claim::{Claim, Turn},
     event::{Position, Recorded, StreamId},
     handler::{Handler, HandlerError, Terminal},
-    health::{Health, State},
+    health::{Health, Reporter, State},
     instance::Instance,
+    lanes::{self, LANES_MAX, LOOK_AGAIN, Lanes},
+    name,
     log_names::Labels,
     parking::ParkedKeys,
     relayed::relay_of,
     store::{EventStore, LogPage, StoreError},
-    subscription::{IDLE_CHECKPOINT, lane_of},
+    subscription::{IDLE_CHECKPOINT, Start, lane_of},
     work::Work,
     worker::{PARKED_TICK, RetryPolicy, Stop, Worker},
 };
@@ -55,6 +57,8 @@ pub struct Relay {
     name: Arc<str>,
     lanes: u32,
     instance: Option<Instance>,
+    /// Whether the store knows the number of lanes.
+    settled: OnceCell<()>,
 }
 
 struct InFlight {
@@ -94,13 +98,14 @@ impl Handler for Republish {
 impl Relay {
     /// A relay under the name `<service>.relay`.
     pub fn new(routes: Routes) -> Self {
-        Self { name: relay_of(&routes.service), routes, lanes: 1, instance: None }
+        Self { name: relay_of(&routes.service), routes, lanes: 1, instance: None, settled: OnceCell::new() }
     }
 
-    /// How many lanes to carry side by side, each with a checkpoint of its own; 1 by default. A number that has once been
-    /// stored must stay.
+    /// How many lanes to carry side by side, each with a checkpoint of its own; 1 by default, and 1,000 at most. The store knows the
+    /// number. Where it was another one, the lanes of before first carry all that is recorded by then: receivers know what was
+    /// sent twice by its lane. A relay of the other number must have ended by then.
     pub fn lanes(mut self, lanes: u32) -> Self {
-        self.lanes = lanes.max(1);
+        self.lanes = lanes.clamp(1, LANES_MAX);
         self
     }
 
@@ -119,6 +124,7 @@ impl Relay {
         health: Health,
         shutdown: CancellationToken,
     ) -> Result<(), String> {
+        name::check("relay", &self.name).map_err(|error| error.to_string())?;
         join_all(self.carriers(&store, &publisher, &health, &shutdown)).await;
         Ok(())
     }
@@ -147,21 +153,15 @@ impl Relay {
         shutdown: CancellationToken,
     ) {
         let part = format!("{}/{lane}", self.name);
-        let mut worker = Worker {
-            name: self.name.clone(),
-            store,
-            handler: Arc::new(Republish { routes: self.routes.clone(), publisher: publisher.clone() }),
-            retry: RetryPolicy::default(),
-            lanes: vec![Lane::new(&part, None)],
-            history: 0,
-            parked: ParkedKeys::new(self.name.clone()),
-            reconciled_at: Instant::now(),
-            reporter: health.reporter(&part, &shutdown),
-        };
+        let mut worker = self.worker(lane, self.lanes, store, &publisher, health.reporter(&part, &shutdown));
         let claim = Claim::new(self.instance.as_ref(), &self.name, lane);
         let mut backoff = Backoff::long();
         while !shutdown.is_cancelled() {
-            if let Err(trouble) = self.carry(lane, &claim, &mut worker, &publisher, &shutdown, &mut backoff).await {
+            let carried = match self.settled.get_or_try_init(|| self.settle(&worker, &publisher, &shutdown)).await {
+                Ok(()) => self.carry(lane, &claim, &mut worker, &publisher, &shutdown, &mut backoff).await,
+                Err(trouble) => Err(trouble),
+            };
+            if let Err(trouble) = carried {
                 worker.reporter.trouble(trouble.to_string());
                 if matches!(trouble, Trouble::Stop(Stop::Renewed)) {
                     continue;
@@ -173,6 +173,96 @@ impl Relay {
             }
         }
         health.set(&part, State::Stopped);
+    }
+
+    fn worker(
+        &self,
+        lane: u32,
+        of: u32,
+        store: Arc<dyn EventStore>,
+        publisher: &Arc<dyn Publisher>,
+        reporter: Reporter,
+    ) -> Worker {
+        let lane = Lane { lanes: Some(of), ..Lane::new(&format!("{}/{lane}", self.name), None) };
+        Worker {
+            name: self.name.clone(),
+            store,
+            handler: Arc::new(Republish { routes: self.routes.clone(), publisher: publisher.clone() }),
+            retry: RetryPolicy::default(),
+            lanes: vec![lane],
+            history: 0,
+            parked: ParkedKeys::new(self.name.clone()),
+            reconciled_at: Instant::now(),
+            reporter,
+        }
+    }
+
+    /// Has the store know the number of lanes, with a checkpoint for each. Where the number was another one, the lanes of before
+    /// carry what is recorded by now: a relay that was killed may have sent so much without noting it, and receivers know what
+    /// they have by the lane that it came by.
+    async fn settle(
+        &self,
+        worker: &Worker,
+        publisher: &Arc<dyn Publisher>,
+        shutdown: &CancellationToken,
+    ) -> Result<(), Trouble> {
+        let store = &worker.store;
+        let mut reporter = worker.reporter.clone();
+        let lanes = Lanes { store, name: &self.name, wanted: self.lanes, start: Start::Beginning };
+        while let Some(others) = lanes.settle().await? {
+            if let Some(reason) = others.waits_for(self.instance.as_ref()) {
+                reporter.elsewhere(&reason);
+                tokio::select! {
+                    () = tokio::time::sleep(LOOK_AGAIN) => continue,
+                    () = shutdown.cancelled() => return Err(Stop::Lanes(reason).into()),
+                }
+            }
+            tracing::info!(relay = %self.name, from = others.count(), to = self.lanes, "the number of lanes changes");
+            let before = Self::new(self.routes.clone()).lanes(others.count());
+            let upto = store.status().await?.head.max(others.furthest());
+            for lane in 0..others.count() {
+                let mut worker = before.worker(lane, others.count(), store.clone(), publisher, reporter.clone());
+                lanes::take(&mut worker, self.instance.as_ref()).await?;
+                tokio::select! {
+                    finished = before.finish(lane, publisher, &mut worker, upto) => finished?,
+                    () = shutdown.cancelled() => {
+                        return Err(Stop::Lanes("stopped before its lanes were changed".into()).into());
+                    }
+                }
+            }
+            lanes.change(upto).await?;
+        }
+        Ok(())
+    }
+
+    /// Carries a lane up to a position and no further.
+    async fn finish(
+        &self,
+        lane: u32,
+        publisher: &Arc<dyn Publisher>,
+        worker: &mut Worker,
+        upto: Position,
+    ) -> Result<(), Trouble> {
+        let label = label(lane, &name_of_log(&*worker.store).await?);
+        let mut cursor = Position(worker.lanes[0].next);
+        while cursor < upto {
+            let page = worker.store.read_log(&self.routes.query(), cursor, PAGE).await?;
+            worker.is_of_this_log()?;
+            let is_over = page.next == cursor && !page.more;
+            cursor = page.next.min(upto);
+            let before = page.events.into_iter().take_while(|event| event.position <= upto);
+            let (messages, sources) = self.messages(lane, &label, worker, &before.collect::<Vec<_>>()).await?;
+            let taken = async { publisher.publish(messages).await?.await };
+            if !sources.is_empty()
+                && let Err(error) = taken.await
+            {
+                return Err(self.refused(worker, &sources, error).await);
+            }
+            if is_over {
+                break;
+            }
+        }
+        Ok(worker.checkpoint(upto.0).await?)
     }
 
     /// Publishes from the checkpoint on. After an error, everything since the checkpoint is published again.
@@ -187,6 +277,9 @@ impl Relay {
     ) -> Result<(), Trouble> {
         let query = self.routes.query();
         let Turn::Came(checkpoint) = claim.turn(worker, shutdown).await? else { return Ok(()) };
+        if checkpoint.is_none() && worker.lanes[0].is_replaced(self.lanes) {
+            return Err(Stop::Gone(worker.lanes[0].key.clone()).into());
+        }
         let mut cursor = Position(checkpoint.unwrap_or(0));
         claim.hold(worker, cursor.0).await?;
         worker.load_parked().await?;

@@ -7,14 +7,13 @@ use crate::{
     checkpoint::{CHECKPOINTS, Checkpoint},
     event::{Position, StreamId},
     log_names::{LogNames, log_of},
+    name::RELAY,
     store::{EventStore, Scan, StoreError},
     subscription::lane_of,
 };
 
 /// Documents read at once.
 const PAGE: usize = 500;
-/// What follows the service in the name of its relay.
-const RELAY: &str = ".relay";
 
 /// How far the relay of a service has come.
 #[derive(Clone, Debug, PartialEq)]
@@ -38,6 +37,10 @@ impl Relayed {
                 let named = document.key.id.rsplit_once('/');
                 let of_relay = named.and_then(|(name, lane)| Some((name.strip_suffix(RELAY)?, lane.parse().ok()?)));
                 let Some((service, lane)) = of_relay else { continue };
+                // `GROUP/TOPIC/PARTITION`, of a topic that is called as a relay.
+                if service.contains('/') {
+                    continue;
+                }
                 let checkpoint: Checkpoint = serde_json::from_str(&document.body)
                     .map_err(|error| StoreError::Corrupt(format!("document {}: {error}", document.key)))?;
                 let (lanes, taken) = services.entry(service.to_owned()).or_default();

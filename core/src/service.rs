@@ -15,10 +15,12 @@ use crate::{
     handler::{Handler, HandlerError, Terminal},
     health::{Health, State},
     instance::Instance,
+    name::{self, NameError, Names},
     panic::caught,
     read_model::{Projection, ReadModel},
     recovery::{self, Ahead},
     relay::{Relay, Routes},
+    relayed::relay_of,
     saga::{Desk, Participant, Replies, Runner, SagaState, Starter, StepEvent},
     store::{EventStore, LogQuery, StoreError},
     subscription::Subscription,
@@ -44,6 +46,7 @@ pub struct Service {
     /// The names of those that start sagas.
     starters: Vec<String>,
     groups: Vec<Group>,
+    read_models: Vec<&'static str>,
     parts: Vec<Part>,
 }
 
@@ -72,6 +75,7 @@ impl Service {
             subscriptions: Vec::new(),
             starters: Vec::new(),
             groups: Vec::new(),
+            read_models: Vec::new(),
             parts: Vec::new(),
         }
     }
@@ -134,6 +138,7 @@ impl Service {
     /// Keeps the views of a read model.
     pub fn project<R: ReadModel>(mut self, projection: Projection<R>) -> Self {
         let store = self.store.clone();
+        self.read_models.push(R::NAME);
         self.parts.push(Box::new(|Surroundings { instance, health, shutdown, .. }| {
             Box::pin(projection.shared(instance).run(store, health, shutdown))
         }));
@@ -144,6 +149,23 @@ impl Service {
     pub fn consume(mut self, group: Group) -> Self {
         self.groups.push(group);
         self
+    }
+
+    /// Takes the names of all parts that keep documents.
+    fn take_names(&self, names: &mut Names) -> Result<(), NameError> {
+        name::check("service", &self.name)?;
+        names.take("relay", &relay_of(&self.name))?;
+        if self.desk.is_some() || !self.replies.is_empty() {
+            names.take("group", &self.inbox())?;
+        }
+        self.subscriptions.iter().try_for_each(|subscription| names.take("subscription", subscription.name()))?;
+        self.groups.iter().try_for_each(|group| names.take("group", group.name()))?;
+        self.read_models.iter().try_for_each(|model| names.take("read model", model))
+    }
+
+    /// The topic of its commands, and the group that consumes it.
+    fn inbox(&self) -> String {
+        format!("{}.commands", self.name)
     }
 }
 
@@ -208,6 +230,9 @@ pub enum StartError {
     /// The bus holds what the log does not: the database was restored, or is a new one under topics that another log has filled.
     #[error("{0}")]
     Ahead(Box<Ahead>),
+    /// A name is none, or two parts have the same one.
+    #[error(transparent)]
+    Name(#[from] NameError),
     /// The store does not answer.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -221,6 +246,8 @@ pub struct Runtime {
     tasks: JoinSet<(String, Result<(), String>)>,
     shutdown: CancellationToken,
     health: Health,
+    /// The names of all parts that were started.
+    names: Names,
     /// The name under which it shares its stores with other processes.
     shared_as: Option<String>,
     /// What it is on each store.
@@ -243,6 +270,7 @@ impl Runtime {
             tasks: JoinSet::new(),
             shutdown: CancellationToken::new(),
             health: Health::default(),
+            names: Names::default(),
             shared_as: None,
             instances: Vec::new(),
             heartbeats: JoinSet::new(),
@@ -273,8 +301,11 @@ impl Runtime {
     /// Starts services on a bus. All of them join it before any of them publishes, so that no message is missed.
     ///
     /// # Errors
-    /// If the bus cannot be joined, or a store is not whole; then nothing is started.
+    /// If a name is none or is taken, the bus cannot be joined, or a store is not whole; then nothing is started.
     pub async fn start(&mut self, services: Vec<Service>, bus: Arc<dyn Bus>) -> Result<(), StartError> {
+        let mut names = self.names.clone();
+        self.shared_as.iter().try_for_each(|instance| name::check("instance", instance))?;
+        services.iter().try_for_each(|service| service.take_names(&mut names))?;
         let mut stores: Vec<_> = services.iter().map(|service| (service.name.clone(), service.store.clone())).collect();
         for (service, store) in &stores {
             recovery::check(service, &**store, &*bus).await?;
@@ -290,8 +321,8 @@ impl Runtime {
         for service in services {
             let mut groups = Vec::new();
             if service.desk.is_some() || !service.replies.is_empty() {
+                let topic = service.inbox();
                 let inbox = Inbox { replies: service.replies, desk: service.desk };
-                let topic = format!("{}.commands", service.name);
                 let group = Group::new(&topic, &[&topic], inbox).members(service.members).shared(instance.clone());
                 groups.push((group.name().to_owned(), group.join(&*bus).await?, service.starters));
             }
@@ -301,6 +332,7 @@ impl Runtime {
             let relay = Relay::new(service.routes).lanes(service.relay_lanes);
             joined.push((service.name, service.store, relay, groups, service.subscriptions, service.parts));
         }
+        self.names = names;
         for (name, store, relay, groups, subscriptions, parts) in joined {
             let (health, shutdown, instance) = (self.health(), self.shutdown(), self.instance_on(&store));
             for (group_name, group, starters) in groups {

@@ -3,7 +3,10 @@
 use std::{sync::Arc, time::Duration};
 
 use futures::future::join_all;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
+use tokio::{
+    sync::OnceCell,
+    time::{Instant, MissedTickBehavior, interval, sleep},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -11,12 +14,14 @@ use crate::{
     bus::Message,
     checkpoint::Lane,
     claim::{Claim, Turn},
-    event::Position,
+    event::{Position, Recorded},
     handler::Handler,
-    health::Health,
+    health::{Health, Reporter},
     instance::Instance,
+    lanes::{self, LANES_MAX, LOOK_AGAIN, Lanes},
+    name,
     parking::ParkedKeys,
-    store::{EventStore, LogQuery},
+    store::{EventStore, LogQuery, StoreError},
     worker::{BATCH_MAX, Item, PARKED_TICK, RetryPolicy, Stop, Worker},
 };
 
@@ -40,6 +45,10 @@ pub struct Subscription {
     retry: RetryPolicy,
     linger: Duration,
     instance: Option<Instance>,
+    /// The read model whose views it keeps, and the version of the code.
+    model: Option<(Arc<str>, u32)>,
+    /// Whether the store knows the number of lanes.
+    settled: OnceCell<()>,
 }
 
 /// Where a subscription without a checkpoint begins.
@@ -53,8 +62,20 @@ pub enum Start {
     After(Position),
 }
 
+impl Start {
+    /// Its place in the log as it is now.
+    pub(crate) async fn position(self, store: &dyn EventStore) -> Result<Position, StoreError> {
+        Ok(match self {
+            Self::Beginning => Position::START,
+            Self::After(position) => position,
+            Self::Now => store.status().await?.head,
+        })
+    }
+}
+
 impl Subscription {
-    /// A subscription under this name, which its checkpoints are stored by: never reuse it for another handler.
+    /// A subscription under this name, which its checkpoints are stored by: never reuse it for another handler. A name has at
+    /// most 150 bytes and neither `/` nor `@` nor control characters, and does not end in `.relay`; one that has is refused at the start.
     pub fn new(name: &str, handler: impl Handler) -> Self {
         Self {
             name: name.into(),
@@ -65,6 +86,8 @@ impl Subscription {
             retry: RetryPolicy::default(),
             linger: Duration::ZERO,
             instance: None,
+            model: None,
+            settled: OnceCell::new(),
         }
     }
 
@@ -74,9 +97,11 @@ impl Subscription {
         self
     }
 
-    /// How many lanes to handle side by side; 1 by default. A number that has once been stored must stay.
+    /// How many lanes to handle side by side; 1 by default, and 1,000 at most. The store knows the number. Where it was another one,
+    /// the lanes of before are finished first, up to the one that is furthest: no event is left out or handled twice, and the order of
+    /// each stream stays. With several instances that begins when the last one with the other number has ended.
     pub fn lanes(mut self, lanes: u32) -> Self {
-        self.lanes = lanes.max(1);
+        self.lanes = lanes.clamp(1, LANES_MAX);
         self
     }
 
@@ -107,6 +132,14 @@ impl Subscription {
         self
     }
 
+    /// Keeps views of a read model: its name stands for the subscription in health, whichever generation it keeps, and instances with
+    /// the same version of the code take turns at it. The checkpoint is made and removed with the generation, so the subscription
+    /// ends when its checkpoint is gone.
+    pub(crate) fn views_of(mut self, model: &str, version: u32) -> Self {
+        self.model = Some((model.into(), version));
+        self
+    }
+
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name
@@ -120,6 +153,9 @@ impl Subscription {
         health: Health,
         shutdown: CancellationToken,
     ) -> Result<(), String> {
+        if self.model.is_none() {
+            name::check("subscription", &self.name).map_err(|error| error.to_string())?;
+        }
         join_all(self.workers(&store, &health, &shutdown)).await;
         Ok(())
     }
@@ -142,22 +178,22 @@ impl Subscription {
         health: Health,
         shutdown: CancellationToken,
     ) {
-        let reporter = health.reporter(&format!("{}/{lane}", self.name), &shutdown);
-        let mut worker = Worker {
-            name: self.name.clone(),
-            store,
-            handler: self.handler.clone(),
-            retry: self.retry.clone(),
-            lanes: vec![Lane::new(&format!("{}/{lane}", self.name), None)],
-            history: 0,
-            parked: ParkedKeys::new(self.name.clone()),
-            reconciled_at: Instant::now(),
-            reporter,
+        let (part, claimed_as) = match &self.model {
+            Some((model, version)) => (model.to_string(), format!("{model}@version-{version}").into()),
+            None => (format!("{}/{lane}", self.name), self.name.clone()),
         };
-        let claim = Claim::new(self.instance.as_ref(), &self.name, lane);
+        let mut worker = self.worker(lane, self.lanes, store, health.reporter(&part, &shutdown));
+        let claim = Claim::new(self.instance.as_ref(), &claimed_as, lane);
         let mut backoff = Backoff::long();
         while !shutdown.is_cancelled() {
-            if let Err(stop) = self.follow_lane(lane, &claim, &mut worker, &shutdown).await {
+            let followed = match self.settled.get_or_try_init(|| self.settle(&worker, &shutdown)).await {
+                Ok(()) => self.follow_lane(lane, &claim, &mut worker, &shutdown).await,
+                Err(stop) => Err(stop),
+            };
+            if let Err(stop) = followed {
+                if self.model.is_some() && matches!(stop, Stop::Gone(_)) {
+                    return;
+                }
                 worker.reporter.trouble(stop.to_string());
                 if matches!(stop, Stop::Renewed) {
                     continue;
@@ -168,7 +204,89 @@ impl Subscription {
                 }
             }
         }
-        health.set(&format!("{}/{lane}", self.name), crate::health::State::Stopped);
+        health.set(&part, crate::health::State::Stopped);
+    }
+
+    fn worker(&self, lane: u32, of: u32, store: Arc<dyn EventStore>, reporter: Reporter) -> Worker {
+        let lane = Lane { lanes: Some(of), ..Lane::new(&format!("{}/{lane}", self.name), None) };
+        Worker {
+            name: self.name.clone(),
+            store,
+            handler: self.handler.clone(),
+            retry: self.retry.clone(),
+            lanes: vec![lane],
+            history: 0,
+            parked: ParkedKeys::new(self.name.clone()),
+            reconciled_at: Instant::now(),
+            reporter,
+        }
+    }
+
+    /// Has the store know the number of lanes, with a checkpoint for each. Where the number was another one, the lanes of before are
+    /// finished first. The checkpoint of a read model is made with its generation.
+    async fn settle(&self, worker: &Worker, shutdown: &CancellationToken) -> Result<(), Stop> {
+        if self.model.is_some() {
+            return Ok(());
+        }
+        let store = &worker.store;
+        let mut reporter = worker.reporter.clone();
+        let lanes = Lanes { store, name: &self.name, wanted: self.lanes, start: self.start };
+        while let Some(others) = lanes.settle().await? {
+            if let Some(reason) = others.waits_for(self.instance.as_ref()) {
+                reporter.elsewhere(&reason);
+                tokio::select! {
+                    () = sleep(LOOK_AGAIN) => continue,
+                    () = shutdown.cancelled() => return Err(Stop::Lanes(reason)),
+                }
+            }
+            tracing::info!(subscription = %self.name, from = others.count(), to = self.lanes, "the number of lanes changes");
+            for lane in 0..others.count() {
+                let worker = self.worker(lane, others.count(), store.clone(), reporter.clone());
+                tokio::select! {
+                    finished = self.finish(lane, others.count(), others.furthest(), worker) => finished?,
+                    () = shutdown.cancelled() => return Err(Stop::Lanes("stopped before its lanes were changed".into())),
+                }
+            }
+            lanes.change(others.furthest()).await?;
+        }
+        Ok(())
+    }
+
+    /// Where a lane goes on, or begins.
+    async fn begin(&self, checkpoint: Option<i64>, worker: &mut Worker) -> Result<Position, Stop> {
+        if let Some(next) = checkpoint {
+            return Ok(Position(next));
+        }
+        let lane = &worker.lanes[0];
+        if lane.is_replaced(self.lanes) || self.model.is_some() {
+            return Err(Stop::Gone(lane.key.clone()));
+        }
+        let start = self.start.position(&*worker.store).await?;
+        if self.start == Start::Now {
+            worker.checkpoint(start.0).await?;
+        }
+        Ok(start)
+    }
+
+    /// Follows a lane of another number up to a position and no further.
+    async fn finish(&self, lane: u32, of: u32, upto: Position, mut worker: Worker) -> Result<(), Stop> {
+        let mut cursor = lanes::take(&mut worker, self.instance.as_ref()).await?;
+        while cursor < upto {
+            let page = worker.store.read_log(&self.query, cursor, BATCH_MAX).await?;
+            worker.is_of_this_log()?;
+            let is_over = page.next == cursor && !page.more;
+            cursor = page.next.min(upto);
+            let before = page.events.iter().filter(|event| event.position <= upto);
+            let mut items = items(before, lane, of, &worker.name);
+            if let Some(last) = items.last_mut() {
+                last.next = cursor.0;
+                worker.deliver(&items).await?;
+            }
+            if is_over {
+                break;
+            }
+        }
+        worker.checkpoint(upto.0).await
     }
 
     async fn follow_lane(
@@ -179,18 +297,7 @@ impl Subscription {
         shutdown: &CancellationToken,
     ) -> Result<(), Stop> {
         let Turn::Came(checkpoint) = claim.turn(worker, shutdown).await? else { return Ok(()) };
-        let mut cursor = match checkpoint {
-            Some(next) => Position(next),
-            None => match self.start {
-                Start::Beginning => Position::START,
-                Start::After(position) => position,
-                Start::Now => {
-                    let head = worker.store.status().await?.head;
-                    worker.checkpoint(head.0).await?;
-                    head
-                }
-            },
-        };
+        let mut cursor = self.begin(checkpoint, worker).await?;
         claim.hold(worker, cursor.0).await?;
         worker.load_parked().await?;
         worker.reporter.fine();
@@ -217,17 +324,7 @@ impl Subscription {
             }
             let page = worker.store.read_log(&self.query, cursor, page_size).await?;
             worker.is_of_this_log()?;
-            let mut items: Vec<Item> = page
-                .events
-                .iter()
-                .filter(|event| self.lanes == 1 || lane_of(event.stream.as_str(), self.lanes) == lane)
-                .map(|event| Item {
-                    lane: 0,
-                    next: event.position.0,
-                    key: event.stream.shared(),
-                    message: Ok(Message::of(event, &source)),
-                })
-                .collect();
+            let mut items = items(page.events.iter(), lane, self.lanes, &source);
             if let Some(last) = items.last_mut() {
                 last.next = page.next.0;
                 worker.deliver(&items).await?;
@@ -269,6 +366,18 @@ impl Subscription {
         let next = worker.lanes[0].next;
         claim.release(worker, next).await
     }
+}
+
+/// The events of a lane, to be handled.
+fn items<'a>(events: impl Iterator<Item = &'a Arc<Recorded>>, lane: u32, of: u32, source: &Arc<str>) -> Vec<Item> {
+    let of_lane = events.filter(|event| of == 1 || lane_of(event.stream.as_str(), of) == lane);
+    let item = |event: &Arc<Recorded>| Item {
+        lane: 0,
+        next: event.position.0,
+        key: event.stream.shared(),
+        message: Ok(Message::of(event, source)),
+    };
+    of_lane.map(item).collect()
 }
 
 /// Moves the checkpoint now and then past what was not for this lane.

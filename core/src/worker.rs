@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use crate::{
     backoff::Backoff,
     bus::{Message, Undecodable},
-    checkpoint::{CHECKPOINTS, Lane},
+    checkpoint::Lane,
     commit::{COMMIT_ROWS_MAX, CommitError, DocumentKey},
     handler::{Handler, HandlerError, Remedy},
     health::Reporter,
@@ -73,6 +73,14 @@ pub(crate) enum Stop {
     /// The log is not the one that the checkpoint was read from.
     #[error("the log changed (failover or restore): reading the checkpoint again")]
     Renewed,
+    /// The checkpoint was removed, together with what it was the checkpoint of.
+    #[error(
+        "{0} is gone, or is of another number of lanes now: another process has changed that; restart this one to go on"
+    )]
+    Gone(DocumentKey),
+    /// The store knows another number of lanes, which cannot be changed now.
+    #[error("{0}")]
+    Lanes(String),
     #[error(transparent)]
     Store(#[from] StoreError),
 }
@@ -184,10 +192,10 @@ impl Worker {
                 Err(error) => error,
             };
             match &error {
-                CommitError::DocumentConflict { key, .. } if &*key.collection == CHECKPOINTS => {
+                CommitError::DocumentConflict { key, .. } if after.values().any(|lane| lane.key == *key) => {
                     return Err(Stop::Fenced(key.clone()));
                 }
-                CommitError::DocumentConflict { key, .. } if key.collection.starts_with("parked.") => {
+                CommitError::DocumentConflict { key, .. } if key.collection == collection(&self.name) => {
                     racing.wait().await;
                     self.load_parked().await?;
                 }

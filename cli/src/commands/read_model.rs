@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use annals::{
-    EventStore, Operator, Position, Projection, ReadModel, Scan,
+    EventStore, Operator, Projection, ReadModel, Scan,
     read_model::{Compared, Difference, Rebuild, live_collection},
 };
 use async_trait::async_trait;
@@ -57,6 +57,12 @@ enum Verb {
     Compare,
     /// Build all views anew, show what is not the same in the live ones, and swap them.
     Rebuild {
+        /// Swap although some events could not be applied; they wait as dead letters, and their views are incomplete.
+        #[arg(long)]
+        accept_parked: bool,
+        /// Swap although the live views are of a later version of the code.
+        #[arg(long)]
+        accept_older: bool,
         #[command(flatten)]
         act: Act,
     },
@@ -65,18 +71,13 @@ enum Verb {
 /// A read model, whatever its types.
 #[async_trait]
 pub(crate) trait Model: Send + Sync {
-    async fn build(&self, store: Arc<dyn EventStore>, told: Box<dyn FnMut(Position) + Send>)
-    -> Result<Rebuild, String>;
+    async fn begin(&self, store: Arc<dyn EventStore>) -> Result<Rebuild, String>;
 }
 
 #[async_trait]
 impl<R: ReadModel> Model for Projection<R> {
-    async fn build(
-        &self,
-        store: Arc<dyn EventStore>,
-        told: Box<dyn FnMut(Position) + Send>,
-    ) -> Result<Rebuild, String> {
-        Self::build(self, store, told).await
+    async fn begin(&self, store: Arc<dyn EventStore>) -> Result<Rebuild, String> {
+        Self::begin(self, store).await
     }
 }
 
@@ -105,22 +106,10 @@ pub(crate) async fn run(
     // Before the work: who it is, cannot be found out later.
     let act = match verb {
         Verb::Compare => None,
-        Verb::Rebuild { act } => Some((act, act.by()?)),
+        Verb::Rebuild { act, .. } => Some((act, act.by()?)),
     };
     let stop = Stop::on_ctrl_c();
-    let bar = progress::bar("built", store.port().status().await?.head.0.unsigned_abs());
-    let drawn = bar.clone();
-    let told = Box::new(move |position: Position| drawn.set_position(position.0.unsigned_abs()));
-    let built = tokio::select! {
-        built = model.build(store.port(), told) => Some(built),
-        () = stop.asked() => None,
-    };
-    bar.finish_and_clear();
-    let Some(built) = built else {
-        eprintln!("stopped: the live views are as they were; what was built beside them is removed by the next run");
-        return Ok(Verdict::Stopped);
-    };
-    let built = built.map_err(Failure::new)?;
+    let Some(built) = build(&*model, verb, store, &stop).await? else { return Ok(Verdict::Stopped) };
     let compared = tokio::select! {
         compared = compare(&built, arguments.limit, output) => Some(compared),
         () = stop.asked() => None,
@@ -130,7 +119,7 @@ pub(crate) async fn run(
         eprintln!("stopped: the live views are as they were");
         return Ok(Verdict::Stopped);
     };
-    let fine = compared.as_ref().is_ok_and(|compared| compared.differences == 0);
+    let fine = compared.as_ref().is_ok_and(|compared| compared.differences == 0 && compared.parked == 0);
     let agreed = match (&compared, act) {
         (Err(_), _) | (_, None) => None,
         (Ok(_), Some((act, by))) => {
@@ -150,6 +139,11 @@ pub(crate) async fn run(
             let (views, before) = (grouped(rebuilt.views as i64), grouped(rebuilt.views_before as i64));
             if !output.json {
                 output.line(&format!("swapped: {views} views are live in place of {before}"))?;
+                if rebuilt.parked > 0 {
+                    let (parked, of) =
+                        (grouped(rebuilt.parked as i64), format!("{}@{}", arguments.name, rebuilt.generation));
+                    output.line(&format!("{parked} events could not be applied to them: see dead-letters of {of}"))?;
+                }
             }
             Ok(Verdict::Fine)
         }
@@ -160,6 +154,36 @@ pub(crate) async fn run(
         None => {
             built.discard().await?;
             compared.map(|_| if fine { Verdict::Fine } else { Verdict::Fault })
+        }
+    }
+}
+
+/// Builds the views beside the live ones; `None` if that was stopped.
+async fn build(model: &dyn Model, verb: &Verb, store: &Store, stop: &Stop) -> Result<Option<Rebuild>, Failure> {
+    let bar = progress::bar("built", store.port().status().await?.head.0.unsigned_abs());
+    let built = model.begin(store.port()).await.map_err(Failure::new)?;
+    let built = match *verb {
+        Verb::Rebuild { accept_parked: true, accept_older: true, .. } => built.accept_parked().accept_older(),
+        Verb::Rebuild { accept_parked: true, .. } => built.accept_parked(),
+        Verb::Rebuild { accept_older: true, .. } => built.accept_older(),
+        _ => built,
+    };
+    let caught_up = tokio::select! {
+        caught_up = built.catch_up(|position| bar.set_position(position.0.unsigned_abs())) => Some(caught_up),
+        () = stop.asked() => None,
+    };
+    bar.finish_and_clear();
+    match caught_up {
+        Some(Ok(())) => Ok(Some(built)),
+        Some(Err(error)) => {
+            // If this fails too, the next build removes what is left; the first error says why.
+            _ = built.discard().await;
+            Err(Failure::new(error.to_string()))
+        }
+        None => {
+            built.discard().await?;
+            eprintln!("stopped: the live views are as they were");
+            Ok(None)
         }
     }
 }
@@ -177,10 +201,10 @@ async fn compare(built: &Rebuild, limit: usize, output: &mut Output) -> Result<C
     if let Some(failure) = broken {
         return Err(failure);
     }
-    let Compared { live, rebuilt, differences, uncertain } = compared;
+    let Compared { live, rebuilt, differences, uncertain, parked } = compared;
     if output.json {
         output.value(&serde_json::json!({
-            "live": live, "rebuilt": rebuilt, "differences": differences, "uncertain": uncertain,
+            "live": live, "rebuilt": rebuilt, "differences": differences, "uncertain": uncertain, "parked": parked,
         }))?;
         return Ok(compared);
     }
@@ -200,6 +224,9 @@ async fn compare(built: &Rebuild, limit: usize, output: &mut Output) -> Result<C
             "{} of these may be no more than a delay: the live views were at another position of the log all the time",
             number(uncertain)
         ))?;
+    }
+    if parked > 0 {
+        output.line(&format!("{} events could not be applied to the rebuilt ones", number(parked)))?;
     }
     Ok(compared)
 }
@@ -221,19 +248,31 @@ fn raw(text: &str) -> Result<Box<RawValue>, Failure> {
 
 async fn list(arguments: &Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
     let archive = store.port();
-    let collection = live_collection(&*archive, &arguments.name).await?;
-    let (mut rows, mut after): (Vec<Row>, Arc<str>) = (Vec::new(), arguments.after.as_str().into());
+    let rows = loop {
+        let collection = live_collection(&*archive, &arguments.name).await?;
+        let rows = page(arguments, &*archive, &collection).await?;
+        // Some may have been removed because other views were swapped in meanwhile.
+        if live_collection(&*archive, &arguments.name).await? == collection {
+            break rows;
+        }
+    };
+    if rows.is_empty() && arguments.after.is_empty() {
+        return Err(Failure::new(format!("nobody keeps views of a read model {} in this store", arguments.name)));
+    }
+    output.list(&["KEY", "VIEW"], &rows, |row| vec![row.key.to_string(), short(row.view.get(), VIEW_CHARS_MAX)])?;
+    Ok(Verdict::Fine)
+}
+
+async fn page(arguments: &Arguments, store: &dyn EventStore, collection: &str) -> Result<Vec<Row>, Failure> {
+    let mut rows: Vec<Row> = Vec::new();
+    let mut after: Arc<str> = arguments.after.as_str().into();
     while rows.len() < arguments.limit {
-        let page = archive.scan(&collection, &Scan::After(after), PAGE.min(arguments.limit - rows.len())).await?;
+        let page = store.scan(collection, &Scan::After(after), PAGE.min(arguments.limit - rows.len())).await?;
         let Some(last) = page.last() else { break };
         after = last.key.id.clone();
         for document in &page {
             rows.push(Row { key: document.key.id.clone(), view: raw(&document.body)? });
         }
     }
-    if rows.is_empty() && arguments.after.is_empty() {
-        return Err(Failure::new(format!("nobody keeps views of a read model {} in this store", arguments.name)));
-    }
-    output.list(&["KEY", "VIEW"], &rows, |row| vec![row.key.to_string(), short(row.view.get(), VIEW_CHARS_MAX)])?;
-    Ok(Verdict::Fine)
+    Ok(rows)
 }

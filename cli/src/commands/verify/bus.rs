@@ -181,11 +181,14 @@ impl Sent {
             let page = archive.scan(CHECKPOINTS, &Scan::After(after), PAGE).await?;
             let Some(last) = page.last() else { break };
             after = last.key.id.clone();
-            // The service that starts a saga sends its commands.
+            // The service that starts a saga sends its commands. One service may be called as another one and a part of it: the
+            // longer name is meant.
             for document in &page {
                 let name = document.key.id.rsplit_once('/').and_then(|(name, _)| name.strip_suffix(".start"));
                 let of_service = |service: &&String| name.is_some_and(|name| name.starts_with(&format!("{service}.")));
-                if let Some((name, service)) = name.zip(services.keys().find(of_service)) {
+                if let Some((name, service)) =
+                    name.zip(services.keys().filter(of_service).max_by_key(|service| service.len()))
+                {
                     senders.insert(format!("saga.{}", &name[service.len() + 1..]), service.clone());
                 }
             }

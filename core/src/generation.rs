@@ -1,0 +1,335 @@
+//! The generations of a read model: which one is live, which ones are being built, and which ones are to be removed.
+//!
+//! A generation goes one way: reserved by a build, then live or not, then retired, then removed. Each step is a compare-and-set
+//! of the pointer document, and a number is used once. The commit that reserves a generation creates its checkpoint, and the
+//! commit that retires the generation removes that checkpoint. Every writer of views carries the version of the checkpoint, and
+//! no writer creates one. So nobody writes into a generation before it is reserved or after it is retired, and a removal, which
+//! takes retired generations only, never meets live views.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::{
+    backoff::Backoff,
+    checkpoint::{CHECKPOINTS, Checkpoint, Lane},
+    commit::{Append, Commit, CommitError, Document, DocumentKey, Put},
+    event::Position,
+    parking,
+    store::{EventStore, Scan, StoreError},
+};
+
+/// The collection of the pointers, one for each read model.
+const GENERATIONS: &str = "read-model";
+/// The most builds of a read model at a time, also those of processes that died: each keeps all views once more.
+const BUILDS_MAX: usize = 8;
+/// How often a build shows that it is alive.
+pub(crate) const BEAT: Duration = Duration::from_secs(2);
+/// A build that has shown nothing for so long may be dead: five beats, as with instances. It is worth watching.
+const SILENT: Duration = Duration::from_secs(10);
+/// How long a silent build is watched before its generation is retired: three beats.
+const WATCH: Duration = Duration::from_secs(6);
+/// Attempts at a change of the pointer before it is given up: beats and other builds come between.
+const RACES_MAX: u32 = 50;
+/// Documents removed in one commit.
+const PAGE: usize = 500;
+
+/// The document of a read model.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Pointer {
+    /// The generation that is read.
+    pub live: u32,
+    /// The version of the code that built it; `None` if an earlier release did, or nobody yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<u32>,
+    /// The lowest number that was never used.
+    #[serde(default)]
+    next: u32,
+    /// The generations that are being built.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub builds: Vec<Build>,
+    /// The generations that are no longer read, and whose views are not all removed yet.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub retired: Vec<u32>,
+}
+
+/// A generation that belongs to a build.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Build {
+    pub generation: u32,
+    /// The version of the code that builds it.
+    pub version: u32,
+    builder: Uuid,
+    /// When the build last showed that it is alive.
+    beat: DateTime<Utc>,
+}
+
+/// What is committed together with a change of the pointer.
+#[derive(Default)]
+pub(crate) struct With {
+    pub puts: Vec<Put>,
+    pub appends: Vec<Append>,
+}
+
+impl Default for Pointer {
+    fn default() -> Self {
+        Self { live: 1, version: None, next: 2, builds: Vec::new(), retired: Vec::new() }
+    }
+}
+
+impl Build {
+    /// Whether it shows signs of life, by the clock of the store.
+    pub fn is_alive(&self, now: DateTime<Utc>) -> bool {
+        now - self.beat < chrono::Duration::from_std(SILENT).unwrap_or_default()
+    }
+}
+
+impl Pointer {
+    pub fn build_of(&self, builder: Uuid) -> Option<&Build> {
+        self.builds.iter().find(|build| build.builder == builder)
+    }
+
+    /// Takes the reservation of a build away, and retires its generation unless that is live.
+    pub fn end_build(&mut self, model: &str, builder: Uuid) -> Option<With> {
+        let generation = self.build_of(builder)?.generation;
+        self.builds.retain(|build| build.builder != builder);
+        Some(self.retire(model, generation))
+    }
+
+    /// Makes a generation one that nobody writes any more.
+    fn retire(&mut self, model: &str, generation: u32) -> With {
+        self.retired.push(generation);
+        With { puts: vec![removal(checkpoint(model, generation))], appends: Vec::new() }
+    }
+
+    /// Makes the generation of a build the live one, and retires the one before it.
+    pub fn swap(&mut self, model: &str, builder: Uuid) -> Option<With> {
+        let Build { generation, version, .. } = self.build_of(builder)?.clone();
+        self.builds.retain(|build| build.builder != builder);
+        let before = std::mem::replace(&mut self.live, generation);
+        self.version = Some(version);
+        Some(self.retire(model, before))
+    }
+}
+
+pub(crate) fn name(model: &str, generation: u32) -> String {
+    format!("{model}@{generation}")
+}
+
+/// The document of a read model.
+pub(crate) fn pointer_key(model: &str) -> DocumentKey {
+    DocumentKey::new(GENERATIONS, model)
+}
+
+/// The collection of a generation's views.
+pub(crate) fn collection(model: &str, generation: u32) -> String {
+    format!("read.{}", name(model, generation))
+}
+
+/// The document that says how far a generation has come.
+pub(crate) fn checkpoint(model: &str, generation: u32) -> DocumentKey {
+    DocumentKey::new(CHECKPOINTS, format!("{}/0", name(model, generation)))
+}
+
+/// The pointer, and the version of its document.
+pub(crate) async fn load(store: &dyn EventStore, model: &str) -> Result<(Pointer, i64), StoreError> {
+    let found = store.document(&pointer_key(model)).await?;
+    let Some(Document { body, version, .. }) = found else { return Ok((Pointer::default(), 0)) };
+    let mut pointer: Pointer =
+        serde_json::from_str(&body).map_err(|error| StoreError::Corrupt(format!("read model {model}: {error}")))?;
+    // Earlier releases kept no count.
+    pointer.next = pointer.next.max(pointer.live + 1);
+    Ok((pointer, version))
+}
+
+/// Changes the pointer by compare-and-set, as often as another change comes first. `decide` gives `None` where there is nothing
+/// to change, also because an attempt whose outcome was unknown holds.
+pub(crate) async fn change<E: From<CommitError>>(
+    store: &dyn EventStore,
+    model: &str,
+    mut decide: impl FnMut(&mut Pointer) -> Result<Option<With>, E>,
+) -> Result<Pointer, E> {
+    let mut backoff = Backoff::short();
+    let mut unknown = None;
+    for _ in 0..RACES_MAX {
+        let loaded = load(store, model).await.map_err(unavailable);
+        // If an attempt before this one may hold, nobody may take this for a failure.
+        let (mut pointer, version) = loaded.map_err(|error| unknown.clone().unwrap_or(error))?;
+        let Some(With { mut puts, appends }) = decide(&mut pointer)? else { return Ok(pointer) };
+        puts.push(pointer_at(model, &pointer, version));
+        match store.commit(Commit { appends, puts }).await {
+            Ok(_) => return Ok(pointer),
+            Err(CommitError::DocumentConflict { .. }) => {}
+            Err(error @ CommitError::Unknown(_)) => unknown = Some(error),
+            Err(error) => return Err(unknown.unwrap_or(error).into()),
+        }
+        backoff.wait().await;
+    }
+    let reason = format!("the pointer of read model {model} was changed {RACES_MAX} times meanwhile: try again");
+    Err(unknown.unwrap_or(CommitError::Unavailable(reason)).into())
+}
+
+/// Has the live generation ready to be followed by a build of this version: where nobody has kept views yet, its checkpoint and
+/// the pointer are created.
+pub(crate) async fn adopt(store: &dyn EventStore, model: &str, version: u32) -> Result<Pointer, CommitError> {
+    loop {
+        let (pointer, at) = load(store, model).await.map_err(unavailable)?;
+        let live = checkpoint(model, pointer.live);
+        let is_kept = store.document(&live).await.map_err(unavailable)?.is_some();
+        if is_kept && pointer.version.is_some() {
+            return Ok(pointer);
+        }
+        let views = store.scan(&collection(model, pointer.live), &Scan::After("".into()), 1).await;
+        if !is_kept && !views.map_err(unavailable)?.is_empty() {
+            return Err(CommitError::Invalid(format!(
+                "the views of read model {model} have lost their checkpoint {}: rebuild them",
+                live.id
+            )));
+        }
+        // Views without a version were built by a release that knew none.
+        let version = if is_kept { 1 } else { version };
+        let pointer = Pointer { version: pointer.version.or(Some(version)), ..pointer };
+        let mut puts = vec![pointer_at(model, &pointer, at)];
+        puts.extend((!is_kept).then(|| created(store, live, Some(0))));
+        match store.commit(Commit { appends: Vec::new(), puts }).await {
+            // Another process, or a build, came first: one of the two holds.
+            Err(CommitError::DocumentConflict { .. }) => {}
+            outcome => return outcome.map(|_| pointer),
+        }
+    }
+}
+
+/// Reserves a generation for a build, with its checkpoint at the beginning of the log.
+pub(crate) async fn reserve(
+    store: &dyn EventStore,
+    model: &str,
+    version: u32,
+    builder: Uuid,
+) -> Result<(Build, Pointer), CommitError> {
+    let pointer = change(store, model, |pointer| {
+        if pointer.build_of(builder).is_some() {
+            return Ok(None);
+        }
+        if pointer.builds.len() + pointer.retired.len() >= BUILDS_MAX {
+            return Err(CommitError::Unavailable(format!(
+                "{} generations of read model {model} are being built or removed; the limit is {BUILDS_MAX}: wait until others end",
+                pointer.builds.len() + pointer.retired.len()
+            )));
+        }
+        let generation = pointer.next;
+        pointer.next += 1;
+        pointer.builds.push(Build { generation, version, builder, beat: store.clock().now() });
+        // Whatever an earlier release left under this number is fenced.
+        Ok(Some(With { puts: vec![created(store, checkpoint(model, generation), None)], appends: Vec::new() }))
+    })
+    .await?;
+    let build = pointer.build_of(builder).cloned();
+    let build =
+        build.ok_or_else(|| CommitError::Unavailable(format!("the build of read model {model} was retired")))?;
+    remove(store, model, build.generation).await?;
+    Ok((build, pointer))
+}
+
+/// Shows that a build is alive; `false` if another process took it for dead and retired its generation.
+pub(crate) async fn beat(store: &dyn EventStore, model: &str, builder: Uuid) -> Result<bool, CommitError> {
+    let beats = |pointer: &mut Pointer| {
+        let build = pointer.builds.iter_mut().find(|build| build.builder == builder);
+        Ok::<_, CommitError>(build.map(|build| {
+            build.beat = store.clock().now();
+            With::default()
+        }))
+    };
+    Ok(change(store, model, beats).await?.build_of(builder).is_some())
+}
+
+/// Retires the generations of builds that died, and removes all that are retired.
+pub(crate) async fn clean(store: &dyn EventStore, model: &str) -> Result<(), CommitError> {
+    let (pointer, _) = load(store, model).await.map_err(unavailable)?;
+    let now = store.clock().now();
+    let silent: Vec<Build> = pointer.builds.into_iter().filter(|build| !build.is_alive(now)).collect();
+    if !silent.is_empty() {
+        tokio::time::sleep(WATCH).await;
+        for dead in &silent {
+            // One that has beaten since is another value.
+            let retires = |pointer: &mut Pointer| match pointer.builds.contains(dead) {
+                true => Ok::<_, CommitError>(pointer.end_build(model, dead.builder)),
+                false => Ok(None),
+            };
+            change(store, model, retires).await?;
+        }
+    }
+    remove_retired(store, model).await
+}
+
+/// Removes the views, and what is parked, of all generations that are retired.
+pub(crate) async fn remove_retired(store: &dyn EventStore, model: &str) -> Result<(), CommitError> {
+    let (pointer, _) = load(store, model).await.map_err(unavailable)?;
+    for generation in pointer.retired {
+        remove(store, model, generation).await?;
+        let forgets = |pointer: &mut Pointer| {
+            let known = pointer.retired.contains(&generation);
+            pointer.retired.retain(|retired| *retired != generation);
+            Ok::<_, CommitError>(known.then(With::default))
+        };
+        change(store, model, forgets).await?;
+    }
+    Ok(())
+}
+
+/// Removes the views of a generation that nobody writes. What is parked goes first: a worker that was fenced may still try
+/// a parked message again, which writes views, as long as its document is there.
+async fn remove(store: &dyn EventStore, model: &str, generation: u32) -> Result<(), CommitError> {
+    for collection in [&*parking::collection(&name(model, generation)), &*collection(model, generation)] {
+        loop {
+            let page = store.scan(collection, &Scan::After("".into()), PAGE).await.map_err(unavailable)?;
+            if page.is_empty() {
+                break;
+            }
+            let puts = page.into_iter().map(|document| removal(document.key)).collect();
+            store.commit(Commit { appends: Vec::new(), puts }).await?;
+        }
+    }
+    Ok(())
+}
+
+/// How far a generation has come, as its checkpoint says; the start if there is none.
+pub(crate) async fn reached(store: &dyn EventStore, model: &str, generation: u32) -> Result<Position, StoreError> {
+    Ok(position(store.document(&checkpoint(model, generation)).await?.as_ref()))
+}
+
+/// What a checkpoint says.
+pub(crate) fn position(checkpoint: Option<&Document>) -> Position {
+    let read = checkpoint.and_then(|document| serde_json::from_str::<Checkpoint>(&document.body).ok());
+    Position(read.map_or(0, |checkpoint| checkpoint.next))
+}
+
+/// How many documents a collection has.
+pub(crate) async fn count(store: &dyn EventStore, collection: &str) -> Result<usize, StoreError> {
+    let mut count = 0;
+    let mut after = std::sync::Arc::<str>::from("");
+    loop {
+        let page = store.scan(collection, &Scan::After(after), PAGE).await?;
+        let Some(last) = page.last() else { return Ok(count) };
+        (count, after) = (count + page.len(), last.key.id.clone());
+    }
+}
+
+fn pointer_at(model: &str, pointer: &Pointer, version: i64) -> Put {
+    let body = serde_json::to_string(pointer).unwrap_or_default();
+    Put { key: pointer_key(model), expected: Some(version), body: Some(body.into()), due: None }
+}
+
+fn created(store: &dyn EventStore, checkpoint: DocumentKey, expected: Option<i64>) -> Put {
+    let body = Lane::new(&checkpoint.id, None).body(store.clock().now());
+    Put { key: checkpoint, expected, body: Some(body), due: None }
+}
+
+fn removal(key: DocumentKey) -> Put {
+    Put { key, expected: None, body: None, due: None }
+}
+
+pub(crate) fn unavailable(error: StoreError) -> CommitError {
+    CommitError::Unavailable(error.to_string())
+}

@@ -1,0 +1,203 @@
+//! How many lanes follow the log under a name, as the store knows it; and the change to another number.
+//!
+//! The number stands in the checkpoint of each lane. The checkpoints of several lanes are created in one commit; that of a single lane
+//! is created by its first commit, since the first of several lanes has the same document. So a lane whose checkpoint is gone, or
+//! says another number, was replaced, and nobody follows it.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use crate::{
+    checkpoint::{CHECKPOINTS, Checkpoint, Lane},
+    commit::{COMMIT_ROWS_MAX, Commit, CommitError, Document, DocumentKey, Put},
+    event::Position,
+    instance::Instance,
+    parking::{self, DeadLetters},
+    store::{EventStore, Scan, StoreError},
+    subscription::Start,
+    worker::{Stop, Worker},
+};
+
+/// The most lanes under one name: each is a task and a document, and all documents are written in one commit.
+pub(crate) const LANES_MAX: u32 = 1_000;
+/// How often lanes of another number are looked at that somebody else still follows.
+pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(200);
+/// Checkpoints read at once.
+const PAGE: usize = 500;
+
+/// The lanes under one name.
+pub(crate) struct Lanes<'a> {
+    pub store: &'a Arc<dyn EventStore>,
+    pub name: &'a str,
+    /// How many there should be.
+    pub wanted: u32,
+    /// Where those begin that have no checkpoint.
+    pub start: Start,
+}
+
+/// A lane as the store holds it.
+struct Stored {
+    index: u32,
+    document: Document,
+    checkpoint: Checkpoint,
+}
+
+/// Lanes of another number than the wanted one. All of them have a checkpoint.
+pub(crate) struct Others(Vec<Stored>);
+
+impl Others {
+    pub fn count(&self) -> u32 {
+        self.0.len() as u32
+    }
+
+    /// Where the one that is furthest stands.
+    pub fn furthest(&self) -> Position {
+        Position(self.0.iter().map(|lane| lane.checkpoint.next).max().unwrap_or_default())
+    }
+
+    /// Why they cannot be finished yet.
+    pub fn waits_for(&self, instance: Option<&Instance>) -> Option<String> {
+        let count = self.count();
+        if self.0.iter().any(|lane| lane.checkpoint.paused) {
+            return Some(format!("an operator has paused it; it had {count} lanes until now"));
+        }
+        let instance = instance?;
+        let mut holders = self.0.iter().filter_map(|lane| lane.checkpoint.holder.as_ref());
+        let other = holders.find(|holder| *holder != instance.name() && instance.is_alive(holder))?;
+        Some(format!(
+            "{other} follows it with {count} lanes, and this build has another number: it takes over when {other} ends"
+        ))
+    }
+}
+
+/// Takes a lane where it stands: whoever followed it before is fenced.
+pub(crate) async fn take(worker: &mut Worker, instance: Option<&Instance>) -> Result<Position, Stop> {
+    worker.history = worker.store.history();
+    let lane = &mut worker.lanes[0];
+    let Some(next) = lane.load(&*worker.store).await? else { return Err(Stop::Gone(lane.key.clone())) };
+    lane.holder = instance.map(|instance| instance.name().clone());
+    lane.epoch += 1;
+    worker.put_checkpoint(next).await?;
+    worker.load_parked().await?;
+    Ok(Position(next))
+}
+
+impl Lanes<'_> {
+    /// Has the store know the wanted number where that moves nothing: no lane was followed yet, or an earlier release followed
+    /// just as many. Otherwise gives the lanes that are there.
+    pub async fn settle(&self) -> Result<Option<Others>, Stop> {
+        loop {
+            let stored = self.stored().await?;
+            match self.known(&stored)? {
+                Some(known) if known != self.wanted => return Ok(Some(Others(stored))),
+                Some(_) if stored.iter().all(|lane| lane.checkpoint.lanes.is_some()) => return Ok(None),
+                // Its first commit notes it.
+                None if self.wanted == 1 && stored.is_empty() => return Ok(None),
+                _ => {}
+            }
+            let start = self.start.position(&**self.store).await?;
+            let now = self.store.clock().now();
+            let noted = |index: u32| match stored.iter().find(|lane| lane.index == index) {
+                Some(lane) => self.put(index, lane.document.version, Some(lane.checkpoint.clone())),
+                None => self.put(index, 0, Some(Lane::new("", None).checkpoint(start, now))),
+            };
+            if self.commit((0..self.wanted).map(noted).collect()).await? {
+                return Ok(None);
+            }
+            // Another process came first, or follows the lanes just now.
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// The number that the store knows; `None` if there is no lane yet, or an earlier release followed as many as are wanted.
+    fn known(&self, stored: &[Stored]) -> Result<Option<u32>, Stop> {
+        let found = stored.last().map_or(0, |lane| lane.index + 1);
+        let numbers: BTreeSet<u32> = stored.iter().filter_map(|lane| lane.checkpoint.lanes).collect();
+        match (numbers.first(), numbers.len()) {
+            (Some(known), 1) if *known == found && stored.len() == found as usize => Ok(Some(*known)),
+            (Some(known), _) => Err(self.refused(&format!(
+                "{} of {known} checkpoints are there, and they name {} numbers of lanes: the others were removed or changed by hand",
+                stored.len(),
+                numbers.len()
+            ))),
+            (None, _) if found == 0 || found == self.wanted => Ok(None),
+            // A lane that was killed within its first second left no checkpoint: nobody knows how many lanes there were.
+            (None, _) => Err(self.refused(&format!(
+                "an earlier release followed {found} lanes without noting their number, and this build has {}: start it once with \
+                 lanes({found}), then change the number",
+                self.wanted
+            ))),
+        }
+    }
+
+    /// Changes the number of lanes, if all that are there stand at one position: one commit removes their checkpoints, creates the
+    /// new ones at that position, and moves what is parked to the lane of its key. Returns whether it holds.
+    pub async fn change(&self, upto: Position) -> Result<bool, Stop> {
+        let stored = self.stored().await?;
+        if stored.iter().any(|lane| lane.checkpoint.next != upto.0 || lane.checkpoint.paused) {
+            return Ok(false);
+        }
+        let epoch = stored.iter().map(|lane| lane.checkpoint.epoch).max().unwrap_or_default();
+        let event = stored.iter().filter_map(|lane| lane.checkpoint.event).max_by_key(|given| given.position);
+        let now = self.store.clock().now();
+        let changed = |index: u32| {
+            let version = stored.get(index as usize).map_or(0, |lane| lane.document.version);
+            let lane = Checkpoint { epoch, event, ..Lane::new("", None).checkpoint(upto, now) };
+            self.put(index, version, (index < self.wanted).then_some(lane))
+        };
+        let mut puts: Vec<Put> = (0..self.wanted.max(stored.len() as u32)).map(changed).collect();
+        for document in DeadLetters::new(self.store.clone()).documents(self.name).await? {
+            puts.extend(parking::moved(document, self.name, self.wanted));
+        }
+        if puts.len() > COMMIT_ROWS_MAX {
+            return Err(self.refused(&format!(
+                "changing the number of lanes from {} to {} takes {} documents in one commit, and the limit is {COMMIT_ROWS_MAX}: redrive \
+                 or drop what is parked first",
+                stored.len(),
+                self.wanted,
+                puts.len()
+            )));
+        }
+        self.commit(puts).await
+    }
+
+    fn refused(&self, reason: &str) -> Stop {
+        Stop::Lanes(format!("{}: {reason}", self.name))
+    }
+
+    /// The checkpoints of the lanes, in their order.
+    async fn stored(&self) -> Result<Vec<Stored>, Stop> {
+        let prefix = format!("{}/", self.name);
+        let mut stored = Vec::new();
+        let mut after = Arc::<str>::from(&*prefix);
+        loop {
+            let page = self.store.scan(CHECKPOINTS, &Scan::After(after), PAGE).await?;
+            let of_name = page.iter().take_while(|document| document.key.id.starts_with(&prefix)).count();
+            for document in &page[..of_name] {
+                let Ok(index) = document.key.id[prefix.len()..].parse() else { continue };
+                let checkpoint: Checkpoint = serde_json::from_str(&document.body)
+                    .map_err(|error| StoreError::Corrupt(format!("document {}: {error}", document.key)))?;
+                stored.push(Stored { index, document: document.clone(), checkpoint });
+            }
+            let Some(last) = page.last().filter(|_| of_name == page.len()) else { break };
+            after = last.key.id.clone();
+        }
+        stored.sort_unstable_by_key(|lane| lane.index);
+        Ok(stored)
+    }
+
+    fn put(&self, index: u32, version: i64, checkpoint: Option<Checkpoint>) -> Put {
+        let noted = checkpoint.map(|checkpoint| Checkpoint { lanes: Some(self.wanted), ..checkpoint });
+        let body = noted.map(|noted| serde_json::to_string(&noted).unwrap_or_default().into());
+        let key = DocumentKey::new(CHECKPOINTS, format!("{}/{index}", self.name));
+        Put { key, expected: Some(version), body, due: None }
+    }
+
+    /// Whether the commit holds; it does not where a lane has moved, or it is not known, which the next look shows.
+    async fn commit(&self, puts: Vec<Put>) -> Result<bool, Stop> {
+        match self.store.commit(Commit { appends: Vec::new(), puts }).await {
+            Ok(_) => Ok(true),
+            Err(CommitError::DocumentConflict { .. }) => Ok(false),
+            Err(error) => Err(StoreError::Unavailable(error.to_string()).into()),
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! Names of the parts that keep documents under them: subscriptions, groups, services, read models, instances.
+
+use std::collections::BTreeMap;
+
+/// The longest name, in bytes: what is parked under it is a collection `parked.NAME`, or `parked.NAME@GENERATION`.
+pub const NAME_BYTES_MAX: usize = 150;
+/// What follows the service in the name of its relay, and stands at the end of no other name.
+pub(crate) const RELAY: &str = ".relay";
+
+/// Why a name cannot be one.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NameError {
+    /// No document could be told from those of another name.
+    #[error("{kind} {name:?}: {reason}; choose another name")]
+    Malformed {
+        /// Such as `subscription`.
+        kind: &'static str,
+        /// The name, or the start of a long one.
+        name: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Two parts have one name, and so the same checkpoints and parked messages.
+    #[error(
+        "{first} and {second} are both called {name:?}, and would share checkpoints and parked messages: rename one"
+    )]
+    Taken {
+        /// The name of both.
+        name: String,
+        /// The one that was there first, such as `subscription`.
+        first: &'static str,
+        /// The other.
+        second: &'static str,
+    },
+}
+
+/// Checks that the documents of a name cannot be taken for those of another one. `/` stands before a lane or a topic, `@` before
+/// a generation of a read model or an instance.
+pub(crate) fn check(kind: &'static str, name: &str) -> Result<(), NameError> {
+    let reason = if name.is_empty() {
+        "it is empty".to_owned()
+    } else if name.len() > NAME_BYTES_MAX {
+        format!("it has {} bytes; the limit is {NAME_BYTES_MAX}", name.len())
+    } else if let Some(character) =
+        name.chars().find(|character| matches!(character, '/' | '@') || character.is_control())
+    {
+        format!("it contains {character:?}, which separates a name from what belongs to it")
+    } else if name.trim() != name {
+        "it begins or ends with a space".to_owned()
+    } else if kind != "relay" && name.ends_with(RELAY) {
+        format!("the ending {RELAY} is kept for relays of services")
+    } else {
+        return Ok(());
+    };
+    Err(NameError::Malformed { kind, name: name.chars().take(40).collect(), reason })
+}
+
+/// The names of the parts that run together.
+#[derive(Clone, Default)]
+pub(crate) struct Names(BTreeMap<String, &'static str>);
+
+impl Names {
+    /// Takes a name for a part of this kind.
+    pub fn take(&mut self, kind: &'static str, name: &str) -> Result<(), NameError> {
+        check(kind, name)?;
+        match self.0.insert(name.to_owned(), kind) {
+            Some(first) => Err(NameError::Taken { name: name.to_owned(), first, second: kind }),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_meet_those_of_other_documents_are_refused() {
+        for name in
+            ["", "a/b", "a@1", "@", "/", "a\0", "a\n", " a", "a ", "mail.relay", &"x".repeat(NAME_BYTES_MAX + 1)]
+        {
+            assert!(matches!(check("subscription", name), Err(NameError::Malformed { .. })), "{name:?}");
+        }
+        let long = "x".repeat(NAME_BYTES_MAX);
+        for name in
+            ["order.checkout.start", "order.commands", "bank.nothing", "mail sender", "größe", "a-b_c:d#1", &long]
+        {
+            assert_eq!(check("subscription", name), Ok(()), "{name:?}");
+        }
+        assert_eq!(check("relay", "order.relay"), Ok(()));
+    }
+
+    #[test]
+    fn two_parts_have_two_names() {
+        let mut names = Names::default();
+        names.take("subscription", "mailer").unwrap();
+        names.take("subscription", "mailer2").unwrap();
+        let twice = names.take("group", "mailer").unwrap_err();
+        assert_eq!(twice, NameError::Taken { name: "mailer".into(), first: "subscription", second: "group" });
+    }
+}
