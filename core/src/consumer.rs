@@ -15,6 +15,7 @@ use crate::{
     health::{Health, State},
     name,
     parking::{Lost, ParkedKeys, parking_key},
+    redrive::Others,
     store::EventStore,
     worker::{BATCH_MAX, Item, PARKED_TICK, RetryPolicy, Stop, Worker},
 };
@@ -139,6 +140,7 @@ impl Joined {
                 history: store.history(),
                 parked: ParkedKeys::new(group.name.clone()),
                 reconciled_at: Instant::now(),
+                others: (!is_local || group.instance.is_some()).then(Others::default),
                 reporter: health.reporter(&part, shutdown),
             };
             // On a bus inside the process, offsets mean nothing elsewhere: they are kept apart from those of other processes.

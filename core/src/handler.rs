@@ -4,7 +4,12 @@ use std::{error::Error, fmt, sync::Arc};
 
 use async_trait::async_trait;
 
-use crate::{bus::Message, event::DecodeError, store::StoreError, work::Work};
+use crate::{
+    bus::Message,
+    event::{DecodeError, EventError},
+    store::StoreError,
+    work::Work,
+};
 
 /// Reacts to messages, from the log or from a bus, in order per key.
 ///
@@ -33,11 +38,12 @@ pub trait Handler: Send + Sync + 'static {
 }
 
 /// Why a message was not handled. Made by `?` from any error; then it is tried again with growing delays, and parked when
-/// it has failed often. [`Terminal::terminal`] parks it at once.
+/// it has failed often. [`Terminal::terminal`] parks it at once. An event that this build does not know waits for a build that
+/// does, however long that takes.
 #[derive(Debug)]
 pub struct HandlerError {
     source: Box<dyn Error + Send + Sync>,
-    terminal: bool,
+    remedy: Remedy,
 }
 
 /// What to do about a failed message.
@@ -47,6 +53,8 @@ pub(crate) enum Remedy {
     RetryMessage,
     /// Park it until somebody redrives it.
     Park,
+    /// Another build knows what this one does not: park it until such a build takes it.
+    AwaitBuild,
     /// Nothing is wrong with the message: the store is away, wait for it.
     AwaitStore,
 }
@@ -60,12 +68,19 @@ impl HandlerError {
                 Some(StoreError::Refused(_)) => return Remedy::Park,
                 Some(StoreError::Corrupt(_)) | None => {}
             }
-            if error.is::<DecodeError>() {
-                return Remedy::Park;
+            let decoding = error.downcast_ref::<DecodeError>().map(|error| &error.source);
+            match decoding.or_else(|| error.downcast_ref::<EventError>()) {
+                Some(EventError::UnknownType { .. } | EventError::FutureVersion { .. }) => return Remedy::AwaitBuild,
+                Some(EventError::Undecodable { .. } | EventError::Unencodable { .. }) => return Remedy::Park,
+                None => cause = error.source(),
             }
-            cause = error.source();
         }
-        if self.terminal { Remedy::Park } else { Remedy::RetryMessage }
+        self.remedy
+    }
+
+    /// A message that this build does not know what to do with, as another build does: it waits for that one.
+    pub fn await_build(error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self { source: error.into(), remedy: Remedy::AwaitBuild }
     }
 }
 
@@ -77,7 +92,7 @@ impl fmt::Display for HandlerError {
 
 impl<E: Into<Box<dyn Error + Send + Sync>>> From<E> for HandlerError {
     fn from(error: E) -> Self {
-        Self { source: error.into(), terminal: false }
+        Self { source: error.into(), remedy: Remedy::RetryMessage }
     }
 }
 
@@ -89,7 +104,7 @@ pub trait Terminal<T> {
 
 impl<T, E: Into<HandlerError>> Terminal<T> for Result<T, E> {
     fn terminal(self) -> Result<T, HandlerError> {
-        self.map_err(|error| HandlerError { terminal: true, ..error.into() })
+        self.map_err(|error| HandlerError { remedy: Remedy::Park, ..error.into() })
     }
 }
 

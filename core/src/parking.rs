@@ -42,6 +42,9 @@ pub struct Parked {
     pub reason: String,
     /// How often it was tried.
     pub attempts: u32,
+    /// Whether it waits for a build that knows what the one which parked it did not.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub awaits_build: bool,
     /// Since when it is parked.
     pub parked_at: DateTime<Utc>,
     /// The position of an event, by which one that is read again is known to be parked already.
@@ -137,8 +140,11 @@ pub(crate) struct Place {
     pub id: Arc<str>,
     /// The event's position, if it is one.
     pub position: i64,
-    /// Whether it was never tried itself, and only waits behind another.
+    /// Whether it is to be tried whatever its time: it only waits behind another and was never tried itself, or waits for
+    /// another build and was not tried since its place was read.
     pub waits: bool,
+    /// Whether it waits for a build that knows more.
+    pub awaits_build: bool,
 }
 
 pub(crate) fn collection(subscription: &str) -> Arc<str> {
@@ -149,6 +155,12 @@ pub(crate) fn collection(subscription: &str) -> Arc<str> {
 /// messages of one key (the topics of a group, a topic that was given more partitions), each numbered by its own worker.
 fn document_id(key: &str, sequence: u64, lane: &str) -> Arc<str> {
     format!("{key} #{sequence:019}.{:08x}", lane_of(lane, u32::MAX)).into()
+}
+
+/// The key and the lane of a parked message, out of the id of its document: all that comes before and after its sequence.
+pub(crate) fn key_and_lane(id: &str) -> Option<(&str, &str)> {
+    let (key, place) = id.rsplit_once(" #")?;
+    Some((key, place.split_once('.')?.1))
 }
 
 fn sequence_of(id: &str) -> Option<u64> {
@@ -198,11 +210,12 @@ impl ParkedKeys {
             for document in page {
                 let Ok(parked) = serde_json::from_str::<Parked>(&document.body) else { continue };
                 if let Some(sequence) = sequence_of(&document.key.id).filter(|_| lanes.contains(&parked.lane)) {
-                    let (id, waits) = (document.key.id, parked.attempts == 0);
+                    let awaits_build = parked.awaits_build;
+                    let (id, waits) = (document.key.id, parked.attempts == 0 || awaits_build);
                     if let Some(lost) = parked.lost().filter(|_| found.lost.is_none()) {
                         found.lost = Some(lost.to_string().into());
                     }
-                    found.add(&parked.key, Place { sequence, id, position: parked.position, waits });
+                    found.add(&parked.key, Place { sequence, id, position: parked.position, waits, awaits_build });
                 }
             }
         }
@@ -245,10 +258,16 @@ impl ParkedKeys {
     pub fn next_place(&self, key: &str, lane: &str, position: i64) -> Place {
         let last = self.keys.get(key).and_then(|places| places.back());
         let sequence = last.map_or(0, |place| place.sequence + 1);
-        Place { sequence, id: document_id(key, sequence, lane), position, waits: last.is_some() }
+        let (id, waits) = (document_id(key, sequence, lane), last.is_some());
+        Place { sequence, id, position, waits, awaits_build: false }
     }
 
-    /// Keys whose first message was never tried: the one before it was handled or dropped, and then something came between.
+    /// Whether messages of this key wait for another build, which may have taken them meanwhile.
+    pub fn awaits_build(&self, key: &str) -> bool {
+        self.first(key).is_some_and(|first| first.awaits_build)
+    }
+
+    /// Keys whose first message is to be tried whatever its time.
     pub fn freed(&self) -> impl Iterator<Item = &Arc<str>> {
         self.keys.iter().filter(|(_, places)| places.front().is_some_and(|first| first.waits)).map(|(key, _)| key)
     }
@@ -270,10 +289,11 @@ impl ParkedKeys {
     }
 
     /// The first message of the key was tried in vain.
-    pub fn tried_first(&mut self, key: &str) {
+    pub fn tried_first(&mut self, key: &str, awaits_build: bool) {
         let places = Arc::make_mut(&mut self.keys).get_mut(key);
         if let Some(first) = places.and_then(|places| places.front_mut()) {
             first.waits = false;
+            first.awaits_build = awaits_build;
         }
     }
 }

@@ -1,14 +1,16 @@
 //! Trying parked messages again, in the order of their key.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
+
+use tokio::time::Instant;
 
 use crate::{
     commit::{CommitError, Document},
     handler::Remedy,
-    parking::{Parked, collection},
+    parking::{Parked, collection, key_and_lane},
     store::Scan,
     work::{Stale, Work},
-    worker::{Stop, Worker},
+    worker::{BUILD_LOOK, BUILD_LOOK_MAX, Stop, Worker, parked_reason},
 };
 
 /// How often the places of parked messages are read anew: an operator drops some, and a worker that lost its lane may have
@@ -17,10 +19,96 @@ const RECONCILE: Duration = Duration::from_secs(10);
 /// Parked keys looked at in one tick.
 const DUE_PAGE: usize = 64;
 
+/// Documents looked at in one go for messages that wait for a build; more where many others are in front.
+const AWAITING_PAGE: usize = 64;
+const AWAITING_PAGE_MAX: usize = 4_096;
+/// Messages remembered as tried in vain; then they are forgotten, and tried once more.
+const TRIED_MAX: usize = 10_000;
+
+fn awaits_build(document: &Document) -> bool {
+    serde_json::from_str::<Parked>(&document.body).is_ok_and(|parked| parked.awaits_build)
+}
+
+/// What a worker remembers of messages that others have parked because their build does not know them.
+#[derive(Default)]
+pub(crate) struct Others {
+    looked_at: Option<Instant>,
+    /// Those that this build does not know either, by document and version.
+    tried: HashSet<(Arc<str>, i64)>,
+}
+
 impl Worker {
+    /// Takes messages that wait for a build like this one, whoever has parked them: the next one to follow their lane may
+    /// be long in coming. Each goes with its effects in one commit, so that only one taker's holds.
+    async fn redrive_others(&mut self) -> Result<(), Stop> {
+        let Some(others) = &mut self.others else { return Ok(()) };
+        if others.looked_at.is_some_and(|at| at.elapsed() < BUILD_LOOK) {
+            return Ok(());
+        }
+        others.looked_at = Some(Instant::now());
+        if others.tried.len() > TRIED_MAX {
+            others.tried.clear();
+        }
+        let soon = self.store.clock().now() + BUILD_LOOK_MAX;
+        let mut limit = AWAITING_PAGE;
+        let heads = loop {
+            let due = self.store.scan(&collection(&self.name), &Scan::Due(soon), limit).await?;
+            let all = due.len() < limit || limit >= AWAITING_PAGE_MAX;
+            let is_theirs = |document: &Document| {
+                let key = key_and_lane(&document.key.id).map_or("", |(key, _)| key);
+                !self.parked.has(key) && awaits_build(document)
+            };
+            let heads: Vec<_> = due.into_iter().filter(is_theirs).collect();
+            if all || !heads.is_empty() {
+                break heads;
+            }
+            limit *= 4;
+        };
+        for head in heads {
+            let mut next = Some(head);
+            while let Some(document) = next.take() {
+                if self.redrive_other(&document).await? {
+                    next = self.behind(&document).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Handles a message that another worker has parked; whether that worked.
+    async fn redrive_other(&mut self, document: &Document) -> Result<bool, Stop> {
+        let tried = (document.key.id.clone(), document.version);
+        if self.others.as_ref().is_some_and(|others| others.tried.contains(&tried)) {
+            return Ok(false);
+        }
+        let parked = serde_json::from_str::<Parked>(&document.body).ok();
+        let Some(message) = parked.and_then(|parked| parked.message()) else { return Ok(false) };
+        let mut work = Work::new(self.store.clone(), Stale::Everything);
+        work.begin(message.id, message.effects());
+        match self.handle(&message, &mut work).await {
+            Ok(()) => {
+                work.put_expecting(&document.key, document.version, None, None);
+                // If it does not hold, somebody else was first, or the next look tries again.
+                return Ok(work.commit().await.is_ok());
+            }
+            Err(error) if error.remedy() == Remedy::AwaitStore => {}
+            // The worker that parked it tries it again, and says what is wrong with it.
+            Err(_) => _ = self.others.as_mut().map(|others| others.tried.insert(tried)),
+        }
+        Ok(false)
+    }
+
+    /// The message that waits behind another one of its key and lane.
+    async fn behind(&self, document: &Document) -> Result<Option<Document>, Stop> {
+        let after = Scan::After(document.key.id.clone());
+        let next = self.store.scan(&collection(&self.name), &after, 1).await?.pop();
+        Ok(next.filter(|next| key_and_lane(&next.key.id) == key_and_lane(&document.key.id)))
+    }
+
     /// Tries parked keys again whose time has come, each in order until one of its messages fails.
     pub async fn redrive_due(&mut self) -> Result<(), Stop> {
         self.is_of_this_log()?;
+        self.redrive_others().await?;
         if self.parked.is_empty() {
             return Ok(());
         }
@@ -95,14 +183,13 @@ impl Worker {
         };
         let (reason, remedy) = failure;
         let attempts = parked.attempts + 1;
-        let delay = (remedy == Remedy::RetryMessage).then(|| self.retry.delay_after(attempts)).flatten();
-        let tried = Parked { attempts, reason: crate::reason::storable(&reason), ..parked };
-        let due = delay.and_then(|delay| work.due_in(delay));
+        let awaits_build = remedy == Remedy::AwaitBuild;
+        let tried = Parked { attempts, awaits_build, reason: parked_reason(&reason, remedy), ..parked };
         let body = serde_json::to_string(&tried).unwrap_or_default();
-        work.put_expecting(&document_key, document.version, Some(body.into()), due);
+        work.put_expecting(&document_key, document.version, Some(body.into()), self.retry_at(remedy, attempts));
         match work.commit().await {
             Ok(_) => {
-                self.parked.tried_first(key);
+                self.parked.tried_first(key, awaits_build);
                 Ok(false)
             }
             Err(error) => self.redrive_later(key, &error).await,

@@ -193,6 +193,7 @@ impl Relay {
             history: 0,
             parked: ParkedKeys::new(self.name.clone()),
             reconciled_at: Instant::now(),
+            others: None,
             reporter,
         }
     }

@@ -64,11 +64,18 @@ impl Routes {
         struct Sending {
             #[serde(default)]
             send: Vec<Command>,
+            progress: Standing,
         }
-        let Sending { send } = serde_json::from_str(&event.data).map_err(|error| error.to_string())?;
+        #[derive(Deserialize)]
+        struct Standing {
+            step: String,
+        }
+        let Sending { send, progress: Standing { step } } =
+            serde_json::from_str(&event.data).map_err(|error| error.to_string())?;
         let message = |command: Command| {
             let extensions = [
                 (attribute::AT, command.at.to_string()),
+                (attribute::STEP_NAME, step.clone()),
                 (attribute::CALL, command.call.to_string()),
                 (attribute::ATTEMPT, command.attempt.to_string()),
                 (attribute::MUST_SUCCEED, command.must_succeed.to_string()),

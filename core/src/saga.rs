@@ -6,6 +6,7 @@
 //! | `progress` | how far one saga has come, and the events that record it |
 //! | `transition` | the pure function from progress and input to progress and commands |
 //! | `instance` | a saga as an aggregate |
+//! | `migration` | moves a saga to another plan, or refuses to |
 //! | `runner` | starts sagas, feeds them replies and timers, lets operators act |
 //! | `participant` | the other side: carries out steps once, and keeps the barrier against late ones |
 //! | `index` | a document per saga: for operators, and for finding timers that are due |
@@ -17,6 +18,7 @@ mod definition;
 mod diagram;
 mod index;
 mod instance;
+mod migration;
 mod participant;
 mod path;
 mod progress;

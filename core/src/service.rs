@@ -12,7 +12,7 @@ use crate::{
     bus::{Bus, BusError, Message, Publisher},
     consumer::Group,
     event::StreamId,
-    handler::{Handler, HandlerError, Terminal},
+    handler::{Handler, HandlerError},
     health::{Health, State},
     instance::Instance,
     name::{self, NameError, Names},
@@ -48,6 +48,7 @@ pub struct Service {
     groups: Vec<Group>,
     read_models: Vec<&'static str>,
     parts: Vec<Part>,
+    fault: Option<String>,
 }
 
 type Part = Box<dyn FnOnce(Surroundings) -> BoxFuture<'static, Result<(), String>> + Send>;
@@ -77,6 +78,7 @@ impl Service {
             groups: Vec::new(),
             read_models: Vec::new(),
             parts: Vec::new(),
+            fault: None,
         }
     }
 
@@ -111,6 +113,7 @@ impl Service {
     /// Runs sagas of this definition.
     pub fn saga<C: SagaState>(mut self, runner: Runner<C>) -> Self {
         let name = format!("{}.{}", self.name, runner.name());
+        self.fault = self.fault.or_else(|| runner.fault().map(str::to_owned));
         self.routes.saga(&runner.category());
         let starter =
             Subscription::new(&format!("{name}.start"), Starter(runner.clone())).query(runner.query().clone());
@@ -184,7 +187,8 @@ impl Inbox {
         }
         let saga = StreamId::from_stored(&message.key);
         let runs_it = self.replies.iter().find(|replies| replies.category() == saga.category());
-        let replies = runs_it.ok_or_else(|| format!("this build does not run {}", saga.category())).terminal()?;
+        let unknown = || HandlerError::await_build(format!("this build does not run {}", saga.category()));
+        let replies = runs_it.ok_or_else(unknown)?;
         Ok(Some((&**replies, saga)))
     }
 }
@@ -233,6 +237,14 @@ pub enum StartError {
     /// A name is none, or two parts have the same one.
     #[error(transparent)]
     Name(#[from] NameError),
+    /// A saga has definitions that cannot be told apart.
+    #[error("service {service}: {reason}")]
+    Definitions {
+        /// Which service runs it.
+        service: String,
+        /// Which definitions, and what to do.
+        reason: String,
+    },
     /// The store does not answer.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -306,6 +318,11 @@ impl Runtime {
         let mut names = self.names.clone();
         self.shared_as.iter().try_for_each(|instance| name::check("instance", instance))?;
         services.iter().try_for_each(|service| service.take_names(&mut names))?;
+        for Service { name, fault, .. } in &services {
+            if let Some(reason) = fault.clone() {
+                return Err(StartError::Definitions { service: name.clone(), reason });
+            }
+        }
         let mut stores: Vec<_> = services.iter().map(|service| (service.name.clone(), service.store.clone())).collect();
         for (service, store) in &stores {
             recovery::check(service, &**store, &*bus).await?;

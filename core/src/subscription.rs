@@ -21,6 +21,7 @@ use crate::{
     lanes::{self, LANES_MAX, LOOK_AGAIN, Lanes},
     name,
     parking::ParkedKeys,
+    redrive::Others,
     store::{EventStore, LogQuery, StoreError},
     worker::{BATCH_MAX, Item, PARKED_TICK, RetryPolicy, Stop, Worker},
 };
@@ -218,6 +219,7 @@ impl Subscription {
             history: 0,
             parked: ParkedKeys::new(self.name.clone()),
             reconciled_at: Instant::now(),
+            others: self.instance.is_some().then(Others::default),
             reporter,
         }
     }

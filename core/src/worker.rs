@@ -2,6 +2,7 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
+use chrono::{DateTime, Utc};
 use tokio::time::Instant;
 
 use crate::{
@@ -13,6 +14,8 @@ use crate::{
     health::Reporter,
     panic::caught,
     parking::{Lost, PARKED_MAX, Parked, ParkedKeys, Place, collection},
+    reason,
+    redrive::Others,
     store::{EventStore, StoreError},
     work::{Stale, Work},
 };
@@ -25,6 +28,20 @@ pub(crate) const BATCH_MAX: usize = 512;
 const CONFLICTS_BEFORE_SINGLE: u32 = 3;
 /// How often the parked keys that wait for their time are looked at.
 pub(crate) const PARKED_TICK: Duration = Duration::from_millis(200);
+
+/// How often a worker looks for messages that wait for a build like its own, on lanes that others follow.
+pub(crate) const BUILD_LOOK: Duration = Duration::from_millis(500);
+/// How long a message that waits for another build is left alone at most: a try costs little, and each start of a worker tries
+/// all of them.
+pub(crate) const BUILD_LOOK_MAX: Duration = Duration::from_secs(10);
+
+/// The reason of a parked message, as operators read it.
+pub(crate) fn parked_reason(reason: &str, remedy: Remedy) -> String {
+    match remedy {
+        Remedy::AwaitBuild => reason::storable(&format!("waits for a build that knows more: {reason}")),
+        Remedy::RetryMessage | Remedy::Park | Remedy::AwaitStore => reason::storable(reason),
+    }
+}
 
 /// When a failed message is tried again, and how often.
 #[derive(Clone, Debug)]
@@ -95,6 +112,8 @@ pub(crate) struct Worker {
     pub history: u64,
     pub parked: ParkedKeys,
     pub reconciled_at: Instant,
+    /// Where others follow the same subscription, with another build perhaps.
+    pub others: Option<Others>,
     pub reporter: Reporter,
 }
 
@@ -141,6 +160,10 @@ impl Worker {
 
     /// Handles all items, in as many commits as their size asks for. Returns early only when the worker must stop.
     pub async fn deliver(&mut self, items: &[Item]) -> Result<(), Stop> {
+        if items.iter().any(|item| self.parked.awaits_build(&item.key)) {
+            // Another instance may have taken what this one could not: then nothing need wait behind it.
+            self.load_parked().await?;
+        }
         let mut done = 0;
         while done < items.len() {
             done += self.deliver_some(&items[done..]).await?;
@@ -318,23 +341,25 @@ impl Worker {
     }
 
     fn park(&self, item: &Item, work: &mut Work, parked: &mut ParkedKeys, failure: Option<(String, Remedy)>) {
+        let mut awaits_build = false;
         let (reason, attempts, due) = match failure {
             None => (String::new(), 0, None),
             Some((reason, remedy)) => {
                 tracing::warn!(subscription = %self.name, key = %item.key, %reason, "parked");
-                let delay = (remedy == Remedy::RetryMessage).then(|| self.retry.delay_after(1)).flatten();
-                (crate::reason::storable(&reason), 1, delay.and_then(|delay| work.due_in(delay)))
+                awaits_build = remedy == Remedy::AwaitBuild;
+                (parked_reason(&reason, remedy), 1, self.retry_at(remedy, 1))
             }
         };
         let position = item.message.as_ref().map_or(0, |message| message.position.0);
         let lane = self.lanes[item.lane].place.clone();
-        let place = parked.next_place(&item.key, &lane, position);
+        let place = Place { awaits_build, ..parked.next_place(&item.key, &lane, position) };
         let document = Parked {
             subscription: self.name.clone(),
             lane,
             key: item.key.clone(),
             reason,
             attempts,
+            awaits_build,
             parked_at: work.now(),
             position,
             message: Parked::payload(&item.message),
@@ -359,6 +384,7 @@ impl Worker {
             key: key.clone(),
             reason: lost.to_string(),
             attempts: 1,
+            awaits_build: false,
             parked_at: work.now(),
             position: 0,
             message: serde_json::value::to_raw_value(&serde_json::json!({ "lost": lost })).unwrap_or_default(),
@@ -378,6 +404,16 @@ impl Worker {
         self.reporter.fault(parked.lost());
         self.moved(after, parked);
         Ok(())
+    }
+
+    /// When a failed message is tried again by itself.
+    pub(crate) fn retry_at(&self, remedy: Remedy, attempts: u32) -> Option<DateTime<Utc>> {
+        let delay = match remedy {
+            Remedy::RetryMessage => self.retry.delay_after(attempts)?,
+            Remedy::AwaitBuild => BUILD_LOOK.saturating_mul(2u32.saturating_pow(attempts.min(20))).min(BUILD_LOOK_MAX),
+            Remedy::Park | Remedy::AwaitStore => return None,
+        };
+        self.store.clock().due_in(delay)
     }
 
     pub(crate) fn parked_document(&self, place: &Place) -> DocumentKey {

@@ -82,13 +82,15 @@ pub struct Saga<C> {
     pub(crate) steps: Vec<PlannedStep<C>>,
     pub(crate) closing: Vec<PlannedStep<C>>,
     pub(crate) deadline: Option<Duration>,
+    pub(crate) revision: u32,
     pub(crate) hash: String,
 }
 
 impl<C: SagaState> Saga<C> {
     /// Starts a plan. The name is stored: never rename.
     pub fn named(name: &'static str) -> Plan<C, Open> {
-        let saga = Self { name, steps: Vec::new(), closing: Vec::new(), deadline: None, hash: String::new() };
+        let saga =
+            Self { name, steps: Vec::new(), closing: Vec::new(), deadline: None, revision: 0, hash: String::new() };
         Plan { saga, place: PhantomData }
     }
 
@@ -97,8 +99,9 @@ impl<C: SagaState> Saga<C> {
         self.name
     }
 
-    /// Identifies the shape of the plan: names, kinds and order of the steps, number of participants. A running saga keeps
-    /// to the definition with the hash it was started under.
+    /// Identifies the shape of the plan: names, kinds and order of the steps, number of participants, and its
+    /// [revision](Plan::revision). A running saga keeps to the definition with the hash it was started under. What a step
+    /// asks for and how it is undone is code, of which the hash says nothing.
     pub fn hash(&self) -> &str {
         &self.hash
     }
@@ -115,6 +118,9 @@ impl<C: SagaState> Saga<C> {
 
     fn shape(&self) -> String {
         let mut shape = self.name.to_owned();
+        if self.revision > 0 {
+            shape += &format!("\nrevision {}", self.revision);
+        }
         for step in self.steps.iter().chain(&self.closing) {
             shape += &format!("\n{:?} {} x{}", step.kind, step.name, step.calls.len());
         }
@@ -173,6 +179,13 @@ impl<C: SagaState, P> Plan<C, P> {
 
     fn last(&mut self) -> Option<&mut PlannedStep<C>> {
         if self.saga.closing.is_empty() { self.saga.steps.last_mut() } else { self.saga.closing.last_mut() }
+    }
+
+    /// Tells this plan from an earlier one of the same shape, whose steps ask for something else or are undone in another
+    /// way: raise it then, and register the earlier plan as [older](super::Runner::older). 0 by default.
+    pub fn revision(mut self, revision: u32) -> Self {
+        self.saga.revision = revision;
+        self
     }
 
     /// How long the whole saga may take to reach its pivot; after that it is compensated.

@@ -6,6 +6,7 @@ use uuid::Uuid;
 
 use super::{
     definition::{Saga, SagaState},
+    migration::{Trail, migrated},
     progress::{At, Outcome, Progress, Reply, SagaEvent},
     transition::{Input, Moved, Verb, begin, json_bytes, learn_given_up, transition},
 };
@@ -18,13 +19,14 @@ pub struct Instance<C> {
     unreadable: Option<Arc<str>>,
     /// What an operator asked for from outside: verb, who, why.
     requested: Option<(Verb, String, String)>,
+    trail: Trail,
     /// How far it is; `None` before it starts.
     pub progress: Option<Progress>,
 }
 
 impl<C> Default for Instance<C> {
     fn default() -> Self {
-        Self { context: None, unreadable: None, requested: None, progress: None }
+        Self { context: None, unreadable: None, requested: None, trail: Vec::new(), progress: None }
     }
 }
 
@@ -71,9 +73,50 @@ pub enum SagaRefusal {
     /// What it was started with cannot be read by this build.
     #[error("what the saga was started with cannot be read: {0}")]
     Unreadable(Arc<str>),
+    /// It cannot be moved to the definition that this build has. Mend the migration, or register the definition as an older one.
+    #[error(
+        "the saga cannot be moved from definition {from} to {to}: {reason}; mend the migration, or register the plan as an older one"
+    )]
+    CannotMigrate {
+        /// The definition it keeps to.
+        from: String,
+        /// The definition of this build.
+        to: String,
+        /// Why it cannot stand where the migration says.
+        reason: String,
+    },
+    /// It stands at a place that its definition does not have, as an unchecked migration of an earlier build left it.
+    #[error(
+        "the saga stands at {at} of definition {definition}, which has no such place; abandon it, or migrate it from there"
+    )]
+    Nowhere {
+        /// Where it stands.
+        at: At,
+        /// The definition it keeps to.
+        definition: String,
+    },
     /// The verb does not apply, or a command has no JSON form.
     #[error("{0}")]
     Illegal(String),
+}
+
+impl SagaRefusal {
+    /// Whether another build may take the input.
+    pub(crate) fn awaits_build(&self) -> bool {
+        match self {
+            Self::UnknownDefinition(_) | Self::CannotMigrate { .. } | Self::Nowhere { .. } | Self::Unreadable(_) => {
+                true
+            }
+            Self::NotStarted | Self::Illegal(_) => false,
+        }
+    }
+}
+
+impl<C> Definitions<C> {
+    /// Whether sagas of this definition can go on.
+    pub(crate) fn knows(&self, hash: &str) -> bool {
+        self.current.hash == hash || self.older.contains_key(hash) || self.migrations.contains_key(hash)
+    }
 }
 
 impl<C: SagaState> Aggregate for Instance<C> {
@@ -91,6 +134,9 @@ impl<C: SagaState> Aggregate for Instance<C> {
             let Moved { progress, send, .. } = moved;
             return Ok(vec![SagaEvent::Started { saga: current.name.to_owned(), context: given, progress, send }]);
         };
+        if matches!(ask.what, What::Begin(_)) {
+            return Ok(Vec::new());
+        }
         if let Some(reason) = &self.unreadable {
             return Err(SagaRefusal::Unreadable(reason.clone()));
         }
@@ -101,13 +147,18 @@ impl<C: SagaState> Aggregate for Instance<C> {
             current
         } else if let Some(migrate) = ask.definitions.migrations.get(&progress.definition) {
             let from = progress.definition.clone();
-            progress = Progress { definition: current.hash.clone(), ..migrate(&progress) };
+            progress = migrated(*migrate, &progress, &self.trail, current).map_err(|reason| {
+                SagaRefusal::CannotMigrate { from: from.clone(), to: current.hash.clone(), reason }
+            })?;
             events.push(SagaEvent::Migrated { from, progress: progress.clone() });
             current
         } else {
             let older = ask.definitions.older.get(&progress.definition);
             older.ok_or_else(|| SagaRefusal::UnknownDefinition(progress.definition.clone()))?
         };
+        if !definition.has(&progress) {
+            return Err(SagaRefusal::Nowhere { at: progress.at, definition: progress.definition });
+        }
         let input = match &ask.what {
             What::Begin(_) => return Ok(Vec::new()),
             What::Reply(reply) => Input::Reply(reply.clone()),
@@ -144,13 +195,17 @@ impl<C: SagaState> Aggregate for Instance<C> {
 
     fn evolve(&mut self, event: &SagaEvent) {
         let was = self.progress.replace(event.progress().clone());
+        let known = event.progress().known_as();
+        if self.trail.last().is_none_or(|(last, _)| *last != known) {
+            self.trail.push((known, event.progress().step.as_str().into()));
+        }
         match event {
             SagaEvent::Started { context, .. } => match serde_json::from_value(context.clone()) {
                 Ok(context) => self.context = Some(context),
                 Err(error) => self.unreadable = Some(error.to_string().into()),
             },
             SagaEvent::Replied { reply, gave_up, .. } => {
-                let step = was.filter(|was| was.at == reply.at && !matches!(was.at, At::Undo(_)));
+                let step = was.filter(|was| was.known_as() == reply.at && !matches!(was.at, At::Undo(_)));
                 if let (Some(step), Outcome::Done(_) | Outcome::Refused(_)) = (step, &reply.outcome) {
                     self.learn(&step.step, &reply.outcome);
                 }

@@ -207,6 +207,7 @@ impl Aggregate for Participation {
 /// Names of the message attributes that carry a step.
 pub(crate) mod attribute {
     pub const AT: &str = "sagastep";
+    pub const STEP_NAME: &str = "sagastepname";
     pub const CALL: &str = "sagacall";
     pub const ATTEMPT: &str = "sagaattempt";
     pub const MUST_SUCCEED: &str = "sagamustsucceed";

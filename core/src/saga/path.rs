@@ -1,6 +1,6 @@
 //! The way one saga took, as a drawing.
 
-use std::fmt::Write;
+use std::{fmt::Write, mem::discriminant};
 
 use super::{
     diagram::{BOX, Canvas, GAP, MARGIN, TIP, box_width, mermaid_text},
@@ -29,6 +29,7 @@ pub struct Path {
 #[derive(Clone, Debug, PartialEq)]
 struct Stop {
     at: At,
+    step: String,
     name: String,
     attempts: u32,
     /// Why it went on from there the way it did, where that was not because it was done.
@@ -46,11 +47,15 @@ impl Path {
                 stop.trouble = trouble(event).or(stop.trouble);
             }
             match stops.last_mut() {
-                Some(stop) if stop.at == progress.at => stop.attempts = stop.attempts.max(progress.attempt),
+                // A plan that it was moved to may have the same step at another place.
+                Some(stop) if discriminant(&stop.at) == discriminant(&progress.at) && stop.step == progress.step => {
+                    stop.attempts = stop.attempts.max(progress.attempt)
+                }
                 _ => {
                     let undo = if matches!(progress.at, At::Undo(_)) { "undo " } else { "" };
                     let name = format!("{undo}{}", progress.step.replace(char::is_control, " "));
-                    stops.push(Stop { at: progress.at, name, attempts: progress.attempt, trouble: None });
+                    let step = progress.step.clone();
+                    stops.push(Stop { at: progress.at, step, name, attempts: progress.attempt, trouble: None });
                 }
             }
             last = Some(progress);

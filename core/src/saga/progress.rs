@@ -1,6 +1,6 @@
 //! How far one saga has come, and the events that record it.
 
-use std::{fmt, str::FromStr};
+use std::{collections::BTreeMap, fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -141,6 +141,10 @@ pub struct Progress {
     pub trouble: Option<Failure>,
     /// The definition it keeps to.
     pub definition: String,
+    /// The numbers that steps go by at their participants, for a saga that was moved to a plan in which they have other
+    /// places. Without, they go by their places.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub numbers: BTreeMap<String, usize>,
     /// When it started.
     pub started: i64,
     /// When it ended, or was abandoned.
@@ -154,6 +158,16 @@ impl Progress {
         match (self.due, self.deadline) {
             (Some(due), Some(deadline)) => Some(due.min(deadline)),
             (due, deadline) => due.or(deadline),
+        }
+    }
+
+    /// The step that it is at, as the participants know it: the same for as long as the saga runs, whatever plan it is moved to.
+    pub fn known_as(&self) -> At {
+        let number = |place: usize| self.numbers.get(&self.step).copied().unwrap_or(place);
+        match self.at {
+            At::Forward(place) => At::Forward(number(place)),
+            At::Undo(place) => At::Undo(number(place)),
+            At::Closing(place) => At::Closing(number(place)),
         }
     }
 

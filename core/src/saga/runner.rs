@@ -28,12 +28,13 @@ pub type Starts<C> = fn(&Message) -> Result<Option<(String, C)>, HandlerError>;
 
 /// Runs the sagas of one definition.
 pub struct Runner<C: SagaState> {
-    definitions: Arc<Definitions<C>>,
+    pub(super) definitions: Arc<Definitions<C>>,
     pub(super) instances: Repository<Instance<C>>,
     pub(super) store: Arc<dyn EventStore>,
     starts: Starts<C>,
     query: LogQuery,
     pub(super) timers: Timers,
+    fault: Option<String>,
 }
 
 impl<C: SagaState> Clone for Runner<C> {
@@ -45,6 +46,7 @@ impl<C: SagaState> Clone for Runner<C> {
             starts: self.starts,
             query: self.query.clone(),
             timers: self.timers.clone(),
+            fault: self.fault.clone(),
         }
     }
 }
@@ -54,7 +56,8 @@ impl<C: SagaState> Runner<C> {
     pub fn new(store: Arc<dyn EventStore>, saga: Saga<C>, query: LogQuery, starts: Starts<C>) -> Self {
         let instances = Repository::with(store.clone(), &saga.category(), CACHED_AGGREGATES);
         let definitions = Definitions { current: Arc::new(saga), older: HashMap::new(), migrations: HashMap::new() };
-        Self { definitions: Arc::new(definitions), instances, store, starts, query, timers: Timers::default() }
+        let (definitions, timers) = (Arc::new(definitions), Timers::default());
+        Self { definitions, instances, store, starts, query, timers, fault: None }
     }
 
     fn with(mut self, change: impl FnOnce(&mut Definitions<C>)) -> Self {
@@ -69,14 +72,43 @@ impl<C: SagaState> Runner<C> {
         self
     }
 
-    /// Lets sagas that were started under an earlier definition keep to it.
-    pub fn older(self, saga: Saga<C>) -> Self {
+    /// Lets sagas that were started under an earlier definition keep to it. One of the same hash as another would never be
+    /// used: then [`Runtime::start`](crate::Runtime::start) refuses the service. See [`Plan::revision`](super::Plan::revision).
+    pub fn older(mut self, saga: Saga<C>) -> Self {
+        self.refuse_known(&saga.hash, "registered as older");
         self.with(|definitions| _ = definitions.older.insert(saga.hash.clone(), Arc::new(saga)))
     }
 
+    fn refuse_known(&mut self, hash: &str, registered: &str) {
+        let Definitions { current, older, migrations } = &*self.definitions;
+        let known = if *hash == current.hash {
+            "the current definition"
+        } else if older.contains_key(hash) {
+            "an older one"
+        } else if migrations.contains_key(hash) {
+            "one that sagas are migrated from"
+        } else {
+            return;
+        };
+        self.fault = Some(format!(
+            "definition {hash} of saga {} is {registered}, and is the same as {known}: one of them would never be used; where a step \
+             asks for something else, or is undone in another way, give the new plan a `revision`",
+            current.name
+        ));
+    }
+
+    /// What is wrong with the definitions.
+    pub(crate) fn fault(&self) -> Option<&str> {
+        self.fault.as_deref()
+    }
+
     /// Moves sagas that were started under the definition with this hash to the current one, each when it next wants
-    /// attention. `migrate` says where in the current plan they stand.
-    pub fn migrate(self, from: &str, migrate: fn(&Progress) -> Progress) -> Self {
+    /// attention. `migrate` says where in the current plan they stand: at the step where they were, by its name. Steps that were
+    /// not asked for yet may be added, removed or moved; one that was asked for keeps its name at its participants, wherever
+    /// it stands. A saga that would do a step again, or leave one without its undo, stays where it is:
+    /// [`SagaRefusal::CannotMigrate`].
+    pub fn migrate(mut self, from: &str, migrate: fn(&Progress) -> Progress) -> Self {
+        self.refuse_known(from, "to be migrated");
         self.with(|definitions| _ = definitions.migrations.insert(from.to_owned(), migrate))
     }
 
@@ -149,12 +181,14 @@ impl<C: SagaState> Runner<C> {
         reply.outcome = reply.outcome.cleaned();
         let ask = self.ask(saga_id, What::Reply(reply));
         match work.execute(&self.instances, saga_id, &ask).await {
+            Ok(_) => Ok(()),
             // The log lost the saga when its database was restored. Begun again, the saga asks again, and is answered again.
             Err(WorkError::Refused(SagaRefusal::NotStarted)) => {
                 tracing::warn!(saga = %message.key, id = %message.id, "an answer to a saga that the log does not hold");
                 Ok(())
             }
-            executed => executed.map(drop).terminal(),
+            Err(WorkError::Refused(refusal)) if refusal.awaits_build() => Err(HandlerError::await_build(refusal)),
+            refused => refused.map(drop).terminal(),
         }
     }
 }

@@ -31,6 +31,9 @@ pub const TIMER_TICK: Duration = Duration::from_millis(100);
 pub const TIMER_LOOK: Duration = Duration::from_secs(1);
 /// How long a timer is left alone whose saga takes no input, such as one of a definition that this build lacks.
 const REFUSED_TIMER: Duration = Duration::from_secs(30);
+/// How long the timer of a saga whose definition this build lacks may be overdue before its document says that it waits: an
+/// instance that has the definition fires it within a second.
+const UNKNOWN_TIMER: TimeDelta = TimeDelta::seconds(5);
 /// The same where the bus has not yet taken what its saga asked for, and there are many of them.
 const UNHEARD_TIMER: Duration = Duration::from_secs(5);
 /// The same for a saga that has moved on, until the index has written down where to.
@@ -216,6 +219,8 @@ impl<C: SagaState> Runner<C> {
             soon.retain(|document| !fresh.contains(&document.key.id));
             due.first = soon;
         }
+        due.fresh = self.known(due.fresh, now).await;
+        due.first = self.known(due.first, now).await;
         let Some(service) = relayed_by.filter(|_| !due.fresh.is_empty() || !due.first.is_empty()) else {
             return Ok(due);
         };
@@ -223,6 +228,25 @@ impl<C: SagaState> Runner<C> {
         due.fresh = self.heard(due.fresh, relayed.as_ref()).await;
         due.first = self.heard(due.first, relayed.as_ref()).await;
         Ok(due)
+    }
+
+    /// Those whose definition this build has. Another instance may have that of the others; if none does, people see that these
+    /// wait for one.
+    async fn known(&self, due: Vec<Document>, now: DateTime<Utc>) -> Vec<Document> {
+        let is_known = |document: &Document| {
+            let status = serde_json::from_str::<SagaStatus>(&document.body);
+            status.is_ok_and(|status| self.definitions.knows(&status.definition_hash))
+        };
+        let (known, unknown): (Vec<_>, Vec<_>) = due.into_iter().partition(is_known);
+        let crowd = unknown.len() > DUE_PAGE / 2;
+        let is_overdue = |document: &Document| document.due.is_some_and(|due| due + UNKNOWN_TIMER < now);
+        let due = self.store.clock().due_in(REFUSED_TIMER);
+        let waits = unknown.into_iter().filter(|document| crowd || is_overdue(document)).map(|document| {
+            let body = waiting(&document.body, "waits for a build that has its definition");
+            Put { key: document.key, expected: Some(document.version), body: Some(body), due }
+        });
+        join_all(waits.map(|put| self.store.commit(Commit { appends: Vec::new(), puts: vec![put] }))).await;
+        known
     }
 
     /// Those whose question the bus has taken.
@@ -336,6 +360,7 @@ impl<C: SagaState> Runner<C> {
             Some(Err(fault)) => Err(fault.clone()),
             None => return Ok(()),
         };
+        let mut body = document.body.clone();
         let (due, outcome) = match staged {
             Ok(decided) => {
                 let wakes = decided.events.last().map(|event: &SagaEvent| event.progress().wakes());
@@ -347,12 +372,22 @@ impl<C: SagaState> Runner<C> {
             Err(fault @ Fault::OfStore(_)) => return Err(fault),
             Err(fault) => {
                 work.rollback();
+                if let Fault::OfSaga(why) = &fault {
+                    body = waiting(&body, why);
+                }
                 (work.due_in(REFUSED_TIMER), Err(fault))
             }
         };
-        work.put_expecting(&document.key, document.version, Some(document.body.clone()), due);
+        work.put_expecting(&document.key, document.version, Some(body), due);
         outcome
     }
+}
+
+/// The document of a saga that takes no input for now, with what people should know of that: until its next event.
+fn waiting(body: &Arc<str>, why: &str) -> Arc<str> {
+    let Ok(mut status) = serde_json::from_str::<SagaStatus>(body) else { return body.clone() };
+    status.last_error = Some(why.to_owned());
+    serde_json::to_string(&status).map_or_else(|_| body.clone(), Arc::from)
 }
 
 /// Why a saga was not woken.

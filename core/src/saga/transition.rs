@@ -1,6 +1,9 @@
 //! What a saga does next: a pure function of its plan, its progress and one input.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -123,6 +126,7 @@ pub fn begin<C: SagaState>(plan: &Saga<C>, saga_id: Uuid, context: C, now: i64) 
         failure: None,
         trouble: None,
         definition: plan.hash.clone(),
+        numbers: BTreeMap::new(),
         started: now,
         ended: None,
     };
@@ -187,7 +191,7 @@ impl<'a, C: SagaState> Move<'a, C> {
 
     fn reply(&mut self, reply: &Reply) -> Result<bool, String> {
         let known = self.progress.calls.get(reply.call).copied();
-        if reply.at != self.progress.at || matches!(known, None | Some(CallState::Done | CallState::Refused)) {
+        if reply.at != self.progress.known_as() || matches!(known, None | Some(CallState::Done | CallState::Refused)) {
             return Ok(false);
         }
         let stale = reply.attempt < self.progress.attempt || self.progress.retrying;
@@ -295,7 +299,7 @@ impl<'a, C: SagaState> Move<'a, C> {
 
     /// The command of a call; the reason where no store would take it.
     fn command(&self, call: usize, request: Result<Request, String>, attempt: u32) -> Result<Command, String> {
-        let at = self.progress.at;
+        let at = self.progress.known_as();
         let Request { to, type_name, schema_version, data } = request?;
         let data = data.map_err(|error| format!("{type_name} has no JSON form: {error}"))?;
         check_json_within(&data, NESTING_MAX - COMMAND_DEPTH)

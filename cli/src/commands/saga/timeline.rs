@@ -38,7 +38,7 @@ pub(crate) fn entries(history: &[(Recorded, SagaEvent)]) -> Vec<Entry> {
     let mut entries = Vec::new();
     for (recorded, event) in history {
         let progress = event.progress();
-        steps.insert(progress.at, progress.step.clone());
+        steps.insert(progress.known_as(), progress.step.clone());
         let mut lines = happened(event, before, &steps);
         for command in sent(event) {
             let again = if command.attempt > 1 { format!(", attempt {}", command.attempt) } else { String::new() };

@@ -91,8 +91,8 @@ fn follows(before: &Progress, event: &SagaEvent) -> Option<String> {
         ));
     }
     match event {
-        SagaEvent::Replied { reply, .. } if reply.at != before.at => {
-            return Some(format!("a reply to {} was taken at {}", reply.at, before.at));
+        SagaEvent::Replied { reply, .. } if reply.at != before.known_as() => {
+            return Some(format!("a reply to {} was taken at {}", reply.at, before.known_as()));
         }
         SagaEvent::Requested { .. } | SagaEvent::Declined { .. }
             if (after.at, after.status) != (before.at, before.status) =>
@@ -120,8 +120,8 @@ fn commands(event: &SagaEvent) -> Option<String> {
     else {
         return None;
     };
-    let wrong = send.iter().find(|command| command.at != progress.at)?;
-    Some(format!("it stands at {} and sends a command of {}", progress.at, wrong.at))
+    let wrong = send.iter().find(|command| command.at != progress.known_as())?;
+    Some(format!("it stands at {} and sends a command of {}", progress.known_as(), wrong.at))
 }
 
 /// A saga never comes to a place of lower rank: forward, then back through the same steps, then to its end.

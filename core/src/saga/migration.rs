@@ -1,0 +1,141 @@
+//! Moving a saga to another plan, or refusing to: no step is asked for twice, and none is left without its undo.
+
+use std::{collections::BTreeMap, mem::discriminant, sync::Arc};
+
+use super::{
+    definition::{Kind, PlannedStep, Saga, SagaState},
+    progress::{At, Progress},
+};
+use crate::panic::caught_now;
+
+/// The steps that a saga has come to, in this order: as their participants know them, and by name.
+pub(super) type Trail = Vec<(At, Arc<str>)>;
+
+impl<C> Saga<C> {
+    /// The step at a place, if the plan has that place.
+    pub(super) fn planned(&self, at: At) -> Option<&PlannedStep<C>> {
+        match at {
+            At::Forward(step) => self.steps.get(step),
+            At::Undo(step) => self.steps.get(step).filter(|step| step.kind == Kind::Compensatable),
+            At::Closing(step) => self.closing.get(step),
+        }
+    }
+
+    /// Whether a saga can stand so in this plan.
+    pub(super) fn has(&self, progress: &Progress) -> bool {
+        self.planned(progress.at).is_some_and(|step| step.calls.len() == progress.calls.len())
+    }
+}
+
+/// Where a saga stands in `plan`, as `migrate` says.
+///
+/// # Errors
+/// Why it cannot stand there.
+pub(super) fn migrated<C: SagaState>(
+    migrate: fn(&Progress) -> Progress,
+    from: &Progress,
+    trail: &Trail,
+    plan: &Saga<C>,
+) -> Result<Progress, String> {
+    let moved = caught_now(|| migrate(from)).map_err(|panic| format!("the migration {panic}"))?;
+    let at = moved.at;
+    let planned = plan.planned(at).ok_or_else(|| format!("the plan has no place {at}"))?;
+    let name = planned.name;
+    if discriminant(&at) != discriminant(&from.at) || (moved.status, moved.ended) != (from.status, from.ended) {
+        return Err(format!(
+            "it is {:?} at {}, and a migration does not turn it to {:?} at {at}",
+            from.status, from.at, moved.status
+        ));
+    }
+    if name != from.step || moved.step != from.step {
+        return Err(format!("it waits at step {:?}, and {at} of the plan is step {name:?}", from.step));
+    }
+    if moved.calls != from.calls || planned.calls.len() != from.calls.len() {
+        return Err(format!(
+            "step {name:?} was asked of {} participants, and has {} in the plan",
+            from.calls.len(),
+            planned.calls.len()
+        ));
+    }
+    keeps_what_was_asked(from, at, trail, plan)?;
+    Ok(Progress { definition: plan.hash.clone(), numbers: numbers(trail, plan), ..moved })
+}
+
+/// Whether a saga that goes on at `at` neither does a step again nor leaves one without its undo.
+fn keeps_what_was_asked<C>(from: &Progress, at: At, trail: &Trail, plan: &Saga<C>) -> Result<(), String> {
+    let asked = |is: fn(&At) -> bool| trail.iter().filter(move |(at, _)| is(at)).map(|(_, name)| &**name);
+    let forward = || asked(|at| matches!(at, At::Forward(_)));
+    let place_of = |steps: &[PlannedStep<C>], name: &str| steps.iter().position(|step| step.name == name);
+    let again = |name: &str| Err(format!("step {name:?} is done, and would be asked for again"));
+    match at {
+        At::Forward(step) => {
+            for name in forward().filter(|name| *name != from.step) {
+                match place_of(&plan.steps, name) {
+                    None => return Err(format!("step {name:?} was asked for, and the plan does not have it")),
+                    Some(place) if place > step => return again(name),
+                    Some(_) => {}
+                }
+            }
+            let passed_over =
+                |step: &&PlannedStep<C>| step.kind == Kind::Pivot && !forward().any(|name| name == step.name);
+            match plan.steps[..step].iter().find(passed_over) {
+                Some(pivot) => Err(format!("step {:?} decides, and would be passed over", pivot.name)),
+                None => Ok(()),
+            }
+        }
+        At::Undo(step) => {
+            let undone = || asked(|at| matches!(at, At::Undo(_)));
+            for name in forward().filter(|name| !undone().any(|undone| undone == *name)) {
+                let failed = from.failure.as_ref().is_some_and(|failure| failure.step == name);
+                match place_of(&plan.steps, name) {
+                    // A step that decides did not happen, or the saga would not go back.
+                    Some(place) if plan.steps[place].kind == Kind::Pivot => {}
+                    None if failed => {}
+                    None => return Err(format!("step {name:?} is to be undone, and the plan does not have it")),
+                    Some(place) if place >= step => return Err(format!("step {name:?} would not be undone")),
+                    Some(_) => {}
+                }
+            }
+            Ok(())
+        }
+        At::Closing(step) => {
+            let mut closed = asked(|at| matches!(at, At::Closing(_))).filter(|name| *name != from.step);
+            let twice = closed.find(|name| place_of(&plan.closing, name).is_some_and(|place| place > step));
+            twice.map_or(Ok(()), again)
+        }
+    }
+}
+
+/// The numbers that the steps of `plan` go by at their participants: a step that was asked for keeps its own, whatever its
+/// place is now, and every other one gets a number that was not used. Empty if all of them go by their places.
+fn numbers<C>(trail: &Trail, plan: &Saga<C>) -> BTreeMap<String, usize> {
+    let forward = trail.iter().filter_map(|(at, name)| match at {
+        At::Forward(number) => Some((&**name, *number)),
+        At::Undo(_) | At::Closing(_) => None,
+    });
+    let closing = trail.iter().filter_map(|(at, name)| match at {
+        At::Closing(number) => Some((&**name, *number)),
+        At::Forward(_) | At::Undo(_) => None,
+    });
+    let mut numbers = numbered(&plan.steps, forward.collect());
+    numbers.extend(numbered(&plan.closing, closing.collect()));
+    let all = plan.steps.iter().enumerate().chain(plan.closing.iter().enumerate());
+    let is_place = |(place, step): (usize, &PlannedStep<C>)| numbers.get(step.name) == Some(&place);
+    if all.into_iter().all(is_place) { BTreeMap::new() } else { numbers }
+}
+
+fn numbered<C>(steps: &[PlannedStep<C>], asked: BTreeMap<&str, usize>) -> BTreeMap<String, usize> {
+    let mut free = asked.values().copied().max().map_or(0, |last| last + 1).max(steps.len());
+    let mut number = |(place, step): (usize, &PlannedStep<C>)| {
+        let number = match asked.get(step.name) {
+            Some(number) => *number,
+            None if asked.values().any(|number| *number == place) => {
+                free += 1;
+                free - 1
+            }
+            None => place,
+        };
+        (step.name.to_owned(), number)
+    };
+    steps.iter().enumerate().map(&mut number).collect()
+}

@@ -1,0 +1,454 @@
+//! Services that change while they run: plans that sagas under way are moved to, and builds side by side of which one does not
+//! know what the other wrote.
+#![allow(clippy::unwrap_used)]
+
+mod postgres;
+
+use std::{sync::Arc, time::Duration};
+
+use annals::{
+    Answer, Event, EventStore, Handler, HandlerError, LocalBus, MemoryStore, Message, Participant, Runtime, Saga,
+    Service, StartError, StepError, Subscription, Work,
+    parking::DeadLetters,
+    saga::{At, Progress, Request, Runner, SagaStatus, Status, Verb},
+};
+use annals_sqlite::SqliteStore;
+use annals_tests::{
+    tally::{Tally, TallyCommand, document, documents, eventually},
+    trip::{Clerk, Play, Trip, World, ask, starts, take_back, tallies},
+};
+use async_trait::async_trait;
+use uuid::Uuid;
+
+const ALL: [&str; 3] = ["shop", "hotel", "bank"];
+const DRAIN: Duration = Duration::from_secs(10);
+/// Longer than any test lasts: what goes on does so without a timer.
+const PATIENT: Duration = Duration::from_secs(120);
+
+type Plan = Saga<Trip>;
+
+/// A plan of these steps: `book`, `charge` and the like can be undone, `confirm` decides, and what follows is repeated.
+macro_rules! plan {
+    ($timeout:expr, $attempts:expr; $($step:literal @ $service:literal),*; $($after:literal @ $other:literal),*) => {
+        Saga::<Trip>::named("trip")
+            $(.compensatable($step, |trip| ask($service, $step, trip))
+                .undo(|trip| take_back($service, $step, trip))
+                .timeout($timeout)
+                .attempts($attempts))*
+            .pivot("confirm", |trip| ask("shop", "confirm", trip))
+            .timeout($timeout)
+            .attempts($attempts)
+            $(.retriable($after, |trip| ask($other, $after, trip)).timeout($timeout).attempts($attempts))*
+            .build()
+    };
+}
+
+fn services(world: &World, store: &Arc<dyn EventStore>, runner: Runner<Trip>, names: &[&str]) -> Vec<Service> {
+    let service = |name: &&str| {
+        let service = Service::new(name, store.clone()).participant(Clerk(world.script.clone()));
+        if *name == "shop" { service.saga(runner.clone()) } else { service }
+    };
+    names.iter().map(service).collect()
+}
+
+fn runner(store: &Arc<dyn EventStore>, plan: Plan) -> Runner<Trip> {
+    Runner::new(store.clone(), plan, tallies(), starts)
+}
+
+async fn start(world: &World, runner: Runner<Trip>, names: &[&str]) -> Runtime {
+    let mut runtime = Runtime::new();
+    runtime.start(services(world, &world.store, runner, names), world.bus.clone()).await.unwrap();
+    runtime
+}
+
+/// A saga of `old` waits at `charge`: the bank is away, and its messages are kept.
+async fn waits_at_charge(store: Arc<dyn EventStore>, old: fn() -> Plan) -> World {
+    let world = World::new(store, old());
+    start(&world, runner(&world.store, old()), &["bank"]).await.drain(DRAIN).await.unwrap();
+    let runtime = start(&world, runner(&world.store, old()), &["shop", "hotel"]).await;
+    world.request("a", Uuid::new_v4(), None).await;
+    eventually("it waits at charge", async || world.status("a").await.filter(|status| status.step == "charge")).await;
+    runtime.drain(DRAIN).await.unwrap();
+    world
+}
+
+fn first() -> Plan {
+    plan!(PATIENT, 3; "book" @ "hotel", "charge" @ "bank"; "announce" @ "hotel")
+}
+
+fn to(progress: &Progress, step: usize) -> Progress {
+    Progress { at: At::Forward(step), ..progress.clone() }
+}
+
+/// Sagas move to plans with steps added in front, behind and between, removed and moved, as long as those were not asked for.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn steps_that_were_not_asked_for_are_added_removed_and_moved() {
+    type Case = (&'static str, fn() -> Plan, fn(&Progress) -> Progress, &'static [&'static str]);
+    let cases: [Case; 4] = [
+        (
+            "one in front",
+            || plan!(PATIENT, 3; "check" @ "hotel", "book" @ "hotel", "charge" @ "bank"; "announce" @ "hotel"),
+            |progress| to(progress, 2),
+            &["book", "charge", "confirm", "announce"],
+        ),
+        (
+            "between and behind",
+            || plan!(PATIENT, 3; "book" @ "hotel", "check" @ "bank", "charge" @ "bank", "insure" @ "bank"; "thank" @ "hotel", "announce" @ "hotel"),
+            |progress| to(progress, 2),
+            &["book", "charge", "insure", "confirm", "thank", "announce"],
+        ),
+        (
+            "the order of those before changes, and the last is removed",
+            || plan!(PATIENT, 3; "charge" @ "bank", "insure" @ "bank"; ),
+            |progress| Progress { at: At::Forward(0), ..progress.clone() },
+            &[],
+        ),
+        (
+            "one removed",
+            || plan!(PATIENT, 3; "book" @ "hotel", "charge" @ "bank"; ),
+            |progress| progress.clone(),
+            &["book", "charge", "confirm"],
+        ),
+    ];
+    for (case, plan, migrate, ledger) in cases {
+        for refused in [false, true] {
+            for folder in [None, Some(tempfile::tempdir().unwrap())] {
+                let store: Arc<dyn EventStore> = match &folder {
+                    None => Arc::new(MemoryStore::new()),
+                    Some(folder) => Arc::new(SqliteStore::open(folder.path().join("annals.db")).await.unwrap()),
+                };
+                let world = waits_at_charge(store, first).await;
+                if refused {
+                    world.script.play("confirm", Play::Refuse, 1);
+                }
+                let runtime = start(&world, runner(&world.store, plan()).migrate(first().hash(), migrate), &ALL).await;
+                if ledger.is_empty() {
+                    // The booking was asked for and done: without it in the plan, nobody would take it back.
+                    let error = refusal(&world, "a", runtime).await;
+                    assert!(error.contains("step \"book\" was asked for, and the plan does not have it"), "{error}");
+                    continue;
+                }
+                let end = if refused { Status::Compensated } else { Status::Completed };
+                world.becomes("a", end).await;
+                let done = world.ledger("a").await;
+                if refused {
+                    let stands = |step: &str| {
+                        let count = |name: &str| done.iter().filter(|done| *done == name).count();
+                        (count(step), count(&format!("undo {step}")))
+                    };
+                    assert_eq!((stands("book"), stands("charge")), ((1, 1), (1, 1)), "{case}: {done:?}");
+                    assert_eq!(stands("check"), (0, 0), "{case}: what was never done is never undone: {done:?}");
+                    assert_eq!(stands("insure").0, stands("insure").1, "{case}: {done:?}");
+                } else {
+                    assert_eq!(done, ledger, "{case}");
+                }
+                for service in ALL {
+                    assert_eq!(documents(&world.store, &format!("parked.{service}.commands")).await, [], "{case}");
+                }
+                runtime.drain(DRAIN).await.unwrap();
+            }
+        }
+    }
+}
+
+/// What an operator reads of a saga whose migration is refused, while another one goes on; then the runtime is drained.
+async fn refusal(world: &World, id: &str, runtime: Runtime) -> String {
+    let is_refused = async || world.status(id).await?.last_error.filter(|error| error.contains("cannot be moved"));
+    let parked = async || {
+        let letters = DeadLetters::new(world.store.clone()).list("shop.commands").await.unwrap();
+        letters.into_iter().map(|letter| letter.parked.reason).find(|reason| reason.contains("cannot be moved"))
+    };
+    let error = eventually("an operator sees it", async || parked().await.or(is_refused().await)).await;
+    assert_ne!(world.status(id).await.unwrap().status, Status::Completed);
+    world.request("another", Uuid::new_v4(), None).await;
+    world.becomes("another", Status::Completed).await;
+    runtime.drain(DRAIN).await.unwrap();
+    error
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn migration_that_would_do_a_step_again_or_leads_nowhere_is_refused_for_that_saga_alone() {
+    type Case = (fn() -> Plan, fn(&Progress) -> Progress, &'static str);
+    let cases: [Case; 7] = [
+        (
+            || plan!(PATIENT, 3; "charge" @ "bank", "book" @ "hotel"; ),
+            |progress| to(progress, 0),
+            "step \"book\" is done, and would be asked for again",
+        ),
+        (
+            || plan!(PATIENT, 3; "book" @ "hotel"; ),
+            Progress::clone,
+            "it waits at step \"charge\", and forward.1 of the plan is step \"confirm\"",
+        ),
+        (|| plan!(PATIENT, 3; "charge" @ "bank"; ), |progress| to(progress, 7), "the plan has no place forward.7"),
+        (
+            || plan!(PATIENT, 3; "charge" @ "bank", "hire" @ "bank"; ),
+            |progress| to(progress, 0),
+            "step \"book\" was asked for, and the plan does not have it",
+        ),
+        (
+            || plan!(PATIENT, 3; "book" @ "hotel", "charge" @ "bank"; ),
+            |_| panic!("no idea"),
+            "the migration panicked: no idea",
+        ),
+        (
+            || plan!(PATIENT, 3; "book" @ "hotel", "charge" @ "bank"; ),
+            |progress| Progress { calls: Vec::new(), ..progress.clone() },
+            "step \"charge\" was asked of 1 participants",
+        ),
+        (
+            || plan!(PATIENT, 3; "book" @ "hotel", "charge" @ "bank"; ),
+            |progress| Progress { status: Status::Completed, ..progress.clone() },
+            "a migration does not turn it to Completed",
+        ),
+    ];
+    for (plan, migrate, why) in cases {
+        let world = waits_at_charge(Arc::new(MemoryStore::new()), first).await;
+        let runtime = start(&world, runner(&world.store, plan()).migrate(first().hash(), migrate), &ALL).await;
+        let error = refusal(&world, "a", runtime).await;
+        assert!(error.contains(why), "{error}");
+        // The mended build keeps the plan for it, and takes what has waited at once.
+        let runtime = start(&world, runner(&world.store, plan()).older(first()), &ALL).await;
+        world.becomes("a", Status::Completed).await;
+        assert_eq!(world.ledger("a").await, ["book", "charge", "confirm", "announce"], "{why}");
+        assert_eq!(documents(&world.store, "parked.shop.commands").await, [], "{why}");
+        runtime.drain(DRAIN).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn plan_that_would_never_be_used_is_refused_at_the_start() {
+    fn other() -> Plan {
+        Saga::<Trip>::named("trip")
+            .compensatable("book", |trip| ask("hotel", "book", trip))
+            .undo(|trip| take_back("hotel", "another book", trip))
+            .compensatable("charge", |trip| ask("bank", "charge", trip))
+            .undo(|trip| take_back("bank", "charge", trip))
+            .pivot("confirm", |trip| ask("shop", "confirm", trip))
+            .retriable("announce", |trip| ask("hotel", "announce", trip))
+            .build()
+    }
+    let world = World::new(Arc::new(MemoryStore::new()), first());
+    let runner = || runner(&world.store, other());
+    let wrong = [
+        runner().older(first()),
+        runner().migrate(first().hash(), Progress::clone),
+        runner().older(plan!(PATIENT, 3; "book" @ "hotel"; )).older(plan!(PATIENT, 1; "book" @ "hotel"; )),
+    ];
+    for runner in wrong {
+        let started = Runtime::new().start(services(&world, &world.store, runner, &ALL), world.bus.clone()).await;
+        let error = started.unwrap_err();
+        assert!(matches!(&error, StartError::Definitions { service, .. } if service == "shop"), "{error}");
+        assert!(error.to_string().contains("revision"), "{error}");
+    }
+    assert_ne!(first().hash(), {
+        let revised =
+            Saga::<Trip>::named("trip").revision(1).pivot("confirm", |trip| ask("shop", "confirm", trip)).build();
+        revised.hash().to_owned()
+    });
+}
+
+fn second() -> Plan {
+    plan!(PATIENT, 3; "book" @ "hotel", "charge" @ "bank"; "announce" @ "hotel", "thank" @ "hotel")
+}
+
+/// Two builds on one store, each with a bus of its own: the lanes of the log are shared, so each gets what the other wrote.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn builds_side_by_side_forth_and_back_leave_no_saga_behind() {
+    let schema = postgres::Schema::new();
+    for (name, [old, new], stores) in [
+        (
+            "PostgreSQL",
+            ["a", "b"],
+            [Arc::new(schema.store().await) as Arc<dyn EventStore>, Arc::new(schema.store().await)],
+        ),
+        ("memory", ["b", "a"], {
+            let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+            [store.clone(), store]
+        }),
+    ] {
+        let world = World::new(stores[0].clone(), first());
+        let instance = async |instance: &str, store: &Arc<dyn EventStore>, runner: Runner<Trip>| {
+            let mut runtime = Runtime::shared(instance);
+            runtime.start(services(&world, store, runner, &ALL), Arc::new(LocalBus::default())).await.unwrap();
+            runtime
+        };
+        let old_build = || runner(&stores[0], first());
+        let new_build = || runner(&stores[1], second()).older(first());
+        let request = async |from: usize| {
+            for id in from..from + 20 {
+                world.request(&id.to_string(), Uuid::new_v4(), None).await;
+                tokio::task::yield_now().await;
+            }
+        };
+        let alone = instance(old, &stores[0], old_build()).await;
+        request(0).await;
+        let both = instance(new, &stores[1], new_build()).await;
+        request(20).await;
+        all_end(&world, 0..40, name).await;
+        // Back: the new build goes while sagas of its plan are under way, and comes again.
+        world.script.play("thank", Play::Fail, 3);
+        request(40).await;
+        both.drain(DRAIN).await.unwrap();
+        request(60).await;
+        let again = instance(new, &stores[1], new_build()).await;
+        alone.drain(DRAIN).await.unwrap();
+        request(80).await;
+        all_end(&world, 0..100, name).await;
+        for service in ALL {
+            assert_eq!(documents(&world.store, &format!("parked.{service}.commands")).await, [], "{name}");
+        }
+        again.drain(DRAIN).await.unwrap();
+    }
+}
+
+async fn all_end(world: &World, ids: std::ops::Range<usize>, name: &str) {
+    for id in ids {
+        let ended = async || world.status(&id.to_string()).await.filter(|status| status.ended_at.is_some());
+        let status: SagaStatus = eventually(&format!("saga {id} ends on {name}"), ended).await;
+        assert_eq!(status.status, Status::Completed, "{id} on {name}: {:?}", status.last_error);
+        let ledger = world.ledger(&id.to_string()).await;
+        assert_eq!(ledger[..4], ["book", "charge", "confirm", "announce"], "{id} on {name}");
+    }
+}
+
+/// Sagas of a plan that no running build has wait, visibly.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn saga_whose_plan_no_build_has_waits_visibly_and_goes_on_with_one_that_has_it() {
+    fn quick() -> Plan {
+        plan!(Duration::from_millis(200), 1_000; "book" @ "hotel", "charge" @ "bank"; "announce" @ "hotel", "thank" @ "hotel")
+    }
+    let world = waits_at_charge(Arc::new(MemoryStore::new()), quick).await;
+    let runtime = start(&world, runner(&world.store, first()), &ALL).await;
+    let waits = async || world.status("a").await?.last_error.filter(|error| error.contains("waits for a build"));
+    eventually("its status says so", waits).await;
+    let letters = DeadLetters::new(world.store.clone()).list("shop.commands").await.unwrap();
+    assert!(letters[0].parked.reason.starts_with("waits for a build"), "{}", letters[0].parked.reason);
+    assert!(letters[0].parked.awaits_build && letters[0].retries_at.is_some());
+    runtime.drain(DRAIN).await.unwrap();
+    let runtime = start(&world, runner(&world.store, quick()), &ALL).await;
+    world.becomes("a", Status::Completed).await;
+    assert_eq!(world.ledger("a").await, ["book", "charge", "confirm", "announce", "thank"]);
+    assert_eq!(documents(&world.store, "parked.shop.commands").await, []);
+    runtime.drain(DRAIN).await.unwrap();
+}
+
+/// What the next build writes.
+#[derive(Event, Clone, Debug, PartialEq)]
+#[event(prefix = "tally")]
+enum NewerTally {
+    Added { amount: i64 },
+    Rounded {},
+}
+
+/// Follows tallies and writes down what it has read, as a build that knows `E`.
+struct Follower<E>(std::marker::PhantomData<fn() -> E>);
+
+#[async_trait]
+impl<E: Event + std::fmt::Debug> Handler for Follower<E> {
+    async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
+        let Some(event) = message.decode::<E>()? else { return Ok(()) };
+        let key = annals::DocumentKey::new("followed", &*message.subject);
+        let mut all: Vec<String> = work.document(&key).await?.unwrap_or_default();
+        all.push(format!("{event:?}"));
+        work.put(&key, &all)?;
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn event_that_a_build_does_not_know_waits_for_one_that_does() {
+    use annals_tests::tally::TallyEvent;
+    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    let old = || Subscription::new("follower", Follower::<TallyEvent>(std::marker::PhantomData)).query(tallies());
+    let new = || Subscription::new("follower", Follower::<NewerTally>(std::marker::PhantomData)).query(tallies());
+    let run = async |subscription: Subscription| {
+        let mut runtime = Runtime::new();
+        let service = Service::new("shop", store.clone()).subscribe(subscription);
+        runtime.start(vec![service], Arc::new(LocalBus::default())).await.unwrap();
+        runtime
+    };
+    let runtime = run(old()).await;
+    let tallies = annals::Repository::<Tally>::new(store.clone());
+    let add = async |id: &str, amount| {
+        tallies.execute(id, TallyCommand::Add(amount), Uuid::new_v4()).await.unwrap();
+    };
+    add("x", 1).await;
+    append(&store, "tally-x", 1, &NewerTally::Rounded {}).await;
+    let letters = async || DeadLetters::new(store.clone()).list("follower").await.unwrap();
+    let letter = eventually("it waits", async || letters().await.pop()).await;
+    assert!(letter.parked.reason.starts_with("waits for a build that knows more: "), "{}", letter.parked.reason);
+    assert!(letter.retries_at.is_some());
+    // A command on that stream is an error for its caller, and nothing is written.
+    let outdated = annals::Repository::<Tally>::new(store.clone());
+    let refused = outdated.execute("x", TallyCommand::Add(2), Uuid::new_v4()).await;
+    assert!(matches!(refused, Err(annals::ExecuteError::Undecodable(_))), "{refused:?}");
+    // Another key goes on, and one behind it waits in its order.
+    append(&store, "tally-x", 2, &NewerTally::Added { amount: 3 }).await;
+    add("y", 1).await;
+    let followed = async |id: &str| {
+        let body = document(&store, &annals::DocumentKey::new("followed", id)).await?;
+        serde_json::from_str::<Vec<String>>(&body).ok()
+    };
+    eventually("the other key goes on", async || followed("tally-y").await).await;
+    assert_eq!(followed("tally-x").await.unwrap().len(), 1);
+    runtime.drain(DRAIN).await.unwrap();
+    let runtime = run(new()).await;
+    let all = eventually("all are read", async || followed("tally-x").await.filter(|all| all.len() == 3)).await;
+    assert_eq!(all, ["Added { amount: 1 }", "Rounded", "Added { amount: 3 }"]);
+    eventually("nothing waits", async || letters().await.is_empty().then_some(())).await;
+    runtime.drain(DRAIN).await.unwrap();
+}
+
+async fn append(store: &Arc<dyn EventStore>, stream: &str, expected: i64, event: &NewerTally) {
+    let event = annals::NewEvent {
+        id: Uuid::new_v4(),
+        type_name: event.type_name().into(),
+        schema_version: 1,
+        data: event.encode().unwrap(),
+        metadata: annals::Metadata::default(),
+    };
+    let stream = annals::StreamId::parse(stream).unwrap();
+    let append =
+        annals::Append { stream, expected: annals::Expected::Version(annals::Version(expected)), events: vec![event] };
+    store.commit(annals::Commit { appends: vec![append], puts: Vec::new() }).await.unwrap();
+}
+
+/// A command that only the next build of the bank knows, while a saga waits for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn command_of_the_next_build_is_carried_out_once_that_is_deployed() {
+    #[derive(Event, Clone, Debug, PartialEq)]
+    #[event(prefix = "act")]
+    enum Newer {
+        Insure { trip: String },
+    }
+    struct NewBank;
+    #[async_trait]
+    impl Participant for NewBank {
+        type Command = Newer;
+        async fn perform(&self, _: Newer, _: &mut Work) -> Result<Answer, StepError> {
+            Ok(Answer::DONE)
+        }
+    }
+    fn plan() -> Plan {
+        Saga::<Trip>::named("trip")
+            .compensatable("book", |trip| ask("hotel", "book", trip))
+            .undo(|trip| take_back("hotel", "book", trip))
+            .pivot("insure", |trip| Request::to("bank", &Newer::Insure { trip: trip.id.clone() }))
+            .attempts(2)
+            .build()
+    }
+    let world = World::new(Arc::new(MemoryStore::new()), plan());
+    let runtime = start(&world, runner(&world.store, plan()), &ALL).await;
+    world.request("a", Uuid::new_v4(), None).await;
+    let status = world.becomes("a", Status::Stuck).await;
+    assert!(status.last_error.unwrap().contains("deploy a build of bank that knows it"));
+    runtime.drain(DRAIN).await.unwrap();
+    let mut services = services(&world, &world.store, runner(&world.store, plan()), &["shop", "hotel"]);
+    services.push(Service::new("bank", world.store.clone()).participant(NewBank));
+    let mut runtime = Runtime::new();
+    runtime.start(services, world.bus.clone()).await.unwrap();
+    runner(&world.store, plan()).operate("a", Verb::Retry, "ann", "deployed").await.unwrap();
+    world.becomes("a", Status::Completed).await;
+    runtime.drain(DRAIN).await.unwrap();
+}
