@@ -337,7 +337,7 @@ async fn undecodable_event_parks_for_good() {
     bed.retry = RetryPolicy::default();
     let odd = annals::NewEvent {
         id: uuid::Uuid::new_v4(),
-        type_name: "tally.multiplied".into(),
+        type_name: "tally.added".into(),
         schema_version: 1,
         data: "{}".into(),
         metadata: annals::Metadata::default(),
@@ -351,7 +351,7 @@ async fn undecodable_event_parks_for_good() {
     let letter = bed.parked(0).await;
     assert_eq!(letter.retries_at, None);
     assert!(
-        letter.parked.reason.contains("tally.multiplied") && letter.parked.reason.contains("tally-odd"),
+        letter.parked.reason.contains("tally.added") && letter.parked.reason.contains("tally-odd"),
         "{letter:?}"
     );
     assert_eq!(&*letter.parked.message().unwrap().data, "{}");
