@@ -2,8 +2,8 @@
 #![allow(clippy::unwrap_used)]
 
 use annals::{
-    Saga, SagaState, StepError,
-    saga::{Outcome, Request, Status},
+    Event, Saga, SagaState, StepError,
+    saga::{At, Outcome, Progress, Request, Status},
     testing::{Check, Violation, check},
 };
 use serde::{Deserialize, Serialize};
@@ -373,4 +373,106 @@ fn a_service_that_panics_is_shown_with_its_history() {
     assert!(violation.broken.starts_with("the service \"inventory\", asked for stock.release"), "{violation}");
     assert!(violation.broken.ends_with("panicked: out of hands"), "{violation}");
     assert!(!violation.history.is_empty());
+}
+
+#[derive(Event, Clone, Debug)]
+#[event(prefix = "act")]
+enum Act {
+    Do { step: String },
+    Undo { step: String },
+}
+
+#[derive(Clone, Serialize, Deserialize)]
+struct Nothing;
+impl SagaState for Nothing {}
+
+/// What stands, by the name of its step.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+struct Standing(std::collections::BTreeMap<String, i32>);
+
+macro_rules! act {
+    ($step:literal) => {
+        |_| Request::to("all", &Act::Do { step: $step.into() })
+    };
+}
+macro_rules! undo {
+    ($step:literal) => {
+        |_| Request::to("all", &Act::Undo { step: $step.into() })
+    };
+}
+
+fn three() -> Saga<Nothing> {
+    Saga::named("moved")
+        .compensatable("book", act!("book"))
+        .undo(undo!("book"))
+        .compensatable("charge", act!("charge"))
+        .undo(undo!("charge"))
+        .pivot("confirm", act!("confirm"))
+        .build()
+}
+
+/// One step more in front, and one behind what was asked for at first.
+fn five() -> Saga<Nothing> {
+    Saga::named("moved")
+        .compensatable("look", act!("look"))
+        .undo(undo!("look"))
+        .compensatable("book", act!("book"))
+        .undo(undo!("book"))
+        .compensatable("charge", act!("charge"))
+        .undo(undo!("charge"))
+        .pivot("confirm", act!("confirm"))
+        .retriable("tell", act!("tell"))
+        .build()
+}
+
+fn one_further(progress: &Progress) -> Progress {
+    let at = match progress.at {
+        At::Forward(step) => At::Forward(step + 1),
+        At::Undo(step) => At::Undo(step + 1),
+        At::Closing(step) => At::Closing(step),
+    };
+    Progress { at, ..progress.clone() }
+}
+
+fn moved(earlier: Saga<Nothing>, to: Saga<Nothing>, migrate: fn(&Progress) -> Progress) -> Check<Nothing, Standing> {
+    check(to, Nothing)
+        .moved_from(earlier, migrate)
+        .world(Standing::default())
+        .service("all", |standing: &mut Standing, act: Act| {
+            let (step, change) = match act {
+                Act::Do { step } => (step, 1),
+                Act::Undo { step } => (step, -1),
+            };
+            *standing.0.entry(step).or_default() += change;
+            Ok(().into())
+        })
+        .always("nothing is done twice, or undone without having been done", |standing| {
+            standing.0.values().all(|count| (0..=1).contains(count))
+        })
+        .at_end("a saga that goes back leaves nothing", |standing, status| {
+            status == Status::Completed || standing.0.values().all(|count| *count == 0)
+        })
+}
+
+#[test]
+fn a_saga_that_is_moved_to_another_plan_at_any_moment_ends_clean() {
+    let report = moved(three(), five(), one_further).everything().ends_clean();
+    println!("{report:?}");
+}
+
+#[test]
+fn a_migration_that_loses_a_step_is_caught() {
+    let two = || {
+        Saga::named("moved")
+            .compensatable("charge", act!("charge"))
+            .undo(undo!("charge"))
+            .pivot("confirm", act!("confirm"))
+            .build()
+    };
+    let one_back = |progress: &Progress| match progress.at {
+        At::Forward(step) if step > 0 => Progress { at: At::Forward(step - 1), ..progress.clone() },
+        _ => progress.clone(),
+    };
+    let violation = moved(three(), two(), one_back).every_timer_fires().run().expect_err("it loses the booking");
+    assert!(violation.broken.contains("cannot be moved"), "{violation}");
 }

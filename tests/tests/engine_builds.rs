@@ -7,9 +7,8 @@ mod postgres;
 use std::{sync::Arc, time::Duration};
 
 use annals::{
-    Answer, Event, EventStore, Handler, HandlerError, LocalBus, MemoryStore, Message, Participant, Runtime, Saga,
-    Service, StartError, StepError, Subscription, Work,
-    parking::DeadLetters,
+    Answer, DeadLetters, Event, EventStore, Handler, HandlerError, LocalBus, MemoryStore, Message, Participant,
+    Runtime, Saga, Service, StartError, StepError, Subscription, Work,
     saga::{At, Progress, Request, Runner, SagaStatus, Status, Verb},
 };
 use annals_sqlite::SqliteStore;
@@ -68,7 +67,8 @@ async fn waits_at_charge(store: Arc<dyn EventStore>, old: fn() -> Plan) -> World
     let runtime = start(&world, runner(&world.store, old()), &["shop", "hotel"]).await;
     world.request("a", Uuid::new_v4(), None).await;
     eventually("it waits at charge", async || world.status("a").await.filter(|status| status.step == "charge")).await;
-    runtime.drain(DRAIN).await.unwrap();
+    // Nobody takes what is sent to the bank: cut off rather than drained.
+    drop(runtime);
     world
 }
 
@@ -118,7 +118,7 @@ async fn steps_that_were_not_asked_for_are_added_removed_and_moved() {
                     Some(folder) => Arc::new(SqliteStore::open(folder.path().join("annals.db")).await.unwrap()),
                 };
                 let world = waits_at_charge(store, first).await;
-                if refused {
+                if refused && !ledger.is_empty() {
                     world.script.play("confirm", Play::Refuse, 1);
                 }
                 let runtime = start(&world, runner(&world.store, plan()).migrate(first().hash(), migrate), &ALL).await;
@@ -295,8 +295,10 @@ async fn builds_side_by_side_forth_and_back_leave_no_saga_behind() {
         alone.drain(DRAIN).await.unwrap();
         request(80).await;
         all_end(&world, 0..100, name).await;
+        // An answer that came twice may still wait where the old build has left it.
         for service in ALL {
-            assert_eq!(documents(&world.store, &format!("parked.{service}.commands")).await, [], "{name}");
+            let parked = async || documents(&world.store, &format!("parked.{service}.commands")).await;
+            eventually("nothing waits", async || parked().await.is_empty().then_some(())).await;
         }
         again.drain(DRAIN).await.unwrap();
     }

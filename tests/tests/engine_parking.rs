@@ -350,10 +350,7 @@ async fn undecodable_event_parks_for_good() {
     bed.becomes("a", &[1]).await;
     let letter = bed.parked(0).await;
     assert_eq!(letter.retries_at, None);
-    assert!(
-        letter.parked.reason.contains("tally.added") && letter.parked.reason.contains("tally-odd"),
-        "{letter:?}"
-    );
+    assert!(letter.parked.reason.contains("tally.added") && letter.parked.reason.contains("tally-odd"), "{letter:?}");
     assert_eq!(&*letter.parked.message().unwrap().data, "{}");
     running.stop().await;
 }

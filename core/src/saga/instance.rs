@@ -31,6 +31,12 @@ impl<C> Default for Instance<C> {
 }
 
 impl<C> Instance<C> {
+    /// The steps that it has come to.
+    #[cfg(feature = "testing")]
+    pub(crate) fn trail(&self) -> &Trail {
+        &self.trail
+    }
+
     /// What the saga knows; `None` before it starts.
     pub fn context(&self) -> Option<&C> {
         self.context.as_ref()
@@ -142,22 +148,10 @@ impl<C: SagaState> Aggregate for Instance<C> {
         }
         let Some(context) = &self.context else { return Err(SagaRefusal::NotStarted) };
         let mut events = Vec::new();
-        let mut progress = progress.clone();
-        let definition = if progress.definition == current.hash {
-            current
-        } else if let Some(migrate) = ask.definitions.migrations.get(&progress.definition) {
-            let from = progress.definition.clone();
-            progress = migrated(*migrate, &progress, &self.trail, current).map_err(|reason| {
-                SagaRefusal::CannotMigrate { from: from.clone(), to: current.hash.clone(), reason }
-            })?;
+        let from = progress.definition.clone();
+        let (definition, progress) = self.standing(&ask.definitions, progress)?;
+        if progress.definition != from {
             events.push(SagaEvent::Migrated { from, progress: progress.clone() });
-            current
-        } else {
-            let older = ask.definitions.older.get(&progress.definition);
-            older.ok_or_else(|| SagaRefusal::UnknownDefinition(progress.definition.clone()))?
-        };
-        if !definition.has(&progress) {
-            return Err(SagaRefusal::Nowhere { at: progress.at, definition: progress.definition });
         }
         let input = match &ask.what {
             What::Begin(_) => return Ok(Vec::new()),
@@ -280,6 +274,29 @@ fn is_compensatable<C: SagaState>(definition: &Saga<C>, at: At) -> bool {
 }
 
 impl<C: SagaState> Instance<C> {
+    /// The definition that it goes on with, and where it stands in that.
+    pub(crate) fn standing<'a>(
+        &self,
+        definitions: &'a Definitions<C>,
+        progress: &Progress,
+    ) -> Result<(&'a Saga<C>, Progress), SagaRefusal> {
+        let (hash, current) = (&progress.definition, &definitions.current);
+        let (definition, progress) = if *hash == current.hash {
+            (current, progress.clone())
+        } else if let Some(migrate) = definitions.migrations.get(hash) {
+            let moved = migrated(*migrate, progress, &self.trail, current);
+            let (from, to) = (hash.clone(), current.hash.clone());
+            (current, moved.map_err(|reason| SagaRefusal::CannotMigrate { from, to, reason })?)
+        } else {
+            let older = definitions.older.get(hash);
+            (older.ok_or_else(|| SagaRefusal::UnknownDefinition(hash.clone()))?, progress.clone())
+        };
+        if !definition.has(&progress) {
+            return Err(SagaRefusal::Nowhere { at: progress.at, definition: progress.definition });
+        }
+        Ok((definition, progress))
+    }
+
     /// What no decision has come upon: a state of this build that cannot take what an earlier one could.
     fn learn(&mut self, step: &str, outcome: &Outcome) {
         let Some(context) = &mut self.context else { return };

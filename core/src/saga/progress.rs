@@ -163,8 +163,13 @@ impl Progress {
 
     /// The step that it is at, as the participants know it: the same for as long as the saga runs, whatever plan it is moved to.
     pub fn known_as(&self) -> At {
-        let number = |place: usize| self.numbers.get(&self.step).copied().unwrap_or(place);
-        match self.at {
+        self.number_of(self.at, &self.step)
+    }
+
+    /// A step of its plan, with this place and this name, as the participants know it.
+    pub(crate) fn number_of(&self, at: At, step: &str) -> At {
+        let number = |place: usize| self.numbers.get(step).copied().unwrap_or(place);
+        match at {
             At::Forward(place) => At::Forward(number(place)),
             At::Undo(place) => At::Undo(number(place)),
             At::Closing(place) => At::Closing(number(place)),

@@ -13,13 +13,13 @@ use stateright::{Checker, Model};
 
 use super::{
     history,
-    machine::Machine,
+    machine::{Machine, Migrate},
     model::{Act, Always, AtEnd, Protocol, RULES, Troubles},
 };
 use crate::{
     event::Event,
     panic::caught_now,
-    saga::{Saga, SagaState, Status, StepError},
+    saga::{Progress, Saga, SagaState, Status, StepError},
 };
 
 /// How often a step is asked for before the checked saga gives it up: often enough for a repeated, a late and a last one.
@@ -32,6 +32,7 @@ pub const STATES_MAX: usize = 5_000_000;
 #[must_use = "a check does nothing before `ends_clean` or `run`"]
 pub struct Check<C, W> {
     saga: Saga<C>,
+    earlier: Option<(Saga<C>, Migrate)>,
     context: C,
     protocol: Parts<W>,
     attempts: u32,
@@ -103,7 +104,8 @@ impl std::error::Error for Violation {}
 /// - a saga that completed has every step done and none undone; one that was compensated has none done;
 /// - replies that are late or repeated change nothing;
 /// - a saga ends, or is stuck where it may be (at the pivot, at what follows it, or in an undo), and then ends after a retry;
-/// - a step that is asked for again has the same id and the same content.
+/// - a step that is asked for again has the same id and the same content, also after the saga was
+///   [moved](Check::moved_from) to another plan.
 ///
 /// ```
 /// use annals::{Event, Saga, SagaState, saga, testing::check};
@@ -147,7 +149,7 @@ impl std::error::Error for Violation {}
 ///     .ends_clean();
 /// ```
 pub fn check<C: SagaState>(saga: Saga<C>, context: C) -> Check<C, ()> {
-    Check { saga, context, protocol: Parts::of(()), attempts: ATTEMPTS, states_max: STATES_MAX }
+    Check { saga, earlier: None, context, protocol: Parts::of(()), attempts: ATTEMPTS, states_max: STATES_MAX }
 }
 
 impl<W> Parts<W> {
@@ -161,8 +163,8 @@ impl<C: SagaState> Check<C, ()> {
     /// Gives the saga's services a world to act in, as it is when the saga starts. Comes before everything else. The smaller
     /// it is, the faster the check: what matters to an invariant, and no more.
     pub fn world<W>(self, world: W) -> Check<C, W> {
-        let Self { saga, context, attempts, states_max, .. } = self;
-        Check { saga, context, protocol: Parts::of(world), attempts, states_max }
+        let Self { saga, earlier, context, attempts, states_max, .. } = self;
+        Check { saga, earlier, context, protocol: Parts::of(world), attempts, states_max }
     }
 }
 
@@ -224,6 +226,14 @@ where
         self
     }
 
+    /// The saga starts under an earlier plan, and a build that moves it to this one, as
+    /// [`Runner::migrate`](crate::saga::Runner::migrate) does, may take over at any moment. A migration that is refused anywhere breaks a
+    /// rule.
+    pub fn moved_from(mut self, earlier: Saga<C>, migrate: fn(&Progress) -> Progress) -> Self {
+        self.earlier = Some((earlier, migrate));
+        self
+    }
+
     /// All that can go wrong.
     pub fn everything(self) -> Self {
         self.every_step_fails().every_message_repeats().every_timer_fires()
@@ -262,16 +272,19 @@ where
     /// The shortest history that breaks a rule or an invariant; without a history, if there are too many
     /// states.
     pub fn run(self) -> Result<Report, Violation> {
-        let Self { mut saga, context, protocol, attempts, states_max } = self;
-        for step in saga.steps.iter_mut().chain(&mut saga.closing) {
-            step.attempts_max = step.attempts_max.min(attempts);
+        let Self { mut saga, mut earlier, context, protocol, attempts, states_max } = self;
+        for plan in [&mut saga].into_iter().chain(earlier.as_mut().map(|(plan, _)| plan)) {
+            for step in plan.steps.iter_mut().chain(&mut plan.closing) {
+                step.attempts_max = step.attempts_max.min(attempts);
+            }
         }
         let Parts { world, services, always, at_end, troubles } = protocol;
         if services.is_empty() && TypeId::of::<W>() != TypeId::of::<()>() {
             let broken = "the world has no services: say with `service` what commands do in it".to_owned();
             return Err(Violation { broken, history: Vec::new(), world: format!("{world:?}") });
         }
-        let protocol = Protocol { machine: Machine::new(saga, context), world, services, always, at_end, troubles };
+        let protocol =
+            Protocol { machine: Machine::new(saga, earlier, context), world, services, always, at_end, troubles };
         let start = Instant::now();
         // One thread, so that the first history found is a shortest one, and the same each time.
         let checker = protocol.checker().threads(1).target_state_count(states_max).spawn_bfs().join();

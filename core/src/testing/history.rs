@@ -23,11 +23,14 @@ where
     C: SagaState,
     W: Clone + Debug + Eq + Hash + Send + Sync + 'static,
 {
-    let saga = protocol.machine.saga();
+    let place = after.place.or(before.place).map(|place| protocol.machine.place(place));
+    let name = |at: At| {
+        let plan = place.as_ref().map(|place| protocol.machine.plan(&place.progress));
+        plan.and_then(|plan| plan.place_of(at)).map_or("a step of the earlier plan", |(_, name)| name)
+    };
     let what = |at: At| match at {
-        At::Forward(step) => format!("{:?}", saga.steps[step].name),
-        At::Undo(step) => format!("the undo of {:?}", saga.steps[step].name),
-        At::Closing(step) => format!("{:?}", saga.closing[step].name),
+        At::Forward(_) | At::Closing(_) => format!("{:?}", name(at)),
+        At::Undo(_) => format!("the undo of {:?}", name(at)),
     };
     let mut line = match action {
         Action::Begin => "the saga starts".to_owned(),
@@ -58,6 +61,7 @@ where
         }
         Action::Saga(Happening::Timer) => "the timer fires".to_owned(),
         Action::Saga(Happening::Deadline) => "the saga's deadline passes".to_owned(),
+        Action::Saga(Happening::Deploy) => "the build with the next plan takes over".to_owned(),
         Action::Saga(Happening::Retry) => "an operator retries".to_owned(),
     };
     for asked in asked(protocol, before, action) {

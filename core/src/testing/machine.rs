@@ -10,7 +10,10 @@ use std::{
 
 use uuid::Uuid;
 
-use super::{model::Message, rules};
+use super::{
+    model::Message,
+    rules::{self, Plan},
+};
 use crate::{
     aggregate::Aggregate,
     event::Event,
@@ -32,6 +35,8 @@ pub(super) enum Happening {
     Timer,
     Deadline,
     Retry,
+    /// The build with the plan that sagas are moved to takes over.
+    Deploy,
 }
 
 /// One place that a saga can stand in.
@@ -40,6 +45,8 @@ pub(super) struct Place<C> {
     /// One way that leads here.
     history: Vec<Arc<Written>>,
     pub progress: Progress,
+    /// Whether the build that moves it to another plan runs.
+    pub deployed: bool,
 }
 
 /// A move: the place it leads to, and the messages it sends.
@@ -54,28 +61,49 @@ type Move = Result<Option<Leap>, String>;
 
 pub(super) struct Machine<C> {
     definitions: Arc<Definitions<C>>,
+    /// Those of the build before, from whose plan the saga is moved.
+    earlier: Option<Arc<Definitions<C>>>,
     context: C,
     known: Mutex<Known<C>>,
 }
 
 struct Known<C> {
     places: Vec<Arc<Place<C>>>,
-    numbers: HashMap<(String, Progress), usize>,
+    numbers: HashMap<(String, Progress, bool, Vec<(At, Arc<str>)>), usize>,
     moves: HashMap<(Option<usize>, Option<Happening>), Move>,
 }
+
+/// Where in a plan a saga of an earlier one stands.
+pub(super) type Migrate = fn(&Progress) -> Progress;
 
 /// The saga's id: any does.
 const SAGA_ID: Uuid = Uuid::from_u128(0x5a6a);
 
 impl<C: SagaState> Machine<C> {
-    pub fn new(saga: Saga<C>, context: C) -> Self {
-        let definitions = Definitions { current: Arc::new(saga), older: HashMap::new(), migrations: HashMap::new() };
+    pub fn new(saga: Saga<C>, earlier: Option<(Saga<C>, Migrate)>, context: C) -> Self {
+        let definitions = |saga, migrations| Definitions { current: Arc::new(saga), older: HashMap::new(), migrations };
+        let migrations = earlier.iter().map(|(plan, migrate)| (plan.hash.clone(), *migrate)).collect();
+        let earlier = earlier.map(|(plan, _)| Arc::new(definitions(plan, HashMap::new())));
         let known = Known { places: Vec::new(), numbers: HashMap::new(), moves: HashMap::new() };
-        Self { definitions: Arc::new(definitions), context, known: Mutex::new(known) }
+        Self { definitions: Arc::new(definitions(saga, migrations)), earlier, context, known: Mutex::new(known) }
     }
 
-    pub fn saga(&self) -> &Saga<C> {
-        &self.definitions.current
+    /// The definitions of the build that runs.
+    fn definitions(&self, deployed: bool) -> &Arc<Definitions<C>> {
+        self.earlier.as_ref().filter(|_| !deployed).unwrap_or(&self.definitions)
+    }
+
+    /// The plan that a saga keeps to.
+    pub fn plan(&self, progress: &Progress) -> Plan<'_, C> {
+        let known = [Some(&self.definitions), self.earlier.as_ref()].into_iter().flatten();
+        let mut plans = known.map(|definitions| &*definitions.current);
+        let saga = plans.find(|plan| plan.hash == progress.definition).unwrap_or(&self.definitions.current);
+        Plan { saga, progress: progress.clone() }
+    }
+
+    /// Whether another build may still take over.
+    pub fn can_deploy(&self, place: &Place<C>) -> bool {
+        self.earlier.is_some() && !place.deployed && place.progress.ended.is_none()
     }
 
     pub fn place(&self, number: usize) -> Arc<Place<C>> {
@@ -109,19 +137,31 @@ impl<C: SagaState> Machine<C> {
     fn make(&self, place: Option<usize>, happening: Option<&Happening>) -> Move {
         let from = place.map(|place| self.place(place));
         let instance = from.as_ref().map(|from| from.instance.clone()).unwrap_or_default();
+        let deployed = self.earlier.is_none() || from.as_ref().is_some_and(|from| from.deployed);
+        if let (Some(Happening::Deploy), Some(from)) = (happening, &from) {
+            let context = json(instance.context().ok_or("a saga that began has no context")?)?;
+            let to = self.number(instance, from.history.clone(), context, from.progress.clone(), true)?;
+            return Ok(Some(Leap { to, send: Vec::new() }));
+        }
         let (what, now) = match happening {
             None => (What::Begin(self.context.clone()), 0),
             Some(Happening::Hear(message)) => (What::Reply(message.reply()?), 0),
             Some(Happening::Timer) => (What::Due, SOON),
             Some(Happening::Deadline) => (What::Due, LATER),
+            Some(Happening::Deploy) => return Err("nothing is deployed before the saga begins".to_owned()),
             Some(Happening::Retry) => {
                 (What::Operate { verb: Verb::Retry, by: "model".to_owned(), reason: "model".to_owned() }, 0)
             }
         };
-        let moved = self.in_memory(&instance, &what, now)?;
-        let ask = Ask { definitions: self.definitions.clone(), saga_id: SAGA_ID, now, what };
+        let definitions = self.definitions(deployed);
+        let moved = in_memory(&instance, definitions, &what, now)?;
+        let ask = Ask { definitions: definitions.clone(), saga_id: SAGA_ID, now, what };
         let events = instance.decide(&ask).map_err(|refusal| format!("the saga refuses: {refusal}"))?;
-        let (Some(moved), [event]) = (moved, &events[..]) else {
+        let (moves, of_input) = match &events[..] {
+            [moves @ SagaEvent::Migrated { .. }, rest @ ..] => (Some(moves), rest),
+            all => (None, all),
+        };
+        let (Some(moved), [event]) = (moved, of_input) else {
             return if events.is_empty() {
                 Ok(None)
             } else {
@@ -129,7 +169,9 @@ impl<C: SagaState> Machine<C> {
             };
         };
         let mut history = from.as_ref().map(|from| from.history.clone()).unwrap_or_default();
-        history.push(Arc::new(write(event)?));
+        for event in moves.into_iter().chain([event]) {
+            history.push(Arc::new(write(event)?));
+        }
         let folded = restart::<C>(&history)?;
         let context =
             json(folded.context().ok_or("what the saga was started with cannot be read back from its history")?)?;
@@ -147,10 +189,10 @@ impl<C: SagaState> Machine<C> {
             ));
         }
         if let (Some(from), Some(happening)) = (&from, happening) {
-            rules::moved(self.saga(), &from.progress, happening, &progress)?;
+            rules::moved(self.plan(&progress).saga, &from.progress, happening, &progress)?;
         }
         rules::timers(&progress, &moved.send, now)?;
-        let to = self.number(folded, history, context, progress)?;
+        let to = self.number(folded, history, context, progress, deployed)?;
         let send = moved.send.iter().map(|command| Arc::new(Message::of(command))).collect();
         let leap = Leap { to, send };
         if let Some(Happening::Hear(message)) = happening
@@ -161,23 +203,9 @@ impl<C: SagaState> Machine<C> {
         Ok(Some(leap))
     }
 
-    /// The move as a running service makes it, without its history.
-    fn in_memory(&self, instance: &Instance<C>, what: &What<C>, now: i64) -> Result<Option<Moved<C>>, String> {
-        let input = match what {
-            What::Begin(context) => return begin(self.saga(), SAGA_ID, context.clone(), now).map(Some),
-            What::Reply(reply) => Input::Reply(reply.clone()),
-            What::Due => Input::Due,
-            What::Operate { verb, .. } => Input::Operate(*verb),
-        };
-        let (Some(context), Some(progress)) = (instance.context(), &instance.progress) else {
-            return Err("a saga that began has no context".to_owned());
-        };
-        transition(self.saga(), SAGA_ID, context, progress, &input, now)
-    }
-
     fn transition(&self, place: &Place<C>, input: &Input, now: i64) -> Result<Option<Moved<C>>, String> {
         let context = place.instance.context().ok_or("a saga that began has no context")?;
-        transition(self.saga(), SAGA_ID, context, &place.progress, input, now)
+        transition(self.plan(&place.progress).saga, SAGA_ID, context, &place.progress, input, now)
     }
 
     /// The number of a place. A place that is seen for the first time is asked for what it must not react to.
@@ -187,6 +215,7 @@ impl<C: SagaState> Machine<C> {
         history: Vec<Arc<Written>>,
         context: String,
         progress: Progress,
+        deployed: bool,
     ) -> Result<usize, String> {
         let progress = Progress {
             due: progress.due.map(|_| SOON),
@@ -198,12 +227,14 @@ impl<C: SagaState> Machine<C> {
             trouble: None,
             ..progress
         };
-        let key = (context, progress);
+        // What a migration goes by.
+        let trail = if self.earlier.is_some() { instance.trail().to_vec() } else { Vec::new() };
+        let key = (context, progress, deployed, trail);
         if let Some(number) = self.known().numbers.get(&key) {
             return Ok(*number);
         }
         instance.progress = Some(key.1.clone());
-        let place = Place { instance, history, progress: key.1.clone() };
+        let place = Place { instance, history, progress: key.1.clone(), deployed };
         self.deaf(&place)?;
         let mut known = self.known();
         let number = known.places.len();
@@ -217,7 +248,8 @@ impl<C: SagaState> Machine<C> {
     /// every such reply is tried here, the model need not keep late replies in flight.
     fn deaf(&self, place: &Place<C>) -> Result<(), String> {
         let progress = &place.progress;
-        let saga = self.saga();
+        let plan = self.plan(progress);
+        let saga = plan.saga;
         if self.transition(place, &Input::Due, 0)?.is_some() {
             return Err(format!("a timer that is not due moves the saga at {:?}", progress.step));
         }
@@ -226,6 +258,7 @@ impl<C: SagaState> Machine<C> {
         let closing = (0..saga.closing.len()).map(|step| (At::Closing(step), &saga.closing[step]));
         for (at, planned) in forward.chain(undo).chain(closing) {
             let left = at != progress.at || progress.ended.is_some();
+            let at = plan.known_as(at);
             for call in 0..planned.calls.len() {
                 for attempt in 1..=planned.attempts_max {
                     for outcome in late_outcomes() {
@@ -276,6 +309,27 @@ struct Written {
 fn write(event: &SagaEvent) -> Result<Written, String> {
     let data = event.encode().map_err(|error| error.to_string())?;
     Ok(Written { type_name: event.type_name(), schema_version: event.schema_version(), data })
+}
+
+/// The move as a running service makes it, without its history.
+fn in_memory<C: SagaState>(
+    instance: &Instance<C>,
+    definitions: &Definitions<C>,
+    what: &What<C>,
+    now: i64,
+) -> Result<Option<Moved<C>>, String> {
+    let input = match what {
+        What::Begin(context) => return begin(&definitions.current, SAGA_ID, context.clone(), now).map(Some),
+        What::Reply(reply) => Input::Reply(reply.clone()),
+        What::Due => Input::Due,
+        What::Operate { verb, .. } => Input::Operate(*verb),
+    };
+    let (Some(context), Some(progress)) = (instance.context(), &instance.progress) else {
+        return Err("a saga that began has no context".to_owned());
+    };
+    let (definition, progress) =
+        instance.standing(definitions, progress).map_err(|refusal| format!("the saga refuses: {refusal}"))?;
+    transition(definition, SAGA_ID, context, &progress, &input, now)
 }
 
 /// What a service makes of a saga after a crash: it has nothing but the history.

@@ -181,6 +181,11 @@ where
     /// The saga stands elsewhere, and what it sends is in flight.
     fn leap(&self, state: &State<W>, leap: Leap) -> Result<State<W>, String> {
         let mut next = State { place: Some(leap.to), ..state.clone() };
+        let to = self.machine.place(leap.to);
+        let moved = |place| self.machine.place(place).progress.definition != to.progress.definition;
+        if state.place.is_some_and(moved) {
+            Arc::make_mut(&mut next.ledger).moved_to(&self.machine.plan(&to.progress));
+        }
         let flying = Arc::make_mut(&mut next.flying);
         for sent in leap.send {
             for other in flying.iter() {
@@ -198,7 +203,7 @@ where
     fn forget(&self, state: &mut State<W>) -> Result<(), String> {
         let Some(number) = state.place else { return Ok(()) };
         let progress = &self.machine.place(number).progress;
-        let present = |at: At| at == progress.at && progress.ended.is_none();
+        let present = |at: At| at == progress.known_as() && progress.ended.is_none();
         // In falling order, so that the first attempt is what stays in the map.
         let attempts = state.flying.iter().rev().filter_map(|message| match &**message {
             Message::Command { at, call, attempt, .. } => Some(((*at, *call), *attempt)),
@@ -325,7 +330,10 @@ where
         };
         match reply {
             Ok(reply) => {
-                Arc::make_mut(&mut next.ledger).perform(self.machine.saga(), command.at, command.call)?;
+                let place =
+                    next.place.map(|place| self.machine.place(place)).ok_or("a command came before its saga")?;
+                let plan = self.machine.plan(&place.progress);
+                Arc::make_mut(&mut next.ledger).perform(&plan, command.at, command.call)?;
                 Ok(Outcome::Done(reply))
             }
             Err(StepError::Refused(reason)) => Ok(command.refused(reason)),
@@ -345,7 +353,7 @@ where
         }
         let place = self.machine.place(state.place?);
         let progress = &place.progress;
-        if let Err(fault) = state.ledger.agrees(self.machine.saga(), progress) {
+        if let Err(fault) = state.ledger.agrees(&self.machine.plan(progress)) {
             return Some(fault);
         }
         if progress.ended.is_some() {
@@ -478,6 +486,9 @@ where
         }
         if place.is_stuck() {
             actions.push(Action::Saga(Happening::Retry));
+        }
+        if self.machine.can_deploy(&place) {
+            actions.push(Action::Saga(Happening::Deploy));
         }
     }
 

@@ -1,6 +1,6 @@
 //! What must hold for every saga, whatever its services do.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
@@ -14,6 +14,40 @@ pub(super) enum Effect {
     Undone,
 }
 
+/// A plan, and where a saga stands that keeps to it.
+pub(super) struct Plan<'a, C> {
+    pub saga: &'a Saga<C>,
+    pub progress: Progress,
+}
+
+impl<C> Plan<'_, C> {
+    fn steps(&self) -> impl Iterator<Item = (At, &'static str)> {
+        let saga = self.saga;
+        let forward = saga.steps.iter().enumerate().map(|(place, step)| (At::Forward(place), step.name));
+        let closing = saga.closing.iter().enumerate().map(|(place, step)| (At::Closing(place), step.name));
+        forward.chain(closing)
+    }
+
+    /// A place of the plan, as the participants know its step.
+    pub fn known_as(&self, at: At) -> At {
+        let name = match at {
+            At::Forward(place) | At::Undo(place) => self.saga.steps[place].name,
+            At::Closing(place) => self.saga.closing[place].name,
+        };
+        self.progress.number_of(at, name)
+    }
+
+    /// The place and the name of a step, as the plan has them; a step of an earlier plan may have none.
+    pub fn place_of(&self, known_as: At) -> Option<(At, &'static str)> {
+        let forward = if let At::Undo(step) = known_as { At::Forward(step) } else { known_as };
+        let (at, name) = self.steps().find(|(at, _)| self.known_as(*at) == forward)?;
+        match (known_as, at) {
+            (At::Undo(_), At::Forward(place)) => Some((At::Undo(place), name)),
+            _ => Some((at, name)),
+        }
+    }
+}
+
 /// Every effect of the saga.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Ledger {
@@ -23,6 +57,8 @@ pub(super) struct Ledger {
     unheard: BTreeMap<(At, usize), String>,
     /// The recorded outcomes, as JSON, of the steps that were done or refused: they are given again.
     answers: BTreeMap<(At, usize), String>,
+    /// Steps that were added in front of the place of a saga that was moved: they are not done for it.
+    skipped: BTreeSet<&'static str>,
 }
 
 impl Ledger {
@@ -38,6 +74,20 @@ impl Ledger {
     /// The reply to a call that was done without anybody knowing, now that somebody gets to know.
     pub fn heard_now(&mut self, at: At, call: usize) -> Option<Value> {
         self.unheard.remove(&(at, call)).and_then(|reply| reply.parse().ok())
+    }
+
+    /// Notes that the saga keeps to this plan from now on.
+    pub fn moved_to<C>(&mut self, plan: &Plan<'_, C>) {
+        let place = match plan.progress.at {
+            At::Forward(place) | At::Undo(place) => place,
+            At::Closing(_) => plan.saga.steps.len(),
+        };
+        let new = |(at, _): &(At, _)| {
+            matches!(at, At::Forward(step) if *step < place)
+                && !self.effects.keys().any(|(known, _)| *known == plan.known_as(*at))
+        };
+        let skipped: Vec<_> = plan.steps().filter(new).map(|(_, name)| name).collect();
+        self.skipped.extend(skipped);
     }
 
     /// Records an outcome that is given again.
@@ -59,39 +109,38 @@ impl Ledger {
         self.effects.get(&(at, call)) == Some(&effect)
     }
 
-    /// Notes that a service carried out a call; `Err` if it must not have.
-    pub fn perform<C: SagaState>(&mut self, saga: &Saga<C>, at: At, call: usize) -> Result<(), String> {
-        let name = match at {
-            At::Forward(step) | At::Undo(step) => saga.steps[step].name,
-            At::Closing(step) => saga.closing[step].name,
+    /// Notes that a service carried out a call, as it knows the step; `Err` if it must not have.
+    pub fn perform<C: SagaState>(&mut self, plan: &Plan<'_, C>, known_as: At, call: usize) -> Result<(), String> {
+        let Some((at, name)) = plan.place_of(known_as) else {
+            return Err(format!("{known_as} is done, which the plan does not have"));
         };
         if let At::Undo(step) = at {
-            let forward = At::Forward(step);
-            if let Some((after, _)) = self.any(saga, step + 1.., Effect::Done) {
+            if let Some((after, _)) = self.any(plan, step + 1.., Effect::Done) {
                 return Err(format!("{name:?} is undone while {after:?}, which came after it, is still done"));
             }
-            return match self.effects.insert((forward, call), Effect::Undone) {
+            return match self.effects.insert((plan.known_as(At::Forward(step)), call), Effect::Undone) {
                 Some(Effect::Done) => Ok(()),
                 Some(Effect::Undone) => Err(format!("{name:?} is undone twice")),
                 None => Err(format!("{name:?} is undone but was never done")),
             };
         }
-        match self.effects.insert((at, call), Effect::Done) {
+        match self.effects.insert((known_as, call), Effect::Done) {
             None => {}
             Some(Effect::Done) => return Err(format!("{name:?} is done twice")),
             Some(Effect::Undone) => return Err(format!("{name:?} is done after it was undone")),
         }
         match at {
             At::Closing(step) => {
-                if let Some((left, _)) = self.any(saga, 0.., Effect::Done) {
+                if let Some((left, _)) = self.any(plan, 0.., Effect::Done) {
                     return Err(format!("{name:?} ends a compensated saga while {left:?} is still done"));
                 }
-                match (0..step).find(|before| !self.is(At::Closing(*before), 0, Effect::Done)) {
-                    Some(before) => Err(format!("{name:?} is done before {:?}", saga.closing[before].name)),
+                let is_done = |before| self.is(plan.known_as(At::Closing(before)), 0, Effect::Done);
+                match (0..step).find(|before| !is_done(*before)) {
+                    Some(before) => Err(format!("{name:?} is done before {:?}", plan.saga.closing[before].name)),
                     None => Ok(()),
                 }
             }
-            At::Forward(step) | At::Undo(step) => match self.missing(saga, step) {
+            At::Forward(step) | At::Undo(step) => match self.missing(plan, step) {
                 Some(before) => Err(format!("{name:?} is done while {before:?}, which comes before it, is not done")),
                 None => Ok(()),
             },
@@ -101,39 +150,47 @@ impl Ledger {
     /// A step in `range` with a call in the state `effect`.
     fn any<C>(
         &self,
-        saga: &Saga<C>,
+        plan: &Plan<'_, C>,
         range: std::ops::RangeFrom<usize>,
         effect: Effect,
     ) -> Option<(&'static str, Kind)> {
-        let steps = saga.steps.iter().enumerate().skip(range.start);
-        let mut found = steps
-            .filter(|(step, planned)| (0..planned.calls.len()).any(|call| self.is(At::Forward(*step), call, effect)));
+        let steps = plan.saga.steps.iter().enumerate().skip(range.start);
+        let has = |step: usize, call: usize| self.is(plan.known_as(At::Forward(step)), call, effect);
+        let mut found = steps.filter(|(step, planned)| (0..planned.calls.len()).any(|call| has(*step, call)));
         found.next().map(|(_, planned)| (planned.name, planned.kind))
     }
 
     /// A step among the first `steps` that is not wholly done.
-    fn missing<C>(&self, saga: &Saga<C>, steps: usize) -> Option<&'static str> {
-        let mut all = saga.steps.iter().enumerate().take(steps);
-        let lacks = |step: usize, calls: usize| (0..calls).any(|call| !self.is(At::Forward(step), call, Effect::Done));
-        all.find(|(step, planned)| lacks(*step, planned.calls.len())).map(|(_, planned)| planned.name)
+    fn missing<C>(&self, plan: &Plan<'_, C>, steps: usize) -> Option<&'static str> {
+        let mut all = plan.saga.steps.iter().enumerate().take(steps);
+        let is_done = |step: usize, call: usize| self.is(plan.known_as(At::Forward(step)), call, Effect::Done);
+        let lacks = |step: usize, calls: usize| (0..calls).any(|call| !is_done(step, call));
+        let missing =
+            all.find(|(step, planned)| !self.skipped.contains(planned.name) && lacks(*step, planned.calls.len()));
+        missing.map(|(_, planned)| planned.name)
     }
 
     /// What must hold whenever a saga has this progress.
-    pub fn agrees<C>(&self, saga: &Saga<C>, progress: &Progress) -> Result<(), String> {
+    pub fn agrees<C>(&self, plan: &Plan<'_, C>) -> Result<(), String> {
+        let saga = plan.saga;
         let decided = saga.steps.iter().enumerate().find(|(step, planned)| {
-            planned.kind != Kind::Compensatable && self.is(At::Forward(*step), 0, Effect::Done)
+            planned.kind != Kind::Compensatable && self.is(plan.known_as(At::Forward(*step)), 0, Effect::Done)
         });
-        match progress.status {
-            Status::Completed => match self.missing(saga, saga.steps.len()) {
+        match plan.progress.status {
+            Status::Completed => match self.missing(plan, saga.steps.len()) {
                 Some(step) => Err(format!("the saga completed, but {step:?} is not done")),
                 None => Ok(()),
             },
             Status::Compensated => {
-                if let Some((step, _)) = self.any(saga, 0.., Effect::Done) {
+                let left = |((at, _), effect): (&(At, usize), &Effect)| {
+                    matches!((at, effect), (At::Forward(_), Effect::Done)).then_some(*at)
+                };
+                if let Some(at) = self.effects.iter().find_map(left) {
+                    let step = plan.place_of(at).map_or("a step of the earlier plan", |(_, name)| name);
                     return Err(format!("the saga was compensated, but {step:?} is still done"));
                 }
-                let undone = (0..saga.closing.len()).find(|step| !self.is(At::Closing(*step), 0, Effect::Done));
-                match undone {
+                let is_done = |step| self.is(plan.known_as(At::Closing(step)), 0, Effect::Done);
+                match (0..saga.closing.len()).find(|step| !is_done(*step)) {
                     Some(step) => {
                         Err(format!("the saga was compensated, but {:?} is not done", saga.closing[step].name))
                     }
