@@ -140,7 +140,7 @@ pub(crate) struct Place {
     pub id: Arc<str>,
     /// The event's position, if it is one.
     pub position: i64,
-    /// Whether it is to be tried whatever its time: it only waits behind another and was never tried itself, or waits for
+    /// Whether a worker tries it whatever its time: it only waits behind another and was never tried itself, or waits for
     /// another build and was not tried since its place was read.
     pub waits: bool,
     /// Whether it waits for a build that knows more.
@@ -267,7 +267,7 @@ impl ParkedKeys {
         self.first(key).is_some_and(|first| first.awaits_build)
     }
 
-    /// Keys whose first message is to be tried whatever its time.
+    /// Keys whose first message a worker tries whatever its time.
     pub fn freed(&self) -> impl Iterator<Item = &Arc<str>> {
         self.keys.iter().filter(|(_, places)| places.front().is_some_and(|first| first.waits)).map(|(key, _)| key)
     }

@@ -38,8 +38,8 @@ pub(crate) struct Others {
 }
 
 impl Worker {
-    /// Takes messages that wait for a build like this one, whoever has parked them: the next one to follow their lane may
-    /// be long in coming. Each goes with its effects in one commit, so that only one taker's holds.
+    /// Takes messages that wait for a build like this one and were parked by other workers: the next worker to follow their lane
+    /// may be long in coming. Each goes with its effects in one commit, so that only one taker's commit holds.
     async fn redrive_others(&mut self) -> Result<(), Stop> {
         let Some(others) = &mut self.others else { return Ok(()) };
         if others.looked_at.is_some_and(|at| at.elapsed() < BUILD_LOOK) {

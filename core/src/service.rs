@@ -179,7 +179,7 @@ struct Inbox {
 }
 
 impl Inbox {
-    /// Who runs the saga that a reply is for; `None` for a message that is no reply.
+    /// The runner of the saga that a reply is for; `None` for a message that is no reply.
     fn runs(&self, message: &Message) -> Result<Option<(&dyn Replies, StreamId)>, HandlerError> {
         let is_reply = <StepEvent as crate::Event>::TYPES.iter().any(|known| *known.name == *message.type_name);
         if !is_reply {
@@ -237,7 +237,7 @@ pub enum StartError {
     /// A name is none, or two parts have the same one.
     #[error(transparent)]
     Name(#[from] NameError),
-    /// A saga has definitions that cannot be told apart.
+    /// A saga has two definitions of one hash.
     #[error("service {service}: {reason}")]
     Definitions {
         /// Which service runs it.

@@ -1,5 +1,5 @@
-//! What goes wrong on the way there never keeps a saga from going back: whatever a participant says, stages or does not know,
-//! and whatever the saga's own code makes of it, the step fails with that reason and the undos run.
+//! Failures on the way there never keep a saga from going back: the step fails with the reason, and the undos run, for every answer
+//! of a participant and for every mistake in the saga's own code.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;

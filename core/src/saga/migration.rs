@@ -85,14 +85,14 @@ fn keeps_what_was_asked<C>(from: &Progress, at: At, trail: &Trail, plan: &Saga<C
         }
         At::Undo(step) => {
             let undone = || asked(|at| matches!(at, At::Undo(_)));
+            let turned_at = forward().last();
             for name in forward().filter(|name| !undone().any(|undone| undone == *name)) {
-                let failed = from.failure.as_ref().is_some_and(|failure| failure.step == name);
                 match place_of(&plan.steps, name) {
-                    // The way back began with it, so there was nothing to undo: it was refused.
-                    _ if failed => {}
+                    // The way back began behind it: it was refused, so there is nothing to undo.
+                    _ if turned_at == Some(name) => {}
                     // A step that decides did not happen, or the saga would not go back.
                     Some(place) if plan.steps[place].kind == Kind::Pivot => {}
-                    None => return Err(format!("step {name:?} is to be undone, and the plan does not have it")),
+                    None => return Err(format!("step {name:?} was asked for, and the plan has no undo of it")),
                     Some(place) if place >= step => return Err(format!("step {name:?} would not be undone")),
                     Some(_) => {}
                 }
