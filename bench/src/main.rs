@@ -5,6 +5,7 @@ mod cli;
 mod clients;
 mod commands;
 mod counting;
+mod distance;
 mod idle;
 mod kafka;
 mod postgres;
@@ -55,6 +56,7 @@ enum Store {
     Shop(shop::Arguments),
     Cli(cli::Arguments),
     Idle(idle::Arguments),
+    Distance(distance::Arguments),
 }
 
 #[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
@@ -90,6 +92,7 @@ async fn main() -> Result<(), Failure> {
         Some(Store::Shop(arguments)) => return tokio::spawn(shop::run(arguments)).await?,
         Some(Store::Cli(arguments)) => return tokio::spawn(cli::run(arguments)).await?,
         Some(Store::Idle(arguments)) => return tokio::spawn(idle::run(arguments)).await?,
+        Some(Store::Distance(arguments)) => return tokio::spawn(distance::run(arguments)).await?,
         None => {}
     }
     // On a worker of the runtime: what this thread spawns would wait in a queue that busy workers seldom look at.

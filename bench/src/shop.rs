@@ -2,7 +2,7 @@
 //! rows and its messages cost by themselves.
 
 mod bare;
-mod processes;
+pub mod processes;
 
 use std::path::PathBuf;
 

@@ -169,6 +169,11 @@ impl Broker {
         format!("127.0.0.1:{port}")
     }
 
+    /// How many connections were made to it, if it is at a distance.
+    pub fn accepted(&self) -> usize {
+        self.distance.as_ref().map_or(0, Distance::accepted)
+    }
+
     /// The certificate to trust, if it has one.
     pub fn certificate(&self) -> PathBuf {
         self.folder.path().join("broker.pem")

@@ -75,6 +75,33 @@ async fn a_message_to_each_of_forty_partitions_takes_few_round_trips() {
     assert!(least <= 16, "{least} round trips");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn neither_a_burst_nor_an_outage_is_a_storm_of_connections() {
+    let mut broker = Broker::at_distance(Duration::ZERO).await;
+    let bus = Arc::new(KafkaBus::connect(Settings::new(&broker.address()).partitions(8)).await.unwrap());
+    let topic: Arc<str> = "burst.events".into();
+    let keys = keys(8);
+    let warm = keys.iter().map(|key| message(&topic, key, 1)).collect();
+    bus.publish(warm).await.unwrap().await.unwrap();
+    let before = broker.accepted();
+    let burst = (0..200).map(|number| {
+        let (bus, message) = (bus.clone(), message(&topic, &keys[number % 8], number as i64));
+        tokio::spawn(async move { bus.publish(vec![message]).await.unwrap().await.unwrap() })
+    });
+    for published in burst.collect::<Vec<_>>() {
+        published.await.unwrap();
+    }
+    assert_eq!(broker.accepted(), before, "a burst opened connections");
+    // Each connection of each client is tried again at most once a second, after a few quick tries.
+    let away = Duration::from_secs(5);
+    broker.kill();
+    sleep(away).await;
+    let tried = broker.accepted() - before;
+    assert!(tried <= before * 12, "{tried} tries within {away:?} by {before} connections");
+    broker.resume();
+    bus.publish(vec![message(&topic, &keys[0], 1)]).await.unwrap().await.unwrap();
+}
+
 /// Whether a part that was fine is in trouble, looked at until it is dropped.
 fn watch(healths: Vec<Health>) -> tokio::task::JoinHandle<String> {
     tokio::spawn(async move {

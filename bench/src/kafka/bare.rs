@@ -51,7 +51,7 @@ pub fn producer(brokers: &str, taken: &Taken) -> Result<ThreadedProducer<Taken>,
         .set("socket.nagle.disable", "true")
         .set("enable.idempotence", "true")
         .set("acks", "all")
-        .set("max.in.flight.requests.per.connection", "1")
+        .set("max.in.flight.requests.per.connection", "5")
         .set("enable.gapless.guarantee", "true")
         .set("message.timeout.ms", "0")
         .set("linger.ms", "0.1")

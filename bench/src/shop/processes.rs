@@ -125,9 +125,19 @@ fn sample_shop() -> Result<PathBuf, Failure> {
     if beside.is_file() { Ok(beside) } else { Err(missing().into()) }
 }
 
+/// A port that is free, with the one after it, as likely as not still a moment later.
+pub fn free_port() -> Result<u16, Failure> {
+    let port = (0..100).find_map(|_| {
+        let port = TcpListener::bind("127.0.0.1:0").ok()?.local_addr().ok()?.port();
+        TcpListener::bind(("127.0.0.1", port.checked_add(1)?)).ok().map(|_| port)
+    });
+    port.ok_or_else(|| "no free port".into())
+}
+
 /// A broker with no topic in it: services with new stores would take up the commands of those before.
 pub struct Broker {
     running: Child,
+    /// Where clients find it.
     port: u16,
     /// Removed once the broker is gone.
     _folder: TempDir,
@@ -135,21 +145,22 @@ pub struct Broker {
 
 impl Broker {
     pub fn start(directory: &Path) -> Result<Self, Failure> {
+        let port = free_port()?;
+        Self::start_at(directory, port, port)
+    }
+
+    /// A broker whose clients find it by another port: that of a proxy.
+    pub fn start_at(directory: &Path, port: u16, advertised: u16) -> Result<Self, Failure> {
         let jars =
             std::env::var("KAFKA_JARS").map_err(|_| "KAFKA_JARS is not set: `./test` fetches them into target/")?;
         let folder = tempfile::tempdir_in(directory)?;
-        // Free, with the one after it, as likely as not still a moment later.
-        let port = (0..100).find_map(|_| {
-            let port = TcpListener::bind("127.0.0.1:0").ok()?.local_addr().ok()?.port();
-            TcpListener::bind(("127.0.0.1", port.checked_add(1)?)).ok().map(|_| port)
-        });
-        let port = port.ok_or("no free port")?;
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/kafka/broker");
         let log = std::fs::File::create(folder.path().join("log"))?;
         let mut broker = Command::new(script);
         broker.arg(folder.path()).arg(port.to_string()).env("KAFKA_JARS", jars).stdin(Stdio::null());
+        broker.env("KAFKA_ADVERTISED", format!("127.0.0.1:{advertised}"));
         let running = broker.stdout(log.try_clone()?).stderr(log).spawn()?;
-        let mut broker = Self { running, port, _folder: folder };
+        let mut broker = Self { running, port: advertised, _folder: folder };
         let started = Instant::now();
         while TcpStream::connect(("127.0.0.1", port)).is_err() {
             if broker.running.try_wait()?.is_some() || started.elapsed() > START {

@@ -1,0 +1,70 @@
+//! The shop in four processes, with a broker at a distance: what a saga takes in round trips.
+
+#[path = "../../tests/src/distance.rs"]
+mod proxy;
+
+use std::{path::PathBuf, time::Duration};
+
+use self::proxy::Distance;
+use crate::{
+    Failure,
+    postgres::{Bench, report, server::Server},
+    shop::processes::{self, Broker, Processes},
+};
+
+const SEED: u64 = 7;
+/// Of each topic.
+const PARTITIONS: u32 = 8;
+
+/// Measures the shop with delays to the broker.
+///
+/// The binary `sample-shop` must stand beside this one, and KAFKA_JARS name the folder of Kafka's jars. The database is that of
+/// DATABASE_URL, or one of its own, and without a delay.
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Milliseconds that all bytes to and from the broker take, each way.
+    #[arg(long, value_delimiter = ',', default_values_t = [0, 5, 20])]
+    one_way_ms: Vec<u64>,
+    /// Orders that are timed.
+    #[arg(long, default_value_t = 400)]
+    orders: usize,
+    /// How many are under way at once.
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 32])]
+    concurrency: Vec<usize>,
+    /// Where the servers have their data.
+    #[arg(long, default_value_os_t = std::env::temp_dir())]
+    directory: PathBuf,
+    /// One JSON object a figure, instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs all of it, or until it is interrupted; then, too, the servers are stopped.
+pub async fn run(arguments: Arguments) -> Result<(), Failure> {
+    let server = Server::start(&arguments.directory)?;
+    Server::until_interrupted(measure(&arguments, &server)).await
+}
+
+async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> {
+    let mut bench = Bench::new(server);
+    for one_way_ms in &arguments.one_way_ms {
+        let port = processes::free_port()?;
+        let distance = Distance::to(port, Duration::from_millis(*one_way_ms)).await?;
+        let broker = Broker::start_at(&arguments.directory, port, distance.port())?;
+        for at_once in &arguments.concurrency {
+            let run = uuid::Uuid::new_v4().simple().to_string();
+            let bus = format!("kafka://{}?partitions={PARTITIONS}", broker.address());
+            let apart = || Processes::apart(&server.url, &run, &bus);
+            // The first find clients, topics and compilers cold.
+            apart().await?.sell(arguments.orders / 2, *at_once, SEED + 1).await?;
+            let ours = async { apart().await?.sell(arguments.orders, *at_once, SEED).await };
+            let what = format!("sagas, broker at {one_way_ms} ms each way, {at_once} in flight");
+            let ours = bench.measure(&what, "annals", ours).await?;
+            if *one_way_ms > 0 {
+                bench.goal(ours, "p50 ≤ 25 round trips");
+            }
+        }
+    }
+    report(&bench, arguments.json);
+    Ok(())
+}
