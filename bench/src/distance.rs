@@ -64,6 +64,11 @@ async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> 
                 bench.goal(ours, "p50 ≤ 25 round trips");
             }
         }
+        let connections = distance.accepted();
+        bench.note(format!(
+            "broker at {one_way_ms} ms each way: {connections} connections in {} runs",
+            2 * arguments.concurrency.len()
+        ));
     }
     report(&bench, arguments.json);
     Ok(())
