@@ -50,7 +50,8 @@ async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> 
     for one_way_ms in &arguments.one_way_ms {
         let port = processes::free_port()?;
         let distance = Distance::to(port, Duration::from_millis(*one_way_ms)).await?;
-        let broker = Broker::start_at(&arguments.directory, port, distance.port())?;
+        let start = || Broker::start_at(&arguments.directory, port, distance.port());
+        let broker = tokio::task::block_in_place(start)?;
         for at_once in &arguments.concurrency {
             let run = uuid::Uuid::new_v4().simple().to_string();
             let bus = format!("kafka://{}?partitions={PARTITIONS}", broker.address());

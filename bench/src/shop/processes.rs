@@ -71,7 +71,8 @@ impl Processes {
         let mut child = command.stdout(Stdio::piped()).spawn()?;
         let mut lines = BufReader::new(child.stdout.take().ok_or("no output")?).lines();
         self.running.push(child);
-        let line = lines.next().ok_or_else(|| format!("serve {role} ended"))??;
+        // A proxy between the service and its broker must not wait for this thread.
+        let line = tokio::task::block_in_place(|| lines.next()).ok_or_else(|| format!("serve {role} ended"))??;
         let at = line.split(" at ").nth(1).and_then(|rest| rest.split(',').next());
         if role == "order" || role == "all" {
             self.url = at.ok_or_else(|| format!("serve {role}: {line}"))?.to_owned();
