@@ -6,6 +6,7 @@ use std::{
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
+        mpsc,
     },
     time::Duration,
 };
@@ -55,6 +56,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const LEAVE: Duration = Duration::from_secs(2);
 /// and then until its leave is on its way: some round trips to a broker that is far.
 const LEAVE_SENT: Duration = Duration::from_millis(500);
+/// How long a process waits until its members have left: some seconds are enough for a broker that answers.
+const CLOSE: Duration = Duration::from_secs(5);
 /// The longest `group.instance.id` that brokers take.
 const INSTANCE_ID_MAX: usize = 249;
 
@@ -342,10 +345,17 @@ impl Member {
             }
             drop(consumer);
         };
-        // Waits for a broker.
-        match tokio::runtime::Handle::try_current() {
-            Ok(runtime) => drop(runtime.spawn_blocking(close)),
-            Err(_) => close(),
+        // The client waits for a broker, for ever if none comes. A runtime that ends waits with it, but not so long.
+        let (ends, ended) = mpsc::channel::<()>();
+        let closing = std::thread::Builder::new().name("kafka-close".to_owned()).spawn(move || {
+            close();
+            drop(ends);
+        });
+        let wait = move || drop(ended.recv_timeout(CLOSE));
+        match (closing, tokio::runtime::Handle::try_current()) {
+            (Err(error), _) => tracing::warn!(%error, "leaving the group without a word"),
+            (Ok(_), Ok(runtime)) => drop(runtime.spawn_blocking(wait)),
+            (Ok(_), Err(_)) => wait(),
         }
     }
 
