@@ -97,6 +97,12 @@ impl DocumentKey {
     pub fn new(collection: impl Into<Arc<str>>, id: impl Into<Arc<str>>) -> Self {
         Self { collection: collection.into(), id: id.into() }
     }
+
+    /// Whether a store can hold a document of this name; there never is one of another.
+    pub(crate) fn is_storable(&self) -> bool {
+        let has_nul = self.id.contains('\0') || self.collection.contains('\0');
+        self.id.len() <= DOCUMENT_ID_BYTES_MAX && self.collection.len() <= CATEGORY_BYTES_MAX * 2 && !has_nul
+    }
 }
 impl fmt::Debug for DocumentKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -241,8 +247,7 @@ impl Commit {
         }
         for put in &self.puts {
             let (key, id_bytes) = (&put.key, put.key.id.len());
-            let has_nul = key.id.contains('\0') || key.collection.contains('\0');
-            if id_bytes > DOCUMENT_ID_BYTES_MAX || key.collection.len() > CATEGORY_BYTES_MAX * 2 || has_nul {
+            if !key.is_storable() {
                 return invalid(format!(
                     "the name of document {:.80?} is too long ({id_bytes} bytes) or has a NUL",
                     key

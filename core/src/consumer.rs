@@ -1,6 +1,10 @@
 //! Following a bus: a whole polled batch becomes one commit, together with the offsets.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use futures::future::join_all;
 use tokio::time::{Instant, MissedTickBehavior, interval};
@@ -16,12 +20,17 @@ use crate::{
     name,
     parking::{Lost, ParkedKeys, parking_key},
     redrive::Others,
-    store::EventStore,
+    store::{EventStore, Scan},
     worker::{BATCH_MAX, Item, PARKED_TICK, RetryPolicy, Stop, Worker},
 };
 
 /// Without a message, all is well again when nothing has failed for so long: a bus may wait a while before it says so.
 const CALM: Duration = Duration::from_secs(3);
+
+/// How long a group waits for the first message ever of a topic before health names the topic.
+const SILENT_MAX: Duration = Duration::from_secs(30);
+/// How often it looks again.
+const SILENT_LOOK: Duration = Duration::from_secs(1);
 
 /// A handler that consumes topics as a group. Its offsets are documents in the store, committed with the effects.
 pub struct Group {
@@ -31,6 +40,24 @@ pub struct Group {
     members: u32,
     retry: RetryPolicy,
     instance: Option<Arc<str>>,
+    heard: Heard,
+}
+
+/// The topics that a group has had a message of, in this process or before it.
+#[derive(Clone, Default)]
+struct Heard(Arc<Mutex<BTreeSet<Arc<str>>>>);
+
+impl Heard {
+    fn topics(&self) -> MutexGuard<'_, BTreeSet<Arc<str>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, topic: &Arc<str>) {
+        let mut topics = self.topics();
+        if !topics.contains(topic) {
+            topics.insert(topic.clone());
+        }
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +85,7 @@ impl Group {
             members: 1,
             retry: RetryPolicy::default(),
             instance: None,
+            heard: Heard::default(),
         }
     }
 
@@ -78,6 +106,47 @@ impl Group {
     pub(crate) fn shared(mut self, instance: Option<Arc<str>>) -> Self {
         self.instance = instance;
         self
+    }
+
+    /// Names the topics that never had a message, until they have one: a topic whose name is misspelt exists all the same, because
+    /// it is made when it is joined.
+    pub(crate) fn watch(&self, store: Arc<dyn EventStore>, health: Health) -> impl Future<Output = ()> + Send + use<> {
+        let (name, heard) = (self.name.clone(), self.heard.clone());
+        let mut silent: Vec<Arc<str>> = self.topics.iter().map(|topic| topic.as_str().into()).collect();
+        async move {
+            let (part, mut told) = (format!("{name}.topics"), false);
+            tokio::time::sleep(SILENT_MAX).await;
+            loop {
+                let known = heard.topics().clone();
+                silent.retain(|topic| !known.contains(topic));
+                for topic in &silent {
+                    // Another instance may have all that comes.
+                    let prefix = format!("{name}/{topic}/");
+                    let found =
+                        store.scan(CHECKPOINTS, &Scan::After(prefix.as_str().into()), 1).await.unwrap_or_default();
+                    if found.first().is_some_and(|found| found.key.id.starts_with(&prefix)) {
+                        heard.add(topic);
+                    }
+                }
+                let known = heard.topics().clone();
+                silent.retain(|topic| !known.contains(topic));
+                if silent.is_empty() {
+                    if told {
+                        health.remove(&part);
+                    }
+                    return;
+                }
+                let reason = format!(
+                    "group {name} has never had a message from {}: is the name right, and does that service publish?",
+                    silent.join(", ")
+                );
+                if !std::mem::replace(&mut told, true) {
+                    tracing::warn!(group = %name, topics = silent.join(", "), "no message has ever come from a topic");
+                }
+                health.set(&part, State::NeedsAttention(reason));
+                tokio::time::sleep(SILENT_LOOK).await;
+            }
+        }
     }
 
     /// Its name.
@@ -145,8 +214,17 @@ impl Joined {
             };
             // On a bus inside the process, offsets mean nothing elsewhere: they are kept apart from those of other processes.
             let home = group.instance.clone().filter(|_| is_local);
-            let (assigned, lane_of) = (Vec::new(), HashMap::new());
-            let member = Member { worker, consumer, home, is_local, assigned, lane_of, unsettled: false, ahead: None };
+            let member = Member {
+                worker,
+                consumer,
+                home,
+                heard: group.heard.clone(),
+                is_local,
+                assigned: Vec::new(),
+                lane_of: HashMap::new(),
+                unsettled: false,
+                ahead: None,
+            };
             member.consume(part, health.clone(), shutdown.clone())
         })
     }
@@ -156,6 +234,7 @@ struct Member {
     worker: Worker,
     consumer: Box<dyn Consumer>,
     home: Option<Arc<str>>,
+    heard: Heard,
     /// Whether the bus ends with this process: then its relays count nothing as sent that was not handled.
     is_local: bool,
     /// What the bus has assigned.
@@ -296,6 +375,7 @@ impl Member {
                     self.worker.put_checkpoints(after).await?;
                 }
                 for (partition, (_, next, _)) in nexts {
+                    self.heard.add(&partition.topic);
                     self.consumer.acknowledge(&partition, next).await?;
                 }
             }
@@ -336,6 +416,9 @@ impl Member {
                 lane.home = Some(home.clone());
             }
             let found = lane.load(&*self.worker.store).await?;
+            if found.is_some_and(|next| next > 0) {
+                self.heard.add(&partition.topic);
+            }
             if found.is_none() && lane.version > 0 && !self.is_local {
                 lane.marks.interrupt();
             }
@@ -350,8 +433,8 @@ impl Member {
         }
         // Nothing is delivered before it is known what it has to wait behind.
         let ids: Vec<_> = lanes.iter().map(|lane| lane.place.clone()).collect();
-        self.worker.parked = self.worker.parked.load(&*self.worker.store, &ids).await?;
-        self.worker.reporter.fault(self.worker.parked.lost());
+        let parked = self.worker.parked.load(&*self.worker.store, &ids).await?;
+        self.worker.set_parked(parked);
         (self.lane_of, self.worker.lanes) = (lane_of, lanes);
         self.worker.history = history;
         for (partition, from) in seeks {

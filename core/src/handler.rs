@@ -7,6 +7,7 @@ use async_trait::async_trait;
 use crate::{
     bus::Message,
     event::{DecodeError, EventError},
+    panic::caught_now,
     store::StoreError,
     work::Work,
 };
@@ -59,8 +60,21 @@ pub(crate) enum Remedy {
     AwaitStore,
 }
 
+/// What stands for the text of an error whose text cannot be had.
+const NO_TEXT: &str = "an error whose text cannot be shown: its Display";
+
 impl HandlerError {
+    /// What is wrong, also where the error of a user panics when it is asked.
+    pub(crate) fn text(&self) -> String {
+        caught_now(|| self.source.to_string()).unwrap_or_else(|panic| format!("{NO_TEXT} {panic}"))
+    }
+
     pub(crate) fn remedy(&self) -> Remedy {
+        // The source of an error is code of a user's too.
+        caught_now(|| self.remedy_of_causes()).unwrap_or(Remedy::RetryMessage)
+    }
+
+    fn remedy_of_causes(&self) -> Remedy {
         let mut cause: Option<&(dyn Error + 'static)> = Some(&*self.source);
         while let Some(error) = cause {
             match error.downcast_ref() {

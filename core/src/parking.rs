@@ -1,7 +1,7 @@
 //! Messages that could not be handled: parked by key, so that the world goes on and the key keeps its order.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeSet, HashMap, VecDeque},
     sync::Arc,
 };
 
@@ -131,6 +131,8 @@ pub(crate) struct ParkedKeys {
     count: usize,
     /// What was lost, the first of it.
     lost: Option<Arc<str>>,
+    /// Keys with a dead letter: a message that only a person has tried again.
+    dead: Arc<BTreeSet<Arc<str>>>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -145,6 +147,8 @@ pub(crate) struct Place {
     pub waits: bool,
     /// Whether it waits for a build that knows more.
     pub awaits_build: bool,
+    /// Whether it was tried in vain, and is not tried again by itself.
+    pub dead: bool,
 }
 
 pub(crate) fn collection(subscription: &str) -> Arc<str> {
@@ -215,7 +219,9 @@ impl ParkedKeys {
                     if let Some(lost) = parked.lost().filter(|_| found.lost.is_none()) {
                         found.lost = Some(lost.to_string().into());
                     }
-                    found.add(&parked.key, Place { sequence, id, position: parked.position, waits, awaits_build });
+                    let dead = !waits && document.due.is_none();
+                    let position = parked.position;
+                    found.add(&parked.key, Place { sequence, id, position, waits, awaits_build, dead });
                 }
             }
         }
@@ -259,7 +265,7 @@ impl ParkedKeys {
         let last = self.keys.get(key).and_then(|places| places.back());
         let sequence = last.map_or(0, |place| place.sequence + 1);
         let (id, waits) = (document_id(key, sequence, lane), last.is_some());
-        Place { sequence, id, position, waits, awaits_build: false }
+        Place { sequence, id, position, waits, awaits_build: false, dead: false }
     }
 
     /// Whether messages of this key wait for another build, which may have taken them meanwhile.
@@ -273,6 +279,9 @@ impl ParkedKeys {
     }
 
     pub fn add(&mut self, key: &Arc<str>, place: Place) {
+        if place.dead {
+            Arc::make_mut(&mut self.dead).insert(key.clone());
+        }
         Arc::make_mut(&mut self.keys).entry(key.clone()).or_default().push_back(place);
         self.count += 1;
     }
@@ -286,15 +295,32 @@ impl ParkedKeys {
                 keys.remove(key);
             }
         }
+        self.find_dead(key);
     }
 
-    /// The first message of the key was tried in vain.
-    pub fn tried_first(&mut self, key: &str, awaits_build: bool) {
+    /// How many keys have a dead letter, and one of them.
+    pub fn dead(&self) -> Option<(usize, &Arc<str>)> {
+        Some((self.dead.len(), self.dead.first()?))
+    }
+
+    fn find_dead(&mut self, key: &str) {
+        let is_dead = self.keys.get_key_value(key).filter(|(_, places)| places.iter().any(|place| place.dead));
+        match is_dead.map(|(key, _)| key.clone()) {
+            Some(key) => _ = Arc::make_mut(&mut self.dead).insert(key),
+            None if self.dead.contains(key) => _ = Arc::make_mut(&mut self.dead).remove(key),
+            None => {}
+        }
+    }
+
+    /// The first message of the key was tried in vain; `dead`: it is not tried again by itself.
+    pub fn tried_first(&mut self, key: &str, awaits_build: bool, dead: bool) {
         let places = Arc::make_mut(&mut self.keys).get_mut(key);
         if let Some(first) = places.and_then(|places| places.front_mut()) {
             first.waits = false;
             first.awaits_build = awaits_build;
+            first.dead = dead;
         }
+        self.find_dead(key);
     }
 }
 

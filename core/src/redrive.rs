@@ -3,10 +3,13 @@
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use tokio::time::Instant;
+use uuid::Uuid;
 
 use crate::{
+    bus::Message,
     commit::{CommitError, Document},
     handler::Remedy,
+    notice::{FailedMessage, Notice},
     parking::{Parked, collection, key_and_lane},
     store::Scan,
     work::{Stale, Work},
@@ -18,6 +21,18 @@ use crate::{
 const RECONCILE: Duration = Duration::from_secs(10);
 /// Parked keys looked at in one tick.
 const DUE_PAGE: usize = 64;
+
+fn failed(tried: &Parked, message: Option<&Message>, retries: bool) -> Notice {
+    Notice::Message(FailedMessage {
+        key: tried.key.clone(),
+        id: message.map_or(Uuid::nil(), |message| message.id),
+        type_name: message.map_or_else(|| "no message".into(), |message| message.type_name.clone()),
+        position: tried.position,
+        attempts: tried.attempts,
+        reason: tried.reason.clone(),
+        retries,
+    })
+}
 
 /// Documents looked at in one go for messages that wait for a build; more where many others are in front.
 const AWAITING_PAGE: usize = 64;
@@ -147,27 +162,33 @@ impl Worker {
         };
         let Ok(parked) = serde_json::from_str::<Parked>(&document.body) else { return Ok(false) };
         let mut work = Work::new(self.store.clone(), Stale::Everything);
-        let handled = match parked.message() {
+        let message = parked.message();
+        let handled = match &message {
             None => Err((parked.reason.clone(), Remedy::Park)),
             Some(message) => {
                 work.begin(message.id, message.effects());
-                match self.handle(&message, &mut work).await {
-                    Err(error) if error.remedy() == Remedy::AwaitStore => return Ok(false),
-                    handled => handled.map_err(|error| (error.to_string(), error.remedy())),
-                }
+                let handled = self.handle(message, &mut work).await;
+                self.reporter.hands_free();
+                handled.map_err(|error| (error.text(), error.remedy()))
             }
         };
         let failure = match handled {
             Ok(()) => {
                 work.put_expecting(&document_key, document.version, None, None);
+                let notices = work.take_notices();
                 match work.commit().await {
                     Ok(_) => {
+                        let was = self.parked.dead().map(|(count, _)| count);
                         self.parked.release_first(key);
+                        self.show_dead(was);
+                        self.tell(&notices);
                         return Ok(self.parked.has(key));
                     }
                     Err(CommitError::Invalid(reason)) => {
                         if self.redrive_refused(&parked, &reason, &document).await {
+                            let was = self.parked.dead().map(|(count, _)| count);
                             self.parked.release_first(key);
+                            self.show_dead(was);
                             return Ok(self.parked.has(key));
                         }
                         work = Work::new(self.store.clone(), Stale::Everything);
@@ -182,14 +203,20 @@ impl Worker {
             }
         };
         let (reason, remedy) = failure;
-        let attempts = parked.attempts + 1;
+        // That the store is away is no fault of the message, and no attempt; it is not tried again at once all the same.
+        let attempts = parked.attempts + u32::from(remedy != Remedy::AwaitStore);
         let awaits_build = remedy == Remedy::AwaitBuild;
+        let due = self.retry_at(remedy, attempts);
         let tried = Parked { attempts, awaits_build, reason: parked_reason(&reason, remedy), ..parked };
+        let failed = failed(&tried, message.as_ref(), due.is_some());
         let body = serde_json::to_string(&tried).unwrap_or_default();
-        work.put_expecting(&document_key, document.version, Some(body.into()), self.retry_at(remedy, attempts));
+        work.put_expecting(&document_key, document.version, Some(body.into()), due);
         match work.commit().await {
             Ok(_) => {
-                self.parked.tried_first(key, awaits_build);
+                let was = self.parked.dead().map(|(count, _)| count);
+                self.parked.tried_first(key, awaits_build, due.is_none());
+                self.show_dead(was);
+                self.tell(&[failed]);
                 Ok(false)
             }
             Err(error) => self.redrive_later(key, &error).await,

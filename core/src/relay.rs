@@ -17,8 +17,8 @@ use crate::{
     health::{Health, Reporter, State},
     instance::Instance,
     lanes::{self, LANES_MAX, LOOK_AGAIN, Lanes},
-    name,
     log_names::Labels,
+    name,
     parking::ParkedKeys,
     relayed::relay_of,
     store::{EventStore, LogPage, StoreError},
@@ -244,7 +244,7 @@ impl Relay {
         worker: &mut Worker,
         upto: Position,
     ) -> Result<(), Trouble> {
-        let label = label(lane, &name_of_log(&*worker.store).await?);
+        let labels = LogNames::drawn(&*worker.store).await?.labels(lane);
         let mut cursor = Position(worker.lanes[0].next);
         while cursor < upto {
             let page = worker.store.read_log(&self.routes.query(), cursor, PAGE).await?;
@@ -252,7 +252,7 @@ impl Relay {
             let is_over = page.next == cursor && !page.more;
             cursor = page.next.min(upto);
             let before = page.events.into_iter().take_while(|event| event.position <= upto);
-            let (messages, sources) = self.messages(lane, &label, worker, &before.collect::<Vec<_>>()).await?;
+            let (messages, sources) = self.messages(lane, &labels, worker, &before.collect::<Vec<_>>()).await?;
             let taken = async { publisher.publish(messages).await?.await };
             if !sources.is_empty()
                 && let Err(error) = taken.await

@@ -15,10 +15,11 @@ pub use crate::remembered::REMEMBERED_COMMANDS;
 use crate::{
     aggregate::Aggregate,
     backoff::Backoff,
+    categories,
     commit::{Commit, CommitError, DocumentKey, Expected, Put},
     event::{DecodeError, Metadata, StreamId, StreamIdError, Version, derived_id},
     line::Line,
-    panic::caught,
+    panic::{caught, caught_now},
     remembered::{First, Remembered},
     store::{EventStore, StoreError},
     unsettled::Unsettled,
@@ -116,12 +117,28 @@ struct Waiting<A: Aggregate> {
 
 impl<A: Aggregate> Repository<A> {
     /// The aggregates of this kind in `store`.
+    ///
+    /// # Panics
+    /// See [`with`](Self::with).
     pub fn new(store: Arc<dyn EventStore>) -> Self {
         Self::with(store, A::CATEGORY, CACHED_AGGREGATES)
     }
 
     /// The same under another category, keeping at most `cached` folded aggregates in memory.
+    ///
+    /// # Panics
+    /// On a mistake in the program text, before anything is written: if the category is outside the grammar of
+    /// [`StreamId`] or one of the framework's own, or if an aggregate with no event in common is in this category already.
     pub fn with(store: Arc<dyn EventStore>, category: &str, cached: usize) -> Self {
+        let checked = categories::check_own(category).and_then(|()| categories::register::<A>(&store, category));
+        if let Err(reason) = checked {
+            panic!("{reason}");
+        }
+        Self::of_framework(store, category, cached)
+    }
+
+    /// Under a category of the framework's own.
+    pub(crate) fn of_framework(store: Arc<dyn EventStore>, category: &str, cached: usize) -> Self {
         let cache = quick_cache::sync::Cache::new(cached);
         let history = AtomicU64::new(store.history());
         let (category, new, lines) = (category.to_owned(), Arc::default(), Mutex::default());
@@ -384,7 +401,8 @@ impl<A: Aggregate> Repository<A> {
         if folded.version.0 - folded.snapshot.0 < policy.every {
             return None;
         }
-        let state = (policy.save)(&folded.state).ok()?;
+        // A panic of a user's serializer must not stop what has been decided.
+        let state = caught_now(|| (policy.save)(&folded.state)).ok()?.ok()?;
         let stored = StoredSnapshot {
             version: folded.version,
             schema: policy.version,

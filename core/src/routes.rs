@@ -21,6 +21,15 @@ pub struct Routes {
     internal: Vec<Arc<str>>,
 }
 
+/// The longest name of a service: with what its topics, its relay and its parts add, every store and bus takes it.
+pub(crate) const SERVICE_BYTES_MAX: usize = 80;
+
+/// Whether this can be the name of a service: it is part of the names of topics.
+pub(crate) fn is_service_name(name: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
+    !name.is_empty() && name.len() <= SERVICE_BYTES_MAX && name.bytes().all(plain)
+}
+
 impl Routes {
     /// The routes of a service: its events go to `<service>.events`, commands of its sagas to `<participant>.commands`, and
     /// its replies to other services' sagas to `<their service>.commands`.
@@ -37,6 +46,11 @@ impl Routes {
     /// Sends the commands of sagas recorded under this category.
     pub(crate) fn saga(&mut self, category: &str) {
         self.internal.push(category.into());
+    }
+
+    /// The categories whose events are published.
+    pub(crate) fn published(&self) -> &[Arc<str>] {
+        &self.published
     }
 
     pub(crate) fn query(&self) -> LogQuery {

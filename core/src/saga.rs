@@ -30,7 +30,7 @@ pub use definition::{
     ATTEMPTS_MAX, AfterPivot, Closing, Kind, NeedsUndo, Open, Plan, RETRY_DELAY_MAX, RETRY_DELAY_MIN, Request,
     STEP_TIMEOUT, Saga, SagaState, Undoable,
 };
-pub use index::{Index, SagaStatus};
+pub use index::{Index, STUCK, SagaStatus};
 #[cfg(feature = "testing")]
 pub(crate) use instance::{Ask, Definitions, What};
 pub use instance::{Instance, SagaRefusal};
@@ -38,7 +38,7 @@ pub use participant::{ANSWER_BYTES_MAX, decide_step};
 pub use participant::{Answer, Participant, Participation, Slot, Step, StepCommand, StepError, StepEvent};
 pub(crate) use participant::{Desk, attribute};
 pub use path::Path;
-pub use progress::{At, CallState, Command, Failure, Outcome, Progress, Reply, SagaEvent, Status};
+pub use progress::{At, CallState, Command, Failure, Fault, FaultKind, Outcome, Progress, Reply, SagaEvent, Status};
 pub(crate) use runner::{Replies, Starter};
 pub use runner::{Runner, Starts};
 pub use transition::{COMMANDS_BYTES_MAX, Input, Moved, Verb, begin, transition};

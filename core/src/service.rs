@@ -1,6 +1,10 @@
 //! A service: what it publishes, the steps it carries out, the sagas it runs, and everything that keeps them going.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use futures::{FutureExt, future::BoxFuture};
@@ -10,10 +14,11 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     archive::is_half_imported,
     bus::{Bus, BusError, Message, Publisher},
+    categories,
     consumer::Group,
     event::StreamId,
-    handler::{Handler, HandlerError},
-    health::{Health, State},
+    handler::{Handler, HandlerError, Terminal},
+    health::{Health, Held, State},
     instance::Instance,
     name::{self, NameError, Names},
     panic::caught,
@@ -21,6 +26,7 @@ use crate::{
     recovery::{self, Ahead},
     relay::{Relay, Routes},
     relayed::relay_of,
+    routes::{SERVICE_BYTES_MAX, is_service_name},
     saga::{Desk, Participant, Replies, Runner, SagaState, Starter, StepEvent},
     store::{EventStore, LogQuery, StoreError},
     subscription::Subscription,
@@ -29,6 +35,10 @@ use crate::{
 
 /// How long the index of sagas may be behind while there is little to do: it adds to the precision of timers.
 const INDEX_PAUSE: Duration = Duration::from_millis(200);
+/// How often a process looks for handlers that do not return.
+const WATCH: Duration = Duration::from_secs(1);
+/// How long parts that are cut off may take to notice: each ends at its next wait.
+const CUT_OFF: Duration = Duration::from_secs(1);
 
 /// A service in the making.
 ///
@@ -172,6 +182,27 @@ impl Service {
     }
 }
 
+impl Service {
+    /// Why its name cannot be one.
+    fn name_fault(&self) -> Option<String> {
+        let name = &self.name;
+        if !is_service_name(name) {
+            return Some(format!(
+                "it names topics, which are letters, digits, `.`, `_` and `-`, at most {SERVICE_BYTES_MAX} of them"
+            ));
+        }
+        // What it does for sagas is in streams of this category.
+        let checked = self.desk.as_ref().map(|_| categories::check(&format!("step.{name}")));
+        Some(format!("it carries out steps: {}", checked?.err()?))
+    }
+
+    /// The categories that it publishes or follows.
+    fn categories(&self) -> Vec<Arc<str>> {
+        let followed = self.subscriptions.iter().flat_map(Subscription::categories);
+        self.routes.published().iter().chain(followed).cloned().collect()
+    }
+}
+
 /// Takes everything that arrives on `<service>.commands`: replies to its sagas, and steps to carry out.
 struct Inbox {
     replies: Vec<Arc<dyn Replies>>,
@@ -193,13 +224,17 @@ impl Inbox {
     }
 }
 
+fn no_participant(message: &Message) -> String {
+    format!("this service carries out no steps, so nobody carries out {}: give it a participant", message.type_name)
+}
+
 #[async_trait]
 impl Handler for Inbox {
     async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
         match (self.runs(message)?, &self.desk) {
             (Some((replies, saga)), _) => replies.reply(saga.id(), message, None, work).await,
             (None, Some(desk)) => desk.handle(message, work).await,
-            (None, None) => Ok(()),
+            (None, None) => Err(no_participant(message)).terminal(),
         }
     }
 
@@ -207,7 +242,7 @@ impl Handler for Inbox {
         match (self.runs(message)?, &self.desk) {
             (Some((replies, saga)), _) => replies.reply(saga.id(), message, Some(reason), work).await,
             (None, Some(desk)) => desk.refused(message, reason, work).await,
-            (None, None) => Ok(()),
+            (None, None) => Err(no_participant(message)).terminal(),
         }
     }
 }
@@ -256,6 +291,14 @@ pub enum StartError {
 /// Everything that runs, started and stopped together.
 pub struct Runtime {
     tasks: JoinSet<(String, Result<(), String>)>,
+    /// The name of the part that each task is.
+    task_names: HashMap<tokio::task::Id, String>,
+    /// What logs the messages that their handlers do not return from; started with the first service.
+    watch: JoinSet<()>,
+    watches: bool,
+    services: BTreeSet<String>,
+    /// The categories of the sagas that run, with their stores.
+    sagas: Vec<(Arc<dyn EventStore>, String)>,
     shutdown: CancellationToken,
     health: Health,
     /// The names of all parts that were started.
@@ -280,6 +323,11 @@ impl Runtime {
     pub fn new() -> Self {
         Self {
             tasks: JoinSet::new(),
+            task_names: HashMap::new(),
+            watch: JoinSet::new(),
+            watches: false,
+            services: BTreeSet::new(),
+            sagas: Vec::new(),
             shutdown: CancellationToken::new(),
             health: Health::default(),
             names: Names::default(),
@@ -313,16 +361,11 @@ impl Runtime {
     /// Starts services on a bus. All of them join it before any of them publishes, so that no message is missed.
     ///
     /// # Errors
-    /// If a name is none or is taken, the bus cannot be joined, or a store is not whole; then nothing is started.
+    /// If a name cannot be used or is used twice, the bus cannot be joined, or a store is not whole; then nothing is started.
     pub async fn start(&mut self, services: Vec<Service>, bus: Arc<dyn Bus>) -> Result<(), StartError> {
+        self.check_names(&services)?;
         let mut names = self.names.clone();
-        self.shared_as.iter().try_for_each(|instance| name::check("instance", instance))?;
         services.iter().try_for_each(|service| service.take_names(&mut names))?;
-        for Service { name, fault, .. } in &services {
-            if let Some(reason) = fault.clone() {
-                return Err(StartError::Definitions { service: name.clone(), reason });
-            }
-        }
         let mut stores: Vec<_> = services.iter().map(|service| (service.name.clone(), service.store.clone())).collect();
         for (service, store) in &stores {
             recovery::check(service, &**store, &*bus).await?;
@@ -333,6 +376,8 @@ impl Runtime {
                 return Err(StartError::HalfImported { service });
             }
         }
+        self.start_watch();
+        self.remember(&services);
         let mut joined = Vec::new();
         let instance: Option<Arc<str>> = self.shared_as.as_deref().map(Arc::from);
         for service in services {
@@ -377,7 +422,7 @@ impl Runtime {
                     health: health.clone(),
                     shutdown: shutdown.clone(),
                 };
-                self.spawn(name.clone(), part(surroundings));
+                self.spawn_as(name.clone(), part(surroundings));
             }
             if !bus.is_local() {
                 let watch = recovery::watch(name.clone(), store.clone(), bus.clone(), shutdown.clone());
@@ -405,8 +450,23 @@ impl Runtime {
     /// Starts a part of the user's own; it should end when [`shutdown`](Self::shutdown) does. An error or a panic of it
     /// shows in [`health`](Self::health) at once, and is what [`drain`](Self::drain) returns.
     pub fn spawn(&mut self, part: impl Into<String>, task: impl Future<Output = Result<(), String>> + Send + 'static) {
-        let (part, health) = (part.into(), self.health());
-        self.tasks.spawn(async move {
+        let part = self.own_name(part.into());
+        self.spawn_as(part, task);
+    }
+
+    /// A name that no other part of the runtime has: two of one name would be one in its health.
+    fn own_name(&self, part: String) -> String {
+        let taken = |name: &String| self.task_names.values().any(|known| known == name);
+        if !taken(&part) {
+            return part;
+        }
+        let mut numbered = (2_u32..).map(|number| format!("{part}#{number}"));
+        numbered.find(|name| !taken(name)).unwrap_or(part)
+    }
+
+    fn spawn_as(&mut self, part: String, task: impl Future<Output = Result<(), String>> + Send + 'static) {
+        let (health, name) = (self.health(), part.clone());
+        let spawned = self.tasks.spawn(async move {
             let ended = caught(task).await.unwrap_or_else(|panic| Err(panic.to_string()));
             if let Err(error) = &ended {
                 tracing::error!(%part, %error, "ended");
@@ -414,17 +474,114 @@ impl Runtime {
             }
             (part, ended)
         });
+        self.task_names.insert(spawned.id(), name);
     }
 
     /// A task of the runtime's own and not one of a task's: what is dropped or cut off does nothing more. Panics of handlers
     /// are caught further in; after one in the engine itself, nothing goes on.
     fn spawn_worker(&mut self, part: &str, worker: impl Future<Output = Result<(), String>> + Send + 'static) {
         let shutdown = self.shutdown();
-        self.spawn(part, async move {
+        self.spawn_as(part.to_owned(), async move {
             caught(worker).await.unwrap_or_else(|panic| {
                 shutdown.cancel();
                 Err(panic.to_string())
             })
+        });
+    }
+
+    /// What would only show later, as messages that nobody takes or two take.
+    fn check_names(&self, services: &[Service]) -> Result<(), StartError> {
+        self.shared_as.iter().try_for_each(|instance| name::check("instance", instance))?;
+        for Service { name, fault, .. } in services {
+            if let Some(reason) = fault.clone() {
+                return Err(StartError::Definitions { service: name.clone(), reason });
+            }
+        }
+        let mut names = self.services.clone();
+        let mut sagas = self.sagas.clone();
+        let twice = |kind, name: String| StartError::from(NameError::Taken { name, first: kind, second: kind });
+        for service in services {
+            let unusable = |kind, name: &str, reason| NameError::Malformed { kind, name: name.to_owned(), reason };
+            if let Some(reason) = service.name_fault() {
+                return Err(unusable("service", &service.name, reason).into());
+            }
+            for category in service.routes.published() {
+                categories::check_own(category).map_err(|reason| unusable("published category", category, reason))?;
+            }
+            for category in service.subscriptions.iter().flat_map(Subscription::categories) {
+                let checked = categories::check(category).map_err(|error| error.to_string());
+                checked.map_err(|reason| unusable("followed category", category, reason))?;
+            }
+            if !names.insert(service.name.clone()) {
+                return Err(twice("service", service.name.clone()));
+            }
+            for replies in &service.replies {
+                let (store, category) = (&service.store, replies.category());
+                if sagas.iter().any(|(known, of)| Arc::ptr_eq(known, store) && *of == category) {
+                    let name = category.trim_start_matches("saga.").to_owned();
+                    return Err(twice("saga", name));
+                }
+                sagas.push((store.clone(), category));
+            }
+        }
+        Ok(())
+    }
+
+    /// Keeps the names of services that are started, and looks for the categories that they name.
+    fn remember(&mut self, services: &[Service]) {
+        for service in services {
+            self.services.insert(service.name.clone());
+            let sagas = service.replies.iter().map(|replies| (service.store.clone(), replies.category()));
+            self.sagas.extend(sagas);
+            let own = service.categories().into_iter().filter(|category| categories::check_own(category).is_ok());
+            let (name, store) = (service.name.clone(), service.store.clone());
+            self.watch.spawn(categories::watch(name, store, own.collect(), self.health()));
+            for group in &service.groups {
+                self.watch.spawn(group.watch(service.store.clone(), self.health()));
+            }
+        }
+    }
+
+    /// Ends the parts that are left, and gives their names. One that blocks its thread is left behind.
+    async fn cut_off(&mut self) -> String {
+        let mut left: BTreeMap<String, u32> = BTreeMap::new();
+        self.task_names.values().for_each(|name| *left.entry(name.clone()).or_default() += 1);
+        let held = self.health.held();
+        for part in left.keys() {
+            let message = held.iter().find(|held| held.part.starts_with(part.as_str()));
+            let message = message.map(|held| format!("{} ({}, key {})", held.id, held.type_name, held.key));
+            let message = message.unwrap_or_else(|| "none".into());
+            tracing::error!(%part, %message, "a part did not end in time and was cut off");
+            self.health.count("annals_parts_cut_off_total", &[("part", part)]);
+        }
+        self.tasks.abort_all();
+        let joined = async { while self.tasks.join_next().await.is_some() {} };
+        if tokio::time::timeout(CUT_OFF, joined).await.is_err() {
+            self.tasks.detach_all();
+        }
+        left.into_keys().collect::<Vec<_>>().join(", ")
+    }
+
+    /// Logs each message whose handler does not return, once.
+    fn start_watch(&mut self) {
+        if std::mem::replace(&mut self.watches, true) {
+            return;
+        }
+        let health = self.health();
+        self.watch.spawn(async move {
+            let mut told: BTreeMap<String, tokio::time::Instant> = BTreeMap::new();
+            loop {
+                tokio::time::sleep(WATCH).await;
+                let held = health.held();
+                told.retain(|part, since| held.iter().any(|held| held.part == *part && held.since == *since));
+                for Held { part, id, key, type_name, position, since } in held {
+                    if told.insert(part.clone(), since).is_none() {
+                        let seconds = since.elapsed().as_secs();
+                        health.count("annals_handlers_hung_total", &[("part", &part)]);
+                        tracing::error!(%part, message = %id, %key, %type_name, position, seconds, "a handler does not return");
+                    }
+                }
+            }
         });
     }
 
@@ -436,25 +593,25 @@ impl Runtime {
         self.shutdown.cancel();
         let mut first_error = None;
         let joined = tokio::time::timeout(patience, async {
-            while let Some(ended) = self.tasks.join_next().await {
-                let error = match ended {
-                    Ok((_, Ok(()))) => continue,
-                    Ok((part, Err(error))) => format!("{part}: {error}"),
-                    Err(panic) => panic.to_string(),
+            while let Some(ended) = self.tasks.join_next_with_id().await {
+                let (id, error) = match ended {
+                    Ok((id, (_, Ok(())))) => (id, None),
+                    Ok((id, (part, Err(error)))) => (id, Some(format!("{part}: {error}"))),
+                    Err(panic) => (panic.id(), Some(panic.to_string())),
                 };
+                self.task_names.remove(&id);
+                let Some(error) = error else { continue };
                 first_error.get_or_insert(error);
             }
         });
         let in_time = joined.await.is_ok();
-        let left = self.tasks.len();
-        self.tasks.shutdown().await;
+        let left = self.cut_off().await;
         // Only now: until then it held lanes.
         self.leave.cancel();
         _ = tokio::time::timeout(patience, self.heartbeats.join_all()).await;
         if !in_time {
-            return Err(
-                first_error.unwrap_or_else(|| format!("{left} parts did not end within {patience:?} and were cut off"))
-            );
+            let late = format!("parts that did not end within {patience:?} were cut off: {left}");
+            return Err(first_error.map_or(late.clone(), |error| format!("{error}; {late}")));
         }
         first_error.map_or(Ok(()), Err)
     }

@@ -133,6 +133,11 @@ impl Subscription {
         self
     }
 
+    /// The categories that it follows, if it names any.
+    pub(crate) fn categories(&self) -> &[Arc<str>] {
+        &self.query.categories
+    }
+
     /// Keeps views of a read model: its name stands for the subscription in health, whichever generation it keeps, and instances with
     /// the same version of the code take turns at it. The checkpoint is made and removed with the generation, so the subscription
     /// ends when its checkpoint is gone.

@@ -13,6 +13,7 @@ use crate::{
         DecodeError, Event, EventError, Metadata, NewEvent, StreamId, StreamIdError, Version, derived_id, encode_all,
     },
     json::to_json,
+    notice::Notice,
     repository::{Folded, Repository},
     store::{EventStore, StoreError},
     unsettled::{self, Unsettled},
@@ -38,6 +39,8 @@ pub struct Work {
     stale: Stale,
     rows: usize,
     rows_at_begin: usize,
+    notices: Vec<Notice>,
+    notices_at_begin: usize,
 }
 
 /// Who asks: ids of what is staged derive from `id`.
@@ -110,6 +113,8 @@ impl Work {
             stale,
             rows: 0,
             rows_at_begin: 0,
+            notices: Vec::new(),
+            notices_at_begin: 0,
         }
     }
 
@@ -123,6 +128,7 @@ impl Work {
         }
         self.undo.clear();
         self.rows_at_begin = self.rows;
+        self.notices_at_begin = self.notices.len();
     }
 
     /// Forgets what was staged since [`begin`](Self::begin); what was looked at is still checked by the commit, because
@@ -141,6 +147,7 @@ impl Work {
         }
         self.cause.calls = 0;
         self.rows = self.rows_at_begin;
+        self.notices.truncate(self.notices_at_begin);
     }
 
     /// The time of the store.
@@ -151,6 +158,15 @@ impl Work {
     /// When something is due after this delay; `None` if that is beyond the calendar, and so never.
     pub(crate) fn due_in(&self, delay: Duration) -> Option<DateTime<Utc>> {
         self.store.clock().due_in(delay)
+    }
+
+    /// What is to be told once this is committed.
+    pub(crate) fn notice(&mut self, notice: Notice) {
+        self.notices.push(notice);
+    }
+
+    pub(crate) fn take_notices(&mut self) -> Vec<Notice> {
+        std::mem::take(&mut self.notices)
     }
 
     /// How many rows the commit will write.
@@ -315,7 +331,13 @@ impl Work {
 
     /// Reads documents that the work will want, in one round trip.
     pub async fn prefetch(&mut self, keys: &[DocumentKey]) -> Result<(), StoreError> {
-        let missing: Vec<_> = keys.iter().filter(|key| !self.documents.contains_key(*key)).cloned().collect();
+        let missing = keys.iter().filter(|key| !self.documents.contains_key(*key)).cloned();
+        let (missing, never): (Vec<_>, Vec<_>) = missing.partition(DocumentKey::is_storable);
+        // A database may take the question itself for an error.
+        for key in never {
+            let nothing = StagedDocument { read_version: Some(0), body: None, due: None, dirty: false };
+            self.documents.insert(key, nothing);
+        }
         if missing.is_empty() {
             return Ok(());
         }

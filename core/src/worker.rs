@@ -12,6 +12,7 @@ use crate::{
     commit::{COMMIT_ROWS_MAX, CommitError, DocumentKey},
     handler::{Handler, HandlerError, Remedy},
     health::Reporter,
+    notice::{FailedMessage, Notice},
     panic::caught,
     parking::{Lost, PARKED_MAX, Parked, ParkedKeys, Place, collection},
     reason,
@@ -36,6 +37,9 @@ pub(crate) const BUILD_LOOK: Duration = Duration::from_millis(500);
 pub(crate) const BUILD_LOOK_MAX: Duration = Duration::from_secs(10);
 
 /// The reason of a parked message, as operators read it.
+/// How long a parked message waits that was tried while a store was away.
+const STORE_AWAITED: Duration = Duration::from_secs(1);
+
 pub(crate) fn parked_reason(reason: &str, remedy: Remedy) -> String {
     match remedy {
         Remedy::AwaitBuild => reason::storable(&format!("waits for a build that knows more: {reason}")),
@@ -152,10 +156,29 @@ impl Worker {
 
     pub async fn load_parked(&mut self) -> Result<(), StoreError> {
         let lanes: Vec<_> = self.lanes.iter().map(|lane| lane.place.clone()).collect();
-        self.parked = self.parked.load(&*self.store, &lanes).await?;
-        self.reporter.fault(self.parked.lost());
+        let parked = self.parked.load(&*self.store, &lanes).await?;
+        self.set_parked(parked);
         self.reconciled_at = Instant::now();
         Ok(())
+    }
+
+    /// Takes note of what is parked, and shows whether a person is needed for it.
+    pub fn set_parked(&mut self, parked: ParkedKeys) {
+        let was = self.parked.dead().map(|(count, _)| count);
+        self.parked = parked;
+        self.reporter.fault(self.parked.lost());
+        self.show_dead(was);
+    }
+
+    /// Shows how many keys have dead letters, if that are not as many as before.
+    pub fn show_dead(&mut self, was: Option<usize>) {
+        let dead = self.parked.dead();
+        if dead.map(|(count, _)| count) != was {
+            let shown = dead.map(|(count, key)| {
+                format!("{count} keys of {} wait behind a dead letter, such as {key}: redrive it or drop it", self.name)
+            });
+            self.reporter.attention(shown);
+        }
     }
 
     /// Handles all items, in as many commits as their size asks for. Returns early only when the worker must stop.
@@ -179,18 +202,13 @@ impl Worker {
         let mut limit = items.len();
         let (mut racing, mut waiting) = (Backoff::short(), Backoff::long());
         loop {
-            self.is_of_this_log()?;
-            if self.parked.len() >= PARKED_MAX {
-                self.reporter.trouble(format!("{PARKED_MAX} messages are parked: redrive or drop some"));
-                waiting.wait().await;
-                self.load_parked().await?;
-                self.redrive_due().await?;
-                continue;
-            }
+            self.await_room(&mut waiting).await?;
             let batch = &items[..if matches!(refused, Refused::Not) { limit } else { 1 }];
             let mut work = Work::new(self.store.clone(), stale.clone());
             let mut parked = self.parked.clone();
-            let count = match self.attempt(batch, &mut work, &mut parked, &refused).await {
+            let attempt = self.attempt(batch, &mut work, &mut parked, &refused).await;
+            self.reporter.hands_free();
+            let count = match attempt {
                 Attempt::Handled(count) => count,
                 Attempt::AwaitStore(reason) => {
                     self.reporter.trouble(reason);
@@ -207,9 +225,10 @@ impl Worker {
                 }
             };
             let after = self.stage_checkpoints(&batch[..count], &mut work);
+            let notices = work.take_notices();
             let error = match work.commit().await {
                 Ok(_) => {
-                    self.moved(after, parked);
+                    self.committed(after, parked, &notices);
                     return Ok(count);
                 }
                 Err(error) => error,
@@ -234,7 +253,7 @@ impl Worker {
                     self.reporter.trouble(reason.clone());
                     waiting.wait().await;
                     if self.was_committed(&after).await? {
-                        self.moved(after, parked);
+                        self.committed(after, parked, &notices);
                         self.load_parked().await?;
                         return Ok(count);
                     }
@@ -242,7 +261,13 @@ impl Worker {
                 }
                 // Only a message that is refused by itself is at fault; until it stands alone, nobody is parked for it.
                 CommitError::Invalid(_) if count > 1 => limit = count / 2,
-                CommitError::Invalid(reason) => refused = refused.next(reason.clone()),
+                CommitError::Invalid(reason) => {
+                    if matches!(refused, Refused::Again(_)) {
+                        self.stand_still(&batch[0], reason);
+                        waiting.wait().await;
+                    }
+                    refused = refused.next(reason.clone());
+                }
                 CommitError::Unavailable(reason) => {
                     self.reporter.trouble(reason.clone());
                     waiting.wait().await;
@@ -251,15 +276,41 @@ impl Worker {
         }
     }
 
+    /// Waits while as many messages are parked as may be; stops where the log is another one.
+    async fn await_room(&mut self, waiting: &mut Backoff) -> Result<(), Stop> {
+        while self.parked.len() >= PARKED_MAX {
+            self.reporter.trouble(format!("{PARKED_MAX} messages are parked: redrive or drop some"));
+            waiting.wait().await;
+            self.load_parked().await?;
+            self.redrive_due().await?;
+        }
+        self.is_of_this_log()
+    }
+
+    fn committed(&mut self, after: HashMap<usize, Lane>, parked: ParkedKeys, notices: &[Notice]) {
+        self.moved(after, parked);
+        self.tell(notices);
+    }
+
+    /// The dead letter of a message is refused too. Only a person can say why, and the lane stands still until then.
+    fn stand_still(&mut self, item: &Item, reason: &str) {
+        let (id, key) = (item.id(), &item.key);
+        let trouble = format!("the store refuses message {id} (key {key}) also as a dead letter: {reason}");
+        self.reporter.trouble(trouble);
+    }
+
     /// Stages the items one by one. If the first item's own work was refused, the handler stages something else, or the item
     /// is parked.
     async fn attempt(&self, items: &[Item], work: &mut Work, parked: &mut ParkedKeys, refused: &Refused) -> Attempt {
         let messages: Vec<&Message> = items.iter().filter_map(|item| item.message.as_ref().ok()).collect();
         let mut unprepared = None;
+        if let Some(first) = messages.first() {
+            self.reporter.take_in_hand(first);
+        }
         let prepared = caught(async { self.handler.prepare(&messages, work).await }).await;
         if let Err(error) = prepared.unwrap_or_else(|panic| Err(panic.into())) {
             if error.remedy() == Remedy::AwaitStore {
-                return Attempt::AwaitStore(format!("preparing a batch: {error}"));
+                return Attempt::AwaitStore(format!("preparing a batch: {}", error.text()));
             }
             if items.len() > 1 {
                 return Attempt::Smaller;
@@ -289,10 +340,10 @@ impl Worker {
                     let hopeless = matches!(refused, Refused::Again(_)) || item.message.is_err();
                     let remedy = if hopeless { Remedy::Park } else { error.remedy() };
                     if remedy == Remedy::AwaitStore {
-                        return Attempt::AwaitStore(error.to_string());
+                        return Attempt::AwaitStore(error.text());
                     }
                     work.rollback();
-                    self.park(item, work, parked, Some((error.to_string(), remedy)));
+                    self.park(item, work, parked, Some((error.text(), remedy)));
                 }
             }
             if work.rows() > COMMIT_ROWS_MAX - self.lanes.len() && index == 0 {
@@ -315,6 +366,7 @@ impl Worker {
 
     /// A handler that panics fails at this message; the lane goes on.
     pub(crate) async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
+        self.reporter.take_in_hand(message);
         let handled = caught(async { self.handler.handle(message, work).await }).await;
         handled.unwrap_or_else(|panic| Err(panic.into()))
     }
@@ -335,8 +387,10 @@ impl Worker {
         let mut parked = self.parked.clone();
         let failure = (!parked.has(&item.key)).then_some((reason, Remedy::Park));
         self.park(&item, &mut work, &mut parked, failure);
+        let notices = work.take_notices();
         work.commit().await.map_err(|error| StoreError::Unavailable(error.to_string()))?;
-        self.parked = parked;
+        self.set_parked(parked);
+        self.tell(&notices);
         Ok(())
     }
 
@@ -345,14 +399,16 @@ impl Worker {
         let (reason, attempts, due) = match failure {
             None => (String::new(), 0, None),
             Some((reason, remedy)) => {
-                tracing::warn!(subscription = %self.name, key = %item.key, %reason, "parked");
                 awaits_build = remedy == Remedy::AwaitBuild;
-                (parked_reason(&reason, remedy), 1, self.retry_at(remedy, 1))
+                let (reason, due) = (parked_reason(&reason, remedy), self.retry_at(remedy, 1));
+                work.notice(failed(item, &reason, 1, due.is_some()));
+                (reason, 1, due)
             }
         };
         let position = item.message.as_ref().map_or(0, |message| message.position.0);
         let lane = self.lanes[item.lane].place.clone();
-        let place = Place { awaits_build, ..parked.next_place(&item.key, &lane, position) };
+        let dead = attempts > 0 && due.is_none();
+        let place = Place { awaits_build, dead, ..parked.next_place(&item.key, &lane, position) };
         let document = Parked {
             subscription: self.name.clone(),
             lane,
@@ -376,7 +432,7 @@ impl Worker {
         (after.next, after.last) = (lost.to, None);
         after.marks.interrupt();
         let (key, place) = (lost.key(), after.place.clone());
-        let at = Place { waits: false, ..self.parked.next_place(&key, &place, 0) };
+        let at = Place { waits: false, dead: true, ..self.parked.next_place(&key, &place, 0) };
         let mut work = Work::new(self.store.clone(), Stale::Nothing);
         let document = Parked {
             subscription: self.name.clone(),
@@ -399,6 +455,7 @@ impl Worker {
             Err(error) => return Err(Stop::Store(StoreError::Unavailable(error.to_string()))),
         }
         tracing::error!(subscription = %self.name, %lost, count = lost.to - lost.from, "messages are lost");
+        self.reporter.health().count("annals_dead_letters_total", &[("subscription", &self.name)]);
         let mut parked = self.parked.clone();
         parked.add_lost(&key, at, &lost);
         self.reporter.fault(parked.lost());
@@ -411,7 +468,8 @@ impl Worker {
         let delay = match remedy {
             Remedy::RetryMessage => self.retry.delay_after(attempts)?,
             Remedy::AwaitBuild => BUILD_LOOK.saturating_mul(2u32.saturating_pow(attempts.min(20))).min(BUILD_LOOK_MAX),
-            Remedy::Park | Remedy::AwaitStore => return None,
+            Remedy::AwaitStore => STORE_AWAITED,
+            Remedy::Park => return None,
         };
         self.store.clock().due_in(delay)
     }
@@ -436,8 +494,13 @@ impl Worker {
         for (index, lane) in after {
             self.lanes[index] = Lane { version: lane.version + 1, ..lane };
         }
-        self.parked = parked;
+        self.set_parked(parked);
         self.reporter.fine();
+    }
+
+    /// What was committed is told.
+    pub fn tell(&self, notices: &[Notice]) {
+        notices.iter().for_each(|notice| notice.tell(&self.name, self.reporter.health()));
     }
 
     /// After an unknown outcome: whether the checkpoints stand where this very commit would have put them.
@@ -476,6 +539,19 @@ impl Worker {
         }
         Ok(())
     }
+}
+
+fn failed(item: &Item, reason: &str, attempts: u32, retries: bool) -> Notice {
+    let message = item.message.as_ref().ok();
+    Notice::Message(FailedMessage {
+        key: item.key.clone(),
+        id: item.id(),
+        type_name: message.map_or_else(|| "no message".into(), |message| message.type_name.clone()),
+        position: message.map_or(item.next - 1, |message| message.position.0),
+        attempts,
+        reason: reason.to_owned(),
+        retries,
+    })
 }
 
 fn put(after: &HashMap<usize, Lane>, work: &mut Work) {

@@ -143,7 +143,7 @@ pub async fn run(
     }
     let elapsed = started.elapsed();
     let health = runtime.health();
-    let patience = if health.is_fine() { PATIENCE } else { PATIENCE_IN_TROUBLE };
+    let patience = if health.is_working() { PATIENCE } else { PATIENCE_IN_TROUBLE };
     let drained = runtime.drain(patience).await;
     if !stop.is_cancelled() {
         drained.map_err(RunError::Runtime)?;

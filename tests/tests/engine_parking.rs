@@ -306,7 +306,7 @@ async fn panic_parks_its_message_and_the_lane_goes_on() {
     let twice = async || bed.letters().await.into_iter().find(|letter| letter.parked.attempts == 2);
     let letter = eventually("it has failed twice", twice).await;
     assert_eq!((&*letter.parked.reason, letter.retries_at), ("panicked: 2 is too much", None));
-    assert!(running.1.is_fine(), "{:?}", running.1.parts());
+    assert!(running.1.is_working(), "{:?}", running.1.parts());
     bed.letters.redrive("fussy", "tally-a").await.unwrap();
     bed.becomes("a", &[1, 2, 3]).await;
     running.stop().await;

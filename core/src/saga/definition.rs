@@ -6,7 +6,10 @@ use serde::{Serialize, de::DeserializeOwned};
 use uuid::Uuid;
 
 use super::progress::Outcome;
-use crate::event::{Event, named_id};
+use crate::{
+    categories,
+    event::{Event, named_id},
+};
 
 /// How long a step waits for its participants before it asks again.
 pub const STEP_TIMEOUT: Duration = Duration::from_secs(10);
@@ -260,8 +263,14 @@ impl<C: SagaState, P: Complete> Plan<C, P> {
     /// The definition.
     ///
     /// # Panics
-    /// If two steps have the same name, which is a mistake in the program text.
+    /// On a mistake in the program text: if two steps have the same name, or if the name of the saga cannot be part of a category,
+    /// which is lower-case letters, digits, `.` and `_`.
     pub fn build(mut self) -> Saga<C> {
+        let fault = categories::check(&self.saga.category()).map_err(|error| error.to_string());
+        let fault = if self.saga.name.is_empty() { Err("it is empty".to_owned()) } else { fault };
+        if let Err(reason) = fault {
+            panic!("saga {:?} cannot have this name: {reason}", self.saga.name);
+        }
         let mut names: Vec<_> = self.saga.steps.iter().chain(&self.saga.closing).map(|step| step.name).collect();
         names.sort_unstable();
         if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {

@@ -1,11 +1,13 @@
 //! A document per saga: what operators see, and how timers that are due are found.
 
+use std::sync::Arc;
+
 use async_trait::async_trait;
 use chrono::{DateTime, TimeZone, Utc};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    progress::{Progress, SagaEvent, Status},
+    progress::{Failure, Fault, FaultKind, Progress, SagaEvent, Status},
     timers::Timers,
 };
 use crate::{
@@ -14,6 +16,7 @@ use crate::{
     commit::DocumentKey,
     event::{Position, StreamId},
     handler::{Handler, HandlerError, Terminal},
+    notice::Notice,
     work::Work,
 };
 
@@ -78,10 +81,25 @@ fn time(millis: i64) -> DateTime<Utc> {
     Utc.timestamp_millis_opt(millis).single().unwrap_or_default()
 }
 
-/// The one field of a saga event that the index wants.
+/// The fields of a saga event that the index wants.
 #[derive(Deserialize)]
 struct Glimpse {
     progress: Progress,
+    #[serde(default)]
+    fault: Option<Fault>,
+}
+
+/// The events after which a saga that was stuck is not.
+const LEAVES_STUCK: [&str; 2] = ["saga.operated", "saga.migrated"];
+/// What stands before the category of a saga in the name of a collection that has a document for each saga which is stuck.
+pub const STUCK: &str = "stuck.";
+
+/// What went wrong where the very first step could not even be asked for: nothing else tells it.
+fn unsent(progress: &Progress, message: &Message) -> Option<Fault> {
+    let trouble = progress.trouble.as_ref().filter(|_| &*message.type_name == "saga.started")?;
+    let kind = if progress.status == Status::Stuck { FaultKind::Stuck } else { FaultKind::Failed };
+    let Failure { step, reason } = trouble.clone();
+    Some(Fault { kind, step, attempt: progress.attempt, reason, silent: Vec::new() })
 }
 
 #[async_trait]
@@ -91,14 +109,26 @@ impl Handler for Index {
             return Ok(());
         }
         let stream = StreamId::parse(&message.subject).terminal()?;
-        let Glimpse { progress } = serde_json::from_str(&message.data).terminal()?;
+        let Glimpse { progress, fault } = serde_json::from_str(&message.data).terminal()?;
         let status = SagaStatus::of(&stream, &progress, message.position);
-        let body = serde_json::to_string(&status)?;
+        let body: Arc<str> = serde_json::to_string(&status)?.into();
         let key = DocumentKey::new(stream.category(), stream.id());
         // What is beyond the calendar is never due.
         let due = progress.wakes().filter(|due| *due <= LAST_DUE_MILLISECONDS).map(time);
         self.timers.set(stream.id(), due);
-        work.put_json(&key, Some(body.into()), due);
+        let key_if_stuck = DocumentKey::new(format!("{STUCK}{}", stream.category()), stream.id());
+        if progress.status == Status::Stuck && progress.ended.is_none() {
+            work.put_json(&key_if_stuck, Some(body.clone()), None);
+        } else if LEAVES_STUCK.contains(&&*message.type_name) {
+            work.remove(&key_if_stuck);
+        }
+        let fault = fault.or_else(|| unsent(&progress, message));
+        self.timers.heard(stream.id(), fault.as_ref());
+        if let Some(fault) = fault {
+            let (saga, saga_id) = (status.saga.as_str().into(), stream.id().into());
+            work.notice(Notice::Saga { saga, saga_id, fault });
+        }
+        work.put_json(&key, Some(body), due);
         Ok(())
     }
 }

@@ -172,17 +172,17 @@ impl<C: SagaState> Aggregate for Instance<C> {
                 moved.map(|moved| moved.map(|moved| (None, moved)))
             }
         };
-        let Some((reply, Moved { progress, send, gave_up, .. })) = moved.map_err(SagaRefusal::Illegal)? else {
+        let Some((reply, Moved { progress, send, gave_up, fault, .. })) = moved.map_err(SagaRefusal::Illegal)? else {
             return Ok(Vec::new());
         };
         events.push(match &ask.what {
             What::Reply(asked) => {
-                SagaEvent::Replied { reply: reply.unwrap_or_else(|| asked.clone()), gave_up, progress, send }
+                SagaEvent::Replied { reply: reply.unwrap_or_else(|| asked.clone()), gave_up, fault, progress, send }
             }
             What::Operate { verb, by, reason } => {
                 SagaEvent::Operated { verb: *verb, by: by.clone(), reason: reason.clone(), progress, send }
             }
-            What::Begin(_) | What::Due => SagaEvent::Timed { gave_up, progress, send },
+            What::Begin(_) | What::Due => SagaEvent::Timed { gave_up, fault, progress, send },
         });
         Ok(events)
     }

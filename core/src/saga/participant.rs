@@ -228,7 +228,7 @@ pub(crate) struct Desk<P> {
 impl<P: Participant> Desk<P> {
     pub fn new(service: &str, store: Arc<dyn EventStore>, participant: P) -> Self {
         let category = format!("step.{service}");
-        let participations = Repository::with(store.clone(), &category, crate::repository::CACHED_AGGREGATES);
+        let participations = Repository::of_framework(store.clone(), &category, crate::repository::CACHED_AGGREGATES);
         Self { service: service.to_owned(), store, participant, participations }
     }
 

@@ -111,6 +111,36 @@ impl fmt::Display for Failure {
     }
 }
 
+/// What became of a step that went wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FaultKind {
+    /// It failed, and is asked for again.
+    Failed,
+    /// No answer came in time, and it is asked for again.
+    TimedOut,
+    /// It was given up, and the saga goes back.
+    GaveUp,
+    /// It was given up and cannot be taken back: a person has to act.
+    Stuck,
+}
+
+/// What an event says of a step that went wrong, for the log of the process and its counters.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Fault {
+    /// What became of it.
+    pub kind: FaultKind,
+    /// The step.
+    pub step: String,
+    /// Which attempt.
+    pub attempt: u32,
+    /// The start of what was wrong.
+    pub reason: String,
+    /// The services that were asked and did not answer.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub silent: Vec<String>,
+}
+
 /// How far a saga has come. Times are in milliseconds since 1970.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Progress {
@@ -289,6 +319,9 @@ pub enum SagaEvent {
         /// The step it gave up because of it, and why.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         gave_up: Option<Failure>,
+        /// What went wrong.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        fault: Option<Fault>,
         /// Where it stands now.
         progress: Progress,
         /// What it asks for.
@@ -300,6 +333,9 @@ pub enum SagaEvent {
         /// The step it gave up because of it, and why.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         gave_up: Option<Failure>,
+        /// What went wrong.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        fault: Option<Fault>,
         /// Where it stands now.
         progress: Progress,
         /// What it asks for.

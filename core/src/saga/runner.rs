@@ -54,7 +54,7 @@ impl<C: SagaState> Clone for Runner<C> {
 impl<C: SagaState> Runner<C> {
     /// Runs `saga`; it starts with those events of `query` that `starts` gives an id for.
     pub fn new(store: Arc<dyn EventStore>, saga: Saga<C>, query: LogQuery, starts: Starts<C>) -> Self {
-        let instances = Repository::with(store.clone(), &saga.category(), CACHED_AGGREGATES);
+        let instances = Repository::of_framework(store.clone(), &saga.category(), CACHED_AGGREGATES);
         let definitions = Definitions { current: Arc::new(saga), older: HashMap::new(), migrations: HashMap::new() };
         let (definitions, timers) = (Arc::new(definitions), Timers::default());
         Self { definitions, instances, store, starts, query, timers, fault: None }

@@ -1,7 +1,7 @@
 //! The timers of sagas: when they are due, and firing them.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -12,7 +12,13 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::{definition::SagaState, index::SagaStatus, instance::What, progress::SagaEvent, runner::Runner};
+use super::{
+    definition::SagaState,
+    index::{STUCK, SagaStatus},
+    instance::What,
+    progress::SagaEvent,
+    runner::Runner,
+};
 use crate::{
     backoff::Backoff,
     commit::{Commit, CommitError, Document, DocumentKey, Put},
@@ -44,6 +50,13 @@ const DUE_PAGE: usize = 128;
 /// Timers that a process remembers, about 200 bytes each. The store has all of them: one that is not remembered fires in the order
 /// of the store, behind those that were due before it.
 const KNOWN_MAX: usize = 20_000;
+/// How often a process looks for sagas that are stuck.
+const STUCK_LOOK: Duration = Duration::from_secs(2);
+/// Stuck sagas that are counted, and those of them that are named.
+const STUCK_MAX: usize = 1_000;
+const STUCK_NAMED_MAX: usize = 3;
+/// Sagas remembered for each service that has not answered them.
+const SILENT_MAX: usize = 1_000;
 /// How long after a timer was due it is still looked for: until then the index has written it down.
 const OVERDUE: TimeDelta = TimeDelta::seconds(2);
 /// How often a commit of timers is tried again without the saga that somebody else has just moved.
@@ -62,6 +75,8 @@ struct Known {
     due_of: HashMap<Arc<str>, DateTime<Utc>>,
     /// The earliest one that the last look at the store found ahead.
     ahead: Option<DateTime<Utc>>,
+    /// The sagas that each service has not answered in time.
+    silent: BTreeMap<String, BTreeSet<Arc<str>>>,
 }
 
 impl Timers {
@@ -107,6 +122,34 @@ impl Timers {
         self.known().ahead.is_some_and(|ahead| ahead <= now)
     }
 
+    /// A saga has moved: some services have not answered it, or it waits for nobody any more.
+    pub(crate) fn heard(&self, id: &str, fault: Option<&super::Fault>) {
+        let mut known = self.known();
+        known.silent.retain(|_, sagas| {
+            sagas.remove(id);
+            !sagas.is_empty()
+        });
+        for service in fault.into_iter().flat_map(|fault| &fault.silent) {
+            let sagas = known.silent.entry(service.clone()).or_default();
+            if sagas.len() < SILENT_MAX {
+                sagas.insert(id.into());
+            }
+        }
+    }
+
+    /// Which services do not answer, in words.
+    fn silence(&self) -> Option<String> {
+        let known = self.known();
+        let one = |(service, sagas): (&String, &BTreeSet<Arc<str>>)| {
+            format!(
+                "no answer from {service:?} to {} sagas: does a service of that name run, with a participant?",
+                sagas.len()
+            )
+        };
+        let all: Vec<_> = known.silent.iter().map(one).collect();
+        (!all.is_empty()).then(|| all.join("; "))
+    }
+
     fn look_again_at(&self, ahead: Option<DateTime<Utc>>) {
         self.known().ahead = ahead;
     }
@@ -140,7 +183,7 @@ impl<C: SagaState> Runner<C> {
         let mut backoff = Backoff::long();
         let mut tick = interval(TIMER_TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let (mut looked, mut more) = (None::<Instant>, false);
+        let (mut looked, mut more, mut counted) = (None::<Instant>, false, None::<Instant>);
         if let Some(service) = &relayed_by {
             recovery::inbox_read(&*self.store, service, &shutdown).await;
         }
@@ -149,6 +192,12 @@ impl<C: SagaState> Runner<C> {
                 _ = tick.tick(), if !more => {}
                 () = std::future::ready(()), if more => {}
                 () = shutdown.cancelled() => break,
+            }
+            if counted.is_none_or(|counted| counted.elapsed() >= STUCK_LOOK)
+                && let Ok(attention) = self.attention().await
+            {
+                reporter.attention(attention);
+                counted = Some(Instant::now());
             }
             let now = self.store.clock().now();
             let fresh = self.timers.take_due(now, DUE_PAGE);
@@ -184,6 +233,23 @@ impl<C: SagaState> Runner<C> {
         }
         health.set(&part, State::Stopped);
         Ok(())
+    }
+
+    /// Why a person is needed: sagas that are stuck, and services that do not answer.
+    async fn attention(&self) -> Result<Option<String>, StoreError> {
+        let collection = format!("{STUCK}{}", self.category());
+        let stuck = self.store.scan(&collection, &Scan::After("".into()), STUCK_MAX).await?;
+        let named: Vec<_> = stuck.iter().take(STUCK_NAMED_MAX).map(|document| &*document.key.id).collect();
+        let count = if stuck.len() < STUCK_MAX { stuck.len().to_string() } else { format!("{STUCK_MAX} or more") };
+        let stuck = (!stuck.is_empty()).then(|| {
+            let named = named.join(", ");
+            format!(
+                "{count} {} sagas are stuck, such as {named}: retry, skip the step, compensate or abandon them",
+                self.name()
+            )
+        });
+        let all: Vec<_> = stuck.into_iter().chain(self.timers.silence()).collect();
+        Ok((!all.is_empty()).then(|| all.join("; ")))
     }
 
     /// The sagas whose timers are to fire now.

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::{
     definition::{Kind, PlannedStep, RETRY_DELAY_MAX, RETRY_DELAY_MIN, Request, Saga, SagaState},
-    progress::{At, CallState, Command, Failure, Outcome, Progress, Reply, Status},
+    progress::{At, CallState, Command, Failure, Fault, FaultKind, Outcome, Progress, Reply, Status},
 };
 use crate::{
     clock::later,
@@ -19,6 +19,7 @@ use crate::{
     event::{EVENT_BYTES_MAX, named_id},
     panic::caught_now,
     reason,
+    routes::is_service_name,
 };
 
 /// What the commands of one event of a saga may take, in bytes of JSON: what an event takes, less its progress with the
@@ -26,6 +27,9 @@ use crate::{
 pub const COMMANDS_BYTES_MAX: usize = EVENT_BYTES_MAX - 60_000;
 /// How deep the content of a command stands in the event that sends it.
 const COMMAND_DEPTH: usize = 4;
+
+/// How much of a reason an event repeats for the log of the process: a line or two.
+const FAULT_REASON_CHARS_MAX: usize = 300;
 
 /// What can happen to a running saga.
 #[derive(Clone, Debug, PartialEq)]
@@ -65,6 +69,8 @@ pub struct Moved<C> {
     pub gave_up: Option<Failure>,
     /// By how many bytes the commands of the step that was to come next are too large to be sent.
     pub(crate) too_large_by: Option<usize>,
+    /// What went wrong.
+    pub fault: Option<Fault>,
 }
 
 struct Move<'a, C> {
@@ -78,6 +84,7 @@ struct Move<'a, C> {
     /// What the event that records this move holds already, in bytes.
     recorded: usize,
     too_large_by: Option<usize>,
+    fault: Option<Fault>,
 }
 
 /// The size of a value as JSON.
@@ -174,12 +181,12 @@ pub fn transition<C: SagaState>(
 impl<'a, C: SagaState> Move<'a, C> {
     fn new(plan: &'a Saga<C>, saga_id: Uuid, now: i64, context: C, progress: Progress, recorded: usize) -> Self {
         let (send, gave_up) = (Vec::new(), None);
-        Self { plan, saga_id, now, context, progress, send, gave_up, recorded, too_large_by: None }
+        Self { plan, saga_id, now, context, progress, send, gave_up, recorded, too_large_by: None, fault: None }
     }
 
     fn end(self) -> Moved<C> {
-        let Self { context, progress, send, gave_up, too_large_by, .. } = self;
-        Moved { context, progress, send, gave_up, too_large_by }
+        let Self { context, progress, send, gave_up, too_large_by, fault, .. } = self;
+        Moved { context, progress, send, gave_up, too_large_by, fault }
     }
 
     fn planned(&self) -> &PlannedStep<C> {
@@ -204,6 +211,12 @@ impl<'a, C: SagaState> Move<'a, C> {
         };
         if known == Some(state) {
             return Ok(false);
+        }
+        if state == CallState::Failed && self.progress.status != Status::Stuck {
+            let (Outcome::Refused(reason) | Outcome::Failed(reason) | Outcome::Unknown(reason)) = &reply.outcome else {
+                return Ok(false);
+            };
+            self.blame(FaultKind::Failed, reason, Vec::new());
         }
         self.progress.calls[reply.call] = state;
         let is_final = matches!(reply.outcome, Outcome::Done(_) | Outcome::Refused(_));
@@ -301,6 +314,9 @@ impl<'a, C: SagaState> Move<'a, C> {
     fn command(&self, call: usize, request: Result<Request, String>, attempt: u32) -> Result<Command, String> {
         let at = self.progress.known_as();
         let Request { to, type_name, schema_version, data } = request?;
+        if !is_service_name(&to) {
+            return Err(format!("{to:?} cannot be the name of a service"));
+        }
         let data = data.map_err(|error| format!("{type_name} has no JSON form: {error}"))?;
         check_json_within(&data, NESTING_MAX - COMMAND_DEPTH)
             .map_err(|reason| format!("{type_name} cannot be stored: {reason}"))?;
@@ -355,6 +371,7 @@ impl<'a, C: SagaState> Move<'a, C> {
         }
         let Some(reason) = unsent else { return Ok(()) };
         self.progress.trouble = Some(self.failure(&reason));
+        self.blame(FaultKind::Failed, &reason, Vec::new());
         self.settle(&reason)
     }
 
@@ -369,6 +386,13 @@ impl<'a, C: SagaState> Move<'a, C> {
         Ok(())
     }
 
+    /// Says what went wrong at the step that it is at.
+    fn blame(&mut self, kind: FaultKind, reason: &str, silent: Vec<String>) {
+        let (step, attempt) = (self.planned().name.to_owned(), self.progress.attempt);
+        let reason = reason.chars().take(FAULT_REASON_CHARS_MAX).collect();
+        self.fault = Some(Fault { kind, step, attempt, reason, silent });
+    }
+
     fn failure(&self, reason: &str) -> Failure {
         Failure { step: self.planned().name.to_owned(), reason: reason.to_owned() }
     }
@@ -376,6 +400,9 @@ impl<'a, C: SagaState> Move<'a, C> {
     fn give_up(&mut self, reason: &str) -> Result<(), String> {
         let failure = self.failure(reason);
         let compensatable = self.planned().kind == Kind::Compensatable && matches!(self.progress.at, At::Forward(_));
+        let kind = if compensatable { FaultKind::GaveUp } else { FaultKind::Stuck };
+        let silent = self.fault.take().map(|fault| fault.silent).unwrap_or_default();
+        self.blame(kind, reason, silent);
         if compensatable {
             learn_given_up(&mut self.context, &failure);
             self.gave_up = Some(failure);
@@ -412,6 +439,7 @@ impl<'a, C: SagaState> Move<'a, C> {
             && self.progress.deadline.is_some_and(|deadline| deadline <= self.now)
         {
             let failure = self.failure("deadline");
+            self.blame(FaultKind::GaveUp, "deadline", Vec::new());
             learn_given_up(&mut self.context, &failure);
             self.gave_up = Some(failure);
             self.compensate("deadline")?;
@@ -424,7 +452,9 @@ impl<'a, C: SagaState> Move<'a, C> {
             self.ask()?;
             return Ok(true);
         }
-        let unanswered = self.unanswered();
+        let silent = self.silent();
+        let unanswered = self.unanswered(&silent);
+        self.blame(FaultKind::TimedOut, &unanswered, silent);
         if self.progress.attempt < self.planned().attempts_max {
             self.progress.trouble = Some(self.failure(&unanswered));
             self.ask()?;
@@ -434,11 +464,16 @@ impl<'a, C: SagaState> Move<'a, C> {
         Ok(true)
     }
 
-    /// Who was asked and has not answered in time, and what the others have said.
-    fn unanswered(&self) -> String {
+    /// Who was asked and has not answered in time.
+    fn silent(&self) -> Vec<String> {
         let waiting = self.requests().filter(|(call, _)| self.progress.calls[*call] == CallState::Waiting);
         let silent: BTreeSet<String> = waiting.filter_map(|(_, request)| Some(request.ok()?.to)).collect();
-        let silent = silent.into_iter().collect::<Vec<_>>().join(" and ");
+        silent.into_iter().collect()
+    }
+
+    /// What is wrong when these have not answered, and what the others have said.
+    fn unanswered(&self, silent: &[String]) -> String {
+        let silent = silent.join(" and ");
         let unanswered = format!("timeout: no answer from {silent} within {:?}", self.planned().timeout);
         match &self.progress.trouble {
             Some(said) if self.progress.calls.contains(&CallState::Failed) => {

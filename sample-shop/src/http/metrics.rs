@@ -1,6 +1,10 @@
 //! What Prometheus reads at `/metrics`.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    sync::Arc,
+    time::Duration,
+};
 
 use annals::{
     EventStore, Health, Scan,
@@ -131,7 +135,9 @@ impl Metrics {
         }
         let up = timeout(STORE_TIME_MAX, self.look_at(store)).await.is_ok_and(|looked| looked.is_ok());
         self.store_up.set(up.into());
-        TextEncoder::new().encode_to_string(&self.registry.gather())
+        let mut families = self.registry.gather();
+        families.extend(counted(health)?);
+        TextEncoder::new().encode_to_string(&families)
     }
 
     async fn look_at(&self, store: &Arc<dyn EventStore>) -> Result<(), annals::StoreError> {
@@ -157,13 +163,89 @@ impl Metrics {
     }
 }
 
+/// What the parts have counted, each name with its labels as they are.
+fn counted(health: &Health) -> Result<Vec<prometheus::proto::MetricFamily>, prometheus::Error> {
+    let registry = Registry::new();
+    let mut counters: BTreeMap<&str, IntCounterVec> = BTreeMap::new();
+    for (counter, count) in health.counters() {
+        let names: Vec<_> = counter.labels.iter().map(|(name, _)| *name).collect();
+        let values: Vec<_> = counter.labels.iter().map(|(_, value)| value.as_str()).collect();
+        let counters = match counters.entry(counter.name) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => {
+                let counters = IntCounterVec::new(Opts::new(counter.name, counter.help()), &names)?;
+                registry.register(Box::new(counters.clone()))?;
+                new.insert(counters)
+            }
+        };
+        counters.with_label_values(&values).inc_by(count);
+    }
+    Ok(registry.gather())
+}
+
 fn state_name(state: &State) -> &'static str {
     match state {
         State::Starting => "starting",
         State::Fine => "fine",
+        State::NeedsAttention(_) => "needs_attention",
         State::Elsewhere(_) => "elsewhere",
         State::Trouble(_) => "trouble",
         State::Stopped => "stopped",
         State::Failed(_) => "failed",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use annals::{
+        Append, Commit, Expected, Handler, HandlerError, LocalBus, MemoryStore, Message, Metadata, NewEvent, Runtime,
+        Service, StreamId, Subscription, Terminal, Work,
+    };
+    use async_trait::async_trait;
+    use uuid::Uuid;
+
+    use super::*;
+
+    struct Fails;
+
+    #[async_trait]
+    impl Handler for Fails {
+        async fn handle(&self, _: &Message, _: &mut Work) -> Result<(), HandlerError> {
+            Err("not today".to_owned()).terminal()
+        }
+    }
+
+    #[tokio::test]
+    async fn what_the_parts_count_is_shown_without_ids() {
+        let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+        let mut runtime = Runtime::new();
+        let service = Service::new("shelf", store.clone()).subscribe(Subscription::new("fails", Fails));
+        runtime.start(vec![service], Arc::new(LocalBus::default())).await.unwrap();
+        let event = NewEvent {
+            id: Uuid::new_v4(),
+            type_name: "stock.received".into(),
+            schema_version: 1,
+            data: "{}".into(),
+            metadata: Metadata::default(),
+        };
+        let stream = StreamId::new("stock", "84029E").unwrap();
+        let append = Append { stream, expected: Expected::Any, events: vec![event] };
+        store.commit(Commit { appends: vec![append], puts: Vec::new() }).await.unwrap();
+        let (metrics, health) = (Metrics::new().unwrap(), runtime.health());
+        let shown = timeout(Duration::from_secs(30), async {
+            loop {
+                let text = metrics.text(&store, &health).await.unwrap();
+                if text.contains("annals_dead_letters_total") {
+                    return text;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        });
+        let shown = shown.await.unwrap();
+        assert!(shown.contains("annals_dead_letters_total{subscription=\"fails\"} 1"), "{shown}");
+        assert!(shown.contains("shop_part_state{part=\"fails/0\",state=\"needs_attention\"} 1"), "{shown}");
+        assert!(!shown.contains("84029E"), "{shown}");
     }
 }

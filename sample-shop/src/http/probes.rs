@@ -73,15 +73,18 @@ async fn readyz(State(probes): State<Probes>) -> Response {
     let waits_for = found.waits_for.map(|writer| writer.to_string());
     // It works, and a person must look: what other systems have received may not be in the log any more.
     let lost_end = found.lost_end.map(|lost| lost.to_string());
+    let mut attention = Vec::new();
     let mut parts = probes.health.parts();
     for state in parts.values_mut() {
-        if let PartState::Trouble(reason) | PartState::Failed(reason) = state {
+        if let PartState::Trouble(reason) | PartState::Failed(reason) | PartState::NeedsAttention(reason) = state {
             *reason = without_files(reason);
         }
     }
     for (part, state) in &parts {
         match state {
             PartState::Fine | PartState::Elsewhere(_) => {}
+            // Another instance would need the same person, so this one goes on taking requests.
+            PartState::NeedsAttention(reason) => attention.push(format!("{part}: {reason}")),
             PartState::Starting => reasons.push(format!("{part} is starting")),
             PartState::Stopped => reasons.push(format!("{part} has stopped")),
             PartState::Trouble(reason) | PartState::Failed(reason) => reasons.push(format!("{part}: {reason}")),
@@ -92,7 +95,7 @@ async fn readyz(State(probes): State<Probes>) -> Response {
         false => (StatusCode::SERVICE_UNAVAILABLE, "not ready"),
     };
     let told = json!({
-        "status": word, "reasons": reasons, "readers_wait_for": waits_for, "log_lost_its_end": lost_end, "parts": parts,
+        "status": word, "reasons": reasons, "needs_attention": attention, "readers_wait_for": waits_for, "log_lost_its_end": lost_end, "parts": parts,
     });
     (status, Json(told)).into_response()
 }

@@ -1,0 +1,85 @@
+//! What a person may have to look at: each is one line in the log of the process, and one count.
+
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use crate::{
+    health::Health,
+    saga::{Fault, FaultKind},
+};
+
+/// Told once what it is about is committed, so that an attempt that is made again tells nothing twice.
+#[derive(Clone, Debug)]
+pub(crate) enum Notice {
+    /// A message was not handled.
+    Message(FailedMessage),
+    /// Something went wrong at a step of a saga.
+    Saga { saga: Arc<str>, saga_id: Arc<str>, fault: Fault },
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct FailedMessage {
+    pub key: Arc<str>,
+    pub id: Uuid,
+    pub type_name: Arc<str>,
+    pub position: i64,
+    pub attempts: u32,
+    pub reason: String,
+    /// Whether it is tried again by itself.
+    pub retries: bool,
+}
+
+impl Notice {
+    /// Writes the line and counts. `subscription` is what the worker goes by.
+    pub fn tell(&self, subscription: &str, health: &Health) {
+        match self {
+            Self::Message(failed) => tell_message(failed, subscription, health),
+            Self::Saga { saga, saga_id, fault } => tell_saga(saga, saga_id, fault, health),
+        }
+    }
+}
+
+fn tell_message(failed: &FailedMessage, subscription: &str, health: &Health) {
+    let FailedMessage { key, id, type_name, position, attempts, reason, retries } = failed;
+    let labels = [("subscription", subscription)];
+    if *retries {
+        health.count("annals_messages_failed_total", &labels);
+        tracing::warn!(
+            subscription, %key, message = %id, %type_name, position, attempts, %reason,
+            "a message failed and is tried again"
+        );
+    } else {
+        health.count("annals_dead_letters_total", &labels);
+        tracing::error!(
+            subscription, %key, message = %id, %type_name, position, attempts, %reason,
+            "a message became a dead letter: redrive it or drop it"
+        );
+    }
+}
+
+fn tell_saga(saga: &str, saga_id: &str, fault: &Fault, health: &Health) {
+    let Fault { kind, step, attempt, reason, .. } = fault;
+    let labels = [("saga", saga), ("step", step.as_str())];
+    match kind {
+        FaultKind::Failed => {
+            health.count("annals_saga_steps_failed_total", &labels);
+            tracing::warn!(saga, saga_id, %step, attempt, %reason, "a step failed and is asked for again");
+        }
+        FaultKind::TimedOut => {
+            health.count("annals_saga_steps_timed_out_total", &labels);
+            tracing::warn!(saga, saga_id, %step, attempt, %reason, "a step timed out and is asked for again");
+        }
+        FaultKind::GaveUp => {
+            health.count("annals_saga_steps_given_up_total", &labels);
+            tracing::warn!(saga, saga_id, %step, attempt, %reason, "a step was given up: the saga is compensated");
+        }
+        FaultKind::Stuck => {
+            health.count("annals_sagas_stuck_total", &labels);
+            tracing::error!(
+                saga, saga_id, %step, attempt, %reason,
+                "a saga is stuck: retry or skip the step, compensate or abandon the saga"
+            );
+        }
+    }
+}
