@@ -351,7 +351,7 @@ impl Member {
             close();
             drop(ends);
         });
-        let wait = move || drop(ended.recv_timeout(CLOSE));
+        let wait = move || _ = ended.recv_timeout(CLOSE);
         match (closing, tokio::runtime::Handle::try_current()) {
             (Err(error), _) => tracing::warn!(%error, "leaving the group without a word"),
             (Ok(_), Ok(runtime)) => drop(runtime.spawn_blocking(wait)),

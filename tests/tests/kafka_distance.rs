@@ -102,24 +102,6 @@ async fn neither_a_burst_nor_an_outage_is_a_storm_of_connections() {
     bus.publish(vec![message(&topic, &keys[0], 1)]).await.unwrap().await.unwrap();
 }
 
-#[test]
-fn a_process_ends_although_its_broker_is_gone() {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    let mut broker = Broker::start();
-    runtime.block_on(async {
-        let world = World::new(Arc::new(MemoryStore::new()), trip(TIMEOUT, 3));
-        let bus = KafkaBus::connect(Settings::new(&broker.address()).partitions(1)).await.unwrap();
-        let running = world.start_over(Arc::new(bus), &["shop", "hotel", "bank"]).await;
-        world.request("first", Uuid::new_v4(), None).await;
-        world.becomes("first", Status::Completed).await;
-        broker.kill();
-        running.drain(DRAIN).await.unwrap();
-    });
-    let asked_at = Instant::now();
-    drop(runtime);
-    assert!(asked_at.elapsed() < DRAIN, "{:?}", asked_at.elapsed());
-}
-
 /// Whether a part that was fine is in trouble, looked at until it is dropped.
 fn watch(healths: Vec<Health>) -> tokio::task::JoinHandle<String> {
     tokio::spawn(async move {
