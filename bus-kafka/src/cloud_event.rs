@@ -748,7 +748,9 @@ mod tests {
 
     #[test]
     fn trace_context_is_valid_or_absent() {
-        let cases: &[(&[(&str, &[u8])], Option<(&str, Option<&str>)>)] = &[
+        type Headers<'a> = &'a [(&'a str, &'a [u8])];
+        type Carried<'a> = Option<(&'a str, Option<&'a str>)>;
+        let cases: &[(Headers, Carried)] = &[
             (&[("traceparent", PARENT.as_bytes())], Some((PARENT, None))),
             (
                 &[("traceparent", PARENT.as_bytes()), ("tracestate", b"a=1"), ("tracestate", b"b=2")],

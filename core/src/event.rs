@@ -448,6 +448,7 @@ pub fn encode_all<E: Event>(
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

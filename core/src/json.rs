@@ -413,6 +413,7 @@ impl ser::SerializeMap for Parts {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

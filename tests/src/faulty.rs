@@ -35,7 +35,9 @@ pub enum Fault {
 
 /// Where a commit waits until a test lets it through. Clones are the same gate.
 #[derive(Clone, Debug, Default)]
-pub struct Gate(Arc<(watch::Sender<bool>, watch::Sender<bool>, watch::Sender<Option<bool>>)>);
+pub struct Gate(Arc<Signals>);
+
+type Signals = (watch::Sender<bool>, watch::Sender<bool>, watch::Sender<Option<bool>>);
 
 impl Gate {
     /// A closed gate.

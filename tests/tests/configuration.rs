@@ -107,7 +107,7 @@ impl Handler for Nothing {
 
 async fn refused(store: &Arc<dyn EventStore>, services: Vec<Service>) -> StartError {
     let mut runtime = Runtime::new();
-    let error = runtime.start(services, Arc::new(LocalBus::default())).await.err().expect("it started");
+    let error = runtime.start(services, Arc::new(LocalBus::default())).await.expect_err("it started");
     assert_eq!(documents(store, "checkpoint").await, []);
     assert_eq!(store.status().await.unwrap().head, Position::START);
     error

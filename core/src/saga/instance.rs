@@ -232,6 +232,9 @@ fn carry_out<C: SagaState>(
     SagaEvent::Declined { verb, by, why, progress: Progress { due: None, ..progress } }
 }
 
+/// An answer as it is recorded, unless it is in the way, and where it leads.
+type Taken<C> = (Option<Reply>, Moved<C>);
+
 /// Where a reply leads to, and the reply as it is recorded: an answer that the saga cannot go on with is a failure of the step
 /// that gave it, so that the saga can go back.
 fn take_reply<C: SagaState>(
@@ -240,7 +243,7 @@ fn take_reply<C: SagaState>(
     ask: &Ask<C>,
     context: &C,
     progress: &Progress,
-) -> Result<Option<(Option<Reply>, Moved<C>)>, String> {
+) -> Result<Option<Taken<C>>, String> {
     let input = Input::Reply(reply);
     let moved = caught_now(|| transition(definition, ask.saga_id, context, progress, &input, ask.now));
     let Input::Reply(reply) = input else { return Ok(None) };

@@ -85,7 +85,7 @@ fn keeps_what_was_asked<C>(from: &Progress, at: At, trail: &Trail, plan: &Saga<C
         }
         At::Undo(step) => {
             let undone = || asked(|at| matches!(at, At::Undo(_)));
-            let turned_at = forward().last();
+            let turned_at = forward().next_back();
             for name in forward().filter(|name| !undone().any(|undone| undone == *name)) {
                 match place_of(&plan.steps, name) {
                     // The way back began behind it: it was refused, so there is nothing to undo.

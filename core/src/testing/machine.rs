@@ -67,9 +67,12 @@ pub(super) struct Machine<C> {
     known: Mutex<Known<C>>,
 }
 
+/// What tells places apart.
+type Standing = (String, Progress, bool, Vec<(At, Arc<str>)>);
+
 struct Known<C> {
     places: Vec<Arc<Place<C>>>,
-    numbers: HashMap<(String, Progress, bool, Vec<(At, Arc<str>)>), usize>,
+    numbers: HashMap<Standing, usize>,
     moves: HashMap<(Option<usize>, Option<Happening>), Move>,
 }
 

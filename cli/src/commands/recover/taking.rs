@@ -13,10 +13,7 @@ use futures::{StreamExt, stream::BoxStream};
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::{
-    found::Found,
-    sorted::{Sent, Sorter},
-};
+use super::{found::Found, sorted::Sent};
 use crate::{
     commands::verify::stream_key,
     failure::Failure,
@@ -100,7 +97,7 @@ impl<'a> Taking<'a> {
 
     /// Takes back all that can be.
     pub async fn run(&mut self, found: &mut Found) -> Result<(), Failure> {
-        let mut sent = std::mem::replace(&mut found.sent, Sorter::default()).sorted()?;
+        let mut sent = std::mem::take(&mut found.sent).sorted()?;
         for removed in &found.removed {
             self.lost("retention", removed)?;
         }
