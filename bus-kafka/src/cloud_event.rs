@@ -742,7 +742,11 @@ mod tests {
         decode(&record).unwrap()
     }
 
-    fn carried(message: &Message) -> Option<(&str, Option<&str>)> {
+    type Sent<'h> = &'h [(&'h str, &'h [u8])];
+    /// A `traceparent` and a `tracestate`.
+    type Carried<'t> = (&'t str, Option<&'t str>);
+
+    fn carried(message: &Message) -> Option<Carried<'_>> {
         message.metadata.trace.as_ref().map(|trace| (trace.traceparent(), trace.tracestate()))
     }
 

@@ -137,7 +137,8 @@ fn is_key(key: &str) -> bool {
     match key.split_once('@') {
         None => key.len() <= 256 && lower(key.as_bytes().first()) && plain(key.as_bytes()),
         Some((tenant, vendor)) => {
-            let (tenant, vendor) = (tenant.as_bytes(), vendor.as_bytes());
+            let tenant = tenant.as_bytes();
+            let vendor = vendor.as_bytes();
             let starts = lower(tenant.first()) || tenant.first().is_some_and(u8::is_ascii_digit);
             starts
                 && tenant.len() <= 241

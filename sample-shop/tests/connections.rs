@@ -44,15 +44,18 @@ impl Open {
 
 /// Passes connections on to `to`, and counts them.
 fn counting(to: SocketAddr) -> (SocketAddr, Arc<Counted>) {
-    let (listener, counted) = (TcpListener::bind("127.0.0.1:0").unwrap(), Arc::<Counted>::default());
-    let (at, counts) = (listener.local_addr().unwrap(), counted.clone());
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let at = listener.local_addr().unwrap();
+    let counted = Arc::<Counted>::default();
+    let counts = counted.clone();
     std::thread::spawn(move || {
         for client in listener.incoming() {
             let client = client.unwrap();
             let open = Arc::new(Open::new(&counts));
             std::thread::spawn(move || match TcpStream::connect(to) {
                 Ok(server) => {
-                    let (from, into) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+                    let from = client.try_clone().unwrap();
+                    let into = server.try_clone().unwrap();
                     let other = open.clone();
                     std::thread::spawn(move || pass(server, client, &other));
                     pass(from, into, &open);

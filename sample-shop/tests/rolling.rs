@@ -5,6 +5,7 @@
 mod serving;
 
 use std::{
+    io::Write,
     net::SocketAddr,
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
@@ -51,7 +52,8 @@ fn buy(client: usize, at: [SocketAddr; 2], done: &AtomicBool) -> (Vec<String>, V
 
 #[tokio::test]
 async fn rolling_restart_of_all_services_fails_no_request() {
-    let (broker, url) = (Broker::start(), std::env::var("DATABASE_URL").unwrap());
+    let broker = Broker::start();
+    let url = std::env::var("DATABASE_URL").unwrap();
     let run = Uuid::new_v4().simple().to_string();
     let bus = format!("kafka://{}?partitions=4", broker.address());
     let and = if url.contains('?') { '&' } else { '?' };
@@ -134,14 +136,12 @@ fn stop_is_announced_and_cuts_nobody_off() {
     }
     assert!(matches!(waits.join().unwrap(), Asked::Answered(answer) if answer.status == 201));
     // One that is connected and has not asked anything is heard at the end of the grace, too.
-    let ask = || {
+    let mut ask = || {
         std::thread::sleep(Duration::from_millis(3_300).saturating_sub(stopped.elapsed()));
-        use std::io::Write;
         late.write_all(b"GET /healthz HTTP/1.1\r\nhost: shop\r\n\r\n").unwrap();
         serving::read_answer(&mut late)
     };
-    let answer = { ask }();
-    assert!(answer.is_some_and(|answer| answer.status == 200), "it had connected in time");
+    assert!(ask().is_some_and(|answer| answer.status == 200), "it had connected in time");
     assert_eq!(shop.code(), Some(143));
     assert!(stopped.elapsed() >= Duration::from_secs(3), "{:?}", stopped.elapsed());
     assert!(stopped.elapsed() < Duration::from_secs(10), "{:?}", stopped.elapsed());

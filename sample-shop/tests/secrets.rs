@@ -53,7 +53,8 @@ async fn password_comes_from_a_file_or_the_environment() {
         path.display().to_string()
     };
     let right = file("right", &format!("{PASSWORD}\n"));
-    let (wrong, empty) = (file("wrong", "guessed"), file("empty", "\n"));
+    let wrong = file("wrong", "guessed");
+    let empty = file("empty", "\n");
     let port = server.url().rsplit_once(':').unwrap().1.to_owned();
     let base = format!("postgres://shop@127.0.0.1:{port}");
     let passfile = file("passfile", &format!("127.0.0.1:*:*:shop:{}\n", PASSWORD.replace(':', "\\:")));
