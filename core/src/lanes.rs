@@ -7,6 +7,7 @@
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use crate::{
+    bus::Ends,
     checkpoint::{CHECKPOINTS, Checkpoint, Lane},
     commit::{COMMIT_ROWS_MAX, Commit, CommitError, Document, DocumentKey, Put},
     event::Position,
@@ -138,10 +139,12 @@ impl Lanes<'_> {
         }
         let epoch = stored.iter().map(|lane| lane.checkpoint.epoch).max().unwrap_or_default();
         let event = stored.iter().filter_map(|lane| lane.checkpoint.event).max_by_key(|given| given.position);
+        let mut taken = Ends::default();
+        stored.iter().for_each(|lane| taken.reach(&lane.checkpoint.taken));
         let now = self.store.clock().now();
         let changed = |index: u32| {
             let version = stored.get(index as usize).map_or(0, |lane| lane.document.version);
-            let lane = Checkpoint { epoch, event, ..Lane::new("", None).checkpoint(upto, now) };
+            let lane = Checkpoint { epoch, event, taken: taken.clone(), ..Lane::new("", None).checkpoint(upto, now) };
             self.put(index, version, (index < self.wanted).then_some(lane))
         };
         let mut puts: Vec<Put> = (0..self.wanted.max(stored.len() as u32)).map(changed).collect();

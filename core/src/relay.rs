@@ -263,7 +263,7 @@ impl Relay {
                 break;
             }
         }
-        Ok(worker.checkpoint(upto.0).await?)
+        Ok(note(worker, &**publisher, upto.0).await?)
     }
 
     /// Publishes from the checkpoint on. After an error, everything since the checkpoint is published again.
