@@ -119,13 +119,13 @@ impl Upcast {
 
     /// What the upcasters left, as its type.
     pub fn finish<T: DeserializeOwned>(self) -> Result<T, Error> {
-        if self.stand_ins.is_empty()
-            && let Ok(read) = T::deserialize(&self.value)
-        {
-            return Ok(read);
-        }
-        // Also for types that are only read from text, such as `RawValue`.
-        serde_json::from_slice(&self.written(CompactFormatter)?)
+        let unread = match T::deserialize(&self.value) {
+            _ if !self.stand_ins.is_empty() => None,
+            Ok(read) => return Ok(read),
+            Err(error) => Some(error),
+        };
+        // Also for types that are only read from text, such as `RawValue`. Nobody sees this text, so a place in it helps nobody.
+        serde_json::from_slice(&self.written(CompactFormatter)?).map_err(|error| unread.unwrap_or(error))
     }
 
     fn written<F: Formatter>(&self, form: F) -> Result<Vec<u8>, Error> {
