@@ -742,7 +742,6 @@ mod tests {
         decode(&record).unwrap()
     }
 
-    type Sent<'h> = &'h [(&'h str, &'h [u8])];
     /// A `traceparent` and a `tracestate`.
     type Carried<'t> = (&'t str, Option<&'t str>);
 

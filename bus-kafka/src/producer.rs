@@ -80,7 +80,7 @@ impl Batch {
 struct Delivered {
     batch: Arc<Batch>,
     index: usize,
-    gate: Arc<Gate>,
+    passage: Passage,
 }
 
 /// Lets messages pass to a partition.
@@ -107,12 +107,17 @@ impl Gate {
         self.under_way.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
-    /// A message is not under way any more.
-    fn settle(&self, acknowledged_ms: Option<u64>) {
-        if let Some(now_ms) = acknowledged_ms {
-            self.acknowledged_ms.store(now_ms.max(1), Ordering::Release);
-        }
-        self.under_way.fetch_sub(1, Ordering::AcqRel);
+    fn acknowledged(&self, now_ms: u64) {
+        self.acknowledged_ms.store(now_ms.max(1), Ordering::Release);
+    }
+}
+
+/// A message that a gate has let pass; dropped, it is not under way any more, also where its sender gave up half-way.
+struct Passage(Arc<Gate>);
+
+impl Drop for Passage {
+    fn drop(&mut self) {
+        self.0.under_way.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -167,7 +172,9 @@ impl ProducerContext for Context {
     type DeliveryOpaque = Box<Delivered>;
 
     fn delivery(&self, result: &DeliveryResult<'_>, delivered: Box<Delivered>) {
-        delivered.gate.settle(result.is_ok().then(|| self.now_ms()));
+        if result.is_ok() {
+            delivered.passage.0.acknowledged(self.now_ms());
+        }
         let failed = result.as_ref().err().map(|(error, message)| {
             // A batch is refused as a whole. Only a message that fills one is known to have been alone.
             let fills = message.payload_len() + message.key_len() >= self.batch_bytes_max;
@@ -184,6 +191,8 @@ impl ProducerContext for Context {
             taken.set(message.topic(), message.partition().cast_unsigned(), message.offset() + 1);
         }
         delivered.batch.settle(1, failed);
+        // Only now: where it failed, nothing may pass before `broken` says so.
+        drop(delivered);
         self.room.notify_waiters();
     }
 }
@@ -306,15 +315,15 @@ impl Producer {
         while !next.is_empty() {
             let settled = context.room.notified();
             let (mut held, mut closed) = (Vec::new(), Vec::<Arc<Gate>>::new());
-            let (now_ms, erred_ms) = (context.now_ms(), context.erred_ms.load(Ordering::Acquire));
             for index in next {
                 let Outgoing { topic, message } = &messages[index];
                 let gate = context.gate(topic, partitions[index]);
                 // What is behind a message that is held is held as well; those of other partitions go on.
                 if closed.iter().any(|closed| Arc::ptr_eq(closed, &gate)) {
                     held.push(index);
-                } else if gate.pass(now_ms, erred_ms) {
-                    let delivered = Box::new(Delivered { batch: batch.clone(), index, gate });
+                    // Read anew for each: a full client may have kept the one before waiting for minutes.
+                } else if gate.pass(context.now_ms(), context.erred_ms.load(Ordering::Acquire)) {
+                    let delivered = Box::new(Delivered { batch: batch.clone(), index, passage: Passage(gate) });
                     let record = BaseRecord::with_opaque_to(topic, delivered)
                         .partition(partitions[index] as i32)
                         .key(&*message.key)
@@ -365,7 +374,6 @@ async fn hand_over(
             Ok(()) => return Ok(()),
             Err((Some(KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull)), back)) => record = back,
             Err((error, back)) => {
-                back.delivery_opaque.gate.settle(None);
                 let Some(error) = error else { return Err(failed()) };
                 let refusal = refusal(&error, back.delivery_opaque.index);
                 if let BusError::Unavailable(_) = refusal {
