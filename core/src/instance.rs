@@ -88,6 +88,13 @@ impl Instance {
         self.alive.borrow().as_ref().is_none_or(|alive| alive.contains_key(name))
     }
 
+    /// Another instance that is alive and takes turns at a subscription.
+    pub(crate) fn other_follower(&self, subscription: &str) -> Option<Arc<str>> {
+        let alive = self.alive.borrow();
+        let mut others = alive.as_ref()?.iter().filter(|(name, _)| **name != self.name);
+        others.find(|(_, follows)| follows.contains(subscription)).map(|(name, _)| name.clone())
+    }
+
     /// Whether it is this instance's turn at a lane.
     pub(crate) fn has_turn(&self, subscription: &str, lane: u32) -> bool {
         let alive = self.alive.borrow();

@@ -18,6 +18,8 @@ use crate::{
     worker::{Stop, Worker},
 };
 
+/// How long to wait after another process has moved a lane.
+const RACED: Duration = Duration::from_millis(20);
 /// The most lanes under one name: each is a task and a document, and all documents are written in one commit.
 pub(crate) const LANES_MAX: u32 = 1_000;
 /// How often lanes of another number are looked at that somebody else still follows.
@@ -56,14 +58,16 @@ impl Others {
     }
 
     /// Why they cannot be finished yet.
-    pub fn waits_for(&self, instance: Option<&Instance>) -> Option<String> {
+    pub fn waits_for(&self, instance: Option<&Instance>, name: &str) -> Option<String> {
         let count = self.count();
         if self.0.iter().any(|lane| lane.checkpoint.paused) {
             return Some(format!("an operator has paused it; it had {count} lanes until now"));
         }
         let instance = instance?;
         let mut holders = self.0.iter().filter_map(|lane| lane.checkpoint.holder.as_ref());
-        let other = holders.find(|holder| *holder != instance.name() && instance.is_alive(holder))?;
+        let holder = holders.find(|holder| *holder != instance.name() && instance.is_alive(holder)).cloned();
+        // Between two instances that hand a lane over, nobody holds it.
+        let other = holder.or_else(|| instance.other_follower(name))?;
         Some(format!(
             "{other} follows it with {count} lanes, and this build has another number: it takes over when {other} ends"
         ))
@@ -105,7 +109,7 @@ impl Lanes<'_> {
                 return Ok(None);
             }
             // Another process came first, or follows the lanes just now.
-            tokio::task::yield_now().await;
+            tokio::time::sleep(RACED).await;
         }
     }
 

@@ -154,11 +154,15 @@ impl Relay {
     ) {
         let part = format!("{}/{lane}", self.name);
         let mut worker = self.worker(lane, self.lanes, store, &publisher, health.reporter(&part, &shutdown));
-        let claim = Claim::new(self.instance.as_ref(), &self.name, lane);
+        // Not before the number of lanes is settled: an instance that waits takes no turns.
+        let mut claim = None;
         let mut backoff = Backoff::long();
         while !shutdown.is_cancelled() {
             let carried = match self.settled.get_or_try_init(|| self.settle(&worker, &publisher, &shutdown)).await {
-                Ok(()) => self.carry(lane, &claim, &mut worker, &publisher, &shutdown, &mut backoff).await,
+                Ok(()) => {
+                    let claim = claim.get_or_insert_with(|| Claim::new(self.instance.as_ref(), &self.name, lane));
+                    self.carry(lane, claim, &mut worker, &publisher, &shutdown, &mut backoff).await
+                }
                 Err(trouble) => Err(trouble),
             };
             if let Err(trouble) = carried {
@@ -211,7 +215,7 @@ impl Relay {
         let mut reporter = worker.reporter.clone();
         let lanes = Lanes { store, name: &self.name, wanted: self.lanes, start: Start::Beginning };
         while let Some(others) = lanes.settle().await? {
-            if let Some(reason) = others.waits_for(self.instance.as_ref()) {
+            if let Some(reason) = others.waits_for(self.instance.as_ref(), &self.name) {
                 reporter.elsewhere(&reason);
                 tokio::select! {
                     () = tokio::time::sleep(LOOK_AGAIN) => continue,
@@ -258,6 +262,9 @@ impl Relay {
                 && let Err(error) = taken.await
             {
                 return Err(self.refused(worker, &sources, error).await);
+            }
+            if let Some(last) = sources.last() {
+                worker.lanes[0].event = Some(Given { position: last.position, id: last.id });
             }
             if is_over {
                 break;

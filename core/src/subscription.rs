@@ -189,11 +189,15 @@ impl Subscription {
             None => (format!("{}/{lane}", self.name), self.name.clone()),
         };
         let mut worker = self.worker(lane, self.lanes, store, health.reporter(&part, &shutdown));
-        let claim = Claim::new(self.instance.as_ref(), &claimed_as, lane);
+        // Not before the number of lanes is settled: an instance that waits takes no turns.
+        let mut claim = None;
         let mut backoff = Backoff::long();
         while !shutdown.is_cancelled() {
             let followed = match self.settled.get_or_try_init(|| self.settle(&worker, &shutdown)).await {
-                Ok(()) => self.follow_lane(lane, &claim, &mut worker, &shutdown).await,
+                Ok(()) => {
+                    let claim = claim.get_or_insert_with(|| Claim::new(self.instance.as_ref(), &claimed_as, lane));
+                    self.follow_lane(lane, claim, &mut worker, &shutdown).await
+                }
                 Err(stop) => Err(stop),
             };
             if let Err(stop) = followed {
@@ -239,7 +243,7 @@ impl Subscription {
         let mut reporter = worker.reporter.clone();
         let lanes = Lanes { store, name: &self.name, wanted: self.lanes, start: self.start };
         while let Some(others) = lanes.settle().await? {
-            if let Some(reason) = others.waits_for(self.instance.as_ref()) {
+            if let Some(reason) = others.waits_for(self.instance.as_ref(), &self.name) {
                 reporter.elsewhere(&reason);
                 tokio::select! {
                     () = sleep(LOOK_AGAIN) => continue,
