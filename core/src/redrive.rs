@@ -96,15 +96,30 @@ impl Worker {
         if self.others.as_ref().is_some_and(|others| others.tried.contains(&tried)) {
             return Ok(false);
         }
-        let parked = serde_json::from_str::<Parked>(&document.body).ok();
-        let Some(message) = parked.and_then(|parked| parked.message()) else { return Ok(false) };
+        let Ok(parked) = serde_json::from_str::<Parked>(&document.body) else { return Ok(false) };
+        let Some(message) = parked.message() else { return Ok(false) };
         let mut work = Work::new(self.store.clone(), Stale::Everything);
         work.begin(message.id, message.effects());
-        match self.handle(&message, &mut work).await {
+        let handled = self.handle(&message, &mut work).await;
+        self.reporter.hands_free();
+        match handled {
             Ok(()) => {
                 work.put_expecting(&document.key, document.version, None, None);
-                // If it does not hold, somebody else was first, or the next look tries again.
-                return Ok(work.commit().await.is_ok());
+                let notices = work.take_notices();
+                match work.commit().await {
+                    Ok(_) => {
+                        self.tell(&notices);
+                        return Ok(true);
+                    }
+                    Err(CommitError::Invalid(reason)) => {
+                        if self.redrive_refused(&parked, &reason, document).await {
+                            return Ok(true);
+                        }
+                        _ = self.others.as_mut().map(|others| others.tried.insert(tried));
+                    }
+                    // Somebody else was first, or the next look tries again.
+                    Err(_) => {}
+                }
             }
             Err(error) if error.remedy() == Remedy::AwaitStore => {}
             // The worker that parked it tries it again, and says what is wrong with it.
@@ -203,9 +218,14 @@ impl Worker {
             }
         };
         let (reason, remedy) = failure;
-        // That the store is away is no fault of the message, and no attempt; it is not tried again at once all the same.
-        let attempts = parked.attempts + u32::from(remedy != Remedy::AwaitStore);
-        let awaits_build = remedy == Remedy::AwaitBuild;
+        let attempts = match remedy {
+            // That the store is away is no fault of the message, and no attempt; it is not tried again at once all the same.
+            Remedy::AwaitStore => parked.attempts,
+            // The attempts of builds that did not know the message are none of a build that does.
+            Remedy::RetryMessage | Remedy::Park if parked.awaits_build => 1,
+            Remedy::RetryMessage | Remedy::Park | Remedy::AwaitBuild => parked.attempts + 1,
+        };
+        let awaits_build = remedy == Remedy::AwaitBuild || (remedy == Remedy::AwaitStore && parked.awaits_build);
         let due = self.retry_at(remedy, attempts);
         let tried = Parked { attempts, awaits_build, reason: parked_reason(&reason, remedy), ..parked };
         let failed = failed(&tried, message.as_ref(), due.is_some());
