@@ -288,6 +288,13 @@ pub enum StartError {
     Bus(#[from] BusError),
 }
 
+#[derive(Default)]
+struct Kept {
+    services: Vec<String>,
+    sagas: Vec<(Arc<dyn EventStore>, String)>,
+    watches: Vec<BoxFuture<'static, ()>>,
+}
+
 /// Everything that runs, started and stopped together.
 pub struct Runtime {
     tasks: JoinSet<(String, Result<(), String>)>,
@@ -377,7 +384,7 @@ impl Runtime {
             }
         }
         self.start_watch();
-        self.remember(&services);
+        let kept = self.kept(&services);
         let mut joined = Vec::new();
         let instance: Option<Arc<str>> = self.shared_as.as_deref().map(Arc::from);
         for service in services {
@@ -395,6 +402,7 @@ impl Runtime {
             joined.push((service.name, service.store, relay, groups, service.subscriptions, service.parts));
         }
         self.names = names;
+        self.keep(kept);
         for (name, store, relay, groups, subscriptions, parts) in joined {
             let (health, shutdown, instance) = (self.health(), self.shutdown(), self.instance_on(&store));
             for (group_name, group, starters) in groups {
@@ -527,18 +535,28 @@ impl Runtime {
         Ok(())
     }
 
-    /// Keeps the names of services that are started, and looks for the categories that they name.
-    fn remember(&mut self, services: &[Service]) {
+    /// What is kept of services once they are started, and what looks for the categories and topics that they name.
+    fn kept(&self, services: &[Service]) -> Kept {
+        let mut kept = Kept::default();
         for service in services {
-            self.services.insert(service.name.clone());
+            kept.services.push(service.name.clone());
             let sagas = service.replies.iter().map(|replies| (service.store.clone(), replies.category()));
-            self.sagas.extend(sagas);
+            kept.sagas.extend(sagas);
             let own = service.categories().into_iter().filter(|category| categories::check_own(category).is_ok());
             let (name, store) = (service.name.clone(), service.store.clone());
-            self.watch.spawn(categories::watch(name, store, own.collect(), self.health()));
+            kept.watches.push(Box::pin(categories::watch(name, store, own.collect(), self.health())));
             for group in &service.groups {
-                self.watch.spawn(group.watch(service.store.clone(), self.health()));
+                kept.watches.push(Box::pin(group.watch(service.store.clone(), self.health())));
             }
+        }
+        kept
+    }
+
+    fn keep(&mut self, kept: Kept) {
+        self.services.extend(kept.services);
+        self.sagas.extend(kept.sagas);
+        for watch in kept.watches {
+            self.watch.spawn(watch);
         }
     }
 

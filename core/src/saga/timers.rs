@@ -193,11 +193,11 @@ impl<C: SagaState> Runner<C> {
                 () = std::future::ready(()), if more => {}
                 () = shutdown.cancelled() => break,
             }
-            if counted.is_none_or(|counted| counted.elapsed() >= STUCK_LOOK)
-                && let Ok(attention) = self.attention().await
-            {
-                reporter.attention(attention);
+            if counted.is_none_or(|counted| counted.elapsed() >= STUCK_LOOK) {
                 counted = Some(Instant::now());
+                if let Ok(attention) = self.attention().await {
+                    reporter.attention(attention);
+                }
             }
             let now = self.store.clock().now();
             let fresh = self.timers.take_due(now, DUE_PAGE);
