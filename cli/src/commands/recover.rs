@@ -349,7 +349,7 @@ impl Plan {
             while let Some(document) = one(archive, &format!("{service}.relay/{lane}")).await? {
                 let mut checkpoint: Value = serde_json::from_str(&document.body)?;
                 let next = checkpoint["next"].as_i64().unwrap_or(0);
-                let taken_before = found.all_taken_before(service, lane).map_or(next, |first| next.max(first - 1));
+                let taken_before = found.all_taken_before(service).map_or(next, |first| next.max(first - 1));
                 checkpoint["next"] = taken_before.into();
                 checkpoint["taken"] = serde_json::to_value(&found.ends)?;
                 documents.push(Document {

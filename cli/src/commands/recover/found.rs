@@ -172,10 +172,12 @@ impl Found {
         known as i64 == last - first + 1
     }
 
-    /// The position before which brokers have taken all messages of a lane for certain.
-    pub fn all_taken_before(&self, service: &str, lane: u32) -> Option<i64> {
-        let window = self.windows.get(&(service.to_owned(), lane))?;
-        window.first().copied().filter(|_| window.len() == WINDOW)
+    /// The position before which brokers have taken all messages of a service for certain. All lanes count: the number of lanes
+    /// may have changed since the backup, and with it which lane carries a stream.
+    pub fn all_taken_before(&self, service: &str) -> Option<i64> {
+        let of_service = self.windows.iter().filter(|((of, _), _)| of == service);
+        let firsts = of_service.map(|(_, window)| window.first().copied().filter(|_| window.len() == WINDOW));
+        firsts.collect::<Option<Vec<_>>>()?.into_iter().min()
     }
 }
 
