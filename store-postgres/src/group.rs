@@ -188,8 +188,11 @@ impl<'g> Decision<'g> {
     /// Where the streams are guessed to stand, if the group does nothing but append to streams of which that is known.
     pub(crate) fn only_appends(&self) -> Option<Vec<i64>> {
         let appends = self.documents.is_empty() && !self.events.is_empty();
-        let base =
-            |stream: &StreamState<'_>| stream.base.filter(|base| *base < i64::MAX / 2 && stream.held() != Some(true));
+        let base = |stream: &StreamState<'_>| {
+            stream.base.filter(|base| {
+                *base < i64::MAX / 2 && stream.held() != Some(true) && !(*base == 0 && stream.event.is_some())
+            })
+        };
         let bases = || self.streams.iter().map(base).collect();
         appends.then(bases).flatten()
     }

@@ -18,6 +18,8 @@ use crate::{error::not_primary, open::Purpose};
 
 /// The position and the id of an event.
 pub(crate) type Seen = (i64, Uuid);
+/// The event that a session is asked for, if any was seen, with the number of the history that it was seen under.
+pub(crate) type Asked = (u64, Option<Seen>);
 
 /// What is known of the log; shared by all sessions of a store.
 #[derive(Debug)]
@@ -64,6 +66,12 @@ impl History {
         self.known().last
     }
 
+    /// What the next session is asked for.
+    pub(crate) fn asked(&self) -> Asked {
+        let known = self.known();
+        (self.number(), known.last)
+    }
+
     /// The number of the history, and how far its log is settled.
     pub(crate) fn settled(&self) -> (u64, i64) {
         let known = self.known();
@@ -93,7 +101,7 @@ impl History {
 
     /// Holds what a session said (see `session.sql`) against what is known, and gives the number of the history that it reads.
     /// `asked` is the event that it was asked for.
-    pub(crate) fn check(&self, asked: Option<Seen>, row: &PgRow, purpose: Purpose) -> Result<u64, sqlx::Error> {
+    pub(crate) fn check(&self, asked: Asked, row: &PgRow, purpose: Purpose) -> Result<u64, sqlx::Error> {
         if row.try_get(0)? {
             return Err(not_primary("the server is a standby (in recovery)"));
         }
@@ -116,15 +124,15 @@ impl History {
     }
 
     /// The same for an event alone. `found` is the id that stands at its position.
-    pub(crate) fn compare(&self, asked: Option<Seen>, found: Option<Uuid>) {
+    pub(crate) fn compare(&self, asked: Asked, found: Option<Uuid>) {
         self.compare_known(&mut self.known(), asked, found);
     }
 
     /// Whether the log has turned out to lack the event.
-    fn compare_known(&self, known: &mut Known, asked: Option<Seen>, found: Option<Uuid>) -> bool {
+    fn compare_known(&self, known: &mut Known, (number, asked): Asked, found: Option<Uuid>) -> bool {
         let Some(asked) = asked.filter(|(_, id)| found != Some(*id)) else { return false };
         // Else somebody has noticed meanwhile.
-        let is_news = known.last.is_some_and(|(last, _)| last >= asked.0);
+        let is_news = number == self.number();
         if is_news {
             self.lose(known, asked);
         }

@@ -93,7 +93,7 @@ impl Log {
             };
             match page {
                 // It may be a mixture of two logs.
-                _ if self.history().number() != history => {}
+                _ if self.history().number() != history => sleep(Duration::from_millis(STATUS_LOOK_MS)).await,
                 Ok(page) => return Ok(page),
                 // Something is visible behind a gap.
                 Err(visible) if !self.settle(visible).await? => return Ok(nothing),
@@ -203,7 +203,8 @@ impl Log {
 
     /// The first event after a position; looks also whether the log has lost its end.
     async fn next(&self, after: i64) -> Result<Option<i64>, StoreError> {
-        let last = self.history().last();
+        let asked_for = self.history().asked();
+        let last = asked_for.1;
         let (statement, clock) = (&self.database.statements.next, &self.database.clock);
         let (next, found, now, asked) = read!(self.readers, |reader| async {
             let asked = clock.ask();
@@ -212,7 +213,7 @@ impl Log {
             Ok::<_, sqlx::Error>((row.0, row.1, row.2, asked))
         })?;
         clock.told(asked, now);
-        self.history().compare(last, found);
+        self.history().compare(asked_for, found);
         Ok(next)
     }
 

@@ -12,7 +12,7 @@ use sqlx::{
 
 use crate::{
     error::{OpenError, begin_error, is_protocol_violation, open_error},
-    history::{History, Seen},
+    history::{Asked, History},
     statements::{SCHEMA_DEFAULT, Statements, in_schema, is_schema_name},
 };
 
@@ -167,7 +167,7 @@ fn check_parameters(url: &str) -> Result<(), OpenError> {
     if url.contains('#') {
         return refused("a `#` in it, as in a password, must be written `%23`".into());
     }
-    let Some((_, query)) = url.split_once('?') else { return Ok(()) };
+    let Some((_, query)) = url.split_once('?').filter(|(_, query)| !query.is_empty()) else { return Ok(()) };
     let mut seen = Vec::new();
     for pair in query.split('&') {
         let Some((name, _)) = pair.split_once('=') else {
@@ -393,9 +393,9 @@ impl Database {
     }
 
     /// The statement that asks a session what it is, and the event that it is asked for.
-    fn question(&self) -> (Option<Seen>, String) {
-        let asked = self.history.last();
-        let last = asked.map_or("NULL".to_owned(), |(position, _)| position.to_string());
+    fn question(&self) -> (Asked, String) {
+        let asked = self.history.asked();
+        let last = asked.1.map_or("NULL".to_owned(), |(position, _)| position.to_string());
         (asked, self.statements.session.as_str().replace("{last}", &last))
     }
 
@@ -413,7 +413,7 @@ impl Database {
         for (name, value) in settings.filter(|(name, _)| !name.starts_with("default_transaction_")) {
             begin += &format!("; SET LOCAL {name} = '{value}'");
         }
-        self.begin_with(connection, &begin, purpose).await
+        self.begin_with(connection, &begin, purpose).await.map(drop)
     }
 
     /// The same, with what begins the transaction.
@@ -422,12 +422,12 @@ impl Database {
         connection: &mut PgConnection,
         begin: &str,
         purpose: Purpose,
-    ) -> Result<(), sqlx::Error> {
+    ) -> Result<u64, sqlx::Error> {
         let (asked, question) = self.question();
         // Nothing in it comes from outside. In one message, so that it costs no round trip.
         let begin = AssertSqlSafe(format!("{begin}; {question}"));
         let rows = sqlx::raw_sql(begin).fetch_all(&mut *connection).await.map_err(begin_error)?;
-        self.history.check(asked, rows.last().ok_or(sqlx::Error::RowNotFound)?, purpose).map(drop)
+        self.history.check(asked, rows.last().ok_or(sqlx::Error::RowNotFound)?, purpose)
     }
 
     /// The connection that tells other processes and listens to them; a pool because that is what a listener wants.

@@ -139,8 +139,8 @@ mod tests {
     #[test]
     fn statements_name_their_schema_everywhere() {
         let statements = Statements::new("shop", true);
-        assert!(statements.append.as_str().contains("\"shop\".append("));
+        assert!(statements.append.as_str().contains("\"shop\".append_checked("));
         assert!(!statements.append.as_str().contains("annals."));
-        assert!(Statements::new("annals", true).append.as_str().contains("annals.append("));
+        assert!(Statements::new("annals", true).append.as_str().contains("annals.append_checked("));
     }
 }

@@ -20,6 +20,9 @@ use crate::{
 /// Streams read by one statement.
 const STREAMS_MAX: usize = 64;
 
+/// Positions from here on were written by hand: `advance` leaves them out too.
+const BY_HAND: i64 = 1 << 62;
+
 type Outcome = Result<Vec<Recorded>, StoreError>;
 
 /// Who waits.
@@ -51,6 +54,8 @@ impl Streams {
             // the first of them would each take a session for a stream alone.
             tokio::task::yield_now().await;
             let outcome = loop {
+                // Before the session: what it reads may be of a later history, and never of an earlier one.
+                let of = readers.history().number();
                 let reader = tokio::select! {
                     biased;
                     outcome = &mut answered => break outcome,
@@ -62,7 +67,7 @@ impl Streams {
                     drop(reader);
                     break (&mut answered).await;
                 }
-                serve(batch, reader, (readers, statements)).await;
+                serve(batch, of, reader, (readers, statements)).await;
             };
             place.answered = true;
             // Else whoever read on its behalf went away.
@@ -98,10 +103,9 @@ impl Drop for Place<'_> {
 }
 
 /// Reads for all of them, and answers.
-async fn serve(batch: Vec<Wanted>, mut reader: Reader, (readers, statements): (&Readers, &Statements)) {
+async fn serve(batch: Vec<Wanted>, of: u64, mut reader: Reader, (readers, statements): (&Readers, &Statements)) {
     let mut reads = 1;
     let history = readers.history();
-    let of = history.number();
     let rows = loop {
         match fetch(&batch, &mut reader, statements).await {
             Err(error) if reads < READS_MAX && is_lost(&error) => {
@@ -133,7 +137,9 @@ async fn serve(batch: Vec<Wanted>, mut reader: Reader, (readers, statements): (&
             events.push(recorded(row));
         }
         let events = events.into_iter().collect::<Result<Vec<_>, _>>().map_err(read_error);
-        if let Some(last) = events.as_ref().ok().and_then(|events| events.last()) {
+        let last = events.as_ref().ok().and_then(|events| events.last());
+        // A row that somebody has put at the end of all numbers by hand is no end of the log.
+        if let Some(last) = last.filter(|last| last.position.0 < BY_HAND) {
             history.saw(of, (last.position.0, last.id));
         }
         _ = wanted.answer.send(events);

@@ -81,8 +81,7 @@ impl OpenTransaction {
     async fn begin_on(Idle(mut history, mut connection): Idle, database: &Database) -> Result<Self, sqlx::Error> {
         let begin = format!("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {SETTINGS_OF_USER}; SAVEPOINT annals_0");
         if database.pooled {
-            database.begin_with(&mut connection, &begin, Purpose::Write).await?;
-            history = database.history.number();
+            history = database.begin_with(&mut connection, &begin, Purpose::Write).await?;
         } else {
             sqlx::raw_sql(AssertSqlSafe(begin)).execute(&mut connection).await?;
         }

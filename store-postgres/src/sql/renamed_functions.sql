@@ -1,9 +1,12 @@
 -- What makes the functions of a schema anew that name another one: each as it is, with owner and grants, but for the name.
+-- Only `annals` is written without quotes, and a name is replaced as a whole word.
 -- binds: $1 schema, $2 the schema that they name
 -- index: those of the catalogue
 SELECT replace(pg_get_functiondef(p.oid), p.prosrc,
-               replace(replace(p.prosrc, '"' || $2 || '".', '"' || $1 || '".'), $2 || '.', '"' || $1 || '".'))
+               regexp_replace(replace(p.prosrc, '"' || $2 || '".', '"' || $1 || '".'),
+                              CASE WHEN $2 = 'annals' THEN '\mannals\.' ELSE '(?!)' END, '"' || $1 || '".', 'g'))
   FROM pg_proc AS p
   JOIN pg_namespace AS n ON n.oid = p.pronamespace
  WHERE n.nspname = $1 AND p.prokind = 'f'
-   AND (position('"' || $2 || '".' IN p.prosrc) > 0 OR position($2 || '.' IN p.prosrc) > 0)
+   AND p.proname = ANY (ARRAY['append', 'append_checked', 'operate', 'operate_checked', 'drawn', 'advance', 'grant_access'])
+   AND (position('"' || $2 || '".' IN p.prosrc) > 0 OR ($2 = 'annals' AND p.prosrc ~ '\mannals\.'))
