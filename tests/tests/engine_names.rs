@@ -56,7 +56,7 @@ async fn two_parts_of_one_name_are_refused_before_anything_is_written() {
         (vec![service().subscribe(subscription("mailer")).subscribe(subscription("mailer"))], "mailer"),
         (vec![service().subscribe(subscription("mailer")).consume(group("mailer"))], "mailer"),
         (vec![service().consume(group("mailer")).consume(group("mailer"))], "mailer"),
-        (vec![service(), service()], "bank.relay"),
+        (vec![service(), service()], "bank"),
     ];
     for (services, expected) in twice {
         let mut runtime = Runtime::new();

@@ -171,13 +171,14 @@ async fn reply_to_a_saga_of_an_unknown_plan_waits_for_it() {
     let letter = eventually("the reply is parked", async || letters.list("shop.commands").await.unwrap().pop()).await;
     let reason = &letter.parked.reason;
     assert!(reason.contains(first_plan().hash()) && reason.contains("register it as older"), "{reason}");
-    assert_eq!((&*letter.parked.key, letter.retries_at), ("saga.trip-old", None));
+    assert_eq!(&*letter.parked.key, "saga.trip-old");
+    assert!(letter.retries_at.is_some(), "it waits for a build that knows the plan");
     let health = format!("{:?}", runtime.health().parts());
     assert!(!health.contains("Failed"), "{health}");
     drop(runtime);
     let world = World { bus: Arc::default(), ..world };
     let runtime = start(&world, world.runner(&world.store).older(first_plan())).await;
-    assert_eq!(letters.redrive("shop.commands", "saga.trip-old").await.unwrap(), letter.behind + 1);
+    // This build knows the plan, so nobody need redrive the reply.
     world.becomes("old", Status::Completed).await;
     assert_eq!(world.ledger("old").await, OLD);
     runtime.drain(DRAIN).await.unwrap();
