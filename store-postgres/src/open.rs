@@ -169,7 +169,7 @@ fn check_parameters(url: &str) -> Result<(), OpenError> {
     }
     let Some((_, query)) = url.split_once('?').filter(|(_, query)| !query.is_empty()) else { return Ok(()) };
     let mut seen = Vec::new();
-    for pair in query.split('&') {
+    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         let Some((name, _)) = pair.split_once('=') else {
             return refused("a parameter in it has no `=` and no value".into());
         };

@@ -64,13 +64,19 @@ async fn store(url: &str) -> PostgresStore {
 #[tokio::test(flavor = "multi_thread")]
 async fn reader_at_a_gap_loses_no_event_to_a_crash() {
     const CRASHES: usize = 4;
+    // Now and then a process of the server flushes what was drawn just before a crash.
+    const ROUNDS_MAX: usize = 16;
     let folder = tempfile::tempdir().unwrap();
     let data = folder.path().join("data");
     // What no commit has flushed is lost with the server.
     let mut server = Server::start_in(folder, data, vec!["wal_writer_delay=10s".into()]).await;
     let store = store(&server.url()).await;
     let mut seen = Vec::new();
-    for crash in 0..CRASHES {
+    let mut drawn_twice = 0;
+    for crash in 0..ROUNDS_MAX {
+        if drawn_twice == CRASHES {
+            break;
+        }
         let (mut slow, mut many) = (server.connection().await, server.connection().await);
         execute(&mut slow, "BEGIN").await;
         insert(&mut slow, &format!("slow-{crash}"), 1).await;
@@ -84,7 +90,7 @@ async fn reader_at_a_gap_loses_no_event_to_a_crash() {
         let mut again = server.connection().await;
         execute(&mut again, "BEGIN").await;
         let drawn_again = insert(&mut again, &format!("again-{crash}"), 1).await;
-        assert!(drawn_again[0] <= drawn[99], "nothing was drawn again, so this tested nothing");
+        drawn_twice += usize::from(drawn_again[0] <= drawn[99]);
         insert(&mut server.connection().await, &format!("behind-{crash}"), 1).await;
         read_on(&store, &mut seen).await;
         execute(&mut again, "COMMIT").await;
@@ -92,6 +98,7 @@ async fn reader_at_a_gap_loses_no_event_to_a_crash() {
         read_on(&store, &mut seen).await;
         assert_eq!(seen, positions(&server).await, "after crash {crash}");
     }
+    assert_eq!(drawn_twice, CRASHES, "positions were hardly ever drawn again, so this tested nothing");
     assert_eq!((store.history(), store.status().await.unwrap().lost_end), (0, None), "nothing durable was lost");
 }
 

@@ -204,7 +204,12 @@ async fn backlog_keeps_nobody_waiting(store: Arc<dyn EventStore>) {
     let (_, fresh) = fired.iter().find(|(id, _)| id == "fresh").unwrap();
     let (last, waited) = (fired.last().unwrap().1 - started, *fresh - started);
     println!("the fresh one after {waited}, the last one after {last}");
-    assert!(waited.num_milliseconds() < 5_000, "due after 3 s, fired after {waited}; the last one after {last}");
+    // On a slow machine all take longer; behind the backlog, it would be among the last.
+    let most = last.num_milliseconds() / 2;
+    assert!(
+        waited.num_milliseconds() < most.max(5_000),
+        "due after 3 s, fired after {waited}; the last one after {last}"
+    );
     runtime.drain(DRAIN).await.unwrap();
 }
 

@@ -59,6 +59,8 @@ const STUCK_NAMED_MAX: usize = 3;
 const SILENT_MAX: usize = 1_000;
 /// How long after a timer was due it is still looked for: until then the index has written it down.
 const OVERDUE: TimeDelta = TimeDelta::seconds(2);
+/// The same for a saga that the index does not have yet.
+const UNWRITTEN: TimeDelta = TimeDelta::seconds(60);
 /// How often a commit of timers is tried again without the saga that somebody else has just moved.
 const RACES_MAX: u32 = 8;
 
@@ -266,11 +268,12 @@ impl<C: SagaState> Runner<C> {
             let category = self.category();
             let keys: Vec<_> = known.iter().map(|(_, id)| DocumentKey::new(&*category, id.clone())).collect();
             for ((time, id), found) in known.into_iter().zip(self.store.documents(&keys).await?) {
-                match found.filter(is_due) {
-                    Some(document) => due.fresh.push(document),
-                    // The index is about to write it down.
-                    None if time + OVERDUE > now => self.timers.set(&id, Some(time)),
-                    None => {}
+                match found {
+                    Some(document) if is_due(&document) => due.fresh.push(document),
+                    // The index is about to write it down; a new saga, too, where the index has much to do.
+                    Some(_) if time + OVERDUE > now => self.timers.set(&id, Some(time)),
+                    None if time + UNWRITTEN > now => self.timers.set(&id, Some(time)),
+                    Some(_) | None => {}
                 }
             }
         }

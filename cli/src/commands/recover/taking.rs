@@ -77,7 +77,8 @@ impl<'a> Taking<'a> {
         writes: bool,
         output: &'a mut Output,
     ) -> Result<Self, Failure> {
-        let log = Log { events: store.log(LogQuery::all(), 1..=head).await?, next: None };
+        // It is asked beyond its end, for what comes after the log.
+        let log = Log { events: store.log(LogQuery::all(), 1..=head).await?.fuse().boxed(), next: None };
         Ok(Self {
             archive: store.port(),
             log,
