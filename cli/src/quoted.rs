@@ -52,7 +52,7 @@ fn hidden(value: &ContextValue) -> ContextValue {
 /// Parameters that are shown: a command that goes on elsewhere needs them, and none is a secret.
 const SHOWN: [&str; 4] = ["schema", "pooled", "password_file", "password_env"];
 
-/// A URL without its password. Drops all parameters but those of [`SHOWN`]: a password may be one of them. Where it cannot be told where
+/// A URL without its password. Drops all parameters but those of `SHOWN`: a password may be one of them. Where it cannot be told where
 /// the password ends, nothing is shown but the scheme.
 pub fn without_password(url: &str) -> String {
     let scheme = url.split(':').next().unwrap_or_default();
