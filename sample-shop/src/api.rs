@@ -1,4 +1,4 @@
-//! What the order service's HTTP interface takes and gives, as JSON. Both sides use it: `serve`, and `run --http`.
+//! The JSON of the order service's HTTP interface. Both sides use it: `serve`, and `run --http`.
 
 use chrono::{DateTime, Utc};
 use rust_decimal::Decimal;
@@ -15,9 +15,9 @@ use crate::{
     supply::Change,
 };
 
-/// The header that names what is handed in: the same key is the same order. Becomes its id.
+/// The header that identifies what is handed in. Its value becomes the id, so the same key is the same order.
 pub const IDEMPOTENCY_KEY: &str = "idempotency-key";
-/// The header of an answer to what was handed in before.
+/// The header that marks the answer to a repeated request.
 pub const REPLAYED: &str = "idempotency-replayed";
 /// The status of a saga that waits for an operator.
 pub const STUCK: &str = "stuck";
@@ -26,10 +26,10 @@ pub const STUCK: &str = "stuck";
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NewOrder {
-    /// Who; `null` is a guest.
+    /// The customer; `null` is a guest.
     #[serde(default)]
     pub customer: Option<String>,
-    /// What, and at which price.
+    /// The goods and their prices.
     #[serde(deserialize_with = "lines")]
     pub lines: Vec<Line>,
     /// A test card; a good one by default.
@@ -41,15 +41,15 @@ pub struct NewOrder {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NewReturn {
-    /// Who; `null` is a guest.
+    /// The customer; `null` is a guest.
     #[serde(default)]
     pub customer: Option<String>,
-    /// What comes back, and what is paid back for it.
+    /// The goods that come back, and the price paid back for them.
     #[serde(deserialize_with = "lines")]
     pub lines: Vec<Line>,
 }
 
-/// A line as it is asked for. What is stored is read with fields that later builds add; here they are mistakes.
+/// A line in a request. Stored lines may have fields that later builds add; in a request, unknown fields are mistakes.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct AskedLine {
@@ -66,7 +66,7 @@ fn lines<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Line>, D::Err
     Ok(lines.map(line).collect())
 }
 
-/// By its name alone: derived enums are also read from objects, and say little of numbers.
+/// Reads a card by its name alone: derived enums also accept objects, and say little about numbers.
 fn card<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Card, D::Error> {
     Card::deserialize(String::deserialize(deserializer)?.into_deserializer())
 }
@@ -85,11 +85,11 @@ fn amount<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Decimal, D::Erro
 pub enum NewSupply {
     /// Goods came in.
     Delivered(Vec<Change>),
-    /// Somebody counted.
+    /// The stock was counted.
     Adjusted(Vec<Change>),
 }
 
-/// A supply as it is asked for.
+/// A supply in a request.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct AskedSupply {
@@ -97,7 +97,7 @@ struct AskedSupply {
     adjusted: Option<Vec<Object<AskedChange>>>,
 }
 
-/// A change as it is asked for.
+/// A change in a request.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct AskedChange {
@@ -119,13 +119,13 @@ impl TryFrom<AskedSupply> for NewSupply {
     }
 }
 
-/// What `GET /orders/{id}` gives.
+/// The answer to `GET /orders/{id}`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct OrderView {
     pub order_id: String,
     /// `placed`, `confirmed` or `cancelled`.
     pub status: String,
-    /// Why it was cancelled.
+    /// Why the order was cancelled.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     pub customer: Option<String>,
@@ -133,11 +133,11 @@ pub struct OrderView {
     pub total: Decimal,
     pub currency: String,
     pub placed_at: DateTime<Utc>,
-    /// Its checkout; `null` until it starts, which is a moment.
+    /// The checkout of the order; `null` for a moment, until it starts.
     pub saga: Option<SagaView>,
 }
 
-/// What `GET /returns/{id}` gives.
+/// The answer to `GET /returns/{id}`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ReturnView {
     pub return_id: String,
@@ -151,7 +151,7 @@ pub struct ReturnView {
     pub saga: Option<SagaView>,
 }
 
-/// What `GET /supplies/{id}` gives.
+/// The answer to `GET /supplies/{id}`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SupplyView {
     pub supply_id: String,
@@ -160,26 +160,26 @@ pub struct SupplyView {
     pub saga: Option<SagaView>,
 }
 
-/// What `GET /closings/{id}` gives.
+/// The answer to `GET /closings/{id}`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ClosingView {
     pub closing_id: String,
     /// `null` until every service has counted.
     pub books: Option<Books>,
-    /// Where the order service keeps its events; no password.
+    /// The store of the order service's events, without its password.
     pub store: String,
-    /// How the services talk.
+    /// The bus that the services talk over.
     pub bus: String,
     pub saga: Option<SagaView>,
 }
 
-/// How far a saga is, and how it came there.
+/// The state of a saga, and its history.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SagaView {
     pub saga: String,
     /// `running`, `compensating`, `completed`, `compensated` or `stuck`.
     pub status: String,
-    /// Where it is.
+    /// The current step.
     pub step: String,
     pub started_at: DateTime<Utc>,
     pub ended_at: Option<DateTime<Utc>>,
@@ -194,25 +194,25 @@ pub struct Moment {
     pub at: DateTime<Utc>,
     /// `saga.started`, `saga.replied`, `saga.timed`, `saga.operated` or `saga.migrated`.
     pub event: String,
-    /// The step that it was about.
+    /// The step that the event is about.
     pub step: String,
     /// Of a reply: `done`, `refused`, `failed` or `unknown`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub outcome: Option<String>,
-    /// Why it was not done.
+    /// Why the step was not done.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// What the saga was afterwards.
+    /// The status of the saga after the event.
     pub status: String,
 }
 
 impl SagaView {
-    /// Whether nothing more will happen by itself.
+    /// Returns whether nothing more will happen by itself.
     pub fn has_settled(&self) -> bool {
         self.ended_at.is_some() || self.is_stuck()
     }
 
-    /// Whether it waits for an operator.
+    /// Returns whether the saga waits for an operator.
     pub fn is_stuck(&self) -> bool {
         self.status == STUCK
     }

@@ -15,18 +15,18 @@ pub use self::{
 };
 use crate::input::{InputError, Source, StockFactor};
 
-/// Orders that `run` makes when it is given none.
+/// Number of orders that `run` generates when it is given neither a file nor a number.
 pub const GENERATED_DEFAULT: u64 = 2_000;
 /// Share of cards declined for generated orders.
 pub const DECLINE_RATE_GENERATED: f64 = 0.1;
 /// Share of customers who cancel for generated orders.
 pub const CANCEL_RATE_GENERATED: f64 = 0.02;
 
-/// How long `serve` takes requests after it was asked to stop: load balancers look every few seconds, and clients that keep
-/// connections learn of the stop with their next answer. With the last answers and the drain of the services it is within the
-/// half minute that Kubernetes grants.
+/// How long `serve` still takes requests after it was asked to stop: load balancers probe every few seconds, and
+/// clients that keep connections learn of the stop with their next answer. Together with the last answers and the drain
+/// of the services, it stays within the 30 seconds that Kubernetes grants.
 const GRACE_DEFAULT: &str = "5s";
-/// The longest grace, in seconds: no load balancer takes longer, and a typing error does not keep a process for hours.
+/// The longest grace, in seconds: no load balancer takes longer, and a typing error must not keep a process for hours.
 const GRACE_SECONDS_MAX: u32 = 300;
 
 const EXAMPLES: &str = "Examples:
@@ -55,7 +55,7 @@ pub struct Arguments {
 }
 
 impl Arguments {
-    /// Reads a command line. An error quotes what was typed, but nothing of it that may be a password.
+    /// Reads a command line. An error quotes the arguments, but leaves out every part that may be a password.
     pub fn read(words: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<Self, clap::Error> {
         Self::try_parse_from(words).map_err(annals_cli::quoted::without_passwords)
     }
@@ -67,9 +67,9 @@ pub enum Command {
     /// Run orders through the whole shop in this process, and say how they ended.
     #[command(after_help = EXAMPLES)]
     Run(Run),
-    /// Run one service, or all, until told to stop.
+    /// Run one service, or all, until it is stopped.
     ///
-    /// What goes wrong and what is set aside is told on standard error; with RUST_LOG=info, more than that.
+    /// Reports errors and messages that are set aside on standard error; with RUST_LOG=info, more than that.
     #[command(after_help = SERVE_EXAMPLES)]
     Serve(Serve),
     /// Wait until every saga has ended, then print the summary.
@@ -77,7 +77,7 @@ pub enum Command {
     /// The `annals` command on the shop's store: inspect, replay, verify, move and repair.
     #[command(disable_help_flag = true)]
     Ops {
-        /// What it is asked for; `ops --help` tells.
+        /// The command and its arguments; see `ops --help`.
         #[arg(value_name = "WORDS", trailing_var_arg = true, allow_hyphen_values = true)]
         words: Vec<OsString>,
     },
@@ -86,22 +86,22 @@ pub enum Command {
 /// Where things are kept and how services talk.
 #[derive(Clone, Debug, Args)]
 pub struct Connection {
-    /// Where events are kept: `memory:`, `sqlite:PATH` or `postgres://…`. A password can stand in a file or in the environment:
-    /// `?password_file=PATH`, `?password_env=VARIABLE`, PGPASSWORD or PGPASSFILE.
+    /// Where events are kept: `memory:`, `sqlite:PATH` or `postgres://…`. A password can stand in a file or in the
+    /// environment: `?password_file=PATH`, `?password_env=VARIABLE`, PGPASSWORD or PGPASSFILE.
     #[arg(long, value_name = "URL", default_value = "sqlite:shop.db")]
     pub store: StoreUrl,
-    /// How services talk: `local:`, that is inside this process, or `kafka://host:port[,host:port][?name=value&…]`. Any value can
-    /// stand in a file or in the environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
+    /// How services talk: `local:`, that is inside this process, or `kafka://host:port[,host:port][?name=value&…]`. Any
+    /// value can stand in a file or in the environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
     #[arg(long, value_name = "URL", default_value = "local:")]
     pub bus: BusUrl,
-    /// The name of this process among several on one PostgreSQL. One that is started again under its name takes its share
-    /// of the work back at once [default: another one each time].
+    /// The name of this process among several on one PostgreSQL. A process that is restarted under its name
+    /// takes its share of the work back at once [default: a new name each time].
     #[arg(long, value_name = "NAME", value_parser = instance)]
     pub instance: Option<String>,
 }
 
 impl Connection {
-    /// Under which name this process shares the work; `None` if it has the store for itself.
+    /// The name under which this process shares the work; `None` if the process has the store for itself.
     pub fn shared_as(&self) -> Option<String> {
         shared_as(&self.store, &self.instance)
     }
@@ -113,7 +113,7 @@ fn shared_as(store: &StoreUrl, instance: &Option<String>) -> Option<String> {
     is_shared.then(|| instance.clone().unwrap_or_else(name))
 }
 
-/// How much is said.
+/// How much is printed.
 #[derive(Clone, Copy, Debug, Args)]
 pub struct Output {
     /// Make the last line the summary as JSON.
@@ -136,10 +136,10 @@ pub struct Run {
     /// Make this many orders [default: 2000].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub generate: Option<u64>,
-    /// Where to, and over what.
+    /// The store and the bus.
     #[command(flatten)]
     pub connection: Connection,
-    /// At most this many orders and returns on their way at once.
+    /// At most this many orders and returns under way at once.
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub concurrency: u32,
     /// Start each SKU with this many times what the input will take of it, rounded up.
@@ -148,19 +148,20 @@ pub struct Run {
     /// Share of cards declined, 0 to 1 [default: 0 for a file, 0.1 for generated orders].
     #[arg(long, value_name = "P", value_parser = rate, allow_negative_numbers = true)]
     pub decline_rate: Option<f64>,
-    /// Share of customers who cancel while their checkout runs, 0 to 1 [default: 0 for a file, 0.02 for generated orders].
+    /// Share of customers who cancel while their checkout runs, 0 to 1 [default: 0 for a file, 0.02 for generated
+    /// orders].
     #[arg(long, value_name = "P", value_parser = rate, allow_negative_numbers = true)]
     pub cancel_rate: Option<f64>,
-    /// Where all chance comes from.
+    /// The seed of all random choices.
     #[arg(long, value_name = "N", default_value_t = 7)]
     pub seed: u64,
-    /// How much is said.
+    /// How much is printed.
     #[command(flatten)]
     pub output: Output,
 }
 
 impl Run {
-    /// Opens the file, or makes the orders.
+    /// Opens the file, or generates the orders.
     pub fn source(&self) -> Result<Source, InputError> {
         match &self.orders {
             Some(path) => Source::file(path),
@@ -168,46 +169,47 @@ impl Run {
         }
     }
 
-    /// Share of cards declined.
+    /// The share of cards that are declined.
     pub fn decline_rate(&self) -> f64 {
         self.decline_rate.unwrap_or(if self.orders.is_some() { 0.0 } else { DECLINE_RATE_GENERATED })
     }
 
-    /// Share of customers who cancel while their checkout runs.
+    /// The share of customers who cancel while their checkout runs.
     pub fn cancel_rate(&self) -> f64 {
         self.cancel_rate.unwrap_or(if self.orders.is_some() { 0.0 } else { CANCEL_RATE_GENERATED })
     }
 }
 
-/// Arguments of `serve`. What is served must outlive it, so where to is not left to a default.
+/// Arguments of `serve`. Served events must outlive the process, so store and bus have no default.
 #[derive(Clone, Debug, Args)]
 pub struct Serve {
-    /// Which.
+    /// The service to run.
     #[arg(value_name = "SERVICE")]
     pub role: Role,
-    /// Where events are kept: `memory:`, `sqlite:PATH` or `postgres://…`. A password can stand in a file or in the environment:
-    /// `?password_file=PATH`, `?password_env=VARIABLE`, PGPASSWORD or PGPASSFILE.
+    /// Where events are kept: `memory:`, `sqlite:PATH` or `postgres://…`. A password can stand in a file or in the
+    /// environment: `?password_file=PATH`, `?password_env=VARIABLE`, PGPASSWORD or PGPASSFILE.
     #[arg(long, value_name = "URL")]
     pub store: StoreUrl,
-    /// How services talk: `local:`, that is inside this process, or `kafka://host:port[,host:port][?name=value&…]`. Any value can
-    /// stand in a file or in the environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
+    /// How services talk: `local:`, that is inside this process, or `kafka://host:port[,host:port][?name=value&…]`. Any
+    /// value can stand in a file or in the environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
     #[arg(long, value_name = "URL")]
     pub bus: BusUrl,
-    /// Answer HTTP here, such as 127.0.0.1:8080; with port 0, at a free one. Whoever reaches it may do everything.
+    /// Answer HTTP here, such as 127.0.0.1:8080; with port 0, at a free port. Any client that reaches the address may
+    /// do everything.
     #[arg(long, value_name = "ADDR")]
     pub http: Option<SocketAddr>,
-    /// Once asked to stop, take requests for so long before the address is closed, so that load balancers and clients go elsewhere:
-    /// 0s to 300s.
+    /// The time for which requests are still taken after a request to stop, so that load balancers and clients
+    /// go elsewhere before the address is closed: 0s to 300s.
     #[arg(long, value_name = "TIME", value_parser = grace, default_value = GRACE_DEFAULT)]
     pub grace: Duration,
-    /// The name of this process among several of its service on one PostgreSQL. One that is started again under its name
-    /// takes its share of the work back at once [default: another one each time].
+    /// The name of this process among several of its service on one PostgreSQL. A process that is restarted
+    /// under its name takes its share of the work back at once [default: a new name each time].
     #[arg(long, value_name = "NAME", value_parser = instance)]
     pub instance: Option<String>,
 }
 
 impl Serve {
-    /// Under which name this process shares the work; `None` if it has the store for itself.
+    /// The name under which this process shares the work; `None` if the process has the store for itself.
     pub fn shared_as(&self) -> Option<String> {
         shared_as(&self.store, &self.instance)
     }
@@ -243,10 +245,10 @@ impl fmt::Display for Role {
 /// Arguments of `drain`.
 #[derive(Clone, Debug, Args)]
 pub struct Drain {
-    /// Whose sagas.
+    /// The store of the sagas.
     #[command(flatten)]
     pub connection: Connection,
-    /// How much is said.
+    /// How much is printed.
     #[command(flatten)]
     pub output: Output,
 }

@@ -15,7 +15,7 @@ use crate::{
     supply::SupplyEvent,
 };
 
-/// Events booked in one go.
+/// Events that are booked per read.
 const PAGE: usize = 2_000;
 
 /// The books of the shop, or one service's part of them.
@@ -24,7 +24,7 @@ const PAGE: usize = 2_000;
 pub struct Books {
     pub orders: u64,
     pub confirmed: u64,
-    /// By reason.
+    /// By reason of the cancellation.
     pub cancelled: BTreeMap<String, u64>,
     pub returns: u64,
     pub adjustments: u64,
@@ -34,7 +34,7 @@ pub struct Books {
 }
 
 impl Books {
-    /// Books one event; those of other kinds leave them as they are.
+    /// Books one event. Events of other kinds change nothing.
     pub fn book(&mut self, event: &Recorded) -> Result<(), annals::event::DecodeError> {
         match event.stream.category() {
             "order" => match event.decode()? {
@@ -55,14 +55,14 @@ impl Books {
                 }
             }
             "supply" => self.adjustments += u64::from(matches!(event.decode()?, Some(SupplyEvent::Adjusted { .. }))),
-            // Nothing to book, but what cannot be read must not go unnoticed in this category either.
+            // There is nothing to book, but an unreadable event must not go unnoticed in this category either.
             "notification" => _ = event.decode::<NotificationEvent>()?,
             _ => {}
         }
         Ok(())
     }
 
-    /// Adds another part.
+    /// Adds the books of another service.
     pub fn add(&mut self, other: &Self) {
         self.orders += other.orders;
         self.confirmed += other.confirmed;
@@ -102,14 +102,14 @@ impl Books {
     }
 }
 
-/// Keeps the books of one service, from its own log: brought up to date when somebody asks, and not before.
+/// Keeps the books of one service, from its own log. They are brought up to date on request only.
 pub struct Bookkeeper {
     store: Arc<dyn EventStore>,
     key: DocumentKey,
     query: LogQuery,
 }
 
-/// The books as they were left.
+/// The books as of a position, as stored.
 #[derive(Default, Serialize, Deserialize)]
 struct Kept {
     position: i64,
@@ -117,13 +117,13 @@ struct Kept {
 }
 
 impl Bookkeeper {
-    /// Of the service of this name, whose events are in these categories.
+    /// Returns the bookkeeper of the service of this name, whose events are in these categories.
     pub fn new(service: &str, categories: &[&str], store: Arc<dyn EventStore>) -> Self {
         let query = LogQuery::categories(categories.iter().copied());
         Self { store, key: DocumentKey::new("books", service), query }
     }
 
-    /// The books with everything that was committed before this was called.
+    /// Returns the books with every event that was committed before the call.
     pub async fn books(&self, work: &mut Work) -> Result<Books, StepError> {
         let mut kept: Kept = work.document(&self.key).await?.unwrap_or_default();
         loop {
@@ -136,7 +136,7 @@ impl Bookkeeper {
                 kept.position = page.next.0;
                 continue;
             }
-            // What is committed behind a position that another writer still holds cannot be seen yet.
+            // Events committed behind a position that another writer still holds are not visible yet.
             let status = self.store.status().await.map_err(StepError::Store)?;
             if let Some(reason) = status.waits_for {
                 return Err(StepError::Failed(format!("the log cannot be read to its end: {reason}")));
@@ -149,7 +149,7 @@ impl Bookkeeper {
         Ok(kept.books)
     }
 
-    /// The same as the answer to a saga.
+    /// Returns the same books as the answer to a saga.
     pub async fn count(&self, work: &mut Work) -> Result<Answer, StepError> {
         let books = self.books(work).await?;
         let counted = serde_json::to_value(books).map_err(|error| StepError::Failed(error.to_string()))?;

@@ -1,4 +1,4 @@
-//! The bus that a URL names.
+//! Opens the bus that a URL names.
 
 use std::sync::Arc;
 
@@ -7,13 +7,13 @@ use annals_kafka::KafkaBus;
 
 use crate::{Failure, arguments::BusUrl};
 
-/// Partitions of a topic inside this process.
+/// Partitions of a topic of the local bus.
 const LOCAL_PARTITIONS: u32 = 4;
 
-/// Opens it.
+/// Opens the bus that `url` names.
 ///
 /// # Errors
-/// If it cannot be reached.
+/// If the bus cannot be reached.
 pub async fn open(url: &BusUrl) -> Result<Arc<dyn Bus>, Failure> {
     match url {
         BusUrl::Local => Ok(Arc::new(LocalBus::new(LOCAL_PARTITIONS))),

@@ -21,7 +21,7 @@ const RESERVE: &str = "reserve stock";
 const CHARGE: &str = "charge card";
 const CONFIRM: &str = "confirm order";
 
-/// What a checkout knows.
+/// The state of a checkout saga.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Checkout {
     pub order_id: String,
@@ -31,7 +31,7 @@ pub struct Checkout {
     pub currency: String,
     #[serde(default, skip_serializing_if = "Card::is_good")]
     pub card: Card,
-    /// Why the order will be cancelled, once that is known.
+    /// The reason why the order will be cancelled, once it is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cancelled: Option<String>,
 }
@@ -49,7 +49,8 @@ impl SagaState for Checkout {
     }
 }
 
-/// Reserve, charge, confirm; then ship and notify. Or back.
+/// Reserves, charges and confirms; then ships and notifies. A refusal before the confirmation compensates the steps
+/// done.
 ///
 /// ```
 /// println!("{}", sample_shop::checkout::checkout().mermaid());
@@ -98,7 +99,7 @@ impl Checkout {
         Request::to("notification", &NotificationStep::OrderEnded { order_id: self.id(), customer, subject })
     }
 
-    /// A checkout starts with each order that is placed.
+    /// Starts a checkout for each order that is placed.
     pub fn starts(message: &Message) -> Result<Option<(String, Self)>, HandlerError> {
         let Some(OrderEvent::Placed { order_id, customer, lines, total, currency, card }) = message.decode()? else {
             return Ok(None);
@@ -107,13 +108,13 @@ impl Checkout {
         Ok(Some((order_id.clone(), Self { order_id, customer, units, total, currency, card, cancelled: None })))
     }
 
-    /// The events that may start one.
+    /// The events that may start a checkout.
     pub fn query() -> LogQuery {
         LogQuery::types(["order.placed"])
     }
 }
 
-/// A SKU may stand on several lines of an order; it is reserved once.
+/// Adds up the units of each SKU. A SKU may stand on several lines of an order, but is reserved once.
 fn units(lines: &[Line]) -> Vec<Units> {
     let mut units: BTreeMap<&str, u32> = BTreeMap::new();
     for line in lines {
@@ -123,7 +124,7 @@ fn units(lines: &[Line]) -> Vec<Units> {
     units.into_iter().map(|(sku, quantity)| Units { sku: sku.to_owned(), quantity }).collect()
 }
 
-/// What the saga of a return knows.
+/// The state of the saga of a return.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Returning {
     pub return_id: String,
@@ -135,7 +136,7 @@ pub struct Returning {
 
 impl SagaState for Returning {}
 
-/// Goods back into stock, money back, and a word to the customer.
+/// Puts the goods back into stock, pays the money back, and notifies the customer.
 pub fn returning() -> Saga<Returning> {
     Saga::<Returning>::named("return")
         .retriable("restock", |r| {
@@ -154,7 +155,7 @@ pub fn returning() -> Saga<Returning> {
 }
 
 impl Returning {
-    /// It starts with each return that is opened.
+    /// Starts a saga for each return that is opened.
     pub fn starts(message: &Message) -> Result<Option<(String, Self)>, HandlerError> {
         let Some(ReturnEvent::Opened { return_id, customer, lines, total, currency }) = message.decode()? else {
             return Ok(None);
@@ -163,7 +164,7 @@ impl Returning {
         Ok(Some((return_id.clone(), Self { return_id, customer, units, total, currency })))
     }
 
-    /// The events that may start one.
+    /// The events that may start the saga of a return.
     pub fn query() -> LogQuery {
         LogQuery::types(["return.opened"])
     }

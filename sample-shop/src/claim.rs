@@ -1,7 +1,8 @@
-//! One shop at a time on a SQLite file.
+//! Allows one shop at a time on a SQLite file.
 //!
-//! The store takes several processes on one file, and the shop does not: each has a bus of its own, while how far messages
-//! were carried stands in the file for all. What one has put on its bus the other waits for in vain.
+//! The store allows several processes on one file, but the shop does not: each process has a bus of its own, while the
+//! file holds one relay progress for all of them. Another process would wait in vain for messages that this one has put
+//! on its bus.
 
 use std::{
     fs::{self, File, TryLockError},
@@ -11,7 +12,7 @@ use std::{
 
 use crate::arguments::StoreUrl;
 
-/// Keeps other shops away from a store while it lives. A process that is killed lets go of it.
+/// Keeps other shops away from a store as long as the claim lives. A process that is killed releases its claim.
 #[derive(Debug)]
 pub struct Claim {
     _locked: File,
@@ -20,29 +21,31 @@ pub struct Claim {
 /// Why a store could not be claimed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClaimError {
-    /// Somebody else has it.
+    /// Another process holds the claim.
     #[error("{store} is in use by another sample-shop{process}: wait until it ends, or name another --store")]
     InUse {
         /// The store.
         store: StoreUrl,
-        /// Which process, if it could be told.
+        /// The process that holds it, if that is known.
         process: String,
     },
-    /// The file that is locked can be neither made nor locked.
+    /// The lock file can be neither created nor locked.
     #[error("{}: {source}", path.display())]
     Unlockable {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the operating system.
         source: io::Error,
     },
 }
 
 impl Claim {
-    /// Claims a store that is open. `None` where others cannot be in the way, or do no harm.
+    /// Claims a store that is open. Returns `None` for stores that several shops may share, or that no other process
+    /// can reach.
     pub fn on(store: &StoreUrl) -> Result<Option<Self>, ClaimError> {
         let StoreUrl::Sqlite(path) = store else { return Ok(None) };
-        // Under whatever name the file was opened. Not the file itself: when any handle on it is closed, SQLite's own locks go.
+        // The lock has the canonical path, so it holds for every name of the file. The store's own file must not be
+        // locked: closing any handle on it releases SQLite's own locks.
         let mut name = fs::canonicalize(path).unwrap_or_else(|_| path.clone()).into_os_string();
         name.push("-lock");
         let path = PathBuf::from(name);
@@ -59,7 +62,7 @@ impl Claim {
             }
             Err(TryLockError::Error(source)) => return Err(unlockable(source)),
         }
-        // Only for the message above.
+        // The process id only serves the error message above.
         let noted = file.set_len(0).and_then(|()| write!(file, "{}", std::process::id()));
         noted.map_err(unlockable)?;
         Ok(Some(Self { _locked: file }))

@@ -1,4 +1,4 @@
-//! Closing the books: each service counts what is in its own log, and the order service adds it up.
+//! Closes the books: each service counts what is in its own log, and the order service adds up the counts.
 
 use annals::{
     Aggregate, Event, HandlerError, LogQuery, Message, Saga, SagaState,
@@ -12,20 +12,20 @@ use crate::{books::Books, inventory::InventoryStep, order::OrderStep, payment::P
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "closing")]
 pub enum ClosingEvent {
-    /// Somebody asks how the books stand.
+    /// A client asks for the books.
     Opened { closing_id: String },
-    /// So they stand: with all that had ended when it was opened, and some of what was under way.
+    /// The books. They hold everything that had ended when the closing was opened, and some of the work under way.
     Closed { closing_id: String, books: Books },
 }
 
-/// What can be asked of a closing.
+/// The commands to a closing.
 #[derive(Clone, Debug)]
 pub enum ClosingCommand {
     Open { closing_id: String },
     Close(Books),
 }
 
-/// Why a closing says no.
+/// Why a closing refuses a command.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[error("there is no such closing")]
 pub struct NotOpened;
@@ -64,11 +64,11 @@ impl Aggregate for Closing {
     }
 }
 
-/// What the saga of a closing knows.
+/// The state of the saga of a closing.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Counting {
     pub closing_id: String,
-    /// What was counted so far.
+    /// The books counted so far.
     #[serde(default)]
     pub books: Books,
 }
@@ -84,7 +84,7 @@ impl SagaState for Counting {
     }
 }
 
-/// Stock and money are counted, then the order service counts its own and closes.
+/// Counts stock and money; then the order service counts its own events and closes.
 pub fn counting() -> Saga<Counting> {
     Saga::<Counting>::named("closing")
         .retriable("count stock", |_| Request::to("inventory", &InventoryStep::Count))
@@ -97,13 +97,13 @@ pub fn counting() -> Saga<Counting> {
 }
 
 impl Counting {
-    /// It starts with each closing that is opened.
+    /// Starts a saga for each closing that is opened.
     pub fn starts(message: &Message) -> Result<Option<(String, Self)>, HandlerError> {
         let Some(ClosingEvent::Opened { closing_id }) = message.decode()? else { return Ok(None) };
         Ok(Some((closing_id.clone(), Self { closing_id, books: Books::default() })))
     }
 
-    /// The events that may start one.
+    /// The events that may start the saga of a closing.
     pub fn query() -> LogQuery {
         LogQuery::types(["closing.opened"])
     }

@@ -1,4 +1,4 @@
-//! Hands the invoices of an input in to a shop, wherever it is, and waits for the end of each.
+//! Hands in the invoices of an input to a shop, local or remote, and waits for the end of each.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -21,22 +21,22 @@ use crate::{
     supply::{self, Change, SupplyEvent},
 };
 
-/// Latencies are kept from a microsecond to ten minutes.
+/// Latencies are recorded up to ten minutes, in microseconds.
 const LATENCY_MAX_US: u64 = 600_000_000;
-/// Deliveries of the opening stock under way at the same time.
+/// Deliveries of the opening stock that are under way at the same time.
 const DELIVERIES_MAX: usize = 8;
 
-/// A shop that takes invoices in: the one in this process, or one behind HTTP. The same invoice may be handed in any number
-/// of times, and is taken in once.
+/// A shop that accepts invoices: the one in this process, or one behind HTTP. The same invoice may be handed in any
+/// number of times, and is accepted once.
 #[async_trait]
 pub trait Shop: Clone + Send + Sync + 'static {
-    /// Takes in an order, a return or a supply. An error says why it was turned away.
+    /// Accepts an order, a return or a supply. The error is the reason of a rejection.
     async fn take_in(&self, paper: Paper) -> Result<TakenIn, String>;
-    /// Waits for the end of what was taken in and had not ended.
+    /// Waits for the end of an accepted paper that had not ended.
     async fn ended(&self, kind: Kind, id: &str) -> Result<End, String>;
 }
 
-/// What is handed in.
+/// A paper that a customer hands in.
 #[derive(Clone, Debug)]
 pub enum Paper {
     Order { id: String, customer: Option<String>, lines: Vec<Line>, card: Card },
@@ -44,7 +44,7 @@ pub enum Paper {
     Supply(SupplyEvent),
 }
 
-/// Of which kind it is.
+/// The kind of a paper.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Order,
@@ -52,28 +52,28 @@ pub enum Kind {
     Supply,
 }
 
-/// What became of a paper that was taken in.
+/// The state of a paper that was accepted.
 #[derive(Clone, Debug, Default)]
 pub struct TakenIn {
-    /// Whether an earlier run had handed it in already.
+    /// Whether an earlier run had already handed in the paper.
     pub repeated: bool,
-    /// What a supply had in it when it was taken in.
+    /// The changes of a supply as they were first accepted.
     pub units: Vec<Change>,
-    /// How it ended, if it has.
+    /// How the paper ended, if it has ended.
     pub end: Option<End>,
 }
 
-/// How it ended.
+/// How a paper ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
     Ended,
-    /// It waits for an operator.
+    /// The saga waits for an operator.
     Stuck,
 }
 
-/// What came of handing in.
+/// The result of handing in papers.
 pub struct Tally {
-    /// From handing in an invoice to the end of its saga, in microseconds.
+    /// Time from handing in an invoice to the end of its saga, in microseconds.
     pub latency_us: Histogram<u64>,
     /// Sagas of this run that ended.
     pub sagas: u64,
@@ -81,9 +81,9 @@ pub struct Tally {
     pub repeated: u64,
     /// Orders and returns that wait for an operator.
     pub stuck: u64,
-    /// Orders and returns handed in whose end was not seen.
+    /// Orders and returns that were handed in and whose end was not seen.
     pub unfinished: u64,
-    /// Invoices that were turned away, each with why.
+    /// Invoices that were rejected, each with its reason.
     pub rejected: Vec<String>,
 }
 
@@ -95,7 +95,7 @@ pub struct Customers<S> {
 }
 
 impl<S: Shop> Customers<S> {
-    /// Of this shop.
+    /// Returns the customers of this shop.
     pub fn new(shop: S) -> Result<Self, RunError> {
         let latency_us =
             Histogram::new_with_max(LATENCY_MAX_US, 3).map_err(|error| RunError::Runtime(error.to_string()))?;
@@ -103,12 +103,12 @@ impl<S: Shop> Customers<S> {
         Ok(Self { shop, tally: Arc::new(Mutex::new(tally)) })
     }
 
-    /// What came of it so far.
+    /// The result so far.
     pub fn tally(&self) -> MutexGuard<'_, Tally> {
         self.tally.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Opens the stock, unless that was done, and waits until it is there.
+    /// Opens the stock, unless it is open already, and waits until all of it is booked.
     pub async fn open_stock(&self, stock: BTreeMap<String, u64>, input: &str) -> Result<(), RunError> {
         let slots = Arc::new(Semaphore::new(DELIVERIES_MAX));
         let mut deliveries = JoinSet::new();
@@ -132,7 +132,7 @@ impl<S: Shop> Customers<S> {
         refused.min().map_or(Ok(()), |reason| Err(RunError::Stock(reason)))
     }
 
-    /// Hands in all invoices and waits for their ends, or until the run is stopped. Returns when the first was handed in.
+    /// Hands in all invoices and waits until they end or the run is stopped. Returns the time of the first invoice.
     pub async fn hand_in_all(
         &self,
         invoices: &mut Invoices,
@@ -147,7 +147,7 @@ impl<S: Shop> Customers<S> {
         for invoice in invoices {
             let invoice = match invoice {
                 Ok(invoice) => invoice,
-                // The reader counts and reports it; the run goes on.
+                // The reader counts and reports the bad row, and the run continues.
                 Err(ReadError::Row(_)) => continue,
                 Err(ReadError::Input(error)) => return Err(error.into()),
             };
@@ -174,7 +174,7 @@ impl<S: Shop> Customers<S> {
             () = all_end => {}
             () = stop.cancelled() => {}
         }
-        // Those who still wait for the end of their sagas.
+        // Aborts the tasks that still wait for the end of their sagas.
         under_way.shutdown().await;
         Ok(started)
     }
@@ -224,7 +224,7 @@ impl<S: Shop> Customers<S> {
     }
 }
 
-/// How it ended; waits for that, unless it is known by now.
+/// Returns how the paper ended, and waits for its end if it is still open.
 async fn end<S: Shop>(shop: &S, kind: Kind, id: &str, taken_in: &TakenIn) -> Result<End, String> {
     match taken_in.end {
         Some(end) => Ok(end),
@@ -236,7 +236,7 @@ fn micros(elapsed: Duration) -> u64 {
     u64::try_from(elapsed.as_micros()).unwrap_or(LATENCY_MAX_US)
 }
 
-/// Says where a stock that was opened before was another one.
+/// Reports the SKU in which a stock that was opened before differs from this one.
 fn differs(input: &str, before: &[Change], now: &[Change]) -> Result<(), String> {
     let quantity =
         |units: &[Change], sku: &str| units.iter().find(|change| change.sku == sku).map_or(0, |change| change.quantity);
@@ -254,7 +254,7 @@ fn differs(input: &str, before: &[Change], now: &[Change]) -> Result<(), String>
 }
 
 impl Kind {
-    /// What a person calls it.
+    /// The name that people use for the kind.
     pub fn name(self) -> &'static str {
         match self {
             Self::Order => "order",
@@ -268,13 +268,13 @@ fn order_lines(lines: Vec<input::Line>) -> Vec<Line> {
     lines.into_iter().map(|line| Line { sku: line.sku, quantity: line.quantity, unit_price: line.unit_price }).collect()
 }
 
-/// Who came last for each SKU.
+/// The last invoice in line for each SKU.
 #[derive(Default)]
 struct Queues {
     last: HashMap<String, watch::Receiver<()>>,
 }
 
-/// A place in the queues of an invoice's SKUs; dropping it lets the next ones come.
+/// A place in the queues of an invoice's SKUs. Dropping it lets the next invoices proceed.
 #[derive(Default)]
 struct Turn {
     earlier: Vec<watch::Receiver<()>>,
@@ -293,7 +293,7 @@ impl Queues {
 impl Turn {
     async fn come(&self) {
         for earlier in &self.earlier {
-            // Ends with an error when the earlier invoice's sender is gone, which is what is waited for.
+            // `changed` fails once the earlier invoice has dropped its sender, which is the event to wait for.
             while earlier.clone().changed().await.is_ok() {}
         }
     }

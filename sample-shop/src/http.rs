@@ -1,4 +1,4 @@
-//! The HTTP interface: that of the order service, and the probes that every service has.
+//! The HTTP interface of the order service, and the probes that every service has.
 
 mod asked;
 mod follower;
@@ -35,7 +35,7 @@ pub use self::{
     sagas::Sagas,
 };
 
-/// All routes of a service. Only the order service has a front; probes are answered whatever else goes on.
+/// Returns all routes of a service. Only the order service has a front. The probes are answered at any load.
 pub fn app(front: Option<Front>, probes: Probes) -> Router {
     let metrics = probes.metrics.clone();
     let announced = probes.announced.clone();
@@ -49,11 +49,11 @@ pub fn app(front: Option<Front>, probes: Probes) -> Router {
         .layer(from_fn_with_state(announced, announce))
 }
 
-/// Once the shop was asked to stop, each answer is the last one on its connection, so that clients come back elsewhere. A panic is
-/// an answer, too.
+/// Makes each answer the last one on its connection once the shop was asked to stop, so that clients reconnect
+/// elsewhere. A panic becomes an answer as well.
 async fn announce(State(announced): State<CancellationToken>, request: Request, next: Next) -> Response {
     let answered = AssertUnwindSafe(next.run(request)).catch_unwind().await;
-    // The panic itself is on standard error.
+    // The panic itself is printed on standard error.
     let panicked = |_| {
         Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "the server has a fault; its log says more").into_response()
     };
@@ -73,7 +73,7 @@ async fn no_method(request: Request) -> Problem {
     Problem::new(StatusCode::METHOD_NOT_ALLOWED, detail)
 }
 
-/// Counts requests and their time, by route: an id is no label.
+/// Counts requests and their time by route. Ids never become labels.
 async fn measure(
     State(metrics): State<Arc<Metrics>>,
     path: Option<MatchedPath>,
@@ -93,7 +93,7 @@ async fn measure(
     response
 }
 
-/// A request in hand, also one whose client goes away.
+/// Counts a request in hand until it is dropped, even if its client goes away.
 struct InHand(prometheus::IntGauge);
 
 impl InHand {

@@ -1,4 +1,4 @@
-//! A client of one HTTP server. Its connections are kept alive, and there are never more of them than it has places.
+//! A client of one HTTP server. It keeps its connections alive, and never has more of them than places.
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
@@ -15,13 +15,13 @@ use hyper::{
 use hyper_util::rt::TokioIo;
 use tokio::{net::TcpStream, sync::Semaphore, time::timeout};
 
-/// How long an answer may take.
+/// The longest wait for an answer.
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(30);
 /// The largest answer, in bytes: a large order with its timeline.
 const ANSWER_BYTES_MAX: usize = 16_000_000;
-/// An idle connection is not used again after this: less than the shop keeps it.
+/// An idle connection is not reused after this time, which is shorter than the shop keeps idle connections.
 const IDLE_MAX: Duration = Duration::from_secs(15);
-/// Connections that are opened at the same time: after a restart, all of them at once would fill the server's queue.
+/// Connections that are opened at the same time: after a restart, opening all at once would fill the server's queue.
 const CONNECTING_MAX: usize = 32;
 
 /// A client of the server at one address.
@@ -29,7 +29,7 @@ pub struct HttpClient {
     /// `host:port`.
     address: String,
     host: HeaderValue,
-    /// One for each connection, idle or not.
+    /// One permit for each connection, idle or not.
     places: Semaphore,
     connecting: Semaphore,
     idle: Mutex<Vec<Idle>>,
@@ -44,7 +44,7 @@ struct Idle {
 #[derive(Debug)]
 pub struct NoAnswer {
     pub reason: String,
-    /// Whether the server may have got the request.
+    /// Whether the server may have received the request.
     pub may_be_heard: bool,
 }
 
@@ -59,7 +59,7 @@ impl NoAnswer {
 }
 
 impl HttpClient {
-    /// A client with so many places for connections to `address`, which is `host:port`.
+    /// Creates a client with this number of places for connections to `address`, which is `host:port`.
     pub fn new(address: &str, places: usize) -> Result<Self, String> {
         Ok(Self {
             host: address.parse().map_err(|_| format!("{address} is not host:port"))?,
@@ -70,7 +70,7 @@ impl HttpClient {
         })
     }
 
-    /// Sends a request, whose URI is a path, once there is a place for it; and reads the answer.
+    /// Waits for a free place, sends a request whose URI is a path, and reads the answer.
     pub async fn send(&self, mut request: Request<Full<Bytes>>) -> Result<Response<Bytes>, NoAnswer> {
         request.headers_mut().insert(HOST, self.host.clone());
         let _place = self.places.acquire().await.map_err(NoAnswer::unsent)?;
@@ -91,7 +91,7 @@ impl HttpClient {
                 Err(failed) => failed,
             };
             match failed.take_message() {
-                // The server had closed it meanwhile.
+                // The server had closed the idle connection meanwhile.
                 Some(unsent) if is_kept => request = unsent,
                 Some(_) => return Err(NoAnswer::unsent(chain(failed.error()))),
                 None => return Err(NoAnswer::sent(chain(failed.error()))),
@@ -106,14 +106,14 @@ impl HttpClient {
     ) -> Result<Response<Bytes>, NoAnswer> {
         let (head, body) = response.into_parts();
         let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await.map_err(NoAnswer::sent)?;
-        // Not where the server has asked to close it.
+        // Keeps the connection, unless the server asked to close it.
         if connection.ready().await.is_ok() {
             self.idle().push(Idle { connection, since: Instant::now() });
         }
         Ok(Response::from_parts(head, body.to_bytes()))
     }
 
-    /// The connection that was used last, so that those of a burst end when it is over.
+    /// Returns the connection that was used last, so that the connections of a burst expire after it.
     fn kept(&self) -> Option<SendRequest<Full<Bytes>>> {
         let mut idle = self.idle();
         let is_usable = |idle: &Idle| !idle.connection.is_closed() && idle.since.elapsed() < IDLE_MAX;
@@ -126,7 +126,7 @@ impl HttpClient {
         stream.set_nodelay(true).map_err(NoAnswer::unsent)?;
         let (connection, driver) =
             handshake(TokioIo::new(stream)).await.map_err(|error| NoAnswer::unsent(chain(&error)))?;
-        // Ends with the connection; its error is that of the request.
+        // The task ends with the connection, and the request reports its error.
         tokio::spawn(driver);
         Ok(connection)
     }
@@ -136,7 +136,7 @@ impl HttpClient {
     }
 }
 
-/// An error with what is behind it: the client's own says little.
+/// Returns the innermost cause of an error, since the client's own message says little.
 fn chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     causes.last().map(ToString::to_string).unwrap_or_default()

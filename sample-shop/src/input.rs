@@ -1,4 +1,4 @@
-//! What the shop takes in: the invoices of a file, or seeded ones.
+//! The input of the shop: the invoices of a file, or generated ones.
 //!
 //! | an invoice with | is |
 //! |---|---|
@@ -6,7 +6,7 @@
 //! | a number that starts with `C`, only negative quantities | a [return](Invoice::Return) |
 //! | a number without `C`, a total of zero | an [adjustment](Invoice::Adjustment) of stock |
 //!
-//! Everything else is wrong, and is reported with its line: see [`FileInvoices`] for what happens to the rest of its invoice.
+//! Everything else is wrong, and is reported with its line. See [`FileInvoices`] for the rest of the invoice.
 //!
 //! ```
 //! # use sample_shop::input::{Invoice, ReadError, Source};
@@ -48,25 +48,25 @@ pub use self::{
     source::{Invoices, Source},
 };
 
-/// One line of an order or of a return. A SKU may stand on several lines of one invoice.
+/// A line of an order or of a return. A SKU may stand on several lines of one invoice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Line {
-    /// What: opaque text, taken as it stands (`85123A` and `85123a` are two).
+    /// The SKU: opaque text, taken as it stands (`85123A` and `85123a` are two).
     pub sku: String,
-    /// How many; above zero.
+    /// The number of units; above zero.
     pub quantity: u32,
-    /// The price of one; zero for what is given away with an order, never below.
+    /// The price of one unit; zero for goods given away with an order, never negative.
     pub unit_price: Decimal,
 }
 
-/// What one invoice is to the shop.
+/// The meaning of one invoice to the shop.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Invoice {
     /// Goods for money. At least one line has a price; the others may be free, and are shipped like any other.
     Order {
         /// The invoice number, as in the file.
         id: String,
-        /// Who; `None` is a guest.
+        /// The customer; `None` is a guest.
         customer: Option<String>,
         /// All lines, in the order of the file.
         lines: Vec<Line>,
@@ -75,7 +75,7 @@ pub enum Invoice {
     Return {
         /// The invoice number, as in the file, with its `C`.
         id: String,
-        /// Who; `None` is a guest.
+        /// The customer; `None` is a guest.
         customer: Option<String>,
         /// All lines, with the quantities made positive.
         lines: Vec<Line>,
@@ -109,7 +109,7 @@ impl Invoice {
         }
     }
 
-    /// How many units move: out for an order, in for a return, the net change for an adjustment.
+    /// The number of units that move: out for an order, in for a return, the net change for an adjustment.
     pub fn units(&self) -> i64 {
         match self {
             Self::Order { lines, .. } | Self::Return { lines, .. } => {
@@ -119,7 +119,7 @@ impl Invoice {
         }
     }
 
-    /// What it is about: a SKU for each line.
+    /// The SKUs of the invoice, one for each line.
     pub fn skus(&self) -> impl Iterator<Item = &str> {
         let (sold, counted): (&[Line], &[(String, i64)]) = match self {
             Self::Order { lines, .. } | Self::Return { lines, .. } => (lines, &[]),
@@ -128,7 +128,7 @@ impl Invoice {
         sold.iter().map(|line| line.sku.as_str()).chain(counted.iter().map(|(sku, _)| sku.as_str()))
     }
 
-    /// How many lines it has, which is how many rows of a file it came from.
+    /// The number of lines, which is the number of rows in the file.
     pub fn rows(&self) -> u64 {
         let rows = match self {
             Self::Order { lines, .. } | Self::Return { lines, .. } => lines.len(),

@@ -1,4 +1,4 @@
-//! The inventory service: a stream per SKU; an order's lines are reserved in one commit over several streams.
+//! The inventory service: one stream per SKU. The lines of an order are reserved in one commit over several streams.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -22,17 +22,17 @@ pub enum StockEvent {
     Received { sku: String, quantity: u64, delivery_id: String },
     /// Units are held for an order.
     Reserved { order_id: String, sku: String, quantity: u32 },
-    /// They are not any more.
+    /// The units are no longer held.
     Released { order_id: String, sku: String, quantity: u32 },
-    /// They left the house.
+    /// The units left the warehouse.
     Shipped { order_id: String, sku: String, quantity: u32 },
     /// A customer sent units back.
     Returned { return_id: String, sku: String, quantity: u32 },
-    /// Counting found more or fewer; never fewer than are reserved.
+    /// A count found more or fewer units. The stock never falls below the reserved units.
     Adjusted { adjustment_id: String, sku: String, quantity: i64, counted: i64 },
 }
 
-/// What can be asked of it.
+/// The commands to the stock of a SKU.
 #[derive(Clone, Debug)]
 pub enum StockCommand {
     Receive { quantity: u64, delivery_id: String },
@@ -50,7 +50,7 @@ pub struct OfSku {
     pub command: StockCommand,
 }
 
-/// Why the stock says no.
+/// Why the stock refuses a command.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum StockRefusal {
     #[error("{sku}: {wanted} wanted, {available} available")]
@@ -65,12 +65,13 @@ pub struct Stock {
     on_hand: i64,
     held: i64,
     reservations: BTreeMap<String, u32>,
-    /// Deliveries and adjustments already booked: few per SKU, and asked for again by every run on the same input.
+    /// Deliveries and adjustments that are already booked: few per SKU, and every run on the same input asks for them
+    /// again.
     booked: BTreeSet<String>,
 }
 
 impl Stock {
-    /// What a further order can take.
+    /// The units that a further order can take.
     pub fn available(&self) -> i64 {
         self.on_hand - self.held
     }
@@ -111,7 +112,7 @@ impl Aggregate for Stock {
                 StockEvent::Returned { return_id: return_id.clone(), sku, quantity: *quantity }
             }
             StockCommand::Adjust { adjustment_id, quantity } => {
-                // What is not on the shelf, or is promised to an order, cannot be written off.
+                // Units that are not on the shelf, or are promised to an order, cannot be written off.
                 let booked = (*quantity).max(-self.available().max(0));
                 StockEvent::Adjusted { adjustment_id: adjustment_id.clone(), sku, quantity: booked, counted: *quantity }
             }
@@ -147,7 +148,7 @@ impl Aggregate for Stock {
     }
 }
 
-/// So many units of one SKU.
+/// A number of units of one SKU.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Units {
     pub sku: String,
@@ -174,17 +175,17 @@ pub enum InventoryStep {
         return_id: String,
         units: Vec<Units>,
     },
-    /// What was delivered, or else what a count found.
+    /// The units that were delivered, or the differences that a count found.
     Book {
         supply_id: String,
         delivered: bool,
         units: Vec<Change>,
     },
-    /// Says what became of the stock in all.
+    /// Reports the books of the stock.
     Count,
 }
 
-/// Carries them out: all lines or none.
+/// Carries out the steps of the inventory service. A step applies to all lines or to none.
 pub struct InventoryDesk {
     stock: Repository<Stock>,
     bookkeeper: Bookkeeper,

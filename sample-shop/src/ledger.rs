@@ -15,10 +15,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::books::Books;
 
-/// Events read in one go.
+/// Events that are read at once.
 const PAGE: usize = 2_000;
 
-/// The books, and who waits for which saga. Clones share them.
+/// The books, and the tasks that wait for the end of a saga. Clones share them.
 #[derive(Clone, Default)]
 pub struct Ledger {
     state: Arc<Mutex<State>>,
@@ -32,11 +32,11 @@ struct State {
     ended: HashSet<Arc<str>>,
     waiting: HashMap<Arc<str>, Vec<oneshot::Sender<()>>>,
     failed: Option<String>,
-    /// Everything up to here is booked.
+    /// Every event up to this position is booked.
     position: Position,
 }
 
-/// The part of a saga's event that tells whether it has ended.
+/// The part of a saga's event that shows whether the saga has ended.
 #[derive(Deserialize)]
 struct Glimpse {
     progress: Progress,
@@ -47,7 +47,7 @@ impl Ledger {
     pub async fn follow(self, store: Arc<dyn EventStore>, shutdown: CancellationToken) -> Result<(), String> {
         let followed = self.read_on(&*store, shutdown).await.map_err(|error| error.to_string());
         if let Err(reason) = &followed {
-            // Nobody may wait for an end that cannot be read any more.
+            // Wakes all waiters: the ends that they wait for cannot be read any more.
             let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
             state.failed = Some(reason.clone());
             state.waiting.clear();
@@ -57,7 +57,7 @@ impl Ledger {
 
     async fn read_on(&self, store: &dyn EventStore, shutdown: CancellationToken) -> Result<(), StoreError> {
         while !shutdown.is_cancelled() {
-            // If there is more after all, a wait for it is over at once.
+            // If events were added since the read, the wait ends at once.
             if !self.read(store).await?.more {
                 tokio::select! {
                     woken = store.wait(self.position()) => woken?,
@@ -68,13 +68,13 @@ impl Ledger {
         Ok(())
     }
 
-    /// Books what came after the follower was told to stop.
+    /// Books the events that were committed after the follower was stopped.
     pub async fn read_up(&self, store: &dyn EventStore) -> Result<(), StoreError> {
         while !self.read(store).await?.events.is_empty() {}
         Ok(())
     }
 
-    /// Why the books cannot be kept any more.
+    /// Returns why the books cannot be kept any more.
     pub fn failed(&self) -> Option<String> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).failed.clone()
     }
@@ -99,7 +99,7 @@ impl Ledger {
         Ok(page)
     }
 
-    /// How far the books are.
+    /// The position up to which events are booked.
     pub fn position(&self) -> Position {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).position
     }
@@ -117,12 +117,12 @@ impl Ledger {
         _ = waiting.await;
     }
 
-    /// The books as they stand.
+    /// Returns the current books.
     pub fn books(&self) -> Books {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).books.clone()
     }
 
-    /// How many sagas are under way or about to start, and how many of them are stuck.
+    /// Returns how many sagas are under way or about to start, and how many of them are stuck.
     pub fn open(&self) -> (usize, usize) {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         (state.open.len(), state.open.values().filter(|status| **status == Status::Stuck).count())
@@ -150,7 +150,7 @@ impl State {
             return Ok(());
         }
         match progress.status {
-            // Abandoned: it stays among those an operator has to know of.
+            // The saga was abandoned: it stays in the list, so that an operator learns of it.
             Status::Stuck => _ = self.open.insert(saga.clone(), Status::Stuck),
             _ => _ = self.open.remove(&saga),
         }
@@ -162,7 +162,7 @@ impl State {
     }
 }
 
-/// The name under which a saga's end is waited for.
+/// Returns the name of the stream in which a saga ends.
 pub fn saga_stream(saga: &str, id: &str) -> String {
     format!("saga.{saga}-{id}")
 }

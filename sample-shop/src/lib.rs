@@ -1,23 +1,23 @@
-//! A shop of four services that talk only through commands, events and the bus; as a library that its binary, its tests
-//! and the benches share.
+//! A shop of four services that talk only through commands, events and the bus. It is a library, shared by its binary,
+//! its tests and the benchmarks.
 //!
-//! | file | what is there |
+//! | file | contents |
 //! |---|---|
-//! | `order`, `inventory`, `payment`, `notification` | a service each: its aggregates, and the steps it carries out |
+//! | `order`, `inventory`, `payment`, `notification` | one service each: its aggregates, and the steps it carries out |
 //! | `checkout` | the sagas `checkout` and `return` |
-//! | `card` | test cards: what the simulated provider does with a payment |
-//! | `supply`, `closing` | goods that come in or are counted; how the books stand; a saga each |
-//! | `shelf` | what is on the shelf, as a read model |
+//! | `card` | test cards, which tell the simulated provider what to do with a payment |
+//! | `supply`, `closing` | incoming goods and stock counts; the closing of the books; one saga each |
+//! | `shelf` | the stock on the shelf, as a read model |
 //! | `shop` | the services put together |
-//! | `input` | orders from a file, or seeded ones |
+//! | `input` | orders from a file, or generated from a seed |
 //! | `run` | the main job, with all services in this process |
-//! | `serve`, `http`, `api` | services that run until told to stop, and what they answer |
+//! | `serve`, `http`, `api` | services that run until they are stopped, and their HTTP answers |
 //! | `remote` | the main job as a customer of a shop elsewhere |
 //! | `hand_in` | hands in every invoice, and waits for its end |
 //! | `books`, `ledger`, `report` | the books, folded from the log, and how they are shown |
-//! | `store`, `bus` | what the URLs of the command line name |
-//! | `claim`, `stop` | one shop at a time on a file; what ends it early |
-// Fields of events and commands say what they are by their names.
+//! | `store`, `bus` | opens the store and the bus that the URLs of the command line name |
+//! | `claim`, `stop` | allows one shop at a time on a file; ends a shop early |
+// The names of the fields of events and commands say what they hold.
 #![allow(missing_docs)]
 
 pub mod api;
@@ -47,5 +47,5 @@ pub mod stop;
 pub mod store;
 pub mod supply;
 
-/// What keeps the command from what it was asked for, in words.
+/// The reason why a command failed.
 pub type Failure = Box<dyn std::error::Error + Send + Sync>;

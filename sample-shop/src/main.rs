@@ -24,13 +24,13 @@ use sample_shop::{
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// How many rejected invoices, or parked messages, are told one by one.
+/// The most rejected invoices, or parked messages, that a run lists one by one.
 const SHOWN_MAX: usize = 10;
 
 #[tokio::main]
 async fn main() -> ExitCode {
     let arguments = Arguments::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
-    // A run lists at its end what was parked; who serves is told of it at once.
+    // `run` lists at its end what was parked; `serve` logs it at once.
     let told = if matches!(arguments.command, Command::Serve(_)) { "error,annals=warn" } else { "error" };
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| told.into());
     tracing_subscriber::fmt()
@@ -38,11 +38,12 @@ async fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
-    // It has its own way with Ctrl-C.
+    // `ops` handles Ctrl-C itself.
     if let Command::Ops { words } = arguments.command {
         return sample_shop::shop::ops().run(words).await;
     }
-    // On a worker of the runtime: what this thread spawns would wait in a queue that busy workers seldom look at.
+    // Runs on a worker of the runtime: tasks spawned from the main thread would wait in a queue that busy workers
+    // seldom check.
     match tokio::spawn(carry_out(arguments.command)).await.unwrap_or_else(|panic| Err(panic.into())) {
         Ok(code) => code,
         Err(error) => {
@@ -52,7 +53,7 @@ async fn main() -> ExitCode {
     }
 }
 
-/// Whether somebody has to look at the store before it can be served.
+/// Returns whether an operator has to look at the store before it can be served.
 fn needs_a_person(error: &Failure) -> bool {
     let refused = error.downcast_ref::<StartError>();
     error.is::<serve::Ended>()
@@ -107,7 +108,7 @@ async fn carry_out(command: Command) -> Result<ExitCode, Failure> {
     }
 }
 
-/// Stock is opened once for each input: the same file, or as many orders out of the same seed.
+/// Names the input. Stock is opened once per input: once per file name, or once per number of orders and seed.
 fn name_of(orders: &Option<std::path::PathBuf>, seed: u64, count: u64) -> String {
     match orders.as_ref().and_then(|path| path.file_name()) {
         Some(file) => file.to_string_lossy().chars().filter(|c| !c.is_control()).take(100).collect(),
@@ -139,12 +140,12 @@ async fn run_shop(
     Ok(show(connection.store.to_string(), connection.bus.to_string(), output, &invoices, outcome))
 }
 
-/// Where the next run finds what this one has left; nowhere after one in memory.
+/// Returns the store in which the next run finds what this run has left; `None` for a store in memory.
 fn kept_in(store: &StoreUrl) -> Option<String> {
     (*store != StoreUrl::Memory).then(|| store.to_string())
 }
 
-/// Hands the invoices in to a shop elsewhere.
+/// Hands in the invoices to a shop that runs elsewhere.
 async fn buy(
     url: &HttpUrl,
     output: &Output,

@@ -1,4 +1,4 @@
-//! The notification service: tells the customer how it ended, once.
+//! The notification service: notifies the customer of the outcome, once.
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -9,7 +9,7 @@ use async_trait::async_trait;
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "notification")]
 pub enum NotificationEvent {
-    /// The customer was told.
+    /// The customer was notified.
     Sent {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         order_id: Option<String>,
@@ -50,7 +50,7 @@ pub enum NotificationStep {
     ReturnEnded { return_id: String, customer: Option<String> },
 }
 
-/// Carries them out.
+/// Carries out the steps of the notification service.
 pub struct NotificationDesk {
     notifications: Repository<Notifications>,
 }

@@ -1,4 +1,4 @@
-//! The order service: takes orders and returns, and confirms or cancels them as their sagas decide.
+//! The order service: accepts orders and returns, and confirms or cancels them as their sagas decide.
 
 use annals::{Aggregate, Answer, Event, Participant, Repository, StepError, Work};
 use async_trait::async_trait;
@@ -14,14 +14,14 @@ use crate::{
 /// The currency of every amount in the shop.
 pub const CURRENCY: &str = "GBP";
 
-/// So many units of one SKU, at one price.
+/// A number of units of one SKU at one price.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Line {
-    /// What.
+    /// The stock keeping unit.
     pub sku: String,
-    /// How many.
+    /// The number of units.
     pub quantity: u32,
-    /// The price of one.
+    /// The price of one unit.
     pub unit_price: Decimal,
 }
 
@@ -39,13 +39,13 @@ pub enum OrderEvent {
         #[serde(default, skip_serializing_if = "Card::is_good")]
         card: Card,
     },
-    /// It will be delivered.
+    /// The order will be delivered.
     Confirmed { order_id: String },
-    /// It will not.
+    /// The order will not be delivered.
     Cancelled { order_id: String, reason: String },
 }
 
-/// What can be asked of an order.
+/// The commands to an order.
 #[derive(Clone, Debug)]
 pub enum OrderCommand {
     Place { order_id: String, customer: Option<String>, lines: Vec<Line>, card: Card },
@@ -53,7 +53,7 @@ pub enum OrderCommand {
     Cancel { reason: String },
 }
 
-/// Why an order says no.
+/// Why an order refuses a command.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum OrderRefusal {
     #[error("an order needs at least one line")]
@@ -72,7 +72,7 @@ pub enum OrderRefusal {
     Confirmed,
 }
 
-/// Prices in the source have up to three decimals; more is a mistake in the input.
+/// The most decimals of a price. Prices in the source data have up to three; more than this is a mistake in the input.
 pub const PRICE_DECIMALS_MAX: u32 = 4;
 
 fn wrong_with(price: &Decimal) -> String {
@@ -82,7 +82,7 @@ fn wrong_with(price: &Decimal) -> String {
     format!("has more than {PRICE_DECIMALS_MAX} decimals")
 }
 
-/// The most lines of an order or return, however it comes in. All are reserved in one commit.
+/// The most lines of an order or return, from every kind of input. All lines are reserved in one commit.
 pub const LINES_MAX: usize = 5_000;
 
 /// An order.
@@ -132,7 +132,7 @@ impl Aggregate for Order {
     }
 }
 
-/// The sum of the lines, or what is wrong with them.
+/// Returns the sum of the lines, or what is wrong with them.
 pub fn total(lines: &[Line]) -> Result<Decimal, OrderRefusal> {
     if lines.is_empty() {
         return Err(OrderRefusal::NoLines);
@@ -158,11 +158,11 @@ pub fn total(lines: &[Line]) -> Result<Decimal, OrderRefusal> {
 pub enum ReturnEvent {
     /// A customer sends goods back.
     Opened { return_id: String, customer: Option<String>, lines: Vec<Line>, total: Decimal, currency: String },
-    /// They are in stock and paid back.
+    /// The goods are back in stock and the money is paid back.
     Completed { return_id: String },
 }
 
-/// What can be asked of a return.
+/// The commands to a return.
 #[derive(Clone, Debug)]
 pub enum ReturnCommand {
     Open { return_id: String, customer: Option<String>, lines: Vec<Line> },
@@ -211,7 +211,7 @@ pub enum OrderStep {
     Confirm {
         order_id: String,
     },
-    /// Instead of confirming: the customer has changed their mind meanwhile.
+    /// Sent in place of `Confirm` when the customer has changed their mind meanwhile.
     Withdraw {
         order_id: String,
     },
@@ -222,17 +222,17 @@ pub enum OrderStep {
     CompleteReturn {
         return_id: String,
     },
-    /// Says the last word of a closing, with what the other services have counted.
+    /// Completes a closing with the books that the other services have counted.
     Close {
         closing_id: String,
         books: Books,
     },
 }
 
-/// Why an order was cancelled whose customer wanted it so.
+/// The reason of an order that its customer cancelled.
 pub const BY_CUSTOMER: &str = "by_customer";
 
-/// Carries them out.
+/// Carries out the steps of the order service.
 pub struct OrderDesk {
     orders: Repository<Order>,
     returns: Repository<Return>,

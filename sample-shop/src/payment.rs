@@ -1,4 +1,4 @@
-//! The payment service: charges and refunds through a provider, once each.
+//! The payment service: each charge and refund goes through a provider, once.
 
 use std::{
     collections::HashSet,
@@ -21,9 +21,9 @@ use crate::{
 pub enum PaymentEvent {
     /// The card was charged.
     Charged { order_id: String, amount: Decimal, currency: String },
-    /// The provider said no.
+    /// The provider declined the charge.
     Declined { order_id: String, amount: Decimal, currency: String, reason: String },
-    /// Money went back, for an order or a return.
+    /// Money was paid back, for an order or a return.
     Refunded {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         order_id: Option<String>,
@@ -41,7 +41,7 @@ pub struct Payment {
     refunded: bool,
 }
 
-/// A payment has nothing to refuse: what may happen is decided by the saga and the provider.
+/// A payment refuses nothing: the saga and the provider decide what may happen.
 impl Aggregate for Payment {
     const CATEGORY: &'static str = "payment";
     type Command = PaymentEvent;
@@ -51,7 +51,7 @@ impl Aggregate for Payment {
     fn decide(&self, fact: &PaymentEvent) -> Result<Vec<PaymentEvent>, Self::Refusal> {
         let known = match fact {
             PaymentEvent::Charged { .. } => self.charged,
-            // What was charged as far as nobody knows was never in the books, and neither is its way back.
+            // A charge of unknown outcome was never in the books, and neither is its refund.
             PaymentEvent::Refunded { order_id: Some(_), .. } if !self.charged => true,
             PaymentEvent::Refunded { .. } => self.refunded,
             PaymentEvent::Declined { .. } => false,
@@ -89,20 +89,20 @@ pub enum PaymentStep {
         amount: Decimal,
         currency: String,
     },
-    /// Says what was charged and refunded in all.
+    /// Reports the amounts that were charged and refunded.
     Count,
 }
 
-/// Why a provider did not take the money.
+/// Why a provider did not move the money.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum ProviderError {
-    /// The card's issuer said no.
+    /// The issuer of the card declined.
     #[error("declined: {0}")]
     Declined(String),
-    /// It did not happen; ask again.
+    /// The charge did not happen; ask again.
     #[error("the provider is busy")]
     Busy,
-    /// Nobody knows whether it happened; ask again under the same key.
+    /// The outcome is unknown; ask again under the same key.
     #[error("the provider did not answer in time")]
     TimedOut,
 }
@@ -118,15 +118,15 @@ impl From<ProviderError> for StepError {
     }
 }
 
-/// Moves money. The same key moves it once, however often it is asked.
+/// Moves money. A request under the same key moves it once, however often it is repeated.
 #[async_trait]
 pub trait Provider: Send + Sync + 'static {
     async fn charge(&self, key: Uuid, order_id: &str, card: Card, amount: Decimal) -> Result<(), ProviderError>;
-    /// Gives back at most what was taken for `id`; nothing, if nothing was.
+    /// Pays back at most the amount that was charged for `id`, and nothing if nothing was charged.
     async fn refund(&self, key: Uuid, id: &str, amount: Decimal) -> Result<(), ProviderError>;
 }
 
-/// Carries the steps out.
+/// Carries out the steps of the payment service.
 pub struct PaymentDesk {
     payments: Repository<Payment>,
     provider: Arc<dyn Provider>,
@@ -189,15 +189,15 @@ impl Participant for PaymentDesk {
     }
 }
 
-/// Share of requests to the simulated provider that are answered busy the first time, and of those that time out after
-/// taking the money.
+/// The share of requests to the simulated provider that fail the first time: half of them are answered as busy, the
+/// other half time out after the money has moved.
 pub const TROUBLE_RATE: f64 = 0.002;
 
-/// A provider that does what the [card](Card) says. Which of its requests go wrong the first time is drawn from a seed.
+/// A provider that does what the [card](Card) says. The requests that fail the first time are drawn from a seed.
 pub struct SimulatedProvider {
     seed: u64,
     trouble_rate: f64,
-    /// Requests that already went wrong once.
+    /// Requests that already failed once.
     troubled: Mutex<HashSet<Uuid>>,
 }
 

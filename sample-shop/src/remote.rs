@@ -1,5 +1,5 @@
-//! The main job over HTTP: hands every invoice in to a shop elsewhere, and waits until each has come to its end; one
-//! request for both, as long as that takes no longer than ten seconds.
+//! The main job over HTTP: hands in every invoice to a shop elsewhere, and waits until each has reached its end. A
+//! single request does both if the end comes within ten seconds.
 
 use std::{
     collections::BTreeMap,
@@ -31,13 +31,13 @@ use crate::{
     supply::SupplyEvent,
 };
 
-/// How long a request waits for an end before it asks again.
+/// How long a request waits for an end before the client asks again.
 const WAIT: Duration = Duration::from_secs(10);
-/// How long nobody may answer before the run is given up. What it did stays done.
+/// How long the shop may be silent before the run gives up. The work done is kept.
 const SILENCE_MAX: Duration = Duration::from_secs(120);
-/// Silence is told when it lasts this long.
+/// Silence is reported once it lasts this long.
 const SILENCE_TOLD: Duration = Duration::from_secs(2);
-/// The delay before the second try; doubled before each further one.
+/// The delay before the second try. It doubles before each further try.
 const RETRY_MIN: Duration = Duration::from_millis(50);
 /// The longest delay.
 const RETRY_MAX: Duration = Duration::from_secs(2);
@@ -51,7 +51,7 @@ struct There {
     stop: CancellationToken,
 }
 
-/// Since when nobody has answered.
+/// The time since the last answer of the shop.
 struct Silence {
     heard: Instant,
     told: bool,
@@ -62,31 +62,32 @@ struct Answered {
     status: StatusCode,
     headers: HeaderMap,
     body: Bytes,
-    /// Whether an earlier try may have been heard.
+    /// Whether an earlier try may have reached the shop.
     tried_before: bool,
 }
 
-/// The one part that every answer about an id has.
+/// The one part that all answers about an id have in common.
 #[derive(Deserialize)]
 struct Watched {
     saga: Option<Seen>,
 }
 
-/// The part of a [`SagaView`](crate::api::SagaView) that tells whether it has ended.
+/// The part of a [`SagaView`](crate::api::SagaView) that shows whether the saga has ended.
 #[derive(Deserialize)]
 struct Seen {
     status: String,
     ended_at: Option<DateTime<Utc>>,
 }
 
-/// What a run over HTTP came to, with where the shop keeps its events and how its services talk.
+/// The result of a run over HTTP, with the shop's store and bus.
 pub struct RemoteOutcome {
     pub outcome: Outcome,
     pub store: String,
     pub bus: String,
 }
 
-/// Hands in the invoices. Inside, an error says that the run was stopped, and how many orders and returns are unfinished.
+/// Hands in the invoices. The inner error means that the run was stopped; it is the number of unfinished orders and
+/// returns.
 pub async fn run(
     url: &HttpUrl,
     opening_stock: BTreeMap<String, u64>,
@@ -138,7 +139,7 @@ impl Watched {
 }
 
 impl There {
-    /// Asks until somebody answers other than "not now".
+    /// Repeats the request until the answer is other than "not now".
     async fn ask(&self, method: Method, path: &str, key: Option<&str>, body: Bytes) -> Result<Answered, String> {
         let (mut delay, mut tried_before) = (RETRY_MIN, false);
         loop {
@@ -150,7 +151,8 @@ impl There {
                     return Ok(Answered { path, status: head.status, headers: head.headers, body, tried_before });
                 }
                 Ok((head, body)) => {
-                    // Turned away before anything was done, or cut off in the middle.
+                    // A 503 rejects the request before any work is done; the other passing statuses may cut it off
+                    // midway.
                     tried_before |= head.status != StatusCode::SERVICE_UNAVAILABLE;
                     detail(head.status, &body)
                 }
@@ -160,7 +162,7 @@ impl There {
                 }
             };
             self.unheard(&trouble)?;
-            // Between half of the delay and the whole, so that not all come back at once.
+            // Waits between half of the delay and all of it, so that clients do not all come back at once.
             tokio::time::sleep(delay.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
             delay = (delay * 2).min(RETRY_MAX);
         }
@@ -174,11 +176,11 @@ impl There {
         *self.silence() = Silence { heard: Instant::now(), told: false };
     }
 
-    /// An error once nobody has answered anybody for long.
+    /// Returns an error once no request has been answered for `SILENCE_MAX`.
     fn unheard(&self, trouble: &str) -> Result<(), String> {
         let mut silence = self.silence();
         if silence.heard.elapsed() > SILENCE_MAX {
-            // The others need not find out one by one.
+            // Stops the run, so that the other requests need not find out one by one.
             self.stop.cancel();
             return Err(format!("{}: {trouble}, for {} s", self.url, SILENCE_MAX.as_secs()));
         }
@@ -188,7 +190,7 @@ impl There {
         Ok(())
     }
 
-    /// Who stopped the run: somebody, or nobody's answering.
+    /// Reports why the run was stopped: on request, or because the shop does not answer.
     fn stopped(&self, unfinished: u64) -> Result<Result<RemoteOutcome, u64>, RunError> {
         if self.silence().heard.elapsed() <= SILENCE_MAX {
             return Ok(Err(unfinished));
@@ -218,7 +220,7 @@ impl There {
         serde_json::from_slice(&answered.body).map_err(|error| format!("{}{}: {error}", self.url, answered.path))
     }
 
-    /// Closes the books, now that all has ended.
+    /// Closes the books, after all sagas have ended.
     async fn close(&self) -> Result<ClosingView, String> {
         let id = Uuid::now_v7().to_string();
         let opened = self.post("closings", &id, &()).await?;
@@ -257,7 +259,7 @@ impl Shop for There {
                     SupplyEvent::Adjusted { units, .. } => NewSupply::Adjusted(units),
                 };
                 let answered = self.post("supplies", supply.id(), &sent).await?;
-                // Whether it is the one of an earlier run, with other units in it.
+                // Checks whether an earlier run handed in this supply with other units.
                 if answered.status == StatusCode::UNPROCESSABLE_ENTITY
                     && let Ok(before) = self.get::<SupplyView>("supplies", supply.id()).await
                     && before.supply != sent
@@ -275,7 +277,7 @@ impl Shop for There {
             Paper::Supply(supply) => supply.units(),
             Paper::Order { .. } | Paper::Return { .. } => Vec::new(),
         };
-        // What this run itself may have handed in at an earlier try is not of an earlier run.
+        // A replay counts as a repetition only if no earlier try of this run may have caused it.
         let repeated = answered.headers.contains_key(REPLAYED) && !answered.tried_before;
         let watched = self.read::<Watched>(&answered)?;
         Ok(TakenIn { repeated, units, end: watched.end() })
@@ -295,7 +297,7 @@ impl Shop for There {
     }
 }
 
-/// Whether the same request may have more luck in a moment.
+/// Returns whether the same request may succeed a moment later.
 fn is_passing(status: StatusCode) -> bool {
     matches!(
         status,

@@ -1,4 +1,4 @@
-//! What the shop says: while it runs, and how it all ended.
+//! The output of the shop: its progress, and its summary at the end.
 
 mod histogram;
 mod number;

@@ -1,5 +1,5 @@
-//! The main job: all four services in this process; opens the stock, hands in every invoice, and waits until each has come
-//! to its end.
+//! The main job, with all four services in this process: opens the stock, hands in every invoice, and waits until each
+//! invoice has reached its end.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -28,17 +28,17 @@ use crate::{
     supply::{Supply, SupplyEvent},
 };
 
-/// How long the parts may take to finish what they have in hand.
+/// How long the parts may take to finish the work in hand when they stop.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// The same while something is wrong, such as a full disk: what is cut off is done again at the next start.
+/// The same while something is wrong, such as a full disk. The next start repeats the work that is cut off.
 const PATIENCE_IN_TROUBLE: Duration = Duration::from_secs(2);
-/// A trouble is told when it lasts this long.
+/// Trouble is reported once it lasts this long.
 const TROUBLE_LASTS: Duration = Duration::from_secs(2);
-/// Why an invoice of an earlier run is not taken for this one.
+/// Why an invoice of an earlier run does not count as the invoice of this run.
 const OTHER: &str = "the store has one of this name, with something else in it: run the same file with the same options, or name another \
                      --store";
 
-/// How a run goes about it.
+/// The settings of a run.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// Invoices under way at the same time.
@@ -47,20 +47,20 @@ pub struct Settings {
     pub decline_rate: f64,
     /// Share of customers who cancel while their checkout runs.
     pub cancel_rate: f64,
-    /// All chance comes from it.
+    /// The seed of all random choices.
     pub seed: u64,
-    /// Whether stock may run out. Then who comes first matters: an invoice waits for the earlier ones that share a SKU
-    /// with it, so that the result is that of handling them one by one, whatever the machine does.
+    /// Whether stock may run out. The order of invoices matters then: an invoice waits for the earlier ones that share
+    /// a SKU with it, so the result is that of handling invoices one by one, on every machine.
     pub scarce: bool,
-    /// The name of this process, where several share the store.
+    /// The name of this process, if several processes share the store.
     pub shared_as: Option<String>,
-    /// Names this input: stock is opened once for each.
+    /// The name of this input: stock is opened once for each.
     pub input: String,
-    /// Ends the run early: nothing more is handed in, and what is in hand is finished.
+    /// Ends the run early: no further invoice is handed in, and the work in hand is finished.
     pub stop: CancellationToken,
 }
 
-/// What a run came to.
+/// The result of a run.
 pub struct Outcome {
     /// The books of the whole store.
     pub books: Books,
@@ -68,21 +68,21 @@ pub struct Outcome {
     pub sagas: u64,
     /// Invoices that an earlier run had already handed in.
     pub repeated: u64,
-    /// Sagas an operator has to look at.
+    /// Sagas that an operator has to look at.
     pub stuck: u64,
-    /// Orders and returns that were taken in and have not ended; only a run that was stopped leaves any.
+    /// Orders and returns that were accepted and have not ended. Only a run that was stopped leaves any.
     pub unfinished: u64,
-    /// From the first invoice to the last end.
+    /// Time from the first invoice to the last end.
     pub elapsed: Duration,
-    /// From handing in an invoice to the end of its saga, in microseconds.
+    /// Time from handing in an invoice to the end of its saga, in microseconds.
     pub latency_us: Histogram<u64>,
-    /// Invoices that a service turned away, each with why.
+    /// Invoices that a service rejected, each with its reason.
     pub rejected: Vec<String>,
-    /// Messages that were set aside until somebody redrives them, each with why.
+    /// Messages that are set aside until an operator redrives them, each with its reason.
     pub parked: Vec<String>,
 }
 
-/// Why a run stopped. What it did stays done: run it again, and it goes on.
+/// Why a run stopped. Its work is kept: run it again to continue.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
     #[error("{0}")]
@@ -96,7 +96,7 @@ pub enum RunError {
 }
 
 impl Settings {
-    /// What customers' cards are drawn by.
+    /// The chances by which customers' cards are drawn.
     pub fn chances(&self) -> Chances {
         Chances { seed: self.seed, decline_rate: self.decline_rate, cancel_rate: self.cancel_rate }
     }
@@ -165,7 +165,7 @@ pub async fn run(
     })
 }
 
-/// Says why nothing moves, once for each reason that lasts. The parts go on trying.
+/// Reports why nothing moves, once for each reason that lasts. The parts keep trying.
 pub(crate) async fn tell_troubles(health: Health, shutdown: CancellationToken) -> Result<(), String> {
     let (mut told, mut before) = (BTreeSet::new(), BTreeSet::new());
     loop {
@@ -188,7 +188,7 @@ pub(crate) async fn tell_troubles(health: Health, shutdown: CancellationToken) -
     }
 }
 
-/// What no part will try again by itself, whichever run it was set aside in.
+/// Lists the messages that no part will retry by itself, of this run and of earlier ones.
 async fn parked(store: &Arc<dyn EventStore>, health: &Health) -> Result<Vec<String>, StoreError> {
     // A part is a lane of a subscription, or a member of a group.
     let parts = health.parts();
@@ -206,7 +206,7 @@ async fn parked(store: &Arc<dyn EventStore>, health: &Health) -> Result<Vec<Stri
     Ok(parked)
 }
 
-/// Sagas that an earlier run left under way end too; those that are stuck wait for an operator.
+/// Waits for the sagas that an earlier run left under way. Stuck sagas do not count: an operator has to resolve them.
 async fn wait_for_open_sagas(here: &Here) -> Result<(), RunError> {
     let head = here.store.status().await?.head;
     loop {
@@ -241,7 +241,7 @@ impl Shop for Here {
         let saga = match kind {
             Kind::Order => "checkout",
             Kind::Return => "return",
-            // Booked when it was taken in.
+            // A supply is booked in the commit that accepts it, so there is nothing to wait for.
             Kind::Supply => return Ok(End::Ended),
         };
         self.ledger.ended(&saga_stream(saga, id)).await;
@@ -250,7 +250,7 @@ impl Shop for Here {
 }
 
 impl Here {
-    /// Takes an order or a return in, once, however often it is handed in.
+    /// Accepts an order or a return once, however often it is handed in.
     async fn papers<A>(&self, papers: &Repository<A>, id: &str, command: A::Command) -> Result<TakenIn, String>
     where
         A: Aggregate<Command: Clone, Event: PartialEq>,
@@ -272,7 +272,7 @@ impl Here {
         Ok(TakenIn { repeated, ..TakenIn::default() })
     }
 
-    /// Takes a supply in and books it in one commit, since order and inventory share a store here.
+    /// Accepts a supply and books it in one commit, since order and inventory share a store here.
     async fn book(&self, supply: SupplyEvent) -> Result<TakenIn, String> {
         let mut transaction = Transaction::new(self.store.clone(), request(Supply::CATEGORY, supply.id()));
         loop {

@@ -1,4 +1,4 @@
-//! Runs one service, or all, until told to stop.
+//! Runs one service, or all, until it is stopped.
 
 use std::{
     io::{ErrorKind, Write},
@@ -23,19 +23,20 @@ use crate::{
     store::Store,
 };
 
-/// How long the parts may take to finish what they have in hand.
+/// How long the parts may take to finish the work in hand.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// How much longer than the grace a start waits for an address in use: an instance that stops has it so long.
+/// A start waits for an address in use for the grace and this much longer, since a stopping instance keeps the address
+/// for its grace.
 const NEXT_INSTANCE: Duration = Duration::from_secs(2);
-/// How often it tries.
+/// The interval between the attempts to bind.
 const BIND_AGAIN: Duration = Duration::from_millis(50);
-/// Which requests to the simulated provider go wrong at first. What becomes of an order does not depend on it.
+/// The seed of the simulated provider's first failures. The outcome of an order does not depend on it.
 const PROVIDER_SEED: u64 = 7;
-/// The sagas of the order service, whose ends are waited for, and what they are about.
+/// The sagas of the order service whose ends requests wait for, and the categories that these sagas are about.
 const FOLLOWED: [&str; 8] =
     ["saga.checkout", "saga.return", "saga.supply", "saga.closing", "order", "return", "supply", "closing"];
 
-/// Why services ended that nobody had stopped.
+/// Why services ended that were not asked to stop.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Ended(String);
@@ -43,14 +44,14 @@ pub struct Ended(String);
 /// Serves until `stop`.
 ///
 /// # Errors
-/// If store, bus or address cannot be had, or a part ended by an error.
+/// If the store, the bus or the address is not available, or if a part ended with an error.
 pub async fn serve(arguments: Serve, stop: CancellationToken) -> Result<(), Failure> {
     if arguments.bus == BusUrl::Local && arguments.role != Role::All {
         return Err("bus local: ends with this process, and the other services are not in it: `serve all`, or name a \
                     --bus kafka://host:port"
             .into());
     }
-    // First, so that an address in use costs nothing.
+    // Binds before anything else, so that an address in use costs nothing.
     let listener = match arguments.http {
         Some(address) => {
             let patience = arguments.grace + NEXT_INSTANCE;
@@ -69,7 +70,7 @@ pub async fn serve(arguments: Serve, stop: CancellationToken) -> Result<(), Fail
     served.and(closed)
 }
 
-/// Takes the address, once the instance that has it has closed it.
+/// Binds the address, once the instance that holds it has closed it.
 async fn bind(address: SocketAddr, patience: Duration) -> Result<TcpListener, Failure> {
     let started = Instant::now();
     let mut waits = false;
@@ -99,7 +100,7 @@ async fn serve_on(
     let counter = Counter::new(&store);
     let mut runtime = arguments.shared_as().as_deref().map_or_else(Runtime::new, Runtime::shared);
     runtime.start(services(arguments.role, &store, &counter), bus).await?;
-    // Services that end by themselves, as where the database was restored under them, take the process with them.
+    // Services that end by themselves, for example when the database was restored under them, end the process.
     let asked = stop;
     let stop = asked.child_token();
     let ended = runtime.shutdown();
@@ -125,7 +126,7 @@ async fn serve_on(
     });
     say_where(arguments, listener.as_ref())?;
     match listener {
-        // The services work on until the last request is answered.
+        // The services keep working until the last request is answered.
         Some(listener) => http::serve(listener, http::app(front, probes), stopping).await?,
         None => stopping.announced.cancelled().await,
     }
@@ -134,7 +135,7 @@ async fn serve_on(
     drained.map_err(|error| if by_itself { Failure::from(Ended(error)) } else { error.into() })
 }
 
-/// The line that others read the address from.
+/// Prints the line from which scripts read the address.
 fn say_where(arguments: &Serve, listener: Option<&TcpListener>) -> Result<(), Failure> {
     let at = match listener {
         Some(listener) => format!("http://{}", listener.local_addr()?),

@@ -1,4 +1,4 @@
-//! What is on the shelf, SKU by SKU: views for people, kept from the events of the stock.
+//! The stock on the shelf, SKU by SKU: views for people, built from the events of the stock.
 
 use std::time::Duration;
 
@@ -13,9 +13,9 @@ pub struct Shelf;
 /// The units of a SKU.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Level {
-    /// In the house.
+    /// In the warehouse.
     pub on_hand: i64,
-    /// Of these, promised to orders.
+    /// The part of `on_hand` that is promised to orders.
     pub reserved: i64,
 }
 
@@ -48,10 +48,10 @@ impl ReadModel for Shelf {
     }
 }
 
-/// How old what people see of it may be; under load, four times that.
+/// The age that the views may reach; four times as much under load.
 const AGE: Duration = Duration::from_millis(200);
 
-/// Kept from the events of the stock.
+/// Returns the projection of the shelf, built from the events of the stock.
 pub fn shelf() -> Projection<Shelf> {
     Projection::new(Shelf, LogQuery::categories(["stock"])).linger(AGE)
 }

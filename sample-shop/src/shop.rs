@@ -1,4 +1,4 @@
-//! The four services, put together.
+//! Assembles the four services.
 
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ use crate::{
     supply::{Supply, SupplyEvent, Supplying, supplying},
 };
 
-/// What customers and the back office reach, by id.
+/// The aggregates that customers and the back office address by id.
 #[derive(Clone)]
 pub struct Counter {
     pub orders: Repository<Order>,
@@ -37,12 +37,12 @@ impl Counter {
     }
 }
 
-/// Who asks for the order, the return or the supply of this id: whoever asks again asks the same.
+/// The id of the request for this order, return or supply: a request that is repeated has the same id.
 pub fn request(category: &str, id: &str) -> Uuid {
     named_id(named_id(Uuid::NAMESPACE_OID, &format!("sample-shop {category}")), id)
 }
 
-/// The order service, which runs the sagas.
+/// Returns the order service, which runs the sagas.
 pub fn order_service(store: Arc<dyn EventStore>, counter: Counter) -> Service {
     let booked = [Order::CATEGORY, Return::CATEGORY, Supply::CATEGORY];
     let bookkeeper = Bookkeeper::new("order", &booked, store.clone());
@@ -53,36 +53,36 @@ pub fn order_service(store: Arc<dyn EventStore>, counter: Counter) -> Service {
         .saga(Runner::new(store, returning(), Returning::query(), Returning::starts))
 }
 
-/// The order service with its back office, for services that are apart: what inventory and payment know of is asked for
-/// over the bus.
+/// Returns the order service with its back office, for services that do not share a store: the order service reaches
+/// the inventory and payment services over the bus.
 pub fn order_service_with_office(store: Arc<dyn EventStore>, counter: Counter) -> Service {
     order_service(store.clone(), counter)
         .saga(Runner::new(store.clone(), supplying(), Supplying::query(), Supplying::starts))
         .saga(Runner::new(store, counting(), Counting::query(), Counting::starts))
 }
 
-/// The inventory service. Its orders meet in the same SKUs, so one member takes them all.
+/// Returns the inventory service. Its orders share SKUs, so a single member takes all commands.
 pub fn inventory_service(store: Arc<dyn EventStore>) -> Service {
     Service::new("inventory", store.clone()).publish(&["stock"]).participant(InventoryDesk::new(store))
 }
 
-/// The inventory service with its shelf, which people look at while it serves.
+/// Returns the inventory service with its shelf, a read model for people to look at while the service runs.
 pub fn inventory_service_with_shelf(store: Arc<dyn EventStore>) -> Service {
     inventory_service(store).project(shelf())
 }
 
-/// The payment service. It waits for its provider, so several members take commands side by side.
+/// Returns the payment service. It waits for its provider, so several members take commands in parallel.
 pub fn payment_service(store: Arc<dyn EventStore>, provider: Arc<dyn Provider>) -> Service {
     let desk = PaymentDesk::new(store.clone(), provider);
     Service::new("payment", store).publish(&["payment"]).participant(desk).members(4)
 }
 
-/// The notification service.
+/// Returns the notification service.
 pub fn notification_service(store: Arc<dyn EventStore>) -> Service {
     Service::new("notification", store.clone()).publish(&["notification"]).participant(NotificationDesk::new(store))
 }
 
-/// The `annals` command, with what the shop knows of its events, sagas and views.
+/// Returns the `annals` command, with the shop's events, sagas and read models.
 pub fn ops() -> annals_cli::Ops {
     annals_cli::Ops::named("sample-shop ops")
         .events::<OrderEvent>()
@@ -99,7 +99,7 @@ pub fn ops() -> annals_cli::Ops {
         .read_model(shelf())
 }
 
-/// All four on one store.
+/// Returns all four services on one store.
 pub fn all(store: &Arc<dyn EventStore>, counter: Counter, provider: Arc<dyn Provider>) -> Vec<Service> {
     vec![
         order_service(store.clone(), counter),

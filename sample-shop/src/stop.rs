@@ -1,4 +1,4 @@
-//! Ctrl-C and SIGTERM: the first asks the shop to stop in order, the second ends it at once.
+//! Ctrl-C and SIGTERM: the first signal asks the shop to stop in order, the second ends it at once.
 
 use std::{
     io,
@@ -11,22 +11,22 @@ use std::{
 
 use tokio_util::sync::CancellationToken;
 
-/// What a shell reports of a process that SIGINT has ended.
+/// The exit code that a shell reports for a process that SIGINT has ended.
 const INTERRUPTED: u8 = 130;
-/// What it reports after SIGTERM.
+/// The exit code that a shell reports after SIGTERM.
 #[cfg(unix)]
 const TERMINATED: u8 = 143;
 
-/// Whether somebody has asked the process to stop. Clones are the same.
+/// Whether the process was asked to stop. Clones share the state.
 #[derive(Clone, Debug)]
 pub struct Stop {
-    /// Cancelled when they do.
+    /// Cancelled when the process is asked to stop.
     pub asked: CancellationToken,
     code: Arc<AtomicU8>,
 }
 
 impl Stop {
-    /// From now on signals ask, instead of ending the process.
+    /// From now on, signals ask the process to stop instead of ending it.
     pub fn on_signals() -> io::Result<Self> {
         let stop = Self { asked: CancellationToken::new(), code: Arc::new(AtomicU8::new(INTERRUPTED)) };
         let (mut signals, asked, code) = (Signals::listen()?, stop.asked.clone(), stop.code.clone());
@@ -34,13 +34,13 @@ impl Stop {
             code.store(signals.next().await, Ordering::SeqCst);
             asked.cancel();
             eprintln!("\nstopping: what is in hand is finished first; once more ends it at once");
-            // As after a kill: what was acknowledged is in the store, and the rest is done by the next run.
+            // Same as after a kill: acknowledged work is in the store, and the next run does the rest.
             std::process::exit(signals.next().await.into());
         });
         Ok(stop)
     }
 
-    /// What to exit with when it was asked to.
+    /// The exit code of a process that was asked to stop.
     pub fn exit_code(&self) -> ExitCode {
         self.code.load(Ordering::SeqCst).into()
     }
@@ -59,7 +59,7 @@ impl Signals {
         Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
     }
 
-    /// Waits for the next one, and tells what it exits with.
+    /// Waits for the next signal and returns its exit code.
     async fn next(&mut self) -> u8 {
         tokio::select! {
             _ = self.interrupt.recv() => INTERRUPTED,

@@ -1,4 +1,4 @@
-//! The store that a URL names.
+//! Opens the store that a URL names.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ pub enum Store {
 }
 
 impl Store {
-    /// Opens it, and makes it where it is not there.
+    /// Opens the store, and creates it if it does not exist.
     pub async fn open(url: &StoreUrl) -> Result<Self, Failure> {
         Ok(match url {
             StoreUrl::Memory => Self::Memory(Arc::new(MemoryStore::new())),
@@ -27,7 +27,7 @@ impl Store {
         })
     }
 
-    /// The port to it.
+    /// Returns the store behind its port.
     pub fn port(&self) -> Arc<dyn EventStore> {
         match self {
             Self::Memory(store) => store.clone(),
@@ -36,7 +36,7 @@ impl Store {
         }
     }
 
-    /// Closes it.
+    /// Closes the store.
     pub async fn close(&self) -> Result<(), Failure> {
         match self {
             Self::Memory(_) => {}

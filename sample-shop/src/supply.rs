@@ -1,5 +1,5 @@
-//! Goods that come in, and counts that found more or fewer. The order service takes them in, and a saga has the inventory
-//! service book them.
+//! Deliveries of goods, and counts that found more or fewer units. The order service accepts them, and a saga has the
+//! inventory service book them.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -10,33 +10,34 @@ use crate::inventory::{InventoryStep, OfSku, StockCommand};
 
 /// The most SKUs of one supply: all of them are booked in one commit.
 pub const CHANGES_MAX: usize = 5_000;
-/// An opening stock comes in deliveries of so many SKUs.
+/// The SKUs of one delivery of an opening stock.
 const OPENING_PART: usize = 1_000;
 /// The most units of one change. With fewer than nine thousand of them a stock cannot overflow.
 pub const UNITS_MAX: i64 = 1_000_000_000_000_000;
 
-/// So many units of one SKU more, or fewer.
+/// A number of units of one SKU that is added or removed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Change {
-    /// What.
+    /// The stock keeping unit.
     pub sku: String,
-    /// How many: above zero came in or were found, below zero are missing; zero says that somebody looked.
+    /// The number of units: positive if they came in or were found, negative if they are missing, zero if a count
+    /// confirmed them.
     pub quantity: i64,
 }
 
-/// What happens to a supply. It is also what is asked of one.
+/// What happens to a supply. The same type is the command to a supply.
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "supply")]
 pub enum SupplyEvent {
     /// Goods came in.
     Delivered { supply_id: String, units: Vec<Change> },
-    /// Somebody counted.
+    /// The stock was counted.
     Adjusted { supply_id: String, units: Vec<Change> },
 }
 
 impl SupplyEvent {
-    /// A delivery or an adjustment.
+    /// Returns a delivery or an adjustment.
     pub fn new(supply_id: String, delivered: bool, units: Vec<Change>) -> Self {
         match delivered {
             true => Self::Delivered { supply_id, units },
@@ -44,13 +45,13 @@ impl SupplyEvent {
         }
     }
 
-    /// Its supply.
+    /// The id of the supply.
     pub fn id(&self) -> &str {
         let (Self::Delivered { supply_id, .. } | Self::Adjusted { supply_id, .. }) = self;
         supply_id
     }
 
-    /// What the inventory is to do about it.
+    /// The commands to the stock.
     pub fn commands(&self) -> impl Iterator<Item = OfSku> + Send {
         let (Self::Delivered { units, .. } | Self::Adjusted { units, .. }) = self;
         units.iter().map(|Change { sku, quantity }| {
@@ -63,14 +64,14 @@ impl SupplyEvent {
         })
     }
 
-    /// What is in it.
+    /// The changes of the supply.
     pub fn units(self) -> Vec<Change> {
         let (Self::Delivered { units, .. } | Self::Adjusted { units, .. }) = self;
         units
     }
 }
 
-/// Why a supply is turned away.
+/// Why a supply is rejected.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum SupplyRefusal {
     #[error("it has {0} SKUs; it must have from 1 to {CHANGES_MAX}")]
@@ -119,7 +120,7 @@ impl Aggregate for Supply {
     }
 }
 
-/// The deliveries that open a stock. Under one name it is opened once.
+/// Returns the deliveries that open a stock. A stock is opened once per name.
 pub fn opening(name: &str, stock: BTreeMap<String, u64>) -> Vec<SupplyEvent> {
     let change = |(sku, quantity)| Change { sku, quantity: i64::try_from(quantity).unwrap_or(i64::MAX) };
     let units: Vec<Change> = stock.into_iter().filter(|(_, quantity)| *quantity > 0).map(change).collect();
@@ -130,7 +131,7 @@ pub fn opening(name: &str, stock: BTreeMap<String, u64>) -> Vec<SupplyEvent> {
     units.chunks(OPENING_PART).enumerate().map(part).collect()
 }
 
-/// An adjustment; lines of one SKU are summed.
+/// Returns an adjustment. Lines of the same SKU are summed.
 pub fn adjustment(supply_id: String, lines: Vec<(String, i64)>) -> SupplyEvent {
     let mut of_sku: BTreeMap<String, i64> = BTreeMap::new();
     for (sku, quantity) in lines {
@@ -140,7 +141,7 @@ pub fn adjustment(supply_id: String, lines: Vec<(String, i64)>) -> SupplyEvent {
     SupplyEvent::Adjusted { supply_id, units }
 }
 
-/// What the saga of a supply knows.
+/// The state of the saga of a supply.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Supplying {
     pub supply_id: String,
@@ -151,7 +152,7 @@ pub struct Supplying {
 
 impl SagaState for Supplying {}
 
-/// One step: the inventory books it.
+/// A single step: the inventory service books the supply.
 pub fn supplying() -> Saga<Supplying> {
     Saga::<Supplying>::named("supply")
         .retriable("book", |s| {
@@ -162,7 +163,7 @@ pub fn supplying() -> Saga<Supplying> {
 }
 
 impl Supplying {
-    /// It starts with each supply.
+    /// Starts a saga for each supply.
     pub fn starts(message: &Message) -> Result<Option<(String, Self)>, HandlerError> {
         let (supply_id, delivered, units) = match message.decode()? {
             Some(SupplyEvent::Delivered { supply_id, units }) => (supply_id, true, units),
@@ -172,7 +173,7 @@ impl Supplying {
         Ok(Some((supply_id.clone(), Self { supply_id, delivered, units })))
     }
 
-    /// The events that may start one.
+    /// The events that may start the saga of a supply.
     pub fn query() -> LogQuery {
         LogQuery::categories([Supply::CATEGORY])
     }

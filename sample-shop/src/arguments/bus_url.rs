@@ -2,7 +2,7 @@ use std::{fmt, str::FromStr};
 
 use annals_cli::quoted::is_scheme;
 
-/// How services talk.
+/// The bus that services talk over.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BusUrl {
     /// Inside this process.
@@ -11,19 +11,19 @@ pub enum BusUrl {
     Kafka(annals_kafka::Settings),
 }
 
-/// What is wrong with a bus URL. Says nothing of what may be a password.
+/// What is wrong with a bus URL. Never quotes a part of the URL that may be a password.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BusUrlError {
     /// No bus has this scheme.
     #[error("no bus has the scheme {0:?}; known are local:, kafka://host:port[,host:port]")]
     Scheme(String),
-    /// Not even a scheme.
+    /// The text has no scheme.
     #[error("it has no scheme; known are local:, kafka://host:port[,host:port]")]
     NoScheme,
     /// Something follows `local:`.
     #[error("local: takes nothing after it")]
     Local,
-    /// A Kafka bus that is none.
+    /// The Kafka settings in the URL are invalid.
     #[error("{0}")]
     Kafka(String),
 }

@@ -2,23 +2,23 @@ use std::{fmt, str::FromStr};
 
 use hyper::Uri;
 
-/// The port where none is named.
+/// The port if the URL names none.
 const PORT: u16 = 80;
 
-/// Where a shop answers HTTP: `http://host:port`, and nothing after it.
+/// The address at which a shop answers HTTP: `http://host:port`, with nothing after it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HttpUrl(String);
 
-/// What is wrong with it. Says nothing of what may be a password.
+/// What is wrong with the URL of a shop. Never quotes a part of the URL that may be a password.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HttpUrlError {
-    /// Not a URL of this kind.
+    /// The text is not of the form `http://host:port`.
     #[error("a shop is at http://host:port, such as http://127.0.0.1:8080")]
     Shape,
-    /// What would need TLS.
+    /// The URL needs TLS.
     #[error("this version has no TLS: a shop is at http://host:port, behind whatever encrypts")]
     Tls,
-    /// A user, with or without a password.
+    /// The URL names a user, with or without a password.
     #[error("no user and no password may stand in it; a shop is at http://host:port")]
     User,
     /// Something follows the port.
@@ -52,7 +52,7 @@ impl FromStr for HttpUrl {
 }
 
 impl HttpUrl {
-    /// `host:port`, to connect to.
+    /// The address to connect to, as `host:port`.
     pub fn address(&self) -> String {
         let authority = self.0.trim_start_matches("http://");
         let has_port = authority.rsplit(']').next().is_some_and(|rest| rest.contains(':'));

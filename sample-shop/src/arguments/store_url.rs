@@ -2,24 +2,24 @@ use std::{fmt, path::PathBuf, str::FromStr};
 
 use annals_cli::quoted::{is_scheme, without_password};
 
-/// Where events are kept.
+/// The place where events are kept.
 #[derive(Clone, PartialEq, Eq)]
 pub enum StoreUrl {
-    /// In this process, and gone with it.
+    /// In the memory of this process. The events are lost when the process ends.
     Memory,
-    /// In a file.
+    /// In a SQLite file.
     Sqlite(PathBuf),
-    /// In a database; the whole URL, with its password.
+    /// In a PostgreSQL database; the whole URL, with its password.
     Postgres(String),
 }
 
-/// What is wrong with a store URL. Says nothing of the URL but its scheme: the rest may hold a password.
+/// What is wrong with a store URL. Quotes only the scheme of the URL, since the rest may hold a password.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StoreUrlError {
     /// No store has this scheme.
     #[error("no store has the scheme {0:?}; known are memory:, sqlite:PATH, postgres://…")]
     Scheme(String),
-    /// Not even a scheme.
+    /// The text has no scheme.
     #[error("it has no scheme; known are memory:, sqlite:PATH, postgres://…")]
     NoScheme,
     /// Something follows `memory:`.
@@ -28,10 +28,10 @@ pub enum StoreUrlError {
     /// Nothing follows `sqlite:`.
     #[error("sqlite: needs the path of a file, such as sqlite:shop.db")]
     Path,
-    /// What SQLite itself calls a database in memory. Here it would be a file of that name.
+    /// `sqlite::memory:`, SQLite's own name for a database in memory. Here it would name a file.
     #[error("a store in memory is memory:, without sqlite in front")]
     SqliteInMemory,
-    /// A `?` in the path: parameters as other programs have them, which would become part of the name of a file.
+    /// A `?` in the path: other programs take parameters there, which would become part of the file name here.
     #[error("sqlite: takes no parameters, and here no path with a `?` in it")]
     SqliteParameters,
     /// No host follows `postgres:`.
@@ -85,7 +85,7 @@ impl fmt::Display for StoreUrl {
     }
 }
 
-/// As [`Display`](fmt::Display), since what is debugged ends in logs.
+/// Same as [`Display`](fmt::Display), since debug output ends in logs.
 impl fmt::Debug for StoreUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)

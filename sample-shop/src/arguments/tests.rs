@@ -14,7 +14,7 @@ fn run(line: &str) -> Run {
     }
 }
 
-/// The command line is refused, and the message has all of these.
+/// Asserts that the command line is refused with a message that contains all of `parts`.
 fn refused(line: &str, parts: &[&str]) {
     let message = parse(line).map(|command| format!("{command:?}")).expect_err(line);
     for part in parts {
@@ -133,7 +133,7 @@ fn help_has_examples() {
     }
 }
 
-/// Wherever it was typed, and whatever else is wrong.
+/// Wherever the password stands, and whatever else is wrong with the command line.
 #[test]
 fn no_error_has_a_password() {
     for url in [
@@ -173,7 +173,7 @@ fn no_error_has_a_password() {
             assert!(!message.contains("secret"), "{line}: {message}");
         }
     }
-    // What cannot be one is quoted, so that a slip is found.
+    // A URL that cannot hold a password is quoted, so that a slip is found.
     refused("run --store shop.db", &["'shop.db'"]);
     refused("run --store mysql://db:3306/shop", &["'mysql://db:3306/shop'"]);
     refused("run --store postgers://shop:secret@db/shop", &["'postgers://…'", "--store <URL>", "\"postgers\""]);

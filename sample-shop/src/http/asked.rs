@@ -1,4 +1,4 @@
-//! What a request says beside its path, read strictly: the key, the body, how long to wait.
+//! The parts of a request other than its path, read strictly: the key, the body, and how long to wait.
 
 use std::time::Duration;
 
@@ -28,23 +28,23 @@ use crate::{
 /// The longest id, SKU or customer, in bytes: with a category before it, it still fits a stream id.
 pub const ID_BYTES_MAX: usize = 200;
 
-/// An id out of a path.
+/// An id from a path.
 pub type Id = Result<Path<String>, PathRejection>;
 /// `?wait=10s`.
 pub type Wait = Result<Query<Waiting>, QueryRejection>;
 
-/// How long to wait for the end of what is asked for.
+/// How long to wait for the end of the requested saga.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Waiting {
     wait: Option<String>,
 }
 
-/// A request that hands something in.
+/// A request that hands in a paper.
 pub struct HandedIn {
-    /// The key, which becomes the id of what is handed in.
+    /// The key, which becomes the id of the paper.
     pub id: String,
-    /// How long to wait for its end.
+    /// How long to wait for the end of the paper's saga.
     pub wait: Duration,
     pub headers: HeaderMap,
     sent: Bytes,
@@ -64,7 +64,7 @@ impl<S: Send + Sync> FromRequest<S> for HandedIn {
 }
 
 impl HandedIn {
-    /// The body as JSON. Fields that nobody knows are mistakes.
+    /// Reads the body as JSON. Unknown fields are mistakes.
     pub fn body<T: DeserializeOwned>(&self) -> Result<T, Problem> {
         body(&self.headers, &self.sent)
     }
@@ -78,14 +78,14 @@ fn unprocessable(detail: impl Into<String>) -> Problem {
     Problem::new(StatusCode::UNPROCESSABLE_ENTITY, detail)
 }
 
-/// The id, if it can be one.
+/// Returns the id, if it is a valid one.
 pub fn id(id: Id) -> Result<String, Problem> {
     let Path(id) = id.map_err(|error| bad(error.body_text()))?;
     named("the id", &id).map_err(bad)?;
     Ok(id)
 }
 
-/// Seconds, with or without an `s`; at most [`WAIT_MAX`].
+/// Reads a number of seconds, with or without an `s`; at most [`WAIT_MAX`].
 pub fn wait(wait: Wait) -> Result<Duration, Problem> {
     let Query(Waiting { wait }) = wait.map_err(|error| bad(error.body_text()))?;
     let Some(text) = wait else { return Ok(Duration::ZERO) };
@@ -94,7 +94,7 @@ pub fn wait(wait: Wait) -> Result<Duration, Problem> {
     Ok(Duration::from_secs(seconds.into()).min(WAIT_MAX))
 }
 
-/// Another one each time where there is none.
+/// Returns the idempotency key, or a new id if the request has none.
 fn key(headers: &HeaderMap) -> Result<String, Problem> {
     let mut keys = headers.get_all(IDEMPOTENCY_KEY).into_iter();
     let Some(value) = keys.next() else { return Ok(Uuid::now_v7().to_string()) };
@@ -102,21 +102,21 @@ fn key(headers: &HeaderMap) -> Result<String, Problem> {
         return Err(bad("there must be one Idempotency-Key"));
     }
     let text = std::str::from_utf8(value.as_bytes()).map_err(|_| bad("the Idempotency-Key is not UTF-8"))?;
-    // The draft of the standard has it in quotes, and hardly any client does that.
+    // The draft of the standard puts the key in quotes, and hardly any client does so.
     let text = text.strip_prefix('"').and_then(|text| text.strip_suffix('"')).unwrap_or(text);
     named("the Idempotency-Key", text).map_err(bad)?;
     Ok(text.to_owned())
 }
 
-/// Who asks for what has this id: whoever asks again asks the same.
+/// The request for the paper of this id: a request that is repeated has the same command id.
 pub fn asked(category: &str, id: &str, headers: &HeaderMap) -> Request {
     let command_id = request(category, id);
     Request { command_id, metadata: Metadata { trace: trace(headers), ..Metadata::of_request(command_id) } }
 }
 
-/// The W3C trace context of a request, if it is valid.
+/// Returns the W3C trace context of a request, if it is valid.
 fn trace(headers: &HeaderMap) -> Option<TraceContext> {
-    // Bytes that are not ASCII make a header invalid, and not absent.
+    // Bytes outside ASCII make a header invalid rather than absent.
     let all = |name| headers.get_all(name).into_iter().map(|value| value.to_str().unwrap_or("\0"));
     TraceContext::parse(all("traceparent"), all("tracestate"))
 }
@@ -130,7 +130,7 @@ fn body<T: DeserializeOwned>(headers: &HeaderMap, body: &Bytes) -> Result<T, Pro
     json::read::<Object<T>>(body).map(|Object(body)| body)
 }
 
-/// Whether customer and lines can be stored. What they add up to is looked at by the order.
+/// Checks whether customer and lines can be stored. The order itself checks their sum.
 pub fn order_lines(customer: Option<&str>, lines: &[Line]) -> Result<(), Problem> {
     if let Some(customer) = customer {
         named("the customer", customer).map_err(unprocessable)?;
@@ -141,7 +141,7 @@ pub fn order_lines(customer: Option<&str>, lines: &[Line]) -> Result<(), Problem
     lines.iter().try_for_each(|line| sku(&line.sku))
 }
 
-/// Whether this can be a SKU.
+/// Checks whether the text can be a SKU.
 pub fn sku(sku: &str) -> Result<(), Problem> {
     named("the SKU", sku).map_err(unprocessable)
 }
@@ -157,7 +157,7 @@ fn named(what: &str, text: &str) -> Result<(), String> {
     }
 }
 
-/// Enough of a text to know it again.
+/// Returns enough of a text to recognize it.
 fn start(text: &str) -> String {
     text.chars().take(40).collect()
 }

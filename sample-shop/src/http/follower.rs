@@ -1,4 +1,5 @@
-//! Follows the log for those who wait for a saga: keeps what happens to it and to what it is about, and tells its end.
+//! Follows the log for requests that wait for a saga: keeps the events of the saga and of its paper, and signals its
+//! end.
 
 use std::{
     collections::HashMap,
@@ -16,18 +17,18 @@ use tokio_util::sync::CancellationToken;
 
 use super::metrics::Metrics;
 
-/// Before the log is read again that could not be read.
+/// The delay before a failed read of the log is repeated.
 const READ_AGAIN: Duration = Duration::from_millis(200);
-/// Events read in one go.
+/// Events that are read at once.
 const PAGE: usize = 1_000;
-/// How much is kept for one who waits, in bytes of payload: far more than an ordinary order and its saga have. Of more, nothing
-/// is kept, and it is read from the store.
+/// The most payload kept for one request, in bytes: far more than an ordinary order and its saga have. Above it nothing
+/// is kept, and the request reads the store.
 const KEPT_BYTES_MAX: usize = 32_000;
 
-/// By the streams that they wait about.
+/// The waiting requests, by the streams that they wait for.
 type Waiting = HashMap<StreamId, Vec<Arc<Seen>>>;
 
-/// Who waits. Clones share it.
+/// The requests that wait. Clones share them.
 #[derive(Clone, Default)]
 pub struct Follower {
     waiting: Arc<Mutex<Waiting>>,
@@ -42,7 +43,7 @@ struct Seen {
 #[derive(Default)]
 struct Kept {
     events: Vec<Arc<Recorded>>,
-    /// Of those that were to be kept.
+    /// Payload of all events seen, including those not kept any more.
     bytes: usize,
 }
 
@@ -57,7 +58,7 @@ impl Kept {
     }
 }
 
-/// A saga and what it is about, from the moment on in which somebody began to wait. Dropping it ends that.
+/// A saga and its paper, followed from the moment in which a request began to wait. Dropping it ends the wait.
 pub struct Followed {
     pub saga: StreamId,
     paper: StreamId,
@@ -65,13 +66,13 @@ pub struct Followed {
     seen: Arc<Seen>,
 }
 
-/// All events of a saga and of what it is about, as of one moment.
+/// All events of a saga and of its paper, as of one moment.
 pub struct Whole {
     pub saga: Vec<Arc<Recorded>>,
     pub paper: Vec<Arc<Recorded>>,
 }
 
-/// The part of a saga's event that tells whether it has ended.
+/// The part of a saga's event that shows whether the saga has ended.
 #[derive(Deserialize)]
 struct Glimpse {
     progress: Progress,
@@ -82,7 +83,7 @@ impl Follower {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// From now on, both streams.
+    /// Follows both streams from now on.
     pub fn follow(&self, saga: StreamId, paper: StreamId) -> Followed {
         let seen = Arc::<Seen>::default();
         let mut waiting = self.waiting();
@@ -92,7 +93,8 @@ impl Follower {
         Followed { saga, paper, follower: self.clone(), seen }
     }
 
-    /// Reads the log from now on, whichever instance writes it: `categories` are those of sagas and of what they are about.
+    /// Reads the log from now on, with the events of all instances. `categories` are those of the sagas and their
+    /// papers.
     pub async fn read(
         self,
         store: Arc<dyn EventStore>,
@@ -106,7 +108,7 @@ impl Follower {
         while !shutdown.is_cancelled() {
             let read = async {
                 if store.history() != history {
-                    // Not beyond the end of a log that has lost it.
+                    // The log may have lost its end, so the position must not lie beyond the head.
                     let now = store.history();
                     position = position.min(store.status().await?.head);
                     history = now;
@@ -121,14 +123,14 @@ impl Follower {
                 () = shutdown.cancelled() => break,
             };
             let Ok(page) = page else {
-                // The parts of the services tell of it.
+                // The parts of the services report the error.
                 tokio::time::sleep(READ_AGAIN).await;
                 continue;
             };
             for event in &page.events {
                 self.take(event, &metrics);
             }
-            // If there is more after all, a wait for it is over at once.
+            // If there is more after all, the wait ends at once.
             caught_up = !page.more;
             position = page.next;
         }
@@ -137,7 +139,7 @@ impl Follower {
 
     fn take(&self, event: &Arc<Recorded>, metrics: &Metrics) {
         let category = event.stream.category();
-        // Whoever runs the saga tells of one that cannot be read.
+        // The saga's runner reports events that cannot be read.
         let glimpse = category.starts_with("saga.").then(|| serde_json::from_str::<Glimpse>(&event.data));
         let settled = match glimpse {
             Some(Ok(Glimpse { progress })) if progress.ended.is_some() || progress.status == Status::Stuck => {
@@ -156,12 +158,12 @@ impl Follower {
 }
 
 impl Followed {
-    /// The saga has ended, or is stuck: after the wait began, or after this was told last.
+    /// Waits until the saga has ended or is stuck: after the wait began, or after the previous call returned.
     pub async fn ended(&self) {
         self.seen.ended.notified().await;
     }
 
-    /// All that has happened, if the wait began before; else it is in the store.
+    /// Returns all events, if the wait began before the first one. Otherwise they are in the store.
     pub fn whole(&self) -> Option<Whole> {
         let events = self.seen.kept.lock().unwrap_or_else(PoisonError::into_inner).events.clone();
         let (saga, paper): (Vec<_>, Vec<_>) = events.into_iter().partition(|event| event.stream == self.saga);
@@ -224,7 +226,7 @@ mod tests {
         assert_eq!((whole.paper.len(), whole.saga.len()), (1, 3));
         assert!(late.whole().is_none());
 
-        // What is large is kept by nobody, and neither is what comes after it.
+        // Large events are not kept, and neither are the events after them.
         follower.take(&event("order-1", 2, &format!("{:KEPT_BYTES_MAX$}", "{}")), &metrics);
         follower.take(&event("order-1", 3, "{}"), &metrics);
         assert!(early.whole().is_none());

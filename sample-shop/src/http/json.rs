@@ -1,4 +1,4 @@
-//! JSON of a request, read strictly: an error names the field, what was expected and what was found.
+//! Reads the JSON of a request strictly: an error names the field, the expected value and the value found.
 
 use std::{fmt, marker::PhantomData};
 
@@ -10,7 +10,7 @@ use serde::{
 
 use super::problem::Problem;
 
-/// The most characters of an error: it repeats what was found, which may be the whole body.
+/// The most characters of an error, which quotes the value found: that may be the whole body.
 const REASON_CHARS_MAX: usize = 300;
 
 /// Reads a body.
@@ -23,7 +23,7 @@ pub fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
     match read {
         Ok(value) => json.end().map(|()| value).map_err(not_json),
         Err(error) => {
-            // A fault of the shape is also found where the rest is no JSON.
+            // The shape may be wrong in a body that is not JSON further on; the answer then says that it is not JSON.
             let is_json = serde_json::from_slice::<IgnoredAny>(body);
             match is_json {
                 Err(error) if !error.is_data() => Err(not_json(error)),
@@ -38,7 +38,7 @@ pub fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
     }
 }
 
-/// A value that must be a JSON object. Derived structs are also read from arrays, by the place of each field.
+/// A value that must be a JSON object. Derived structs also accept arrays, by the position of each field.
 pub struct Object<T>(pub T);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {

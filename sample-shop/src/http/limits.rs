@@ -1,4 +1,4 @@
-//! What a request may take: bytes, time, and a place among the others.
+//! The limits of a request: its bytes, its time, and the number of requests at once.
 
 use std::{sync::Arc, time::Duration};
 
@@ -18,14 +18,14 @@ use super::problem::Problem;
 pub const BODY_BYTES_MAX: usize = 1_000_000;
 /// How long a body may take to arrive.
 pub const BODY_TIME_MAX: Duration = Duration::from_secs(10);
-/// How long a request may wait for the end of something.
+/// How long a request may wait for the end of a saga.
 pub const WAIT_MAX: Duration = Duration::from_secs(30);
-/// How long an answer may take in all, once the body is there.
+/// How long an answer may take in all, after the body has arrived.
 pub const ANSWER_TIME_MAX: Duration = Duration::from_secs(40);
-/// Requests in hand at the same time, with those that wait; one more is turned away.
+/// Requests in hand at the same time, including those that wait. Further requests are rejected.
 pub const REQUESTS_MAX: usize = 2_048;
 
-/// The places that are left: all of them at first.
+/// The free places; at first all of them.
 #[derive(Clone)]
 pub struct Limits {
     places: Arc<Semaphore>,
@@ -37,7 +37,7 @@ impl Default for Limits {
     }
 }
 
-/// Holds a request to its limits; the handlers behind it find the whole body in memory.
+/// Holds a request to its limits. The handlers behind it find the whole body in memory.
 pub async fn hold(State(limits): State<Limits>, request: Request, next: Next) -> Response {
     let Ok(_place) = limits.places.try_acquire() else {
         let detail = format!("{REQUESTS_MAX} requests are in hand; come back in a moment");
@@ -82,7 +82,7 @@ mod tests {
 
     use super::*;
 
-    /// All places are taken by requests that are not answered yet; the next one is turned away.
+    /// Unanswered requests hold all places, and the next request is rejected.
     #[tokio::test]
     async fn one_more_than_all_places_is_turned_away() {
         let answer = CancellationToken::new();

@@ -1,4 +1,4 @@
-//! Takes connections, each with its limits, and lets go of them when the shop stops.
+//! Accepts connections, each with its limits, and closes them when the shop stops.
 
 use std::{
     io,
@@ -27,15 +27,15 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-/// Connections open at the same time; further ones wait in the queue of the system.
+/// Connections open at the same time. Further ones wait in the queue of the operating system.
 pub const CONNECTIONS_MAX: usize = 4_096;
-/// How long the head of a request may take to arrive, and how long a connection may be idle before it.
+/// How long the head of a request may take to arrive, including the time for which the connection is idle before it.
 pub const HEAD_TIME_MAX: Duration = Duration::from_secs(30);
-/// How long requests in hand may take to their end once the grace is over.
+/// How long requests in hand may take to end once the grace is over.
 pub const LAST_ANSWERS: Duration = Duration::from_secs(10);
-/// How long a client that has just connected may take to send its first request after that.
+/// How long a client that has just connected may take to send its first request once the grace is over.
 const FIRST_REQUEST: Duration = Duration::from_secs(1);
-/// After the system had no connection to give, such as for want of file descriptors.
+/// The delay after the system could not accept a connection, for example for want of file descriptors.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(50);
 
 /// How the shop stops.
@@ -43,14 +43,14 @@ const ACCEPT_AGAIN: Duration = Duration::from_millis(50);
 pub struct Stopping {
     /// The shop was asked to stop: `/readyz` says so, and each answer asks its client to close the connection.
     pub announced: CancellationToken,
-    /// How long the shop still takes connections and requests after that.
+    /// How long the shop still accepts connections and requests after that.
     pub grace: Duration,
-    /// The grace is over: no connection is taken, and nothing is waited for any more.
+    /// The grace is over: no further connection is accepted, and no request waits any more.
     pub over: CancellationToken,
 }
 
 impl Stopping {
-    /// Stops when `announced`, after `grace`.
+    /// Stops the shop when `announced` is cancelled, after `grace`.
     pub fn new(announced: CancellationToken, grace: Duration) -> Self {
         Self { announced, grace, over: CancellationToken::new() }
     }
@@ -61,7 +61,7 @@ impl Stopping {
     }
 }
 
-/// Serves until the grace of `stopping` is over. Then answers the requests in hand, and closes the connections.
+/// Serves until the grace of `stopping` is over, then answers the requests in hand and closes the connections.
 pub async fn serve(listener: TcpListener, app: Router, stopping: Stopping) -> Result<(), String> {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let mut connections = JoinSet::new();
@@ -86,7 +86,7 @@ pub async fn serve(listener: TcpListener, app: Router, stopping: Stopping) -> Re
             () = &mut grace_is_over => break,
         }
     }
-    // To close the listener would reset the connections that wait in its queue.
+    // Closing the listener would reset the connections that wait in its queue.
     if let Ok(queue) = listener.into_std() {
         while let Ok(stream) = queue.accept().and_then(|(stream, _)| {
             stream.set_nonblocking(true)?;
@@ -106,7 +106,7 @@ pub async fn serve(listener: TcpListener, app: Router, stopping: Stopping) -> Re
 
 /// Answers the requests of one connection until its client leaves, or until the grace is `over` and it is idle.
 async fn converse(stream: TcpStream, app: Router, over: CancellationToken, _place: Option<OwnedSemaphorePermit>) {
-    // An answer is not to wait for the next one to fill a packet.
+    // An answer must not wait for the next one to fill a packet.
     _ = stream.set_nodelay(true);
     let app = TowerToHyperService::new(app);
     let was_asked = AtomicBool::new(false);
@@ -119,13 +119,13 @@ async fn converse(stream: TcpStream, app: Router, over: CancellationToken, _plac
     let mut connection = pin!(http.serve_connection(TokioIo::new(stream), service));
     let grace = async {
         over.cancelled().await;
-        // A client that has just connected is about to ask, and its answer ends the connection.
+        // A client that has just connected is about to send a request, whose answer ends the connection.
         if !was_asked.load(Ordering::Relaxed) {
             sleep(FIRST_REQUEST).await;
         }
     };
     let ended = tokio::select! {
-        // What has arrived is read before an idle connection is closed.
+        // Reads what has arrived before closing an idle connection.
         biased;
         ended = connection.as_mut() => ended,
         () = grace => {

@@ -1,4 +1,4 @@
-//! What Prometheus reads at `/metrics`.
+//! The metrics that Prometheus reads at `/metrics`.
 
 use std::{
     collections::{BTreeMap, btree_map::Entry},
@@ -17,14 +17,14 @@ use prometheus::{
 };
 use tokio::time::timeout;
 
-/// How long the store may take to tell how it is.
+/// How long the store may take to report its status.
 const STORE_TIME_MAX: Duration = Duration::from_secs(2);
 /// The most checkpoints shown: more than all services on one store have.
 const CHECKPOINTS_MAX: usize = 1_000;
 /// Upper bounds of the times of requests, in seconds.
 const SECONDS: [f64; 14] = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0];
 
-/// The figures of one process.
+/// The metrics of one process.
 pub struct Metrics {
     registry: Registry,
     requests: IntCounterVec,
@@ -43,7 +43,7 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// All at zero.
+    /// Creates the metrics, all at zero.
     pub fn new() -> Result<Arc<Self>, prometheus::Error> {
         let registry = Registry::new();
         let counters = |name: &str, help: &str, labels: &[&str]| -> Result<IntCounterVec, prometheus::Error> {
@@ -111,7 +111,7 @@ impl Metrics {
         self.seconds.with_label_values(&[method, route]).observe(elapsed.as_secs_f64());
     }
 
-    /// Counts an order, or another thing of this category, that was taken in.
+    /// Counts an order, or a paper of another category, that was accepted.
     pub fn taken_in(&self, kind: &str) {
         self.taken_in.with_label_values(&[kind]).inc();
     }
@@ -127,7 +127,7 @@ impl Metrics {
         self.sagas.with_label_values(&[category.trim_start_matches("saga."), status]).inc();
     }
 
-    /// Everything in the format of Prometheus, with the store and the parts as they are now.
+    /// Returns all metrics in the format of Prometheus, with the current state of the store and of the parts.
     pub async fn text(&self, store: &Arc<dyn EventStore>, health: &Health) -> Result<String, prometheus::Error> {
         self.parts.reset();
         for (part, state) in health.parts() {
@@ -153,7 +153,7 @@ impl Metrics {
         let checkpoints = store.scan(CHECKPOINTS, &Scan::After("".into()), CHECKPOINTS_MAX).await?;
         self.lag.reset();
         for document in checkpoints {
-            // How far a topic goes is for the bus to say.
+            // Only the bus knows the end of a topic, so checkpoints of topics have no lag here.
             let checkpoint = serde_json::from_str::<Checkpoint>(&document.body).ok();
             if let Some(Checkpoint { next, incarnation: None, .. }) = checkpoint {
                 self.lag.with_label_values(&[&*document.key.id]).set((status.head.0 - next).max(0));
@@ -163,7 +163,7 @@ impl Metrics {
     }
 }
 
-/// What the parts have counted, each name with its labels as they are.
+/// The counters of the parts, each with its name and its labels.
 fn counted(health: &Health) -> Result<Vec<prometheus::proto::MetricFamily>, prometheus::Error> {
     let registry = Registry::new();
     let mut counters: BTreeMap<&str, IntCounterVec> = BTreeMap::new();

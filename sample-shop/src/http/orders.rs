@@ -1,4 +1,4 @@
-//! Orders, returns, supplies and closings over HTTP: each is taken in once under its key, and looked at by its id.
+//! Orders, returns, supplies and closings over HTTP: each is accepted once under its key, and read by its id.
 
 use std::{borrow::Borrow, sync::Arc, time::Duration};
 
@@ -30,32 +30,32 @@ use crate::{
     supply::SupplyEvent,
 };
 
-/// Events of one order, return, supply or closing: they have three at most.
+/// Events of one order, return, supply or closing: at most three occur.
 const EVENTS_MAX: usize = 100;
 
-/// Events, and when each was recorded.
+/// Events, each with the time at which it was recorded.
 type History<E> = Vec<(DateTime<Utc>, E)>;
 
-/// What the order service shows to the world.
+/// The public side of the order service.
 pub struct Front {
     pub store: Arc<dyn EventStore>,
     pub counter: Counter,
     pub sagas: Sagas,
     pub metrics: Arc<Metrics>,
-    /// The URLs that closings tell; no password.
+    /// The store and bus URLs that closings report, without passwords.
     pub kept_in: (String, String),
 }
 
-/// What was taken in.
+/// A paper that was accepted.
 struct Taken<'f, E> {
-    /// Its first event: by this request, or by one before it.
+    /// Its first event, written by this request or by an earlier one.
     first: E,
     repeated: bool,
-    /// From before it was taken in on, if the request waits.
+    /// Watches from before the paper was accepted, if the request waits.
     watch: Option<Watch<'f>>,
 }
 
-/// The routes.
+/// Returns the routes.
 pub fn routes(front: Front) -> Router {
     Router::new()
         .route("/orders", post(place))
@@ -130,7 +130,7 @@ async fn open_closing(State(front): State<Arc<Front>>, handed_in: HandedIn) -> R
 
 async fn cancel(State(front): State<Arc<Front>>, order: Id, headers: HeaderMap) -> Result<Response, Problem> {
     let order_id = id(order)?;
-    // Its own request, not that which placed the order. A repeat finds the order cancelled.
+    // A request of its own, different from the one that placed the order. A repeat finds the order cancelled.
     let request = asked("cancel", &order_id, &headers);
     let cancel = OrderCommand::Cancel { reason: BY_CUSTOMER.into() };
     match front.counter.orders.execute(&order_id, cancel, request).await {
@@ -222,7 +222,7 @@ async fn closing_view(front: &Front, closing_id: &str, watch: Watch<'_>, is_new:
 }
 
 impl Front {
-    /// Looks at what is under this id and at its saga of this name, for so long.
+    /// Watches the paper of this id and its saga of this name, for the time given.
     fn watch<A: Aggregate>(
         &self,
         papers: &Repository<A>,
@@ -233,7 +233,7 @@ impl Front {
         self.sagas.watch(saga, stream(papers, id)?, wait)
     }
 
-    /// Takes something in under its id. What was taken in under it before is given instead, so that it can be compared.
+    /// Accepts a paper under its id. If an earlier paper has the id, returns that one, so that the two can be compared.
     async fn take_in<A: Aggregate<Event: Clone>>(
         &self,
         papers: &Repository<A>,
@@ -249,14 +249,14 @@ impl Front {
         }
         let first = match decided.events.into_iter().next() {
             Some(first) => Some(first),
-            // It was taken in by somebody who asked in another way.
+            // The paper was accepted by another command.
             None => self.events(papers, id).await?.into_iter().next().map(|(_, event)| event),
         };
         first.map(|first| Taken { first, repeated, watch }).ok_or_else(other_body)
     }
 
-    /// What was taken in under its id, with its saga, once that has settled or the watch is over. It is never behind its
-    /// saga. What is new, taken in since the watch began, has nothing to see before it is told of.
+    /// Returns the paper of this id with its saga, once the saga has settled or the watch is over. The paper is never
+    /// older than its saga. A new paper, accepted since the watch began, is not read before its end is signalled.
     async fn look<A: Aggregate>(
         &self,
         papers: &Repository<A>,
@@ -272,7 +272,7 @@ impl Front {
                     return Ok((decoded(&paper)?, view));
                 }
             }
-            // The store reads both in one go.
+            // The store reads both at once.
             let (events, view) = tokio::join!(self.events(papers, id), watch.view());
             let (events, mut view) = (events?, view?);
             let has_settled = view.as_ref().is_some_and(SagaView::has_settled);
@@ -334,8 +334,8 @@ fn problem<R: std::error::Error>(error: ExecuteError<R>) -> Problem {
     }
 }
 
-/// The same for the first time and for each repeat, but for one header: a view, where one is asked for, or a receipt. It was
-/// taken in whether or not it can be looked at now.
+/// The answer is the same for the first time and for each repeat, but for one header: a view, if the request waits, or
+/// a receipt. The paper is accepted whether or not it can be read now.
 async fn taken_in<V: Serialize>(
     resource: &str,
     id: &str,

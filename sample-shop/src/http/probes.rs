@@ -19,10 +19,10 @@ use super::{
     problem::{Problem, without_files},
 };
 
-/// How long the store may take to show that it is there.
+/// How long the store may take to answer.
 const STORE_TIME_MAX: Duration = Duration::from_secs(2);
 
-/// What the probes look at.
+/// The state that the probes inspect.
 #[derive(Clone)]
 pub struct Probes {
     pub store: Arc<dyn EventStore>,
@@ -32,7 +32,7 @@ pub struct Probes {
     pub announced: CancellationToken,
 }
 
-/// The routes.
+/// Returns the routes.
 pub fn routes(probes: Probes) -> Router {
     Router::new()
         .route("/healthz", get(healthz))
@@ -41,7 +41,7 @@ pub fn routes(probes: Probes) -> Router {
         .with_state(probes)
 }
 
-/// Whether the process should be left alone: false once a part has ended by an error, which only a restart mends.
+/// Returns whether the process is healthy. It fails once a part has ended with an error, which only a restart repairs.
 async fn healthz(State(probes): State<Probes>) -> Response {
     let failed = probes.health.parts().into_iter().find_map(|(part, state)| match state {
         PartState::Failed(reason) => Some(format!("{part} has ended: {}", without_files(&reason))),
@@ -53,7 +53,8 @@ async fn healthz(State(probes): State<Probes>) -> Response {
     }
 }
 
-/// Whether it can work now, and if not, why. What readers of the log wait for is told too; orders are taken in meanwhile.
+/// Returns whether the process can work now, and the reasons if it cannot. A writer that readers of the log wait for is
+/// reported as well; orders are accepted meanwhile.
 async fn readyz(State(probes): State<Probes>) -> Response {
     let mut reasons = Vec::new();
     if probes.announced.is_cancelled() {
@@ -71,7 +72,7 @@ async fn readyz(State(probes): State<Probes>) -> Response {
         }
     };
     let waits_for = found.waits_for.map(|writer| writer.to_string());
-    // It works, and a person must look: what other systems have received may not be in the log any more.
+    // The store works, but an operator must look: other systems may have received events that are no longer in the log.
     let lost_end = found.lost_end.map(|lost| lost.to_string());
     let mut attention = Vec::new();
     let mut parts = probes.health.parts();
@@ -83,7 +84,7 @@ async fn readyz(State(probes): State<Probes>) -> Response {
     for (part, state) in &parts {
         match state {
             PartState::Fine | PartState::Elsewhere(_) => {}
-            // Another instance would need the same person, so this one goes on taking requests.
+            // Another instance would need the same operator, so this one keeps taking requests.
             PartState::NeedsAttention(reason) => attention.push(format!("{part}: {reason}")),
             PartState::Starting => reasons.push(format!("{part} is starting")),
             PartState::Stopped => reasons.push(format!("{part} has stopped")),

@@ -9,8 +9,8 @@ use axum::{
 };
 use serde::{Deserialize, Serialize};
 
-/// What went wrong with a request. Its type is `about:blank`: the status says which kind of problem it is, the detail what to
-/// do about it.
+/// An error of a request. Its type is `about:blank`: the status says which kind of problem it is, and the detail what
+/// to do about it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Problem {
     /// Always `about:blank`.
@@ -20,21 +20,21 @@ pub struct Problem {
     pub title: String,
     /// The status.
     pub status: u16,
-    /// What was wrong, in a sentence.
+    /// What is wrong, in a sentence.
     pub detail: String,
 }
 
-/// When to come back after a 503, in seconds.
+/// The time after which a client retries a 503, in seconds.
 const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");
 
 impl Problem {
-    /// A problem of this status.
+    /// Returns a problem with this status.
     pub fn new(status: StatusCode, detail: impl Into<String>) -> Self {
         let title = status.canonical_reason().unwrap_or("Error").to_owned();
         Self { kind: "about:blank".into(), title, status: status.as_u16(), detail: detail.into() }
     }
 
-    /// The shop cannot do it now, and nothing was done: ask again with the same key.
+    /// The shop cannot answer now, and nothing was done: ask again with the same key.
     pub fn unavailable(detail: impl Into<String>) -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, detail)
     }
@@ -53,13 +53,13 @@ impl IntoResponse for Problem {
     }
 }
 
-/// What stands for the name of a file.
+/// Replaces the name of a file.
 const HIDDEN: &str = "…";
-/// The ends of names that are files even without a folder.
+/// Endings that mark a name as a file even without a folder.
 const EXTENSIONS: [&str; 12] =
     [".db", ".db-wal", ".db-shm", ".db-journal", ".sqlite", ".sqlite3", ".csv", ".pem", ".crt", ".key", ".conf", ".rs"];
 
-/// An error of the store, of the bus or of the system, without the names of files that it may have: clients learn nothing of the
+/// Formats an error of the store, the bus or the system without the file names in it: clients learn nothing about the
 /// server's disk.
 pub fn without_files(error: &impl Display) -> String {
     let is_end = |c: char| c.is_whitespace() || "\"'`()[]{}<>,;=".contains(c);
@@ -82,14 +82,15 @@ pub fn without_files(error: &impl Display) -> String {
     shown
 }
 
-/// Whether a word names a file: an absolute or relative path, a quoted path as PostgreSQL has it, a name with the ending of a file.
+/// Whether a word names a file: an absolute or relative path, a path in quotes as PostgreSQL writes it, or a name with
+/// the ending of a file.
 fn is_file(word: &str, is_quoted: bool) -> bool {
     let is_drive =
         |word: &str| word.len() > 2 && word.as_bytes()[0].is_ascii_alphabetic() && word[1..].starts_with(":\\");
     if word.contains("://") {
         return false;
     }
-    // `src/main.rs:12:5`, as a panic says it.
+    // A place such as `src/main.rs:12:5`, as panics print it.
     let name = word.trim_end_matches(|c: char| c == ':' || c.is_ascii_digit());
     let starts = ["/", "./", "../", "~/", "\\\\", "sqlite:", "file:"];
     word.len() > 1

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::api::{Moment, SagaView};
 
-/// The most events of a saga that are shown. One that repeats its steps for ever has more.
+/// The most events of a saga that are shown. A saga that repeats its steps for ever has more.
 const TIMELINE_MAX: usize = 1_000;
 
 /// The sagas of the order service.
@@ -25,11 +25,11 @@ const TIMELINE_MAX: usize = 1_000;
 pub struct Sagas {
     pub store: Arc<dyn EventStore>,
     pub follower: Follower,
-    /// Nothing is waited for any more.
+    /// Cancelled when no request may wait any more.
     pub over: CancellationToken,
 }
 
-/// Somebody who looks at a saga, and may wait for its end.
+/// A request that watches a saga, and may wait for its end.
 pub struct Watch<'s> {
     sagas: &'s Sagas,
     until: Instant,
@@ -37,7 +37,7 @@ pub struct Watch<'s> {
 }
 
 impl Sagas {
-    /// Looks at the saga of this name about what is in the stream `paper`, for so long.
+    /// Watches the saga of this name for the paper in the stream `paper`, for the time given.
     pub fn watch(&self, saga: &str, paper: StreamId, wait: Duration) -> Result<Watch<'_>, Problem> {
         let stream = StreamId::new(&format!("saga.{saga}"), paper.id());
         let stream = stream.map_err(|error| Problem::new(StatusCode::BAD_REQUEST, error.to_string()))?;
@@ -47,12 +47,12 @@ impl Sagas {
 }
 
 impl Watch<'_> {
-    /// Whether its time is over.
+    /// Returns whether the time of the watch is over.
     pub fn is_over(&self) -> bool {
         self.until <= Instant::now()
     }
 
-    /// Waits for its end, or until somebody has to see to it. False when the time is over, or the service stops.
+    /// Waits until the saga has ended or needs an operator. Returns false if the time is over or the service stops.
     pub async fn end(&self) -> bool {
         tokio::select! {
             ended = timeout_at(self.until, self.followed.ended()) => ended.is_ok(),
@@ -60,18 +60,18 @@ impl Watch<'_> {
         }
     }
 
-    /// All that has happened up to the end that was told, if this began to look before it.
+    /// Returns all events up to the end that was signalled, if the watch began before the first event.
     pub fn whole(&self) -> Option<Whole> {
         self.followed.whole()
     }
 
-    /// The saga as it is now; `None` if it has not started.
+    /// Returns the saga as it is now; `None` if it has not started.
     pub async fn view(&self) -> Result<Option<SagaView>, Problem> {
         let events = self.sagas.store.read_stream(&self.followed.saga, Version::START, TIMELINE_MAX).await;
         self.view_of(&events.map_err(|error| Problem::unavailable(without_files(&error)))?)
     }
 
-    /// The saga after these, which are all its events.
+    /// Returns the saga after `events`, which are all its events.
     pub fn view_of(&self, events: &[impl Borrow<Recorded>]) -> Result<Option<SagaView>, Problem> {
         let (mut timeline, mut last) = (Vec::with_capacity(events.len()), None::<Progress>);
         for event in events.iter().map(Borrow::borrow) {
@@ -89,7 +89,7 @@ impl Watch<'_> {
             };
             let reason = reason.map(|reason| without_files(&reason));
             let progress = happened.progress().clone();
-            // A reply is about the step that the saga was at before it.
+            // A reply is about the step at which the saga was before it.
             let step = last.as_ref().map_or(&progress.step, |before| &before.step).clone();
             let (at, event) = (event.recorded_at, event.type_name.to_string());
             timeline.push(Moment { at, event, step, outcome, reason, status: name(progress.status) });

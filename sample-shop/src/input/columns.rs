@@ -1,6 +1,6 @@
 use super::record::Record;
 
-/// The columns that the shop reads. `Description` and `Country` are nothing to it, but a file without them is not this file.
+/// The columns of the data set. The shop ignores `Description` and `Country`, but a file without them is not this file.
 const NAMES: [&str; 8] =
     ["InvoiceNo", "StockCode", "Description", "Quantity", "InvoiceDate", "UnitPrice", "CustomerID", "Country"];
 
@@ -8,7 +8,7 @@ pub(super) fn names() -> String {
     NAMES.join(", ")
 }
 
-/// Where each column stands, by its name in the header.
+/// The position of each column, by its name in the header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Columns {
     pub number: usize,
@@ -17,12 +17,12 @@ pub(super) struct Columns {
     pub date: usize,
     pub price: usize,
     pub customer: usize,
-    /// How many there are, with those the shop does not know.
+    /// The number of columns, including those that the shop does not know.
     pub count: usize,
 }
 
 impl Columns {
-    /// Reads the header, or says what is wrong with it.
+    /// Reads the header, or returns what is wrong with it.
     pub fn of(header: &Record) -> Result<Self, String> {
         if let Some(flaw) = header.flaw {
             return Err(flaw.to_owned());
@@ -57,8 +57,8 @@ impl Columns {
     }
 }
 
-/// The name that the shop knows a column by: case and blanks do not count, and the second edition of the data set has two names of
-/// its own.
+/// Returns the shop's name of a column: case and blanks do not count, and the second edition of the data set has two
+/// names of its own.
 fn known(header: &str) -> Option<&'static str> {
     let plain: String = header.chars().filter(|c| !c.is_whitespace()).collect();
     let name = match &*plain.to_ascii_lowercase() {

@@ -14,11 +14,11 @@ use super::{
 
 const BUFFER_BYTES: usize = 128 * 1024;
 
-/// A CSV file of invoices, looked through once when it is opened.
+/// A CSV file of invoices, scanned once when it is opened.
 ///
-/// Opening finds the invoices whose rows do not stand together. Without that, the first rows of such an invoice would be
-/// an order before anybody knew of the others. It holds every invoice number once while it looks, about 100 bytes each
-/// (2.5 MB for the 25,900 invoices of the full data set), and afterwards only those that do not stand together; reading
+/// Opening finds the invoices whose rows are not contiguous. Otherwise the first rows of such an invoice would become
+/// an order before the reader knew of the others. The scan holds every invoice number, about 100 bytes each (2.5 MB for
+/// the 25,900 invoices of the full data set); afterwards only the invoices that are not contiguous are kept. Reading
 /// then holds one invoice.
 #[derive(Clone, Debug)]
 pub struct CsvFile {
@@ -27,12 +27,12 @@ pub struct CsvFile {
     modified: Option<SystemTime>,
     columns: Columns,
     invoices: u64,
-    /// Where the first rows of each invoice stand whose rows do not stand together.
+    /// The first line of each invoice whose rows are not contiguous.
     scattered: Arc<HashMap<String, u64>>,
 }
 
-/// Opens a CSV file of invoices: columns by name, with or without a byte order mark, lines ending in LF or CRLF, in UTF-8 or
-/// Windows-1252.
+/// Opens a CSV file of invoices: columns by name, with or without a byte order mark, lines that end in LF or CRLF, in
+/// UTF-8 or Windows-1252.
 pub fn read_csv(path: impl AsRef<Path>) -> Result<CsvFile, InputError> {
     let path = path.as_ref();
     let (file, bytes, modified) = open(path)?;
@@ -70,22 +70,22 @@ pub fn read_csv(path: impl AsRef<Path>) -> Result<CsvFile, InputError> {
 }
 
 impl CsvFile {
-    /// Its size.
+    /// The size of the file in bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// How many invoice numbers it has, with those that will be left out.
+    /// The number of invoice numbers, including those of invoices that will be left out.
     pub fn len(&self) -> u64 {
         self.invoices
     }
 
-    /// Whether it has a header and nothing else.
+    /// Whether the file has a header and nothing else.
     pub fn is_empty(&self) -> bool {
         self.invoices == 0
     }
 
-    /// Reads it from the start.
+    /// Reads the file from the start.
     pub fn invoices(&self) -> Result<FileInvoices, InputError> {
         let (file, bytes, modified) = open(&self.path)?;
         if (bytes, modified) != (self.bytes, self.modified) {
@@ -109,7 +109,7 @@ impl CsvFile {
 
 fn open(path: &Path) -> Result<(File, u64, Option<SystemTime>), InputError> {
     let unreadable = |source| InputError::Unreadable { path: path.to_owned(), source };
-    // Asked before opening: to open a pipe waits for whoever writes to it.
+    // Checked before opening: opening a pipe waits for its writer.
     if !std::fs::metadata(path).map_err(unreadable)?.is_file() {
         return Err(InputError::NotAFile { path: path.to_owned() });
     }
@@ -129,9 +129,9 @@ fn read(
 
 /// The invoices of a file, in its order, with a report for each malformed row.
 ///
-/// An invoice with a malformed row is left out whole, and so is one whose rows do not stand together: there is never half
-/// an order. Where a row's invoice number cannot be read, it may belong to the invoice above it or below it, and both are
-/// left out. [`rows`](Self::rows) counts all of this.
+/// An invoice with a malformed row is left out whole, and so is an invoice whose rows are not contiguous: there is
+/// never half an order. A row whose invoice number cannot be read may belong to the invoice above or below it, and both
+/// are left out. [`rows`](Self::rows) counts all of this.
 #[derive(Debug)]
 pub struct FileInvoices {
     file: CsvFile,
@@ -139,24 +139,24 @@ pub struct FileInvoices {
     record: Record,
     rows: Rows,
     draft: Option<Draft>,
-    /// Since the last row of the draft there was a row without a readable number.
+    /// Whether a row without a readable number followed the last row of the draft.
     unknown_above: bool,
     ready: VecDeque<Result<Invoice, ReadError>>,
     ended: bool,
 }
 
 impl FileInvoices {
-    /// What became of the rows read so far.
+    /// The outcome of the rows read so far.
     pub fn rows(&self) -> &Rows {
         &self.rows
     }
 
-    /// How many bytes of the file were read so far.
+    /// The number of bytes of the file that were read so far.
     pub fn bytes_read(&self) -> u64 {
         self.lines.bytes()
     }
 
-    /// Takes the next row in; false at the end.
+    /// Reads the next row; returns false at the end.
     fn step(&mut self) -> Result<bool, InputError> {
         if !read(&self.file.path, &mut self.lines, &mut self.record, self.file.columns.count)? {
             if self.lines.bytes() != self.file.bytes {
@@ -188,7 +188,7 @@ impl FileInvoices {
         Ok(true)
     }
 
-    /// Makes sure that the draft is of this invoice.
+    /// Makes sure that the draft is for this invoice.
     fn turn_to(&mut self, number: &str, line: u64) {
         let unknown_above = std::mem::take(&mut self.unknown_above);
         if self.draft.as_ref().is_some_and(|draft| draft.number == number) {
@@ -202,7 +202,7 @@ impl FileInvoices {
         self.draft = Some(draft);
     }
 
-    /// Takes the row into the draft, or says what is wrong with it.
+    /// Adds the row to the draft, or returns what is wrong with it.
     fn take(&mut self, line: u64) -> Option<String> {
         let draft = self.draft.as_mut()?;
         if let Some(first) = self.file.scattered.get(&draft.number).filter(|first| **first != draft.first_line) {
@@ -214,10 +214,10 @@ impl FileInvoices {
         row::parse(&self.record, &self.file.columns).and_then(|row| draft.take(line, row)).err()
     }
 
-    /// Makes of the draft what it is, or counts it as left out.
+    /// Turns the draft into an invoice, or counts it as left out.
     fn close(&mut self) {
         let Some(draft) = self.draft.take() else { return };
-        // Of an invoice whose rows do not stand together, the first rows count it.
+        // An invoice whose rows are not contiguous is counted once, with its first rows.
         let again = self.file.scattered.get(&draft.number).is_some_and(|first| *first != draft.first_line);
         let (flawed, sound) = (draft.flawed, draft.sound);
         if flawed {

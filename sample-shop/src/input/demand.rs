@@ -4,10 +4,11 @@ use rust_decimal::Decimal;
 
 use super::Invoice;
 
-/// How many units of each SKU an input takes out of stock. SKUs of which it takes none are not in it.
+/// The units of each SKU that an input takes out of stock. Contains no SKU of which the input takes none.
 pub type Demand = BTreeMap<String, u64>;
 
-/// Sums what orders and write-offs take. What comes back, or is found, is not set off: it may come too late.
+/// Sums the units that orders and write-offs take. Units that come back or are found do not count: they may come too
+/// late.
 pub fn demand(invoices: impl IntoIterator<Item = Invoice>) -> Demand {
     let mut demand = Demand::new();
     for invoice in invoices {
@@ -32,39 +33,39 @@ pub(super) fn add(demand: &mut Demand, invoice: &Invoice) {
     }
 }
 
-/// How many times the demand each SKU starts with.
+/// The ratio of the opening stock of each SKU to its demand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StockFactor(Decimal);
 
 /// What is wrong with a stock factor.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StockFactorError {
-    /// Not a decimal number.
+    /// The text is not a decimal number.
     #[error("not a decimal number such as 0.9")]
     NotANumber,
-    /// Zero or below, or above [`StockFactor::MAX`].
+    /// The factor is zero or below, or above [`StockFactor::MAX`].
     #[error("must be above 0 and at most {}", StockFactor::MAX)]
     OutOfRange,
-    /// More than [`StockFactor::DECIMALS_MAX`] decimals.
+    /// The factor has more than [`StockFactor::DECIMALS_MAX`] decimals.
     #[error("must have at most {} decimals", StockFactor::DECIMALS_MAX)]
     TooFine,
 }
 
 impl StockFactor {
-    /// Just as much as the input takes.
+    /// Exactly the units that the input takes.
     pub const ONE: Self = Self(Decimal::ONE);
-    /// The highest factor; more than enough of everything.
+    /// The highest factor; more than enough stock of every SKU.
     pub const MAX: u32 = 1_000_000;
     /// The finest factor. With [`StockFactor::MAX`] it has at most 50 bits, so that its product with 64 bits is exact.
     pub const DECIMALS_MAX: u32 = 9;
 
-    /// This many times `units`, rounded up, exact; at most `u64::MAX`.
+    /// Returns `units` times the factor, exact and rounded up; at most `u64::MAX`.
     pub fn of(self, units: u64) -> u64 {
         let parts = self.0.mantissa().unsigned_abs() * u128::from(units);
         u64::try_from(parts.div_ceil(10_u128.pow(self.0.scale()))).unwrap_or(u64::MAX)
     }
 
-    /// The stock that a shop with this demand starts with.
+    /// Returns the stock that a shop with this demand starts with.
     pub fn stock(self, demand: &Demand) -> BTreeMap<String, u64> {
         demand.iter().map(|(sku, units)| (sku.clone(), self.of(*units))).collect()
     }
@@ -115,7 +116,7 @@ mod tests {
         // In binary floating point 1.1 * 10 is 11.000000000000002, and would be rounded up to 12.
         assert_eq!(of("1.1", 10), Ok(11));
         assert_eq!(of("0.07", 100), Ok(7));
-        // Beyond the 53 bits of a double.
+        // The number exceeds the 53 bits of a double.
         assert_eq!(of("1.000000001", 9_007_199_254_740_993), Ok(9_007_199_263_748_193));
         assert_eq!(of("1000000", u64::MAX), Ok(u64::MAX));
         assert_eq!(of("2", 0), Ok(0));

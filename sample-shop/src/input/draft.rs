@@ -3,15 +3,15 @@ use rust_decimal::Decimal;
 use super::{Invoice, Line, row::Row};
 use crate::order::LINES_MAX;
 
-/// The rows of one invoice number that stand together, until it is known what they make.
+/// Contiguous rows of one invoice number, until all are read.
 #[derive(Debug)]
 pub(super) struct Draft {
     pub number: String,
-    /// Where its first row stands.
+    /// The line of its first row.
     pub first_line: u64,
-    /// A row of it is malformed, so nothing will be made of the others.
+    /// A row is malformed, so the others do not become an invoice.
     pub flawed: bool,
-    /// Its rows that are not malformed.
+    /// The number of rows that are not malformed.
     pub sound: u64,
     customer: Option<String>,
     lines: Vec<DraftLine>,
@@ -25,7 +25,7 @@ struct DraftLine {
     price: Decimal,
 }
 
-/// Lines of the file and what is wrong with them.
+/// Lines of the file, each with its fault.
 pub(super) type Faults = Vec<(u64, String)>;
 
 impl Draft {
@@ -33,13 +33,13 @@ impl Draft {
         Self { number: number.to_owned(), first_line, flawed: false, sound: 0, customer: None, lines: Vec::new() }
     }
 
-    /// Nothing will be made of it: drops what it holds.
+    /// Marks the draft as flawed, and drops its rows.
     pub fn spoil(&mut self) {
         self.flawed = true;
         self.lines = Vec::new();
     }
 
-    /// Takes a row in, or says what is wrong with it.
+    /// Adds a row, or returns what is wrong with it.
     pub fn take(&mut self, at: u64, row: Row<'_>) -> Result<(), String> {
         if !self.flawed {
             if self.lines.is_empty() {
@@ -61,7 +61,7 @@ impl Draft {
         Ok(())
     }
 
-    /// Says what the rows make. They are all there, and none is malformed in itself.
+    /// Returns the invoice that the rows make. All rows are there, and each is well formed.
     pub fn finish(self) -> Result<Invoice, Faults> {
         let faults = |wrong: fn(&&DraftLine) -> bool, reason: &str| -> Faults {
             self.lines.iter().filter(wrong).map(|line| (line.at, reason.to_owned())).collect()
@@ -78,7 +78,7 @@ impl Draft {
             let lines = self.lines.into_iter().map(|line| (line.sku, line.quantity)).collect();
             return Ok(Invoice::Adjustment { id: self.number, lines });
         }
-        // No price is below zero, so a total below zero has such a line as well.
+        // No price is negative, so a negative total implies a line with a negative quantity as well.
         let faults = faults(|line| line.quantity < 0, "the quantity of an order must be above zero");
         if !faults.is_empty() {
             return Err(faults);
@@ -89,7 +89,7 @@ impl Draft {
 
 fn priced(lines: Vec<DraftLine>) -> Vec<Line> {
     let line = |DraftLine { sku, quantity, price, .. }| {
-        // A row's quantity has 32 bits without its sign, so this never saturates.
+        // A row's quantity has 32 bits without its sign, so the conversion never saturates.
         let quantity = u32::try_from(i64::unsigned_abs(quantity)).unwrap_or(u32::MAX);
         Line { sku, quantity, unit_price: price }
     };

@@ -3,37 +3,37 @@ use std::{io, path::PathBuf};
 /// The input as a whole cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum InputError {
-    /// It is not there, may not be read, or broke off while it was read. Nothing was made of its unread rest.
+    /// The file does not exist, may not be read, or broke off while it was read. The unread rest was not used.
     #[error("{}: {source}", path.display())]
     Unreadable {
         /// The file.
         path: PathBuf,
-        /// What the operating system said.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// A directory, a pipe or a device. The input is read more than once, so it must be a regular file.
+    /// The path is a directory, a pipe or a device. The input is read more than once, so it must be a regular file.
     #[error("{} is not a regular file; the input is read more than once", path.display())]
     NotAFile {
         /// The path given.
         path: PathBuf,
     },
-    /// Not even a header.
+    /// The file has not even a header.
     #[error("{} is empty; its first line must name the columns {}", path.display(), super::columns::names())]
     Empty {
         /// The file.
         path: PathBuf,
     },
-    /// The first line names too few columns, or one twice, or is no CSV.
+    /// The first line lacks columns, names a column twice, or is not CSV.
     #[error("{}:{line}: {reason}; the first line must name the columns {}", path.display(), super::columns::names())]
     Header {
         /// The file.
         path: PathBuf,
-        /// Where it stands: the first line that is not blank.
+        /// The line of the header: the first line that is not blank.
         line: u64,
         /// What is wrong.
         reason: String,
     },
-    /// The file is not what it was when it was opened. Start again when nobody writes to it.
+    /// The file changed after it was opened. Start again when no other program writes to it.
     #[error("{} changed while it was in use", path.display())]
     Changed {
         /// The file.
@@ -41,25 +41,25 @@ pub enum InputError {
     },
 }
 
-/// A row that no invoice can be made of. Its whole invoice is left out; the rows after it are read on.
+/// A row that cannot become part of an invoice. Its whole invoice is left out; reading continues after it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{}:{line}: {reason}", file.display())]
 pub struct RowError {
     /// The file, as it was given.
     pub file: PathBuf,
-    /// The physical line the row starts on; the header is line 1.
+    /// The physical line on which the row starts; the header is line 1.
     pub line: u64,
-    /// What is wrong, for a person.
+    /// What is wrong, for people.
     pub reason: String,
 }
 
-/// What a reader meets instead of an invoice.
+/// The error that a reader returns in place of an invoice.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
-    /// One row is wrong: report it and go on.
+    /// One row is wrong: report it and continue.
     #[error(transparent)]
     Row(#[from] RowError),
-    /// The input broke off: it was the last item, and what was read of the open invoice is dropped.
+    /// The input broke off. This is the last item, and the unfinished invoice is dropped.
     #[error(transparent)]
     Input(#[from] InputError),
 }

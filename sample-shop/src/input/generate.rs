@@ -11,13 +11,13 @@ const LINES_MAX: usize = 3;
 const QUANTITY_MAX: u32 = 5;
 const PENNIES_MIN: i64 = 50;
 const PENNIES_MAX: i64 = 49_99;
-/// The weight of the most popular SKU; the others divide it by their rank.
+/// The weight of the most popular SKU. The weight of each other SKU is this, divided by its rank.
 const WEIGHT: u64 = 1_000_000_000;
 
-/// Orders out of a seed: the same seed, the same orders, on every machine.
+/// Orders generated from a seed: the same seed gives the same orders on every machine.
 ///
-/// Few SKUs are popular and many are not, as in a real shop (Zipf's law, exponent 1: the SKU of rank n is ordered 1/n as
-/// often as the first). One customer in ten is a guest.
+/// Few SKUs are popular and many are not, as in a real shop (Zipf's law, exponent 1: the SKU of rank n is ordered 1/n
+/// as often as the first). One customer in ten is a guest.
 #[derive(Clone, Debug)]
 pub struct Generated {
     seed: u64,
@@ -25,11 +25,11 @@ pub struct Generated {
     made: u64,
     random: Rng,
     prices: Vec<Decimal>,
-    /// The summed weights of the SKUs up to each rank. Whole numbers, so that no rounding differs between machines.
+    /// The sums of the weights of the SKUs up to each rank. Whole numbers, so that machines do not round differently.
     ranks: Vec<u64>,
 }
 
-/// Makes `count` orders out of `seed`.
+/// Generates `count` orders from `seed`.
 pub fn generate(count: u64, seed: u64) -> Generated {
     let mut random = Rng::with_seed(seed);
     let prices = (0..SKUS).map(|_| Decimal::new(random.i64(PENNIES_MIN..=PENNIES_MAX), 2)).collect();
@@ -63,8 +63,8 @@ impl Iterator for Generated {
             return None;
         }
         self.made += 1;
-        // Of one width, like the numbers of real invoices: then the ids sort as they were given out, and what is written
-        // together stands together in an index.
+        // All ids have the same width, like the numbers of real invoices: the ids then sort in the order of their
+        // creation, and events that are written together are neighbours in an index.
         let id = format!("g{}-{:06}", self.seed, self.made);
         let guest = self.random.u8(0..10) == 0;
         let customer = self.random.u64(1..=CUSTOMERS);

@@ -5,9 +5,10 @@ use std::{
 
 use super::record::{Record, Split};
 
-/// Longest physical line that is kept; the rows of the source have at most 110 bytes. What is longer is skipped unread.
+/// The longest physical line that is kept; the rows of the source have at most 110 bytes. The rest of a longer line is
+/// skipped unread.
 const LINE_BYTES_MAX: usize = 65_536;
-/// How many lines a quoted field may go on for. A quote that is not closed by then is taken as a fault of its own line.
+/// The most further lines of a quoted field. If the quote is not closed by then, its own line is at fault.
 const CONTINUATION_LINES_MAX: usize = 16;
 
 const TOO_LONG: &str = "longer than 65,536 bytes";
@@ -21,11 +22,11 @@ struct Physical {
     too_long: bool,
 }
 
-/// The records of a CSV file with the physical lines they start on. Blank lines are none, and neither are lines of nothing but
-/// commas, which spreadsheets write for empty rows.
+/// The records of a CSV file with the physical lines on which they start. Blank lines are not records, and neither are
+/// lines that hold only commas, which spreadsheets write for empty rows.
 ///
-/// A record may span lines inside quotes. Where the quotes do not close, or close to something that is no row, only the
-/// line with the open quote is flawed, and the lines after it are read as if it were not there.
+/// A record may span lines inside quotes. If the quotes do not close, or close to a record that is not a row, only the
+/// line with the open quote is flawed, and the lines after it are read without it.
 #[derive(Debug)]
 pub(super) struct Lines<R> {
     reader: R,
@@ -39,12 +40,12 @@ impl<R: BufRead> Lines<R> {
         Self { reader, line: 0, bytes: 0, ahead: VecDeque::new() }
     }
 
-    /// How many bytes were read.
+    /// The number of bytes that were read.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// Reads the next record, which has `columns` fields if it spans lines; false at the end.
+    /// Reads the next record; returns false at the end. A record that spans lines must have `columns` fields.
     pub fn read(&mut self, record: &mut Record, columns: usize) -> io::Result<bool> {
         let first = loop {
             let Some(physical) = self.take()? else { return Ok(false) };
@@ -66,7 +67,8 @@ impl<R: BufRead> Lines<R> {
         Ok(true)
     }
 
-    /// Looks for the lines that close the quote of `start`. Takes them if they make a row, leaves them if not.
+    /// Looks for the lines that close the quote of `start`. Consumes them if they make a row, and leaves them
+    /// otherwise.
     fn go_on(&mut self, record: &mut Record, start: &[u8], columns: usize) -> io::Result<bool> {
         let mut joined = start.to_vec();
         for lines in 1..=CONTINUATION_LINES_MAX {
@@ -118,7 +120,7 @@ impl<R: BufRead> Lines<R> {
             any = true;
             let newline = available.iter().position(|b| *b == b'\n');
             let text = &available[..newline.unwrap_or(available.len())];
-            // What is too long keeps its start: the invoice number stands there.
+            // A line that is too long keeps its start, which holds the invoice number.
             let room = LINE_BYTES_MAX - physical.bytes.len();
             physical.too_long |= text.len() > room;
             physical.bytes.extend_from_slice(&text[..text.len().min(room)]);
@@ -146,7 +148,7 @@ mod tests {
 
     use super::*;
 
-    /// Line, first field and flaw of each record of a file of two columns, read through a buffer of five bytes.
+    /// Returns line, first field and flaw of each record of a file of two columns, read through a buffer of five bytes.
     fn records(text: &[u8]) -> Vec<(u64, String, Option<&'static str>)> {
         let mut lines = Lines::new(BufReader::with_capacity(5, text));
         let mut record = Record::default();
@@ -190,7 +192,7 @@ mod tests {
         let flawed = (1, "a".to_owned(), Some(OPEN_QUOTE));
         assert_eq!(records(b"a,\"b\nc,d\ne,f\n"), [flawed.clone(), sound(2, "c"), sound(3, "e")]);
         assert_eq!(records(b"a,\"b\nc,\"d\"\ne,f\n"), [flawed.clone(), sound(2, "c"), sound(3, "e")]);
-        // The quote closes, but not to a row of two columns.
+        // The quote closes, but the record does not have two columns.
         let found = records(b"a,\"b\nc\",d\ne,f\n");
         assert_eq!((&found[0], found[1].0, &found[2]), (&flawed, 2, &sound(3, "e")));
         let far = format!("a,\"b\n{}\"\n", "c,d\n".repeat(20));

@@ -1,9 +1,9 @@
 /// The fields of one CSV record, decoded, in one buffer that the next record reuses.
 #[derive(Debug, Default)]
 pub(super) struct Record {
-    /// The physical line it starts on.
+    /// The physical line on which the record starts.
     pub line: u64,
-    /// Why its fields are not all there, if they are not; those before the fault are.
+    /// Why some fields are missing, if any are. The fields before the fault are present.
     pub flaw: Option<&'static str>,
     /// Whether a field is not UTF-8, and was read as Windows-1252.
     pub recoded: bool,
@@ -11,39 +11,40 @@ pub(super) struct Record {
     ends: Vec<usize>,
 }
 
-/// What Windows-1252 has in the bytes 0x80 to 0x9f; all others are the code points of the same number, as in Latin-1.
+/// The characters of Windows-1252 for the bytes 0x80 to 0x9f. All other bytes are the code points of the same number,
+/// as in Latin-1.
 const WINDOWS_1252: &str = "€\u{81}‚ƒ„…†‡ˆ‰Š‹Œ\u{8d}Ž\u{8f}\u{90}‘’“”•–—˜™š›œ\u{9d}žŸ";
 
-/// How far a record could be split.
+/// How far a record was split.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Split {
-    /// To its end.
+    /// The record was split to its end.
     Whole,
-    /// It ends inside quotes.
+    /// The record ends inside quotes.
     Open,
-    /// It is no CSV.
+    /// The record is not CSV.
     Flawed(&'static str),
 }
 
 const BARE_QUOTE: &str = "a quote inside a field must be doubled, and the field must stand in quotes";
 
 impl Record {
-    /// How many fields were decoded.
+    /// The number of fields that were decoded.
     pub fn len(&self) -> usize {
         self.ends.len()
     }
 
-    /// The field at this place, if it was decoded.
+    /// Returns the field at this position, if it was decoded.
     pub fn get(&self, at: usize) -> Option<&str> {
         let end = *self.ends.get(at)?;
         let start = if at == 0 { 0 } else { self.ends[at - 1] };
         self.text.get(start..end)
     }
 
-    /// Splits `bytes`, which hold no line ending but those inside quotes.
+    /// Splits `bytes`, which hold line endings inside quotes only.
     ///
-    /// By hand and not by the `csv` crate, which takes a stray quote as text, or as the start of a field that goes on to
-    /// the next quote of the file however far that is; here one bad row must cost no other row.
+    /// The `csv` crate does not fit: it takes a stray quote as text, or as the start of a field that extends to the
+    /// next quote of the file, however far away. Here one bad row must not cost any other row.
     pub fn split(&mut self, bytes: &[u8]) -> Split {
         self.text.clear();
         self.ends.clear();
@@ -78,7 +79,7 @@ impl Record {
         Ok(end)
     }
 
-    /// Returns how many bytes the field takes, with its closing quote.
+    /// Returns the number of bytes of the field, with its closing quote.
     fn quoted(&mut self, bytes: &[u8]) -> Result<usize, Split> {
         let mut from = 0;
         loop {
@@ -95,7 +96,7 @@ impl Record {
         }
     }
 
-    /// Text of old spreadsheets is in Windows-1252, whose non-ASCII letters are hardly ever valid UTF-8.
+    /// Old spreadsheets write text in Windows-1252, whose non-ASCII letters are hardly ever valid UTF-8.
     fn push(&mut self, bytes: &[u8]) {
         match std::str::from_utf8(bytes) {
             Ok(text) => self.text.push_str(text),
@@ -144,7 +145,7 @@ mod tests {
     #[test]
     fn text_that_is_not_utf_8_is_windows_1252() {
         check(b"1,\xa340 \x80 \x9f,\"caf\xe9 \"\"\x93x\x94\"\"\"", Split::Whole, &["1", "£40 € Ÿ", "café \"“x”\""]);
-        // Each field for itself.
+        // Each field is decoded separately.
         check(b"\xc3\xa9,\xe9", Split::Whole, &["é", "é"]);
         let mut record = Record::default();
         record.split(b"a,\xa3");

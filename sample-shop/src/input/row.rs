@@ -3,18 +3,21 @@ use rust_decimal::Decimal;
 
 use super::{columns::Columns, record::Record};
 
-/// Longest id that is taken: invoice number, SKU or customer. With a category before it, it still fits a stream id.
+/// The longest id that is accepted: invoice number, SKU or customer. With a category before it, it still fits a stream
+/// id.
 const ID_BYTES_MAX: usize = 200;
-/// Most digits before the point of a price. Times a quantity of 32 bits, four decimals and [`LINES_MAX`](crate::order::LINES_MAX) lines, a total has
-/// at most 27 digits, and a `Decimal` holds 28: no total can overflow or be rounded.
+/// The most digits before the point of a price. Multiplied by a quantity of 32 bits, four decimals and
+/// [`LINES_MAX`](crate::order::LINES_MAX) lines, a total has at most 27 digits, and a `Decimal` holds 28: no total can
+/// overflow or be rounded.
 const PRICE_DIGITS_MAX: usize = 9;
-/// Most digits after the point of a price: money has at most four, in any currency. More is the trace of a float.
+/// The most digits after the point of a price: money has at most four, in any currency. More digits are the trace of a
+/// float.
 const PRICE_DECIMALS_MAX: usize = 4;
 
-/// How spreadsheets write times in the United States.
+/// The format of times in spreadsheets from the United States.
 const MONTH_FIRST: [&str; 4] = ["%m/%d/%Y %H:%M", "%m/%d/%Y %H:%M:%S", "%m/%d/%Y %I:%M %p", "%m/%d/%Y %I:%M:%S %p"];
 
-/// What one sound row says, without its invoice number.
+/// The content of a sound row, without its invoice number.
 #[derive(Debug, PartialEq)]
 pub(super) struct Row<'a> {
     pub sku: &'a str,
@@ -24,9 +27,9 @@ pub(super) struct Row<'a> {
     pub customer: Option<&'a str>,
 }
 
-/// The invoice number of a row, or why nobody can say what it is.
+/// Returns the invoice number of a row, or why it cannot be read.
 ///
-/// A row with too few or too many fields is still known by its number if that is the first column, where nothing can
+/// The number of a row with too few or too many fields is still known if it is in the first column, where nothing can
 /// have moved it.
 pub(super) fn number<'a>(record: &'a Record, columns: &Columns) -> Result<&'a str, String> {
     let moved = record.flaw.is_none() && record.len() != columns.count && columns.number > 0;
@@ -60,7 +63,7 @@ fn flaw(record: &Record, columns: &Columns) -> Option<String> {
     (record.len() != columns.count).then(|| format!("{} columns instead of {}", record.len(), columns.count))
 }
 
-/// Text for a message: what is wrong with a field may be its length.
+/// Quotes text for a message. The length of a field may be what is wrong with it.
 fn quoted(text: &str) -> String {
     const CHARACTERS_MAX: usize = 40;
     let mut start: String = text.chars().take(CHARACTERS_MAX).collect();
@@ -123,10 +126,10 @@ fn price(text: &str) -> Result<Decimal, String> {
     text.parse().map_err(|_| wrong())
 }
 
-/// `2010-12-01`, `2010-12-01T08:26`, with seconds, with a fraction of them, with an offset; a blank may stand for the `T`. Or as
-/// the data set was published: `12/1/2010 8:26`, the month first.
+/// Checks a date: `2010-12-01`, `2010-12-01T08:26`, with seconds, with a fraction of them, with an offset; a blank may
+/// stand for the `T`. The format of the published data set is accepted too: `12/1/2010 8:26`, the month first.
 ///
-/// The shop needs no date, but a field that should hold one and does not is a sign that the columns are not what they say.
+/// The shop needs no date, but a date column without dates is a sign that the columns are not what their names say.
 fn date(text: &str) -> Result<(), String> {
     let shaped = |shape: &str| {
         text.len() >= shape.len()

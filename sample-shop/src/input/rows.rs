@@ -2,15 +2,15 @@ use serde::Serialize;
 
 use super::{Invoice, RowError};
 
-/// How many messages about malformed rows are kept.
+/// The most messages about malformed rows that are kept.
 pub const MESSAGES_MAX: usize = 10;
 
 /// Invoices, and the rows they came from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Tally {
-    /// How many invoices.
+    /// The number of invoices.
     pub invoices: u64,
-    /// How many rows they have.
+    /// The number of their rows.
     pub rows: u64,
 }
 
@@ -21,19 +21,19 @@ impl Tally {
     }
 }
 
-/// What became of the rows read so far: at the end `read` is the sum of the rows of all others.
+/// The outcome of the rows read so far: at the end `read` is the sum of all the other rows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rows {
-    /// How many rows were read; the header is none.
+    /// The number of rows that were read, without the header.
     pub read: u64,
-    /// Became orders.
+    /// Invoices that became orders.
     pub orders: Tally,
-    /// Became returns.
+    /// Invoices that became returns.
     pub returns: Tally,
-    /// Became adjustments.
+    /// Invoices that became adjustments.
     pub adjustments: Tally,
-    /// Left out: the invoices with a malformed row, or beside a row whose invoice number cannot be read, or whose rows do
-    /// not stand together; and of their rows those that are sound.
+    /// Invoices that were left out: they have a malformed row, are next to a row whose invoice number cannot be read,
+    /// or their rows are not contiguous. Counts only their sound rows.
     pub left_out: Tally,
     /// Rows that are not UTF-8, and were read as Windows-1252.
     pub recoded: u64,
@@ -44,12 +44,12 @@ pub struct Rows {
 }
 
 impl Rows {
-    /// Everything that nothing was made of: invoices, and all their rows.
+    /// All invoices that were left out, with all their rows.
     pub fn all_left_out(&self) -> Tally {
         Tally { rows: self.left_out.rows + self.malformed, ..self.left_out }
     }
 
-    /// How many invoices came of them.
+    /// The number of invoices that the rows became.
     pub fn invoices(&self) -> u64 {
         self.orders.invoices + self.returns.invoices + self.adjustments.invoices
     }

@@ -5,7 +5,7 @@ use super::{
     read_csv,
 };
 
-/// Where invoices come from. It can be read any number of times, and gives the same invoices every time.
+/// The source of invoices. It can be read any number of times, and gives the same invoices every time.
 #[derive(Clone, Debug)]
 pub enum Source {
     /// A CSV file.
@@ -15,17 +15,17 @@ pub enum Source {
 }
 
 impl Source {
-    /// The invoices of a CSV file.
+    /// Opens a CSV file of invoices.
     pub fn file(path: impl AsRef<Path>) -> Result<Self, InputError> {
         Ok(Self::File(read_csv(path)?))
     }
 
-    /// `count` orders out of `seed`.
+    /// Generates `count` orders from `seed`.
     pub fn generated(count: u64, seed: u64) -> Self {
         Self::Generated(generate(count, seed))
     }
 
-    /// How many invoices there are, with those that will be left out: the length of a progress bar.
+    /// The number of invoices, including those that will be left out: the length of a progress bar.
     pub fn len(&self) -> u64 {
         match self {
             Self::File(file) => file.len(),
@@ -33,12 +33,13 @@ impl Source {
         }
     }
 
-    /// Whether there are none.
+    /// Whether there are no invoices.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Reads it once to sum what its orders and write-offs take of each SKU. What is left out takes nothing.
+    /// Reads the source once to sum the units of each SKU that its orders and write-offs take. Invoices that are left
+    /// out take nothing.
     pub fn demand(&self) -> Result<Demand, InputError> {
         let mut demand = Demand::new();
         for item in self.invoices()? {
@@ -51,12 +52,12 @@ impl Source {
         Ok(demand)
     }
 
-    /// The stock to start with: [`demand`](Self::demand) times `factor`.
+    /// Returns the stock to start with: [`demand`](Self::demand) times `factor`.
     pub fn stock(&self, factor: StockFactor) -> Result<Demand, InputError> {
         Ok(factor.stock(&self.demand()?))
     }
 
-    /// Reads it from the start.
+    /// Reads the source from the start.
     pub fn invoices(&self) -> Result<Invoices, InputError> {
         Ok(match self {
             Self::File(file) => Invoices::File(Box::new(file.invoices()?)),
@@ -68,14 +69,14 @@ impl Source {
 /// The invoices of a [`Source`], one at a time.
 #[derive(Debug)]
 pub enum Invoices {
-    /// Of a file.
+    /// The invoices of a file.
     File(Box<FileInvoices>),
-    /// Out of a seed, and how many so far.
+    /// Generated invoices, and the number so far.
     Generated(Generated, Rows),
 }
 
 impl Invoices {
-    /// What became of the rows so far; a generated line counts as a row.
+    /// The outcome of the rows so far; a generated line counts as a row.
     pub fn rows(&self) -> &Rows {
         match self {
             Self::File(file) => file.rows(),

@@ -5,11 +5,12 @@ use hdrhistogram::Histogram;
 use super::{number::grouped, terminal::Terminal};
 
 const EIGHTHS: [char; 8] = ['▏', '▎', '▍', '▌', '▋', '▊', '▉', '█'];
-/// `up to 10 ms` and the count, with the blanks between them and the bar.
+/// The widths of `up to 10 ms` and of the count, with the blanks between them and the bar.
 const LABEL_WIDTH: usize = 9;
 const COUNT_WIDTH: usize = 9;
 
-/// Draws how many latencies fell between the steps 1, 2, 5, 10, … milliseconds, from the lowest to the highest recorded.
+/// Draws the number of latencies between the steps 1, 2, 5, 10, … milliseconds, from the lowest to the highest
+/// recorded.
 pub(super) fn draw(latency: &Histogram<u64>, terminal: Terminal) -> String {
     let steps = steps(latency);
     let most = steps.iter().map(|(_, count)| *count).max().unwrap_or_default();
@@ -24,15 +25,16 @@ pub(super) fn draw(latency: &Histogram<u64>, terminal: Terminal) -> String {
     text
 }
 
-/// Each step up to which latencies were recorded, in microseconds, and how many since the step before.
+/// Returns each step up to which latencies were recorded, in microseconds, and the number since the step before.
 fn steps(latency: &Histogram<u64>) -> Vec<(u64, u64)> {
     let mut steps: Vec<(u64, u64)> = Vec::new();
     let mut step = 1;
     for recorded in latency.iter_recorded() {
-        // The lowest of the values that the histogram cannot tell apart: 100 ms belongs to the step up to 100 ms.
+        // The histogram cannot tell close values apart. The lowest of them counts: 100 ms belongs to the step up to 100
+        // ms.
         let value = latency.lowest_equivalent(recorded.value_iterated_to());
         while value > step {
-            // Steps before the first latency are left out; those between latencies are not.
+            // Empty steps are left out before the first latency, and kept between latencies.
             if !steps.is_empty() {
                 step = next(step);
                 steps.push((step, 0));
@@ -48,7 +50,7 @@ fn steps(latency: &Histogram<u64>) -> Vec<(u64, u64)> {
     steps
 }
 
-/// 1, 2, 5, 10, 20, 50, …
+/// Returns the step after this one: 1, 2, 5, 10, 20, 50, …
 fn next(step: u64) -> u64 {
     let mut leading = step;
     while leading >= 10 {
@@ -66,7 +68,7 @@ fn duration(micros: u64) -> String {
     }
 }
 
-/// A bar in eighths of a character. What was counted shows, however little it is beside the most.
+/// Draws a bar in eighths of a character. Any count above zero is visible, however small it is against the largest.
 fn bar(count: u64, most: u64, width: usize) -> String {
     if count == 0 || most == 0 {
         return String::new();

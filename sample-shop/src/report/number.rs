@@ -1,6 +1,6 @@
 use rust_decimal::Decimal;
 
-/// With a comma every three digits: `368,150`, `-1,709`.
+/// Formats a number with a comma every three digits: `368,150`, `-1,709`.
 pub fn grouped(number: impl Into<i128>) -> String {
     let number: i128 = number.into();
     let digits = number.unsigned_abs().to_string();
@@ -14,14 +14,14 @@ pub fn grouped(number: impl Into<i128>) -> String {
     text
 }
 
-/// With two decimals. A sum with parts of a penny keeps them: a rounded sum would be a wrong one.
+/// Formats an amount with two decimals. Parts of a penny are kept: a rounded sum would be wrong.
 pub(super) fn money(amount: Decimal) -> String {
     let exact = amount.normalize();
     let decimals = exact.scale().max(2) as usize;
     format!("{exact:.decimals$}")
 }
 
-/// [`money`] with a comma every three digits.
+/// Formats an amount as [`money`] does, with a comma every three digits.
 pub(super) fn grouped_money(amount: Decimal) -> String {
     let text = money(amount);
     let (whole, decimals) = text.split_once('.').unwrap_or((&text, "00"));
@@ -30,7 +30,7 @@ pub(super) fn grouped_money(amount: Decimal) -> String {
     format!("{sign}{}.{decimals}", grouped(whole))
 }
 
-/// With a comma every three digits, and this many decimals.
+/// Formats a number with a comma every three digits, and this many decimals.
 pub(super) fn grouped_decimal(number: f64, decimals: usize) -> String {
     let text = format!("{number:.decimals$}");
     let (whole, fraction) = text.split_once('.').unwrap_or((&text, ""));

@@ -8,14 +8,14 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 const TEMPLATE: &str = "{wide_bar:.cyan/dim} {human_pos}/{human_len}  {per_sec}  {eta}";
 const TICK: Duration = Duration::from_millis(200);
 
-/// A bar on standard error while the shop runs. Where nobody watches, it draws nothing.
+/// A progress bar on standard error while the shop runs. Draws nothing if standard error is not a terminal.
 #[derive(Clone, Debug)]
 pub struct Progress {
     bar: ProgressBar,
 }
 
 impl Progress {
-    /// A bar of `total` steps; hidden when `quiet`, or when standard error is no terminal.
+    /// Creates a bar of `total` steps; hidden when `quiet`, or when standard error is no terminal.
     pub fn new(total: u64, quiet: bool) -> Self {
         Self::drawn(total, !quiet && io::stderr().is_terminal())
     }
@@ -30,17 +30,17 @@ impl Progress {
         Self { bar }
     }
 
-    /// `steps` more are done.
+    /// Adds `steps` that are done.
     pub fn inc(&self, steps: u64) {
         self.bar.inc(steps);
     }
 
-    /// How many are done.
+    /// The number of steps that are done.
     pub fn position(&self) -> u64 {
         self.bar.position()
     }
 
-    /// Writes a line above the bar; without a bar, just to standard error.
+    /// Writes a line above the bar, or to standard error if the bar is hidden.
     pub fn say(&self, line: &str) {
         if self.bar.is_hidden() {
             eprintln!("{line}");
@@ -49,7 +49,7 @@ impl Progress {
         }
     }
 
-    /// Takes the bar away: what follows is the summary.
+    /// Removes the bar before the summary is printed.
     pub fn finish(&self) {
         self.bar.finish_and_clear();
     }

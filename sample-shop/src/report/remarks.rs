@@ -1,5 +1,5 @@
 use super::number::grouped;
-/// What a run says that finds orders of its input in the store.
+/// The remark of a run that finds orders of its input in the store.
 pub fn repeated(count: u64) -> String {
     format!(
         "{} in the store already, from an earlier run; nothing was done twice",
@@ -7,7 +7,7 @@ pub fn repeated(count: u64) -> String {
     )
 }
 
-/// What a run says that was stopped, and what is kept where for the next one.
+/// The remark of a run that was stopped, with the place where its work is kept for the next run.
 pub fn stopped(unfinished: u64, kept_in: Option<&str>) -> String {
     let what = orders_and_returns(unfinished, "is", "are");
     let then = match kept_in {
@@ -17,7 +17,8 @@ pub fn stopped(unfinished: u64, kept_in: Option<&str>) -> String {
     format!("stopped: {what} unfinished, and {then}")
 }
 
-/// The same of a run whose shop is elsewhere: which of them have arrived there, nobody here knows.
+/// The remark of a run that was stopped and whose shop is elsewhere: this process does not know how many papers arrived
+/// there.
 pub fn stopped_there(under_way: u64, shop: &str) -> String {
     let what = orders_and_returns(under_way, "was", "were");
     format!("stopped: {what} under way at {shop}: run the same command again, and it goes on from there")

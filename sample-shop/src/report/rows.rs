@@ -3,7 +3,8 @@ use std::fmt::Write;
 use super::number::grouped;
 use crate::input::{Rows, Tally};
 
-/// What became of the rows of a file: one line if all is well; below it the first malformed rows if not.
+/// Reports the outcome of the rows of a file: one line if all rows are sound, otherwise the first malformed rows below
+/// it.
 pub fn rows(rows: &Rows) -> String {
     let mut text = format!("{} read:", counted(rows.read, "row"));
     let parts = [("order", rows.orders), ("return", rows.returns), ("adjustment", rows.adjustments)];

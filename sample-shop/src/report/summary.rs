@@ -14,7 +14,7 @@ use super::{
     terminal::Terminal,
 };
 
-/// How it all ended.
+/// The summary of a run.
 #[derive(Clone, Debug)]
 pub struct Summary {
     /// Orders placed.
@@ -27,29 +27,29 @@ pub struct Summary {
     pub returns: u64,
     /// Stock adjustments made.
     pub adjustments: u64,
-    /// Sagas that need a person.
+    /// Sagas that need an operator.
     pub stuck: u64,
-    /// Messages that were set aside until a person has them tried again.
+    /// Messages that are set aside until an operator redrives them.
     pub parked: u64,
-    /// All that was charged, with what was refunded later.
+    /// The sum of all charges, including those refunded later.
     pub charged: Decimal,
-    /// All that was refunded.
+    /// The sum of all refunds.
     pub refunded: Decimal,
-    /// What became of the stock.
+    /// What happened to the stock.
     pub units: Units,
-    /// From the first order to the end of the last saga.
+    /// Time from the first order to the end of the last saga.
     pub elapsed: Duration,
     /// Sagas that ended in that time.
     pub sagas: u64,
-    /// From start to end of each saga, in microseconds.
+    /// Time from start to end of each saga, in microseconds.
     pub latency_us: Histogram<u64>,
-    /// Where events were kept; no password.
+    /// The store of the events, without its password.
     pub store: String,
-    /// How the services talked.
+    /// The bus that the services talked over.
     pub bus: String,
-    /// Invoices of the input that could not be read, and all rows that nothing was made of.
+    /// Invoices of the input that could not be read, and all rows that were left out.
     pub left_out: Tally,
-    /// Invoices that the shop turned away.
+    /// Invoices that the shop rejected.
     pub rejected: u64,
 }
 
@@ -72,13 +72,13 @@ fn none(count: &u64) -> bool {
 }
 
 impl Cancelled {
-    /// For whatever reason.
+    /// The number of cancellations, whatever the reason.
     pub fn all(&self) -> u64 {
         self.out_of_stock + self.declined + self.by_customer + self.other
     }
 }
 
-/// Units of all SKUs together.
+/// The units of all SKUs together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Units {
@@ -86,9 +86,9 @@ pub struct Units {
     pub initial: i64,
     /// Shipped.
     pub sold: i64,
-    /// Came back.
+    /// Units that customers sent back.
     pub returned: i64,
-    /// Found, less those written off.
+    /// Units found, less units written off.
     pub adjusted: i64,
     /// In stock at the end, reserved or not.
     pub remaining: i64,
@@ -97,7 +97,7 @@ pub struct Units {
 }
 
 impl Units {
-    /// Adds those of another part of the shop.
+    /// Adds the units of another part of the shop.
     pub fn add(&mut self, other: &Self) {
         self.initial += other.initial;
         self.sold += other.sold;
@@ -107,12 +107,12 @@ impl Units {
         self.reserved += other.reserved;
     }
 
-    /// Whether no unit was lost or made up, and none is held for nobody.
+    /// Whether no unit was lost or invented, and none is still held.
     pub fn conserved(&self) -> bool {
         self.reserved == 0 && self.unexplained() == 0
     }
 
-    /// Units at the end beyond those that the others explain.
+    /// The units at the end, beyond the number that the other fields explain.
     fn unexplained(&self) -> i128 {
         let [initial, sold, returned, adjusted, remaining] =
             [self.initial, self.sold, self.returned, self.adjusted, self.remaining].map(i128::from);
@@ -121,13 +121,13 @@ impl Units {
 }
 
 impl Summary {
-    /// Sagas that ended in a second; 0 if no time passed.
+    /// Sagas that ended per second; 0 if no time passed.
     pub fn sagas_per_second(&self) -> f64 {
         let seconds = self.elapsed.as_secs_f64();
         if seconds > 0.0 { self.sagas as f64 / seconds } else { 0.0 }
     }
 
-    /// One line, as `CONTRACT` promises it to other programs: these fields, in this order.
+    /// Returns one line for other programs: these fields, in this order.
     pub fn json(&self) -> String {
         let line = Json {
             orders: self.orders,
@@ -147,16 +147,16 @@ impl Summary {
             left_out: self.left_out,
             rejected: self.rejected,
         };
-        // Numbers and text always serialize.
+        // Numbers and text always serialize, so the error never occurs.
         serde_json::to_string(&line).unwrap_or_else(|error| format!("{{\"error\":{:?}}}", error.to_string()))
     }
 
-    /// For a person at standard output: fitted to the terminal, plain if it is none.
+    /// Formats the summary for people at standard output: fitted to the terminal, plain if it is not a terminal.
     pub fn human(&self) -> String {
         self.human_on(Terminal::stdout())
     }
 
-    /// For a person at this terminal.
+    /// Formats the summary for people at this terminal.
     pub fn human_on(&self, terminal: Terminal) -> String {
         let mut text = self.table(terminal).trim_fmt();
         text.push('\n');
@@ -183,7 +183,7 @@ impl Summary {
             "\n{} sagas in {} s, {} a second",
             grouped(self.sagas),
             grouped_decimal(self.elapsed.as_secs_f64(), 3),
-            // Whole ones: a fraction of a saga a second tells nobody anything, except where there are few.
+            // Above 10, a fraction of a saga per second means nothing.
             if self.sagas_per_second() < 10.0 {
                 format!("{:.1}", self.sagas_per_second())
             } else {
@@ -267,7 +267,7 @@ struct LatencyMs {
     p99: Fixed,
 }
 
-/// A JSON number with this many decimals, zeros included: columns of them line up in a log.
+/// A JSON number with this many decimals, including zeros, so that columns of them line up in a log.
 struct Fixed(usize, f64);
 
 impl Serialize for Fixed {

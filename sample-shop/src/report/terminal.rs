@@ -1,31 +1,31 @@
 use std::io::{self, IsTerminal};
 
-/// What the output goes to.
+/// The terminal, or the file or pipe, that the output goes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Terminal {
-    /// How many columns it has.
+    /// The number of columns.
     pub width: u16,
-    /// Whether it shows colours.
+    /// Whether the terminal shows colours.
     pub colours: bool,
 }
 
-/// The width of what is not a terminal: a file or a pipe, to be read later, somewhere.
+/// The width of a file or a pipe, which people read later, elsewhere.
 const REDIRECTED_WIDTH: u16 = 80;
-/// A wide terminal is not filled: numbers far from their names are hard to read.
+/// A wider terminal is not filled: numbers far from their names are hard to read.
 const WIDTH_MAX: u16 = 100;
-/// Narrower than this nothing can be laid out; what is written then wraps.
+/// Narrower than this, no layout is possible, and the output wraps.
 const WIDTH_MIN: u16 = 40;
 
 impl Terminal {
-    /// A file or a pipe.
+    /// The output goes to a file or a pipe.
     pub const REDIRECTED: Self = Self { width: REDIRECTED_WIDTH, colours: false };
 
-    /// A terminal of this width.
+    /// Returns a terminal of this width.
     pub fn new(width: u16, colours: bool) -> Self {
         Self { width: width.clamp(WIDTH_MIN, WIDTH_MAX), colours }
     }
 
-    /// Standard output, with its colours unless `NO_COLOR` is set or the terminal is `dumb`.
+    /// Returns standard output, with colours unless `NO_COLOR` is set or the terminal is `dumb`.
     pub fn stdout() -> Self {
         if !io::stdout().is_terminal() {
             return Self::REDIRECTED;
@@ -35,12 +35,12 @@ impl Terminal {
         Self::new(comfy_table::Table::new().width().unwrap_or(REDIRECTED_WIDTH), colours)
     }
 
-    /// Green.
+    /// Colours the text green.
     pub(super) fn good(self, text: &str) -> String {
         self.coloured("32", text)
     }
 
-    /// Red and bold.
+    /// Colours the text red and bold.
     pub(super) fn bad(self, text: &str) -> String {
         self.coloured("1;31", text)
     }

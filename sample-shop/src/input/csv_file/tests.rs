@@ -20,12 +20,12 @@ fn write(bytes: impl AsRef<[u8]>) -> Written {
     Written { _folder: folder, path }
 }
 
-/// A row of `number` with this SKU, quantity and price.
+/// Returns a row of `number` with this SKU, quantity and price.
 fn row(number: &str, sku: &str, quantity: &str, price: &str) -> String {
     format!("{number},{sku},SOMETHING,{quantity},2010-12-01T08:26,{price},17850,United Kingdom\n")
 }
 
-/// The ids made of a file with these rows, the reports as `LINE: reason`, and the counts.
+/// Reads a file with these rows and returns the ids of its invoices, the reports as `LINE: reason`, and the counts.
 fn read_rows(rows: &[String]) -> (Vec<String>, Vec<String>, Rows) {
     read_text(format!("{HEADER}\n{}", rows.concat()))
 }
@@ -212,7 +212,7 @@ fn text_that_is_not_utf_8_is_taken_as_windows_1252() {
     assert_eq!((ids.len(), reports, rows.recoded), (2, Vec::new(), 1));
 }
 
-/// At the end, where spreadsheets write it, and anywhere else.
+/// At the end, where spreadsheets write them, and anywhere else.
 #[test]
 fn rows_of_commas_cost_nothing() {
     let rows = [sound("1"), ",,,,,,,\n".into(), sound("1"), sound("2"), ",,,,,,,\r\n".into(), ",,,,,,,".into()];
