@@ -1,14 +1,14 @@
-//! The command with which somebody goes on where this one ended: whole, so that it can be typed as it is printed.
+//! The command that continues where this one ended: complete, so that it can be typed as it is printed.
 
 use clap::{ArgMatches, parser::ValueSource};
 
 use crate::arguments::Common;
 
-/// What every such command begins and ends with.
+/// The parts that all such commands begin and end with.
 #[derive(Clone)]
 pub(crate) struct Again {
     name: &'static str,
-    /// What was typed of what every command takes; what stands in the environment is still there.
+    /// The common options that were typed. Options from the environment are still set there.
     typed: Vec<String>,
 }
 
@@ -17,7 +17,7 @@ impl Again {
         let is_typed = |option: &str| matches.value_source(option) == Some(ValueSource::CommandLine);
         let mut typed = Vec::new();
         if let Some(url) = common.store.as_ref().filter(|_| is_typed("store")) {
-            // Without its password.
+            // The URL is printed without its password.
             typed.extend(["--store".to_owned(), url.to_string()]);
         }
         if is_typed("schema") {
@@ -29,7 +29,7 @@ impl Again {
         Self { name, typed }
     }
 
-    /// The command with these words.
+    /// Returns the command with these words.
     pub fn command<W: AsRef<str>>(&self, words: impl IntoIterator<Item = W>) -> String {
         let words = words.into_iter().map(|word| quoted(word.as_ref()));
         let typed = self.typed.iter().map(|word| quoted(word));
@@ -37,7 +37,7 @@ impl Again {
     }
 }
 
-/// A word as a shell takes it.
+/// Quotes a word for a shell.
 fn quoted(word: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.,:/@=".contains(c);
     match !word.is_empty() && word.chars().all(is_plain) {

@@ -1,4 +1,4 @@
-//! The command line. Each command has its arguments beside it.
+//! The command line. The arguments of each command are in the command's own file.
 
 use clap::{Args, Parser, Subcommand};
 
@@ -26,7 +26,7 @@ Exit codes: 0, all is well; 1, something was found that a person has to look at;
 #[derive(Debug, Parser)]
 #[command(version, after_help = EXAMPLES, propagate_version = true, max_term_width = 100)]
 pub(crate) struct Arguments {
-    /// Which store, and how to print.
+    /// The store, and the output format.
     #[command(flatten)]
     pub common: Common,
     /// What to do.
@@ -34,17 +34,17 @@ pub(crate) struct Arguments {
     pub command: Command,
 }
 
-/// What every command takes.
+/// The arguments that all commands share.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Common {
-    /// The store: `sqlite:PATH` or `postgres://user@host/database`. A password can stand in a file or in the environment:
-    /// `?password_file=PATH`, `?password_env=VARIABLE`, PGPASSWORD or PGPASSFILE.
+    /// The store: `sqlite:PATH` or `postgres://user@host/database`. A password can stand in a file or in the
+    /// environment: `?password_file=PATH`, `?password_env=VARIABLE`, PGPASSWORD or PGPASSFILE.
     #[arg(long, global = true, value_name = "URL", env = "ANNALS_STORE", hide_env_values = true)]
     pub store: Option<StoreUrl>,
     /// The schema of the store in a PostgreSQL database.
     #[arg(long, global = true, value_name = "NAME", env = "ANNALS_SCHEMA", default_value = "annals")]
     pub schema: String,
-    /// Print one JSON value a line.
+    /// Print one JSON value per line.
     #[arg(long, global = true)]
     pub json: bool,
 }
@@ -57,7 +57,7 @@ pub(crate) enum Command {
     Read(read::Arguments),
     /// Show events as they are recorded.
     Tail(tail::Arguments),
-    /// Show how far the followers of the log are.
+    /// Show the progress of the log's subscriptions.
     Subscriptions(subscriptions::Arguments),
     /// List sagas.
     Sagas(sagas::Arguments),
@@ -65,7 +65,7 @@ pub(crate) enum Command {
     Saga(saga::Arguments),
     /// List messages that could not be handled, and act on them.
     DeadLetters(dead_letters::Arguments),
-    /// Pause, resume or reset a follower of the log.
+    /// Pause, resume or reset a subscription.
     Subscription(subscription::Arguments),
     /// Show everything that one request caused, as a tree.
     Trace(trace::Arguments),
@@ -75,15 +75,15 @@ pub(crate) enum Command {
     ReadModel(read_model::Arguments),
     /// Write a store to a file.
     Export(export::Arguments),
-    /// Write finished streams to a file, to be read later.
+    /// Write finished streams to a file, to read them later.
     Archive(archive::Arguments),
     /// Fill an empty store from such a file.
     Import(import::Arguments),
-    /// Check a store whole: versions, ids, payloads, sagas, checkpoints, seals.
+    /// Check a whole store: versions, ids, payloads, sagas, checkpoints, seals.
     Verify(verify::Arguments),
-    /// Bring a store back whose database was restored to an earlier moment than its Kafka topics.
+    /// Repair a store whose database was restored to an earlier moment than its Kafka topics.
     Recover(recover::Arguments),
-    /// Check that this build reads, and does, what an export says.
+    /// Check that this build reads the events of an export, and that its sagas take the same way.
     CheckHistory(check_history::Arguments),
     /// Create a store, or bring an older one to this version.
     Migrate(migrate::Arguments),

@@ -1,4 +1,4 @@
-//! A command a file: its arguments, and what it does.
+//! The commands, one per file: the arguments of each, and its work.
 
 pub(crate) mod archive;
 pub(crate) mod check_history;

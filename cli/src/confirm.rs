@@ -1,4 +1,4 @@
-//! Asking before what cannot be undone, and who asks.
+//! Asks for confirmation before an act that cannot be undone, and identifies the operator.
 
 use std::io::{self, BufRead, IsTerminal, Write};
 
@@ -7,16 +7,16 @@ use tokio::sync::oneshot;
 
 use crate::{failure::Failure, stop::Stop};
 
-/// What every act takes: it is recorded with who and why.
+/// The arguments of every act. The act is recorded with its operator and reason.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Act {
-    /// Why; it stays in the log.
+    /// The reason, which is recorded in the log.
     #[arg(long, value_name = "TEXT", value_parser = reason)]
     pub reason: String,
-    /// Who [default: the user who is logged in].
+    /// The operator [default: the user who is logged in].
     #[arg(long, value_name = "NAME", env = "ANNALS_OPERATOR")]
     by: Option<String>,
-    /// Do not ask before what cannot be undone.
+    /// Do not ask for confirmation before an act that cannot be undone.
     #[arg(long)]
     yes: bool,
 }
@@ -28,14 +28,14 @@ fn reason(text: &str) -> Result<String, &'static str> {
 }
 
 impl Act {
-    /// Who acts.
+    /// The name of the operator.
     pub fn by(&self) -> Result<String, Failure> {
         let login = || ["USER", "LOGNAME", "USERNAME"].iter().find_map(|name| std::env::var(name).ok());
         let by = self.by.clone().or_else(login).filter(|by| !by.trim().is_empty());
         by.ok_or_else(|| Failure::new("say who you are, with --by NAME: acts are recorded with who and why"))
     }
 
-    /// Goes on only if somebody says yes, now or with `--yes`.
+    /// Succeeds only if the operator confirms, now or with `--yes`.
     pub fn confirm(&self, question: &str) -> Result<(), Failure> {
         if self.yes {
             return Ok(());
@@ -46,14 +46,14 @@ impl Act {
         ask(question)
     }
 
-    /// Likewise, where Ctrl-C is heard by `stop`; `None` if it was pressed and nobody has answered.
+    /// Does the same, while `stop` listens for Ctrl-C; returns `None` if it was pressed before an answer.
     pub async fn confirm_unless(&self, stop: &Stop, question: &str) -> Option<Result<(), Failure>> {
         if self.yes || !io::stdin().is_terminal() {
             return Some(self.confirm(question));
         }
         let (answered, answer) = oneshot::channel();
         let question = question.to_owned();
-        // A thread of its own, which nothing waits for: it ends with the process.
+        // Nothing waits for this thread: it ends with the process.
         std::thread::spawn(move || answered.send(ask(&question)));
         tokio::select! {
             answer = answer => Some(answer.unwrap_or_else(|_| Err(Failure::new("nothing was done")))),

@@ -1,4 +1,4 @@
-//! What a service's own binary knows of its events and sagas, for checks that need it.
+//! A service's own events and sagas, known to its own binary, for checks that need them.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -15,11 +15,11 @@ use uuid::Uuid;
 
 use crate::{commands::read_model::Model, failure::Failure};
 
-/// Whether a payload can be read; `false` for one that its enum skips.
+/// Reads a payload; returns `false` if its enum skips it.
 type Read = fn(&str, i32, &str) -> Result<bool, EventError>;
 type NewReplay = Arc<dyn Fn() -> Box<dyn Replay> + Send + Sync>;
 
-/// Event enums by the types that they know, and sagas by their categories.
+/// Event enums by the types that they know, sagas by their categories, and handlers and read models by their names.
 #[derive(Clone)]
 pub(crate) struct Domain {
     events: HashMap<&'static str, Read>,
@@ -52,7 +52,7 @@ impl Domain {
         self.read_models.insert(R::NAME, Arc::new(projection));
     }
 
-    /// A handler that may see events again.
+    /// Returns the handler of this name that may see events again.
     pub fn handler(&self, name: &str) -> Result<Arc<dyn Handler>, Failure> {
         let found = self.handlers.get(name).cloned();
         found.ok_or_else(|| unknown("handler that may see events again", name, self.handlers.keys()))
@@ -73,7 +73,7 @@ impl Domain {
         self.sagas.insert(category, Arc::new(move || Box::new(OfSaga { saga: saga.clone(), stands: None })));
     }
 
-    /// What is wrong with an event's payload.
+    /// Returns what is wrong with an event's payload.
     pub fn unreadable(&self, event: &Recorded) -> Option<String> {
         let Some(read) = self.events.get(&*event.type_name) else {
             return Some(format!("no event of this build is called {}", event.type_name));
@@ -81,7 +81,7 @@ impl Domain {
         read(&event.type_name, event.schema_version, &event.data).err().map(|error| error.to_string())
     }
 
-    /// The beginning of a saga's history, if this build runs such sagas.
+    /// Returns the replay of a saga from its first event, if this build runs such sagas.
     pub fn replay(&self, stream: &StreamId) -> Option<Box<dyn Replay>> {
         self.sagas.get(stream.category()).map(|replay| replay())
     }
@@ -95,9 +95,9 @@ fn unknown<'a>(what: &str, name: &str, known: impl Iterator<Item = &'a &'static 
     })
 }
 
-/// The history of one saga, gone through again.
+/// Goes through the history of one saga again.
 pub(crate) trait Replay: Send {
-    /// What the definition of this build would have done otherwise.
+    /// Compares the next event with what the definition of this build does. The error says what would differ.
     fn event(&mut self, recorded: &Recorded, event: &SagaEvent) -> Result<(), String>;
 }
 
@@ -140,7 +140,7 @@ impl<C: SagaState> Replay for OfSaga<C> {
                 return Ok(());
             }
         };
-        // Its clock and the store's may differ: a timer that fired was due.
+        // The clocks of the saga's runner and of the store may differ: a timer that fired was due.
         let now = recorded_at.max(before.wakes().unwrap_or(recorded_at));
         let moved = transition(&self.saga, saga_id, &context, &before, &input, now)?;
         let Some(moved) = moved else {
@@ -153,7 +153,8 @@ impl<C: SagaState> Replay for OfSaga<C> {
     }
 }
 
-/// Compares what this build does with what was done; not when, because nobody recorded by which clock.
+/// Compares what this build does with what was recorded. Times are left out, since nobody recorded which clock measured
+/// them.
 fn same<C>(moved: &Moved<C>, progress: &Progress, send: &[Command]) -> Result<(), String> {
     let place = |progress: &Progress| (progress.at, progress.step.clone(), progress.status, progress.calls.clone());
     if place(&moved.progress) != place(progress) {

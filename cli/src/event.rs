@@ -1,4 +1,4 @@
-//! An event as a line of JSON: what `read`, `tail`, `replay` and `export` write, and `import` reads.
+//! An event as a line of JSON: `read`, `tail`, `replay` and `export` write such lines, and `import` reads them.
 
 use std::{borrow::Cow, io::Write};
 
@@ -8,8 +8,8 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
-/// Appends the line of an event, with its end. Written by hand because a million of them are: beside the field names there
-/// is nothing to it but what [`EventLine`] reads.
+/// Appends the line of an event, with its line ending. Written by hand because an export may have a million lines;
+/// apart from the field names, the line holds exactly what [`EventLine`] reads.
 ///
 /// `is_json`: payload and metadata are known to be JSON.
 pub(crate) fn write_line(event: &Stored<'_>, is_json: bool, line: &mut Vec<u8>) {
@@ -37,12 +37,12 @@ pub(crate) fn write_line(event: &Stored<'_>, is_json: bool, line: &mut Vec<u8>) 
     line.extend_from_slice(b"}\n");
 }
 
-/// Lines of events that are there together.
+/// The lines of a batch of events.
 #[derive(Default)]
 pub(crate) struct Lines {
     pub bytes: Vec<u8>,
     pub count: u64,
-    /// Of the last event that was looked at.
+    /// The position of the last event that was added or skipped.
     pub position: i64,
 }
 
@@ -53,19 +53,19 @@ impl Lines {
         self.position = event.position.0;
     }
 
-    /// Looks at an event that is not wanted.
+    /// Skips an event that is not wanted.
     pub fn skip(&mut self, event: &Stored<'_>) {
         self.position = event.position.0;
     }
 }
 
-/// A text as JSON.
+/// Writes a text as JSON.
 fn text(text: &str, line: &mut Vec<u8>) {
     // A string can always be written as JSON.
     _ = serde_json::to_writer(line, text);
 }
 
-/// RFC 3339 in UTC, to the microsecond.
+/// Writes a time as RFC 3339 in UTC, to the microsecond.
 fn time(time: DateTime<Utc>, line: &mut Vec<u8>) {
     let Some(year) = u32::try_from(time.year()).ok().filter(|year| *year <= 9_999) else {
         _ = write!(line, "{}", time.to_rfc3339_opts(SecondsFormat::Micros, true));
@@ -86,11 +86,11 @@ fn time(time: DateTime<Utc>, line: &mut Vec<u8>) {
     digits(time.hour(), 2, b':');
     digits(time.minute(), 2, b':');
     digits(time.second(), 2, b'.');
-    // Of a leap second there is more than a million of microseconds.
+    // A leap second has more than a million microseconds.
     digits((time.nanosecond() / 1_000).min(999_999), 6, b'Z');
 }
 
-/// A line that was read. Borrows what it was read from.
+/// A line that was read. Borrows from its text.
 #[derive(Deserialize)]
 pub(crate) struct EventLine<'a> {
     position: i64,
@@ -106,16 +106,16 @@ pub(crate) struct EventLine<'a> {
     metadata: Option<&'a RawValue>,
     #[serde(borrow, default)]
     metadata_text: Option<Cow<'a, str>>,
-    /// The payload as it is, byte for byte, where it is JSON on one line.
+    /// The payload byte for byte, if it is JSON on one line.
     #[serde(borrow, default)]
     data: Option<&'a RawValue>,
-    /// The payload as a text, where it is not.
+    /// The payload as text, if it is not.
     #[serde(borrow, default)]
     data_text: Option<Cow<'a, str>>,
 }
 
 impl<'a> EventLine<'a> {
-    /// The event, or what is wrong with the line.
+    /// Returns the event, or what is wrong with the line.
     pub fn stored(self) -> Result<Stored<'a>, &'static str> {
         let either = |raw: Option<&'a RawValue>, text: Option<Cow<'a, str>>| match (raw, text) {
             (Some(raw), None) => Some(Cow::Borrowed(raw.get())),
@@ -137,12 +137,12 @@ impl<'a> EventLine<'a> {
     }
 }
 
-/// The text as JSON to put into a line, if that leaves every byte of it where it is.
+/// Returns the text as JSON for a line, if every byte of it stays as it is.
 pub(crate) fn raw(text: &str) -> Option<&RawValue> {
     is_one_line(text).then(|| serde_json::from_str(text).ok()).flatten()
 }
 
-/// Space around a value is not part of it, and a line must stay one.
+/// Space around a value would be lost, and an event must stay on one line.
 fn is_one_line(text: &str) -> bool {
     let bytes = text.as_bytes();
     let ends_in_space = |byte: Option<&u8>| byte.is_none_or(u8::is_ascii_whitespace);

@@ -1,5 +1,5 @@
-//! The file that an export is: lines of JSON, compressed or not. Sections end with a line that has the checksum of all
-//! before it, so that a part of a file is as good as far as it goes.
+//! The file of an export: lines of JSON, compressed or not. Sections end with a line that holds the checksum of
+//! everything before it, so that an incomplete file is good up to its last section.
 //!
 //! ```text
 //! {"annals_export":1,"id":"…","store":"sqlite:shop.db","taken_at":"…"}
@@ -9,10 +9,10 @@
 //! {"section":{…,"complete":true}}
 //! ```
 //!
-//! An archive is the same with some streams and no documents, and says so in its first line.
+//! An archive has the same format, with some of the streams and without documents, and says so in its first line.
 //!
-//! Documents come first: a checkpoint that is older than the events after it is caught up by its service, one that is newer
-//! would have it skip some.
+//! Documents come first: a checkpoint that is older than the events after it makes its service catch up, while a newer
+//! one would make the service skip some events.
 
 mod reader;
 mod writer;
@@ -31,35 +31,36 @@ pub(crate) use self::{
 };
 use crate::event::{EventLine, raw};
 
-/// What this version writes, and reads.
+/// The format that this version writes and reads.
 pub(crate) const FORMAT: u32 = 1;
-/// A longer line is none of ours: payloads and documents have limits, and escaping makes them at most six times as long.
+/// A longer line is not part of an export: payloads and documents have limits, and escaping makes them at most six
+/// times as long.
 const LINE_BYTES_MAX: u64 = 32 << 20;
 
 /// The first line.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Header {
     pub annals_export: u32,
-    /// Of this export: one that goes on keeps it.
+    /// The id of this export. A resumed export keeps it.
     pub id: Uuid,
-    /// Where it was taken from; no password.
+    /// The store that was exported, without its password.
     pub store: String,
     pub taken_at: DateTime<Utc>,
-    /// That it is no whole store, but an archive of some streams.
+    /// Set if the file is not a whole store, but an archive of some streams.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub archive: Option<Archived>,
 }
 
-/// Which streams an archive has: those that were finished.
+/// The streams of an archive, all of which were finished.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Archived {
     pub categories: Vec<String>,
-    /// Before which their last events were recorded.
+    /// Their last events were recorded before this time.
     pub quiet_before: DateTime<Utc>,
-    /// How many.
+    /// The number of streams.
     #[serde(default)]
     pub streams: usize,
-    /// Of all their names: whoever goes on has to find the same ones.
+    /// The hash of all their names: a resumed archive must find the same streams.
     #[serde(default)]
     pub blake3: String,
 }
@@ -67,26 +68,26 @@ pub(crate) struct Archived {
 /// The end of a section.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Section {
-    /// How many documents so far.
+    /// The number of documents so far.
     pub documents: u64,
-    /// Collection and id of the last one.
+    /// Collection and id of the last document.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub document: Option<(String, String)>,
-    /// The last position of the log, read once all documents were written.
+    /// The last position of the log, read after all documents were written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub until: Option<i64>,
-    /// How many events so far.
+    /// The number of events so far.
     pub events: u64,
-    /// Of the last event so far.
+    /// The position of the last event so far.
     pub position: i64,
-    /// Of every byte before this line, uncompressed.
+    /// The hash of every byte before this line, uncompressed.
     pub blake3: String,
-    /// Whether nothing follows.
+    /// Whether the file is complete, with nothing after this section.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub complete: bool,
 }
 
-/// A document as a line holds it.
+/// A document in a line.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct DocumentLine<'a> {
     #[serde(borrow)]
@@ -126,7 +127,7 @@ impl<'a> DocumentLine<'a> {
     }
 }
 
-/// Every line but the first. Told apart by its first field.
+/// Any line but the first. The first field of a line tells its kind.
 enum Line<'a> {
     Event(EventLine<'a>),
     Document(DocumentLine<'a>),

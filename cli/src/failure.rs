@@ -1,25 +1,25 @@
-//! How a command ends.
+//! The ways in which a command ends.
 
 use std::io::ErrorKind;
 
 use annals::{CommitError, StoreError, operator::OperatorError};
 
-/// What was found.
+/// The result of a command that ran.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Fine,
-    /// Something that a person has to look at.
+    /// An operator has to look at something.
     Fault,
-    /// Somebody wanted it to end before it had.
+    /// The command was stopped before its end.
     Stopped,
 }
 
-/// Why a command did not do what it was asked for.
+/// Why a command failed.
 #[derive(Debug)]
 pub(crate) enum Failure {
-    /// What to tell.
+    /// The text to print.
     Told(String),
-    /// Whoever read the output has gone, as `head` does: no reason to complain.
+    /// The reader of the output has closed it, as `head` does, which is not an error.
     OutputClosed,
 }
 
@@ -53,7 +53,7 @@ impl From<serde_json::Error> for Failure {
     }
 }
 
-/// Of writing the output; what else is read or written says which file it is.
+/// Stands for errors while writing the output. Errors of other files name their file.
 impl From<std::io::Error> for Failure {
     fn from(error: std::io::Error) -> Self {
         match error.kind() {

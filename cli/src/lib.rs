@@ -1,6 +1,6 @@
-//! The `annals` command: inspects, replays, verifies, moves and repairs what a store of annals holds, whatever the domain.
+//! The `annals` command: inspects, replays, verifies, moves and repairs a store of annals, whatever its domain.
 //!
-//! A service can have it under its own command. [`Ops::run`] takes the words that follow:
+//! A service can offer it under its own command. [`Ops::run`] takes the words that follow:
 //!
 //! ```no_run
 //! # async fn main_of_a_service() -> std::process::ExitCode {
@@ -9,8 +9,8 @@
 //! # }
 //! ```
 //!
-//! With [`Ops::events`] and [`Ops::saga`] it also knows what the service's events and sagas are, for `check-history`; with
-//! [`Ops::read_model`] how its views are built, for `read-model`.
+//! With [`Ops::events`] and [`Ops::saga`] the command also knows the service's events and sagas, for `check-history`.
+//! With [`Ops::read_model`] it knows how the service's views are built, for `read-model`.
 
 mod again;
 mod arguments;
@@ -44,14 +44,14 @@ use crate::{
     store::{Open, Store, StoreUrl},
 };
 
-/// Found a fault, for which somebody should look at the store.
+/// Exit code: a fault was found, and an operator should look at the store.
 const FOUND_A_FAULT: u8 = 1;
-/// The command line is wrong, or the store cannot be reached.
+/// Exit code: the command line is wrong, or the store cannot be reached.
 const COULD_NOT: u8 = 2;
-/// Ended by Ctrl-C, as a shell has it.
+/// Exit code after Ctrl-C, as shells report it.
 const STOPPED: u8 = 130;
 
-/// The command, as it is called.
+/// The command, and the domain that it knows.
 #[derive(Clone)]
 pub struct Ops {
     name: &'static str,
@@ -59,49 +59,50 @@ pub struct Ops {
 }
 
 impl Ops {
-    /// Under this name, as it is typed: `annals`, `sample-shop ops`.
+    /// Creates the command under this name, as it is typed: `annals`, `sample-shop ops`.
     pub fn named(name: &'static str) -> Self {
         Self { name, domain: domain::Domain::default() }
     }
 
-    /// Knows these events, for `check-history`.
+    /// Registers these events, for `check-history`.
     pub fn events<E: annals::Event>(mut self) -> Self {
         self.domain.add_events::<E>();
         self
     }
 
-    /// Knows sagas of this definition, for `check-history`.
+    /// Registers the sagas of this definition, for `check-history`.
     pub fn saga<C: annals::SagaState>(mut self, saga: annals::Saga<C>) -> Self {
         self.domain.add_saga(saga);
         self
     }
 
-    /// Knows how the views of this read model are built: the projection that the service runs.
+    /// Registers the projection that the service runs for this read model, so that the command can build its views.
     pub fn read_model<R: annals::ReadModel>(mut self, projection: annals::Projection<R>) -> Self {
         self.domain.add_read_model(projection);
         self
     }
 
-    /// Says of a handler that it may see events again, for `replay --handler NAME`. No other handler is ever called by this
-    /// command. What it executes on aggregates finds its own results of the first time; documents it has to write so that twice is
-    /// as good as once; anything it does outside the store happens again.
+    /// Registers a handler that may see events again, for `replay --handler NAME`. This command never calls any other
+    /// handler. When the handler executes commands on aggregates again, it finds the results of the first time. It must
+    /// write documents so that writing them twice is as good as once. Any effect outside the store happens again.
     pub fn replayable(mut self, name: &'static str, handler: impl annals::Handler) -> Self {
         self.domain.add_handler(name, handler);
         self
     }
 
-    /// Does what the words ask for, which are those after the name. Prints to standard output and standard error. It needs a
-    /// runtime of tokio.
+    /// Runs the command with `words`, the arguments after its name. Prints to standard output and standard error.
+    /// Requires a Tokio runtime.
     pub fn run(
         self,
         words: impl IntoIterator<Item = OsString>,
     ) -> Pin<Box<dyn Future<Output = ExitCode> + Send + 'static>> {
         let words: Vec<OsString> = words.into_iter().collect();
         Box::pin(async move {
-            // On a thread of its own: asking somebody blocks, and the compiler cannot see that all futures within are `Send`.
+            // Runs on a thread of its own: asking for confirmation blocks, and the compiler cannot see that all futures
+            // within are `Send`.
             let runtime = tokio::runtime::Handle::current();
             let ran = tokio::task::spawn_blocking(move || runtime.block_on(self.run_here(words)));
-            // A panic has told of itself.
+            // The panic has been printed already.
             ran.await.unwrap_or(COULD_NOT.into())
         })
     }
@@ -127,7 +128,7 @@ impl Ops {
     }
 
     fn command(&self) -> clap::Command {
-        // Its name is one word to clap, which would otherwise take the second one for an argument.
+        // The name is one word to clap, which would otherwise take the second word of the name for an argument.
         Arguments::command().name(self.name).bin_name(self.name).no_binary_name(true)
     }
 
@@ -179,7 +180,7 @@ impl Ops {
             Command::Migrate(_) | Command::CheckHistory(_) | Command::Completions(_) => Ok(Verdict::Fine),
         };
         let outcome = output.end(outcome);
-        // What was printed is true, whatever becomes of the connections.
+        // The printed output is true, even if closing the store fails.
         store.close().await.ok();
         outcome
     }
@@ -199,7 +200,7 @@ async fn open(common: &Common) -> Result<Store, Failure> {
 mod tests {
     use super::*;
 
-    /// So that a service can spawn it.
+    /// The command must be `Send`, so that a service can spawn it.
     #[test]
     fn it_may_run_on_any_thread() {
         fn sent(_: impl Send) {}

@@ -4,7 +4,7 @@ use std::{str::FromStr, time::Duration};
 
 use chrono::{DateTime, NaiveDate, NaiveDateTime, SecondsFormat, TimeDelta, Utc};
 
-/// A moment as it is typed: a time in UTC, or how long ago.
+/// A moment as it is typed: a time in UTC, or an age.
 ///
 /// `2026-11-21T15:04:05Z`, `2026-11-21 15:04`, `2026-11-21`, `15m` (ago).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,24 +59,24 @@ impl FromStr for Span {
 }
 
 impl Span {
-    /// The moment that is this long ago.
+    /// Returns the moment that lies back this long.
     pub fn ago(self) -> DateTime<Utc> {
         let delta = TimeDelta::from_std(self.0).unwrap_or(TimeDelta::MAX);
         Utc::now().checked_sub_signed(delta).unwrap_or(DateTime::<Utc>::MIN_UTC)
     }
 }
 
-/// A time to read.
+/// Formats a time for people.
 pub(crate) fn time(time: DateTime<Utc>) -> String {
     time.to_rfc3339_opts(SecondsFormat::Millis, true)
 }
 
-/// How long ago, to read.
+/// Formats the time since a moment for people.
 pub(crate) fn age(time: DateTime<Utc>) -> String {
     span(Utc::now() - time)
 }
 
-/// A duration to read, in its two largest units.
+/// Formats a duration for people, in its two largest units.
 pub(crate) fn span(delta: TimeDelta) -> String {
     let millis = delta.num_milliseconds();
     let (sign, millis) = (if millis < 0 { "-" } else { "" }, millis.unsigned_abs());

@@ -1,4 +1,4 @@
-//! What is printed: a table for people, or one JSON value a line for programs.
+//! Prints the output: a table for people, or one JSON value per line for programs.
 
 use std::{
     borrow::Cow,
@@ -12,7 +12,7 @@ use crate::failure::{Failure, Verdict};
 
 /// Standard output.
 pub(crate) struct Output {
-    /// Whether programs read it.
+    /// Whether the output is JSON, for programs.
     pub json: bool,
     stdout: BufWriter<Stdout>,
 }
@@ -22,25 +22,25 @@ impl Output {
         Self { json, stdout: BufWriter::new(io::stdout()) }
     }
 
-    /// A line as it is. What a store holds goes through [`shown`] first.
+    /// Prints a line unchanged. Text from a store must go through [`shown`] first.
     pub fn line(&mut self, text: &str) -> Result<(), Failure> {
         writeln!(self.stdout, "{text}")?;
         Ok(())
     }
 
-    /// A line of JSON.
+    /// Prints a line of JSON.
     pub fn value(&mut self, value: &impl Serialize) -> Result<(), Failure> {
         let line = serde_json::to_string(value)?;
         self.line(&line)
     }
 
-    /// Lines as they are, each with its end.
+    /// Prints lines unchanged, each with its line ending.
     pub fn lines(&mut self, lines: &[u8]) -> Result<(), Failure> {
         self.stdout.write_all(lines)?;
         Ok(())
     }
 
-    /// Rows under their headings, or one value for each.
+    /// Prints rows under their headings, or one JSON value for each item.
     pub fn list<T: Serialize>(
         &mut self,
         headings: &[&str],
@@ -54,19 +54,19 @@ impl Output {
             items.iter().map(|item| row(item).iter().map(|cell| one_line(cell)).collect()).collect();
         let mut table = Table::new();
         table.load_style(presets::NOTHING).set_header(headings).add_rows(rows.clone());
-        // What goes to a file or through a pipe has any width; each cell has a blank on both sides.
+        // A file or a pipe has any width. Each cell has a blank on both sides.
         let width = table.column_max_content_widths().iter().map(|width| usize::from(*width) + 2).sum::<usize>();
         if io::stdout().is_terminal() && table.width().is_some_and(|terminal| usize::from(terminal) < width) {
             return rows.iter().try_for_each(|row| self.record(headings, row));
         }
         for line in table.set_content_arrangement(ContentArrangement::Disabled).lines() {
-            // Without the blank in front.
+            // Drops the blank in front.
             self.line(line.strip_prefix(' ').unwrap_or(&line).trim_end())?;
         }
         Ok(())
     }
 
-    /// A row for a terminal that is too narrow for it: its cells one below the other.
+    /// Prints a row on a terminal that is too narrow for the table: one cell per line.
     fn record(&mut self, headings: &[&str], row: &[String]) -> Result<(), Failure> {
         let widest = headings.iter().map(|heading| heading.len()).max().unwrap_or(0);
         for (heading, cell) in headings.iter().zip(row).filter(|(_, cell)| !cell.is_empty()) {
@@ -75,8 +75,8 @@ impl Output {
         self.line("")
     }
 
-    /// A line beside a margin. On a terminal that is too narrow for it, it goes on below, between words; what is there to be
-    /// copied stays whole.
+    /// Prints a line to the right of a margin. On a terminal that is too narrow, the line wraps between words; words
+    /// stay whole, so that they can be copied.
     pub fn beside(&mut self, margin: &str, text: &str) -> Result<(), Failure> {
         let room = if io::stdout().is_terminal() { Table::new().width() } else { None };
         let room = room.map_or(usize::MAX, |width| usize::from(width).saturating_sub(margin.chars().count()));
@@ -94,7 +94,8 @@ impl Output {
         self.line(&format!("{margin}{line}"))
     }
 
-    /// Prints what is left to print, and how it ends with that: who reads no further changes nothing about what was found.
+    /// Flushes the output and returns the verdict. A reader that closes the pipe early changes nothing about what was
+    /// found.
     pub fn end(&mut self, outcome: Result<Verdict, Failure>) -> Result<Verdict, Failure> {
         let verdict = outcome?;
         match self.flush() {
@@ -103,14 +104,14 @@ impl Output {
         }
     }
 
-    /// So that whoever waits for a line gets it now.
+    /// Flushes the output, so that a reader that waits for a line gets it now.
     pub fn flush(&mut self) -> Result<(), Failure> {
         self.stdout.flush()?;
         Ok(())
     }
 }
 
-/// Text from a store, without the control characters that a terminal would obey.
+/// Returns text from a store without the control characters that a terminal would obey.
 pub(crate) fn shown(text: &str) -> Cow<'_, str> {
     let harmless = |c: char| !c.is_control() || c == '\n' || c == '\t';
     if text.chars().all(harmless) {
@@ -119,12 +120,12 @@ pub(crate) fn shown(text: &str) -> Cow<'_, str> {
     text.chars().map(|c| if harmless(c) { c } else { '\u{fffd}' }).collect::<String>().into()
 }
 
-/// Likewise on one line: what is in a cell of a table must not look like a row.
+/// Returns the same text on one line: the content of a table cell must not look like a row.
 pub(crate) fn one_line(text: &str) -> String {
     shown(text).chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
-/// The start of a text on one line.
+/// Returns the start of a text, on one line.
 pub(crate) fn short(text: &str, chars_max: usize) -> String {
     let one_line: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(chars_max + 1).collect();
     if one_line.chars().count() <= chars_max {
@@ -133,7 +134,7 @@ pub(crate) fn short(text: &str, chars_max: usize) -> String {
     one_line.chars().take(chars_max.saturating_sub(1)).chain(['…']).collect()
 }
 
-/// A number with its thousands apart.
+/// Formats a number with separated thousands.
 pub(crate) fn grouped(number: i64) -> String {
     let digits = number.unsigned_abs().to_string();
     let mut text = String::from(if number < 0 { "-" } else { "" });

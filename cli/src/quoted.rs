@@ -1,9 +1,9 @@
-//! What an error may quote of what was typed: no password, wherever it stands.
+//! The parts of the command line that an error may quote: never a password, wherever it stands.
 
 use clap::{builder::StyledStr, error::ContextValue};
 
-/// The text, or only its scheme where the rest may hold a password: in front of an `@`, among parameters, behind a second
-/// colon.
+/// Returns the text, or only its scheme if the rest may hold a password: before an `@`, among parameters, or after a
+/// second colon.
 pub fn quoted(text: &str) -> String {
     let (scheme, rest) = text.split_once("://").unwrap_or(("", text));
     let is_port =
@@ -18,13 +18,13 @@ pub fn quoted(text: &str) -> String {
     }
 }
 
-/// Whether this can be a scheme at all, and not what stands in front of the colon of something else, such as a user's name.
+/// Returns whether the text can be a scheme, and not the part before the colon of another word, such as a user's name.
 pub fn is_scheme(text: &str) -> bool {
     text.starts_with(|c: char| c.is_ascii_alphabetic())
         && text.chars().all(|c| c.is_ascii_alphanumeric() || ['+', '-', '.'].contains(&c))
 }
 
-/// An error of the command line, without what may be a password in it.
+/// Returns an error of the command line without the parts that may be a password.
 pub fn without_passwords(mut error: clap::Error) -> clap::Error {
     let said: Vec<_> = error.context().map(|(kind, value)| (kind, hidden(value))).collect();
     for (kind, value) in said {
@@ -49,17 +49,17 @@ fn hidden(value: &ContextValue) -> ContextValue {
     }
 }
 
-/// Parameters that are shown: a command that goes on elsewhere needs them, and none is a secret.
+/// Parameters that are shown: the command that continues elsewhere needs them, and none of them is a secret.
 const SHOWN: [&str; 4] = ["schema", "pooled", "password_file", "password_env"];
 
-/// A URL without its password. Drops all parameters but those of `SHOWN`: a password may be one of them. Where it cannot be told where
-/// the password ends, nothing is shown but the scheme.
+/// Returns a URL without its password. Drops all parameters but those in `SHOWN`, since a password may be one of them.
+/// If the end of the password is not certain, only the scheme is shown.
 pub fn without_password(url: &str) -> String {
     let scheme = url.split(':').next().unwrap_or_default();
     let hidden = format!("{scheme}://…");
     let (shown, parameters) = url.split_at(url.find(['?', '#']).unwrap_or(url.len()));
     let Some((_, rest)) = shown.split_once("//") else { return hidden };
-    // The last `@`: a password that was not encoded may hold one, and may hold a `?` too.
+    // Splits at the last `@`: a password that was not encoded may contain one, and may contain a `?` too.
     let (user, host) = match rest.rsplit_once('@') {
         _ if parameters.contains('@') => return hidden,
         Some((user, host)) => (user.split(':').next(), host),
@@ -67,7 +67,7 @@ pub fn without_password(url: &str) -> String {
     };
     let port = host.split('/').next().unwrap_or_default().rsplit(']').next().unwrap_or_default().split_once(':');
     if port.is_some_and(|(_, port)| !port.bytes().all(|b| b.is_ascii_digit())) {
-        // A user and a password without their host.
+        // The URL has a user and a password without a host.
         return hidden;
     }
     let user = user.map(|user| format!("{user}@")).unwrap_or_default();

@@ -1,4 +1,4 @@
-//! Ctrl-C: the first one asks for an end at the next good place.
+//! Ctrl-C: the first asks the command to end at the next good place.
 
 use std::sync::{
     Arc,
@@ -8,7 +8,7 @@ use std::sync::{
 use futures::FutureExt;
 use tokio::sync::Notify;
 
-/// Whether somebody wants it to end. Clones share it.
+/// Whether the command was asked to stop. Clones share the state.
 #[derive(Clone, Default)]
 pub(crate) struct Stop {
     asked: Arc<AtomicBool>,
@@ -16,12 +16,13 @@ pub(crate) struct Stop {
 }
 
 impl Stop {
-    /// Listens from now on. A second Ctrl-C ends the process as it always does.
+    /// Listens for Ctrl-C from now on. A second Ctrl-C ends the process at once.
     pub fn on_ctrl_c() -> Self {
         let stop = Self::default();
         let told = stop.clone();
         let mut first = Box::pin(tokio::signal::ctrl_c());
-        // It listens once it is asked, and its task may be asked late: until then, Ctrl-C would end the process without a word.
+        // The first poll installs the listener, and the task may be polled late: until then, Ctrl-C would end the
+        // process without a word.
         let pressed = (&mut first).now_or_never();
         tokio::spawn(async move {
             let pressed = match pressed {
@@ -43,7 +44,7 @@ impl Stop {
         self.asked.load(Ordering::Acquire)
     }
 
-    /// Resolves when it is.
+    /// Resolves once the command is asked to stop.
     pub async fn asked(&self) {
         let told = self.told.notified();
         if !self.is_asked() {

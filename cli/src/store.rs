@@ -1,4 +1,4 @@
-//! The store that a URL names, opened as it is: nothing is created, and nothing brought to a newer version.
+//! Opens the store that a URL names, as it is: creates no store, and migrates no store to a newer version.
 
 use std::{fmt, ops::RangeInclusive, path::PathBuf, str::FromStr, sync::Arc};
 
@@ -16,11 +16,11 @@ use crate::{
     quoted::{is_scheme, without_password},
 };
 
-/// Events read from a file in one go, and how many times that is read ahead.
+/// Events per page that is read from a file, and the pages that are read ahead.
 const PAGE: usize = 1_000;
 const PAGES_AHEAD: usize = 2;
 
-/// Where events are kept.
+/// The place where events are kept.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) enum StoreUrl {
     Sqlite(PathBuf),
@@ -28,7 +28,7 @@ pub(crate) enum StoreUrl {
     Postgres(String),
 }
 
-/// What is wrong with a store URL. Says nothing of the URL but its scheme: the rest may hold a password.
+/// What is wrong with a store URL. Quotes only the scheme of the URL, since the rest may hold a password.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum StoreUrlError {
     #[error("no store has the scheme {0:?}; known are sqlite:PATH and postgres://…")]
@@ -75,14 +75,14 @@ impl fmt::Display for StoreUrl {
     }
 }
 
-/// As [`Display`](fmt::Display), since what is debugged ends in logs.
+/// Same as [`Display`](fmt::Display), since debug output ends in logs.
 impl fmt::Debug for StoreUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }
 }
 
-/// Whether opening makes a store where there is none, and brings an older one to the newest version.
+/// Whether opening creates a missing store and migrates an older one to the newest version.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Open {
     Existing,
@@ -106,7 +106,7 @@ enum Driver {
 pub(crate) enum OpenError {
     Missing,
     Outdated,
-    /// Its schema was renamed.
+    /// The schema was renamed; holds the new name.
     Renamed(String),
     Other(String),
 }
@@ -151,8 +151,8 @@ impl Store {
         }
     }
 
-    /// The events of a query at these positions, in log order, up to where the log can be read as this begins; in constant
-    /// memory however many they are. After an error it has ended.
+    /// Returns the events of a query at these positions, in log order, up to the end of the log that is readable at the
+    /// call. Takes constant memory, however many events there are. The stream ends after an error.
     pub async fn log(
         &self,
         query: LogQuery,
@@ -163,7 +163,7 @@ impl Store {
         Ok(batches.map_ok(|events| stream::iter(events).map(Ok)).try_flatten().boxed())
     }
 
-    /// Likewise, byte for byte, in batches: what `take` makes of each, beside whoever reads and whoever takes them.
+    /// Returns the same events byte for byte, in batches that `take` fills. `take` runs in parallel with the consumer.
     pub async fn batches<B: Default + Send + 'static>(
         &self,
         query: LogQuery,
@@ -185,7 +185,7 @@ impl Store {
         }
     }
 
-    /// Whether payloads and metadata are JSON, since nothing else fits into their columns.
+    /// Returns whether payloads and metadata are always JSON, because their columns hold nothing else.
     pub fn has_json_only(&self) -> bool {
         matches!(self.driver, Driver::Postgres(_))
     }
@@ -198,7 +198,7 @@ impl Store {
     }
 }
 
-/// Some pages are read ahead of whoever takes them.
+/// Reads some pages ahead of the consumer.
 fn pages<B: Default + Send + 'static>(
     store: SqliteStore,
     query: LogQuery,
@@ -221,7 +221,7 @@ fn pages<B: Default + Send + 'static>(
                 Ok(next) => (Ok(batch), next > std::mem::replace(&mut after, next)),
                 Err(error) => (Err(error), false),
             };
-            // Nobody takes it once the stream is dropped.
+            // The send fails once the consumer has dropped the stream.
             if pages.send(page).await.is_err() || !goes_on {
                 break;
             }
@@ -231,7 +231,7 @@ fn pages<B: Default + Send + 'static>(
 }
 
 impl OpenError {
-    /// What to say, and what to do about it.
+    /// Returns the failure to print, with its remedy.
     pub fn told(self, url: &StoreUrl, schema: &str) -> Failure {
         let place = match url {
             StoreUrl::Sqlite(_) => url.to_string(),

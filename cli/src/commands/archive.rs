@@ -1,4 +1,4 @@
-//! `archive`: streams in which nothing more will happen, as a file of their own.
+//! `archive`: writes finished streams to a file of their own.
 
 use std::{
     collections::HashSet,
@@ -30,7 +30,7 @@ use crate::{
     store::Store,
 };
 
-/// Streams asked for at once.
+/// Streams that are listed at once.
 const PAGE: usize = 1_000;
 
 #[derive(Debug, Args)]
@@ -46,7 +46,7 @@ const PAGE: usize = 1_000;
 Streams of sagas are archived once their saga has ended; of others, only the age says that they are finished. The file is that
 of an export: lines of JSON, checksummed. Nothing is taken from the store: events are never deleted.")]
 pub(crate) struct Arguments {
-    /// The file; compressed if its name ends in .zst. There must be none yet.
+    /// The file; compressed if its name ends in .zst. It must not exist yet.
     file: PathBuf,
     /// Streams of these categories, such as `order,saga.checkout`.
     #[arg(long, value_name = "NAME", value_delimiter = ',', required_unless_present = "resume")]
@@ -54,7 +54,7 @@ pub(crate) struct Arguments {
     /// Only streams whose last event is older than this, such as 12h, 90d.
     #[arg(long, value_name = "DURATION", required_unless_present = "resume")]
     quiet_for: Option<Span>,
-    /// Go on with a file that was broken off: with the streams that it was begun with.
+    /// Continue a file that was broken off, with the streams that it was begun with.
     #[arg(long, conflicts_with_all = ["category", "quiet_for"])]
     resume: bool,
 }
@@ -80,7 +80,7 @@ pub(crate) async fn run(
     let (mut writer, header, finished) = match arguments.resume {
         true => go_on(path, store).await?,
         false => {
-            // What is recorded from now on belongs to streams that are not finished.
+            // Streams with events after this position are not finished.
             let until = archive.status().await?.head.0;
             let (categories, quiet_before) = (arguments.category, arguments.quiet_for.map_or_else(Utc::now, Span::ago));
             let finished = Finished::of(&*archive, &categories, quiet_before, until).await?;
@@ -108,7 +108,7 @@ pub(crate) async fn run(
     let categories = header.archive.iter().flat_map(|archived| &archived.categories).map(|name| name.as_str().into());
     let query = LogQuery { categories: categories.collect(), types: Vec::new() };
     let add = move |lines: &mut Lines, event: Stored<'_>| {
-        // A section ends with the last event that is in it.
+        // Other events do not move the position: a section ends with its own last event.
         if finished.keys.contains(&stream_key(&event.stream)) {
             lines.add(&event, is_json);
         }
@@ -139,7 +139,7 @@ pub(crate) async fn run(
     Ok(Verdict::Fine)
 }
 
-/// The rest of a file is of the streams that it was begun with, or it would hold halves of some.
+/// Resumes a file with the streams that it was begun with; otherwise it would hold halves of some streams.
 async fn go_on(path: &Path, store: &Store) -> Result<(Writer, Header, Finished), Failure> {
     let shown = path.display();
     let Some((writer, header)) = Writer::go_on(path)? else {
@@ -165,15 +165,15 @@ async fn go_on(path: &Path, store: &Store) -> Result<(Writer, Header, Finished),
     Ok((writer, header, finished))
 }
 
-/// Which streams are finished.
+/// The finished streams.
 struct Finished {
     keys: HashSet<u128>,
-    /// Over the names of all.
+    /// The hash of all their names.
     blake3: String,
 }
 
 impl Finished {
-    /// Those of which nothing was recorded since a moment, nor after a position.
+    /// Finds the streams without events since `quiet_before` or after `until`, leaving out sagas that have not ended.
     async fn of(
         archive: &dyn Archive,
         categories: &[String],
@@ -204,7 +204,7 @@ impl Finished {
     }
 }
 
-/// Whether the saga of a stream has ended, if it is one.
+/// Returns whether the saga of a stream has ended; true if the stream is not a saga's.
 async fn has_ended(archive: &dyn Archive, stream: &StreamSummary) -> Result<bool, Failure> {
     if !stream.stream.category().starts_with("saga.") {
         return Ok(true);

@@ -1,4 +1,5 @@
-//! `check-history`: whether this build still reads, and still does, what an export of production says.
+//! `check-history`: checks that this build still reads the events of an export, and that its sagas still take the same
+//! way.
 
 use std::{collections::HashMap, path::PathBuf};
 
@@ -13,7 +14,7 @@ use crate::{
     output::{Output, grouped, shown},
 };
 
-/// So many findings are told one by one; the others are counted.
+/// The most findings that are printed. The others are only counted.
 const TOLD_MAX: u64 = 200;
 
 #[derive(Debug, Args)]
@@ -23,7 +24,7 @@ const TOLD_MAX: u64 = 200;
 
 It needs a service's own binary, which knows its events and sagas. Sagas under another definition are told as such.")]
 pub(crate) struct Arguments {
-    /// What `export` wrote.
+    /// A file that `export` wrote.
     #[arg(long, value_name = "FILE")]
     against: PathBuf,
 }
@@ -45,7 +46,7 @@ struct Checked {
 pub(crate) fn run(arguments: Arguments, domain: &Domain, output: &mut Output) -> Result<Verdict, Failure> {
     let mut reader = Reader::open(&arguments.against)?;
     let mut checked = Checked { events: 0, sagas: 0, findings: 0 };
-    // Those that have not ended, and whether something was told of them: what follows from that need not be told.
+    // Sagas that have not ended; `None` after a finding, whose consequences need no finding of their own.
     let mut sagas: HashMap<String, Option<Box<dyn Replay>>> = HashMap::new();
     let complete = loop {
         let event = match reader.step()? {

@@ -1,4 +1,4 @@
-//! `completions`: what a shell needs to complete this command.
+//! `completions`: prints the script with which a shell completes this command.
 
 use clap::Args;
 use clap_complete::Shell;
@@ -9,7 +9,7 @@ use crate::failure::{Failure, Verdict};
 #[command(after_help = "Example:
   annals completions bash > ~/.local/share/bash-completion/completions/annals")]
 pub(crate) struct Arguments {
-    /// Which shell.
+    /// The shell.
     shell: Shell,
 }
 

@@ -1,4 +1,4 @@
-//! `dead-letters`: messages that could not be handled, and what becomes of them.
+//! `dead-letters`: lists messages that could not be handled, and redrives or drops them.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use crate::{
     store::Store,
 };
 
-/// What of a reason is shown in a table.
+/// The most characters of a reason in a table.
 const REASON_CHARS_MAX: usize = 60;
 
 #[derive(Debug, Args)]
@@ -37,19 +37,19 @@ pub(crate) struct Arguments {
 enum What {
     /// List parked keys, each with its first message.
     List {
-        /// Only those of this subscription or group.
+        /// Only the keys of this subscription or group.
         subscription: Option<String>,
     },
-    /// Show a parked message whole.
+    /// Show a whole parked message.
     Show {
-        /// Whose.
+        /// The subscription or group of the message.
         subscription: String,
         /// Its key, or its id.
         key: String,
     },
-    /// Have messages tried again, by the service that they belong to.
+    /// Redrive messages: their service tries them again.
     Redrive {
-        /// Whose.
+        /// The subscription or group of the messages.
         subscription: String,
         /// A key, or the id of a message.
         #[arg(required_unless_present = "all", conflicts_with = "all")]
@@ -62,7 +62,7 @@ enum What {
     },
     /// Give up a message for good.
     Drop {
-        /// Whose.
+        /// The subscription or group of the message.
         subscription: String,
         /// Its key, or its id.
         key: String,
@@ -115,7 +115,7 @@ async fn letters(store: &Store, subscription: &str) -> Result<Vec<Row>, StoreErr
     Ok(letters.into_iter().map(Row::of).collect())
 }
 
-/// Those who have something parked.
+/// Returns the subscriptions and groups that have parked messages.
 async fn subscriptions(archive: &dyn Archive) -> Result<Vec<String>, StoreError> {
     let collections = archive.collections().await?;
     Ok(collections.iter().filter_map(|name| name.strip_prefix("parked.").map(str::to_owned)).collect())

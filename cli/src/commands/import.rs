@@ -1,4 +1,4 @@
-//! `import`: a store out of a file.
+//! `import`: fills a store from a file.
 
 use std::path::PathBuf;
 
@@ -21,10 +21,10 @@ use crate::{
     store::Store,
 };
 
-/// Sections are written together until there is so much of them.
+/// Sections are collected up to this size and written together.
 const PART_EVENTS: usize = 20_000;
 const PART_BYTES: usize = 16 << 20;
-/// Read while one is written.
+/// Parts that are read ahead while one is written.
 const PARTS_AHEAD: usize = 1;
 
 #[derive(Debug, Args)]
@@ -36,14 +36,14 @@ const PARTS_AHEAD: usize = 1;
 Everything is kept as it was: ids, versions, positions with their gaps, times, and every byte of a payload. No service
 starts on the store before all of it is there.")]
 pub(crate) struct Arguments {
-    /// What `export` wrote.
+    /// A file that `export` wrote.
     file: PathBuf,
 }
 
-/// How far an import is.
+/// The progress of an import.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Progress {
-    /// Of which export.
+    /// The id of the export.
     pub export: Uuid,
     #[serde(flatten)]
     pub contents: Section,
@@ -75,14 +75,14 @@ pub(crate) async fn run(
     let stop = Stop::on_ctrl_c();
     let bar = progress::bar("imported", 0);
     let (parts, mut read) = mpsc::channel(PARTS_AHEAD);
-    // Ends by itself once nobody takes what it reads.
+    // The task ends by itself once the channel is closed.
     let (events, documents) = (done.events, done.documents);
     let reading = tokio::task::spawn_blocking(move || read_parts(reader, (events, documents), &parts));
     let mut last = None::<Section>;
     while let Some(Part { mut contents, section }) = read.recv().await {
         bar.set_length(section.until.unwrap_or_default().unsigned_abs());
         let complete = section.complete;
-        // What is written was checked, and in the same commit stands how far it is.
+        // Only checked sections are written, together with the progress, in one commit.
         if !contents.events.is_empty() || !contents.documents.is_empty() || (complete && !done.complete) {
             version += 1;
             contents.documents.push(document(export, &section, version)?);
@@ -123,15 +123,15 @@ pub(crate) async fn run(
     Ok(Verdict::Fine)
 }
 
-/// Sections that were checked, to be written in one commit.
+/// Checked sections that are written in one commit.
 #[derive(Default)]
 struct Part {
     contents: Contents,
-    /// The last of them.
+    /// The last section of the part.
     section: Section,
 }
 
-/// Reads sections, without what is there already; says whether the file is complete.
+/// Reads sections, leaving out what the store already has, and returns whether the file is complete.
 fn read_parts(
     mut reader: Reader,
     (events_done, documents_done): (u64, u64),
@@ -143,7 +143,7 @@ fn read_parts(
         let step = match reader.step() {
             Ok(step) => step,
             Err(error) => {
-                // What was good before it is taken in.
+                // The valid sections before the error are written.
                 whole.map(|part| parts.blocking_send(part).ok());
                 return Err(error);
             }
@@ -191,7 +191,7 @@ fn document(export: Uuid, section: &Section, version: i64) -> Result<Document, F
     Ok(Document { key: import_key(), version, body: body.into(), due: None })
 }
 
-/// How far an import of a store is, with the version of the document that says so; `None` if there was none.
+/// Returns the progress of an import into a store, with the version of its document; `None` if there was no import.
 pub(crate) async fn progress_of(archive: &dyn Archive) -> Result<Option<(i64, Progress)>, StoreError> {
     let found = archive.documents(&[import_key()]).await?.into_iter().next().flatten();
     let Some(document) = found else { return Ok(None) };

@@ -1,4 +1,4 @@
-//! `read`: the events of a stream.
+//! `read`: prints the events of a stream.
 
 use std::{collections::BTreeMap, path::PathBuf};
 
@@ -15,7 +15,7 @@ use crate::{
     store::Store,
 };
 
-/// Events read at once: few enough that the largest ones fit into memory.
+/// Events that are read at once: few enough that the largest fit into memory.
 const PAGE: usize = 500;
 
 #[derive(Debug, Args)]
@@ -38,10 +38,10 @@ pub(crate) struct Arguments {
     /// Up to this version.
     #[arg(long, value_name = "VERSION", default_value_t = i64::MAX, hide_default_value = true)]
     to: i64,
-    /// Only what was recorded by then.
+    /// Only events recorded up to this time.
     #[arg(long, value_name = "TIME")]
     at: Option<Moment>,
-    /// From these files, which `archive` or `export` wrote, and not from a store.
+    /// Read from these files, which `archive` or `export` wrote, instead of a store.
     #[arg(long, value_name = "FILE")]
     archive: Vec<PathBuf>,
 }
@@ -51,7 +51,7 @@ impl Arguments {
         !self.archive.is_empty()
     }
 
-    /// What is not looked for also ends it: versions and times rise.
+    /// Returns whether the events end before this one: versions and times rise, so none after it is wanted.
     fn ends_before(&self, version: i64, recorded_at: DateTime<Utc>) -> bool {
         version > self.to || self.at.is_some_and(|Moment(at)| recorded_at > at)
     }
@@ -80,7 +80,7 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
     Ok(Verdict::Fine)
 }
 
-/// The same of files. Each is read to its end, so that nothing of one that was changed passes for true.
+/// Reads the events from files. Each file is read to its end, so that no event of a damaged file passes for valid.
 pub(crate) fn from_archives(arguments: Arguments, output: &mut Output) -> Result<Verdict, Failure> {
     let mut found = BTreeMap::new();
     for path in &arguments.archive {
@@ -122,7 +122,7 @@ fn missing(stream: &str) -> String {
     format!("there is no stream {stream}; {hint}")
 }
 
-/// An event with its payload, or on a line of JSON.
+/// Prints an event with its payload, or as a line of JSON.
 pub(crate) fn show(event: &Recorded, output: &mut Output) -> Result<(), Failure> {
     if output.json {
         let mut line = Vec::new();
@@ -138,7 +138,7 @@ pub(crate) fn show(event: &Recorded, output: &mut Output) -> Result<(), Failure>
         event.position
     )))?;
     output.line(&format!("  id {}  cause {}", event.id, event.metadata.causation_id))?;
-    // Keys keep their order only where the text is kept; a person rather has it laid out.
+    // Only the original text keeps the order of keys. People rather read a payload that is laid out.
     let data = match annals::json::pretty(&event.data) {
         Ok(data) => data,
         Err(error) => format!("not JSON ({error}): {}", event.data),

@@ -1,4 +1,4 @@
-//! `read-model`: the views of a read model; and all of them anew, beside the live ones.
+//! `read-model`: shows the views of a read model, or builds all of them anew beside the live ones.
 
 use std::sync::Arc;
 
@@ -21,9 +21,9 @@ use crate::{
     store::Store,
 };
 
-/// What of a view is shown in a table.
+/// The most characters of a view in a table.
 const VIEW_CHARS_MAX: usize = 100;
-/// Views read at once.
+/// Views that are read at once.
 const PAGE: usize = 500;
 
 #[derive(Debug, Args)]
@@ -39,12 +39,12 @@ To build views needs the service's own binary, which has given its read models t
 functions, so nothing is done again but to fold events. Services may run meanwhile: whoever reads, reads the live views until
 the moment of the swap, which a running service follows. The swap is an event in the stream operator-NAME.")]
 pub(crate) struct Arguments {
-    /// Its stored name.
+    /// The stored name of the read model.
     name: String,
     /// Show views after this key.
     #[arg(long, value_name = "KEY", default_value = "")]
     after: String,
-    /// Show so many views, or differences.
+    /// Show at most this many views, or differences.
     #[arg(long, value_name = "N", default_value_t = 50, global = true)]
     limit: usize,
     #[command(subcommand)]
@@ -53,14 +53,14 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Build all views anew, show what is not the same in the live ones, and remove them again.
+    /// Build all views anew, show how the live ones differ, and remove the new ones.
     Compare,
-    /// Build all views anew, show what is not the same in the live ones, and swap them.
+    /// Build all views anew, show how the live ones differ, and swap them.
     Rebuild {
-        /// Swap although some events could not be applied; they wait as dead letters, and their views are incomplete.
+        /// Swap even if some events could not be applied; they wait as dead letters, and their views are incomplete.
         #[arg(long)]
         accept_parked: bool,
-        /// Swap although the live views are of a later version of the code.
+        /// Swap even if the live views are of a later version of the code.
         #[arg(long)]
         accept_older: bool,
         #[command(flatten)]
@@ -68,7 +68,7 @@ enum Verb {
     },
 }
 
-/// A read model, whatever its types.
+/// A read model of any type.
 #[async_trait]
 pub(crate) trait Model: Send + Sync {
     async fn begin(&self, store: Arc<dyn EventStore>) -> Result<Rebuild, String>;
@@ -87,7 +87,7 @@ struct Row {
     view: Box<RawValue>,
 }
 
-/// Both sides of a view.
+/// A view as it is live, and as it was rebuilt.
 #[derive(Serialize)]
 struct Sides {
     key: Arc<str>,
@@ -103,7 +103,7 @@ pub(crate) async fn run(
 ) -> Result<Verdict, Failure> {
     let Some(verb) = &arguments.verb else { return list(&arguments, store, output).await };
     let model = domain.read_model(&arguments.name)?;
-    // Before the work: who it is, cannot be found out later.
+    // Asks for the operator before the long build, not after it.
     let act = match verb {
         Verb::Compare => None,
         Verb::Rebuild { act, .. } => Some((act, act.by()?)),
@@ -158,7 +158,7 @@ pub(crate) async fn run(
     }
 }
 
-/// Builds the views beside the live ones; `None` if that was stopped.
+/// Builds the views beside the live ones; returns `None` if it was stopped.
 async fn build(model: &dyn Model, verb: &Verb, store: &Store, stop: &Stop) -> Result<Option<Rebuild>, Failure> {
     let bar = progress::bar("built", store.port().status().await?.head.0.unsigned_abs());
     let built = model.begin(store.port()).await.map_err(Failure::new)?;
@@ -176,7 +176,7 @@ async fn build(model: &dyn Model, verb: &Verb, store: &Store, stop: &Stop) -> Re
     match caught_up {
         Some(Ok(())) => Ok(Some(built)),
         Some(Err(error)) => {
-            // If this fails too, the next build removes what is left; the first error says why.
+            // If this fails too, the next build removes the rest. The first error is the one to report.
             _ = built.discard().await;
             Err(Failure::new(error.to_string()))
         }
@@ -188,7 +188,7 @@ async fn build(model: &dyn Model, verb: &Verb, store: &Store, stop: &Stop) -> Re
     }
 }
 
-/// Shows differences up to a limit, and how many there are.
+/// Prints differences up to a limit, and counts all of them.
 async fn compare(built: &Rebuild, limit: usize, output: &mut Output) -> Result<Compared, Failure> {
     let (mut told, mut broken) = (0, None);
     let compared = built.compare(|difference| {
@@ -251,7 +251,7 @@ async fn list(arguments: &Arguments, store: &Store, output: &mut Output) -> Resu
     let rows = loop {
         let collection = live_collection(&*archive, &arguments.name).await?;
         let rows = page(arguments, &*archive, &collection).await?;
-        // Some may have been removed because other views were swapped in meanwhile.
+        // Views may be missing from the page if other views were swapped in meanwhile.
         if live_collection(&*archive, &arguments.name).await? == collection {
             break rows;
         }

@@ -1,4 +1,4 @@
-//! `replay`: a range of the log, once more, to somewhere else.
+//! `replay`: sends a range of the log again, to another place.
 
 mod lines;
 mod rerun;
@@ -57,29 +57,29 @@ pub(crate) struct Arguments {
     /// Only events of these streams.
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     stream: Vec<String>,
-    /// From this position on.
+    /// From this position.
     #[arg(long, value_name = "POSITION", conflicts_with = "since")]
     from: Option<i64>,
     /// Up to this position.
     #[arg(long, value_name = "POSITION", conflicts_with = "until")]
     to: Option<i64>,
-    /// Only what was recorded since then.
+    /// Only events recorded since then.
     #[arg(long, value_name = "TIME")]
     since: Option<Moment>,
-    /// Only what was recorded before then.
+    /// Only events recorded before then.
     #[arg(long, value_name = "TIME")]
     until: Option<Moment>,
-    /// Write to this file, not to standard output.
+    /// Write to this file instead of standard output.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["bus", "handler"])]
     output: Option<PathBuf>,
-    /// Write behind what is in the file already.
+    /// Append to the file.
     #[arg(long, requires = "output")]
     append: bool,
-    /// Send to a topic of this Kafka: `kafka://host:port[,host:port][?name=value&…]`. Any value can stand in a file or in the
-    /// environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
+    /// Send to a topic of this Kafka: `kafka://host:port[,host:port][?name=value&…]`. Any value can stand in a file or
+    /// in the environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
     #[arg(long, value_name = "URL", requires = "service", conflicts_with = "handler")]
     bus: Option<Settings>,
-    /// The service whose events they are.
+    /// The service that the events belong to.
     #[arg(long, value_name = "NAME", requires = "bus")]
     service: Option<String>,
     /// The topic [default: that of the service's events].
@@ -88,10 +88,10 @@ pub(crate) struct Arguments {
     /// Call this handler of the service's own binary, which has registered it with `Ops::replayable`.
     #[arg(long, value_name = "NAME")]
     handler: Option<String>,
-    /// Count, and write nothing.
+    /// Only count the events.
     #[arg(long)]
     dry_run: bool,
-    /// Keep the pauses between events, so many times shorter, such as 1x or 10x.
+    /// Keep the pauses between events, divided by this factor, such as 1x or 10x.
     #[arg(long, value_name = "FACTOR", value_parser = factor)]
     speed: Option<f64>,
 }
@@ -104,7 +104,7 @@ fn factor(text: &str) -> Result<f64, String> {
 }
 
 impl Arguments {
-    /// The command with which to go on after this position, where this ended before `last`.
+    /// Returns the command that continues after this position, if this run ended before `last`.
     fn again(&self, again: &Again, after: i64, last: i64) -> String {
         let mut words = vec!["replay".to_owned()];
         let listed = |names: &[String]| (!names.is_empty()).then(|| names.join(","));
@@ -115,7 +115,7 @@ impl Arguments {
             ("--where", self.which.path.as_ref().map(ToString::to_string)),
             ("--from", Some((after + 1).to_string())),
             ("--to", Some(last.to_string())),
-            // Without its parameters, of which one may be a password.
+            // The URL is printed without its parameters, since one of them may be a password.
             ("--bus", self.bus.as_ref().map(ToString::to_string)),
             ("--service", self.service.clone()),
             ("--topic", self.topic.clone()),
@@ -171,7 +171,7 @@ pub(crate) async fn run(
     }
     let stop = Stop::on_ctrl_c();
     let bar = match target {
-        // Its lines and a bar would write over each other on a terminal.
+        // On a terminal, the lines and a bar would overwrite each other.
         Target::Output(_) => indicatif::ProgressBar::hidden(),
         _ => progress::bar("replayed", (last - first + 1).max(0).unsigned_abs()),
     };
@@ -206,7 +206,7 @@ pub(crate) async fn run(
             () = stop.asked() => None,
         };
         match ended {
-            // What is under way may still arrive.
+            // Messages under way may still arrive.
             None => target.give_up().await.map(|()| false),
             Some(ended) => ended.map(|()| true),
         }
@@ -238,7 +238,7 @@ pub(crate) async fn run(
     Ok(Verdict::Fine)
 }
 
-/// Waits as long as the pauses between events were, divided by a factor.
+/// Waits between events for the time between their recordings, divided by a factor.
 struct Pace {
     factor: Option<f64>,
     began: Option<(tokio::time::Instant, DateTime<Utc>)>,

@@ -1,4 +1,4 @@
-//! `saga`: what happened to one saga.
+//! `saga`: shows the history of one saga.
 
 mod act;
 mod timeline;
@@ -17,9 +17,9 @@ use crate::{
     store::Store,
 };
 
-/// Events read at once.
+/// Events that are read at once.
 const PAGE: usize = 500;
-/// A saga has some tens of events; one with more is shown from its beginning, up to here.
+/// A saga has some tens of events. A longer history is shown up to this number of events.
 const EVENTS_MAX: usize = 10_000;
 
 #[derive(Debug, Args)]
@@ -31,13 +31,13 @@ const EVENTS_MAX: usize = 10_000;
   annals saga 536365 retry --reason \"the card provider is back\"
       asks again for the step that it is stuck at")]
 pub(crate) struct Arguments {
-    /// The saga's id, or its stream where several sagas have the id: `536365`, `saga.checkout-536365`.
+    /// The saga's id, or its stream if several sagas have the id: `536365`, `saga.checkout-536365`.
     #[arg(value_name = "ID")]
     id: String,
-    /// Draw the way it took, as a Mermaid flowchart or an SVG.
+    /// Draw the path of the saga, as a Mermaid flowchart or an SVG.
     #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "mermaid")]
     diagram: Option<Format>,
-    /// What to do about it, if it is stuck.
+    /// The act on the saga, if it is stuck.
     #[command(subcommand)]
     act: Option<act::Verb>,
 }
@@ -88,7 +88,7 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
     Ok(Verdict::Fine)
 }
 
-/// The stream of a saga that is named by its id alone, if only one has it.
+/// Returns the stream of a saga that is named by its id alone, if only one saga has the id.
 pub(crate) async fn locate(store: &Store, id: &str) -> Result<StreamId, Failure> {
     let archive = store.port();
     let mut found = Vec::new();
@@ -116,7 +116,7 @@ pub(crate) async fn locate(store: &Store, id: &str) -> Result<StreamId, Failure>
     }
 }
 
-/// The events of a saga.
+/// Returns the events of a saga.
 pub(crate) async fn history(store: &Store, stream: &StreamId) -> Result<Vec<(Recorded, SagaEvent)>, Failure> {
     let archive = store.port();
     let (mut history, mut after) = (Vec::new(), Version::START);

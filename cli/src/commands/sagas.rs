@@ -1,4 +1,4 @@
-//! `sagas`: which sagas there are, and how they are doing.
+//! `sagas`: lists sagas and their states.
 
 use annals::{Archive, Scan, StoreError, saga::SagaStatus};
 use clap::{Args, ValueEnum};
@@ -10,11 +10,11 @@ use crate::{
     store::Store,
 };
 
-/// Documents read at once.
+/// Documents that are read at once.
 const PAGE: usize = 1_000;
-/// A table has so many rows, unless it is told otherwise.
+/// The most rows of a table, unless `--limit` says otherwise.
 const ROWS_DEFAULT: usize = 100;
-/// What of an error is shown in a table.
+/// The most characters of an error in a table.
 const ERROR_CHARS_MAX: usize = 60;
 
 #[derive(Debug, Args)]
@@ -36,7 +36,7 @@ pub(crate) struct Arguments {
     /// Only sagas that were started longer ago than this, such as 15m.
     #[arg(long, value_name = "DURATION")]
     older_than: Option<Span>,
-    /// At most so many [default: 100 in a table, all with --json].
+    /// At most this many [default: 100 in a table, all with --json].
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
 }
@@ -103,7 +103,7 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
     Ok(Verdict::Fine)
 }
 
-/// The names of the sagas that there are documents of.
+/// Returns the names of the sagas that have documents.
 pub(crate) async fn names(archive: &dyn Archive) -> Result<Vec<String>, StoreError> {
     let collections = archive.collections().await?;
     Ok(collections.iter().filter_map(|name| name.strip_prefix("saga.").map(str::to_owned)).collect())

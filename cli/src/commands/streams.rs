@@ -1,4 +1,4 @@
-//! `streams`: which streams there are.
+//! `streams`: lists streams.
 
 use annals::archive::StreamSummary;
 use chrono::{DateTime, Utc};
@@ -12,9 +12,9 @@ use crate::{
     store::Store,
 };
 
-/// Streams asked for at once.
+/// Streams that are listed at once.
 const PAGE: usize = 1_000;
-/// A table has so many rows, unless it is told otherwise.
+/// The most rows of a table, unless `--limit` says otherwise.
 const ROWS_DEFAULT: usize = 100;
 
 #[derive(Debug, Args)]
@@ -41,7 +41,7 @@ pub(crate) struct Arguments {
     /// Only streams whose last event is younger than this.
     #[arg(long, value_name = "DURATION")]
     active_within: Option<Span>,
-    /// At most so many [default: 100 in a table, all with --json].
+    /// At most this many [default: 100 in a table, all with --json].
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
 }
@@ -67,7 +67,7 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
     let limit = arguments.limit.unwrap_or(if output.json { usize::MAX } else { ROWS_DEFAULT });
     let wanted = Wanted::of(&arguments);
     let prefix = arguments.category.as_ref().map(|category| format!("{category}-"));
-    // Every stream of a category has an id, so its name comes after this.
+    // All streams of the category sort after this prefix, since each has an id.
     let mut after = prefix.clone().unwrap_or_default();
     let (mut rows, mut found, mut more) = (Vec::new(), 0, false);
     'pages: loop {
@@ -107,7 +107,7 @@ fn show(rows: &[Row], output: &mut Output) -> Result<(), Failure> {
     })
 }
 
-/// The filter, with durations as moments.
+/// The filter, with durations turned into times.
 struct Wanted {
     min_events: i64,
     max_events: i64,

@@ -1,4 +1,4 @@
-//! `subscription`: acts on one follower of the log.
+//! `subscription`: pauses, resumes or resets a subscription.
 
 use annals::{Operator, Position, operator::OperatorError};
 use clap::{Args, Subcommand};
@@ -25,7 +25,7 @@ unless it asks by the event's id whether it did. A read model is built anew by `
 What a service consumes from the bus has offsets of topics, not a place in the log. It is held up where its messages come from:
 `subscription SERVICE.relay pause` on the store of the service that sends. What it could not handle is in `dead-letters`.")]
 pub(crate) struct Arguments {
-    /// Its name, as `subscriptions` shows it.
+    /// The name of the subscription, as `subscriptions` shows it.
     name: String,
     #[command(subcommand)]
     what: What,
@@ -33,7 +33,7 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum What {
-    /// Have it go on from another place of the log.
+    /// Continue from another place of the log.
     Reset {
         /// After this position; or `beginning`, `now`, or a time: with the first event since then.
         #[arg(long, value_name = "PLACE")]
@@ -41,12 +41,12 @@ enum What {
         #[command(flatten)]
         act: Act,
     },
-    /// Hold it up.
+    /// Pause the subscription.
     Pause {
         #[command(flatten)]
         act: Act,
     },
-    /// Let it go on from where it was paused.
+    /// Resume the subscription from where it was paused.
     Resume {
         #[command(flatten)]
         act: Act,
@@ -85,7 +85,7 @@ async fn hold_up(name: &str, paused: bool, act: &Act, store: &Store) -> Result<(
     done.map_err(|error| of_bus(error, instead))
 }
 
-/// What to do about a follower of topics.
+/// Adds the remedy to the error for a subscription of topics.
 fn of_bus(error: OperatorError, instead: &str) -> Failure {
     match error {
         OperatorError::OfBus { .. } => Failure::new(format!("{error}: {instead}")),

@@ -1,4 +1,4 @@
-//! `subscriptions`: how far the followers of the log are, and what holds them up.
+//! `subscriptions`: shows the progress of the log's subscriptions, and what blocks them.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -18,7 +18,7 @@ use crate::{
     store::Store,
 };
 
-/// Documents read at once.
+/// Documents that are read at once.
 const PAGE: usize = 1_000;
 
 #[derive(Debug, Args)]
@@ -27,10 +27,10 @@ const PAGE: usize = 1_000;
   annals subscriptions --sample 10s --behind 1000
       those more than a thousand events behind, with their rate over ten seconds")]
 pub(crate) struct Arguments {
-    /// Measure how fast each moves for this long; 0s for not at all.
+    /// Measure for this long how fast each subscription moves; 0s to skip.
     #[arg(long, value_name = "DURATION", default_value = "1s")]
     sample: Span,
-    /// Only those that are at least so many events behind.
+    /// Only subscriptions that are at least this many events behind.
     #[arg(long, value_name = "N")]
     behind: Option<i64>,
 }
@@ -42,7 +42,7 @@ struct Row {
     lane: String,
     /// A position of the log, or an offset of a topic.
     position: i64,
-    /// Events of the log after it; unknown for a topic.
+    /// The number of events of the log after `position`; unknown for a topic.
     lag: Option<i64>,
     rate_per_second: Option<f64>,
     owner: Option<String>,
@@ -57,7 +57,7 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
     let before = if sample.is_zero() { BTreeMap::new() } else { checkpoints(&*archive).await? };
     let began = Instant::now();
     tokio::time::sleep(sample).await;
-    // In this order: a checkpoint that is read after the head may be beyond it.
+    // The checkpoints are read before the head: a checkpoint read later might be beyond the head.
     let after = checkpoints(&*archive).await?;
     let status = archive.status().await?;
     let elapsed = began.elapsed();
@@ -106,7 +106,8 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
     Ok(Verdict::Fine)
 }
 
-/// A group stores an offset for each partition, `<group>/<topic>/<number>`; a follower of the log one for each lane.
+/// A group stores an offset for each partition, `<group>/<topic>/<number>`; a subscription of the log, one for each
+/// lane.
 fn named<'a>(id: &'a str, checkpoint: &Checkpoint) -> (&'a str, &'a str) {
     match checkpoint.incarnation {
         Some(_) => id.split_once('/').unwrap_or((id, "")),
@@ -118,7 +119,7 @@ fn rate(before: &Checkpoint, after: &Checkpoint, elapsed: Duration) -> f64 {
     (after.next - before.next) as f64 / elapsed.as_secs_f64()
 }
 
-/// All checkpoints, by their document's id. One that does not read is left to `verify`.
+/// Returns all checkpoints by the ids of their documents. Unreadable checkpoints are left to `verify`.
 pub(crate) async fn checkpoints(archive: &dyn Archive) -> Result<BTreeMap<Arc<str>, Checkpoint>, StoreError> {
     let documents = documents(archive, CHECKPOINTS).await?;
     let read = |document: Document| {
@@ -128,7 +129,7 @@ pub(crate) async fn checkpoints(archive: &dyn Archive) -> Result<BTreeMap<Arc<st
     Ok(documents.into_iter().filter_map(read).collect())
 }
 
-/// A whole collection that is known to be small.
+/// Returns a whole collection that is known to be small.
 pub(crate) async fn documents(archive: &dyn Archive, collection: &str) -> Result<Vec<Document>, StoreError> {
     let mut all: Vec<Document> = Vec::new();
     loop {
@@ -141,7 +142,7 @@ pub(crate) async fn documents(archive: &dyn Archive, collection: &str) -> Result
     }
 }
 
-/// How many messages of a lane are parked.
+/// Returns the number of parked messages of a lane.
 async fn parked(archive: &dyn Archive, name: &str, id: &str) -> Result<usize, StoreError> {
     #[derive(serde::Deserialize)]
     struct Glimpse {

@@ -1,4 +1,4 @@
-//! `trace`: everything that one request caused, as a tree.
+//! `trace`: prints everything that one request caused, as a tree.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -18,7 +18,7 @@ use crate::{
     store::Store,
 };
 
-/// A request that caused more is shown up to here.
+/// The most events of a request that are shown.
 const EVENTS_MAX: usize = 10_000;
 
 #[derive(Debug, Args)]
@@ -41,9 +41,9 @@ pub(crate) struct Arguments {
 #[derive(Serialize)]
 struct Node {
     id: Uuid,
-    /// What caused it; the request has no node.
+    /// The id of the cause. The request has no node.
     cause: Uuid,
-    /// How far it is from the request.
+    /// The distance from the request.
     depth: usize,
     #[serde(rename = "type")]
     type_name: String,
@@ -53,11 +53,11 @@ struct Node {
     position: Option<i64>,
     /// The service that a command goes to.
     to: Option<String>,
-    /// Since the first event, in milliseconds.
+    /// The time since the first event, in milliseconds.
     after_ms: i64,
 }
 
-/// The one field of a saga's event that is wanted here.
+/// The one field of a saga's event that is needed here.
 #[derive(Deserialize)]
 struct Sends {
     #[serde(default)]
@@ -99,19 +99,19 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
     Ok(Verdict::Fine)
 }
 
-/// The correlation id, and the position that the search may begin at.
+/// Returns the correlation id, and the position at which the search begins.
 async fn begin(what: &str, store: &Store) -> Result<(Uuid, i64), Failure> {
     if let Ok(correlation) = what.parse() {
         return Ok((correlation, 1));
     }
     let first = store.port().read_stream(&StreamId::from_stored(what), Version::START, 1).await?;
-    // A request may have written elsewhere before it came to this stream.
+    // The request may have written other events before it came to this stream.
     first.first().map(|event| (event.metadata.correlation_id, 1)).ok_or_else(|| {
         Failure::new(format!("{what:?} is no correlation id, such as {}, and no stream that there is", Uuid::nil()))
     })
 }
 
-/// Depth first, effects under their causes, in log order.
+/// Arranges the nodes depth first, effects under their causes, in log order.
 fn tree(events: &[Arc<Recorded>]) -> Vec<Node> {
     let start = events.first().map_or_else(chrono::Utc::now, |event| event.recorded_at);
     let mut nodes = Vec::new();
@@ -134,7 +134,7 @@ fn tree(events: &[Arc<Recorded>]) -> Vec<Node> {
         }
         let sends = serde_json::from_str::<Sends>(&event.data).map(|sends| sends.send).unwrap_or_default();
         for command in sends {
-            // All attempts at a step have one id: they are drawn where it was asked for first.
+            // All attempts at a step have one command id. The command is drawn at its first attempt.
             if commands.insert(command.id, ()).is_none() {
                 let (type_name, to) = (command.type_name, Some(command.to));
                 let (stream, version, position) = (None, None, None);
@@ -165,7 +165,7 @@ fn tree(events: &[Arc<Recorded>]) -> Vec<Node> {
     placed.collect()
 }
 
-/// The lines in front of a node: one for each level that goes on below it.
+/// Returns the lines in front of a node: one for each level that continues below it.
 fn branches(nodes: &[Node], at: usize) -> String {
     let depth = nodes[at].depth;
     let goes_on = |level: usize| {

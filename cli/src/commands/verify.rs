@@ -1,4 +1,4 @@
-//! `verify`: whether a store is what it should be, in one pass over the log and one over the documents.
+//! `verify`: checks a store, in one pass over the log and one over the documents.
 
 mod bus;
 mod documents;
@@ -29,7 +29,7 @@ use crate::{
     store::Store,
 };
 
-/// So many faults are told one by one; the others are counted.
+/// The most faults that are printed. The others are only counted.
 const TOLD_MAX: u64 = 1_000;
 
 #[derive(Debug, Args)]
@@ -53,7 +53,7 @@ from there is missing. Topics that no relay of this store writes to are not look
 
 All faults of the store are told, up to 1,000; what a service writes meanwhile is looked at by the next run.")]
 pub(crate) struct Arguments {
-    /// Seal what was not sealed yet.
+    /// Seal the events that are not sealed yet.
     #[arg(long)]
     seal: bool,
     /// The hash that an earlier run ended with.
@@ -63,7 +63,7 @@ pub(crate) struct Arguments {
     on_bus: OnBus,
 }
 
-/// What is wrong, and where.
+/// A fault, and its place.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct Fault {
     #[serde(rename = "where")]
@@ -71,7 +71,7 @@ pub(crate) struct Fault {
     pub what: String,
 }
 
-/// Faults, printed as they are found.
+/// Prints faults as they are found.
 pub(crate) struct Faults<'a> {
     output: &'a mut Output,
     count: u64,
@@ -91,15 +91,15 @@ impl Faults<'_> {
     }
 }
 
-/// What was looked at.
+/// The result of the verification.
 #[derive(Serialize)]
 struct Verified {
     events: i64,
     sagas: usize,
     documents: u64,
-    /// Up to this position, events are under seals.
+    /// Events up to this position are under seals.
     sealed_until: i64,
-    /// Of the last seal.
+    /// The hash of the last seal.
     seal: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     topics: Option<OfTopics>,
@@ -109,7 +109,7 @@ struct Verified {
 pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
     let mut faults = Faults { output, count: 0 };
     match verify(arguments, store, &mut faults).await {
-        // Who reads no further has seen a fault, or would have.
+        // A reader that closed the output has seen a fault, or would have seen one.
         Err(Failure::OutputClosed) if faults.count > 0 => Ok(Verdict::Fault),
         verified => verified,
     }
@@ -174,7 +174,7 @@ async fn verify(arguments: Arguments, store: &Store, faults: &mut Faults<'_>) ->
     tell(&verified, faults.output)
 }
 
-/// Prints what was looked at.
+/// Prints the result.
 fn tell(verified: &Verified, output: &mut Output) -> Result<Verdict, Failure> {
     if output.json {
         output.value(verified)?;
@@ -196,7 +196,7 @@ fn tell(verified: &Verified, output: &mut Output) -> Result<Verdict, Failure> {
     Ok(if verified.faults == 0 { Verdict::Fine } else { Verdict::Fault })
 }
 
-/// What is to be looked at of an event: made beside whoever goes through the log.
+/// The parts of an event that are verified, prepared in parallel with the pass over the log.
 struct Event {
     position: i64,
     stream: Box<str>,
@@ -204,10 +204,10 @@ struct Event {
     id: Uuid,
     /// See [`stream_key`].
     key: u128,
-    /// Nothing, where there are no seals.
+    /// Zero if there are no seals.
     digest: Digest,
     unreadable: Option<String>,
-    /// The whole of it, if it is in a saga's stream.
+    /// The whole event, if it is in a saga's stream.
     of_saga: Option<Box<Recorded>>,
 }
 
@@ -231,7 +231,7 @@ impl Event {
     }
 }
 
-/// Where an event is.
+/// Returns the place of an event.
 fn place(event: &Recorded) -> String {
     at(event.position.0, event.stream.as_str(), event.version.0)
 }

@@ -1,4 +1,4 @@
-//! Reads an export, and checks it on the way.
+//! Reads an export, and checks it while reading.
 
 use std::{
     fs::File,
@@ -14,20 +14,20 @@ use crate::failure::Failure;
 /// <https://www.rfc-editor.org/rfc/rfc8878#section-3.1.1>
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 
-/// So many bytes are hashed at once.
+/// Bytes that are hashed at once.
 const HASHED_BYTES: usize = 128 << 10;
 
-/// What comes next.
+/// The next item of an export.
 pub(crate) enum Step {
     Event(Box<Stored<'static>>),
     Document(Document),
-    /// Everything before it is as it was written.
+    /// The end of a section. Everything before it is as it was written.
     Section(Section),
-    /// The file ends, complete or not.
+    /// The end of the file, complete or not.
     End,
 }
 
-/// Where lines come from. Of a compressed file, one section after the other: each is a frame.
+/// The source of lines. A compressed file has one frame per section.
 enum Source {
     Plain(BufReader<File>),
     Zstd(Option<BufReader<zstd::Decoder<'static, BufReader<File>>>>),
@@ -38,9 +38,9 @@ pub(crate) struct Reader {
     source: Source,
     header: Header,
     hasher: blake3::Hasher,
-    /// Read, and not hashed yet: much at once is hashed faster.
+    /// Bytes that were read and not hashed yet: hashing many bytes at once is faster.
     unhashed: Vec<u8>,
-    /// Where the next line begins in a plain file, or the next frame in a compressed one.
+    /// The offset of the next line in a plain file, or of the next frame in a compressed one.
     offset: u64,
     so_far: Section,
     line: Vec<u8>,
@@ -95,12 +95,12 @@ impl Reader {
         &self.header
     }
 
-    /// Where a file is cut after the section that was read last.
+    /// The offset at which a file is cut after the section that was read last.
     pub fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// Over everything read.
+    /// The hash of everything read so far.
     pub fn hasher(&mut self) -> &blake3::Hasher {
         self.hasher.update(&self.unhashed);
         self.unhashed.clear();
@@ -155,7 +155,7 @@ impl Reader {
         }
     }
 
-    /// Reads a line into its place; false at the end.
+    /// Reads a line into `line`; returns false at the end.
     fn next_line(&mut self) -> Result<bool, Failure> {
         self.line.clear();
         self.number += 1;
@@ -172,13 +172,13 @@ impl Reader {
         }
     }
 
-    /// A section was the last line of its frame.
+    /// Moves on to the next frame. A section is the last line of its frame.
     fn next_frame(&mut self) -> Result<(), Failure> {
         let Source::Zstd(frame_now) = &mut self.source else { return Ok(()) };
         let Some(mut ended) = frame_now.take() else { return Ok(()) };
         let mut rest = Vec::new();
         let next = (|| {
-            // Its checksum follows the last byte.
+            // The checksum of the frame follows its last byte.
             ended.read_to_end(&mut rest)?;
             let mut file = ended.into_inner().finish();
             let offset = file.stream_position()?;

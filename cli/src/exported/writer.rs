@@ -1,4 +1,4 @@
-//! Writes an export, or goes on with one that was broken off.
+//! Writes an export, or resumes one that was broken off.
 
 use std::{
     fs::{File, OpenOptions},
@@ -12,14 +12,15 @@ use serde::Serialize;
 use super::{DocumentLine, Header, Reader, Section, Step};
 use crate::{event::Lines, failure::Failure};
 
-/// A section ends after so many lines or bytes: at most that is lost when an export is broken off, and an import has it in
-/// memory.
+/// A section ends after this many lines or bytes: an export that breaks off loses at most that much, and an import
+/// holds that much in memory.
 const SECTION_LINES: u64 = 5_000;
 const SECTION_BYTES: usize = 16 << 20;
-/// The level that zstd itself takes for a good one.
+/// The default level of zstd.
 const COMPRESSION: i32 = 3;
 
-/// Where lines go. Each section is a frame of its own, so that a file can be cut after any of them and gone on with.
+/// The destination of lines. Each section is a frame of its own, so that a file can be cut after any of them and
+/// resumed.
 enum Sink {
     Plain(BufWriter<File>),
     Zstd(Option<zstd::Encoder<'static, BufWriter<File>>>),
@@ -35,22 +36,23 @@ pub(crate) struct Writer {
 }
 
 impl Writer {
-    /// Begins a new file; there must be none.
+    /// Begins a new file. The file must not exist.
     pub fn begin(path: &Path, header: &Header) -> Result<Self, Failure> {
         let file = OpenOptions::new().write(true).create_new(true).open(path).map_err(|error| told(path, &error))?;
         let mut writer =
             Self::to(file, path, blake3::Hasher::new(), Section::default()).map_err(|error| told(path, &error))?;
-        // It can be gone on with from its first moment.
+        // The header is flushed at once, so that the export can be resumed from its first moment.
         writer.put(header).and_then(|()| writer.flush()).map_err(|error| told(path, &error))?;
         Ok(writer)
     }
 
-    /// Goes on with a file after its last whole section; what follows that is written anew. `None` if it is complete.
+    /// Resumes a file after its last complete section; anything after that is overwritten. Returns `None` if the file
+    /// is complete.
     pub fn go_on(path: &Path) -> Result<Option<(Self, Header)>, Failure> {
         let mut reader = Reader::open(path)?;
         let mut whole = None;
         loop {
-            // A file that was broken off ends in the middle of something: that is where it is cut.
+            // A file that broke off ends in the middle of an item. It is cut after its last complete section.
             match reader.step() {
                 Ok(Step::Section(section)) if section.complete => return Ok(None),
                 Ok(Step::Section(section)) => whole = Some((section, reader.offset(), reader.hasher().clone())),
@@ -88,7 +90,7 @@ impl Writer {
         Ok(Self { sink, hasher, so_far, open: (0, 0), line: Vec::new() })
     }
 
-    /// What is in the file so far.
+    /// The contents of the file so far.
     pub fn so_far(&self) -> &Section {
         &self.so_far
     }
@@ -111,13 +113,13 @@ impl Writer {
         self.ends_section(1, self.line.len())
     }
 
-    /// Ends the documents: the log is to be written up to here.
+    /// Ends the documents. `head` is the position up to which the log will be written.
     pub fn until(&mut self, head: i64) -> io::Result<()> {
         self.so_far.until = Some(head);
         self.section(false)
     }
 
-    /// Ends the section, so that what was written so far is good.
+    /// Ends the section, so that everything written so far is valid.
     pub fn section(&mut self, complete: bool) -> io::Result<()> {
         #[derive(Serialize)]
         struct Line<'a> {
@@ -182,7 +184,7 @@ fn frame(file: BufWriter<File>) -> io::Result<zstd::Encoder<'static, BufWriter<F
     Ok(encoder)
 }
 
-/// By its name: `.zst`.
+/// Decides by the extension `.zst`.
 fn is_compressed(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension == "zst")
 }

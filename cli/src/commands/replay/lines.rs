@@ -1,4 +1,4 @@
-//! Lines of events as they are, in batches: what a replay is that keeps no pauses and goes where lines go.
+//! Replays the lines of events in batches, for a replay without pauses to a target that accepts lines.
 
 use std::ops::RangeInclusive;
 
@@ -9,7 +9,7 @@ use indicatif::ProgressBar;
 use super::target::Target;
 use crate::{commands::tail::Which, event::Lines, failure::Failure, stop::Stop, store::Store};
 
-/// Gives how many events were wanted, the last position that was looked at, and whether all went well.
+/// Returns the number of matching events, the last position read, and whether an error occurred.
 pub(super) async fn replay(
     store: &Store,
     (which, streams): (Which, Vec<String>),

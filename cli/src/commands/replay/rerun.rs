@@ -1,4 +1,4 @@
-//! A handler that sees events again, because its service says that it may.
+//! Calls a handler again for past events, if its service has allowed that.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ pub(super) struct Rerun {
     name: Arc<str>,
     handler: Arc<dyn Handler>,
     store: Arc<dyn EventStore>,
-    /// The position of an event that is not known to be committed.
+    /// The position of an event whose commit is not confirmed.
     pub under_way: Option<i64>,
 }
 
@@ -20,7 +20,7 @@ impl Rerun {
         Ok(Self { name: name.into(), handler, store: store.port(), under_way: None })
     }
 
-    /// One commit, of what the handler stages; what it executes on aggregates has the ids that it had the first time.
+    /// Commits what the handler stages, once per event. The handler's commands have the same ids as the first time.
     pub async fn take(&mut self, event: &Recorded) -> Result<(), Failure> {
         self.under_way = Some(event.position.0);
         let message = Message::of(event, &self.name);

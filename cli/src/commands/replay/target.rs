@@ -1,4 +1,4 @@
-//! Where a replay goes.
+//! The targets of a replay.
 
 use std::{
     fs::{File, OpenOptions},
@@ -13,7 +13,7 @@ use super::{rerun::Rerun, topic::Topic};
 use crate::{event::write_line, failure::Failure, output::Output};
 
 pub(super) enum Target<'a> {
-    /// Events are only counted.
+    /// Only counts events.
     Nowhere,
     Output(&'a mut Output),
     File(Box<OnDisk>),
@@ -22,7 +22,7 @@ pub(super) enum Target<'a> {
 }
 
 impl Target<'_> {
-    /// A new file, or what is there already.
+    /// Opens a new file, or appends to an existing one.
     pub fn file(path: &Path, append: bool) -> Result<Self, Failure> {
         let mut options = OpenOptions::new();
         if append {
@@ -41,7 +41,7 @@ impl Target<'_> {
         }
     }
 
-    /// Hands an event over.
+    /// Hands over an event.
     pub async fn take(&mut self, event: &Arc<Recorded>) -> Result<(), Failure> {
         match self {
             Self::Nowhere => Ok(()),
@@ -55,7 +55,7 @@ impl Target<'_> {
         }
     }
 
-    /// Whether lines can be handed over as well, as they are.
+    /// Returns whether the target also accepts lines.
     pub fn takes_lines(&self) -> bool {
         matches!(self, Self::Nowhere | Self::Output(_) | Self::File(..))
     }
@@ -69,19 +69,19 @@ impl Target<'_> {
         }
     }
 
-    /// Resolves once everything that was handed over is there.
+    /// Waits until everything handed over has arrived.
     pub async fn commit(&mut self) -> Result<(), Failure> {
         match self {
             Self::Nowhere => Ok(()),
             Self::Output(output) => output.flush(),
             Self::File(_) => Ok(()),
             Self::Topic(topic) => topic.commit().await,
-            // Each event is a commit.
+            // Each event is a commit of its own.
             Self::Handler(_) => Ok(()),
         }
     }
 
-    /// Takes nothing more; what was handed over may still arrive within a moment.
+    /// Accepts no more events. Events handed over may still arrive within a moment.
     pub async fn give_up(&mut self) -> Result<(), Failure> {
         match self {
             Self::Topic(topic) => {
@@ -92,7 +92,7 @@ impl Target<'_> {
         }
     }
 
-    /// What was handed over and is not known to be there: after which position it begins, and how many events it is.
+    /// The events that were handed over and may not have arrived: the position before them, and their number.
     pub fn unacknowledged(&self) -> Option<(i64, i64)> {
         match self {
             Self::Topic(topic) => topic.unacknowledged(),
@@ -102,7 +102,7 @@ impl Target<'_> {
     }
 }
 
-/// A file in which lines are whole, whatever happens to the disk.
+/// A file that contains whole lines only, whatever happens to the disk.
 pub(super) struct OnDisk {
     path: PathBuf,
     file: File,
@@ -115,7 +115,7 @@ impl OnDisk {
         Ok(Self { path: path.to_owned(), file, bytes })
     }
 
-    /// All of the lines, or none.
+    /// Writes all of the lines or none.
     fn write(&mut self, lines: &[u8]) -> Result<(), Failure> {
         let written = self.file.write_all(lines);
         written.map_err(|error| match self.file.set_len(self.bytes) {

@@ -1,4 +1,5 @@
-//! A topic: messages as the relay of a service makes them, many at a time, until the brokers have acknowledged them.
+//! Publishes messages to a topic as a service's relay makes them, many at a time, until the brokers have acknowledged
+//! them.
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
@@ -13,21 +14,21 @@ use futures::FutureExt;
 use super::Arguments;
 use crate::{failure::Failure, store::Store};
 
-/// Messages published in one go.
+/// Messages that are published at once.
 const PAGE: usize = 500;
-/// Pages published and not acknowledged yet.
+/// Pages that are published and not acknowledged yet.
 const PAGES_IN_FLIGHT: usize = 16;
-/// So often in a row a bus in trouble is tried again.
+/// The most consecutive retries while the bus fails.
 const ATTEMPTS_MAX: u32 = 10;
-/// And this much later each time.
+/// The delay grows by this much with each retry.
 const PAUSE: Duration = Duration::from_millis(200);
-/// How long what is under way may take to arrive, once it was stopped.
+/// How long messages under way may take to arrive after the replay was stopped.
 const LAST_RECEIPTS: Duration = Duration::from_secs(5);
 
-/// Messages of events that follow one another in the log.
+/// Messages of consecutive events of the log.
 struct Page {
     messages: Vec<Outgoing>,
-    /// None before it is published, and once that has failed.
+    /// `None` before the page is published, and after publishing failed.
     receipt: Option<Receipt>,
 }
 
@@ -35,7 +36,7 @@ pub(super) struct Topic {
     bus: KafkaBus,
     routes: Routes,
     name: Arc<str>,
-    /// Of the service, if the topic is its own.
+    /// The relay's progress, if the topic is the service's own.
     relayed: Option<Relayed>,
     page_max: usize,
     next: Vec<Outgoing>,
@@ -74,14 +75,14 @@ impl Topic {
         }
         let told = |error: BusError| Failure::new(error.to_string());
         let bus = KafkaBus::connect(settings.clone()).await.map_err(told)?;
-        // With the pauses kept, a message that waits for others would be late.
+        // If pauses are kept, a message must not wait until a page is full.
         let page_max = if arguments.speed.is_some() { 1 } else { PAGE };
         let (next, pages) = (Vec::new(), VecDeque::new());
         Ok(Self { bus, routes: Routes::of(service), name: name.into(), relayed, page_max, next, pages, attempts: 0 })
     }
 
-    /// Up to where the relay has sent everything, in its own topic: messages that go before it there, consumers would take
-    /// for a sign that they have seen all up to them.
+    /// The position up to which the relay has sent everything, if the topic is the service's own. Messages ahead of the
+    /// relay would make consumers believe that they have seen all messages before them.
     pub fn sent(&self) -> Option<i64> {
         self.relayed.as_ref().map(|relayed| relayed.all_up_to().0)
     }
@@ -117,7 +118,7 @@ impl Topic {
         _ = tokio::time::timeout(LAST_RECEIPTS, arrive).await;
     }
 
-    /// After which position begins what the brokers have not acknowledged, and how many events it is.
+    /// The events that the brokers have not acknowledged: the position before them, and their number.
     pub fn unacknowledged(&self) -> Option<(i64, i64)> {
         let mut messages = self.pages.iter().flat_map(|page| &page.messages).chain(&self.next);
         let first = messages.next()?;
@@ -130,10 +131,10 @@ impl Topic {
         }
     }
 
-    /// Publishes all pages, and waits until no more than `open_max` are without acknowledgement.
+    /// Publishes all pages, and waits until at most `open_max` are unacknowledged.
     async fn publish(&mut self, open_max: usize) -> Result<(), Failure> {
         loop {
-            // In order: what has failed is published again, and all after it.
+            // Publishes in order: the page that failed, and all pages after it.
             if let Some(page) = self.pages.iter_mut().find(|page| page.receipt.is_none()) {
                 match self.bus.publish(page.messages.clone()).await {
                     Ok(receipt) => page.receipt = Some(receipt),
@@ -177,14 +178,14 @@ impl Topic {
         if matches!(error, BusError::Misconfigured(_)) || self.attempts > ATTEMPTS_MAX {
             return Err(Failure::new(error.to_string()));
         }
-        // None of them is sent again before all have failed.
+        // All pages count as failed, so that they are published again in order.
         self.pages.iter_mut().for_each(|page| page.receipt = None);
         tokio::time::sleep(PAUSE * self.attempts).await;
         Ok(())
     }
 }
 
-/// Of the engine, not of a service's own.
+/// Returns whether the category belongs to the engine rather than to a service.
 fn is_internal(category: &str) -> bool {
     category.starts_with("saga.") || category.starts_with("step.") || category == annals::operator::CATEGORY
 }

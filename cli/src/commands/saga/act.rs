@@ -1,4 +1,4 @@
-//! What an operator does to a stuck saga. It is asked for in the saga's own stream; the service that runs it answers there.
+//! Acts of an operator on a stuck saga. The request goes to the saga's own stream, where its service answers.
 
 use annals::{
     Operator, StreamId, Version,
@@ -16,16 +16,16 @@ use crate::{
     store::Store,
 };
 
-/// Events read at once.
+/// Events that are read at once.
 const PAGE: usize = 100;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
-    /// Ask again for the step that it is stuck at.
+    /// Ask again for the step at which it is stuck.
     Retry(Arguments),
-    /// Take that step as done, and go on.
+    /// Take that step as done, and continue.
     SkipStep(Arguments),
-    /// Go back instead. Only up to the pivot: you vouch that it did not happen.
+    /// Compensate. Only up to the pivot: you vouch that the pivot did not happen.
     Compensate(Arguments),
     /// Leave it as it is, for good.
     Abandon(Arguments),

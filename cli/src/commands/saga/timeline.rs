@@ -1,4 +1,4 @@
-//! The history of a saga in words.
+//! Tells the history of a saga in words.
 
 use std::collections::HashMap;
 
@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::{moment::span, output::short};
 
-/// What of a reply is shown.
+/// The most characters of a reply that are shown.
 const REPLY_CHARS_MAX: usize = 120;
 
 /// An event of a saga.
@@ -20,13 +20,13 @@ pub(crate) struct Entry {
     pub version: i64,
     pub position: i64,
     pub at: DateTime<Utc>,
-    /// Such as `saga.replied`.
+    /// The type of the event, such as `saga.replied`.
     pub event: String,
-    /// After it.
+    /// The status after the event.
     pub status: String,
-    /// After it.
+    /// The step after the event.
     pub step: String,
-    /// After it: how often the step was asked for.
+    /// The number of attempts at the step, after the event.
     pub attempt: u32,
     /// What happened, in words.
     pub lines: Vec<String>,
@@ -118,7 +118,7 @@ fn happened(event: &SagaEvent, before: Option<&Progress>, steps: &HashMap<At, St
     lines
 }
 
-/// A verb as it is typed.
+/// Returns a verb as it is typed.
 pub(crate) fn word(verb: &impl Serialize) -> String {
     serde_json::to_value(verb).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
 }
@@ -133,7 +133,7 @@ fn sent(event: &SagaEvent) -> &[annals::saga::Command] {
     }
 }
 
-/// A step, forth or back.
+/// Names a step, with `undo` for a compensation.
 pub(crate) fn named(at: At, step: &str) -> String {
     match at {
         At::Forward(_) | At::Closing(_) => step.to_owned(),
@@ -141,7 +141,7 @@ pub(crate) fn named(at: At, step: &str) -> String {
     }
 }
 
-/// How a saga is doing.
+/// Describes the state of a saga.
 pub(crate) fn state(progress: &Progress) -> String {
     match progress.status {
         Status::Stuck if progress.ended.is_some() => "abandoned".to_owned(),
@@ -151,7 +151,7 @@ pub(crate) fn state(progress: &Progress) -> String {
     }
 }
 
-/// What a saga that has not ended waits for.
+/// Describes what a saga that has not ended waits for.
 pub(crate) fn waits(progress: &Progress, now: DateTime<Utc>) -> Option<String> {
     if progress.ended.is_some() {
         return None;

@@ -1,7 +1,8 @@
-//! Whether what a log says was sent is in the topics, as it was sent, and nothing else under its name.
+//! Checks that every message which the log says was sent is in the topics, unchanged, and that no other message is
+//! there under its name.
 //!
-//! What is expected and what is found are sorted together in temporary files, so that memory does not grow with either, and
-//! neither resends nor lanes nor partitions have to come in any order.
+//! Expected and found messages are sorted together in temporary files. Memory does not grow with their number, and
+//! resends, lanes and partitions may come in any order.
 
 mod sides;
 mod topics;
@@ -32,17 +33,17 @@ use crate::{
     store::Store,
 };
 
-/// Documents read at once.
+/// Documents that are read at once.
 const PAGE: usize = 500;
 
-/// Which Kafka, and what is expected there.
+/// The Kafka to check, and the messages expected there.
 #[derive(Clone, Debug, Args)]
 pub(super) struct OnBus {
-    /// Also hold the topics of this Kafka against the log: `kafka://host:port[,host:port][?name=value&…]`. Any value can stand in a
-    /// file or in the environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
+    /// Also hold the topics of this Kafka against the log: `kafka://host:port[,host:port][?name=value&…]`. Any value
+    /// can stand in a file or in the environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
     #[arg(long, value_name = "URL")]
     pub bus: Option<Settings>,
-    /// The categories that a service publishes [default: those of which its topic holds anything].
+    /// The categories that a service publishes [default: those of the events in its topic].
     #[arg(long, value_name = "SERVICE=CATEGORY,…", requires = "bus", value_parser = published)]
     publish: Vec<Published>,
 }
@@ -60,24 +61,24 @@ fn published(text: &str) -> Result<Published, String> {
     Ok(Published { service: service.to_owned(), categories })
 }
 
-/// What was looked at.
+/// The result for the topics.
 #[derive(Debug, Default, PartialEq, Serialize)]
 pub(super) struct OfTopics {
     pub topics: usize,
     /// Messages of this log.
     pub messages: u64,
-    /// Of these, sent more than once, as relays do after a crash.
+    /// The number of them that were sent again, as relays do after a crash.
     pub repeated: u64,
-    /// Sent, and gone by retention.
+    /// Messages that were sent, and then removed by retention.
     pub removed: u64,
-    /// Of events that the log lost when its database was restored.
+    /// Messages of events that the log lost when its database was restored.
     pub lost: u64,
-    /// Of other logs and other senders, which were not looked at.
+    /// Messages of other logs and other senders, which were not checked.
     pub others: u64,
 }
 
 impl OfTopics {
-    /// For people.
+    /// Prints the result for people.
     pub fn tell(&self, output: &mut Output) -> Result<(), Failure> {
         let Self { topics, messages, repeated, removed, lost, others } = self;
         let number = |count: &u64| grouped(count.cast_signed());
@@ -95,16 +96,16 @@ impl OfTopics {
     }
 }
 
-/// What the relays on a store have sent.
+/// What the relays of a store have sent.
 struct Sent {
     services: BTreeMap<String, Relayed>,
-    /// By category: events of services, commands of sagas, replies of steps.
+    /// The service that sends a category: events of services, commands of sagas, replies of steps.
     senders: HashMap<String, String>,
-    /// From which position on the events of a stream wait because one of them is parked, by service.
+    /// By service and stream: the position from which events wait because an event before them is parked.
     parked: HashMap<String, HashMap<String, i64>>,
 }
 
-/// `None`: stopped.
+/// Returns `None` if it was stopped.
 pub(super) async fn verify(
     on: &OnBus,
     settings: &Settings,
@@ -113,7 +114,7 @@ pub(super) async fn verify(
     faults: &mut Faults<'_>,
 ) -> Result<Option<OfTopics>, Failure> {
     let archive = store.port();
-    // First how far relays have come: then whatever they have sent by then is in the topics.
+    // The progress of the relays is read first: every message that they have sent by then is in the topics.
     let mut sent = Sent::on(store).await?;
     if sent.services.is_empty() {
         return Err(Failure::new("no relay has run on this store: there is nothing in topics to hold against it"));
@@ -181,8 +182,8 @@ impl Sent {
             let page = archive.scan(CHECKPOINTS, &Scan::After(after), PAGE).await?;
             let Some(last) = page.last() else { break };
             after = last.key.id.clone();
-            // The service that starts a saga sends its commands. One service may be called as another one and a part of it: the
-            // longer name is meant.
+            // The service that starts a saga sends its commands. The name of one service may be the beginning of
+            // another's: the longer name is meant.
             for document in &page {
                 let name = document.key.id.rsplit_once('/').and_then(|(name, _)| name.strip_suffix(".start"));
                 let of_service = |service: &&String| name.is_some_and(|name| name.starts_with(&format!("{service}.")));

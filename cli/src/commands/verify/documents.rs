@@ -1,4 +1,4 @@
-//! Whether documents of the engine can be read, and fit the log.
+//! Checks that the engine's documents can be read, and fit the log.
 
 use annals::{
     Archive, Document, Scan, StreamId, Version,
@@ -11,13 +11,13 @@ use serde_json::value::RawValue;
 use super::{Faults, histories::Histories};
 use crate::{commands::import, failure::Failure};
 
-/// Read at once.
+/// Documents that are read at once.
 const PAGE: usize = 500;
-/// What to do where a checkpoint stands beyond the end of a log.
+/// The remedy for a checkpoint beyond the end of the log.
 const REMEDY: &str =
     " (the log was restored without it; a service that starts goes back to the end, or reset the subscription)";
 
-/// Gives how many documents there are.
+/// Returns the number of documents.
 pub(super) async fn verify(
     archive: &dyn Archive,
     histories: &Histories,
@@ -52,10 +52,10 @@ async fn wrong(archive: &dyn Archive, histories: &Histories, document: &Document
         return Ok(match serde_json::from_str::<Checkpoint>(&document.body) {
             Err(error) => unreadable(error),
             Ok(checkpoint) if checkpoint.next < 0 => Some(format!("it stands at {}", checkpoint.next)),
-            // Offsets of a topic are counted elsewhere.
+            // Offsets of a topic are not positions of the log.
             Ok(checkpoint) if checkpoint.incarnation.is_some() => None,
             Ok(checkpoint) => {
-                // Read after the checkpoint, so it is no lower unless something is wrong.
+                // The head is read after the checkpoint, so it is not lower unless something is wrong.
                 let head = archive.status().await?.head.0;
                 match checkpoint.event {
                     _ if checkpoint.next > head => {
@@ -75,7 +75,7 @@ async fn wrong(archive: &dyn Archive, histories: &Histories, document: &Document
             Ok(parked) => parked,
             Err(error) => return Ok(unreadable(error)),
         };
-        // What is parked for a lane of a topic has its position in another log.
+        // A message that is parked for a lane of a topic has a position of another log.
         let of_log = parked.lane.matches('/').count() == 1;
         let head = archive.status().await?.head.0;
         return Ok((of_log && parked.position > head).then(|| {
@@ -99,7 +99,7 @@ async fn wrong(archive: &dyn Archive, histories: &Histories, document: &Document
     if status.ended_at.is_none() || histories.has_ended(stream.as_str()) == Some(true) {
         return Ok(None);
     }
-    // It may have ended since its history was read.
+    // The saga may have ended since its history was read.
     let (mut after, mut last) = (Version::START, None);
     loop {
         let page = archive.read_stream(&stream, after, PAGE).await?;
@@ -112,14 +112,14 @@ async fn wrong(archive: &dyn Archive, histories: &Histories, document: &Document
     Ok((!ended).then(|| "it says that the saga has ended, and the log does not".into()))
 }
 
-/// The part of a snapshot that says which event it ends with.
+/// The part of a snapshot that names its last event.
 #[derive(serde::Deserialize)]
 struct Snapshot {
     version: Version,
     ids: Vec<uuid::Uuid>,
 }
 
-/// A snapshot of what its stream does not have is ignored, and written over by the next one.
+/// Checks a snapshot. A snapshot of events that its stream lacks is ignored, and the next snapshot overwrites it.
 async fn snapshot(archive: &dyn Archive, category: &str, document: &Document) -> Result<Option<String>, Failure> {
     let snapshot = match serde_json::from_str::<Snapshot>(&document.body) {
         Ok(snapshot) => snapshot,

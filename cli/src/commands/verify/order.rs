@@ -1,5 +1,5 @@
-//! Versions are dense and rise with positions, no id is there twice, and each stream has its chain of hashes: for that, all
-//! events have to be sorted.
+//! Checks that versions are dense and rise with positions and that ids are unique, and computes the hash chain of each
+//! stream. All events are sorted for that.
 
 use annals::{Archive, LogQuery, Position};
 use serde::{Deserialize, Serialize};
@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use super::{Event, Faults, place, seal::Digest, sorter::Sorter};
 use crate::failure::Failure;
 
-/// The chains of all streams, in one hash: of each stream's key, how many events it has, and where its chain stands. A chain
-/// stands at the hash of where it stood before and of the event.
+/// The chains of all streams, in one hash: the key of each stream, its number of events, and the state of its chain.
+/// The state of a chain is the hash of its previous state and of the event.
 struct Chains {
     until: i64,
     all: blake3::Hasher,
@@ -33,10 +33,10 @@ impl Chains {
     }
 }
 
-/// Where the chains of all streams stand.
+/// The state of the chains of all streams.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Chained {
-    /// With the events up to this position.
+    /// The chains cover the events up to this position.
     pub until: i64,
     pub streams: i64,
     pub hash: String,
@@ -60,7 +60,7 @@ impl Order {
         self.ids.push((event.id.as_u128(), [event.position]))
     }
 
-    /// Gives where the chains of all streams stand with the events up to each of these positions.
+    /// Returns the state of the chains of all streams after the events up to each of these positions.
     pub async fn end(
         self,
         archive: &dyn Archive,
@@ -127,12 +127,12 @@ fn bytes(words: [i64; 4]) -> Digest {
     digest
 }
 
-/// What a stream is told by: as good as its name, and always as long.
+/// Returns the key of a stream: as unique as its name, and of fixed length.
 pub(crate) fn stream_key(stream: &str) -> u128 {
     blake3::hash(stream.as_bytes()).as_bytes()[..16].iter().fold(0, |key, byte| key << 8 | u128::from(*byte))
 }
 
-/// Where the event of a position is.
+/// Returns the place of the event at a position.
 pub(super) async fn at(archive: &dyn Archive, position: i64) -> Result<String, Failure> {
     let page = archive.read_log(&LogQuery::all(), Position(position - 1), 1).await?;
     let found = page.events.first().filter(|event| event.position.0 == position);

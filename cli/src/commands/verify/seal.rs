@@ -1,8 +1,9 @@
-//! Seals: documents that say what the log was when it was sealed, event by event, each bound to the one before; and one that
-//! says where the chain of each stream stood.
+//! Seals: documents that record the log at the time of sealing, event by event, each seal bound to the one before; and
+//! one document that records the state of each stream's chain.
 //!
-//! A seal finds what was done to the log by somebody who did not know of seals, or could not write documents. Whoever can write
-//! both can make new seals; against that, the hash of a seal is noted elsewhere, and expected by a later run.
+//! A seal detects changes of the log by anyone who does not know about seals, or cannot write documents. Anyone who can
+//! write both can make new seals. Against that, the operator notes the hash of a seal elsewhere, and a later run
+//! expects it.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -15,21 +16,21 @@ use serde::{Deserialize, Serialize};
 use super::{Event, Faults, at, order::Chained};
 use crate::failure::Failure;
 
-/// The collection of all seals; their ids are their last positions, with leading zeros.
+/// The collection of all seals. The id of a seal is its last position, with leading zeros.
 const SEALS: &str = "seal";
-/// Events under one seal: some 60 KB of document.
+/// Events per seal: a document of about 60 KB.
 const EVENTS_MAX: usize = 1_000;
-/// Events held until their seal ends: one that says it goes on for ever must not fill the memory.
+/// Events held until their seal ends: a seal that claims to go on for ever must not fill the memory.
 const HELD_MAX: usize = 10 * EVENTS_MAX;
-/// Seals read, or written, at once.
+/// Seals that are read or written at once.
 const PAGE: usize = 16;
-/// So many events that are gone one after the other are told one by one; more are told as a run.
+/// The most consecutive missing events that are reported one by one. A longer run is reported as a whole.
 const GONE_TOLD_MAX: usize = 10;
 
 /// The hash of everything that a store keeps of an event.
 pub(super) type Digest = [u8; 32];
 
-/// Each text has its length in front, so that none can lend bytes to the next.
+/// Hashes an event. The length of each text precedes it, so that no text can lend bytes to the next.
 pub(super) fn digest(event: &Stored<'_>) -> Digest {
     let mut bytes = Vec::with_capacity(256 + event.data.len());
     for number in
@@ -47,16 +48,16 @@ pub(super) fn digest(event: &Stored<'_>) -> Digest {
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Seal {
-    /// Of the seal before; empty for the first.
+    /// The hash of the seal before; empty for the first.
     previous: String,
-    /// Of `previous` and the hashes of all events.
+    /// The hash of `previous` and of the hashes of all events.
     hash: String,
-    /// The streams of the events, each once.
+    /// The streams of the events, each listed once.
     streams: Vec<String>,
     events: Vec<Sealed>,
 }
 
-/// An event: its position, its stream, its version, and the start of its hash.
+/// A sealed event: its position, the index of its stream, its version, and the start of its hash.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Sealed(i64, usize, i64, u64);
 
@@ -88,20 +89,20 @@ impl Seal {
 
 pub(super) struct Seals {
     archive: Arc<dyn Archive>,
-    /// Whether to seal what is not.
+    /// Whether to seal the events that are not sealed.
     adds: bool,
     expected: Vec<String>,
-    /// Where the chains of streams stood, and the version of the document that says so.
+    /// The state of the streams' chains, and the version of its document.
     chained: (Option<Chained>, i64),
-    /// The next ones, and the document that was read last.
+    /// The next seals, and the id of the document that was read last.
     ahead: VecDeque<(Arc<str>, Seal)>,
     read: Arc<str>,
     all_read: bool,
-    /// The last one that was met.
+    /// The last position and the hash of the last seal seen.
     last: Option<(i64, String)>,
-    /// Events since then.
+    /// Events since that seal.
     events: Vec<Event>,
-    /// Seals to be written.
+    /// Seals that will be written.
     added: Vec<Put>,
     broken: bool,
 }
@@ -137,22 +138,22 @@ impl Seals {
         Ok(seals)
     }
 
-    /// Whether there is anything to be checked or made.
+    /// Returns whether there is anything to check or to seal.
     pub fn are_there(&self) -> bool {
         self.adds || !self.ahead.is_empty() || self.chained.0.is_some()
     }
 
-    /// Up to this position, events are under seals.
+    /// The position up to which events are under seals.
     pub fn until(&self) -> i64 {
         self.last.as_ref().map_or(0, |(until, _)| *until)
     }
 
-    /// Of the last seal.
+    /// The hash of the last seal.
     pub fn hash(&self) -> Option<String> {
         self.last.as_ref().map(|(_, hash)| hash.clone())
     }
 
-    /// Up to this position, the chains of streams are known.
+    /// The position up to which the chains of streams are known.
     pub fn chained_until(&self) -> i64 {
         self.chained.0.as_ref().map_or(0, |chained| chained.until)
     }
@@ -164,7 +165,7 @@ impl Seals {
         if !self.ahead.is_empty() && self.events.len() >= HELD_MAX {
             self.check(faults)?;
         }
-        // Without a seal to be checked or made, nothing need be kept.
+        // Events are kept only for a seal to check or to make.
         if self.adds || !self.ahead.is_empty() {
             self.events.push(event);
         }
@@ -188,11 +189,11 @@ impl Seals {
         Ok(())
     }
 
-    /// Compares the chains of streams up to where they were known, and keeps those up to the last seal.
+    /// Compares the chains of streams up to the position that was sealed, and stores those up to the last seal.
     pub async fn chains(&mut self, [before, now]: [Chained; 2], faults: &mut Faults<'_>) -> Result<(), Failure> {
         let (chained, version) = &self.chained;
         match chained {
-            // What was changed, if it was an event, has been told by now.
+            // If an event was changed, that has been reported by now.
             Some(chained) if *chained != before => {
                 self.broken = true;
                 faults.add(
@@ -266,7 +267,7 @@ impl Seals {
         self.last = Some((seal.last(), seal.hash.clone()));
     }
 
-    /// Seals the events at hand; not behind a seal that is broken.
+    /// Seals the pending events, unless a seal is broken.
     async fn add(&mut self) -> Result<(), Failure> {
         let events = std::mem::take(&mut self.events);
         if !self.adds || self.broken {
@@ -289,12 +290,12 @@ impl Seals {
     }
 }
 
-/// The one document that says where the chains of streams stood.
+/// The key of the one document that holds the state of the streams' chains.
 fn chains_key() -> DocumentKey {
     DocumentKey::new("seal.streams", "chains")
 }
 
-/// Tells what became of the events under a seal.
+/// Reports what happened to the events under a seal.
 fn compare(seal: &Seal, found: &[Event], faults: &mut Faults<'_>) -> Result<(), Failure> {
     let mut found = found.iter().peekable();
     let mut gone: Vec<&Sealed> = Vec::new();
@@ -321,7 +322,7 @@ fn compare(seal: &Seal, found: &[Event], faults: &mut Faults<'_>) -> Result<(), 
     told(seal, &gone, faults)
 }
 
-/// Tells what is gone: a tail that was cut off is a long run.
+/// Reports missing events: a tail that was cut off is a long run.
 fn told(seal: &Seal, gone: &[&Sealed], faults: &mut Faults<'_>) -> Result<(), Failure> {
     let (Some(first), Some(last)) = (gone.first(), gone.last()) else { return Ok(()) };
     if gone.len() <= GONE_TOLD_MAX {
@@ -333,7 +334,8 @@ fn told(seal: &Seal, gone: &[&Sealed], faults: &mut Faults<'_>) -> Result<(), Fa
     )
 }
 
-/// What of an event's hash is kept, to tell which one was changed; the whole of it goes into that of the seal.
+/// The part of an event's hash that a seal keeps, to show which event was changed. The seal's hash covers the whole of
+/// it.
 fn kept(digest: &Digest) -> u64 {
     digest[..8].iter().fold(0, |kept, byte| kept << 8 | u64::from(*byte))
 }

@@ -1,4 +1,4 @@
-//! Sorts more than fits into memory: records are spread over files by their keys, so that one file after the other does.
+//! Sorts more records than memory holds: records are spread over files by their keys, so that each file alone fits.
 
 use std::{
     fs::File,
@@ -7,12 +7,12 @@ use std::{
 
 use crate::failure::Failure;
 
-/// A hundred million records of two numbers take 50 MB at a time.
+/// With this many files, a hundred million records of two numbers take 50 MB at a time.
 const FILES: usize = 64;
 const KEY_BYTES: usize = 16;
 const NUMBER_BYTES: usize = 8;
 
-/// A key, whose last bits are as good as random, and numbers.
+/// A key, whose last bits are evenly distributed, and numbers.
 pub(super) type Record<const NUMBERS: usize> = (u128, [i64; NUMBERS]);
 
 /// Records that are sorted file by file.
@@ -35,7 +35,7 @@ impl<const NUMBERS: usize> Sorter<NUMBERS> {
         self.files[(key % FILES as u128) as usize].write_all(&self.bytes).map_err(|error| no_room(&error))
     }
 
-    /// The records of each file, sorted. Those of one key are in one file.
+    /// Returns the records of each file, sorted. Records with the same key are in the same file.
     pub fn sorted(self) -> impl Iterator<Item = Result<Vec<Record<NUMBERS>>, Failure>> {
         self.files.into_iter().map(|file| read(file).map_err(|error| no_room(&error)))
     }

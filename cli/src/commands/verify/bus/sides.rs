@@ -1,4 +1,4 @@
-//! What is expected in topics and what was found there, side by side.
+//! Compares the messages expected in topics with the messages found there.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -17,16 +17,16 @@ use crate::{
 
 const EXPECTED: i64 = 0;
 const FOUND: i64 = 1;
-/// Numbers of a message: see [`Line`].
+/// The numbers of a record; see [`Line`].
 const NUMBERS: usize = 11;
 
-/// Where a message should be.
+/// The place where a message should be.
 pub(super) struct Expected {
     pub topic: usize,
     pub partition: u32,
-    /// Among those that its event leads to.
+    /// The index among the messages of its event.
     pub index: i64,
-    /// Whether it must be there by now.
+    /// Whether the message must have arrived by now.
     pub required: bool,
 }
 
@@ -36,17 +36,17 @@ struct Line {
     side: i64,
     topic: usize,
     partition: i64,
-    /// Found: its offset.
+    /// For a found message: its offset.
     offset: i64,
     position: i64,
-    /// Expected: which of those that its event leads to.
+    /// For an expected message: its index among the messages of its event.
     index: i64,
-    /// Of the payload, and of all else.
+    /// The hashes of the payload and of the rest.
     hashes: [i64; 2],
-    /// Of topic, stream and key: within it, messages are in order.
+    /// The hash of topic, stream and key. Messages of one group are in order.
     group: i64,
     required: bool,
-    /// Which service and lane.
+    /// The index of the service and lane.
     sender: i64,
 }
 
@@ -86,7 +86,7 @@ impl Sides {
         faults: &mut Faults<'_>,
     ) -> Result<OfTopics, Failure> {
         let mut told = OfTopics { topics: topics.count(), others: topics.others, ..OfTopics::default() };
-        // By group: position and index, then where it was found first.
+        // By group: position and index, then the place where the message was found first.
         let mut order: Sorter<5> = Sorter::new()?;
         let (mut without_topic, mut compacted): (HashMap<usize, i64>, HashMap<usize, i64>) = Default::default();
         for records in self.lines.sorted() {
@@ -132,7 +132,8 @@ impl Sides {
                     let event = at(archive, expected.position).await?;
                     faults.add(line.place(topics), format!("{what} is not what the log says at {event}"))?;
                 }
-                // What is left of one that was there before may be no more than its repetition, and late.
+                // If retention may have removed the first copy of a message, the copy found may be a late resend, out
+                // of order.
                 let (service, lane) = &self.senders[expected.sender as usize];
                 if !topics.removed(expected.topic, first.partition as u32, service, lane, expected.position) {
                     let group = u128::from(expected.group.cast_unsigned());
@@ -159,7 +160,7 @@ impl Sides {
     }
 }
 
-/// Within a group, what is later in the log came later.
+/// Checks that within a group, messages later in the log are later in the topic.
 async fn in_order(
     order: Sorter<5>,
     topics: &Topics,
@@ -211,7 +212,7 @@ impl Line {
         })
     }
 
-    /// Sorted so that those of one message are together: what is expected, then what was found by its offset.
+    /// Builds a record. Sorting puts the records of one message together: expected ones, then found ones by offset.
     fn record(self, message: &Message) -> Record<NUMBERS> {
         let Self { side, topic, partition, offset, position, index, hashes: [payload, rest], group, required, sender } =
             self;

@@ -1,4 +1,4 @@
-//! The topics that are held against the log, each as it was when it was first met.
+//! The topics that are compared with the log, each as of its first mention.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -16,7 +16,7 @@ pub(super) struct Topics {
     stop: Stop,
     known: HashMap<Arc<str>, usize>,
     topics: Vec<Topic>,
-    /// By topic, partition, service and lane: the position that the first message still there is of.
+    /// By topic, partition, service and lane: the position of the first message still there.
     firsts: HashMap<(usize, u32, Arc<str>, Arc<str>), i64>,
     /// Messages of other logs and senders.
     pub others: u64,
@@ -24,7 +24,7 @@ pub(super) struct Topics {
 
 struct Topic {
     name: Arc<str>,
-    /// Of each partition, the first offset that is still there; `None` if there is no such topic.
+    /// The first offset still there, of each partition; `None` if the topic does not exist.
     begins: Option<Vec<i64>>,
     is_compacted: bool,
     contents: Option<Contents>,
@@ -35,7 +35,7 @@ impl Topics {
         Self { bus, stop, known: HashMap::new(), topics: Vec::new(), firsts: HashMap::new(), others: 0 }
     }
 
-    /// The number of a topic. From its first mention on, it is as it was then.
+    /// Returns the number of a topic. The topic is read as of its first mention.
     pub async fn open(&mut self, name: &str) -> Result<usize, Failure> {
         if let Some(known) = self.known.get(name) {
             return Ok(*known);
@@ -57,35 +57,36 @@ impl Topics {
         self.topics[topic].begins.is_some()
     }
 
-    /// Whether brokers remove messages from the middle of it.
+    /// Returns whether brokers remove messages from the middle of the topic.
     pub fn is_compacted(&self, topic: usize) -> bool {
         self.topics[topic].is_compacted
     }
 
-    /// How many there are.
+    /// The number of topics that exist.
     pub fn count(&self) -> usize {
         self.topics.iter().filter(|topic| topic.begins.is_some()).count()
     }
 
-    /// Those that were not read yet.
+    /// The topics that were not read yet.
     pub fn unread(&self) -> Vec<usize> {
         (0..self.topics.len()).filter(|topic| self.topics[*topic].contents.is_some()).collect()
     }
 
-    /// Where our producer puts a key.
+    /// The partition to which the relay's producer sends a key.
     pub fn partition_of(&self, topic: usize, key: &str) -> u32 {
         self.topics[topic].begins.as_ref().map_or(0, |begins| partition_of(key, begins.len() as u32))
     }
 
-    /// Whether retention may have removed a message of this position from a partition: what is still there of its lane
-    /// begins later.
+    /// Returns whether retention may have removed a message of this position from a partition: the messages still there
+    /// of its lane begin later.
     pub fn removed(&self, topic: usize, partition: u32, service: &Arc<str>, lane: &Arc<str>, position: i64) -> bool {
         let begins = self.topics[topic].begins.as_ref().and_then(|begins| begins.get(partition as usize));
         let first = self.firsts.get(&(topic, partition, service.clone(), lane.clone()));
         begins.is_some_and(|begins| *begins > 0) && first.is_none_or(|first| position < *first)
     }
 
-    /// Takes down all that is in a topic and came from this log, up to a position of it; `false` if it was stopped.
+    /// Records all messages of a topic that came from this log, up to a position of it; returns `false` if it was
+    /// stopped.
     pub async fn read(
         &mut self,
         topic: usize,
@@ -110,7 +111,7 @@ impl Topics {
             };
             let is_ours = match &message.lane {
                 Some(lane) => services.values().any(|relayed| relayed.is_of_this_log(lane)),
-                // Redriven: they carry no lane.
+                // Redriven messages carry no lane.
                 None => message.position.0 > 0 && services.contains_key(&*message.source),
             };
             if !is_ours {
@@ -122,7 +123,7 @@ impl Topics {
                 let place = (topic, partition, message.source.clone(), lane.clone());
                 self.firsts.entry(place).or_insert(position);
             }
-            // What is newer than the log was read to, is looked at by the next run.
+            // The next run checks messages of events after `head`.
             if position <= head {
                 each(&message);
                 sides.found(&message, topic, partition, delivery.offset)?;
