@@ -55,6 +55,7 @@ impl SagaState for Checkout {
 /// ```
 /// println!("{}", sample_shop::checkout::checkout().mermaid());
 /// ```
+// README: from here
 pub fn checkout() -> Saga<Checkout> {
     Saga::<Checkout>::named("checkout")
         .compensatable(RESERVE, |c| inventory(InventoryStep::Reserve { order_id: c.id(), units: c.units.clone() }))
@@ -78,6 +79,7 @@ pub fn checkout() -> Saga<Checkout> {
         .when_compensated("notify of cancellation", |c| c.notify("order cancelled"))
         .build()
 }
+// README: up to here
 
 fn inventory(step: InventoryStep) -> Request {
     Request::to("inventory", &step)

@@ -1,4 +1,4 @@
-//! The example of the README: a service of loyalty points, run beside the shop's order service.
+//! The example of the README: a service of loyalty points, run next to the shop's order service.
 #![allow(clippy::unwrap_used)]
 
 use std::{sync::Arc, time::Duration};
@@ -18,14 +18,12 @@ use loyalty::{Points, PointsCommand};
 
 #[tokio::test]
 async fn an_order_earns_points_that_can_be_spent_once() {
-    // README: from here
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let points = Repository::<Points>::new(store.clone());
     let counter = Counter::new(&store);
     let services = vec![order_service(store.clone(), counter.clone()), loyalty::service(store.clone(), points.clone())];
     let mut runtime = Runtime::new();
     runtime.start(services, Arc::new(LocalBus::default())).await.unwrap();
-    // README: up to here
 
     let line = Line { sku: "85123A".into(), quantity: 6, unit_price: Decimal::new(255, 2) };
     let place = OrderCommand::Place {
@@ -38,7 +36,6 @@ async fn an_order_earns_points_that_can_be_spent_once() {
     tokio::time::timeout(Duration::from_secs(60), event_in(&*store, "points")).await.unwrap();
     assert_eq!(points.state("17850").await.unwrap().0, Decimal::from(15));
 
-    // README: from here
     let request = Uuid::new_v4();
     let spent = points.execute("17850", PointsCommand::Spend(Decimal::from(10)), request).await.unwrap();
     assert!(!spent.repeated);
@@ -47,7 +44,6 @@ async fn an_order_earns_points_that_can_be_spent_once() {
     let more = points.execute("17850", PointsCommand::Spend(Decimal::from(10)), Uuid::new_v4()).await;
     assert!(matches!(more, Err(ExecuteError::Refused(_))));
     runtime.drain(Duration::from_secs(10)).await.unwrap();
-    // README: up to here
 }
 
 /// Waits until the log has an event of this category.

@@ -31,6 +31,7 @@ pub struct TooFew(Decimal);
 #[derive(Clone, Default)]
 pub struct Points(pub Decimal);
 
+// README: from here
 impl Aggregate for Points {
     const CATEGORY: &'static str = "points";
     type Command = PointsCommand;
@@ -52,10 +53,12 @@ impl Aggregate for Points {
         }
     }
 }
+// README: up to here
 
 /// Gives a point for each pound that a known customer orders.
 struct Award(Repository<Points>);
 
+// README: from here
 #[async_trait]
 impl Handler for Award {
     async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
@@ -65,6 +68,7 @@ impl Handler for Award {
         Ok(())
     }
 }
+// README: up to here
 
 pub fn service(store: Arc<dyn EventStore>, points: Repository<Points>) -> Service {
     let award = Group::new("loyalty.orders", &["order.events"], Award(points));
