@@ -1,4 +1,4 @@
-//! The limit: the same rows, written again into the same tables by plain sqlx in batches, with nothing decided or checked.
+//! The limit: the same rows, written to the same tables by plain sqlx in batches, without decisions or checks.
 
 use std::{path::Path, time::Instant};
 
@@ -9,13 +9,13 @@ use sqlx::{
 
 use crate::{Failure, Figure};
 
-/// Rows in one statement and one transaction.
+/// Rows per statement and transaction.
 const BATCH: usize = 500;
 
 type EventRow = (i64, String, i64, String, String, i64, String, String, i64);
 type DocumentRow = (String, String, i64, String, Option<i64>);
 
-/// Writes the rows of the database at `path` into a new one beside it.
+/// Writes the rows of the database at `path` to a new one in the same folder.
 pub async fn rewrite(path: &Path, workload: &str) -> Result<Figure, Failure> {
     let mut source = SqliteConnection::connect_with(&options(path)).await?;
     let events: Vec<EventRow> = sqlx::query_as("SELECT * FROM events ORDER BY position").fetch_all(&mut source).await?;

@@ -1,5 +1,5 @@
-//! The `annals` command beside `psql \copy` of the same columns, each from the start of its process to the end: a log replayed,
-//! verified, exported and imported.
+//! The `annals` command compared with `psql \copy` of the same columns: a log is replayed, verified, exported and
+//! imported. Each figure covers the whole process, from start to end.
 
 use std::{
     ffi::OsStr,
@@ -16,30 +16,30 @@ use crate::{
     postgres::{Bench, Measured, report, rows, server::Server},
 };
 
-/// All that an event is.
+/// All columns of an event.
 const COLUMNS: &str = "position, stream_id, version, event_id, type, schema_version, data, metadata, recorded_at";
 
 /// Measures the `annals` command on PostgreSQL.
 ///
-/// The command is looked for beside this program: `cargo build --release -p annals-cli` puts it there; `psql` must be in the
-/// path. The database is that of DATABASE_URL, or one of its own.
+/// The command must be in the folder of this program: `cargo build --release -p annals-cli` puts it there; `psql` must
+/// be in the path. The database is the one that DATABASE_URL names, or a temporary one.
 #[derive(clap::Args)]
 pub struct Arguments {
     /// Events in the log.
     #[arg(long, default_value_t = 1_000_000)]
     events: i64,
-    /// Where the database server has its data, and where files go: the disk that is measured.
+    /// Folder for the data of the database server and for files: the disk that is measured.
     #[arg(long, default_value_os_t = std::env::temp_dir())]
     directory: PathBuf,
-    /// How often each figure is taken, side by side; the median is printed.
+    /// How often each figure is measured, in turn; the median is printed.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
-    /// One JSON object a figure, instead of a table.
+    /// Print one JSON object per figure, instead of a table.
     #[arg(long)]
     json: bool,
 }
 
-/// Runs all of it, or until it is interrupted; then, too, the server is stopped.
+/// Runs the benchmark until its end or an interruption, and stops the server either way.
 pub async fn run(arguments: Arguments) -> Result<(), Failure> {
     let server = Server::start(&arguments.directory)?;
     Server::until_interrupted(measure(&arguments, &server)).await
@@ -47,7 +47,7 @@ pub async fn run(arguments: Arguments) -> Result<(), Failure> {
 
 async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> {
     let url = &server.url;
-    // Makes the tables.
+    // Creates the tables.
     PostgresStore::connect(url, Settings::default()).await?.close().await?;
     let files = tempfile::tempdir_in(&arguments.directory)?;
     let sides = Sides { url: url.clone(), events: usize::try_from(arguments.events)? };
@@ -58,7 +58,7 @@ async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> 
     let mut bench = Bench::new(server);
     for _ in 0..arguments.rounds.max(1) {
         rows::fill(url, arguments.events).await?;
-        // Once before, so that all find the log in memory.
+        // The first copy warms up, so that all sides find the log in memory.
         sides.copy("TO", &columns).await?;
 
         let copied = bench.measure("replay to a file", r"psql \copy", sides.copy("TO", &columns)).await?;
@@ -91,7 +91,7 @@ async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> 
         rows::empty(url).await?;
         let unpacked = bench.measure(import, "annals, compressed", sides.annals(&["import"], &packed)).await?;
         bench.rate(unpacked, copied, r"\copy", "");
-        // The next round has a log of its own, as fresh as the first one's.
+        // The next round starts with an empty log, as the first one did.
         rows::empty(url).await?;
         for file in [&lines, &columns, &plain, &packed] {
             fs::remove_file(file)?;
@@ -107,7 +107,7 @@ struct Sides {
 }
 
 impl Sides {
-    /// The command, with a last word if that is none of nothing.
+    /// Runs the command, with `last` as its last word unless it is empty.
     async fn annals(&self, words: &[&str], last: impl AsRef<OsStr>) -> Result<Measured, Failure> {
         let program = std::env::current_exe()?.with_file_name("annals");
         if !program.exists() {
@@ -119,7 +119,7 @@ impl Sides {
         self.ended(command).await
     }
 
-    /// All events between the log and a file: `TO` it, or `FROM` it.
+    /// Copies all events between the log and a file: `TO` the file, or `FROM` it.
     async fn copy(&self, direction: &str, file: &Path) -> Result<Measured, Failure> {
         let what = match direction {
             "TO" => format!("(SELECT {COLUMNS} FROM annals.events ORDER BY position)"),

@@ -1,4 +1,4 @@
-//! So many clients that ask for one thing after the other, each a task of its own, as in a server.
+//! A number of clients that take one request after the other, each on a task of its own, as in a server.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -7,7 +7,7 @@ use std::{
 
 use crate::Failure;
 
-/// Does all of it, so many at a time; gives how long each took, and how long all of it.
+/// Runs `ask` on all items, `clients` at a time. Returns the time of each, and the time of all.
 pub async fn all<T, F, D>(what: Vec<T>, clients: usize, ask: F) -> Result<(Vec<Duration>, Duration), Failure>
 where
     T: Send + 'static,

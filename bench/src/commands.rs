@@ -1,4 +1,4 @@
-//! Placing orders on distinct aggregates: decide and append, so many in flight.
+//! Places orders on distinct aggregates: decide and append, with a number of orders in flight.
 
 use std::{path::Path, sync::Arc};
 

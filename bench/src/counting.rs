@@ -1,4 +1,4 @@
-//! A store that counts what it is asked to write.
+//! A store that counts commits and rows.
 
 use std::sync::{
     Arc,
@@ -11,7 +11,7 @@ use annals::{
 };
 use async_trait::async_trait;
 
-/// Counts since it was made.
+/// Counts since the store was created.
 #[derive(Clone)]
 pub struct Counting {
     store: Arc<dyn EventStore>,
@@ -24,7 +24,7 @@ impl Counting {
         Self { store, commits: Arc::default(), rows: Arc::default() }
     }
 
-    /// Commits that hold, and their rows.
+    /// Returns the commits that succeeded, and their rows.
     pub fn counts(&self) -> (u64, u64) {
         (self.commits.load(Relaxed), self.rows.load(Relaxed))
     }

@@ -1,4 +1,4 @@
-//! The shop in four processes, with a broker at a distance: what a saga takes in round trips.
+//! The shop in four processes, with a distant broker: the time of a saga in round trips.
 
 #[path = "../../tests/src/distance.rs"]
 mod proxy;
@@ -13,33 +13,33 @@ use crate::{
 };
 
 const SEED: u64 = 7;
-/// Of each topic.
+/// Partitions of each topic.
 const PARTITIONS: u32 = 8;
 
 /// Measures the shop with delays to the broker.
 ///
-/// The binary `sample-shop` must stand beside this one, and KAFKA_JARS name the folder of Kafka's jars. The database is that of
-/// DATABASE_URL, or one of its own, and without a delay.
+/// The binary `sample-shop` must be in the folder of this program, and KAFKA_JARS must name the folder of Kafka's jars.
+/// The database is the one that DATABASE_URL names, or a temporary one; it has no delay.
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// Milliseconds that all bytes to and from the broker take, each way.
+    /// The delay of all bytes to and from the broker in milliseconds, each way.
     #[arg(long, value_delimiter = ',', default_values_t = [0, 5, 20])]
     one_way_ms: Vec<u64>,
     /// Orders that are timed.
     #[arg(long, default_value_t = 400)]
     orders: usize,
-    /// How many are under way at once.
+    /// Orders that are under way at the same time.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 32])]
     concurrency: Vec<usize>,
-    /// Where the servers have their data.
+    /// Folder for the data of the servers.
     #[arg(long, default_value_os_t = std::env::temp_dir())]
     directory: PathBuf,
-    /// One JSON object a figure, instead of a table.
+    /// Print one JSON object per figure, instead of a table.
     #[arg(long)]
     json: bool,
 }
 
-/// Runs all of it, or until it is interrupted; then, too, the servers are stopped.
+/// Runs the benchmark until its end or an interruption, and stops the servers either way.
 pub async fn run(arguments: Arguments) -> Result<(), Failure> {
     let server = Server::start(&arguments.directory)?;
     Server::until_interrupted(measure(&arguments, &server)).await
@@ -56,7 +56,7 @@ async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> 
             let run = uuid::Uuid::new_v4().simple().to_string();
             let bus = format!("kafka://{}?partitions={PARTITIONS}", broker.address());
             let apart = || Processes::apart(&server.url, &run, &bus);
-            // The first find clients, topics and compilers cold.
+            // The first orders warm up clients, topics and compilers.
             apart().await?.sell(arguments.orders / 2, *at_once, SEED + 1).await?;
             let ours = async { apart().await?.sell(arguments.orders, *at_once, SEED).await };
             let what = format!("sagas, broker at {one_way_ms} ms each way, {at_once} in flight");

@@ -1,4 +1,4 @@
-//! What an instance on PostgreSQL costs while there is nothing to do.
+//! The cost of an instance on PostgreSQL while it has nothing to do.
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -13,33 +13,33 @@ use crate::{
     postgres::{counters::cpu_seconds, rows, server::Server},
 };
 
-/// How long an instance has to come to rest.
+/// The time that an instance has to become idle.
 const REST: Duration = Duration::from_secs(5);
 
-/// Measures an instance with several subscriptions while nothing happens: the CPU of its process, and of its server.
+/// Measures an idle instance with several subscriptions: the CPU of its process, and of its server.
 ///
-/// It starts a server of its own, unless `DATABASE_URL` names one: then that one's CPU is not known.
+/// Starts a server of its own, unless `DATABASE_URL` names one, whose CPU is not known.
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// How long nothing happens.
+    /// Seconds without events.
     #[arg(long, default_value_t = 20)]
     seconds: u64,
     /// Subscriptions.
     #[arg(long, default_value_t = 4)]
     subscriptions: u32,
-    /// Lanes of each.
+    /// Lanes of each subscription.
     #[arg(long, default_value_t = 4)]
     lanes: u32,
     /// Events in the log.
     #[arg(long, default_value_t = 10_000)]
     events: i64,
-    /// As behind a connection pooler, where other processes are not heard.
+    /// Run as behind a connection pooler, without notifications from other processes.
     #[arg(long)]
     pooled: bool,
-    /// Where the server has its data.
+    /// Folder for the data of the server.
     #[arg(long, default_value_os_t = std::env::temp_dir())]
     directory: PathBuf,
-    /// One JSON object a figure, instead of a table.
+    /// Print one JSON object per figure, instead of a table.
     #[arg(long)]
     json: bool,
 }
@@ -53,7 +53,7 @@ impl Handler for Nothing {
     }
 }
 
-/// Runs it, or until it is interrupted; then, too, the server is stopped.
+/// Runs the benchmark until its end or an interruption, and stops the server either way.
 pub async fn run(arguments: Arguments) -> Result<(), Failure> {
     let server = Server::start(&arguments.directory)?;
     Server::until_interrupted(measure(&arguments, &server)).await
@@ -74,7 +74,7 @@ async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> 
     let head = store.status().await?.head;
     eprintln!("{subscriptions} subscriptions of {lanes} lanes, on a log of {head} events");
     sleep(REST).await;
-    // Of this process alone, and of both.
+    // The CPU seconds of this process alone, and of the process with its server.
     let now = || (cpu_seconds(None), cpu_seconds(server.pid()));
     let before = now();
     sleep(Duration::from_secs(seconds)).await;

@@ -1,4 +1,4 @@
-//! The bus on Kafka beside its limits: rdkafka and sqlx in bare loops, in the same run.
+//! The bus on Kafka compared with its limits: rdkafka and sqlx in bare loops, in the same run.
 
 pub mod bare;
 mod ours;
@@ -15,7 +15,7 @@ use crate::{
 
 /// Measures the relay and the consumers on Kafka.
 ///
-/// KAFKA_BROKERS names the cluster. The database is that of DATABASE_URL, or one of its own.
+/// KAFKA_BROKERS names the cluster. The database is the one that DATABASE_URL names, or a temporary one.
 #[derive(clap::Args)]
 pub struct Arguments {
     /// Events to relay and to consume.
@@ -27,18 +27,18 @@ pub struct Arguments {
     /// Partitions of the topics.
     #[arg(long, default_value_t = 8)]
     partitions: u32,
-    /// Where the database server has its data: the disk that is measured.
+    /// Folder for the data of the database server: the disk that is measured.
     #[arg(long, default_value_os_t = std::env::temp_dir())]
     directory: PathBuf,
-    /// How often each figure is taken, side by side; the median is printed.
+    /// How often each figure is measured, in turn; the median is printed.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
-    /// One JSON object a figure, instead of a table.
+    /// Print one JSON object per figure, instead of a table.
     #[arg(long)]
     json: bool,
 }
 
-/// Runs all of it, or until it is interrupted; then, too, the server is stopped.
+/// Runs the benchmark until its end or an interruption, and stops the server either way.
 pub async fn run(arguments: Arguments) -> Result<(), Failure> {
     let brokers = std::env::var("KAFKA_BROKERS").map_err(|_| "KAFKA_BROKERS is not set: which Kafka is measured?")?;
     let server = Server::start(&arguments.directory)?;
@@ -59,7 +59,7 @@ async fn measure(arguments: &Arguments, server: &Server, brokers: &str) -> Resul
         let (ours, bare) = (format!("o{}", Uuid::new_v4().simple()), format!("b{}.events", Uuid::new_v4().simple()));
         let topic = format!("{ours}.events");
         for topic in [&topic, &bare] {
-            // Makes the topic.
+            // Creates the topic.
             drop(annals::Bus::join(&*bus, "bench", &[topic]).await?);
         }
         let relay = bench.measure("relay", "annals", ours::relay(url, bus.clone(), &ours)).await?;

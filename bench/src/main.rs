@@ -1,4 +1,5 @@
-//! Every figure with its baseline and its limit in the same run: these machines differ and are noisy, so only ratios count.
+//! Measures each figure with its baseline and its limit in the same run: machines differ and are noisy, so only ratios
+//! count.
 
 mod baseline;
 mod cli;
@@ -20,7 +21,7 @@ use comfy_table::{Table, presets::UTF8_FULL_CONDENSED};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Measures the embedded stores, or another one.
+/// Measures the embedded stores, or the store of a subcommand.
 #[derive(Parser)]
 #[command(args_conflicts_with_subcommands = true)]
 struct Arguments {
@@ -29,22 +30,22 @@ struct Arguments {
     /// Commands to execute at each concurrency.
     #[arg(long, default_value_t = 20_000)]
     commands: usize,
-    /// How many commands are in flight; at 1, a twentieth of them is executed.
+    /// Commands in flight at the same time; at 1, a twentieth of the commands is executed.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 64, 1_024])]
     in_flight: Vec<usize>,
     /// Orders to check out.
     #[arg(long, default_value_t = 20_000)]
     sagas: usize,
-    /// How often each figure is taken; the median is printed.
+    /// How often each figure is measured; the median is printed.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
     /// Only this workload.
     #[arg(long)]
     only: Option<Workload>,
-    /// Where the database files go; the disk that is measured.
+    /// Folder for the database files: the disk that is measured.
     #[arg(long, default_value = ".")]
     directory: PathBuf,
-    /// One JSON object a figure, instead of a table.
+    /// Print one JSON object per figure, instead of a table.
     #[arg(long)]
     json: bool,
 }
@@ -95,7 +96,8 @@ async fn main() -> Result<(), Failure> {
         Some(Store::Distance(arguments)) => return tokio::spawn(distance::run(arguments)).await?,
         None => {}
     }
-    // On a worker of the runtime: what this thread spawns would wait in a queue that busy workers seldom look at.
+    // Runs on a worker of the runtime: tasks spawned from the main thread would wait in a queue that busy workers
+    // seldom check.
     tokio::spawn(embedded(arguments)).await?
 }
 
@@ -170,7 +172,7 @@ fn report(rounds: &[Vec<Figure>], json: bool) {
     }
 }
 
-/// The round in the middle, by operations per second.
+/// Returns the median round, by operations per second.
 fn median(rounds: &[Vec<Figure>], index: usize) -> Figure {
     let mut of_figure: Vec<&Figure> = rounds.iter().map(|round| &round[index]).collect();
     of_figure.sort_by(|a, b| a.per_second.total_cmp(&b.per_second));

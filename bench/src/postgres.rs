@@ -1,4 +1,4 @@
-//! The PostgreSQL store beside its limits: plain sqlx on the same table, before it and after it in the same run.
+//! The PostgreSQL store compared with its limits: plain sqlx on the same table, before and after it in the same run.
 
 pub mod counters;
 pub mod ours;
@@ -20,8 +20,8 @@ use crate::Failure;
 
 /// Measures the PostgreSQL store.
 ///
-/// It starts a server of its own, unless `DATABASE_URL` names one; then it writes to the schema `annals` there, and the
-/// server should have nothing else to do.
+/// Starts a server of its own, unless `DATABASE_URL` names one. In that case it writes to the schema `annals` there,
+/// and the server should have no other load.
 #[derive(clap::Args)]
 pub struct Arguments {
     /// Commands of each workload.
@@ -30,27 +30,27 @@ pub struct Arguments {
     /// Events in the log before the first workload.
     #[arg(long, default_value_t = 100_000)]
     events: i64,
-    /// Events in the log for the second round of rates; 0 leaves it out. 10,000,000 are meant.
+    /// Events in the log for the second round of rates; 0 skips it. Intended: 10,000,000.
     #[arg(long, default_value_t = 0)]
     events_many: i64,
-    /// Events to replay; 0 leaves it out.
+    /// Events to replay; 0 skips the replay.
     #[arg(long, default_value_t = 1_000_000)]
     replay: i64,
     /// Aggregates that are loaded, four times each.
     #[arg(long, default_value_t = 5_000)]
     aggregates: usize,
-    /// Where the server has its data: the disk that is measured.
+    /// Folder for the data of the server: the disk that is measured.
     #[arg(long, default_value_os_t = std::env::temp_dir())]
     directory: PathBuf,
-    /// How often each figure is taken, side by side; the median is printed.
+    /// How often each figure is measured, in turn; the median is printed.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
-    /// One JSON object a figure, instead of a table.
+    /// Print one JSON object per figure, instead of a table.
     #[arg(long)]
     json: bool,
 }
 
-/// What came of one side of a workload.
+/// The measurement of one side of a workload.
 pub struct Measured {
     pub count: usize,
     pub seconds: f64,
@@ -79,7 +79,7 @@ struct Sample {
     costs: Costs,
 }
 
-/// What a side is compared with.
+/// The side that another side is compared with.
 #[derive(Clone, Copy)]
 struct Against {
     side: usize,
@@ -91,13 +91,13 @@ struct Against {
 pub struct Bench<'s> {
     server: &'s Server,
     pub sides: Vec<Side>,
-    /// Further findings, told below the table.
+    /// Further findings, printed below the table.
     notes: Vec<String>,
     runs: usize,
 }
 
 impl Side {
-    /// The round in the middle, by operations per second.
+    /// Returns the median round, by operations per second.
     fn median(&self) -> Sample {
         let mut samples = self.samples.clone();
         samples.sort_by(|a, b| a.per_second.total_cmp(&b.per_second));
@@ -110,13 +110,13 @@ impl<'s> Bench<'s> {
         Self { server, sides: Vec::new(), notes: Vec::new(), runs: 0 }
     }
 
-    /// A name that no aggregate had yet. They rise, as those of a real service do.
+    /// Returns a name that no aggregate has yet. The names rise, as those of a real service do.
     fn run(&mut self) -> String {
         self.runs += 1;
         format!("r{:04}", self.runs)
     }
 
-    /// Measures one side once more, and gives its index.
+    /// Measures one side once more, and returns its index.
     pub async fn measure(
         &mut self,
         workload: &str,
@@ -155,7 +155,7 @@ impl<'s> Bench<'s> {
         self.sides[ours].goal = goal;
     }
 
-    /// The workloads that are repeated on a larger table: gives where the three of ours stand.
+    /// Measures the workloads that are repeated on a larger table. Returns the indexes of our three sides.
     async fn rates(&mut self, arguments: &Arguments, events: &str) -> Result<[usize; 3], Failure> {
         let url = &self.server.url;
         let count = arguments.commands;
@@ -201,7 +201,7 @@ impl<'s> Bench<'s> {
 
         let (workload, run) = ("100 events a commit", self.run());
         let hundreds = self.measure(workload, "annals", ours::hundreds(url, &run, count * 2)).await?;
-        // The same rows in another category.
+        // The same rows, in another category.
         let rows = rows::counted(&self.run(), count * 2);
         let limit = self.measure(workload, "unnest, 2 connections", raw::unnest(url, rows, 2)).await?;
         self.rate(hundreds, limit, "unnest", "≥ 0.7");
@@ -214,12 +214,12 @@ impl<'s> Bench<'s> {
         Ok(())
     }
 
-    /// On a log of nothing but orders.
+    /// Measures replays of a log that holds orders only.
     async fn replay(&mut self, events: i64, rounds: usize) -> Result<(), Failure> {
         let url = &self.server.url;
         rows::empty(url).await?;
         rows::fill(url, events).await?;
-        // Once before, so that both find the log in memory.
+        // The first copy warms up, so that both sides find the log in memory.
         raw::copy(url).await?;
         for _ in 0..rounds {
             let replay = self.measure("typed replay", "annals", ours::replay(url)).await?;
@@ -232,14 +232,14 @@ impl<'s> Bench<'s> {
     }
 }
 
-/// Runs all of it, or until it is interrupted; then, too, the server is stopped.
+/// Runs the benchmark until its end or an interruption, and stops the server either way.
 pub async fn run(arguments: Arguments) -> Result<(), Failure> {
     let server = Server::start(&arguments.directory)?;
     Server::until_interrupted(measure(&arguments, &server)).await
 }
 
 async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> {
-    // Makes the tables.
+    // Creates the tables.
     PostgresStore::connect(&server.url, Settings::default()).await?.close().await?;
     let mut bench = Bench::new(server);
     let rounds = arguments.rounds.max(1);

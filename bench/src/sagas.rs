@@ -1,4 +1,5 @@
-//! Checkouts of generated orders: four services in one process, one in ten cards declined, two in a hundred cancelled.
+//! Checkouts of generated orders: four services in one process, one card in ten declined, two orders in a hundred
+//! cancelled.
 
 use std::{path::Path, sync::Arc};
 

@@ -1,5 +1,5 @@
-//! The shop as it is deployed: four processes over Kafka and PostgreSQL, and one process on PostgreSQL alone; beside what its
-//! rows and its messages cost by themselves.
+//! The shop as it is deployed: four processes over Kafka and PostgreSQL, and one process on PostgreSQL alone; compared
+//! with the cost of its rows and messages by themselves.
 
 mod bare;
 pub mod processes;
@@ -14,47 +14,50 @@ use crate::{
     postgres::{Bench, report, server::Server},
 };
 
-/// The orders that are timed,
+/// The seed of the orders that are timed.
 const SEED: u64 = 7;
-/// and those before.
+/// The seed of the orders that warm up.
 const WARM_UP_SEED: u64 = 8;
-/// Of each topic: as many as the payment service has members. Each has a checkpoint of its own, in every commit that moves it.
+/// Partitions of each topic: as many as the payment service has members. Each partition has a checkpoint of its own, in
+/// every commit that moves it.
 const PARTITIONS: u32 = 4;
 const ROLES: [&str; 4] = ["order", "inventory", "payment", "notification"];
 
 /// Measures the shop over HTTP.
 ///
-/// The binary `sample-shop` must stand beside this one, and KAFKA_JARS name the folder of Kafka's jars: each round has a broker
-/// of its own. The database is that of DATABASE_URL, or one of its own.
+/// The binary `sample-shop` must be in the folder of this program, and KAFKA_JARS must name the folder of Kafka's jars:
+/// each round has a broker of its own. The database is the one that DATABASE_URL names, or a temporary one.
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// Orders with many in flight: so many that the first and the last, who are alone with fewer, do not count.
+    /// Orders with many in flight: so many that the first and the last ones, which run with fewer in flight, do not
+    /// count.
     #[arg(long, default_value_t = 20_000)]
     orders: usize,
     /// Orders one at a time.
     #[arg(long, default_value_t = 500)]
     alone: usize,
-    /// How many are under way at once. With fewer, the servers wait for customers.
+    /// Orders that are under way at the same time. With fewer, the servers wait for customers.
     #[arg(long, default_value_t = 768)]
     concurrency: usize,
-    /// Orders before those that are timed: of the time of a broker that has just started, half goes into its compiler.
+    /// Orders that warm up before the timed ones: a broker that has just started spends half of its time in its
+    /// compiler.
     #[arg(long, default_value_t = 10_000)]
     warm_up: usize,
-    /// Where the servers have their data: the disk that is measured.
+    /// Folder for the data of the servers: the disk that is measured.
     #[arg(long, default_value_os_t = std::env::temp_dir())]
     directory: PathBuf,
-    /// How often each figure is taken, side by side; the median is printed.
+    /// How often each figure is measured, in turn; the median is printed.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
-    /// Only the one process, without Kafka.
+    /// Measure only the one process, without Kafka.
     #[arg(long)]
     without_kafka: bool,
-    /// One JSON object a figure, instead of a table.
+    /// Print one JSON object per figure, instead of a table.
     #[arg(long)]
     json: bool,
 }
 
-/// Runs all of it, or until it is interrupted; then, too, the servers are stopped.
+/// Runs the benchmark until its end or an interruption, and stops the servers either way.
 pub async fn run(arguments: Arguments) -> Result<(), Failure> {
     let server = Server::start(&arguments.directory)?;
     Server::until_interrupted(measure(&arguments, &server)).await
@@ -65,7 +68,7 @@ async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> 
     let Arguments { orders, alone, concurrency, warm_up, .. } = *arguments;
     for _ in 0..arguments.rounds.max(1) {
         for (count, at_once) in [(orders, concurrency), (alone, 1)] {
-            // What they have left behind is of both.
+            // The rows and messages left behind include those of the warm-up.
             let (many, sagas) = (at_once > 1, warm_up + count);
             let workload = |what: &str| format!("sagas, {what}, {at_once} in flight");
             if !arguments.without_kafka {

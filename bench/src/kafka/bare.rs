@@ -24,10 +24,10 @@ use crate::{
     postgres::{Measured, histogram},
 };
 
-/// Rows of one statement.
+/// Rows per statement.
 const UNNEST_ROWS: usize = 500;
 
-/// How many messages the brokers have taken.
+/// The number of messages that the brokers have acknowledged.
 #[derive(Clone, Default)]
 pub struct Taken(Arc<AtomicUsize>);
 
@@ -43,7 +43,7 @@ impl ProducerContext for Taken {
     }
 }
 
-/// A producer with the settings of the bus.
+/// Returns a producer with the settings of the bus.
 pub fn producer(brokers: &str, taken: &Taken) -> Result<ThreadedProducer<Taken>, Failure> {
     let mut config = ClientConfig::new();
     config
@@ -90,7 +90,7 @@ fn headers(row: &sqlx::postgres::PgRow, source: &str) -> Result<OwnedHeaders, Fa
     Ok(pairs.into_iter().fold(new, |headers, (key, value)| headers.insert(Header { key, value: Some(value) })))
 }
 
-/// Streams the log out of PostgreSQL into a producer.
+/// Streams the log from PostgreSQL to a producer.
 pub async fn relay(url: &str, brokers: &str, topic: &str) -> Result<Measured, Failure> {
     let mut connection = PgConnection::connect(url).await?;
     let taken = Taken::default();
@@ -127,7 +127,7 @@ pub async fn relay(url: &str, brokers: &str, topic: &str) -> Result<Measured, Fa
     Ok(Measured { count, seconds, latency: None })
 }
 
-/// A consumer of all partitions, from their beginning.
+/// Returns a consumer of all partitions, from this offset on.
 fn consumer(brokers: &str, topic: &str, partitions: u32, offset: Offset) -> Result<BaseConsumer, Failure> {
     let mut config = ClientConfig::new();
     config
@@ -144,7 +144,7 @@ fn consumer(brokers: &str, topic: &str, partitions: u32, offset: Offset) -> Resu
     Ok(consumer)
 }
 
-/// Consumes so many messages, and inserts a row for each, 500 in a statement.
+/// Consumes this many messages, and inserts a row for each, 500 per statement.
 pub async fn consume(
     url: &str,
     brokers: &str,
@@ -159,7 +159,7 @@ pub async fn consume(
     while done < count {
         let (mut streams, mut ids, mut data) = (Vec::new(), Vec::new(), Vec::new());
         while streams.len() < UNNEST_ROWS.min(count - done) {
-            // The thread has nothing else to do.
+            // Blocking is fine: the thread has nothing else to do.
             let Some(record) = consumer.poll(Duration::from_secs(10)) else { return Err("no more messages".into()) };
             let record = record?;
             let id = record.headers().and_then(|all| all.iter().find(|header| header.key == "ce_id")?.value);
@@ -186,14 +186,14 @@ pub async fn consume(
     Ok(Measured { count, seconds, latency: None })
 }
 
-/// An insert, a message there, and another insert: one after the other.
+/// Inserts a row, sends a message, and inserts another row when it arrives: one at a time.
 pub async fn hop(url: &str, brokers: &str, topic: &str, partitions: u32, count: usize) -> Result<Measured, Failure> {
     let mut connection = PgConnection::connect(url).await?;
     let consumer = consumer(brokers, topic, partitions, Offset::End)?;
     let producer = producer(brokers, &Taken::default())?;
     let insert = "INSERT INTO annals.events (stream_id, version, event_id, type, schema_version, data, metadata)
                   VALUES ($1, 1, gen_random_uuid(), 'bare.seen', 1, '{}', '{}')";
-    // The consumer is at the end of each partition once it gets what is sent now.
+    // The consumer is at the end of each partition once it receives a message sent now.
     let mut there = false;
     while !there {
         let sent = producer.send(BaseRecord::to(topic).key("warm").payload("{}"));

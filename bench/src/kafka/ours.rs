@@ -1,4 +1,4 @@
-//! The same through Annals: relay, group, and both with a command before them.
+//! The same workloads through Annals: the relay, the group, and both with a command before them.
 
 use std::{
     sync::Arc,
@@ -22,7 +22,7 @@ use crate::{
     postgres::{Measured, histogram, ours::Counter},
 };
 
-/// How often is looked whether all is done: seldom enough to cost nothing.
+/// The interval between the checks for the end: long enough to cost nothing.
 const LOOK: Duration = Duration::from_millis(20);
 
 pub async fn bus(brokers: &str, partitions: u32) -> Result<Arc<KafkaBus>, Failure> {
@@ -34,7 +34,7 @@ async fn store(url: &str, schema: &str) -> Result<PostgresStore, Failure> {
     Ok(PostgresStore::connect(url, settings).await?)
 }
 
-/// Where lanes or partitions are, added up.
+/// Returns the sum of the checkpoints of lanes or partitions.
 async fn checkpoints(store: &dyn EventStore, ids: impl Iterator<Item = String>) -> Result<i64, Failure> {
     let keys: Vec<_> = ids.map(|id| DocumentKey::new(CHECKPOINTS, id)).collect();
     let mut sum = 0;
@@ -64,7 +64,7 @@ pub async fn relay(url: &str, bus: Arc<KafkaBus>, service: &str) -> Result<Measu
     Ok(Measured { count: usize::try_from(count)?, seconds, latency: None })
 }
 
-/// An event for each message, in a stream of its own.
+/// Writes an event for each message, in a stream of its own.
 struct Effect {
     counters: Repository<Counter>,
     run: String,
@@ -85,7 +85,7 @@ impl Effect {
     }
 }
 
-/// Consumes so many messages, each with an effect.
+/// Consumes this many messages, each with an effect.
 pub async fn consume(
     url: &str,
     bus: Arc<KafkaBus>,
@@ -112,10 +112,10 @@ pub async fn consume(
     Ok(Measured { count, seconds, latency: None })
 }
 
-/// A command in one service, until its effect is committed in another: one after the other.
+/// Measures a command in one service until its effect is committed in another, one at a time.
 pub async fn hop(url: &str, bus: Arc<KafkaBus>, service: &str, count: usize) -> Result<Measured, Failure> {
     let (here, there) = (store(url, "annals_here").await?, store(url, "annals_there").await?);
-    // As a service has it: what it commits itself, it need not read.
+    // A tail, as services use it: they need not read back their own commits.
     let from: Arc<dyn EventStore> = Arc::new(Tail::follow(Arc::new(here.clone())).await?);
     let to: Arc<dyn EventStore> = Arc::new(Tail::follow(Arc::new(there.clone())).await?);
     let topic = format!("{service}.events");
@@ -130,7 +130,7 @@ pub async fn hop(url: &str, bus: Arc<KafkaBus>, service: &str, count: usize) -> 
     let counters = Repository::<Counter>::new(from);
     let mut after = there.status().await?.head;
     let (mut latency, mut started) = (histogram()?, Instant::now());
-    // The first few find connections and topics cold.
+    // The first commands warm up connections and topics.
     let cold = 20;
     for number in 0..cold + count {
         let asked = Instant::now();

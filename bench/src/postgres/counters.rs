@@ -1,4 +1,4 @@
-//! What a workload costs: what the server counts, and the time that the processors spent.
+//! The cost of a workload: the counters of the server, and processor time.
 
 use std::time::{Duration, Instant};
 
@@ -6,32 +6,32 @@ use sqlx::{Connection, PgConnection, Row};
 
 use crate::{Failure, postgres::server::Server};
 
-/// Clock ticks per second in `/proc`: the same on every Linux we know.
+/// Clock ticks per second in `/proc`: the same on every Linux that we know.
 const TICKS_PER_SECOND: f64 = 100.0;
 
-/// Counts since the server was started.
+/// Counts since the start of the server.
 #[derive(Clone, Copy)]
 pub struct Counters {
-    /// Transactions that ended. Our statements are each one of their own, so: round trips.
+    /// Transactions that ended. Each of our statements is its own transaction, so this is the number of round trips.
     round_trips: i64,
-    /// Transactions that wrote something.
+    /// Transactions that wrote.
     commits: i64,
     wal_bytes: i64,
     cpu_seconds: f64,
 }
 
-/// What a workload cost, per 1,000 operations.
+/// The costs of a workload per 1,000 operations.
 #[derive(Clone, Copy, Debug, Default, serde::Serialize)]
 pub struct Costs {
     pub round_trips: f64,
     pub commits: f64,
     pub wal_kilobytes: f64,
-    /// Of this process, those it has started and that have ended, and of the server, if that is ours.
+    /// The CPU time of this process, of its children that have ended, and of the server, if it is ours.
     pub cpu_ms: f64,
 }
 
 impl Counters {
-    /// To be taken when all other sessions have ended: a session counts for itself, and adds it up at its end.
+    /// Reads the counters after all other sessions have ended: a session adds its own counts at its end.
     pub async fn now(server: &Server) -> Result<Self, Failure> {
         let mut connection = PgConnection::connect(&server.url).await?;
         let others =
@@ -55,7 +55,7 @@ impl Counters {
         Ok(Self { round_trips: row.try_get(0)?, commits: row.try_get(1)?, wal_bytes: row.try_get(2)?, cpu_seconds })
     }
 
-    /// What it has cost since `before`.
+    /// Returns the costs since `before`.
     pub fn since(&self, before: &Self, operations: usize) -> Costs {
         let per_thousand = 1_000.0 / operations as f64;
         Costs {
@@ -67,11 +67,11 @@ impl Counters {
     }
 }
 
-/// What this process has used so far, and those of a server.
+/// Returns the CPU seconds that this process and the processes of a server have used so far.
 pub fn cpu_seconds(server: Option<u32>) -> f64 {
     let own = ticks("self").map_or(0, |(_, own, ended)| own + ended);
     let Some(server) = server else { return own as f64 / TICKS_PER_SECOND };
-    // What has ended counts for the parent, what has not counts for itself.
+    // Processes that have ended count for their parent, running processes for themselves.
     let ended = ticks(&server.to_string()).map_or(0, |(_, own, ended)| own + ended);
     let running = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     let running =
@@ -79,7 +79,7 @@ pub fn cpu_seconds(server: Option<u32>) -> f64 {
     (own + ended + running.map(|(_, own, _)| own).sum::<u64>()) as f64 / TICKS_PER_SECOND
 }
 
-/// The parent of a process, its own clock ticks, and those of its children that have ended.
+/// Returns the parent of a process, its own clock ticks, and those of its children that have ended.
 fn ticks(process: &str) -> Option<(u32, u64, u64)> {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();

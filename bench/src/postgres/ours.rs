@@ -1,4 +1,4 @@
-//! The same through Annals: repositories, the store, replay and subscription.
+//! The same workloads through Annals: repositories, the store, replay and subscription.
 
 use std::{
     sync::{Arc, OnceLock},
@@ -22,7 +22,7 @@ use crate::{
     postgres::{Measured, histogram, rows},
 };
 
-/// Counts; says so in as many events as it is asked for.
+/// Counts, in as many events as its command asks for.
 #[derive(Clone, Default)]
 pub struct Counter(u64);
 
@@ -38,7 +38,7 @@ pub struct Never;
 
 impl Aggregate for Counter {
     const CATEGORY: &'static str = "counter";
-    /// How many events.
+    /// The number of events.
     type Command = u64;
     type Event = CounterEvent;
     type Refusal = Never;
@@ -56,7 +56,7 @@ async fn open(url: &str) -> Result<PostgresStore, Failure> {
     Ok(PostgresStore::connect(url, Settings::default()).await?)
 }
 
-/// Commands, so many in flight, each on a task of its own, as in a server.
+/// Runs commands, with this number in flight, each on a task of its own, as in a server.
 async fn all<A: Aggregate>(
     commands: Vec<(String, A::Command)>,
     repository: &Repository<A>,
@@ -95,14 +95,15 @@ pub async fn place(url: &str, run: &str, count: usize, in_flight: usize) -> Resu
     Ok(measured)
 }
 
-/// Loads, decides and appends: so many aggregates, so often each, 64 at a time; with the folded ones at hand, or without.
+/// Loads, decides and appends: this many aggregates and times each, 64 at a time, with the folded aggregates cached or
+/// not.
 pub async fn again(url: &str, run: &str, aggregates: usize, times: usize, warm: bool) -> Result<Measured, Failure> {
     let store = open(url).await?;
     let cached = if warm { 2 * aggregates } else { 1 };
     let repository = Repository::<Counter>::with(Arc::new(store.clone()), Counter::CATEGORY, cached);
     let each = || (0..aggregates).map(|n| (format!("{run}.{n:06}"), 1));
     all(each().collect(), &repository, 1_024, true).await?;
-    // A session that is new maps the server's memory page by page, which takes it longer than all it does here.
+    // A new session maps the server's memory page by page, which takes it longer than all its work here.
     all(each().collect(), &repository, 64, false).await?;
     let commands = (0..times).flat_map(|_| each()).collect();
     let measured = all(commands, &repository, 64, false).await?;
@@ -110,7 +111,7 @@ pub async fn again(url: &str, run: &str, aggregates: usize, times: usize, warm: 
     Ok(measured)
 }
 
-/// Commands of 64 tasks on one aggregate.
+/// Runs commands of 64 tasks on one aggregate.
 pub async fn contended(url: &str, run: &str, count: usize) -> Result<Measured, Failure> {
     let store = open(url).await?;
     let repository = Repository::<Counter>::new(Arc::new(store.clone()));
@@ -119,7 +120,7 @@ pub async fn contended(url: &str, run: &str, count: usize) -> Result<Measured, F
     Ok(measured)
 }
 
-/// Commands that give 100 events each. Counts events.
+/// Runs commands of 100 events each. Counts events.
 pub async fn hundreds(url: &str, run: &str, events: usize) -> Result<Measured, Failure> {
     let store = open(url).await?;
     let repository = Repository::<Counter>::new(Arc::new(store.clone()));
@@ -129,7 +130,7 @@ pub async fn hundreds(url: &str, run: &str, events: usize) -> Result<Measured, F
     Ok(Measured { count: measured.count * 100, ..measured })
 }
 
-/// The whole log as typed events.
+/// Replays the whole log as typed events.
 pub async fn replay(url: &str) -> Result<Measured, Failure> {
     let store = open(url).await?;
     let (mut count, started) = (0, Instant::now());
@@ -144,7 +145,7 @@ pub async fn replay(url: &str) -> Result<Measured, Failure> {
     Ok(Measured { count, seconds, latency: None })
 }
 
-/// The same page by page through the port, decoded where it is read.
+/// Reads the same page by page through the port, and decodes in the reader's task.
 pub async fn paged(url: &str) -> Result<Measured, Failure> {
     let store = open(url).await?;
     let (mut count, mut after, started) = (0, Position::START, Instant::now());
@@ -164,7 +165,7 @@ pub async fn paged(url: &str) -> Result<Measured, Failure> {
     Ok(Measured { count, seconds, latency: None })
 }
 
-/// When each event was handled.
+/// The time at which each event was handled.
 struct Heard(Arc<Vec<OnceLock<Instant>>>);
 
 #[async_trait]
@@ -178,8 +179,8 @@ impl Handler for Heard {
     }
 }
 
-/// From the call of `commit` to the handler of a subscription, at 1,000 events a second; `far`: on a store of its own, as in
-/// another process.
+/// Measures the time from the call of `commit` to the handler of a subscription, at 1,000 events per second. `far`: the
+/// subscription has a store of its own, as in another process.
 pub async fn heard(url: &str, run: &str, count: usize, far: bool) -> Result<Measured, Failure> {
     let store = open(url).await?;
     let listening = if far { open(url).await? } else { store.clone() };
@@ -193,7 +194,7 @@ pub async fn heard(url: &str, run: &str, count: usize, far: bool) -> Result<Meas
     while !health.is_fine() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    // A moment more, until other stores are heard.
+    // Waits a moment longer, until the notifications of other stores arrive.
     tokio::time::sleep(Duration::from_millis(500)).await;
     let repository = Repository::<Counter>::new(Arc::new(store.clone()));
     let mut tick = interval(Duration::from_millis(1));

@@ -1,4 +1,4 @@
-//! What is written: orders placed, and the rows that come of them.
+//! The data of the workloads: orders, and the rows that they lead to.
 
 use annals::{Aggregate, Metadata, event::encode_all};
 use sample_shop::{
@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use crate::Failure;
 
-/// A row of the log, less what the database adds.
+/// A row of the log, without the columns that the database fills.
 #[derive(Clone)]
 pub struct EventRow {
     pub stream: String,
@@ -20,7 +20,7 @@ pub struct EventRow {
     pub metadata: String,
 }
 
-/// Commands that each place an order that nobody has placed before.
+/// Returns commands, each of which places a new order.
 pub fn orders(run: &str, count: usize) -> Vec<(String, OrderCommand)> {
     let placed = generate(count as u64, 1).filter_map(|invoice| match invoice {
         Invoice::Order { id, customer, lines } => {
@@ -37,7 +37,7 @@ pub fn orders(run: &str, count: usize) -> Vec<(String, OrderCommand)> {
     placed.collect()
 }
 
-/// The rows that these commands would give.
+/// Returns the rows that these commands would write.
 pub fn rows(run: &str, count: usize) -> Result<Vec<EventRow>, Failure> {
     let mut rows = Vec::with_capacity(count);
     for (id, command) in orders(run, count) {
@@ -56,7 +56,7 @@ pub fn rows(run: &str, count: usize) -> Result<Vec<EventRow>, Failure> {
     Ok(rows)
 }
 
-/// The rows of commands that give 100 events each.
+/// Returns the rows of commands with 100 events each.
 pub fn counted(run: &str, count: usize) -> Vec<EventRow> {
     let row = |n: usize| EventRow {
         stream: format!("counter-{run}.{n:09}"),
@@ -68,7 +68,7 @@ pub fn counted(run: &str, count: usize) -> Vec<EventRow> {
     (0..count).map(row).collect()
 }
 
-/// Empties the log. The database refuses that to all who ask in another way.
+/// Empties the log. The database refuses this unless its triggers are disabled.
 pub async fn empty(url: &str) -> Result<(), Failure> {
     let mut connection = PgConnection::connect(url).await?;
     sqlx::raw_sql(
@@ -81,12 +81,12 @@ pub async fn empty(url: &str) -> Result<(), Failure> {
     Ok(connection.close().await?)
 }
 
-/// Adds rows until the log has so many.
+/// Adds rows until the log has this many.
 pub async fn fill(url: &str, events: i64) -> Result<(), Failure> {
     let mut connection = PgConnection::connect(url).await?;
     let held: i64 = sqlx::query_scalar("SELECT count(*) FROM annals.events").fetch_one(&mut connection).await?;
     let pattern = rows("fill", 1)?.pop().ok_or("no pattern")?;
-    // Not all at once: one statement of 10 million rows says nothing for a long time.
+    // Fills in several steps: a single statement of 10 million rows would show no progress for a long time.
     for from in (held..events).step_by(1_000_000) {
         eprintln!("  {from} events in the log");
         sqlx::query(
@@ -102,7 +102,7 @@ pub async fn fill(url: &str, events: i64) -> Result<(), Failure> {
         .execute(&mut connection)
         .await?;
     }
-    // So that what was filled in is no burden to what is measured.
+    // Cleans up, so that filling does not burden the measurement.
     for sql in ["VACUUM (ANALYZE) annals.events", "CHECKPOINT"] {
         sqlx::raw_sql(sql).execute(&mut connection).await?;
     }

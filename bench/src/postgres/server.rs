@@ -1,4 +1,4 @@
-//! A server to measure on: the one that `DATABASE_URL` names, or one of our own that is gone afterwards.
+//! The server to measure: the one that `DATABASE_URL` names, or a temporary one.
 
 use std::{
     path::{Path, PathBuf},
@@ -9,11 +9,11 @@ use tempfile::TempDir;
 
 use crate::Failure;
 
-/// As they ship, but for room: so that neither side of a comparison is stopped by a checkpoint that the other is not.
+/// Default settings except for room, so that no checkpoint interrupts only one side of a comparison.
 const OPTIONS: &str = "-c listen_addresses=127.0.0.1 -c unix_socket_directories= -c max_connections=300 \
      -c shared_buffers=512MB -c max_wal_size=8GB -c checkpoint_timeout=30min -c autovacuum=off";
 
-/// Where the server is.
+/// The address of the server.
 pub struct Server {
     pub url: String,
     own: Option<Own>,
@@ -26,7 +26,7 @@ struct Own {
 }
 
 impl Server {
-    /// Measures, unless it is interrupted; either way the server is there to be stopped afterwards.
+    /// Measures until the end or an interruption. Either way the caller can stop the server afterwards.
     pub async fn until_interrupted(measuring: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
         tokio::select! {
             measured = measuring => measured,
@@ -34,7 +34,7 @@ impl Server {
         }
     }
 
-    /// Starts one in `folder`, unless there is one.
+    /// Starts a server in `folder`, unless `DATABASE_URL` names one.
     pub fn start(folder: &Path) -> Result<Self, Failure> {
         if let Ok(url) = std::env::var("DATABASE_URL") {
             return Ok(Self { url, own: None });
@@ -47,7 +47,7 @@ impl Server {
         let data = folder.path().join("data");
         let setup = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C"];
         run(as_postgres(&programs.join("initdb")).arg("--pgdata").arg(&data).args(setup))?;
-        // A free port, as likely as not still free a moment later.
+        // The port is free now, and very likely still free a moment later.
         let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let mut start = as_postgres(&programs.join("pg_ctl"));
         start.args(["start", "--wait", "--silent", "--pgdata"]).arg(&data).arg("--log").arg(folder.path().join("log"));
@@ -57,7 +57,7 @@ impl Server {
         Ok(Self { url, own: Some(Own { programs, folder, pid }) })
     }
 
-    /// The process that all of the server's are children of; `None` for a server that is not ours.
+    /// The parent of all processes of the server; `None` for a server that is not ours.
     pub fn pid(&self) -> Option<u32> {
         self.own.as_ref().map(|own| own.pid)
     }

@@ -1,4 +1,4 @@
-//! The baselines: what a run has left in logs and topics, written once more with nothing around it.
+//! The baselines: the logs and topics of a run, written once more with nothing around them.
 
 use std::time::{Duration, Instant};
 
@@ -18,9 +18,9 @@ use crate::{
     postgres::Measured,
 };
 
-/// Rows of one statement.
+/// Rows per statement.
 const UNNEST_ROWS: usize = 500;
-/// How long a broker may take to answer.
+/// The longest wait for an answer of the broker.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 pub struct Row {
@@ -32,7 +32,7 @@ pub struct Row {
     metadata: String,
 }
 
-/// All events of these schemas.
+/// Returns all events of these schemas.
 pub async fn events(url: &str, schemas: &[String]) -> Result<Vec<Row>, Failure> {
     let mut connection = PgConnection::connect(url).await?;
     let mut rows = Vec::new();
@@ -56,7 +56,7 @@ pub async fn events(url: &str, schemas: &[String]) -> Result<Vec<Row>, Failure> 
     Ok(rows)
 }
 
-/// Writes them into one table with the same indexes, 500 a statement, one statement after the other.
+/// Writes the rows to one table with the same indexes, 500 per statement, one statement at a time.
 pub async fn unnest(url: &str, rows: Vec<Row>, sagas: usize) -> Result<Measured, Failure> {
     let settings = annals_postgres::Settings { schema: schema(), ..annals_postgres::Settings::default() };
     let into = settings.schema.clone();
@@ -90,7 +90,7 @@ fn schema() -> String {
     format!("bare_{}", Uuid::new_v4().simple())
 }
 
-/// Everything in the topics of the services.
+/// Returns all messages in the topics of the services.
 pub fn records(brokers: &str) -> Result<Vec<OwnedMessage>, Failure> {
     let mut config = ClientConfig::new();
     config.set("bootstrap.servers", brokers).set("group.id", "bare").set("enable.auto.commit", "false");
@@ -112,7 +112,7 @@ pub fn records(brokers: &str) -> Result<Vec<OwnedMessage>, Failure> {
     Ok(records)
 }
 
-/// How many messages a saga took, and how large they are.
+/// Describes the number and the size of the messages of a saga.
 pub fn told(records: &[OwnedMessage], sagas: usize) -> String {
     use rdkafka::message::Headers;
     let bytes = |record: &OwnedMessage| {
@@ -125,7 +125,7 @@ pub fn told(records: &[OwnedMessage], sagas: usize) -> String {
     format!("a saga over four processes: {:.1} messages, {:.1} kB uncompressed", count / sagas, bytes / sagas / 1_024.0)
 }
 
-/// Sends them to a topic, with the settings of the bus.
+/// Sends the messages to a topic, with the settings of the bus.
 pub async fn produce(brokers: &str, records: Vec<OwnedMessage>, sagas: usize) -> Result<Measured, Failure> {
     let taken = Taken::default();
     let producer: ThreadedProducer<Taken> = producer(brokers, &taken)?;

@@ -1,4 +1,4 @@
-//! Starts the services, a customer and a broker, each a process of its own.
+//! Starts the services, a customer and a broker, each as a process of its own.
 
 use std::{
     io::{BufRead, BufReader},
@@ -17,22 +17,22 @@ use crate::{
     postgres::{Measured, histogram},
 };
 
-/// How long a broker may take to start.
+/// The longest time that a broker may take to start.
 const START: Duration = Duration::from_secs(60);
 
-/// The schema of a service in a run.
+/// Returns the schema of a service in a run.
 pub fn schema(role: &str, run: &str) -> String {
     format!("{role}_{run}")
 }
 
-/// Services that run.
+/// The running services.
 pub struct Processes {
     running: Vec<Child>,
-    /// Of the order service.
+    /// The URL of the order service.
     url: String,
 }
 
-/// What of the customer's summary is of interest.
+/// The fields of the customer's summary that are needed here.
 #[derive(Deserialize)]
 struct Summary {
     orders: usize,
@@ -49,7 +49,7 @@ struct Quantiles {
 }
 
 impl Processes {
-    /// Each service by itself, with a schema of its own.
+    /// Starts each service in a process of its own, with its own schema.
     pub async fn apart(database: &str, run: &str, bus: &str) -> Result<Self, Failure> {
         let mut processes = Self { running: Vec::new(), url: String::new() };
         for role in ROLES {
@@ -58,7 +58,7 @@ impl Processes {
         Ok(processes)
     }
 
-    /// All in one process.
+    /// Starts all services in one process.
     pub async fn together(database: &str, run: &str) -> Result<Self, Failure> {
         let mut processes = Self { running: Vec::new(), url: String::new() };
         processes.serve("all", &format!("{database}?schema={}", schema("all", run)), "local:")?;
@@ -80,7 +80,8 @@ impl Processes {
         Ok(())
     }
 
-    /// A customer hands in so many orders, so many at a time; then the services are stopped. Another seed: other orders.
+    /// Has a customer hand in this many orders, `at_once` at a time, and then stops the services. Another seed gives
+    /// other orders.
     pub async fn sell(mut self, orders: usize, at_once: usize, seed: u64) -> Result<Measured, Failure> {
         let mut customer = Command::new(sample_shop()?);
         customer.args(["run", "--json", "--quiet", "--http", &self.url, "--generate", &orders.to_string()]);
@@ -91,7 +92,7 @@ impl Processes {
         let text = String::from_utf8(output.stdout)?;
         let last = text.lines().last().ok_or("the customer said nothing")?;
         let summary: Summary = serde_json::from_str(last).map_err(|error| format!("{last}: {error}"))?;
-        // With those of customers before.
+        // The number includes the orders of earlier customers.
         if summary.stuck > 0 || summary.orders < orders {
             return Err(format!("{} of {orders} orders, {} stuck", summary.orders, summary.stuck).into());
         }
@@ -101,7 +102,7 @@ impl Processes {
         for mut child in self.running.drain(..) {
             child.wait()?;
         }
-        // Of the distribution, the summary has three points.
+        // The summary has three points of the distribution.
         let (mut latency, Quantiles { p50, p95, p99 }) = (histogram()?, summary.latency_ms);
         for (ms, share) in [(p50, 60), (p95, 38), (p99, 2)] {
             latency.record_n((ms * 1_000.0) as u64, share)?;
@@ -119,14 +120,14 @@ impl Drop for Processes {
     }
 }
 
-/// The binary beside this one.
+/// Returns the binary in the folder of this program.
 fn sample_shop() -> Result<PathBuf, Failure> {
     let beside = std::env::current_exe()?.with_file_name("sample-shop");
     let missing = || format!("{} is missing: build it, with the same profile, by -p sample-shop", beside.display());
     if beside.is_file() { Ok(beside) } else { Err(missing().into()) }
 }
 
-/// A port that is free, with the one after it, as likely as not still a moment later.
+/// Returns a port that is free together with the one after it, and very likely still free a moment later.
 pub fn free_port() -> Result<u16, Failure> {
     let port = (0..100).find_map(|_| {
         let port = TcpListener::bind("127.0.0.1:0").ok()?.local_addr().ok()?.port();
@@ -135,12 +136,12 @@ pub fn free_port() -> Result<u16, Failure> {
     port.ok_or_else(|| "no free port".into())
 }
 
-/// A broker with no topic in it: services with new stores would take up the commands of those before.
+/// A broker without topics: services with new stores would process the commands of earlier ones.
 pub struct Broker {
     running: Child,
-    /// Where clients find it.
+    /// The port at which clients find the broker.
     port: u16,
-    /// Removed once the broker is gone.
+    /// Removed after the broker has stopped.
     _folder: TempDir,
 }
 
@@ -150,7 +151,7 @@ impl Broker {
         Self::start_at(directory, port, port)
     }
 
-    /// A broker whose clients find it by another port: that of a proxy.
+    /// Starts a broker whose clients find it at another port: the one of a proxy.
     pub fn start_at(directory: &Path, port: u16, advertised: u16) -> Result<Self, Failure> {
         let jars =
             std::env::var("KAFKA_JARS").map_err(|_| "KAFKA_JARS is not set: `./test` fetches them into target/")?;
