@@ -1,5 +1,5 @@
-//! The four services in processes of their own, each with a schema of its own, over a real Kafka: the result of the run in
-//! one process, whoever is killed meanwhile.
+//! Runs the four services in processes of their own, each with a schema of its own, over a real Kafka. The result
+//! equals that of the run in one process, whichever process is killed meanwhile.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 
@@ -31,14 +31,14 @@ use self::{
     summary::business,
 };
 
-/// How long faults last, in seconds. SHOP_FAULT_SECONDS says otherwise: two minutes before a release.
+/// The time during which faults occur, in seconds. SHOP_FAULT_SECONDS overrides it: two minutes before a release.
 const FAULT_SECONDS: u64 = 18;
-/// Orders for each of these seconds: more than are done meanwhile, here.
+/// Orders per second of that time: more than this machine completes meanwhile.
 const ORDERS_PER_SECOND: u64 = 65;
-/// Past the session that brokers give up a silent member after, which is three seconds here, and past the five or six that the other
-/// instances take to give up one that does not show that it lives.
+/// Longer than the session after which brokers give up a silent member, three seconds here, and longer than the five or
+/// six seconds after which the other instances give up an instance without a heartbeat.
 const STOPPED: Duration = Duration::from_secs(8);
-/// How many orders are under way at once.
+/// The number of orders that are under way at once.
 const AT_ONCE: &str = "32";
 
 fn without_bus(mut line: Value) -> Value {
@@ -66,7 +66,7 @@ async fn december_through_four_processes_is_that_of_one() {
     schemas.drop().await;
 }
 
-/// How long faults last, and what is ordered meanwhile.
+/// The time during which faults occur, and the orders of that time.
 struct Storm {
     lasts: Duration,
     orders: Vec<String>,
@@ -89,11 +89,12 @@ impl Storm {
         at.customer(&[&self.orders()[..], &["--concurrency", AT_ONCE]].concat()).spawn().unwrap()
     }
 
-    /// A fault every so many milliseconds while the customer buys; then his summary is that of one process.
+    /// Causes a fault after each draw from `every`, in milliseconds, while the customer buys. Then the summary of the
+    /// customer is that of one process.
     async fn rages(&self, mut customer: Child, every: Range<u64>, mut fault: impl AsyncFnMut(usize)) {
         let (started, mut faults, mut in_time) = (Instant::now(), 0, 0);
         while started.elapsed() < self.lasts {
-            // Not a wait for something to happen: the moment of the fault is what is drawn.
+            // The sleep waits for nothing: the moment of the fault is random.
             tokio::time::sleep(Duration::from_millis(fastrand::u64(every.clone()))).await;
             in_time += usize::from(customer.try_wait().unwrap().is_none());
             fault(faults).await;
@@ -109,13 +110,13 @@ impl Storm {
 
 #[tokio::test]
 async fn whoever_is_killed_money_and_units_are_conserved() {
-    // With all of them killed in turns, half as many keep it busy.
+    // The kills hit all processes in turn, so half as many orders keep the shop busy.
     let storm = Storm::new(ORDERS_PER_SECOND / 2);
     let (mut broker, schemas) = (Broker::start(), Schemas::new());
-    // Two of each share the work; what hits one must not hurt the other.
+    // Two instances of each service share the work. A fault in one must not hurt the other.
     let start = |role: &&str| Serving::start(role, &schemas.url(role), &bus(&broker));
     let mut shop: Vec<Option<Serving>> = ROLES.iter().chain(&ROLES).map(start).map(Some).collect();
-    // The first instance of the order service is the one that the customer knows; it is killed too.
+    // The customer talks to the first instance of the order service, which is killed too.
     let customer = storm.customer(shop[0].as_ref().unwrap());
     storm
         .rages(customer, 1_000..4_000, async |number| {
@@ -133,7 +134,8 @@ async fn whoever_is_killed_money_and_units_are_conserved() {
     schemas.drop().await;
 }
 
-/// Who is stopped believes, when it goes on, that all is still its own: what it had in hand, its partitions and its lanes.
+/// A process that was stopped still believes, when it continues, that it owns its work in hand, its partitions and its
+/// lanes.
 #[tokio::test]
 async fn whoever_is_stopped_for_long_and_goes_on_changes_nothing() {
     let storm = Storm::new(ORDERS_PER_SECOND / 2);
@@ -142,7 +144,7 @@ async fn whoever_is_stopped_for_long_and_goes_on_changes_nothing() {
     let shop: Vec<Serving> = ROLES.iter().chain(&ROLES).map(start).collect();
     storm
         .rages(storm.customer(&shop[0]), 200..1_000, async |number| {
-            // One of each service; the other ones do its work.
+            // Stops one instance of each service, while the other instances do its work.
             let stopped = &shop[number % 2 * ROLES.len()..][..ROLES.len()];
             stopped.iter().for_each(|service| service.signal("STOP"));
             tokio::time::sleep(STOPPED).await;
@@ -167,6 +169,6 @@ async fn a_database_that_is_killed_costs_a_pause() {
         })
         .await;
     schemas.are_whole(&broker).await;
-    // None of them was started again: each found its way back by itself.
+    // No process was started again: each recovered by itself.
     end(shop);
 }

@@ -1,5 +1,5 @@
-//! Events that this build cannot read, in a store that was sound: nobody asks for their streams again, and still a run
-//! tells of them.
+//! Events that this build cannot read, in a store that was sound: no command reads their streams again, and yet a run
+//! reports them.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -18,7 +18,7 @@ fn run(store: &Path, verb: &str) -> Output {
     command.output().unwrap()
 }
 
-/// As somebody might who has none of our code, or a newer one.
+/// Appends an event by SQL, as a program without our code, or with a newer version, would.
 async fn append(store: &Path, stream: &str, type_name: &str, schema_version: i32, data: &str) {
     let options = SqliteConnectOptions::new().filename(store);
     let mut file = SqliteConnection::connect_with(&options).await.unwrap();
@@ -57,14 +57,14 @@ async fn those_of_the_shop_end_the_run_with_their_place() {
     }
 }
 
-/// Here a reply that the relay cannot make a message of.
+/// Here: a reply from which the relay cannot make a message.
 #[tokio::test]
 async fn those_that_are_parked_are_told_and_fail_the_run() {
     let folder = tempfile::tempdir().unwrap();
     let store = folder.path().join("shop.db");
     assert!(run(&store, "run").status.success());
     append(&store, "step.payment-saga.checkout-other", "step.vanished", 1, "{}").await;
-    // A drain may be over before the relay has got to it.
+    // A drain may end before the relay reaches the event.
     for _ in 0..100 {
         let options = SqliteConnectOptions::new().filename(&store);
         let mut file = SqliteConnection::connect_with(&options).await.unwrap();
@@ -76,7 +76,7 @@ async fn those_that_are_parked_are_told_and_fail_the_run() {
         }
         run(&store, "drain");
     }
-    // It stays until somebody sees to it.
+    // The message stays parked until an operator acts.
     for _ in 0..2 {
         let output = run(&store, "drain");
         let (said, summary) = (String::from_utf8_lossy(&output.stderr), String::from_utf8_lossy(&output.stdout));

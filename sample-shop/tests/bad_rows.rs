@@ -1,4 +1,4 @@
-//! What the shop says of a file with malformed rows, and how it exits.
+//! The messages and exit codes of the shop for a file with malformed rows.
 #![allow(clippy::unwrap_used)]
 
 use std::process::{Command, Output};
@@ -55,7 +55,8 @@ fn whatever_is_left_out_is_counted_and_a_failure() {
     }
 }
 
-/// As spreadsheets save it: the month first, in Windows-1252, with a byte order mark or CRLF, and with empty rows at the end.
+/// A file as spreadsheets save it: the month first, in Windows-1252, with a byte order mark or CRLF, and with empty
+/// rows at the end.
 #[test]
 fn spreadsheet_form_is_taken() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! How many connections a customer opens: what stands in the middle counts them.
+//! Counts the connections that a customer opens, with a proxy in the middle.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 
@@ -22,7 +22,7 @@ struct Counted {
     all: AtomicUsize,
 }
 
-/// One connection, until one of its sides ends.
+/// A connection, until one of its sides ends.
 struct Open {
     counted: Arc<Counted>,
     ended: AtomicBool,
@@ -42,7 +42,7 @@ impl Open {
     }
 }
 
-/// Passes connections on to `to`, and counts them.
+/// Forwards connections to `to`, and counts them.
 fn counting(to: SocketAddr) -> (SocketAddr, Arc<Counted>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let at = listener.local_addr().unwrap();
@@ -67,7 +67,7 @@ fn counting(to: SocketAddr) -> (SocketAddr, Arc<Counted>) {
     (at, counted)
 }
 
-/// Until one side ends. It no longer counts before the other side learns of that, and may come back.
+/// Forwards bytes until one side ends. The connection stops counting before the other side can notice and reconnect.
 fn pass(mut from: TcpStream, mut into: TcpStream, open: &Open) {
     let mut buffer = [0; 8_192];
     while let Ok(bytes @ 1..) = from.read(&mut buffer) {
@@ -89,7 +89,7 @@ fn burst_opens_as_many_connections_as_there_are_places() {
     let url = format!("http://{at}");
     let arguments = ["--concurrency", "8", "--generate", "400", "--cancel-rate", "0.2", "--stock-factor", "1.5"];
     let mut customer = shop.customer_at(&url, &arguments).spawn().unwrap();
-    // Some are on their way when the shop is killed, and all come back at once.
+    // Some requests are under way when the shop is killed, and all clients reconnect at once.
     while shop.get("/metrics").text.lines().all(|line| !line.starts_with("shop_taken_in_total{kind=\"order\"} ")) {
         assert!(customer.try_wait().unwrap().is_none());
     }

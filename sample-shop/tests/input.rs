@@ -1,11 +1,11 @@
-//! The real file, read whole.
+//! Reads the whole real file.
 
 use std::path::{Path, PathBuf};
 
 use rust_decimal::Decimal;
 use sample_shop::input::{Invoice, Rows, Source, StockFactor, Tally};
 
-/// The file stands beside the repository, in CI too; without it these tests fail.
+/// The file is in a folder next to the repository, in CI too. Without it these tests fail.
 fn real_file() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data/online-retail-2010-12.csv")
 }

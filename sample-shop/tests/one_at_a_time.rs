@@ -1,4 +1,4 @@
-//! Two shops on one file would wait for one another's messages: the second is told so, and what to do.
+//! Two shops on one file would wait for each other's messages: the second is refused, with a remedy.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -14,7 +14,7 @@ fn shop(arguments: &[&str], store: &Path) -> Command {
     command
 }
 
-/// Starts one, and waits until it says in the file beside the store who it is.
+/// Starts a shop, and waits until its process id is in the lock file next to the store.
 fn start(store: &Path) -> Child {
     let child = shop(&["run", "--generate", "30000"], store).spawn().unwrap();
     let (number, started) = (child.id().to_string(), Instant::now());
@@ -42,14 +42,14 @@ fn the_second_is_refused_until_the_first_has_ended() {
         );
         assert_eq!(said, expected);
     }
-    // Under another name it is the same file.
+    // A link is another name of the same file.
     #[cfg(unix)]
     {
         let other = folder.path().join("other.db");
         std::os::unix::fs::symlink(&store, &other).unwrap();
         assert_eq!(shop(&["drain"], &other).output().unwrap().status.code(), Some(2));
     }
-    // Killed, it lets go.
+    // A shop that is killed releases its claim.
     first.kill().unwrap();
     first.wait().unwrap();
     let drained = shop(&["drain"], &store).output().unwrap();

@@ -1,4 +1,4 @@
-//! The shop has the `annals` command under its own name.
+//! The shop offers the `annals` command under its own name.
 #![allow(clippy::unwrap_used)]
 
 use std::process::{Command, Output};
@@ -7,7 +7,7 @@ fn shop(words: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_sample-shop")).args(words).env_remove("ANNALS_STORE").output().unwrap()
 }
 
-/// What a run came to, without how long it took.
+/// The result of a run, without its duration.
 fn line(output: &Output) -> [String; 3] {
     let line: serde_json::Value = serde_json::from_str(text(output)).unwrap();
     ["confirmed", "cancelled", "charged"].map(|field| line[field].to_string())

@@ -1,4 +1,4 @@
-//! A read model rebuilt in a terminal, as a person does: a bar, a question, Ctrl-C.
+//! Rebuilds a read model in a terminal, as an operator does: with a bar, a question and Ctrl-C.
 #![allow(clippy::unwrap_used)]
 #![cfg(unix)]
 
@@ -8,14 +8,14 @@ use annals_sqlite::SqliteStore;
 use annals_tests::terminal::{Terminal, lines};
 use sqlx::{Connection, SqliteConnection, sqlite::SqliteConnectOptions};
 
-/// So many that a person sees the bar move.
+/// Enough events for a bar that visibly moves.
 const MANY: i64 = 60_000;
 
 async fn open(path: &Path) -> SqliteConnection {
     SqliteConnection::connect_with(&SqliteConnectOptions::new().filename(path)).await.unwrap()
 }
 
-/// Goods that came in, written by SQL.
+/// Writes deliveries of goods by SQL.
 async fn warehouse(path: &Path) {
     SqliteStore::open(path).await.unwrap().close().await.unwrap();
     let fill = format!(

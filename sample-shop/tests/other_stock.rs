@@ -1,5 +1,5 @@
-//! A file that is run again with other stock is refused, and an invoice with something else in it rejected: what was there before
-//! would be kept without a word.
+//! A file that is run again with other stock is refused, and an invoice with other contents is rejected: otherwise the
+//! earlier version would stay without any notice.
 #![allow(clippy::unwrap_used)]
 
 use std::{path::Path, process::Command};

@@ -1,4 +1,4 @@
-//! The order service's HTTP interface, as a stranger finds it.
+//! The order service's HTTP interface, from the view of an outsider.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 
@@ -19,7 +19,7 @@ fn order(quantity: u32) -> Value {
     json!({"customer": "17850", "lines": [{"sku": "85123A", "quantity": quantity, "unit_price": "2.55"}]})
 }
 
-/// A shop with some stock.
+/// Returns a shop with some stock.
 fn stocked() -> Serving {
     let shop = Serving::all("memory:");
     let delivered =
@@ -85,17 +85,17 @@ fn one_key_is_one_order() {
     let again = shop.post("/orders", "a key", &order(1));
     assert_eq!((again.status, &again.text), (201, &first.text));
     assert_eq!(again.header("idempotency-replayed"), Some("true"));
-    // As the draft of the standard writes it.
+    // The key in quotes, as the draft of the standard writes it.
     assert_eq!(shop.post("/orders", "\"a key\"", &order(1)).text, first.text);
     shop.post("/orders", "a key", &order(2)).is_problem(422, &["another body"]);
-    // Of another kind, it is another thing.
+    // The same key of another resource names another thing.
     assert_eq!(shop.post("/returns", "a key", &order(1)).status, 201);
-    // Without one, each is new.
+    // Without a key, each order is new.
     let headers = [("content-type", "application/json")];
     let [one, two] = [1, 1].map(|quantity| shop.ask("POST", "/orders", &headers, &order(quantity).to_string()).json());
     assert_ne!(one["order_id"], two["order_id"]);
 
-    // Many at once.
+    // Many requests at once.
     let answers: Vec<_> = std::thread::scope(|scope| {
         let asked: Vec<_> = (0..16).map(|_| scope.spawn(|| shop.post("/orders", "at once", &order(3)))).collect();
         asked.into_iter().map(|asked| asked.join().unwrap()).collect()
@@ -113,7 +113,7 @@ fn one_key_is_one_order() {
     assert_eq!(bodies.iter().filter(|status| **status == 422).count(), 7, "{bodies:?}");
 }
 
-/// The metadata of an order's first event shows what became of the headers.
+/// The metadata of an order's first event shows what happened to the headers.
 #[tokio::test]
 async fn w3c_trace_context_is_carried_only_if_it_is_valid() {
     const TRACE: &str = "12345678901234567890123456789012";
@@ -201,7 +201,7 @@ fn what_cannot_be_taken_is_a_problem_that_says_why() {
 
     for path in ["/orders/none", "/returns/none", "/supplies/none", "/closings/none"] {
         shop.get(path).is_problem(404, &["there is no", "none"]);
-        // Not after the wait.
+        // The answer does not wait.
         shop.get(&format!("{path}?wait=30s")).is_problem(404, &["none"]);
     }
     shop.ask("POST", "/orders/none/cancel", &[], "").is_problem(404, &["no order none"]);
@@ -220,7 +220,7 @@ fn a_body_has_a_limit_in_bytes_and_in_time() {
     let headers = [("content-type", "application/json")];
     let large = format!("{{\"customer\": \"{}\"}}", "x".repeat(BODY_BYTES_MAX));
     shop.ask("POST", "/orders", &headers, &large).is_problem(413, &["1000000 bytes"]);
-    // Of unknown length.
+    // A body of unknown length.
     let mut chunked =
         b"POST /orders HTTP/1.1\r\nhost: shop\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n".to_vec();
     for _ in 0..20 {
@@ -230,7 +230,7 @@ fn a_body_has_a_limit_in_bytes_and_in_time() {
     }
     shop.send(&chunked).is_problem(413, &["1000000 bytes"]);
 
-    // A byte now and then.
+    // A body that arrives a byte now and then.
     let mut slow = shop.connect();
     let head = "POST /orders HTTP/1.1\r\nhost: shop\r\nconnection: close\r\ncontent-length: 1000\r\n\r\n";
     slow.write_all(head.as_bytes()).unwrap();
@@ -247,7 +247,7 @@ fn a_body_has_a_limit_in_bytes_and_in_time() {
     assert_eq!(shop.get("/healthz").status, 200);
 }
 
-/// One request for handing in and for the end of it.
+/// A single request hands in a paper and waits for its end.
 #[test]
 fn what_is_handed_in_can_be_waited_for_at_once() {
     let shop = stocked();
@@ -259,7 +259,7 @@ fn what_is_handed_in_can_be_waited_for_at_once() {
         (&placed.json()["status"], &placed.json()["saga"]["status"]),
         (&json!("confirmed"), &json!("completed"))
     );
-    // It is what anybody sees.
+    // The answer equals what a client reads later.
     assert_eq!(placed.json(), shop.get("/orders/1").json());
     let again = shop.post("/orders?wait=30s", "1", &order(6));
     assert_eq!((again.status, again.header("idempotency-replayed")), (201, Some("true")), "{again:?}");
@@ -282,9 +282,9 @@ fn what_is_handed_in_can_be_waited_for_at_once() {
         (&json!(95), &shop.get("/closings/evening").json())
     );
 
-    // Nobody has waited for the end of the time.
+    // No request has waited for its whole time.
     assert!(started.elapsed() < Duration::from_secs(25), "{:?}", started.elapsed());
-    // Nothing is taken in by a request that cannot be understood.
+    // A request with an invalid query is not accepted.
     shop.post("/orders?wait=long", "3", &order(1)).is_problem(400, &["wait=10s"]);
     shop.post("/orders?weight=1", "3", &order(1)).is_problem(400, &["weight"]);
     shop.get("/orders/3").is_problem(404, &["3"]);
@@ -293,11 +293,11 @@ fn what_is_handed_in_can_be_waited_for_at_once() {
 #[test]
 fn an_order_can_be_cancelled_until_it_is_confirmed() {
     let shop = Serving::all("memory:");
-    // Nothing is in stock, and the order may be cancelled by then for that.
+    // There is no stock, and the order may be cancelled for that reason by then.
     shop.post("/orders", "1", &order(1));
     let cancelled = shop.ask("POST", "/orders/1/cancel", &[], "");
     assert_eq!((cancelled.status, &cancelled.json()["status"]), (200, &json!("cancelled")), "{cancelled:?}");
-    // Again, it is as it was.
+    // A repeated request changes nothing.
     assert_eq!(shop.ask("POST", "/orders/1/cancel", &[], "").text, cancelled.text);
     let ended = shop.get("/orders/1?wait=30s").json();
     assert_eq!((&ended["status"], &ended["saga"]["status"]), (&json!("cancelled"), &json!("compensated")), "{ended}");
@@ -307,7 +307,7 @@ fn an_order_can_be_cancelled_until_it_is_confirmed() {
     assert_eq!(shop.get("/orders/kept?wait=30s").json()["status"], "confirmed");
     shop.ask("POST", "/orders/kept/cancel", &[], "").is_problem(409, &["the order is confirmed"]);
 
-    // While their checkouts run: some in time, some not, and all adds up.
+    // Cancels orders while their checkouts run: some in time, some too late, and the sums match.
     let mut in_time = 0;
     for n in 0..40 {
         let id = format!("race-{n}");

@@ -1,4 +1,4 @@
-//! Several shop processes on one PostgreSQL: they share the work, and one that is killed or stopped takes nothing with it.
+//! Several shop processes on one PostgreSQL share the work. A process that is killed or stopped takes nothing with it.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, postgres::PgConnectOptions};
 use uuid::Uuid;
 
-/// Longer than a process may show no sign of life.
+/// Longer than a process may be without a heartbeat.
 const PAST_ITS_LEASE: Duration = Duration::from_secs(8);
 
 struct Database {
@@ -45,7 +45,7 @@ impl Database {
     async fn until(&self, what: &str, sql: &'static str) {
         for _ in 0..600 {
             let mut connection = PgConnection::connect_with(&self.options).await.unwrap();
-            // The tables come with the first shop.
+            // The first shop creates the tables.
             if let Ok(true) = sqlx::query_scalar::<_, bool>(sql).fetch_one(&mut connection).await {
                 return;
             }

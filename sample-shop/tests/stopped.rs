@@ -1,4 +1,5 @@
-//! Ctrl-C and SIGTERM stop the shop in order; the next run goes on, and ends the same as one that was never stopped.
+//! Ctrl-C and SIGTERM stop the shop in order. The next run continues, and ends the same as a run that was never
+//! stopped.
 #![allow(clippy::unwrap_used)]
 #![cfg(unix)]
 
@@ -17,7 +18,7 @@ use sqlx::{Connection, Executor, SqliteConnection, sqlite::SqliteConnectOptions}
 use self::summary::business;
 
 const ORDERS: u32 = 1_500;
-/// Nothing here takes nearly as long on an idle machine.
+/// No step takes nearly as long on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 fn shop(verb: &str, store: &Path) -> Command {
@@ -33,7 +34,7 @@ fn run(store: &Path, concurrency: &str) -> Command {
     command
 }
 
-/// Waits for the end of a shop, and not for ever.
+/// Waits for the end of a shop, with a limit.
 fn end_of(mut child: Child) -> Output {
     let started = Instant::now();
     while child.try_wait().unwrap().is_none() {
@@ -61,7 +62,7 @@ async fn count(store: &Path, type_name: &str) -> i64 {
     count.fetch_one(&mut file).await.unwrap_or(0)
 }
 
-/// Waits until the shop has got so far. A file says nothing when it changes, so it is looked at again and again.
+/// Waits until the shop has made this progress. A file does not announce its changes, so the test polls it.
 async fn until(store: &Path, type_name: &str, least: i64) {
     let started = Instant::now();
     while count(store, type_name).await < least {
@@ -70,7 +71,7 @@ async fn until(store: &Path, type_name: &str, least: i64) {
     }
 }
 
-/// How many it says are unfinished.
+/// Returns the number of unfinished orders and returns that the shop reports.
 fn unfinished(output: &Output, code: i32) -> i64 {
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(code), "{said}");
@@ -86,7 +87,7 @@ async fn stopped_and_run_again_it_ends_the_same() {
     let (whole, stopped) = (folder.path().join("whole.db"), folder.path().join("stopped.db"));
     let expected = business(&end_of(run(&whole, "256").spawn().unwrap()));
     assert_eq!(expected["orders"], ORDERS);
-    // Early, with few orders in; then in the middle.
+    // Stops early, with few orders handed in; then in the middle.
     for (name, code, confirmed) in [("INT", 130, 1), ("TERM", 143, 300), ("INT", 130, 700)] {
         let child = run(&stopped, "256").spawn().unwrap();
         until(&stopped, "order.confirmed", confirmed).await;
@@ -125,7 +126,7 @@ async fn drain_is_stopped_too_and_drained_again_all_has_ended() {
     assert_eq!(drained["units"]["reserved"], 0);
 }
 
-/// The first cannot be done with here: another process holds the lock without which nothing can be written.
+/// The first signal cannot finish: another process holds the write lock of the file.
 #[tokio::test]
 async fn a_second_signal_ends_it_at_once() {
     let folder = tempfile::tempdir().unwrap();

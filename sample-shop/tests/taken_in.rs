@@ -1,4 +1,4 @@
-//! What was taken in is said to be, whatever happens to the store after that.
+//! An accepted paper is acknowledged, whatever happens to the store after that.
 #![allow(clippy::unwrap_used)]
 
 use std::{sync::Arc, time::Duration};
@@ -19,7 +19,7 @@ use sample_shop::{
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-/// No service runs here, so no saga ends.
+/// Returns the HTTP interface alone. No service runs, so no saga ends.
 fn counter_alone(store: Arc<dyn EventStore>) -> axum::Router {
     let metrics = Metrics::new().unwrap();
     let sagas = Sagas { store: store.clone(), follower: Follower::default(), over: CancellationToken::new() };
@@ -58,7 +58,7 @@ async fn although_nothing_can_be_read_any_more() {
     }
 }
 
-/// A store whose every error has names of files, as those of databases have.
+/// A store whose errors all contain file names, as the errors of databases do.
 struct Broken;
 
 const ON_DISK: &str = "could not extend file \"base/5/16389\": /var/lib/shop/shop.db-wal: No space left on device";

@@ -1,4 +1,4 @@
-//! A provider that takes the money and never answers in time: nobody pays for an order that was given up.
+//! A provider that takes the money and never answers in time: no customer pays for an order that was given up.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -19,7 +19,7 @@ use sample_shop::{
 };
 use uuid::Uuid;
 
-/// Charges by key, and what each order is out of pocket.
+/// Charges by key, and the amount that each order has cost its customer.
 #[derive(Default)]
 struct DeafProvider {
     charges: Mutex<HashMap<Uuid, Decimal>>,

@@ -1,8 +1,8 @@
-//! What the real orders of December 2010 come to, with enough of everything.
+//! The result of the real orders of December 2010, with enough stock of every SKU.
 
 use serde_json::{Value, json};
 
-/// The last line of a run, less what differs from run to run.
+/// Returns the last line of a run, without the fields that differ between runs.
 pub fn every_order_confirmed() -> Value {
     json!({
         "orders": 1595, "confirmed": 1595,

@@ -1,5 +1,5 @@
-//! The four services, each with a schema of its own over one Kafka: where they keep what they know, and what must be so in all of
-//! them together.
+//! The four services, each with a schema of its own, over one Kafka: their stores, and the conditions that hold across
+//! all of them.
 #![allow(clippy::unwrap_used, dead_code)]
 
 use std::{
@@ -18,14 +18,14 @@ use crate::{
 };
 
 pub const ROLES: [&str; 4] = ["order", "inventory", "payment", "notification"];
-/// What the topic of each service has of its log.
+/// The streams of each service's log that its topic holds.
 const PUBLISHED: [(&str, &str); 4] = [
     ("order", "^(order|return)-"),
     ("inventory", "^stock-"),
     ("payment", "^payment-"),
     ("notification", "^notification-"),
 ];
-/// Where the services keep what they know.
+/// The schemas of the services.
 pub struct Schemas {
     run: String,
     pub server: String,
@@ -55,7 +55,7 @@ impl Schemas {
         PgConnection::connect(&self.server).await.unwrap()
     }
 
-    /// A statement of which `annals` is the schema of this role.
+    /// Returns a statement in which `annals` stands for the schema of this role.
     pub fn sql(&self, role: &str, sql: &str) -> AssertSqlSafe<String> {
         AssertSqlSafe(sql.replace("annals.", &format!("{}.", self.name(role))))
     }
@@ -64,9 +64,9 @@ impl Schemas {
         sqlx::query_scalar(self.sql(role, sql)).fetch_one(&mut self.connection().await).await.unwrap()
     }
 
-    /// What must be so in each of them, by plain SQL.
+    /// Checks the conditions of each schema by plain SQL.
     pub async fn hold_together(&self) {
-        // What operators see of a saga is a moment behind it.
+        // The view of sagas is a moment behind the sagas.
         let started = Instant::now();
         while self.ask("order", "SELECT count(*) FROM annals.sagas WHERE ended_at IS NULL").await > 0 {
             assert!(started.elapsed() < PATIENCE, "a saga has not ended");
@@ -98,7 +98,7 @@ impl Schemas {
         assert_eq!(self.ask("payment", paid_twice).await, 0, "charged twice");
     }
 
-    /// What a plain consumer finds in the topics is what the logs hold: every event, under its stream, in order.
+    /// Checks that a plain consumer finds in the topics what the logs hold: every event, under its stream, in order.
     pub async fn agree_with(&self, broker: &Broker) {
         for (role, published) in PUBLISHED {
             let logged = "SELECT event_id, stream_id, version FROM annals.events WHERE stream_id ~ $1";
@@ -110,7 +110,7 @@ impl Schemas {
                 let (brokers, name) = (broker.address(), format!("{role}.events"));
                 let records = spawn_blocking(move || topic::read(&brokers, &name)).await.unwrap();
                 let found = in_order(&records);
-                // A relay may have something left to send.
+                // A relay may have messages left to send.
                 if found.len() >= logged.len() || started.elapsed() > PATIENCE {
                     let (in_topic, in_log) = (found.len(), logged.len());
                     assert!(found == logged, "{role}: {in_topic} in the topic, {in_log} in the log");
@@ -121,7 +121,7 @@ impl Schemas {
         }
     }
 
-    /// Every command that a saga sent and every reply to one is in its topic: none of them was passed over.
+    /// Checks that each command of a saga and each reply is in its topic: none was skipped.
     pub async fn said_all(&self, broker: &Broker) {
         let commands = "SELECT (command->>'id')::uuid, command->>'to' FROM annals.events, json_array_elements(data->'send') AS command
                          WHERE stream_id LIKE 'saga.%'";
@@ -154,7 +154,7 @@ impl Schemas {
         }
     }
 
-    /// All of that.
+    /// Checks all of these conditions.
     pub async fn are_whole(&self, broker: &Broker) {
         self.hold_together().await;
         self.agree_with(broker).await;
@@ -169,7 +169,7 @@ impl Schemas {
     }
 }
 
-/// Stops all of them, as an operator does.
+/// Stops all of the services, as an operator does.
 pub fn end(shop: impl IntoIterator<Item = Serving>) {
     for mut service in shop {
         service.signal("TERM");
@@ -177,7 +177,8 @@ pub fn end(shop: impl IntoIterator<Item = Serving>) {
     }
 }
 
-/// The events of a topic, without repeats: id, stream and version. What is sent again comes after what it repeats.
+/// Returns the events of a topic without repeats: id, stream and version. A resent message comes after the one it
+/// repeats.
 fn in_order(records: &[topic::Record]) -> BTreeSet<(Uuid, String, i64)> {
     let (mut found, mut last) = (BTreeSet::new(), HashMap::new());
     for record in records {
@@ -190,7 +191,8 @@ fn in_order(records: &[topic::Record]) -> BTreeSet<(Uuid, String, i64)> {
     found
 }
 
-/// Who is killed keeps his partitions until his session is over. Longer, and there would be no time between faults for orders.
+/// A killed member keeps its partitions until its session ends. With a longer session no time would be left for orders
+/// between faults.
 pub fn bus(broker: &Broker) -> String {
     format!("kafka://{}?partitions=4&session.timeout.ms=3000", broker.address())
 }

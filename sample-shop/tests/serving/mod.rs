@@ -1,4 +1,4 @@
-//! Starts `serve` in processes of its own and talks to it: for tests of one process or of many.
+//! Starts `serve` in processes of its own and sends requests to it, for tests of one process or of many.
 #![allow(clippy::unwrap_used, dead_code)]
 
 use std::{
@@ -10,20 +10,20 @@ use std::{
 
 use serde_json::Value;
 
-/// Nothing here takes nearly as long on an idle machine.
+/// No step takes nearly as long on an idle machine.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A `serve` that answers HTTP. Killed when it is dropped.
 pub struct Serving {
     child: Child,
     pub at: SocketAddr,
-    /// What it was started with, but for the address.
+    /// The arguments of the process, without the address.
     arguments: Vec<String>,
-    /// Its warnings.
+    /// The warnings of the process.
     said: tempfile::NamedTempFile,
 }
 
-/// What came back.
+/// The answer to a request.
 #[derive(Debug)]
 pub struct Answer {
     pub status: u16,
@@ -33,19 +33,19 @@ pub struct Answer {
 }
 
 impl Serving {
-    /// Starts one service, or all, on a store and a bus, and waits until it says where it answers.
+    /// Starts one service, or all, on a store and a bus, and waits until it prints its address.
     pub fn start(role: &str, store: &str, bus: &str) -> Self {
-        // Nobody comes after the stop, but in the tests that are about that.
+        // Only the tests of the stop itself have clients after it.
         Self::start_with_grace(role, store, bus, "0s")
     }
 
-    /// The same, which takes requests for so long after it was asked to stop.
+    /// Starts a service that still accepts requests for `grace` after it was asked to stop.
     pub fn start_with_grace(role: &str, store: &str, bus: &str, grace: &str) -> Self {
         let arguments = ["serve", role, "--store", store, "--bus", bus, "--grace", grace].map(str::to_owned).to_vec();
         Self::start_at(arguments, "127.0.0.1:0")
     }
 
-    /// All four services in one process, on the local bus.
+    /// Starts all four services in one process, on the local bus.
     pub fn all(store: &str) -> Self {
         Self::start("all", store, "local:")
     }
@@ -72,12 +72,12 @@ impl Serving {
         assert!(sent.success(), "it had ended before it was sent {name}");
     }
 
-    /// Starts the next instance at its address.
+    /// Starts the next instance at the same address.
     pub fn start_next(&self) -> Self {
         Self::start_at(self.arguments.clone(), &self.at.to_string())
     }
 
-    /// Stops it as an operator does, which is nothing to warn of.
+    /// Stops the process as an operator does, and checks that it prints no warning.
     pub fn stop(&mut self, signal: &str) {
         self.signal(signal);
         assert_eq!(self.code(), Some(if signal == "INT" { 130 } else { 143 }));
@@ -86,20 +86,20 @@ impl Serving {
         assert_eq!(after.lines().skip(1).collect::<Vec<_>>(), [""; 0], "{:?}: {said}", self.arguments);
     }
 
-    /// Stops it as an operator does, and starts it again at the same address.
+    /// Stops the process as an operator does, and starts it again at the same address.
     pub fn stop_and_restart(mut self) -> Self {
         self.stop("TERM");
         Self::start_at(self.arguments.clone(), &self.at.to_string())
     }
 
-    /// Ends it as a power cut does, and starts it again at the same address.
+    /// Ends the process as a power cut does, and starts it again at the same address.
     pub fn kill_and_restart(mut self) -> Self {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
         Self::start_at(self.arguments.clone(), &self.at.to_string())
     }
 
-    /// Waits for its end, and not for ever.
+    /// Waits for the end of the process, with a limit, and returns its exit code.
     pub fn code(&mut self) -> Option<i32> {
         let started = Instant::now();
         loop {
@@ -111,12 +111,12 @@ impl Serving {
         }
     }
 
-    /// One request on a connection of its own.
+    /// Sends one request on a connection of its own.
     pub fn ask(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
         self.try_ask(method, path, headers, body).expect("no answer")
     }
 
-    /// The same of a server that may be about to end.
+    /// Sends a request to a server that may be about to end.
     pub fn try_ask(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Option<Answer> {
         let mut request = format!("{method} {path} HTTP/1.1\r\nhost: shop\r\nconnection: close\r\n");
         headers.iter().for_each(|(name, value)| request += &format!("{name}: {value}\r\n"));
@@ -127,10 +127,10 @@ impl Serving {
         read_answer(&mut stream)
     }
 
-    /// Whatever bytes, and what comes back.
+    /// Sends any bytes, and returns the answer.
     pub fn send(&self, bytes: &[u8]) -> Answer {
         let mut stream = self.connect();
-        // It may answer and close before it has read all.
+        // The server may answer and close before it has read all bytes.
         _ = stream.write_all(bytes);
         read_answer(&mut stream).expect("no answer")
     }
@@ -150,12 +150,12 @@ impl Serving {
         self.ask("POST", path, &headers, &body.to_string())
     }
 
-    /// `run --http` against it.
+    /// Returns the command `run --http` against this process.
     pub fn customer(&self, arguments: &[&str]) -> Command {
         self.customer_at(&self.url(), arguments)
     }
 
-    /// The same through something in the middle.
+    /// Returns the same command with the URL of a proxy in the middle.
     pub fn customer_at(&self, url: &str, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_sample-shop"));
         command.args(["run", "--json", "--quiet", "--http", url]).args(arguments);
@@ -175,10 +175,10 @@ impl Drop for Serving {
     }
 }
 
-/// Reads what comes until the connection is closed; `None` if that is not a whole answer.
+/// Reads until the connection is closed. Returns `None` if that is not a whole answer.
 pub fn read_answer(stream: &mut TcpStream) -> Option<Answer> {
     let mut bytes = Vec::new();
-    // A reset behind the answer is as good as its end.
+    // A reset after the answer is as good as its end.
     _ = stream.read_to_end(&mut bytes);
     let text = String::from_utf8(bytes).unwrap();
     let (head, body) = text.split_once("\r\n\r\n")?;
@@ -191,19 +191,19 @@ pub fn read_answer(stream: &mut TcpStream) -> Option<Answer> {
     whole.then_some(answer)
 }
 
-/// A connection that is kept from one request to the next, by a client that knows nothing but HTTP.
+/// A connection that is kept between requests, by a client that knows only HTTP.
 pub struct KeepAlive {
     at: SocketAddr,
     open: Option<BufReader<TcpStream>>,
 }
 
-/// How a request ended.
+/// The outcome of a request.
 #[derive(Debug)]
 pub enum Asked {
     Answered(Answer),
-    /// No connection was taken, so nothing was sent: a client goes to another address.
+    /// The connection was refused, so nothing was sent: a client tries another address.
     Refused,
-    /// It was sent, and there is no whole answer.
+    /// The request was sent, and there is no whole answer.
     Lost,
 }
 
@@ -235,7 +235,7 @@ impl KeepAlive {
     }
 }
 
-/// Whether the server has closed it meanwhile.
+/// Returns whether the server has kept the connection open.
 fn is_open(stream: &BufReader<TcpStream>) -> bool {
     let stream = stream.get_ref();
     stream.set_nonblocking(true).unwrap();
@@ -277,7 +277,8 @@ impl Answer {
         self.headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
     }
 
-    /// It is a problem of this status, in the shape of RFC 9457, and its detail has all of these.
+    /// Asserts that the answer is a problem of this status, in the shape of RFC 9457, and that its detail contains all
+    /// `parts`.
     pub fn is_problem(&self, status: u16, parts: &[&str]) {
         assert_eq!((self.status, self.header("content-type")), (status, Some("application/problem+json")), "{self:?}");
         let problem = self.json();

@@ -1,11 +1,11 @@
-//! What a run says at its end.
+//! The summary that a run prints at its end.
 #![allow(clippy::unwrap_used)]
 
 use std::process::Output;
 
 use serde_json::Value;
 
-/// The last line without what differs from run to run.
+/// Returns the last line without the fields that differ between runs.
 pub fn business(output: &Output) -> Value {
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
