@@ -1,5 +1,5 @@
-//! What every bus must do: a function a property. Where buses rightly differ, a bus declares how it is, and the property
-//! then checks that; nothing is skipped.
+//! The contract of every bus, one function per property. Where buses may differ, a bus declares its behaviour, and the
+//! property checks the declared one; no property is skipped.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -43,29 +43,30 @@ use uuid::Uuid;
 use self::group::{Crew, Roll, numbers, read};
 pub use self::group::{Ledger, Member, message, publish, within};
 
-/// More than any bus or client buffers of its own accord, so that publishers must wait.
+/// More than any bus or client buffers, so that publishers must wait.
 const BEYOND_ANY_BUFFER: i64 = 100_000;
 
 /// A bus under test.
 #[async_trait]
 pub trait Subject: 'static {
-    /// How many partitions a new topic has, at least 2.
+    /// The number of partitions of a new topic, at least 2.
     const PARTITIONS: u32;
-    /// Whether a receipt waits for every group to acknowledge; otherwise it must not wait for any.
+    /// Whether a receipt waits until every group has acknowledged; otherwise it must not wait for any.
     const RECEIPT_AFTER_CONSUMPTION: bool;
-    /// Whether a seek to `None` resumes at what the group has acknowledged; otherwise it goes back to the beginning.
+    /// Whether a seek to `None` resumes at the offset that the group has acknowledged; otherwise it goes back to the
+    /// beginning.
     const RESUMES_AT_ACKNOWLEDGED: bool;
 
-    /// Connects. Called once or more for each property.
+    /// Connects to the bus. Called at least once per property.
     async fn bus() -> Arc<dyn Bus>;
 
-    /// A topic that nobody has used.
+    /// Returns a new topic.
     async fn topic() -> String {
         format!("suite-{}", Uuid::new_v4())
     }
 }
 
-/// Makes a test of each property, for a [`Subject`](crate::bus::Subject). The crate needs `tokio` with `macros` and
+/// Generates a test for each property of a [`Subject`](crate::bus::Subject). The crate needs `tokio` with `macros` and
 /// `rt-multi-thread`.
 #[macro_export]
 macro_rules! bus_suite {
@@ -96,7 +97,7 @@ macro_rules! bus_suite {
     )*};
 }
 
-/// Messages of one key arrive in the order of publication, whoever else publishes.
+/// Messages of one key arrive in the order of publication, whatever other publishers do.
 pub async fn order_is_kept_per_key<S: Subject>() {
     let (bus, topic) = (S::bus().await, S::topic().await);
     let mut member = Member::join(&*bus, "orders", &topic).await;
@@ -123,7 +124,7 @@ pub async fn order_is_kept_per_key<S: Subject>() {
     }
 }
 
-/// All keys arrive, each on one partition, and not all on the same.
+/// All keys arrive, each on one partition, and not all on the same partition.
 pub async fn every_key_is_delivered<S: Subject>() {
     let (bus, topic) = (S::bus().await, S::topic().await);
     let mut member = Member::join(&*bus, "keys", &topic).await;
@@ -144,7 +145,7 @@ pub async fn every_key_is_delivered<S: Subject>() {
     assert_eq!(used, (0..S::PARTITIONS).collect());
 }
 
-/// What a member took and did not acknowledge is delivered to the next.
+/// Messages that a member took and did not acknowledge are delivered to the next member.
 pub async fn what_is_not_acknowledged_is_redelivered<S: Subject>() {
     let (bus, topic) = (S::bus().await, S::topic().await);
     let mut first = Member::join(&*bus, "heirs", &topic).await;
@@ -172,7 +173,7 @@ pub async fn redelivery_starts_at_the_offset_sought<S: Subject>() {
     assert_eq!(numbers(&second.collect(13).await), (8..=20).collect::<Vec<_>>());
 }
 
-/// Going back to an offset delivers the same again, also what was read ahead.
+/// A seek to an earlier offset delivers the same messages again, including those read ahead.
 pub async fn seek_replays<S: Subject>() {
     let (bus, topic) = (S::bus().await, S::topic().await);
     let mut member = Member::join(&*bus, "replay", &topic).await;
@@ -187,7 +188,7 @@ pub async fn seek_replays<S: Subject>() {
     }
 }
 
-/// Groups know nothing of each other.
+/// Groups are independent of each other.
 pub async fn each_group_gets_everything<S: Subject>() {
     let (bus, topic) = (S::bus().await, S::topic().await);
     let mut groups = [Member::join(&*bus, "a", &topic).await, Member::join(&*bus, "b", &topic).await];
@@ -213,13 +214,13 @@ pub async fn topics_are_apart<S: Subject>() {
     assert_eq!((on(&one), on(&two)), (10, 10));
 }
 
-/// Members of a group own disjoint partitions, together all of them, and each delivers its own.
+/// Members of a group own disjoint partitions, which together are all partitions, and each member delivers its own.
 pub async fn members_share_partitions<S: Subject>() {
     let crew = Crew { bus: S::bus().await, topic: S::topic().await, roll: watch::Sender::default() };
     let all = S::PARTITIONS as usize;
     let one = crew.start(1).await;
     crew.until("one owns all", |roll| roll.owners.len() == all).await;
-    // Nothing was published: a member that waits for messages must notice all the same.
+    // Nothing was published: a member that waits for messages must still notice the rebalance.
     let two = crew.start(2).await;
     crew.until("both own some", |roll| roll.owners.len() == all && roll.owners() == BTreeSet::from([1, 2])).await;
     crew.publish_round(1).await;
@@ -229,7 +230,8 @@ pub async fn members_share_partitions<S: Subject>() {
     two().await;
 }
 
-/// Who joins gets a share, revoked from others first; who leaves is replaced. Nothing is lost or reordered on the way.
+/// A member that joins gets a share, which other members give up first; a member that leaves is replaced. No message is
+/// lost or reordered meanwhile.
 pub async fn join_and_leave_rebalance<S: Subject>() {
     let crew = Crew { bus: S::bus().await, topic: S::topic().await, roll: watch::Sender::default() };
     let all = S::PARTITIONS as usize;
@@ -266,7 +268,7 @@ pub async fn offsets_rise<S: Subject>() {
     assert_eq!(latest.len(), S::PARTITIONS as usize);
 }
 
-/// What arrives is what was published, to the byte and the microsecond.
+/// Messages arrive as they were published, to the byte and the microsecond.
 pub async fn attributes_round_trip<S: Subject>() {
     let (bus, topic) = (S::bus().await, S::topic().await);
     let mut member = Member::join(&*bus, "attributes", &topic).await;
@@ -332,7 +334,7 @@ pub async fn slow_consumer_loses_nothing<S: Subject>() {
     publisher.await.unwrap();
 }
 
-/// A poll dropped before it is done loses nothing, however far it had come.
+/// A poll that is dropped before it completes loses no message, however far it has come.
 pub async fn cancelled_polls_lose_nothing<S: Subject>() {
     let (bus, topic) = (S::bus().await, S::topic().await);
     let mut member = Member::join(&*bus, "cancelled", &topic).await;
@@ -363,7 +365,7 @@ pub async fn cancelled_polls_lose_nothing<S: Subject>() {
     publisher.await.unwrap();
 }
 
-/// One publish may be large.
+/// A single publish may be large.
 pub async fn large_batch_arrives<S: Subject>() {
     let (bus, topic) = (S::bus().await, S::topic().await);
     let mut member = Member::join(&*bus, "large", &topic).await;
@@ -373,7 +375,8 @@ pub async fn large_batch_arrives<S: Subject>() {
     within("receipt", receipt).await.unwrap();
 }
 
-/// A receipt resolves when the bus has the messages for good, as this bus means it; dropping one changes nothing.
+/// A receipt resolves when the bus holds the messages durably, by its own definition. Dropping a receipt changes
+/// nothing.
 pub async fn receipts_resolve<S: Subject>() {
     let (bus, topic) = (S::bus().await, S::topic().await);
     let mut member = Member::join(&*bus, "receipts", &topic).await;

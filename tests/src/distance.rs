@@ -1,4 +1,4 @@
-//! A network with a delay, on one machine: a proxy in front of a server.
+//! Simulates a network with a delay on one machine: a proxy in front of a server.
 
 use std::{
     io,
@@ -18,12 +18,12 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-/// Bytes read at once.
+/// Bytes that are read at once.
 const CHUNK: usize = 64 * 1_024;
-/// Chunks on their way in one direction of a connection: far more than a client has under way.
+/// Chunks under way in one direction of a connection: far more than a client has under way.
 const CHUNKS: usize = 4_096;
 
-/// A proxy that passes bytes on, in each direction, after a delay. It ends when it is dropped.
+/// A proxy that forwards bytes in each direction after a delay. Dropping it ends it.
 pub struct Distance {
     port: u16,
     accepted: Arc<AtomicUsize>,
@@ -37,7 +37,7 @@ impl Drop for Distance {
 }
 
 impl Distance {
-    /// In front of a server on this machine.
+    /// Starts a proxy in front of a server on this machine.
     ///
     /// # Errors
     /// If no port is free.
@@ -64,12 +64,12 @@ impl Distance {
         Ok(Self { port, accepted, accepting })
     }
 
-    /// Where clients find it.
+    /// The port at which clients find the proxy.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// How many connections it has accepted.
+    /// The number of connections that the proxy has accepted.
     pub fn accepted(&self) -> usize {
         self.accepted.load(Ordering::Relaxed)
     }

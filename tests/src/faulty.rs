@@ -1,4 +1,4 @@
-//! A store that fails where a test says, around any other store.
+//! Wraps a store, and fails where a test says so.
 
 use std::{
     collections::HashMap,
@@ -12,35 +12,37 @@ use annals::{
 use async_trait::async_trait;
 use tokio::sync::watch;
 
-/// What happens to one commit.
+/// The fault of one commit.
 #[derive(Clone, Debug)]
 pub enum Fault {
-    /// It is not applied, and [`CommitError::Unavailable`] says so.
+    /// The commit is not applied, and [`CommitError::Unavailable`] says so.
     Unavailable,
-    /// It is not applied, and [`CommitError::Unknown`] does not say so.
+    /// The commit is not applied, which [`CommitError::Unknown`] leaves open.
     LostUnknown,
-    /// It is applied, and [`CommitError::Unknown`] does not say so.
+    /// The commit is applied, which [`CommitError::Unknown`] leaves open.
     AppliedUnknown,
-    /// [`CommitError::Unknown`] comes at once; it is applied when the gate opens, as by a server that still works on it.
+    /// [`CommitError::Unknown`] is returned at once. The commit is applied when the gate opens, as by a server that is
+    /// still busy.
     AppliedLater(Gate),
-    /// It is not applied, [`CommitError::Unknown`] does not say so, and the store is [away](FaultyStore::away) from then on.
+    /// The commit is not applied, which [`CommitError::Unknown`] leaves open. The store is [away](FaultyStore::away)
+    /// from then on.
     LostAndAway,
-    /// The process dies before it is applied: this call and all later ones fail.
+    /// The process dies before the commit is applied: this call and all later ones fail.
     CrashBefore,
-    /// The process dies after it is applied: this call and all later ones fail.
+    /// The process dies after the commit is applied: this call and all later ones fail.
     CrashAfter,
-    /// It waits at the gate, and is applied when the gate opens.
+    /// The commit waits at the gate, and is applied when the gate opens.
     Hold(Gate),
 }
 
-/// Where a commit waits until a test lets it through. Clones are the same gate.
+/// A place where a commit waits until a test lets it through. Clones are the same gate.
 #[derive(Clone, Debug, Default)]
 pub struct Gate(Arc<Signals>);
 
 type Signals = (watch::Sender<bool>, watch::Sender<bool>, watch::Sender<Option<bool>>);
 
 impl Gate {
-    /// A closed gate.
+    /// Creates a closed gate.
     pub fn new() -> Self {
         Self::default()
     }
@@ -50,15 +52,15 @@ impl Gate {
         wait_for(&self.0.0).await;
     }
 
-    /// Lets through whoever waits, and all who come later.
+    /// Lets through all waiting and later commits.
     pub fn open(&self) {
         self.0.1.send_replace(true);
     }
 
-    /// Resolves once a commit of [`Fault::AppliedLater`] went through, and says whether it held.
+    /// Resolves once a commit of [`Fault::AppliedLater`] went through, and returns whether it succeeded.
     pub async fn applied(&self) -> bool {
         let mut applied = self.0.2.subscribe();
-        // As in `wait_for`.
+        // Same as in `wait_for`.
         applied.wait_for(Option::is_some).await.is_ok_and(|held| *held == Some(true))
     }
 
@@ -73,7 +75,7 @@ impl Gate {
 }
 
 async fn wait_for(flag: &watch::Sender<bool>) {
-    // The sender outlives the wait, so it cannot end otherwise.
+    // The sender outlives the wait, so the wait cannot fail.
     _ = flag.subscribe().wait_for(|set| *set).await;
 }
 
@@ -116,7 +118,7 @@ struct Script {
 }
 
 impl FaultyStore {
-    /// Nothing fails yet.
+    /// Wraps a store, at first without faults.
     pub fn new(inner: Arc<dyn EventStore>) -> Self {
         let shared = Shared {
             script: Mutex::default(),
@@ -128,19 +130,19 @@ impl FaultyStore {
         Self { inner, shared: Arc::new(shared) }
     }
 
-    /// The fault of the `number`th commit.
+    /// Sets the fault of the `number`th commit.
     pub fn at(&self, number: u64, fault: Fault) -> &Self {
         self.script().by_number.insert(number, fault);
         self
     }
 
-    /// The fault of the next commit that is like this, once.
+    /// Sets the fault of the next commit that matches, once.
     pub fn when(&self, matches: impl Fn(&Commit) -> bool + Send + Sync + 'static, fault: Fault) -> &Self {
         self.script().by_content.push((Box::new(matches), fault));
         self
     }
 
-    /// The fault of the next commit that moves a checkpoint whose id starts like this, once.
+    /// Sets the fault of the next commit that moves a checkpoint whose id starts with `id`, once.
     pub fn when_checkpoint(&self, id: &str, fault: Fault) -> &Self {
         let id = id.to_owned();
         let moves = move |put: &annals::Put| {
@@ -149,27 +151,27 @@ impl FaultyStore {
         self.when(move |commit| commit.puts.iter().any(&moves), fault)
     }
 
-    /// From now on every call fails: the process has lost the store for good. What waits in the store fails too.
+    /// From now on every call fails, including calls that wait: the process has lost the store for good.
     pub fn crash(&self) {
         self.shared.crashed.send_replace(true);
     }
 
-    /// Resolves once it has crashed.
+    /// Resolves once the store has crashed.
     pub async fn crashed(&self) {
         wait_for(&self.shared.crashed).await;
     }
 
-    /// Whether it has crashed.
+    /// Returns whether the store has crashed.
     pub fn has_crashed(&self) -> bool {
         *self.shared.crashed.borrow()
     }
 
-    /// Makes every call fail as unavailable until it is back.
+    /// Makes every call fail as unavailable until the store is back.
     pub fn away(&self, away: bool) {
         self.shared.away.send_replace(away);
     }
 
-    /// Whether it is away.
+    /// Returns whether the store is away.
     pub fn is_away(&self) -> bool {
         *self.shared.away.borrow()
     }
@@ -179,12 +181,12 @@ impl FaultyStore {
         _ = self.shared.refused.subscribe().wait_for(|refused| *refused >= calls).await;
     }
 
-    /// How many commits were asked for.
+    /// Returns the number of commits that were requested.
     pub fn commits(&self) -> u64 {
         *self.shared.commits.borrow()
     }
 
-    /// Resolves once this many commits were asked for.
+    /// Resolves once this many commits were requested.
     pub async fn committed(&self, commits: u64) {
         _ = self.shared.commits.subscribe().wait_for(|asked| *asked >= commits).await;
     }
@@ -289,7 +291,7 @@ impl EventStore for FaultyStore {
 
     async fn wait(&self, after: Position) -> Result<(), StoreError> {
         self.check()?;
-        // As a dropped connection does, an outage ends what waits.
+        // An outage ends waiting calls, as a dropped connection does.
         tokio::select! {
             woken = self.inner.wait(after) => woken,
             () = wait_for(&self.shared.crashed) => self.check(),

@@ -1,4 +1,4 @@
-//! Where the tests find a Kafka, and brokers of a test's own, to be killed, stopped and emptied.
+//! Finds the Kafka of the tests, and starts brokers for a single test to kill, stop and wipe.
 
 use std::{
     env, fs,
@@ -13,39 +13,39 @@ use tempfile::TempDir;
 
 use crate::distance::Distance;
 
-/// Who may connect to a broker with SASL.
+/// The user who may connect to a broker with SASL.
 pub const USER: &str = "shop";
-/// And by which password.
+/// The password of that user.
 pub const PASSWORD: &str = "correct-horse";
-/// How long a broker may take to start, also after a crash.
+/// The longest time that a broker may take to start, also after a crash.
 const START: Duration = Duration::from_secs(180);
-/// How often a broker that starts is looked at.
+/// The interval between the checks of a broker that starts.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// The brokers that the tests use: `./test` starts one, unless KAFKA_BROKERS names some.
+/// Returns the brokers that the tests share: `./test` starts one, unless KAFKA_BROKERS names some.
 pub fn brokers() -> String {
     env::var("KAFKA_BROKERS").unwrap_or_else(|_| panic!("KAFKA_BROKERS is not set: run the tests by ./test"))
 }
 
-/// The folder of Kafka's jars, which `./test` fetches.
+/// Returns the folder of Kafka's jars, which `./test` fetches.
 pub fn jars() -> String {
     env::var("KAFKA_JARS").unwrap_or_else(|_| panic!("KAFKA_JARS is not set: run the tests by ./test"))
 }
 
-/// What a broker's log says then.
+/// The message in a broker's log if its port is taken.
 const PORT_TAKEN: &str = "Address already in use";
 
-/// One broker of a cluster of the test's own. It is a child of the test, so that it ends with it on Ctrl-C too.
+/// A broker of a test's own cluster. The process is a child of the test, so that Ctrl-C ends both.
 pub struct Broker {
     folder: TempDir,
-    /// Of all brokers of the cluster.
+    /// The ports of all brokers of the cluster.
     ports: Vec<u16>,
-    /// From 1.
+    /// The number of the broker, from 1.
     node: usize,
-    /// How clients connect.
+    /// The protocol of the clients.
     protocol: String,
     running: Option<Child>,
-    /// What is between it and its clients.
+    /// The proxy between the broker and its clients.
     distance: Option<Distance>,
 }
 
@@ -56,23 +56,23 @@ impl Drop for Broker {
 }
 
 impl Broker {
-    /// A cluster of one.
+    /// Starts a cluster of one.
     pub fn start() -> Self {
         Self::cluster(1).remove(0)
     }
 
-    /// A cluster of one that clients connect to by this protocol, such as `SASL_SSL`: as the user [`USER`] with the password
-    /// [`PASSWORD`].
+    /// Starts a cluster of one that clients connect to by this protocol, such as `SASL_SSL`: as the user [`USER`] with
+    /// the password [`PASSWORD`].
     pub fn secured(protocol: &str) -> Self {
         Self::by_protocol(1, protocol).remove(0)
     }
 
-    /// A cluster of so many.
+    /// Starts a cluster of this many brokers.
     pub fn cluster(brokers: usize) -> Vec<Self> {
         Self::by_protocol(brokers, "PLAINTEXT")
     }
 
-    /// A cluster of one that all bytes to and from take so long.
+    /// Starts a cluster of one with this delay for all bytes, each way.
     pub async fn at_distance(one_way: Duration) -> Self {
         let mut broker = Self::laid_out(1, "PLAINTEXT").remove(0);
         broker.distance = Some(Distance::to(broker.port(), one_way).await.unwrap());
@@ -85,7 +85,7 @@ impl Broker {
         let mut tries_left = 3;
         loop {
             let mut cluster = Self::laid_out(brokers, protocol);
-            // Each of them waits for the others.
+            // Each broker waits for the others.
             cluster.iter_mut().for_each(Self::launch);
             match cluster.iter_mut().try_for_each(Self::listens) {
                 Ok(()) => return cluster,
@@ -104,19 +104,19 @@ impl Broker {
         (1..=brokers).map(broker).collect()
     }
 
-    /// Starts it again with the data it has, under the port it had.
+    /// Starts the broker again with its data, at its old port.
     pub fn resume(&mut self) {
         self.launch();
         self.settle();
     }
 
-    /// Starts it, and does not wait until it takes connections.
+    /// Starts the broker without waiting until it accepts connections.
     pub fn launch(&mut self) {
         let log = fs::OpenOptions::new().create(true).append(true).open(self.folder.path().join("log")).unwrap();
         let ports: Vec<_> = self.ports.iter().map(u16::to_string).collect();
         let mut broker = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("kafka/broker"));
         broker.arg(self.folder.path()).arg(ports.join(",")).arg(self.node.to_string());
-        // It is started often and lives for seconds.
+        // The broker is started often and lives for seconds.
         broker.env("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1").env("KAFKA_HEAP", "256m");
         broker.env("KAFKA_PROTOCOL", &self.protocol).env("KAFKA_PASSWORD", PASSWORD);
         if let Some(distance) = &self.distance {
@@ -126,12 +126,12 @@ impl Broker {
         self.running = Some(broker.spawn().unwrap());
     }
 
-    /// Waits until it takes connections.
+    /// Waits until the broker accepts connections.
     pub fn settle(&mut self) {
         self.listens().unwrap_or_else(|log| panic!("{log}"));
     }
 
-    /// The same, or its log.
+    /// Waits the same way; the error is the broker's log.
     fn listens(&mut self) -> Result<(), String> {
         let started_at = Instant::now();
         while TcpStream::connect(("127.0.0.1", self.port())).is_err() {
@@ -144,11 +144,11 @@ impl Broker {
         Ok(())
     }
 
-    /// With -9.
+    /// Kills the broker with -9.
     pub fn kill(&mut self) {
         let Some(mut broker) = self.running.take() else { return };
         let id = broker.id();
-        // While it is being set up, it is a script with a child.
+        // During its setup the broker is a script with a child.
         let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
         broker.kill().ok();
         broker.wait().ok();
@@ -157,29 +157,29 @@ impl Broker {
         }
     }
 
-    /// Removes all that it has stored. It must have been killed.
+    /// Removes all data of the broker, which must have been killed.
     pub fn wipe(&mut self) {
         assert!(self.running.is_none(), "it would write on");
         fs::remove_dir_all(self.folder.path().join("data")).unwrap();
     }
 
-    /// Where clients find it.
+    /// The address at which clients find the broker.
     pub fn address(&self) -> String {
         let port = self.distance.as_ref().map_or_else(|| self.port(), Distance::port);
         format!("127.0.0.1:{port}")
     }
 
-    /// How many connections were made to it, if it is at a distance.
+    /// The number of connections to the broker, if it is at a distance.
     pub fn accepted(&self) -> usize {
         self.distance.as_ref().map_or(0, Distance::accepted)
     }
 
-    /// The certificate to trust, if it has one.
+    /// The certificate to trust, if the broker has one.
     pub fn certificate(&self) -> PathBuf {
         self.folder.path().join("broker.pem")
     }
 
-    /// Its number in the cluster, from 1.
+    /// The number of the broker in the cluster, from 1.
     pub fn node(&self) -> i32 {
         self.node as i32
     }
@@ -189,7 +189,7 @@ impl Broker {
     }
 }
 
-/// Ports that are free, as are those after each of them. Another process may take one meanwhile.
+/// Returns ports that are free together with the port after each. Another process may take one meanwhile.
 fn free_ports(count: usize) -> Vec<u16> {
     let (mut ports, mut held) = (Vec::new(), Vec::new());
     while ports.len() < count {

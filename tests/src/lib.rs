@@ -1,6 +1,6 @@
-//! Conformance suites that every store and bus must pass, also those of others.
+//! Conformance suites that every store and every bus must pass, including those of other crates.
 
-// A suite is a test: a store that answers with an error has failed it.
+// A suite is a test: a store that returns an error has failed it.
 #![allow(clippy::unwrap_used)]
 
 pub mod bus;

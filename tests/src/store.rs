@@ -21,10 +21,10 @@
 //! # fn main() {}
 //! ```
 //!
-//! A store that outlives its process implements [`Durable`] too, and says so: `suite!(Sqlite, durable)`. That adds tests;
-//! no test is ever skipped.
+//! A store that outlives its process also implements [`Durable`], and declares it: `suite!(Sqlite, durable)`. That adds
+//! tests; no test is ever skipped.
 
-// A property that does not hold panics: that is how a test fails.
+// A property that does not hold panics, which fails the test.
 #![allow(clippy::unwrap_used)]
 
 use std::{future::Future, sync::Arc, time::Duration};
@@ -44,22 +44,22 @@ pub mod refusal;
 
 pub use crate::__store_suite as suite;
 
-/// How long a property may take, on a slow and busy machine: one that hangs is one that fails.
+/// The longest time of a property, on a slow and busy machine. A property that hangs has failed.
 const PROPERTY_SECONDS_MAX: u64 = 120;
-/// How long something may take that ought to happen at once.
+/// The limit for a step that should happen at once.
 pub(crate) const PROMPTLY: Duration = Duration::from_secs(10);
 
-/// Makes stores to test.
+/// Creates stores to test.
 pub trait StoreUnderTest: Sized + Send + Sync + 'static {
-    /// A store with nothing in it, which no other test sees.
+    /// Creates an empty store, which no other test sees.
     fn fresh() -> impl Future<Output = Self> + Send;
-    /// It.
+    /// Returns the store.
     fn store(&self) -> Arc<dyn EventStore>;
 }
 
 /// A store that outlives its process.
 pub trait Durable: StoreUnderTest {
-    /// Lets go of the store and opens it again.
+    /// Closes the store and opens it again.
     fn reopen(self) -> impl Future<Output = Self> + Send;
 }
 
@@ -72,7 +72,8 @@ pub fn run(property: impl Future<Output = ()>) {
     });
 }
 
-/// A test for each property of a store: `suite!(Factory)`, or `suite!(Factory, durable)` for one that is [`Durable`].
+/// Generates a test for each property of a store: `suite!(Factory)`, or `suite!(Factory, durable)` for a [`Durable`]
+/// store.
 #[doc(hidden)]
 #[macro_export]
 macro_rules! __store_suite {
@@ -163,7 +164,7 @@ pub(crate) fn event(type_name: &'static str, data: impl Into<String>) -> NewEven
     }
 }
 
-/// Numbered events, from 1.
+/// Returns numbered events, from 1.
 pub(crate) fn numbered(count: usize) -> Vec<NewEvent> {
     (1..=count).map(|number| event("thing.happened", format!(r#"{{"number":{number}}}"#))).collect()
 }
@@ -184,7 +185,7 @@ pub(crate) fn key(collection: &str, id: &str) -> DocumentKey {
     DocumentKey::new(collection, id)
 }
 
-/// Puts a document, or removes it where there is no body.
+/// Puts a document, or removes it if there is no body.
 pub(crate) fn put(key: &DocumentKey, expected: Option<i64>, body: Option<&str>) -> Put {
     Put { key: key.clone(), expected, body: body.map(Into::into), due: None }
 }
@@ -210,7 +211,7 @@ pub(crate) async fn whole_stream(store: &dyn EventStore, name: &str) -> Vec<Reco
     store.read_stream(&StreamId::from_stored(name), Version::START, 100_000).await.unwrap()
 }
 
-/// Says that nothing at all was stored.
+/// Asserts that nothing at all was stored.
 pub(crate) async fn assert_empty(store: &dyn EventStore, documents: &[DocumentKey]) {
     assert_eq!(store.status().await.unwrap().head, Position::START);
     assert!(whole_log(store).await.is_empty());

@@ -13,46 +13,46 @@ use uuid::Uuid;
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "tally")]
 pub enum TallyEvent {
-    /// Something was added.
+    /// An amount was added.
     Added {
-        /// How much.
+        /// The amount that was added.
         amount: i64,
     },
-    /// It takes no more.
+    /// The tally accepts no more amounts.
     Closed,
 }
 
-/// What can be asked of a tally.
+/// The commands to a tally.
 #[derive(Clone, Debug)]
 pub enum TallyCommand {
-    /// Add this.
+    /// Add this amount.
     Add(i64),
     /// Add one, this many times.
     AddOnes(usize),
-    /// Take no more.
+    /// Accept no more amounts.
     Close,
     /// Panic while deciding.
     Panic,
-    /// Nothing at all.
+    /// Do nothing.
     Nothing,
 }
 
-/// It is closed.
+/// The tally is closed.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error("the tally is closed at {0}")]
 pub struct Closed(pub i64);
 
-/// A sum, and what it was made of.
+/// A sum, and its amounts.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Tally {
     /// All amounts, in order.
     pub amounts: Vec<i64>,
-    /// Whether it takes no more.
+    /// Whether the tally is closed.
     pub closed: bool,
 }
 
 impl Tally {
-    /// Their sum.
+    /// The sum of the amounts.
     pub fn sum(&self) -> i64 {
         self.amounts.iter().sum()
     }
@@ -83,7 +83,7 @@ impl Aggregate for Tally {
     }
 }
 
-/// Where a [`Copier`] writes what it has seen of a tally.
+/// The document in which a [`Copier`] writes the amounts that it has seen.
 pub fn copied(id: &str) -> DocumentKey {
     DocumentKey::new("copied", id)
 }
@@ -95,7 +95,7 @@ pub struct Copier {
 }
 
 impl Copier {
-    /// A copier with a cache of its own.
+    /// Creates a copier with a cache of its own.
     pub fn new(store: Arc<dyn EventStore>) -> Self {
         Self { copies: Repository::with(store, "copy", 1_000) }
     }
@@ -114,7 +114,7 @@ impl Handler for Copier {
     }
 }
 
-/// Records amounts on the tally of this id, an event each.
+/// Adds amounts to the tally of this id, with one event each.
 pub async fn add(store: &Arc<dyn EventStore>, id: &str, amounts: impl IntoIterator<Item = i64>) {
     let tallies = Repository::<Tally>::new(store.clone());
     for amount in amounts {
@@ -123,7 +123,7 @@ pub async fn add(store: &Arc<dyn EventStore>, id: &str, amounts: impl IntoIterat
     }
 }
 
-/// What the [`Copier`] has written of a tally: its document, and its copy of the tally.
+/// Returns what the [`Copier`] has written for a tally: its document, and its copy of the tally.
 pub async fn copies(store: &Arc<dyn EventStore>, id: &str) -> (Vec<i64>, Vec<i64>) {
     let found = document(store, &copied(id)).await;
     let copies = Repository::<Tally>::with(store.clone(), "copy", 1);
@@ -131,21 +131,21 @@ pub async fn copies(store: &Arc<dyn EventStore>, id: &str) -> (Vec<i64>, Vec<i64
     (found.map(|body| serde_json::from_str(&body).unwrap_or_default()).unwrap_or_default(), copy.amounts)
 }
 
-/// The body of a document.
+/// Returns the body of a document.
 pub async fn document(store: &Arc<dyn EventStore>, key: &DocumentKey) -> Option<Arc<str>> {
     let found = store.documents(std::slice::from_ref(key)).await;
     let found = found.unwrap_or_else(|error| panic!("document {key}: {error}"));
     found.into_iter().next().flatten().map(|document| document.body)
 }
 
-/// Every document of a collection: id and body.
+/// Returns all documents of a collection, as id and body.
 pub async fn documents(store: &Arc<dyn EventStore>, collection: &str) -> Vec<(Arc<str>, Arc<str>)> {
     let found = store.scan(collection, &Scan::After("".into()), 10_000).await;
     let found = found.unwrap_or_else(|error| panic!("collection {collection}: {error}"));
     found.into_iter().map(|document| (document.key.id, document.body)).collect()
 }
 
-/// The whole log, as stream, type and data.
+/// Returns the whole log.
 pub async fn log(store: &Arc<dyn EventStore>) -> Vec<annals::Recorded> {
     let (mut all, mut after) = (Vec::new(), Position::START);
     loop {
@@ -159,9 +159,9 @@ pub async fn log(store: &Arc<dyn EventStore>) -> Vec<annals::Recorded> {
     }
 }
 
-/// Looks again, each time something may have changed, until `look` finds what it waits for.
+/// Polls until `look` finds what it waits for.
 ///
-/// What the engine does shows in its store alone, and a document says nothing when it changes: this looks every few
+/// The engine's work is visible in its store alone, and a document does not announce its changes: this polls every few
 /// milliseconds, and fails after half a minute.
 pub async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
     let found = tokio::time::timeout(Duration::from_secs(30), async {
@@ -175,7 +175,7 @@ pub async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>)
     found.await.unwrap_or_else(|_| panic!("never came about: {what}"))
 }
 
-/// Whether a commit has nothing but what this says.
+/// Returns whether a commit puts a document of this collection.
 pub fn touches(commit: &Commit, collection: &str) -> bool {
     commit.puts.iter().any(|put| &*put.key.collection == collection)
 }

@@ -22,7 +22,7 @@ pub struct Terminal {
 }
 
 impl Terminal {
-    /// Runs a program with these words on a store, in a window of so many columns.
+    /// Runs a program with these words on a store, in a window of this many columns.
     pub fn of(program: &str, store: &Path, words: &[&str], columns: u16) -> Self {
         let size = PtySize { rows: 24, cols: columns, pixel_width: 0, pixel_height: 0 };
         let pair = native_pty_system().openpty(size).unwrap();
@@ -41,7 +41,7 @@ impl Terminal {
         let seen = screen.clone();
         let reading = std::thread::spawn(move || {
             let mut bytes = [0; 4_096];
-            // It ends with an error once nobody has the other side any more.
+            // Reading ends with an error once the other side is closed.
             while let Ok(count @ 1..) = reader.read(&mut bytes) {
                 seen.0.lock().unwrap().extend_from_slice(&bytes[..count]);
                 seen.1.notify_all();
@@ -50,7 +50,7 @@ impl Terminal {
         Self { child, master: pair.master, keys, screen, reading }
     }
 
-    /// Waits until this was printed.
+    /// Waits until the text was printed.
     pub fn shows(&self, text: &str) {
         let (screen, changed) = &*self.screen;
         let (started, mut seen) = (Instant::now(), screen.lock().unwrap());
@@ -71,7 +71,7 @@ impl Terminal {
         self.types("\x03");
     }
 
-    /// How it ended, and everything that was printed.
+    /// Returns the exit code and everything that was printed.
     pub fn ended(mut self) -> (u32, String) {
         let started = Instant::now();
         let code = loop {
@@ -91,7 +91,8 @@ impl Terminal {
     }
 }
 
-/// What is printed, line by line, without what moves the cursor and what colours; a line that was drawn again is another one.
+/// Returns the output line by line, without cursor movements and colours. A line that is drawn again counts as another
+/// line.
 pub fn lines(printed: &str) -> Vec<String> {
     let mut plain = String::new();
     let mut characters = printed.chars();
@@ -100,7 +101,7 @@ pub fn lines(printed: &str) -> Vec<String> {
             plain.push(character);
             continue;
         }
-        // Only colours leave the cursor where it is. https://invisible-island.net/xterm/ctlseqs/ctlseqs.html
+        // Only colours leave the cursor in place. https://invisible-island.net/xterm/ctlseqs/ctlseqs.html
         if characters.by_ref().find(char::is_ascii_alphabetic) != Some('m') {
             plain.push('\n');
         }

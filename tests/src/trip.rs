@@ -17,12 +17,12 @@ use uuid::Uuid;
 
 use crate::tally::{Tally, TallyCommand, document, eventually};
 
-/// What a trip's saga knows.
+/// The state of a trip's saga.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Trip {
-    /// Its id.
+    /// The id of the trip.
     pub id: String,
-    /// What it heard of its steps.
+    /// The outcomes of its steps.
     #[serde(default)]
     pub heard: Vec<String>,
 }
@@ -38,37 +38,37 @@ impl SagaState for Trip {
     }
 }
 
-/// What is asked of a participant.
+/// A command to a participant.
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "act")]
 pub enum Act {
-    /// A step.
+    /// Does a step.
     Do {
-        /// Which.
+        /// The step.
         step: String,
-        /// Of which trip.
+        /// The trip.
         trip: String,
     },
-    /// Its undo.
+    /// Undoes a step.
     Undo {
-        /// Of which step.
+        /// The step that is undone.
         step: String,
-        /// Of which trip.
+        /// The trip.
         trip: String,
     },
 }
 
-/// Asks for a step.
+/// Requests a step.
 pub fn ask(service: &str, step: &str, trip: &Trip) -> Request {
     Request::to(service, &Act::Do { step: step.to_owned(), trip: trip.id.clone() })
 }
 
-/// Asks for its undo.
+/// Requests the compensation of a step.
 pub fn take_back(service: &str, step: &str, trip: &Trip) -> Request {
     Request::to(service, &Act::Undo { step: step.to_owned(), trip: trip.id.clone() })
 }
 
-/// The plan, with the same patience at each step.
+/// Returns the plan, with the same timeout and attempts at each step.
 pub fn trip(timeout: Duration, attempts: u32) -> Saga<Trip> {
     Saga::named("trip")
         .compensatable("book", |trip| ask("hotel", "book", trip))
@@ -88,23 +88,23 @@ pub fn trip(timeout: Duration, attempts: u32) -> Saga<Trip> {
         .build()
 }
 
-/// How a participant plays a step.
+/// How a participant deviates at a step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Play {
-    /// It refuses.
+    /// The participant refuses.
     Refuse,
-    /// It fails.
+    /// The participant fails.
     Fail,
-    /// Nobody knows whether it did.
+    /// The outcome is unknown.
     Vanish,
-    /// It panics.
+    /// The participant panics.
     Panic,
 }
 
-/// What a participant answers, each time that it is asked.
+/// Answers each request to a participant.
 type Answers = Arc<dyn Fn(&mut Work) -> Result<Answer, StepError> + Send + Sync>;
 
-/// What the participants do, other than what they are asked: `book`, or `undo book`.
+/// The deviations of the participants, by request: `book`, or `undo book`.
 #[derive(Clone, Default)]
 pub struct Script {
     plays: Arc<Mutex<HashMap<String, (Play, u32)>>>,
@@ -113,13 +113,13 @@ pub struct Script {
 }
 
 impl Script {
-    /// The next so many times that this is asked.
+    /// Sets the deviation for the next `times` requests of this name.
     pub fn play(&self, name: &str, play: Play, times: u32) -> &Self {
         self.plays().insert(name.to_owned(), (play, times));
         self
     }
 
-    /// Each time that this is asked, the participant answers so.
+    /// Sets the answer to every request of this name.
     pub fn answer(
         &self,
         name: &str,
@@ -129,18 +129,18 @@ impl Script {
         self
     }
 
-    /// From now on all do as they are asked.
+    /// From now on all participants do as requested.
     pub fn behave(&self) {
         self.plays().clear();
         self.answers.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
-    /// Everything that was asked, with the id that it was asked under.
+    /// Returns all requests, each with its id.
     pub fn asked(&self) -> Vec<(String, Uuid)> {
         self.asked.borrow().clone()
     }
 
-    /// Resolves once this was asked so many times.
+    /// Resolves once this was requested this many times.
     pub async fn asked_for(&self, name: &str, times: usize) {
         let enough = |asked: &Vec<(String, Uuid)>| asked.iter().filter(|(asked, _)| asked == name).count() >= times;
         _ = self.asked.subscribe().wait_for(enough).await;
@@ -163,7 +163,7 @@ impl Script {
     }
 }
 
-/// A participant that writes what it does into the trip's ledger, in the same commit.
+/// A participant that records its work in the trip's ledger, in the same commit.
 pub struct Clerk(pub Script);
 
 #[async_trait]
@@ -178,7 +178,7 @@ impl Participant for Clerk {
         let key = DocumentKey::new("ledger", &*trip);
         let mut ledger: Vec<String> = work.document(&key).await?.unwrap_or_default();
         ledger.push(name.clone());
-        // Staged before it fails, so that it shows if anything of it is kept.
+        // Staged before a failure, so that a test sees whether any of it is kept.
         work.put(&key, &ledger)?;
         match self.0.next(&name, work.cause_id()) {
             None => self.0.answers(&name).map_or(Ok(Answer::DONE), |answer| answer(work)),
@@ -190,62 +190,62 @@ impl Participant for Clerk {
     }
 }
 
-/// A tally that is added to starts the trip of its id.
+/// Starts the trip whose id is that of a tally, when an amount is added to the tally.
 pub fn starts(message: &Message) -> Result<Option<(String, Trip)>, HandlerError> {
     let id = message.subject.split_once('-').map_or("", |(_, id)| id).to_owned();
     Ok((&*message.type_name == "tally.added").then(|| (id.clone(), Trip { id, heard: Vec::new() })))
 }
 
-/// What tallies say.
+/// The events of tallies.
 pub fn tallies() -> LogQuery {
     LogQuery::categories(["tally"])
 }
 
 /// The services of a trip, all on one store.
 pub struct World {
-    /// What outlives every process.
+    /// The store, which outlives every process.
     pub store: Arc<dyn EventStore>,
-    /// Between them.
+    /// The bus between the processes.
     pub bus: Arc<LocalBus>,
-    /// What the participants do.
+    /// The script of the participants.
     pub script: Script,
-    /// The saga's plan.
+    /// The plan of the saga.
     pub plan: Saga<Trip>,
 }
 
 impl World {
-    /// With this plan, on this store.
+    /// Creates a world with this plan, on this store.
     pub fn new(store: Arc<dyn EventStore>, plan: Saga<Trip>) -> Self {
         Self { store, bus: Arc::new(LocalBus::default()), script: Script::default(), plan }
     }
 
-    /// Its runner, on this store.
+    /// Returns the saga's runner on this store.
     pub fn runner(&self, store: &Arc<dyn EventStore>) -> Runner<Trip> {
         Runner::new(store.clone(), self.plan.clone(), tallies(), starts)
     }
 
-    /// A service as it runs on this store; the shop is the one with the saga.
+    /// Returns a service on this store; the service `shop` runs the saga.
     pub fn service(&self, name: &str, store: &Arc<dyn EventStore>) -> Service {
         let service = Service::new(name, store.clone()).participant(Clerk(self.script.clone()));
         if name == "shop" { service.saga(self.runner(store)) } else { service }
     }
 
-    /// A process with these services, on the world's own store.
+    /// Starts a process with these services, on the world's own store.
     pub async fn start(&self, names: &[&str]) -> Runtime {
         self.start_on(&self.store, names).await
     }
 
-    /// A process that shares the world's own store with others.
+    /// Starts a process that shares the world's own store with others.
     pub async fn start_shared(&self, instance: &str, names: &[&str]) -> Runtime {
         self.start_in(Runtime::shared(instance), &self.store, self.bus.clone(), names).await
     }
 
-    /// A process with these services, on this store.
+    /// Starts a process with these services, on this store.
     pub async fn start_on(&self, store: &Arc<dyn EventStore>, names: &[&str]) -> Runtime {
         self.start_in(Runtime::new(), store, self.bus.clone(), names).await
     }
 
-    /// A process with these services, on the world's own store and another bus.
+    /// Starts a process with these services, on the world's own store and another bus.
     pub async fn start_over(&self, bus: Arc<dyn Bus>, names: &[&str]) -> Runtime {
         self.start_in(Runtime::new(), &self.store, bus, names).await
     }
@@ -262,7 +262,7 @@ impl World {
         runtime
     }
 
-    /// Asks for a trip, in this trace.
+    /// Requests a trip, in this trace.
     pub async fn request(&self, id: &str, request: Uuid, traceparent: Option<&str>) {
         let metadata = Metadata { trace: TraceContext::parse(traceparent, None), ..Metadata::of_request(request) };
         let tallies = Repository::<Tally>::new(self.store.clone());
@@ -271,25 +271,25 @@ impl World {
         added.unwrap_or_else(|error| panic!("request {id}: {error}"));
     }
 
-    /// What operators see of it.
+    /// Returns the saga's status, as operators see it.
     pub async fn status(&self, id: &str) -> Option<SagaStatus> {
         let body = document(&self.store, &DocumentKey::new("saga.trip", id)).await?;
         Some(serde_json::from_str(&body).unwrap_or_else(|error| panic!("{body}: {error}")))
     }
 
-    /// Waits until operators see it so.
+    /// Waits until operators see this status.
     pub async fn becomes(&self, id: &str, status: Status) -> SagaStatus {
         let is_so = async || self.status(id).await.filter(|found| found.status == status);
         eventually(&format!("trip {id} is {status:?}"), is_so).await
     }
 
-    /// What the participants did for it.
+    /// Returns what the participants did for the trip.
     pub async fn ledger(&self, id: &str) -> Vec<String> {
         let found = document(&self.store, &DocumentKey::new("ledger", id)).await;
         found.map(|body| serde_json::from_str(&body).unwrap_or_default()).unwrap_or_default()
     }
 
-    /// The saga's own events.
+    /// Returns the events of the saga.
     pub async fn history(&self, id: &str) -> Vec<Recorded> {
         let stream = annals::StreamId::from_stored(&format!("saga.trip-{id}"));
         let found = self.store.read_stream(&stream, Version::START, 1_000).await;

@@ -1,4 +1,4 @@
-//! Publishers and members of groups, as the properties use them.
+//! Publishers and group members for the properties.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -18,9 +18,10 @@ use tokio::{
 };
 use uuid::Uuid;
 
-/// Only to fail instead of hanging: long enough for a broker on a busy machine, whose groups take seconds to settle.
+/// The limit that turns a hang into a failure: long enough for a broker on a busy machine, whose groups take seconds to
+/// settle.
 const GUARD: Duration = Duration::from_secs(90);
-/// The `number`th message of a key, from 1.
+/// Returns the `number`th message of a key, counted from 1.
 pub fn message(key: &str, number: i64) -> Message {
     Message {
         id: annals::event::named_id(Uuid::NAMESPACE_OID, &format!("{key} {number}")),
@@ -46,29 +47,29 @@ pub async fn publish(bus: &dyn Bus, topic: &str, messages: impl IntoIterator<Ite
     within("publish", bus.publish(outgoing)).await.unwrap()
 }
 
-/// Awaits, and fails instead of hanging.
+/// Awaits a future, and fails instead of hanging.
 pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
     tokio::time::timeout(GUARD, future).await.unwrap_or_else(|_| panic!("{what}: nothing for {GUARD:?}"))
 }
 
-/// A member of a group that takes up what it is assigned.
+/// A member of a group that takes over the partitions assigned to it.
 pub struct Member {
-    /// As the bus made it.
+    /// The consumer of the bus.
     pub consumer: Box<dyn Consumer>,
-    /// Where to start, per partition.
+    /// The offset to start at, per partition.
     pub starts: HashMap<Partition, i64>,
 }
 
 impl Member {
     /// Joins a group of this name on one topic.
     pub async fn join(bus: &dyn Bus, group: &str, topic: &str) -> Self {
-        // A broker keeps groups for ever, so the name is made as unique as the topic's.
+        // A broker keeps groups for ever, so the group's name must be as unique as the topic's.
         let group = format!("{group}-{topic}");
         let consumer = within("join", bus.join(&group, &[topic])).await.unwrap();
         Self { consumer, starts: HashMap::new() }
     }
 
-    /// Takes what a poll said; gives the messages, if it was any.
+    /// Handles the result of a poll, and returns its messages if there are any.
     pub async fn take(&mut self, polled: Result<Polled, BusError>) -> Vec<Delivery> {
         match polled.unwrap() {
             Polled::Messages(deliveries) => return deliveries,
@@ -85,7 +86,7 @@ impl Member {
         Vec::new()
     }
 
-    /// The first `count` different messages to come, without repeats.
+    /// Returns the first `count` different messages, without repeats.
     pub async fn collect(&mut self, count: usize) -> Vec<Delivery> {
         let (mut ids, mut all) = (BTreeSet::new(), Vec::new());
         while all.len() < count {
@@ -95,7 +96,7 @@ impl Member {
         all
     }
 
-    /// Follows the ledger until it has `count` messages, acknowledging as it goes.
+    /// Fills the ledger until it has `count` messages, and acknowledges them on the way.
     pub async fn fill(&mut self, ledger: &mut Ledger, count: i64, max: usize) {
         while ledger.count < count {
             let polled = within("poll", self.consumer.poll(max)).await;
@@ -106,7 +107,7 @@ impl Member {
         }
     }
 
-    /// Acknowledges all of these.
+    /// Acknowledges all of these deliveries.
     pub async fn acknowledge(&mut self, deliveries: &[Delivery]) {
         let nexts: BTreeMap<_, _> = deliveries.iter().map(|d| (&d.partition, d.offset + 1)).collect();
         for (partition, next) in nexts {
@@ -123,16 +124,16 @@ pub(super) fn numbers(deliveries: &[Delivery]) -> Vec<i64> {
     deliveries.iter().map(|delivery| read(delivery).version.0).collect()
 }
 
-/// What was delivered. Messages of a key come as 1, 2, 3, …; earlier ones may come again.
+/// The messages that were delivered. Messages of a key come as 1, 2, 3, …; earlier ones may come again.
 #[derive(Default)]
 pub struct Ledger {
     latest: HashMap<Arc<str>, i64>,
-    /// How many different messages there were.
+    /// The number of different messages.
     pub count: i64,
 }
 
 impl Ledger {
-    /// Enters deliveries; an error if one is not the next of its key.
+    /// Enters deliveries. Returns an error if a message is not the next of its key.
     pub fn enter(&mut self, deliveries: &[Delivery]) -> Result<(), String> {
         for message in deliveries.iter().map(read) {
             let (number, latest) = (message.version.0, self.latest.entry(message.key.clone()).or_default());
@@ -148,12 +149,12 @@ impl Ledger {
     }
 }
 
-/// What the members of a group do, seen from outside.
+/// The members of a group, as an observer sees them.
 #[derive(Default)]
 pub(super) struct Roll {
     pub(super) owners: BTreeMap<Partition, usize>,
     pub(super) ledger: Ledger,
-    /// Who has delivered something.
+    /// The members that have delivered messages.
     pub(super) active: BTreeSet<usize>,
     fault: Option<String>,
 }
@@ -205,7 +206,7 @@ impl Crew {
                         }
                     }
                     Polled::Revoked(partitions) => {
-                        // Work under way takes its time to end; until the next poll the partitions are still its own.
+                        // Work under way takes time to end. Until the next poll the member still owns the partitions.
                         for _ in 0..1_000 {
                             yield_now().await;
                         }
@@ -224,7 +225,7 @@ impl Crew {
             roll.send_modify(|roll| roll.owners.retain(|_, owner| *owner != member));
         });
         async move || {
-            // A task that failed has dropped its end; what it says is in the result.
+            // If the task has failed, the send fails too; the result of the task says why.
             let _ = stop.send(());
             within("stop", task).await.unwrap();
         }

@@ -9,7 +9,7 @@ use super::{
     StoreUnderTest, append, appending, assert_conflict, at, key, numbered, put, putting, whole_log, whole_stream,
 };
 
-/// And each of the others learns where the stream stands.
+/// Each of the other writers learns the current version of the stream.
 pub async fn of_many_writers_at_one_version_one_wins<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -26,7 +26,7 @@ pub async fn of_many_writers_at_one_version_one_wins<T: StoreUnderTest>() {
     assert_eq!(whole_stream(&*store, "a-1").await.len(), 1);
 }
 
-/// Whoever follows the log may take a commit's own word for where its events stand, where it says when they were recorded.
+/// If a commit reports when its events were recorded, a follower of the log may rely on the positions that it reports.
 pub async fn a_commit_tells_where_its_events_stand<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -60,7 +60,7 @@ pub async fn a_commit_tells_where_its_events_stand<T: StoreUnderTest>() {
     }
 }
 
-/// Commits that share a round trip do not share their fate.
+/// Commits that share a round trip succeed or fail independently.
 pub async fn conflicts_fail_alone<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -95,7 +95,7 @@ pub async fn conflicts_fail_alone<T: StoreUnderTest>() {
     assert_eq!(whole_stream(&*store, "taken-1").await.len(), 1);
 }
 
-/// Read, add one, write; again on a conflict. The document and the stream count alike.
+/// Reads, adds one, writes, and repeats after a conflict. The document and the stream count the same.
 pub async fn counting_up_loses_nothing<T: StoreUnderTest>() {
     const WRITERS: i64 = 16;
     const ROUNDS: i64 = 10;
@@ -129,7 +129,7 @@ async fn count_up(store: &Arc<dyn EventStore>) -> bool {
     }
 }
 
-/// A caller that goes away takes its commit along or leaves it, but never half of it; and nobody else suffers.
+/// A caller that gives up takes its whole commit along or leaves all of it, and no other caller is affected.
 pub async fn dropped_commits_are_whole_or_not_there<T: StoreUnderTest>() {
     const COMMITS: usize = 1_000;
     let under_test = T::fresh().await;
@@ -154,7 +154,7 @@ pub async fn dropped_commits_are_whole_or_not_there<T: StoreUnderTest>() {
         assert_eq!(parts(&*store, number).await, (true, true, true), "{number} was kept");
     }
     for number in 0..COMMITS {
-        // A commit may still arrive between two looks: so what is seen of it first says what must be there afterwards.
+        // A commit may still arrive between two reads, so the first read decides what must be there at the second.
         let (one, other, document) = parts(&*store, number).await;
         if one || other || document {
             assert_eq!(parts(&*store, number).await, (true, true, true), "{number} is there in part");
@@ -179,8 +179,8 @@ async fn parts(store: &dyn EventStore, number: usize) -> (bool, bool, bool) {
     (one == 2, other == 2, document.is_some())
 }
 
-/// Neither writes what the other writes, and each is right only as long as the other has not written. What is absent and stays
-/// absent shows nowhere but in the check.
+/// Neither commit writes what the other writes, and each is right only if the other has not written. Absent documents
+/// that stay absent are visible in the check alone.
 pub async fn of_two_that_rely_on_absence_one_holds<T: StoreUnderTest>() {
     const ROUNDS: usize = 60;
     let under_test = T::fresh().await;
@@ -202,7 +202,7 @@ pub async fn of_two_that_rely_on_absence_one_holds<T: StoreUnderTest>() {
     }
 }
 
-/// Pairs of commits that contradict each other: by documents, few and many, by streams, and by one of each.
+/// Returns pairs of commits that contradict each other: by documents, few and many, by streams, and by one of each.
 pub fn relying_on_absence(round: usize) -> Vec<[Commit; 2]> {
     let name = |kind: &str, side: usize| format!("{kind}{side}-{round}");
     let sides = [[0, 1], [1, 0]];

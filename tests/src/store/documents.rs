@@ -1,4 +1,4 @@
-//! Documents: compare-and-set, reading, scanning.
+//! Documents: compare-and-set, reading and scanning.
 
 use std::sync::Arc;
 
@@ -21,7 +21,7 @@ fn ids(documents: &[Document]) -> Vec<&str> {
     documents.iter().map(|document| &*document.key.id).collect()
 }
 
-/// With or without an expected version.
+/// With and without an expected version.
 pub async fn versions_rise_with_each_put<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -34,7 +34,7 @@ pub async fn versions_rise_with_each_put<T: StoreUnderTest>() {
     }
 }
 
-/// 0 says that it must not exist. The error says where the document stands.
+/// Version 0 expects that the document does not exist. The error names the current version of the document.
 pub async fn a_put_holds_only_at_the_expected_version<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -53,7 +53,7 @@ pub async fn a_put_holds_only_at_the_expected_version<T: StoreUnderTest>() {
     assert_eq!((found.version, &*found.body), (2, "2"));
 }
 
-/// So whoever puts it next must say that it does not exist. Removing what is not there is no mistake.
+/// The next put must therefore expect version 0. Removing a missing document is not an error.
 pub async fn a_removed_document_counts_as_version_0<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -70,7 +70,7 @@ pub async fn a_removed_document_counts_as_version_0<T: StoreUnderTest>() {
     }
 }
 
-/// One answer for each key asked for, also for those that are not there or are asked for twice.
+/// One answer per key, including missing keys and keys that are asked for twice.
 pub async fn they_come_in_the_order_of_the_keys<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -96,7 +96,7 @@ pub async fn bodies_come_back_byte_for_byte<T: StoreUnderTest>() {
     assert_eq!(found, ODD_PAYLOADS);
 }
 
-/// Not in the order of any language; and other collections are not seen, however alike their names are.
+/// The order is that of no language. Other collections are not seen, however similar their names are.
 pub async fn scanned_in_byte_order<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -132,7 +132,7 @@ fn timer(id: &str, due: Option<DateTime<Utc>>) -> Put {
     Put { due, ..put(&key("timer", id), None, Some("{}")) }
 }
 
-/// Earliest first, to the microsecond, and only what has a time at all.
+/// Earliest first, to the microsecond, and only documents with a due time.
 pub async fn scanned_by_what_is_due<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -151,7 +151,7 @@ pub async fn scanned_by_what_is_due<T: StoreUnderTest>() {
     assert_eq!(ids(&store.scan("timer", &Scan::After("".into()), 10).await.unwrap()), ["a", "b", "c", "d", "never"]);
 }
 
-/// Also when that sets it later, takes it away, or removes the document.
+/// The same holds if the last put sets a later time, removes the time, or removes the document.
 pub async fn due_follows_the_last_put<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -171,7 +171,7 @@ pub async fn due_follows_the_last_put<T: StoreUnderTest>() {
     assert_eq!(due().await, expected);
 }
 
-/// Rounded down, before 1970 and 2000, too; and what is asked for is compared as exactly.
+/// Times are rounded down, also before 1970 and 2000, and the requested time is compared as exactly.
 pub async fn due_is_kept_to_the_microsecond<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -201,7 +201,7 @@ pub async fn due_is_kept_to_the_microsecond<T: StoreUnderTest>() {
     }
 }
 
-/// A store that cannot even be asked for a name answers as one that can.
+/// A name that a store cannot even be asked for is absent, as in any other store.
 pub async fn names_that_no_store_can_hold_are_absent<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -233,7 +233,8 @@ pub async fn names_that_no_store_can_hold_are_absent<T: StoreUnderTest>() {
     assert_eq!(store.read_log(&query, Position::START, 10).await.unwrap().events.len(), 3);
 }
 
-/// Whoever reads a checkpoint and then the stream finds what the checkpoint speaks of, and the other way round.
+/// A reader of a checkpoint and then of the stream finds the events that the checkpoint covers, and the other way
+/// round.
 pub async fn they_become_visible_with_the_events_of_their_commit<T: StoreUnderTest>() {
     const COMMITS: i64 = 200;
     let under_test = T::fresh().await;

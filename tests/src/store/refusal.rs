@@ -1,4 +1,4 @@
-//! Commits that can never hold: refused as invalid, with nothing stored.
+//! Commits that can never succeed: they are refused as invalid, and nothing is stored.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use chrono::{DateTime, Utc};
 
 use super::{StoreUnderTest, append, assert_empty, at, event, key, numbered, put, putting};
 
-/// Each beside something that would hold alone.
+/// Adds parts to the commit that would succeed alone.
 async fn assert_refused(store: &Arc<dyn EventStore>, mut commit: Commit) {
     let sound = key("sound", "1");
     commit.appends.push(append("sound-1", at(0), numbered(1)));
@@ -27,7 +27,7 @@ fn of(append: Append) -> Commit {
     Commit { appends: vec![append], puts: Vec::new() }
 }
 
-/// What should come of two writes to one thing in one commit would be anybody's guess.
+/// Two writes to the same key in one commit have no defined result.
 pub async fn twins_are_refused<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -37,7 +37,7 @@ pub async fn twins_are_refused<T: StoreUnderTest>() {
     assert_refused(&store, putting([put(&document, None, Some("1")), put(&document, None, None)])).await;
 }
 
-/// However the name came to be: ids read from a store are taken as they are, but not written.
+/// The origin of the name does not matter: ids read from a store are taken as they are, but never written.
 pub async fn names_that_are_none_are_refused<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -54,7 +54,7 @@ pub async fn names_that_are_none_are_refused<T: StoreUnderTest>() {
     }
 }
 
-/// A byte, a row or an event above the limit.
+/// One byte, row or event above the limit.
 pub async fn what_is_too_large_is_refused<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -68,7 +68,7 @@ pub async fn what_is_too_large_is_refused<T: StoreUnderTest>() {
     store.commit(putting([put(&key("note", "1"), None, Some(&text(DOCUMENT_BYTES_MAX)))])).await.unwrap();
 }
 
-/// By every store, because one of them has no such time.
+/// Every store refuses them, because one of them cannot represent such times.
 pub async fn times_before_the_calendar_are_refused<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -78,7 +78,7 @@ pub async fn times_before_the_calendar_are_refused<T: StoreUnderTest>() {
     }
 }
 
-/// Refused before anything is written, not by the first reader.
+/// The store refuses them before writing, so that no reader has to fail.
 pub async fn payloads_that_no_reader_takes_are_refused<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
