@@ -1,4 +1,4 @@
-//! The commit as a value: what a store applies whole or not at all.
+//! The commit as a value: a store applies it as a whole or not at all.
 
 use std::{fmt, sync::Arc};
 
@@ -7,11 +7,11 @@ use uuid::Uuid;
 
 use crate::event::{CATEGORY_BYTES_MAX, EVENT_BYTES_MAX, NewEvent, Position, StreamId, Version};
 
-/// The most events and documents that one commit may carry: what a store writes in well under a second.
+/// The most events and documents in one commit: a store writes this many in well under a second.
 pub const COMMIT_ROWS_MAX: usize = 10_000;
-/// The longest document id, in bytes: it is an index key in every store.
+/// The longest document id, in bytes: a document id is an index key in every store.
 pub const DOCUMENT_ID_BYTES_MAX: usize = 1_024;
-/// The deepest nesting of a payload or body: what serde_json reads, and so what every reader of ours can.
+/// The deepest nesting of a payload or body: the limit of serde_json, and so of every reader in this project.
 pub const NESTING_MAX: usize = 127;
 /// The earliest time at which a document may be due, in seconds since 1970: 4714-11-24 BC, where PostgreSQL's calendar begins.
 pub const DUE_SECONDS_MIN: i64 = -210_866_803_200;
@@ -30,32 +30,33 @@ pub struct Commit {
 /// Events to append to one stream.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Append {
-    /// The stream.
+    /// The stream to append to.
     pub stream: StreamId,
-    /// Where the stream must stand for the commit to hold.
+    /// The version or event at which the stream must stand for the commit to succeed.
     pub expected: Expected,
-    /// The events, in order. May be empty: then only `expected` is checked.
+    /// The events, in order. If empty, the append only checks `expected`.
     pub events: Vec<NewEvent>,
 }
 
-/// Where a stream must stand.
+/// Where a stream must stand for an append to succeed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Expected {
-    /// At exactly this version; [`Version::START`] for a stream that must not exist yet.
+    /// At exactly this version; [`Version::START`] means that the stream must not exist yet.
     Version(Version),
-    /// At exactly this event: a version alone may be another event's by now, where the log has lost its end and grown again.
+    /// At exactly this event. A version alone is not enough after the log has lost its end and grown again: the same
+    /// version may then belong to another event.
     Event {
-        /// The version of the last event of the stream,
+        /// The version of the stream's last event.
         version: Version,
-        /// and its id.
+        /// The id of the stream's last event.
         id: Uuid,
     },
-    /// Anywhere: for streams where order among writers means nothing.
+    /// At any version: for streams in which the order of concurrent writers does not matter.
     Any,
 }
 
 impl Expected {
-    /// The version, unless any will do.
+    /// Returns the expected version, or `None` if any version is accepted.
     pub fn version(self) -> Option<Version> {
         match self {
             Self::Version(version) | Self::Event { version, .. } => Some(version),
@@ -63,7 +64,7 @@ impl Expected {
         }
     }
 
-    /// The id of the event, where it matters.
+    /// Returns the id of the expected event, if an event is expected.
     pub fn event(self) -> Option<Uuid> {
         match self {
             Self::Event { id, .. } => Some(id),
@@ -71,8 +72,8 @@ impl Expected {
         }
     }
 
-    /// Whether a stream that stands at `actual`, with `last` as the id of its last event, is where it must be: with
-    /// [`Put::check`], all that decides if a commit holds, in every store.
+    /// Checks a stream that stands at `actual` and whose last event has the id `last`. This check and [`Put::check`]
+    /// alone decide in every store whether a commit succeeds.
     pub fn check(self, stream: &StreamId, actual: Version, last: Option<Uuid>) -> Result<(), CommitError> {
         let is_there = self.version().is_none_or(|expected| expected == actual);
         if is_there && self.event().is_none_or(|id| last == Some(id)) {
@@ -83,22 +84,22 @@ impl Expected {
     }
 }
 
-/// The name of a document: a collection and an id in it.
+/// The name of a document: a collection and an id in the collection.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct DocumentKey {
-    /// Such as `checkpoint` or `read.orders@1`.
+    /// The collection, such as `checkpoint` or `read.orders@1`.
     pub collection: Arc<str>,
-    /// Unique in the collection; collections are scanned in byte order of it.
+    /// The id, unique in its collection. Scans of a collection return documents in byte order of the id.
     pub id: Arc<str>,
 }
 
 impl DocumentKey {
-    /// A key.
+    /// Joins a collection and an id into a key.
     pub fn new(collection: impl Into<Arc<str>>, id: impl Into<Arc<str>>) -> Self {
         Self { collection: collection.into(), id: id.into() }
     }
 
-    /// Whether a store can hold a document of this name; there never is one of another.
+    /// Returns whether a store can hold a document of this name. A document of any other name never exists.
     pub(crate) fn is_storable(&self) -> bool {
         let has_nul = self.id.contains('\0') || self.collection.contains('\0');
         self.id.len() <= DOCUMENT_ID_BYTES_MAX && self.collection.len() <= CATEGORY_BYTES_MAX * 2 && !has_nul
@@ -118,19 +119,21 @@ impl fmt::Display for DocumentKey {
 /// A document to write or remove.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Put {
-    /// Which.
+    /// The name of the document.
     pub key: DocumentKey,
-    /// The version it must have now: 0 for one that must not exist, `None` for whichever. A writer that was fenced off
-    /// fails here.
+    /// The version that the document must have now: 0 if it must not exist, `None` if any version is accepted. A fenced
+    /// writer fails this check.
     pub expected: Option<i64>,
-    /// The JSON text to store; `None` removes the document. A removed document counts as version 0 again.
+    /// The JSON text to store; `None` removes the document. The version of a removed document counts as 0 again.
     pub body: Option<Arc<str>>,
-    /// When it wants attention; [`Scan::Due`](crate::store::Scan) finds it by this. Kept to the microsecond, rounded down.
+    /// When the document is due; [`Scan::Due`](crate::store::Scan) finds the document by this time. Rounded down to
+    /// microseconds.
     pub due: Option<DateTime<Utc>>,
 }
 
 impl Put {
-    /// Whether a document of version `actual` (0: there is none) has the version it must have. As [`Expected::check`].
+    /// Checks the expected version against `actual`, which is 0 if the document does not exist. See
+    /// [`Expected::check`].
     pub fn check(&self, actual: i64) -> Result<(), CommitError> {
         match self.expected {
             Some(expected) if expected != actual => {
@@ -141,32 +144,32 @@ impl Put {
     }
 }
 
-/// A document as the store holds it.
+/// A document as stored.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Document {
-    /// Which.
+    /// The name of the document.
     pub key: DocumentKey,
-    /// From 1, one more with each put.
+    /// The version: 1 after the first put, and one more with each further put.
     pub version: i64,
-    /// Its JSON text.
+    /// The body as JSON text.
     pub body: Arc<str>,
-    /// When it wants attention.
+    /// When the document is due.
     pub due: Option<DateTime<Utc>>,
 }
 
-/// What a commit came to.
+/// The result of a commit.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Committed {
-    /// The position of its last event; [`Position::START`] if it had none.
+    /// The position of the commit's last event; [`Position::START`] if the commit has no events.
     pub position: Position,
-    /// The version that each of its appends left its stream at, in the order of the appends.
+    /// The version of each appended stream after the commit, in the order of the appends.
     pub versions: Vec<Version>,
-    /// When its events were recorded, from a store that gave them one run of positions, in the order of the appends, that
-    /// ends at `position`: then nobody in this process needs to read them back. `None` from others.
+    /// When the events were recorded. Set by stores that gave the events consecutive positions, in the order of the
+    /// appends, ending at `position`: this process then need not read the events back. `None` from other stores.
     pub recorded_at: Option<DateTime<Utc>>,
 }
 
-/// Why a commit does not hold. In every case but [`Unknown`](CommitError::Unknown), nothing of it was stored.
+/// Why a commit failed. For every variant except [`Unknown`](CommitError::Unknown), nothing was stored.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum CommitError {
     /// Another writer was first. Read the stream again and decide again.
@@ -177,26 +180,29 @@ pub enum CommitError {
     Conflict {
         /// The stream.
         stream: StreamId,
-        /// Where the commit wanted it. The same as `actual`, if another event than the one known has this version.
+        /// The version that the commit expected. Equal to `actual` if another event than the expected one has this
+        /// version.
         expected: Version,
-        /// Where it is.
+        /// The current version of the stream.
         actual: Version,
     },
-    /// Another writer put the document first. Read it again; a worker that meets this on its checkpoint was fenced off.
+    /// Another writer changed the document first. Read the document again; a worker that gets this error on its
+    /// checkpoint is fenced.
     #[error("document {key} stands at version {actual}, not at {expected}")]
     DocumentConflict {
-        /// The document.
+        /// The name of the document.
         key: DocumentKey,
-        /// The version the commit wanted.
+        /// The version that the commit expected.
         expected: i64,
-        /// The version it has.
+        /// The current version of the document.
         actual: i64,
     },
-    /// The commit can never hold: too large, a name that is not one, a payload the store refuses. Do not retry.
+    /// The commit can never succeed: it is too large, has an invalid name, or has a payload that the store refuses. Do
+    /// not retry.
     #[error("the commit was refused: {0}")]
     Invalid(String),
-    /// The connection was lost while the commit was under way: it holds, or it does not. Retry with the same ids; the
-    /// version check tells which.
+    /// The connection was lost during the commit, so the outcome is unknown. Retry with the same ids; the version check
+    /// shows whether the first attempt was stored.
     #[error("it is not known whether the commit holds: {0}")]
     Unknown(String),
     /// The store cannot be reached or is overloaded. Nothing was stored; retry later.
@@ -205,17 +211,18 @@ pub enum CommitError {
 }
 
 impl Commit {
-    /// Whether there is nothing to do.
+    /// Returns whether the commit has neither appends nor puts.
     pub fn is_empty(&self) -> bool {
         self.appends.is_empty() && self.puts.is_empty()
     }
 
-    /// How many rows a store writes for it.
+    /// The number of rows that a store writes for this commit.
     pub fn rows(&self) -> usize {
         self.appends.iter().map(|append| append.events.len()).sum::<usize>() + self.puts.len()
     }
 
-    /// Checks what no store needs to look up: sizes, names, one entry per stream and per key, JSON that every store takes.
+    /// Checks everything that needs no lookup in a store: sizes, names, one entry per stream and per key, and JSON that
+    /// every store accepts.
     pub fn validate(&self) -> Result<(), CommitError> {
         let invalid = |reason: String| Err(CommitError::Invalid(reason));
         if self.rows() > COMMIT_ROWS_MAX {
@@ -279,25 +286,27 @@ fn has_twins<T: std::hash::Hash + Eq>(mut items: impl ExactSizeIterator<Item = T
     items.len() > 1 && !items.all(|item| seen.insert(item))
 }
 
-/// Whether the text is JSON that every store and every reader takes: nesting within [`NESTING_MAX`], and neither
-/// `\u0000` nor half a surrogate pair, which PostgreSQL stores as `json` but can never give back as text.
+/// Checks that the text is JSON that every store and every reader accepts: nesting within [`NESTING_MAX`], and neither
+/// `\u0000` nor half a surrogate pair. PostgreSQL stores those two as `json` but can never return them as text.
 pub(crate) fn check_json(text: &str) -> Result<(), String> {
     serde_json::from_str::<serde::de::IgnoredAny>(text).map_err(|error| format!("not JSON: {error}"))?;
     check_json_within(text, NESTING_MAX)
 }
 
-/// As [`check_json`], of a text that is known to be JSON and becomes a part of another: so its nesting has a limit of its own.
+/// Like [`check_json`], for a text that is known to be JSON and that becomes part of another text. Its nesting
+/// therefore has its own limit.
 pub(crate) fn check_json_within(text: &str, nesting_max: usize) -> Result<(), String> {
-    // Skipping over a value, as above, takes any depth; reading it does not. Few texts have brackets enough to look closer.
+    // The parser above skips values at any depth, but a reader has a limit. Few texts have enough brackets to need a
+    // closer look.
     let brackets = text.bytes().filter(|byte| matches!(byte, b'[' | b'{')).count();
     if brackets > nesting_max && nesting(text) > nesting_max {
         return Err(format!("it is nested more than {nesting_max} deep"));
     }
-    // Skipping does not look at these either.
+    // Skipping a value does not check its escapes either.
     check_escapes(text)
 }
 
-/// How deep the brackets of a valid JSON text go.
+/// Returns the nesting depth of a valid JSON text.
 fn nesting(text: &str) -> usize {
     let (mut depth, mut deepest, mut in_string, mut escaped) = (0_usize, 0, false, false);
     for byte in text.bytes() {
@@ -316,11 +325,12 @@ fn nesting(text: &str) -> usize {
     deepest
 }
 
-/// Whether each `\u` escape of a valid JSON text, alone or with the one that follows, is a character, and none is NUL.
+/// Checks that each `\u` escape of a valid JSON text, alone or with the escape after it, is a character, and that none
+/// is NUL.
 fn check_escapes(text: &str) -> Result<(), String> {
     let mut rest = text;
     while let Some(at) = rest.find('\\') {
-        // A backslash that is itself escaped is skipped with its escape.
+        // An escape other than `\u`, such as an escaped backslash, is skipped as a whole.
         let Some(unit) = utf16_unit(&rest[at..]) else {
             rest = rest.get(at + 2..).unwrap_or("");
             continue;
@@ -336,10 +346,10 @@ fn check_escapes(text: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// How long `\u0000` is.
+/// The length of `\u0000` in bytes.
 const UNIT_BYTES: usize = 6;
 
-/// The number of the `\u` escape that a text starts with.
+/// Parses the `\u` escape at the start of the text, if there is one.
 fn utf16_unit(text: &str) -> Option<u16> {
     u16::from_str_radix(text.strip_prefix("\\u")?.get(..4)?, 16).ok()
 }

@@ -1,4 +1,4 @@
-//! What the log holds: events in streams, each with a version in its stream and a position in the log.
+//! The contents of the log: events in streams, each with a version in its stream and a position in the log.
 
 use std::{borrow::Cow, fmt, sync::Arc};
 
@@ -8,19 +8,19 @@ use uuid::Uuid;
 
 use crate::trace_context::TraceContext;
 
-/// The longest stream id, in bytes: it is an index key in every store and a key on every bus.
+/// The longest stream id, in bytes: a stream id is an index key in every store and a key on every bus.
 pub const STREAM_ID_BYTES_MAX: usize = 512;
 /// The longest category, in bytes.
 pub const CATEGORY_BYTES_MAX: usize = 100;
-/// The largest payload of one event, in bytes of JSON: below what PostgreSQL and Kafka take by default.
+/// The largest payload of one event, in bytes of JSON: below the default limits of PostgreSQL and Kafka.
 pub const EVENT_BYTES_MAX: usize = 900_000;
-/// The JSON of metadata with a `traceparent`, and some room.
+/// The initial capacity for metadata JSON: enough for a `traceparent`, with some room to spare.
 const METADATA_BYTES: usize = 200;
 
 /// The name of a stream: `<category>-<id>`, such as `order-536365`.
 ///
-/// The category is lower-case letters, digits, `.` and `_`, starting with a letter; it ends at the first `-`. The id is
-/// any text without control characters; both together take at most [`STREAM_ID_BYTES_MAX`] bytes.
+/// The category consists of lower-case letters, digits, `.` and `_`, starts with a letter, and ends at the first `-`.
+/// The id is any text without control characters. Category and id together take at most [`STREAM_ID_BYTES_MAX`] bytes.
 ///
 /// ```
 /// use annals::StreamId;
@@ -33,33 +33,33 @@ const METADATA_BYTES: usize = 200;
 #[serde(try_from = "String", into = "String")]
 pub struct StreamId(Arc<str>);
 
-/// Why a text is no stream id. Nothing was stored; give the aggregate another id.
+/// Why a text is not a valid stream id. Nothing was stored; give the aggregate another id.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StreamIdError {
-    /// No `-` between category and id, or nothing on one side of it.
+    /// The `-` between category and id is missing, or one of the two parts is empty.
     #[error("stream id {0:?} is not `<category>-<id>` with both parts given")]
     Shape(String),
-    /// The category has a character that no category may have.
+    /// The category contains a character that is not allowed in categories, or is too long.
     #[error(
         "category {0:?} must be lower-case letters, digits, `.` or `_`, start with a letter, and have at most {CATEGORY_BYTES_MAX} bytes"
     )]
     Category(String),
-    /// The id has a control character, such as a newline.
+    /// The id contains a control character, such as a newline.
     #[error("the id {id:?} has the control character U+{:04X} at byte {at}; ids are printable text", *.character as u32)]
     ControlCharacter {
         /// The id, shortened.
         id: String,
         /// The offending character.
         character: char,
-        /// Where it stands in the id, in bytes.
+        /// The byte offset of the character in the id.
         at: usize,
     },
-    /// Longer than [`STREAM_ID_BYTES_MAX`].
+    /// The stream id is longer than [`STREAM_ID_BYTES_MAX`].
     #[error("the stream id starting with {start:?} has {bytes} bytes; the limit is {STREAM_ID_BYTES_MAX}")]
     TooLong {
-        /// Its first characters.
+        /// The first characters of the stream id.
         start: String,
-        /// Its whole length.
+        /// The length of the whole stream id.
         bytes: usize,
     },
 }
@@ -69,7 +69,7 @@ fn shortened(text: &str) -> String {
 }
 
 impl StreamId {
-    /// Joins a category and an id.
+    /// Joins a category and an id into a stream id.
     pub fn new(category: &str, id: &str) -> Result<Self, StreamIdError> {
         if category.contains('-') {
             return Err(StreamIdError::Category(shortened(category)));
@@ -77,13 +77,13 @@ impl StreamId {
         Self::parse(&[category, "-", id].concat())
     }
 
-    /// Reads `<category>-<id>`.
+    /// Parses `<category>-<id>`.
     pub fn parse(text: &str) -> Result<Self, StreamIdError> {
         Self::check(text)?;
         Ok(Self(text.into()))
     }
 
-    /// Whether this can be a stream id.
+    /// Checks that the text is a valid stream id.
     pub(crate) fn check(text: &str) -> Result<(), StreamIdError> {
         if text.len() > STREAM_ID_BYTES_MAX {
             return Err(StreamIdError::TooLong { start: shortened(text), bytes: text.len() });
@@ -107,12 +107,13 @@ impl StreamId {
         Ok(())
     }
 
-    /// A name that a store already holds, taken as it is: a reader must not be stopped by a row it would not have written.
+    /// Takes a name from a store without checking it: a row that this build would not have written must not stop a
+    /// reader.
     pub fn from_stored(text: &str) -> Self {
         Self(text.into())
     }
 
-    /// The whole name.
+    /// The full stream id, `<category>-<id>`.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -122,7 +123,8 @@ impl StreamId {
         self.0.split_once('-').map_or("", |(category, _)| category)
     }
 
-    /// Whether it is of this category. Asked of each event by each who reads, so nothing is searched.
+    /// Returns whether the stream belongs to this category. Every reader calls this for every event, so a prefix
+    /// comparison replaces the search for the `-`.
     pub(crate) fn is_of(&self, category: &str) -> bool {
         self.0.strip_prefix(category).is_some_and(|rest| rest.starts_with('-')) && !category.contains('-')
     }
@@ -168,9 +170,9 @@ macro_rules! counter {
         pub struct $name(pub i64);
 
         impl $name {
-            /// Before the first event.
+            /// The value before the first event.
             pub const START: Self = Self(0);
-            /// The one after.
+            /// Returns the next value.
             pub fn next(self) -> Self {
                 Self(self.0.saturating_add(1))
             }
@@ -191,7 +193,7 @@ counter!(
     Position
 );
 
-/// Derives an id from its cause: the same cause and index always give the same id, so a retry meets its own result.
+/// Derives an id from its cause: the same cause and index always give the same id, so a retry finds its own result.
 ///
 /// ```
 /// let cause = uuid::Uuid::nil();
@@ -207,7 +209,8 @@ pub fn named_id(cause: Uuid, name: &str) -> Uuid {
     Uuid::new_v5(&cause, name.as_bytes())
 }
 
-/// Who caused an event, and in which trace. The framework carries it from each message to all that follows from it.
+/// What caused an event, and the trace that it belongs to. The framework carries metadata from each message to its
+/// effects.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "Stored", into = "Stored")]
 pub struct Metadata {
@@ -215,11 +218,11 @@ pub struct Metadata {
     pub correlation_id: Uuid,
     /// The command or message that caused this event.
     pub causation_id: Uuid,
-    /// The W3C trace context, where there is one.
+    /// The W3C trace context, if there is one.
     pub trace: Option<TraceContext>,
 }
 
-/// Metadata as its JSON has it: a trace context may be invalid there.
+/// Metadata as stored in JSON, where the trace context may be invalid.
 #[derive(Serialize, Deserialize)]
 struct Stored {
     #[serde(default)]
@@ -253,22 +256,23 @@ impl From<Metadata> for Stored {
 }
 
 impl Metadata {
-    /// The metadata of the first command of a request: it correlates with itself.
+    /// The metadata of a request's first command: the command is its own correlation id.
     pub fn of_request(command_id: Uuid) -> Self {
         Self { correlation_id: command_id, causation_id: command_id, trace: None }
     }
 
-    /// The metadata of what a message causes.
+    /// The metadata of the effects of a message.
     pub fn caused_by(&self, message_id: Uuid) -> Self {
         Self { causation_id: message_id, ..self.clone() }
     }
 
-    /// Reads stored metadata; what is not ours reads as empty, so that no row can stop a reader.
+    /// Parses stored metadata. JSON that does not parse gives empty metadata, so that no row can stop a reader.
     pub fn from_json(text: &str) -> Self {
         serde_json::from_str(text).unwrap_or_default()
     }
 
-    /// The JSON to store: written by hand because it is on every event's path and has few plain fields.
+    /// Returns the JSON to store. Written by hand because every event passes through here and the fields are few and
+    /// plain.
     pub fn to_json(&self) -> String {
         let mut buffer = Uuid::encode_buffer();
         let mut json = String::with_capacity(METADATA_BYTES);
@@ -278,7 +282,7 @@ impl Metadata {
         json += self.causation_id.hyphenated().encode_lower(&mut buffer);
         json += "\"";
         if let Some(trace) = &self.trace {
-            // A valid one has nothing that JSON escapes.
+            // A valid `traceparent` contains nothing that JSON escapes.
             json += r#","traceparent":""#;
             json += trace.traceparent();
             json += "\"";
@@ -291,46 +295,46 @@ impl Metadata {
     }
 }
 
-/// An event on its way into a stream.
+/// An event to append to a stream.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NewEvent {
-    /// Derived from the cause with [`derived_id`], so that it is unique without an index to check it.
+    /// Derived from the cause with [`derived_id`], and so unique without an index that checks it.
     pub id: Uuid,
     /// The stored type name, such as `order.placed`.
     pub type_name: Cow<'static, str>,
     /// The schema version of `data`.
     pub schema_version: i32,
-    /// JSON text, stored and given back byte for byte.
+    /// The payload as JSON text, stored and returned byte for byte.
     pub data: String,
-    /// Who caused it.
+    /// What caused the event.
     pub metadata: Metadata,
 }
 
-/// An event as the log holds it.
+/// An event as stored in the log.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Recorded {
-    /// Its place in the log.
+    /// The position of the event in the log.
     pub position: Position,
-    /// Its stream.
+    /// The stream of the event.
     pub stream: StreamId,
-    /// Its place in the stream.
+    /// The version of the event in its stream.
     pub version: Version,
-    /// Its id.
+    /// The id of the event.
     pub id: Uuid,
     /// The stored type name.
     pub type_name: Arc<str>,
     /// The schema version of `data`.
     pub schema_version: i32,
-    /// JSON text, byte for byte as it was appended.
+    /// The payload as JSON text, byte for byte as it was appended.
     pub data: Arc<str>,
-    /// Who caused it.
+    /// What caused the event.
     pub metadata: Metadata,
-    /// When the store took it, by the store's clock.
+    /// When the store recorded the event, by the store's clock.
     pub recorded_at: DateTime<Utc>,
 }
 
 impl Recorded {
-    /// Decodes the payload as one of `E`; `None` where `E` skips types it does not know.
+    /// Decodes the payload as an event of type `E`. Returns `None` for a type that `E` is declared to skip.
     pub fn decode<E: Event>(&self) -> Result<Option<E>, DecodeError> {
         E::decode(&self.type_name, self.schema_version, &self.data).map_err(|source| DecodeError {
             stream: self.stream.clone(),
@@ -341,30 +345,30 @@ impl Recorded {
     }
 }
 
-/// An event in the log that the code of today cannot read: says which, where and why.
+/// An event in the log that this build cannot read, with its place and the reason.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("event {version} of stream {stream} (position {position}): {source}")]
 pub struct DecodeError {
-    /// The stream it is in.
+    /// The stream of the event.
     pub stream: StreamId,
-    /// Its version there.
+    /// The version of the event in its stream.
     pub version: Version,
-    /// Its position in the log.
+    /// The position of the event in the log.
     pub position: Position,
-    /// What is wrong with it.
+    /// Why the event cannot be read.
     pub source: EventError,
 }
 
-/// A stored type name and the schema version written today.
+/// A stored type name and its current schema version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EventType {
-    /// Such as `order.placed`. Stored: never rename.
+    /// The name, such as `order.placed`. Stored: never rename.
     pub name: &'static str,
-    /// From 1; raise it with an upcaster when the shape changes.
+    /// The schema version, from 1. When the shape changes, raise the version and add an upcaster.
     pub version: i32,
 }
 
-/// Anything that travels or is stored by name: events, and commands that cross a bus.
+/// A type whose values are stored or sent by name: events, and commands that cross a bus.
 ///
 /// Derive it: `#[derive(Event)]` on an enum, see [the macro](macro@crate::Event).
 pub trait Event: Sized + Send + Sync + 'static {
@@ -372,11 +376,12 @@ pub trait Event: Sized + Send + Sync + 'static {
     const TYPES: &'static [EventType];
     /// The stored type name of this value.
     fn type_name(&self) -> &'static str;
-    /// The schema version this value is written with.
+    /// The schema version that this value is written with.
     fn schema_version(&self) -> i32;
-    /// The JSON text to store.
+    /// Returns the JSON text to store.
     fn encode(&self) -> Result<String, EventError>;
-    /// Reads what was stored, through the upcasters where it is older. `Ok(None)`: a type that this enum skips.
+    /// Decodes a stored payload, with upcasters applied to older schema versions. Returns `Ok(None)` for a type that
+    /// this enum skips.
     fn decode(type_name: &str, schema_version: i32, data: &str) -> Result<Option<Self>, EventError>;
 }
 
@@ -391,7 +396,7 @@ pub enum EventError {
         /// The types known.
         expected: &'static [EventType],
     },
-    /// Written by a newer build. Deploy that build, or wait for it.
+    /// The event was written by a newer build. Deploy that build, or wait for it.
     #[error("{type_name} has schema version {version}; this build reads versions 1 to {known}")]
     FutureVersion {
         /// The type.
@@ -401,17 +406,17 @@ pub enum EventError {
         /// The newest version known.
         known: i32,
     },
-    /// The JSON does not fit, also after the upcasters. Add or mend an upcaster.
+    /// The JSON does not match the type, even after the upcasters. Add an upcaster or fix one.
     #[error("{type_name} version {version} cannot be read: {reason}")]
     Undecodable {
         /// The type.
         type_name: String,
         /// The version found.
         version: i32,
-        /// What did not fit, and where.
+        /// What did not match, and where.
         reason: String,
     },
-    /// The value has no JSON form (a map with non-text keys, a NaN).
+    /// The value has no JSON form, such as a map with non-text keys or a NaN.
     #[error("{type_name} cannot be written as JSON: {reason}")]
     Unencodable {
         /// The type.
@@ -425,7 +430,7 @@ fn names(types: &[EventType]) -> String {
     types.iter().map(|t| t.name).collect::<Vec<_>>().join(", ")
 }
 
-/// Encodes typed events as the result of one command: their ids derive from the command's.
+/// Encodes the events that one command produced. Their ids derive from the id of the command.
 pub fn encode_all<E: Event>(
     events: &[E],
     command_id: Uuid,

@@ -1,4 +1,4 @@
-//! Event sourcing and sagas: aggregates decide, their events go into one log, and everything else follows that log.
+//! Event sourcing and sagas: aggregates decide, one log holds their events, and everything else follows that log.
 //!
 //! ```
 //! # tokio::runtime::Runtime::new()?.block_on(async {
@@ -51,9 +51,9 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! From here: [`Handler`] and [`Subscription`] react to the log, [`Service`] and [`Runtime`] run services that talk over a
-//! bus, [`Saga`] plans steps over several of them, and a [`Participant`] carries such steps out. A store is chosen by
-//! another crate: `annals-sqlite` or `annals-postgres`.
+//! Next: [`Handler`] and [`Subscription`] react to the log. [`Service`] and [`Runtime`] run services that communicate
+//! over a bus. A [`Saga`] plans steps across several services, and a [`Participant`] executes those steps. Stores live
+//! in other crates: `annals-sqlite` and `annals-postgres`.
 
 extern crate self as annals;
 

@@ -1,4 +1,4 @@
-//! The port to a store: the log, the streams in it, and the documents beside it.
+//! The port to a store: the log, its streams, and documents.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -12,70 +12,73 @@ use crate::{
     event::{Position, Recorded, StreamId, Version},
 };
 
-/// A durable log with documents beside it. `annals_tests::store` is the suite that says whether an implementation is one.
+/// A durable log and a set of documents. The test suite `annals_tests::store` defines what an implementation must do.
 ///
-/// Every method may be called from many tasks at once, and every future may be dropped at any point: a dropped
-/// [`commit`](EventStore::commit) still happens whole or not at all.
+/// Every method may be called from many tasks at once, and every future may be dropped at any point: a
+/// [`commit`](EventStore::commit) whose future is dropped still happens as a whole or not at all.
 #[async_trait]
 pub trait EventStore: Send + Sync + 'static {
-    /// Applies a commit whole or not at all, and returns once it is durable. Concurrent commits may share a round trip;
-    /// a failing one takes no other with it.
+    /// Applies a commit as a whole or not at all, and returns once the commit is durable. Concurrent commits may share
+    /// a round trip; a failed commit does not fail the others.
     ///
-    /// Crash before it returns: it holds or it does not. Crash after: it holds.
+    /// After a crash before the return, the commit is stored or not stored. After a crash after the return, the commit
+    /// is stored.
     async fn commit(&self, commit: Commit) -> Result<Committed, CommitError>;
 
-    /// Up to `limit` events of a stream with versions above `after`, in order.
+    /// Returns up to `limit` events of a stream with versions above `after`, in order.
     async fn read_stream(&self, stream: &StreamId, after: Version, limit: usize) -> Result<Vec<Recorded>, StoreError>;
 
-    /// Events in log order after `after`. Never passes an event that a slower writer may still commit.
+    /// Returns events after position `after` in log order. Never passes an event that a slower writer may still commit.
     async fn read_log(&self, query: &LogQuery, after: Position, limit: usize) -> Result<LogPage, StoreError>;
 
-    /// Documents by key, in the order of the keys, as of one moment.
+    /// Returns documents by key, in the order of the keys, as of one moment.
     async fn documents(&self, keys: &[DocumentKey]) -> Result<Vec<Option<Document>>, StoreError>;
 
-    /// Documents of a collection, in order, up to `limit`.
+    /// Returns up to `limit` documents of a collection, in order.
     async fn scan(&self, collection: &str, scan: &Scan, limit: usize) -> Result<Vec<Document>, StoreError>;
 
-    /// Resolves when there may be events after `after`; may resolve early, never stays asleep past one.
+    /// Resolves when there may be events after `after`. May resolve early, but never sleeps past an event.
     async fn wait(&self, after: Position) -> Result<(), StoreError>;
 
-    /// Where the log stands, and what its readers wait for.
+    /// Returns the head of the log and what readers wait for.
     async fn status(&self) -> Result<StoreStatus, StoreError>;
 
-    /// The number of the history that this handle reads. It changes when events that the handle has shown may be gone: at a
-    /// failover, after a restore, and whenever the last event shown is missing. [`StoreStatus::lost_end`] is set only in the
-    /// last case. After a change, everything in memory that was read before (states, checkpoints, positions) must be read
-    /// again; [`wait`](EventStore::wait) wakes up, and commits that were handed over before fail as unavailable.
+    /// The number of the history that this handle reads. The number changes when events that the handle has shown may
+    /// be gone: at a failover, after a restore, and whenever the last event shown is missing. Only the last case sets
+    /// [`StoreStatus::lost_end`]. After a change, everything in memory that was read before (states, checkpoints,
+    /// positions) must be read again; [`wait`](EventStore::wait) wakes up, and commits handed over before the change
+    /// fail as unavailable.
     ///
-    /// Never blocks. The default is for stores that cannot lose events while they are open.
+    /// Never blocks. The default suits stores that cannot lose events while they are open.
     fn history(&self) -> u64 {
         0
     }
 
-    /// The clock that everything on this store waits by. A store that several machines share keeps it at its own time; a store
-    /// around another one gives that one's clock. The default is the clock of the machine.
+    /// The clock for everything that waits on this store. A store shared by several machines sets the clock to its own
+    /// time; a store that wraps another store returns the clock of the inner one. The default is the clock of the
+    /// machine.
     fn clock(&self) -> Clock {
         Clock::machine()
     }
 }
 
 impl dyn EventStore + '_ {
-    /// One document by key.
+    /// Returns one document by key.
     pub(crate) async fn document(&self, key: &DocumentKey) -> Result<Option<Document>, StoreError> {
         Ok(self.documents(std::slice::from_ref(key)).await?.into_iter().next().flatten())
     }
 }
 
-/// Which documents of a collection to give.
+/// Which documents of a collection to return.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Scan {
-    /// Ids above this one, in byte order; start with `""`.
+    /// Documents with ids above this one, in byte order; start with `""`.
     After(Arc<str>),
-    /// Those due by then, earliest first.
+    /// Documents due by this time, earliest first.
     Due(DateTime<Utc>),
 }
 
-/// Which events of the log to give. Empty lists give all.
+/// Which events of the log to return. An empty list does not filter.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LogQuery {
     /// Categories, such as `order`.
@@ -100,7 +103,7 @@ impl LogQuery {
         Self { types: types.into_iter().map(Into::into).collect(), categories: Vec::new() }
     }
 
-    /// Whether it gives this event.
+    /// Returns whether the query includes this event.
     pub fn matches(&self, event: &Recorded) -> bool {
         (self.categories.is_empty() || self.categories.iter().any(|category| event.stream.is_of(category)))
             && (self.types.is_empty() || self.types.contains(&event.type_name))
@@ -110,35 +113,35 @@ impl LogQuery {
 /// One page of the log.
 #[derive(Clone, Debug, Default)]
 pub struct LogPage {
-    /// The events that the query gives, in log order.
+    /// The events that match the query, in log order.
     pub events: Vec<Arc<Recorded>>,
-    /// Read on from here: past everything this page looked at, also what the query left out. Equal to the position asked
-    /// for when the reader has caught up.
+    /// The position to read on from: past everything that this page examined, including events that the query left out.
+    /// Equal to the requested position when the reader has caught up.
     pub next: Position,
-    /// Whether it ended although there may be more to read: it is full, or has looked at as much of the log as one page may.
+    /// Whether there may be more to read: the page is full, or has examined as much of the log as one page may.
     pub more: bool,
 }
 
-/// Where a log stands.
+/// The state of a log.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StoreStatus {
     /// The position of the last event that a reader can see.
     pub head: Position,
-    /// What readers wait for before they go on; `None` when they wait for nothing.
+    /// What readers wait for before they read on; `None` when they do not wait.
     pub waits_for: Option<OpenWriter>,
-    /// Set once the log has lost its end under this handle, until the process restarts.
+    /// Set once the log has lost its end under this handle, and kept until the process restarts.
     pub lost_end: Option<LostEnd>,
 }
 
-/// A log that lacks events which this process has read or written: a failover to a standby that lagged, or a restore to an
-/// earlier moment. Everything recorded after the event is gone too.
+/// A log that lacks events which this process has read or written, after a failover to a standby that lagged or a
+/// restore to an earlier moment. Everything recorded after the missing event is gone too.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LostEnd {
-    /// The last event that was known: its position,
+    /// The position of the last known event.
     pub position: Position,
-    /// and its id.
+    /// The id of the last known event.
     pub event_id: Uuid,
-    /// When its absence was noticed.
+    /// When the event was found missing.
     pub noticed_at: DateTime<Utc>,
 }
 
@@ -154,14 +157,15 @@ impl fmt::Display for LostEnd {
     }
 }
 
-/// A transaction that may still write events before those that readers have not come to yet.
+/// A transaction that may still write events before those that readers have not reached yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OpenWriter {
-    /// Its process on the server, for who asks there; `None` for a prepared transaction, which has none.
+    /// The server process of the transaction, to look it up on the server; `None` for a prepared transaction, which has
+    /// no process.
     pub pid: Option<i32>,
-    /// How long ago it began. Of several, this is the oldest.
+    /// How long ago the transaction began. With several transactions, the age of the oldest.
     pub age: Duration,
-    /// All of them in words.
+    /// A description of all open transactions.
     pub description: String,
 }
 
@@ -171,16 +175,16 @@ impl fmt::Display for OpenWriter {
     }
 }
 
-/// Why a read gave nothing. Reading again is always safe.
+/// Why a read failed. Reading again is always safe.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum StoreError {
     /// The store cannot be reached or is overloaded; retry later.
     #[error("the store is unavailable: {0}")]
     Unavailable(String),
-    /// The question is at fault, such as a name that the store can never hold; retrying does not help.
+    /// The request is invalid, such as a name that the store can never hold; retrying does not help.
     #[error("the store cannot be asked for that: {0}")]
     Refused(String),
-    /// What was read is not what a store of ours holds; retrying does not help.
+    /// The stored data is not in the format of this project's stores; retrying does not help.
     #[error("the store holds something that cannot be read: {0}")]
     Corrupt(String),
 }
