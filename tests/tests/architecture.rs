@@ -1,4 +1,5 @@
-//! Who may know whom, and other promises of ARCHITECTURE.md and the README that the compiler does not check.
+//! The allowed dependencies between packages, and other promises of ARCHITECTURE.md and the README that the compiler
+//! does not check.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -10,9 +11,9 @@ use std::{
 
 use serde::Deserialize;
 
-/// A function longer than this is two ideas.
+/// A longer function holds more than one idea.
 const FUNCTION_LINES_MAX: usize = 80;
-/// Functions that are longer today. The list may only shrink.
+/// Functions that are still longer. The list may only shrink.
 const LONG_FUNCTIONS: [&str; 6] = [
     "cli/src/commands/export.rs: run",
     "cli/src/commands/replay.rs: run",
@@ -21,7 +22,7 @@ const LONG_FUNCTIONS: [&str; 6] = [
     "core/src/relay.rs: carry",
     "tests/tests/kafka_strangers.rs: poison_among_good_ones",
 ];
-/// Drivers of databases and brokers, which the core must not meet even through others.
+/// Drivers of databases and brokers, on which the core must not depend, not even indirectly.
 const DRIVERS: [&str; 8] =
     ["sqlx", "sqlx-core", "sqlx-postgres", "libsqlite3-sys", "rusqlite", "tokio-postgres", "rdkafka", "rdkafka-sys"];
 
@@ -41,7 +42,7 @@ struct Package {
 #[derive(Deserialize)]
 struct Dependency {
     name: String,
-    /// `None` for a normal one, else `dev` or `build`.
+    /// `None` for a normal dependency, else `dev` or `build`.
     kind: Option<String>,
 }
 
@@ -59,7 +60,7 @@ impl Workspace {
         fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
     }
 
-    /// The folders of the packages, which is what ARCHITECTURE.md calls them by.
+    /// Returns the folders of the packages, by which ARCHITECTURE.md names them.
     fn rooms(&self) -> BTreeMap<&str, &str> {
         self.packages.iter().map(|package| (&*package.name, package.room())).collect()
     }
@@ -71,7 +72,7 @@ impl Package {
     }
 }
 
-/// Where a room stands; it may only know rooms further in.
+/// Returns the ring of a room. A room may only know rooms further in.
 fn ring(room: &str) -> u32 {
     match room {
         "macros" => 0,
@@ -117,13 +118,13 @@ fn the_core_meets_no_driver_even_through_others() {
             next.extend(locked.get(name).into_iter().flatten());
         }
     }
-    // So that a change in the shape of the lock file is not taken for innocence.
+    // A lock file of a changed format must not pass for one without drivers.
     assert!(met.contains("mio"), "tokio brings mio: the lock file was not understood");
     let wrong: Vec<_> = met.iter().filter(|name| DRIVERS.contains(*name)).collect();
     assert!(wrong.is_empty(), "core must not know {wrong:?}");
 }
 
-/// What each package of the lock file depends on, by name; of several versions, all together.
+/// Returns the dependencies of each package in the lock file by name; several versions of a package count together.
 fn locked(lock: &str) -> BTreeMap<&str, Vec<&str>> {
     let mut locked: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     let mut name = "";
@@ -168,7 +169,7 @@ fn no_function_is_two_ideas() {
     assert!(shorter.is_empty(), "take these off the list, they are short now: {shorter:#?}");
 }
 
-/// The names of functions that are too long. rustfmt ends each function with a brace below its first word.
+/// Returns the names of functions that are too long. rustfmt ends each function with a brace below its first word.
 fn long_functions(text: &str) -> Vec<String> {
     let indent = |line: &str| line.len() - line.trim_start().len();
     let lines: Vec<_> = text.lines().collect();
@@ -223,7 +224,7 @@ fn every_decision_is_listed() {
     assert!(missing.is_empty(), "docs/adr/README.md does not list {missing:?}");
 }
 
-/// `core/src/work.rs` in backticks, or `](docs/adr/README.md)`, in a page of documentation.
+/// A page names a file as `core/src/work.rs` in backticks, or as a link `](docs/adr/README.md)`.
 #[test]
 fn the_documents_name_files_that_are_there() {
     let workspace = Workspace::read();
@@ -269,7 +270,8 @@ fn between<'a>(text: &'a str, start: &'a str, end: &'a str) -> impl Iterator<Ite
     })
 }
 
-/// `<!-- quote:FILE -->` and the code block after it: the file, or what stands in it between its `README` marks.
+/// `<!-- quote:FILE -->` and the code block after it: the block is the file, or the part of it between its `README`
+/// marks.
 #[test]
 fn the_readme_quotes_its_example_as_it_is_tested() {
     let workspace = Workspace::read();

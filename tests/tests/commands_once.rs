@@ -1,4 +1,4 @@
-//! A command is carried out once, however many events it gives and whatever becomes of the answer to its commit.
+//! A command is executed once, however many events it has and whatever happens to the answer to its commit.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -18,16 +18,16 @@ use uuid::Uuid;
 
 use self::postgres::on_each_store;
 
-/// What `annals::repository` says of how many commands it remembers.
+/// The number of commands that `annals::repository` remembers.
 const REMEMBERED_COMMANDS: usize = 1_024;
 
-/// The ids of a stream's events.
+/// Returns the ids of a stream's events.
 async fn ids(store: &Arc<dyn EventStore>, stream: &str) -> Vec<Uuid> {
     let events = store.read_stream(&StreamId::parse(stream).unwrap(), Version::START, 100_000).await.unwrap();
     events.into_iter().map(|event| event.id).collect()
 }
 
-/// Each of them stands there once.
+/// Asserts that each event is in the stream once.
 async fn assert_once(store: &Arc<dyn EventStore>, stream: &str, events: usize) {
     let ids = ids(store, stream).await;
     assert_eq!((ids.len(), ids.iter().collect::<HashSet<_>>().len()), (events, events), "{stream}");
@@ -37,7 +37,8 @@ async fn assert_once(store: &Arc<dyn EventStore>, stream: &str, events: usize) {
 async fn repeated_command_is_found_however_many_events_it_gave() {
     on_each_store(async |store| {
         for events in [1_000, 1_024, 1_025, 2_000, 9_999] {
-            // Also one that names another cause than itself, so that its events do not say that they belong together.
+            // Also a command that names another cause than itself, so that its events do not show that they belong
+            // together.
             for cause in [None, Some(Uuid::new_v4())] {
                 let (id, name) = (Uuid::new_v4(), Uuid::new_v4().to_string());
                 let metadata = Metadata { causation_id: cause.unwrap_or(id), ..Metadata::of_request(id) };
@@ -156,7 +157,7 @@ async fn commands_that_share_a_commit_whose_answer_is_lost_are_carried_out_once(
     .await;
 }
 
-/// The server works on the first attempt until the second is under way, and other writers follow.
+/// The server is busy with the first attempt until the second is under way, and other writers follow.
 #[tokio::test]
 async fn commit_that_holds_late_is_found_where_it_was_staged() {
     on_each_store(async |store| {
@@ -179,7 +180,7 @@ async fn commit_that_holds_late_is_found_where_it_was_staged() {
     .await;
 }
 
-/// Adds to two tallies in one transaction, as its documentation says.
+/// Adds to two tallies in one transaction, as the documentation of transactions says.
 async fn add_to_both(store: Arc<dyn EventStore>, id: Uuid) -> Result<u32, CommitError> {
     let tallies = Repository::<Tally>::new(store.clone());
     let mut transaction = Transaction::new(store, id);
@@ -205,7 +206,7 @@ async fn transaction_whose_answer_is_lost_is_carried_out_once() {
         let id = Uuid::new_v4();
         assert_eq!(add_to_both(port.clone(), id).await.unwrap(), 2);
         assert_eq!(add_to_both(port.clone(), Uuid::new_v4()).await.unwrap(), 3);
-        // Repeated as a whole.
+        // The whole transaction is repeated.
         add_to_both(port, id).await.unwrap();
         for stream in ["tally-left", "tally-right"] {
             assert_once(&store, stream, 3_000).await;
@@ -245,7 +246,7 @@ async fn transaction_of_documents_alone_says_that_its_outcome_is_unknown() {
     assert!(matches!(transaction.commit(work).await, Err(CommitError::Unknown(_))));
 }
 
-/// One of the commands of a lost commit was sent to another process as well, and stands by chance where the lost commit had it.
+/// One command of a lost commit was also sent to another process, and happens to be at the version of the lost commit.
 #[tokio::test]
 async fn one_command_of_a_lost_commit_carried_out_elsewhere_does_not_stand_for_the_others() {
     on_each_store(async |store| {
@@ -262,7 +263,7 @@ async fn one_command_of_a_lost_commit_carried_out_elsewhere_does_not_stand_for_t
         first.reached().await;
         let twice = Uuid::new_v4();
         let [lost, also_elsewhere] = [send(2, Uuid::new_v4()), send(3, twice)];
-        // Both wait in the line of the aggregate before it goes on.
+        // Both commands wait in the queue of the aggregate before it continues.
         tokio::task::yield_now().await;
         first.open();
         opening.await.unwrap().unwrap();

@@ -1,4 +1,4 @@
-//! Mistakes in names: found when they are made, at the start, or by name after a while; nothing is written before.
+//! Mistakes in names are found when they are made, at the start, or by name after a while. Nothing is written before.
 #![allow(clippy::unwrap_used)]
 
 use std::{convert::Infallible, panic::AssertUnwindSafe, sync::Arc, time::Duration};
@@ -21,7 +21,7 @@ fn store() -> Arc<dyn EventStore> {
     Arc::new(MemoryStore::new())
 }
 
-/// What a panic says.
+/// Returns the message of a panic.
 fn panics<T>(code: impl FnOnce() -> T) -> String {
     let panic = std::panic::catch_unwind(AssertUnwindSafe(code)).err().expect("it did not panic");
     panic.downcast_ref::<String>().cloned().unwrap_or_default()
@@ -70,7 +70,7 @@ impl Aggregate for Other {
     fn evolve(&mut self, _: &OtherEvent) {}
 }
 
-/// Tally, as a later build has it.
+/// The tally of a later build.
 #[derive(Clone, Default)]
 struct NextTally;
 
@@ -92,7 +92,7 @@ fn two_aggregates_in_one_category_are_refused_and_two_builds_of_one_are_not() {
     _ = Repository::<NextTally>::new(store.clone());
     let reason = panics(|| Repository::<Other>::new(store.clone()));
     assert!(reason.contains("Tally") && reason.contains("Other") && reason.contains("\"tally\""), "{reason}");
-    // On another store, nothing is in its way.
+    // On another store, the name is free.
     _ = Repository::<Other>::new(self::store());
 }
 
@@ -153,7 +153,7 @@ async fn two_services_or_sagas_of_one_name_are_refused_at_the_start() {
         matches!(&error, StartError::Name(NameError::Taken { first: "saga", name, .. }) if name == "checkout"),
         "{error}"
     );
-    // Also when they are started one after the other.
+    // The same holds if they are started one after the other.
     let mut runtime = Runtime::new();
     let bus = Arc::new(LocalBus::default());
     runtime.start(vec![service("order")], bus.clone()).await.unwrap();
@@ -218,7 +218,7 @@ async fn category_that_nobody_has_is_named_until_somebody_has_it() {
     })
     .await;
     drop(named);
-    // An event of another process would do as well.
+    // An event of another process would have the same effect.
     Repository::<Tally>::with(store.clone(), "talley", 10);
     eventually("fine", async || runtime.health().is_fine().then_some(())).await;
     runtime.drain(DRAIN).await.unwrap();

@@ -1,5 +1,5 @@
-//! Services that change while they run: plans that sagas under way are moved to, and builds side by side of which one does not
-//! know what the other wrote.
+//! Services that change while they run: sagas under way are moved to other plans, and builds run side by side without
+//! knowing everything that the other one wrote.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -21,12 +21,13 @@ use uuid::Uuid;
 
 const ALL: [&str; 3] = ["shop", "hotel", "bank"];
 const DRAIN: Duration = Duration::from_secs(10);
-/// Longer than any test lasts: what goes on does so without a timer.
+/// Longer than any test: progress must not depend on a timer.
 const PATIENT: Duration = Duration::from_secs(120);
 
 type Plan = Saga<Trip>;
 
-/// A plan of these steps: `book`, `charge` and the like can be undone, `confirm` decides, and what follows is repeated.
+/// A plan of these steps: `book`, `charge` and so on can be undone, `confirm` is the pivot, and the steps after it are
+/// retried.
 macro_rules! plan {
     ($timeout:expr, $attempts:expr; $($step:literal @ $service:literal),*; $($after:literal @ $other:literal),*) => {
         Saga::<Trip>::named("trip")
@@ -60,14 +61,14 @@ async fn start(world: &World, runner: Runner<Trip>, names: &[&str]) -> Runtime {
     runtime
 }
 
-/// A saga of `old` waits at `charge`: the bank is away, and its messages are kept.
+/// A saga of `old` waits at `charge`: the bank is away, and its messages are held.
 async fn waits_at_charge(store: Arc<dyn EventStore>, old: fn() -> Plan) -> World {
     let world = World::new(store, old());
     start(&world, runner(&world.store, old()), &["bank"]).await.drain(DRAIN).await.unwrap();
     let runtime = start(&world, runner(&world.store, old()), &["shop", "hotel"]).await;
     world.request("a", Uuid::new_v4(), None).await;
     eventually("it waits at charge", async || world.status("a").await.filter(|status| status.step == "charge")).await;
-    // Nobody takes what is sent to the bank: cut off rather than drained.
+    // No member takes the messages to the bank, so the runtime is dropped instead of drained.
     drop(runtime);
     world
 }
@@ -80,7 +81,8 @@ fn to(progress: &Progress, step: usize) -> Progress {
     Progress { at: At::Forward(step), ..progress.clone() }
 }
 
-/// Sagas move to plans with steps added in front, behind and between, removed and moved, as long as those were not asked for.
+/// Sagas move to plans with steps added before, after and between, removed and moved, if those steps were not requested
+/// yet.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn steps_that_were_not_asked_for_are_added_removed_and_moved() {
     type Case = (&'static str, fn() -> Plan, fn(&Progress) -> Progress, &'static [&'static str]);
@@ -123,7 +125,7 @@ async fn steps_that_were_not_asked_for_are_added_removed_and_moved() {
                 }
                 let runtime = start(&world, runner(&world.store, plan()).migrate(first().hash(), migrate), &ALL).await;
                 if ledger.is_empty() {
-                    // The booking was asked for and done: without it in the plan, nobody would take it back.
+                    // The booking was requested and done: without it in the plan, it would never be compensated.
                     let error = refusal(&world, "a", runtime).await;
                     assert!(error.contains("step \"book\" was asked for, and the plan does not have it"), "{error}");
                     continue;
@@ -151,7 +153,8 @@ async fn steps_that_were_not_asked_for_are_added_removed_and_moved() {
     }
 }
 
-/// What an operator reads of a saga whose migration is refused, while another one goes on; then the runtime is drained.
+/// Returns what an operator reads about a saga whose migration is refused while another saga continues, and drains the
+/// runtime.
 async fn refusal(world: &World, id: &str, runtime: Runtime) -> String {
     let is_refused = async || world.status(id).await?.last_error.filter(|error| error.contains("cannot be moved"));
     let parked = async || {
@@ -207,7 +210,7 @@ async fn migration_that_would_do_a_step_again_or_leads_nowhere_is_refused_for_th
         let runtime = start(&world, runner(&world.store, plan()).migrate(first().hash(), migrate), &ALL).await;
         let error = refusal(&world, "a", runtime).await;
         assert!(error.contains(why), "{error}");
-        // The mended build keeps the plan for it, and takes what has waited at once.
+        // The repaired build keeps the plan for the saga, and handles the waiting messages at once.
         let runtime = start(&world, runner(&world.store, plan()).older(first()), &ALL).await;
         world.becomes("a", Status::Completed).await;
         assert_eq!(world.ledger("a").await, ["book", "charge", "confirm", "announce"], "{why}");
@@ -252,7 +255,8 @@ fn second() -> Plan {
     plan!(PATIENT, 3; "book" @ "hotel", "charge" @ "bank"; "announce" @ "hotel", "thank" @ "hotel")
 }
 
-/// Two builds on one store, each with a bus of its own: the lanes of the log are shared, so each gets what the other wrote.
+/// Two builds on one store, each with a bus of its own: they share the lanes of the log, so each gets what the other
+/// wrote.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn builds_side_by_side_forth_and_back_leave_no_saga_behind() {
     let schema = postgres::Schema::new();
@@ -286,7 +290,7 @@ async fn builds_side_by_side_forth_and_back_leave_no_saga_behind() {
         let both = instance(new, &stores[1], new_build()).await;
         request(20).await;
         all_end(&world, 0..40, name).await;
-        // Back: the new build goes while sagas of its plan are under way, and comes again.
+        // The way back: the new build stops while sagas of its plan are under way, and returns later.
         world.script.play("thank", Play::Fail, 3);
         request(40).await;
         both.drain(DRAIN).await.unwrap();
@@ -295,7 +299,7 @@ async fn builds_side_by_side_forth_and_back_leave_no_saga_behind() {
         alone.drain(DRAIN).await.unwrap();
         request(80).await;
         all_end(&world, 0..100, name).await;
-        // An answer that came twice may still wait where the old build has left it.
+        // A reply that came twice may still be parked where the old build has left it.
         for service in ALL {
             let parked = async || documents(&world.store, &format!("parked.{service}.commands")).await;
             eventually("nothing waits", async || parked().await.is_empty().then_some(())).await;
@@ -314,7 +318,7 @@ async fn all_end(world: &World, ids: std::ops::Range<usize>, name: &str) {
     }
 }
 
-/// Sagas of a plan that no running build has wait, visibly.
+/// Sagas whose plan is in no running build wait, and operators see that they do.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn saga_whose_plan_no_build_has_waits_visibly_and_goes_on_with_one_that_has_it() {
     fn quick() -> Plan {
@@ -335,7 +339,7 @@ async fn saga_whose_plan_no_build_has_waits_visibly_and_goes_on_with_one_that_ha
     runtime.drain(DRAIN).await.unwrap();
 }
 
-/// What the next build writes.
+/// The events of the next build.
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "tally")]
 enum NewerTally {
@@ -343,7 +347,7 @@ enum NewerTally {
     Rounded {},
 }
 
-/// Follows tallies and writes down what it has read, as a build that knows `E`.
+/// Follows tallies and records what it has read, as a build that knows `E`.
 struct Follower<E>(std::marker::PhantomData<fn() -> E>);
 
 #[async_trait]
@@ -385,7 +389,7 @@ async fn event_that_a_build_does_not_know_waits_for_one_that_does() {
     let outdated = annals::Repository::<Tally>::new(store.clone());
     let refused = outdated.execute("x", TallyCommand::Add(2), Uuid::new_v4()).await;
     assert!(matches!(refused, Err(annals::ExecuteError::Undecodable(_))), "{refused:?}");
-    // Another key goes on, and one behind it waits in its order.
+    // Another key continues, and a message of the same key waits in its order.
     append(&store, "tally-x", 2, &NewerTally::Added { amount: 3 }).await;
     add("y", 1).await;
     let followed = async |id: &str| {

@@ -1,4 +1,4 @@
-//! From one service's log over a bus into another's store: in order, and each effect on an aggregate once.
+//! From one service's log over a bus to another service's store: in order, and each effect on an aggregate once.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -81,7 +81,7 @@ async fn relay_that_crashes_at_its_checkpoint_sends_again_and_nothing_is_done_tw
         let relay = start(vec![source(&inner)], &bus).await;
         add(&inner, "a", 31..=40).await;
         copied(&there, "a", (1..=40).collect()).await;
-        // Also the document, which no command id protects.
+        // The document as well, which no command id protects.
         assert_eq!(copies(&there, "a").await.0, (1..=40).collect::<Vec<_>>());
         let sent = async || {
             let checkpoints = documents(&there, CHECKPOINTS).await;
@@ -131,7 +131,7 @@ async fn relay_passes_over_what_it_does_not_publish() {
     drop(runtime);
 }
 
-/// A bus of one partition whose messages a test writes down beforehand.
+/// A bus of one partition whose messages are scripted by the test.
 #[derive(Default)]
 struct Scripted {
     messages: Mutex<Vec<Result<Message, Undecodable>>>,
@@ -225,7 +225,7 @@ impl Scripted {
     }
 }
 
-/// Notes each message it is given, a document per key; numbers that are in `bad` fail.
+/// Records each message, one document per key. Numbers in `bad` fail.
 #[derive(Clone, Default)]
 struct Notes {
     bad: Arc<Mutex<Vec<i64>>>,
@@ -300,7 +300,7 @@ async fn what_a_relay_sends_twice_is_handled_once() {
     bus.add([sent("a", 0, 1), sent("b", 0, 2), sent("c", 1, 1), sent("a", 0, 1), sent("a", 0, 3), sent("b", 0, 2)]);
     noted(&store, "a", &[1, 3]).await;
     consuming.stop().await;
-    // A relay that starts again from far behind, and a consumer that knows it only from its checkpoint; then nothing else.
+    // A relay restarts from far behind, and the consumer knows it only from its checkpoint; no other messages come.
     let consuming = consume(&Handle(bus.clone()), &["source.events"], 1, &notes, store.clone()).await;
     bus.add([sent("a", 0, 1), sent("b", 0, 2), sent("a", 0, 3), sent("c", 1, 1), sent("c", 1, 2), sent("a", 0, 3)]);
     noted(&store, "c", &[1, 2]).await;
@@ -320,7 +320,7 @@ async fn lost_commit_and_failed_rewind_lose_nothing() {
     let store: Arc<dyn EventStore> = Arc::new(faulty.clone());
     let consuming = consume(&Handle(bus.clone()), &["source.events"], 1, &Notes::default(), store).await;
     bus.add([Ok(message("a", 1))]);
-    // The look for what became of the commit, and the rewind.
+    // The read that checks the outcome of the commit, and the rewind.
     within("two refused reads", faulty.refused(2)).await;
     bus.add([Ok(message("a", 2))]);
     faulty.away(false);
@@ -341,7 +341,7 @@ async fn bytes_that_are_no_message_are_parked_as_they_came() {
     assert_eq!((&*letter.parked.key, letter.behind, letter.retries_at), ("odd", 1, None));
     assert_eq!(letter.parked.message.get(), r#"{"raw":"00ff17"}"#);
     assert!(letter.parked.reason.contains("no ce_id") && letter.parked.message().is_none());
-    // In vain, but it keeps its reason.
+    // The redrive fails, but the reason is kept.
     letters.redrive("notes", "odd").await.unwrap();
     let twice = async || letters.list("notes").await.unwrap().pop().filter(|letter| letter.parked.attempts == 2);
     assert!(eventually("a second try", twice).await.parked.reason.contains("no ce_id"));
@@ -372,7 +372,7 @@ async fn keys_and_messages_that_no_document_holds_are_parked_all_the_same() {
 
 #[tokio::test]
 async fn two_members_that_park_one_key_keep_both_messages() {
-    // One partition a topic, and a member for each.
+    // One partition per topic, and one member for each.
     let (bus, store, notes) = (LocalBus::new(1), memory(), Notes::default());
     notes.bad.lock().unwrap().extend([1, 2]);
     let consuming = consume(&bus, &["one", "two"], 2, &notes, store.clone()).await;

@@ -1,5 +1,5 @@
-//! `create` and `load_new` expect a new stream. Where many of them are wrong at once, as after a kill, they cost one more
-//! attempt and not one for each.
+//! `create` and `load_new` expect a new stream. If many of these hints are wrong at once, as after a kill, they cost
+//! one more attempt in total, not one each.
 #![allow(clippy::unwrap_used)]
 
 use std::sync::{
@@ -20,21 +20,21 @@ use uuid::Uuid;
 
 /// Messages of one batch.
 const MESSAGES: usize = 100;
-/// The first one with its wrong hints, one that reads what it has to, and one to spare.
+/// The first attempt with its wrong hints, one that reads the existing streams, and one to spare.
 const ATTEMPTS_MAX: usize = 3;
 
 fn marks(store: &Arc<dyn EventStore>) -> Repository<Tally> {
     Repository::with(store.clone(), "mark", 1_000)
 }
 
-/// How a handler comes by a stream that it takes for new.
+/// The way in which a handler loads a stream that it believes to be new.
 #[derive(Clone, Copy)]
 enum Hint {
     Create,
     LoadNew,
 }
 
-/// Marks each tally, and counts how often it was asked to.
+/// Marks each tally, and counts its calls.
 struct Marker {
     marks: Repository<Tally>,
     hint: Hint,
@@ -58,7 +58,7 @@ impl Handler for Marker {
     }
 }
 
-/// `wrong` of the streams are there already, spread over the batch.
+/// `wrong` of the streams exist already, spread over the batch.
 async fn mark_all(hint: Hint, wrong: usize) {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let exists = |message: usize| message * wrong / MESSAGES != (message + 1) * wrong / MESSAGES;

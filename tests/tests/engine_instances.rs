@@ -25,7 +25,7 @@ use uuid::Uuid;
 const LANES: u32 = 8;
 const DRAIN: Duration = Duration::from_secs(10);
 
-/// An instance that copies tallies.
+/// Starts an instance that copies tallies.
 async fn copier(store: &Arc<dyn EventStore>, instance: &str) -> Runtime {
     start(store, instance, Copier::new(store.clone())).await
 }
@@ -39,14 +39,14 @@ async fn start(store: &Arc<dyn EventStore>, instance: &str, handler: impl Handle
     runtime
 }
 
-/// Who holds the lanes of the subscription.
+/// Returns the holders of the subscription's lanes.
 async fn holders(store: &Arc<dyn EventStore>) -> Vec<Option<Arc<str>>> {
     let checkpoints = documents(store, CHECKPOINTS).await;
     let lanes = checkpoints.iter().filter(|(id, _)| id.starts_with("copier/"));
     lanes.map(|(_, body)| serde_json::from_str::<Checkpoint>(body).unwrap().holder).collect()
 }
 
-/// How many lanes each instance holds.
+/// Returns the number of lanes that each instance holds.
 async fn shares(store: &Arc<dyn EventStore>) -> BTreeMap<String, usize> {
     let mut shares = BTreeMap::new();
     for holder in holders(store).await.into_iter().flatten() {
@@ -61,7 +61,7 @@ async fn becomes(store: &Arc<dyn EventStore>, expected: &[(&str, usize)]) {
     eventually(&what, async || (shares(store).await == expected).then_some(())).await;
 }
 
-/// Adds to twenty tallies, and waits until each amount is copied once, in order.
+/// Waits until each amount of the twenty tallies is copied once, in order.
 async fn all_is_copied(store: &Arc<dyn EventStore>, upto: i64) {
     for tally in 0..20 {
         let amounts: Vec<i64> = (1..=upto).collect();
@@ -114,14 +114,14 @@ async fn lanes_of_one_that_crashed_are_taken_over() {
     let one = copier(&store, "one").await;
     let two = copier(&store, "two").await;
     becomes(&store, &[("one", 4), ("two", 4)]).await;
-    // Nothing is let go of.
+    // The instance is dropped without releasing its lanes.
     drop(one);
     add_to_all(&store, 1..=20).await;
     let crashed = std::time::Instant::now();
     all_is_copied(&store, 20).await;
     becomes(&store, &[("two", 8)]).await;
     assert!(crashed.elapsed() > Duration::from_secs(3), "it was given time to show that it is alive");
-    // Under its own name it is back at once.
+    // Under its own name the instance is back at once.
     drop(two);
     let started = std::time::Instant::now();
     let two = copier(&store, "two").await;
@@ -132,7 +132,7 @@ async fn lanes_of_one_that_crashed_are_taken_over() {
     two.drain(DRAIN).await.unwrap();
 }
 
-/// Copies, but is stopped in the middle of a message, as a process is by SIGSTOP.
+/// Copies, but stops in the middle of a message, as a process does after SIGSTOP.
 struct Stopping {
     copier: Copier,
     stopped: watch::Receiver<bool>,
@@ -157,7 +157,8 @@ async fn one_that_was_stopped_past_its_lease_changes_nothing_when_it_goes_on() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let (stop, stopped) = watch::channel(true);
     let (is_stopped, mut seen) = watch::channel(false);
-    // Its heart beats on, because only its handler is stopped. So it is made to look dead: the other one runs under its name.
+    // Only the handler is stopped, so the heartbeat goes on. To make the instance look dead, the other one uses its
+    // name.
     let zombie = start(&store, "one", Stopping { copier: Copier::new(store.clone()), stopped, is_stopped }).await;
     becomes(&store, &[("one", 8)]).await;
     add_to_all(&store, 1..=10).await;
@@ -167,7 +168,7 @@ async fn one_that_was_stopped_past_its_lease_changes_nothing_when_it_goes_on() {
     let before = epochs(&store).await;
     stop.send_replace(false);
     add_to_all(&store, 11..=20).await;
-    // Whichever of the two follows a lane now, nothing is done twice.
+    // Whichever instance holds a lane now, no effect happens twice.
     all_is_copied(&store, 20).await;
     let after = epochs(&store).await;
     assert!(before.iter().all(|(lane, epoch)| after[lane] >= *epoch && *epoch >= 2), "{before:?} {after:?}");
@@ -201,7 +202,7 @@ async fn sagas_go_on_over_several_processes_with_a_bus_in_each() {
         for trip in trips.clone() {
             first.request(&trip.to_string(), Uuid::new_v4(), None).await;
         }
-        // In the middle of them.
+        // Drops the instance in the middle of the trips.
         drop(one);
         for trip in trips {
             first.becomes(&trip.to_string(), Status::Completed).await;

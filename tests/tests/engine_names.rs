@@ -1,4 +1,4 @@
-//! Names that documents are kept under: refused where they would meet, never matched by a part of them; resets of what is parked.
+//! Names of documents: refused if they collide, and never matched by a part of them; and resets with parked messages.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -21,7 +21,7 @@ use async_trait::async_trait;
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Handles all but the third event of a stream, as long as it is broken.
+/// Handles every event but the third of a stream, as long as `broken` is set.
 #[derive(Clone, Default)]
 struct Seen {
     versions: Arc<Mutex<Vec<i64>>>,
@@ -65,7 +65,7 @@ async fn two_parts_of_one_name_are_refused_before_anything_is_written() {
         assert_eq!(name, expected);
         runtime.drain(PATIENCE).await.unwrap();
     }
-    // One after the other is the same.
+    // A later start in the same runtime is refused too.
     let mut runtime = Runtime::new();
     started(&mut runtime, vec![service().subscribe(subscription("mailer"))]).await.unwrap();
     let late = Service::new("post", store.clone()).subscribe(subscription("mailer"));
@@ -97,7 +97,7 @@ async fn names_that_would_meet_others_are_refused_before_anything_is_written() {
     }
 }
 
-/// Its names extend one another, and each act is about one of them.
+/// Some names are the beginnings of others, and each act affects one of them only.
 #[tokio::test]
 async fn an_operator_acts_on_the_one_that_is_named() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
@@ -119,7 +119,7 @@ async fn an_operator_acts_on_the_one_that_is_named() {
     runtime.drain(PATIENCE).await.unwrap();
 }
 
-/// A process that ran as instance "1" has died, and another one tidies up after it ten minutes later.
+/// A process that ran as instance "1" has died, and another one cleans up after it ten minutes later.
 #[tokio::test(start_paused = true)]
 async fn the_end_of_an_instance_takes_nothing_that_is_called_like_it() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
@@ -182,7 +182,7 @@ async fn a_reset_brings_what_is_parked_once_and_in_order() {
         };
         parked(3).await;
         seen.broken.store(false, Ordering::SeqCst);
-        // Past the first one that is parked: it stays, and those that come again wait behind it.
+        // The reset lies after the first parked message: that one stays, and redelivered messages wait behind it.
         operator.reset("mailer", Position(3), "again").await.unwrap();
         parked(3).await;
         operator.reset("mailer", Position::START, "again").await.unwrap();

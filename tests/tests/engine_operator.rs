@@ -1,4 +1,4 @@
-//! What operators do takes effect on services that run, and is in the log with who and why.
+//! Acts of operators take effect on running services, and are recorded in the log with operator and reason.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -22,7 +22,7 @@ use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-/// Every amount it was given, in order.
+/// The amounts that were handled, in order.
 #[derive(Clone, Default)]
 struct Seen(Arc<Mutex<Vec<i64>>>);
 
@@ -42,7 +42,7 @@ impl Seen {
     }
 }
 
-/// The acts on a subscription: type, who, why.
+/// Returns the acts on a subscription: type, operator, reason.
 async fn acts(store: &Arc<dyn EventStore>, subscription: &str) -> Vec<(String, String, String)> {
     let stream = StreamId::new(annals::operator::CATEGORY, subscription).unwrap();
     let events = store.read_stream(&stream, Version::START, 100).await.unwrap();

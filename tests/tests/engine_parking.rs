@@ -1,4 +1,4 @@
-//! Parking: a message that fails holds up its key and nothing else, in order, and for as long as it must.
+//! Parking: a message that fails blocks its key and nothing else, in order, and for as long as it must.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -20,7 +20,7 @@ use async_trait::async_trait;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-/// What a handler shall do with an amount.
+/// What a handler does with an amount.
 #[derive(Clone, Copy, PartialEq, Debug)]
 enum Trouble {
     Fail,
@@ -31,7 +31,7 @@ enum Trouble {
     NulInReason,
 }
 
-/// Appends each amount to a list, a document per key, unless told otherwise.
+/// Appends each amount to a list in a document per key, unless a trouble is set.
 #[derive(Clone, Default)]
 struct Fussy {
     troubles: Arc<Mutex<HashMap<i64, (Trouble, u32)>>>,
@@ -40,7 +40,7 @@ struct Fussy {
 }
 
 impl Fussy {
-    /// Makes this amount fail so many times.
+    /// Makes this amount fail this many times.
     fn trouble(&self, amount: i64, trouble: Trouble, times: u32) -> &Self {
         self.troubles.lock().unwrap().insert(amount, (trouble, times));
         self
@@ -87,7 +87,7 @@ impl Handler for Fussy {
         let key = handled(message.subject.split_once('-').map_or("", |(_, id)| id));
         let mut list: Vec<i64> = work.document(&key).await?.unwrap_or_default();
         list.push(amount);
-        // Staged before it fails, so that it shows if anything of it is kept.
+        // Staged before a failure, so that a test sees whether any of it is kept.
         work.put(&key, &list)?;
         match self.next(amount) {
             None => Ok(()),
@@ -136,7 +136,7 @@ impl Bed {
     }
 
     fn on(store: Arc<dyn EventStore>) -> Self {
-        // No retry comes by itself, unless a test wants it.
+        // No retry happens automatically, unless a test wants it.
         let retry = RetryPolicy { attempts_max: 1, ..RetryPolicy::default() };
         Self { letters: DeadLetters::new(store.clone()), store, fussy: Fussy::default(), retry }
     }
@@ -166,7 +166,7 @@ impl Bed {
         self.letters.list("fussy").await.unwrap()
     }
 
-    /// The one parked key, once `behind` messages wait behind it.
+    /// Returns the only parked key, once `behind` messages wait behind it.
     async fn parked(&self, behind: usize) -> DeadLetter {
         let found = eventually("it is parked", async || {
             Some(self.letters().await).filter(|letters| letters.first().is_some_and(|letter| letter.behind == behind))
@@ -218,7 +218,7 @@ async fn retries_by_itself_with_growing_delays() {
     assert_eq!(tries.len(), 4);
     let pauses: Vec<_> = tries.windows(2).map(|pair| pair[1] - pair[0]).collect();
     for (pause, doubled) in pauses.iter().zip([300, 600, 1_200]) {
-        // Drawn from the upper half.
+        // The delay is drawn from the upper half.
         assert!(*pause >= Duration::from_millis(doubled / 2), "{pauses:?}");
     }
     running.stop().await;
@@ -235,12 +235,12 @@ async fn after_the_last_attempt_it_stays_until_redriven() {
     let last = async || bed.letters().await.into_iter().find(|letter| letter.parked.attempts == 3);
     let letter = eventually("three attempts", last).await;
     assert_eq!((letter.retries_at, letter.behind), (None, 1));
-    // Another key that is parked and redriven later proves that time has gone by for this one.
+    // Another key that is parked and redriven later proves that time has passed for this one.
     bed.fussy.trouble(21, Trouble::Fail, 2);
     bed.add("b", [21]).await;
     bed.becomes("b", &[21]).await;
     assert_eq!(bed.fussy.tries(1), 3);
-    // Redriven in vain it counts one more, and stays again.
+    // A failed redrive counts as one more attempt, and the message stays.
     bed.letters.redrive("fussy", "tally-a").await.unwrap();
     let again = async || bed.letters().await.into_iter().find(|letter| letter.parked.attempts == 4);
     assert_eq!(eventually("a fourth attempt", again).await.retries_at, None);
@@ -264,7 +264,7 @@ async fn hopeless_messages_park_at_once_with_the_reason() {
             bed.retry = RetryPolicy::default();
         }
         bed.fussy.trouble(5, trouble, u32::MAX);
-        // In the middle of a batch, whose other keys are not to blame.
+        // In the middle of a batch, whose other keys are not at fault.
         for id in ["a", "b", "c"] {
             bed.add(id, 1..=3).await;
         }
@@ -280,7 +280,7 @@ async fn hopeless_messages_park_at_once_with_the_reason() {
         let letter = bed.parked(1).await;
         assert!(letter.parked.reason.contains(reason), "{trouble:?}: {}", letter.parked.reason);
         assert_eq!((&*letter.parked.key, letter.retries_at), ("tally-bad", None), "{trouble:?}");
-        // Redriven in vain it is parked again, not tried for ever.
+        // A failed redrive parks the message again, and does not retry it for ever.
         bed.letters.redrive("fussy", "tally-bad").await.unwrap();
         eventually("it has failed again", async || {
             bed.letters().await.into_iter().find(|letter| letter.parked.attempts == 2 && letter.retries_at.is_none())
@@ -378,7 +378,7 @@ async fn dropping_the_only_one_frees_its_key() {
     let running = bed.start();
     bed.parked(0).await;
     bed.letters.drop_first("fussy", "tally-a").await.unwrap();
-    // Comes before the worker knows, and waits behind nothing.
+    // The message comes before the worker knows of the drop, and waits behind nothing.
     bed.add("a", [2]).await;
     bed.becomes("a", &[2]).await;
     bed.nothing_is_parked().await;
@@ -407,7 +407,7 @@ async fn parked_messages_survive_a_restart() {
 
 #[tokio::test]
 async fn redrive_that_is_cut_off_goes_on() {
-    // After the head is handled: the process dies, or the store is away for a moment.
+    // The fault comes after the head is handled: the process dies, or the store is away for a moment.
     for fault in [Fault::CrashBefore, Fault::CrashAfter, Fault::Unavailable, Fault::AppliedUnknown, Fault::LostUnknown]
     {
         let mut bed = Bed::new();
@@ -436,7 +436,7 @@ async fn redrive_that_is_cut_off_goes_on() {
 
 #[tokio::test]
 async fn redrive_decides_on_what_is_true_now() {
-    // A handler that executes on an aggregate: redriven, it meets a stream that others wrote to meanwhile.
+    // A handler that executes on an aggregate: when redriven, it finds a stream to which others have written meanwhile.
     struct Adds(Repository<Tally>, Arc<Mutex<bool>>);
     #[async_trait]
     impl Handler for Adds {

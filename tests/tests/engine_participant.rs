@@ -1,4 +1,4 @@
-//! The barrier at a participant: a step once, its undo once, whatever the bus delivers and in which order.
+//! The barrier of a participant: a step once and its compensation once, whatever the bus delivers in whatever order.
 #![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;
@@ -37,7 +37,7 @@ impl Desk {
         Self { store, bus, script, replies, runtime, step: Uuid::new_v4() }
     }
 
-    /// A command as the relay makes it; `sent` is the saga's event that sent it.
+    /// Returns a command as the relay makes it; `sent` is the saga's event that sent it.
     fn command(&self, at: At, attempt: u32, sent: u128) -> Message {
         let act = match at {
             At::Undo(_) => Act::Undo { step: "charge".into(), trip: "a".into() },
@@ -69,7 +69,7 @@ impl Desk {
 
     async fn send(&self, messages: Vec<Message>) {
         let outgoing = messages.into_iter().map(|message| Outgoing { topic: "bank.commands".into(), message });
-        // It resolves once the desk has committed what it made of them.
+        // The receipt resolves once the desk has committed its effects.
         let receipt = self.bus.publish(outgoing.collect()).await.unwrap();
         within("the bank", receipt).await.unwrap();
     }
@@ -85,7 +85,7 @@ impl Desk {
         found.first().map(|(_, body)| serde_json::from_str(body).unwrap()).unwrap_or_default()
     }
 
-    /// Nothing is parked, and no reply is left that was not asked for.
+    /// Asserts that nothing is parked, and that no reply is left without a request.
     async fn close(mut self, replies: usize) {
         assert_eq!(documents(&self.store, "parked.bank.commands").await, []);
         let stream = annals::StreamId::from_stored(&format!("step.bank-{TRIP}"));
@@ -109,11 +109,11 @@ async fn repeated_step_and_undo_are_carried_out_once_and_answered_for_each_attem
     });
     let (step, undo) = (At::Forward(1), At::Undo(1));
     let once = desk.command(step, 1, 1);
-    // The same attempt again, in the batch and later, has its answer on the way.
+    // A repeat of the same attempt, in the batch or later, gets no reply: the first reply is on its way.
     desk.send(vec![once.clone(), once.clone()]).await;
     desk.send(vec![once]).await;
     assert_eq!(desk.reply().await, done());
-    // A new attempt says that the answer has not arrived; one that an operator asks for has an old number.
+    // A new attempt shows that the reply has not arrived; an attempt requested by an operator has an old number.
     let again = desk.command(step, 2, 2);
     desk.send(vec![again.clone(), again]).await;
     desk.send(vec![desk.command(step, 1, 3)]).await;
@@ -123,7 +123,7 @@ async fn repeated_step_and_undo_are_carried_out_once_and_answered_for_each_attem
     desk.send(vec![once.clone(), desk.command(undo, 2, 5), once]).await;
     assert!(matches!(desk.reply().await, Outcome::Done(_)));
     assert!(matches!(desk.reply().await, Outcome::Done(_)));
-    // The step once more, far too late: it is refused, and what was undone stays so.
+    // The step comes once more, far too late: it is refused, and stays undone.
     desk.send(vec![desk.command(step, 3, 6)]).await;
     assert_eq!(desk.reply().await, Outcome::Refused("it was undone, or its undo came first".into()));
     desk.send(vec![desk.command(undo, 3, 7)]).await;
@@ -152,7 +152,7 @@ async fn failed_attempt_that_is_delivered_again_does_nothing() {
     let failed = desk.command(At::Forward(1), 1, 1);
     desk.send(vec![failed.clone()]).await;
     assert!(matches!(desk.reply().await, Outcome::Failed(_)));
-    // By now it would succeed, but its answer was given: nobody would know.
+    // The step would succeed now, but its reply has been given: the saga would never know.
     desk.send(vec![failed]).await;
     assert_eq!((desk.ledger().await, desk.script.asked().len()), (vec![], 1));
     // An operator's retry counts from 1 again.
@@ -168,7 +168,7 @@ async fn step_whose_outcome_stays_unknown_is_undone() {
     desk.script.play("charge", Play::Vanish, 1);
     desk.send(vec![desk.command(At::Forward(1), 1, 1)]).await;
     assert!(matches!(desk.reply().await, Outcome::Unknown(_)));
-    // A failure that is certain does not make the first attempt any more certain.
+    // A certain failure does not make the outcome of the first attempt any more certain.
     desk.script.play("charge", Play::Fail, 1);
     desk.send(vec![desk.command(At::Forward(1), 2, 2)]).await;
     assert!(matches!(desk.reply().await, Outcome::Failed(_)));
@@ -177,7 +177,7 @@ async fn step_whose_outcome_stays_unknown_is_undone() {
     assert!(matches!(desk.reply().await, Outcome::Unknown(_)));
     desk.send(vec![desk.command(At::Undo(1), 2, 4)]).await;
     assert_eq!(desk.reply().await, Outcome::Done(serde_json::Value::Null));
-    // The step once more, too late.
+    // The step comes once more, too late.
     desk.send(vec![desk.command(At::Forward(1), 3, 5)]).await;
     assert!(matches!(desk.reply().await, Outcome::Refused(_)));
     assert_eq!(desk.ledger().await, ["undo charge"]);

@@ -1,4 +1,4 @@
-//! Repositories: every command carried out once and in order, whoever else writes and whatever the store says.
+//! Repositories: every command is executed once and in order, whatever other writers and the store do.
 #![allow(clippy::unwrap_used)]
 
 use std::{convert::Infallible, sync::Arc};
@@ -27,7 +27,7 @@ fn tallies(store: &Arc<dyn EventStore>) -> Repository<Tally> {
 async fn sixty_four_tasks(store: Arc<dyn EventStore>, each: i64) {
     let (one, two) = (tallies(&store), tallies(&store));
     let tasks = (0..64).map(|task| {
-        // Most share a repository; some write from elsewhere.
+        // Most tasks share a repository; some write through another one.
         let tallies = if task % 8 == 0 { two.clone() } else { one.clone() };
         tokio::spawn(async move {
             for step in 0..each {
@@ -69,19 +69,19 @@ async fn repeated_command_gives_its_first_outcome() {
     let done = first.execute("a", TallyCommand::AddOnes(3), id).await.unwrap();
     first.execute("a", TallyCommand::Add(7), Uuid::new_v4()).await.unwrap();
     for tallies in [first, tallies(&store)] {
-        // Whatever is asked under that id now.
+        // The same id returns the first result, whatever the command is now.
         let again = tallies.execute("a", TallyCommand::Add(99), id).await.unwrap();
         assert_eq!((again.events, again.repeated), (done.events.clone(), true));
     }
     assert_eq!(tallies(&store).state("a").await.unwrap().amounts, [1, 1, 1, 7]);
-    // Also when it would be refused by now.
+    // The same holds if the command would be refused by now.
     tallies(&store).execute("a", TallyCommand::Close, Uuid::new_v4()).await.unwrap();
     assert!(tallies(&store).execute("a", TallyCommand::Add(1), id).await.unwrap().repeated);
 }
 
 #[tokio::test]
 async fn repeated_command_gives_all_of_many_events() {
-    // Below what is remembered of a stream, above what is read in one go.
+    // Fewer events than the remembered commands of a stream, and more than one read returns.
     let (store, id) = (memory(), Uuid::new_v4());
     tallies(&store).execute("a", TallyCommand::AddOnes(1_010), id).await.unwrap();
     let again = tallies(&store).execute("a", TallyCommand::Nothing, id).await.unwrap();
@@ -112,10 +112,10 @@ async fn refusal_is_never_for_an_outdated_reason() {
     one.execute("a", TallyCommand::Add(1), Uuid::new_v4()).await.unwrap();
     two.execute("a", TallyCommand::Add(2), Uuid::new_v4()).await.unwrap();
     two.execute("a", TallyCommand::Close, Uuid::new_v4()).await.unwrap();
-    // `one` still thinks that it is open, with a sum of 1.
+    // `one` still believes that the tally is open, with a sum of 1.
     let refused = one.execute("a", TallyCommand::Add(4), Uuid::new_v4()).await;
     assert!(matches!(refused, Err(ExecuteError::Refused(Closed(3)))), "{refused:?}");
-    // The other way round: `three` knows it as it was refused; the refusal must name what is true now.
+    // The other way round: `three` has cached the tally as it was refused, and the refusal must name the current state.
     let three = tallies(&store);
     assert!(three.execute("a", TallyCommand::Add(4), Uuid::new_v4()).await.is_err());
     let events = vec![NewEvent {
@@ -131,7 +131,7 @@ async fn refusal_is_never_for_an_outdated_reason() {
     assert!(matches!(refused, Err(ExecuteError::Refused(Closed(13)))), "{refused:?}");
 }
 
-/// Sends these at once, with the first one's commit held, so that the others share the next.
+/// Sends these commands at once while the commit of the first is held, so that the others share the next commit.
 async fn together(faulty: &FaultyStore, commands: Vec<TallyCommand>) -> Vec<Result<usize, ExecuteError<Closed>>> {
     let store: Arc<dyn EventStore> = Arc::new(faulty.clone());
     let (tallies, gate) = (tallies(&store), Gate::new());
@@ -143,7 +143,7 @@ async fn together(faulty: &FaultyStore, commands: Vec<TallyCommand>) -> Vec<Resu
     let first = send(TallyCommand::Add(0));
     within("the first commit", gate.reached()).await;
     let rest: Vec<_> = commands.into_iter().map(send).collect();
-    // On this one thread, each of them runs up to where it waits.
+    // On this single thread, each command runs until it waits.
     for _ in 0..rest.len() {
         tokio::task::yield_now().await;
     }
@@ -206,7 +206,7 @@ async fn dropped_futures_call_nothing_back_and_block_nobody() {
     let store: Arc<dyn EventStore> = Arc::new(faulty.clone());
     let tallies = tallies(&store);
     for amount in 1..=3 {
-        // Polled once, then dropped.
+        // Each command is polled once, then dropped.
         assert!(tallies.execute("a", TallyCommand::Add(amount), Uuid::new_v4()).now_or_never().is_none());
     }
     within("the first commit", gate.reached()).await;
@@ -225,7 +225,8 @@ async fn caller_who_does_not_look_holds_up_nobody() {
     let mut first = Box::pin(tallies.execute("a", TallyCommand::Add(1), Uuid::new_v4()));
     assert!((&mut first).now_or_never().is_none());
     gate.open();
-    // The first is not looked at while the others are carried out, one of whom came before its commit had passed.
+    // The first future is not polled while the other commands are executed, one of which came before its commit was
+    // done.
     for amount in 2..=3 {
         within("a later one", tallies.execute("a", TallyCommand::Add(amount), Uuid::new_v4())).await.unwrap();
     }
@@ -252,7 +253,7 @@ fn runtime_that_ends_leaves_no_line_behind() {
     ending.shutdown_timeout(std::time::Duration::from_secs(10));
     lasting.block_on(async {
         assert!(within("the first", first).await.unwrap_err().is_cancelled());
-        // It waited behind the first, or came after it; what it is not is forgotten.
+        // The second command waited behind the first, or came after it. Either way it must get an answer.
         let second = within("the second", second).await.unwrap();
         assert!(matches!(second, Ok(()) | Err(ExecuteError::Unavailable(_))), "{second:?}");
         within("the third", tallies.execute("a", TallyCommand::Add(3), Uuid::new_v4())).await.unwrap();
@@ -330,7 +331,7 @@ async fn unknown_event_type_is_named_with_its_place() {
     assert_eq!((error.stream.as_str(), error.version.0), ("tally-a", 2));
     assert!(error.to_string().contains("tally.multiplied"), "{error}");
     assert!(matches!(tallies.state("a").await, Err(WorkError::Undecodable(_))));
-    // Other streams are not concerned.
+    // Other streams are not affected.
     tallies.execute("b", TallyCommand::Add(1), Uuid::new_v4()).await.unwrap();
 }
 
@@ -346,7 +347,7 @@ async fn impossible_ids_are_refused_and_leave_nothing() {
     assert_eq!(log(&store).await.len(), 0);
 }
 
-/// A tally with snapshots, whose state says whether it was loaded from one.
+/// A tally with snapshots, whose state tells whether it was loaded from one.
 #[derive(Clone, Default, serde::Serialize, serde::Deserialize)]
 struct Snapped<const VERSION: i32> {
     tally: Tally,
@@ -388,13 +389,13 @@ async fn snapshots_are_a_shortcut_and_nothing_else() {
     let all: Vec<i64> = (1..=25).collect();
     let fresh = Repository::<Snapped<1>>::new(store.clone()).state("a").await.unwrap();
     assert_eq!((fresh.loaded, fresh.tally.amounts), (true, all.clone()));
-    // Command ids are remembered across it, before and after.
+    // Command ids are remembered across the snapshot, before and after it.
     for amount in [3, 23] {
         let again =
             Repository::<Snapped<1>>::new(store.clone()).execute("a", TallyCommand::Add(0), number(amount)).await;
         assert_eq!(again.unwrap().events, [TallyEvent::Added { amount }]);
     }
-    // One of another version is passed over, and so is one that does not read.
+    // A snapshot of another version is skipped, and so is an unreadable one.
     let other = Repository::<Snapped<2>>::new(store.clone()).state("a").await.unwrap();
     assert_eq!((other.loaded, other.tally.amounts), (false, all.clone()));
     for corrupt in ["{}", "[]", r#"{"version":20,"schema":1,"ids":[],"state":{"tally":7}}"#] {
@@ -408,7 +409,7 @@ async fn snapshots_are_a_shortcut_and_nothing_else() {
     assert!(Repository::<Snapped<1>>::new(store.clone()).state("a").await.unwrap().loaded);
 }
 
-/// Its state is more than a document may hold.
+/// The state is larger than a document may be.
 #[derive(Clone, Default, serde::Serialize, serde::Deserialize)]
 struct Bulky(String);
 

@@ -1,4 +1,4 @@
-//! The runtime: started whole, drained whole, and no failure of a part goes unseen.
+//! The runtime starts and drains as a whole, and no failure of a part goes unseen.
 #![allow(clippy::unwrap_used)]
 
 use std::{sync::Arc, time::Duration};
@@ -94,7 +94,7 @@ async fn drain_that_takes_too_long_says_so_and_cuts_off() {
     assert!(error.contains("cut off"), "{error}");
 }
 
-/// An event that all parts of the bed want, recorded and published without a moment in which one of them could run.
+/// Records and publishes an event for all parts, without a moment in which a part could run.
 async fn wake(store: &dyn EventStore, bus: &LocalBus) {
     let event = NewEvent {
         id: uuid::Uuid::new_v4(),
@@ -140,7 +140,7 @@ async fn what_was_dropped_does_nothing_more() {
 #[tokio::test(start_paused = true)]
 async fn drain_waits_for_no_consumer_that_is_gone() {
     let (store, bus): (Arc<dyn EventStore>, _) = (Arc::new(MemoryStore::new()), LocalBus::default());
-    // The group stays, and messages are held for it.
+    // The group remains, and messages are held for it.
     drop(bus.join("gone", &["source.events"]).await.unwrap());
     let mut runtime = Runtime::new();
     let source = Service::new("source", store.clone()).publish(&["tally"]);
@@ -164,7 +164,7 @@ async fn first_error_is_returned_and_health_names_the_part() {
     let failed = async || health.parts().get("mailer").cloned();
     assert_eq!(eventually("it has failed", failed).await, State::Failed("no such host".into()));
     assert!(!health.is_fine());
-    // The others go on.
+    // The other parts continue.
     add(&inner, "a", [1]).await;
     eventually("copied", async || (copies(&inner, "a").await.0 == [1]).then_some(())).await;
     assert_eq!(runtime.drain(PATIENCE).await.unwrap_err(), "mailer: no such host");

@@ -1,4 +1,4 @@
-//! Sagas end to end over several services: forward, back, again, and stuck.
+//! Sagas end to end over several services: forward, back, retried, and stuck.
 #![allow(clippy::unwrap_used)]
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
@@ -15,7 +15,7 @@ use annals_tests::{
 use uuid::Uuid;
 
 const ALL: [&str; 3] = ["shop", "hotel", "bank"];
-/// Longer than any test lasts, so that no step is asked for twice for the time it took.
+/// Longer than any test, so that no step is retried because of its timeout.
 const PATIENT: Duration = Duration::from_secs(60);
 const QUICK: Duration = Duration::from_millis(150);
 const DRAIN: Duration = Duration::from_secs(10);
@@ -110,7 +110,7 @@ async fn step_that_keeps_failing_is_given_up() {
     world.request("a", Uuid::new_v4(), None).await;
     let status = world.becomes("a", Status::Compensated).await;
     assert_eq!(status.last_error.unwrap(), "charge: panicked: charge is too much");
-    // Nobody knows what it did before it panicked.
+    // The charge may have happened before the panic.
     assert_eq!(world.ledger("a").await, ["book", "undo charge", "undo book"]);
     world.script.play("charge", Play::Fail, u32::MAX);
     world.request("b", Uuid::new_v4(), None).await;
@@ -138,7 +138,7 @@ async fn participant_that_is_down_is_asked_again_until_it_is_there() {
 #[tokio::test]
 async fn step_that_comes_after_its_undo_is_refused() {
     let world = world(QUICK, 2);
-    // The bank's messages are held from here on, but nobody takes them.
+    // The bank's messages are held from here on, but no member takes them.
     let bank = world.start(&["bank"]).await;
     bank.drain(DRAIN).await.unwrap();
     let runtime = world.start(&["shop", "hotel"]).await;
@@ -147,7 +147,7 @@ async fn step_that_comes_after_its_undo_is_refused() {
         world.status("a").await.filter(|status| status.status == Status::Compensating)
     })
     .await;
-    // Now it gets both attempts, and behind them the undo of what it did.
+    // The bank now gets both attempts, followed by the compensation.
     let bank = world.start(&["bank"]).await;
     world.becomes("a", Status::Compensated).await;
     assert_eq!(world.ledger("a").await, ["book", "charge", "undo charge", "undo book"]);
@@ -235,7 +235,7 @@ async fn stuck_saga_is_stuck_for_itself_alone() {
 #[tokio::test]
 async fn correlation_and_trace_reach_the_last_event() {
     let (traceparent, request) = ("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", Uuid::new_v4());
-    // Long enough for the second attempt to be seen before the third is given up, also on a busy machine.
+    // Long enough to see the second attempt before the third is given up, also on a busy machine.
     let world = world(Duration::from_secs(2), 3);
     let runtime = world.start(&["shop", "hotel"]).await;
     world.script.play("announce", Play::Fail, 3);
@@ -272,7 +272,7 @@ async fn request_that_comes_twice_makes_one_saga() {
     let request = Uuid::new_v4();
     world.request("a", request, None).await;
     world.request("a", request, None).await;
-    // Another request of the same id finds the saga there.
+    // Another request with the same saga id finds the existing saga.
     world.request("a", Uuid::new_v4(), None).await;
     world.becomes("a", Status::Completed).await;
     world.request("a", Uuid::new_v4(), None).await;

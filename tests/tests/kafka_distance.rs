@@ -1,4 +1,4 @@
-//! Brokers at a distance: what a saga and a page of messages cost is round trips, and not one for each partition.
+//! Distant brokers: a saga or a page of messages costs a number of round trips that does not grow with the partitions.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -19,7 +19,7 @@ use annals_tests::{
 use tokio::time::sleep;
 use uuid::Uuid;
 
-/// A saga takes no more.
+/// The most round trips of a saga.
 const ROUND_TRIPS_MAX: u32 = 25;
 const LOOK: Duration = Duration::from_millis(2);
 const DRAIN: Duration = Duration::from_secs(20);
@@ -45,7 +45,7 @@ fn message(topic: &Arc<str>, key: &str, number: i64) -> Outgoing {
     Outgoing { topic: topic.clone(), message }
 }
 
-/// A key for each partition.
+/// Returns a key for each partition.
 fn keys(partitions: u32) -> Vec<String> {
     let key_of = |partition| {
         let of = |number: &u32| partition_of(&format!("tally-{number}"), partitions) == partition;
@@ -64,7 +64,8 @@ async fn a_message_to_each_of_forty_partitions_takes_few_round_trips() {
         let messages = (0..each).flat_map(|number| keys.iter().map(move |key| (key, number)));
         messages.map(|(key, number)| message(&topic, key, number)).collect()
     };
-    // The first of each partition goes alone, and those behind it wait for it: not one partition after the other.
+    // The first message of each partition goes alone, and the ones behind it wait, but partitions do not wait for each
+    // other.
     bus.publish(page(3)).await.unwrap().await.unwrap();
     let mut least = u32::MAX;
     for _ in 0..3 {
@@ -92,7 +93,7 @@ async fn neither_a_burst_nor_an_outage_is_a_storm_of_connections() {
         published.await.unwrap();
     }
     assert_eq!(broker.accepted(), before, "a burst opened connections");
-    // Each connection of each client is tried again at most once a second, after a few quick tries.
+    // Each client retries each connection at most once a second, after a few quick retries.
     let away = Duration::from_secs(5);
     broker.kill();
     sleep(away).await;
@@ -102,7 +103,7 @@ async fn neither_a_burst_nor_an_outage_is_a_storm_of_connections() {
     bus.publish(vec![message(&topic, &keys[0], 1)]).await.unwrap().await.unwrap();
 }
 
-/// Whether a part that was fine is in trouble, looked at until it is dropped.
+/// Watches for a part that was fine and is now in trouble, until it is dropped.
 fn watch(healths: Vec<Health>) -> tokio::task::JoinHandle<String> {
     tokio::spawn(async move {
         while !healths.iter().all(Health::is_fine) {
@@ -119,7 +120,7 @@ fn watch(healths: Vec<Health>) -> tokio::task::JoinHandle<String> {
     })
 }
 
-/// The times of so many sagas, so many at once, over three services that share nothing of the bus; the median in round trips.
+/// Measures this many sagas at once, over three services with buses of their own. Returns the median in round trips.
 async fn sagas(one_way: Duration, at_once: usize, rounds: usize) -> u32 {
     let broker = Broker::at_distance(one_way).await;
     let world = World::new(Arc::new(MemoryStore::new()), trip(TIMEOUT, 3));
@@ -130,7 +131,7 @@ async fn sagas(one_way: Duration, at_once: usize, rounds: usize) -> u32 {
     }
     let watched = watch(runtimes.iter().map(Runtime::health).collect());
     let mut times = Vec::new();
-    // The first find clients and topics cold.
+    // The first round warms up clients and topics.
     for round in 0..=rounds {
         let asked_at = Instant::now();
         let ids: Vec<String> = (0..at_once).map(|number| format!("r{round}n{number}")).collect();

@@ -1,4 +1,5 @@
-//! Members of a group under the name of their process: back at once after a crash, taken over after seconds, one for each name.
+//! Members of a group under the name of their process: back at once after a crash, replaced after seconds, one member
+//! per name.
 #![allow(clippy::unwrap_used)]
 
 mod kafka;
@@ -14,12 +15,12 @@ use kafka::{
 };
 use tokio::time::Instant;
 
-/// Less than a member may be silent before its partitions are given to others.
+/// Less than the time after which the partitions of a silent member are given to others.
 const AT_ONCE: Duration = Duration::from_secs(4);
-/// More than that, and less than it took by the settings before.
+/// More than that time, and less than with the earlier settings.
 const TAKEN_OVER: Duration = Duration::from_secs(9);
 
-/// What the processes run.
+/// The task of the child processes.
 #[test]
 fn process() {
     process::run();
@@ -34,7 +35,7 @@ async fn named(pair: &Pair, instance: &str) -> Runtime {
     pair.start_consumer(pair.sink_store().await, Arc::new(pair.bus().await), Some(instance)).await
 }
 
-/// How long it takes until these rounds are handled.
+/// Returns the time until these rounds are handled.
 async fn handled(pair: &Pair, sql: &mut Sql, rounds: std::ops::Range<i64>) -> Duration {
     let asked_at = Instant::now();
     add(&pair.source_store().await, rounds).await;
@@ -57,7 +58,7 @@ async fn killed_it_is_back_at_once_under_its_name() {
         let taken = handled(&pair, &mut sql, round..round + 5).await;
         assert!(taken < AT_ONCE, "{taken:?}");
     }
-    // Not started again: the other takes over.
+    // The killed instance does not come back, and the other takes over.
     one.kill();
     let taken = handled(&pair, &mut sql, 15..20).await;
     assert!(taken < TAKEN_OVER, "{taken:?}");
@@ -82,7 +83,7 @@ async fn one_that_stops_is_taken_over_at_once() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_two_under_one_name_the_first_says_that_it_has_ended() {
-    // One store would have them find each other by their heartbeats: by the settings, they meet in the group alone.
+    // On one store, the two would find each other by their heartbeats. With this setting they meet in the group alone.
     let pair = Pair::new().await.set("group.instance.id", "the only one");
     let (relay, mut sql) = (pair.relay().await, pair.sql().await);
     let first = pair.consumer().await;

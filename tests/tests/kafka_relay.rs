@@ -1,4 +1,4 @@
-//! A relay that is killed or stopped at any moment sends nothing not at all, and what it sends twice is handled once.
+//! A relay that is killed or stopped at any moment skips no message, and messages that it sends twice are handled once.
 #![allow(clippy::unwrap_used)]
 
 mod kafka;
@@ -15,13 +15,13 @@ use kafka::{
 };
 use tokio::time::sleep;
 
-/// How often a relay is killed at no moment in particular.
+/// The number of kills at random moments.
 const KILLS: u64 = 10;
-/// A stopped instance has lost its lanes after this.
+/// A stopped instance has lost its lanes after this time.
 const PAST_THE_LEASE: Duration = Duration::from_secs(8);
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// What the processes run.
+/// The task of the child processes.
 #[test]
 fn process() {
     process::run();
@@ -45,7 +45,7 @@ async fn killed_at_each_point() {
             let mut process = Task { point, passes, ..relay(&pair) }.start();
             process.reached().await;
             if point == Point::Sent {
-                // Until some of it has arrived; with passes, that may be of a page before.
+                // Waits until some of the page has arrived; with passes, these may be messages of an earlier page.
                 while pair.sent().await == sent {}
             }
             process.kill();
@@ -114,7 +114,7 @@ async fn stopped_past_its_lease_it_sends_old_pages() {
     let mut sql = pair.sql().await;
     let before = (sql.events().await, pair.sent().await);
     zombie.wake();
-    // It sends what it had read, and is fenced when it moves its checkpoint; then it takes its turn again.
+    // It sends the page that it had read, and is fenced when it moves its checkpoint. Then it takes its share again.
     held_by_each_of(&pair, ["one", "other"]).await;
     load.end().await;
     let repeated = pair.agrees().await;
@@ -124,7 +124,7 @@ async fn stopped_past_its_lease_it_sends_old_pages() {
     consumer.drain(DRAIN).await.unwrap();
 }
 
-/// Waits until all four lanes are held, by these and by nobody else.
+/// Waits until these instances, and no other, hold all four lanes.
 async fn held_by_each_of(pair: &Pair, names: [&str; 2]) {
     let mut sql = pair.sql().await;
     let statement = "SELECT body ->> 'holder' FROM annals.documents

@@ -1,4 +1,4 @@
-//! Sagas over brokers that are away.
+//! Sagas while brokers are away.
 #![allow(clippy::unwrap_used)]
 
 use std::{sync::Arc, time::Duration};
@@ -13,7 +13,8 @@ use tokio::time::sleep;
 use uuid::Uuid;
 
 const ALL: [&str; 3] = ["shop", "hotel", "bank"];
-/// How long a step waits for its answer. All attempts together are enough for consumers to find a broker that is back.
+/// How long a step waits for its reply. All attempts together leave consumers enough time to find a broker that is
+/// back.
 const TIMEOUT: Duration = Duration::from_secs(2);
 const ATTEMPTS: u32 = 12;
 /// Longer than all attempts together.
@@ -30,7 +31,7 @@ async fn a_broker_that_is_away_for_longer_than_all_attempts_costs_none_of_them()
     world.becomes("before", Status::Completed).await;
     broker.kill();
     world.request("meanwhile", Uuid::new_v4(), None).await;
-    // Nothing is to happen.
+    // Nothing must happen meanwhile.
     sleep(AWAY).await;
     let status = world.status("meanwhile").await.unwrap();
     assert_eq!((status.status, status.attempts), (Status::Running, 1), "{status:?}");

@@ -1,4 +1,5 @@
-//! What operators meet: topics as declared or a reason why not, messages that the tools of Kafka read, no secrets anywhere.
+//! The topics of operators: created as declared or refused with a reason, readable by the tools of Kafka, and without
+//! secrets.
 #![allow(clippy::unwrap_used)]
 
 mod kafka;
@@ -26,7 +27,7 @@ use uuid::Uuid;
 
 const RETENTION: Duration = Duration::from_secs(3_600);
 const SECRET: &str = "hunter2";
-/// How long a wrong address may take to be told.
+/// The longest time until a wrong address is reported.
 const SECONDS: Duration = Duration::from_secs(15);
 
 fn admin() -> AdminClient<DefaultClientContext> {
@@ -78,7 +79,7 @@ async fn a_wrong_address_is_told_within_seconds() {
     assert!(error.to_string().contains("127.0.0.1:1"), "{error}");
 }
 
-/// What is logged.
+/// Collects the log output.
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<u8>>>);
 
@@ -98,10 +99,10 @@ async fn secrets_are_never_told() {
     let log = Log::default();
     let written = log.clone();
     let subscriber = tracing_subscriber::fmt().with_max_level(tracing_subscriber::filter::LevelFilter::TRACE);
-    // For all threads of this process: the client logs from threads of its own.
+    // Set for all threads of this process: the client logs from threads of its own.
     subscriber.with_writer(move || written.clone()).init();
     let mut told = Vec::new();
-    // The broker knows no SASL; and settings of the wrong name or with the value of another.
+    // The broker has no SASL; other settings have wrong names or values.
     let sasl = Settings::new(&brokers())
         .set("security.protocol", "SASL_PLAINTEXT")
         .set("sasl.mechanisms", "PLAIN")

@@ -1,5 +1,5 @@
-//! A message's own fault stops only its key, and whatever needs a person is one line in the log, counted, and seen by health for as long
-//! as it lasts.
+//! A message's own fault stops only its key. A fault that needs an operator is one line in the log, is counted, and is
+//! visible in health for as long as it lasts.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -35,7 +35,7 @@ const DRAIN: Duration = Duration::from_secs(10);
 const PATIENT: Duration = Duration::from_secs(60);
 const QUICK: Duration = Duration::from_millis(150);
 
-/// What this process has logged.
+/// The log output of this process.
 static LOGGED: Mutex<Vec<u8>> = Mutex::new(Vec::new());
 
 struct Logged;
@@ -56,7 +56,7 @@ fn log() {
     ONCE.call_once(|| tracing_subscriber::fmt().with_writer(|| Logged).with_ansi(false).init());
 }
 
-/// The lines that have all of these.
+/// Returns the lines that contain all parts.
 fn lines(parts: &[&str]) -> Vec<String> {
     let logged = String::from_utf8_lossy(&LOGGED.lock().unwrap()).into_owned();
     let has_all = |line: &&str| parts.iter().all(|part| line.contains(part));
@@ -74,7 +74,7 @@ fn attention(health: &Health, part: &str) -> Option<String> {
     }
 }
 
-/// A store of each kind, and what must outlive it.
+/// Returns a store of each kind, with the values that must outlive it.
 async fn stores() -> Vec<(&'static str, Arc<dyn EventStore>, Box<dyn std::any::Any>)> {
     let folder = tempfile::tempdir().unwrap();
     let sqlite = SqliteStore::open(folder.path().join("annals.db")).await.unwrap();
@@ -94,7 +94,7 @@ async fn start(store: &Arc<dyn EventStore>, subscription: Subscription) -> Runti
     runtime
 }
 
-/// Fails at the tally `bad` for as long as it is to.
+/// Fails at the tally `bad` until it is healed.
 #[derive(Clone, Default)]
 struct Fails {
     healed: Arc<AtomicBool>,
@@ -139,7 +139,7 @@ async fn dead_letter_is_told_once_and_health_is_fine_again_without_it() {
         let told = || lines(&["ERROR", "dead letter", &name, "tally-bad", &letter.message().unwrap().id.to_string()]);
         assert_eq!((told().len(), counted(&health, "annals_dead_letters_total")), (1, 1), "{kind}: {:?}", told());
         assert!(told()[0].contains("it does not add up"), "{:?}", told());
-        // A new process sees it as well, and tells nothing twice.
+        // A new process sees the fault as well, and no line is logged twice.
         runtime.drain(DRAIN).await.unwrap();
         let runtime = start(&store, subscription()).await;
         let health = runtime.health();
@@ -149,7 +149,7 @@ async fn dead_letter_is_told_once_and_health_is_fine_again_without_it() {
         letters.redrive(&name, "tally-bad").await.unwrap();
         handled(&store, "tally-bad", 2).await;
         eventually("health is fine again", async || health.is_fine().then_some(())).await;
-        // One that an operator drops is gone too.
+        // A message that an operator drops is gone as well.
         fails.healed.store(false, Ordering::SeqCst);
         add(&store, "bad", [3]).await;
         eventually("health says so again", async || attention(&health, &part)).await;
@@ -159,7 +159,7 @@ async fn dead_letter_is_told_once_and_health_is_fine_again_without_it() {
     }
 }
 
-/// Reads a document whose name cannot be stored, at the tally `bad`; and writes it, at `worse`.
+/// Reads a document whose name cannot be stored at the tally `bad`, and writes it at `worse`.
 struct Unstorable;
 
 #[async_trait]
@@ -199,7 +199,7 @@ async fn name_that_no_store_can_hold_is_the_fault_of_its_message_alone() {
     }
 }
 
-/// Returns from the tally `slow` only when it may.
+/// Returns from the tally `slow` only when the test allows it.
 #[derive(Clone, Default)]
 struct Hangs(Arc<Notify>);
 
@@ -236,7 +236,7 @@ async fn handler_that_does_not_return_is_named_until_it_does() {
     assert!(part.starts_with("waiter/"), "{part}");
     assert!(format!("{state:?}").contains("tally-slow"), "{state:?}");
     eventually("it is told", async || lines(&["ERROR", "does not return", &id]).first().cloned()).await;
-    // The other lane goes on, whichever that is.
+    // The other lane continues, whichever of the two it is.
     for number in 0..8 {
         add(&store, &format!("other{number}"), [1]).await;
     }
@@ -249,7 +249,7 @@ async fn handler_that_does_not_return_is_named_until_it_does() {
     runtime.drain(DRAIN).await.unwrap();
 }
 
-/// Blocks its thread, without giving way to anything.
+/// Blocks its thread without yielding.
 struct Blocks(Mutex<mpsc::Receiver<()>>);
 
 #[async_trait]
@@ -280,7 +280,7 @@ async fn handler_that_blocks_its_thread_is_named_and_cut_off() {
     drop(end);
 }
 
-/// Refuses commits that park something.
+/// Refuses commits that park a message.
 struct Refusing {
     inner: MemoryStore,
     refused: AtomicU64,
@@ -339,7 +339,7 @@ async fn dead_letter_that_the_store_refuses_is_named_and_nothing_spins() {
     drop(runtime);
 }
 
-/// An error that cannot even be shown.
+/// An error that cannot even be displayed.
 #[derive(Debug)]
 struct Unspeakable;
 

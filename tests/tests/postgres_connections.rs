@@ -1,4 +1,4 @@
-//! How many connections a store opens: as many as its pool has places, whatever is asked of it at once.
+//! The number of connections that a store opens: as many as its pool has places, whatever the load.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -25,14 +25,14 @@ use self::postgres::{PROMPTLY, Schema, url};
 
 const PLACES: u32 = 4;
 
-/// Counts the connections that come in, and passes each on once it could have been given up: after the first answer of the
-/// server, and some turns of everybody else.
+/// Counts the connections that come in, and forwards each only when its client could have given up: after the first
+/// answer of the server, and some turns of the other tasks.
 #[derive(Clone, Default)]
 struct Counted {
     opened: Arc<AtomicUsize>,
-    /// Those that are given up before the server has let them in.
+    /// Connections that are given up before the server has accepted them.
     half_made: Arc<AtomicUsize>,
-    /// Whether connections are closed at once, as by a server that is away behind a proxy that is not.
+    /// Whether connections are closed at once, as by a proxy that is up while its server is away.
     away: Arc<AtomicBool>,
 }
 
@@ -61,7 +61,7 @@ impl Counted {
         let length = client.read(&mut bytes).await?;
         server.write_all(&bytes[..length]).await?;
         let length = server.read(&mut bytes).await?;
-        // A slow way to the server: reads that wait are answered meanwhile, over other sessions.
+        // A slow network to the server: waiting reads are answered over other sessions meanwhile.
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         client.write_all(&bytes[..length]).await?;
         let passed = copy_bidirectional(&mut client, &mut server).await;
@@ -102,7 +102,7 @@ async fn burst_of_cold_loads_opens_no_more_connections_than_there_are_places() {
         let (cold, store) = (cold.clone(), store.clone());
         loads.spawn(async move {
             assert_eq!(cold.state(&id.to_string()).await.unwrap().sum(), 1);
-            // And something else than a stream.
+            // Also reads something other than a stream.
             store.documents(&[DocumentKey::new("c", id.to_string())]).await.unwrap();
         });
     }
@@ -124,7 +124,7 @@ async fn reads_that_are_given_up_leave_no_connection_half_made() {
         drop(read);
         let keys = [DocumentKey::new("c", "1")];
         let mut read = std::pin::pin!(store.documents(&keys));
-        // One look at it, and it goes.
+        // The read is polled once, then dropped.
         _ = futures::poll!(read.as_mut());
     }
     store.documents(&[DocumentKey::new("c", "1")]).await.unwrap();
@@ -134,7 +134,7 @@ async fn reads_that_are_given_up_leave_no_connection_half_made() {
     store.close().await.unwrap();
 }
 
-/// Whoever waits tries again in one rhythm, and not each for itself.
+/// All waiting callers share one rhythm of retries.
 #[tokio::test(flavor = "multi_thread")]
 async fn server_that_lets_nobody_in_is_not_stormed() {
     let (schema, counted) = (Schema::new(), Counted::default());

@@ -1,5 +1,5 @@
-//! Two services on PostgreSQL, joined by Kafka: one publishes tallies, the other copies them. What they have done is looked at
-//! by plain SQL and a plain Kafka client.
+//! Two services on PostgreSQL, joined by Kafka: one publishes tallies, the other copies them. Plain SQL and a plain
+//! Kafka client check their work.
 #![allow(dead_code)]
 
 pub mod process;
@@ -30,24 +30,24 @@ use uuid::Uuid;
 use self::topic::Record;
 use crate::postgres::{self, Schema};
 
-/// How long until all is well again, whatever happened.
+/// The longest recovery from any fault.
 pub const RECOVERY: Duration = Duration::from_secs(60);
-/// How often what shows in the database alone is looked at.
+/// The interval between reads of state that only the database shows.
 const LOOK: Duration = Duration::from_millis(20);
-/// How many tallies a load adds to.
+/// The number of tallies that a load adds to.
 pub const TALLIES: usize = 20;
-/// How long a runtime may take to end.
+/// The longest time that a runtime may take to end.
 pub const DRAIN: Duration = Duration::from_secs(10);
 
 /// The two services, each on a schema of its own.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Pair {
-    /// The service that publishes; also in the name of the other one.
+    /// The name of the service that publishes, which is also a part of the other one's name.
     pub service: String,
     pub brokers: String,
     source: String,
     sink: String,
-    /// Settings of the bus beside the usual ones.
+    /// Settings of the bus other than the usual ones.
     pub settings: BTreeMap<String, String>,
     #[serde(skip)]
     schemas: Arc<Vec<Schema>>,
@@ -59,7 +59,7 @@ impl std::fmt::Debug for Schema {
     }
 }
 
-/// An event as SQL finds it.
+/// An event as SQL reads it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Stored {
     pub position: i64,
@@ -69,13 +69,13 @@ pub struct Stored {
 }
 
 impl Pair {
-    /// On the brokers that all tests share.
+    /// Creates a pair on the brokers that all tests share.
     pub async fn new() -> Self {
         Self::on(&brokers()).await
     }
 
     pub async fn on(brokers: &str) -> Self {
-        // For people who look for what went wrong.
+        // Logs help people to debug a failed test.
         if std::env::var_os("RUST_LOG").is_some() {
             let filter = tracing_subscriber::EnvFilter::from_default_env();
             _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
@@ -85,13 +85,13 @@ impl Pair {
         let service = format!("source-{}", Uuid::new_v4().simple());
         let settings = BTreeMap::from([("partitions".to_owned(), "4".to_owned())]);
         let pair = Self { service, brokers: brokers.into(), source: names.0, sink: names.1, settings, schemas };
-        // Their tables are there before anybody looks.
+        // Creates the tables before the test reads them.
         pair.source_store().await;
         pair.sink_store().await;
         pair
     }
 
-    /// With one more setting of the bus.
+    /// Adds a setting of the bus.
     pub fn set(mut self, name: &str, value: &str) -> Self {
         self.settings.insert(name.into(), value.into());
         self
@@ -150,36 +150,36 @@ impl Pair {
         runtime
     }
 
-    /// A relay in this process, with a client of its own.
+    /// Starts a relay in this process, with a client of its own.
     pub async fn relay(&self) -> Runtime {
         self.start_relay(self.source_store().await, Arc::new(self.bus().await), 1, None).await
     }
 
-    /// A consumer in this process, with a client of its own.
+    /// Starts a consumer in this process, with a client of its own.
     pub async fn consumer(&self) -> Runtime {
         self.start_consumer(self.sink_store().await, Arc::new(self.bus().await), None).await
     }
 
-    /// Connections to the database, which know of the schemas only.
+    /// Connects to the database, with the schemas alone.
     pub async fn sql(&self) -> Sql {
         let connection = self.schemas[0].connection().await;
         Sql { connection, source: self.schemas[0].clone(), sink: self.schemas[1].clone() }
     }
 
-    /// The whole topic, by a plain consumer.
+    /// Returns the whole topic, as read by a plain consumer.
     pub async fn records(&self) -> Vec<Record> {
         let (brokers, topic) = (self.brokers.clone(), self.topic());
         spawn_blocking(move || topic::read(&brokers, &topic)).await.unwrap()
     }
 
-    /// How many records the topic has.
+    /// Returns the number of records in the topic.
     pub async fn sent(&self) -> i64 {
         let (brokers, topic) = (self.brokers.clone(), self.topic());
         spawn_blocking(move || topic::count(&brokers, &topic)).await.unwrap()
     }
 
-    /// Waits until everything is handled; then log and topic agree, every effect is there once, nobody is behind and nothing
-    /// is parked. Returns how many records of the topic were sent more than once.
+    /// Waits until everything is handled. Then log and topic agree, every effect is there once, no lane is behind and
+    /// nothing is parked. Returns the number of records that were sent more than once.
     pub async fn agrees(&self) -> usize {
         let (stored, records) = self.settled().await;
         let first = same_events(&stored, &records);
@@ -191,7 +191,7 @@ impl Pair {
         records.len() - first.len()
     }
 
-    /// The same, after an outage in which the relay went on and what was before came later.
+    /// Checks the same after an outage in which the relay went on and earlier messages arrived later.
     pub async fn agrees_out_of_order(&self) {
         let (stored, records) = self.settled().await;
         same_events(&stored, &records);
@@ -207,7 +207,7 @@ impl Pair {
         (stored, records)
     }
 
-    /// Waits until as many events were copied as there are.
+    /// Waits until all events are copied.
     pub async fn handled(&self, sql: &mut Sql) {
         let waited = timeout(RECOVERY, async {
             while sql.copies().await < sql.events().await {
@@ -226,12 +226,12 @@ impl Pair {
         }
     }
 
-    /// Waits until the relay stands at the end of the log.
+    /// Waits until the relay is at the end of the log.
     pub async fn relay_is_at_the_end(&self, sql: &mut Sql) {
         let waited = timeout(RECOVERY, async {
             let name = format!("{}.relay", self.service);
             loop {
-                // Its first checkpoint follows what it has sent.
+                // The relay writes its first checkpoint after it has sent something.
                 let lags = sql.lags(&name).await;
                 if !lags.is_empty() && lags.iter().all(|lag| *lag == 0) {
                     return;
@@ -242,7 +242,7 @@ impl Pair {
         waited.await.unwrap_or_else(|_| panic!("the relay is behind"));
     }
 
-    /// Waits until relay and consumer stand at the ends of log and topic.
+    /// Waits until relay and consumer are at the ends of log and topic.
     pub async fn caught_up(&self, sql: &mut Sql) {
         let (brokers, topic) = (self.brokers.clone(), self.topic());
         let ends = spawn_blocking(move || topic::ends(&brokers, &topic)).await.unwrap();
@@ -270,7 +270,7 @@ async fn store(schema: &str) -> Arc<dyn EventStore> {
     Arc::new(PostgresStore::connect(&postgres::url(), settings).await.unwrap())
 }
 
-/// The ids of the topic are those of the log. Returns the events as they arrived first.
+/// Asserts that the topic holds the ids of the log. Returns the events in the order in which they first arrived.
 pub fn same_events<'a>(stored: &'a [Stored], records: &[Record]) -> Vec<&'a Stored> {
     let by_id: HashMap<Uuid, &Stored> = stored.iter().map(|event| (event.event_id, event)).collect();
     let (mut seen, mut first): (HashSet<Uuid>, Vec<&Stored>) = Default::default();
@@ -286,14 +286,14 @@ pub fn same_events<'a>(stored: &'a [Stored], records: &[Record]) -> Vec<&'a Stor
     first
 }
 
-/// What plain SQL tells of both services.
+/// The state of both services, as plain SQL reads it.
 pub struct Sql {
     pub connection: PgConnection,
     pub source: Schema,
     pub sink: Schema,
 }
 
-/// As the view for operators shows it: the group or relay, key, reason, message and how many are behind it.
+/// A row of the operators' view: group or relay, key, reason, message, and the number of messages behind it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DeadLetter {
     pub key: String,
@@ -308,18 +308,18 @@ impl Sql {
         sqlx::query_scalar(of.sql(sql)).fetch_one(&mut self.connection).await.unwrap()
     }
 
-    /// How many events there are to be copied.
+    /// Returns the number of events to copy.
     pub async fn events(&mut self) -> i64 {
         self.number(self.source.clone(), "SELECT count(*) FROM annals.events").await
     }
 
-    /// How many of them were copied, however often.
+    /// Returns the number of copies, including repeated ones.
     pub async fn copies(&mut self) -> i64 {
         let sql = "SELECT count(*) FROM annals.events WHERE stream_id LIKE 'copy-%'";
         self.number(self.sink.clone(), sql).await
     }
 
-    /// The whole log, in order.
+    /// Returns the whole log, in order.
     pub async fn stored(&mut self) -> Vec<Stored> {
         let sql = "SELECT position, event_id, stream_id, coalesce((data ->> 'amount')::bigint, 0) AS amount
                      FROM annals.events ORDER BY position";
@@ -328,7 +328,7 @@ impl Sql {
         rows.into_iter().map(row).collect()
     }
 
-    /// The document of each tally that was copied, and the events of its copy: both have every amount once, in order.
+    /// Asserts that the document and the copy of each tally have every amount once, in order.
     pub async fn assert_copied(&mut self, stored: &[Stored]) {
         let mut expected: BTreeMap<String, Vec<i64>> = BTreeMap::new();
         for event in stored {
@@ -347,7 +347,7 @@ impl Sql {
         assert_same("copies", &copied, &expected);
     }
 
-    /// What was copied of each tally, by the documents.
+    /// Returns the copied amounts of each tally, from the documents.
     pub async fn copied(&mut self) -> BTreeMap<String, Vec<i64>> {
         let sql = "SELECT id, body::text FROM annals.documents WHERE collection = 'copied'";
         let documents: Vec<(String, String)> =
@@ -355,7 +355,7 @@ impl Sql {
         documents.into_iter().map(|(id, body)| (id, serde_json::from_str(&body).unwrap())).collect()
     }
 
-    /// Sets the relay back to the start of the log, as an operator does who wants the topic built anew.
+    /// Sets the relay back to the start of the log, as an operator does to fill the topic again.
     pub async fn set_back(&mut self) {
         let sql = "UPDATE annals.documents SET version = version + 1, body = (body::jsonb || '{\"next\": 0}')::json
                     WHERE collection = 'checkpoint' AND id LIKE '%.relay/%'";
@@ -363,7 +363,7 @@ impl Sql {
         assert_eq!(done.rows_affected(), 1);
     }
 
-    /// Parked keys on either side.
+    /// Returns the parked keys of both services.
     pub async fn dead_letters(&mut self) -> Vec<DeadLetter> {
         let sql =
             "SELECT key, reason, attempts, message::text AS message, behind FROM annals.dead_letters ORDER BY key";
@@ -376,20 +376,20 @@ impl Sql {
         found
     }
 
-    /// How far the lanes of a subscription of the source are behind.
+    /// Returns how far the lanes of a subscription of the source are behind.
     pub async fn lags(&mut self, subscription: &str) -> Vec<i64> {
         let sql = "SELECT lag::bigint FROM annals.checkpoints WHERE subscription = $1";
         sqlx::query_scalar(self.source.sql(sql)).bind(subscription).fetch_all(&mut self.connection).await.unwrap()
     }
 
-    /// Where the sink goes on in each partition.
+    /// Returns the offset at which the sink continues in each partition.
     pub async fn offsets(&mut self, subscription: &str) -> BTreeMap<String, i64> {
         let sql = "SELECT lane, position FROM annals.checkpoints WHERE subscription = $1 AND position > 0";
         let query = sqlx::query_as(self.sink.sql(sql)).bind(subscription);
         query.fetch_all(&mut self.connection).await.unwrap().into_iter().collect()
     }
 
-    /// All checkpoints, to be read by people.
+    /// Returns all checkpoints, for people to read.
     pub async fn checkpoints(&mut self) -> Vec<String> {
         let sql = "SELECT id || ' ' || body::text FROM annals.documents WHERE collection = 'checkpoint' ORDER BY id";
         let mut found = Vec::new();
@@ -409,7 +409,7 @@ fn assert_same(what: &str, found: &BTreeMap<String, Vec<i64>>, expected: &BTreeM
     assert_eq!(found.len(), expected.len(), "{what}");
 }
 
-/// Adds the amounts of these rounds, one each to every tally in each round.
+/// Adds the amounts of these rounds, one per tally and round.
 pub async fn add(store: &Arc<dyn EventStore>, rounds: std::ops::Range<i64>) {
     for round in rounds {
         let appends = (0..TALLIES).map(|tally| append(&format!("tally-{tally}"), round)).collect();
@@ -417,7 +417,7 @@ pub async fn add(store: &Arc<dyn EventStore>, rounds: std::ops::Range<i64>) {
     }
 }
 
-/// One amount for one tally.
+/// Returns the append of one amount to one tally.
 pub fn append(stream: &str, amount: i64) -> Append {
     let event = NewEvent {
         id: Uuid::new_v4(),
@@ -429,14 +429,14 @@ pub fn append(stream: &str, amount: i64) -> Append {
     Append { stream: StreamId::parse(stream).unwrap(), expected: Expected::Any, events: vec![event] }
 }
 
-/// Adds to all tallies again and again, until it is ended.
+/// Adds to all tallies again and again, until it ends.
 pub struct Load {
     stop: watch::Sender<bool>,
     added: JoinHandle<i64>,
 }
 
 impl Load {
-    /// With a pause after each round.
+    /// Starts a load with a pause after each round.
     pub fn start(store: Arc<dyn EventStore>, pause: Duration) -> Self {
         let (stop, stopped) = watch::channel(false);
         let added = tokio::spawn(async move {
@@ -458,7 +458,7 @@ impl Load {
     }
 }
 
-/// Looks until it is so.
+/// Polls until the condition holds.
 pub async fn until(what: &str, mut is: impl AsyncFnMut() -> bool) {
     let waited = timeout(RECOVERY, async {
         while !is().await {
@@ -468,7 +468,7 @@ pub async fn until(what: &str, mut is: impl AsyncFnMut() -> bool) {
     waited.await.unwrap_or_else(|_| panic!("never came about: {what}"));
 }
 
-/// Waits until the parts of a runtime are like this.
+/// Waits until the parts of a runtime satisfy the condition. Returns the time it took.
 pub async fn shows(runtime: &Runtime, what: &str, is: impl Fn(&BTreeMap<String, State>) -> bool) -> Duration {
     let asked_at = Instant::now();
     while !is(&runtime.health().parts()) {
@@ -478,7 +478,7 @@ pub async fn shows(runtime: &Runtime, what: &str, is: impl Fn(&BTreeMap<String, 
     asked_at.elapsed()
 }
 
-/// Whether some part is in trouble.
+/// Returns whether a part is in trouble.
 pub fn in_trouble(parts: &BTreeMap<String, State>) -> bool {
     parts.values().any(|state| matches!(state, State::Trouble(_)))
 }

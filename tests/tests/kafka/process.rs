@@ -1,4 +1,4 @@
-//! A relay or a consumer as a process of its own, which a test kills or stops.
+//! Runs a relay or a consumer as a process of its own, which a test kills or stops.
 
 use std::{
     env,
@@ -22,36 +22,36 @@ use serde::{Deserialize, Serialize};
 
 use super::Pair;
 
-/// Set for the process: what it is to run.
+/// The variable that holds the task of the process.
 const TASK: &str = "ANNALS_KAFKA_PROCESS";
 
-/// Which part of the pair runs there.
+/// The part of the pair that runs in the process.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Role {
     Relay,
     Consumer,
 }
 
-/// Where it tells that it is there, and waits for its end.
+/// The point at which the process reports that it is there, and waits for its end.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Point {
-    /// Nowhere.
+    /// No point: the process does not stop by itself.
     Nowhere,
-    /// A page was read, and is not sent yet.
+    /// A page was read and not sent yet.
     Read,
-    /// As above, but it goes on after a moment, which a stop makes longer.
+    /// Same as `Read`, but the process continues after a moment, which a stop makes longer.
     ReadThenOn,
-    /// A page was sent, and is not acknowledged yet.
+    /// A page was sent and not acknowledged yet.
     Sent,
-    /// A page was acknowledged, and the checkpoint stands before it.
+    /// A page was acknowledged, and the checkpoint is still before it.
     Acknowledged,
-    /// A batch was committed, and the bus was not told its offset.
+    /// A batch was committed, and the bus does not know its offset.
     Offset,
-    /// The commit that moves a checkpoint is asked for, and held back.
+    /// The commit that moves a checkpoint was requested, and is held back.
     BeforeCommit,
-    /// It is under way.
+    /// The commit is under way.
     InCommit,
-    /// It holds, and nobody was told.
+    /// The commit succeeded, and its caller does not know.
     AfterCommit,
 }
 
@@ -59,19 +59,19 @@ pub enum Point {
 pub struct Task {
     pub pair: Pair,
     pub role: Role,
-    /// The name it shares its store under.
+    /// The name under which the process shares its store.
     pub instance: Option<String>,
     pub lanes: u32,
     pub point: Point,
-    /// How often it passes the point before it stays there.
+    /// How often the process passes the point before it stops there.
     pub passes: u32,
 }
 
-/// What the process runs; each file has a test that calls it, and that does nothing by itself.
+/// Runs the task of the process. Each test file has a test that calls this, and that does nothing by itself.
 pub fn run() {
     let Some(task) = env::var_os(TASK) else { return };
     let task: Task = serde_json::from_str(task.to_str().unwrap()).unwrap();
-    // Ends with the test, however that ends.
+    // The process ends with the test, however that ends.
     std::thread::spawn(|| {
         _ = std::io::stdin().read_to_end(&mut Vec::new());
         std::process::exit(1);
@@ -81,7 +81,7 @@ pub fn run() {
 }
 
 fn say(word: &str) {
-    // In one write, so that what the other side reads up to a line's end is a line.
+    // A single write, so that the reader gets whole lines.
     std::io::stdout().lock().write_all(format!("{word}\n").as_bytes()).unwrap();
 }
 
@@ -118,7 +118,7 @@ impl Task {
     }
 }
 
-/// One that was started. It is killed when it is dropped.
+/// A process that was started. Dropping it kills it.
 pub struct Process {
     child: Child,
     lines: Option<BufReader<ChildStdout>>,
@@ -132,7 +132,7 @@ impl Drop for Process {
 }
 
 impl Process {
-    /// Waits until it says this.
+    /// Waits until the process prints this word.
     pub async fn says(&mut self, word: &'static str) {
         let mut lines = self.lines.take().unwrap();
         let heard = tokio::task::spawn_blocking(move || {
@@ -151,19 +151,19 @@ impl Process {
         self.says("started").await;
     }
 
-    /// It is at its point.
+    /// Waits until the process is at its point.
     pub async fn reached(&mut self) {
         self.says("reached").await;
     }
 
-    /// With -9.
+    /// Kills the process with -9.
     pub fn kill(mut self) {
         assert_eq!(self.child.try_wait().unwrap(), None, "it has ended by itself");
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
-    /// Until [`wake`](Self::wake), it does nothing at all.
+    /// Stops the process completely, until [`wake`](Self::wake).
     pub fn stop(&self) {
         self.signal("-STOP");
     }
@@ -177,7 +177,7 @@ impl Process {
     }
 }
 
-/// Whether the point is reached.
+/// Counts the passes until the point is reached.
 struct Reached {
     point: Point,
     left: AtomicU32,
@@ -193,7 +193,7 @@ impl Reached {
         std::future::pending().await
     }
 
-    /// A store that is at the point when a checkpoint of the role is committed.
+    /// Returns a store that reaches the point when a checkpoint of the role is committed.
     fn watch(self: Arc<Self>, store: Arc<dyn EventStore>, pair: &Pair, role: Role) -> Arc<dyn EventStore> {
         let gate = Gate::new();
         let fault = match self.point {
@@ -224,7 +224,7 @@ impl Reached {
     }
 }
 
-/// A bus that is at the point when something passes through it.
+/// A bus that reaches the point when a message passes through it.
 struct Watched {
     inner: Arc<KafkaBus>,
     point: Arc<Reached>,

@@ -1,4 +1,4 @@
-//! A topic as others see it: by a plain client, without any of our code.
+//! Reads a topic as outsiders do: with a plain client, without any of our code.
 
 use std::{
     collections::BTreeMap,
@@ -15,11 +15,11 @@ use rdkafka::{
 };
 use uuid::Uuid;
 
-/// How long a broker may take to answer.
+/// The longest wait for an answer of the broker.
 const PATIENCE: Duration = Duration::from_secs(20);
 const LOOK: Duration = Duration::from_millis(50);
 
-/// One record.
+/// A record of the topic.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Record {
     pub partition: i32,
@@ -46,7 +46,7 @@ impl Record {
         value.as_deref().map(|value| std::str::from_utf8(value).unwrap())
     }
 
-    /// The event's id.
+    /// Returns the id of the event.
     pub fn id(&self) -> Uuid {
         self.header("ce_id").unwrap().parse().unwrap()
     }
@@ -63,7 +63,7 @@ fn client(brokers: &str) -> ClientConfig {
     config
 }
 
-/// First offset and the one after the last, by partition; empty if there is no such topic.
+/// Returns the first offset and the one after the last, by partition; empty if the topic does not exist.
 pub fn ends(brokers: &str, topic: &str) -> BTreeMap<i32, (i64, i64)> {
     ends_by(&client(brokers).create().unwrap(), topic)
 }
@@ -74,7 +74,7 @@ fn ends_by(consumer: &BaseConsumer, topic: &str) -> BTreeMap<i32, (i64, i64)> {
     partitions.map(|partition| (partition, watermarks(consumer, topic, partition))).collect()
 }
 
-/// Of a partition that may have no leader yet, or another one since it was asked who leads it.
+/// Returns the offsets of a partition, which may have no leader yet, or a new leader.
 fn watermarks(consumer: &BaseConsumer, topic: &str, partition: i32) -> (i64, i64) {
     let started_at = Instant::now();
     loop {
@@ -86,7 +86,7 @@ fn watermarks(consumer: &BaseConsumer, topic: &str, partition: i32) -> (i64, i64
     }
 }
 
-/// How many records there are.
+/// Returns the number of records.
 pub fn count(brokers: &str, topic: &str) -> i64 {
     ends(brokers, topic).values().map(|(first, next)| next - first).sum()
 }

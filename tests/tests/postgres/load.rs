@@ -1,4 +1,4 @@
-//! Writers and readers that go on through whatever happens to the server, and know afterwards what they were promised.
+//! Writers and readers that keep going whatever happens to the server, and then check what they were promised.
 
 use std::{
     sync::{
@@ -19,21 +19,21 @@ use tokio::{
 
 use super::append;
 
-/// How long anything may take to come right again.
+/// The longest recovery from any fault.
 const RECOVERY: Duration = Duration::from_secs(60);
-/// How many pages a reader reads before it is replaced by one that knows nothing but its position.
+/// The number of pages after which a reader is replaced by one that knows only its position.
 const PAGES_UNTIL_RESTART: usize = 40;
 
 pub struct Load {
     stop: watch::Sender<bool>,
-    /// Told when the last writer has ended.
+    /// Signals the end of the last writer.
     written: watch::Sender<bool>,
     writers: JoinSet<Promise>,
     readers: Vec<JoinHandle<Vec<i64>>>,
     acknowledged: Arc<AtomicU64>,
 }
 
-/// What one writer knows to be there: so many versions of its stream, and half as many of its document.
+/// What one writer knows to be stored: this many versions of its stream, and half as many of its document.
 struct Promise {
     name: String,
     standing: i64,
@@ -41,17 +41,18 @@ struct Promise {
     unavailable: u64,
 }
 
-/// What went on.
+/// The result of a load.
 #[derive(Debug)]
 pub struct Summary {
     pub acknowledged: u64,
-    /// Commits that were sent again because nobody knew whether they held.
+    /// Commits that were sent again because their outcome was unknown.
     pub unknown: u64,
     pub unavailable: u64,
 }
 
 impl Load {
-    /// On a store, with a reader of the same store and one that is opened anew again and again under the URL.
+    /// Starts a load on a store, with a reader of that store and a reader whose store is opened again and again under
+    /// the URL.
     pub fn start(store: &PostgresStore, url: &str, settings: &Settings, writers: usize) -> Self {
         let ((stop, stopped), (written, all_written)) = (watch::channel(false), watch::channel(false));
         let acknowledged = Arc::<AtomicU64>::default();
@@ -65,7 +66,7 @@ impl Load {
         Self { stop, written, writers, readers, acknowledged }
     }
 
-    /// Until so many more commits were acknowledged.
+    /// Waits until this many more commits were acknowledged.
     pub async fn goes_on(&self, more: u64) {
         let wanted = self.acknowledged.load(Ordering::SeqCst) + more;
         let reached = async {
@@ -80,7 +81,7 @@ impl Load {
         self.acknowledged.load(Ordering::SeqCst)
     }
 
-    /// Stops, and compares what each knows with what plain SQL finds. `sql` names the schema.
+    /// Stops the load, and compares what each task knows with what plain SQL finds. `sql` names the schema.
     pub async fn ends_well(
         self,
         outside: &mut PgConnection,
@@ -115,7 +116,7 @@ impl Load {
     }
 }
 
-/// Two events and a counter, again and again; what is not known to hold is sent again as it was.
+/// Writes two events and a counter, again and again. A commit of unknown outcome is sent again unchanged.
 async fn write(
     store: PostgresStore,
     name: String,
@@ -136,7 +137,7 @@ async fn write(
                 }
                 Err(CommitError::Unknown(_)) => (promise.unknown, sent_before) = (promise.unknown + 1, true),
                 Err(CommitError::Unavailable(_)) => promise.unavailable += 1,
-                // What was not known before is known now.
+                // The outcome that was unknown is known now.
                 Err(CommitError::Conflict { actual, .. }) if sent_before && actual.0 == promise.standing + 2 => break,
                 Err(other) => panic!("{}: {other}", promise.name),
             }
@@ -147,7 +148,7 @@ async fn write(
     promise
 }
 
-/// Reads until everything that was written by the end is read; gives the positions.
+/// Reads until everything written by the end has been read. Returns the positions.
 async fn follow(
     own: Option<PostgresStore>,
     url: String,
@@ -178,7 +179,7 @@ async fn follow(
     }
 }
 
-/// One page; says whether that was the last.
+/// Reads one page, and returns whether it was the last.
 async fn read(
     store: &PostgresStore,
     seen: &mut Vec<i64>,

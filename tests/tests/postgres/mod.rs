@@ -1,4 +1,4 @@
-//! A PostgreSQL to test on: a schema for each test, gone after it.
+//! A PostgreSQL for tests: each test has a schema, which is dropped after it.
 #![allow(dead_code)]
 
 pub mod load;
@@ -20,7 +20,7 @@ use annals_sqlite::SqliteStore;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use uuid::Uuid;
 
-/// Where the server is.
+/// Returns the URL of the server.
 pub fn url() -> String {
     std::env::var("DATABASE_URL").expect(
         "DATABASE_URL is not set: run the tests with `./test`, which starts a PostgreSQL of its own, \
@@ -28,7 +28,7 @@ pub fn url() -> String {
     )
 }
 
-/// Dropped with the last of its clones.
+/// A schema that is dropped with the last of its clones.
 #[derive(Clone)]
 pub struct Schema(Arc<Owned>);
 
@@ -41,7 +41,7 @@ impl Drop for Owned {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
                 let mut connection = PgConnection::connect(&url()).await?;
-                // What a failed test has left prepared would hold its locks for ever.
+                // A prepared transaction of a failed test would hold its locks for ever.
                 let prepared: Vec<String> =
                     sqlx::query_scalar("SELECT gid FROM pg_prepared_xacts WHERE starts_with(gid, $1 || '-')")
                         .bind(&name)
@@ -50,7 +50,7 @@ impl Drop for Owned {
                 for id in prepared {
                     sqlx::raw_sql(AssertSqlSafe(format!("ROLLBACK PREPARED '{id}'"))).execute(&mut connection).await?;
                 }
-                // And what it has left open must not keep the others waiting.
+                // An open transaction of a failed test must not block the others.
                 sqlx::raw_sql("SET lock_timeout = '2s'").execute(&mut connection).await?;
                 let sql = format!("DROP SCHEMA IF EXISTS {name} CASCADE");
                 sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut connection).await?;
@@ -65,14 +65,14 @@ impl Drop for Owned {
                 connection.close().await
             })
         });
-        // What cannot be dropped stays behind; the test has its own outcome.
+        // A schema that cannot be dropped stays behind, and the test keeps its own outcome.
         drop.join().ok();
     }
 }
 
 impl Schema {
     pub fn new() -> Self {
-        // To fail here, if at all.
+        // A missing URL must fail here.
         url();
         Self(Arc::new(Owned(format!("test_{}", Uuid::new_v4().simple()))))
     }
@@ -89,28 +89,28 @@ impl Schema {
         PostgresStore::connect(&url(), self.settings()).await.unwrap()
     }
 
-    /// A name for a prepared transaction, which is rolled back after the test if it is still there.
+    /// Returns a name for a prepared transaction, which is rolled back after the test if it still exists.
     pub fn prepared(&self) -> String {
         format!("{}-{}", self.name(), Uuid::new_v4().simple())
     }
 
-    /// A name for a role, which is dropped after the test.
+    /// Returns a name for a role, which is dropped after the test.
     pub fn role(&self, name: &str) -> String {
         format!("{}_{name}", self.name())
     }
 
-    /// A connection of its own, beside the store.
+    /// Returns a new connection, independent of the store.
     pub async fn connection(&self) -> PgConnection {
         PgConnection::connect(&url()).await.unwrap()
     }
 
-    /// A statement written for the schema `annals`, for this one.
+    /// Returns a statement for this schema, from one that was written for the schema `annals`.
     pub fn sql(&self, sql: &str) -> AssertSqlSafe<String> {
         AssertSqlSafe(sql.replace("annals.", &format!("{}.", self.name())))
     }
 }
 
-/// The same on each kind of store, each one empty.
+/// Runs the test on each kind of store, each one empty.
 pub async fn on_each_store(property: impl AsyncFn(Arc<dyn EventStore>)) {
     property(Arc::new(MemoryStore::new())).await;
     let folder = tempfile::tempdir().unwrap();
@@ -121,10 +121,10 @@ pub async fn on_each_store(property: impl AsyncFn(Arc<dyn EventStore>)) {
     property(Arc::new(schema.store().await)).await;
 }
 
-/// How long something may take that ought to happen at once.
+/// The limit for a step that should happen at once.
 pub const PROMPTLY: Duration = Duration::from_secs(10);
 
-/// So many events for a stream.
+/// Returns a commit with this many events for a stream.
 pub fn append(stream: &str, expected: i64, count: usize) -> Commit {
     let event = || NewEvent {
         id: Uuid::new_v4(),
@@ -141,7 +141,7 @@ pub fn append(stream: &str, expected: i64, count: usize) -> Commit {
     Commit { appends: vec![append], puts: Vec::new() }
 }
 
-/// The whole log, as far as it can be read.
+/// Returns the whole log, as far as it can be read.
 pub async fn whole_log(store: &PostgresStore) -> Vec<Arc<Recorded>> {
     let (mut all, mut after) = (Vec::new(), Position::START);
     loop {
@@ -154,7 +154,7 @@ pub async fn whole_log(store: &PostgresStore) -> Vec<Arc<Recorded>> {
     }
 }
 
-/// Their positions.
+/// Returns their positions.
 pub fn numbers(events: &[Arc<Recorded>]) -> Vec<i64> {
     events.iter().map(|event| event.position.0).collect()
 }

@@ -1,4 +1,4 @@
-//! A PgBouncer of a test's own, in transaction mode, before the server of the tests.
+//! A PgBouncer of a test's own, in transaction mode, in front of the server of the tests.
 
 use std::{
     fs,
@@ -30,7 +30,7 @@ impl Drop for Pooler {
 }
 
 impl Pooler {
-    /// With so many sessions of the server for all who connect, and further lines of its configuration.
+    /// Starts a pooler with this many server sessions for all clients, and further lines of its configuration.
     pub async fn start(sessions: u32, more: &str) -> Self {
         let server = url().parse::<PgConnectOptions>().unwrap().to_url_lossy();
         let (host, port) = (server.host_str().unwrap(), server.port().unwrap_or(5432));
@@ -56,7 +56,7 @@ impl Pooler {
         pooler
     }
 
-    /// Starts it, for the first time or again, under the port it had.
+    /// Starts the pooler, for the first time or again, at the same port.
     pub async fn resume(&mut self) {
         let log = fs::OpenOptions::new().create(true).append(true).open(self.folder.path().join("log")).unwrap();
         let mut pgbouncer = program("pgbouncer");
@@ -73,7 +73,7 @@ impl Pooler {
         }
     }
 
-    /// With -9.
+    /// Kills the pooler with -9.
     pub fn kill(&mut self) {
         if let Some(mut running) = self.running.take() {
             running.kill().ok();
@@ -81,7 +81,7 @@ impl Pooler {
         }
     }
 
-    /// As it is without `pooled=true`.
+    /// Returns the URL without `pooled=true`.
     pub fn plain_url(&self) -> String {
         let server: PgConnectOptions = url().parse().unwrap();
         let mut url = server.to_url_lossy();

@@ -1,5 +1,5 @@
-//! A PostgreSQL server of a test's own, to be killed, filled up or thrown away. It is a child of the test, so that it ends with
-//! it on Ctrl-C too.
+//! A PostgreSQL server of a test's own, to kill, fill up or throw away. The process is a child of the test, so that
+//! Ctrl-C ends both.
 
 use std::{
     fs,
@@ -12,14 +12,14 @@ use std::{
 use sqlx::{Connection, PgConnection};
 use tempfile::TempDir;
 
-/// How long a server may take to start, also after a crash.
+/// The longest time that a server may take to start, also after a crash.
 const START: Duration = Duration::from_secs(60);
 
 pub struct Server {
     folder: TempDir,
     data: PathBuf,
     port: u16,
-    /// Beyond those that all have.
+    /// Settings other than the common ones.
     settings: Vec<String>,
     environment: Vec<(String, String)>,
     running: Option<Child>,
@@ -38,14 +38,15 @@ impl Server {
         Self::start_in(folder, data, Vec::new()).await
     }
 
-    /// With these variables, such as a library to load first.
+    /// Starts a server with these variables, such as a library to load first.
     pub async fn start_with_environment(environment: Vec<(String, String)>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let data = folder.path().join("data");
         Self::begin(folder, data, Vec::new(), environment).await
     }
 
-    /// With its tables in a folder of the caller's; everything else, the write-ahead log too, in the other one.
+    /// Starts a server whose tables are in a folder of the caller. All other files, including the write-ahead log, are
+    /// in `folder`.
     pub async fn start_in(folder: TempDir, data: PathBuf, settings: Vec<String>) -> Self {
         Self::begin(folder, data, settings, Vec::new()).await
     }
@@ -68,7 +69,7 @@ impl Server {
         server
     }
 
-    /// Starts it, for the first time or again, under the port it had.
+    /// Starts the server, for the first time or again, at the same port.
     pub async fn resume(&mut self) {
         if self.port == 0 {
             self.port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
@@ -81,7 +82,7 @@ impl Server {
             "listen_addresses=127.0.0.1",
             &format!("port={}", self.port),
             "unix_socket_directories=",
-            // Processes die here, never the machine.
+            // Processes die in these tests, never the machine.
             "fsync=off",
             "max_connections=100",
             "max_wal_size=64MB",
@@ -96,7 +97,7 @@ impl Server {
         let url = self.url();
         let up = async {
             while PgConnection::connect(&url).await.is_err() {
-                // It does not start while a process of the one that was killed is still there.
+                // The server does not start while a process of the killed one is still there.
                 if running.try_wait().unwrap().is_some() {
                     running = postgres.spawn().unwrap();
                 }
@@ -110,7 +111,7 @@ impl Server {
         }
     }
 
-    /// A standby that follows it asynchronously, from now on.
+    /// Starts a standby that follows this server asynchronously.
     pub async fn standby(&self) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let data = folder.path().join("data");
@@ -134,7 +135,7 @@ impl Server {
         standby
     }
 
-    /// Waits until this standby has all that its primary has written by now.
+    /// Waits until this standby has everything that its primary has written by now.
     pub async fn catch_up(&self, primary: &Self) {
         let mut there = PgConnection::connect(&primary.url()).await.unwrap();
         let until: String =
@@ -143,7 +144,7 @@ impl Server {
         let caught_up = async {
             let sql = "SELECT pg_last_wal_replay_lsn() >= $1::pg_lsn";
             while !sqlx::query_scalar::<_, bool>(sql).bind(&until).fetch_one(&mut here).await.unwrap() {
-                // Nothing else flushes what no commit has flushed.
+                // Nothing else flushes data that no commit has flushed.
                 sqlx::query("SELECT pg_switch_wal()").execute(&mut there).await.unwrap();
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
@@ -158,7 +159,7 @@ impl Server {
         assert!(promoted);
     }
 
-    /// A session beside the store's.
+    /// Returns a session that is independent of the store.
     pub async fn connection(&self) -> PgConnection {
         PgConnection::connect(&self.url()).await.unwrap()
     }
@@ -167,12 +168,12 @@ impl Server {
         self.port
     }
 
-    /// With -9, all its processes.
+    /// Kills all processes of the server with -9.
     pub fn kill(&mut self) {
         let Some(mut postmaster) = self.running.take() else { return };
         let id = postmaster.id();
         let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
-        // First the one that would start others.
+        // The postmaster goes first, since it would start others.
         postmaster.kill().ok();
         postmaster.wait().ok();
         Command::new("kill").arg("-9").args(children.split_whitespace()).stderr(Stdio::null()).status().ok();
@@ -182,17 +183,17 @@ impl Server {
         self.url_at("127.0.0.1")
     }
 
-    /// Under another name of this machine.
+    /// Returns the URL under another name of this machine.
     pub fn url_at(&self, host: &str) -> String {
         format!("postgres://postgres@{host}:{}/postgres", self.port)
     }
 }
 
-/// A program of the server, or one that goes with it, as the user it agrees to run as.
+/// Returns a program of the server, or one of its companions, run as a user that it accepts.
 pub fn program(name: &str) -> Command {
     let installed = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().filter_map(Result::ok);
     let installed = installed.map(|version| version.path().join("bin").join(name));
-    // Not on everybody's path.
+    // The program need not be in the path.
     let newest = installed.chain([Path::new("/usr/sbin").join(name)]).filter(|path| path.exists()).max();
     let mut command = Command::new(newest.unwrap_or_else(|| Path::new(name).to_owned()));
     if let Some((user, group)) = postgres_user() {

@@ -1,4 +1,5 @@
-//! The address of a database as a service knows it: it can lead to another server, as a virtual address or a DNS name can.
+//! The address of a database as a service knows it: it may lead to another server, as a virtual address or a DNS name
+//! does.
 
 use std::sync::Arc;
 
@@ -10,7 +11,7 @@ use tokio::{
 
 use super::server::Server;
 
-/// Passes each new connection to the server that it leads to. Open ones stay where they are until they are cut.
+/// Forwards each new connection to the current server. Open connections stay where they are until they are cut.
 #[derive(Clone)]
 pub struct VirtualAddress {
     port: u16,
@@ -29,7 +30,7 @@ impl VirtualAddress {
             while let Ok((mut client, _)) = listener.accept().await {
                 let (target, mut cut) = (*of_task.target.borrow(), of_task.cuts.subscribe());
                 tokio::spawn(async move {
-                    // Either side may go away at any time.
+                    // Either side may close at any time.
                     let Ok(mut server) = TcpStream::connect(("127.0.0.1", target)).await else { return };
                     tokio::select! {
                         _ = copy_bidirectional(&mut client, &mut server) => {}
@@ -41,12 +42,12 @@ impl VirtualAddress {
         address
     }
 
-    /// New connections go there from now on.
+    /// Leads new connections to `server` from now on.
     pub fn lead_to(&self, server: &Server) {
         self.target.send_replace(server.port());
     }
 
-    /// Ends the open ones.
+    /// Cuts the open connections.
     pub fn cut(&self) {
         self.cuts.send_modify(|cuts| *cuts += 1);
     }
