@@ -1,4 +1,4 @@
-//! What a user writes to react to messages, and how it says that one did not work.
+//! Handlers: user code that reacts to messages, and the errors by which it reports a failure.
 
 use std::{error::Error, fmt, sync::Arc};
 
@@ -14,33 +14,35 @@ use crate::{
 
 /// Reacts to messages, from the log or from a bus, in order per key.
 ///
-/// What it stages in `work` is committed together with the checkpoint, for many messages at once: exactly one effect per
-/// event of the log, and per offset of a bus. A bus may carry one message at two offsets, as when its publisher crashed: then
-/// commands to aggregates find their results, and a document has to be written so that twice is as good as once (compare
-/// [`Message::version`]). Effects outside the store are at least once: give them [`Work::cause_id`] as their idempotency key.
+/// Work staged in `work` is committed together with the checkpoint, for many messages at once: exactly one effect per
+/// event of the log, and per offset of a bus. A bus may carry one message at two offsets, for example after its
+/// publisher crashed. Commands to aggregates then find their earlier results; documents must be written so that a
+/// second write changes nothing (compare [`Message::version`]). Effects outside the store happen at least once: pass
+/// [`Work::cause_id`] as their idempotency key.
 ///
-/// A handler that panics has failed at that message, as if it had returned an error.
+/// A panic in a handler counts as an error for that message.
 #[async_trait]
 pub trait Handler: Send + Sync + 'static {
-    /// Stages what the message causes. `?` on any error means: try this message again later, and meanwhile hold back
-    /// those with the same key.
+    /// Stages the effects of the message. `?` on any error means: retry this message later, and hold back messages with
+    /// the same key until then.
     async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError>;
 
-    /// Called with each batch before its first message: the place to read documents for all of them in one round trip.
+    /// Called with each batch before its first message: the place to read documents for the whole batch in one round
+    /// trip.
     async fn prepare(&self, _messages: &[&Message], _work: &mut Work) -> Result<(), HandlerError> {
         Ok(())
     }
 
-    /// Called instead of [`handle`](Self::handle) once the store has refused what this message alone had staged: too large, or
-    /// nothing that it can hold. Stages what is to be committed in its place; an error parks the message.
+    /// Called instead of [`handle`](Self::handle) after the store has refused the effects of this message alone,
+    /// because they are too large or invalid. Stages what to commit instead; an error parks the message.
     async fn refused(&self, _message: &Message, reason: &str, _work: &mut Work) -> Result<(), HandlerError> {
         Err(reason.to_owned()).terminal()
     }
 }
 
-/// Why a message was not handled. Made by `?` from any error; then it is tried again with growing delays, and parked when
-/// it has failed often. [`Terminal::terminal`] parks it at once. An event that this build does not know waits for a build that
-/// does, however long that takes.
+/// Why a message was not handled. `?` makes this from any error; the message is then retried with growing delays, and
+/// parked after too many failures. [`Terminal::terminal`] parks the message at once. An event that this build does not
+/// know waits, without a limit, for a build that knows it.
 #[derive(Debug)]
 pub struct HandlerError {
     source: Box<dyn Error + Send + Sync>,
@@ -50,27 +52,27 @@ pub struct HandlerError {
 /// What to do about a failed message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Remedy {
-    /// Park it with a time to try again.
+    /// Park the message and retry it at a later time.
     RetryMessage,
-    /// Park it until somebody redrives it.
+    /// Park the message until an operator redrives it.
     Park,
-    /// Another build knows what this one does not: park it until such a build takes it.
+    /// This build does not know the message, but another build may: park the message until such a build takes it.
     AwaitBuild,
-    /// Nothing is wrong with the message: the store is away, wait for it.
+    /// The message is not at fault: the store is unavailable, so wait for it.
     AwaitStore,
 }
 
-/// What stands for the text of an error whose text cannot be had.
+/// The text of an error whose own text is not available.
 const NO_TEXT: &str = "an error whose text cannot be shown: its Display";
 
 impl HandlerError {
-    /// What is wrong, also where the error of a user panics when it is asked.
+    /// Returns the text of the error, even if the `Display` of a user's error panics.
     pub(crate) fn text(&self) -> String {
         caught_now(|| self.source.to_string()).unwrap_or_else(|panic| format!("{NO_TEXT} {panic}"))
     }
 
     pub(crate) fn remedy(&self) -> Remedy {
-        // The source of an error is code of a user's too.
+        // The `source` of an error is user code too, and may panic.
         caught_now(|| self.remedy_of_causes()).unwrap_or(Remedy::RetryMessage)
     }
 
@@ -92,7 +94,8 @@ impl HandlerError {
         self.remedy
     }
 
-    /// A message that this build does not know what to do with, as another build does: it waits for that one.
+    /// An error for a message that this build does not understand but another build does: the message waits for that
+    /// build.
     pub fn await_build(error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self { source: error.into(), remedy: Remedy::AwaitBuild }
     }
@@ -110,9 +113,9 @@ impl<E: Into<Box<dyn Error + Send + Sync>>> From<E> for HandlerError {
     }
 }
 
-/// Opts out of retrying.
+/// Turns an error into one that is not retried.
 pub trait Terminal<T> {
-    /// Parks the message at once if this failed: trying again would not help.
+    /// On an error, parks the message at once: a retry would not help.
     fn terminal(self) -> Result<T, HandlerError>;
 }
 

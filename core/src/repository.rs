@@ -1,4 +1,4 @@
-//! Aggregates by id: folded, cached, and executed upon, with every command of one aggregate in one line.
+//! Aggregates by id: folded, cached and executed on, with one queue of commands per aggregate.
 
 use std::{
     collections::HashMap,
@@ -28,19 +28,19 @@ use crate::{
 
 /// How many folded aggregates a repository keeps by default.
 pub const CACHED_AGGREGATES: usize = 50_000;
-/// How often a command is decided anew after another writer was first, or after an unknown outcome.
+/// How many times a command is decided in all, when other writers commit first or outcomes are unknown.
 pub const DECISIONS_MAX: u32 = 32;
-/// How many commands may wait for one aggregate; more are turned away as [`ExecuteError::Overloaded`].
+/// How many commands may wait for one aggregate; further commands fail with [`ExecuteError::Overloaded`].
 pub const WAITING_COMMANDS_MAX: usize = 10_000;
-/// How many waiting commands of one aggregate share a commit.
+/// The most waiting commands of one aggregate that share a commit.
 const COMMANDS_PER_COMMIT: usize = 512;
-/// Events read in one go while folding.
+/// The number of events read per page while folding.
 const FOLD_PAGE: usize = 1_000;
 
 /// The aggregates of one kind in a store. Clones share their cache.
 ///
-/// Commands to one aggregate are decided one after another, without a lock around the commit: those that arrive while a
-/// commit is under way are decided together and share the next one.
+/// Commands to one aggregate are decided one after another, without a lock around the commit: commands that arrive
+/// during a commit are decided together and share the next commit.
 pub struct Repository<A: Aggregate> {
     inner: Arc<Inner<A>>,
 }
@@ -49,9 +49,9 @@ struct Inner<A: Aggregate> {
     store: Arc<dyn EventStore>,
     category: String,
     cache: quick_cache::sync::Cache<StreamId, Arc<Folded<A>>>,
-    /// The number of the store's history that the cache is of.
+    /// The store's history number that the cache belongs to.
     history: AtomicU64,
-    /// What every aggregate begins as.
+    /// The initial state of every aggregate.
     new: Arc<Folded<A>>,
     lines: Mutex<HashMap<StreamId, Line<Waiting<A>>>>,
 }
@@ -62,12 +62,12 @@ impl<A: Aggregate> Clone for Repository<A> {
     }
 }
 
-/// Who asks for a command to be carried out.
+/// The id of a command and what caused it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Request {
-    /// The same id is carried out once, however often it is sent.
+    /// The id of the command. A command id is executed once, however often it is sent.
     pub command_id: Uuid,
-    /// What caused it.
+    /// What caused the command.
     pub metadata: Metadata,
 }
 
@@ -77,28 +77,28 @@ impl From<Uuid> for Request {
     }
 }
 
-/// Why a command was not carried out.
+/// Why a command was not executed.
 #[derive(Debug, thiserror::Error)]
 pub enum ExecuteError<R: std::error::Error> {
-    /// The aggregate said no.
+    /// The aggregate refused the command.
     #[error("refused: {0}")]
     Refused(R),
-    /// The id, the event or the size can never be stored. Do not retry.
+    /// The id, the event or the size of the commit can never be stored. Do not retry.
     #[error("{0}")]
     Invalid(String),
     /// The stream holds an event that this build cannot read.
     #[error(transparent)]
     Undecodable(DecodeError),
-    /// Other writers were first each time. Retry with the same command id.
+    /// Other writers committed first on every attempt. Retry with the same command id.
     #[error("stream {stream} was written by others on each of {DECISIONS_MAX} attempts")]
     Contended {
-        /// The stream.
+        /// The stream of the aggregate.
         stream: StreamId,
     },
     /// Too many commands wait for this aggregate. Nothing was done; retry later.
     #[error("{WAITING_COMMANDS_MAX} commands already wait for {stream}")]
     Overloaded {
-        /// The stream.
+        /// The stream of the aggregate.
         stream: StreamId,
     },
     /// The store is unavailable, or the outcome is unknown. Retry with the same command id.
@@ -116,7 +116,7 @@ struct Waiting<A: Aggregate> {
 }
 
 impl<A: Aggregate> Repository<A> {
-    /// The aggregates of this kind in `store`.
+    /// A repository of the aggregates of this kind in `store`.
     ///
     /// # Panics
     /// See [`with`](Self::with).
@@ -124,11 +124,11 @@ impl<A: Aggregate> Repository<A> {
         Self::with(store, A::CATEGORY, CACHED_AGGREGATES)
     }
 
-    /// The same under another category, keeping at most `cached` folded aggregates in memory.
+    /// Like [`new`](Self::new), under another category, and with at most `cached` folded aggregates in memory.
     ///
     /// # Panics
-    /// On a mistake in the program text, before anything is written: if the category is outside the grammar of
-    /// [`StreamId`] or one of the framework's own, or if an aggregate with no event in common is in this category already.
+    /// On a mistake in the program, before anything is written: if the category violates the grammar of [`StreamId`],
+    /// if the framework reserves the category, or if an aggregate that shares no event type already uses it.
     pub fn with(store: Arc<dyn EventStore>, category: &str, cached: usize) -> Self {
         let checked = categories::check_own(category).and_then(|()| categories::register::<A>(&store, category));
         if let Err(reason) = checked {
@@ -137,7 +137,7 @@ impl<A: Aggregate> Repository<A> {
         Self::of_framework(store, category, cached)
     }
 
-    /// Under a category of the framework's own.
+    /// A repository under a category that the framework reserves.
     pub(crate) fn of_framework(store: Arc<dyn EventStore>, category: &str, cached: usize) -> Self {
         let cache = quick_cache::sync::Cache::new(cached);
         let history = AtomicU64::new(store.history());
@@ -145,15 +145,15 @@ impl<A: Aggregate> Repository<A> {
         Self { inner: Arc::new(Inner { store, category, cache, history, new, lines }) }
     }
 
-    /// The stream of the aggregate with this id.
+    /// Returns the stream of the aggregate with this id.
     pub fn stream(&self, id: &str) -> Result<StreamId, StreamIdError> {
         StreamId::new(&self.inner.category, id)
     }
 
-    /// Loads, decides and commits. A command id that was carried out before gives its first outcome again, and does
-    /// nothing. A refused command stores nothing and may be sent again.
+    /// Loads the aggregate, decides, and commits. A command id that was executed before returns its first outcome again
+    /// and does nothing. A refused command stores nothing and may be sent again.
     ///
-    /// Dropping the future does not call the command back.
+    /// Dropping the future does not cancel the command.
     pub async fn execute(
         &self,
         id: &str,
@@ -163,8 +163,9 @@ impl<A: Aggregate> Repository<A> {
         self.ask(id, command, request.into(), false).await
     }
 
-    /// Like [`execute`](Self::execute) on an aggregate that is expected not to exist yet, which saves reading it. If it does
-    /// exist, nothing is lost but time: the commit fails its check, and the command is decided again with reading.
+    /// Like [`execute`](Self::execute), for an aggregate that is expected not to exist yet; this saves a read. If the
+    /// aggregate exists, the call only takes longer: the commit fails its version check, and the command is decided
+    /// again after a read.
     pub async fn create(
         &self,
         id: &str,
@@ -202,7 +203,7 @@ impl<A: Aggregate> Repository<A> {
         answer.unwrap_or_else(|_| Err(ExecuteError::Unavailable("the runtime shut down meanwhile".into())))
     }
 
-    /// The state of an aggregate, as the store has it now.
+    /// Returns the current state of an aggregate, as stored.
     pub async fn state(&self, id: &str) -> Result<A, WorkError<A::Refusal>> {
         let stream = self.stream(id)?;
         Ok(self.folded(&*self.inner.store, &stream, true, false).await?.state.clone())
@@ -212,8 +213,8 @@ impl<A: Aggregate> Repository<A> {
         let mut stale = Stale::Nothing;
         let mut backoff = Backoff::short();
         let mut unknown = None;
-        // The last attempt that may still turn out to hold, with what it decided. Earlier ones cannot: each was staged where
-        // the one before it would stand.
+        // The last attempt that may still turn out to be committed, with its decisions. Earlier attempts cannot be:
+        // each attempt was staged at the version where the previous one would have been stored.
         let mut unsettled: Option<(Box<Unsettled>, Vec<Answer<A>>)> = None;
         for _ in 0..DECISIONS_MAX {
             if let Some((attempt, _)) = &unsettled
@@ -225,7 +226,8 @@ impl<A: Aggregate> Repository<A> {
             let history = self.inner.store.history();
             let mut work = Work::new(self.inner.store.clone(), stale.clone());
             let results = self.stage_all(&mut work, stream, &batch).await;
-            // A commit carries at least the check of the version, so a refusal on outdated state is not given out.
+            // Every commit checks at least the version, so a refusal that was decided on outdated state is never
+            // returned.
             let failed = match work.attempt().await {
                 Ok(_) => return give_out(batch, results),
                 Err(failed) => failed,
@@ -241,7 +243,8 @@ impl<A: Aggregate> Repository<A> {
                     backoff.wait().await;
                 }
                 CommitError::Invalid(_) if batch.len() > 1 => {
-                    // One of them is at fault, or they are too much together; alone, each gets its own answer.
+                    // Either one command is invalid, or the batch is too large. Split batches give each command its own
+                    // answer.
                     let rest = batch.split_off(batch.len() / 2);
                     Box::pin(self.carry_out(stream, batch)).await;
                     return Box::pin(self.carry_out(stream, rest)).await;
@@ -249,7 +252,7 @@ impl<A: Aggregate> Repository<A> {
                 CommitError::Invalid(reason) => {
                     return answer_all(batch, || ExecuteError::Invalid(reason.clone()));
                 }
-                // Nothing was stored, because what it was decided on may be gone: decide again.
+                // Nothing was stored, because the state behind the decision may be gone: decide again.
                 CommitError::Unavailable(_) if self.inner.store.history() != history => {}
                 CommitError::Unavailable(reason) => {
                     return answer_all(batch, || ExecuteError::Unavailable(reason.clone()));
@@ -278,7 +281,8 @@ impl<A: Aggregate> Repository<A> {
         results
     }
 
-    /// The folded aggregate: from the cache, caught up with the store if the cached one is known to be outdated.
+    /// Returns the folded aggregate from the cache, caught up with the store if the cached state is known to be
+    /// outdated.
     pub(crate) async fn folded(
         &self,
         store: &dyn EventStore,
@@ -295,7 +299,8 @@ impl<A: Aggregate> Repository<A> {
         };
         let folded = match self.caught_up(store, stream, known).await? {
             Some(folded) => folded,
-            // What was known is not of this stream any more: the log has lost its end. The snapshot may be, or be lost with it.
+            // The known event is no longer in this stream: the log has lost its end. The snapshot may be intact, or
+            // lost with it.
             None => {
                 self.inner.cache.remove(stream);
                 let known = self.load_snapshot(store, stream).await?;
@@ -312,14 +317,14 @@ impl<A: Aggregate> Repository<A> {
         Ok(folded)
     }
 
-    /// Reads on after what is known. `None` if the stream does not have the event that this ends with.
+    /// Reads the events after the known state. Returns `None` if the stream lacks the last event of that state.
     async fn caught_up(
         &self,
         store: &dyn EventStore,
         stream: &StreamId,
         mut folded: Folded<A>,
     ) -> Result<Option<Folded<A>>, WorkError<A::Refusal>> {
-        // The event that is known is read once more: another one may have its version by now.
+        // The last known event is read once more: its version may belong to another event by now.
         let mut known = folded.last_event;
         loop {
             let after = Version(folded.version.0 - i64::from(known.is_some()));
@@ -342,7 +347,7 @@ impl<A: Aggregate> Repository<A> {
         }
     }
 
-    /// Forgets everything if the log may have lost events since it was read; gives the number of the history.
+    /// Clears the cache if the log may have lost events since it was read. Returns the current history number.
     fn renew(&self) -> u64 {
         let history = self.inner.store.history();
         if self.inner.history.swap(history, Ordering::AcqRel) != history {
@@ -351,18 +356,18 @@ impl<A: Aggregate> Repository<A> {
         history
     }
 
-    /// Keeps a state that was read, or committed, under this number of the history.
+    /// Caches a state that was read or committed under this history number.
     pub(crate) fn remember(&self, stream: StreamId, folded: Arc<Folded<A>>, history: u64) {
         if self.renew() != history {
             return;
         }
-        // A state that another task brought further must not be set back.
+        // A more recent state from another task must not be replaced.
         if self.inner.cache.peek(&stream).is_none_or(|known| known.version <= folded.version) {
             self.inner.cache.insert(stream, folded);
         }
     }
 
-    /// The first outcome of a command that is found again in its stream.
+    /// Returns the events of a command that its stream already contains.
     pub(crate) async fn events_of(
         &self,
         store: &dyn EventStore,
@@ -395,13 +400,14 @@ impl<A: Aggregate> Repository<A> {
         DocumentKey::new(format!("snapshot.{}", self.inner.category), stream.id())
     }
 
-    /// The snapshot to store with the commit that takes the stream past the next multiple of the policy.
+    /// Returns the snapshot to store with this commit, once at least the policy's number of events have passed since
+    /// the last snapshot.
     pub(crate) fn snapshot(&self, stream: &StreamId, folded: &mut Folded<A>) -> Option<Put> {
         let policy = A::SNAPSHOT?;
         if folded.version.0 - folded.snapshot.0 < policy.every {
             return None;
         }
-        // A panic of a user's serializer must not stop what has been decided.
+        // A panic in a user's serializer must not stop a decided commit.
         let state = caught_now(|| (policy.save)(&folded.state)).ok()?.ok()?;
         let stored = StoredSnapshot {
             version: folded.version,
@@ -414,7 +420,8 @@ impl<A: Aggregate> Repository<A> {
         folded.snapshot = folded.version;
         let body = serde_json::to_string(&stored).ok()?;
         let put = Put { key: self.snapshot_key(stream), expected: None, body: Some(body.into()), due: None };
-        // A state that no store takes as a document is folded from its events; its commands must not fail for that.
+        // If no store accepts the state as a document, the aggregate is folded from its events; its commands must not
+        // fail for that reason.
         let alone = Commit { appends: Vec::new(), puts: vec![put] };
         alone.validate().ok()?;
         alone.puts.into_iter().next()
@@ -437,8 +444,8 @@ impl<A: Aggregate> Repository<A> {
     }
 }
 
-/// The service of one line. If it goes before its time, so does the line: those who wait get an answer, and the next command
-/// starts a new one.
+/// The task that serves one queue. If the task is dropped early, the queue is dropped too: waiting callers get an
+/// answer, and the next command starts a new queue.
 struct Service<A: Aggregate> {
     repository: Repository<A>,
     stream: StreamId,
@@ -476,7 +483,7 @@ impl<A: Aggregate> Drop for Service<A> {
     }
 }
 
-/// What an attempt decided that was carried out before this one.
+/// Marks a decision of an earlier attempt, which turned out to be committed, as repeated.
 fn found<E>(decided: Decided<E>) -> Decided<E> {
     Decided { repeated: decided.repeated || !decided.events.is_empty(), ..decided }
 }
@@ -510,8 +517,8 @@ impl<R: std::error::Error> From<WorkError<R>> for ExecuteError<R> {
 struct StoredSnapshot {
     version: Version,
     schema: i32,
-    /// The ids of the last events, in snapshots of builds that knew repeated commands by them. A snapshot without this field
-    /// does not read there, so such a build folds the stream.
+    /// The ids of the last events, in snapshots of older builds that recognised repeated commands by event ids. Such a
+    /// build cannot parse a snapshot without this field, and then folds the stream.
     #[serde(default, skip_serializing)]
     ids: Vec<Uuid>,
     /// The id of the event at `version`.
@@ -522,7 +529,7 @@ struct StoredSnapshot {
     state: Box<serde_json::value::RawValue>,
 }
 
-/// An aggregate as folded from its stream, with its last commands, by which a repeated one is known.
+/// An aggregate folded from its stream, with its recent commands, which serve to recognise a repeated command.
 #[derive(Clone)]
 pub(crate) struct Folded<A> {
     pub version: Version,
@@ -546,7 +553,7 @@ impl<A: Default> Default for Folded<A> {
 }
 
 impl<A: Aggregate> Folded<A> {
-    /// Takes in the next event. `None`: one of a type that the aggregate skips.
+    /// Applies the next event. `None` stands for an event of a type that the aggregate skips.
     pub fn apply(&mut self, event: Option<&A::Event>, id: Uuid) {
         if let Some(event) = event {
             self.state.evolve(event);
@@ -555,7 +562,7 @@ impl<A: Aggregate> Folded<A> {
         self.last_event = Some(id);
     }
 
-    /// Where it must stand for what follows from it to hold.
+    /// Where the stream must stand for a commit based on this state to succeed.
     pub fn expected(&self) -> Expected {
         match self.last_event {
             Some(id) => Expected::Event { version: self.version, id },

@@ -21,15 +21,15 @@ use crate::{
 
 pub(crate) use crate::stale::Stale;
 
-/// What one message or request, or a batch of them, wants to become durable.
+/// What one message, one request or a batch of them wants to make durable.
 ///
-/// Nothing is written before the framework commits the whole; every stream that was looked at, and every document that is
-/// written after it was read, is checked then, so a decision on state that has moved on is taken again rather than stored. A
-/// document that is only read is not checked: write it again where the decision rests on it. Code that stages work may therefore
-/// run more than once and must have no other effects.
+/// Nothing is written before the framework commits the whole work. The commit checks every stream that was read, and
+/// every document that is written after it was read, so a decision on outdated state is taken again rather than stored.
+/// A document that is only read is not checked: write the document again if the decision depends on it. Code that
+/// stages work may therefore run more than once and must have no other effects.
 pub struct Work {
     store: Arc<dyn EventStore>,
-    /// The number of the store's history when it began: what is read under another one may contradict what was read before.
+    /// The store's history number when the work began: a read under another number may contradict earlier reads.
     history: u64,
     cause: Cause,
     streams: HashMap<StreamId, Box<dyn Staged>>,
@@ -43,7 +43,7 @@ pub struct Work {
     notices_at_begin: usize,
 }
 
-/// Who asks: ids of what is staged derive from `id`.
+/// The message or command in whose name work is staged. Ids of staged events derive from `id`.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Cause {
     pub id: Uuid,
@@ -54,19 +54,19 @@ pub(crate) struct Cause {
 /// Why work could not be staged.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkError<R: std::error::Error + 'static> {
-    /// The aggregate said no.
+    /// The aggregate refused the command.
     #[error("refused: {0}")]
     Refused(#[source] R),
-    /// The id cannot be one.
+    /// The id is not valid in a stream id.
     #[error(transparent)]
     Id(#[from] StreamIdError),
     /// The stream holds an event that this build cannot read.
     #[error("{0}")]
     Undecodable(#[from] DecodeError),
-    /// A document does not read as what was asked for, or a value has no JSON form.
+    /// A document does not parse as the requested type, or a value has no JSON form.
     #[error("{0}")]
     Unencodable(String),
-    /// The store did not answer; try again.
+    /// The store failed to answer.
     #[error("{0}")]
     Store(#[from] StoreError),
 }
@@ -77,17 +77,17 @@ impl<R: std::error::Error> From<EventError> for WorkError<R> {
     }
 }
 
-/// What a staged command came to.
+/// The result of a staged command.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Decided<E> {
-    /// The events it gave, now or when it was first carried out. None: there was nothing to do.
+    /// The events of the command, from this decision or from the first one. Empty if there was nothing to do.
     pub events: Vec<E>,
-    /// Whether an earlier delivery of the same command had already been carried out.
+    /// Whether an earlier delivery of the same command had already been executed.
     pub repeated: bool,
 }
 
 struct StagedDocument {
-    /// The version it had when it was read; `None` if it was written unread.
+    /// The version of the document when it was read; `None` if the document was written without a read.
     read_version: Option<i64>,
     body: Option<Arc<str>>,
     due: Option<DateTime<Utc>>,
@@ -118,7 +118,7 @@ impl Work {
         }
     }
 
-    /// Starts the part of one message: [`rollback`](Self::rollback) comes back to here.
+    /// Starts the part of one message: [`rollback`](Self::rollback) returns to this point.
     pub(crate) fn begin(&mut self, id: Uuid, metadata: Metadata) {
         self.cause = Cause { id, metadata, calls: 0 };
         for stream in self.touched.drain(..) {
@@ -131,8 +131,8 @@ impl Work {
         self.notices_at_begin = self.notices.len();
     }
 
-    /// Forgets what was staged since [`begin`](Self::begin); what was looked at is still checked by the commit, because
-    /// the reason to roll back was found there.
+    /// Discards everything staged since [`begin`](Self::begin). The commit still checks the streams that were read,
+    /// because the reason for the rollback was found there.
     pub(crate) fn rollback(&mut self) {
         for stream in self.touched.drain(..) {
             if let Some(staged) = self.streams.get_mut(&stream) {
@@ -150,17 +150,17 @@ impl Work {
         self.notices.truncate(self.notices_at_begin);
     }
 
-    /// The time of the store.
+    /// The current time of the store.
     pub(crate) fn now(&self) -> DateTime<Utc> {
         self.store.clock().now()
     }
 
-    /// When something is due after this delay; `None` if that is beyond the calendar, and so never.
+    /// The time after this delay; `None` if that time is beyond the calendar, and so never comes.
     pub(crate) fn due_in(&self, delay: Duration) -> Option<DateTime<Utc>> {
         self.store.clock().due_in(delay)
     }
 
-    /// What is to be told once this is committed.
+    /// Queues a notice to send once this work is committed.
     pub(crate) fn notice(&mut self, notice: Notice) {
         self.notices.push(notice);
     }
@@ -169,28 +169,28 @@ impl Work {
         std::mem::take(&mut self.notices)
     }
 
-    /// How many rows the commit will write.
+    /// The number of rows that the commit will write.
     pub(crate) fn rows(&self) -> usize {
         self.rows
     }
 
-    /// The number of the store's history when it began.
+    /// The store's history number when the work began.
     pub(crate) fn history(&self) -> u64 {
         self.history
     }
 
-    /// The id that effects outside the store should carry as their idempotency key: the same on each delivery of the
-    /// message and on each attempt at the command.
+    /// The idempotency key for effects outside the store: the same id on each delivery of the message and on each
+    /// attempt at the command.
     pub fn cause_id(&self) -> Uuid {
         self.cause.id
     }
 
-    /// Who caused what is staged now.
+    /// What caused the events staged now.
     pub fn metadata(&self) -> &Metadata {
         &self.cause.metadata
     }
 
-    /// The aggregate as it stands, with all that is staged.
+    /// Returns the current state of the aggregate, including everything staged in this work.
     pub async fn load<A: Aggregate>(
         &mut self,
         repository: &Repository<A>,
@@ -200,7 +200,7 @@ impl Work {
         Ok(self.staged(repository, &stream, false).await?.current().state.clone())
     }
 
-    /// Like [`load`](Self::load) on a stream that is expected not to exist yet; see [`create`](Self::create).
+    /// Like [`load`](Self::load), for a stream that is expected not to exist yet; see [`create`](Self::create).
     pub async fn load_new<A: Aggregate>(
         &mut self,
         repository: &Repository<A>,
@@ -210,7 +210,8 @@ impl Work {
         Ok(self.staged(repository, &stream, true).await?.current().state.clone())
     }
 
-    /// Decides on a command and stages its events. A command whose events the stream already has gives them again.
+    /// Decides on a command and stages its events. If the stream already has the events of this command, returns them
+    /// again.
     pub async fn execute<A: Aggregate>(
         &mut self,
         repository: &Repository<A>,
@@ -221,8 +222,9 @@ impl Work {
         self.stage(repository, &stream, command, false).await
     }
 
-    /// Like [`execute`](Self::execute) on a stream that is expected not to exist yet, which saves reading it. If it does
-    /// exist, nothing is lost but time: the commit fails its check and the work is done again with reading.
+    /// Like [`execute`](Self::execute), for a stream that is expected not to exist yet; this saves a read. If the
+    /// stream exists, the call only takes longer: the commit fails its version check, and the work is done again after
+    /// a read.
     pub async fn create<A: Aggregate>(
         &mut self,
         repository: &Repository<A>,
@@ -240,7 +242,8 @@ impl Work {
         command: &A::Command,
         expect_new: bool,
     ) -> Result<Decided<A::Event>, WorkError<A::Refusal>> {
-        // Two commands of one message to one stream must not meet as twins, so each has an id of its own.
+        // One message may send two equal commands to one stream. Each command has its own id, so that the second does
+        // not count as a repetition.
         let command_id = match self.cause.calls {
             0 => self.cause.id,
             calls => derived_id(self.cause.id, u64::MAX - calls),
@@ -249,7 +252,7 @@ impl Work {
         self.stage_as(command_id, repository, stream, command, expect_new).await
     }
 
-    /// Stages a command under an id of its own.
+    /// Stages a command under the given command id.
     pub(crate) async fn stage_as<A: Aggregate>(
         &mut self,
         command_id: Uuid,
@@ -272,7 +275,7 @@ impl Work {
         Ok(Decided { events, repeated: false })
     }
 
-    /// Whether the stream has what this command gave, as far as this work knows it.
+    /// Returns whether the stream contains the events of this command, as far as this work knows.
     pub(crate) async fn has_executed<A: Aggregate>(
         &mut self,
         command_id: Uuid,
@@ -291,8 +294,8 @@ impl Work {
     ) -> Result<&mut StagedStream<A>, WorkError<A::Refusal>> {
         if !self.streams.contains_key(stream) {
             let stale = self.stale.has(stream);
-            // After one conflict no hint is believed: a batch that comes again after a restart has many that are wrong, and
-            // finding them out one by one would stage it once for each.
+            // After one conflict, `expect_new` is ignored: when a batch is delivered again after a restart, many of
+            // these hints are wrong, and each wrong hint would cost one more attempt at the batch.
             let expect_new = expect_new && self.stale == Stale::Nothing;
             let base = repository.folded(&*self.store, stream, stale, expect_new).await?;
             let staged = StagedStream {
@@ -315,7 +318,7 @@ impl Work {
         })
     }
 
-    /// Reads a document, as staged. `None` if there is none.
+    /// Reads a document, including staged changes. Returns `None` if the document does not exist.
     pub async fn document<T: DeserializeOwned>(
         &mut self,
         key: &DocumentKey,
@@ -329,11 +332,11 @@ impl Work {
         }
     }
 
-    /// Reads documents that the work will want, in one round trip.
+    /// Reads the documents that the work will need, in one round trip.
     pub async fn prefetch(&mut self, keys: &[DocumentKey]) -> Result<(), StoreError> {
         let missing = keys.iter().filter(|key| !self.documents.contains_key(*key)).cloned();
         let (missing, never): (Vec<_>, Vec<_>) = missing.partition(DocumentKey::is_storable);
-        // A database may take the question itself for an error.
+        // A database may reject even a query for such a name.
         for key in never {
             let nothing = StagedDocument { read_version: Some(0), body: None, due: None, dirty: false };
             self.documents.insert(key, nothing);
@@ -357,7 +360,7 @@ impl Work {
         Ok(())
     }
 
-    /// Stages a document. One that was read before is only written over what was read.
+    /// Stages a document. If the document was read before, the commit fails when another writer has changed it since.
     pub fn put<T: Serialize>(
         &mut self,
         key: &DocumentKey,
@@ -373,7 +376,7 @@ impl Work {
         self.put_json(key, None, None);
     }
 
-    /// Stages a document as JSON text, with the time at which it wants attention.
+    /// Stages a document as JSON text, with the time at which the document is due.
     pub fn put_json(&mut self, key: &DocumentKey, body: Option<Arc<str>>, due: Option<DateTime<Utc>>) {
         let before = self.documents.get(key);
         let read_version = before.and_then(|document| document.read_version);
@@ -382,7 +385,7 @@ impl Work {
         self.documents.insert(key.clone(), StagedDocument { read_version, body, due, dirty: true });
     }
 
-    /// Stages a document that must stand at this version now.
+    /// Stages a document that must be at this version now.
     pub(crate) fn put_expecting(
         &mut self,
         key: &DocumentKey,
@@ -396,14 +399,14 @@ impl Work {
         }
     }
 
-    /// Commits what is staged, and gives the folded states to the caches of their repositories.
+    /// Commits the staged work and puts the folded states into the caches of their repositories.
     pub(crate) async fn commit(self) -> Result<Committed, CommitError> {
         let store = self.store.clone();
         let failed = match self.attempt().await {
             Ok(committed) => return Ok(committed),
             Err(failed) => failed,
         };
-        // A commit whose answer was lost counts as answered, if its events stand where they were staged.
+        // A commit whose answer was lost counts as committed if its events are stored where they were staged.
         let found = match &failed.unsettled {
             Some(unsettled) => unsettled.find(&*store).await.ok().flatten(),
             None => None,
@@ -411,7 +414,7 @@ impl Work {
         found.ok_or(failed.error)
     }
 
-    /// As [`commit`](Self::commit), for a caller that looks for a commit of unknown outcome itself.
+    /// Like [`commit`](Self::commit), for a caller that resolves an unknown outcome itself.
     pub(crate) async fn attempt(mut self) -> Result<Committed, Failed> {
         let mut commit = Commit::default();
         for staged in self.streams.values_mut() {
@@ -448,20 +451,20 @@ impl Work {
     }
 }
 
-/// A commit that does not hold, as far as is known.
+/// A commit that failed, as far as is known.
 pub(crate) struct Failed {
     pub error: CommitError,
-    /// How to find out later, where the outcome is unknown. `None` if the commit has no events: documents do not tell which
-    /// commit wrote them.
+    /// How to resolve an unknown outcome later. `None` if the commit has no events: documents do not show which commit
+    /// wrote them.
     pub unsettled: Option<Box<Unsettled>>,
 }
 
-/// One stream's part of the work, whatever its aggregate.
+/// One stream's part of the work, independent of the type of its aggregate.
 trait Staged: Send + Sync {
     fn as_any(&mut self) -> &mut dyn Any;
     fn keep(&mut self);
     fn forget(&mut self);
-    /// Where its events are, once they are handed to the store.
+    /// The place of the staged events, used once they are handed to the store.
     fn place(&self) -> unsettled::Staged;
     fn append(&mut self) -> (Append, Option<Put>);
     fn committed(self: Box<Self>, history: u64);
@@ -474,7 +477,7 @@ pub(crate) struct StagedStream<A: Aggregate> {
     current: Option<Folded<A>>,
     encoded: Vec<NewEvent>,
     kept: usize,
-    /// Whether a command is half folded in: `evolve` panicked on one of its events.
+    /// Whether a command is only half applied, because `evolve` panicked on one of its events.
     torn: bool,
 }
 
@@ -502,7 +505,7 @@ impl<A: Aggregate> StagedStream<A> {
         self.torn = false;
     }
 
-    /// Events of a command that was staged in this very work, and so is in no store yet.
+    /// Returns the events of a command that was staged in this same work, and so is not stored yet.
     pub(crate) fn staged_events(&self, command_id: Uuid) -> Result<Vec<A::Event>, EventError> {
         let start = derived_id(command_id, 0);
         let from = self.encoded.iter().position(|event| event.id == start).unwrap_or(self.encoded.len());
@@ -538,8 +541,8 @@ impl<A: Aggregate> Staged for StagedStream<A> {
         let mut folded = (*self.base).clone();
         for event in &self.encoded {
             folded.remembered.read(event.id, folded.version.next(), event.metadata.causation_id);
-            // It was encoded from a value a moment ago; an enum that cannot read its own writing is caught by the first
-            // reader of the stream, with the place.
+            // The event was encoded a moment ago. If the enum cannot decode its own encoding, the first reader of the
+            // stream reports that failure together with its place.
             folded.apply(decode::<A>(event).ok().flatten().as_ref(), event.id);
         }
         folded.remembered.end_of_run();
