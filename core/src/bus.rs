@@ -1,4 +1,4 @@
-//! The port to a bus: messages with CloudEvents attributes, published and consumed by key.
+//! The port to a bus: messages with CloudEvents attributes, published and consumed in order per key.
 
 use std::{collections::BTreeMap, ops::Range, sync::Arc};
 
@@ -9,35 +9,36 @@ use uuid::Uuid;
 
 use crate::event::{DecodeError, Event, EventError, Metadata, Position, Recorded, StreamId, Version, named_id};
 
-/// What a [`Handler`](crate::Handler) is given: an event of the log, or an event or command from the bus. The attributes
+/// The input of a [`Handler`](crate::Handler): an event of the log, or an event or command from the bus. The attributes
 /// are those of CloudEvents 1.0.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Message {
-    /// Unique, and the same on each delivery.
+    /// The id of the message, unique and the same on each delivery.
     pub id: Uuid,
     /// The type name, such as `order.placed`.
     pub type_name: Arc<str>,
     /// The schema version of `data`.
     pub schema_version: i32,
-    /// The service it comes from.
+    /// The service that the message comes from.
     pub source: Arc<str>,
-    /// The stream it is about.
+    /// The stream that the message is about.
     pub subject: Arc<str>,
-    /// Messages with one key are handled in order: the stream id of an event, the saga's stream id of a command.
+    /// The ordering key: messages with the same key are handled in order. The stream id of an event, or the saga's
+    /// stream id of a command.
     pub key: Arc<str>,
     /// JSON text, byte for byte as it was appended.
     pub data: Arc<str>,
-    /// Who caused it.
+    /// What caused the message.
     pub metadata: Metadata,
-    /// When it was recorded.
+    /// When the event was recorded.
     pub time: DateTime<Utc>,
-    /// Its place in the log it comes from.
+    /// The position in the log that the message comes from.
     pub position: Position,
-    /// Its place in its stream; [`Version::START`] for a command.
+    /// The version in the stream; [`Version::START`] for a command.
     pub version: Version,
-    /// The lane of the relay that sent it, and the log that it read: those of one source and lane come in the order of their
-    /// positions, and whoever has seen a higher one has seen this. `None` where that does not hold: sent by no relay, or
-    /// redriven.
+    /// The lane of the relay that sent the message, together with the log that the relay read. Messages of one source
+    /// and lane arrive in the order of their positions, so a consumer that has seen a higher position has seen this
+    /// message. `None` where that does not hold: the message was not sent by a relay, or was redriven.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lane: Option<Arc<str>>,
     /// Further attributes, by name.
@@ -65,12 +66,12 @@ impl Message {
         }
     }
 
-    /// Decodes the payload as one of `E`; `None` where `E` skips types it does not know.
+    /// Decodes the payload as an event of type `E`. Returns `None` for a type that `E` is declared to skip.
     pub fn decode<E: Event>(&self) -> Result<Option<E>, DecodeError> {
         E::decode(&self.type_name, self.schema_version, &self.data).map_err(|source| self.undecodable(source))
     }
 
-    /// Says of this message that it cannot be read.
+    /// Returns an error that names this message as undecodable.
     pub fn undecodable(&self, source: EventError) -> DecodeError {
         DecodeError {
             stream: StreamId::from_stored(&self.subject),
@@ -80,31 +81,31 @@ impl Message {
         }
     }
 
-    /// The metadata of what handling this message causes.
+    /// The metadata for the effects of this message.
     pub fn effects(&self) -> Metadata {
         self.metadata.caused_by(self.id)
     }
 }
 
-/// One partition of a topic, in one incarnation of it: a topic that was deleted and made again starts over.
+/// One partition of a topic, in one incarnation of the topic: a topic that was deleted and created again starts over.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Partition {
-    /// Such as `inventory.commands`.
+    /// The topic, such as `inventory.commands`.
     pub topic: Arc<str>,
-    /// From 0.
+    /// The number of the partition, from 0.
     pub number: u32,
-    /// Differs after the topic was wiped or the local bus restarted: offsets of another incarnation mean nothing.
+    /// Changes when the topic is wiped or the local bus restarts: offsets of another incarnation are meaningless.
     pub incarnation: Arc<str>,
 }
 
-/// A message as a consumer gets it.
+/// A message as delivered to a consumer.
 #[derive(Clone, Debug)]
 pub struct Delivery {
-    /// Where it came from.
+    /// The partition of the message.
     pub partition: Partition,
-    /// Its place there. Rises with each message of a partition; the next to ask for is one more.
+    /// The offset in the partition. Rises with each message of a partition; the next offset to ask for is one more.
     pub offset: i64,
-    /// The message, or what came in place of one.
+    /// The message, or the undecodable payload in its place.
     pub message: Result<Message, Undecodable>,
 }
 
@@ -115,22 +116,23 @@ impl Delivery {
     }
 }
 
-/// Where a consumer goes on in a partition, out of its own commit.
+/// The place from which a consumer continues in a partition, read from the consumer's own commit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bookmark {
-    /// The offset to go on from.
+    /// The offset to continue from.
     pub next: i64,
-    /// The [id](Delivery::id) of the message before it, where it is known: another one there means that the topic was wiped.
+    /// The [id](Delivery::id) of the message before `next`, if known. A different id at that offset means that the
+    /// topic was wiped.
     pub last: Option<Uuid>,
 }
 
-/// Offsets by topic and partition, each the one after the last message that is meant.
+/// Offsets by topic and partition, each one past the last message included.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Ends(BTreeMap<Arc<str>, BTreeMap<u32, i64>>);
 
 impl Ends {
-    /// Whether there is no offset in it.
+    /// Returns whether there are no topics.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -140,17 +142,17 @@ impl Ends {
         self.0.keys()
     }
 
-    /// The offset of a partition, if it is known.
+    /// Returns the offset of a partition, if it is known.
     pub fn of(&self, topic: &str, partition: u32) -> Option<i64> {
         self.0.get(topic)?.get(&partition).copied()
     }
 
-    /// The offsets of a topic.
+    /// Returns the known offsets of a topic by partition.
     pub fn partitions(&self, topic: &str) -> impl Iterator<Item = (u32, i64)> {
         self.0.get(topic).into_iter().flatten().map(|(partition, next)| (*partition, *next))
     }
 
-    /// Names a topic of which no offset is known.
+    /// Adds a topic without any known offset.
     pub fn name(&mut self, topic: &str) {
         if !self.0.contains_key(topic) {
             self.0.insert(topic.into(), BTreeMap::new());
@@ -165,7 +167,7 @@ impl Ends {
         }
     }
 
-    /// Takes over what `other` knows.
+    /// Takes over all offsets of `other`.
     pub fn update(&mut self, other: &Self) {
         for (topic, partitions) in &other.0 {
             match self.0.get_mut(topic) {
@@ -175,7 +177,7 @@ impl Ends {
         }
     }
 
-    /// Moves on to where `other` is further.
+    /// Raises offsets to those of `other` where `other` is further.
     pub fn reach(&mut self, other: &Self) {
         for (topic, partitions) in &other.0 {
             let known = self.0.entry(topic.clone()).or_default();
@@ -187,123 +189,128 @@ impl Ends {
     }
 }
 
-/// Bytes that are no message of any kind known. They are parked, so that nothing is lost.
+/// A payload that is not a message of any known kind. The payload is parked, so that nothing is lost.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("not a message: {reason}")]
 pub struct Undecodable {
-    /// What is wrong.
+    /// Why the payload is not a message.
     pub reason: String,
-    /// The key it came with, made readable.
+    /// The key of the payload, made readable.
     pub key: Arc<str>,
-    /// The payload as it came, in hexadecimal.
+    /// The original payload, in hexadecimal.
     pub raw: String,
 }
 
 impl Undecodable {
-    /// The same for the same bytes.
+    /// Returns an id that is the same for the same bytes.
     pub fn id(&self) -> Uuid {
         named_id(Uuid::NAMESPACE_OID, &self.raw)
     }
 }
 
-/// What a consumer reports.
+/// The result of polling a consumer.
 #[derive(Debug)]
 pub enum Polled {
     /// Messages, in order per partition.
     Messages(Vec<Delivery>),
-    /// These partitions are this consumer's now. It delivers nothing of them before [`Consumer::seek`].
+    /// The bus assigned these partitions to this consumer. A partition delivers nothing before [`Consumer::seek`].
     Assigned(Vec<Partition>),
-    /// These are not any more: what is under way must end or be given up before the next poll.
+    /// The bus took these partitions away: work on them must end or be abandoned before the next poll.
     Revoked(Vec<Partition>),
-    /// These are not what they were at their bookmark: the topic was wiped. They wait for [`Consumer::seek`] again.
+    /// These partitions do not match their bookmarks: the topic was wiped. They wait for another [`Consumer::seek`].
     Wiped(Vec<Partition>),
-    /// Messages were removed before they were read, as a topic's retention does. The partition waits for [`Consumer::seek`] again.
+    /// Messages were removed before they were read, for example by the topic's retention. The partition waits for
+    /// another [`Consumer::seek`].
     Lost {
-        /// Where.
+        /// The partition that lost messages.
         partition: Partition,
-        /// Their offsets.
+        /// The offsets of the lost messages.
         offsets: Range<i64>,
     },
 }
 
-/// Sends messages. Order is kept per key; a message may arrive more than once, never not at all.
+/// Sends messages. Order is kept per key. A message may arrive more than once, and is never lost.
 #[async_trait]
 pub trait Publisher: Send + Sync + 'static {
-    /// Hands over messages, in order, and returns a receipt at once; waits only while the publisher's own buffer is full.
+    /// Hands messages to the bus, in order, and returns a receipt at once. Waits only while the publisher's own buffer
+    /// is full.
     async fn publish(&self, messages: Vec<Outgoing>) -> Result<Receipt, BusError>;
 
-    /// Up to where the bus has taken what this publisher sent; empty for a bus that ends with its process.
+    /// The offsets up to which the bus has taken this publisher's messages; empty for a bus that ends with its process.
     fn taken(&self) -> Ends {
         Ends::default()
     }
 }
 
-/// A message and where it goes.
+/// A message and its topic.
 #[derive(Clone, Debug)]
 pub struct Outgoing {
-    /// Such as `inventory.commands`.
+    /// The topic, such as `inventory.commands`.
     pub topic: Arc<str>,
     /// The message.
     pub message: Message,
 }
 
-/// Resolves once the bus has taken every message of one [`Publisher::publish`] for good. On an error, publish all of them
-/// again: consumers find their results already there.
+/// Resolves once the bus has durably taken every message of one [`Publisher::publish`]. On an error, publish all of
+/// them again: consumers find the results of messages that they have already handled.
 pub type Receipt = std::pin::Pin<Box<dyn Future<Output = Result<(), BusError>> + Send>>;
 
-/// Makes consumers: members of a group share the partitions of its topics.
+/// Creates consumers. The members of a group share the partitions of its topics.
 #[async_trait]
 pub trait Bus: Publisher {
-    /// Joins a group. From the moment this returns, no message published to the topics is missed by the group.
+    /// Joins a group. Once this returns, the group misses no message published to the topics.
     async fn join(&self, group: &str, topics: &[&str]) -> Result<Box<dyn Consumer>, BusError>;
 
-    /// The same under the name of an instance, which no other member of the group has at the same time. A bus that outlives
-    /// processes gives such a member the share of the one that had this name before: a process that crashed goes on at once
-    /// when it is started again.
+    /// Like [`join`](Self::join), under the name of an instance, which no other member of the group has at the same
+    /// time. A bus that outlives processes gives such a member the partitions of the previous member of that name: a
+    /// restarted process continues at once after a crash.
     async fn join_as(&self, group: &str, topics: &[&str], _instance: &str) -> Result<Box<dyn Consumer>, BusError> {
         self.join(group, topics).await
     }
 
-    /// Messages of a service that the bus holds behind these ends, in the topics that they name, in order per partition: so
-    /// that a service sees at its start whether its log holds all that it has sent. May leave out most of many, but never the
-    /// last ones. A bus that ends with its process holds none.
+    /// Returns a service's messages that the bus holds after these ends, in the topics that `ends` names, in order per
+    /// partition. From them, a service checks at its start that its log contains everything that it has sent. May leave
+    /// out most messages if there are many, but never the last ones. A bus that ends with its process holds none.
     async fn sent_since(&self, _service: &str, _ends: &Ends) -> Result<Vec<Delivery>, BusError> {
         Ok(Vec::new())
     }
 
-    /// Whether it ends at the border of this process. Then each of several processes on a store must run all services.
+    /// Returns whether the bus exists only inside this process. If so, each of several processes on a store must run
+    /// all services.
     fn is_local(&self) -> bool {
         false
     }
 }
 
-/// One member of a consumer group. Dropping it leaves the group.
+/// One member of a consumer group. Dropping the consumer leaves the group.
 #[async_trait]
 pub trait Consumer: Send + 'static {
-    /// Waits for what comes next, at most `max` messages at once. Dropping the future loses nothing. After
-    /// [`BusError::Misconfigured`] nothing more comes.
+    /// Waits for the next event or batch, with at most `max` messages. Dropping the future loses nothing. After
+    /// [`BusError::Misconfigured`], nothing more comes.
     async fn poll(&mut self, max: usize) -> Result<Polled, BusError>;
 
-    /// Starts delivery of an assigned partition at this bookmark out of our own commit, or with `None` at its beginning.
+    /// Starts delivery of an assigned partition at this bookmark, which comes from the consumer's own commit, or at the
+    /// beginning of the partition with `None`.
     async fn seek(&mut self, partition: &Partition, from: Option<Bookmark>) -> Result<(), BusError>;
 
-    /// Tells the bus that everything below `next` is committed on our side. For the bus's own book-keeping: what counts
-    /// is the offset in the commit.
+    /// Informs the bus that everything below `next` is committed. The bus uses this only for its own book-keeping: the
+    /// offset in the consumer's commit is authoritative.
     async fn acknowledge(&mut self, partition: &Partition, next: i64) -> Result<(), BusError>;
 }
 
-/// Why the bus did not do it.
+/// Why a call to the bus failed.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum BusError {
-    /// It cannot be reached, or gave no acknowledgement: retry.
+    /// The bus cannot be reached, or did not acknowledge: retry.
     #[error("the bus is unavailable: {0}")]
     Unavailable(String),
-    /// It will never take this message, which is the `index`th of those published: too large, or refused by policy.
+    /// The bus will never accept this message, because it is too large or refused by policy. Its place among the
+    /// published messages is `index`, counted from 0.
     #[error("the bus refused message {index}: {reason}")]
     Refused {
-        /// Which message.
+        /// The index of the message, from 0.
         index: usize,
-        /// Why.
+        /// Why the bus refused the message.
         reason: String,
     },
     /// The settings are wrong: do not retry.

@@ -1,4 +1,5 @@
-//! A service: what it publishes, the steps it carries out, the sagas it runs, and everything that keeps them going.
+//! A service: the events it publishes, the steps it executes, the sagas it runs, and the tasks that keep all of them
+//! going.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -33,17 +34,17 @@ use crate::{
     work::Work,
 };
 
-/// How long the index of sagas may be behind while there is little to do: it adds to the precision of timers.
+/// How long the index of sagas may lag under low load: the lag adds to the precision of timers.
 const INDEX_PAUSE: Duration = Duration::from_millis(200);
 /// How often a process looks for handlers that do not return.
 const WATCH: Duration = Duration::from_secs(1);
-/// How long parts that are cut off may take to notice: each ends at its next wait.
+/// How long parts that are cut off may take to end: each part ends at its next await.
 const CUT_OFF: Duration = Duration::from_secs(1);
 
-/// A service in the making.
+/// The definition of a service, before its start.
 ///
-/// Services talk only through the bus; several in one process may share a store, since each knows only its own
-/// categories.
+/// Services communicate only through the bus. Several services in one process may share a store, since each knows only
+/// its own categories.
 pub struct Service {
     name: String,
     store: Arc<dyn EventStore>,
@@ -53,7 +54,7 @@ pub struct Service {
     members: u32,
     replies: Vec<Arc<dyn Replies>>,
     subscriptions: Vec<Subscription>,
-    /// The names of those that start sagas.
+    /// The names of the subscriptions that start sagas.
     starters: Vec<String>,
     groups: Vec<Group>,
     read_models: Vec<&'static str>,
@@ -63,7 +64,7 @@ pub struct Service {
 
 type Part = Box<dyn FnOnce(Surroundings) -> BoxFuture<'static, Result<(), String>> + Send>;
 
-/// What a part finds where it runs.
+/// The context that a part runs in.
 struct Surroundings {
     instance: Option<Instance>,
     bus_is_local: bool,
@@ -72,7 +73,7 @@ struct Surroundings {
 }
 
 impl Service {
-    /// A service of this name on its store: its events go to topic `<name>.events`, its commands come from
+    /// A service with this name and store. Its events go to the topic `<name>.events`; its commands come from
     /// `<name>.commands`.
     pub fn new(name: &str, store: Arc<dyn EventStore>) -> Self {
         Self {
@@ -108,13 +109,13 @@ impl Service {
         self
     }
 
-    /// How many members take commands side by side; see [`Group::members`].
+    /// Sets how many members of the group handle commands in parallel; see [`Group::members`].
     pub fn members(mut self, members: u32) -> Self {
         self.members = members;
         self
     }
 
-    /// How many lanes its messages leave by; see [`Relay::lanes`].
+    /// Sets the number of lanes that the relay publishes in; see [`Relay::lanes`].
     pub fn relay_lanes(mut self, lanes: u32) -> Self {
         self.relay_lanes = lanes;
         self
@@ -129,13 +130,13 @@ impl Service {
             Subscription::new(&format!("{name}.start"), Starter(runner.clone())).query(runner.query().clone());
         self.starters.push(format!("{name}.start"));
         let of_saga = LogQuery::categories([runner.category()]);
-        // Sagas that end within the pause are written once.
+        // A saga that ends within the pause is written to the index only once.
         let index = Subscription::new(&format!("{name}.index"), runner.index()).query(of_saga).linger(INDEX_PAUSE);
         self.subscriptions.extend([starter, index]);
         self.replies.push(Arc::new(runner.clone()));
         let service = self.name.clone();
         self.parts.push(Box::new(|Surroundings { bus_is_local, health, shutdown, .. }| {
-            // Within a process, what is not handled yet counts as not sent: the participant may be what takes so long.
+            // On a local bus, a message counts as sent only once it is handled: the participant may be the slow part.
             let relayed_by = (!bus_is_local).then_some(service);
             Box::pin(runner.timers(relayed_by, health, shutdown))
         }));
@@ -148,7 +149,7 @@ impl Service {
         self
     }
 
-    /// Keeps the views of a read model.
+    /// Maintains the views of a read model.
     pub fn project<R: ReadModel>(mut self, projection: Projection<R>) -> Self {
         let store = self.store.clone();
         self.read_models.push(R::NAME);
@@ -164,7 +165,7 @@ impl Service {
         self
     }
 
-    /// Takes the names of all parts that keep documents.
+    /// Reserves the names of all parts that store documents.
     fn take_names(&self, names: &mut Names) -> Result<(), NameError> {
         name::check("service", &self.name)?;
         names.take("relay", &relay_of(&self.name))?;
@@ -176,14 +177,14 @@ impl Service {
         self.read_models.iter().try_for_each(|model| names.take("read model", model))
     }
 
-    /// The topic of its commands, and the group that consumes it.
+    /// The topic of the service's commands, which is also the name of the group that consumes it.
     fn inbox(&self) -> String {
         format!("{}.commands", self.name)
     }
 }
 
 impl Service {
-    /// Why its name cannot be one.
+    /// Returns why the name of the service is not valid.
     fn name_fault(&self) -> Option<String> {
         let name = &self.name;
         if !is_service_name(name) {
@@ -191,12 +192,12 @@ impl Service {
                 "it names topics, which are letters, digits, `.`, `_` and `-`, at most {SERVICE_BYTES_MAX} of them"
             ));
         }
-        // What it does for sagas is in streams of this category.
+        // The step streams of the service have this category.
         let checked = self.desk.as_ref().map(|_| categories::check(&format!("step.{name}")));
         Some(format!("it carries out steps: {}", checked?.err()?))
     }
 
-    /// The categories that it publishes or follows.
+    /// The categories that the service publishes or follows.
     fn categories(&self) -> Vec<Arc<str>> {
         let followed = self.subscriptions.iter().flat_map(Subscription::categories);
         self.routes.published().iter().chain(followed).cloned().collect()
@@ -250,12 +251,13 @@ impl Handler for Inbox {
 /// Why services were not started.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// The checkpoints of an import come before its events: a service would pass over what is still to come.
+    /// The import into the store is incomplete. An import writes checkpoints before events, so a service started now
+    /// would skip the events still to come.
     #[error(
         "service {service}: the store is filled by an import that is not complete; finish it with the same `import`, or begin with an empty store"
     )]
     HalfImported {
-        /// Whose store.
+        /// The service that uses the store.
         service: String,
     },
     /// A recovery was not finished: topics may hold events that the log lacks.
@@ -263,24 +265,25 @@ pub enum StartError {
         "service {service}: the recovery of the store is not complete; run the same `annals recover` once more to its end"
     )]
     HalfRecovered {
-        /// Whose store.
+        /// The service that uses the store.
         service: String,
     },
-    /// The bus holds what the log does not: the database was restored, or is a new one under topics that another log has filled.
+    /// The bus holds messages that the log lacks: the database was restored, or is new under topics that another log
+    /// has filled.
     #[error("{0}")]
     Ahead(Box<Ahead>),
-    /// A name is none, or two parts have the same one.
+    /// A name is not valid, or two parts have the same name.
     #[error(transparent)]
     Name(#[from] NameError),
-    /// A saga has two definitions of one hash.
+    /// A saga has two definitions with the same hash.
     #[error("service {service}: {reason}")]
     Definitions {
-        /// Which service runs it.
+        /// The service that runs the saga.
         service: String,
-        /// Which definitions, and what to do.
+        /// The definitions, and the remedy.
         reason: String,
     },
-    /// The store does not answer.
+    /// The store failed to answer.
     #[error(transparent)]
     Store(#[from] StoreError),
     /// The bus cannot be joined.
@@ -295,27 +298,27 @@ struct Kept {
     watches: Vec<BoxFuture<'static, ()>>,
 }
 
-/// Everything that runs, started and stopped together.
+/// All running services and parts, started and stopped together.
 pub struct Runtime {
     tasks: JoinSet<(String, Result<(), String>)>,
-    /// The name of the part that each task is.
+    /// The name of the part that each task belongs to.
     task_names: HashMap<tokio::task::Id, String>,
-    /// What logs the messages that their handlers do not return from; started with the first service.
+    /// The task that logs messages whose handlers do not return; started with the first service.
     watch: JoinSet<()>,
     watches: bool,
     services: BTreeSet<String>,
-    /// The categories of the sagas that run, with their stores.
+    /// The categories of the running sagas, with their stores.
     sagas: Vec<(Arc<dyn EventStore>, String)>,
     shutdown: CancellationToken,
     health: Health,
-    /// The names of all parts that were started.
+    /// The names of all started parts.
     names: Names,
-    /// The name under which it shares its stores with other processes.
+    /// The instance name under which the runtime shares its stores with other processes.
     shared_as: Option<String>,
-    /// What it is on each store.
+    /// The runtime's instance on each store.
     instances: Vec<(Arc<dyn EventStore>, Instance)>,
     heartbeats: JoinSet<()>,
-    /// Ends the heartbeats, once nothing is held any more.
+    /// Stops the heartbeats once the runtime holds no more lanes.
     leave: CancellationToken,
 }
 
@@ -326,7 +329,7 @@ impl Default for Runtime {
 }
 
 impl Runtime {
-    /// Nothing yet.
+    /// An empty runtime.
     pub fn new() -> Self {
         Self {
             tasks: JoinSet::new(),
@@ -345,22 +348,22 @@ impl Runtime {
         }
     }
 
-    /// Nothing yet, in one of several processes on the same store: it shares the lanes of the log with the others. Without
-    /// this, it takes all lanes at once, and whoever followed them before is fenced.
+    /// An empty runtime for one of several processes on the same store: the processes share the lanes of the log.
+    /// Without this, the runtime takes all lanes at once and fences any process that followed them before.
     ///
-    /// `instance` is a name that no other process has at the same time. A process that crashed and is started again under
-    /// its name takes its lanes, and its partitions of topics, back at once; others get them when it has shown no sign of life for
-    /// five seconds, or as long as the bus needs.
+    /// `instance` is a name that no other process has at the same time. A process that restarts under the same name
+    /// after a crash gets its lanes and its partitions of topics back at once. Other processes get them after the
+    /// crashed one has shown no sign of life for five seconds, or for as long as the bus needs.
     pub fn shared(instance: &str) -> Self {
         Self { shared_as: Some(instance.to_owned()), ..Self::new() }
     }
 
-    /// How the parts are doing.
+    /// The health of all parts.
     pub fn health(&self) -> Health {
         self.health.clone()
     }
 
-    /// Ends when the runtime is to drain, for parts of the user's own.
+    /// A token that is cancelled when the runtime drains, for the user's own parts.
     pub fn shutdown(&self) -> CancellationToken {
         self.shutdown.clone()
     }
@@ -443,7 +446,7 @@ impl Runtime {
         Ok(())
     }
 
-    /// This process as it shows on a store, where it beats from then on.
+    /// Returns this process's instance on a store, and starts its heartbeat there at the first call.
     fn instance_on(&mut self, store: &Arc<dyn EventStore>) -> Option<Instance> {
         let name = self.shared_as.as_ref()?;
         if let Some((_, instance)) = self.instances.iter().find(|(known, _)| Arc::ptr_eq(known, store)) {
@@ -455,14 +458,14 @@ impl Runtime {
         Some(instance)
     }
 
-    /// Starts a part of the user's own; it should end when [`shutdown`](Self::shutdown) does. An error or a panic of it
-    /// shows in [`health`](Self::health) at once, and is what [`drain`](Self::drain) returns.
+    /// Starts a part of the user's own. The part should end when [`shutdown`](Self::shutdown) is cancelled. An error or
+    /// panic of the part shows in [`health`](Self::health) at once, and [`drain`](Self::drain) returns it.
     pub fn spawn(&mut self, part: impl Into<String>, task: impl Future<Output = Result<(), String>> + Send + 'static) {
         let part = self.own_name(part.into());
         self.spawn_as(part, task);
     }
 
-    /// A name that no other part of the runtime has: two of one name would be one in its health.
+    /// Returns a name that no other part of the runtime has: health would merge two parts of the same name.
     fn own_name(&self, part: String) -> String {
         let taken = |name: &String| self.task_names.values().any(|known| known == name);
         if !taken(&part) {
@@ -485,8 +488,8 @@ impl Runtime {
         self.task_names.insert(spawned.id(), name);
     }
 
-    /// A task of the runtime's own and not one of a task's: what is dropped or cut off does nothing more. Panics of handlers
-    /// are caught further in; after one in the engine itself, nothing goes on.
+    /// Runs in a task of the runtime itself, not in a subtask: a worker that is dropped or cut off does nothing more.
+    /// Panics of handlers are caught inside the worker; a panic of the engine itself shuts the runtime down.
     fn spawn_worker(&mut self, part: &str, worker: impl Future<Output = Result<(), String>> + Send + 'static) {
         let shutdown = self.shutdown();
         self.spawn_as(part.to_owned(), async move {
@@ -497,7 +500,8 @@ impl Runtime {
         });
     }
 
-    /// What would only show later, as messages that nobody takes or two take.
+    /// Checks names early: a bad name would otherwise show only later, as messages that no service takes or that two
+    /// services take.
     fn check_names(&self, services: &[Service]) -> Result<(), StartError> {
         self.shared_as.iter().try_for_each(|instance| name::check("instance", instance))?;
         for Service { name, fault, .. } in services {
@@ -535,7 +539,7 @@ impl Runtime {
         Ok(())
     }
 
-    /// What is kept of services once they are started, and what looks for the categories and topics that they name.
+    /// Returns what the runtime keeps of started services, with the tasks that watch their categories and topics.
     fn kept(&self, services: &[Service]) -> Kept {
         let mut kept = Kept::default();
         for service in services {
@@ -560,7 +564,7 @@ impl Runtime {
         }
     }
 
-    /// Ends the parts that are left, and gives their names. One that blocks its thread is left behind.
+    /// Aborts the remaining parts and returns their names. A part that blocks its thread is left running.
     async fn cut_off(&mut self) -> String {
         let mut left: BTreeMap<String, u32> = BTreeMap::new();
         self.task_names.values().for_each(|name| *left.entry(name.clone()).or_default() += 1);
@@ -580,7 +584,7 @@ impl Runtime {
         left.into_keys().collect::<Vec<_>>().join(", ")
     }
 
-    /// Logs each message whose handler does not return, once.
+    /// Logs each message whose handler does not return, once per message.
     fn start_watch(&mut self) {
         if std::mem::replace(&mut self.watches, true) {
             return;
@@ -603,10 +607,11 @@ impl Runtime {
         });
     }
 
-    /// Stops intake, lets every part finish what it has in hand for at most `patience`, and joins all of them.
+    /// Stops intake, gives every part at most `patience` to finish its current work, and joins all parts.
     ///
     /// # Errors
-    /// The first error or panic of a part, or which parts did not end in time; those are cut off, which loses nothing.
+    /// Returns the first error or panic of a part, or names the parts that did not end in time. Those parts are cut
+    /// off, which loses nothing.
     pub async fn drain(mut self, patience: Duration) -> Result<(), String> {
         self.shutdown.cancel();
         let mut first_error = None;
@@ -624,7 +629,7 @@ impl Runtime {
         });
         let in_time = joined.await.is_ok();
         let left = self.cut_off().await;
-        // Only now: until then it held lanes.
+        // Only now, because the process holds lanes until here.
         self.leave.cancel();
         _ = tokio::time::timeout(patience, self.heartbeats.join_all()).await;
         if !in_time {

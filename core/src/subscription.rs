@@ -1,4 +1,4 @@
-//! Following the log: catch up, then live, with the checkpoint in the same commit as the effects.
+//! Subscriptions: catch up with the log, then follow it live, with the checkpoint in the same commit as the effects.
 
 use std::{sync::Arc, time::Duration};
 
@@ -26,17 +26,18 @@ use crate::{
     worker::{BATCH_MAX, Item, PARKED_TICK, RetryPolicy, Stop, Worker},
 };
 
-/// How often the checkpoint of a lane that only skips events is moved.
+/// How often the checkpoint moves on a lane that only skips events.
 pub(crate) const IDLE_CHECKPOINT: Duration = Duration::from_secs(1);
 
-/// Messages in one batch of a subscription that lingers.
+/// The most messages in one batch of a subscription with a linger time.
 const LINGERING_BATCH_MAX: usize = 16_384;
-/// How much longer it lingers where there is much to do.
+/// The factor on the linger time after a batch of more than `BATCH_MAX` messages.
 const LINGER_UNDER_LOAD: u32 = 4;
 
 /// A handler that follows the log of its own service.
 ///
-/// Each lane has a checkpoint and a worker; the lane of an event is a hash of its stream id, so order is kept per stream.
+/// Each lane has a checkpoint and a worker. The lane of an event is a hash of its stream id, which keeps the order
+/// within a stream.
 pub struct Subscription {
     name: Arc<str>,
     handler: Arc<dyn Handler>,
@@ -46,25 +47,25 @@ pub struct Subscription {
     retry: RetryPolicy,
     linger: Duration,
     instance: Option<Instance>,
-    /// The read model whose views it keeps, and the version of the code.
+    /// The read model whose views the subscription maintains, and the version of its code.
     model: Option<(Arc<str>, u32)>,
-    /// Whether the store knows the number of lanes.
+    /// Whether the store has recorded the number of lanes.
     settled: OnceCell<()>,
 }
 
-/// Where a subscription without a checkpoint begins.
+/// Where a subscription without a checkpoint starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Start {
-    /// With the first event of the log.
+    /// At the first event of the log.
     Beginning,
-    /// With what is recorded from now on.
+    /// At the first event recorded from now on.
     Now,
     /// After this position.
     After(Position),
 }
 
 impl Start {
-    /// Its place in the log as it is now.
+    /// Returns the start as a position in the current log.
     pub(crate) async fn position(self, store: &dyn EventStore) -> Result<Position, StoreError> {
         Ok(match self {
             Self::Beginning => Position::START,
@@ -75,8 +76,9 @@ impl Start {
 }
 
 impl Subscription {
-    /// A subscription under this name, which its checkpoints are stored by: never reuse it for another handler. A name has at
-    /// most 150 bytes and neither `/` nor `@` nor control characters, and does not end in `.relay`; one that has is refused at the start.
+    /// A subscription under this name. Checkpoints are stored under the name: never reuse it for another handler. A
+    /// name has at most 150 bytes, contains neither `/` nor `@` nor control characters, and does not end in `.relay`;
+    /// the start fails on any other name.
     pub fn new(name: &str, handler: impl Handler) -> Self {
         Self {
             name: name.into(),
@@ -92,67 +94,68 @@ impl Subscription {
         }
     }
 
-    /// Only these events; the default is all.
+    /// Follows only events that match the query; the default is all events.
     pub fn query(mut self, query: LogQuery) -> Self {
         self.query = query;
         self
     }
 
-    /// How many lanes to handle side by side; 1 by default, and 1,000 at most. The store knows the number. Where it was another one,
-    /// the lanes of before are finished first, up to the one that is furthest: no event is left out or handled twice, and the order of
-    /// each stream stays. With several instances that begins when the last one with the other number has ended.
+    /// Sets the number of lanes handled in parallel: 1 by default, at most 1,000. The store records the number. When
+    /// the number changes, the old lanes first catch up with the furthest of them, so that no event is skipped or
+    /// handled twice and the order of each stream is kept. With several instances, the change begins once the last
+    /// instance with the old number has stopped.
     pub fn lanes(mut self, lanes: u32) -> Self {
         self.lanes = lanes.clamp(1, LANES_MAX);
         self
     }
 
-    /// Where to begin without a checkpoint; with the first event by default.
+    /// Sets where to start without a checkpoint; by default at the first event.
     pub fn start(mut self, start: Start) -> Self {
         self.start = start;
         self
     }
 
-    /// When failed messages are tried again.
+    /// Sets when failed messages are retried.
     pub fn retry(mut self, retry: RetryPolicy) -> Self {
         self.retry = retry;
         self
     }
 
-    /// Waits at least this long between batches once it has caught up, four times as long after one of more than 512 messages, and
-    /// takes larger ones: for a handler that writes only the last state of each key, and that nobody waits for. Not at all by
-    /// default.
+    /// Waits at least this long between batches once the subscription has caught up, four times as long after a batch
+    /// of more than 512 messages, and takes larger batches. Meant for handlers that write only the last state of each
+    /// key, and whose results can be late. Zero by default.
     pub fn linger(mut self, linger: Duration) -> Self {
         self.linger = linger;
         self
     }
 
-    /// Shares the lanes with other instances that follow the same log under the same name. Without one, this process takes
-    /// all of them.
+    /// Shares the lanes with other instances that follow the same log under the same name. Without an instance, this
+    /// process takes all lanes.
     pub(crate) fn shared(mut self, instance: Option<Instance>) -> Self {
         self.instance = instance;
         self
     }
 
-    /// The categories that it follows, if it names any.
+    /// The categories of the query; empty if the query has none.
     pub(crate) fn categories(&self) -> &[Arc<str>] {
         &self.query.categories
     }
 
-    /// Keeps views of a read model: its name stands for the subscription in health, whichever generation it keeps, and instances with
-    /// the same version of the code take turns at it. The checkpoint is made and removed with the generation, so the subscription
-    /// ends when its checkpoint is gone.
+    /// Maintains the views of a read model. Health shows the model's name, independent of the generation, and instances
+    /// with the same version of the code take turns. The checkpoint is created and removed with the generation, so the
+    /// subscription ends when its checkpoint is gone.
     pub(crate) fn views_of(mut self, model: &str, version: u32) -> Self {
         self.model = Some((model.into(), version));
         self
     }
 
-    /// Its name.
+    /// The name of the subscription.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Follows the log until `shutdown`, then handles what is recorded by then. All lanes take turns in the calling task; a
-    /// [`Runtime`](crate::Runtime) gives each a task of its own.
+    /// Follows the log until `shutdown`, then handles the events recorded until that moment. All lanes run in the
+    /// calling task; a [`Runtime`](crate::Runtime) gives each lane its own task.
     pub async fn run(
         self,
         store: Arc<dyn EventStore>,
@@ -166,7 +169,7 @@ impl Subscription {
         Ok(())
     }
 
-    /// What follows the lanes, one for each.
+    /// Returns one future per lane, which follows that lane.
     pub(crate) fn workers(
         self,
         store: &Arc<dyn EventStore>,
@@ -189,7 +192,7 @@ impl Subscription {
             None => (format!("{}/{lane}", self.name), self.name.clone()),
         };
         let mut worker = self.worker(lane, self.lanes, store, health.reporter(&part, &shutdown));
-        // Not before the number of lanes is settled: an instance that waits takes no turns.
+        // An instance claims a lane only after the number of lanes is settled: an instance that waits takes no turns.
         let mut claim = None;
         let mut backoff = Backoff::long();
         while !shutdown.is_cancelled() {
@@ -233,8 +236,8 @@ impl Subscription {
         }
     }
 
-    /// Has the store know the number of lanes, with a checkpoint for each. Where the number was another one, the lanes of before are
-    /// finished first. The checkpoint of a read model is made with its generation.
+    /// Records the number of lanes in the store, with a checkpoint for each lane. If the number was different, the old
+    /// lanes are finished first. The checkpoint of a read model is created with its generation.
     async fn settle(&self, worker: &Worker, shutdown: &CancellationToken) -> Result<(), Stop> {
         if self.model.is_some() {
             return Ok(());
@@ -263,7 +266,7 @@ impl Subscription {
         Ok(())
     }
 
-    /// Where a lane goes on, or begins.
+    /// Returns the position from which a lane continues or starts.
     async fn begin(&self, checkpoint: Option<i64>, worker: &mut Worker) -> Result<Position, Stop> {
         if let Some(next) = checkpoint {
             return Ok(Position(next));
@@ -279,7 +282,7 @@ impl Subscription {
         Ok(start)
     }
 
-    /// Follows a lane of another number up to a position and no further.
+    /// Follows a lane of the old number of lanes up to a position, and no further.
     async fn finish(&self, lane: u32, of: u32, upto: Position, mut worker: Worker) -> Result<(), Stop> {
         let mut cursor = lanes::take(&mut worker, self.instance.as_ref()).await?;
         while cursor < upto {
@@ -324,7 +327,7 @@ impl Subscription {
                 break;
             }
             if shutdown.is_cancelled() {
-                // What is recorded by now is still handled, so that a drained service leaves nothing behind.
+                // Events recorded by now are still handled, so that a drained service leaves no event behind.
                 let last = match last {
                     Some(last) => last,
                     None => *last.insert(worker.store.status().await?.head),
@@ -340,7 +343,7 @@ impl Subscription {
                 last.next = page.next.0;
                 worker.deliver(&items).await?;
                 moved_at = Instant::now();
-                // Who is behind has its large batches without waiting for them.
+                // A subscription that is behind has large batches anyway, so it does not linger.
                 if !self.linger.is_zero() && !page.more {
                     let load = if items.len() > BATCH_MAX { LINGER_UNDER_LOAD } else { 1 };
                     tokio::select! {
@@ -349,7 +352,7 @@ impl Subscription {
                     }
                 }
             }
-            // If there is more after all, a wait for it is over at once.
+            // If there are more events after all, the wait for them ends at once.
             let caught_up = !page.more;
             cursor = page.next;
             if !caught_up && worker.parked.is_empty() {
@@ -379,7 +382,7 @@ impl Subscription {
     }
 }
 
-/// The events of a lane, to be handled.
+/// Returns the events of a lane as items for the worker.
 fn items<'a>(events: impl Iterator<Item = &'a Arc<Recorded>>, lane: u32, of: u32, source: &Arc<str>) -> Vec<Item> {
     let of_lane = events.filter(|event| of == 1 || lane_of(event.stream.as_str(), of) == lane);
     let item = |event: &Arc<Recorded>| Item {
@@ -391,7 +394,7 @@ fn items<'a>(events: impl Iterator<Item = &'a Arc<Recorded>>, lane: u32, of: u32
     of_lane.map(item).collect()
 }
 
-/// Moves the checkpoint now and then past what was not for this lane.
+/// Moves the checkpoint at intervals past events of other lanes and other queries.
 async fn skip(worker: &mut Worker, cursor: Position, moved_at: &mut Instant) -> Result<(), Stop> {
     if worker.lanes[0].next < cursor.0 && moved_at.elapsed() > IDLE_CHECKPOINT {
         worker.checkpoint(cursor.0).await?;
@@ -400,7 +403,7 @@ async fn skip(worker: &mut Worker, cursor: Position, moved_at: &mut Instant) -> 
     Ok(())
 }
 
-/// The lane of a stream: a hash that must never change, because checkpoints are stored by it (FNV-1a, 32 bits).
+/// Returns the lane of a stream, by a hash that must never change, because checkpoints depend on it (FNV-1a, 32 bits).
 pub(crate) fn lane_of(key: &str, lanes: u32) -> u32 {
     let hash = key.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
     hash % lanes
