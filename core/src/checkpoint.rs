@@ -1,4 +1,5 @@
-//! How far a subscription or a consumer has come: a document per lane of the log or partition of a topic.
+//! Checkpoints: how far a subscription or a consumer has come, one document per lane of the log or partition of a
+//! topic.
 
 use std::sync::Arc;
 
@@ -15,46 +16,47 @@ use crate::{
     worker::Item,
 };
 
-/// The checkpoint of a lane of the log, or of a partition of a topic.
+/// The checkpoint of a lane of the log, or of a partition of a topic, in memory.
 #[derive(Clone, Debug)]
 pub(crate) struct Lane {
-    /// Of the checkpoint.
+    /// The key of the checkpoint document.
     pub key: DocumentKey,
-    /// What messages are parked under.
+    /// The name under which messages of this lane are parked.
     pub place: Arc<str>,
     pub version: i64,
     pub next: i64,
     pub incarnation: Option<Arc<str>>,
-    /// The instance that follows it, where several share the store.
+    /// The instance that follows the lane, if several share the store.
     pub holder: Option<Arc<str>>,
-    /// Of a partition of a bus inside a process that shares the store: the instance whose bus that is.
+    /// Set for a partition of a local bus in a process that shares its store: the instance that the bus belongs to.
     pub home: Option<Arc<str>>,
-    /// Of a lane of the log: how many lanes there are.
+    /// The number of lanes; set only for a lane of the log.
     pub lanes: Option<u32>,
-    /// How often it was taken.
+    /// How many times an instance has taken the lane.
     pub epoch: i64,
-    /// Whether an operator holds it up.
+    /// Whether an operator has paused the lane.
     pub paused: bool,
-    /// Of a partition: the message before `next`.
+    /// The id of the message before `next`; set only for a partition.
     pub last: Option<Uuid>,
     pub marks: Marks,
-    /// Of a relay: up to where the bus has taken messages.
+    /// The offsets up to which the bus has taken messages; set only for a relay.
     pub taken: Ends,
-    /// Of a lane of the log: the last event that it was given.
+    /// The last event delivered to the lane; set only for a lane of the log.
     pub event: Option<Given>,
 }
 
-/// The last event that a lane of the log was given: as long as the log has it, the lane is not beyond the end.
+/// The last event delivered to a lane of the log. As long as the log contains this event, the lane is not beyond the
+/// end of the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Given {
-    /// Its position.
+    /// The position of the event.
     pub position: Position,
-    /// Its id.
+    /// The id of the event.
     pub id: Uuid,
 }
 
 impl Given {
-    /// Whether the log has it.
+    /// Returns whether the log contains the event.
     pub async fn is_in(self, store: &dyn EventStore) -> Result<bool, StoreError> {
         let page = store.read_log(&LogQuery::all(), Position(self.position.0 - 1), 1).await?;
         Ok(page.events.first().is_some_and(|event| event.position == self.position && event.id == self.id))
@@ -64,40 +66,40 @@ impl Given {
 /// The body of a checkpoint document.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Checkpoint {
-    /// Read on after this position; for a partition, from this offset.
+    /// The position to continue after; for a partition, the offset to continue from.
     pub next: i64,
     /// The incarnation of the topic that the offset belongs to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub incarnation: Option<Arc<str>>,
-    /// The instance that follows the lane, where several share the store.
+    /// The instance that follows the lane, if several share the store.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub holder: Option<Arc<str>>,
-    /// Of a partition of a bus inside a process that shares the store: the instance whose bus that is. Its offsets mean nothing once
-    /// that instance has gone.
+    /// Set for a partition of a local bus in a process that shares its store: the instance that the bus belongs to. Its
+    /// offsets are meaningless once that instance is gone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub home: Option<Arc<str>>,
-    /// Of a lane of the log: how many lanes there are under the name; earlier releases did not note it.
+    /// The number of lanes under the name; set only for a lane of the log. Earlier releases did not record the number.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lanes: Option<u32>,
-    /// How often an instance has taken the lane.
+    /// How many times an instance has taken the lane.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub epoch: i64,
-    /// Whether an operator holds the lane up: nobody follows it until that is taken back.
+    /// Whether an operator has paused the lane: no worker follows a paused lane until it is resumed.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub paused: bool,
-    /// Of a partition: the id of the message before `next`.
+    /// The id of the message before `next`; set only for a partition.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last: Option<Uuid>,
-    /// Of a partition: how far the messages of each relay have come.
+    /// How far the messages of each relay have come; set only for a partition.
     #[serde(default, skip_serializing_if = "Marks::is_empty")]
     pub marks: Marks,
-    /// Of a lane of the log: the last event that it was given.
+    /// The last event delivered to the lane; set only for a lane of the log.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub event: Option<Given>,
-    /// Of a relay: up to where the bus has taken messages.
+    /// The offsets up to which the bus has taken messages; set only for a relay.
     #[serde(default, skip_serializing_if = "Ends::is_empty")]
     pub taken: Ends,
-    /// When it was last moved.
+    /// When the checkpoint last moved.
     pub at: DateTime<Utc>,
 }
 
@@ -131,7 +133,8 @@ impl Lane {
         }
     }
 
-    /// Reads the checkpoint; `None` if there is none, or one of another incarnation or number of lanes.
+    /// Reads the checkpoint. Returns `None` if there is none, or if it belongs to another incarnation or number of
+    /// lanes.
     pub async fn load(&mut self, store: &dyn EventStore) -> Result<Option<i64>, StoreError> {
         let found = store.document(&self.key).await?;
         let Some(document) = found else {
@@ -142,7 +145,7 @@ impl Lane {
             .map_err(|error| StoreError::Corrupt(format!("document {}: {error}", self.key)))?;
         (self.version, self.holder, self.epoch) = (document.version, checkpoint.holder, checkpoint.epoch);
         self.paused = checkpoint.paused;
-        // What a relay sends again after a topic was wiped has been here all the same.
+        // After a topic was wiped, a relay may send messages again that were handled before, so the marks stay.
         self.marks = checkpoint.marks;
         self.taken = checkpoint.taken;
         if checkpoint.incarnation != self.incarnation || self.is_of_others(checkpoint.lanes) {
@@ -165,29 +168,29 @@ impl Lane {
         Ok(Some(self.next))
     }
 
-    /// Whether a lane of so many that was loaded without a checkpoint is not a new one: several are created together, and what a
-    /// document without one says is another number.
+    /// Returns whether a lane loaded without a checkpoint, one of `of` lanes, was replaced rather than new: several
+    /// lanes are created together, and a document that gives no checkpoint records another number of lanes.
     pub fn is_replaced(&self, of: u32) -> bool {
         of > 1 || self.version > 0
     }
 
-    /// Whether a number of lanes is another one than this lane's.
+    /// Returns whether the stored number of lanes differs from this lane's.
     fn is_of_others(&self, lanes: Option<u32>) -> bool {
         lanes.zip(self.lanes).is_some_and(|(stored, own)| stored != own)
     }
 
-    /// Where a consumer of the partition goes on.
+    /// Returns where a consumer of the partition continues.
     pub fn bookmark(&self) -> Option<Bookmark> {
         (self.version > 0 && self.next > 0).then_some(Bookmark { next: self.next, last: self.last })
     }
 
-    /// The topic was wiped: its offsets start over, and some of what it had may never have come.
+    /// Restarts the offsets after the topic was wiped; some of the wiped messages may never have arrived.
     pub fn start_over(&mut self) {
         (self.next, self.last) = (0, None);
         self.marks.interrupt();
     }
 
-    /// Moves behind a message.
+    /// Moves past a message.
     pub fn pass(&mut self, item: &Item) {
         self.next = item.next;
         if self.incarnation.is_some() {
@@ -200,17 +203,17 @@ impl Lane {
         }
     }
 
-    /// A lane without a checkpoint is before any place: "from now on" must mean the same after a restart.
+    /// A lane without a checkpoint is before every position: `Start::Now` must mean the same position after a restart.
     pub fn is_before(&self, next: i64) -> bool {
         self.next < next || self.version == 0
     }
 
-    /// The body of its document.
+    /// Returns the body of the checkpoint document.
     pub fn body(&self, at: DateTime<Utc>) -> Arc<str> {
         serde_json::to_string(&self.checkpoint(Position(self.next), at)).unwrap_or_default().into()
     }
 
-    /// What its document says at a position.
+    /// Returns the contents of the checkpoint document at a position.
     pub fn checkpoint(&self, next: Position, at: DateTime<Utc>) -> Checkpoint {
         Checkpoint {
             next: next.0,
@@ -229,7 +232,8 @@ impl Lane {
     }
 }
 
-/// The last position before this one whose event was recorded by then; the log's times do not fall.
+/// Returns the last position before `before` whose event was recorded no later than `at`. The log's times never
+/// decrease.
 async fn last_before(store: &dyn EventStore, at: DateTime<Utc>, before: Position) -> Result<Position, StoreError> {
     let (mut low, mut high) = (0, before.0 - 1);
     while low < high {

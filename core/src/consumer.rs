@@ -1,4 +1,4 @@
-//! Following a bus: a whole polled batch becomes one commit, together with the offsets.
+//! Consuming from a bus: each polled batch becomes one commit, together with its offsets.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -24,12 +24,12 @@ use crate::{
     worker::{BATCH_MAX, Item, PARKED_TICK, RetryPolicy, Stop, Worker},
 };
 
-/// Without a message, all is well again when nothing has failed for so long: a bus may wait a while before it says so.
+/// Without messages, health is fine again after this time without a failure: a bus may take a while to report one.
 const CALM: Duration = Duration::from_secs(3);
 
-/// How long a group waits for the first message ever of a topic before health names the topic.
+/// How long a group waits for the very first message of a topic before health names the topic.
 const SILENT_MAX: Duration = Duration::from_secs(30);
-/// How often it looks again.
+/// How often the group checks for the first message after that.
 const SILENT_LOOK: Duration = Duration::from_secs(1);
 
 /// A handler that consumes topics as a group. Its offsets are documents in the store, committed with the effects.
@@ -43,7 +43,7 @@ pub struct Group {
     heard: Heard,
 }
 
-/// The topics that a group has had a message of, in this process or before it.
+/// The topics from which a group has received a message, in this process or an earlier one.
 #[derive(Clone, Default)]
 struct Heard(Arc<Mutex<BTreeSet<Arc<str>>>>);
 
@@ -75,8 +75,8 @@ impl From<crate::store::StoreError> for Ended {
 }
 
 impl Group {
-    /// A consumer group under this name, which its offsets are stored by. What [`Subscription::new`](crate::Subscription::new) says of
-    /// names holds here too.
+    /// A consumer group under this name. Offsets are stored under the name; the rules for names are those of
+    /// [`Subscription::new`](crate::Subscription::new).
     pub fn new(name: &str, topics: &[&str], handler: impl Handler) -> Self {
         Self {
             name: name.into(),
@@ -89,27 +89,27 @@ impl Group {
         }
     }
 
-    /// How many members to run in this process; each handles its partitions on its own. One suits handlers whose work
-    /// meets in the same aggregates; more suit handlers that wait for something outside.
+    /// Sets how many members run in this process; each member handles its partitions independently. One member suits
+    /// handlers whose messages concern the same aggregates; more members suit handlers that wait for external systems.
     pub fn members(mut self, members: u32) -> Self {
         self.members = members.max(1);
         self
     }
 
-    /// When failed messages are tried again.
+    /// Sets when failed messages are retried.
     pub fn retry(mut self, retry: RetryPolicy) -> Self {
         self.retry = retry;
         self
     }
 
-    /// Shares the store with other processes, under this name.
+    /// Shares the store with other processes, under this instance name.
     pub(crate) fn shared(mut self, instance: Option<Arc<str>>) -> Self {
         self.instance = instance;
         self
     }
 
-    /// Names the topics that never had a message, until they have one: a topic whose name is misspelt exists all the same, because
-    /// it is made when it is joined.
+    /// Reports the topics that have never had a message, until they have one: a topic with a misspelt name still
+    /// exists, because joining a topic creates it.
     pub(crate) fn watch(&self, store: Arc<dyn EventStore>, health: Health) -> impl Future<Output = ()> + Send + use<> {
         let (name, heard) = (self.name.clone(), self.heard.clone());
         let mut silent: Vec<Arc<str>> = self.topics.iter().map(|topic| topic.as_str().into()).collect();
@@ -120,7 +120,7 @@ impl Group {
                 let known = heard.topics().clone();
                 silent.retain(|topic| !known.contains(topic));
                 for topic in &silent {
-                    // Another instance may have all that comes.
+                    // Another instance may receive all messages of the topic.
                     let prefix = format!("{name}/{topic}/");
                     let found =
                         store.scan(CHECKPOINTS, &Scan::After(prefix.as_str().into()), 1).await.unwrap_or_default();
@@ -149,18 +149,18 @@ impl Group {
         }
     }
 
-    /// Its name.
+    /// The name of the group.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Joins the bus; from then on the group misses nothing.
+    /// Joins the bus; from then on, the group misses no message.
     pub async fn join(self, bus: &dyn Bus) -> Result<Joined, BusError> {
         name::check("group", &self.name).map_err(|error| BusError::Unavailable(error.to_string()))?;
         let topics: Vec<&str> = self.topics.iter().map(String::as_str).collect();
         let mut consumers = Vec::new();
         for number in 0..self.members {
-            // Each member has a name of its own, and the same one after a restart.
+            // Each member has its own name, which stays the same after a restart.
             let instance = self.instance.as_ref().map(|name| format!("{name}.{number}"));
             consumers.push(match instance {
                 Some(instance) => bus.join_as(&self.name, &topics, &instance).await?,
@@ -179,8 +179,8 @@ pub struct Joined {
 }
 
 impl Joined {
-    /// Consumes until `shutdown`, then finishes the batch in hand. All members take turns in the calling task; a
-    /// [`Runtime`](crate::Runtime) gives each a task of its own.
+    /// Consumes until `shutdown`, then finishes the current batch. All members run in the calling task; a
+    /// [`Runtime`](crate::Runtime) gives each member its own task.
     pub async fn run(
         self,
         store: Arc<dyn EventStore>,
@@ -190,7 +190,7 @@ impl Joined {
         join_all(self.members(&store, &health, &shutdown)).await.into_iter().collect()
     }
 
-    /// What consumes, one for each member.
+    /// Returns one future per member, which consumes messages.
     pub(crate) fn members(
         self,
         store: &Arc<dyn EventStore>,
@@ -212,7 +212,8 @@ impl Joined {
                 others: (!is_local || group.instance.is_some()).then(Others::default),
                 reporter: health.reporter(&part, shutdown),
             };
-            // On a bus inside the process, offsets mean nothing elsewhere: they are kept apart from those of other processes.
+            // Offsets of a local bus are meaningless in other processes, so they are stored separately from those of
+            // other processes.
             let home = group.instance.clone().filter(|_| is_local);
             let member = Member {
                 worker,
@@ -235,15 +236,15 @@ struct Member {
     consumer: Box<dyn Consumer>,
     home: Option<Arc<str>>,
     heard: Heard,
-    /// Whether the bus ends with this process: then its relays count nothing as sent that was not handled.
+    /// Whether the bus ends with this process. The relays of such a bus count only handled messages as sent.
     is_local: bool,
-    /// What the bus has assigned.
+    /// The partitions that the bus has assigned.
     assigned: Vec<Partition>,
-    /// The lanes of those whose offset was found.
+    /// The lanes of the assigned partitions whose offsets were loaded.
     lane_of: HashMap<Partition, usize>,
-    /// Whether assigned partitions still lack their place: something failed since they had it.
+    /// Whether assigned partitions must be positioned again, because something failed since they were positioned.
     unsettled: bool,
-    /// What was polled while the batch before it was handled.
+    /// The result of a poll that ran while the previous batch was handled.
     ahead: Option<Result<Polled, BusError>>,
 }
 
@@ -255,8 +256,8 @@ impl Member {
         let mut calm_from = Instant::now() + CALM;
         while !shutdown.is_cancelled() {
             if self.unsettled {
-                // What was polled but not committed is polled again from the offset in the store: not one message more
-                // before that, or its offset would pass over those.
+                // Messages polled but not committed are polled again from the offset in the store. No new message may
+                // be handled before that, or its offset would skip them.
                 if let Err(error) = self.assign(true).await {
                     self.pause(&error, &mut backoff, &shutdown).await;
                     continue;
@@ -287,7 +288,7 @@ impl Member {
                     match self.ahead.take() {
                         Some(Ok(Polled::Assigned(partitions))) => self.assigned.extend(partitions),
                         Some(Ok(Polled::Revoked(partitions))) => self.let_go(&partitions),
-                        // Messages too are polled again from the offset in the store.
+                        // Messages polled ahead are polled again from the offset in the store too.
                         Some(_) | None => {}
                     }
                     if matches!(error, Ended::Stop(Stop::Renewed)) {
@@ -302,7 +303,8 @@ impl Member {
             let lanes = self.worker.lanes.iter().filter(|lane| lane.version > 0);
             let forget = |lane: &Lane| Put { key: lane.key.clone(), expected: None, body: None, due: None };
             let puts = lanes.map(forget).collect();
-            // If this fails, the other instances remove them some time after this one is given up.
+            // If this commit fails, the other instances remove the checkpoints some time after they give this instance
+            // up.
             _ = self.worker.store.commit(Commit { appends: Vec::new(), puts }).await;
         }
         health.set(&part, State::Stopped);
@@ -348,7 +350,7 @@ impl Member {
                 let (mut nexts, mut ahead) = (HashMap::new(), HashMap::new());
                 let mut items = Vec::with_capacity(deliveries.len());
                 for delivery in deliveries {
-                    // A message of a partition that was revoked meanwhile is its new owner's.
+                    // A message of a partition that was revoked in the meantime belongs to its new owner.
                     let Some(lane) = self.lane_of.get(&delivery.partition).copied() else { continue };
                     let (next, id) = (delivery.offset + 1, delivery.id());
                     if next <= self.worker.lanes[lane].next {
@@ -387,8 +389,8 @@ impl Member {
         self.assigned.retain(|partition| !partitions.contains(partition));
     }
 
-    /// Handles the items. Who is behind polls once meanwhile, so that the next ones are there when these are committed; who is
-    /// not finds more of them afterwards.
+    /// Handles the items. If the consumer is behind, polls the next batch while this one commits; otherwise, a poll
+    /// afterwards finds more messages.
     async fn deliver(&mut self, items: &[Item], is_behind: bool) -> Result<(), Stop> {
         let Self { worker, consumer, ahead, .. } = self;
         let mut delivering = std::pin::pin!(worker.deliver(items));
@@ -401,10 +403,11 @@ impl Member {
         }
     }
 
-    /// Takes exactly the assigned partitions. New ones, and with `rewind` all, are delivered from the offset in the store.
+    /// Takes exactly the assigned partitions. New partitions, or all of them with `rewind`, are delivered from the
+    /// offset in the store.
     async fn assign(&mut self, rewind: bool) -> Result<(), Ended> {
         let (mut lane_of, mut lanes, mut seeks) = (HashMap::new(), Vec::new(), Vec::new());
-        // What is known of lanes that stay is of the log as it was.
+        // The known state of lanes that stay belongs to the log as it was before.
         let history = self.worker.store.history();
         let rewind = rewind || history != self.worker.history;
         for partition in &self.assigned {
@@ -424,14 +427,14 @@ impl Member {
             }
             let known = self.lane_of.get(partition).map(|index| &self.worker.lanes[*index]);
             match known.filter(|known| !rewind && known.version == lane.version) {
-                // It is not where its checkpoint says if its topic was wiped since that was written.
+                // If the topic was wiped since the checkpoint was written, the lane is not where the checkpoint says.
                 Some(known) => lane = known.clone(),
                 None => seeks.push((partition, lane.bookmark())),
             }
             lane_of.insert(partition.clone(), lanes.len());
             lanes.push(lane);
         }
-        // Nothing is delivered before it is known what it has to wait behind.
+        // No message is delivered before the parked messages that it must wait behind are known.
         let ids: Vec<_> = lanes.iter().map(|lane| lane.place.clone()).collect();
         let parked = self.worker.parked.load(&*self.worker.store, &ids).await?;
         self.worker.set_parked(parked);
@@ -445,7 +448,7 @@ impl Member {
     }
 }
 
-/// What was polled ahead, or the next poll. Dropped at any time, it loses nothing.
+/// Returns the result polled ahead, or polls. Dropping the future loses nothing.
 async fn next(ahead: &mut Option<Result<Polled, BusError>>, consumer: &mut dyn Consumer) -> Result<Polled, BusError> {
     match ahead.take() {
         Some(polled) => polled,

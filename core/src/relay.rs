@@ -1,4 +1,4 @@
-//! From the log to the bus: one more subscription, whose checkpoint moves once the bus has taken the messages.
+//! From the log to the bus: a subscription whose checkpoint moves once the bus has taken the messages.
 
 use std::{collections::VecDeque, sync::Arc};
 
@@ -33,42 +33,43 @@ pub use crate::{
     routes::Routes,
 };
 
-/// Events read and published in one go.
+/// The number of events read and published at once.
 const PAGE: usize = 1_000;
-/// Pages published and not acknowledged yet: what a bus that is away may hold in memory.
+/// The most pages published but not acknowledged: the bound on memory while the bus is unavailable.
 const PAGES_IN_FLIGHT: usize = 16;
-/// Events whose messages may be under way together: of those before the last so many that a lane has sent, the bus has taken all.
+/// The most events with messages in flight per lane. The bus has taken all messages of events further back than this
+/// from the last event that the lane has sent.
 pub const WINDOW: usize = PAGE * PAGES_IN_FLIGHT;
-/// How long a redriven message may take until the bus has it.
+/// How long the bus may take to accept a redriven message.
 const REPUBLISHED: std::time::Duration = std::time::Duration::from_secs(5);
-/// A bus that has taken nothing for so long is in trouble.
+/// A bus that acknowledges nothing for this long is in trouble.
 const STALLED: std::time::Duration = std::time::Duration::from_secs(3);
-/// How often it says so again.
+/// How often the trouble is reported again.
 const STALLED_AGAIN: std::time::Duration = std::time::Duration::from_secs(60);
-/// How long a checkpoint may stay behind what the bus has taken: a commit for each page would only be in the way of those that
-/// the messages bring about. After a crash so much is published again.
+/// How long a checkpoint may lag behind the messages that the bus has taken: a commit for each page would only compete
+/// with the commits that the messages cause. After a crash, the messages of this time are published again.
 const CHECKPOINT_AFTER: std::time::Duration = std::time::Duration::from_millis(100);
-/// How long a draining relay waits for one more receipt.
+/// How long a draining relay waits for the next receipt.
 const LAST_RECEIPTS: std::time::Duration = std::time::Duration::from_millis(500);
 
-/// Carries a service's messages from its log to the bus, in log order per key, many at a time.
+/// Publishes a service's messages from its log to the bus, in log order per key, in batches.
 pub struct Relay {
     routes: Routes,
     name: Arc<str>,
     lanes: u32,
     instance: Option<Instance>,
-    /// Whether the store knows the number of lanes.
+    /// Whether the store has recorded the number of lanes.
     settled: OnceCell<()>,
 }
 
 struct InFlight {
     next: Position,
     receipt: Receipt,
-    /// The event that each message came from.
+    /// The source event of each message.
     sources: Vec<Arc<Recorded>>,
 }
 
-/// Publishes a parked event again.
+/// A handler that publishes a parked event again.
 struct Republish {
     routes: Routes,
     publisher: Arc<dyn Publisher>,
@@ -89,7 +90,7 @@ impl Handler for Republish {
             recorded_at: message.time,
         };
         let messages = self.routes.messages(&event).terminal()?;
-        // The relay carries nothing else meanwhile, and a receipt may wait for a consumer that is away.
+        // The relay publishes nothing else during a redrive, and a receipt may wait for a consumer that is unavailable.
         tokio::time::timeout(REPUBLISHED, async { self.publisher.publish(messages).await?.await }).await??;
         Ok(())
     }
@@ -101,9 +102,10 @@ impl Relay {
         Self { name: relay_of(&routes.service), routes, lanes: 1, instance: None, settled: OnceCell::new() }
     }
 
-    /// How many lanes to carry side by side, each with a checkpoint of its own; 1 by default, and 1,000 at most. The store knows the
-    /// number. Where it was another one, the lanes of before first carry all that is recorded by then: receivers know what was
-    /// sent twice by its lane. A relay of the other number must have ended by then.
+    /// Sets the number of lanes published in parallel, each with its own checkpoint: 1 by default, at most 1,000. The
+    /// store records the number. When the number changes, the old lanes first publish everything recorded until then,
+    /// because receivers recognise a repeated message by its lane. A relay with the old number must have stopped by
+    /// then.
     pub fn lanes(mut self, lanes: u32) -> Self {
         self.lanes = lanes.clamp(1, LANES_MAX);
         self
@@ -115,8 +117,8 @@ impl Relay {
         self
     }
 
-    /// Carries messages until `shutdown`, then waits for those in flight to be taken. All lanes take turns in the calling
-    /// task; a [`Runtime`](crate::Runtime) gives each a task of its own.
+    /// Publishes messages until `shutdown`, then waits for the bus to take those in flight. All lanes run in the
+    /// calling task; a [`Runtime`](crate::Runtime) gives each lane its own task.
     pub async fn run(
         self,
         store: Arc<dyn EventStore>,
@@ -129,7 +131,7 @@ impl Relay {
         Ok(())
     }
 
-    /// What carries the lanes, one for each.
+    /// Returns one future per lane, which publishes the lane's messages.
     pub(crate) fn carriers(
         self,
         store: &Arc<dyn EventStore>,
@@ -154,7 +156,7 @@ impl Relay {
     ) {
         let part = format!("{}/{lane}", self.name);
         let mut worker = self.worker(lane, self.lanes, store, &publisher, health.reporter(&part, &shutdown));
-        // Not before the number of lanes is settled: an instance that waits takes no turns.
+        // A lane is claimed only after the number of lanes is settled: an instance that waits takes no turns.
         let mut claim = None;
         let mut backoff = Backoff::long();
         while !shutdown.is_cancelled() {
@@ -202,9 +204,9 @@ impl Relay {
         }
     }
 
-    /// Has the store know the number of lanes, with a checkpoint for each. Where the number was another one, the lanes of before
-    /// carry what is recorded by now: a relay that was killed may have sent so much without noting it, and receivers know what
-    /// they have by the lane that it came by.
+    /// Records the number of lanes in the store, with a checkpoint for each lane. If the number was different, the old
+    /// lanes first publish everything recorded by now: a relay that was killed may have sent that much without a
+    /// checkpoint, and receivers recognise messages by the lane that they came by.
     async fn settle(
         &self,
         worker: &Worker,
@@ -240,7 +242,7 @@ impl Relay {
         Ok(())
     }
 
-    /// Carries a lane up to a position and no further.
+    /// Publishes a lane up to a position, and no further.
     async fn finish(
         &self,
         lane: u32,
@@ -273,7 +275,7 @@ impl Relay {
         Ok(note(worker, &**publisher, upto.0).await?)
     }
 
-    /// Publishes from the checkpoint on. After an error, everything since the checkpoint is published again.
+    /// Publishes from the checkpoint on. After an error, all messages since the checkpoint are published again.
     async fn carry(
         &self,
         lane: u32,
@@ -296,11 +298,11 @@ impl Relay {
         let mut in_flight: VecDeque<InFlight> = VecDeque::new();
         let (mut moved_at, mut patient_until) = (Instant::now(), Instant::now() + LAST_RECEIPTS);
         let mut stalls_at = Instant::now() + STALLED;
-        // What the bus has taken, and when the checkpoint is to follow.
+        // How far the bus has taken messages, and when the checkpoint is due to follow.
         let (mut taken_up_to, mut follows_at) = (cursor.0, None);
         let store = worker.store.clone();
         let (mut more, mut is_more) = (store.wait(cursor), true);
-        // The page after the one that is being published, read meanwhile by another processor.
+        // The page after the current one, read on another thread while the current one is published.
         let mut ahead: JoinSet<Result<LogPage, StoreError>> = JoinSet::new();
         let mut tick = tokio::time::interval(PARKED_TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -308,7 +310,7 @@ impl Relay {
             worker.is_of_this_log()?;
             let stopping = shutdown.is_cancelled() || claim.has_ended();
             if stopping && in_flight.is_empty() {
-                // Past what was not for the bus: nobody should see a lag where nothing is left to do.
+                // Moves past events that are not for the bus, so that no lag is shown when all work is done.
                 if worker.lanes[0].next < cursor.0 {
                     note(worker, &**publisher, cursor.0).await?;
                 }
@@ -328,7 +330,7 @@ impl Relay {
                     None => store.read_log(&query, cursor, PAGE).await?,
                 };
                 worker.is_of_this_log()?;
-                // If it is not the last one after all, a wait for more is over at once.
+                // If there are more events after all, the wait for them ends at once.
                 is_more = page.more;
                 cursor = page.next;
                 more = store.wait(cursor);
@@ -347,7 +349,8 @@ impl Relay {
                         tokio::select! {
                             biased;
                             published = &mut publishing => break Some(published),
-                            // It waits for room; what it has handed over already is published again.
+                            // The publisher waits for room in its buffer; messages that it already has are published
+                            // again.
                             () = shutdown.cancelled() => break None,
                             () = claim.ends() => break None,
                             () = tokio::time::sleep_until(stalls_at) => stalls_at = stall(worker),
@@ -406,12 +409,13 @@ impl Relay {
                         moved_at = Instant::now();
                     }
                 }
-                // A long stretch with nothing for the bus must not keep its checkpoint where it was.
+                // A long run of events without messages must not hold up the tick, which moves the checkpoint.
                 () = std::future::ready(()), if room && is_more => {}
                 () = tokio::time::sleep_until(stalls_at), if waits => stalls_at = stall(worker),
                 () = shutdown.cancelled(), if !stopping => {}
                 () = claim.ends(), if !stopping => {}
-                // Consumers of this process stop too; what nobody takes any more is published again at the next start.
+                // Consumers in this process stop too; messages that no consumer takes any more are published again at
+                // the next start.
                 () = tokio::time::sleep_until(patient_until), if stopping => break,
             }
         }
@@ -422,7 +426,8 @@ impl Relay {
         Ok(claim.release(worker, next).await?)
     }
 
-    /// The messages of those events that are of this lane, each with its event. What makes no message is parked, and its key behind it.
+    /// Returns the messages of this lane's events, each with its event. An event that does not give a valid message is
+    /// parked, and later events with its key are parked behind it.
     async fn messages(
         &self,
         lane: u32,
@@ -433,7 +438,7 @@ impl Relay {
         let (mut messages, mut sources) = (Vec::with_capacity(events.len()), Vec::with_capacity(events.len()));
         let is_mine = |event: &&Arc<Recorded>| self.lanes == 1 || lane_of(event.stream.as_str(), self.lanes) == lane;
         for event in events.iter().filter(is_mine) {
-            // Those before a parked one are seen again when the checkpoint was set back.
+            // Events before a parked one are seen again when the checkpoint was set back; they do not wait.
             let first_parked = worker.parked.first(event.stream.as_str()).map(|place| place.position);
             let waits = first_parked.is_some_and(|position| position <= event.position.0);
             let made = match self.routes.messages(event) {
@@ -453,7 +458,8 @@ impl Relay {
         Ok((messages, sources))
     }
 
-    /// A message that the bus will never take is parked, and all since the checkpoint is published again without it.
+    /// Parks a message that the bus will never take; all messages since the checkpoint are then published again without
+    /// it.
     async fn refused(&self, worker: &mut Worker, sources: &[Arc<Recorded>], error: BusError) -> Trouble {
         if let BusError::Refused { index, reason } = &error
             && let Some(event) = sources.get(*index)
@@ -466,18 +472,19 @@ impl Relay {
 
     async fn park(&self, worker: &mut Worker, event: &Recorded, reason: String) -> Result<(), Stop> {
         let message = Message::of(event, &self.routes.service);
-        // The checkpoint stays: what was published before this event is not acknowledged yet.
+        // The checkpoint stays, because messages published before this event are not acknowledged yet.
         worker.park_message(event.stream.shared(), message, reason).await
     }
 }
 
-/// Moves the checkpoint, and notes with it how far the bus has taken messages: whatever it holds behind that was sent later.
+/// Moves the checkpoint, and records with it how far the bus has taken messages: any message on the bus beyond that was
+/// sent later.
 async fn note(worker: &mut Worker, publisher: &dyn Publisher, next: i64) -> Result<(), Stop> {
     worker.lanes[0].taken.update(&publisher.taken());
     worker.checkpoint(next).await
 }
 
-/// Tells once that the bus takes nothing; when to tell it again.
+/// Reports that the bus takes nothing, and returns when to report it again.
 fn stall(worker: &mut Worker) -> Instant {
     worker.reporter.trouble(format!("the bus has acknowledged nothing for {} s", STALLED.as_secs()));
     Instant::now() + STALLED_AGAIN

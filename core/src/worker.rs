@@ -1,4 +1,4 @@
-//! What every subscription and consumer does with a batch: handle, commit with the checkpoint, park what fails.
+//! The batch loop of every subscription and consumer: handle, commit with the checkpoint, park failures.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -21,25 +21,25 @@ use crate::{
     work::{Stale, Work},
 };
 
-/// A batch is cut where its commit has this many rows: half of what a commit takes, so that one large message more fits.
+/// A batch is cut once its commit has this many rows: half the limit of a commit, so that one more large message fits.
 const ROWS_PER_COMMIT: usize = COMMIT_ROWS_MAX / 2;
-/// Messages handled in one commit at most.
+/// The most messages handled in one commit.
 pub(crate) const BATCH_MAX: usize = 512;
-/// Conflicts in a row before a batch is cut down to a single message.
+/// The number of consecutive conflicts after which a batch is cut to a single message.
 const CONFLICTS_BEFORE_SINGLE: u32 = 3;
-/// How often the parked keys that wait for their time are looked at.
+/// How often parked keys are checked for messages that are due.
 pub(crate) const PARKED_TICK: Duration = Duration::from_millis(200);
 
-/// How often a worker looks for messages that wait for a build like its own, on lanes that others follow.
+/// How often a worker looks for messages that wait for a build like its own, on lanes that other workers follow.
 pub(crate) const BUILD_LOOK: Duration = Duration::from_millis(500);
-/// How long a message that waits for another build is left alone at most: a try costs little, and each start of a worker tries
-/// all of them.
+/// The longest pause before a message that waits for another build is retried: a try costs little, and every worker
+/// retries all of them at its start.
 pub(crate) const BUILD_LOOK_MAX: Duration = Duration::from_secs(10);
 
-/// The reason of a parked message, as operators read it.
-/// How long a parked message waits that was tried while a store was away.
+/// How long a parked message waits after a retry during which the store was unavailable.
 const STORE_AWAITED: Duration = Duration::from_secs(1);
 
+/// Returns the reason of a parked message, as operators read it.
 pub(crate) fn parked_reason(reason: &str, remedy: Remedy) -> String {
     match remedy {
         Remedy::AwaitBuild => reason::storable(&format!("waits for a build that knows more: {reason}")),
@@ -47,12 +47,12 @@ pub(crate) fn parked_reason(reason: &str, remedy: Remedy) -> String {
     }
 }
 
-/// When a failed message is tried again, and how often.
+/// When and how often a failed message is retried.
 #[derive(Clone, Debug)]
 pub struct RetryPolicy {
-    /// Tries in all before the message stays parked until somebody redrives it.
+    /// The total number of tries before the message stays parked until an operator redrives it.
     pub attempts_max: u32,
-    /// The delay before the second try; doubled before each further one, and drawn from its upper half.
+    /// The delay before the second try. The delay doubles before each further try, and is drawn from its upper half.
     pub delay_min: Duration,
     /// The longest delay.
     pub delay_max: Duration,
@@ -71,7 +71,7 @@ impl RetryPolicy {
     }
 }
 
-/// A message with its lane, and the checkpoint after it.
+/// A message with its lane, and the checkpoint after the message.
 pub(crate) struct Item {
     pub lane: usize,
     pub next: i64,
@@ -88,18 +88,18 @@ impl Item {
 /// Why a worker stops.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Stop {
-    /// Another worker moved the checkpoint: this one has lost the lane.
+    /// Another worker moved the checkpoint, so this worker has lost the lane.
     #[error("another worker took over {0}")]
     Fenced(DocumentKey),
-    /// The log is not the one that the checkpoint was read from.
+    /// The log is not the one from which the checkpoint was read.
     #[error("the log changed (failover or restore): reading the checkpoint again")]
     Renewed,
-    /// The checkpoint was removed, together with what it was the checkpoint of.
+    /// The checkpoint was removed, together with the subscription or generation that it belonged to.
     #[error(
         "{0} is gone, or is of another number of lanes now: another process has changed that; restart this one to go on"
     )]
     Gone(DocumentKey),
-    /// The store knows another number of lanes, which cannot be changed now.
+    /// The store records another number of lanes, which cannot be changed now.
     #[error("{0}")]
     Lanes(String),
     #[error(transparent)]
@@ -112,22 +112,22 @@ pub(crate) struct Worker {
     pub handler: Arc<dyn Handler>,
     pub retry: RetryPolicy,
     pub lanes: Vec<Lane>,
-    /// The number of the store's history that the lanes were read under.
+    /// The store's history number when the lanes were read.
     pub history: u64,
     pub parked: ParkedKeys,
     pub reconciled_at: Instant,
-    /// Where others follow the same subscription, with another build perhaps.
+    /// Set if other workers follow the same subscription, perhaps with another build.
     pub others: Option<Others>,
     pub reporter: Reporter,
 }
 
-/// What the store has said of what the first message alone had staged.
+/// The store's verdict on the work that the first message alone had staged.
 #[derive(Clone)]
 enum Refused {
     Not,
-    /// The handler may stage something else.
+    /// Refused once: the handler may stage something else.
     Once(String),
-    /// That was refused as well.
+    /// The replacement was refused as well.
     Again(String),
 }
 
@@ -144,12 +144,12 @@ enum Attempt {
     Handled(usize),
     AwaitStore(String),
     TooLarge(String),
-    /// Some message of the batch cannot be prepared for: find out which.
+    /// `prepare` failed for the batch: smaller batches find the message at fault.
     Smaller,
 }
 
 impl Worker {
-    /// Stops where the lanes may rest on events that are gone.
+    /// Stops the worker if its lanes may be based on events that are gone.
     pub fn is_of_this_log(&self) -> Result<(), Stop> {
         if self.store.history() == self.history { Ok(()) } else { Err(Stop::Renewed) }
     }
@@ -162,7 +162,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Takes note of what is parked, and shows whether a person is needed for it.
+    /// Replaces the known parked keys, and shows in health whether they need an operator.
     pub fn set_parked(&mut self, parked: ParkedKeys) {
         let was = self.parked.dead().map(|(count, _)| count);
         self.parked = parked;
@@ -170,7 +170,7 @@ impl Worker {
         self.show_dead(was);
     }
 
-    /// Shows how many keys have dead letters, if that are not as many as before.
+    /// Shows how many keys have dead letters, if the number has changed.
     pub fn show_dead(&mut self, was: Option<usize>) {
         let dead = self.parked.dead();
         if dead.map(|(count, _)| count) != was {
@@ -181,10 +181,10 @@ impl Worker {
         }
     }
 
-    /// Handles all items, in as many commits as their size asks for. Returns early only when the worker must stop.
+    /// Handles all items, in as many commits as their size requires. Returns early only when the worker must stop.
     pub async fn deliver(&mut self, items: &[Item]) -> Result<(), Stop> {
         if items.iter().any(|item| self.parked.awaits_build(&item.key)) {
-            // Another instance may have taken what this one could not: then nothing need wait behind it.
+            // Another instance may have handled what this build could not; then no message needs to wait behind it.
             self.load_parked().await?;
         }
         let mut done = 0;
@@ -194,7 +194,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Handles a first part of the items in one commit; returns how many.
+    /// Handles some of the first items in one commit, and returns their number.
     async fn deliver_some(&mut self, items: &[Item]) -> Result<usize, Stop> {
         let mut stale = Stale::Nothing;
         let mut conflicts = 0;
@@ -259,7 +259,8 @@ impl Worker {
                     }
                     stale = Stale::Everything;
                 }
-                // Only a message that is refused by itself is at fault; until it stands alone, nobody is parked for it.
+                // Only a message that is refused on its own is at fault; until it is alone in its commit, no message is
+                // parked for the refusal.
                 CommitError::Invalid(_) if count > 1 => limit = count / 2,
                 CommitError::Invalid(reason) => {
                     if matches!(refused, Refused::Again(_)) {
@@ -276,7 +277,7 @@ impl Worker {
         }
     }
 
-    /// Waits while as many messages are parked as may be; stops where the log is another one.
+    /// Waits while the number of parked messages is at its limit. Stops if the log has changed.
     async fn await_room(&mut self, waiting: &mut Backoff) -> Result<(), Stop> {
         while self.parked.len() >= PARKED_MAX {
             self.reporter.trouble(format!("{PARKED_MAX} messages are parked: redrive or drop some"));
@@ -292,15 +293,16 @@ impl Worker {
         self.tell(notices);
     }
 
-    /// The dead letter of a message is refused too. Only a person can say why, and the lane stands still until then.
+    /// Reports that even the dead letter of a message was refused. Only an operator can find out why, and the lane
+    /// stands still until then.
     fn stand_still(&mut self, item: &Item, reason: &str) {
         let (id, key) = (item.id(), &item.key);
         let trouble = format!("the store refuses message {id} (key {key}) also as a dead letter: {reason}");
         self.reporter.trouble(trouble);
     }
 
-    /// Stages the items one by one. If the first item's own work was refused, the handler stages something else, or the item
-    /// is parked.
+    /// Stages the items one by one. If the store refused the work of the first item alone, the handler stages something
+    /// else, or the item is parked.
     async fn attempt(&self, items: &[Item], work: &mut Work, parked: &mut ParkedKeys, refused: &Refused) -> Attempt {
         let messages: Vec<&Message> = items.iter().filter_map(|item| item.message.as_ref().ok()).collect();
         let mut unprepared = None;
@@ -322,7 +324,7 @@ impl Worker {
                 work.begin(uuid::Uuid::nil(), Default::default());
                 self.park(item, work, parked, None);
             } else {
-                // Always: what is rolled back must be its own.
+                // Always begin a new part: a rollback must undo only this message.
                 match &item.message {
                     Ok(message) => work.begin(message.id, message.effects()),
                     Err(_) => work.begin(uuid::Uuid::nil(), Default::default()),
@@ -354,7 +356,7 @@ impl Worker {
             }
             if work.rows() > ROWS_PER_COMMIT && index + 1 < items.len() {
                 if work.rows() > COMMIT_ROWS_MAX - self.lanes.len() {
-                    // The last message alone made it too large: leave it to the next commit.
+                    // The last message made the commit too large: leave it to the next commit.
                     work.rollback();
                     return Attempt::Handled(index);
                 }
@@ -364,20 +366,21 @@ impl Worker {
         Attempt::Handled(items.len())
     }
 
-    /// A handler that panics fails at this message; the lane goes on.
+    /// Calls the handler. A panic counts as a failure of this message, and the lane continues.
     pub(crate) async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
         self.reporter.take_in_hand(message);
         let handled = caught(async { self.handler.handle(message, work).await }).await;
         handled.unwrap_or_else(|panic| Err(panic.into()))
     }
 
-    /// What a handler stages in place of what the store refuses.
+    /// Calls the handler to stage a replacement for work that the store refused.
     pub(crate) async fn refused(&self, message: &Message, reason: &str, work: &mut Work) -> Result<(), HandlerError> {
         let handled = caught(async { self.handler.refused(message, reason, work).await }).await;
         handled.unwrap_or_else(|panic| Err(panic.into()))
     }
 
-    /// Parks one message by itself, and leaves the checkpoint where it is. An event that is parked already stays as it is.
+    /// Parks one message on its own, and leaves the checkpoint where it is. An event that is already parked stays
+    /// unchanged.
     pub async fn park_message(&mut self, key: Arc<str>, message: Message, reason: String) -> Result<(), Stop> {
         if self.parked.has_event(&key, message.position.0) {
             return Ok(());
@@ -425,8 +428,8 @@ impl Worker {
         parked.add(&item.key, place);
     }
 
-    /// Goes on behind messages that are gone. A dead letter and the health of the part say so, until somebody drops it; what is sent
-    /// again counts as new.
+    /// Skips messages that were lost. A dead letter and the health of the part report the loss until an operator drops
+    /// the dead letter. Messages that are sent again count as new.
     pub async fn lose(&mut self, lane: usize, lost: Lost) -> Result<(), Stop> {
         let mut after = self.lanes[lane].clone();
         (after.next, after.last) = (lost.to, None);
@@ -463,7 +466,7 @@ impl Worker {
         Ok(())
     }
 
-    /// When a failed message is tried again by itself.
+    /// Returns when a failed message is retried automatically; `None` if it is not.
     pub(crate) fn retry_at(&self, remedy: Remedy, attempts: u32) -> Option<DateTime<Utc>> {
         let delay = match remedy {
             Remedy::RetryMessage => self.retry.delay_after(attempts)?,
@@ -489,7 +492,7 @@ impl Worker {
         after
     }
 
-    /// The lanes stand as in `after` now.
+    /// Takes over the lanes in `after` as committed.
     fn moved(&mut self, after: HashMap<usize, Lane>, parked: ParkedKeys) {
         for (index, lane) in after {
             self.lanes[index] = Lane { version: lane.version + 1, ..lane };
@@ -498,12 +501,12 @@ impl Worker {
         self.reporter.fine();
     }
 
-    /// What was committed is told.
+    /// Sends notices of committed work.
     pub fn tell(&self, notices: &[Notice]) {
         notices.iter().for_each(|notice| notice.tell(&self.name, self.reporter.health()));
     }
 
-    /// After an unknown outcome: whether the checkpoints stand where this very commit would have put them.
+    /// After an unknown outcome, returns whether the checkpoints are where exactly this commit would have put them.
     async fn was_committed(&self, after: &HashMap<usize, Lane>) -> Result<bool, StoreError> {
         for (index, after) in after {
             let mut lane = self.lanes[*index].clone();
@@ -515,19 +518,20 @@ impl Worker {
         Ok(!after.is_empty())
     }
 
-    /// Moves idle lanes to where the reader is, so that lag shows what is true and a restart does not read it all again.
+    /// Moves idle lanes to the position of the reader, so that the lag is correct and a restart does not read these
+    /// events again.
     pub async fn checkpoint(&mut self, next: i64) -> Result<(), Stop> {
         let behind = self.lanes.iter().enumerate().filter(|(_, lane)| lane.is_before(next));
         let after = behind.map(|(index, lane)| (index, Lane { next, ..lane.clone() })).collect();
         self.put_checkpoints(after).await
     }
 
-    /// Writes the checkpoint of the only lane, whether it moved or not.
+    /// Writes the checkpoint of the only lane, even if it has not moved.
     pub async fn put_checkpoint(&mut self, next: i64) -> Result<(), Stop> {
         self.put_checkpoints(HashMap::from([(0, Lane { next, ..self.lanes[0].clone() })])).await
     }
 
-    /// Moves these lanes and does nothing else.
+    /// Writes the checkpoints of these lanes and nothing else.
     pub async fn put_checkpoints(&mut self, after: HashMap<usize, Lane>) -> Result<(), Stop> {
         self.is_of_this_log()?;
         let mut work = Work::new(self.store.clone(), Stale::Nothing);
