@@ -1,4 +1,4 @@
-//! How the parts of a running service are doing.
+//! The health of the parts of a running service.
 
 use std::{
     collections::BTreeMap,
@@ -12,42 +12,43 @@ use uuid::Uuid;
 
 use crate::bus::Message;
 
-/// How long a handler may have a message before health names it: longer than a sound handler takes, and short for a person who
-/// wonders why nothing goes on.
+/// How long a handler may work on a message before health names the message: longer than a sound handler needs, and
+/// short for an operator who wonders why messages stand still.
 pub const IN_HAND_MAX: Duration = Duration::from_secs(10);
 
 /// The state of one part.
 #[derive(Clone, Debug, PartialEq, Eq, Default, serde::Serialize)]
 #[serde(rename_all = "snake_case", tag = "state", content = "reason")]
 pub enum State {
-    /// Not working yet.
+    /// The part has not begun to work.
     #[default]
     Starting,
-    /// Working.
+    /// The part works.
     Fine,
-    /// Working, but a person is needed: why, and what can be done. A restart or another instance does not help.
+    /// The part works, but needs an operator: the reason and the remedy. Neither a restart nor another instance helps.
     NeedsAttention(String),
-    /// Idle, because another instance does this; who or why.
+    /// The part is idle because another instance does its work: the instance or the reason.
     Elsewhere(String),
-    /// Trying again after this.
+    /// The part retries after this failure.
     Trouble(String),
-    /// Ended as asked.
+    /// The part ended as requested.
     Stopped,
-    /// Ended by an error.
+    /// The part ended with an error.
     Failed(String),
 }
 
-/// What is counted under which labels. No label carries an id, so there are only as many counters as names in the program.
+/// A counted quantity with its labels. No label carries an id, so the number of counters is bounded by the names in the
+/// program.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Counter {
-    /// Such as `annals_dead_letters_total`.
+    /// The name, such as `annals_dead_letters_total`.
     pub name: &'static str,
-    /// Such as `subscription`, with the name of one.
+    /// The labels, such as `subscription` with a subscription's name.
     pub labels: Vec<(&'static str, String)>,
 }
 
 impl Counter {
-    /// What is counted, in words.
+    /// Returns a description of the counted quantity.
     pub fn help(&self) -> &'static str {
         match self.name {
             "annals_messages_failed_total" => "Attempts at messages that failed and are made again.",
@@ -67,7 +68,7 @@ impl Counter {
     }
 }
 
-/// The states of all parts, by name. Clones share them.
+/// The states of all parts, by name. Clones share the states.
 #[derive(Clone, Debug, Default)]
 pub struct Health {
     shared: Arc<Shared>,
@@ -85,7 +86,7 @@ struct Part {
     hand: Option<Hand>,
 }
 
-/// The message that a worker has given to its handler. A mutex that only its worker takes, but for those who ask for health.
+/// The message that a worker has given to its handler. Only the worker and readers of the health lock the mutex.
 type Hand = Arc<Mutex<Option<InHand>>>;
 
 #[derive(Clone, Debug)]
@@ -94,11 +95,11 @@ struct InHand {
     key: Arc<str>,
     type_name: Arc<str>,
     position: i64,
-    /// Since when.
+    /// When the handler got the message.
     since: Instant,
 }
 
-/// A message that its handler has had for too long.
+/// A message that its handler has held for too long.
 #[derive(Clone, Debug)]
 pub(crate) struct Held {
     pub part: String,
@@ -130,7 +131,8 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Health {
-    /// A snapshot of all parts. A part whose handler has not returned for [`IN_HAND_MAX`] is in trouble, and names the message.
+    /// Returns a snapshot of all parts. A part whose handler has not returned for [`IN_HAND_MAX`] is in trouble, and
+    /// its state names the message.
     pub fn parts(&self) -> BTreeMap<String, State> {
         let state = |(name, part): (&String, &Part)| {
             let held = part.hand.as_ref().and_then(|hand| held(name, hand));
@@ -140,20 +142,22 @@ impl Health {
         locked(&self.shared.parts).iter().map(state).collect()
     }
 
-    /// Whether every part works, here or elsewhere, and none needs a person. Before the first one reports, nothing does.
+    /// Returns whether every part works, here or elsewhere, and none needs an operator. False until the first part
+    /// reports.
     pub fn is_fine(&self) -> bool {
         let parts = self.parts();
         !parts.is_empty() && parts.values().all(|state| matches!(state, State::Fine | State::Elsewhere(_)))
     }
 
-    /// Whether every part works, here or elsewhere, also where a person is needed for what it has put aside.
+    /// Returns whether every part works, here or elsewhere, even if a part needs an operator for messages that it has
+    /// parked.
     pub fn is_working(&self) -> bool {
         let works = |state: &State| matches!(state, State::Fine | State::Elsewhere(_) | State::NeedsAttention(_));
         let parts = self.parts();
         !parts.is_empty() && parts.values().all(works)
     }
 
-    /// What was counted since the process started.
+    /// Returns the counters since the start of the process.
     pub fn counters(&self) -> BTreeMap<Counter, u64> {
         locked(&self.shared.counters).clone()
     }
@@ -163,7 +167,7 @@ impl Health {
         *locked(&self.shared.counters).entry(Counter { name, labels }).or_default() += 1;
     }
 
-    /// The messages that their handlers have had for too long.
+    /// Returns the messages that their handlers have held for too long.
     pub(crate) fn held(&self) -> Vec<Held> {
         let parts = locked(&self.shared.parts);
         parts.iter().filter_map(|(name, part)| held(name, part.hand.as_ref()?)).collect()
@@ -178,12 +182,12 @@ impl Health {
         }
     }
 
-    /// The part is no more.
+    /// Removes a part that no longer exists.
     pub(crate) fn remove(&self, part: &str) {
         locked(&self.shared.parts).remove(part);
     }
 
-    /// For a part that ends with `shutdown`.
+    /// Returns a reporter for a part that ends with `shutdown`.
     pub(crate) fn reporter(&self, part: &str, shutdown: &CancellationToken) -> Reporter {
         let hand = Hand::default();
         let starting = Part { state: State::Starting, hand: Some(hand.clone()) };
@@ -193,16 +197,16 @@ impl Health {
     }
 }
 
-/// One part's own voice.
+/// The access of one part to its own state.
 #[derive(Clone, Debug)]
 pub(crate) struct Reporter {
     health: Health,
     part: Arc<str>,
     fine: bool,
-    /// What is wrong although the part works, until somebody repairs it.
+    /// A fault that persists until an operator repairs it, although the part works.
     fault: Option<Arc<str>>,
     shutdown: CancellationToken,
-    /// Why a person is needed although it works.
+    /// Why the part needs an operator although it works.
     attention: Option<String>,
     hand: Hand,
 }
@@ -219,14 +223,14 @@ impl Reporter {
         }
     }
 
-    /// A part with a fault is in trouble, however well it works.
+    /// Sets or clears a fault. A part with a fault is in trouble, even if it works.
     pub fn fault(&mut self, fault: Option<Arc<str>>) {
         if self.fault != fault {
             (self.fault, self.fine) = (fault, false);
         }
     }
 
-    /// Says why a person is needed, if one is; shown while the part works.
+    /// Sets or clears the reason why the part needs an operator; shown while the part works.
     pub fn attention(&mut self, attention: Option<String>) {
         if self.attention != attention {
             self.attention = attention;
@@ -251,7 +255,7 @@ impl Reporter {
     }
 
     pub fn trouble(&mut self, reason: String) {
-        // A part that is asked to stop tries nothing again: what it meets while others end is no fault.
+        // A stopping part does not retry: an error caused by other parts that end is not a fault.
         if self.shutdown.is_cancelled() {
             return tracing::debug!(part = %self.part, %reason, "stopping");
         }
@@ -260,14 +264,14 @@ impl Reporter {
         self.health.set(&self.part, State::Trouble(reason));
     }
 
-    /// The handler is given this message.
+    /// Records that the handler was given this message.
     pub fn take_in_hand(&self, message: &Message) {
         let Message { id, key, type_name, position, .. } = message;
         let (key, type_name, since) = (key.clone(), type_name.clone(), Instant::now());
         *locked(&self.hand) = Some(InHand { id: *id, key, type_name, position: position.0, since });
     }
 
-    /// The handler has returned from its last message.
+    /// Records that the handler has returned from its last message.
     pub fn hands_free(&self) {
         *locked(&self.hand) = None;
     }

@@ -1,4 +1,4 @@
-//! What operators do. Every act is one commit with the event that says who did it, when and why.
+//! The acts of operators. Every act is one commit, together with the event that records who acted, when and why.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,130 +21,131 @@ use crate::{
     store::{EventStore, Scan, StoreError},
 };
 
-/// The category of the streams that record acts: one for each subscription.
+/// The category of the streams that record acts, one stream per subscription.
 pub const CATEGORY: &str = "operator";
-/// An act meets the worker that it is about; it looks again so often.
+/// How many times an act is retried when it races with the worker that it concerns.
 const RACES_MAX: u32 = 10;
-/// Parked messages that a reset removes: the rest of its commit is for the checkpoints of the lanes and the act.
+/// The most parked messages that a reset removes: the rest of its commit holds the checkpoints of the lanes and the
+/// act.
 const RESET_PARKED_MAX: usize = COMMIT_ROWS_MAX - 1_000;
-/// Documents and events read at once.
+/// The number of documents or events read per page.
 const PAGE: usize = 500;
 
-/// An act, in the stream `operator-<subscription>`. What an operator does to a saga stands in the saga's own stream.
+/// An act, in the stream `operator-<subscription>`. An operator's acts on a saga are recorded in the saga's own stream.
 #[derive(Event, Clone, Debug)]
 #[event(prefix = "operator")]
 pub enum OperatorEvent {
-    /// Parked messages are to be tried again.
+    /// The operator redrove parked messages.
     Redriven {
-        /// Whose.
+        /// The subscription of the messages.
         subscription: String,
-        /// Their key, or the id of one of them.
+        /// The key of the messages, or the id of one of them.
         key: String,
-        /// How many wait.
+        /// How many messages wait.
         waiting: usize,
-        /// Who.
+        /// The name of the operator.
         by: String,
-        /// Why.
+        /// The operator's reason.
         reason: String,
     },
-    /// A parked message was given up for good.
+    /// The operator dropped a parked message permanently.
     Dropped {
-        /// Whose.
+        /// The subscription of the message.
         subscription: String,
-        /// Its key, or its id.
+        /// The key of the message, or its id.
         key: String,
-        /// What was parked: the document, as it was.
+        /// The parked document, unchanged.
         parked: Box<RawValue>,
-        /// Who.
+        /// The name of the operator.
         by: String,
-        /// Why.
+        /// The operator's reason.
         reason: String,
     },
-    /// A subscription goes on from somewhere else.
+    /// The operator reset a subscription to another position.
     Reset {
-        /// Which.
+        /// The name of the subscription.
         subscription: String,
-        /// After this position.
+        /// The position after which the subscription continues.
         to: Position,
-        /// Where its lanes were.
+        /// The positions of its lanes before the reset.
         from: BTreeMap<String, i64>,
-        /// Who.
+        /// The name of the operator.
         by: String,
-        /// Why.
+        /// The operator's reason.
         reason: String,
     },
-    /// Nobody follows the subscription until it is resumed.
+    /// The operator paused a subscription: no worker follows it until it is resumed.
     Paused {
-        /// Which.
+        /// The name of the subscription.
         subscription: String,
-        /// Who.
+        /// The name of the operator.
         by: String,
-        /// Why.
+        /// The operator's reason.
         reason: String,
     },
-    /// The subscription goes on from where it was paused.
+    /// The operator resumed a subscription, which continues where it was paused.
     Resumed {
-        /// Which.
+        /// The name of the subscription.
         subscription: String,
-        /// Who.
+        /// The name of the operator.
         by: String,
-        /// Why.
+        /// The operator's reason.
         reason: String,
     },
-    /// The log of a restored database was brought back to where the bus was: see [`Recovery`](crate::recovery::Recovery).
+    /// The log of a restored database was brought up to date with the bus: see [`Recovery`](crate::recovery::Recovery).
     Recovered {
-        /// The services whose topics were looked at.
+        /// The services whose topics were read.
         services: Vec<String>,
-        /// The name that the messages of the log carry from this event on.
+        /// The log name that messages carry from this event on.
         log: String,
-        /// Where the log ended before.
+        /// The end of the log before the recovery.
         restored_to: Position,
-        /// How many events were taken back from topics.
+        /// How many events were recovered from topics.
         taken_back: u64,
-        /// Whether the service begins without the history that the topics hold.
+        /// Whether the service starts without the history that the topics hold.
         anew: bool,
-        /// Who.
+        /// The name of the operator.
         by: String,
-        /// Why.
+        /// The operator's reason.
         reason: String,
     },
-    /// Rebuilt views of a read model took the place of the live ones.
+    /// The operator swapped in rebuilt views of a read model.
     Swapped {
-        /// Which.
+        /// The name of the read model.
         read_model: String,
-        /// Who.
+        /// The name of the operator.
         by: String,
-        /// Why.
+        /// The operator's reason.
         reason: String,
     },
 }
 
 impl OperatorEvent {
-    /// As a store takes it, with an id that derives from this one.
+    /// Returns the event in the form that a store appends, with an id derived from `id`.
     pub fn recorded(&self, id: Uuid) -> Result<NewEvent, OperatorError> {
         new_event(self, id, Metadata::of_request(id))
     }
 }
 
-/// Why an act was not done. Nothing was changed.
+/// Why an act failed. Nothing was changed.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum OperatorError {
-    /// It does not apply.
+    /// The act does not apply.
     #[error("{0}")]
     Illegal(String),
-    /// What is named consumes topics of the bus, as a group: there is no place in the log that it could be moved to, and it is
-    /// held up where its messages come from.
+    /// The name belongs to a group that consumes topics of the bus: it has no position in the log to reset, and is
+    /// paused where its messages come from.
     #[error("{group} consumes {}, and does not follow the log", topics.join(", "))]
     OfBus {
-        /// Its name.
+        /// The name of the group.
         group: String,
-        /// What it has offsets of.
+        /// The topics for which the group has offsets.
         topics: Vec<String>,
     },
-    /// Rebuilt views are not swapped in.
+    /// The rebuilt views were not swapped in.
     #[error(transparent)]
     NotSwapped(#[from] SwapError),
-    /// The store did not take it, or does not say whether it did.
+    /// The store refused the commit, or its outcome is unknown.
     #[error(transparent)]
     Commit(#[from] CommitError),
     /// The store could not be read.
@@ -152,7 +153,7 @@ pub enum OperatorError {
     Store(#[from] StoreError),
 }
 
-/// Somebody who acts on a store, by name.
+/// An operator who acts on a store under a name.
 #[derive(Clone)]
 pub struct Operator {
     store: Arc<dyn EventStore>,
@@ -160,13 +161,13 @@ pub struct Operator {
 }
 
 impl Operator {
-    /// Acts under this name.
+    /// An operator with this name.
     pub fn new(store: Arc<dyn EventStore>, by: &str) -> Self {
         Self { store, by: by.to_owned() }
     }
 
-    /// Has a key's parked messages tried again, in order, or the one with this id; by the worker that owns it, once one
-    /// runs. Returns how many wait; 0 if nothing is parked under it.
+    /// Redrives a key's parked messages in order, or the one message with this id, by the worker that owns the key,
+    /// once that worker runs. Returns how many messages wait; 0 if nothing is parked under the key or id.
     pub async fn redrive(&self, subscription: &str, key: &str, reason: &str) -> Result<usize, OperatorError> {
         let letters = DeadLetters::new(self.store.clone());
         self.again(async || {
@@ -182,8 +183,8 @@ impl Operator {
         .await
     }
 
-    /// Gives up the first parked message of a key for good, or the one with this id; those behind it are tried then.
-    /// `None` if nothing is parked under it.
+    /// Drops the first parked message of a key permanently, or the message with this id; the messages behind it are
+    /// then tried. Returns `None` if nothing is parked under the key or id.
     pub async fn drop_first(
         &self,
         subscription: &str,
@@ -203,13 +204,13 @@ impl Operator {
         .await
     }
 
-    /// Has all lanes of a subscription go on after this position, also while somebody follows them. What the subscription
-    /// has done already stays done, and its handler sees again what lies after the position. That includes what is parked: the
-    /// parked messages after the position are removed in the same commit, and come again in the order of their key.
+    /// Resets all lanes of a subscription to continue after this position, even while a worker follows them. Effects of
+    /// the subscription stay, and its handler sees again the events after the position. That includes parked messages:
+    /// those after the position are removed in the same commit, and come again in the order of their key.
     ///
     /// # Errors
-    /// If the position is not in the log, nothing follows the log under this name, or the name is a read model: its events would be
-    /// applied twice. Then nothing is changed.
+    /// If the position is not in the log, if no subscription of the log has this name, or if the name is a read model,
+    /// to which events would be applied twice. Nothing is changed then.
     pub async fn reset(&self, subscription: &str, to: Position, reason: &str) -> Result<(), OperatorError> {
         let head = self.store.status().await?.head;
         if to < Position::START {
@@ -237,8 +238,8 @@ impl Operator {
         .await
     }
 
-    /// Holds a subscription up, or lets it go on. Whoever follows it stops before the next commit. A lane counts from its
-    /// first checkpoint on, which it has a second after its start at the latest.
+    /// Pauses or resumes a subscription. Workers of a paused subscription stop before their next commit. Only lanes
+    /// with a checkpoint are affected; a lane has its first checkpoint at most a second after its start.
     pub async fn pause(&self, subscription: &str, paused: bool, reason: &str) -> Result<(), OperatorError> {
         self.again(async || {
             let lanes = self.lanes(subscription).await?;
@@ -258,15 +259,16 @@ impl Operator {
         .await
     }
 
-    /// Has rebuilt views take the place of the live ones.
+    /// Swaps rebuilt views in for the live ones.
     pub async fn swap(&self, rebuild: Rebuild, reason: &str) -> Result<Rebuilt, OperatorError> {
         let (read_model, by, reason) = (rebuild.model().to_owned(), self.by.clone(), reason.to_owned());
         let append = recorded(rebuild.model(), &OperatorEvent::Swapped { read_model, by, reason })?;
         Ok(rebuild.swap_with(vec![append]).await?)
     }
 
-    /// Asks for a verb on a stuck saga: whoever runs it carries it out, at once or when it is started, or declines. The
-    /// answer is the next [`SagaEvent::Operated`] or [`SagaEvent::Declined`] after the version that this returns.
+    /// Requests an operation on a stuck saga. The service that runs the saga executes the operation, at once or at its
+    /// next start, or declines it. The answer is the next [`SagaEvent::Operated`] or [`SagaEvent::Declined`] after the
+    /// version that this returns.
     pub async fn ask(&self, saga: &StreamId, verb: Verb, reason: &str) -> Result<Version, OperatorError> {
         self.again(async || {
             let illegal = |why: String| OperatorError::Illegal(why);
@@ -308,8 +310,8 @@ impl Operator {
         .await
     }
 
-    /// What removes the parked messages of a subscription that come again after a reset. A relay keeps those that it has parked:
-    /// its receivers pass over what is behind the last message they have, unless it was redriven.
+    /// Returns the puts that remove the parked messages that come again after a reset. A relay keeps its parked
+    /// messages: its receivers ignore messages before the last one that they have, unless a message was redriven.
     async fn coming_again(&self, subscription: &str, to: Position) -> Result<Vec<Put>, OperatorError> {
         if subscription.ends_with(RELAY) {
             return Ok(Vec::new());
@@ -326,7 +328,7 @@ impl Operator {
         Ok(parked.into_iter().map(removal).collect())
     }
 
-    /// The read model that a name stands for: its own name, or `NAME@GENERATION`.
+    /// Returns the read model that a name refers to, as its own name or as `NAME@GENERATION`.
     async fn read_model<'a>(&self, name: &'a str) -> Result<Option<&'a str>, OperatorError> {
         if let Some((model, generation)) = name.split_once('@') {
             return Ok(generation.parse::<u32>().is_ok().then_some(model));
@@ -336,7 +338,7 @@ impl Operator {
         Ok(matches!(&*found, [Some(_), None]).then_some(name))
     }
 
-    /// The checkpoints of a subscription of the log, or of the live generation of a read model.
+    /// Returns the checkpoints of a subscription of the log, or of the live generation of a read model.
     async fn lanes(&self, name: &str) -> Result<Vec<(Document, Checkpoint)>, OperatorError> {
         if name.contains('@') || self.read_model(name).await?.is_none() {
             return self.lanes_of(name).await;
@@ -362,7 +364,7 @@ impl Operator {
                         let partition = &document.key.id[prefix.len()..];
                         topics.insert(partition.split_once('/').map_or(partition, |(topic, _)| topic).to_owned());
                     }
-                    // A lane is a number: any other document here is of another name.
+                    // A lane is a number: any other document here belongs to another name.
                     None if document.key.id[prefix.len()..].parse::<u32>().is_ok() => {
                         lanes.push((document.clone(), checkpoint));
                     }
@@ -385,7 +387,7 @@ impl Operator {
         Ok(())
     }
 
-    /// Looks and acts again where somebody was faster.
+    /// Repeats an act after another writer was faster.
     async fn again<T>(&self, act: impl AsyncFn() -> Result<T, OperatorError>) -> Result<T, OperatorError> {
         let mut races = 0;
         loop {
@@ -401,7 +403,7 @@ impl Operator {
     }
 }
 
-/// The event of an act, at the end of the stream of what it is about.
+/// Returns the append of an act's event, to the stream of the subscription that the act concerns.
 fn recorded(about: &str, event: &OperatorEvent) -> Result<Append, OperatorError> {
     let stream = StreamId::new(CATEGORY, about).map_err(|error| OperatorError::Illegal(error.to_string()))?;
     let id = Uuid::new_v4();

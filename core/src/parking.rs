@@ -1,4 +1,4 @@
-//! Messages that could not be handled: parked by key, so that the world goes on and the key keeps its order.
+//! Parking: messages that could not be handled wait by key, so that other keys continue and each key keeps its order.
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
@@ -18,52 +18,52 @@ use crate::{
     subscription::lane_of,
 };
 
-/// How many messages one worker may have parked before it stops taking in more.
+/// The most parked messages of one worker. At this limit the worker takes no more messages.
 pub const PARKED_MAX: usize = 100_000;
 const PAGE: usize = 500;
-/// A longer key is parked under a short form of it: the sequence and the lane are in the document's name too.
+/// A longer key is parked under a short form, because the document's name also holds the sequence and the lane.
 const KEY_BYTES_MAX: usize = DOCUMENT_ID_BYTES_MAX - 64;
-/// How the keys of what was lost begin. A message whose key begins like this is parked under another one.
+/// The prefix of the keys of lost messages. A message whose own key has this prefix is parked under another key.
 const LOST_KEY: &str = "lost messages of ";
-/// A message that is larger as JSON is parked as the start of its bytes: a document that no store takes would be tried for
-/// ever.
+/// A message whose JSON is larger is parked as the start of its bytes: no store would accept the document, and the
+/// worker would retry for ever.
 const PAYLOAD_BYTES_MAX: usize = DOCUMENT_BYTES_MAX - 100_000;
 
-/// A parked message, as its document holds it.
+/// The body of a parked message's document.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Parked {
-    /// Who could not handle it.
+    /// The subscription that could not handle the message.
     pub subscription: Arc<str>,
-    /// The lane or partition it came by: the document id of its checkpoint.
+    /// The lane or partition of the message: the document id of its checkpoint.
     pub lane: Arc<str>,
-    /// Its key: later messages with the same key wait behind it.
+    /// The key of the message: later messages with the same key wait behind it.
     pub key: Arc<str>,
-    /// What went wrong last; empty for one that only waits behind another.
+    /// The reason of the last failure; empty for a message that only waits behind another.
     pub reason: String,
-    /// How often it was tried.
+    /// How many times the message was tried.
     pub attempts: u32,
-    /// Whether it waits for a build that knows what the one which parked it did not.
+    /// Whether the message waits for a build that knows it, because the build that parked it does not.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub awaits_build: bool,
-    /// Since when it is parked.
+    /// When the message was parked.
     pub parked_at: DateTime<Utc>,
-    /// The position of an event, by which one that is read again is known to be parked already.
+    /// The position of the event, by which a worker that reads the event again finds it already parked.
     #[serde(default)]
     pub position: i64,
-    /// The message; for bytes that were none, an object with `raw` in hexadecimal.
+    /// The message; for a payload that is not a message, an object with `raw` in hexadecimal.
     pub message: Box<RawValue>,
 }
 
-/// Messages that a bus removed before they were read, as a dead letter says it.
+/// Messages that a bus removed before they were read, as recorded in a dead letter.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Lost {
-    /// The topic that they were in.
+    /// The topic of the messages.
     pub topic: Arc<str>,
-    /// Its partition.
+    /// The partition of the messages.
     pub partition: u32,
-    /// The offset of the first of them.
+    /// The offset of the first lost message.
     pub from: i64,
-    /// The offset after the last of them.
+    /// The offset after the last lost message.
     pub to: i64,
 }
 
@@ -80,14 +80,14 @@ impl std::fmt::Display for Lost {
 }
 
 impl Lost {
-    /// The key that it is parked by. No message is to wait behind it.
+    /// The key under which the loss is parked. No message may wait behind it.
     pub(crate) fn key(&self) -> Arc<str> {
         format!("{LOST_KEY}{}/{}", self.topic, self.partition).into()
     }
 }
 
 impl Parked {
-    /// What was lost, if this stands for that.
+    /// Returns the lost messages, if this dead letter records a loss.
     pub fn lost(&self) -> Option<Lost> {
         #[derive(Deserialize)]
         struct Message {
@@ -99,7 +99,7 @@ impl Parked {
             .map(|of| of.lost)
     }
 
-    /// The message, unless what came was none.
+    /// Returns the message, or `None` if the payload is not a message.
     pub fn message(&self) -> Option<Message> {
         serde_json::from_str(self.message.get()).ok()
     }
@@ -123,31 +123,32 @@ impl Parked {
     }
 }
 
-/// The parked messages of one worker, by key: only their places are in memory. Clones share them until one is changed.
+/// The parked messages of one worker, by key. Only their places are in memory; clones share them until one clone
+/// changes.
 #[derive(Clone, Default)]
 pub(crate) struct ParkedKeys {
     subscription: Arc<str>,
     keys: Arc<HashMap<Arc<str>, VecDeque<Place>>>,
     count: usize,
-    /// What was lost, the first of it.
+    /// A description of the first loss of messages, if there is one.
     lost: Option<Arc<str>>,
-    /// Keys with a dead letter: a message that only a person has tried again.
+    /// The keys with a dead letter: a message that is retried only if an operator redrives it.
     dead: Arc<BTreeSet<Arc<str>>>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Place {
     pub sequence: u64,
-    /// The id of its document.
+    /// The id of the message's document.
     pub id: Arc<str>,
-    /// The event's position, if it is one.
+    /// The position of the event; 0 for other messages.
     pub position: i64,
-    /// Whether a worker tries it whatever its time: it only waits behind another and was never tried itself, or waits for
-    /// another build and was not tried since its place was read.
+    /// Whether a worker tries the message before it is due. True for a message that only waits behind another and was
+    /// never tried, and for a message that waits for another build and was not tried since its place was read.
     pub waits: bool,
-    /// Whether it waits for a build that knows more.
+    /// Whether the message waits for a build that knows it.
     pub awaits_build: bool,
-    /// Whether it was tried in vain, and is not tried again by itself.
+    /// Whether the message failed and is not retried automatically.
     pub dead: bool,
 }
 
@@ -155,13 +156,14 @@ pub(crate) fn collection(subscription: &str) -> Arc<str> {
     format!("parked.{subscription}").into()
 }
 
-/// The id of a parked message's document: by key, then in order. The lane is part of it, because two lanes may have
-/// messages of one key (the topics of a group, a topic that was given more partitions), each numbered by its own worker.
+/// The id of a parked message's document, ordered by key and then by sequence. The id includes the lane, because two
+/// lanes may have messages with the same key (the topics of a group, or a topic that got more partitions), each
+/// numbered by its own worker.
 fn document_id(key: &str, sequence: u64, lane: &str) -> Arc<str> {
     format!("{key} #{sequence:019}.{:08x}", lane_of(lane, u32::MAX)).into()
 }
 
-/// The key and the lane of a parked message, out of the id of its document: all that comes before and after its sequence.
+/// Returns the key and the lane of a parked message from its document id: the parts before and after the sequence.
 pub(crate) fn key_and_lane(id: &str) -> Option<(&str, &str)> {
     let (key, place) = id.rsplit_once(" #")?;
     Some((key, place.split_once('.')?.1))
@@ -172,7 +174,8 @@ fn sequence_of(id: &str) -> Option<u64> {
     place.split('.').next()?.parse().ok()
 }
 
-/// What moves a parked message to the lane that its key has among so many; nothing if it is there.
+/// Returns the puts that move a parked message to its key's lane among `lanes` lanes; none if the message is already
+/// there.
 pub(crate) fn moved(document: Document, subscription: &str, lanes: u32) -> Vec<Put> {
     let parked = serde_json::from_str::<Parked>(&document.body).ok();
     let Some((parked, sequence)) = parked.zip(sequence_of(&document.key.id)) else { return Vec::new() };
@@ -189,7 +192,7 @@ pub(crate) fn moved(document: Document, subscription: &str, lanes: u32) -> Vec<P
     ]
 }
 
-/// The key that a message is parked by: its own, unless no document can be named by that.
+/// Returns the key under which a message is parked: its own key, unless that key cannot be part of a document's name.
 pub(crate) fn parking_key(key: &Arc<str>) -> Arc<str> {
     if key.len() <= KEY_BYTES_MAX && !key.contains('\0') && !key.starts_with(LOST_KEY) {
         return key.clone();
@@ -203,7 +206,7 @@ impl ParkedKeys {
         Self { subscription, ..Self::default() }
     }
 
-    /// Reads what is parked on these lanes.
+    /// Reads the messages parked on these lanes.
     pub async fn load(&self, store: &dyn EventStore, lanes: &[Arc<str>]) -> Result<Self, StoreError> {
         let mut found = Self::new(self.subscription.clone());
         let mut after: Arc<str> = "".into();
@@ -235,12 +238,12 @@ impl ParkedKeys {
         self.count
     }
 
-    /// What was lost and is not repaired yet.
+    /// Returns a description of lost messages that are not repaired yet.
     pub fn lost(&self) -> Option<Arc<str>> {
         self.lost.clone()
     }
 
-    /// Notes what was lost, at its place.
+    /// Records lost messages at their place.
     pub fn add_lost(&mut self, key: &Arc<str>, place: Place, lost: &Lost) {
         self.add(key, place);
         self.lost.get_or_insert_with(|| lost.to_string().into());
@@ -254,13 +257,13 @@ impl ParkedKeys {
         self.keys.get(key).and_then(|places| places.front())
     }
 
-    /// Whether this event is parked.
+    /// Returns whether this event is parked.
     pub fn has_event(&self, key: &str, position: i64) -> bool {
         let places = self.keys.get(key).filter(|places| places.back().is_some_and(|last| last.position >= position));
         places.is_some_and(|places| places.iter().any(|place| place.position == position))
     }
 
-    /// The place of the next message of this key.
+    /// Returns the place of the next message to park under this key.
     pub fn next_place(&self, key: &str, lane: &str, position: i64) -> Place {
         let last = self.keys.get(key).and_then(|places| places.back());
         let sequence = last.map_or(0, |place| place.sequence + 1);
@@ -268,12 +271,12 @@ impl ParkedKeys {
         Place { sequence, id, position, waits, awaits_build: false, dead: false }
     }
 
-    /// Whether messages of this key wait for another build, which may have taken them meanwhile.
+    /// Returns whether messages of this key wait for another build, which may have handled them in the meantime.
     pub fn awaits_build(&self, key: &str) -> bool {
         self.first(key).is_some_and(|first| first.awaits_build)
     }
 
-    /// Keys whose first message a worker tries whatever its time.
+    /// Returns the keys whose first message a worker tries before it is due.
     pub fn freed(&self) -> impl Iterator<Item = &Arc<str>> {
         self.keys.iter().filter(|(_, places)| places.front().is_some_and(|first| first.waits)).map(|(key, _)| key)
     }
@@ -286,7 +289,7 @@ impl ParkedKeys {
         self.count += 1;
     }
 
-    /// The first message of the key is handled.
+    /// Removes the first message of the key after it was handled.
     pub fn release_first(&mut self, key: &str) {
         let keys = Arc::make_mut(&mut self.keys);
         if let Some(places) = keys.get_mut(key) {
@@ -298,7 +301,7 @@ impl ParkedKeys {
         self.find_dead(key);
     }
 
-    /// How many keys have a dead letter, and one of them.
+    /// Returns how many keys have a dead letter, and one of these keys.
     pub fn dead(&self) -> Option<(usize, &Arc<str>)> {
         Some((self.dead.len(), self.dead.first()?))
     }
@@ -312,7 +315,7 @@ impl ParkedKeys {
         }
     }
 
-    /// The first message of the key was tried in vain; `dead`: it is not tried again by itself.
+    /// Records a failed try of the key's first message; `dead` means that the message is not retried automatically.
     pub fn tried_first(&mut self, key: &str, awaits_build: bool, dead: bool) {
         let places = Arc::make_mut(&mut self.keys).get_mut(key);
         if let Some(first) = places.and_then(|places| places.front_mut()) {
@@ -324,32 +327,32 @@ impl ParkedKeys {
     }
 }
 
-/// Operators' view of what is parked.
+/// The operator's view of parked messages.
 #[derive(Clone)]
 pub struct DeadLetters {
     store: Arc<dyn EventStore>,
 }
 
-/// The head of a parked key.
+/// The first message of a parked key.
 #[derive(Clone, Debug)]
 pub struct DeadLetter {
-    /// The id of its document.
+    /// The id of the message's document.
     pub id: Arc<str>,
-    /// The message and what went wrong.
+    /// The message and its last failure.
     pub parked: Parked,
-    /// When it is tried again by itself; `None`: only when somebody redrives it.
+    /// When the message is retried automatically; `None` if only a redrive retries it.
     pub retries_at: Option<DateTime<Utc>>,
-    /// How many messages of the same key wait behind it.
+    /// How many messages with the same key wait behind this one.
     pub behind: usize,
 }
 
 impl DeadLetters {
-    /// Of this store.
+    /// The dead letters of this store.
     pub fn new(store: Arc<dyn EventStore>) -> Self {
         Self { store }
     }
 
-    /// The parked keys of a subscription, each by its first message.
+    /// Returns the parked keys of a subscription, each represented by its first message.
     pub async fn list(&self, subscription: &str) -> Result<Vec<DeadLetter>, StoreError> {
         let mut letters: Vec<DeadLetter> = Vec::new();
         for document in self.documents(subscription).await? {
@@ -363,8 +366,8 @@ impl DeadLetters {
         Ok(letters)
     }
 
-    /// Has a key's messages tried again now, in order, by the worker that owns it. Returns how many wait; 0 if the key is
-    /// not parked.
+    /// Redrives a key's messages now, in order, by the worker that owns the key. Returns how many messages wait; 0 if
+    /// the key is not parked.
     pub async fn redrive(&self, subscription: &str, key: &str) -> Result<usize, CommitError> {
         let (puts, waiting) = self.to_redrive(subscription, key).await?;
         if !puts.is_empty() {
@@ -373,20 +376,21 @@ impl DeadLetters {
         Ok(waiting)
     }
 
-    /// What has a key, or the one message with this id, tried again; and how many messages wait.
+    /// Returns the puts that redrive a key, or the one message with this id, and how many messages wait.
     pub(crate) async fn to_redrive(&self, subscription: &str, key: &str) -> Result<(Vec<Put>, usize), CommitError> {
         let documents = self.of_key(subscription, key).await?;
         Ok((heads(&documents).map(|head| due_now(head.clone())).collect(), documents.len()))
     }
 
-    /// Gives up the first message of a key for good; those behind it are tried then.
+    /// Drops the first message of a key permanently; the messages behind it are then tried.
     pub async fn drop_first(&self, subscription: &str, key: &str) -> Result<Option<Parked>, CommitError> {
         let Some((puts, dropped)) = self.to_drop(subscription, key).await? else { return Ok(None) };
         self.store.commit(Commit { appends: Vec::new(), puts }).await?;
         Ok(serde_json::from_str(&dropped.body).ok())
     }
 
-    /// What removes the first message of a key, or the one with this id; and that message.
+    /// Returns the puts that remove the first message of a key, or the message with this id, together with that
+    /// message.
     pub(crate) async fn to_drop(
         &self,
         subscription: &str,
@@ -404,14 +408,14 @@ impl DeadLetters {
 
     async fn of_key(&self, subscription: &str, key: &str) -> Result<Vec<Document>, CommitError> {
         let documents = self.documents(subscription).await.map_err(unavailable)?;
-        // What was lost is parked by a key that a message cannot have.
+        // Lost messages are parked under a key that no message can have.
         let short = parking_key(&key.into());
         let is_of_key = |found: &str| found == key || found == &*short;
         let wanted = |document: &Document| *document.key.id == *key || key_of(document).is_some_and(is_of_key);
         Ok(documents.into_iter().filter(wanted).collect())
     }
 
-    /// The parked messages of a subscription whose events come after a position of the log.
+    /// Returns the parked messages of a subscription whose events come after a position of the log.
     pub(crate) async fn after(&self, subscription: &str, position: Position) -> Result<Vec<Document>, StoreError> {
         let is_after = |document: &Document| {
             serde_json::from_str::<Parked>(&document.body).is_ok_and(|parked| parked.position > position.0)
@@ -419,7 +423,7 @@ impl DeadLetters {
         Ok(self.documents(subscription).await?.into_iter().filter(is_after).collect())
     }
 
-    /// All that is parked under a name.
+    /// Returns everything parked under a subscription's name.
     pub(crate) async fn documents(&self, subscription: &str) -> Result<Vec<Document>, StoreError> {
         let (mut all, collection) = (Vec::new(), collection(subscription));
         loop {
@@ -437,7 +441,7 @@ fn key_of(document: &Document) -> Option<&str> {
     document.key.id.rsplit_once(" #").map(|(key, _)| key)
 }
 
-/// The first of each lane, of one key's documents.
+/// Returns the first document of each lane, among the documents of one key.
 fn heads(documents: &[Document]) -> impl Iterator<Item = &Document> {
     let lane = |document: &Document| document.key.id.rsplit_once('.').map(|(_, lane)| lane.to_owned());
     let mut seen = Vec::new();

@@ -1,4 +1,4 @@
-//! Views kept up to date from the log, rebuilt beside the old ones and swapped.
+//! Views maintained from the log, rebuilt next to the live views and then swapped in.
 
 use std::{marker::PhantomData, sync::Arc, time::Duration};
 
@@ -25,33 +25,34 @@ use crate::{
 
 pub use crate::rebuild::{Compared, Difference, Rebuild, Rebuilt, SwapError};
 
-/// How often a running projection looks whether its generation was swapped for another one.
+/// How often a running projection checks whether its generation was swapped for another one.
 const SWAP_TICK: Duration = Duration::from_millis(500);
-/// How long the live views of a later build may stand still before health says that nobody keeps them.
+/// How long the live views of a later build may stand still before health reports that no process maintains them.
 const NEGLECTED: Duration = Duration::from_secs(10);
-/// How long a service waits until it builds views of its version again after that failed: a build costs as much as reading the
-/// log, and most that fail do so again.
+/// How long a service waits after a failed build before it builds the views of its version again: a build costs as much
+/// as reading the log, and most failed builds fail again.
 const BUILD_AGAIN: Duration = Duration::from_secs(60);
 
-/// Folds events into views, one document per key. Pure, so that it can be rebuilt at any time.
+/// Folds events into views, one document per key. Pure, so that the views can be rebuilt at any time.
 pub trait ReadModel: Send + Sync + 'static {
-    /// Stored: never rename. At most 150 bytes, without `/`, `@` and control characters.
+    /// The name of the read model. Stored: never rename. At most 150 bytes, without `/`, `@` and control characters.
     const NAME: &'static str;
-    /// Raise it with each change of the views, or of how events change them. A service with a higher version than the live views
-    /// builds its own beside them and swaps; one with a lower version leaves them alone, and waits.
+    /// The version of the views. Raise it with each change of the views, or of how events change them. A service with a
+    /// higher version than the live views builds its own views next to them and swaps; a service with a lower version
+    /// leaves them alone, and waits.
     const VERSION: u32 = 1;
-    /// The events it wants; declare `#[event(unknown = "skip")]` to pass over the others of its query.
+    /// The events of the read model; declare `#[event(unknown = "skip")]` to skip other events of its query.
     type Event: Event;
-    /// One document.
+    /// The type of one view, stored as a document.
     type View: Default + Serialize + DeserializeOwned + Send;
 
-    /// The keys of the views that an event changes.
+    /// Returns the keys of the views that an event changes.
     fn keys(&self, event: &Self::Event, message: &Message) -> Vec<String>;
-    /// Changes one of them.
+    /// Applies an event to one of these views.
     fn apply(&self, key: &str, view: &mut Self::View, event: &Self::Event, message: &Message);
 }
 
-/// Keeps the views of a read model.
+/// Maintains the views of a read model.
 pub struct Projection<R> {
     model: Arc<R>,
     query: LogQuery,
@@ -67,26 +68,26 @@ impl<R> Clone for Projection<R> {
 }
 
 impl<R: ReadModel> Projection<R> {
-    /// A projection of the events that `query` gives.
+    /// A projection of the events that match `query`.
     pub fn new(model: R, query: LogQuery) -> Self {
         Self { model: Arc::new(model), query, linger: Duration::ZERO, instance: None }
     }
 
-    /// Lets the views be behind by about so long, under load four times that, which saves writes where the same ones change often;
-    /// see [`Subscription::linger`].
+    /// Lets the views lag by about this long, and by four times as long under load. This saves writes if the same views
+    /// change often; see [`Subscription::linger`].
     pub fn linger(mut self, linger: Duration) -> Self {
         self.linger = linger;
         self
     }
 
-    /// Takes turns with other instances at keeping the live views; see [`Subscription::shared`].
+    /// Takes turns with other instances at maintaining the live views; see [`Subscription::shared`].
     pub(crate) fn shared(mut self, instance: Option<Instance>) -> Self {
         self.instance = instance;
         self
     }
 
-    /// Keeps the live views up to date until `shutdown`, and follows each swap. An outage of the store ends nothing: it is tried
-    /// again, and health says so meanwhile.
+    /// Keeps the live views up to date until `shutdown`, and follows each swap. If the store is unavailable, the
+    /// projection retries and health reports the trouble.
     pub async fn run(
         self,
         store: Arc<dyn EventStore>,
@@ -112,7 +113,7 @@ impl<R: ReadModel> Projection<R> {
         Ok(())
     }
 
-    /// Does what the pointer asks for, until it asks for something else.
+    /// Does what the pointer demands, until the pointer changes.
     async fn keep(
         &self,
         store: &Arc<dyn EventStore>,
@@ -136,12 +137,12 @@ impl<R: ReadModel> Projection<R> {
         };
         tokio::select! {
             kept = keeps => kept,
-            // Dropped at any point, what writes the generation that was live leaves nothing half done: it is fenced.
+            // The writer of the old generation may be dropped at any point, because its commits are fenced.
             () = swapped(&**store, R::NAME, pointer.live) => Ok(()),
         }
     }
 
-    /// Keeps a generation up to date until `shutdown`, or until it is gone.
+    /// Keeps a generation up to date until `shutdown`, or until the generation is removed.
     async fn follow(
         &self,
         store: &Arc<dyn EventStore>,
@@ -153,7 +154,7 @@ impl<R: ReadModel> Projection<R> {
         subscription.run(store.clone(), health.clone(), shutdown.clone()).await
     }
 
-    /// Builds the views of this version beside the live ones, which are of an earlier version, and swaps them in.
+    /// Builds the views of this version next to the live views of an earlier version, and swaps them in.
     async fn renew(
         &self,
         store: &Arc<dyn EventStore>,
@@ -190,41 +191,41 @@ impl<R: ReadModel> Projection<R> {
         Ok(())
     }
 
-    /// Builds all views anew beside the live ones, from the first event, and swaps them in once they have caught up. Readers see
-    /// the old ones meanwhile.
+    /// Rebuilds all views next to the live ones, from the first event, and swaps them in once they have caught up.
+    /// Until then, readers see the old views.
     ///
     /// # Errors
-    /// If the store is away, another rebuild was faster, or events could not be applied: see [`SwapError`]. The live views are as
-    /// they were then.
+    /// If the store is unavailable, another rebuild was faster, or events could not be applied: see [`SwapError`]. The
+    /// live views then stay as they were.
     pub async fn rebuild(&self, store: Arc<dyn EventStore>) -> Result<Rebuilt, String> {
         self.build(store, |_| {}).await?.swap().await.map_err(|error| format!("{} was not swapped: {error}", R::NAME))
     }
 
-    /// Builds all views anew beside the live ones, and returns once they have caught up: to be compared, and swapped or
-    /// discarded. Meanwhile it tells which position of the log it has come to.
+    /// Rebuilds all views next to the live ones, and returns once they have caught up. The caller compares the result,
+    /// then swaps or discards it. During the build, `told` is called with the position that the build has reached.
     ///
     /// # Errors
-    /// If the store is away, or more events fail than a build may park.
+    /// If the store is unavailable, or more events fail than a build may park.
     pub async fn build(&self, store: Arc<dyn EventStore>, told: impl FnMut(Position)) -> Result<Rebuild, String> {
         let build = self.begin(store).await?;
         match build.catch_up(told).await {
             Ok(()) => Ok(build),
             Err(error) => {
-                // If this fails too, the next build removes what is left.
+                // If this fails too, the next build removes the remains.
                 _ = build.discard().await;
                 Err(format!("{} was not built: {error}", R::NAME))
             }
         }
     }
 
-    /// Begins to build all views anew, in a generation that belongs to this build alone; [`Rebuild::catch_up`] waits until they
-    /// have caught up.
+    /// Begins to rebuild all views, in a generation that belongs to this build alone; [`Rebuild::catch_up`] waits until
+    /// they have caught up.
     ///
     /// # Errors
-    /// If the store is away, or too many builds of this read model are under way.
+    /// If the store is unavailable, or too many builds of this read model are running.
     pub async fn begin(&self, store: Arc<dyn EventStore>) -> Result<Rebuild, String> {
         name::check("read model", R::NAME).map_err(|error| error.to_string())?;
-        // What fails once in a pure function fails again.
+        // A pure function that fails once fails again.
         let once = RetryPolicy { attempts_max: 1, ..RetryPolicy::default() };
         let subscription = |generation| self.subscription(generation).views_of(R::NAME, R::VERSION).retry(once);
         let begun = Rebuild::begin(store, R::NAME, R::VERSION, subscription).await;
@@ -238,17 +239,17 @@ impl<R: ReadModel> Projection<R> {
     }
 }
 
-/// The collection of the views that are live, by whatever build they are kept.
+/// Returns the collection of the live views, independent of the build that maintains them.
 pub async fn live_collection(store: &dyn EventStore, model: &str) -> Result<String, StoreError> {
     Ok(collection(model, live(store, model).await?))
 }
 
-/// The generation that is read.
+/// Returns the live generation.
 async fn live(store: &dyn EventStore, model: &str) -> Result<u32, StoreError> {
     Ok(generation::load(store, model).await?.0.live)
 }
 
-/// Resolves when another generation is live.
+/// Resolves once another generation is live.
 async fn swapped(store: &dyn EventStore, model: &str, generation: u32) {
     loop {
         tokio::time::sleep(SWAP_TICK).await;
@@ -258,7 +259,7 @@ async fn swapped(store: &dyn EventStore, model: &str, generation: u32) {
     }
 }
 
-/// Leaves views of a later version alone, and says so.
+/// Leaves views of a later version alone, and reports that in health.
 async fn stand_by(
     store: &dyn EventStore,
     model: &str,
@@ -318,7 +319,7 @@ impl<R: ReadModel> Handler for Project<R> {
             let key = DocumentKey::new(self.collection.clone(), id.as_str());
             let mut view: R::View = work.document(&key).await?.unwrap_or_default();
             self.model.apply(&id, &mut view, &event, message);
-            // The same event gives the same view again, so another try is of no use.
+            // The same event gives the same view again, so a retry would not help.
             let body = to_json_exact(&view).map_err(|error| format!("view {key}: {error}")).terminal()?;
             work.put_json(&key, Some(body.into()), None);
         }
@@ -326,38 +327,38 @@ impl<R: ReadModel> Handler for Project<R> {
     }
 }
 
-/// Reads the live views of a read model.
+/// A reader of the live views of a read model.
 pub struct Views<R> {
     store: Arc<dyn EventStore>,
     model: PhantomData<fn() -> R>,
 }
 
 impl<R: ReadModel> Views<R> {
-    /// Of this store.
+    /// The views of this store.
     pub fn new(store: Arc<dyn EventStore>) -> Self {
         Self { store, model: PhantomData }
     }
 
-    /// One view.
+    /// Returns one view.
     pub async fn get(&self, key: &str) -> Result<Option<R::View>, StoreError> {
         loop {
             let generation = live(&*self.store, R::NAME).await?;
             let key = DocumentKey::new(collection(R::NAME, generation), key);
             match self.store.document(&key).await? {
                 Some(document) => return view::<R>(&document).map(Some),
-                // It may have been removed because the generation was swapped meanwhile.
+                // The view may have been removed by a swap during the read.
                 None if live(&*self.store, R::NAME).await? == generation => return Ok(None),
                 None => {}
             }
         }
     }
 
-    /// Views in order of their keys, after this one, up to `limit`.
+    /// Returns up to `limit` views with keys above `after`, in the order of their keys.
     pub async fn list(&self, after: &str, limit: usize) -> Result<Vec<(Arc<str>, R::View)>, StoreError> {
         let page = loop {
             let generation = live(&*self.store, R::NAME).await?;
             let page = self.store.scan(&collection(R::NAME, generation), &Scan::After(after.into()), limit).await?;
-            // Some may have been removed because the generation was swapped meanwhile.
+            // Some views may have been removed by a swap during the read.
             if live(&*self.store, R::NAME).await? == generation {
                 break page;
             }

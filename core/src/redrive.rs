@@ -1,4 +1,4 @@
-//! Trying parked messages again, in the order of their key.
+//! Retries of parked messages, in the order of their key.
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
@@ -16,10 +16,10 @@ use crate::{
     worker::{BUILD_LOOK, BUILD_LOOK_MAX, Stop, Worker, parked_reason},
 };
 
-/// How often the places of parked messages are read anew: an operator drops some, and a worker that lost its lane may have
-/// redriven some before it knew.
+/// How often the places of parked messages are read again: an operator may drop some, and a worker that lost its lane
+/// may have redriven some before it noticed.
 const RECONCILE: Duration = Duration::from_secs(10);
-/// Parked keys looked at in one tick.
+/// The number of parked keys examined in one tick.
 const DUE_PAGE: usize = 64;
 
 fn failed(tried: &Parked, message: Option<&Message>, retries: bool) -> Notice {
@@ -34,27 +34,28 @@ fn failed(tried: &Parked, message: Option<&Message>, retries: bool) -> Notice {
     })
 }
 
-/// Documents looked at in one go for messages that wait for a build; more where many others are in front.
+/// The number of documents scanned at once for messages that wait for a build; more if many other messages come first.
 const AWAITING_PAGE: usize = 64;
 const AWAITING_PAGE_MAX: usize = 4_096;
-/// Messages remembered as tried in vain; then they are forgotten, and tried once more.
+/// The number of failed tries to remember. Beyond it, all are forgotten and those messages are tried once more.
 const TRIED_MAX: usize = 10_000;
 
 fn awaits_build(document: &Document) -> bool {
     serde_json::from_str::<Parked>(&document.body).is_ok_and(|parked| parked.awaits_build)
 }
 
-/// What a worker remembers of messages that others have parked because their build does not know them.
+/// What a worker remembers of messages that other workers parked because their build does not know them.
 #[derive(Default)]
 pub(crate) struct Others {
     looked_at: Option<Instant>,
-    /// Those that this build does not know either, by document and version.
+    /// Messages that this build does not know either, by document and version.
     tried: HashSet<(Arc<str>, i64)>,
 }
 
 impl Worker {
-    /// Takes messages that wait for a build like this one and were parked by other workers: the next worker to follow their lane
-    /// may be long in coming. Each goes with its effects in one commit, so that only one taker's commit holds.
+    /// Handles messages that wait for a build like this one and that other workers parked: the next worker to follow
+    /// their lane may take long to come. Each message is removed in the same commit as its effects, so that only one
+    /// worker's commit succeeds.
     async fn redrive_others(&mut self) -> Result<(), Stop> {
         let Some(others) = &mut self.others else { return Ok(()) };
         if others.looked_at.is_some_and(|at| at.elapsed() < BUILD_LOOK) {
@@ -90,7 +91,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Handles a message that another worker has parked; whether that worked.
+    /// Handles a message that another worker has parked, and returns whether that succeeded.
     async fn redrive_other(&mut self, document: &Document) -> Result<bool, Stop> {
         let tried = (document.key.id.clone(), document.version);
         if self.others.as_ref().is_some_and(|others| others.tried.contains(&tried)) {
@@ -117,25 +118,25 @@ impl Worker {
                         }
                         _ = self.others.as_mut().map(|others| others.tried.insert(tried));
                     }
-                    // Somebody else was first, or the next look tries again.
+                    // Another worker was first, or the next look tries again.
                     Err(_) => {}
                 }
             }
             Err(error) if error.remedy() == Remedy::AwaitStore => {}
-            // The worker that parked it tries it again, and says what is wrong with it.
+            // The worker that parked the message retries it, and reports the error.
             Err(_) => _ = self.others.as_mut().map(|others| others.tried.insert(tried)),
         }
         Ok(false)
     }
 
-    /// The message that waits behind another one of its key and lane.
+    /// Returns the message that waits directly behind another one of its key and lane.
     async fn behind(&self, document: &Document) -> Result<Option<Document>, Stop> {
         let after = Scan::After(document.key.id.clone());
         let next = self.store.scan(&collection(&self.name), &after, 1).await?.pop();
         Ok(next.filter(|next| key_and_lane(&next.key.id) == key_and_lane(&document.key.id)))
     }
 
-    /// Tries parked keys again whose time has come, each in order until one of its messages fails.
+    /// Retries parked keys that are due, each in order until one of its messages fails.
     pub async fn redrive_due(&mut self) -> Result<(), Stop> {
         self.is_of_this_log()?;
         self.redrive_others().await?;
@@ -153,7 +154,7 @@ impl Worker {
             let of_key = due.iter().filter_map(|document| document.key.id.rsplit_once(" #"));
             let mine = of_key.map(|(key, _)| Arc::<str>::from(key)).filter(|key| self.parked.has(key));
             keys.extend(mine);
-            // Those in front may be of lanes that nobody follows at present.
+            // The first due messages may be of lanes that no worker follows at present.
             if all || !keys.is_empty() {
                 break;
             }
@@ -165,7 +166,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Tries the first message of a parked key again; whether it is handled, and another one waits behind it.
+    /// Retries the first message of a parked key. Returns whether it was handled and another message waits behind it.
     async fn redrive_first(&mut self, key: &Arc<str>) -> Result<bool, Stop> {
         let Some(document_key) = self.parked.first(key).map(|place| self.parked_document(place)) else {
             return Ok(false);
@@ -219,9 +220,10 @@ impl Worker {
         };
         let (reason, remedy) = failure;
         let attempts = match remedy {
-            // That the store is away is no fault of the message, and no attempt; it is not tried again at once all the same.
+            // An unavailable store is not the message's fault and does not count as an attempt, but the message still
+            // waits before the next retry.
             Remedy::AwaitStore => parked.attempts,
-            // The attempts of builds that did not know the message are none of a build that does.
+            // The attempts of builds that did not know the message do not count for a build that does.
             Remedy::RetryMessage | Remedy::Park if parked.awaits_build => 1,
             Remedy::RetryMessage | Remedy::Park | Remedy::AwaitBuild => parked.attempts + 1,
         };
@@ -243,7 +245,7 @@ impl Worker {
         }
     }
 
-    /// Commits what the handler stages in place of what the store refuses; whether that holds.
+    /// Commits what the handler stages in place of refused work, and returns whether that succeeded.
     async fn redrive_refused(&self, parked: &Parked, reason: &str, document: &Document) -> bool {
         let Some(message) = parked.message() else { return false };
         let mut work = Work::new(self.store.clone(), Stale::Everything);
@@ -255,7 +257,7 @@ impl Worker {
         work.commit().await.is_ok()
     }
 
-    /// The document is still due, or free: the next tick tries again.
+    /// Leaves the retry to the next tick: the document is still due, or free.
     async fn redrive_later(&mut self, key: &str, error: &CommitError) -> Result<bool, Stop> {
         tracing::warn!(subscription = %self.name, %key, %error, "redrive did not commit");
         self.load_parked().await?;
