@@ -1,4 +1,4 @@
-//! A second port to a store, for those who look it over or move it as a whole. Services have no use for it.
+//! A second port to a store, for tools that verify or move a store as a whole. Services do not use it.
 
 use std::{borrow::Cow, sync::Arc};
 
@@ -13,33 +13,34 @@ use crate::{
     store::{EventStore, StoreError},
 };
 
-/// A store that tells what is in it, and takes in what another one held.
+/// A store that lists its contents, and accepts the contents of another store.
 #[async_trait]
 pub trait Archive: EventStore {
-    /// Streams in byte order of their names, those after `after`; start with `""`. As of now: also streams whose events a
-    /// reader of the log does not see yet, because an older transaction may still come before them.
+    /// Returns streams after `after` in byte order of their names; start with `""`. Reflects the current moment, and
+    /// includes streams whose events readers of the log do not see yet, because an older transaction may still commit
+    /// before them.
     async fn streams(&self, after: &str, limit: usize) -> Result<Vec<StreamSummary>, StoreError>;
 
-    /// The names of all collections of documents, in byte order.
+    /// Returns the names of all collections of documents, in byte order.
     async fn collections(&self) -> Result<Vec<Arc<str>>, StoreError>;
 
-    /// Writes what another store held, as it was: events with their positions, ids and times, documents with their
-    /// versions. All of it or nothing, and nothing where a position or a place in a stream is taken already. A document
-    /// replaces the one that has its key.
+    /// Writes the contents of another store unchanged: events with their positions, ids and times, and documents with
+    /// their versions. All of it is written or nothing, and nothing if a position or a version in a stream is already
+    /// taken. A document replaces the document with the same key.
     ///
-    /// Checks no version, and is for a store that nobody else writes to.
+    /// Checks no versions, and requires that no other process writes to the store.
     async fn restore(&self, contents: Contents) -> Result<(), CommitError>;
 }
 
-/// The collection of the one document by which an import says how far it is. Its field `complete` is true at the end.
+/// The collection of the single document that records an import's progress. Its field `complete` is true at the end.
 pub const IMPORT: &str = "import";
 
-/// The key of that document.
+/// Returns the key of the document that records an import's progress.
 pub fn import_key() -> DocumentKey {
     DocumentKey::new(IMPORT, "progress")
 }
 
-/// Whether a store is still to be filled by an import: its checkpoints stand further on than its log.
+/// Returns whether an import into the store is incomplete: until its end, the checkpoints are ahead of the log.
 pub(crate) async fn is_half_imported(store: &dyn EventStore) -> Result<bool, StoreError> {
     #[derive(Deserialize)]
     struct Import {
@@ -47,45 +48,45 @@ pub(crate) async fn is_half_imported(store: &dyn EventStore) -> Result<bool, Sto
         complete: bool,
     }
     let Some(document) = store.document(&import_key()).await? else { return Ok(false) };
-    // One that nobody can read was not written by an import.
+    // A document that does not parse was not written by an import.
     Ok(serde_json::from_str::<Import>(&document.body).is_ok_and(|import| !import.complete))
 }
 
-/// Where a stream stands.
+/// The state of a stream.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StreamSummary {
-    /// Which.
+    /// The id of the stream.
     pub stream: StreamId,
-    /// How many events it has.
+    /// The version of the stream, which is the number of its events.
     pub version: Version,
-    /// Where its last event stands in the log.
+    /// The position of the stream's last event.
     pub position: Position,
-    /// When its first event was recorded.
+    /// When the stream's first event was recorded.
     pub first_at: DateTime<Utc>,
-    /// When its last event was recorded.
+    /// When the stream's last event was recorded.
     pub last_at: DateTime<Utc>,
 }
 
-/// A part of what a store held.
+/// A part of a store's contents.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Contents {
     /// Events, in log order.
     pub events: Vec<Stored<'static>>,
-    /// Documents, each once.
+    /// Documents, each at most once.
     pub documents: Vec<Document>,
 }
 
-/// An event byte for byte as a store has it: what is hashed, and moved. A [`Recorded`] of it leaves out what its metadata may
-/// say beyond what the framework knows.
+/// An event byte for byte as stored: the form for hashing and moving. A [`Recorded`] drops any metadata that the
+/// framework does not know.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stored<'a> {
-    /// Its place in the log.
+    /// The position of the event in the log.
     pub position: Position,
-    /// Its stream.
+    /// The stream of the event.
     pub stream: Cow<'a, str>,
-    /// Its place in the stream.
+    /// The version of the event in its stream.
     pub version: Version,
-    /// Its id.
+    /// The id of the event.
     pub id: Uuid,
     /// The stored type name.
     pub type_name: Cow<'a, str>,
@@ -93,13 +94,13 @@ pub struct Stored<'a> {
     pub schema_version: i32,
     /// The payload.
     pub data: Cow<'a, str>,
-    /// Who caused it, as JSON.
+    /// The metadata, as JSON.
     pub metadata: Cow<'a, str>,
-    /// When the store took it.
+    /// When the store recorded the event.
     pub recorded_at: DateTime<Utc>,
 }
 
-/// With the metadata that the framework knows.
+/// Converts an event with only the metadata that the framework knows.
 impl<'a> From<&'a Recorded> for Stored<'a> {
     fn from(event: &'a Recorded) -> Self {
         Self {
@@ -117,7 +118,7 @@ impl<'a> From<&'a Recorded> for Stored<'a> {
 }
 
 impl Stored<'_> {
-    /// As services see it.
+    /// Returns the event as services see it.
     pub fn recorded(&self) -> Recorded {
         Recorded {
             position: self.position,
@@ -132,7 +133,7 @@ impl Stored<'_> {
         }
     }
 
-    /// With what it borrowed.
+    /// Returns the event with owned copies of borrowed text.
     pub fn into_owned(self) -> Stored<'static> {
         Stored {
             stream: self.stream.into_owned().into(),

@@ -1,4 +1,4 @@
-//! Waiting longer after each failure, with jitter so that many do not come back at once.
+//! Growing delays after failures, with jitter so that many clients do not retry at the same moment.
 
 use std::time::Duration;
 
@@ -11,12 +11,12 @@ pub(crate) struct Backoff {
 }
 
 impl Backoff {
-    /// Between writers that race for one stream: a few commits long.
+    /// The backoff between writers that race for one stream: a few commits long.
     pub fn short() -> Self {
         Self::between(Duration::from_micros(200), Duration::from_millis(50))
     }
 
-    /// While a store or a bus is away.
+    /// The backoff while a store or a bus is unavailable.
     pub fn long() -> Self {
         Self::between(Duration::from_millis(50), Duration::from_secs(5))
     }

@@ -1,4 +1,4 @@
-//! Categories: whose they are, and which of those that are named anywhere do not exist.
+//! Categories: which aggregate owns each, and which named categories do not exist.
 
 use std::{
     any::type_name,
@@ -19,15 +19,15 @@ use crate::{
 
 /// How long a category that a service publishes or follows may be unknown before health names it.
 const UNKNOWN_MAX: Duration = Duration::from_secs(10);
-/// How often the log is searched for it, and how many events one look takes.
+/// How often the log is searched for unknown categories.
 const LOOK: Duration = Duration::from_millis(500);
 const PAGE: usize = 1_000;
-/// Between two pages, so that the search of a long log is in the way of nobody.
+/// The pause between two pages, so that the search of a long log does not slow down other readers.
 const PAUSE: Duration = Duration::from_millis(10);
-/// Beginnings of categories that the framework keeps for sagas and for the steps of participants.
+/// The prefixes of categories that the framework reserves for sagas and for the steps of participants.
 const RESERVED: [&str; 2] = ["saga.", "step."];
 
-/// The aggregates that this process has repositories of.
+/// The aggregates for which this process has repositories.
 static KNOWN: Mutex<Vec<Known>> = Mutex::new(Vec::new());
 
 struct Known {
@@ -37,12 +37,12 @@ struct Known {
     events: &'static [EventType],
 }
 
-/// Whether this can be a category.
+/// Checks that the text is a valid category.
 pub(crate) fn check(category: &str) -> Result<(), StreamIdError> {
     StreamId::new(category, "1").map(drop)
 }
 
-/// Whether this can be the category of a user's own aggregate.
+/// Checks that the text is a valid category for a user's own aggregate.
 pub(crate) fn check_own(category: &str) -> Result<(), String> {
     check(category).map_err(|error| error.to_string())?;
     if category == operator::CATEGORY || RESERVED.iter().any(|reserved| category.starts_with(reserved)) {
@@ -53,11 +53,11 @@ pub(crate) fn check_own(category: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// Takes note that aggregates of this kind are in this category.
+/// Registers that aggregates of this kind use this category.
 ///
 /// # Errors
-/// If another kind is already, whose events are all others: each would meet events that it cannot read. Two builds of one
-/// aggregate have events in common.
+/// If another kind of aggregate without a common event type already uses the category: each kind would meet events that
+/// it cannot read. Two builds of one aggregate have event types in common.
 pub(crate) fn register<A: Aggregate>(store: &Arc<dyn EventStore>, category: &str) -> Result<(), String> {
     let (aggregate, events) = (type_name::<A>(), A::Event::TYPES);
     let mut all = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
@@ -84,8 +84,8 @@ fn is_registered(category: &str) -> bool {
     KNOWN.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|known| known.category == category)
 }
 
-/// Names the categories that a service publishes or follows, and that neither an aggregate of this process nor an event of the
-/// log has, until they have one.
+/// Reports the categories that a service publishes or follows but that neither an aggregate of this process nor an
+/// event of the log has, until each of them appears.
 pub(crate) async fn watch(
     service: String,
     store: Arc<dyn EventStore>,
@@ -96,7 +96,7 @@ pub(crate) async fn watch(
     let (started, mut after, mut told) = (Instant::now(), Position::START, false);
     loop {
         unknown.retain(|category| !is_registered(category));
-        // A store that is away is named by others.
+        // Other parts report a store that is unavailable.
         while let Ok(page) = look(&*store, &mut unknown, after).await {
             let read = std::mem::replace(&mut after, page) < page;
             if !read || unknown.is_empty() {
@@ -126,7 +126,7 @@ pub(crate) async fn watch(
     }
 }
 
-/// Looks through a page of the log for events of these categories; where it ended.
+/// Searches a page of the log for events of these categories. Returns the end of the page.
 async fn look(
     store: &dyn EventStore,
     unknown: &mut BTreeSet<Arc<str>>,

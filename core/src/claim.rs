@@ -1,4 +1,4 @@
-//! A lane of the log that instances take turns at.
+//! The claim of an instance on a lane of the log that instances take turns at.
 
 use std::{sync::Arc, time::Duration};
 
@@ -9,10 +9,10 @@ use crate::{
     worker::{Stop, Worker},
 };
 
-/// How often a lane is looked at that an operator holds up, or whose holder is to let go of it.
+/// How often to look at a lane that an operator has paused, or that another instance still holds.
 const HANDOVER_TICK: Duration = Duration::from_millis(200);
 
-/// Whether to follow a lane: always, where a process is alone on its store.
+/// The right to follow a lane. A process that is alone on its store always has it.
 #[derive(Clone)]
 pub(crate) struct Claim {
     instance: Option<Instance>,
@@ -20,9 +20,9 @@ pub(crate) struct Claim {
     lane: u32,
 }
 
-/// What came of waiting for one's turn.
+/// The result of waiting for a turn.
 pub(crate) enum Turn {
-    /// It came, and the worker has read this checkpoint, if there is one yet.
+    /// The turn came, and the worker has read this checkpoint, if there is one yet.
     Came(Option<i64>),
     Shutdown,
 }
@@ -35,8 +35,8 @@ impl Claim {
         Self { instance: instance.cloned(), subscription: subscription.clone(), lane }
     }
 
-    /// Waits until it is this instance's turn, and neither an operator nor anybody who is alive holds the lane; then `worker`
-    /// has read its checkpoint, and takes it with its next commit or [`hold`](Claim::hold).
+    /// Waits until this instance has its turn and the lane is neither paused nor held by another living instance. Then
+    /// `worker` has loaded the checkpoint, and takes the lane with its next commit or [`hold`](Claim::hold).
     pub async fn turn(&self, worker: &mut Worker, shutdown: &CancellationToken) -> Result<Turn, Stop> {
         loop {
             if let Some(instance) = &self.instance {
@@ -66,7 +66,7 @@ impl Claim {
         }
     }
 
-    /// Takes the lane where it stands: whoever held it before is fenced.
+    /// Takes the lane at this position and fences its previous holder.
     pub async fn hold(&self, worker: &mut Worker, next: i64) -> Result<(), Stop> {
         let Some(instance) = &self.instance else { return Ok(()) };
         let lane = &mut worker.lanes[0];
@@ -75,7 +75,7 @@ impl Claim {
         worker.put_checkpoint(next).await
     }
 
-    /// Lets go of the lane, so that the next one need not wait until this instance is given up.
+    /// Releases the lane, so that the next instance need not wait until this one is given up.
     pub async fn release(&self, worker: &mut Worker, next: i64) -> Result<(), Stop> {
         if self.instance.is_none() {
             return Ok(());
@@ -84,7 +84,7 @@ impl Claim {
         worker.put_checkpoint(next).await
     }
 
-    /// Resolves when it is another instance's turn.
+    /// Resolves once it is another instance's turn.
     pub async fn ends(&self) {
         match &self.instance {
             Some(instance) => instance.turns(&self.subscription, self.lane, false).await,
@@ -92,7 +92,7 @@ impl Claim {
         }
     }
 
-    /// Whether it is another instance's turn.
+    /// Returns whether it is another instance's turn.
     pub fn has_ended(&self) -> bool {
         self.instance.as_ref().is_some_and(|instance| !instance.has_turn(&self.subscription, self.lane))
     }

@@ -1,4 +1,4 @@
-//! What time it is for everything that waits: one clock for all processes on a store.
+//! The time for everything that waits: one clock for all processes on a store.
 
 use std::{
     fmt,
@@ -11,17 +11,17 @@ use std::{
 
 use chrono::{DateTime, Utc};
 
-/// The last moment at which anything can be due, the end of the year 9999: every store, and every format that a document or a
-/// message has a time in, can hold the moments before it. A timer beyond it is never due.
+/// The last moment at which anything can be due, the end of the year 9999. Every store, and every format with a time of
+/// a document or message, can hold earlier moments. A timer beyond it is never due.
 pub const LAST_DUE_MILLISECONDS: i64 = 253_402_300_799_999;
 
 /// The clock of a store. Clones share it.
 ///
-/// Timers, deadlines and retry delays compare times that one process wrote with the time that another process sees, so all of
-/// them ask the clock of the store they share, and none asks the clock of its machine. Between two measurements the clock
-/// follows the steady time of the machine, which an operator or NTP does not set.
+/// Timers, deadlines and retry delays compare times written by one process with the current time of another process.
+/// All of them therefore use the clock of the shared store, never the clock of their machine. Between two measurements,
+/// the clock follows the steady time of the machine, which neither an operator nor NTP adjusts.
 ///
-/// A test moves a clock [by hand](Clock::by_hand):
+/// A test controls a clock [by hand](Clock::by_hand):
 ///
 /// ```
 /// use std::time::Duration;
@@ -38,32 +38,32 @@ pub const LAST_DUE_MILLISECONDS: i64 = 253_402_300_799_999;
 pub struct Clock(Arc<Hands>);
 
 struct Hands {
-    /// What is added to the steady time of the machine, in microseconds.
+    /// The offset added to the steady time of the machine, in microseconds.
     offset: AtomicI64,
-    /// Whether time passes by itself.
+    /// Whether time passes on its own.
     runs: bool,
 }
 
-/// When a store was asked for its time.
+/// The moment at which a store was asked for its time.
 #[derive(Clone, Copy, Debug)]
 pub struct Asked(i64);
 
-/// The clock of this machine, the same for all stores that have no clock of their own.
+/// The clock of this machine, shared by all stores without a clock of their own.
 static MACHINE: LazyLock<Clock> = LazyLock::new(Clock::of_the_machine);
 
 impl Clock {
-    /// The clock of this machine, read once: setting it afterwards does not move this one.
+    /// The clock of this machine, read once: a later change of the machine's time does not move this clock.
     pub fn machine() -> Self {
         MACHINE.clone()
     }
 
-    /// A clock of its own for a store that tells its time; until it does, the time of the machine.
+    /// A separate clock for a store that reports its time; until the first report, the time of the machine.
     pub fn of_the_machine() -> Self {
         let offset = wall_microseconds().saturating_sub(steady_microseconds());
         Self(Arc::new(Hands { offset: offset.into(), runs: true }))
     }
 
-    /// A clock that stands still at this moment until a test moves it.
+    /// A clock that stands still at `start` until a test advances it.
     pub fn by_hand(start: DateTime<Utc>) -> Self {
         Self(Arc::new(Hands { offset: start.timestamp_micros().into(), runs: false }))
     }
@@ -72,18 +72,18 @@ impl Clock {
     pub fn advance(&self, by: Duration) {
         let by = i64::try_from(by.as_micros()).unwrap_or(i64::MAX);
         let moved = |offset: i64| Some(offset.saturating_add(by).min(LAST_DUE_MILLISECONDS * 1_000));
-        // The closure always gives a value, so there is nothing to handle.
+        // The closure always returns a value, so there is no error to handle.
         _ = self.0.offset.fetch_update(Ordering::SeqCst, Ordering::SeqCst, moved);
     }
 
-    /// The time now.
+    /// Returns the current time.
     pub fn now(&self) -> DateTime<Utc> {
         let steady = if self.0.runs { steady_microseconds() } else { 0 };
         let now = steady.saturating_add(self.0.offset.load(Ordering::SeqCst));
         DateTime::from_timestamp_micros(now).unwrap_or_default()
     }
 
-    /// When something is due after this delay; `None` if that is beyond the calendar, and so never.
+    /// Returns the time after this delay; `None` if that time is beyond the calendar, and so never comes.
     pub fn due_in(&self, delay: Duration) -> Option<DateTime<Utc>> {
         later(self.now().timestamp_millis(), delay).and_then(DateTime::from_timestamp_millis)
     }
@@ -93,8 +93,8 @@ impl Clock {
         Asked(steady_microseconds())
     }
 
-    /// Takes the answer of the store: its time was `told` at some moment since [`ask`](Clock::ask). The clock is moved only as
-    /// far as it contradicts that, so a slow answer does not move a clock that is right.
+    /// Applies the store's answer: its time was `told` at some moment since [`ask`](Clock::ask). The clock moves only
+    /// as far as it contradicts the answer, so a slow answer does not move a correct clock.
     pub fn told(&self, asked: Asked, told: DateTime<Utc>) {
         self.correct(asked.0, steady_microseconds(), told.timestamp_micros());
     }
@@ -124,13 +124,13 @@ impl fmt::Debug for Clock {
     }
 }
 
-/// The moment this long after `now`, in milliseconds since 1970; `None` if it is beyond the calendar.
+/// Returns the moment `delay` after `now`, in milliseconds since 1970; `None` if the moment is beyond the calendar.
 pub(crate) fn later(now: i64, delay: Duration) -> Option<i64> {
     let delay = i64::try_from(delay.as_millis()).ok()?;
     now.checked_add(delay).filter(|due| *due <= LAST_DUE_MILLISECONDS)
 }
 
-/// Asked of the system itself, so that setting the clock of the machine does not move it, and that the sleep of a laptop counts.
+/// Read from the operating system, so that setting the machine's clock does not affect it and time asleep counts.
 #[cfg(target_os = "linux")]
 fn steady_microseconds() -> i64 {
     microseconds(rustix::time::clock_gettime(rustix::time::ClockId::Boottime))
@@ -173,7 +173,7 @@ mod tests {
         assert_eq!(offset(), 3_600_000_980);
         clock.correct(200, 220, -3_599_999_000);
         assert_eq!(offset(), -3_599_999_200);
-        // A slow answer tells little.
+        // A slow answer carries little information.
         clock.correct(0, 10_000_000, -3_599_000_000);
         assert_eq!(offset(), -3_599_999_200);
     }

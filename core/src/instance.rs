@@ -1,4 +1,4 @@
-//! Several processes that share a store: who is alive, and whose turn it is at which lane.
+//! Instances: several processes that share a store, their heartbeats, and their turns at each lane.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,25 +20,25 @@ use crate::{
     store::{EventStore, Scan},
 };
 
-/// The collection in which instances show that they are alive.
+/// The collection of the instances' heartbeat documents.
 pub(crate) const INSTANCES: &str = "instance";
-/// How often they do.
+/// How often an instance writes its heartbeat.
 pub(crate) const HEARTBEAT: Duration = Duration::from_secs(1);
-/// Heartbeats in a row that an instance may miss before its lanes are given to others.
+/// How many consecutive heartbeats an instance may miss before its lanes go to others.
 const MISSED_MAX: u32 = 5;
-/// After so many, what it left behind is removed.
+/// The number of missed heartbeats after which the instance's remains are removed.
 const FORGOTTEN: u32 = 600;
 /// The most instances on one store.
 const INSTANCES_MAX: usize = 1_000;
-/// Checkpoints looked at for what a forgotten instance left.
+/// The most checkpoints examined for remains of a forgotten instance.
 const CHECKPOINTS_MAX: usize = 10_000;
 
 /// One process among several that follow the same log.
 ///
-/// Each instance shows once a second that it is alive, in a document of its own. Whether another one is, is judged by
-/// whether its document changes, so no two clocks are compared. The lanes of a subscription are spread over the living
-/// instances that follow it. Whose turn it is, is no more than a hint: what fences an instance that was stopped and
-/// goes on is the version of the lane's checkpoint, which the claim of another one has changed.
+/// Each instance writes a heartbeat once a second, in its own document. An instance is alive while its document
+/// changes, so no two clocks are compared. The lanes of a subscription are spread over the living instances that follow
+/// it. A turn is only a hint: an instance that was stopped and resumes is fenced by the version of the lane's
+/// checkpoint, which the claim of another instance has changed.
 #[derive(Clone)]
 pub(crate) struct Instance {
     name: Arc<str>,
@@ -47,17 +47,17 @@ pub(crate) struct Instance {
     alive: watch::Sender<Alive>,
 }
 
-/// The living instances, each with what it follows; `None` before they were first looked at.
+/// The living instances with the subscriptions that each follows; `None` before the first look.
 type Alive = Option<Arc<BTreeMap<Arc<str>, BTreeSet<Arc<str>>>>>;
 
-/// What an instance shows.
+/// The body of a heartbeat document.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Heartbeat {
     follows: BTreeSet<Arc<str>>,
     at: chrono::DateTime<chrono::Utc>,
 }
 
-/// What was seen of another instance.
+/// The last known heartbeat of an instance.
 struct Seen {
     version: i64,
     missed: u32,
@@ -74,7 +74,7 @@ impl Instance {
         &self.name
     }
 
-    /// Takes part in a subscription from the next heartbeat on, which comes at once.
+    /// Joins a subscription with the next heartbeat, which is written at once.
     pub(crate) fn follow(&self, subscription: &Arc<str>) {
         self.follows().insert(subscription.clone());
         self.changed.notify_one();
@@ -88,21 +88,21 @@ impl Instance {
         self.alive.borrow().as_ref().is_none_or(|alive| alive.contains_key(name))
     }
 
-    /// Another instance that is alive and takes turns at a subscription.
+    /// Returns another living instance that takes turns at a subscription.
     pub(crate) fn other_follower(&self, subscription: &str) -> Option<Arc<str>> {
         let alive = self.alive.borrow();
         let mut others = alive.as_ref()?.iter().filter(|(name, _)| **name != self.name);
         others.find(|(_, follows)| follows.contains(subscription)).map(|(name, _)| name.clone())
     }
 
-    /// Whether it is this instance's turn at a lane.
+    /// Returns whether it is this instance's turn at a lane.
     pub(crate) fn has_turn(&self, subscription: &str, lane: u32) -> bool {
         let alive = self.alive.borrow();
         let Some(alive) = &*alive else { return false };
         turn(alive, subscription, lane).is_some_and(|name| *name == self.name)
     }
 
-    /// Resolves when it is this instance's turn at a lane, or is not any more.
+    /// Resolves once this instance has its turn at a lane, or no longer has it, as `has_turn` says.
     pub(crate) async fn turns(&self, subscription: &str, lane: u32, has_turn: bool) {
         let mut alive = self.alive.subscribe();
         while self.has_turn(subscription, lane) != has_turn {
@@ -112,7 +112,7 @@ impl Instance {
         }
     }
 
-    /// Shows that it is alive and looks at the others, until `stop`; then it takes leave.
+    /// Writes heartbeats and watches the other instances until `stop`, then removes its own document.
     pub(crate) async fn run(
         self,
         store: Arc<dyn EventStore>,
@@ -125,16 +125,16 @@ impl Instance {
         let mut history = store.history();
         let mut counted_at = Instant::now();
         loop {
-            // A beat that comes early gave the others no time for theirs.
+            // An early heartbeat gave the others no time for theirs.
             let counts = counted_at.elapsed() >= HEARTBEAT;
             if counts {
                 counted_at = Instant::now();
             }
             if store.history() != history {
-                // Its own document may be older than it knows.
+                // After a restore, the instance's own document may have an older version than the known one.
                 (history, own) = (store.history(), None);
             }
-            // One that is about to stop asks for nothing any more; what it holds it lets go by itself.
+            // A stopping instance asks for no more lanes, and releases the lanes that it holds by itself.
             let follows = if shutdown.is_cancelled() { BTreeSet::new() } else { self.follows().clone() };
             match self.beat(&*store, &follows, &mut own, &mut seen, counts).await {
                 Ok(()) => reporter.fine(),
@@ -148,7 +148,7 @@ impl Instance {
             }
         }
         let leave = Put { key: self.key(), expected: None, body: None, due: None };
-        // If this fails, the others find out as they do after a crash.
+        // If this fails, the others find the instance dead, as after a crash.
         _ = store.commit(Commit { appends: Vec::new(), puts: vec![leave] }).await;
         health.set(&format!("instance {}", self.name), crate::health::State::Stopped);
     }
@@ -185,18 +185,20 @@ impl Instance {
         let alive: BTreeMap<_, _> = living.map(|(name, seen)| (name.clone(), seen.follows.clone())).collect();
         self.alive.send_replace(Some(Arc::new(alive)));
         if !forgotten.is_empty() {
-            // If one of them is back after all, nothing is removed; another time, then.
+            // If one of the forgotten instances is back, the commit fails and removes nothing; a later heartbeat tries
+            // again.
             forget(store, forgotten).await.map_err(|error| error.to_string())?;
         }
         Ok(())
     }
 }
 
-/// Removes instances, and the offsets of what was a bus inside them.
+/// Removes instances, and the offsets of the local buses inside them.
 async fn forget(store: &dyn EventStore, mut forgotten: Vec<Put>) -> Result<(), CommitError> {
     let checkpoints = store.scan(CHECKPOINTS, &Scan::After("".into()), CHECKPOINTS_MAX).await;
     let checkpoints = checkpoints.map_err(|error| CommitError::Unavailable(error.to_string()))?;
-    // By what the checkpoint says, never by its name: an instance may be called as a generation of a read model is.
+    // Matched by the checkpoint's contents, never by its name: an instance's name may look like a generation of a read
+    // model.
     let of_forgotten = |found: &Document| {
         let checkpoint = serde_json::from_str::<Checkpoint>(&found.body).ok();
         let home = checkpoint.and_then(|checkpoint| checkpoint.home);
@@ -209,7 +211,7 @@ async fn forget(store: &dyn EventStore, mut forgotten: Vec<Put>) -> Result<(), C
     store.commit(Commit { appends: Vec::new(), puts: forgotten }).await.map(drop)
 }
 
-/// Takes note of what instances show; gives the removal of those that have shown nothing for long.
+/// Records the heartbeats found. Returns the puts that remove instances without a heartbeat for long.
 fn look(found: &[Document], seen: &mut BTreeMap<Arc<str>, Seen>, counts: bool) -> Vec<Put> {
     seen.retain(|name, _| found.iter().any(|document| document.key.id == *name));
     let mut forgotten = Vec::new();
@@ -219,7 +221,7 @@ fn look(found: &[Document], seen: &mut BTreeMap<Arc<str>, Seen>, counts: bool) -
         if entry.version == document.version {
             entry.missed = entry.missed.saturating_add(u32::from(counts));
         } else {
-            // One that does not read follows nothing that is known here.
+            // An instance whose document does not parse follows nothing that this build knows.
             let heartbeat: Result<Heartbeat, _> = serde_json::from_str(&document.body);
             let follows = heartbeat.map(|heartbeat| heartbeat.follows).unwrap_or_default();
             *entry = Seen { version: document.version, missed: 0, follows };
@@ -232,7 +234,8 @@ fn look(found: &[Document], seen: &mut BTreeMap<Arc<str>, Seen>, counts: bool) -
     forgotten
 }
 
-/// Whose turn it is at a lane. Each subscription starts with another instance, so that those of one lane are spread too.
+/// Returns the instance whose turn it is at a lane. Each subscription starts with another instance, so that
+/// subscriptions with one lane are spread too.
 fn turn<'a>(alive: &'a BTreeMap<Arc<str>, BTreeSet<Arc<str>>>, subscription: &str, lane: u32) -> Option<&'a Arc<str>> {
     let members: Vec<_> =
         alive.iter().filter(|(_, follows)| follows.contains(subscription)).map(|(name, _)| name).collect();

@@ -1,8 +1,9 @@
-//! How many lanes follow the log under a name, as the store knows it; and the change to another number.
+//! The number of lanes that follow the log under a name, as recorded in the store, and changes of that number.
 //!
-//! The number stands in the checkpoint of each lane. The checkpoints of several lanes are created in one commit; that of a single lane
-//! is created by its first commit, since the first of several lanes has the same document. So a lane whose checkpoint is gone, or
-//! says another number, was replaced, and nobody follows it.
+//! The checkpoint of each lane records the number. The checkpoints of several lanes are created in one commit. The
+//! checkpoint of a single lane is created by its first commit, because the first of several lanes uses the same
+//! document. A lane whose checkpoint is gone, or records another number, was therefore replaced, and no worker follows
+//! it.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -18,33 +19,33 @@ use crate::{
     worker::{Stop, Worker},
 };
 
-/// How long to wait after another process has moved a lane.
+/// The pause after another process has moved a lane.
 const RACED: Duration = Duration::from_millis(20);
-/// The most lanes under one name: each is a task and a document, and all documents are written in one commit.
+/// The most lanes under one name: each lane is a task and a document, and one commit writes all documents.
 pub(crate) const LANES_MAX: u32 = 1_000;
-/// How often lanes of another number are looked at that somebody else still follows.
+/// How often to check old lanes that another instance still follows.
 pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(200);
-/// Checkpoints read at once.
+/// The number of checkpoints read per page.
 const PAGE: usize = 500;
 
 /// The lanes under one name.
 pub(crate) struct Lanes<'a> {
     pub store: &'a Arc<dyn EventStore>,
     pub name: &'a str,
-    /// How many there should be.
+    /// The wanted number of lanes.
     pub wanted: u32,
-    /// Where those begin that have no checkpoint.
+    /// Where lanes without a checkpoint start.
     pub start: Start,
 }
 
-/// A lane as the store holds it.
+/// A lane as stored.
 struct Stored {
     index: u32,
     document: Document,
     checkpoint: Checkpoint,
 }
 
-/// Lanes of another number than the wanted one. All of them have a checkpoint.
+/// Lanes of a number that differs from the wanted one. All of them have a checkpoint.
 pub(crate) struct Others(Vec<Stored>);
 
 impl Others {
@@ -52,12 +53,12 @@ impl Others {
         self.0.len() as u32
     }
 
-    /// Where the one that is furthest stands.
+    /// Returns the position of the lane that is furthest.
     pub fn furthest(&self) -> Position {
         Position(self.0.iter().map(|lane| lane.checkpoint.next).max().unwrap_or_default())
     }
 
-    /// Why they cannot be finished yet.
+    /// Returns why these lanes cannot be finished yet, if that is so.
     pub fn waits_for(&self, instance: Option<&Instance>, name: &str) -> Option<String> {
         let count = self.count();
         if self.0.iter().any(|lane| lane.checkpoint.paused) {
@@ -66,7 +67,7 @@ impl Others {
         let instance = instance?;
         let mut holders = self.0.iter().filter_map(|lane| lane.checkpoint.holder.as_ref());
         let holder = holders.find(|holder| *holder != instance.name() && instance.is_alive(holder)).cloned();
-        // Between two instances that hand a lane over, nobody holds it.
+        // During a handover between two instances, a lane has no holder.
         let other = holder.or_else(|| instance.other_follower(name))?;
         Some(format!(
             "{other} follows it with {count} lanes, and this build has another number: it takes over when {other} ends"
@@ -74,7 +75,7 @@ impl Others {
     }
 }
 
-/// Takes a lane where it stands: whoever followed it before is fenced.
+/// Takes a lane at its checkpoint and fences the worker that followed it before.
 pub(crate) async fn take(worker: &mut Worker, instance: Option<&Instance>) -> Result<Position, Stop> {
     worker.history = worker.store.history();
     let lane = &mut worker.lanes[0];
@@ -87,15 +88,15 @@ pub(crate) async fn take(worker: &mut Worker, instance: Option<&Instance>) -> Re
 }
 
 impl Lanes<'_> {
-    /// Has the store know the wanted number where that moves nothing: no lane was followed yet, or an earlier release followed
-    /// just as many. Otherwise gives the lanes that are there.
+    /// Records the wanted number if that moves no lane: no lane was followed yet, or an earlier release followed the
+    /// same number. Otherwise returns the existing lanes.
     pub async fn settle(&self) -> Result<Option<Others>, Stop> {
         loop {
             let stored = self.stored().await?;
             match self.known(&stored)? {
                 Some(known) if known != self.wanted => return Ok(Some(Others(stored))),
                 Some(_) if stored.iter().all(|lane| lane.checkpoint.lanes.is_some()) => return Ok(None),
-                // Its first commit notes it.
+                // The first commit of the lane records the number.
                 None if self.wanted == 1 && stored.is_empty() => return Ok(None),
                 _ => {}
             }
@@ -108,12 +109,13 @@ impl Lanes<'_> {
             if self.commit((0..self.wanted).map(noted).collect()).await? {
                 return Ok(None);
             }
-            // Another process came first, or follows the lanes just now.
+            // Another process was first, or is following the lanes now.
             tokio::time::sleep(RACED).await;
         }
     }
 
-    /// The number that the store knows; `None` if there is no lane yet, or an earlier release followed as many as are wanted.
+    /// Returns the recorded number; `None` if there is no lane yet, or if an earlier release followed as many lanes as
+    /// are wanted.
     fn known(&self, stored: &[Stored]) -> Result<Option<u32>, Stop> {
         let found = stored.last().map_or(0, |lane| lane.index + 1);
         let numbers: BTreeSet<u32> = stored.iter().filter_map(|lane| lane.checkpoint.lanes).collect();
@@ -125,7 +127,7 @@ impl Lanes<'_> {
                 numbers.len()
             ))),
             (None, _) if found == 0 || found == self.wanted => Ok(None),
-            // A lane that was killed within its first second left no checkpoint: nobody knows how many lanes there were.
+            // A lane that was killed within its first second left no checkpoint, so the number of lanes is unknown.
             (None, _) => Err(self.refused(&format!(
                 "an earlier release followed {found} lanes without noting their number, and this build has {}: start it once with \
                  lanes({found}), then change the number",
@@ -134,8 +136,9 @@ impl Lanes<'_> {
         }
     }
 
-    /// Changes the number of lanes, if all that are there stand at one position: one commit removes their checkpoints, creates the
-    /// new ones at that position, and moves what is parked to the lane of its key. Returns whether it holds.
+    /// Changes the number of lanes if all existing lanes are at one position. One commit removes their checkpoints,
+    /// creates the new ones at that position, and moves parked messages to the lane of their key. Returns whether the
+    /// commit succeeded.
     pub async fn change(&self, upto: Position) -> Result<bool, Stop> {
         let stored = self.stored().await?;
         if stored.iter().any(|lane| lane.checkpoint.next != upto.0 || lane.checkpoint.paused) {
@@ -171,7 +174,7 @@ impl Lanes<'_> {
         Stop::Lanes(format!("{}: {reason}", self.name))
     }
 
-    /// The checkpoints of the lanes, in their order.
+    /// Returns the checkpoints of the lanes, in the order of the lanes.
     async fn stored(&self) -> Result<Vec<Stored>, Stop> {
         let prefix = format!("{}/", self.name);
         let mut stored = Vec::new();
@@ -199,7 +202,8 @@ impl Lanes<'_> {
         Put { key, expected: Some(version), body, due: None }
     }
 
-    /// Whether the commit holds; it does not where a lane has moved, or it is not known, which the next look shows.
+    /// Returns whether the commit succeeded; false after a lane has moved. An unknown outcome is an error, and the next
+    /// look shows the result.
     async fn commit(&self, puts: Vec<Put>) -> Result<bool, Stop> {
         match self.store.commit(Commit { appends: Vec::new(), puts }).await {
             Ok(_) => Ok(true),

@@ -1,4 +1,4 @@
-//! The commands that wait for one aggregate, and who carries them out.
+//! The queue of commands for one aggregate, and the future that executes them.
 
 use std::{
     collections::VecDeque,
@@ -12,31 +12,32 @@ use std::{
 
 use tokio::{runtime::Handle, sync::oneshot};
 
-/// Those who wait, in the order in which they came.
+/// The waiting commands, in the order of their arrival.
 pub(crate) struct Line<W> {
     pub(crate) waiting: VecDeque<W>,
     carrier: Arc<Carrier>,
 }
 
-/// The carrying out of what waits in a line, until nothing does. The caller who began the line does it, which saves a task for
-/// each command, as long as nobody else depends on it: once others wait behind that caller, or it goes away, a task of its own
-/// does the rest.
+/// The future that executes a queue until it is empty. The caller that started the queue polls the future, which saves
+/// a task for each command. Once other commands wait behind that caller, or the caller goes away, a separate task takes
+/// the future over, so that no command depends on another caller.
 pub(crate) struct Carrier {
-    /// `None` once it is done, or somebody else's.
+    /// `None` once the work is done, or handed to a task.
     work: Mutex<Option<Pin<Box<dyn Future<Output = ()> + Send>>>>,
     wanted: AtomicBool,
     runtime: Handle,
 }
 
 impl<W> Line<W> {
-    /// Begins a line. Nothing happens before somebody polls its carrier.
+    /// Starts a queue. No work happens until its carrier is polled.
     pub(crate) fn begin(first: W, work: impl Future<Output = ()> + Send + 'static) -> (Self, Arc<Carrier>) {
         let (work, wanted) = (Mutex::new(Some(Box::pin(work) as _)), AtomicBool::new(false));
         let carrier = Arc::new(Carrier { work, wanted, runtime: Handle::current() });
         (Self { waiting: VecDeque::from([first]), carrier: carrier.clone() }, carrier)
     }
 
-    /// Waits behind others. Whoever does so tells the carrier to leave: it must not depend on the caller who began the line.
+    /// Appends a command to the queue. The caller must then call [`Carrier::leave`], so that the work does not depend
+    /// on the caller that started the queue.
     pub(crate) fn join(&mut self, next: W) -> Arc<Carrier> {
         self.waiting.push_back(next);
         self.carrier.clone()
@@ -44,7 +45,7 @@ impl<W> Line<W> {
 }
 
 impl Carrier {
-    /// Gives the answer to the caller who began the line, and carries it out meanwhile.
+    /// Polls the work on behalf of the caller that started the queue, until that caller's answer arrives.
     pub(crate) async fn until<T>(
         self: Arc<Self>,
         mut answered: oneshot::Receiver<T>,
@@ -59,7 +60,7 @@ impl Carrier {
 
     fn poll(&self, context: &mut Context<'_>) {
         let mut slot = self.work.lock().unwrap_or_else(PoisonError::into_inner);
-        // Should it panic, it is gone.
+        // If the work panics, it is dropped.
         if let Some(mut work) = slot.take()
             && work.as_mut().poll(context).is_pending()
         {
@@ -71,14 +72,14 @@ impl Carrier {
         }
     }
 
-    /// Gives what is left to a task of its own. Not to be called with a lock that the work takes: a runtime that has ended drops
-    /// it here.
+    /// Hands the remaining work to a separate task. Must not be called with a lock that the work takes: a runtime that
+    /// has ended drops the work here.
     pub(crate) fn leave(&self) {
         self.wanted.store(true, Ordering::SeqCst);
         let mut work = match self.work.try_lock() {
             Ok(work) => work,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            // It is being polled, and looks at `wanted` after that.
+            // The work is being polled, and the poller checks `wanted` afterwards.
             Err(TryLockError::WouldBlock) => return,
         };
         if let Some(work) = work.take() {
@@ -87,7 +88,7 @@ impl Carrier {
     }
 }
 
-/// The caller who began the line; when it goes, be it with its answer or without, others may wait.
+/// The caller that started the queue. When the caller goes, with its answer or without, other commands may still wait.
 struct Leaving(Arc<Carrier>);
 
 impl Drop for Leaving {

@@ -1,8 +1,8 @@
-//! A bus inside one process: for tests, for examples and for a service that is one process anyway.
+//! A bus inside one process: for tests, for examples, and for services that run in a single process anyway.
 //!
-//! It holds messages in memory only, and still nothing is lost: a [receipt](crate::bus::Receipt) resolves once every group
-//! has acknowledged, which a consumer does after its own durable commit. A relay moves its checkpoint after the receipt,
-//! so what a crash takes from here is still ahead of that checkpoint and is published again.
+//! The bus holds messages only in memory, but loses none: a [receipt](crate::bus::Receipt) resolves once every group
+//! has acknowledged, which a consumer does after its own durable commit. A relay moves its checkpoint after the
+//! receipt, so messages lost in a crash are still ahead of that checkpoint and are published again.
 
 use std::{
     collections::VecDeque,
@@ -23,21 +23,22 @@ use crate::bus::{
 
 mod state;
 
-/// How many messages a topic holds before publishers wait: some seconds of a busy topic, and at about 1 kB each not more
-/// than 64 MB of a process that has other things to do.
+/// How many messages a topic holds before publishers wait: a few seconds of a busy topic, and at about 1 kB each no
+/// more than 64 MB of the process's memory.
 pub const HELD_MAX: usize = 65_536;
-/// Enough for some handlers side by side; in one process, more partitions buy nothing.
+/// Enough for a few handlers in parallel; within one process, more partitions bring no benefit.
 const PARTITIONS_DEFAULT: u32 = 4;
 
-/// A bus inside one process. Clones are handles to the same bus; it closes with the last of them.
+/// A bus inside one process. Clones are handles to the same bus; the bus closes with the last handle.
 ///
-/// - A message for a topic that no group has joined is dropped and its receipt resolves: there is nobody to tell.
-///   Therefore join first, publish second.
+/// - A message for a topic that no group has joined is dropped and its receipt resolves, because no consumer could
+///   acknowledge it. Therefore join first, publish second.
 /// - A group that joins later starts at the oldest message still held.
-/// - A group whose members have all left stays, and messages are held for it until a member returns.
-/// - [`Consumer::seek`] to an offset acknowledges all below it, since that offset comes from a commit of the group.
-/// - A member gives up a partition on the poll after the one that said [`Polled::Revoked`], and only then is it assigned
-///   to another; a member that polls no more must be dropped.
+/// - A group whose members have all left stays, and the bus holds messages for the group until a member returns.
+/// - [`Consumer::seek`] to an offset acknowledges all messages below the offset, since the offset comes from a commit
+///   of the group.
+/// - A member gives up a partition on the poll after the one that returned [`Polled::Revoked`], and only then is the
+///   partition assigned to another member. A member that no longer polls must be dropped.
 ///
 /// ```
 /// use annals::{Bus, Consumer, LocalBus, bus::Polled};
@@ -51,12 +52,12 @@ const PARTITIONS_DEFAULT: u32 = 4;
 #[derive(Clone)]
 pub struct LocalBus(Arc<Handle>);
 
-/// Counts the handles that users have, which consumers do not.
+/// Counts the users' handles; consumers do not count.
 struct Handle(Arc<Shared>);
 
 struct Shared {
     state: Mutex<State>,
-    /// Tells waiting publishers that messages were freed.
+    /// Wakes waiting publishers once messages were freed.
     room: Notify,
 }
 
@@ -72,12 +73,12 @@ impl LocalBus {
         Self(Arc::new(Handle(Arc::new(Shared { state: Mutex::new(State::new(partitions)), room: Notify::new() }))))
     }
 
-    /// How many messages of a topic some group has yet to acknowledge, at most [`HELD_MAX`].
+    /// Returns how many messages of a topic some group has yet to acknowledge, at most [`HELD_MAX`].
     pub fn held(&self, topic: &str) -> usize {
         self.0.0.with(|state, _| state.held(topic)).unwrap_or(0)
     }
 
-    /// Lets go of all messages. From now on, and for all who wait, every call and every receipt says
+    /// Drops all messages. From now on, every call and every receipt, including those already waiting, fails with
     /// [`BusError::Unavailable`].
     pub fn close(&self) {
         self.0.0.close();
@@ -111,7 +112,7 @@ impl Publisher for LocalBus {
         let done = Arc::new(done);
         loop {
             consume_budget().await;
-            // Listens before it looks, so that room made in between is not missed.
+            // Listens before the check, so that room made in between is not missed.
             let room = shared.room.notified();
             match shared.with(|state, wakes| state.take(&mut rest, &done, wakes))? {
                 Taken::All => break,
@@ -119,7 +120,7 @@ impl Publisher for LocalBus {
                 Taken::Full => room.await,
             }
         }
-        // The last share, unless some message is still held.
+        // Resolves the receipt here if no message of this call is still held.
         shared.release(Freed { messages: Vec::new(), receipts: Arc::into_inner(done).into_iter().collect() });
         Ok(Box::pin(async move { receipt.await.map_err(|_| closed()) }))
     }
@@ -146,7 +147,7 @@ impl Consumer for LocalConsumer {
     async fn poll(&mut self, max: usize) -> Result<Polled, BusError> {
         loop {
             consume_budget().await;
-            // From here to the return there is no other await: what was taken is never dropped half-way.
+            // There is no other await from here to the return, so taken messages are never dropped half-way.
             match self.shared.with(|state, wakes| state.next(&mut self.seat, max.max(1), wakes))? {
                 Next::Nothing => self.wake.notified().await,
                 Next::Assigned(partitions) => return Ok(Polled::Assigned(partitions)),
@@ -179,13 +180,13 @@ impl Consumer for LocalConsumer {
 
 impl Drop for LocalConsumer {
     fn drop(&mut self) {
-        // On a closed bus there is nothing to leave.
+        // A closed bus has no members to remove.
         let _ = self.shared.with(|state, wakes| state.leave(&self.seat, wakes));
     }
 }
 
 impl Shared {
-    /// Everything that touches the state, in short holds of the lock; who must know of it is woken afterwards.
+    /// Runs every access to the state under a short lock, then wakes the tasks that it concerns.
     fn with<T>(&self, act: impl FnOnce(&mut State, &mut Wakes) -> T) -> Result<T, BusError> {
         let mut wakes = Wakes::new();
         let done = {
@@ -204,13 +205,13 @@ impl Shared {
             self.room.notify_waiters();
         }
         for receipt in freed.receipts {
-            // Nobody waits for a receipt that was dropped.
+            // A dropped receipt has no waiter.
             let _ = receipt.send(());
         }
     }
 
     fn close(&self) {
-        // What the state held is dropped here, outside the lock.
+        // The messages of the state are dropped here, outside the lock.
         if self.with(State::close).is_ok() {
             self.room.notify_waiters();
         }

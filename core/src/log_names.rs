@@ -1,4 +1,4 @@
-//! The names of a log. Consumers know messages of one log from those of another by them.
+//! The names of a log, by which consumers distinguish messages of one log from those of another.
 
 use std::sync::Arc;
 
@@ -10,38 +10,39 @@ use crate::{
     store::{EventStore, StoreError},
 };
 
-/// Each restore of a database adds a name. More than this many mean that something adds them in a loop.
+/// The most names of a log. Each restore of a database adds one; more mean that something adds names in a loop.
 const SEGMENTS_MAX: usize = 1_000;
 
 /// A part of the log, with the name that its messages carry.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Segment {
-    /// Unlike that of any other log.
+    /// The name, unique among all logs.
     pub name: Arc<str>,
-    /// The position that it starts with; it ends before the next segment.
+    /// The first position of the segment; the segment ends before the next one.
     pub first: Position,
-    /// Where the log ended when its database had been restored, if that is why the segment was begun. Of the positions between
-    /// here and `first`, the log holds only what was taken back from topics.
+    /// The end of the log after its database was restored, if the segment was started for that reason. Of the positions
+    /// between `restored_to` and `first`, the log holds only events recovered from topics.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restored_to: Option<Position>,
-    /// Other logs whose messages the topics held when a service began anew: it takes none of them for its own.
+    /// Other logs whose messages the topics held when a service started anew: the service does not take their messages
+    /// for its own.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub passes_over: Vec<Arc<str>>,
 }
 
 impl Segment {
-    /// One of this name that begins with this position.
+    /// A segment with this name that starts at this position.
     pub fn new(name: Arc<str>, first: Position) -> Self {
         Self { name, first, restored_to: None, passes_over: Vec::new() }
     }
 }
 
-/// The names of a log, in the order of its positions. There is one more after each restore of its database: positions are
-/// drawn again then, and consumers would take new messages for those that they have seen.
+/// The names of a log, in the order of its positions. Each restore of the database adds one: positions are assigned
+/// again then, and without a new name consumers would take new messages for messages that they have seen.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LogNames(Vec<Segment>);
 
-/// The document: the name alone, as long as there is one segment.
+/// The body of the document: only the name, as long as there is one segment.
 #[derive(Serialize, Deserialize)]
 #[serde(untagged)]
 enum Stored {
@@ -50,12 +51,12 @@ enum Stored {
 }
 
 impl LogNames {
-    /// The names of a log; none before its first relay has run.
+    /// Returns the names of a log; none before its first relay has run.
     pub async fn of(store: &dyn EventStore) -> Result<Self, StoreError> {
         Ok(Self::with_version(store).await?.0)
     }
 
-    /// Likewise, with the version of the document that holds them.
+    /// Returns the names of a log, with the version of the document that holds them.
     pub async fn with_version(store: &dyn EventStore) -> Result<(Self, i64), StoreError> {
         let key = Self::key();
         let Some(found) = store.document(&key).await? else { return Ok((Self::default(), 0)) };
@@ -68,7 +69,7 @@ impl LogNames {
         Ok((Self(segments), found.version))
     }
 
-    /// The names of a log, after its first one was drawn if it had none.
+    /// Returns the names of a log, and draws the first name if there is none.
     pub(crate) async fn drawn(store: &dyn EventStore) -> Result<Self, StoreError> {
         loop {
             let names = Self::of(store).await?;
@@ -85,7 +86,7 @@ impl LogNames {
         }
     }
 
-    /// A name that no log has.
+    /// Returns a new name that no log has.
     pub fn draw() -> Arc<str> {
         format!("{:016x}", uuid::Uuid::new_v4().as_u64_pair().0).into()
     }
@@ -94,7 +95,7 @@ impl LogNames {
         DocumentKey::new("log", "name")
     }
 
-    /// The parts of the log, in order.
+    /// Returns the parts of the log, in order.
     pub fn segments(&self) -> &[Segment] {
         &self.0
     }
@@ -102,7 +103,7 @@ impl LogNames {
     /// Adds a segment.
     ///
     /// # Errors
-    /// If it does not begin after the others, or there are too many.
+    /// If the segment does not start after the others, or if there are too many.
     pub fn push(&mut self, segment: Segment) -> Result<(), String> {
         if let Some(last) = self.0.last().filter(|last| segment.first <= last.first) {
             return Err(format!(
@@ -117,7 +118,7 @@ impl LogNames {
         Ok(())
     }
 
-    /// The document that holds them.
+    /// Returns the document that holds the names.
     pub fn document(&self, version: i64) -> Document {
         let stored = match &self.0[..] {
             [only] if *only == Segment::new(only.name.clone(), Position::START) => Stored::Name(only.name.clone()),
@@ -127,24 +128,24 @@ impl LogNames {
         Document { key: Self::key(), version, body, due: None }
     }
 
-    /// Whether a log of this name is this log.
+    /// Returns whether the name is one of this log.
     pub fn knows(&self, name: &str) -> bool {
         self.0.iter().any(|segment| *segment.name == *name)
     }
 
-    /// Whether a log of this name is another one, that a service of this log has left behind.
+    /// Returns whether the name is that of another log, which a service of this log has left behind.
     pub fn passes_over(&self, name: &str) -> bool {
         self.0.iter().flat_map(|segment| &segment.passes_over).any(|passed| **passed == *name)
     }
 
-    /// Whether the event of a position may have been lost when a database was restored.
+    /// Returns whether the event at a position may have been lost when a database was restored.
     pub fn may_have_lost(&self, position: Position) -> bool {
         let lost =
             |segment: &Segment| segment.restored_to.is_some_and(|end| end < position && position < segment.first);
         self.0.iter().any(lost)
     }
 
-    /// What the messages of a lane carry.
+    /// Returns the labels of a lane's messages.
     pub(crate) fn labels(&self, lane: u32) -> Labels {
         Labels(self.0.iter().map(|segment| (segment.first, label(lane, &segment.name))).collect())
     }
@@ -155,11 +156,11 @@ impl LogNames {
     }
 }
 
-/// The labels of a lane, each from a position on.
+/// The labels of a lane, each valid from a position on.
 pub(crate) struct Labels(Vec<(Position, Arc<str>)>);
 
 impl Labels {
-    /// That of an event. Mostly it is the last one.
+    /// Returns the label of an event. Usually it is the last one.
     pub fn of(&self, position: Position) -> Option<&Arc<str>> {
         let found = self.0.iter().rfind(|(first, _)| *first <= position).or(self.0.first());
         found.map(|(_, label)| label)
@@ -170,7 +171,7 @@ fn label(lane: u32, log: &str) -> Arc<str> {
     format!("{lane}@{log}").into()
 }
 
-/// The log that a message says it comes from, if a relay has sent it.
+/// Returns the log that a message comes from, if a relay has sent the message.
 pub fn log_of(lane: &str) -> Option<&str> {
     let (number, log) = lane.split_once('@')?;
     (number.parse::<u32>().is_ok() && !log.is_empty()).then_some(log)
