@@ -1,4 +1,4 @@
-//! Brokers that are killed, away for long, gone for good or emptied, under relays and consumers that go on by themselves.
+//! Brokers that are killed, away for long, lost or wiped, while relays and consumers recover by themselves.
 #![allow(clippy::unwrap_used)]
 
 mod kafka;
@@ -24,12 +24,12 @@ use tokio::time::{Instant, sleep};
 
 const PAUSE: Duration = Duration::from_millis(50);
 const AWAY: Duration = Duration::from_secs(20);
-/// Recorded while the broker is away: more than a relay reads ahead.
+/// Recorded while the broker is away: more rounds than a relay reads ahead.
 const ROUNDS_AWAY: i64 = 850;
-/// What a relay hands to the client without an acknowledgement: 16 pages of 1,000.
+/// The messages that a relay hands to the client without an acknowledgement: 16 pages of 1,000.
 const MESSAGES_AHEAD_MAX: usize = 16_000;
 
-/// Counts what was published and is not acknowledged.
+/// Counts the messages that were published and are not acknowledged.
 struct Counting {
     inner: KafkaBus,
     ahead: Arc<AtomicUsize>,
@@ -135,7 +135,8 @@ async fn emptied_and_built_anew() {
     let mut sql = pair.sql().await;
     add(&store, 0..50).await;
     pair.agrees().await;
-    // Both go on with what is new: first so little that its offsets are below those handled, then more than there was.
+    // Both continue with new messages: first so few that their offsets are below those handled, then more than there
+    // were.
     let mut round = 50;
     for more in [1, 100] {
         broker.kill();
@@ -146,7 +147,7 @@ async fn emptied_and_built_anew() {
         assert!(pair.sent().await < sql.events().await, "it was not emptied");
         sql.set_back().await;
         round += more;
-        // A relay reads its checkpoint again when it was to move it.
+        // A relay reads its checkpoint again when the commit that moves it fails.
         add(&store, round..round + 1).await;
         round += 1;
         until("all is in the topic", async || pair.sent().await >= sql.events().await).await;
@@ -173,7 +174,8 @@ async fn emptied_before_all_was_handled() {
     broker.wipe();
     broker.resume();
     let consumer = pair.consumer().await;
-    // What was sent and not handled is gone with the topic, and what is new is handled before it comes again.
+    // Messages that were sent and not handled are gone with the topic. New messages are handled before the lost ones
+    // come again.
     add(&store, 30..40).await;
     let lost = 10 * TALLIES as i64;
     until("what is new is handled", async || sql.copies().await + lost >= sql.events().await).await;

@@ -1,4 +1,4 @@
-//! Consumers that are killed, stopped, or come and go: each message has its effect once, in order.
+//! Consumers that are killed, stopped, or join and leave: each message has its effect once, in order.
 #![allow(clippy::unwrap_used)]
 
 mod kafka;
@@ -23,14 +23,14 @@ use tokio::time::{Instant, interval, sleep};
 
 const KILLS: u64 = 10;
 const PAUSE: Duration = Duration::from_millis(10);
-/// A member that is gone without a word holds its partitions for so long.
+/// A member that leaves without notice holds its partitions for this long.
 const SHORT_SESSION_MS: &str = "1500";
-/// The group has given a stopped member up, by the usual settings.
+/// By the usual settings, the group has given up a stopped member by then.
 const PAST_THE_SESSION: Duration = Duration::from_secs(12);
 const MEMBERS: usize = 8;
 const COMING_AND_GOING: Duration = Duration::from_secs(30);
 
-/// What the processes run.
+/// The task of the child processes.
 #[test]
 fn process() {
     process::run();
@@ -68,7 +68,7 @@ async fn killed_at_any_moment() {
         let before = sql.copies().await;
         let mut process = consumer(&pair).start();
         process.started().await;
-        // Every second one at its start, before the group has given it anything; the others while they work.
+        // Every second process is killed at its start, before it owns a partition; the others while they work.
         while kill % 2 == 1 && sql.copies().await == before {
             sleep(Duration::from_millis(1)).await;
         }
@@ -87,7 +87,7 @@ async fn stopped_past_its_session_it_changes_nothing() {
     let pair = Pair::new().await;
     let relay = pair.relay().await;
     let load = Load::start(pair.source_store().await, PAUSE);
-    // It stops with a batch in hand that it has not committed.
+    // The process stops with a batch in hand that it has not committed.
     let mut zombie = Task { point: Point::InCommit, passes: 20, ..consumer(&pair) }.start();
     zombie.reached().await;
     zombie.stop();
@@ -101,7 +101,7 @@ async fn stopped_past_its_session_it_changes_nothing() {
         sleep(Duration::from_millis(20)).await;
     }
     zombie.wake();
-    // It takes its share again.
+    // The process takes its share again.
     sleep(Duration::from_secs(1)).await;
     load.end().await;
     pair.agrees().await;
@@ -128,7 +128,7 @@ async fn eight_members_come_and_go() {
             let (leaving, coming) = (slots.next().unwrap(), slots.clone().nth(MEMBERS / 2).unwrap());
             match members[leaving].take() {
                 Some(member) if leaving % 2 == 0 => member.drain(DRAIN).await.unwrap(),
-                // In the middle of what it does.
+                // Drops the member in the middle of its work.
                 member => drop(member),
             }
             if members[coming].is_none() {
@@ -145,7 +145,7 @@ async fn eight_members_come_and_go() {
     relay.drain(DRAIN).await.unwrap();
 }
 
-/// Copies, and leaves a mark of its own each time: no other member writes where it does.
+/// Copies, and leaves a mark of its own each time, in a stream that no other member writes.
 struct Marking {
     copier: Copier,
     marks: Repository<Tally>,
@@ -163,11 +163,11 @@ impl Handler for Marking {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_commit_that_the_database_holds_up_past_a_rebalance_changes_nothing() {
     let pair = Pair::new().await.set("partitions", "1");
-    // A member that does not ask for more within so long is given up, although it lives.
+    // A member that does not poll within this time is given up, although it lives.
     let pair = pair.set("session.timeout.ms", SHORT_SESSION_MS).set("max.poll.interval.ms", "3000");
     let relay = pair.relay().await;
     let (mut sql, mut holder) = (pair.sql().await, pair.sql().await);
-    // Every commit passes the gates of its streams in order: the first gate is that of the mark, and of no copy.
+    // Every commit passes the gates of its streams in order: the first gate belongs to the mark, and to no copy.
     let first_gate =
         "SELECT n::text FROM generate_series(1, 100000) AS n WHERE hashtextextended('mark-' || n, 0) & 1023 = 0
                        LIMIT 1";
@@ -193,13 +193,13 @@ async fn a_commit_that_the_database_holds_up_past_a_rebalance_changes_nothing() 
         waiting.await.unwrap() > 0
     };
     until("its commit is under way", &mut waits).await;
-    // The group gives the partition to another member, which handles what the commit under way has handled.
+    // The group gives the partition to another member, which handles the messages of the commit under way.
     let other = pair.consumer().await;
     let mut watched = pair.sql().await;
     pair.handled(&mut watched).await;
     until("its commit is still held", &mut waits).await;
     held.rollback().await.unwrap();
-    // It learns that it has lost the partition, and takes its turn again.
+    // The slow member learns that it has lost the partition, and joins again.
     shows(&slow, "fine again", |parts| !kafka::in_trouble(parts)).await;
     add(&pair.source_store().await, 4..6).await;
     pair.agrees().await;

@@ -1,5 +1,5 @@
-//! What readers, writers and caches make of a server that crashes, of one that cannot be written to for a while, and of a log that
-//! has lost its end.
+//! What readers, writers and caches do when a server crashes, when it is read-only for a while, and when a log has lost
+//! its end.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used)]
 
@@ -31,13 +31,13 @@ async fn execute(session: &mut PgConnection, sql: &str) {
     sqlx::raw_sql(AssertSqlSafe(sql)).execute(session).await.unwrap();
 }
 
-/// What plain SQL finds.
+/// Returns the positions that plain SQL finds.
 async fn positions(server: &Server) -> Vec<i64> {
     let sql = "SELECT position FROM annals.events ORDER BY position";
     sqlx::query_scalar(sql).fetch_all(&mut server.connection().await).await.unwrap()
 }
 
-/// Every event after a position, until there is nothing more; the reader keeps its store.
+/// Reads every event after the last one seen until there is none left. The reader keeps its store.
 async fn read_on(store: &PostgresStore, seen: &mut Vec<i64>) {
     loop {
         let after = Position(seen.last().copied().unwrap_or(0));
@@ -49,7 +49,7 @@ async fn read_on(store: &PostgresStore, seen: &mut Vec<i64>) {
     }
 }
 
-/// Directly, and as behind a pooler, where each transaction is checked and not each session.
+/// Directly, and as behind a pooler, where each transaction is checked rather than each session.
 const EITHER: [&str; 2] = ["", "?pooled=true"];
 
 fn few() -> Settings {
@@ -60,15 +60,15 @@ async fn store(url: &str) -> PostgresStore {
     PostgresStore::connect(url, few()).await.unwrap()
 }
 
-/// Positions that were drawn and never became durable are drawn again after a crash: a proof may not rest on them.
+/// Positions that were drawn and never became durable are drawn again after a crash: no proof may rely on them.
 #[tokio::test(flavor = "multi_thread")]
 async fn reader_at_a_gap_loses_no_event_to_a_crash() {
     const CRASHES: usize = 4;
-    // Now and then a process of the server flushes what was drawn just before a crash.
+    // Now and then a process of the server flushes drawn positions just before a crash.
     const ROUNDS_MAX: usize = 16;
     let folder = tempfile::tempdir().unwrap();
     let data = folder.path().join("data");
-    // What no commit has flushed is lost with the server.
+    // The server loses everything that no commit has flushed.
     let mut server = Server::start_in(folder, data, vec!["wal_writer_delay=10s".into()]).await;
     let store = store(&server.url()).await;
     let mut seen = Vec::new();
@@ -83,7 +83,7 @@ async fn reader_at_a_gap_loses_no_event_to_a_crash() {
         insert(&mut server.connection().await, &format!("visible-{crash}"), 1).await;
         execute(&mut many, "BEGIN").await;
         let drawn = insert(&mut many, &format!("many-{crash}"), 100).await;
-        // It stops at the gap of `slow`, and begins to prove what lies in it.
+        // The reader stops at the gap of `slow`, and begins to prove what the gap holds.
         read_on(&store, &mut seen).await;
         server.kill();
         server.resume().await;
@@ -102,7 +102,7 @@ async fn reader_at_a_gap_loses_no_event_to_a_crash() {
     assert_eq!((store.history(), store.status().await.unwrap().lost_end), (0, None), "nothing durable was lost");
 }
 
-/// On a standby nobody holds a lock, so every gap would count as settled there.
+/// No session holds a lock on a standby, so every gap would count as settled there.
 #[tokio::test(flavor = "multi_thread")]
 async fn sessions_that_were_led_to_a_standby_read_and_write_nothing() {
     for pooled in EITHER {
@@ -127,11 +127,11 @@ async fn led_to_a_standby_for_a_moment(pooled: &str) {
     }
     for _ in 0..3 {
         let outcome = store.commit(append("before-1", 1, 1)).await;
-        // The first one may have been on the way when the connection was cut.
+        // The first commit may have been under way when the connection was cut.
         assert!(matches!(outcome, Err(CommitError::Unavailable(_) | CommitError::Unknown(_))), "{outcome:?}");
     }
 
-    // Nobody cuts a connection now.
+    // Connections are not cut this time.
     address.lead_to(&primary);
     let mut slow = primary.connection().await;
     execute(&mut slow, "BEGIN").await;
@@ -151,7 +151,7 @@ async fn led_to_a_standby_for_a_moment(pooled: &str) {
     assert_eq!(seen, positions(&primary).await);
 }
 
-/// `default_transaction_read_only`, as it is set for maintenance; the sessions that were opened meanwhile stay read-only.
+/// `default_transaction_read_only`, as set for maintenance. Sessions that were opened meanwhile stay read-only.
 #[tokio::test(flavor = "multi_thread")]
 async fn writers_recover_by_themselves_from_a_read_only_database() {
     let server = Server::start().await;
@@ -181,7 +181,7 @@ async fn writers_recover_by_themselves_from_a_read_only_database() {
     };
     timeout(PROMPTLY, committed).await.expect("the writer must leave its session by itself");
 
-    // The same under a session that writes already.
+    // The same for a session that is already writing.
     execute(&mut session, "ALTER SYSTEM SET default_transaction_read_only = on").await;
     execute(&mut session, "SELECT pg_reload_conf()").await;
     eventually("it is refused", async || store.commit(append(&format!("b-{}", Uuid::new_v4()), 0, 1)).await.err())
@@ -192,7 +192,7 @@ async fn writers_recover_by_themselves_from_a_read_only_database() {
     timeout(PROMPTLY, eventually("it is taken again", written)).await.unwrap();
 }
 
-/// A failover to an asynchronous standby that lacks the last commits, under a service that goes on.
+/// A failover to an asynchronous standby that lacks the last commits, under a running service.
 struct Failover {
     address: VirtualAddress,
     primary: Server,
@@ -208,7 +208,7 @@ impl Failover {
         Self { address, primary, standby }
     }
 
-    /// What is committed from now on is lost.
+    /// Commits from now on are lost.
     async fn detach(&mut self) {
         self.standby.catch_up(&self.primary).await;
         self.standby.kill();
@@ -248,7 +248,7 @@ async fn caches_after_a_failover(pooled: &str) {
     }
     failover.fail_over().await;
 
-    // Another process brings one of them to the version that is known here, before anything is asked here.
+    // Another process brings one of the streams to the version known here, before this store reads anything.
     let elsewhere: Arc<dyn EventStore> = Arc::new(store(&failover.address.url()).await);
     pay(&Repository::<Tally>::new(elsewhere.clone()), "y", 7).await;
     for id in ["x", "y"] {
@@ -267,7 +267,8 @@ async fn caches_after_a_failover(pooled: &str) {
     assert_eq!(elsewhere.status().await.unwrap().lost_end, None, "it has seen nothing of what is gone");
 }
 
-/// The tail, the checkpoint and the reader's place stand beyond the end; what gets the lost positions is handled all the same.
+/// The tail, the checkpoint and the reader's position are beyond the end. New events at the lost positions are still
+/// handled.
 #[tokio::test(flavor = "multi_thread")]
 async fn lost_end_is_noticed_by_subscriptions_of_a_running_service() {
     let mut failover = Failover::prepare().await;
@@ -289,14 +290,14 @@ async fn lost_end_is_noticed_by_subscriptions_of_a_running_service() {
     }
     copied(&[1, 2, 3]).await;
     failover.detach().await;
-    // More than the sequence is ahead on a standby, which is 32: or no position would come twice.
+    // More events than the sequence is ahead on a standby, which is 32; otherwise no position would come twice.
     for amount in 101..=140 {
         pay(&tallies, "x", amount).await;
     }
     copied(&[1, 2, 3].into_iter().chain(101..=140).collect::<Vec<_>>()).await;
     failover.fail_over().await;
 
-    // By another process: what is new has positions that were passed here.
+    // Another process writes new events at positions that were passed here.
     let elsewhere: Arc<dyn EventStore> = Arc::new(store(&failover.address.url()).await);
     pay(&Repository::<Tally>::new(elsewhere.clone()), "x", 4).await;
     timeout(
@@ -316,7 +317,7 @@ async fn lost_end_is_noticed_by_subscriptions_of_a_running_service() {
     running.await.unwrap().unwrap();
 }
 
-/// Of the sagas that are gone nothing is left, and those that come after them under the same positions are carried out once.
+/// Nothing is left of the lost sagas, and later sagas at the same positions run once.
 #[tokio::test(flavor = "multi_thread")]
 async fn lost_end_is_noticed_by_sagas_of_a_running_service() {
     const STEPS: [&str; 4] = ["book", "charge", "confirm", "announce"];
@@ -337,7 +338,7 @@ async fn lost_end_is_noticed_by_sagas_of_a_running_service() {
     travel(0..3).await;
     failover.detach().await;
     travel(3..10).await;
-    // Under way when the end is lost.
+    // These sagas are under way when the end is lost.
     for name in 10..14 {
         pay(&tallies, &format!("t{name}"), 1).await;
     }
@@ -355,7 +356,7 @@ async fn lost_end_is_noticed_by_sagas_of_a_running_service() {
     runtime.drain(Duration::from_secs(20)).await.unwrap();
 }
 
-/// Restored in place, under sessions that nobody cuts.
+/// The database is restored in place, under sessions that are not cut.
 #[tokio::test(flavor = "multi_thread")]
 async fn lost_end_is_noticed_under_sessions_that_stay() {
     let server = Server::start().await;
@@ -379,7 +380,7 @@ async fn lost_end_is_noticed_under_sessions_that_stay() {
         if by_commit {
             let committed = store.commit(append("b-1", 0, 1)).await;
             if !pooled.is_empty() && matches!(committed, Err(CommitError::Unavailable(_))) {
-                // Noticed before it was written.
+                // The loss was noticed before the write.
                 store.commit(append("b-1", 0, 1)).await.unwrap();
             } else {
                 committed.unwrap();
@@ -394,8 +395,8 @@ async fn lost_end_is_noticed_under_sessions_that_stay() {
     }
 }
 
-/// The events came back from an older backup than the documents: a checkpoint stands beyond the end, and another process has
-/// already given the lost positions to something new.
+/// The events come from an older backup than the documents: a checkpoint is beyond the end, and another process has
+/// already given the lost positions to new events.
 #[tokio::test(flavor = "multi_thread")]
 async fn service_that_starts_on_a_log_without_its_end_goes_back_to_it() {
     let server = Server::start().await;
@@ -438,7 +439,7 @@ async fn service_that_starts_on_a_log_without_its_end_goes_back_to_it() {
     running.await.unwrap().unwrap();
 }
 
-/// Only who has read what is gone is concerned.
+/// Only a store that has read lost events is affected.
 #[tokio::test(flavor = "multi_thread")]
 async fn failover_that_loses_nothing_says_nothing() {
     let mut failover = Failover::prepare().await;

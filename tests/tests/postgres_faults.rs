@@ -1,4 +1,4 @@
-//! What must hold while several stores write at once, and while sessions are ended under them.
+//! The conditions that hold while several stores write at once, and while their sessions are ended.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -43,7 +43,7 @@ async fn of_many_writers_in_several_stores_one_wins() {
     assert_eq!(whole_log(&stores[0]).await.len(), 10);
 }
 
-/// Streams that several stores take in different orders: whoever loses decides again, and nobody waits for a deadlock.
+/// Several stores take streams in different orders: a store that loses decides again, and none waits for a deadlock.
 #[tokio::test(flavor = "multi_thread")]
 async fn stores_that_contend_for_many_streams_lose_nothing() {
     const STREAMS: usize = 8;
@@ -88,7 +88,7 @@ async fn assert_dense(store: &PostgresStore) {
     }
 }
 
-/// A URL under which the sessions of a test can be told from those of others.
+/// Returns a URL that marks the sessions of a test.
 fn named(schema: &Schema) -> String {
     let separator = if url().contains('?') { '&' } else { '?' };
     format!("{}{separator}application_name={}", url(), schema.name())
@@ -119,7 +119,7 @@ async fn sessions_ended_every_50_ms_lose_no_acknowledged_commit() {
     );
 }
 
-/// Whoever asked goes away: each of its commits is there whole or not at all, and no transaction stays open.
+/// Callers give up: each commit is there as a whole or not at all, and no transaction stays open.
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_thousand_dropped_futures_leave_nothing_half_done() {
     const TASKS: usize = 50;
@@ -140,7 +140,7 @@ async fn ten_thousand_dropped_futures_leave_nothing_half_done() {
                 if asked.is_ok_and(|outcome| outcome.is_ok()) {
                     acknowledged.push(name);
                 }
-                // Readers go away too.
+                // Readers give up too.
                 timeout(Duration::from_micros(300), store.documents(&[key])).await.ok();
                 timeout(Duration::from_micros(300), store.read_log(&LogQuery::all(), Position::START, 50)).await.ok();
             }
@@ -148,7 +148,7 @@ async fn ten_thousand_dropped_futures_leave_nothing_half_done() {
         });
     }
     let acknowledged = tasks.join_all().await.concat();
-    // Everything that was queued before this is done by now.
+    // Everything queued before this commit is done by now.
     store.commit(append("last-1", 0, 1)).await.unwrap();
     let mut outside = schema.connection().await;
     let sql = "SELECT stream_id, count(*), (SELECT count(*) FROM annals.documents WHERE collection = 'dropped' AND id = stream_id)
@@ -202,7 +202,7 @@ async fn instances_may_start_at_once() {
     assert_eq!(whole_log(&stores[0]).await.len(), 12);
 }
 
-/// What the first version of the schema was, with an event in it.
+/// The first version of the schema, with an event in it.
 async fn first_version(schema: &Schema) {
     let sql = format!(
         "CREATE SCHEMA annals; CREATE TABLE annals.migrations (version int PRIMARY KEY, applied_at timestamptz NOT NULL \
@@ -230,7 +230,7 @@ async fn instances_may_migrate_at_once() {
     assert_eq!(versions, [1, 2, 3, 4, 5]);
 }
 
-/// A session may end at any statement of a migration; whoever comes next finds all of it or nothing.
+/// A session may end at any statement of a migration. The next opening finds all of the migration or nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_migration_that_is_cut_off_leaves_nothing_half_done() {
     const ROUNDS: u64 = 30;
@@ -264,7 +264,7 @@ async fn a_migration_that_is_cut_off_leaves_nothing_half_done() {
     assert!(cut > 0, "no migration was cut off: this tested nothing");
 }
 
-/// 64 tasks on one aggregate: its commands are one after the other, whatever ends in between.
+/// 64 tasks on one aggregate: its commands run one after the other, whatever session ends in between.
 #[tokio::test(flavor = "multi_thread")]
 async fn commands_on_one_aggregate_are_carried_out_once_while_sessions_end() {
     const TASKS: i64 = 64;
@@ -279,7 +279,7 @@ async fn commands_on_one_aggregate_are_carried_out_once_while_sessions_end() {
             let mut again = 0;
             for number in 0..COMMANDS {
                 let (command, id) = (TallyCommand::Add(task * COMMANDS + number), Uuid::new_v4());
-                // What it may be told besides is that nobody knows, and to ask again.
+                // The only other answer is that the outcome is unknown, and to ask again.
                 while let Err(error) = tallies.execute("one", command.clone(), id).await {
                     assert!(matches!(error, ExecuteError::Unavailable(_)), "{error}");
                     again += 1;
@@ -318,7 +318,7 @@ async fn a_newer_schema_is_left_alone() {
     assert_eq!(error, OpenError::TooNew { schema: schema.name().into(), found: 99, known: 5 });
 }
 
-/// Two tables, and no index on them but those that are paid for knowingly.
+/// Two tables, and no index on them but the ones whose cost was decided on.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_log_has_two_indexes() {
     let schema = Schema::new();

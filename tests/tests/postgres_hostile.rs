@@ -1,5 +1,5 @@
-//! Values that break other stores: refused before anything is written, or given back as they were. And rows that somebody put in
-//! by hand, which stop nobody.
+//! Values that break other stores are refused before anything is written, or returned unchanged. Rows inserted by hand
+//! stop no reader or writer.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -29,7 +29,7 @@ fn note(id: &str, body: &str) -> Commit {
     Commit { appends: Vec::new(), puts: vec![Put { key, expected: None, body: Some(body.into()), due: None }] }
 }
 
-/// Nothing but what the commit is refused for is asked of the server: it holds nothing, and no position was drawn.
+/// The server is only asked for the check that refuses the commit: nothing is stored, and no position was drawn.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_given_back_is_refused_before_anything_is_written() {
     let schema = Schema::new();
@@ -57,7 +57,7 @@ async fn what_cannot_be_given_back_is_refused_before_anything_is_written() {
     assert_eq!(found, (0, 0, 0));
 }
 
-/// Byte for byte, to this store and to plain SQL.
+/// Byte for byte, through this store and through plain SQL.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_only_odd_comes_back_as_it_was() {
     let schema = Schema::new();
@@ -89,7 +89,7 @@ async fn what_is_only_odd_comes_back_as_it_was() {
     assert_eq!(store.scan("note", &Scan::After("".into()), 100).await.unwrap().len(), names.len());
 }
 
-/// In `psql`, anything that the columns take can be put in. Whoever reads the log gets past it.
+/// `psql` can insert anything that the columns accept. A reader of the log gets past it.
 #[tokio::test(flavor = "multi_thread")]
 async fn rows_put_in_by_hand_stop_nobody() {
     let schema = Schema::new();
@@ -120,7 +120,7 @@ async fn rows_put_in_by_hand_stop_nobody() {
         let log = whole_log(&store).await;
         let names: Vec<_> = log.iter().map(|event| event.stream.as_str().to_owned()).collect();
         assert_eq!(names, ["before-1", "NoName", "", "gap-1", &long, "after-1"]);
-        // The row at the end of all positions does not count; a few may have been drawn by attempts that failed.
+        // The row at the last possible position does not count; failed attempts may have drawn a few positions.
         let head = store.status().await.unwrap().head;
         assert!((Position(6)..Position(100)).contains(&head), "{head:?}");
         assert_eq!(&*log[3].data, deep);
@@ -129,7 +129,7 @@ async fn rows_put_in_by_hand_stop_nobody() {
         let stream = StreamId::from_stored("gap-1");
         assert_eq!(store.read_stream(&stream, Version::START, 10).await.unwrap().len(), 1);
     }
-    // What could not be taken in has kept nobody else from it.
+    // A row that cannot be read does not stop other writes.
     let last = store.commit(append("after-1", 1, 1)).await.unwrap().position;
     assert_eq!(whole_log(&store).await.last().unwrap().position, last);
 }

@@ -45,7 +45,7 @@ async fn a_server_that_is_killed_loses_nothing_that_it_acknowledged() {
     assert!(summary.unknown > 0, "{summary:?}: no commit was under way, so this tested nothing");
 }
 
-/// A file system of its own, as small as that.
+/// A file system of its own, of a small size.
 struct SmallDisk(tempfile::TempDir);
 
 impl SmallDisk {
@@ -57,7 +57,7 @@ impl SmallDisk {
         Self(folder)
     }
 
-    /// Takes all the space there is.
+    /// Fills all space.
     fn fill(&self) {
         let error = std::io::copy(&mut std::io::repeat(1), &mut fs::File::create(self.ballast()).unwrap()).unwrap_err();
         assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
@@ -78,7 +78,7 @@ impl Drop for SmallDisk {
     }
 }
 
-/// Only root may mount a file system; whoever else runs this is told that it was not tested.
+/// Only root may mount a file system. For other users the test prints that it did not run.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_disk_refuses_and_once_freed_all_goes_on() {
     if !server::is_root() {
@@ -92,7 +92,7 @@ async fn a_full_disk_refuses_and_once_freed_all_goes_on() {
     let load = Load::start(&store, &server.url(), &settings, 8);
     load.goes_on(100).await;
     disk.fill();
-    // What the tables still have room for goes in; then nothing does.
+    // Small commits succeed while the tables have room; a large one does not.
     let mut large = append("large-1", 0, 40);
     for event in &mut large.appends[0].events {
         // Text that does not compress.
@@ -101,7 +101,7 @@ async fn a_full_disk_refuses_and_once_freed_all_goes_on() {
     }
     let outcome = store.commit(large.clone()).await;
     assert!(matches!(outcome, Err(CommitError::Unavailable(_))), "{outcome:?}");
-    // Readers go on.
+    // Readers keep working.
     assert!(!store.read_log(&LogQuery::all(), Position::START, 10).await.unwrap().events.is_empty());
     disk.free();
     store.commit(large).await.unwrap();
@@ -112,7 +112,7 @@ async fn a_full_disk_refuses_and_once_freed_all_goes_on() {
     drop(server);
 }
 
-/// Where the write-ahead log finds no room, the server itself goes down, and does not come up again before there is some.
+/// If the write-ahead log has no room, the server itself goes down, and does not start again before there is some.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_dies_of_a_full_disk_loses_nothing() {
     if !server::is_root() {
@@ -123,7 +123,7 @@ async fn a_server_that_dies_of_a_full_disk_loses_nothing() {
     let folder = tempfile::tempdir_in(disk.0.path()).unwrap();
     let data = folder.path().join("data");
     fs::set_permissions(disk.0.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    // Segments are not kept for later, where a full disk would leave them room.
+    // Segments must not be kept for reuse, which would leave room on a full disk.
     let settings = ["wal_recycle=off", "min_wal_size=32MB"].map(str::to_owned);
     let mut server = Server::start_in(folder, data, settings.to_vec()).await;
     let settings = Settings { connections: 4, ..Settings::default() };
@@ -147,7 +147,7 @@ async fn a_server_that_dies_of_a_full_disk_loses_nothing() {
     drop(server);
 }
 
-/// As `pg_dump` and `psql` do it. Positions, versions and who may fill a gap: nothing may hang on the old cluster.
+/// As `pg_dump` and `psql` do it. Positions, versions and the writers of gaps must not depend on the old cluster.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dump_that_is_restored_elsewhere_goes_on() {
     let schema = postgres::Schema::new();

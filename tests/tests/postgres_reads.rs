@@ -1,4 +1,4 @@
-//! Many who read streams at once: they share sessions and statements, and each gets its own.
+//! Many readers of streams at once share sessions and statements, and each gets its own events.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -22,12 +22,12 @@ use self::postgres::{PROMPTLY, Schema, append, url};
 
 const STREAMS: usize = 300;
 
-/// The stream of a number has so many events.
+/// The number of events of a stream.
 fn length(number: usize) -> usize {
     1 + number % 7
 }
 
-/// A store with one session to read by, and streams of different lengths.
+/// Returns a store with one session for reads, and streams of different lengths.
 async fn filled(schema: &Schema, url: &str) -> PostgresStore {
     let settings = Settings { connections: 1, ..schema.settings() };
     let store = PostgresStore::connect(url, settings).await.unwrap();
@@ -42,7 +42,7 @@ async fn filled(schema: &Schema, url: &str) -> PostgresStore {
     store
 }
 
-/// Reads from somewhere in the stream, some of it.
+/// Reads some events from a place within the stream.
 async fn read(store: &PostgresStore, number: usize) {
     let (after, limit) = (number % 3, 1 + number % 4);
     let stream = StreamId::parse(&format!("thing-{number}")).unwrap();
@@ -60,7 +60,7 @@ async fn each_of_many_gets_its_own() {
     for round in 0..5 {
         for number in 0..STREAMS {
             let store = store.clone();
-            // And some that are not there.
+            // Some of the streams do not exist.
             let missing = StreamId::parse(&format!("nothing-{round}-{number}")).unwrap();
             readers.spawn(async move {
                 read(&store, number).await;
@@ -71,7 +71,7 @@ async fn each_of_many_gets_its_own() {
     timeout(6 * PROMPTLY, readers.join_all()).await.expect("some were never answered");
 }
 
-/// Also when whoever reads for others goes away in the middle of it.
+/// The same holds if a reader that reads for others gives up in the middle.
 #[tokio::test(flavor = "multi_thread")]
 async fn who_goes_away_takes_nobody_with_him() {
     let schema = Schema::new();
@@ -93,7 +93,8 @@ async fn who_goes_away_takes_nobody_with_him() {
     while sqlx::query_scalar::<_, i64>(schema.sql(waits)).fetch_one(&mut connection).await.unwrap() == 0 {
         assert!(started.elapsed() < PROMPTLY, "it does not wait");
     }
-    // These wait for the session. When it is free, the first of them reads for all; but the session is not done yet.
+    // The other readers wait for the session. When it is free, the first of them reads for all; but the session is not
+    // done yet.
     let mut others = Vec::new();
     for number in 2..8 {
         others.push(reading(number));
@@ -109,7 +110,7 @@ async fn who_goes_away_takes_nobody_with_him() {
     }
 }
 
-/// Also when the server ends the session again and again.
+/// The same holds if the server ends the session again and again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_session_that_ends_under_them_is_replaced() {
     let schema = Schema::new();
@@ -143,7 +144,7 @@ async fn a_session_that_ends_under_them_is_replaced() {
     assert!(ending.await.unwrap() > 0, "no session was ended");
 }
 
-/// Each look is a round trip, and after a commit of one's own there is mostly nothing to see.
+/// Each look is a round trip, and after a commit of this process there is mostly nothing to see.
 #[tokio::test(flavor = "multi_thread")]
 async fn who_waits_after_a_commit_of_this_process_does_not_look() {
     const COMMITS: i64 = 100;
@@ -153,7 +154,7 @@ async fn who_waits_after_a_commit_of_this_process_does_not_look() {
         let committed = store.commit(append(&format!("thing-{number}"), 0, 1)).await.unwrap();
         assert!(timeout(Duration::from_millis(5), store.wait(committed.position)).await.is_err(), "there is no more");
     }
-    // Sessions count at their end.
+    // Sessions report their counts at their end.
     store.close().await.unwrap();
     let looks = "SELECT idx_scan FROM pg_stat_user_indexes WHERE indexrelid = 'annals.events_position_key'::regclass";
     let mut connection = schema.connection().await;
@@ -161,6 +162,6 @@ async fn who_waits_after_a_commit_of_this_process_does_not_look() {
     while seen < COMMITS && started.elapsed() < PROMPTLY {
         seen = sqlx::query_scalar(schema.sql(looks)).fetch_one(&mut connection).await.unwrap();
     }
-    // A commit looks when the last event was recorded.
+    // A commit looks up the time of the last event.
     assert!((COMMITS..COMMITS + COMMITS / 2).contains(&seen), "{seen} looks for {COMMITS} commits");
 }

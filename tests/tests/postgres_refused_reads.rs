@@ -1,4 +1,4 @@
-//! A question that a store cannot be asked is one message's fault, and not the absence of the store.
+//! A query that a store cannot accept is the fault of one message, and does not mean that the store is away.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use self::postgres::{on_each_store, url};
 
-/// Asks for a document whose id is this for one of the messages.
+/// Reads a document whose id is this text for one of the messages.
 struct Ask(&'static str);
 
 #[async_trait]
@@ -32,7 +32,7 @@ impl Handler for Ask {
 
 const MESSAGES: usize = 10;
 
-/// Ten messages, of which one is the poison; starts the subscription.
+/// Appends ten messages, one of which is the poison, and starts the subscription.
 async fn ask(store: &Arc<dyn EventStore>, id: &'static str) -> Runtime {
     for number in 0..MESSAGES {
         let event = NewEvent {
@@ -70,8 +70,8 @@ async fn document_under_an_id_that_no_store_can_hold_is_absent_for_a_handler() {
     .await;
 }
 
-/// A database of a narrower character set cannot be asked for other characters: an error of class 22, which is not told apart
-/// by its name.
+/// A database with a narrower character set refuses queries with other characters: an error of class 22, which the store
+/// recognizes by its class alone.
 #[tokio::test(flavor = "multi_thread")]
 async fn question_that_the_server_refuses_parks_its_message_and_no_other() {
     let name = format!("latin_{}", Uuid::new_v4().simple());

@@ -1,4 +1,4 @@
-//! Replay gives what reading the log gives, in constant memory, and leaves nothing behind when it is dropped.
+//! Replay returns the same events as reading the log, in constant memory, and leaves nothing behind when it is dropped.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -35,7 +35,7 @@ impl Bed {
         Self { schema, store }
     }
 
-    /// So many events on a hundred streams, each with so many bytes that nobody looks at.
+    /// Writes this many events to a hundred streams, each with this many bytes of padding.
     async fn fill(&self, events: i64, bytes: i32) {
         let sql = "INSERT INTO annals.events (stream_id, version, event_id, type, schema_version, data, metadata)
             SELECT 'number-' || n % 100, 1 + n / 100, gen_random_uuid(), 'number.drawn', 1,
@@ -49,7 +49,7 @@ impl Bed {
             .unwrap();
     }
 
-    /// Through the port, page by page.
+    /// Reads through the port, page by page.
     async fn read(&self, query: &LogQuery) -> Vec<Recorded> {
         let (mut all, mut after) = (Vec::new(), Position::START);
         loop {
@@ -66,7 +66,7 @@ impl Bed {
         self.store.replay(replay).try_collect().await.unwrap()
     }
 
-    /// What sessions of this store are doing.
+    /// Counts the sessions of this store that match.
     async fn sessions(&self, which: &str) -> i64 {
         let sql = format!("SELECT count(*) FROM pg_stat_activity WHERE application_name = $1 AND {which}");
         let count = sqlx::query_scalar(sqlx::AssertSqlSafe(sql)).bind(self.schema.name());
@@ -90,7 +90,7 @@ async fn it_gives_what_the_log_gives() {
         bed.store.commit(commit).await.unwrap();
     }
     let mut by_hand = bed.schema.connection().await;
-    // Dated beyond what we know, and gaps.
+    // Dates beyond the range that we know, and gaps.
     execute(
         &mut by_hand,
         bed.schema.sql(
@@ -145,7 +145,7 @@ async fn it_gives_what_the_log_gives() {
     assert!(since.iter().all(|event| event.recorded_at >= time) && since.contains(&all[46_000]));
 }
 
-/// Never past a position that a transaction may still fill.
+/// Replay never passes a position that a transaction may still fill.
 #[tokio::test(flavor = "multi_thread")]
 async fn it_stops_where_the_log_stops() {
     let bed = Bed::new().await;
@@ -200,7 +200,7 @@ async fn typed_events_come_in_order_and_one_that_is_none_stops_nobody() {
 }
 
 impl Bed {
-    /// One more on each stream.
+    /// Adds one more event to each stream.
     async fn fill_more(&self, from: i64) {
         let sql = "INSERT INTO annals.events (stream_id, version, event_id, type, schema_version, data)
             SELECT 'number-' || n % 100, 1 + n / 100, gen_random_uuid(), 'number.drawn', 1, json_build_object('n', n)
@@ -230,7 +230,7 @@ async fn dropped_amidst_it_leaves_no_query() {
             .await;
         }
     }
-    // The store has its readers still.
+    // The store still has its readers.
     assert_eq!(bed.read(&LogQuery::all()).await.len(), 100_000);
 }
 
@@ -239,7 +239,7 @@ async fn rest(replayed: &mut (impl Stream<Item = Result<Recorded, annals::StoreE
     timeout(PROMPTLY, positions).await.expect("the rest comes").unwrap()
 }
 
-/// Somebody who takes an event and then thinks about it must not keep a snapshot of the whole server.
+/// A consumer that takes an event and then pauses must not hold a snapshot of the whole server.
 #[tokio::test(flavor = "multi_thread")]
 async fn somebody_slow_keeps_no_transaction_open() {
     let bed = Bed::new().await;
@@ -254,7 +254,7 @@ async fn somebody_slow_keeps_no_transaction_open() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_connection_loses_no_event() {
     let bed = Bed::new().await;
-    // More than what is read ahead when the last connection is cut.
+    // More events than are read ahead when the last connection is cut.
     bed.fill(120_000, 500).await;
     let mut replayed = bed.store.replay(Replay::all());
     let mut taken = 0;
@@ -268,7 +268,7 @@ async fn a_lost_connection_loses_no_event() {
                      WHERE application_name = $1 AND query ILIKE '%COPY%'";
         killed += sqlx::query_scalar::<_, i64>(kill).bind(bed.schema.name()).fetch_one(&mut killer).await.unwrap();
     }
-    // Between two pages it has none.
+    // Between two pages the replay has no session.
     assert!(killed > 0, "no session was ended under it");
     assert_eq!(rest(&mut replayed).await, Vec::from_iter(taken + 1..=120_000));
 }

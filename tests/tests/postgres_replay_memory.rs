@@ -1,4 +1,4 @@
-//! Replay takes no more memory for a longer log. Alone in its file, because what is looked at is the whole process.
+//! Replay takes no more memory for a longer log. Alone in its file, because the test measures the whole process.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -18,14 +18,14 @@ enum NumberEvent {
     Drawn { n: i64 },
 }
 
-/// Kilobytes of memory that this process holds.
+/// Returns the resident memory of this process in kilobytes.
 fn resident() -> i64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
-/// 300 MB of events, in a tenth of that; also for somebody who is slower than the database.
+/// 300 MB of events in a tenth of that, also for a consumer that is slower than the database.
 #[tokio::test(flavor = "multi_thread")]
 async fn memory_does_not_grow_with_the_log() {
     const EVENTS: i64 = 300_000;

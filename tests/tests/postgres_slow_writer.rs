@@ -1,4 +1,4 @@
-//! Somebody else's transaction that has drawn a position and takes its time, while others commit and follow.
+//! A transaction of another session that has drawn a position and is slow, while others commit and follow.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::postgres::{Schema, load::Load, url};
 
-/// For how long. `ANNALS_SLOW_WRITER_SECONDS=30` makes it as long as such a thing ever should be.
+/// The duration of the slow transaction. `ANNALS_SLOW_WRITER_SECONDS=30` makes it as long as it should ever be.
 fn patience() -> Duration {
     let seconds = std::env::var("ANNALS_SLOW_WRITER_SECONDS").ok().and_then(|seconds| seconds.parse().ok());
     Duration::from_secs(seconds.unwrap_or(3))
@@ -23,7 +23,7 @@ async fn execute(connection: &mut PgConnection, sql: &str) {
     sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(connection).await.unwrap();
 }
 
-/// Within whatever transaction is open.
+/// Appends within the open transaction.
 async fn add_by_hand(connection: &mut PgConnection, schema: &Schema, stream: &str, amount: i64) {
     let sql = "SELECT positions[1] IS NOT NULL FROM annals.append(
         ARRAY[$1], ARRAY[NULL]::bigint[], '{f}', '{}', '{}', '{}', '{}', '{}', '{}', '{}',
@@ -32,7 +32,7 @@ async fn add_by_hand(connection: &mut PgConnection, schema: &Schema, stream: &st
     assert!(query.fetch_one(connection).await.unwrap());
 }
 
-/// Readers of a store, one of them opened anew again and again, miss nothing.
+/// Readers of a store, one of which is opened again and again, miss nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_reader_misses_what_a_slow_writer_commits() {
     for ending in ["COMMIT", "ROLLBACK"] {
@@ -43,7 +43,7 @@ async fn no_reader_misses_what_a_slow_writer_commits() {
         let mut slow = schema.connection().await;
         execute(&mut slow, "BEGIN").await;
         add_by_hand(&mut slow, &schema, "slow-1", 1).await;
-        // Others commit all the while.
+        // Other writers commit all the while.
         let before = load.acknowledged();
         tokio::time::sleep(patience()).await;
         assert!(load.acknowledged() > before + 50, "{} commits", load.acknowledged() - before);
@@ -57,7 +57,7 @@ async fn no_reader_misses_what_a_slow_writer_commits() {
 struct Following(CancellationToken, JoinHandle<Result<(), String>>);
 
 impl Following {
-    /// By another process, as far as the database can tell.
+    /// Starts a subscription that the database sees as another process.
     async fn start(schema: &Schema) -> Self {
         let store: Arc<dyn EventStore> = Arc::new(schema.store().await);
         let shutdown = CancellationToken::new();
@@ -65,7 +65,7 @@ impl Following {
         Self(shutdown.clone(), tokio::spawn(copier.run(store, Health::default(), shutdown)))
     }
 
-    /// At any point.
+    /// Aborts the subscription at any point.
     async fn kill(self) {
         self.1.abort();
         self.1.await.ok();
@@ -77,7 +77,7 @@ impl Following {
     }
 }
 
-/// A subscription that is killed and started again in the middle has each effect once, in order.
+/// A subscription that is killed and restarted in the middle has each effect once, in order.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_subscription_that_restarts_meanwhile_has_each_effect_once() {
     for ending in ["COMMIT", "ROLLBACK"] {
@@ -119,7 +119,7 @@ async fn a_subscription_that_restarts_meanwhile_has_each_effect_once() {
     }
 }
 
-/// Each has drawn a position that stays empty.
+/// Each rolled-back commit has drawn a position that stays empty.
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_thousand_rolled_back_commits_hold_up_nobody() {
     const WRITERS: usize = 10;

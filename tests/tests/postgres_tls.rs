@@ -1,4 +1,4 @@
-//! Connections with TLS, to a server whose certificate is made here.
+//! Connections with TLS to a server, with certificates made here.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used)]
 
@@ -23,13 +23,13 @@ fn openssl(folder: &Path, arguments: &str) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// Somebody who signs certificates: `<name>.crt`, `<name>.key`.
+/// Creates an authority that signs certificates: `<name>.crt`, `<name>.key`.
 fn authority(folder: &Path, name: &str) {
     let curve = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes";
     openssl(folder, &format!("req -x509 {curve} -keyout {name}.key -out {name}.crt -days 2 -subj /CN={name}"));
 }
 
-/// A server whose certificate is for `localhost`, signed by `ca`; `other` has not signed it.
+/// Returns a server whose certificate for `localhost` is signed by `ca`, and not by `other`.
 async fn server() -> (Server, TempDir) {
     let certificates = tempfile::tempdir().unwrap();
     let path = certificates.path();
@@ -69,7 +69,7 @@ async fn every_connection_of_a_store_is_as_secure_as_its_url_says() {
         ("127.0.0.1", "sslmode=require".to_owned()),
         ("127.0.0.1", format!("sslmode=verify-ca&{of_ca}")),
         ("localhost", format!("sslmode=verify-full&{of_ca}")),
-        // Where the server offers it, it is taken without being asked for.
+        // TLS is used if the server offers it, even without a parameter.
         ("127.0.0.1", String::new()),
     ] {
         let store = open(host, &parameters).await.unwrap();
@@ -89,7 +89,7 @@ async fn every_connection_of_a_store_is_as_secure_as_its_url_says() {
         }
     }
     for (host, parameters) in [
-        // Another name, another authority, none that is known.
+        // Another name, another authority, no known authority.
         ("127.0.0.1", format!("sslmode=verify-full&{of_ca}")),
         ("localhost", format!("sslmode=verify-full&{of_other}")),
         ("localhost", format!("sslmode=verify-ca&{of_other}")),

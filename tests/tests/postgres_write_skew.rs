@@ -1,4 +1,4 @@
-//! Two commits that each write what the other only looked at: one of them must lose, in whichever processes they are.
+//! Two commits that each write what the other only checked: one of them must lose, whichever processes they are in.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -13,7 +13,7 @@ use tokio::{sync::Barrier, task::JoinSet, time::timeout};
 
 use self::postgres::{PROMPTLY, Schema, append};
 
-/// Writes to one stream because another one stands at a version.
+/// Returns a commit to one stream that relies on another stream's version.
 fn relying(on: (&str, i64), write: (&str, i64)) -> Commit {
     let mut commit = append(write.0, write.1, 1);
     let (stream, expected) = (StreamId::parse(on.0).unwrap(), Expected::Version(Version(on.1)));
@@ -21,7 +21,7 @@ fn relying(on: (&str, i64), write: (&str, i64)) -> Commit {
     commit
 }
 
-/// Until a transaction waits for the gate of a stream.
+/// Waits until a transaction waits for the gate of a stream.
 async fn somebody_waits(schema: &Schema) {
     let mut observer = schema.connection().await;
     let waits = "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND locktype = 'advisory'
@@ -34,7 +34,7 @@ async fn somebody_waits(schema: &Schema) {
     timeout(PROMPTLY, observed).await.expect("the other one must be waited for");
 }
 
-/// As another process would: looks at `checked`, which stands at nothing, and writes to `written` within an open transaction.
+/// Acts as another process: checks `checked`, which is empty, and writes to `written` in an open transaction.
 async fn rely_within(connection: &mut PgConnection, schema: &Schema, checked: &str, written: &str) {
     let sql = "SELECT positions[1] IS NOT NULL FROM annals.append(
         ARRAY[$1, $2], '{0,0}', '{t,f}', '{}', '{}', '{}', '{}', '{}', '{}', '{}',
@@ -43,7 +43,7 @@ async fn rely_within(connection: &mut PgConnection, schema: &Schema, checked: &s
     assert!(query.fetch_one(connection).await.unwrap(), "nothing is in its way");
 }
 
-/// Whoever comes second looks only when the first has ended.
+/// The second commit checks only after the first has ended.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_second_waits_for_the_first_and_sees_what_it_did() {
     for (ending, holds) in [("COMMIT", false), ("ROLLBACK", true)] {
@@ -100,7 +100,7 @@ async fn of_two_that_rely_on_each_other_one_goes() {
     assert_eq!(both, 0, "rounds in which both left");
 }
 
-/// Who only writes, or only looks, waits for nobody, and what is held up holds up only itself.
+/// A commit that only writes, or only checks, waits for none, and a blocked commit blocks only itself.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_open_transaction_holds_up_only_what_it_contradicts() {
     let schema = Schema::new();
@@ -129,7 +129,7 @@ async fn an_open_transaction_holds_up_only_what_it_contradicts() {
     store.commit(relying(("right-1", 0), ("left-1", 0))).await.unwrap();
 }
 
-/// The same by documents that do not exist: whatever creates one, or relies on its absence, waits and looks again.
+/// The same for missing documents: a commit that creates one, or relies on its absence, waits and checks again.
 #[tokio::test(flavor = "multi_thread")]
 async fn of_two_that_rely_on_absence_one_holds_between_processes() {
     const ROUNDS: usize = 100;
@@ -161,7 +161,7 @@ async fn of_two_that_rely_on_absence_one_holds_between_processes() {
     assert_eq!(left, 0, "what holds the place of an absent document is gone with the transaction");
 }
 
-/// A transaction that relies on absence is waited for, by the one that would create the document.
+/// The commit that would create the document waits for a transaction that relies on its absence.
 #[tokio::test(flavor = "multi_thread")]
 async fn absence_that_is_relied_on_is_waited_for() {
     for (ending, holds) in [("COMMIT", false), ("ROLLBACK", true)] {

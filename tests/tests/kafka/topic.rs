@@ -91,14 +91,14 @@ pub fn count(brokers: &str, topic: &str) -> i64 {
     ends(brokers, topic).values().map(|(first, next)| next - first).sum()
 }
 
-/// The broker that leads each partition.
+/// Returns the broker that leads each partition.
 pub fn leaders(brokers: &str, topic: &str) -> BTreeMap<i32, i32> {
     let consumer: BaseConsumer = client(brokers).create().unwrap();
     let metadata = consumer.fetch_metadata(Some(topic), PATIENCE).unwrap();
     metadata.topics()[0].partitions().iter().map(|partition| (partition.id(), partition.leader())).collect()
 }
 
-/// The whole topic, in order per partition.
+/// Returns the whole topic, in order per partition.
 pub fn read(brokers: &str, topic: &str) -> Vec<Record> {
     let consumer: BaseConsumer = client(brokers).create().unwrap();
     let mut waiting = ends_by(&consumer, topic);
@@ -118,7 +118,7 @@ pub fn read(brokers: &str, topic: &str) -> Vec<Record> {
                 }
             }
             Some(Err(KafkaError::PartitionEOF(partition))) => _ = waiting.remove(&partition),
-            // One of several that is dead; the client goes on with the others.
+            // One of several brokers is dead. The client continues with the others.
             Some(Err(KafkaError::MessageConsumption(RDKafkaErrorCode::BrokerTransportFailure)))
                 if started_at.elapsed() < PATIENCE => {}
             Some(Err(error)) => panic!("reading {topic}: {error}"),
@@ -128,12 +128,12 @@ pub fn read(brokers: &str, topic: &str) -> Vec<Record> {
     records
 }
 
-/// Sends records to a topic as they are, where their keys belong.
+/// Sends records to a topic unchanged, to the partitions of their keys.
 pub fn send(brokers: &str, topic: &str, records: &[Record]) {
     send_compressed(brokers, topic, records, "none");
 }
 
-/// The same, in batches that are compressed.
+/// Sends the records in compressed batches.
 pub fn send_compressed(brokers: &str, topic: &str, records: &[Record], codec: &str) {
     let mut config = ClientConfig::new();
     config.set("bootstrap.servers", brokers).set("enable.idempotence", "true").set("partitioner", "murmur2_random");
