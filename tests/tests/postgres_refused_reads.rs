@@ -70,8 +70,8 @@ async fn document_under_an_id_that_no_store_can_hold_is_absent_for_a_handler() {
     .await;
 }
 
-/// A database with a narrower character set refuses queries with other characters: an error of class 22, which the store
-/// recognizes by its class alone.
+/// A database with a narrower character set refuses queries with other characters: an error of class 22, which the
+/// store recognizes by its class alone.
 #[tokio::test(flavor = "multi_thread")]
 async fn question_that_the_server_refuses_parks_its_message_and_no_other() {
     let name = format!("latin_{}", Uuid::new_v4().simple());

@@ -1,4 +1,4 @@
-//! Read models: kept with the checkpoint, rebuilt beside the live views, swapped.
+//! Read models: updated with the checkpoint, rebuilt beside the live views, and swapped.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use std::{sync::Arc, time::Duration};
@@ -112,7 +112,7 @@ async fn a_rebuild_leaves_the_live_views_alone_until_it_swaps() {
     assert_eq!((rebuilt.generation, rebuilt.views, rebuilt.views_before), (2, 2, 2));
     assert_eq!(views.get("ada").await.unwrap(), Some(Total { amount: 200, deposits: 10 }));
 
-    // What runs after the swap goes on where the rebuild ended, and nothing is counted twice.
+    // The service that runs after the swap continues where the rebuild ended, and nothing is counted twice.
     let new = runtime(&store, projection(2)).await;
     deposit(&accounts, 3).await;
     until(&views, "ada", Total { amount: 220, deposits: 11 }).await;

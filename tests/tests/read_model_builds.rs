@@ -1,5 +1,5 @@
-//! A generation of a read model belongs to one build: builds beside one another, faults in a build and in the store, swaps under
-//! a running service, and services of two versions. On every store.
+//! A generation of a read model belongs to one build. Builds run beside one another, faults hit a build or the store,
+//! swaps happen under a running service, and services have two versions. On every store.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod postgres;
@@ -46,7 +46,8 @@ struct Total {
     largest: u64,
 }
 
-/// Totals by owner. `broken` is an owner at whose events this build panics; `calls` counts the events that were applied.
+/// Totals by owner. `broken` is an owner whose events make this build panic; `calls` counts the events that were
+/// applied.
 #[derive(Clone, Default)]
 struct Totals<const VERSION: u32> {
     broken: Arc<Mutex<Option<&'static str>>>,
@@ -87,7 +88,7 @@ fn broken(owner: &'static str) -> Projection<Totals<1>> {
     projection(&totals)
 }
 
-/// Runs a test on each store, empty.
+/// Runs a test on each store, empty at first.
 async fn on_each_store(test: impl AsyncFn(Arc<dyn EventStore>)) {
     eprintln!("in memory");
     test(Arc::new(MemoryStore::new())).await;
@@ -119,7 +120,7 @@ async fn deposit(store: &Arc<dyn EventStore>, owner: &str, amount: u64) {
     deposits(store, owner, &[owner.to_owned()], amount).await;
 }
 
-/// `count` deposits of 1 that go around these owners.
+/// Makes `count` deposits of 1 that go around these owners.
 async fn many(store: &Arc<dyn EventStore>, owners: usize, count: usize) {
     for page in 0..count.div_ceil(2_000) {
         let these = (page * 2_000..count.min((page + 1) * 2_000)).map(|n| format!("owner{:04}", n % owners));
@@ -139,7 +140,7 @@ async fn all(store: &Arc<dyn EventStore>) -> BTreeMap<String, Total> {
     views.into_iter().map(|(key, view)| (key.to_string(), view)).collect()
 }
 
-/// Waits until so many deposits are in the views, then looks whether these are the right ones.
+/// Waits until this many deposits are in the views, then checks that the views are right.
 async fn right(store: &Arc<dyn EventStore>, owners: usize, each: u64) {
     let sum = |views: &BTreeMap<String, Total>| views.values().map(|total| total.deposits).sum::<u64>();
     let views = eventually("all deposits are in the views", async || {
@@ -152,7 +153,7 @@ async fn right(store: &Arc<dyn EventStore>, owners: usize, each: u64) {
     assert!(wrong.is_empty(), "of {each} deposits for each owner: {wrong:?}");
 }
 
-/// What the store holds of the read model beside its log: collections with the number of their documents.
+/// Returns what the store holds of the read model outside its log: collections with the number of their documents.
 async fn left(store: &Arc<dyn EventStore>, generation: u32) -> [usize; 3] {
     let of = format!("totals@{generation}");
     let checkpoints = documents(store, "checkpoint").await;
@@ -183,12 +184,12 @@ async fn the_end_of_one_build_leaves_what_another_has_swapped_in() {
             assert_eq!((found.live, found.rebuilt, found.differences), (50, 50, 0));
             compared.discard().await.unwrap();
             right(&store, 50, 2).await;
-            // One that is dropped takes nothing with it either. Its own views stay until it is taken for dead.
+            // A build that is dropped removes nothing of others either. Its own views stay until it is taken for dead.
             given_up.push(rebuilt.generation + 1);
             let dropped = totals().build(store.clone(), |_| {}).await.unwrap();
             totals().rebuild(store.clone()).await.unwrap();
             drop(dropped);
-            // And one that comes after another swap is refused.
+            // A swap after another swap is refused.
             let late = totals().build(store.clone(), |_| {}).await.unwrap();
             let generation = totals().rebuild(store.clone()).await.unwrap().generation;
             let refused = late.swap().await;
@@ -255,20 +256,20 @@ async fn events_that_cannot_be_applied_are_counted_and_belong_to_their_build() {
         assert!(error.contains("3 events could not be applied"), "{error}");
         right(&store, 2, 3).await;
 
-        // What they left is nothing: the mended build has each event once, now and later.
+        // The broken builds leave nothing: the repaired build has each event once, now and later.
         assert_eq!(totals().rebuild(store.clone()).await.unwrap().views, 2);
         deposit(&store, "ada", 13).await;
         deposit(&store, "bob", 13).await;
         right(&store, 2, 4).await;
         assert_eq!(all(&store).await["ada"].amount, 46);
 
-        // Accepted, they wait as dead letters of the generation that is live then.
+        // Accepted, the parked events wait as dead letters of the generation that is live then.
         let accepted = broken("ada").build(store.clone(), |_| {}).await.unwrap().accept_parked().swap().await.unwrap();
         assert_eq!((accepted.views, accepted.views_before, accepted.parked), (1, 2, 4));
         let of = format!("totals@{}", accepted.generation);
         let letters = DeadLetters::new(store.clone()).list(&of).await.unwrap();
         assert!(letters.len() == 1 && letters[0].behind == 3, "{letters:?}");
-        // The running service has no fault: it applies them, once, in order, when an operator says so.
+        // The running service has no fault: it applies the events once and in order, when an operator redrives them.
         eventually("the service keeps the new generation", async || {
             let redriven = Operator::new(store.clone(), "ann").redrive(&of, "account-ada", "mended").await;
             (redriven.unwrap() == 0).then_some(())
@@ -311,7 +312,8 @@ async fn a_service_goes_on_with_the_new_views_and_reads_nothing_again() {
                     (hot > upto).then_some(())
                 })
                 .await;
-                // A second by promise; more on a machine that is busy with other tests, yet none of it grows with the log.
+                // One second is promised; a machine that is busy with other tests takes more, but none of it grows with
+                // the log.
                 assert!(swapped.elapsed() < Duration::from_secs(5), "{:?}", swapped.elapsed());
                 tokio::time::sleep(Duration::from_millis(700)).await;
             }
@@ -366,7 +368,8 @@ async fn services_of_two_versions_write_views_of_their_own() {
         let new = Totals::<2>::default();
         let older = service(Runtime::shared("older"), &store, &old).await;
         right(&store, 1, 1).await;
-        // The newer one builds beside and swaps by itself; the older one leaves its views alone from then on.
+        // The newer service builds beside the live views and swaps by itself; the older one leaves its views alone from
+        // then on.
         let newer = service(Runtime::shared("newer"), &store, &new).await;
         eventually("the views of the new build", async || (all(&store).await["ada"].largest == 100).then_some(()))
             .await;
@@ -381,7 +384,7 @@ async fn services_of_two_versions_write_views_of_their_own() {
         assert!(older.health().is_fine() && newer.health().is_fine());
         let calls = old.calls.load(Ordering::SeqCst);
 
-        // A rebuild by the older one is refused unless it is meant.
+        // A rebuild by the older build is refused unless the operator accepts it.
         let refused = totals().build(store.clone(), |_| {}).await.unwrap().swap().await;
         assert!(matches!(refused, Err(SwapError::Older { live: 2, version: 1, .. })), "{refused:?}");
         newer.drain(PATIENCE).await.unwrap();
@@ -420,7 +423,7 @@ async fn a_projection_outlives_an_outage_and_health_says_so_meanwhile() {
         deposit(&inner, "ada", 1).await;
         totals().rebuild(inner.clone()).await.unwrap();
         let mut runtime = Runtime::new();
-        // From the very first read on.
+        // The store is away from the very first read.
         let model = projection(&Totals::<1>::default());
         let shutdown = runtime.shutdown();
         let health = runtime.health();
@@ -434,7 +437,7 @@ async fn a_projection_outlives_an_outage_and_health_says_so_meanwhile() {
         deposit(&inner, "ada", 1).await;
         right(&inner, 1, 2).await;
         eventually("it is fine again", async || health.is_fine().then_some(())).await;
-        // While its generation is swapped and removed.
+        // The store is away while the generation is swapped and removed.
         faulty.away(true);
         deposit(&inner, "ada", 1).await;
         eventually("it is in trouble", troubled).await;
@@ -448,7 +451,7 @@ async fn a_projection_outlives_an_outage_and_health_says_so_meanwhile() {
     .await;
 }
 
-/// Whatever becomes of one commit of a rebuild, the live views are right, and so are those of the next rebuild.
+/// Whatever happens to one commit of a rebuild, the live views are right, and so are those of the next rebuild.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_fault_at_any_commit_of_a_rebuild_leaves_right_views() {
     let faults = [Fault::Unavailable, Fault::LostUnknown, Fault::AppliedUnknown, Fault::CrashBefore, Fault::CrashAfter];
@@ -467,7 +470,7 @@ async fn a_fault_at_any_commit_of_a_rebuild_leaves_right_views() {
                 outcome = model.rebuild(Arc::new(faulty.clone())) => outcome,
             };
             right(&inner, 20, 2).await;
-            // A lost answer alone fails nothing.
+            // A lost answer alone makes nothing fail.
             let is_unknown = matches!(fault, Fault::LostUnknown | Fault::AppliedUnknown);
             assert!(outcome.is_ok() || !is_unknown, "{fault:?} at {number}: {outcome:?}");
             if let Ok(rebuilt) = &outcome {
@@ -484,7 +487,7 @@ async fn a_fault_at_any_commit_of_a_rebuild_leaves_right_views() {
     }
 }
 
-/// Time is not waited for: a build that died long ago is put into the pointer by hand.
+/// The test does not wait for time to pass: it writes a build that died long ago into the pointer by hand.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_build_that_died_is_removed_by_the_next_one() {
     on_each_store(async |store| {
@@ -492,7 +495,7 @@ async fn a_build_that_died_is_removed_by_the_next_one() {
         let rebuilt = totals().rebuild(store.clone()).await.unwrap();
         let dead = broken("owner0001").build(store.clone(), |_| {}).await.unwrap();
         let generation = rebuilt.generation + 1;
-        // All of them are in one stream: those after the first one that fails wait behind it.
+        // All events are in one stream: the events after the first failed one wait behind it.
         assert_eq!(left(&store, generation).await, [1, 19, 1]);
         drop(dead);
         let (id, body) = documents(&store, "read-model").await.remove(0);
@@ -540,7 +543,7 @@ async fn a_list_is_whole_while_views_are_swapped() {
     .await;
 }
 
-/// Swaps and removes the views while a page of them is asked for.
+/// Swaps and removes the views while a page of them is read.
 struct SwapsInScan {
     inner: Arc<dyn EventStore>,
     swapped: AtomicBool,
@@ -620,7 +623,7 @@ async fn a_read_model_is_never_reset_and_stays_paused_over_a_swap() {
     .await;
 }
 
-/// What was there before generations were reserved: a pointer with nothing but a number, or none, and a checkpoint.
+/// The state before generations were reserved: a pointer with only a number, or none, and a checkpoint.
 #[tokio::test(flavor = "multi_thread")]
 async fn stores_of_earlier_releases_go_on() {
     on_each_store(async |store| {
@@ -635,7 +638,7 @@ async fn stores_of_earlier_releases_go_on() {
             put("read-model", "totals", r#"{"live":3}"#),
             put("checkpoint", "totals@3/0", r#"{"next":1,"at":"2026-01-01T00:00:00Z"}"#),
             put("read.totals@3", "ada", r#"{"amount":5,"deposits":1}"#),
-            // What a rebuild that was cut off has left.
+            // The rest of a rebuild that was cut off.
             put("checkpoint", "totals@4/0", r#"{"next":1,"at":"2026-01-01T00:00:00Z"}"#),
             put("read.totals@4", "ada", r#"{"amount":50,"deposits":10}"#),
         ];
@@ -671,7 +674,7 @@ async fn a_server_that_stops_and_starts_again_costs_no_view() {
     server.kill();
     let health = runtime.health();
     server.resume().await;
-    // It may have failed, with a reason; the views are right in either case.
+    // The rebuild may have failed with a reason. The views are right in either case.
     let outcome = rebuilding.await.unwrap();
     eprintln!("the rebuild under the outage: {outcome:?}");
     many(&store, 500, 500).await;

@@ -1,4 +1,4 @@
-//! Paths and files that are no store: each is refused with an error of its own that names it, and is left as it was.
+//! Paths and files that are not stores: each is refused with an error of its own that names it, and stays unchanged.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -19,14 +19,14 @@ async fn connect(file: &Path) -> SqliteConnection {
     SqliteConnectOptions::new().filename(file).create_if_missing(true).connect().await.unwrap()
 }
 
-/// A SQLite file made by these statements, and nothing beside it.
+/// Creates a SQLite file with these statements, and no other file.
 async fn sqlite_file(file: &Path, sql: &'static str) {
     let mut connection = connect(file).await;
     connection.execute(sql).await.unwrap();
     connection.close().await.unwrap();
 }
 
-/// Every file of a folder with its bytes.
+/// Returns all files of a folder with their bytes.
 fn contents(folder: &Path) -> BTreeMap<PathBuf, Option<Vec<u8>>> {
     fs::read_dir(folder)
         .unwrap()
@@ -35,7 +35,7 @@ fn contents(folder: &Path) -> BTreeMap<PathBuf, Option<Vec<u8>>> {
         .collect()
 }
 
-/// Opens what must not open, and says that the folder around it did not change and that the message names the file.
+/// Opens what must not open. Asserts that the folder around it did not change and that the message names the file.
 async fn refused(path: &Path) -> OpenError {
     let parent = path.parent().filter(|parent| parent.is_dir());
     let before = parent.map(contents);
@@ -90,7 +90,7 @@ async fn a_store_of_a_newer_build() {
     assert_eq!(refused(&path).await, OpenError::TooNew { path: path.clone(), found: 99, known });
 }
 
-/// As it is after that build was killed: what is in the log beside the file is for that build to take in.
+/// The file as it is after that build was killed: only that build may recover the log next to the file.
 #[tokio::test]
 async fn a_store_that_a_newer_build_left_in_haste() {
     let (folder, copies) = (folder(), folder());
@@ -107,7 +107,7 @@ async fn a_store_that_a_newer_build_left_in_haste() {
     assert!(matches!(error, OpenError::TooNew { found: 99, .. }), "{error}");
 }
 
-/// As it is while that build runs: the new version stands in the log beside the file only.
+/// The file as it is while that build runs: the new version is in the log next to the file only.
 #[tokio::test]
 async fn a_store_that_a_newer_build_has_open() {
     let folder = folder();
@@ -143,14 +143,14 @@ async fn a_folder_that_is_missing() {
     assert_eq!(refused(&path).await, OpenError::NoFolder { path, folder: file });
 }
 
-/// Permissions do not bind whoever runs tests as root; these do.
+/// Permissions do not bind root, who may run the tests; these obstacles do.
 #[tokio::test]
 async fn a_path_that_cannot_be_written() {
     let folder = folder();
     let long = folder.path().join("x".repeat(300));
     assert!(matches!(refused(&long).await, OpenError::Unwritable { .. }));
 
-    // Where the journal should go, something is in the way.
+    // A folder stands where the journal should go.
     let blocked = folder.path().join("blocked.db");
     fs::create_dir_all(folder.path().join("blocked.db-journal/in the way")).unwrap();
     let error = SqliteStore::open(&blocked).await.err().unwrap();
@@ -183,7 +183,7 @@ async fn a_url_of_something_else() {
         let error = SqliteStore::open_url(url).await.err().unwrap();
         assert_eq!(error, OpenError::Url { url: url.into() });
     }
-    // What may hold a password is not repeated.
+    // Text that may hold a password is not repeated.
     for url in ["postgres://shop:secret@localhost", "postgres://shop:secret", "postgres://db?password=secret"] {
         let error = SqliteStore::open_url(url).await.err().unwrap();
         assert_eq!(error, OpenError::Url { url: "postgres:…".into() });
@@ -192,7 +192,7 @@ async fn a_url_of_something_else() {
     assert!(!error.to_string().contains("secret"), "{error}");
 }
 
-/// What `touch` leaves, and what a crash leaves before anything was written.
+/// The file that `touch` creates, and that a crash leaves before anything was written.
 #[tokio::test]
 async fn an_empty_file_is_taken() {
     let folder = folder();

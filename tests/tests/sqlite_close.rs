@@ -1,4 +1,4 @@
-//! Closing a store, and letting go of one.
+//! Closes a store, or drops it.
 #![allow(clippy::unwrap_used)]
 
 use std::path::Path;
@@ -31,7 +31,7 @@ async fn count(file: &Path) -> usize {
     count
 }
 
-/// What is under way holds or is refused; none of it remains in doubt, and the file has exactly what holds.
+/// A commit under way succeeds or is refused. None remains unknown, and the file holds exactly the successful ones.
 #[tokio::test(flavor = "multi_thread")]
 async fn closing_drains() {
     const COMMITS: usize = 4_000;
@@ -43,7 +43,7 @@ async fn closing_drains() {
         let store = store.clone();
         commits.spawn(async move { store.commit(commit(number)).await });
     }
-    // Once the first has come through, the others are on their way.
+    // After the first commit is done, the others are under way.
     let mut held = usize::from(commits.join_next().await.unwrap().unwrap().is_ok());
     assert_eq!(held, 1);
     store.close().await.unwrap();
@@ -79,7 +79,8 @@ async fn a_closed_store_says_so() {
     assert!(matches!(page, Err(StoreError::Unavailable(_))));
 }
 
-/// The runtime that opened it ends in the middle of things. What had been handed over is written, and so is what comes later.
+/// The runtime that opened the store ends with work under way. Commits already handed over are written, and so are
+/// later ones.
 #[test]
 fn a_store_outlives_its_runtime() {
     let folder = tempfile::tempdir().unwrap();

@@ -19,12 +19,12 @@ use uuid::Uuid;
 
 const WRITERS: usize = 8;
 const KILLS: u64 = 20;
-/// How much later than an acknowledgement a kill may come: a few groups' time.
+/// The longest delay of a kill after an acknowledgement: the time of a few groups.
 const LATER_MICROSECONDS_MAX: u64 = 3_000;
-/// Set for the process that is to be killed: the file that it writes to, for as long as it lives.
+/// The variable that holds the file of the process to kill, which writes for as long as it lives.
 const FILE: &str = "ANNALS_SQLITE_KILL_FILE";
 
-/// What the killed process runs; by itself, it says that its commits hold at all.
+/// The work of the killed process. Run alone, it checks that its commits succeed at all.
 #[test]
 fn commits_under_load() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
@@ -39,7 +39,7 @@ fn commits_under_load() {
     }
 }
 
-/// In one write, so that what the other side reads up to a line's end is a line.
+/// A single write, so that the reader gets whole lines.
 fn acknowledge(writer: usize, round: i64, position: i64) {
     let line = format!("committed {writer} {round} {position}\n");
     std::io::stdout().lock().write_all(line.as_bytes()).unwrap();
@@ -63,7 +63,8 @@ async fn load(file: &Path, rounds: i64, acknowledge: fn(usize, i64, i64)) {
     store.close().await.unwrap();
 }
 
-/// Two events in the writer's own stream, one in everybody's, a counter, and a flag that is put and removed in turn.
+/// Two events in the writer's own stream, one in the shared stream, a counter, and a flag that is put and removed in
+/// turn.
 fn commit(writer: usize, round: i64) -> Commit {
     let event = || NewEvent {
         id: Uuid::new_v4(),
@@ -101,13 +102,13 @@ fn a_killed_process_loses_nothing_that_it_acknowledged() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let mut acknowledged = Vec::new();
     for kill in 0..KILLS {
-        // The first is killed as it starts, wherever that is; the others somewhere in their work.
+        // The first process is killed as it starts, wherever that is; the others somewhere in their work.
         let after = if kill == 0 { 0 } else { RandomState::new().hash_one(kill) % 400 };
         let before = acknowledged.len();
         acknowledged.extend(run_and_kill(&file, after));
         let told = format!("kill {kill} after {after} lines, {} acknowledged", acknowledged.len() - before);
 
-        // Who opens the file first also recovers it: we should not be the only ones who can.
+        // The process that opens the file first also recovers it: plain SQL must be able to do that too.
         let by_store = async || {
             let store = SqliteStore::open(&file).await.unwrap();
             let mut rounds = Vec::new();
@@ -154,20 +155,21 @@ fn run_and_kill(file: &Path, after: u64) -> Vec<(usize, i64, i64)> {
     };
     let seen = lines.by_ref().filter_map(&mut read).take(after as usize).count();
     assert_eq!(seen as u64, after, "the process ended by itself");
-    // Without this, it would always die in the same place: at the start of the group after one that was acknowledged.
+    // Without this delay, the process would always die in the same place: at the start of the group after an
+    // acknowledged one.
     let later = Duration::from_micros(RandomState::new().hash_one(after) % LATER_MICROSECONDS_MAX);
     let seen_at = Instant::now();
     while seen_at.elapsed() < later {
         std::hint::spin_loop();
     }
     child.kill().unwrap();
-    // What it said before it died counts as well, though nobody had read it.
+    // Lines written before the process died count as well, even if they were not read yet.
     let _rest = lines.filter_map(&mut read).count();
     child.wait().unwrap();
     acknowledged
 }
 
-/// Rounds that a writer has behind it, as the store tells it, from events and documents alike.
+/// Returns the rounds that a writer has done, read through the store, from events and documents alike.
 async fn rounds_by_store(store: &SqliteStore, writer: usize) -> i64 {
     let keys = ["count", "flag"].map(|collection| DocumentKey::new(collection, writer.to_string()));
     let found = store.documents(&keys).await.unwrap();
@@ -180,18 +182,18 @@ async fn rounds_by_store(store: &SqliteStore, writer: usize) -> i64 {
     rounds
 }
 
-/// What plain SQL finds.
+/// The state that plain SQL finds.
 #[derive(Default)]
 struct Found {
-    /// How many rounds each writer has behind it.
+    /// The number of rounds that each writer has done.
     rounds: Vec<i64>,
-    /// Where the last event of each round stands in the log.
+    /// The position of the last event of each round in the log.
     own: HashMap<(usize, i64), i64>,
-    /// Where the events of everybody's stream stand.
+    /// The positions of the events in the shared stream.
     shared: HashSet<i64>,
 }
 
-/// The same as the store tells, and whether the file as a whole is sound.
+/// Returns the same by plain SQL, and checks that the file as a whole is sound.
 async fn found_by_sql(file: &Path) -> Found {
     let mut connection = connect(file).await;
     let sound: String = sqlx::query_scalar("PRAGMA integrity_check").fetch_one(&mut connection).await.unwrap();

@@ -1,4 +1,4 @@
-//! Several processes on one file, and what happens when one of them keeps it for itself.
+//! Several processes on one file, and a process that keeps the file for itself.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -35,7 +35,7 @@ fn at(version: i64) -> Expected {
     Expected::Version(Version(version))
 }
 
-/// Each with a writer of its own: versions and positions stay dense, whoever draws them.
+/// Each process has a writer of its own: versions and positions stay dense, whichever process draws them.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_writers_take_turns() {
     const COMMITS: usize = 200;
@@ -86,7 +86,7 @@ async fn a_waiting_reader_learns_of_commits_of_another_process() {
     writer.close().await.unwrap();
 }
 
-/// It is told so within the bound, nothing of it is stored, and all is well once the file is free again.
+/// The commit gets its error within the bound, nothing of it is stored, and all works once the file is free again.
 #[tokio::test]
 async fn a_commit_does_not_wait_for_ever_for_a_lock() {
     let folder = tempfile::tempdir().unwrap();
@@ -107,7 +107,7 @@ async fn a_commit_does_not_wait_for_ever_for_a_lock() {
     store.close().await.unwrap();
 }
 
-/// A lock that is let go of in time is only waited for.
+/// A lock that is released in time only delays the commit.
 #[tokio::test]
 async fn a_commit_waits_its_turn() {
     let folder = tempfile::tempdir().unwrap();
@@ -125,8 +125,8 @@ async fn a_commit_waits_its_turn() {
     store.close().await.unwrap();
 }
 
-/// Here by a trigger, as no statement fails by itself. The events before it in the group are not stored either,
-/// no lock remains, and the next commit holds.
+/// A trigger makes the statement fail, since none fails by itself. The events before it in the group are not stored
+/// either, no lock remains, and the next commit succeeds.
 #[tokio::test]
 async fn a_commit_that_fails_midway_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();

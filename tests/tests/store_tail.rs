@@ -1,4 +1,5 @@
-//! The store suite on the tail that a process puts around its store, and what others write behind its back.
+//! The store suite on the tail that a process puts around its store, and events that other processes write to that
+//! store.
 #![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;
@@ -19,7 +20,8 @@ impl StoreUnderTest for Tailed {
 
 suite!(Tailed);
 
-/// It reads only so much in one go. Whoever takes that for the end of the log rests although there is more.
+/// The tail reads a bounded number of events at once. A reader that takes that for the end of the log would wait
+/// although there is more.
 #[tokio::test]
 async fn what_others_have_written_is_told_of_before_it_is_read() {
     const EVENTS: usize = 5_000;

@@ -1,4 +1,5 @@
-//! Time: one clock for all processes on a store, no end of the calendar, and a backlog of timers that keeps nobody waiting.
+//! Time: one clock for all processes on a store, no end of the calendar, and a backlog of timers that delays no other
+//! timer.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -36,7 +37,7 @@ use uuid::Uuid;
 const DRAIN: Duration = Duration::from_secs(10);
 const DAY: Duration = Duration::from_secs(24 * 3_600);
 
-/// Booked at the hotel, which nobody runs in most of these tests, and confirmed.
+/// Booked at the hotel, which does not run in most of these tests, and confirmed.
 fn short(timeout: Duration, deadline: Option<Duration>) -> Saga<Trip> {
     let plan = Saga::named("trip")
         .compensatable("book", |trip| ask("hotel", "book", trip))
@@ -51,7 +52,7 @@ fn short(timeout: Duration, deadline: Option<Duration>) -> Saga<Trip> {
     }
 }
 
-/// A store of each kind, and what must outlive it.
+/// Returns a store of each kind, with the values that must outlive it.
 async fn stores() -> Vec<(&'static str, Arc<dyn EventStore>, Box<dyn std::any::Any>)> {
     let folder = tempfile::tempdir().unwrap();
     let sqlite = SqliteStore::open(folder.path().join("annals.db")).await.unwrap();
@@ -81,7 +82,7 @@ async fn deadline_of_three_days_is_tested_by_moving_a_clock() {
     let first = world.becomes("a", Status::Compensating).await;
     assert_eq!(first.last_error.as_deref(), Some("book: deadline"));
     assert_eq!(world.status("b").await.unwrap().status, Status::Running);
-    // The clock moved three days; this took a moment.
+    // The clock moved three days, while the test took a moment.
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
     runtime.drain(DRAIN).await.unwrap();
 }
@@ -128,7 +129,7 @@ async fn waits_beyond_the_calendar_never_end() {
                 assert!(due.is_empty(), "{kind}, {longest:?}: {due:?}");
             }
             let hotel = world.start(&["hotel"]).await;
-            // The bus inside the process has dropped what was asked of the hotel before it was there.
+            // The local bus has dropped the command to the hotel that was sent before the hotel ran.
             world.request("b", Uuid::new_v4(), None).await;
             world.becomes("b", Status::Completed).await;
             assert_eq!(world.status("a").await.unwrap().status, Status::Running, "{kind}, {longest:?}");
@@ -138,10 +139,10 @@ async fn waits_beyond_the_calendar_never_end() {
     }
 }
 
-/// How many timers are due at once.
+/// The number of timers that are due at once.
 const HERD: usize = 10_000;
 
-/// Sagas that began an hour ago, whose step waited three seconds.
+/// Creates sagas that began an hour ago, and whose step waited three seconds.
 async fn herd(world: &World, store: &Arc<dyn EventStore>) {
     let hour_ago = store.clock().now().timestamp_millis() - 3_600_000;
     let started = |number: usize| {
@@ -169,7 +170,7 @@ async fn herd(world: &World, store: &Arc<dyn EventStore>) {
     }
 }
 
-/// When each saga gave up its step, in order.
+/// Returns the time at which each saga gave up its step, in order.
 async fn given_up(store: &Arc<dyn EventStore>) -> Vec<(String, DateTime<Utc>)> {
     let (mut found, mut after) = (Vec::new(), Position::START);
     loop {
@@ -204,7 +205,7 @@ async fn backlog_keeps_nobody_waiting(store: Arc<dyn EventStore>) {
     let (_, fresh) = fired.iter().find(|(id, _)| id == "fresh").unwrap();
     let (last, waited) = (fired.last().unwrap().1 - started, *fresh - started);
     println!("the fresh one after {waited}, the last one after {last}");
-    // On a slow machine all take longer; behind the backlog, it would be among the last.
+    // On a slow machine all timers take longer; behind the backlog, the fresh one would be among the last.
     let most = last.num_milliseconds() / 2;
     assert!(
         waited.num_milliseconds() < most.max(5_000),
@@ -255,20 +256,20 @@ impl OtherClock {
     }
 }
 
-/// Set for the process that runs beside a test: which store it shares.
+/// The variable that holds the store which the other process shares.
 const SHARED_STORE: &str = "ANNALS_TIME_STORE";
-/// What it says once its parts work.
+/// The line that the process prints once its parts work.
 const UP: &str = "an instance with another clock is up";
 
 fn patient() -> Saga<Trip> {
     short(10 * DAY, Some(Duration::from_secs(30)))
 }
 
-/// Not a test: what the other process runs.
+/// Not a test: the work of the other process.
 #[test]
 fn instance_with_another_clock() {
     let Ok(location) = env::var(SHARED_STORE) else { return };
-    // Ends with the test, however that ends.
+    // The process ends with the test, however that ends.
     std::thread::spawn(|| {
         _ = std::io::stdin().read_to_end(&mut Vec::new());
         std::process::exit(1);
@@ -298,7 +299,7 @@ impl Drop for Instance {
     }
 }
 
-/// Starts the other process, and returns how far its clock is ahead, in seconds.
+/// Starts the other process, and returns by how many seconds its clock is ahead.
 fn start(clock: &OtherClock, ahead_seconds: i64, location: &str) -> (Instance, i64) {
     let mut command = Command::new(env::current_exe().unwrap());
     command.args(["--exact", "instance_with_another_clock", "--nocapture"]);
@@ -333,7 +334,7 @@ async fn clocks_apart(store: Arc<dyn EventStore>, location: &str) {
             other = start(&clock, ahead, location);
         }
         assert!((other.1 - ahead).abs() < 20, "its clock is ahead by {} s, not {ahead}", other.1);
-        // Both have looked at the timers twice by then; nothing says that nothing happened.
+        // Both processes have checked the timers twice by then. There is no signal for the absence of events.
         tokio::time::sleep(Duration::from_secs(3)).await;
         let events: Vec<_> = world.history(&id).await.into_iter().map(|event| event.type_name.to_string()).collect();
         assert_eq!(events, ["saga.started"], "ahead by {ahead} s");

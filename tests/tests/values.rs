@@ -1,4 +1,4 @@
-//! Numbers come back as they were written, or are refused when they are written.
+//! Numbers are read back as they were written, or are refused when they are written.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -72,7 +72,7 @@ struct FlatWide {
     wide: u128,
 }
 
-/// The same, one version later: every event goes through an upcaster that changes nothing.
+/// The same event, one version later: every event goes through an upcaster that changes nothing.
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "m")]
 enum Later {
@@ -101,12 +101,12 @@ fn decoded<E: Event>(event: &Measure) -> E {
         .unwrap()
 }
 
-/// By their words, in which the shortest form of a number is one that is no other number's.
+/// Compares the debug output, in which the shortest form of a number belongs to no other number.
 fn assert_same<L: Debug, R: Debug>(left: &L, right: &R) {
     assert_eq!(format!("{left:?}"), format!("{right:?}"));
 }
 
-/// Bit patterns of all kinds.
+/// Returns bit patterns of all kinds.
 fn floats() -> impl Iterator<Item = f64> {
     let mut random = fastrand::Rng::with_seed(1);
     let fixed = [0.0, -0.0, f64::MAX, f64::MIN, f64::MIN_POSITIVE, 5e-324, 0.1, 1e16, 1e17, 123_456_789.123_456_79];
@@ -179,7 +179,7 @@ fn what_would_not_be_read_back_is_refused_when_it_is_written() {
     );
 }
 
-/// Each with the name of the field.
+/// Each value with the name of its field.
 fn not_finite(value: f64) -> [(Measure, &'static str); 7] {
     let short = value as f32;
     let nested = |list, map, either| Measure::Nested { list, map, either };
@@ -206,7 +206,7 @@ fn numbers_that_are_not_finite_are_unencodable_and_named() {
         }
         assert!(Measure::Tuple(value).encode().is_err());
     }
-    // `null` in other places is none of these.
+    // `null` in other places is valid.
     let event = Measure::Maybe { value: None };
     assert_same(&event, &decoded::<Measure>(&event));
 }
@@ -303,7 +303,7 @@ impl ReadModel for Rates {
     }
 }
 
-/// The first view is infinite, so its event is set aside, and the others behind it; other keys go on.
+/// The first view is infinite, so its event is parked, and the events behind it wait; other keys continue.
 #[tokio::test(flavor = "multi_thread")]
 async fn view_that_is_not_finite_sets_its_event_aside_and_leaves_the_views_readable() {
     on_each_store(async |store| {
@@ -336,7 +336,8 @@ async fn view_that_is_not_finite_sets_its_event_aside_and_leaves_the_views_reada
     .await;
 }
 
-/// What was stored by a build that let NaN through says where it is, and stays refused; nothing new is added to it.
+/// A value stored by a build that accepted NaN is reported with its place, and stays refused; no new event is added to
+/// it.
 #[tokio::test]
 async fn null_in_the_place_of_a_number_is_named_with_its_place() {
     on_each_store(async |store| {

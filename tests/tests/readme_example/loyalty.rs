@@ -4,7 +4,7 @@ use annals::{Aggregate, Event, EventStore, Group, Handler, HandlerError, Message
 use async_trait::async_trait;
 use rust_decimal::Decimal;
 
-/// What this service wants of the order service's events.
+/// The events of the order service that this service reads.
 #[derive(Event)]
 #[event(prefix = "order", unknown = "skip")]
 enum OrderEvent {
@@ -55,7 +55,7 @@ impl Aggregate for Points {
 }
 // README: up to here
 
-/// Gives a point for each pound that a known customer orders.
+/// Awards a point for each pound that a known customer orders.
 struct Award(Repository<Points>);
 
 // README: from here

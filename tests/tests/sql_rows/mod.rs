@@ -1,4 +1,4 @@
-//! A handler that writes a row for each event, a subscription with it, and what must be true of the rows.
+//! A handler that writes a row for each event, a subscription with it, and the conditions that hold for the rows.
 #![allow(dead_code)]
 
 use std::{
@@ -23,21 +23,21 @@ use tokio_util::sync::CancellationToken;
 
 use crate::postgres::{PROMPTLY, Schema, url};
 
-/// What goes wrong with an amount, after its row was written.
+/// What goes wrong with an amount after its row was written.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Trouble {
     Error,
     Panic,
-    /// A statement fails, and the handler does as if nothing was.
+    /// A statement fails, and the handler ignores the error.
     SwallowedError,
-    /// A constraint that is checked at the very end.
+    /// A deferred constraint fails at the very end.
     Deferred,
-    /// It stages more documents than fit into a commit with those of others.
+    /// The handler stages more documents than fit into a commit together with those of others.
     Large(usize),
-    /// It writes in a nested transaction, and rolls it back.
+    /// The handler writes in a nested transaction, and rolls it back.
     NestedRollback,
     NestedCommit,
-    /// Its own session is ended under it, once.
+    /// The handler's own session is ended under it, once.
     KillOnce,
 }
 
@@ -46,10 +46,10 @@ pub enum Trouble {
 pub struct Rows {
     pub schema: Schema,
     pub troubles: Arc<Mutex<HashMap<i64, Trouble>>>,
-    /// How long it takes over a row, at most.
+    /// The longest time that the handler takes for a row.
     pub micros_max: u64,
     pub handled: Arc<AtomicU64>,
-    /// Counts amounts here too, by the log.
+    /// Also counts the amounts here, through the log.
     pub copies: Option<Repository<Tally>>,
 }
 
@@ -138,7 +138,7 @@ impl Bed {
         Self::at(&url()).await
     }
 
-    /// With the store under another URL of the same database.
+    /// Creates a bed whose store uses another URL of the same database.
     pub async fn at(url: &str) -> Self {
         let schema = Schema::new();
         let separator = if url.contains('?') { '&' } else { '?' };
@@ -177,7 +177,7 @@ impl Bed {
         Running(task, shutdown)
     }
 
-    /// The amounts in the table, in the order of the log.
+    /// Returns the amounts in the table, in the order of the log.
     pub async fn seen(&self) -> Vec<i64> {
         let sql = self.schema.sql("SELECT amount FROM annals.seen ORDER BY position, n");
         sqlx::query_scalar(sql).fetch_all(&mut self.schema.connection().await).await.unwrap()
@@ -192,12 +192,13 @@ impl Bed {
         letters.into_iter().map(|letter| (letter.parked.key, letter.parked.reason)).collect()
     }
 
-    /// What they were parked for, once there are so many.
+    /// Returns the reasons of the parked messages, once there are this many.
     pub async fn parked(&self, count: usize) -> Vec<(Arc<str>, String)> {
         eventually("they are parked", async || Some(self.letters().await).filter(|all| all.len() == count)).await
     }
 
-    /// Each event has its row, once, and nothing else has; in the order of its stream.
+    /// Asserts that each event has its row once, that there is no other row, and that rows follow the order of their
+    /// streams.
     pub async fn exactly_once(&self, events: i64) {
         let all = "SELECT count(*), count(s.position), count(DISTINCT e.position) FROM annals.seen AS s
                      FULL JOIN (SELECT * FROM annals.events WHERE stream_id LIKE 'tally-%') AS e USING (position)";
@@ -216,7 +217,8 @@ impl Bed {
         assert_eq!(wrong, 0);
     }
 
-    /// Watches, from outside and as of one moment each, that rows and checkpoint do not part. For one lane that parks nothing.
+    /// Checks from outside, as of one moment each, that rows and checkpoint agree. For a single lane that parks
+    /// nothing.
     pub fn watch(&self) -> JoinHandle<()> {
         let schema = self.schema.clone();
         tokio::spawn(async move {
@@ -232,7 +234,7 @@ impl Bed {
         })
     }
 
-    /// Sessions of this test that have a transaction open.
+    /// Counts the sessions of this test that have a transaction open.
     pub async fn open_transactions(&self) -> i64 {
         let sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1 AND xact_start IS NOT NULL";
         let count = sqlx::query_scalar(sql).bind(self.schema.name());
