@@ -1,4 +1,4 @@
-//! Replays to topics, and topics held against the log; looked at with a plain Kafka client. Run by `./test`.
+//! Replays to topics, and topics compared with the log, checked with a plain Kafka client. Run by `./test`.
 #![allow(clippy::unwrap_used)]
 
 mod topic;
@@ -27,7 +27,7 @@ async fn bus(brokers: &str) -> Arc<KafkaBus> {
     Arc::new(KafkaBus::connect(Settings::new(brokers).partitions(3)).await.unwrap())
 }
 
-/// The same message but for its place, and for what only the relay says of it.
+/// Returns the messages without their offsets, and without the attributes that only the relay sets.
 fn without_lane(records: &[Record]) -> Vec<Record> {
     let mut records = records.to_vec();
     records.iter_mut().for_each(|record| {
@@ -38,7 +38,7 @@ fn without_lane(records: &[Record]) -> Vec<Record> {
     records
 }
 
-/// Notes how often it was given each event.
+/// Counts how often it was called for each event.
 struct Counting;
 
 #[async_trait]
@@ -50,7 +50,7 @@ impl Handler for Counting {
     }
 }
 
-/// How many offsets its checkpoints have passed.
+/// Returns the number of offsets that the store's checkpoints have passed.
 async fn passed(store: &dyn EventStore) -> i64 {
     let found = store.scan("checkpoint", &annals::Scan::After("".into()), 100).await.unwrap();
     let next = |body: &str| serde_json::from_str::<serde_json::Value>(body).unwrap()["next"].as_i64().unwrap();
@@ -73,7 +73,7 @@ async fn a_topic_gets_what_the_relay_sent_and_consumers_know_what_they_had() {
     let sent = topic::all(&broker.address(), "agency.events");
     assert_eq!(sent.len(), TRIPS.len());
 
-    // A consumer of ours, which has had all of them.
+    // A consumer of our library, which has handled all messages.
     let watcher: Arc<dyn EventStore> = Arc::new(SqliteStore::open(place.file("watcher.db")).await.unwrap());
     let mut runtime = Runtime::new();
     let service = Service::new("watcher", watcher.clone()).consume(Group::new("watcher", &["agency.events"], Counting));
@@ -104,7 +104,7 @@ async fn a_topic_gets_what_the_relay_sent_and_consumers_know_what_they_had() {
     second.sort();
     assert_eq!(second, first, "its lane included");
 
-    // It has come to the end of the topic, and counted none of them again.
+    // The consumer has reached the end of the topic, and counted no message again.
     until("it has passed the replayed ones", || async { passed(&*watcher).await == both.len() as i64 }).await;
     runtime.drain(DRAIN).await.unwrap();
     let seen = seen(&*watcher).await;
@@ -125,7 +125,7 @@ async fn a_topic_gets_what_the_relay_sent_and_consumers_know_what_they_had() {
     assert!(!wrong.contains("hunter2"), "{wrong}");
 }
 
-/// A store with one stream of so many events.
+/// Creates a store with one stream of this many events.
 async fn things(place: &Place, count: i64) -> std::path::PathBuf {
     let path = place.file("things.db");
     let store = SqliteStore::open(&path).await.unwrap();
@@ -168,7 +168,7 @@ async fn ctrl_c_stops_at_what_the_brokers_have_and_the_printed_command_goes_on_t
     const MANY: i64 = 5_000;
     let place = Place::empty();
     let path = things(&place, MANY).await;
-    // The log was written in an instant; one more event, much later, holds the replay up.
+    // All events have about the same time. One more event, much later, delays the replay.
     let later = "INSERT INTO events SELECT position + 1, 'thing-late', 1, lower(hex(randomblob(16))), type, schema_version, data, \
                  metadata, recorded_at + 3600000000 FROM events ORDER BY position DESC LIMIT 1";
     sql(&path, later).await;
@@ -212,7 +212,7 @@ async fn a_broker_that_is_killed_meanwhile_costs_time_and_no_message() {
     broker.resume();
     let ended = Ended::from(running.wait_with_output().unwrap());
     assert_eq!(ended.code, 0, "{ended:?}");
-    // Some may be there twice, but nothing passes what was not there yet.
+    // Some messages may be there twice, but none comes before an earlier one that was missing.
     let (mut next, mut found) = (1, positions(&topic::all(&broker.address(), "again")));
     for position in found.drain(..) {
         assert!(position <= next, "{position} came before {next}");
@@ -250,7 +250,7 @@ async fn ctrl_c_while_the_broker_is_away_goes_back_to_what_it_had() {
     assert_eq!(found, (1..=MANY).collect::<Vec<_>>());
 }
 
-/// Has the store say that a relay has sent all of it.
+/// Makes the store record that a relay has sent everything.
 async fn relayed(path: &std::path::Path, service: &str, to: i64) {
     let checkpoint = format!("{{\"next\":{to},\"at\":\"2026-11-21T00:00:00Z\"}}");
     sql(path, &format!(
@@ -260,7 +260,7 @@ async fn relayed(path: &std::path::Path, service: &str, to: i64) {
     .await;
 }
 
-/// The messages of the events that there are, as the relay sends them.
+/// Returns the messages of the events in the store, as the relay sends them.
 async fn messages(path: &std::path::Path, service: &str) -> Vec<Outgoing> {
     let store = SqliteStore::open(path).await.unwrap();
     let relayed = Relayed::on(&store).await.unwrap().remove(service).unwrap();
@@ -290,7 +290,7 @@ async fn topics_of_a_service_at_work_are_as_the_log_says() {
     assert_eq!(verified[0]["topics"]["messages"], sent, "{verified:?}");
     assert!(sent > 3 * TRIPS.len() && verified[0]["topics"]["topics"] == 2, "{verified:?}");
 
-    // A message of somebody else is not ours to judge.
+    // A message of another sender is not checked.
     topic::send(&broker.address(), "agency.commands", "x", "no event at all", &[]);
     let verified = place.annals(&["verify", "--bus", &kafka]).fine();
     assert!(
@@ -298,7 +298,7 @@ async fn topics_of_a_service_at_work_are_as_the_log_says() {
         "{verified}"
     );
 
-    // A command that was changed on its way, and one that never left.
+    // A command that was changed on its way, and one that was never sent.
     let mut commands = topic::all(&broker.address(), "agency.commands");
     let command = commands.iter_mut().find(|record| record.payload.contains("poor-1")).unwrap();
     let headers: Vec<(&str, &str)> = command.headers.iter().map(|(name, value)| (&**name, &**value)).collect();
@@ -361,7 +361,7 @@ async fn what_is_missing_added_changed_or_out_of_order_is_one_line_each() {
         told[1],
         "5 messages in 1 topics held against the log; 4 sent again, 0 removed by retention, 0 of others"
     );
-    // Without --publish, what the topic holds anything of is expected.
+    // Without --publish, the categories of the events in the topic are expected.
     let inferred = annals(&path, &words[..3]);
     assert_eq!((inferred.code, inferred.out), (1, found.out));
 }
@@ -381,11 +381,12 @@ async fn what_retention_has_removed_is_counted_and_no_fault() {
     topic::cut(&brokers(), &topic, partition, 3).await;
     let cut = annals(&path, &words).fine();
     assert!(cut.contains("3 messages in 1 topics held against the log; 0 sent again, 3 removed by retention"), "{cut}");
-    // Sent once more from the beginning: the repetition of what is left is late, and nothing is out of order.
+    // Sent once more from the beginning: the repetition of the remaining messages is late, and nothing counts as out of
+    // order.
     bus.publish(made.clone()).await.unwrap().await.unwrap();
     let again = annals(&path, &words).fine();
     assert!(again.contains("6 messages in 1 topics held against the log; 3 sent again, 0 removed"), "{again}");
-    // All of it.
+    // Removes all messages.
     topic::cut(&brokers(), &topic, partition, 12).await;
     let gone = annals(&path, &words).fine();
     assert!(
@@ -402,7 +403,7 @@ async fn what_compaction_has_removed_is_one_fault_of_the_topic() {
     let topic = format!("{service}.events");
     topic::make_compacted(&brokers(), &topic).await;
     let made = messages(&path, &service).await;
-    // What is left of a stream once its topic is compacted.
+    // The rest of a stream after its topic was compacted.
     bus(&brokers()).await.publish(made[4..].to_vec()).await.unwrap().await.unwrap();
     let kafka = format!("kafka://{}", brokers());
     let found = annals(&path, &["verify", "--bus", &kafka]);
@@ -449,7 +450,7 @@ async fn a_postgresql_store_is_replayed_to_a_topic_and_held_against_it() {
     assert!(annals(&[&replay[..], &["--topic", "trips.again"]].concat()).fine().starts_with("5 events replayed"));
     assert_eq!(topic::size(&broker.address(), "trips.again"), 5);
 
-    // Somebody with all rights changes what was sent.
+    // A user with all rights changes events that were sent.
     let mut connection = PgConnection::connect(&database).await.unwrap();
     let change = format!(
         "ALTER TABLE {schema}.events DISABLE TRIGGER ALL; \

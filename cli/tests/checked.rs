@@ -1,4 +1,4 @@
-//! `check-history`: a build that would read or do something else than what was recorded is told so.
+//! `check-history` reports a build that would read or do something other than what was recorded.
 #![allow(clippy::unwrap_used)]
 
 mod travel;
@@ -10,7 +10,7 @@ use annals_cli::Ops;
 
 use travel::{Place, Step, TripEvent, journey, planned};
 
-/// As it was once: the price has become a text.
+/// The event of another build: the price has become a text.
 #[derive(Event, Clone, Debug)]
 #[event(prefix = "trip")]
 enum NewTripEvent {
@@ -32,12 +32,12 @@ async fn a_build_is_held_against_what_was_recorded() {
     assert_eq!(other_event.run(words()).await, ExitCode::from(1));
     let other_plan = planned("charge twice", |j| Request::to("agency", &Step::Charge { trip_id: j.trip_id.clone() }));
     assert_eq!(ops().events::<TripEvent>().saga(other_plan).run(words()).await, ExitCode::from(1));
-    // The shape of the plan, and with it its hash, is the same.
+    // The shape of the plan, and with it the hash, is the same.
     let other_command =
         planned("charge card", |j| Request::to("agency", &Step::Charge { trip_id: j.trip_id.to_uppercase() }));
     assert_eq!(ops().events::<TripEvent>().saga(other_command).run(words()).await, ExitCode::from(1));
 
-    // The command of everybody knows no events of anybody's.
+    // The generic command knows no events of any service.
     let told = place.annals(&["check-history", "--against", &file]);
     assert_eq!(told.code, 1);
     assert!(told.out.contains("no event of this build is called trip.ordered"), "{}", told.out);

@@ -1,4 +1,4 @@
-//! `verify` finds what was done to a store behind its back, and says where.
+//! `verify` finds changes that were made to a store outside the library, and reports their places.
 #![allow(clippy::unwrap_used)]
 
 mod travel;
@@ -15,7 +15,7 @@ fn verify(store: &Path, words: &[&str]) -> Ended {
     ended(command)
 }
 
-/// What a superuser does to a copy of the store: there nothing refuses it.
+/// Changes a copy of the store as a superuser does, whom nothing refuses.
 async fn tampered(place: &Place, name: &str, sql: &'static str) -> std::path::PathBuf {
     let path = place.file(name);
     fs::copy(place.file("travel.db"), &path).unwrap();
@@ -29,7 +29,7 @@ async fn tampered(place: &Place, name: &str, sql: &'static str) -> std::path::Pa
     path
 }
 
-/// The faults that are found, as `where: what`.
+/// Returns the faults that are found, as `where: what`.
 fn faults(store: &Path, words: &[&str]) -> Vec<String> {
     let ended = verify(store, &[words, &["--json"]].concat());
     assert_eq!((ended.code, &*ended.err), (1, ""), "{}", ended.out);
@@ -220,13 +220,13 @@ async fn what_was_sealed_cannot_be_changed_unseen() {
         let found = faults(&store, &[]);
         assert!(found.iter().any(|fault| fault.contains(&expected)), "{name}: {found:#?}");
     }
-    // Whoever removes the seals as well is found by a hash that was noted elsewhere.
+    // If the seals are removed as well, a hash that was noted elsewhere shows it.
     let removed = tampered(&place, "removed", "DELETE FROM documents WHERE collection LIKE 'seal%'").await;
     verify(&removed, &[]).fine();
     assert_eq!(faults(&removed, &["--expect", &hash]), [format!("seals: there is none with the expected hash {hash}")]);
 }
 
-/// Where an event is, as a fault says it.
+/// Returns the place of an event in the words of a fault.
 async fn place_of(place: &Place, position: i64) -> String {
     let options = SqliteConnectOptions::new().filename(place.file("travel.db"));
     let mut connection = SqliteConnection::connect_with(&options).await.unwrap();
@@ -256,7 +256,7 @@ async fn seals_follow_one_another_as_the_log_grows() {
         found.iter().any(|fault| fault.contains("it does not follow the one before: a seal was changed or removed")),
         "{found:#?}"
     );
-    // The store moves with its seals.
+    // The store keeps its seals when it moves.
     let file = place.file("moved.ndjson.zst");
     place.annals(&["export", file.to_str().unwrap()]).fine();
     let target = place.file("moved.db");
@@ -271,7 +271,7 @@ async fn seals_follow_one_another_as_the_log_grows() {
     assert_eq!((&verified["seal"], &verified["events"]), (&second["seal"], &second["events"]));
 }
 
-/// As in `annals verify | head`: whoever reads no further is told all the same, by the exit code.
+/// As in `annals verify | head`: a reader that closes the pipe early still gets the exit code of a fault.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reader_that_goes_away_does_not_make_a_fault_go_away() {
     let place = Place::with_trips().await;

@@ -1,4 +1,4 @@
-//! Topics as a stranger sees them: a plain client, which knows nothing of ours.
+//! Topics as outsiders see them: a plain client, without any of our code.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -29,19 +29,19 @@ fn client(brokers: &str) -> BaseConsumer {
     config.set("allow.auto.create.topics", "false").create().unwrap()
 }
 
-/// By partition: the first offset and the one after the last.
+/// Returns the first offset and the one after the last, by partition.
 fn ranges(consumer: &BaseConsumer, topic: &str) -> KafkaResult<Vec<(i64, i64)>> {
     let metadata = consumer.fetch_metadata(Some(topic), PATIENCE)?;
     let partitions = metadata.topics()[0].partitions().len() as i32;
     (0..partitions).map(|partition| consumer.fetch_watermarks(topic, partition, PATIENCE)).collect()
 }
 
-/// How many messages there are; 0 if there is no such topic yet, or its partitions have no leaders yet.
+/// Returns the number of messages; 0 if the topic does not exist yet, or its partitions have no leaders yet.
 pub fn size(brokers: &str, topic: &str) -> i64 {
     ranges(&client(brokers), topic).map_or(0, |ranges| ranges.iter().map(|(low, high)| high - low).sum())
 }
 
-/// Everything in a topic, by partition and offset.
+/// Returns all messages of a topic, by partition and offset.
 pub fn all(brokers: &str, topic: &str) -> Vec<Record> {
     let consumer = client(brokers);
     let (mut list, mut left) = (TopicPartitionList::new(), 0);
@@ -78,7 +78,7 @@ pub fn send(brokers: &str, topic: &str, key: &str, payload: &str, headers: &[(&s
     producer.flush(PATIENCE).unwrap();
 }
 
-/// Removes what is before an offset, as retention does.
+/// Removes the messages before an offset, as retention does.
 pub async fn cut(brokers: &str, topic: &str, partition: i32, before: i64) {
     let admin: AdminClient<DefaultClientContext> =
         ClientConfig::new().set("bootstrap.servers", brokers).create().unwrap();
@@ -87,7 +87,7 @@ pub async fn cut(brokers: &str, topic: &str, partition: i32, before: i64) {
     admin.delete_records(&list, &AdminOptions::new()).await.unwrap();
 }
 
-/// Makes a topic of one partition in which brokers keep only the last message of each key.
+/// Compacts a topic of one partition: brokers keep only the last message of each key.
 pub async fn make_compacted(brokers: &str, topic: &str) {
     let admin: AdminClient<DefaultClientContext> =
         ClientConfig::new().set("bootstrap.servers", brokers).create().unwrap();

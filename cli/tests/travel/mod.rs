@@ -1,5 +1,5 @@
-//! A store to look at: a travel agency with trips that went well, one that was refused, one that is stuck, and a message that
-//! is parked; and the command, as a person calls it.
+//! A store to inspect: a travel agency with trips that went well, one that was refused, one that is stuck, and a
+//! message that is parked; and the command, as people call it.
 #![allow(dead_code)]
 
 use std::{
@@ -59,12 +59,12 @@ pub struct Journey {
 
 impl SagaState for Journey {}
 
-/// Book a room, charge the card, announce the guest.
+/// Returns a plan that books a room, charges the card and announces the guest.
 pub fn journey() -> Saga<Journey> {
     planned("charge card", |j| Request::to("agency", &Step::Charge { trip_id: j.trip_id.clone() }))
 }
 
-/// With another pivot.
+/// Returns the plan with another pivot.
 pub fn planned(name: &'static str, pivot: fn(&Journey) -> Request) -> Saga<Journey> {
     let patience = Duration::from_secs(30);
     Saga::<Journey>::named("journey")
@@ -79,7 +79,7 @@ pub fn planned(name: &'static str, pivot: fn(&Journey) -> Request) -> Saga<Journ
         .build()
 }
 
-/// Does as it is asked, but for trips whose names say otherwise, while they do.
+/// Does each step as requested, except for trips whose names demand a failure, until it is repaired.
 pub struct Agency {
     pub repaired: bool,
 }
@@ -101,7 +101,7 @@ impl Participant for Agency {
     }
 }
 
-/// A read model that trips over some trips.
+/// A read model that fails at some trips, until it is repaired.
 pub struct Brochure {
     pub repaired: bool,
 }
@@ -123,7 +123,7 @@ fn starts(message: &Message) -> Result<Option<(String, Journey)>, HandlerError> 
     Ok(Some((trip_id.clone(), Journey { trip_id })))
 }
 
-/// The agency at work.
+/// Starts the agency.
 pub async fn agency(store: &Arc<dyn EventStore>, repaired: bool) -> Runtime {
     agency_on(store, repaired, Arc::new(LocalBus::default())).await
 }
@@ -141,7 +141,7 @@ pub async fn agency_on(store: &Arc<dyn EventStore>, repaired: bool, bus: Arc<dyn
     runtime
 }
 
-/// Has the agency take these orders, and waits until it can do no more for them.
+/// Has the agency process these orders, and waits until it can do no more for them.
 pub async fn travel(store: Arc<dyn EventStore>, trips: &[&str]) {
     travel_on(store, trips, Arc::new(LocalBus::default())).await;
 }
@@ -173,7 +173,7 @@ pub async fn sagas(store: &Arc<dyn EventStore>) -> Vec<SagaStatus> {
     documents.iter().map(|document| serde_json::from_str(&document.body).unwrap()).collect()
 }
 
-/// Looks again and again, and not for ever.
+/// Polls until the condition holds, with a limit.
 pub async fn until<F: Future<Output = bool>>(what: &str, holds: impl Fn() -> F) {
     let started = std::time::Instant::now();
     while !holds().await {
@@ -185,7 +185,7 @@ pub async fn until<F: Future<Output = bool>>(what: &str, holds: impl Fn() -> F) 
 /// The trips of every store of these tests.
 pub const TRIPS: [&str; 5] = ["fine-1", "fine-2", "lost-1", "odd-1", "poor-1"];
 
-/// A folder with a store in it.
+/// A folder with a store.
 pub struct Place {
     pub folder: TempDir,
 }
@@ -195,7 +195,7 @@ impl Place {
         Self { folder: tempfile::tempdir().unwrap() }
     }
 
-    /// With a SQLite store of trips.
+    /// Creates a folder with a SQLite store of trips.
     pub async fn with_trips() -> Self {
         let place = Self::empty();
         let store = SqliteStore::open(place.file("travel.db")).await.unwrap();
@@ -208,12 +208,12 @@ impl Place {
         self.folder.path().join(name)
     }
 
-    /// The store `travel.db`, opened as a service does.
+    /// Opens the store `travel.db`, as a service does.
     pub async fn open(&self) -> SqliteStore {
         SqliteStore::open(self.file("travel.db")).await.unwrap()
     }
 
-    /// The command on the store `travel.db`.
+    /// Runs the command on the store `travel.db`.
     pub fn annals(&self, words: &[&str]) -> Ended {
         ended(self.command(words))
     }
@@ -229,7 +229,7 @@ pub fn url(path: &Path) -> String {
     format!("sqlite:{}", path.display())
 }
 
-/// The command, knowing nothing of who runs the tests.
+/// Returns the command, without the environment of the user who runs the tests.
 pub fn command(words: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_annals"));
     command.args(words).stdin(Stdio::null());
@@ -237,7 +237,7 @@ pub fn command(words: &[&str]) -> Command {
     command
 }
 
-/// What a command said, and how it ended.
+/// The output of a command, and its exit code.
 #[derive(Debug)]
 pub struct Ended {
     pub code: i32,
@@ -257,18 +257,18 @@ impl From<Output> for Ended {
 }
 
 impl Ended {
-    /// Its output, if all was well.
+    /// Returns the output, if the command succeeded.
     pub fn fine(self) -> String {
         assert_eq!((self.code, &*self.err), (0, ""), "{}", self.out);
         self.out
     }
 
-    /// Its output as lines of JSON.
+    /// Returns the output as lines of JSON.
     pub fn json(self) -> Vec<serde_json::Value> {
         self.fine().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
-    /// What it said, if it could not do it.
+    /// Returns the error, if the command was refused.
     pub fn refused(self) -> String {
         assert_eq!((self.code, &*self.out), (2, ""), "{}", self.err);
         self.err
