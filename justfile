@@ -1,8 +1,8 @@
-# What CI runs. `.ci/run` reads the recipes from this file, so `just` is a convenience and the two cannot drift.
+# The steps of CI. `.ci/run` reads the recipes from this file, so `just` is a convenience and the two cannot differ.
 
 set shell := ["bash", "-euo", "pipefail", "-c"]
 
-# Everything CI runs, in its order.
+# All steps of CI, in order.
 ci: fmt clippy doc deny test
 
 fmt:
@@ -11,11 +11,11 @@ fmt:
 clippy:
     cargo clippy --workspace --all-targets --features annals/testing -- -D warnings
 
-# With TLS as tests have it, or librdkafka would be built twice.
+# Uses TLS as the tests do; otherwise librdkafka would be built twice.
 doc:
     RUSTDOCFLAGS="-D warnings" cargo doc --workspace --features annals/testing,annals-kafka/tls --no-deps
 
-# cargo-deny is built once and kept with the build. The advisories need the network; the other checks do not.
+# Builds cargo-deny once and keeps it in the target folder. Only the advisories need the network.
 deny:
     cargo install --quiet --locked --root "${CARGO_TARGET_DIR:-target}/tools" --target-dir "${CARGO_TARGET_DIR:-target}/tools/build" cargo-deny@0.20.2
     PATH="$(realpath "${CARGO_TARGET_DIR:-target}")/tools/bin:$PATH"; \
@@ -25,6 +25,6 @@ deny:
 test:
     ./test
 
-# Not part of `ci`: figures from a busy machine say nothing.
+# Not part of `ci`: figures from a busy machine mean nothing.
 bench:
     cargo run --release --package annals-bench
