@@ -1,10 +1,10 @@
-//! The generations of a read model: which one is live, which ones are being built, and which ones are to be removed.
+//! The generations of a read model: the live one, those being built, and those to be removed.
 //!
-//! A generation goes one way: reserved by a build, then live or not, then retired, then removed. Each step is a compare-and-set
-//! of the pointer document, and a number is used once. The commit that reserves a generation creates its checkpoint, and the
-//! commit that retires the generation removes that checkpoint. Every writer of views carries the version of the checkpoint, and
-//! no writer creates one. So nobody writes into a generation before it is reserved or after it is retired, and a removal, which
-//! takes retired generations only, never meets live views.
+//! A generation takes one path: reserved by a build, then live or not, then retired, then removed. Each step is a
+//! compare-and-set of the pointer document, and a number is used once. The commit that reserves a generation creates
+//! its checkpoint, and the commit that retires the generation removes that checkpoint. Every writer of views carries
+//! the version of the checkpoint, and no writer creates one. Therefore no process writes into a generation before it is
+//! reserved or after it is retired, and a removal, which takes only retired generations, never meets live views.
 
 use std::time::Duration;
 
@@ -21,36 +21,37 @@ use crate::{
     store::{EventStore, Scan, StoreError},
 };
 
-/// The collection of the pointers, one for each read model.
+/// The collection of the pointers, one per read model.
 const GENERATIONS: &str = "read-model";
-/// The most builds of a read model at a time, also those of processes that died: each keeps all views once more.
+/// The most builds of a read model at a time, including those of dead processes: each holds another copy of all views.
 const BUILDS_MAX: usize = 8;
 /// How often a build shows that it is alive.
 pub(crate) const BEAT: Duration = Duration::from_secs(2);
-/// A build that has shown nothing for so long may be dead: five beats, as with instances. It is worth watching.
+/// After this time without a sign of life, a build may be dead and is watched: five beats, as for instances.
 const SILENT: Duration = Duration::from_secs(10);
 /// How long a silent build is watched before its generation is retired: three beats.
 const WATCH: Duration = Duration::from_secs(6);
-/// Attempts at a change of the pointer before it is given up: beats and other builds come between.
+/// The most attempts at a change of the pointer: beats and other builds may come first.
 const RACES_MAX: u32 = 50;
-/// Documents removed in one commit.
+/// The number of documents removed in one commit.
 const PAGE: usize = 500;
 
-/// The document of a read model.
+/// The pointer document of a read model.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Pointer {
-    /// The generation that is read.
+    /// The live generation.
     pub live: u32,
-    /// The version of the code that built it; `None` if an earlier release did, or nobody yet.
+    /// The version of the code that built the live generation; `None` if an earlier release built it, or if there are
+    /// no views yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<u32>,
     /// The lowest number that was never used.
     #[serde(default)]
     next: u32,
-    /// The generations that are being built.
+    /// The generations under construction.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub builds: Vec<Build>,
-    /// The generations that are no longer read, and whose views are not all removed yet.
+    /// The generations that are no longer read, but whose views are not all removed yet.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub retired: Vec<u32>,
 }
@@ -59,14 +60,14 @@ pub(crate) struct Pointer {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Build {
     pub generation: u32,
-    /// The version of the code that builds it.
+    /// The version of the code that builds the generation.
     pub version: u32,
     builder: Uuid,
     /// When the build last showed that it is alive.
     beat: DateTime<Utc>,
 }
 
-/// What is committed together with a change of the pointer.
+/// The puts and appends committed together with a change of the pointer.
 #[derive(Default)]
 pub(crate) struct With {
     pub puts: Vec<Put>,
@@ -80,7 +81,7 @@ impl Default for Pointer {
 }
 
 impl Build {
-    /// Whether it shows signs of life, by the clock of the store.
+    /// Returns whether the build shows signs of life, by the clock of the store.
     pub fn is_alive(&self, now: DateTime<Utc>) -> bool {
         now - self.beat < chrono::Duration::from_std(SILENT).unwrap_or_default()
     }
@@ -91,20 +92,20 @@ impl Pointer {
         self.builds.iter().find(|build| build.builder == builder)
     }
 
-    /// Takes the reservation of a build away, and retires its generation unless that is live.
+    /// Removes the reservation of a build, and retires its generation.
     pub fn end_build(&mut self, model: &str, builder: Uuid) -> Option<With> {
         let generation = self.build_of(builder)?.generation;
         self.builds.retain(|build| build.builder != builder);
         Some(self.retire(model, generation))
     }
 
-    /// Makes a generation one that nobody writes any more.
+    /// Retires a generation: no worker writes to it any more.
     fn retire(&mut self, model: &str, generation: u32) -> With {
         self.retired.push(generation);
         With { puts: vec![removal(checkpoint(model, generation))], appends: Vec::new() }
     }
 
-    /// Makes the generation of a build the live one, and retires the one before it.
+    /// Makes the generation of a build live, and retires the previous one.
     pub fn swap(&mut self, model: &str, builder: Uuid) -> Option<With> {
         let Build { generation, version, .. } = self.build_of(builder)?.clone();
         self.builds.retain(|build| build.builder != builder);
@@ -118,7 +119,7 @@ pub(crate) fn name(model: &str, generation: u32) -> String {
     format!("{model}@{generation}")
 }
 
-/// The document of a read model.
+/// The key of a read model's pointer document.
 pub(crate) fn pointer_key(model: &str) -> DocumentKey {
     DocumentKey::new(GENERATIONS, model)
 }
@@ -128,24 +129,24 @@ pub(crate) fn collection(model: &str, generation: u32) -> String {
     format!("read.{}", name(model, generation))
 }
 
-/// The document that says how far a generation has come.
+/// The key of a generation's checkpoint.
 pub(crate) fn checkpoint(model: &str, generation: u32) -> DocumentKey {
     DocumentKey::new(CHECKPOINTS, format!("{}/0", name(model, generation)))
 }
 
-/// The pointer, and the version of its document.
+/// Returns the pointer, and the version of its document.
 pub(crate) async fn load(store: &dyn EventStore, model: &str) -> Result<(Pointer, i64), StoreError> {
     let found = store.document(&pointer_key(model)).await?;
     let Some(Document { body, version, .. }) = found else { return Ok((Pointer::default(), 0)) };
     let mut pointer: Pointer =
         serde_json::from_str(&body).map_err(|error| StoreError::Corrupt(format!("read model {model}: {error}")))?;
-    // Earlier releases kept no count.
+    // Earlier releases did not store `next`.
     pointer.next = pointer.next.max(pointer.live + 1);
     Ok((pointer, version))
 }
 
-/// Changes the pointer by compare-and-set, as often as another change comes first. `decide` gives `None` where there is nothing
-/// to change, also because an attempt whose outcome was unknown holds.
+/// Changes the pointer by compare-and-set, and retries while other changes come first. `decide` returns `None` if there
+/// is nothing to change, for example because an attempt with an unknown outcome was committed.
 pub(crate) async fn change<E: From<CommitError>>(
     store: &dyn EventStore,
     model: &str,
@@ -155,7 +156,7 @@ pub(crate) async fn change<E: From<CommitError>>(
     let mut unknown = None;
     for _ in 0..RACES_MAX {
         let loaded = load(store, model).await.map_err(unavailable);
-        // If an attempt before this one may hold, nobody may take this for a failure.
+        // If an earlier attempt may have been committed, the result must not be reported as a failure.
         let (mut pointer, version) = loaded.map_err(|error| unknown.clone().unwrap_or(error))?;
         let Some(With { mut puts, appends }) = decide(&mut pointer)? else { return Ok(pointer) };
         puts.push(pointer_at(model, &pointer, version));
@@ -171,8 +172,8 @@ pub(crate) async fn change<E: From<CommitError>>(
     Err(unknown.unwrap_or(CommitError::Unavailable(reason)).into())
 }
 
-/// Has the live generation ready to be followed by a build of this version: where nobody has kept views yet, its checkpoint and
-/// the pointer are created.
+/// Prepares the live generation for a build of this version: if no views exist yet, creates its checkpoint and the
+/// pointer.
 pub(crate) async fn adopt(store: &dyn EventStore, model: &str, version: u32) -> Result<Pointer, CommitError> {
     loop {
         let (pointer, at) = load(store, model).await.map_err(unavailable)?;
@@ -188,20 +189,20 @@ pub(crate) async fn adopt(store: &dyn EventStore, model: &str, version: u32) -> 
                 live.id
             )));
         }
-        // Views without a version were built by a release that knew none.
+        // Views without a version were built by a release without versions.
         let version = if is_kept { 1 } else { version };
         let pointer = Pointer { version: pointer.version.or(Some(version)), ..pointer };
         let mut puts = vec![pointer_at(model, &pointer, at)];
         puts.extend((!is_kept).then(|| created(store, live, Some(0))));
         match store.commit(Commit { appends: Vec::new(), puts }).await {
-            // Another process, or a build, came first: one of the two holds.
+            // Another process, or a build, was first: one of the two commits succeeded.
             Err(CommitError::DocumentConflict { .. }) => {}
             outcome => return outcome.map(|_| pointer),
         }
     }
 }
 
-/// Reserves a generation for a build, with its checkpoint at the beginning of the log.
+/// Reserves a generation for a build, with its checkpoint at the start of the log.
 pub(crate) async fn reserve(
     store: &dyn EventStore,
     model: &str,
@@ -221,7 +222,7 @@ pub(crate) async fn reserve(
         let generation = pointer.next;
         pointer.next += 1;
         pointer.builds.push(Build { generation, version, builder, beat: store.clock().now() });
-        // Whatever an earlier release left under this number is fenced.
+        // This fences any writer that an earlier release left under this number.
         Ok(Some(With { puts: vec![created(store, checkpoint(model, generation), None)], appends: Vec::new() }))
     })
     .await?;
@@ -232,7 +233,8 @@ pub(crate) async fn reserve(
     Ok((build, pointer))
 }
 
-/// Shows that a build is alive; `false` if another process took it for dead and retired its generation.
+/// Writes a sign of life of a build. Returns `false` if another process considered the build dead and retired its
+/// generation.
 pub(crate) async fn beat(store: &dyn EventStore, model: &str, builder: Uuid) -> Result<bool, CommitError> {
     let beats = |pointer: &mut Pointer| {
         let build = pointer.builds.iter_mut().find(|build| build.builder == builder);
@@ -244,7 +246,7 @@ pub(crate) async fn beat(store: &dyn EventStore, model: &str, builder: Uuid) -> 
     Ok(change(store, model, beats).await?.build_of(builder).is_some())
 }
 
-/// Retires the generations of builds that died, and removes all that are retired.
+/// Retires the generations of dead builds, and removes all retired generations.
 pub(crate) async fn clean(store: &dyn EventStore, model: &str) -> Result<(), CommitError> {
     let (pointer, _) = load(store, model).await.map_err(unavailable)?;
     let now = store.clock().now();
@@ -252,7 +254,7 @@ pub(crate) async fn clean(store: &dyn EventStore, model: &str) -> Result<(), Com
     if !silent.is_empty() {
         tokio::time::sleep(WATCH).await;
         for dead in &silent {
-            // One that has beaten since is another value.
+            // A build with a newer beat is a different value.
             let retires = |pointer: &mut Pointer| match pointer.builds.contains(dead) {
                 true => Ok::<_, CommitError>(pointer.end_build(model, dead.builder)),
                 false => Ok(None),
@@ -263,7 +265,7 @@ pub(crate) async fn clean(store: &dyn EventStore, model: &str) -> Result<(), Com
     remove_retired(store, model).await
 }
 
-/// Removes the views, and what is parked, of all generations that are retired.
+/// Removes the views and parked messages of all retired generations.
 pub(crate) async fn remove_retired(store: &dyn EventStore, model: &str) -> Result<(), CommitError> {
     let (pointer, _) = load(store, model).await.map_err(unavailable)?;
     for generation in pointer.retired {
@@ -278,8 +280,8 @@ pub(crate) async fn remove_retired(store: &dyn EventStore, model: &str) -> Resul
     Ok(())
 }
 
-/// Removes the views of a generation that nobody writes. What is parked goes first: a worker that was fenced may still try
-/// a parked message again, which writes views, as long as its document is there.
+/// Removes the views of a generation that no worker owns. Parked messages go first: a fenced worker may still retry a
+/// parked message, which writes views, as long as the message's document exists.
 async fn remove(store: &dyn EventStore, model: &str, generation: u32) -> Result<(), CommitError> {
     for collection in [&*parking::collection(&name(model, generation)), &*collection(model, generation)] {
         loop {
@@ -294,18 +296,18 @@ async fn remove(store: &dyn EventStore, model: &str, generation: u32) -> Result<
     Ok(())
 }
 
-/// How far a generation has come, as its checkpoint says; the start if there is none.
+/// Returns the position that a generation has reached, by its checkpoint; the start if there is no checkpoint.
 pub(crate) async fn reached(store: &dyn EventStore, model: &str, generation: u32) -> Result<Position, StoreError> {
     Ok(position(store.document(&checkpoint(model, generation)).await?.as_ref()))
 }
 
-/// What a checkpoint says.
+/// Returns the position in a checkpoint document.
 pub(crate) fn position(checkpoint: Option<&Document>) -> Position {
     let read = checkpoint.and_then(|document| serde_json::from_str::<Checkpoint>(&document.body).ok());
     Position(read.map_or(0, |checkpoint| checkpoint.next))
 }
 
-/// How many documents a collection has.
+/// Counts the documents of a collection.
 pub(crate) async fn count(store: &dyn EventStore, collection: &str) -> Result<usize, StoreError> {
     let mut count = 0;
     let mut after = std::sync::Arc::<str>::from("");

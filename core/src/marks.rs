@@ -1,4 +1,4 @@
-//! How far the messages of each relay have come, by which those that it sent twice are known.
+//! Deduplication: how far the messages of each relay have come, by which repeated messages are recognised.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -7,34 +7,34 @@ use uuid::Uuid;
 
 use crate::bus::Message;
 
-/// Relays that a partition keeps marks of. Messages of more than these are handled as often as they arrive.
+/// The most relays with marks per partition. Messages of further relays are handled as often as they arrive.
 const RELAYS_MAX: usize = 256;
-/// The source and lane that stand for all of which nothing has come yet. No message has an empty source.
+/// The source and lane that stand for all lanes without a message yet. No message has an empty source.
 const UNKNOWN: &str = "";
-/// Runs kept of a lane. After more interruptions than this, what the oldest of them has lost counts as handled.
+/// The most runs kept per lane. With more interruptions, messages lost in the oldest gap count as handled.
 const RUNS_MAX: usize = 32;
 
 /// The marks of one partition.
 ///
-/// A relay sends what its lane of the log says, in log order, and after a crash once more from its checkpoint on. So
-/// whatever several runs of it have sent, up to the highest position that arrived there is nothing missing, and what
-/// comes with a lower one has been here before.
+/// A relay sends the messages of its lane of the log in log order, and after a crash again from its checkpoint on.
+/// Therefore, even over several runs of the relay, no message is missing up to the highest position that arrived, and a
+/// message with a lower position has arrived before.
 ///
-/// That ends where a topic was wiped: what had not arrived before, is gone. What comes next starts another run, and what
-/// comes of the gap between the two, sent again by a relay that was set back, is new.
+/// This no longer holds once a topic was wiped: messages that had not arrived are gone. The next message starts another
+/// run, and a message from the gap between the two runs, sent again by a relay that was set back, is new.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Marks(BTreeMap<Arc<str>, BTreeMap<Arc<str>, Mark>>);
 
-/// Where one lane of one service has come to.
+/// How far one lane of one service has come.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Mark {
     #[serde(flatten)]
     last: Run,
-    /// Those before it, in order; all of them end below its start.
+    /// The earlier runs, in order; each ends below the start of the next.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     earlier: Vec<Run>,
-    /// Something may be missing after the last run.
+    /// Whether messages may be missing after the last run.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     interrupted: bool,
 }
@@ -42,12 +42,12 @@ struct Mark {
 /// Positions that were followed without a gap.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Run {
-    /// The first of them; 0 for the start of the log.
+    /// The first position; 0 for the start of the log.
     #[serde(default, skip_serializing_if = "crate::checkpoint::is_zero")]
     start: i64,
-    /// The last of them.
+    /// The last position.
     position: i64,
-    /// What arrived of that position: an event of a saga may lead to several commands.
+    /// The ids of the messages received at the last position: one event of a saga may cause several commands.
     ids: Vec<Uuid>,
 }
 
@@ -62,7 +62,8 @@ impl Mark {
                 self.earlier[0].start = oldest.start;
             }
         }
-        // The last that starts no later: what is behind its end is in the gap after it, or follows all.
+        // The last run that starts at or before this position: a position past its end is in the gap after it, or after
+        // all runs.
         let mut runs = self.earlier.iter_mut().chain([&mut self.last]).rev();
         let Some(run) = runs.find(|run| run.start <= position) else { return true };
         if position < run.position || (position == run.position && run.ids.contains(&id)) {
@@ -82,14 +83,15 @@ impl Marks {
         self.0.is_empty()
     }
 
-    /// The topic was wiped, or messages of it were removed: of what comes next, nobody knows that all before it has been
-    /// here. That holds for lanes too of which nothing has come yet.
+    /// Marks a gap, after the topic was wiped or messages were removed: earlier messages may be missing before the next
+    /// one. That holds also for lanes without a message yet.
     pub(crate) fn interrupt(&mut self) {
         self.0.entry(UNKNOWN.into()).or_default().entry(UNKNOWN.into()).or_default();
         self.0.values_mut().flat_map(BTreeMap::values_mut).for_each(|mark| mark.interrupted = true);
     }
 
-    /// Notes a message; whether it is new. One that no relay sent, or that was redriven, always is.
+    /// Records a message and returns whether it is new. Messages without a lane, which no relay sent or which were
+    /// redriven, always count as new.
     pub(crate) fn pass(&mut self, message: &Message) -> bool {
         let Some(lane) = &message.lane else { return true };
         let position = message.position.0;
@@ -164,7 +166,7 @@ mod tests {
                 ..message()
             })
         };
-        // 3 and 4 were removed before 5 came. The relay is set back.
+        // Positions 3 and 4 were removed before 5 came. The relay is set back.
         assert_eq!([5, 3, 4, 5, 6].map(&mut pass), [true, true, true, false, true]);
         assert_eq!([3, 4, 5, 6].map(pass), [false; 4], "sent again, they are known");
     }
@@ -182,7 +184,7 @@ mod tests {
             positions.iter().map(|position| marks.pass(&sent(position))).collect::<Vec<_>>()
         };
         assert_eq!(pass(&mut marks, &[1, 3]), [true, true]);
-        // 5 and 6 were in the topic when it was wiped.
+        // Positions 5 and 6 were in the topic when it was wiped.
         marks.interrupt();
         assert_eq!(pass(&mut marks, &[3, 7, 9]), [false, true, true]);
         let stored = serde_json::to_string(&marks).unwrap();

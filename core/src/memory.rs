@@ -1,4 +1,4 @@
-//! The reference store: the whole contract of [`EventStore`] in memory, for tests and for trying things out.
+//! The reference store: the whole contract of [`EventStore`] in memory, for tests and experiments.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -17,13 +17,13 @@ use crate::{
     store::{EventStore, LogPage, LogQuery, Scan, StoreError, StoreStatus},
 };
 
-/// How much of the log one page of [`EventStore::read_log`] looks at when a query leaves most of it out: the lock is not
-/// held longer than that takes.
+/// How many events one page of [`EventStore::read_log`] examines when a query leaves most of them out. This bounds how
+/// long the lock is held.
 const PAGE_EVENTS_MAX: usize = 10_000;
 
-/// A store that forgets everything with its last handle. Clones share one log.
+/// A store that loses its contents with its last handle. Clones share one log.
 ///
-/// Nothing bounds it: it holds every event and document that was ever put into it.
+/// The store is unbounded: it holds every event and document ever put into it.
 ///
 /// ```
 /// # tokio::runtime::Runtime::new()?.block_on(async {
@@ -58,7 +58,7 @@ struct Held {
     log: Vec<Arc<Recorded>>,
     streams: HashMap<StreamId, Vec<Arc<Recorded>>>,
     documents: BTreeMap<DocumentKey, Document>,
-    /// Collection, due, id: what [`Scan::Due`] walks.
+    /// Collection, due time and id: the index for [`Scan::Due`].
     due: BTreeSet<(Arc<str>, DateTime<Utc>, Arc<str>)>,
     last_recorded_at: DateTime<Utc>,
 }
@@ -69,12 +69,13 @@ impl MemoryStore {
         Self::default()
     }
 
-    /// An empty store that waits by this clock, for tests that move it by hand.
+    /// An empty store that uses this clock, for tests that move the clock by hand.
     pub fn with_clock(clock: Clock) -> Self {
         Self { shared: Arc::new(Shared { clock, ..Shared::default() }) }
     }
 
-    /// A panic elsewhere cannot leave a commit half applied: everything is checked before anything is changed.
+    /// Locks the contents. A panic elsewhere cannot leave a commit half applied: everything is checked before anything
+    /// is changed.
     fn held(&self) -> MutexGuard<'_, Held> {
         self.shared.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -87,7 +88,7 @@ impl EventStore for MemoryStore {
         let mut held = self.held();
         held.check(&commit)?;
         let committed = held.apply(commit, self.shared.clock.now());
-        // Under the lock, so that the head never goes back.
+        // Sent under the lock, so that the head never goes back.
         if committed.position > Position::START {
             self.shared.head.send_replace(committed.position);
         }
@@ -150,7 +151,7 @@ impl EventStore for MemoryStore {
 
     async fn wait(&self, after: Position) -> Result<(), StoreError> {
         let mut head = self.shared.head.subscribe();
-        // The sender lives in `self`, so this can only end with a head beyond `after`.
+        // The sender lives in `self`, so the wait can only end with a head beyond `after`.
         head.wait_for(|head| *head > after).await.map(drop).map_err(|error| StoreError::Unavailable(error.to_string()))
     }
 
@@ -184,7 +185,7 @@ impl Held {
     }
 
     fn apply(&mut self, commit: Commit, now: DateTime<Utc>) -> Committed {
-        // To the microsecond, as a database keeps it, and never backwards, whatever the clock does.
+        // Rounded down to microseconds, as a database stores it, and never decreasing, whatever the clock does.
         self.last_recorded_at = now.trunc_subsecs(6).max(self.last_recorded_at);
         let mut committed = Committed::default();
         for append in commit.appends {
@@ -226,7 +227,7 @@ impl Held {
             self.due.remove(&(key.collection, due, key.id));
         }
         let Some(body) = put.body else { return };
-        // As a database keeps it. Whatever chrono holds, its microseconds do, too.
+        // Rounded as a database stores it. Every time that chrono holds can be expressed in microseconds.
         let due = put.due.map(|due| DateTime::from_timestamp_micros(due.timestamp_micros()).unwrap_or(due));
         if let Some(due) = due {
             self.due.insert((put.key.collection.clone(), due, put.key.id.clone()));
@@ -235,7 +236,7 @@ impl Held {
     }
 }
 
-/// Versions and positions are dense and start at 1, so what comes after one stands at its number.
+/// Versions and positions have no gaps and start at 1, so the next item's index equals the number.
 fn index_after(number: i64) -> usize {
     usize::try_from(number).unwrap_or(0)
 }

@@ -1,4 +1,4 @@
-//! Views built anew beside the live ones, until they take their place or are given up.
+//! Views rebuilt next to the live views, until they replace the live views or are discarded.
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,27 +17,27 @@ use crate::{
     subscription::Subscription,
 };
 
-/// Documents read in one go.
+/// The number of documents read per page.
 const PAGE: usize = 500;
-/// How often it is looked how far it has come.
+/// How often the progress of a build is checked.
 const LOOK: Duration = Duration::from_millis(20);
-/// So often a comparison looks again, because one side was ahead of the other.
+/// How often a comparison looks again because one side was ahead of the other.
 const LOOKS_MAX: u32 = 250;
-/// Events that a build may fail at before it is given up: with more, something is wrong with the build as a whole.
+/// The most events that a build may fail to apply before it is given up: beyond this, the build as a whole is faulty.
 const PARKED_MAX: usize = 1_000;
 /// How often the failed events of a build are counted.
 const COUNT_AGAIN: Duration = Duration::from_secs(1);
-/// How long a build waits for a store that is away: a restart of its server, and a failover.
+/// How long a build waits for an unavailable store: long enough for a restart of its server, or a failover.
 const OUTAGE_MAX: Duration = Duration::from_secs(60);
 
-/// Views of a read model that are kept up to date beside the live ones, in a generation of their own. If this is dropped, or its
-/// process dies, a later build notices that nobody keeps them, and removes them.
+/// Rebuilt views of a read model, kept up to date next to the live ones in their own generation. If the `Rebuild` is
+/// dropped, or its process dies, a later build finds the generation abandoned and removes it.
 pub struct Rebuild {
     store: Arc<dyn EventStore>,
     model: &'static str,
     build: Build,
     builder: Uuid,
-    /// The generation that was live when the build began.
+    /// The live generation at the start of the build.
     before: u32,
     accepts_parked: bool,
     accepts_older: bool,
@@ -45,10 +45,10 @@ pub struct Rebuild {
     done: Option<DropGuard>,
 }
 
-/// Why rebuilt views did not take the place of the live ones, which are as they were.
+/// Why rebuilt views did not replace the live ones, which stay as they were.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum SwapError {
-    /// Events could not be applied, so their views would be incomplete. What was built is removed.
+    /// Events could not be applied, so the new views would be incomplete. The built views are removed.
     #[error(
         "{parked} events could not be applied to the new views of read model {model} (the first: {first}): mend the code and build \
          again, or swap with `accept_parked` (`--accept-parked`) and have them wait as dead letters"
@@ -56,20 +56,20 @@ pub enum SwapError {
     Parked {
         /// The name of the read model.
         model: &'static str,
-        /// How many there are; counted up to a limit.
+        /// How many events failed; counted up to a limit.
         parked: usize,
-        /// The key and the reason of the first one.
+        /// The key and the reason of the first failed event.
         first: String,
     },
-    /// Another build was swapped in since this one began. What was built is removed.
+    /// Another build was swapped in after this one began. The built views are removed.
     #[error("another build of read model {model} was faster: generation {live} is live now; build again")]
     Outrun {
         /// The name of the read model.
         model: &'static str,
-        /// The generation that is live.
+        /// The live generation.
         live: u32,
     },
-    /// The live views are of a later version of the code. What was built is removed.
+    /// The live views are of a later version of the code. The built views are removed.
     #[error(
         "the live views of read model {model} are of version {live}, and this build has version {version}; to go back to it, accept \
          that with `accept_older`, on the command line `--accept-older`"
@@ -82,7 +82,7 @@ pub enum SwapError {
         /// The version of this build.
         version: u32,
     },
-    /// Another build took this one for dead, because it showed no sign of life for long.
+    /// Another build considered this one dead, because it showed no sign of life for too long.
     #[error(
         "the build of read model {model} was given up by another process, because this one stood still for too long; build again"
     )]
@@ -90,52 +90,53 @@ pub enum SwapError {
         /// The name of the read model.
         model: &'static str,
     },
-    /// The store did not take it.
+    /// The store refused the commit, or its outcome is unknown.
     #[error(transparent)]
     Commit(#[from] CommitError),
 }
 
-/// What a rebuild came to.
+/// The result of a rebuild.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rebuilt {
     /// The generation that is live now.
     pub generation: u32,
-    /// How many views it has.
+    /// How many views the new generation has.
     pub views: usize,
-    /// How many the one before it had.
+    /// How many views the previous generation had.
     pub views_before: usize,
-    /// How many events wait to be applied to them, because that failed.
+    /// How many events are parked because they could not be applied to the new views.
     pub parked: usize,
 }
 
-/// Views side by side.
+/// The result of comparing live and rebuilt views.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Compared {
-    /// How many are live.
+    /// How many views are live.
     pub live: usize,
-    /// How many were rebuilt.
+    /// How many views were rebuilt.
     pub rebuilt: usize,
-    /// How many are not the same, or are on one side only.
+    /// How many views differ, or exist on one side only.
     pub differences: usize,
-    /// How many of these nobody could look at with both sides at one position: one was behind the other all the time.
+    /// How many of these differences were never seen with both sides at one position, because one side was always
+    /// behind the other.
     pub uncertain: usize,
-    /// How many events could not be applied to the rebuilt ones.
+    /// How many events could not be applied to the rebuilt views.
     pub parked: usize,
 }
 
-/// A view that is not the same on both sides. Each is JSON text.
+/// A view that differs between the two sides. Each side is JSON text.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Difference {
-    /// Its key.
+    /// The key of the view.
     pub key: Arc<str>,
-    /// The live one, if there is one.
+    /// The live view, if there is one.
     pub live: Option<Arc<str>>,
-    /// The one that was rebuilt, if there is one.
+    /// The rebuilt view, if there is one.
     pub rebuilt: Option<Arc<str>>,
 }
 
 impl Rebuild {
-    /// Reserves a generation and begins to fill it.
+    /// Reserves a generation and starts to fill it.
     pub(crate) async fn begin(
         store: Arc<dyn EventStore>,
         model: &'static str,
@@ -161,11 +162,12 @@ impl Rebuild {
         Ok(Self { store, model, build, builder, before, accepts_parked, accepts_older, follows, done })
     }
 
-    /// Returns once all that is recorded when this is called has been handled. Tells meanwhile which position of the log the
-    /// build has come to.
+    /// Returns once everything recorded at the time of the call has been handled. Until then, calls `told` with the
+    /// position of the log that the build has reached.
     ///
     /// # Errors
-    /// If the store is away for a minute, another process has given the build up, or more events fail than a build may park.
+    /// If the store is unavailable for a minute, another process has given the build up, or more events fail than a
+    /// build may park.
     pub async fn catch_up(&self, mut told: impl FnMut(Position)) -> Result<(), SwapError> {
         let mut answered_at = Instant::now();
         let mut counted_at = Instant::now();
@@ -189,7 +191,7 @@ impl Rebuild {
         }
     }
 
-    /// How far the build has come, and how far it has to.
+    /// Returns the position that the build has reached, and the position that it must reach.
     async fn progress(
         &self,
         head: &mut Option<Position>,
@@ -211,19 +213,20 @@ impl Rebuild {
         Ok((reached, until))
     }
 
-    /// Swaps also where events could not be applied: they wait as dead letters, and their views are incomplete until then.
+    /// Swaps even if events could not be applied: they stay parked as dead letters, and their views are incomplete
+    /// until they are handled.
     pub fn accept_parked(mut self) -> Self {
         self.accepts_parked = true;
         self
     }
 
-    /// Swaps also where the live views are of a later version of the code, to go back to this one.
+    /// Swaps even if the live views are of a later version of the code, to go back to this version.
     pub fn accept_older(mut self) -> Self {
         self.accepts_older = true;
         self
     }
 
-    /// How many messages are parked, up to a limit, and the first one in words.
+    /// Returns how many messages are parked, up to a limit, and a description of the first failed one.
     async fn parked(&self) -> Result<(usize, String), CommitError> {
         let of = parking::collection(&generation::name(self.model, self.build.generation));
         let found = self.store.scan(&of, &Scan::After("".into()), PARKED_MAX).await.map_err(unavailable)?;
@@ -233,11 +236,11 @@ impl Rebuild {
         Ok((found.len(), first))
     }
 
-    /// Compares the views on both sides, and tells of each that is not the same. While both are kept up to date, a view counts
-    /// as different if it is so with both sides at the same position.
+    /// Compares the views on both sides, and calls `told` for each that differs. While both sides are kept up to date,
+    /// a view counts as different if it differs with both sides at the same position.
     ///
     /// # Errors
-    /// If the store cannot be read, or other views are swapped in meanwhile.
+    /// If the store cannot be read, or other views are swapped in during the comparison.
     pub async fn compare(&self, told: impl FnMut(Difference)) -> Result<Compared, StoreError> {
         let live = generation::load(&*self.store, self.model).await?.0.live;
         let mut compared = self.compare_with(live, told).await?;
@@ -281,7 +284,8 @@ impl Rebuild {
         }
     }
 
-    /// Both sides of a view as of one moment; whether that was also one position. `None` if they are the same.
+    /// Reads both sides of a view as of one moment. Returns the difference, and whether both sides were at one
+    /// position; `None` if the sides are equal.
     async fn look_again(
         &self,
         of_live: u32,
@@ -300,7 +304,7 @@ impl Rebuild {
             if same(live.as_ref(), rebuilt.as_ref()) {
                 return Ok(None);
             }
-            // Views that nobody has ever kept are behind nothing.
+            // Live views without a checkpoint were never maintained, so they are not behind any position.
             let certain = of_live.is_none() || position(of_live.as_ref()) == position(of_rebuilt.as_ref());
             if certain || *looks == LOOKS_MAX {
                 let body = |view: Option<Document>| view.map(|view| view.body);
@@ -312,18 +316,18 @@ impl Rebuild {
         }
     }
 
-    /// Takes the place of the live views, which are removed.
+    /// Replaces the live views, which are removed.
     ///
     /// # Errors
-    /// If the build is refused, another one was faster, or the store did not take it. Then the live views are as they were, and
-    /// what was built is removed, by the next build if the store is away.
+    /// If the build is refused, another build was faster, or the store refused the commit. The live views then stay as
+    /// they were, and the built views are removed, by the next build if the store is unavailable.
     pub async fn swap(self) -> Result<Rebuilt, SwapError> {
         self.swap_with(Vec::new()).await
     }
 
-    /// The same, in one commit with these events.
+    /// Like [`swap`](Self::swap), in one commit with these events.
     pub(crate) async fn swap_with(mut self, appends: Vec<Append>) -> Result<Rebuilt, SwapError> {
-        // As long as the build runs, it shows that it is alive, and this may take a while.
+        // Counting may take a while, so it comes before the build ends: a running build still shows that it is alive.
         let before = count(&*self.store, &collection(self.model, self.before)).await;
         self.end().await;
         let swapped = match before {
@@ -332,7 +336,7 @@ impl Rebuild {
         };
         match &swapped {
             Ok(_) => {
-                // The swap holds, whatever becomes of this: what is left is removed by the next build or start of a service.
+                // The swap is committed even if this fails: the next build or start of a service removes the remains.
                 if let Err(error) = generation::remove_retired(&*self.store, self.model).await {
                     tracing::warn!(read_model = self.model, %error, "not all views that were replaced are removed yet");
                 }
@@ -371,7 +375,7 @@ impl Rebuild {
         Ok(Rebuilt { generation, views: views.unwrap_or_default(), views_before, parked })
     }
 
-    /// What holds up the rebuilt views as an operator has held up the live ones.
+    /// Returns the put that pauses the rebuilt views, if an operator has paused the live ones.
     async fn paused(&self) -> Result<Option<Put>, StoreError> {
         let [live, rebuilt] = [self.before, self.build.generation].map(|number| checkpoint(self.model, number));
         let found = self.store.documents(&[live, rebuilt]).await?;
@@ -384,21 +388,21 @@ impl Rebuild {
         Ok(live.paused.then(|| Put { key, expected, body: Some(body.into()), due: None }))
     }
 
-    /// Removes what was built.
+    /// Removes the built views.
     ///
     /// # Errors
-    /// If the store is away; then the next build removes it.
+    /// If the store is unavailable; the next build then removes them.
     pub async fn discard(mut self) -> Result<(), CommitError> {
         self.end().await;
         self.remove().await
     }
 
-    /// Of which read model.
+    /// The name of the read model.
     pub fn model(&self) -> &'static str {
         self.model
     }
 
-    /// Has the build handle what is recorded by now, and end. Views and checkpoint agree wherever it ends.
+    /// Lets the build handle the events recorded by now, and ends it. Views and checkpoint agree wherever it ends.
     async fn end(&mut self) {
         drop(self.done.take());
         _ = (&mut self.follows).await;
@@ -413,7 +417,7 @@ impl Rebuild {
     }
 }
 
-/// Shows that a build is alive, until another process has taken it for dead.
+/// Writes signs of life of a build, until another process has given the build up.
 async fn beats(store: Arc<dyn EventStore>, model: &'static str, builder: Uuid) {
     loop {
         tokio::time::sleep(BEAT).await;
@@ -425,7 +429,7 @@ async fn beats(store: Arc<dyn EventStore>, model: &'static str, builder: Uuid) {
     }
 }
 
-/// The same value: a map in a view has its members in any order.
+/// Returns whether two views have the same value: a map in a view may have its members in any order.
 fn same(left: Option<&Document>, right: Option<&Document>) -> bool {
     let read = |view: &Document| serde_json::from_str::<serde_json::Value>(&view.body).ok();
     match (left, right) {
@@ -436,13 +440,13 @@ fn same(left: Option<&Document>, right: Option<&Document>) -> bool {
     }
 }
 
-/// The views of a generation, page by page.
+/// An iterator over the views of a generation, page by page.
 struct Views<'a> {
     rebuild: &'a Rebuild,
     collection: String,
     page: Vec<Document>,
     at: usize,
-    /// Where the next page begins; `None` after the last.
+    /// The key after which the next page begins; `None` after the last page.
     after: Option<Arc<str>>,
 }
 

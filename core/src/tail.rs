@@ -19,7 +19,7 @@ use crate::{
     store::{EventStore, LogPage, LogQuery, Scan, StoreError, StoreStatus},
 };
 
-/// The most events held: what the slowest of several subscriptions may lag behind before it reads for itself.
+/// The most events held: how far the slowest of several subscriptions may lag before it reads the store itself.
 const EVENTS_MAX: usize = 65_536;
 /// The most payload bytes held.
 const BYTES_MAX: usize = 64 * 1024 * 1024;
@@ -27,40 +27,40 @@ const BYTES_MAX: usize = 64 * 1024 * 1024;
 const COMMITS_AHEAD_MAX: usize = 4_096;
 /// How long to wait for a commit of this process that the store already shows.
 const SHOWN_SOON: Duration = Duration::from_millis(2);
-/// Events read from the store in one go.
+/// The number of events read from the store per page.
 const PAGE: usize = 2_000;
 
-/// A store that reads the end of the log once for all who follow it, and what this process commits itself not at all.
-/// Whoever is far behind reads the store directly.
+/// A store that reads the tail of the log once for all subscriptions. Events committed by this process are served from
+/// memory and not read back. Readers that are far behind read the store directly.
 pub struct Tail {
     store: Arc<dyn EventStore>,
     recent: Mutex<Recent>,
     fetch: tokio::sync::Mutex<()>,
-    /// Held by the one who waits for the store on behalf of all.
+    /// Held by the caller that waits for the store on behalf of all callers.
     waits: tokio::sync::Mutex<()>,
-    /// The number of the store's history, and the end of what is held of it.
+    /// The store's history number, and the end of the events held.
     last: watch::Sender<(u64, Position)>,
-    /// Commits of this process that the store has not answered yet.
+    /// How many commits of this process the store has not answered yet.
     committing: AtomicUsize,
 }
 
 /// All events in `(after, last]`.
 #[derive(Default)]
 struct Recent {
-    /// The number of the store's history that they were read from.
+    /// The store's history number when these events were read.
     history: u64,
     after: Position,
     last: Position,
     events: VecDeque<Arc<Recorded>>,
     bytes: usize,
-    /// Whether the store has more behind them than it gave in one go.
+    /// Whether the store has more events after these than it returned in one page.
     more: bool,
     /// Commits of this process whose predecessors are not known yet, by their first position.
     ahead: BTreeMap<Position, Vec<Arc<Recorded>>>,
 }
 
 impl Recent {
-    /// Takes events in log order, all there are up to `next`.
+    /// Adds events in log order. The events must be complete up to `next`.
     fn extend(&mut self, events: impl IntoIterator<Item = Arc<Recorded>>, next: Position) {
         for event in events.into_iter().filter(|event| event.position > self.last).collect::<Vec<_>>() {
             self.bytes += event.data.len();
@@ -69,7 +69,7 @@ impl Recent {
         self.last = self.last.max(next);
     }
 
-    /// Takes in what has become the next piece of the log.
+    /// Moves commits that now continue the log out of `ahead`, and drops the oldest events beyond the limits.
     fn settle(&mut self) {
         while let Some(entry) = self.ahead.first_entry() {
             if *entry.key() > self.last.next() {
@@ -80,7 +80,7 @@ impl Recent {
             self.extend(events, next);
         }
         if self.ahead.len() > COMMITS_AHEAD_MAX {
-            // Another writer came between: the next read of the store brings them.
+            // Another writer's events are missing in between: the next read of the store returns all of them.
             self.ahead.clear();
         }
         while self.events.len() > EVENTS_MAX || self.bytes > BYTES_MAX {
@@ -91,11 +91,11 @@ impl Recent {
     }
 }
 
-/// What of a commit the log will show.
+/// The parts of a commit that the log will show.
 type Appended = Vec<(StreamId, Vec<NewEvent>)>;
 
 impl Tail {
-    /// Follows `store` from its present end.
+    /// Follows `store` from its current end.
     pub async fn follow(store: Arc<dyn EventStore>) -> Result<Self, StoreError> {
         let history = store.history();
         let head = store.status().await?.head;
@@ -105,7 +105,7 @@ impl Tail {
         Ok(Self { store, recent, fetch, waits, last, committing })
     }
 
-    /// Changes what is held, unless that is of another history than this one by now.
+    /// Changes the events held, unless they belong to another history by now.
     fn change(&self, history: u64, change: impl FnOnce(&mut Recent)) {
         let last = {
             let mut recent = self.recent();
@@ -123,8 +123,8 @@ impl Tail {
         self.recent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Forgets what is held if the log may have lost events since, and goes on from its present end. Gives the number of the
-    /// history, and that end.
+    /// Discards the events held if the log may have lost events since, and continues from its current end. Returns the
+    /// history number and that end.
     async fn renewed(&self) -> Result<(u64, Position), StoreError> {
         let known = *self.last.borrow();
         if self.store.history() == known.0 {
@@ -135,13 +135,13 @@ impl Tail {
         if history != self.last.borrow().0 {
             let head = self.store.status().await?.head;
             *self.recent() = Recent { history, after: head, last: head, ..Recent::default() };
-            // Whoever waits is to look again, wherever the end is now.
+            // Every waiting caller must look again, wherever the end is now.
             self.last.send_replace((history, head));
         }
         Ok(*self.last.borrow())
     }
 
-    /// The page after `after`, if it is held; `None` if the store must be asked.
+    /// Returns the page after `after` from memory; `None` if the store must be read.
     fn held(&self, query: &LogQuery, after: Position, limit: usize) -> Option<LogPage> {
         let recent = self.recent();
         if after < recent.after || after >= recent.last {
@@ -163,7 +163,7 @@ impl Tail {
         Some(page)
     }
 
-    /// Reads on from the end, if that is where it still stands.
+    /// Reads on from the end, unless another caller has moved it.
     async fn fetch_after(&self, (history, end): (u64, Position)) -> Result<(), StoreError> {
         let _one_fetches = self.fetch.lock().await;
         if (history, end) == *self.last.borrow() {
@@ -178,17 +178,18 @@ impl Tail {
         Ok(())
     }
 
-    /// Follows the store for ever, one caller at a time for all of them: who waits is told by `last`.
+    /// Follows the store without end, with one caller at a time for all callers: `last` wakes those that wait.
     async fn follow_on(&self) -> StoreError {
         loop {
             let _one_waits = self.waits.lock().await;
-            // After one commit there is often another of this process, and then the store need not be asked for more at all.
+            // After one commit there is often another of this process, and then the store need not be read at all.
             tokio::time::sleep(SHOWN_SOON).await;
             let end = *self.last.borrow();
             if let Err(error) = self.store.wait(end.1).await {
                 return error;
             }
-            // The store knows more. If that is a commit of this process, it is about to be shown, and need not be read.
+            // The store has more events. If they are a commit of this process, they are about to be shown and need not
+            // be read.
             if self.committing.load(Ordering::Acquire) > 0 {
                 _ = tokio::time::timeout(SHOWN_SOON, self.last.subscribe().wait_for(|last| *last > end)).await;
             }
@@ -201,7 +202,7 @@ impl Tail {
         }
     }
 
-    /// Shows a commit of this process, if the store tells where its events stand.
+    /// Adds a commit of this process, if the store reported the positions of its events.
     fn show(&self, history: u64, appended: Appended, committed: &Committed) {
         let count = appended.iter().map(|(_, events)| events.len() as i64).sum::<i64>();
         let Some(recorded_at) = committed.recorded_at.filter(|_| count > 0) else { return };
@@ -252,7 +253,7 @@ impl EventStore for Tail {
     async fn commit(&self, commit: Commit) -> Result<Committed, CommitError> {
         let appended = commit.appends.iter().map(|append| (append.stream.clone(), append.events.clone())).collect();
         self.committing.fetch_add(1, Ordering::AcqRel);
-        // A caller may drop the future: then the store shows what became of it.
+        // If a caller drops the future, a read of the store shows the result.
         let done = Done(&self.committing);
         let history = self.store.history();
         let committed = self.store.commit(commit).await?;
@@ -296,7 +297,7 @@ impl EventStore for Tail {
     }
 }
 
-/// Counts a commit as answered, also when its caller went away.
+/// Counts a commit as answered, even if its caller went away.
 struct Done<'a>(&'a AtomicUsize);
 
 impl Drop for Done<'_> {
