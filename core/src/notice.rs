@@ -1,4 +1,4 @@
-//! What a person may have to look at: each is one line in the log of the process, and one count.
+//! Notices for operators: each is one line in the log of the process, and one count.
 
 use std::sync::Arc;
 
@@ -9,12 +9,12 @@ use crate::{
     saga::{Fault, FaultKind},
 };
 
-/// Told once what it is about is committed, so that an attempt that is made again tells nothing twice.
+/// Sent once the work behind it is committed, so that a repeated attempt does not send a notice twice.
 #[derive(Clone, Debug)]
 pub(crate) enum Notice {
     /// A message was not handled.
     Message(FailedMessage),
-    /// Something went wrong at a step of a saga.
+    /// A step of a saga had a fault.
     Saga { saga: Arc<str>, saga_id: Arc<str>, fault: Fault },
 }
 
@@ -26,12 +26,12 @@ pub(crate) struct FailedMessage {
     pub position: i64,
     pub attempts: u32,
     pub reason: String,
-    /// Whether it is tried again by itself.
+    /// Whether the message is retried automatically.
     pub retries: bool,
 }
 
 impl Notice {
-    /// Writes the line and counts. `subscription` is what the worker goes by.
+    /// Writes the log line and increments the counter. `subscription` is the name of the worker.
     pub fn tell(&self, subscription: &str, health: &Health) {
         match self {
             Self::Message(failed) => tell_message(failed, subscription, health),

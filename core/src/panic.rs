@@ -1,20 +1,20 @@
-//! A panic in a user's code is an error like others: it says so, and takes nothing else with it.
+//! Panics in user code become errors with the panic's text, and do not affect other code.
 
 use std::{any::Any, panic::AssertUnwindSafe};
 
 use futures::FutureExt;
 
-/// What a user's code said as it panicked.
+/// The text of a panic in user code.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("panicked: {0}")]
 pub(crate) struct Panicked(String);
 
-/// Runs a user's code to its end or its panic. The caller throws away what the code was given to change.
+/// Runs user code until it returns or panics. After a panic, the caller discards everything that the code could change.
 pub(crate) async fn caught<T>(code: impl Future<Output = T>) -> Result<T, Panicked> {
     AssertUnwindSafe(code).catch_unwind().await.map_err(|panic| Panicked(text(&*panic)))
 }
 
-/// The same for code that waits for nothing.
+/// Like [`caught`], for code that is not async.
 pub(crate) fn caught_now<T>(code: impl FnOnce() -> T) -> Result<T, Panicked> {
     std::panic::catch_unwind(AssertUnwindSafe(code)).map_err(|panic| Panicked(text(&*panic)))
 }

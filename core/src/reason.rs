@@ -1,9 +1,9 @@
-//! Texts of failures, as they can be stored: no store refuses them, and no text is too long for what carries it.
+//! Texts of failures in a form that every store accepts, with a bounded length.
 
-/// Characters kept of a reason: it is for people to read, and it stands several times in the events of a saga.
+/// The most characters kept of a reason: people read it, and the events of a saga repeat it several times.
 pub(crate) const REASON_CHARS_MAX: usize = 4_000;
 
-/// The text with every control character but tabs and newlines replaced, cut at [`REASON_CHARS_MAX`].
+/// Returns the text with every control character except tabs and newlines replaced, cut at [`REASON_CHARS_MAX`].
 pub(crate) fn storable(reason: &str) -> String {
     let unprintable = |character: char| character.is_control() && !matches!(character, '\n' | '\t');
     let printable = |character| if unprintable(character) { char::REPLACEMENT_CHARACTER } else { character };

@@ -1,8 +1,8 @@
-//! What a unit of work must not take from a cache again.
+//! Cached states that a unit of work must not use again.
 
 use crate::{commit::CommitError, event::StreamId};
 
-/// Which cached states were proven outdated by an earlier attempt.
+/// The cached states that an earlier attempt found outdated.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) enum Stale {
     #[default]
@@ -20,7 +20,7 @@ impl Stale {
         }
     }
 
-    /// What to read anew after this error: first only the stream it names, then everything.
+    /// Returns what to read again after this error: at first only the stream that the error names, then everything.
     pub fn after(self, error: &CommitError) -> Self {
         match (self, error) {
             (Self::Nothing, CommitError::Conflict { stream, .. }) => Self::Streams(vec![stream.clone()]),

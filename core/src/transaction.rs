@@ -1,4 +1,4 @@
-//! One atomic change over several aggregates and documents, for code that is not a handler.
+//! One atomic change across several aggregates and documents, for code outside of handlers.
 
 use std::sync::Arc;
 
@@ -11,8 +11,8 @@ use crate::{
     work::{Stale, Work},
 };
 
-/// Stages work on several streams and documents, and commits it whole or not at all, again where another writer was
-/// first. It holds no database transaction: what was read is checked by the commit.
+/// Stages work on several streams and documents, commits it as a whole or not at all, and lets the caller retry when
+/// another writer was first. It holds no database transaction: the commit checks what was read.
 ///
 /// ```
 /// # use std::sync::Arc;
@@ -35,17 +35,18 @@ pub struct Transaction {
     request: Request,
     attempts: u32,
     backoff: Backoff,
-    /// An attempt that may still turn out to hold.
+    /// An attempt that may still turn out to be committed.
     unsettled: Option<Box<Unsettled>>,
 }
 
 impl Transaction {
-    /// A transaction under a command id: what it executes on aggregates is done once, however often it is run.
+    /// A transaction under a command id: its commands to aggregates are executed once, however often the transaction
+    /// runs.
     pub fn new(store: Arc<dyn EventStore>, request: impl Into<Request>) -> Self {
         Self { store, request: request.into(), attempts: 0, backoff: Backoff::short(), unsettled: None }
     }
 
-    /// An attempt. It reads everything anew, so that a refusal is never for an outdated reason.
+    /// Begins an attempt. Each attempt reads everything again, so that a refusal never rests on outdated state.
     pub fn begin(&mut self) -> Work {
         self.attempts += 1;
         let mut work = Work::new(self.store.clone(), Stale::Everything);
@@ -53,13 +54,15 @@ impl Transaction {
         work
     }
 
-    /// Commits an attempt. `None`: another writer was first, or the outcome is unknown; begin another one, which finds
-    /// its own events if this one did hold, and says so with [`Decided::repeated`](crate::work::Decided). Nothing more is
-    /// committed then, however large the attempt was, and whatever other writers did meanwhile.
+    /// Commits an attempt. `None` means that another writer was first, or that the outcome is unknown: begin another
+    /// attempt. If the first attempt was committed after all, the next one finds its events and reports that with
+    /// [`Decided::repeated`](crate::work::Decided). Nothing more is committed then, independent of the size of the
+    /// attempt and of other writers.
     ///
     /// # Errors
-    /// What another attempt cannot mend, or after too many of them the last one's. Also an unknown outcome of work that
-    /// appends nothing: documents do not tell who wrote them, so only the caller can.
+    /// If another attempt cannot help, or after too many attempts, with the error of the last one. An unknown outcome
+    /// of work without events is an error too: documents do not show which commit wrote them, so only the caller can
+    /// find out.
     pub async fn commit(&mut self, work: Work) -> Result<Option<Committed>, CommitError> {
         if let Some(committed) = self.settled().await {
             return Ok(Some(committed));
@@ -71,7 +74,7 @@ impl Transaction {
         };
         match failed.error {
             error @ CommitError::Unknown(_) if failed.unsettled.is_none() => Err(error),
-            // Nothing was stored, because what it was decided on may be gone.
+            // Nothing was stored, because the state behind the decision may be gone.
             CommitError::Unavailable(_) if self.store.history() != history && self.attempts < DECISIONS_MAX => Ok(None),
             CommitError::Conflict { .. } | CommitError::DocumentConflict { .. } | CommitError::Unknown(_)
                 if self.attempts < DECISIONS_MAX =>

@@ -1,4 +1,4 @@
-//! Whether a commit holds whose outcome is unknown.
+//! Resolves whether a commit with an unknown outcome was stored.
 
 use std::collections::HashMap;
 
@@ -10,31 +10,33 @@ use crate::{
     store::{EventStore, StoreError},
 };
 
-/// Events read in one go.
+/// The number of events read per page.
 const PAGE: usize = 1_000;
 
-/// A commit with an unknown outcome, known again by its events. It expected each stream at a version, so if it holds, its events
-/// stand exactly where they were staged, however many they are and whatever came after them.
+/// A commit with an unknown outcome, recognised by its events. The commit expected each stream at a version, so if it
+/// was stored, its events are exactly where they were staged, independent of their number and of later events.
 #[derive(Clone, Debug)]
 pub(crate) struct Unsettled {
-    /// What was staged on each stream. At least one of them has commands.
+    /// The staged part of each stream. At least one of them has commands.
     pub streams: Vec<Staged>,
 }
 
-/// What was staged on one stream.
+/// The staged part of one stream.
 #[derive(Clone, Debug)]
 pub(crate) struct Staged {
     pub stream: StreamId,
     /// The version before the first event.
     pub base: Version,
-    /// The version of the last event, which is `base` if there is none.
+    /// The version of the last event, or `base` if there are no events.
     pub last: Version,
-    /// The first event of each command. All of them are looked for: another process may have been sent one of the commands, too.
+    /// The first event of each command. All of them are checked, because another process may also have received one of
+    /// the commands.
     pub commands: HashMap<Version, Uuid>,
 }
 
 impl Unsettled {
-    /// What the commit came to, if it holds. `None`: it does not hold, or not yet, as when the server still works on it.
+    /// Returns the result of the commit if it was stored. `None` means that it was not stored, or not yet, for example
+    /// because the server still works on it.
     pub async fn find(&self, store: &dyn EventStore) -> Result<Option<Committed>, StoreError> {
         let mut position = Position::START;
         for staged in self.streams.iter().filter(|staged| staged.last > staged.base) {
@@ -49,7 +51,7 @@ impl Unsettled {
 }
 
 impl Staged {
-    /// The position of the last event, if all commands stand where they were staged.
+    /// Returns the position of the last event, if all commands are where they were staged.
     async fn find(&self, store: &dyn EventStore) -> Result<Option<Position>, StoreError> {
         let mut at = self.base;
         let mut position = Position::START;
