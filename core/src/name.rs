@@ -1,41 +1,41 @@
-//! Names of the parts that keep documents under them: subscriptions, groups, services, read models, instances.
+//! Names of parts that store documents under their name: subscriptions, groups, services, read models, instances.
 
 use std::collections::BTreeMap;
 
-/// The longest name, in bytes: what is parked under it is a collection `parked.NAME`, or `parked.NAME@GENERATION`.
+/// The longest name, in bytes: its parked messages are in the collection `parked.NAME`, or `parked.NAME@GENERATION`.
 pub const NAME_BYTES_MAX: usize = 150;
-/// What follows the service in the name of its relay, and stands at the end of no other name.
+/// The suffix of a relay's name, after its service's name. No other name may end with it.
 pub(crate) const RELAY: &str = ".relay";
 
-/// Why a name cannot be one.
+/// Why a name is not valid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NameError {
-    /// No document could be told from those of another name.
+    /// The name's documents could be confused with those of another name.
     #[error("{kind} {name:?}: {reason}; choose another name")]
     Malformed {
-        /// Such as `subscription`.
+        /// The kind of the part, such as `subscription`.
         kind: &'static str,
         /// The name, or the start of a long one.
         name: String,
-        /// What is wrong with it.
+        /// Why the name is not valid.
         reason: String,
     },
-    /// Two parts have one name, and so the same checkpoints and parked messages.
+    /// Two parts have the same name, and so the same checkpoints and parked messages.
     #[error(
         "{first} and {second} are both called {name:?}, and would share checkpoints and parked messages: rename one"
     )]
     Taken {
-        /// The name of both.
+        /// The common name.
         name: String,
-        /// The one that was there first, such as `subscription`.
+        /// The kind of the first part, such as `subscription`.
         first: &'static str,
-        /// The other.
+        /// The kind of the second part.
         second: &'static str,
     },
 }
 
-/// Checks that the documents of a name cannot be taken for those of another one. `/` stands before a lane or a topic, `@` before
-/// a generation of a read model or an instance.
+/// Checks that the documents of a name cannot be confused with those of another name. `/` precedes a lane or a topic,
+/// `@` a generation of a read model or an instance.
 pub(crate) fn check(kind: &'static str, name: &str) -> Result<(), NameError> {
     let reason = if name.is_empty() {
         "it is empty".to_owned()
@@ -60,7 +60,7 @@ pub(crate) fn check(kind: &'static str, name: &str) -> Result<(), NameError> {
 pub(crate) struct Names(BTreeMap<String, &'static str>);
 
 impl Names {
-    /// Takes a name for a part of this kind.
+    /// Reserves a name for a part of this kind.
     pub fn take(&mut self, kind: &'static str, name: &str) -> Result<(), NameError> {
         check(kind, name)?;
         match self.0.insert(name.to_owned(), kind) {

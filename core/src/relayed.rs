@@ -1,4 +1,4 @@
-//! How far the relay of a service has come, and by which names of lanes its messages are known.
+//! How far the relay of a service has come, and the lane names that its messages carry.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -12,20 +12,20 @@ use crate::{
     subscription::lane_of,
 };
 
-/// Documents read at once.
+/// The number of documents read per page.
 const PAGE: usize = 500;
 
 /// How far the relay of a service has come.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Relayed {
     names: LogNames,
-    /// Of each lane.
+    /// The checkpoint of each lane.
     checkpoints: Vec<Position>,
     taken: Ends,
 }
 
 impl Relayed {
-    /// Of every service whose relay has run on this store, by the name of the service.
+    /// Returns the progress of every relay that has run on this store, by the name of its service.
     pub async fn on(store: &dyn EventStore) -> Result<BTreeMap<String, Self>, StoreError> {
         let mut services: BTreeMap<String, (BTreeMap<u32, Position>, Ends)> = BTreeMap::new();
         let mut after: Arc<str> = "".into();
@@ -37,7 +37,7 @@ impl Relayed {
                 let named = document.key.id.rsplit_once('/');
                 let of_relay = named.and_then(|(name, lane)| Some((name.strip_suffix(RELAY)?, lane.parse().ok()?)));
                 let Some((service, lane)) = of_relay else { continue };
-                // `GROUP/TOPIC/PARTITION`, of a topic that is called as a relay.
+                // This is `GROUP/TOPIC/PARTITION`, with a topic whose name ends like that of a relay.
                 if service.contains('/') {
                     continue;
                 }
@@ -45,7 +45,7 @@ impl Relayed {
                     .map_err(|error| StoreError::Corrupt(format!("document {}: {error}", document.key)))?;
                 let (lanes, taken) = services.entry(service.to_owned()).or_default();
                 lanes.insert(lane, Position(checkpoint.next));
-                // All lanes note what the same process has sent.
+                // Every lane records the offsets that its process has sent.
                 taken.reach(&checkpoint.taken);
             }
         }
@@ -61,7 +61,8 @@ impl Relayed {
         Ok(services.into_iter().map(|(service, progress)| (service, relayed(progress))).collect())
     }
 
-    /// Up to where the bus had taken messages when the relay last noted it. What lies behind, it has sent since.
+    /// The offsets up to which the bus had taken messages at the relay's last checkpoint. Messages beyond them were
+    /// sent later.
     pub fn taken(&self) -> &Ends {
         &self.taken
     }
@@ -71,22 +72,22 @@ impl Relayed {
         &self.names
     }
 
-    /// The bus has taken all that comes of the events of this stream up to here, but for what is parked.
+    /// Returns the position up to which the bus has taken all messages of this stream's events, except parked ones.
     pub fn up_to(&self, stream: &StreamId) -> Position {
         self.checkpoints[self.lane(stream) as usize]
     }
 
-    /// The same for all streams.
+    /// Like [`up_to`](Self::up_to), for all streams.
     pub fn all_up_to(&self) -> Position {
         self.checkpoints.iter().copied().min().unwrap_or(Position::START)
     }
 
-    /// What [`Message::lane`](crate::Message::lane) says of the messages that come of a stream's event.
+    /// Returns the [`Message::lane`](crate::Message::lane) of the messages for an event of a stream.
     pub fn label(&self, stream: &StreamId, position: Position) -> Arc<str> {
         self.names.label(self.lane(stream), position)
     }
 
-    /// Whether a message says that it came from this log, by any lane.
+    /// Returns whether the lane of a message belongs to this log.
     pub fn is_of_this_log(&self, lane: &str) -> bool {
         log_of(lane).is_some_and(|log| self.names.knows(log))
     }

@@ -1,4 +1,4 @@
-//! The commands that a stream carried out last: how a repeated command is known.
+//! The most recent commands of a stream, by which a repeated command is recognised.
 
 use std::collections::VecDeque;
 
@@ -10,31 +10,31 @@ use crate::{
     event::{Version, derived_id},
 };
 
-/// A repeated command is found among this many last commands of its stream, however many events each of them gave. A
-/// command that is repeated later is taken for a new one; each saga has a stream of its own at each service, and stays far
-/// below.
+/// A repeated command is recognised among this many most recent commands of its stream, independent of the number of
+/// their events. A command repeated later counts as new. Each saga has its own stream at each service, and stays far
+/// below this number.
 pub const REMEMBERED_COMMANDS: usize = 1_024;
-/// Where the store does not say which command an event belongs to, each event may be the first of a command and is
-/// remembered by itself, up to this many: a commit may hold that many.
+/// If the store does not show which command an event belongs to, each event may be the first of a command and is
+/// remembered on its own, up to this many: the limit of a commit.
 const UNCERTAIN_EVENTS_MAX: usize = COMMIT_ROWS_MAX;
 
-/// The first event of each of the last commands.
+/// The first event of each of the most recent commands.
 ///
-/// A command that this process stages is remembered by its first event alone. Events that are read from the store carry the
-/// command only as their cause, so the boundaries are inferred: another cause begins another command, and a run of events
-/// with one cause is one command if the id of its last event derives from the cause with the length of the run. Otherwise,
-/// as when a message caused several commands, every event of the run is remembered.
+/// A command staged by this process is remembered by its first event alone. Events read from the store carry the
+/// command only as their cause, so the boundaries are inferred. A new cause starts a new command. A run of events with
+/// one cause is one command if the id of its last event derives from the cause and the length of the run. Otherwise,
+/// for example after a message that caused several commands, every event of the run is remembered.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Remembered {
-    /// In the order of the stream.
+    /// The remembered events, in the order of the stream.
     events: VecDeque<First>,
     /// How many of `events` may be in the middle of a command.
     uncertain: usize,
-    /// The events with one cause that were read last.
+    /// The current run of events with one cause.
     run: Option<Run>,
 }
 
-/// An event that begins a command, or may begin one.
+/// An event that starts a command, or may start one.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct First {
     id: Uuid,
@@ -51,13 +51,13 @@ struct Run {
 }
 
 impl Remembered {
-    /// A command begins with this event.
+    /// Records that a command starts with this event.
     pub fn begin(&mut self, id: Uuid, version: Version) {
         self.end_of_run();
         self.push(First { id, version, uncertain: false });
     }
 
-    /// An event as it was read. The events of one commit are read together, up to [`end_of_run`](Self::end_of_run).
+    /// Records an event as read. The events of one commit are read together, until [`end_of_run`](Self::end_of_run).
     pub fn read(&mut self, id: Uuid, version: Version, cause: Uuid) {
         match &mut self.run {
             Some(run) if run.cause == cause => {
@@ -72,7 +72,7 @@ impl Remembered {
         }
     }
 
-    /// No further event of the same commit follows.
+    /// Ends the run: no further event of the same commit follows.
     pub fn end_of_run(&mut self) {
         let Some(run) = self.run.take() else { return };
         // One hash for a whole run, and none for the usual command of one event.
@@ -84,7 +84,7 @@ impl Remembered {
         self.trim(UNCERTAIN_EVENTS_MAX);
     }
 
-    /// Where the events of a command begin, if it is remembered.
+    /// Returns the version of a command's first event, if the command is remembered.
     pub fn version_of(&self, command_id: Uuid) -> Option<Version> {
         if self.events.is_empty() {
             return None;
@@ -93,23 +93,23 @@ impl Remembered {
         self.events.iter().find(|event| event.id == id).map(|event| event.version)
     }
 
-    /// The first events of the commands after a version.
+    /// Returns the first events of the commands after a version.
     pub fn since(&self, version: Version) -> impl Iterator<Item = (Version, Uuid)> + '_ {
         self.events.iter().rev().map(|event| (event.version, event.id)).take_while(move |(of, _)| *of > version)
     }
 
-    /// For a snapshot.
+    /// Returns the remembered events for a snapshot.
     pub fn to_stored(&self) -> Vec<First> {
         self.events.iter().copied().collect()
     }
 
-    /// From a snapshot.
+    /// Restores the remembered events from a snapshot.
     pub fn from_stored(events: Vec<First>) -> Self {
         let uncertain = events.iter().filter(|event| event.uncertain).count();
         Self { events: events.into(), uncertain, run: None }
     }
 
-    /// From a snapshot of a build that stored the ids of the last events, up to `version`.
+    /// Restores from a snapshot of an older build, which stored the ids of the last events, up to `version`.
     pub fn from_ids(ids: &[Uuid], version: Version) -> Self {
         let versions = (version.0 + 1).saturating_sub_unsigned(ids.len() as u64)..;
         let first = |(id, version): (&Uuid, i64)| First { id: *id, version: Version(version), uncertain: true };
@@ -119,7 +119,7 @@ impl Remembered {
     fn push(&mut self, event: First) {
         self.uncertain += usize::from(event.uncertain);
         self.events.push_back(event);
-        // A run that turns out to be one command must not cost the commands before it.
+        // A run that turns out to be one command must not displace the commands before it.
         self.trim(2 * UNCERTAIN_EVENTS_MAX);
     }
 
@@ -136,7 +136,7 @@ impl Remembered {
 mod tests {
     use super::*;
 
-    /// Reads a command's events, which come after those that are remembered.
+    /// Reads a command's events after those already remembered.
     fn read(remembered: &mut Remembered, next: &mut i64, command_id: Uuid, cause: Uuid, events: u64) -> Version {
         let first = Version(*next);
         for index in 0..events {

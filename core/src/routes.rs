@@ -1,4 +1,4 @@
-//! Which events of a service go to which topic, and as which messages.
+//! The routes of a service: which events go to which topic, and as which messages.
 
 use std::sync::Arc;
 
@@ -11,28 +11,28 @@ use crate::{
     store::LogQuery,
 };
 
-/// Which events of a service go to which topic.
+/// The topics and messages for the events of a service.
 #[derive(Clone, Debug, Default)]
 pub struct Routes {
     pub(crate) service: Arc<str>,
-    /// The topic of its events.
+    /// The topic of the service's events.
     events: Arc<str>,
     published: Vec<Arc<str>>,
     internal: Vec<Arc<str>>,
 }
 
-/// The longest name of a service: with what its topics, its relay and its parts add, every store and bus takes it.
+/// The longest name of a service: even with the additions for topics, relay and parts, every store and bus accepts it.
 pub(crate) const SERVICE_BYTES_MAX: usize = 80;
 
-/// Whether this can be the name of a service: it is part of the names of topics.
+/// Returns whether the name is valid for a service, and so for topics, which contain it.
 pub(crate) fn is_service_name(name: &str) -> bool {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
     !name.is_empty() && name.len() <= SERVICE_BYTES_MAX && name.bytes().all(plain)
 }
 
 impl Routes {
-    /// The routes of a service: its events go to `<service>.events`, commands of its sagas to `<participant>.commands`, and
-    /// its replies to other services' sagas to `<their service>.commands`.
+    /// The routes of a service. Its events go to `<service>.events`, commands of its sagas to `<participant>.commands`,
+    /// and its replies to other services' sagas to `<their service>.commands`.
     pub fn of(service: &str) -> Self {
         let (events, internal) = (format!("{service}.events").into(), vec![format!("step.{service}").into()]);
         Self { service: service.into(), events, published: Vec::new(), internal }
@@ -43,7 +43,7 @@ impl Routes {
         self.published.push(category.into());
     }
 
-    /// Sends the commands of sagas recorded under this category.
+    /// Sends the commands of the sagas recorded under this category.
     pub(crate) fn saga(&mut self, category: &str) {
         self.internal.push(category.into());
     }
@@ -57,11 +57,11 @@ impl Routes {
         LogQuery::categories(self.published.iter().chain(&self.internal).cloned())
     }
 
-    /// The messages that an event leads to: an event goes out as it is, one of a saga as the commands it sends, one of a step as
-    /// its reply. Without the lane that they are sent by.
+    /// Returns the messages for an event: a saga's event gives the commands that it sends, a step's event gives its
+    /// reply, and any other event goes out unchanged. The messages do not yet carry the lane that sends them.
     ///
     /// # Errors
-    /// If the event cannot be read.
+    /// If the event cannot be parsed.
     pub fn messages(&self, event: &Recorded) -> Result<Vec<Outgoing>, String> {
         let category = event.stream.category();
         if category.starts_with("saga.") {
@@ -96,7 +96,7 @@ impl Routes {
                 (attribute::REPLY_TO, self.service.to_string()),
             ];
             let message = Message {
-                // Effects derive from the command, so that all attempts at it are one.
+                // Effects derive from the command's id, so that all attempts at the command have one effect.
                 id: command.id,
                 type_name: command.type_name.into(),
                 schema_version: command.schema_version,
