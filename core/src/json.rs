@@ -1,8 +1,8 @@
-//! Values as JSON text, and back as they were.
+//! Values as JSON text, and back without loss.
 //!
-//! serde_json writes a number that is not finite as `null`, and reads an integer beyond 64 bits into a
-//! [`Value`] as the nearest `f64`; neither is an error there. Here the first is refused, and the second is exact. (The
-//! feature `arbitrary_precision` of serde_json would do the second, and break numbers in flattened and untagged types of
+//! serde_json writes a number that is not finite as `null`, and reads an integer beyond 64 bits into a [`Value`] as the
+//! nearest `f64`; neither is an error there. This module refuses the first and keeps the second exact. (The feature
+//! `arbitrary_precision` of serde_json would do the second, but would break numbers in flattened and untagged types of
 //! the whole program.)
 
 use std::{collections::HashSet, fmt, io, ops::Range};
@@ -17,43 +17,44 @@ use serde_json::{
     ser::{CompactFormatter, Formatter, PrettyFormatter},
 };
 
-/// The digits of the shortest integer that does not fit into 64 bits: -9,223,372,036,854,775,809.
+/// The number of digits of the shortest integer that does not fit into 64 bits: -9,223,372,036,854,775,809.
 const BIG_DIGITS_MIN: usize = 19;
 
-/// Writes a value as JSON text.
+/// Serializes a value as JSON text.
 ///
 /// # Errors
-/// What serde_json refuses, and numbers that are NaN or infinite, with the field they are in.
+/// If serde_json refuses the value, or if a number is NaN or infinite; the error then names the field.
 pub fn to_json<T: Serialize + ?Sized>(value: &T) -> Result<String, Error> {
     let text = serde_json::to_string(value)?;
-    // Such a number is in the text as `null`, so most texts need no second look.
+    // Such a number becomes `null` in the text, so most texts need no second look.
     if text.contains("null") {
         check_finite(value)?;
     }
     Ok(text)
 }
 
-/// As [`to_json`], of a value that is read as the same type. What has an integer beyond 64 bits is read back at once: within
-/// flattened, untagged and internally tagged types, serde does not give such integers back.
+/// Like [`to_json`], for a value that is later read as the same type. A value with an integer beyond 64 bits is read
+/// back at once: within flattened, untagged and internally tagged types, serde does not return such integers.
 pub fn to_json_exact<T: Serialize + DeserializeOwned>(value: &T) -> Result<String, Error> {
     let text = to_json(value)?;
     check_read_back(&text, || to_json(&serde_json::from_str::<T>(&text)?))?;
     Ok(text)
 }
 
-/// A value as a [`Value`], with the same errors.
+/// Converts a value to a [`Value`], with the errors of [`to_json`].
 pub(crate) fn to_value<T: Serialize>(value: &T) -> Result<Value, Error> {
     check_finite(value)?;
     serde_json::to_value(value)
 }
 
-/// Refuses a text with integers beyond 64 bits that do not come back. `again`: the text that results from reading and writing it.
+/// Refuses a text with integers beyond 64 bits that do not survive a round trip. `again` returns the text after reading
+/// and writing it.
 #[doc(hidden)]
 pub fn check_read_back<E: fmt::Display>(text: &str, again: impl FnOnce() -> Result<String, E>) -> Result<(), Error> {
     if !may_have_big_integers(text) {
         return Ok(());
     }
-    // A map that is read again may have its entries in another order.
+    // A map may have its entries in another order after the round trip.
     let sorted = |text: &str| {
         let mut integers: Vec<_> = big_integers(text).map(|range| text[range].to_owned()).collect();
         integers.sort_unstable();
@@ -81,22 +82,22 @@ fn check_finite<T: Serialize + ?Sized>(value: &T) -> Result<(), Error> {
     })
 }
 
-/// JSON text as a [`Value`] that upcasters change, with what is needed to have integers beyond 64 bits back afterwards.
+/// JSON text as a [`Value`] that upcasters change, with the data to restore integers beyond 64 bits afterwards.
 #[doc(hidden)]
 pub struct Upcast {
-    /// Integers beyond 64 bits stand in it as `f64`s near to them, each as another one.
+    /// The value, in which each integer beyond 64 bits is replaced by a distinct `f64` near to it.
     pub value: Value,
     stand_ins: Vec<(f64, String)>,
 }
 
 impl Upcast {
-    /// Reads the text.
+    /// Parses the text.
     pub fn read(text: &str) -> Result<Self, Error> {
         let mut stand_ins = Vec::new();
         if !may_have_big_integers(text) {
             return Ok(Self { value: serde_json::from_str(text)?, stand_ins });
         }
-        // A stand-in that is another number of the text, too, would have both come back as one.
+        // A stand-in must differ from all other numbers of the text, or both would be restored as the integer.
         let floats = numbers(text).filter(|range| !is_integer(&text[range.clone()]));
         let mut taken: HashSet<u64> = floats.filter_map(|range| text[range].parse().ok().map(f64::to_bits)).collect();
         let (mut changed, mut done) = (String::with_capacity(text.len()), 0);
@@ -112,7 +113,7 @@ impl Upcast {
                     stand_ins.push((near, digits.to_owned()));
                     near
                 }
-                // Too large for any number; the reader says so.
+                // Too large for any number type; the parser reports that.
                 (None, Err(_)) => continue,
             };
             changed += &text[done..range.start];
@@ -123,14 +124,15 @@ impl Upcast {
         Ok(Self { value: serde_json::from_str(&changed)?, stand_ins })
     }
 
-    /// What the upcasters left, as its type.
+    /// Converts the result of the upcasters to its type.
     pub fn finish<T: DeserializeOwned>(self) -> Result<T, Error> {
         let unread = match T::deserialize(&self.value) {
             _ if !self.stand_ins.is_empty() => None,
             Ok(read) => return Ok(read),
             Err(error) => Some(error),
         };
-        // Also for types that are only read from text, such as `RawValue`. Nobody sees this text, so a place in it helps nobody.
+        // Reading from text also serves types that can only be read from text, such as `RawValue`. Users never see this
+        // text, so the first error is more useful than a place in it.
         serde_json::from_slice(&self.written(CompactFormatter)?).map_err(|error| unread.unwrap_or(error))
     }
 
@@ -142,13 +144,13 @@ impl Upcast {
     }
 }
 
-/// JSON text laid out for people, with every number as it is.
+/// Returns the JSON text in a readable layout, with every number unchanged.
 pub fn pretty(text: &str) -> Result<String, Error> {
     let laid_out = Upcast::read(text)?.written(PrettyFormatter::new())?;
     String::from_utf8(laid_out).map_err(ser::Error::custom)
 }
 
-/// Writes integers in the place of their stand-ins.
+/// A formatter that writes integers in place of their stand-ins.
 struct WithIntegers<'a, F> {
     stand_ins: &'a [(f64, String)],
     form: F,
@@ -184,7 +186,7 @@ impl<F: Formatter> Formatter for WithIntegers<'_, F> {
     );
 }
 
-/// Whether there is a run of digits that is long enough. Looks at one byte of many.
+/// Returns whether the text has a run of digits that is long enough. Examines only every 19th byte.
 fn may_have_big_integers(text: &str) -> bool {
     let bytes = text.as_bytes();
     let digits = |bytes: &mut dyn Iterator<Item = &u8>| bytes.take_while(|byte| byte.is_ascii_digit()).count();
@@ -194,7 +196,7 @@ fn may_have_big_integers(text: &str) -> bool {
     })
 }
 
-/// The integers of a valid JSON text that fit into 128 bits but not into 64.
+/// Returns the integers of a valid JSON text that fit into 128 bits but not into 64.
 fn big_integers(text: &str) -> impl Iterator<Item = Range<usize>> + '_ {
     numbers(text).filter(|range| {
         let number = &text[range.clone()];
@@ -207,7 +209,7 @@ fn is_integer(number: &str) -> bool {
     !number.contains(['.', 'e', 'E'])
 }
 
-/// The numbers of a valid JSON text.
+/// Returns the numbers of a valid JSON text.
 fn numbers(text: &str) -> impl Iterator<Item = Range<usize>> + '_ {
     let bytes = text.as_bytes();
     let mut at = 0;
@@ -234,11 +236,11 @@ fn numbers(text: &str) -> impl Iterator<Item = Range<usize>> + '_ {
     })
 }
 
-/// Writes nothing, and fails at a number that is not finite.
+/// A serializer that writes nothing, and fails at a number that is not finite.
 #[derive(Clone, Copy)]
 struct Finite;
 
-/// A sequence, with how many of its elements were looked at, or anything else that has parts.
+/// A sequence, with the number of elements examined, or any other value with parts.
 struct Parts(usize);
 
 #[derive(Debug)]
@@ -397,7 +399,7 @@ impl ser::SerializeMap for Parts {
     type Ok = ();
     type Error = NotFinite;
 
-    // Keys are text, or serde_json has refused them.
+    // Keys are text: serde_json has already refused any other key.
     fn serialize_key<T: Serialize + ?Sized>(&mut self, _: &T) -> Looked {
         Ok(())
     }
@@ -440,7 +442,7 @@ mod tests {
 
     #[test]
     fn upcasters_change_what_is_beside_a_big_integer() {
-        // Two that are the same `f64`, and that `f64` itself.
+        // Two integers with the same `f64`, and that `f64` itself.
         let text = r#"{"a":1000000000000000000000000,"b":1000000000000000000000001,"c":1e24,"d":[-170141183460469231731687303715884105728]}"#;
         let mut upcast = Upcast::read(text).unwrap();
         upcast.value["e"] = upcast.value["a"].take();

@@ -1,12 +1,13 @@
-//! Secrets that stand in no URL, so that neither `ps` nor a shell's history has them: a file or a variable of the environment holds
-//! them. For adapters, whose URLs name either.
+//! Secrets outside of URLs, so that neither `ps` nor a shell's history shows them: a file or an environment variable
+//! holds the secret. For adapters, whose URLs name the file or the variable.
 
 use std::{fs::File, io::Read};
 
-/// The longest secret, in bytes: a key in PEM has a few thousand, and what is longer is another file.
+/// The longest secret, in bytes: a key in PEM has a few thousand, and a longer text is a wrong file.
 const SECRET_BYTES_MAX: u64 = 65_536;
 
-/// Reads the secret that a file holds, without the newline at its end. An error names the file, and says nothing of what it holds.
+/// Reads a secret from a file, without the newline at its end. An error names the file, and shows nothing of its
+/// contents.
 ///
 /// ```
 /// let error = annals::secret::from_file("/none/password").unwrap_err();
@@ -26,7 +27,7 @@ pub fn from_file(path: &str) -> Result<String, String> {
     if text.is_empty() { Err(wrong("it is empty, and should hold a secret")) } else { Ok(text) }
 }
 
-/// Reads the secret that a variable of the environment holds. An error names the variable.
+/// Reads a secret from an environment variable. An error names the variable.
 pub fn from_env(name: &str) -> Result<String, String> {
     match std::env::var(name) {
         Ok(secret) if !secret.is_empty() => Ok(secret),

@@ -6,14 +6,15 @@ use std::{fmt, sync::Arc};
 const TRACEPARENT_BYTES: usize = 55;
 /// The flags that version 00 defines: sampled, and random trace id.
 const KNOWN_FLAGS: u8 = 0b11;
-/// The most members that a `tracestate` may have; the recommendation sets it.
+/// The most members of a `tracestate`, as set by the recommendation.
 const TRACESTATE_MEMBERS_MAX: usize = 32;
-/// The longest `tracestate` that is carried on, in bytes: the recommendation asks for at least as much, and each event stores it.
+/// The longest `tracestate` that is propagated, in bytes: the recommendation demands at least this much, and each event
+/// stores it.
 pub const TRACESTATE_BYTES_MAX: usize = 512;
-/// Members longer than this are the first to go when a `tracestate` is too long; the recommendation sets it.
+/// Members longer than this are dropped first when a `tracestate` is too long, as set by the recommendation.
 const LARGE_MEMBER_BYTES: usize = 128;
 
-/// A valid `traceparent`, and the `tracestate` that came with it.
+/// A valid `traceparent`, with its `tracestate`.
 ///
 /// ```
 /// use annals::TraceContext;
@@ -25,15 +26,16 @@ const LARGE_MEMBER_BYTES: usize = 128;
 /// ```
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct TraceContext(
-    /// The `traceparent`, always of [`TRACEPARENT_BYTES`], and directly behind it the `tracestate`, which may be empty.
+    /// The `traceparent`, always of [`TRACEPARENT_BYTES`], directly followed by the `tracestate`, which may be empty.
     Arc<str>,
 );
 
 impl TraceContext {
-    /// Reads the values of all `traceparent` and all `tracestate` headers. `None` unless there is exactly one `traceparent` and
-    /// it is valid. An invalid `tracestate` is left out.
+    /// Parses the values of all `traceparent` and all `tracestate` headers. Returns `None` unless there is exactly one
+    /// `traceparent` and it is valid. An invalid `tracestate` is left out.
     ///
-    /// A `traceparent` of a later version is taken by the four fields that this version knows, and becomes one of version 00.
+    /// Of a `traceparent` of a later version, only the four fields that this version knows are used; the result has
+    /// version 00.
     pub fn parse<'h>(
         traceparents: impl IntoIterator<Item = &'h str>,
         tracestates: impl IntoIterator<Item = &'h str>,
@@ -60,7 +62,7 @@ impl TraceContext {
         &self.0[..TRACEPARENT_BYTES]
     }
 
-    /// The `tracestate`, where there is one: its members, joined by commas.
+    /// The `tracestate`, if there is one: its members, joined by commas.
     pub fn tracestate(&self) -> Option<&str> {
         Some(&self.0[TRACEPARENT_BYTES..]).filter(|state| !state.is_empty())
     }
@@ -73,7 +75,7 @@ impl fmt::Debug for TraceContext {
     }
 }
 
-/// The flags to carry on, if this is a valid `traceparent`.
+/// Returns the flags to propagate, if the text is a valid `traceparent`.
 fn flags(text: &str) -> Option<u8> {
     let bytes = text.as_bytes();
     if bytes.len() < TRACEPARENT_BYTES || !text.is_char_boundary(TRACEPARENT_BYTES) {
@@ -97,7 +99,8 @@ fn flags(text: &str) -> Option<u8> {
     is_valid.then_some(if version == "00" { flags } else { flags & KNOWN_FLAGS })
 }
 
-/// The members of all `tracestate` headers in order, at most [`TRACESTATE_BYTES_MAX`] of them; `None` if one is invalid.
+/// Returns the members of all `tracestate` headers in order, with at most [`TRACESTATE_BYTES_MAX`] bytes; `None` if a
+/// member is invalid.
 fn members<'h>(headers: impl Iterator<Item = &'h str>) -> Option<Vec<&'h str>> {
     let mut members = Vec::new();
     let mut bytes = 0;
@@ -128,7 +131,7 @@ fn members<'h>(headers: impl Iterator<Item = &'h str>) -> Option<Vec<&'h str>> {
     Some(members)
 }
 
-/// A key: `vendor`, or `tenant@vendor`.
+/// Returns whether the text is a valid key: `vendor`, or `tenant@vendor`.
 fn is_key(key: &str) -> bool {
     let lower = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_lowercase);
     let plain = |part: &[u8]| {
@@ -150,7 +153,8 @@ fn is_key(key: &str) -> bool {
     }
 }
 
-/// A value: printable ASCII without `,` and `=`. Its last character is no space, since members are trimmed.
+/// Returns whether the text is a valid value: printable ASCII without `,` and `=`. A value cannot end with a space,
+/// since members are trimmed.
 fn is_value(value: &str) -> bool {
     (1..=256).contains(&value.len()) && value.bytes().all(|byte| (b' '..=b'~').contains(&byte) && byte != b'=')
 }

@@ -1,4 +1,4 @@
-//! What the bus knows, and how it changes: no task, no lock, no waiting here.
+//! The state of the bus and its changes, without tasks, locks or waiting.
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -11,13 +11,13 @@ use uuid::Uuid;
 use super::HELD_MAX;
 use crate::bus::{BusError, Message, Outgoing, Partition};
 
-/// How many messages are taken in under one hold of the lock, so that a large batch does not keep consumers out.
+/// How many messages are taken under one hold of the lock, so that a large batch does not block consumers.
 const STRIDE: usize = 1_024;
 
 pub(super) struct State {
     pub(super) closed: bool,
     partitions: u32,
-    /// Differs for each bus, so that nobody seeks to an offset of messages that went with another process.
+    /// Unique for each bus, so that no consumer seeks to an offset of messages that were lost with another process.
     incarnation: Arc<str>,
     topics: Vec<Topic>,
     topic_names: HashMap<Arc<str>, usize>,
@@ -28,7 +28,7 @@ pub(super) struct State {
 
 struct Topic {
     logs: Vec<Log>,
-    /// Messages held in all its logs.
+    /// The number of messages held in all logs of the topic.
     held: usize,
 }
 
@@ -37,24 +37,24 @@ struct Log {
     partition: Partition,
     /// The offset of the first message held.
     base: i64,
-    /// Shared with deliveries under way, so that the lock is never held to copy a message.
+    /// Shared with deliveries in progress, so that no message is copied under the lock.
     messages: VecDeque<Arc<Message>>,
-    /// Rising offsets, each with the receipt that waits until it is freed. Whoever lets go of the last share of a receipt
-    /// sends it.
+    /// Rising offsets, each with the receipt that waits until its offset is freed. Dropping the last share of a receipt
+    /// resolves it.
     receipts: VecDeque<(i64, Arc<oneshot::Sender<()>>)>,
-    /// By group. One for each group that ever joined.
+    /// The cursors by group, one for each group that ever joined.
     cursors: BTreeMap<usize, Cursor>,
 }
 
-/// Where a group is in a partition.
+/// The place of a group in a partition.
 struct Cursor {
-    /// All below is committed by the group.
+    /// The group has committed everything below this offset.
     acknowledged: i64,
-    /// The next to deliver, while the holder is at [`Stage::Delivering`].
+    /// The next offset to deliver, while the holder is at [`Stage::Delivering`].
     next: i64,
-    /// The member that shall have it.
+    /// The member that should hold the partition.
     target: Option<u64>,
-    /// The member that has it, up to the poll that gives it up.
+    /// The member that holds the partition, up to the poll that gives it up.
     holder: Option<Holder>,
 }
 
@@ -65,10 +65,10 @@ struct Holder {
 
 #[derive(Clone, Copy, PartialEq)]
 enum Stage {
-    /// Told of the assignment, has not sought yet.
+    /// The member knows of the assignment, but has not called `seek` yet.
     Assigned,
     Delivering,
-    /// Told of the revocation, may still be at work until it polls again.
+    /// The member knows of the revocation, but may still work until its next poll.
     Revoked,
 }
 
@@ -82,10 +82,10 @@ struct Member {
     wake: Arc<Notify>,
 }
 
-/// Whom to wake once the lock is free again.
+/// The tasks to wake after the lock is released.
 pub(super) type Wakes = Vec<Arc<Notify>>;
 
-/// A message with its place worked out before the lock is taken.
+/// A message with its hash, computed before the lock is taken.
 pub(super) struct Placed {
     topic: Arc<str>,
     hash: u64,
@@ -98,7 +98,7 @@ pub(super) enum Taken {
     Full,
 }
 
-/// What an acknowledgement let go of, to be dropped and sent after the lock.
+/// Messages and receipts freed by an acknowledgement, to be dropped and sent after the lock is released.
 #[derive(Default)]
 pub(super) struct Freed {
     pub(super) messages: Vec<Arc<Message>>,
@@ -112,18 +112,18 @@ pub(super) enum Next {
     Messages(Vec<(Partition, i64, Arc<Message>)>),
 }
 
-/// Who is asking.
+/// The identity of a consumer.
 pub(super) struct Seat {
     group: usize,
     member: u64,
     topics: Vec<usize>,
-    /// Which partition to look at first, moved on with each poll so that a busy one does not starve the others.
+    /// The partition to look at first. It moves on with each poll, so that a busy partition does not starve the others.
     turn: usize,
 }
 
 impl Placed {
     pub(super) fn new(Outgoing { topic, message }: Outgoing) -> Self {
-        // FNV-1a: the same in every build, which the standard library's hasher does not promise.
+        // FNV-1a is the same in every build, which the standard library's hasher does not promise.
         let hash = message
             .key
             .bytes()
@@ -146,7 +146,7 @@ impl State {
         }
     }
 
-    /// Closes, and gives out what it knew: the receipts in it fail when that is dropped.
+    /// Closes the bus, and returns its previous state: the receipts in it fail when it is dropped.
     pub(super) fn close(&mut self, wakes: &mut Wakes) -> Self {
         wakes.extend(self.groups.iter().flat_map(|group| group.members.values()).map(|member| member.wake.clone()));
         std::mem::replace(self, Self { closed: true, ..Self::new(self.partitions) })
@@ -156,7 +156,7 @@ impl State {
         self.topic_names.get(topic).map_or(0, |&topic| self.topics[topic].held)
     }
 
-    /// Takes in some of `rest`, from its front.
+    /// Takes some messages from the front of `rest`.
     pub(super) fn take(
         &mut self,
         rest: &mut VecDeque<Placed>,
@@ -224,7 +224,7 @@ impl State {
         self.rebalance(seat.group, wakes);
     }
 
-    /// Chooses who shall have each partition of a group: evenly (between members of the same topics), moving few.
+    /// Chooses the member for each partition of a group: evenly between members of the same topics, with few moves.
     fn rebalance(&mut self, group: usize, wakes: &mut Wakes) {
         let members = &self.groups[group].members;
         let mut loads: BTreeMap<u64, usize> = members.keys().map(|&member| (member, 0)).collect();
@@ -238,7 +238,7 @@ impl State {
                 shares.push((topic, &mut cursor.target));
             }
         }
-        // Each move makes the loads more even, so this comes to an end.
+        // Each move makes the loads more even, so the loop ends.
         let mut moved = true;
         while std::mem::take(&mut moved) {
             for (topic, target) in &mut shares {
@@ -258,7 +258,7 @@ impl State {
     pub(super) fn next(&mut self, seat: &mut Seat, max: usize, wakes: &mut Wakes) -> Next {
         let (me, mut revoked, mut assigned, mut heirs) = (seat.member, Vec::new(), Vec::new(), Vec::new());
         for (partition, cursor) in self.cursors(seat) {
-            // This poll is the promise that nothing of what was revoked is under way any more.
+            // This poll confirms that work on revoked partitions has ended.
             if cursor.holder.take_if(|holder| holder.member == me && holder.stage == Stage::Revoked).is_some() {
                 heirs.extend(cursor.target);
             }
@@ -330,7 +330,7 @@ impl State {
         Ok(freed)
     }
 
-    /// Of a partition that is not the member's any more, nothing is taken: what counts for the next holder is its commit.
+    /// Ignores a partition that the member no longer holds: only the next holder's own commit counts.
     pub(super) fn acknowledge(&mut self, seat: &Seat, partition: &Partition, next: i64) -> Result<Freed, BusError> {
         let (held, log) = self.find(partition)?;
         if next > log.end() {
@@ -348,7 +348,7 @@ impl State {
         Ok(freed)
     }
 
-    /// The partition of that name, beside the count of messages that its topic holds.
+    /// Returns the partition of this name, with the number of messages that its topic holds.
     fn find(&mut self, partition: &Partition) -> Result<(&mut usize, &mut Log), BusError> {
         let topic = self.topic_names.get(&partition.topic).map(|&topic| &mut self.topics[topic]);
         topic
@@ -357,7 +357,7 @@ impl State {
             .ok_or_else(|| BusError::Misconfigured(format!("this bus has no {partition:?}")))
     }
 
-    /// What the group of this member has in the member's topics.
+    /// Returns the cursors of the member's group in the member's topics.
     fn cursors(&mut self, seat: &Seat) -> impl Iterator<Item = (&Partition, &mut Cursor)> {
         let mine = self.topics.iter_mut().enumerate().filter(|(topic, _)| seat.topics.contains(topic));
         mine.flat_map(|(_, topic)| &mut topic.logs)
@@ -366,14 +366,14 @@ impl State {
 }
 
 impl Log {
-    /// The offset that the next message gets.
+    /// The offset of the next message.
     fn end(&self) -> i64 {
         self.base + self.messages.len() as i64
     }
 
     fn push(&mut self, message: Arc<Message>, done: &Arc<oneshot::Sender<()>>, groups: &[Group], wakes: &mut Wakes) {
         let offset = self.end();
-        // Who is behind anyway looks here again before it sleeps.
+        // A consumer that is behind looks here again before it sleeps.
         for (&group, cursor) in self.cursors.iter().filter(|(_, cursor)| cursor.next == offset) {
             let holder = cursor.holder.as_ref().and_then(|holder| groups[group].members.get(&holder.member));
             wakes.extend(holder.map(|member| member.wake.clone()));
@@ -385,7 +385,7 @@ impl Log {
         }
     }
 
-    /// Lets go of what every group has acknowledged.
+    /// Frees the messages that every group has acknowledged.
     fn free(&mut self) -> Freed {
         let base = self.cursors.values().map(|cursor| cursor.acknowledged).min().unwrap_or(self.base);
         let messages = self.messages.drain(..(base - self.base) as usize).collect();
