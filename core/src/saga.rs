@@ -1,18 +1,18 @@
 //! Sagas: a typed plan of steps over several services, run, drawn, replayed and model-checked by one pure function.
 //!
-//! | file | what is there |
+//! | file | contents |
 //! |---|---|
 //! | `definition` | the plan: compensatable steps, at most one pivot, then retriable ones |
 //! | `progress` | how far one saga has come, and the events that record it |
 //! | `transition` | the pure function from progress and input to progress and commands |
 //! | `instance` | a saga as an aggregate |
 //! | `migration` | moves a saga to another plan, or refuses to |
-//! | `runner` | starts sagas, feeds them replies and timers, lets operators act |
-//! | `participant` | the other side: carries out steps once, and keeps the barrier against late ones |
-//! | `index` | a document per saga: for operators, and for finding timers that are due |
-//! | `timers` | when timers are due, and firing them |
+//! | `runner` | starts sagas, passes replies and timers to them, and lets operators act |
+//! | `participant` | the other side: executes each step once, and keeps the barrier against late commands |
+//! | `index` | one document per saga, for operators and for finding due timers |
+//! | `timers` | when timers are due, and how they fire |
 //! | `diagram` | draws a plan as Mermaid or SVG |
-//! | `path` | draws the way that one saga took |
+//! | `path` | draws the path that one saga took |
 
 mod definition;
 mod diagram;

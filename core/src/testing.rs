@@ -1,13 +1,14 @@
-//! Tests for what is built on Annals, without a store or a bus: given/when/then for aggregates, a model checker for sagas.
+//! Tests for code built on Annals, without a store or a bus: given/when/then for aggregates, and a model checker for
+//! sagas.
 //!
-//! | file | what is there |
+//! | file | contents |
 //! |---|---|
 //! | `specification` | [`given`] events, when a command, then events or a refusal |
-//! | `check` | [`check`]s one saga: its switches, its world, its invariants, what comes out |
+//! | `check` | [`check`]s one saga: its switches, its world, its invariants and its outcomes |
 //! | `model` | the state space: saga, barriers, messages in flight, world, and every move between them |
-//! | `machine` | the saga in it: the real transition, each move written as JSON, read back and folded |
-//! | `rules` | what must hold for every saga |
-//! | `history` | a path through the state space, told in numbered lines |
+//! | `machine` | the saga in the model: the real transition, with each move written as JSON, read back and folded |
+//! | `rules` | the rules that every saga must satisfy |
+//! | `history` | a path through the state space, as numbered lines |
 //!
 //! ```
 //! use annals::{Aggregate, Event, testing::given};
@@ -47,7 +48,7 @@
 //! ```
 
 //!
-//! Time is moved by hand: a deadline of three days passes in a moment.
+//! A test moves time by hand: a deadline of three days passes in a moment.
 //!
 //! ```
 //! # tokio::runtime::Runtime::new()?.block_on(async {
