@@ -54,7 +54,7 @@ pub struct Arguments {
 pub struct Measured {
     pub count: usize,
     pub seconds: f64,
-    /// In microseconds.
+    /// The latency of each operation, in microseconds.
     pub latency: Option<Histogram<u64>>,
 }
 

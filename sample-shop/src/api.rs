@@ -196,7 +196,7 @@ pub struct Moment {
     pub event: String,
     /// The step that the event is about.
     pub step: String,
-    /// Of a reply: `done`, `refused`, `failed` or `unknown`.
+    /// The outcome of a reply: `done`, `refused`, `failed` or `unknown`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub outcome: Option<String>,
     /// Why the step was not done.

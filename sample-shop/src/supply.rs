@@ -145,7 +145,7 @@ pub fn adjustment(supply_id: String, lines: Vec<(String, i64)>) -> SupplyEvent {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Supplying {
     pub supply_id: String,
-    /// Whether it is a delivery; otherwise it is an adjustment.
+    /// Whether the supply is a delivery; otherwise it is an adjustment.
     pub delivered: bool,
     pub units: Vec<Change>,
 }

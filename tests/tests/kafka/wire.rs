@@ -1,11 +1,11 @@
-//! A record as no client library sends it, in Kafka's own protocol: a header whose name is no UTF-8.
+//! Sends a record that no client library sends, in Kafka's own protocol: a header whose name is not UTF-8.
 
 use std::{
     io::{Read, Write},
     net::TcpStream,
 };
 
-/// Sends one record without a client, into partition 0. It has one header, whose name is of any bytes.
+/// Sends one record without a client, to partition 0. Its one header has a name of any bytes.
 pub fn send(broker: &str, topic: &str, key: &[u8], value: &[u8], header: &[u8]) {
     let mut record = vec![0];
     for number in [0, 0] {
@@ -21,7 +21,7 @@ pub fn send(broker: &str, topic: &str, key: &[u8], value: &[u8], header: &[u8]) 
         record.extend(bytes);
     }
     let now = chrono::Utc::now().timestamp_millis().to_be_bytes();
-    // From the attributes on, which is what the checksum is of.
+    // The part that the checksum covers: everything from the attributes on.
     let mut checked =
         [&[0; 2][..], &[0; 4], &now, &now, &[0xff; 8], &[0xff; 2], &[0xff; 4], &1i32.to_be_bytes()].concat();
     signed(&mut checked, record.len());
@@ -57,7 +57,7 @@ pub fn send(broker: &str, topic: &str, key: &[u8], value: &[u8], header: &[u8]) 
     assert_eq!(response[error..error + 2], [0, 0], "the broker refused it: {response:?}");
 }
 
-/// Variable length, zigzag.
+/// Appends a number in variable length, zigzag-encoded.
 fn signed(bytes: &mut Vec<u8>, number: usize) {
     let mut rest = number << 1;
     while rest >= 0x80 {
@@ -67,7 +67,7 @@ fn signed(bytes: &mut Vec<u8>, number: usize) {
     bytes.push(rest as u8);
 }
 
-/// CRC-32C, bit by bit.
+/// Returns the CRC-32C, computed bit by bit.
 fn checksum(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0u32, |sum, byte| {
         (0..8).fold(sum ^ u32::from(*byte), |sum, _| (sum >> 1) ^ (0x82f6_3b78 & 0u32.wrapping_sub(sum & 1)))
