@@ -141,7 +141,7 @@ pub(crate) struct Place {
     pub sequence: u64,
     /// The id of the message's document.
     pub id: Arc<str>,
-    /// The position of the event; 0 for other messages.
+    /// The position of the message in the log that it comes from; 0 if the payload is not a message.
     pub position: i64,
     /// Whether a worker tries the message before it is due. True for a message that only waits behind another and was
     /// never tried, and for a message that waits for another build and was not tried since its place was read.

@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Stages work on several streams and documents, commits it as a whole or not at all, and lets the caller retry when
-/// another writer was first. It holds no database transaction: the commit checks what was read.
+/// another writer was first. A `Transaction` holds no database transaction: the commit checks what was read.
 ///
 /// ```
 /// # use std::sync::Arc;
