@@ -13,7 +13,8 @@ pub const COMMIT_ROWS_MAX: usize = 10_000;
 pub const DOCUMENT_ID_BYTES_MAX: usize = 1_024;
 /// The deepest nesting of a payload or body: the limit of serde_json, and so of every reader in this project.
 pub const NESTING_MAX: usize = 127;
-/// The earliest time at which a document may be due, in seconds since 1970: 4714-11-24 BC, where PostgreSQL's calendar begins.
+/// The earliest time at which a document may be due, in seconds since 1970: 4714-11-24 BC, the start of PostgreSQL's
+/// calendar.
 pub const DUE_SECONDS_MIN: i64 = -210_866_803_200;
 /// The largest document body, in bytes of JSON.
 pub const DOCUMENT_BYTES_MAX: usize = 4_000_000;
