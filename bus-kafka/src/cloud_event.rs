@@ -1,4 +1,4 @@
-//! Messages as CloudEvents 1.0 in Kafka: binary mode out, binary and structured mode in.
+//! Messages as CloudEvents 1.0 in Kafka: writes binary mode, reads binary and structured mode.
 
 use std::{
     borrow::Cow,
@@ -16,16 +16,16 @@ use uuid::Uuid;
 
 /// The media type of a structured event.
 const STRUCTURED: &str = "application/cloudevents+json";
-/// How the media types of batches begin, and those of events in any format.
+/// Prefixes of the media types of batches, and of events in any format.
 const BATCH: &str = "application/cloudevents-batch";
 const ANY_STRUCTURED: &str = "application/cloudevents";
-/// Undecodable bytes are kept up to here: a document holds no more.
+/// The limit for keeping undecodable bytes: a document holds no more.
 const RAW_BYTES_MAX: usize = 1_000_000;
-/// Headers of a message without extensions.
+/// The number of headers of a message without extensions.
 const HEADERS: usize = 14;
-/// What a record takes beside its texts: names of headers, ids, numbers.
+/// Overhead of a record besides its texts: names of headers, ids, numbers.
 const RECORD_BYTES: usize = 640;
-/// What a header takes beside its name and value.
+/// Overhead of a header besides its name and value.
 const HEADER_BYTES: usize = 8;
 
 /// Names of attributes.
@@ -38,13 +38,13 @@ mod attribute {
     pub const LANE: &str = "lane";
     pub const TRACEPARENT: &str = "traceparent";
     pub const TRACESTATE: &str = "tracestate";
-    /// The media type of the data, as an extension of a message whose data came in another form than JSON.
+    /// The media type of the data, as an extension of a message whose data was not JSON.
     pub const DATA_CONTENT_TYPE: &str = "datacontenttype";
-    /// `base64` where the data is bytes that are no text. CloudEvents 0.3 had this name for it.
+    /// `base64` if the data is bytes that are not text. The name comes from CloudEvents 0.3.
     pub const DATA_ENCODING: &str = "datacontentencoding";
 }
 
-/// The headers of a message.
+/// Returns the headers of a message.
 pub(crate) fn headers(message: &Message) -> OwnedHeaders {
     let mut headers = Some(OwnedHeaders::new_with_capacity(HEADERS + message.extensions.len()));
     each_header(message, |name, value| {
@@ -53,7 +53,7 @@ pub(crate) fn headers(message: &Message) -> OwnedHeaders {
     headers.unwrap_or_default()
 }
 
-/// What the broker will count for it at most, uncompressed.
+/// Returns the size that the broker counts for a message at most, uncompressed.
 pub(crate) fn size(message: &Message) -> usize {
     let Message { key, data, source, type_name, subject, extensions, .. } = message;
     let texts = [key, data, source, type_name, subject].map(|text| text.len()).into_iter().sum::<usize>();
@@ -95,9 +95,9 @@ fn each_header(message: &Message, mut each: impl FnMut(&str, &str)) {
     }
 }
 
-/// What a record says, whoever has written it.
+/// Decodes a record of any producer.
 pub(crate) fn decode(record: &impl rdkafka::Message) -> Result<Message, Undecodable> {
-    // The client panics at a header whose name is no UTF-8, which only a strange producer can send.
+    // The client panics at a header name that is not UTF-8, which only an unusual producer can send.
     let read = catch_unwind(AssertUnwindSafe(|| read(record)));
     let read = read.unwrap_or_else(|_| Err("the name of a header is no UTF-8".into()));
     read.map_err(|reason| {
@@ -107,7 +107,7 @@ pub(crate) fn decode(record: &impl rdkafka::Message) -> Result<Message, Undecoda
     })
 }
 
-/// Bytes for people to read.
+/// Returns bytes in hexadecimal, for people to read.
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().take(RAW_BYTES_MAX).map(|byte| format!("{byte:02x}")).collect()
 }
@@ -158,7 +158,7 @@ impl<'r> Attributes<'r> {
         *into = Some(value);
     }
 
-    /// Remembers the first violation of what CloudEvents asks of each attribute.
+    /// Records the first violation of the CloudEvents rules for attributes.
     fn check(&mut self, name: &str, value: &str) {
         let is_named = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
         let what = if name.is_empty() || !name.bytes().all(is_named) {
@@ -173,8 +173,9 @@ impl<'r> Attributes<'r> {
         self.violation.get_or_insert_with(|| format!("it is no CloudEvent: attribute {name:?} {what}"));
     }
 
-    /// What a relay says of a message. Other producers may give the same names to anything: they count only in a message
-    /// that has all that a relay writes on each message, each of its form; any other keeps them as extensions.
+    /// Returns the attributes that a relay adds to a message. Other producers may use the same names for anything: the
+    /// attributes count only in a message that has all attributes that a relay always writes, each in its form. Any
+    /// other message keeps them as extensions.
     fn relayed(&mut self) -> Option<Relayed> {
         let id = |value: &Option<Cow<'_, str>>| value.as_deref().and_then(canonical);
         let ids = (self.id.as_deref().and_then(unique), id(&self.correlation_id), id(&self.causation_id));
@@ -210,7 +211,7 @@ impl<'r> Attributes<'r> {
     }
 }
 
-/// What a relay says of a message beside the attributes of CloudEvents.
+/// The attributes that a relay adds to those of CloudEvents.
 struct Relayed {
     schema_version: i32,
     position: Position,
@@ -218,18 +219,19 @@ struct Relayed {
     lane: Option<Arc<str>>,
 }
 
-/// A UUID in the one form that we write. In another form it is a text like others: two texts are two ids.
+/// Parses a UUID in the one form that we write. A UUID in another form is treated as text: two texts are two ids.
 fn canonical(text: &str) -> Option<Uuid> {
     const CANONICAL: usize = 36;
     (text.len() == CANONICAL).then(|| Uuid::try_parse(text).ok()).flatten()
 }
 
-/// The id of an event, if it is a UUID. Many producers that have no id yet write the nil one: it is a text like others.
+/// Parses the id of an event, if it is a UUID. Many producers that have no id yet write the nil UUID, which is treated
+/// as text.
 fn unique(text: &str) -> Option<Uuid> {
     canonical(text).filter(|id| !id.is_nil())
 }
 
-/// Whether this names a lane of a relay: its number, and the name of its log, which is 16 hexadecimal digits.
+/// Returns whether a text names a lane of a relay: its number, and the name of its log, which is 16 hexadecimal digits.
 fn is_lane(text: &str) -> bool {
     const LOG: usize = 16;
     let Some((number, log)) = text.split_once('@') else { return false };
@@ -238,7 +240,7 @@ fn is_lane(text: &str) -> bool {
         && log.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-/// All values of `traceparent` and `tracestate`: only all of them show whether the trace context is valid.
+/// All values of `traceparent` and `tracestate`: it takes all of them to tell whether the trace context is valid.
 #[derive(Default)]
 struct Trace<'r> {
     parents: Vec<Cow<'r, str>>,
@@ -263,9 +265,9 @@ fn read(record: &impl rdkafka::Message) -> Result<Message, String> {
     let mut transport = Trace::default();
     let mut content_type = None;
     for header in record.headers().into_iter().flat_map(Headers::iter) {
-        // A header without a value is an attribute without one, which is as if it were not there.
+        // A header without a value counts as absent.
         let Some(value) = header.value else { continue };
-        // Gateways from HTTP write `Ce-Id` as they please.
+        // HTTP gateways write `Ce-Id` in any case.
         let key = match header.key.bytes().any(|byte| byte.is_ascii_uppercase()) {
             true => Cow::Owned(header.key.to_ascii_lowercase()),
             false => Cow::Borrowed(header.key),
@@ -273,9 +275,9 @@ fn read(record: &impl rdkafka::Message) -> Result<Message, String> {
         let name = key.strip_prefix("ce_");
         let value = match std::str::from_utf8(value) {
             Ok(value) => value,
-            // Only what is an attribute has to be text.
+            // Only attributes have to be text.
             Err(_) if name.is_some() => return Err(format!("header {} is no UTF-8", header.key)),
-            // Present and invalid, which is not the same as absent.
+            // An invalid header differs from an absent one.
             Err(_) if matches!(&*key, attribute::TRACEPARENT | attribute::TRACESTATE) => "\0",
             Err(_) => continue,
         };
@@ -289,7 +291,7 @@ fn read(record: &impl rdkafka::Message) -> Result<Message, String> {
     let structured = content_type.as_ref().map_or(Ok(false), MediaType::is_structured)?;
     let data = if structured {
         let payload = record.payload().ok_or("it is a structured CloudEvent without a value")?;
-        // Headers may repeat attributes; what counts is the event.
+        // Headers may repeat attributes; the event itself is authoritative.
         attributes = Attributes::default();
         read_structured(payload, &mut attributes)?
     } else {
@@ -299,7 +301,7 @@ fn read(record: &impl rdkafka::Message) -> Result<Message, String> {
         data_of_bytes(record.payload().unwrap_or_default(), &mut attributes)?
     };
     let key = record.key().map(|key| String::from_utf8(key.to_vec()).unwrap_or_else(|_| hex(key)));
-    // The headers of the transport are of the nearest hop, and the attributes of the event's origin.
+    // Transport headers describe the nearest hop, the event's attributes its origin.
     let trace = transport.context().or_else(|| attributes.trace.context());
     message(attributes, key.as_deref(), data, trace, record.timestamp().to_millis())
 }
@@ -307,7 +309,7 @@ fn read(record: &impl rdkafka::Message) -> Result<Message, String> {
 /// A media type, such as `application/json; charset=utf-8`.
 struct MediaType<'r> {
     whole: &'r str,
-    /// Without parameters, in lower case.
+    /// The type without parameters, in lower case.
     essence: String,
 }
 
@@ -320,7 +322,7 @@ impl<'r> MediaType<'r> {
         matches!(&*self.essence, "application/json" | "text/json") || self.essence.ends_with("+json")
     }
 
-    /// Whether the value is a whole event in JSON. An error if it is events in any other format.
+    /// Returns whether the value is a whole event in JSON. Fails for events in any other format.
     fn is_structured(&self) -> Result<bool, String> {
         if self.essence == STRUCTURED {
             let mut parameters = self.whole.split(';').skip(1).filter_map(|parameter| parameter.split_once('='));
@@ -341,8 +343,8 @@ impl<'r> MediaType<'r> {
     }
 }
 
-/// The data of a message as JSON text, out of the bytes that came: JSON as it is, text as a JSON string, other bytes as a
-/// JSON string in base64. What is declared as JSON has to be JSON.
+/// Converts the bytes of a message to JSON text: JSON as it is, text as a JSON string, other bytes as a JSON string in
+/// base64. Data that is declared as JSON has to be JSON.
 fn data_of_bytes(bytes: &[u8], attributes: &mut Attributes<'_>) -> Result<Arc<str>, String> {
     if bytes.is_empty() {
         return Ok("null".into());
@@ -374,7 +376,7 @@ fn data_of_bytes(bytes: &[u8], attributes: &mut Attributes<'_>) -> Result<Arc<st
     .into())
 }
 
-/// Takes an event apart that is one JSON object. A member that is null counts as absent.
+/// Parses an event that is one JSON object. A member that is null counts as absent.
 fn read_structured(payload: &[u8], attributes: &mut Attributes<'_>) -> Result<Arc<str>, String> {
     let payload = std::str::from_utf8(payload).map_err(|_| "its value is no UTF-8")?;
     let members: BTreeMap<String, &RawValue> =
@@ -399,7 +401,7 @@ fn read_structured(payload: &[u8], attributes: &mut Attributes<'_>) -> Result<Ar
     }
 }
 
-/// The text of an attribute in JSON: a string, or, of an extension, an integer of 32 bits or a boolean.
+/// Returns the text of an attribute in JSON: a string or, for an extension, a 32-bit integer or a boolean.
 fn text(name: &str, value: &RawValue) -> Result<String, String> {
     if let Ok(text) = serde_json::from_str::<String>(value.get()) {
         return Ok(text);
@@ -438,7 +440,7 @@ fn message(
     let id = required("id", attributes.id)?;
     let source = required("source", attributes.source)?;
     let type_name = required("type", attributes.type_name)?;
-    // Ids of others are any text, unique for their source.
+    // Ids of other producers are any text, unique for their source.
     let id = unique(&id).unwrap_or_else(|| named_id(Uuid::NAMESPACE_URL, &format!("{source} {id}")));
     let time = match attributes.time {
         Some(time) => {
@@ -451,7 +453,7 @@ fn message(
         (None, Some(subject)) => subject.as_ref().into(),
         (None, None) => id.to_string().into(),
     };
-    // Mostly they are the same.
+    // The subject usually equals the key, so they share one allocation.
     let subject = attributes.subject.filter(|subject| **subject != *key).map_or_else(|| key.clone(), Into::into);
     let media_type = attributes.data_content_type.as_deref().map(MediaType::of);
     let not_plain_json = media_type.filter(|media_type| media_type.essence != "application/json");
@@ -502,14 +504,14 @@ mod tests {
         OwnedMessage::new(value, key, "topic".into(), Timestamp::CreateTime(1_000), 0, 0, Some(headers))
     }
 
-    /// An event in binary mode with these headers beside, or in the place of, those that are required.
+    /// Decodes an event in binary mode with these headers, which replace or extend the required ones.
     fn binary(headers: &[(&str, &str)], value: &[u8]) -> Result<Message, Undecodable> {
         let required = REQUIRED.iter().filter(|(name, _)| headers.iter().all(|(known, _)| known != name));
         let all: Vec<_> = required.chain(headers).map(|(name, value)| (*name, Some(value.as_bytes()))).collect();
         decode(&record(&all, Some(b"key"), Some(value)))
     }
 
-    /// An event in structured mode with these members beside, or in the place of, those that are required.
+    /// Decodes an event in structured mode with these members, which replace or extend the required ones.
     fn structured(members: Value) -> Result<Message, Undecodable> {
         let mut event = json!({ "specversion": "1.0", "id": "1", "source": "/other", "type": "t" });
         event.as_object_mut().unwrap().extend(members.as_object().unwrap().clone());
@@ -603,7 +605,7 @@ mod tests {
             let message = binary(&[("ce_time", time)], b"1").unwrap();
             assert_eq!(message.time.to_rfc3339(), "2026-01-02T03:04:05+00:00", "{time}");
         }
-        // A header without a value is as if it were not there, and so is one that is no attribute and no text.
+        // A header without a value counts as absent, and so does a header that is neither an attribute nor text.
         let required = REQUIRED.map(|(name, value)| (name, Some(value.as_bytes())));
         let more = [required.as_slice(), &[("ce_subject", None), ("ce_time", None), ("x", Some(b"\xff"))]].concat();
         let message = decode(&record(&more, Some(b"\xff\xfe"), Some(b"1"))).unwrap();
@@ -666,7 +668,7 @@ mod tests {
         assert!(array.reason.contains("no structured CloudEvent"), "{array}");
     }
 
-    /// What a relay writes on each message.
+    /// The headers that a relay writes on each message.
     const OURS: [(&str, &str); 7] = [
         ("ce_id", ID),
         ("ce_correlationid", ID),
@@ -727,7 +729,7 @@ mod tests {
     const PARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
     const OTHER: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00";
 
-    /// What is read of an event with these headers.
+    /// Decodes an event with these headers.
     fn traced(headers: &[(&str, &[u8])], structured: Option<&str>) -> Message {
         let required: &[(&str, &[u8])] = match structured {
             Some(_) => &[("content-type", b"application/cloudevents+json")],

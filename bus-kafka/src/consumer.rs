@@ -1,4 +1,4 @@
-//! From Kafka to here: a member of a consumer group, which starts where our own commit says.
+//! The consumer: a member of a consumer group that starts from the offset in our own commit.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -33,32 +33,32 @@ use crate::{
     settings::{Settings, misconfigured},
 };
 
-/// What our offsets hang on.
+/// Settings that our handling of offsets depends on.
 const FIXED: [(&str, &str); 5] = [
     ("enable.auto.offset.store", "false"),
-    // The end of a partition is no trouble.
+    // Reaching the end of a partition is not an error.
     ("enable.partition.eof", "false"),
-    // An offset that is gone is a fault, which the client reports: see `find_ranges`.
+    // A missing offset is a fault, which the client reports: see `find_ranges`.
     ("auto.offset.reset", "error"),
-    // Others go on while some partitions move.
+    // The other partitions go on while some move.
     ("partition.assignment.strategy", "cooperative-sticky"),
     ("group.protocol", "classic"),
 ];
-/// How often the client is looked at although it did not call: it must be, or the group takes this member for dead.
+/// How often the client is polled even without a wake-up: without polls, the group considers this member dead.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// A client that had a fatal error is replaced no sooner than this after its start: one whose successor fails at once
-/// must not take the brokers' time with connections.
+/// A client that had a fatal error is replaced no sooner than this after its start, so that a series of clients that
+/// fail at once does not load the brokers with connections.
 const REPLACE_AFTER: Duration = Duration::from_secs(1);
-/// How long a broker may take to say which offsets it has.
+/// How long a broker may take to report its offsets.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long a member that stops waits until it has let go of its partitions,
+/// How long a member that stops waits until it has given up its partitions.
 const LEAVE: Duration = Duration::from_secs(2);
-/// and then until its leave is on its way: some round trips to a broker that is far.
+/// How long it then waits until its leave request is sent: a few round trips to a distant broker.
 const LEAVE_SENT: Duration = Duration::from_millis(500);
-/// How long a process waits until its members have left: some seconds are enough for a broker that answers.
+/// How long a process waits until its members have left: a few seconds are enough for a broker that answers.
 const CLOSE: Duration = Duration::from_secs(5);
-/// The longest `group.instance.id` that brokers take.
+/// The longest `group.instance.id` that brokers accept.
 const INSTANCE_ID_MAX: usize = 249;
 
 type Place = (String, i32);
@@ -72,12 +72,12 @@ struct Context {
     settings: Settings,
     rebalances: Mutex<VecDeque<Rebalance>>,
     closing: AtomicBool,
-    /// Whether a poll told something to this context. It then says that there is nothing, though messages may be waiting, and
-    /// no news of them will come.
+    /// Whether a poll has called back into this context. Such a poll returns nothing although messages may be waiting,
+    /// and no wake-up follows for them.
     told: AtomicBool,
-    /// Whether the client has lost all brokers, since when it says nothing any more.
+    /// Whether the client has lost all brokers. A client without brokers reports nothing.
     lost: AtomicBool,
-    /// Whether the client has ended for good: from then on it says nothing any more, and must be replaced.
+    /// Whether the client had a fatal error. Such a client reports nothing and must be replaced.
     fatal: AtomicBool,
 }
 
@@ -129,7 +129,7 @@ impl ClientContext for Context {
         match error.rdkafka_error_code() {
             Some(RDKafkaErrorCode::AllBrokersDown) => self.lost.store(true, Ordering::Release),
             Some(RDKafkaErrorCode::Fatal) => self.fatal.store(true, Ordering::Release),
-            // Its consequences are worked out, and reported where they are known.
+            // The consequences are worked out, and reported, in `find_ranges`.
             Some(RDKafkaErrorCode::AutoOffsetReset) => return,
             _ => {}
         }
@@ -144,12 +144,12 @@ impl ConsumerContext for Context {
     fn commit_callback(&self, committed: KafkaResult<()>, _: &TopicPartitionList) {
         self.tell();
         if let Err(error) = committed {
-            // What counts is in the store.
+            // The offsets in the store are the ones that count.
             tracing::debug!(%error, "offsets for the broker");
         }
     }
 
-    /// Runs within a poll, when nothing is under way: what the rebalance asks for is told by that poll, and done by the next.
+    /// Runs within a poll, when nothing is in progress: that poll reports the rebalance, and the next poll performs it.
     fn rebalance(&self, consumer: &BaseConsumer<Self>, error: RDKafkaRespErr, list: &mut TopicPartitionList) {
         self.tell();
         let places = list.elements().iter().map(|found| (found.topic().to_owned(), found.partition())).collect();
@@ -171,61 +171,61 @@ impl ConsumerContext for Context {
     }
 }
 
-/// What a partition is doing.
+/// The state of an assigned partition.
 struct Assigned {
     partition: Partition,
-    /// Whether the client fetches it: from `seek` on.
+    /// Whether the client fetches the partition, which starts with `seek`.
     fetching: bool,
-    /// The bookmark that the first message is compared to.
+    /// The bookmark to compare the first message with.
     check: Option<Bookmark>,
-    /// The offset to go on from; `None` while it is the beginning, wherever that is.
+    /// The offset to continue from; `None` means the beginning, at whatever offset that is.
     next: Option<i64>,
-    /// Everything below is acknowledged.
+    /// All offsets below this are acknowledged.
     acknowledged: Option<i64>,
 }
 
 impl Assigned {
-    /// The offset that the client was asked to fetch.
+    /// Returns the offset that the client was asked to fetch.
     fn position(&self) -> Option<i64> {
         self.next.map(|next| if self.check.is_some() { next - 1 } else { next })
     }
 }
 
-/// The first offset and the one after the last, of partitions.
+/// The first offset of each partition, and the offset after the last.
 type Ranges = Vec<(Place, (i64, i64))>;
 
 pub(crate) struct Member {
     settings: Settings,
     group: String,
     topics: Vec<String>,
-    /// What brokers know this member by, so that it keeps its partitions when its process is started again.
+    /// The id under which brokers know this member, so that a restarted process keeps its partitions.
     instance_id: Option<String>,
-    /// `None` after a fatal error, until there is a new one.
+    /// `None` from a fatal error until the client is replaced.
     consumer: Option<Arc<BaseConsumer<Context>>>,
     started_at: Instant,
-    /// Another process has taken the place of this one.
+    /// Whether another process has taken over this member's instance id.
     fenced: bool,
     news: Arc<Notify>,
     cluster: Arc<str>,
     assigned: BTreeMap<Place, Assigned>,
-    /// What a client had that has ended, and nobody knows yet.
+    /// Partitions of a client that has ended, not yet reported.
     gone: Vec<Partition>,
-    /// What the last poll said is lost: let go of by the next.
+    /// Partitions that the last poll reported as revoked: the next poll gives them up.
     leaving: Option<Vec<Place>>,
-    /// What is not what it was at its bookmark, and nobody knows yet.
+    /// Partitions that no longer match their bookmark, not yet reported.
     wiped: Vec<Partition>,
-    /// Offsets that were removed before they were read, and nobody knows yet.
+    /// Offsets that were removed before they were read, not yet reported.
     lost: Vec<(Partition, Range<i64>)>,
-    /// Whether some partition is asked for an offset that is not there.
+    /// Whether the client asked some partition for an offset that does not exist.
     out_of_range: bool,
-    /// Asks the brokers that were lost.
+    /// A request that checks whether the lost brokers answer again.
     asking: Option<JoinHandle<Result<(), KafkaError>>>,
-    /// Asks which offsets there are.
+    /// A request for the offsets that exist.
     ranging: Option<JoinHandle<Result<Ranges, KafkaError>>>,
 }
 
 impl Member {
-    /// Joins a group; under an `instance`, which is of this member alone, as the same member as before.
+    /// Joins a group. With an `instance`, which must be unique to this member, rejoins as the same member as before.
     pub fn join(
         settings: &Settings,
         cluster: Arc<str>,
@@ -260,13 +260,13 @@ impl Member {
     fn start(&mut self) -> Result<(), BusError> {
         let mut config = self.settings.consumer();
         config
-            // A member that died is replaced within these, the shortest that brokers allow by default; the client itself
-            // beats, so a long batch does not count.
+            // A dead member is replaced within this time, the shortest that brokers allow by default. The client
+            // itself sends the heartbeats, so a long batch does not count.
             .set("session.timeout.ms", "6000")
             .set("heartbeat.interval.ms", "500")
             .set("max.poll.interval.ms", "300000")
             .set("auto.commit.interval.ms", "1000")
-            // Read ahead for a batch or two, in bounds.
+            // Reads a batch or two ahead, within bounds.
             .set("queued.min.messages", "2000")
             .set("queued.max.messages.kbytes", "16384")
             .set("fetch.queue.backoff.ms", "10")
@@ -289,7 +289,7 @@ impl Member {
         self.consumer.as_ref().ok_or_else(|| BusError::Unavailable("the Kafka client has ended".into()))
     }
 
-    /// Ends a client that had a fatal error; the next poll starts another one.
+    /// Ends a client that had a fatal error; the next poll starts another client.
     fn end(&mut self, consumer: &BaseConsumer<Context>) -> BusError {
         let (code, reason) = consumer.client().fatal_error().unwrap_or((RDKafkaErrorCode::Fatal, String::new()));
         let reason = self.settings.without_secrets(&reason).to_owned();
@@ -312,7 +312,7 @@ impl Member {
         ))
     }
 
-    /// Starts a client in the place of one that has ended.
+    /// Starts a client to replace one that has ended.
     async fn replace(&mut self) -> Result<(), BusError> {
         if self.consumer.is_none() {
             tokio::time::sleep_until(self.started_at + REPLACE_AFTER).await;
@@ -330,7 +330,7 @@ impl Member {
         unanswered.extend(self.leaving.take().map(Rebalance::Revoked));
         let is_named = self.instance_id.is_some();
         let close = move || {
-            // A rebalance that was never answered would keep the group waiting, and the end of this as well.
+            // An unanswered rebalance would block the group, and would block the end of this client as well.
             for rebalance in unanswered {
                 let answered = match rebalance {
                     Rebalance::Assigned(_) => consumer.incremental_assign(&TopicPartitionList::new()),
@@ -345,7 +345,8 @@ impl Member {
             }
             drop(consumer);
         };
-        // The client waits for a broker, for ever if none comes. A runtime that ends waits with it, but not so long.
+        // The client waits for a broker, possibly for ever. A runtime that ends waits for the client too, but at most
+        // `CLOSE`.
         let (ends, ended) = mpsc::channel::<()>();
         let closing = std::thread::Builder::new().name("kafka-close".to_owned()).spawn(move || {
             close();
@@ -359,13 +360,14 @@ impl Member {
         }
     }
 
-    /// Whether a broker answers again, if all were lost: the client itself says nothing until there is a message.
+    /// If all brokers were lost, checks whether one answers again: the client itself reports nothing until there is a
+    /// message.
     async fn find_brokers(&mut self) -> Result<(), BusError> {
         let consumer = self.consumer()?.clone();
         if !consumer.context().lost.load(Ordering::Acquire) {
             return Ok(());
         }
-        // Kept where it is, when the poll is given up meanwhile.
+        // The request survives if the poll is cancelled.
         let topic = self.topics.first().cloned();
         let asked = move || consumer.fetch_metadata(topic.as_deref(), LOOK).map(drop);
         let asking = self.asking.get_or_insert_with(|| tokio::task::spawn_blocking(asked));
@@ -376,8 +378,9 @@ impl Member {
         Ok(())
     }
 
-    /// Finds out why offsets are not there, once the client has reported it: removed before they were read, or never written
-    /// since the topic was wiped. The client says neither which partition it is nor which offsets there are.
+    /// Finds out why offsets are missing, once the client has reported that: they were removed before they were read,
+    /// or the topic was wiped and they were never written since. The client names neither the partition nor the
+    /// offsets that exist.
     async fn find_ranges(&mut self) -> Result<(), BusError> {
         if !self.out_of_range {
             return Ok(());
@@ -392,7 +395,7 @@ impl Member {
             };
             places.into_iter().map(range_of).collect::<Result<Ranges, KafkaError>>()
         };
-        // Kept where it is, when the poll is given up meanwhile.
+        // The request survives if the poll is cancelled.
         let answered = self.ranging.get_or_insert_with(|| tokio::task::spawn_blocking(asked)).await;
         self.ranging = None;
         let ranges = answered.map_err(|error| BusError::Unavailable(error.to_string()))?.map_err(unavailable)?;
@@ -418,14 +421,15 @@ impl Member {
             return self.stop_fetching(place);
         }
         if position < first {
-            // Only what the bookmark would be compared to is gone.
+            // Only the message that the bookmark is compared with is gone.
             return self.fetch(place, Offset::Offset(next), None);
         }
-        // Maybe it is this one whose client stopped: a leader that had just changed may have known fewer offsets.
+        // The client may have stopped at this partition: a leader that has just changed may not know the latest
+        // offsets yet.
         self.fetch(place, Offset::Offset(position), check)
     }
 
-    /// What was revoked by the last poll is another member's from here on.
+    /// Gives up the partitions that the last poll reported as revoked; another member owns them from here on.
     async fn let_go(&mut self) -> Result<(), BusError> {
         let Some(places) = self.leaving.take() else { return Ok(()) };
         let (mut list, mut offsets) = (TopicPartitionList::new(), TopicPartitionList::new());
@@ -439,13 +443,14 @@ impl Member {
             }
         }
         let consumer = self.consumer()?.clone();
-        // Waits for a broker.
+        // Blocks until a broker answers.
         let let_go = tokio::task::spawn_blocking(move || {
             if offsets.count() > 0
                 && !consumer.assignment_lost()
                 && let Err(error) = consumer.commit(&offsets, CommitMode::Sync)
             {
-                // Not ours any more, or no broker: what counts is in the store.
+                // The partitions are no longer ours, or no broker answers: the offsets in the store are the ones that
+                // count.
                 tracing::debug!(%error, "offsets of revoked partitions");
             }
             consumer.incremental_unassign(&list)
@@ -453,11 +458,11 @@ impl Member {
         let_go.await.map_err(|error| BusError::Unavailable(error.to_string()))?.map_err(unavailable)
     }
 
-    /// Takes note of a rebalance; what to say of it, if anything.
+    /// Records a rebalance and returns what to report, if anything.
     fn rebalanced(&mut self, rebalance: Rebalance) -> Result<Option<Polled>, BusError> {
         match rebalance {
             Rebalance::Assigned(places) => {
-                // Nothing is fetched before it is known from where.
+                // Nothing is fetched before the service seeks to an offset.
                 self.consumer()?.incremental_assign(&TopicPartitionList::new()).map_err(unavailable)?;
                 let mut partitions = Vec::new();
                 for place in places {
@@ -478,7 +483,7 @@ impl Member {
         }
     }
 
-    /// Starts over from `offset`; what was read ahead is dropped.
+    /// Starts over from `offset` and drops what was read ahead.
     fn fetch(&mut self, place: &Place, offset: Offset, check: Option<Bookmark>) -> Result<(), BusError> {
         self.stop_fetching(place)?;
         let mut list = TopicPartitionList::new();
@@ -509,9 +514,9 @@ impl Member {
     }
 }
 
-/// What the first message after a seek tells about the bookmark.
+/// What the first message after a seek says about the bookmark.
 enum Found {
-    /// It is the message before the bookmark, which was handled.
+    /// The message just before the bookmark, which was handled.
     Before,
     New,
     Wiped,
@@ -525,7 +530,7 @@ fn compare(check: Bookmark, delivery: &Delivery) -> Found {
     if delivery.offset == before {
         return Found::Before;
     }
-    // Offsets between may hold no message: those of control records, and of what was compacted.
+    // The offsets between may hold no message: control records and compacted messages leave gaps.
     Found::New
 }
 
@@ -534,7 +539,7 @@ fn delivery(partition: &Partition, record: &BorrowedMessage<'_>) -> Delivery {
 }
 
 impl Member {
-    /// What the client has at this moment, if anything. There is no await in here: what was taken is never dropped half-way.
+    /// Returns what the client has at this moment, if anything. Has no await, so that no message is dropped half-way.
     fn take(&mut self, max: usize) -> Result<Option<Polled>, BusError> {
         let consumer = self.consumer()?.clone();
         let context = consumer.context();
@@ -557,7 +562,8 @@ impl Member {
             };
             let record = match polled {
                 Ok(record) => record,
-                // Reported once, and not repeated: they must not be lost for what was taken.
+                // The client reports a fatal error once and does not repeat it: the error must not be lost if messages
+                // were taken before.
                 Err(error) if consumer.client().fatal_error().is_some() => {
                     tracing::debug!(%error, "fatal");
                     context.fatal.store(true, Ordering::Release);
@@ -567,9 +573,9 @@ impl Member {
                     self.out_of_range = true;
                     continue;
                 }
-                // By now they may be back, which only asking them tells.
+                // The brokers may be back by now, which only a request can find out.
                 Err(error) if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) => continue,
-                // Repeated while it lasts; what was taken comes first.
+                // The client repeats this error while it lasts; messages already taken come first.
                 Err(error) if deliveries.is_empty() => return Err(unavailable(error)),
                 Err(_) => break,
             };
@@ -584,7 +590,7 @@ impl Member {
         Ok(None)
     }
 
-    /// What a record is for the group, if it is anything.
+    /// Returns the delivery that a record makes for the group, if any.
     fn delivered(&mut self, record: &BorrowedMessage<'_>) -> Result<Option<Delivery>, BusError> {
         let place = (record.topic().to_owned(), record.partition());
         let Some(assigned) = self.assigned.get_mut(&place).filter(|assigned| assigned.fetching) else {
@@ -643,11 +649,11 @@ impl Consumer for Member {
     }
 
     async fn seek(&mut self, partition: &Partition, from: Option<Bookmark>) -> Result<(), BusError> {
-        // Revoked meanwhile: the next poll says so.
+        // If the partition was revoked meanwhile, the next poll says so.
         let Some(place) = self.place(partition) else { return Ok(()) };
         match from {
             None => self.fetch(&place, Offset::Beginning, None),
-            // One earlier, to see that it is the same topic still.
+            // Starts one offset earlier, to check that the topic is still the same.
             Some(from) if from.next > 0 && from.last.is_some() => {
                 self.fetch(&place, Offset::Offset(from.next - 1), Some(from))
             }
@@ -660,7 +666,7 @@ impl Consumer for Member {
         if let Some(assigned) = self.assigned.get_mut(&place) {
             assigned.acknowledged = Some(next);
         }
-        // The client commits it within a second. It has no bearing on where we go on.
+        // The client commits this offset within a second. It does not affect where we continue.
         if let Err(error) = self.consumer()?.store_offset(&place.0, place.1, next - 1) {
             tracing::debug!(%error, topic = %place.0, partition = place.1, "offset for the broker");
         }
@@ -674,23 +680,23 @@ impl Drop for Member {
     }
 }
 
-/// Tells the group that this member is gone. A client that just ends leaves a member with an instance id in the group, for
-/// the process that may come back: one that was asked to stop has its partitions taken over at once.
+/// Tells the group that this member leaves. A client that just ends leaves a member with an instance id in the group,
+/// in case the process comes back. A process that was stopped on purpose has its partitions taken over at once.
 fn leave(consumer: &BaseConsumer<Context>) {
     consumer.unsubscribe();
     let mut until = Instant::now() + LEAVE;
     let mut has_let_go = false;
     while Instant::now() < until && consumer.client().fatal_error().is_none() {
-        // Serves the rebalance that the leave begins with.
+        // Serves the rebalance that starts the leave.
         _ = consumer.poll(Duration::from_millis(10));
         if !has_let_go && consumer.assignment().is_ok_and(|assigned| assigned.count() == 0) {
-            // The client does not say when it has sent what comes then: offsets, and the leave.
+            // The client does not report when it has sent the offsets and the leave request that follow.
             (has_let_go, until) = (true, Instant::now() + LEAVE_SENT);
         }
     }
 }
 
-/// The id that brokers know a member by: the name that it was given, in the characters that they allow.
+/// Returns the id under which brokers know a member: its name, reduced to the characters that brokers allow.
 fn instance_id(name: &str) -> String {
     let is_allowed = |character: char| character.is_ascii_alphanumeric() || matches!(character, '.' | '_' | '-');
     if !name.is_empty() && name.len() <= INSTANCE_ID_MAX && name.chars().all(is_allowed) {

@@ -1,4 +1,4 @@
-//! What is in a topic, from its beginning to its end, for those who look it over. Joins no group and leaves no trace.
+//! Reads a topic from its beginning to its end, for inspection. Joins no group and leaves no trace.
 
 use std::{ops::Range, sync::Arc, time::Duration};
 
@@ -20,17 +20,17 @@ use crate::{
 
 /// How long a cluster may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long brokers may send nothing before the end.
+/// How long brokers may stay silent before the read fails.
 const SILENCE: Duration = Duration::from_secs(30);
-/// How often it is seen that nobody wants more.
+/// How often the read checks whether the caller is gone.
 const LOOK: Duration = Duration::from_millis(200);
-/// Read ahead of whoever looks.
+/// The number of messages read ahead of the caller.
 const AHEAD: usize = 1_000;
 
-/// By partition: what is read, and what is there.
+/// By partition: the offsets that are read, and the offsets that exist.
 type Ranges = (Vec<Range<i64>>, Vec<Range<i64>>);
 
-/// What was in a topic when it was asked for.
+/// What a topic held when it was asked for.
 pub struct Contents {
     partitions: Vec<Range<i64>>,
     held: Vec<Range<i64>>,
@@ -39,25 +39,25 @@ pub struct Contents {
 }
 
 impl Contents {
-    /// By partition: the offset of the first message that is given, and the one after the last.
+    /// Returns, by partition, the offset of the first message that is read, and the offset after the last.
     pub fn partitions(&self) -> &[Range<i64>] {
         &self.partitions
     }
 
-    /// By partition: the offset of the first message that brokers hold, and the one after the last.
+    /// Returns, by partition, the offset of the first message that brokers hold, and the offset after the last.
     pub fn held(&self) -> &[Range<i64>] {
         &self.held
     }
 
-    /// Whether brokers remove all but the last message of each key, so that any other may be gone.
+    /// Returns whether brokers remove all but the last message of each key, so that any other message may be gone.
     pub fn is_compacted(&self) -> bool {
         self.is_compacted
     }
 
-    /// The next message, in order per partition; `None` at the end.
+    /// Returns the next message, in order per partition; `None` at the end.
     ///
     /// # Errors
-    /// If the brokers are silent for half a minute.
+    /// If the brokers stay silent for half a minute.
     pub async fn next(&mut self) -> Result<Option<Delivery>, BusError> {
         self.deliveries.recv().await.transpose()
     }
@@ -70,7 +70,7 @@ impl Contents {
         from: Ends,
     ) -> Result<Self, BusError> {
         let mut config = settings.consumer();
-        // Of each partition, so much is read ahead.
+        // The read-ahead limit, for each partition.
         config.set("queued.max.messages.kbytes", "4096").set("auto.offset.reset", "earliest");
         let fixed =
             [("enable.partition.eof", "true"), ("enable.auto.commit", "false"), ("group.id", "annals-contents")];
@@ -88,7 +88,8 @@ impl Contents {
     }
 }
 
-/// Starts at these offsets; where there is none, or the topic is not as long any more, at the first that is still there.
+/// Starts at these offsets. A partition without such an offset, or shorter than it, starts at the first offset that is
+/// still there.
 fn begin(consumer: &BaseConsumer, topic: &str, from: &Ends) -> Result<Ranges, KafkaError> {
     let metadata = consumer.fetch_metadata(Some(topic), PATIENCE)?;
     let count = metadata.topics().first().map_or(0, |found| found.partitions().len()) as i32;
@@ -106,7 +107,7 @@ fn begin(consumer: &BaseConsumer, topic: &str, from: &Ends) -> Result<Ranges, Ka
     Ok((ranges, held))
 }
 
-/// Runs until every partition is at its end, or nobody listens any more.
+/// Runs until every partition is at its end, or the caller is gone.
 fn read(
     consumer: &BaseConsumer,
     ranges: &[Range<i64>],
@@ -127,12 +128,12 @@ fn read(
                 }
                 continue;
             }
-            // Also where the last offsets have no message, as after a transaction.
+            // Also reports the end where the last offsets hold no message, as after a transaction.
             Some(Err(KafkaError::PartitionEOF(partition))) => {
                 open[partition as usize] = false;
                 continue;
             }
-            // The client tries again by itself; if that does not help, it is silent.
+            // The client retries by itself; if that does not help, it stays silent.
             Some(Err(error)) => {
                 tracing::warn!(%error, %topic, "reading a topic");
                 continue;

@@ -9,10 +9,10 @@
 //! # }
 //! ```
 //!
-//! Producers are idempotent and wait for all replicas. Consumers are members of a consumer group that start from the offset
-//! in their own commit; what they commit to Kafka is for those who watch the lag. Topics that are missing are made with as
-//! many partitions as [`Settings`] says. The format is that of CloudEvents 1.0 in binary mode, which any client reads;
-//! structured mode is understood as well.
+//! Producers are idempotent and wait for all replicas. Consumers are members of a consumer group and start from the
+//! offset that their service has committed in its store; the offsets that they commit to Kafka serve only to monitor
+//! the lag. Missing topics are created with as many partitions as [`Settings`] says. The format is CloudEvents 1.0 in
+//! binary mode, which any client reads; structured mode is accepted as well.
 
 mod cloud_event;
 mod consumer;
@@ -43,15 +43,15 @@ pub struct KafkaBus {
     cluster: Arc<str>,
     topics: Topics,
     producer: Producer,
-    /// How many members of each group have joined.
+    /// The number of members of each group that have joined.
     members: Mutex<HashMap<String, u32>>,
 }
 
 impl KafkaBus {
-    /// Connects.
+    /// Connects to the cluster.
     ///
     /// # Errors
-    /// [`BusError::Misconfigured`] for settings that the client does not take; [`BusError::Unavailable`] if no broker
+    /// [`BusError::Misconfigured`] for settings that the client rejects; [`BusError::Unavailable`] if no broker
     /// answers within ten seconds.
     pub async fn connect(settings: Settings) -> Result<Self, BusError> {
         let (topics, producer) = (Topics::new(&settings)?, Producer::new(&settings)?);
@@ -59,18 +59,18 @@ impl KafkaBus {
         Ok(Self { settings, cluster, topics, producer, members: Mutex::default() })
     }
 
-    /// What is in a topic at this moment; `None` if there is no such topic. Nothing is made or committed.
+    /// Reads what a topic holds at this moment; `None` if the topic does not exist. Creates and commits nothing.
     ///
     /// # Errors
-    /// If no broker answers, or the topic may not be read.
+    /// If no broker answers, or the caller may not read the topic.
     pub async fn contents(&self, topic: &str) -> Result<Option<Contents>, BusError> {
         self.contents_since(topic, &Ends::default()).await
     }
 
-    /// Likewise, without what lies before these ends.
+    /// Reads what a topic holds like [`contents`](Self::contents), but skips the messages before these ends.
     ///
     /// # Errors
-    /// If no broker answers, or the topic may not be read.
+    /// If no broker answers, or the caller may not read the topic.
     pub async fn contents_since(&self, topic: &str, ends: &Ends) -> Result<Option<Contents>, BusError> {
         let topic: Arc<str> = topic.into();
         if !self.topics.exists(&topic).await? {
@@ -80,7 +80,7 @@ impl KafkaBus {
         Contents::of(&self.settings, self.cluster.clone(), topic, is_compacted, ends.clone()).await.map(Some)
     }
 
-    /// The names of all topics of the cluster that may be seen, but for its own.
+    /// Returns the names of all topics that the caller may see, except the cluster's internal topics.
     ///
     /// # Errors
     /// If no broker answers.
@@ -88,7 +88,7 @@ impl KafkaBus {
         self.topics.names().await
     }
 
-    /// The id of the cluster: what a checkpoint of one of its partitions has for an incarnation.
+    /// Returns the id of the cluster, which is the incarnation in the checkpoint of each of its partitions.
     pub fn cluster(&self) -> &Arc<str> {
         &self.cluster
     }
@@ -100,7 +100,7 @@ impl Publisher for KafkaBus {
         if self.producer.mend()? {
             self.topics.forget();
         }
-        // All of them before any is sent: what comes after one that is refused must not pass it.
+        // Checks all messages before sending any: a message that follows a refused message must not overtake it.
         let (mut last, mut bytes_max, mut count): (Option<&Arc<str>>, _, _) = (None, 0, 0);
         let mut partitions = Vec::with_capacity(messages.len());
         for (index, Outgoing { topic, message }) in messages.iter().enumerate() {
@@ -112,7 +112,7 @@ impl Publisher for KafkaBus {
             partitions.push(partition_of(&message.key, count));
             let size = cloud_event::size(message);
             if size > bytes_max {
-                // It may take more by now.
+                // The limit of the topic may have been raised since.
                 bytes_max = self.topics.look_again(topic).await;
             }
             let bytes_max = bytes_max.min(producer::MESSAGE_BYTES_MAX);
@@ -142,7 +142,7 @@ impl KafkaBus {
         for topic in topics {
             self.topics.ensure(&Arc::from(*topic)).await?;
         }
-        // What the settings say is the name of the process, and so the same for all its members of a group.
+        // The instance name in the settings names the process, so a number tells its members of one group apart.
         let instance = match &self.settings.instance {
             Some(name) => {
                 let mut members = self.members.lock().unwrap_or_else(PoisonError::into_inner);

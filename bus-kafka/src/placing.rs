@@ -1,6 +1,6 @@
-//! Which partition a key is in.
+//! Computes the partition of a key.
 
-/// The partition that our producer puts a key into, as clients in Java do: the hash murmur2, modulo the number of
+/// Returns the partition that our producer puts a key into, as Java clients do: the murmur2 hash modulo the number of
 /// partitions.
 ///
 /// ```

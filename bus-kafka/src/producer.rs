@@ -1,4 +1,4 @@
-//! From here to Kafka: in order per key, pipelined, and with nothing passing what failed before it.
+//! The producer: in order per key, pipelined, and no message overtakes a message that failed before it.
 
 use std::{
     collections::HashMap,
@@ -26,36 +26,38 @@ use crate::{
     settings::{Settings, misconfigured},
 };
 
-/// The largest message the client sends, in bytes; a topic may take less.
+/// The largest message that the client sends, in bytes; a topic may accept less.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 10_000_000;
-/// The largest batch, in bytes, as long as no topic takes less.
+/// The largest batch, in bytes, unless a topic accepts less.
 const BATCH_BYTES_MAX: usize = 1_000_000;
-/// How long a broker that has acknowledged a message surely knows the producer. It forgets one that is silent for a day, or,
-/// in older versions, one whose messages were all removed by retention, which runs every few minutes.
+/// How long after an acknowledgement a broker certainly still knows the producer. A broker forgets a producer that is
+/// silent for a day; older versions also forget a producer once retention, which runs every few minutes, has removed
+/// all its messages.
 const KNOWN_MS: u64 = 10_000;
-/// How often a full queue is looked at although nothing was delivered.
+/// How often a full queue is checked even if nothing was delivered.
 const FULL_TICK: Duration = Duration::from_millis(100);
 
-/// What the order of messages hangs on.
+/// Settings that the order of messages depends on.
 const FIXED: [(&str, &str); 9] = [
     ("enable.idempotence", "true"),
     ("acks", "all"),
-    // The same under another name, as are others below.
+    // An alias of the setting above; others below have aliases too.
     ("request.required.acks", "all"),
-    // As many as an idempotent producer may have. Each request has messages of one partition: with one under way, messages
-    // to all partitions take as many round trips. What keeps the order is `Gate`.
+    // The maximum for an idempotent producer. Each request carries messages of one partition: with one request in
+    // flight, messages to all partitions would take as many round trips as there are partitions. `Gate` keeps the
+    // order.
     ("max.in.flight.requests.per.connection", "5"),
     ("max.in.flight", "5"),
-    // As clients in Java place keys, and as `partition_of` says.
+    // The partitioner of Java clients, which `partition_of` reproduces.
     ("partitioner", "murmur2_random"),
-    // What follows a message that failed is not sent either: it would come before it in the end.
+    // Messages after a failed message fail too: otherwise they would precede it in the topic.
     ("enable.gapless.guarantee", "true"),
-    // Nor is a message given up for time alone. A broker that is away costs lag, and nothing else.
+    // No message expires. An unreachable broker costs lag and nothing else.
     ("message.timeout.ms", "0"),
     ("delivery.timeout.ms", "0"),
 ];
 
-/// One batch under way.
+/// One batch in flight.
 struct Batch {
     left: AtomicUsize,
     failed: Mutex<Option<BusError>>,
@@ -71,7 +73,7 @@ impl Batch {
             && let Some(done) = self.done.lock().unwrap_or_else(PoisonError::into_inner).take()
         {
             let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner).take();
-            // Nobody waits for a receipt that was dropped.
+            // The send fails if the caller has dropped the receipt.
             _ = done.send(failed.map_or(Ok(()), Err));
         }
     }
@@ -83,21 +85,22 @@ struct Delivered {
     passage: Passage,
 }
 
-/// Lets messages pass to a partition.
+/// Decides when a message may be sent to a partition.
 ///
-/// A broker that knows nothing of a producer takes any batch for its first one: the second of two under way, when a new topic
-/// or a new leader was not ready for the first. The client then counts the first as sent too, and it is lost. A broker that
-/// has acknowledged a message of this producer knows the number of the next one, and takes no other. So a message passes if
-/// no other is under way to its partition, or if the partition has acknowledged one of late.
+/// A broker that does not know a producer accepts any batch as its first one. With two batches in flight to a new
+/// topic or a new leader that was not ready for the first, the broker accepts the second; the client then counts the
+/// first as sent too, and the first is lost. A broker that has acknowledged a message of this producer knows the next
+/// sequence number and accepts no other. So a message passes if no other is in flight to its partition, or if the
+/// partition has acknowledged one recently.
 #[derive(Default)]
 struct Gate {
     under_way: AtomicUsize,
-    /// Milliseconds from the start of the producer to the last acknowledgement; 0 if there is none.
+    /// Milliseconds from the start of the producer to the last acknowledgement; 0 if there was none.
     acknowledged_ms: AtomicU64,
 }
 
 impl Gate {
-    /// Lets a message pass, or not yet. What was acknowledged before the client met an error counts no more.
+    /// Returns whether a message may pass now. Acknowledgements from before the client's last error do not count.
     fn pass(&self, now_ms: u64, erred_ms: u64) -> bool {
         let acknowledged_ms = self.acknowledged_ms.load(Ordering::Acquire);
         if acknowledged_ms > erred_ms && now_ms.saturating_sub(acknowledged_ms) < KNOWN_MS {
@@ -112,7 +115,7 @@ impl Gate {
     }
 }
 
-/// A message that a gate has let pass; dropped, it is not under way any more, also where its sender gave up half-way.
+/// A message that a gate let pass. Dropping the guard ends the flight, even if the sender gave up half-way.
 struct Passage(Arc<Gate>);
 
 impl Drop for Passage {
@@ -127,17 +130,17 @@ type Gates = Vec<Arc<Gate>>;
 struct Context {
     settings: Settings,
     broken: AtomicBool,
-    /// Held by all who hand over messages or wait for a receipt.
+    /// Held by every task that hands over messages or waits for a receipt.
     waiting: Arc<()>,
-    /// A batch was too large for its topic, and may have had more than one message.
+    /// Whether a batch was too large for its topic and may have held more than one message.
     too_large: AtomicBool,
     batch_bytes_max: usize,
     room: Notify,
-    /// Up to where brokers have acknowledged messages; shared with the producers before and after.
+    /// The offsets up to which brokers have acknowledged messages; shared with the previous and next producers.
     taken: Arc<Mutex<Ends>>,
     started_at: Instant,
-    /// Milliseconds from the start to the last error of the client, such as a connection that was lost: a broker that comes back
-    /// may have been emptied.
+    /// Milliseconds from the start to the client's last error, such as a lost connection: a broker that comes back may
+    /// have lost its data.
     erred_ms: AtomicU64,
     gates: Mutex<HashMap<Arc<str>, Gates>>,
 }
@@ -147,7 +150,7 @@ impl Context {
         self.started_at.elapsed().as_millis() as u64
     }
 
-    /// The gate of a partition.
+    /// Returns the gate of a partition.
     fn gate(&self, topic: &Arc<str>, partition: u32) -> Arc<Gate> {
         let (mut gates, number) = (self.gates.lock().unwrap_or_else(PoisonError::into_inner), partition as usize);
         let of_topic = gates.entry(topic.clone()).or_default();
@@ -176,7 +179,7 @@ impl ProducerContext for Context {
             delivered.passage.0.acknowledged(self.now_ms());
         }
         let failed = result.as_ref().err().map(|(error, message)| {
-            // A batch is refused as a whole. Only a message that fills one is known to have been alone.
+            // A broker refuses a batch as a whole. Only a message that fills a batch was certainly alone in it.
             let fills = message.payload_len() + message.key_len() >= self.batch_bytes_max;
             if error.rdkafka_error_code() == Some(RDKafkaErrorCode::MessageSizeTooLarge) && !fills {
                 self.too_large.store(true, Ordering::Release);
@@ -191,13 +194,13 @@ impl ProducerContext for Context {
             taken.set(message.topic(), message.partition().cast_unsigned(), message.offset() + 1);
         }
         delivered.batch.settle(1, failed);
-        // Only now: where it failed, nothing may pass before `broken` says so.
+        // Drops the passage last: after a failure, nothing may pass before `broken` is set.
         drop(delivered);
         self.room.notify_waiters();
     }
 }
 
-/// What the broker says of a message by itself; all else is the broker's trouble.
+/// Classifies an error: a verdict on the message itself is a refusal; any other error is a problem of the broker.
 fn refusal(error: &KafkaError, index: usize) -> BusError {
     use RDKafkaErrorCode as Code;
     match error.rdkafka_error_code() {
@@ -215,11 +218,11 @@ fn failed() -> BusError {
     BusError::Unavailable("what was under way has failed".into())
 }
 
-/// A producer, and another one once it has failed: after a failure nothing more leaves the first, so that what is
-/// published again comes after all it has sent.
+/// A producer, replaced by a new one once it has failed: a failed producer sends nothing more, so that messages
+/// published again follow everything it has sent.
 pub(crate) struct Producer {
     settings: Settings,
-    /// No batch is larger: what a topic takes is one batch at most, not one message.
+    /// The largest batch, in bytes. The limit of a topic applies to a batch, not to a message.
     batch_bytes_max: AtomicUsize,
     current: Mutex<Arc<ThreadedProducer<Context>>>,
     taken: Arc<Mutex<Ends>>,
@@ -232,7 +235,7 @@ impl Producer {
         Ok(Self { settings: settings.clone(), batch_bytes_max: AtomicUsize::new(BATCH_BYTES_MAX), current, taken })
     }
 
-    /// Up to where brokers have acknowledged messages.
+    /// Returns the offsets up to which brokers have acknowledged messages.
     pub fn taken(&self) -> Ends {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -244,11 +247,12 @@ impl Producer {
     ) -> Result<Arc<ThreadedProducer<Context>>, BusError> {
         let mut config = settings.client();
         config
-            // Long enough for what is handed over in one go. With requests under way, what comes meanwhile goes together
-            // anyway; a message alone waits for this at each hop.
+            // Long enough to batch the messages of one call. While requests are in flight, messages that arrive
+            // meanwhile are batched anyway; a single message waits this long at each hop.
             .set("linger.ms", "0.1")
             .set("compression.type", "lz4")
-            // The topic was there before anything is sent: one that is not any more was deleted, and is made again.
+            // The topic existed before the first message: a topic that is unknown now was deleted, and is created
+            // again.
             .set("topic.metadata.propagation.max.ms", "5000")
             .set("message.max.bytes", MESSAGE_BYTES_MAX.to_string())
             .set("batch.size", batch_bytes_max.to_string())
@@ -263,8 +267,8 @@ impl Producer {
         Ok(Arc::new(config.create_with_context(context).map_err(misconfigured)?))
     }
 
-    /// The producer, if it is sound; else a new one and whether it is new. That there is none before everybody has seen how
-    /// the old one failed: whoever has not would send the next page, which would come before those that failed.
+    /// Returns the producer if it is sound, otherwise a new one, and whether it is new. Fails until every caller has
+    /// seen the old producer fail: a caller that has not would send its next page ahead of the failed messages.
     fn sound(&self) -> Result<(Arc<ThreadedProducer<Context>>, bool), BusError> {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         if !current.client().context().broken.load(Ordering::Acquire) {
@@ -280,17 +284,17 @@ impl Producer {
         }
         let batch_bytes_max = self.batch_bytes_max.load(Ordering::Acquire);
         let broken = std::mem::replace(&mut *current, Self::start(&self.settings, batch_bytes_max, &self.taken)?);
-        // Its end waits for the connections.
+        // Dropping the client blocks on its connections.
         tokio::task::spawn_blocking(move || drop(broken));
         Ok((current.clone(), true))
     }
 
-    /// Whether what was known of the topics may have changed.
+    /// Replaces a failed producer. Returns whether the cached knowledge of topics may be outdated.
     pub fn mend(&self) -> Result<bool, BusError> {
         self.sound().map(|(_, is_new)| is_new)
     }
 
-    /// From the next batch on, none is larger than what a topic takes. What is under way is published again.
+    /// Limits all following batches to the size that a topic accepts. Messages in flight are published again.
     pub fn fit(&self, topic_bytes_max: usize) {
         if self.batch_bytes_max.fetch_min(topic_bytes_max, Ordering::AcqRel) > topic_bytes_max {
             let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
@@ -298,14 +302,14 @@ impl Producer {
         }
     }
 
-    /// Sends messages that the topics take, each to its partition.
+    /// Sends messages that fit their topics, each to its partition.
     pub async fn send(&self, messages: Vec<Outgoing>, partitions: &[u32]) -> Result<Receipt, BusError> {
         let (producer, _) = self.sound()?;
         let context = producer.client().context().clone();
         let waiting = context.waiting.clone();
         let (done, receipt) = oneshot::channel();
         let batch = Arc::new(Batch {
-            // One more for what is not handed over yet.
+            // One extra, for the messages that are not handed over yet.
             left: AtomicUsize::new(messages.len() + 1),
             failed: Mutex::default(),
             done: Mutex::new(Some(done)),
@@ -318,10 +322,10 @@ impl Producer {
             for index in next {
                 let Outgoing { topic, message } = &messages[index];
                 let gate = context.gate(topic, partitions[index]);
-                // What is behind a message that is held is held as well; those of other partitions go on.
+                // A message behind a held message of its partition is held too; other partitions proceed.
                 if closed.iter().any(|closed| Arc::ptr_eq(closed, &gate)) {
                     held.push(index);
-                    // Read anew for each: a full client may have kept the one before waiting for minutes.
+                    // Reads the time for each message: a full client may have blocked the previous message for minutes.
                 } else if gate.pass(context.now_ms(), context.erred_ms.load(Ordering::Acquire)) {
                     let delivered = Box::new(Delivered { batch: batch.clone(), index, passage: Passage(gate) });
                     let record = BaseRecord::with_opaque_to(topic, delivered)
@@ -357,7 +361,7 @@ impl Producer {
 
 type Record<'m> = BaseRecord<'m, str, str, Box<Delivered>>;
 
-/// Hands a message over to the client, once it has room.
+/// Hands a message to the client, as soon as the client has room.
 async fn hand_over(
     producer: &ThreadedProducer<Context>,
     context: &Context,
@@ -389,7 +393,7 @@ async fn hand_over(
     }
 }
 
-/// Settles, at its end, what was never handed over.
+/// Settles the messages that were never handed over, on drop.
 struct Unsent<'a> {
     batch: &'a Batch,
     count: usize,
@@ -404,7 +408,7 @@ impl Drop for Unsent<'_> {
 impl Drop for Producer {
     fn drop(&mut self) {
         let current = self.current.get_mut().unwrap_or_else(PoisonError::into_inner);
-        // What was not acknowledged is published again by whoever waited for the receipt.
+        // Callers that wait for a receipt publish unacknowledged messages again.
         current.purge(PurgeConfig::default().queue().inflight().non_blocking());
     }
 }

@@ -1,4 +1,4 @@
-//! What a service has sent since a place that it remembers, in several topics at once.
+//! Reads what a service has sent since the offsets that it remembers, in several topics at once.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -19,20 +19,20 @@ use crate::{
 
 /// How long a cluster may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long brokers may send nothing before the end.
+/// How long brokers may stay silent before the read fails.
 const SILENCE: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_millis(200);
-/// Messages looked at in a partition whose end is not remembered: one that a service sent last is among them unless others have
-/// sent so many since.
+/// The number of messages to inspect in a partition whose end is not remembered. The service's last message is among
+/// them, unless other services have sent that many since.
 const LAST: i64 = 1_000;
-/// The same where the end is remembered. Others may have sent much while the service was down.
+/// The same limit where the end is remembered. Other services may have sent much while the service was down.
 const SINCE_MAX: i64 = 10_000;
-/// Messages given at most. The first that the log lacks would do.
+/// The maximum number of messages returned. The first message that the log lacks would be enough.
 const GIVEN_MAX: usize = 20_000;
 
 type Place = (String, i32);
 
-/// Messages of a service behind these ends, in order per partition.
+/// Returns the messages of a service after these ends, in order per partition.
 pub(crate) async fn since(
     settings: &Settings,
     cluster: Arc<str>,
@@ -50,7 +50,7 @@ pub(crate) async fn since(
     looked.await.map_err(|error| BusError::Unavailable(error.to_string()))?
 }
 
-/// Assigns the partitions that have messages behind the ends, and gives where each of them ends.
+/// Assigns the partitions that have messages after the ends, and returns the end of each.
 fn begin(consumer: &BaseConsumer, ends: &Ends) -> Result<HashMap<Place, i64>, KafkaError> {
     let mut places = Vec::new();
     for topic in ends.topics() {
@@ -69,7 +69,7 @@ fn begin(consumer: &BaseConsumer, ends: &Ends) -> Result<HashMap<Place, i64>, Ka
         let known = ends.of(&place.0, place.1.cast_unsigned());
         let from = match known {
             Some(known) if known <= next => known.max(next - SINCE_MAX),
-            // Of a topic that was made again, or that nothing is known of.
+            // The topic was created again, or no end of it is remembered.
             _ => next - LAST,
         };
         let from = from.max(first);
@@ -82,7 +82,7 @@ fn begin(consumer: &BaseConsumer, ends: &Ends) -> Result<HashMap<Place, i64>, Ka
     Ok(open)
 }
 
-/// The first or the next offset of each partition, with one request to each broker.
+/// Returns the first or the next offset of each partition, with one request per broker.
 fn offsets(consumer: &BaseConsumer, places: &[Place], which: Offset) -> Result<HashMap<Place, i64>, KafkaError> {
     let mut asked = TopicPartitionList::new();
     for (topic, partition) in places {
@@ -109,12 +109,12 @@ fn read(
     while !open.is_empty() && found.len() < GIVEN_MAX {
         let record = match consumer.poll(LOOK) {
             Some(Ok(record)) => record,
-            // Also where the last offsets have no message, as after a transaction.
+            // Also reports the end where the last offsets hold no message, as after a transaction.
             Some(Err(KafkaError::PartitionEOF(_))) => {
                 at_their_ends(consumer, &mut open).map_err(|error| unavailable(&error))?;
                 continue;
             }
-            // The client tries again by itself; if that does not help, it is silent.
+            // The client retries by itself; if that does not help, it stays silent.
             Some(Err(error)) => {
                 tracing::warn!(%error, "looking at what was sent");
                 continue;
@@ -146,7 +146,8 @@ fn read(
     Ok(found)
 }
 
-/// Closes what the client has read to the end. It says of which partition that is so, and not of which topic.
+/// Closes the partitions that the client has read to the end. The end-of-partition event names the partition but not
+/// the topic.
 fn at_their_ends(consumer: &BaseConsumer, open: &mut HashMap<Place, i64>) -> Result<(), KafkaError> {
     for element in consumer.position()?.elements() {
         let place = (element.topic().to_owned(), element.partition());

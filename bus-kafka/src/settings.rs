@@ -1,4 +1,4 @@
-//! Which brokers, how topics are made, and what else the client is told.
+//! Settings: brokers, how topics are created, and options passed to the Kafka client.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -11,9 +11,9 @@ use annals::{BusError, secret};
 use percent_encoding::percent_decode_str;
 use rdkafka::{ClientConfig, error::KafkaError, types::RDKafkaConfRes::RD_KAFKA_CONF_UNKNOWN as UNKNOWN};
 
-/// Partitions of a topic that is made here: as many members of a group can share the work.
+/// The number of partitions of a topic created here: the maximum number of group members that can share the work.
 const PARTITIONS_DEFAULT: u32 = 8;
-/// The parameters of a URL that are none of librdkafka; and some that are, for those who misspell them.
+/// URL parameters that are not librdkafka settings, and a few librdkafka settings, to suggest when a name is misspelt.
 const PARAMETERS: [&str; 7] = [
     "partitions",
     "replication",
@@ -23,13 +23,13 @@ const PARAMETERS: [&str; 7] = [
     "sasl.username",
     "sasl.password",
 ];
-/// More would take a broker minutes to make.
+/// A broker would take minutes to create more partitions.
 const PARTITIONS_MAX: u32 = 10_000;
 
-/// Which Kafka, and how it is used. As text: `kafka://host:port[,host:port][?name=value&…]`, where a name is `partitions`,
-/// `replication`, `retention.ms`, or a setting of librdkafka such as `security.protocol`; values are percent-encoded. The value of
-/// such a setting can also stand in a file or in a variable of the environment: `sasl.password_file=PATH`,
-/// `sasl.password_env=VARIABLE`.
+/// The Kafka cluster, and how it is used. As text: `kafka://host:port[,host:port][?name=value&…]`, where a name is
+/// `partitions`, `replication`, `retention.ms`, or a librdkafka setting such as `security.protocol`; values are
+/// percent-encoded. The value of a librdkafka setting can also come from a file or an environment variable:
+/// `sasl.password_file=PATH`, `sasl.password_env=VARIABLE`.
 ///
 /// ```
 /// let settings: annals_kafka::Settings = "kafka://a:9092,b:9092?partitions=12&replication=3&sasl.password=p%26q".parse()?;
@@ -43,13 +43,13 @@ pub struct Settings {
     pub(crate) partitions: u32,
     pub(crate) replication: Option<u16>,
     pub(crate) retention: Option<Duration>,
-    /// The name of the process in all groups.
+    /// The name of this process in all groups.
     pub(crate) instance: Option<String>,
     client: BTreeMap<String, String>,
 }
 
 impl Settings {
-    /// The default settings for these brokers, `host:port[,host:port]`.
+    /// Creates the default settings for these brokers, `host:port[,host:port]`.
     pub fn new(brokers: &str) -> Self {
         Self {
             brokers: brokers.to_owned(),
@@ -61,28 +61,28 @@ impl Settings {
         }
     }
 
-    /// How many partitions a topic gets that does not exist yet; 8 by default. Later, order is kept per key only as long as
-    /// the number stays.
+    /// Sets the number of partitions of topics that do not exist yet; 8 by default. Do not change the number of
+    /// partitions of an existing topic: order per key holds only while the number stays the same.
     pub fn partitions(mut self, partitions: u32) -> Self {
         self.partitions = partitions;
         self
     }
 
-    /// On how many brokers such a topic is kept; what the cluster does by default, otherwise.
+    /// Sets the replication factor of topics that do not exist yet; the default is the cluster's.
     pub fn replication(mut self, replication: u16) -> Self {
         self.replication = Some(replication);
         self
     }
 
-    /// How long such a topic keeps messages; what the cluster does by default, otherwise.
+    /// Sets how long topics that do not exist yet keep messages; the default is the cluster's.
     pub fn retention(mut self, retention: Duration) -> Self {
         self.retention = Some(retention);
         self
     }
 
-    /// A setting of librdkafka, for TLS, SASL and all else: `set("security.protocol", "SASL_SSL")`. Those that the order of
-    /// messages hangs on cannot be changed. `group.instance.id` is the name of this process; each member of a group has a number
-    /// after it.
+    /// Sets a librdkafka setting, such as those for TLS and SASL: `set("security.protocol", "SASL_SSL")`. Settings
+    /// that the order of messages depends on cannot be changed. `group.instance.id` is the name of this process; a
+    /// number is appended to the name for each member of a group.
     pub fn set(mut self, name: &str, value: &str) -> Self {
         if name == "group.instance.id" {
             self.instance = Some(value.to_owned());
@@ -92,7 +92,7 @@ impl Settings {
         self
     }
 
-    /// A text of a client or a broker, unless it repeats what may be a secret.
+    /// Returns a text of a client or a broker, unless the text repeats a value that may be a secret.
     pub(crate) fn without_secrets<'t>(&self, text: &'t str) -> &'t str {
         let is_secret =
             |name: &str| ["password", "secret", "key", "token", "config"].iter().any(|word| name.contains(word));
@@ -100,29 +100,29 @@ impl Settings {
         if secrets.any(|(_, value)| text.contains(&**value)) { "it says why, and repeats a secret" } else { text }
     }
 
-    /// What producers and consumers have in common.
+    /// Returns the settings that producers and consumers share.
     pub(crate) fn client(&self) -> ClientConfig {
         let mut config = ClientConfig::new();
         config
             .set("bootstrap.servers", &self.brokers)
             .set("client.id", "annals")
-            // The others are for throughput over latency, and Kafka has its own batches.
+            // Nagle's algorithm trades latency for throughput, and Kafka batches by itself.
             .set("socket.nagle.disable", "true")
-            // A broker that is back is used again within a second.
+            // Reconnects to a broker within a second of its return.
             .set("reconnect.backoff.ms", "50")
             .set("reconnect.backoff.max.ms", "1000");
         config
     }
 
-    /// What consumers have in common, and those who only look.
+    /// Returns the settings that all consumers share, including those that only inspect topics.
     pub(crate) fn consumer(&self) -> ClientConfig {
         let mut config = self.client();
-        // A topic that is missing is made with declared partitions, or not at all.
+        // A missing topic is created with the declared partitions, or not at all.
         config.set("allow.auto.create.topics", "false");
         config
     }
 
-    /// Adds what the user has set; then what must be so.
+    /// Adds the user's settings, then the fixed ones.
     pub(crate) fn finish(&self, mut config: ClientConfig, fixed: &[(&str, &str)]) -> Result<ClientConfig, BusError> {
         for (name, value) in &self.client {
             config.set(name, value);
@@ -146,7 +146,7 @@ impl fmt::Display for Settings {
 
 impl fmt::Debug for Settings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Names only: which values are secret is not known here.
+        // Prints names only: any value may be a secret.
         let client: Vec<_> = self.client.keys().collect();
         f.debug_struct("Settings")
             .field("brokers", &self.brokers)
@@ -161,7 +161,7 @@ impl fmt::Debug for Settings {
 impl FromStr for Settings {
     type Err = BusError;
 
-    /// An error says nothing of values, which may be secrets.
+    /// Parses the URL. Errors never contain values, which may be secrets.
     fn from_str(text: &str) -> Result<Self, BusError> {
         const FORM: &str = "a Kafka bus is kafka://host:port[,host:port][?name=value&…]";
         let wrong = |what: String| BusError::Misconfigured(format!("{what}; {FORM}"));
@@ -213,7 +213,7 @@ impl FromStr for Settings {
     }
 }
 
-/// The setting that `NAME_file=PATH` or `NAME_env=VARIABLE` is about, and its value.
+/// Returns the setting that `NAME_file=PATH` or `NAME_env=VARIABLE` refers to, and its value.
 fn secret_of<'n>(name: &'n str, place: &str) -> Option<(&'n str, Result<String, String>)> {
     if let Some(name) = name.strip_suffix("_file") {
         return Some((name, secret::from_file(place)));
@@ -221,17 +221,17 @@ fn secret_of<'n>(name: &'n str, place: &str) -> Option<(&'n str, Result<String, 
     name.strip_suffix("_env").map(|name| (name, secret::from_env(place)))
 }
 
-/// Whether librdkafka has a setting of this name. What is wrong with its value, it says later.
+/// Returns whether librdkafka has a setting of this name. librdkafka reports an invalid value later.
 fn is_known_to_client(name: &str, value: &str) -> bool {
     let set = ClientConfig::new().set(name, value).create_native_config();
     !matches!(set, Err(KafkaError::ClientConfig(UNKNOWN, ..)))
 }
 
-/// Says of a setting that it is wrong, without the value, which may be a secret that went under a wrong name.
+/// Reports an invalid setting without its value, which may be a secret given under a wrong name.
 pub(crate) fn misconfigured(error: KafkaError) -> BusError {
     BusError::Misconfigured(match error {
         KafkaError::ClientConfig(_, reason, name, value) => {
-            // Some reasons repeat the value, or an element of it.
+            // Some reasons repeat the value, or an element of a list.
             let repeats = value.split(',').any(|part| !part.is_empty() && reason.contains(part));
             let reason = if repeats { "the client does not take its value" } else { &*reason };
             format!("Kafka client setting {name}: {reason}")

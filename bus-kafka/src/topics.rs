@@ -1,4 +1,4 @@
-//! Topics: made as declared, or refused with a reason.
+//! Topics: created as declared, or refused with a reason.
 
 use std::{
     collections::HashMap,
@@ -20,14 +20,14 @@ use crate::settings::{Settings, misconfigured};
 
 /// How long a cluster may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How often it is looked, while nobody answers, whether somebody refused.
+/// How often to check for a refusal while no broker answers.
 const LOOK: Duration = Duration::from_millis(500);
-/// How long until all brokers know of a new topic.
+/// How long all brokers may take to learn of a new topic.
 const SETTLED: Duration = Duration::from_secs(10);
-/// What brokers take by default.
+/// The default limit of brokers, in bytes.
 const MESSAGE_BYTES_DEFAULT: usize = 1_000_000;
 
-/// Hears why a broker does not let us in.
+/// Records why a broker rejects the connection.
 #[derive(Default)]
 struct Door {
     closed: Mutex<Option<String>>,
@@ -44,24 +44,24 @@ impl ClientContext for Door {
 
 impl ConsumerContext for Door {}
 
-/// How long what is known of a topic is believed: it may be given more partitions, or take larger messages.
+/// How long cached facts about a topic stay valid: the topic may get more partitions, or accept larger messages.
 const BELIEVED: Duration = Duration::from_secs(300);
 
-/// What is known of a topic.
+/// The cached facts about a topic.
 #[derive(Clone, Copy)]
 pub(crate) struct Known {
-    /// The largest message that it takes, in bytes.
+    /// The largest message that the topic accepts, in bytes.
     pub bytes_max: usize,
-    /// How many partitions it has.
+    /// The number of partitions.
     pub partitions: u32,
     at: Instant,
 }
 
-/// The topics that are known to be there.
+/// The topics that are known to exist.
 pub(crate) struct Topics {
     settings: Settings,
     admin: AdminClient<DefaultClientContext>,
-    /// A client of another kind: the admin's would have brokers make what it looks for.
+    /// A consumer client: a lookup by the admin client would make brokers create the missing topic.
     looking: Arc<BaseConsumer<Door>>,
     known: Mutex<HashMap<Arc<str>, Known>>,
 }
@@ -74,7 +74,7 @@ impl Topics {
         Ok(Self { settings: settings.clone(), admin, looking: Arc::new(looking), known: Mutex::default() })
     }
 
-    /// The id of the cluster.
+    /// Returns the id of the cluster.
     pub async fn cluster(&self) -> Result<Arc<str>, BusError> {
         let looking = self.looking.clone();
         let asked = tokio::task::spawn_blocking(move || {
@@ -82,7 +82,7 @@ impl Topics {
                 if let Some(cluster) = looking.client().fetch_cluster_id(LOOK) {
                     return Ok(cluster);
                 }
-                // What went wrong is told to those who poll.
+                // Errors reach the context only while the client is polled.
                 while looking.poll(Duration::ZERO).is_some() {}
                 if let Some(closed) = looking.context().closed.lock().unwrap_or_else(PoisonError::into_inner).take() {
                     return Err(Some(closed));
@@ -107,12 +107,12 @@ impl Topics {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Looks again before the next use: topics may have gone.
+    /// Clears the cache before the next use: topics may have been deleted.
     pub fn forget(&self) {
         self.known().clear();
     }
 
-    /// Makes the topic unless it is there.
+    /// Creates the topic unless it exists.
     pub async fn ensure(&self, topic: &Arc<str>) -> Result<Known, BusError> {
         if let Some(known) = self.known().get(topic).filter(|known| known.at.elapsed() < BELIEVED) {
             return Ok(*known);
@@ -126,7 +126,7 @@ impl Topics {
         Ok(known)
     }
 
-    /// The largest message that the topic takes at present, in bytes.
+    /// Returns the largest message that the topic accepts at present, in bytes.
     pub async fn look_again(&self, topic: &Arc<str>) -> usize {
         let bytes_max = self.message_bytes_max(topic).await;
         if let Some(known) = self.known().get_mut(topic) {
@@ -135,12 +135,12 @@ impl Topics {
         bytes_max
     }
 
-    /// Whether it is there. Makes nothing.
+    /// Returns whether the topic exists. Creates nothing.
     pub async fn exists(&self, topic: &Arc<str>) -> Result<bool, BusError> {
         Ok(self.partitions(topic).await?.is_some())
     }
 
-    /// How many partitions it has, if it is there. Makes nothing.
+    /// Returns the number of partitions if the topic exists. Creates nothing.
     async fn partitions(&self, topic: &Arc<str>) -> Result<Option<u32>, BusError> {
         let (looking, topic) = (self.looking.clone(), topic.clone());
         let looked = tokio::task::spawn_blocking(move || {
@@ -151,7 +151,7 @@ impl Topics {
                     Some(Code::UnknownTopicOrPartition) => Ok(None),
                     Some(error @ Code::LeaderNotAvailable) => {
                         let reason = format!("topic {topic}: {error}");
-                        // It is being made, and its partitions are not known yet.
+                        // The topic is being created, and its partitions are not known yet.
                         match found.partitions().len() {
                             0 => Err(BusError::Unavailable(reason)),
                             count => Ok(u32::try_from(count).ok()),
@@ -172,7 +172,7 @@ impl Topics {
         looked.map_err(|error| BusError::Unavailable(format!("looking for the topic: {error}")))?
     }
 
-    /// The names of all topics that may be seen, but for those of the cluster itself.
+    /// Returns the names of all topics that the caller may see, except the cluster's internal topics.
     pub async fn names(&self) -> Result<Vec<String>, BusError> {
         let looking = self.looking.clone();
         let looked = tokio::task::spawn_blocking(move || {
@@ -186,7 +186,7 @@ impl Topics {
 
     async fn create(&self, topic: &Arc<str>) -> Result<u32, BusError> {
         let Settings { partitions, replication, retention, .. } = &self.settings;
-        // -1: as the cluster does by default.
+        // -1 means the cluster's default.
         let replication = TopicReplication::Fixed(replication.map_or(-1, i32::from));
         let mut new = NewTopic::new(topic, *partitions as i32, replication);
         let retention_ms = retention.map(|retention| retention.as_millis().to_string());
@@ -222,13 +222,14 @@ impl Topics {
         settled.map_err(|_| BusError::Unavailable(format!("topic {topic} was made and is not to be seen yet")))
     }
 
-    /// Who may not read the topic's settings is left with what is usual.
+    /// Returns the limit of the topic, or the default if the caller may not read the topic's settings.
     async fn message_bytes_max(&self, topic: &str) -> usize {
         let of_topic = self.setting(topic, "max.message.bytes").await.and_then(|bytes| bytes.parse().ok());
         of_topic.unwrap_or(MESSAGE_BYTES_DEFAULT)
     }
 
-    /// Whether brokers remove all but the last message of each key; also false for who may not read the topic's settings.
+    /// Returns whether brokers remove all but the last message of each key; `false` if the caller may not read the
+    /// topic's settings.
     pub async fn is_compacted(&self, topic: &str) -> bool {
         self.setting(topic, "cleanup.policy").await.is_some_and(|policy| policy.contains("compact"))
     }

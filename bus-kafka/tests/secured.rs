@@ -1,4 +1,4 @@
-//! Brokers that ask who is there, and by which certificate they are known.
+//! Brokers that authenticate their clients, and prove their own identity by a certificate.
 #![allow(clippy::unwrap_used)]
 
 mod post;
@@ -9,7 +9,7 @@ use annals::BusError;
 use annals_kafka::{KafkaBus, Settings};
 use annals_tests::kafka::{Broker, PASSWORD, USER};
 
-/// How long a refusal may take to be told.
+/// How long a refusal may take to be reported.
 const SECONDS: Duration = Duration::from_secs(8);
 const TOPIC: &str = "letters";
 
@@ -22,7 +22,7 @@ fn sasl(broker: &Broker, protocol: &str, password: &str) -> Settings {
         .set("sasl.password", password)
 }
 
-/// A message there and back.
+/// Sends a message and receives it.
 async fn is_let_in(settings: Settings) {
     let bus = KafkaBus::connect(settings).await.unwrap();
     let mut consumer = post::reader(&bus, TOPIC).await;
@@ -31,7 +31,7 @@ async fn is_let_in(settings: Settings) {
     assert_eq!(received.unwrap(), sent);
 }
 
-/// Refused within seconds, with these words and without the password.
+/// Expects a refusal within seconds, with these words and without the password.
 async fn is_refused(settings: Settings, words: &[&str]) {
     let asked_at = Instant::now();
     let error = KafkaBus::connect(settings).await.err().unwrap();
@@ -59,6 +59,6 @@ async fn a_broker_is_known_by_its_certificate() {
     let trusting = |password| sasl(&broker, "SASL_SSL", password).set("ssl.ca.location", certificate.to_str().unwrap());
     is_let_in(trusting(PASSWORD)).await;
     is_refused(trusting("guessed"), &[&broker.address(), "Invalid username or password"]).await;
-    // One that nobody has vouched for.
+    // Without the certificate authority, the broker is not trusted.
     is_refused(sasl(&broker, "SASL_SSL", PASSWORD), &[&broker.address(), "certificate"]).await;
 }

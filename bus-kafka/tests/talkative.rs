@@ -1,4 +1,4 @@
-//! A client that has a lot to tell beside the messages.
+//! A client that calls back for logs and statistics between the messages.
 #![allow(clippy::unwrap_used)]
 
 mod post;
@@ -12,10 +12,10 @@ use tracing_subscriber::filter::LevelFilter;
 use uuid::Uuid;
 
 const LETTERS: usize = 20;
-/// Half of what it takes when each letter waits until the client is looked at anyway, once a second.
+/// Half the time that the test takes if each letter waits for the regular poll, once a second.
 const SECONDS: Duration = Duration::from_secs(LETTERS as u64 / 2);
 
-/// Letters one by one, with time for the client in between.
+/// Sends letters one by one, with time for the client in between.
 async fn keeps_no_letter_waiting(settings: Settings) {
     let bus = KafkaBus::connect(settings.partitions(1)).await.unwrap();
     let topic = format!("letters-{}", Uuid::new_v4().simple());
@@ -42,7 +42,7 @@ fn settings() -> Settings {
 
 #[tokio::test]
 async fn by_lines_for_the_log() {
-    // The client asks, when it is made, whether anybody listens.
+    // The client checks, when it is created, whether anybody subscribes to its log.
     tracing_subscriber::fmt().with_max_level(LevelFilter::DEBUG).with_writer(std::io::sink).init();
     keeps_no_letter_waiting(settings().set("debug", "consumer,cgrp,topic,fetch")).await;
 }

@@ -1,4 +1,4 @@
-//! Letters, and who waits for them.
+//! Letters, their sender and their reader.
 
 use annals::{
     Bus, Consumer, Message, Metadata, Position, Publisher, Version,
@@ -32,7 +32,7 @@ pub async fn send(bus: &KafkaBus, topic: &str) -> Uuid {
     id
 }
 
-/// The next letter, from the beginning of the topic.
+/// Returns the next letter, from the beginning of the topic.
 pub async fn receive(consumer: &mut dyn Consumer) -> Uuid {
     loop {
         match consumer.poll(1).await.unwrap() {
@@ -47,7 +47,7 @@ pub async fn receive(consumer: &mut dyn Consumer) -> Uuid {
     }
 }
 
-/// Somebody who reads the topic.
+/// Joins a group that reads the topic.
 pub async fn reader(bus: &KafkaBus, topic: &str) -> Box<dyn Consumer> {
     bus.join(&format!("reader-of-{topic}"), &[topic]).await.unwrap()
 }
