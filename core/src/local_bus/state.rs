@@ -117,7 +117,7 @@ pub(super) struct Seat {
     group: usize,
     member: u64,
     topics: Vec<usize>,
-    /// The partition to look at first. The turn moves with each poll, so that a busy partition does not starve the others.
+    /// The partition to look at first. The turn moves on with each poll, so that a busy one does not starve the others.
     turn: usize,
 }
 
