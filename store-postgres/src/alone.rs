@@ -1,5 +1,5 @@
-//! A commit that comes alone is written where its caller runs: to wake another thread, and to be woken by it, would take longer
-//! than all else that a process does for it.
+//! Writes a single commit where its caller runs: waking another thread, and being woken by it, takes longer than
+//! everything else that the process does for the commit.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use crate::{
     writer::Writer,
 };
 
-/// The writer for commits that come alone; `None` once closed.
+/// The writer for single commits; `None` once closed.
 #[derive(Debug)]
 pub(crate) struct Alone(Arc<Mutex<Option<Resident>>>);
 
@@ -26,7 +26,7 @@ struct Resident {
     runtime: Option<Id>,
 }
 
-/// The right to write one commit with it.
+/// The right to write one commit with this writer.
 pub(crate) struct Turn {
     resident: OwnedMappedMutexGuard<Option<Resident>, Resident>,
     runtime: Handle,
@@ -37,7 +37,7 @@ impl Alone {
         Self(Arc::new(Mutex::new(Some(Resident { writer, runtime: None }))))
     }
 
-    /// `None` if it has other things to do, or is closed.
+    /// Returns `None` if the writer is busy or closed.
     pub(crate) fn turn(&self) -> Option<Turn> {
         let (free, runtime) = (self.0.clone().try_lock_owned().ok()?, Handle::try_current().ok()?);
         let resident = OwnedMutexGuard::try_map(free, Option::as_mut).ok()?;
@@ -46,14 +46,14 @@ impl Alone {
 
     pub(crate) async fn close(&self) {
         if let Some(resident) = self.0.lock().await.take() {
-            // It holds nothing that is not committed.
+            // The connection holds nothing uncommitted.
             resident.writer.close().await.ok();
         }
     }
 }
 
 impl Turn {
-    /// In a task of its own, so that it comes to its end whatever becomes of the caller.
+    /// Writes the commit in a task of its own, so that the commit completes even if the caller is cancelled.
     pub(crate) async fn write(self, commit: Prepared, passage: Passage) -> Outcome {
         let Self { mut resident, runtime } = self;
         let task = runtime.clone().spawn(async move {

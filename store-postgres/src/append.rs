@@ -1,4 +1,4 @@
-//! One round trip to the database with a group of commits.
+//! Sends a group of commits to the database in one round trip.
 
 use chrono::{DateTime, Utc};
 use sqlx::{PgConnection, Postgres, Row, postgres::PgArguments, query::Query};
@@ -10,8 +10,8 @@ use crate::{
     read::{storable, time},
 };
 
-/// As [`append`], in a transaction of its own. That is one statement, unless it has to be told behind a pooler. `history` is the
-/// number that the group was handed over under: under another one, nothing is written.
+/// Calls [`append`] in a transaction of its own: one statement, unless a pooler requires an explicit transaction.
+/// `history` is the number of the history when the group was submitted: if the number has changed, nothing is written.
 pub(crate) async fn append_alone(
     database: &Database,
     connection: &mut PgConnection,
@@ -38,14 +38,14 @@ pub(crate) async fn append_alone(
     }
 }
 
-/// Brings the sequence past the events that stand beyond it.
+/// Advances the sequence past the events that are beyond it.
 pub(crate) async fn advance(database: &Database, connection: &mut PgConnection) -> Result<(), sqlx::Error> {
     database.begin(connection, Purpose::Write).await?;
     database.statements.advance.query().execute(&mut *connection).await?;
     sqlx::raw_sql("COMMIT").execute(connection).await.map(drop)
 }
 
-/// Gives what was written, `None` if a guess was wrong, and where everything stood before.
+/// Returns what was written (`None` if a guess was wrong), and the versions before the group.
 pub(crate) async fn append(
     database: &Database,
     connection: &mut PgConnection,
@@ -77,7 +77,7 @@ pub(crate) async fn append(
         .bind(events.iter().map(|event| event.stream as i32 + 1).collect::<Vec<_>>())
         .bind(events.iter().map(|event| streams[event.stream].id.as_str()).collect::<Vec<_>>())
         .bind(events.iter().map(|event| event.step).collect::<Vec<_>>());
-    // To its very end: the row comes before the transaction is committed.
+    // Fetches to the very end: the row arrives before the transaction is committed.
     let rows = with_texts(query, events).fetch_all(connection).await?;
     let row = rows.first().ok_or(sqlx::Error::RowNotFound)?;
     let positions: Option<Vec<i64>> = row.try_get(0)?;
@@ -86,7 +86,7 @@ pub(crate) async fn append(
     Ok((written, Standings { streams: row.try_get(1)?, events: row.try_get(2)?, documents: row.try_get(3)? }))
 }
 
-/// The same for a group that only appends; gives `None` if a guess was wrong.
+/// Appends a group that contains only appends; `None` if a guess was wrong.
 async fn append_events(
     database: &Database,
     connection: &mut PgConnection,
@@ -112,13 +112,13 @@ async fn append_events(
     let rows = query.fetch_all(connection).await?;
     let Some(row) = rows.first() else { return Ok(None) };
     let recorded_at = time(row, 1)?;
-    // Drawn in the order of the ranks, whatever the order in which they come back.
+    // Positions are drawn in the order of the ranks, but rows may return in any order.
     let mut positions = rows.iter().map(|row| row.try_get(0)).collect::<Result<Vec<i64>, _>>()?;
     positions.sort_unstable();
     Ok(Some(Written { positions, recorded_at }))
 }
 
-/// The same for a group of one event.
+/// Appends a group of one event; `None` if a guess was wrong.
 async fn append_one(
     database: &Database,
     connection: &mut PgConnection,
@@ -138,13 +138,13 @@ async fn append_one(
         .bind(&*text.data)
         .bind(&*text.metadata)
         .bind(stream.event);
-    // To its very end, as above.
+    // Fetches to the very end, as above.
     let rows = query.fetch_all(connection).await?;
     let Some(row) = rows.first() else { return Ok(None) };
     Ok(Some(Written { positions: vec![row.try_get(0)?], recorded_at: time(row, 1)? }))
 }
 
-/// Both statements with arrays end with these.
+/// Adds the binds that both statements with arrays end with.
 fn with_texts<'q>(
     query: Query<'q, Postgres, PgArguments>,
     events: &'q [EventRow<'_>],

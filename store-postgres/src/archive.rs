@@ -1,4 +1,4 @@
-//! The store as a whole: what is in it, and taking in what another one held.
+//! The store as a whole: lists its contents, and restores the contents of another store.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use crate::{
     read::{bound, read, storable, time},
 };
 
-/// Rows are handed to the server in pieces of so many bytes.
+/// The number of bytes in which rows are sent to the server at a time.
 const COPIED_BYTES: usize = 256 << 10;
 
 #[async_trait]
@@ -45,7 +45,7 @@ impl Archive for PostgresStore {
             _ => write_error(&error),
         };
         let (_, mut connection) = self.shared.database.connect(Purpose::Write).await.map_err(failed)?;
-        // Used for nothing else: whatever happens, its end is the end of the transaction.
+        // This connection serves nothing else: however this ends, closing the connection ends the transaction.
         self.shared.database.begin(&mut connection, Purpose::Write).await.map_err(failed)?;
         self.copy_in(&mut connection, &contents.events).await.map_err(failed)?;
         self.put_in(&mut connection, &contents.documents).await.map_err(failed)?;

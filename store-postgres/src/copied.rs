@@ -1,4 +1,5 @@
-//! Rows as `COPY … (FORMAT binary)` sends them. <https://www.postgresql.org/docs/current/sql-copy.html#id-1.9.55.9.4>
+//! Rows in the format of `COPY … (FORMAT binary)`.
+//! <https://www.postgresql.org/docs/current/sql-copy.html#id-1.9.55.9.4>
 
 use std::{collections::HashSet, sync::Arc};
 
@@ -10,24 +11,24 @@ use crate::read::{instant, since_2000};
 /// <https://www.postgresql.org/docs/current/sql-copy.html#id-1.9.55.9.4.5>
 const SIGNATURE: &[u8; 11] = b"PGCOPY\n\xff\r\n\0";
 
-/// A signature of 11 bytes, flags, and the length of an extension that does not exist: in front of the first row.
+/// The header before the first row: a signature of 11 bytes, flags, and the length of an extension that does not exist.
 pub(crate) const HEADER_BYTES: usize = 19;
 
 /// The columns of [`Row::recorded`].
 pub(crate) const COLUMNS: &str =
     "position, stream_id, version, type, schema_version, data, recorded_at, event_id, metadata";
-/// Those of them that a typed replay needs.
+/// The columns that a typed replay needs.
 pub(crate) const COLUMNS_TYPED: &str = "position, stream_id, version, type, schema_version, data, recorded_at";
 
-/// The position of a row, which is its first column; `None` for what comes after the last one.
+/// Returns the position of a row, which is its first column; `None` for the trailer after the last row.
 pub(crate) fn position(row: &[u8]) -> Option<i64> {
     Some(i64::from_be_bytes(row.get(6..14)?.try_into().ok()?))
 }
 
-/// Rows one after the other, without the header.
+/// Consecutive rows, without the header.
 pub(crate) struct Rows<'b> {
     rest: &'b [u8],
-    /// A type's name is the same text in many events.
+    /// The names of types, shared between events: many events have the same type.
     names: HashSet<Arc<str>>,
 }
 
@@ -39,7 +40,7 @@ pub(crate) struct Row<'b> {
     pub(crate) schema_version: i32,
     pub(crate) data: &'b str,
     since_2000: i64,
-    /// The event id and the metadata, where they were asked for.
+    /// The event id and the metadata, if requested.
     more: Option<(Uuid, &'b str)>,
 }
 
@@ -77,7 +78,7 @@ impl<'b> Rows<'b> {
         Some(*taken)
     }
 
-    /// No column may be NULL, which would be a length of -1.
+    /// Takes the bytes of a column. No column may be NULL, which would be a length of -1.
     fn field(&mut self) -> Option<&'b [u8]> {
         let length = usize::try_from(i32::from_be_bytes(self.take()?)).ok()?;
         let (field, rest) = self.rest.split_at_checked(length)?;
@@ -139,13 +140,13 @@ impl<'b> Row<'b> {
     }
 }
 
-/// What stands in front of the first row: the signature, no flags, no extension.
+/// Writes the header before the first row: the signature, no flags, no extension.
 pub(crate) fn begin(rows: &mut Vec<u8>) {
     rows.extend_from_slice(SIGNATURE);
     rows.extend_from_slice(&[0; HEADER_BYTES - SIGNATURE.len()]);
 }
 
-/// A row of an event, with its columns in the order of `restore_events.sql`.
+/// Writes the row of an event, with its columns in the order of `restore_events.sql`.
 pub(crate) fn put(event: &Stored<'_>, rows: &mut Vec<u8>) -> Result<(), sqlx::Error> {
     const COLUMNS: i16 = 9;
     rows.extend_from_slice(&COLUMNS.to_be_bytes());
@@ -166,7 +167,7 @@ pub(crate) fn put(event: &Stored<'_>, rows: &mut Vec<u8>) -> Result<(), sqlx::Er
     field(&since_2000(event.recorded_at).to_be_bytes())
 }
 
-/// What stands behind the last row.
+/// Writes the trailer after the last row.
 pub(crate) fn end(rows: &mut Vec<u8>) {
     rows.extend_from_slice(&(-1_i16).to_be_bytes());
 }

@@ -1,23 +1,23 @@
-//! The one place where SQLSTATEs and names of constraints are told apart. Message text is for people and is never looked into.
+//! The one place that classifies SQLSTATEs and constraint names. Message text is for people and is never parsed.
 
 use annals::{CommitError, StoreError};
 use sqlx::{error::DatabaseError, postgres::PgDatabaseError, postgres::PgSeverity};
 
-/// Why a store could not be opened. Whatever was there is as it was.
+/// Why a store could not be opened. Opening changed nothing in the database.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum OpenError {
-    /// The text is no `postgres://` URL. It is not repeated here: it may hold a password.
+    /// The text is not a `postgres://` URL. The error does not repeat the text, which may hold a password.
     #[error("the store URL is not one of PostgreSQL ({reason}); write `postgres://user@host/database`")]
     Url {
-        /// What is wrong with it.
+        /// What is wrong with the URL.
         reason: String,
     },
-    /// No schema may have this name.
+    /// The text is not a valid name for a schema.
     #[error(
         "{schema:?} is no name for a schema: lower-case letters, digits and `_`, not starting with a digit or `pg_`, at most 50"
     )]
     Schema {
-        /// What was given.
+        /// The name that was given.
         schema: String,
     },
     /// The schema was written by a newer build.
@@ -25,28 +25,28 @@ pub enum OpenError {
     TooNew {
         /// The schema.
         schema: String,
-        /// The version it has.
+        /// The version of the schema.
         found: i32,
-        /// The newest version known.
+        /// The newest version that this build knows.
         known: i32,
     },
-    /// There is no store to open, and none was to be created.
+    /// The store does not exist, and the caller did not ask to create it.
     #[error("there is no store in schema {schema} of that database")]
     Missing {
         /// The schema.
         schema: String,
     },
-    /// The schema was written by an older build, and was to be left as it is.
+    /// An older build wrote the schema, and the caller did not ask to migrate it.
     #[error("schema {schema} has version {found}; this build needs {known}: migrate it")]
     Outdated {
         /// The schema.
         schema: String,
-        /// The version it has.
+        /// The version of the schema.
         found: i32,
-        /// The version needed.
+        /// The version that this build needs.
         known: i32,
     },
-    /// The functions of the schema write to another one: it was renamed, or restored under another name.
+    /// The functions of the schema write to another schema: this one was renamed, or restored under another name.
     #[error(
         "the functions of schema {schema} use schema {found}: it was renamed; open it once with `migrate`, as its owner, and \
          they are made anew"
@@ -54,62 +54,63 @@ pub enum OpenError {
     Renamed {
         /// The schema.
         schema: String,
-        /// The schema that its functions name.
+        /// The schema that the functions name.
         found: String,
     },
     /// The server refuses this user: a wrong password, no such database, or no permission.
     #[error("the database refuses: {reason}; check user, password, database and permissions")]
     Refused {
-        /// What the server says.
+        /// The server's message.
         reason: String,
     },
-    /// The server follows another one, so it cannot write, and does not know who else writes.
+    /// The server is a standby: it cannot write, and cannot tell which transactions write on the primary.
     #[error("the server is a standby; name the primary")]
     Standby,
-    /// The connection is not as secure as the URL asks for: the server offers no TLS, its certificate does not hold, or this
-    /// build has no TLS.
+    /// The connection is not as secure as the URL demands: the server offers no TLS, its certificate is not valid, or
+    /// this build has no TLS.
     #[error(
         "no TLS as asked for: {reason}; check sslmode and sslrootcert, and that the certificate names the URL's host"
     )]
     Tls {
-        /// What was wrong.
+        /// What is wrong.
         reason: String,
     },
-    /// Something stands before the server that does not let by what a connection starts with, or takes it for an error.
+    /// A pooler before the server drops the startup settings of a connection, or treats them as an error.
     #[error(
         "{reason}: behind a connection pooler in transaction mode, add `pooled=true` to the store URL; see the documentation"
     )]
     Pooler {
-        /// What was noticed.
+        /// The symptom.
         reason: String,
     },
-    /// The server cannot be reached now, or is short of something; try again.
+    /// The server is unreachable or short of a resource; try again.
     #[error("the database cannot be used now: {reason}; try again")]
     Unavailable {
-        /// What the system or the server says.
+        /// The message of the system or the server.
         reason: String,
     },
 }
 
-/// What a failed statement means for those who wait for it.
+/// What a failed statement means for the callers that wait for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// Another process was faster, or this one was chosen to end a deadlock. Nothing was written; look again.
+    /// Another process was faster, or the server chose this transaction to end a deadlock. Nothing was written; read
+    /// again.
     Race,
-    /// Somebody keeps a lock for longer than a group is worth waiting for. Nothing was written.
+    /// Another transaction holds a lock for longer than a group should wait. Nothing was written.
     Held,
     /// A position is taken already: the sequence is behind the table.
     PositionTaken,
-    /// The server does not take a value. Nothing was written.
+    /// The server rejects a value. Nothing was written.
     Refused,
-    /// The user may not, or the database is not there.
+    /// The user lacks a permission, or the database does not exist.
     Forbidden,
-    /// The session is on a standby or a read-only server: it stays of no use, even when the address leads to the primary again.
-    /// Nothing was written.
+    /// The session is on a standby or a read-only server, and stays useless even when the address leads to the primary
+    /// again. Nothing was written.
     NotPrimary,
-    /// The server cannot do it now, or its schema is not ours. Nothing was written.
+    /// The server cannot do it now, or the schema is not ours. Nothing was written.
     Unavailable,
-    /// The connection ended: what was under way holds, or does not.
+    /// The connection ended: the statement in flight may or may not have taken effect.
     Lost,
 }
 
@@ -127,11 +128,12 @@ const TOO_MANY_CONNECTIONS: &str = "53300";
 const CANNOT_CONNECT_NOW: &str = "57P03";
 const NO_SUCH_DATABASE: &str = "3D000";
 const READ_ONLY_TRANSACTION: &str = "25006";
-/// What a standby says to a transaction that is to write.
+/// A standby answers this to the start of a read-write transaction.
 const FEATURE_NOT_SUPPORTED: &str = "0A000";
-/// Raised by our own function: a document was put between the look and the write.
+/// Raised by our own function: a document was written between the check and the write.
 const DOCUMENT_RACE: &str = "AN001";
-/// What a pooler says of everything: above all, that it has lost its server, with whatever was under way there.
+/// A pooler uses this code for everything: above all, for the loss of its server, along with whatever was in flight
+/// there.
 const PROTOCOL_VIOLATION: &str = "08P01";
 const CLASS_CONNECTION: &str = "08";
 const CLASS_DATA: &str = "22";
@@ -141,17 +143,17 @@ const CLASS_AUTHORIZATION: &str = "28";
 const POSITION_KEY: &str = "events_position_key";
 const RACED_KEYS: [&str; 2] = ["events_stream_version", "documents_key"];
 
-/// Why a session cannot be used: what `session.sql` said.
+/// Why a session cannot be used, as reported by `session.sql`.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}; connecting again until the address leads to the writable primary")]
 struct NotPrimary(String);
 
-/// The session is not on the server that it must be on.
+/// Returns the error for a session on the wrong server.
 pub(crate) fn not_primary(reason: impl Into<String>) -> sqlx::Error {
     sqlx::Error::Configuration(Box::new(NotPrimary(reason.into())))
 }
 
-/// What the failure to begin a transaction means: nothing else that begins one is unsupported anywhere.
+/// Classifies a failure to begin a transaction: nothing else in that statement can be unsupported.
 pub(crate) fn begin_error(error: sqlx::Error) -> sqlx::Error {
     let code = error.as_database_error().and_then(DatabaseError::code);
     if code.is_some_and(|code| code == FEATURE_NOT_SUPPORTED) {
@@ -164,7 +166,7 @@ fn is_not_primary(error: &sqlx::Error) -> bool {
     matches!(error, sqlx::Error::Configuration(reason) if reason.is::<NotPrimary>())
 }
 
-/// What an error says, for people.
+/// Returns the text of an error, for people.
 fn text(error: &sqlx::Error) -> String {
     match error {
         sqlx::Error::Configuration(reason) => reason.to_string(),
@@ -178,7 +180,7 @@ pub(crate) fn fault(error: &sqlx::Error) -> Fault {
     }
     let Some(error) = error.as_database_error().and_then(|error| error.try_downcast_ref::<PgDatabaseError>()) else {
         return match error {
-            // Before anything was sent.
+            // Nothing was sent yet.
             sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => Fault::Unavailable,
             sqlx::Error::Encode(_) => Fault::Refused,
             _ => Fault::Lost,
@@ -194,9 +196,9 @@ pub(crate) fn fault(error: &sqlx::Error) -> Fault {
         UNIQUE_VIOLATION if error.constraint() == Some(POSITION_KEY) => Fault::PositionTaken,
         UNIQUE_VIOLATION if error.constraint().is_some_and(|name| RACED_KEYS.contains(&name)) => Fault::Race,
         SERIALIZATION_FAILURE | DEADLOCK_DETECTED | DOCUMENT_RACE => Fault::Race,
-        // Of shared memory, which means that all locks the server has are taken: half as many may do.
+        // Out of shared memory: all locks of the server are taken. Half as many may succeed.
         LOCK_NOT_AVAILABLE | OUT_OF_MEMORY => Fault::Held,
-        // A number that somebody wrote by hand stands at its end.
+        // A number that was written by hand is at its maximum.
         NUMBER_OUT_OF_RANGE => Fault::Unavailable,
         CHECK_VIOLATION | PROGRAM_LIMIT_EXCEEDED => Fault::Refused,
         code if code.starts_with(CLASS_DATA) => Fault::Refused,
@@ -208,12 +210,12 @@ pub(crate) fn fault(error: &sqlx::Error) -> Fault {
     }
 }
 
-/// Whether the connection ended, and with it whatever was under way.
+/// Returns whether the connection ended, and with it whatever was in flight.
 pub(crate) fn is_lost(error: &sqlx::Error) -> bool {
     fault(error) == Fault::Lost
 }
 
-/// Whether a server that did not let us in may do so in a moment: it restarts, or has no session to spare.
+/// Returns whether a server that refused the connection may accept it in a moment: it restarts, or has no free session.
 pub(crate) fn is_for_a_moment(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::Io(error) => error.kind() == std::io::ErrorKind::ConnectionRefused,
@@ -224,7 +226,7 @@ pub(crate) fn is_for_a_moment(error: &sqlx::Error) -> bool {
     }
 }
 
-/// What goes wrong within the handshake comes as invalid data.
+/// Returns whether TLS failed. Errors within the handshake surface as invalid data.
 fn is_tls(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::Tls(_) => true,
@@ -252,13 +254,13 @@ pub(crate) fn open_error(error: &sqlx::Error) -> OpenError {
 pub(crate) fn read_error(error: sqlx::Error) -> StoreError {
     match error {
         sqlx::Error::Decode(_) | sqlx::Error::ColumnDecode { .. } => StoreError::Corrupt(error.to_string()),
-        // Not the absence of the store: the same question would fail again.
+        // Not a sign that the store is unreachable: the same query would fail again.
         error if fault(&error) == Fault::Refused => StoreError::Refused(error.to_string()),
         error => StoreError::Unavailable(text(&error)),
     }
 }
 
-/// A statement failed, and with it everything that it was to write.
+/// Classifies a failed statement, which has written nothing unless its outcome is unknown.
 pub(crate) fn write_error(error: &sqlx::Error) -> CommitError {
     match fault(error) {
         Fault::Refused => CommitError::Invalid(error.to_string()),
@@ -269,12 +271,13 @@ pub(crate) fn write_error(error: &sqlx::Error) -> CommitError {
     }
 }
 
-/// Something failed before anything was written.
+/// Classifies a failure that came before anything was written.
 pub(crate) fn not_written(error: &sqlx::Error) -> CommitError {
     CommitError::Unavailable(text(error))
 }
 
-/// The end of a transaction failed that has SQL of the user's in it: a constraint of theirs may be checked only then.
+/// Classifies the failure to commit a transaction that contains a user's SQL: deferred constraints are checked only
+/// then.
 pub(crate) fn end_error(error: &sqlx::Error) -> CommitError {
     let code = error.as_database_error().and_then(DatabaseError::code);
     match code {

@@ -1,10 +1,11 @@
-//! Which log this process reads: the last event that it has seen of it, and the server that keeps it.
+//! The identity of the log that this process reads: the last event that the process has seen, and the server that
+//! holds the log.
 //!
-//! A visible event is durable on its server, and yet it can be gone a moment later: a standby that lagged becomes the primary,
-//! or the database is restored to an earlier moment. Nothing that happens on a session shows that, because every session ends
-//! with its server. So each new session (behind a pooler: each transaction) is held against what is known here before it is
-//! used for anything else. Where the log is another one, the *history* gets a new number, and everything that was read
-//! under an older number counts no more: proofs that a gap is settled, positions, caches, commits that wait.
+//! A visible event is durable on its server, and can still be gone a moment later: a standby that lagged becomes the
+//! primary, or the database is restored to an earlier moment. No event on a session reveals that, because every
+//! session ends with its server. So each new session (behind a pooler: each transaction) is checked against the known
+//! log before it is used for anything else. If the log is a different one, the *history* gets a new number, and
+//! everything read under an older number is void: proofs that a gap is settled, positions, caches, waiting commits.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -18,7 +19,7 @@ use crate::{error::not_primary, open::Purpose};
 
 /// The position and the id of an event.
 pub(crate) type Seen = (i64, Uuid);
-/// The event that a session is asked for, if any was seen, with the number of the history that it was seen under.
+/// The event to look up on a session, if any was seen, with the number of the history in which it was seen.
 pub(crate) type Asked = (u64, Option<Seen>);
 
 /// What is known of the log; shared by all sessions of a store.
@@ -30,9 +31,9 @@ pub(crate) struct History {
 
 #[derive(Debug, Default)]
 struct Known {
-    /// The last event that was shown or committed.
+    /// The last event that was read or committed.
     last: Option<Seen>,
-    /// Up to here, no event comes in any more. Never beyond `last`.
+    /// No further event appears up to this position. Never beyond `last`.
     settled: i64,
     /// The server, its timeline and the table; `None` before the first session.
     log: Option<String>,
@@ -66,19 +67,19 @@ impl History {
         self.known().last
     }
 
-    /// What the next session is asked for.
+    /// Returns the event to look up on the next session.
     pub(crate) fn asked(&self) -> Asked {
         let known = self.known();
         (self.number(), known.last)
     }
 
-    /// The number of the history, and how far its log is settled.
+    /// Returns the number of the history, and how far its log is settled.
     pub(crate) fn settled(&self) -> (u64, i64) {
         let known = self.known();
         (self.number(), known.settled)
     }
 
-    /// The log is settled up to an event that was seen, as was proven under this number.
+    /// Records that the log is settled up to a known event, as proven under this number.
     pub(crate) fn settle(&self, number: u64, position: i64) {
         let mut known = self.known();
         if number == self.number() {
@@ -86,7 +87,7 @@ impl History {
         }
     }
 
-    /// An event was shown or committed, under this number.
+    /// Records an event that was read or committed under this number.
     pub(crate) fn saw(&self, number: u64, (position, id): Seen) {
         let mut known = self.known();
         if number != self.number() {
@@ -99,8 +100,8 @@ impl History {
         }
     }
 
-    /// Holds what a session said (see `session.sql`) against what is known, and gives the number of the history that it reads.
-    /// `asked` is the event that it was asked for.
+    /// Checks the answer of a session (see `session.sql`) against the known log, and returns the number of the history
+    /// that the session reads. `asked` is the event that was looked up.
     pub(crate) fn check(&self, asked: Asked, row: &PgRow, purpose: Purpose) -> Result<u64, sqlx::Error> {
         if row.try_get(0)? {
             return Err(not_primary("the server is a standby (in recovery)"));
@@ -123,15 +124,15 @@ impl History {
         Ok(self.number())
     }
 
-    /// The same for an event alone. `found` is the id that stands at its position.
+    /// Checks a single event the same way. `found` is the id at its position.
     pub(crate) fn compare(&self, asked: Asked, found: Option<Uuid>) {
         self.compare_known(&mut self.known(), asked, found);
     }
 
-    /// Whether the log has turned out to lack the event.
+    /// Returns whether the log has just turned out to lack the event.
     fn compare_known(&self, known: &mut Known, (number, asked): Asked, found: Option<Uuid>) -> bool {
         let Some(asked) = asked.filter(|(_, id)| found != Some(*id)) else { return false };
-        // Else somebody has noticed meanwhile.
+        // If the number differs, another session has noticed meanwhile.
         let is_news = number == self.number();
         if is_news {
             self.lose(known, asked);

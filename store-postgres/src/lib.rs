@@ -18,27 +18,27 @@
 //!
 //! # What it keeps
 //!
-//! A commit that was acknowledged was committed by PostgreSQL, and is as durable as `synchronous_commit` says there. Any number
-//! of processes may use one schema, and write at the same time. The database refuses `UPDATE`, `DELETE` and `TRUNCATE` of
-//! events, whoever asks. Positions rise in the order in which a process commits; between processes they rise, too, but become
-//! visible in any order, and those of failed transactions remain empty. A reader never passes one that may still be filled
-//! (the module `log` says how it knows).
+//! PostgreSQL has committed every commit that was acknowledged; how durable that is depends on `synchronous_commit`.
+//! Any number of processes may use one schema and write at the same time. The database refuses `UPDATE`, `DELETE` and
+//! `TRUNCATE` of events to every role. Positions rise in the order in which a process commits. Positions rise between
+//! processes too, but become visible in any order, and the positions of failed transactions remain empty. A reader
+//! never passes a position that may still be filled (the module `log` explains how it knows).
 //!
 //! # What a commit costs
 //!
-//! A commit that comes alone is written at once. Where several are under way, those that wait are taken as one group, and make
-//! one round trip and one transaction. A conflict fails its own commit only. A group takes a
-//! second round trip where a commit in it expects a version that is not there.
+//! A single commit is written at once. When several commits are in flight, the waiting ones form a group, which takes
+//! one round trip and one transaction. A conflict fails its own commit only. A group takes a second round trip if a
+//! commit in the group expects a version other than the current one.
 //!
-//! A commit that relies on a stream without writing to it keeps others from writing there until it holds, in whichever process
-//! they are. Nothing waits longer than half a second for a lock: then the commits that somebody's open transaction is in the
-//! way of are unavailable, and the others of their group go through. Rows that are inserted by hand take no part in this; call
-//! the function `append` of the schema instead.
+//! A commit that relies on a stream without writing to it blocks writes to that stream until the commit is done, in
+//! all processes. No commit waits longer than half a second for a lock: after that, the commits that are blocked by
+//! another open transaction fail as unavailable, and the others of their group go through. Rows inserted by hand take
+//! no part in this locking; call the function `append` of the schema instead.
 //!
 //! # Who may do what
 //!
-//! Whoever connects first must be allowed to create the schema, and owns it. Other roles get what they need from its function
-//! `grant_access`, as the owner:
+//! The first role to connect must be allowed to create the schema, and owns it. Other roles get their permissions from
+//! the function `grant_access` of the schema, called by the owner:
 //!
 //! ```sql
 //! SELECT annals.grant_access('shop', 'writer');       -- a service: appends events, changes documents, reads everything
@@ -46,23 +46,25 @@
 //! SELECT annals.grant_access('reports', 'reader');    -- reads everything
 //! ```
 //!
-//! None of them may change or delete an event, set the sequence of positions back, or change the schema.
+//! No such role can change or delete an event, set the sequence of positions back, or change the schema.
 //!
 //! # Behind a connection pooler
 //!
-//! In transaction mode a session is somebody else's after each transaction, and most poolers do not let by what a connection
-//! starts with. Say `pooled=true` in the URL, and nothing is left in a session, nor expected there. No setting of the pooler
-//! is needed for it, nor that it knows prepared statements.
+//! In transaction mode, a session may serve another client after each transaction, and most poolers drop the startup
+//! settings of a connection. With `pooled=true` in the URL, the store leaves nothing in a session and expects nothing
+//! there. The pooler needs no special setting, and need not support prepared statements.
 //!
-//! - Settings are those of a transaction, and statements are not kept prepared. A group of commits takes four round trips to the
-//!   pooler and not one, a read three.
-//! - Other processes are not heard, because `LISTEN` belongs to a session. Their events are noticed by looking, ten times a
-//!   second. Those of the same process are told as before.
-//! - A [`PostgresStore::replay`] keeps a session until it has ended; a lane of an [`SqlHandler`], while it has a batch in hand.
-//! - `options` in the URL are refused by most poolers: set for the role what is to be set.
-//! - A health check that says which session a reader waits for gives the session's `pid`; whose it is, the pooler knows.
+//! - Settings apply per transaction, and statements are not kept prepared. A group of commits takes four round trips
+//!   to the pooler instead of one, a read three.
+//! - The store receives no notifications of other processes, because `LISTEN` belongs to a session. It polls for their
+//!   events ten times a second. Events of the same process are noticed as without a pooler.
+//! - A [`PostgresStore::replay`] keeps a session until it has ended; each lane of an [`SqlHandler`] keeps one while it
+//!   handles a batch.
+//! - Most poolers refuse `options` in the URL: configure such options on the role instead.
+//! - A health check that names the session that a reader waits for gives the session's `pid`; the pooler knows the
+//!   client of that session.
 //!
-//! Without `pooled=true`, a store refuses to open where it notices that its settings do not come through.
+//! Without `pooled=true`, a store refuses to open if it notices that its startup settings are lost.
 
 mod alone;
 mod append;
@@ -120,18 +122,18 @@ pub use self::{
     sql_store::{SqlHandler, SqlStore},
 };
 
-/// How long a reader waits before it looks for what nobody told it of, doubling between these: rows written by hand, and
-/// commits whose process could not tell.
+/// How long a reader waits before it polls for events that were not announced, doubling between these: rows inserted
+/// by hand, and commits whose process could not notify.
 const LOOK_MS_MIN: u64 = 50;
 const LOOK_MS_MAX: u64 = 1_000;
-/// Likewise while other processes cannot be heard.
+/// The maximum while notifications of other processes cannot be received.
 const DEAF_LOOK_MS_MAX: u64 = 100;
-/// Likewise at a gap: the end of a transaction is not announced.
+/// The same at a gap: the end of a transaction is not announced.
 const GAP_LOOK_MS_MIN: u64 = 1;
 const GAP_LOOK_MS_MAX: u64 = 50;
 
-/// An event store in one schema of a PostgreSQL database. Clones share it; when the last is gone, what was handed over is
-/// still written.
+/// An event store in one schema of a PostgreSQL database. Clones share it; commits that were submitted are still
+/// written when the last clone is dropped.
 #[derive(Clone, Debug)]
 pub struct PostgresStore {
     shared: Arc<Shared>,
@@ -150,7 +152,7 @@ struct Shared {
     streams: Streams,
     log: Log,
     news: News,
-    /// What tells other processes, and listens to them.
+    /// The task that notifies other processes and listens to them.
     spreading: AbortHandle,
 }
 
@@ -161,12 +163,12 @@ impl Drop for Shared {
 }
 
 impl PostgresStore {
-    /// Connects, and creates the schema or brings it to the newest version.
+    /// Connects, and creates the schema or migrates it to the newest version.
     pub async fn connect(url: &str, settings: Settings) -> Result<Self, OpenError> {
         Self::start(url, settings, true).await
     }
 
-    /// Connects to a schema that holds a store of this version: it is neither created nor brought to a newer version.
+    /// Connects to a schema that holds a store of this version. Neither creates nor migrates the schema.
     pub async fn connect_existing(url: &str, settings: Settings) -> Result<Self, OpenError> {
         Self::start(url, settings, false).await
     }
@@ -191,7 +193,7 @@ impl PostgresStore {
         })
     }
 
-    /// Writes what was handed over and lets go of all connections. Later calls of other methods are refused as unavailable;
+    /// Writes the submitted commits and closes all connections. Later calls of other methods fail as unavailable;
     /// closing twice is fine.
     pub async fn close(&self) -> Result<(), StoreError> {
         drop(self.shared.queue.write().unwrap_or_else(PoisonError::into_inner).take());
@@ -207,7 +209,7 @@ impl PostgresStore {
         }
     }
 
-    /// Why there is no writer to take a commit.
+    /// Returns why there is no writer to take a commit.
     fn stopped(&self) -> CommitError {
         CommitError::Unavailable(match &*self.shared.ended.borrow() {
             Some(Err(reason)) => format!("its writer has failed: {reason}"),
@@ -274,14 +276,15 @@ impl EventStore for PostgresStore {
             if database.history.number() != history {
                 return Ok(());
             }
-            // Before the look, so that what is told during it counts.
+            // Before the look, so that a notification during the look counts.
             told.mark_unchanged();
             let heard = news.heard();
-            // After a commit of this process there is mostly nothing, and a look is a round trip. The next one is soon.
+            // After a commit of this process there is usually nothing new, and a look is a round trip. The next look
+            // follows soon.
             let is_known = std::mem::take(&mut first) && news.ends_at(history, after, heard);
             match if is_known { Ahead::Nothing } else { log.ahead(after).await? } {
                 Ahead::Events => return Ok(()),
-                // What is told now is beyond the gap.
+                // A notification now is about an event beyond the gap.
                 Ahead::Gap => {
                     tokio::time::sleep(Duration::from_millis(gap_look)).await;
                     gap_look = (gap_look * 2).min(GAP_LOOK_MS_MAX);
@@ -289,7 +292,7 @@ impl EventStore for PostgresStore {
                 Ahead::Nothing => {
                     news.nothing_at(heard);
                     let longest = if news.is_listening() { LOOK_MS_MAX } else { DEAF_LOOK_MS_MAX };
-                    // An end of this wait for any reason is one to look again.
+                    // The wait may end for any reason: each one calls for another look.
                     let woken = async {
                         tokio::select! {
                             told = told.changed() => told,
@@ -297,8 +300,8 @@ impl EventStore for PostgresStore {
                         }
                     };
                     timeout(Duration::from_millis(look.min(longest)), woken).await.ok();
-                    // What was written here meanwhile is there. If it stands behind a gap, the reader is back soon, and
-                    // looks first.
+                    // The events written here meanwhile are visible. If they are behind a gap, the reader returns soon
+                    // and looks first.
                     if news.last_written(history) > after {
                         return Ok(());
                     }

@@ -1,20 +1,21 @@
-//! Reading the log without losing events.
+//! Reads the log without losing events.
 //!
-//! Positions are drawn before their transactions commit, so an event may appear below one that is visible already. A reader
-//! therefore stops at a gap. What lies in it is either still to come or never was, and this is how to tell:
+//! Positions are drawn before their transactions commit, so an event may appear below one that is visible already. A
+//! reader therefore stops at a gap. The missing events either are still to come or never existed. To tell which:
 //!
-//! 1. Read the last event that is *visible*. It is durable, so no crash lets anybody draw its position, or one below it, again.
-//!    The last position that was only drawn is not durable: after a crash it may be drawn once more.
-//! 2. Then ask who holds the lock that every writer of events takes *before* it draws (`annals.append` takes it by a statement
-//!    of its own; an `INSERT` takes it before it evaluates its defaults), and keeps until it has ended.
-//! 3. Whoever drew a position below that event, and has not ended by now, is among them. Once exactly those have ended, and
-//!    whoever came later does not matter, all that will ever be there up to that event is visible.
+//! 1. Read the last *visible* event. It is durable, so no crash lets a writer draw its position, or a lower one,
+//! again. The last position that was merely drawn is not durable: after a crash it may be drawn once more. 2. Then
+//! list the holders of the lock that every writer of events takes *before* it draws (`annals.append` takes it by a
+//! statement of its own; an `INSERT` takes it before it evaluates its defaults), and keeps until its transaction has
+//! ended. 3. Every writer that drew a position below that event and has not ended by now is among the holders. Once
+//! these holders have ended, every event that will ever exist up to that event is visible. Later holders do not
+//! matter.
 //!
-//! That is then *settled* for good. A crash between two of these steps ends transactions, and nothing else; those that are
-//! prepared survive it with their locks. What may not change is the log itself: if the event of step 1 is gone (a failover to a
-//! standby that lagged, a restore, a crash without `synchronous_commit`), the module `history` notices on the first session
-//! that sees the other log, and the proof is discarded. Nothing here depends on transaction ids, so a log that was restored
-//! elsewhere is read as before.
+//! The log up to that event is then *settled* for good. A crash between two of these steps only ends transactions;
+//! prepared transactions survive the crash with their locks. Only the log itself must not change: if the event of step
+//! 1 is gone (a failover to a standby that lagged, a restore, a crash without `synchronous_commit`), the module
+//! `history` notices on the first session that sees the other log, and discards the proof. Nothing here depends on
+//! transaction ids, so a log that was restored elsewhere reads as before.
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
@@ -32,14 +33,14 @@ use crate::{
     readers::{Reader, Readers},
 };
 
-/// The most events that one page looks at: some tens of milliseconds of reading.
+/// The most events that one page examines: some tens of milliseconds of reading.
 const PAGE_EVENTS_MAX: usize = 10_000;
-/// A page of the log ends after this many bytes of payload, however many events were asked for.
+/// A page of the log ends after this many bytes of payload, regardless of the limit on events.
 const PAGE_BYTES_MAX: usize = 16 << 20;
-/// How often `status` looks whether the writers in flight have ended, before it says that it waits for them.
+/// How often `status` checks whether the writers in flight have ended, before it reports that it waits for them.
 const STATUS_LOOKS_MAX: u32 = 20;
 const STATUS_LOOK_MS: u64 = 2;
-/// How many pages `status` looks through for the first gap, while it cannot tell in another way how far the log is settled.
+/// How many pages `status` searches for the first gap, if it cannot otherwise tell how far the log is settled.
 const STATUS_PAGES_MAX: usize = 200;
 
 /// The log, and how far it is known to be settled.
@@ -50,10 +51,10 @@ pub(crate) struct Log {
     proof: Mutex<Option<Proof>>,
 }
 
-/// The last event that was visible, and who might have drawn a position below it and has not ended since.
+/// The last visible event, and the writers that may have drawn a position below it and had not ended at the last check.
 #[derive(Debug)]
 struct Proof {
-    /// The number of the history that all of it was read under.
+    /// The number of the history in which all of this was read.
     history: u64,
     visible: i64,
     holders: HashSet<String>,
@@ -62,11 +63,11 @@ struct Proof {
 /// What is known of the events after a position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ahead {
-    /// There are some to read.
+    /// There are events to read.
     Events,
-    /// There are some, behind a gap that a transaction may still fill.
+    /// There are events, behind a gap that a transaction may still fill.
     Gap,
-    /// There are none.
+    /// There are no events.
     Nothing,
 }
 
@@ -92,19 +93,20 @@ impl Log {
                 self.some_events(query, after, limit.min(PAGE_EVENTS_MAX)).await?
             };
             match page {
-                // It may be a mixture of two logs.
+                // The page may mix two logs.
                 _ if self.history().number() != history => sleep(Duration::from_millis(STATUS_LOOK_MS)).await,
                 Ok(page) => return Ok(page),
-                // Something is visible behind a gap.
+                // An event is visible behind a gap.
                 Err(visible) if !self.settle(visible).await? => return Ok(nothing),
                 Err(_) => {}
             }
         }
     }
 
-    /// A page, or the position of the event behind the gap that it would begin with.
+    /// Reads a page of all events. If the page would begin with a gap, returns the position of the event behind the
+    /// gap instead.
     async fn every_event(&self, after: Position, limit: usize) -> Result<Result<LogPage, i64>, StoreError> {
-        // Before the statement: what is settled by now is visible to it.
+        // Taken before the statement: whatever is settled by now is visible to the statement.
         let (history, settled) = self.history().settled();
         let mut page = self.fetch(after, limit).await?;
         let mut last = after.0.max(0);
@@ -132,7 +134,7 @@ impl Log {
         self.rows(query, after).await
     }
 
-    /// The events of a statement, up to what a page may hold.
+    /// Returns the events of a statement, up to the size limit of a page.
     async fn rows<'q>(
         &self,
         query: impl Fn() -> Query<'q, Postgres, PgArguments>,
@@ -141,7 +143,7 @@ impl Log {
         read!(self.readers, |reader| rows(query(), after, &mut reader))
     }
 
-    /// As [`every_event`](Log::every_event), for a query that leaves some out.
+    /// Like [`every_event`](Log::every_event), for a query that leaves events out.
     async fn some_events(
         &self,
         query: &LogQuery,
@@ -159,7 +161,7 @@ impl Log {
                 .bind(settled)
                 .bind(bound(PAGE_EVENTS_MAX))
                 .fetch_one(reader.connection()?))?;
-            // What is beyond, the next page finds out.
+            // The next page looks beyond this position.
             (until.unwrap_or(settled), false)
         } else {
             let (until, any) = self.dense_until(history, start).await?;
@@ -178,7 +180,7 @@ impl Log {
             bounded.bind(names(&query.categories)).bind(names(&query.types)).bind(bound(limit))
         };
         let mut page = self.rows(statement, after).await?;
-        // Neither full nor cut for its bytes.
+        // The page is neither full nor cut by its size.
         if page.events.len() < limit && !page.more {
             page.next = Position(until);
         }
@@ -201,7 +203,7 @@ impl Log {
         Ok((until, any))
     }
 
-    /// The first event after a position; looks also whether the log has lost its end.
+    /// Returns the position of the first event after a position, and checks whether the log has lost its end.
     async fn next(&self, after: i64) -> Result<Option<i64>, StoreError> {
         let asked_for = self.history().asked();
         let last = asked_for.1;
@@ -217,7 +219,7 @@ impl Log {
         Ok(next)
     }
 
-    /// The last event that is visible.
+    /// Returns the position of the last visible event.
     async fn newest(&self, history: u64) -> Result<Option<i64>, StoreError> {
         let newest: Option<Seen> =
             read!(self.readers, |reader| self.database.statements.newest.rows().fetch_optional(reader.connection()?))?;
@@ -233,10 +235,10 @@ impl Log {
         Ok(holders.into_iter().collect())
     }
 
-    /// Tries to settle the log up to a visible event; says whether it is.
+    /// Tries to settle the log up to a visible event; returns whether the log is settled.
     async fn settle(&self, visible: i64) -> Result<bool, StoreError> {
         let mut proof = self.proof.lock().await;
-        // An older proof may end short of the event; one that begins now does not, unless the log changes.
+        // An older proof may end short of the event; a proof that begins now does not, unless the log changes.
         for _ in 0..2 {
             let (history, settled) = self.history().settled();
             if visible <= settled {
@@ -247,7 +249,7 @@ impl Log {
                     still_holding(&mut pending.holders, self.holders().await?);
                     pending
                 }
-                // In this order: who draws later than this look at the log is not waited for.
+                // The order matters: a writer that draws after this look at the log need not be waited for.
                 None => {
                     let Some(visible) = self.newest(history).await? else { return Ok(false) };
                     Proof { history, visible, holders: self.holders().await? }
@@ -272,7 +274,7 @@ impl Log {
         })
     }
 
-    /// The last event that a reader can get to, and what keeps it from going further.
+    /// Returns the last event that a reader can reach, and what blocks the reader there.
     pub(crate) async fn status(&self) -> Result<StoreStatus, StoreError> {
         let history = self.history().number();
         let status =
@@ -282,7 +284,7 @@ impl Log {
             if self.settle(top).await? {
                 return Ok(status(self.history().settled().1, None));
             }
-            // Most writers are done in a moment.
+            // Most writers end within a moment.
             if look + 1 < STATUS_LOOKS_MAX {
                 sleep(Duration::from_millis(STATUS_LOOK_MS)).await;
             }
@@ -291,7 +293,7 @@ impl Log {
         for _ in 0..STATUS_PAGES_MAX {
             let Some(until) = self.dense_until(history, head).await?.0 else { break };
             head = until;
-            // No gap up to there, so nothing can come in.
+            // There is no gap up to here, so no event can appear below.
             self.history().settle(history, head);
         }
         let waits_for = if head < top { self.waits_for().await? } else { None };
@@ -310,7 +312,7 @@ impl Log {
             .rows()
             .bind(&holders)
             .fetch_all(reader.connection()?))?;
-        // The oldest first.
+        // The oldest writer comes first.
         let Some(&(pid, seconds, _)) = found.first() else { return Ok(None) };
         let described: Vec<String> = found
             .iter()
@@ -339,7 +341,7 @@ async fn rows(
         page.events.push(Arc::new(event));
         if bytes >= PAGE_BYTES_MAX {
             drop(rows);
-            // The server goes on sending what nobody wants any more.
+            // The server would go on sending rows that nobody reads.
             reader.give_up();
             page.more = true;
             break;
@@ -348,8 +350,9 @@ async fn rows(
     Ok(page)
 }
 
-/// Who of those is still there. A transaction that is prepared may change its name to that of its transaction id (see
-/// `holders.sql`): so where one went away, all that have such a name count as what it may have become.
+/// Keeps the holders that still exist. A prepared transaction may change its name to its transaction id (see
+/// `holders.sql`). So when a holder disappears, every holder with such a name counts as what the missing one may have
+/// become.
 fn still_holding(holders: &mut HashSet<String>, now: HashSet<String>) {
     let before = holders.len();
     holders.retain(|holder| now.contains(holder));

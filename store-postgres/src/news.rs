@@ -1,6 +1,8 @@
-//! Who waits for events is told of them: by the writer of this process, and by those of others through `NOTIFY`.
+//! Wakes the tasks that wait for events: for events of this process directly, for events of other processes through
+//! `NOTIFY`.
 //!
-//! Not within the appending transaction: a `NOTIFY` takes a lock that all committing notifiers of the cluster share.
+//! The `NOTIFY` is not part of the appending transaction: it takes a lock that all committing notifiers of the cluster
+//! share.
 
 use std::{
     sync::{
@@ -23,26 +25,27 @@ use crate::{
     writer::{ANSWER_SECONDS_MAX, Reconnect},
 };
 
-/// The least time between two notifications: however many groups are written, other processes hear of them so often.
+/// The least time between two notifications: the most often that other processes are notified, however many groups are
+/// written.
 const NOTIFY_MS_MIN: u64 = 3;
 
-/// How often to look for what other processes have written where they cannot be heard.
+/// How often to poll for events of other processes if their notifications cannot be received.
 const LOOK_MS: u64 = 100;
 
-/// That there is something new; clones share it.
+/// Signals that there are new events; clones share it.
 #[derive(Clone, Debug)]
 pub(crate) struct News {
-    /// Counts what there was to tell, from here or elsewhere.
+    /// Counts the signals, from this process or from others.
     told: watch::Sender<u64>,
     /// The last position written here, with the number of the history.
     written: watch::Sender<(u64, Position)>,
-    /// Counts what came from elsewhere,
+    /// Counts the signals from other processes.
     heard: Arc<AtomicU64>,
-    /// and says how much of that had come when somebody last looked, and saw nothing.
+    /// The value of `heard` at the last look that found nothing.
     looked_at: Arc<AtomicU64>,
-    /// Whether other processes are heard, or looked after.
+    /// Whether notifications of other processes are received, or polled for.
     listening: watch::Sender<bool>,
-    /// Who says so, to know one's own voice: what was written here has been told here already.
+    /// The sender's name in notifications, to skip our own: this process has already been woken for its own events.
     name: Arc<str>,
 }
 
@@ -62,14 +65,14 @@ impl News {
         self.told.subscribe()
     }
 
-    /// This process has written up to there, under this number of the history.
+    /// Records that this process has written up to a position, under this number of the history.
     pub(crate) fn written(&self, history: u64, position: Position) {
-        // Of two writers, the one with the earlier positions may be the later one.
+        // Of two writers, the later one to finish may have the earlier positions.
         self.written.send_modify(|last| *last = (history, position).max(*last));
         self.tell();
     }
 
-    /// The last position written here under this number of the history.
+    /// Returns the last position written here under this number of the history.
     pub(crate) fn last_written(&self, history: u64) -> Position {
         let (of, position) = *self.written.borrow();
         if of == history { position } else { Position::START }
@@ -79,23 +82,23 @@ impl News {
         *self.listening.borrow()
     }
 
-    /// How much has come from elsewhere.
+    /// Returns the number of signals from other processes.
     pub(crate) fn heard(&self) -> u64 {
         self.heard.load(Ordering::Acquire)
     }
 
-    /// Somebody has looked, and there was nothing, when that much had come from elsewhere.
+    /// Records that a look found nothing, after this many signals from other processes.
     pub(crate) fn nothing_at(&self, heard: u64) {
         self.looked_at.store(heard, Ordering::Release);
     }
 
-    /// Whether nobody is known to have written after this position: what was written here ends with it, and nothing has come
-    /// from elsewhere since somebody looked. Who inserts by hand tells nobody.
+    /// Returns whether no events are known after this position: the events written here end with it, and no signal has
+    /// come from other processes since the last look. Rows inserted by hand send no signal.
     pub(crate) fn ends_at(&self, history: u64, position: Position, heard: u64) -> bool {
         self.is_listening() && self.last_written(history) == position && self.looked_at.load(Ordering::Acquire) == heard
     }
 
-    /// There is something from elsewhere.
+    /// Records a signal from another process.
     fn hear(&self) {
         self.heard.fetch_add(1, Ordering::AcqRel);
         self.tell();
@@ -105,8 +108,8 @@ impl News {
         self.told.send_modify(|count| *count = count.wrapping_add(1));
     }
 
-    /// Tells other processes and hears them, or looks for what they write where they cannot be heard. Ends only by being
-    /// aborted.
+    /// Notifies other processes and listens to them, or polls for their events if notifications cannot be received.
+    /// Ends only by being aborted.
     pub(crate) async fn spread(self, database: Arc<Database>) {
         if database.pooled {
             tokio::join!(self.look(&database), self.tell_others(&database));
@@ -123,7 +126,7 @@ impl News {
         }
     }
 
-    /// Tells and hears on one connection, until it ends.
+    /// Notifies and listens on one connection, until the connection ends.
     async fn converse(
         &self,
         database: &Database,
@@ -132,13 +135,13 @@ impl News {
     ) -> Result<(), sqlx::Error> {
         let channel = database.channel();
         let mut listener = PgListener::connect_with(&database.listener()).await?;
-        // So that a process which does nothing notices, too, what became of its log.
+        // A process that does nothing else notices a changed log this way, too.
         database.check(&mut listener, Purpose::Tell).await?;
         listener.listen(&channel).await?;
         database.statements.attend.query().execute(&mut listener).await?;
         reconnect.succeeded();
         self.listening.send_replace(true);
-        // What was said before nobody heard, or nobody said it.
+        // Notifications from before were not received, or never sent.
         self.hear();
         let mut next = Instant::now();
         loop {
@@ -152,7 +155,7 @@ impl News {
                     Some(_) => self.hear(),
                     None => return Ok(()),
                 },
-                // `self` holds the sender, so this goes on for ever.
+                // `self` holds the sender, so this continues for ever.
                 _ = something_new => {
                     let notify = database.statements.notify.query().bind(&channel).bind(&*self.name);
                     let answer = timeout(Duration::from_secs(ANSWER_SECONDS_MAX), notify.execute(&mut listener));
@@ -163,12 +166,12 @@ impl News {
         }
     }
 
-    /// Tells other processes from behind a pooler.
+    /// Notifies other processes from behind a pooler.
     async fn tell_others(&self, database: &Database) {
         let (channel, mut written, mut reconnect) =
             (database.channel(), self.written.subscribe(), Reconnect::default());
         let mut connection: Option<PgConnection> = None;
-        // `self` holds the sender, so this goes on for ever.
+        // `self` holds the sender, so this continues for ever.
         while written.changed().await.is_ok() {
             reconnect.wait().await;
             let told = async {
@@ -185,7 +188,7 @@ impl News {
             match told.await {
                 Ok(()) => reconnect.succeeded(),
                 Err(error) => {
-                    // Others find out by looking. What is written next is told again.
+                    // Other processes find out by polling. The next write sends a notification again.
                     tracing::debug!(%error, "other processes could not be told of new events");
                     connection = None;
                     reconnect.failed();
@@ -195,7 +198,7 @@ impl News {
         }
     }
 
-    /// Looks whether there is something new, on behalf of all who wait.
+    /// Polls for new events, on behalf of all waiting tasks.
     async fn look(&self, database: &Database) {
         let (mut connection, mut reconnect) = (None::<PgConnection>, Reconnect::default());
         let mut last = None;
@@ -207,7 +210,7 @@ impl News {
                     None => database.connect(Purpose::Read).await?.1,
                 };
                 let session = connection.insert(open);
-                // Without binds, so that each is one message, and needs no transaction around it.
+                // Without binds, so that each statement is one message and needs no transaction around it.
                 database.check(&mut *session, Purpose::Read).await?;
                 let newest = sqlx::raw_sql(database.statements.newest.sql()).fetch_optional(session).await?;
                 newest.map_or(Ok(0), |newest| newest.try_get::<i64, _>(0))

@@ -1,4 +1,4 @@
-//! Connecting: which database, which schema, and how its connections are set up.
+//! Opens connections: which database, which schema, and the settings of a connection.
 
 use std::str::FromStr;
 
@@ -16,7 +16,7 @@ use crate::{
     statements::{SCHEMA_DEFAULT, Statements, in_schema, is_schema_name},
 };
 
-/// In order; the table `migrations` counts how many of them a schema has had.
+/// The migrations in order; the table `migrations` records how many a schema has had.
 const MIGRATIONS: &[&str] = &[
     include_str!("migrations/0001_log_and_documents.sql"),
     include_str!("migrations/0002_operators_record_acts.sql"),
@@ -25,17 +25,18 @@ const MIGRATIONS: &[&str] = &[
     include_str!("migrations/0005_absence_counts.sql"),
 ];
 
-/// How long the server works on one group before it gives up: as behind somebody's lock on the whole table. The end of a
-/// statement by this is an answer; that of a connection is none.
+/// How long the server works on one group before it gives up, for example behind a lock on the whole table. A
+/// statement timeout is a definite failure; a lost connection leaves the outcome unknown.
 const GROUP_SECONDS_MAX: u64 = 30;
-/// How long a group waits for a lock. The transactions of other processes end much sooner; what takes longer is somebody's open
-/// transaction, and then those commits of the group that are not in its way must not wait with the one that is.
+/// How long a group waits for a lock. Transactions of other processes end much sooner, so a longer wait means an open
+/// transaction of another client. The commits of the group that it does not block must not wait along with the blocked
+/// one.
 const LOCK_MS_MAX: u64 = 500;
-/// Statements that each connection keeps prepared: all there are.
+/// The number of statements that each connection keeps prepared: room for all of them.
 const STATEMENTS_MAX: usize = 64;
-/// Every statement of a store is a few seeks in an index, also where a table is so new that the planner knows nothing of it and
-/// would rather read it whole; none is worth compiling, and none gets a better plan by being planned anew for its arguments, which
-/// the server does for some arrays and not for others.
+/// Every statement of a store is a few index seeks, even on a table so new that the planner has no statistics and
+/// would prefer a sequential scan. No statement is worth compiling, and none gets a better plan by planning for its
+/// actual arguments, which the server does for some arrays and not for others.
 const SETTINGS: [(&str, &str); 6] = [
     ("enable_seqscan", "off"),
     ("enable_bitmapscan", "off"),
@@ -45,17 +46,17 @@ const SETTINGS: [(&str, &str); 6] = [
     ("plan_cache_mode", "force_generic_plan"),
 ];
 
-/// What a connection is for.
+/// The purpose of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Purpose {
     Read,
     Write,
-    /// To tell other processes. What it says is not worth a sync.
+    /// Notifies other processes. A notification is not worth a sync.
     Tell,
 }
 
 impl Purpose {
-    /// Its settings, beside [`SETTINGS`].
+    /// Returns the settings of the purpose, in addition to [`SETTINGS`].
     fn settings(self) -> Vec<(&'static str, String)> {
         match self {
             Self::Read => vec![("default_transaction_read_only", "on".into())],
@@ -69,13 +70,14 @@ impl Purpose {
     }
 }
 
-/// How to open a store, where the defaults do not do.
+/// How to open a store, if the defaults do not fit.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// The schema that holds the tables: lower-case letters, digits and `_`. It is created if it is missing. `?schema=NAME` in
-    /// the URL says so too, and comes first.
+    /// The schema that holds the tables: lower-case letters, digits and `_`. The store creates the schema if it is
+    /// missing. `?schema=NAME` in the URL takes precedence.
     pub schema: String,
-    /// How many connections serve reads. Up to three more write, and one tells other processes and listens to them.
+    /// The number of connections that serve reads. Up to three more write, and one notifies other processes and
+    /// listens to them.
     pub connections: u32,
 }
 
@@ -85,7 +87,7 @@ impl Default for Settings {
     }
 }
 
-/// Takes a parameter of ours out of a URL that [`check_parameters`] has seen.
+/// Takes a parameter of ours out of a URL that [`check_parameters`] has accepted.
 fn take_parameter(url: &mut String, name: &str) -> Option<String> {
     let (rest, query) = url.split_once('?')?;
     let (ours, others): (Vec<_>, Vec<_>) =
@@ -95,7 +97,7 @@ fn take_parameter(url: &mut String, name: &str) -> Option<String> {
     Some(value)
 }
 
-/// The password that `?password_file=PATH` or `?password_env=VARIABLE` names.
+/// Returns the password that `?password_file=PATH` or `?password_env=VARIABLE` refers to.
 fn password(url: &mut String) -> Result<Option<String>, OpenError> {
     let wrong = |reason: String| OpenError::Url { reason };
     let file = take_parameter(url, "password_file");
@@ -121,8 +123,8 @@ fn password(url: &mut String) -> Result<Option<String>, OpenError> {
     }
 }
 
-/// The parameters of a URL that are obeyed: ours, and those of sqlx. Others that libpq has, such as `target_session_attrs`, sqlx
-/// would pass over.
+/// The URL parameters that take effect: ours, and those of sqlx. sqlx would ignore other parameters of libpq, such as
+/// `target_session_attrs`.
 const PARAMETERS: [&str; 23] = [
     "schema",
     "pooled",
@@ -150,7 +152,7 @@ const PARAMETERS: [&str; 23] = [
 ];
 
 const CACHE_PARAMETER: &str = "statement-cache-capacity=";
-/// Names of one and the same parameter, but for the first.
+/// Aliases, each with the name of the parameter that it stands for.
 const SAME_PARAMETERS: [(&str, &str); 6] = [
     ("ssl-mode", "sslmode"),
     ("ssl-ca", "sslrootcert"),
@@ -160,8 +162,8 @@ const SAME_PARAMETERS: [(&str, &str); 6] = [
     ("hostaddr", "host"),
 ];
 
-/// Refuses a parameter that would be passed over, and one that is there twice: what is meant by it would not happen, without a word.
-/// The errors repeat names, and no values.
+/// Refuses parameters that would be ignored, and parameters given twice: the intended setting would silently not
+/// apply. The errors contain names but no values.
 fn check_parameters(url: &str) -> Result<(), OpenError> {
     let refused = |reason: String| Err(OpenError::Url { reason });
     if url.contains('#') {
@@ -186,20 +188,20 @@ fn check_parameters(url: &str) -> Result<(), OpenError> {
     Ok(())
 }
 
-/// Where the database is and how to connect to it.
+/// The location of the database, and how to connect to it.
 #[derive(Debug)]
 pub(crate) struct Database {
     options: PgConnectOptions,
     pub(crate) settings: Settings,
     pub(crate) statements: Statements,
-    /// Whether a pooler may give the session to somebody else after each transaction. Then nothing is left in it: settings are
-    /// those of a transaction, statements have no names, and nobody listens.
+    /// Whether a pooler may give the session to another client after each transaction. Then nothing is left in the
+    /// session: settings apply per transaction, statements have no names, and no session listens.
     pub(crate) pooled: bool,
-    /// Whether the role is one of an operator, who may append nothing but acts.
+    /// Whether the role is an operator, which may append only operator acts.
     pub(crate) operates: bool,
-    /// Kept at the time of the server by every look for new events.
+    /// The server's time, updated by every look for new events.
     pub(crate) clock: Clock,
-    /// What every session is held against.
+    /// The history that every session is checked against.
     pub(crate) history: History,
 }
 
@@ -217,7 +219,7 @@ impl Database {
             Some(_) => return Err(OpenError::Url { reason: "`pooled` is `true` or `false`".into() }),
         };
         let password = password(&mut url)?;
-        // The errors of this say which part is wrong, and repeat none of it.
+        // These errors name the wrong part without repeating it.
         let options = PgConnectOptions::from_str(&url).map_err(|error| OpenError::Url { reason: error.to_string() })?;
         let options = match password {
             Some(password) => options.password(&password),
@@ -233,7 +235,7 @@ impl Database {
             (false, false) => options.statement_cache_capacity(STATEMENTS_MAX),
         };
         let options = options
-            // A pooler may refuse it, and no number here is a fraction.
+            // A pooler may refuse this setting, and no number here is a fraction.
             .extra_float_digits(None)
             .disable_statement_logging();
         let options = if pooled { options } else { options.options(SETTINGS) };
@@ -241,9 +243,9 @@ impl Database {
         Ok(Self { options, settings, statements, pooled, operates: false, clock, history })
     }
 
-    /// Creates the schema or brings it to the newest version.
+    /// Creates the schema or migrates it to the newest version.
     ///
-    /// Not without `create`: then there must be one of the newest version.
+    /// Without `create`, requires a schema of the newest version instead.
     pub(crate) async fn prepare(&mut self, create: bool) -> Result<(), OpenError> {
         let connected = self.options.connect().await;
         let mut connection = connected.map_err(|error| match open_error(&error) {
@@ -253,14 +255,14 @@ impl Database {
             error => error,
         })?;
         let prepared = self.prepare_with(&mut connection, create).await;
-        // Not just dropped, which would let go of the session some time later. The outcome is known already.
+        // A drop would close the session only some time later. The outcome is known already.
         connection.close().await.ok();
         prepared
     }
 
     async fn prepare_with(&mut self, connection: &mut PgConnection, create: bool) -> Result<(), OpenError> {
         let failed = |error: sqlx::Error| open_error(&error);
-        // This connection is used for nothing else: whatever happens, its end is the end of the transaction.
+        // This connection serves nothing else: however this ends, closing the connection ends the transaction.
         let mut transaction = connection.begin().await.map_err(failed)?;
         let connection = &mut *transaction;
         let asked = self.clock.ask();
@@ -275,7 +277,7 @@ impl Database {
                 reason: "settings that a connection starts with do not come through".into(),
             });
         }
-        // Most openings find nothing to do, and need neither a lock nor permission to see it.
+        // Most openings find nothing to do, and need neither a lock nor more than read permission to find that out.
         let schema = || self.settings.schema.clone();
         match self.schema_version(connection).await? {
             found if found == MIGRATIONS.len() => {}
@@ -296,15 +298,15 @@ impl Database {
     async fn migrate(&self, connection: &mut PgConnection) -> Result<(), OpenError> {
         let failed = |error: sqlx::Error| open_error(&error);
         let schema = &self.settings.schema;
-        // The second instance finds the work done.
+        // A second instance that waited for the lock finds the work done.
         let lock = self.statements.lock_migrations.query().bind(schema);
         lock.execute(&mut *connection).await.map_err(failed)?;
         let found = self.schema_version(connection).await?;
         if found == 0 {
             let exists = self.statements.has_schema.scalar().bind(schema);
             let exists: bool = exists.fetch_one(&mut *connection).await.map_err(failed)?;
-            // Not with IF NOT EXISTS, which asks for permission to create schemas even where there is nothing to do. The name
-            // is one that `is_schema_name` took.
+            // Avoids IF NOT EXISTS, which demands permission to create schemas even when there is nothing to do.
+            // `is_schema_name` has accepted the name.
             let create = if exists { String::new() } else { format!("CREATE SCHEMA \"{schema}\";") }
                 + &format!(
                     "CREATE TABLE IF NOT EXISTS \"{schema}\".migrations \
@@ -320,8 +322,8 @@ impl Database {
         Ok(())
     }
 
-    /// A schema that was renamed has functions that still use the one of its first name, which may be another store by now. With
-    /// `create` they are made anew; otherwise, and for a user who may not, the schema is refused before anything is written.
+    /// Finds functions that still use the schema's former name, which may belong to another store by now. With
+    /// `create`, rewrites them; otherwise, or without permission, refuses the schema before anything is written.
     async fn check_functions(&self, connection: &mut PgConnection, create: bool) -> Result<(), OpenError> {
         let failed = |error: sqlx::Error| open_error(&error);
         let schema = &self.settings.schema;
@@ -338,7 +340,7 @@ impl Database {
             let definitions = self.statements.renamed_functions.scalar().bind(schema).bind(named);
             let definitions: Vec<String> = definitions.fetch_all(&mut *connection).await.map_err(failed)?;
             for definition in definitions {
-                // What the server itself says of a function of ours.
+                // The definition comes from the server's own catalogue, for a function of ours.
                 let made = sqlx::raw_sql(AssertSqlSafe(definition)).execute(&mut *connection).await;
                 made.map_err(|error| match open_error(&error) {
                     OpenError::Refused { .. } => renamed(),
@@ -350,7 +352,7 @@ impl Database {
         Ok(())
     }
 
-    /// How many migrations the schema has had; 0 where there is none.
+    /// Returns the number of migrations that the schema has had; 0 if there is no schema.
     async fn schema_version(&self, connection: &mut PgConnection) -> Result<usize, OpenError> {
         let failed = |error: sqlx::Error| open_error(&error);
         let schema = &self.settings.schema;
@@ -370,8 +372,8 @@ impl Database {
         if self.pooled { self.options.clone() } else { self.options.clone().options(purpose.settings()) }
     }
 
-    /// A new session, with the number of the history that it reads. Behind a pooler, the transactions on it are checked instead;
-    /// see [`begin`](Self::begin).
+    /// Opens a session, and returns it with the number of the history that it reads. Behind a pooler, the transactions
+    /// are checked instead; see [`begin`](Self::begin).
     pub(crate) async fn connect(&self, purpose: Purpose) -> Result<(u64, PgConnection), sqlx::Error> {
         let mut connection = self.options_for(purpose).connect().await?;
         let history = match self.pooled {
@@ -381,7 +383,7 @@ impl Database {
         Ok((history, connection))
     }
 
-    /// Holds a session against the history that is known.
+    /// Checks a session against the known history.
     pub(crate) async fn check(
         &self,
         session: impl Executor<'_, Database = Postgres>,
@@ -392,15 +394,15 @@ impl Database {
         self.history.check(asked, &row, purpose)
     }
 
-    /// The statement that asks a session what it is, and the event that it is asked for.
+    /// Returns the statement that identifies a session's log, and the event whose presence the statement checks.
     fn question(&self) -> (Asked, String) {
         let asked = self.history.asked();
         let last = asked.1.map_or("NULL".to_owned(), |(position, _)| position.to_string());
         (asked, self.statements.session.as_str().replace("{last}", &last))
     }
 
-    /// Begins a transaction: behind a pooler with the settings that others have from the start, and on a server that is held
-    /// against the history. End it with `COMMIT`, or drop the connection.
+    /// Begins a transaction. Behind a pooler, applies the settings that other sessions have from the start, and checks
+    /// the server against the history. The caller ends the transaction with `COMMIT`, or drops the connection.
     pub(crate) async fn begin(&self, connection: &mut PgConnection, purpose: Purpose) -> Result<(), sqlx::Error> {
         if !self.pooled {
             return sqlx::raw_sql("BEGIN").execute(connection).await.map(drop);
@@ -416,7 +418,7 @@ impl Database {
         self.begin_with(connection, &begin, purpose).await.map(drop)
     }
 
-    /// The same, with what begins the transaction.
+    /// Does the same with the given statements to begin the transaction.
     pub(crate) async fn begin_with(
         &self,
         connection: &mut PgConnection,
@@ -424,13 +426,15 @@ impl Database {
         purpose: Purpose,
     ) -> Result<u64, sqlx::Error> {
         let (asked, question) = self.question();
-        // Nothing in it comes from outside. In one message, so that it costs no round trip.
+        // No part of the text comes from outside. One message carries everything, so the check costs no extra round
+        // trip.
         let begin = AssertSqlSafe(format!("{begin}; {question}"));
         let rows = sqlx::raw_sql(begin).fetch_all(&mut *connection).await.map_err(begin_error)?;
         self.history.check(asked, rows.last().ok_or(sqlx::Error::RowNotFound)?, purpose)
     }
 
-    /// The connection that tells other processes and listens to them; a pool because that is what a listener wants.
+    /// Returns the connection that notifies other processes and listens to them; a pool, because a listener requires
+    /// one.
     pub(crate) fn listener(&self) -> PgPool {
         PgPoolOptions::new()
             .max_connections(1)
@@ -439,12 +443,12 @@ impl Database {
             .connect_lazy_with(self.options_for(Purpose::Tell))
     }
 
-    /// How many connections serve reads.
+    /// Returns the number of connections that serve reads.
     pub(crate) fn connections(&self) -> usize {
         self.settings.connections.max(1) as usize
     }
 
-    /// What commits are announced on.
+    /// Returns the channel that commits are announced on.
     pub(crate) fn channel(&self) -> String {
         format!("{}.events", self.settings.schema)
     }

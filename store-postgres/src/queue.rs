@@ -1,4 +1,4 @@
-//! Commits that wait for a writer, and how they are taken in groups.
+//! The queue of commits that wait for a writer, and their division into groups.
 
 use std::sync::{
     Arc,
@@ -11,51 +11,52 @@ use annals::{CommitError, Committed};
 
 use crate::group::Prepared;
 
-/// Commits that may wait; further callers wait for a place. Two groups' worth for each writer: one being written, one behind.
+/// The number of commits that may wait; further callers wait for a place. Two groups per writer: one being written,
+/// one behind it.
 pub(crate) const QUEUE_COMMITS_MAX: usize = 4 * GROUP_COMMITS_MAX;
-/// The most commits in a group: beyond this, a sync less per commit is not worth the wait of the first for the last.
+/// The most commits in a group: beyond this, saving a sync does not justify that the first commit waits for the last.
 const GROUP_COMMITS_MAX: usize = 512;
 /// A group takes no further commit once it has this many rows.
 const GROUP_ROWS_MAX: usize = 4_096;
 /// A group takes no further commit once it has this many bytes of payload.
 const GROUP_BYTES_MAX: usize = 8 << 20;
-/// Rows that wait behind one group and are worth another at the same time: the server takes longer for so many than for the
-/// commit and the round trip around them.
+/// The number of rows waiting behind one group that justifies a second group at the same time: the server spends more
+/// time on so many rows than on the commit and the round trip around them.
 const GROUP_ROWS_MIN: usize = 256;
-/// A commit counts for so many rows beside its own there: behind each is a caller who waits.
+/// Each waiting commit counts for this many rows in addition to its own: a caller waits for it.
 const ROWS_PER_CALLER: usize = 7;
 
 pub(crate) type Outcome = Result<Committed, CommitError>;
 
-/// A commit and who waits for it. Nobody may: then the commit is written all the same.
+/// A commit and its caller. If the caller is gone, the commit is written all the same.
 pub(crate) struct Submission {
     pub(crate) commit: Prepared,
     pub(crate) answer: oneshot::Sender<Outcome>,
     pub(crate) passage: Passage,
 }
 
-/// What is under way, and how it comes.
+/// The commits in flight, and their pattern of arrival.
 #[derive(Debug, Default)]
 pub(crate) struct Traffic {
     commits: AtomicUsize,
-    /// Of those that wait, with what their callers count for.
+    /// The rows of the waiting commits, including those counted for their callers.
     rows: AtomicUsize,
-    /// There may be enough for another writer.
+    /// Signals that there may be enough rows for a second writer.
     long: Notify,
-    /// The last group was of more than one commit.
+    /// Whether the last group had more than one commit.
     in_groups: AtomicBool,
 }
 
-/// A commit under way, until this is dropped.
+/// A commit in flight, until this guard is dropped.
 pub(crate) struct Passage {
     traffic: Arc<Traffic>,
-    /// As long as it waits.
+    /// The rows counted while the commit waits.
     rows: usize,
 }
 
 impl Traffic {
-    /// One more is under way; and whether it is the only one, and those before came alone, too. When many are answered at once,
-    /// the first to come back is only ahead of the others.
+    /// Counts a commit as in flight. Also returns whether it is the only commit in flight and the commits before it
+    /// came alone, too: when many callers are answered at once, the first to return is only ahead of the others.
     pub(crate) fn enter(self: &Arc<Self>) -> (Passage, bool) {
         let before = self.commits.fetch_add(1, Ordering::AcqRel);
         let passage = Passage { traffic: self.clone(), rows: 0 };
@@ -64,7 +65,7 @@ impl Traffic {
 }
 
 impl Passage {
-    /// It waits from now on, with so many rows.
+    /// Counts the commit as waiting from now on, with this many rows.
     pub(crate) fn wait(&mut self, rows: usize) {
         let rows = rows + ROWS_PER_CALLER;
         self.rows = rows;
@@ -89,7 +90,7 @@ impl Drop for Passage {
 pub(crate) struct Queue {
     submissions: Mutex<mpsc::Receiver<Submission>>,
     traffic: Arc<Traffic>,
-    /// The first writer has ended.
+    /// Signals that the first writer has ended.
     done: Notify,
 }
 
@@ -98,7 +99,7 @@ impl Queue {
         Self { submissions: Mutex::new(submissions), traffic, done: Notify::new() }
     }
 
-    /// The next group: what is waiting, with no wait for more. `None` at the end.
+    /// Returns the next group: all waiting commits, without waiting for more. `None` at the end.
     pub(crate) async fn next(&self) -> Option<Vec<Submission>> {
         let mut submissions = self.submissions.lock().await;
         match submissions.recv().await {
@@ -110,15 +111,15 @@ impl Queue {
         }
     }
 
-    /// The next group for a second writer, who is there for what is too much for one: with few rows under way, two would take
-    /// turns with half of them each, for twice as many round trips.
+    /// Returns the next group for a second writer, which serves what is too much for one. With few rows in flight, two
+    /// writers would alternate with half of the rows each, for twice as many round trips.
     pub(crate) async fn overflow(&self) -> Option<Vec<Submission>> {
         loop {
             tokio::select! {
                 () = self.traffic.long.notified() => {}
                 () = self.done.notified() => return None,
             }
-            // The first one has it while it waits: then nothing does.
+            // The first writer holds the lock while it waits for commits: then no commit waits.
             let Ok(mut submissions) = self.submissions.try_lock() else { continue };
             if self.traffic.rows.load(Ordering::Acquire) >= GROUP_ROWS_MIN
                 && let Ok(first) = submissions.try_recv()
@@ -140,7 +141,7 @@ impl Queue {
             group.push(next);
         }
         self.traffic.in_groups.store(group.len() > 1, Ordering::Release);
-        // What it left is worth another all the same.
+        // The remaining commits may still justify a second group.
         if self.traffic.rows.load(Ordering::Acquire) >= GROUP_ROWS_MIN {
             self.traffic.long.notify_one();
         }

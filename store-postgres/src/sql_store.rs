@@ -1,9 +1,10 @@
-//! A user's SQL in the transaction that moves the checkpoint.
+//! Runs a user's SQL in the transaction that moves the checkpoint.
 //!
-//! What a handler stages becomes a commit some time later, and neither the handler nor the commit is told of the other. So the
-//! handler stages a *mark* with its SQL: a document that says which transaction, and how many messages of it. If the message is
-//! rolled back, so is the mark. The store takes the mark out of the commit, and ends the transaction that it names. A commit
-//! with a mark whose transaction is gone is refused; then the batch is handled again.
+//! The writes that a handler stages become a commit some time later, and nothing connects the handler with that
+//! commit. So the handler stages a *mark* along with its SQL: a document that names the transaction and the number of
+//! its messages so far. If the message is rolled back, so is the mark. The store takes the mark out of the commit and
+//! ends the transaction that the mark names. A commit with a mark whose transaction is gone is refused; then the batch
+//! is handled again.
 
 use std::{
     collections::HashMap,
@@ -29,20 +30,22 @@ use crate::{
 
 /// A handler that writes tables of its own, in the database of the store, together with the checkpoint.
 ///
-/// As a [`Handler`], with one thing more: what it does by `transaction` is committed with what it stages in `work` and with the
-/// checkpoint, whole or not at all. So each event has its effect on the tables exactly once.
+/// It works like a [`Handler`], with one addition: its writes through `transaction` are committed with its writes in
+/// `work` and with the checkpoint, all or nothing. So each event affects the tables exactly once.
 ///
-/// - It runs with an open transaction, read committed, which other messages of the batch share: rows that it changed stay
-///   locked until the batch is done. It must not wait for anything slow. A transaction that it begins on the connection
-///   is a savepoint in this one; it must not end this one by statements of its own.
-/// - A statement that fails has failed the message: undo it with a savepoint, or return the error. The message then leaves
-///   nothing behind, and is parked; the others of the batch are not touched.
-/// - A statement may take 30 seconds, and wait 10 for a lock. Settings that it changes should be `LOCAL`: the connection is used
-///   again.
-/// - It runs again when the commit meets a conflict, or the connection is lost. What it did before is rolled back by then.
+/// - The handler runs within an open transaction (read committed) that all messages of the batch share: rows that the
+///   handler changed stay locked until the batch is done. The handler must not wait for anything slow. A transaction
+///   that the handler begins on the connection is a savepoint within the open one; the handler must not end the open
+///   one by statements of its own.
+/// - A failed statement fails the message: undo the statement with a savepoint, or return the error. The message then
+///   leaves nothing behind and is parked; the other messages of the batch are not affected.
+/// - A statement may take 30 seconds, and may wait 10 seconds for a lock. Settings that the handler changes should be
+///   `LOCAL`: the connection is reused.
+/// - The handler runs again if the commit meets a conflict or the connection is lost. Its earlier writes are rolled
+///   back by then.
 #[async_trait]
 pub trait SqlHandler: Send + Sync + 'static {
-    /// Writes, and stages, what the message causes.
+    /// Writes and stages the effects of the message.
     async fn handle(
         &self,
         message: &Message,
@@ -51,7 +54,7 @@ pub trait SqlHandler: Send + Sync + 'static {
     ) -> Result<(), HandlerError>;
 }
 
-/// A [`PostgresStore`] whose subscriptions may write tables of the user's. For everything else it is that store.
+/// A [`PostgresStore`] whose subscriptions may write the user's own tables. Otherwise it behaves like that store.
 ///
 /// ```no_run
 /// # tokio::runtime::Runtime::new()?.block_on(async {
@@ -91,27 +94,28 @@ pub trait SqlHandler: Send + Sync + 'static {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
-/// Each lane of such a subscription has a connection of its own while it handles a batch, besides those of
+/// Each lane of such a subscription has a connection of its own while it handles a batch, in addition to those of
 /// [`Settings`](crate::Settings).
 #[derive(Clone)]
 pub struct SqlStore {
     store: PostgresStore,
-    /// Of its handlers. Each belongs to its handler: when that is gone, nothing of it stays open.
+    /// The transactions of the handlers of this store. Each handler owns its transactions: none stays open once the
+    /// handler is dropped.
     transactions: Arc<Mutex<Vec<Weak<Transactions>>>>,
 }
 
 impl SqlStore {
-    /// Around this store; clones share their handlers, other ones do not.
+    /// Wraps a store. Clones share their handlers; separate wrappers of one store do not.
     pub fn new(store: PostgresStore) -> Self {
         Self { store, transactions: Arc::default() }
     }
 
-    /// The store itself.
+    /// Returns the wrapped store.
     pub fn store(&self) -> &PostgresStore {
         &self.store
     }
 
-    /// Makes a handler for a subscription or a group that runs on this store. On another one it handles nothing.
+    /// Creates a handler for a subscription or a group that runs on this store. On another store, every message fails as unavailable.
     pub fn handler<H: SqlHandler>(&self, handler: H) -> impl Handler + use<H> {
         let database = self.store.shared.database.clone();
         let transactions = Arc::new(Transactions { database, open: Mutex::default(), idle: Mutex::default() });
@@ -125,7 +129,7 @@ impl SqlStore {
         self.transactions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the transaction of a mark, with those that it belongs to.
+    /// Takes the transaction of a mark, with the set of transactions that it belongs to.
     fn take(&self, mark: Mark) -> Option<(Arc<Transactions>, OpenTransaction)> {
         let all: Vec<_> = self.lock().iter().filter_map(Weak::upgrade).collect();
         all.into_iter().find_map(|transactions| {
@@ -135,16 +139,16 @@ impl SqlStore {
     }
 }
 
-/// What the handler leaves for the commit.
+/// The mark that the handler leaves for the commit.
 #[derive(Clone, Copy)]
 struct Mark {
     transaction: Uuid,
-    /// Messages whose SQL goes with the commit.
+    /// The number of messages whose SQL goes with the commit.
     handled: u64,
 }
 
 impl Mark {
-    /// No document of this name is ever stored.
+    /// The key of the mark. No document of this name is ever stored.
     fn key() -> DocumentKey {
         DocumentKey::new("sql.transaction", "open")
     }
@@ -159,10 +163,10 @@ impl Mark {
     }
 }
 
-/// What is there before any SQL was: it tells this store from others.
+/// The document's body before any SQL ran: its presence identifies a `SqlStore`.
 const NO_MARK: &str = "\"\"";
 
-/// The transactions of one handler, one for each lane that has a batch in hand.
+/// The transactions of one handler, one for each lane that handles a batch.
 struct Transactions {
     database: Arc<Database>,
     open: Mutex<HashMap<Uuid, Waiting>>,
@@ -172,7 +176,8 @@ struct Transactions {
 /// A transaction between two messages, or before its commit.
 struct Waiting {
     transaction: OpenTransaction,
-    /// The bodies of its last two marks. The work or the commit has one of them: when it is gone, so is whoever might go on.
+    /// The bodies of its last two marks. The work or the commit holds one of them: once both are gone, no batch can
+    /// continue this transaction.
     marks: [Option<Weak<str>>; 2],
 }
 
@@ -189,7 +194,7 @@ impl Transactions {
         self.open().remove(&id)
     }
 
-    /// Drops those whose batch was given up.
+    /// Drops the transactions whose batch was given up.
     fn sweep(&self) {
         self.open().retain(|_, waiting| waiting.marks.iter().flatten().any(|mark| mark.strong_count() > 0));
     }
@@ -207,14 +212,14 @@ impl Transactions {
         Ok(waiting)
     }
 
-    /// Leaves out the SQL of a message that failed.
+    /// Undoes the SQL of a message that failed.
     async fn leave_out(&self, mut waiting: Waiting, before: Option<Mark>) -> Result<(), HandlerError> {
         match before {
             Some(mark) => {
                 waiting.transaction.rewind(mark.handled).await.map_err(unavailable)?;
                 self.open().insert(mark.transaction, waiting);
             }
-            // It was the first, so no commit knows of this transaction.
+            // This was the first message, so no commit knows of this transaction.
             None => {
                 let idle = waiting.transaction.give_up().await.map_err(unavailable)?;
                 self.idle().push(idle);
@@ -224,7 +229,7 @@ impl Transactions {
     }
 }
 
-/// Not a failure of the message: the batch waits for the database, and is handled again.
+/// Reports an outage rather than a failure of the message: the batch waits for the database, and is handled again.
 fn unavailable(error: impl std::fmt::Display) -> HandlerError {
     StoreError::Unavailable(format!("the transaction of the batch: {error}")).into()
 }
@@ -243,7 +248,7 @@ impl<H: SqlHandler> Handler for WithSql<H> {
             StoreError::Unavailable("a handler that a SqlStore has made runs on that store only".into())
         })?;
         let before = Mark::read(&before);
-        // From here on the connection belongs to this future: dropped half-way, it is closed.
+        // From here on this future owns the connection: if the future is dropped, the connection closes.
         let mut waiting = match before {
             None => self.transactions.begin().await?,
             Some(mark) => self.transactions.resume(mark).await?,
@@ -253,7 +258,7 @@ impl<H: SqlHandler> Handler for WithSql<H> {
             Ok(Ok(())) => waiting.transaction.keep().await.map_err(HandlerError::from),
             Ok(Err(error)) => Err(error),
             Err(panic) => {
-                // What others of the batch have done must not go with it.
+                // The writes of the batch's other messages must survive the panic.
                 self.transactions.leave_out(waiting, before).await?;
                 std::panic::resume_unwind(panic);
             }
