@@ -1,16 +1,17 @@
-//! Sagas: a typed plan of steps over several services, run, drawn, replayed and model-checked by one pure function.
+//! Sagas: a typed plan of steps over several services. The plan can be drawn; one pure function runs, replays and
+//! model-checks it.
 //!
 //! | file | contents |
 //! |---|---|
-//! | `definition` | the plan: compensatable steps, at most one pivot, then retriable ones |
-//! | `progress` | how far one saga has come, and the events that record it |
+//! | `definition` | the plan: compensatable steps, at most one pivot, then retriable steps |
+//! | `progress` | the progress of one saga, and the events that record it |
 //! | `transition` | the pure function from progress and input to progress and commands |
 //! | `instance` | a saga as an aggregate |
-//! | `migration` | moves a saga to another plan, or refuses to |
-//! | `runner` | starts sagas, passes replies and timers to them, and lets operators act |
-//! | `participant` | the other side: executes each step once, and keeps the barrier against late commands |
-//! | `index` | one document per saga, for operators and for finding due timers |
-//! | `timers` | when timers are due, and how they fire |
+//! | `migration` | moves a saga to another plan, or refuses the move |
+//! | `runner` | starts sagas, passes replies and timers to them, and carries out the actions of operators |
+//! | `participant` | the receiving side: carries out each step once, and keeps the barrier against late steps |
+//! | `index` | one document per saga: for operators, and to find the timers that are due |
+//! | `timers` | computes when timers are due, and fires them |
 //! | `diagram` | draws a plan as Mermaid or SVG |
 //! | `path` | draws the path that one saga took |
 

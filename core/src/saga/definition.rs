@@ -1,4 +1,4 @@
-//! The plan of a saga. A wrong order of steps, or a compensatable one without an undo, does not compile.
+//! The plan of a saga. A wrong order of steps, or a compensatable step without an undo, does not compile.
 
 use std::{marker::PhantomData, time::Duration};
 
@@ -11,22 +11,22 @@ use crate::{
     event::{Event, named_id},
 };
 
-/// How long a step waits for its participants before it asks again.
+/// How long a step waits for its participants before it asks them again.
 pub const STEP_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often a step is asked for before it is given up, by default.
+/// The default number of attempts before a step is given up.
 pub const ATTEMPTS_MAX: u32 = 8;
-/// The delay before a failed step is asked for again: doubled each time, up to [`RETRY_DELAY_MAX`].
+/// The delay before a failed step is attempted again: doubled each time, up to [`RETRY_DELAY_MAX`].
 pub const RETRY_DELAY_MIN: Duration = Duration::from_millis(100);
-/// The longest delay before a failed step is asked for again.
+/// The longest delay before a failed step is attempted again.
 pub const RETRY_DELAY_MAX: Duration = Duration::from_secs(60);
 
-/// What a saga knows: given when it starts, and enriched by what its steps report.
+/// The data of a saga: given when the saga starts, and extended by the outcomes of its steps.
 pub trait SagaState: Clone + Serialize + DeserializeOwned + Send + Sync + 'static {
-    /// Takes note of how a step ended. Pure, as [`Aggregate::evolve`](crate::Aggregate::evolve) is.
+    /// Updates the data with the outcome of a step. Pure, like [`Aggregate::evolve`](crate::Aggregate::evolve).
     fn learn(&mut self, _step: &str, _outcome: &Outcome) {}
 }
 
-/// What a step asks of a service. The command keeps its id however often it is sent.
+/// The command that a step sends to a service. Every attempt sends the command with the same id.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Request {
     pub(crate) to: String,
@@ -36,7 +36,7 @@ pub struct Request {
 }
 
 impl Request {
-    /// Asks `service` to carry out `command`.
+    /// Returns a request that asks `service` to carry out `command`.
     pub fn to<E: Event>(service: &str, command: &E) -> Self {
         Self {
             to: service.to_owned(),
@@ -47,16 +47,16 @@ impl Request {
     }
 }
 
-/// What may become of a step.
+/// The kind of a step: how the saga handles its failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// Can be undone.
+    /// The step can be undone.
     Compensatable,
-    /// Decides: before it the saga can still go back, after it only forward.
+    /// The step decides: before it the saga can still go back, after it the saga only goes forward.
     Pivot,
-    /// Is repeated until it succeeds.
+    /// The step is repeated until it succeeds.
     Retriable,
-    /// Is repeated until it succeeds, after everything was undone.
+    /// The step is repeated until it succeeds, after all earlier steps are undone.
     Closing,
 }
 
@@ -68,7 +68,7 @@ pub(crate) struct Call<C> {
     pub undo: Option<Make<C>>,
 }
 
-/// One step: one or several participants, asked at the same time.
+/// One step: one or more participants, asked at the same time.
 #[derive(Clone)]
 pub(crate) struct PlannedStep<C> {
     pub name: &'static str,
@@ -90,31 +90,31 @@ pub struct Saga<C> {
 }
 
 impl<C: SagaState> Saga<C> {
-    /// Starts a plan. The name is stored: never rename.
+    /// Starts a plan. The name is stored: never rename a saga.
     pub fn named(name: &'static str) -> Plan<C, Open> {
         let saga =
             Self { name, steps: Vec::new(), closing: Vec::new(), deadline: None, revision: 0, hash: String::new() };
         Plan { saga, place: PhantomData }
     }
 
-    /// Its name.
+    /// Returns the name of the saga.
     pub fn name(&self) -> &'static str {
         self.name
     }
 
-    /// Identifies the shape of the plan: names, kinds and order of the steps, number of participants, and its
-    /// [revision](Plan::revision). A running saga keeps to the definition with the hash it was started under. What a step
-    /// asks for and how it is undone is code, of which the hash says nothing.
+    /// Returns the hash of the plan's shape: names, kinds and order of the steps, number of participants, and the
+    /// [revision](Plan::revision). A running saga keeps the definition with the hash under which it started. The hash
+    /// does not cover the code that makes the requests and their undos.
     pub fn hash(&self) -> &str {
         &self.hash
     }
 
-    /// The category of the streams that record these sagas.
+    /// Returns the category of the streams that record these sagas.
     pub fn category(&self) -> String {
         format!("saga.{}", self.name)
     }
 
-    /// How many of the first steps can be undone.
+    /// Returns the number of steps, from the first, that can be undone.
     pub(crate) fn compensatable(&self) -> usize {
         self.steps.iter().take_while(|step| step.kind == Kind::Compensatable).count()
     }
@@ -131,34 +131,34 @@ impl<C: SagaState> Saga<C> {
     }
 }
 
-/// A plan in the making. `P` says what may come next.
+/// A plan under construction. `P` states what may come next.
 #[must_use = "a plan does nothing before `build`"]
 pub struct Plan<C, P> {
     saga: Saga<C>,
     place: PhantomData<P>,
 }
 
-/// Nothing is planned yet.
+/// The plan has no step yet.
 pub struct Open;
-/// The last step lacks its undo.
+/// The last step has no undo yet.
 pub struct NeedsUndo;
 /// The last step can be undone.
 pub struct Undoable;
-/// From here the saga only goes forward.
+/// The saga only goes forward from here.
 pub struct AfterPivot;
-/// The forward path is complete; what follows ends a compensated saga.
+/// The forward path is complete; the steps that follow end a compensated saga.
 pub struct Closing;
 
-/// Where a compensatable step may stand.
+/// Places where a compensatable step is allowed.
 pub trait BeforePivot {}
 impl BeforePivot for Open {}
 impl BeforePivot for Undoable {}
-/// Where a retriable step may stand.
+/// Places where a retriable step is allowed.
 pub trait BeforeClosing {}
 impl BeforeClosing for Open {}
 impl BeforeClosing for Undoable {}
 impl BeforeClosing for AfterPivot {}
-/// Where a plan may end.
+/// Places where a plan may end.
 pub trait Complete {}
 impl Complete for Undoable {}
 impl Complete for AfterPivot {}
@@ -184,14 +184,15 @@ impl<C: SagaState, P> Plan<C, P> {
         if self.saga.closing.is_empty() { self.saga.steps.last_mut() } else { self.saga.closing.last_mut() }
     }
 
-    /// Tells this plan from an earlier one of the same shape, whose steps ask for something else or are undone in another
-    /// way: raise it then, and register the earlier plan as [older](super::Runner::older). 0 by default.
+    /// Sets the revision, which distinguishes this plan from an earlier plan of the same shape. Raise the revision when
+    /// steps make other requests or are undone in another way, and register the earlier plan as
+    /// [older](super::Runner::older). 0 by default.
     pub fn revision(mut self, revision: u32) -> Self {
         self.saga.revision = revision;
         self
     }
 
-    /// How long the whole saga may take to reach its pivot; after that it is compensated.
+    /// Sets how long the whole saga may take to reach its pivot; after that time the saga is compensated.
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.saga.deadline = Some(deadline);
         self
@@ -199,20 +200,20 @@ impl<C: SagaState, P> Plan<C, P> {
 }
 
 impl<C: SagaState, P: BeforePivot> Plan<C, P> {
-    /// A step that can be undone. [`undo`](Plan::undo) must follow.
+    /// Adds a step that can be undone. [`undo`](Plan::undo) must follow.
     pub fn compensatable(self, name: &'static str, perform: Make<C>) -> Plan<C, NeedsUndo> {
         self.step(name, Kind::Compensatable, perform)
     }
 
-    /// The step that decides. If its participant refuses, what came before is undone; once it is done, the saga only goes
-    /// forward.
+    /// Adds the step that decides. If its participant refuses, the earlier steps are undone; once the pivot is done,
+    /// the saga only goes forward.
     pub fn pivot(self, name: &'static str, perform: Make<C>) -> Plan<C, AfterPivot> {
         self.step(name, Kind::Pivot, perform)
     }
 }
 
 impl<C: SagaState> Plan<C, NeedsUndo> {
-    /// What takes the step back. It may arrive for a step that never ran, and then does nothing.
+    /// Sets the request that undoes the step. The undo may arrive for a step that never ran, and then does nothing.
     pub fn undo(mut self, undo: Make<C>) -> Plan<C, Undoable> {
         if let Some(call) = self.last().and_then(|step| step.calls.last_mut()) {
             call.undo = Some(undo);
@@ -222,7 +223,7 @@ impl<C: SagaState> Plan<C, NeedsUndo> {
 }
 
 impl<C: SagaState> Plan<C, Undoable> {
-    /// One more participant in the same step, asked at the same time. Its [`undo`](Plan::undo) must follow.
+    /// Adds a participant to the same step, asked at the same time. Its [`undo`](Plan::undo) must follow.
     pub fn and(mut self, perform: Make<C>) -> Plan<C, NeedsUndo> {
         if let Some(step) = self.last() {
             step.calls.push(Call { perform, undo: None });
@@ -232,19 +233,19 @@ impl<C: SagaState> Plan<C, Undoable> {
 }
 
 impl<C: SagaState, P: BeforeClosing> Plan<C, P> {
-    /// A step that is repeated until it succeeds.
+    /// Adds a step that is repeated until it succeeds.
     pub fn retriable(self, name: &'static str, perform: Make<C>) -> Plan<C, AfterPivot> {
         self.step(name, Kind::Retriable, perform)
     }
 }
 
 impl<C: SagaState, P: Complete> Plan<C, P> {
-    /// A step at the end of a saga that was compensated, repeated until it succeeds.
+    /// Adds a step at the end of a compensated saga. The step is repeated until it succeeds.
     pub fn when_compensated(self, name: &'static str, perform: Make<C>) -> Plan<C, Closing> {
         self.step(name, Kind::Closing, perform)
     }
 
-    /// How long the last step waits for its participants before it asks again; [`STEP_TIMEOUT`] by default.
+    /// Sets how long the last step waits for its participants before it asks them again; [`STEP_TIMEOUT`] by default.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         if let Some(step) = self.last() {
             step.timeout = timeout;
@@ -252,7 +253,7 @@ impl<C: SagaState, P: Complete> Plan<C, P> {
         self
     }
 
-    /// How often the last step is asked for before it is given up; [`ATTEMPTS_MAX`] by default.
+    /// Sets the number of attempts before the last step is given up; [`ATTEMPTS_MAX`] by default.
     pub fn attempts(mut self, attempts_max: u32) -> Self {
         if let Some(step) = self.last() {
             step.attempts_max = attempts_max.max(1);
@@ -260,11 +261,11 @@ impl<C: SagaState, P: Complete> Plan<C, P> {
         self
     }
 
-    /// The definition.
+    /// Returns the definition.
     ///
     /// # Panics
-    /// On a mistake in the program text: if two steps have the same name, or if the name of the saga cannot be part of a category,
-    /// which is lower-case letters, digits, `.` and `_`.
+    /// On a mistake in the program text: if two steps have the same name, or if the name of the saga cannot be part of
+    /// a category (lower-case letters, digits, `.` and `_`).
     pub fn build(mut self) -> Saga<C> {
         let fault = categories::check(&self.saga.category()).map_err(|error| error.to_string());
         let fault = if self.saga.name.is_empty() { Err("it is empty".to_owned()) } else { fault };

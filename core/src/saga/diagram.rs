@@ -1,11 +1,11 @@
-//! Draws a plan: as Mermaid text for pages that render it, as SVG for those that do not.
+//! Draws a plan: as Mermaid text for pages that render Mermaid, as SVG for other pages.
 
 use std::fmt::Write;
 
 use super::definition::{Kind, PlannedStep, Saga};
 
 impl<C> Saga<C> {
-    /// The plan as a [Mermaid](https://mermaid.js.org) flowchart: solid arrows go forward, dashed ones back.
+    /// Returns the plan as a [Mermaid](https://mermaid.js.org) flowchart: solid arrows go forward, dashed arrows back.
     ///
     /// ```
     /// # use annals::{Saga, SagaState, saga::Request};
@@ -64,8 +64,9 @@ impl<C> Saga<C> {
         text
     }
 
-    /// The plan as a standalone SVG, as wide as it needs, readable on light and dark backgrounds. The forward path is on
-    /// top; below it, from right to left, what undoes it; below that what ends a compensated saga.
+    /// Returns the plan as a standalone SVG, as wide as the plan needs, readable on light and dark backgrounds. The
+    /// forward path is at the top; below it, from right to left, are the undos; below them are the steps that end a
+    /// compensated saga.
     ///
     /// ```
     /// # use annals::{Saga, SagaState, saga::Request};
@@ -107,7 +108,8 @@ impl<C> Saga<C> {
                 canvas.arrow(&format!("M{x} {}H{}", below + BOX / 2, to + width + TIP), "back");
             }
         }
-        // Whoever goes back last leads down to what ends the saga.
+        // The undo of the first step, or without undos the last step that can go back, leads down to the end of the
+        // saga.
         let (from, mut y) = if undos > 0 { (center(columns[0]), below) } else { (center(columns[last]), top) };
         if last == undos {
             let pivot = center(columns[last]);
@@ -132,12 +134,12 @@ impl<C> Saga<C> {
         canvas.finish(self.name)
     }
 
-    /// How many of the first steps have an undo.
+    /// Returns how many of the first steps have an undo.
     fn undos(&self) -> usize {
         self.steps.iter().take_while(|step| step.kind == Kind::Compensatable).count()
     }
 
-    /// The last step from which the saga can go back.
+    /// Returns the last step from which the saga can go back.
     fn last_that_goes_back(&self) -> Option<usize> {
         self.steps.iter().rposition(|step| step.kind != Kind::Retriable)
     }
@@ -187,25 +189,25 @@ fn caption(kind: Kind) -> &'static str {
 pub(super) const MARGIN: i32 = 12;
 /// The height of a box.
 pub(super) const BOX: i32 = 46;
-/// From the top of one row to the top of the next.
+/// The distance from the top of one row to the top of the next.
 const ROW: i32 = 92;
-/// Between two boxes in a row.
+/// The distance between two boxes in a row.
 pub(super) const GAP: i32 = 40;
-/// The length of an arrow's head, which stands beyond the end of its line.
+/// The length of an arrow's head, which extends beyond the end of its line.
 pub(super) const TIP: i32 = 8;
-/// How much lower than a box the end of a saga is, above and below.
+/// The inset of a saga's end, above and below, compared with a box.
 const END_INSET: i32 = 7;
-/// The width of the dot that a saga starts at.
+/// The width of the dot at which a saga starts.
 const DOT: i32 = 14;
 
-/// Wide enough for the text in any common font: nobody knows here which one it will be.
+/// Returns a width that holds the text in any common font, because the font is unknown here.
 pub(super) fn box_width(name: &str, caption: &str) -> i32 {
     let wide = |text: &str, narrow, wide| text.chars().map(|c| if c.is_ascii() { narrow } else { wide }).sum::<i32>();
     wide(name, 8, 14).max(wide(caption, 7, 12)).max(48) + 24
 }
 
-/// Each color carries its own text, so that the page behind does not matter; what stands on the page itself is a gray
-/// that is as far from white as from black.
+/// Each colored box carries its own text color, so that the background of the page does not matter. Text on the page
+/// itself is a gray that is as far from white as from black.
 const STYLE: &str = "\
 .saga text{font:14px system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif;text-anchor:middle;fill:#1f2328}
 .saga .caption{font-size:11px;fill-opacity:.75}
@@ -256,7 +258,7 @@ impl Canvas {
         self.draw(x + width, y + BOX, &format!(r#"<g class="end">{rect}{text}</g>"#));
     }
 
-    /// Where a saga starts; the right edge of it.
+    /// Draws the start of a saga and returns its right edge.
     pub fn dot(&mut self, x: i32, y: i32) -> i32 {
         let radius = DOT / 2;
         let element = format!(r#"<circle class="dot" cx="{}" cy="{}" r="{radius}"/>"#, x + radius, y + BOX / 2);
@@ -272,7 +274,8 @@ impl Canvas {
         self.draw(x + 60, y, &format!(r#"<text class="note" x="{}" y="{y}">{text}</text>"#, x + 7));
     }
 
-    /// Where the next box of a row stands: the first around the arrow that comes from above, the others after an arrow.
+    /// Returns the place of the next box in a row: the first box is centered under the arrow from above, later boxes
+    /// follow an arrow.
     fn next(&mut self, x: &mut Option<i32>, from: i32, y: i32, width: i32) -> i32 {
         let at = match *x {
             None => MARGIN.max(from - width / 2),

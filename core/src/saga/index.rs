@@ -1,4 +1,4 @@
-//! A document per saga: what operators see, and how timers that are due are found.
+//! One document per saga: for operators, and to find the timers that are due.
 
 use std::sync::Arc;
 
@@ -20,15 +20,15 @@ use crate::{
     work::Work,
 };
 
-/// Follows the sagas' own events and keeps a document for each saga: in collection `saga.<name>`, under the saga's id, due
-/// when its next timer is. A saga that moves several times within one batch is written once.
+/// Follows the events of sagas and keeps a document for each saga: in collection `saga.<name>`, under the saga's id,
+/// due when the saga's next timer is due. A saga that moves several times within one batch is written once.
 #[derive(Clone, Debug, Default)]
 pub struct Index {
     timers: Timers,
 }
 
 impl Index {
-    /// One that says so when it comes upon a timer.
+    /// Returns an index that passes each timer it finds to `timers`.
     pub(crate) fn telling(timers: Timers) -> Self {
         Self { timers }
     }
@@ -39,23 +39,23 @@ impl Index {
 pub struct SagaStatus {
     /// The saga's name.
     pub saga: String,
-    /// Its id.
+    /// The id of the saga.
     pub saga_id: String,
-    /// The definition it keeps to.
+    /// The hash of the saga's definition.
     pub definition_hash: String,
-    /// Its state.
+    /// The state of the saga.
     pub status: Status,
-    /// The step it is at.
+    /// The name of the present step.
     pub step: String,
-    /// How often that step was asked for.
+    /// The number of attempts at that step.
     pub attempts: u32,
-    /// When it started.
+    /// When the saga started.
     pub started_at: DateTime<Utc>,
-    /// When it ended.
+    /// When the saga ended.
     pub ended_at: Option<DateTime<Utc>>,
-    /// What went wrong last at the step it is at, and why it goes back.
+    /// The last error at the present step, and why the saga goes back.
     pub last_error: Option<String>,
-    /// The event that brought it there, which has the commands it waits for.
+    /// The position of the last event of the saga, which carries the commands that the saga waits for.
     #[serde(default)]
     pub position: Position,
 }
@@ -81,7 +81,7 @@ fn time(millis: i64) -> DateTime<Utc> {
     Utc.timestamp_millis_opt(millis).single().unwrap_or_default()
 }
 
-/// The fields of a saga event that the index wants.
+/// The fields of a saga event that the index reads.
 #[derive(Deserialize)]
 struct Glimpse {
     progress: Progress,
@@ -89,12 +89,12 @@ struct Glimpse {
     fault: Option<Fault>,
 }
 
-/// The events after which a saga that was stuck is not.
+/// The events after which a stuck saga is no longer stuck.
 const LEAVES_STUCK: [&str; 2] = ["saga.operated", "saga.migrated"];
-/// What stands before the category of a saga in the name of a collection that has a document for each saga which is stuck.
+/// The prefix of a collection with a document for each stuck saga; the category of the saga follows.
 pub const STUCK: &str = "stuck.";
 
-/// What went wrong where the very first step could not even be asked for: nothing else tells it.
+/// Returns the fault if the very first step could not even be sent: no event carries this fault.
 fn unsent(progress: &Progress, message: &Message) -> Option<Fault> {
     let trouble = progress.trouble.as_ref().filter(|_| &*message.type_name == "saga.started")?;
     let kind = if progress.status == Status::Stuck { FaultKind::Stuck } else { FaultKind::Failed };
@@ -113,7 +113,7 @@ impl Handler for Index {
         let status = SagaStatus::of(&stream, &progress, message.position);
         let body: Arc<str> = serde_json::to_string(&status)?.into();
         let key = DocumentKey::new(stream.category(), stream.id());
-        // What is beyond the calendar is never due.
+        // A time beyond the calendar is never due.
         let due = progress.wakes().filter(|due| *due <= LAST_DUE_MILLISECONDS).map(time);
         self.timers.set(stream.id(), due);
         let key_if_stuck = DocumentKey::new(format!("{STUCK}{}", stream.category()), stream.id());

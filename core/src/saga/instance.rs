@@ -1,4 +1,4 @@
-//! A saga as an aggregate: its stream is its history, folded by evolving and moved by the pure transition.
+//! A saga as an aggregate: its stream is its history, folded by `evolve` and moved by the pure transition.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -17,10 +17,10 @@ use crate::{aggregate::Aggregate, json::to_value, panic::caught_now};
 pub struct Instance<C> {
     context: Option<C>,
     unreadable: Option<Arc<str>>,
-    /// What an operator asked for from outside: verb, who, why.
+    /// A request of an operator from outside: action, operator, reason.
     requested: Option<(Verb, String, String)>,
     trail: Trail,
-    /// How far it is; `None` before it starts.
+    /// The progress of the saga; `None` before it starts.
     pub progress: Option<Progress>,
 }
 
@@ -31,26 +31,26 @@ impl<C> Default for Instance<C> {
 }
 
 impl<C> Instance<C> {
-    /// The steps that it has come to.
+    /// Returns the steps that the saga has reached.
     #[cfg(feature = "testing")]
     pub(crate) fn trail(&self) -> &Trail {
         &self.trail
     }
 
-    /// What the saga knows; `None` before it starts.
+    /// Returns the data of the saga; `None` before it starts.
     pub fn context(&self) -> Option<&C> {
         self.context.as_ref()
     }
 }
 
-/// The definitions that running sagas may keep to.
+/// The definitions that running sagas may keep.
 pub struct Definitions<C> {
     pub current: Arc<Saga<C>>,
     pub older: HashMap<String, Arc<Saga<C>>>,
     pub migrations: HashMap<String, fn(&Progress) -> Progress>,
 }
 
-/// What is asked of a saga, with everything a pure decision needs.
+/// An input to a saga, with everything that a pure decision needs.
 pub struct Ask<C> {
     pub definitions: Arc<Definitions<C>>,
     pub saga_id: Uuid,
@@ -65,49 +65,52 @@ pub enum What<C> {
     Operate { verb: Verb, by: String, reason: String },
 }
 
-/// Why a saga takes no input.
+/// Why a saga accepts no input.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SagaRefusal {
-    /// There is no such saga.
+    /// No saga has this id.
     #[error("no such saga")]
     NotStarted,
-    /// It was started under a definition that this build does not have. Register it as an older one, or a migration.
+    /// The saga was started under a definition that this build does not have. Register that definition as an older one,
+    /// or a migration from it.
     #[error(
         "the saga keeps to definition {0}, which this build does not have: register it as older, or a migration from it"
     )]
     UnknownDefinition(String),
-    /// What it was started with cannot be read by this build.
+    /// This build cannot read the data with which the saga was started, or its state cannot take a recorded outcome.
     #[error("what the saga was started with cannot be read: {0}")]
     Unreadable(Arc<str>),
-    /// It cannot be moved to the definition that this build has. Mend the migration, or register the definition as an older one.
+    /// The saga cannot be moved to the definition that this build has. Correct the migration, or register the old
+    /// definition as an older one.
     #[error(
         "the saga cannot be moved from definition {from} to {to}: {reason}; mend the migration, or register the plan as an older one"
     )]
     CannotMigrate {
-        /// The definition it keeps to.
+        /// The hash of the saga's definition.
         from: String,
-        /// The definition of this build.
+        /// The hash of this build's definition.
         to: String,
-        /// Why it cannot stand where the migration says.
+        /// Why the saga cannot stand at the place that the migration returns.
         reason: String,
     },
-    /// It stands at a place that its definition does not have, as an unchecked migration of an earlier build left it.
+    /// The saga stands at a place that its definition does not have, as left by an unchecked migration of an earlier
+    /// build.
     #[error(
         "the saga stands at {at} of definition {definition}, which has no such place; abandon it, or migrate it from there"
     )]
     Nowhere {
-        /// Where it stands.
+        /// The place of the saga.
         at: At,
-        /// The definition it keeps to.
+        /// The hash of the saga's definition.
         definition: String,
     },
-    /// The verb does not apply, or a command has no JSON form.
+    /// The action does not apply, or a command has no JSON form.
     #[error("{0}")]
     Illegal(String),
 }
 
 impl SagaRefusal {
-    /// Whether another build may take the input.
+    /// Returns whether another build may accept the input.
     pub(crate) fn awaits_build(&self) -> bool {
         match self {
             Self::UnknownDefinition(_) | Self::CannotMigrate { .. } | Self::Nowhere { .. } | Self::Unreadable(_) => {
@@ -119,7 +122,7 @@ impl SagaRefusal {
 }
 
 impl<C> Definitions<C> {
-    /// Whether sagas of this definition can go on.
+    /// Returns whether sagas of this definition can go on.
     pub(crate) fn knows(&self, hash: &str) -> bool {
         self.current.hash == hash || self.older.contains_key(hash) || self.migrations.contains_key(hash)
     }
@@ -215,7 +218,7 @@ impl<C: SagaState> Aggregate for Instance<C> {
     }
 }
 
-/// What becomes of an operator's request: it is taken up once, whether it applies or not.
+/// Carries out or declines an operator's request: a request is handled once, whether it applies or not.
 fn carry_out<C: SagaState>(
     (verb, by, reason): &(Verb, String, String),
     definition: &Saga<C>,
@@ -232,11 +235,11 @@ fn carry_out<C: SagaState>(
     SagaEvent::Declined { verb, by, why, progress: Progress { due: None, ..progress } }
 }
 
-/// An answer as it is recorded, unless it is in the way, and where it leads.
+/// The reply as recorded, if the input is a reply, and the move that follows.
 type Taken<C> = (Option<Reply>, Moved<C>);
 
-/// Where a reply leads to, and the reply as it is recorded: an answer that the saga cannot go on with is a failure of the step
-/// that gave it, so that the saga can go back.
+/// Returns the move that follows from a reply, and the reply as recorded. An answer with which the saga cannot go on
+/// counts as a failure of its step, so that the saga can go back.
 fn take_reply<C: SagaState>(
     reply: Reply,
     definition: &Saga<C>,
@@ -277,7 +280,7 @@ fn is_compensatable<C: SagaState>(definition: &Saga<C>, at: At) -> bool {
 }
 
 impl<C: SagaState> Instance<C> {
-    /// The definition that it goes on with, and where it stands in that.
+    /// Returns the definition with which the saga goes on, and its progress in that definition.
     pub(crate) fn standing<'a>(
         &self,
         definitions: &'a Definitions<C>,
@@ -300,7 +303,8 @@ impl<C: SagaState> Instance<C> {
         Ok((definition, progress))
     }
 
-    /// What no decision has come upon: a state of this build that cannot take what an earlier one could.
+    /// Updates the saga's state. A panic here means that the state of this build cannot take an outcome that an earlier
+    /// build recorded: this build would not have recorded it.
     fn learn(&mut self, step: &str, outcome: &Outcome) {
         let Some(context) = &mut self.context else { return };
         if let Err(panic) = caught_now(|| context.learn(step, outcome)) {

@@ -1,4 +1,4 @@
-//! Moving a saga to another plan, or refusing to: no step is asked for twice, and none is left without its undo.
+//! Moves a saga to another plan, or refuses the move: no step is repeated, and none is left without its undo.
 
 use std::{collections::BTreeMap, mem::discriminant, sync::Arc};
 
@@ -8,11 +8,11 @@ use super::{
 };
 use crate::panic::caught_now;
 
-/// The steps that a saga has come to, in this order: as their participants know them, and by name.
+/// The steps that a saga has reached, in this order: as their participants know them, and by name.
 pub(super) type Trail = Vec<(At, Arc<str>)>;
 
 impl<C> Saga<C> {
-    /// The step at a place, if the plan has that place.
+    /// Returns the step at a place, if the plan has that place.
     pub(super) fn planned(&self, at: At) -> Option<&PlannedStep<C>> {
         match at {
             At::Forward(step) => self.steps.get(step),
@@ -21,16 +21,16 @@ impl<C> Saga<C> {
         }
     }
 
-    /// Whether a saga can stand so in this plan.
+    /// Returns whether a saga with this progress fits this plan.
     pub(super) fn has(&self, progress: &Progress) -> bool {
         self.planned(progress.at).is_some_and(|step| step.calls.len() == progress.calls.len())
     }
 }
 
-/// Where a saga stands in `plan`, as `migrate` says.
+/// Returns the progress of a saga in `plan`, as `migrate` computes it.
 ///
 /// # Errors
-/// Why it cannot stand there.
+/// Why the saga cannot stand at that place.
 pub(super) fn migrated<C: SagaState>(
     migrate: fn(&Progress) -> Progress,
     from: &Progress,
@@ -61,7 +61,7 @@ pub(super) fn migrated<C: SagaState>(
     Ok(Progress { definition: plan.hash.clone(), numbers: numbers(trail, plan), ..moved })
 }
 
-/// Whether a saga that goes on at `at` neither does a step again nor leaves one without its undo.
+/// Checks that a saga which goes on at `at` neither repeats a step nor leaves one without its undo.
 fn keeps_what_was_asked<C>(from: &Progress, at: At, trail: &Trail, plan: &Saga<C>) -> Result<(), String> {
     let asked = |is: fn(&At) -> bool| trail.iter().filter(move |(at, _)| is(at)).map(|(_, name)| &**name);
     let forward = || asked(|at| matches!(at, At::Forward(_)));
@@ -88,9 +88,9 @@ fn keeps_what_was_asked<C>(from: &Progress, at: At, trail: &Trail, plan: &Saga<C
             let turned_at = forward().next_back();
             for name in forward().filter(|name| !undone().any(|undone| undone == *name)) {
                 match place_of(&plan.steps, name) {
-                    // The way back began behind it: it was refused, so there is nothing to undo.
+                    // The saga turned back at this step because its participant refused, so there is nothing to undo.
                     _ if turned_at == Some(name) => {}
-                    // A step that decides did not happen, or the saga would not go back.
+                    // The pivot did not happen, or the saga would not go back.
                     Some(place) if plan.steps[place].kind == Kind::Pivot => {}
                     None => return Err(format!("step {name:?} was asked for, and the plan has no undo of it")),
                     Some(place) if place >= step => return Err(format!("step {name:?} would not be undone")),
@@ -107,8 +107,8 @@ fn keeps_what_was_asked<C>(from: &Progress, at: At, trail: &Trail, plan: &Saga<C
     }
 }
 
-/// The numbers that the steps of `plan` go by at their participants: a step that was asked for keeps its own, whatever its
-/// place is now, and every other one gets a number that was not used. Empty if all of them go by their places.
+/// Returns the numbers of the plan's steps at their participants: a step that was asked for keeps its number at any
+/// place, and every other step gets a number that was not used. Empty if the number of every step is its place.
 fn numbers<C>(trail: &Trail, plan: &Saga<C>) -> BTreeMap<String, usize> {
     let forward = trail.iter().filter_map(|(at, name)| match at {
         At::Forward(number) => Some((&**name, *number)),

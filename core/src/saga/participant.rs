@@ -1,4 +1,5 @@
-//! The other side of a saga: carries out a step once, takes it back once, and refuses a step that arrives after its undo.
+//! The receiving side of a saga: carries out a step once, undoes it once, and refuses a step that arrives after its
+//! undo.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -19,57 +20,60 @@ use crate::{
     work::{Work, WorkError},
 };
 
-/// The largest answer of a participant, in bytes of JSON. The saga records an answer in one event with the commands that
-/// follow from it, so an answer takes half of what an event takes.
+/// The largest answer of a participant, in bytes of JSON. The saga records the answer and the commands that follow from
+/// it in one event, so an answer may take half of the limit of an event.
 pub const ANSWER_BYTES_MAX: usize = EVENT_BYTES_MAX / 2;
-/// How deep an answer stands in the events that record it.
+/// The nesting depth of an answer within the events that record it.
 const ANSWER_DEPTH: usize = 8;
-/// Events read in one go when an answer is looked for.
+/// The number of events read per page in the search for a recorded answer.
 const ANSWERS_PAGE: usize = 1_000;
 
 /// Carries out the commands that sagas send to a service.
 ///
-/// What it stages in `work` commits together with the record that the step was done. It is called once per step and once
-/// per undo, whatever the bus delivers; an undo only where the step was done, or may have been done: see
-/// [`StepError::Unknown`].
+/// Effects staged in `work` commit together with the record that the step was done. `perform` is called once per step
+/// and once per undo, whatever the bus delivers. An undo is called only if the step was done, or may have been done:
+/// see [`StepError::Unknown`].
 ///
-/// Stage first and call an outside party last: then no refusal by an aggregate comes after the money moved.
+/// Stage first and call an outside party last: then no aggregate can refuse after the money has moved.
 #[async_trait]
 pub trait Participant: Send + Sync + 'static {
-    /// The commands it knows.
+    /// The commands that the participant understands.
     type Command: Event;
 
-    /// Carries out a command. What it stages is committed with the answer; on an error it is thrown away.
+    /// Carries out a command. Effects staged in `work` are committed with the answer; on an error they are discarded.
     async fn perform(&self, command: Self::Command, work: &mut Work) -> Result<Answer, StepError>;
 }
 
-/// What a participant answers, having staged what belongs to it.
+/// The answer of a participant that has staged its effects.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Answer {
-    /// It is done; the saga learns the value.
+    /// The step is done; the saga learns the value.
     Done(Value),
-    /// It will not be done, and what was staged says so.
+    /// The step is refused, and the staged effects record the refusal.
     Refused(String),
 }
 
 impl Answer {
-    /// It is done, and there is nothing more to say.
+    /// The step is done, without a value.
     pub const DONE: Self = Self::Done(Value::Null);
 }
 
-/// Why a step was not done. What was staged for it is thrown away.
+/// Why a step was not done. Effects staged for the step are discarded.
 #[derive(Debug)]
 pub enum StepError {
-    /// It will not be done: the saga goes back. `?` on an aggregate's refusal becomes this. An undo, and a step that the
-    /// saga cannot go back from, must succeed: there it is taken as [`Failed`](StepError::Failed), and asked for again.
+    /// The step is refused: the saga goes back. `?` on an aggregate's refusal becomes this variant. An undo, and a step
+    /// from which the saga cannot go back, must succeed: there a refusal is treated as [`Failed`](StepError::Failed),
+    /// and the step is attempted again.
     Refused(String),
-    /// It could not be done now: the saga asks again with the same id. If it gives the step up, there is nothing to undo.
+    /// The step could not be done now: the saga attempts it again with the same id. If the saga gives the step up,
+    /// there is nothing to undo.
     Failed(String),
-    /// It is not known whether an outside party did it, as when no answer came in time: the saga asks again with the same
-    /// id. If it gives the step up, the undo is called, and takes back what is there, which may be nothing. A panic is
-    /// taken as this.
+    /// Whether an outside party did the step is unknown, for example after a timeout: the saga attempts it again with
+    /// the same id. If the saga gives the step up, the undo is called, and takes back what is there, which may be
+    /// nothing. A panic is treated as this variant.
     Unknown(String),
-    /// The store is away; nobody else is told.
+    /// The store failed. While the store is unavailable, the command waits and the saga gets no reply; any other store
+    /// error is treated as [`Failed`](StepError::Failed).
     Store(StoreError),
 }
 
@@ -86,7 +90,7 @@ impl<R: std::error::Error + 'static> From<WorkError<R>> for StepError {
     }
 }
 
-/// What a service did of one saga's steps.
+/// An event of one saga's steps at a service.
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "step")]
 pub enum StepEvent {
@@ -96,65 +100,65 @@ pub enum StepEvent {
         saga: String,
         /// The service that runs the saga.
         reply_to: String,
-        /// What became of the step.
+        /// The outcome of the step.
         reply: Reply,
     },
 }
 
-/// What is known of one step.
+/// The state of one step at its participant.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Slot {
-    /// It may have been done: an attempt had an unknown outcome.
+    /// The step may have been done: an attempt had an unknown outcome.
     Unknown,
-    /// It was done.
+    /// The step was done.
     Done,
-    /// It was refused, for good.
+    /// The step was refused, for good.
     Refused,
-    /// It was undone, or its undo came first: it will not be done any more.
+    /// The step was undone, or its undo came first: the step is never done any more.
     Undone,
 }
 
-/// The steps of one saga at one service. Its stream is the barrier.
+/// The steps of one saga at one service. The stream of this aggregate is the barrier.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Participation {
     slots: BTreeMap<(At, usize), Slot>,
 }
 
-/// A step as it arrives.
+/// A step command as it arrives.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepCommand {
-    /// Where in the plan.
+    /// The place in the plan.
     pub at: At,
-    /// Which participant of the step.
+    /// The index of the participant within the step.
     pub call: usize,
-    /// Which attempt.
+    /// The number of the attempt.
     pub attempt: u32,
-    /// Whether a refusal is one more failure, because the saga cannot go back.
+    /// Whether a refusal counts as one more failure, because the saga cannot go back.
     pub must_succeed: bool,
 }
 
 impl StepCommand {
-    /// What becomes of a step that its participant refuses. Were it recorded as refused although it must succeed, the
-    /// barrier would bar every further attempt.
+    /// Returns the outcome of a step that its participant refuses. If a step that must succeed were recorded as
+    /// refused, the barrier would block every further attempt.
     pub fn refused(&self, reason: String) -> Outcome {
         if self.must_succeed { Outcome::Failed(reason) } else { Outcome::Refused(reason) }
     }
 }
 
-/// What to do about a step.
+/// What the barrier decides about a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// Carry it out.
+    /// Carry out the step.
     Perform,
-    /// There is nothing to take back, or nothing any more: record that, so that a late step is refused.
+    /// There is nothing to undo, or nothing any more: record the undo, so that a late step is refused.
     Bar,
-    /// It was done or refused before: give the recorded answer again.
+    /// The step was done or refused before: send the recorded answer again.
     Repeat,
-    /// It was undone, or its undo came first: refuse it.
+    /// The step was undone, or its undo came first: refuse it.
     Refuse,
 }
 
-/// The barrier, as a pure function.
+/// Decides about a step: the barrier, as a pure function.
 pub fn decide_step(participation: &Participation, command: &StepCommand) -> Step {
     let slot = |at| participation.slots.get(&(at, command.call));
     match command.at {
@@ -171,7 +175,7 @@ pub fn decide_step(participation: &Participation, command: &StepCommand) -> Step
 }
 
 impl Participation {
-    /// What is known of a step.
+    /// Returns the state of a step, if any is recorded.
     pub fn slot(&self, at: At, call: usize) -> Option<&Slot> {
         self.slots.get(&(at, call))
     }
@@ -189,7 +193,7 @@ impl Aggregate for Participation {
 
     fn evolve(&mut self, StepEvent::Replied { reply, .. }: &StepEvent) {
         let (at, slot) = match (reply.at, &reply.outcome) {
-            // Whatever was known before is as true as it was.
+            // A failed attempt changes nothing about the earlier state.
             (_, Outcome::Failed(_)) | (At::Undo(_), Outcome::Unknown(_)) => return,
             (at, Outcome::Unknown(_)) => (at, Slot::Unknown),
             (At::Undo(step), _) => (At::Forward(step), Slot::Undone),
@@ -197,7 +201,7 @@ impl Aggregate for Participation {
             (at, Outcome::Refused(_)) => (at, Slot::Refused),
         };
         let known = self.slots.entry((at, reply.call)).or_insert_with(|| slot.clone());
-        // What was undone stays so: a late step is answered, but never done.
+        // An undone step stays undone: a late step is answered, but never done.
         if *known != Slot::Undone {
             *known = slot;
         }
@@ -335,7 +339,7 @@ impl<P: Participant> Desk<P> {
     }
 }
 
-/// Whether the events that record an answer can be stored.
+/// Checks that the events that record an answer can be stored.
 fn check_answer(answer: &Value) -> Result<(), String> {
     if *answer == Value::Null {
         return Ok(());

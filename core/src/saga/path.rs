@@ -1,4 +1,4 @@
-//! The way one saga took, as a drawing.
+//! The path that one saga took, as a drawing.
 
 use std::{fmt::Write, mem::discriminant};
 
@@ -7,10 +7,10 @@ use super::{
     progress::{At, Outcome, Progress, SagaEvent, Status},
 };
 
-/// Between two boxes with a reason on the arrow.
+/// The distance between two boxes when the arrow carries a reason.
 const WIDE_GAP: i32 = 2 * GAP;
 
-/// The way that one saga took, drawn from its events: the steps it came to, in order, and why it turned back.
+/// The path that one saga took, drawn from its events: the steps it reached, in order, and why it turned back.
 ///
 /// ```
 /// # use annals::saga::Path;
@@ -20,24 +20,24 @@ const WIDE_GAP: i32 = 2 * GAP;
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Path {
     stops: Vec<Stop>,
-    /// How it ended; `None` while it waits at its last stop.
+    /// How the saga ended; `None` while it waits at its last stop.
     end: Option<&'static str>,
     went_back: bool,
 }
 
-/// A step that the saga came to.
+/// A step that the saga reached.
 #[derive(Clone, Debug, PartialEq)]
 struct Stop {
     at: At,
     step: String,
     name: String,
     attempts: u32,
-    /// Why it went on from there the way it did, where that was not because it was done.
+    /// Why the saga moved on from this step, if the reason is not that the step was done.
     trouble: Option<&'static str>,
 }
 
 impl Path {
-    /// The way that these events of one saga tell of, from its first on.
+    /// Returns the path that the events of one saga describe, from its first event on.
     pub fn of<'a>(events: impl IntoIterator<Item = &'a SagaEvent>) -> Self {
         let mut stops: Vec<Stop> = Vec::new();
         let mut last: Option<&Progress> = None;
@@ -47,7 +47,7 @@ impl Path {
                 stop.trouble = trouble(event).or(stop.trouble);
             }
             match stops.last_mut() {
-                // A plan that it was moved to may have the same step at another place.
+                // A saga that was moved to another plan may have the same step at another place.
                 Some(stop) if discriminant(&stop.at) == discriminant(&progress.at) && stop.step == progress.step => {
                     stop.attempts = stop.attempts.max(progress.attempt)
                 }
@@ -71,7 +71,7 @@ impl Path {
         Self { stops, end, went_back }
     }
 
-    /// As a [Mermaid](https://mermaid.js.org) flowchart: solid arrows go forward, dashed ones back.
+    /// Returns the path as a [Mermaid](https://mermaid.js.org) flowchart: solid arrows go forward, dashed arrows back.
     pub fn mermaid(&self) -> String {
         let mut text = "flowchart LR\n".to_owned();
         if self.stops.is_empty() {
@@ -99,7 +99,8 @@ impl Path {
         text
     }
 
-    /// As a standalone SVG, in one row from left to right, readable on light and dark backgrounds. `name` is its title.
+    /// Returns the path as a standalone SVG, in one row from left to right, readable on light and dark backgrounds.
+    /// `name` is its title.
     pub fn svg(&self, name: &str) -> String {
         let (mut canvas, y) = (Canvas::default(), MARGIN);
         let mut x = canvas.dot(MARGIN, y);
@@ -124,7 +125,7 @@ impl Path {
     }
 }
 
-/// An arrow to the next box, with the reason for it; where that box begins.
+/// Draws an arrow to the next box, with the reason for it, and returns where that box begins.
 fn step(canvas: &mut Canvas, x: i32, class: &str, reason: Option<&str>) -> i32 {
     let gap = if reason.is_some() { WIDE_GAP } else { GAP };
     canvas.arrow(&format!("M{x} {}h{}", MARGIN + BOX / 2, gap - TIP), class);

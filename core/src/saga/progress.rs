@@ -1,4 +1,4 @@
-//! How far one saga has come, and the events that record it.
+//! The progress of one saga, and the events that record it.
 
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
@@ -13,9 +13,9 @@ use crate::{Event, reason};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Status {
-    /// Going forward.
+    /// The saga goes forward.
     Running,
-    /// Going back.
+    /// The saga goes back.
     Compensating,
     /// Every step is done.
     Completed,
@@ -26,21 +26,21 @@ pub enum Status {
 }
 
 impl Status {
-    /// Whether nothing more will happen by itself or by an operator.
+    /// Returns whether the saga is over: nothing more happens by itself or through an operator.
     pub fn has_ended(self) -> bool {
         matches!(self, Self::Completed | Self::Compensated)
     }
 }
 
-/// Where in its plan a saga is: `forward.2`, `undo.0`, `closing.1`. Steps count from 0.
+/// The place of a saga in its plan: `forward.2`, `undo.0`, `closing.1`. Steps count from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum At {
-    /// Carrying out this step.
+    /// The saga carries out this step.
     Forward(usize),
-    /// Undoing this step.
+    /// The saga undoes this step.
     Undo(usize),
-    /// Carrying out this step of the end of a compensated saga.
+    /// The saga carries out this step of the end of a compensated saga.
     Closing(usize),
 }
 
@@ -82,26 +82,26 @@ impl TryFrom<String> for At {
     }
 }
 
-/// What is known of one participant in the present step.
+/// The state of one participant in the present step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CallState {
-    /// Asked, and not heard of. It may have happened or not.
+    /// The participant was asked and has not replied. The step may have happened or not.
     Waiting,
-    /// Done.
+    /// The participant has done its part.
     Done,
-    /// Refused: it did not happen.
+    /// The participant refused: its part did not happen.
     Refused,
-    /// Failed: it did not happen this time, or nobody knows.
+    /// The participant failed: its part did not happen this time, or the outcome is unknown.
     Failed,
 }
 
-/// What went wrong at a step.
+/// An error at a step.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Failure {
     /// The step.
     pub step: String,
-    /// What was wrong.
+    /// The reason for the error.
     pub reason: String,
 }
 
@@ -111,79 +111,79 @@ impl fmt::Display for Failure {
     }
 }
 
-/// What became of a step that went wrong.
+/// What the saga does after a fault at a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FaultKind {
-    /// It failed, and is asked for again.
+    /// The step failed, and is attempted again.
     Failed,
-    /// No answer came in time, and it is asked for again.
+    /// No reply came in time, and the step is attempted again.
     TimedOut,
-    /// It was given up, and the saga goes back.
+    /// The step was given up, and the saga goes back.
     GaveUp,
-    /// It was given up and cannot be taken back: a person has to act.
+    /// The step was given up and the saga cannot go back: an operator has to act.
     Stuck,
 }
 
-/// What an event says of a step that went wrong, for the log of the process and its counters.
+/// The part of an event that describes a fault at a step, for the log of the process and its counters.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Fault {
-    /// What became of it.
+    /// What the saga does after the fault.
     pub kind: FaultKind,
     /// The step.
     pub step: String,
-    /// Which attempt.
+    /// The number of the attempt.
     pub attempt: u32,
-    /// The start of what was wrong.
+    /// The start of the reason.
     pub reason: String,
-    /// The services that were asked and did not answer.
+    /// The services that were asked and did not reply.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub silent: Vec<String>,
 }
 
-/// How far a saga has come. Times are in milliseconds since 1970.
+/// The progress of a saga. Times are in milliseconds since 1970.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Progress {
-    /// Its state.
+    /// The state of the saga.
     pub status: Status,
-    /// Where in the plan.
+    /// The place in the plan.
     pub at: At,
-    /// The name of that step.
+    /// The name of the present step.
     pub step: String,
-    /// What is known of its participants.
+    /// The states of the participants of the present step.
     pub calls: Vec<CallState>,
-    /// How often the step was asked for.
+    /// The number of attempts at the present step.
     pub attempt: u32,
-    /// Whether `due` is when to ask again, rather than when to stop waiting.
+    /// Whether `due` is the time of the next attempt, rather than the end of the wait for replies.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub retrying: bool,
-    /// The step's timer.
+    /// The time of the step's timer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub due: Option<i64>,
-    /// When the saga is to be compensated if it has not reached its pivot.
+    /// The time at which the saga is compensated if it has not reached its pivot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deadline: Option<i64>,
-    /// Why it goes back.
+    /// Why the saga goes back.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<Failure>,
-    /// What went wrong last at the step it is at, whether it asks again or is stuck.
+    /// The last error at the present step, whether the step is attempted again or the saga is stuck.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trouble: Option<Failure>,
-    /// The definition it keeps to.
+    /// The hash of the definition that the saga keeps.
     pub definition: String,
-    /// The numbers that steps go by at their participants, for a saga that was moved to a plan in which they have other
-    /// places. Without, they go by their places.
+    /// The numbers under which participants know the steps, for a saga that was moved to a plan in which the steps have
+    /// other places. When this map is empty, the number of each step is its place.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub numbers: BTreeMap<String, usize>,
-    /// When it started.
+    /// When the saga started.
     pub started: i64,
-    /// When it ended, or was abandoned.
+    /// When the saga ended, or was abandoned.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ended: Option<i64>,
 }
 
 impl Progress {
-    /// When it wants attention next.
+    /// Returns the time at which the next timer of the saga is due.
     pub fn wakes(&self) -> Option<i64> {
         match (self.due, self.deadline) {
             (Some(due), Some(deadline)) => Some(due.min(deadline)),
@@ -191,12 +191,13 @@ impl Progress {
         }
     }
 
-    /// The step that it is at, as the participants know it: the same for as long as the saga runs, whatever plan it is moved to.
+    /// Returns the present step as the participants know it: the same as long as the saga runs, even if the saga is
+    /// moved to another plan.
     pub fn known_as(&self) -> At {
         self.number_of(self.at, &self.step)
     }
 
-    /// A step of its plan, with this place and this name, as the participants know it.
+    /// Returns the step with this place and this name in the plan, as the participants know it.
     pub(crate) fn number_of(&self, at: At, step: &str) -> At {
         let number = |place: usize| self.numbers.get(step).copied().unwrap_or(place);
         match at {
@@ -206,7 +207,7 @@ impl Progress {
         }
     }
 
-    /// What operators read first: what is wrong now, and why it goes back.
+    /// Returns the text that operators read first: the present error, and why the saga goes back.
     pub fn last_error(&self) -> Option<String> {
         match (&self.trouble, &self.failure) {
             (Some(trouble), Some(failure)) => Some(format!("{trouble}; it goes back because of {failure}")),
@@ -215,23 +216,23 @@ impl Progress {
     }
 }
 
-/// How a step ended, as a saga's state gets to know it.
+/// How a step ended, as passed to the saga's state.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
-    /// Done, with what the participant replied.
+    /// Done, with the participant's answer.
     Done(serde_json::Value),
     /// Refused, with the reason.
     Refused(String),
     /// Failed this time, with the reason; or given up by the saga.
     Failed(String),
-    /// It is not known whether it was done this time, with the reason. A saga asks again as after a failure; its
-    /// participant remembers that there may be something to undo.
+    /// Whether the step was done this time is unknown, with the reason. The saga attempts the step again as after a
+    /// failure; the participant remembers that there may be something to undo.
     Unknown(String),
 }
 
 impl Outcome {
-    /// The same with its reason as it can be stored.
+    /// Returns the outcome with a reason that the store accepts.
     pub(crate) fn cleaned(self) -> Self {
         match self {
             Self::Done(answer) => Self::Done(answer),
@@ -241,7 +242,7 @@ impl Outcome {
         }
     }
 
-    /// The reason; empty for a step that was done.
+    /// Returns the reason; empty for a step that was done.
     pub(crate) fn reason(&self) -> &str {
         match self {
             Self::Done(_) => "",
@@ -250,23 +251,23 @@ impl Outcome {
     }
 }
 
-/// What a participant replied.
+/// The reply of a participant.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Reply {
-    /// To which step.
+    /// The step that the reply answers.
     pub at: At,
-    /// Which of its participants.
+    /// The index of the participant within the step.
     pub call: usize,
-    /// To which attempt.
+    /// The attempt that the reply answers.
     pub attempt: u32,
-    /// What became of it.
+    /// The outcome of the step.
     pub outcome: Outcome,
 }
 
 /// A command on its way to a participant.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Command {
-    /// The same on each attempt.
+    /// The id of the command: the same on each attempt.
     pub id: Uuid,
     /// The service that carries it out.
     pub to: String,
@@ -275,13 +276,13 @@ pub struct Command {
     pub type_name: String,
     /// The schema version of `data`.
     pub schema_version: i32,
-    /// The step it belongs to.
+    /// The step that the command belongs to.
     pub at: At,
-    /// Which of its participants.
+    /// The index of the participant within the step.
     pub call: usize,
-    /// Which attempt.
+    /// The number of the attempt.
     pub attempt: u32,
-    /// Whether the saga cannot go back from here: a refusal then is one more failure.
+    /// Whether the saga cannot go back from this step: a refusal then counts as one more failure.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub must_succeed: bool,
     /// The command as JSON.
@@ -295,100 +296,100 @@ impl PartialEq for Command {
     }
 }
 
-/// What happened to a saga. Every event carries the progress after it, and the commands it sends: the relay needs nothing
+/// An event of a saga. Every event carries the progress after it and the commands it sends, so the relay needs nothing
 /// else.
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "saga")]
 pub enum SagaEvent {
-    /// It began.
+    /// The saga started.
     Started {
-        /// Its name.
+        /// The name of the saga.
         saga: String,
-        /// What it was given, as JSON.
+        /// The initial data of the saga, as JSON.
         context: serde_json::Value,
-        /// Where it stands now.
+        /// The progress after this event.
         progress: Progress,
-        /// What it asks for.
+        /// The commands that the saga sends.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         send: Vec<Command>,
     },
     /// A participant replied.
     Replied {
-        /// What.
+        /// The reply.
         reply: Reply,
-        /// The step it gave up because of it, and why.
+        /// The step that the saga gave up because of the reply, and why.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         gave_up: Option<Failure>,
-        /// What went wrong.
+        /// The fault at the step.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         fault: Option<Fault>,
-        /// Where it stands now.
+        /// The progress after this event.
         progress: Progress,
-        /// What it asks for.
+        /// The commands that the saga sends.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         send: Vec<Command>,
     },
     /// A timer fired.
     Timed {
-        /// The step it gave up because of it, and why.
+        /// The step that the saga gave up because of the timer, and why.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         gave_up: Option<Failure>,
-        /// What went wrong.
+        /// The fault at the step.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         fault: Option<Fault>,
-        /// Where it stands now.
+        /// The progress after this event.
         progress: Progress,
-        /// What it asks for.
+        /// The commands that the saga sends.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         send: Vec<Command>,
     },
     /// An operator acted.
     Operated {
-        /// How.
+        /// The action.
         verb: Verb,
-        /// Who.
+        /// The operator.
         by: String,
-        /// Why.
+        /// The operator's reason.
         reason: String,
-        /// Where it stands now.
+        /// The progress after this event.
         progress: Progress,
-        /// What it asks for.
+        /// The commands that the saga sends.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         send: Vec<Command>,
     },
-    /// An operator asks for a verb from outside: whoever runs the saga carries it out, or declines.
+    /// An operator requested an action from outside: the service that runs the saga carries it out, or declines it.
     Requested {
-        /// Which.
+        /// The requested action.
         verb: Verb,
-        /// Who.
+        /// The operator.
         by: String,
-        /// Why.
+        /// The operator's reason.
         reason: String,
-        /// As before, but for the timer: it is due at once.
+        /// The progress as before, except for the timer, which is due at once.
         progress: Progress,
     },
-    /// What an operator asked for does not apply.
+    /// The action that an operator requested does not apply.
     Declined {
-        /// Which.
+        /// The declined action.
         verb: Verb,
-        /// Who asked for it.
+        /// The operator.
         by: String,
-        /// Why not.
+        /// Why the action was declined.
         why: String,
-        /// As before.
+        /// The progress as before, without a step timer.
         progress: Progress,
     },
-    /// It was moved to another definition.
+    /// The saga was moved to another definition.
     Migrated {
-        /// The definition it kept to before.
+        /// The hash of the previous definition.
         from: String,
-        /// Where it stands now.
+        /// The progress after this event.
         progress: Progress,
     },
 }
 
 impl SagaEvent {
-    /// Where the saga stands after this event.
+    /// Returns the progress of the saga after this event.
     pub fn progress(&self) -> &Progress {
         match self {
             Self::Started { progress, .. }

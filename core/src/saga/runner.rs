@@ -1,4 +1,4 @@
-//! Starts sagas, feeds them replies and timers, and lets operators act on them.
+//! Starts sagas, passes replies and timers to them, and carries out the actions of operators.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -23,7 +23,7 @@ use crate::{
     work::{Work, WorkError},
 };
 
-/// Tells which messages start a saga: its id, and what it is given.
+/// Decides whether a message starts a saga, and returns the saga's id and initial data.
 pub type Starts<C> = fn(&Message) -> Result<Option<(String, C)>, HandlerError>;
 
 /// Runs the sagas of one definition.
@@ -52,7 +52,7 @@ impl<C: SagaState> Clone for Runner<C> {
 }
 
 impl<C: SagaState> Runner<C> {
-    /// Runs `saga`; it starts with those events of `query` that `starts` gives an id for.
+    /// Runs `saga`. A saga starts with each event of `query` for which `starts` returns an id.
     pub fn new(store: Arc<dyn EventStore>, saga: Saga<C>, query: LogQuery, starts: Starts<C>) -> Self {
         let instances = Repository::of_framework(store.clone(), &saga.category(), CACHED_AGGREGATES);
         let definitions = Definitions { current: Arc::new(saga), older: HashMap::new(), migrations: HashMap::new() };
@@ -72,8 +72,9 @@ impl<C: SagaState> Runner<C> {
         self
     }
 
-    /// Lets sagas that were started under an earlier definition keep to it. One of the same hash as another would never be
-    /// used: then [`Runtime::start`](crate::Runtime::start) refuses the service. See [`Plan::revision`](super::Plan::revision).
+    /// Lets sagas that were started under an earlier definition keep it. A definition with the same hash as another
+    /// would never be used: [`Runtime::start`](crate::Runtime::start) then refuses the service. See
+    /// [`Plan::revision`](super::Plan::revision).
     pub fn older(mut self, saga: Saga<C>) -> Self {
         self.refuse_known(&saga.hash, "registered as older");
         self.with(|definitions| _ = definitions.older.insert(saga.hash.clone(), Arc::new(saga)))
@@ -97,22 +98,22 @@ impl<C: SagaState> Runner<C> {
         ));
     }
 
-    /// What is wrong with the definitions.
+    /// Returns the fault in the definitions, if any.
     pub(crate) fn fault(&self) -> Option<&str> {
         self.fault.as_deref()
     }
 
-    /// Moves sagas that were started under the definition with this hash to the current one, each when it next wants
-    /// attention. `migrate` says where in the current plan they stand: at the step where they were, by its name. Steps that were
-    /// not asked for yet may be added, removed or moved; one that was asked for keeps its name at its participants, wherever
-    /// it stands. A saga that would do a step again, or leave one without its undo, stays where it is:
-    /// [`SagaRefusal::CannotMigrate`].
+    /// Moves sagas that were started under the definition with this hash to the current definition, each when its next
+    /// input arrives. `migrate` returns the saga's place in the current plan: the present step, by its name. Steps that
+    /// were not asked for yet may be added, removed or moved; a step that was asked for keeps its number at its
+    /// participants, even at another place. A saga that would repeat a step, or leave a step without its undo, stays
+    /// where it is: [`SagaRefusal::CannotMigrate`].
     pub fn migrate(mut self, from: &str, migrate: fn(&Progress) -> Progress) -> Self {
         self.refuse_known(from, "to be migrated");
         self.with(|definitions| _ = definitions.migrations.insert(from.to_owned(), migrate))
     }
 
-    /// The name of the saga.
+    /// Returns the name of the saga.
     pub fn name(&self) -> &'static str {
         self.definitions.current.name
     }
@@ -125,24 +126,25 @@ impl<C: SagaState> Runner<C> {
         &self.query
     }
 
-    /// The index of these sagas.
+    /// Returns the index of these sagas.
     pub(crate) fn index(&self) -> Index {
         Index::telling(self.timers.clone())
     }
 
-    /// One saga as the store has it now; `None` if it never started.
+    /// Returns one saga as the store has it now; `None` if it never started.
     pub async fn saga(&self, id: &str) -> Result<Option<Instance<C>>, String> {
         let instance = self.instances.state(id).await.map_err(|error| error.to_string())?;
         Ok(instance.progress.is_some().then_some(instance))
     }
 
-    /// Acts on a stuck saga. The act is an event in its stream, with who and why.
+    /// Acts on a stuck saga. The action is an event in its stream, with the operator and the reason.
     pub async fn operate(&self, id: &str, verb: Verb, by: &str, reason: &str) -> Result<(), ExecuteError<SagaRefusal>> {
         let what = What::Operate { verb, by: by.to_owned(), reason: reason.to_owned() };
         self.put_in(id, what).await
     }
 
-    /// An input that no message brings. What follows from it still belongs to the request that the saga began with.
+    /// Passes an input to a saga that no message carries. Its effects still belong to the request with which the saga
+    /// began.
     async fn put_in(&self, id: &str, what: What<C>) -> Result<(), ExecuteError<SagaRefusal>> {
         let command_id = Uuid::new_v4();
         let stream = self.instances.stream(id).map_err(|error| ExecuteError::Invalid(error.to_string()))?;
@@ -166,7 +168,8 @@ impl<C: SagaState> Runner<C> {
         Ok(())
     }
 
-    /// Takes a reply. With `not_stored`, the store has refused what this very reply led to: then its step has failed.
+    /// Handles a reply. With `not_stored`, the store has refused the effects of this same reply: its step then counts
+    /// as failed.
     async fn reply(
         &self,
         saga_id: &str,
@@ -182,7 +185,8 @@ impl<C: SagaState> Runner<C> {
         let ask = self.ask(saga_id, What::Reply(reply));
         match work.execute(&self.instances, saga_id, &ask).await {
             Ok(_) => Ok(()),
-            // The log lost the saga when its database was restored. Begun again, the saga asks again, and is answered again.
+            // The log lost the saga when its database was restored. When the saga begins again, it asks again and gets
+            // answers again.
             Err(WorkError::Refused(SagaRefusal::NotStarted)) => {
                 tracing::warn!(saga = %message.key, id = %message.id, "an answer to a saga that the log does not hold");
                 Ok(())
@@ -203,7 +207,7 @@ impl<C: SagaState> Handler for Starter<C> {
     }
 }
 
-/// Takes the replies to one kind of saga, whatever it knows.
+/// Handles the replies to one kind of saga, for any type of its data.
 #[async_trait]
 pub(crate) trait Replies: Send + Sync {
     fn category(&self) -> String;

@@ -1,4 +1,4 @@
-//! The timers of sagas: when they are due, and firing them.
+//! The timers of sagas: when they are due, and how they fire.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -31,43 +31,44 @@ use crate::{
     work::{Stale, Work, WorkError},
 };
 
-/// How often the timers are looked at when one is due: the precision of every timeout and delay.
+/// How often the timers are checked when one is due: the precision of every timeout and delay.
 pub const TIMER_TICK: Duration = Duration::from_millis(100);
-/// How often they are looked at when none is known to be: for those that a process set which is no more.
+/// How often the store is checked when no timer is known to be due: this finds timers set by a process that has ended.
 pub const TIMER_LOOK: Duration = Duration::from_secs(1);
-/// How long a timer is left alone whose saga takes no input, such as one of a definition that this build lacks.
+/// How long a timer is postponed whose saga accepts no input, for example because this build lacks its definition.
 const REFUSED_TIMER: Duration = Duration::from_secs(30);
-/// How long the timer of a saga whose definition this build lacks may be overdue before its document says that it waits: an
-/// instance that has the definition fires it within a second.
+/// How long the timer of a saga whose definition this build lacks may be overdue before the saga's document reports the
+/// wait: an instance that has the definition fires the timer within a second.
 const UNKNOWN_TIMER: TimeDelta = TimeDelta::seconds(5);
-/// The same where the bus has not yet taken what its saga asked for, and there are many of them.
+/// How long a timer is postponed while the bus has not yet taken the commands of its saga, when there are many such
+/// sagas.
 const UNHEARD_TIMER: Duration = Duration::from_secs(5);
-/// The same for a saga that has moved on, until the index has written down where to.
+/// How long a timer is postponed for a saga that has moved on, until the index has recorded the new state.
 const MOVED_TIMER: Duration = Duration::from_secs(2);
-/// Timers fired in one commit: well within a tenth of a second, so that two such commits, one of each half of a turn, keep
-/// nobody waiting.
+/// The number of timers fired in one commit. A commit takes well under a tenth of a second, so two such commits, one
+/// for each half of a turn, delay no other work.
 const DUE_PAGE: usize = 128;
-/// Timers that a process remembers, about 200 bytes each. The store has all of them: one that is not remembered fires in the order
-/// of the store, behind those that were due before it.
+/// The number of timers that a process remembers, about 200 bytes each. The store has all timers: a timer that is not
+/// remembered fires in the store's order, behind the timers that were due before it.
 const KNOWN_MAX: usize = 20_000;
-/// How often a process looks for sagas that are stuck.
+/// How often a process looks for stuck sagas.
 const STUCK_LOOK: Duration = Duration::from_secs(2);
-/// Stuck sagas that are counted, and those of them that are named.
+/// The most stuck sagas that are counted, and the most of them that are named.
 const STUCK_MAX: usize = 1_000;
 const STUCK_NAMED_MAX: usize = 3;
-/// Sagas remembered for each service that has not answered them.
+/// The number of sagas remembered for each service that has not answered them.
 const SILENT_MAX: usize = 1_000;
-/// How long after a timer was due it is still looked for: until then the index has written it down.
+/// How long an overdue timer is still looked for: by then the index has recorded the timer.
 const OVERDUE: TimeDelta = TimeDelta::seconds(2);
-/// The same for a saga that the index does not have yet.
+/// The same time for a saga that the index does not have yet.
 const UNWRITTEN: TimeDelta = TimeDelta::seconds(60);
-/// How often a commit of timers is tried again without the saga that somebody else has just moved.
+/// How many times a commit of timers is attempted while other writers move its sagas.
 const RACES_MAX: u32 = 8;
 
-/// The timers that this process knows of. Clones share it.
+/// The timers that this process knows. Clones share the set.
 ///
-/// It saves asking a store in which nothing is due, and it lets a timer that has just become due fire beside a backlog: after a
-/// downtime, the store gives thousands that were due before it.
+/// The set avoids queries to a store in which nothing is due, and lets a timer that has just become due fire despite a
+/// backlog: after downtime, the store returns thousands of timers that were due before it.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Timers(Arc<Mutex<Known>>);
 
@@ -75,7 +76,7 @@ pub(crate) struct Timers(Arc<Mutex<Known>>);
 struct Known {
     by_due: BTreeSet<(DateTime<Utc>, Arc<str>)>,
     due_of: HashMap<Arc<str>, DateTime<Utc>>,
-    /// The earliest one that the last look at the store found ahead.
+    /// The earliest timer in the future that the last look at the store found.
     ahead: Option<DateTime<Utc>>,
     /// The sagas that each service has not answered in time.
     silent: BTreeMap<String, BTreeSet<Arc<str>>>,
@@ -86,7 +87,7 @@ impl Timers {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The timer of this saga; `None`: it has none any more.
+    /// Sets the timer of this saga; `None` removes it.
     pub(crate) fn set(&self, id: &str, due: Option<DateTime<Utc>>) {
         let mut known = self.known();
         let Known { by_due, due_of, .. } = &mut *known;
@@ -104,7 +105,8 @@ impl Timers {
         }
     }
 
-    /// Takes out those that are due, the latest first: what has become due a moment ago does not wait behind a backlog.
+    /// Takes out the timers that are due, the latest first: a timer that has just become due does not wait behind a
+    /// backlog.
     fn take_due(&self, now: DateTime<Utc>, limit: usize) -> Vec<(DateTime<Utc>, Arc<str>)> {
         let mut known = self.known();
         let Known { by_due, due_of, .. } = &mut *known;
@@ -119,12 +121,12 @@ impl Timers {
         taken
     }
 
-    /// Whether the store has one that is due by now, as far as the last look at it could tell.
+    /// Returns whether the store has a timer that is due at `now`, as far as the last look at the store showed.
     fn is_ahead(&self, now: DateTime<Utc>) -> bool {
         self.known().ahead.is_some_and(|ahead| ahead <= now)
     }
 
-    /// A saga has moved: some services have not answered it, or it waits for nobody any more.
+    /// Records that a saga has moved: some services have not answered it, or it no longer waits for an answer.
     pub(crate) fn heard(&self, id: &str, fault: Option<&super::Fault>) {
         let mut known = self.known();
         known.silent.retain(|_, sagas| {
@@ -139,7 +141,7 @@ impl Timers {
         }
     }
 
-    /// Which services do not answer, in words.
+    /// Returns a text that names the services that do not answer.
     fn silence(&self) -> Option<String> {
         let known = self.known();
         let one = |(service, sagas): (&String, &BTreeSet<Arc<str>>)| {
@@ -157,23 +159,23 @@ impl Timers {
     }
 }
 
-/// What is due, in two halves that are fired one after the other.
+/// The timers that are due, in two halves that are fired one after the other.
 #[derive(Default)]
 struct Due {
-    /// Those that this process knows of, the latest first.
+    /// The timers that this process knows, the latest first.
     fresh: Vec<Document>,
-    /// The first ones of the store.
+    /// The first due timers of the store.
     first: Vec<Document>,
-    /// Whether the store has more.
+    /// Whether the store has more timers that are due.
     more: bool,
 }
 
-/// How a saga that is to be woken is written: where, and whose request it belongs to.
+/// The stream of a saga to wake, and the metadata of the request to which the saga belongs.
 type Origin = (StreamId, Metadata);
 
 impl<C: SagaState> Runner<C> {
-    /// Fires timers until `shutdown`. With the name of the service whose relay carries the commands, a saga is not held to
-    /// have waited for an answer while the bus has not even taken the question.
+    /// Fires timers until `shutdown`. `relayed_by` names the service whose relay carries the commands: with it, a timer
+    /// does not fire while the bus has not yet taken the command for which the saga waits.
     pub(crate) async fn timers(
         self,
         relayed_by: Option<String>,
@@ -237,7 +239,7 @@ impl<C: SagaState> Runner<C> {
         Ok(())
     }
 
-    /// Why a person is needed: sagas that are stuck, and services that do not answer.
+    /// Returns why an operator is needed: stuck sagas, and services that do not answer.
     async fn attention(&self) -> Result<Option<String>, StoreError> {
         let collection = format!("{STUCK}{}", self.category());
         let stuck = self.store.scan(&collection, &Scan::After("".into()), STUCK_MAX).await?;
@@ -254,7 +256,7 @@ impl<C: SagaState> Runner<C> {
         Ok((!all.is_empty()).then(|| all.join("; ")))
     }
 
-    /// The sagas whose timers are to fire now.
+    /// Returns the sagas whose timers fire now.
     async fn due(
         &self,
         now: DateTime<Utc>,
@@ -270,7 +272,7 @@ impl<C: SagaState> Runner<C> {
             for ((time, id), found) in known.into_iter().zip(self.store.documents(&keys).await?) {
                 match found {
                     Some(document) if is_due(&document) => due.fresh.push(document),
-                    // The index is about to write it down; a new saga, too, where the index has much to do.
+                    // The index has not recorded the timer yet, or not even the new saga if the index is behind.
                     Some(_) if time + OVERDUE > now => self.timers.set(&id, Some(time)),
                     None if time + UNWRITTEN > now => self.timers.set(&id, Some(time)),
                     Some(_) | None => {}
@@ -278,7 +280,8 @@ impl<C: SagaState> Runner<C> {
             }
         }
         if looks {
-            // Until the look after next, so that those which another process has set, or this one long ago, are on time.
+            // Looks ahead until the look after next, so that timers set by another process, or long ago by this one,
+            // fire on time.
             let soon = Scan::Due(now + 2 * TIMER_LOOK);
             let mut soon = self.store.scan(&self.category(), &soon, DUE_PAGE).await?;
             let later = soon.split_off(soon.iter().take_while(|document| is_due(document)).count());
@@ -299,8 +302,8 @@ impl<C: SagaState> Runner<C> {
         Ok(due)
     }
 
-    /// Those whose definition this build has. Another instance may have that of the others; if none does, people see that these
-    /// wait for one.
+    /// Returns the timers whose definition this build has. Another instance may have the other definitions; if none
+    /// does, the documents of these sagas show the wait.
     async fn known(&self, due: Vec<Document>, now: DateTime<Utc>) -> Vec<Document> {
         let is_known = |document: &Document| {
             let status = serde_json::from_str::<SagaStatus>(&document.body);
@@ -318,7 +321,7 @@ impl<C: SagaState> Runner<C> {
         known
     }
 
-    /// Those whose question the bus has taken.
+    /// Returns the timers whose commands the bus has taken.
     async fn heard(&self, due: Vec<Document>, relayed: Option<&Relayed>) -> Vec<Document> {
         let is_heard = |document: &Document| {
             let status = serde_json::from_str::<SagaStatus>(&document.body);
@@ -326,20 +329,20 @@ impl<C: SagaState> Runner<C> {
             relayed.is_some_and(|relayed| status.position <= relayed.up_to(&stream))
         };
         let (heard, unheard): (Vec<_>, Vec<_>) = due.into_iter().partition(is_heard);
-        // They make room for those of others, of which only so many are looked at together.
+        // Many postponed timers make room for others, because each look returns a limited number.
         if unheard.len() > DUE_PAGE / 2 {
             let due = self.store.clock().due_in(UNHEARD_TIMER);
             let postponed =
                 |Document { key, version, body, .. }| Put { key, expected: Some(version), body: Some(body), due };
             let puts = unheard.into_iter().map(postponed);
-            // If one does not hold, its saga has moved or the store is away: the next look sees.
+            // A put that fails means that the saga has moved or that the store is unavailable: the next look finds out.
             join_all(puts.map(|put| self.store.commit(Commit { appends: Vec::new(), puts: vec![put] }))).await;
         }
         heard
     }
 
-    /// Wakes these sagas in one commit. The same commit moves their timers, so that no look finds them again before the index
-    /// has written down where they went. Returns what was in the way.
+    /// Wakes these sagas in one commit. The same commit moves their timers, so that no look finds the timers again
+    /// before the index has recorded the new states. Returns the trouble, if any.
     async fn fire(&self, mut due: Vec<Document>) -> Option<String> {
         let mut trouble = None;
         let origins = self.origins(&due).await;
@@ -360,7 +363,7 @@ impl<C: SagaState> Runner<C> {
             }
             let Err(error) = work.commit().await else { return trouble };
             match &error {
-                // Somebody else has moved it.
+                // Another writer has moved the saga.
                 CommitError::DocumentConflict { key, .. } => {
                     due.retain(|document| document.key != *key);
                     racing.wait().await;
@@ -379,7 +382,7 @@ impl<C: SagaState> Runner<C> {
                     let trouble = format!("timer of saga {}: {reason}", key.id);
                     let due = self.store.clock().due_in(REFUSED_TIMER);
                     let put = Put { key, expected: Some(version), body: Some(body), due };
-                    // If this does not hold, the next look finds it again.
+                    // If this commit fails, the next look finds the timer again.
                     _ = self.store.commit(Commit { appends: Vec::new(), puts: vec![put] }).await;
                     return Some(trouble);
                 }
@@ -389,7 +392,7 @@ impl<C: SagaState> Runner<C> {
         trouble
     }
 
-    /// Reads what is needed to wake them, side by side.
+    /// Reads the data needed to wake the sagas, concurrently.
     async fn origins(&self, due: &[Document]) -> HashMap<Arc<str>, Result<Origin, Fault>> {
         let read = due.iter().map(async |document| {
             let id = document.key.id.clone();
@@ -403,7 +406,7 @@ impl<C: SagaState> Runner<C> {
         let stream = self.instances.stream(id).map_err(|error| Fault::OfSaga(error.to_string()))?;
         let first = self.store.read_stream(&stream, Version::START, 1).await;
         let first = first.map_err(|error| Fault::OfStore(error.to_string()))?;
-        // Into the cache: one by one they would take a round trip each.
+        // Loads the saga into the cache: sagas loaded one by one would take a round trip each.
         self.instances.folded(&*self.store, &stream, false, false).await?;
         let metadata = first.first().map(|event| event.metadata.clone());
         Ok((stream, metadata.unwrap_or_default()))
@@ -452,7 +455,8 @@ impl<C: SagaState> Runner<C> {
     }
 }
 
-/// The document of a saga that takes no input for now, with what people should know of that: until its next event.
+/// Returns the document of a saga that accepts no input for now, with the reason for operators, until the saga's next
+/// event.
 fn waiting(body: &Arc<str>, why: &str) -> Arc<str> {
     let Ok(mut status) = serde_json::from_str::<SagaStatus>(body) else { return body.clone() };
     status.last_error = Some(why.to_owned());
@@ -462,9 +466,9 @@ fn waiting(body: &Arc<str>, why: &str) -> Arc<str> {
 /// Why a saga was not woken.
 #[derive(Clone, Debug)]
 enum Fault {
-    /// The store is away: nothing is wrong with the saga.
+    /// The store is unavailable: the saga is not at fault.
     OfStore(String),
-    /// The saga takes no input.
+    /// The saga accepts no input.
     OfSaga(String),
 }
 

@@ -1,4 +1,4 @@
-//! What a saga does next: a pure function of its plan, its progress and one input.
+//! The next move of a saga: a pure function of its plan, its progress and one input.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -22,16 +22,16 @@ use crate::{
     routes::is_service_name,
 };
 
-/// What the commands of one event of a saga may take, in bytes of JSON: what an event takes, less its progress with the
-/// reasons in it.
+/// The most that the commands of one saga event may take, in bytes of JSON: the limit of an event, less the progress
+/// and the reasons in it.
 pub const COMMANDS_BYTES_MAX: usize = EVENT_BYTES_MAX - 60_000;
-/// How deep the content of a command stands in the event that sends it.
+/// The nesting depth of a command's content within the event that sends the command.
 const COMMAND_DEPTH: usize = 4;
 
-/// How much of a reason an event repeats for the log of the process: a line or two.
+/// How many characters of a reason an event repeats for the log of the process: a line or two.
 const FAULT_REASON_CHARS_MAX: usize = 300;
 
-/// What can happen to a running saga.
+/// An input to a running saga.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Input {
     /// A participant replied.
@@ -42,34 +42,34 @@ pub enum Input {
     Operate(Verb),
 }
 
-/// What an operator can do to a stuck saga.
+/// An action of an operator on a stuck saga.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verb {
-    /// Ask again for the step it is stuck at.
+    /// Attempt the step at which the saga is stuck again.
     Retry,
-    /// Take the step as done, and go on.
+    /// Treat the step as done, and go on.
     SkipStep,
-    /// Go back instead. Only up to the pivot: the operator vouches that it did not happen.
+    /// Go back instead. Only up to the pivot: the operator vouches that the pivot did not happen.
     Compensate,
-    /// Leave it as it is, for good.
+    /// Leave the saga as it is, for good.
     Abandon,
 }
 
-/// What an input leads to.
+/// The result of an input.
 #[derive(Clone, Debug)]
 pub struct Moved<C> {
-    /// What the saga knows now.
+    /// The data of the saga after the move.
     pub context: C,
-    /// Where it stands now.
+    /// The progress after the move.
     pub progress: Progress,
-    /// What it asks for.
+    /// The commands to send.
     pub send: Vec<Command>,
-    /// The step it gave up, and why.
+    /// The step that the saga gave up, and why.
     pub gave_up: Option<Failure>,
-    /// By how many bytes the commands of the step that was to come next are too large to be sent.
+    /// By how many bytes the commands of the next step exceed the limit.
     pub(crate) too_large_by: Option<usize>,
-    /// What went wrong.
+    /// The fault at the step.
     pub fault: Option<Fault>,
 }
 
@@ -81,13 +81,13 @@ struct Move<'a, C> {
     progress: Progress,
     send: Vec<Command>,
     gave_up: Option<Failure>,
-    /// What the event that records this move holds already, in bytes.
+    /// The size in bytes that the event recording this move takes before its commands.
     recorded: usize,
     too_large_by: Option<usize>,
     fault: Option<Fault>,
 }
 
-/// The size of a value as JSON.
+/// Returns the size of a value as JSON.
 pub(crate) fn json_bytes(value: &impl Serialize) -> usize {
     struct Count(usize);
     impl std::io::Write for Count {
@@ -100,13 +100,13 @@ pub(crate) fn json_bytes(value: &impl Serialize) -> usize {
         }
     }
     let mut count = Count(0);
-    // What has no JSON form is refused where it is encoded.
+    // A value without a JSON form is refused later, when it is encoded.
     _ = serde_json::to_writer(&mut count, value);
     count.0
 }
 
-/// Gives up a step, as the saga's state gets to know it. A state that cannot take it stays as it was: it must not keep the
-/// saga from going back.
+/// Passes the failure of a step that was given up to the saga's state. A state that panics on it stays as it was: the
+/// panic must not keep the saga from going back.
 pub(crate) fn learn_given_up<C: SagaState>(context: &mut C, failure: &Failure) {
     let before = context.clone();
     if caught_now(|| context.learn(&failure.step, &Outcome::Failed(failure.reason.clone()))).is_err() {
@@ -114,12 +114,13 @@ pub(crate) fn learn_given_up<C: SagaState>(context: &mut C, failure: &Failure) {
     }
 }
 
-/// The first move of a saga. `saga_id` is what the ids of its commands derive from; `now` is in milliseconds since 1970.
+/// Returns the first move of a saga. The ids of its commands derive from `saga_id`; `now` is in milliseconds since
+/// 1970.
 ///
-/// A command that cannot be made or sent is a failure of its step.
+/// A command that cannot be made or sent counts as a failure of its step.
 ///
 /// # Errors
-/// None that an input of this kind leads to.
+/// None: only the action of an operator leads to an error.
 pub fn begin<C: SagaState>(plan: &Saga<C>, saga_id: Uuid, context: C, now: i64) -> Result<Moved<C>, String> {
     let progress = Progress {
         status: Status::Running,
@@ -143,10 +144,11 @@ pub fn begin<C: SagaState>(plan: &Saga<C>, saga_id: Uuid, context: C, now: i64) 
     Ok(step.end())
 }
 
-/// What `input` leads to; `None` if it changes nothing: it is late, repeated, early, or for a saga that has ended.
+/// Returns the result of `input`; `None` if the input changes nothing: it is late, repeated or early, or the saga has
+/// ended.
 ///
 /// # Errors
-/// If an operator's verb does not apply.
+/// If the action of an operator does not apply.
 pub fn transition<C: SagaState>(
     plan: &Saga<C>,
     saga_id: Uuid,
@@ -204,7 +206,7 @@ impl<'a, C: SagaState> Move<'a, C> {
         let stale = reply.attempt < self.progress.attempt || self.progress.retrying;
         let state = match &reply.outcome {
             Outcome::Done(_) => CallState::Done,
-            // A step that must succeed takes a refusal as one more failure.
+            // A step that must succeed treats a refusal as one more failure.
             Outcome::Refused(_) if self.may_refuse() => CallState::Refused,
             Outcome::Refused(_) | Outcome::Failed(_) | Outcome::Unknown(_) if stale => return Ok(false),
             Outcome::Refused(_) | Outcome::Failed(_) | Outcome::Unknown(_) => CallState::Failed,
@@ -237,13 +239,14 @@ impl<'a, C: SagaState> Move<'a, C> {
         matches!(self.progress.at, At::Forward(_)) && matches!(self.planned().kind, Kind::Compensatable | Kind::Pivot)
     }
 
-    /// Goes on if what is known of the calls allows it.
+    /// Moves the saga on if the states of the calls allow it.
     fn settle(&mut self, reason: &str) -> Result<(), String> {
         let has = |state| self.progress.calls.contains(&state);
         if has(CallState::Refused) {
             self.compensate(reason)
         } else if has(CallState::Failed) && !has(CallState::Waiting) {
-            // The last to answer may have done its part: what failed is what another one has said.
+            // The last participant to reply may have succeeded: the reason then is the failure that another participant
+            // reported.
             let said = self.progress.trouble.as_ref().map_or("", |trouble| &trouble.reason).to_owned();
             self.fail(if reason.is_empty() { &said } else { reason })
         } else if has(CallState::Failed) || has(CallState::Waiting) {
@@ -297,7 +300,7 @@ impl<'a, C: SagaState> Move<'a, C> {
         if self.progress.calls.iter().all(|call| *call == CallState::Done) { self.advance() } else { self.ask() }
     }
 
-    /// What is asked of the participants that are not done; the reason where it cannot be made.
+    /// Returns the requests to the participants that are not done, or the reason why a request cannot be made.
     fn requests(&self) -> impl Iterator<Item = (usize, Result<Request, String>)> {
         let (planned, at) = (self.planned(), self.progress.at);
         let open = (0..planned.calls.len()).filter(|call| self.progress.calls[*call] != CallState::Done);
@@ -310,7 +313,7 @@ impl<'a, C: SagaState> Move<'a, C> {
         })
     }
 
-    /// The command of a call; the reason where no store would take it.
+    /// Returns the command of a call, or the reason why no store would accept it.
     fn command(&self, call: usize, request: Result<Request, String>, attempt: u32) -> Result<Command, String> {
         let at = self.progress.known_as();
         let Request { to, type_name, schema_version, data } = request?;
@@ -333,7 +336,7 @@ impl<'a, C: SagaState> Move<'a, C> {
         })
     }
 
-    /// Sends the commands of all calls that are not done. One that cannot be sent counts as failed.
+    /// Sends the commands of all calls that are not done. A command that cannot be sent counts as failed.
     fn ask(&mut self) -> Result<(), String> {
         let attempt = self.progress.attempt + 1;
         let made: Vec<_> =
@@ -341,7 +344,7 @@ impl<'a, C: SagaState> Move<'a, C> {
         let bytes: usize =
             made.iter().filter_map(|(_, made)| made.as_ref().ok()).map(|made| made.data.get().len()).sum();
         if bytes <= COMMANDS_BYTES_MAX && bytes + self.recorded > COMMANDS_BYTES_MAX {
-            // The next event has room for them.
+            // The next event has room for the commands.
             self.progress.retrying = true;
             self.progress.due = later(self.now, RETRY_DELAY_MIN);
             return Ok(());
@@ -375,7 +378,7 @@ impl<'a, C: SagaState> Move<'a, C> {
         self.settle(&reason)
     }
 
-    /// Some participants failed, and nobody is waited for: ask again later, or give up.
+    /// Handles a failed step when no reply is outstanding: attempts it again later, or gives it up.
     fn fail(&mut self, reason: &str) -> Result<(), String> {
         if self.progress.attempt >= self.planned().attempts_max {
             return self.give_up(reason);
@@ -386,7 +389,7 @@ impl<'a, C: SagaState> Move<'a, C> {
         Ok(())
     }
 
-    /// Says what went wrong at the step that it is at.
+    /// Records the fault at the present step.
     fn blame(&mut self, kind: FaultKind, reason: &str, silent: Vec<String>) {
         let (step, attempt) = (self.planned().name.to_owned(), self.progress.attempt);
         let reason = reason.chars().take(FAULT_REASON_CHARS_MAX).collect();
@@ -408,7 +411,8 @@ impl<'a, C: SagaState> Move<'a, C> {
             self.gave_up = Some(failure);
             return self.compensate(reason);
         }
-        // The pivot may have happened, and what follows it or undoes something must happen: only a person can say more.
+        // The pivot may have happened, and steps after the pivot, undos and closing steps must happen: only an operator
+        // can decide.
         self.progress.status = Status::Stuck;
         self.progress.trouble = Some(failure);
         (self.progress.due, self.progress.deadline, self.progress.retrying) = (None, None, false);
@@ -422,7 +426,7 @@ impl<'a, C: SagaState> Move<'a, C> {
         self.progress.status = Status::Compensating;
         self.progress.deadline = None;
         if self.plan.steps[step].kind == Kind::Compensatable {
-            // Whoever was asked and has not refused may have done it, or may do it yet.
+            // A participant that was asked and has not refused may have done its part, or may do it later.
             let undone =
                 |call: &CallState| if *call == CallState::Refused { CallState::Done } else { CallState::Waiting };
             let calls = self.progress.calls.iter().map(undone).collect();
@@ -464,14 +468,14 @@ impl<'a, C: SagaState> Move<'a, C> {
         Ok(true)
     }
 
-    /// Who was asked and has not answered in time.
+    /// Returns the services that were asked and have not replied in time.
     fn silent(&self) -> Vec<String> {
         let waiting = self.requests().filter(|(call, _)| self.progress.calls[*call] == CallState::Waiting);
         let silent: BTreeSet<String> = waiting.filter_map(|(_, request)| Some(request.ok()?.to)).collect();
         silent.into_iter().collect()
     }
 
-    /// What is wrong when these have not answered, and what the others have said.
+    /// Returns the error text for services that have not replied, with the failure that other participants reported.
     fn unanswered(&self, silent: &[String]) -> String {
         let silent = silent.join(" and ");
         let unanswered = format!("timeout: no answer from {silent} within {:?}", self.planned().timeout);
@@ -487,7 +491,7 @@ impl<'a, C: SagaState> Move<'a, C> {
         if self.progress.status != Status::Stuck {
             return Err(format!("the saga is {:?}, not stuck: {verb:?} does not apply", self.progress.status));
         }
-        // That of a request from outside, which is taken up now.
+        // This timer belongs to a request from outside, which is handled now.
         self.progress.due = None;
         let (back, past_pivot) = match self.progress.at {
             At::Forward(step) => (false, self.plan.steps[step].kind == Kind::Retriable),
@@ -503,7 +507,7 @@ impl<'a, C: SagaState> Move<'a, C> {
         self.progress.status = if back { Status::Compensating } else { Status::Running };
         self.progress.attempt = 0;
         let all_done = self.progress.calls.iter().all(|call| *call == CallState::Done);
-        // It would be refused again.
+        // A refused step would be refused again.
         let refused = self.progress.calls.contains(&CallState::Refused);
         match verb {
             Verb::Compensate => self.compensate("an operator compensated it"),
@@ -514,7 +518,7 @@ impl<'a, C: SagaState> Move<'a, C> {
     }
 }
 
-/// Doubles with each attempt. The jitter comes from the saga's id, so that the function stays pure.
+/// Doubles the delay with each attempt. The jitter comes from the saga's id, so that the function stays pure.
 fn retry_delay(saga_id: Uuid, attempt: u32) -> Duration {
     let doubled = RETRY_DELAY_MIN.saturating_mul(2u32.saturating_pow(attempt.saturating_sub(1).min(20)));
     let jitter = saga_id.as_bytes()[attempt as usize % 16];
