@@ -1,5 +1,6 @@
-//! What a group of commits comes to: decided in memory, one commit after the other, from where everything is known or guessed
-//! to stand. The database checks each guess; so a group takes one round trip, and two where a guess was wrong.
+//! Decides the outcomes of a group of commits in memory, one commit after another, from the known or guessed versions
+//! of streams and documents. The database checks each guess, so a group takes one round trip, or two if a guess was
+//! wrong.
 
 use std::{borrow::Cow, collections::HashMap, sync::Arc};
 
@@ -7,16 +8,16 @@ use annals::{Append, Commit, CommitError, Committed, DocumentKey, Expected, Posi
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
-/// A commit as the writer takes it: whatever can be made ready before is made ready by its caller, because callers run in
+/// A commit in the form that the writer takes. The caller prepares as much as possible, because callers run in
 /// parallel and the writer does not.
 pub(crate) struct Prepared {
     appends: Vec<PreparedAppend>,
     puts: Vec<Put>,
-    /// What it adds to the size of a group.
+    /// The number of rows that the commit adds to a group.
     pub(crate) rows: usize,
-    /// Likewise.
+    /// The number of payload bytes that the commit adds to a group.
     pub(crate) bytes: usize,
-    /// The number of the history when it was handed over.
+    /// The number of the history when the commit was submitted.
     pub(crate) history: u64,
 }
 
@@ -26,7 +27,7 @@ struct PreparedAppend {
     events: Vec<EventText>,
 }
 
-/// The columns of an event that do not depend on where it ends up.
+/// The columns of an event that do not depend on its place in the log.
 pub(crate) struct EventText {
     pub(crate) id: Uuid,
     pub(crate) type_name: Cow<'static, str>,
@@ -59,7 +60,8 @@ impl From<Append> for PreparedAppend {
     }
 }
 
-/// Where the streams and documents of a group stand, in the order of [`Decision::streams`] and [`Decision::documents`].
+/// The current versions of a group's streams and documents, in the order of [`Decision::streams`] and
+/// [`Decision::documents`].
 #[derive(Clone, Debug)]
 pub(crate) struct Standings {
     pub(crate) streams: Vec<i64>,
@@ -68,7 +70,7 @@ pub(crate) struct Standings {
     pub(crate) documents: Vec<i64>,
 }
 
-/// A group as it is to be written.
+/// A group in the form in which it is written.
 pub(crate) struct Decision<'g> {
     /// Each stream once, in byte order.
     pub(crate) streams: Vec<StreamState<'g>>,
@@ -76,27 +78,28 @@ pub(crate) struct Decision<'g> {
     pub(crate) documents: Vec<DocumentState<'g>>,
     /// In byte order of the streams.
     pub(crate) events: Vec<EventRow<'g>>,
-    /// Whether it is decided from what is known.
+    /// Whether the decision rests on known versions rather than guesses.
     known: bool,
     outcomes: Vec<Result<Outline, CommitError>>,
 }
 
 pub(crate) struct StreamState<'g> {
     pub(crate) id: &'g StreamId,
-    /// Where it stands before the group. `None`: wherever.
+    /// The version before the group; `None` accepts any version.
     pub(crate) base: Option<i64>,
-    /// The id of the event there. `None`: whichever, or there is none.
+    /// The id of the event at that version; `None` accepts any event, or none.
     pub(crate) event: Option<Uuid>,
-    /// What the group has appended last.
+    /// The id of the last event that the group has appended.
     appended: Option<Uuid>,
     steps: i64,
-    /// Something is written because of where it stands.
+    /// Whether a write depends on the version of this stream.
     relied_on: bool,
 }
 
 impl StreamState<'_> {
-    /// Whether others must not write to it until this group is written, where they may only not pass it otherwise. `None`
-    /// where nothing depends on it: a commit that only looks is true of the moment of the look.
+    /// Returns how the group locks the stream. `Some(true)`: no other process may write to the stream until this group
+    /// is written. `Some(false)`: the group writes to the stream itself, and other processes only must not overtake
+    /// the group. `None`: nothing depends on the stream; a commit that only reads holds for the moment of the read.
     pub(crate) fn held(&self) -> Option<bool> {
         match self.steps {
             0 => self.relied_on.then_some(true),
@@ -107,41 +110,41 @@ impl StreamState<'_> {
 
 pub(crate) struct DocumentState<'g> {
     pub(crate) key: &'g DocumentKey,
-    /// As of a stream.
+    /// The version before the group, as for a stream.
     pub(crate) base: Option<i64>,
-    /// Removed within the group: its versions start again.
+    /// Whether the group removes the document: its versions start again.
     pub(crate) fresh: bool,
     pub(crate) steps: i64,
-    /// The last put that holds.
+    /// The last put that takes effect.
     pub(crate) put: Option<&'g Put>,
 }
 
 pub(crate) struct EventRow<'g> {
     /// From 1, in log order.
     pub(crate) rank: usize,
-    /// Index of the stream.
+    /// The index of the stream.
     pub(crate) stream: usize,
-    /// Counted from where the stream stands before the group.
+    /// The number of versions after the stream's version before the group.
     pub(crate) step: i64,
     pub(crate) text: &'g EventText,
 }
 
-/// A commit that holds: where its last event ranks, and how far each of its streams has come.
+/// A commit that succeeds: the rank of its last event, and the versions of its streams.
 struct Outline {
     rank: Option<usize>,
-    /// How many events it has; their ranks follow one another.
+    /// The number of its events; their ranks are consecutive.
     events: usize,
     versions: Vec<(usize, i64)>,
 }
 
-/// Where a thing must stand before the group for `expected` to be met after `steps`. What no guess can meet is guessed to be
-/// at its beginning: if it is, the commit has its conflict without another look.
+/// Guesses the version before the group that meets `expected` after `steps`. An expectation that no version can meet
+/// yields a guess of 0: if that is right, the commit has its conflict without another look.
 fn guess(expected: i64, steps: i64) -> i64 {
     expected.checked_sub(steps).filter(|base| (0..i64::MAX / 2).contains(base)).unwrap_or(0)
 }
 
 impl<'g> Decision<'g> {
-    /// Decides from where everything stands, or from a guess where that is not known.
+    /// Decides from the known versions, or from guesses where `known` is `None`.
     pub(crate) fn new(group: &'g [Prepared], known: Option<&Standings>) -> Self {
         let mut streams: Vec<_> =
             group.iter().flat_map(|commit| &commit.appends).map(|append| &append.stream).collect();
@@ -185,7 +188,7 @@ impl<'g> Decision<'g> {
         decision
     }
 
-    /// Where the streams are guessed to stand, if the group does nothing but append to streams of which that is known.
+    /// Returns the guessed versions of the streams, if the group only appends and has a guess for every stream.
     pub(crate) fn only_appends(&self) -> Option<Vec<i64>> {
         let appends = self.documents.is_empty() && !self.events.is_empty();
         let base = |stream: &StreamState<'_>| {
@@ -197,7 +200,7 @@ impl<'g> Decision<'g> {
         appends.then(bases).flatten()
     }
 
-    /// Takes a commit in, whole or not at all.
+    /// Adds a commit, whole or not at all.
     fn decide(
         &mut self,
         commit: &'g Prepared,
@@ -208,7 +211,7 @@ impl<'g> Decision<'g> {
             let state = &mut self.streams[streams[&append.stream]];
             let Some(expected) = append.expected.version() else { continue };
             let before = *state.base.get_or_insert_with(|| guess(expected.0, state.steps));
-            // As long as it is not known which event is there, it is guessed to be the one that a commit expects.
+            // Until the event at the version is known, guesses that it is the event that the commit expects.
             if !self.known && state.steps == 0 && before == expected.0 {
                 state.event = state.event.or(append.expected.event());
             }
@@ -250,12 +253,12 @@ impl<'g> Decision<'g> {
         Ok(outline)
     }
 
-    /// The id of the last event in log order.
+    /// Returns the id of the last event in log order.
     pub(crate) fn last_event(&self) -> Option<Uuid> {
         self.events.iter().max_by_key(|event| event.rank).map(|event| event.text.id)
     }
 
-    /// What each commit came to, now that it is written.
+    /// Returns the outcome of each commit, now that the group is written.
     pub(crate) fn outcomes(self, written: &Written, standings: &Standings) -> Vec<Result<Committed, CommitError>> {
         let version = |(stream, steps): &(usize, i64)| Version(standings.streams[*stream] + steps);
         let committed = |outline: Outline| Committed {
@@ -267,11 +270,11 @@ impl<'g> Decision<'g> {
     }
 }
 
-/// Where the events of a group came to stand, and when.
+/// The positions of a group's events, and the time of their recording.
 pub(crate) struct Written {
     /// By rank, which counts from 1.
     pub(crate) positions: Vec<i64>,
-    /// `None` where there are no events, or where the database keeps a time that this process cannot tell.
+    /// `None` if there are no events, or if the database's time is out of this process's range.
     pub(crate) recorded_at: Option<DateTime<Utc>>,
 }
 
@@ -280,14 +283,15 @@ impl Written {
         self.positions.get(rank - 1).map_or(Position::START, |position| Position(*position))
     }
 
-    /// Whether the events up to a rank have positions without a gap: other processes draw from the same sequence.
+    /// Returns whether the events up to a rank have positions without a gap: other processes draw from the same
+    /// sequence.
     fn is_one_run(&self, last_rank: usize, events: usize) -> bool {
         self.position(last_rank).0 - self.position(last_rank + 1 - events).0 == events as i64 - 1
     }
 }
 
 impl DocumentState<'_> {
-    /// The body to write; `None` removes the document.
+    /// Returns the body to write; `None` removes the document.
     pub(crate) fn body(&self) -> Option<&Arc<str>> {
         self.put.and_then(|put| put.body.as_ref())
     }

@@ -1,5 +1,5 @@
-//! Reads of documents, and how rows become values. A row that somebody inserted by hand must never stop a reader,
-//! so what has no proper form is read as near to it as there is.
+//! Reads documents, and converts rows to values. A row inserted by hand must never stop a reader, so a malformed value
+//! is read as the nearest valid one.
 
 use std::sync::Arc;
 
@@ -9,14 +9,14 @@ use sqlx::{Row, postgres::PgRow};
 
 use crate::{error::read_error, readers::Readers, statements::Statements};
 
-/// A read whose connection had died while nobody used it is repeated; each of them may have.
+/// The most attempts at a read whose connection died while idle: every idle connection may have died.
 pub(crate) const READS_MAX: u32 = 10;
 const MICROSECONDS_TO_2000: i64 = 946_684_800_000_000;
-/// What a `timestamptz` can hold, in seconds since 1970: from 4714-11-24 BC to the end of 294276 AD.
+/// The range of a `timestamptz`, in seconds since 1970: from 4714-11-24 BC to the end of 294276 AD.
 const TIME_SECONDS: std::ops::RangeInclusive<i64> = -210_866_803_200..=9_224_318_015_999;
 
-/// Reads by one of the sessions; a read whose session has died is repeated, which is always safe, but not for longer than a read
-/// waits for a session: who reads from a server that is away is to hear of it.
+/// Reads on one of the sessions. A read whose session has died is repeated, which is always safe, but not for longer
+/// than a read waits for a session: a caller that reads from an unreachable server must learn of it.
 macro_rules! read {
     ($readers:expr, |$reader:ident| $read:expr) => {{
         let (mut reads, started) = (1, tokio::time::Instant::now());
@@ -49,7 +49,7 @@ pub(crate) async fn documents(
     keys: &[DocumentKey],
 ) -> Result<Vec<Option<Document>>, StoreError> {
     let mut found = vec![None; keys.len()];
-    // The others cannot be stored, nor asked for.
+    // Other keys can neither be stored nor be looked up.
     let asked: Vec<usize> =
         (0..keys.len()).filter(|index| is_text(&keys[*index].collection) && is_text(&keys[*index].id)).collect();
     if asked.is_empty() {
@@ -82,7 +82,7 @@ pub(crate) async fn scan(
         return Ok(Vec::new());
     }
     let rows = match scan {
-        // No id has a NUL, so those after `a` and a NUL are those after `a`.
+        // No id contains a NUL, so the ids after `a` plus a NUL are those after `a`.
         Scan::After(id) => read!(readers, |reader| statements
             .scan_after
             .query()
@@ -101,17 +101,18 @@ pub(crate) async fn scan(
     rows.iter().map(document).collect::<Result<_, _>>().map_err(read_error)
 }
 
-/// Whether PostgreSQL takes it for text. What is no text for it is in no row, so nothing need be asked.
+/// Returns whether PostgreSQL accepts the value as text. Any other value is in no row, so no query is needed.
 pub(crate) fn is_text(text: &str) -> bool {
     !text.contains('\0')
 }
 
-/// PostgreSQL refuses a negative limit, so one beyond its range must not wrap around.
+/// PostgreSQL refuses a negative limit, so a limit beyond its range must not wrap around.
 pub(crate) fn bound(limit: usize) -> i64 {
     i64::try_from(limit).unwrap_or(i64::MAX)
 }
 
-/// A time as near as a `timestamptz` can hold it: to the microsecond, rounded down. sqlx would round towards the year 2000.
+/// Returns the nearest time that a `timestamptz` can hold: to the microsecond, rounded down. sqlx would round towards
+/// the year 2000.
 pub(crate) fn storable(time: DateTime<Utc>) -> DateTime<Utc> {
     let time = DateTime::from_timestamp_micros(time.timestamp_micros()).unwrap_or(time);
     let seconds = time.timestamp();
@@ -127,7 +128,7 @@ pub(crate) fn recorded(row: &PgRow) -> Result<Recorded, sqlx::Error> {
         id: row.try_get(3)?,
         type_name: row.try_get::<&str, _>(4)?.into(),
         schema_version: row.try_get(5)?,
-        // `json` travels as the text it is.
+        // `json` is transferred as text.
         data: row.try_get_unchecked::<&str, _>(6)?.into(),
         metadata: Metadata::from_json(row.try_get_unchecked(7)?),
         recorded_at: time(row, 8)?.unwrap_or_default(),
@@ -148,14 +149,15 @@ pub(crate) fn time(row: &PgRow, column: usize) -> Result<Option<DateTime<Utc>>, 
     Ok(row.try_get_unchecked::<Option<i64>, _>(column)?.map(instant))
 }
 
-/// Microseconds since 2000. Read by hand: `infinity`, and years that chrono does not know, must not stop a reader.
+/// Converts microseconds since 2000. Not left to sqlx: `infinity`, and years outside chrono's range, must not stop a
+/// reader.
 pub(crate) fn instant(since_2000: i64) -> DateTime<Utc> {
     let since_1970 = since_2000.saturating_add(MICROSECONDS_TO_2000);
     let bound = if since_1970 < 0 { DateTime::<Utc>::MIN_UTC } else { DateTime::<Utc>::MAX_UTC };
     DateTime::from_timestamp_micros(since_1970).unwrap_or(bound)
 }
 
-/// The other way round; what [`instant`] made of an infinity is one again.
+/// The inverse of [`instant`]; the bounds that stand for infinities become infinities again.
 pub(crate) fn since_2000(time: DateTime<Utc>) -> i64 {
     if time == DateTime::<Utc>::MIN_UTC {
         return i64::MIN;

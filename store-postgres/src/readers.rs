@@ -1,7 +1,7 @@
 //! The sessions that read.
 //!
-//! Not a pool of sqlx's: that asks a session for a sign of life each time it comes back, and a read would take two round trips.
-//! A read whose session died while nobody used it is repeated on another.
+//! This is not a pool of sqlx: such a pool pings a session each time the session is returned, and a read would take
+//! two round trips. A read whose session died while idle is repeated on another session.
 
 use std::{
     io,
@@ -26,7 +26,7 @@ use crate::{
 /// How long a read waits for a session before it gives up.
 pub(crate) const WAIT_SECONDS_MAX: u64 = 30;
 
-/// The sessions, opened as they are needed and kept; clones share them.
+/// The sessions, opened on demand and kept; clones share them.
 #[derive(Clone, Debug)]
 pub(crate) struct Readers(Arc<Sessions>);
 
@@ -34,15 +34,16 @@ pub(crate) struct Readers(Arc<Sessions>);
 struct Sessions {
     database: Arc<Database>,
     permits: Arc<Semaphore>,
-    /// Each with the number of the history that it was opened under: under another one, it may be on another server.
+    /// Each session with the number of the history in which it was opened: under another number, it may be on another
+    /// server.
     idle: Mutex<Vec<(u64, PgConnection)>>,
-    /// When the next one may be opened.
+    /// When the next session may be opened.
     reconnect: Mutex<Reconnect>,
 }
 
-/// A session, until this is dropped.
+/// A session, until this guard is dropped.
 pub(crate) struct Reader {
-    /// `None` once it is given up.
+    /// `None` once the session is given up.
     connection: Option<PgConnection>,
     history: u64,
     sessions: Arc<Sessions>,
@@ -55,12 +56,12 @@ impl Readers {
         Self(Arc::new(Sessions { database, permits, idle: Mutex::default(), reconnect: Mutex::default() }))
     }
 
-    /// What each of them is held against.
+    /// Returns the history that each session is checked against.
     pub(crate) fn history(&self) -> &History {
         &self.0.database.history
     }
 
-    /// A session, as soon as one is free.
+    /// Returns a session, as soon as one is free.
     pub(crate) async fn get(&self) -> Result<Reader, sqlx::Error> {
         let deadline = Instant::now() + Duration::from_secs(WAIT_SECONDS_MAX);
         let permit = timeout_at(deadline, self.0.permits.clone().acquire_owned()).await;
@@ -70,8 +71,8 @@ impl Readers {
                 Reader { connection: Some(connection), history, sessions: self.0.clone(), _permit: permit }
             }
             None => {
-                // In a task of its own. A burst of reads shares a few sessions, so most of those that began to connect are
-                // answered before they are through; a session that is half made then is finished, and kept.
+                // In a task of its own: a burst of reads shares a few sessions, so most reads that started to connect
+                // are answered before the connection is open. The half-open session is then completed and kept.
                 let opening = tokio::spawn(self.0.clone().open(permit, deadline));
                 opening.await.unwrap_or(Err(sqlx::Error::PoolClosed))?
             }
@@ -83,12 +84,12 @@ impl Readers {
         Ok(reader)
     }
 
-    /// Nobody gets one from now on; who has one may finish.
+    /// Refuses sessions from now on; reads that hold a session may finish.
     pub(crate) async fn close(&self) {
         self.0.permits.close();
         let idle = std::mem::take(&mut *self.0.idle());
         for (_, connection) in idle {
-            // It holds nothing.
+            // The session holds no open work.
             sqlx::Connection::close(connection).await.ok();
         }
     }
@@ -99,7 +100,7 @@ impl Sessions {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A session of the history as it is now; those of an older one are dropped.
+    /// Takes an idle session of the current history; drops the sessions of older ones.
     fn take_idle(&self) -> Option<(u64, PgConnection)> {
         let mut idle = self.idle();
         if !self.database.pooled {
@@ -109,7 +110,7 @@ impl Sessions {
         idle.pop()
     }
 
-    /// Opens a session in a place of the pool. A server that restarts is waited for, by all readers in the same rhythm.
+    /// Opens a session in a free slot. Waits for a server that restarts; all readers retry at the same pace.
     async fn open(self: Arc<Self>, permit: OwnedSemaphorePermit, deadline: Instant) -> Result<Reader, sqlx::Error> {
         loop {
             let not_before = self.reconnect().not_before();
@@ -146,12 +147,12 @@ impl Reader {
         self.connection.as_mut().ok_or(sqlx::Error::PoolClosed)
     }
 
-    /// It is of no more use to anybody.
+    /// Discards the session, which is of no further use.
     pub(crate) fn give_up(&mut self) {
         self.connection = None;
     }
 
-    /// Takes it away for good; another one may be opened in its place.
+    /// Takes the session away for good; another session may be opened in its place.
     pub(crate) fn detach(mut self) -> Option<PgConnection> {
         self.connection.take()
     }
@@ -163,7 +164,7 @@ impl Drop for Reader {
         if !self.sessions.database.pooled {
             return self.sessions.take_back(self.history, connection);
         }
-        // The session behind the pooler is kept for as long as the transaction.
+        // The pooler keeps its server session for as long as the transaction lasts.
         if let Ok(runtime) = Handle::try_current() {
             let (history, sessions) = (self.history, self.sessions.clone());
             runtime.spawn(async move {

@@ -1,8 +1,8 @@
-//! Replay: much of the log, or all of it, once and fast. One task copies pages out of the database, others decode them, in
-//! order. Between them wait so many bytes and no more.
+//! Replay: reads much of the log, or all of it, once and fast. One task copies pages out of the database, other tasks
+//! decode them, in order. The number of bytes waiting between them is bounded.
 //!
-//! A page is one `COPY`, so that no statement and no snapshot of the server is as long as the replay; and one that is not
-//! taken for a while is broken off, and gone on with after what was taken.
+//! A page is one `COPY`, so that no statement and no snapshot on the server lasts as long as the replay. A page that
+//! the caller does not take for a while is broken off, and the replay continues after the last event taken.
 
 use std::{
     ops::{Bound, RangeBounds},
@@ -27,19 +27,19 @@ use crate::{
     read::{READS_MAX, bound},
 };
 
-/// Events that one page looks at: some tens of milliseconds of reading.
+/// The number of events that one page examines: some tens of milliseconds of reading.
 const PAGE_EVENTS: usize = 20_000;
-/// A batch, which is decoded at once, has at most so many events, and ends with the one that reaches so many bytes.
+/// The most events in a batch, which is decoded at once; a batch also ends with the event that reaches `BATCH_BYTES`.
 const BATCH_EVENTS: usize = 500;
 const BATCH_BYTES: usize = 256 << 10;
-/// Batches that wait to be decoded.
+/// The number of batches that wait to be decoded.
 const WAITING_BATCHES: usize = 4;
-/// Batches that are decoded side by side, or wait to be taken in order.
+/// The number of batches that are decoded in parallel, or wait to be taken in order.
 const DECODING_BATCHES: usize = 4;
-/// A page that is not taken for so long is broken off: the server must not keep a snapshot for somebody who is slow.
+/// A page that is not taken for this long is broken off: the server must not keep a snapshot for a slow caller.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// What to replay; everything, unless it is told otherwise.
+/// What to replay; everything by default.
 ///
 /// ```
 /// use annals::Position;
@@ -57,25 +57,25 @@ pub struct Replay {
 }
 
 impl Replay {
-    /// The whole log.
+    /// Selects the whole log.
     pub fn all() -> Self {
         let recorded = (Bound::Unbounded, Bound::Unbounded);
         Self { query: LogQuery::all(), after: 0, until: i64::MAX, recorded }
     }
 
-    /// Only events of these categories.
+    /// Selects only events of these categories.
     pub fn categories<S: Into<Arc<str>>>(mut self, categories: impl IntoIterator<Item = S>) -> Self {
         self.query.categories = categories.into_iter().map(Into::into).collect();
         self
     }
 
-    /// Only events of these types.
+    /// Selects only events of these types.
     pub fn types<S: Into<Arc<str>>>(mut self, types: impl IntoIterator<Item = S>) -> Self {
         self.query.types = types.into_iter().map(Into::into).collect();
         self
     }
 
-    /// Only events at these positions.
+    /// Selects only events at these positions.
     pub fn positions(mut self, positions: impl RangeBounds<Position>) -> Self {
         self.after = match positions.start_bound() {
             Bound::Included(first) => first.0.saturating_sub(1).max(0),
@@ -90,19 +90,19 @@ impl Replay {
         self
     }
 
-    /// Only events recorded at these times. Every event is looked at for this: times have no index.
+    /// Selects only events recorded at these times. This examines every event: times have no index.
     pub fn recorded(mut self, times: impl RangeBounds<DateTime<Utc>>) -> Self {
         self.recorded = (times.start_bound().cloned(), times.end_bound().cloned());
         self
     }
 
-    /// Further conditions, as SQL.
+    /// Returns the further conditions, as SQL.
     fn filter(&self) -> String {
         let mut filter = String::new();
         for (column, names) in [("split_part(stream_id, '-', 1)", &self.query.categories), ("type", &self.query.types)]
         {
             if !names.is_empty() {
-                // No name in the log has a NUL, and no statement may.
+                // No name in the log contains a NUL, and no statement may.
                 let names: Vec<_> = names.iter().filter(|name| !name.contains('\0')).map(|name| quoted(name)).collect();
                 filter += &format!(" AND {column} = ANY (ARRAY[{}]::text[])", names.join(", "));
             }
@@ -121,12 +121,12 @@ impl Replay {
     }
 }
 
-/// Text in a statement, whatever `standard_conforming_strings` says.
+/// Quotes text for a statement, independent of `standard_conforming_strings`.
 fn quoted(text: &str) -> String {
     format!("E'{}'", text.replace('\\', "\\\\").replace('\'', "''"))
 }
 
-/// A time in a statement; years that are no four digits are before or after all that is recorded.
+/// Formats a time for a statement; years without four digits are before or after everything that is recorded.
 fn timestamp(time: DateTime<Utc>) -> String {
     match time.year() {
         ..1 => "'-infinity'".to_owned(),
@@ -138,35 +138,35 @@ fn timestamp(time: DateTime<Utc>) -> String {
 /// An event of a typed replay.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Replayed<E> {
-    /// Its place in the log.
+    /// The position in the log.
     pub position: Position,
-    /// Its stream.
+    /// The stream.
     pub stream: StreamId,
-    /// Its place in the stream.
+    /// The version in the stream.
     pub version: Version,
-    /// When the store took it.
+    /// When the store recorded the event.
     pub recorded_at: DateTime<Utc>,
     /// The event.
     pub event: E,
 }
 
-/// Why a typed replay did not give an event.
+/// Why a typed replay did not return an event.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum ReplayError {
-    /// The store could not be read: the replay has ended. Replay again from after the last event that it gave.
+    /// The store could not be read: the replay has ended. Replay again from after the last event that was returned.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// This event cannot be read as what was asked for. The next one follows.
+    /// This event cannot be decoded as the requested type. The next event follows.
     #[error(transparent)]
     Undecodable(#[from] DecodeError),
 }
 
 impl PostgresStore {
-    /// Gives events in log order, up to where the log can be read as this begins: the same that
-    /// [`read_log`](annals::EventStore::read_log) gives, faster, and in constant memory however long the log and however slow
-    /// whoever takes them. After an error it has ended.
+    /// Returns events in log order, up to the end of the log at the start of the replay. The events are those of
+    /// [`read_log`](annals::EventStore::read_log), but faster, and in constant memory regardless of the length of the
+    /// log and the speed of the caller. The stream ends after an error.
     ///
-    /// It has a connection of its own until it has ended or is dropped.
+    /// The replay has a connection of its own until it has ended or is dropped.
     pub fn replay(&self, replay: Replay) -> impl Stream<Item = Result<Recorded, StoreError>> + Send + Unpin + use<> {
         let decode = |rows: &[u8]| {
             let (mut rows, mut events) = (Rows::new(rows), Vec::with_capacity(BATCH_EVENTS));
@@ -178,7 +178,7 @@ impl PostgresStore {
         self.decoded(replay, COLUMNS, decode).map_ok(|events| stream::iter(events).map(Ok)).try_flatten()
     }
 
-    /// Likewise, as events of one type, decoded on other tasks than the one that reads. What `E` skips is left out.
+    /// Replays events of one type, decoded on other tasks than the one that reads. Events that `E` skips are left out.
     ///
     /// ```no_run
     /// # async fn total(store: annals_postgres::PostgresStore) -> Result<(), annals_postgres::ReplayError> {
@@ -220,7 +220,8 @@ impl PostgresStore {
         decoded.map_err(ReplayError::from).map_ok(stream::iter).try_flatten()
     }
 
-    /// Likewise, byte for byte, in batches: what `take` makes of the events of each, on other tasks than the one that reads.
+    /// Replays events byte for byte, in batches: returns what `take` accumulates from each batch, on other tasks than
+    /// the one that reads.
     ///
     /// ```no_run
     /// # async fn bytes(store: annals_postgres::PostgresStore) -> Result<(), annals::StoreError> {
@@ -271,11 +272,11 @@ impl PostgresStore {
             events: 0,
             batches,
         };
-        // Dropped with the stream, and with it the task, and with that the connection.
+        // Dropping the stream drops the task, which drops the connection.
         let mut task = JoinSet::new();
         let mut start = Some((copier, replay.until));
         let batches = stream::unfold(waiting, move |mut waiting| {
-            // Not before somebody asks.
+            // The replay starts with the first poll.
             if let Some((copier, until)) = start.take() {
                 task.spawn(copier.run(until));
             }
@@ -315,7 +316,7 @@ struct Copier {
     shared: Arc<Shared>,
     statement: String,
     filter: String,
-    /// Up to here, everything is in batches.
+    /// All events up to here are in batches.
     last: i64,
     batch: Vec<u8>,
     events: usize,
@@ -324,13 +325,13 @@ struct Copier {
 
 /// How a page ended.
 enum Page {
-    /// There is nothing after it.
+    /// Nothing follows the page.
     Last,
-    /// With its last event.
+    /// The page ended with its last event.
     Whole,
-    /// Nobody took it for a while.
+    /// The caller took no batch for a while.
     BrokenOff,
-    /// Nobody will take any more.
+    /// The caller is gone.
     Abandoned,
 }
 
@@ -342,7 +343,7 @@ impl Copier {
             Ok(()) => Ok(self.batch),
             Err(error) => Err(error),
         };
-        // Nobody may be there to take it.
+        // The caller may be gone.
         self.batches.send(last).await.ok();
     }
 
@@ -361,7 +362,7 @@ impl Copier {
             };
             let page = page.await;
             if self.shared.database.history.number() != history {
-                // What is settled was so in the log as it was.
+                // The settled end belongs to the log as it was.
                 let reason = "the log changed (failover or restore) during the replay: start it again";
                 return Err(StoreError::Unavailable(reason.into()));
             }
@@ -370,7 +371,7 @@ impl Copier {
                 Ok(Page::Whole) => failures = 0,
                 Ok(Page::BrokenOff) => {
                     failures = 0;
-                    // Until there is a place for what is at hand.
+                    // Waits until there is room for the current batch.
                     if !self.send(None).await {
                         break;
                     }
@@ -384,13 +385,13 @@ impl Copier {
             }
         }
         if let Some(open) = connection {
-            // What it has read is complete.
+            // All pages read on it are complete.
             open.close().await.ok();
         }
         Ok(())
     }
 
-    /// Copies one page. The connection is given back only where nothing is under way on it.
+    /// Copies one page. Gives the connection back only if no statement is in flight on it.
     async fn page(
         &mut self,
         mut open: PgConnection,
@@ -399,7 +400,7 @@ impl Copier {
     ) -> Result<Page, sqlx::Error> {
         let mut page_until = until;
         if !self.filter.is_empty() {
-            // What is left out is not sent, so nothing sent would tell where the page ended.
+            // Rows that the filter leaves out are not sent, so the rows alone do not show where the page ended.
             let end: Option<i64> = self
                 .shared
                 .database
@@ -424,7 +425,7 @@ impl Copier {
             .replace("{filter}", &self.filter);
         let mut copied = open.copy_out_raw(&statement).await?;
         let (mut events, mut header) = (0, HEADER_BYTES);
-        // A message is a row; the first one has the header before it, and the last one is none.
+        // A message is a row. The header precedes the first row, and the last message is a trailer.
         while let Some(message) = copied.try_next().await? {
             let row = &message[std::mem::take(&mut header).min(message.len())..];
             let Some(position) = position(row) else { continue };
@@ -445,7 +446,7 @@ impl Copier {
         Ok(if self.filter.is_empty() && events < PAGE_EVENTS { Page::Last } else { Page::Whole })
     }
 
-    /// Hands the batch over; not if nobody takes it in time, or ever.
+    /// Sends the batch; returns `false` if the caller does not take it in time, or is gone.
     async fn send(&mut self, patience: Option<Duration>) -> bool {
         let place = match patience {
             Some(patience) => timeout(patience, self.batches.reserve()).await,

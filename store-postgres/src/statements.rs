@@ -1,4 +1,4 @@
-//! The statements, each from its file, for the schema of a store.
+//! The statements, each from its own file, rewritten for the schema of a store.
 
 use sqlx::{
     AssertSqlSafe, FromRow, Postgres, SqlSafeStr, SqlStr,
@@ -8,10 +8,11 @@ use sqlx::{
 
 /// The schema that the files name.
 pub(crate) const SCHEMA_DEFAULT: &str = "annals";
-/// What PostgreSQL takes for a name without cutting it, less what the names of constraints and channels add.
+/// The longest name that PostgreSQL does not truncate, minus the suffixes of constraints and channels.
 const SCHEMA_BYTES_MAX: usize = 50;
 
-/// Whether a store may use this schema: names that need no quoting but for reserved words, so that any tool can type them.
+/// Returns whether a store may use this schema: names that need no quoting except for reserved words, so that any tool
+/// accepts them.
 pub(crate) fn is_schema_name(schema: &str) -> bool {
     let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
     schema.len() <= SCHEMA_BYTES_MAX
@@ -20,20 +21,20 @@ pub(crate) fn is_schema_name(schema: &str) -> bool {
         && !schema.starts_with("pg_")
 }
 
-/// A statement for another schema than the one its file names. Files name it nowhere but in front of a dot.
+/// Rewrites a statement for another schema than the one in its file. Files name the schema only before a dot.
 pub(crate) fn in_schema(sql: &'static str, schema: &str) -> SqlStr {
     if schema == SCHEMA_DEFAULT {
         return SqlStr::from_static(sql);
     }
-    // The name is one that `is_schema_name` took.
+    // `is_schema_name` has accepted the name.
     AssertSqlSafe(sql.replace("annals.", &format!("\"{schema}\"."))).into_sql_str().clone()
 }
 
-/// A statement, as it is sent.
+/// A statement in the form that is sent.
 #[derive(Debug)]
 pub(crate) struct Statement {
     sql: SqlStr,
-    /// Whether its connection keeps it prepared, under a name.
+    /// Whether the connection keeps the statement prepared under a name.
     named: bool,
 }
 
@@ -50,12 +51,12 @@ impl Statement {
         sqlx::query(self.sql.clone()).persistent(self.named)
     }
 
-    /// For rows of several columns.
+    /// Creates a query for rows of several columns.
     pub(crate) fn rows<'q, R: for<'r> FromRow<'r, PgRow>>(&self) -> QueryAs<'q, Postgres, R, PgArguments> {
         sqlx::query_as(self.sql.clone()).persistent(self.named)
     }
 
-    /// For rows of one column.
+    /// Creates a query for rows of one column.
     pub(crate) fn scalar<'q, T>(&self) -> QueryScalar<'q, Postgres, T, PgArguments>
     where
         (T,): for<'r> FromRow<'r, PgRow>,
@@ -73,7 +74,7 @@ macro_rules! statements {
         }
 
         impl Statements {
-            /// For a schema; without `named`, no connection keeps one of them prepared.
+            /// Creates the statements for a schema; without `named`, no connection keeps them prepared.
             pub(crate) fn new(schema: &str, named: bool) -> Self {
                 Self {
                     $($name: Statement {

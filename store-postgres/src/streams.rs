@@ -1,5 +1,5 @@
-//! Reads of single streams. Those that wait for a session share the next one that is free, and one statement: under load, many
-//! aggregates are folded with one round trip.
+//! Reads single streams. Reads that wait for a session share the next free session, and one statement: under load, many
+//! aggregates are loaded in one round trip.
 
 use std::{
     collections::VecDeque,
@@ -17,15 +17,15 @@ use crate::{
     statements::Statements,
 };
 
-/// Streams read by one statement.
+/// The most streams that one statement reads.
 const STREAMS_MAX: usize = 64;
 
-/// Positions from here on were written by hand: `advance` leaves them out too.
+/// Positions from here on were written by hand: `advance` excludes them too.
 const BY_HAND: i64 = 1 << 62;
 
 type Outcome = Result<Vec<Recorded>, StoreError>;
 
-/// Who waits.
+/// The reads that wait.
 #[derive(Debug, Default)]
 pub(crate) struct Streams(Mutex<VecDeque<Wanted>>);
 
@@ -46,22 +46,23 @@ impl Streams {
         limit: usize,
     ) -> Outcome {
         loop {
-            // Before the receiver, so that it goes after it.
+            // Declared before the receiver, so that it is dropped after the receiver.
             let mut place = Place { streams: self, answered: false };
             let (answer, mut answered) = oneshot::channel();
             self.waiting().push_back(Wanted { stream: stream.clone(), after, limit, answer });
-            // Many are often about to ask at once, as when all of a batch are told that it is done. Without this turn for them,
-            // the first of them would each take a session for a stream alone.
+            // Many reads are often about to start at once, for example when a whole batch has just been answered.
+            // Without this yield, each of the first reads would take a session for a single stream.
             tokio::task::yield_now().await;
             let outcome = loop {
-                // Before the session: what it reads may be of a later history, and never of an earlier one.
+                // Taken before the session: what the session reads may belong to a later history, and never to an
+                // earlier one.
                 let of = readers.history().number();
                 let reader = tokio::select! {
                     biased;
                     outcome = &mut answered => break outcome,
                     reader = readers.get() => reader.map_err(read_error)?,
                 };
-                // This one is among the first of them, or somebody has it in hand.
+                // This read is in the batch, or another task is serving it.
                 let batch = self.next_batch();
                 if batch.is_empty() {
                     drop(reader);
@@ -70,7 +71,7 @@ impl Streams {
                 serve(batch, of, reader, (readers, statements)).await;
             };
             place.answered = true;
-            // Else whoever read on its behalf went away.
+            // Otherwise the task that read on its behalf was cancelled.
             if let Ok(outcome) = outcome {
                 return outcome;
             }
@@ -88,7 +89,7 @@ impl Streams {
     }
 }
 
-/// A place in the line; who goes away leaves it.
+/// A place in the queue; a cancelled read leaves the queue.
 struct Place<'s> {
     streams: &'s Streams,
     answered: bool,
@@ -102,7 +103,7 @@ impl Drop for Place<'_> {
     }
 }
 
-/// Reads for all of them, and answers.
+/// Reads for the whole batch, and answers each read.
 async fn serve(batch: Vec<Wanted>, of: u64, mut reader: Reader, (readers, statements): (&Readers, &Statements)) {
     let mut reads = 1;
     let history = readers.history();
@@ -124,7 +125,7 @@ async fn serve(batch: Vec<Wanted>, of: u64, mut reader: Reader, (readers, statem
         Ok(rows) => rows,
         Err(error) => {
             let error = read_error(error);
-            // Who gave up needs no answer.
+            // A cancelled read needs no answer.
             return batch.into_iter().for_each(|wanted| _ = wanted.answer.send(Err(error.clone())));
         }
     };
@@ -138,7 +139,7 @@ async fn serve(batch: Vec<Wanted>, of: u64, mut reader: Reader, (readers, statem
         }
         let events = events.into_iter().collect::<Result<Vec<_>, _>>().map_err(read_error);
         let last = events.as_ref().ok().and_then(|events| events.last());
-        // A row that somebody has put at the end of all numbers by hand is no end of the log.
+        // A row inserted by hand with a huge position is not the end of the log.
         if let Some(last) = last.filter(|last| last.position.0 < BY_HAND) {
             history.saw(of, (last.position.0, last.id));
         }

@@ -1,9 +1,9 @@
-//! A transaction that a user's handler writes in, up to the commit that ends it. It is the only one that is open while a
-//! user's code runs.
+//! A transaction that a user's handler writes in, up to the commit that ends the transaction. No other transaction is
+//! open while a user's code runs.
 //!
-//! It has a connection of its own, which is dropped in any trouble: a future that is dropped half-way, an error that is not
-//! understood. The server takes the end of the connection for a rollback. A connection of a pool would go back to the pool with
-//! whatever is open on it.
+//! The transaction has a connection of its own, which is dropped after any problem: a cancelled future, an unexpected
+//! error. The server rolls back when the connection ends. A pooled connection would return to the pool with whatever
+//! is open on it.
 
 use std::{sync::Arc, time::Duration};
 
@@ -21,46 +21,48 @@ use crate::{
     writer::ANSWER_SECONDS_MAX,
 };
 
-/// Savepoints that are kept apart before they are merged into one.
+/// The number of savepoints kept apart before they are merged into one.
 const SAVEPOINTS_MAX: u64 = 32;
-/// How often the rows of a commit are tried while others are faster. Not more: meanwhile the user's rows stay locked.
+/// How many races the rows of a commit may lose. The limit is low because the user's rows stay locked meanwhile.
 const RACES_MAX: u32 = 4;
 
-/// The user's SQL is planned as usual, where the store's own only ever seeks. The rest are bounds: on one statement, on the
-/// wait for a lock, and on how long the server keeps a transaction that nobody goes on with, as when the store is away.
+/// The user's SQL is planned as usual, whereas the store's own SQL uses index seeks only. The other settings are
+/// limits: on one statement, on the wait for a lock, and on how long the server keeps an idle transaction, as when the
+/// store is away.
 const SETTINGS_OF_USER: &str = "SET LOCAL enable_seqscan = on; SET LOCAL enable_bitmapscan = on; \
      SET LOCAL enable_hashjoin = on; SET LOCAL enable_mergejoin = on; SET LOCAL plan_cache_mode = auto; \
      SET LOCAL statement_timeout = '30s'; SET LOCAL lock_timeout = '10s'; \
      SET LOCAL idle_in_transaction_session_timeout = '60s'";
-/// Back to how the store wants its own statement, for the rest of the transaction.
+/// Restores the settings for the store's own statement, for the rest of the transaction.
 const SETTINGS_OF_STORE: &str = "SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; \
      SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL plan_cache_mode = force_generic_plan; \
      SET LOCAL lock_timeout = '500ms'";
 
-/// A connection on which nothing is under way, with the number of the history that it writes.
+/// A connection without an open transaction, with the number of the history that the connection writes.
 pub(crate) struct Idle(u64, PgConnection);
 
 /// An open transaction, with a savepoint after each message whose SQL is in it.
 pub(crate) struct OpenTransaction {
     connection: PgConnection,
-    /// The number of the history that it writes.
+    /// The number of the history that the transaction writes.
     history: u64,
     id: Uuid,
-    /// The last event that was written into it.
+    /// The last event written in the transaction.
     last: Option<Seen>,
-    /// Messages whose SQL is in it.
+    /// The number of messages whose SQL is in the transaction.
     handled: u64,
-    /// The savepoint `annals_0` stands after so many messages.
+    /// The number of messages before the savepoint `annals_0`.
     merged: u64,
-    /// Whether the session is somebody else's after it: what the user's SQL has prepared there must go.
+    /// Whether the session may serve another client afterwards: statements that the user's SQL has prepared must be
+    /// deallocated.
     pooled: bool,
 }
 
 impl Idle {
     async fn connect(database: &Database) -> Result<Self, sqlx::Error> {
         let (history, mut connection) = database.connect(Purpose::Write).await?;
-        // sqlx counts this as open for ever, so that a `begin` of the user's is a savepoint within ours. Ours are begun and
-        // ended behind its back.
+        // From here on sqlx counts a transaction as open for ever, so that a user's `begin` is a savepoint within
+        // ours. Our own transactions begin and end without sqlx's knowledge.
         std::mem::forget(connection.begin().await?);
         sqlx::raw_sql("ROLLBACK").execute(&mut connection).await?;
         Ok(Self(history, connection))
@@ -68,7 +70,7 @@ impl Idle {
 }
 
 impl OpenTransaction {
-    /// Begins one, on an idle connection if there is one and it is still good.
+    /// Begins a transaction, on the idle connection if there is one and it still works.
     pub(crate) async fn begin(database: &Database, idle: Option<Idle>) -> Result<Self, sqlx::Error> {
         if let Some(idle) = idle.filter(|Idle(history, _)| *history == database.history.number())
             && let Ok(open) = Self::begin_on(idle, database).await
@@ -101,7 +103,7 @@ impl OpenTransaction {
         &mut self.connection
     }
 
-    /// Makes ready for another message, after so many.
+    /// Prepares for another message, after `handled` messages.
     pub(crate) async fn resume(&mut self, handled: u64) -> Result<(), sqlx::Error> {
         if handled != self.handled {
             self.rewind(handled).await?;
@@ -114,7 +116,8 @@ impl OpenTransaction {
         Ok(())
     }
 
-    /// Takes in the SQL of one more message. Fails if one of its statements had failed, whatever the handler made of that.
+    /// Keeps the SQL of one more message. Fails if one of the message's statements failed, even if the handler ignored
+    /// the error.
     pub(crate) async fn keep(&mut self) -> Result<(), sqlx::Error> {
         let savepoint = format!("SAVEPOINT annals_{}", self.handled + 1 - self.merged);
         sqlx::raw_sql(AssertSqlSafe(savepoint)).execute(&mut self.connection).await?;
@@ -122,7 +125,7 @@ impl OpenTransaction {
         Ok(())
     }
 
-    /// Leaves out the SQL of all messages after the first so many.
+    /// Undoes the SQL of all messages after the first `handled`.
     pub(crate) async fn rewind(&mut self, handled: u64) -> Result<(), sqlx::Error> {
         let rewind = self.rewind_to(handled)?;
         sqlx::raw_sql(AssertSqlSafe(rewind)).execute(&mut self.connection).await?;
@@ -137,14 +140,14 @@ impl OpenTransaction {
         }
     }
 
-    /// Rolls back, to keep the connection.
+    /// Rolls back and keeps the connection.
     pub(crate) async fn give_up(mut self) -> Result<Idle, sqlx::Error> {
         let end = if self.pooled { "ROLLBACK; DEALLOCATE ALL" } else { "ROLLBACK" };
         sqlx::raw_sql(end).execute(&mut self.connection).await?;
         Ok(Idle(self.history, self.connection))
     }
 
-    /// Writes a commit into it, with the SQL of the first so many messages, and ends it.
+    /// Writes a commit in the transaction, keeping the SQL of the first `handled` messages, and ends the transaction.
     pub(crate) async fn commit(
         mut self,
         database: &Database,
@@ -161,7 +164,7 @@ impl OpenTransaction {
             Err(error @ (CommitError::Conflict { .. } | CommitError::DocumentConflict { .. })) => {
                 (Err(error), self.give_up().await.ok())
             }
-            // Before the end was asked for, so it is known that nothing holds.
+            // COMMIT was not sent yet, so it is certain that nothing was committed.
             Err(CommitError::Unknown(reason)) => (Err(unwritten(reason)), None),
             Err(error) => (Err(error), None),
             Ok(committed) => {

@@ -1,4 +1,4 @@
-//! What writes: takes the commits that are waiting as a group, and makes one round trip of them.
+//! The writer: takes the waiting commits as a group, and writes the group in one round trip.
 
 use std::{
     io,
@@ -26,23 +26,23 @@ use crate::{
     queue::{Outcome, Queue},
 };
 
-/// How often a group is tried as a whole while other processes are faster, before it is tried in halves.
+/// How many races against other processes a whole group may lose before it is tried in halves.
 const RACES_MAX: u32 = 4;
-/// How often a single commit is tried while other processes are faster: it loses one of these only to somebody who won.
+/// How many races a single commit may lose: each loss means that another process's commit succeeded.
 const RACES_ALONE_MAX: u32 = 50;
-/// How often a single commit is tried while somebody keeps a lock; a group is halved at once.
+/// How many times a single commit is tried while another transaction holds a lock; a group is halved at once.
 const WAITS_ALONE_MAX: u32 = 3;
-/// An answer that takes longer than this will not come: the server gives up on a group after half of it.
+/// An answer that takes longer than this will not come: the server gives up on a group after half of this time.
 pub(crate) const ANSWER_SECONDS_MAX: u64 = 60;
-/// How long to wait after connecting failed: doubling between these.
+/// How long to wait after a failed attempt to connect, doubling between these.
 const RECONNECT_MS_MIN: u64 = 20;
 const RECONNECT_MS_MAX: u64 = 1_000;
 
 #[derive(Debug)]
 pub(crate) struct Writer {
     database: Arc<Database>,
-    /// `None` after a failure: what state it left a connection in is not worth finding out. With the number of the history that
-    /// it writes.
+    /// `None` after a failure: a connection in an unclear state is not worth examining. Otherwise with the number of
+    /// the history that the connection writes.
     connection: Option<(u64, PgConnection)>,
     news: News,
     reconnect: Reconnect,
@@ -70,7 +70,7 @@ impl Reconnect {
         self.not_before
     }
 
-    /// Others that tried at the same time do not double the delay once more.
+    /// Several failures at the same time double the delay once.
     pub(crate) fn failed(&mut self) {
         if self.not_before > Instant::now() {
             return;
@@ -84,16 +84,17 @@ impl Reconnect {
     }
 }
 
-/// What trying a group came to, where it was not written.
+/// The failure of an attempt to write a group.
 enum Failure {
-    /// Another process was faster each time, or the server refuses something in it: a part of the group may do better.
+    /// Another process was faster each time, or the server rejects a value: a part of the group may succeed.
     OfSome(CommitError),
-    /// Whatever is in it.
+    /// No part of the group can succeed.
     OfAll(CommitError),
 }
 
-/// Two that serve the queue, on a thread of their own: as tasks among those of the callers they would wait behind hundreds of
-/// them at each step, with the server idle meanwhile. At the end it says how they ended, even if that was a panic.
+/// Starts two writers that serve the queue, on a thread of their own: as tasks among the callers' tasks, they would
+/// wait behind hundreds of those at each step while the server is idle. Finally reports how the writers ended, even if
+/// one panicked.
 pub(crate) fn start(
     writers: [Writer; 2],
     queue: Queue,
@@ -121,7 +122,8 @@ impl Writer {
         Self { database, connection: None, news, reconnect: Reconnect::default() }
     }
 
-    /// Writes what the queue holds until the last sender is gone and it is empty. `second`: only what another writer leaves.
+    /// Writes the queued commits until the last sender is gone and the queue is empty. `second`: takes only what
+    /// overflows the first writer.
     async fn serve(mut self, queue: &Queue, second: bool) -> Result<(), sqlx::Error> {
         while let Some(group) = if second { queue.overflow().await } else { queue.next().await } {
             let (commits, answers): (Vec<_>, Vec<_>) = group
@@ -133,14 +135,15 @@ impl Writer {
                 // A caller that gave up needs no answer.
                 drop(answer.send(outcome));
             }
-            // Callers that were just answered often have the next commit at hand. Without this turn for them, the next group
-            // would be those who queued during this one, and two halves would take turns for twice as many round trips.
+            // Callers that have just been answered often submit their next commit at once. Without this yield, the
+            // next group would contain only the callers that queued during this group, and two halves would alternate,
+            // with twice as many round trips.
             tokio::task::yield_now().await;
         }
         self.close().await
     }
 
-    /// Connects anew for the next group.
+    /// Drops the connection; the next group connects anew.
     pub(crate) fn disconnect(&mut self) {
         self.connection = None;
     }
@@ -152,7 +155,7 @@ impl Writer {
         }
     }
 
-    /// Writes a group, in halves where it does not go as a whole.
+    /// Writes a group, in halves where the group fails as a whole.
     pub(crate) async fn write(&mut self, commits: &[Prepared]) -> Vec<Outcome> {
         let mut outcomes = Vec::with_capacity(commits.len());
         let whole = 0..commits.len();
@@ -196,7 +199,7 @@ impl Writer {
                     }
                     self.connection = Some((history, connection));
                     let Some(written) = written else {
-                        // A guess was wrong. Where it was no guess, somebody else has just moved on.
+                        // A guess was wrong. If the versions were known, another process has just written.
                         races += u32::from(known.is_some());
                         if races > RACES_ALONE_MAX {
                             return Err(Failure::OfSome(CommitError::Unavailable(
@@ -225,7 +228,7 @@ impl Writer {
                     if fault == Fault::PositionTaken {
                         self.advance().await.map_err(Failure::OfAll)?;
                     }
-                    // Not in step with whoever it was.
+                    // A random delay breaks the rhythm with the other process.
                     sleep(Duration::from_micros(fastrand::u64(0..500 << races.min(6)))).await;
                     known = None;
                 }
@@ -242,8 +245,8 @@ impl Writer {
         }
     }
 
-    /// Takes note of what was written. A position is drawn after its statement was sent, so it is above all that was seen before,
-    /// unless the log has lost its end on this very server.
+    /// Records what was written. A position is drawn after its statement was sent, so it is above every position seen
+    /// before, unless the log has lost its end on this very server.
     async fn wrote(
         &self,
         connection: &mut PgConnection,
@@ -254,7 +257,7 @@ impl Writer {
     ) {
         let Some((first, last)) = written.positions.first().zip(written.positions.last()) else { return };
         if seen.is_some_and(|(seen, _)| *first <= seen) {
-            // If it fails, whoever reads or writes next finds out.
+            // If this fails, the next reader or writer finds out.
             self.database.check(connection, Purpose::Write).await.ok();
         }
         if let Some(id) = decision.last_event() {
@@ -270,7 +273,7 @@ impl Writer {
                 return Ok((history, connection));
             }
             if self.database.pooled {
-                // The session behind it is checked by each transaction.
+                // Each transaction checks the session behind the pooler.
                 return Ok((number, connection));
             }
         }
@@ -295,8 +298,8 @@ impl Writer {
     }
 }
 
-/// Whether the commits were handed over under this number of the history. What was decided before may rest on events that are
-/// gone.
+/// Checks that the commits were submitted under this number of the history. An earlier decision may rest on events
+/// that are gone.
 fn are_of(commits: &[Prepared], history: u64) -> Result<(), Failure> {
     let older = commits.iter().filter(|commit| commit.history != history).count();
     let error = || {
