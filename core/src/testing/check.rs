@@ -1,4 +1,4 @@
-//! The checker of one saga, as a test writes it.
+//! The checker of one saga, as used in a test.
 
 use std::{
     any::TypeId,
@@ -22,10 +22,11 @@ use crate::{
     saga::{Progress, Saga, SagaState, Status, StepError},
 };
 
-/// How often a step is asked for before the checked saga gives it up: often enough for a repeated, a late and a last one.
+/// The default number of attempts at a step before the checked saga gives it up: enough for a repeated, a late and a
+/// last attempt.
 pub const ATTEMPTS: u32 = 2;
-/// How many states a check explores at most, each counted as often as a move leads to it. A saga that needs more has too
-/// much in its world or its state: leave out of them what does not matter to an invariant.
+/// The most states that a check explores; a state counts once for each move that leads to it. A saga that needs more
+/// has too much in its world or its state: leave out everything that no invariant needs.
 pub const STATES_MAX: usize = 5_000_000;
 
 /// A check of one saga; see [`check`].
@@ -47,25 +48,25 @@ struct Parts<W> {
     troubles: Troubles,
 }
 
-/// What a check has seen.
+/// The figures of a completed check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
-    /// States of saga, services, messages and world that differ.
+    /// The number of distinct states of saga, services, messages and world.
     pub states: usize,
-    /// The longest of the shortest ways to a state.
+    /// The length of the longest among the shortest paths to each state.
     pub depth: usize,
-    /// How long it took.
+    /// The duration of the check.
     pub took: Duration,
 }
 
-/// A history that breaks a rule: there is no shorter one.
+/// A history that breaks a rule; no shorter history does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation {
-    /// The rule, or the name of the invariant.
+    /// The broken rule, or the name of the broken invariant.
     pub broken: String,
-    /// What happened, a move each.
+    /// The moves, one per line.
     pub history: Vec<String>,
-    /// The world after it.
+    /// The world after the last move.
     pub world: String,
 }
 
@@ -81,30 +82,32 @@ impl fmt::Display for Violation {
 
 impl std::error::Error for Violation {}
 
-/// Checks everything that can happen to a saga that starts with `context`, at most as much as is switched on:
+/// Checks everything that can happen to a saga that starts with `context`, within the faults that are switched on:
 ///
-/// - [`every_step_fails`](Check::every_step_fails): a step is refused where it may be; any call and any undo fails, or is
-///   done without anybody knowing, again and again, until the saga gives up; then an operator retries;
-/// - [`every_message_repeats`](Check::every_message_repeats): any message comes twice, late, out of order, or never;
-/// - [`every_timer_fires`](Check::every_timer_fires): any step times out while it is under way, done, or lost, and the
+/// - [`every_step_fails`](Check::every_step_fails): a step is refused where it may be; any call and any undo fails, or
+///   is done with an unknown outcome, again and again, until the saga gives up; then an operator retries;
+/// - [`every_message_repeats`](Check::every_message_repeats): any message arrives twice, late, out of order, or never;
+/// - [`every_timer_fires`](Check::every_timer_fires): any step times out while it is under way, done or lost, and the
 ///   deadline of the saga passes at any moment.
 ///
 /// [`everything`](Check::everything) switches on all three.
 ///
-/// A crash is in every history: after each move the saga is rebuilt from its events as a store has them, and must be what
-/// it was in memory; and a message delivered again is a message that repeats.
+/// Every history contains crashes: after each move the saga is rebuilt from its events as a store returns them, and
+/// must equal the saga in memory. A message delivered again after a crash is a repeated message.
 ///
-/// The code that is checked is the code that runs: the saga's transition function, and the barrier of its participants.
-/// What the participants do is a model: a `world` and a function for each service that carries out a command in it. The
-/// checker finds every state of all this together, breadth first, and shows the shortest history to one that breaks a
-/// rule. The rules, beside your own [`always`](Check::always) and [`at_end`](Check::at_end):
+/// The checked code is the code that runs in production: the saga's transition function, and the barrier of its
+/// participants. The work of the participants is a model: a `world`, and a function for each service that carries out
+/// a command in that world. The checker visits every combined state, breadth first, and shows the shortest history that
+/// breaks a rule. The rules, in addition to your own [`always`](Check::always) and [`at_end`](Check::at_end):
 ///
-/// - no call is done twice, or after its undo; none is undone twice, or without having been done;
-/// - a step begins when all before it are done; undos go in reverse order; nothing is undone once the pivot is done;
-/// - a saga that completed has every step done and none undone; one that was compensated has none done;
-/// - replies that are late or repeated change nothing;
-/// - a saga ends, or is stuck where it may be (at the pivot, at what follows it, or in an undo), and then ends after a retry;
-/// - a step that is asked for again has the same id and the same content, also after the saga was
+/// - no call is done twice, or after its undo; no call is undone twice, or without having been done;
+/// - a step begins when all earlier steps are done; undos go in reverse order; nothing is undone once the pivot is
+///   done;
+/// - a completed saga has every step done and none undone; a compensated saga has none done;
+/// - late or repeated replies change nothing;
+/// - a saga ends, or is stuck where it may be (at the pivot, at a later step, or in an undo), and then ends after a
+///   retry;
+/// - a step that is attempted again has the same id and the same content, even after the saga was
 ///   [moved](Check::moved_from) to another plan.
 ///
 /// ```
@@ -160,8 +163,8 @@ impl<W> Parts<W> {
 }
 
 impl<C: SagaState> Check<C, ()> {
-    /// Gives the saga's services a world to act in, as it is when the saga starts. Comes before everything else. The smaller
-    /// it is, the faster the check: what matters to an invariant, and no more.
+    /// Sets the world in which the saga's services act, as it is when the saga starts. Call this method before all
+    /// others. The smaller the world, the faster the check: include only what matters to an invariant.
     pub fn world<W>(self, world: W) -> Check<C, W> {
         let Self { saga, earlier, context, attempts, states_max, .. } = self;
         Check { saga, earlier, context, protocol: Parts::of(world), attempts, states_max }
@@ -173,8 +176,9 @@ where
     C: SagaState,
     W: Clone + Debug + Eq + Hash + Send + Sync + 'static,
 {
-    /// What a service does with a command in the world; the counterpart of its [`Participant`](crate::Participant), with
-    /// the same meaning of what it returns. On an error the world stays as it was.
+    /// Sets the function that carries out a service's commands in the world: the counterpart of the service's
+    /// [`Participant`](crate::Participant), with the same meaning of its results. On an error the world stays as it
+    /// was.
     pub fn service<E: Event>(
         mut self,
         name: &str,
@@ -195,58 +199,58 @@ where
         self
     }
 
-    /// An invariant of the world that holds after every move.
+    /// Adds an invariant of the world that holds after every move.
     pub fn always(mut self, name: &'static str, holds: impl Fn(&W) -> bool + Send + Sync + 'static) -> Self {
         self.protocol.always.push((name, Box::new(holds)));
         self
     }
 
-    /// An invariant of the world once the saga has ended: [`Completed`](Status::Completed) or
-    /// [`Compensated`](Status::Compensated). What comes late after the end must not break it either.
+    /// Adds an invariant of the world after the saga has ended: [`Completed`](Status::Completed) or
+    /// [`Compensated`](Status::Compensated). Messages that arrive after the end must not break the invariant either.
     pub fn at_end(mut self, name: &'static str, holds: impl Fn(&W, Status) -> bool + Send + Sync + 'static) -> Self {
         self.protocol.at_end.push((name, Box::new(holds)));
         self
     }
 
-    /// Steps are refused, and calls and undos fail, or are done without anybody knowing.
+    /// Lets steps be refused, and lets calls and undos fail or be done with an unknown outcome.
     pub fn every_step_fails(mut self) -> Self {
         self.protocol.troubles.steps_fail = true;
         self
     }
 
-    /// Messages come again, late, out of order, or never.
+    /// Lets messages arrive again, late, out of order, or never.
     pub fn every_message_repeats(mut self) -> Self {
         self.protocol.troubles.messages_repeat = true;
         self
     }
 
-    /// Steps time out, and the saga's deadline passes.
+    /// Lets steps time out, and lets the saga's deadline pass.
     pub fn every_timer_fires(mut self) -> Self {
         self.protocol.troubles.timers_fire = true;
         self
     }
 
-    /// The saga starts under an earlier plan, and a build that moves it to this one, as
-    /// [`Runner::migrate`](crate::saga::Runner::migrate) does, may take over at any moment. A migration that is refused anywhere breaks a
-    /// rule.
+    /// Starts the saga under an earlier plan. A build that moves the saga to this plan, as
+    /// [`Runner::migrate`](crate::saga::Runner::migrate) does, may take over at any moment. A migration that is refused
+    /// at any place breaks a rule.
     pub fn moved_from(mut self, earlier: Saga<C>, migrate: fn(&Progress) -> Progress) -> Self {
         self.earlier = Some((earlier, migrate));
         self
     }
 
-    /// All that can go wrong.
+    /// Switches on every fault.
     pub fn everything(self) -> Self {
         self.every_step_fails().every_message_repeats().every_timer_fires()
     }
 
-    /// How often a step is asked for at most, instead of [`ATTEMPTS`] times; whatever the plan says, as most of its
-    /// attempts are alike.
+    /// Sets the most attempts at a step, instead of [`ATTEMPTS`]. The limit overrides a higher limit in the plan,
+    /// because most attempts are alike.
     pub fn attempts(mut self, attempts_max: u32) -> Self {
         self.attempts = attempts_max.max(1);
         self
     }
 
-    /// Gives up after this many states, instead of [`STATES_MAX`].
+    /// Sets the number of states after which the check gives up, instead of [`STATES_MAX`].
     pub fn states_max(mut self, states_max: usize) -> Self {
         self.states_max = states_max;
         self
@@ -255,7 +259,7 @@ where
     /// Runs the check.
     ///
     /// # Panics
-    /// If a rule or an invariant can be broken, with the shortest history that does.
+    /// If a rule or an invariant can be broken; the message contains the shortest history that breaks it.
     #[track_caller]
     #[allow(clippy::must_use_candidate, reason = "the report is for the curious")]
     pub fn ends_clean(self) -> Report {
@@ -269,8 +273,8 @@ where
     /// Runs the check.
     ///
     /// # Errors
-    /// The shortest history that breaks a rule or an invariant; without a history, if there are too many
-    /// states.
+    /// The shortest history that breaks a rule or an invariant, or a violation without a history: too many states, or a
+    /// world without services.
     pub fn run(self) -> Result<Report, Violation> {
         let Self { mut saga, mut earlier, context, protocol, attempts, states_max } = self;
         for plan in [&mut saga].into_iter().chain(earlier.as_mut().map(|(plan, _)| plan)) {
@@ -286,7 +290,7 @@ where
         let protocol =
             Protocol { machine: Machine::new(saga, earlier, context), world, services, always, at_end, troubles };
         let start = Instant::now();
-        // One thread, so that the first history found is a shortest one, and the same each time.
+        // One thread, so that the first history found is a shortest one, and the same in every run.
         let checker = protocol.checker().threads(1).target_state_count(states_max).spawn_bfs().join();
         let protocol = checker.model();
         if let Some(path) = checker.discovery(RULES) {

@@ -1,4 +1,4 @@
-//! A path through the state space, told in numbered lines.
+//! A path through the state space, as numbered lines.
 
 use std::{fmt::Debug, hash::Hash};
 
@@ -8,7 +8,7 @@ use super::{
 };
 use crate::saga::{At, Outcome, SagaState, Status};
 
-/// One line for each move.
+/// Returns one line for each move.
 pub(super) fn tell<C, W>(protocol: &Protocol<C, W>, path: &[(State<W>, Option<Action>)]) -> Vec<String>
 where
     C: SagaState,
@@ -91,7 +91,7 @@ where
     line
 }
 
-/// The reply that a service sent in this move.
+/// Returns the reply that a service sent in this move.
 fn new_reply<W>(before: &State<W>, after: &State<W>) -> Option<Outcome> {
     after.flying.difference(&before.flying).find_map(|message| match &**message {
         Message::Reply { outcome, .. } => serde_json::from_str(outcome).ok(),
@@ -99,7 +99,7 @@ fn new_reply<W>(before: &State<W>, after: &State<W>) -> Option<Outcome> {
     })
 }
 
-/// What the saga asked for in this move.
+/// Returns the commands that the saga sent in this move.
 fn asked<C, W>(protocol: &Protocol<C, W>, before: &State<W>, action: &Action) -> Vec<std::sync::Arc<Message>>
 where
     C: SagaState,

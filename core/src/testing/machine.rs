@@ -1,7 +1,7 @@
-//! The saga in the model: every move is made by the real transition, written as JSON, read back and folded.
+//! The saga in the model: the real transition makes every move, and the move is written as JSON, read back and folded.
 //!
-//! A saga stands in few places, however many ways lead there, so places are numbered and moves between them remembered.
-//! Time is abstract: a timer that is set is due "soon", a deadline "later", and each move starts at moment 0 again.
+//! Many paths lead to few distinct places, so places are numbered and the moves between them are cached. Time is
+//! abstract: a timer is due "soon", a deadline "later", and each move starts at moment 0 again.
 
 use std::{
     collections::HashMap,
@@ -23,29 +23,29 @@ use crate::{
     },
 };
 
-/// When a timer that is set is due, in the model's milliseconds.
+/// The time at which a timer is due, in the model's milliseconds.
 const SOON: i64 = 1;
-/// When a deadline that is set is due: after any timer, as the model fires it by itself.
+/// The time at which a deadline is due: after any timer, because the model fires the deadline separately.
 const LATER: i64 = 1_000_000_000;
 
-/// What can happen to the saga.
+/// An input to the saga.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Happening {
     Hear(Arc<Message>),
     Timer,
     Deadline,
     Retry,
-    /// The build with the plan that sagas are moved to takes over.
+    /// The build whose plan the saga is moved to takes over.
     Deploy,
 }
 
-/// One place that a saga can stand in.
+/// One place that a saga can reach.
 pub(super) struct Place<C> {
     instance: Instance<C>,
-    /// One way that leads here.
+    /// One path to this place, as events.
     history: Vec<Arc<Written>>,
     pub progress: Progress,
-    /// Whether the build that moves it to another plan runs.
+    /// Whether the build that moves the saga to another plan runs.
     pub deployed: bool,
 }
 
@@ -56,18 +56,18 @@ pub(super) struct Leap {
     pub send: Vec<Arc<Message>>,
 }
 
-/// `Err` says which rule the move breaks.
+/// `Err` names the rule that the move breaks.
 type Move = Result<Option<Leap>, String>;
 
 pub(super) struct Machine<C> {
     definitions: Arc<Definitions<C>>,
-    /// Those of the build before, from whose plan the saga is moved.
+    /// The definitions of the earlier build, from whose plan the saga is moved.
     earlier: Option<Arc<Definitions<C>>>,
     context: C,
     known: Mutex<Known<C>>,
 }
 
-/// What tells places apart.
+/// The key that distinguishes places.
 type Standing = (String, Progress, bool, Vec<(At, Arc<str>)>);
 
 struct Known<C> {
@@ -76,10 +76,10 @@ struct Known<C> {
     moves: HashMap<(Option<usize>, Option<Happening>), Move>,
 }
 
-/// Where in a plan a saga of an earlier one stands.
+/// Returns the place in the current plan of a saga under an earlier plan.
 pub(super) type Migrate = fn(&Progress) -> Progress;
 
-/// The saga's id: any does.
+/// The saga's id; any value works.
 const SAGA_ID: Uuid = Uuid::from_u128(0x5a6a);
 
 impl<C: SagaState> Machine<C> {
@@ -91,12 +91,12 @@ impl<C: SagaState> Machine<C> {
         Self { definitions: Arc::new(definitions(saga, migrations)), earlier, context, known: Mutex::new(known) }
     }
 
-    /// The definitions of the build that runs.
+    /// Returns the definitions of the running build.
     fn definitions(&self, deployed: bool) -> &Arc<Definitions<C>> {
         self.earlier.as_ref().filter(|_| !deployed).unwrap_or(&self.definitions)
     }
 
-    /// The plan that a saga keeps to.
+    /// Returns the plan that a saga keeps.
     pub fn plan(&self, progress: &Progress) -> Plan<'_, C> {
         let known = [Some(&self.definitions), self.earlier.as_ref()].into_iter().flatten();
         let mut plans = known.map(|definitions| &*definitions.current);
@@ -104,7 +104,7 @@ impl<C: SagaState> Machine<C> {
         Plan { saga, progress: progress.clone() }
     }
 
-    /// Whether another build may still take over.
+    /// Returns whether another build may still take over.
     pub fn can_deploy(&self, place: &Place<C>) -> bool {
         self.earlier.is_some() && !place.deployed && place.progress.ended.is_none()
     }
@@ -117,12 +117,12 @@ impl<C: SagaState> Machine<C> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The first move.
+    /// Makes the first move.
     pub fn begin(&self) -> Move {
         self.remembered(None, None)
     }
 
-    /// What `happening` leads to from a place; `None` if it changes nothing.
+    /// Returns the move that `happening` causes at a place; `None` if it changes nothing.
     pub fn happens(&self, place: usize, happening: Happening) -> Move {
         self.remembered(Some(place), Some(happening))
     }
@@ -211,7 +211,7 @@ impl<C: SagaState> Machine<C> {
         transition(self.plan(&place.progress).saga, SAGA_ID, context, &place.progress, input, now)
     }
 
-    /// The number of a place. A place that is seen for the first time is asked for what it must not react to.
+    /// Returns the number of a place. A new place is first checked against the inputs to which it must not react.
     fn number(
         &self,
         mut instance: Instance<C>,
@@ -225,12 +225,12 @@ impl<C: SagaState> Machine<C> {
             deadline: progress.deadline.map(|_| LATER),
             started: 0,
             ended: progress.ended.map(|_| 0),
-            // For people to read; no move depends on it.
+            // The reason is for operators to read; no move depends on it.
             failure: progress.failure.map(|_| Failure { step: String::new(), reason: String::new() }),
             trouble: None,
             ..progress
         };
-        // What a migration goes by.
+        // A migration depends on the trail.
         let trail = if self.earlier.is_some() { instance.trail().to_vec() } else { Vec::new() };
         let key = (context, progress, deployed, trail);
         if let Some(number) = self.known().numbers.get(&key) {
@@ -246,9 +246,9 @@ impl<C: SagaState> Machine<C> {
         Ok(number)
     }
 
-    /// No reply to another step, no failure of an earlier attempt, no timer that is not due, and nothing at all after the
-    /// end may move the saga. Because
-    /// every such reply is tried here, the model need not keep late replies in flight.
+    /// Checks that nothing moves the saga that must not: a reply to another step, a failure of an earlier attempt, a
+    /// timer that is not due, or any input after the end. Because every such reply is tried here, the model need not
+    /// keep late replies in flight.
     fn deaf(&self, place: &Place<C>) -> Result<(), String> {
         let progress = &place.progress;
         let plan = self.plan(progress);
@@ -302,7 +302,7 @@ fn late_outcomes() -> [Outcome; 4] {
     ]
 }
 
-/// An event as a store has it.
+/// An event as a store returns it.
 struct Written {
     type_name: &'static str,
     schema_version: i32,
@@ -314,7 +314,7 @@ fn write(event: &SagaEvent) -> Result<Written, String> {
     Ok(Written { type_name: event.type_name(), schema_version: event.schema_version(), data })
 }
 
-/// The move as a running service makes it, without its history.
+/// Makes the move as a running service makes it, from memory.
 fn in_memory<C: SagaState>(
     instance: &Instance<C>,
     definitions: &Definitions<C>,
@@ -335,7 +335,7 @@ fn in_memory<C: SagaState>(
     transition(definition, SAGA_ID, context, &progress, &input, now)
 }
 
-/// What a service makes of a saga after a crash: it has nothing but the history.
+/// Rebuilds a saga as a service does after a crash, from the history alone.
 fn restart<C: SagaState>(history: &[Arc<Written>]) -> Result<Instance<C>, String> {
     let mut instance = Instance::default();
     for Written { type_name, schema_version, data } in history.iter().map(|written| &**written) {

@@ -1,9 +1,10 @@
-//! The state space: one saga, the barriers of its services, every message in flight, the world, and all that may happen.
+//! The state space: one saga, the barriers of its services, every message in flight, the world, and every possible
+//! move.
 //!
-//! A message that was sent stays in flight: it may come at any time, in any order, again and again, or never. So a lost
-//! message, a late one, and one that is delivered again after a crash are all the same move, and no budget is needed to
-//! keep the space finite. It is dropped only once it is tried and found that nobody reacts to it any more; and [`Machine`]
-//! tries for every place that replies to other steps change nothing.
+//! A sent message stays in flight: it may arrive at any time, in any order, again and again, or never. A lost message,
+//! a late message, and a message delivered again after a crash are therefore all the same move, and the space stays
+//! finite without a budget. A message is dropped only when a trial shows that nothing reacts to it any more; and
+//! [`Machine`] checks at every place that replies to other steps change nothing.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -68,7 +69,7 @@ impl Message {
         }
     }
 
-    /// The reply to a command.
+    /// Returns the reply to a command.
     fn answer(command: &StepCommand, outcome: &Outcome) -> Result<Self, String> {
         let StepCommand { at, call, attempt, .. } = *command;
         let outcome = serde_json::to_string(outcome).map_err(|error| error.to_string())?;
@@ -90,33 +91,33 @@ impl fmt::Display for Message {
     }
 }
 
-/// How a service fares with a command.
+/// The way in which a service handles a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Luck {
     Does,
     Refuses,
     Fails,
-    /// It does it, or an outside party does it for it, and nobody gets to know.
+    /// The service, or an outside party for it, does the step, and the outcome stays unknown.
     Vanishes,
 }
 
-/// One thing that happens.
+/// One move of the model.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Action {
     Begin,
-    /// A command comes to its service.
+    /// A command arrives at its service.
     Take(Arc<Message>, Luck),
-    /// Something happens to the saga.
+    /// The saga gets an input.
     Saga(Happening),
 }
 
 /// Everything that survives a crash.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct State<W> {
-    /// Where the saga stands; `None` before it began.
+    /// The place of the saga; `None` before it starts.
     pub place: Option<usize>,
     pub flying: Arc<BTreeSet<Arc<Message>>>,
-    /// What each service's barrier knows.
+    /// The state of each service's barrier.
     pub services: Arc<BTreeMap<String, Participation>>,
     pub ledger: Arc<Ledger>,
     pub world: Arc<W>,
@@ -124,14 +125,15 @@ pub(super) struct State<W> {
     pub broken: Option<Arc<str>>,
 }
 
-/// Carries out a command in the world, given its type, schema version and data. The outer error: it is not known there.
+/// Carries out a command in the world, given its type, schema version and data. The outer error: the service cannot
+/// read the command, or the model of the service panicked.
 pub(super) type Act<W> = Box<dyn Fn(&mut W, &str, i32, &str) -> Result<Result<Value, StepError>, String> + Send + Sync>;
 /// A named invariant of the world.
 pub(super) type Always<W> = (&'static str, Box<dyn Fn(&W) -> bool + Send + Sync>);
-/// A named invariant of the world and of how the saga ended.
+/// A named invariant of the world and of the saga's final status.
 pub(super) type AtEnd<W> = (&'static str, Box<dyn Fn(&W, Status) -> bool + Send + Sync>);
 
-/// What may go wrong.
+/// The faults that are switched on.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Troubles {
     pub steps_fail: bool,
@@ -148,9 +150,9 @@ pub(super) struct Protocol<C, W> {
     pub troubles: Troubles,
 }
 
-/// What a participant says of a step that comes after its undo.
+/// The reason with which a participant refuses a step that arrives after its undo.
 const TOO_LATE: &str = "too late";
-/// The most moves a saga may need to its end once nothing goes wrong any more.
+/// The most moves that a saga may need to end once no more faults happen.
 const SUNNY_MOVES_MAX: usize = 1_000;
 
 impl<C, W> Protocol<C, W>
@@ -158,8 +160,8 @@ where
     C: SagaState,
     W: Clone + Debug + Eq + Hash + Send + Sync + 'static,
 {
-    /// The state after `action`, `None` where it changes nothing, or the rule it breaks. A message stays in flight if it may
-    /// `repeat`.
+    /// Returns the state after `action`, `None` if the action changes nothing, or the rule that it breaks. A message
+    /// stays in flight if it may `repeat`.
     fn step(&self, state: &State<W>, action: &Action, repeat: bool) -> Result<Option<State<W>>, String> {
         match (action, state.place) {
             (Action::Begin, _) => Ok(self.machine.begin()?.map(|leap| self.leap(state, leap)).transpose()?),
@@ -178,7 +180,7 @@ where
         }
     }
 
-    /// The saga stands elsewhere, and what it sends is in flight.
+    /// Returns the state with the saga at its new place and its commands in flight.
     fn leap(&self, state: &State<W>, leap: Leap) -> Result<State<W>, String> {
         let mut next = State { place: Some(leap.to), ..state.clone() };
         let to = self.machine.place(leap.to);
@@ -197,14 +199,14 @@ where
         Ok(next)
     }
 
-    /// Drops the messages that nobody will react to any more: what the barrier ignores now, it ignores for ever, and what
-    /// the saga does not take as news, it has heard, or has given up waiting for. Of the commands of a step that the saga
-    /// has left, the first attempt stands for all.
+    /// Drops the messages to which nothing reacts any more. A command that the barrier ignores now is ignored for ever;
+    /// a reply that does not change the saga is known to the saga, or the saga has given up waiting for it. Of the
+    /// commands of a step that the saga has left, the first attempt stands for all.
     fn forget(&self, state: &mut State<W>) -> Result<(), String> {
         let Some(number) = state.place else { return Ok(()) };
         let progress = &self.machine.place(number).progress;
         let present = |at: At| at == progress.known_as() && progress.ended.is_none();
-        // In falling order, so that the first attempt is what stays in the map.
+        // In descending order, so that the map keeps the first attempt.
         let attempts = state.flying.iter().rev().filter_map(|message| match &**message {
             Message::Command { at, call, attempt, .. } => Some(((*at, *call), *attempt)),
             Message::Reply { .. } => None,
@@ -232,7 +234,7 @@ where
         Ok(())
     }
 
-    /// Whether a command can still lead to anything: it changes the barrier, or its answer moves the saga.
+    /// Returns whether a command can still have an effect: it changes the barrier, or its answer moves the saga.
     fn matters(&self, state: &State<W>, place: usize, message: &Message, to: &str) -> Result<bool, String> {
         let command = message.command();
         let Some(known) = state.services.get(to) else { return Ok(true) };
@@ -250,7 +252,7 @@ where
         Ok(self.machine.happens(place, Happening::Hear(Arc::new(Message::answer(&command, &outcome)?)))?.is_some())
     }
 
-    /// As `saga::participant::Desk` does it.
+    /// Handles a command as `saga::participant::Desk` does.
     fn take(
         &self,
         state: &State<W>,
@@ -273,7 +275,7 @@ where
             Step::Repeat if luck == Luck::Does => state.ledger.answer(*at, *call)?,
             Step::Bar | Step::Refuse | Step::Repeat => return Ok(None),
             Step::Perform => match luck {
-                // It would not have done it and then say no.
+                // A service that has done the step does not refuse it afterwards.
                 Luck::Refuses if next.ledger.is_unheard(*at, *call) => return Ok(None),
                 Luck::Refuses => command.refused("it says no".to_owned()),
                 Luck::Fails => Outcome::Failed("not now".to_owned()),
@@ -310,7 +312,7 @@ where
         to: &str,
         (type_name, schema_version, data): (&str, i32, &str),
     ) -> Result<Outcome, String> {
-        // An outside party that is asked again under the same id answers again.
+        // An outside party that gets the same id again gives its answer again.
         if next.ledger.is_unheard(command.at, command.call)
             && let Some(reply) = Arc::make_mut(&mut next.ledger).heard_now(command.at, command.call)
         {
@@ -343,7 +345,7 @@ where
         }
     }
 
-    /// Which invariant does not hold in `state`.
+    /// Returns the rule or invariant that does not hold in `state`.
     pub fn fault(&self, state: &State<W>) -> Option<String> {
         if let Some(broken) = &state.broken {
             return Some(broken.to_string());
@@ -360,7 +362,8 @@ where
             let broken = self.at_end.iter().find(|(_, holds)| !holds(&state.world, progress.status));
             return broken.map(|(name, _)| format!("broken at the end ({:?}): {name}", progress.status));
         }
-        // A running saga has a timer ahead, so that it comes to its end or is stuck. Only without timers it may just stop.
+        // A running saga has a timer in the future, so that it ends or gets stuck. Only without timers can the saga
+        // simply stop.
         if !self.troubles.timers_fire && !place.is_stuck() && self.next_states(state).is_empty() {
             return Some(format!("nothing more happens, and the saga is still at {:?}", progress.step));
         }
@@ -376,8 +379,8 @@ where
         None
     }
 
-    /// Whether a stuck saga comes to an end if an operator retries, and nothing goes wrong any more; `Err` has the step
-    /// it comes to. What it has heard before does not come again: it must have kept it.
+    /// Checks that a stuck saga ends if an operator retries and no more faults happen; `Err` contains the step that it
+    /// reaches. Replies that the saga has received are not sent again: the saga must have kept them.
     fn ends_in_sunshine(&self, mut state: State<W>) -> Result<(), String> {
         let mut step = String::new();
         for _ in 0..SUNNY_MOVES_MAX {
@@ -396,7 +399,7 @@ where
             match self.step(&state, &action, false) {
                 Ok(Some(next)) => state = next,
                 Ok(None) => break,
-                // The model makes this move too, and says what it breaks.
+                // The model makes this move too, and reports the rule that it breaks.
                 Err(_) => return Ok(()),
             }
         }
@@ -404,7 +407,7 @@ where
     }
 }
 
-/// The attempts at one call are one command, with one id; those at others have other ids.
+/// Checks that all attempts at one call send the same command with the same id, and that other calls have other ids.
 fn same_command(sent: &Message, other: &Message) -> Result<(), String> {
     let Message::Command { at, call, id, to, type_name, schema_version, data, .. } = sent else { return Ok(()) };
     let Message::Command {

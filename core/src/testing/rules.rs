@@ -1,4 +1,4 @@
-//! What must hold for every saga, whatever its services do.
+//! The rules that every saga must satisfy, for any behaviour of its services.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -7,14 +7,14 @@ use serde_json::Value;
 use super::machine::Happening;
 use crate::saga::{At, Command, Kind, Outcome, Progress, Saga, SagaState, Status};
 
-/// What really became of a call, kept apart from what the saga and the services believe.
+/// The real effect of a call, kept apart from the states that the saga and the services record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Effect {
     Done,
     Undone,
 }
 
-/// A plan, and where a saga stands that keeps to it.
+/// A plan, and the progress of a saga in that plan.
 pub(super) struct Plan<'a, C> {
     pub saga: &'a Saga<C>,
     pub progress: Progress,
@@ -28,7 +28,7 @@ impl<C> Plan<'_, C> {
         forward.chain(closing)
     }
 
-    /// A place of the plan, as the participants know its step.
+    /// Returns the step at a place of the plan as its participants know it.
     pub fn known_as(&self, at: At) -> At {
         let name = match at {
             At::Forward(place) | At::Undo(place) => self.saga.steps[place].name,
@@ -37,7 +37,7 @@ impl<C> Plan<'_, C> {
         self.progress.number_of(at, name)
     }
 
-    /// The place and the name of a step, as the plan has them; a step of an earlier plan may have none.
+    /// Returns the place and the name of a step in the plan; a step of an earlier plan may have no place.
     pub fn place_of(&self, known_as: At) -> Option<(At, &'static str)> {
         let forward = if let At::Undo(step) = known_as { At::Forward(step) } else { known_as };
         let (at, name) = self.steps().find(|(at, _)| self.known_as(*at) == forward)?;
@@ -48,21 +48,21 @@ impl<C> Plan<'_, C> {
     }
 }
 
-/// Every effect of the saga.
+/// All effects of the saga.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Ledger {
-    /// An undo counts for the step it takes back.
+    /// The effects of the calls. An undo counts for the step that it undoes.
     effects: BTreeMap<(At, usize), Effect>,
-    /// The replies, as JSON, to calls that were done without anybody knowing.
+    /// The replies, as JSON, to calls that were done with an unknown outcome.
     unheard: BTreeMap<(At, usize), String>,
-    /// The recorded outcomes, as JSON, of the steps that were done or refused: they are given again.
+    /// The recorded outcomes, as JSON, of the steps that were done or refused: these outcomes are sent again.
     answers: BTreeMap<(At, usize), String>,
-    /// Steps that were added in front of the place of a saga that was moved: they are not done for it.
+    /// The steps added before the place of a saga that was moved: the saga never does these steps.
     skipped: BTreeSet<&'static str>,
 }
 
 impl Ledger {
-    /// Notes that a call was done without anybody knowing.
+    /// Records that a call was done with an unknown outcome.
     pub fn unheard(&mut self, at: At, call: usize, reply: Value) {
         self.unheard.insert((at, call), reply.to_string());
     }
@@ -71,12 +71,12 @@ impl Ledger {
         self.unheard.contains_key(&(at, call))
     }
 
-    /// The reply to a call that was done without anybody knowing, now that somebody gets to know.
+    /// Takes the reply to a call that was done with an unknown outcome, when a later attempt learns the outcome.
     pub fn heard_now(&mut self, at: At, call: usize) -> Option<Value> {
         self.unheard.remove(&(at, call)).and_then(|reply| reply.parse().ok())
     }
 
-    /// Notes that the saga keeps to this plan from now on.
+    /// Records that the saga keeps this plan from now on.
     pub fn moved_to<C>(&mut self, plan: &Plan<'_, C>) {
         let place = match plan.progress.at {
             At::Forward(place) | At::Undo(place) => place,
@@ -90,7 +90,7 @@ impl Ledger {
         self.skipped.extend(skipped);
     }
 
-    /// Records an outcome that is given again.
+    /// Records an outcome that is sent again.
     pub fn answered(&mut self, at: At, call: usize, outcome: &Outcome) -> Result<(), String> {
         if !matches!(at, At::Undo(_)) && matches!(outcome, Outcome::Done(_) | Outcome::Refused(_)) {
             let outcome = serde_json::to_string(outcome).map_err(|error| error.to_string())?;
@@ -99,7 +99,7 @@ impl Ledger {
         Ok(())
     }
 
-    /// The recorded outcome of a step that was done or refused.
+    /// Returns the recorded outcome of a step that was done or refused.
     pub fn answer(&self, at: At, call: usize) -> Result<Outcome, String> {
         let recorded = self.answers.get(&(at, call)).ok_or_else(|| format!("no answer is recorded for {at}/{call}"))?;
         serde_json::from_str(recorded).map_err(|error| error.to_string())
@@ -109,7 +109,7 @@ impl Ledger {
         self.effects.get(&(at, call)) == Some(&effect)
     }
 
-    /// Notes that a service carried out a call, as it knows the step; `Err` if it must not have.
+    /// Records that a service carried out a call of the step, as the service knows it; `Err` if this breaks a rule.
     pub fn perform<C: SagaState>(&mut self, plan: &Plan<'_, C>, known_as: At, call: usize) -> Result<(), String> {
         let Some((at, name)) = plan.place_of(known_as) else {
             return Err(format!("{known_as} is done, which the plan does not have"));
@@ -147,7 +147,7 @@ impl Ledger {
         }
     }
 
-    /// A step in `range` with a call in the state `effect`.
+    /// Returns a step in `range` with a call in the state `effect`.
     fn any<C>(
         &self,
         plan: &Plan<'_, C>,
@@ -160,7 +160,7 @@ impl Ledger {
         found.next().map(|(_, planned)| (planned.name, planned.kind))
     }
 
-    /// A step among the first `steps` that is not wholly done.
+    /// Returns a step among the first `steps` that is not completely done.
     fn missing<C>(&self, plan: &Plan<'_, C>, steps: usize) -> Option<&'static str> {
         let mut all = plan.saga.steps.iter().enumerate().take(steps);
         let is_done = |step: usize, call: usize| self.is(plan.known_as(At::Forward(step)), call, Effect::Done);
@@ -170,7 +170,7 @@ impl Ledger {
         missing.map(|(_, planned)| planned.name)
     }
 
-    /// What must hold whenever a saga has this progress.
+    /// Checks what must hold whenever a saga has this progress.
     pub fn agrees<C>(&self, plan: &Plan<'_, C>) -> Result<(), String> {
         let saga = plan.saga;
         let decided = saga.steps.iter().enumerate().find(|(step, planned)| {
@@ -206,7 +206,7 @@ impl Ledger {
     }
 }
 
-/// Where a saga stands, in words.
+/// Returns a text for the place of a saga.
 pub(super) fn place(progress: &Progress) -> String {
     match (progress.ended, progress.at) {
         (Some(_), _) => format!("that has ended {:?}", progress.status),
@@ -215,7 +215,7 @@ pub(super) fn place(progress: &Progress) -> String {
     }
 }
 
-/// What holds between two places in a row.
+/// Checks what must hold between two successive places.
 pub(super) fn moved<C>(saga: &Saga<C>, from: &Progress, happening: &Happening, to: &Progress) -> Result<(), String> {
     if from.ended.is_some() {
         return Err(format!("{happening:?} moves a saga {}", place(from)));
@@ -245,8 +245,8 @@ pub(super) fn moved<C>(saga: &Saga<C>, from: &Progress, happening: &Happening, t
     Ok(())
 }
 
-/// A saga that goes on by itself has a timer ahead of it, or a lost message would be the end of it. One that does not,
-/// has none, and asks nothing.
+/// Checks that a saga which goes on by itself has a timer in the future, or a lost message would end it; and that any
+/// other saga has no timer, and sends no command.
 pub(super) fn timers(progress: &Progress, sent: &[Command], now: i64) -> Result<(), String> {
     let at = place(progress);
     if matches!(progress.status, Status::Running | Status::Compensating) {

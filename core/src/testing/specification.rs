@@ -1,4 +1,4 @@
-//! Given events, when a command comes, then these events: the specification of one decision.
+//! The specification of one decision: given these events, when a command arrives, then these events follow.
 
 use std::fmt::{Debug, Write};
 
@@ -11,19 +11,19 @@ pub struct Given<A> {
     aggregate: A,
 }
 
-/// What a command led to.
+/// The outcome of a command.
 #[must_use = "a specification says nothing before `then`, `nothing` or `refused`"]
 pub struct When<A: Aggregate> {
     aggregate: A,
     outcome: Result<Vec<A::Event>, A::Refusal>,
 }
 
-/// Folds an aggregate from `events`; from none: `given::<Order>([])`.
+/// Folds an aggregate from `events`; `given::<Order>([])` starts without events.
 ///
-/// Each event takes the way through JSON that a stored one takes.
+/// Each event is written to JSON and read back, like a stored event.
 ///
 /// # Panics
-/// If an event does not come back from JSON as it was.
+/// If an event changes on its way through JSON.
 #[track_caller]
 pub fn given<A: Aggregate>(events: impl IntoIterator<Item = A::Event>) -> Given<A>
 where
@@ -37,13 +37,13 @@ where
 }
 
 impl<A: Aggregate> Given<A> {
-    /// Asks the aggregate to decide.
+    /// Lets the aggregate decide.
     pub fn when(self, command: A::Command) -> When<A> {
         let outcome = self.aggregate.decide(&command);
         When { aggregate: self.aggregate, outcome }
     }
 
-    /// The folded aggregate.
+    /// Returns the folded aggregate.
     pub fn state(self) -> A {
         self.aggregate
     }
@@ -53,10 +53,10 @@ impl<A: Aggregate> When<A>
 where
     A::Event: Debug + PartialEq,
 {
-    /// Exactly these events follow. Gives the aggregate after them.
+    /// Expects exactly these events, and returns the aggregate after them.
     ///
     /// # Panics
-    /// If others follow, with a diff; if the command was refused; if an event does not come back from JSON as it was.
+    /// If other events follow, with a diff; if the command was refused; if an event changes on its way through JSON.
     #[track_caller]
     #[allow(clippy::must_use_candidate, reason = "the aggregate after the events is seldom wanted")]
     pub fn then(self, expected: impl IntoIterator<Item = A::Event>) -> A {
@@ -75,19 +75,19 @@ where
         aggregate
     }
 
-    /// No events follow: the work was done before.
+    /// Expects no events: the work was done before.
     ///
     /// # Panics
-    /// If some follow, or if the command was refused.
+    /// If events follow, or if the command was refused.
     #[track_caller]
     pub fn nothing(self) {
         self.then([]);
     }
 
-    /// It is refused, for this reason.
+    /// Expects a refusal, for this reason.
     ///
     /// # Panics
-    /// If it is accepted, or refused for another reason.
+    /// If the command was accepted, or refused for another reason.
     #[track_caller]
     pub fn refused(self, expected: A::Refusal)
     where
@@ -99,10 +99,11 @@ where
         }
     }
 
-    /// It is refused, for a reason that `fits`: for refusals that cannot be compared, or where details do not matter.
+    /// Expects a refusal for a reason that `fits`: for refusals that cannot be compared, or whose details do not
+    /// matter.
     ///
     /// # Panics
-    /// If it is accepted, or refused for a reason that does not fit.
+    /// If the command was accepted, or refused for a reason that does not fit.
     #[track_caller]
     pub fn refused_as(self, fits: impl FnOnce(&A::Refusal) -> bool) {
         let actual = self.refusal();
@@ -120,7 +121,7 @@ where
     }
 }
 
-/// What a store gives back for `event`.
+/// Returns `event` as a store would return it.
 #[track_caller]
 fn stored<E: Event + Debug + PartialEq>(event: E) -> E {
     let back = event.encode().and_then(|data| E::decode(event.type_name(), event.schema_version(), &data));
@@ -134,7 +135,7 @@ fn stored<E: Event + Debug + PartialEq>(event: E) -> E {
     }
 }
 
-/// The lines of both, in the order of the longest common subsequence.
+/// Returns the lines of both values as a diff, in the order of the longest common subsequence.
 fn diff<E: Debug + ?Sized, A: Debug + ?Sized>(expected: &E, actual: &A) -> String {
     let (expected, actual) = (format!("{expected:#?}"), format!("{actual:#?}"));
     let (old, new): (Vec<_>, Vec<_>) = (expected.lines().collect(), actual.lines().collect());
