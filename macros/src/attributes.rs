@@ -1,4 +1,4 @@
-//! What is written in `#[event(..)]` and `#[serde(..)]`.
+//! Parses the attributes `#[event(..)]` and `#[serde(..)]`.
 
 use syn::{
     Attribute, Error, ExprPath, LitInt, LitStr, Meta, Path, Result, Token, meta::ParseNestedMeta, parenthesized,
@@ -81,7 +81,7 @@ impl VariantAttributes {
     }
 }
 
-/// The `#[serde(..)]` of a field, which all pass on to serde.
+/// Returns the `#[serde(..)]` attributes of a field, which are all passed on to serde.
 pub(crate) fn field_serde(attributes: &[Attribute]) -> Result<Vec<Attribute>> {
     match attributes.iter().find(|a| a.path().is_ident("event")) {
         Some(event) => {
@@ -95,7 +95,7 @@ fn serde(attributes: &[Attribute]) -> impl Iterator<Item = &Attribute> {
     attributes.iter().filter(|a| a.path().is_ident("serde"))
 }
 
-/// Refuses what would silently not take effect: an event is stored by its name and its fields, so
+/// Refuses serde attributes that would silently have no effect: an event is stored by its name and its fields, so
 /// serde's ways to name and tag the variants of an enum mean nothing here.
 fn refuse_serde(attributes: &[Attribute], place: &str, allowed: &[&str]) -> Result<()> {
     for attribute in serde(attributes) {
@@ -118,7 +118,7 @@ fn key(meta: &ParseNestedMeta<'_>) -> String {
     meta.path.get_ident().map(ToString::to_string).unwrap_or_default()
 }
 
-/// A path as a reader knows it, without generic arguments.
+/// Returns a path as a reader writes it, without generic arguments.
 pub(crate) fn path_text(path: &Path) -> String {
     let segments: Vec<_> = path.segments.iter().map(|segment| segment.ident.to_string()).collect();
     segments.join("::")

@@ -1,4 +1,4 @@
-//! The enum as the macro understands it, checked.
+//! The checked enum, as the macro uses it.
 
 use std::collections::HashMap;
 
@@ -25,12 +25,12 @@ pub(crate) struct EventVariant {
     /// The stored name.
     pub(crate) name: String,
     pub(crate) version: i32,
-    /// The first leads from version 1 to 2, the last to the current one.
+    /// The upcasters in order: the first leads from version 1 to 2, the last to the current version.
     pub(crate) upcasters: Vec<ExprPath>,
-    /// The `#[serde(..)]` of the variant.
+    /// The `#[serde(..)]` attributes of the variant.
     pub(crate) serde: Vec<syn::Attribute>,
-    /// The fields with no attributes but `#[serde(..)]`: one without name, or any number of named
-    /// ones. A unit variant is one without fields.
+    /// The fields, with only their `#[serde(..)]` attributes: one unnamed field, any number of named fields, or none
+    /// for a unit variant.
     pub(crate) fields: Fields,
 }
 
@@ -112,7 +112,7 @@ fn stored_name(variant: &Ident, explicit: Option<&LitStr>, prefix: Option<&LitSt
         };
     }
     let kebab = name::kebab_case(&variant.unraw().to_string());
-    // On its own first: a prefix must not hide that the variant's part starts with no letter.
+    // Checked alone first: a prefix must not hide that the variant's part does not start with a letter.
     let stored = name::check(&kebab).map(|()| match prefix {
         Some(prefix) => format!("{}.{kebab}", prefix.value()),
         None => kebab,
@@ -123,7 +123,7 @@ fn stored_name(variant: &Ident, explicit: Option<&LitStr>, prefix: Option<&LitSt
     })
 }
 
-/// The current version and the steps to it, which are one fewer.
+/// Returns the current version and the upcasters to it; there is one upcaster fewer than versions.
 fn versions(variant: &Ident, attributes: &VariantAttributes) -> Result<(i32, Vec<ExprPath>)> {
     let version = match &attributes.version {
         Some(literal) => literal.base10_parse::<i32>()?,

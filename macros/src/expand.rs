@@ -1,8 +1,8 @@
-//! The code the macro writes.
+//! The code that the macro generates.
 //!
-//! Everything is in one anonymous constant, where names that begin with `__` cannot meet those of the
-//! user, whose field types and upcasters are resolved there. For the same reason all paths are
-//! absolute: the user may well have another `Result`.
+//! All generated code is in one anonymous constant. Its own names begin with `__`, so that they cannot collide with the
+//! names of the user, whose field types and upcasters are resolved there. For the same reason all paths are absolute:
+//! the user may have another `Result` in scope.
 
 use proc_macro2::{Span, TokenStream};
 use quote::{ToTokens, format_ident, quote, quote_spanned};
@@ -13,7 +13,7 @@ use crate::{
     event::{EventEnum, EventVariant},
 };
 
-/// `impl Event for ..` and what it stands on.
+/// Generates `impl Event for ..` and the items that it needs.
 pub(crate) fn event_impl(event_enum: &EventEnum) -> TokenStream {
     let EventEnum { ident, skip_unknown, variants } = event_enum;
     let names: Vec<_> = variants.iter().map(|v| &v.name).collect();
@@ -79,7 +79,7 @@ pub(crate) fn event_impl(event_enum: &EventEnum) -> TokenStream {
     }
 }
 
-/// Writes a value, and reads it back where serde may not give a number of it back.
+/// Generates the function that writes a value, and reads the value back where serde may not restore one of its numbers.
 fn encode_fn() -> TokenStream {
     quote! {
         fn encode(
@@ -114,11 +114,11 @@ fn encode_fn() -> TokenStream {
     }
 }
 
-/// Serializes the fields of any variant in place.
+/// Generates the type that serializes the fields of any variant in place.
 ///
-/// This is serde's "remote derive" of a mirror of the enum: it borrows the fields from the original
-/// but sees their own types, so that `skip_serializing_if` and `serialize_with` work as usual, which a
-/// struct of references would break. `untagged` leaves the fields alone in the JSON.
+/// The type is a mirror of the enum with serde's "remote derive": it borrows the fields from the original but sees
+/// their own types, so that `skip_serializing_if` and `serialize_with` work as usual. A struct of references would
+/// break both. `untagged` puts only the fields into the JSON.
 fn writer(event_enum: &EventEnum) -> TokenStream {
     let ident = &event_enum.ident;
     let remote = ident.to_string();
@@ -150,7 +150,7 @@ fn reader_ident(variant: &EventVariant) -> Ident {
     format_ident!("__Read{}", variant.ident.unraw())
 }
 
-/// The struct that the fields of one variant are deserialized into, if there are any.
+/// Generates the struct into which the fields of one variant are deserialized, if the variant has fields.
 fn reader(variant: &EventVariant) -> Option<TokenStream> {
     let EventVariant { name, serde, fields, .. } = variant;
     if fields.is_empty() {
@@ -167,10 +167,10 @@ fn reader(variant: &EventVariant) -> Option<TokenStream> {
     })
 }
 
-/// The arm of `decode` for one variant.
+/// Generates the arm of `decode` for one variant.
 fn read_arm(variant: &EventVariant) -> TokenStream {
     let EventVariant { ident, name, version, fields, .. } = variant;
-    // A struct without fields would accept an array too.
+    // A struct without fields would also accept an array.
     let reader = if fields.is_empty() {
         quote!(::annals::serde_json::Map<::std::string::String, ::annals::serde_json::Value>)
     } else {
@@ -179,7 +179,7 @@ fn read_arm(variant: &EventVariant) -> TokenStream {
     let members: Vec<_> = fields.members().collect();
     let steps = variant.upcasters.iter().map(|upcaster| {
         let shown = path_text(&upcaster.path);
-        // An upcaster of another type is then reported where it is named, not at `derive(Event)`.
+        // The compiler then reports an upcaster of the wrong type where the upcaster is named, not at `derive(Event)`.
         let span = Span::mixed_site().located_at(upcaster.span());
         quote_spanned! {span=>
             (#shown, |value| {
@@ -198,7 +198,7 @@ fn read_arm(variant: &EventVariant) -> TokenStream {
     }
 }
 
-/// The function that all arms of `decode` share.
+/// Generates the function that all arms of `decode` share.
 fn read_fn() -> TokenStream {
     quote! {
         fn __read<T: ::annals::serde::de::DeserializeOwned>(

@@ -25,28 +25,28 @@ use syn::{DeriveInput, parse_macro_input};
 ///
 /// # On the enum
 ///
-/// - `prefix = "order"`: a variant is stored as the prefix, a dot and the variant's name in
-///   kebab-case (`order.placed`). Without it, as the kebab-case name alone.
-/// - `unknown = "skip"`: a stored type that this enum does not know decodes to `Ok(None)`. Without
-///   it, to `EventError::UnknownType`.
+/// - `prefix = "order"`: a variant is stored as the prefix, a dot and the variant's name in kebab-case
+///   (`order.placed`). Without a prefix, the variant is stored as the kebab-case name alone.
+/// - `unknown = "skip"`: a stored type that this enum does not know decodes to `Ok(None)`. Without `unknown`, decoding
+///   fails with `EventError::UnknownType`.
 ///
 /// # On a variant
 ///
-/// - `name = "order.placed"`: the whole stored name; the prefix is not added. Set it before renaming
-///   a variant whose events are already stored.
-/// - `version = 3`: the schema version that is written; 1 without it.
-/// - `upcasters(one_to_two, two_to_three)`: one function per step to the current version, each
-///   `fn(serde_json::Value) -> Result<serde_json::Value, impl Display>`. Events of the current version
-///   are decoded directly and never meet them.
+/// - `name = "order.placed"`: the whole stored name; the prefix is not added. Set the name before you rename a variant
+///   whose events are already stored.
+/// - `version = 3`: the schema version that is written; 1 by default.
+/// - `upcasters(one_to_two, two_to_three)`: one function per step to the current version, each `fn(serde_json::Value)
+///   -> Result<serde_json::Value, impl Display>`. Events of the current version are decoded directly and pass no
+///   upcaster.
 ///
-/// A name starts with a lowercase letter, goes on with lowercase letters, digits, `.`, `-` and `_`,
-/// and has at most 100 bytes.
+/// A name starts with a lowercase letter, continues with lowercase letters, digits, `.`, `-` and `_`, and has at most
+/// 100 bytes.
 ///
-/// # What is stored
+/// # Stored form
 ///
-/// - `Placed { .. }`: the JSON object of its fields. `#[serde(..)]` on a field and
-///   `#[serde(rename_all = "..")]` on the variant work as they do in serde; the types of the fields
-///   implement `Serialize` and `Deserialize`, the enum need not.
+/// - `Placed { .. }`: the JSON object of its fields. `#[serde(..)]` on a field and `#[serde(rename_all = "..")]` on the
+///   variant work as they do in serde. The types of the fields must implement `Serialize` and `Deserialize`; the enum
+///   itself need not.
 /// - `Imported(ImportedOrder)`: the JSON of the inner value.
 /// - `Closed`: `{}`; any JSON object is accepted on reading.
 #[proc_macro_derive(Event, attributes(event, serde))]

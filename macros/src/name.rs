@@ -2,7 +2,7 @@
 
 const MAX_BYTES: usize = 100;
 
-/// Why `name` cannot be stored, if it cannot.
+/// Checks that `name` can be stored, and returns the reason if it cannot.
 pub(crate) fn check(name: &str) -> Result<(), String> {
     let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '.' | '-' | '_');
     if !name.starts_with(|c: char| c.is_ascii_lowercase()) {
@@ -17,7 +17,7 @@ pub(crate) fn check(name: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// `OrderPlaced` as `order-placed`. An acronym stays one word: `HTTPCalled` is `http-called`.
+/// Converts `OrderPlaced` to `order-placed`. An acronym stays one word: `HTTPCalled` becomes `http-called`.
 pub(crate) fn kebab_case(ident: &str) -> String {
     let chars: Vec<char> = ident.chars().collect();
     let mut kebab = String::new();
