@@ -1,4 +1,4 @@
-//! `#[derive(Event)]`: names, exact JSON, upcasting, and what is refused.
+//! `#[derive(Event)]`: names, exact JSON, upcasting, and refusals.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -32,7 +32,7 @@ enum OrderEvent {
     Reopened {},
 }
 
-/// A newtype variant is named like its payload more often than not, so both names must resolve.
+/// A newtype variant often has the name of its payload, so both names must resolve.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct ImportedOrder {
@@ -52,7 +52,7 @@ mod steps {
     pub struct Names;
 
     impl Names {
-        /// The error is any `Display`, here not the one of the other upcaster.
+        /// The error is any `Display`, here of another type than the error of the other upcaster.
         pub fn split<const AT: char>(mut old: Value) -> Result<Value, Cow<'static, str>> {
             let name = old["name"].as_str().ok_or("`name` is no text")?.to_owned();
             let (first, last) = name.split_once(AT).ok_or_else(|| format!("{name:?} is one word"))?;
@@ -233,7 +233,7 @@ fn an_unknown_type_fails() {
     let error = OrderEvent::decode("order.cancelled", 1, "{}").unwrap_err();
     let expected = OrderEvent::TYPES;
     assert_eq!(error, EventError::UnknownType { type_name: "order.cancelled".to_owned(), expected });
-    // The variant's own name is not a stored one where another was given.
+    // The variant's own name is not a stored name if another name was given.
     assert!(OrderEvent::decode("order.confirmed", 1, r#"{"order_id":"o-1"}"#).is_err());
 }
 
@@ -246,7 +246,7 @@ fn an_unknown_type_is_skipped_on_request() {
     }
     // Neither the version nor the JSON of a foreign event matters.
     assert_eq!(Shipping::decode("order.cancelled", -7, "no json").unwrap(), None);
-    // What it does know it must still be able to read.
+    // An event type that the enum knows must still be readable.
     undecodable::<Shipping>("order.placed", 1, "{}");
     assert!(Shipping::decode("order.placed", 2, "{}").is_err());
 }
@@ -296,7 +296,7 @@ fn one() -> u8 {
     1
 }
 
-/// Generic on purpose: it must be given the field, not a reference to a reference to it.
+/// Generic on purpose: the function must get the field, not a reference to a reference to the field.
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
@@ -365,7 +365,7 @@ fn a_skipped_field_is_neither_written_nor_read() {
 
 #[test]
 fn encoding_borrows_its_fields() {
-    /// Neither `Clone` nor `Copy`.
+    /// Implements neither `Clone` nor `Copy`.
     #[derive(Debug, PartialEq, Serialize, Deserialize)]
     struct Unique(String);
 

@@ -1,4 +1,4 @@
-//! What `#[derive(Event)]` refuses, and how it says so.
+//! The refusals of `#[derive(Event)]`, and their messages.
 //!
 //! After a deliberate change of a message: `TRYBUILD=overwrite cargo test -p annals --test event_derive_ui`.
 

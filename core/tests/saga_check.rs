@@ -1,4 +1,4 @@
-//! The saga checker: good sagas end clean whatever happens, broken ones are caught, each by its shortest history.
+//! The saga checker: good sagas end clean under every fault; broken sagas are caught, each by its shortest history.
 #![allow(clippy::unwrap_used)]
 
 use annals::{
@@ -14,7 +14,7 @@ mod shop;
 
 use shop::*;
 
-/// A checkout by `saga` in the shop, with everything that must hold there.
+/// Returns the check of a checkout by `saga` in the shop, with every invariant of the shop.
 fn in_the_shop(saga: Saga<Checkout>) -> Check<Checkout, Shop> {
     with_inventory(saga, inventory)
 }
@@ -40,7 +40,7 @@ fn with_inventory(
         })
 }
 
-/// The violation that everything together finds.
+/// Returns the violation that the check finds with every fault switched on.
 #[track_caller]
 fn caught(check: Check<Checkout, Shop>) -> Violation {
     check.everything().run().expect_err("this saga is broken, and was not caught")
@@ -84,7 +84,7 @@ fn a_checkout_whose_customer_cancelled_or_that_finds_no_stock_ends_clean() {
     }
 }
 
-/// Reserves and charges at the same time.
+/// A plan that reserves and charges at the same time.
 fn parallel() -> Saga<Checkout> {
     Saga::named("parallel")
         .compensatable("prepare", reserve)
@@ -105,7 +105,7 @@ fn a_good_saga_with_a_parallel_step_ends_clean() {
     println!("{report:?}");
 }
 
-/// Notes everything it learns.
+/// Records everything that the saga learns.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 struct Diary(Vec<String>);
 
@@ -193,7 +193,7 @@ fn an_undo_of_another_amount_is_caught() {
     );
 }
 
-/// The refund gives back what the charge reported: nothing, if its reply never came.
+/// The refund returns the amount that the charge reported: nothing, if the reply never arrived.
 #[test]
 fn an_undo_that_needs_the_reply_of_its_step_is_caught() {
     let saga = Saga::named("checkout")
@@ -224,7 +224,7 @@ fn an_undo_that_needs_the_reply_of_its_step_is_caught() {
     check().ends_clean();
 }
 
-/// Asked again after the reservation taught it a discount, it asks for another amount.
+/// The second attempt, made after the reservation reported a discount, asks for another amount.
 #[test]
 fn a_step_that_asks_for_something_else_the_second_time_is_caught() {
     let saga = Saga::named("parallel")
@@ -386,7 +386,7 @@ enum Act {
 struct Nothing;
 impl SagaState for Nothing {}
 
-/// What stands, by the name of its step.
+/// The effects that are done, by the name of their step.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 struct Standing(std::collections::BTreeMap<String, i32>);
 
@@ -411,7 +411,7 @@ fn three() -> Saga<Nothing> {
         .build()
 }
 
-/// One step more in front, and one behind what was asked for at first.
+/// A plan with one more step in front of the steps asked for at first, and one more behind them.
 fn five() -> Saga<Nothing> {
     Saga::named("moved")
         .compensatable("look", act!("look"))

@@ -28,7 +28,7 @@ fn checkout() -> Saga<Any> {
         .build()
 }
 
-/// The name of a step that would break out of Mermaid or XML.
+/// A plan with a step whose name would break out of Mermaid or XML.
 fn odd() -> Saga<Any> {
     let name = "a \"b\" <c> & #d\n`退货`";
     Saga::named("odd").compensatable(name, ask).undo(ask).build()

@@ -1,4 +1,4 @@
-//! Given, when, then: what a specification accepts, and how it says no.
+//! Given, when, then: what a specification accepts, and the messages of its failures.
 #![allow(clippy::unwrap_used)]
 
 use std::panic::catch_unwind;
@@ -66,7 +66,7 @@ impl Aggregate for Account {
     }
 }
 
-/// What the test would print.
+/// Returns the text that the failing test would print.
 fn failure(test: fn()) -> String {
     let panic = catch_unwind(test).expect_err("the specification holds");
     panic.downcast::<String>().map(|text| *text).unwrap()

@@ -1,4 +1,4 @@
-//! What a plan of a saga refuses to compile, and how it says so.
+//! Saga plans that do not compile, and the messages of the compiler.
 //!
 //! After a deliberate change of a message: `TRYBUILD=overwrite cargo test -p annals --test saga_plan_ui`.
 

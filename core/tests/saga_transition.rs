@@ -28,7 +28,7 @@ enum Trip {
     Apology {},
 }
 
-/// What the saga learned, in order.
+/// The outcomes that the saga learned, in order.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Learned(Vec<String>);
 
@@ -47,7 +47,7 @@ fn ask(command: &Trip) -> Request {
     Request::to("agency", command)
 }
 
-/// Hotel, then flight and car at the same time, then the pivot.
+/// A plan: the hotel, then flight and car at the same time, then the pivot.
 fn trip() -> Saga<Learned> {
     Saga::named("trip")
         .compensatable("hotel", |_| ask(&Trip::Hotel {}))
@@ -69,20 +69,20 @@ fn trip() -> Saga<Learned> {
         .build()
 }
 
-/// One input, as a test writes it.
+/// One input, in the notation of the tests.
 #[derive(Clone, Copy, Debug)]
 enum In {
-    /// The participant of this call did what it was last asked for.
+    /// The participant of this call did the last request.
     Done(usize),
     Refused(usize),
     Failed(usize),
-    /// The reply of an earlier step or attempt.
+    /// A reply of an earlier step or attempt arrives.
     Late(At, u32, &'static str),
-    /// The step's timer.
+    /// The step's timer is due.
     Timer,
-    /// A timer that is not due.
+    /// A timer fires before it is due.
     Early,
-    /// The deadline of the saga.
+    /// The deadline of the saga passes.
     Deadline,
     Operator(Verb),
 }
@@ -104,7 +104,7 @@ impl Run {
         Input::Reply(Reply { at: self.progress.at, call, attempt: self.progress.attempt, outcome })
     }
 
-    /// What the input leads to, in a line.
+    /// Applies the input, and returns the result as one line.
     fn feed(&mut self, input: In) -> String {
         let input = match input {
             Done(call) => self.reply(call, Outcome::Done(json!(call))),
@@ -165,7 +165,7 @@ fn started(saga: Saga<Learned>) -> Run {
     run
 }
 
-/// Feeds the inputs to a trip that just began, and compares what each leads to.
+/// Applies the inputs to a trip that has just begun, and compares the result of each.
 #[track_caller]
 fn check(steps: &[(In, &str)]) -> Run {
     let mut run = started(trip());
@@ -229,7 +229,7 @@ fn a_failure_is_tried_again_later_each_time_after_about_twice_as_long() {
         assert_eq!(run.feed(Timer), format!("running forward.0 #{} asks hotel", attempt + 1));
     }
     assert!((50..=100).contains(&delays[0]) && (100..=200).contains(&delays[1]), "{delays:?}");
-    // What failed may have happened all the same: it is undone too.
+    // A failed step may have happened all the same, so it is undone too.
     assert_eq!(run.feed(Failed(0)), "compensating undo.0 #1 asks no-hotel");
     assert_eq!(run.context.0, ["hotel: not now"], "learned once, when it was given up");
 }
@@ -240,7 +240,7 @@ fn a_timeout_is_no_failure_and_asks_again() {
         (Timer, "running forward.0 #2 asks hotel"),
         (Late(Forward(0), 1, "failed"), "nothing"),
         (Timer, "running forward.0 #3 asks hotel"),
-        // The answer to any attempt will do.
+        // A reply to any attempt counts.
         (Late(Forward(0), 1, "done"), "running forward.1 #1 asks flight and car"),
         (Timer, "running forward.1 #2 asks flight and car"),
         (Done(1), "running forward.1 #2"),
@@ -307,7 +307,7 @@ fn go_on(run: &mut Run, steps: &[(In, &str)]) {
     }
 }
 
-/// Nobody knows whether it happened, so it neither goes on nor back.
+/// Whether the pivot happened is unknown, so the saga goes neither on nor back.
 fn stuck_at_the_pivot() -> Run {
     let mut run = at_the_pivot();
     go_on(&mut run, &[(Timer, "running forward.2 #2 asks pay"), (Timer, "stuck forward.2 #2"), (Early, "nothing")]);
@@ -334,7 +334,7 @@ fn a_late_reply_to_a_stuck_pivot_is_kept_for_the_operator() {
     go_on(&mut run, &[(Failed(0), "stuck forward.2 #2"), (Failed(0), "nothing")]);
     go_on(&mut run, &[(Operator(Verb::Retry), "running forward.2 #1 asks pay")]);
 
-    // Its participant has said its last word: asking again would be asking for ever.
+    // The participant has given its final answer: further attempts would never end.
     let mut run = stuck_at_the_pivot();
     go_on(&mut run, &[(Refused(0), "stuck forward.2 #2")]);
     go_on(&mut run, &[(Operator(Verb::Retry), "compensating undo.1 #1 asks no-flight and no-car")]);
@@ -425,7 +425,7 @@ fn the_hash_tells_plans_apart_by_name_kind_order_and_calls() {
     hashes.sort();
     hashes.dedup();
     assert_eq!(hashes.len(), others.len() + 1, "each has its own");
-    // Other commands and settings are the same plan: sagas under way go on with them.
+    // Plans with other commands and settings count as the same plan: running sagas go on with them.
     let tuned = plan().compensatable("a", car).undo(car).attempts(2).timeout(Duration::from_secs(1));
     let tuned = tuned.compensatable("b", hotel).undo(hotel).deadline(Duration::from_secs(9)).build();
     assert_eq!(tuned.hash(), base.hash());

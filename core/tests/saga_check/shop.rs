@@ -1,4 +1,4 @@
-//! A small shop: the checkout that its tests break, and the services that the checker lets it meet.
+//! A small shop: the checkout that its tests break, and the services with which the checker runs it.
 
 use annals::{
     Event, Saga, SagaState, StepError,
@@ -35,7 +35,7 @@ pub enum Mail {
     Send { confirmed: bool },
 }
 
-/// What the checkout knows.
+/// The data of the checkout.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Checkout {
     pub units: i32,
