@@ -90,10 +90,10 @@ pub enum SagaRefusal {
         from: String,
         /// The hash of this build's definition.
         to: String,
-        /// Why the saga cannot stand at the place that the migration returns.
+        /// Why the saga cannot continue at the place that the migration returns.
         reason: String,
     },
-    /// The saga stands at a place that its definition does not have, as left by an unchecked migration of an earlier
+    /// The saga is at a place that its definition does not have, as left by an unchecked migration of an earlier
     /// build.
     #[error(
         "the saga stands at {at} of definition {definition}, which has no such place; abandon it, or migrate it from there"

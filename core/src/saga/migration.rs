@@ -30,7 +30,7 @@ impl<C> Saga<C> {
 /// Returns the progress of a saga in `plan`, as `migrate` computes it.
 ///
 /// # Errors
-/// Why the saga cannot stand at that place.
+/// The reason why the saga cannot continue at that place.
 pub(super) fn migrated<C: SagaState>(
     migrate: fn(&Progress) -> Progress,
     from: &Progress,

@@ -30,9 +30,9 @@ const ANSWERS_PAGE: usize = 1_000;
 
 /// Carries out the commands that sagas send to a service.
 ///
-/// Effects staged in `work` commit together with the record that the step was done. `perform` is called once per step
-/// and once per undo, whatever the bus delivers. An undo is called only if the step was done, or may have been done:
-/// see [`StepError::Unknown`].
+/// Effects staged in `work` commit together with the record that the step was done. Once a step or an undo is done,
+/// `perform` is not called for it again, whatever the bus delivers. An undo is called only if the step was done, or may
+/// have been done: see [`StepError::Unknown`].
 ///
 /// Stage first and call an outside party last: then no aggregate can refuse after the money has moved.
 #[async_trait]
@@ -68,8 +68,8 @@ pub enum StepError {
     /// The step could not be done now: the saga attempts it again with the same id. If the saga gives the step up,
     /// there is nothing to undo.
     Failed(String),
-    /// Whether an outside party did the step is unknown, for example after a timeout: the saga attempts it again with
-    /// the same id. If the saga gives the step up, the undo is called, and takes back what is there, which may be
+    /// Whether an outside party did the step is unknown, for example after a timeout: the saga attempts the step again
+    /// with the same id. If the saga gives the step up, the undo is called, and undoes what is there, which may be
     /// nothing. A panic is treated as this variant.
     Unknown(String),
     /// The store failed. While the store is unavailable, the command waits and the saga gets no reply; any other store

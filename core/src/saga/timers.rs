@@ -35,7 +35,7 @@ use crate::{
 pub const TIMER_TICK: Duration = Duration::from_millis(100);
 /// How often the store is checked when no timer is known to be due: this finds timers set by a process that has ended.
 pub const TIMER_LOOK: Duration = Duration::from_secs(1);
-/// How long a timer is postponed whose saga accepts no input, for example because this build lacks its definition.
+/// How long the timer of a saga that accepts no input is postponed, for example because this build lacks its definition.
 const REFUSED_TIMER: Duration = Duration::from_secs(30);
 /// How long the timer of a saga whose definition this build lacks may be overdue before the saga's document reports the
 /// wait: an instance that has the definition fires the timer within a second.
@@ -43,7 +43,7 @@ const UNKNOWN_TIMER: TimeDelta = TimeDelta::seconds(5);
 /// How long a timer is postponed while the bus has not yet taken the commands of its saga, when there are many such
 /// sagas.
 const UNHEARD_TIMER: Duration = Duration::from_secs(5);
-/// How long a timer is postponed for a saga that has moved on, until the index has recorded the new state.
+/// How long the timer of a saga that has moved on is postponed, until the index has recorded the new state.
 const MOVED_TIMER: Duration = Duration::from_secs(2);
 /// The number of timers fired in one commit. A commit takes well under a tenth of a second, so two such commits, one
 /// for each half of a turn, delay no other work.
@@ -60,7 +60,7 @@ const STUCK_NAMED_MAX: usize = 3;
 const SILENT_MAX: usize = 1_000;
 /// How long an overdue timer is still looked for: by then the index has recorded the timer.
 const OVERDUE: TimeDelta = TimeDelta::seconds(2);
-/// The same time for a saga that the index does not have yet.
+/// The same, for a saga that the index does not have yet.
 const UNWRITTEN: TimeDelta = TimeDelta::seconds(60);
 /// How many times a commit of timers is attempted while other writers move its sagas.
 const RACES_MAX: u32 = 8;
