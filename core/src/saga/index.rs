@@ -55,8 +55,8 @@ pub struct SagaStatus {
     pub ended_at: Option<DateTime<Utc>>,
     /// The last error at the present step, and why the saga goes back.
     pub last_error: Option<String>,
-    /// The position of the saga's last event. When the relay is past this event, the bus has every command that the saga
-    /// waits for.
+    /// The position of the saga's last event. When the relay is past this event, the bus has every command that the
+    /// saga waits for.
     #[serde(default)]
     pub position: Position,
 }

@@ -35,7 +35,8 @@ use crate::{
 pub const TIMER_TICK: Duration = Duration::from_millis(100);
 /// How often the store is checked when no timer is known to be due: this finds timers set by a process that has ended.
 pub const TIMER_LOOK: Duration = Duration::from_secs(1);
-/// How long the timer of a saga that accepts no input is postponed, for example because this build lacks its definition.
+/// How long the timer of a saga that accepts no input is postponed, for example because this build lacks its
+/// definition.
 const REFUSED_TIMER: Duration = Duration::from_secs(30);
 /// How long the timer of a saga whose definition this build lacks may be overdue before the saga's document reports the
 /// wait: an instance that has the definition fires the timer within a second.
