@@ -1,4 +1,4 @@
--- Brings the sequence past the events that stand beyond it; see the function.
+-- Advances the sequence past the events that are beyond it; see the function.
 -- binds: none
 -- index: events_position_key
 SELECT annals.advance()

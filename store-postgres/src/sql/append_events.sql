@@ -1,13 +1,14 @@
--- A group of commits that only append events: what the function `append` does, in one statement, at half its cost for a commit
--- that comes alone.
+-- Appends a group of commits that contain only events: does the work of the function `append` in one statement, at
+-- half its cost for a single commit.
 --
--- Gates are taken in the order of that function. What a writer relies on here is only where its own streams stand, and there
--- the unique key of streams finds whoever was faster; so it does no harm that this statement looks at the time before it had
--- the gates. The table is locked before a statement that inserts into it runs, hence before a position is drawn.
--- binds: $1 streams, $2 where they are guessed to stand, $3 whether they are only held (NULL: not even that); $4 how many events,
---        $5 their ranks, $6 stream ids, $7 versions, $8 event ids, $9 types, $10 schema versions, $11 data, $12 metadata;
---        $13 the ids of the events that the streams are guessed to stand at (NULL: whichever)
--- gives: a position for each event and when it was recorded; nothing if a guess was wrong, and then nothing was written
+-- The statement takes the gates in the order of that function. The writer relies only on the versions of its own
+-- streams, and a faster writer fails on the unique key of the streams; so it does no harm that this statement takes
+-- its snapshot before the gates. An INSERT locks the table before it runs, hence before a position is drawn.
+-- binds: $1 streams, $2 their guessed versions, $3 whether they are only held (NULL: not even held); $4 the number of
+--        events, $5 their ranks, $6 stream ids, $7 versions, $8 event ids, $9 types, $10 schema versions, $11 data,
+--        $12 metadata; $13 the ids of the events at the guessed versions (NULL: any)
+-- gives: a position for each event and the time of recording; no row if a guess was wrong, and then nothing was
+--        written
 -- index: events_stream_version, one seek a stream; grows events_position_key and events_stream_version
 WITH gates AS MATERIALIZED (
     SELECT bool_and(pg_advisory_xact_lock_shared('annals.events'::regclass::oid::int, g.gate) IS NOT NULL)
@@ -29,7 +30,8 @@ WITH gates AS MATERIALIZED (
       FROM checked, generate_series(1, $4::int)
      WHERE checked.hold
 ), recorded AS MATERIALIZED (
-    -- By the clock of this server, but not before the last event, unless that is dated ahead by a day or more: by hand.
+    -- By the clock of this server, but not before the last event, unless that event is dated ahead by a day or more
+    -- (by hand).
     SELECT CASE WHEN t.last > t.now AND t.last < t.now + interval '1 day' THEN t.last ELSE t.now END AS at
       FROM (SELECT clock_timestamp() AS now,
                    (SELECT e.recorded_at FROM annals.events AS e WHERE e.position < drawn.positions[1]

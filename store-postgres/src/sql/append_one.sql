@@ -1,18 +1,20 @@
--- One event alone: what `append_events` does, without its arrays, and without a node of the plan that could be spared.
--- binds: $1 stream, $2 version, $3 event id, $4 type, $5 schema version, $6 data, $7 metadata, $8 the id of the event before it (NULL:
---        whichever)
--- gives: the position and when it was recorded; nothing if the stream does not stand right before the version, or at another event,
---        and then nothing was written
+-- Appends a single event: does the work of `append_events`, without arrays and without any plan node that can be
+-- spared.
+-- binds: $1 stream, $2 version, $3 event id, $4 type, $5 schema version, $6 data, $7 metadata, $8 the id of the event
+--        before it (NULL: any)
+-- gives: the position and the time of recording; no row if the stream is not right before the version, or is at
+--        another event, and then nothing was written
 -- index: events_stream_version, one seek; grows events_position_key and events_stream_version
 INSERT INTO annals.events (position, stream_id, version, event_id, type, schema_version, data, metadata, recorded_at)
--- By the clock of this server, but not before the last event, unless that is dated ahead by a day or more: by hand.
+-- By the clock of this server, but not before the last event, unless that event is dated ahead by a day or more (by
+-- hand).
 SELECT drawn.position, $1, $2, $3, $4, $5, $6::text::json, $7::text::json,
        CASE WHEN drawn.last > clock_timestamp() AND drawn.last < clock_timestamp() + interval '1 day' THEN drawn.last
             ELSE clock_timestamp() END
   FROM (SELECT d.position,
                (SELECT e.recorded_at FROM annals.events AS e WHERE e.position < d.position
                  ORDER BY e.position DESC LIMIT 1) AS last
-          -- Drawn only where the condition holds.
+          -- Drawn only if the condition holds.
           FROM (SELECT nextval('annals.events_position') AS position
                  WHERE pg_advisory_xact_lock_shared(
                            'annals.events'::regclass::oid::int, (hashtextextended($1::text, 0) & 1023)::int) IS NOT NULL

@@ -1,5 +1,6 @@
--- Schemas that the functions of a schema name, but for itself: there are some once it was renamed, or restored under another name,
--- because the text of a function has the name of its time. (Views and triggers follow a renaming by themselves.)
+-- The other schemas that a schema's functions name: there are some after the schema was renamed, or restored under
+-- another name, because the text of a function keeps the old name. (Views and triggers follow a renaming by
+-- themselves.)
 -- binds: $1 schema
 -- index: those of the catalogue
 SELECT DISTINCT named.schema

@@ -1,4 +1,4 @@
--- Whether there is a schema with a table of migrations in it. Not by to_regclass(), which answers from a cache: that may have
+-- Whether there is a schema with a table of migrations. Avoids to_regclass(), which answers from a cache that may have
 -- been filled before another instance created the schema.
 -- binds: $1 schema
 -- index: those of the catalogue

@@ -1,6 +1,6 @@
--- The transactions that may hold positions which nobody sees yet: each draws under this lock and keeps it until it has ended.
--- A prepared transaction keeps its virtual transaction until the server restarts (since PostgreSQL 14.1; before, until it is
--- prepared), and is -1/<transaction id> from then on.
+-- The transactions that may hold positions which are not visible yet: each draws under this lock and keeps it until it
+-- has ended. A prepared transaction keeps its virtual transaction until the server restarts (since PostgreSQL 14.1;
+-- before that release, only until it is prepared), and is -1/<transaction id> from then on.
 -- binds: none
 -- index: none
 SELECT DISTINCT virtualtransaction

@@ -1,4 +1,4 @@
--- Events of a stream.
+-- Events of one stream.
 -- binds: $1 stream id, $2 after this version, $3 limit
 -- index: events_stream_version
 SELECT position, stream_id, version, event_id, type, schema_version, data, metadata, recorded_at

@@ -1,6 +1,6 @@
--- What makes the functions of a schema anew that name another one: each as it is, with owner and grants, but for the name.
--- Only `annals` is written without quotes, and a name is replaced as a whole word.
--- binds: $1 schema, $2 the schema that they name
+-- The definitions that recreate a schema's functions that name another schema: unchanged, with owner and grants,
+-- except for the name. Only `annals` is written without quotes, and a name is replaced as a whole word.
+-- binds: $1 schema, $2 the schema that the functions name
 -- index: those of the catalogue
 SELECT replace(pg_get_functiondef(p.oid), p.prosrc,
                regexp_replace(replace(p.prosrc, '"' || $2 || '".', '"' || $1 || '".'),

@@ -1,5 +1,5 @@
--- A page of a replay. COPY takes no binds: what stands in braces is written into the text.
--- in place: {columns}, {after} this position, up to {until}, {filter} conditions more, {limit}
+-- A page of a replay. COPY takes no binds, so the names in braces are replaced in the text.
+-- in place: columns, after (this position), until (this position), filter (further conditions), limit
 -- index: events_position_key
 COPY (SELECT {columns}
         FROM annals.events

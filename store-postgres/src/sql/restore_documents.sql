@@ -1,4 +1,4 @@
--- Documents as another store held them.
+-- Restores documents with the contents that another store held.
 -- binds: $1 collections, $2 ids, $3 versions, $4 bodies, $5 due
 -- index: documents_key, one seek a document
 INSERT INTO annals.documents (collection, id, version, body, due)

@@ -1,5 +1,5 @@
 -- Documents of a collection that are due, earliest first.
--- binds: $1 collection, $2 due by then, $3 limit
+-- binds: $1 collection, $2 due by this time, $3 limit
 -- index: documents_due
 SELECT 0::bigint, collection, id, version, body, due
   FROM annals.documents

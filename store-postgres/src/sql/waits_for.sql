@@ -1,4 +1,4 @@
--- Who those transactions are.
+-- Describes the transactions that a reader waits for.
 -- binds: $1 virtual transactions
 -- gives: pid (0: prepared), age in seconds, application or global id of the prepared transaction
 -- index: none
