@@ -1,4 +1,4 @@
-//! The store as a whole: what is in it, and taking in what another one held.
+//! The store as a whole: lists its contents, and restores the contents of another store.
 
 use std::sync::Arc;
 
@@ -43,15 +43,15 @@ impl Archive for SqliteStore {
         let documents = contents.documents.into_iter().map(document_row).collect();
         rows::put_documents(&mut transaction, documents).await.map_err(failed)?;
         transaction.commit().await.map_err(|error| commit_error(&error))?;
-        // What it wrote is committed; SQLite finds its file closed or not.
+        // Its writes are committed; SQLite recovers the file even if it was not closed.
         connection.close().await.ok();
         Ok(())
     }
 }
 
 impl SqliteStore {
-    /// As [`read_log`](annals::EventStore::read_log), with each event byte for byte as it is in the file. Gives where the next
-    /// page begins.
+    /// Reads like [`read_log`](annals::EventStore::read_log), with each event byte for byte as in the file. Returns
+    /// where the next page begins.
     pub async fn read_stored(
         &self,
         query: &LogQuery,

@@ -1,64 +1,64 @@
-//! The one place where SQLite's result codes are told apart. Message text is for people and is never looked into.
+//! The one place that classifies SQLite's result codes. Message text is for people and is never parsed.
 
 use std::path::{Path, PathBuf};
 
 use annals::{CommitError, StoreError};
 
-/// Why a file could not be opened as a store. Whatever was there is as it was.
+/// Why a file could not be opened as a store. Opening changed nothing in the file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum OpenError {
-    /// The text is no `sqlite:PATH`.
+    /// The text is not `sqlite:PATH`.
     #[error("{url:?} is not a store URL of SQLite; write `sqlite:PATH`, such as `sqlite:shop.db`")]
     Url {
-        /// What was given; only its scheme where it is a URL of something else, which may hold a password.
+        /// The text that was given; only its scheme if it is a URL of another kind, which may hold a password.
         url: String,
     },
     /// The path is a directory.
     #[error("{} is a directory; name a file in it, such as {}", path.display(), path.join("annals.db").display())]
     Directory {
-        /// What was given.
+        /// The path that was given.
         path: PathBuf,
     },
-    /// There is no store to open, and none was to be created.
+    /// The store does not exist, and the caller did not ask to create it.
     #[error("there is no store {}", path.display())]
     Missing {
-        /// What was given.
+        /// The path that was given.
         path: PathBuf,
     },
-    /// The file was written by an older build, and was to be left as it is.
+    /// An older build wrote the file, and the caller did not ask to migrate it.
     #[error("{} has schema version {found}; this build needs {known}: migrate it", path.display())]
     Outdated {
-        /// What was given.
+        /// The path that was given.
         path: PathBuf,
-        /// The version it has.
+        /// The version of the file.
         found: i64,
-        /// The version needed.
+        /// The version that this build needs.
         known: i64,
     },
-    /// There is no folder to create the file in.
+    /// The folder of the file does not exist.
     #[error("there is no folder {}; create it, or name another path than {}", folder.display(), path.display())]
     NoFolder {
-        /// What was given.
+        /// The path that was given.
         path: PathBuf,
-        /// What is missing.
+        /// The missing folder.
         folder: PathBuf,
     },
-    /// The file is known under further names, and SQLite keeps its log by name: what is written under one name is lost, or
+    /// The file has other names (hard links), and SQLite keeps its log by name: writes under one name are lost, or
     /// worse, under another.
     #[error(
         "{} has {names} names (hard links), and SQLite would keep a log for each; make a copy, or remove the other names",
         path.display()
     )]
     HardLinks {
-        /// What was given.
+        /// The path that was given.
         path: PathBuf,
-        /// How many there are.
+        /// The number of names.
         names: u64,
     },
-    /// The file is no SQLite database.
+    /// The file is not a SQLite database.
     #[error("{} is not a SQLite database; name another path, or move that file away", path.display())]
     NotSqlite {
-        /// What was given.
+        /// The path that was given.
         path: PathBuf,
     },
     /// The database belongs to another application.
@@ -68,43 +68,43 @@ pub enum OpenError {
         path.display()
     )]
     Foreign {
-        /// What was given.
+        /// The path that was given.
         path: PathBuf,
-        /// The id it carries; 0 where its application set none.
+        /// The application id of the file; 0 if its application set none.
         application_id: u32,
     },
     /// The database was written by a newer build.
     #[error("{} has schema version {found}; this build knows versions up to {known}: use a newer build", path.display())]
     TooNew {
-        /// What was given.
+        /// The path that was given.
         path: PathBuf,
-        /// The version it has.
+        /// The version of the file.
         found: i64,
-        /// The newest version known.
+        /// The newest version that this build knows.
         known: i64,
     },
     /// The file cannot be created, read or written here.
     #[error("{} cannot be opened for writing: {reason}; check permissions of the file and its folder", path.display())]
     Unwritable {
-        /// What was given.
+        /// The path that was given.
         path: PathBuf,
-        /// What the system says.
+        /// The message of the system.
         reason: String,
     },
-    /// The file is ours, but damaged.
+    /// The file is a store, but damaged.
     #[error("{} is damaged: {reason}; restore it from a copy, or see `.recover` of the sqlite3 shell", path.display())]
     Damaged {
-        /// What was given.
+        /// The path that was given.
         path: PathBuf,
-        /// What SQLite says.
+        /// SQLite's message.
         reason: String,
     },
-    /// Another process holds the file locked, or the system is short of something; try again.
+    /// Another process holds the file locked, or the system is short of a resource; try again.
     #[error("{} cannot be opened now: {reason}; try again", path.display())]
     Unavailable {
-        /// What was given.
+        /// The path that was given.
         path: PathBuf,
-        /// What SQLite says.
+        /// SQLite's message.
         reason: String,
     },
 }
@@ -119,20 +119,20 @@ impl OpenError {
     }
 }
 
-/// What a failed statement means for those who wait for it.
+/// What a failed statement means for the callers that wait for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
     /// Another connection holds the lock for longer than the busy timeout.
     Busy,
-    /// No space left.
+    /// No space is left.
     Full,
-    /// Not to be opened or written: permissions, a missing folder, a read-only file system.
+    /// The file cannot be opened or written: permissions, a missing folder, a read-only file system.
     Unwritable,
-    /// Not a database, or not one that hangs together.
+    /// The file is not a database, or the database is inconsistent.
     Damaged,
-    /// It is too large, whatever the state of the file.
+    /// A value is too large, whatever the state of the file.
     Refused,
-    /// Anything else.
+    /// Any other failure.
     Other,
 }
 
@@ -178,7 +178,7 @@ pub(crate) fn read_error(error: sqlx::Error) -> StoreError {
     }
 }
 
-/// A statement before COMMIT failed: the transaction is gone, so nothing was stored.
+/// Classifies the failure of a statement before COMMIT: the transaction is rolled back, so nothing was stored.
 pub(crate) fn write_error(error: &sqlx::Error) -> CommitError {
     match fault(error) {
         Fault::Refused => CommitError::Invalid(error.to_string()),
@@ -188,8 +188,9 @@ pub(crate) fn write_error(error: &sqlx::Error) -> CommitError {
     }
 }
 
-/// COMMIT itself failed. Without space, or without the lock, its last frame cannot have been written; after any other
-/// failure, such as of the sync behind it, the next process to open the file may find the commit there.
+/// Classifies the failure of COMMIT itself. Without space, or without the lock, the last frame of the commit cannot
+/// have been written. After any other failure, such as that of the following sync, the next process to open the file
+/// may find the commit there.
 pub(crate) fn commit_error(error: &sqlx::Error) -> CommitError {
     match fault(error) {
         Fault::Busy | Fault::Full => write_error(error),

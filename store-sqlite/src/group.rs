@@ -1,4 +1,4 @@
-//! What a group of commits comes to: decided in memory, one commit after the other, from where everything stood before.
+//! Decides the outcomes of a group of commits in memory, one commit after another, from the versions before the group.
 
 use std::{
     borrow::Cow,
@@ -9,14 +9,14 @@ use std::{
 use annals::{Append, Commit, CommitError, Committed, DocumentKey, Expected, Position, Put, StreamId, Version};
 use uuid::Uuid;
 
-/// A commit as the writer takes it: whatever can be made ready before is made ready by its caller, because callers run in
+/// A commit in the form that the writer takes. The caller prepares as much as possible, because callers run in
 /// parallel and the writer does not.
 pub(crate) struct Prepared {
     appends: Vec<PreparedAppend>,
     puts: Vec<Put>,
-    /// What it adds to the size of a group.
+    /// The number of rows that the commit adds to a group.
     pub(crate) rows: usize,
-    /// Likewise.
+    /// The number of payload bytes that the commit adds to a group.
     pub(crate) bytes: usize,
 }
 
@@ -26,7 +26,7 @@ struct PreparedAppend {
     events: Vec<EventText>,
 }
 
-/// The columns of an event that do not depend on where it ends up.
+/// The columns of an event that do not depend on its place in the log.
 pub(crate) struct EventText {
     pub(crate) id: String,
     pub(crate) type_name: Cow<'static, str>,
@@ -58,7 +58,7 @@ impl From<Append> for PreparedAppend {
     }
 }
 
-/// An event with its place.
+/// An event with its position and version.
 pub(crate) struct EventRow {
     pub(crate) position: i64,
     pub(crate) stream: Arc<str>,
@@ -66,32 +66,32 @@ pub(crate) struct EventRow {
     pub(crate) text: EventText,
 }
 
-/// A document as the group leaves it. Without a body it is removed.
+/// A document in its state after the group; without a body, the document is removed.
 pub(crate) struct DocumentRow {
     pub(crate) version: i64,
     pub(crate) body: Option<Arc<str>>,
     pub(crate) due: Option<i64>,
 }
 
-/// Where everything stands that a group is about, moved on by each commit that holds.
+/// The versions of everything that a group touches, advanced by each commit that succeeds.
 #[derive(Default)]
 pub(crate) struct Ledger {
     pub(crate) head: i64,
     /// The version of each stream, and the id of its last event.
     pub(crate) streams: HashMap<StreamId, (i64, Option<Uuid>)>,
     pub(crate) documents: HashMap<DocumentKey, i64>,
-    /// What is to be written, in log order.
+    /// The events to write, in log order.
     pub(crate) events: Vec<EventRow>,
-    /// What is to be written, in the order of the table: only the last state of each counts.
+    /// The documents to write, in the order of the table: only the last state of each counts.
     pub(crate) rows: BTreeMap<DocumentKey, DocumentRow>,
 }
 
-/// The streams that a group is about, each once.
+/// Returns the streams that a group touches, each once.
 pub(crate) fn streams_of(group: &[Prepared]) -> Vec<StreamId> {
     unique(group.iter().flat_map(|commit| &commit.appends).map(|append| &append.stream))
 }
 
-/// The documents that a group is about, each once.
+/// Returns the documents that a group touches, each once.
 pub(crate) fn documents_of(group: &[Prepared]) -> Vec<DocumentKey> {
     unique(group.iter().flat_map(|commit| &commit.puts).map(|put| &put.key))
 }
@@ -102,7 +102,7 @@ fn unique<'a, T: Clone + Eq + std::hash::Hash + 'a>(items: impl Iterator<Item = 
 }
 
 impl Ledger {
-    /// Takes a commit in, whole or not at all.
+    /// Adds a commit, whole or not at all.
     pub(crate) fn decide(&mut self, commit: Prepared) -> Result<Committed, CommitError> {
         self.check(&commit)?;
         let mut committed = Committed::default();
@@ -130,7 +130,7 @@ impl Ledger {
     }
 
     fn check(&self, commit: &Prepared) -> Result<(), CommitError> {
-        // Only a row that somebody wrote by hand can stand so high.
+        // Only a row that was written by hand can have such a high number.
         let full = |what: String| CommitError::Unavailable(format!("{what} stands at the last number there is"));
         let appended = commit.appends.iter().map(|append| append.events.len()).sum::<usize>() as i64;
         if self.head.checked_add(appended).is_none() {

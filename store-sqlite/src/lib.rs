@@ -17,15 +17,16 @@
 //!
 //! # What it keeps
 //!
-//! A commit that was acknowledged is in the file and synced (write-ahead log, `synchronous = FULL`): it survives a kill at
-//! any moment and a loss of power. Several processes may use one file; each has a writer of its own, and they take turns.
-//! Positions are dense, start at 1, and rise in the order of the commits. The file refuses `UPDATE` and `DELETE` on events.
+//! An acknowledged commit is in the file and synced (write-ahead log, `synchronous = FULL`): the commit survives a
+//! kill at any moment and a loss of power. Several processes may use one file; each has a writer of its own, and the
+//! writers take turns. Positions are dense, start at 1, and rise in the order of the commits. The file refuses
+//! `UPDATE` and `DELETE` on events.
 //!
 //! # What a commit costs
 //!
-//! One task writes. It takes all commits that wait as one group, and makes one transaction with one sync of them; a commit
-//! that comes alone waits for nobody. A conflict fails its own commit only. A group takes this many statements, however
-//! many commits it holds:
+//! One task writes. The task takes all waiting commits as one group, and writes the group in one transaction with one
+//! sync; a single commit is written at once. A conflict fails its own commit only. A group takes this many statements,
+//! regardless of the number of its commits:
 //!
 //! | statements | for |
 //! |---|---|
@@ -71,7 +72,8 @@ use self::{
     writer::{QUEUE_COMMITS_MAX, Submission, Writer},
 };
 
-/// An event store in one SQLite file. Clones share it; when the last is gone, what was handed over is still written.
+/// An event store in one SQLite file. Clones share it; commits that were submitted are still written when the last
+/// clone is dropped.
 #[derive(Clone, Debug)]
 pub struct SqliteStore {
     shared: Arc<Shared>,
@@ -82,7 +84,7 @@ struct Shared {
     database: Database,
     /// `None` once closed.
     queue: RwLock<Option<mpsc::Sender<Submission>>>,
-    /// The last position this process wrote. Its sender is the writer's.
+    /// The last position that this process wrote. The writer holds the sender.
     head: watch::Receiver<Position>,
     /// How the writer ended.
     ended: watch::Receiver<Option<Result<(), String>>>,
@@ -104,12 +106,12 @@ impl SqliteStore {
         }
     }
 
-    /// Opens a file with settings of its own, or creates it.
+    /// Opens a file with custom settings, or creates it.
     pub async fn open_with(path: impl AsRef<Path>, settings: Settings) -> Result<Self, OpenError> {
         Self::start(Database::locate(path.as_ref(), settings, true)?).await
     }
 
-    /// Opens a file that holds a store of this version: it is neither created nor brought to a newer version.
+    /// Opens a file that holds a store of this version. Neither creates nor migrates the file.
     pub async fn open_existing(path: impl AsRef<Path>, settings: Settings) -> Result<Self, OpenError> {
         Self::start(Database::locate(path.as_ref(), settings, false)?).await
     }
@@ -126,8 +128,8 @@ impl SqliteStore {
         Ok(Self { shared: Arc::new(Shared { database, queue, head: head_seen, ended, readers }) })
     }
 
-    /// Writes what was handed over, moves the log into the file, and lets go of it. Later calls of other methods are refused
-    /// as unavailable; closing twice is fine.
+    /// Writes the submitted commits, moves the log into the file, and closes the file. Later calls of other methods
+    /// fail as unavailable; closing twice is fine.
     pub async fn close(&self) -> Result<(), StoreError> {
         drop(self.shared.queue.write().unwrap_or_else(PoisonError::into_inner).take());
         self.shared.readers.close().await;
@@ -140,7 +142,7 @@ impl SqliteStore {
         }
     }
 
-    /// Why there is no writer to take a commit.
+    /// Returns why there is no writer to take a commit.
     fn stopped(&self) -> CommitError {
         CommitError::Unavailable(match &*self.shared.ended.borrow() {
             Some(Err(reason)) => format!("its writer has failed: {reason}"),
@@ -186,7 +188,7 @@ impl EventStore for SqliteStore {
     async fn wait(&self, after: Position) -> Result<(), StoreError> {
         let mut head = self.shared.head.clone();
         loop {
-            // Only commits of this process are announced; for those of others, the file has to be asked.
+            // Only commits of this process are announced; commits of other processes are found by reading the file.
             let announced = head.wait_for(|head| *head > after);
             let announced =
                 timeout(self.shared.database.settings.poll_interval, announced).await.map(|head| head.is_ok());

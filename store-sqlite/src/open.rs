@@ -1,4 +1,4 @@
-//! Opening the file: whose it is, which schema version it has, and how its connections are set up.
+//! Opens the file: checks its owner and schema version, and sets up its connections.
 
 use std::{
     fs::{self, File},
@@ -15,35 +15,37 @@ use sqlx::{
 
 use crate::error::{Fault, OpenError, fault, open_error};
 
-/// "Anls": what `PRAGMA application_id` of every file of ours says, and `file(1)` can tell.
+/// "Anls": the `PRAGMA application_id` of every store file, which `file(1)` can show.
 pub const APPLICATION_ID: u32 = 0x416e_6c73;
 
-/// In order; `PRAGMA user_version` counts how many of them a file has had.
+/// The migrations in order; `PRAGMA user_version` records how many a file has had.
 const MIGRATIONS: &[&str] = &[
     include_str!("migrations/0001_log_and_documents.sql"),
     include_str!("migrations/0002_inserts_without_a_trigger.sql"),
 ];
 
-/// A hot page is written to the file once a checkpoint, however many commits touched it since; at 4 KiB a page, 32 MiB of log
-/// between checkpoints spares most of those writes and still recovers in a fraction of a second. (SQLite's own: 1,000.)
+/// A checkpoint writes a hot page to the file once, however many commits have touched the page since the last
+/// checkpoint. At 4 KiB per page, 32 MiB of log between checkpoints avoids most of those writes and still recovers in
+/// a fraction of a second. (SQLite's default is 1,000 pages.)
 const CHECKPOINT_PAGES: u32 = 8_000;
-/// A log that grew beyond this behind a long reader is cut back to it afterwards.
+/// A log that grew beyond this size behind a long read is truncated to it afterwards.
 const JOURNAL_BYTES_MAX: u64 = 64 << 20;
-/// Pages that the writer keeps in memory, in KiB: the upper levels of both indexes of a log of some tens of GiB.
+/// The writer's page cache, in KiB: room for the upper levels of both indexes of a log of some tens of GiB.
 const WRITER_CACHE_KIB: u32 = 32 << 10;
-/// Rows that a reader's thread may be ahead of the task that takes them: a page of the log without a wait in between.
+/// How many rows a reader's thread may be ahead of the task that takes them: a page of the log without a wait in
+/// between.
 const ROWS_AHEAD_MAX: usize = 512;
-/// How long a read waits for one of the connections before it gives up.
+/// How long a read waits for a connection before it gives up.
 const ACQUIRE_SECONDS_MAX: u64 = 30;
 
-/// How to open a store, where the defaults do not do.
+/// How to open a store, if the defaults do not fit.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// How long a commit waits for another process that holds the write lock, before it is refused as unavailable.
+    /// How long a commit waits for another process that holds the write lock, before the commit fails as unavailable.
     pub busy_timeout: Duration,
-    /// How many connections serve reads, each with a thread of its own.
+    /// The number of connections that serve reads, each with a thread of its own.
     pub readers: u32,
-    /// How often [`wait`](annals::EventStore::wait) looks for commits of other processes.
+    /// How often [`wait`](annals::EventStore::wait) checks for commits of other processes.
     pub poll_interval: Duration,
 }
 
@@ -53,17 +55,18 @@ impl Default for Settings {
     }
 }
 
-/// Where the file is and how to connect to it.
+/// The location of the file, and how to connect to it.
 #[derive(Clone, Debug)]
 pub(crate) struct Database {
     pub(crate) path: PathBuf,
     pub(crate) settings: Settings,
-    /// Whether a store is made where there is none, or none of the newest version.
+    /// Whether to create a missing store, or migrate an older one.
     pub(crate) create: bool,
 }
 
 impl Database {
-    /// Looks at the file without SQLite, which would leave traces beside it: what is not ours is never opened at all.
+    /// Examines the file without SQLite, which would leave files next to it: a file that is not a store is never
+    /// opened with SQLite.
     pub(crate) fn locate(path: &Path, settings: Settings, create: bool) -> Result<Self, OpenError> {
         let given = path.to_owned();
         let unwritable =
@@ -92,13 +95,14 @@ impl Database {
         Ok(Self { path, settings, create })
     }
 
-    /// Creates the file or brings it to the newest schema; gives the connection that will write to it, and the last position.
+    /// Creates the file or migrates it to the newest schema; returns the connection for the writer, and the last
+    /// position.
     pub(crate) async fn prepare(&self) -> Result<(SqliteConnection, Position), OpenError> {
         let mut connection = self.writer().await.map_err(|error| open_error(&self.path, &error))?;
         match self.prepare_with(&mut connection).await {
             Ok(head) => Ok((connection, head)),
             Err(error) => {
-                // Not just dropped, which would let go of the file some time later. There is an error to report already.
+                // A drop would close the file only some time later. There is an error to report already.
                 connection.close().await.ok();
                 Err(error)
             }
@@ -107,14 +111,15 @@ impl Database {
 
     async fn prepare_with(&self, connection: &mut SqliteConnection) -> Result<Position, OpenError> {
         let failed = |error: sqlx::Error| open_error(&self.path, &error);
-        // Before the change to WAL: so the header of the file itself, and not a log beside it, says whose it is.
+        // Before the change to WAL, so that the header of the file itself, and not a log next to it, identifies the
+        // owner.
         self.migrate(connection).await?;
         self.use_wal(connection).await.map_err(failed)?;
         let head = sqlx::query_scalar(include_str!("sql/head.sql")).fetch_one(connection).await.map_err(failed)?;
         Ok(Position(head))
     }
 
-    /// A connection for the writer.
+    /// Opens a connection for the writer.
     pub(crate) async fn writer(&self) -> Result<SqliteConnection, sqlx::Error> {
         self.connection()
             .create_if_missing(self.create)
@@ -126,7 +131,8 @@ impl Database {
             .await
     }
 
-    /// Connections for reads. They cannot write, and are not asked for a sign of life before each use: they live in here.
+    /// Creates the connections for reads. They cannot write, and are not pinged before each use: they are in this
+    /// process.
     pub(crate) fn readers(&self) -> SqlitePool {
         SqlitePoolOptions::new()
             .max_connections(self.settings.readers.max(1))
@@ -148,7 +154,7 @@ impl Database {
     async fn migrate(&self, connection: &mut SqliteConnection) -> Result<(), OpenError> {
         let failed = |error: sqlx::Error| open_error(&self.path, &error);
         let known = MIGRATIONS.len();
-        // Most openings find nothing to do, and need no lock to see it.
+        // Most openings find nothing to do, and need no lock to find that out.
         let found = self.schema_version(connection).await?;
         if found == known {
             return Ok(());
@@ -157,7 +163,7 @@ impl Database {
             let (path, found, known) = (self.path.clone(), found as i64, known as i64);
             return Err(OpenError::Outdated { path, found, known });
         }
-        // Two processes may open a new file at once: the second finds the work done.
+        // Two processes may open a new file at once: the second process finds the work done.
         let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await.map_err(failed)?;
         let found = self.schema_version(&mut transaction).await?;
         for (sql, version) in MIGRATIONS.iter().zip(1..).skip(found) {
@@ -180,7 +186,8 @@ impl Database {
         }
     }
 
-    /// The change needs the file for itself for a moment, and SQLite does not wait for that by itself.
+    /// Switches to WAL. The switch needs the file exclusively for a moment, and SQLite does not wait for that by
+    /// itself.
     async fn use_wal(&self, connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
         const PAUSE: Duration = Duration::from_millis(10);
         let pauses_max = self.settings.busy_timeout.as_millis() / PAUSE.as_millis();
@@ -207,8 +214,9 @@ fn one_name(_: &Path, _: &fs::Metadata) -> Result<(), OpenError> {
     Ok(())
 }
 
-/// Its schema version, or `None` for an empty file. Whose a file is, by its header (<https://www.sqlite.org/fileformat2.html#the_database_header>). An empty one is for the
-/// taking: that is what a crash before the first commit leaves, and what `touch` makes.
+/// Returns the schema version of a file, or `None` for an empty file. The header identifies the owner of a file
+/// (<https://www.sqlite.org/fileformat2.html#the_database_header>). An empty file is free to use: a crash before the
+/// first commit leaves one, and so does `touch`.
 fn identify(path: &Path) -> Result<Option<u32>, OpenError> {
     const MAGIC: &[u8] = b"SQLite format 3\0";
     let unwritable = |error: std::io::Error| OpenError::Unwritable { path: path.to_owned(), reason: error.to_string() };

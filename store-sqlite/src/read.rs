@@ -1,5 +1,5 @@
-//! Reads, and how rows become values. A row that somebody inserted by hand must never stop a reader, so what has no proper
-//! form is read as near to it as there is.
+//! Reads the file, and converts rows to values. A row inserted by hand must never stop a reader, so a malformed value
+//! is read as the nearest valid one.
 
 use std::{borrow::Cow, sync::Arc};
 
@@ -18,9 +18,9 @@ use uuid::Uuid;
 
 use crate::{error::read_error, writer::keys_json};
 
-/// How much of the log one page looks at when a query leaves most of it out: some tens of milliseconds of reading.
+/// How much of the log one page examines if a query leaves most of it out: some tens of milliseconds of reading.
 const PAGE_EVENTS_MAX: usize = 10_000;
-/// A page of the log ends after this many bytes of payload, however many events were asked for.
+/// A page of the log ends after this many bytes of payload, regardless of the limit on events.
 const PAGE_BYTES_MAX: usize = 16 << 20;
 
 pub(crate) async fn head(readers: &SqlitePool) -> Result<Position, StoreError> {
@@ -39,7 +39,7 @@ pub(crate) async fn stream(
     rows.and_then(async |row| stored(&row).map(|stored| stored.recorded())).try_collect().await.map_err(read_error)
 }
 
-/// Gives each event of a page to `take`, then where the next page begins, and whether there may be more.
+/// Passes each event of a page to `take`; returns where the next page begins, and whether there may be more.
 pub(crate) async fn log(
     readers: &SqlitePool,
     query: &LogQuery,
@@ -54,7 +54,7 @@ pub(crate) async fn log(
         let query = sqlx::query(include_str!("sql/read_log.sql")).bind(after.0).bind(bound(limit));
         return page(readers, query, after, limit, after, take).await;
     }
-    // In a statement of its own, before the other: the log only grows, so what is found up to there stays what was there.
+    // In a statement of its own, before the other: the log only grows, so the events up to this position stay the same.
     let looks_at = bound(limit.max(PAGE_EVENTS_MAX));
     let until: Option<i64> = sqlx::query_scalar(include_str!("sql/read_log_until.sql"))
         .bind(after.0)
@@ -77,7 +77,7 @@ pub(crate) async fn log(
     Ok((next, more || until.saturating_sub(after.0.max(0)) >= looks_at))
 }
 
-/// A page ends at its last event where it is full, and where it is not, at `until`.
+/// Reads a page. A full page ends at its last event, any other page at `until`.
 async fn page(
     readers: &SqlitePool,
     query: Query<'_, Sqlite, SqliteArguments>,
@@ -131,7 +131,7 @@ pub(crate) async fn scan(
     rows.and_then(async |row| document(&row)).try_collect().await.map_err(read_error)
 }
 
-/// SQLite takes a negative limit for none at all, so one beyond its range must not wrap around.
+/// SQLite treats a negative limit as no limit, so a limit beyond its range must not wrap around.
 pub(crate) fn bound(limit: usize) -> i64 {
     i64::try_from(limit).unwrap_or(i64::MAX)
 }
@@ -160,17 +160,17 @@ fn document(row: &SqliteRow) -> Result<Document, sqlx::Error> {
     })
 }
 
-/// A column of text need not be UTF-8: SQLite takes any bytes for it.
+/// A text column need not be UTF-8: SQLite accepts any bytes as text.
 pub(crate) fn text(row: &SqliteRow, column: usize) -> Result<Cow<'_, str>, sqlx::Error> {
     Ok(String::from_utf8_lossy(row.try_get_unchecked(column)?))
 }
 
-/// An id that is none of ours still tells its event from others, and the same on each reading.
+/// An id that is not a UUID still distinguishes its event from others, and maps to the same UUID on each read.
 fn event_id(text: &str) -> Uuid {
     Uuid::try_parse(text).unwrap_or_else(|_| named_id(Uuid::nil(), text))
 }
 
-/// A number too large for a schema version is one that no build knows, like the largest there is.
+/// A number too large for a schema version is a version that no build knows, like the largest one.
 fn schema_version(stored: i64) -> i32 {
     i32::try_from(stored).unwrap_or(i32::MAX)
 }

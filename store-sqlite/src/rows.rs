@@ -1,4 +1,4 @@
-//! Statements that insert many rows at once, in a few fixed widths.
+//! Inserts many rows by one statement, in a few fixed widths.
 
 use std::sync::LazyLock;
 
@@ -7,8 +7,8 @@ use sqlx::{Arguments, SqliteConnection, error::BoxDynError, sqlite::SqliteArgume
 
 use crate::group::{DocumentRow, EventRow};
 
-/// Each width is one prepared statement, kept by its connection. Rows that remain free are NULL and cost next to nothing, so
-/// that any number of rows takes one statement for each 256 of them.
+/// Each width is one prepared statement, kept by its connection. Unused rows are NULL and cost next to nothing, so
+/// that any number of rows takes one statement for each 256 rows.
 const WIDTHS: [usize; 4] = [1, 8, 64, 256];
 
 static APPEND_EVENTS: LazyLock<[String; 4]> =
@@ -20,12 +20,12 @@ fn widened(sql: &str, row: &str) -> [String; 4] {
     WIDTHS.map(|width| sql.replace(row, &vec![row; width].join(",\n")))
 }
 
-/// A row that binds itself.
+/// A row that binds its own values.
 pub(crate) trait Bind {
     fn bind(self, arguments: &mut SqliteArguments) -> Result<(), BoxDynError>;
 }
 
-/// An event, and when it was recorded, in microseconds.
+/// An event and its time of recording, in microseconds.
 impl Bind for (EventRow, i64) {
     fn bind(self, arguments: &mut SqliteArguments) -> Result<(), BoxDynError> {
         let (EventRow { position, stream, version, text }, recorded_at) = self;

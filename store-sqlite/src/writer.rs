@@ -1,4 +1,4 @@
-//! The one thread that writes: takes the commits that are waiting as a group, and makes one transaction of them.
+//! The one thread that writes: takes the waiting commits as a group, and writes the group in one transaction.
 
 use std::{
     io,
@@ -21,21 +21,22 @@ use crate::{
     rows,
 };
 
-/// Commits that may wait for the writer; further callers wait for a place. Two groups' worth: one being written, one behind.
+/// The number of commits that may wait for the writer; further callers wait for a place. Two groups: one being
+/// written, one behind it.
 pub(crate) const QUEUE_COMMITS_MAX: usize = 2 * GROUP_COMMITS_MAX;
-/// The most commits in a group: beyond this, a sync less per commit is not worth the wait of the first for the last, and
-/// a thousand callers had better decide in two halves, one while the other is written.
+/// The most commits in a group: beyond this, saving a sync does not justify that the first commit waits for the last.
+/// A thousand callers do better as two halves, one deciding while the other is written.
 const GROUP_COMMITS_MAX: usize = 512;
 /// A group takes no further commit once it has this many rows.
 const GROUP_ROWS_MAX: usize = 4_096;
 /// A group takes no further commit once it has this many bytes of payload.
 const GROUP_BYTES_MAX: usize = 8 << 20;
-/// A last event that is dated further ahead than this was dated by hand; time goes on without it.
+/// A last event dated further ahead than this was dated by hand; recording ignores its date.
 const CLOCK_AHEAD_MICROSECONDS_MAX: i64 = 24 * 3_600 * 1_000_000;
 
 pub(crate) type Outcome = Result<Committed, CommitError>;
 
-/// A commit and who waits for it. Nobody may: then the commit is written all the same.
+/// A commit and its caller. If the caller is gone, the commit is written all the same.
 pub(crate) struct Submission {
     pub(crate) commit: Prepared,
     pub(crate) answer: oneshot::Sender<Outcome>,
@@ -43,15 +44,15 @@ pub(crate) struct Submission {
 
 pub(crate) struct Writer {
     pub(crate) database: Database,
-    /// `None` after a failure: what state it left a connection in is not worth finding out.
+    /// `None` after a failure: a connection in an unclear state is not worth examining.
     pub(crate) connection: Option<SqliteConnection>,
     pub(crate) queue: mpsc::Receiver<Submission>,
     pub(crate) head: watch::Sender<Position>,
 }
 
 impl Writer {
-    /// Runs on a thread of its own: as a task among those of the callers it would wait behind hundreds of them at each step,
-    /// with the file idle meanwhile. At the end it says how it ended, even if that was a panic.
+    /// Starts the writer on a thread of its own: as a task among the callers' tasks, it would wait behind hundreds of
+    /// them at each step while the file is idle. Finally reports how the writer ended, even if it panicked.
     pub(crate) fn start(self, end: watch::Sender<Option<Result<(), String>>>) -> io::Result<()> {
         let runtime = runtime::Builder::new_current_thread().enable_time().build()?;
         let run = move || {
@@ -68,7 +69,7 @@ impl Writer {
         thread::Builder::new().name("annals-sqlite".into()).spawn(run).map(drop)
     }
 
-    /// Runs until the last sender is gone and the queue is empty, then leaves a file without a log beside it.
+    /// Runs until the last sender is gone and the queue is empty, then leaves a file without a log next to it.
     async fn run(mut self) -> Result<(), sqlx::Error> {
         while let Some(first) = self.queue.recv().await {
             let group = self.group(first);
@@ -79,7 +80,7 @@ impl Writer {
         connection.close().await
     }
 
-    /// Takes what is waiting, and waits for nothing.
+    /// Takes all waiting commits, without waiting for more.
     fn group(&mut self, first: Submission) -> Vec<Submission> {
         let (mut rows, mut bytes) = (first.commit.rows, first.commit.bytes);
         let mut group = vec![first];
@@ -117,7 +118,7 @@ impl Writer {
             }
             return Err(write_error(&error));
         }
-        // From here on, an error drops the connection, and that ends the transaction.
+        // From here on, an error drops the connection, which ends the transaction.
         let (outcomes, head) = apply(&mut connection, commits).await.map_err(|error| write_error(&error))?;
         execute(&mut connection, "COMMIT").await.map_err(|error| commit_error(&error))?;
         self.connection = Some(connection);
@@ -130,7 +131,7 @@ impl Writer {
     }
 }
 
-/// Decides and writes a group within the open transaction; gives the outcomes and the position of the last event.
+/// Decides and writes a group within the open transaction; returns the outcomes and the position of the last event.
 async fn apply(
     connection: &mut SqliteConnection,
     commits: Vec<Prepared>,
@@ -147,7 +148,7 @@ async fn apply(
     }
     let recorded_at = recorded_at(last_recorded_at);
     let told = DateTime::from_timestamp_micros(recorded_at);
-    // One writer gives out the positions, so those of a commit follow one another.
+    // One writer assigns the positions, so the positions of a commit are consecutive.
     let decide = |commit| ledger.decide(commit).map(|committed| Committed { recorded_at: told, ..committed });
     let outcomes = commits.into_iter().map(decide).collect();
 
@@ -175,7 +176,7 @@ async fn load_streams(
     for (stream, standing) in streams.into_iter().zip(versions) {
         let (version, event) = standing.split_once(' ').unwrap_or((&standing, ""));
         let version = version.parse().map_err(|error: std::num::ParseIntError| sqlx::Error::Decode(error.into()))?;
-        // An id that somebody wrote by hand may be none.
+        // An id that was written by hand may not be a UUID.
         ledger.streams.insert(stream, (version, event.parse().ok()));
     }
     Ok((head, recorded_at))
@@ -194,7 +195,7 @@ async fn load_documents(
     Ok(())
 }
 
-/// Document keys as the statements take them.
+/// Returns document keys in the form that the statements take.
 pub(crate) fn keys_json<'a>(keys: impl Iterator<Item = &'a DocumentKey>) -> String {
     keys.map(|key| serde_json::json!([&*key.collection, &*key.id])).collect::<serde_json::Value>().to_string()
 }
@@ -203,7 +204,7 @@ fn numbers(json: &str) -> Result<Vec<i64>, sqlx::Error> {
     serde_json::from_str(json).map_err(|error| sqlx::Error::Decode(error.into()))
 }
 
-/// By the clock of this machine, but not before the last event.
+/// Returns the time of recording: by the clock of this machine, but not before the last event.
 fn recorded_at(last: i64) -> i64 {
     let now = Clock::machine().now().timestamp_micros();
     if last > now.saturating_add(CLOCK_AHEAD_MICROSECONDS_MAX) { now } else { now.max(last) }

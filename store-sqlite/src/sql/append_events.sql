@@ -1,6 +1,6 @@
 -- Appends events. The code repeats the row of binds to a few fixed widths; rows left unbound are NULL and not inserted.
 -- binds: position, stream_id, version, event_id, type, schema_version, data, metadata, recorded_at
--- A failure ends the whole transaction anyway: so it fails, and no journal is kept to take back half a statement.
+-- FAIL, because a failure ends the whole transaction anyway: SQLite then keeps no journal to undo half a statement.
 -- index: grows the primary key at its end, and events_stream_version
 INSERT OR FAIL INTO events (position, stream_id, version, event_id, type, schema_version, data, metadata, recorded_at)
 SELECT * FROM (VALUES

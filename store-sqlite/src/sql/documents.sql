@@ -1,6 +1,6 @@
--- Documents by key; one statement, so as of one moment.
+-- Documents by key; one statement, hence one snapshot.
 -- binds: ?1 JSON array of [collection, id]
--- gives: the index in ?1 first; nothing for a document that does not exist
+-- gives: the index in ?1 first; no row for a document that does not exist
 -- index: the primary key, one seek a document
 SELECT wanted.key, held.collection, held.id, held.version, held.body, held.due
   FROM json_each(?1) AS wanted

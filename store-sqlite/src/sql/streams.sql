@@ -1,4 +1,4 @@
--- Streams in byte order of their names, each with where it stands.
+-- Streams in byte order of their names, each with its version and position, and the times of its first and last event.
 -- binds: ?1 after this name, ?2 limit
 -- index: events_stream_version, three seeks a stream
 WITH RECURSIVE names (stream_id) AS (

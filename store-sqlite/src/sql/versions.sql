@@ -1,7 +1,7 @@
--- Where the log and some streams stand, in one row.
+-- The last position of the log and the versions of some streams, in one row.
 -- binds: ?1 JSON array of stream ids
--- gives: head position, its recorded_at, JSON array of versions, each with a blank and the id of the event there, in the order of ?1
---        (`0 `: no such stream)
+-- gives: position of the last event, its recorded_at, JSON array of versions, each followed by a blank and the id of
+--        the event there, in the order of ?1 (`0 `: no such stream)
 -- index: events_stream_version, one seek a stream; the primary key for the head
 SELECT coalesce(max(head.position), 0),
        coalesce(max(head.recorded_at), 0),
