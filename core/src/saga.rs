@@ -10,6 +10,7 @@
 //! | `migration` | moves a saga to another plan, or refuses the move |
 //! | `runner` | starts sagas, passes replies and timers to them, and carries out the actions of operators |
 //! | `participant` | the receiving side: carries out each step once, and keeps the barrier against late steps |
+//! | `owed` | work that a restored participant does again before it takes commands |
 //! | `index` | one document per saga: for operators, and to find the timers that are due |
 //! | `timers` | computes when timers are due, and fires them |
 //! | `diagram` | draws a plan as Mermaid or SVG |
@@ -20,6 +21,7 @@ mod diagram;
 mod index;
 mod instance;
 mod migration;
+mod owed;
 mod participant;
 mod path;
 mod progress;
@@ -35,6 +37,8 @@ pub use index::{Index, STUCK, SagaStatus};
 #[cfg(feature = "testing")]
 pub(crate) use instance::{Ask, Definitions, What};
 pub use instance::{Instance, SagaRefusal};
+pub(crate) use owed::{Debtor, settle};
+pub use owed::{Owed, StepKey};
 pub use participant::{ANSWER_BYTES_MAX, decide_step};
 pub use participant::{Answer, Participant, Participation, Slot, Step, StepCommand, StepError, StepEvent};
 pub(crate) use participant::{Desk, attribute};

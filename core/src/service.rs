@@ -9,7 +9,7 @@ use std::{
 
 use async_trait::async_trait;
 use futures::{FutureExt, future::BoxFuture};
-use tokio::task::JoinSet;
+use tokio::{sync::OnceCell, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -28,7 +28,7 @@ use crate::{
     relay::{Relay, Routes},
     relayed::relay_of,
     routes::{SERVICE_BYTES_MAX, is_service_name},
-    saga::{Desk, Participant, Replies, Runner, SagaState, Starter, StepEvent},
+    saga::{self, Debtor, Desk, Participant, Replies, Runner, SagaState, Starter, StepEvent},
     store::{EventStore, LogQuery, StoreError},
     subscription::Subscription,
     work::Work,
@@ -50,7 +50,7 @@ pub struct Service {
     store: Arc<dyn EventStore>,
     routes: Routes,
     relay_lanes: u32,
-    desk: Option<Arc<dyn Handler>>,
+    desk: Option<Arc<dyn Debtor>>,
     members: u32,
     replies: Vec<Arc<dyn Replies>>,
     subscriptions: Vec<Subscription>,
@@ -204,10 +204,28 @@ impl Service {
     }
 }
 
+/// What comes before the first message of a group, on a store that was recovered.
+struct Recovered {
+    service: String,
+    store: Arc<dyn EventStore>,
+    starters: Vec<String>,
+    desk: Option<Arc<dyn Debtor>>,
+}
+
+impl Recovered {
+    async fn settle(&self, health: &Health, shutdown: &CancellationToken) {
+        let Self { service, store, starters, desk } = self;
+        if let Some(desk) = desk {
+            saga::settle(service, store, &**desk, health, shutdown).await;
+        }
+        recovery::sagas_begun(&**store, starters, shutdown).await;
+    }
+}
+
 /// Takes everything that arrives on `<service>.commands`: replies to its sagas, and steps to carry out.
 struct Inbox {
     replies: Vec<Arc<dyn Replies>>,
-    desk: Option<Arc<dyn Handler>>,
+    desk: Option<Arc<dyn Debtor>>,
 }
 
 impl Inbox {
@@ -394,12 +412,17 @@ impl Runtime {
             let mut groups = Vec::new();
             if service.desk.is_some() || !service.replies.is_empty() {
                 let topic = service.inbox();
-                let inbox = Inbox { replies: service.replies, desk: service.desk };
+                let inbox = Inbox { replies: service.replies, desk: service.desk.clone() };
                 let group = Group::new(&topic, &[&topic], inbox).members(service.members).shared(instance.clone());
-                groups.push((group.name().to_owned(), group.join(&*bus).await?, service.starters));
+                groups.push((group.name().to_owned(), group.join(&*bus).await?, service.starters, service.desk));
             }
             for group in service.groups {
-                groups.push((group.name().to_owned(), group.shared(instance.clone()).join(&*bus).await?, Vec::new()));
+                groups.push((
+                    group.name().to_owned(),
+                    group.shared(instance.clone()).join(&*bus).await?,
+                    Vec::new(),
+                    None,
+                ));
             }
             let relay = Relay::new(service.routes).lanes(service.relay_lanes);
             joined.push((service.name, service.store, relay, groups, service.subscriptions, service.parts));
@@ -408,13 +431,14 @@ impl Runtime {
         self.keep(kept);
         for (name, store, relay, groups, subscriptions, parts) in joined {
             let (health, shutdown, instance) = (self.health(), self.shutdown(), self.instance_on(&store));
-            for (group_name, group, starters) in groups {
+            for (group_name, group, starters, desk) in groups {
+                let recovered = Recovered { service: name.clone(), store: store.clone(), starters, desk };
+                let (recovered, settled) = (Arc::new(recovered), Arc::new(OnceCell::new()));
                 for member in group.members(&store, &health, &shutdown) {
-                    let store = store.clone();
-                    let starters = starters.clone();
-                    let shutdown = shutdown.clone();
+                    let (recovered, settled) = (recovered.clone(), settled.clone());
+                    let (health, shutdown) = (health.clone(), shutdown.clone());
                     self.spawn_worker(&group_name, async move {
-                        recovery::sagas_begun(&*store, &starters, &shutdown).await;
+                        settled.get_or_init(|| recovered.settle(&health, &shutdown)).await;
                         member.await
                     });
                 }

@@ -4,9 +4,11 @@
 use std::sync::Arc;
 
 use annals::{
-    Event, EventStore, LocalBus, MemoryStore, Message, Metadata, Position, Publisher, Runtime, Service, Version,
+    Commit, DocumentKey, Event, EventStore, LocalBus, MemoryStore, Message, Metadata, Position, Publisher, Put,
+    Runtime, Service, Version,
     bus::Outgoing,
-    saga::{At, Outcome, StepEvent},
+    health::State,
+    saga::{At, Outcome, Owed, Reply, StepEvent},
 };
 use annals_tests::{
     bus::{Member, within},
@@ -65,6 +67,30 @@ impl Desk {
             lane: None,
             extensions: attributes.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
         }
+    }
+
+    /// Starts the bank once more on the same store, after its work on these steps was lost, and their answers were not.
+    async fn restart_owing(&mut self, steps: &[(At, Outcome)]) {
+        drop(std::mem::take(&mut self.runtime));
+        let mut puts = vec![Put { key: DocumentKey::new("ledger", "a"), expected: None, body: None, due: None }];
+        for (position, (at, outcome)) in (1..).zip(steps) {
+            let reply = Reply { at: *at, call: 0, attempt: 1, outcome: outcome.clone() };
+            let owed = Owed { message: self.command(*at, 1, 1), reply };
+            let document = owed.document("bank", Position(position));
+            puts.push(Put { key: document.key, expected: None, body: Some(document.body), due: None });
+        }
+        self.store.commit(Commit { appends: Vec::new(), puts }).await.unwrap();
+        self.restart().await;
+    }
+
+    async fn restart(&mut self) {
+        drop(std::mem::take(&mut self.runtime));
+        let bank = Service::new("bank", self.store.clone()).participant(Clerk(self.script.clone()));
+        self.runtime.start(vec![bank], Arc::new(self.bus.clone())).await.unwrap();
+    }
+
+    async fn owed(&self) -> usize {
+        documents(&self.store, "owed.bank").await.len()
     }
 
     async fn send(&self, messages: Vec<Message>) {
@@ -220,4 +246,66 @@ async fn command_that_is_none_is_parked() {
     desk.send(vec![without]).await;
     let parked = eventually("it is parked", async || documents(&desk.store, "parked.bank.commands").await.pop()).await;
     assert!(parked.1.contains("lacks the attribute sagaattempt"), "{}", parked.1);
+}
+
+#[tokio::test]
+async fn work_that_was_answered_and_lost_is_done_again_before_commands_are_taken() {
+    let mut desk = Desk::open().await;
+    let step = desk.command(At::Forward(1), 1, 1);
+    desk.send(vec![step.clone()]).await;
+    let answered = desk.reply().await;
+    desk.restart_owing(&[(At::Forward(1), answered)]).await;
+    // An inbox that is read again from a restored offset has the command once more.
+    desk.send(vec![step]).await;
+    assert_eq!((desk.ledger().await, desk.owed().await), (vec!["charge".to_owned()], 0));
+    desk.restart().await;
+    desk.send(vec![desk.command(At::Undo(1), 1, 2)]).await;
+    assert!(matches!(desk.reply().await, Outcome::Done(_)));
+    assert_eq!(desk.ledger().await, ["charge", "undo charge"]);
+    desk.close(2).await;
+}
+
+#[tokio::test]
+async fn step_that_was_refused_before_a_restore_stays_refused() {
+    let mut desk = Desk::open().await;
+    desk.script.play("charge", Play::Refuse, 1);
+    desk.send(vec![desk.command(At::Forward(1), 1, 1)]).await;
+    let refused = desk.reply().await;
+    assert!(matches!(refused, Outcome::Refused(_)));
+    // By now the bank would do it. The saga has gone back, and nobody would take it back.
+    desk.restart_owing(&[(At::Forward(1), refused)]).await;
+    eventually("the bank to settle", async || (desk.owed().await == 0).then_some(())).await;
+    assert_eq!(desk.ledger().await, [""; 0]);
+    desk.close(1).await;
+}
+
+#[tokio::test]
+async fn work_of_a_step_that_was_undone_before_a_restore_is_not_done_again() {
+    let mut desk = Desk::open().await;
+    desk.send(vec![desk.command(At::Forward(1), 1, 1)]).await;
+    let done = desk.reply().await;
+    desk.send(vec![desk.command(At::Undo(1), 1, 2)]).await;
+    let undone = desk.reply().await;
+    desk.restart_owing(&[(At::Forward(1), done), (At::Undo(1), undone)]).await;
+    eventually("the bank to settle", async || (desk.owed().await == 0).then_some(())).await;
+    assert_eq!(desk.ledger().await, ["undo charge"]);
+    desk.close(2).await;
+}
+
+#[tokio::test]
+async fn work_that_cannot_be_done_again_is_reported_and_tried_at_the_next_start() {
+    let mut desk = Desk::open().await;
+    desk.send(vec![desk.command(At::Forward(1), 1, 1)]).await;
+    let done = desk.reply().await;
+    desk.script.play("charge", Play::Refuse, u32::MAX);
+    desk.restart_owing(&[(At::Forward(1), done)]).await;
+    let health = desk.runtime.health();
+    let needs_attention = || matches!(health.parts().get("bank.owed"), Some(State::NeedsAttention(_)));
+    eventually("the bank to say so", async || needs_attention().then_some(())).await;
+    assert_eq!((desk.ledger().await, desk.owed().await), (vec![], 1));
+    desk.script.behave();
+    desk.restart().await;
+    eventually("the bank to settle", async || (desk.owed().await == 0).then_some(())).await;
+    assert_eq!(desk.ledger().await, ["charge"]);
+    desk.close(1).await;
 }

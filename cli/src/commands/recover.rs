@@ -1,6 +1,7 @@
 //! `recover`: brings back a store whose database was restored to an earlier moment than its topics.
 
 mod found;
+mod owing;
 mod sorted;
 mod taking;
 
@@ -168,6 +169,15 @@ impl Recovering {
                 return Ok(Verdict::Stopped);
             };
             ran?;
+            if is_behind && !dry_run {
+                let owing = std::mem::take(&mut taking.owing);
+                for step in owing.write(&self.plan.services, &archive, &self.bus).await? {
+                    taking.lost(
+                        &step,
+                        "it was answered, what it did may be lost, and its command is in no topic any more",
+                    )?;
+                }
+            }
         }
         let (counts, first_other) = (taking.counts.clone(), taking.first_other);
         if !is_behind && first_other.is_none() {
@@ -249,14 +259,14 @@ fn tell(recovered: &Recovered<'_>, output: &mut Output) -> Result<(), Failure> {
     }
     let number = |count: u64| grouped(count.cast_signed());
     let Recovered { topics, log, restored_to, first, counts, dry_run, .. } = recovered;
-    let Counts { taken_back, asked_again, saga_steps, lost } = counts;
-    let would = if *dry_run { "would be " } else { "" };
+    let Counts { taken_back, done_again, saga_steps, lost } = counts;
+    let (would, is) = if *dry_run { ("would be ", "would be") } else { ("", "is") };
     output.line(&format!(
-        "{} events {would}taken back from {topics} topics into a log that ended at position {}; {} answers to sagas {would}asked \
-         for again, {} steps of sagas {would}left to be done again, {} lost",
+        "{} events {would}taken back from {topics} topics into a log that ended at position {}; {} answers to sagas whose work \
+         {is} done again at the next start, {} steps of sagas {would}left to be done again, {} lost",
         number(*taken_back),
         grouped(*restored_to),
-        number(*asked_again),
+        number(*done_again),
         number(*saga_steps),
         number(*lost),
     ))?;

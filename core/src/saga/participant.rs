@@ -6,7 +6,10 @@ use std::{collections::BTreeMap, sync::Arc};
 use async_trait::async_trait;
 use serde_json::Value;
 
-use super::progress::{At, Outcome, Reply};
+use super::{
+    owed::{Debtor, Owed},
+    progress::{At, Outcome, Reply},
+};
 use crate::{
     Event,
     aggregate::Aggregate,
@@ -138,6 +141,19 @@ pub struct StepCommand {
 }
 
 impl StepCommand {
+    /// Reads the step that a message requests.
+    ///
+    /// # Errors
+    /// If the message lacks an attribute of a step, or has one that does not parse.
+    pub(crate) fn of(message: &Message) -> Result<Self, HandlerError> {
+        Ok(Self {
+            at: extension(message, attribute::AT)?,
+            call: extension(message, attribute::CALL)?,
+            attempt: extension(message, attribute::ATTEMPT)?,
+            must_succeed: extension(message, attribute::MUST_SUCCEED)?,
+        })
+    }
+
     /// Returns the outcome of a step that its participant refuses. If a step that must succeed were recorded as
     /// refused, the barrier would block every further attempt.
     pub fn refused(&self, reason: String) -> Outcome {
@@ -218,6 +234,15 @@ pub(crate) mod attribute {
     pub const REPLY_TO: &str = "sagareplyto";
 }
 
+fn step_category(service: &str) -> String {
+    format!("step.{service}")
+}
+
+/// The stream that records the answers of a service to a saga.
+pub(super) fn step_stream(service: &str, saga: &str) -> String {
+    format!("{}-{saga}", step_category(service))
+}
+
 /// Takes step commands off a topic, and gives them to the participant through the barrier.
 ///
 /// Every command is answered, whatever is wrong with it: the saga that waits can ask again or go back, and nothing that
@@ -231,7 +256,7 @@ pub(crate) struct Desk<P> {
 
 impl<P: Participant> Desk<P> {
     pub fn new(service: &str, store: Arc<dyn EventStore>, participant: P) -> Self {
-        let category = format!("step.{service}");
+        let category = step_category(service);
         let participations = Repository::of_framework(store.clone(), &category, crate::repository::CACHED_AGGREGATES);
         Self { service: service.to_owned(), store, participant, participations }
     }
@@ -299,12 +324,7 @@ impl<P: Participant> Desk<P> {
     /// Takes a command through the barrier and stages the answer. With `not_stored`, the store has refused what this very
     /// command staged before.
     async fn take(&self, message: &Message, not_stored: Option<&str>, work: &mut Work) -> Result<(), HandlerError> {
-        let step = StepCommand {
-            at: extension(message, attribute::AT)?,
-            call: extension(message, attribute::CALL)?,
-            attempt: extension(message, attribute::ATTEMPT)?,
-            must_succeed: extension(message, attribute::MUST_SUCCEED)?,
-        };
+        let step = StepCommand::of(message)?;
         let reply_to: String = extension(message, attribute::REPLY_TO)?;
         // The first step of a saga at a service usually is the first the service hears of it.
         let first = step.attempt == 1 && !matches!(step.at, At::Undo(_)) && not_stored.is_none();
@@ -365,6 +385,30 @@ impl<P: Participant> Handler for Desk<P> {
 
     async fn refused(&self, message: &Message, reason: &str, work: &mut Work) -> Result<(), HandlerError> {
         self.take(message, Some(reason), work).await
+    }
+}
+
+#[async_trait]
+impl<P: Participant> Debtor for Desk<P> {
+    async fn do_again(&self, Owed { message, reply }: &Owed, work: &mut Work) -> Result<(), HandlerError> {
+        let step = StepCommand::of(message)?;
+        let known = work.load(&self.participations, &message.key).await?;
+        if known.slot(step.at, step.call) == Some(&Slot::Undone) {
+            // The undo is in the log: there is nothing to do that would not be taken back.
+            return Ok(());
+        }
+        match (&reply.outcome, self.carry_out(message, &step, work).await?) {
+            (Outcome::Done(_), Outcome::Done(_)) | (Outcome::Refused(_), Outcome::Refused(_)) => Ok(()),
+            // It was refused, and stays so.
+            (Outcome::Refused(_), _) => {
+                work.rollback();
+                Ok(())
+            }
+            (_, Outcome::Refused(reason) | Outcome::Failed(reason) | Outcome::Unknown(reason)) => {
+                Err(reason).terminal()
+            }
+            (_, Outcome::Done(_)) => Ok(()),
+        }
     }
 }
 

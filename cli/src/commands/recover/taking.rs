@@ -1,9 +1,6 @@
 //! Taking back: events of topics go into the log at the positions that they had, as far as their places are free.
 
-use std::{
-    collections::{HashMap, HashSet},
-    sync::Arc,
-};
+use std::{collections::HashMap, sync::Arc};
 
 use annals::{
     Archive, LogQuery, Recorded, StoreError, StreamId, Version,
@@ -13,7 +10,7 @@ use futures::{StreamExt, stream::BoxStream};
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::{found::Found, sorted::Sent};
+use super::{found::Found, owing::Owing, sorted::Sent};
 use crate::{
     commands::verify::stream_key,
     failure::Failure,
@@ -32,8 +29,8 @@ const LISTED_MAX: u64 = 1_000;
 pub(super) struct Counts {
     /// Events written to the log.
     pub taken_back: u64,
-    /// Answers to sagas that are not taken back: their commands come again, and are answered again.
-    pub asked_again: u64,
+    /// Answers to sagas whose work may be lost: the services do it again when they start.
+    pub done_again: u64,
     /// Steps of sagas, of which topics hold only the commands: what started the sagas starts them again.
     pub saga_steps: u64,
     /// What cannot be taken back.
@@ -59,7 +56,8 @@ pub(super) struct Taking<'a> {
     pub counts: Counts,
     /// The last versions of the streams that something was taken back of; `None` where something is missing.
     streams: HashMap<u128, Option<i64>>,
-    asked_again: HashSet<u128>,
+    /// What the services do again.
+    pub owing: Owing,
     part: Vec<Stored<'static>>,
     bytes: usize,
     /// The first position at which the log holds another event than was sent.
@@ -87,7 +85,7 @@ impl<'a> Taking<'a> {
             output,
             counts: Counts::default(),
             streams: HashMap::new(),
-            asked_again: HashSet::new(),
+            owing: Owing::default(),
             part: Vec::new(),
             bytes: 0,
             first_other: None,
@@ -115,10 +113,15 @@ impl<'a> Taking<'a> {
         let is_beside = self.last.is_some_and(|(position, _)| position == sent.position);
         self.last = Some((sent.position, sent.id));
         let held = self.log.at(sent.position).await?;
-        if held.is_some_and(|id| id == sent.id || id == sent.causation) {
+        let is_held = held.is_some_and(|id| id == sent.id || id == sent.causation);
+        let Sent { position, event, place, .. } = sent;
+        if is_held {
+            // This recovery has taken it back, and was killed before it said what is owed.
+            if let Some(event) = event.filter(|_| position > self.restored_to) {
+                self.owe(&event, found);
+            }
             return Ok(());
         }
-        let Sent { position, event, place, .. } = sent;
         if held.is_some() || (position <= self.restored_to && event.is_some()) {
             self.first_other = self.first_other.or(Some(position));
             return self.lost(&place, &format!("the log holds another event at position {position}, or none: it was written to after it was restored"));
@@ -131,14 +134,6 @@ impl<'a> Taking<'a> {
             return self.lost(&place, &format!("another event was sent of position {position} before"));
         }
         let key = stream_key(&event.stream);
-        if event.stream.starts_with("step.")
-            && (self.asked_again.contains(&key) || !found.is_whole(&event, self.restored_to))
-        {
-            // What the step did may be lost: done again, it finds what is there by its ids, and does the rest.
-            self.asked_again.insert(key);
-            self.counts.asked_again += 1;
-            return Ok(());
-        }
         let version = event.version.0;
         let stands_at = match self.streams.get(&key) {
             Some(known) => *known,
@@ -152,6 +147,7 @@ impl<'a> Taking<'a> {
             };
             return self.lost(&place, &format!("{} v{version}: {reason}", event.stream));
         }
+        self.owe(&event, found);
         self.streams.insert(key, Some(version));
         self.counts.taken_back += 1;
         self.bytes += event.data.len();
@@ -160,6 +156,13 @@ impl<'a> Taking<'a> {
             self.write().await?;
         }
         Ok(())
+    }
+
+    /// What was committed together with an answer may be lost, though the answer is known: then the work is done again.
+    fn owe(&mut self, event: &Stored<'_>, found: &Found) {
+        if event.stream.starts_with("step.") && !found.is_whole(event, self.restored_to) {
+            self.counts.done_again += u64::from(self.owing.note(event));
+        }
     }
 
     /// The version of a stream in the log, as far as it matters to an event that comes next.
@@ -186,7 +189,7 @@ impl<'a> Taking<'a> {
         })
     }
 
-    fn lost(&mut self, place: &str, what: &str) -> Result<(), Failure> {
+    pub fn lost(&mut self, place: &str, what: &str) -> Result<(), Failure> {
         self.counts.lost += 1;
         if self.counts.lost > LISTED_MAX {
             return Ok(());

@@ -1,0 +1,90 @@
+//! Work that is owed: answers to sagas are taken back as they were, and what was committed together with some of them may be lost.
+//! The services do it again at their next start, by the commands that are looked up here.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use annals::{
+    Archive, Position,
+    archive::{Contents, Stored},
+    bus::Ends,
+    saga::{Owed, Reply, StepKey},
+};
+use annals_kafka::KafkaBus;
+use serde_json::Value;
+
+use super::one;
+use crate::{failure::Failure, progress};
+
+/// Documents written in one commit.
+const PART: usize = 1_000;
+
+/// The answers whose work is to be done again, each with its position.
+#[derive(Default)]
+pub(super) struct Owing(BTreeMap<StepKey, (Position, Reply)>);
+
+impl Owing {
+    /// Notes an answer, if it left something done.
+    pub fn note(&mut self, event: &Stored<'_>) -> bool {
+        let answered = StepKey::answered(event);
+        answered.is_some_and(|(key, reply)| self.0.insert(key, (event.position, reply)).is_none())
+    }
+
+    /// Writes the documents by which the services do the work again. Gives the steps whose commands are in no topic any more.
+    pub async fn write(
+        mut self,
+        services: &BTreeSet<String>,
+        archive: &Arc<dyn Archive>,
+        bus: &KafkaBus,
+    ) -> Result<Vec<String>, Failure> {
+        let (mut owed, mut documents) = (BTreeMap::new(), Vec::new());
+        for service in services {
+            if !self.0.is_empty() {
+                self.look_up(service, archive, bus, &mut owed).await?;
+            }
+        }
+        for ((service, position), owed) in owed {
+            documents.push(Owed::document(&owed, service, position));
+            if documents.len() >= PART {
+                super::put(archive, Contents { events: Vec::new(), documents: std::mem::take(&mut documents) }).await?;
+            }
+        }
+        super::put(archive, Contents { events: Vec::new(), documents }).await?;
+        let gone = |StepKey { stream, at, call }| format!("{stream}, {at}, call {call}");
+        Ok(self.0.into_keys().map(gone).collect())
+    }
+
+    /// Finds the commands of a service in its inbox, from where the restored service reads on.
+    async fn look_up<'a>(
+        &mut self,
+        service: &'a str,
+        archive: &Arc<dyn Archive>,
+        bus: &KafkaBus,
+        owed: &mut BTreeMap<(&'a str, Position), Owed>,
+    ) -> Result<(), Failure> {
+        let failed = |error: annals::BusError| Failure::new(error.to_string());
+        let topic = format!("{service}.commands");
+        let mut since = Ends::default();
+        let mut number = 0;
+        while let Some(document) = one(archive, &format!("{topic}/{topic}/{number}")).await? {
+            let checkpoint: Value = serde_json::from_str(&document.body)?;
+            since.set(&topic, number, checkpoint["next"].as_i64().unwrap_or(0));
+            number += 1;
+        }
+        let Some(mut contents) = bus.contents_since(&topic, &since).await.map_err(failed)? else { return Ok(()) };
+        let total: i64 = contents.partitions().iter().map(|range| range.end - range.start).sum();
+        let bar = progress::bar("look up", total.unsigned_abs());
+        while let Some(delivery) = contents.next().await.map_err(failed)? {
+            bar.inc(1);
+            let Ok(message) = delivery.message else { continue };
+            let Some(key) = StepKey::asked(service, &message) else { continue };
+            if let Some((position, reply)) = self.0.remove(&key) {
+                owed.insert((service, position), Owed { message, reply });
+            }
+        }
+        bar.finish_and_clear();
+        Ok(())
+    }
+}

@@ -1,0 +1,203 @@
+//! Work that a restored participant owes: its answer is in a topic, and what was committed together with the answer may be lost.
+
+use std::{sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    participant::{StepCommand, StepEvent, step_stream},
+    progress::{At, Outcome, Reply},
+};
+use crate::{
+    Event,
+    archive::Stored,
+    backoff::Backoff,
+    bus::Message,
+    commit::{CommitError, Document, DocumentKey},
+    event::Position,
+    handler::{Handler, HandlerError},
+    health::Health,
+    store::{EventStore, Scan, StoreError},
+    work::{Stale, Work},
+};
+
+/// Documents read in one go.
+const PAGE: usize = 100;
+/// How often work is tried before the service starts without it.
+const ATTEMPTS: usize = 8;
+/// How long the service waits between two attempts: some seconds in all, for an outside party that is away for a moment.
+const BETWEEN: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+
+/// The step of a saga at a participant that a command asks for and an answer belongs to.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct StepKey {
+    /// The stream that records the answers of the participant to the saga.
+    pub stream: String,
+    /// The place of the step in the plan.
+    pub at: At,
+    /// The number of the participant within the step.
+    pub call: usize,
+}
+
+impl StepKey {
+    /// The step that a message on `<service>.commands` asks for; `None` if the message asks for none.
+    pub fn asked(service: &str, message: &Message) -> Option<Self> {
+        let StepCommand { at, call, .. } = StepCommand::of(message).ok()?;
+        Some(Self { stream: step_stream(service, &message.key), at, call })
+    }
+
+    /// The step that an event answers for good, as done or as refused, with the answer. An answer that says that nothing was
+    /// done leaves nothing to do again.
+    pub fn answered(event: &Stored<'_>) -> Option<(Self, Reply)> {
+        let decoded = StepEvent::decode(&event.type_name, event.schema_version, &event.data).ok()??;
+        let StepEvent::Replied { reply, .. } = decoded;
+        let is_final = matches!(reply.outcome, Outcome::Done(_) | Outcome::Refused(_));
+        is_final.then(|| (Self { stream: event.stream.to_string(), at: reply.at, call: reply.call }, reply))
+    }
+}
+
+/// Work to do before a service reads its inbox: the command, and the answer that it was given.
+///
+/// The answer binds. The saga may have gone on with it, or reads it from its topic before it reads any other.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Owed {
+    /// The command.
+    pub message: Message,
+    /// The answer.
+    pub reply: Reply,
+}
+
+impl Owed {
+    /// The document of work whose answer stands at a position. Documents are read in the order of these positions, which is the
+    /// order in which the work was done.
+    pub fn document(&self, service: &str, answered_at: Position) -> Document {
+        let key = DocumentKey::new(collection(service), format!("{:020}", answered_at.0));
+        Document { key, version: 1, body: serde_json::to_string(self).unwrap_or_default().into(), due: None }
+    }
+}
+
+fn collection(service: &str) -> String {
+    format!("owed.{service}")
+}
+
+/// A participant that does work again.
+#[async_trait]
+pub(crate) trait Debtor: Handler {
+    /// Stages what belongs to an answer that was given. Aggregates find by its ids what they have already.
+    ///
+    /// # Errors
+    /// If the participant answers otherwise now.
+    async fn do_again(&self, owed: &Owed, work: &mut Work) -> Result<(), HandlerError>;
+}
+
+/// Does what a recovered participant owes, in the order in which it was done before. What cannot be done stays owed, is
+/// reported, and is tried again at the next start.
+pub(crate) async fn settle(
+    service: &str,
+    store: &Arc<dyn EventStore>,
+    debtor: &dyn Debtor,
+    health: &Health,
+    shutdown: &CancellationToken,
+) {
+    let part = format!("{service}.owed");
+    let (mut after, mut left, mut away) = (Arc::<str>::from(""), 0, Backoff::long());
+    while !shutdown.is_cancelled() {
+        let page = match store.scan(&collection(service), &Scan::After(after.clone()), PAGE).await {
+            Ok(page) => page,
+            Err(error) => {
+                health.reporter(&part, shutdown).trouble(format!("reading the work that is owed: {error}"));
+                away.wait().await;
+                continue;
+            }
+        };
+        let Some(last) = page.last() else { break };
+        after = last.key.id.clone();
+        for document in page {
+            if let Err(reason) = again_and_again(store, debtor, &document, shutdown).await {
+                left += 1;
+                tracing::error!(
+                    service, document = %document.key, %reason,
+                    "a step was answered as done before the database was restored, and cannot be done again: remove the reason, then restart the service"
+                );
+            }
+        }
+    }
+    health.remove(&part);
+    if left == 0 {
+        return;
+    }
+    let mut reporter = health.reporter(&part, shutdown);
+    reporter.attention(Some(format!(
+        "{left} steps were answered as done before the database was restored, and cannot be done again: see the log"
+    )));
+    reporter.fine();
+}
+
+async fn again_and_again(
+    store: &Arc<dyn EventStore>,
+    debtor: &dyn Debtor,
+    document: &Document,
+    shutdown: &CancellationToken,
+) -> Result<(), String> {
+    let owed: Owed =
+        serde_json::from_str(&document.body).map_err(|error| format!("document {}: {error}", document.key))?;
+    let mut between = Backoff::between(BETWEEN.0, BETWEEN.1);
+    let mut attempts = 0;
+    loop {
+        let reason = match once(store, debtor, document, &owed).await {
+            Ok(()) => return Ok(()),
+            // Another instance was first.
+            Err(Failed::Gone) => return Ok(()),
+            // Without its store the service could do nothing else either.
+            Err(Failed::Away(error)) => {
+                tracing::warn!(document = %document.key, %error, "doing again what was answered");
+                error
+            }
+            Err(Failed::Because(reason)) => {
+                attempts += 1;
+                reason
+            }
+        };
+        if attempts >= ATTEMPTS || shutdown.is_cancelled() {
+            return Err(reason);
+        }
+        between.wait().await;
+    }
+}
+
+enum Failed {
+    Gone,
+    Away(String),
+    Because(String),
+}
+
+impl From<StoreError> for Failed {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Unavailable(_) => Self::Away(error.to_string()),
+            error => Self::Because(error.to_string()),
+        }
+    }
+}
+
+async fn once(
+    store: &Arc<dyn EventStore>,
+    debtor: &dyn Debtor,
+    document: &Document,
+    owed: &Owed,
+) -> Result<(), Failed> {
+    if store.document(&document.key).await?.is_none() {
+        return Err(Failed::Gone);
+    }
+    let mut work = Work::new(store.clone(), Stale::Everything);
+    work.begin(owed.message.id, owed.message.effects());
+    debtor.do_again(owed, &mut work).await.map_err(|error| Failed::Because(error.to_string()))?;
+    work.put_expecting(&document.key, document.version, None, None);
+    match work.commit().await {
+        Ok(_) => Ok(()),
+        Err(error @ CommitError::Unavailable(_)) => Err(Failed::Away(error.to_string())),
+        Err(error) => Err(Failed::Because(error.to_string())),
+    }
+}
