@@ -50,6 +50,11 @@ const LOOK: Duration = Duration::from_secs(1);
 /// A client that had a fatal error is replaced no sooner than this after its start, so that a series of clients that
 /// fail at once does not load the brokers with connections.
 const REPLACE_AFTER: Duration = Duration::from_secs(1);
+/// Brokers also fence a member that is alone under its name: its session timed out, it joined again, and the answer to that join was
+/// lost. A fenced member therefore joins again. Two processes under one name fence each other again and again, within a second or
+/// two: after this many times within this long, one of them ends.
+const FENCES_MAX: usize = 5;
+const FENCES_WITHIN: Duration = Duration::from_secs(25);
 /// How long a broker may take to report its offsets.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a member that stops waits until it has given up its partitions.
@@ -203,6 +208,8 @@ pub(crate) struct Member {
     /// `None` from a fatal error until the client is replaced.
     consumer: Option<Arc<BaseConsumer<Context>>>,
     started_at: Instant,
+    /// The times at which brokers last fenced this member.
+    fences: VecDeque<Instant>,
     /// Whether another process has taken over this member's instance id.
     fenced: bool,
     news: Arc<Notify>,
@@ -240,6 +247,7 @@ impl Member {
             instance_id: instance.map(instance_id),
             consumer: None,
             started_at: Instant::now(),
+            fences: VecDeque::new(),
             fenced: false,
             news: Arc::default(),
             cluster,
@@ -299,7 +307,9 @@ impl Member {
         self.lost.clear();
         (self.out_of_range, self.asking, self.ranging) = (false, None, None);
         if code == RDKafkaErrorCode::FencedInstanceId {
-            self.fenced = true;
+            self.fences.push_back(Instant::now());
+            self.fences.retain(|fenced_at| fenced_at.elapsed() < FENCES_WITHIN);
+            self.fenced = self.fences.len() >= FENCES_MAX;
             return self.is_fenced();
         }
         BusError::Unavailable(format!("fatal error of the Kafka client, which is replaced: {code}: {reason}"))
@@ -307,6 +317,12 @@ impl Member {
 
     fn is_fenced(&self) -> BusError {
         let (group, id) = (&self.group, self.instance_id.as_deref().unwrap_or_default());
+        if !self.fenced {
+            return BusError::Unavailable(format!(
+                "fenced in group {group}: instance name {id:?} was taken by another session, which may be an earlier one of this \
+                 process; joining again"
+            ));
+        }
         BusError::Misconfigured(format!(
             "another process runs under instance name {id:?} in group {group}: give each process a name of its own"
         ))

@@ -107,6 +107,26 @@ async fn of_two_under_one_name_the_first_says_that_it_has_ended() {
     relay.drain(DRAIN).await.unwrap();
 }
 
+/// A broker also fences a member whose own earlier session took its name, after it was stopped for longer than a session lasts.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn fenced_member_that_is_alone_under_its_name_goes_on() {
+    let pair = Pair::new().await.set("group.instance.id", "the only one");
+    let (relay, mut sql) = (pair.relay().await, pair.sql().await);
+    let mut one = consumer(&pair, "one").start();
+    one.started().await;
+    handled(&pair, &mut sql, 0..5).await;
+    for round in [5, 10] {
+        let mut passing = consumer(&pair, "passing").start();
+        passing.started().await;
+        handled(&pair, &mut sql, round..round + 3).await;
+        passing.kill();
+        handled(&pair, &mut sql, round + 3..round + 5).await;
+    }
+    pair.agrees().await;
+    one.kill();
+    relay.drain(DRAIN).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn members_of_one_process_do_not_fence_each_other() {
     let pair = Pair::new().await.set("group.instance.id", "node 1/größe");
