@@ -35,6 +35,18 @@ impl Act {
         by.ok_or_else(|| Failure::new("say who you are, with --by NAME: acts are recorded with who and why"))
     }
 
+    /// The words that give the same act once more.
+    pub fn words(&self) -> Vec<String> {
+        let mut words = vec!["--reason".to_owned(), self.reason.clone()];
+        if let Some(by) = &self.by {
+            words.extend(["--by".to_owned(), by.clone()]);
+        }
+        if self.yes {
+            words.push("--yes".to_owned());
+        }
+        words
+    }
+
     /// Succeeds only if the operator confirms, now or with `--yes`.
     pub fn confirm(&self, question: &str) -> Result<(), Failure> {
         if self.yes {

@@ -167,6 +167,11 @@ impl Ends {
         }
     }
 
+    /// Removes the offsets of a topic.
+    pub fn forget(&mut self, topic: &str) {
+        self.0.remove(topic);
+    }
+
     /// Takes over all offsets of `other`.
     pub fn update(&mut self, other: &Self) {
         for (topic, partitions) in &other.0 {

@@ -11,7 +11,7 @@ use uuid::Uuid;
 use crate::{
     bus::{Bus, Delivery, Ends},
     checkpoint::{CHECKPOINTS, Checkpoint},
-    commit::{Document, DocumentKey},
+    commit::{Commit, Document, DocumentKey, Put},
     event::{Position, Recorded},
     instance::{HEARTBEAT, INSTANCES},
     log_names::{LogNames, log_of},
@@ -227,7 +227,7 @@ pub(crate) async fn inbox_read(store: &dyn EventStore, service: &str, shutdown: 
             Ok(false) if Instant::now() < until => {}
             Ok(false) => {
                 tracing::warn!(%service, "the inbox was not read to where it ended at the recovery: timers fire from now on");
-                return;
+                return waits_no_more(store, service).await;
             }
             // The timers say so themselves, if it lasts.
             Err(error) => tracing::debug!(%service, %error, "looking whether the inbox was read"),
@@ -237,6 +237,28 @@ pub(crate) async fn inbox_read(store: &dyn EventStore, service: &str, shutdown: 
             () = shutdown.cancelled() => return,
         }
     }
+}
+
+/// Notes that the timers of a service have waited for long enough: what its inbox lacks does not come at the next start either.
+async fn waits_no_more(store: &dyn EventStore, service: &str) {
+    let failed = match Recovery::of(store).await {
+        Ok(None) => return,
+        Ok(Some((mut recovery, version))) => {
+            recovery.inboxes.forget(&inbox(service));
+            let Document { key, body, .. } = recovery.document(version + 1);
+            let put = Put { key, expected: Some(version), body: Some(body), due: None };
+            let noted = store.commit(Commit { appends: Vec::new(), puts: vec![put] }).await;
+            noted.err().map(|error| error.to_string())
+        }
+        Err(error) => Some(error.to_string()),
+    };
+    if let Some(error) = failed {
+        tracing::warn!(%service, %error, "noting that timers fire: the next start waits for the inbox once more");
+    }
+}
+
+fn inbox(service: &str) -> String {
+    format!("{service}.commands")
 }
 
 /// Waits until the sagas of a recovered service were begun again that the events taken back start. Answers to them, which the
@@ -282,7 +304,7 @@ async fn next_of(store: &dyn EventStore, key: &DocumentKey) -> Result<i64, Store
 
 async fn inbox_is_read(store: &dyn EventStore, service: &str) -> Result<bool, StoreError> {
     let Some((recovery, _)) = Recovery::of(store).await? else { return Ok(true) };
-    let topic = format!("{service}.commands");
+    let topic = inbox(service);
     for (partition, end) in recovery.inboxes.partitions(&topic) {
         let key = DocumentKey::new(CHECKPOINTS, format!("{topic}/{topic}/{partition}"));
         if next_of(store, &key).await? < end {
@@ -290,4 +312,33 @@ async fn inbox_is_read(store: &dyn EventStore, service: &str) -> Result<bool, St
         }
     }
     Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::memory::MemoryStore;
+
+    /// Retention may have removed what the inbox held. That is waited for once, and not at each start.
+    #[tokio::test(start_paused = true)]
+    async fn timers_wait_once_for_an_inbox_that_is_gone() {
+        let store = MemoryStore::new();
+        let mut inboxes = Ends::default();
+        inboxes.set("bank.commands", 0, 5);
+        inboxes.set("hotel.commands", 0, 5);
+        let recovery = Recovery { complete: true, log: "log".into(), restored_to: Position(1), inboxes };
+        let Document { key, body, .. } = recovery.document(1);
+        let put = Put { key, expected: Some(0), body: Some(body), due: None };
+        store.commit(Commit { appends: Vec::new(), puts: vec![put] }).await.unwrap();
+        for waited in [INBOX_WAIT_MAX, Duration::ZERO] {
+            let started = Instant::now();
+            inbox_read(&store, "bank", &CancellationToken::new()).await;
+            let (least, most) = (waited, waited + 2 * INBOX_LOOK);
+            assert!((least..most).contains(&started.elapsed()), "{:?}, not {waited:?}", started.elapsed());
+        }
+        let (recovery, _) = Recovery::of(&store).await.unwrap().unwrap();
+        assert_eq!(recovery.inboxes.of("hotel.commands", 0), Some(5), "the inbox of another service is waited for");
+    }
 }

@@ -224,6 +224,27 @@ fn every_decision_is_listed() {
     assert!(missing.is_empty(), "docs/adr/README.md does not list {missing:?}");
 }
 
+#[test]
+fn every_promised_test_is_there() {
+    let workspace = Workspace::read();
+    let promises = workspace.text("docs/promises.md");
+    let is_test = |name: &&str| {
+        let letters = |letter: char| letter.is_ascii_lowercase() || letter.is_ascii_digit() || letter == '_';
+        name.chars().all(letters) && name.matches('_').count() > 1
+    };
+    let promised: BTreeSet<&str> = between(&promises, "`", "`").filter(is_test).collect();
+    assert!(promised.len() > 100, "only {} tests are named", promised.len());
+    let mut files = Vec::new();
+    rust_files(&workspace.workspace_root, &mut files);
+    let mut missing = promised.clone();
+    for file in files {
+        let text = fs::read_to_string(&file).unwrap();
+        let stem = file.file_stem().unwrap().to_string_lossy().into_owned();
+        missing.retain(|name| *name != stem && !text.contains(&format!("fn {name}(")));
+    }
+    assert!(missing.is_empty(), "docs/promises.md names tests that are not there: {missing:#?}");
+}
+
 /// A page names a file as `core/src/work.rs` in backticks, or as a link `](docs/adr/README.md)`.
 #[test]
 fn the_documents_name_files_that_are_there() {

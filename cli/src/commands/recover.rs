@@ -154,7 +154,10 @@ impl Recovering {
         self.plan.recovery.inboxes = found.inboxes.clone();
         let question = format!("Bring {} to where the topics are?", store.url);
         if is_behind && !dry_run {
-            self.arguments.act.confirm(&question)?;
+            let Some(confirmed) = self.arguments.act.confirm_unless(stop, &question).await else {
+                return self.stopped(again);
+            };
+            confirmed?;
             self.plan.begin(&archive).await?;
         }
         let restored_to = self.plan.recovery.restored_to.0;
@@ -165,8 +168,7 @@ impl Recovering {
                 () = stop.asked() => None,
             };
             let Some(ran) = ran else {
-                eprintln!("stopped; go on with: {}", again.command(words(&self.arguments)));
-                return Ok(Verdict::Stopped);
+                return self.stopped(again);
             };
             ran?;
             if is_behind && !dry_run {
@@ -190,7 +192,10 @@ impl Recovering {
         let first = found.last().max(archive.status().await?.head.0) + MARGIN;
         if !dry_run {
             if !is_behind {
-                self.arguments.act.confirm(&question)?;
+                let Some(confirmed) = self.arguments.act.confirm_unless(stop, &question).await else {
+                    return self.stopped(again);
+                };
+                confirmed?;
             }
             let outcome = Outcome { found: &found, unknown, first: Position(first), counts: &counts };
             self.complete(&archive, outcome).await?;
@@ -206,6 +211,11 @@ impl Recovering {
         };
         tell(&recovered, output)?;
         Ok(if counts.lost == 0 { Verdict::Fine } else { Verdict::Fault })
+    }
+
+    fn stopped(&self, again: &Again) -> Result<Verdict, Failure> {
+        eprintln!("stopped; go on with: {}", again.command(words(&self.arguments)));
+        Ok(Verdict::Stopped)
     }
 
     /// The last commit: what the log is called from now on, where relays and, anew, consumers go on, and who did it.
@@ -249,7 +259,13 @@ fn words(arguments: &Arguments) -> Vec<String> {
     for service in &arguments.service {
         words.extend(["--service".to_owned(), service.clone()]);
     }
-    words.extend(["--reason".to_owned(), arguments.act.reason.clone()]);
+    if arguments.anew {
+        words.push("--anew".to_owned());
+    }
+    if arguments.dry_run {
+        words.push("--dry-run".to_owned());
+    }
+    words.extend(arguments.act.words());
     words
 }
 
