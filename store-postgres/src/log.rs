@@ -4,12 +4,12 @@
 //! reader therefore stops at a gap. The missing events either are still to come or never existed. To tell which:
 //!
 //! 1. Read the last *visible* event. It is durable, so no crash lets a writer draw its position, or a lower one,
-//! again. The last position that was merely drawn is not durable: after a crash it may be drawn once more. 2. Then
-//! list the holders of the lock that every writer of events takes *before* it draws (`annals.append` takes it by a
-//! statement of its own; an `INSERT` takes it before it evaluates its defaults), and keeps until its transaction has
-//! ended. 3. Every writer that drew a position below that event and has not ended by now is among the holders. Once
-//! these holders have ended, every event that will ever exist up to that event is visible. Later holders do not
-//! matter.
+//!    again. The last position that was merely drawn is not durable: after a crash it may be drawn once more.
+//! 2. Then list the holders of the lock that every writer of events takes *before* it draws (`annals.append` takes it
+//!    by a statement of its own; an `INSERT` takes it before it evaluates its defaults), and keeps until its
+//!    transaction has ended.
+//! 3. Every writer that drew a position below that event and has not ended by now is among the holders. Once these
+//!    holders have ended, every event that will ever exist up to that event is visible. Later holders do not matter.
 //!
 //! The log up to that event is then *settled* for good. A crash between two of these steps only ends transactions;
 //! prepared transactions survive the crash with their locks. Only the log itself must not change: if the event of step
