@@ -71,7 +71,7 @@ pub(crate) enum Command {
     Trace(trace::Arguments),
     /// Send events of a range to standard output, a file, a Kafka topic or a handler.
     Replay(Box<replay::Arguments>),
-    /// Show the views of a read model, or build them anew beside the live ones.
+    /// Show the views of a read model, or rebuild them next to the live views.
     ReadModel(read_model::Arguments),
     /// Write a store to a file.
     Export(export::Arguments),

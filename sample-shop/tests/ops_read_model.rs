@@ -1,4 +1,4 @@
-//! The shop's shelf is built anew beside the live one, compared and swapped. Plain SQL checks the views.
+//! The shop's shelf is rebuilt next to the live shelf, compared and swapped. Plain SQL checks the views.
 #![allow(clippy::unwrap_used)]
 
 use std::{

@@ -148,7 +148,7 @@ impl Schemas {
         }
     }
 
-    /// Whoever was confirmed has paid once, and nobody else has paid.
+    /// Checks that every confirmed order was paid once, and that no other order was paid.
     async fn money_is_conserved(&self) {
         let mut paid: BTreeMap<String, Decimal> = BTreeMap::new();
         let moved = "SELECT data->>'order_id', type, data->>'amount' FROM annals.events

@@ -200,13 +200,17 @@ fn a_long_function_is_found() {
 }
 
 fn rust_files(folder: &Path, files: &mut Vec<PathBuf>) {
+    files_of(folder, &["rs"], files);
+}
+
+fn files_of(folder: &Path, extensions: &[&str], files: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
         if path.is_dir() {
             if !path.ends_with("target") {
-                rust_files(&path, files);
+                files_of(&path, extensions, files);
             }
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
+        } else if path.extension().is_some_and(|extension| extensions.iter().any(|wanted| extension == *wanted)) {
             files.push(path);
         }
     }
@@ -243,6 +247,46 @@ fn every_promised_test_is_there() {
         missing.retain(|name| *name != stem && !text.contains(&format!("fn {name}(")));
     }
     assert!(missing.is_empty(), "docs/promises.md names tests that are not there: {missing:#?}");
+}
+
+/// Words of a private dialect; docs/style.md has the plain ones.
+const DIALECT: [&str; 5] = ["all else", "beside", "likewise", "told", "whoever"];
+
+#[test]
+fn comments_and_documents_are_in_plain_words() {
+    let workspace = Workspace::read();
+    let mut files = Vec::new();
+    files_of(&workspace.workspace_root, &["rs", "md"], &mut files);
+    let (mut looked_at, mut found) = (0, Vec::new());
+    for file in files.iter().filter(|file| !file.ends_with("docs/style.md")) {
+        let is_page = file.extension().is_some_and(|extension| extension == "md");
+        let text = fs::read_to_string(file).unwrap();
+        for (number, line) in (1..).zip(text.lines()).filter(|(_, line)| is_page || line.trim_start().starts_with("//"))
+        {
+            looked_at += 1;
+            let words = dialect(line);
+            if !words.is_empty() {
+                found.push(format!("{}:{number}: {words:?}", file.display()));
+            }
+        }
+    }
+    assert!(looked_at > 10_000, "only {looked_at} lines were looked at");
+    assert!(found.is_empty(), "say it in the words of docs/style.md: {found:#?}");
+}
+
+/// The words of the dialect in a line, but for those in backticks.
+fn dialect(line: &str) -> Vec<&'static str> {
+    let prose: String = line.to_lowercase().split('`').step_by(2).collect::<Vec<_>>().join(" ");
+    let words: Vec<&str> =
+        prose.split(|letter: char| !letter.is_alphanumeric()).filter(|word| !word.is_empty()).collect();
+    let prose = format!(" {} ", words.join(" "));
+    DIALECT.into_iter().filter(|word| prose.contains(&format!(" {word} "))).collect()
+}
+
+#[test]
+fn a_word_of_the_dialect_is_found() {
+    assert_eq!(dialect("/// Whoever reads is (told) all else."), ["all else", "told", "whoever"]);
+    assert!(dialect("/// Calls `told`, retold and besides.").is_empty());
 }
 
 /// A page names a file as `core/src/work.rs` in backticks, or as a link `](docs/adr/README.md)`.

@@ -168,7 +168,7 @@ async fn with_fault(number: u64, fault: Fault) -> u64 {
     let mut restarted = None;
     for round in 0..4 {
         add(&inner, "a", round * 3 + 1..=round * 3 + 3).await;
-        // Each round must be a batch of its own, or the commits could not be told apart.
+        // Each round must be a batch of its own, or the commits could not be distinguished.
         let all = (round as usize + 1) * 3;
         eventually("the round is copied", async || {
             if faulty.has_crashed() && restarted.is_none() {

@@ -1,4 +1,4 @@
-//! Read models: updated with the checkpoint, rebuilt beside the live views, and swapped.
+//! Read models: updated with the checkpoint, rebuilt next to the live views, and swapped.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use std::{sync::Arc, time::Duration};

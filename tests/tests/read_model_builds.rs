@@ -1,4 +1,4 @@
-//! A generation of a read model belongs to one build. Builds run beside one another, faults hit a build or the store,
+//! A generation of a read model belongs to one build. Builds run side by side, faults hit a build or the store,
 //! swaps happen under a running service, and services have two versions. On every store.
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -368,7 +368,7 @@ async fn services_of_two_versions_write_views_of_their_own() {
         let new = Totals::<2>::default();
         let older = service(Runtime::shared("older"), &store, &old).await;
         right(&store, 1, 1).await;
-        // The newer service builds beside the live views and swaps by itself; the older one leaves its views alone from
+        // The newer service builds its views next to the live views and swaps by itself; the older one leaves its views alone from
         // then on.
         let newer = service(Runtime::shared("newer"), &store, &new).await;
         eventually("the views of the new build", async || (all(&store).await["ada"].largest == 100).then_some(()))

@@ -1,4 +1,4 @@
-//! `read-model`: shows the views of a read model, or builds all of them anew beside the live ones.
+//! `read-model`: shows the views of a read model, or rebuilds all of them next to the live views.
 
 use std::sync::Arc;
 
@@ -158,7 +158,7 @@ pub(crate) async fn run(
     }
 }
 
-/// Builds the views beside the live ones; returns `None` if it was stopped.
+/// Builds the views next to the live views; returns `None` if it was stopped.
 async fn build(model: &dyn Model, verb: &Verb, store: &Store, stop: &Stop) -> Result<Option<Rebuild>, Failure> {
     let bar = progress::bar("built", store.port().status().await?.head.0.unsigned_abs());
     let built = model.begin(store.port()).await.map_err(Failure::new)?;

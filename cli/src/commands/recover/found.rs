@@ -161,8 +161,9 @@ impl Found {
         self.positions.last().copied().unwrap_or(0)
     }
 
-    /// Whether all that was committed together with an event is here, after a position up to which all is in the log: neither a
-    /// position between, nor one beside them, is unknown.
+    /// Returns whether the topics hold everything that was committed together with an event, given that the log holds
+    /// everything up to a position: every position between the first and the last event of the commit, and the position on
+    /// either side, is known.
     pub fn is_whole(&self, event: &annals::archive::Stored<'_>, held_to: i64) -> bool {
         let time = event.recorded_at.timestamp_micros();
         let Some((first, last)) = self.together.get(&time).copied() else { return false };

@@ -17,7 +17,7 @@ use crate::{
 
 /// Held in memory before it goes to a file.
 const MEMORY_BYTES: usize = 64 << 20;
-/// What an event takes beside its texts.
+/// The bytes that an event takes in addition to its texts.
 const EVENT_BYTES: usize = 200;
 
 /// What a message says of the log that it came from.

@@ -201,7 +201,7 @@ impl<'a> Taking<'a> {
     }
 }
 
-/// The log beside what is taken back, in step with it.
+/// The log, read in step with the events that are taken back.
 struct Log {
     events: BoxStream<'static, Result<Arc<Recorded>, StoreError>>,
     next: Option<Arc<Recorded>>,
