@@ -339,6 +339,29 @@ async fn saga_whose_plan_no_build_has_waits_visibly_and_goes_on_with_one_that_ha
     runtime.drain(DRAIN).await.unwrap();
 }
 
+/// The older build gets the reply to a saga of the newer plan and parks it. The newer build does not wait for the older one
+/// to end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn reply_that_an_older_build_parks_is_taken_by_a_newer_build_at_once() {
+    fn newer() -> Plan {
+        plan!(PATIENT, 3; "book" @ "hotel", "charge" @ "bank"; "announce" @ "hotel", "thank" @ "hotel")
+    }
+    let world = waits_at_charge(Arc::new(MemoryStore::new()), newer).await;
+    let build = async |instance: &str, plan: Plan, bus: Arc<LocalBus>, names: &[&str]| {
+        let mut runtime = Runtime::shared(instance);
+        let services = services(&world, &world.store, runner(&world.store, plan), names);
+        runtime.start(services, bus).await.unwrap();
+        runtime
+    };
+    // The newer build has a bus of its own and no bank, so every reply of the bank goes to the older build.
+    let newer_build = build("newer", newer(), Arc::default(), &["shop"]).await;
+    let older_build = build("older", first(), world.bus.clone(), &ALL).await;
+    let moved = async || world.status("a").await.filter(|status| status.step != "charge").map(drop);
+    eventually("the newer build takes the reply", moved).await;
+    assert!(older_build.health().is_working(), "{:?}", older_build.health().parts());
+    drop((newer_build, older_build));
+}
+
 /// The events of the next build.
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "tally")]
