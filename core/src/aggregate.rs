@@ -1,14 +1,15 @@
-//! The unit of decision: pure `decide` and `evolve`, without clock, I/O or services.
+//! The aggregate: two pure functions, `decide` and `evolve`, without a clock, I/O or services.
 
 use crate::{event::Event, json::to_json_exact};
 
-/// Decides on commands and folds events into its state.
+/// An aggregate, which decides on commands and folds events into its state.
 ///
-/// Both functions are pure. If `decide` returns no events, the work is already done. State is rebuilt by folding the
-/// stream's events, so `Default` is the state before the first event. `Clone` lets many readers share one folded state,
-/// and lets a state be discarded when its commit loses a race.
+/// Both functions are pure. If `decide` returns no events, the command has nothing left to do. The state is rebuilt by
+/// folding the events of the stream, so `Default` must return the state before the first event. `Clone` lets many
+/// readers share one folded state, and lets the framework discard a changed copy when its commit loses a race.
 pub trait Aggregate: Default + Clone + Send + Sync + 'static {
-    /// The category of every aggregate of this kind, the first part of its stream id. Stored: never rename.
+    /// The category of every aggregate of this type, which is the first part of its stream id. The category is stored:
+    /// never rename it.
     const CATEGORY: &'static str;
     /// How often a snapshot of the folded state is stored; `None` stores no snapshots. See [`Snapshot`].
     const SNAPSHOT: Option<Snapshot<Self>> = None;
@@ -27,12 +28,12 @@ pub trait Aggregate: Default + Clone + Send + Sync + 'static {
 
 /// When and how an aggregate's folded state is stored as a document next to its stream.
 ///
-/// A snapshot is only a shortcut: a snapshot of another `version`, or one that does not parse, is ignored and the
+/// A snapshot only saves time. A snapshot with another `version`, or one that does not parse, is ignored, and the
 /// stream is folded from its first event.
 pub struct Snapshot<A> {
-    /// The number of events from one snapshot to the next.
+    /// The number of events between two snapshots.
     pub every: i64,
-    /// The version of the state's shape. Raise it when the shape changes.
+    /// The version of the state's format. Raise this version when the format changes.
     pub version: i32,
     /// Serializes the state as JSON. On an error, no snapshot is stored.
     pub save: fn(&A) -> Result<String, serde_json::Error>,
@@ -41,7 +42,7 @@ pub struct Snapshot<A> {
 }
 
 impl<A: serde::Serialize + serde::de::DeserializeOwned> Snapshot<A> {
-    /// A snapshot every `every` events, with the state's own serde implementation.
+    /// Stores a snapshot every `every` events, and uses the serde implementation of the state.
     pub const fn every(every: i64, version: i32) -> Self {
         Self { every, version, save: |state| to_json_exact(state), load: |text| serde_json::from_str(text) }
     }

@@ -1,4 +1,4 @@
-//! The commit as a value: a store applies it as a whole or not at all.
+//! A commit as a plain value, which a store applies either completely or not at all.
 
 use std::{fmt, sync::Arc};
 
@@ -7,16 +7,18 @@ use uuid::Uuid;
 
 use crate::event::{CATEGORY_BYTES_MAX, EVENT_BYTES_MAX, NewEvent, Position, StreamId, Version};
 
-/// The most events and documents in one commit: a store writes this many in well under a second.
+/// The maximum number of events and documents in one commit. A store writes this many rows in well under a second.
 pub const COMMIT_ROWS_MAX: usize = 10_000;
-/// The longest document id, in bytes: a document id is an index key in every store.
+/// The maximum length of a document id in bytes. The length is limited because a document id is an index key in every
+/// store.
 pub const DOCUMENT_ID_BYTES_MAX: usize = 1_024;
-/// The deepest nesting of a payload or body: the limit of serde_json, and so of every reader in this project.
+/// The maximum nesting depth of a payload or document body. This is the limit of serde_json, which every reader in this
+/// project uses.
 pub const NESTING_MAX: usize = 127;
 /// The earliest time at which a document may be due, in seconds since 1970: 4714-11-24 BC, the start of PostgreSQL's
 /// calendar.
 pub const DUE_SECONDS_MIN: i64 = -210_866_803_200;
-/// The largest document body, in bytes of JSON.
+/// The maximum size of a document body in bytes of JSON.
 pub const DOCUMENT_BYTES_MAX: usize = 4_000_000;
 
 /// Appends and documents that become durable together, or not at all.
@@ -33,26 +35,26 @@ pub struct Commit {
 pub struct Append {
     /// The stream to append to.
     pub stream: StreamId,
-    /// The version or event at which the stream must stand for the commit to succeed.
+    /// The version, or the last event, that the stream must have for the commit to succeed.
     pub expected: Expected,
     /// The events, in order. If empty, the append only checks `expected`.
     pub events: Vec<NewEvent>,
 }
 
-/// Where a stream must stand for an append to succeed.
+/// The state that a stream must have for an append to succeed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Expected {
-    /// At exactly this version; [`Version::START`] means that the stream must not exist yet.
+    /// The stream is at exactly this version. [`Version::START`] means that the stream must not exist yet.
     Version(Version),
-    /// At exactly this event. A version alone is not enough after the log has lost its end and grown again: the same
-    /// version may then belong to another event.
+    /// The last event of the stream is exactly this event. A version alone is not enough after the log has lost its
+    /// most recent events and has grown again, because the same version may then belong to a different event.
     Event {
         /// The version of the stream's last event.
         version: Version,
         /// The id of the stream's last event.
         id: Uuid,
     },
-    /// At any version: for streams in which the order of concurrent writers does not matter.
+    /// The stream may be at any version. This suits streams in which the order of concurrent writers does not matter.
     Any,
 }
 
@@ -73,8 +75,8 @@ impl Expected {
         }
     }
 
-    /// Checks a stream that stands at `actual` and whose last event has the id `last`. This check and [`Put::check`]
-    /// alone decide in every store whether a commit succeeds.
+    /// Checks the expectation against a stream at version `actual` whose last event has the id `last`. Every store
+    /// decides only by this check and [`Put::check`] whether a commit conflicts with another writer.
     pub fn check(self, stream: &StreamId, actual: Version, last: Option<Uuid>) -> Result<(), CommitError> {
         let is_there = self.version().is_none_or(|expected| expected == actual);
         if is_there && self.event().is_none_or(|id| last == Some(id)) {
@@ -100,7 +102,7 @@ impl DocumentKey {
         Self { collection: collection.into(), id: id.into() }
     }
 
-    /// Returns whether a store can hold a document of this name. A document of any other name never exists.
+    /// Returns whether a store can hold a document with this name. If not, the document cannot exist.
     pub(crate) fn is_storable(&self) -> bool {
         let has_nul = self.id.contains('\0') || self.collection.contains('\0');
         self.id.len() <= DOCUMENT_ID_BYTES_MAX && self.collection.len() <= CATEGORY_BYTES_MAX * 2 && !has_nul
@@ -122,8 +124,8 @@ impl fmt::Display for DocumentKey {
 pub struct Put {
     /// The name of the document.
     pub key: DocumentKey,
-    /// The version that the document must have now: 0 if it must not exist, `None` if any version is accepted. A fenced
-    /// writer fails this check.
+    /// The version that the document must have now: 0 if the document must not exist, `None` if any version is
+    /// accepted. The commit of a fenced writer fails this check.
     pub expected: Option<i64>,
     /// The JSON text to store; `None` removes the document. The version of a removed document counts as 0 again.
     pub body: Option<Arc<str>>,
@@ -150,7 +152,7 @@ impl Put {
 pub struct Document {
     /// The name of the document.
     pub key: DocumentKey,
-    /// The version: 1 after the first put, and one more with each further put.
+    /// The version of the document: 1 after the first put. Each further put increases the version by one.
     pub version: i64,
     /// The body as JSON text.
     pub body: Arc<str>,
@@ -165,15 +167,16 @@ pub struct Committed {
     pub position: Position,
     /// The version of each appended stream after the commit, in the order of the appends.
     pub versions: Vec<Version>,
-    /// When the events were recorded. Set by stores that gave the events consecutive positions, in the order of the
-    /// appends, ending at `position`: this process then need not read the events back. `None` from other stores.
+    /// When the events were recorded. A store sets this time only if it assigned consecutive positions to the events,
+    /// in the order of the appends and ending at `position`. This process then does not need to read the events back.
+    /// Other stores leave it `None`.
     pub recorded_at: Option<DateTime<Utc>>,
 }
 
 /// Why a commit failed. For every variant except [`Unknown`](CommitError::Unknown), nothing was stored.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum CommitError {
-    /// Another writer was first. Read the stream again and decide again.
+    /// Another writer committed to the stream first. Read the stream again and decide again.
     #[error(
         "stream {stream} stands at version {actual}, not at {}",
         if .actual == .expected { "the event known here".to_owned() } else { .expected.to_string() }
@@ -181,13 +184,13 @@ pub enum CommitError {
     Conflict {
         /// The stream.
         stream: StreamId,
-        /// The version that the commit expected. Equal to `actual` if another event than the expected one has this
-        /// version.
+        /// The version that the commit expected. Equal to `actual` if the event at this version is not the expected
+        /// event.
         expected: Version,
         /// The current version of the stream.
         actual: Version,
     },
-    /// Another writer changed the document first. Read the document again; a worker that gets this error on its
+    /// Another writer changed the document first. Read the document again. A worker that gets this error for its
     /// checkpoint is fenced.
     #[error("document {key} stands at version {actual}, not at {expected}")]
     DocumentConflict {
@@ -222,8 +225,8 @@ impl Commit {
         self.appends.iter().map(|append| append.events.len()).sum::<usize>() + self.puts.len()
     }
 
-    /// Checks everything that needs no lookup in a store: sizes, names, one entry per stream and per key, and JSON that
-    /// every store accepts.
+    /// Checks everything that can be checked without reading a store: sizes, names, at most one entry per stream and
+    /// per key, and JSON that every store accepts.
     pub fn validate(&self) -> Result<(), CommitError> {
         let invalid = |reason: String| Err(CommitError::Invalid(reason));
         if self.rows() > COMMIT_ROWS_MAX {
@@ -287,23 +290,24 @@ fn has_twins<T: std::hash::Hash + Eq>(mut items: impl ExactSizeIterator<Item = T
     items.len() > 1 && !items.all(|item| seen.insert(item))
 }
 
-/// Checks that the text is JSON that every store and every reader accepts: nesting within [`NESTING_MAX`], and neither
-/// `\u0000` nor half a surrogate pair. PostgreSQL stores those two as `json` but can never return them as text.
+/// Checks that the text is JSON that every store and every reader accepts: the nesting is within [`NESTING_MAX`], and
+/// no string contains `\u0000` or half a surrogate pair. PostgreSQL accepts both escapes in a `json` value, but can
+/// never return such a string as text.
 pub(crate) fn check_json(text: &str) -> Result<(), String> {
     serde_json::from_str::<serde::de::IgnoredAny>(text).map_err(|error| format!("not JSON: {error}"))?;
     check_json_within(text, NESTING_MAX)
 }
 
-/// Like [`check_json`], for a text that is known to be JSON and that becomes part of another text. Its nesting
-/// therefore has its own limit.
+/// Like [`check_json`], for a text that is known to be valid JSON. The text becomes part of a larger JSON text, so the
+/// caller passes a limit for its nesting.
 pub(crate) fn check_json_within(text: &str, nesting_max: usize) -> Result<(), String> {
-    // The parser above skips values at any depth, but a reader has a limit. Few texts have enough brackets to need a
-    // closer look.
+    // The parser in `check_json` skips values at any depth, but readers have a nesting limit. Only a text with more
+    // brackets than the limit needs the exact computation.
     let brackets = text.bytes().filter(|byte| matches!(byte, b'[' | b'{')).count();
     if brackets > nesting_max && nesting(text) > nesting_max {
         return Err(format!("it is nested more than {nesting_max} deep"));
     }
-    // Skipping a value does not check its escapes either.
+    // A parser that skips a value does not check the escapes in the value either.
     check_escapes(text)
 }
 
@@ -326,8 +330,8 @@ fn nesting(text: &str) -> usize {
     deepest
 }
 
-/// Checks that each `\u` escape of a valid JSON text, alone or with the escape after it, is a character, and that none
-/// is NUL.
+/// Checks a valid JSON text: each `\u` escape, alone or together with the next escape, must stand for a character, and
+/// no escape may stand for NUL.
 fn check_escapes(text: &str) -> Result<(), String> {
     let mut rest = text;
     while let Some(at) = rest.find('\\') {
@@ -347,7 +351,7 @@ fn check_escapes(text: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// The length of `\u0000` in bytes.
+/// The length in bytes of one escape such as `\u0000`.
 const UNIT_BYTES: usize = 6;
 
 /// Parses the `\u` escape at the start of the text, if there is one.

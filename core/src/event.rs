@@ -8,13 +8,16 @@ use uuid::Uuid;
 
 use crate::trace_context::TraceContext;
 
-/// The longest stream id, in bytes: a stream id is an index key in every store and a key on every bus.
+/// The maximum length of a stream id in bytes. The length is limited because a stream id is an index key in every store
+/// and a message key on every bus.
 pub const STREAM_ID_BYTES_MAX: usize = 512;
-/// The longest category, in bytes.
+/// The maximum length of a category in bytes.
 pub const CATEGORY_BYTES_MAX: usize = 100;
-/// The largest payload of one event, in bytes of JSON: below the default limits of PostgreSQL and Kafka.
+/// The maximum size of one event's payload in bytes of JSON. The limit is below the default limits of PostgreSQL and
+/// Kafka.
 pub const EVENT_BYTES_MAX: usize = 900_000;
-/// The initial capacity for metadata JSON: enough for a `traceparent`, with some room to spare.
+/// The initial capacity in bytes of the string that holds metadata JSON. Metadata with a `traceparent` fits into this
+/// capacity.
 const METADATA_BYTES: usize = 200;
 
 /// The name of a stream: `<category>-<id>`, such as `order-536365`.
@@ -33,13 +36,13 @@ const METADATA_BYTES: usize = 200;
 #[serde(try_from = "String", into = "String")]
 pub struct StreamId(Arc<str>);
 
-/// Why a text is not a valid stream id. Nothing was stored; give the aggregate another id.
+/// Why a text is not a valid stream id. Nothing was stored. Use another id for the aggregate.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StreamIdError {
     /// The `-` between category and id is missing, or one of the two parts is empty.
     #[error("stream id {0:?} is not `<category>-<id>` with both parts given")]
     Shape(String),
-    /// The category contains a character that is not allowed in categories, or is too long.
+    /// The category is too long, or contains a character that is not allowed in categories.
     #[error(
         "category {0:?} must be lower-case letters, digits, `.` or `_`, start with a letter, and have at most {CATEGORY_BYTES_MAX} bytes"
     )]
@@ -107,8 +110,8 @@ impl StreamId {
         Ok(())
     }
 
-    /// Takes a name from a store without checking it: a row that this build would not have written must not stop a
-    /// reader.
+    /// Builds a stream id from stored text without checking the text. A row that this build would have refused to write
+    /// must not stop a reader.
     pub fn from_stored(text: &str) -> Self {
         Self(text.into())
     }
@@ -123,8 +126,8 @@ impl StreamId {
         self.0.split_once('-').map_or("", |(category, _)| category)
     }
 
-    /// Returns whether the stream belongs to this category. Every reader calls this for every event, so a prefix
-    /// comparison replaces the search for the `-`.
+    /// Returns whether the stream belongs to this category. Every reader calls this method for every event. The method
+    /// therefore compares a prefix, which is faster than a search for the `-`.
     pub(crate) fn is_of(&self, category: &str) -> bool {
         self.0.strip_prefix(category).is_some_and(|rest| rest.starts_with('-')) && !category.contains('-')
     }
@@ -134,7 +137,7 @@ impl StreamId {
         self.0.split_once('-').map_or(&*self.0, |(_, id)| id)
     }
 
-    /// The shared text, for keys that outlive the borrow.
+    /// The text of the stream id as a shared pointer, for keys that outlive the borrow.
     pub fn shared(&self) -> Arc<str> {
         self.0.clone()
     }
@@ -185,15 +188,16 @@ macro_rules! counter {
     };
 }
 counter!(
-    /// The place of an event in its stream: 1, 2, 3, … without gaps. A stream at version 0 does not exist.
+    /// The number of an event within its stream: 1, 2, 3, … without gaps. A stream at version 0 does not exist.
     Version
 );
 counter!(
-    /// The place of an event in the whole log. Rises in log order; may have gaps.
+    /// The number of an event within the whole log. Positions rise in log order and may have gaps.
     Position
 );
 
-/// Derives an id from its cause: the same cause and index always give the same id, so a retry finds its own result.
+/// Derives an id from its cause and an index. The same cause and index always produce the same id, so a retry finds the
+/// result of the first attempt.
 ///
 /// ```
 /// let cause = uuid::Uuid::nil();
@@ -204,19 +208,19 @@ pub fn derived_id(cause: Uuid, index: u64) -> Uuid {
     Uuid::new_v5(&cause, &index.to_be_bytes())
 }
 
-/// Derives an id from its cause and a name.
+/// Derives an id from its cause and a name. The same cause and name always produce the same id.
 pub fn named_id(cause: Uuid, name: &str) -> Uuid {
     Uuid::new_v5(&cause, name.as_bytes())
 }
 
-/// What caused an event, and the trace that it belongs to. The framework carries metadata from each message to its
-/// effects.
+/// The cause of an event, and the trace that the event belongs to. The framework copies metadata from each message to
+/// the effects of that message.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "Stored", into = "Stored")]
 pub struct Metadata {
-    /// The same for everything that one request caused.
+    /// The correlation id, which is the same for everything that one request caused.
     pub correlation_id: Uuid,
-    /// The command or message that caused this event.
+    /// The id of the command or message that caused this event.
     pub causation_id: Uuid,
     /// The W3C trace context, if there is one.
     pub trace: Option<TraceContext>,
@@ -256,23 +260,23 @@ impl From<Metadata> for Stored {
 }
 
 impl Metadata {
-    /// The metadata of a request's first command: the command is its own correlation id.
+    /// Metadata for the first command of a request. The id of this command is also the correlation id.
     pub fn of_request(command_id: Uuid) -> Self {
         Self { correlation_id: command_id, causation_id: command_id, trace: None }
     }
 
-    /// The metadata of the effects of a message.
+    /// Metadata for the effects of a message that carries this metadata.
     pub fn caused_by(&self, message_id: Uuid) -> Self {
         Self { causation_id: message_id, ..self.clone() }
     }
 
-    /// Parses stored metadata. JSON that does not parse gives empty metadata, so that no row can stop a reader.
+    /// Parses stored metadata. If the JSON does not parse, returns empty metadata, so that no row can stop a reader.
     pub fn from_json(text: &str) -> Self {
         serde_json::from_str(text).unwrap_or_default()
     }
 
-    /// Returns the JSON to store. Written by hand because every event passes through here and the fields are few and
-    /// plain.
+    /// Returns the JSON to store. The JSON is built by hand for speed: every event passes through this function, and
+    /// the fields are few and simple.
     pub fn to_json(&self) -> String {
         let mut buffer = Uuid::encode_buffer();
         let mut json = String::with_capacity(METADATA_BYTES);
@@ -282,7 +286,7 @@ impl Metadata {
         json += self.causation_id.hyphenated().encode_lower(&mut buffer);
         json += "\"";
         if let Some(trace) = &self.trace {
-            // A valid `traceparent` contains nothing that JSON escapes.
+            // A valid `traceparent` contains no character that JSON must escape.
             json += r#","traceparent":""#;
             json += trace.traceparent();
             json += "\"";
@@ -298,7 +302,8 @@ impl Metadata {
 /// An event to append to a stream.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NewEvent {
-    /// Derived from the cause with [`derived_id`], and so unique without an index that checks it.
+    /// The id of the event, derived from its cause with [`derived_id`]. The derivation makes the id unique, so no store
+    /// needs an index to enforce uniqueness.
     pub id: Uuid,
     /// The stored type name, such as `order.placed`.
     pub type_name: Cow<'static, str>,
@@ -334,7 +339,7 @@ pub struct Recorded {
 }
 
 impl Recorded {
-    /// Decodes the payload as an event of type `E`. Returns `None` for a type that `E` is declared to skip.
+    /// Decodes the payload as an event of type `E`. Returns `None` for an event type that `E` skips.
     pub fn decode<E: Event>(&self) -> Result<Option<E>, DecodeError> {
         E::decode(&self.type_name, self.schema_version, &self.data).map_err(|source| DecodeError {
             stream: self.stream.clone(),
@@ -345,7 +350,7 @@ impl Recorded {
     }
 }
 
-/// An event in the log that this build cannot read, with its place and the reason.
+/// An event in the log that this build cannot read, with the location of the event and the reason.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("event {version} of stream {stream} (position {position}): {source}")]
 pub struct DecodeError {
@@ -368,19 +373,19 @@ pub struct EventType {
     pub version: i32,
 }
 
-/// A type whose values are stored or sent by name: events, and commands that cross a bus.
+/// A type whose values are stored or sent under a type name: events, and commands that cross a bus.
 ///
-/// Derive it: `#[derive(Event)]` on an enum, see [the macro](macro@crate::Event).
+/// Implement this trait with `#[derive(Event)]` on an enum; see [the macro](macro@crate::Event).
 pub trait Event: Sized + Send + Sync + 'static {
-    /// Every type name that this enum knows, with its current schema version.
+    /// The type names of all variants of this enum, with their current schema versions.
     const TYPES: &'static [EventType];
     /// The stored type name of this value.
     fn type_name(&self) -> &'static str;
-    /// The schema version that this value is written with.
+    /// The schema version in which this value is written.
     fn schema_version(&self) -> i32;
     /// Returns the JSON text to store.
     fn encode(&self) -> Result<String, EventError>;
-    /// Decodes a stored payload, with upcasters applied to older schema versions. Returns `Ok(None)` for a type that
+    /// Decodes a stored payload, after applying upcasters to older schema versions. Returns `Ok(None)` for a type that
     /// this enum skips.
     fn decode(type_name: &str, schema_version: i32, data: &str) -> Result<Option<Self>, EventError>;
 }
@@ -388,32 +393,32 @@ pub trait Event: Sized + Send + Sync + 'static {
 /// Why a payload could not be read or written.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum EventError {
-    /// The enum has no such variant. Add it, or declare `#[event(unknown = "skip")]`.
+    /// The enum has no variant for this type. Add the variant, or declare `#[event(unknown = "skip")]`.
     #[error("unknown event type {type_name:?}; this build knows {}", names(.expected))]
     UnknownType {
-        /// The type found.
+        /// The type name that was found.
         type_name: String,
-        /// The types known.
+        /// The types that the enum can decode.
         expected: &'static [EventType],
     },
-    /// The event was written by a newer build. Deploy that build, or wait for it.
+    /// The event was written by a newer build. Deploy that build, or wait until it is deployed.
     #[error("{type_name} has schema version {version}; this build reads versions 1 to {known}")]
     FutureVersion {
         /// The type.
         type_name: String,
-        /// The version found.
+        /// The schema version that was found.
         version: i32,
-        /// The newest version known.
+        /// The newest schema version that this build can read.
         known: i32,
     },
-    /// The JSON does not match the type, even after the upcasters. Add an upcaster or fix one.
+    /// The JSON does not match the type, even after the upcasters. Add an upcaster, or fix an existing one.
     #[error("{type_name} version {version} cannot be read: {reason}")]
     Undecodable {
         /// The type.
         type_name: String,
-        /// The version found.
+        /// The schema version that was found.
         version: i32,
-        /// What did not match, and where.
+        /// The part of the JSON that did not match, and its location.
         reason: String,
     },
     /// The value has no JSON form, such as a map with non-text keys or a NaN.
@@ -421,7 +426,7 @@ pub enum EventError {
     Unencodable {
         /// The type.
         type_name: String,
-        /// What has no JSON form.
+        /// The part of the value that has no JSON form.
         reason: String,
     },
 }
@@ -430,7 +435,7 @@ fn names(types: &[EventType]) -> String {
     types.iter().map(|t| t.name).collect::<Vec<_>>().join(", ")
 }
 
-/// Encodes the events that one command produced. Their ids derive from the id of the command.
+/// Encodes the events that one command produced. The ids of the events are derived from the id of the command.
 pub fn encode_all<E: Event>(
     events: &[E],
     command_id: Uuid,

@@ -1,4 +1,4 @@
-//! Handlers: user code that reacts to messages, and the errors by which it reports a failure.
+//! Handlers, which are user code that reacts to messages, and the errors with which a handler reports a failure.
 
 use std::{error::Error, fmt, sync::Arc};
 
@@ -12,37 +12,38 @@ use crate::{
     work::Work,
 };
 
-/// Reacts to messages, from the log or from a bus, in order per key.
+/// User code that reacts to messages from the log or from a bus. Messages with the same key are handled in order.
 ///
-/// Work staged in `work` is committed together with the checkpoint, for many messages at once: exactly one effect per
-/// event of the log, and per offset of a bus. A bus may carry one message at two offsets, for example after its
-/// publisher crashed. Commands to aggregates then find their earlier results; documents must be written so that a
-/// second write changes nothing (compare [`Message::version`]). Effects outside the store happen at least once: pass
-/// [`Work::cause_id`] as their idempotency key.
+/// The effects staged in `work` are committed together with the checkpoint, for many messages at once. Each event of
+/// the log, and each offset of a bus, therefore takes effect exactly once. A bus may carry one message at two offsets,
+/// for example after its publisher crashed. In that case, a repeated command to an aggregate returns its earlier
+/// result. Documents must be written so that a second write changes nothing (compare [`Message::version`]). Effects
+/// outside the store happen at least once. Pass [`Work::cause_id`] as their idempotency key.
 ///
 /// A panic in a handler counts as an error for that message.
 #[async_trait]
 pub trait Handler: Send + Sync + 'static {
-    /// Stages the effects of the message. `?` on any error means: retry this message later, and hold back messages with
-    /// the same key until then.
+    /// Stages the effects of the message. If the handler returns an error with `?`, the message is retried later, and
+    /// messages with the same key are held back until then.
     async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError>;
 
-    /// Called with each batch before its first message: the place to read documents for the whole batch in one round
-    /// trip.
+    /// Prepares a batch. The worker calls this method before the first message of each batch. A handler can use it to
+    /// read the documents for the whole batch in one round trip.
     async fn prepare(&self, _messages: &[&Message], _work: &mut Work) -> Result<(), HandlerError> {
         Ok(())
     }
 
-    /// Called instead of [`handle`](Self::handle) after the store has refused the effects of this message alone,
-    /// because they are too large or invalid. Stages what to commit instead; an error parks the message.
+    /// Stages what to commit for a message whose effects the store has refused as too large or invalid, even in a
+    /// commit of their own. The worker then calls this method instead of [`handle`](Self::handle). An error parks the
+    /// message.
     async fn refused(&self, _message: &Message, reason: &str, _work: &mut Work) -> Result<(), HandlerError> {
         Err(reason.to_owned()).terminal()
     }
 }
 
-/// Why a message was not handled. `?` makes this from any error; the message is then retried with growing delays, and
-/// parked after too many failures. [`Terminal::terminal`] parks the message at once. An event that this build does not
-/// know waits, without a limit, for a build that knows it.
+/// Why a message was not handled. The `?` operator converts any error to this type. The message is then retried with
+/// growing delays, and parked after too many failures. [`Terminal::terminal`] parks the message at once. An event of a
+/// type that this build cannot decode waits, without a time limit, for a build that can decode it.
 #[derive(Debug)]
 pub struct HandlerError {
     source: Box<dyn Error + Send + Sync>,
@@ -56,13 +57,13 @@ pub(crate) enum Remedy {
     RetryMessage,
     /// Park the message until an operator redrives it.
     Park,
-    /// This build does not know the message, but another build may: park the message until such a build takes it.
+    /// This build cannot understand the message, but another build may. Park the message until such a build handles it.
     AwaitBuild,
-    /// The message is not at fault: the store is unavailable, so wait for it.
+    /// The store is unavailable, so the message is not at fault. Wait for the store.
     AwaitStore,
 }
 
-/// The text of an error whose own text is not available.
+/// The text that replaces the text of an error whose `Display` panics.
 const NO_TEXT: &str = "an error whose text cannot be shown: its Display";
 
 impl HandlerError {
@@ -94,8 +95,8 @@ impl HandlerError {
         self.remedy
     }
 
-    /// An error for a message that this build does not understand but another build does: the message waits for that
-    /// build.
+    /// Creates an error for a message that this build cannot understand but another build can. The message waits for
+    /// that build.
     pub fn await_build(error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self { source: error.into(), remedy: Remedy::AwaitBuild }
     }
@@ -113,9 +114,9 @@ impl<E: Into<Box<dyn Error + Send + Sync>>> From<E> for HandlerError {
     }
 }
 
-/// Turns an error into one that is not retried.
+/// Turns an error into an error that is not retried.
 pub trait Terminal<T> {
-    /// On an error, parks the message at once: a retry would not help.
+    /// Turns the error, if there is one, into an error that parks the message at once, because a retry would not help.
     fn terminal(self) -> Result<T, HandlerError>;
 }
 

@@ -1,4 +1,5 @@
-//! Event sourcing and sagas: aggregates decide, one log holds their events, and everything else follows that log.
+//! Event sourcing and sagas: aggregates decide, one log holds their events, and handlers, read models and sagas follow
+//! that log.
 //!
 //! ```
 //! # tokio::runtime::Runtime::new()?.block_on(async {

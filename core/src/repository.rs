@@ -1,4 +1,5 @@
-//! Aggregates by id: folded, cached and executed on, with one queue of commands per aggregate.
+//! Repositories, which load aggregates by id, cache the folded states, and execute commands from one queue per
+//! aggregate.
 
 use std::{
     collections::HashMap,
@@ -28,19 +29,19 @@ use crate::{
 
 /// How many folded aggregates a repository keeps by default.
 pub const CACHED_AGGREGATES: usize = 50_000;
-/// How many times a command is decided in all, when other writers commit first or outcomes are unknown.
+/// How many times a command is decided at most, if other writers commit first or if outcomes are unknown.
 pub const DECISIONS_MAX: u32 = 32;
-/// How many commands may wait for one aggregate; further commands fail with [`ExecuteError::Overloaded`].
+/// How many commands may wait for one aggregate. Further commands fail with [`ExecuteError::Overloaded`].
 pub const WAITING_COMMANDS_MAX: usize = 10_000;
-/// The most waiting commands of one aggregate that share a commit.
+/// The maximum number of waiting commands of one aggregate that share a commit.
 const COMMANDS_PER_COMMIT: usize = 512;
 /// The number of events read per page while folding.
 const FOLD_PAGE: usize = 1_000;
 
-/// The aggregates of one kind in a store. Clones share their cache.
+/// The aggregates of one type in a store. Clones of a repository share one cache.
 ///
-/// Commands to one aggregate are decided one after another, without a lock around the commit: commands that arrive
-/// during a commit are decided together and share the next commit.
+/// Commands to one aggregate are decided one after another. No lock is held during a commit: commands that arrive in
+/// the meantime are then decided as one batch, which shares the next commit.
 pub struct Repository<A: Aggregate> {
     inner: Arc<Inner<A>>,
 }
@@ -49,7 +50,7 @@ struct Inner<A: Aggregate> {
     store: Arc<dyn EventStore>,
     category: String,
     cache: quick_cache::sync::Cache<StreamId, Arc<Folded<A>>>,
-    /// The store's history number that the cache belongs to.
+    /// The history number of the store for which the cache is valid.
     history: AtomicU64,
     /// The initial state of every aggregate.
     new: Arc<Folded<A>>,
@@ -62,10 +63,10 @@ impl<A: Aggregate> Clone for Repository<A> {
     }
 }
 
-/// The id of a command and what caused it.
+/// The id of a command, and the metadata that describes its cause.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Request {
-    /// The id of the command. A command id is executed once, however often it is sent.
+    /// The id of the command. A command is executed only once, however often it is sent with the same id.
     pub command_id: Uuid,
     /// What caused the command.
     pub metadata: Metadata,
@@ -83,7 +84,7 @@ pub enum ExecuteError<R: std::error::Error> {
     /// The aggregate refused the command.
     #[error("refused: {0}")]
     Refused(R),
-    /// The id, the event or the size of the commit can never be stored. Do not retry.
+    /// The id or an event is invalid, or the commit is too large. A retry can never succeed.
     #[error("{0}")]
     Invalid(String),
     /// The stream holds an event that this build cannot read.
@@ -116,7 +117,7 @@ struct Waiting<A: Aggregate> {
 }
 
 impl<A: Aggregate> Repository<A> {
-    /// A repository of the aggregates of this kind in `store`.
+    /// Creates a repository of the aggregates of this type in `store`.
     ///
     /// # Panics
     /// See [`with`](Self::with).
@@ -127,8 +128,9 @@ impl<A: Aggregate> Repository<A> {
     /// Like [`new`](Self::new), under another category, and with at most `cached` folded aggregates in memory.
     ///
     /// # Panics
-    /// On a mistake in the program, before anything is written: if the category violates the grammar of [`StreamId`],
-    /// if the framework reserves the category, or if an aggregate that shares no event type already uses it.
+    /// Panics on a programming error, before anything is written: if the category violates the grammar of [`StreamId`],
+    /// if the framework reserves the category, or if another aggregate type already uses the category and the two types
+    /// share no event type.
     pub fn with(store: Arc<dyn EventStore>, category: &str, cached: usize) -> Self {
         let checked = categories::check_own(category).and_then(|()| categories::register::<A>(&store, category));
         if let Err(reason) = checked {
@@ -137,7 +139,7 @@ impl<A: Aggregate> Repository<A> {
         Self::of_framework(store, category, cached)
     }
 
-    /// A repository under a category that the framework reserves.
+    /// Creates a repository under a category that the framework reserves.
     pub(crate) fn of_framework(store: Arc<dyn EventStore>, category: &str, cached: usize) -> Self {
         let cache = quick_cache::sync::Cache::new(cached);
         let history = AtomicU64::new(store.history());
@@ -150,8 +152,9 @@ impl<A: Aggregate> Repository<A> {
         StreamId::new(&self.inner.category, id)
     }
 
-    /// Loads the aggregate, decides, and commits. A command id that was executed before returns its first outcome again
-    /// and does nothing. A refused command stores nothing and may be sent again.
+    /// Loads the aggregate, decides on the command, and commits the events. If a command with the same id was executed
+    /// before, this call changes nothing and returns the outcome of the first execution. A refused command stores
+    /// nothing and may be sent again.
     ///
     /// Dropping the future does not cancel the command.
     pub async fn execute(
@@ -163,9 +166,9 @@ impl<A: Aggregate> Repository<A> {
         self.ask(id, command, request.into(), false).await
     }
 
-    /// Like [`execute`](Self::execute), for an aggregate that is expected not to exist yet; this saves a read. If the
-    /// aggregate exists, the call only takes longer: the commit fails its version check, and the command is decided
-    /// again after a read.
+    /// Like [`execute`](Self::execute), for an aggregate that is expected not to exist yet; this call saves a read. If
+    /// the aggregate exists after all, the call still succeeds but takes longer: the commit fails its version check,
+    /// and the command is decided again after a read.
     pub async fn create(
         &self,
         id: &str,
@@ -203,7 +206,7 @@ impl<A: Aggregate> Repository<A> {
         answer.unwrap_or_else(|_| Err(ExecuteError::Unavailable("the runtime shut down meanwhile".into())))
     }
 
-    /// Returns the current state of an aggregate, as stored.
+    /// Returns the current stored state of an aggregate.
     pub async fn state(&self, id: &str) -> Result<A, WorkError<A::Refusal>> {
         let stream = self.stream(id)?;
         Ok(self.folded(&*self.inner.store, &stream, true, false).await?.state.clone())
@@ -213,8 +216,8 @@ impl<A: Aggregate> Repository<A> {
         let mut stale = Stale::Nothing;
         let mut backoff = Backoff::short();
         let mut unknown = None;
-        // The last attempt that may still turn out to be committed, with its decisions. Earlier attempts cannot be:
-        // each attempt was staged at the version where the previous one would have been stored.
+        // The last attempt whose outcome is unknown, with its decisions. Only the last attempt can still turn out to be
+        // committed: each attempt was staged at the version at which the previous attempt would have been stored.
         let mut unsettled: Option<(Box<Unsettled>, Vec<Answer<A>>)> = None;
         for _ in 0..DECISIONS_MAX {
             if let Some((attempt, _)) = &unsettled
@@ -243,8 +246,8 @@ impl<A: Aggregate> Repository<A> {
                     backoff.wait().await;
                 }
                 CommitError::Invalid(_) if batch.len() > 1 => {
-                    // Either one command is invalid, or the batch is too large. Split batches give each command its own
-                    // answer.
+                    // Either one command is invalid, or the batch is too large. Splitting the batch gives each command
+                    // its own answer.
                     let rest = batch.split_off(batch.len() / 2);
                     Box::pin(self.carry_out(stream, batch)).await;
                     return Box::pin(self.carry_out(stream, rest)).await;
@@ -252,7 +255,7 @@ impl<A: Aggregate> Repository<A> {
                 CommitError::Invalid(reason) => {
                     return answer_all(batch, || ExecuteError::Invalid(reason.clone()));
                 }
-                // Nothing was stored, because the state behind the decision may be gone: decide again.
+                // Nothing was stored, because the events behind the decision may be gone. The loop decides again.
                 CommitError::Unavailable(_) if self.inner.store.history() != history => {}
                 CommitError::Unavailable(reason) => {
                     return answer_all(batch, || ExecuteError::Unavailable(reason.clone()));
@@ -281,8 +284,8 @@ impl<A: Aggregate> Repository<A> {
         results
     }
 
-    /// Returns the folded aggregate from the cache, caught up with the store if the cached state is known to be
-    /// outdated.
+    /// Returns the folded aggregate from the cache. If the cached state is known to be outdated, first reads the events
+    /// that it lacks.
     pub(crate) async fn folded(
         &self,
         store: &dyn EventStore,
@@ -299,8 +302,8 @@ impl<A: Aggregate> Repository<A> {
         };
         let folded = match self.caught_up(store, stream, known).await? {
             Some(folded) => folded,
-            // The known event is no longer in this stream: the log has lost its end. The snapshot may be intact, or
-            // lost with it.
+            // The last event of the cached state is no longer in this stream, so the log has lost its most recent
+            // events. The snapshot may be intact, or may depend on a lost event too.
             None => {
                 self.inner.cache.remove(stream);
                 let known = self.load_snapshot(store, stream).await?;
@@ -317,14 +320,15 @@ impl<A: Aggregate> Repository<A> {
         Ok(folded)
     }
 
-    /// Reads the events after the known state. Returns `None` if the stream lacks the last event of that state.
+    /// Reads the events after the known state and applies them. Returns `None` if the stream lacks the last event of
+    /// the known state.
     async fn caught_up(
         &self,
         store: &dyn EventStore,
         stream: &StreamId,
         mut folded: Folded<A>,
     ) -> Result<Option<Folded<A>>, WorkError<A::Refusal>> {
-        // The last known event is read once more: its version may belong to another event by now.
+        // The last known event is read again, because its version may belong to another event by now.
         let mut known = folded.last_event;
         loop {
             let after = Version(folded.version.0 - i64::from(known.is_some()));
@@ -347,7 +351,8 @@ impl<A: Aggregate> Repository<A> {
         }
     }
 
-    /// Clears the cache if the log may have lost events since it was read. Returns the current history number.
+    /// Clears the cache if the log may have lost events since the cached states were read. Returns the current history
+    /// number.
     fn renew(&self) -> u64 {
         let history = self.inner.store.history();
         if self.inner.history.swap(history, Ordering::AcqRel) != history {
@@ -367,7 +372,7 @@ impl<A: Aggregate> Repository<A> {
         }
     }
 
-    /// Returns the events of a command that its stream already contains.
+    /// Returns the events that the stream already contains for this command.
     pub(crate) async fn events_of(
         &self,
         store: &dyn EventStore,
@@ -400,14 +405,14 @@ impl<A: Aggregate> Repository<A> {
         DocumentKey::new(format!("snapshot.{}", self.inner.category), stream.id())
     }
 
-    /// Returns the snapshot to store with this commit, once at least the policy's number of events have passed since
-    /// the last snapshot.
+    /// Returns the snapshot to store with this commit, or `None` if fewer events than
+    /// [`Snapshot::every`](crate::aggregate::Snapshot) have passed since the last snapshot.
     pub(crate) fn snapshot(&self, stream: &StreamId, folded: &mut Folded<A>) -> Option<Put> {
         let policy = A::SNAPSHOT?;
         if folded.version.0 - folded.snapshot.0 < policy.every {
             return None;
         }
-        // A panic in a user's serializer must not stop a decided commit.
+        // A panic in the user's serializer must not stop the commit of a decision.
         let state = caught_now(|| (policy.save)(&folded.state)).ok()?.ok()?;
         let stored = StoredSnapshot {
             version: folded.version,
@@ -420,7 +425,7 @@ impl<A: Aggregate> Repository<A> {
         folded.snapshot = folded.version;
         let body = serde_json::to_string(&stored).ok()?;
         let put = Put { key: self.snapshot_key(stream), expected: None, body: Some(body.into()), due: None };
-        // If no store accepts the state as a document, the aggregate is folded from its events; its commands must not
+        // If the state is not valid as a document, the aggregate is folded from its events instead. Commands must not
         // fail for that reason.
         let alone = Commit { appends: Vec::new(), puts: vec![put] };
         alone.validate().ok()?;
@@ -444,8 +449,8 @@ impl<A: Aggregate> Repository<A> {
     }
 }
 
-/// The task that serves one queue. If the task is dropped early, the queue is dropped too: waiting callers get an
-/// answer, and the next command starts a new queue.
+/// The task that serves the queue of one aggregate. If the task is dropped early, the queue is dropped too. Waiting
+/// callers then get an error, and the next command starts a new queue.
 struct Service<A: Aggregate> {
     repository: Repository<A>,
     stream: StreamId,
@@ -483,7 +488,7 @@ impl<A: Aggregate> Drop for Service<A> {
     }
 }
 
-/// Marks a decision of an earlier attempt, which turned out to be committed, as repeated.
+/// Marks a decision as repeated, because the attempt that made this decision turned out to be committed.
 fn found<E>(decided: Decided<E>) -> Decided<E> {
     Decided { repeated: decided.repeated || !decided.events.is_empty(), ..decided }
 }
@@ -517,8 +522,8 @@ impl<R: std::error::Error> From<WorkError<R>> for ExecuteError<R> {
 struct StoredSnapshot {
     version: Version,
     schema: i32,
-    /// The ids of the last events, in snapshots of older builds that recognised repeated commands by event ids. Such a
-    /// build cannot parse a snapshot without this field, and then folds the stream.
+    /// The ids of the last events, in snapshots of older builds, which recognised repeated commands by event ids. Such
+    /// a build cannot parse a snapshot without this field, and folds the stream instead.
     #[serde(default, skip_serializing)]
     ids: Vec<Uuid>,
     /// The id of the event at `version`.
@@ -529,7 +534,8 @@ struct StoredSnapshot {
     state: Box<serde_json::value::RawValue>,
 }
 
-/// An aggregate folded from its stream, with its recent commands, which serve to recognise a repeated command.
+/// An aggregate folded from its stream, together with its recent commands. These commands serve to recognise a repeated
+/// command.
 #[derive(Clone)]
 pub(crate) struct Folded<A> {
     pub version: Version,
@@ -562,7 +568,7 @@ impl<A: Aggregate> Folded<A> {
         self.last_event = Some(id);
     }
 
-    /// Where the stream must stand for a commit based on this state to succeed.
+    /// The state that the stream must have for a commit based on this state to succeed.
     pub fn expected(&self) -> Expected {
         match self.last_event {
             Some(id) => Expected::Event { version: self.version, id },

@@ -1,4 +1,4 @@
-//! The port to a store: the log, its streams, and documents.
+//! The port to a store, which holds the log with its streams, and documents.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -18,45 +18,47 @@ use crate::{
 /// [`commit`](EventStore::commit) whose future is dropped still happens as a whole or not at all.
 #[async_trait]
 pub trait EventStore: Send + Sync + 'static {
-    /// Applies a commit as a whole or not at all, and returns once the commit is durable. Concurrent commits may share
-    /// a round trip; a failed commit does not fail the others.
+    /// Applies a commit either completely or not at all, and returns once the commit is durable. Concurrent commits may
+    /// share a round trip. If one of them fails, the others are not affected.
     ///
-    /// After a crash before the return, the commit is stored or not stored. After a crash after the return, the commit
-    /// is stored.
+    /// If the process crashes before this method returns, the commit may or may not be stored. If the process crashes
+    /// afterwards, the commit is stored.
     async fn commit(&self, commit: Commit) -> Result<Committed, CommitError>;
 
     /// Returns up to `limit` events of a stream with versions above `after`, in order.
     async fn read_stream(&self, stream: &StreamId, after: Version, limit: usize) -> Result<Vec<Recorded>, StoreError>;
 
-    /// Returns events after position `after` in log order. Never passes an event that a slower writer may still commit.
+    /// Returns events after position `after` in log order. Never skips past a position at which a slower writer may
+    /// still commit an event.
     async fn read_log(&self, query: &LogQuery, after: Position, limit: usize) -> Result<LogPage, StoreError>;
 
-    /// Returns documents by key, in the order of the keys, as of one moment.
+    /// Returns documents by key, in the order of the keys. All documents are read from one snapshot.
     async fn documents(&self, keys: &[DocumentKey]) -> Result<Vec<Option<Document>>, StoreError>;
 
-    /// Returns up to `limit` documents of a collection, in order.
+    /// Returns up to `limit` documents of a collection, in the order that the scan defines.
     async fn scan(&self, collection: &str, scan: &Scan, limit: usize) -> Result<Vec<Document>, StoreError>;
 
-    /// Resolves when there may be events after `after`. May resolve early, but never sleeps past an event.
+    /// Resolves when there may be events after position `after`. The future may resolve too early, but never fails to
+    /// resolve once such an event exists.
     async fn wait(&self, after: Position) -> Result<(), StoreError>;
 
-    /// Returns the head of the log and what readers wait for.
+    /// Returns the head of the log and the open transaction that readers wait for, if any.
     async fn status(&self) -> Result<StoreStatus, StoreError>;
 
-    /// The number of the history that this handle reads. The number changes when events that the handle has shown may
-    /// be gone: at a failover, after a restore, and whenever the last event shown is missing. Only the last case sets
-    /// [`StoreStatus::lost_end`]. After a change, everything in memory that was read before (states, checkpoints,
-    /// positions) must be read again; [`wait`](EventStore::wait) wakes up, and commits handed over before the change
-    /// fail as unavailable.
+    /// The number of the log history that this handle reads. The number changes when events that the handle has
+    /// returned may be gone: at a failover, after a restore, and whenever the last event returned is missing. Only a
+    /// missing event sets [`StoreStatus::lost_end`]. After a change, everything in memory that was read before (states,
+    /// checkpoints, positions) must be read again; [`wait`](EventStore::wait) resolves, and commits submitted before
+    /// the change fail as unavailable.
     ///
     /// Never blocks. The default suits stores that cannot lose events while they are open.
     fn history(&self) -> u64 {
         0
     }
 
-    /// The clock for everything that waits on this store. A store shared by several machines sets the clock to its own
-    /// time; a store that wraps another store returns the clock of the inner one. The default is the clock of the
-    /// machine.
+    /// The clock that everything built on this store uses for times and delays. A store shared by several machines sets
+    /// the clock to its own time; a store that wraps another store returns the clock of the inner one. The default is
+    /// the clock of the machine.
     fn clock(&self) -> Clock {
         Clock::machine()
     }
@@ -115,10 +117,11 @@ impl LogQuery {
 pub struct LogPage {
     /// The events that match the query, in log order.
     pub events: Vec<Arc<Recorded>>,
-    /// The position to read on from: past everything that this page examined, including events that the query left out.
-    /// Equal to the requested position when the reader has caught up.
+    /// The position from which to read the next page. It lies after every event that this page examined, including
+    /// events that do not match the query. It equals the requested position when the reader has caught up.
     pub next: Position,
-    /// Whether there may be more to read: the page is full, or has examined as much of the log as one page may.
+    /// Whether there may be more events to read, because the page is full, or because it has examined as much of the
+    /// log as one page may examine.
     pub more: bool,
 }
 
@@ -127,19 +130,20 @@ pub struct LogPage {
 pub struct StoreStatus {
     /// The position of the last event that a reader can see.
     pub head: Position,
-    /// What readers wait for before they read on; `None` when they do not wait.
+    /// The open transaction that must end before readers can continue; `None` if readers do not wait.
     pub waits_for: Option<OpenWriter>,
-    /// Set once the log has lost its end under this handle, and kept until the process restarts.
+    /// Set once this handle finds that the log has lost its most recent events. The value stays set until the process
+    /// restarts.
     pub lost_end: Option<LostEnd>,
 }
 
-/// A log that lacks events which this process has read or written, after a failover to a standby that lagged or a
-/// restore to an earlier moment. Everything recorded after the missing event is gone too.
+/// Describes a log that lacks events which this process has read or written, because of a failover to a lagging standby
+/// or a restore to an earlier moment. Everything recorded after the missing event is gone too.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LostEnd {
-    /// The position of the last known event.
+    /// The position of the missing event, which is the last event that this process knew.
     pub position: Position,
-    /// The id of the last known event.
+    /// The id of the missing event.
     pub event_id: Uuid,
     /// When the event was found missing.
     pub noticed_at: DateTime<Utc>,
@@ -157,13 +161,14 @@ impl fmt::Display for LostEnd {
     }
 }
 
-/// A transaction that may still write events before those that readers have not reached yet.
+/// A transaction that may still add events at positions before the next events of the log. Readers wait for it, so that
+/// they skip no event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OpenWriter {
-    /// The server process of the transaction, to look it up on the server; `None` for a prepared transaction, which has
-    /// no process.
+    /// The id of the server process that runs the transaction, so that an operator can find the transaction on the
+    /// server; `None` for a prepared transaction, which has no process.
     pub pid: Option<i32>,
-    /// How long ago the transaction began. With several transactions, the age of the oldest.
+    /// How long ago the transaction began. If several transactions are open, this is the age of the oldest one.
     pub age: Duration,
     /// A description of all open transactions.
     pub description: String,

@@ -1,4 +1,4 @@
-//! The unit of work: decisions on several aggregates and documents, staged in memory and committed as one value.
+//! The unit of work: decisions on several aggregates and documents that are staged in memory and committed together.
 
 use std::{any::Any, collections::HashMap, sync::Arc, time::Duration};
 
@@ -21,15 +21,16 @@ use crate::{
 
 pub(crate) use crate::stale::Stale;
 
-/// What one message, one request or a batch of them wants to make durable.
+/// The changes that one message, one request or a batch of them makes.
 ///
-/// Nothing is written before the framework commits the whole work. The commit checks every stream that was read, and
-/// every document that is written after it was read, so a decision on outdated state is taken again rather than stored.
-/// A document that is only read is not checked: write the document again if the decision depends on it. Code that
-/// stages work may therefore run more than once and must have no other effects.
+/// Nothing is written before the framework commits the whole work. The commit checks the version of every stream that
+/// was read, and of every document that was first read and then written. A decision on outdated state is therefore made
+/// again rather than stored. A document that is only read is not checked. If the decision depends on such a document,
+/// write the document back unchanged. Code that stages work may therefore run more than once and must have no other
+/// effects.
 pub struct Work {
     store: Arc<dyn EventStore>,
-    /// The store's history number when the work began: a read under another number may contradict earlier reads.
+    /// The history number of the store when the work began. A read under another number may contradict earlier reads.
     history: u64,
     cause: Cause,
     streams: HashMap<StreamId, Box<dyn Staged>>,
@@ -43,7 +44,7 @@ pub struct Work {
     notices_at_begin: usize,
 }
 
-/// The message or command in whose name work is staged. Ids of staged events derive from `id`.
+/// The message or command that causes the staged work. The ids of staged events are derived from `id`.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Cause {
     pub id: Uuid,
@@ -57,7 +58,7 @@ pub enum WorkError<R: std::error::Error + 'static> {
     /// The aggregate refused the command.
     #[error("refused: {0}")]
     Refused(#[source] R),
-    /// The id is not valid in a stream id.
+    /// The id of the aggregate is not valid as part of a stream id.
     #[error(transparent)]
     Id(#[from] StreamIdError),
     /// The stream holds an event that this build cannot read.
@@ -80,9 +81,10 @@ impl<R: std::error::Error> From<EventError> for WorkError<R> {
 /// The result of a staged command.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Decided<E> {
-    /// The events of the command, from this decision or from the first one. Empty if there was nothing to do.
+    /// The events of the command, from this decision or, if the command is repeated, from its first decision. Empty if
+    /// the command had nothing to do.
     pub events: Vec<E>,
-    /// Whether an earlier delivery of the same command had already been executed.
+    /// Whether the same command had already been executed before.
     pub repeated: bool,
 }
 
@@ -118,7 +120,7 @@ impl Work {
         }
     }
 
-    /// Starts the part of one message: [`rollback`](Self::rollback) returns to this point.
+    /// Starts the part of the work that belongs to one message. [`rollback`](Self::rollback) returns to this point.
     pub(crate) fn begin(&mut self, id: Uuid, metadata: Metadata) {
         self.cause = Cause { id, metadata, calls: 0 };
         for stream in self.touched.drain(..) {
@@ -132,7 +134,7 @@ impl Work {
     }
 
     /// Discards everything staged since [`begin`](Self::begin). The commit still checks the streams that were read,
-    /// because the reason for the rollback was found there.
+    /// because the reason for the rollback depends on their contents.
     pub(crate) fn rollback(&mut self) {
         for stream in self.touched.drain(..) {
             if let Some(staged) = self.streams.get_mut(&stream) {
@@ -155,7 +157,7 @@ impl Work {
         self.store.clock().now()
     }
 
-    /// The time after this delay; `None` if that time is beyond the calendar, and so never comes.
+    /// The time after this delay; `None` if that time is beyond the end of the calendar and therefore never comes.
     pub(crate) fn due_in(&self, delay: Duration) -> Option<DateTime<Utc>> {
         self.store.clock().due_in(delay)
     }
@@ -179,13 +181,13 @@ impl Work {
         self.history
     }
 
-    /// The idempotency key for effects outside the store: the same id on each delivery of the message and on each
-    /// attempt at the command.
+    /// The idempotency key for effects outside the store. The key is the same for each delivery of a message and for
+    /// each attempt at a command.
     pub fn cause_id(&self) -> Uuid {
         self.cause.id
     }
 
-    /// What caused the events staged now.
+    /// The metadata of the events that are staged now, which describes their cause.
     pub fn metadata(&self) -> &Metadata {
         &self.cause.metadata
     }
@@ -210,8 +212,8 @@ impl Work {
         Ok(self.staged(repository, &stream, true).await?.current().state.clone())
     }
 
-    /// Decides on a command and stages its events. If the stream already has the events of this command, returns them
-    /// again.
+    /// Decides on a command and stages its events. If the stream already contains the events of this command, returns
+    /// those events.
     pub async fn execute<A: Aggregate>(
         &mut self,
         repository: &Repository<A>,
@@ -222,9 +224,9 @@ impl Work {
         self.stage(repository, &stream, command, false).await
     }
 
-    /// Like [`execute`](Self::execute), for a stream that is expected not to exist yet; this saves a read. If the
-    /// stream exists, the call only takes longer: the commit fails its version check, and the work is done again after
-    /// a read.
+    /// Like [`execute`](Self::execute), for a stream that is expected not to exist yet; this call saves a read. If the
+    /// stream exists after all, the work still succeeds but takes longer: the commit fails its version check, and the
+    /// work is staged again after a read.
     pub async fn create<A: Aggregate>(
         &mut self,
         repository: &Repository<A>,
@@ -242,8 +244,8 @@ impl Work {
         command: &A::Command,
         expect_new: bool,
     ) -> Result<Decided<A::Event>, WorkError<A::Refusal>> {
-        // One message may send two equal commands to one stream. Each command has its own id, so that the second does
-        // not count as a repetition.
+        // One message may send two equal commands to one stream. Each command gets its own id, so that the second
+        // command does not count as a repetition of the first.
         let command_id = match self.cause.calls {
             0 => self.cause.id,
             calls => derived_id(self.cause.id, u64::MAX - calls),
@@ -275,7 +277,8 @@ impl Work {
         Ok(Decided { events, repeated: false })
     }
 
-    /// Returns whether the stream contains the events of this command, as far as this work knows.
+    /// Returns whether the stream contains the events of this command. The answer covers only the recent commands that
+    /// the folded aggregate remembers.
     pub(crate) async fn has_executed<A: Aggregate>(
         &mut self,
         command_id: Uuid,
@@ -294,8 +297,8 @@ impl Work {
     ) -> Result<&mut StagedStream<A>, WorkError<A::Refusal>> {
         if !self.streams.contains_key(stream) {
             let stale = self.stale.has(stream);
-            // After one conflict, `expect_new` is ignored: when a batch is delivered again after a restart, many of
-            // these hints are wrong, and each wrong hint would cost one more attempt at the batch.
+            // After one conflict, `expect_new` is ignored. When a batch is delivered again after a restart, many of
+            // these hints are wrong, and each wrong hint would cost another attempt at the batch.
             let expect_new = expect_new && self.stale == Stale::Nothing;
             let base = repository.folded(&*self.store, stream, stale, expect_new).await?;
             let staged = StagedStream {
@@ -336,7 +339,7 @@ impl Work {
     pub async fn prefetch(&mut self, keys: &[DocumentKey]) -> Result<(), StoreError> {
         let missing = keys.iter().filter(|key| !self.documents.contains_key(*key)).cloned();
         let (missing, never): (Vec<_>, Vec<_>) = missing.partition(DocumentKey::is_storable);
-        // A database may reject even a query for such a name.
+        // A database may reject even a query for a name that it cannot store.
         for key in never {
             let nothing = StagedDocument { read_version: Some(0), body: None, due: None, dirty: false };
             self.documents.insert(key, nothing);
@@ -360,7 +363,8 @@ impl Work {
         Ok(())
     }
 
-    /// Stages a document. If the document was read before, the commit fails when another writer has changed it since.
+    /// Stages a document. If this work has read the document, the commit fails when another writer has changed the
+    /// document since then.
     pub fn put<T: Serialize>(
         &mut self,
         key: &DocumentKey,
@@ -385,7 +389,7 @@ impl Work {
         self.documents.insert(key.clone(), StagedDocument { read_version, body, due, dirty: true });
     }
 
-    /// Stages a document that must be at this version now.
+    /// Stages a document that must have this version at the time of the commit.
     pub(crate) fn put_expecting(
         &mut self,
         key: &DocumentKey,
@@ -406,7 +410,8 @@ impl Work {
             Ok(committed) => return Ok(committed),
             Err(failed) => failed,
         };
-        // A commit whose answer was lost counts as committed if its events are stored where they were staged.
+        // If the answer to a commit was lost, the commit counts as successful when its events are stored at the
+        // versions for which they were staged.
         let found = match &failed.unsettled {
             Some(unsettled) => unsettled.find(&*store).await.ok().flatten(),
             None => None,
@@ -414,7 +419,7 @@ impl Work {
         found.ok_or(failed.error)
     }
 
-    /// Like [`commit`](Self::commit), for a caller that resolves an unknown outcome itself.
+    /// Like [`commit`](Self::commit), but leaves it to the caller to resolve an unknown outcome.
     pub(crate) async fn attempt(mut self) -> Result<Committed, Failed> {
         let mut commit = Commit::default();
         for staged in self.streams.values_mut() {
@@ -451,20 +456,20 @@ impl Work {
     }
 }
 
-/// A commit that failed, as far as is known.
+/// A commit that failed or whose outcome is unknown.
 pub(crate) struct Failed {
     pub error: CommitError,
-    /// How to resolve an unknown outcome later. `None` if the commit has no events: documents do not show which commit
-    /// wrote them.
+    /// The data with which to resolve an unknown outcome later. `None` if the outcome is known, or if the commit has no
+    /// events, because a document does not show which commit wrote it.
     pub unsettled: Option<Box<Unsettled>>,
 }
 
-/// One stream's part of the work, independent of the type of its aggregate.
+/// The part of the work that belongs to one stream, independent of the type of its aggregate.
 trait Staged: Send + Sync {
     fn as_any(&mut self) -> &mut dyn Any;
     fn keep(&mut self);
     fn forget(&mut self);
-    /// The place of the staged events, used once they are handed to the store.
+    /// The versions and commands of the staged events, which are needed if the outcome of the commit is unknown.
     fn place(&self) -> unsettled::Staged;
     fn append(&mut self) -> (Append, Option<Put>);
     fn committed(self: Box<Self>, history: u64);
@@ -505,7 +510,7 @@ impl<A: Aggregate> StagedStream<A> {
         self.torn = false;
     }
 
-    /// Returns the events of a command that was staged in this same work, and so is not stored yet.
+    /// Returns the events of a command that was staged earlier in this work and is therefore not stored yet.
     pub(crate) fn staged_events(&self, command_id: Uuid) -> Result<Vec<A::Event>, EventError> {
         let start = derived_id(command_id, 0);
         let from = self.encoded.iter().position(|event| event.id == start).unwrap_or(self.encoded.len());
@@ -541,8 +546,8 @@ impl<A: Aggregate> Staged for StagedStream<A> {
         let mut folded = (*self.base).clone();
         for event in &self.encoded {
             folded.remembered.read(event.id, folded.version.next(), event.metadata.causation_id);
-            // The event was encoded a moment ago. If the enum cannot decode its own encoding, the first reader of the
-            // stream reports that failure together with its place.
+            // The event was encoded a moment ago, so an error here means that the enum cannot decode its own encoding.
+            // The first reader of the stream reports that error together with the position of the event.
             folded.apply(decode::<A>(event).ok().flatten().as_ref(), event.id);
         }
         folded.remembered.end_of_run();
