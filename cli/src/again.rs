@@ -1,14 +1,15 @@
-//! The command that continues where this one ended: complete, so that it can be typed as it is printed.
+//! Builds the command line that continues an interrupted command. The line is complete: an operator can paste the
+//! printed line into a shell.
 
 use clap::{ArgMatches, parser::ValueSource};
 
 use crate::arguments::Common;
 
-/// The parts that all such commands begin and end with.
+/// The first and the last words of every such command line.
 #[derive(Clone)]
 pub(crate) struct Again {
     name: &'static str,
-    /// The common options that were typed. Options from the environment are still set there.
+    /// The common options from the command line. Options from the environment need no copy, since they stay set there.
     typed: Vec<String>,
 }
 
@@ -29,7 +30,7 @@ impl Again {
         Self { name, typed }
     }
 
-    /// Returns the command with these words.
+    /// Returns the command line with these words in the middle.
     pub fn command<W: AsRef<str>>(&self, words: impl IntoIterator<Item = W>) -> String {
         let words = words.into_iter().map(|word| quoted(word.as_ref()));
         let typed = self.typed.iter().map(|word| quoted(word));

@@ -22,7 +22,7 @@ const EXAMPLES: &str = "Examples:
 
 Exit codes: 0, all is well; 1, something was found that a person has to look at; 2, it could not be done.";
 
-/// Inspects, replays, verifies, moves and repairs what a store of annals holds.
+/// Inspects, replays, verifies, moves and repairs a store of annals.
 #[derive(Debug, Parser)]
 #[command(version, after_help = EXAMPLES, propagate_version = true, max_term_width = 100)]
 pub(crate) struct Arguments {
@@ -77,15 +77,15 @@ pub(crate) enum Command {
     Export(export::Arguments),
     /// Write finished streams to a file, to read them later.
     Archive(archive::Arguments),
-    /// Fill an empty store from such a file.
+    /// Fill an empty store from a file that `export` wrote.
     Import(import::Arguments),
     /// Check a whole store: versions, ids, payloads, sagas, checkpoints, seals.
     Verify(verify::Arguments),
-    /// Repair a store whose database was restored to an earlier moment than its Kafka topics.
+    /// Repair a store whose database was restored from a backup that is older than its Kafka topics.
     Recover(recover::Arguments),
-    /// Check that this build reads the events of an export, and that its sagas take the same way.
+    /// Check that this build can read the events of an export, and that its sagas take the same steps as recorded.
     CheckHistory(check_history::Arguments),
-    /// Create a store, or bring an older one to this version.
+    /// Create a store, or migrate an older store to this version.
     Migrate(migrate::Arguments),
     /// Print completions for a shell.
     Completions(completions::Arguments),

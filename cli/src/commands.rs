@@ -1,4 +1,4 @@
-//! The commands, one per file: the arguments of each, and its work.
+//! The commands. Each file holds the arguments of one command and the code that runs it.
 
 pub(crate) mod archive;
 pub(crate) mod check_history;

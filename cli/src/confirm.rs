@@ -1,4 +1,4 @@
-//! Asks for confirmation before an act that cannot be undone, and identifies the operator.
+//! Asks for confirmation before an irreversible action, and identifies the operator.
 
 use std::io::{self, BufRead, IsTerminal, Write};
 
@@ -7,7 +7,7 @@ use tokio::sync::oneshot;
 
 use crate::{failure::Failure, stop::Stop};
 
-/// The arguments of every act. The act is recorded with its operator and reason.
+/// The arguments of every action that changes the store. The log records the operator and the reason.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Act {
     /// The reason, which is recorded in the log.
@@ -35,7 +35,7 @@ impl Act {
         by.ok_or_else(|| Failure::new("say who you are, with --by NAME: acts are recorded with who and why"))
     }
 
-    /// The words that give the same act once more.
+    /// The words that repeat this action on another command line.
     pub fn words(&self) -> Vec<String> {
         let mut words = vec!["--reason".to_owned(), self.reason.clone()];
         if let Some(by) = &self.by {
@@ -58,14 +58,15 @@ impl Act {
         ask(question)
     }
 
-    /// Does the same, while `stop` listens for Ctrl-C; returns `None` if it was pressed before an answer.
+    /// Same as [`confirm`](Self::confirm), but also listens for Ctrl-C. Returns `None` if the operator pressed Ctrl-C
+    /// before answering.
     pub async fn confirm_unless(&self, stop: &Stop, question: &str) -> Option<Result<(), Failure>> {
         if self.yes || !io::stdin().is_terminal() {
             return Some(self.confirm(question));
         }
         let (answered, answer) = oneshot::channel();
         let question = question.to_owned();
-        // Nothing waits for this thread: it ends with the process.
+        // No other task waits for this thread, which ends with the process.
         std::thread::spawn(move || answered.send(ask(&question)));
         tokio::select! {
             answer = answer => Some(answer.unwrap_or_else(|_| Err(Failure::new("nothing was done")))),

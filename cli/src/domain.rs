@@ -1,4 +1,4 @@
-//! A service's own events and sagas, known to its own binary, for checks that need them.
+//! The events, sagas, handlers and read models of one service. Only the service's own binary knows them.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -15,11 +15,11 @@ use uuid::Uuid;
 
 use crate::{commands::read_model::Model, failure::Failure};
 
-/// Reads a payload; returns `false` if its enum skips it.
+/// Reads a payload. Returns `false` if the event enum skips events of this type.
 type Read = fn(&str, i32, &str) -> Result<bool, EventError>;
 type NewReplay = Arc<dyn Fn() -> Box<dyn Replay> + Send + Sync>;
 
-/// Event enums by the types that they know, sagas by their categories, and handlers and read models by their names.
+/// Event enums by the types of their events, sagas by category, and handlers and read models by name.
 #[derive(Clone)]
 pub(crate) struct Domain {
     events: HashMap<&'static str, Read>,
@@ -52,7 +52,7 @@ impl Domain {
         self.read_models.insert(R::NAME, Arc::new(projection));
     }
 
-    /// Returns the handler of this name that may see events again.
+    /// Returns the handler with this name. Only handlers that may see events twice are registered here.
     pub fn handler(&self, name: &str) -> Result<Arc<dyn Handler>, Failure> {
         let found = self.handlers.get(name).cloned();
         found.ok_or_else(|| unknown("handler that may see events again", name, self.handlers.keys()))
@@ -73,7 +73,7 @@ impl Domain {
         self.sagas.insert(category, Arc::new(move || Box::new(OfSaga { saga: saga.clone(), stands: None })));
     }
 
-    /// Returns what is wrong with an event's payload.
+    /// Returns the error in an event's payload, or `None` if the payload can be read.
     pub fn unreadable(&self, event: &Recorded) -> Option<String> {
         let Some(read) = self.events.get(&*event.type_name) else {
             return Some(format!("no event of this build is called {}", event.type_name));
@@ -81,7 +81,7 @@ impl Domain {
         read(&event.type_name, event.schema_version, &event.data).err().map(|error| error.to_string())
     }
 
-    /// Returns the replay of a saga from its first event, if this build runs such sagas.
+    /// Returns a replay that starts at the first event of the saga, or `None` if this build does not define the saga.
     pub fn replay(&self, stream: &StreamId) -> Option<Box<dyn Replay>> {
         self.sagas.get(stream.category()).map(|replay| replay())
     }
@@ -95,9 +95,10 @@ fn unknown<'a>(what: &str, name: &str, known: impl Iterator<Item = &'a &'static 
     })
 }
 
-/// Goes through the history of one saga again.
+/// Replays the history of one saga.
 pub(crate) trait Replay: Send {
-    /// Compares the next event with what the definition of this build does. The error says what would differ.
+    /// Compares the next event with the event that this build's definition would write. The error describes the
+    /// difference.
     fn event(&mut self, recorded: &Recorded, event: &SagaEvent) -> Result<(), String>;
 }
 
@@ -140,7 +141,8 @@ impl<C: SagaState> Replay for OfSaga<C> {
                 return Ok(());
             }
         };
-        // The clocks of the saga's runner and of the store may differ: a timer that fired was due.
+        // The clock of the saga's runner and the clock of the store may differ. A timer that fired was due, whatever
+        // the store's clock said.
         let now = recorded_at.max(before.wakes().unwrap_or(recorded_at));
         let moved = transition(&self.saga, saga_id, &context, &before, &input, now)?;
         let Some(moved) = moved else {
@@ -153,8 +155,8 @@ impl<C: SagaState> Replay for OfSaga<C> {
     }
 }
 
-/// Compares what this build does with what was recorded. Times are left out, since nobody recorded which clock measured
-/// them.
+/// Compares the transition that this build makes with the recorded transition. Ignores times: the log does not say
+/// which clock measured them.
 fn same<C>(moved: &Moved<C>, progress: &Progress, send: &[Command]) -> Result<(), String> {
     let place = |progress: &Progress| (progress.at, progress.step.clone(), progress.status, progress.calls.clone());
     if place(&moved.progress) != place(progress) {

@@ -8,10 +8,10 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
-/// Appends the line of an event, with its line ending. Written by hand because an export may have a million lines;
-/// apart from the field names, the line holds exactly what [`EventLine`] reads.
+/// Appends one event as a line, with its line ending. This code formats the line itself, for speed: an export may have
+/// a million lines. Apart from the field names, the line holds exactly what [`EventLine`] reads.
 ///
-/// `is_json`: payload and metadata are known to be JSON.
+/// `is_json`: the caller knows that payload and metadata are JSON.
 pub(crate) fn write_line(event: &Stored<'_>, is_json: bool, line: &mut Vec<u8>) {
     // Writing to memory does not fail.
     _ = write!(line, r#"{{"position":{},"stream":"#, event.position.0);
@@ -53,13 +53,13 @@ impl Lines {
         self.position = event.position.0;
     }
 
-    /// Skips an event that is not wanted.
+    /// Skips an event that does not match the filter.
     pub fn skip(&mut self, event: &Stored<'_>) {
         self.position = event.position.0;
     }
 }
 
-/// Writes a text as JSON.
+/// Writes a string as a JSON string.
 fn text(text: &str, line: &mut Vec<u8>) {
     // A string can always be written as JSON.
     _ = serde_json::to_writer(line, text);
@@ -90,7 +90,7 @@ fn time(time: DateTime<Utc>, line: &mut Vec<u8>) {
     digits((time.nanosecond() / 1_000).min(999_999), 6, b'Z');
 }
 
-/// A line that was read. Borrows from its text.
+/// A line that was read, borrowing from the text of the line.
 #[derive(Deserialize)]
 pub(crate) struct EventLine<'a> {
     position: i64,
@@ -106,16 +106,16 @@ pub(crate) struct EventLine<'a> {
     metadata: Option<&'a RawValue>,
     #[serde(borrow, default)]
     metadata_text: Option<Cow<'a, str>>,
-    /// The payload byte for byte, if it is JSON on one line.
+    /// The payload byte for byte, if the payload is JSON on one line.
     #[serde(borrow, default)]
     data: Option<&'a RawValue>,
-    /// The payload as text, if it is not.
+    /// The payload as a string, if the payload is not JSON on one line.
     #[serde(borrow, default)]
     data_text: Option<Cow<'a, str>>,
 }
 
 impl<'a> EventLine<'a> {
-    /// Returns the event, or what is wrong with the line.
+    /// Returns the event. The error says what is wrong with the line.
     pub fn stored(self) -> Result<Stored<'a>, &'static str> {
         let either = |raw: Option<&'a RawValue>, text: Option<Cow<'a, str>>| match (raw, text) {
             (Some(raw), None) => Some(Cow::Borrowed(raw.get())),
@@ -137,12 +137,12 @@ impl<'a> EventLine<'a> {
     }
 }
 
-/// Returns the text as JSON for a line, if every byte of it stays as it is.
+/// Returns the text as raw JSON if the line can hold every byte of the text unchanged.
 pub(crate) fn raw(text: &str) -> Option<&RawValue> {
     is_one_line(text).then(|| serde_json::from_str(text).ok()).flatten()
 }
 
-/// Space around a value would be lost, and an event must stay on one line.
+/// JSON would lose the space around a value, and an event must stay on one line.
 fn is_one_line(text: &str) -> bool {
     let bytes = text.as_bytes();
     let ends_in_space = |byte: Option<&u8>| byte.is_none_or(u8::is_ascii_whitespace);

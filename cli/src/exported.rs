@@ -1,5 +1,5 @@
-//! The file of an export: lines of JSON, compressed or not. Sections end with a line that holds the checksum of
-//! everything before it, so that an incomplete file is good up to its last section.
+//! The format of an export: lines of JSON, compressed or not. Each section ends with a line that holds the checksum of
+//! all bytes before that line, so an incomplete file is valid up to the end of its last section.
 //!
 //! ```text
 //! {"annals_export":1,"id":"…","store":"sqlite:shop.db","taken_at":"…"}
@@ -9,10 +9,11 @@
 //! {"section":{…,"complete":true}}
 //! ```
 //!
-//! An archive has the same format, with some of the streams and without documents, and says so in its first line.
+//! An archive has the same format, but holds only some of the streams and no documents. The first line of the file says
+//! that it is an archive.
 //!
-//! Documents come first: a checkpoint that is older than the events after it makes its service catch up, while a newer
-//! one would make the service skip some events.
+//! Documents come first, so that a checkpoint is never newer than the events in the file. With an older checkpoint, the
+//! service catches up; with a newer one, the service would skip events.
 
 mod reader;
 mod writer;
@@ -31,13 +32,13 @@ pub(crate) use self::{
 };
 use crate::event::{EventLine, raw};
 
-/// The format that this version writes and reads.
+/// The version of the format that this build writes and reads.
 pub(crate) const FORMAT: u32 = 1;
-/// A longer line is not part of an export: payloads and documents have limits, and escaping makes them at most six
-/// times as long.
+/// The maximum length of a line. A longer line is not part of an export: payloads and documents are limited in size,
+/// and escaping makes them at most six times as long.
 const LINE_BYTES_MAX: u64 = 32 << 20;
 
-/// The first line.
+/// The first line of the file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Header {
     pub annals_export: u32,
@@ -46,21 +47,21 @@ pub(crate) struct Header {
     /// The store that was exported, without its password.
     pub store: String,
     pub taken_at: DateTime<Utc>,
-    /// Set if the file is not a whole store, but an archive of some streams.
+    /// Set if the file is an archive of some streams, not an export of the whole store.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub archive: Option<Archived>,
 }
 
-/// The streams of an archive, all of which were finished.
+/// The streams of an archive. All of them were finished when the archive was written.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Archived {
     pub categories: Vec<String>,
-    /// Their last events were recorded before this time.
+    /// The last event of each stream was recorded before this time.
     pub quiet_before: DateTime<Utc>,
     /// The number of streams.
     #[serde(default)]
     pub streams: usize,
-    /// The hash of all their names: a resumed archive must find the same streams.
+    /// The hash of the names of all streams. A resumed archive must find the same streams.
     #[serde(default)]
     pub blake3: String,
 }
@@ -70,7 +71,7 @@ pub(crate) struct Archived {
 pub(crate) struct Section {
     /// The number of documents so far.
     pub documents: u64,
-    /// Collection and id of the last document.
+    /// The collection and the id of the last document.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub document: Option<(String, String)>,
     /// The last position of the log, read after all documents were written.
@@ -127,7 +128,7 @@ impl<'a> DocumentLine<'a> {
     }
 }
 
-/// Any line but the first. The first field of a line tells its kind.
+/// Any line except the first. The first field says which kind of line it is.
 enum Line<'a> {
     Event(EventLine<'a>),
     Document(DocumentLine<'a>),

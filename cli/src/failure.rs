@@ -8,7 +8,7 @@ use annals::{CommitError, StoreError, operator::OperatorError};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Fine,
-    /// An operator has to look at something.
+    /// The command found a fault that an operator should look at.
     Fault,
     /// The command was stopped before its end.
     Stopped,
@@ -19,7 +19,7 @@ pub(crate) enum Verdict {
 pub(crate) enum Failure {
     /// The text to print.
     Told(String),
-    /// The reader of the output has closed it, as `head` does, which is not an error.
+    /// The reader of the output closed the pipe, as `head` does. This is not an error.
     OutputClosed,
 }
 
@@ -53,7 +53,7 @@ impl From<serde_json::Error> for Failure {
     }
 }
 
-/// Stands for errors while writing the output. Errors of other files name their file.
+/// For errors while writing the output only. An error about any other file has to name the file.
 impl From<std::io::Error> for Failure {
     fn from(error: std::io::Error) -> Self {
         match error.kind() {

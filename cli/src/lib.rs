@@ -1,6 +1,6 @@
-//! The `annals` command: inspects, replays, verifies, moves and repairs a store of annals, whatever its domain.
+//! The `annals` command inspects, replays, verifies, moves and repairs a store of annals, whatever its domain.
 //!
-//! A service can offer it under its own command. [`Ops::run`] takes the words that follow:
+//! A service can offer this command as a subcommand of its own. [`Ops::run`] takes the arguments after the subcommand:
 //!
 //! ```no_run
 //! # async fn main_of_a_service() -> std::process::ExitCode {
@@ -9,8 +9,8 @@
 //! # }
 //! ```
 //!
-//! With [`Ops::events`] and [`Ops::saga`] the command also knows the service's events and sagas, for `check-history`.
-//! With [`Ops::read_model`] it knows how the service's views are built, for `read-model`.
+//! [`Ops::events`] and [`Ops::saga`] register the service's events and sagas, which `check-history` needs.
+//! [`Ops::read_model`] registers how the service builds its views, which `read-model` needs.
 
 mod again;
 mod arguments;
@@ -51,7 +51,7 @@ const COULD_NOT: u8 = 2;
 /// Exit code after Ctrl-C, as shells report it.
 const STOPPED: u8 = 130;
 
-/// The command, and the domain that it knows.
+/// The command, and the parts of the service's domain that are registered with it.
 #[derive(Clone)]
 pub struct Ops {
     name: &'static str,
@@ -59,7 +59,7 @@ pub struct Ops {
 }
 
 impl Ops {
-    /// Creates the command under this name, as it is typed: `annals`, `sample-shop ops`.
+    /// Creates the command. `name` is what the operator types to start it, such as `annals` or `sample-shop ops`.
     pub fn named(name: &'static str) -> Self {
         Self { name, domain: domain::Domain::default() }
     }
@@ -70,7 +70,7 @@ impl Ops {
         self
     }
 
-    /// Registers the sagas of this definition, for `check-history`.
+    /// Registers the sagas of this definition, which `check-history` replays.
     pub fn saga<C: annals::SagaState>(mut self, saga: annals::Saga<C>) -> Self {
         self.domain.add_saga(saga);
         self
@@ -82,9 +82,9 @@ impl Ops {
         self
     }
 
-    /// Registers a handler that may see events again, for `replay --handler NAME`. This command never calls any other
-    /// handler. When the handler executes commands on aggregates again, it finds the results of the first time. It must
-    /// write documents so that writing them twice is as good as once. Any effect outside the store happens again.
+    /// Registers a handler for `replay --handler NAME`. The command calls registered handlers only. On a replay, the
+    /// handler sees events that it has handled before. Commands that it executes on aggregates again return the results
+    /// of the first time. Its document writes must be idempotent. Any effect outside the store happens again.
     pub fn replayable(mut self, name: &'static str, handler: impl annals::Handler) -> Self {
         self.domain.add_handler(name, handler);
         self
@@ -98,11 +98,11 @@ impl Ops {
     ) -> Pin<Box<dyn Future<Output = ExitCode> + Send + 'static>> {
         let words: Vec<OsString> = words.into_iter().collect();
         Box::pin(async move {
-            // Runs on a thread of its own: asking for confirmation blocks, and the compiler cannot see that all futures
-            // within are `Send`.
+            // Runs on a thread of its own, because asking for confirmation blocks the thread and the compiler cannot
+            // prove that all futures in the command are `Send`.
             let runtime = tokio::runtime::Handle::current();
             let ran = tokio::task::spawn_blocking(move || runtime.block_on(self.run_here(words)));
-            // The panic has been printed already.
+            // The panic message has been printed already.
             ran.await.unwrap_or(COULD_NOT.into())
         })
     }
@@ -128,7 +128,7 @@ impl Ops {
     }
 
     fn command(&self) -> clap::Command {
-        // The name is one word to clap, which would otherwise take the second word of the name for an argument.
+        // Passes the name as one word. Otherwise clap would parse the second word of the name as an argument.
         Arguments::command().name(self.name).bin_name(self.name).no_binary_name(true)
     }
 
@@ -180,7 +180,7 @@ impl Ops {
             Command::Migrate(_) | Command::CheckHistory(_) | Command::Completions(_) => Ok(Verdict::Fine),
         };
         let outcome = output.end(outcome);
-        // The printed output is true, even if closing the store fails.
+        // The printed output stays valid even if closing the store fails.
         store.close().await.ok();
         outcome
     }

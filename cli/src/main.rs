@@ -1,4 +1,4 @@
-//! The `annals` command, for stores of any service.
+//! The `annals` command for the store of any service.
 
 use std::{io::IsTerminal, process::ExitCode};
 

@@ -4,7 +4,7 @@ use std::{str::FromStr, time::Duration};
 
 use chrono::{DateTime, NaiveDate, NaiveDateTime, SecondsFormat, TimeDelta, Utc};
 
-/// A moment as it is typed: a time in UTC, or an age.
+/// A moment from the command line: a time in UTC, or an age.
 ///
 /// `2026-11-21T15:04:05Z`, `2026-11-21 15:04`, `2026-11-21`, `15m` (ago).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,7 +35,7 @@ impl FromStr for Moment {
     }
 }
 
-/// A duration as it is typed: `90s`, `15m`, `2h`, `7d`.
+/// A duration from the command line: `90s`, `15m`, `2h`, `7d`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Span(pub Duration);
 
@@ -59,7 +59,7 @@ impl FromStr for Span {
 }
 
 impl Span {
-    /// Returns the moment that lies back this long.
+    /// Returns the moment this long before now.
     pub fn ago(self) -> DateTime<Utc> {
         let delta = TimeDelta::from_std(self.0).unwrap_or(TimeDelta::MAX);
         Utc::now().checked_sub_signed(delta).unwrap_or(DateTime::<Utc>::MIN_UTC)

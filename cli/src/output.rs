@@ -54,19 +54,19 @@ impl Output {
             items.iter().map(|item| row(item).iter().map(|cell| one_line(cell)).collect()).collect();
         let mut table = Table::new();
         table.load_style(presets::NOTHING).set_header(headings).add_rows(rows.clone());
-        // A file or a pipe has any width. Each cell has a blank on both sides.
+        // A file or a pipe has no width limit. Each cell has one space on each side.
         let width = table.column_max_content_widths().iter().map(|width| usize::from(*width) + 2).sum::<usize>();
         if io::stdout().is_terminal() && table.width().is_some_and(|terminal| usize::from(terminal) < width) {
             return rows.iter().try_for_each(|row| self.record(headings, row));
         }
         for line in table.set_content_arrangement(ContentArrangement::Disabled).lines() {
-            // Drops the blank in front.
+            // Removes the leading space.
             self.line(line.strip_prefix(' ').unwrap_or(&line).trim_end())?;
         }
         Ok(())
     }
 
-    /// Prints a row on a terminal that is too narrow for the table: one cell per line.
+    /// Prints a row one cell per line, for a terminal that is too narrow for the table.
     fn record(&mut self, headings: &[&str], row: &[String]) -> Result<(), Failure> {
         let widest = headings.iter().map(|heading| heading.len()).max().unwrap_or(0);
         for (heading, cell) in headings.iter().zip(row).filter(|(_, cell)| !cell.is_empty()) {
@@ -75,8 +75,8 @@ impl Output {
         self.line("")
     }
 
-    /// Prints a line to the right of a margin. On a terminal that is too narrow, the line wraps between words; words
-    /// stay whole, so that they can be copied.
+    /// Prints a text to the right of a margin. On a narrow terminal, the text wraps between words and never inside a
+    /// word, so that the reader can copy each word.
     pub fn beside(&mut self, margin: &str, text: &str) -> Result<(), Failure> {
         let room = if io::stdout().is_terminal() { Table::new().width() } else { None };
         let room = room.map_or(usize::MAX, |width| usize::from(width).saturating_sub(margin.chars().count()));
@@ -94,8 +94,7 @@ impl Output {
         self.line(&format!("{margin}{line}"))
     }
 
-    /// Flushes the output and returns the verdict. A reader that closes the pipe early changes nothing about what was
-    /// found.
+    /// Flushes the output and returns the verdict. If the reader closes the pipe early, the verdict stays the same.
     pub fn end(&mut self, outcome: Result<Verdict, Failure>) -> Result<Verdict, Failure> {
         let verdict = outcome?;
         match self.flush() {
@@ -104,7 +103,7 @@ impl Output {
         }
     }
 
-    /// Flushes the output, so that a reader that waits for a line gets it now.
+    /// Flushes the output, so that a reader that is waiting for a line receives it now.
     pub fn flush(&mut self) -> Result<(), Failure> {
         self.stdout.flush()?;
         Ok(())
@@ -120,7 +119,7 @@ pub(crate) fn shown(text: &str) -> Cow<'_, str> {
     text.chars().map(|c| if harmless(c) { c } else { '\u{fffd}' }).collect::<String>().into()
 }
 
-/// Returns the same text on one line: the content of a table cell must not look like a row.
+/// Returns the same text on one line, because a line break in a table cell would look like a new row.
 pub(crate) fn one_line(text: &str) -> String {
     shown(text).chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }

@@ -1,21 +1,21 @@
-//! Shows progress on a terminal, and nothing elsewhere.
+//! Shows a progress bar if standard error is a terminal, and nothing otherwise.
 
 use std::time::Duration;
 
 use comfy_table::Table;
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// The interval at which the bar is drawn while nothing moves.
+/// The interval between redraws while the position stays the same.
 const TICK: Duration = Duration::from_millis(200);
-/// The width that the whole template needs, with a visible bar.
+/// The minimum width for the whole template with a visible bar.
 const COLUMNS_WIDE: u16 = 75;
 
-/// Returns a bar on standard error. `total` is the last value of [`ProgressBar::position`].
+/// Returns a progress bar on standard error. `total` is the value that [`ProgressBar::position`] has at the end.
 pub(crate) fn bar(what: &'static str, total: u64) -> ProgressBar {
     let bar = ProgressBar::new(total);
     let template = match Table::new().width() {
         Some(COLUMNS_WIDE..) => "{prefix} {wide_bar:.cyan/blue} {human_pos}/{human_len}  {per_sec}  {eta} left",
-        // A line that is too long wraps, and the next drawing would not cover both parts.
+        // A line that is too long wraps, and the next redraw would overwrite only one of its parts.
         _ => "{prefix} {human_pos:.cyan}/{human_len} {eta} left",
     };
     // Without its style the bar still works, so an invalid template is not an error.

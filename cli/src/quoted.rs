@@ -1,9 +1,9 @@
-//! The parts of the command line that an error may quote: never a password, wherever it stands.
+//! Decides which parts of the command line an error may quote. No part that may be a password is quoted.
 
 use clap::{builder::StyledStr, error::ContextValue};
 
-/// Returns the text, or only its scheme if the rest may hold a password: before an `@`, among parameters, or after a
-/// second colon.
+/// Returns the text unchanged, or only its scheme if the rest may hold a password: before an `@`, among the parameters,
+/// or after a second colon.
 pub fn quoted(text: &str) -> String {
     let (scheme, rest) = text.split_once("://").unwrap_or(("", text));
     let is_port =
@@ -18,13 +18,13 @@ pub fn quoted(text: &str) -> String {
     }
 }
 
-/// Returns whether the text can be a scheme, and not the part before the colon of another word, such as a user's name.
+/// Returns whether the text can be a scheme. A word before a colon may be something else, such as a user name.
 pub fn is_scheme(text: &str) -> bool {
     text.starts_with(|c: char| c.is_ascii_alphabetic())
         && text.chars().all(|c| c.is_ascii_alphanumeric() || ['+', '-', '.'].contains(&c))
 }
 
-/// Returns an error of the command line without the parts that may be a password.
+/// Removes every part that may be a password from an error of the command line.
 pub fn without_passwords(mut error: clap::Error) -> clap::Error {
     let said: Vec<_> = error.context().map(|(kind, value)| (kind, hidden(value))).collect();
     for (kind, value) in said {
@@ -49,17 +49,17 @@ fn hidden(value: &ContextValue) -> ContextValue {
     }
 }
 
-/// Parameters that are shown: the command that continues elsewhere needs them, and none of them is a secret.
+/// Parameters that may be shown. The command that continues an interrupted one needs them, and none of them is secret.
 const SHOWN: [&str; 4] = ["schema", "pooled", "password_file", "password_env"];
 
-/// Returns a URL without its password. Drops all parameters but those in `SHOWN`, since a password may be one of them.
-/// If the end of the password is not certain, only the scheme is shown.
+/// Returns a URL without its password. Drops every parameter that is not in `SHOWN`, since any of those may be a
+/// password. Returns only the scheme if the end of the password cannot be determined.
 pub fn without_password(url: &str) -> String {
     let scheme = url.split(':').next().unwrap_or_default();
     let hidden = format!("{scheme}://…");
     let (shown, parameters) = url.split_at(url.find(['?', '#']).unwrap_or(url.len()));
     let Some((_, rest)) = shown.split_once("//") else { return hidden };
-    // Splits at the last `@`: a password that was not encoded may contain one, and may contain a `?` too.
+    // Splits at the last `@`, because an unencoded password may contain an `@`, and also a `?`.
     let (user, host) = match rest.rsplit_once('@') {
         _ if parameters.contains('@') => return hidden,
         Some((user, host)) => (user.split(':').next(), host),

@@ -1,4 +1,4 @@
-//! Ctrl-C: the first asks the command to end at the next good place.
+//! Handles Ctrl-C: the first Ctrl-C asks the command to stop at its next safe point.
 
 use std::sync::{
     Arc,
@@ -8,7 +8,7 @@ use std::sync::{
 use futures::FutureExt;
 use tokio::sync::Notify;
 
-/// Whether the command was asked to stop. Clones share the state.
+/// Whether the user asked the command to stop. Clones share the state.
 #[derive(Clone, Default)]
 pub(crate) struct Stop {
     asked: Arc<AtomicBool>,
@@ -16,13 +16,13 @@ pub(crate) struct Stop {
 }
 
 impl Stop {
-    /// Listens for Ctrl-C from now on. A second Ctrl-C ends the process at once.
+    /// Starts to listen for Ctrl-C. A second Ctrl-C ends the process at once.
     pub fn on_ctrl_c() -> Self {
         let stop = Self::default();
         let told = stop.clone();
         let mut first = Box::pin(tokio::signal::ctrl_c());
-        // The first poll installs the listener, and the task may be polled late: until then, Ctrl-C would end the
-        // process without a word.
+        // The listener is installed by the first poll, and the task may be polled late. Until the first poll, Ctrl-C
+        // would end the process without a message.
         let pressed = (&mut first).now_or_never();
         tokio::spawn(async move {
             let pressed = match pressed {
@@ -44,7 +44,7 @@ impl Stop {
         self.asked.load(Ordering::Acquire)
     }
 
-    /// Resolves once the command is asked to stop.
+    /// Resolves once the user has asked the command to stop.
     pub async fn asked(&self) {
         let told = self.told.notified();
         if !self.is_asked() {

@@ -1,4 +1,4 @@
-//! Opens the store that a URL names, as it is: creates no store, and migrates no store to a newer version.
+//! Opens an existing store by its URL. Opening never creates a store, and never migrates one to a newer version.
 
 use std::{fmt, ops::RangeInclusive, path::PathBuf, str::FromStr, sync::Arc};
 
@@ -16,11 +16,11 @@ use crate::{
     quoted::{is_scheme, without_password},
 };
 
-/// Events per page that is read from a file, and the pages that are read ahead.
+/// The number of events per page, and the number of pages that are read ahead.
 const PAGE: usize = 1_000;
 const PAGES_AHEAD: usize = 2;
 
-/// The place where events are kept.
+/// The URL of a store.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) enum StoreUrl {
     Sqlite(PathBuf),
@@ -28,7 +28,7 @@ pub(crate) enum StoreUrl {
     Postgres(String),
 }
 
-/// What is wrong with a store URL. Quotes only the scheme of the URL, since the rest may hold a password.
+/// Why a store URL is invalid. Quotes only the scheme of the URL, since the rest may hold a password.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum StoreUrlError {
     #[error("no store has the scheme {0:?}; known are sqlite:PATH and postgres://…")]
@@ -65,7 +65,7 @@ impl FromStr for StoreUrl {
     }
 }
 
-/// The URL without its password.
+/// Prints the URL without its password.
 impl fmt::Display for StoreUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -75,7 +75,7 @@ impl fmt::Display for StoreUrl {
     }
 }
 
-/// Same as [`Display`](fmt::Display), since debug output ends in logs.
+/// Same as [`Display`](fmt::Display), because debug output ends up in logs.
 impl fmt::Debug for StoreUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
@@ -106,7 +106,7 @@ enum Driver {
 pub(crate) enum OpenError {
     Missing,
     Outdated,
-    /// The schema was renamed; holds the new name.
+    /// The schema was renamed. Holds the new name.
     Renamed(String),
     Other(String),
 }
@@ -151,8 +151,8 @@ impl Store {
         }
     }
 
-    /// Returns the events of a query at these positions, in log order, up to the end of the log that is readable at the
-    /// call. Takes constant memory, however many events there are. The stream ends after an error.
+    /// Returns the events that match a query within a range of positions, in log order, up to the end of the log at the
+    /// time of the call. Memory use is constant, whatever the number of events. The stream ends after an error.
     pub async fn log(
         &self,
         query: LogQuery,
@@ -163,7 +163,7 @@ impl Store {
         Ok(batches.map_ok(|events| stream::iter(events).map(Ok)).try_flatten().boxed())
     }
 
-    /// Returns the same events byte for byte, in batches that `take` fills. `take` runs in parallel with the consumer.
+    /// Returns the same events byte for byte, in batches that `take` fills. `take` runs concurrently with the consumer.
     pub async fn batches<B: Default + Send + 'static>(
         &self,
         query: LogQuery,
@@ -185,7 +185,7 @@ impl Store {
         }
     }
 
-    /// Returns whether payloads and metadata are always JSON, because their columns hold nothing else.
+    /// Returns whether payloads and metadata are always JSON because the types of their columns accept nothing else.
     pub fn has_json_only(&self) -> bool {
         matches!(self.driver, Driver::Postgres(_))
     }

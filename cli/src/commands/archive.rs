@@ -1,4 +1,4 @@
-//! `archive`: writes finished streams to a file of their own.
+//! `archive`: copies finished streams to a separate file.
 
 use std::{
     collections::HashSet,
@@ -30,7 +30,7 @@ use crate::{
     store::Store,
 };
 
-/// Streams that are listed at once.
+/// The number of streams per page of the listing.
 const PAGE: usize = 1_000;
 
 #[derive(Debug, Args)]
@@ -54,7 +54,7 @@ pub(crate) struct Arguments {
     /// Only streams whose last event is older than this, such as 12h, 90d.
     #[arg(long, value_name = "DURATION", required_unless_present = "resume")]
     quiet_for: Option<Span>,
-    /// Continue a file that was broken off, with the streams that it was begun with.
+    /// Continue an interrupted file with the streams that it was started with.
     #[arg(long, conflicts_with_all = ["category", "quiet_for"])]
     resume: bool,
 }
@@ -80,7 +80,7 @@ pub(crate) async fn run(
     let (mut writer, header, finished) = match arguments.resume {
         true => go_on(path, store).await?,
         false => {
-            // Streams with events after this position are not finished.
+            // A stream with an event after this position is not finished.
             let until = archive.status().await?.head.0;
             let (categories, quiet_before) = (arguments.category, arguments.quiet_for.map_or_else(Utc::now, Span::ago));
             let finished = Finished::of(&*archive, &categories, quiet_before, until).await?;
@@ -108,7 +108,7 @@ pub(crate) async fn run(
     let categories = header.archive.iter().flat_map(|archived| &archived.categories).map(|name| name.as_str().into());
     let query = LogQuery { categories: categories.collect(), types: Vec::new() };
     let add = move |lines: &mut Lines, event: Stored<'_>| {
-        // Other events do not move the position: a section ends with its own last event.
+        // Other events do not advance the position, so a section ends with an event of its own.
         if finished.keys.contains(&stream_key(&event.stream)) {
             lines.add(&event, is_json);
         }
@@ -139,7 +139,8 @@ pub(crate) async fn run(
     Ok(Verdict::Fine)
 }
 
-/// Resumes a file with the streams that it was begun with; otherwise it would hold halves of some streams.
+/// Resumes a file with the streams that it was started with. With other streams, the file would hold only the second
+/// half of some streams.
 async fn go_on(path: &Path, store: &Store) -> Result<(Writer, Header, Finished), Failure> {
     let shown = path.display();
     let Some((writer, header)) = Writer::go_on(path)? else {
@@ -168,12 +169,13 @@ async fn go_on(path: &Path, store: &Store) -> Result<(Writer, Header, Finished),
 /// The finished streams.
 struct Finished {
     keys: HashSet<u128>,
-    /// The hash of all their names.
+    /// The hash of the names of all streams.
     blake3: String,
 }
 
 impl Finished {
-    /// Finds the streams without events since `quiet_before` or after `until`, leaving out sagas that have not ended.
+    /// Finds the streams that have no event since `quiet_before` or after `until`. Leaves out sagas that have not
+    /// ended.
     async fn of(
         archive: &dyn Archive,
         categories: &[String],
@@ -204,7 +206,7 @@ impl Finished {
     }
 }
 
-/// Returns whether the saga of a stream has ended; true if the stream is not a saga's.
+/// Returns whether the saga of a stream has ended. Returns true for a stream that does not belong to a saga.
 async fn has_ended(archive: &dyn Archive, stream: &StreamSummary) -> Result<bool, Failure> {
     if !stream.stream.category().starts_with("saga.") {
         return Ok(true);

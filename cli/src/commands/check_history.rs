@@ -1,5 +1,5 @@
-//! `check-history`: checks that this build still reads the events of an export, and that its sagas still take the same
-//! way.
+//! `check-history`: checks that this build can still read the events of an export, and that its sagas still take the
+//! same steps as recorded.
 
 use std::{collections::HashMap, path::PathBuf};
 
@@ -14,7 +14,7 @@ use crate::{
     output::{Output, grouped, shown},
 };
 
-/// The most findings that are printed. The others are only counted.
+/// The maximum number of findings to print. Further findings are only counted.
 const TOLD_MAX: u64 = 200;
 
 #[derive(Debug, Args)]
@@ -46,7 +46,8 @@ struct Checked {
 pub(crate) fn run(arguments: Arguments, domain: &Domain, output: &mut Output) -> Result<Verdict, Failure> {
     let mut reader = Reader::open(&arguments.against)?;
     let mut checked = Checked { events: 0, sagas: 0, findings: 0 };
-    // Sagas that have not ended; `None` after a finding, whose consequences need no finding of their own.
+    // The sagas that have not ended. `None` stands for a saga with a finding: its later events are not checked, because
+    // they would only repeat that finding.
     let mut sagas: HashMap<String, Option<Box<dyn Replay>>> = HashMap::new();
     let complete = loop {
         let event = match reader.step()? {

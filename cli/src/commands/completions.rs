@@ -1,4 +1,4 @@
-//! `completions`: prints the script with which a shell completes this command.
+//! `completions`: prints the shell script that completes this command.
 
 use clap::Args;
 use clap_complete::Shell;

@@ -16,7 +16,7 @@ use crate::{
     store::Store,
 };
 
-/// The most characters of a reason in a table.
+/// The maximum number of characters of a reason in a table.
 const REASON_CHARS_MAX: usize = 60;
 
 #[derive(Debug, Args)]
@@ -44,10 +44,10 @@ enum What {
     Show {
         /// The subscription or group of the message.
         subscription: String,
-        /// Its key, or its id.
+        /// The key or the id of the message.
         key: String,
     },
-    /// Redrive messages: their service tries them again.
+    /// Redrive messages, so that their service tries them again.
     Redrive {
         /// The subscription or group of the messages.
         subscription: String,
@@ -60,11 +60,11 @@ enum What {
         #[command(flatten)]
         act: Act,
     },
-    /// Give up a message for good.
+    /// Drop a message for good.
     Drop {
         /// The subscription or group of the message.
         subscription: String,
-        /// Its key, or its id.
+        /// The key or the id of the message.
         key: String,
         #[command(flatten)]
         act: Act,

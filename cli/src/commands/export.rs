@@ -23,7 +23,7 @@ use crate::{
     store::Store,
 };
 
-/// Documents that are read at once.
+/// The number of documents per read.
 const PAGE: usize = 500;
 
 #[derive(Debug, Args)]
@@ -40,7 +40,7 @@ of another moment: stop the services if they are to be exact.")]
 pub(crate) struct Arguments {
     /// The file; compressed if its name ends in .zst.
     file: PathBuf,
-    /// Continue a file that was broken off, after its last complete section.
+    /// Continue an interrupted file after its last complete section.
     #[arg(long)]
     resume: bool,
 }
@@ -104,7 +104,7 @@ pub(crate) async fn run(
         let archive = store.port();
         let (collection_done, mut after) = writer.so_far().document.clone().unwrap_or_default();
         for collection in archive.collections().await? {
-            // The progress of an import belongs to this store, not to its contents.
+            // The progress of an import describes this store and is not part of its contents.
             if *collection < *collection_done || &*collection == IMPORT {
                 continue;
             }
@@ -129,7 +129,7 @@ pub(crate) async fn run(
     let add = move |lines: &mut Lines, event: Stored<'_>| lines.add(&event, is_json);
     let mut log = store.batches(LogQuery::all(), writer.so_far().position + 1..=until, add).await?;
     while let Some(lines) = log.try_next().await? {
-        // An empty page does not say which position it ends at.
+        // An empty page does not say at which position it ends.
         if lines.count == 0 {
             continue;
         }

@@ -21,10 +21,10 @@ use crate::{
     store::Store,
 };
 
-/// Sections are collected up to this size and written together.
+/// Sections are collected up to this number of events and written together.
 const PART_EVENTS: usize = 20_000;
 const PART_BYTES: usize = 16 << 20;
-/// Parts that are read ahead while one is written.
+/// The number of parts that are read ahead while another part is written.
 const PARTS_AHEAD: usize = 1;
 
 #[derive(Debug, Args)]
@@ -75,14 +75,14 @@ pub(crate) async fn run(
     let stop = Stop::on_ctrl_c();
     let bar = progress::bar("imported", 0);
     let (parts, mut read) = mpsc::channel(PARTS_AHEAD);
-    // The task ends by itself once the channel is closed.
+    // The task ends on its own once the channel is closed.
     let (events, documents) = (done.events, done.documents);
     let reading = tokio::task::spawn_blocking(move || read_parts(reader, (events, documents), &parts));
     let mut last = None::<Section>;
     while let Some(Part { mut contents, section }) = read.recv().await {
         bar.set_length(section.until.unwrap_or_default().unsigned_abs());
         let complete = section.complete;
-        // Only checked sections are written, together with the progress, in one commit.
+        // Writes verified sections only. Their contents and the progress are written in one commit.
         if !contents.events.is_empty() || !contents.documents.is_empty() || (complete && !done.complete) {
             version += 1;
             contents.documents.push(document(export, &section, version)?);
@@ -123,7 +123,7 @@ pub(crate) async fn run(
     Ok(Verdict::Fine)
 }
 
-/// Checked sections that are written in one commit.
+/// Verified sections that are written in one commit.
 #[derive(Default)]
 struct Part {
     contents: Contents,
@@ -131,7 +131,7 @@ struct Part {
     section: Section,
 }
 
-/// Reads sections, leaving out what the store already has, and returns whether the file is complete.
+/// Reads sections and skips those that the store already has. Returns whether the file is complete.
 fn read_parts(
     mut reader: Reader,
     (events_done, documents_done): (u64, u64),
@@ -143,7 +143,7 @@ fn read_parts(
         let step = match reader.step() {
             Ok(step) => step,
             Err(error) => {
-                // The valid sections before the error are written.
+                // The valid sections before the error are written before the command fails.
                 whole.map(|part| parts.blocking_send(part).ok());
                 return Err(error);
             }
@@ -191,7 +191,8 @@ fn document(export: Uuid, section: &Section, version: i64) -> Result<Document, F
     Ok(Document { key: import_key(), version, body: body.into(), due: None })
 }
 
-/// Returns the progress of an import into a store, with the version of its document; `None` if there was no import.
+/// Returns the progress of an import into this store, with the version of the document that holds it. Returns `None` if
+/// the store has no such document.
 pub(crate) async fn progress_of(archive: &dyn Archive) -> Result<Option<(i64, Progress)>, StoreError> {
     let found = archive.documents(&[import_key()]).await?.into_iter().next().flatten();
     let Some(document) = found else { return Ok(None) };

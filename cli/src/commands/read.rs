@@ -15,7 +15,7 @@ use crate::{
     store::Store,
 };
 
-/// Events that are read at once: few enough that the largest fit into memory.
+/// The number of events per read: so few that even the largest events fit into memory.
 const PAGE: usize = 500;
 
 #[derive(Debug, Args)]
@@ -51,7 +51,7 @@ impl Arguments {
         !self.archive.is_empty()
     }
 
-    /// Returns whether the events end before this one: versions and times rise, so none after it is wanted.
+    /// Returns whether this event and all later events are outside the range. Versions and times only rise.
     fn ends_before(&self, version: i64, recorded_at: DateTime<Utc>) -> bool {
         version > self.to || self.at.is_some_and(|Moment(at)| recorded_at > at)
     }
@@ -80,7 +80,8 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
     Ok(Verdict::Fine)
 }
 
-/// Reads the events from files. Each file is read to its end, so that no event of a damaged file passes for valid.
+/// Reads the events from files. Reads each file to its end, so that a damaged file is reported before any of its events
+/// counts as valid.
 pub(crate) fn from_archives(arguments: Arguments, output: &mut Output) -> Result<Verdict, Failure> {
     let mut found = BTreeMap::new();
     for path in &arguments.archive {
@@ -138,7 +139,7 @@ pub(crate) fn show(event: &Recorded, output: &mut Output) -> Result<(), Failure>
         event.position
     )))?;
     output.line(&format!("  id {}  cause {}", event.id, event.metadata.causation_id))?;
-    // Only the original text keeps the order of keys. People rather read a payload that is laid out.
+    // Raw text is the only form that keeps the order of the keys. For people, the payload is pretty-printed.
     let data = match annals::json::pretty(&event.data) {
         Ok(data) => data,
         Err(error) => format!("not JSON ({error}): {}", event.data),

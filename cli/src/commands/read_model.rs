@@ -1,4 +1,4 @@
-//! `read-model`: shows the views of a read model, or rebuilds all of them next to the live views.
+//! `read-model`: shows the views of a read model, or rebuilds all views next to the live views.
 
 use std::sync::Arc;
 
@@ -21,9 +21,9 @@ use crate::{
     store::Store,
 };
 
-/// The most characters of a view in a table.
+/// The maximum number of characters of a view in a table.
 const VIEW_CHARS_MAX: usize = 100;
-/// Views that are read at once.
+/// The number of views per read.
 const PAGE: usize = 500;
 
 #[derive(Debug, Args)]
@@ -57,10 +57,11 @@ enum Verb {
     Compare,
     /// Build all views anew, show how the live ones differ, and swap them.
     Rebuild {
-        /// Swap even if some events could not be applied; they wait as dead letters, and their views are incomplete.
+        /// Swap even if some events could not be applied. Those events stay parked as dead letters, and their views are
+        /// incomplete.
         #[arg(long)]
         accept_parked: bool,
-        /// Swap even if the live views are of a later version of the code.
+        /// Swap even if a later version of the code built the live views.
         #[arg(long)]
         accept_older: bool,
         #[command(flatten)]
@@ -87,7 +88,7 @@ struct Row {
     view: Box<RawValue>,
 }
 
-/// A view as it is live, and as it was rebuilt.
+/// The live view and the rebuilt view of one key.
 #[derive(Serialize)]
 struct Sides {
     key: Arc<str>,
@@ -103,7 +104,7 @@ pub(crate) async fn run(
 ) -> Result<Verdict, Failure> {
     let Some(verb) = &arguments.verb else { return list(&arguments, store, output).await };
     let model = domain.read_model(&arguments.name)?;
-    // Asks for the operator before the long build, not after it.
+    // Asks for the operator's name before the long build rather than after it.
     let act = match verb {
         Verb::Compare => None,
         Verb::Rebuild { act, .. } => Some((act, act.by()?)),
@@ -158,7 +159,7 @@ pub(crate) async fn run(
     }
 }
 
-/// Builds the views next to the live views; returns `None` if it was stopped.
+/// Builds the views next to the live views. Returns `None` if the user stopped the build.
 async fn build(model: &dyn Model, verb: &Verb, store: &Store, stop: &Stop) -> Result<Option<Rebuild>, Failure> {
     let bar = progress::bar("built", store.port().status().await?.head.0.unsigned_abs());
     let built = model.begin(store.port()).await.map_err(Failure::new)?;
@@ -176,7 +177,7 @@ async fn build(model: &dyn Model, verb: &Verb, store: &Store, stop: &Stop) -> Re
     match caught_up {
         Some(Ok(())) => Ok(Some(built)),
         Some(Err(error)) => {
-            // If this fails too, the next build removes the rest. The first error is the one to report.
+            // If discarding fails too, the next build removes the remaining views. Only the first error is reported.
             _ = built.discard().await;
             Err(Failure::new(error.to_string()))
         }
@@ -188,7 +189,7 @@ async fn build(model: &dyn Model, verb: &Verb, store: &Store, stop: &Stop) -> Re
     }
 }
 
-/// Prints differences up to a limit, and counts all of them.
+/// Prints the differences up to a limit, and counts all of them.
 async fn compare(built: &Rebuild, limit: usize, output: &mut Output) -> Result<Compared, Failure> {
     let (mut told, mut broken) = (0, None);
     let compared = built.compare(|difference| {
@@ -251,7 +252,7 @@ async fn list(arguments: &Arguments, store: &Store, output: &mut Output) -> Resu
     let rows = loop {
         let collection = live_collection(&*archive, &arguments.name).await?;
         let rows = page(arguments, &*archive, &collection).await?;
-        // Views may be missing from the page if other views were swapped in meanwhile.
+        // If a rebuild swapped the views during the read, the page may lack some views.
         if live_collection(&*archive, &arguments.name).await? == collection {
             break rows;
         }

@@ -1,4 +1,4 @@
-//! `recover`: brings back a store whose database was restored to an earlier moment than its topics.
+//! `recover`: repairs a store whose database was restored from a backup that is older than its Kafka topics.
 
 mod found;
 mod owing;
@@ -37,10 +37,10 @@ use crate::{
     store::Store,
 };
 
-/// Positions left free behind the last one that was sent. The lost database may have drawn more than its relay had sent, and
-/// readers over HTTP may remember them.
+/// The number of positions that stay unused after the last position in the topics. The lost database may have assigned
+/// positions that its relay had not yet sent, and HTTP clients may remember those positions.
 const MARGIN: i64 = 1_000_000;
-/// What the acts about the log itself are recorded under.
+/// The id of the operator stream that records actions on the log itself.
 const LOG: &str = "log";
 
 #[derive(Debug, Args)]
@@ -64,17 +64,17 @@ pub(crate) struct Arguments {
     /// The services on the store [default: those whose relays have run on it].
     #[arg(long, value_name = "NAME")]
     service: Vec<String>,
-    /// Begin behind what the topics hold, and take nothing back.
+    /// Start after the contents of the topics, and take no event back.
     #[arg(long)]
     anew: bool,
-    /// Only say what would be done.
+    /// Only print what the command would do.
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
     act: Act,
 }
 
-/// What was done, or would be.
+/// The result of a recovery or of a dry run.
 #[derive(Serialize)]
 struct Recovered<'a> {
     services: &'a BTreeSet<String>,
@@ -82,14 +82,14 @@ struct Recovered<'a> {
     /// The new name of the log.
     log: &'a str,
     restored_to: i64,
-    /// The position that the new segment begins with.
+    /// The first position of the new segment.
     first: i64,
     #[serde(flatten)]
     counts: &'a Counts,
     dry_run: bool,
 }
 
-/// What a recovery starts from.
+/// The state from which a recovery starts.
 struct Plan {
     services: BTreeSet<String>,
     relayed: BTreeMap<String, Relayed>,
@@ -124,7 +124,8 @@ pub(crate) async fn run(
     Recovering { plan, arguments, by, bus }.run(found, store, (again, &stop), output).await
 }
 
-/// A recovery that has found something to do, or may find it as it compares.
+/// A recovery that has found something to do, or that may still find something when it compares the log with the
+/// topics.
 struct Recovering {
     plan: Plan,
     arguments: Arguments,
@@ -132,7 +133,7 @@ struct Recovering {
     bus: KafkaBus,
 }
 
-/// What the topics had, and what became of it.
+/// What the topics contained, and what the recovery did with their messages.
 struct Outcome<'a> {
     found: &'a Found,
     unknown: Vec<(String, i64)>,
@@ -218,7 +219,8 @@ impl Recovering {
         Ok(Verdict::Stopped)
     }
 
-    /// The last commit: what the log is called from now on, where relays and, anew, consumers go on, and who did it.
+    /// Writes the last commit. It holds the new name of the log, the checkpoints of the relays, the operator's event
+    /// and, with `--anew`, the checkpoints of the consumers.
     async fn complete(&mut self, archive: &Arc<dyn Archive>, outcome: Outcome<'_>) -> Result<(), Failure> {
         let Outcome { found, unknown, first, counts } = outcome;
         let (plan, anew) = (&mut self.plan, self.arguments.anew);
@@ -253,7 +255,7 @@ impl Recovering {
     }
 }
 
-/// The words with which an interrupted recovery goes on.
+/// The arguments that continue an interrupted recovery.
 fn words(arguments: &Arguments) -> Vec<String> {
     let mut words = vec!["recover".to_owned(), "--bus".to_owned(), arguments.bus.to_string()];
     for service in &arguments.service {
@@ -295,7 +297,7 @@ fn tell(recovered: &Recovered<'_>, output: &mut Output) -> Result<(), Failure> {
     ))
 }
 
-/// Refuses while an instance of a service shows that it is alive.
+/// Fails if an instance of any service appears to be alive.
 async fn nobody_runs(archive: &Arc<dyn Archive>) -> Result<(), Failure> {
     let alive = recovery::alive(&**archive).await?;
     if alive.is_empty() {
@@ -333,13 +335,14 @@ impl Plan {
         Ok(Self { services, relayed, names, names_version, recovery, recovery_version, resumes, head: head.0 })
     }
 
-    /// Whether a recovery was begun, or topics hold what is not in the log, as far as their positions and names say.
+    /// Returns whether a recovery was started earlier, or the topics hold messages that the log lacks, judged by the
+    /// positions of the messages and the names of their logs.
     fn is_behind(&self, found: &Found) -> bool {
         let is_ahead = |(log, (_, last)): (&String, &(i64, i64))| !self.names.knows(log) || *last > self.head;
         self.resumes || found.logs.iter().any(is_ahead)
     }
 
-    /// The logs that the store does not know, in the order of their positions.
+    /// Returns the logs that the store does not know, in the order of their positions.
     fn unknown_logs(&self, found: &Found, anew: bool) -> Result<Vec<(String, i64)>, Failure> {
         let unknown = found.logs.iter().filter(|(log, _)| !self.names.knows(log));
         let mut unknown: Vec<_> = unknown.map(|(log, (first, last))| (log.clone(), *first, *last)).collect();
@@ -360,14 +363,15 @@ impl Plan {
         Ok(unknown.into_iter().map(|(log, first, _)| (log, first)).collect())
     }
 
-    /// From here on no service starts before the recovery is complete.
+    /// Records the start of the recovery. From then on, no service starts until the recovery is complete.
     async fn begin(&mut self, archive: &Arc<dyn Archive>) -> Result<(), Failure> {
         self.recovery_version += 1;
         let begun = self.recovery.document(self.recovery_version);
         put(archive, Contents { events: Vec::new(), documents: vec![begun] }).await
     }
 
-    /// Relays go on where brokers may lack messages, and do not send the rest once more.
+    /// Moves the relays to the first position whose message the brokers may lack, so that the relays do not send all
+    /// earlier messages again.
     async fn relays(&self, archive: &Arc<dyn Archive>, found: &Found) -> Result<Vec<Document>, Failure> {
         let mut documents = Vec::new();
         for service in &self.services {
@@ -390,7 +394,7 @@ impl Plan {
     }
 }
 
-/// The act as an event, which is the first of the new segment.
+/// Returns the operator's action as a stored event, which becomes the first event of the new segment.
 async fn recorded(
     archive: &Arc<dyn Archive>,
     event: &OperatorEvent,
@@ -417,7 +421,8 @@ async fn recorded(
     })
 }
 
-/// Anew, what the services consume begins where it ends now: what is there was for sagas of another log.
+/// For `--anew`: returns checkpoints that make the services consume from the current end of their topics, because the
+/// older messages belong to sagas of another log.
 async fn inboxes(archive: &Arc<dyn Archive>, bus: &KafkaBus, found: &Found) -> Result<Vec<Document>, Failure> {
     let mut documents = Vec::new();
     for topic in found.inboxes.topics() {

@@ -14,14 +14,14 @@ use crate::failure::Failure;
 /// <https://www.rfc-editor.org/rfc/rfc8878#section-3.1.1>
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 
-/// Bytes that are hashed at once.
+/// The number of bytes that are hashed at once.
 const HASHED_BYTES: usize = 128 << 10;
 
 /// The next item of an export.
 pub(crate) enum Step {
     Event(Box<Stored<'static>>),
     Document(Document),
-    /// The end of a section. Everything before it is as it was written.
+    /// The end of a section. The checksum matches everything before this point.
     Section(Section),
     /// The end of the file, complete or not.
     End,
@@ -38,7 +38,7 @@ pub(crate) struct Reader {
     source: Source,
     header: Header,
     hasher: blake3::Hasher,
-    /// Bytes that were read and not hashed yet: hashing many bytes at once is faster.
+    /// Bytes that were read but not yet hashed. Hashing many bytes at once is faster.
     unhashed: Vec<u8>,
     /// The offset of the next line in a plain file, or of the next frame in a compressed one.
     offset: u64,
@@ -95,7 +95,7 @@ impl Reader {
         &self.header
     }
 
-    /// The offset at which a file is cut after the section that was read last.
+    /// The offset at which to truncate the file to keep everything up to the last section that was read.
     pub fn offset(&self) -> u64 {
         self.offset
     }

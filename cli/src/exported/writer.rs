@@ -1,4 +1,4 @@
-//! Writes an export, or resumes one that was broken off.
+//! Writes an export, or resumes an interrupted export.
 
 use std::{
     fs::{File, OpenOptions},
@@ -12,15 +12,15 @@ use serde::Serialize;
 use super::{DocumentLine, Header, Reader, Section, Step};
 use crate::{event::Lines, failure::Failure};
 
-/// A section ends after this many lines or bytes: an export that breaks off loses at most that much, and an import
-/// holds that much in memory.
+/// A section ends after this many lines or bytes. An interrupted export loses at most one section, and an import holds
+/// one section in memory.
 const SECTION_LINES: u64 = 5_000;
 const SECTION_BYTES: usize = 16 << 20;
 /// The default level of zstd.
 const COMPRESSION: i32 = 3;
 
-/// The destination of lines. Each section is a frame of its own, so that a file can be cut after any of them and
-/// resumed.
+/// The destination of the lines. Each section is a compression frame of its own, so that the file can be truncated
+/// after any section and resumed.
 enum Sink {
     Plain(BufWriter<File>),
     Zstd(Option<zstd::Encoder<'static, BufWriter<File>>>),
@@ -41,18 +41,18 @@ impl Writer {
         let file = OpenOptions::new().write(true).create_new(true).open(path).map_err(|error| told(path, &error))?;
         let mut writer =
             Self::to(file, path, blake3::Hasher::new(), Section::default()).map_err(|error| told(path, &error))?;
-        // The header is flushed at once, so that the export can be resumed from its first moment.
+        // Flushes the header at once, so that the export can be resumed from the start.
         writer.put(header).and_then(|()| writer.flush()).map_err(|error| told(path, &error))?;
         Ok(writer)
     }
 
-    /// Resumes a file after its last complete section; anything after that is overwritten. Returns `None` if the file
-    /// is complete.
+    /// Resumes a file after its last complete section, and overwrites anything after that section. Returns `None` if
+    /// the file is complete.
     pub fn go_on(path: &Path) -> Result<Option<(Self, Header)>, Failure> {
         let mut reader = Reader::open(path)?;
         let mut whole = None;
         loop {
-            // A file that broke off ends in the middle of an item. It is cut after its last complete section.
+            // An interrupted file ends in the middle of an item. It is truncated after its last complete section.
             match reader.step() {
                 Ok(Step::Section(section)) if section.complete => return Ok(None),
                 Ok(Step::Section(section)) => whole = Some((section, reader.offset(), reader.hasher().clone())),
@@ -90,7 +90,7 @@ impl Writer {
         Ok(Self { sink, hasher, so_far, open: (0, 0), line: Vec::new() })
     }
 
-    /// The contents of the file so far.
+    /// The totals of everything written so far.
     pub fn so_far(&self) -> &Section {
         &self.so_far
     }
@@ -113,7 +113,7 @@ impl Writer {
         self.ends_section(1, self.line.len())
     }
 
-    /// Ends the documents. `head` is the position up to which the log will be written.
+    /// Ends the documents. `head` is the last position that the export will include.
     pub fn until(&mut self, head: i64) -> io::Result<()> {
         self.so_far.until = Some(head);
         self.section(false)
@@ -184,7 +184,7 @@ fn frame(file: BufWriter<File>) -> io::Result<zstd::Encoder<'static, BufWriter<F
     Ok(encoder)
 }
 
-/// Decides by the extension `.zst`.
+/// Returns whether the file is compressed, which its extension `.zst` says.
 fn is_compressed(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension == "zst")
 }

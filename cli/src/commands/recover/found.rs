@@ -1,4 +1,4 @@
-//! What the topics hold of the services on a store.
+//! Finds the messages that the services of a store have sent to topics.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -15,28 +15,30 @@ use annals_kafka::{Contents, KafkaBus};
 use super::sorted::{Sent, Sorter};
 use crate::{failure::Failure, progress, stop::Stop};
 
-/// What the topics hold.
+/// The messages and offsets that were found in the topics.
 #[derive(Default)]
 pub(super) struct Found {
     pub sent: Sorter,
-    /// The logs that the services' messages came from, each with its first and its last position.
+    /// The logs from which the services sent messages, each with its first and last position found.
     pub logs: BTreeMap<String, (i64, i64)>,
-    /// All positions that messages came from, in order.
+    /// The positions of all messages, in order.
     positions: Vec<i64>,
-    /// The first and the last position of the events that were recorded together, by that time. A commit has one time.
+    /// The first and the last position of the events with the same recording time, by that time. All events of a commit
+    /// have the same time.
     together: HashMap<i64, (i64, i64)>,
-    /// By service and lane: the last positions that its relay may not have known to be taken.
+    /// By service and lane: the last positions sent. The relay may not have known yet that the brokers had accepted
+    /// these messages.
     windows: BTreeMap<(String, u32), BTreeSet<i64>>,
-    /// Where the topics end that the services have sent to.
+    /// The ends of the topics to which the services have sent messages.
     pub ends: Ends,
-    /// Where those end that the services consume.
+    /// The ends of the topics that the services consume.
     pub inboxes: Ends,
-    /// Partitions of which messages are gone that no checkpoint had noted.
+    /// Partitions from which retention removed messages after the last end that a checkpoint recorded.
     pub removed: Vec<String>,
     pub topics: usize,
 }
 
-/// Whose messages are looked for.
+/// The services whose messages are searched for, with the state of their relays.
 pub(super) struct Search<'a> {
     pub services: &'a BTreeSet<String>,
     pub relayed: &'a BTreeMap<String, Relayed>,
@@ -44,7 +46,7 @@ pub(super) struct Search<'a> {
 }
 
 impl Search<'_> {
-    /// Reads the topics from where the relays have last noted their ends; `None` if it was stopped.
+    /// Reads each topic from the end that the relays last recorded. Returns `None` if the user stopped the search.
     pub async fn run(&self, bus: &KafkaBus, stop: &Stop) -> Result<Option<Found>, Failure> {
         let told = |error: annals::BusError| Failure::new(error.to_string());
         let own: BTreeSet<String> = self.services.iter().map(|service| format!("{service}.events")).collect();
@@ -82,8 +84,8 @@ impl Search<'_> {
         Ok(Some(found))
     }
 
-    /// Where each partition of a topic ended when the last of the relays noted it. What a relay has not noted begins at the
-    /// beginning.
+    /// Returns the end of each partition that all relays have recorded, and the lowest if they differ. A partition
+    /// whose end some relay has not recorded is read from its beginning.
     fn known_ends(&self, topic: &str) -> Ends {
         let mut known = Ends::default();
         let mut relays = self.services.iter().map(|service| self.relayed.get(service).map(Relayed::taken));
@@ -122,7 +124,8 @@ impl Search<'_> {
                 window.pop_first();
             }
         } else if !is_own {
-            // An event that was redriven carries no lane. Of anything else it cannot be said where it came from.
+            // A redriven event carries no lane, and an own topic shows where it came from. For any other message
+            // without a lane, the sender is uncertain.
             return Ok(());
         }
         found.positions.push(position.0);
@@ -156,14 +159,14 @@ impl Found {
         }
     }
 
-    /// The last position.
+    /// Returns the last position found.
     pub fn last(&self) -> i64 {
         self.positions.last().copied().unwrap_or(0)
     }
 
-    /// Returns whether the topics hold everything that was committed together with an event, given that the log holds
-    /// everything up to a position: every position between the first and the last event of the commit, and the position on
-    /// either side, is known.
+    /// Returns whether the topics hold all events that were committed together with `event`, given that the log holds
+    /// all events up to `held_to`. This is certain only if the topics hold every position from the first to the last
+    /// event of the commit, and also the positions directly before and after.
     pub fn is_whole(&self, event: &annals::archive::Stored<'_>, held_to: i64) -> bool {
         let time = event.recorded_at.timestamp_micros();
         let Some((first, last)) = self.together.get(&time).copied() else { return false };
@@ -173,8 +176,8 @@ impl Found {
         known as i64 == last - first + 1
     }
 
-    /// The position before which brokers have taken all messages of a service for certain. All lanes count: the number of lanes
-    /// may have changed since the backup, and with it which lane carries a stream.
+    /// Returns the position before which the brokers have certainly accepted all messages of a service. All lanes
+    /// count, because the number of lanes may have changed since the backup, and with it the lane of each stream.
     pub fn all_taken_before(&self, service: &str) -> Option<i64> {
         let of_service = self.windows.iter().filter(|((of, _), _)| of == service);
         let firsts = of_service.map(|(_, window)| window.first().copied().filter(|_| window.len() == WINDOW));
@@ -182,7 +185,7 @@ impl Found {
     }
 }
 
-/// Whether a message is an event as its log has it: published, or an answer to a saga.
+/// Returns whether a message carries an event as the log stores it: a published event, or an answer to a saga.
 fn is_event(message: &Message, is_own: bool) -> bool {
     message.version.0 > 0 && (is_own || message.subject.starts_with("step."))
 }

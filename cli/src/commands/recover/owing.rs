@@ -1,5 +1,6 @@
-//! Work that is owed: answers to sagas are taken back as they were, and what was committed together with some of them may be lost.
-//! The services do it again at their next start, by the commands that are looked up here.
+//! Finds work that a participant has to do again. An answer to a saga can be taken back from a topic, while other
+//! events of the same commit may be lost. The service then does the work of that answer again at its next start. This
+//! module looks up the commands for that.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,18 +22,19 @@ use crate::{failure::Failure, progress};
 /// Documents written in one commit.
 const PART: usize = 1_000;
 
-/// The answers whose work is to be done again, each with its position.
+/// The answers whose work must be done again, each with its position.
 #[derive(Default)]
 pub(super) struct Owing(BTreeMap<StepKey, (Position, Reply)>);
 
 impl Owing {
-    /// Notes an answer, if it left something done.
+    /// Notes an answer if its outcome is final (done or refused). Returns whether the answer is a new one.
     pub fn note(&mut self, event: &Stored<'_>) -> bool {
         let answered = StepKey::answered(event);
         answered.is_some_and(|(key, reply)| self.0.insert(key, (event.position, reply)).is_none())
     }
 
-    /// Writes the documents by which the services do the work again. Gives the steps whose commands are in no topic any more.
+    /// Writes the documents that make the services do the work again. Returns the steps whose commands are no longer in
+    /// any topic.
     pub async fn write(
         mut self,
         services: &BTreeSet<String>,
@@ -56,7 +58,7 @@ impl Owing {
         Ok(self.0.into_keys().map(gone).collect())
     }
 
-    /// Finds the commands of a service in its inbox, from where the restored service reads on.
+    /// Finds the commands for a service in its inbox, starting at the offset from which the restored service will read.
     async fn look_up<'a>(
         &mut self,
         service: &'a str,

@@ -1,4 +1,4 @@
-//! Messages in the order of their positions: sorted in memory, and in temporary files once there are many.
+//! Sorts messages by position: in memory, and in temporary files once there are many.
 
 use std::{
     cmp::Reverse,
@@ -15,24 +15,24 @@ use crate::{
     failure::Failure,
 };
 
-/// Held in memory before it goes to a file.
+/// The maximum number of bytes held in memory before they are moved to a file.
 const MEMORY_BYTES: usize = 64 << 20;
-/// The bytes that an event takes in addition to its texts.
+/// The memory that an event takes in addition to its texts.
 const EVENT_BYTES: usize = 200;
 
-/// What a message says of the log that it came from.
+/// What a message says about the event in the log that it came from.
 pub(super) struct Sent {
     pub position: i64,
-    /// Of the event, or of what the event has caused.
+    /// The id of the message: the id of its event, or the id of a command that the event caused.
     pub id: Uuid,
     pub causation: Uuid,
-    /// The event itself, if the message carries it; a command of a saga does not.
+    /// The event itself, if the message carries it. A saga's command does not carry its event.
     pub event: Option<Stored<'static>>,
-    /// Where it is, for people.
+    /// The topic, partition and offset of the message, for people.
     pub place: String,
 }
 
-/// Takes messages in any order.
+/// Accepts messages in any order.
 #[derive(Default)]
 pub(super) struct Sorter {
     held: Vec<Sent>,
@@ -70,7 +70,7 @@ impl Sorter {
         Ok(())
     }
 
-    /// All of them in order.
+    /// Returns all messages in order.
     pub fn sorted(mut self) -> Result<Sorted, Failure> {
         sort(&mut self.held);
         let mut sorted = Sorted { held: self.held.into_iter(), files: self.files, next: BinaryHeap::new() };
@@ -85,14 +85,14 @@ fn sort(sent: &mut [Sent]) {
     sent.sort_by_key(|sent| (sent.position, sent.id));
 }
 
-/// Messages in order.
+/// Sorted messages.
 pub(super) struct Sorted {
     held: std::vec::IntoIter<Sent>,
     files: Vec<BufReader<File>>,
     next: BinaryHeap<Reverse<Next>>,
 }
 
-/// The first message of a source that was not given yet.
+/// The first message of a source that [`Sorted::next`] has not yet returned.
 struct Next {
     source: usize,
     sent: Sent,

@@ -1,4 +1,5 @@
-//! Taking back: events of topics go into the log at the positions that they had, as far as their places are free.
+//! Takes events back: writes events from the topics into the log again, at their original positions, if those positions
+//! are free.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -21,23 +22,25 @@ use crate::{
 /// Events and bytes written in one commit.
 const PART_EVENTS: usize = 20_000;
 const PART_BYTES: usize = 16 << 20;
-/// So many events that cannot be taken back are listed one by one; the others are counted.
+/// The maximum number of lost messages that are listed one by one. Further ones are only counted.
 const LISTED_MAX: u64 = 1_000;
 
-/// What became of the messages.
+/// The number of messages by outcome.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub(super) struct Counts {
     /// Events written to the log.
     pub taken_back: u64,
-    /// Answers to sagas whose work may be lost: the services do it again when they start.
+    /// Answers to sagas that were taken back although other work of the same commit may be lost. The services do that
+    /// work again when they start.
     pub done_again: u64,
-    /// Steps of sagas, of which topics hold only the commands: what started the sagas starts them again.
+    /// Steps of sagas whose commands are in the topics, but whose events are not. The events that started those sagas
+    /// start them again.
     pub saga_steps: u64,
-    /// What cannot be taken back.
+    /// Messages that cannot be taken back.
     pub lost: u64,
 }
 
-/// Something that cannot be taken back.
+/// A message that cannot be taken back, and the reason.
 #[derive(Serialize)]
 struct Lost<'a> {
     #[serde(rename = "where")]
@@ -48,22 +51,23 @@ struct Lost<'a> {
 pub(super) struct Taking<'a> {
     archive: Arc<dyn Archive>,
     log: Log,
-    /// Up to here the log is as it was restored.
+    /// The last position that the restored database held.
     restored_to: i64,
-    /// `None` to look only.
+    /// `false` for a dry run, which only reads.
     writes: bool,
     output: &'a mut Output,
     pub counts: Counts,
-    /// The last versions of the streams that something was taken back of; `None` where something is missing.
+    /// The last version of each stream with an event that was taken back, or `None` if an event of the stream is
+    /// missing.
     streams: HashMap<u128, Option<i64>>,
-    /// What the services do again.
+    /// The answers whose work the services do again.
     pub owing: Owing,
     part: Vec<Stored<'static>>,
     bytes: usize,
-    /// The first position at which the log holds another event than was sent.
+    /// The first position at which the log does not hold the event that was sent from that position.
     pub first_other: Option<i64>,
     last: Option<(i64, Uuid)>,
-    /// The last position of a saga that was counted.
+    /// The position of the last saga step that was counted.
     last_step: i64,
 }
 
@@ -75,7 +79,7 @@ impl<'a> Taking<'a> {
         writes: bool,
         output: &'a mut Output,
     ) -> Result<Self, Failure> {
-        // It is asked beyond its end, for what comes after the log.
+        // Reads up to the current head. For later positions, `at` returns `None`.
         let log = Log { events: store.log(LogQuery::all(), 1..=head).await?.fuse().boxed(), next: None };
         Ok(Self {
             archive: store.port(),
@@ -94,7 +98,7 @@ impl<'a> Taking<'a> {
         })
     }
 
-    /// Takes back all that can be.
+    /// Takes back all events that can be taken back.
     pub async fn run(&mut self, found: &mut Found) -> Result<(), Failure> {
         let mut sent = std::mem::take(&mut found.sent).sorted()?;
         for removed in &found.removed {
@@ -116,7 +120,8 @@ impl<'a> Taking<'a> {
         let is_held = held.is_some_and(|id| id == sent.id || id == sent.causation);
         let Sent { position, event, place, .. } = sent;
         if is_held {
-            // This recovery has taken it back, and was killed before it said what is owed.
+            // An earlier, interrupted run of this recovery has taken the event back, but had not yet recorded the work
+            // to do again.
             if let Some(event) = event.filter(|_| position > self.restored_to) {
                 self.owe(&event, found);
             }
@@ -158,14 +163,14 @@ impl<'a> Taking<'a> {
         Ok(())
     }
 
-    /// What was committed together with an answer may be lost, though the answer is known: then the work is done again.
+    /// Notes the work of an answer to do again, if events that were committed together with the answer may be lost.
     fn owe(&mut self, event: &Stored<'_>, found: &Found) {
         if event.stream.starts_with("step.") && !found.is_whole(event, self.restored_to) {
             self.counts.done_again += u64::from(self.owing.note(event));
         }
     }
 
-    /// The version of a stream in the log, as far as it matters to an event that comes next.
+    /// Returns the last version of a stream in the log, as far as it decides whether `event` can come next.
     async fn stands_at(&self, event: &Stored<'_>) -> Result<Option<i64>, StoreError> {
         let stream = StreamId::from_stored(&event.stream);
         let after = Version((event.version.0 - 2).max(0));
@@ -201,14 +206,14 @@ impl<'a> Taking<'a> {
     }
 }
 
-/// The log, read in step with the events that are taken back.
+/// A cursor over the log that moves in step with the events to be taken back.
 struct Log {
     events: BoxStream<'static, Result<Arc<Recorded>, StoreError>>,
     next: Option<Arc<Recorded>>,
 }
 
 impl Log {
-    /// The id of the event at a position. Positions may not go back.
+    /// Returns the id of the event at a position. Positions must not decrease from call to call.
     async fn at(&mut self, position: i64) -> Result<Option<Uuid>, StoreError> {
         while self.next.as_ref().is_none_or(|event| event.position.0 < position) {
             let Some(event) = self.events.next().await else { return Ok(None) };
