@@ -1,4 +1,5 @@
-//! The port to a bus: messages with CloudEvents attributes, published and consumed in order per key.
+//! The port to a bus, which carries messages with CloudEvents attributes. Messages with the same key are published and
+//! consumed in order.
 
 use std::{collections::BTreeMap, ops::Range, sync::Arc};
 
@@ -23,22 +24,23 @@ pub struct Message {
     pub source: Arc<str>,
     /// The stream that the message is about.
     pub subject: Arc<str>,
-    /// The ordering key: messages with the same key are handled in order. The stream id of an event, or the saga's
-    /// stream id of a command.
+    /// The ordering key: messages with the same key are handled in order. The key of an event is its stream id. The key
+    /// of a command is the stream id of the saga that sent the command.
     pub key: Arc<str>,
-    /// JSON text, byte for byte as it was appended.
+    /// The payload as JSON text, byte for byte as it was appended.
     pub data: Arc<str>,
     /// What caused the message.
     pub metadata: Metadata,
     /// When the event was recorded.
     pub time: DateTime<Utc>,
-    /// The position in the log that the message comes from.
+    /// The position of the event from which the message was made, in the log of the source.
     pub position: Position,
-    /// The version in the stream; [`Version::START`] for a command.
+    /// The version of the event in its stream; [`Version::START`] for a command.
     pub version: Version,
-    /// The lane of the relay that sent the message, together with the log that the relay read. Messages of one source
-    /// and lane arrive in the order of their positions, so a consumer that has seen a higher position has seen this
-    /// message. `None` where that does not hold: the message was not sent by a relay, or was redriven.
+    /// The lane of the relay that sent the message, combined with the name of the log that the relay read. Messages of
+    /// one source and lane arrive in the order of their positions, so a consumer that has seen a higher position has
+    /// also seen this message. `None` if the order does not apply, because the message was not sent by a relay or was
+    /// redriven.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lane: Option<Arc<str>>,
     /// Further attributes, by name.
@@ -47,7 +49,7 @@ pub struct Message {
 }
 
 impl Message {
-    /// The message that carries an event of the log.
+    /// Creates the message that carries an event of the log.
     pub fn of(event: &Recorded, source: &Arc<str>) -> Self {
         Self {
             id: event.id,
@@ -66,12 +68,12 @@ impl Message {
         }
     }
 
-    /// Decodes the payload as an event of type `E`. Returns `None` for a type that `E` is declared to skip.
+    /// Decodes the payload as an event of type `E`. Returns `None` for an event type that `E` skips.
     pub fn decode<E: Event>(&self) -> Result<Option<E>, DecodeError> {
         E::decode(&self.type_name, self.schema_version, &self.data).map_err(|source| self.undecodable(source))
     }
 
-    /// Returns an error that names this message as undecodable.
+    /// Returns an error which says that this message cannot be decoded.
     pub fn undecodable(&self, source: EventError) -> DecodeError {
         DecodeError {
             stream: StreamId::from_stored(&self.subject),
@@ -81,20 +83,22 @@ impl Message {
         }
     }
 
-    /// The metadata for the effects of this message.
+    /// Metadata for the effects of this message.
     pub fn effects(&self) -> Metadata {
         self.metadata.caused_by(self.id)
     }
 }
 
-/// One partition of a topic, in one incarnation of the topic: a topic that was deleted and created again starts over.
+/// One partition of one incarnation of a topic. A topic that was deleted and created again has a new incarnation, in
+/// which offsets start over.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Partition {
     /// The topic, such as `inventory.commands`.
     pub topic: Arc<str>,
     /// The number of the partition, from 0.
     pub number: u32,
-    /// Changes when the topic is wiped or the local bus restarts: offsets of another incarnation are meaningless.
+    /// The incarnation of the topic. It changes when the topic is wiped or the local bus restarts. Offsets of another
+    /// incarnation are meaningless.
     pub incarnation: Arc<str>,
 }
 
@@ -103,7 +107,8 @@ pub struct Partition {
 pub struct Delivery {
     /// The partition of the message.
     pub partition: Partition,
-    /// The offset in the partition. Rises with each message of a partition; the next offset to ask for is one more.
+    /// The offset in the partition. The offset rises with each message of the partition. The consumer continues at the
+    /// offset after it.
     pub offset: i64,
     /// The message, or the undecodable payload in its place.
     pub message: Result<Message, Undecodable>,
@@ -116,23 +121,23 @@ impl Delivery {
     }
 }
 
-/// The place from which a consumer continues in a partition, read from the consumer's own commit.
+/// The point from which a consumer continues in a partition. The consumer reads this point from its own last commit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bookmark {
     /// The offset to continue from.
     pub next: i64,
-    /// The [id](Delivery::id) of the message before `next`, if known. A different id at that offset means that the
-    /// topic was wiped.
+    /// The [id](Delivery::id) of the message before `next`, if known. A message with a different id at that offset
+    /// means that the topic was wiped.
     pub last: Option<Uuid>,
 }
 
-/// Offsets by topic and partition, each one past the last message included.
+/// The end of each partition, by topic. An end is the offset after the last message.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Ends(BTreeMap<Arc<str>, BTreeMap<u32, i64>>);
 
 impl Ends {
-    /// Returns whether there are no topics.
+    /// Returns whether no topic is named.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -172,7 +177,7 @@ impl Ends {
         self.0.remove(topic);
     }
 
-    /// Takes over all offsets of `other`.
+    /// Copies all offsets of `other`, and replaces existing offsets of the same partitions.
     pub fn update(&mut self, other: &Self) {
         for (topic, partitions) in &other.0 {
             match self.0.get_mut(topic) {
@@ -182,7 +187,7 @@ impl Ends {
         }
     }
 
-    /// Raises offsets to those of `other` where `other` is further.
+    /// Raises each offset to the offset in `other` if the latter is higher.
     pub fn reach(&mut self, other: &Self) {
         for (topic, partitions) in &other.0 {
             let known = self.0.entry(topic.clone()).or_default();
@@ -194,13 +199,13 @@ impl Ends {
     }
 }
 
-/// A payload that is not a message of any known kind. The payload is parked, so that nothing is lost.
+/// A payload that cannot be decoded as a message. The payload is parked, so that nothing is lost.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("not a message: {reason}")]
 pub struct Undecodable {
     /// Why the payload is not a message.
     pub reason: String,
-    /// The key of the payload, made readable.
+    /// The key of the payload, converted to readable text.
     pub key: Arc<str>,
     /// The original payload, in hexadecimal.
     pub raw: String,
@@ -220,12 +225,13 @@ pub enum Polled {
     Messages(Vec<Delivery>),
     /// The bus assigned these partitions to this consumer. A partition delivers nothing before [`Consumer::seek`].
     Assigned(Vec<Partition>),
-    /// The bus took these partitions away: work on them must end or be abandoned before the next poll.
+    /// The bus revoked these partitions. The consumer must finish or abandon its work on them before the next poll.
     Revoked(Vec<Partition>),
-    /// These partitions do not match their bookmarks: the topic was wiped. They wait for another [`Consumer::seek`].
+    /// These partitions do not match their bookmarks, because the topic was wiped. They deliver nothing until another
+    /// [`Consumer::seek`].
     Wiped(Vec<Partition>),
-    /// Messages were removed before they were read, for example by the topic's retention. The partition waits for
-    /// another [`Consumer::seek`].
+    /// Messages were removed before they were read, for example by the topic's retention. The partition delivers
+    /// nothing until another [`Consumer::seek`].
     Lost {
         /// The partition that lost messages.
         partition: Partition,
@@ -234,14 +240,15 @@ pub enum Polled {
     },
 }
 
-/// Sends messages. Order is kept per key. A message may arrive more than once, and is never lost.
+/// Sends messages. Messages with the same key stay in order. A message may arrive more than once, but is never lost.
 #[async_trait]
 pub trait Publisher: Send + Sync + 'static {
     /// Hands messages to the bus, in order, and returns a receipt at once. Waits only while the publisher's own buffer
     /// is full.
     async fn publish(&self, messages: Vec<Outgoing>) -> Result<Receipt, BusError>;
 
-    /// The offsets up to which the bus has taken this publisher's messages; empty for a bus that ends with its process.
+    /// The ends up to which the bus has accepted this publisher's messages. Empty for a bus that exists only inside one
+    /// process.
     fn taken(&self) -> Ends {
         Ends::default()
     }
@@ -256,61 +263,62 @@ pub struct Outgoing {
     pub message: Message,
 }
 
-/// Resolves once the bus has durably taken every message of one [`Publisher::publish`]. On an error, publish all of
-/// them again: consumers find the results of messages that they have already handled.
+/// Resolves once the bus has durably accepted every message of one [`Publisher::publish`] call. On an error, publish
+/// all of these messages again. Consumers recognise messages that they have already handled.
 pub type Receipt = std::pin::Pin<Box<dyn Future<Output = Result<(), BusError>> + Send>>;
 
-/// Creates consumers. The members of a group share the partitions of its topics.
+/// Creates consumers. The members of a consumer group share the partitions of the group's topics.
 #[async_trait]
 pub trait Bus: Publisher {
-    /// Joins a group. Once this returns, the group misses no message published to the topics.
+    /// Joins a group. Every message that is published to the topics after this method returns reaches the group.
     async fn join(&self, group: &str, topics: &[&str]) -> Result<Box<dyn Consumer>, BusError>;
 
-    /// Like [`join`](Self::join), under the name of an instance, which no other member of the group has at the same
-    /// time. A bus that outlives processes gives such a member the partitions of the previous member of that name: a
-    /// restarted process continues at once after a crash.
+    /// Like [`join`](Self::join), under the name of an instance. No other member of the group may have the same name at
+    /// the same time. A bus that outlives processes assigns to such a member the partitions of the previous member with
+    /// that name, so that a process that restarts after a crash continues at once.
     async fn join_as(&self, group: &str, topics: &[&str], _instance: &str) -> Result<Box<dyn Consumer>, BusError> {
         self.join(group, topics).await
     }
 
-    /// Returns a service's messages that the bus holds after these ends, in the topics that `ends` names, in order per
-    /// partition. From them, a service checks at its start that its log contains everything that it has sent. May leave
-    /// out most messages if there are many, but never the last ones. A bus that ends with its process holds none.
+    /// Returns the messages of a service that lie after these ends, in the topics that `ends` names. The messages of
+    /// each partition are in order. When a service starts, it uses these messages to check that its log contains
+    /// everything that it has sent. The result may omit messages if there are many, but never the last ones. A bus that
+    /// exists only inside one process returns no messages.
     async fn sent_since(&self, _service: &str, _ends: &Ends) -> Result<Vec<Delivery>, BusError> {
         Ok(Vec::new())
     }
 
-    /// Returns whether the bus exists only inside this process. If so, each of several processes on a store must run
-    /// all services.
+    /// Returns whether the bus exists only inside this process. If so, and if several processes share a store, each
+    /// process must run all services.
     fn is_local(&self) -> bool {
         false
     }
 }
 
-/// One member of a consumer group. Dropping the consumer leaves the group.
+/// One member of a consumer group. The member leaves the group when the consumer is dropped.
 #[async_trait]
 pub trait Consumer: Send + 'static {
-    /// Waits for the next event or batch, with at most `max` messages. Dropping the future loses nothing. After
-    /// [`BusError::Misconfigured`], nothing more comes.
+    /// Waits for the next batch of at most `max` messages, or for a change of the assigned partitions. Dropping the
+    /// future loses nothing. After [`BusError::Misconfigured`], the consumer delivers nothing more.
     async fn poll(&mut self, max: usize) -> Result<Polled, BusError>;
 
-    /// Starts delivery of an assigned partition at this bookmark, which comes from the consumer's own commit, or at the
-    /// beginning of the partition with `None`.
+    /// Starts delivery of an assigned partition at this bookmark, which comes from the consumer's own commit. With
+    /// `None`, delivery starts at the beginning of the partition.
     async fn seek(&mut self, partition: &Partition, from: Option<Bookmark>) -> Result<(), BusError>;
 
-    /// Informs the bus that everything below `next` is committed. The bus uses this only for its own book-keeping: the
-    /// offset in the consumer's commit is authoritative.
+    /// Informs the bus that the consumer has committed all messages below the offset `next`. The bus uses this only for
+    /// its own book-keeping: the offset in the consumer's commit is authoritative.
     async fn acknowledge(&mut self, partition: &Partition, next: i64) -> Result<(), BusError>;
 }
 
 /// Why a call to the bus failed.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum BusError {
-    /// The bus cannot be reached, or did not acknowledge: retry.
+    /// The bus cannot be reached, or did not acknowledge the call. Retry.
     #[error("the bus is unavailable: {0}")]
     Unavailable(String),
-    /// The bus will never accept this message, because it is too large or refused by policy. Its place among the
-    /// published messages is `index`, counted from 0.
+    /// The bus will never accept this message, because the message is too large or a policy forbids it. `index` is the
+    /// index of the message among the published messages.
     #[error("the bus refused message {index}: {reason}")]
     Refused {
         /// The index of the message, from 0.
@@ -318,7 +326,7 @@ pub enum BusError {
         /// Why the bus refused the message.
         reason: String,
     },
-    /// The settings are wrong: do not retry.
+    /// The settings of the bus are wrong. Do not retry.
     #[error("the bus cannot be used: {0}")]
     Misconfigured(String),
 }

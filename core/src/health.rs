@@ -12,22 +12,23 @@ use uuid::Uuid;
 
 use crate::bus::Message;
 
-/// How long a handler may work on a message before health names the message: longer than a sound handler needs, and
-/// short for an operator who wonders why messages stand still.
+/// How long a handler may work on a message before health names the message. This is longer than a healthy handler
+/// needs, but short enough for an operator who looks for the cause of a standstill.
 pub const IN_HAND_MAX: Duration = Duration::from_secs(10);
 
 /// The state of one part.
 #[derive(Clone, Debug, PartialEq, Eq, Default, serde::Serialize)]
 #[serde(rename_all = "snake_case", tag = "state", content = "reason")]
 pub enum State {
-    /// The part has not begun to work.
+    /// The part has not started to work.
     #[default]
     Starting,
     /// The part works.
     Fine,
-    /// The part works, but needs an operator: the reason and the remedy. Neither a restart nor another instance helps.
+    /// The part works, but needs an operator. The text gives the reason and the remedy. Neither a restart nor another
+    /// instance would help.
     NeedsAttention(String),
-    /// The part is idle because another instance does its work: the instance or the reason.
+    /// The part is idle because another instance does its work. The text gives the instance or the reason.
     Elsewhere(String),
     /// The part retries after this failure.
     Trouble(String),
@@ -37,8 +38,8 @@ pub enum State {
     Failed(String),
 }
 
-/// A counted quantity with its labels. No label carries an id, so the number of counters is bounded by the names in the
-/// program.
+/// A counter with its labels. No label contains an id, so the number of counters is bounded by the number of names in
+/// the program.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Counter {
     /// The name, such as `annals_dead_letters_total`.
@@ -48,7 +49,7 @@ pub struct Counter {
 }
 
 impl Counter {
-    /// Returns a description of the counted quantity.
+    /// Returns a description of what the counter counts.
     pub fn help(&self) -> &'static str {
         match self.name {
             "annals_messages_failed_total" => "Attempts at messages that failed and are made again.",
@@ -86,7 +87,7 @@ struct Part {
     hand: Option<Hand>,
 }
 
-/// The message that a worker has given to its handler. Only the worker and readers of the health lock the mutex.
+/// The message that a worker has passed to its handler. Only the worker and the readers of [`Health`] lock the mutex.
 type Hand = Arc<Mutex<Option<InHand>>>;
 
 #[derive(Clone, Debug)]
@@ -95,11 +96,11 @@ struct InHand {
     key: Arc<str>,
     type_name: Arc<str>,
     position: i64,
-    /// When the handler got the message.
+    /// When the handler received the message.
     since: Instant,
 }
 
-/// A message that its handler has held for too long.
+/// A message on which a handler has worked for too long.
 #[derive(Clone, Debug)]
 pub(crate) struct Held {
     pub part: String,
@@ -131,8 +132,8 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Health {
-    /// Returns a snapshot of all parts. A part whose handler has not returned for [`IN_HAND_MAX`] is in trouble, and
-    /// its state names the message.
+    /// Returns a snapshot of the states of all parts. A part whose handler has not returned for [`IN_HAND_MAX`] is in
+    /// trouble, and its state names the message.
     pub fn parts(&self) -> BTreeMap<String, State> {
         let state = |(name, part): (&String, &Part)| {
             let held = part.hand.as_ref().and_then(|hand| held(name, hand));
@@ -142,15 +143,15 @@ impl Health {
         locked(&self.shared.parts).iter().map(state).collect()
     }
 
-    /// Returns whether every part works, here or elsewhere, and none needs an operator. False until the first part
-    /// reports.
+    /// Returns whether every part works, in this process or in another instance, and no part needs an operator. Returns
+    /// false until the first part reports a state.
     pub fn is_fine(&self) -> bool {
         let parts = self.parts();
         !parts.is_empty() && parts.values().all(|state| matches!(state, State::Fine | State::Elsewhere(_)))
     }
 
-    /// Returns whether every part works, here or elsewhere, even if a part needs an operator for messages that it has
-    /// parked.
+    /// Returns whether every part works, in this process or in another instance. A part that needs an operator, for
+    /// example because of parked messages, still counts as working.
     pub fn is_working(&self) -> bool {
         let works = |state: &State| matches!(state, State::Fine | State::Elsewhere(_) | State::NeedsAttention(_));
         let parts = self.parts();
@@ -167,7 +168,7 @@ impl Health {
         *locked(&self.shared.counters).entry(Counter { name, labels }).or_default() += 1;
     }
 
-    /// Returns the messages that their handlers have held for too long.
+    /// Returns the messages on which handlers have worked for too long.
     pub(crate) fn held(&self) -> Vec<Held> {
         let parts = locked(&self.shared.parts);
         parts.iter().filter_map(|(name, part)| held(name, part.hand.as_ref()?)).collect()
@@ -203,7 +204,7 @@ pub(crate) struct Reporter {
     health: Health,
     part: Arc<str>,
     fine: bool,
-    /// A fault that persists until an operator repairs it, although the part works.
+    /// A fault that lasts until an operator repairs it. The part keeps working meanwhile.
     fault: Option<Arc<str>>,
     shutdown: CancellationToken,
     /// Why the part needs an operator although it works.
@@ -255,7 +256,7 @@ impl Reporter {
     }
 
     pub fn trouble(&mut self, reason: String) {
-        // A stopping part does not retry: an error caused by other parts that end is not a fault.
+        // A part that is stopping does not retry. Its errors are caused by other parts that end, and are not faults.
         if self.shutdown.is_cancelled() {
             return tracing::debug!(part = %self.part, %reason, "stopping");
         }
@@ -264,7 +265,7 @@ impl Reporter {
         self.health.set(&self.part, State::Trouble(reason));
     }
 
-    /// Records that the handler was given this message.
+    /// Records that the handler has received this message.
     pub fn take_in_hand(&self, message: &Message) {
         let Message { id, key, type_name, position, .. } = message;
         let (key, type_name, since) = (key.clone(), type_name.clone(), Instant::now());

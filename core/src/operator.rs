@@ -1,4 +1,5 @@
-//! The acts of operators. Every act is one commit, together with the event that records who acted, when and why.
+//! The actions of operators. Every action is one commit, which also contains an event that records who acted, when and
+//! why.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,17 +22,18 @@ use crate::{
     store::{EventStore, Scan, StoreError},
 };
 
-/// The category of the streams that record acts, one stream per subscription.
+/// The category of the streams that record operator actions. Each subscription has its own stream.
 pub const CATEGORY: &str = "operator";
-/// How many times an act is retried when it races with the worker that it concerns.
+/// How many times an action is retried if a worker changes the same documents at the same time.
 const RACES_MAX: u32 = 10;
-/// The most parked messages that a reset removes: the rest of its commit holds the checkpoints of the lanes and the
-/// act.
+/// The maximum number of parked messages that a reset removes. The remaining rows of its commit are for the checkpoints
+/// of the lanes and for the event that records the action.
 const RESET_PARKED_MAX: usize = COMMIT_ROWS_MAX - 1_000;
 /// The number of documents or events read per page.
 const PAGE: usize = 500;
 
-/// An act, in the stream `operator-<subscription>`. An operator's acts on a saga are recorded in the saga's own stream.
+/// An action of an operator, recorded in the stream `operator-<subscription>`. Actions on a saga are recorded in the
+/// stream of the saga.
 #[derive(Event, Clone, Debug)]
 #[event(prefix = "operator")]
 pub enum OperatorEvent {
@@ -41,7 +43,7 @@ pub enum OperatorEvent {
         subscription: String,
         /// The key of the messages, or the id of one of them.
         key: String,
-        /// How many messages wait.
+        /// How many messages wait for the redrive.
         waiting: usize,
         /// The name of the operator.
         by: String,
@@ -67,14 +69,14 @@ pub enum OperatorEvent {
         subscription: String,
         /// The position after which the subscription continues.
         to: Position,
-        /// The positions of its lanes before the reset.
+        /// The positions of the subscription's lanes before the reset.
         from: BTreeMap<String, i64>,
         /// The name of the operator.
         by: String,
         /// The operator's reason.
         reason: String,
     },
-    /// The operator paused a subscription: no worker follows it until it is resumed.
+    /// The operator paused a subscription. No worker follows the subscription until an operator resumes it.
     Paused {
         /// The name of the subscription.
         subscription: String,
@@ -83,7 +85,7 @@ pub enum OperatorEvent {
         /// The operator's reason.
         reason: String,
     },
-    /// The operator resumed a subscription, which continues where it was paused.
+    /// The operator resumed a subscription. The subscription continues at the position where it was paused.
     Resumed {
         /// The name of the subscription.
         subscription: String,
@@ -102,7 +104,7 @@ pub enum OperatorEvent {
         restored_to: Position,
         /// How many events were recovered from topics.
         taken_back: u64,
-        /// Whether the service starts without the history that the topics hold.
+        /// Whether the service starts without the history that its topics hold.
         anew: bool,
         /// The name of the operator.
         by: String,
@@ -127,19 +129,19 @@ impl OperatorEvent {
     }
 }
 
-/// Why an act failed. Nothing was changed.
+/// Why an action failed. Nothing was changed.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum OperatorError {
-    /// The act does not apply.
+    /// The action is not possible. The text gives the reason.
     #[error("{0}")]
     Illegal(String),
-    /// The name belongs to a group that consumes topics of the bus: it has no position in the log to reset, and is
-    /// paused where its messages come from.
+    /// The name belongs to a group that consumes topics of the bus. Such a group has no position in the log that could
+    /// be reset. To pause the group, pause the relay that sends the messages.
     #[error("{group} consumes {}, and does not follow the log", topics.join(", "))]
     OfBus {
         /// The name of the group.
         group: String,
-        /// The topics for which the group has offsets.
+        /// The topics in which the group has offsets.
         topics: Vec<String>,
     },
     /// The rebuilt views were not swapped in.
@@ -153,7 +155,7 @@ pub enum OperatorError {
     Store(#[from] StoreError),
 }
 
-/// An operator who acts on a store under a name.
+/// The operator's access to a store. Every action is recorded under the name of the operator.
 #[derive(Clone)]
 pub struct Operator {
     store: Arc<dyn EventStore>,
@@ -161,13 +163,14 @@ pub struct Operator {
 }
 
 impl Operator {
-    /// An operator with this name.
+    /// Creates an operator with this name.
     pub fn new(store: Arc<dyn EventStore>, by: &str) -> Self {
         Self { store, by: by.to_owned() }
     }
 
-    /// Redrives a key's parked messages in order, or the one message with this id, by the worker that owns the key,
-    /// once that worker runs. Returns how many messages wait; 0 if nothing is parked under the key or id.
+    /// Requests a redrive of the parked messages of a key, in order, or of the one message with this id. The worker
+    /// that owns the key handles the messages again, at once or as soon as the worker runs. Returns how many messages
+    /// wait, or 0 if nothing is parked under the key or id.
     pub async fn redrive(&self, subscription: &str, key: &str, reason: &str) -> Result<usize, OperatorError> {
         let letters = DeadLetters::new(self.store.clone());
         self.again(async || {
@@ -183,8 +186,8 @@ impl Operator {
         .await
     }
 
-    /// Drops the first parked message of a key permanently, or the message with this id; the messages behind it are
-    /// then tried. Returns `None` if nothing is parked under the key or id.
+    /// Permanently drops the first parked message of a key, or the message with this id. The parked messages after it
+    /// are then retried. Returns `None` if nothing is parked under the key or id.
     pub async fn drop_first(
         &self,
         subscription: &str,
@@ -204,13 +207,14 @@ impl Operator {
         .await
     }
 
-    /// Resets all lanes of a subscription to continue after this position, even while a worker follows them. Effects of
-    /// the subscription stay, and its handler sees again the events after the position. That includes parked messages:
-    /// those after the position are removed in the same commit, and come again in the order of their key.
+    /// Resets all lanes of a subscription so that they continue after this position, even while a worker follows them.
+    /// The effects of the subscription stay, and its handler receives the events after the position again. This
+    /// includes parked messages: the parked messages after the position are removed in the same commit and are
+    /// delivered again in the order of their key.
     ///
     /// # Errors
-    /// If the position is not in the log, if no subscription of the log has this name, or if the name is a read model,
-    /// to which events would be applied twice. Nothing is changed then.
+    /// Fails if the position is not in the log, if no subscription of the log has this name, or if the name belongs to
+    /// a read model, because events would be applied to its views twice. In these cases, nothing is changed.
     pub async fn reset(&self, subscription: &str, to: Position, reason: &str) -> Result<(), OperatorError> {
         let head = self.store.status().await?.head;
         if to < Position::START {
@@ -238,8 +242,8 @@ impl Operator {
         .await
     }
 
-    /// Pauses or resumes a subscription. Workers of a paused subscription stop before their next commit. Only lanes
-    /// with a checkpoint are affected; a lane has its first checkpoint at most a second after its start.
+    /// Pauses or resumes a subscription. The workers of a paused subscription stop before their next commit. Only lanes
+    /// with a checkpoint are affected. A lane has its first checkpoint at most one second after its start.
     pub async fn pause(&self, subscription: &str, paused: bool, reason: &str) -> Result<(), OperatorError> {
         self.again(async || {
             let lanes = self.lanes(subscription).await?;
@@ -259,16 +263,16 @@ impl Operator {
         .await
     }
 
-    /// Swaps rebuilt views in for the live ones.
+    /// Replaces the live views with the rebuilt views.
     pub async fn swap(&self, rebuild: Rebuild, reason: &str) -> Result<Rebuilt, OperatorError> {
         let (read_model, by, reason) = (rebuild.model().to_owned(), self.by.clone(), reason.to_owned());
         let append = recorded(rebuild.model(), &OperatorEvent::Swapped { read_model, by, reason })?;
         Ok(rebuild.swap_with(vec![append]).await?)
     }
 
-    /// Requests an operation on a stuck saga. The service that runs the saga executes the operation, at once or at its
-    /// next start, or declines it. The answer is the next [`SagaEvent::Operated`] or [`SagaEvent::Declined`] after the
-    /// version that this returns.
+    /// Requests an operation on a stuck saga. The service that runs the saga executes or declines the operation, at
+    /// once or at the next start of the service. The answer is the first [`SagaEvent::Operated`] or
+    /// [`SagaEvent::Declined`] in the stream of the saga after the version that this method returns.
     pub async fn ask(&self, saga: &StreamId, verb: Verb, reason: &str) -> Result<Version, OperatorError> {
         self.again(async || {
             let illegal = |why: String| OperatorError::Illegal(why);
@@ -310,8 +314,9 @@ impl Operator {
         .await
     }
 
-    /// Returns the puts that remove the parked messages that come again after a reset. A relay keeps its parked
-    /// messages: its receivers ignore messages before the last one that they have, unless a message was redriven.
+    /// Returns the puts that remove the parked messages which are delivered again after a reset. A relay keeps its
+    /// parked messages, because receivers ignore messages at or before the last position that they have received,
+    /// unless a message was redriven.
     async fn coming_again(&self, subscription: &str, to: Position) -> Result<Vec<Put>, OperatorError> {
         if subscription.ends_with(RELAY) {
             return Ok(Vec::new());
@@ -328,7 +333,7 @@ impl Operator {
         Ok(parked.into_iter().map(removal).collect())
     }
 
-    /// Returns the read model that a name refers to, as its own name or as `NAME@GENERATION`.
+    /// Returns the read model that a name refers to. The name is either that of the read model or `NAME@GENERATION`.
     async fn read_model<'a>(&self, name: &'a str) -> Result<Option<&'a str>, OperatorError> {
         if let Some((model, generation)) = name.split_once('@') {
             return Ok(generation.parse::<u32>().is_ok().then_some(model));
@@ -338,7 +343,7 @@ impl Operator {
         Ok(matches!(&*found, [Some(_), None]).then_some(name))
     }
 
-    /// Returns the checkpoints of a subscription of the log, or of the live generation of a read model.
+    /// Returns the checkpoints of a subscription, or of the live generation of a read model.
     async fn lanes(&self, name: &str) -> Result<Vec<(Document, Checkpoint)>, OperatorError> {
         if name.contains('@') || self.read_model(name).await?.is_none() {
             return self.lanes_of(name).await;
@@ -364,7 +369,8 @@ impl Operator {
                         let partition = &document.key.id[prefix.len()..];
                         topics.insert(partition.split_once('/').map_or(partition, |(topic, _)| topic).to_owned());
                     }
-                    // A lane is a number: any other document here belongs to another name.
+                    // The id of a lane's checkpoint ends in a number. Any other document with this prefix belongs to
+                    // another name.
                     None if document.key.id[prefix.len()..].parse::<u32>().is_ok() => {
                         lanes.push((document.clone(), checkpoint));
                     }
@@ -387,7 +393,7 @@ impl Operator {
         Ok(())
     }
 
-    /// Repeats an act after another writer was faster.
+    /// Repeats an action if another writer committed first.
     async fn again<T>(&self, act: impl AsyncFn() -> Result<T, OperatorError>) -> Result<T, OperatorError> {
         let mut races = 0;
         loop {
@@ -403,7 +409,7 @@ impl Operator {
     }
 }
 
-/// Returns the append of an act's event, to the stream of the subscription that the act concerns.
+/// Returns the append that records the event of an action in the stream of the affected subscription.
 fn recorded(about: &str, event: &OperatorEvent) -> Result<Append, OperatorError> {
     let stream = StreamId::new(CATEGORY, about).map_err(|error| OperatorError::Illegal(error.to_string()))?;
     let id = Uuid::new_v4();

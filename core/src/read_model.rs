@@ -1,4 +1,5 @@
-//! Views maintained from the log, rebuilt next to the live views and then swapped in.
+//! Read models. Their views are maintained from the log. Rebuilt views are built next to the live views and then
+//! replace them.
 
 use std::{marker::PhantomData, sync::Arc, time::Duration};
 
@@ -25,30 +26,33 @@ use crate::{
 
 pub use crate::rebuild::{Compared, Difference, Rebuild, Rebuilt, SwapError};
 
-/// How often a running projection checks whether its generation was swapped for another one.
+/// How often a running projection checks whether another generation has become live.
 const SWAP_TICK: Duration = Duration::from_millis(500);
-/// How long the live views of a later build may stand still before health reports that no process maintains them.
+/// How long the live views of a later version may stay unchanged before health reports that no process maintains them.
 const NEGLECTED: Duration = Duration::from_secs(10);
-/// How long a service waits after a failed build before it builds the views of its version again: a build costs as much
-/// as reading the log, and most failed builds fail again.
+/// How long a service waits after a failed build before it builds the views of its version again. The wait is long
+/// because a build reads the whole log, and because most failed builds fail again.
 const BUILD_AGAIN: Duration = Duration::from_secs(60);
 
-/// Folds events into views, one document per key. Pure, so that the views can be rebuilt at any time.
+/// Folds events into views. Each view is a document with a key. The methods must be pure functions, so that the views
+/// can be rebuilt at any time.
 pub trait ReadModel: Send + Sync + 'static {
-    /// The name of the read model. Stored: never rename. At most 150 bytes, without `/`, `@` and control characters.
+    /// The name of the read model. The name is stored: never rename it. A name has at most 150 bytes and contains no
+    /// `/`, no `@` and no control characters.
     const NAME: &'static str;
-    /// The version of the views. Raise it with each change of the views, or of how events change them. A service with a
-    /// higher version than the live views builds its own views next to them and swaps; a service with a lower version
-    /// leaves them alone, and waits.
+    /// The version of the views. Raise the version with each change to the views, or to the way in which events change
+    /// the views. A service with a higher version than the live views builds its own views next to the live views, and
+    /// then swaps them in. A service with a lower version does not touch the live views, and waits.
     const VERSION: u32 = 1;
-    /// The events of the read model; declare `#[event(unknown = "skip")]` to skip other events of its query.
+    /// The events of the read model. Declare `#[event(unknown = "skip")]` on this enum to skip the other events that
+    /// match the query.
     type Event: Event;
     /// The type of one view, stored as a document.
     type View: Default + Serialize + DeserializeOwned + Send;
 
     /// Returns the keys of the views that an event changes.
     fn keys(&self, event: &Self::Event, message: &Message) -> Vec<String>;
-    /// Applies an event to one of these views.
+    /// Applies an event to one of the views that the event changes.
     fn apply(&self, key: &str, view: &mut Self::View, event: &Self::Event, message: &Message);
 }
 
@@ -68,26 +72,27 @@ impl<R> Clone for Projection<R> {
 }
 
 impl<R: ReadModel> Projection<R> {
-    /// A projection of the events that match `query`.
+    /// Creates a projection that applies the events that match `query`.
     pub fn new(model: R, query: LogQuery) -> Self {
         Self { model: Arc::new(model), query, linger: Duration::ZERO, instance: None }
     }
 
-    /// Lets the views lag by about this long, and by four times as long under load. This saves writes if the same views
-    /// change often; see [`Subscription::linger`].
+    /// Lets the views lag behind the log by about this time, and by four times as much under load. This saves writes if
+    /// the same views change often; see [`Subscription::linger`].
     pub fn linger(mut self, linger: Duration) -> Self {
         self.linger = linger;
         self
     }
 
-    /// Takes turns with other instances at maintaining the live views; see [`Subscription::shared`].
+    /// Shares the live views with other instances, of which one at a time maintains the views; see
+    /// [`Subscription::shared`].
     pub(crate) fn shared(mut self, instance: Option<Instance>) -> Self {
         self.instance = instance;
         self
     }
 
-    /// Keeps the live views up to date until `shutdown`, and follows each swap. If the store is unavailable, the
-    /// projection retries and health reports the trouble.
+    /// Keeps the live views up to date until `shutdown` is cancelled. After each swap, continues with the new live
+    /// views. If the store is unavailable, the projection retries and health reports the trouble.
     pub async fn run(
         self,
         store: Arc<dyn EventStore>,
@@ -113,7 +118,8 @@ impl<R: ReadModel> Projection<R> {
         Ok(())
     }
 
-    /// Does what the pointer demands, until the pointer changes.
+    /// Maintains or rebuilds the live views, or waits, as the versions of the live views and of this build require.
+    /// Returns when another generation becomes live.
     async fn keep(
         &self,
         store: &Arc<dyn EventStore>,
@@ -137,12 +143,12 @@ impl<R: ReadModel> Projection<R> {
         };
         tokio::select! {
             kept = keeps => kept,
-            // The writer of the old generation may be dropped at any point, because its commits are fenced.
+            // The task that writes the old generation may be dropped at any point, because its commits are fenced.
             () = swapped(&**store, R::NAME, pointer.live) => Ok(()),
         }
     }
 
-    /// Keeps a generation up to date until `shutdown`, or until the generation is removed.
+    /// Keeps a generation of views up to date until `shutdown` is cancelled or the generation is removed.
     async fn follow(
         &self,
         store: &Arc<dyn EventStore>,
@@ -191,41 +197,42 @@ impl<R: ReadModel> Projection<R> {
         Ok(())
     }
 
-    /// Rebuilds all views next to the live ones, from the first event, and swaps them in once they have caught up.
-    /// Until then, readers see the old views.
+    /// Rebuilds all views from the first event, next to the live views. Once the new views have caught up with the log,
+    /// they replace the live views. Until then, readers see the old views.
     ///
     /// # Errors
-    /// If the store is unavailable, another rebuild was faster, or events could not be applied: see [`SwapError`]. The
-    /// live views then stay as they were.
+    /// Fails if the store is unavailable, if another rebuild finished first, or if events could not be applied: see
+    /// [`SwapError`]. In these cases, the live views stay as they were.
     pub async fn rebuild(&self, store: Arc<dyn EventStore>) -> Result<Rebuilt, String> {
         self.build(store, |_| {}).await?.swap().await.map_err(|error| format!("{} was not swapped: {error}", R::NAME))
     }
 
-    /// Rebuilds all views next to the live ones, and returns once they have caught up. The caller compares the result,
-    /// then swaps or discards it. During the build, `told` is called with the position that the build has reached.
+    /// Rebuilds all views next to the live views, and returns once the new views have caught up with the log. The
+    /// caller compares the result with the live views, and then swaps or discards it. During the build, `told` is
+    /// called with the position that the build has reached.
     ///
     /// # Errors
-    /// If the store is unavailable, or more events fail than a build may park.
+    /// Fails if the store is unavailable, or if more events fail than a build may park.
     pub async fn build(&self, store: Arc<dyn EventStore>, told: impl FnMut(Position)) -> Result<Rebuild, String> {
         let build = self.begin(store).await?;
         match build.catch_up(told).await {
             Ok(()) => Ok(build),
             Err(error) => {
-                // If this fails too, the next build removes the remains.
+                // If `discard` fails too, the next build removes what is left of this one.
                 _ = build.discard().await;
                 Err(format!("{} was not built: {error}", R::NAME))
             }
         }
     }
 
-    /// Begins to rebuild all views, in a generation that belongs to this build alone; [`Rebuild::catch_up`] waits until
-    /// they have caught up.
+    /// Starts to rebuild all views, in a generation that belongs only to this build. [`Rebuild::catch_up`] waits until
+    /// the new views have caught up with the log.
     ///
     /// # Errors
-    /// If the store is unavailable, or too many builds of this read model are running.
+    /// Fails if the store is unavailable, or if too many builds of this read model are running.
     pub async fn begin(&self, store: Arc<dyn EventStore>) -> Result<Rebuild, String> {
         name::check("read model", R::NAME).map_err(|error| error.to_string())?;
-        // A pure function that fails once fails again.
+        // A pure function that fails once fails every time, so one attempt is enough.
         let once = RetryPolicy { attempts_max: 1, ..RetryPolicy::default() };
         let subscription = |generation| self.subscription(generation).views_of(R::NAME, R::VERSION).retry(once);
         let begun = Rebuild::begin(store, R::NAME, R::VERSION, subscription).await;
@@ -239,17 +246,17 @@ impl<R: ReadModel> Projection<R> {
     }
 }
 
-/// Returns the collection of the live views, independent of the build that maintains them.
+/// Returns the name of the collection that holds the live views, whichever version of the code maintains them.
 pub async fn live_collection(store: &dyn EventStore, model: &str) -> Result<String, StoreError> {
     Ok(collection(model, live(store, model).await?))
 }
 
-/// Returns the live generation.
+/// Returns the number of the live generation.
 async fn live(store: &dyn EventStore, model: &str) -> Result<u32, StoreError> {
     Ok(generation::load(store, model).await?.0.live)
 }
 
-/// Resolves once another generation is live.
+/// Resolves once a generation other than this one is live.
 async fn swapped(store: &dyn EventStore, model: &str, generation: u32) {
     loop {
         tokio::time::sleep(SWAP_TICK).await;
@@ -259,7 +266,7 @@ async fn swapped(store: &dyn EventStore, model: &str, generation: u32) {
     }
 }
 
-/// Leaves views of a later version alone, and reports that in health.
+/// Waits while the live views belong to a later version, and reports this state in health.
 async fn stand_by(
     store: &dyn EventStore,
     model: &str,
@@ -319,7 +326,7 @@ impl<R: ReadModel> Handler for Project<R> {
             let key = DocumentKey::new(self.collection.clone(), id.as_str());
             let mut view: R::View = work.document(&key).await?.unwrap_or_default();
             self.model.apply(&id, &mut view, &event, message);
-            // The same event gives the same view again, so a retry would not help.
+            // The same event produces the same view again, so a retry would not help.
             let body = to_json_exact(&view).map_err(|error| format!("view {key}: {error}")).terminal()?;
             work.put_json(&key, Some(body.into()), None);
         }
@@ -327,19 +334,19 @@ impl<R: ReadModel> Handler for Project<R> {
     }
 }
 
-/// A reader of the live views of a read model.
+/// Reads the live views of a read model.
 pub struct Views<R> {
     store: Arc<dyn EventStore>,
     model: PhantomData<fn() -> R>,
 }
 
 impl<R: ReadModel> Views<R> {
-    /// The views of this store.
+    /// Creates a reader of the views in this store.
     pub fn new(store: Arc<dyn EventStore>) -> Self {
         Self { store, model: PhantomData }
     }
 
-    /// Returns one view.
+    /// Returns the view with this key, if there is one.
     pub async fn get(&self, key: &str) -> Result<Option<R::View>, StoreError> {
         loop {
             let generation = live(&*self.store, R::NAME).await?;

@@ -1,4 +1,4 @@
-//! Views rebuilt next to the live views, until they replace the live views or are discarded.
+//! Rebuilt views, which are built next to the live views until they replace the live views or are discarded.
 
 use std::{sync::Arc, time::Duration};
 
@@ -21,17 +21,19 @@ use crate::{
 const PAGE: usize = 500;
 /// How often the progress of a build is checked.
 const LOOK: Duration = Duration::from_millis(20);
-/// How often a comparison looks again because one side was ahead of the other.
+/// How often one comparison reads views again at most because one side was ahead of the other.
 const LOOKS_MAX: u32 = 250;
-/// The most events that a build may fail to apply before it is given up: beyond this, the build as a whole is faulty.
+/// The maximum number of events that a build may fail to apply. With more failures, the code of the build is faulty,
+/// and the build is given up.
 const PARKED_MAX: usize = 1_000;
 /// How often the failed events of a build are counted.
 const COUNT_AGAIN: Duration = Duration::from_secs(1);
-/// How long a build waits for an unavailable store: long enough for a restart of its server, or a failover.
+/// How long a build waits for an unavailable store. This is long enough for a restart of the database server, or for a
+/// failover.
 const OUTAGE_MAX: Duration = Duration::from_secs(60);
 
-/// Rebuilt views of a read model, kept up to date next to the live ones in their own generation. If the `Rebuild` is
-/// dropped, or its process dies, a later build finds the generation abandoned and removes it.
+/// The rebuilt views of a read model, which are kept up to date in their own generation next to the live views. If the
+/// `Rebuild` is dropped or its process dies, a later build removes the abandoned generation.
 pub struct Rebuild {
     store: Arc<dyn EventStore>,
     model: &'static str,
@@ -45,7 +47,7 @@ pub struct Rebuild {
     done: Option<DropGuard>,
 }
 
-/// Why rebuilt views did not replace the live ones, which stay as they were.
+/// Why rebuilt views did not replace the live views. The live views stay as they were.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum SwapError {
     /// Events could not be applied, so the new views would be incomplete. The built views are removed.
@@ -56,12 +58,12 @@ pub enum SwapError {
     Parked {
         /// The name of the read model.
         model: &'static str,
-        /// How many events failed; counted up to a limit.
+        /// How many events failed. The count stops at a limit.
         parked: usize,
         /// The key and the reason of the first failed event.
         first: String,
     },
-    /// Another build was swapped in after this one began. The built views are removed.
+    /// Another build was swapped in after this build started. The built views are removed.
     #[error("another build of read model {model} was faster: generation {live} is live now; build again")]
     Outrun {
         /// The name of the read model.
@@ -69,7 +71,7 @@ pub enum SwapError {
         /// The live generation.
         live: u32,
     },
-    /// The live views are of a later version of the code. The built views are removed.
+    /// The live views belong to a later version of the code. The built views are removed.
     #[error(
         "the live views of read model {model} are of version {live}, and this build has version {version}; to go back to it, accept \
          that with `accept_older`, on the command line `--accept-older`"
@@ -82,7 +84,7 @@ pub enum SwapError {
         /// The version of this build.
         version: u32,
     },
-    /// Another build considered this one dead, because it showed no sign of life for too long.
+    /// Another build gave this build up, because this build had sent no heartbeat for too long.
     #[error(
         "the build of read model {model} was given up by another process, because this one stood still for too long; build again"
     )]
@@ -117,14 +119,14 @@ pub struct Compared {
     pub rebuilt: usize,
     /// How many views differ, or exist on one side only.
     pub differences: usize,
-    /// How many of these differences were never seen with both sides at one position, because one side was always
-    /// behind the other.
+    /// How many of these differences are uncertain. For an uncertain difference, the comparison never saw both sides at
+    /// the same position, because one side was always behind the other.
     pub uncertain: usize,
     /// How many events could not be applied to the rebuilt views.
     pub parked: usize,
 }
 
-/// A view that differs between the two sides. Each side is JSON text.
+/// A view that differs between the live and the rebuilt views. Both values are JSON text.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Difference {
     /// The key of the view.
@@ -136,7 +138,7 @@ pub struct Difference {
 }
 
 impl Rebuild {
-    /// Reserves a generation and starts to fill it.
+    /// Reserves a generation and starts to fill it with views.
     pub(crate) async fn begin(
         store: Arc<dyn EventStore>,
         model: &'static str,
@@ -162,12 +164,12 @@ impl Rebuild {
         Ok(Self { store, model, build, builder, before, accepts_parked, accepts_older, follows, done })
     }
 
-    /// Returns once everything recorded at the time of the call has been handled. Until then, calls `told` with the
-    /// position of the log that the build has reached.
+    /// Returns once the build has handled all events that were recorded before the call. Until then, calls `told` with
+    /// each position of the log that the build reaches.
     ///
     /// # Errors
-    /// If the store is unavailable for a minute, another process has given the build up, or more events fail than a
-    /// build may park.
+    /// Fails if the store is unavailable for a minute, if another process has given the build up, or if more events
+    /// fail than a build may park.
     pub async fn catch_up(&self, mut told: impl FnMut(Position)) -> Result<(), SwapError> {
         let mut answered_at = Instant::now();
         let mut counted_at = Instant::now();
@@ -213,20 +215,21 @@ impl Rebuild {
         Ok((reached, until))
     }
 
-    /// Swaps even if events could not be applied: they stay parked as dead letters, and their views are incomplete
-    /// until they are handled.
+    /// Allows the swap even if events could not be applied. These events stay parked as dead letters, and the views
+    /// that they change are incomplete until the events are handled.
     pub fn accept_parked(mut self) -> Self {
         self.accepts_parked = true;
         self
     }
 
-    /// Swaps even if the live views are of a later version of the code, to go back to this version.
+    /// Allows the swap even if the live views belong to a later version of the code. Use this to go back to an earlier
+    /// version.
     pub fn accept_older(mut self) -> Self {
         self.accepts_older = true;
         self
     }
 
-    /// Returns how many messages are parked, up to a limit, and a description of the first failed one.
+    /// Returns how many messages are parked, up to a limit, and a description of the first of them.
     async fn parked(&self) -> Result<(usize, String), CommitError> {
         let of = parking::collection(&generation::name(self.model, self.build.generation));
         let found = self.store.scan(&of, &Scan::After("".into()), PARKED_MAX).await.map_err(unavailable)?;
@@ -236,11 +239,12 @@ impl Rebuild {
         Ok((found.len(), first))
     }
 
-    /// Compares the views on both sides, and calls `told` for each that differs. While both sides are kept up to date,
-    /// a view counts as different if it differs with both sides at the same position.
+    /// Compares the live views with the rebuilt views, and calls `told` for each view that differs. Both sides may
+    /// still be changing. A view therefore counts as different only if its two values differ while both sides are at
+    /// the same position, or if the two sides never reach the same position at the same time.
     ///
     /// # Errors
-    /// If the store cannot be read, or other views are swapped in during the comparison.
+    /// Fails if the store cannot be read, or if other views are swapped in during the comparison.
     pub async fn compare(&self, told: impl FnMut(Difference)) -> Result<Compared, StoreError> {
         let live = generation::load(&*self.store, self.model).await?.0.live;
         let mut compared = self.compare_with(live, told).await?;
@@ -284,8 +288,8 @@ impl Rebuild {
         }
     }
 
-    /// Reads both sides of a view as of one moment. Returns the difference, and whether both sides were at one
-    /// position; `None` if the sides are equal.
+    /// Reads both values of a view from one snapshot of the store. Returns the difference, and whether both sides were
+    /// at the same position; `None` if the values are equal.
     async fn look_again(
         &self,
         of_live: u32,
@@ -304,7 +308,7 @@ impl Rebuild {
             if same(live.as_ref(), rebuilt.as_ref()) {
                 return Ok(None);
             }
-            // Live views without a checkpoint were never maintained, so they are not behind any position.
+            // Live views without a checkpoint were never maintained, so there is no position to compare.
             let certain = of_live.is_none() || position(of_live.as_ref()) == position(of_rebuilt.as_ref());
             if certain || *looks == LOOKS_MAX {
                 let body = |view: Option<Document>| view.map(|view| view.body);
@@ -316,18 +320,20 @@ impl Rebuild {
         }
     }
 
-    /// Replaces the live views, which are removed.
+    /// Replaces the live views with the rebuilt views, and removes the old ones.
     ///
     /// # Errors
-    /// If the build is refused, another build was faster, or the store refused the commit. The live views then stay as
-    /// they were, and the built views are removed, by the next build if the store is unavailable.
+    /// Fails if the build is refused, if another build finished first, or if the store refused the commit. In these
+    /// cases, the live views stay as they were, and the rebuilt views are removed. If the store is unavailable, the
+    /// next build removes them.
     pub async fn swap(self) -> Result<Rebuilt, SwapError> {
         self.swap_with(Vec::new()).await
     }
 
-    /// Like [`swap`](Self::swap), in one commit with these events.
+    /// Like [`swap`](Self::swap), but also appends these events in the same commit.
     pub(crate) async fn swap_with(mut self, appends: Vec<Append>) -> Result<Rebuilt, SwapError> {
-        // Counting may take a while, so it comes before the build ends: a running build still shows that it is alive.
+        // Counting may take a while. It therefore happens before the build ends, because a running build still sends
+        // heartbeats.
         let before = count(&*self.store, &collection(self.model, self.before)).await;
         self.end().await;
         let swapped = match before {
@@ -336,7 +342,8 @@ impl Rebuild {
         };
         match &swapped {
             Ok(_) => {
-                // The swap is committed even if this fails: the next build or start of a service removes the remains.
+                // The swap stays committed even if the removal fails. The next build or the next start of a service
+                // then removes what is left.
                 if let Err(error) = generation::remove_retired(&*self.store, self.model).await {
                     tracing::warn!(read_model = self.model, %error, "not all views that were replaced are removed yet");
                 }
@@ -375,7 +382,7 @@ impl Rebuild {
         Ok(Rebuilt { generation, views: views.unwrap_or_default(), views_before, parked })
     }
 
-    /// Returns the put that pauses the rebuilt views, if an operator has paused the live ones.
+    /// Returns the put that pauses the rebuilt views, if an operator has paused the live views.
     async fn paused(&self) -> Result<Option<Put>, StoreError> {
         let [live, rebuilt] = [self.before, self.build.generation].map(|number| checkpoint(self.model, number));
         let found = self.store.documents(&[live, rebuilt]).await?;
@@ -391,7 +398,7 @@ impl Rebuild {
     /// Removes the built views.
     ///
     /// # Errors
-    /// If the store is unavailable; the next build then removes them.
+    /// Fails if the store is unavailable. The next build then removes the views.
     pub async fn discard(mut self) -> Result<(), CommitError> {
         self.end().await;
         self.remove().await
@@ -402,7 +409,8 @@ impl Rebuild {
         self.model
     }
 
-    /// Lets the build handle the events recorded by now, and ends it. Views and checkpoint agree wherever it ends.
+    /// Lets the build handle the events that are recorded by now, and ends the build. Views and checkpoint agree at any
+    /// position at which the build ends.
     async fn end(&mut self) {
         drop(self.done.take());
         _ = (&mut self.follows).await;
@@ -417,7 +425,7 @@ impl Rebuild {
     }
 }
 
-/// Writes signs of life of a build, until another process has given the build up.
+/// Sends heartbeats for a build, until another process has given the build up.
 async fn beats(store: Arc<dyn EventStore>, model: &'static str, builder: Uuid) {
     loop {
         tokio::time::sleep(BEAT).await;
@@ -429,7 +437,7 @@ async fn beats(store: Arc<dyn EventStore>, model: &'static str, builder: Uuid) {
     }
 }
 
-/// Returns whether two views have the same value: a map in a view may have its members in any order.
+/// Returns whether two views have the same value. The members of a map in a view may be in any order.
 fn same(left: Option<&Document>, right: Option<&Document>) -> bool {
     let read = |view: &Document| serde_json::from_str::<serde_json::Value>(&view.body).ok();
     match (left, right) {
@@ -440,13 +448,13 @@ fn same(left: Option<&Document>, right: Option<&Document>) -> bool {
     }
 }
 
-/// An iterator over the views of a generation, page by page.
+/// Iterates over the views of a generation, page by page.
 struct Views<'a> {
     rebuild: &'a Rebuild,
     collection: String,
     page: Vec<Document>,
     at: usize,
-    /// The key after which the next page begins; `None` after the last page.
+    /// The key after which the next page starts; `None` after the last page.
     after: Option<Arc<str>>,
 }
 

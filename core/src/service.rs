@@ -1,5 +1,5 @@
-//! A service: the events it publishes, the steps it executes, the sagas it runs, and the tasks that keep all of them
-//! going.
+//! Services and the runtime. A service publishes events, executes steps of sagas, and runs sagas of its own. The
+//! runtime runs the tasks of all services.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -34,17 +34,17 @@ use crate::{
     work::Work,
 };
 
-/// How long the index of sagas may lag under low load: the lag adds to the precision of timers.
+/// How long the index of sagas may lag under low load. A saga timer may fire late by this lag.
 const INDEX_PAUSE: Duration = Duration::from_millis(200);
-/// How often a process looks for handlers that do not return.
+/// How often a process checks for handlers that do not return.
 const WATCH: Duration = Duration::from_secs(1);
-/// How long parts that are cut off may take to end: each part ends at its next await.
+/// How long aborted parts may take to end. Each aborted part ends at its next await.
 const CUT_OFF: Duration = Duration::from_secs(1);
 
 /// The definition of a service, before its start.
 ///
-/// Services communicate only through the bus. Several services in one process may share a store, since each knows only
-/// its own categories.
+/// Services communicate only through the bus. Several services in one process may share a store, because each service
+/// reads and writes only its own categories.
 pub struct Service {
     name: String,
     store: Arc<dyn EventStore>,
@@ -73,8 +73,8 @@ struct Surroundings {
 }
 
 impl Service {
-    /// A service with this name and store. Its events go to the topic `<name>.events`; its commands come from
-    /// `<name>.commands`.
+    /// Creates a service with this name and store. The service publishes its events to the topic `<name>.events` and
+    /// receives its commands from `<name>.commands`.
     pub fn new(name: &str, store: Arc<dyn EventStore>) -> Self {
         Self {
             name: name.to_owned(),
@@ -99,17 +99,18 @@ impl Service {
         self
     }
 
-    /// Carries out steps of sagas, its own or other services'. A service has one participant, with one enum of commands.
+    /// Lets the service execute steps of sagas, which may be its own sagas or those of other services. A service has at
+    /// most one participant, with one enum of commands.
     ///
     /// # Panics
-    /// If it has one already, whose commands nobody would carry out.
+    /// Panics if the service already has a participant, because the commands of the first one would never be executed.
     pub fn participant(mut self, participant: impl Participant) -> Self {
         assert!(self.desk.is_none(), "service {} has a participant: put the commands of both in one enum", self.name);
         self.desk = Some(Arc::new(Desk::new(&self.name, self.store.clone(), participant)));
         self
     }
 
-    /// Sets how many members of the group handle commands in parallel; see [`Group::members`].
+    /// Sets how many members of the service's consumer group handle commands in parallel; see [`Group::members`].
     pub fn members(mut self, members: u32) -> Self {
         self.members = members;
         self
@@ -130,13 +131,14 @@ impl Service {
             Subscription::new(&format!("{name}.start"), Starter(runner.clone())).query(runner.query().clone());
         self.starters.push(format!("{name}.start"));
         let of_saga = LogQuery::categories([runner.category()]);
-        // A saga that ends within the pause is written to the index only once.
+        // The index has a linger time so that a saga that ends within this time is written to the index only once.
         let index = Subscription::new(&format!("{name}.index"), runner.index()).query(of_saga).linger(INDEX_PAUSE);
         self.subscriptions.extend([starter, index]);
         self.replies.push(Arc::new(runner.clone()));
         let service = self.name.clone();
         self.parts.push(Box::new(|Surroundings { bus_is_local, health, shutdown, .. }| {
-            // On a local bus, a message counts as sent only once it is handled: the participant may be the slow part.
+            // On a local bus, a message counts as sent only once the receiver has handled it. Timers that waited for
+            // the relay would then wait for a slow participant, which is exactly what a timeout must detect.
             let relayed_by = (!bus_is_local).then_some(service);
             Box::pin(runner.timers(relayed_by, health, shutdown))
         }));
@@ -204,7 +206,7 @@ impl Service {
     }
 }
 
-/// What comes before the first message of a group, on a store that was recovered.
+/// The work to do before the first message of a group, if the store was recovered.
 struct Recovered {
     service: String,
     store: Arc<dyn EventStore>,
@@ -222,14 +224,16 @@ impl Recovered {
     }
 }
 
-/// Takes everything that arrives on `<service>.commands`: replies to its sagas, and steps to carry out.
+/// The handler for the topic `<service>.commands`, which carries replies to the sagas of the service, and steps to
+/// execute.
 struct Inbox {
     replies: Vec<Arc<dyn Replies>>,
     desk: Option<Arc<dyn Debtor>>,
 }
 
 impl Inbox {
-    /// The runner of the saga that a reply is for; `None` for a message that is no reply.
+    /// Returns the runner and the stream of the saga to which a reply is addressed; `None` for a message that is not a
+    /// reply.
     fn runs(&self, message: &Message) -> Result<Option<(&dyn Replies, StreamId)>, HandlerError> {
         let is_reply = <StepEvent as crate::Event>::TYPES.iter().any(|known| *known.name == *message.type_name);
         if !is_reply {
@@ -269,8 +273,8 @@ impl Handler for Inbox {
 /// Why services were not started.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// The import into the store is incomplete. An import writes checkpoints before events, so a service started now
-    /// would skip the events still to come.
+    /// The import into the store is incomplete. An import writes checkpoints before events, so a service that starts
+    /// now would skip the events that are still missing.
     #[error(
         "service {service}: the store is filled by an import that is not complete; finish it with the same `import`, or begin with an empty store"
     )]
@@ -278,7 +282,7 @@ pub enum StartError {
         /// The service that uses the store.
         service: String,
     },
-    /// A recovery was not finished: topics may hold events that the log lacks.
+    /// A recovery was not finished. Topics may hold events that are missing from the log.
     #[error(
         "service {service}: the recovery of the store is not complete; run the same `annals recover` once more to its end"
     )]
@@ -286,8 +290,8 @@ pub enum StartError {
         /// The service that uses the store.
         service: String,
     },
-    /// The bus holds messages that the log lacks: the database was restored, or is new under topics that another log
-    /// has filled.
+    /// The bus holds messages that are missing from the log. Either the database was restored, or a new database is
+    /// used with topics that an older database has filled.
     #[error("{0}")]
     Ahead(Box<Ahead>),
     /// A name is not valid, or two parts have the same name.
@@ -316,12 +320,14 @@ struct Kept {
     watches: Vec<BoxFuture<'static, ()>>,
 }
 
-/// All running services and parts, started and stopped together.
+/// All running services and parts of a process. A part is a task with a name, which appears in [`Health`]. Services and
+/// parts are started and stopped together.
 pub struct Runtime {
     tasks: JoinSet<(String, Result<(), String>)>,
     /// The name of the part that each task belongs to.
     task_names: HashMap<tokio::task::Id, String>,
-    /// The task that logs messages whose handlers do not return; started with the first service.
+    /// The tasks that watch the other parts. One of them logs messages whose handlers do not return, and is started
+    /// with the first service.
     watch: JoinSet<()>,
     watches: bool,
     services: BTreeSet<String>,
@@ -347,7 +353,7 @@ impl Default for Runtime {
 }
 
 impl Runtime {
-    /// An empty runtime.
+    /// Creates an empty runtime.
     pub fn new() -> Self {
         Self {
             tasks: JoinSet::new(),
@@ -366,12 +372,13 @@ impl Runtime {
         }
     }
 
-    /// An empty runtime for one of several processes on the same store: the processes share the lanes of the log.
-    /// Without this, the runtime takes all lanes at once and fences any process that followed them before.
+    /// Creates an empty runtime for one of several processes that use the same store. The processes share the lanes of
+    /// the log. A runtime created with [`new`](Self::new) instead follows all lanes itself and fences any process that
+    /// followed them before.
     ///
-    /// `instance` is a name that no other process has at the same time. A process that restarts under the same name
-    /// after a crash gets its lanes and its partitions of topics back at once. Other processes get them after the
-    /// crashed one has shown no sign of life for five seconds, or for as long as the bus needs.
+    /// `instance` is a name that no other process uses at the same time. A process that restarts with the same name
+    /// after a crash gets its lanes and its partitions back at once. Other processes get the lanes after the crashed
+    /// process has sent no heartbeat for five seconds. They get the partitions after the bus has noticed the crash.
     pub fn shared(instance: &str) -> Self {
         Self { shared_as: Some(instance.to_owned()), ..Self::new() }
     }
@@ -381,15 +388,16 @@ impl Runtime {
         self.health.clone()
     }
 
-    /// A token that is cancelled when the runtime drains, for the user's own parts.
+    /// The token that is cancelled when the runtime drains. The user's own parts use it to end in time.
     pub fn shutdown(&self) -> CancellationToken {
         self.shutdown.clone()
     }
 
-    /// Starts services on a bus. All of them join it before any of them publishes, so that no message is missed.
+    /// Starts services on a bus. All services join the bus before any service publishes, so that no message is missed.
     ///
     /// # Errors
-    /// If a name cannot be used or is used twice, the bus cannot be joined, or a store is not whole; then nothing is started.
+    /// Fails if a name is not valid or is used twice, if the bus cannot be joined, or if a store is incomplete. In
+    /// these cases, nothing is started.
     pub async fn start(&mut self, services: Vec<Service>, bus: Arc<dyn Bus>) -> Result<(), StartError> {
         self.check_names(&services)?;
         let mut names = self.names.clone();
@@ -470,7 +478,8 @@ impl Runtime {
         Ok(())
     }
 
-    /// Returns this process's instance on a store, and starts its heartbeat there at the first call.
+    /// Returns the instance of this process on a store. The first call starts the heartbeat of the instance on this
+    /// store.
     fn instance_on(&mut self, store: &Arc<dyn EventStore>) -> Option<Instance> {
         let name = self.shared_as.as_ref()?;
         if let Some((_, instance)) = self.instances.iter().find(|(known, _)| Arc::ptr_eq(known, store)) {
@@ -482,14 +491,14 @@ impl Runtime {
         Some(instance)
     }
 
-    /// Starts a part of the user's own. The part should end when [`shutdown`](Self::shutdown) is cancelled. An error or
-    /// panic of the part shows in [`health`](Self::health) at once, and [`drain`](Self::drain) returns it.
+    /// Starts one of the user's own parts. The part should end when [`shutdown`](Self::shutdown) is cancelled. An error
+    /// or panic of the part shows in [`health`](Self::health) at once, and [`drain`](Self::drain) returns it.
     pub fn spawn(&mut self, part: impl Into<String>, task: impl Future<Output = Result<(), String>> + Send + 'static) {
         let part = self.own_name(part.into());
         self.spawn_as(part, task);
     }
 
-    /// Returns a name that no other part of the runtime has: health would merge two parts of the same name.
+    /// Returns a name that no other part of the runtime has. Health would otherwise merge two parts with the same name.
     fn own_name(&self, part: String) -> String {
         let taken = |name: &String| self.task_names.values().any(|known| known == name);
         if !taken(&part) {
@@ -512,8 +521,9 @@ impl Runtime {
         self.task_names.insert(spawned.id(), name);
     }
 
-    /// Runs in a task of the runtime itself, not in a subtask: a worker that is dropped or cut off does nothing more.
-    /// Panics of handlers are caught inside the worker; a panic of the engine itself shuts the runtime down.
+    /// Runs a worker directly in a task of the runtime, not in a subtask, so that a worker that is dropped or aborted
+    /// does nothing more. Panics of handlers are caught inside the worker; a panic of the engine itself shuts the
+    /// runtime down.
     fn spawn_worker(&mut self, part: &str, worker: impl Future<Output = Result<(), String>> + Send + 'static) {
         let shutdown = self.shutdown();
         self.spawn_as(part.to_owned(), async move {
@@ -524,8 +534,8 @@ impl Runtime {
         });
     }
 
-    /// Checks names early: a bad name would otherwise show only later, as messages that no service takes or that two
-    /// services take.
+    /// Checks the names of services before anything starts. A bad name would otherwise show only later, in messages
+    /// that no service receives or that two services receive.
     fn check_names(&self, services: &[Service]) -> Result<(), StartError> {
         self.shared_as.iter().try_for_each(|instance| name::check("instance", instance))?;
         for Service { name, fault, .. } in services {
@@ -563,7 +573,8 @@ impl Runtime {
         Ok(())
     }
 
-    /// Returns what the runtime keeps of started services, with the tasks that watch their categories and topics.
+    /// Returns the names that the runtime keeps of started services, and the tasks that watch the categories and topics
+    /// of these services.
     fn kept(&self, services: &[Service]) -> Kept {
         let mut kept = Kept::default();
         for service in services {
@@ -588,7 +599,8 @@ impl Runtime {
         }
     }
 
-    /// Aborts the remaining parts and returns their names. A part that blocks its thread is left running.
+    /// Aborts the remaining parts and returns their names. A part that blocks its thread cannot be aborted and is left
+    /// running.
     async fn cut_off(&mut self) -> String {
         let mut left: BTreeMap<String, u32> = BTreeMap::new();
         self.task_names.values().for_each(|name| *left.entry(name.clone()).or_default() += 1);
@@ -631,11 +643,12 @@ impl Runtime {
         });
     }
 
-    /// Stops intake, gives every part at most `patience` to finish its current work, and joins all parts.
+    /// Stops the runtime. No part accepts new work any more, and every part has at most `patience` to finish its
+    /// current work. Returns once all parts have ended or were aborted.
     ///
     /// # Errors
-    /// Returns the first error or panic of a part, or names the parts that did not end in time. Those parts are cut
-    /// off, which loses nothing.
+    /// Returns the first error or panic of a part, and the names of the parts that did not end in time. Those parts are
+    /// aborted, which loses no data.
     pub async fn drain(mut self, patience: Duration) -> Result<(), String> {
         self.shutdown.cancel();
         let mut first_error = None;
@@ -653,7 +666,7 @@ impl Runtime {
         });
         let in_time = joined.await.is_ok();
         let left = self.cut_off().await;
-        // Only now, because the process holds lanes until here.
+        // The heartbeats end only now, because the process holds its lanes until this point.
         self.leave.cancel();
         _ = tokio::time::timeout(patience, self.heartbeats.join_all()).await;
         if !in_time {

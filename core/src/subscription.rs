@@ -1,4 +1,5 @@
-//! Subscriptions: catch up with the log, then follow it live, with the checkpoint in the same commit as the effects.
+//! Subscriptions. A subscription catches up with the log and then follows the log live. Each commit contains both the
+//! effects of the handler and the new checkpoint.
 
 use std::{sync::Arc, time::Duration};
 
@@ -26,18 +27,18 @@ use crate::{
     worker::{BATCH_MAX, Item, PARKED_TICK, RetryPolicy, Stop, Worker},
 };
 
-/// How often the checkpoint moves on a lane that only skips events.
+/// How often the checkpoint moves forward on a lane that only skips events.
 pub(crate) const IDLE_CHECKPOINT: Duration = Duration::from_secs(1);
 
-/// The most messages in one batch of a subscription with a linger time.
+/// The maximum number of messages in one batch of a subscription with a linger time.
 const LINGERING_BATCH_MAX: usize = 16_384;
-/// The factor on the linger time after a batch of more than `BATCH_MAX` messages.
+/// The factor by which the linger time is multiplied after a batch of more than `BATCH_MAX` messages.
 const LINGER_UNDER_LOAD: u32 = 4;
 
 /// A handler that follows the log of its own service.
 ///
-/// Each lane has a checkpoint and a worker. The lane of an event is a hash of its stream id, which keeps the order
-/// within a stream.
+/// Each lane has its own checkpoint and worker. A hash of an event's stream id selects the lane of the event, so the
+/// events of one stream are handled in order.
 pub struct Subscription {
     name: Arc<str>,
     handler: Arc<dyn Handler>,
@@ -47,7 +48,7 @@ pub struct Subscription {
     retry: RetryPolicy,
     linger: Duration,
     instance: Option<Instance>,
-    /// The read model whose views the subscription maintains, and the version of its code.
+    /// The read model whose views the subscription maintains, and the version of the read model's code.
     model: Option<(Arc<str>, u32)>,
     /// Whether the store has recorded the number of lanes.
     settled: OnceCell<()>,
@@ -56,16 +57,16 @@ pub struct Subscription {
 /// Where a subscription without a checkpoint starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Start {
-    /// At the first event of the log.
+    /// The subscription starts at the first event of the log.
     Beginning,
-    /// At the first event recorded from now on.
+    /// The subscription starts at the first event that is recorded from now on.
     Now,
-    /// After this position.
+    /// The subscription starts after this position.
     After(Position),
 }
 
 impl Start {
-    /// Returns the start as a position in the current log.
+    /// Returns the position in the current log after which the subscription starts.
     pub(crate) async fn position(self, store: &dyn EventStore) -> Result<Position, StoreError> {
         Ok(match self {
             Self::Beginning => Position::START,
@@ -76,9 +77,9 @@ impl Start {
 }
 
 impl Subscription {
-    /// A subscription under this name. Checkpoints are stored under the name: never reuse it for another handler. A
-    /// name has at most 150 bytes, contains neither `/` nor `@` nor control characters, and does not end in `.relay`;
-    /// the start fails on any other name.
+    /// Creates a subscription with this name. Checkpoints are stored under the name, so never reuse a name for another
+    /// handler. A name has at most 150 bytes, contains no `/`, no `@` and no control characters, and does not end in
+    /// `.relay`. A subscription with any other name fails to start.
     pub fn new(name: &str, handler: impl Handler) -> Self {
         Self {
             name: name.into(),
@@ -94,22 +95,22 @@ impl Subscription {
         }
     }
 
-    /// Follows only events that match the query; the default is all events.
+    /// Restricts the subscription to events that match the query. By default, a subscription follows all events.
     pub fn query(mut self, query: LogQuery) -> Self {
         self.query = query;
         self
     }
 
-    /// Sets the number of lanes handled in parallel: 1 by default, at most 1,000. The store records the number. When
-    /// the number changes, the old lanes first catch up with the furthest of them, so that no event is skipped or
-    /// handled twice and the order of each stream is kept. With several instances, the change begins once the last
-    /// instance with the old number has stopped.
+    /// Sets the number of lanes that are handled in parallel: 1 by default, at most 1,000. The store records the
+    /// number. When the number changes, all old lanes first catch up with the old lane that is furthest ahead. No event
+    /// is then skipped or handled twice, and the order within each stream is kept. With several instances, the change
+    /// begins once the last instance with the old number has stopped.
     pub fn lanes(mut self, lanes: u32) -> Self {
         self.lanes = lanes.clamp(1, LANES_MAX);
         self
     }
 
-    /// Sets where to start without a checkpoint; by default at the first event.
+    /// Sets where the subscription starts if it has no checkpoint. The default is the first event.
     pub fn start(mut self, start: Start) -> Self {
         self.start = start;
         self
@@ -121,29 +122,31 @@ impl Subscription {
         self
     }
 
-    /// Waits at least this long between batches once the subscription has caught up, four times as long after a batch
-    /// of more than 512 messages, and takes larger batches. Meant for handlers that write only the last state of each
-    /// key, and whose results can be late. Zero by default.
+    /// Sets the minimum wait between two batches once the subscription has caught up. After a batch of more than 512
+    /// messages, the wait is four times as long. A subscription with a linger time also handles larger batches. The
+    /// setting is meant for handlers that write only the last state of each key and whose results may be late. The
+    /// default is zero.
     pub fn linger(mut self, linger: Duration) -> Self {
         self.linger = linger;
         self
     }
 
-    /// Shares the lanes with other instances that follow the same log under the same name. Without an instance, this
-    /// process takes all lanes.
+    /// Shares the lanes with the other instances on which the same subscription runs. Without an instance, this process
+    /// follows all lanes.
     pub(crate) fn shared(mut self, instance: Option<Instance>) -> Self {
         self.instance = instance;
         self
     }
 
-    /// The categories of the query; empty if the query has none.
+    /// The categories of the query. An empty list means that the query does not filter by category.
     pub(crate) fn categories(&self) -> &[Arc<str>] {
         &self.query.categories
     }
 
-    /// Maintains the views of a read model. Health shows the model's name, independent of the generation, and instances
-    /// with the same version of the code take turns. The checkpoint is created and removed with the generation, so the
-    /// subscription ends when its checkpoint is gone.
+    /// Makes the subscription maintain the views of a read model. Health then shows the name of the read model,
+    /// whatever the generation. Of the instances that run the same version of the code, one at a time maintains the
+    /// views. The checkpoint is created and removed together with the generation of the views, so the subscription ends
+    /// when its checkpoint is gone.
     pub(crate) fn views_of(mut self, model: &str, version: u32) -> Self {
         self.model = Some((model.into(), version));
         self
@@ -154,8 +157,8 @@ impl Subscription {
         &self.name
     }
 
-    /// Follows the log until `shutdown`, then handles the events recorded until that moment. All lanes run in the
-    /// calling task; a [`Runtime`](crate::Runtime) gives each lane its own task.
+    /// Follows the log until `shutdown` is cancelled, then handles the events that were recorded by that moment and
+    /// returns. All lanes run in the calling task; a [`Runtime`](crate::Runtime) gives each lane its own task.
     pub async fn run(
         self,
         store: Arc<dyn EventStore>,
@@ -169,7 +172,7 @@ impl Subscription {
         Ok(())
     }
 
-    /// Returns one future per lane, which follows that lane.
+    /// Returns one future per lane. Each future follows its own lane.
     pub(crate) fn workers(
         self,
         store: &Arc<dyn EventStore>,
@@ -192,7 +195,8 @@ impl Subscription {
             None => (format!("{}/{lane}", self.name), self.name.clone()),
         };
         let mut worker = self.worker(lane, self.lanes, store, health.reporter(&part, &shutdown));
-        // An instance claims a lane only after the number of lanes is settled: an instance that waits takes no turns.
+        // An instance claims a lane only after the number of lanes is settled. Until then, the instance is not counted
+        // when lanes are divided among instances.
         let mut claim = None;
         let mut backoff = Backoff::long();
         while !shutdown.is_cancelled() {
@@ -236,8 +240,9 @@ impl Subscription {
         }
     }
 
-    /// Records the number of lanes in the store, with a checkpoint for each lane. If the number was different, the old
-    /// lanes are finished first. The checkpoint of a read model is created with its generation.
+    /// Records the number of lanes in the store, with a checkpoint for each lane. If the recorded number is different,
+    /// the old lanes are finished first. A read model is skipped here, because its checkpoint is created together with
+    /// its generation.
     async fn settle(&self, worker: &Worker, shutdown: &CancellationToken) -> Result<(), Stop> {
         if self.model.is_some() {
             return Ok(());
@@ -266,7 +271,7 @@ impl Subscription {
         Ok(())
     }
 
-    /// Returns the position from which a lane continues or starts.
+    /// Returns the position after which a lane continues or starts.
     async fn begin(&self, checkpoint: Option<i64>, worker: &mut Worker) -> Result<Position, Stop> {
         if let Some(next) = checkpoint {
             return Ok(Position(next));
@@ -282,7 +287,7 @@ impl Subscription {
         Ok(start)
     }
 
-    /// Follows a lane of the old number of lanes up to a position, and no further.
+    /// Follows a lane from before a change of the number of lanes up to a position, and then stops.
     async fn finish(&self, lane: u32, of: u32, upto: Position, mut worker: Worker) -> Result<(), Stop> {
         let mut cursor = lanes::take(&mut worker, self.instance.as_ref()).await?;
         while cursor < upto {
@@ -327,7 +332,7 @@ impl Subscription {
                 break;
             }
             if shutdown.is_cancelled() {
-                // Events recorded by now are still handled, so that a drained service leaves no event behind.
+                // Events recorded by now are still handled, so that a drained service leaves no event unhandled.
                 let last = match last {
                     Some(last) => last,
                     None => *last.insert(worker.store.status().await?.head),
@@ -343,7 +348,7 @@ impl Subscription {
                 last.next = page.next.0;
                 worker.deliver(&items).await?;
                 moved_at = Instant::now();
-                // A subscription that is behind has large batches anyway, so it does not linger.
+                // A subscription that is still catching up has large batches anyway, so it does not linger.
                 if !self.linger.is_zero() && !page.more {
                     let load = if items.len() > BATCH_MAX { LINGER_UNDER_LOAD } else { 1 };
                     tokio::select! {
@@ -352,7 +357,7 @@ impl Subscription {
                     }
                 }
             }
-            // If there are more events after all, the wait for them ends at once.
+            // If the log has more events after all, `wait` resolves at once.
             let caught_up = !page.more;
             cursor = page.next;
             if !caught_up && worker.parked.is_empty() {
@@ -382,7 +387,7 @@ impl Subscription {
     }
 }
 
-/// Returns the events of a lane as items for the worker.
+/// Returns the events that belong to a lane as items for the worker.
 fn items<'a>(events: impl Iterator<Item = &'a Arc<Recorded>>, lane: u32, of: u32, source: &Arc<str>) -> Vec<Item> {
     let of_lane = events.filter(|event| of == 1 || lane_of(event.stream.as_str(), of) == lane);
     let item = |event: &Arc<Recorded>| Item {
@@ -394,7 +399,7 @@ fn items<'a>(events: impl Iterator<Item = &'a Arc<Recorded>>, lane: u32, of: u32
     of_lane.map(item).collect()
 }
 
-/// Moves the checkpoint at intervals past events of other lanes and other queries.
+/// Moves the checkpoint, at intervals, past events that belong to other lanes or do not match the query.
 async fn skip(worker: &mut Worker, cursor: Position, moved_at: &mut Instant) -> Result<(), Stop> {
     if worker.lanes[0].next < cursor.0 && moved_at.elapsed() > IDLE_CHECKPOINT {
         worker.checkpoint(cursor.0).await?;
@@ -403,7 +408,8 @@ async fn skip(worker: &mut Worker, cursor: Position, moved_at: &mut Instant) -> 
     Ok(())
 }
 
-/// Returns the lane of a stream, by a hash that must never change, because checkpoints depend on it (FNV-1a, 32 bits).
+/// Returns the lane of a stream. The lane is computed with a hash (FNV-1a, 32 bits) that must never change, because
+/// checkpoints depend on the result.
 pub(crate) fn lane_of(key: &str, lanes: u32) -> u32 {
     let hash = key.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
     hash % lanes
