@@ -15,24 +15,25 @@ use crate::{
     supply::Change,
 };
 
-/// The header that identifies what is handed in. Its value becomes the id, so the same key is the same order.
+/// The idempotency key of a request. Its value becomes the id of the new order, return, supply or closing, so a
+/// repeated request with the same key never creates a second one.
 pub const IDEMPOTENCY_KEY: &str = "idempotency-key";
 /// The header that marks the answer to a repeated request.
 pub const REPLAYED: &str = "idempotency-replayed";
-/// The status of a saga that waits for an operator.
+/// The status of a saga that is waiting for an operator.
 pub const STUCK: &str = "stuck";
 
 /// The body of `POST /orders`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NewOrder {
-    /// The customer; `null` is a guest.
+    /// The customer; `null` for a guest.
     #[serde(default)]
     pub customer: Option<String>,
     /// The goods and their prices.
     #[serde(deserialize_with = "lines")]
     pub lines: Vec<Line>,
-    /// A test card; a good one by default.
+    /// A test card; [`Card::Good`] by default.
     #[serde(default, skip_serializing_if = "Card::is_good", deserialize_with = "card")]
     pub card: Card,
 }
@@ -41,15 +42,16 @@ pub struct NewOrder {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NewReturn {
-    /// The customer; `null` is a guest.
+    /// The customer; `null` for a guest.
     #[serde(default)]
     pub customer: Option<String>,
-    /// The goods that come back, and the price paid back for them.
+    /// The goods that come back, and the prices to refund.
     #[serde(deserialize_with = "lines")]
     pub lines: Vec<Line>,
 }
 
-/// A line in a request. Stored lines may have fields that later builds add; in a request, unknown fields are mistakes.
+/// A line in a request. Stored lines accept unknown fields, because later builds may add fields. A request with an
+/// unknown field is rejected.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct AskedLine {
@@ -66,7 +68,8 @@ fn lines<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Line>, D::Err
     Ok(lines.map(line).collect())
 }
 
-/// Reads a card by its name alone: derived enums also accept objects, and say little about numbers.
+/// Reads a card from its name only. The derived `Deserialize` of an enum also accepts objects, and its errors about
+/// numbers are unclear.
 fn card<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Card, D::Error> {
     Card::deserialize(String::deserialize(deserializer)?.into_deserializer())
 }
@@ -83,9 +86,9 @@ fn amount<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Decimal, D::Erro
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", try_from = "AskedSupply")]
 pub enum NewSupply {
-    /// Goods came in.
+    /// A delivery of goods.
     Delivered(Vec<Change>),
-    /// The stock was counted.
+    /// A stock count.
     Adjusted(Vec<Change>),
 }
 
@@ -133,7 +136,7 @@ pub struct OrderView {
     pub total: Decimal,
     pub currency: String,
     pub placed_at: DateTime<Utc>,
-    /// The checkout of the order; `null` for a moment, until it starts.
+    /// The checkout of the order; `null` until the checkout has started, a moment after the order.
     pub saga: Option<SagaView>,
 }
 
@@ -164,11 +167,11 @@ pub struct SupplyView {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ClosingView {
     pub closing_id: String,
-    /// `null` until every service has counted.
+    /// The totals; `null` until every service has counted.
     pub books: Option<Books>,
     /// The store of the order service's events, without its password.
     pub store: String,
-    /// The bus that the services talk over.
+    /// The bus between the services.
     pub bus: String,
     pub saga: Option<SagaView>,
 }
@@ -188,7 +191,7 @@ pub struct SagaView {
     pub timeline: Vec<Moment>,
 }
 
-/// Something that happened to a saga.
+/// An event in the history of a saga.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Moment {
     pub at: DateTime<Utc>,
@@ -207,12 +210,12 @@ pub struct Moment {
 }
 
 impl SagaView {
-    /// Returns whether nothing more will happen by itself.
+    /// Returns whether the saga has ended or waits for an operator.
     pub fn has_settled(&self) -> bool {
         self.ended_at.is_some() || self.is_stuck()
     }
 
-    /// Returns whether the saga waits for an operator.
+    /// Returns whether the saga is waiting for an operator.
     pub fn is_stuck(&self) -> bool {
         self.status == STUCK
     }

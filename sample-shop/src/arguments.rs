@@ -15,18 +15,19 @@ pub use self::{
 };
 use crate::input::{InputError, Source, StockFactor};
 
-/// Number of orders that `run` generates when it is given neither a file nor a number.
+/// The number of orders that `run` generates if the command line names neither a file nor a number.
 pub const GENERATED_DEFAULT: u64 = 2_000;
-/// Share of cards declined for generated orders.
+/// The share of declined cards among generated orders.
 pub const DECLINE_RATE_GENERATED: f64 = 0.1;
-/// Share of customers who cancel for generated orders.
+/// The share of customers who cancel among generated orders.
 pub const CANCEL_RATE_GENERATED: f64 = 0.02;
 
-/// How long `serve` still takes requests after it was asked to stop: load balancers probe every few seconds, and
-/// clients that keep connections learn of the stop with their next answer. Together with the last answers and the drain
-/// of the services, it stays within the 30 seconds that Kubernetes grants.
+/// How long `serve` keeps accepting requests after a request to stop. Load balancers probe only every few seconds, and
+/// a client with an open connection learns of the stop from its next answer. This time, the time for the last answers
+/// and the time to drain the services together stay within the 30 seconds that Kubernetes grants.
 const GRACE_DEFAULT: &str = "5s";
-/// The longest grace, in seconds: no load balancer takes longer, and a typing error must not keep a process for hours.
+/// The longest grace, in seconds. No load balancer needs more, and a typing error must not keep a process alive for
+/// hours.
 const GRACE_SECONDS_MAX: u32 = 300;
 
 const EXAMPLES: &str = "Examples:
@@ -49,7 +50,7 @@ const SERVE_EXAMPLES: &str = "Examples:
 #[derive(Clone, Debug, Parser)]
 #[command(name = "sample-shop", version, after_help = EXAMPLES)]
 pub struct Arguments {
-    /// What to do.
+    /// The command to run.
     #[command(subcommand)]
     pub command: Command,
 }
@@ -61,7 +62,7 @@ impl Arguments {
     }
 }
 
-/// What the shop can do.
+/// The commands of the shop.
 #[derive(Clone, Debug, Subcommand)]
 pub enum Command {
     /// Run orders through the whole shop in this process, and say how they ended.
@@ -74,7 +75,7 @@ pub enum Command {
     Serve(Serve),
     /// Wait until every saga has ended, then print the summary.
     Drain(Drain),
-    /// The `annals` command on the shop's store: inspect, replay, verify, move and repair.
+    /// Run the `annals` command on the shop's store: inspect, replay, verify, move and repair.
     #[command(disable_help_flag = true)]
     Ops {
         /// The command and its arguments; see `ops --help`.
@@ -83,7 +84,7 @@ pub enum Command {
     },
 }
 
-/// Where things are kept and how services talk.
+/// The store and the bus.
 #[derive(Clone, Debug, Args)]
 pub struct Connection {
     /// Where events are kept: `memory:`, `sqlite:PATH` or `postgres://…`. A password can stand in a file or in the
@@ -101,7 +102,7 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// The name under which this process shares the work; `None` if the process has the store for itself.
+    /// The name under which this process shares work with other processes; `None` if no other process uses the store.
     pub fn shared_as(&self) -> Option<String> {
         shared_as(&self.store, &self.instance)
     }
@@ -113,7 +114,7 @@ fn shared_as(store: &StoreUrl, instance: &Option<String>) -> Option<String> {
     is_shared.then(|| instance.clone().unwrap_or_else(name))
 }
 
-/// How much is printed.
+/// The options of the output.
 #[derive(Clone, Copy, Debug, Args)]
 pub struct Output {
     /// Make the last line the summary as JSON.
@@ -155,7 +156,7 @@ pub struct Run {
     /// The seed of all random choices.
     #[arg(long, value_name = "N", default_value_t = 7)]
     pub seed: u64,
-    /// How much is printed.
+    /// The options of the output.
     #[command(flatten)]
     pub output: Output,
 }
@@ -169,7 +170,7 @@ impl Run {
         }
     }
 
-    /// The share of cards that are declined.
+    /// The share of declined cards.
     pub fn decline_rate(&self) -> f64 {
         self.decline_rate.unwrap_or(if self.orders.is_some() { 0.0 } else { DECLINE_RATE_GENERATED })
     }
@@ -180,7 +181,7 @@ impl Run {
     }
 }
 
-/// Arguments of `serve`. Served events must outlive the process, so store and bus have no default.
+/// Arguments of `serve`. Store and bus have no default, because served events must outlive the process.
 #[derive(Clone, Debug, Args)]
 pub struct Serve {
     /// The service to run.
@@ -209,7 +210,7 @@ pub struct Serve {
 }
 
 impl Serve {
-    /// The name under which this process shares the work; `None` if the process has the store for itself.
+    /// The name under which this process shares work with other processes; `None` if no other process uses the store.
     pub fn shared_as(&self) -> Option<String> {
         shared_as(&self.store, &self.instance)
     }
@@ -222,7 +223,7 @@ pub enum Role {
     All,
     /// Orders, returns, and their sagas.
     Order,
-    /// Stock.
+    /// Stock and supplies.
     Inventory,
     /// Charges and refunds.
     Payment,
@@ -248,7 +249,7 @@ pub struct Drain {
     /// The store of the sagas.
     #[command(flatten)]
     pub connection: Connection,
-    /// How much is printed.
+    /// The options of the output.
     #[command(flatten)]
     pub output: Output,
 }

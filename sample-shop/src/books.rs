@@ -1,4 +1,4 @@
-//! The books: what was ordered, sold and paid, folded from the log.
+//! The totals of orders, sales and payments, computed by folding the log. The shop calls them its books.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -15,16 +15,16 @@ use crate::{
     supply::SupplyEvent,
 };
 
-/// Events that are booked per read.
+/// The number of events per read.
 const PAGE: usize = 2_000;
 
-/// The books of the shop, or one service's part of them.
+/// The books of the whole shop, or of one service.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Books {
     pub orders: u64,
     pub confirmed: u64,
-    /// By reason of the cancellation.
+    /// The number of cancelled orders by reason.
     pub cancelled: BTreeMap<String, u64>,
     pub returns: u64,
     pub adjustments: u64,
@@ -34,7 +34,7 @@ pub struct Books {
 }
 
 impl Books {
-    /// Books one event. Events of other kinds change nothing.
+    /// Adds one event to the books. Events of other kinds change nothing.
     pub fn book(&mut self, event: &Recorded) -> Result<(), annals::event::DecodeError> {
         match event.stream.category() {
             "order" => match event.decode()? {
@@ -55,7 +55,8 @@ impl Books {
                 }
             }
             "supply" => self.adjustments += u64::from(matches!(event.decode()?, Some(SupplyEvent::Adjusted { .. }))),
-            // There is nothing to book, but an unreadable event must not go unnoticed in this category either.
+            // Notifications do not count in the books, but they are still decoded, so that an unreadable event is
+            // reported.
             "notification" => _ = event.decode::<NotificationEvent>()?,
             _ => {}
         }
@@ -102,14 +103,14 @@ impl Books {
     }
 }
 
-/// Keeps the books of one service, from its own log. They are brought up to date on request only.
+/// Keeps the books of one service, from that service's own log. The books are updated only on request.
 pub struct Bookkeeper {
     store: Arc<dyn EventStore>,
     key: DocumentKey,
     query: LogQuery,
 }
 
-/// The books as of a position, as stored.
+/// The books up to a position, as they are stored.
 #[derive(Default, Serialize, Deserialize)]
 struct Kept {
     position: i64,
@@ -117,13 +118,13 @@ struct Kept {
 }
 
 impl Bookkeeper {
-    /// Returns the bookkeeper of the service of this name, whose events are in these categories.
+    /// Returns the bookkeeper of the service with this name, whose events belong to these categories.
     pub fn new(service: &str, categories: &[&str], store: Arc<dyn EventStore>) -> Self {
         let query = LogQuery::categories(categories.iter().copied());
         Self { store, key: DocumentKey::new("books", service), query }
     }
 
-    /// Returns the books with every event that was committed before the call.
+    /// Returns the books, including every event that was committed before the call.
     pub async fn books(&self, work: &mut Work) -> Result<Books, StepError> {
         let mut kept: Kept = work.document(&self.key).await?.unwrap_or_default();
         loop {
@@ -136,7 +137,7 @@ impl Bookkeeper {
                 kept.position = page.next.0;
                 continue;
             }
-            // Events committed behind a position that another writer still holds are not visible yet.
+            // A committed event stays invisible while another writer still holds an earlier position.
             let status = self.store.status().await.map_err(StepError::Store)?;
             if let Some(reason) = status.waits_for {
                 return Err(StepError::Failed(format!("the log cannot be read to its end: {reason}")));
@@ -149,7 +150,7 @@ impl Bookkeeper {
         Ok(kept.books)
     }
 
-    /// Returns the same books as the answer to a saga.
+    /// Returns the same books as a saga's answer.
     pub async fn count(&self, work: &mut Work) -> Result<Answer, StepError> {
         let books = self.books(work).await?;
         let counted = serde_json::to_value(books).map_err(|error| StepError::Failed(error.to_string()))?;

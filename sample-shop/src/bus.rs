@@ -7,7 +7,7 @@ use annals_kafka::KafkaBus;
 
 use crate::{Failure, arguments::BusUrl};
 
-/// Partitions of a topic of the local bus.
+/// The number of partitions per topic of the local bus.
 const LOCAL_PARTITIONS: u32 = 4;
 
 /// Opens the bus that `url` names.

@@ -1,6 +1,6 @@
-//! The cards that customers pay with. They are test cards, as real payment providers offer them: the card itself tells
-//! the simulated provider what to do. The client that places an order draws the card, and no service needs to know a
-//! seed.
+//! The cards with which customers pay. They are test cards, as real payment providers offer them: the card decides what
+//! the simulated provider does. The client that places an order chooses the card at random, so no service needs to know
+//! the seed.
 
 use annals::event::named_id;
 use serde::{Deserialize, Serialize};
@@ -15,24 +15,24 @@ pub enum Card {
     Good,
     /// The issuer declines.
     Declined,
-    /// The card is charged, and its holder cancels the order while the checkout runs: after the charge, before the
+    /// The card is charged, and the customer cancels the order while the checkout runs: after the charge and before the
     /// confirmation.
     Withdrawn,
 }
 
-/// How often cards are declined or customers change their minds, from 0 to 1.
+/// The probabilities that a card is declined or that a customer cancels, from 0 to 1.
 #[derive(Clone, Copy, Debug)]
 pub struct Chances {
     /// The seed of all random choices.
     pub seed: u64,
-    /// Share of cards that are declined.
+    /// The share of declined cards.
     pub decline_rate: f64,
-    /// Share of customers who cancel while their checkout runs.
+    /// The share of customers who cancel while their checkout runs.
     pub cancel_rate: f64,
 }
 
 impl Chances {
-    /// Returns the card that an order is paid with: the same on every run.
+    /// Returns the card for an order. Every run returns the same card.
     pub fn card(&self, order_id: &str) -> Card {
         if draw(self.seed, "decline", order_id) < self.decline_rate {
             Card::Declined
@@ -45,14 +45,14 @@ impl Chances {
 }
 
 impl Card {
-    /// Returns whether this is the default card. Events of orders with it do not mention the card.
+    /// Returns whether this is the default card, which the events of an order leave out.
     pub fn is_good(&self) -> bool {
         *self == Self::Good
     }
 }
 
-/// Returns a number from 0 to 1 that depends on the arguments alone, so that chance is the same on every run and in
-/// every order of events.
+/// Returns a pseudo-random number from 0 to 1 that depends only on the arguments, so that it is the same on every run,
+/// in whatever order the events come.
 pub fn draw(seed: u64, what: &str, id: &str) -> f64 {
     let hash = named_id(Uuid::from_u64_pair(seed, 0), &format!("{what}/{id}"));
     (hash.as_u64_pair().0 >> 11) as f64 / (1u64 << 53) as f64

@@ -31,7 +31,7 @@ pub struct Checkout {
     pub currency: String,
     #[serde(default, skip_serializing_if = "Card::is_good")]
     pub card: Card,
-    /// The reason why the order will be cancelled, once it is known.
+    /// The reason for the cancellation, once it is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cancelled: Option<String>,
 }
@@ -49,8 +49,8 @@ impl SagaState for Checkout {
     }
 }
 
-/// Reserves, charges and confirms; then ships and notifies. A refusal before the confirmation compensates the steps
-/// done.
+/// Reserves the goods, charges the card and confirms the order; then ships the goods and notifies the customer. A
+/// refusal before the confirmation compensates the steps that are done.
 ///
 /// ```
 /// println!("{}", sample_shop::checkout::checkout().mermaid());
@@ -116,7 +116,7 @@ impl Checkout {
     }
 }
 
-/// Adds up the units of each SKU. A SKU may stand on several lines of an order, but is reserved once.
+/// Adds up the units of each SKU. An order may list a SKU on several lines, but the SKU is reserved once.
 fn units(lines: &[Line]) -> Vec<Units> {
     let mut units: BTreeMap<&str, u32> = BTreeMap::new();
     for line in lines {
@@ -138,7 +138,7 @@ pub struct Returning {
 
 impl SagaState for Returning {}
 
-/// Puts the goods back into stock, pays the money back, and notifies the customer.
+/// Puts the goods back into stock, refunds the money, and notifies the customer.
 pub fn returning() -> Saga<Returning> {
     Saga::<Returning>::named("return")
         .retriable("restock", |r| {

@@ -1,8 +1,8 @@
-//! Allows one shop at a time on a SQLite file.
+//! Ensures that only one shop at a time uses a SQLite file.
 //!
-//! The store allows several processes on one file, but the shop does not: each process has a bus of its own, while the
-//! file holds one relay progress for all of them. Another process would wait in vain for messages that this one has put
-//! on its bus.
+//! The store allows several processes to share one file, but the shop does not. Each process has its own local bus,
+//! while the file holds one relay checkpoint for all of them. A second process would wait in vain for messages that the
+//! first process has published to its own bus.
 
 use std::{
     fs::{self, File, TryLockError},
@@ -12,7 +12,8 @@ use std::{
 
 use crate::arguments::StoreUrl;
 
-/// Keeps other shops away from a store as long as the claim lives. A process that is killed releases its claim.
+/// Keeps other shops away from a store while the claim lives. The operating system releases the claim of a process that
+/// is killed.
 #[derive(Debug)]
 pub struct Claim {
     _locked: File,
@@ -26,10 +27,10 @@ pub enum ClaimError {
     InUse {
         /// The store.
         store: StoreUrl,
-        /// The process that holds it, if that is known.
+        /// The process that holds the claim, if it is known.
         process: String,
     },
-    /// The lock file can be neither created nor locked.
+    /// The lock file cannot be created or locked.
     #[error("{}: {source}", path.display())]
     Unlockable {
         /// The file.
@@ -40,12 +41,13 @@ pub enum ClaimError {
 }
 
 impl Claim {
-    /// Claims a store that is open. Returns `None` for stores that several shops may share, or that no other process
-    /// can reach.
+    /// Claims an open store. Returns `None` for a store that several shops may share, and for a store that no other
+    /// process can reach.
     pub fn on(store: &StoreUrl) -> Result<Option<Self>, ClaimError> {
         let StoreUrl::Sqlite(path) = store else { return Ok(None) };
-        // The lock has the canonical path, so it holds for every name of the file. The store's own file must not be
-        // locked: closing any handle on it releases SQLite's own locks.
+        // Locks a separate file, named after the canonical path, so that the lock holds for every name of the store's
+        // file. The store's own file must not be locked, because closing any handle on it would release SQLite's own
+        // locks.
         let mut name = fs::canonicalize(path).unwrap_or_else(|_| path.clone()).into_os_string();
         name.push("-lock");
         let path = PathBuf::from(name);
@@ -62,7 +64,7 @@ impl Claim {
             }
             Err(TryLockError::Error(source)) => return Err(unlockable(source)),
         }
-        // The process id only serves the error message above.
+        // The process id is used only in the error message above.
         let noted = file.set_len(0).and_then(|()| write!(file, "{}", std::process::id()));
         noted.map_err(unlockable)?;
         Ok(Some(Self { _locked: file }))

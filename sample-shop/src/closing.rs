@@ -1,4 +1,4 @@
-//! Closes the books: each service counts what is in its own log, and the order service adds up the counts.
+//! Closes the books: each service computes the totals of its own log, and the order service adds them up.
 
 use annals::{
     Aggregate, Event, HandlerError, LogQuery, Message, Saga, SagaState,
@@ -8,13 +8,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::{books::Books, inventory::InventoryStep, order::OrderStep, payment::PaymentStep};
 
-/// What happens to a closing.
+/// What happens to a closing: one request for the books of the whole shop.
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "closing")]
 pub enum ClosingEvent {
-    /// A client asks for the books.
+    /// A client has asked for the books.
     Opened { closing_id: String },
-    /// The books. They hold everything that had ended when the closing was opened, and some of the work under way.
+    /// The books are complete. They include all sagas that had ended when the closing was opened, and part of the work
+    /// then in progress.
     Closed { closing_id: String, books: Books },
 }
 
@@ -75,7 +76,7 @@ pub struct Counting {
 
 impl SagaState for Counting {
     fn learn(&mut self, _step: &str, outcome: &Outcome) {
-        // The last step has nothing to report.
+        // The last step reports no books.
         if let Outcome::Done(counted @ serde_json::Value::Object(_)) = outcome
             && let Ok(books) = serde_json::from_value(counted.clone())
         {
@@ -84,7 +85,7 @@ impl SagaState for Counting {
     }
 }
 
-/// Counts stock and money; then the order service counts its own events and closes.
+/// Collects the books of the inventory and payment services; then the order service adds its own and closes.
 pub fn counting() -> Saga<Counting> {
     Saga::<Counting>::named("closing")
         .retriable("count stock", |_| Request::to("inventory", &InventoryStep::Count))

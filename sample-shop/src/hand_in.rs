@@ -1,4 +1,4 @@
-//! Hands in the invoices of an input to a shop, local or remote, and waits for the end of each.
+//! Hands in the invoices of an input to a local or remote shop, and waits until each has been handled.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -21,22 +21,23 @@ use crate::{
     supply::{self, Change, SupplyEvent},
 };
 
-/// Latencies are recorded up to ten minutes, in microseconds.
+/// The largest latency that the histogram records: ten minutes, in microseconds.
 const LATENCY_MAX_US: u64 = 600_000_000;
-/// Deliveries of the opening stock that are under way at the same time.
+/// The maximum number of deliveries of the opening stock in flight.
 const DELIVERIES_MAX: usize = 8;
 
-/// A shop that accepts invoices: the one in this process, or one behind HTTP. The same invoice may be handed in any
-/// number of times, and is accepted once.
+/// A shop that accepts invoices: the shop in this process, or a shop behind HTTP. A caller may hand in the same invoice
+/// any number of times; the shop accepts it once.
 #[async_trait]
 pub trait Shop: Clone + Send + Sync + 'static {
-    /// Accepts an order, a return or a supply. The error is the reason of a rejection.
+    /// Accepts an order, a return or a supply. The error is the reason for a rejection.
     async fn take_in(&self, paper: Paper) -> Result<TakenIn, String>;
-    /// Waits for the end of an accepted paper that had not ended.
+    /// Waits until the saga of an accepted paper ends. Called only if the saga had not ended when the paper was
+    /// accepted.
     async fn ended(&self, kind: Kind, id: &str) -> Result<End, String>;
 }
 
-/// A paper that a customer hands in.
+/// A paper that a customer hands in: an order, a return, or a supply (a delivery or a stock count).
 #[derive(Clone, Debug)]
 pub enum Paper {
     Order { id: String, customer: Option<String>, lines: Vec<Line>, card: Card },
@@ -55,33 +56,33 @@ pub enum Kind {
 /// The state of a paper that was accepted.
 #[derive(Clone, Debug, Default)]
 pub struct TakenIn {
-    /// Whether an earlier run had already handed in the paper.
+    /// Whether an earlier run handed in the same paper.
     pub repeated: bool,
-    /// The changes of a supply as they were first accepted.
+    /// The changes in a supply as they were first accepted.
     pub units: Vec<Change>,
-    /// How the paper ended, if it has ended.
+    /// How the saga of the paper ended, if it has ended.
     pub end: Option<End>,
 }
 
-/// How a paper ended.
+/// How the saga of a paper ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
     Ended,
-    /// The saga waits for an operator.
+    /// The saga is waiting for an operator.
     Stuck,
 }
 
 /// The result of handing in papers.
 pub struct Tally {
-    /// Time from handing in an invoice to the end of its saga, in microseconds.
+    /// The time from handing in an invoice to the end of its saga, in microseconds.
     pub latency_us: Histogram<u64>,
-    /// Sagas of this run that ended.
+    /// The number of sagas of this run that ended.
     pub sagas: u64,
-    /// Invoices that an earlier run had already handed in.
+    /// The number of invoices that an earlier run had already handed in.
     pub repeated: u64,
-    /// Orders and returns that wait for an operator.
+    /// The number of orders and returns that are waiting for an operator.
     pub stuck: u64,
-    /// Orders and returns that were handed in and whose end was not seen.
+    /// The number of orders and returns that were handed in, and whose end this run did not see.
     pub unfinished: u64,
     /// Invoices that were rejected, each with its reason.
     pub rejected: Vec<String>,
@@ -95,7 +96,7 @@ pub struct Customers<S> {
 }
 
 impl<S: Shop> Customers<S> {
-    /// Returns the customers of this shop.
+    /// Returns customers for this shop.
     pub fn new(shop: S) -> Result<Self, RunError> {
         let latency_us =
             Histogram::new_with_max(LATENCY_MAX_US, 3).map_err(|error| RunError::Runtime(error.to_string()))?;
@@ -108,7 +109,7 @@ impl<S: Shop> Customers<S> {
         self.tally.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Opens the stock, unless it is open already, and waits until all of it is booked.
+    /// Opens the stock if it is not open yet, and waits until all of it is booked.
     pub async fn open_stock(&self, stock: BTreeMap<String, u64>, input: &str) -> Result<(), RunError> {
         let slots = Arc::new(Semaphore::new(DELIVERIES_MAX));
         let mut deliveries = JoinSet::new();
@@ -132,7 +133,8 @@ impl<S: Shop> Customers<S> {
         refused.min().map_or(Ok(()), |reason| Err(RunError::Stock(reason)))
     }
 
-    /// Hands in all invoices and waits until they end or the run is stopped. Returns the time of the first invoice.
+    /// Hands in all invoices, and waits until their sagas end or the run is stopped. Returns the time at which the
+    /// first invoice was handed in.
     pub async fn hand_in_all(
         &self,
         invoices: &mut Invoices,
@@ -174,12 +176,12 @@ impl<S: Shop> Customers<S> {
             () = all_end => {}
             () = stop.cancelled() => {}
         }
-        // Aborts the tasks that still wait for the end of their sagas.
+        // Aborts the tasks that are still waiting for the end of a saga.
         under_way.shutdown().await;
         Ok(started)
     }
 
-    /// Hands in one invoice and waits for its end.
+    /// Hands in one invoice, and waits for the end of its saga.
     async fn hand_in(&self, invoice: Invoice, card: Card) {
         let started = Instant::now();
         let (kind, id, paper) = match invoice {
@@ -224,7 +226,7 @@ impl<S: Shop> Customers<S> {
     }
 }
 
-/// Returns how the paper ended, and waits for its end if it is still open.
+/// Returns how the saga of the paper ended. Waits for the end if the saga is still running.
 async fn end<S: Shop>(shop: &S, kind: Kind, id: &str, taken_in: &TakenIn) -> Result<End, String> {
     match taken_in.end {
         Some(end) => Ok(end),
@@ -236,7 +238,7 @@ fn micros(elapsed: Duration) -> u64 {
     u64::try_from(elapsed.as_micros()).unwrap_or(LATENCY_MAX_US)
 }
 
-/// Reports the SKU in which a stock that was opened before differs from this one.
+/// Fails if the stock that an earlier run opened differs from this one, and names the SKU that differs.
 fn differs(input: &str, before: &[Change], now: &[Change]) -> Result<(), String> {
     let quantity =
         |units: &[Change], sku: &str| units.iter().find(|change| change.sku == sku).map_or(0, |change| change.quantity);
@@ -254,7 +256,7 @@ fn differs(input: &str, before: &[Change], now: &[Change]) -> Result<(), String>
 }
 
 impl Kind {
-    /// The name that people use for the kind.
+    /// The word that people use for this kind of paper.
     pub fn name(self) -> &'static str {
         match self {
             Self::Order => "order",
@@ -268,13 +270,13 @@ fn order_lines(lines: Vec<input::Line>) -> Vec<Line> {
     lines.into_iter().map(|line| Line { sku: line.sku, quantity: line.quantity, unit_price: line.unit_price }).collect()
 }
 
-/// The last invoice in line for each SKU.
+/// For each SKU, the last invoice in its queue.
 #[derive(Default)]
 struct Queues {
     last: HashMap<String, watch::Receiver<()>>,
 }
 
-/// A place in the queues of an invoice's SKUs. Dropping it lets the next invoices proceed.
+/// An invoice's place in the queues of all its SKUs. Dropping the place lets the next invoices proceed.
 #[derive(Default)]
 struct Turn {
     earlier: Vec<watch::Receiver<()>>,
@@ -293,7 +295,7 @@ impl Queues {
 impl Turn {
     async fn come(&self) {
         for earlier in &self.earlier {
-            // `changed` fails once the earlier invoice has dropped its sender, which is the event to wait for.
+            // `changed` fails once the earlier invoice drops its sender, and this is the signal to proceed.
             while earlier.clone().changed().await.is_ok() {}
         }
     }

@@ -1,4 +1,4 @@
-//! The HTTP interface of the order service, and the probes that every service has.
+//! The HTTP interface of the order service, and the health probes of every service.
 
 mod asked;
 mod follower;
@@ -35,7 +35,8 @@ pub use self::{
     sagas::Sagas,
 };
 
-/// Returns all routes of a service. Only the order service has a front. The probes are answered at any load.
+/// Returns all routes of a service. Only the order service has a public API (`front`). The probes are answered under
+/// any load.
 pub fn app(front: Option<Front>, probes: Probes) -> Router {
     let metrics = probes.metrics.clone();
     let announced = probes.announced.clone();
@@ -49,11 +50,11 @@ pub fn app(front: Option<Front>, probes: Probes) -> Router {
         .layer(from_fn_with_state(announced, announce))
 }
 
-/// Makes each answer the last one on its connection once the shop was asked to stop, so that clients reconnect
-/// elsewhere. A panic becomes an answer as well.
+/// Closes each connection after its next answer once the shop was asked to stop, so that clients reconnect to another
+/// instance. Turns a panic into an answer as well.
 async fn announce(State(announced): State<CancellationToken>, request: Request, next: Next) -> Response {
     let answered = AssertUnwindSafe(next.run(request)).catch_unwind().await;
-    // The panic itself is printed on standard error.
+    // The panic hook prints the panic on standard error.
     let panicked = |_| {
         Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "the server has a fault; its log says more").into_response()
     };
@@ -73,7 +74,7 @@ async fn no_method(request: Request) -> Problem {
     Problem::new(StatusCode::METHOD_NOT_ALLOWED, detail)
 }
 
-/// Counts requests and their time by route. Ids never become labels.
+/// Counts requests and measures their duration by route. Ids never become labels.
 async fn measure(
     State(metrics): State<Arc<Metrics>>,
     path: Option<MatchedPath>,
@@ -93,7 +94,7 @@ async fn measure(
     response
 }
 
-/// Counts a request in hand until it is dropped, even if its client goes away.
+/// Counts a request as in progress until dropped, even if its client disconnects.
 struct InHand(prometheus::IntGauge);
 
 impl InHand {

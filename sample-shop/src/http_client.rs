@@ -1,4 +1,4 @@
-//! A client of one HTTP server. It keeps its connections alive, and never has more of them than places.
+//! An HTTP client for one server. The client keeps connections alive and limits their number.
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
@@ -17,11 +17,12 @@ use tokio::{net::TcpStream, sync::Semaphore, time::timeout};
 
 /// The longest wait for an answer.
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(30);
-/// The largest answer, in bytes: a large order with its timeline.
+/// The largest answer in bytes, enough for a large order with its timeline.
 const ANSWER_BYTES_MAX: usize = 16_000_000;
-/// An idle connection is not reused after this time, which is shorter than the shop keeps idle connections.
+/// The time after which an idle connection is not reused: less than the time after which the shop closes it.
 const IDLE_MAX: Duration = Duration::from_secs(15);
-/// Connections that are opened at the same time: after a restart, opening all at once would fill the server's queue.
+/// The maximum number of connections being opened concurrently. After a restart, opening all of them at once would fill
+/// the server's queue.
 const CONNECTING_MAX: usize = 32;
 
 /// A client of the server at one address.
@@ -29,7 +30,7 @@ pub struct HttpClient {
     /// `host:port`.
     address: String,
     host: HeaderValue,
-    /// One permit for each connection, idle or not.
+    /// One permit per connection, idle or not.
     places: Semaphore,
     connecting: Semaphore,
     idle: Mutex<Vec<Idle>>,
@@ -40,7 +41,7 @@ struct Idle {
     since: Instant,
 }
 
-/// Why there is no answer.
+/// Why a request got no answer.
 #[derive(Debug)]
 pub struct NoAnswer {
     pub reason: String,
@@ -59,7 +60,7 @@ impl NoAnswer {
 }
 
 impl HttpClient {
-    /// Creates a client with this number of places for connections to `address`, which is `host:port`.
+    /// Creates a client with at most `places` connections to `address`, which is `host:port`.
     pub fn new(address: &str, places: usize) -> Result<Self, String> {
         Ok(Self {
             host: address.parse().map_err(|_| format!("{address} is not host:port"))?,
@@ -70,7 +71,7 @@ impl HttpClient {
         })
     }
 
-    /// Waits for a free place, sends a request whose URI is a path, and reads the answer.
+    /// Waits for a permit, sends a request whose URI is a path, and reads the answer.
     pub async fn send(&self, mut request: Request<Full<Bytes>>) -> Result<Response<Bytes>, NoAnswer> {
         request.headers_mut().insert(HOST, self.host.clone());
         let _place = self.places.acquire().await.map_err(NoAnswer::unsent)?;
@@ -91,7 +92,7 @@ impl HttpClient {
                 Err(failed) => failed,
             };
             match failed.take_message() {
-                // The server had closed the idle connection meanwhile.
+                // The server had already closed this idle connection.
                 Some(unsent) if is_kept => request = unsent,
                 Some(_) => return Err(NoAnswer::unsent(chain(failed.error()))),
                 None => return Err(NoAnswer::sent(chain(failed.error()))),
@@ -106,14 +107,14 @@ impl HttpClient {
     ) -> Result<Response<Bytes>, NoAnswer> {
         let (head, body) = response.into_parts();
         let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await.map_err(NoAnswer::sent)?;
-        // Keeps the connection, unless the server asked to close it.
+        // Keeps the connection open unless the server asked to close it.
         if connection.ready().await.is_ok() {
             self.idle().push(Idle { connection, since: Instant::now() });
         }
         Ok(Response::from_parts(head, body.to_bytes()))
     }
 
-    /// Returns the connection that was used last, so that the connections of a burst expire after it.
+    /// Returns the most recently used connection, so that the extra connections of a burst stay idle and expire.
     fn kept(&self) -> Option<SendRequest<Full<Bytes>>> {
         let mut idle = self.idle();
         let is_usable = |idle: &Idle| !idle.connection.is_closed() && idle.since.elapsed() < IDLE_MAX;
@@ -126,7 +127,7 @@ impl HttpClient {
         stream.set_nodelay(true).map_err(NoAnswer::unsent)?;
         let (connection, driver) =
             handshake(TokioIo::new(stream)).await.map_err(|error| NoAnswer::unsent(chain(&error)))?;
-        // The task ends with the connection, and the request reports its error.
+        // The task ends together with the connection. The request reports any error.
         tokio::spawn(driver);
         Ok(connection)
     }
@@ -136,7 +137,7 @@ impl HttpClient {
     }
 }
 
-/// Returns the innermost cause of an error, since the client's own message says little.
+/// Returns the innermost cause of an error, because the outer message of the HTTP library says little.
 fn chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     causes.last().map(ToString::to_string).unwrap_or_default()

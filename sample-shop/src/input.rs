@@ -6,7 +6,8 @@
 //! | a number that starts with `C`, only negative quantities | a [return](Invoice::Return) |
 //! | a number without `C`, a total of zero | an [adjustment](Invoice::Adjustment) of stock |
 //!
-//! Everything else is wrong, and is reported with its line. See [`FileInvoices`] for the rest of the invoice.
+//! Any other invoice is invalid and is reported with its line. See [`FileInvoices`] for what happens to the rest of
+//! such an invoice.
 //!
 //! ```
 //! # use sample_shop::input::{Invoice, ReadError, Source};
@@ -48,21 +49,21 @@ pub use self::{
     source::{Invoices, Source},
 };
 
-/// A line of an order or of a return. A SKU may stand on several lines of one invoice.
+/// A line of an order or of a return. Several lines of one invoice may have the same SKU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Line {
-    /// The SKU: opaque text, taken as it stands (`85123A` and `85123a` are two).
+    /// The SKU: opaque, case-sensitive text (`85123A` and `85123a` are two SKUs).
     pub sku: String,
-    /// The number of units; above zero.
+    /// The number of units, above zero.
     pub quantity: u32,
-    /// The price of one unit; zero for goods given away with an order, never negative.
+    /// The price of one unit: zero for goods given away with an order, and never negative.
     pub unit_price: Decimal,
 }
 
-/// The meaning of one invoice to the shop.
+/// What an invoice means to the shop.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Invoice {
-    /// Goods for money. At least one line has a price; the others may be free, and are shipped like any other.
+    /// A sale. At least one line has a price; the other lines may be free, and are shipped like any other line.
     Order {
         /// The invoice number, as in the file.
         id: String,
@@ -71,7 +72,7 @@ pub enum Invoice {
         /// All lines, in the order of the file.
         lines: Vec<Line>,
     },
-    /// Goods come back, and their total is refunded. The total may be zero: free goods come back too.
+    /// Goods come back, and their total is refunded. The total may be zero, because free goods come back too.
     Return {
         /// The invoice number, as in the file, with its `C`.
         id: String,
@@ -80,11 +81,11 @@ pub enum Invoice {
         /// All lines, with the quantities made positive.
         lines: Vec<Line>,
     },
-    /// Stock was found, lost, damaged or thrown away. No money moves.
+    /// A correction of the stock: goods were found, lost, damaged or thrown away. No money moves.
     Adjustment {
         /// The invoice number, as in the file.
         id: String,
-        /// SKU and change: above zero found, below zero written off, never zero.
+        /// Each SKU with its change: above zero if units were found, below zero if units were written off, never zero.
         lines: Vec<(String, i64)>,
     },
 }
@@ -97,9 +98,10 @@ impl Invoice {
         }
     }
 
-    /// The sum of quantity times price, exact: what an order charges or a return refunds; zero for an adjustment.
+    /// The exact sum of quantity times price: the amount that an order charges or a return refunds. Zero for an
+    /// adjustment.
     ///
-    /// The readers keep prices, quantities and lines within bounds that no exact sum can leave.
+    /// The readers limit prices, quantities and the number of lines so that the sum never overflows or loses digits.
     pub fn total(&self) -> Decimal {
         match self {
             Self::Order { lines, .. } | Self::Return { lines, .. } => {
@@ -109,7 +111,8 @@ impl Invoice {
         }
     }
 
-    /// The number of units that move: out for an order, in for a return, the net change for an adjustment.
+    /// The number of units that move: out of stock for an order, into stock for a return, the net change for an
+    /// adjustment.
     pub fn units(&self) -> i64 {
         match self {
             Self::Order { lines, .. } | Self::Return { lines, .. } => {
@@ -119,7 +122,7 @@ impl Invoice {
         }
     }
 
-    /// The SKUs of the invoice, one for each line.
+    /// The SKUs of the invoice, one per line.
     pub fn skus(&self) -> impl Iterator<Item = &str> {
         let (sold, counted): (&[Line], &[(String, i64)]) = match self {
             Self::Order { lines, .. } | Self::Return { lines, .. } => (lines, &[]),

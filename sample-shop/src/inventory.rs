@@ -1,4 +1,4 @@
-//! The inventory service: one stream per SKU. The lines of an order are reserved in one commit over several streams.
+//! The inventory service, with one stream per SKU. One commit over several streams reserves all lines of an order.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -18,17 +18,17 @@ use crate::{
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "stock")]
 pub enum StockEvent {
-    /// Goods came in.
+    /// Goods were delivered.
     Received { sku: String, quantity: u64, delivery_id: String },
     /// Units are held for an order.
     Reserved { order_id: String, sku: String, quantity: u32 },
-    /// The units are no longer held.
+    /// The reservation was released.
     Released { order_id: String, sku: String, quantity: u32 },
     /// The units left the warehouse.
     Shipped { order_id: String, sku: String, quantity: u32 },
     /// A customer sent units back.
     Returned { return_id: String, sku: String, quantity: u32 },
-    /// A count found more or fewer units. The stock never falls below the reserved units.
+    /// A stock count found more or fewer units. The stock never falls below the number of reserved units.
     Adjusted { adjustment_id: String, sku: String, quantity: i64, counted: i64 },
 }
 
@@ -43,7 +43,7 @@ pub enum StockCommand {
     Adjust { adjustment_id: String, quantity: i64 },
 }
 
-/// A command to the stock of one SKU.
+/// A command to the stock of one SKU, with the SKU.
 #[derive(Clone, Debug)]
 pub struct OfSku {
     pub sku: String,
@@ -65,13 +65,13 @@ pub struct Stock {
     on_hand: i64,
     held: i64,
     reservations: BTreeMap<String, u32>,
-    /// Deliveries and adjustments that are already booked: few per SKU, and every run on the same input asks for them
-    /// again.
+    /// Deliveries and adjustments that are already booked. They are few per SKU, and every run on the same input asks
+    /// for the same ones again.
     booked: BTreeSet<String>,
 }
 
 impl Stock {
-    /// The units that a further order can take.
+    /// The number of units that are not reserved.
     pub fn available(&self) -> i64 {
         self.on_hand - self.held
     }
@@ -112,7 +112,7 @@ impl Aggregate for Stock {
                 StockEvent::Returned { return_id: return_id.clone(), sku, quantity: *quantity }
             }
             StockCommand::Adjust { adjustment_id, quantity } => {
-                // Units that are not on the shelf, or are promised to an order, cannot be written off.
+                // Units that are missing from the warehouse, or that are reserved for an order, cannot be written off.
                 let booked = (*quantity).max(-self.available().max(0));
                 StockEvent::Adjusted { adjustment_id: adjustment_id.clone(), sku, quantity: booked, counted: *quantity }
             }
@@ -155,7 +155,7 @@ pub struct Units {
     pub quantity: u32,
 }
 
-/// The steps that sagas ask of the inventory service.
+/// The steps that sagas ask the inventory service to carry out.
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "inventory")]
 pub enum InventoryStep {
@@ -175,13 +175,13 @@ pub enum InventoryStep {
         return_id: String,
         units: Vec<Units>,
     },
-    /// The units that were delivered, or the differences that a count found.
+    /// Books the units that were delivered, or the differences that a stock count found.
     Book {
         supply_id: String,
         delivered: bool,
         units: Vec<Change>,
     },
-    /// Reports the books of the stock.
+    /// Returns the books of the stock.
     Count,
 }
 

@@ -1,4 +1,4 @@
-//! Follows the log and keeps the books: what was ordered, sold and paid, and which sagas have ended.
+//! Follows the log and keeps the books: the totals of orders, sales and payments, and the sagas that have ended.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -15,10 +15,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::books::Books;
 
-/// Events that are read at once.
+/// The number of events per read.
 const PAGE: usize = 2_000;
 
-/// The books, and the tasks that wait for the end of a saga. Clones share them.
+/// The books, and the tasks that are waiting for the end of a saga. Clones share both.
 #[derive(Clone, Default)]
 pub struct Ledger {
     state: Arc<Mutex<State>>,
@@ -27,12 +27,12 @@ pub struct Ledger {
 #[derive(Default)]
 struct State {
     books: Books,
-    /// Sagas that are under way, or about to start.
+    /// Sagas that are running or about to start.
     open: HashMap<Arc<str>, Status>,
     ended: HashSet<Arc<str>>,
     waiting: HashMap<Arc<str>, Vec<oneshot::Sender<()>>>,
     failed: Option<String>,
-    /// Every event up to this position is booked.
+    /// The position up to which every event is in the books.
     position: Position,
 }
 
@@ -43,11 +43,11 @@ struct Glimpse {
 }
 
 impl Ledger {
-    /// Follows the log from its beginning until `shutdown`.
+    /// Follows the log from its beginning until `shutdown` is cancelled.
     pub async fn follow(self, store: Arc<dyn EventStore>, shutdown: CancellationToken) -> Result<(), String> {
         let followed = self.read_on(&*store, shutdown).await.map_err(|error| error.to_string());
         if let Err(reason) = &followed {
-            // Wakes all waiters: the ends that they wait for cannot be read any more.
+            // Wakes all waiting tasks, because the ends of their sagas can no longer be read.
             let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
             state.failed = Some(reason.clone());
             state.waiting.clear();
@@ -57,7 +57,7 @@ impl Ledger {
 
     async fn read_on(&self, store: &dyn EventStore, shutdown: CancellationToken) -> Result<(), StoreError> {
         while !shutdown.is_cancelled() {
-            // If events were added since the read, the wait ends at once.
+            // If the log has grown since this read, the next wait returns at once.
             if !self.read(store).await?.more {
                 tokio::select! {
                     woken = store.wait(self.position()) => woken?,
@@ -68,18 +68,18 @@ impl Ledger {
         Ok(())
     }
 
-    /// Books the events that were committed after the follower was stopped.
+    /// Adds the events that were committed after the follower had stopped.
     pub async fn read_up(&self, store: &dyn EventStore) -> Result<(), StoreError> {
         while !self.read(store).await?.events.is_empty() {}
         Ok(())
     }
 
-    /// Returns why the books cannot be kept any more.
+    /// Returns the error that keeps the books from being continued, if there is one.
     pub fn failed(&self) -> Option<String> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).failed.clone()
     }
 
-    /// Books the next page.
+    /// Reads the next page and adds its events to the books.
     async fn read(&self, store: &dyn EventStore) -> Result<LogPage, StoreError> {
         let page = store.read_log(&LogQuery::all(), self.position(), PAGE).await?;
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -99,12 +99,12 @@ impl Ledger {
         Ok(page)
     }
 
-    /// The position up to which events are booked.
+    /// The position up to which events are in the books.
     pub fn position(&self) -> Position {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).position
     }
 
-    /// Resolves once the saga with this stream id has ended.
+    /// Resolves once the saga whose stream has this name has ended.
     pub async fn ended(&self, saga: &str) {
         let (ended, waiting) = oneshot::channel();
         {
@@ -122,7 +122,7 @@ impl Ledger {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).books.clone()
     }
 
-    /// Returns how many sagas are under way or about to start, and how many of them are stuck.
+    /// Returns the number of sagas that are running or about to start, and how many of them are stuck.
     pub fn open(&self) -> (usize, usize) {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         (state.open.len(), state.open.values().filter(|status| **status == Status::Stuck).count())
@@ -150,7 +150,7 @@ impl State {
             return Ok(());
         }
         match progress.status {
-            // The saga was abandoned: it stays in the list, so that an operator learns of it.
+            // An abandoned saga stays in the list, so that the report mentions it to an operator.
             Status::Stuck => _ = self.open.insert(saga.clone(), Status::Stuck),
             _ => _ = self.open.remove(&saga),
         }
@@ -162,7 +162,7 @@ impl State {
     }
 }
 
-/// Returns the name of the stream in which a saga ends.
+/// Returns the name of a saga's stream.
 pub fn saga_stream(saga: &str, id: &str) -> String {
     format!("saga.{saga}-{id}")
 }

@@ -1,5 +1,5 @@
-//! A shop of four services that talk only through commands, events and the bus. It is a library, shared by its binary,
-//! its tests and the benchmarks.
+//! A shop of four services that communicate only through commands, events and the bus. The shop is a library that its
+//! binary, its tests and the benchmarks share.
 //!
 //! | file | contents |
 //! |---|---|
@@ -17,7 +17,7 @@
 //! | `books`, `ledger`, `report` | the books, folded from the log, and how they are shown |
 //! | `store`, `bus` | opens the store and the bus that the URLs of the command line name |
 //! | `claim`, `stop` | allows one shop at a time on a file; ends a shop early |
-// The names of the fields of events and commands say what they hold.
+// The fields of events and commands explain themselves by their names.
 #![allow(missing_docs)]
 
 pub mod api;

@@ -24,13 +24,13 @@ use sample_shop::{
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// The most rejected invoices, or parked messages, that a run lists one by one.
+/// The maximum number of rejected invoices, and of parked messages, that a run lists one by one.
 const SHOWN_MAX: usize = 10;
 
 #[tokio::main]
 async fn main() -> ExitCode {
     let arguments = Arguments::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
-    // `run` lists at its end what was parked; `serve` logs it at once.
+    // `run` lists the parked messages at its end, while `serve` logs each of them at once.
     let told = if matches!(arguments.command, Command::Serve(_)) { "error,annals=warn" } else { "error" };
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| told.into());
     tracing_subscriber::fmt()
@@ -42,8 +42,8 @@ async fn main() -> ExitCode {
     if let Command::Ops { words } = arguments.command {
         return sample_shop::shop::ops().run(words).await;
     }
-    // Runs on a worker of the runtime: tasks spawned from the main thread would wait in a queue that busy workers
-    // seldom check.
+    // Runs the command on a worker thread of the runtime. Tasks that the main thread spawns would wait in a queue that
+    // busy workers seldom check.
     match tokio::spawn(carry_out(arguments.command)).await.unwrap_or_else(|panic| Err(panic.into())) {
         Ok(code) => code,
         Err(error) => {
@@ -53,7 +53,7 @@ async fn main() -> ExitCode {
     }
 }
 
-/// Returns whether an operator has to look at the store before it can be served.
+/// Returns whether an operator has to act before the store can be served.
 fn needs_a_person(error: &Failure) -> bool {
     let refused = error.downcast_ref::<StartError>();
     error.is::<serve::Ended>()
@@ -108,7 +108,8 @@ async fn carry_out(command: Command) -> Result<ExitCode, Failure> {
     }
 }
 
-/// Names the input. Stock is opened once per input: once per file name, or once per number of orders and seed.
+/// Returns the name of the input. Stock is opened once per name: once per file name, or once per number of orders and
+/// seed.
 fn name_of(orders: &Option<std::path::PathBuf>, seed: u64, count: u64) -> String {
     match orders.as_ref().and_then(|path| path.file_name()) {
         Some(file) => file.to_string_lossy().chars().filter(|c| !c.is_control()).take(100).collect(),
@@ -140,12 +141,12 @@ async fn run_shop(
     Ok(show(connection.store.to_string(), connection.bus.to_string(), output, &invoices, outcome))
 }
 
-/// Returns the store in which the next run finds what this run has left; `None` for a store in memory.
+/// Returns the store that holds the work of this run for the next run; `None` for a store in memory.
 fn kept_in(store: &StoreUrl) -> Option<String> {
     (*store != StoreUrl::Memory).then(|| store.to_string())
 }
 
-/// Hands in the invoices to a shop that runs elsewhere.
+/// Hands in the invoices to a shop in another process.
 async fn buy(
     url: &HttpUrl,
     output: &Output,

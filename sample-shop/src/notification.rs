@@ -1,4 +1,4 @@
-//! The notification service: notifies the customer of the outcome, once.
+//! The notification service: notifies the customer once of the outcome of an order or a return.
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -42,7 +42,7 @@ impl Aggregate for Notifications {
     }
 }
 
-/// The steps that sagas ask of the notification service.
+/// The steps that sagas ask the notification service to carry out.
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "notification")]
 pub enum NotificationStep {

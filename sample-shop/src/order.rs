@@ -72,7 +72,8 @@ pub enum OrderRefusal {
     Confirmed,
 }
 
-/// The most decimals of a price. Prices in the source data have up to three; more than this is a mistake in the input.
+/// The maximum number of decimals of a price. Prices in the source data have up to three; more than four are a mistake
+/// in the input.
 pub const PRICE_DECIMALS_MAX: u32 = 4;
 
 fn wrong_with(price: &Decimal) -> String {
@@ -82,7 +83,7 @@ fn wrong_with(price: &Decimal) -> String {
     format!("has more than {PRICE_DECIMALS_MAX} decimals")
 }
 
-/// The most lines of an order or return, from every kind of input. All lines are reserved in one commit.
+/// The maximum number of lines of an order or return, from any kind of input. All lines are reserved in one commit.
 pub const LINES_MAX: usize = 5_000;
 
 /// An order.
@@ -132,7 +133,7 @@ impl Aggregate for Order {
     }
 }
 
-/// Returns the sum of the lines, or what is wrong with them.
+/// Returns the sum of the lines. The error says what is wrong with the lines.
 pub fn total(lines: &[Line]) -> Result<Decimal, OrderRefusal> {
     if lines.is_empty() {
         return Err(OrderRefusal::NoLines);
@@ -158,7 +159,7 @@ pub fn total(lines: &[Line]) -> Result<Decimal, OrderRefusal> {
 pub enum ReturnEvent {
     /// A customer sends goods back.
     Opened { return_id: String, customer: Option<String>, lines: Vec<Line>, total: Decimal, currency: String },
-    /// The goods are back in stock and the money is paid back.
+    /// The goods are back in stock, and the money is refunded.
     Completed { return_id: String },
 }
 
@@ -204,14 +205,14 @@ impl Aggregate for Return {
     }
 }
 
-/// The steps that sagas ask of the order service.
+/// The steps that sagas ask the order service to carry out.
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "order")]
 pub enum OrderStep {
     Confirm {
         order_id: String,
     },
-    /// Sent in place of `Confirm` when the customer has changed their mind meanwhile.
+    /// Sent instead of `Confirm` if the customer cancels while the checkout runs.
     Withdraw {
         order_id: String,
     },
@@ -222,14 +223,14 @@ pub enum OrderStep {
     CompleteReturn {
         return_id: String,
     },
-    /// Completes a closing with the books that the other services have counted.
+    /// Completes a closing with the books of the other services.
     Close {
         closing_id: String,
         books: Books,
     },
 }
 
-/// The reason of an order that its customer cancelled.
+/// The cancellation reason of an order that its customer cancelled.
 pub const BY_CUSTOMER: &str = "by_customer";
 
 /// Carries out the steps of the order service.

@@ -1,4 +1,4 @@
-//! The payment service: each charge and refund goes through a provider, once.
+//! The payment service: sends each charge and each refund to a provider, once.
 
 use std::{
     collections::HashSet,
@@ -23,7 +23,7 @@ pub enum PaymentEvent {
     Charged { order_id: String, amount: Decimal, currency: String },
     /// The provider declined the charge.
     Declined { order_id: String, amount: Decimal, currency: String, reason: String },
-    /// Money was paid back, for an order or a return.
+    /// Money was refunded for an order or a return.
     Refunded {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         order_id: Option<String>,
@@ -41,7 +41,7 @@ pub struct Payment {
     refunded: bool,
 }
 
-/// A payment refuses nothing: the saga and the provider decide what may happen.
+/// A payment accepts every command, because the saga and the provider decide what may happen.
 impl Aggregate for Payment {
     const CATEGORY: &'static str = "payment";
     type Command = PaymentEvent;
@@ -51,7 +51,7 @@ impl Aggregate for Payment {
     fn decide(&self, fact: &PaymentEvent) -> Result<Vec<PaymentEvent>, Self::Refusal> {
         let known = match fact {
             PaymentEvent::Charged { .. } => self.charged,
-            // A charge of unknown outcome was never in the books, and neither is its refund.
+            // A charge of unknown outcome was never in the books, so its refund is not booked either.
             PaymentEvent::Refunded { order_id: Some(_), .. } if !self.charged => true,
             PaymentEvent::Refunded { .. } => self.refunded,
             PaymentEvent::Declined { .. } => false,
@@ -68,7 +68,7 @@ impl Aggregate for Payment {
     }
 }
 
-/// The steps that sagas ask of the payment service.
+/// The steps that sagas ask the payment service to carry out.
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "payment")]
 pub enum PaymentStep {
@@ -89,7 +89,7 @@ pub enum PaymentStep {
         amount: Decimal,
         currency: String,
     },
-    /// Reports the amounts that were charged and refunded.
+    /// Returns the books of the payments: the amounts charged and refunded.
     Count,
 }
 
@@ -99,10 +99,10 @@ pub enum ProviderError {
     /// The issuer of the card declined.
     #[error("declined: {0}")]
     Declined(String),
-    /// The charge did not happen; ask again.
+    /// The charge did not happen. The caller can try again.
     #[error("the provider is busy")]
     Busy,
-    /// The outcome is unknown; ask again under the same key.
+    /// The outcome is unknown. The caller must try again with the same key.
     #[error("the provider did not answer in time")]
     TimedOut,
 }
@@ -118,11 +118,11 @@ impl From<ProviderError> for StepError {
     }
 }
 
-/// Moves money. A request under the same key moves it once, however often it is repeated.
+/// Moves money. Requests with the same key move the money once, however often they are repeated.
 #[async_trait]
 pub trait Provider: Send + Sync + 'static {
     async fn charge(&self, key: Uuid, order_id: &str, card: Card, amount: Decimal) -> Result<(), ProviderError>;
-    /// Pays back at most the amount that was charged for `id`, and nothing if nothing was charged.
+    /// Refunds at most the amount that was charged for `id`. If nothing was charged, refunds nothing.
     async fn refund(&self, key: Uuid, id: &str, amount: Decimal) -> Result<(), ProviderError>;
 }
 
@@ -189,15 +189,15 @@ impl Participant for PaymentDesk {
     }
 }
 
-/// The share of requests to the simulated provider that fail the first time: half of them are answered as busy, the
-/// other half time out after the money has moved.
+/// The share of requests to the simulated provider that fail at the first attempt. Half of those requests are answered
+/// as busy; the other half time out after the money has moved.
 pub const TROUBLE_RATE: f64 = 0.002;
 
-/// A provider that does what the [card](Card) says. The requests that fail the first time are drawn from a seed.
+/// A simulated provider that does what the [card](Card) says. A seed decides which requests fail at the first attempt.
 pub struct SimulatedProvider {
     seed: u64,
     trouble_rate: f64,
-    /// Requests that already failed once.
+    /// Requests that have already failed once.
     troubled: Mutex<HashSet<Uuid>>,
 }
 

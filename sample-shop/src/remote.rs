@@ -1,5 +1,5 @@
-//! The main job over HTTP: hands in every invoice to a shop elsewhere, and waits until each has reached its end. A
-//! single request does both if the end comes within ten seconds.
+//! The main job over HTTP: hands in every invoice to a shop in another process, and waits until each saga has ended. If
+//! the saga ends within ten seconds, a single request does both.
 
 use std::{
     collections::BTreeMap,
@@ -31,18 +31,18 @@ use crate::{
     supply::SupplyEvent,
 };
 
-/// How long a request waits for an end before the client asks again.
+/// How long a request waits for the end of a saga before the client asks again.
 const WAIT: Duration = Duration::from_secs(10);
-/// How long the shop may be silent before the run gives up. The work done is kept.
+/// How long the shop may give no answer before the run fails. The work that was done is kept.
 const SILENCE_MAX: Duration = Duration::from_secs(120);
-/// Silence is reported once it lasts this long.
+/// How long the shop gives no answer before the run reports it.
 const SILENCE_TOLD: Duration = Duration::from_secs(2);
 /// The delay before the second try. It doubles before each further try.
 const RETRY_MIN: Duration = Duration::from_millis(50);
-/// The longest delay.
+/// The longest delay between two tries.
 const RETRY_MAX: Duration = Duration::from_secs(2);
 
-/// A shop behind HTTP.
+/// A shop in another process, reached over HTTP.
 #[derive(Clone)]
 struct There {
     url: HttpUrl,
@@ -51,7 +51,7 @@ struct There {
     stop: CancellationToken,
 }
 
-/// The time since the last answer of the shop.
+/// The time since the shop's last answer.
 struct Silence {
     heard: Instant,
     told: bool,
@@ -66,7 +66,7 @@ struct Answered {
     tried_before: bool,
 }
 
-/// The one part that all answers about an id have in common.
+/// The one field that all answers about a paper have in common.
 #[derive(Deserialize)]
 struct Watched {
     saga: Option<Seen>,
@@ -79,15 +79,14 @@ struct Seen {
     ended_at: Option<DateTime<Utc>>,
 }
 
-/// The result of a run over HTTP, with the shop's store and bus.
+/// The result of a run over HTTP, with the names of the shop's store and bus.
 pub struct RemoteOutcome {
     pub outcome: Outcome,
     pub store: String,
     pub bus: String,
 }
 
-/// Hands in the invoices. The inner error means that the run was stopped; it is the number of unfinished orders and
-/// returns.
+/// Hands in the invoices. If the run was stopped, the inner error is the number of unfinished orders and returns.
 pub async fn run(
     url: &HttpUrl,
     opening_stock: BTreeMap<String, u64>,
@@ -139,7 +138,7 @@ impl Watched {
 }
 
 impl There {
-    /// Repeats the request until the answer is other than "not now".
+    /// Repeats the request as long as the answer says that the shop cannot answer now.
     async fn ask(&self, method: Method, path: &str, key: Option<&str>, body: Bytes) -> Result<Answered, String> {
         let (mut delay, mut tried_before) = (RETRY_MIN, false);
         loop {
@@ -151,8 +150,8 @@ impl There {
                     return Ok(Answered { path, status: head.status, headers: head.headers, body, tried_before });
                 }
                 Ok((head, body)) => {
-                    // A 503 rejects the request before any work is done; the other passing statuses may cut it off
-                    // midway.
+                    // A 503 rejects the request before any work is done. Other transient statuses may interrupt a
+                    // request midway.
                     tried_before |= head.status != StatusCode::SERVICE_UNAVAILABLE;
                     detail(head.status, &body)
                 }
@@ -162,7 +161,8 @@ impl There {
                 }
             };
             self.unheard(&trouble)?;
-            // Waits between half of the delay and all of it, so that clients do not all come back at once.
+            // Waits a random time between half of the delay and the whole delay, so that clients do not all retry at
+            // once.
             tokio::time::sleep(delay.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
             delay = (delay * 2).min(RETRY_MAX);
         }
@@ -176,11 +176,11 @@ impl There {
         *self.silence() = Silence { heard: Instant::now(), told: false };
     }
 
-    /// Returns an error once no request has been answered for `SILENCE_MAX`.
+    /// Returns an error if no request was answered for `SILENCE_MAX`.
     fn unheard(&self, trouble: &str) -> Result<(), String> {
         let mut silence = self.silence();
         if silence.heard.elapsed() > SILENCE_MAX {
-            // Stops the run, so that the other requests need not find out one by one.
+            // Stops the whole run, so that the other requests do not have to time out one by one.
             self.stop.cancel();
             return Err(format!("{}: {trouble}, for {} s", self.url, SILENCE_MAX.as_secs()));
         }
@@ -190,7 +190,7 @@ impl There {
         Ok(())
     }
 
-    /// Reports why the run was stopped: on request, or because the shop does not answer.
+    /// Returns the reason why the run was stopped: a request to stop, or a shop that does not answer.
     fn stopped(&self, unfinished: u64) -> Result<Result<RemoteOutcome, u64>, RunError> {
         if self.silence().heard.elapsed() <= SILENCE_MAX {
             return Ok(Err(unfinished));
@@ -259,7 +259,7 @@ impl Shop for There {
                     SupplyEvent::Adjusted { units, .. } => NewSupply::Adjusted(units),
                 };
                 let answered = self.post("supplies", supply.id(), &sent).await?;
-                // Checks whether an earlier run handed in this supply with other units.
+                // The rejection may mean that an earlier run handed in this supply with different units.
                 if answered.status == StatusCode::UNPROCESSABLE_ENTITY
                     && let Ok(before) = self.get::<SupplyView>("supplies", supply.id()).await
                     && before.supply != sent
@@ -277,7 +277,7 @@ impl Shop for There {
             Paper::Supply(supply) => supply.units(),
             Paper::Order { .. } | Paper::Return { .. } => Vec::new(),
         };
-        // A replay counts as a repetition only if no earlier try of this run may have caused it.
+        // A replayed answer counts as a repetition only if no earlier try of this run can have caused it.
         let repeated = answered.headers.contains_key(REPLAYED) && !answered.tried_before;
         let watched = self.read::<Watched>(&answered)?;
         Ok(TakenIn { repeated, units, end: watched.end() })
@@ -297,7 +297,7 @@ impl Shop for There {
     }
 }
 
-/// Returns whether the same request may succeed a moment later.
+/// Returns whether the same request may succeed later.
 fn is_passing(status: StatusCode) -> bool {
     matches!(
         status,

@@ -1,4 +1,4 @@
-//! The output of the shop: its progress, and its summary at the end.
+//! The output of the shop: progress during the run, and a summary at the end.
 
 mod histogram;
 mod number;

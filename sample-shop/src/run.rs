@@ -1,5 +1,5 @@
-//! The main job, with all four services in this process: opens the stock, hands in every invoice, and waits until each
-//! invoice has reached its end.
+//! The main job, with all four services in this process: opens the stock, hands in every invoice, and waits until the
+//! saga of each invoice has ended.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -28,35 +28,35 @@ use crate::{
     supply::{Supply, SupplyEvent},
 };
 
-/// How long the parts may take to finish the work in hand when they stop.
+/// How long the parts may take to finish the work in progress when they stop.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// The same while something is wrong, such as a full disk. The next start repeats the work that is cut off.
+/// The same limit while something is wrong, such as a full disk. The next start repeats any interrupted work.
 const PATIENCE_IN_TROUBLE: Duration = Duration::from_secs(2);
-/// Trouble is reported once it lasts this long.
+/// How long a problem must last before it is reported.
 const TROUBLE_LASTS: Duration = Duration::from_secs(2);
-/// Why an invoice of an earlier run does not count as the invoice of this run.
+/// Why an invoice of an earlier run does not match the invoice of this run.
 const OTHER: &str = "the store has one of this name, with something else in it: run the same file with the same options, or name another \
                      --store";
 
 /// The settings of a run.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Invoices under way at the same time.
+    /// The maximum number of invoices in progress.
     pub concurrency: usize,
-    /// Share of cards that are declined.
+    /// The share of declined cards.
     pub decline_rate: f64,
-    /// Share of customers who cancel while their checkout runs.
+    /// The share of customers who cancel while their checkout runs.
     pub cancel_rate: f64,
     /// The seed of all random choices.
     pub seed: u64,
-    /// Whether stock may run out. The order of invoices matters then: an invoice waits for the earlier ones that share
-    /// a SKU with it, so the result is that of handling invoices one by one, on every machine.
+    /// Whether stock may run out. If so, the order of the invoices matters: each invoice waits for the earlier invoices
+    /// that share a SKU with it. The result is then the same as handling the invoices one by one, on every machine.
     pub scarce: bool,
     /// The name of this process, if several processes share the store.
     pub shared_as: Option<String>,
-    /// The name of this input: stock is opened once for each.
+    /// The name of this input. Stock is opened once for each name.
     pub input: String,
-    /// Ends the run early: no further invoice is handed in, and the work in hand is finished.
+    /// Ends the run early: no further invoice is handed in, and the work in progress is finished.
     pub stop: CancellationToken,
 }
 
@@ -64,25 +64,26 @@ pub struct Settings {
 pub struct Outcome {
     /// The books of the whole store.
     pub books: Books,
-    /// Sagas of this run that ended.
+    /// The number of sagas of this run that ended.
     pub sagas: u64,
-    /// Invoices that an earlier run had already handed in.
+    /// The number of invoices that an earlier run had already handed in.
     pub repeated: u64,
-    /// Sagas that an operator has to look at.
+    /// The number of sagas that need an operator.
     pub stuck: u64,
-    /// Orders and returns that were accepted and have not ended. Only a run that was stopped leaves any.
+    /// The number of orders and returns that were accepted and whose sagas have not ended. Above zero only for a run
+    /// that was stopped.
     pub unfinished: u64,
-    /// Time from the first invoice to the last end.
+    /// The time from the first invoice to the end of the last saga.
     pub elapsed: Duration,
-    /// Time from handing in an invoice to the end of its saga, in microseconds.
+    /// The time from handing in an invoice to the end of its saga, in microseconds.
     pub latency_us: Histogram<u64>,
     /// Invoices that a service rejected, each with its reason.
     pub rejected: Vec<String>,
-    /// Messages that are set aside until an operator redrives them, each with its reason.
+    /// Messages that stay parked until an operator redrives them, each with its reason.
     pub parked: Vec<String>,
 }
 
-/// Why a run stopped. Its work is kept: run it again to continue.
+/// Why a run stopped early. The work that was done is kept; run the same input again to continue.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
     #[error("{0}")]
@@ -96,7 +97,7 @@ pub enum RunError {
 }
 
 impl Settings {
-    /// The chances by which customers' cards are drawn.
+    /// The probabilities for choosing the customers' cards.
     pub fn chances(&self) -> Chances {
         Chances { seed: self.seed, decline_rate: self.decline_rate, cancel_rate: self.cancel_rate }
     }
@@ -165,7 +166,7 @@ pub async fn run(
     })
 }
 
-/// Reports why nothing moves, once for each reason that lasts. The parts keep trying.
+/// Reports why nothing moves forward, once for each reason that persists. Meanwhile the parts keep retrying.
 pub(crate) async fn tell_troubles(health: Health, shutdown: CancellationToken) -> Result<(), String> {
     let (mut told, mut before) = (BTreeSet::new(), BTreeSet::new());
     loop {
@@ -188,9 +189,9 @@ pub(crate) async fn tell_troubles(health: Health, shutdown: CancellationToken) -
     }
 }
 
-/// Lists the messages that no part will retry by itself, of this run and of earlier ones.
+/// Lists the messages that no part will retry automatically, from this run and from earlier ones.
 async fn parked(store: &Arc<dyn EventStore>, health: &Health) -> Result<Vec<String>, StoreError> {
-    // A part is a lane of a subscription, or a member of a group.
+    // A part handles one lane of a subscription, or is a member of a group.
     let parts = health.parts();
     let subscriptions: BTreeSet<&str> = parts.keys().filter_map(|part| part.split(['/', '#']).next()).collect();
     let (letters, mut parked) = (DeadLetters::new(store.clone()), Vec::new());
@@ -206,7 +207,7 @@ async fn parked(store: &Arc<dyn EventStore>, health: &Health) -> Result<Vec<Stri
     Ok(parked)
 }
 
-/// Waits for the sagas that an earlier run left under way. Stuck sagas do not count: an operator has to resolve them.
+/// Waits for the sagas that an earlier run left unfinished. Does not wait for stuck sagas, which need an operator.
 async fn wait_for_open_sagas(here: &Here) -> Result<(), RunError> {
     let head = here.store.status().await?.head;
     loop {
@@ -241,7 +242,7 @@ impl Shop for Here {
         let saga = match kind {
             Kind::Order => "checkout",
             Kind::Return => "return",
-            // A supply is booked in the commit that accepts it, so there is nothing to wait for.
+            // A supply is booked in the same commit that accepts it, so there is nothing to wait for.
             Kind::Supply => return Ok(End::Ended),
         };
         self.ledger.ended(&saga_stream(saga, id)).await;
@@ -250,7 +251,7 @@ impl Shop for Here {
 }
 
 impl Here {
-    /// Accepts an order or a return once, however often it is handed in.
+    /// Accepts an order or a return once, even if it is handed in several times.
     async fn papers<A>(&self, papers: &Repository<A>, id: &str, command: A::Command) -> Result<TakenIn, String>
     where
         A: Aggregate<Command: Clone, Event: PartialEq>,
@@ -272,7 +273,8 @@ impl Here {
         Ok(TakenIn { repeated, ..TakenIn::default() })
     }
 
-    /// Accepts a supply and books it in one commit, since order and inventory share a store here.
+    /// Accepts a supply and books it in one commit, which is possible because the order and inventory services share a
+    /// store here.
     async fn book(&self, supply: SupplyEvent) -> Result<TakenIn, String> {
         let mut transaction = Transaction::new(self.store.clone(), request(Supply::CATEGORY, supply.id()));
         loop {

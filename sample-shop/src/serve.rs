@@ -1,4 +1,4 @@
-//! Runs one service, or all, until it is stopped.
+//! Runs one service, or all of them, until the process is asked to stop.
 
 use std::{
     io::{ErrorKind, Write},
@@ -23,25 +23,27 @@ use crate::{
     store::Store,
 };
 
-/// How long the parts may take to finish the work in hand.
+/// How long the parts may take to finish the work in progress.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// A start waits for an address in use for the grace and this much longer, since a stopping instance keeps the address
-/// for its grace.
+/// If the address is in use, a starting process waits for the grace and this much longer, because a stopping instance
+/// keeps the address during its grace.
 const NEXT_INSTANCE: Duration = Duration::from_secs(2);
-/// The interval between the attempts to bind.
+/// The interval between two attempts to bind the address.
 const BIND_AGAIN: Duration = Duration::from_millis(50);
-/// The seed of the simulated provider's first failures. The outcome of an order does not depend on it.
+/// The seed that decides which requests to the simulated provider fail at the first attempt. The outcome of an order
+/// does not depend on it.
 const PROVIDER_SEED: u64 = 7;
-/// The sagas of the order service whose ends requests wait for, and the categories that these sagas are about.
+/// The categories that requests wait for: the sagas of the order service, and the aggregates that those sagas are
+/// about.
 const FOLLOWED: [&str; 8] =
     ["saga.checkout", "saga.return", "saga.supply", "saga.closing", "order", "return", "supply", "closing"];
 
-/// Why services ended that were not asked to stop.
+/// Why services ended without being asked to stop.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Ended(String);
 
-/// Serves until `stop`.
+/// Serves until `stop` is cancelled.
 ///
 /// # Errors
 /// If the store, the bus or the address is not available, or if a part ended with an error.
@@ -51,7 +53,7 @@ pub async fn serve(arguments: Serve, stop: CancellationToken) -> Result<(), Fail
                     --bus kafka://host:port"
             .into());
     }
-    // Binds before anything else, so that an address in use costs nothing.
+    // Binds the address first, so that a start with an address in use has no side effects.
     let listener = match arguments.http {
         Some(address) => {
             let patience = arguments.grace + NEXT_INSTANCE;
@@ -70,7 +72,7 @@ pub async fn serve(arguments: Serve, stop: CancellationToken) -> Result<(), Fail
     served.and(closed)
 }
 
-/// Binds the address, once the instance that holds it has closed it.
+/// Binds the address. If another instance holds it, retries until that instance has closed it.
 async fn bind(address: SocketAddr, patience: Duration) -> Result<TcpListener, Failure> {
     let started = Instant::now();
     let mut waits = false;
@@ -100,7 +102,8 @@ async fn serve_on(
     let counter = Counter::new(&store);
     let mut runtime = arguments.shared_as().as_deref().map_or_else(Runtime::new, Runtime::shared);
     runtime.start(services(arguments.role, &store, &counter), bus).await?;
-    // Services that end by themselves, for example when the database was restored under them, end the process.
+    // Services may end without being asked, for example if the database was restored under them. The process then ends
+    // too.
     let asked = stop;
     let stop = asked.child_token();
     let ended = runtime.shutdown();
@@ -135,7 +138,7 @@ async fn serve_on(
     drained.map_err(|error| if by_itself { Failure::from(Ended(error)) } else { error.into() })
 }
 
-/// Prints the line from which scripts read the address.
+/// Prints the line that tells scripts the address.
 fn say_where(arguments: &Serve, listener: Option<&TcpListener>) -> Result<(), Failure> {
     let at = match listener {
         Some(listener) => format!("http://{}", listener.local_addr()?),

@@ -1,4 +1,4 @@
-//! The stock on the shelf, SKU by SKU: views for people, built from the events of the stock.
+//! The stock on the shelf: one view per SKU for people, built from the events of the stock.
 
 use std::time::Duration;
 
@@ -7,15 +7,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::inventory::StockEvent;
 
-/// The read model `shelf`: a view for each SKU.
+/// The read model `shelf`, with one view per SKU.
 pub struct Shelf;
 
 /// The units of a SKU.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Level {
-    /// In the warehouse.
+    /// The units in the warehouse.
     pub on_hand: i64,
-    /// The part of `on_hand` that is promised to orders.
+    /// The units of `on_hand` that are reserved for orders.
     pub reserved: i64,
 }
 
@@ -48,7 +48,7 @@ impl ReadModel for Shelf {
     }
 }
 
-/// The age that the views may reach; four times as much under load.
+/// The maximum age of the views. Under load, four times as much.
 const AGE: Duration = Duration::from_millis(200);
 
 /// Returns the projection of the shelf, built from the events of the stock.

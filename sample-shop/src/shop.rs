@@ -37,7 +37,7 @@ impl Counter {
     }
 }
 
-/// The id of the request for this order, return or supply: a request that is repeated has the same id.
+/// The id of the request for this order, return or supply. A repeated request has the same id.
 pub fn request(category: &str, id: &str) -> Uuid {
     named_id(named_id(Uuid::NAMESPACE_OID, &format!("sample-shop {category}")), id)
 }
@@ -53,25 +53,25 @@ pub fn order_service(store: Arc<dyn EventStore>, counter: Counter) -> Service {
         .saga(Runner::new(store, returning(), Returning::query(), Returning::starts))
 }
 
-/// Returns the order service with its back office, for services that do not share a store: the order service reaches
-/// the inventory and payment services over the bus.
+/// Returns the order service with its back office, for services that do not share a store. The order service then
+/// reaches the inventory and payment services over the bus.
 pub fn order_service_with_office(store: Arc<dyn EventStore>, counter: Counter) -> Service {
     order_service(store.clone(), counter)
         .saga(Runner::new(store.clone(), supplying(), Supplying::query(), Supplying::starts))
         .saga(Runner::new(store, counting(), Counting::query(), Counting::starts))
 }
 
-/// Returns the inventory service. Its orders share SKUs, so a single member takes all commands.
+/// Returns the inventory service. A single member handles all commands, because the orders share SKUs.
 pub fn inventory_service(store: Arc<dyn EventStore>) -> Service {
     Service::new("inventory", store.clone()).publish(&["stock"]).participant(InventoryDesk::new(store))
 }
 
-/// Returns the inventory service with its shelf, a read model for people to look at while the service runs.
+/// Returns the inventory service with its shelf, a read model that people can query while the service runs.
 pub fn inventory_service_with_shelf(store: Arc<dyn EventStore>) -> Service {
     inventory_service(store).project(shelf())
 }
 
-/// Returns the payment service. It waits for its provider, so several members take commands in parallel.
+/// Returns the payment service. Each command waits for the provider, so several members handle commands in parallel.
 pub fn payment_service(store: Arc<dyn EventStore>, provider: Arc<dyn Provider>) -> Service {
     let desk = PaymentDesk::new(store.clone(), provider);
     Service::new("payment", store).publish(&["payment"]).participant(desk).members(4)

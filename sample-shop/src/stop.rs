@@ -1,4 +1,4 @@
-//! Ctrl-C and SIGTERM: the first signal asks the shop to stop in order, the second ends it at once.
+//! Handles Ctrl-C and SIGTERM. The first signal asks the shop to stop in good order, and the second ends it at once.
 
 use std::{
     io,
@@ -11,13 +11,13 @@ use std::{
 
 use tokio_util::sync::CancellationToken;
 
-/// The exit code that a shell reports for a process that SIGINT has ended.
+/// The exit code that a shell reports for a process ended by SIGINT.
 const INTERRUPTED: u8 = 130;
-/// The exit code that a shell reports after SIGTERM.
+/// The exit code that a shell reports for a process ended by SIGTERM.
 #[cfg(unix)]
 const TERMINATED: u8 = 143;
 
-/// Whether the process was asked to stop. Clones share the state.
+/// Whether a signal has asked the process to stop. Clones share the state.
 #[derive(Clone, Debug)]
 pub struct Stop {
     /// Cancelled when the process is asked to stop.
@@ -26,7 +26,7 @@ pub struct Stop {
 }
 
 impl Stop {
-    /// From now on, signals ask the process to stop instead of ending it.
+    /// Makes signals ask the process to stop instead of ending it.
     pub fn on_signals() -> io::Result<Self> {
         let stop = Self { asked: CancellationToken::new(), code: Arc::new(AtomicU8::new(INTERRUPTED)) };
         let (mut signals, asked, code) = (Signals::listen()?, stop.asked.clone(), stop.code.clone());
@@ -34,7 +34,8 @@ impl Stop {
             code.store(signals.next().await, Ordering::SeqCst);
             asked.cancel();
             eprintln!("\nstopping: what is in hand is finished first; once more ends it at once");
-            // Same as after a kill: acknowledged work is in the store, and the next run does the rest.
+            // Has the same effect as a kill: acknowledged work is in the store, and the next run does the remaining
+            // work.
             std::process::exit(signals.next().await.into());
         });
         Ok(stop)

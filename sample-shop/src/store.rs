@@ -8,7 +8,7 @@ use annals_sqlite::SqliteStore;
 
 use crate::{Failure, arguments::StoreUrl};
 
-/// The store that a URL names.
+/// An open store.
 pub enum Store {
     Memory(Arc<MemoryStore>),
     Sqlite(SqliteStore),

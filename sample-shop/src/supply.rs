@@ -1,5 +1,5 @@
-//! Deliveries of goods, and counts that found more or fewer units. The order service accepts them, and a saga has the
-//! inventory service book them.
+//! Supplies: deliveries of goods, and stock counts that found more or fewer units. The order service accepts a supply,
+//! and a saga asks the inventory service to book it.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -8,11 +8,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::inventory::{InventoryStep, OfSku, StockCommand};
 
-/// The most SKUs of one supply: all of them are booked in one commit.
+/// The maximum number of SKUs in one supply. All of them are booked in one commit.
 pub const CHANGES_MAX: usize = 5_000;
-/// The SKUs of one delivery of an opening stock.
+/// The number of SKUs per delivery of an opening stock.
 const OPENING_PART: usize = 1_000;
-/// The most units of one change. With fewer than nine thousand of them a stock cannot overflow.
+/// The maximum number of units in one change. A stock cannot overflow with fewer than nine thousand such changes.
 pub const UNITS_MAX: i64 = 1_000_000_000_000_000;
 
 /// A number of units of one SKU that is added or removed.
@@ -21,16 +21,16 @@ pub const UNITS_MAX: i64 = 1_000_000_000_000_000;
 pub struct Change {
     /// The stock keeping unit.
     pub sku: String,
-    /// The number of units: positive if they came in or were found, negative if they are missing, zero if a count
-    /// confirmed them.
+    /// The number of units: positive if units were delivered or found, negative if units are missing, and zero if a
+    /// count confirmed the stock.
     pub quantity: i64,
 }
 
-/// What happens to a supply. The same type is the command to a supply.
+/// What happens to a supply. The same type serves as the command.
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "supply")]
 pub enum SupplyEvent {
-    /// Goods came in.
+    /// Goods were delivered.
     Delivered { supply_id: String, units: Vec<Change> },
     /// The stock was counted.
     Adjusted { supply_id: String, units: Vec<Change> },
@@ -120,7 +120,7 @@ impl Aggregate for Supply {
     }
 }
 
-/// Returns the deliveries that open a stock. A stock is opened once per name.
+/// Returns the deliveries that open a stock. A stock is opened once for each name.
 pub fn opening(name: &str, stock: BTreeMap<String, u64>) -> Vec<SupplyEvent> {
     let change = |(sku, quantity)| Change { sku, quantity: i64::try_from(quantity).unwrap_or(i64::MAX) };
     let units: Vec<Change> = stock.into_iter().filter(|(_, quantity)| *quantity > 0).map(change).collect();
@@ -152,7 +152,7 @@ pub struct Supplying {
 
 impl SagaState for Supplying {}
 
-/// A single step: the inventory service books the supply.
+/// Has a single step: the inventory service books the supply.
 pub fn supplying() -> Saga<Supplying> {
     Saga::<Supplying>::named("supply")
         .retriable("book", |s| {

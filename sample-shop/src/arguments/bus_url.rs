@@ -2,7 +2,7 @@ use std::{fmt, str::FromStr};
 
 use annals_cli::quoted::is_scheme;
 
-/// The bus that services talk over.
+/// The bus between the services.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BusUrl {
     /// Inside this process.
@@ -14,13 +14,13 @@ pub enum BusUrl {
 /// What is wrong with a bus URL. Never quotes a part of the URL that may be a password.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BusUrlError {
-    /// No bus has this scheme.
+    /// The scheme belongs to no bus.
     #[error("no bus has the scheme {0:?}; known are local:, kafka://host:port[,host:port]")]
     Scheme(String),
     /// The text has no scheme.
     #[error("it has no scheme; known are local:, kafka://host:port[,host:port]")]
     NoScheme,
-    /// Something follows `local:`.
+    /// The URL has text after `local:`.
     #[error("local: takes nothing after it")]
     Local,
     /// The Kafka settings in the URL are invalid.

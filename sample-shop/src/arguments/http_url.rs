@@ -2,7 +2,7 @@ use std::{fmt, str::FromStr};
 
 use hyper::Uri;
 
-/// The port if the URL names none.
+/// The default port.
 const PORT: u16 = 80;
 
 /// The address at which a shop answers HTTP: `http://host:port`, with nothing after it.
@@ -21,7 +21,7 @@ pub enum HttpUrlError {
     /// The URL names a user, with or without a password.
     #[error("no user and no password may stand in it; a shop is at http://host:port")]
     User,
-    /// Something follows the port.
+    /// The URL has a path or other text after the port.
     #[error("nothing may follow the port; a shop is at http://host:port")]
     Path,
 }

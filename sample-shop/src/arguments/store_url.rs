@@ -2,39 +2,41 @@ use std::{fmt, path::PathBuf, str::FromStr};
 
 use annals_cli::quoted::{is_scheme, without_password};
 
-/// The place where events are kept.
+/// The store of the events.
 #[derive(Clone, PartialEq, Eq)]
 pub enum StoreUrl {
     /// In the memory of this process. The events are lost when the process ends.
     Memory,
     /// In a SQLite file.
     Sqlite(PathBuf),
-    /// In a PostgreSQL database; the whole URL, with its password.
+    /// In a PostgreSQL database. Holds the whole URL, with its password.
     Postgres(String),
 }
 
 /// What is wrong with a store URL. Quotes only the scheme of the URL, since the rest may hold a password.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StoreUrlError {
-    /// No store has this scheme.
+    /// The scheme belongs to no store.
     #[error("no store has the scheme {0:?}; known are memory:, sqlite:PATH, postgres://…")]
     Scheme(String),
     /// The text has no scheme.
     #[error("it has no scheme; known are memory:, sqlite:PATH, postgres://…")]
     NoScheme,
-    /// Something follows `memory:`.
+    /// The URL has text after `memory:`.
     #[error("memory: takes nothing after it")]
     Memory,
-    /// Nothing follows `sqlite:`.
+    /// The URL has no path after `sqlite:`.
     #[error("sqlite: needs the path of a file, such as sqlite:shop.db")]
     Path,
-    /// `sqlite::memory:`, SQLite's own name for a database in memory. Here it would name a file.
+    /// The URL is `sqlite::memory:`, SQLite's own name for a database in memory. Here, `:memory:` would be the name of
+    /// a file.
     #[error("a store in memory is memory:, without sqlite in front")]
     SqliteInMemory,
-    /// A `?` in the path: other programs take parameters there, which would become part of the file name here.
+    /// The path contains a `?`. Other programs read parameters after the `?`; here, those would become part of the file
+    /// name.
     #[error("sqlite: takes no parameters, and here no path with a `?` in it")]
     SqliteParameters,
-    /// No host follows `postgres:`.
+    /// The URL has no host after `postgres:`.
     #[error("postgres: needs a host, such as postgres://user@host/database")]
     Host,
 }
@@ -74,7 +76,7 @@ impl FromStr for StoreUrl {
     }
 }
 
-/// The URL without its password.
+/// Prints the URL without its password.
 impl fmt::Display for StoreUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -85,7 +87,7 @@ impl fmt::Display for StoreUrl {
     }
 }
 
-/// Same as [`Display`](fmt::Display), since debug output ends in logs.
+/// Same as [`Display`](fmt::Display), because debug output ends up in logs.
 impl fmt::Debug for StoreUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)

@@ -133,7 +133,7 @@ fn help_has_examples() {
     }
 }
 
-/// Wherever the password stands, and whatever else is wrong with the command line.
+/// Tries every place where a password can stand, combined with other mistakes on the command line.
 #[test]
 fn no_error_has_a_password() {
     for url in [
@@ -173,7 +173,7 @@ fn no_error_has_a_password() {
             assert!(!message.contains("secret"), "{line}: {message}");
         }
     }
-    // A URL that cannot hold a password is quoted, so that a slip is found.
+    // A URL that cannot hold a password is quoted in full, so that the user can find a typing error.
     refused("run --store shop.db", &["'shop.db'"]);
     refused("run --store mysql://db:3306/shop", &["'mysql://db:3306/shop'"]);
     refused("run --store postgers://shop:secret@db/shop", &["'postgers://…'", "--store <URL>", "\"postgers\""]);

@@ -25,7 +25,8 @@ use crate::{
     shop::request,
 };
 
-/// The longest id, SKU or customer, in bytes: with a category before it, it still fits a stream id.
+/// The maximum length of an id, SKU or customer, in bytes. With a category in front, the text still fits into a stream
+/// id.
 pub const ID_BYTES_MAX: usize = 200;
 
 /// An id from a path.
@@ -33,18 +34,18 @@ pub type Id = Result<Path<String>, PathRejection>;
 /// `?wait=10s`.
 pub type Wait = Result<Query<Waiting>, QueryRejection>;
 
-/// How long to wait for the end of the requested saga.
+/// The time to wait for the end of the requested saga.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Waiting {
     wait: Option<String>,
 }
 
-/// A request that hands in a paper.
+/// A request that hands in a paper: an order, a return, a supply or a closing.
 pub struct HandedIn {
     /// The key, which becomes the id of the paper.
     pub id: String,
-    /// How long to wait for the end of the paper's saga.
+    /// The time to wait for the end of the paper's saga.
     pub wait: Duration,
     pub headers: HeaderMap,
     sent: Bytes,
@@ -64,7 +65,7 @@ impl<S: Send + Sync> FromRequest<S> for HandedIn {
 }
 
 impl HandedIn {
-    /// Reads the body as JSON. Unknown fields are mistakes.
+    /// Reads the body as JSON. Rejects unknown fields.
     pub fn body<T: DeserializeOwned>(&self) -> Result<T, Problem> {
         body(&self.headers, &self.sent)
     }
@@ -78,7 +79,7 @@ fn unprocessable(detail: impl Into<String>) -> Problem {
     Problem::new(StatusCode::UNPROCESSABLE_ENTITY, detail)
 }
 
-/// Returns the id, if it is a valid one.
+/// Returns the id if it is valid.
 pub fn id(id: Id) -> Result<String, Problem> {
     let Path(id) = id.map_err(|error| bad(error.body_text()))?;
     named("the id", &id).map_err(bad)?;
@@ -102,13 +103,13 @@ fn key(headers: &HeaderMap) -> Result<String, Problem> {
         return Err(bad("there must be one Idempotency-Key"));
     }
     let text = std::str::from_utf8(value.as_bytes()).map_err(|_| bad("the Idempotency-Key is not UTF-8"))?;
-    // The draft of the standard puts the key in quotes, and hardly any client does so.
+    // The draft of the standard puts the key in quotes, but hardly any client does.
     let text = text.strip_prefix('"').and_then(|text| text.strip_suffix('"')).unwrap_or(text);
     named("the Idempotency-Key", text).map_err(bad)?;
     Ok(text.to_owned())
 }
 
-/// The request for the paper of this id: a request that is repeated has the same command id.
+/// Returns the request for the paper with this id. A repeated request has the same command id.
 pub fn asked(category: &str, id: &str, headers: &HeaderMap) -> Request {
     let command_id = request(category, id);
     Request { command_id, metadata: Metadata { trace: trace(headers), ..Metadata::of_request(command_id) } }
@@ -116,7 +117,7 @@ pub fn asked(category: &str, id: &str, headers: &HeaderMap) -> Request {
 
 /// Returns the W3C trace context of a request, if it is valid.
 fn trace(headers: &HeaderMap) -> Option<TraceContext> {
-    // Bytes outside ASCII make a header invalid rather than absent.
+    // A header with bytes outside ASCII counts as invalid, not as absent.
     let all = |name| headers.get_all(name).into_iter().map(|value| value.to_str().unwrap_or("\0"));
     TraceContext::parse(all("traceparent"), all("tracestate"))
 }
@@ -130,7 +131,7 @@ fn body<T: DeserializeOwned>(headers: &HeaderMap, body: &Bytes) -> Result<T, Pro
     json::read::<Object<T>>(body).map(|Object(body)| body)
 }
 
-/// Checks whether customer and lines can be stored. The order itself checks their sum.
+/// Checks that the customer and the lines can be stored. The order itself checks the sum of the lines.
 pub fn order_lines(customer: Option<&str>, lines: &[Line]) -> Result<(), Problem> {
     if let Some(customer) = customer {
         named("the customer", customer).map_err(unprocessable)?;
@@ -141,7 +142,7 @@ pub fn order_lines(customer: Option<&str>, lines: &[Line]) -> Result<(), Problem
     lines.iter().try_for_each(|line| sku(&line.sku))
 }
 
-/// Checks whether the text can be a SKU.
+/// Checks that the text can be a SKU.
 pub fn sku(sku: &str) -> Result<(), Problem> {
     named("the SKU", sku).map_err(unprocessable)
 }
@@ -157,7 +158,7 @@ fn named(what: &str, text: &str) -> Result<(), String> {
     }
 }
 
-/// Returns enough of a text to recognize it.
+/// Returns the start of a text, long enough to recognize the text.
 fn start(text: &str) -> String {
     text.chars().take(40).collect()
 }

@@ -1,5 +1,5 @@
-//! Follows the log for requests that wait for a saga: keeps the events of the saga and of its paper, and signals its
-//! end.
+//! Follows the log on behalf of requests that wait for a saga. Keeps the events of the saga and of its paper, and
+//! signals the end of the saga.
 
 use std::{
     collections::HashMap,
@@ -17,18 +17,18 @@ use tokio_util::sync::CancellationToken;
 
 use super::metrics::Metrics;
 
-/// The delay before a failed read of the log is repeated.
+/// The delay before a failed read of the log is retried.
 const READ_AGAIN: Duration = Duration::from_millis(200);
-/// Events that are read at once.
+/// The number of events per read.
 const PAGE: usize = 1_000;
-/// The most payload kept for one request, in bytes: far more than an ordinary order and its saga have. Above it nothing
-/// is kept, and the request reads the store.
+/// The maximum number of payload bytes kept for one request: far more than an ordinary order and its saga have. Above
+/// the limit, no events are kept, and the request reads the store instead.
 const KEPT_BYTES_MAX: usize = 32_000;
 
-/// The waiting requests, by the streams that they wait for.
+/// The waiting requests, by the streams for which they wait.
 type Waiting = HashMap<StreamId, Vec<Arc<Seen>>>;
 
-/// The requests that wait. Clones share them.
+/// All waiting requests. Clones share the same set.
 #[derive(Clone, Default)]
 pub struct Follower {
     waiting: Arc<Mutex<Waiting>>,
@@ -43,7 +43,7 @@ struct Seen {
 #[derive(Default)]
 struct Kept {
     events: Vec<Arc<Recorded>>,
-    /// Payload of all events seen, including those not kept any more.
+    /// The payload bytes of all events seen, including events that are no longer kept.
     bytes: usize,
 }
 
@@ -58,7 +58,7 @@ impl Kept {
     }
 }
 
-/// A saga and its paper, followed from the moment in which a request began to wait. Dropping it ends the wait.
+/// A saga and its paper, followed from the moment at which a request starts to wait. Dropping this value ends the wait.
 pub struct Followed {
     pub saga: StreamId,
     paper: StreamId,
@@ -66,7 +66,7 @@ pub struct Followed {
     seen: Arc<Seen>,
 }
 
-/// All events of a saga and of its paper, as of one moment.
+/// All events of a saga and of its paper at one moment.
 pub struct Whole {
     pub saga: Vec<Arc<Recorded>>,
     pub paper: Vec<Arc<Recorded>>,
@@ -93,8 +93,8 @@ impl Follower {
         Followed { saga, paper, follower: self.clone(), seen }
     }
 
-    /// Reads the log from now on, with the events of all instances. `categories` are those of the sagas and their
-    /// papers.
+    /// Follows the log from now on, including the events of all other instances. `categories` are the categories of the
+    /// sagas and of their papers.
     pub async fn read(
         self,
         store: Arc<dyn EventStore>,
@@ -108,7 +108,8 @@ impl Follower {
         while !shutdown.is_cancelled() {
             let read = async {
                 if store.history() != history {
-                    // The log may have lost its end, so the position must not lie beyond the head.
+                    // After a restore, the log may be shorter than before, so the starting position must not lie beyond
+                    // the head.
                     let now = store.history();
                     position = position.min(store.status().await?.head);
                     history = now;
@@ -123,14 +124,14 @@ impl Follower {
                 () = shutdown.cancelled() => break,
             };
             let Ok(page) = page else {
-                // The parts of the services report the error.
+                // The other parts of the service report the error.
                 tokio::time::sleep(READ_AGAIN).await;
                 continue;
             };
             for event in &page.events {
                 self.take(event, &metrics);
             }
-            // If there is more after all, the wait ends at once.
+            // If the log has grown since this page, the next wait returns at once.
             caught_up = !page.more;
             position = page.next;
         }
@@ -139,7 +140,7 @@ impl Follower {
 
     fn take(&self, event: &Arc<Recorded>, metrics: &Metrics) {
         let category = event.stream.category();
-        // The saga's runner reports events that cannot be read.
+        // An unreadable event is ignored here, because the saga's runner reports it.
         let glimpse = category.starts_with("saga.").then(|| serde_json::from_str::<Glimpse>(&event.data));
         let settled = match glimpse {
             Some(Ok(Glimpse { progress })) if progress.ended.is_some() || progress.status == Status::Stuck => {
@@ -158,12 +159,13 @@ impl Follower {
 }
 
 impl Followed {
-    /// Waits until the saga has ended or is stuck: after the wait began, or after the previous call returned.
+    /// Waits until the saga ends or gets stuck. Only an end after the start of the wait, or after the previous call
+    /// returned, counts.
     pub async fn ended(&self) {
         self.seen.ended.notified().await;
     }
 
-    /// Returns all events, if the wait began before the first one. Otherwise they are in the store.
+    /// Returns all events if the wait began before the first event. Otherwise the caller has to read the store.
     pub fn whole(&self) -> Option<Whole> {
         let events = self.seen.kept.lock().unwrap_or_else(PoisonError::into_inner).events.clone();
         let (saga, paper): (Vec<_>, Vec<_>) = events.into_iter().partition(|event| event.stream == self.saga);
@@ -226,7 +228,7 @@ mod tests {
         assert_eq!((whole.paper.len(), whole.saga.len()), (1, 3));
         assert!(late.whole().is_none());
 
-        // Large events are not kept, and neither are the events after them.
+        // An event over the limit is not kept, and no later event is kept either.
         follower.take(&event("order-1", 2, &format!("{:KEPT_BYTES_MAX$}", "{}")), &metrics);
         follower.take(&event("order-1", 3, "{}"), &metrics);
         assert!(early.whole().is_none());

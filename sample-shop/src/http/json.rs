@@ -10,7 +10,7 @@ use serde::{
 
 use super::problem::Problem;
 
-/// The most characters of an error, which quotes the value found: that may be the whole body.
+/// The maximum number of characters in an error. An error quotes the value found, which may be the whole body.
 const REASON_CHARS_MAX: usize = 300;
 
 /// Reads a body.
@@ -23,7 +23,8 @@ pub fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
     match read {
         Ok(value) => json.end().map(|()| value).map_err(not_json),
         Err(error) => {
-            // The shape may be wrong in a body that is not JSON further on; the answer then says that it is not JSON.
+            // A body with the wrong shape may also contain invalid JSON after the mismatch. In that case the answer
+            // reports the invalid JSON.
             let is_json = serde_json::from_slice::<IgnoredAny>(body);
             match is_json {
                 Err(error) if !error.is_data() => Err(not_json(error)),
@@ -38,7 +39,7 @@ pub fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
     }
 }
 
-/// A value that must be a JSON object. Derived structs also accept arrays, by the position of each field.
+/// A value that must be a JSON object. A derived struct also accepts an array with its fields in order.
 pub struct Object<T>(pub T);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
@@ -61,7 +62,7 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
     }
 }
 
-/// A whole number within the bounds of `N`, with an error that names them.
+/// A whole number within the bounds of `N`. The error names the bounds.
 pub fn whole_number<'de, D: Deserializer<'de>, N: TryFrom<i64> + Bounds>(deserializer: D) -> Result<N, D::Error> {
     struct Whole<N>(PhantomData<N>);
 

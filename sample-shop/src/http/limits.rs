@@ -1,4 +1,4 @@
-//! The limits of a request: its bytes, its time, and the number of requests at once.
+//! The limits of requests: the size of the body, the time, and the number of concurrent requests.
 
 use std::{sync::Arc, time::Duration};
 
@@ -14,18 +14,18 @@ use tokio::{sync::Semaphore, time::timeout};
 
 use super::problem::Problem;
 
-/// The largest body of a request, in bytes. An order of five thousand lines has less than half of it.
+/// The largest body of a request, in bytes. An order with five thousand lines needs less than half of that.
 pub const BODY_BYTES_MAX: usize = 1_000_000;
 /// How long a body may take to arrive.
 pub const BODY_TIME_MAX: Duration = Duration::from_secs(10);
 /// How long a request may wait for the end of a saga.
 pub const WAIT_MAX: Duration = Duration::from_secs(30);
-/// How long an answer may take in all, after the body has arrived.
+/// How long the answer may take in total after the body has arrived.
 pub const ANSWER_TIME_MAX: Duration = Duration::from_secs(40);
-/// Requests in hand at the same time, including those that wait. Further requests are rejected.
+/// The maximum number of concurrent requests, including requests that wait for a saga. Further requests are rejected.
 pub const REQUESTS_MAX: usize = 2_048;
 
-/// The free places; at first all of them.
+/// The permits for concurrent requests.
 #[derive(Clone)]
 pub struct Limits {
     places: Arc<Semaphore>,
@@ -37,7 +37,7 @@ impl Default for Limits {
     }
 }
 
-/// Holds a request to its limits. The handlers behind it find the whole body in memory.
+/// Applies the limits to a request. Handlers behind this middleware receive the whole body in memory.
 pub async fn hold(State(limits): State<Limits>, request: Request, next: Next) -> Response {
     let Ok(_place) = limits.places.try_acquire() else {
         let detail = format!("{REQUESTS_MAX} requests are in hand; come back in a moment");
@@ -82,7 +82,7 @@ mod tests {
 
     use super::*;
 
-    /// Unanswered requests hold all places, and the next request is rejected.
+    /// Requests without an answer hold all permits, and the next request is rejected.
     #[tokio::test]
     async fn one_more_than_all_places_is_turned_away() {
         let answer = CancellationToken::new();

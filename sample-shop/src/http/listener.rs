@@ -1,4 +1,4 @@
-//! Accepts connections, each with its limits, and closes them when the shop stops.
+//! Accepts connections, applies limits to each of them, and closes them when the shop stops.
 
 use std::{
     io,
@@ -27,30 +27,31 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-/// Connections open at the same time. Further ones wait in the queue of the operating system.
+/// The maximum number of open connections. Further connections wait in the queue of the operating system.
 pub const CONNECTIONS_MAX: usize = 4_096;
-/// How long the head of a request may take to arrive, including the time for which the connection is idle before it.
+/// How long the head of a request may take to arrive, including the time for which the connection was idle before.
 pub const HEAD_TIME_MAX: Duration = Duration::from_secs(30);
-/// How long requests in hand may take to end once the grace is over.
+/// How long requests in progress may take to end once the grace is over.
 pub const LAST_ANSWERS: Duration = Duration::from_secs(10);
-/// How long a client that has just connected may take to send its first request once the grace is over.
+/// How long a newly connected client may take to send its first request once the grace is over.
 const FIRST_REQUEST: Duration = Duration::from_secs(1);
-/// The delay after the system could not accept a connection, for example for want of file descriptors.
+/// The delay after the system failed to accept a connection, for example because it ran out of file descriptors.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(50);
 
 /// How the shop stops.
 #[derive(Clone, Debug)]
 pub struct Stopping {
-    /// The shop was asked to stop: `/readyz` says so, and each answer asks its client to close the connection.
+    /// Cancelled when the shop is asked to stop. From then on, `/readyz` reports it, and each answer asks its client to
+    /// close the connection.
     pub announced: CancellationToken,
-    /// How long the shop still accepts connections and requests after that.
+    /// How long the shop keeps accepting connections and requests after that: the grace.
     pub grace: Duration,
-    /// The grace is over: no further connection is accepted, and no request waits any more.
+    /// Cancelled when the grace is over. From then on, no connection is accepted, and no request waits any longer.
     pub over: CancellationToken,
 }
 
 impl Stopping {
-    /// Stops the shop when `announced` is cancelled, after `grace`.
+    /// Starts to stop the shop when `announced` is cancelled, and cancels `over` after `grace`.
     pub fn new(announced: CancellationToken, grace: Duration) -> Self {
         Self { announced, grace, over: CancellationToken::new() }
     }
@@ -61,7 +62,7 @@ impl Stopping {
     }
 }
 
-/// Serves until the grace of `stopping` is over, then answers the requests in hand and closes the connections.
+/// Serves until the grace of `stopping` is over. Then answers the requests in progress and closes the connections.
 pub async fn serve(listener: TcpListener, app: Router, stopping: Stopping) -> Result<(), String> {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let mut connections = JoinSet::new();
@@ -86,7 +87,7 @@ pub async fn serve(listener: TcpListener, app: Router, stopping: Stopping) -> Re
             () = &mut grace_is_over => break,
         }
     }
-    // Closing the listener would reset the connections that wait in its queue.
+    // Closing the listener would reset the connections that are waiting in its queue.
     if let Ok(queue) = listener.into_std() {
         while let Ok(stream) = queue.accept().and_then(|(stream, _)| {
             stream.set_nonblocking(true)?;
@@ -104,9 +105,10 @@ pub async fn serve(listener: TcpListener, app: Router, stopping: Stopping) -> Re
     Ok(())
 }
 
-/// Answers the requests of one connection until its client leaves, or until the grace is `over` and it is idle.
+/// Answers the requests of one connection until the client disconnects, or until the grace is `over` and the connection
+/// is idle.
 async fn converse(stream: TcpStream, app: Router, over: CancellationToken, _place: Option<OwnedSemaphorePermit>) {
-    // An answer must not wait for the next one to fill a packet.
+    // Sends each answer at once instead of waiting for more data to fill a packet.
     _ = stream.set_nodelay(true);
     let app = TowerToHyperService::new(app);
     let was_asked = AtomicBool::new(false);
@@ -119,13 +121,14 @@ async fn converse(stream: TcpStream, app: Router, over: CancellationToken, _plac
     let mut connection = pin!(http.serve_connection(TokioIo::new(stream), service));
     let grace = async {
         over.cancelled().await;
-        // A client that has just connected is about to send a request, whose answer ends the connection.
+        // A newly connected client is about to send a request, and the answer to that request will close the
+        // connection.
         if !was_asked.load(Ordering::Relaxed) {
             sleep(FIRST_REQUEST).await;
         }
     };
     let ended = tokio::select! {
-        // Reads what has arrived before closing an idle connection.
+        // Reads requests that have already arrived before closing an idle connection.
         biased;
         ended = connection.as_mut() => ended,
         () = grace => {

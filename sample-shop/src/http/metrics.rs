@@ -17,11 +17,11 @@ use prometheus::{
 };
 use tokio::time::timeout;
 
-/// How long the store may take to report its status.
+/// How long the store may take to return its status.
 const STORE_TIME_MAX: Duration = Duration::from_secs(2);
-/// The most checkpoints shown: more than all services on one store have.
+/// The maximum number of checkpoints shown: more than all services on one store have together.
 const CHECKPOINTS_MAX: usize = 1_000;
-/// Upper bounds of the times of requests, in seconds.
+/// The upper bounds of the buckets for request durations, in seconds.
 const SECONDS: [f64; 14] = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0];
 
 /// The metrics of one process.
@@ -29,7 +29,7 @@ pub struct Metrics {
     registry: Registry,
     requests: IntCounterVec,
     seconds: HistogramVec,
-    /// Requests in hand.
+    /// The number of requests in progress.
     pub in_hand: IntGauge,
     taken_in: IntCounterVec,
     sagas: IntCounterVec,
@@ -111,7 +111,7 @@ impl Metrics {
         self.seconds.with_label_values(&[method, route]).observe(elapsed.as_secs_f64());
     }
 
-    /// Counts an order, or a paper of another category, that was accepted.
+    /// Counts an accepted order, or an accepted paper of another category.
     pub fn taken_in(&self, kind: &str) {
         self.taken_in.with_label_values(&[kind]).inc();
     }
@@ -153,7 +153,7 @@ impl Metrics {
         let checkpoints = store.scan(CHECKPOINTS, &Scan::After("".into()), CHECKPOINTS_MAX).await?;
         self.lag.reset();
         for document in checkpoints {
-            // Only the bus knows the end of a topic, so checkpoints of topics have no lag here.
+            // Only the bus knows where a topic ends, so the lag of a topic's checkpoint is not shown here.
             let checkpoint = serde_json::from_str::<Checkpoint>(&document.body).ok();
             if let Some(Checkpoint { next, incarnation: None, .. }) = checkpoint {
                 self.lag.with_label_values(&[&*document.key.id]).set((status.head.0 - next).max(0));

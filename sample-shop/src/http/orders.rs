@@ -1,4 +1,5 @@
-//! Orders, returns, supplies and closings over HTTP: each is accepted once under its key, and read by its id.
+//! Orders, returns, supplies and closings over HTTP. Each is accepted once per idempotency key, and can be read by its
+//! id.
 
 use std::{borrow::Borrow, sync::Arc, time::Duration};
 
@@ -30,28 +31,28 @@ use crate::{
     supply::SupplyEvent,
 };
 
-/// Events of one order, return, supply or closing: at most three occur.
+/// The maximum number of events read per order, return, supply or closing. In practice there are at most three.
 const EVENTS_MAX: usize = 100;
 
 /// Events, each with the time at which it was recorded.
 type History<E> = Vec<(DateTime<Utc>, E)>;
 
-/// The public side of the order service.
+/// The public API of the order service.
 pub struct Front {
     pub store: Arc<dyn EventStore>,
     pub counter: Counter,
     pub sagas: Sagas,
     pub metrics: Arc<Metrics>,
-    /// The store and bus URLs that closings report, without passwords.
+    /// The store URL and the bus URL, without passwords, which closings report.
     pub kept_in: (String, String),
 }
 
-/// A paper that was accepted.
+/// An accepted paper.
 struct Taken<'f, E> {
-    /// Its first event, written by this request or by an earlier one.
+    /// The first event of the paper, written by this request or by an earlier one.
     first: E,
     repeated: bool,
-    /// Watches from before the paper was accepted, if the request waits.
+    /// Present if the request waits. The watch started before the paper was accepted.
     watch: Option<Watch<'f>>,
 }
 
@@ -130,7 +131,8 @@ async fn open_closing(State(front): State<Arc<Front>>, handed_in: HandedIn) -> R
 
 async fn cancel(State(front): State<Arc<Front>>, order: Id, headers: HeaderMap) -> Result<Response, Problem> {
     let order_id = id(order)?;
-    // A request of its own, different from the one that placed the order. A repeat finds the order cancelled.
+    // The cancellation is a request of its own, with an id different from the request that placed the order. A repeated
+    // cancellation finds the order cancelled.
     let request = asked("cancel", &order_id, &headers);
     let cancel = OrderCommand::Cancel { reason: BY_CUSTOMER.into() };
     match front.counter.orders.execute(&order_id, cancel, request).await {
@@ -222,7 +224,7 @@ async fn closing_view(front: &Front, closing_id: &str, watch: Watch<'_>, is_new:
 }
 
 impl Front {
-    /// Watches the paper of this id and its saga of this name, for the time given.
+    /// Watches the paper with this id and its saga with this name, for the given time.
     fn watch<A: Aggregate>(
         &self,
         papers: &Repository<A>,
@@ -233,7 +235,8 @@ impl Front {
         self.sagas.watch(saga, stream(papers, id)?, wait)
     }
 
-    /// Accepts a paper under its id. If an earlier paper has the id, returns that one, so that the two can be compared.
+    /// Accepts a paper under its id. If an earlier paper has the same id, returns the earlier paper, so that the caller
+    /// can compare them.
     async fn take_in<A: Aggregate<Event: Clone>>(
         &self,
         papers: &Repository<A>,
@@ -249,14 +252,15 @@ impl Front {
         }
         let first = match decided.events.into_iter().next() {
             Some(first) => Some(first),
-            // The paper was accepted by another command.
+            // Another command has accepted the paper before.
             None => self.events(papers, id).await?.into_iter().next().map(|(_, event)| event),
         };
         first.map(|first| Taken { first, repeated, watch }).ok_or_else(other_body)
     }
 
-    /// Returns the paper of this id with its saga, once the saga has settled or the watch is over. The paper is never
-    /// older than its saga. A new paper, accepted since the watch began, is not read before its end is signalled.
+    /// Returns the paper with this id and its saga, once the saga has settled or the watch is over. The paper is never
+    /// older than the saga. If the paper is new since the watch began, waits for the signal that the saga has ended
+    /// before reading either.
     async fn look<A: Aggregate>(
         &self,
         papers: &Repository<A>,
@@ -272,7 +276,7 @@ impl Front {
                     return Ok((decoded(&paper)?, view));
                 }
             }
-            // The store reads both at once.
+            // Reads both from the store concurrently.
             let (events, view) = tokio::join!(self.events(papers, id), watch.view());
             let (events, mut view) = (events?, view?);
             let has_settled = view.as_ref().is_some_and(SagaView::has_settled);
@@ -334,8 +338,8 @@ fn problem<R: std::error::Error>(error: ExecuteError<R>) -> Problem {
     }
 }
 
-/// The answer is the same for the first time and for each repeat, but for one header: a view, if the request waits, or
-/// a receipt. The paper is accepted whether or not it can be read now.
+/// Builds the answer to the first request and to each repeat; they differ only in one header. The body is a view if the
+/// request waits, or a receipt. If the view cannot be read, the receipt confirms that the paper was accepted.
 async fn taken_in<V: Serialize>(
     resource: &str,
     id: &str,

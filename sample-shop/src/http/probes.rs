@@ -28,7 +28,7 @@ pub struct Probes {
     pub store: Arc<dyn EventStore>,
     pub health: Health,
     pub metrics: Arc<Metrics>,
-    /// The shop was asked to stop.
+    /// Cancelled when the shop is asked to stop.
     pub announced: CancellationToken,
 }
 
@@ -41,7 +41,8 @@ pub fn routes(probes: Probes) -> Router {
         .with_state(probes)
 }
 
-/// Returns whether the process is healthy. It fails once a part has ended with an error, which only a restart repairs.
+/// Reports whether the process is healthy. The probe fails once a part has ended with an error, since only a restart
+/// repairs that.
 async fn healthz(State(probes): State<Probes>) -> Response {
     let failed = probes.health.parts().into_iter().find_map(|(part, state)| match state {
         PartState::Failed(reason) => Some(format!("{part} has ended: {}", without_files(&reason))),
@@ -53,8 +54,8 @@ async fn healthz(State(probes): State<Probes>) -> Response {
     }
 }
 
-/// Returns whether the process can work now, and the reasons if it cannot. A writer that readers of the log wait for is
-/// reported as well; orders are accepted meanwhile.
+/// Reports whether the process can work now, and the reasons if it cannot. Also reports a writer that makes readers of
+/// the log wait; orders are still accepted in that state.
 async fn readyz(State(probes): State<Probes>) -> Response {
     let mut reasons = Vec::new();
     if probes.announced.is_cancelled() {
@@ -72,7 +73,8 @@ async fn readyz(State(probes): State<Probes>) -> Response {
         }
     };
     let waits_for = found.waits_for.map(|writer| writer.to_string());
-    // The store works, but an operator must look: other systems may have received events that are no longer in the log.
+    // The store works, but an operator has to act: other systems may have received events that are no longer in the
+    // log.
     let lost_end = found.lost_end.map(|lost| lost.to_string());
     let mut attention = Vec::new();
     let mut parts = probes.health.parts();
@@ -84,7 +86,7 @@ async fn readyz(State(probes): State<Probes>) -> Response {
     for (part, state) in &parts {
         match state {
             PartState::Fine | PartState::Elsewhere(_) => {}
-            // Another instance would need the same operator, so this one keeps taking requests.
+            // Another instance would need the operator for the same reason, so this instance keeps accepting requests.
             PartState::NeedsAttention(reason) => attention.push(format!("{part}: {reason}")),
             PartState::Starting => reasons.push(format!("{part} is starting")),
             PartState::Stopped => reasons.push(format!("{part} has stopped")),

@@ -9,8 +9,8 @@ use axum::{
 };
 use serde::{Deserialize, Serialize};
 
-/// An error of a request. Its type is `about:blank`: the status says which kind of problem it is, and the detail what
-/// to do about it.
+/// The error answer to a request. Its type is `about:blank`: the status says which kind of problem it is, and the
+/// detail says how to solve it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Problem {
     /// Always `about:blank`.
@@ -24,7 +24,7 @@ pub struct Problem {
     pub detail: String,
 }
 
-/// The time after which a client retries a 503, in seconds.
+/// The number of seconds after which a client should retry a 503.
 const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");
 
 impl Problem {
@@ -34,7 +34,8 @@ impl Problem {
         Self { kind: "about:blank".into(), title, status: status.as_u16(), detail: detail.into() }
     }
 
-    /// The shop cannot answer now, and nothing was done: ask again with the same key.
+    /// Returns a 503: the shop cannot answer now, and the request had no effect. The client can repeat the request with
+    /// the same key.
     pub fn unavailable(detail: impl Into<String>) -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, detail)
     }
@@ -53,13 +54,13 @@ impl IntoResponse for Problem {
     }
 }
 
-/// Replaces the name of a file.
+/// The text that replaces a file name.
 const HIDDEN: &str = "…";
-/// Endings that mark a name as a file even without a folder.
+/// File extensions that mark a word as a file name, even without a folder.
 const EXTENSIONS: [&str; 12] =
     [".db", ".db-wal", ".db-shm", ".db-journal", ".sqlite", ".sqlite3", ".csv", ".pem", ".crt", ".key", ".conf", ".rs"];
 
-/// Formats an error of the store, the bus or the system without the file names in it: clients learn nothing about the
+/// Formats an error of the store, the bus or the system without its file names, so that clients learn nothing about the
 /// server's disk.
 pub fn without_files(error: &impl Display) -> String {
     let is_end = |c: char| c.is_whitespace() || "\"'`()[]{}<>,;=".contains(c);
@@ -82,15 +83,15 @@ pub fn without_files(error: &impl Display) -> String {
     shown
 }
 
-/// Whether a word names a file: an absolute or relative path, a path in quotes as PostgreSQL writes it, or a name with
-/// the ending of a file.
+/// Returns whether a word names a file: an absolute or relative path, a path in quotes as PostgreSQL prints it, or a
+/// name with a file extension.
 fn is_file(word: &str, is_quoted: bool) -> bool {
     let is_drive =
         |word: &str| word.len() > 2 && word.as_bytes()[0].is_ascii_alphabetic() && word[1..].starts_with(":\\");
     if word.contains("://") {
         return false;
     }
-    // A place such as `src/main.rs:12:5`, as panics print it.
+    // Strips a position such as `:12:5`, which panics print after the file name.
     let name = word.trim_end_matches(|c: char| c == ':' || c.is_ascii_digit());
     let starts = ["/", "./", "../", "~/", "\\\\", "sqlite:", "file:"];
     word.len() > 1

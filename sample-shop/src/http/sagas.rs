@@ -17,7 +17,7 @@ use super::{
 };
 use crate::api::{Moment, SagaView};
 
-/// The most events of a saga that are shown. A saga that repeats its steps for ever has more.
+/// The maximum number of events shown per saga. Only a saga that repeats its steps endlessly has more.
 const TIMELINE_MAX: usize = 1_000;
 
 /// The sagas of the order service.
@@ -25,11 +25,11 @@ const TIMELINE_MAX: usize = 1_000;
 pub struct Sagas {
     pub store: Arc<dyn EventStore>,
     pub follower: Follower,
-    /// Cancelled when no request may wait any more.
+    /// Cancelled when requests must stop waiting.
     pub over: CancellationToken,
 }
 
-/// A request that watches a saga, and may wait for its end.
+/// A request's watch on a saga, with the time for which the request may wait.
 pub struct Watch<'s> {
     sagas: &'s Sagas,
     until: Instant,
@@ -37,7 +37,7 @@ pub struct Watch<'s> {
 }
 
 impl Sagas {
-    /// Watches the saga of this name for the paper in the stream `paper`, for the time given.
+    /// Watches the saga with this name for the paper in the stream `paper`, for the given time.
     pub fn watch(&self, saga: &str, paper: StreamId, wait: Duration) -> Result<Watch<'_>, Problem> {
         let stream = StreamId::new(&format!("saga.{saga}"), paper.id());
         let stream = stream.map_err(|error| Problem::new(StatusCode::BAD_REQUEST, error.to_string()))?;
@@ -52,7 +52,7 @@ impl Watch<'_> {
         self.until <= Instant::now()
     }
 
-    /// Waits until the saga has ended or needs an operator. Returns false if the time is over or the service stops.
+    /// Waits until the saga has ended or needs an operator. Returns false if the time runs out or the service stops.
     pub async fn end(&self) -> bool {
         tokio::select! {
             ended = timeout_at(self.until, self.followed.ended()) => ended.is_ok(),
@@ -60,18 +60,18 @@ impl Watch<'_> {
         }
     }
 
-    /// Returns all events up to the end that was signalled, if the watch began before the first event.
+    /// Returns all events up to the signalled end, if the watch began before the first event.
     pub fn whole(&self) -> Option<Whole> {
         self.followed.whole()
     }
 
-    /// Returns the saga as it is now; `None` if it has not started.
+    /// Returns the current state of the saga; `None` if the saga has not started.
     pub async fn view(&self) -> Result<Option<SagaView>, Problem> {
         let events = self.sagas.store.read_stream(&self.followed.saga, Version::START, TIMELINE_MAX).await;
         self.view_of(&events.map_err(|error| Problem::unavailable(without_files(&error)))?)
     }
 
-    /// Returns the saga after `events`, which are all its events.
+    /// Returns the state of the saga. `events` must be all events of the saga.
     pub fn view_of(&self, events: &[impl Borrow<Recorded>]) -> Result<Option<SagaView>, Problem> {
         let (mut timeline, mut last) = (Vec::with_capacity(events.len()), None::<Progress>);
         for event in events.iter().map(Borrow::borrow) {
@@ -89,7 +89,7 @@ impl Watch<'_> {
             };
             let reason = reason.map(|reason| without_files(&reason));
             let progress = happened.progress().clone();
-            // A reply is about the step at which the saga was before it.
+            // A reply belongs to the step before the transition that the reply caused.
             let step = last.as_ref().map_or(&progress.step, |before| &before.step).clone();
             let (at, event) = (event.recorded_at, event.type_name.to_string());
             timeline.push(Moment { at, event, step, outcome, reason, status: name(progress.status) });

@@ -1,6 +1,7 @@
 use super::record::Record;
 
-/// The columns of the data set. The shop ignores `Description` and `Country`, but a file without them is not this file.
+/// The columns of the data set. The shop ignores `Description` and `Country`, but a file that lacks them is not an
+/// edition of this data set.
 const NAMES: [&str; 8] =
     ["InvoiceNo", "StockCode", "Description", "Quantity", "InvoiceDate", "UnitPrice", "CustomerID", "Country"];
 
@@ -17,12 +18,12 @@ pub(super) struct Columns {
     pub date: usize,
     pub price: usize,
     pub customer: usize,
-    /// The number of columns, including those that the shop does not know.
+    /// The number of columns, including columns that the shop ignores.
     pub count: usize,
 }
 
 impl Columns {
-    /// Reads the header, or returns what is wrong with it.
+    /// Reads the header. The error says what is wrong with it.
     pub fn of(header: &Record) -> Result<Self, String> {
         if let Some(flaw) = header.flaw {
             return Err(flaw.to_owned());
@@ -57,8 +58,8 @@ impl Columns {
     }
 }
 
-/// Returns the shop's name of a column: case and blanks do not count, and the second edition of the data set has two
-/// names of its own.
+/// Returns the shop's name for a column. Ignores case and blanks, and recognises the two columns that the second
+/// edition of the data set renamed.
 fn known(header: &str) -> Option<&'static str> {
     let plain: String = header.chars().filter(|c| !c.is_whitespace()).collect();
     let name = match &*plain.to_ascii_lowercase() {

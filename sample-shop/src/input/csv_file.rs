@@ -16,10 +16,10 @@ const BUFFER_BYTES: usize = 128 * 1024;
 
 /// A CSV file of invoices, scanned once when it is opened.
 ///
-/// Opening finds the invoices whose rows are not contiguous. Otherwise the first rows of such an invoice would become
-/// an order before the reader knew of the others. The scan holds every invoice number, about 100 bytes each (2.5 MB for
-/// the 25,900 invoices of the full data set); afterwards only the invoices that are not contiguous are kept. Reading
-/// then holds one invoice.
+/// Opening scans for invoices whose rows are not contiguous. Without this scan, the reader would make an order from the
+/// first rows of such an invoice before it saw the other rows. The scan holds every invoice number in memory, about 100
+/// bytes each (2.5 MB for the 25,900 invoices of the full data set). After the scan, only the numbers of the
+/// non-contiguous invoices stay in memory. Reading then holds one invoice at a time.
 #[derive(Clone, Debug)]
 pub struct CsvFile {
     path: PathBuf,
@@ -31,8 +31,8 @@ pub struct CsvFile {
     scattered: Arc<HashMap<String, u64>>,
 }
 
-/// Opens a CSV file of invoices: columns by name, with or without a byte order mark, lines that end in LF or CRLF, in
-/// UTF-8 or Windows-1252.
+/// Opens a CSV file of invoices. The file may have its columns in any order, a byte order mark or none, lines that end
+/// in LF or CRLF, and text in UTF-8 or Windows-1252.
 pub fn read_csv(path: impl AsRef<Path>) -> Result<CsvFile, InputError> {
     let path = path.as_ref();
     let (file, bytes, modified) = open(path)?;
@@ -75,12 +75,12 @@ impl CsvFile {
         self.bytes
     }
 
-    /// The number of invoice numbers, including those of invoices that will be left out.
+    /// The number of distinct invoice numbers, including those of invoices that will be left out.
     pub fn len(&self) -> u64 {
         self.invoices
     }
 
-    /// Whether the file has a header and nothing else.
+    /// Whether the file holds no invoice.
     pub fn is_empty(&self) -> bool {
         self.invoices == 0
     }
@@ -109,7 +109,7 @@ impl CsvFile {
 
 fn open(path: &Path) -> Result<(File, u64, Option<SystemTime>), InputError> {
     let unreadable = |source| InputError::Unreadable { path: path.to_owned(), source };
-    // Checked before opening: opening a pipe waits for its writer.
+    // Checks this before opening, because opening a pipe would wait for its writer.
     if !std::fs::metadata(path).map_err(unreadable)?.is_file() {
         return Err(InputError::NotAFile { path: path.to_owned() });
     }
@@ -127,11 +127,11 @@ fn read(
     lines.read(record, columns).map_err(|source| InputError::Unreadable { path: path.to_owned(), source })
 }
 
-/// The invoices of a file, in its order, with a report for each malformed row.
+/// The invoices of a file, in the order of the file, with a report for each malformed row.
 ///
-/// An invoice with a malformed row is left out whole, and so is an invoice whose rows are not contiguous: there is
-/// never half an order. A row whose invoice number cannot be read may belong to the invoice above or below it, and both
-/// are left out. [`rows`](Self::rows) counts all of this.
+/// Leaves out every invoice that has a malformed row or whose rows are not contiguous, so that no order is ever
+/// incomplete. A row whose invoice number cannot be read may belong to the invoice above or below, so both are left
+/// out. [`rows`](Self::rows) counts everything that is left out.
 #[derive(Debug)]
 pub struct FileInvoices {
     file: CsvFile,
@@ -139,7 +139,7 @@ pub struct FileInvoices {
     record: Record,
     rows: Rows,
     draft: Option<Draft>,
-    /// Whether a row without a readable number followed the last row of the draft.
+    /// Whether the last row that was read had no readable invoice number.
     unknown_above: bool,
     ready: VecDeque<Result<Invoice, ReadError>>,
     ended: bool,
@@ -151,12 +151,12 @@ impl FileInvoices {
         &self.rows
     }
 
-    /// The number of bytes of the file that were read so far.
+    /// The number of bytes of the file read so far.
     pub fn bytes_read(&self) -> u64 {
         self.lines.bytes()
     }
 
-    /// Reads the next row; returns false at the end.
+    /// Reads the next row. Returns false at the end.
     fn step(&mut self) -> Result<bool, InputError> {
         if !read(&self.file.path, &mut self.lines, &mut self.record, self.file.columns.count)? {
             if self.lines.bytes() != self.file.bytes {
@@ -188,7 +188,7 @@ impl FileInvoices {
         Ok(true)
     }
 
-    /// Makes sure that the draft is for this invoice.
+    /// Starts a new draft unless the current draft is for this invoice.
     fn turn_to(&mut self, number: &str, line: u64) {
         let unknown_above = std::mem::take(&mut self.unknown_above);
         if self.draft.as_ref().is_some_and(|draft| draft.number == number) {
@@ -202,7 +202,7 @@ impl FileInvoices {
         self.draft = Some(draft);
     }
 
-    /// Adds the row to the draft, or returns what is wrong with it.
+    /// Adds the row to the draft. Returns what is wrong with the row, if anything.
     fn take(&mut self, line: u64) -> Option<String> {
         let draft = self.draft.as_mut()?;
         if let Some(first) = self.file.scattered.get(&draft.number).filter(|first| **first != draft.first_line) {
@@ -214,10 +214,10 @@ impl FileInvoices {
         row::parse(&self.record, &self.file.columns).and_then(|row| draft.take(line, row)).err()
     }
 
-    /// Turns the draft into an invoice, or counts it as left out.
+    /// Turns the draft into an invoice, or counts the draft as left out.
     fn close(&mut self) {
         let Some(draft) = self.draft.take() else { return };
-        // An invoice whose rows are not contiguous is counted once, with its first rows.
+        // An invoice whose rows are not contiguous counts once, at its first rows.
         let again = self.file.scattered.get(&draft.number).is_some_and(|first| *first != draft.first_line);
         let (flawed, sound) = (draft.flawed, draft.sound);
         if flawed {

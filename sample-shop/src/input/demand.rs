@@ -4,11 +4,11 @@ use rust_decimal::Decimal;
 
 use super::Invoice;
 
-/// The units of each SKU that an input takes out of stock. Contains no SKU of which the input takes none.
+/// The number of units of each SKU that an input takes out of stock. SKUs of which the input takes none are absent.
 pub type Demand = BTreeMap<String, u64>;
 
-/// Sums the units that orders and write-offs take. Units that come back or are found do not count: they may come too
-/// late.
+/// Adds up the units that orders and write-offs take. Units that are returned or found do not count, because they may
+/// arrive too late for an order.
 pub fn demand(invoices: impl IntoIterator<Item = Invoice>) -> Demand {
     let mut demand = Demand::new();
     for invoice in invoices {
@@ -52,20 +52,21 @@ pub enum StockFactorError {
 }
 
 impl StockFactor {
-    /// Exactly the units that the input takes.
+    /// The factor for an opening stock of exactly the units that the input takes.
     pub const ONE: Self = Self(Decimal::ONE);
-    /// The highest factor; more than enough stock of every SKU.
+    /// The highest factor, which gives more than enough stock of every SKU.
     pub const MAX: u32 = 1_000_000;
-    /// The finest factor. With [`StockFactor::MAX`] it has at most 50 bits, so that its product with 64 bits is exact.
+    /// The maximum number of decimals. A factor up to [`StockFactor::MAX`] then has at most 50 bits, so its product
+    /// with a number of 64 bits is exact.
     pub const DECIMALS_MAX: u32 = 9;
 
-    /// Returns `units` times the factor, exact and rounded up; at most `u64::MAX`.
+    /// Returns `units` times the factor, exactly and rounded up, with a maximum of `u64::MAX`.
     pub fn of(self, units: u64) -> u64 {
         let parts = self.0.mantissa().unsigned_abs() * u128::from(units);
         u64::try_from(parts.div_ceil(10_u128.pow(self.0.scale()))).unwrap_or(u64::MAX)
     }
 
-    /// Returns the stock that a shop with this demand starts with.
+    /// Returns the opening stock of a shop with this demand.
     pub fn stock(self, demand: &Demand) -> BTreeMap<String, u64> {
         demand.iter().map(|(sku, units)| (sku.clone(), self.of(*units))).collect()
     }
@@ -113,7 +114,7 @@ mod tests {
         assert_eq!(of("0.9", 10), Ok(9));
         assert_eq!(of("0.9", 11), Ok(10));
         assert_eq!(of("0.000000001", 1), Ok(1));
-        // In binary floating point 1.1 * 10 is 11.000000000000002, and would be rounded up to 12.
+        // In binary floating point, 1.1 * 10 is 11.000000000000002, which would round up to 12.
         assert_eq!(of("1.1", 10), Ok(11));
         assert_eq!(of("0.07", 100), Ok(7));
         // The number exceeds the 53 bits of a double.

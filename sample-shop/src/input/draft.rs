@@ -3,15 +3,15 @@ use rust_decimal::Decimal;
 use super::{Invoice, Line, row::Row};
 use crate::order::LINES_MAX;
 
-/// Contiguous rows of one invoice number, until all are read.
+/// Contiguous rows with the same invoice number, collected until the last of them is read.
 #[derive(Debug)]
 pub(super) struct Draft {
     pub number: String,
-    /// The line of its first row.
+    /// The line of the first row.
     pub first_line: u64,
-    /// A row is malformed, so the others do not become an invoice.
+    /// Whether a row is malformed. The remaining rows then do not become an invoice.
     pub flawed: bool,
-    /// The number of rows that are not malformed.
+    /// The number of well-formed rows.
     pub sound: u64,
     customer: Option<String>,
     lines: Vec<DraftLine>,
@@ -33,13 +33,13 @@ impl Draft {
         Self { number: number.to_owned(), first_line, flawed: false, sound: 0, customer: None, lines: Vec::new() }
     }
 
-    /// Marks the draft as flawed, and drops its rows.
+    /// Marks the draft as flawed and drops its rows.
     pub fn spoil(&mut self) {
         self.flawed = true;
         self.lines = Vec::new();
     }
 
-    /// Adds a row, or returns what is wrong with it.
+    /// Adds a row. The error says what is wrong with the row.
     pub fn take(&mut self, at: u64, row: Row<'_>) -> Result<(), String> {
         if !self.flawed {
             if self.lines.is_empty() {
@@ -61,7 +61,7 @@ impl Draft {
         Ok(())
     }
 
-    /// Returns the invoice that the rows make. All rows are there, and each is well formed.
+    /// Returns the invoice. The caller has added all its rows, and each row is well formed.
     pub fn finish(self) -> Result<Invoice, Faults> {
         let faults = |wrong: fn(&&DraftLine) -> bool, reason: &str| -> Faults {
             self.lines.iter().filter(wrong).map(|line| (line.at, reason.to_owned())).collect()
@@ -89,7 +89,7 @@ impl Draft {
 
 fn priced(lines: Vec<DraftLine>) -> Vec<Line> {
     let line = |DraftLine { sku, quantity, price, .. }| {
-        // A row's quantity has 32 bits without its sign, so the conversion never saturates.
+        // The quantity of a row has 32 bits without its sign, so the conversion never saturates.
         let quantity = u32::try_from(i64::unsigned_abs(quantity)).unwrap_or(u32::MAX);
         Line { sku, quantity, unit_price: price }
     };

@@ -1,9 +1,9 @@
 use std::{io, path::PathBuf};
 
-/// The input as a whole cannot be used.
+/// The whole input cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum InputError {
-    /// The file does not exist, may not be read, or broke off while it was read. The unread rest was not used.
+    /// The file does not exist, may not be read, or failed during reading. The part that was not read has no effect.
     #[error("{}: {source}", path.display())]
     Unreadable {
         /// The file.
@@ -14,10 +14,10 @@ pub enum InputError {
     /// The path is a directory, a pipe or a device. The input is read more than once, so it must be a regular file.
     #[error("{} is not a regular file; the input is read more than once", path.display())]
     NotAFile {
-        /// The path given.
+        /// The path as given.
         path: PathBuf,
     },
-    /// The file has not even a header.
+    /// The file has no header.
     #[error("{} is empty; its first line must name the columns {}", path.display(), super::columns::names())]
     Empty {
         /// The file.
@@ -33,7 +33,7 @@ pub enum InputError {
         /// What is wrong.
         reason: String,
     },
-    /// The file changed after it was opened. Start again when no other program writes to it.
+    /// The file changed after it was opened. Start again once no other program writes to the file.
     #[error("{} changed while it was in use", path.display())]
     Changed {
         /// The file.
@@ -41,11 +41,12 @@ pub enum InputError {
     },
 }
 
-/// A row that cannot become part of an invoice. Its whole invoice is left out; reading continues after it.
+/// An error in a row, which therefore cannot become part of an invoice. The whole invoice of the row is left out, and
+/// reading continues after it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{}:{line}: {reason}", file.display())]
 pub struct RowError {
-    /// The file, as it was given.
+    /// The file, as named by the caller.
     pub file: PathBuf,
     /// The physical line on which the row starts; the header is line 1.
     pub line: u64,
@@ -59,7 +60,7 @@ pub enum ReadError {
     /// One row is wrong: report it and continue.
     #[error(transparent)]
     Row(#[from] RowError),
-    /// The input broke off. This is the last item, and the unfinished invoice is dropped.
+    /// Reading the input failed. This is the last item, and the unfinished invoice is dropped.
     #[error(transparent)]
     Input(#[from] InputError),
 }

@@ -11,13 +11,13 @@ const LINES_MAX: usize = 3;
 const QUANTITY_MAX: u32 = 5;
 const PENNIES_MIN: i64 = 50;
 const PENNIES_MAX: i64 = 49_99;
-/// The weight of the most popular SKU. The weight of each other SKU is this, divided by its rank.
+/// The weight of the most popular SKU. The weight of any other SKU is this number divided by the SKU's rank.
 const WEIGHT: u64 = 1_000_000_000;
 
 /// Orders generated from a seed: the same seed gives the same orders on every machine.
 ///
-/// Few SKUs are popular and many are not, as in a real shop (Zipf's law, exponent 1: the SKU of rank n is ordered 1/n
-/// as often as the first). One customer in ten is a guest.
+/// A few SKUs are popular and most are not, as in a real shop (Zipf's law with exponent 1: the SKU of rank n is ordered
+/// 1/n as often as the first). One customer in ten is a guest.
 #[derive(Clone, Debug)]
 pub struct Generated {
     seed: u64,
@@ -25,7 +25,8 @@ pub struct Generated {
     made: u64,
     random: Rng,
     prices: Vec<Decimal>,
-    /// The sums of the weights of the SKUs up to each rank. Whole numbers, so that machines do not round differently.
+    /// For each rank, the sum of the weights of all SKUs up to that rank. Whole numbers avoid rounding that differs
+    /// between machines.
     ranks: Vec<u64>,
 }
 
@@ -63,7 +64,7 @@ impl Iterator for Generated {
             return None;
         }
         self.made += 1;
-        // All ids have the same width, like the numbers of real invoices: the ids then sort in the order of their
+        // All ids have the same width, like real invoice numbers. The ids therefore sort in the order of their
         // creation, and events that are written together are neighbours in an index.
         let id = format!("g{}-{:06}", self.seed, self.made);
         let guest = self.random.u8(0..10) == 0;

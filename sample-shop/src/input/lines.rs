@@ -5,10 +5,11 @@ use std::{
 
 use super::record::{Record, Split};
 
-/// The longest physical line that is kept; the rows of the source have at most 110 bytes. The rest of a longer line is
-/// skipped unread.
+/// The longest physical line that is kept; the rows of the source data have at most 110 bytes. The rest of a longer
+/// line is skipped.
 const LINE_BYTES_MAX: usize = 65_536;
-/// The most further lines of a quoted field. If the quote is not closed by then, its own line is at fault.
+/// The maximum number of further lines that a quoted field may span. If the quote is still open after that, the line
+/// with the open quote is at fault.
 const CONTINUATION_LINES_MAX: usize = 16;
 
 const TOO_LONG: &str = "longer than 65,536 bytes";
@@ -22,11 +23,11 @@ struct Physical {
     too_long: bool,
 }
 
-/// The records of a CSV file with the physical lines on which they start. Blank lines are not records, and neither are
-/// lines that hold only commas, which spreadsheets write for empty rows.
+/// The records of a CSV file, each with the physical line on which it starts. Blank lines are not records. Lines of
+/// commas only, which spreadsheets write for empty rows, are not records either.
 ///
-/// A record may span lines inside quotes. If the quotes do not close, or close to a record that is not a row, only the
-/// line with the open quote is flawed, and the lines after it are read without it.
+/// A record may span several lines inside quotes. If the quotes never close, or if closing them does not give a valid
+/// row, only the line with the open quote is flawed. The lines after it are then read as separate records.
 #[derive(Debug)]
 pub(super) struct Lines<R> {
     reader: R,
@@ -40,12 +41,12 @@ impl<R: BufRead> Lines<R> {
         Self { reader, line: 0, bytes: 0, ahead: VecDeque::new() }
     }
 
-    /// The number of bytes that were read.
+    /// The number of bytes read so far.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// Reads the next record; returns false at the end. A record that spans lines must have `columns` fields.
+    /// Reads the next record. Returns false at the end. A record that spans several lines must have `columns` fields.
     pub fn read(&mut self, record: &mut Record, columns: usize) -> io::Result<bool> {
         let first = loop {
             let Some(physical) = self.take()? else { return Ok(false) };
@@ -67,8 +68,8 @@ impl<R: BufRead> Lines<R> {
         Ok(true)
     }
 
-    /// Looks for the lines that close the quote of `start`. Consumes them if they make a row, and leaves them
-    /// otherwise.
+    /// Looks for the lines that close the quote opened in `start`. Consumes those lines if they complete a row, and
+    /// otherwise leaves them for the next reads.
     fn go_on(&mut self, record: &mut Record, start: &[u8], columns: usize) -> io::Result<bool> {
         let mut joined = start.to_vec();
         for lines in 1..=CONTINUATION_LINES_MAX {
@@ -120,7 +121,7 @@ impl<R: BufRead> Lines<R> {
             any = true;
             let newline = available.iter().position(|b| *b == b'\n');
             let text = &available[..newline.unwrap_or(available.len())];
-            // A line that is too long keeps its start, which holds the invoice number.
+            // A line that is too long keeps its beginning, which holds the invoice number.
             let room = LINE_BYTES_MAX - physical.bytes.len();
             physical.too_long |= text.len() > room;
             physical.bytes.extend_from_slice(&text[..text.len().min(room)]);
@@ -148,7 +149,8 @@ mod tests {
 
     use super::*;
 
-    /// Returns line, first field and flaw of each record of a file of two columns, read through a buffer of five bytes.
+    /// Returns the line, the first field and the flaw of each record in a file with two columns. Reads through a buffer
+    /// of five bytes.
     fn records(text: &[u8]) -> Vec<(u64, String, Option<&'static str>)> {
         let mut lines = Lines::new(BufReader::with_capacity(5, text));
         let mut record = Record::default();

@@ -1,18 +1,18 @@
-/// The fields of one CSV record, decoded, in one buffer that the next record reuses.
+/// The decoded fields of one CSV record. All fields are in one buffer, which the next record reuses.
 #[derive(Debug, Default)]
 pub(super) struct Record {
     /// The physical line on which the record starts.
     pub line: u64,
     /// Why some fields are missing, if any are. The fields before the fault are present.
     pub flaw: Option<&'static str>,
-    /// Whether a field is not UTF-8, and was read as Windows-1252.
+    /// Whether a field is not UTF-8 and was therefore read as Windows-1252.
     pub recoded: bool,
     text: String,
     ends: Vec<usize>,
 }
 
-/// The characters of Windows-1252 for the bytes 0x80 to 0x9f. All other bytes are the code points of the same number,
-/// as in Latin-1.
+/// The characters that Windows-1252 assigns to the bytes 0x80 to 0x9f. Every other byte stands for the code point of
+/// the same number, as in Latin-1.
 const WINDOWS_1252: &str = "€\u{81}‚ƒ„…†‡ˆ‰Š‹Œ\u{8d}Ž\u{8f}\u{90}‘’“”•–—˜™š›œ\u{9d}žŸ";
 
 /// How far a record was split.
@@ -43,8 +43,8 @@ impl Record {
 
     /// Splits `bytes`, which hold line endings inside quotes only.
     ///
-    /// The `csv` crate does not fit: it takes a stray quote as text, or as the start of a field that extends to the
-    /// next quote of the file, however far away. Here one bad row must not cost any other row.
+    /// The `csv` crate does not fit here. It reads a stray quote as text, or as the start of a field that extends to
+    /// the next quote in the file, however far away. In this file format, one bad row must not damage any other row.
     pub fn split(&mut self, bytes: &[u8]) -> Split {
         self.text.clear();
         self.ends.clear();
@@ -79,7 +79,7 @@ impl Record {
         Ok(end)
     }
 
-    /// Returns the number of bytes of the field, with its closing quote.
+    /// Returns the length of the field in bytes, including its closing quote.
     fn quoted(&mut self, bytes: &[u8]) -> Result<usize, Split> {
         let mut from = 0;
         loop {
@@ -96,7 +96,8 @@ impl Record {
         }
     }
 
-    /// Old spreadsheets write text in Windows-1252, whose non-ASCII letters are hardly ever valid UTF-8.
+    /// Old spreadsheets write text in Windows-1252. Its non-ASCII letters are hardly ever valid UTF-8, so a failed
+    /// decoding shows which encoding it is.
     fn push(&mut self, bytes: &[u8]) {
         match std::str::from_utf8(bytes) {
             Ok(text) => self.text.push_str(text),

@@ -3,34 +3,34 @@ use rust_decimal::Decimal;
 
 use super::{columns::Columns, record::Record};
 
-/// The longest id that is accepted: invoice number, SKU or customer. With a category before it, it still fits a stream
-/// id.
+/// The maximum length of an invoice number, SKU or customer id, in bytes. With a category in front, the text still fits
+/// into a stream id.
 const ID_BYTES_MAX: usize = 200;
-/// The most digits before the point of a price. Multiplied by a quantity of 32 bits, four decimals and
-/// [`LINES_MAX`](crate::order::LINES_MAX) lines, a total has at most 27 digits, and a `Decimal` holds 28: no total can
+/// The maximum number of digits before the decimal point of a price. With a quantity of 32 bits, four decimals and
+/// [`LINES_MAX`](crate::order::LINES_MAX) lines, a total has at most 27 digits. A `Decimal` holds 28, so no total can
 /// overflow or be rounded.
 const PRICE_DIGITS_MAX: usize = 9;
-/// The most digits after the point of a price: money has at most four, in any currency. More digits are the trace of a
-/// float.
+/// The maximum number of decimals of a price. Amounts of money have at most four, in any currency; more decimals are a
+/// sign of a rounded float.
 const PRICE_DECIMALS_MAX: usize = 4;
 
 /// The format of times in spreadsheets from the United States.
 const MONTH_FIRST: [&str; 4] = ["%m/%d/%Y %H:%M", "%m/%d/%Y %H:%M:%S", "%m/%d/%Y %I:%M %p", "%m/%d/%Y %I:%M:%S %p"];
 
-/// The content of a sound row, without its invoice number.
+/// The content of a well-formed row, without its invoice number.
 #[derive(Debug, PartialEq)]
 pub(super) struct Row<'a> {
     pub sku: &'a str,
-    /// Not zero, and within 32 bits without its sign.
+    /// The quantity: not zero, and at most 32 bits without its sign.
     pub quantity: i64,
     pub price: Decimal,
     pub customer: Option<&'a str>,
 }
 
-/// Returns the invoice number of a row, or why it cannot be read.
+/// Returns the invoice number of a row. The error says why the number cannot be read.
 ///
-/// The number of a row with too few or too many fields is still known if it is in the first column, where nothing can
-/// have moved it.
+/// If the row has too few or too many fields, the number can still be read if it is in the first column, because no
+/// missing or extra field can have moved it.
 pub(super) fn number<'a>(record: &'a Record, columns: &Columns) -> Result<&'a str, String> {
     let moved = record.flaw.is_none() && record.len() != columns.count && columns.number > 0;
     match record.get(columns.number) {
@@ -63,7 +63,7 @@ fn flaw(record: &Record, columns: &Columns) -> Option<String> {
     (record.len() != columns.count).then(|| format!("{} columns instead of {}", record.len(), columns.count))
 }
 
-/// Quotes text for a message. The length of a field may be what is wrong with it.
+/// Quotes text for a message, shortened, because the field may be wrong precisely in being too long.
 fn quoted(text: &str) -> String {
     const CHARACTERS_MAX: usize = 40;
     let mut start: String = text.chars().take(CHARACTERS_MAX).collect();
@@ -126,10 +126,11 @@ fn price(text: &str) -> Result<Decimal, String> {
     text.parse().map_err(|_| wrong())
 }
 
-/// Checks a date: `2010-12-01`, `2010-12-01T08:26`, with seconds, with a fraction of them, with an offset; a blank may
-/// stand for the `T`. The format of the published data set is accepted too: `12/1/2010 8:26`, the month first.
+/// Checks a date: `2010-12-01` or `2010-12-01T08:26`, optionally with seconds, a fraction of a second and an offset. A
+/// blank may replace the `T`. Also accepts the format of the published data set, with the month first: `12/1/2010
+/// 8:26`.
 ///
-/// The shop needs no date, but a date column without dates is a sign that the columns are not what their names say.
+/// The shop needs no date. But a date column without dates is a sign that the columns do not match their names.
 fn date(text: &str) -> Result<(), String> {
     let shaped = |shape: &str| {
         text.len() >= shape.len()

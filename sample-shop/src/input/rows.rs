@@ -2,10 +2,10 @@ use serde::Serialize;
 
 use super::{Invoice, RowError};
 
-/// The most messages about malformed rows that are kept.
+/// The maximum number of messages about malformed rows that are kept.
 pub const MESSAGES_MAX: usize = 10;
 
-/// Invoices, and the rows they came from.
+/// A number of invoices, and the number of their rows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Tally {
     /// The number of invoices.
@@ -21,7 +21,7 @@ impl Tally {
     }
 }
 
-/// The outcome of the rows read so far: at the end `read` is the sum of all the other rows.
+/// The outcome of the rows read so far. At the end, `read` is the sum of all other row counts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rows {
     /// The number of rows that were read, without the header.
@@ -32,10 +32,10 @@ pub struct Rows {
     pub returns: Tally,
     /// Invoices that became adjustments.
     pub adjustments: Tally,
-    /// Invoices that were left out: they have a malformed row, are next to a row whose invoice number cannot be read,
-    /// or their rows are not contiguous. Counts only their sound rows.
+    /// Invoices that were left out: an invoice with a malformed row, an invoice next to a row whose invoice number
+    /// cannot be read, or an invoice whose rows are not contiguous. Counts only the well-formed rows.
     pub left_out: Tally,
-    /// Rows that are not UTF-8, and were read as Windows-1252.
+    /// Rows that are not UTF-8 and were read as Windows-1252.
     pub recoded: u64,
     /// Malformed rows, each reported as a [`RowError`].
     pub malformed: u64,
@@ -44,12 +44,12 @@ pub struct Rows {
 }
 
 impl Rows {
-    /// All invoices that were left out, with all their rows.
+    /// The number of all invoices that were left out, with the number of all their rows.
     pub fn all_left_out(&self) -> Tally {
         Tally { rows: self.left_out.rows + self.malformed, ..self.left_out }
     }
 
-    /// The number of invoices that the rows became.
+    /// The number of invoices that were made from the rows.
     pub fn invoices(&self) -> u64 {
         self.orders.invoices + self.returns.invoices + self.adjustments.invoices
     }

@@ -5,7 +5,7 @@ use super::{
     read_csv,
 };
 
-/// The source of invoices. It can be read any number of times, and gives the same invoices every time.
+/// A source of invoices. It can be read any number of times, and returns the same invoices each time.
 #[derive(Clone, Debug)]
 pub enum Source {
     /// A CSV file.
@@ -25,7 +25,7 @@ impl Source {
         Self::Generated(generate(count, seed))
     }
 
-    /// The number of invoices, including those that will be left out: the length of a progress bar.
+    /// The number of invoices, including those that will be left out. A progress bar needs this number.
     pub fn len(&self) -> u64 {
         match self {
             Self::File(file) => file.len(),
@@ -38,8 +38,8 @@ impl Source {
         self.len() == 0
     }
 
-    /// Reads the source once to sum the units of each SKU that its orders and write-offs take. Invoices that are left
-    /// out take nothing.
+    /// Reads the source once, and adds up the units of each SKU that its orders and write-offs take. Invoices that are
+    /// left out take nothing.
     pub fn demand(&self) -> Result<Demand, InputError> {
         let mut demand = Demand::new();
         for item in self.invoices()? {
@@ -52,7 +52,7 @@ impl Source {
         Ok(demand)
     }
 
-    /// Returns the stock to start with: [`demand`](Self::demand) times `factor`.
+    /// Returns the opening stock: [`demand`](Self::demand) times `factor`.
     pub fn stock(&self, factor: StockFactor) -> Result<Demand, InputError> {
         Ok(factor.stock(&self.demand()?))
     }
@@ -71,12 +71,12 @@ impl Source {
 pub enum Invoices {
     /// The invoices of a file.
     File(Box<FileInvoices>),
-    /// Generated invoices, and the number so far.
+    /// Generated invoices, and their number so far.
     Generated(Generated, Rows),
 }
 
 impl Invoices {
-    /// The outcome of the rows so far; a generated line counts as a row.
+    /// The outcome of the rows so far. Each generated line counts as a row.
     pub fn rows(&self) -> &Rows {
         match self {
             Self::File(file) => file.rows(),

@@ -5,7 +5,7 @@ use hdrhistogram::Histogram;
 use super::{number::grouped, terminal::Terminal};
 
 const EIGHTHS: [char; 8] = ['▏', '▎', '▍', '▌', '▋', '▊', '▉', '█'];
-/// The widths of `up to 10 ms` and of the count, with the blanks between them and the bar.
+/// The width of `up to 10 ms` and of the count, with the blanks between them and the bar.
 const LABEL_WIDTH: usize = 9;
 const COUNT_WIDTH: usize = 9;
 
@@ -25,16 +25,17 @@ pub(super) fn draw(latency: &Histogram<u64>, terminal: Terminal) -> String {
     text
 }
 
-/// Returns each step up to which latencies were recorded, in microseconds, and the number since the step before.
+/// Returns each step with at least one latency in its range, in microseconds, and the number of latencies since the
+/// previous step.
 fn steps(latency: &Histogram<u64>) -> Vec<(u64, u64)> {
     let mut steps: Vec<(u64, u64)> = Vec::new();
     let mut step = 1;
     for recorded in latency.iter_recorded() {
-        // The histogram cannot tell close values apart. The lowest of them counts: 100 ms belongs to the step up to 100
-        // ms.
+        // The histogram stores close values as one. The lowest of those values decides the step, so that 100 ms belongs
+        // to the step up to 100 ms.
         let value = latency.lowest_equivalent(recorded.value_iterated_to());
         while value > step {
-            // Empty steps are left out before the first latency, and kept between latencies.
+            // Leaves out empty steps before the first latency, but keeps empty steps between latencies.
             if !steps.is_empty() {
                 step = next(step);
                 steps.push((step, 0));
@@ -50,7 +51,7 @@ fn steps(latency: &Histogram<u64>) -> Vec<(u64, u64)> {
     steps
 }
 
-/// Returns the step after this one: 1, 2, 5, 10, 20, 50, …
+/// Returns the next step: 1, 2, 5, 10, 20, 50, …
 fn next(step: u64) -> u64 {
     let mut leading = step;
     while leading >= 10 {
@@ -68,7 +69,8 @@ fn duration(micros: u64) -> String {
     }
 }
 
-/// Draws a bar in eighths of a character. Any count above zero is visible, however small it is against the largest.
+/// Draws a bar in eighths of a character. Any count above zero is visible, however small it is compared with the
+/// largest count.
 fn bar(count: u64, most: u64, width: usize) -> String {
     if count == 0 || most == 0 {
         return String::new();

@@ -14,7 +14,7 @@ pub fn grouped(number: impl Into<i128>) -> String {
     text
 }
 
-/// Formats an amount with two decimals. Parts of a penny are kept: a rounded sum would be wrong.
+/// Formats an amount with two decimals. Fractions of a penny are kept, because a rounded sum would be wrong.
 pub(super) fn money(amount: Decimal) -> String {
     let exact = amount.normalize();
     let decimals = exact.scale().max(2) as usize;
@@ -30,7 +30,7 @@ pub(super) fn grouped_money(amount: Decimal) -> String {
     format!("{sign}{}.{decimals}", grouped(whole))
 }
 
-/// Formats a number with a comma every three digits, and this many decimals.
+/// Formats a number with a comma every three digits and the given number of decimals.
 pub(super) fn grouped_decimal(number: f64, decimals: usize) -> String {
     let text = format!("{number:.decimals$}");
     let (whole, fraction) = text.split_once('.').unwrap_or((&text, ""));

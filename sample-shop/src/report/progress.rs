@@ -15,7 +15,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Creates a bar of `total` steps; hidden when `quiet`, or when standard error is no terminal.
+    /// Creates a bar with `total` steps. The bar is hidden if `quiet` is set or standard error is not a terminal.
     pub fn new(total: u64, quiet: bool) -> Self {
         Self::drawn(total, !quiet && io::stderr().is_terminal())
     }
@@ -30,12 +30,12 @@ impl Progress {
         Self { bar }
     }
 
-    /// Adds `steps` that are done.
+    /// Adds `steps` to the number of finished steps.
     pub fn inc(&self, steps: u64) {
         self.bar.inc(steps);
     }
 
-    /// The number of steps that are done.
+    /// The number of finished steps.
     pub fn position(&self) -> u64 {
         self.bar.position()
     }

@@ -3,8 +3,7 @@ use std::fmt::Write;
 use super::number::grouped;
 use crate::input::{Rows, Tally};
 
-/// Reports the outcome of the rows of a file: one line if all rows are sound, otherwise the first malformed rows below
-/// it.
+/// Reports the outcome of the rows of a file: one line, followed by the first malformed rows if there are any.
 pub fn rows(rows: &Rows) -> String {
     let mut text = format!("{} read:", counted(rows.read, "row"));
     let parts = [("order", rows.orders), ("return", rows.returns), ("adjustment", rows.adjustments)];

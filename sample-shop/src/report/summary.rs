@@ -29,7 +29,7 @@ pub struct Summary {
     pub adjustments: u64,
     /// Sagas that need an operator.
     pub stuck: u64,
-    /// Messages that are set aside until an operator redrives them.
+    /// Messages that stay parked until an operator redrives them.
     pub parked: u64,
     /// The sum of all charges, including those refunded later.
     pub charged: Decimal,
@@ -37,32 +37,32 @@ pub struct Summary {
     pub refunded: Decimal,
     /// What happened to the stock.
     pub units: Units,
-    /// Time from the first order to the end of the last saga.
+    /// The time from the first order to the end of the last saga.
     pub elapsed: Duration,
-    /// Sagas that ended in that time.
+    /// The number of sagas that ended in that time.
     pub sagas: u64,
-    /// Time from start to end of each saga, in microseconds.
+    /// The time from the start to the end of each saga, in microseconds.
     pub latency_us: Histogram<u64>,
     /// The store of the events, without its password.
     pub store: String,
-    /// The bus that the services talked over.
+    /// The bus between the services.
     pub bus: String,
-    /// Invoices of the input that could not be read, and all rows that were left out.
+    /// Invoices of the input that could not be read, with the number of all rows that were left out.
     pub left_out: Tally,
     /// Invoices that the shop rejected.
     pub rejected: u64,
 }
 
-/// Why orders were cancelled.
+/// The cancelled orders by reason.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Cancelled {
-    /// Too little stock.
+    /// There was too little stock.
     pub out_of_stock: u64,
     /// The card was declined.
     pub declined: u64,
     /// The customer changed their mind.
     pub by_customer: u64,
-    /// A service refused a step for another reason, or could not be reached; left out of JSON where there are none.
+    /// A service refused a step for another reason, or could not be reached. JSON leaves this field out if it is zero.
     #[serde(skip_serializing_if = "none")]
     pub other: u64,
 }
@@ -72,27 +72,27 @@ fn none(count: &u64) -> bool {
 }
 
 impl Cancelled {
-    /// The number of cancellations, whatever the reason.
+    /// The number of cancellations for any reason.
     pub fn all(&self) -> u64 {
         self.out_of_stock + self.declined + self.by_customer + self.other
     }
 }
 
-/// The units of all SKUs together.
+/// The number of units of all SKUs together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Units {
-    /// In stock at the start.
+    /// The units in stock at the start.
     pub initial: i64,
-    /// Shipped.
+    /// The units shipped.
     pub sold: i64,
-    /// Units that customers sent back.
+    /// The units that customers sent back.
     pub returned: i64,
-    /// Units found, less units written off.
+    /// The units found minus the units written off.
     pub adjusted: i64,
-    /// In stock at the end, reserved or not.
+    /// The units in stock at the end, reserved or not.
     pub remaining: i64,
-    /// Held for checkouts that have not ended.
+    /// The units reserved for checkouts that have not ended.
     pub reserved: i64,
 }
 
@@ -107,12 +107,12 @@ impl Units {
         self.reserved += other.reserved;
     }
 
-    /// Whether no unit was lost or invented, and none is still held.
+    /// Returns whether every unit is accounted for, and no unit is still reserved.
     pub fn conserved(&self) -> bool {
         self.reserved == 0 && self.unexplained() == 0
     }
 
-    /// The units at the end, beyond the number that the other fields explain.
+    /// The units at the end that the other fields do not explain.
     fn unexplained(&self) -> i128 {
         let [initial, sold, returned, adjusted, remaining] =
             [self.initial, self.sold, self.returned, self.adjusted, self.remaining].map(i128::from);
@@ -121,13 +121,13 @@ impl Units {
 }
 
 impl Summary {
-    /// Sagas that ended per second; 0 if no time passed.
+    /// The number of sagas that ended per second; 0 if no time passed.
     pub fn sagas_per_second(&self) -> f64 {
         let seconds = self.elapsed.as_secs_f64();
         if seconds > 0.0 { self.sagas as f64 / seconds } else { 0.0 }
     }
 
-    /// Returns one line for other programs: these fields, in this order.
+    /// Returns one line of JSON for other programs, with its fields in a fixed order.
     pub fn json(&self) -> String {
         let line = Json {
             orders: self.orders,
@@ -147,11 +147,12 @@ impl Summary {
             left_out: self.left_out,
             rejected: self.rejected,
         };
-        // Numbers and text always serialize, so the error never occurs.
+        // Numbers and text can always be serialized, so the error never occurs.
         serde_json::to_string(&line).unwrap_or_else(|error| format!("{{\"error\":{:?}}}", error.to_string()))
     }
 
-    /// Formats the summary for people at standard output: fitted to the terminal, plain if it is not a terminal.
+    /// Formats the summary for people on standard output, fitted to the terminal. Uses no colours if standard output is
+    /// not a terminal.
     pub fn human(&self) -> String {
         self.human_on(Terminal::stdout())
     }
@@ -183,7 +184,7 @@ impl Summary {
             "\n{} sagas in {} s, {} a second",
             grouped(self.sagas),
             grouped_decimal(self.elapsed.as_secs_f64(), 3),
-            // Above 10, a fraction of a saga per second means nothing.
+            // At 10 and above, a fraction of a saga per second means nothing.
             if self.sagas_per_second() < 10.0 {
                 format!("{:.1}", self.sagas_per_second())
             } else {
@@ -267,7 +268,7 @@ struct LatencyMs {
     p99: Fixed,
 }
 
-/// A JSON number with this many decimals, including zeros, so that columns of them line up in a log.
+/// A JSON number with this many decimals. Trailing zeros stay, so that columns of such numbers line up in a log.
 struct Fixed(usize, f64);
 
 impl Serialize for Fixed {

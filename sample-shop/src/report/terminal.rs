@@ -1,6 +1,6 @@
 use std::io::{self, IsTerminal};
 
-/// The terminal, or the file or pipe, that the output goes to.
+/// The terminal, file or pipe that receives the output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Terminal {
     /// The number of columns.
@@ -9,11 +9,11 @@ pub struct Terminal {
     pub colours: bool,
 }
 
-/// The width of a file or a pipe, which people read later, elsewhere.
+/// The width for a file or a pipe, whose reader's terminal is not known.
 const REDIRECTED_WIDTH: u16 = 80;
-/// A wider terminal is not filled: numbers far from their names are hard to read.
+/// The maximum width that is used. On a wider line, numbers would be too far from their names.
 const WIDTH_MAX: u16 = 100;
-/// Narrower than this, no layout is possible, and the output wraps.
+/// The minimum width. On a narrower terminal the layout does not fit, and the output wraps.
 const WIDTH_MIN: u16 = 40;
 
 impl Terminal {

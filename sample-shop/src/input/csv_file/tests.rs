@@ -212,7 +212,7 @@ fn text_that_is_not_utf_8_is_taken_as_windows_1252() {
     assert_eq!((ids.len(), reports, rows.recoded), (2, Vec::new(), 1));
 }
 
-/// At the end, where spreadsheets write them, and anywhere else.
+/// Covers rows of commas at the end of the file, where spreadsheets write them, and anywhere else.
 #[test]
 fn rows_of_commas_cost_nothing() {
     let rows = [sound("1"), ",,,,,,,\n".into(), sound("1"), sound("2"), ",,,,,,,\r\n".into(), ",,,,,,,".into()];
