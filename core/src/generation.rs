@@ -1,10 +1,12 @@
-//! The generations of a read model: the live one, those being built, and those to be removed.
+//! The generations of a read model. One generation is live, others are being built, and others are waiting to be
+//! removed.
 //!
-//! A generation takes one path: reserved by a build, then live or not, then retired, then removed. Each step is a
-//! compare-and-set of the pointer document, and a number is used once. The commit that reserves a generation creates
-//! its checkpoint, and the commit that retires the generation removes that checkpoint. Every writer of views carries
-//! the version of the checkpoint, and no writer creates one. Therefore no process writes into a generation before it is
-//! reserved or after it is retired, and a removal, which takes only retired generations, never meets live views.
+//! A generation is first reserved by a build. It then becomes live, unless the build fails. Later it is retired, and at
+//! last removed. Each of these steps is a compare-and-set of the pointer document. The number of a generation is never
+//! reused. The commit that reserves a generation creates its checkpoint, and the commit that retires the generation
+//! removes that checkpoint. Every commit that writes views checks the version of the checkpoint, and no such commit
+//! creates a checkpoint. Therefore no process writes into a generation before the generation is reserved or after it is
+//! retired. Only retired generations are removed, so a removal never touches live views.
 
 use std::time::Duration;
 
@@ -23,15 +25,18 @@ use crate::{
 
 /// The collection of the pointers, one per read model.
 const GENERATIONS: &str = "read-model";
-/// The most builds of a read model at a time, including those of dead processes: each holds another copy of all views.
+/// The maximum number of generations of a read model that are being built or removed at the same time, including builds
+/// of dead processes. The number is limited because each generation holds another copy of all views.
 const BUILDS_MAX: usize = 8;
-/// How often a build shows that it is alive.
+/// How often a build sends a heartbeat.
 pub(crate) const BEAT: Duration = Duration::from_secs(2);
-/// After this time without a sign of life, a build may be dead and is watched: five beats, as for instances.
+/// After this time without a heartbeat, a build may be dead and is watched. The time equals five heartbeats, as for
+/// instances.
 const SILENT: Duration = Duration::from_secs(10);
-/// How long a silent build is watched before its generation is retired: three beats.
+/// How long a silent build is watched before its generation is retired. The time equals three heartbeats.
 const WATCH: Duration = Duration::from_secs(6);
-/// The most attempts at a change of the pointer: beats and other builds may come first.
+/// The maximum number of attempts to change the pointer, because heartbeats and other builds may change the pointer
+/// first.
 const RACES_MAX: u32 = 50;
 /// The number of documents removed in one commit.
 const PAGE: usize = 500;
@@ -45,13 +50,13 @@ pub(crate) struct Pointer {
     /// no views yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<u32>,
-    /// The lowest number that was never used.
+    /// The lowest generation number that was never used.
     #[serde(default)]
     next: u32,
     /// The generations under construction.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub builds: Vec<Build>,
-    /// The generations that are no longer read, but whose views are not all removed yet.
+    /// The generations that are no longer read, but that may still have views to remove.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub retired: Vec<u32>,
 }
@@ -63,7 +68,7 @@ pub(crate) struct Build {
     /// The version of the code that builds the generation.
     pub version: u32,
     builder: Uuid,
-    /// When the build last showed that it is alive.
+    /// The time of the last heartbeat of the build.
     beat: DateTime<Utc>,
 }
 
@@ -81,7 +86,7 @@ impl Default for Pointer {
 }
 
 impl Build {
-    /// Returns whether the build shows signs of life, by the clock of the store.
+    /// Returns whether the last heartbeat of the build is recent. `now` is the time of the store's clock.
     pub fn is_alive(&self, now: DateTime<Utc>) -> bool {
         now - self.beat < chrono::Duration::from_std(SILENT).unwrap_or_default()
     }
@@ -99,7 +104,7 @@ impl Pointer {
         Some(self.retire(model, generation))
     }
 
-    /// Retires a generation: no worker writes to it any more.
+    /// Retires a generation. No worker can write to a retired generation.
     fn retire(&mut self, model: &str, generation: u32) -> With {
         self.retired.push(generation);
         With { puts: vec![removal(checkpoint(model, generation))], appends: Vec::new() }
@@ -134,7 +139,7 @@ pub(crate) fn checkpoint(model: &str, generation: u32) -> DocumentKey {
     DocumentKey::new(CHECKPOINTS, format!("{}/0", name(model, generation)))
 }
 
-/// Returns the pointer, and the version of its document.
+/// Returns the pointer and the version of the pointer document.
 pub(crate) async fn load(store: &dyn EventStore, model: &str) -> Result<(Pointer, i64), StoreError> {
     let found = store.document(&pointer_key(model)).await?;
     let Some(Document { body, version, .. }) = found else { return Ok((Pointer::default(), 0)) };
@@ -145,8 +150,9 @@ pub(crate) async fn load(store: &dyn EventStore, model: &str) -> Result<(Pointer
     Ok((pointer, version))
 }
 
-/// Changes the pointer by compare-and-set, and retries while other changes come first. `decide` returns `None` if there
-/// is nothing to change, for example because an attempt with an unknown outcome was committed.
+/// Changes the pointer by compare-and-set, and retries while other changes are committed first. `decide` returns `None`
+/// if there is nothing to change, for example because an earlier attempt with an unknown outcome turns out to be
+/// committed.
 pub(crate) async fn change<E: From<CommitError>>(
     store: &dyn EventStore,
     model: &str,
@@ -156,7 +162,8 @@ pub(crate) async fn change<E: From<CommitError>>(
     let mut unknown = None;
     for _ in 0..RACES_MAX {
         let loaded = load(store, model).await.map_err(unavailable);
-        // If an earlier attempt may have been committed, the result must not be reported as a failure.
+        // If an earlier attempt may have been committed, the error must say that the outcome is unknown, not that the
+        // change failed.
         let (mut pointer, version) = loaded.map_err(|error| unknown.clone().unwrap_or(error))?;
         let Some(With { mut puts, appends }) = decide(&mut pointer)? else { return Ok(pointer) };
         puts.push(pointer_at(model, &pointer, version));
@@ -172,8 +179,8 @@ pub(crate) async fn change<E: From<CommitError>>(
     Err(unknown.unwrap_or(CommitError::Unavailable(reason)).into())
 }
 
-/// Prepares the live generation for a build of this version: if no views exist yet, creates its checkpoint and the
-/// pointer.
+/// Prepares the live generation for code of this version. If no views exist yet, creates the checkpoint of the live
+/// generation and the pointer.
 pub(crate) async fn adopt(store: &dyn EventStore, model: &str, version: u32) -> Result<Pointer, CommitError> {
     loop {
         let (pointer, at) = load(store, model).await.map_err(unavailable)?;
@@ -195,14 +202,14 @@ pub(crate) async fn adopt(store: &dyn EventStore, model: &str, version: u32) -> 
         let mut puts = vec![pointer_at(model, &pointer, at)];
         puts.extend((!is_kept).then(|| created(store, live, Some(0))));
         match store.commit(Commit { appends: Vec::new(), puts }).await {
-            // Another process, or a build, was first: one of the two commits succeeded.
+            // Another process or a build committed first. The loop reads the result of that commit.
             Err(CommitError::DocumentConflict { .. }) => {}
             outcome => return outcome.map(|_| pointer),
         }
     }
 }
 
-/// Reserves a generation for a build, with its checkpoint at the start of the log.
+/// Reserves a generation for a build, and creates the checkpoint of the generation at the start of the log.
 pub(crate) async fn reserve(
     store: &dyn EventStore,
     model: &str,
@@ -222,7 +229,7 @@ pub(crate) async fn reserve(
         let generation = pointer.next;
         pointer.next += 1;
         pointer.builds.push(Build { generation, version, builder, beat: store.clock().now() });
-        // This fences any writer that an earlier release left under this number.
+        // The new checkpoint fences any writer that an earlier release left behind with this generation number.
         Ok(Some(With { puts: vec![created(store, checkpoint(model, generation), None)], appends: Vec::new() }))
     })
     .await?;
@@ -233,7 +240,7 @@ pub(crate) async fn reserve(
     Ok((build, pointer))
 }
 
-/// Writes a sign of life of a build. Returns `false` if another process considered the build dead and retired its
+/// Writes a heartbeat of a build. Returns `false` if another process considered the build dead and retired its
 /// generation.
 pub(crate) async fn beat(store: &dyn EventStore, model: &str, builder: Uuid) -> Result<bool, CommitError> {
     let beats = |pointer: &mut Pointer| {
@@ -254,7 +261,8 @@ pub(crate) async fn clean(store: &dyn EventStore, model: &str) -> Result<(), Com
     if !silent.is_empty() {
         tokio::time::sleep(WATCH).await;
         for dead in &silent {
-            // A build with a newer beat is a different value.
+            // A build that has sent a heartbeat in the meantime is a different value, so `contains` returns false for
+            // it.
             let retires = |pointer: &mut Pointer| match pointer.builds.contains(dead) {
                 true => Ok::<_, CommitError>(pointer.end_build(model, dead.builder)),
                 false => Ok(None),
@@ -280,8 +288,8 @@ pub(crate) async fn remove_retired(store: &dyn EventStore, model: &str) -> Resul
     Ok(())
 }
 
-/// Removes the views of a generation that no worker owns. Parked messages go first: a fenced worker may still retry a
-/// parked message, which writes views, as long as the message's document exists.
+/// Removes the views of a generation that no worker owns. Parked messages are removed first. As long as the document of
+/// a parked message exists, a fenced worker may still retry the message, and the retry writes views.
 async fn remove(store: &dyn EventStore, model: &str, generation: u32) -> Result<(), CommitError> {
     for collection in [&*parking::collection(&name(model, generation)), &*collection(model, generation)] {
         loop {
@@ -296,7 +304,7 @@ async fn remove(store: &dyn EventStore, model: &str, generation: u32) -> Result<
     Ok(())
 }
 
-/// Returns the position that a generation has reached, by its checkpoint; the start if there is no checkpoint.
+/// Returns the position of the checkpoint of a generation; the start of the log if there is no checkpoint.
 pub(crate) async fn reached(store: &dyn EventStore, model: &str, generation: u32) -> Result<Position, StoreError> {
     Ok(position(store.document(&checkpoint(model, generation)).await?.as_ref()))
 }

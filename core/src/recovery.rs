@@ -1,5 +1,5 @@
-//! A database that was restored to an earlier moment, under a bus that was not: found when a service starts, and brought back
-//! by `annals recover`.
+//! Recovery of a database that was restored to an earlier moment while the bus still holds later messages. A service
+//! detects this state when it starts, and `annals recover` repairs it.
 
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
@@ -20,39 +20,43 @@ use crate::{
     store::{EventStore, LogQuery, Scan, StoreError},
 };
 
-/// Events read at once.
+/// The number of events or documents read per page.
 const PAGE: usize = 500;
-/// How often the timers of a recovered service look whether its inbox was read.
+/// How often the timers of a recovered service check whether its inbox was read.
 const INBOX_LOOK: Duration = Duration::from_secs(1);
-/// How often a recovered service looks whether its sagas were begun again.
+/// How often a recovered service checks whether its sagas were started again.
 const SAGAS_LOOK: Duration = Duration::from_millis(200);
-/// How long it waits for that at most: a consumer that does not poll for five minutes is taken for dead.
+/// The maximum time that a recovered service waits for its sagas. The limit is below five minutes, because a bus
+/// considers a consumer dead that does not poll for that long.
 const SAGAS_WAIT_MAX: Duration = Duration::from_secs(240);
-/// How often a running service looks whether its store may have lost events.
+/// How often a running service checks whether its store may have lost events.
 const HISTORY_LOOK: Duration = Duration::from_millis(200);
-/// How long timers wait for that at most: messages may be removed by retention before they are read, and offsets never get there.
+/// The maximum time that timers wait for the inbox to be read. Without a limit, timers could wait forever: retention
+/// may remove messages before they are read, and then the checkpoint never reaches the recorded end.
 const INBOX_WAIT_MAX: Duration = Duration::from_secs(600);
 
-/// How far a recovery is: a document that the command writes first, and completes in its last commit.
+/// The progress of a recovery. The command `annals recover` writes this document first, and sets `complete` in its last
+/// commit.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Recovery {
-    /// Whether all that the topics hold was taken back. Before that no service starts.
+    /// Whether all events in the topics were copied back into the log. Until then, no service starts.
     pub complete: bool,
-    /// The name of the segment that it adds.
+    /// The name of the log segment that the recovery adds.
     pub log: Arc<str>,
-    /// Where the log ended before.
+    /// The position at which the log ended before the recovery.
     pub restored_to: Position,
-    /// Where the topics ended that the services consume: answers up to there may be for sagas that the log has lost.
+    /// The ends of the services' inbox topics at the time of the recovery. Replies before these ends may belong to
+    /// sagas that the log has lost.
     pub inboxes: Ends,
 }
 
 impl Recovery {
-    /// The key of its document.
+    /// The key of the document that holds the progress of a recovery.
     pub fn key() -> DocumentKey {
         DocumentKey::new("recovery", "progress")
     }
 
-    /// The last recovery of a store, with the version of its document.
+    /// Returns the last recovery of a store, together with the version of its document.
     pub async fn of(store: &dyn EventStore) -> Result<Option<(Self, i64)>, StoreError> {
         let Some(found) = store.document(&Self::key()).await? else { return Ok(None) };
         let recovery = serde_json::from_str(&found.body)
@@ -60,30 +64,30 @@ impl Recovery {
         Ok(Some((recovery, found.version)))
     }
 
-    /// Its document.
+    /// Returns the document that holds this progress, with the given version.
     pub fn document(&self, version: i64) -> Document {
         Document { key: Self::key(), version, body: serde_json::to_string(self).unwrap_or_default().into(), due: None }
     }
 }
 
-/// A message of a service that its log does not hold.
+/// A message that a service sent, but whose event is missing from the log of the service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ahead {
-    /// The service, which sent the message at an earlier time.
+    /// The name of the service that sent the message.
     pub service: String,
-    /// Where the message is.
+    /// The topic that holds the message.
     pub topic: Arc<str>,
-    /// In which partition.
+    /// The partition that holds the message.
     pub partition: u32,
-    /// At which offset.
+    /// The offset of the message in the partition.
     pub offset: i64,
     /// The name of the log that the message came from.
     pub log: String,
-    /// The position of its event in that log.
+    /// The position of the message's event in that log.
     pub position: Position,
     /// The id of the message.
     pub id: Uuid,
-    /// Whether that log is this one at a later time; otherwise nothing is known of it.
+    /// Whether that log is a later state of this log. If not, this store does not know the name of that log.
     pub is_this_log: bool,
 }
 
@@ -106,7 +110,8 @@ impl fmt::Display for Ahead {
     }
 }
 
-/// The instances that show on a store that they are alive. Takes as long as three of their heartbeats.
+/// Returns the names of the instances that are alive on a store. The call watches for heartbeats, and takes as long as
+/// three of them.
 pub async fn alive(store: &dyn EventStore) -> Result<Vec<Arc<str>>, StoreError> {
     let before = store.scan(INSTANCES, &Scan::After("".into()), PAGE).await?;
     if before.is_empty() {
@@ -118,7 +123,7 @@ pub async fn alive(store: &dyn EventStore) -> Result<Vec<Arc<str>>, StoreError> 
     Ok(beats.map(|document| document.key.id).collect())
 }
 
-/// Whether the bus holds messages that a service sent and its log does not hold.
+/// Fails if the bus holds a message that the service sent but whose event is missing from the log.
 pub(crate) async fn check(service: &str, store: &dyn EventStore, bus: &dyn Bus) -> Result<(), StartError> {
     if bus.is_local() {
         return Ok(());
@@ -129,7 +134,8 @@ pub(crate) async fn check(service: &str, store: &dyn EventStore, bus: &dyn Bus) 
     let mut ends = Relayed::on(store).await?.remove(service).map(|relayed| relayed.taken().clone()).unwrap_or_default();
     ends.name(&format!("{service}.events"));
     let sent = bus.sent_since(service, &ends).await?;
-    // Only now: another instance of the service may be sending meanwhile.
+    // The names are read only after the messages, because another instance of the service may send messages in the
+    // meantime.
     let names = LogNames::of(store).await?;
     let mut by_position: BTreeMap<Position, Vec<&Delivery>> = BTreeMap::new();
     for delivery in &sent {
@@ -165,7 +171,7 @@ pub(crate) async fn check(service: &str, store: &dyn EventStore, bus: &dyn Bus) 
     Ok(())
 }
 
-/// Whether a message is an event, or a command that its event caused.
+/// Returns whether a message carries this event, or a command that this event caused.
 fn comes_of(event: &Recorded, id: Uuid, causation: Uuid) -> bool {
     event.id == id || event.id == causation
 }
@@ -186,10 +192,12 @@ fn ahead(service: &str, delivery: &Delivery, is_this_log: bool) -> StartError {
     }))
 }
 
-/// Looks at the bus again whenever the store may have lost events under a running service, until `shutdown`.
+/// Checks the bus again whenever the store may have lost events while the service is running, until `shutdown` is
+/// cancelled.
 ///
 /// # Errors
-/// If the bus holds messages of events that are gone: what the service did from here on would be taken for what it has done.
+/// Fails if the bus holds messages whose events are missing from the log. The service must stop then, because receivers
+/// would mistake its new messages for messages that they have already handled.
 pub(crate) async fn watch(
     service: String,
     store: Arc<dyn EventStore>,
@@ -217,8 +225,9 @@ pub(crate) async fn watch(
     }
 }
 
-/// Waits until a recovered service has read what its inbox held at the recovery. The answers that its sagas waited for are
-/// among it: a timer that fires before would take them for missing.
+/// Waits until a recovered service has read all messages that its inbox held at the time of the recovery. These
+/// messages include replies that the sagas of the service wait for. A timer that fired earlier would treat these
+/// replies as missing.
 pub(crate) async fn inbox_read(store: &dyn EventStore, service: &str, shutdown: &CancellationToken) {
     let until = Instant::now() + INBOX_WAIT_MAX;
     loop {
@@ -229,7 +238,7 @@ pub(crate) async fn inbox_read(store: &dyn EventStore, service: &str, shutdown: 
                 tracing::warn!(%service, "the inbox was not read to where it ended at the recovery: timers fire from now on");
                 return waits_no_more(store, service).await;
             }
-            // The timers say so themselves, if it lasts.
+            // If the error lasts, the timers report it themselves.
             Err(error) => tracing::debug!(%service, %error, "looking whether the inbox was read"),
         }
         tokio::select! {
@@ -239,7 +248,8 @@ pub(crate) async fn inbox_read(store: &dyn EventStore, service: &str, shutdown: 
     }
 }
 
-/// Notes that the timers of a service have waited for long enough: what its inbox lacks does not come at the next start either.
+/// Records that the timers of a service have waited long enough. The messages that were missing from the inbox will not
+/// arrive after the next start either.
 async fn waits_no_more(store: &dyn EventStore, service: &str) {
     let failed = match Recovery::of(store).await {
         Ok(None) => return,
@@ -261,15 +271,15 @@ fn inbox(service: &str) -> String {
     format!("{service}.commands")
 }
 
-/// Waits until the sagas of a recovered service were begun again that the events taken back start. Answers to them, which the
-/// inbox still holds, would find no saga before.
+/// Waits until a recovered service has started again all sagas whose starting events were copied back into the log. The
+/// inbox still holds replies to these sagas. Without this wait, a reply could arrive before its saga exists.
 pub(crate) async fn sagas_begun(store: &dyn EventStore, starters: &[String], shutdown: &CancellationToken) {
     let until = Instant::now() + SAGAS_WAIT_MAX;
     while !starters.is_empty() && Instant::now() < until {
         match are_begun(store, starters).await {
             Ok(true) => return,
             Ok(false) => {}
-            // The consumer says so itself, if it lasts.
+            // If the error lasts, the consumer reports it itself.
             Err(error) => tracing::debug!(%error, "looking whether sagas were begun again"),
         }
         tokio::select! {
@@ -294,7 +304,7 @@ async fn are_begun(store: &dyn EventStore, starters: &[String]) -> Result<bool, 
     Ok(true)
 }
 
-/// Where a checkpoint stands.
+/// Returns the position or offset of a checkpoint; 0 if the checkpoint does not exist.
 async fn next_of(store: &dyn EventStore, key: &DocumentKey) -> Result<i64, StoreError> {
     let Some(found) = store.document(key).await? else { return Ok(0) };
     let checkpoint: Checkpoint =
@@ -321,7 +331,8 @@ mod tests {
     use super::*;
     use crate::memory::MemoryStore;
 
-    /// Retention may have removed what the inbox held. That is waited for once, and not at each start.
+    /// Retention may have removed the messages of the inbox. The timers wait for these messages once, and not again at
+    /// each start.
     #[tokio::test(start_paused = true)]
     async fn timers_wait_once_for_an_inbox_that_is_gone() {
         let store = MemoryStore::new();

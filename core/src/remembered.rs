@@ -1,4 +1,4 @@
-//! The most recent commands of a stream, by which a repeated command is recognised.
+//! The most recent commands of a stream. A stream recognises a repeated command with their help.
 
 use std::collections::VecDeque;
 
@@ -10,25 +10,27 @@ use crate::{
     event::{Version, derived_id},
 };
 
-/// A repeated command is recognised among this many most recent commands of its stream, independent of the number of
-/// their events. A command repeated later counts as new. Each saga has its own stream at each service, and stays far
-/// below this number.
+/// How many of the most recent commands of a stream are remembered to recognise a repeated command. The number of
+/// events per command does not matter. A command that is repeated after more than this many other commands counts as
+/// new. Each saga has its own stream in each service, and sends far fewer commands than this.
 pub const REMEMBERED_COMMANDS: usize = 1_024;
-/// If the store does not show which command an event belongs to, each event may be the first of a command and is
-/// remembered on its own, up to this many: the limit of a commit.
+/// The maximum number of uncertain events that are remembered. If the store does not show which command an event
+/// belongs to, each event may be the first event of a command, and is remembered separately. The maximum equals the
+/// number of events in the largest commit.
 const UNCERTAIN_EVENTS_MAX: usize = COMMIT_ROWS_MAX;
 
 /// The first event of each of the most recent commands.
 ///
-/// A command staged by this process is remembered by its first event alone. Events read from the store carry the
-/// command only as their cause, so the boundaries are inferred. A new cause starts a new command. A run of events with
-/// one cause is one command if the id of its last event derives from the cause and the length of the run. Otherwise,
-/// for example after a message that caused several commands, every event of the run is remembered.
+/// For a command staged by this process, only the first event is remembered. An event read from the store names only
+/// its cause, so the boundaries between commands are inferred. A new cause starts a new command. A run is a sequence of
+/// events with the same cause. A run is a single command if the id of its last event can be derived from the cause and
+/// the length of the run. Otherwise, for example after a message that caused several commands, every event of the run
+/// is remembered.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Remembered {
     /// The remembered events, in the order of the stream.
     events: VecDeque<First>,
-    /// How many of `events` may be in the middle of a command.
+    /// How many of `events` may not be the first event of a command.
     uncertain: usize,
     /// The current run of events with one cause.
     run: Option<Run>,
@@ -57,7 +59,8 @@ impl Remembered {
         self.push(First { id, version, uncertain: false });
     }
 
-    /// Records an event as read. The events of one commit are read together, until [`end_of_run`](Self::end_of_run).
+    /// Records an event that was read from the store. After the last event that belongs together, call
+    /// [`end_of_run`](Self::end_of_run).
     pub fn read(&mut self, id: Uuid, version: Version, cause: Uuid) {
         match &mut self.run {
             Some(run) if run.cause == cause => {
@@ -72,10 +75,10 @@ impl Remembered {
         }
     }
 
-    /// Ends the run: no further event of the same commit follows.
+    /// Ends the current run, because no further event of the run follows.
     pub fn end_of_run(&mut self) {
         let Some(run) = self.run.take() else { return };
-        // One hash for a whole run, and none for the usual command of one event.
+        // This costs one hash for a whole run, and none for the usual command with a single event.
         if run.events > 1 && run.last == derived_id(run.cause, run.events - 1) {
             while self.events.pop_back_if(|event| event.uncertain).is_some() {
                 self.uncertain -= 1;
@@ -93,7 +96,7 @@ impl Remembered {
         self.events.iter().find(|event| event.id == id).map(|event| event.version)
     }
 
-    /// Returns the first events of the commands after a version.
+    /// Returns the first events of all remembered commands after a version, newest first.
     pub fn since(&self, version: Version) -> impl Iterator<Item = (Version, Uuid)> + '_ {
         self.events.iter().rev().map(|event| (event.version, event.id)).take_while(move |(of, _)| *of > version)
     }
@@ -109,7 +112,8 @@ impl Remembered {
         Self { events: events.into(), uncertain, run: None }
     }
 
-    /// Restores from a snapshot of an older build, which stored the ids of the last events, up to `version`.
+    /// Restores the remembered events from a snapshot of an older build. Such a snapshot stored the ids of the last
+    /// events, of which the last one has the version `version`.
     pub fn from_ids(ids: &[Uuid], version: Version) -> Self {
         let versions = (version.0 + 1).saturating_sub_unsigned(ids.len() as u64)..;
         let first = |(id, version): (&Uuid, i64)| First { id: *id, version: Version(version), uncertain: true };
@@ -119,7 +123,8 @@ impl Remembered {
     fn push(&mut self, event: First) {
         self.uncertain += usize::from(event.uncertain);
         self.events.push_back(event);
-        // A run that turns out to be one command must not displace the commands before it.
+        // The limit is doubled here, so that a run that turns out to be a single command does not displace the commands
+        // before the run.
         self.trim(2 * UNCERTAIN_EVENTS_MAX);
     }
 
@@ -136,7 +141,7 @@ impl Remembered {
 mod tests {
     use super::*;
 
-    /// Reads a command's events after those already remembered.
+    /// Records the events of a command after the events that are already remembered.
     fn read(remembered: &mut Remembered, next: &mut i64, command_id: Uuid, cause: Uuid, events: u64) -> Version {
         let first = Version(*next);
         for index in 0..events {
