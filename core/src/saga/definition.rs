@@ -11,7 +11,7 @@ use crate::{
     event::{Event, named_id},
 };
 
-/// How long a step waits for its participants before it asks them again.
+/// How long a step waits for replies before the saga asks the participants again.
 pub const STEP_TIMEOUT: Duration = Duration::from_secs(10);
 /// The default number of attempts before a step is given up.
 pub const ATTEMPTS_MAX: u32 = 8;
@@ -20,9 +20,10 @@ pub const RETRY_DELAY_MIN: Duration = Duration::from_millis(100);
 /// The longest delay before a failed step is attempted again.
 pub const RETRY_DELAY_MAX: Duration = Duration::from_secs(60);
 
-/// The data of a saga: given when the saga starts, and extended by the outcomes of its steps.
+/// The data of a saga. The saga starts with this data, and the outcomes of its steps add to the data.
 pub trait SagaState: Clone + Serialize + DeserializeOwned + Send + Sync + 'static {
-    /// Updates the data with the outcome of a step. Pure, like [`Aggregate::evolve`](crate::Aggregate::evolve).
+    /// Updates the data with the outcome of a step. The method must be pure, like
+    /// [`Aggregate::evolve`](crate::Aggregate::evolve).
     fn learn(&mut self, _step: &str, _outcome: &Outcome) {}
 }
 
@@ -47,16 +48,17 @@ impl Request {
     }
 }
 
-/// The kind of a step: how the saga handles its failure.
+/// The kind of a step, which determines what the saga does when the step fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// The step can be undone.
     Compensatable,
-    /// The step decides: before it the saga can still go back, after it the saga only goes forward.
+    /// The point of no return: until this step succeeds, the saga can still go back; afterwards, the saga only goes
+    /// forward.
     Pivot,
     /// The step is repeated until it succeeds.
     Retriable,
-    /// The step is repeated until it succeeds, after all earlier steps are undone.
+    /// The step runs once all earlier steps are undone, and is repeated until it succeeds.
     Closing,
 }
 
@@ -90,7 +92,7 @@ pub struct Saga<C> {
 }
 
 impl<C: SagaState> Saga<C> {
-    /// Starts a plan. The name is stored: never rename a saga.
+    /// Begins a plan for the saga with this name. The name is stored, so a saga must never be renamed.
     pub fn named(name: &'static str) -> Plan<C, Open> {
         let saga =
             Self { name, steps: Vec::new(), closing: Vec::new(), deadline: None, revision: 0, hash: String::new() };
@@ -131,7 +133,7 @@ impl<C: SagaState> Saga<C> {
     }
 }
 
-/// A plan under construction. `P` states what may come next.
+/// A plan under construction. The type parameter `P` determines which step may come next.
 #[must_use = "a plan does nothing before `build`"]
 pub struct Plan<C, P> {
     saga: Saga<C>,
@@ -149,16 +151,16 @@ pub struct AfterPivot;
 /// The forward path is complete; the steps that follow end a compensated saga.
 pub struct Closing;
 
-/// Places where a compensatable step is allowed.
+/// The states of a plan in which a compensatable step may be added.
 pub trait BeforePivot {}
 impl BeforePivot for Open {}
 impl BeforePivot for Undoable {}
-/// Places where a retriable step is allowed.
+/// The states of a plan in which a retriable step may be added.
 pub trait BeforeClosing {}
 impl BeforeClosing for Open {}
 impl BeforeClosing for Undoable {}
 impl BeforeClosing for AfterPivot {}
-/// Places where a plan may end.
+/// The states of a plan in which the plan may end.
 pub trait Complete {}
 impl Complete for Undoable {}
 impl Complete for AfterPivot {}
@@ -184,9 +186,9 @@ impl<C: SagaState, P> Plan<C, P> {
         if self.saga.closing.is_empty() { self.saga.steps.last_mut() } else { self.saga.closing.last_mut() }
     }
 
-    /// Sets the revision, which distinguishes this plan from an earlier plan of the same shape. Raise the revision when
-    /// steps make other requests or are undone in another way, and register the earlier plan as
-    /// [older](super::Runner::older). 0 by default.
+    /// Sets the revision, which distinguishes this plan from an earlier plan of the same shape. The default is 0. When
+    /// steps make different requests or are undone differently, raise the revision, and register the earlier plan as
+    /// [older](super::Runner::older).
     pub fn revision(mut self, revision: u32) -> Self {
         self.saga.revision = revision;
         self
@@ -205,15 +207,16 @@ impl<C: SagaState, P: BeforePivot> Plan<C, P> {
         self.step(name, Kind::Compensatable, perform)
     }
 
-    /// Adds the step that decides. If its participant refuses, the earlier steps are undone; once the pivot is done,
-    /// the saga only goes forward.
+    /// Adds the pivot, the saga's point of no return. If the participant refuses the pivot, the earlier steps are
+    /// undone; once the pivot is done, the saga only goes forward.
     pub fn pivot(self, name: &'static str, perform: Make<C>) -> Plan<C, AfterPivot> {
         self.step(name, Kind::Pivot, perform)
     }
 }
 
 impl<C: SagaState> Plan<C, NeedsUndo> {
-    /// Sets the request that undoes the step. The undo may arrive for a step that never ran, and then does nothing.
+    /// Sets the request that undoes the step. The request may arrive for a step that never ran; the undo then does
+    /// nothing.
     pub fn undo(mut self, undo: Make<C>) -> Plan<C, Undoable> {
         if let Some(call) = self.last().and_then(|step| step.calls.last_mut()) {
             call.undo = Some(undo);
@@ -223,7 +226,8 @@ impl<C: SagaState> Plan<C, NeedsUndo> {
 }
 
 impl<C: SagaState> Plan<C, Undoable> {
-    /// Adds a participant to the same step, asked at the same time. Its [`undo`](Plan::undo) must follow.
+    /// Adds another participant to the same step. All participants of a step are asked at the same time. A call of
+    /// [`undo`](Plan::undo) for the new participant must follow.
     pub fn and(mut self, perform: Make<C>) -> Plan<C, NeedsUndo> {
         if let Some(step) = self.last() {
             step.calls.push(Call { perform, undo: None });
@@ -245,7 +249,8 @@ impl<C: SagaState, P: Complete> Plan<C, P> {
         self.step(name, Kind::Closing, perform)
     }
 
-    /// Sets how long the last step waits for its participants before it asks them again; [`STEP_TIMEOUT`] by default.
+    /// Sets how long the last step waits for replies before the saga asks the participants again. The default is
+    /// [`STEP_TIMEOUT`].
     pub fn timeout(mut self, timeout: Duration) -> Self {
         if let Some(step) = self.last() {
             step.timeout = timeout;
@@ -253,7 +258,7 @@ impl<C: SagaState, P: Complete> Plan<C, P> {
         self
     }
 
-    /// Sets the number of attempts before the last step is given up; [`ATTEMPTS_MAX`] by default.
+    /// Sets the number of attempts before the last step is given up. The default is [`ATTEMPTS_MAX`].
     pub fn attempts(mut self, attempts_max: u32) -> Self {
         if let Some(step) = self.last() {
             step.attempts_max = attempts_max.max(1);
@@ -264,8 +269,8 @@ impl<C: SagaState, P: Complete> Plan<C, P> {
     /// Returns the definition.
     ///
     /// # Panics
-    /// On a mistake in the program text: if two steps have the same name, or if the name of the saga cannot be part of
-    /// a category (lower-case letters, digits, `.` and `_`).
+    /// Panics if the plan contains a mistake: two steps have the same name, or the name of the saga contains anything
+    /// other than the characters of a category (lower-case letters, digits, `.` and `_`).
     pub fn build(mut self) -> Saga<C> {
         let fault = categories::check(&self.saga.category()).map_err(|error| error.to_string());
         let fault = if self.saga.name.is_empty() { Err("it is empty".to_owned()) } else { fault };

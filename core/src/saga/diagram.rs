@@ -1,4 +1,4 @@
-//! Draws a plan: as Mermaid text for pages that render Mermaid, as SVG for other pages.
+//! Draws a plan as Mermaid text for pages that render Mermaid, or as SVG for other pages.
 
 use std::fmt::Write;
 
@@ -108,8 +108,8 @@ impl<C> Saga<C> {
                 canvas.arrow(&format!("M{x} {}H{}", below + BOX / 2, to + width + TIP), "back");
             }
         }
-        // The undo of the first step, or without undos the last step that can go back, leads down to the end of the
-        // saga.
+        // The arrow down to the end of the saga starts at the undo of the first step. If no step has an undo, the arrow
+        // starts at the last step from which the saga can go back.
         let (from, mut y) = if undos > 0 { (center(columns[0]), below) } else { (center(columns[last]), top) };
         if last == undos {
             let pivot = center(columns[last]);
@@ -134,7 +134,7 @@ impl<C> Saga<C> {
         canvas.finish(self.name)
     }
 
-    /// Returns how many of the first steps have an undo.
+    /// Returns the number of steps, counted from the first, that have an undo.
     fn undos(&self) -> usize {
         self.steps.iter().take_while(|step| step.kind == Kind::Compensatable).count()
     }
@@ -193,14 +193,14 @@ pub(super) const BOX: i32 = 46;
 const ROW: i32 = 92;
 /// The distance between two boxes in a row.
 pub(super) const GAP: i32 = 40;
-/// The length of an arrow's head, which extends beyond the end of its line.
+/// The length of an arrowhead, which extends beyond the end of the arrow's line.
 pub(super) const TIP: i32 = 8;
-/// The inset of a saga's end, above and below, compared with a box.
+/// How much lower the shape of a saga's end is than a box, at the top and at the bottom.
 const END_INSET: i32 = 7;
 /// The width of the dot at which a saga starts.
 const DOT: i32 = 14;
 
-/// Returns a width that holds the text in any common font, because the font is unknown here.
+/// Returns a width that is enough for the text in any common font, because the font is not known here.
 pub(super) fn box_width(name: &str, caption: &str) -> i32 {
     let wide = |text: &str, narrow, wide| text.chars().map(|c| if c.is_ascii() { narrow } else { wide }).sum::<i32>();
     wide(name, 8, 14).max(wide(caption, 7, 12)).max(48) + 24
@@ -274,8 +274,8 @@ impl Canvas {
         self.draw(x + 60, y, &format!(r#"<text class="note" x="{}" y="{y}">{text}</text>"#, x + 7));
     }
 
-    /// Returns the place of the next box in a row: the first box is centered under the arrow from above, later boxes
-    /// follow an arrow.
+    /// Returns the left edge of the next box in a row. The first box is centered under the arrow from above; each later
+    /// box is at the end of an arrow.
     fn next(&mut self, x: &mut Option<i32>, from: i32, y: i32, width: i32) -> i32 {
         let at = match *x {
             None => MARGIN.max(from - width / 2),

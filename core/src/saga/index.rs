@@ -1,4 +1,4 @@
-//! One document per saga: for operators, and to find the timers that are due.
+//! Keeps one document per saga, which operators read and which shows the timers that are due.
 
 use std::sync::Arc;
 
@@ -20,8 +20,9 @@ use crate::{
     work::Work,
 };
 
-/// Follows the events of sagas and keeps a document for each saga: in collection `saga.<name>`, under the saga's id,
-/// due when the saga's next timer is due. A saga that moves several times within one batch is written once.
+/// Reads the events of sagas and keeps a document for each saga. The document is in the collection `saga.<name>` under
+/// the saga's id, and is due when the saga's next timer is due. If a saga moves several times within one batch, its
+/// document is written once.
 #[derive(Clone, Debug, Default)]
 pub struct Index {
     timers: Timers,
@@ -45,7 +46,7 @@ pub struct SagaStatus {
     pub definition_hash: String,
     /// The state of the saga.
     pub status: Status,
-    /// The name of the present step.
+    /// The name of the current step.
     pub step: String,
     /// The number of attempts at that step.
     pub attempts: u32,
@@ -53,10 +54,10 @@ pub struct SagaStatus {
     pub started_at: DateTime<Utc>,
     /// When the saga ended.
     pub ended_at: Option<DateTime<Utc>>,
-    /// The last error at the present step, and why the saga goes back.
+    /// The last error at the current step, and why the saga goes back.
     pub last_error: Option<String>,
-    /// The position of the saga's last event. When the relay is past this event, the bus has every command that the
-    /// saga waits for.
+    /// The position of the saga's last event. Once the relay has passed this event, the bus has every command to which
+    /// the saga awaits a reply.
     #[serde(default)]
     pub position: Position,
 }
@@ -92,10 +93,12 @@ struct Glimpse {
 
 /// The events after which a stuck saga is no longer stuck.
 const LEAVES_STUCK: [&str; 2] = ["saga.operated", "saga.migrated"];
-/// The prefix of a collection with a document for each stuck saga; the category of the saga follows.
+/// The prefix of the collections that contain a document for each stuck saga. The category of the saga follows the
+/// prefix.
 pub const STUCK: &str = "stuck.";
 
-/// Returns the fault if the very first step could not even be sent: no event carries this fault.
+/// Returns the fault if the commands of the first step could not be sent. The event `saga.started` has no field for
+/// this fault.
 fn unsent(progress: &Progress, message: &Message) -> Option<Fault> {
     let trouble = progress.trouble.as_ref().filter(|_| &*message.type_name == "saga.started")?;
     let kind = if progress.status == Status::Stuck { FaultKind::Stuck } else { FaultKind::Failed };
@@ -114,7 +117,7 @@ impl Handler for Index {
         let status = SagaStatus::of(&stream, &progress, message.position);
         let body: Arc<str> = serde_json::to_string(&status)?.into();
         let key = DocumentKey::new(stream.category(), stream.id());
-        // A time beyond the calendar is never due.
+        // A time that a calendar date cannot represent is never due.
         let due = progress.wakes().filter(|due| *due <= LAST_DUE_MILLISECONDS).map(time);
         self.timers.set(stream.id(), due);
         let key_if_stuck = DocumentKey::new(format!("{STUCK}{}", stream.category()), stream.id());

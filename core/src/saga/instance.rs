@@ -1,4 +1,5 @@
-//! A saga as an aggregate: its stream is its history, folded by `evolve` and moved by the pure transition.
+//! A saga as an aggregate. The stream of the saga is its history, `evolve` folds the stream, and the pure transition
+//! decides each move.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -17,7 +18,7 @@ use crate::{aggregate::Aggregate, json::to_value, panic::caught_now};
 pub struct Instance<C> {
     context: Option<C>,
     unreadable: Option<Arc<str>>,
-    /// A request of an operator from outside: action, operator, reason.
+    /// The request that an operator recorded from outside this service: action, operator, reason.
     requested: Option<(Verb, String, String)>,
     trail: Trail,
     /// The progress of the saga; `None` before it starts.
@@ -77,10 +78,11 @@ pub enum SagaRefusal {
         "the saga keeps to definition {0}, which this build does not have: register it as older, or a migration from it"
     )]
     UnknownDefinition(String),
-    /// This build cannot read the data with which the saga was started, or its state cannot take a recorded outcome.
+    /// This build cannot read the data with which the saga was started, or the saga's state panics on a recorded
+    /// outcome.
     #[error("what the saga was started with cannot be read: {0}")]
     Unreadable(Arc<str>),
-    /// The saga cannot be moved to the definition that this build has. Correct the migration, or register the old
+    /// The migration to this build's definition is not allowed. Correct the migration, or register the saga's present
     /// definition as an older one.
     #[error(
         "the saga cannot be moved from definition {from} to {to}: {reason}; mend the migration, or register the plan as an older one"
@@ -93,8 +95,8 @@ pub enum SagaRefusal {
         /// Why the saga cannot continue at the place that the migration returns.
         reason: String,
     },
-    /// The saga is at a place that its definition does not have, as left by an unchecked migration of an earlier
-    /// build.
+    /// The saga is at a place that its definition does not have. The migrations of early builds were not checked and
+    /// could leave a saga in such a place.
     #[error(
         "the saga stands at {at} of definition {definition}, which has no such place; abandon it, or migrate it from there"
     )]
@@ -122,7 +124,7 @@ impl SagaRefusal {
 }
 
 impl<C> Definitions<C> {
-    /// Returns whether sagas of this definition can go on.
+    /// Returns whether this build can continue sagas of the definition with this hash.
     pub(crate) fn knows(&self, hash: &str) -> bool {
         self.current.hash == hash || self.older.contains_key(hash) || self.migrations.contains_key(hash)
     }
@@ -218,7 +220,7 @@ impl<C: SagaState> Aggregate for Instance<C> {
     }
 }
 
-/// Carries out or declines an operator's request: a request is handled once, whether it applies or not.
+/// Carries out or declines an operator's request. Either way the request is handled only once.
 fn carry_out<C: SagaState>(
     (verb, by, reason): &(Verb, String, String),
     definition: &Saga<C>,
@@ -235,11 +237,11 @@ fn carry_out<C: SagaState>(
     SagaEvent::Declined { verb, by, why, progress: Progress { due: None, ..progress } }
 }
 
-/// The reply as recorded, if the input is a reply, and the move that follows.
+/// The reply as recorded, if the input is a reply, and the move that follows from the input.
 type Taken<C> = (Option<Reply>, Moved<C>);
 
-/// Returns the move that follows from a reply, and the reply as recorded. An answer with which the saga cannot go on
-/// counts as a failure of its step, so that the saga can go back.
+/// Returns the move that follows from a reply, and the reply as recorded. If the saga cannot go on with an answer, the
+/// step counts as failed, so that the saga can go back.
 fn take_reply<C: SagaState>(
     reply: Reply,
     definition: &Saga<C>,
@@ -303,8 +305,8 @@ impl<C: SagaState> Instance<C> {
         Ok((definition, progress))
     }
 
-    /// Updates the saga's state. A panic here means that the state of this build cannot take an outcome that an earlier
-    /// build recorded: this build would not have recorded it.
+    /// Updates the saga's state. A panic here means that the state of this build cannot handle an outcome that an
+    /// earlier build recorded; this build would have recorded that outcome as a failure.
     fn learn(&mut self, step: &str, outcome: &Outcome) {
         let Some(context) = &mut self.context else { return };
         if let Err(panic) = caught_now(|| context.learn(step, outcome)) {

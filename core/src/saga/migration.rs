@@ -1,4 +1,4 @@
-//! Moves a saga to another plan, or refuses the move: no step is repeated, and none is left without its undo.
+//! Moves a saga to another plan, or refuses the move if a step would be repeated or left without its undo.
 
 use std::{collections::BTreeMap, mem::discriminant, sync::Arc};
 
@@ -8,7 +8,7 @@ use super::{
 };
 use crate::panic::caught_now;
 
-/// The steps that a saga has reached, in this order: as their participants know them, and by name.
+/// The steps that a saga has reached, in order. Each step is given as its participants know it, and by name.
 pub(super) type Trail = Vec<(At, Arc<str>)>;
 
 impl<C> Saga<C> {
@@ -21,7 +21,7 @@ impl<C> Saga<C> {
         }
     }
 
-    /// Returns whether a saga with this progress fits this plan.
+    /// Returns whether this plan has the step at which a saga with this progress is, with as many participants.
     pub(super) fn has(&self, progress: &Progress) -> bool {
         self.planned(progress.at).is_some_and(|step| step.calls.len() == progress.calls.len())
     }
@@ -30,7 +30,7 @@ impl<C> Saga<C> {
 /// Returns the progress of a saga in `plan`, as `migrate` computes it.
 ///
 /// # Errors
-/// The reason why the saga cannot continue at that place.
+/// Returns the reason why the saga cannot continue at the place that `migrate` returns.
 pub(super) fn migrated<C: SagaState>(
     migrate: fn(&Progress) -> Progress,
     from: &Progress,
@@ -61,7 +61,7 @@ pub(super) fn migrated<C: SagaState>(
     Ok(Progress { definition: plan.hash.clone(), numbers: numbers(trail, plan), ..moved })
 }
 
-/// Checks that a saga which goes on at `at` neither repeats a step nor leaves one without its undo.
+/// Checks that a saga that continues at `at` neither repeats a step nor leaves a step without its undo.
 fn keeps_what_was_asked<C>(from: &Progress, at: At, trail: &Trail, plan: &Saga<C>) -> Result<(), String> {
     let asked = |is: fn(&At) -> bool| trail.iter().filter(move |(at, _)| is(at)).map(|(_, name)| &**name);
     let forward = || asked(|at| matches!(at, At::Forward(_)));
@@ -107,8 +107,9 @@ fn keeps_what_was_asked<C>(from: &Progress, at: At, trail: &Trail, plan: &Saga<C
     }
 }
 
-/// Returns the numbers of the plan's steps at their participants: a step that was asked for keeps its number at any
-/// place, and every other step gets a number that was not used. Empty if the number of every step is its place.
+/// Returns the numbers under which participants know the plan's steps. A step that was asked for keeps its number even
+/// if its place changes; every other step gets an unused number. The map is empty if the number of every step equals
+/// its place.
 fn numbers<C>(trail: &Trail, plan: &Saga<C>) -> BTreeMap<String, usize> {
     let forward = trail.iter().filter_map(|(at, name)| match at {
         At::Forward(number) => Some((&**name, *number)),

@@ -1,4 +1,5 @@
-//! Work that a restored participant owes: its answer is in a topic, and what was committed together with the answer may be lost.
+//! Work that a participant owes after a restore of its database: the participant's answer is in a topic, but the
+//! effects that were committed with the answer may be lost.
 
 use std::{sync::Arc, time::Duration};
 
@@ -23,14 +24,15 @@ use crate::{
     work::{Stale, Work},
 };
 
-/// Documents read in one go.
+/// The number of documents read per page.
 const PAGE: usize = 100;
-/// How often work is tried before the service starts without it.
+/// How many times the work is attempted before the service starts without it.
 const ATTEMPTS: usize = 8;
-/// How long the service waits between two attempts: some seconds in all, for an outside party that is away for a moment.
+/// The shortest and the longest wait between two attempts. All waits together take a few seconds, in case an outside
+/// service is briefly unavailable.
 const BETWEEN: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
-/// The step of a saga at a participant that a command asks for and an answer belongs to.
+/// Identifies a step of a saga at a participant, to match commands with answers.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct StepKey {
     /// The stream that records the answers of the participant to the saga.
@@ -42,14 +44,14 @@ pub struct StepKey {
 }
 
 impl StepKey {
-    /// The step that a message on `<service>.commands` asks for; `None` if the message asks for none.
+    /// Returns the step that a message on `<service>.commands` asks for, or `None` if the message asks for no step.
     pub fn asked(service: &str, message: &Message) -> Option<Self> {
         let StepCommand { at, call, .. } = StepCommand::of(message).ok()?;
         Some(Self { stream: step_stream(service, &message.key), at, call })
     }
 
-    /// The step that an event answers for good, as done or as refused, with the answer. An answer that says that nothing was
-    /// done leaves nothing to do again.
+    /// Returns the step that an event answers for good, as done or as refused, and the answer. Returns `None` for any
+    /// other answer: an attempt that did nothing leaves nothing to do again.
     pub fn answered(event: &Stored<'_>) -> Option<(Self, Reply)> {
         let decoded = StepEvent::decode(&event.type_name, event.schema_version, &event.data).ok()??;
         let StepEvent::Replied { reply, .. } = decoded;
@@ -58,9 +60,10 @@ impl StepKey {
     }
 }
 
-/// Work to do before a service reads its inbox: the command, and the answer that it was given.
+/// Work to do before a service reads its inbox: a command, and the answer that the service gave to the command.
 ///
-/// The answer binds. The saga may have gone on with it, or reads it from its topic before it reads any other.
+/// The answer is binding: the saga may have gone on with that answer already, or will read that answer from its topic
+/// before any later answer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Owed {
     /// The command.
@@ -70,8 +73,8 @@ pub struct Owed {
 }
 
 impl Owed {
-    /// The document of work whose answer stands at a position. Documents are read in the order of these positions, which is the
-    /// order in which the work was done.
+    /// Returns the document that records this work, given the position of the answer. Documents are read in the order
+    /// of these positions, which is the order in which the work was done.
     pub fn document(&self, service: &str, answered_at: Position) -> Document {
         let key = DocumentKey::new(collection(service), format!("{:020}", answered_at.0));
         Document { key, version: 1, body: serde_json::to_string(self).unwrap_or_default().into(), due: None }
@@ -82,18 +85,19 @@ fn collection(service: &str) -> String {
     format!("owed.{service}")
 }
 
-/// A participant that does work again.
+/// A participant that can redo the work it owes after a restore.
 #[async_trait]
 pub(crate) trait Debtor: Handler {
-    /// Stages what belongs to an answer that was given. Aggregates find by its ids what they have already.
+    /// Stages the effects that belong to an earlier answer. Aggregates recognize by the ids the effects that they
+    /// already have.
     ///
     /// # Errors
-    /// If the participant answers otherwise now.
+    /// Returns an error if the participant now gives a different answer.
     async fn do_again(&self, owed: &Owed, work: &mut Work) -> Result<(), HandlerError>;
 }
 
-/// Does what a recovered participant owes, in the order in which it was done before. What cannot be done stays owed, is
-/// reported, and is tried again at the next start.
+/// Redoes the work that a restored participant owes, in the original order. Work that cannot be done stays owed, is
+/// reported, and is attempted again at the next start.
 pub(crate) async fn settle(
     service: &str,
     store: &Arc<dyn EventStore>,
@@ -148,9 +152,9 @@ async fn again_and_again(
     loop {
         let reason = match once(store, debtor, document, &owed).await {
             Ok(()) => return Ok(()),
-            // Another instance was first.
+            // Another instance has done the work.
             Err(Failed::Gone) => return Ok(()),
-            // Without its store the service could do nothing else either.
+            // Does not count as an attempt: without its store, the service could not do anything else either.
             Err(Failed::Away(error)) => {
                 tracing::warn!(document = %document.key, %error, "doing again what was answered");
                 error

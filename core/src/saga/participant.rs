@@ -23,34 +23,36 @@ use crate::{
     work::{Work, WorkError},
 };
 
-/// The largest answer of a participant, in bytes of JSON. The saga records the answer and the commands that follow from
-/// it in one event, so an answer may take half of the limit of an event.
+/// The maximum size of a participant's answer, in bytes of JSON. The saga records the answer and the commands that
+/// follow from the answer in one event, so an answer may take up half of the maximum size of an event.
 pub const ANSWER_BYTES_MAX: usize = EVENT_BYTES_MAX / 2;
-/// The nesting depth of an answer within the events that record it.
+/// The nesting depth at which an answer begins within the events that record the answer.
 const ANSWER_DEPTH: usize = 8;
 /// The number of events read per page in the search for a recorded answer.
 const ANSWERS_PAGE: usize = 1_000;
 
 /// Carries out the commands that sagas send to a service.
 ///
-/// Effects staged in `work` commit together with the record that the step was done. Once a step or an undo is done,
-/// `perform` is not called for it again, whatever the bus delivers. An undo is called only if the step was done, or may
-/// have been done: see [`StepError::Unknown`].
+/// Effects staged in `work` are committed together with the record that the step was done. Once a step or an undo is
+/// done, `perform` is not called again for that step or undo, whatever the bus delivers. An undo is called only if the
+/// step was done, or may have been done: see [`StepError::Unknown`].
 ///
-/// Stage first and call an outside party last: then no aggregate can refuse after the money has moved.
+/// Stage effects first, and call outside services (such as a payment provider) last. Then no aggregate can refuse after
+/// the money has moved.
 #[async_trait]
 pub trait Participant: Send + Sync + 'static {
     /// The commands that the participant understands.
     type Command: Event;
 
-    /// Carries out a command. Effects staged in `work` are committed with the answer; on an error they are discarded.
+    /// Carries out a command. Effects staged in `work` are committed with the answer, or discarded if the method
+    /// returns an error.
     async fn perform(&self, command: Self::Command, work: &mut Work) -> Result<Answer, StepError>;
 }
 
 /// The answer of a participant that has staged its effects.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Answer {
-    /// The step is done; the saga learns the value.
+    /// The step is done. The saga receives the value as the outcome.
     Done(Value),
     /// The step is refused, and the staged effects record the refusal.
     Refused(String),
@@ -64,16 +66,16 @@ impl Answer {
 /// Why a step was not done. Effects staged for the step are discarded.
 #[derive(Debug)]
 pub enum StepError {
-    /// The step is refused: the saga goes back. `?` on an aggregate's refusal becomes this variant. An undo, and a step
-    /// from which the saga cannot go back, must succeed: there a refusal is treated as [`Failed`](StepError::Failed),
-    /// and the step is attempted again.
+    /// The step is refused, and the saga goes back. The operator `?` turns an aggregate's refusal into this variant. An
+    /// undo must succeed, and so must a step from which the saga cannot go back. For these, a refusal is treated as
+    /// [`Failed`](StepError::Failed), and the step is attempted again.
     Refused(String),
-    /// The step could not be done now: the saga attempts it again with the same id. If the saga gives the step up,
-    /// there is nothing to undo.
+    /// The step could not be done now. The saga attempts the step again with the same command id. If the saga gives the
+    /// step up, there is nothing to undo.
     Failed(String),
-    /// Whether an outside party did the step is unknown, for example after a timeout: the saga attempts the step again
-    /// with the same id. If the saga gives the step up, the undo is called, and undoes what is there, which may be
-    /// nothing. A panic is treated as this variant.
+    /// It is unknown whether an outside service did the step, for example after a timeout. The saga attempts the step
+    /// again with the same command id. If the saga gives the step up, the undo is called; the undo must cope with a
+    /// step that did nothing. A panic is treated as this variant.
     Unknown(String),
     /// The store failed. While the store is unavailable, the command waits and the saga gets no reply; any other store
     /// error is treated as [`Failed`](StepError::Failed).
@@ -117,11 +119,12 @@ pub enum Slot {
     Done,
     /// The step was refused, for good.
     Refused,
-    /// The step was undone, or its undo came first: the step is never done any more.
+    /// The step was undone, or its undo arrived first. The step will never be done.
     Undone,
 }
 
-/// The steps of one saga at one service. The stream of this aggregate is the barrier.
+/// The steps of one saga at one service. The stream of this aggregate is the barrier that keeps out late and repeated
+/// steps.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Participation {
     slots: BTreeMap<(At, usize), Slot>,
@@ -136,7 +139,7 @@ pub struct StepCommand {
     pub call: usize,
     /// The number of the attempt.
     pub attempt: u32,
-    /// Whether a refusal counts as one more failure, because the saga cannot go back.
+    /// Whether a refusal counts as a failure, because the saga cannot go back.
     pub must_succeed: bool,
 }
 
@@ -144,7 +147,7 @@ impl StepCommand {
     /// Reads the step that a message requests.
     ///
     /// # Errors
-    /// If the message lacks an attribute of a step, or has one that does not parse.
+    /// Returns an error if the message lacks an attribute of a step, or has one that does not parse.
     pub(crate) fn of(message: &Message) -> Result<Self, HandlerError> {
         Ok(Self {
             at: extension(message, attribute::AT)?,
@@ -154,8 +157,8 @@ impl StepCommand {
         })
     }
 
-    /// Returns the outcome of a step that its participant refuses. If a step that must succeed were recorded as
-    /// refused, the barrier would block every further attempt.
+    /// Returns the outcome of a step that its participant refuses. For a step that must succeed, the outcome is a
+    /// failure: if the step were recorded as refused, the barrier would block every further attempt.
     pub fn refused(&self, reason: String) -> Outcome {
         if self.must_succeed { Outcome::Failed(reason) } else { Outcome::Refused(reason) }
     }
@@ -166,15 +169,15 @@ impl StepCommand {
 pub enum Step {
     /// Carry out the step.
     Perform,
-    /// There is nothing to undo, or nothing any more: record the undo, so that a late step is refused.
+    /// There is nothing to undo, or the step is undone already. Record the undo, so that a late step is refused.
     Bar,
     /// The step was done or refused before: send the recorded answer again.
     Repeat,
-    /// The step was undone, or its undo came first: refuse it.
+    /// The step was undone, or its undo arrived first: refuse the step.
     Refuse,
 }
 
-/// Decides about a step: the barrier, as a pure function.
+/// Decides what to do with a step command. This pure function is the logic of the barrier.
 pub fn decide_step(participation: &Participation, command: &StepCommand) -> Step {
     let slot = |at| participation.slots.get(&(at, command.call));
     match command.at {
@@ -191,7 +194,7 @@ pub fn decide_step(participation: &Participation, command: &StepCommand) -> Step
 }
 
 impl Participation {
-    /// Returns the state of a step, if any is recorded.
+    /// Returns the recorded state of a step, if there is one.
     pub fn slot(&self, at: At, call: usize) -> Option<&Slot> {
         self.slots.get(&(at, call))
     }
@@ -209,7 +212,7 @@ impl Aggregate for Participation {
 
     fn evolve(&mut self, StepEvent::Replied { reply, .. }: &StepEvent) {
         let (at, slot) = match (reply.at, &reply.outcome) {
-            // A failed attempt changes nothing about the earlier state.
+            // A failed attempt does not change the recorded state.
             (_, Outcome::Failed(_)) | (At::Undo(_), Outcome::Unknown(_)) => return,
             (at, Outcome::Unknown(_)) => (at, Slot::Unknown),
             (At::Undo(step), _) => (At::Forward(step), Slot::Undone),
@@ -224,7 +227,7 @@ impl Aggregate for Participation {
     }
 }
 
-/// Names of the message attributes that carry a step.
+/// The names of the message attributes that describe a step.
 pub(crate) mod attribute {
     pub const AT: &str = "sagastep";
     pub const STEP_NAME: &str = "sagastepname";
@@ -238,15 +241,15 @@ fn step_category(service: &str) -> String {
     format!("step.{service}")
 }
 
-/// The stream that records the answers of a service to a saga.
+/// Returns the stream that records the answers of a service to a saga.
 pub(super) fn step_stream(service: &str, saga: &str) -> String {
     format!("{}-{saga}", step_category(service))
 }
 
-/// Takes step commands off a topic, and gives them to the participant through the barrier.
+/// Handles the step commands of a topic: checks each command against the barrier, and passes it to the participant.
 ///
-/// Every command is answered, whatever is wrong with it: the saga that waits can ask again or go back, and nothing that
-/// went wrong on the way there stands in front of the undo.
+/// Every command gets a reply, even a command that cannot be carried out. The waiting saga can then ask again or go
+/// back, and a failed command never blocks the undo that follows it in the topic.
 pub(crate) struct Desk<P> {
     service: String,
     store: Arc<dyn EventStore>,
@@ -261,7 +264,7 @@ impl<P: Participant> Desk<P> {
         Self { service: service.to_owned(), store, participant, participations }
     }
 
-    /// Carries out a step. What was staged is thrown away unless the step was done, or refused for good.
+    /// Carries out a step. Staged effects are discarded unless the step was done, or refused for good.
     async fn carry_out(&self, message: &Message, step: &StepCommand, work: &mut Work) -> Result<Outcome, HandlerError> {
         let command = match message.decode::<P::Command>() {
             Ok(Some(command)) => command,
@@ -273,12 +276,12 @@ impl<P: Participant> Desk<P> {
         let outcome = match performed.unwrap_or_else(|panic| Err(StepError::Unknown(panic.to_string()))) {
             Ok(Answer::Done(answer)) => match check_answer(&answer) {
                 Ok(()) => return Ok(Outcome::Done(answer)),
-                // It was done, and nobody can know what it gave.
+                // The step was done, but its answer cannot be recorded.
                 Err(reason) => Outcome::Unknown(reason),
             },
             Ok(Answer::Refused(reason)) => match step.refused(reason) {
                 refused @ Outcome::Refused(_) => return Ok(refused),
-                // It is asked again: what goes with the refusal is not stored once for each time.
+                // The saga asks again. The effects staged with the refusal must not be stored once per attempt.
                 failed => failed,
             },
             Err(StepError::Store(error @ StoreError::Unavailable(_))) => return Err(error.into()),
@@ -291,7 +294,8 @@ impl<P: Participant> Desk<P> {
         Ok(outcome)
     }
 
-    /// A command that this build cannot read was not carried out by it. The saga asks again: another build may know it.
+    /// Returns the outcome of a command that this build cannot read: a failure. The saga asks again, and another build
+    /// may be able to read the command.
     fn unknown(&self, message: &Message, reason: &str) -> Outcome {
         let Message { type_name, schema_version, .. } = message;
         let service = &self.service;
@@ -300,8 +304,8 @@ impl<P: Participant> Desk<P> {
         ))
     }
 
-    /// The answer that a step got when it was done or refused. `None` if that was staged a moment ago, and so is on its
-    /// way by itself.
+    /// Returns the answer that was recorded when the step was done or refused. Returns `None` if the answer is staged
+    /// but not committed yet; the commit will send that answer.
     async fn recorded(&self, saga: &str, step: &StepCommand) -> Result<Option<Outcome>, HandlerError> {
         let stream = self.participations.stream(saga)?;
         let mut after = Version::START;
@@ -321,21 +325,22 @@ impl<P: Participant> Desk<P> {
         }
     }
 
-    /// Takes a command through the barrier and stages the answer. With `not_stored`, the store has refused what this very
-    /// command staged before.
+    /// Checks a command against the barrier, carries it out if necessary, and stages the answer. `not_stored` is set if
+    /// the store has refused the effects that this same command staged before.
     async fn take(&self, message: &Message, not_stored: Option<&str>, work: &mut Work) -> Result<(), HandlerError> {
         let step = StepCommand::of(message)?;
         let reply_to: String = extension(message, attribute::REPLY_TO)?;
-        // The first step of a saga at a service usually is the first the service hears of it.
+        // The first attempt at a step is usually the first command that the service receives from the saga.
         let first = step.attempt == 1 && !matches!(step.at, At::Undo(_)) && not_stored.is_none();
         let known = if first {
             work.load_new(&self.participations, &message.key).await?
         } else {
             work.load(&self.participations, &message.key).await?
         };
-        // All attempts at a step have one id, and one that an operator asks for has the number of an earlier one; each is
-        // answered once. One that was answered is not carried out again when it is delivered again: it may have failed,
-        // and what it did now would not be known to have been done.
+        // Each attempt is answered once. The id of the answer therefore includes the attempt and the cause, because all
+        // attempts at a step share one message id, and a retry by an operator repeats an attempt number. An attempt
+        // that was answered is not carried out when it is delivered again: its recorded answer may be a failure, and an
+        // effect that happened now would contradict that answer.
         let answer_id = named_id(message.id, &format!("answer {} {}", step.attempt, message.metadata.causation_id));
         if work.has_executed(answer_id, &self.participations, &message.key).await? {
             return Ok(());
@@ -345,7 +350,7 @@ impl<P: Participant> Desk<P> {
             (Step::Perform, None) => self.carry_out(message, &step, work).await?,
             (Step::Bar, _) => Outcome::Done(Value::Null),
             (Step::Refuse, _) => step.refused("it was undone, or its undo came first".to_owned()),
-            // A new attempt is a sign that the answer has not arrived: it was lost, or is late.
+            // A new attempt means that the recorded answer has not arrived: the answer was lost, or is late.
             (Step::Repeat, _) => match self.recorded(&message.key, &step).await? {
                 Some(outcome) => outcome,
                 None => return Ok(()),
@@ -394,12 +399,12 @@ impl<P: Participant> Debtor for Desk<P> {
         let step = StepCommand::of(message)?;
         let known = work.load(&self.participations, &message.key).await?;
         if known.slot(step.at, step.call) == Some(&Slot::Undone) {
-            // The undo is in the log: there is nothing to do that would not be taken back.
+            // The undo is in the log already, so doing the step again would have no lasting effect.
             return Ok(());
         }
         match (&reply.outcome, self.carry_out(message, &step, work).await?) {
             (Outcome::Done(_), Outcome::Done(_)) | (Outcome::Refused(_), Outcome::Refused(_)) => Ok(()),
-            // It was refused, and stays so.
+            // The step was refused before, and the refusal stands.
             (Outcome::Refused(_), _) => {
                 work.rollback();
                 Ok(())

@@ -1,4 +1,4 @@
-//! The path that one saga took, as a drawing.
+//! Draws the path that one saga took.
 
 use std::{fmt::Write, mem::discriminant};
 
@@ -7,7 +7,7 @@ use super::{
     progress::{At, Outcome, Progress, SagaEvent, Status},
 };
 
-/// The distance between two boxes when the arrow carries a reason.
+/// The distance between two boxes when the arrow is labelled with a reason.
 const WIDE_GAP: i32 = 2 * GAP;
 
 /// The path that one saga took, drawn from its events: the steps it reached, in order, and why it turned back.
@@ -20,7 +20,7 @@ const WIDE_GAP: i32 = 2 * GAP;
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Path {
     stops: Vec<Stop>,
-    /// How the saga ended; `None` while it waits at its last stop.
+    /// How the saga ended; `None` while the saga waits at the last step of the path.
     end: Option<&'static str>,
     went_back: bool,
 }
@@ -32,7 +32,7 @@ struct Stop {
     step: String,
     name: String,
     attempts: u32,
-    /// Why the saga moved on from this step, if the reason is not that the step was done.
+    /// Why the saga left this step, unless the step was done.
     trouble: Option<&'static str>,
 }
 
@@ -47,7 +47,7 @@ impl Path {
                 stop.trouble = trouble(event).or(stop.trouble);
             }
             match stops.last_mut() {
-                // A saga that was moved to another plan may have the same step at another place.
+                // A migration to another plan may have changed the place of the same step.
                 Some(stop) if discriminant(&stop.at) == discriminant(&progress.at) && stop.step == progress.step => {
                     stop.attempts = stop.attempts.max(progress.attempt)
                 }
@@ -125,7 +125,7 @@ impl Path {
     }
 }
 
-/// Draws an arrow to the next box, with the reason for it, and returns where that box begins.
+/// Draws an arrow, labelled with a reason, to the next box. Returns the left edge of that box.
 fn step(canvas: &mut Canvas, x: i32, class: &str, reason: Option<&str>) -> i32 {
     let gap = if reason.is_some() { WIDE_GAP } else { GAP };
     canvas.arrow(&format!("M{x} {}h{}", MARGIN + BOX / 2, gap - TIP), class);

@@ -13,26 +13,27 @@ use crate::{Event, reason};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Status {
-    /// The saga goes forward.
+    /// The saga is going forward.
     Running,
-    /// The saga goes back.
+    /// The saga is going back: it undoes its steps.
     Compensating,
     /// Every step is done.
     Completed,
     /// Every step is undone.
     Compensated,
-    /// A step that must succeed was given up: an operator has to act.
+    /// The saga gave up a step that must succeed, and an operator has to act.
     Stuck,
 }
 
 impl Status {
-    /// Returns whether the saga is over: nothing more happens by itself or through an operator.
+    /// Returns whether the saga is over: neither the saga nor an operator can change anything more.
     pub fn has_ended(self) -> bool {
         matches!(self, Self::Completed | Self::Compensated)
     }
 }
 
-/// The place of a saga in its plan: `forward.2`, `undo.0`, `closing.1`. Steps count from 0.
+/// The point that a saga has reached in its plan, such as `forward.2`, `undo.0` or `closing.1`. Steps are numbered
+/// from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum At {
@@ -40,7 +41,7 @@ pub enum At {
     Forward(usize),
     /// The saga undoes this step.
     Undo(usize),
-    /// The saga carries out this step of the end of a compensated saga.
+    /// The saga is compensated, and carries out this closing step.
     Closing(usize),
 }
 
@@ -82,11 +83,11 @@ impl TryFrom<String> for At {
     }
 }
 
-/// The state of one participant in the present step.
+/// The state of one participant in the current step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CallState {
-    /// The participant was asked and has not replied. The step may have happened or not.
+    /// The participant was asked and has not replied. The step may or may not have happened.
     Waiting,
     /// The participant has done its part.
     Done,
@@ -119,13 +120,13 @@ pub enum FaultKind {
     Failed,
     /// No reply came in time, and the step is attempted again.
     TimedOut,
-    /// The step was given up, and the saga goes back.
+    /// The saga gave up the step, and goes back.
     GaveUp,
-    /// The step was given up and the saga cannot go back: an operator has to act.
+    /// The saga gave up the step but cannot go back: an operator has to act.
     Stuck,
 }
 
-/// The part of an event that describes a fault at a step, for the log of the process and its counters.
+/// The part of an event that describes a fault at a step. The process writes the fault to its log and counts it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Fault {
     /// What the saga does after the fault.
@@ -148,11 +149,11 @@ pub struct Progress {
     pub status: Status,
     /// The place in the plan.
     pub at: At,
-    /// The name of the present step.
+    /// The name of the current step.
     pub step: String,
-    /// The states of the participants of the present step.
+    /// The states of the participants in the current step.
     pub calls: Vec<CallState>,
-    /// The number of attempts at the present step.
+    /// The number of attempts at the current step.
     pub attempt: u32,
     /// Whether `due` is the time of the next attempt, rather than the end of the wait for replies.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -166,13 +167,14 @@ pub struct Progress {
     /// Why the saga goes back.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<Failure>,
-    /// The last error at the present step, whether the step is attempted again or the saga is stuck.
+    /// The last error at the current step, whether the step is attempted again or the saga is stuck.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trouble: Option<Failure>,
     /// The hash of the definition that the saga keeps.
     pub definition: String,
-    /// The numbers under which participants know the steps, for a saga that was moved to a plan in which the steps have
-    /// other places. When this map is empty, the number of each step is its place.
+    /// The numbers under which participants know the steps. They differ from the places of the steps in the plan after
+    /// a migration to a plan that orders the steps differently. When this map is empty, the number of each step is its
+    /// place.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub numbers: BTreeMap<String, usize>,
     /// When the saga started.
@@ -191,8 +193,8 @@ impl Progress {
         }
     }
 
-    /// Returns the present step as the participants know it: the same as long as the saga runs, even if the saga is
-    /// moved to another plan.
+    /// Returns the current step as the participants know it. Participants know a step under the same number as long as
+    /// the saga runs, even if the saga is moved to another plan.
     pub fn known_as(&self) -> At {
         self.number_of(self.at, &self.step)
     }
@@ -207,7 +209,7 @@ impl Progress {
         }
     }
 
-    /// Returns the text that operators read first: the present error, and why the saga goes back.
+    /// Returns the text that operators read first: the current error, and why the saga goes back.
     pub fn last_error(&self) -> Option<String> {
         match (&self.trouble, &self.failure) {
             (Some(trouble), Some(failure)) => Some(format!("{trouble}; it goes back because of {failure}")),
@@ -216,23 +218,23 @@ impl Progress {
     }
 }
 
-/// How a step ended, as passed to the saga's state.
+/// The outcome of a step, as passed to the saga's state.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
-    /// Done, with the participant's answer.
+    /// The step was done; the value is the participant's answer.
     Done(serde_json::Value),
-    /// Refused, with the reason.
+    /// The step was refused for this reason.
     Refused(String),
-    /// Failed this time, with the reason; or given up by the saga.
+    /// The step failed this time for this reason, or the saga gave the step up.
     Failed(String),
-    /// Whether the step was done this time is unknown, with the reason. The saga attempts the step again as after a
-    /// failure; the participant remembers that there may be something to undo.
+    /// It is unknown, for this reason, whether the step was done. The saga attempts the step again as after a failure;
+    /// the participant remembers that there may be something to undo.
     Unknown(String),
 }
 
 impl Outcome {
-    /// Returns the outcome with a reason that the store accepts.
+    /// Returns the outcome with its reason changed, if necessary, to text that the store accepts.
     pub(crate) fn cleaned(self) -> Self {
         match self {
             Self::Done(answer) => Self::Done(answer),
@@ -242,7 +244,7 @@ impl Outcome {
         }
     }
 
-    /// Returns the reason; empty for a step that was done.
+    /// Returns the reason, which is empty for a step that was done.
     pub(crate) fn reason(&self) -> &str {
         match self {
             Self::Done(_) => "",
@@ -296,8 +298,8 @@ impl PartialEq for Command {
     }
 }
 
-/// An event of a saga. Every event carries the progress after it and the commands it sends, so the relay needs nothing
-/// else.
+/// An event of a saga. Every event contains the progress of the saga after the event, and the commands to send; the
+/// relay needs nothing else.
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "saga")]
 pub enum SagaEvent {
@@ -357,7 +359,8 @@ pub enum SagaEvent {
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         send: Vec<Command>,
     },
-    /// An operator requested an action from outside: the service that runs the saga carries it out, or declines it.
+    /// An operator requested an action from outside the service that runs the saga. That service carries out the
+    /// action, or declines the request.
     Requested {
         /// The requested action.
         verb: Verb,
@@ -365,7 +368,7 @@ pub enum SagaEvent {
         by: String,
         /// The operator's reason.
         reason: String,
-        /// The progress as before, except for the timer, which is due at once.
+        /// The progress, unchanged except that the timer is due at once.
         progress: Progress,
     },
     /// The action that an operator requested does not apply.
@@ -376,7 +379,7 @@ pub enum SagaEvent {
         by: String,
         /// Why the action was declined.
         why: String,
-        /// The progress as before, without a step timer.
+        /// The progress, unchanged except that there is no step timer.
         progress: Progress,
     },
     /// The saga was moved to another definition.

@@ -72,9 +72,9 @@ impl<C: SagaState> Runner<C> {
         self
     }
 
-    /// Lets sagas that were started under an earlier definition keep it. A definition with the same hash as another
-    /// would never be used: [`Runtime::start`](crate::Runtime::start) then refuses the service. See
-    /// [`Plan::revision`](super::Plan::revision).
+    /// Registers an earlier definition, which sagas that were started under it keep. If two definitions have the same
+    /// hash, one of them would never be used, so [`Runtime::start`](crate::Runtime::start) then refuses the service.
+    /// See [`Plan::revision`](super::Plan::revision).
     pub fn older(mut self, saga: Saga<C>) -> Self {
         self.refuse_known(&saga.hash, "registered as older");
         self.with(|definitions| _ = definitions.older.insert(saga.hash.clone(), Arc::new(saga)))
@@ -103,11 +103,11 @@ impl<C: SagaState> Runner<C> {
         self.fault.as_deref()
     }
 
-    /// Moves sagas that were started under the definition with this hash to the current definition, each when its next
-    /// input arrives. `migrate` returns the saga's place in the current plan: the present step, by its name. Steps that
-    /// were not asked for yet may be added, removed or moved; a step that was asked for keeps its number at its
-    /// participants, even at another place. A saga that would repeat a step, or leave a step without its undo, stays
-    /// where it is: [`SagaRefusal::CannotMigrate`].
+    /// Moves sagas that were started under the definition with this hash to the current definition. Each saga moves
+    /// when its next input arrives. `migrate` returns the saga's progress in the current plan: the place there of the
+    /// step with the same name. Steps that were not asked for yet may be added, removed or moved. Participants know a
+    /// step that was asked for under its old number, even if its place changes. A saga that would repeat a step, or
+    /// leave a step without its undo, is not moved, and its input fails with [`SagaRefusal::CannotMigrate`].
     pub fn migrate(mut self, from: &str, migrate: fn(&Progress) -> Progress) -> Self {
         self.refuse_known(from, "to be migrated");
         self.with(|definitions| _ = definitions.migrations.insert(from.to_owned(), migrate))
@@ -131,20 +131,20 @@ impl<C: SagaState> Runner<C> {
         Index::telling(self.timers.clone())
     }
 
-    /// Returns one saga as the store has it now; `None` if it never started.
+    /// Returns the current state of one saga from the store, or `None` if the saga never started.
     pub async fn saga(&self, id: &str) -> Result<Option<Instance<C>>, String> {
         let instance = self.instances.state(id).await.map_err(|error| error.to_string())?;
         Ok(instance.progress.is_some().then_some(instance))
     }
 
-    /// Acts on a stuck saga. The action is an event in its stream, with the operator and the reason.
+    /// Acts on a stuck saga. The action, the operator and the reason are recorded as an event in the saga's stream.
     pub async fn operate(&self, id: &str, verb: Verb, by: &str, reason: &str) -> Result<(), ExecuteError<SagaRefusal>> {
         let what = What::Operate { verb, by: by.to_owned(), reason: reason.to_owned() };
         self.put_in(id, what).await
     }
 
-    /// Passes an input to a saga that no message carries. Its effects still belong to the request with which the saga
-    /// began.
+    /// Passes an input to a saga without a message. The effects of the input still belong to the request that started
+    /// the saga.
     async fn put_in(&self, id: &str, what: What<C>) -> Result<(), ExecuteError<SagaRefusal>> {
         let command_id = Uuid::new_v4();
         let stream = self.instances.stream(id).map_err(|error| ExecuteError::Invalid(error.to_string()))?;
@@ -168,8 +168,8 @@ impl<C: SagaState> Runner<C> {
         Ok(())
     }
 
-    /// Handles a reply. With `not_stored`, the store has refused the effects of this same reply: its step then counts
-    /// as failed.
+    /// Handles a reply. `not_stored` is set if the store has refused the effects of this same reply; the step that the
+    /// reply answers then counts as failed.
     async fn reply(
         &self,
         saga_id: &str,
@@ -185,8 +185,8 @@ impl<C: SagaState> Runner<C> {
         let ask = self.ask(saga_id, What::Reply(reply));
         match work.execute(&self.instances, saga_id, &ask).await {
             Ok(_) => Ok(()),
-            // The log lost the saga when its database was restored. When the saga begins again, it asks again and gets
-            // answers again.
+            // The log lost the saga when its database was restored. When the saga starts again, it sends its commands
+            // again and gets new replies.
             Err(WorkError::Refused(SagaRefusal::NotStarted)) => {
                 tracing::warn!(saga = %message.key, id = %message.id, "an answer to a saga that the log does not hold");
                 Ok(())

@@ -1,4 +1,4 @@
-//! The timers of sagas: when they are due, and how they fire.
+//! The timers of sagas: finds the timers that are due, and fires them.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -31,45 +31,48 @@ use crate::{
     work::{Stale, Work, WorkError},
 };
 
-/// How often the timers are checked when one is due: the precision of every timeout and delay.
+/// How often this process checks the timers that it remembers. This interval is the precision of every timeout and
+/// delay.
 pub const TIMER_TICK: Duration = Duration::from_millis(100);
-/// How often the store is checked when no timer is known to be due: this finds timers set by a process that has ended.
+/// How often the store is checked when no timer is known to be due. This check finds timers that were set by processes
+/// that have ended.
 pub const TIMER_LOOK: Duration = Duration::from_secs(1);
-/// How long the timer of a saga that accepts no input is postponed, for example because this build lacks its
+/// How long a timer is postponed if its saga accepts no input, for example because this build lacks the saga's
 /// definition.
 const REFUSED_TIMER: Duration = Duration::from_secs(30);
-/// How long the timer of a saga whose definition this build lacks may be overdue before the saga's document reports the
-/// wait: an instance that has the definition fires the timer within a second.
+/// If this build lacks a saga's definition, the saga's timer may be overdue for this long before the saga's document
+/// reports the wait. An instance that has the definition fires the timer within a second.
 const UNKNOWN_TIMER: TimeDelta = TimeDelta::seconds(5);
-/// How long a timer is postponed while the bus has not yet taken the commands of its saga, when there are many such
-/// sagas.
+/// How long a timer is postponed if the bus has not yet accepted the commands of the timer's saga. Timers are postponed
+/// only when there are many such sagas.
 const UNHEARD_TIMER: Duration = Duration::from_secs(5);
-/// How long the timer of a saga that has moved on is postponed, until the index has recorded the new state.
+/// How long a timer is postponed if its saga has moved on: by then the index has recorded the new state.
 const MOVED_TIMER: Duration = Duration::from_secs(2);
-/// The number of timers fired in one commit. A commit takes well under a tenth of a second, so two such commits, one
-/// for each half of a turn, delay no other work.
+/// The maximum number of timers fired in one commit. Each round fires two such commits. A commit takes well under a
+/// tenth of a second, so a round does not delay other work.
 const DUE_PAGE: usize = 128;
-/// The number of timers that a process remembers, about 200 bytes each. The store has all timers: a timer that is not
-/// remembered fires in the store's order, behind the timers that were due before it.
+/// The maximum number of timers that a process remembers, at about 200 bytes each. The store has all timers. A timer
+/// that is not remembered fires in the store's order, after the timers that were due before it.
 const KNOWN_MAX: usize = 20_000;
 /// How often a process looks for stuck sagas.
 const STUCK_LOOK: Duration = Duration::from_secs(2);
-/// The most stuck sagas that are counted, and the most of them that are named.
+/// The maximum number of stuck sagas that are counted, and the maximum number that are named in the report.
 const STUCK_MAX: usize = 1_000;
 const STUCK_NAMED_MAX: usize = 3;
-/// The number of sagas remembered for each service that has not answered them.
+/// The maximum number of sagas that are remembered for each service that has not answered them.
 const SILENT_MAX: usize = 1_000;
-/// How long an overdue timer is still looked for: by then the index has recorded the timer.
+/// How long this process keeps an overdue timer that the saga's document does not show yet: by then the index has
+/// recorded the timer.
 const OVERDUE: TimeDelta = TimeDelta::seconds(2);
-/// The same, for a saga that the index does not have yet.
+/// How long this process keeps an overdue timer of a saga that has no document yet.
 const UNWRITTEN: TimeDelta = TimeDelta::seconds(60);
-/// How many times a commit of timers is attempted while other writers move its sagas.
+/// How many times a commit of timers is attempted when other writers move the same sagas.
 const RACES_MAX: u32 = 8;
 
-/// The timers that this process knows. Clones share the set.
+/// The timers that this process remembers. Clones share the same timers.
 ///
-/// The set avoids queries to a store in which nothing is due, and lets a timer that has just become due fire despite a
-/// backlog: after downtime, the store returns thousands of timers that were due before it.
+/// The remembered timers avoid queries to a store in which nothing is due. They also let a timer that has just become
+/// due fire despite a backlog: after downtime, the store returns thousands of timers that were due before that timer.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Timers(Arc<Mutex<Known>>);
 
@@ -77,7 +80,7 @@ pub(crate) struct Timers(Arc<Mutex<Known>>);
 struct Known {
     by_due: BTreeSet<(DateTime<Utc>, Arc<str>)>,
     due_of: HashMap<Arc<str>, DateTime<Utc>>,
-    /// The earliest timer in the future that the last look at the store found.
+    /// The time of the earliest future timer that the last query of the store found.
     ahead: Option<DateTime<Utc>>,
     /// The sagas that each service has not answered in time.
     silent: BTreeMap<String, BTreeSet<Arc<str>>>,
@@ -106,8 +109,8 @@ impl Timers {
         }
     }
 
-    /// Takes out the timers that are due, the latest first: a timer that has just become due does not wait behind a
-    /// backlog.
+    /// Removes and returns the timers that are due, the latest first, so that a timer that has just become due does not
+    /// wait behind a backlog.
     fn take_due(&self, now: DateTime<Utc>, limit: usize) -> Vec<(DateTime<Utc>, Arc<str>)> {
         let mut known = self.known();
         let Known { by_due, due_of, .. } = &mut *known;
@@ -122,12 +125,13 @@ impl Timers {
         taken
     }
 
-    /// Returns whether the store has a timer that is due at `now`, as far as the last look at the store showed.
+    /// Returns whether the last query of the store found a timer that is due at `now`.
     fn is_ahead(&self, now: DateTime<Utc>) -> bool {
         self.known().ahead.is_some_and(|ahead| ahead <= now)
     }
 
-    /// Records that a saga has moved: some services have not answered it, or it no longer waits for an answer.
+    /// Records that a saga has moved: either `fault` names services that have not answered the saga, or the saga no
+    /// longer waits for an answer.
     pub(crate) fn heard(&self, id: &str, fault: Option<&super::Fault>) {
         let mut known = self.known();
         known.silent.retain(|_, sagas| {
@@ -160,12 +164,12 @@ impl Timers {
     }
 }
 
-/// The timers that are due, in two halves that are fired one after the other.
+/// The timers that are due, in two parts that are fired one after the other.
 #[derive(Default)]
 struct Due {
-    /// The timers that this process knows, the latest first.
+    /// The timers that this process remembers, the latest first.
     fresh: Vec<Document>,
-    /// The first due timers of the store.
+    /// The timers in the store that have been due longest.
     first: Vec<Document>,
     /// Whether the store has more timers that are due.
     more: bool,
@@ -175,8 +179,8 @@ struct Due {
 type Origin = (StreamId, Metadata);
 
 impl<C: SagaState> Runner<C> {
-    /// Fires timers until `shutdown`. `relayed_by` names the service whose relay carries the commands: with it, a timer
-    /// does not fire while the bus has not yet taken the command for which the saga waits.
+    /// Fires timers until `shutdown`. `relayed_by` names the service whose relay publishes the commands. If it is
+    /// given, a timer does not fire before the bus has accepted the commands to which the saga awaits a reply.
     pub(crate) async fn timers(
         self,
         relayed_by: Option<String>,
@@ -240,7 +244,7 @@ impl<C: SagaState> Runner<C> {
         Ok(())
     }
 
-    /// Returns why an operator is needed: stuck sagas, and services that do not answer.
+    /// Returns a text that says why an operator is needed: because of stuck sagas, or services that do not answer.
     async fn attention(&self) -> Result<Option<String>, StoreError> {
         let collection = format!("{STUCK}{}", self.category());
         let stuck = self.store.scan(&collection, &Scan::After("".into()), STUCK_MAX).await?;
@@ -257,7 +261,7 @@ impl<C: SagaState> Runner<C> {
         Ok((!all.is_empty()).then(|| all.join("; ")))
     }
 
-    /// Returns the sagas whose timers fire now.
+    /// Returns the documents of the sagas whose timers fire now.
     async fn due(
         &self,
         now: DateTime<Utc>,
@@ -273,7 +277,8 @@ impl<C: SagaState> Runner<C> {
             for ((time, id), found) in known.into_iter().zip(self.store.documents(&keys).await?) {
                 match found {
                     Some(document) if is_due(&document) => due.fresh.push(document),
-                    // The index has not recorded the timer yet, or not even the new saga if the index is behind.
+                    // The index has not recorded the timer yet; if the index is behind, the saga may have no document
+                    // yet.
                     Some(_) if time + OVERDUE > now => self.timers.set(&id, Some(time)),
                     None if time + UNWRITTEN > now => self.timers.set(&id, Some(time)),
                     Some(_) | None => {}
@@ -281,8 +286,8 @@ impl<C: SagaState> Runner<C> {
             }
         }
         if looks {
-            // Looks ahead until the look after next, so that timers set by another process, or long ago by this one,
-            // fire on time.
+            // Queries two intervals ahead, so that a timer fires on time even if another process set it, or if this
+            // process set it long ago and no longer remembers it.
             let soon = Scan::Due(now + 2 * TIMER_LOOK);
             let mut soon = self.store.scan(&self.category(), &soon, DUE_PAGE).await?;
             let later = soon.split_off(soon.iter().take_while(|document| is_due(document)).count());
@@ -303,8 +308,8 @@ impl<C: SagaState> Runner<C> {
         Ok(due)
     }
 
-    /// Returns the timers whose definition this build has. Another instance may have the other definitions; if none
-    /// does, the documents of these sagas show the wait.
+    /// Returns the timers of the sagas whose definition this build has. Another instance may have the other
+    /// definitions. If no instance does, the documents of those sagas show the wait.
     async fn known(&self, due: Vec<Document>, now: DateTime<Utc>) -> Vec<Document> {
         let is_known = |document: &Document| {
             let status = serde_json::from_str::<SagaStatus>(&document.body);
@@ -322,7 +327,7 @@ impl<C: SagaState> Runner<C> {
         known
     }
 
-    /// Returns the timers whose commands the bus has taken.
+    /// Returns the timers of the sagas whose commands the bus has accepted.
     async fn heard(&self, due: Vec<Document>, relayed: Option<&Relayed>) -> Vec<Document> {
         let is_heard = |document: &Document| {
             let status = serde_json::from_str::<SagaStatus>(&document.body);
@@ -330,20 +335,22 @@ impl<C: SagaState> Runner<C> {
             relayed.is_some_and(|relayed| status.position <= relayed.up_to(&stream))
         };
         let (heard, unheard): (Vec<_>, Vec<_>) = due.into_iter().partition(is_heard);
-        // Many postponed timers make room for others, because each look returns a limited number.
+        // Each query returns a limited number of timers, so many waiting timers are postponed to make room for others.
         if unheard.len() > DUE_PAGE / 2 {
             let due = self.store.clock().due_in(UNHEARD_TIMER);
             let postponed =
                 |Document { key, version, body, .. }| Put { key, expected: Some(version), body: Some(body), due };
             let puts = unheard.into_iter().map(postponed);
-            // A put that fails means that the saga has moved or that the store is unavailable: the next look finds out.
+            // A put fails if the saga has moved or if the store is unavailable. Either way, the next query shows the
+            // current state.
             join_all(puts.map(|put| self.store.commit(Commit { appends: Vec::new(), puts: vec![put] }))).await;
         }
         heard
     }
 
-    /// Wakes these sagas in one commit. The same commit moves their timers, so that no look finds the timers again
-    /// before the index has recorded the new states. Returns the trouble, if any.
+    /// Wakes these sagas in one commit. The same commit sets their timers to a later time, so that no query finds the
+    /// timers again before the index has recorded the new states. Returns a description of the failure, if there was
+    /// one.
     async fn fire(&self, mut due: Vec<Document>) -> Option<String> {
         let mut trouble = None;
         let origins = self.origins(&due).await;
@@ -383,7 +390,7 @@ impl<C: SagaState> Runner<C> {
                     let trouble = format!("timer of saga {}: {reason}", key.id);
                     let due = self.store.clock().due_in(REFUSED_TIMER);
                     let put = Put { key, expected: Some(version), body: Some(body), due };
-                    // If this commit fails, the next look finds the timer again.
+                    // If this commit fails, the next query finds the timer again.
                     _ = self.store.commit(Commit { appends: Vec::new(), puts: vec![put] }).await;
                     return Some(trouble);
                 }
@@ -407,7 +414,7 @@ impl<C: SagaState> Runner<C> {
         let stream = self.instances.stream(id).map_err(|error| Fault::OfSaga(error.to_string()))?;
         let first = self.store.read_stream(&stream, Version::START, 1).await;
         let first = first.map_err(|error| Fault::OfStore(error.to_string()))?;
-        // Loads the saga into the cache: sagas loaded one by one would take a round trip each.
+        // Loads the sagas into the cache concurrently; loaded one by one, they would take a round trip each.
         self.instances.folded(&*self.store, &stream, false, false).await?;
         let metadata = first.first().map(|event| event.metadata.clone());
         Ok((stream, metadata.unwrap_or_default()))
@@ -456,8 +463,8 @@ impl<C: SagaState> Runner<C> {
     }
 }
 
-/// Returns the document of a saga that accepts no input for now, with the reason for operators, until the saga's next
-/// event.
+/// Adds to the document of a saga the reason why the saga accepts no input, for operators to read. The saga's next
+/// event overwrites the document.
 fn waiting(body: &Arc<str>, why: &str) -> Arc<str> {
     let Ok(mut status) = serde_json::from_str::<SagaStatus>(body) else { return body.clone() };
     status.last_error = Some(why.to_owned());
@@ -467,7 +474,7 @@ fn waiting(body: &Arc<str>, why: &str) -> Arc<str> {
 /// Why a saga was not woken.
 #[derive(Clone, Debug)]
 enum Fault {
-    /// The store is unavailable: the saga is not at fault.
+    /// The store is unavailable; nothing is wrong with the saga.
     OfStore(String),
     /// The saga accepts no input.
     OfSaga(String),

@@ -22,13 +22,13 @@ use crate::{
     routes::is_service_name,
 };
 
-/// The most that the commands of one saga event may take, in bytes of JSON: the limit of an event, less the progress
-/// and the reasons in it.
+/// The maximum total size of the commands in one saga event, in bytes of JSON: the maximum size of an event, minus room
+/// for the progress and the reasons in the event.
 pub const COMMANDS_BYTES_MAX: usize = EVENT_BYTES_MAX - 60_000;
-/// The nesting depth of a command's content within the event that sends the command.
+/// The nesting depth at which a command's content begins within the event that sends the command.
 const COMMAND_DEPTH: usize = 4;
 
-/// How many characters of a reason an event repeats for the log of the process: a line or two.
+/// The number of characters of a reason that an event repeats for the log of the process: a line or two.
 const FAULT_REASON_CHARS_MAX: usize = 300;
 
 /// An input to a running saga.
@@ -46,11 +46,12 @@ pub enum Input {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verb {
-    /// Attempt the step at which the saga is stuck again.
+    /// Attempt again the step at which the saga is stuck.
     Retry,
     /// Treat the step as done, and go on.
     SkipStep,
-    /// Go back instead. Only up to the pivot: the operator vouches that the pivot did not happen.
+    /// Go back and undo the steps. This is possible only up to the pivot; at the pivot, the operator vouches that the
+    /// pivot did not happen.
     Compensate,
     /// Leave the saga as it is, for good.
     Abandon,
@@ -81,7 +82,7 @@ struct Move<'a, C> {
     progress: Progress,
     send: Vec<Command>,
     gave_up: Option<Failure>,
-    /// The size in bytes that the event recording this move takes before its commands.
+    /// The size in bytes of the event that records this move, without its commands.
     recorded: usize,
     too_large_by: Option<usize>,
     fault: Option<Fault>,
@@ -100,13 +101,13 @@ pub(crate) fn json_bytes(value: &impl Serialize) -> usize {
         }
     }
     let mut count = Count(0);
-    // A value without a JSON form is refused later, when it is encoded.
+    // A value that cannot be written as JSON is refused later, when it is encoded.
     _ = serde_json::to_writer(&mut count, value);
     count.0
 }
 
-/// Passes the failure of a step that was given up to the saga's state. A state that panics on it stays as it was: the
-/// panic must not keep the saga from going back.
+/// Passes to the saga's state the failure of a step that the saga gave up. If the state panics, the state stays
+/// unchanged, because the panic must not keep the saga from going back.
 pub(crate) fn learn_given_up<C: SagaState>(context: &mut C, failure: &Failure) {
     let before = context.clone();
     if caught_now(|| context.learn(&failure.step, &Outcome::Failed(failure.reason.clone()))).is_err() {
@@ -120,7 +121,7 @@ pub(crate) fn learn_given_up<C: SagaState>(context: &mut C, failure: &Failure) {
 /// A command that cannot be made or sent counts as a failure of its step.
 ///
 /// # Errors
-/// None: only the action of an operator leads to an error.
+/// Never returns an error, because only an operator's action can cause an error.
 pub fn begin<C: SagaState>(plan: &Saga<C>, saga_id: Uuid, context: C, now: i64) -> Result<Moved<C>, String> {
     let progress = Progress {
         status: Status::Running,
@@ -144,11 +145,11 @@ pub fn begin<C: SagaState>(plan: &Saga<C>, saga_id: Uuid, context: C, now: i64) 
     Ok(step.end())
 }
 
-/// Returns the result of `input`; `None` if the input changes nothing: it is late, repeated or early, or the saga has
-/// ended.
+/// Returns the move that `input` causes. Returns `None` if the input changes nothing, because it is late, repeated or
+/// early, or because the saga has ended.
 ///
 /// # Errors
-/// If the action of an operator does not apply.
+/// Returns an error if an operator's action does not apply.
 pub fn transition<C: SagaState>(
     plan: &Saga<C>,
     saga_id: Uuid,
@@ -206,7 +207,7 @@ impl<'a, C: SagaState> Move<'a, C> {
         let stale = reply.attempt < self.progress.attempt || self.progress.retrying;
         let state = match &reply.outcome {
             Outcome::Done(_) => CallState::Done,
-            // A step that must succeed treats a refusal as one more failure.
+            // For a step that must succeed, a refusal counts as a failure.
             Outcome::Refused(_) if self.may_refuse() => CallState::Refused,
             Outcome::Refused(_) | Outcome::Failed(_) | Outcome::Unknown(_) if stale => return Ok(false),
             Outcome::Refused(_) | Outcome::Failed(_) | Outcome::Unknown(_) => CallState::Failed,
@@ -245,8 +246,8 @@ impl<'a, C: SagaState> Move<'a, C> {
         if has(CallState::Refused) {
             self.compensate(reason)
         } else if has(CallState::Failed) && !has(CallState::Waiting) {
-            // The last participant to reply may have succeeded: the reason then is the failure that another participant
-            // reported.
+            // The last participant to reply may have succeeded. The reason is then the failure that another participant
+            // reported earlier.
             let said = self.progress.trouble.as_ref().map_or("", |trouble| &trouble.reason).to_owned();
             self.fail(if reason.is_empty() { &said } else { reason })
         } else if has(CallState::Failed) || has(CallState::Waiting) {
@@ -300,7 +301,7 @@ impl<'a, C: SagaState> Move<'a, C> {
         if self.progress.calls.iter().all(|call| *call == CallState::Done) { self.advance() } else { self.ask() }
     }
 
-    /// Returns the requests to the participants that are not done, or the reason why a request cannot be made.
+    /// Returns a request for each participant that is not done, or the reason why the request cannot be made.
     fn requests(&self) -> impl Iterator<Item = (usize, Result<Request, String>)> {
         let (planned, at) = (self.planned(), self.progress.at);
         let open = (0..planned.calls.len()).filter(|call| self.progress.calls[*call] != CallState::Done);
@@ -313,7 +314,7 @@ impl<'a, C: SagaState> Move<'a, C> {
         })
     }
 
-    /// Returns the command of a call, or the reason why no store would accept it.
+    /// Returns the command of a call, or the reason why no store would accept the command.
     fn command(&self, call: usize, request: Result<Request, String>, attempt: u32) -> Result<Command, String> {
         let at = self.progress.known_as();
         let Request { to, type_name, schema_version, data } = request?;
@@ -344,7 +345,7 @@ impl<'a, C: SagaState> Move<'a, C> {
         let bytes: usize =
             made.iter().filter_map(|(_, made)| made.as_ref().ok()).map(|made| made.data.get().len()).sum();
         if bytes <= COMMANDS_BYTES_MAX && bytes + self.recorded > COMMANDS_BYTES_MAX {
-            // The next event has room for the commands.
+            // This event has no room for the commands, so the next event sends them.
             self.progress.retrying = true;
             self.progress.due = later(self.now, RETRY_DELAY_MIN);
             return Ok(());
@@ -389,7 +390,7 @@ impl<'a, C: SagaState> Move<'a, C> {
         Ok(())
     }
 
-    /// Records the fault at the present step.
+    /// Records the fault at the current step.
     fn blame(&mut self, kind: FaultKind, reason: &str, silent: Vec<String>) {
         let (step, attempt) = (self.planned().name.to_owned(), self.progress.attempt);
         let reason = reason.chars().take(FAULT_REASON_CHARS_MAX).collect();
@@ -411,8 +412,8 @@ impl<'a, C: SagaState> Move<'a, C> {
             self.gave_up = Some(failure);
             return self.compensate(reason);
         }
-        // The pivot may have happened, and steps after the pivot, undos and closing steps must happen: only an operator
-        // can decide.
+        // The pivot may have happened. Steps after the pivot, undos and closing steps must happen. In each of these
+        // cases only an operator can decide how to go on.
         self.progress.status = Status::Stuck;
         self.progress.trouble = Some(failure);
         (self.progress.due, self.progress.deadline, self.progress.retrying) = (None, None, false);
@@ -475,7 +476,8 @@ impl<'a, C: SagaState> Move<'a, C> {
         silent.into_iter().collect()
     }
 
-    /// Returns the error text for services that have not replied, with the failure that other participants reported.
+    /// Returns the error text that names the services that have not replied, and the failure that another participant
+    /// reported, if there is one.
     fn unanswered(&self, silent: &[String]) -> String {
         let silent = silent.join(" and ");
         let unanswered = format!("timeout: no answer from {silent} within {:?}", self.planned().timeout);
@@ -491,7 +493,7 @@ impl<'a, C: SagaState> Move<'a, C> {
         if self.progress.status != Status::Stuck {
             return Err(format!("the saga is {:?}, not stuck: {verb:?} does not apply", self.progress.status));
         }
-        // This timer belongs to a request from outside, which is handled now.
+        // This timer belongs to an operator's request from outside this service, which is handled now.
         self.progress.due = None;
         let (back, past_pivot) = match self.progress.at {
             At::Forward(step) => (false, self.plan.steps[step].kind == Kind::Retriable),
@@ -507,7 +509,7 @@ impl<'a, C: SagaState> Move<'a, C> {
         self.progress.status = if back { Status::Compensating } else { Status::Running };
         self.progress.attempt = 0;
         let all_done = self.progress.calls.iter().all(|call| *call == CallState::Done);
-        // A refused step would be refused again.
+        // A refused step would be refused again, so it is compensated instead of attempted again.
         let refused = self.progress.calls.contains(&CallState::Refused);
         match verb {
             Verb::Compensate => self.compensate("an operator compensated it"),
@@ -518,7 +520,8 @@ impl<'a, C: SagaState> Move<'a, C> {
     }
 }
 
-/// Doubles the delay with each attempt. The jitter comes from the saga's id, so that the function stays pure.
+/// Returns the delay before the next attempt, which doubles with each attempt. The jitter comes from the saga's id, so
+/// that the function stays pure.
 fn retry_delay(saga_id: Uuid, attempt: u32) -> Duration {
     let doubled = RETRY_DELAY_MIN.saturating_mul(2u32.saturating_pow(attempt.saturating_sub(1).min(20)));
     let jitter = saga_id.as_bytes()[attempt as usize % 16];
