@@ -1,10 +1,10 @@
-//! Tests for code built on Annals, without a store or a bus: given/when/then for aggregates, and a model checker for
-//! sagas.
+//! Tools to test code built on Annals without a store or a bus: given/when/then for aggregates, and a model checker
+//! for sagas.
 //!
 //! | file | contents |
 //! |---|---|
-//! | `specification` | [`given`] events, when a command, then events or a refusal |
-//! | `check` | [`check`]s one saga: its switches, its world, its invariants and its outcomes |
+//! | `specification` | [`given`] these events, when a command arrives, then these events or this refusal follow |
+//! | `check` | [`check`]s one saga; the test sets the faults, the world and the invariants |
 //! | `model` | the state space: saga, barriers, messages in flight, world, and every move between them |
 //! | `machine` | the saga in the model: the real transition, with each move written as JSON, read back and folded |
 //! | `rules` | the rules that every saga must satisfy |
@@ -48,7 +48,7 @@
 //! ```
 
 //!
-//! A test moves time by hand: a deadline of three days passes in a moment.
+//! A test moves the clock by hand, so that a deadline of three days passes in a moment.
 //!
 //! ```
 //! # tokio::runtime::Runtime::new()?.block_on(async {

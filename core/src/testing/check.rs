@@ -1,4 +1,4 @@
-//! The checker of one saga, as used in a test.
+//! The interface of the model checker: checks one saga in a test.
 
 use std::{
     any::TypeId,
@@ -22,11 +22,11 @@ use crate::{
     saga::{Progress, Saga, SagaState, Status, StepError},
 };
 
-/// The default number of attempts at a step before the checked saga gives it up: enough for a repeated, a late and a
-/// last attempt.
+/// The default number of attempts at a step before the checked saga gives the step up. Two attempts are enough for a
+/// repeated, a late and a last attempt.
 pub const ATTEMPTS: u32 = 2;
-/// The most states that a check explores; a state counts once for each move that leads to it. A saga that needs more
-/// has too much in its world or its state: leave out everything that no invariant needs.
+/// The maximum number of states that a check explores; a state counts once for each move that leads to the state. If a
+/// saga needs more, its world or its state contains too much: leave out everything that no invariant needs.
 pub const STATES_MAX: usize = 5_000_000;
 
 /// A check of one saga; see [`check`].
@@ -51,15 +51,15 @@ struct Parts<W> {
 /// The figures of a completed check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
-    /// The number of distinct states of saga, services, messages and world.
+    /// The number of distinct combined states of the saga, the services, the messages and the world.
     pub states: usize,
-    /// The length of the longest among the shortest paths to each state.
+    /// The number of moves to the state that is farthest from the start, by the shortest path.
     pub depth: usize,
     /// The duration of the check.
     pub took: Duration,
 }
 
-/// A history that breaks a rule; no shorter history does.
+/// A shortest history that breaks a rule.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation {
     /// The broken rule, or the name of the broken invariant.
@@ -82,18 +82,18 @@ impl fmt::Display for Violation {
 
 impl std::error::Error for Violation {}
 
-/// Checks everything that can happen to a saga that starts with `context`, within the faults that are switched on:
+/// Checks everything that can happen to a saga that starts with `context`, including the faults that are switched on:
 ///
-/// - [`every_step_fails`](Check::every_step_fails): a step is refused where it may be; any call and any undo fails, or
-///   is done with an unknown outcome, again and again, until the saga gives up; then an operator retries;
+/// - [`every_step_fails`](Check::every_step_fails): any step that may be refused is refused; any call and any undo
+///   fails, or is done with an unknown outcome, again and again, until the saga gives up; then an operator retries;
 /// - [`every_message_repeats`](Check::every_message_repeats): any message arrives twice, late, out of order, or never;
 /// - [`every_timer_fires`](Check::every_timer_fires): any step times out while it is under way, done or lost, and the
 ///   deadline of the saga passes at any moment.
 ///
 /// [`everything`](Check::everything) switches on all three.
 ///
-/// Every history contains crashes: after each move the saga is rebuilt from its events as a store returns them, and
-/// must equal the saga in memory. A message delivered again after a crash is a repeated message.
+/// Every history covers crashes: after each move the saga is rebuilt from its events as a store returns them, and the
+/// rebuilt saga must equal the saga in memory. A message delivered again after a crash is a repeated message.
 ///
 /// The checked code is the code that runs in production: the saga's transition function, and the barrier of its
 /// participants. The work of the participants is a model: a `world`, and a function for each service that carries out
@@ -101,12 +101,12 @@ impl std::error::Error for Violation {}
 /// breaks a rule. The rules, in addition to your own [`always`](Check::always) and [`at_end`](Check::at_end):
 ///
 /// - no call is done twice, or after its undo; no call is undone twice, or without having been done;
-/// - a step begins when all earlier steps are done; undos go in reverse order; nothing is undone once the pivot is
-///   done;
-/// - a completed saga has every step done and none undone; a compensated saga has none done;
+/// - a step begins only when all earlier steps are done; undos run in reverse order; nothing is undone once the pivot
+///   is done;
+/// - in a completed saga every step is done and no step is undone; in a compensated saga no step is left done;
 /// - late or repeated replies change nothing;
-/// - a saga ends, or is stuck where it may be (at the pivot, at a later step, or in an undo), and then ends after a
-///   retry;
+/// - a saga ends, or gets stuck where that is allowed (at the pivot, at a later step, or in an undo) and ends after an
+///   operator's retry;
 /// - a step that is attempted again has the same id and the same content, even after the saga was
 ///   [moved](Check::moved_from) to another plan.
 ///
@@ -163,8 +163,8 @@ impl<W> Parts<W> {
 }
 
 impl<C: SagaState> Check<C, ()> {
-    /// Sets the world in which the saga's services act, as it is when the saga starts. Call this method before all
-    /// others. The smaller the world, the faster the check: include only what matters to an invariant.
+    /// Sets the initial state of the world in which the saga's services act. Call this method before all other methods.
+    /// The smaller the world, the faster the check, so include only data that an invariant needs.
     pub fn world<W>(self, world: W) -> Check<C, W> {
         let Self { saga, earlier, context, attempts, states_max, .. } = self;
         Check { saga, earlier, context, protocol: Parts::of(world), attempts, states_max }
@@ -176,9 +176,9 @@ where
     C: SagaState,
     W: Clone + Debug + Eq + Hash + Send + Sync + 'static,
 {
-    /// Sets the function that carries out a service's commands in the world: the counterpart of the service's
-    /// [`Participant`](crate::Participant), with the same meaning of its results. On an error the world stays as it
-    /// was.
+    /// Sets the function that carries out a service's commands in the world. The function models the service's
+    /// [`Participant`](crate::Participant), and its results mean the same. If the function returns an error, the world
+    /// stays unchanged.
     pub fn service<E: Event>(
         mut self,
         name: &str,
@@ -243,14 +243,14 @@ where
         self.every_step_fails().every_message_repeats().every_timer_fires()
     }
 
-    /// Sets the most attempts at a step, instead of [`ATTEMPTS`]. The limit overrides a higher limit in the plan,
-    /// because most attempts are alike.
+    /// Sets the maximum number of attempts at a step; the default is [`ATTEMPTS`]. This limit overrides a higher limit
+    /// in the plan, because further attempts would behave like the earlier ones.
     pub fn attempts(mut self, attempts_max: u32) -> Self {
         self.attempts = attempts_max.max(1);
         self
     }
 
-    /// Sets the number of states after which the check gives up, instead of [`STATES_MAX`].
+    /// Sets the number of states after which the check gives up; the default is [`STATES_MAX`].
     pub fn states_max(mut self, states_max: usize) -> Self {
         self.states_max = states_max;
         self
@@ -259,7 +259,7 @@ where
     /// Runs the check.
     ///
     /// # Panics
-    /// If a rule or an invariant can be broken; the message contains the shortest history that breaks it.
+    /// Panics if a rule or an invariant can be broken. The message contains a shortest history that breaks the rule.
     #[track_caller]
     #[allow(clippy::must_use_candidate, reason = "the report is for the curious")]
     pub fn ends_clean(self) -> Report {
@@ -273,8 +273,8 @@ where
     /// Runs the check.
     ///
     /// # Errors
-    /// The shortest history that breaks a rule or an invariant, or a violation without a history: too many states, or a
-    /// world without services.
+    /// Returns a shortest history that breaks a rule or an invariant. Returns a violation without a history if there
+    /// are too many states, or if the world has no services.
     pub fn run(self) -> Result<Report, Violation> {
         let Self { mut saga, mut earlier, context, protocol, attempts, states_max } = self;
         for plan in [&mut saga].into_iter().chain(earlier.as_mut().map(|(plan, _)| plan)) {
@@ -290,7 +290,7 @@ where
         let protocol =
             Protocol { machine: Machine::new(saga, earlier, context), world, services, always, at_end, troubles };
         let start = Instant::now();
-        // One thread, so that the first history found is a shortest one, and the same in every run.
+        // With one thread, the first history found is a shortest one, and is the same in every run.
         let checker = protocol.checker().threads(1).target_state_count(states_max).spawn_bfs().join();
         let protocol = checker.model();
         if let Some(path) = checker.discovery(RULES) {

@@ -1,7 +1,9 @@
-//! The saga in the model: the real transition makes every move, and the move is written as JSON, read back and folded.
+//! The saga in the model. The real transition function makes every move; the resulting event is written as JSON, read
+//! back and folded.
 //!
-//! Many paths lead to few distinct places, so places are numbered and the moves between them are cached. Time is
-//! abstract: a timer is due "soon", a deadline "later", and each move starts at moment 0 again.
+//! Many paths lead to the same few places, where a place is one state that a saga can reach. Places are therefore
+//! numbered, and the moves between places are cached. Time is abstract: a timer is due "soon", a deadline is due
+//! "later", and the clock is at 0 again before each move.
 
 use std::{
     collections::HashMap,
@@ -35,21 +37,21 @@ pub(super) enum Happening {
     Timer,
     Deadline,
     Retry,
-    /// The build whose plan the saga is moved to takes over.
+    /// The newer build takes over, and moves the saga to its plan.
     Deploy,
 }
 
-/// One place that a saga can reach.
+/// One state that a saga can reach.
 pub(super) struct Place<C> {
     instance: Instance<C>,
     /// One path to this place, as events.
     history: Vec<Arc<Written>>,
     pub progress: Progress,
-    /// Whether the build that moves the saga to another plan runs.
+    /// Whether the newer build, which moves the saga to another plan, is running.
     pub deployed: bool,
 }
 
-/// A move: the place it leads to, and the messages it sends.
+/// A move: the place to which it leads, and the messages that it sends.
 #[derive(Clone, Debug)]
 pub(super) struct Leap {
     pub to: usize,
@@ -61,13 +63,13 @@ type Move = Result<Option<Leap>, String>;
 
 pub(super) struct Machine<C> {
     definitions: Arc<Definitions<C>>,
-    /// The definitions of the earlier build, from whose plan the saga is moved.
+    /// The definitions of the earlier build, if the saga is moved from that build's plan.
     earlier: Option<Arc<Definitions<C>>>,
     context: C,
     known: Mutex<Known<C>>,
 }
 
-/// The key that distinguishes places.
+/// The key that identifies a place.
 type Standing = (String, Progress, bool, Vec<(At, Arc<str>)>);
 
 struct Known<C> {
@@ -76,7 +78,7 @@ struct Known<C> {
     moves: HashMap<(Option<usize>, Option<Happening>), Move>,
 }
 
-/// Returns the place in the current plan of a saga under an earlier plan.
+/// A function that returns the progress in the current plan of a saga that was started under an earlier plan.
 pub(super) type Migrate = fn(&Progress) -> Progress;
 
 /// The saga's id; any value works.
@@ -96,7 +98,7 @@ impl<C: SagaState> Machine<C> {
         self.earlier.as_ref().filter(|_| !deployed).unwrap_or(&self.definitions)
     }
 
-    /// Returns the plan that a saga keeps.
+    /// Returns the plan that a saga with this progress follows.
     pub fn plan(&self, progress: &Progress) -> Plan<'_, C> {
         let known = [Some(&self.definitions), self.earlier.as_ref()].into_iter().flatten();
         let mut plans = known.map(|definitions| &*definitions.current);
@@ -104,7 +106,7 @@ impl<C: SagaState> Machine<C> {
         Plan { saga, progress: progress.clone() }
     }
 
-    /// Returns whether another build may still take over.
+    /// Returns whether the newer build can still take over at this place.
     pub fn can_deploy(&self, place: &Place<C>) -> bool {
         self.earlier.is_some() && !place.deployed && place.progress.ended.is_none()
     }
@@ -211,7 +213,8 @@ impl<C: SagaState> Machine<C> {
         transition(self.plan(&place.progress).saga, SAGA_ID, context, &place.progress, input, now)
     }
 
-    /// Returns the number of a place. A new place is first checked against the inputs to which it must not react.
+    /// Returns the number of a place. A new place is first checked: the saga must not react there to inputs that mean
+    /// nothing to it.
     fn number(
         &self,
         mut instance: Instance<C>,
@@ -230,7 +233,7 @@ impl<C: SagaState> Machine<C> {
             trouble: None,
             ..progress
         };
-        // A migration depends on the trail.
+        // Places are distinguished by the trail as well, because the result of a migration depends on the trail.
         let trail = if self.earlier.is_some() { instance.trail().to_vec() } else { Vec::new() };
         let key = (context, progress, deployed, trail);
         if let Some(number) = self.known().numbers.get(&key) {
@@ -246,9 +249,9 @@ impl<C: SagaState> Machine<C> {
         Ok(number)
     }
 
-    /// Checks that nothing moves the saga that must not: a reply to another step, a failure of an earlier attempt, a
-    /// timer that is not due, or any input after the end. Because every such reply is tried here, the model need not
-    /// keep late replies in flight.
+    /// Checks that the saga ignores the inputs that must not move it: a reply to another step, a failure of an earlier
+    /// attempt, a timer that is not due, and any input after the end. Because this check tries every such reply, the
+    /// model need not keep late replies in flight.
     fn deaf(&self, place: &Place<C>) -> Result<(), String> {
         let progress = &place.progress;
         let plan = self.plan(progress);
@@ -314,7 +317,7 @@ fn write(event: &SagaEvent) -> Result<Written, String> {
     Ok(Written { type_name: event.type_name(), schema_version: event.schema_version(), data })
 }
 
-/// Makes the move as a running service makes it, from memory.
+/// Makes the move as a running service does, from the saga in memory.
 fn in_memory<C: SagaState>(
     instance: &Instance<C>,
     definitions: &Definitions<C>,

@@ -1,10 +1,11 @@
 //! The state space: one saga, the barriers of its services, every message in flight, the world, and every possible
 //! move.
 //!
-//! A sent message stays in flight: it may arrive at any time, in any order, again and again, or never. A lost message,
-//! a late message, and a message delivered again after a crash are therefore all the same move, and the space stays
-//! finite without a budget. A message is dropped only when a trial shows that nothing reacts to it any more; and
-//! [`Machine`] checks at every place that replies to other steps change nothing.
+//! A sent message stays in flight: the message may arrive at any time, in any order, again and again, or never. The
+//! model therefore needs no separate moves for a lost message, a late message, or a message delivered again after a
+//! crash, and the state space stays finite without a limit on the number of faults. A message is dropped only when a
+//! trial shows that neither the saga nor a service reacts to the message any more. [`Machine`] checks at every place
+//! that replies to other steps change nothing.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -91,13 +92,13 @@ impl fmt::Display for Message {
     }
 }
 
-/// The way in which a service handles a command.
+/// How a service handles a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Luck {
     Does,
     Refuses,
     Fails,
-    /// The service, or an outside party for it, does the step, and the outcome stays unknown.
+    /// The service, or an outside service on its behalf, does the step, but the outcome stays unknown.
     Vanishes,
 }
 
@@ -125,8 +126,8 @@ pub(super) struct State<W> {
     pub broken: Option<Arc<str>>,
 }
 
-/// Carries out a command in the world, given its type, schema version and data. The outer error: the service cannot
-/// read the command, or the model of the service panicked.
+/// A function that carries out a command in the world, given the command's type, schema version and data. The outer
+/// error means that the service cannot read the command, or that the model of the service panicked.
 pub(super) type Act<W> = Box<dyn Fn(&mut W, &str, i32, &str) -> Result<Result<Value, StepError>, String> + Send + Sync>;
 /// A named invariant of the world.
 pub(super) type Always<W> = (&'static str, Box<dyn Fn(&W) -> bool + Send + Sync>);
@@ -152,7 +153,7 @@ pub(super) struct Protocol<C, W> {
 
 /// The reason with which a participant refuses a step that arrives after its undo.
 const TOO_LATE: &str = "too late";
-/// The most moves that a saga may need to end once no more faults happen.
+/// The maximum number of moves that a saga may need to end once no more faults happen.
 const SUNNY_MOVES_MAX: usize = 1_000;
 
 impl<C, W> Protocol<C, W>
@@ -160,8 +161,8 @@ where
     C: SagaState,
     W: Clone + Debug + Eq + Hash + Send + Sync + 'static,
 {
-    /// Returns the state after `action`, `None` if the action changes nothing, or the rule that it breaks. A message
-    /// stays in flight if it may `repeat`.
+    /// Returns the state after `action`, or `None` if the action changes nothing; an error names the rule that the
+    /// action breaks. With `repeat`, a message that arrives stays in flight.
     fn step(&self, state: &State<W>, action: &Action, repeat: bool) -> Result<Option<State<W>>, String> {
         match (action, state.place) {
             (Action::Begin, _) => Ok(self.machine.begin()?.map(|leap| self.leap(state, leap)).transpose()?),
@@ -199,9 +200,10 @@ where
         Ok(next)
     }
 
-    /// Drops the messages to which nothing reacts any more. A command that the barrier ignores now is ignored for ever;
-    /// a reply that does not change the saga is known to the saga, or the saga has given up waiting for it. Of the
-    /// commands of a step that the saga has left, the first attempt stands for all.
+    /// Drops the messages to which neither the saga nor a service reacts any more. If the barrier ignores a command
+    /// now, the barrier will always ignore it. If a reply does not change the saga, the saga has received that reply
+    /// before, or no longer waits for it. Of the commands of a step that the saga has left, only the first attempt is
+    /// kept, because the later attempts would have the same effect.
     fn forget(&self, state: &mut State<W>) -> Result<(), String> {
         let Some(number) = state.place else { return Ok(()) };
         let progress = &self.machine.place(number).progress;
@@ -234,7 +236,7 @@ where
         Ok(())
     }
 
-    /// Returns whether a command can still have an effect: it changes the barrier, or its answer moves the saga.
+    /// Returns whether a command can still have an effect, on the barrier or, through its reply, on the saga.
     fn matters(&self, state: &State<W>, place: usize, message: &Message, to: &str) -> Result<bool, String> {
         let command = message.command();
         let Some(known) = state.services.get(to) else { return Ok(true) };
@@ -312,7 +314,7 @@ where
         to: &str,
         (type_name, schema_version, data): (&str, i32, &str),
     ) -> Result<Outcome, String> {
-        // An outside party that gets the same id again gives its answer again.
+        // An outside service that gets the same id again returns the same answer again.
         if next.ledger.is_unheard(command.at, command.call)
             && let Some(reply) = Arc::make_mut(&mut next.ledger).heard_now(command.at, command.call)
         {
@@ -362,8 +364,8 @@ where
             let broken = self.at_end.iter().find(|(_, holds)| !holds(&state.world, progress.status));
             return broken.map(|(name, _)| format!("broken at the end ({:?}): {name}", progress.status));
         }
-        // A running saga has a timer in the future, so that it ends or gets stuck. Only without timers can the saga
-        // simply stop.
+        // With timers, a running saga always has a timer in the future, so the saga ends or gets stuck. Only without
+        // timers can the saga come to a halt before its end.
         if !self.troubles.timers_fire && !place.is_stuck() && self.next_states(state).is_empty() {
             return Some(format!("nothing more happens, and the saga is still at {:?}", progress.step));
         }
@@ -379,8 +381,8 @@ where
         None
     }
 
-    /// Checks that a stuck saga ends if an operator retries and no more faults happen; `Err` contains the step that it
-    /// reaches. Replies that the saga has received are not sent again: the saga must have kept them.
+    /// Checks that a stuck saga ends if an operator retries and no more faults happen. An error names the step that the
+    /// saga reaches. Replies that the saga has received are not sent again, because the saga must remember them.
     fn ends_in_sunshine(&self, mut state: State<W>) -> Result<(), String> {
         let mut step = String::new();
         for _ in 0..SUNNY_MOVES_MAX {
@@ -399,7 +401,7 @@ where
             match self.step(&state, &action, false) {
                 Ok(Some(next)) => state = next,
                 Ok(None) => break,
-                // The model makes this move too, and reports the rule that it breaks.
+                // The checker makes this move as well, and reports the broken rule there.
                 Err(_) => return Ok(()),
             }
         }
@@ -407,7 +409,8 @@ where
     }
 }
 
-/// Checks that all attempts at one call send the same command with the same id, and that other calls have other ids.
+/// Checks that all attempts at one call send the same command with the same id, and that different calls have
+/// different ids.
 fn same_command(sent: &Message, other: &Message) -> Result<(), String> {
     let Message::Command { at, call, id, to, type_name, schema_version, data, .. } = sent else { return Ok(()) };
     let Message::Command {

@@ -1,4 +1,4 @@
-//! The rules that every saga must satisfy, for any behaviour of its services.
+//! The rules that every saga must satisfy, however its services behave.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::machine::Happening;
 use crate::saga::{At, Command, Kind, Outcome, Progress, Saga, SagaState, Status};
 
-/// The real effect of a call, kept apart from the states that the saga and the services record.
+/// The actual effect of a call, tracked independently of the states that the saga and the services record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Effect {
     Done,
@@ -28,7 +28,7 @@ impl<C> Plan<'_, C> {
         forward.chain(closing)
     }
 
-    /// Returns the step at a place of the plan as its participants know it.
+    /// Returns the step at a place of the plan, as the participants know the step.
     pub fn known_as(&self, at: At) -> At {
         let name = match at {
             At::Forward(place) | At::Undo(place) => self.saga.steps[place].name,
@@ -37,7 +37,7 @@ impl<C> Plan<'_, C> {
         self.progress.number_of(at, name)
     }
 
-    /// Returns the place and the name of a step in the plan; a step of an earlier plan may have no place.
+    /// Returns the place and the name of a step in the plan, or `None` for a step that only an earlier plan has.
     pub fn place_of(&self, known_as: At) -> Option<(At, &'static str)> {
         let forward = if let At::Undo(step) = known_as { At::Forward(step) } else { known_as };
         let (at, name) = self.steps().find(|(at, _)| self.known_as(*at) == forward)?;
@@ -51,13 +51,14 @@ impl<C> Plan<'_, C> {
 /// All effects of the saga.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Ledger {
-    /// The effects of the calls. An undo counts for the step that it undoes.
+    /// The effects of the calls. An undo is recorded under the step that it undoes.
     effects: BTreeMap<(At, usize), Effect>,
     /// The replies, as JSON, to calls that were done with an unknown outcome.
     unheard: BTreeMap<(At, usize), String>,
-    /// The recorded outcomes, as JSON, of the steps that were done or refused: these outcomes are sent again.
+    /// The recorded outcomes, as JSON, of the steps that were done or refused. The service sends them again when the
+    /// saga asks again.
     answers: BTreeMap<(At, usize), String>,
-    /// The steps added before the place of a saga that was moved: the saga never does these steps.
+    /// The steps that a migration added before the saga's place. The saga never carries out these steps.
     skipped: BTreeSet<&'static str>,
 }
 
@@ -71,12 +72,13 @@ impl Ledger {
         self.unheard.contains_key(&(at, call))
     }
 
-    /// Takes the reply to a call that was done with an unknown outcome, when a later attempt learns the outcome.
+    /// Removes and returns the reply to a call that was done with an unknown outcome, when a later attempt learns that
+    /// outcome.
     pub fn heard_now(&mut self, at: At, call: usize) -> Option<Value> {
         self.unheard.remove(&(at, call)).and_then(|reply| reply.parse().ok())
     }
 
-    /// Records that the saga keeps this plan from now on.
+    /// Records that the saga follows this plan from now on.
     pub fn moved_to<C>(&mut self, plan: &Plan<'_, C>) {
         let place = match plan.progress.at {
             At::Forward(place) | At::Undo(place) => place,
@@ -90,7 +92,7 @@ impl Ledger {
         self.skipped.extend(skipped);
     }
 
-    /// Records an outcome that is sent again.
+    /// Records an outcome, so that the service can send it again.
     pub fn answered(&mut self, at: At, call: usize, outcome: &Outcome) -> Result<(), String> {
         if !matches!(at, At::Undo(_)) && matches!(outcome, Outcome::Done(_) | Outcome::Refused(_)) {
             let outcome = serde_json::to_string(outcome).map_err(|error| error.to_string())?;
@@ -109,7 +111,8 @@ impl Ledger {
         self.effects.get(&(at, call)) == Some(&effect)
     }
 
-    /// Records that a service carried out a call of the step, as the service knows it; `Err` if this breaks a rule.
+    /// Records that a service carried out a call of the step that the service knows as `known_as`. Returns an error if
+    /// this breaks a rule.
     pub fn perform<C: SagaState>(&mut self, plan: &Plan<'_, C>, known_as: At, call: usize) -> Result<(), String> {
         let Some((at, name)) = plan.place_of(known_as) else {
             return Err(format!("{known_as} is done, which the plan does not have"));
@@ -206,7 +209,7 @@ impl Ledger {
     }
 }
 
-/// Returns a text for the place of a saga.
+/// Returns a text that describes the place of a saga.
 pub(super) fn place(progress: &Progress) -> String {
     match (progress.ended, progress.at) {
         (Some(_), _) => format!("that has ended {:?}", progress.status),
@@ -245,8 +248,8 @@ pub(super) fn moved<C>(saga: &Saga<C>, from: &Progress, happening: &Happening, t
     Ok(())
 }
 
-/// Checks that a saga which goes on by itself has a timer in the future, or a lost message would end it; and that any
-/// other saga has no timer, and sends no command.
+/// Checks that a running or compensating saga has a timer in the future; without a timer, a lost message would halt the
+/// saga for good. Checks that any other saga has no timer and sends no command.
 pub(super) fn timers(progress: &Progress, sent: &[Command], now: i64) -> Result<(), String> {
     let at = place(progress);
     if matches!(progress.status, Status::Running | Status::Compensating) {

@@ -23,7 +23,7 @@ pub struct When<A: Aggregate> {
 /// Each event is written to JSON and read back, like a stored event.
 ///
 /// # Panics
-/// If an event changes on its way through JSON.
+/// Panics if an event changes on its way through JSON.
 #[track_caller]
 pub fn given<A: Aggregate>(events: impl IntoIterator<Item = A::Event>) -> Given<A>
 where
@@ -56,7 +56,8 @@ where
     /// Expects exactly these events, and returns the aggregate after them.
     ///
     /// # Panics
-    /// If other events follow, with a diff; if the command was refused; if an event changes on its way through JSON.
+    /// Panics if other events follow (the message shows a diff), if the command was refused, or if an event changes
+    /// JSON.
     #[track_caller]
     #[allow(clippy::must_use_candidate, reason = "the aggregate after the events is seldom wanted")]
     pub fn then(self, expected: impl IntoIterator<Item = A::Event>) -> A {
@@ -75,19 +76,19 @@ where
         aggregate
     }
 
-    /// Expects no events: the work was done before.
+    /// Expects no events, as when the command repeats work that is done already.
     ///
     /// # Panics
-    /// If events follow, or if the command was refused.
+    /// Panics if events follow, or if the command was refused.
     #[track_caller]
     pub fn nothing(self) {
         self.then([]);
     }
 
-    /// Expects a refusal, for this reason.
+    /// Expects a refusal for this reason.
     ///
     /// # Panics
-    /// If the command was accepted, or refused for another reason.
+    /// Panics if the command was accepted, or refused for another reason.
     #[track_caller]
     pub fn refused(self, expected: A::Refusal)
     where
@@ -103,7 +104,7 @@ where
     /// matter.
     ///
     /// # Panics
-    /// If the command was accepted, or refused for a reason that does not fit.
+    /// Panics if the command was accepted, or refused for a reason that does not fit.
     #[track_caller]
     pub fn refused_as(self, fits: impl FnOnce(&A::Refusal) -> bool) {
         let actual = self.refusal();
