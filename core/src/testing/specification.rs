@@ -56,8 +56,8 @@ where
     /// Expects exactly these events, and returns the aggregate after them.
     ///
     /// # Panics
-    /// Panics if other events follow (the message shows a diff), if the command was refused, or if an event changes
-    /// JSON.
+    /// Panics if other events follow (the message shows a diff), if the command was refused, or if an event changes on
+    /// its way through JSON.
     #[track_caller]
     #[allow(clippy::must_use_candidate, reason = "the aggregate after the events is seldom wanted")]
     pub fn then(self, expected: impl IntoIterator<Item = A::Event>) -> A {
