@@ -1,4 +1,4 @@
-//! Messages as CloudEvents 1.0 in Kafka: writes binary mode, reads binary and structured mode.
+//! Converts messages to and from CloudEvents 1.0 in Kafka: writes binary mode, and reads binary and structured mode.
 
 use std::{
     borrow::Cow,
@@ -19,16 +19,16 @@ const STRUCTURED: &str = "application/cloudevents+json";
 /// Prefixes of the media types of batches, and of events in any format.
 const BATCH: &str = "application/cloudevents-batch";
 const ANY_STRUCTURED: &str = "application/cloudevents";
-/// The limit for keeping undecodable bytes: a document holds no more.
+/// The maximum number of undecodable bytes to keep, because a document can hold no more.
 const RAW_BYTES_MAX: usize = 1_000_000;
 /// The number of headers of a message without extensions.
 const HEADERS: usize = 14;
-/// Overhead of a record besides its texts: names of headers, ids, numbers.
+/// The overhead of a record in addition to its texts: names of headers, ids, numbers.
 const RECORD_BYTES: usize = 640;
-/// Overhead of a header besides its name and value.
+/// The overhead of a header in addition to its name and value.
 const HEADER_BYTES: usize = 8;
 
-/// Names of attributes.
+/// The names of attributes.
 mod attribute {
     pub const POSITION: &str = "position";
     pub const VERSION: &str = "streamversion";
@@ -40,7 +40,7 @@ mod attribute {
     pub const TRACESTATE: &str = "tracestate";
     /// The media type of the data, as an extension of a message whose data was not JSON.
     pub const DATA_CONTENT_TYPE: &str = "datacontenttype";
-    /// `base64` if the data is bytes that are not text. The name comes from CloudEvents 0.3.
+    /// The encoding of the data: `base64` if the data was bytes that are not text. The name comes from CloudEvents 0.3.
     pub const DATA_ENCODING: &str = "datacontentencoding";
 }
 
@@ -53,7 +53,7 @@ pub(crate) fn headers(message: &Message) -> OwnedHeaders {
     headers.unwrap_or_default()
 }
 
-/// Returns the size that the broker counts for a message at most, uncompressed.
+/// Returns an upper bound of the uncompressed size that the broker counts for a message.
 pub(crate) fn size(message: &Message) -> usize {
     let Message { key, data, source, type_name, subject, extensions, .. } = message;
     let texts = [key, data, source, type_name, subject].map(|text| text.len()).into_iter().sum::<usize>();
@@ -97,7 +97,7 @@ fn each_header(message: &Message, mut each: impl FnMut(&str, &str)) {
 
 /// Decodes a record of any producer.
 pub(crate) fn decode(record: &impl rdkafka::Message) -> Result<Message, Undecodable> {
-    // The client panics at a header name that is not UTF-8, which only an unusual producer can send.
+    // The client panics if the name of a header is not UTF-8. Only an unusual producer can send such a header.
     let read = catch_unwind(AssertUnwindSafe(|| read(record)));
     let read = read.unwrap_or_else(|_| Err("the name of a header is no UTF-8".into()));
     read.map_err(|reason| {
@@ -107,7 +107,7 @@ pub(crate) fn decode(record: &impl rdkafka::Message) -> Result<Message, Undecoda
     })
 }
 
-/// Returns bytes in hexadecimal, for people to read.
+/// Returns the bytes in hexadecimal, for people to read.
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().take(RAW_BYTES_MAX).map(|byte| format!("{byte:02x}")).collect()
 }
@@ -173,9 +173,9 @@ impl<'r> Attributes<'r> {
         self.violation.get_or_insert_with(|| format!("it is no CloudEvent: attribute {name:?} {what}"));
     }
 
-    /// Returns the attributes that a relay adds to a message. Other producers may use the same names for anything: the
-    /// attributes count only in a message that has all attributes that a relay always writes, each in its form. Any
-    /// other message keeps them as extensions.
+    /// Returns the attributes that a relay adds to a message, if a relay sent this message. Other producers may use the
+    /// same names for other purposes. A message counts as relayed only if it has every attribute that a relay always
+    /// writes, each in the right form. Any other message keeps these attributes as extensions.
     fn relayed(&mut self) -> Option<Relayed> {
         let id = |value: &Option<Cow<'_, str>>| value.as_deref().and_then(canonical);
         let ids = (self.id.as_deref().and_then(unique), id(&self.correlation_id), id(&self.causation_id));
@@ -219,19 +219,21 @@ struct Relayed {
     lane: Option<Arc<str>>,
 }
 
-/// Parses a UUID in the one form that we write. A UUID in another form is treated as text: two texts are two ids.
+/// Parses a UUID in the form that Annals writes. A UUID in any other form is treated as text, because two different
+/// texts must stay two different ids.
 fn canonical(text: &str) -> Option<Uuid> {
     const CANONICAL: usize = 36;
     (text.len() == CANONICAL).then(|| Uuid::try_parse(text).ok()).flatten()
 }
 
-/// Parses the id of an event, if it is a UUID. Many producers that have no id yet write the nil UUID, which is treated
-/// as text.
+/// Parses the id of an event, if the id is a UUID. The nil UUID is treated as text, because many producers write it
+/// when they have no id.
 fn unique(text: &str) -> Option<Uuid> {
     canonical(text).filter(|id| !id.is_nil())
 }
 
-/// Returns whether a text names a lane of a relay: its number, and the name of its log, which is 16 hexadecimal digits.
+/// Returns whether a text is the name of a relay's lane, which consists of the number of the lane and the name of its
+/// log (16 hexadecimal digits).
 fn is_lane(text: &str) -> bool {
     const LOG: usize = 16;
     let Some((number, log)) = text.split_once('@') else { return false };
@@ -240,7 +242,7 @@ fn is_lane(text: &str) -> bool {
         && log.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-/// All values of `traceparent` and `tracestate`: it takes all of them to tell whether the trace context is valid.
+/// All values of `traceparent` and `tracestate`. Only all values together show whether the trace context is valid.
 #[derive(Default)]
 struct Trace<'r> {
     parents: Vec<Cow<'r, str>>,
@@ -267,7 +269,7 @@ fn read(record: &impl rdkafka::Message) -> Result<Message, String> {
     for header in record.headers().into_iter().flat_map(Headers::iter) {
         // A header without a value counts as absent.
         let Some(value) = header.value else { continue };
-        // HTTP gateways write `Ce-Id` in any case.
+        // HTTP gateways write names such as `Ce-Id` in upper or lower case.
         let key = match header.key.bytes().any(|byte| byte.is_ascii_uppercase()) {
             true => Cow::Owned(header.key.to_ascii_lowercase()),
             false => Cow::Borrowed(header.key),
@@ -277,7 +279,7 @@ fn read(record: &impl rdkafka::Message) -> Result<Message, String> {
             Ok(value) => value,
             // Only attributes have to be text.
             Err(_) if name.is_some() => return Err(format!("header {} is no UTF-8", header.key)),
-            // An invalid header differs from an absent one.
+            // An invalid header must not count as absent.
             Err(_) if matches!(&*key, attribute::TRACEPARENT | attribute::TRACESTATE) => "\0",
             Err(_) => continue,
         };
@@ -291,7 +293,7 @@ fn read(record: &impl rdkafka::Message) -> Result<Message, String> {
     let structured = content_type.as_ref().map_or(Ok(false), MediaType::is_structured)?;
     let data = if structured {
         let payload = record.payload().ok_or("it is a structured CloudEvent without a value")?;
-        // Headers may repeat attributes; the event itself is authoritative.
+        // Headers may repeat the attributes of a structured event, but only the event itself counts.
         attributes = Attributes::default();
         read_structured(payload, &mut attributes)?
     } else {
@@ -301,7 +303,7 @@ fn read(record: &impl rdkafka::Message) -> Result<Message, String> {
         data_of_bytes(record.payload().unwrap_or_default(), &mut attributes)?
     };
     let key = record.key().map(|key| String::from_utf8(key.to_vec()).unwrap_or_else(|_| hex(key)));
-    // Transport headers describe the nearest hop, the event's attributes its origin.
+    // Transport headers describe the nearest hop; the event's attributes describe its origin.
     let trace = transport.context().or_else(|| attributes.trace.context());
     message(attributes, key.as_deref(), data, trace, record.timestamp().to_millis())
 }
@@ -322,7 +324,7 @@ impl<'r> MediaType<'r> {
         matches!(&*self.essence, "application/json" | "text/json") || self.essence.ends_with("+json")
     }
 
-    /// Returns whether the value is a whole event in JSON. Fails for events in any other format.
+    /// Returns whether the value is a whole event in JSON. Returns an error for an event in any other format.
     fn is_structured(&self) -> Result<bool, String> {
         if self.essence == STRUCTURED {
             let mut parameters = self.whole.split(';').skip(1).filter_map(|parameter| parameter.split_once('='));
@@ -343,8 +345,8 @@ impl<'r> MediaType<'r> {
     }
 }
 
-/// Converts the bytes of a message to JSON text: JSON as it is, text as a JSON string, other bytes as a JSON string in
-/// base64. Data that is declared as JSON has to be JSON.
+/// Converts the bytes of a message to JSON text. JSON stays as it is, other text becomes a JSON string, and other bytes
+/// become a JSON string in base64. Data that is declared as JSON must be valid JSON.
 fn data_of_bytes(bytes: &[u8], attributes: &mut Attributes<'_>) -> Result<Arc<str>, String> {
     if bytes.is_empty() {
         return Ok("null".into());
@@ -376,7 +378,7 @@ fn data_of_bytes(bytes: &[u8], attributes: &mut Attributes<'_>) -> Result<Arc<st
     .into())
 }
 
-/// Parses an event that is one JSON object. A member that is null counts as absent.
+/// Parses an event that is one JSON object. A member with the value null counts as absent.
 fn read_structured(payload: &[u8], attributes: &mut Attributes<'_>) -> Result<Arc<str>, String> {
     let payload = std::str::from_utf8(payload).map_err(|_| "its value is no UTF-8")?;
     let members: BTreeMap<String, &RawValue> =
@@ -429,7 +431,7 @@ fn message(
         value.filter(|value| !value.is_empty()).ok_or_else(|| format!("it is no CloudEvent: no {name}"))
     }
     let relayed = attributes.relayed();
-    // The stream ids and extensions of our own services may be any text.
+    // The check does not apply to relayed messages, because their stream ids and extensions may be any text.
     if let Some(violation) = attributes.violation.filter(|_| relayed.is_none()) {
         return Err(violation);
     }
@@ -440,7 +442,7 @@ fn message(
     let id = required("id", attributes.id)?;
     let source = required("source", attributes.source)?;
     let type_name = required("type", attributes.type_name)?;
-    // Ids of other producers are any text, unique for their source.
+    // The id of another producer may be any text, and is unique only within its source.
     let id = unique(&id).unwrap_or_else(|| named_id(Uuid::NAMESPACE_URL, &format!("{source} {id}")));
     let time = match attributes.time {
         Some(time) => {

@@ -1,4 +1,4 @@
-//! The consumer: a member of a consumer group that starts from the offset in our own commit.
+//! The consumer: a member of a consumer group that starts from the offset that the service has committed in its store.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -33,35 +33,36 @@ use crate::{
     settings::{Settings, misconfigured},
 };
 
-/// Settings that our handling of offsets depends on.
+/// Settings on which the handling of offsets depends.
 const FIXED: [(&str, &str); 5] = [
     ("enable.auto.offset.store", "false"),
     // Reaching the end of a partition is not an error.
     ("enable.partition.eof", "false"),
-    // A missing offset is a fault, which the client reports: see `find_ranges`.
+    // The client reports a missing offset as an error; see `find_ranges`.
     ("auto.offset.reset", "error"),
-    // The other partitions go on while some move.
+    // With this strategy, a rebalance does not interrupt the partitions that stay where they are.
     ("partition.assignment.strategy", "cooperative-sticky"),
     ("group.protocol", "classic"),
 ];
-/// How often the client is polled even without a wake-up: without polls, the group considers this member dead.
+/// How often the client is polled even without a wake-up. Without polls, the group would consider this member dead.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// A client that had a fatal error is replaced no sooner than this after its start, so that a series of clients that
-/// fail at once does not load the brokers with connections.
+/// After a fatal error, a client is replaced no sooner than this long after its start. If one client after another
+/// fails at once, this limit protects the brokers from a flood of connections.
 const REPLACE_AFTER: Duration = Duration::from_secs(1);
-/// Brokers also fence a member that is alone under its name: its session timed out, it joined again, and the answer to that join was
-/// lost. A fenced member therefore joins again. Two processes under one name fence each other again and again, within a second or
-/// two: after this many times within this long, one of them ends.
+/// A member that brokers fence joins again, because a fence does not prove that another process uses the same name:
+/// when a member's session has timed out, the member joins again, and the answer to the join is lost, brokers also
+/// fence the member. Two processes with the same name fence each other again and again, every second or two. A process
+/// that is fenced `FENCES_MAX` times within `FENCES_WITHIN` ends.
 const FENCES_MAX: usize = 5;
 const FENCES_WITHIN: Duration = Duration::from_secs(25);
 /// How long a broker may take to report its offsets.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long a member that stops waits until it has given up its partitions.
+/// How long a member that stops waits until its partitions are given up.
 const LEAVE: Duration = Duration::from_secs(2);
-/// How long it then waits until its leave request is sent: a few round trips to a distant broker.
+/// How long a member that stops then waits until its leave request is sent: a few round trips to a distant broker.
 const LEAVE_SENT: Duration = Duration::from_millis(500);
-/// How long a process waits until its members have left: a few seconds are enough for a broker that answers.
+/// How long a process waits until its members have left the group. If the broker answers, a few seconds are enough.
 const CLOSE: Duration = Duration::from_secs(5);
 /// The longest `group.instance.id` that brokers accept.
 const INSTANCE_ID_MAX: usize = 249;
@@ -78,7 +79,7 @@ struct Context {
     rebalances: Mutex<VecDeque<Rebalance>>,
     closing: AtomicBool,
     /// Whether a poll has called back into this context. Such a poll returns nothing although messages may be waiting,
-    /// and no wake-up follows for them.
+    /// and no wake-up follows for these messages.
     told: AtomicBool,
     /// Whether the client has lost all brokers. A client without brokers reports nothing.
     lost: AtomicBool,
@@ -134,7 +135,7 @@ impl ClientContext for Context {
         match error.rdkafka_error_code() {
             Some(RDKafkaErrorCode::AllBrokersDown) => self.lost.store(true, Ordering::Release),
             Some(RDKafkaErrorCode::Fatal) => self.fatal.store(true, Ordering::Release),
-            // The consequences are worked out, and reported, in `find_ranges`.
+            // `find_ranges` finds out which offsets are missing, and reports them.
             Some(RDKafkaErrorCode::AutoOffsetReset) => return,
             _ => {}
         }
@@ -149,12 +150,13 @@ impl ConsumerContext for Context {
     fn commit_callback(&self, committed: KafkaResult<()>, _: &TopicPartitionList) {
         self.tell();
         if let Err(error) = committed {
-            // The offsets in the store are the ones that count.
+            // Only the offsets in the store determine where the service continues.
             tracing::debug!(%error, "offsets for the broker");
         }
     }
 
-    /// Runs within a poll, when nothing is in progress: that poll reports the rebalance, and the next poll performs it.
+    /// Handles a rebalance; librdkafka calls this method within a poll. Unless the member is closing, the rebalance is
+    /// only recorded: that poll reports the rebalance, and the next poll performs it.
     fn rebalance(&self, consumer: &BaseConsumer<Self>, error: RDKafkaRespErr, list: &mut TopicPartitionList) {
         self.tell();
         let places = list.elements().iter().map(|found| (found.topic().to_owned(), found.partition())).collect();
@@ -179,24 +181,24 @@ impl ConsumerContext for Context {
 /// The state of an assigned partition.
 struct Assigned {
     partition: Partition,
-    /// Whether the client fetches the partition, which starts with `seek`.
+    /// Whether the client fetches the partition. Fetching starts with `seek`.
     fetching: bool,
-    /// The bookmark to compare the first message with.
+    /// The bookmark to compare with the first message.
     check: Option<Bookmark>,
-    /// The offset to continue from; `None` means the beginning, at whatever offset that is.
+    /// The offset to continue from; `None` means the first offset that the partition has.
     next: Option<i64>,
-    /// All offsets below this are acknowledged.
+    /// All offsets below this offset are acknowledged.
     acknowledged: Option<i64>,
 }
 
 impl Assigned {
-    /// Returns the offset that the client was asked to fetch.
+    /// Returns the offset from which the client was asked to fetch.
     fn position(&self) -> Option<i64> {
         self.next.map(|next| if self.check.is_some() { next - 1 } else { next })
     }
 }
 
-/// The first offset of each partition, and the offset after the last.
+/// For each partition, the first offset and the offset after the last message.
 type Ranges = Vec<(Place, (i64, i64))>;
 
 pub(crate) struct Member {
@@ -205,7 +207,7 @@ pub(crate) struct Member {
     topics: Vec<String>,
     /// The id under which brokers know this member, so that a restarted process keeps its partitions.
     instance_id: Option<String>,
-    /// `None` from a fatal error until the client is replaced.
+    /// The client; `None` from a fatal error until the client is replaced.
     consumer: Option<Arc<BaseConsumer<Context>>>,
     started_at: Instant,
     /// The times at which brokers last fenced this member.
@@ -215,24 +217,25 @@ pub(crate) struct Member {
     news: Arc<Notify>,
     cluster: Arc<str>,
     assigned: BTreeMap<Place, Assigned>,
-    /// Partitions of a client that has ended, not yet reported.
+    /// The partitions of a client that has ended, until the next poll reports them.
     gone: Vec<Partition>,
-    /// Partitions that the last poll reported as revoked: the next poll gives them up.
+    /// The partitions that the last poll reported as revoked. The next poll gives them up.
     leaving: Option<Vec<Place>>,
-    /// Partitions that no longer match their bookmark, not yet reported.
+    /// The partitions that no longer match their bookmark, until a poll reports them.
     wiped: Vec<Partition>,
-    /// Offsets that were removed before they were read, not yet reported.
+    /// The offsets that were removed before they were read, until a poll reports them.
     lost: Vec<(Partition, Range<i64>)>,
     /// Whether the client asked some partition for an offset that does not exist.
     out_of_range: bool,
-    /// A request that checks whether the lost brokers answer again.
+    /// A request, in flight, that checks whether the lost brokers answer again.
     asking: Option<JoinHandle<Result<(), KafkaError>>>,
-    /// A request for the offsets that exist.
+    /// A request, in flight, for the offsets that exist.
     ranging: Option<JoinHandle<Result<Ranges, KafkaError>>>,
 }
 
 impl Member {
-    /// Joins a group. With an `instance`, which must be unique to this member, rejoins as the same member as before.
+    /// Joins a group. If `instance` is given, it must be unique to this member; the member then rejoins as the same
+    /// member as before.
     pub fn join(
         settings: &Settings,
         cluster: Arc<str>,
@@ -268,13 +271,13 @@ impl Member {
     fn start(&mut self) -> Result<(), BusError> {
         let mut config = self.settings.consumer();
         config
-            // A dead member is replaced within this time, the shortest that brokers allow by default. The client
-            // itself sends the heartbeats, so a long batch does not count.
+            // A dead member is replaced within this time, which is the shortest that brokers allow by default. The
+            // client sends heartbeats in the background, so a member that handles a long batch does not count as dead.
             .set("session.timeout.ms", "6000")
             .set("heartbeat.interval.ms", "500")
             .set("max.poll.interval.ms", "300000")
             .set("auto.commit.interval.ms", "1000")
-            // Reads a batch or two ahead, within bounds.
+            // With these limits, the client reads one or two batches ahead.
             .set("queued.min.messages", "2000")
             .set("queued.max.messages.kbytes", "16384")
             .set("fetch.queue.backoff.ms", "10")
@@ -346,7 +349,7 @@ impl Member {
         unanswered.extend(self.leaving.take().map(Rebalance::Revoked));
         let is_named = self.instance_id.is_some();
         let close = move || {
-            // An unanswered rebalance would block the group, and would block the end of this client as well.
+            // An unanswered rebalance would block the group, and would keep this client from ending.
             for rebalance in unanswered {
                 let answered = match rebalance {
                     Rebalance::Assigned(_) => consumer.incremental_assign(&TopicPartitionList::new()),
@@ -361,8 +364,8 @@ impl Member {
             }
             drop(consumer);
         };
-        // The client waits for a broker, possibly for ever. A runtime that ends waits for the client too, but at most
-        // `CLOSE`.
+        // The client waits for a broker, possibly for ever. A runtime that ends waits for the client, too, but for at
+        // most `CLOSE`.
         let (ends, ended) = mpsc::channel::<()>();
         let closing = std::thread::Builder::new().name("kafka-close".to_owned()).spawn(move || {
             close();
@@ -376,8 +379,8 @@ impl Member {
         }
     }
 
-    /// If all brokers were lost, checks whether one answers again: the client itself reports nothing until there is a
-    /// message.
+    /// If all brokers were lost, checks whether a broker answers again. The client itself reports nothing until there
+    /// is a message.
     async fn find_brokers(&mut self) -> Result<(), BusError> {
         let consumer = self.consumer()?.clone();
         if !consumer.context().lost.load(Ordering::Acquire) {
@@ -394,9 +397,9 @@ impl Member {
         Ok(())
     }
 
-    /// Finds out why offsets are missing, once the client has reported that: they were removed before they were read,
-    /// or the topic was wiped and they were never written since. The client names neither the partition nor the
-    /// offsets that exist.
+    /// Finds out why offsets are missing, once the client has reported missing offsets. Either the offsets were removed
+    /// before they were read, or the topic was wiped and has not reached these offsets again. The client's report names
+    /// neither the partition nor the offsets that exist.
     async fn find_ranges(&mut self) -> Result<(), BusError> {
         if !self.out_of_range {
             return Ok(());
@@ -437,10 +440,10 @@ impl Member {
             return self.stop_fetching(place);
         }
         if position < first {
-            // Only the message that the bookmark is compared with is gone.
+            // Only the message for the comparison with the bookmark is gone.
             return self.fetch(place, Offset::Offset(next), None);
         }
-        // The client may have stopped at this partition: a leader that has just changed may not know the latest
+        // The client may have stopped fetching this partition, because a new leader may not know the latest
         // offsets yet.
         self.fetch(place, Offset::Offset(position), check)
     }
@@ -459,14 +462,14 @@ impl Member {
             }
         }
         let consumer = self.consumer()?.clone();
-        // Blocks until a broker answers.
+        // The commit blocks until a broker answers.
         let let_go = tokio::task::spawn_blocking(move || {
             if offsets.count() > 0
                 && !consumer.assignment_lost()
                 && let Err(error) = consumer.commit(&offsets, CommitMode::Sync)
             {
-                // The partitions are no longer ours, or no broker answers: the offsets in the store are the ones that
-                // count.
+                // Either the partitions belong to another member, or no broker answers. Neither matters, because only
+                // the offsets in the store determine where the service continues.
                 tracing::debug!(%error, "offsets of revoked partitions");
             }
             consumer.incremental_unassign(&list)
@@ -499,7 +502,7 @@ impl Member {
         }
     }
 
-    /// Starts over from `offset` and drops what was read ahead.
+    /// Restarts fetching at `offset`, and drops the messages that were read ahead.
     fn fetch(&mut self, place: &Place, offset: Offset, check: Option<Bookmark>) -> Result<(), BusError> {
         self.stop_fetching(place)?;
         let mut list = TopicPartitionList::new();
@@ -530,9 +533,9 @@ impl Member {
     }
 }
 
-/// What the first message after a seek says about the bookmark.
+/// How the first message after a seek compares with the bookmark.
 enum Found {
-    /// The message just before the bookmark, which was handled.
+    /// The message is the one just before the bookmark, which was handled already.
     Before,
     New,
     Wiped,
@@ -555,7 +558,8 @@ fn delivery(partition: &Partition, record: &BorrowedMessage<'_>) -> Delivery {
 }
 
 impl Member {
-    /// Returns what the client has at this moment, if anything. Has no await, so that no message is dropped half-way.
+    /// Returns the messages or the error that the client has at this moment, if any. This method has no await, so that
+    /// a cancelled poll cannot drop a message half-way.
     fn take(&mut self, max: usize) -> Result<Option<Polled>, BusError> {
         let consumer = self.consumer()?.clone();
         let context = consumer.context();
@@ -578,8 +582,8 @@ impl Member {
             };
             let record = match polled {
                 Ok(record) => record,
-                // The client reports a fatal error once and does not repeat it: the error must not be lost if messages
-                // were taken before.
+                // The client reports a fatal error only once, so the error must be handled even if this poll has
+                // already taken messages.
                 Err(error) if consumer.client().fatal_error().is_some() => {
                     tracing::debug!(%error, "fatal");
                     context.fatal.store(true, Ordering::Release);
@@ -589,9 +593,10 @@ impl Member {
                     self.out_of_range = true;
                     continue;
                 }
-                // The brokers may be back by now, which only a request can find out.
+                // The brokers may be reachable again by now; only a request can find out.
                 Err(error) if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) => continue,
-                // The client repeats this error while it lasts; messages already taken come first.
+                // The client repeats this error as long as the cause lasts, so messages that were already taken are
+                // returned first.
                 Err(error) if deliveries.is_empty() => return Err(unavailable(error)),
                 Err(_) => break,
             };
@@ -606,7 +611,8 @@ impl Member {
         Ok(None)
     }
 
-    /// Returns the delivery that a record makes for the group, if any.
+    /// Returns the delivery for a record. Returns `None` if the partition is not being fetched, or if the record only
+    /// served to check the bookmark.
     fn delivered(&mut self, record: &BorrowedMessage<'_>) -> Result<Option<Delivery>, BusError> {
         let place = (record.topic().to_owned(), record.partition());
         let Some(assigned) = self.assigned.get_mut(&place).filter(|assigned| assigned.fetching) else {
@@ -665,11 +671,11 @@ impl Consumer for Member {
     }
 
     async fn seek(&mut self, partition: &Partition, from: Option<Bookmark>) -> Result<(), BusError> {
-        // If the partition was revoked meanwhile, the next poll says so.
+        // If the partition was revoked meanwhile, the next poll reports that.
         let Some(place) = self.place(partition) else { return Ok(()) };
         match from {
             None => self.fetch(&place, Offset::Beginning, None),
-            // Starts one offset earlier, to check that the topic is still the same.
+            // Fetching starts one offset earlier, to check that the topic is still the same.
             Some(from) if from.next > 0 && from.last.is_some() => {
                 self.fetch(&place, Offset::Offset(from.next - 1), Some(from))
             }
@@ -682,7 +688,7 @@ impl Consumer for Member {
         if let Some(assigned) = self.assigned.get_mut(&place) {
             assigned.acknowledged = Some(next);
         }
-        // The client commits this offset within a second. It does not affect where we continue.
+        // The client commits this offset within a second. The offset does not affect where the service continues.
         if let Err(error) = self.consumer()?.store_offset(&place.0, place.1, next - 1) {
             tracing::debug!(%error, topic = %place.0, partition = place.1, "offset for the broker");
         }
@@ -696,17 +702,17 @@ impl Drop for Member {
     }
 }
 
-/// Tells the group that this member leaves. A client that just ends leaves a member with an instance id in the group,
-/// in case the process comes back. A process that was stopped on purpose has its partitions taken over at once.
+/// Notifies the group that this member leaves, so that other members take over its partitions at once. Without this
+/// notification, a member with an instance id stays in the group in case the process comes back.
 fn leave(consumer: &BaseConsumer<Context>) {
     consumer.unsubscribe();
     let mut until = Instant::now() + LEAVE;
     let mut has_let_go = false;
     while Instant::now() < until && consumer.client().fatal_error().is_none() {
-        // Serves the rebalance that starts the leave.
+        // This poll handles the rebalance with which the leave begins.
         _ = consumer.poll(Duration::from_millis(10));
         if !has_let_go && consumer.assignment().is_ok_and(|assigned| assigned.count() == 0) {
-            // The client does not report when it has sent the offsets and the leave request that follow.
+            // The client next sends the offsets and the leave request, but does not report when it has sent them.
             (has_let_go, until) = (true, Instant::now() + LEAVE_SENT);
         }
     }

@@ -1,4 +1,4 @@
-//! Reads a topic from its beginning to its end, for inspection. Joins no group and leaves no trace.
+//! Reads a topic from beginning to end, for inspection. The reader joins no group and leaves no trace.
 
 use std::{ops::Range, sync::Arc, time::Duration};
 
@@ -27,10 +27,10 @@ const LOOK: Duration = Duration::from_millis(200);
 /// The number of messages read ahead of the caller.
 const AHEAD: usize = 1_000;
 
-/// By partition: the offsets that are read, and the offsets that exist.
+/// For each partition, the offsets that are read; and for each partition, the offsets that exist.
 type Ranges = (Vec<Range<i64>>, Vec<Range<i64>>);
 
-/// What a topic held when it was asked for.
+/// The messages that a topic held when the read began.
 pub struct Contents {
     partitions: Vec<Range<i64>>,
     held: Vec<Range<i64>>,
@@ -39,17 +39,17 @@ pub struct Contents {
 }
 
 impl Contents {
-    /// Returns, by partition, the offset of the first message that is read, and the offset after the last.
+    /// Returns for each partition the offset of the first message that is read, and the offset after the last.
     pub fn partitions(&self) -> &[Range<i64>] {
         &self.partitions
     }
 
-    /// Returns, by partition, the offset of the first message that brokers hold, and the offset after the last.
+    /// Returns for each partition the offset of the first message that brokers hold, and the offset after the last.
     pub fn held(&self) -> &[Range<i64>] {
         &self.held
     }
 
-    /// Returns whether brokers remove all but the last message of each key, so that any other message may be gone.
+    /// Returns whether the topic is compacted: brokers then remove all but the last message of each key.
     pub fn is_compacted(&self) -> bool {
         self.is_compacted
     }
@@ -57,7 +57,7 @@ impl Contents {
     /// Returns the next message, in order per partition; `None` at the end.
     ///
     /// # Errors
-    /// If the brokers stay silent for half a minute.
+    /// Returns an error if the brokers stay silent for half a minute.
     pub async fn next(&mut self) -> Result<Option<Delivery>, BusError> {
         self.deliveries.recv().await.transpose()
     }
@@ -70,7 +70,7 @@ impl Contents {
         from: Ends,
     ) -> Result<Self, BusError> {
         let mut config = settings.consumer();
-        // The read-ahead limit, for each partition.
+        // This limits how much the client reads ahead per partition.
         config.set("queued.max.messages.kbytes", "4096").set("auto.offset.reset", "earliest");
         let fixed =
             [("enable.partition.eof", "true"), ("enable.auto.commit", "false"), ("group.id", "annals-contents")];
@@ -88,8 +88,8 @@ impl Contents {
     }
 }
 
-/// Starts at these offsets. A partition without such an offset, or shorter than it, starts at the first offset that is
-/// still there.
+/// Starts each partition at its offset in `from`. A partition that has no offset in `from`, or that ends before that
+/// offset, starts at the first offset that still exists.
 fn begin(consumer: &BaseConsumer, topic: &str, from: &Ends) -> Result<Ranges, KafkaError> {
     let metadata = consumer.fetch_metadata(Some(topic), PATIENCE)?;
     let count = metadata.topics().first().map_or(0, |found| found.partitions().len()) as i32;
@@ -128,12 +128,13 @@ fn read(
                 }
                 continue;
             }
-            // Also reports the end where the last offsets hold no message, as after a transaction.
+            // This event reports the end even if the last offsets hold no message, as after a transaction.
             Some(Err(KafkaError::PartitionEOF(partition))) => {
                 open[partition as usize] = false;
                 continue;
             }
-            // The client retries by itself; if that does not help, it stays silent.
+            // The client retries by itself. If the retries fail, the client stays silent, and the read fails after
+            // `SILENCE`.
             Some(Err(error)) => {
                 tracing::warn!(%error, %topic, "reading a topic");
                 continue;

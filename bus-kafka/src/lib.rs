@@ -1,4 +1,5 @@
-//! The bus of [Annals](annals) on Kafka: events and commands as CloudEvents, in order per key, nothing lost.
+//! The bus of [Annals](annals) on Kafka. Events and commands are sent as CloudEvents; they stay in order per key, and
+//! none is lost.
 //!
 //! ```no_run
 //! # async fn f(services: Vec<annals::Service>) -> Result<(), annals::StartError> {
@@ -10,9 +11,9 @@
 //! ```
 //!
 //! Producers are idempotent and wait for all replicas. Consumers are members of a consumer group and start from the
-//! offset that their service has committed in its store; the offsets that they commit to Kafka serve only to monitor
-//! the lag. Missing topics are created with as many partitions as [`Settings`] says. The format is CloudEvents 1.0 in
-//! binary mode, which any client reads; structured mode is accepted as well.
+//! offset that their service has committed in its store; the offsets that consumers commit to Kafka serve only to
+//! monitor the lag. Missing topics are created with the number of partitions in [`Settings`]. The bus writes
+//! CloudEvents 1.0 in binary mode, which any client can read, and also reads structured mode.
 
 mod cloud_event;
 mod consumer;
@@ -37,7 +38,7 @@ use async_trait::async_trait;
 use self::{consumer::Member, producer::Producer, topics::Topics};
 pub use self::{contents::Contents, placing::partition_of, settings::Settings};
 
-/// A Kafka cluster as a [`Bus`].
+/// A [`Bus`] on a Kafka cluster.
 pub struct KafkaBus {
     settings: Settings,
     cluster: Arc<str>,
@@ -51,7 +52,7 @@ impl KafkaBus {
     /// Connects to the cluster.
     ///
     /// # Errors
-    /// [`BusError::Misconfigured`] for settings that the client rejects; [`BusError::Unavailable`] if no broker
+    /// Returns [`BusError::Misconfigured`] for settings that the client rejects; [`BusError::Unavailable`] if no broker
     /// answers within ten seconds.
     pub async fn connect(settings: Settings) -> Result<Self, BusError> {
         let (topics, producer) = (Topics::new(&settings)?, Producer::new(&settings)?);
@@ -59,18 +60,19 @@ impl KafkaBus {
         Ok(Self { settings, cluster, topics, producer, members: Mutex::default() })
     }
 
-    /// Reads what a topic holds at this moment; `None` if the topic does not exist. Creates and commits nothing.
+    /// Reads the messages that a topic holds at this moment. Returns `None` if the topic does not exist. This method
+    /// creates no topic and commits no offset.
     ///
     /// # Errors
-    /// If no broker answers, or the caller may not read the topic.
+    /// Returns an error if no broker answers, or the caller may not read the topic.
     pub async fn contents(&self, topic: &str) -> Result<Option<Contents>, BusError> {
         self.contents_since(topic, &Ends::default()).await
     }
 
-    /// Reads what a topic holds like [`contents`](Self::contents), but skips the messages before these ends.
+    /// Reads a topic like [`contents`](Self::contents), but skips the messages before the offsets in `ends`.
     ///
     /// # Errors
-    /// If no broker answers, or the caller may not read the topic.
+    /// Returns an error if no broker answers, or the caller may not read the topic.
     pub async fn contents_since(&self, topic: &str, ends: &Ends) -> Result<Option<Contents>, BusError> {
         let topic: Arc<str> = topic.into();
         if !self.topics.exists(&topic).await? {
@@ -83,12 +85,12 @@ impl KafkaBus {
     /// Returns the names of all topics that the caller may see, except the cluster's internal topics.
     ///
     /// # Errors
-    /// If no broker answers.
+    /// Returns an error if no broker answers.
     pub async fn topics(&self) -> Result<Vec<String>, BusError> {
         self.topics.names().await
     }
 
-    /// Returns the id of the cluster, which is the incarnation in the checkpoint of each of its partitions.
+    /// Returns the id of the cluster. The checkpoint of each partition contains this id as the incarnation.
     pub fn cluster(&self) -> &Arc<str> {
         &self.cluster
     }
@@ -100,7 +102,8 @@ impl Publisher for KafkaBus {
         if self.producer.mend()? {
             self.topics.forget();
         }
-        // Checks all messages before sending any: a message that follows a refused message must not overtake it.
+        // Checks all messages before sending any of them, because a message must not overtake an earlier message that
+        // is refused.
         let (mut last, mut bytes_max, mut count): (Option<&Arc<str>>, _, _) = (None, 0, 0);
         let mut partitions = Vec::with_capacity(messages.len());
         for (index, Outgoing { topic, message }) in messages.iter().enumerate() {
@@ -112,7 +115,7 @@ impl Publisher for KafkaBus {
             partitions.push(partition_of(&message.key, count));
             let size = cloud_event::size(message);
             if size > bytes_max {
-                // The limit of the topic may have been raised since.
+                // The limit of the topic may have been raised since the limit was cached.
                 bytes_max = self.topics.look_again(topic).await;
             }
             let bytes_max = bytes_max.min(producer::MESSAGE_BYTES_MAX);
@@ -142,7 +145,8 @@ impl KafkaBus {
         for topic in topics {
             self.topics.ensure(&Arc::from(*topic)).await?;
         }
-        // The instance name in the settings names the process, so a number tells its members of one group apart.
+        // The instance name in the settings identifies the process. A number distinguishes the process's members of
+        // one group.
         let instance = match &self.settings.instance {
             Some(name) => {
                 let mut members = self.members.lock().unwrap_or_else(PoisonError::into_inner);

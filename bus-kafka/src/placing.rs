@@ -1,7 +1,7 @@
 //! Computes the partition of a key.
 
-/// Returns the partition that our producer puts a key into, as Java clients do: the murmur2 hash modulo the number of
-/// partitions.
+/// Returns the partition to which the producer sends messages with this key: the murmur2 hash of the key, modulo the
+/// number of partitions. Java clients choose the same partition.
 ///
 /// ```
 /// assert_eq!(annals_kafka::partition_of("order-1", 1), 0);
@@ -32,7 +32,7 @@ fn murmur2(bytes: &[u8]) -> u32 {
 mod tests {
     use super::*;
 
-    /// The values of Kafka's own test of its hash.
+    /// The expected values come from Kafka's own test of this hash.
     #[test]
     fn the_hash_is_that_of_kafka() {
         for (key, hash) in [

@@ -1,4 +1,5 @@
-//! The producer: in order per key, pipelined, and no message overtakes a message that failed before it.
+//! The producer. Sending is pipelined, messages stay in order per key, and no message overtakes an earlier message that
+//! failed.
 
 use std::{
     collections::HashMap,
@@ -26,33 +27,33 @@ use crate::{
     settings::{Settings, misconfigured},
 };
 
-/// The largest message that the client sends, in bytes; a topic may accept less.
+/// The maximum size of a message that the client sends, in bytes; the limit of a topic may be lower.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 10_000_000;
-/// The largest batch, in bytes, unless a topic accepts less.
+/// The maximum size of a batch, in bytes; the limit of a topic may be lower.
 const BATCH_BYTES_MAX: usize = 1_000_000;
-/// How long after an acknowledgement a broker certainly still knows the producer. A broker forgets a producer that is
-/// silent for a day; older versions also forget a producer once retention, which runs every few minutes, has removed
-/// all its messages.
+/// For this long after an acknowledgement, a broker certainly still knows the producer. A broker forgets a producer
+/// that is silent for a day. Older versions of Kafka also forget a producer once retention, which runs every few
+/// minutes, has removed all messages of that producer.
 const KNOWN_MS: u64 = 10_000;
 /// How often a full queue is checked even if nothing was delivered.
 const FULL_TICK: Duration = Duration::from_millis(100);
 
-/// Settings that the order of messages depends on.
+/// Settings on which the order of messages depends.
 const FIXED: [(&str, &str); 9] = [
     ("enable.idempotence", "true"),
     ("acks", "all"),
-    // An alias of the setting above; others below have aliases too.
+    // This is an alias of the setting above. Some settings below are followed by an alias, too.
     ("request.required.acks", "all"),
-    // The maximum for an idempotent producer. Each request carries messages of one partition: with one request in
-    // flight, messages to all partitions would take as many round trips as there are partitions. `Gate` keeps the
-    // order.
+    // 5 is the maximum for an idempotent producer. Each request carries messages of one partition, so with only one
+    // request in flight, messages to all partitions would take one round trip per partition. `Gate` keeps the order.
     ("max.in.flight.requests.per.connection", "5"),
     ("max.in.flight", "5"),
-    // The partitioner of Java clients, which `partition_of` reproduces.
+    // Java clients use this partitioner, and `partition_of` reproduces it.
     ("partitioner", "murmur2_random"),
-    // Messages after a failed message fail too: otherwise they would precede it in the topic.
+    // With this setting, messages after a failed message fail as well. Otherwise they would precede the failed message
+    // in the topic.
     ("enable.gapless.guarantee", "true"),
-    // No message expires. An unreachable broker costs lag and nothing else.
+    // With 0, messages never expire, so an unreachable broker causes nothing but lag.
     ("message.timeout.ms", "0"),
     ("delivery.timeout.ms", "0"),
 ];
@@ -87,15 +88,16 @@ struct Delivered {
 
 /// Decides when a message may be sent to a partition.
 ///
-/// A broker that does not know a producer accepts any batch as its first one. With two batches in flight to a new
-/// topic or a new leader that was not ready for the first, the broker accepts the second; the client then counts the
-/// first as sent too, and the first is lost. A broker that has acknowledged a message of this producer knows the next
-/// sequence number and accepts no other. So a message passes if no other is in flight to its partition, or if the
-/// partition has acknowledged one recently.
+/// A broker that does not know a producer accepts any batch as that producer's first batch. Suppose two batches are in
+/// flight to a new topic, or to a new leader, that was not ready for the first batch. The broker then accepts the
+/// second batch, the client counts the first batch as sent as well, and the first batch is lost. A broker that has
+/// acknowledged a message of this producer expects the next sequence number and accepts no other. The gate therefore
+/// lets a message pass if no other message is in flight to the partition, or if the partition has acknowledged a
+/// message recently.
 #[derive(Default)]
 struct Gate {
     under_way: AtomicUsize,
-    /// Milliseconds from the start of the producer to the last acknowledgement; 0 if there was none.
+    /// The time of the last acknowledgement, in milliseconds since the start of the producer; 0 if there was none.
     acknowledged_ms: AtomicU64,
 }
 
@@ -115,7 +117,8 @@ impl Gate {
     }
 }
 
-/// A message that a gate let pass. Dropping the guard ends the flight, even if the sender gave up half-way.
+/// Counts a message that a gate let pass as in flight until this guard is dropped, even if the sender gives up
+/// half-way.
 struct Passage(Arc<Gate>);
 
 impl Drop for Passage {
@@ -130,17 +133,18 @@ type Gates = Vec<Arc<Gate>>;
 struct Context {
     settings: Settings,
     broken: AtomicBool,
-    /// Held by every task that hands over messages or waits for a receipt.
+    /// A clone is held by every task that hands messages to the client or waits for a receipt.
     waiting: Arc<()>,
-    /// Whether a batch was too large for its topic and may have held more than one message.
+    /// Whether a batch was too large for its topic and may have contained more than one message.
     too_large: AtomicBool,
     batch_bytes_max: usize,
     room: Notify,
-    /// The offsets up to which brokers have acknowledged messages; shared with the previous and next producers.
+    /// The offsets up to which brokers have acknowledged messages. This producer shares them with the producers before
+    /// and after it.
     taken: Arc<Mutex<Ends>>,
     started_at: Instant,
-    /// Milliseconds from the start to the client's last error, such as a lost connection: a broker that comes back may
-    /// have lost its data.
+    /// The time of the client's last error, such as a lost connection, in milliseconds since the start. A broker that
+    /// comes back after an error may have lost its data.
     erred_ms: AtomicU64,
     gates: Mutex<HashMap<Arc<str>, Gates>>,
 }
@@ -179,7 +183,7 @@ impl ProducerContext for Context {
             delivered.passage.0.acknowledged(self.now_ms());
         }
         let failed = result.as_ref().err().map(|(error, message)| {
-            // A broker refuses a batch as a whole. Only a message that fills a batch was certainly alone in it.
+            // A broker refuses a batch as a whole. Only a message that fills a batch was certainly alone in its batch.
             let fills = message.payload_len() + message.key_len() >= self.batch_bytes_max;
             if error.rdkafka_error_code() == Some(RDKafkaErrorCode::MessageSizeTooLarge) && !fills {
                 self.too_large.store(true, Ordering::Release);
@@ -194,13 +198,13 @@ impl ProducerContext for Context {
             taken.set(message.topic(), message.partition().cast_unsigned(), message.offset() + 1);
         }
         delivered.batch.settle(1, failed);
-        // Drops the passage last: after a failure, nothing may pass before `broken` is set.
+        // The passage is dropped last, because after a failure no message may pass the gate before `broken` is set.
         drop(delivered);
         self.room.notify_waiters();
     }
 }
 
-/// Classifies an error: a verdict on the message itself is a refusal; any other error is a problem of the broker.
+/// Classifies an error. An error caused by the message itself is a refusal; any other error is a problem of the broker.
 fn refusal(error: &KafkaError, index: usize) -> BusError {
     use RDKafkaErrorCode as Code;
     match error.rdkafka_error_code() {
@@ -218,11 +222,11 @@ fn failed() -> BusError {
     BusError::Unavailable("what was under way has failed".into())
 }
 
-/// A producer, replaced by a new one once it has failed: a failed producer sends nothing more, so that messages
-/// published again follow everything it has sent.
+/// The current producer, which is replaced by a new producer after a failure. A failed producer sends nothing more, so
+/// that messages that are published again follow everything that the failed producer has sent.
 pub(crate) struct Producer {
     settings: Settings,
-    /// The largest batch, in bytes. The limit of a topic applies to a batch, not to a message.
+    /// The maximum size of a batch, in bytes. A topic's limit applies to a batch, not to a message.
     batch_bytes_max: AtomicUsize,
     current: Mutex<Arc<ThreadedProducer<Context>>>,
     taken: Arc<Mutex<Ends>>,
@@ -247,12 +251,12 @@ impl Producer {
     ) -> Result<Arc<ThreadedProducer<Context>>, BusError> {
         let mut config = settings.client();
         config
-            // Long enough to batch the messages of one call. While requests are in flight, messages that arrive
-            // meanwhile are batched anyway; a single message waits this long at each hop.
+            // This delay is long enough to batch the messages of one call. Messages that arrive while requests are in
+            // flight are batched anyway. A single message waits this long at each hop.
             .set("linger.ms", "0.1")
             .set("compression.type", "lz4")
-            // The topic existed before the first message: a topic that is unknown now was deleted, and is created
-            // again.
+            // Every topic exists before the first message is sent. If a topic is unknown to brokers for longer than
+            // this, the topic was deleted, and the bus creates it again.
             .set("topic.metadata.propagation.max.ms", "5000")
             .set("message.max.bytes", MESSAGE_BYTES_MAX.to_string())
             .set("batch.size", batch_bytes_max.to_string())
@@ -267,8 +271,9 @@ impl Producer {
         Ok(Arc::new(config.create_with_context(context).map_err(misconfigured)?))
     }
 
-    /// Returns the producer if it is sound, otherwise a new one, and whether it is new. Fails until every caller has
-    /// seen the old producer fail: a caller that has not would send its next page ahead of the failed messages.
+    /// Returns the current producer, or a new producer if the current one has failed, and whether the producer is new.
+    /// Returns an error until every caller has seen the old producer fail. A caller that has not seen the failure would
+    /// send its next page ahead of the failed messages.
     fn sound(&self) -> Result<(Arc<ThreadedProducer<Context>>, bool), BusError> {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         if !current.client().context().broken.load(Ordering::Acquire) {
@@ -289,12 +294,12 @@ impl Producer {
         Ok((current.clone(), true))
     }
 
-    /// Replaces a failed producer. Returns whether the cached knowledge of topics may be outdated.
+    /// Replaces a failed producer. Returns whether the cached facts about topics may be outdated.
     pub fn mend(&self) -> Result<bool, BusError> {
         self.sound().map(|(_, is_new)| is_new)
     }
 
-    /// Limits all following batches to the size that a topic accepts. Messages in flight are published again.
+    /// Limits all following batches to the size that a topic accepts. Callers publish the messages in flight again.
     pub fn fit(&self, topic_bytes_max: usize) {
         if self.batch_bytes_max.fetch_min(topic_bytes_max, Ordering::AcqRel) > topic_bytes_max {
             let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
@@ -309,7 +314,7 @@ impl Producer {
         let waiting = context.waiting.clone();
         let (done, receipt) = oneshot::channel();
         let batch = Arc::new(Batch {
-            // One extra, for the messages that are not handed over yet.
+            // The extra count stands for the messages that are not handed over yet.
             left: AtomicUsize::new(messages.len() + 1),
             failed: Mutex::default(),
             done: Mutex::new(Some(done)),
@@ -322,10 +327,11 @@ impl Producer {
             for index in next {
                 let Outgoing { topic, message } = &messages[index];
                 let gate = context.gate(topic, partitions[index]);
-                // A message behind a held message of its partition is held too; other partitions proceed.
+                // A message must also wait if an earlier message to the same partition waits; other partitions proceed.
                 if closed.iter().any(|closed| Arc::ptr_eq(closed, &gate)) {
                     held.push(index);
-                    // Reads the time for each message: a full client may have blocked the previous message for minutes.
+                    // The time is read for each message, because a full client may have blocked the previous message
+                    // for minutes.
                 } else if gate.pass(context.now_ms(), context.erred_ms.load(Ordering::Acquire)) {
                     let delivered = Box::new(Delivered { batch: batch.clone(), index, passage: Passage(gate) });
                     let record = BaseRecord::with_opaque_to(topic, delivered)
@@ -361,7 +367,7 @@ impl Producer {
 
 type Record<'m> = BaseRecord<'m, str, str, Box<Delivered>>;
 
-/// Hands a message to the client, as soon as the client has room.
+/// Hands a message to the client as soon as the client has room.
 async fn hand_over(
     producer: &ThreadedProducer<Context>,
     context: &Context,
@@ -393,7 +399,7 @@ async fn hand_over(
     }
 }
 
-/// Settles the messages that were never handed over, on drop.
+/// When dropped, settles the messages that were never handed over.
 struct Unsent<'a> {
     batch: &'a Batch,
     count: usize,

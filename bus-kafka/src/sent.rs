@@ -1,4 +1,5 @@
-//! Reads what a service has sent since the offsets that it remembers, in several topics at once.
+//! Reads the messages that a service has sent since the offsets that the service remembers, from several topics at
+//! once.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -22,17 +23,19 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How long brokers may stay silent before the read fails.
 const SILENCE: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_millis(200);
-/// The number of messages to inspect in a partition whose end is not remembered. The service's last message is among
-/// them, unless other services have sent that many since.
+/// The number of messages to inspect in a partition for which the service remembers no end. The service's last message
+/// is among these messages, unless other services have sent at least as many messages since.
 const LAST: i64 = 1_000;
-/// The same limit where the end is remembered. Other services may have sent much while the service was down.
+/// The same limit for a partition for which the service remembers an end. Other services may have sent many messages
+/// while the service was down.
 const SINCE_MAX: i64 = 10_000;
-/// The maximum number of messages returned. The first message that the log lacks would be enough.
+/// The maximum number of messages returned. The caller could manage with only the first message that is missing from
+/// the log.
 const GIVEN_MAX: usize = 20_000;
 
 type Place = (String, i32);
 
-/// Returns the messages of a service after these ends, in order per partition.
+/// Returns the messages that a service has sent after these ends, in order per partition.
 pub(crate) async fn since(
     settings: &Settings,
     cluster: Arc<str>,
@@ -50,7 +53,7 @@ pub(crate) async fn since(
     looked.await.map_err(|error| BusError::Unavailable(error.to_string()))?
 }
 
-/// Assigns the partitions that have messages after the ends, and returns the end of each.
+/// Assigns the partitions that have messages after `ends`, and returns the present end of each of these partitions.
 fn begin(consumer: &BaseConsumer, ends: &Ends) -> Result<HashMap<Place, i64>, KafkaError> {
     let mut places = Vec::new();
     for topic in ends.topics() {
@@ -69,7 +72,7 @@ fn begin(consumer: &BaseConsumer, ends: &Ends) -> Result<HashMap<Place, i64>, Ka
         let known = ends.of(&place.0, place.1.cast_unsigned());
         let from = match known {
             Some(known) if known <= next => known.max(next - SINCE_MAX),
-            // The topic was created again, or no end of it is remembered.
+            // Either the topic was created again, or the service remembers no end of this partition.
             _ => next - LAST,
         };
         let from = from.max(first);
@@ -109,12 +112,13 @@ fn read(
     while !open.is_empty() && found.len() < GIVEN_MAX {
         let record = match consumer.poll(LOOK) {
             Some(Ok(record)) => record,
-            // Also reports the end where the last offsets hold no message, as after a transaction.
+            // This event reports the end even if the last offsets hold no message, as after a transaction.
             Some(Err(KafkaError::PartitionEOF(_))) => {
                 at_their_ends(consumer, &mut open).map_err(|error| unavailable(&error))?;
                 continue;
             }
-            // The client retries by itself; if that does not help, it stays silent.
+            // The client retries by itself. If the retries fail, the client stays silent, and the read fails after
+            // `SILENCE`.
             Some(Err(error)) => {
                 tracing::warn!(%error, "looking at what was sent");
                 continue;

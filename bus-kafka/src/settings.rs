@@ -1,4 +1,4 @@
-//! Settings: brokers, how topics are created, and options passed to the Kafka client.
+//! The settings of the bus: the brokers, how topics are created, and options for the Kafka client.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -11,9 +11,11 @@ use annals::{BusError, secret};
 use percent_encoding::percent_decode_str;
 use rdkafka::{ClientConfig, error::KafkaError, types::RDKafkaConfRes::RD_KAFKA_CONF_UNKNOWN as UNKNOWN};
 
-/// The number of partitions of a topic created here: the maximum number of group members that can share the work.
+/// The default number of partitions of a topic that the bus creates. No more group members than this can share the
+/// work.
 const PARTITIONS_DEFAULT: u32 = 8;
-/// URL parameters that are not librdkafka settings, and a few librdkafka settings, to suggest when a name is misspelt.
+/// The names to suggest when a URL parameter is misspelt: the parameters that are not librdkafka settings, and a few
+/// librdkafka settings.
 const PARAMETERS: [&str; 7] = [
     "partitions",
     "replication",
@@ -23,13 +25,13 @@ const PARAMETERS: [&str; 7] = [
     "sasl.username",
     "sasl.password",
 ];
-/// A broker would take minutes to create more partitions.
+/// The maximum number of partitions: a broker would take minutes to create more.
 const PARTITIONS_MAX: u32 = 10_000;
 
-/// The Kafka cluster, and how it is used. As text: `kafka://host:port[,host:port][?name=value&…]`, where a name is
-/// `partitions`, `replication`, `retention.ms`, or a librdkafka setting such as `security.protocol`; values are
-/// percent-encoded. The value of a librdkafka setting can also come from a file or an environment variable:
-/// `sasl.password_file=PATH`, `sasl.password_env=VARIABLE`.
+/// The address of a Kafka cluster, and how to use the cluster. The settings can be parsed from a URL of the form
+/// `kafka://host:port[,host:port][?name=value&…]`, where each name is `partitions`, `replication`, `retention.ms`, or a
+/// librdkafka setting such as `security.protocol`. Values are percent-encoded. The value of a librdkafka setting can
+/// also come from a file or an environment variable: `sasl.password_file=PATH`, `sasl.password_env=VARIABLE`.
 ///
 /// ```
 /// let settings: annals_kafka::Settings = "kafka://a:9092,b:9092?partitions=12&replication=3&sasl.password=p%26q".parse()?;
@@ -61,28 +63,28 @@ impl Settings {
         }
     }
 
-    /// Sets the number of partitions of topics that do not exist yet; 8 by default. Do not change the number of
-    /// partitions of an existing topic: order per key holds only while the number stays the same.
+    /// Sets the number of partitions with which missing topics are created; the default is 8. Do not change the number
+    /// of partitions of an existing topic: messages stay in order per key only while the number stays the same.
     pub fn partitions(mut self, partitions: u32) -> Self {
         self.partitions = partitions;
         self
     }
 
-    /// Sets the replication factor of topics that do not exist yet; the default is the cluster's.
+    /// Sets the replication factor with which missing topics are created; the default is the cluster's.
     pub fn replication(mut self, replication: u16) -> Self {
         self.replication = Some(replication);
         self
     }
 
-    /// Sets how long topics that do not exist yet keep messages; the default is the cluster's.
+    /// Sets the retention with which missing topics are created; the default is the cluster's.
     pub fn retention(mut self, retention: Duration) -> Self {
         self.retention = Some(retention);
         self
     }
 
-    /// Sets a librdkafka setting, such as those for TLS and SASL: `set("security.protocol", "SASL_SSL")`. Settings
-    /// that the order of messages depends on cannot be changed. `group.instance.id` is the name of this process; a
-    /// number is appended to the name for each member of a group.
+    /// Sets a librdkafka setting, for example for TLS or SASL: `set("security.protocol", "SASL_SSL")`. Settings on
+    /// which the order of messages depends cannot be changed. `group.instance.id` is the name of this process; each of
+    /// the process's members of a group appends a number to the name.
     pub fn set(mut self, name: &str, value: &str) -> Self {
         if name == "group.instance.id" {
             self.instance = Some(value.to_owned());
@@ -92,7 +94,8 @@ impl Settings {
         self
     }
 
-    /// Returns a text of a client or a broker, unless the text repeats a value that may be a secret.
+    /// Returns a message of the client or a broker, or a placeholder if the message repeats a value that may be a
+    /// secret.
     pub(crate) fn without_secrets<'t>(&self, text: &'t str) -> &'t str {
         let is_secret =
             |name: &str| ["password", "secret", "key", "token", "config"].iter().any(|word| name.contains(word));
@@ -108,7 +111,7 @@ impl Settings {
             .set("client.id", "annals")
             // Nagle's algorithm trades latency for throughput, and Kafka batches by itself.
             .set("socket.nagle.disable", "true")
-            // Reconnects to a broker within a second of its return.
+            // With this setting, the client reconnects within a second once a broker is reachable again.
             .set("reconnect.backoff.ms", "50")
             .set("reconnect.backoff.max.ms", "1000");
         config
@@ -117,7 +120,7 @@ impl Settings {
     /// Returns the settings that all consumers share, including those that only inspect topics.
     pub(crate) fn consumer(&self) -> ClientConfig {
         let mut config = self.client();
-        // A missing topic is created with the declared partitions, or not at all.
+        // A broker must not create a missing topic with its own default number of partitions.
         config.set("allow.auto.create.topics", "false");
         config
     }
@@ -161,7 +164,7 @@ impl fmt::Debug for Settings {
 impl FromStr for Settings {
     type Err = BusError;
 
-    /// Parses the URL. Errors never contain values, which may be secrets.
+    /// Parses the URL. Errors never contain the values of parameters, because a value may be a secret.
     fn from_str(text: &str) -> Result<Self, BusError> {
         const FORM: &str = "a Kafka bus is kafka://host:port[,host:port][?name=value&…]";
         let wrong = |what: String| BusError::Misconfigured(format!("{what}; {FORM}"));
@@ -213,7 +216,7 @@ impl FromStr for Settings {
     }
 }
 
-/// Returns the setting that `NAME_file=PATH` or `NAME_env=VARIABLE` refers to, and its value.
+/// Returns the name and the value of the setting to which `NAME_file=PATH` or `NAME_env=VARIABLE` refers.
 fn secret_of<'n>(name: &'n str, place: &str) -> Option<(&'n str, Result<String, String>)> {
     if let Some(name) = name.strip_suffix("_file") {
         return Some((name, secret::from_file(place)));
@@ -221,17 +224,18 @@ fn secret_of<'n>(name: &'n str, place: &str) -> Option<(&'n str, Result<String, 
     name.strip_suffix("_env").map(|name| (name, secret::from_env(place)))
 }
 
-/// Returns whether librdkafka has a setting of this name. librdkafka reports an invalid value later.
+/// Returns whether librdkafka has a setting with this name. An invalid value does not matter here, because librdkafka
+/// reports it later.
 fn is_known_to_client(name: &str, value: &str) -> bool {
     let set = ClientConfig::new().set(name, value).create_native_config();
     !matches!(set, Err(KafkaError::ClientConfig(UNKNOWN, ..)))
 }
 
-/// Reports an invalid setting without its value, which may be a secret given under a wrong name.
+/// Reports an invalid setting without its value, because the value may be a secret under a misspelt name.
 pub(crate) fn misconfigured(error: KafkaError) -> BusError {
     BusError::Misconfigured(match error {
         KafkaError::ClientConfig(_, reason, name, value) => {
-            // Some reasons repeat the value, or an element of a list.
+            // Some of the client's reasons repeat the value, or one element if the value is a list.
             let repeats = value.split(',').any(|part| !part.is_empty() && reason.contains(part));
             let reason = if repeats { "the client does not take its value" } else { &*reason };
             format!("Kafka client setting {name}: {reason}")

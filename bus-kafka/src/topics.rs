@@ -1,4 +1,4 @@
-//! Topics: created as declared, or refused with a reason.
+//! Creates missing topics as the settings say, or reports why a topic cannot be created.
 
 use std::{
     collections::HashMap,
@@ -20,11 +20,11 @@ use crate::settings::{Settings, misconfigured};
 
 /// How long a cluster may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How often to check for a refusal while no broker answers.
+/// While no broker answers, how often to check whether a broker has rejected the connection.
 const LOOK: Duration = Duration::from_millis(500);
 /// How long all brokers may take to learn of a new topic.
 const SETTLED: Duration = Duration::from_secs(10);
-/// The default limit of brokers, in bytes.
+/// The default maximum message size of brokers, in bytes.
 const MESSAGE_BYTES_DEFAULT: usize = 1_000_000;
 
 /// Records why a broker rejects the connection.
@@ -44,7 +44,8 @@ impl ClientContext for Door {
 
 impl ConsumerContext for Door {}
 
-/// How long cached facts about a topic stay valid: the topic may get more partitions, or accept larger messages.
+/// How long cached facts about a topic stay valid. The topic may be changed to have more partitions, or to accept
+/// larger messages.
 const BELIEVED: Duration = Duration::from_secs(300);
 
 /// The cached facts about a topic.
@@ -61,7 +62,8 @@ pub(crate) struct Known {
 pub(crate) struct Topics {
     settings: Settings,
     admin: AdminClient<DefaultClientContext>,
-    /// A consumer client: a lookup by the admin client would make brokers create the missing topic.
+    /// The client that looks up topics. It is a consumer, because a lookup by the admin client would make brokers
+    /// create a missing topic.
     looking: Arc<BaseConsumer<Door>>,
     known: Mutex<HashMap<Arc<str>, Known>>,
 }
@@ -107,7 +109,7 @@ impl Topics {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Clears the cache before the next use: topics may have been deleted.
+    /// Makes the next use clear the cache, because topics may have been deleted.
     pub fn forget(&self) {
         self.known().clear();
     }
@@ -135,12 +137,12 @@ impl Topics {
         bytes_max
     }
 
-    /// Returns whether the topic exists. Creates nothing.
+    /// Returns whether the topic exists. Does not create the topic.
     pub async fn exists(&self, topic: &Arc<str>) -> Result<bool, BusError> {
         Ok(self.partitions(topic).await?.is_some())
     }
 
-    /// Returns the number of partitions if the topic exists. Creates nothing.
+    /// Returns the number of partitions if the topic exists. Does not create the topic.
     async fn partitions(&self, topic: &Arc<str>) -> Result<Option<u32>, BusError> {
         let (looking, topic) = (self.looking.clone(), topic.clone());
         let looked = tokio::task::spawn_blocking(move || {
@@ -222,14 +224,14 @@ impl Topics {
         settled.map_err(|_| BusError::Unavailable(format!("topic {topic} was made and is not to be seen yet")))
     }
 
-    /// Returns the limit of the topic, or the default if the caller may not read the topic's settings.
+    /// Returns the topic's maximum message size, or the default if the caller may not read the topic's settings.
     async fn message_bytes_max(&self, topic: &str) -> usize {
         let of_topic = self.setting(topic, "max.message.bytes").await.and_then(|bytes| bytes.parse().ok());
         of_topic.unwrap_or(MESSAGE_BYTES_DEFAULT)
     }
 
-    /// Returns whether brokers remove all but the last message of each key; `false` if the caller may not read the
-    /// topic's settings.
+    /// Returns whether the topic is compacted: brokers then remove all but the last message of each key. Returns
+    /// `false` if the caller may not read the topic's settings.
     pub async fn is_compacted(&self, topic: &str) -> bool {
         self.setting(topic, "cleanup.policy").await.is_some_and(|policy| policy.contains("compact"))
     }
