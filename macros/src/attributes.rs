@@ -95,8 +95,8 @@ fn serde(attributes: &[Attribute]) -> impl Iterator<Item = &Attribute> {
     attributes.iter().filter(|a| a.path().is_ident("serde"))
 }
 
-/// Refuses serde attributes that would silently have no effect: an event is stored by its name and its fields, so
-/// serde's ways to name and tag the variants of an enum mean nothing here.
+/// Refuses serde attributes that would silently have no effect. An event is stored under its own name with its fields,
+/// so serde's attributes that name or tag the variants of an enum do not apply.
 fn refuse_serde(attributes: &[Attribute], place: &str, allowed: &[&str]) -> Result<()> {
     for attribute in serde(attributes) {
         let metas = attribute.parse_args_with(Punctuated::<Meta, Token![,]>::parse_terminated)?;
@@ -118,7 +118,7 @@ fn key(meta: &ParseNestedMeta<'_>) -> String {
     meta.path.get_ident().map(ToString::to_string).unwrap_or_default()
 }
 
-/// Returns a path as a reader writes it, without generic arguments.
+/// Returns a path as people write it, without generic arguments.
 pub(crate) fn path_text(path: &Path) -> String {
     let segments: Vec<_> = path.segments.iter().map(|segment| segment.ident.to_string()).collect();
     segments.join("::")

@@ -1,4 +1,4 @@
-//! The checked enum, as the macro uses it.
+//! The enum in the form in which the macro uses it, after all checks.
 
 use std::collections::HashMap;
 
@@ -25,7 +25,7 @@ pub(crate) struct EventVariant {
     /// The stored name.
     pub(crate) name: String,
     pub(crate) version: i32,
-    /// The upcasters in order: the first leads from version 1 to 2, the last to the current version.
+    /// The upcasters in order. The first converts version 1 to version 2; the last produces the current version.
     pub(crate) upcasters: Vec<ExprPath>,
     /// The `#[serde(..)]` attributes of the variant.
     pub(crate) serde: Vec<syn::Attribute>,
@@ -112,7 +112,8 @@ fn stored_name(variant: &Ident, explicit: Option<&LitStr>, prefix: Option<&LitSt
         };
     }
     let kebab = name::kebab_case(&variant.unraw().to_string());
-    // Checked alone first: a prefix must not hide that the variant's part does not start with a letter.
+    // The variant's part is first checked without the prefix, because a prefix would hide that the part does not
+    // start with a letter.
     let stored = name::check(&kebab).map(|()| match prefix {
         Some(prefix) => format!("{}.{kebab}", prefix.value()),
         None => kebab,
@@ -123,7 +124,7 @@ fn stored_name(variant: &Ident, explicit: Option<&LitStr>, prefix: Option<&LitSt
     })
 }
 
-/// Returns the current version and the upcasters to it; there is one upcaster fewer than versions.
+/// Returns the current version and the upcasters. There is one upcaster fewer than there are versions.
 fn versions(variant: &Ident, attributes: &VariantAttributes) -> Result<(i32, Vec<ExprPath>)> {
     let version = match &attributes.version {
         Some(literal) => literal.base10_parse::<i32>()?,

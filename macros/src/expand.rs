@@ -1,8 +1,8 @@
 //! The code that the macro generates.
 //!
-//! All generated code is in one anonymous constant. Its own names begin with `__`, so that they cannot collide with the
-//! names of the user, whose field types and upcasters are resolved there. For the same reason all paths are absolute:
-//! the user may have another `Result` in scope.
+//! All generated code is in one anonymous constant, in which the user's field types and upcasters are resolved, too.
+//! The names of the generated items begin with `__`, so that they cannot collide with the user's names. For the same
+//! reason all paths are absolute: the user may have another `Result` in scope.
 
 use proc_macro2::{Span, TokenStream};
 use quote::{ToTokens, format_ident, quote, quote_spanned};
@@ -79,7 +79,8 @@ pub(crate) fn event_impl(event_enum: &EventEnum) -> TokenStream {
     }
 }
 
-/// Generates the function that writes a value, and reads the value back where serde may not restore one of its numbers.
+/// Generates the function that writes a value as JSON. If serde might not restore a number in the value, the function
+/// also reads the value back.
 fn encode_fn() -> TokenStream {
     quote! {
         fn encode(
@@ -116,9 +117,9 @@ fn encode_fn() -> TokenStream {
 
 /// Generates the type that serializes the fields of any variant in place.
 ///
-/// The type is a mirror of the enum with serde's "remote derive": it borrows the fields from the original but sees
-/// their own types, so that `skip_serializing_if` and `serialize_with` work as usual. A struct of references would
-/// break both. `untagged` puts only the fields into the JSON.
+/// The type mirrors the enum with serde's "remote derive". It borrows the fields from the original but keeps the types
+/// of the fields, so that `skip_serializing_if` and `serialize_with` work as usual. A struct of references would break
+/// both attributes. `untagged` makes the JSON contain only the fields.
 fn writer(event_enum: &EventEnum) -> TokenStream {
     let ident = &event_enum.ident;
     let remote = ident.to_string();
@@ -179,7 +180,8 @@ fn read_arm(variant: &EventVariant) -> TokenStream {
     let members: Vec<_> = fields.members().collect();
     let steps = variant.upcasters.iter().map(|upcaster| {
         let shown = path_text(&upcaster.path);
-        // The compiler then reports an upcaster of the wrong type where the upcaster is named, not at `derive(Event)`.
+        // With this span, the compiler reports an upcaster of the wrong type where the attribute names the upcaster,
+        // not at `derive(Event)`.
         let span = Span::mixed_site().located_at(upcaster.span());
         quote_spanned! {span=>
             (#shown, |value| {

@@ -32,12 +32,12 @@ use syn::{DeriveInput, parse_macro_input};
 ///
 /// # On a variant
 ///
-/// - `name = "order.placed"`: the whole stored name; the prefix is not added. Set the name before you rename a variant
-///   whose events are already stored.
-/// - `version = 3`: the schema version that is written; 1 by default.
-/// - `upcasters(one_to_two, two_to_three)`: one function per step to the current version, each `fn(serde_json::Value)
-///   -> Result<serde_json::Value, impl Display>`. Events of the current version are decoded directly and pass no
-///   upcaster.
+/// - `name = "order.placed"`: the whole stored name; the prefix is not added. If events of a variant are already
+///   stored, set this attribute when you rename the variant.
+/// - `version = 3`: the schema version that is written. The default is 1.
+/// - `upcasters(one_to_two, two_to_three)`: one function per step to the current version, each of type
+///   `fn(serde_json::Value) -> Result<serde_json::Value, impl Display>`. Events of the current version are decoded
+///   directly, without an upcaster.
 ///
 /// A name starts with a lowercase letter, continues with lowercase letters, digits, `.`, `-` and `_`, and has at most
 /// 100 bytes.
