@@ -16,19 +16,19 @@ use crate::{
 /// A store that lists its contents, and accepts the contents of another store.
 #[async_trait]
 pub trait Archive: EventStore {
-    /// Returns streams after `after` in byte order of their names; start with `""`. Reflects the current moment, and
-    /// includes streams whose events readers of the log do not see yet, because an older transaction may still commit
-    /// before them.
+    /// Returns streams after `after` in byte order of their names; start with `""`. The result includes streams whose
+    /// events are not yet visible to readers of the log, because an older transaction may still commit events before
+    /// them.
     async fn streams(&self, after: &str, limit: usize) -> Result<Vec<StreamSummary>, StoreError>;
 
     /// Returns the names of all collections of documents, in byte order.
     async fn collections(&self) -> Result<Vec<Arc<str>>, StoreError>;
 
     /// Writes the contents of another store unchanged: events with their positions, ids and times, and documents with
-    /// their versions. All of it is written or nothing, and nothing if a position or a version in a stream is already
-    /// taken. A document replaces the document with the same key.
+    /// their versions. Either everything is written or nothing. Nothing is written if a position, or a version in a
+    /// stream, is already in use. A document replaces the document with the same key.
     ///
-    /// Checks no versions, and requires that no other process writes to the store.
+    /// This method checks no expected versions. The caller must ensure that no other process writes to the store.
     async fn restore(&self, contents: Contents) -> Result<(), CommitError>;
 }
 
@@ -40,7 +40,7 @@ pub fn import_key() -> DocumentKey {
     DocumentKey::new(IMPORT, "progress")
 }
 
-/// Returns whether an import into the store is incomplete: until its end, the checkpoints are ahead of the log.
+/// Returns whether an import into the store is incomplete. Until an import ends, the checkpoints are ahead of the log.
 pub(crate) async fn is_half_imported(store: &dyn EventStore) -> Result<bool, StoreError> {
     #[derive(Deserialize)]
     struct Import {
@@ -76,8 +76,8 @@ pub struct Contents {
     pub documents: Vec<Document>,
 }
 
-/// An event byte for byte as stored: the form for hashing and moving. A [`Recorded`] drops any metadata that the
-/// framework does not know.
+/// An event exactly as stored, byte for byte. Tools hash and move events in this form, because a [`Recorded`] drops all
+/// metadata that the framework does not know.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stored<'a> {
     /// The position of the event in the log.
@@ -100,7 +100,7 @@ pub struct Stored<'a> {
     pub recorded_at: DateTime<Utc>,
 }
 
-/// Converts an event with only the metadata that the framework knows.
+/// Converts a recorded event. The result contains only the metadata that the framework knows.
 impl<'a> From<&'a Recorded> for Stored<'a> {
     fn from(event: &'a Recorded) -> Self {
         Self {

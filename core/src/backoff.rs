@@ -1,8 +1,9 @@
-//! Growing delays after failures, with jitter so that many clients do not retry at the same moment.
+//! Growing delays after failures. The delays have jitter, so that many clients do not retry at the same moment.
 
 use std::time::Duration;
 
-/// Doubling delays between two bounds, each drawn from its upper half.
+/// Delays that double from a lower to an upper bound. Each actual delay is a random value from the upper half of the
+/// nominal delay.
 #[derive(Clone, Debug)]
 pub(crate) struct Backoff {
     next: Duration,
@@ -11,12 +12,12 @@ pub(crate) struct Backoff {
 }
 
 impl Backoff {
-    /// The backoff between writers that race for one stream: a few commits long.
+    /// Returns the backoff for writers that compete for one stream. The delays are as long as a few commits.
     pub fn short() -> Self {
         Self::between(Duration::from_micros(200), Duration::from_millis(50))
     }
 
-    /// The backoff while a store or a bus is unavailable.
+    /// Returns the backoff for a store or a bus that is unavailable.
     pub fn long() -> Self {
         Self::between(Duration::from_millis(50), Duration::from_secs(5))
     }

@@ -1,4 +1,5 @@
-//! Categories: which aggregate owns each, and which named categories do not exist.
+//! Categories. This module records which aggregate uses each category, and reports categories that a service names but
+//! that do not exist.
 
 use std::{
     any::type_name,
@@ -17,9 +18,9 @@ use crate::{
     store::{EventStore, LogQuery, StoreError},
 };
 
-/// How long a category that a service publishes or follows may be unknown before health names it.
+/// How long a category that a service publishes or follows may be missing before health names the category.
 const UNKNOWN_MAX: Duration = Duration::from_secs(10);
-/// How often the log is searched for unknown categories.
+/// How often the log is searched for missing categories.
 const LOOK: Duration = Duration::from_millis(500);
 const PAGE: usize = 1_000;
 /// The pause between two pages, so that the search of a long log does not slow down other readers.
@@ -53,11 +54,11 @@ pub(crate) fn check_own(category: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// Registers that aggregates of this kind use this category.
+/// Registers that aggregates of this type use this category.
 ///
 /// # Errors
-/// If another kind of aggregate without a common event type already uses the category: each kind would meet events that
-/// it cannot read. Two builds of one aggregate have event types in common.
+/// Fails if another type of aggregate already uses the category, and the two types have no event type in common. Each
+/// of them would then read events that it cannot decode. Two builds of one aggregate do have event types in common.
 pub(crate) fn register<A: Aggregate>(store: &Arc<dyn EventStore>, category: &str) -> Result<(), String> {
     let (aggregate, events) = (type_name::<A>(), A::Event::TYPES);
     let mut all = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
@@ -84,8 +85,8 @@ fn is_registered(category: &str) -> bool {
     KNOWN.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|known| known.category == category)
 }
 
-/// Reports the categories that a service publishes or follows but that neither an aggregate of this process nor an
-/// event of the log has, until each of them appears.
+/// Reports categories that a service publishes or follows, but that no aggregate of this process and no event of the
+/// log belongs to. Each category is reported until an aggregate or an event with it appears.
 pub(crate) async fn watch(
     service: String,
     store: Arc<dyn EventStore>,
@@ -96,7 +97,7 @@ pub(crate) async fn watch(
     let (started, mut after, mut told) = (Instant::now(), Position::START, false);
     loop {
         unknown.retain(|category| !is_registered(category));
-        // Other parts report a store that is unavailable.
+        // If the store is unavailable, other parts report that.
         while let Ok(page) = look(&*store, &mut unknown, after).await {
             let read = std::mem::replace(&mut after, page) < page;
             if !read || unknown.is_empty() {
@@ -126,7 +127,7 @@ pub(crate) async fn watch(
     }
 }
 
-/// Searches a page of the log for events of these categories. Returns the end of the page.
+/// Searches one page of the log for events of these categories, and returns the position at the end of the page.
 async fn look(
     store: &dyn EventStore,
     unknown: &mut BTreeSet<Arc<str>>,

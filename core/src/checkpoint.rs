@@ -1,5 +1,5 @@
-//! Checkpoints: how far a subscription or a consumer has come, one document per lane of the log or partition of a
-//! topic.
+//! Checkpoints. A checkpoint records the progress of a subscription or a consumer. There is one document per lane of
+//! the log, and one per partition of a topic.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use crate::{
     worker::Item,
 };
 
-/// The checkpoint of a lane of the log, or of a partition of a topic, in memory.
+/// The checkpoint, in memory, of a lane of the log or of a partition of a topic.
 #[derive(Clone, Debug)]
 pub(crate) struct Lane {
     /// The key of the checkpoint document.
@@ -26,27 +26,28 @@ pub(crate) struct Lane {
     pub version: i64,
     pub next: i64,
     pub incarnation: Option<Arc<str>>,
-    /// The instance that follows the lane, if several share the store.
+    /// The instance that follows the lane, if several instances share the store.
     pub holder: Option<Arc<str>>,
-    /// Set for a partition of a local bus in a process that shares its store: the instance that the bus belongs to.
+    /// The instance that a local bus belongs to. Set only for a partition of a local bus in a process that shares its
+    /// store.
     pub home: Option<Arc<str>>,
     /// The number of lanes; set only for a lane of the log.
     pub lanes: Option<u32>,
-    /// How many times an instance has taken the lane.
+    /// How many times an instance has claimed the lane.
     pub epoch: i64,
     /// Whether an operator has paused the lane.
     pub paused: bool,
     /// The id of the message before `next`; set only for a partition.
     pub last: Option<Uuid>,
     pub marks: Marks,
-    /// The offsets up to which the bus has taken messages; set only for a relay.
+    /// The ends up to which the bus has accepted messages; set only for a relay.
     pub taken: Ends,
     /// The last event delivered to the lane; set only for a lane of the log.
     pub event: Option<Given>,
 }
 
-/// The last event delivered to a lane of the log. As long as the log contains this event, the lane is not beyond the
-/// end of the log.
+/// The last event delivered to a lane of the log. As long as the log contains this event, the lane is not ahead of the
+/// log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Given {
     /// The position of the event.
@@ -71,32 +72,33 @@ pub struct Checkpoint {
     /// The incarnation of the topic that the offset belongs to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub incarnation: Option<Arc<str>>,
-    /// The instance that follows the lane, if several share the store.
+    /// The instance that follows the lane, if several instances share the store.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub holder: Option<Arc<str>>,
-    /// Set for a partition of a local bus in a process that shares its store: the instance that the bus belongs to. Its
-    /// offsets are meaningless once that instance is gone.
+    /// The instance that a local bus belongs to. Set only for a partition of a local bus in a process that shares its
+    /// store. The offsets of such a partition are meaningless once that instance is gone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub home: Option<Arc<str>>,
-    /// The number of lanes under the name; set only for a lane of the log. Earlier releases did not record the number.
+    /// The number of lanes of the subscription; set only for a lane of the log. Earlier releases did not record the
+    /// number.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lanes: Option<u32>,
-    /// How many times an instance has taken the lane.
+    /// How many times an instance has claimed the lane.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub epoch: i64,
-    /// Whether an operator has paused the lane: no worker follows a paused lane until it is resumed.
+    /// Whether an operator has paused the lane. No worker follows a paused lane until an operator resumes it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub paused: bool,
     /// The id of the message before `next`; set only for a partition.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last: Option<Uuid>,
-    /// How far the messages of each relay have come; set only for a partition.
+    /// The progress of the messages of each relay, used for deduplication; set only for a partition.
     #[serde(default, skip_serializing_if = "Marks::is_empty")]
     pub marks: Marks,
     /// The last event delivered to the lane; set only for a lane of the log.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub event: Option<Given>,
-    /// The offsets up to which the bus has taken messages; set only for a relay.
+    /// The ends up to which the bus has accepted messages; set only for a relay.
     #[serde(default, skip_serializing_if = "Ends::is_empty")]
     pub taken: Ends,
     /// When the checkpoint last moved.
@@ -133,8 +135,8 @@ impl Lane {
         }
     }
 
-    /// Reads the checkpoint. Returns `None` if there is none, or if it belongs to another incarnation or number of
-    /// lanes.
+    /// Reads the checkpoint. Returns `None` if the checkpoint does not exist, or if it belongs to another incarnation
+    /// of the topic or to another number of lanes.
     pub async fn load(&mut self, store: &dyn EventStore) -> Result<Option<i64>, StoreError> {
         let found = store.document(&self.key).await?;
         let Some(document) = found else {
@@ -145,7 +147,7 @@ impl Lane {
             .map_err(|error| StoreError::Corrupt(format!("document {}: {error}", self.key)))?;
         (self.version, self.holder, self.epoch) = (document.version, checkpoint.holder, checkpoint.epoch);
         self.paused = checkpoint.paused;
-        // After a topic was wiped, a relay may send messages again that were handled before, so the marks stay.
+        // The marks stay after a topic was wiped, because a relay may send messages again that were handled before.
         self.marks = checkpoint.marks;
         self.taken = checkpoint.taken;
         if checkpoint.incarnation != self.incarnation || self.is_of_others(checkpoint.lanes) {
@@ -168,8 +170,9 @@ impl Lane {
         Ok(Some(self.next))
     }
 
-    /// Returns whether a lane loaded without a checkpoint, one of `of` lanes, was replaced rather than new: several
-    /// lanes are created together, and a document that gives no checkpoint records another number of lanes.
+    /// Returns whether a lane, one of `of` lanes, that was loaded without a checkpoint is an old lane that was
+    /// replaced, and not a new lane. With several lanes, all checkpoints are created together, so a missing checkpoint
+    /// was removed. A document from which no checkpoint could be loaded records another number of lanes.
     pub fn is_replaced(&self, of: u32) -> bool {
         of > 1 || self.version > 0
     }
@@ -179,18 +182,19 @@ impl Lane {
         lanes.zip(self.lanes).is_some_and(|(stored, own)| stored != own)
     }
 
-    /// Returns where a consumer of the partition continues.
+    /// Returns the bookmark from which a consumer of the partition continues.
     pub fn bookmark(&self) -> Option<Bookmark> {
         (self.version > 0 && self.next > 0).then_some(Bookmark { next: self.next, last: self.last })
     }
 
-    /// Restarts the offsets after the topic was wiped; some of the wiped messages may never have arrived.
+    /// Restarts the offsets after the topic was wiped, and marks a gap, because some of the removed messages may never
+    /// have arrived.
     pub fn start_over(&mut self) {
         (self.next, self.last) = (0, None);
         self.marks.interrupt();
     }
 
-    /// Moves past a message.
+    /// Moves the checkpoint past a message.
     pub fn pass(&mut self, item: &Item) {
         self.next = item.next;
         if self.incarnation.is_some() {
@@ -203,7 +207,8 @@ impl Lane {
         }
     }
 
-    /// A lane without a checkpoint is before every position: `Start::Now` must mean the same position after a restart.
+    /// Returns whether the checkpoint lies before `next`. A lane without a stored checkpoint counts as before every
+    /// position, so that its first position is stored. `Start::Now` then means the same position after a restart.
     pub fn is_before(&self, next: i64) -> bool {
         self.next < next || self.version == 0
     }
@@ -232,8 +237,8 @@ impl Lane {
     }
 }
 
-/// Returns the last position before `before` whose event was recorded no later than `at`. The log's times never
-/// decrease.
+/// Returns the last position before `before` whose event was recorded no later than `at`. The times of the events never
+/// decrease along the log.
 async fn last_before(store: &dyn EventStore, at: DateTime<Utc>, before: Position) -> Result<Position, StoreError> {
     let (mut low, mut high) = (0, before.0 - 1);
     while low < high {

@@ -1,4 +1,4 @@
-//! The time for everything that waits: one clock for all processes on a store.
+//! The clock of a store, which all processes on the store use for timers and delays.
 
 use std::{
     fmt,
@@ -11,15 +11,15 @@ use std::{
 
 use chrono::{DateTime, Utc};
 
-/// The last moment at which anything can be due, the end of the year 9999. Every store, and every format with a time of
-/// a document or message, can hold earlier moments. A timer beyond it is never due.
+/// The last moment at which anything can be due, which is the end of the year 9999. Every store, and every format for
+/// documents or messages, can represent all earlier moments. A timer after this moment never fires.
 pub const LAST_DUE_MILLISECONDS: i64 = 253_402_300_799_999;
 
-/// The clock of a store. Clones share it.
+/// The clock of a store. Clones share the same clock.
 ///
-/// Timers, deadlines and retry delays compare times written by one process with the current time of another process.
-/// All of them therefore use the clock of the shared store, never the clock of their machine. Between two measurements,
-/// the clock follows the steady time of the machine, which neither an operator nor NTP adjusts.
+/// Timers, deadlines and retry delays compare a time written by one process with the current time of another process.
+/// Therefore they all use the clock of the shared store, and never the clock of the machine. Between two readings of
+/// the store's time, this clock follows the steady time of the machine, which neither an operator nor NTP adjusts.
 ///
 /// A test controls a clock [by hand](Clock::by_hand):
 ///
@@ -44,7 +44,7 @@ struct Hands {
     runs: bool,
 }
 
-/// The moment at which a store was asked for its time.
+/// The moment just before a store was asked for its time.
 #[derive(Clone, Copy, Debug)]
 pub struct Asked(i64);
 
@@ -52,18 +52,20 @@ pub struct Asked(i64);
 static MACHINE: LazyLock<Clock> = LazyLock::new(Clock::of_the_machine);
 
 impl Clock {
-    /// The clock of this machine, read once: a later change of the machine's time does not move this clock.
+    /// Returns the clock of this machine, which is read only once. A later change of the machine's time does not move
+    /// this clock.
     pub fn machine() -> Self {
         MACHINE.clone()
     }
 
-    /// A separate clock for a store that reports its time; until the first report, the time of the machine.
+    /// Creates a separate clock for a store that reports its time. Until the first report, this clock shows the time of
+    /// the machine.
     pub fn of_the_machine() -> Self {
         let offset = wall_microseconds().saturating_sub(steady_microseconds());
         Self(Arc::new(Hands { offset: offset.into(), runs: true }))
     }
 
-    /// A clock that stands still at `start` until a test advances it.
+    /// Creates a clock that stands still at `start` until a test advances the clock.
     pub fn by_hand(start: DateTime<Utc>) -> Self {
         Self(Arc::new(Hands { offset: start.timestamp_micros().into(), runs: false }))
     }
@@ -83,7 +85,8 @@ impl Clock {
         DateTime::from_timestamp_micros(now).unwrap_or_default()
     }
 
-    /// Returns the time after this delay; `None` if that time is beyond the calendar, and so never comes.
+    /// Returns the time after this delay; `None` if that time is beyond the end of the calendar and therefore never
+    /// comes.
     pub fn due_in(&self, delay: Duration) -> Option<DateTime<Utc>> {
         later(self.now().timestamp_millis(), delay).and_then(DateTime::from_timestamp_millis)
     }
@@ -93,8 +96,8 @@ impl Clock {
         Asked(steady_microseconds())
     }
 
-    /// Applies the store's answer: its time was `told` at some moment since [`ask`](Clock::ask). The clock moves only
-    /// as far as it contradicts the answer, so a slow answer does not move a correct clock.
+    /// Applies the answer of the store, whose time was `told` at some moment since [`ask`](Clock::ask). The clock moves
+    /// only as far as needed to agree with the answer, so a slow answer does not move a correct clock.
     pub fn told(&self, asked: Asked, told: DateTime<Utc>) {
         self.correct(asked.0, steady_microseconds(), told.timestamp_micros());
     }
@@ -130,7 +133,8 @@ pub(crate) fn later(now: i64, delay: Duration) -> Option<i64> {
     now.checked_add(delay).filter(|due| *due <= LAST_DUE_MILLISECONDS)
 }
 
-/// Read from the operating system, so that setting the machine's clock does not affect it and time asleep counts.
+/// Returns the steady time of the operating system in microseconds. A change of the machine's clock does not affect the
+/// steady time, and time during which the machine sleeps counts.
 #[cfg(target_os = "linux")]
 fn steady_microseconds() -> i64 {
     microseconds(rustix::time::clock_gettime(rustix::time::ClockId::Boottime))
@@ -165,7 +169,7 @@ mod tests {
     fn a_measurement_moves_the_clock_no_further_than_it_must() {
         let clock = Clock(Arc::new(Hands { offset: 1_000.into(), runs: true }));
         let offset = || clock.0.offset.load(Ordering::SeqCst);
-        // The answer fits: the time of the store was 1,050 somewhere between 40 and 60.
+        // The clock agrees with the answer: the time of the store was 1,050 at some moment between 40 and 60.
         clock.correct(40, 60, 1_050);
         assert_eq!(offset(), 1_000);
         // The store is an hour ahead, then an hour behind.

@@ -1,6 +1,6 @@
 //! Error texts for parameters of a URL.
 
-/// The longest part of a name that an error repeats.
+/// The maximum number of characters of a name that an error text repeats.
 const NAME_CHARS_MAX: usize = 40;
 
 /// Returns an error text that names the unknown parameter, a likely alternative, and the known parameters.
@@ -13,7 +13,7 @@ pub fn unknown_parameter(name: &str, known: &[&str]) -> String {
     let shown: String = name.chars().take(NAME_CHARS_MAX).collect();
     let plain = |name: &str| name.to_lowercase().replace(['_', '-', '.'], "");
     let distances = known.iter().map(|known| (distance(&plain(&shown), &plain(known)), known));
-    // The first of several equally near names.
+    // If several names are equally near, `min_by_key` returns the first.
     let nearest = distances.min_by_key(|(distance, _)| *distance);
     let meant = nearest.filter(|(distance, known)| *distance <= 2 && *distance < known.chars().count() / 2);
     let meant = meant.map_or(String::new(), |(_, known)| format!(": did you mean `{known}`?"));
@@ -21,7 +21,8 @@ pub fn unknown_parameter(name: &str, known: &[&str]) -> String {
     format!("the parameter `{shown}` is unknown{meant}{end} are {}", known.join(", "))
 }
 
-/// Returns the edit distance: how many characters must be changed, added, removed or swapped with their neighbour.
+/// Returns the edit distance between two texts: the number of characters that must be changed, added, removed or
+/// swapped with a neighbour.
 fn distance(left: &str, right: &str) -> usize {
     let left: Vec<char> = left.chars().collect();
     let right: Vec<char> = right.chars().collect();

@@ -1,4 +1,5 @@
-//! Consuming from a bus: each polled batch becomes one commit, together with its offsets.
+//! Consumers of a bus. The effects of each polled batch are stored in one commit, together with the offsets of the
+//! batch.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -24,15 +25,17 @@ use crate::{
     worker::{BATCH_MAX, Item, PARKED_TICK, RetryPolicy, Stop, Worker},
 };
 
-/// Without messages, health is fine again after this time without a failure: a bus may take a while to report one.
+/// If no messages arrive, health becomes fine again after this time without a failure. The wait is needed because a bus
+/// may take a while to report a failure.
 const CALM: Duration = Duration::from_secs(3);
 
 /// How long a group waits for the very first message of a topic before health names the topic.
 const SILENT_MAX: Duration = Duration::from_secs(30);
-/// How often the group checks for the first message after that.
+/// How often the group then checks again for a first message.
 const SILENT_LOOK: Duration = Duration::from_secs(1);
 
-/// A handler that consumes topics as a group. Its offsets are documents in the store, committed with the effects.
+/// A handler that consumes topics as a group. The offsets of the group are documents in the store, and are committed
+/// together with the effects.
 pub struct Group {
     name: Arc<str>,
     topics: Vec<String>,
@@ -43,7 +46,7 @@ pub struct Group {
     heard: Heard,
 }
 
-/// The topics from which a group has received a message, in this process or an earlier one.
+/// The topics from which the group has received at least one message, in this process or an earlier one.
 #[derive(Clone, Default)]
 struct Heard(Arc<Mutex<BTreeSet<Arc<str>>>>);
 
@@ -75,7 +78,7 @@ impl From<crate::store::StoreError> for Ended {
 }
 
 impl Group {
-    /// A consumer group under this name. Offsets are stored under the name; the rules for names are those of
+    /// Creates a consumer group with this name. Offsets are stored under the name. The rules for names are those of
     /// [`Subscription::new`](crate::Subscription::new).
     pub fn new(name: &str, topics: &[&str], handler: impl Handler) -> Self {
         Self {
@@ -89,8 +92,9 @@ impl Group {
         }
     }
 
-    /// Sets how many members run in this process; each member handles its partitions independently. One member suits
-    /// handlers whose messages concern the same aggregates; more members suit handlers that wait for external systems.
+    /// Sets how many members of the group run in this process. Each member handles its own partitions, independent of
+    /// the other members. Use one member if the messages affect the same aggregates, and several members if the handler
+    /// waits for external systems.
     pub fn members(mut self, members: u32) -> Self {
         self.members = members.max(1);
         self
@@ -102,14 +106,14 @@ impl Group {
         self
     }
 
-    /// Shares the store with other processes, under this instance name.
+    /// Sets the name of the instance under which this process shares the store with other processes.
     pub(crate) fn shared(mut self, instance: Option<Arc<str>>) -> Self {
         self.instance = instance;
         self
     }
 
-    /// Reports the topics that have never had a message, until they have one: a topic with a misspelt name still
-    /// exists, because joining a topic creates it.
+    /// Reports each topic that has never had a message, until its first message arrives. This finds misspelt names: a
+    /// topic with a misspelt name exists, because joining a topic creates it.
     pub(crate) fn watch(&self, store: Arc<dyn EventStore>, health: Health) -> impl Future<Output = ()> + Send + use<> {
         let (name, heard) = (self.name.clone(), self.heard.clone());
         let mut silent: Vec<Arc<str>> = self.topics.iter().map(|topic| topic.as_str().into()).collect();
@@ -154,7 +158,7 @@ impl Group {
         &self.name
     }
 
-    /// Joins the bus; from then on, the group misses no message.
+    /// Joins the topics on the bus. From then on, the group misses no message.
     pub async fn join(self, bus: &dyn Bus) -> Result<Joined, BusError> {
         name::check("group", &self.name).map_err(|error| BusError::Unavailable(error.to_string()))?;
         let topics: Vec<&str> = self.topics.iter().map(String::as_str).collect();
@@ -179,8 +183,8 @@ pub struct Joined {
 }
 
 impl Joined {
-    /// Consumes until `shutdown`, then finishes the current batch. All members run in the calling task; a
-    /// [`Runtime`](crate::Runtime) gives each member its own task.
+    /// Consumes messages until `shutdown` is cancelled, then finishes the current batch. All members run in the calling
+    /// task; a [`Runtime`](crate::Runtime) gives each member its own task.
     pub async fn run(
         self,
         store: Arc<dyn EventStore>,
@@ -190,7 +194,7 @@ impl Joined {
         join_all(self.members(&store, &health, &shutdown)).await.into_iter().collect()
     }
 
-    /// Returns one future per member, which consumes messages.
+    /// Returns one future per member. Each future consumes messages.
     pub(crate) fn members(
         self,
         store: &Arc<dyn EventStore>,
@@ -236,11 +240,12 @@ struct Member {
     consumer: Box<dyn Consumer>,
     home: Option<Arc<str>>,
     heard: Heard,
-    /// Whether the bus ends with this process. The relays of such a bus count only handled messages as sent.
+    /// Whether the bus exists only inside this process. For a relay on such a bus, a message counts as sent only once
+    /// it was handled.
     is_local: bool,
     /// The partitions that the bus has assigned.
     assigned: Vec<Partition>,
-    /// The lanes of the assigned partitions whose offsets were loaded.
+    /// The lane of each assigned partition whose offset was loaded.
     lane_of: HashMap<Partition, usize>,
     /// Whether assigned partitions must be positioned again, because something failed since they were positioned.
     unsettled: bool,
@@ -256,8 +261,8 @@ impl Member {
         let mut calm_from = Instant::now() + CALM;
         while !shutdown.is_cancelled() {
             if self.unsettled {
-                // Messages polled but not committed are polled again from the offset in the store. No new message may
-                // be handled before that, or its offset would skip them.
+                // Messages that were polled but not committed are polled again from the offset in the store. No new
+                // message may be handled before that, because the offset of the new message would skip them.
                 if let Err(error) = self.assign(true).await {
                     self.pause(&error, &mut backoff, &shutdown).await;
                     continue;
@@ -288,7 +293,7 @@ impl Member {
                     match self.ahead.take() {
                         Some(Ok(Polled::Assigned(partitions))) => self.assigned.extend(partitions),
                         Some(Ok(Polled::Revoked(partitions))) => self.let_go(&partitions),
-                        // Messages polled ahead are polled again from the offset in the store too.
+                        // Messages that were polled ahead are also polled again from the offset in the store.
                         Some(_) | None => {}
                     }
                     if matches!(error, Ended::Stop(Stop::Renewed)) {
@@ -303,8 +308,8 @@ impl Member {
             let lanes = self.worker.lanes.iter().filter(|lane| lane.version > 0);
             let forget = |lane: &Lane| Put { key: lane.key.clone(), expected: None, body: None, due: None };
             let puts = lanes.map(forget).collect();
-            // If this commit fails, the other instances remove the checkpoints some time after they give this instance
-            // up.
+            // If this commit fails, other instances remove the checkpoints some time after they have given this
+            // instance up.
             _ = self.worker.store.commit(Commit { appends: Vec::new(), puts }).await;
         }
         health.set(&part, State::Stopped);
@@ -389,8 +394,8 @@ impl Member {
         self.assigned.retain(|partition| !partitions.contains(partition));
     }
 
-    /// Handles the items. If the consumer is behind, polls the next batch while this one commits; otherwise, a poll
-    /// afterwards finds more messages.
+    /// Handles the items. If the consumer is behind, polls the next batch while the current batch is committed.
+    /// Otherwise, it is better to poll afterwards, because that poll finds more messages.
     async fn deliver(&mut self, items: &[Item], is_behind: bool) -> Result<(), Stop> {
         let Self { worker, consumer, ahead, .. } = self;
         let mut delivering = std::pin::pin!(worker.deliver(items));
@@ -403,11 +408,11 @@ impl Member {
         }
     }
 
-    /// Takes exactly the assigned partitions. New partitions, or all of them with `rewind`, are delivered from the
-    /// offset in the store.
+    /// Sets the lanes to exactly the assigned partitions. Delivery of new partitions starts at the offset in the store.
+    /// With `rewind`, the delivery of all partitions starts there again.
     async fn assign(&mut self, rewind: bool) -> Result<(), Ended> {
         let (mut lane_of, mut lanes, mut seeks) = (HashMap::new(), Vec::new(), Vec::new());
-        // The known state of lanes that stay belongs to the log as it was before.
+        // The known state of the lanes that stay belongs to the history of the log that was read before.
         let history = self.worker.store.history();
         let rewind = rewind || history != self.worker.history;
         for partition in &self.assigned {
@@ -427,14 +432,15 @@ impl Member {
             }
             let known = self.lane_of.get(partition).map(|index| &self.worker.lanes[*index]);
             match known.filter(|known| !rewind && known.version == lane.version) {
-                // If the topic was wiped since the checkpoint was written, the lane is not where the checkpoint says.
+                // Uses the lane in memory. If the topic was wiped after the checkpoint was written, the checkpoint no
+                // longer shows the position of the lane.
                 Some(known) => lane = known.clone(),
                 None => seeks.push((partition, lane.bookmark())),
             }
             lane_of.insert(partition.clone(), lanes.len());
             lanes.push(lane);
         }
-        // No message is delivered before the parked messages that it must wait behind are known.
+        // The parked messages are read before any message is delivered, because a message may have to wait behind them.
         let ids: Vec<_> = lanes.iter().map(|lane| lane.place.clone()).collect();
         let parked = self.worker.parked.load(&*self.worker.store, &ids).await?;
         self.worker.set_parked(parked);
@@ -448,7 +454,7 @@ impl Member {
     }
 }
 
-/// Returns the result polled ahead, or polls. Dropping the future loses nothing.
+/// Returns the result that was polled ahead, or polls now. Dropping the future loses nothing.
 async fn next(ahead: &mut Option<Result<Polled, BusError>>, consumer: &mut dyn Consumer) -> Result<Polled, BusError> {
     match ahead.take() {
         Some(polled) => polled,

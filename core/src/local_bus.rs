@@ -1,8 +1,9 @@
-//! A bus inside one process: for tests, for examples, and for services that run in a single process anyway.
+//! A bus inside one process, for tests, for examples, and for services that all run in a single process.
 //!
-//! The bus holds messages only in memory, but loses none: a [receipt](crate::bus::Receipt) resolves once every group
-//! has acknowledged, which a consumer does after its own durable commit. A relay moves its checkpoint after the
-//! receipt, so messages lost in a crash are still ahead of that checkpoint and are published again.
+//! The bus holds messages only in memory, but a crash loses no message. A [receipt](crate::bus::Receipt) resolves once
+//! every group has acknowledged the messages, and a consumer acknowledges messages after its own durable commit. A
+//! relay moves its checkpoint only after the receipt. Messages lost in a crash are therefore still after the checkpoint
+//! of the relay, and are published again.
 
 use std::{
     collections::VecDeque,
@@ -23,22 +24,24 @@ use crate::bus::{
 
 mod state;
 
-/// How many messages a topic holds before publishers wait: a few seconds of a busy topic, and at about 1 kB each no
-/// more than 64 MB of the process's memory.
+/// How many messages a topic holds before publishers must wait. A busy topic fills this space in a few seconds. With
+/// about 1 kB per message, the messages take no more than 64 MB of memory.
 pub const HELD_MAX: usize = 65_536;
-/// Enough for a few handlers in parallel; within one process, more partitions bring no benefit.
+/// The default number of partitions per topic. This is enough for a few handlers in parallel; within one process, more
+/// partitions bring no benefit.
 const PARTITIONS_DEFAULT: u32 = 4;
 
-/// A bus inside one process. Clones are handles to the same bus; the bus closes with the last handle.
+/// A bus inside one process. Clones are handles to the same bus. The bus closes when the last handle is dropped.
 ///
-/// - A message for a topic that no group has joined is dropped and its receipt resolves, because no consumer could
-///   acknowledge it. Therefore join first, publish second.
-/// - A group that joins later starts at the oldest message still held.
-/// - A group whose members have all left stays, and the bus holds messages for the group until a member returns.
-/// - [`Consumer::seek`] to an offset acknowledges all messages below the offset, since the offset comes from a commit
+/// - A message for a topic that no group has joined is dropped, and its receipt resolves at once, because no consumer
+///   could acknowledge the message. Therefore join a topic before you publish to it.
+/// - A group that joins a topic later starts at the oldest message that the topic still holds.
+/// - A group continues to exist after all its members have left. The bus holds messages for the group until a member
+///   joins again.
+/// - [`Consumer::seek`] to an offset acknowledges all messages below the offset, because the offset comes from a commit
 ///   of the group.
-/// - A member gives up a partition on the poll after the one that returned [`Polled::Revoked`], and only then is the
-///   partition assigned to another member. A member that no longer polls must be dropped.
+/// - A member releases a revoked partition with the first poll after the poll that returned [`Polled::Revoked`]. Only
+///   then is the partition assigned to another member. A consumer that no longer polls must be dropped.
 ///
 /// ```
 /// use annals::{Bus, Consumer, LocalBus, bus::Polled};
@@ -52,12 +55,12 @@ const PARTITIONS_DEFAULT: u32 = 4;
 #[derive(Clone)]
 pub struct LocalBus(Arc<Handle>);
 
-/// Counts the users' handles; consumers do not count.
+/// A handle of the user. The bus closes when the last handle is dropped; consumers do not keep the bus open.
 struct Handle(Arc<Shared>);
 
 struct Shared {
     state: Mutex<State>,
-    /// Wakes waiting publishers once messages were freed.
+    /// Wakes waiting publishers after messages were removed.
     room: Notify,
 }
 
@@ -68,12 +71,12 @@ struct LocalConsumer {
 }
 
 impl LocalBus {
-    /// A bus whose topics have this many partitions, at least one.
+    /// Creates a bus whose topics each have this number of partitions. The number is at least one.
     pub fn new(partitions: u32) -> Self {
         Self(Arc::new(Handle(Arc::new(Shared { state: Mutex::new(State::new(partitions)), room: Notify::new() }))))
     }
 
-    /// Returns how many messages of a topic some group has yet to acknowledge, at most [`HELD_MAX`].
+    /// Returns how many messages of a topic are not yet acknowledged by all groups. The number is at most [`HELD_MAX`].
     pub fn held(&self, topic: &str) -> usize {
         self.0.0.with(|state, _| state.held(topic)).unwrap_or(0)
     }
@@ -112,7 +115,8 @@ impl Publisher for LocalBus {
         let done = Arc::new(done);
         loop {
             consume_budget().await;
-            // Listens before the check, so that room made in between is not missed.
+            // The publisher registers for the notification before it checks for room, so that no notification in
+            // between is missed.
             let room = shared.room.notified();
             match shared.with(|state, wakes| state.take(&mut rest, &done, wakes))? {
                 Taken::All => break,
@@ -120,7 +124,7 @@ impl Publisher for LocalBus {
                 Taken::Full => room.await,
             }
         }
-        // Resolves the receipt here if no message of this call is still held.
+        // Resolves the receipt at once if the bus holds none of the messages of this call any more.
         shared.release(Freed { messages: Vec::new(), receipts: Arc::into_inner(done).into_iter().collect() });
         Ok(Box::pin(async move { receipt.await.map_err(|_| closed()) }))
     }
@@ -147,7 +151,7 @@ impl Consumer for LocalConsumer {
     async fn poll(&mut self, max: usize) -> Result<Polled, BusError> {
         loop {
             consume_budget().await;
-            // There is no other await from here to the return, so taken messages are never dropped half-way.
+            // There is no other await between this line and the return, so a dropped future never loses messages.
             match self.shared.with(|state, wakes| state.next(&mut self.seat, max.max(1), wakes))? {
                 Next::Nothing => self.wake.notified().await,
                 Next::Assigned(partitions) => return Ok(Polled::Assigned(partitions)),
@@ -186,7 +190,7 @@ impl Drop for LocalConsumer {
 }
 
 impl Shared {
-    /// Runs every access to the state under a short lock, then wakes the tasks that it concerns.
+    /// Runs `act` on the state under a short lock, then wakes the tasks that the change affects.
     fn with<T>(&self, act: impl FnOnce(&mut State, &mut Wakes) -> T) -> Result<T, BusError> {
         let mut wakes = Wakes::new();
         let done = {
@@ -211,7 +215,7 @@ impl Shared {
     }
 
     fn close(&self) {
-        // The messages of the state are dropped here, outside the lock.
+        // The messages of the old state are dropped at the end of this statement, outside the lock.
         if self.with(State::close).is_ok() {
             self.room.notify_waiters();
         }

@@ -1,4 +1,5 @@
-//! From the log to the bus: a subscription whose checkpoint moves once the bus has taken the messages.
+//! The relay, which publishes messages from the log to the bus. The relay is a subscription whose checkpoint moves only
+//! after the bus has accepted the messages.
 
 use std::{collections::VecDeque, sync::Arc};
 
@@ -33,21 +34,22 @@ pub use crate::{
     routes::Routes,
 };
 
-/// The number of events read and published at once.
+/// The number of events that are read and published together.
 const PAGE: usize = 1_000;
-/// The most pages published but not acknowledged: the bound on memory while the bus is unavailable.
+/// The maximum number of pages that are published but not yet acknowledged. This limits the memory used while the bus
+/// is unavailable.
 const PAGES_IN_FLIGHT: usize = 16;
-/// The most events with messages in flight per lane. The bus has taken all messages of events further back than this
-/// from the last event that the lane has sent.
+/// The maximum number of events per lane whose messages are in flight. The bus has accepted all messages of events that
+/// are further back than this from the last event that the lane has sent.
 pub const WINDOW: usize = PAGE * PAGES_IN_FLIGHT;
 /// How long the bus may take to accept a redriven message.
 const REPUBLISHED: std::time::Duration = std::time::Duration::from_secs(5);
-/// A bus that acknowledges nothing for this long is in trouble.
+/// How long the bus may acknowledge nothing before the relay reports trouble.
 const STALLED: std::time::Duration = std::time::Duration::from_secs(3);
-/// How often the trouble is reported again.
+/// How often the relay reports this trouble again.
 const STALLED_AGAIN: std::time::Duration = std::time::Duration::from_secs(60);
-/// How long a checkpoint may lag behind the messages that the bus has taken: a commit for each page would only compete
-/// with the commits that the messages cause. After a crash, the messages of this time are published again.
+/// How long a checkpoint may lag behind the messages that the bus has accepted. A commit after each page would compete
+/// with the commits that the messages cause. After a crash, the messages of this period are published again.
 const CHECKPOINT_AFTER: std::time::Duration = std::time::Duration::from_millis(100);
 /// How long a draining relay waits for the next receipt.
 const LAST_RECEIPTS: std::time::Duration = std::time::Duration::from_millis(500);
@@ -90,35 +92,36 @@ impl Handler for Republish {
             recorded_at: message.time,
         };
         let messages = self.routes.messages(&event).terminal()?;
-        // The relay publishes nothing else during a redrive, and a receipt may wait for a consumer that is unavailable.
+        // The timeout is needed because the relay publishes nothing else during a redrive, and a receipt may wait for a
+        // consumer that is unavailable.
         tokio::time::timeout(REPUBLISHED, async { self.publisher.publish(messages).await?.await }).await??;
         Ok(())
     }
 }
 
 impl Relay {
-    /// A relay under the name `<service>.relay`.
+    /// Creates a relay with the name `<service>.relay`.
     pub fn new(routes: Routes) -> Self {
         Self { name: relay_of(&routes.service), routes, lanes: 1, instance: None, settled: OnceCell::new() }
     }
 
-    /// Sets the number of lanes published in parallel, each with its own checkpoint: 1 by default, at most 1,000. The
-    /// store records the number. When the number changes, the old lanes first publish everything recorded until then,
-    /// because receivers recognise a repeated message by its lane. A relay with the old number must have stopped by
-    /// then.
+    /// Sets the number of lanes that are published in parallel: 1 by default, at most 1,000. Each lane has its own
+    /// checkpoint. The store records the number. When the number changes, the old lanes first publish all events
+    /// recorded so far, because receivers recognise a repeated message by its lane. All relays with the old number must
+    /// have stopped before that.
     pub fn lanes(mut self, lanes: u32) -> Self {
         self.lanes = lanes.clamp(1, LANES_MAX);
         self
     }
 
-    /// Takes turns with the relays of other instances.
+    /// Shares the lanes with the relays of other instances.
     pub(crate) fn shared(mut self, instance: Option<Instance>) -> Self {
         self.instance = instance;
         self
     }
 
-    /// Publishes messages until `shutdown`, then waits for the bus to take those in flight. All lanes run in the
-    /// calling task; a [`Runtime`](crate::Runtime) gives each lane its own task.
+    /// Publishes messages until `shutdown` is cancelled, then waits until the bus has accepted the messages in flight.
+    /// All lanes run in the calling task; a [`Runtime`](crate::Runtime) gives each lane its own task.
     pub async fn run(
         self,
         store: Arc<dyn EventStore>,
@@ -131,7 +134,7 @@ impl Relay {
         Ok(())
     }
 
-    /// Returns one future per lane, which publishes the lane's messages.
+    /// Returns one future per lane. Each future publishes the messages of its lane.
     pub(crate) fn carriers(
         self,
         store: &Arc<dyn EventStore>,
@@ -156,7 +159,8 @@ impl Relay {
     ) {
         let part = format!("{}/{lane}", self.name);
         let mut worker = self.worker(lane, self.lanes, store, &publisher, health.reporter(&part, &shutdown));
-        // A lane is claimed only after the number of lanes is settled: an instance that waits takes no turns.
+        // A lane is claimed only after the number of lanes is settled. Until then, the instance is not counted when
+        // lanes are divided among instances.
         let mut claim = None;
         let mut backoff = Backoff::long();
         while !shutdown.is_cancelled() {
@@ -204,9 +208,10 @@ impl Relay {
         }
     }
 
-    /// Records the number of lanes in the store, with a checkpoint for each lane. If the number was different, the old
-    /// lanes first publish everything recorded by now: a relay that was killed may have sent that much without a
-    /// checkpoint, and receivers recognise messages by the lane that they came by.
+    /// Records the number of lanes in the store, with a checkpoint for each lane. If the recorded number is different,
+    /// the old lanes first publish all events recorded by now. A relay that was killed may already have sent any of
+    /// these events without moving its checkpoint, and receivers recognise a repeated message only in the lane in which
+    /// it came first.
     async fn settle(
         &self,
         worker: &Worker,
@@ -242,7 +247,7 @@ impl Relay {
         Ok(())
     }
 
-    /// Publishes a lane up to a position, and no further.
+    /// Publishes the messages of a lane up to a position, and then stops.
     async fn finish(
         &self,
         lane: u32,
@@ -298,7 +303,7 @@ impl Relay {
         let mut in_flight: VecDeque<InFlight> = VecDeque::new();
         let (mut moved_at, mut patient_until) = (Instant::now(), Instant::now() + LAST_RECEIPTS);
         let mut stalls_at = Instant::now() + STALLED;
-        // How far the bus has taken messages, and when the checkpoint is due to follow.
+        // The position up to which the bus has accepted messages, and the time at which the checkpoint must follow.
         let (mut taken_up_to, mut follows_at) = (cursor.0, None);
         let store = worker.store.clone();
         let (mut more, mut is_more) = (store.wait(cursor), true);
@@ -310,7 +315,8 @@ impl Relay {
             worker.is_of_this_log()?;
             let stopping = shutdown.is_cancelled() || claim.has_ended();
             if stopping && in_flight.is_empty() {
-                // Moves past events that are not for the bus, so that no lag is shown when all work is done.
+                // Moves the checkpoint past events that have no messages, so that health shows no lag when all work is
+                // done.
                 if worker.lanes[0].next < cursor.0 {
                     note(worker, &**publisher, cursor.0).await?;
                 }
@@ -330,7 +336,7 @@ impl Relay {
                     None => store.read_log(&query, cursor, PAGE).await?,
                 };
                 worker.is_of_this_log()?;
-                // If there are more events after all, the wait for them ends at once.
+                // If the log has more events after all, `wait` resolves at once.
                 is_more = page.more;
                 cursor = page.next;
                 more = store.wait(cursor);
@@ -349,8 +355,8 @@ impl Relay {
                         tokio::select! {
                             biased;
                             published = &mut publishing => break Some(published),
-                            // The publisher waits for room in its buffer; messages that it already has are published
-                            // again.
+                            // The publisher waits for room in its buffer. Messages that are already in the buffer are
+                            // published again later.
                             () = shutdown.cancelled() => break None,
                             () = claim.ends() => break None,
                             () = tokio::time::sleep_until(stalls_at) => stalls_at = stall(worker),
@@ -409,13 +415,13 @@ impl Relay {
                         moved_at = Instant::now();
                     }
                 }
-                // A long run of events without messages must not hold up the tick, which moves the checkpoint.
+                // A long run of events without messages must not block the tick, which moves the checkpoint.
                 () = std::future::ready(()), if room && is_more => {}
                 () = tokio::time::sleep_until(stalls_at), if waits => stalls_at = stall(worker),
                 () = shutdown.cancelled(), if !stopping => {}
                 () = claim.ends(), if !stopping => {}
-                // Consumers in this process stop too; messages that no consumer takes any more are published again at
-                // the next start.
+                // Consumers in this process stop too. Messages that no consumer handles any more are published again
+                // after the next start.
                 () = tokio::time::sleep_until(patient_until), if stopping => break,
             }
         }
@@ -426,8 +432,8 @@ impl Relay {
         Ok(claim.release(worker, next).await?)
     }
 
-    /// Returns the messages of this lane's events, each with its event. An event that does not give a valid message is
-    /// parked, and later events with its key are parked behind it.
+    /// Returns the messages for those events that belong to this lane, together with the event of each message. An
+    /// event for which no valid message can be made is parked, and later events with the same key are parked behind it.
     async fn messages(
         &self,
         lane: u32,
@@ -438,7 +444,8 @@ impl Relay {
         let (mut messages, mut sources) = (Vec::with_capacity(events.len()), Vec::with_capacity(events.len()));
         let is_mine = |event: &&Arc<Recorded>| self.lanes == 1 || lane_of(event.stream.as_str(), self.lanes) == lane;
         for event in events.iter().filter(is_mine) {
-            // Events before a parked one are seen again when the checkpoint was set back; they do not wait.
+            // If the checkpoint was set back, events before a parked event are read again. These events do not wait
+            // behind the parked event.
             let first_parked = worker.parked.first(event.stream.as_str()).map(|place| place.position);
             let waits = first_parked.is_some_and(|position| position <= event.position.0);
             let made = match self.routes.messages(event) {
@@ -458,8 +465,8 @@ impl Relay {
         Ok((messages, sources))
     }
 
-    /// Parks a message that the bus will never take; all messages since the checkpoint are then published again without
-    /// it.
+    /// Parks the event of a message that the bus will never accept. All messages since the checkpoint are then
+    /// published again without this one.
     async fn refused(&self, worker: &mut Worker, sources: &[Arc<Recorded>], error: BusError) -> Trouble {
         if let BusError::Refused { index, reason } = &error
             && let Some(event) = sources.get(*index)
@@ -472,19 +479,19 @@ impl Relay {
 
     async fn park(&self, worker: &mut Worker, event: &Recorded, reason: String) -> Result<(), Stop> {
         let message = Message::of(event, &self.routes.service);
-        // The checkpoint stays, because messages published before this event are not acknowledged yet.
+        // The checkpoint does not move, because messages published before this event are not acknowledged yet.
         worker.park_message(event.stream.shared(), message, reason).await
     }
 }
 
-/// Moves the checkpoint, and records with it how far the bus has taken messages: any message on the bus beyond that was
-/// sent later.
+/// Moves the checkpoint, and records in it the ends up to which the bus has accepted messages. Any message after these
+/// ends was sent later.
 async fn note(worker: &mut Worker, publisher: &dyn Publisher, next: i64) -> Result<(), Stop> {
     worker.lanes[0].taken.update(&publisher.taken());
     worker.checkpoint(next).await
 }
 
-/// Reports that the bus takes nothing, and returns when to report it again.
+/// Reports that the bus accepts no messages, and returns the time of the next report.
 fn stall(worker: &mut Worker) -> Instant {
     worker.reporter.trouble(format!("the bus has acknowledged nothing for {} s", STALLED.as_secs()));
     Instant::now() + STALLED_AGAIN

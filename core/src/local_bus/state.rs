@@ -11,13 +11,15 @@ use uuid::Uuid;
 use super::HELD_MAX;
 use crate::bus::{BusError, Message, Outgoing, Partition};
 
-/// How many messages are taken under one hold of the lock, so that a large batch does not block consumers.
+/// The maximum number of messages that are accepted while the lock is held once, so that a large batch does not block
+/// consumers.
 const STRIDE: usize = 1_024;
 
 pub(super) struct State {
     pub(super) closed: bool,
     partitions: u32,
-    /// Unique for each bus, so that no consumer seeks to an offset of messages that were lost with another process.
+    /// The incarnation of all topics, which is unique for each bus. No consumer can therefore seek to an offset of
+    /// messages that were lost with an earlier process.
     incarnation: Arc<str>,
     topics: Vec<Topic>,
     topic_names: HashMap<Arc<str>, usize>,
@@ -37,16 +39,16 @@ struct Log {
     partition: Partition,
     /// The offset of the first message held.
     base: i64,
-    /// Shared with deliveries in progress, so that no message is copied under the lock.
+    /// The messages held. Deliveries in progress share them, so that no message is copied under the lock.
     messages: VecDeque<Arc<Message>>,
-    /// Rising offsets, each with the receipt that waits until its offset is freed. Dropping the last share of a receipt
-    /// resolves it.
+    /// Receipts by rising offset. A receipt waits until all messages up to its offset are removed, and resolves when
+    /// its last reference is dropped.
     receipts: VecDeque<(i64, Arc<oneshot::Sender<()>>)>,
-    /// The cursors by group, one for each group that ever joined.
+    /// One cursor for each group that ever joined the topic, by group.
     cursors: BTreeMap<usize, Cursor>,
 }
 
-/// The place of a group in a partition.
+/// The progress of a group in a partition.
 struct Cursor {
     /// The group has committed everything below this offset.
     acknowledged: i64,
@@ -54,7 +56,7 @@ struct Cursor {
     next: i64,
     /// The member that should hold the partition.
     target: Option<u64>,
-    /// The member that holds the partition, up to the poll that gives it up.
+    /// The member that holds the partition now. A member holds a revoked partition until its next poll.
     holder: Option<Holder>,
 }
 
@@ -65,10 +67,10 @@ struct Holder {
 
 #[derive(Clone, Copy, PartialEq)]
 enum Stage {
-    /// The member knows of the assignment, but has not called `seek` yet.
+    /// The member has received the assignment, but has not called `seek` yet.
     Assigned,
     Delivering,
-    /// The member knows of the revocation, but may still work until its next poll.
+    /// The member has received the revocation, but may still work on the partition until its next poll.
     Revoked,
 }
 
@@ -85,7 +87,7 @@ struct Member {
 /// The tasks to wake after the lock is released.
 pub(super) type Wakes = Vec<Arc<Notify>>;
 
-/// A message with its hash, computed before the lock is taken.
+/// A message with the hash of its key. The hash is computed before the lock is acquired.
 pub(super) struct Placed {
     topic: Arc<str>,
     hash: u64,
@@ -98,7 +100,8 @@ pub(super) enum Taken {
     Full,
 }
 
-/// Messages and receipts freed by an acknowledgement, to be dropped and sent after the lock is released.
+/// Messages and receipts that an acknowledgement has released. After the lock is released, the messages are dropped and
+/// the receipts are resolved.
 #[derive(Default)]
 pub(super) struct Freed {
     pub(super) messages: Vec<Arc<Message>>,
@@ -117,13 +120,14 @@ pub(super) struct Seat {
     group: usize,
     member: u64,
     topics: Vec<usize>,
-    /// The partition to look at first. The turn moves on with each poll, so that a busy one does not starve the others.
+    /// The partition from which the next poll takes messages first. Each poll moves on to the next partition, so that a
+    /// busy partition does not starve the others.
     turn: usize,
 }
 
 impl Placed {
     pub(super) fn new(Outgoing { topic, message }: Outgoing) -> Self {
-        // FNV-1a is the same in every build, which the standard library's hasher does not promise.
+        // FNV-1a gives the same result in every build. The hasher of the standard library does not promise that.
         let hash = message
             .key
             .bytes()
@@ -146,7 +150,7 @@ impl State {
         }
     }
 
-    /// Closes the bus, and returns its previous state: the receipts in it fail when it is dropped.
+    /// Closes the bus and returns the previous state. The receipts in that state fail when the state is dropped.
     pub(super) fn close(&mut self, wakes: &mut Wakes) -> Self {
         wakes.extend(self.groups.iter().flat_map(|group| group.members.values()).map(|member| member.wake.clone()));
         std::mem::replace(self, Self { closed: true, ..Self::new(self.partitions) })
@@ -156,7 +160,7 @@ impl State {
         self.topic_names.get(topic).map_or(0, |&topic| self.topics[topic].held)
     }
 
-    /// Takes some messages from the front of `rest`.
+    /// Accepts some messages from the front of `rest`.
     pub(super) fn take(
         &mut self,
         rest: &mut VecDeque<Placed>,
@@ -224,7 +228,8 @@ impl State {
         self.rebalance(seat.group, wakes);
     }
 
-    /// Chooses the member for each partition of a group: evenly between members of the same topics, with few moves.
+    /// Chooses a member for each partition of a group. The partitions are spread evenly over the members that joined
+    /// the topic, and few partitions move.
     fn rebalance(&mut self, group: usize, wakes: &mut Wakes) {
         let members = &self.groups[group].members;
         let mut loads: BTreeMap<u64, usize> = members.keys().map(|&member| (member, 0)).collect();
@@ -238,7 +243,7 @@ impl State {
                 shares.push((topic, &mut cursor.target));
             }
         }
-        // Each move makes the loads more even, so the loop ends.
+        // Each move makes the loads more even, so the loop terminates.
         let mut moved = true;
         while std::mem::take(&mut moved) {
             for (topic, target) in &mut shares {
@@ -258,7 +263,7 @@ impl State {
     pub(super) fn next(&mut self, seat: &mut Seat, max: usize, wakes: &mut Wakes) -> Next {
         let (me, mut revoked, mut assigned, mut heirs) = (seat.member, Vec::new(), Vec::new(), Vec::new());
         for (partition, cursor) in self.cursors(seat) {
-            // This poll confirms that work on revoked partitions has ended.
+            // With this poll, the member confirms that its work on revoked partitions has ended.
             if cursor.holder.take_if(|holder| holder.member == me && holder.stage == Stage::Revoked).is_some() {
                 heirs.extend(cursor.target);
             }
@@ -330,7 +335,8 @@ impl State {
         Ok(freed)
     }
 
-    /// Ignores a partition that the member no longer holds: only the next holder's own commit counts.
+    /// Records that a group has committed all messages below `next`. The call has no effect if the member no longer
+    /// holds the partition, because then only the commits of the next holder count.
     pub(super) fn acknowledge(&mut self, seat: &Seat, partition: &Partition, next: i64) -> Result<Freed, BusError> {
         let (held, log) = self.find(partition)?;
         if next > log.end() {
@@ -348,7 +354,7 @@ impl State {
         Ok(freed)
     }
 
-    /// Returns the partition of this name, with the number of messages that its topic holds.
+    /// Returns the log of this partition, together with the number of messages that the topic holds.
     fn find(&mut self, partition: &Partition) -> Result<(&mut usize, &mut Log), BusError> {
         let topic = self.topic_names.get(&partition.topic).map(|&topic| &mut self.topics[topic]);
         topic
@@ -373,7 +379,8 @@ impl Log {
 
     fn push(&mut self, message: Arc<Message>, done: &Arc<oneshot::Sender<()>>, groups: &[Group], wakes: &mut Wakes) {
         let offset = self.end();
-        // A consumer that is behind looks here again before it sleeps.
+        // Only a consumer that waits at this offset must be woken. A consumer that is behind checks for messages again
+        // before it waits.
         for (&group, cursor) in self.cursors.iter().filter(|(_, cursor)| cursor.next == offset) {
             let holder = cursor.holder.as_ref().and_then(|holder| groups[group].members.get(&holder.member));
             wakes.extend(holder.map(|member| member.wake.clone()));
@@ -385,7 +392,7 @@ impl Log {
         }
     }
 
-    /// Frees the messages that every group has acknowledged.
+    /// Removes the messages that every group has acknowledged.
     fn free(&mut self) -> Freed {
         let base = self.cursors.values().map(|cursor| cursor.acknowledged).min().unwrap_or(self.base);
         let messages = self.messages.drain(..(base - self.base) as usize).collect();
