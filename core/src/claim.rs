@@ -1,4 +1,5 @@
-//! The claim of an instance on a lane of the log that instances take turns at.
+//! The claim of an instance on a lane of the log. Several instances share the lanes, and each lane is assigned to one
+//! instance at a time.
 
 use std::{sync::Arc, time::Duration};
 
@@ -9,10 +10,10 @@ use crate::{
     worker::{Stop, Worker},
 };
 
-/// How often to look at a lane that an operator has paused, or that another instance still holds.
+/// How often to check a lane that an operator has paused, or that another instance still holds.
 const HANDOVER_TICK: Duration = Duration::from_millis(200);
 
-/// The right to follow a lane. A process that is alone on its store always has it.
+/// The right to follow a lane. A process that does not share its store always has this right.
 #[derive(Clone)]
 pub(crate) struct Claim {
     instance: Option<Instance>,
@@ -20,9 +21,9 @@ pub(crate) struct Claim {
     lane: u32,
 }
 
-/// The result of waiting for a turn.
+/// The result of waiting until a lane is assigned to this instance.
 pub(crate) enum Turn {
-    /// The turn came, and the worker has read this checkpoint, if there is one yet.
+    /// The lane is assigned to this instance. The worker has read this checkpoint, if the lane already has one.
     Came(Option<i64>),
     Shutdown,
 }
@@ -35,8 +36,9 @@ impl Claim {
         Self { instance: instance.cloned(), subscription: subscription.clone(), lane }
     }
 
-    /// Waits until this instance has its turn and the lane is neither paused nor held by another living instance. Then
-    /// `worker` has loaded the checkpoint, and takes the lane with its next commit or [`hold`](Claim::hold).
+    /// Waits until the lane is assigned to this instance, and is neither paused nor held by another living instance.
+    /// When this method returns, `worker` has loaded the checkpoint. The worker claims the lane with its next commit or
+    /// with [`hold`](Claim::hold).
     pub async fn turn(&self, worker: &mut Worker, shutdown: &CancellationToken) -> Result<Turn, Stop> {
         loop {
             if let Some(instance) = &self.instance {
@@ -66,7 +68,7 @@ impl Claim {
         }
     }
 
-    /// Takes the lane at this position and fences its previous holder.
+    /// Claims the lane at this position and fences the previous holder.
     pub async fn hold(&self, worker: &mut Worker, next: i64) -> Result<(), Stop> {
         let Some(instance) = &self.instance else { return Ok(()) };
         let lane = &mut worker.lanes[0];
@@ -75,7 +77,7 @@ impl Claim {
         worker.put_checkpoint(next).await
     }
 
-    /// Releases the lane, so that the next instance need not wait until this one is given up.
+    /// Releases the lane, so that the next instance does not have to wait until this instance is considered dead.
     pub async fn release(&self, worker: &mut Worker, next: i64) -> Result<(), Stop> {
         if self.instance.is_none() {
             return Ok(());
@@ -84,7 +86,7 @@ impl Claim {
         worker.put_checkpoint(next).await
     }
 
-    /// Resolves once it is another instance's turn.
+    /// Resolves once the lane is assigned to another instance.
     pub async fn ends(&self) {
         match &self.instance {
             Some(instance) => instance.turns(&self.subscription, self.lane, false).await,
@@ -92,7 +94,7 @@ impl Claim {
         }
     }
 
-    /// Returns whether it is another instance's turn.
+    /// Returns whether the lane is assigned to another instance.
     pub fn has_ended(&self) -> bool {
         self.instance.as_ref().is_some_and(|instance| !instance.has_turn(&self.subscription, self.lane))
     }

@@ -1,4 +1,5 @@
-//! Instances: several processes that share a store, their heartbeats, and their turns at each lane.
+//! Instances, which are several processes that share a store. This module writes and watches heartbeats, and assigns
+//! each lane to a living instance.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -24,21 +25,22 @@ use crate::{
 pub(crate) const INSTANCES: &str = "instance";
 /// How often an instance writes its heartbeat.
 pub(crate) const HEARTBEAT: Duration = Duration::from_secs(1);
-/// How many consecutive heartbeats an instance may miss before its lanes go to others.
+/// How many consecutive heartbeats an instance may miss before its lanes are assigned to other instances.
 const MISSED_MAX: u32 = 5;
-/// The number of missed heartbeats after which the instance's remains are removed.
+/// The number of missed heartbeats after which the documents of the instance are removed.
 const FORGOTTEN: u32 = 600;
-/// The most instances on one store.
+/// The maximum number of instances on one store.
 const INSTANCES_MAX: usize = 1_000;
-/// The most checkpoints examined for remains of a forgotten instance.
+/// The maximum number of checkpoints that are examined for offsets of a removed instance.
 const CHECKPOINTS_MAX: usize = 10_000;
 
 /// One process among several that follow the same log.
 ///
-/// Each instance writes a heartbeat once a second, in its own document. An instance is alive while its document
-/// changes, so no two clocks are compared. The lanes of a subscription are spread over the living instances that follow
-/// it. A turn is only a hint: an instance that was stopped and resumes is fenced by the version of the lane's
-/// checkpoint, which the claim of another instance has changed.
+/// Each instance writes a heartbeat once a second, in its own document. An instance counts as alive as long as its
+/// document changes, so clocks of different machines are never compared. The lanes of a subscription are spread over
+/// the living instances that follow the subscription. This assignment is only a hint. If an instance is suspended and
+/// resumes after another instance has claimed its lane, its commits fail, because the claim has changed the version of
+/// the lane's checkpoint.
 #[derive(Clone)]
 pub(crate) struct Instance {
     name: Arc<str>,
@@ -47,7 +49,8 @@ pub(crate) struct Instance {
     alive: watch::Sender<Alive>,
 }
 
-/// The living instances with the subscriptions that each follows; `None` before the first look.
+/// The living instances and the subscriptions that each of them follows; `None` before the documents were read for the
+/// first time.
 type Alive = Option<Arc<BTreeMap<Arc<str>, BTreeSet<Arc<str>>>>>;
 
 /// The body of a heartbeat document.
@@ -74,7 +77,8 @@ impl Instance {
         &self.name
     }
 
-    /// Joins a subscription with the next heartbeat, which is written at once.
+    /// Announces that this instance follows a subscription. The announcement is part of the next heartbeat, which is
+    /// written at once.
     pub(crate) fn follow(&self, subscription: &Arc<str>) {
         self.follows().insert(subscription.clone());
         self.changed.notify_one();
@@ -88,21 +92,22 @@ impl Instance {
         self.alive.borrow().as_ref().is_none_or(|alive| alive.contains_key(name))
     }
 
-    /// Returns another living instance that takes turns at a subscription.
+    /// Returns another living instance that follows a subscription, if there is one.
     pub(crate) fn other_follower(&self, subscription: &str) -> Option<Arc<str>> {
         let alive = self.alive.borrow();
         let mut others = alive.as_ref()?.iter().filter(|(name, _)| **name != self.name);
         others.find(|(_, follows)| follows.contains(subscription)).map(|(name, _)| name.clone())
     }
 
-    /// Returns whether it is this instance's turn at a lane.
+    /// Returns whether a lane is assigned to this instance.
     pub(crate) fn has_turn(&self, subscription: &str, lane: u32) -> bool {
         let alive = self.alive.borrow();
         let Some(alive) = &*alive else { return false };
         turn(alive, subscription, lane).is_some_and(|name| *name == self.name)
     }
 
-    /// Resolves once this instance has its turn at a lane, or no longer has it, as `has_turn` says.
+    /// Resolves once a lane is assigned to this instance if `has_turn` is true, or once the lane is no longer assigned
+    /// to this instance if `has_turn` is false.
     pub(crate) async fn turns(&self, subscription: &str, lane: u32, has_turn: bool) {
         let mut alive = self.alive.subscribe();
         while self.has_turn(subscription, lane) != has_turn {
@@ -112,7 +117,8 @@ impl Instance {
         }
     }
 
-    /// Writes heartbeats and watches the other instances until `stop`, then removes its own document.
+    /// Writes heartbeats and watches the other instances until `stop` is cancelled, then removes the document of this
+    /// instance.
     pub(crate) async fn run(
         self,
         store: Arc<dyn EventStore>,
@@ -125,16 +131,17 @@ impl Instance {
         let mut history = store.history();
         let mut counted_at = Instant::now();
         loop {
-            // An early heartbeat gave the others no time for theirs.
+            // A heartbeat that was written early gave the other instances no time for their own heartbeats, so it does
+            // not count.
             let counts = counted_at.elapsed() >= HEARTBEAT;
             if counts {
                 counted_at = Instant::now();
             }
             if store.history() != history {
-                // After a restore, the instance's own document may have an older version than the known one.
+                // After a restore, the document of this instance may have an older version than the version known here.
                 (history, own) = (store.history(), None);
             }
-            // A stopping instance asks for no more lanes, and releases the lanes that it holds by itself.
+            // An instance that is stopping asks for no more lanes. Its workers release the lanes that they hold.
             let follows = if shutdown.is_cancelled() { BTreeSet::new() } else { self.follows().clone() };
             match self.beat(&*store, &follows, &mut own, &mut seen, counts).await {
                 Ok(()) => reporter.fine(),
@@ -148,7 +155,7 @@ impl Instance {
             }
         }
         let leave = Put { key: self.key(), expected: None, body: None, due: None };
-        // If this fails, the others find the instance dead, as after a crash.
+        // If this commit fails, the other instances notice the missing heartbeats, as after a crash.
         _ = store.commit(Commit { appends: Vec::new(), puts: vec![leave] }).await;
         health.set(&format!("instance {}", self.name), crate::health::State::Stopped);
     }
@@ -185,7 +192,7 @@ impl Instance {
         let alive: BTreeMap<_, _> = living.map(|(name, seen)| (name.clone(), seen.follows.clone())).collect();
         self.alive.send_replace(Some(Arc::new(alive)));
         if !forgotten.is_empty() {
-            // If one of the forgotten instances is back, the commit fails and removes nothing; a later heartbeat tries
+            // If one of these instances is alive again, the commit fails and removes nothing. A later heartbeat tries
             // again.
             forget(store, forgotten).await.map_err(|error| error.to_string())?;
         }
@@ -193,12 +200,12 @@ impl Instance {
     }
 }
 
-/// Removes instances, and the offsets of the local buses inside them.
+/// Removes the documents of dead instances, and the offsets of the local buses inside these instances.
 async fn forget(store: &dyn EventStore, mut forgotten: Vec<Put>) -> Result<(), CommitError> {
     let checkpoints = store.scan(CHECKPOINTS, &Scan::After("".into()), CHECKPOINTS_MAX).await;
     let checkpoints = checkpoints.map_err(|error| CommitError::Unavailable(error.to_string()))?;
-    // Matched by the checkpoint's contents, never by its name: an instance's name may look like a generation of a read
-    // model.
+    // A checkpoint is matched by its contents and never by its name, because the name of an instance may look like a
+    // generation of a read model.
     let of_forgotten = |found: &Document| {
         let checkpoint = serde_json::from_str::<Checkpoint>(&found.body).ok();
         let home = checkpoint.and_then(|checkpoint| checkpoint.home);
@@ -211,7 +218,8 @@ async fn forget(store: &dyn EventStore, mut forgotten: Vec<Put>) -> Result<(), C
     store.commit(Commit { appends: Vec::new(), puts: forgotten }).await.map(drop)
 }
 
-/// Records the heartbeats found. Returns the puts that remove instances without a heartbeat for long.
+/// Records the heartbeats that were found. Returns the puts that remove instances which have sent no heartbeat for a
+/// long time.
 fn look(found: &[Document], seen: &mut BTreeMap<Arc<str>, Seen>, counts: bool) -> Vec<Put> {
     seen.retain(|name, _| found.iter().any(|document| document.key.id == *name));
     let mut forgotten = Vec::new();
@@ -221,7 +229,8 @@ fn look(found: &[Document], seen: &mut BTreeMap<Arc<str>, Seen>, counts: bool) -
         if entry.version == document.version {
             entry.missed = entry.missed.saturating_add(u32::from(counts));
         } else {
-            // An instance whose document does not parse follows nothing that this build knows.
+            // If the document of an instance does not parse, this build assumes that the instance follows no
+            // subscription.
             let heartbeat: Result<Heartbeat, _> = serde_json::from_str(&document.body);
             let follows = heartbeat.map(|heartbeat| heartbeat.follows).unwrap_or_default();
             *entry = Seen { version: document.version, missed: 0, follows };
@@ -234,8 +243,8 @@ fn look(found: &[Document], seen: &mut BTreeMap<Arc<str>, Seen>, counts: bool) -
     forgotten
 }
 
-/// Returns the instance whose turn it is at a lane. Each subscription starts with another instance, so that
-/// subscriptions with one lane are spread too.
+/// Returns the instance to which a lane is assigned. The assignment starts at a different instance for each
+/// subscription, so that subscriptions with a single lane are spread over the instances too.
 fn turn<'a>(alive: &'a BTreeMap<Arc<str>, BTreeSet<Arc<str>>>, subscription: &str, lane: u32) -> Option<&'a Arc<str>> {
     let members: Vec<_> =
         alive.iter().filter(|(_, follows)| follows.contains(subscription)).map(|(name, _)| name).collect();

@@ -1,9 +1,9 @@
-//! Values as JSON text, and back without loss.
+//! Conversion of values to JSON text and back without loss.
 //!
 //! serde_json writes a number that is not finite as `null`, and reads an integer beyond 64 bits into a [`Value`] as the
-//! nearest `f64`; neither is an error there. This module refuses the first and keeps the second exact. (The feature
-//! `arbitrary_precision` of serde_json would do the second, but would break numbers in flattened and untagged types of
-//! the whole program.)
+//! nearest `f64`. Neither is an error in serde_json. This module refuses numbers that are not finite, and keeps
+//! integers beyond 64 bits exact. (The feature `arbitrary_precision` of serde_json would keep such integers exact too,
+//! but would break numbers in flattened and untagged types of the whole program.)
 
 use std::{collections::HashSet, fmt, io, ops::Range};
 
@@ -23,10 +23,11 @@ const BIG_DIGITS_MIN: usize = 19;
 /// Serializes a value as JSON text.
 ///
 /// # Errors
-/// If serde_json refuses the value, or if a number is NaN or infinite; the error then names the field.
+/// Fails if serde_json refuses the value, or if a number is NaN or infinite. In the latter case, the error names the
+/// field.
 pub fn to_json<T: Serialize + ?Sized>(value: &T) -> Result<String, Error> {
     let text = serde_json::to_string(value)?;
-    // Such a number becomes `null` in the text, so most texts need no second look.
+    // A number that is not finite becomes `null` in the text, so most texts need no further check.
     if text.contains("null") {
         check_finite(value)?;
     }
@@ -47,8 +48,8 @@ pub(crate) fn to_value<T: Serialize>(value: &T) -> Result<Value, Error> {
     serde_json::to_value(value)
 }
 
-/// Refuses a text with integers beyond 64 bits that do not survive a round trip. `again` returns the text after reading
-/// and writing it.
+/// Refuses a text with integers beyond 64 bits that do not survive a round trip. `again` reads the text as a value and
+/// writes the value as text again.
 #[doc(hidden)]
 pub fn check_read_back<E: fmt::Display>(text: &str, again: impl FnOnce() -> Result<String, E>) -> Result<(), Error> {
     if !may_have_big_integers(text) {
@@ -82,10 +83,11 @@ fn check_finite<T: Serialize + ?Sized>(value: &T) -> Result<(), Error> {
     })
 }
 
-/// JSON text as a [`Value`] that upcasters change, with the data to restore integers beyond 64 bits afterwards.
+/// JSON text as a [`Value`] that upcasters can change. The struct also keeps the data with which to restore integers
+/// beyond 64 bits afterwards.
 #[doc(hidden)]
 pub struct Upcast {
-    /// The value, in which each integer beyond 64 bits is replaced by a distinct `f64` near to it.
+    /// The value. Each integer beyond 64 bits is replaced by a stand-in, which is a distinct `f64` near the integer.
     pub value: Value,
     stand_ins: Vec<(f64, String)>,
 }
@@ -113,7 +115,7 @@ impl Upcast {
                     stand_ins.push((near, digits.to_owned()));
                     near
                 }
-                // Too large for any number type; the parser reports that.
+                // The number is too large for any number type. The parser reports that.
                 (None, Err(_)) => continue,
             };
             changed += &text[done..range.start];
@@ -131,8 +133,8 @@ impl Upcast {
             Ok(read) => return Ok(read),
             Err(error) => Some(error),
         };
-        // Reading from text also serves types that can only be read from text, such as `RawValue`. Users never see this
-        // text, so the first error is more useful than a place in it.
+        // Some types, such as `RawValue`, can only be read from text, so the value is written as text and read again.
+        // Users never see this text, so the first error is more useful than an error that names a position in it.
         serde_json::from_slice(&self.written(CompactFormatter)?).map_err(|error| unread.unwrap_or(error))
     }
 
@@ -186,7 +188,8 @@ impl<F: Formatter> Formatter for WithIntegers<'_, F> {
     );
 }
 
-/// Returns whether the text has a run of digits that is long enough. Examines only every 19th byte.
+/// Returns whether the text may contain an integer beyond 64 bits, which needs a long run of digits. Examines only
+/// every 19th byte.
 fn may_have_big_integers(text: &str) -> bool {
     let bytes = text.as_bytes();
     let digits = |bytes: &mut dyn Iterator<Item = &u8>| bytes.take_while(|byte| byte.is_ascii_digit()).count();
@@ -236,7 +239,7 @@ fn numbers(text: &str) -> impl Iterator<Item = Range<usize>> + '_ {
     })
 }
 
-/// A serializer that writes nothing, and fails at a number that is not finite.
+/// A serializer that writes nothing, and that fails if it meets a number that is not finite.
 #[derive(Clone, Copy)]
 struct Finite;
 
@@ -399,7 +402,7 @@ impl ser::SerializeMap for Parts {
     type Ok = ();
     type Error = NotFinite;
 
-    // Keys are text: serde_json has already refused any other key.
+    // Keys are text, because serde_json has already refused any other key.
     fn serialize_key<T: Serialize + ?Sized>(&mut self, _: &T) -> Looked {
         Ok(())
     }

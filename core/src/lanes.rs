@@ -1,9 +1,9 @@
-//! The number of lanes that follow the log under a name, as recorded in the store, and changes of that number.
+//! The number of lanes of a subscription or relay, as recorded in the store, and changes of that number.
 //!
-//! The checkpoint of each lane records the number. The checkpoints of several lanes are created in one commit. The
-//! checkpoint of a single lane is created by its first commit, because the first of several lanes uses the same
-//! document. A lane whose checkpoint is gone, or records another number, was therefore replaced, and no worker follows
-//! it.
+//! The checkpoint of each lane records the number. If there are several lanes, one commit creates all their
+//! checkpoints. If there is a single lane, the first commit of the lane creates its checkpoint, because that document
+//! is also the checkpoint of the first of several lanes. A lane whose checkpoint is missing or records another number
+//! was therefore replaced, and no worker follows the lane.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -21,20 +21,21 @@ use crate::{
 
 /// The pause after another process has moved a lane.
 const RACED: Duration = Duration::from_millis(20);
-/// The most lanes under one name: each lane is a task and a document, and one commit writes all documents.
+/// The maximum number of lanes of one subscription. The number is limited because each lane is a task and a document,
+/// and because one commit writes all these documents.
 pub(crate) const LANES_MAX: u32 = 1_000;
-/// How often to check old lanes that another instance still follows.
+/// How often to check whether another instance still follows the old lanes.
 pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(200);
 /// The number of checkpoints read per page.
 const PAGE: usize = 500;
 
-/// The lanes under one name.
+/// The lanes of one subscription or relay.
 pub(crate) struct Lanes<'a> {
     pub store: &'a Arc<dyn EventStore>,
     pub name: &'a str,
-    /// The wanted number of lanes.
+    /// The number of lanes that the program requests.
     pub wanted: u32,
-    /// Where lanes without a checkpoint start.
+    /// The start of lanes without a checkpoint.
     pub start: Start,
 }
 
@@ -45,7 +46,7 @@ struct Stored {
     checkpoint: Checkpoint,
 }
 
-/// Lanes of a number that differs from the wanted one. All of them have a checkpoint.
+/// The existing lanes, if their number differs from the requested number. Each of these lanes has a checkpoint.
 pub(crate) struct Others(Vec<Stored>);
 
 impl Others {
@@ -53,12 +54,12 @@ impl Others {
         self.0.len() as u32
     }
 
-    /// Returns the position of the lane that is furthest.
+    /// Returns the position of the lane that is furthest ahead.
     pub fn furthest(&self) -> Position {
         Position(self.0.iter().map(|lane| lane.checkpoint.next).max().unwrap_or_default())
     }
 
-    /// Returns why these lanes cannot be finished yet, if that is so.
+    /// Returns the reason why these lanes cannot be finished yet; `None` if they can.
     pub fn waits_for(&self, instance: Option<&Instance>, name: &str) -> Option<String> {
         let count = self.count();
         if self.0.iter().any(|lane| lane.checkpoint.paused) {
@@ -75,7 +76,7 @@ impl Others {
     }
 }
 
-/// Takes a lane at its checkpoint and fences the worker that followed it before.
+/// Claims a lane at its checkpoint and fences the worker that followed the lane before.
 pub(crate) async fn take(worker: &mut Worker, instance: Option<&Instance>) -> Result<Position, Stop> {
     worker.history = worker.store.history();
     let lane = &mut worker.lanes[0];
@@ -88,8 +89,8 @@ pub(crate) async fn take(worker: &mut Worker, instance: Option<&Instance>) -> Re
 }
 
 impl Lanes<'_> {
-    /// Records the wanted number if that moves no lane: no lane was followed yet, or an earlier release followed the
-    /// same number. Otherwise returns the existing lanes.
+    /// Records the requested number of lanes if no existing lane has to change, because no lane was followed yet, or
+    /// because an earlier release followed the same number of lanes. Otherwise, returns the existing lanes.
     pub async fn settle(&self) -> Result<Option<Others>, Stop> {
         loop {
             let stored = self.stored().await?;
@@ -109,13 +110,13 @@ impl Lanes<'_> {
             if self.commit((0..self.wanted).map(noted).collect()).await? {
                 return Ok(None);
             }
-            // Another process was first, or is following the lanes now.
+            // Another process has committed first, or follows the lanes now.
             tokio::time::sleep(RACED).await;
         }
     }
 
-    /// Returns the recorded number; `None` if there is no lane yet, or if an earlier release followed as many lanes as
-    /// are wanted.
+    /// Returns the recorded number of lanes; `None` if there is no lane yet, or if an earlier release followed as many
+    /// lanes as are now requested.
     fn known(&self, stored: &[Stored]) -> Result<Option<u32>, Stop> {
         let found = stored.last().map_or(0, |lane| lane.index + 1);
         let numbers: BTreeSet<u32> = stored.iter().filter_map(|lane| lane.checkpoint.lanes).collect();
@@ -127,7 +128,8 @@ impl Lanes<'_> {
                 numbers.len()
             ))),
             (None, _) if found == 0 || found == self.wanted => Ok(None),
-            // A lane that was killed within its first second left no checkpoint, so the number of lanes is unknown.
+            // If a process was killed within the first second of a lane, the lane has no checkpoint, so the number of
+            // lanes is unknown.
             (None, _) => Err(self.refused(&format!(
                 "an earlier release followed {found} lanes without noting their number, and this build has {}: start it once with \
                  lanes({found}), then change the number",
@@ -136,9 +138,9 @@ impl Lanes<'_> {
         }
     }
 
-    /// Changes the number of lanes if all existing lanes are at one position. One commit removes their checkpoints,
-    /// creates the new ones at that position, and moves parked messages to the lane of their key. Returns whether the
-    /// commit succeeded.
+    /// Changes the number of lanes if all existing lanes are at this position. One commit removes the old checkpoints,
+    /// creates the new checkpoints at this position, and moves parked messages to the new lane of their key. Returns
+    /// whether the commit succeeded.
     pub async fn change(&self, upto: Position) -> Result<bool, Stop> {
         let stored = self.stored().await?;
         if stored.iter().any(|lane| lane.checkpoint.next != upto.0 || lane.checkpoint.paused) {
@@ -202,8 +204,8 @@ impl Lanes<'_> {
         Put { key, expected: Some(version), body, due: None }
     }
 
-    /// Returns whether the commit succeeded; false after a lane has moved. An unknown outcome is an error, and the next
-    /// look shows the result.
+    /// Returns whether the commit succeeded. Returns false if a lane has moved. An unknown outcome is an error; the
+    /// next read shows the actual result.
     async fn commit(&self, puts: Vec<Put>) -> Result<bool, Stop> {
         match self.store.commit(Commit { appends: Vec::new(), puts }).await {
             Ok(_) => Ok(true),

@@ -18,18 +18,18 @@ pub(crate) struct Line<W> {
     carrier: Arc<Carrier>,
 }
 
-/// The future that executes a queue until it is empty. The caller that started the queue polls the future, which saves
-/// a task for each command. Once other commands wait behind that caller, or the caller goes away, a separate task takes
-/// the future over, so that no command depends on another caller.
+/// The future that executes a queue until the queue is empty. The caller that started the queue polls the future, which
+/// saves a separate task for each command. Once other commands wait behind the command of that caller, or the caller
+/// drops its future, a separate task takes over. No command therefore depends on another caller.
 pub(crate) struct Carrier {
-    /// `None` once the work is done, or handed to a task.
+    /// `None` once the work is done or was handed to a separate task.
     work: Mutex<Option<Pin<Box<dyn Future<Output = ()> + Send>>>>,
     wanted: AtomicBool,
     runtime: Handle,
 }
 
 impl<W> Line<W> {
-    /// Starts a queue. No work happens until its carrier is polled.
+    /// Starts a queue. No work happens until the carrier of the queue is polled.
     pub(crate) fn begin(first: W, work: impl Future<Output = ()> + Send + 'static) -> (Self, Arc<Carrier>) {
         let (work, wanted) = (Mutex::new(Some(Box::pin(work) as _)), AtomicBool::new(false));
         let carrier = Arc::new(Carrier { work, wanted, runtime: Handle::current() });
@@ -72,14 +72,14 @@ impl Carrier {
         }
     }
 
-    /// Hands the remaining work to a separate task. Must not be called with a lock that the work takes: a runtime that
-    /// has ended drops the work here.
+    /// Hands the remaining work to a separate task. The caller must not hold a lock that the work acquires: if the
+    /// runtime has ended, the work is dropped inside this call.
     pub(crate) fn leave(&self) {
         self.wanted.store(true, Ordering::SeqCst);
         let mut work = match self.work.try_lock() {
             Ok(work) => work,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            // The work is being polled, and the poller checks `wanted` afterwards.
+            // Another caller is polling the work, and checks `wanted` afterwards.
             Err(TryLockError::WouldBlock) => return,
         };
         if let Some(work) = work.take() {
@@ -88,7 +88,8 @@ impl Carrier {
     }
 }
 
-/// The caller that started the queue. When the caller goes, with its answer or without, other commands may still wait.
+/// Calls [`Carrier::leave`] when the caller that started the queue returns or is dropped, because other commands may
+/// still wait.
 struct Leaving(Arc<Carrier>);
 
 impl Drop for Leaving {

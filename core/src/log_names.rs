@@ -1,4 +1,4 @@
-//! The names of a log, by which consumers distinguish messages of one log from those of another.
+//! The names of a log. With these names, consumers distinguish the messages of one log from the messages of another.
 
 use std::sync::Arc;
 
@@ -10,39 +10,41 @@ use crate::{
     store::{EventStore, StoreError},
 };
 
-/// The most names of a log. Each restore of a database adds one; more mean that something adds names in a loop.
+/// The maximum number of names of a log. Each restore of the database adds one name. If a log needs more names,
+/// something adds names in a loop.
 const SEGMENTS_MAX: usize = 1_000;
 
-/// A part of the log, with the name that its messages carry.
+/// A segment is a part of the log. It has a name, which the messages of this part carry.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Segment {
     /// The name, unique among all logs.
     pub name: Arc<str>,
-    /// The first position of the segment; the segment ends before the next one.
+    /// The first position of the segment. The segment ends before the first position of the next segment.
     pub first: Position,
-    /// The end of the log after its database was restored, if the segment was started for that reason. Of the positions
-    /// between `restored_to` and `first`, the log holds only events recovered from topics.
+    /// The end of the log after its database was restored, if the segment was started for that reason. Between
+    /// `restored_to` and `first`, the log contains only events that were recovered from topics.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restored_to: Option<Position>,
-    /// Other logs whose messages the topics held when a service started anew: the service does not take their messages
-    /// for its own.
+    /// The names of other logs whose messages were in the topics when a service started anew. The service does not
+    /// treat messages of these logs as its own.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub passes_over: Vec<Arc<str>>,
 }
 
 impl Segment {
-    /// A segment with this name that starts at this position.
+    /// Creates a segment with this name that starts at this position.
     pub fn new(name: Arc<str>, first: Position) -> Self {
         Self { name, first, restored_to: None, passes_over: Vec::new() }
     }
 }
 
-/// The names of a log, in the order of its positions. Each restore of the database adds one: positions are assigned
-/// again then, and without a new name consumers would take new messages for messages that they have seen.
+/// The names of a log, in the order of the segments. Each restore of the database adds a name. After a restore,
+/// positions are assigned again, and without a new name consumers would mistake new messages for messages that they
+/// have already seen.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LogNames(Vec<Segment>);
 
-/// The body of the document: only the name, as long as there is one segment.
+/// The body of the document. As long as there is only one segment, the body is only its name.
 #[derive(Serialize, Deserialize)]
 #[serde(untagged)]
 enum Stored {
@@ -51,7 +53,7 @@ enum Stored {
 }
 
 impl LogNames {
-    /// Returns the names of a log; none before its first relay has run.
+    /// Returns the names of a log. A log has no name before its first relay has run.
     pub async fn of(store: &dyn EventStore) -> Result<Self, StoreError> {
         Ok(Self::with_version(store).await?.0)
     }
@@ -69,7 +71,7 @@ impl LogNames {
         Ok((Self(segments), found.version))
     }
 
-    /// Returns the names of a log, and draws the first name if there is none.
+    /// Returns the names of a log. If the log has no name yet, generates and stores the first name.
     pub(crate) async fn drawn(store: &dyn EventStore) -> Result<Self, StoreError> {
         loop {
             let names = Self::of(store).await?;
@@ -79,14 +81,14 @@ impl LogNames {
             let body = serde_json::to_string(&Stored::Name(Self::draw())).unwrap_or_default();
             let put = Put { key: Self::key(), expected: Some(0), body: Some(body.into()), due: None };
             match store.commit(Commit { appends: Vec::new(), puts: vec![put] }).await {
-                // Another relay may have been first.
+                // Another relay may have stored a name first.
                 Ok(_) | Err(CommitError::DocumentConflict { .. }) => {}
                 Err(error) => return Err(StoreError::Unavailable(error.to_string())),
             }
         }
     }
 
-    /// Returns a new name that no log has.
+    /// Returns a new random name that no log has.
     pub fn draw() -> Arc<str> {
         format!("{:016x}", uuid::Uuid::new_v4().as_u64_pair().0).into()
     }
@@ -95,7 +97,7 @@ impl LogNames {
         DocumentKey::new("log", "name")
     }
 
-    /// Returns the parts of the log, in order.
+    /// Returns the segments of the log, in order.
     pub fn segments(&self) -> &[Segment] {
         &self.0
     }
@@ -103,7 +105,7 @@ impl LogNames {
     /// Adds a segment.
     ///
     /// # Errors
-    /// If the segment does not start after the others, or if there are too many.
+    /// Fails if the segment does not start after all other segments, or if there are too many segments.
     pub fn push(&mut self, segment: Segment) -> Result<(), String> {
         if let Some(last) = self.0.last().filter(|last| segment.first <= last.first) {
             return Err(format!(
@@ -128,12 +130,12 @@ impl LogNames {
         Document { key: Self::key(), version, body, due: None }
     }
 
-    /// Returns whether the name is one of this log.
+    /// Returns whether this log has this name.
     pub fn knows(&self, name: &str) -> bool {
         self.0.iter().any(|segment| *segment.name == *name)
     }
 
-    /// Returns whether the name is that of another log, which a service of this log has left behind.
+    /// Returns whether this is the name of another log whose messages the services of this log ignore.
     pub fn passes_over(&self, name: &str) -> bool {
         self.0.iter().flat_map(|segment| &segment.passes_over).any(|passed| **passed == *name)
     }
@@ -145,7 +147,7 @@ impl LogNames {
         self.0.iter().any(lost)
     }
 
-    /// Returns the labels of a lane's messages.
+    /// Returns the labels that the messages of a lane carry.
     pub(crate) fn labels(&self, lane: u32) -> Labels {
         Labels(self.0.iter().map(|segment| (segment.first, label(lane, &segment.name))).collect())
     }
@@ -156,11 +158,11 @@ impl LogNames {
     }
 }
 
-/// The labels of a lane, each valid from a position on.
+/// The labels of a lane. Each label is valid from its position on.
 pub(crate) struct Labels(Vec<(Position, Arc<str>)>);
 
 impl Labels {
-    /// Returns the label of an event. Usually it is the last one.
+    /// Returns the label for the event at this position, which usually is the last label.
     pub fn of(&self, position: Position) -> Option<&Arc<str>> {
         let found = self.0.iter().rfind(|(first, _)| *first <= position).or(self.0.first());
         found.map(|(_, label)| label)
@@ -171,7 +173,7 @@ fn label(lane: u32, log: &str) -> Arc<str> {
     format!("{lane}@{log}").into()
 }
 
-/// Returns the log that a message comes from, if a relay has sent the message.
+/// Returns the name of the log from which a message comes, if a relay has sent the message.
 pub fn log_of(lane: &str) -> Option<&str> {
     let (number, log) = lane.split_once('@')?;
     (number.parse::<u32>().is_ok() && !log.is_empty()).then_some(log)

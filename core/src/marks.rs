@@ -1,4 +1,5 @@
-//! Deduplication: how far the messages of each relay have come, by which repeated messages are recognised.
+//! Deduplication of messages. For each relay, the marks record how far its messages have arrived. Repeated messages are
+//! recognised with these marks.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -7,31 +8,34 @@ use uuid::Uuid;
 
 use crate::bus::Message;
 
-/// The most relays with marks per partition. Messages of further relays are handled as often as they arrive.
+/// The maximum number of relay lanes for which a partition keeps marks. Messages of further lanes are handled as often
+/// as they arrive.
 const RELAYS_MAX: usize = 256;
-/// The source and lane that stand for all lanes without a message yet. No message has an empty source.
+/// The source and lane that represent all lanes from which no message has arrived yet. No message has an empty source.
 const UNKNOWN: &str = "";
-/// The most runs kept per lane. With more interruptions, messages lost in the oldest gap count as handled.
+/// The maximum number of runs that are kept per lane. With more interruptions, messages lost in the oldest gap count as
+/// handled.
 const RUNS_MAX: usize = 32;
 
 /// The marks of one partition.
 ///
-/// A relay sends the messages of its lane of the log in log order, and after a crash again from its checkpoint on.
-/// Therefore, even over several runs of the relay, no message is missing up to the highest position that arrived, and a
-/// message with a lower position has arrived before.
+/// A relay sends the messages of each of its lanes in log order. After a crash, the relay starts again at its
+/// checkpoint. Therefore no message up to the highest position that arrived is missing, even if the relay was restarted
+/// several times. A message with a lower position has already arrived before.
 ///
-/// This no longer holds once a topic was wiped: messages that had not arrived are gone. The next message starts another
-/// run, and a message from the gap between the two runs, sent again by a relay that was set back, is new.
+/// This is no longer true after a topic was wiped, because messages that had not arrived yet are lost. The next message
+/// then starts a new run. If a relay that was set back sends a message from the gap between the two runs again, that
+/// message counts as new.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Marks(BTreeMap<Arc<str>, BTreeMap<Arc<str>, Mark>>);
 
-/// How far one lane of one service has come.
+/// The progress of one relay lane of one service.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Mark {
     #[serde(flatten)]
     last: Run,
-    /// The earlier runs, in order; each ends below the start of the next.
+    /// The earlier runs, in order. Each run ends below the start of the next run.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     earlier: Vec<Run>,
     /// Whether messages may be missing after the last run.
@@ -39,7 +43,7 @@ struct Mark {
     interrupted: bool,
 }
 
-/// Positions that were followed without a gap.
+/// A run, which is a range of positions that arrived without a gap.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Run {
     /// The first position; 0 for the start of the log.
@@ -47,7 +51,8 @@ struct Run {
     start: i64,
     /// The last position.
     position: i64,
-    /// The ids of the messages received at the last position: one event of a saga may cause several commands.
+    /// The ids of the messages received at the last position. There may be several, because one event of a saga may
+    /// cause several commands.
     ids: Vec<Uuid>,
 }
 
@@ -62,8 +67,8 @@ impl Mark {
                 self.earlier[0].start = oldest.start;
             }
         }
-        // The last run that starts at or before this position: a position past its end is in the gap after it, or after
-        // all runs.
+        // Finds the last run that starts at or before this position. A position after the end of this run lies in the
+        // gap after the run, or after all runs.
         let mut runs = self.earlier.iter_mut().chain([&mut self.last]).rev();
         let Some(run) = runs.find(|run| run.start <= position) else { return true };
         if position < run.position || (position == run.position && run.ids.contains(&id)) {
@@ -83,8 +88,8 @@ impl Marks {
         self.0.is_empty()
     }
 
-    /// Marks a gap, after the topic was wiped or messages were removed: earlier messages may be missing before the next
-    /// one. That holds also for lanes without a message yet.
+    /// Marks a gap after the topic was wiped or messages were removed. Before the next message of each lane, messages
+    /// may be missing. This also applies to lanes from which no message has arrived yet.
     pub(crate) fn interrupt(&mut self) {
         self.0.entry(UNKNOWN.into()).or_default().entry(UNKNOWN.into()).or_default();
         self.0.values_mut().flat_map(BTreeMap::values_mut).for_each(|mark| mark.interrupted = true);
@@ -166,7 +171,7 @@ mod tests {
                 ..message()
             })
         };
-        // Positions 3 and 4 were removed before 5 came. The relay is set back.
+        // Positions 3 and 4 were removed before 5 arrived. Then the relay is set back.
         assert_eq!([5, 3, 4, 5, 6].map(&mut pass), [true, true, true, false, true]);
         assert_eq!([3, 4, 5, 6].map(pass), [false; 4], "sent again, they are known");
     }

@@ -1,4 +1,4 @@
-//! The reference store: the whole contract of [`EventStore`] in memory, for tests and experiments.
+//! The reference store, which implements the whole contract of [`EventStore`] in memory, for tests and experiments.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -17,11 +17,11 @@ use crate::{
     store::{EventStore, LogPage, LogQuery, Scan, StoreError, StoreStatus},
 };
 
-/// How many events one page of [`EventStore::read_log`] examines when a query leaves most of them out. This bounds how
+/// How many events one page of [`EventStore::read_log`] examines when a query leaves most of them out. This limits how
 /// long the lock is held.
 const PAGE_EVENTS_MAX: usize = 10_000;
 
-/// A store that loses its contents with its last handle. Clones share one log.
+/// A store in memory. Clones share one log. The contents are lost when the last clone is dropped.
 ///
 /// The store is unbounded: it holds every event and document ever put into it.
 ///
@@ -54,28 +54,28 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct Held {
-    /// In log order: the event at position `p` is at index `p - 1`.
+    /// The events in log order. The event at position `p` is at index `p - 1`.
     log: Vec<Arc<Recorded>>,
     streams: HashMap<StreamId, Vec<Arc<Recorded>>>,
     documents: BTreeMap<DocumentKey, Document>,
-    /// Collection, due time and id: the index for [`Scan::Due`].
+    /// The index for [`Scan::Due`]: collection, due time and id.
     due: BTreeSet<(Arc<str>, DateTime<Utc>, Arc<str>)>,
     last_recorded_at: DateTime<Utc>,
 }
 
 impl MemoryStore {
-    /// An empty store.
+    /// Creates an empty store.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// An empty store that uses this clock, for tests that move the clock by hand.
+    /// Creates an empty store that uses this clock, for tests that move the clock by hand.
     pub fn with_clock(clock: Clock) -> Self {
         Self { shared: Arc::new(Shared { clock, ..Shared::default() }) }
     }
 
-    /// Locks the contents. A panic elsewhere cannot leave a commit half applied: everything is checked before anything
-    /// is changed.
+    /// Locks the contents. A poisoned lock is no problem: a panic cannot leave a commit half applied, because
+    /// everything is checked before anything is changed.
     fn held(&self) -> MutexGuard<'_, Held> {
         self.shared.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -88,7 +88,7 @@ impl EventStore for MemoryStore {
         let mut held = self.held();
         held.check(&commit)?;
         let committed = held.apply(commit, self.shared.clock.now());
-        // Sent under the lock, so that the head never goes back.
+        // The head is sent while the lock is held, so that the head never moves backwards.
         if committed.position > Position::START {
             self.shared.head.send_replace(committed.position);
         }
@@ -151,7 +151,7 @@ impl EventStore for MemoryStore {
 
     async fn wait(&self, after: Position) -> Result<(), StoreError> {
         let mut head = self.shared.head.subscribe();
-        // The sender lives in `self`, so the wait can only end with a head beyond `after`.
+        // The sender is part of `self`, so the wait can only end with a head beyond `after`.
         head.wait_for(|head| *head > after).await.map(drop).map_err(|error| StoreError::Unavailable(error.to_string()))
     }
 
@@ -185,7 +185,7 @@ impl Held {
     }
 
     fn apply(&mut self, commit: Commit, now: DateTime<Utc>) -> Committed {
-        // Rounded down to microseconds, as a database stores it, and never decreasing, whatever the clock does.
+        // The time is rounded down to microseconds, as in a database, and never decreases, whatever the clock does.
         self.last_recorded_at = now.trunc_subsecs(6).max(self.last_recorded_at);
         let mut committed = Committed::default();
         for append in commit.appends {
@@ -227,7 +227,7 @@ impl Held {
             self.due.remove(&(key.collection, due, key.id));
         }
         let Some(body) = put.body else { return };
-        // Rounded as a database stores it. Every time that chrono holds can be expressed in microseconds.
+        // The due time is rounded as in a database. Every time that chrono supports can be expressed in microseconds.
         let due = put.due.map(|due| DateTime::from_timestamp_micros(due.timestamp_micros()).unwrap_or(due));
         if let Some(due) = due {
             self.due.insert((put.key.collection.clone(), due, put.key.id.clone()));
@@ -236,7 +236,8 @@ impl Held {
     }
 }
 
-/// Versions and positions have no gaps and start at 1, so the next item's index equals the number.
+/// Returns the index of the item after this version or position. Versions and positions have no gaps and start at 1, so
+/// the index equals the number.
 fn index_after(number: i64) -> usize {
     usize::try_from(number).unwrap_or(0)
 }

@@ -1,8 +1,10 @@
-//! Names of parts that store documents under their name: subscriptions, groups, services, read models, instances.
+//! Names of the parts that store documents under their own name: subscriptions, groups, services, read models and
+//! instances.
 
 use std::collections::BTreeMap;
 
-/// The longest name, in bytes: its parked messages are in the collection `parked.NAME`, or `parked.NAME@GENERATION`.
+/// The maximum length of a name in bytes. The length is limited because parked messages are in a collection named
+/// `parked.NAME` or `parked.NAME@GENERATION`.
 pub const NAME_BYTES_MAX: usize = 150;
 /// The suffix of a relay's name, after its service's name. No other name may end with it.
 pub(crate) const RELAY: &str = ".relay";
@@ -10,7 +12,7 @@ pub(crate) const RELAY: &str = ".relay";
 /// Why a name is not valid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NameError {
-    /// The name's documents could be confused with those of another name.
+    /// The documents stored under this name could be confused with the documents of another name.
     #[error("{kind} {name:?}: {reason}; choose another name")]
     Malformed {
         /// The kind of the part, such as `subscription`.
@@ -20,7 +22,7 @@ pub enum NameError {
         /// Why the name is not valid.
         reason: String,
     },
-    /// Two parts have the same name, and so the same checkpoints and parked messages.
+    /// Two parts have the same name, and would share the same checkpoints and parked messages.
     #[error(
         "{first} and {second} are both called {name:?}, and would share checkpoints and parked messages: rename one"
     )]
@@ -34,8 +36,8 @@ pub enum NameError {
     },
 }
 
-/// Checks that the documents of a name cannot be confused with those of another name. `/` precedes a lane or a topic,
-/// `@` a generation of a read model or an instance.
+/// Checks that the documents of a name cannot be confused with those of another name. In the ids of documents, `/`
+/// precedes a lane or a topic, and `@` precedes a generation of a read model or an instance.
 pub(crate) fn check(kind: &'static str, name: &str) -> Result<(), NameError> {
     let reason = if name.is_empty() {
         "it is empty".to_owned()

@@ -1,4 +1,4 @@
-//! Notices for operators: each is one line in the log of the process, and one count.
+//! Notices for operators. Each notice writes one line to the log of the process and increments one counter.
 
 use std::sync::Arc;
 
@@ -9,7 +9,8 @@ use crate::{
     saga::{Fault, FaultKind},
 };
 
-/// Sent once the work behind it is committed, so that a repeated attempt does not send a notice twice.
+/// A notice for an operator. It is sent only after the work that caused it is committed, so that a repeated attempt
+/// does not send a notice twice.
 #[derive(Clone, Debug)]
 pub(crate) enum Notice {
     /// A message was not handled.

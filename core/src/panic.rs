@@ -1,4 +1,5 @@
-//! Panics in user code become errors with the panic's text, and do not affect other code.
+//! Conversion of panics in user code into errors. The error contains the text of the panic, and other code is not
+//! affected.
 
 use std::{any::Any, panic::AssertUnwindSafe};
 

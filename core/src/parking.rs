@@ -1,4 +1,5 @@
-//! Parking: messages that could not be handled wait by key, so that other keys continue and each key keeps its order.
+//! Parking of messages that could not be handled. Parked messages wait by key: messages with other keys continue, and
+//! messages with the same key keep their order.
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
@@ -18,15 +19,16 @@ use crate::{
     subscription::lane_of,
 };
 
-/// The most parked messages of one worker. At this limit the worker takes no more messages.
+/// The maximum number of parked messages of one worker. At this limit, the worker handles no more messages.
 pub const PARKED_MAX: usize = 100_000;
 const PAGE: usize = 500;
-/// A longer key is parked under a short form, because the document's name also holds the sequence and the lane.
+/// The maximum length of a key in the id of a parked document. A longer key is replaced by a short form, because the id
+/// of the document also contains the sequence and the lane.
 const KEY_BYTES_MAX: usize = DOCUMENT_ID_BYTES_MAX - 64;
 /// The prefix of the keys of lost messages. A message whose own key has this prefix is parked under another key.
 const LOST_KEY: &str = "lost messages of ";
-/// A message whose JSON is larger is parked as the start of its bytes: no store would accept the document, and the
-/// worker would retry for ever.
+/// The maximum size of the JSON of a parked message. Of a larger message, only the first bytes are parked. Otherwise no
+/// store would accept the document, and the worker would retry forever.
 const PAYLOAD_BYTES_MAX: usize = DOCUMENT_BYTES_MAX - 100_000;
 
 /// The body of a parked message's document.
@@ -34,27 +36,29 @@ const PAYLOAD_BYTES_MAX: usize = DOCUMENT_BYTES_MAX - 100_000;
 pub struct Parked {
     /// The subscription that could not handle the message.
     pub subscription: Arc<str>,
-    /// The lane or partition of the message: the document id of its checkpoint.
+    /// The lane or partition of the message, given as the document id of its checkpoint.
     pub lane: Arc<str>,
-    /// The key of the message: later messages with the same key wait behind it.
+    /// The key of the message. Later messages with the same key wait behind this message.
     pub key: Arc<str>,
     /// The reason of the last failure; empty for a message that only waits behind another.
     pub reason: String,
-    /// How many times the message was tried.
+    /// How many times the handler was called for the message.
     pub attempts: u32,
-    /// Whether the message waits for a build that knows it, because the build that parked it does not.
+    /// Whether the message waits for another build, because the build that parked the message cannot handle it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub awaits_build: bool,
     /// When the message was parked.
     pub parked_at: DateTime<Utc>,
-    /// The position of the event, by which a worker that reads the event again finds it already parked.
+    /// The position of the event. A worker that reads the event again recognises by the position that the event is
+    /// already parked.
     #[serde(default)]
     pub position: i64,
-    /// The message; for a payload that is not a message, an object with `raw` in hexadecimal.
+    /// The message. For a payload that is not a message, this is an object with the field `raw`, which holds the
+    /// payload in hexadecimal.
     pub message: Box<RawValue>,
 }
 
-/// Messages that a bus removed before they were read, as recorded in a dead letter.
+/// A range of messages that a bus removed before they were read, as recorded in a dead letter.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Lost {
     /// The topic of the messages.
@@ -80,7 +84,7 @@ impl std::fmt::Display for Lost {
 }
 
 impl Lost {
-    /// The key under which the loss is parked. No message may wait behind it.
+    /// The key under which the loss is parked. No message waits behind this key.
     pub(crate) fn key(&self) -> Arc<str> {
         format!("{LOST_KEY}{}/{}", self.topic, self.partition).into()
     }
@@ -123,8 +127,8 @@ impl Parked {
     }
 }
 
-/// The parked messages of one worker, by key. Only their places are in memory; clones share them until one clone
-/// changes.
+/// The parked messages of one worker, by key. Only the location of each message is in memory, not the message itself.
+/// Clones share this data until one clone changes it.
 #[derive(Clone, Default)]
 pub(crate) struct ParkedKeys {
     subscription: Arc<str>,
@@ -132,7 +136,7 @@ pub(crate) struct ParkedKeys {
     count: usize,
     /// A description of the first loss of messages, if there is one.
     lost: Option<Arc<str>>,
-    /// The keys with a dead letter: a message that is retried only if an operator redrives it.
+    /// The keys that have a dead letter, which is a message that is retried only if an operator redrives it.
     dead: Arc<BTreeSet<Arc<str>>>,
 }
 
@@ -143,10 +147,11 @@ pub(crate) struct Place {
     pub id: Arc<str>,
     /// The position of the message in the log that it comes from; 0 if the payload is not a message.
     pub position: i64,
-    /// Whether a worker tries the message before it is due. True for a message that only waits behind another and was
-    /// never tried, and for a message that waits for another build and was not tried since its place was read.
+    /// Whether a worker tries the message before it is due. True for a message that only waits behind another message
+    /// and was never tried. Also true for a message that waits for another build and was not tried since this entry was
+    /// read.
     pub waits: bool,
-    /// Whether the message waits for a build that knows it.
+    /// Whether the message waits for a build that can handle it.
     pub awaits_build: bool,
     /// Whether the message failed and is not retried automatically.
     pub dead: bool,
@@ -157,8 +162,8 @@ pub(crate) fn collection(subscription: &str) -> Arc<str> {
 }
 
 /// The id of a parked message's document, ordered by key and then by sequence. The id includes the lane, because two
-/// lanes may have messages with the same key (the topics of a group, or a topic that got more partitions), each
-/// numbered by its own worker.
+/// lanes may have messages with the same key, and the worker of each lane numbers its messages separately. This happens
+/// if a group consumes several topics, or if the number of partitions of a topic was increased.
 fn document_id(key: &str, sequence: u64, lane: &str) -> Arc<str> {
     format!("{key} #{sequence:019}.{:08x}", lane_of(lane, u32::MAX)).into()
 }
@@ -174,8 +179,8 @@ fn sequence_of(id: &str) -> Option<u64> {
     place.split('.').next()?.parse().ok()
 }
 
-/// Returns the puts that move a parked message to its key's lane among `lanes` lanes; none if the message is already
-/// there.
+/// Returns the puts that move a parked message to the lane to which its key belongs when there are `lanes` lanes.
+/// Returns no puts if the message is already in this lane.
 pub(crate) fn moved(document: Document, subscription: &str, lanes: u32) -> Vec<Put> {
     let parked = serde_json::from_str::<Parked>(&document.body).ok();
     let Some((parked, sequence)) = parked.zip(sequence_of(&document.key.id)) else { return Vec::new() };
@@ -192,7 +197,8 @@ pub(crate) fn moved(document: Document, subscription: &str, lanes: u32) -> Vec<P
     ]
 }
 
-/// Returns the key under which a message is parked: its own key, unless that key cannot be part of a document's name.
+/// Returns the key under which a message is parked. This is the key of the message itself, unless that key cannot be
+/// part of a document id.
 pub(crate) fn parking_key(key: &Arc<str>) -> Arc<str> {
     if key.len() <= KEY_BYTES_MAX && !key.contains('\0') && !key.starts_with(LOST_KEY) {
         return key.clone();
@@ -206,7 +212,7 @@ impl ParkedKeys {
         Self { subscription, ..Self::default() }
     }
 
-    /// Reads the messages parked on these lanes.
+    /// Reads the locations of the messages that are parked on these lanes.
     pub async fn load(&self, store: &dyn EventStore, lanes: &[Arc<str>]) -> Result<Self, StoreError> {
         let mut found = Self::new(self.subscription.clone());
         let mut after: Arc<str> = "".into();
@@ -238,12 +244,12 @@ impl ParkedKeys {
         self.count
     }
 
-    /// Returns a description of lost messages that are not repaired yet.
+    /// Returns a description of the first loss of messages that no operator has dealt with yet.
     pub fn lost(&self) -> Option<Arc<str>> {
         self.lost.clone()
     }
 
-    /// Records lost messages at their place.
+    /// Records lost messages, which are parked at this place.
     pub fn add_lost(&mut self, key: &Arc<str>, place: Place, lost: &Lost) {
         self.add(key, place);
         self.lost.get_or_insert_with(|| lost.to_string().into());
@@ -271,7 +277,8 @@ impl ParkedKeys {
         Place { sequence, id, position, waits, awaits_build: false, dead: false }
     }
 
-    /// Returns whether messages of this key wait for another build, which may have handled them in the meantime.
+    /// Returns whether messages with this key wait for another build. That build may have handled the messages in the
+    /// meantime.
     pub fn awaits_build(&self, key: &str) -> bool {
         self.first(key).is_some_and(|first| first.awaits_build)
     }
@@ -289,7 +296,7 @@ impl ParkedKeys {
         self.count += 1;
     }
 
-    /// Removes the first message of the key after it was handled.
+    /// Removes the first message of the key after the message was handled.
     pub fn release_first(&mut self, key: &str) {
         let keys = Arc::make_mut(&mut self.keys);
         if let Some(places) = keys.get_mut(key) {
@@ -315,7 +322,8 @@ impl ParkedKeys {
         }
     }
 
-    /// Records a failed try of the key's first message; `dead` means that the message is not retried automatically.
+    /// Records that a retry of the first message of the key failed. `dead` means that the message is not retried
+    /// automatically any more.
     pub fn tried_first(&mut self, key: &str, awaits_build: bool, dead: bool) {
         let places = Arc::make_mut(&mut self.keys).get_mut(key);
         if let Some(first) = places.and_then(|places| places.front_mut()) {
@@ -327,7 +335,7 @@ impl ParkedKeys {
     }
 }
 
-/// The operator's view of parked messages.
+/// The parked messages of a store, as an operator sees them.
 #[derive(Clone)]
 pub struct DeadLetters {
     store: Arc<dyn EventStore>,
@@ -347,7 +355,7 @@ pub struct DeadLetter {
 }
 
 impl DeadLetters {
-    /// The dead letters of this store.
+    /// Creates a view of the dead letters of this store.
     pub fn new(store: Arc<dyn EventStore>) -> Self {
         Self { store }
     }
@@ -366,8 +374,8 @@ impl DeadLetters {
         Ok(letters)
     }
 
-    /// Redrives a key's messages now, in order, by the worker that owns the key. Returns how many messages wait; 0 if
-    /// the key is not parked.
+    /// Requests a redrive of the messages of a key. The worker that owns the key then handles the messages in order.
+    /// Returns how many messages wait, or 0 if the key is not parked.
     pub async fn redrive(&self, subscription: &str, key: &str) -> Result<usize, CommitError> {
         let (puts, waiting) = self.to_redrive(subscription, key).await?;
         if !puts.is_empty() {
@@ -382,14 +390,14 @@ impl DeadLetters {
         Ok((heads(&documents).map(|head| due_now(head.clone())).collect(), documents.len()))
     }
 
-    /// Drops the first message of a key permanently; the messages behind it are then tried.
+    /// Permanently drops the first message of a key. The messages after it are then retried.
     pub async fn drop_first(&self, subscription: &str, key: &str) -> Result<Option<Parked>, CommitError> {
         let Some((puts, dropped)) = self.to_drop(subscription, key).await? else { return Ok(None) };
         self.store.commit(Commit { appends: Vec::new(), puts }).await?;
         Ok(serde_json::from_str(&dropped.body).ok())
     }
 
-    /// Returns the puts that remove the first message of a key, or the message with this id, together with that
+    /// Returns the puts that remove the first message of a key, or the message with this id. Also returns the removed
     /// message.
     pub(crate) async fn to_drop(
         &self,

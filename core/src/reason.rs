@@ -1,6 +1,7 @@
-//! Texts of failures in a form that every store accepts, with a bounded length.
+//! Conversion of failure texts to a form that every store accepts. The length of the text is limited.
 
-/// The most characters kept of a reason: people read it, and the events of a saga repeat it several times.
+/// The maximum number of characters that are kept of a reason. The length is limited because people read the text, and
+/// because the events of a saga repeat it several times.
 pub(crate) const REASON_CHARS_MAX: usize = 4_000;
 
 /// Returns the text with every control character except tabs and newlines replaced, cut at [`REASON_CHARS_MAX`].

@@ -1,4 +1,4 @@
-//! Retries of parked messages, in the order of their key.
+//! Retries of parked messages. Messages with the same key are retried in order.
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
@@ -16,8 +16,8 @@ use crate::{
     worker::{BUILD_LOOK, BUILD_LOOK_MAX, Stop, Worker, parked_reason},
 };
 
-/// How often the places of parked messages are read again: an operator may drop some, and a worker that lost its lane
-/// may have redriven some before it noticed.
+/// How often the list of parked messages is read again. An operator may have dropped some of them, and a worker that
+/// lost its lane may have redriven some before it noticed the loss.
 const RECONCILE: Duration = Duration::from_secs(10);
 /// The number of parked keys examined in one tick.
 const DUE_PAGE: usize = 64;
@@ -34,28 +34,30 @@ fn failed(tried: &Parked, message: Option<&Message>, retries: bool) -> Notice {
     })
 }
 
-/// The number of documents scanned at once for messages that wait for a build; more if many other messages come first.
+/// The number of documents that are scanned at once for messages that wait for a build. More are scanned if many other
+/// messages come first.
 const AWAITING_PAGE: usize = 64;
 const AWAITING_PAGE_MAX: usize = 4_096;
-/// The number of failed tries to remember. Beyond it, all are forgotten and those messages are tried once more.
+/// How many failed tries a worker remembers. With more failed tries, the worker forgets all of them and tries these
+/// messages once more.
 const TRIED_MAX: usize = 10_000;
 
 fn awaits_build(document: &Document) -> bool {
     serde_json::from_str::<Parked>(&document.body).is_ok_and(|parked| parked.awaits_build)
 }
 
-/// What a worker remembers of messages that other workers parked because their build does not know them.
+/// The data that a worker keeps about messages which other workers parked because their build could not handle them.
 #[derive(Default)]
 pub(crate) struct Others {
     looked_at: Option<Instant>,
-    /// Messages that this build does not know either, by document and version.
+    /// Messages that this build cannot handle either, by document id and version.
     tried: HashSet<(Arc<str>, i64)>,
 }
 
 impl Worker {
-    /// Handles messages that wait for a build like this one and that other workers parked: the next worker to follow
-    /// their lane may take long to come. Each message is removed in the same commit as its effects, so that only one
-    /// worker's commit succeeds.
+    /// Handles messages that other workers parked and that wait for a build like this one. Without this, the messages
+    /// would wait until a worker with this build follows their lane, which may take a long time. Each message is
+    /// removed in the same commit that stores its effects, so the commit of only one worker succeeds.
     async fn redrive_others(&mut self) -> Result<(), Stop> {
         let Some(others) = &mut self.others else { return Ok(()) };
         if others.looked_at.is_some_and(|at| at.elapsed() < BUILD_LOOK) {
@@ -118,7 +120,7 @@ impl Worker {
                         }
                         _ = self.others.as_mut().map(|others| others.tried.insert(tried));
                     }
-                    // Another worker was first, or the next look tries again.
+                    // Another worker committed first. If not, the next check tries again.
                     Err(_) => {}
                 }
             }
@@ -129,7 +131,7 @@ impl Worker {
         Ok(false)
     }
 
-    /// Returns the message that waits directly behind another one of its key and lane.
+    /// Returns the message that waits directly behind this message, with the same key and lane.
     async fn behind(&self, document: &Document) -> Result<Option<Document>, Stop> {
         let after = Scan::After(document.key.id.clone());
         let next = self.store.scan(&collection(&self.name), &after, 1).await?.pop();
@@ -154,7 +156,7 @@ impl Worker {
             let of_key = due.iter().filter_map(|document| document.key.id.rsplit_once(" #"));
             let mine = of_key.map(|(key, _)| Arc::<str>::from(key)).filter(|key| self.parked.has(key));
             keys.extend(mine);
-            // The first due messages may be of lanes that no worker follows at present.
+            // The first due messages may belong to lanes that no worker follows at present.
             if all || !keys.is_empty() {
                 break;
             }
@@ -223,7 +225,7 @@ impl Worker {
             // An unavailable store is not the message's fault and does not count as an attempt, but the message still
             // waits before the next retry.
             Remedy::AwaitStore => parked.attempts,
-            // The attempts of builds that did not know the message do not count for a build that does.
+            // Attempts by builds that could not handle the message do not count for a build that can.
             Remedy::RetryMessage | Remedy::Park if parked.awaits_build => 1,
             Remedy::RetryMessage | Remedy::Park | Remedy::AwaitBuild => parked.attempts + 1,
         };
@@ -245,7 +247,7 @@ impl Worker {
         }
     }
 
-    /// Commits what the handler stages in place of refused work, and returns whether that succeeded.
+    /// Commits the work that the handler stages in place of the refused work. Returns whether the commit succeeded.
     async fn redrive_refused(&self, parked: &Parked, reason: &str, document: &Document) -> bool {
         let Some(message) = parked.message() else { return false };
         let mut work = Work::new(self.store.clone(), Stale::Everything);
@@ -257,7 +259,7 @@ impl Worker {
         work.commit().await.is_ok()
     }
 
-    /// Leaves the retry to the next tick: the document is still due, or free.
+    /// Leaves the retry to the next tick. The document is then still due, or still waits to be tried.
     async fn redrive_later(&mut self, key: &str, error: &CommitError) -> Result<bool, Stop> {
         tracing::warn!(subscription = %self.name, %key, %error, "redrive did not commit");
         self.load_parked().await?;

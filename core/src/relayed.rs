@@ -1,4 +1,4 @@
-//! How far the relay of a service has come, and the lane names that its messages carry.
+//! The progress of the relay of a service, and the lane names that the messages of the relay carry.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -15,7 +15,7 @@ use crate::{
 /// The number of documents read per page.
 const PAGE: usize = 500;
 
-/// How far the relay of a service has come.
+/// The progress of the relay of a service.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Relayed {
     names: LogNames,
@@ -37,7 +37,8 @@ impl Relayed {
                 let named = document.key.id.rsplit_once('/');
                 let of_relay = named.and_then(|(name, lane)| Some((name.strip_suffix(RELAY)?, lane.parse().ok()?)));
                 let Some((service, lane)) = of_relay else { continue };
-                // This is `GROUP/TOPIC/PARTITION`, with a topic whose name ends like that of a relay.
+                // This id has the form `GROUP/TOPIC/PARTITION`, and the name of the topic ends in `.relay`. The
+                // checkpoint does not belong to a relay.
                 if service.contains('/') {
                     continue;
                 }
@@ -45,7 +46,7 @@ impl Relayed {
                     .map_err(|error| StoreError::Corrupt(format!("document {}: {error}", document.key)))?;
                 let (lanes, taken) = services.entry(service.to_owned()).or_default();
                 lanes.insert(lane, Position(checkpoint.next));
-                // Every lane records the offsets that its process has sent.
+                // The checkpoint of every lane records the offsets that its process has sent.
                 taken.reach(&checkpoint.taken);
             }
         }
@@ -61,8 +62,8 @@ impl Relayed {
         Ok(services.into_iter().map(|(service, progress)| (service, relayed(progress))).collect())
     }
 
-    /// The offsets up to which the bus had taken messages at the relay's last checkpoint. Messages beyond them were
-    /// sent later.
+    /// The ends up to which the bus had accepted messages at the last checkpoint of the relay. Messages after these
+    /// ends were sent later.
     pub fn taken(&self) -> &Ends {
         &self.taken
     }
@@ -72,7 +73,8 @@ impl Relayed {
         &self.names
     }
 
-    /// Returns the position up to which the bus has taken all messages of this stream's events, except parked ones.
+    /// Returns the position up to which the bus has accepted the messages of all events of this stream, except parked
+    /// messages.
     pub fn up_to(&self, stream: &StreamId) -> Position {
         self.checkpoints[self.lane(stream) as usize]
     }
@@ -82,7 +84,7 @@ impl Relayed {
         self.checkpoints.iter().copied().min().unwrap_or(Position::START)
     }
 
-    /// Returns the [`Message::lane`](crate::Message::lane) of the messages for an event of a stream.
+    /// Returns the [`Message::lane`](crate::Message::lane) that messages for an event of this stream carry.
     pub fn label(&self, stream: &StreamId, position: Position) -> Arc<str> {
         self.names.label(self.lane(stream), position)
     }

@@ -1,4 +1,4 @@
-//! The routes of a service: which events go to which topic, and as which messages.
+//! The routes of a service. The routes determine the topics and the messages for the events of the service.
 
 use std::sync::Arc;
 
@@ -21,18 +21,20 @@ pub struct Routes {
     internal: Vec<Arc<str>>,
 }
 
-/// The longest name of a service: even with the additions for topics, relay and parts, every store and bus accepts it.
+/// The maximum length of a service name in bytes. Topics, relays and parts add to the name. Every store and bus still
+/// accepts the longer names.
 pub(crate) const SERVICE_BYTES_MAX: usize = 80;
 
-/// Returns whether the name is valid for a service, and so for topics, which contain it.
+/// Returns whether the name is valid for a service. The topics of the service contain this name, so it must be valid in
+/// topic names too.
 pub(crate) fn is_service_name(name: &str) -> bool {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
     !name.is_empty() && name.len() <= SERVICE_BYTES_MAX && name.bytes().all(plain)
 }
 
 impl Routes {
-    /// The routes of a service. Its events go to `<service>.events`, commands of its sagas to `<participant>.commands`,
-    /// and its replies to other services' sagas to `<their service>.commands`.
+    /// Creates the routes of a service. The events of the service go to `<service>.events`. The commands of its sagas
+    /// go to `<participant>.commands`. Its replies to the sagas of other services go to `<their service>.commands`.
     pub fn of(service: &str) -> Self {
         let (events, internal) = (format!("{service}.events").into(), vec![format!("step.{service}").into()]);
         Self { service: service.into(), events, published: Vec::new(), internal }
@@ -43,7 +45,7 @@ impl Routes {
         self.published.push(category.into());
     }
 
-    /// Sends the commands of the sagas recorded under this category.
+    /// Sends the commands of the sagas whose streams have this category.
     pub(crate) fn saga(&mut self, category: &str) {
         self.internal.push(category.into());
     }
@@ -57,11 +59,12 @@ impl Routes {
         LogQuery::categories(self.published.iter().chain(&self.internal).cloned())
     }
 
-    /// Returns the messages for an event: a saga's event gives the commands that it sends, a step's event gives its
-    /// reply, and any other event goes out unchanged. The messages do not yet carry the lane that sends them.
+    /// Returns the messages for an event. An event of a saga becomes the commands that the saga sends, an event of a
+    /// step becomes the reply of the step, and any other event is sent unchanged. The messages do not yet carry the
+    /// lane of the relay.
     ///
     /// # Errors
-    /// If the event cannot be parsed.
+    /// Fails if the event cannot be parsed.
     pub fn messages(&self, event: &Recorded) -> Result<Vec<Outgoing>, String> {
         let category = event.stream.category();
         if category.starts_with("saga.") {
@@ -96,7 +99,8 @@ impl Routes {
                 (attribute::REPLY_TO, self.service.to_string()),
             ];
             let message = Message {
-                // Effects derive from the command's id, so that all attempts at the command have one effect.
+                // The effects of the command are derived from the id of the command, so that all attempts at the
+                // command have one effect together.
                 id: command.id,
                 type_name: command.type_name.into(),
                 schema_version: command.schema_version,

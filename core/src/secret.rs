@@ -1,12 +1,13 @@
-//! Secrets outside of URLs, so that neither `ps` nor a shell's history shows them: a file or an environment variable
-//! holds the secret. For adapters, whose URLs name the file or the variable.
+//! Secrets that are kept outside of URLs, so that neither `ps` nor the history of a shell shows them. A file or an
+//! environment variable holds the secret, and the URL of an adapter names the file or the variable.
 
 use std::{fs::File, io::Read};
 
-/// The longest secret, in bytes: a key in PEM has a few thousand, and a longer text is a wrong file.
+/// The maximum length of a secret in bytes. A key in PEM format has a few thousand bytes. A much longer text means that
+/// the wrong file was named.
 const SECRET_BYTES_MAX: u64 = 65_536;
 
-/// Reads a secret from a file, without the newline at its end. An error names the file, and shows nothing of its
+/// Reads a secret from a file, without the newline at its end. An error names the file, but never shows any of its
 /// contents.
 ///
 /// ```

@@ -1,4 +1,4 @@
-//! Cached states that a unit of work must not use again.
+//! The cached states that a unit of work must not use again.
 
 use crate::{commit::CommitError, event::StreamId};
 
@@ -20,7 +20,8 @@ impl Stale {
         }
     }
 
-    /// Returns what to read again after this error: at first only the stream that the error names, then everything.
+    /// Returns the streams to read again after this error. The first time, this is only the stream that the error
+    /// names. After that, it is every stream.
     pub fn after(self, error: &CommitError) -> Self {
         match (self, error) {
             (Self::Nothing, CommitError::Conflict { stream, .. }) => Self::Streams(vec![stream.clone()]),

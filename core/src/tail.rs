@@ -1,4 +1,4 @@
-//! One reader at the end of the log for all subscriptions of a process.
+//! A shared reader of the tail of the log, which serves all subscriptions of a process.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -19,13 +19,13 @@ use crate::{
     store::{EventStore, LogPage, LogQuery, Scan, StoreError, StoreStatus},
 };
 
-/// The most events held: how far the slowest of several subscriptions may lag before it reads the store itself.
+/// The maximum number of events held in memory. A subscription that lags further behind reads the store itself.
 const EVENTS_MAX: usize = 65_536;
-/// The most payload bytes held.
+/// The maximum number of payload bytes held in memory.
 const BYTES_MAX: usize = 64 * 1024 * 1024;
-/// The most commits held that the log has not reached yet.
+/// The maximum number of held commits for which events before them are still missing.
 const COMMITS_AHEAD_MAX: usize = 4_096;
-/// How long to wait for a commit of this process that the store already shows.
+/// How long to wait until a commit of this process, which the store already shows, is added to the events in memory.
 const SHOWN_SOON: Duration = Duration::from_millis(2);
 /// The number of events read from the store per page.
 const PAGE: usize = 2_000;
@@ -36,11 +36,11 @@ pub struct Tail {
     store: Arc<dyn EventStore>,
     recent: Mutex<Recent>,
     fetch: tokio::sync::Mutex<()>,
-    /// Held by the caller that waits for the store on behalf of all callers.
+    /// The lock of the caller that waits for the store on behalf of all callers.
     waits: tokio::sync::Mutex<()>,
-    /// The store's history number, and the end of the events held.
+    /// The history number of the store, and the position of the last event held.
     last: watch::Sender<(u64, Position)>,
-    /// How many commits of this process the store has not answered yet.
+    /// How many commits of this process have not been answered by the store yet.
     committing: AtomicUsize,
 }
 
@@ -55,7 +55,7 @@ struct Recent {
     bytes: usize,
     /// Whether the store has more events after these than it returned in one page.
     more: bool,
-    /// Commits of this process whose predecessors are not known yet, by their first position.
+    /// Commits of this process for which earlier events are still missing, by their first position.
     ahead: BTreeMap<Position, Vec<Arc<Recorded>>>,
 }
 
@@ -69,7 +69,8 @@ impl Recent {
         self.last = self.last.max(next);
     }
 
-    /// Moves commits that now continue the log out of `ahead`, and drops the oldest events beyond the limits.
+    /// Moves commits whose earlier events are all known now from `ahead` to the events held, and drops the oldest
+    /// events beyond the limits.
     fn settle(&mut self) {
         while let Some(entry) = self.ahead.first_entry() {
             if *entry.key() > self.last.next() {
@@ -80,7 +81,7 @@ impl Recent {
             self.extend(events, next);
         }
         if self.ahead.len() > COMMITS_AHEAD_MAX {
-            // Another writer's events are missing in between: the next read of the store returns all of them.
+            // Events of another writer are missing in between. The next read of the store returns all these events.
             self.ahead.clear();
         }
         while self.events.len() > EVENTS_MAX || self.bytes > BYTES_MAX {
@@ -91,11 +92,11 @@ impl Recent {
     }
 }
 
-/// The parts of a commit that the log will show.
+/// The events of a commit by stream, as they will appear in the log.
 type Appended = Vec<(StreamId, Vec<NewEvent>)>;
 
 impl Tail {
-    /// Follows `store` from its current end.
+    /// Follows the log of `store` from its current end.
     pub async fn follow(store: Arc<dyn EventStore>) -> Result<Self, StoreError> {
         let history = store.history();
         let head = store.status().await?.head;
@@ -123,8 +124,8 @@ impl Tail {
         self.recent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Discards the events held if the log may have lost events since, and continues from its current end. Returns the
-    /// history number and that end.
+    /// If the log may have lost events since the last call, discards the events held and continues at the current end
+    /// of the log. Returns the history number and the end of the events held.
     async fn renewed(&self) -> Result<(u64, Position), StoreError> {
         let known = *self.last.borrow();
         if self.store.history() == known.0 {
@@ -135,7 +136,7 @@ impl Tail {
         if history != self.last.borrow().0 {
             let head = self.store.status().await?.head;
             *self.recent() = Recent { history, after: head, last: head, ..Recent::default() };
-            // Every waiting caller must look again, wherever the end is now.
+            // Every waiting caller must check again, whether the end has moved forwards or backwards.
             self.last.send_replace((history, head));
         }
         Ok(*self.last.borrow())
@@ -163,7 +164,7 @@ impl Tail {
         Some(page)
     }
 
-    /// Reads on from the end, unless another caller has moved it.
+    /// Reads the next page after the end, unless another caller has moved the end in the meantime.
     async fn fetch_after(&self, (history, end): (u64, Position)) -> Result<(), StoreError> {
         let _one_fetches = self.fetch.lock().await;
         if (history, end) == *self.last.borrow() {
@@ -178,18 +179,20 @@ impl Tail {
         Ok(())
     }
 
-    /// Follows the store without end, with one caller at a time for all callers: `last` wakes those that wait.
+    /// Follows the store until an error occurs. Only one caller at a time does this, on behalf of all callers. The
+    /// other callers wait for a change of `last`.
     async fn follow_on(&self) -> StoreError {
         loop {
             let _one_waits = self.waits.lock().await;
-            // After one commit there is often another of this process, and then the store need not be read at all.
+            // This process often commits again soon after a commit. In that case, the store does not have to be read at
+            // all.
             tokio::time::sleep(SHOWN_SOON).await;
             let end = *self.last.borrow();
             if let Err(error) = self.store.wait(end.1).await {
                 return error;
             }
-            // The store has more events. If they are a commit of this process, they are about to be shown and need not
-            // be read.
+            // The store has more events. If a commit of this process wrote them, they are about to be added from memory
+            // and do not have to be read.
             if self.committing.load(Ordering::Acquire) > 0 {
                 _ = tokio::time::timeout(SHOWN_SOON, self.last.subscribe().wait_for(|last| *last > end)).await;
             }
@@ -253,7 +256,7 @@ impl EventStore for Tail {
     async fn commit(&self, commit: Commit) -> Result<Committed, CommitError> {
         let appended = commit.appends.iter().map(|append| (append.stream.clone(), append.events.clone())).collect();
         self.committing.fetch_add(1, Ordering::AcqRel);
-        // If a caller drops the future, a read of the store shows the result.
+        // If the caller drops the future, a later read of the store returns the events.
         let done = Done(&self.committing);
         let history = self.store.history();
         let committed = self.store.commit(commit).await?;
@@ -297,7 +300,7 @@ impl EventStore for Tail {
     }
 }
 
-/// Counts a commit as answered, even if its caller went away.
+/// Counts a commit as answered when dropped, even if the caller has dropped its future.
 struct Done<'a>(&'a AtomicUsize);
 
 impl Drop for Done<'_> {

@@ -4,17 +4,18 @@ use std::{fmt, sync::Arc};
 
 /// The length of a `traceparent` of version 00, in bytes.
 const TRACEPARENT_BYTES: usize = 55;
-/// The flags that version 00 defines: sampled, and random trace id.
+/// The flags that version 00 defines: `sampled` and `random trace id`.
 const KNOWN_FLAGS: u8 = 0b11;
-/// The most members of a `tracestate`, as set by the recommendation.
+/// The maximum number of members of a `tracestate`, as set by the W3C recommendation.
 const TRACESTATE_MEMBERS_MAX: usize = 32;
-/// The longest `tracestate` that is propagated, in bytes: the recommendation demands at least this much, and each event
-/// stores it.
+/// The maximum length in bytes of a `tracestate` that is propagated. The W3C recommendation demands at least this
+/// length. It is not greater, because each event stores the `tracestate`.
 pub const TRACESTATE_BYTES_MAX: usize = 512;
-/// Members longer than this are dropped first when a `tracestate` is too long, as set by the recommendation.
+/// If a `tracestate` is too long, members longer than this number of bytes are dropped first, as the W3C recommendation
+/// demands.
 const LARGE_MEMBER_BYTES: usize = 128;
 
-/// A valid `traceparent`, with its `tracestate`.
+/// A valid `traceparent` and the `tracestate` that belongs to it.
 ///
 /// ```
 /// use annals::TraceContext;
@@ -26,7 +27,8 @@ const LARGE_MEMBER_BYTES: usize = 128;
 /// ```
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct TraceContext(
-    /// The `traceparent`, always of [`TRACEPARENT_BYTES`], directly followed by the `tracestate`, which may be empty.
+    /// The `traceparent`, which always has [`TRACEPARENT_BYTES`], directly followed by the `tracestate`, which may be
+    /// empty.
     Arc<str>,
 );
 
@@ -34,8 +36,8 @@ impl TraceContext {
     /// Parses the values of all `traceparent` and all `tracestate` headers. Returns `None` unless there is exactly one
     /// `traceparent` and it is valid. An invalid `tracestate` is left out.
     ///
-    /// Of a `traceparent` of a later version, only the four fields that this version knows are used; the result has
-    /// version 00.
+    /// If the `traceparent` has a later version, only the four fields that version 00 defines are used, and the result
+    /// has version 00.
     pub fn parse<'h>(
         traceparents: impl IntoIterator<Item = &'h str>,
         tracestates: impl IntoIterator<Item = &'h str>,
@@ -57,7 +59,7 @@ impl TraceContext {
         Some(Self(text.into()))
     }
 
-    /// The `traceparent`, of version 00.
+    /// The `traceparent`, always in version 00.
     pub fn traceparent(&self) -> &str {
         &self.0[..TRACEPARENT_BYTES]
     }
@@ -95,7 +97,7 @@ fn flags(text: &str) -> Option<u8> {
         _ => bytes.get(TRACEPARENT_BYTES).is_none_or(|byte| *byte == b'-'),
     };
     let is_valid = is_whole && !is_zero(trace_id) && !is_zero(parent_id);
-    // The meaning of other flags of a later version is unknown here.
+    // This code does not know what other flags of a later version mean, so it clears them.
     is_valid.then_some(if version == "00" { flags } else { flags & KNOWN_FLAGS })
 }
 
@@ -154,7 +156,7 @@ fn is_key(key: &str) -> bool {
 }
 
 /// Returns whether the text is a valid value: printable ASCII without `,` and `=`. A value cannot end with a space,
-/// since members are trimmed.
+/// because members are trimmed.
 fn is_value(value: &str) -> bool {
     (1..=256).contains(&value.len()) && value.bytes().all(|byte| (b' '..=b'~').contains(&byte) && byte != b'=')
 }

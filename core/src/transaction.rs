@@ -11,8 +11,9 @@ use crate::{
     work::{Stale, Work},
 };
 
-/// Stages work on several streams and documents, commits it as a whole or not at all, and lets the caller retry when
-/// another writer was first. A `Transaction` holds no database transaction: the commit checks what was read.
+/// Stages work on several streams and documents, and commits the work either completely or not at all. If another
+/// writer commits first, the caller can retry. A `Transaction` does not hold a database transaction open. Instead, the
+/// commit checks the versions that were read.
 ///
 /// ```
 /// # use std::sync::Arc;
@@ -40,13 +41,13 @@ pub struct Transaction {
 }
 
 impl Transaction {
-    /// A transaction under a command id: its commands to aggregates are executed once, however often the transaction
-    /// runs.
+    /// Creates a transaction with a command id. Its commands to aggregates are executed only once, however often the
+    /// transaction runs.
     pub fn new(store: Arc<dyn EventStore>, request: impl Into<Request>) -> Self {
         Self { store, request: request.into(), attempts: 0, backoff: Backoff::short(), unsettled: None }
     }
 
-    /// Begins an attempt. Each attempt reads everything again, so that a refusal never rests on outdated state.
+    /// Begins an attempt. Each attempt reads everything again, so that a refusal is never based on outdated state.
     pub fn begin(&mut self) -> Work {
         self.attempts += 1;
         let mut work = Work::new(self.store.clone(), Stale::Everything);
@@ -54,15 +55,15 @@ impl Transaction {
         work
     }
 
-    /// Commits an attempt. `None` means that another writer was first, or that the outcome is unknown: begin another
-    /// attempt. If the first attempt was committed after all, the next one finds its events and reports that with
-    /// [`Decided::repeated`](crate::work::Decided). Nothing more is committed then, independent of the size of the
-    /// attempt and of other writers.
+    /// Commits an attempt. `None` means that another writer committed first, or that the outcome is unknown. In both
+    /// cases, begin another attempt. If the first attempt was committed after all, the next attempt finds its events
+    /// and reports that with [`Decided::repeated`](crate::work::Decided). Nothing more is committed then, whatever the
+    /// size of the attempt and whatever other writers do.
     ///
     /// # Errors
-    /// If another attempt cannot help, or after too many attempts, with the error of the last one. An unknown outcome
-    /// of work without events is an error too: documents do not show which commit wrote them, so only the caller can
-    /// find out.
+    /// Fails if another attempt cannot help. After too many attempts, fails with the error of the last attempt. An
+    /// unknown outcome of work without events is an error too: a document does not show which commit wrote it, so only
+    /// the caller can find out.
     pub async fn commit(&mut self, work: Work) -> Result<Option<Committed>, CommitError> {
         if let Some(committed) = self.settled().await {
             return Ok(Some(committed));
@@ -74,7 +75,7 @@ impl Transaction {
         };
         match failed.error {
             error @ CommitError::Unknown(_) if failed.unsettled.is_none() => Err(error),
-            // Nothing was stored, because the state behind the decision may be gone.
+            // Nothing was stored, because the events behind the decision may be gone.
             CommitError::Unavailable(_) if self.store.history() != history && self.attempts < DECISIONS_MAX => Ok(None),
             CommitError::Conflict { .. } | CommitError::DocumentConflict { .. } | CommitError::Unknown(_)
                 if self.attempts < DECISIONS_MAX =>

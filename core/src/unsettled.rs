@@ -1,4 +1,4 @@
-//! Resolves whether a commit with an unknown outcome was stored.
+//! Finds out whether a commit with an unknown outcome was stored.
 
 use std::collections::HashMap;
 
@@ -13,8 +13,9 @@ use crate::{
 /// The number of events read per page.
 const PAGE: usize = 1_000;
 
-/// A commit with an unknown outcome, recognised by its events. The commit expected each stream at a version, so if it
-/// was stored, its events are exactly where they were staged, independent of their number and of later events.
+/// A commit with an unknown outcome, which is recognised by its events. The commit expected each stream at a certain
+/// version. If the commit was stored, its events therefore have exactly the versions for which they were staged,
+/// whatever their number and whatever events follow.
 #[derive(Clone, Debug)]
 pub(crate) struct Unsettled {
     /// The staged part of each stream. At least one of them has commands.
@@ -29,14 +30,14 @@ pub(crate) struct Staged {
     pub base: Version,
     /// The version of the last event, or `base` if there are no events.
     pub last: Version,
-    /// The first event of each command. All of them are checked, because another process may also have received one of
-    /// the commands.
+    /// The first event of each command. All first events are checked, because another process may also have received
+    /// one of the commands.
     pub commands: HashMap<Version, Uuid>,
 }
 
 impl Unsettled {
-    /// Returns the result of the commit if it was stored. `None` means that it was not stored, or not yet, for example
-    /// because the server still works on it.
+    /// Returns the result of the commit if the commit was stored. `None` means that the commit was not stored, or not
+    /// yet, for example because the server is still working on it.
     pub async fn find(&self, store: &dyn EventStore) -> Result<Option<Committed>, StoreError> {
         let mut position = Position::START;
         for staged in self.streams.iter().filter(|staged| staged.last > staged.base) {
@@ -51,7 +52,8 @@ impl Unsettled {
 }
 
 impl Staged {
-    /// Returns the position of the last event, if all commands are where they were staged.
+    /// Returns the position of the last event, if the first events of all commands have the versions for which they
+    /// were staged.
     async fn find(&self, store: &dyn EventStore) -> Result<Option<Position>, StoreError> {
         let mut at = self.base;
         let mut position = Position::START;

@@ -1,4 +1,5 @@
-//! The batch loop of every subscription and consumer: handle, commit with the checkpoint, park failures.
+//! The batch loop of every subscription and consumer. The loop calls the handler, commits the effects together with the
+//! checkpoint, and parks messages that fail.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -21,25 +22,26 @@ use crate::{
     work::{Stale, Work},
 };
 
-/// A batch is cut once its commit has this many rows: half the limit of a commit, so that one more large message fits.
+/// A batch ends once its commit has this many rows. The number is half the limit of a commit, so that one more large
+/// message fits.
 const ROWS_PER_COMMIT: usize = COMMIT_ROWS_MAX / 2;
-/// The most messages handled in one commit.
+/// The maximum number of messages that are handled in one commit.
 pub(crate) const BATCH_MAX: usize = 512;
-/// The number of consecutive conflicts after which a batch is cut to a single message.
+/// The number of consecutive conflicts after which a batch is reduced to a single message.
 const CONFLICTS_BEFORE_SINGLE: u32 = 3;
 /// How often parked keys are checked for messages that are due.
 pub(crate) const PARKED_TICK: Duration = Duration::from_millis(200);
 
-/// How often a worker looks for messages that wait for a build like its own, on lanes that other workers follow.
+/// How often a worker checks the lanes of other workers for messages that wait for a build like its own.
 pub(crate) const BUILD_LOOK: Duration = Duration::from_millis(500);
-/// The longest pause before a message that waits for another build is retried: a try costs little, and every worker
-/// retries all of them at its start.
+/// The maximum delay before a message that waits for another build is retried. The delay is short because a try costs
+/// little. In addition, every worker retries all these messages when it starts.
 pub(crate) const BUILD_LOOK_MAX: Duration = Duration::from_secs(10);
 
-/// How long a parked message waits after a retry during which the store was unavailable.
+/// How long a parked message waits for its next retry if the store was unavailable during a retry.
 const STORE_AWAITED: Duration = Duration::from_secs(1);
 
-/// Returns the reason of a parked message, as operators read it.
+/// Returns the reason why a message is parked, as shown to operators.
 pub(crate) fn parked_reason(reason: &str, remedy: Remedy) -> String {
     match remedy {
         Remedy::AwaitBuild => reason::storable(&format!("waits for a build that knows more: {reason}")),
@@ -52,9 +54,10 @@ pub(crate) fn parked_reason(reason: &str, remedy: Remedy) -> String {
 pub struct RetryPolicy {
     /// The total number of tries before the message stays parked until an operator redrives it.
     pub attempts_max: u32,
-    /// The delay before the second try. The delay doubles before each further try, and is drawn from its upper half.
+    /// The delay before the second try. The delay doubles before each further try. The actual delay is a random value
+    /// from the upper half of the delay.
     pub delay_min: Duration,
-    /// The longest delay.
+    /// The maximum delay.
     pub delay_max: Duration,
 }
 
@@ -71,7 +74,7 @@ impl RetryPolicy {
     }
 }
 
-/// A message with its lane, and the checkpoint after the message.
+/// A message, with its lane and with the checkpoint that follows the message.
 pub(crate) struct Item {
     pub lane: usize,
     pub next: i64,
@@ -94,7 +97,7 @@ pub(crate) enum Stop {
     /// The log is not the one from which the checkpoint was read.
     #[error("the log changed (failover or restore): reading the checkpoint again")]
     Renewed,
-    /// The checkpoint was removed, together with the subscription or generation that it belonged to.
+    /// The checkpoint was removed, together with the subscription or generation to which it belonged.
     #[error(
         "{0} is gone, or is of another number of lanes now: another process has changed that; restart this one to go on"
     )]
@@ -112,22 +115,22 @@ pub(crate) struct Worker {
     pub handler: Arc<dyn Handler>,
     pub retry: RetryPolicy,
     pub lanes: Vec<Lane>,
-    /// The store's history number when the lanes were read.
+    /// The history number of the store when the lanes were read.
     pub history: u64,
     pub parked: ParkedKeys,
     pub reconciled_at: Instant,
-    /// Set if other workers follow the same subscription, perhaps with another build.
+    /// Set if other workers, perhaps with another build, follow the same subscription.
     pub others: Option<Others>,
     pub reporter: Reporter,
 }
 
-/// The store's verdict on the work that the first message alone had staged.
+/// Whether the store has refused the work that the first message alone had staged.
 #[derive(Clone)]
 enum Refused {
     Not,
-    /// Refused once: the handler may stage something else.
+    /// The store has refused the work once. The handler may stage something else.
     Once(String),
-    /// The replacement was refused as well.
+    /// The store has refused the replacement as well.
     Again(String),
 }
 
@@ -144,12 +147,12 @@ enum Attempt {
     Handled(usize),
     AwaitStore(String),
     TooLarge(String),
-    /// `prepare` failed for the batch: smaller batches find the message at fault.
+    /// `prepare` failed for the batch. Smaller batches show which message is at fault.
     Smaller,
 }
 
 impl Worker {
-    /// Stops the worker if its lanes may be based on events that are gone.
+    /// Returns an error if the lanes of the worker may be based on events that are gone.
     pub fn is_of_this_log(&self) -> Result<(), Stop> {
         if self.store.history() == self.history { Ok(()) } else { Err(Stop::Renewed) }
     }
@@ -162,7 +165,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Replaces the known parked keys, and shows in health whether they need an operator.
+    /// Replaces the known parked keys, and shows in health whether these keys need an operator.
     pub fn set_parked(&mut self, parked: ParkedKeys) {
         let was = self.parked.dead().map(|(count, _)| count);
         self.parked = parked;
@@ -184,7 +187,8 @@ impl Worker {
     /// Handles all items, in as many commits as their size requires. Returns early only when the worker must stop.
     pub async fn deliver(&mut self, items: &[Item]) -> Result<(), Stop> {
         if items.iter().any(|item| self.parked.awaits_build(&item.key)) {
-            // Another instance may have handled what this build could not; then no message needs to wait behind it.
+            // Another instance may have handled parked messages that this build could not handle. New messages then do
+            // not have to wait behind them.
             self.load_parked().await?;
         }
         let mut done = 0;
@@ -259,8 +263,8 @@ impl Worker {
                     }
                     stale = Stale::Everything;
                 }
-                // Only a message that is refused on its own is at fault; until it is alone in its commit, no message is
-                // parked for the refusal.
+                // A message is at fault only if the store refuses a commit that contains no other message. Until then,
+                // no message is parked because of the refusal.
                 CommitError::Invalid(_) if count > 1 => limit = count / 2,
                 CommitError::Invalid(reason) => {
                     if matches!(refused, Refused::Again(_)) {
@@ -293,8 +297,8 @@ impl Worker {
         self.tell(notices);
     }
 
-    /// Reports that even the dead letter of a message was refused. Only an operator can find out why, and the lane
-    /// stands still until then.
+    /// Reports that the store has refused even the dead letter of a message. Only an operator can find out why, and the
+    /// lane does not move until then.
     fn stand_still(&mut self, item: &Item, reason: &str) {
         let (id, key) = (item.id(), &item.key);
         let trouble = format!("the store refuses message {id} (key {key}) also as a dead letter: {reason}");
@@ -324,7 +328,7 @@ impl Worker {
                 work.begin(uuid::Uuid::nil(), Default::default());
                 self.park(item, work, parked, None);
             } else {
-                // Always begin a new part: a rollback must undo only this message.
+                // Each message begins a new part of the work, because a rollback must undo only this message.
                 match &item.message {
                     Ok(message) => work.begin(message.id, message.effects()),
                     Err(_) => work.begin(uuid::Uuid::nil(), Default::default()),
@@ -356,7 +360,7 @@ impl Worker {
             }
             if work.rows() > ROWS_PER_COMMIT && index + 1 < items.len() {
                 if work.rows() > COMMIT_ROWS_MAX - self.lanes.len() {
-                    // The last message made the commit too large: leave it to the next commit.
+                    // The last message made the commit too large, so it is left to the next commit.
                     work.rollback();
                     return Attempt::Handled(index);
                 }
@@ -379,8 +383,8 @@ impl Worker {
         handled.unwrap_or_else(|panic| Err(panic.into()))
     }
 
-    /// Parks one message on its own, and leaves the checkpoint where it is. An event that is already parked stays
-    /// unchanged.
+    /// Parks one message in a commit of its own, and does not move the checkpoint. An event that is already parked
+    /// stays unchanged.
     pub async fn park_message(&mut self, key: Arc<str>, message: Message, reason: String) -> Result<(), Stop> {
         if self.parked.has_event(&key, message.position.0) {
             return Ok(());
@@ -429,7 +433,7 @@ impl Worker {
     }
 
     /// Skips messages that were lost. A dead letter and the health of the part report the loss until an operator drops
-    /// the dead letter. Messages that are sent again count as new.
+    /// the dead letter. If lost messages are sent again, they count as new.
     pub async fn lose(&mut self, lane: usize, lost: Lost) -> Result<(), Stop> {
         let mut after = self.lanes[lane].clone();
         (after.next, after.last) = (lost.to, None);
@@ -492,7 +496,7 @@ impl Worker {
         after
     }
 
-    /// Takes over the lanes in `after` as committed.
+    /// Replaces the lanes in memory with the lanes in `after`, which were committed.
     fn moved(&mut self, after: HashMap<usize, Lane>, parked: ParkedKeys) {
         for (index, lane) in after {
             self.lanes[index] = Lane { version: lane.version + 1, ..lane };
@@ -501,12 +505,13 @@ impl Worker {
         self.reporter.fine();
     }
 
-    /// Sends notices of committed work.
+    /// Sends the notices of work that was committed.
     pub fn tell(&self, notices: &[Notice]) {
         notices.iter().for_each(|notice| notice.tell(&self.name, self.reporter.health()));
     }
 
-    /// After an unknown outcome, returns whether the checkpoints are where exactly this commit would have put them.
+    /// After an unknown outcome, returns whether the stored checkpoints are exactly those that this commit would have
+    /// written.
     async fn was_committed(&self, after: &HashMap<usize, Lane>) -> Result<bool, StoreError> {
         for (index, after) in after {
             let mut lane = self.lanes[*index].clone();
@@ -518,8 +523,8 @@ impl Worker {
         Ok(!after.is_empty())
     }
 
-    /// Moves idle lanes to the position of the reader, so that the lag is correct and a restart does not read these
-    /// events again.
+    /// Moves the checkpoint of an idle lane to the position of the reader. The reported lag is then correct, and a
+    /// restart does not read these events again.
     pub async fn checkpoint(&mut self, next: i64) -> Result<(), Stop> {
         let behind = self.lanes.iter().enumerate().filter(|(_, lane)| lane.is_before(next));
         let after = behind.map(|(index, lane)| (index, Lane { next, ..lane.clone() })).collect();
