@@ -1,5 +1,5 @@
-//! The contract of every bus, one function per property. Where buses may differ, a bus declares its behaviour, and the
-//! property checks the declared one; no property is skipped.
+//! The contract of every bus, with one function per property. Where buses may differ, each bus declares its behaviour,
+//! and the property checks the declared behaviour. No property is skipped.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -43,7 +43,7 @@ use uuid::Uuid;
 use self::group::{Crew, Roll, numbers, read};
 pub use self::group::{Ledger, Member, message, publish, within};
 
-/// More than any bus or client buffers, so that publishers must wait.
+/// More messages than any bus or client buffers, so that publishers must wait.
 const BEYOND_ANY_BUFFER: i64 = 100_000;
 
 /// A bus under test.
@@ -51,10 +51,11 @@ const BEYOND_ANY_BUFFER: i64 = 100_000;
 pub trait Subject: 'static {
     /// The number of partitions of a new topic, at least 2.
     const PARTITIONS: u32;
-    /// Whether a receipt waits until every group has acknowledged; otherwise it must not wait for any.
+    /// Whether a receipt waits until every group has acknowledged the messages. If false, the receipt must not wait for
+    /// any group.
     const RECEIPT_AFTER_CONSUMPTION: bool;
-    /// Whether a seek to `None` resumes at the offset that the group has acknowledged; otherwise it goes back to the
-    /// beginning.
+    /// Whether a seek to `None` resumes at the offset that the group has acknowledged. If false, the seek returns to
+    /// the beginning.
     const RESUMES_AT_ACKNOWLEDGED: bool;
 
     /// Connects to the bus. Called at least once per property.
@@ -66,8 +67,8 @@ pub trait Subject: 'static {
     }
 }
 
-/// Generates a test for each property of a [`Subject`](crate::bus::Subject). The crate needs `tokio` with `macros` and
-/// `rt-multi-thread`.
+/// Generates a test for each property of a [`Subject`](crate::bus::Subject). The calling crate needs `tokio` with the
+/// features `macros` and `rt-multi-thread`.
 #[macro_export]
 macro_rules! bus_suite {
     ($subject:ty) => {
@@ -97,7 +98,7 @@ macro_rules! bus_suite {
     )*};
 }
 
-/// Messages of one key arrive in the order of publication, whatever other publishers do.
+/// Messages with the same key arrive in the order of publication, whatever other publishers do.
 pub async fn order_is_kept_per_key<S: Subject>() {
     let (bus, topic) = (S::bus().await, S::topic().await);
     let mut member = Member::join(&*bus, "orders", &topic).await;
@@ -124,7 +125,7 @@ pub async fn order_is_kept_per_key<S: Subject>() {
     }
 }
 
-/// All keys arrive, each on one partition, and not all on the same partition.
+/// Messages of all keys arrive. Each key is on one partition, and the keys are spread over several partitions.
 pub async fn every_key_is_delivered<S: Subject>() {
     let (bus, topic) = (S::bus().await, S::topic().await);
     let mut member = Member::join(&*bus, "keys", &topic).await;
@@ -145,7 +146,7 @@ pub async fn every_key_is_delivered<S: Subject>() {
     assert_eq!(used, (0..S::PARTITIONS).collect());
 }
 
-/// Messages that a member took and did not acknowledge are delivered to the next member.
+/// Messages that a member received but did not acknowledge are delivered to the next member.
 pub async fn what_is_not_acknowledged_is_redelivered<S: Subject>() {
     let (bus, topic) = (S::bus().await, S::topic().await);
     let mut first = Member::join(&*bus, "heirs", &topic).await;
@@ -161,7 +162,7 @@ pub async fn what_is_not_acknowledged_is_redelivered<S: Subject>() {
     assert_eq!(again.last().map(|d| d.offset), taken.last().map(|d| d.offset), "an offset is for ever");
 }
 
-/// The offset in the consumer's own commit decides where the next member starts.
+/// The next member starts at the offset that the consumer itself committed.
 pub async fn redelivery_starts_at_the_offset_sought<S: Subject>() {
     let (bus, topic) = (S::bus().await, S::topic().await);
     let mut first = Member::join(&*bus, "heirs", &topic).await;
@@ -173,7 +174,7 @@ pub async fn redelivery_starts_at_the_offset_sought<S: Subject>() {
     assert_eq!(numbers(&second.collect(13).await), (8..=20).collect::<Vec<_>>());
 }
 
-/// A seek to an earlier offset delivers the same messages again, including those read ahead.
+/// A seek to an earlier offset delivers the same messages again, including messages that the client had read ahead.
 pub async fn seek_replays<S: Subject>() {
     let (bus, topic) = (S::bus().await, S::topic().await);
     let mut member = Member::join(&*bus, "replay", &topic).await;
@@ -200,7 +201,7 @@ pub async fn each_group_gets_everything<S: Subject>() {
     within("receipt", receipt).await.unwrap();
 }
 
-/// A group gets the topics it joined and no others.
+/// A group receives messages only from the topics that it joined.
 pub async fn topics_are_apart<S: Subject>() {
     let (bus, one, two) = (S::bus().await, S::topic().await, S::topic().await);
     let mut narrow = Member::join(&*bus, "narrow", &one).await;
@@ -214,13 +215,14 @@ pub async fn topics_are_apart<S: Subject>() {
     assert_eq!((on(&one), on(&two)), (10, 10));
 }
 
-/// Members of a group own disjoint partitions, which together are all partitions, and each member delivers its own.
+/// Members of a group own disjoint partitions that together are all partitions. Each member delivers only messages of
+/// its own partitions.
 pub async fn members_share_partitions<S: Subject>() {
     let crew = Crew { bus: S::bus().await, topic: S::topic().await, roll: watch::Sender::default() };
     let all = S::PARTITIONS as usize;
     let one = crew.start(1).await;
     crew.until("one owns all", |roll| roll.owners.len() == all).await;
-    // Nothing was published: a member that waits for messages must still notice the rebalance.
+    // Nothing was published. A member that is waiting for messages must notice the rebalance anyway.
     let two = crew.start(2).await;
     crew.until("both own some", |roll| roll.owners.len() == all && roll.owners() == BTreeSet::from([1, 2])).await;
     crew.publish_round(1).await;
@@ -230,8 +232,8 @@ pub async fn members_share_partitions<S: Subject>() {
     two().await;
 }
 
-/// A member that joins gets a share, which other members give up first; a member that leaves is replaced. No message is
-/// lost or reordered meanwhile.
+/// A member that joins gets a share of the partitions, which the other members give up first. The partitions of a
+/// member that leaves go to others. Throughout, no message is lost or reordered.
 pub async fn join_and_leave_rebalance<S: Subject>() {
     let crew = Crew { bus: S::bus().await, topic: S::topic().await, roll: watch::Sender::default() };
     let all = S::PARTITIONS as usize;
@@ -268,7 +270,7 @@ pub async fn offsets_rise<S: Subject>() {
     assert_eq!(latest.len(), S::PARTITIONS as usize);
 }
 
-/// Messages arrive as they were published, to the byte and the microsecond.
+/// Messages arrive unchanged, to the byte and the microsecond.
 pub async fn attributes_round_trip<S: Subject>() {
     let (bus, topic) = (S::bus().await, S::topic().await);
     let mut member = Member::join(&*bus, "attributes", &topic).await;
@@ -312,7 +314,7 @@ pub async fn attributes_round_trip<S: Subject>() {
     assert_eq!((read(&deliveries[0]), read(&deliveries[1])), (&event, &command));
 }
 
-/// A publisher that is faster than the consumer waits, and nothing is lost.
+/// A publisher that is faster than its consumer waits, and no message is lost.
 pub async fn slow_consumer_loses_nothing<S: Subject>() {
     let (bus, topic) = (S::bus().await, S::topic().await);
     let mut member = Member::join(&*bus, "slow", &topic).await;
@@ -334,7 +336,7 @@ pub async fn slow_consumer_loses_nothing<S: Subject>() {
     publisher.await.unwrap();
 }
 
-/// A poll that is dropped before it completes loses no message, however far it has come.
+/// Dropping a poll before it completes loses no message, however much of the poll was done.
 pub async fn cancelled_polls_lose_nothing<S: Subject>() {
     let (bus, topic) = (S::bus().await, S::topic().await);
     let mut member = Member::join(&*bus, "cancelled", &topic).await;
@@ -365,7 +367,7 @@ pub async fn cancelled_polls_lose_nothing<S: Subject>() {
     publisher.await.unwrap();
 }
 
-/// A single publish may be large.
+/// A single call may publish many messages.
 pub async fn large_batch_arrives<S: Subject>() {
     let (bus, topic) = (S::bus().await, S::topic().await);
     let mut member = Member::join(&*bus, "large", &topic).await;
@@ -375,8 +377,7 @@ pub async fn large_batch_arrives<S: Subject>() {
     within("receipt", receipt).await.unwrap();
 }
 
-/// A receipt resolves when the bus holds the messages durably, by its own definition. Dropping a receipt changes
-/// nothing.
+/// A receipt resolves when the messages are durable, as the bus defines that. Dropping a receipt has no effect.
 pub async fn receipts_resolve<S: Subject>() {
     let (bus, topic) = (S::bus().await, S::topic().await);
     let mut member = Member::join(&*bus, "receipts", &topic).await;

@@ -1,4 +1,4 @@
-//! Simulates a network with a delay on one machine: a proxy in front of a server.
+//! Simulates network latency on one machine, with a proxy in front of a server.
 
 use std::{
     io,
@@ -18,12 +18,12 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-/// Bytes that are read at once.
+/// The number of bytes per read.
 const CHUNK: usize = 64 * 1_024;
-/// Chunks under way in one direction of a connection: far more than a client has under way.
+/// The number of chunks in flight in one direction of a connection: far more than any client has in flight.
 const CHUNKS: usize = 4_096;
 
-/// A proxy that forwards bytes in each direction after a delay. Dropping it ends it.
+/// A proxy that forwards bytes in each direction after a delay. Dropping the value stops the proxy.
 pub struct Distance {
     port: u16,
     accepted: Arc<AtomicUsize>,
@@ -64,7 +64,7 @@ impl Distance {
         Ok(Self { port, accepted, accepting })
     }
 
-    /// The port at which clients find the proxy.
+    /// The port of the proxy, to which clients connect.
     pub fn port(&self) -> u16 {
         self.port
     }

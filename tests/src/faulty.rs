@@ -1,4 +1,4 @@
-//! Wraps a store, and fails where a test says so.
+//! Wraps a store, and makes it fail where a test says so.
 
 use std::{
     collections::HashMap,
@@ -15,27 +15,27 @@ use tokio::sync::watch;
 /// The fault of one commit.
 #[derive(Clone, Debug)]
 pub enum Fault {
-    /// The commit is not applied, and [`CommitError::Unavailable`] says so.
+    /// The commit is not applied. It returns [`CommitError::Unavailable`].
     Unavailable,
-    /// The commit is not applied, which [`CommitError::Unknown`] leaves open.
+    /// The commit is not applied. It returns [`CommitError::Unknown`], so the caller cannot know.
     LostUnknown,
-    /// The commit is applied, which [`CommitError::Unknown`] leaves open.
+    /// The commit is applied. It returns [`CommitError::Unknown`], so the caller cannot know.
     AppliedUnknown,
-    /// [`CommitError::Unknown`] is returned at once. The commit is applied when the gate opens, as by a server that is
-    /// still busy.
+    /// The commit returns [`CommitError::Unknown`] at once and is applied later, when the gate opens. This simulates a
+    /// server that is still busy.
     AppliedLater(Gate),
-    /// The commit is not applied, which [`CommitError::Unknown`] leaves open. The store is [away](FaultyStore::away)
-    /// from then on.
+    /// The commit is not applied. It returns [`CommitError::Unknown`], and the store is [away](FaultyStore::away) from
+    /// then on.
     LostAndAway,
     /// The process dies before the commit is applied: this call and all later ones fail.
     CrashBefore,
     /// The process dies after the commit is applied: this call and all later ones fail.
     CrashAfter,
-    /// The commit waits at the gate, and is applied when the gate opens.
+    /// The commit waits at the gate, and is applied when the test opens the gate.
     Hold(Gate),
 }
 
-/// A place where a commit waits until a test lets it through. Clones are the same gate.
+/// A gate holds a commit until the test opens it. Clones are the same gate.
 #[derive(Clone, Debug, Default)]
 pub struct Gate(Arc<Signals>);
 
@@ -57,10 +57,10 @@ impl Gate {
         self.0.1.send_replace(true);
     }
 
-    /// Resolves once a commit of [`Fault::AppliedLater`] went through, and returns whether it succeeded.
+    /// Resolves once a commit with [`Fault::AppliedLater`] has passed the gate. Returns whether the commit succeeded.
     pub async fn applied(&self) -> bool {
         let mut applied = self.0.2.subscribe();
-        // Same as in `wait_for`.
+        // The sender outlives this wait, as in `wait_for`.
         applied.wait_for(Option::is_some).await.is_ok_and(|held| *held == Some(true))
     }
 
@@ -75,7 +75,7 @@ impl Gate {
 }
 
 async fn wait_for(flag: &watch::Sender<bool>) {
-    // The sender outlives the wait, so the wait cannot fail.
+    // The sender outlives this wait, so the wait cannot fail.
     _ = flag.subscribe().wait_for(|set| *set).await;
 }
 
@@ -106,7 +106,7 @@ struct Shared {
     script: Mutex<Script>,
     crashed: watch::Sender<bool>,
     away: watch::Sender<bool>,
-    /// Calls that met an outage.
+    /// The number of calls that failed because the store was away.
     refused: watch::Sender<u64>,
     commits: watch::Sender<u64>,
 }
@@ -118,7 +118,7 @@ struct Script {
 }
 
 impl FaultyStore {
-    /// Wraps a store, at first without faults.
+    /// Wraps a store. The new store has no faults.
     pub fn new(inner: Arc<dyn EventStore>) -> Self {
         let shared = Shared {
             script: Mutex::default(),
@@ -130,19 +130,19 @@ impl FaultyStore {
         Self { inner, shared: Arc::new(shared) }
     }
 
-    /// Sets the fault of the `number`th commit.
+    /// Sets the fault of commit number `number`.
     pub fn at(&self, number: u64, fault: Fault) -> &Self {
         self.script().by_number.insert(number, fault);
         self
     }
 
-    /// Sets the fault of the next commit that matches, once.
+    /// Sets a fault for the next commit that matches. The fault occurs once.
     pub fn when(&self, matches: impl Fn(&Commit) -> bool + Send + Sync + 'static, fault: Fault) -> &Self {
         self.script().by_content.push((Box::new(matches), fault));
         self
     }
 
-    /// Sets the fault of the next commit that moves a checkpoint whose id starts with `id`, once.
+    /// Sets a fault for the next commit that moves a checkpoint whose id starts with `id`. The fault occurs once.
     pub fn when_checkpoint(&self, id: &str, fault: Fault) -> &Self {
         let id = id.to_owned();
         let moves = move |put: &annals::Put| {
@@ -151,7 +151,7 @@ impl FaultyStore {
         self.when(move |commit| commit.puts.iter().any(&moves), fault)
     }
 
-    /// From now on every call fails, including calls that wait: the process has lost the store for good.
+    /// Makes every call fail from now on, including calls that are waiting, as if the process had died.
     pub fn crash(&self) {
         self.shared.crashed.send_replace(true);
     }
@@ -166,7 +166,7 @@ impl FaultyStore {
         *self.shared.crashed.borrow()
     }
 
-    /// Makes every call fail as unavailable until the store is back.
+    /// Takes the store away: every call fails as unavailable until the store is back.
     pub fn away(&self, away: bool) {
         self.shared.away.send_replace(away);
     }
@@ -176,17 +176,17 @@ impl FaultyStore {
         *self.shared.away.borrow()
     }
 
-    /// Resolves once this many calls have met an outage.
+    /// Resolves once this many calls have failed because the store was away.
     pub async fn refused(&self, calls: u64) {
         _ = self.shared.refused.subscribe().wait_for(|refused| *refused >= calls).await;
     }
 
-    /// Returns the number of commits that were requested.
+    /// Returns the number of commits requested so far.
     pub fn commits(&self) -> u64 {
         *self.shared.commits.borrow()
     }
 
-    /// Resolves once this many commits were requested.
+    /// Resolves once this many commits have been requested.
     pub async fn committed(&self, commits: u64) {
         _ = self.shared.commits.subscribe().wait_for(|asked| *asked >= commits).await;
     }
@@ -291,7 +291,7 @@ impl EventStore for FaultyStore {
 
     async fn wait(&self, after: Position) -> Result<(), StoreError> {
         self.check()?;
-        // An outage ends waiting calls, as a dropped connection does.
+        // Taking the store away also ends waiting calls, as a dropped connection does.
         tokio::select! {
             woken = self.inner.wait(after) => woken,
             () = wait_for(&self.shared.crashed) => self.check(),

@@ -1,4 +1,4 @@
-//! Finds the Kafka of the tests, and starts brokers for a single test to kill, stop and wipe.
+//! Finds the Kafka brokers for the tests, and starts brokers that a single test can kill, stop and wipe.
 
 use std::{
     env, fs,
@@ -17,12 +17,12 @@ use crate::distance::Distance;
 pub const USER: &str = "shop";
 /// The password of that user.
 pub const PASSWORD: &str = "correct-horse";
-/// The longest time that a broker may take to start, also after a crash.
+/// The longest time that a broker may take to start, including a start after a crash.
 const START: Duration = Duration::from_secs(180);
-/// The interval between the checks of a broker that starts.
+/// The interval between checks of a starting broker.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// Returns the brokers that the tests share: `./test` starts one, unless KAFKA_BROKERS names some.
+/// Returns the shared brokers of the tests. `./test` starts a broker unless KAFKA_BROKERS names brokers.
 pub fn brokers() -> String {
     env::var("KAFKA_BROKERS").unwrap_or_else(|_| panic!("KAFKA_BROKERS is not set: run the tests by ./test"))
 }
@@ -35,14 +35,14 @@ pub fn jars() -> String {
 /// The message in a broker's log if its port is taken.
 const PORT_TAKEN: &str = "Address already in use";
 
-/// A broker of a test's own cluster. The process is a child of the test, so that Ctrl-C ends both.
+/// A broker of a cluster that belongs to one test. The process is a child of the test, so that Ctrl-C ends both.
 pub struct Broker {
     folder: TempDir,
-    /// The ports of all brokers of the cluster.
+    /// The ports of all brokers in the cluster.
     ports: Vec<u16>,
     /// The number of the broker, from 1.
     node: usize,
-    /// The protocol of the clients.
+    /// The security protocol for clients.
     protocol: String,
     running: Option<Child>,
     /// The proxy between the broker and its clients.
@@ -56,13 +56,13 @@ impl Drop for Broker {
 }
 
 impl Broker {
-    /// Starts a cluster of one.
+    /// Starts a cluster of one broker.
     pub fn start() -> Self {
         Self::cluster(1).remove(0)
     }
 
-    /// Starts a cluster of one that clients connect to by this protocol, such as `SASL_SSL`: as the user [`USER`] with
-    /// the password [`PASSWORD`].
+    /// Starts a cluster of one broker that accepts only clients with this protocol, such as `SASL_SSL`, as the user
+    /// [`USER`] with the password [`PASSWORD`].
     pub fn secured(protocol: &str) -> Self {
         Self::by_protocol(1, protocol).remove(0)
     }
@@ -72,7 +72,7 @@ impl Broker {
         Self::by_protocol(brokers, "PLAINTEXT")
     }
 
-    /// Starts a cluster of one with this delay for all bytes, each way.
+    /// Starts a cluster of one broker. All bytes to and from clients arrive after this delay, each way.
     pub async fn at_distance(one_way: Duration) -> Self {
         let mut broker = Self::laid_out(1, "PLAINTEXT").remove(0);
         broker.distance = Some(Distance::to(broker.port(), one_way).await.unwrap());
@@ -104,7 +104,7 @@ impl Broker {
         (1..=brokers).map(broker).collect()
     }
 
-    /// Starts the broker again with its data, at its old port.
+    /// Starts the broker again with its data and on its old port.
     pub fn resume(&mut self) {
         self.launch();
         self.settle();
@@ -116,7 +116,7 @@ impl Broker {
         let ports: Vec<_> = self.ports.iter().map(u16::to_string).collect();
         let mut broker = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("kafka/broker"));
         broker.arg(self.folder.path()).arg(ports.join(",")).arg(self.node.to_string());
-        // The broker is started often and lives for seconds.
+        // The tests start many brokers, and each lives for seconds only.
         broker.env("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1").env("KAFKA_HEAP", "256m");
         broker.env("KAFKA_PROTOCOL", &self.protocol).env("KAFKA_PASSWORD", PASSWORD);
         if let Some(distance) = &self.distance {
@@ -131,7 +131,7 @@ impl Broker {
         self.listens().unwrap_or_else(|log| panic!("{log}"));
     }
 
-    /// Waits the same way; the error is the broker's log.
+    /// Waits in the same way. The error is the broker's log.
     fn listens(&mut self) -> Result<(), String> {
         let started_at = Instant::now();
         while TcpStream::connect(("127.0.0.1", self.port())).is_err() {
@@ -169,12 +169,12 @@ impl Broker {
         format!("127.0.0.1:{port}")
     }
 
-    /// The number of connections to the broker, if it is at a distance.
+    /// The number of connections to the broker that the proxy has accepted, if there is a proxy.
     pub fn accepted(&self) -> usize {
         self.distance.as_ref().map_or(0, Distance::accepted)
     }
 
-    /// The certificate to trust, if the broker has one.
+    /// The certificate that clients must trust, if the broker has a certificate.
     pub fn certificate(&self) -> PathBuf {
         self.folder.path().join("broker.pem")
     }
@@ -189,7 +189,7 @@ impl Broker {
     }
 }
 
-/// Returns ports that are free together with the port after each. Another process may take one meanwhile.
+/// Returns free ports whose next-higher ports are free too. Another process may still take one of them.
 fn free_ports(count: usize) -> Vec<u16> {
     let (mut ports, mut held) = (Vec::new(), Vec::new());
     while ports.len() < count {

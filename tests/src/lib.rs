@@ -1,6 +1,6 @@
-//! Conformance suites that every store and every bus must pass, including those of other crates.
+//! Conformance suites for stores and buses, including stores and buses from other crates.
 
-// A suite is a test: a store that returns an error has failed it.
+// A suite is test code: if a store returns an error, the suite fails by panicking.
 #![allow(clippy::unwrap_used)]
 
 pub mod bus;

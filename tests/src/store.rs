@@ -21,10 +21,10 @@
 //! # fn main() {}
 //! ```
 //!
-//! A store that outlives its process also implements [`Durable`], and declares it: `suite!(Sqlite, durable)`. That adds
-//! tests; no test is ever skipped.
+//! A store that outlives its process also implements [`Durable`], and declares that with `suite!(Sqlite, durable)`. The
+//! declaration adds tests; no test is ever skipped.
 
-// A property that does not hold panics, which fails the test.
+// If a property does not hold, it panics, which fails the test.
 #![allow(clippy::unwrap_used)]
 
 use std::{future::Future, sync::Arc, time::Duration};
@@ -44,14 +44,14 @@ pub mod refusal;
 
 pub use crate::__store_suite as suite;
 
-/// The longest time of a property, on a slow and busy machine. A property that hangs has failed.
+/// The longest time that a property may take on a slow and busy machine. A property that hangs fails.
 const PROPERTY_SECONDS_MAX: u64 = 120;
 /// The limit for a step that should happen at once.
 pub(crate) const PROMPTLY: Duration = Duration::from_secs(10);
 
 /// Creates stores to test.
 pub trait StoreUnderTest: Sized + Send + Sync + 'static {
-    /// Creates an empty store, which no other test sees.
+    /// Creates an empty store that no other test can reach.
     fn fresh() -> impl Future<Output = Self> + Send;
     /// Returns the store.
     fn store(&self) -> Arc<dyn EventStore>;
@@ -164,7 +164,7 @@ pub(crate) fn event(type_name: &'static str, data: impl Into<String>) -> NewEven
     }
 }
 
-/// Returns numbered events, from 1.
+/// Returns events numbered from 1.
 pub(crate) fn numbered(count: usize) -> Vec<NewEvent> {
     (1..=count).map(|number| event("thing.happened", format!(r#"{{"number":{number}}}"#))).collect()
 }
@@ -185,7 +185,7 @@ pub(crate) fn key(collection: &str, id: &str) -> DocumentKey {
     DocumentKey::new(collection, id)
 }
 
-/// Puts a document, or removes it if there is no body.
+/// Puts a document, or removes the document if `body` is `None`.
 pub(crate) fn put(key: &DocumentKey, expected: Option<i64>, body: Option<&str>) -> Put {
     Put { key: key.clone(), expected, body: body.map(Into::into), due: None }
 }
@@ -211,7 +211,7 @@ pub(crate) async fn whole_stream(store: &dyn EventStore, name: &str) -> Vec<Reco
     store.read_stream(&StreamId::from_stored(name), Version::START, 100_000).await.unwrap()
 }
 
-/// Asserts that nothing at all was stored.
+/// Asserts that the store holds neither events nor these documents.
 pub(crate) async fn assert_empty(store: &dyn EventStore, documents: &[DocumentKey]) {
     assert_eq!(store.status().await.unwrap().head, Position::START);
     assert!(whole_log(store).await.is_empty());

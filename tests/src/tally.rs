@@ -1,4 +1,4 @@
-//! A small domain for tests of the engine: tallies that are added to, and handlers that copy them.
+//! A small domain for tests of the engine: a tally is a sum of amounts, and a handler copies tallies.
 
 use std::{sync::Arc, time::Duration};
 
@@ -18,22 +18,22 @@ pub enum TallyEvent {
         /// The amount that was added.
         amount: i64,
     },
-    /// The tally accepts no more amounts.
+    /// The tally was closed, and accepts no more amounts.
     Closed,
 }
 
 /// The commands to a tally.
 #[derive(Clone, Debug)]
 pub enum TallyCommand {
-    /// Add this amount.
+    /// Adds this amount.
     Add(i64),
-    /// Add one, this many times.
+    /// Adds one, this many times.
     AddOnes(usize),
-    /// Accept no more amounts.
+    /// Closes the tally, which then accepts no more amounts.
     Close,
-    /// Panic while deciding.
+    /// Panics while deciding.
     Panic,
-    /// Do nothing.
+    /// Does nothing.
     Nothing,
 }
 
@@ -42,7 +42,7 @@ pub enum TallyCommand {
 #[error("the tally is closed at {0}")]
 pub struct Closed(pub i64);
 
-/// A sum, and its amounts.
+/// A sum and the amounts that it consists of.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Tally {
     /// All amounts, in order.
@@ -83,13 +83,13 @@ impl Aggregate for Tally {
     }
 }
 
-/// The document in which a [`Copier`] writes the amounts that it has seen.
+/// The document in which a [`Copier`] records the amounts that it has seen.
 pub fn copied(id: &str) -> DocumentKey {
     DocumentKey::new("copied", id)
 }
 
-/// A handler with effects of both kinds: it appends each amount to a list in a document, and adds it to the tally
-/// `copy.<id>` under category `copy`.
+/// A handler that writes both documents and events: it appends each amount to a list in a document, and adds the amount
+/// to the tally `copy.<id>` of category `copy`.
 pub struct Copier {
     copies: Repository<Tally>,
 }
@@ -114,7 +114,7 @@ impl Handler for Copier {
     }
 }
 
-/// Adds amounts to the tally of this id, with one event each.
+/// Adds amounts to the tally with this id, one event per amount.
 pub async fn add(store: &Arc<dyn EventStore>, id: &str, amounts: impl IntoIterator<Item = i64>) {
     let tallies = Repository::<Tally>::new(store.clone());
     for amount in amounts {
@@ -123,7 +123,7 @@ pub async fn add(store: &Arc<dyn EventStore>, id: &str, amounts: impl IntoIterat
     }
 }
 
-/// Returns what the [`Copier`] has written for a tally: its document, and its copy of the tally.
+/// Returns what the [`Copier`] has written for a tally: the list in the document, and the amounts of the copied tally.
 pub async fn copies(store: &Arc<dyn EventStore>, id: &str) -> (Vec<i64>, Vec<i64>) {
     let found = document(store, &copied(id)).await;
     let copies = Repository::<Tally>::with(store.clone(), "copy", 1);
@@ -138,7 +138,7 @@ pub async fn document(store: &Arc<dyn EventStore>, key: &DocumentKey) -> Option<
     found.into_iter().next().flatten().map(|document| document.body)
 }
 
-/// Returns all documents of a collection, as id and body.
+/// Returns the ids and bodies of all documents in a collection.
 pub async fn documents(store: &Arc<dyn EventStore>, collection: &str) -> Vec<(Arc<str>, Arc<str>)> {
     let found = store.scan(collection, &Scan::After("".into()), 10_000).await;
     let found = found.unwrap_or_else(|error| panic!("collection {collection}: {error}"));
@@ -159,10 +159,10 @@ pub async fn log(store: &Arc<dyn EventStore>) -> Vec<annals::Recorded> {
     }
 }
 
-/// Polls until `look` finds what it waits for.
+/// Polls `look` until it returns a value.
 ///
-/// The engine's work is visible in its store alone, and a document does not announce its changes: this polls every few
-/// milliseconds, and fails after half a minute.
+/// The work of the engine is visible only in its store, and documents do not announce their changes. Therefore this
+/// function polls every few milliseconds, and fails after half a minute.
 pub async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
     let found = tokio::time::timeout(Duration::from_secs(30), async {
         loop {
@@ -175,7 +175,7 @@ pub async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>)
     found.await.unwrap_or_else(|_| panic!("never came about: {what}"))
 }
 
-/// Returns whether a commit puts a document of this collection.
+/// Returns whether a commit writes a document of this collection.
 pub fn touches(commit: &Commit, collection: &str) -> bool {
     commit.puts.iter().any(|put| &*put.key.collection == collection)
 }

@@ -1,4 +1,4 @@
-//! A terminal with one command in it, for tests that use it as a person does.
+//! Runs one command in a terminal, for tests that use the command as a person does.
 
 use std::{
     io::{Read, Write},
@@ -22,7 +22,7 @@ pub struct Terminal {
 }
 
 impl Terminal {
-    /// Runs a program with these words on a store, in a window of this many columns.
+    /// Runs a program with these arguments on a store, in a window with this many columns.
     pub fn of(program: &str, store: &Path, words: &[&str], columns: u16) -> Self {
         let size = PtySize { rows: 24, cols: columns, pixel_width: 0, pixel_height: 0 };
         let pair = native_pty_system().openpty(size).unwrap();
@@ -91,7 +91,7 @@ impl Terminal {
     }
 }
 
-/// Returns the output line by line, without cursor movements and colours. A line that is drawn again counts as another
+/// Returns the output line by line, without cursor movements and colours. Each redraw of a line counts as a further
 /// line.
 pub fn lines(printed: &str) -> Vec<String> {
     let mut plain = String::new();
@@ -101,7 +101,8 @@ pub fn lines(printed: &str) -> Vec<String> {
             plain.push(character);
             continue;
         }
-        // Only colours leave the cursor in place. https://invisible-island.net/xterm/ctlseqs/ctlseqs.html
+        // Colour sequences are the only ones that leave the cursor in place.
+        // https://invisible-island.net/xterm/ctlseqs/ctlseqs.html
         if characters.by_ref().find(char::is_ascii_alphabetic) != Some('m') {
             plain.push('\n');
         }

@@ -22,7 +22,7 @@ use crate::tally::{Tally, TallyCommand, document, eventually};
 pub struct Trip {
     /// The id of the trip.
     pub id: String,
-    /// The outcomes of its steps.
+    /// The outcomes of the steps so far.
     #[serde(default)]
     pub heard: Vec<String>,
 }
@@ -42,7 +42,7 @@ impl SagaState for Trip {
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "act")]
 pub enum Act {
-    /// Does a step.
+    /// Carries out a step.
     Do {
         /// The step.
         step: String,
@@ -88,23 +88,23 @@ pub fn trip(timeout: Duration, attempts: u32) -> Saga<Trip> {
         .build()
 }
 
-/// How a participant deviates at a step.
+/// How a participant deviates from its request at a step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Play {
     /// The participant refuses.
     Refuse,
     /// The participant fails.
     Fail,
-    /// The outcome is unknown.
+    /// The participant reports an unknown outcome.
     Vanish,
     /// The participant panics.
     Panic,
 }
 
-/// Answers each request to a participant.
+/// Decides the answer to each request to a participant.
 type Answers = Arc<dyn Fn(&mut Work) -> Result<Answer, StepError> + Send + Sync>;
 
-/// The deviations of the participants, by request: `book`, or `undo book`.
+/// The deviations of the participants by request, such as `book` or `undo book`.
 #[derive(Clone, Default)]
 pub struct Script {
     plays: Arc<Mutex<HashMap<String, (Play, u32)>>>,
@@ -113,13 +113,13 @@ pub struct Script {
 }
 
 impl Script {
-    /// Sets the deviation for the next `times` requests of this name.
+    /// Sets the deviation for the next `times` requests with this name.
     pub fn play(&self, name: &str, play: Play, times: u32) -> &Self {
         self.plays().insert(name.to_owned(), (play, times));
         self
     }
 
-    /// Sets the answer to every request of this name.
+    /// Sets the answer to every request with this name.
     pub fn answer(
         &self,
         name: &str,
@@ -129,7 +129,7 @@ impl Script {
         self
     }
 
-    /// From now on all participants do as requested.
+    /// From now on, every participant does what is requested.
     pub fn behave(&self) {
         self.plays().clear();
         self.answers.lock().unwrap_or_else(PoisonError::into_inner).clear();
@@ -140,7 +140,7 @@ impl Script {
         self.asked.borrow().clone()
     }
 
-    /// Resolves once this was requested this many times.
+    /// Resolves once this request has been made this many times.
     pub async fn asked_for(&self, name: &str, times: usize) {
         let enough = |asked: &Vec<(String, Uuid)>| asked.iter().filter(|(asked, _)| asked == name).count() >= times;
         _ = self.asked.subscribe().wait_for(enough).await;
@@ -163,7 +163,7 @@ impl Script {
     }
 }
 
-/// A participant that records its work in the trip's ledger, in the same commit.
+/// A participant that records its work in the trip's ledger. The ledger and the reply share a commit.
 pub struct Clerk(pub Script);
 
 #[async_trait]
@@ -178,7 +178,7 @@ impl Participant for Clerk {
         let key = DocumentKey::new("ledger", &*trip);
         let mut ledger: Vec<String> = work.document(&key).await?.unwrap_or_default();
         ledger.push(name.clone());
-        // Staged before a failure, so that a test sees whether any of it is kept.
+        // Stages the write before a failure, so that a test can see whether any of it is kept.
         work.put(&key, &ledger)?;
         match self.0.next(&name, work.cause_id()) {
             None => self.0.answers(&name).map_or(Ok(Answer::DONE), |answer| answer(work)),
@@ -190,24 +190,24 @@ impl Participant for Clerk {
     }
 }
 
-/// Starts the trip whose id is that of a tally, when an amount is added to the tally.
+/// Starts a trip when an amount is added to a tally. The trip has the id of the tally.
 pub fn starts(message: &Message) -> Result<Option<(String, Trip)>, HandlerError> {
     let id = message.subject.split_once('-').map_or("", |(_, id)| id).to_owned();
     Ok((&*message.type_name == "tally.added").then(|| (id.clone(), Trip { id, heard: Vec::new() })))
 }
 
-/// The events of tallies.
+/// The query for the events of tallies.
 pub fn tallies() -> LogQuery {
     LogQuery::categories(["tally"])
 }
 
 /// The services of a trip, all on one store.
 pub struct World {
-    /// The store, which outlives every process.
+    /// The store, which outlives all processes of the test.
     pub store: Arc<dyn EventStore>,
     /// The bus between the processes.
     pub bus: Arc<LocalBus>,
-    /// The script of the participants.
+    /// The script that the participants follow.
     pub script: Script,
     /// The plan of the saga.
     pub plan: Saga<Trip>,
@@ -224,7 +224,7 @@ impl World {
         Runner::new(store.clone(), self.plan.clone(), tallies(), starts)
     }
 
-    /// Returns a service on this store; the service `shop` runs the saga.
+    /// Returns a service on this store. The service `shop` runs the saga.
     pub fn service(&self, name: &str, store: &Arc<dyn EventStore>) -> Service {
         let service = Service::new(name, store.clone()).participant(Clerk(self.script.clone()));
         if name == "shop" { service.saga(self.runner(store)) } else { service }
@@ -245,7 +245,7 @@ impl World {
         self.start_in(Runtime::new(), store, self.bus.clone(), names).await
     }
 
-    /// Starts a process with these services, on the world's own store and another bus.
+    /// Starts a process with these services, on the world's own store but on another bus.
     pub async fn start_over(&self, bus: Arc<dyn Bus>, names: &[&str]) -> Runtime {
         self.start_in(Runtime::new(), &self.store, bus, names).await
     }
@@ -262,7 +262,7 @@ impl World {
         runtime
     }
 
-    /// Requests a trip, in this trace.
+    /// Requests a trip within this trace.
     pub async fn request(&self, id: &str, request: Uuid, traceparent: Option<&str>) {
         let metadata = Metadata { trace: TraceContext::parse(traceparent, None), ..Metadata::of_request(request) };
         let tallies = Repository::<Tally>::new(self.store.clone());
@@ -277,13 +277,13 @@ impl World {
         Some(serde_json::from_str(&body).unwrap_or_else(|error| panic!("{body}: {error}")))
     }
 
-    /// Waits until operators see this status.
+    /// Waits until operators see this status. Returns the state of the saga.
     pub async fn becomes(&self, id: &str, status: Status) -> SagaStatus {
         let is_so = async || self.status(id).await.filter(|found| found.status == status);
         eventually(&format!("trip {id} is {status:?}"), is_so).await
     }
 
-    /// Returns what the participants did for the trip.
+    /// Returns the entries in the trip's ledger, which the participants wrote.
     pub async fn ledger(&self, id: &str) -> Vec<String> {
         let found = document(&self.store, &DocumentKey::new("ledger", id)).await;
         found.map(|body| serde_json::from_str(&body).unwrap_or_default()).unwrap_or_default()

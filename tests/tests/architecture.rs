@@ -1,5 +1,5 @@
 //! The allowed dependencies between packages, and other promises of ARCHITECTURE.md and the README that the compiler
-//! does not check.
+//! cannot check.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -11,9 +11,9 @@ use std::{
 
 use serde::Deserialize;
 
-/// A longer function holds more than one idea.
+/// The maximum number of lines of a function. A longer function holds more than one idea.
 const FUNCTION_LINES_MAX: usize = 80;
-/// Functions that are still longer. The list may only shrink.
+/// Functions that are still longer. No function may be added to this list.
 const LONG_FUNCTIONS: [&str; 6] = [
     "cli/src/commands/export.rs: run",
     "cli/src/commands/replay.rs: run",
@@ -22,7 +22,7 @@ const LONG_FUNCTIONS: [&str; 6] = [
     "core/src/relay.rs: carry",
     "tests/tests/kafka_strangers.rs: poison_among_good_ones",
 ];
-/// Drivers of databases and brokers, on which the core must not depend, not even indirectly.
+/// Drivers of databases and brokers. The core must not depend on them, not even indirectly.
 const DRIVERS: [&str; 8] =
     ["sqlx", "sqlx-core", "sqlx-postgres", "libsqlite3-sys", "rusqlite", "tokio-postgres", "rdkafka", "rdkafka-sys"];
 
@@ -42,7 +42,7 @@ struct Package {
 #[derive(Deserialize)]
 struct Dependency {
     name: String,
-    /// `None` for a normal dependency, else `dev` or `build`.
+    /// `None` for a normal dependency, otherwise `dev` or `build`.
     kind: Option<String>,
 }
 
@@ -60,7 +60,7 @@ impl Workspace {
         fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
     }
 
-    /// Returns the folders of the packages, by which ARCHITECTURE.md names them.
+    /// Returns the folders of the packages. ARCHITECTURE.md names packages by their folders.
     fn rooms(&self) -> BTreeMap<&str, &str> {
         self.packages.iter().map(|package| (&*package.name, package.room())).collect()
     }
@@ -72,7 +72,7 @@ impl Package {
     }
 }
 
-/// Returns the ring of a room. A room may only know rooms further in.
+/// Returns the ring of a room, that is, of a package. A package may depend only on packages in rings further in.
 fn ring(room: &str) -> u32 {
     match room {
         "macros" => 0,
@@ -91,7 +91,7 @@ fn rooms_know_only_rooms_further_in() {
     let rooms = workspace.rooms();
     let mut wrong = Vec::new();
     for package in &workspace.packages {
-        // Tests may use the suites, and the servers for tests, from anywhere.
+        // Tests may depend on the suites and on the test servers from any ring.
         let for_tests =
             |dependency: &&Dependency| dependency.name == "annals-tests" && dependency.kind.as_deref() == Some("dev");
         let known = package.dependencies.iter().filter(|dependency| dependency.name != package.name);
@@ -118,13 +118,14 @@ fn the_core_meets_no_driver_even_through_others() {
             next.extend(locked.get(name).into_iter().flatten());
         }
     }
-    // A lock file of a changed format must not pass for one without drivers.
+    // If the format of the lock file changes, the file must not look like a file without drivers.
     assert!(met.contains("mio"), "tokio brings mio: the lock file was not understood");
     let wrong: Vec<_> = met.iter().filter(|name| DRIVERS.contains(*name)).collect();
     assert!(wrong.is_empty(), "core must not know {wrong:?}");
 }
 
-/// Returns the dependencies of each package in the lock file by name; several versions of a package count together.
+/// Returns the dependencies of each package in the lock file, by name. Several versions of a package count as one
+/// package.
 fn locked(lock: &str) -> BTreeMap<&str, Vec<&str>> {
     let mut locked: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     let mut name = "";
@@ -169,7 +170,8 @@ fn no_function_is_two_ideas() {
     assert!(shorter.is_empty(), "take these off the list, they are short now: {shorter:#?}");
 }
 
-/// Returns the names of functions that are too long. rustfmt ends each function with a brace below its first word.
+/// Returns the names of functions that are too long. With rustfmt, the closing brace of a function is in the same
+/// column as its first word.
 fn long_functions(text: &str) -> Vec<String> {
     let indent = |line: &str| line.len() - line.trim_start().len();
     let lines: Vec<_> = text.lines().collect();
@@ -249,7 +251,7 @@ fn every_promised_test_is_there() {
     assert!(missing.is_empty(), "docs/promises.md names tests that are not there: {missing:#?}");
 }
 
-/// Words of a private dialect; docs/style.md has the plain ones.
+/// Words that this project does not use; docs/style.md names the plain words to use instead.
 const DIALECT: [&str; 5] = ["all else", "beside", "likewise", "told", "whoever"];
 
 #[test]
@@ -274,7 +276,7 @@ fn comments_and_documents_are_in_plain_words() {
     assert!(found.is_empty(), "say it in the words of docs/style.md: {found:#?}");
 }
 
-/// The words of the dialect in a line, but for those in backticks.
+/// Returns the words of `DIALECT` in a line, except words in backticks.
 fn dialect(line: &str) -> Vec<&'static str> {
     let prose: String = line.to_lowercase().split('`').step_by(2).collect::<Vec<_>>().join(" ");
     let words: Vec<&str> =
@@ -289,7 +291,7 @@ fn a_word_of_the_dialect_is_found() {
     assert!(dialect("/// Calls `told`, retold and besides.").is_empty());
 }
 
-/// A page names a file as `core/src/work.rs` in backticks, or as a link `](docs/adr/README.md)`.
+/// A document names a file in backticks, as in `core/src/work.rs`, or in a link, as in `](docs/adr/README.md)`.
 #[test]
 fn the_documents_name_files_that_are_there() {
     let workspace = Workspace::read();
@@ -335,8 +337,8 @@ fn between<'a>(text: &'a str, start: &'a str, end: &'a str) -> impl Iterator<Ite
     })
 }
 
-/// `<!-- quote:FILE -->` and the code block after it: the block is the file, or the part of it between its `README`
-/// marks.
+/// A document quotes a file with `<!-- quote:FILE -->` and a code block after it. The block must equal the file, or the
+/// part of the file between its `README` marks.
 #[test]
 fn the_readme_quotes_its_example_as_it_is_tested() {
     let workspace = Workspace::read();

@@ -1,4 +1,4 @@
-//! The bus on Kafka: the suite, on the broker that KAFKA_BROKERS names.
+//! The conformance suite for the bus on Kafka, run on the broker that KAFKA_BROKERS names.
 #![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! The local bus: the suite, and the properties that it alone promises.
+//! The conformance suite for the local bus, and the properties that only the local bus promises.
 #![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;
@@ -68,7 +68,7 @@ async fn seek_acknowledges_what_is_below() {
     let mut first = Member::join(&bus, "heirs", TOPIC).await;
     let receipt = publish(&bus, TOPIC, (1..=3).map(|number| message("order-1", number))).await;
     let taken = first.collect(3).await;
-    // The member has committed everything, and ended before it could acknowledge.
+    // The member committed everything, but ended before it could acknowledge.
     drop(first);
     let mut second = Member::join(&bus, "heirs", TOPIC).await;
     second.starts.insert(taken[2].partition.clone(), taken[2].offset + 1);
@@ -118,7 +118,7 @@ async fn publisher_waits_while_a_topic_is_full() {
     let mut more = bus.publish(outgoing(held + 1..=held + 10));
     assert!(poll!(&mut more).is_pending());
     assert_eq!(bus.held(TOPIC), HELD_MAX);
-    // Another topic has a buffer of its own.
+    // Each topic has its own buffer.
     let _other = Member::join(&bus, "other", "other").await;
     drop(publish(&bus, "other", [message("order-1", 1)]).await);
 
@@ -219,7 +219,7 @@ async fn nothing_is_delivered_before_seek_or_once_revoked() {
     assert!(kept.iter().all(|delivery| !gone.contains(&delivery.partition)));
     let Polled::Assigned(taken) = polled(&mut two).await else { panic!("not assigned") };
     assert_eq!(taken, gone);
-    // The former owner has no effect any more.
+    // Calls by the former owner have no effect any more.
     one.seek(&gone[0], None).await.unwrap();
     one.acknowledge(&gone[0], 1).await.unwrap();
     two.seek(&gone[0], None).await.unwrap();

@@ -1,12 +1,12 @@
-//! The pictures of the checkout saga in the documentation are what the library draws. `UPDATE=1 cargo test` draws them
-//! again.
+//! Checks that the pictures of the checkout saga in the documentation equal the library's drawings. `UPDATE=1 cargo
+//! test` writes the pictures again.
 #![allow(clippy::unwrap_used)]
 
 use std::{fs, path::Path};
 
 use sample_shop::checkout::checkout;
 
-/// Compares the content of a file with the drawing, or writes it.
+/// Compares the content of a file with the drawing, or writes the drawing to the file.
 fn check(file: &str, drawn: impl Fn(&str) -> String) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(file);
     let stands = fs::read_to_string(&path).unwrap_or_default();

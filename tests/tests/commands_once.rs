@@ -1,4 +1,4 @@
-//! A command is executed once, however many events it has and whatever happens to the answer to its commit.
+//! A command is executed once, however many events it has, and even if the answer to its commit is lost.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -37,8 +37,8 @@ async fn assert_once(store: &Arc<dyn EventStore>, stream: &str, events: usize) {
 async fn repeated_command_is_found_however_many_events_it_gave() {
     on_each_store(async |store| {
         for events in [1_000, 1_024, 1_025, 2_000, 9_999] {
-            // Also a command that names another cause than itself, so that its events do not show that they belong
-            // together.
+            // Also runs a command with a cause other than itself. The events of such a command do not show that they
+            // belong together.
             for cause in [None, Some(Uuid::new_v4())] {
                 let (id, name) = (Uuid::new_v4(), Uuid::new_v4().to_string());
                 let metadata = Metadata { causation_id: cause.unwrap_or(id), ..Metadata::of_request(id) };
@@ -157,7 +157,7 @@ async fn commands_that_share_a_commit_whose_answer_is_lost_are_carried_out_once(
     .await;
 }
 
-/// The server is busy with the first attempt until the second is under way, and other writers follow.
+/// The server is still busy with the first attempt when the second starts, and other writers come after both.
 #[tokio::test]
 async fn commit_that_holds_late_is_found_where_it_was_staged() {
     on_each_store(async |store| {
@@ -180,7 +180,7 @@ async fn commit_that_holds_late_is_found_where_it_was_staged() {
     .await;
 }
 
-/// Adds to two tallies in one transaction, as the documentation of transactions says.
+/// Adds to two tallies in one transaction, as the documentation of transactions recommends.
 async fn add_to_both(store: Arc<dyn EventStore>, id: Uuid) -> Result<u32, CommitError> {
     let tallies = Repository::<Tally>::new(store.clone());
     let mut transaction = Transaction::new(store, id);
@@ -206,7 +206,7 @@ async fn transaction_whose_answer_is_lost_is_carried_out_once() {
         let id = Uuid::new_v4();
         assert_eq!(add_to_both(port.clone(), id).await.unwrap(), 2);
         assert_eq!(add_to_both(port.clone(), Uuid::new_v4()).await.unwrap(), 3);
-        // The whole transaction is repeated.
+        // The caller repeats the whole transaction.
         add_to_both(port, id).await.unwrap();
         for stream in ["tally-left", "tally-right"] {
             assert_once(&store, stream, 3_000).await;
@@ -246,13 +246,14 @@ async fn transaction_of_documents_alone_says_that_its_outcome_is_unknown() {
     assert!(matches!(transaction.commit(work).await, Err(CommitError::Unknown(_))));
 }
 
-/// One command of a lost commit was also sent to another process, and happens to be at the version of the lost commit.
+/// A commit with several commands is lost. One of its commands was also sent to another process, whose commit happens
+/// to have the same version as the lost commit.
 #[tokio::test]
 async fn one_command_of_a_lost_commit_carried_out_elsewhere_does_not_stand_for_the_others() {
     on_each_store(async |store| {
         let faulty = FaultyStore::new(store.clone());
         let [first, second] = [Gate::new(), Gate::new()];
-        // The second commit has two commands, and is lost.
+        // The second commit contains two commands and is lost.
         faulty.at(1, Fault::Hold(first.clone())).at(2, Fault::LostUnknown).at(3, Fault::Hold(second.clone()));
         let tallies = Repository::<Tally>::new(Arc::new(faulty.clone()));
         let send = |amount: i64, id: Uuid| {
@@ -263,7 +264,7 @@ async fn one_command_of_a_lost_commit_carried_out_elsewhere_does_not_stand_for_t
         first.reached().await;
         let twice = Uuid::new_v4();
         let [lost, also_elsewhere] = [send(2, Uuid::new_v4()), send(3, twice)];
-        // Both commands wait in the queue of the aggregate before it continues.
+        // Both commands enter the queue of the aggregate before the queue continues.
         tokio::task::yield_now().await;
         first.open();
         opening.await.unwrap().unwrap();

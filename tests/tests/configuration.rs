@@ -1,4 +1,5 @@
-//! Mistakes in names are found when they are made, at the start, or by name after a while. Nothing is written before.
+//! Mistakes in names are detected when the name is given, at the start, or, with the name in the message, after a
+//! while. Nothing is written before that.
 #![allow(clippy::unwrap_used)]
 
 use std::{convert::Infallible, panic::AssertUnwindSafe, sync::Arc, time::Duration};
@@ -92,7 +93,7 @@ fn two_aggregates_in_one_category_are_refused_and_two_builds_of_one_are_not() {
     _ = Repository::<NextTally>::new(store.clone());
     let reason = panics(|| Repository::<Other>::new(store.clone()));
     assert!(reason.contains("Tally") && reason.contains("Other") && reason.contains("\"tally\""), "{reason}");
-    // On another store, the name is free.
+    // On another store, the name may be used.
     _ = Repository::<Other>::new(self::store());
 }
 
@@ -153,7 +154,7 @@ async fn two_services_or_sagas_of_one_name_are_refused_at_the_start() {
         matches!(&error, StartError::Name(NameError::Taken { first: "saga", name, .. }) if name == "checkout"),
         "{error}"
     );
-    // The same holds if they are started one after the other.
+    // The conflict is also detected if the services are started one after the other.
     let mut runtime = Runtime::new();
     let bus = Arc::new(LocalBus::default());
     runtime.start(vec![service("order")], bus.clone()).await.unwrap();
@@ -218,7 +219,7 @@ async fn category_that_nobody_has_is_named_until_somebody_has_it() {
     })
     .await;
     drop(named);
-    // An event of another process would have the same effect.
+    // An event written by another process would have the same effect.
     Repository::<Tally>::with(store.clone(), "talley", 10);
     eventually("fine", async || runtime.health().is_fine().then_some(())).await;
     runtime.drain(DRAIN).await.unwrap();

@@ -1,5 +1,5 @@
-//! Services that change while they run: sagas under way are moved to other plans, and builds run side by side without
-//! knowing everything that the other one wrote.
+//! Services that change while they run. Running sagas move to other plans, and two builds run side by side although
+//! neither understands everything that the other writes.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -21,13 +21,13 @@ use uuid::Uuid;
 
 const ALL: [&str; 3] = ["shop", "hotel", "bank"];
 const DRAIN: Duration = Duration::from_secs(10);
-/// Longer than any test: progress must not depend on a timer.
+/// Longer than any test, so that progress cannot come from a timer.
 const PATIENT: Duration = Duration::from_secs(120);
 
 type Plan = Saga<Trip>;
 
-/// A plan of these steps: `book`, `charge` and so on can be undone, `confirm` is the pivot, and the steps after it are
-/// retried.
+/// A plan with these steps. Steps such as `book` and `charge` can be undone, `confirm` is the pivot, and steps after
+/// the pivot are retried.
 macro_rules! plan {
     ($timeout:expr, $attempts:expr; $($step:literal @ $service:literal),*; $($after:literal @ $other:literal),*) => {
         Saga::<Trip>::named("trip")
@@ -61,14 +61,15 @@ async fn start(world: &World, runner: Runner<Trip>, names: &[&str]) -> Runtime {
     runtime
 }
 
-/// A saga of `old` waits at `charge`: the bank is away, and its messages are held.
+/// Returns a world in which a saga with the plan `old` waits at `charge`: the bank is away, and the bus holds the
+/// messages to the bank.
 async fn waits_at_charge(store: Arc<dyn EventStore>, old: fn() -> Plan) -> World {
     let world = World::new(store, old());
     start(&world, runner(&world.store, old()), &["bank"]).await.drain(DRAIN).await.unwrap();
     let runtime = start(&world, runner(&world.store, old()), &["shop", "hotel"]).await;
     world.request("a", Uuid::new_v4(), None).await;
     eventually("it waits at charge", async || world.status("a").await.filter(|status| status.step == "charge")).await;
-    // No member takes the messages to the bank, so the runtime is dropped instead of drained.
+    // No member receives the messages to the bank, so draining would not end. Therefore the test drops the runtime.
     drop(runtime);
     world
 }
@@ -81,8 +82,8 @@ fn to(progress: &Progress, step: usize) -> Progress {
     Progress { at: At::Forward(step), ..progress.clone() }
 }
 
-/// Sagas move to plans with steps added before, after and between, removed and moved, if those steps were not requested
-/// yet.
+/// Sagas move to plans in which steps were added (before, after and between others), removed or moved, if the saga has
+/// not yet requested those steps.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn steps_that_were_not_asked_for_are_added_removed_and_moved() {
     type Case = (&'static str, fn() -> Plan, fn(&Progress) -> Progress, &'static [&'static str]);
@@ -125,7 +126,8 @@ async fn steps_that_were_not_asked_for_are_added_removed_and_moved() {
                 }
                 let runtime = start(&world, runner(&world.store, plan()).migrate(first().hash(), migrate), &ALL).await;
                 if ledger.is_empty() {
-                    // The booking was requested and done: without it in the plan, it would never be compensated.
+                    // The booking was requested and done. If the new plan lacked the booking, it would never be
+                    // compensated.
                     let error = refusal(&world, "a", runtime).await;
                     assert!(error.contains("step \"book\" was asked for, and the plan does not have it"), "{error}");
                     continue;
@@ -153,8 +155,8 @@ async fn steps_that_were_not_asked_for_are_added_removed_and_moved() {
     }
 }
 
-/// Returns what an operator reads about a saga whose migration is refused while another saga continues, and drains the
-/// runtime.
+/// Returns the error that an operator reads about a saga whose migration is rejected, while another saga continues.
+/// Drains the runtime.
 async fn refusal(world: &World, id: &str, runtime: Runtime) -> String {
     let is_refused = async || world.status(id).await?.last_error.filter(|error| error.contains("cannot be moved"));
     let parked = async || {
@@ -210,7 +212,7 @@ async fn migration_that_would_do_a_step_again_or_leads_nowhere_is_refused_for_th
         let runtime = start(&world, runner(&world.store, plan()).migrate(first().hash(), migrate), &ALL).await;
         let error = refusal(&world, "a", runtime).await;
         assert!(error.contains(why), "{error}");
-        // The repaired build keeps the plan for the saga, and handles the waiting messages at once.
+        // The repaired build keeps the old plan for the saga, and handles the waiting messages at once.
         let runtime = start(&world, runner(&world.store, plan()).older(first()), &ALL).await;
         world.becomes("a", Status::Completed).await;
         assert_eq!(world.ledger("a").await, ["book", "charge", "confirm", "announce"], "{why}");
@@ -255,8 +257,8 @@ fn second() -> Plan {
     plan!(PATIENT, 3; "book" @ "hotel", "charge" @ "bank"; "announce" @ "hotel", "thank" @ "hotel")
 }
 
-/// Two builds on one store, each with a bus of its own: they share the lanes of the log, so each gets what the other
-/// wrote.
+/// Two builds run on one store, each with its own bus. They share the lanes of the log, so each build receives events
+/// that the other wrote.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn builds_side_by_side_forth_and_back_leave_no_saga_behind() {
     let schema = postgres::Schema::new();
@@ -290,7 +292,7 @@ async fn builds_side_by_side_forth_and_back_leave_no_saga_behind() {
         let both = instance(new, &stores[1], new_build()).await;
         request(20).await;
         all_end(&world, 0..40, name).await;
-        // The way back: the new build stops while sagas of its plan are under way, and returns later.
+        // The way back: the new build stops while sagas with its plan are running, and comes back later.
         world.script.play("thank", Play::Fail, 3);
         request(40).await;
         both.drain(DRAIN).await.unwrap();
@@ -299,7 +301,7 @@ async fn builds_side_by_side_forth_and_back_leave_no_saga_behind() {
         alone.drain(DRAIN).await.unwrap();
         request(80).await;
         all_end(&world, 0..100, name).await;
-        // A reply that came twice may still be parked where the old build has left it.
+        // A reply that arrived twice may still be parked where the old build parked it.
         for service in ALL {
             let parked = async || documents(&world.store, &format!("parked.{service}.commands")).await;
             eventually("nothing waits", async || parked().await.is_empty().then_some(())).await;
@@ -318,7 +320,7 @@ async fn all_end(world: &World, ids: std::ops::Range<usize>, name: &str) {
     }
 }
 
-/// Sagas whose plan is in no running build wait, and operators see that they do.
+/// Sagas whose plan no running build has wait, and operators can see that they wait.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn saga_whose_plan_no_build_has_waits_visibly_and_goes_on_with_one_that_has_it() {
     fn quick() -> Plan {
@@ -339,8 +341,8 @@ async fn saga_whose_plan_no_build_has_waits_visibly_and_goes_on_with_one_that_ha
     runtime.drain(DRAIN).await.unwrap();
 }
 
-/// The older build gets the reply to a saga of the newer plan and parks it. The newer build does not wait for the older one
-/// to end.
+/// The older build receives the reply to a saga with the newer plan and parks that reply. The newer build handles the
+/// reply without waiting for the older build to end.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn reply_that_an_older_build_parks_is_taken_by_a_newer_build_at_once() {
     fn newer() -> Plan {
@@ -353,7 +355,7 @@ async fn reply_that_an_older_build_parks_is_taken_by_a_newer_build_at_once() {
         runtime.start(services, bus).await.unwrap();
         runtime
     };
-    // The newer build has a bus of its own and no bank, so every reply of the bank goes to the older build.
+    // The newer build has its own bus and no bank, so every reply of the bank goes to the older build.
     let newer_build = build("newer", newer(), Arc::default(), &["shop"]).await;
     let older_build = build("older", first(), world.bus.clone(), &ALL).await;
     let moved = async || world.status("a").await.filter(|status| status.step != "charge").map(drop);
@@ -362,7 +364,7 @@ async fn reply_that_an_older_build_parks_is_taken_by_a_newer_build_at_once() {
     drop((newer_build, older_build));
 }
 
-/// The events of the next build.
+/// The tally events of the next build.
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "tally")]
 enum NewerTally {
@@ -370,7 +372,7 @@ enum NewerTally {
     Rounded {},
 }
 
-/// Follows tallies and records what it has read, as a build that knows `E`.
+/// Follows tallies with the event enum `E` of one build, and records what it has read.
 struct Follower<E>(std::marker::PhantomData<fn() -> E>);
 
 #[async_trait]
@@ -408,11 +410,11 @@ async fn event_that_a_build_does_not_know_waits_for_one_that_does() {
     let letter = eventually("it waits", async || letters().await.pop()).await;
     assert!(letter.parked.reason.starts_with("waits for a build that knows more: "), "{}", letter.parked.reason);
     assert!(letter.retries_at.is_some());
-    // A command on that stream is an error for its caller, and nothing is written.
+    // A command on that stream fails with an error, and nothing is written.
     let outdated = annals::Repository::<Tally>::new(store.clone());
     let refused = outdated.execute("x", TallyCommand::Add(2), Uuid::new_v4()).await;
     assert!(matches!(refused, Err(annals::ExecuteError::Undecodable(_))), "{refused:?}");
-    // Another key continues, and a message of the same key waits in its order.
+    // Messages of another key are handled. A later message of the same key waits behind the parked one.
     append(&store, "tally-x", 2, &NewerTally::Added { amount: 3 }).await;
     add("y", 1).await;
     let followed = async |id: &str| {
@@ -443,7 +445,7 @@ async fn append(store: &Arc<dyn EventStore>, stream: &str, expected: i64, event:
     store.commit(annals::Commit { appends: vec![append], puts: Vec::new() }).await.unwrap();
 }
 
-/// A command that only the next build of the bank knows, while a saga waits for it.
+/// A saga waits for a command that only the next build of the bank can handle.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn command_of_the_next_build_is_carried_out_once_that_is_deployed() {
     #[derive(Event, Clone, Debug, PartialEq)]

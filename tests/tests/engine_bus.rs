@@ -1,4 +1,5 @@
-//! From one service's log over a bus to another service's store: in order, and each effect on an aggregate once.
+//! Messages travel from one service's log over a bus to another service's store, in order, with one effect each on an
+//! aggregate.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -81,7 +82,7 @@ async fn relay_that_crashes_at_its_checkpoint_sends_again_and_nothing_is_done_tw
         let relay = start(vec![source(&inner)], &bus).await;
         add(&inner, "a", 31..=40).await;
         copied(&there, "a", (1..=40).collect()).await;
-        // The document as well, which no command id protects.
+        // The document must hold each amount once too, although no command id protects it.
         assert_eq!(copies(&there, "a").await.0, (1..=40).collect::<Vec<_>>());
         let sent = async || {
             let checkpoints = documents(&there, CHECKPOINTS).await;
@@ -131,13 +132,13 @@ async fn relay_passes_over_what_it_does_not_publish() {
     drop(runtime);
 }
 
-/// A bus of one partition whose messages are scripted by the test.
+/// A bus with one partition whose messages the test scripts.
 #[derive(Default)]
 struct Scripted {
     messages: Mutex<Vec<Result<Message, Undecodable>>>,
     more: Notify,
     failing_acknowledgements: AtomicU32,
-    /// Publishing a message of this key is refused.
+    /// Publishing a message with this key fails.
     refuses: Mutex<Option<Arc<str>>>,
     published: Mutex<Vec<(Arc<str>, i64)>>,
 }
@@ -225,7 +226,7 @@ impl Scripted {
     }
 }
 
-/// Records each message, one document per key. Numbers in `bad` fail.
+/// Records each message in one document per key. Fails at the numbers in `bad`.
 #[derive(Clone, Default)]
 struct Notes {
     bad: Arc<Mutex<Vec<i64>>>,
@@ -300,7 +301,8 @@ async fn what_a_relay_sends_twice_is_handled_once() {
     bus.add([sent("a", 0, 1), sent("b", 0, 2), sent("c", 1, 1), sent("a", 0, 1), sent("a", 0, 3), sent("b", 0, 2)]);
     noted(&store, "a", &[1, 3]).await;
     consuming.stop().await;
-    // A relay restarts from far behind, and the consumer knows it only from its checkpoint; no other messages come.
+    // A relay restarts from far behind. The consumer can know this only from its checkpoint, since no other messages
+    // come.
     let consuming = consume(&Handle(bus.clone()), &["source.events"], 1, &notes, store.clone()).await;
     bus.add([sent("a", 0, 1), sent("b", 0, 2), sent("a", 0, 3), sent("c", 1, 1), sent("c", 1, 2), sent("a", 0, 3)]);
     noted(&store, "c", &[1, 2]).await;
@@ -320,7 +322,7 @@ async fn lost_commit_and_failed_rewind_lose_nothing() {
     let store: Arc<dyn EventStore> = Arc::new(faulty.clone());
     let consuming = consume(&Handle(bus.clone()), &["source.events"], 1, &Notes::default(), store).await;
     bus.add([Ok(message("a", 1))]);
-    // The read that checks the outcome of the commit, and the rewind.
+    // The two reads are the check of the commit's outcome and the rewind.
     within("two refused reads", faulty.refused(2)).await;
     bus.add([Ok(message("a", 2))]);
     faulty.away(false);
@@ -341,7 +343,7 @@ async fn bytes_that_are_no_message_are_parked_as_they_came() {
     assert_eq!((&*letter.parked.key, letter.behind, letter.retries_at), ("odd", 1, None));
     assert_eq!(letter.parked.message.get(), r#"{"raw":"00ff17"}"#);
     assert!(letter.parked.reason.contains("no ce_id") && letter.parked.message().is_none());
-    // The redrive fails, but the reason is kept.
+    // The redrive fails, and the reason is kept.
     letters.redrive("notes", "odd").await.unwrap();
     let twice = async || letters.list("notes").await.unwrap().pop().filter(|letter| letter.parked.attempts == 2);
     assert!(eventually("a second try", twice).await.parked.reason.contains("no ce_id"));
@@ -372,7 +374,7 @@ async fn keys_and_messages_that_no_document_holds_are_parked_all_the_same() {
 
 #[tokio::test]
 async fn two_members_that_park_one_key_keep_both_messages() {
-    // One partition per topic, and one member for each.
+    // The bus has one partition per topic, and each topic has one member.
     let (bus, store, notes) = (LocalBus::new(1), memory(), Notes::default());
     notes.bad.lock().unwrap().extend([1, 2]);
     let consuming = consume(&bus, &["one", "two"], 2, &notes, store.clone()).await;

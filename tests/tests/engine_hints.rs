@@ -1,5 +1,5 @@
-//! `create` and `load_new` expect a new stream. If many of these hints are wrong at once, as after a kill, they cost
-//! one more attempt in total, not one each.
+//! `create` and `load_new` expect a new stream. After a kill, many of these hints can be wrong at once. All wrong hints
+//! together cost one extra attempt, not one extra attempt each.
 #![allow(clippy::unwrap_used)]
 
 use std::sync::{
@@ -18,23 +18,23 @@ use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-/// Messages of one batch.
+/// The number of messages in one batch.
 const MESSAGES: usize = 100;
-/// The first attempt with its wrong hints, one that reads the existing streams, and one to spare.
+/// One attempt with wrong hints, one attempt that reads the existing streams, and one in reserve.
 const ATTEMPTS_MAX: usize = 3;
 
 fn marks(store: &Arc<dyn EventStore>) -> Repository<Tally> {
     Repository::with(store.clone(), "mark", 1_000)
 }
 
-/// The way in which a handler loads a stream that it believes to be new.
+/// How a handler loads a stream that it believes to be new.
 #[derive(Clone, Copy)]
 enum Hint {
     Create,
     LoadNew,
 }
 
-/// Marks each tally, and counts its calls.
+/// Adds a mark to each tally, and counts its own calls.
 struct Marker {
     marks: Repository<Tally>,
     hint: Hint,
@@ -58,7 +58,7 @@ impl Handler for Marker {
     }
 }
 
-/// `wrong` of the streams exist already, spread over the batch.
+/// Marks all tallies while `wrong` of the streams exist already, spread over the batch.
 async fn mark_all(hint: Hint, wrong: usize) {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let exists = |message: usize| message * wrong / MESSAGES != (message + 1) * wrong / MESSAGES;

@@ -1,4 +1,5 @@
-//! Several instances on one store: lanes are shared, handed over and taken over, and a zombie changes nothing.
+//! Several instances on one store: they share lanes, hand lanes over and take lanes over, and an instance that lost its
+//! lanes changes nothing.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -61,7 +62,7 @@ async fn becomes(store: &Arc<dyn EventStore>, expected: &[(&str, usize)]) {
     eventually(&what, async || (shares(store).await == expected).then_some(())).await;
 }
 
-/// Waits until each amount of the twenty tallies is copied once, in order.
+/// Waits until each amount of the twenty tallies has been copied once, in order.
 async fn all_is_copied(store: &Arc<dyn EventStore>, upto: i64) {
     for tally in 0..20 {
         let amounts: Vec<i64> = (1..=upto).collect();
@@ -114,14 +115,14 @@ async fn lanes_of_one_that_crashed_are_taken_over() {
     let one = copier(&store, "one").await;
     let two = copier(&store, "two").await;
     becomes(&store, &[("one", 4), ("two", 4)]).await;
-    // The instance is dropped without releasing its lanes.
+    // Drops the instance before it can release its lanes.
     drop(one);
     add_to_all(&store, 1..=20).await;
     let crashed = std::time::Instant::now();
     all_is_copied(&store, 20).await;
     becomes(&store, &[("two", 8)]).await;
     assert!(crashed.elapsed() > Duration::from_secs(3), "it was given time to show that it is alive");
-    // Under its own name the instance is back at once.
+    // An instance that restarts with its own name has its lanes back at once.
     drop(two);
     let started = std::time::Instant::now();
     let two = copier(&store, "two").await;
@@ -132,7 +133,7 @@ async fn lanes_of_one_that_crashed_are_taken_over() {
     two.drain(DRAIN).await.unwrap();
 }
 
-/// Copies, but stops in the middle of a message, as a process does after SIGSTOP.
+/// A handler that copies, but stops in the middle of a message, as after SIGSTOP.
 struct Stopping {
     copier: Copier,
     stopped: watch::Receiver<bool>,
@@ -157,8 +158,8 @@ async fn one_that_was_stopped_past_its_lease_changes_nothing_when_it_goes_on() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let (stop, stopped) = watch::channel(true);
     let (is_stopped, mut seen) = watch::channel(false);
-    // Only the handler is stopped, so the heartbeat goes on. To make the instance look dead, the other one uses its
-    // name.
+    // Only the handler stops, so the heartbeat continues. The other instance uses the same name to make this one look
+    // dead.
     let zombie = start(&store, "one", Stopping { copier: Copier::new(store.clone()), stopped, is_stopped }).await;
     becomes(&store, &[("one", 8)]).await;
     add_to_all(&store, 1..=10).await;
@@ -168,7 +169,7 @@ async fn one_that_was_stopped_past_its_lease_changes_nothing_when_it_goes_on() {
     let before = epochs(&store).await;
     stop.send_replace(false);
     add_to_all(&store, 11..=20).await;
-    // Whichever instance holds a lane now, no effect happens twice.
+    // No effect happens twice, whichever instance holds a lane by now.
     all_is_copied(&store, 20).await;
     let after = epochs(&store).await;
     assert!(before.iter().all(|(lane, epoch)| after[lane] >= *epoch && *epoch >= 2), "{before:?} {after:?}");

@@ -39,7 +39,8 @@ async fn on_each_store(test: impl AsyncFn(Arc<dyn EventStore>)) {
     test(Arc::new(schema.store().await)).await;
 }
 
-/// Copies tallies. `stuck`: never returns from the events of this tally; `broken`: fails at amounts of this value.
+/// Copies tallies. The handler never returns from the events of the tally `stuck`, and fails at amounts equal to
+/// `broken`.
 #[derive(Clone)]
 struct Copies {
     copier: Arc<Copier>,
@@ -87,7 +88,7 @@ async fn add_to_all(store: &Arc<dyn EventStore>, amounts: std::ops::RangeInclusi
     }
 }
 
-/// Waits until each amount is copied once and in order.
+/// Waits until each amount has been copied once and in order.
 async fn all_is_copied(store: &Arc<dyn EventStore>, upto: i64) {
     for tally in 0..TALLIES {
         let id = tally.to_string();
@@ -107,7 +108,8 @@ async fn lanes(store: &Arc<dyn EventStore>) -> Vec<(String, Option<u32>)> {
 async fn a_changed_number_of_lanes_handles_each_event_once_and_in_order() {
     on_each_store(async |store| {
         let mut upto = 0;
-        // Each round is killed while the lane of one tally does not move, and restarts with another number of lanes.
+        // Each round is killed while the lane of one tally does not move. The next round starts with another number of
+        // lanes.
         for (number, stuck) in [(1, "1"), (4, "2"), (1, "3"), (3, "4"), (7, "5"), (2, "6")] {
             add_to_all(&store, upto + 1..=upto + 2).await;
             upto += 2;
@@ -117,7 +119,7 @@ async fn a_changed_number_of_lanes_handles_each_event_once_and_in_order() {
             let runtime = start(Runtime::new(), &process, &handler, number).await;
             eventually("one lane stands still", async || handler.reached.load(Ordering::SeqCst).then_some(())).await;
             if number > 1 {
-                // The other lanes have moved on, so that the lanes are at different positions.
+                // The other lanes have moved on, so the lanes are at different positions.
                 let others = async || {
                     let done = (0..TALLIES).map(async |id| copies(&store, &id.to_string()).await.0.len() as i64);
                     let done = futures::future::join_all(done).await;
@@ -240,8 +242,8 @@ async fn a_killed_relay_comes_back_with_another_number_of_lanes() {
             let here: Arc<dyn EventStore> = Arc::new(faulty.clone());
             let service = Service::new("source", here).publish(&["tally"]).relay_lanes(number);
             relay.start(vec![service], bus.clone()).await.unwrap();
-            // One lane crashes before its checkpoint moves, wherever the others are: its messages were sent all the
-            // same.
+            // One lane crashes before its checkpoint moves, whatever the positions of the other lanes. Its messages
+            // were sent before the crash.
             let moved = async || {
                 let found = documents(&store, CHECKPOINTS).await;
                 let of_relay = found.iter().filter(|(id, _)| id.starts_with("source.relay/")).count();

@@ -1,4 +1,5 @@
-//! Names of documents: refused if they collide, and never matched by a part of them; and resets with parked messages.
+//! Names of documents are rejected if they collide, and are never matched by a part of the name. Also tests resets with
+//! parked messages.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -21,7 +22,7 @@ use async_trait::async_trait;
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Handles every event but the third of a stream, as long as `broken` is set.
+/// Handles every event except the third of a stream while `broken` is set.
 #[derive(Clone, Default)]
 struct Seen {
     versions: Arc<Mutex<Vec<i64>>>,
@@ -65,7 +66,7 @@ async fn two_parts_of_one_name_are_refused_before_anything_is_written() {
         assert_eq!(name, expected);
         runtime.drain(PATIENCE).await.unwrap();
     }
-    // A later start in the same runtime is refused too.
+    // A later start in the same runtime is also rejected.
     let mut runtime = Runtime::new();
     started(&mut runtime, vec![service().subscribe(subscription("mailer"))]).await.unwrap();
     let late = Service::new("post", store.clone()).subscribe(subscription("mailer"));
@@ -97,7 +98,7 @@ async fn names_that_would_meet_others_are_refused_before_anything_is_written() {
     }
 }
 
-/// Some names are the beginnings of others, and each act affects one of them only.
+/// Some names are prefixes of others. Each action affects only the one with exactly that name.
 #[tokio::test]
 async fn an_operator_acts_on_the_one_that_is_named() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
@@ -119,7 +120,7 @@ async fn an_operator_acts_on_the_one_that_is_named() {
     runtime.drain(PATIENCE).await.unwrap();
 }
 
-/// A process that ran as instance "1" has died, and another one cleans up after it ten minutes later.
+/// A process that ran as instance "1" has died. Ten minutes later, another process cleans up after it.
 #[tokio::test(start_paused = true)]
 async fn the_end_of_an_instance_takes_nothing_that_is_called_like_it() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
@@ -182,7 +183,8 @@ async fn a_reset_brings_what_is_parked_once_and_in_order() {
         };
         parked(3).await;
         seen.broken.store(false, Ordering::SeqCst);
-        // The reset lies after the first parked message: that one stays, and redelivered messages wait behind it.
+        // The reset goes to a position after the first parked message. That message stays parked, and redelivered
+        // messages wait behind it.
         operator.reset("mailer", Position(3), "again").await.unwrap();
         parked(3).await;
         operator.reset("mailer", Position::START, "again").await.unwrap();

@@ -1,4 +1,4 @@
-//! Acts of operators take effect on running services, and are recorded in the log with operator and reason.
+//! Actions of operators take effect on running services. The log records each action with its operator and reason.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -42,7 +42,7 @@ impl Seen {
     }
 }
 
-/// Returns the acts on a subscription: type, operator, reason.
+/// Returns the actions on a subscription: type, operator, reason.
 async fn acts(store: &Arc<dyn EventStore>, subscription: &str) -> Vec<(String, String, String)> {
     let stream = StreamId::new(annals::operator::CATEGORY, subscription).unwrap();
     let events = store.read_stream(&stream, Version::START, 100).await.unwrap();

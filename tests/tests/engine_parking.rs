@@ -1,4 +1,5 @@
-//! Parking: a message that fails blocks its key and nothing else, in order, and for as long as it must.
+//! Parking: a message that fails blocks only the messages with its key. They stay in order, and stay blocked until the
+//! parked message is resolved.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -20,7 +21,7 @@ use async_trait::async_trait;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-/// What a handler does with an amount.
+/// What the handler does with a given amount.
 #[derive(Clone, Copy, PartialEq, Debug)]
 enum Trouble {
     Fail,
@@ -31,7 +32,7 @@ enum Trouble {
     NulInReason,
 }
 
-/// Appends each amount to a list in a document per key, unless a trouble is set.
+/// Appends each amount to a list in one document per key, unless a trouble is set for that amount.
 #[derive(Clone, Default)]
 struct Fussy {
     troubles: Arc<Mutex<HashMap<i64, (Trouble, u32)>>>,
@@ -87,7 +88,7 @@ impl Handler for Fussy {
         let key = handled(message.subject.split_once('-').map_or("", |(_, id)| id));
         let mut list: Vec<i64> = work.document(&key).await?.unwrap_or_default();
         list.push(amount);
-        // Staged before a failure, so that a test sees whether any of it is kept.
+        // Stages the write before a failure, so that a test can see whether any of it is kept.
         work.put(&key, &list)?;
         match self.next(amount) {
             None => Ok(()),
@@ -136,7 +137,7 @@ impl Bed {
     }
 
     fn on(store: Arc<dyn EventStore>) -> Self {
-        // No retry happens automatically, unless a test wants it.
+        // No message is retried automatically, unless a test asks for retries.
         let retry = RetryPolicy { attempts_max: 1, ..RetryPolicy::default() };
         Self { letters: DeadLetters::new(store.clone()), store, fussy: Fussy::default(), retry }
     }
@@ -218,7 +219,7 @@ async fn retries_by_itself_with_growing_delays() {
     assert_eq!(tries.len(), 4);
     let pauses: Vec<_> = tries.windows(2).map(|pair| pair[1] - pair[0]).collect();
     for (pause, doubled) in pauses.iter().zip([300, 600, 1_200]) {
-        // The delay is drawn from the upper half.
+        // The delay is chosen at random from the upper half of its range.
         assert!(*pause >= Duration::from_millis(doubled / 2), "{pauses:?}");
     }
     running.stop().await;
@@ -235,12 +236,12 @@ async fn after_the_last_attempt_it_stays_until_redriven() {
     let last = async || bed.letters().await.into_iter().find(|letter| letter.parked.attempts == 3);
     let letter = eventually("three attempts", last).await;
     assert_eq!((letter.retries_at, letter.behind), (None, 1));
-    // Another key that is parked and redriven later proves that time has passed for this one.
+    // A second key is parked and redriven later. Its redrive proves that time has passed for the first key.
     bed.fussy.trouble(21, Trouble::Fail, 2);
     bed.add("b", [21]).await;
     bed.becomes("b", &[21]).await;
     assert_eq!(bed.fussy.tries(1), 3);
-    // A failed redrive counts as one more attempt, and the message stays.
+    // A failed redrive counts as one more attempt, and the message stays parked.
     bed.letters.redrive("fussy", "tally-a").await.unwrap();
     let again = async || bed.letters().await.into_iter().find(|letter| letter.parked.attempts == 4);
     assert_eq!(eventually("a fourth attempt", again).await.retries_at, None);
@@ -264,7 +265,7 @@ async fn hopeless_messages_park_at_once_with_the_reason() {
             bed.retry = RetryPolicy::default();
         }
         bed.fussy.trouble(5, trouble, u32::MAX);
-        // In the middle of a batch, whose other keys are not at fault.
+        // The failing message is in the middle of a batch with other keys.
         for id in ["a", "b", "c"] {
             bed.add(id, 1..=3).await;
         }
@@ -280,7 +281,7 @@ async fn hopeless_messages_park_at_once_with_the_reason() {
         let letter = bed.parked(1).await;
         assert!(letter.parked.reason.contains(reason), "{trouble:?}: {}", letter.parked.reason);
         assert_eq!((&*letter.parked.key, letter.retries_at), ("tally-bad", None), "{trouble:?}");
-        // A failed redrive parks the message again, and does not retry it for ever.
+        // A failed redrive parks the message again and does not retry it endlessly.
         bed.letters.redrive("fussy", "tally-bad").await.unwrap();
         eventually("it has failed again", async || {
             bed.letters().await.into_iter().find(|letter| letter.parked.attempts == 2 && letter.retries_at.is_none())
@@ -378,7 +379,7 @@ async fn dropping_the_only_one_frees_its_key() {
     let running = bed.start();
     bed.parked(0).await;
     bed.letters.drop_first("fussy", "tally-a").await.unwrap();
-    // The message comes before the worker knows of the drop, and waits behind nothing.
+    // This message arrives before the worker knows of the drop, when no parked message is left for it to wait behind.
     bed.add("a", [2]).await;
     bed.becomes("a", &[2]).await;
     bed.nothing_is_parked().await;
@@ -407,7 +408,7 @@ async fn parked_messages_survive_a_restart() {
 
 #[tokio::test]
 async fn redrive_that_is_cut_off_goes_on() {
-    // The fault comes after the head is handled: the process dies, or the store is away for a moment.
+    // The fault comes after the first parked message is handled: the process dies, or the store is away for a moment.
     for fault in [Fault::CrashBefore, Fault::CrashAfter, Fault::Unavailable, Fault::AppliedUnknown, Fault::LostUnknown]
     {
         let mut bed = Bed::new();
@@ -419,7 +420,7 @@ async fn redrive_that_is_cut_off_goes_on() {
         let mut running = bed.start();
         bed.parked(3).await;
         bed.fussy.heal();
-        // The second message's commit is the next but one.
+        // The second message is committed in the commit after the next.
         faulty.at(faulty.commits() + 3, fault.clone());
         bed.letters.redrive("fussy", "tally-a").await.unwrap();
         if matches!(fault, Fault::CrashBefore | Fault::CrashAfter) {
@@ -436,7 +437,8 @@ async fn redrive_that_is_cut_off_goes_on() {
 
 #[tokio::test]
 async fn redrive_decides_on_what_is_true_now() {
-    // A handler that executes on an aggregate: when redriven, it finds a stream to which others have written meanwhile.
+    // This handler executes commands on an aggregate. When a message is redriven, the stream has events that others
+    // have written since.
     struct Adds(Repository<Tally>, Arc<Mutex<bool>>);
     #[async_trait]
     impl Handler for Adds {

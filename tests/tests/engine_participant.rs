@@ -1,4 +1,5 @@
-//! The barrier of a participant: a step once and its compensation once, whatever the bus delivers in whatever order.
+//! The barrier of a participant: each step and each compensation takes effect once, in whatever order and however often
+//! the bus delivers.
 #![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;
@@ -39,7 +40,7 @@ impl Desk {
         Self { store, bus, script, replies, runtime, step: Uuid::new_v4() }
     }
 
-    /// Returns a command as the relay makes it; `sent` is the saga's event that sent it.
+    /// Returns a command as the relay would send it. `sent` identifies the saga's event that sent the command.
     fn command(&self, at: At, attempt: u32, sent: u128) -> Message {
         let act = match at {
             At::Undo(_) => Act::Undo { step: "charge".into(), trip: "a".into() },
@@ -69,7 +70,7 @@ impl Desk {
         }
     }
 
-    /// Starts the bank once more on the same store, after its work on these steps was lost, and their answers were not.
+    /// Starts the bank again on the same store. The bank's work on these steps was lost, but its answers were not.
     async fn restart_owing(&mut self, steps: &[(At, Outcome)]) {
         drop(std::mem::take(&mut self.runtime));
         let mut puts = vec![Put { key: DocumentKey::new("ledger", "a"), expected: None, body: None, due: None }];
@@ -95,7 +96,7 @@ impl Desk {
 
     async fn send(&self, messages: Vec<Message>) {
         let outgoing = messages.into_iter().map(|message| Outgoing { topic: "bank.commands".into(), message });
-        // The receipt resolves once the desk has committed its effects.
+        // The receipt resolves once the participant has committed its effects.
         let receipt = self.bus.publish(outgoing.collect()).await.unwrap();
         within("the bank", receipt).await.unwrap();
     }
@@ -111,7 +112,7 @@ impl Desk {
         found.first().map(|(_, body)| serde_json::from_str(body).unwrap()).unwrap_or_default()
     }
 
-    /// Asserts that nothing is parked, and that no reply is left without a request.
+    /// Asserts that nothing is parked, and that each reply belongs to a request.
     async fn close(mut self, replies: usize) {
         assert_eq!(documents(&self.store, "parked.bank.commands").await, []);
         let stream = annals::StreamId::from_stored(&format!("step.bank-{TRIP}"));
@@ -135,11 +136,11 @@ async fn repeated_step_and_undo_are_carried_out_once_and_answered_for_each_attem
     });
     let (step, undo) = (At::Forward(1), At::Undo(1));
     let once = desk.command(step, 1, 1);
-    // A repeat of the same attempt, in the batch or later, gets no reply: the first reply is on its way.
+    // A repeat of the same attempt, in the same batch or later, gets no reply, because the first reply is already sent.
     desk.send(vec![once.clone(), once.clone()]).await;
     desk.send(vec![once]).await;
     assert_eq!(desk.reply().await, done());
-    // A new attempt shows that the reply has not arrived; an attempt requested by an operator has an old number.
+    // A new attempt shows that the reply has not arrived. An attempt that an operator requests has an old number.
     let again = desk.command(step, 2, 2);
     desk.send(vec![again.clone(), again]).await;
     desk.send(vec![desk.command(step, 1, 3)]).await;
@@ -149,7 +150,7 @@ async fn repeated_step_and_undo_are_carried_out_once_and_answered_for_each_attem
     desk.send(vec![once.clone(), desk.command(undo, 2, 5), once]).await;
     assert!(matches!(desk.reply().await, Outcome::Done(_)));
     assert!(matches!(desk.reply().await, Outcome::Done(_)));
-    // The step comes once more, far too late: it is refused, and stays undone.
+    // The step arrives again, far too late. The participant refuses it, and the step stays undone.
     desk.send(vec![desk.command(step, 3, 6)]).await;
     assert_eq!(desk.reply().await, Outcome::Refused("it was undone, or its undo came first".into()));
     desk.send(vec![desk.command(undo, 3, 7)]).await;
@@ -178,10 +179,10 @@ async fn failed_attempt_that_is_delivered_again_does_nothing() {
     let failed = desk.command(At::Forward(1), 1, 1);
     desk.send(vec![failed.clone()]).await;
     assert!(matches!(desk.reply().await, Outcome::Failed(_)));
-    // The step would succeed now, but its reply has been given: the saga would never know.
+    // The step would succeed now, but its reply was already sent, so the saga would never learn of the success.
     desk.send(vec![failed]).await;
     assert_eq!((desk.ledger().await, desk.script.asked().len()), (vec![], 1));
-    // An operator's retry counts from 1 again.
+    // An operator's retry starts counting attempts at 1 again.
     desk.send(vec![desk.command(At::Forward(1), 1, 2)]).await;
     assert_eq!(desk.reply().await, Outcome::Done(serde_json::Value::Null));
     assert_eq!(desk.ledger().await, ["charge"]);
@@ -194,7 +195,7 @@ async fn step_whose_outcome_stays_unknown_is_undone() {
     desk.script.play("charge", Play::Vanish, 1);
     desk.send(vec![desk.command(At::Forward(1), 1, 1)]).await;
     assert!(matches!(desk.reply().await, Outcome::Unknown(_)));
-    // A certain failure does not make the outcome of the first attempt any more certain.
+    // The second attempt certainly fails, but this says nothing about the outcome of the first attempt.
     desk.script.play("charge", Play::Fail, 1);
     desk.send(vec![desk.command(At::Forward(1), 2, 2)]).await;
     assert!(matches!(desk.reply().await, Outcome::Failed(_)));
@@ -203,7 +204,7 @@ async fn step_whose_outcome_stays_unknown_is_undone() {
     assert!(matches!(desk.reply().await, Outcome::Unknown(_)));
     desk.send(vec![desk.command(At::Undo(1), 2, 4)]).await;
     assert_eq!(desk.reply().await, Outcome::Done(serde_json::Value::Null));
-    // The step comes once more, too late.
+    // The step arrives again, too late.
     desk.send(vec![desk.command(At::Forward(1), 3, 5)]).await;
     assert!(matches!(desk.reply().await, Outcome::Refused(_)));
     assert_eq!(desk.ledger().await, ["undo charge"]);
@@ -255,7 +256,7 @@ async fn work_that_was_answered_and_lost_is_done_again_before_commands_are_taken
     desk.send(vec![step.clone()]).await;
     let answered = desk.reply().await;
     desk.restart_owing(&[(At::Forward(1), answered)]).await;
-    // An inbox that is read again from a restored offset has the command once more.
+    // An inbox that is read again from a restored offset contains the command a second time.
     desk.send(vec![step]).await;
     assert_eq!((desk.ledger().await, desk.owed().await), (vec!["charge".to_owned()], 0));
     desk.restart().await;
@@ -272,7 +273,8 @@ async fn step_that_was_refused_before_a_restore_stays_refused() {
     desk.send(vec![desk.command(At::Forward(1), 1, 1)]).await;
     let refused = desk.reply().await;
     assert!(matches!(refused, Outcome::Refused(_)));
-    // By now the bank would do it. The saga has gone back, and nobody would take it back.
+    // By now, the bank would carry out the charge. But the saga is already compensating, so nothing would undo the
+    // charge.
     desk.restart_owing(&[(At::Forward(1), refused)]).await;
     eventually("the bank to settle", async || (desk.owed().await == 0).then_some(())).await;
     assert_eq!(desk.ledger().await, [""; 0]);

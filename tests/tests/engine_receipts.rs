@@ -1,4 +1,4 @@
-//! The relay's checkpoint never passes a message that the bus has not accepted, however many are under way.
+//! The relay's checkpoint never passes a message that the bus has not accepted, however many messages are in flight.
 #![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 type Taken = oneshot::Sender<Result<(), BusError>>;
 
-/// A bus that accepts nothing until the test says so.
+/// A bus that accepts a message only when the test says so.
 struct Slow(mpsc::UnboundedSender<(String, Taken)>);
 
 #[async_trait]
@@ -47,7 +47,7 @@ async fn a_receipt_says_nothing_of_the_messages_after_it() {
     let relay = Relay::new(routes).run(store.clone(), Arc::new(Slow(published)), Health::default(), shutdown.clone());
     let relay = tokio::spawn(relay);
 
-    // Three messages are under way at once, each with a receipt of its own.
+    // Three messages are in flight at once, each with its own receipt.
     let mut under_way = Vec::new();
     for id in ["a", "b", "c"] {
         add(&store, id, [1]).await;
@@ -59,7 +59,7 @@ async fn a_receipt_says_nothing_of_the_messages_after_it() {
     a.send(Ok(())).unwrap();
     eventually("the checkpoint is behind a", async || (checkpoint(&store).await == Some(1)).then_some(())).await;
     assert!(!b.is_closed() && !c.is_closed(), "the relay waits for the others no more");
-    // A message that the bus has not accepted is sent again, together with the messages after it.
+    // A message that the bus did not accept is sent again, together with all messages after it.
     c.send(Ok(())).unwrap();
     b.send(Err(BusError::Unavailable("it was lost".into()))).unwrap();
     let (subject, taken) = next().await;

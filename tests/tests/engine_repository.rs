@@ -27,7 +27,7 @@ fn tallies(store: &Arc<dyn EventStore>) -> Repository<Tally> {
 async fn sixty_four_tasks(store: Arc<dyn EventStore>, each: i64) {
     let (one, two) = (tallies(&store), tallies(&store));
     let tasks = (0..64).map(|task| {
-        // Most tasks share a repository; some write through another one.
+        // Most tasks share one repository, and some write through another one.
         let tallies = if task % 8 == 0 { two.clone() } else { one.clone() };
         tokio::spawn(async move {
             for step in 0..each {
@@ -69,19 +69,19 @@ async fn repeated_command_gives_its_first_outcome() {
     let done = first.execute("a", TallyCommand::AddOnes(3), id).await.unwrap();
     first.execute("a", TallyCommand::Add(7), Uuid::new_v4()).await.unwrap();
     for tallies in [first, tallies(&store)] {
-        // The same id returns the first result, whatever the command is now.
+        // A command with the same id returns the first result, even if the command itself has changed.
         let again = tallies.execute("a", TallyCommand::Add(99), id).await.unwrap();
         assert_eq!((again.events, again.repeated), (done.events.clone(), true));
     }
     assert_eq!(tallies(&store).state("a").await.unwrap().amounts, [1, 1, 1, 7]);
-    // The same holds if the command would be refused by now.
+    // The first result is also returned if the command would be refused by now.
     tallies(&store).execute("a", TallyCommand::Close, Uuid::new_v4()).await.unwrap();
     assert!(tallies(&store).execute("a", TallyCommand::Add(1), id).await.unwrap().repeated);
 }
 
 #[tokio::test]
 async fn repeated_command_gives_all_of_many_events() {
-    // Fewer events than the remembered commands of a stream, and more than one read returns.
+    // The stream has fewer events than commands are remembered per stream, and more events than one read returns.
     let (store, id) = (memory(), Uuid::new_v4());
     tallies(&store).execute("a", TallyCommand::AddOnes(1_010), id).await.unwrap();
     let again = tallies(&store).execute("a", TallyCommand::Nothing, id).await.unwrap();
@@ -112,10 +112,11 @@ async fn refusal_is_never_for_an_outdated_reason() {
     one.execute("a", TallyCommand::Add(1), Uuid::new_v4()).await.unwrap();
     two.execute("a", TallyCommand::Add(2), Uuid::new_v4()).await.unwrap();
     two.execute("a", TallyCommand::Close, Uuid::new_v4()).await.unwrap();
-    // `one` still believes that the tally is open, with a sum of 1.
+    // `one` still has the tally cached as open, with a sum of 1.
     let refused = one.execute("a", TallyCommand::Add(4), Uuid::new_v4()).await;
     assert!(matches!(refused, Err(ExecuteError::Refused(Closed(3)))), "{refused:?}");
-    // The other way round: `three` has cached the tally as it was refused, and the refusal must name the current state.
+    // The opposite case: `three` has cached the tally in the state that refuses the command, and the refusal must name
+    // the current state.
     let three = tallies(&store);
     assert!(three.execute("a", TallyCommand::Add(4), Uuid::new_v4()).await.is_err());
     let events = vec![NewEvent {
@@ -131,7 +132,7 @@ async fn refusal_is_never_for_an_outdated_reason() {
     assert!(matches!(refused, Err(ExecuteError::Refused(Closed(13)))), "{refused:?}");
 }
 
-/// Sends these commands at once while the commit of the first is held, so that the others share the next commit.
+/// Sends these commands at once while the first commit is held, so that the other commands share the next commit.
 async fn together(faulty: &FaultyStore, commands: Vec<TallyCommand>) -> Vec<Result<usize, ExecuteError<Closed>>> {
     let store: Arc<dyn EventStore> = Arc::new(faulty.clone());
     let (tallies, gate) = (tallies(&store), Gate::new());
@@ -143,7 +144,7 @@ async fn together(faulty: &FaultyStore, commands: Vec<TallyCommand>) -> Vec<Resu
     let first = send(TallyCommand::Add(0));
     within("the first commit", gate.reached()).await;
     let rest: Vec<_> = commands.into_iter().map(send).collect();
-    // On this single thread, each command runs until it waits.
+    // All commands share one thread, so each command runs until it has to wait.
     for _ in 0..rest.len() {
         tokio::task::yield_now().await;
     }
@@ -206,7 +207,7 @@ async fn dropped_futures_call_nothing_back_and_block_nobody() {
     let store: Arc<dyn EventStore> = Arc::new(faulty.clone());
     let tallies = tallies(&store);
     for amount in 1..=3 {
-        // Each command is polled once, then dropped.
+        // Polls each command once, then drops it.
         assert!(tallies.execute("a", TallyCommand::Add(amount), Uuid::new_v4()).now_or_never().is_none());
     }
     within("the first commit", gate.reached()).await;
@@ -225,8 +226,8 @@ async fn caller_who_does_not_look_holds_up_nobody() {
     let mut first = Box::pin(tallies.execute("a", TallyCommand::Add(1), Uuid::new_v4()));
     assert!((&mut first).now_or_never().is_none());
     gate.open();
-    // The first future is not polled while the other commands are executed, one of which came before its commit was
-    // done.
+    // The first future is not polled while the other commands are executed. One of those commands was sent before the
+    // commit of the first was done.
     for amount in 2..=3 {
         within("a later one", tallies.execute("a", TallyCommand::Add(amount), Uuid::new_v4())).await.unwrap();
     }
@@ -253,7 +254,7 @@ fn runtime_that_ends_leaves_no_line_behind() {
     ending.shutdown_timeout(std::time::Duration::from_secs(10));
     lasting.block_on(async {
         assert!(within("the first", first).await.unwrap_err().is_cancelled());
-        // The second command waited behind the first, or came after it. Either way it must get an answer.
+        // The second command either waited behind the first or was sent after it. In both cases it must get an answer.
         let second = within("the second", second).await.unwrap();
         assert!(matches!(second, Ok(()) | Err(ExecuteError::Unavailable(_))), "{second:?}");
         within("the third", tallies.execute("a", TallyCommand::Add(3), Uuid::new_v4())).await.unwrap();
@@ -347,7 +348,7 @@ async fn impossible_ids_are_refused_and_leave_nothing() {
     assert_eq!(log(&store).await.len(), 0);
 }
 
-/// A tally with snapshots, whose state tells whether it was loaded from one.
+/// A tally with snapshots. Its state shows whether it was loaded from a snapshot.
 #[derive(Clone, Default, serde::Serialize, serde::Deserialize)]
 struct Snapped<const VERSION: i32> {
     tally: Tally,
@@ -389,13 +390,13 @@ async fn snapshots_are_a_shortcut_and_nothing_else() {
     let all: Vec<i64> = (1..=25).collect();
     let fresh = Repository::<Snapped<1>>::new(store.clone()).state("a").await.unwrap();
     assert_eq!((fresh.loaded, fresh.tally.amounts), (true, all.clone()));
-    // Command ids are remembered across the snapshot, before and after it.
+    // The store remembers command ids from before and after the snapshot.
     for amount in [3, 23] {
         let again =
             Repository::<Snapped<1>>::new(store.clone()).execute("a", TallyCommand::Add(0), number(amount)).await;
         assert_eq!(again.unwrap().events, [TallyEvent::Added { amount }]);
     }
-    // A snapshot of another version is skipped, and so is an unreadable one.
+    // A snapshot of another version is ignored, and so is an unreadable snapshot.
     let other = Repository::<Snapped<2>>::new(store.clone()).state("a").await.unwrap();
     assert_eq!((other.loaded, other.tally.amounts), (false, all.clone()));
     for corrupt in ["{}", "[]", r#"{"version":20,"schema":1,"ids":[],"state":{"tally":7}}"#] {
@@ -409,7 +410,7 @@ async fn snapshots_are_a_shortcut_and_nothing_else() {
     assert!(Repository::<Snapped<1>>::new(store.clone()).state("a").await.unwrap().loaded);
 }
 
-/// The state is larger than a document may be.
+/// A state that is larger than a document may be.
 #[derive(Clone, Default, serde::Serialize, serde::Deserialize)]
 struct Bulky(String);
 

@@ -1,4 +1,4 @@
-//! The runtime starts and drains as a whole, and no failure of a part goes unseen.
+//! The runtime starts and drains all parts together, and reports every failure of a part.
 #![allow(clippy::unwrap_used)]
 
 use std::{sync::Arc, time::Duration};
@@ -94,7 +94,7 @@ async fn drain_that_takes_too_long_says_so_and_cuts_off() {
     assert!(error.contains("cut off"), "{error}");
 }
 
-/// Records and publishes an event for all parts, without a moment in which a part could run.
+/// Records and publishes an event for all parts without yielding, so that no part can run in between.
 async fn wake(store: &dyn EventStore, bus: &LocalBus) {
     let event = NewEvent {
         id: uuid::Uuid::new_v4(),
@@ -140,7 +140,7 @@ async fn what_was_dropped_does_nothing_more() {
 #[tokio::test(start_paused = true)]
 async fn drain_waits_for_no_consumer_that_is_gone() {
     let (store, bus): (Arc<dyn EventStore>, _) = (Arc::new(MemoryStore::new()), LocalBus::default());
-    // The group remains, and messages are held for it.
+    // The group still exists, and the bus holds messages for it.
     drop(bus.join("gone", &["source.events"]).await.unwrap());
     let mut runtime = Runtime::new();
     let source = Service::new("source", store.clone()).publish(&["tally"]);

@@ -1,4 +1,4 @@
-//! Sagas end to end over several services: forward, back, retried, and stuck.
+//! Sagas from start to end over several services: completed, compensated, retried and stuck.
 #![allow(clippy::unwrap_used)]
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
@@ -15,7 +15,7 @@ use annals_tests::{
 use uuid::Uuid;
 
 const ALL: [&str; 3] = ["shop", "hotel", "bank"];
-/// Longer than any test, so that no step is retried because of its timeout.
+/// Longer than any test, so that no step times out and is retried.
 const PATIENT: Duration = Duration::from_secs(60);
 const QUICK: Duration = Duration::from_millis(150);
 const DRAIN: Duration = Duration::from_secs(10);
@@ -138,7 +138,7 @@ async fn participant_that_is_down_is_asked_again_until_it_is_there() {
 #[tokio::test]
 async fn step_that_comes_after_its_undo_is_refused() {
     let world = world(QUICK, 2);
-    // The bank's messages are held from here on, but no member takes them.
+    // From here on, the bus holds the messages to the bank, but no member receives them.
     let bank = world.start(&["bank"]).await;
     bank.drain(DRAIN).await.unwrap();
     let runtime = world.start(&["shop", "hotel"]).await;
@@ -147,7 +147,7 @@ async fn step_that_comes_after_its_undo_is_refused() {
         world.status("a").await.filter(|status| status.status == Status::Compensating)
     })
     .await;
-    // The bank now gets both attempts, followed by the compensation.
+    // The bank now receives both attempts, and then the compensation.
     let bank = world.start(&["bank"]).await;
     world.becomes("a", Status::Compensated).await;
     assert_eq!(world.ledger("a").await, ["book", "charge", "undo charge", "undo book"]);
@@ -235,12 +235,12 @@ async fn stuck_saga_is_stuck_for_itself_alone() {
 #[tokio::test]
 async fn correlation_and_trace_reach_the_last_event() {
     let (traceparent, request) = ("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", Uuid::new_v4());
-    // Long enough to see the second attempt before the third is given up, also on a busy machine.
+    // Even on a busy machine, this is long enough to see the second attempt before the third one fails.
     let world = world(Duration::from_secs(2), 3);
     let runtime = world.start(&["shop", "hotel"]).await;
     world.script.play("announce", Play::Fail, 3);
     world.request("a", request, Some(traceparent)).await;
-    // Through a timeout, a retry and an operator.
+    // The trace must survive a timeout, a retry, and an operator's action.
     eventually("a timer fired", async || world.status("a").await.filter(|status| status.attempts >= 2)).await;
     let bank = world.start(&["bank"]).await;
     world.becomes("a", Status::Stuck).await;
@@ -272,7 +272,7 @@ async fn request_that_comes_twice_makes_one_saga() {
     let request = Uuid::new_v4();
     world.request("a", request, None).await;
     world.request("a", request, None).await;
-    // Another request with the same saga id finds the existing saga.
+    // A second request with the same saga id finds the existing saga.
     world.request("a", Uuid::new_v4(), None).await;
     world.becomes("a", Status::Completed).await;
     world.request("a", Uuid::new_v4(), None).await;

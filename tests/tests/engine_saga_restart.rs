@@ -1,4 +1,4 @@
-//! Sagas through crashes and new versions of their plan.
+//! Sagas that survive crashes and new versions of their plan.
 #![allow(clippy::unwrap_used)]
 
 use std::{sync::Arc, time::Duration};
@@ -18,12 +18,12 @@ use uuid::Uuid;
 
 const ALL: [&str; 3] = ["shop", "hotel", "bank"];
 const PATIENT: Duration = Duration::from_secs(60);
-/// More commits than the two trips take, together with the checkpoints of all parts.
+/// More commits than the two trips and all checkpoints need together.
 const COMMITS_MAX: u64 = 80;
 const DRAIN: Duration = Duration::from_secs(10);
 
-/// Runs a trip that is confirmed and one that is refused, with a crash at the `number`th commit of the process and a
-/// new process after it. Returns whether the process got that far.
+/// Runs one trip that is confirmed and one that is refused. The process crashes at commit number `number`, and a new
+/// process continues. Returns whether the first process reached that commit.
 async fn with_crash(inner: Arc<dyn EventStore>, number: u64, fault: Fault) -> bool {
     let mut world = World::new(inner.clone(), trip(PATIENT, 3));
     world.script.play("charge", Play::Fail, 1);
@@ -43,7 +43,7 @@ async fn with_crash(inner: Arc<dyn EventStore>, number: u64, fault: Fault) -> bo
     })
     .await;
     let crashed = faulty.has_crashed();
-    // The bus ends with the process, and so does everything that was only on the bus.
+    // The bus ends with the process, and so do all messages that were only on the bus.
     drop(first);
     world = World { bus: Arc::default(), ..world };
     let second = world.start(&ALL).await;
@@ -66,7 +66,7 @@ async fn with_crash(inner: Arc<dyn EventStore>, number: u64, fault: Fault) -> bo
     crashed
 }
 
-/// Runs all crashes at once, each in a world of its own: they wait for timers most of the time.
+/// Runs all crashes concurrently, each in its own world, because they spend most of the time waiting for timers.
 async fn at_each_commit(fault: Fault) {
     let crashes = (1..=COMMITS_MAX).map(|number| with_crash(Arc::new(MemoryStore::new()), number, fault.clone()));
     let crashed = join_all(crashes).await.into_iter().filter(|crashed| *crashed).count() as u64;
@@ -105,7 +105,7 @@ fn first_plan() -> Saga<Trip> {
     trip(PATIENT, 3)
 }
 
-/// The plan with one more step at the end.
+/// The same plan with one more step at the end.
 fn second_plan() -> Saga<Trip> {
     Saga::named("trip")
         .compensatable("book", |trip| ask("hotel", "book", trip))
@@ -126,7 +126,7 @@ async fn waiting_trip() -> World {
 /// Returns the same world, with the bank's command still on the bus.
 async fn waiting_trip_on_its_bus() -> World {
     let world = World::new(Arc::new(MemoryStore::new()), first_plan());
-    // The bank's messages are held from here on, but no member takes them.
+    // From here on, the bus holds the messages to the bank, but no member receives them.
     world.start(&["bank"]).await.drain(DRAIN).await.unwrap();
     let runtime = world.start(&["shop", "hotel"]).await;
     world.request("old", Uuid::new_v4(), None).await;
@@ -178,7 +178,7 @@ async fn reply_to_a_saga_of_an_unknown_plan_waits_for_it() {
     drop(runtime);
     let world = World { bus: Arc::default(), ..world };
     let runtime = start(&world, world.runner(&world.store).older(first_plan())).await;
-    // This build knows the plan, so no operator has to redrive the reply.
+    // This build knows the plan, so the reply is handled without a redrive by an operator.
     world.becomes("old", Status::Completed).await;
     assert_eq!(world.ledger("old").await, OLD);
     runtime.drain(DRAIN).await.unwrap();
@@ -190,7 +190,7 @@ async fn saga_that_nobody_runs_any_more_keeps_its_replies() {
     let bank = world.start(&["bank"]).await;
     eventually("the bank has replied", async || (world.bus.held("shop.commands") == 1).then_some(())).await;
     drop(bank);
-    // A build without the saga: the shop is only a participant.
+    // This build does not define the saga; its shop is only a participant.
     let other = Saga::named("tour").retriable("announce", |trip: &Trip| ask("hotel", "announce", trip)).build();
     let runner = Runner::new(world.store.clone(), other, annals::LogQuery::categories(["nothing"]), starts);
     let runtime = start(&world, runner).await;
@@ -227,7 +227,7 @@ async fn timers_of_unknown_plans_hold_up_no_other() {
     let timeout = Duration::from_millis(50);
     let old = World::new(Arc::new(MemoryStore::new()), trip(timeout, u32::MAX));
     let runtime = old.start(&["shop"]).await;
-    // More sagas than one read returns.
+    // There are more sagas than one read returns.
     for number in 0..300 {
         old.request(&format!("old {number}"), Uuid::new_v4(), None).await;
     }
@@ -245,7 +245,7 @@ async fn timers_of_unknown_plans_hold_up_no_other() {
     let shop = Service::new("shop", world.store.clone()).participant(Clerk(world.script.clone())).saga(runner);
     runtime.start(vec![shop], world.bus.clone()).await.unwrap();
     world.request("new", Uuid::new_v4(), None).await;
-    // The new saga takes two timers of its own to get there.
+    // The new saga needs two timers of its own to get stuck.
     world.becomes("new", Status::Stuck).await;
     runtime.drain(DRAIN).await.unwrap();
 }

@@ -1,4 +1,4 @@
-//! Subscriptions: catching up, restarting, and every effect exactly once whatever the store does.
+//! Subscriptions: they catch up and restart, and every effect happens exactly once whatever the store does.
 #![allow(clippy::unwrap_used)]
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
@@ -30,7 +30,7 @@ impl Running {
         Self { task, shutdown, health }
     }
 
-    /// Ends the task as a process is killed: nothing is finished.
+    /// Ends the task abruptly, as a kill ends a process. The task finishes nothing.
     async fn kill(self) {
         self.task.abort();
         _ = self.task.await;
@@ -101,7 +101,7 @@ async fn goes_on_from_its_checkpoint() {
     running.stop().await;
 }
 
-/// Records the position of each event in a document of its own.
+/// Records the position of each event in a separate document.
 struct Seen {
     name: &'static str,
 }
@@ -116,7 +116,7 @@ impl Handler for Seen {
     }
 }
 
-/// Returns the positions seen, and asserts that each was seen once.
+/// Returns the recorded positions, and asserts that each event was seen once.
 async fn seen(store: &Arc<dyn EventStore>, name: &str) -> Vec<i64> {
     let found = documents(store, &format!("seen.{name}")).await;
     assert!(found.iter().all(|(_, times)| &**times == "1"), "{name} has seen something twice: {found:?}");
@@ -157,8 +157,8 @@ async fn now_on_an_empty_log_is_remembered() {
     running.stop().await;
 }
 
-/// Runs the copier over a few small batches on a store with this fault at its `number`th commit, and restarts it after
-/// a crash. Returns the number of commits.
+/// Runs the copier over a few small batches on a store with this fault at commit number `number`. Restarts the copier
+/// after a crash. Returns the number of commits.
 async fn with_fault(number: u64, fault: Fault) -> u64 {
     let inner = memory();
     let faulty = FaultyStore::new(inner.clone());
@@ -168,7 +168,7 @@ async fn with_fault(number: u64, fault: Fault) -> u64 {
     let mut restarted = None;
     for round in 0..4 {
         add(&inner, "a", round * 3 + 1..=round * 3 + 3).await;
-        // Each round must be a batch of its own, or the commits could not be distinguished.
+        // Each round must be a separate batch; otherwise the test could not tell the commits apart.
         let all = (round as usize + 1) * 3;
         eventually("the round is copied", async || {
             if faulty.has_crashed() && restarted.is_none() {
@@ -255,7 +255,7 @@ async fn zombie_changes_nothing() {
     .await;
     assert_eq!(copies(&inner, "a").await.0, [1, 2, 3, 4, 5]);
     heir.stop().await;
-    // With the other process gone, the subscription works again.
+    // After the other process has ended, the subscription works again.
     add(&inner, "a", 6..=9).await;
     copied(&inner, "a", (1..=9).collect()).await;
     zombie.stop().await;
@@ -295,7 +295,7 @@ async fn lanes_keep_the_order_of_a_stream_and_take_each_event_once() {
         copied(&store, id, (0..10).collect()).await;
     }
     running.stop().await;
-    // Each lane must have had some of the events, or the test proves nothing.
+    // Each lane must receive some of the events; otherwise the test proves nothing.
     let mut of_lane = HashMap::new();
     for lane in 0..4 {
         of_lane.insert(lane, checkpoint(&store, &format!("copier/{lane}")).await.unwrap());
@@ -341,7 +341,7 @@ async fn drain_handles_what_is_recorded_by_then() {
 async fn effects_of_a_hot_aggregate_are_exact_under_other_writers() {
     let store = memory();
     let running = Running::start(copier(&store).lanes(2), &store);
-    // Another writer of the same streams that the handler writes.
+    // Another writer writes to the streams that the handler writes to.
     let other = Repository::<Tally>::with(store.clone(), "copy", 10);
     for amount in 1..=200 {
         add(&store, "a", [amount]).await;
@@ -364,7 +364,7 @@ async fn one_that_lingers_does_not_while_it_is_behind() {
     }
     let seen_all = Subscription::new("lingering", Seen { name: "lingering" });
     let running = Running::start(seen_all.linger(Duration::from_secs(3_600)), &store);
-    // Two full batches, and the rest in a third.
+    // The events fill two batches, and the rest goes into a third.
     let all = async || (seen(&store, "lingering").await.len() == 10_000).then_some(());
     eventually("all is seen without a pause", all).await;
     running.kill().await;

@@ -1,5 +1,5 @@
-//! A failure on the way forward never keeps a saga from compensating: the step fails with the reason, and the
-//! compensations run, for every answer of a participant and every mistake in the saga's own code.
+//! A failure on the way forward never keeps a saga from compensating. The step fails with a reason, and the
+//! compensations run. This holds for every answer of a participant and every mistake in the saga's own code.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -41,7 +41,8 @@ async fn nothing_is_parked(world: &World, case: &str) {
 
 type Says = fn(&mut Work) -> Result<Answer, StepError>;
 
-/// The bank's answer to the charge; the error that an operator reads; whether the bank may have charged.
+/// For each case: a name, the bank's answer to the charge, the error that an operator reads, and whether the bank may
+/// have charged.
 const SAYS: [(&str, Says, &str, bool); 12] = [
     ("failure with a NUL", |_| Err(StepError::Failed("errno\0 5".into())), "charge: errno\u{fffd} 5", false),
     ("refusal with a NUL", |_| Ok(Answer::Refused("no\0pe".into())), "charge: no\u{fffd}pe", false),
@@ -86,7 +87,7 @@ async fn whatever_a_participant_says_the_saga_goes_back() {
             let last_error = status.last_error.unwrap();
             assert!(last_error.contains(error), "{case}: {last_error}");
             assert!(last_error.chars().count() < 5_000, "{case}");
-            // A refusal keeps the ledger's entry of the charge.
+            // After a refusal, the ledger keeps the entry of the charge.
             let mut ledger = world.ledger(&id).await;
             ledger.retain(|done| done != "charge");
             let undone: &[&str] =
@@ -105,7 +106,7 @@ async fn undo_and_last_step_fail_with_their_reason() {
     on_every_store(async |store_name, store| {
         let world = World::new(store, trip(PATIENT, 2));
         let runtime = world.start(&ALL).await;
-        // A compensation whose answer no store can keep, and which then works.
+        // The compensation first returns an answer that no store can keep, and then works.
         world.script.play("confirm", Play::Refuse, 1);
         let tries = std::sync::atomic::AtomicU32::new(0);
         world.script.answer("undo charge", move |_| match tries.fetch_add(1, std::sync::atomic::Ordering::SeqCst) {
@@ -115,7 +116,7 @@ async fn undo_and_last_step_fail_with_their_reason() {
         world.request("undo", Uuid::new_v4(), None).await;
         world.becomes("undo", Status::Compensated).await;
         assert_eq!(world.ledger("undo").await, ["book", "charge", "undo charge", "undo book"], "{store_name}");
-        // A step that only goes forward gets stuck with the error, and an operator resolves it.
+        // A step after the pivot gets stuck with the error, and an operator resolves it.
         world.script.answer("announce", |_| Ok(Answer::Done("x".repeat(ANSWER_BYTES_MAX).into())));
         world.request("stuck", Uuid::new_v4(), None).await;
         let status = world.becomes("stuck", Status::Stuck).await;
@@ -129,7 +130,7 @@ async fn undo_and_last_step_fail_with_their_reason() {
     .await;
 }
 
-/// The commands of the next build of the bank.
+/// The commands of the bank's next build.
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "act")]
 enum Newer {
@@ -155,7 +156,7 @@ async fn command_that_a_build_does_not_know_fails_and_its_undo_runs() {
             .compensatable("book", |trip| ask("hotel", "book", trip))
             .undo(|trip| take_back("hotel", "book", trip))
             .compensatable("insure", insure)
-            // The bank does not know the compensation either.
+            // The bank cannot decode the compensation either.
             .undo(|trip| Request::to("bank", &Newer::Insure { trip: trip.id.clone() }))
             .attempts(2)
             .pivot("confirm", |trip| ask("shop", "confirm", trip))
@@ -187,7 +188,7 @@ async fn command_that_a_build_does_not_know_fails_and_its_undo_runs() {
     .await;
 }
 
-/// A saga that keeps all answers, and sends all of them with its commands.
+/// A saga that keeps all answers and sends all of them in its commands.
 #[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
 struct Hoard {
     id: String,
@@ -214,7 +215,7 @@ impl Hoard {
     }
 }
 
-/// A command that carries the saga's state, whose content a store may refuse.
+/// A command that carries the saga's state. A store may reject the content of that state.
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "hoard")]
 enum Carry {
@@ -254,7 +255,8 @@ async fn what_the_saga_itself_cannot_go_on_with_is_a_failed_step() {
         runtime.start(services.into(), world.bus.clone()).await.unwrap();
         let large = || Answer::Done("x".repeat(ANSWER_BYTES_MAX - 10).into());
         for (id, answer, status, reason, ledger) in [
-            // Each answer fits alone, but not the command with both. The answer that made it too large is at fault.
+            // Each answer alone fits, but a command with both does not. The second answer, which makes the command too
+            // large, is treated as the failure.
             (
                 "large",
                 large(),
@@ -290,7 +292,8 @@ async fn what_the_saga_itself_cannot_go_on_with_is_a_failed_step() {
             world.script.behave();
             world.script.answer("charge", move |_| Ok(Answer::Done(answer.into())));
             world.request(id, Uuid::new_v4(), None).await;
-            // The compensation cannot be sent either: an operator decides, and reads why.
+            // The compensation cannot be sent either. The saga gets stuck, and an operator reads the reason and
+            // decides.
             let found = ended(&store, id).await;
             assert_eq!(found.status, Status::Stuck, "{id} on {store_name}");
             assert!(

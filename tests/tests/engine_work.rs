@@ -1,4 +1,4 @@
-//! Work and transactions: many streams and documents, all or nothing.
+//! Work and transactions: they change many streams and documents, all or nothing.
 #![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;
@@ -52,7 +52,7 @@ async fn counts_exactly(store: Arc<dyn EventStore>, tasks: u64, each: u64) {
             while done < each {
                 match count_up(&store).await {
                     Ok(()) => done += 1,
-                    // The commit was given up after many attempts, so nothing was done.
+                    // The commit failed after many attempts, so nothing was changed.
                     Err(CommitError::DocumentConflict { .. }) => {}
                     Err(error) => panic!("{error}"),
                 }
@@ -174,7 +174,7 @@ async fn create_on_an_existing_stream_falls_back_to_reading_it() {
     assert!(attempts <= 2, "{attempts}");
 }
 
-/// Stages changes to streams and documents, then fails in the way that the amount selects.
+/// Stages changes to streams and documents, and then fails in a way that depends on the amount.
 struct Half(Repository<Tally>);
 
 #[async_trait]

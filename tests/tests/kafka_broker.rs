@@ -1,4 +1,4 @@
-//! Brokers that are killed, away for long, lost or wiped, while relays and consumers recover by themselves.
+//! Brokers that are killed, absent for a long time, lost or wiped. Relays and consumers recover without help.
 #![allow(clippy::unwrap_used)]
 
 mod kafka;
@@ -24,12 +24,12 @@ use tokio::time::{Instant, sleep};
 
 const PAUSE: Duration = Duration::from_millis(50);
 const AWAY: Duration = Duration::from_secs(20);
-/// Recorded while the broker is away: more rounds than a relay reads ahead.
+/// The number of rounds recorded while the broker is away: more than a relay reads ahead.
 const ROUNDS_AWAY: i64 = 850;
-/// The messages that a relay hands to the client without an acknowledgement: 16 pages of 1,000.
+/// The maximum number of messages that a relay passes to the client before an acknowledgement: 16 pages of 1,000.
 const MESSAGES_AHEAD_MAX: usize = 16_000;
 
-/// Counts the messages that were published and are not acknowledged.
+/// Counts the messages that were published but not yet acknowledged.
 struct Counting {
     inner: KafkaBus,
     ahead: Arc<AtomicUsize>,
@@ -135,8 +135,8 @@ async fn emptied_and_built_anew() {
     let mut sql = pair.sql().await;
     add(&store, 0..50).await;
     pair.agrees().await;
-    // Both continue with new messages: first so few that their offsets are below those handled, then more than there
-    // were.
+    // Relay and consumer both continue with new messages. The first time, the new messages are so few that their
+    // offsets are below offsets handled before; the second time, there are more than before.
     let mut round = 50;
     for more in [1, 100] {
         broker.kill();
@@ -147,7 +147,7 @@ async fn emptied_and_built_anew() {
         assert!(pair.sent().await < sql.events().await, "it was not emptied");
         sql.set_back().await;
         round += more;
-        // A relay reads its checkpoint again when the commit that moves it fails.
+        // If the commit that moves the checkpoint fails, the relay reads its checkpoint again.
         add(&store, round..round + 1).await;
         round += 1;
         until("all is in the topic", async || pair.sent().await >= sql.events().await).await;
@@ -174,8 +174,8 @@ async fn emptied_before_all_was_handled() {
     broker.wipe();
     broker.resume();
     let consumer = pair.consumer().await;
-    // Messages that were sent and not handled are gone with the topic. New messages are handled before the lost ones
-    // come again.
+    // The topic is gone, and with it the messages that were sent but not yet handled. New messages are handled before
+    // the lost ones are sent again.
     add(&store, 30..40).await;
     let lost = 10 * TALLIES as i64;
     until("what is new is handled", async || sql.copies().await + lost >= sql.events().await).await;

@@ -1,4 +1,4 @@
-//! Consumers that are killed, stopped, or join and leave: each message has its effect once, in order.
+//! Consumers that are killed or stopped, or that join and leave: each message takes effect once, in order.
 #![allow(clippy::unwrap_used)]
 
 mod kafka;
@@ -23,9 +23,9 @@ use tokio::time::{Instant, interval, sleep};
 
 const KILLS: u64 = 10;
 const PAUSE: Duration = Duration::from_millis(10);
-/// A member that leaves without notice holds its partitions for this long.
+/// If a member disappears without notice, the group keeps its partitions reserved for this long.
 const SHORT_SESSION_MS: &str = "1500";
-/// By the usual settings, the group has given up a stopped member by then.
+/// With the default settings, the group has removed a stopped member after this time.
 const PAST_THE_SESSION: Duration = Duration::from_secs(12);
 const MEMBERS: usize = 8;
 const COMING_AND_GOING: Duration = Duration::from_secs(30);
@@ -68,7 +68,8 @@ async fn killed_at_any_moment() {
         let before = sql.copies().await;
         let mut process = consumer(&pair).start();
         process.started().await;
-        // Every second process is killed at its start, before it owns a partition; the others while they work.
+        // Every second process is killed at its start, before it owns a partition. The other processes are killed while
+        // they work.
         while kill % 2 == 1 && sql.copies().await == before {
             sleep(Duration::from_millis(1)).await;
         }
@@ -87,7 +88,7 @@ async fn stopped_past_its_session_it_changes_nothing() {
     let pair = Pair::new().await;
     let relay = pair.relay().await;
     let load = Load::start(pair.source_store().await, PAUSE);
-    // The process stops with a batch in hand that it has not committed.
+    // The process stops while it holds a batch that it has not committed.
     let mut zombie = Task { point: Point::InCommit, passes: 20, ..consumer(&pair) }.start();
     zombie.reached().await;
     zombie.stop();
@@ -101,7 +102,7 @@ async fn stopped_past_its_session_it_changes_nothing() {
         sleep(Duration::from_millis(20)).await;
     }
     zombie.wake();
-    // The process takes its share again.
+    // After it wakes, the process takes its share of the partitions again.
     sleep(Duration::from_secs(1)).await;
     load.end().await;
     pair.agrees().await;
@@ -128,7 +129,7 @@ async fn eight_members_come_and_go() {
             let (leaving, coming) = (slots.next().unwrap(), slots.clone().nth(MEMBERS / 2).unwrap());
             match members[leaving].take() {
                 Some(member) if leaving % 2 == 0 => member.drain(DRAIN).await.unwrap(),
-                // Drops the member in the middle of its work.
+                // Drops the member while it is working.
                 member => drop(member),
             }
             if members[coming].is_none() {
@@ -145,7 +146,7 @@ async fn eight_members_come_and_go() {
     relay.drain(DRAIN).await.unwrap();
 }
 
-/// Copies, and leaves a mark of its own each time, in a stream that no other member writes.
+/// Copies each message, and also appends a mark of its own to a stream that no other member writes to.
 struct Marking {
     copier: Copier,
     marks: Repository<Tally>,
@@ -163,11 +164,12 @@ impl Handler for Marking {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_commit_that_the_database_holds_up_past_a_rebalance_changes_nothing() {
     let pair = Pair::new().await.set("partitions", "1");
-    // A member that does not poll within this time is given up, although it lives.
+    // The group removes a member that does not poll within this time, even if it is alive.
     let pair = pair.set("session.timeout.ms", SHORT_SESSION_MS).set("max.poll.interval.ms", "3000");
     let relay = pair.relay().await;
     let (mut sql, mut holder) = (pair.sql().await, pair.sql().await);
-    // Every commit passes the gates of its streams in order: the first gate belongs to the mark, and to no copy.
+    // Every commit takes the advisory locks of its streams (the gates) in order. The first gate belongs to the mark's
+    // stream and to no copy.
     let first_gate =
         "SELECT n::text FROM generate_series(1, 100000) AS n WHERE hashtextextended('mark-' || n, 0) & 1023 = 0
                        LIMIT 1";
@@ -193,7 +195,7 @@ async fn a_commit_that_the_database_holds_up_past_a_rebalance_changes_nothing() 
         waiting.await.unwrap() > 0
     };
     until("its commit is under way", &mut waits).await;
-    // The group gives the partition to another member, which handles the messages of the commit under way.
+    // The group gives the partition to another member, which handles the messages of the commit in progress.
     let other = pair.consumer().await;
     let mut watched = pair.sql().await;
     pair.handled(&mut watched).await;

@@ -1,4 +1,5 @@
-//! Distant brokers: a saga or a page of messages costs a number of round trips that does not grow with the partitions.
+//! Distant brokers: a saga or a page of messages costs a number of round trips that does not depend on the number of
+//! partitions.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -19,7 +20,7 @@ use annals_tests::{
 use tokio::time::sleep;
 use uuid::Uuid;
 
-/// The most round trips of a saga.
+/// The maximum number of round trips per saga.
 const ROUND_TRIPS_MAX: u32 = 25;
 const LOOK: Duration = Duration::from_millis(2);
 const DRAIN: Duration = Duration::from_secs(20);
@@ -64,8 +65,8 @@ async fn a_message_to_each_of_forty_partitions_takes_few_round_trips() {
         let messages = (0..each).flat_map(|number| keys.iter().map(move |key| (key, number)));
         messages.map(|(key, number)| message(&topic, key, number)).collect()
     };
-    // The first message of each partition goes alone, and the ones behind it wait, but partitions do not wait for each
-    // other.
+    // The first message of each partition is sent alone, and the messages behind it wait. Partitions do not wait for
+    // each other.
     bus.publish(page(3)).await.unwrap().await.unwrap();
     let mut least = u32::MAX;
     for _ in 0..3 {
@@ -93,7 +94,7 @@ async fn neither_a_burst_nor_an_outage_is_a_storm_of_connections() {
         published.await.unwrap();
     }
     assert_eq!(broker.accepted(), before, "a burst opened connections");
-    // Each client retries each connection at most once a second, after a few quick retries.
+    // Each client reconnects each connection at most once a second, after a few quick attempts.
     let away = Duration::from_secs(5);
     broker.kill();
     sleep(away).await;
@@ -103,7 +104,7 @@ async fn neither_a_burst_nor_an_outage_is_a_storm_of_connections() {
     bus.publish(vec![message(&topic, &keys[0], 1)]).await.unwrap().await.unwrap();
 }
 
-/// Watches for a part that was fine and is now in trouble, until it is dropped.
+/// Watches, until dropped, for a part that was healthy and gets into trouble.
 fn watch(healths: Vec<Health>) -> tokio::task::JoinHandle<String> {
     tokio::spawn(async move {
         while !healths.iter().all(Health::is_fine) {
@@ -120,7 +121,8 @@ fn watch(healths: Vec<Health>) -> tokio::task::JoinHandle<String> {
     })
 }
 
-/// Measures this many sagas at once, over three services with buses of their own. Returns the median in round trips.
+/// Runs this many sagas at once over three services, each with its own bus, and measures them. Returns the median in
+/// round trips.
 async fn sagas(one_way: Duration, at_once: usize, rounds: usize) -> u32 {
     let broker = Broker::at_distance(one_way).await;
     let world = World::new(Arc::new(MemoryStore::new()), trip(TIMEOUT, 3));

@@ -1,5 +1,5 @@
-//! Members of a group under the name of their process: back at once after a crash, replaced after seconds, one member
-//! per name.
+//! Group members named after the instance of their process. After a crash, a member is back at once under its name, or
+//! is replaced within seconds. Only one member can use a name.
 #![allow(clippy::unwrap_used)]
 
 mod kafka;
@@ -15,9 +15,9 @@ use kafka::{
 };
 use tokio::time::Instant;
 
-/// Less than the time after which the partitions of a silent member are given to others.
+/// Less than the time after which the group gives the partitions of a silent member to others.
 const AT_ONCE: Duration = Duration::from_secs(4);
-/// More than that time, and less than with the earlier settings.
+/// More than that time, and less than the time with the former settings.
 const TAKEN_OVER: Duration = Duration::from_secs(9);
 
 /// The task of the child processes.
@@ -58,7 +58,7 @@ async fn killed_it_is_back_at_once_under_its_name() {
         let taken = handled(&pair, &mut sql, round..round + 5).await;
         assert!(taken < AT_ONCE, "{taken:?}");
     }
-    // The killed instance does not come back, and the other takes over.
+    // The killed instance does not come back, and the other instance takes over.
     one.kill();
     let taken = handled(&pair, &mut sql, 15..20).await;
     assert!(taken < TAKEN_OVER, "{taken:?}");
@@ -83,7 +83,8 @@ async fn one_that_stops_is_taken_over_at_once() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_two_under_one_name_the_first_says_that_it_has_ended() {
-    // On one store, the two would find each other by their heartbeats. With this setting they meet in the group alone.
+    // On one store, the two instances would detect each other by their heartbeats. With this setting, the Kafka group
+    // is the only place where they meet.
     let pair = Pair::new().await.set("group.instance.id", "the only one");
     let (relay, mut sql) = (pair.relay().await, pair.sql().await);
     let first = pair.consumer().await;
@@ -107,7 +108,8 @@ async fn of_two_under_one_name_the_first_says_that_it_has_ended() {
     relay.drain(DRAIN).await.unwrap();
 }
 
-/// A broker also fences a member whose own earlier session took its name, after it was stopped for longer than a session lasts.
+/// A broker also fences a member that was stopped for longer than a session lasts and whose own earlier session still
+/// holds its name.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fenced_member_that_is_alone_under_its_name_goes_on() {
     let pair = Pair::new().await.set("group.instance.id", "the only one");

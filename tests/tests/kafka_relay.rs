@@ -1,4 +1,5 @@
-//! A relay that is killed or stopped at any moment skips no message, and messages that it sends twice are handled once.
+//! A relay that is killed or stopped at any moment skips no message. Messages that the relay sends twice are handled
+//! once.
 #![allow(clippy::unwrap_used)]
 
 mod kafka;
@@ -15,9 +16,9 @@ use kafka::{
 };
 use tokio::time::sleep;
 
-/// The number of kills at random moments.
+/// The number of kills, at random moments.
 const KILLS: u64 = 10;
-/// A stopped instance has lost its lanes after this time.
+/// After this time, a stopped instance has lost its lanes.
 const PAST_THE_LEASE: Duration = Duration::from_secs(8);
 const PAUSE: Duration = Duration::from_millis(5);
 
@@ -45,7 +46,8 @@ async fn killed_at_each_point() {
             let mut process = Task { point, passes, ..relay(&pair) }.start();
             process.reached().await;
             if point == Point::Sent {
-                // Waits until some of the page has arrived; with passes, these may be messages of an earlier page.
+                // Waits until part of the page has arrived. If `passes` is above zero, that part may belong to an
+                // earlier page.
                 while pair.sent().await == sent {}
             }
             process.kill();
@@ -114,7 +116,8 @@ async fn stopped_past_its_lease_it_sends_old_pages() {
     let mut sql = pair.sql().await;
     let before = (sql.events().await, pair.sent().await);
     zombie.wake();
-    // It sends the page that it had read, and is fenced when it moves its checkpoint. Then it takes its share again.
+    // The woken relay sends the page that it had read, and is fenced when it tries to move its checkpoint. After that,
+    // it takes its share of the lanes again.
     held_by_each_of(&pair, ["one", "other"]).await;
     load.end().await;
     let repeated = pair.agrees().await;
@@ -124,7 +127,7 @@ async fn stopped_past_its_lease_it_sends_old_pages() {
     consumer.drain(DRAIN).await.unwrap();
 }
 
-/// Waits until these instances, and no other, hold all four lanes.
+/// Waits until all four lanes are held by these instances, and each of them holds at least one.
 async fn held_by_each_of(pair: &Pair, names: [&str; 2]) {
     let mut sql = pair.sql().await;
     let statement = "SELECT body ->> 'holder' FROM annals.documents

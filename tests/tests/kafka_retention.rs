@@ -1,4 +1,4 @@
-//! Messages that a topic's retention removes before they are read: a fault that is reported, and that can be repaired.
+//! A topic's retention removes messages before they are read. This fault is reported, and an operator can repair it.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -36,7 +36,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_millis(20);
 const DRAIN: Duration = Duration::from_secs(10);
 
-/// The positions that were handled, in order. While `Seen` is shut, the handler waits.
+/// The positions that were handled, in order. While `shut` is set, the handler waits.
 #[derive(Clone, Default)]
 struct Seen {
     positions: Arc<Mutex<Vec<i64>>>,
@@ -77,7 +77,7 @@ impl Setting {
         Self { topic, store: Arc::new(MemoryStore::new()), settings, bus, seen: Seen::default() }
     }
 
-    /// Sends messages as a relay of this log does.
+    /// Sends messages as the relay of this log would.
     async fn send(&self, positions: impl IntoIterator<Item = i64>, bytes: usize) {
         let message = |position: i64| {
             let id = Uuid::from_u128(position as u128 + 1);
@@ -88,7 +88,7 @@ impl Setting {
                 source: "sender".into(),
                 subject: format!("kept-{position}").into(),
                 key: format!("kept-{position}").into(),
-                // The data must not compress.
+                // The data must not be compressible.
                 data: format!(
                     "\"{}\"",
                     (0..bytes.div_ceil(32)).map(|_| Uuid::new_v4().simple().to_string()).collect::<String>()
@@ -106,7 +106,7 @@ impl Setting {
         self.bus.publish(positions.into_iter().map(outgoing).collect()).await.unwrap().await.unwrap();
     }
 
-    /// Removes all current messages of the topic, as retention does. Returns the offset after them.
+    /// Removes all messages from the topic, as retention does. Returns the offset after them.
     async fn trim(&self) -> i64 {
         let topic = self.topic.clone();
         let end = tokio::task::spawn_blocking(move || {
@@ -141,7 +141,7 @@ impl Setting {
         letters.iter().map(lost).collect()
     }
 
-    /// Returns the health of the member.
+    /// Returns the health of the group's member.
     fn state(&self, runtime: &Runtime) -> State {
         runtime.health().parts()[&format!("{}#0", self.group())].clone()
     }
@@ -158,7 +158,7 @@ async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn removed_while_the_consumer_runs() {
-    // The consumer must not read ahead all messages.
+    // The consumer must not be able to read all messages ahead.
     let settings = Settings::new(&brokers()).partitions(1);
     let settings = settings.set("queued.max.messages.kbytes", "512").set("fetch.max.bytes", "100000");
     let setting = Setting::new(settings.set("message.max.bytes", "100000")).await;
@@ -180,7 +180,7 @@ async fn removed_while_the_consumer_runs() {
     let state = setting.state(&runtime);
     assert!(matches!(&state, State::Trouble(reason) if reason.contains("removed before they were read")), "{state:?}");
     assert!(!runtime.health().is_fine());
-    // No message waits behind the fault, and dropping it clears it.
+    // No message waits behind the fault, and dropping the fault clears it.
     setting.send([1_001], 10).await;
     until("the next is handled", async || seen.positions().contains(&1_001)).await;
     let letters = DeadLetters::new(setting.store.clone());
@@ -206,12 +206,12 @@ async fn removed_while_the_consumer_is_down_and_sent_again() {
     let lost = |from, to| Lost { topic: setting.topic.clone(), partition: 0, from, to };
     assert_eq!(setting.lost().await, [lost(2, 4)]);
     assert!(matches!(setting.state(&runtime), State::Trouble(_)));
-    // The relay is set back, twice.
+    // The relay is moved back twice.
     setting.send(1..=5, 10).await;
     setting.send(1..=6, 10).await;
     until("what was lost is handled", async || seen.positions() == [1, 2, 5, 3, 4, 6]).await;
     runtime.drain(DRAIN).await.unwrap();
-    // The fault outlives the process. A restart finds no other fault.
+    // The fault outlives the process. A restart reports no further fault.
     let runtime = setting.start().await;
     until("it is known", async || matches!(setting.state(&runtime), State::Trouble(_))).await;
     assert_eq!(setting.lost().await, [lost(2, 4)]);
@@ -226,7 +226,7 @@ async fn removed_after_it_was_read_is_no_fault() {
     let runtime = setting.start().await;
     until("all is handled", async || seen.positions() == [1, 2]).await;
     runtime.drain(DRAIN).await.unwrap();
-    // The message before the bookmark is gone as well.
+    // The message directly before the checkpoint is gone as well.
     setting.trim().await;
     let runtime = setting.start().await;
     setting.send([3], 10).await;
@@ -240,7 +240,7 @@ async fn removed_after_it_was_read_is_no_fault() {
 async fn a_lane_of_which_nothing_came_before_its_messages_were_lost() {
     let setting = Setting::new(Settings::new(&brokers()).partitions(1)).await;
     let seen = &setting.seen;
-    // The bookmark of the partition is at the message of another sender.
+    // The message that the partition's checkpoint remembers is from another sender.
     let topic = setting.topic.to_string();
     let stranger = tokio::task::spawn_blocking(move || {
         use rdkafka::{
@@ -255,7 +255,7 @@ async fn a_lane_of_which_nothing_came_before_its_messages_were_lost() {
         producer.send(BaseRecord::to(&topic).key("other").payload("1").headers(headers)).map_err(drop).unwrap();
         producer.flush(PATIENCE).unwrap();
     });
-    // Creates the topic.
+    // Starting the service creates the topic.
     let runtime = setting.start().await;
     stranger.await.unwrap();
     until("the other's is handled", async || seen.positions() == [0]).await;

@@ -13,8 +13,8 @@ use tokio::time::sleep;
 use uuid::Uuid;
 
 const ALL: [&str; 3] = ["shop", "hotel", "bank"];
-/// How long a step waits for its reply. All attempts together leave consumers enough time to find a broker that is
-/// back.
+/// How long a step waits for its reply. All attempts together take long enough for consumers to find a broker that has
+/// come back.
 const TIMEOUT: Duration = Duration::from_secs(2);
 const ATTEMPTS: u32 = 12;
 /// Longer than all attempts together.
@@ -31,7 +31,7 @@ async fn a_broker_that_is_away_for_longer_than_all_attempts_costs_none_of_them()
     world.becomes("before", Status::Completed).await;
     broker.kill();
     world.request("meanwhile", Uuid::new_v4(), None).await;
-    // Nothing must happen meanwhile.
+    // During this time, nothing may happen.
     sleep(AWAY).await;
     let status = world.status("meanwhile").await.unwrap();
     assert_eq!((status.status, status.attempts), (Status::Running, 1), "{status:?}");

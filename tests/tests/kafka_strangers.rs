@@ -1,4 +1,4 @@
-//! Messages of other senders: repeats, CloudEvents of their own, and records that are not messages at all.
+//! Messages from other senders: repeated messages, CloudEvents of their own, and records that are not messages at all.
 #![allow(clippy::unwrap_used)]
 
 mod kafka;
@@ -25,7 +25,7 @@ async fn send(pair: &Pair, records: Vec<Record>) {
     spawn_blocking(move || topic::send(&brokers, &topic, &records)).await.unwrap();
 }
 
-/// An amount for a tally, as a service without our code sends it.
+/// An amount for a tally, as a service without this library would send it.
 fn event(tally: &str, amount: i64) -> Record {
     let headers = [
         ("ce_specversion", "1.0"),
@@ -62,7 +62,7 @@ impl Record {
     }
 }
 
-/// Waits until the consumer is at the end of the topic.
+/// Waits until the consumer has reached the end of the topic.
 async fn consumed(pair: &Pair, sql: &mut Sql) {
     let (brokers, topic) = (pair.brokers.clone(), pair.topic());
     let ends = spawn_blocking(move || topic::ends(&brokers, &topic)).await.unwrap();
@@ -144,7 +144,7 @@ async fn poison_among_good_ones() {
         let bytes = bad.value.as_deref().unwrap_or_default();
         match message["raw"].as_str() {
             Some(raw) => assert_eq!(raw, bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>(), "{tally}"),
-            // The record is a message that the handler does not understand.
+            // The record is a message that the handler cannot decode.
             None => {
                 let data = bad.value.as_deref().filter(|value| !value.is_empty()).unwrap_or(b"null");
                 assert_eq!(message["data"].as_str().unwrap().as_bytes(), data, "{tally}");
@@ -154,7 +154,7 @@ async fn poison_among_good_ones() {
     for key in ["", "tally-name"] {
         assert!(parked.iter().any(|letter| letter.key == key), "the key {key:?}");
     }
-    // In the order in which they were sent, without the waiting ones.
+    // The copied amounts are in the order in which they were sent, without the amounts that wait.
     let copied = sql.copied().await;
     assert_eq!(copied["key"], [2], "a key may be any bytes");
     for good in 0..GOOD {
@@ -173,7 +173,7 @@ async fn poison_among_good_ones() {
         let key = format!("tally-{tally}");
         assert_eq!(letters.redrive(&pair.group(), &key).await.unwrap(), 2);
     }
-    // After a redrive they fail as before. After a drop, the messages behind them are handled.
+    // After a redrive, the messages fail as before. After a drop, the messages behind them are handled.
     let tried = |parked: Vec<kafka::DeadLetter>| parked.iter().filter(|letter| letter.attempts == 2).count();
     until("all are tried again", async || tried(sql.dead_letters().await) == poison.len()).await;
     for (tally, ..) in &poison {
@@ -190,7 +190,7 @@ async fn poison_among_good_ones() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn compressed_by_any_codec() {
     for codec in ["gzip", "snappy", "lz4", "zstd"] {
-        // The topic's setting makes the broker compress the messages of our relay; the other messages come from another
+        // The topic's setting makes the broker compress the messages of the relay. The other messages come from another
         // producer.
         let pair = Pair::new().await;
         let name = pair.topic();
@@ -217,7 +217,7 @@ async fn attributes_of_others_with_the_names_of_ours_mean_nothing() {
     let places = [("fast", "7"), ("fast", "3"), ("7", "5"), ("0@0123456789abcdef", "2"), ("0@0123456789abcdef", "1")];
     let records = places.iter().zip(0..).map(|((lane, position), amount)| {
         let own = event("own", amount).with("ce_lane", lane.as_bytes()).with("ce_position", position.as_bytes());
-        // A version attribute of the sender is not the version of our schema.
+        // A sender's version attribute does not stand for the version of our schema.
         own.with("ce_schemaversion", b"9").with("ce_streamversion", b"1")
     });
     let records: Vec<_> = records.collect();
@@ -247,7 +247,7 @@ async fn events_of_strangers_are_taken_in() {
     let records = vec![
         event("binary", 1),
         event("binary", 2).without("ce_time").without("content-type"),
-        // Attributes of the sender with the same names.
+        // These attributes of the sender happen to have the names of ours.
         event("binary", 3).with("ce_position", b"48.1,11.5").with("ce_lane", b"left"),
         event("binary", 4).with("ce_correlationid", b"c-1").with("ce_schemaversion", b"draft").with("x", b"\xff"),
         event("binary", 5).with("traceparent", b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
@@ -255,7 +255,7 @@ async fn events_of_strangers_are_taken_in() {
         structured(2),
     ];
     send(&pair, records).await;
-    // Without a key, the subject is the key of the message, but not of the record, which may be in any partition.
+    // If a record has no key, the subject becomes the key of the message. The record itself may be in any partition.
     let mut sql = pair.sql().await;
     consumed(&pair, &mut sql).await;
     assert_eq!(sql.dead_letters().await, []);
@@ -284,7 +284,7 @@ async fn too_large_for_the_topic() {
     let topic = NewTopic::new(&name, 4, TopicReplication::Fixed(1)).set("max.message.bytes", TOPIC_BYTES_MAX);
     admin.create_topics([&topic], &options).await.unwrap()[0].as_ref().unwrap();
     let store = pair.source_store().await;
-    // All of this is one page and, as the producer counts, one batch.
+    // All of these messages are in one page and, in the producer's accounting, in one batch.
     let commit = |appends| Commit { appends, puts: Vec::new() };
     add(&store, 0..20).await;
     store.commit(commit(vec![large("tally-3", 20)])).await.unwrap();
@@ -305,8 +305,8 @@ async fn too_large_for_the_topic() {
     );
     assert_eq!(sql.copies().await, others, "nothing passes what is parked");
 
-    // After it is set back, the relay sends the messages before the parked ones once more, and no more of them than
-    // there were.
+    // After it is moved back, the relay sends the messages before the parked ones once more, and sends nothing beyond
+    // them.
     sql.set_back().await;
     add(&store, 42..43).await;
     until("the relay has started over", async || pair.sent().await >= 2 * others).await;

@@ -1,5 +1,5 @@
-//! The topics of operators: created as declared or refused with a reason, readable by the tools of Kafka, and without
-//! secrets.
+//! Topics that operators manage. They are created as declared or rejected with a reason, Kafka's own tools can read
+//! them, and they hold no secrets.
 #![allow(clippy::unwrap_used)]
 
 mod kafka;
@@ -99,10 +99,10 @@ async fn secrets_are_never_told() {
     let log = Log::default();
     let written = log.clone();
     let subscriber = tracing_subscriber::fmt().with_max_level(tracing_subscriber::filter::LevelFilter::TRACE);
-    // Set for all threads of this process: the client logs from threads of its own.
+    // Applies to all threads of this process, because the Kafka client logs from its own threads.
     subscriber.with_writer(move || written.clone()).init();
     let mut told = Vec::new();
-    // The broker has no SASL; other settings have wrong names or values.
+    // The broker has no SASL, and other settings have wrong names or values.
     let sasl = Settings::new(&brokers())
         .set("security.protocol", "SASL_PLAINTEXT")
         .set("sasl.mechanisms", "PLAIN")

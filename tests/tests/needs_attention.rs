@@ -1,5 +1,5 @@
-//! A message's own fault stops only its key. A fault that needs an operator is one line in the log, is counted, and is
-//! visible in health for as long as it lasts.
+//! A fault of one message stops only that message's key. A fault that needs an operator is logged once, is counted, and
+//! shows in the health for as long as it lasts.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -56,7 +56,7 @@ fn log() {
     ONCE.call_once(|| tracing_subscriber::fmt().with_writer(|| Logged).with_ansi(false).init());
 }
 
-/// Returns the lines that contain all parts.
+/// Returns the log lines that contain all of `parts`.
 fn lines(parts: &[&str]) -> Vec<String> {
     let logged = String::from_utf8_lossy(&LOGGED.lock().unwrap()).into_owned();
     let has_all = |line: &&str| parts.iter().all(|part| line.contains(part));
@@ -74,7 +74,7 @@ fn attention(health: &Health, part: &str) -> Option<String> {
     }
 }
 
-/// Returns a store of each kind, with the values that must outlive it.
+/// Returns a store of each kind, each with a value that must stay alive as long as the store.
 async fn stores() -> Vec<(&'static str, Arc<dyn EventStore>, Box<dyn std::any::Any>)> {
     let folder = tempfile::tempdir().unwrap();
     let sqlite = SqliteStore::open(folder.path().join("annals.db")).await.unwrap();
@@ -94,7 +94,7 @@ async fn start(store: &Arc<dyn EventStore>, subscription: Subscription) -> Runti
     runtime
 }
 
-/// Fails at the tally `bad` until it is healed.
+/// Fails at the tally `bad` until `healed` is set.
 #[derive(Clone, Default)]
 struct Fails {
     healed: Arc<AtomicBool>,
@@ -139,7 +139,7 @@ async fn dead_letter_is_told_once_and_health_is_fine_again_without_it() {
         let told = || lines(&["ERROR", "dead letter", &name, "tally-bad", &letter.message().unwrap().id.to_string()]);
         assert_eq!((told().len(), counted(&health, "annals_dead_letters_total")), (1, 1), "{kind}: {:?}", told());
         assert!(told()[0].contains("it does not add up"), "{:?}", told());
-        // A new process sees the fault as well, and no line is logged twice.
+        // A new process reports the fault as well, and no line is logged twice.
         runtime.drain(DRAIN).await.unwrap();
         let runtime = start(&store, subscription()).await;
         let health = runtime.health();
@@ -149,7 +149,7 @@ async fn dead_letter_is_told_once_and_health_is_fine_again_without_it() {
         letters.redrive(&name, "tally-bad").await.unwrap();
         handled(&store, "tally-bad", 2).await;
         eventually("health is fine again", async || health.is_fine().then_some(())).await;
-        // A message that an operator drops is gone as well.
+        // After an operator drops the message, the fault is gone as well.
         fails.healed.store(false, Ordering::SeqCst);
         add(&store, "bad", [3]).await;
         eventually("health says so again", async || attention(&health, &part)).await;
@@ -159,7 +159,8 @@ async fn dead_letter_is_told_once_and_health_is_fine_again_without_it() {
     }
 }
 
-/// Reads a document whose name cannot be stored at the tally `bad`, and writes it at `worse`.
+/// At the tallies `bad` and `worse`, reads a document whose name cannot be stored. At `worse`, also writes that
+/// document.
 struct Unstorable;
 
 #[async_trait]
@@ -199,7 +200,7 @@ async fn name_that_no_store_can_hold_is_the_fault_of_its_message_alone() {
     }
 }
 
-/// Returns from the tally `slow` only when the test allows it.
+/// Does not return from the tally `slow` until the test allows it.
 #[derive(Clone, Default)]
 struct Hangs(Arc<Notify>);
 
@@ -236,7 +237,7 @@ async fn handler_that_does_not_return_is_named_until_it_does() {
     assert!(part.starts_with("waiter/"), "{part}");
     assert!(format!("{state:?}").contains("tally-slow"), "{state:?}");
     eventually("it is told", async || lines(&["ERROR", "does not return", &id]).first().cloned()).await;
-    // The other lane continues, whichever of the two it is.
+    // The other lane continues, whichever of the two lanes is blocked.
     for number in 0..8 {
         add(&store, &format!("other{number}"), [1]).await;
     }
@@ -280,7 +281,7 @@ async fn handler_that_blocks_its_thread_is_named_and_cut_off() {
     drop(end);
 }
 
-/// Refuses commits that park a message.
+/// Rejects commits that park a message.
 struct Refusing {
     inner: MemoryStore,
     refused: AtomicU64,
@@ -339,7 +340,7 @@ async fn dead_letter_that_the_store_refuses_is_named_and_nothing_spins() {
     drop(runtime);
 }
 
-/// An error that cannot even be displayed.
+/// An error that panics when it is displayed.
 #[derive(Debug)]
 struct Unspeakable;
 

@@ -1,4 +1,4 @@
-//! A store that has its database for itself, and commits that come one at a time.
+//! A store that is the only one on its database, with commits that come one at a time.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -19,7 +19,7 @@ fn runtime() -> Runtime {
     Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
 }
 
-/// The connection of the first runtime ended with it.
+/// The first runtime's connection ended with that runtime.
 #[test]
 fn one_runtime_after_the_other_commits_to_the_same_store() {
     let (schema, first) = (Schema::new(), runtime());
@@ -35,8 +35,8 @@ fn one_runtime_after_the_other_commits_to_the_same_store() {
     second.block_on(async { assert_eq!(numbers(&whole_log(&schema.store().await).await), [1, 2]) });
 }
 
-/// A caller that waits for a lone commit may give up at any moment: the commit succeeds as a whole or not at all, and
-/// the next one is served. The session that wrote it has no transaction open.
+/// The caller of a single commit may give up at any moment. The commit succeeds as a whole or not at all, and the next
+/// commit succeeds. No session is left with an open transaction.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lone_caller_that_goes_away_leaves_nothing_half_done() {
     let schema = Schema::new();
@@ -47,7 +47,7 @@ async fn a_lone_caller_that_goes_away_leaves_nothing_half_done() {
         timeout(Duration::from_micros(fastrand::u64(0..2_000)), commit).await.ok();
     }
     let last = store.commit(append("thing-201", 0, 1)).await.unwrap();
-    // The commit before it may still be under way.
+    // The previous commit may still be in progress.
     store.close().await.unwrap();
     let log = whole_log(&schema.store().await).await;
     assert!(log.iter().any(|event| event.position == last.position && event.stream.id() == "201"));
@@ -64,8 +64,8 @@ async fn idle_in_transaction(connection: &mut PgConnection, schema: &Schema) -> 
     sqlx::query_scalar(sql).bind(schema.name()).fetch_one(connection).await.unwrap()
 }
 
-/// Commits come one at a time, all at once, and one at a time again: each succeeds once, and in the order of the
-/// answers.
+/// Commits come one at a time, then all at once, then one at a time again. Each succeeds once, and no position is left
+/// empty.
 #[tokio::test(flavor = "multi_thread")]
 async fn alone_and_in_groups_by_turns() {
     let schema = Schema::new();
@@ -89,7 +89,7 @@ async fn alone_and_in_groups_by_turns() {
     assert_eq!(places.len(), log.len());
 }
 
-/// A lone commit that expects a missing version gets its conflict, and burns no position for it.
+/// A single commit that expects the wrong version gets a conflict and uses up no position.
 #[tokio::test]
 async fn a_lone_conflict_burns_no_position() {
     let schema = Schema::new();
@@ -102,8 +102,8 @@ async fn a_lone_conflict_burns_no_position() {
     assert_eq!(store.commit(append("thing-1", 1, 1)).await.unwrap().position, Position(2));
 }
 
-/// While no other store is there, no notification is sent; a store that announces itself gets notifications from then
-/// on.
+/// As long as no other store is connected, no notification is sent. Once another store announces itself, it receives
+/// notifications.
 #[tokio::test(flavor = "multi_thread")]
 async fn others_are_told_as_soon_as_there_are_any() {
     let schema = Schema::new();
@@ -111,7 +111,7 @@ async fn others_are_told_as_soon_as_there_are_any() {
     let channel = format!("{}.events", schema.name());
     let mut outside = PgListener::connect(&url()).await.unwrap();
     outside.listen(&channel).await.unwrap();
-    // Until the other store is seen, this store cannot know that it is not alone.
+    // Until this store sees the other store, it cannot know that it is not alone.
     let attending = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = 'annals.events'::regclass AND objid = 1024";
     let (mut connection, started) = (schema.connection().await, Instant::now());
     while sqlx::query_scalar::<_, i64>(schema.sql(attending)).fetch_one(&mut connection).await.unwrap() == 0 {
@@ -120,7 +120,7 @@ async fn others_are_told_as_soon_as_there_are_any() {
     for version in 0..10 {
         store.commit(append("thing-1", version, 1)).await.unwrap();
     }
-    // A notification to a session arrives before the answer to a later query.
+    // PostgreSQL delivers a notification to a session before the answer to a later query.
     tokio::time::sleep(Duration::from_millis(200)).await;
     sqlx::query("SELECT 1").execute(&mut outside).await.unwrap();
     assert!(outside.next_buffered().is_none(), "it was told, and had not said that it listens");
@@ -132,7 +132,7 @@ async fn others_are_told_as_soon_as_there_are_any() {
     assert_eq!(told.channel(), channel);
 }
 
-/// Another store is notified of each commit long before it would poll.
+/// Another store receives a notification of each commit long before its next poll.
 #[tokio::test(flavor = "multi_thread")]
 async fn another_store_hears_of_each_commit() {
     let schema = Schema::new();
@@ -145,7 +145,7 @@ async fn another_store_hears_of_each_commit() {
             let there = there.clone();
             async move { there.wait(after).await.map(|()| Instant::now()) }
         });
-        // Longer than the first polls are apart: from here on it polls once a second.
+        // The store has finished its first, frequent polls by then; from here on it polls once a second.
         tokio::time::sleep(Duration::from_millis(1_600)).await;
         let asked = Instant::now();
         here.commit(append("thing-1", version, 1)).await.unwrap();

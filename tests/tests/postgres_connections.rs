@@ -1,4 +1,4 @@
-//! The number of connections that a store opens: as many as its pool has places, whatever the load.
+//! The number of connections that a store opens: at most the size of its pool, whatever the load.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -25,14 +25,14 @@ use self::postgres::{PROMPTLY, Schema, url};
 
 const PLACES: u32 = 4;
 
-/// Counts the connections that come in, and forwards each only when its client could have given up: after the first
-/// answer of the server, and some turns of the other tasks.
+/// Counts incoming connections. Forwards each connection only after a delay in which its client could have given up:
+/// after the first answer of the server, and after other tasks have run.
 #[derive(Clone, Default)]
 struct Counted {
     opened: Arc<AtomicUsize>,
-    /// Connections that are given up before the server has accepted them.
+    /// Connections whose client gave up before the server had accepted them.
     half_made: Arc<AtomicUsize>,
-    /// Whether connections are closed at once, as by a proxy that is up while its server is away.
+    /// Whether new connections are closed at once, as a proxy does when its server is down.
     away: Arc<AtomicBool>,
 }
 
@@ -61,7 +61,7 @@ impl Counted {
         let length = client.read(&mut bytes).await?;
         server.write_all(&bytes[..length]).await?;
         let length = server.read(&mut bytes).await?;
-        // A slow network to the server: waiting reads are answered over other sessions meanwhile.
+        // Simulates a slow network to the server. During the delay, other sessions answer waiting reads.
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         client.write_all(&bytes[..length]).await?;
         let passed = copy_bidirectional(&mut client, &mut server).await;
@@ -102,13 +102,13 @@ async fn burst_of_cold_loads_opens_no_more_connections_than_there_are_places() {
         let (cold, store) = (cold.clone(), store.clone());
         loads.spawn(async move {
             assert_eq!(cold.state(&id.to_string()).await.unwrap().sum(), 1);
-            // Also reads something other than a stream.
+            // Also reads a document, which takes another code path than a stream.
             store.documents(&[DocumentKey::new("c", id.to_string())]).await.unwrap();
         });
     }
     loads.join_all().await;
     let opened = counted.count() - before;
-    // The listener may connect meanwhile.
+    // The connection of the listener may be counted as well.
     assert!(opened <= PLACES as usize + 1, "{opened} connections for {PLACES} places");
     assert_eq!(counted.half_made.load(Ordering::SeqCst), 0, "connections that were given up half-made");
     store.close().await.unwrap();
@@ -124,7 +124,7 @@ async fn reads_that_are_given_up_leave_no_connection_half_made() {
         drop(read);
         let keys = [DocumentKey::new("c", "1")];
         let mut read = std::pin::pin!(store.documents(&keys));
-        // The read is polled once, then dropped.
+        // Polls the read once, then drops it.
         _ = futures::poll!(read.as_mut());
     }
     store.documents(&[DocumentKey::new("c", "1")]).await.unwrap();
@@ -134,7 +134,7 @@ async fn reads_that_are_given_up_leave_no_connection_half_made() {
     store.close().await.unwrap();
 }
 
-/// All waiting callers share one rhythm of retries.
+/// All waiting callers share one schedule of reconnection attempts.
 #[tokio::test(flavor = "multi_thread")]
 async fn server_that_lets_nobody_in_is_not_stormed() {
     let (schema, counted) = (Schema::new(), Counted::default());

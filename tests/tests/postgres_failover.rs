@@ -1,5 +1,5 @@
-//! What readers, writers and caches do when a server crashes, when it is read-only for a while, and when a log has lost
-//! its end.
+//! How readers, writers and caches behave when a server crashes, when it is read-only for a while, and when a log has
+//! lost its end.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used)]
 
@@ -31,13 +31,13 @@ async fn execute(session: &mut PgConnection, sql: &str) {
     sqlx::raw_sql(AssertSqlSafe(sql)).execute(session).await.unwrap();
 }
 
-/// Returns the positions that plain SQL finds.
+/// Returns all positions in the log, read with plain SQL.
 async fn positions(server: &Server) -> Vec<i64> {
     let sql = "SELECT position FROM annals.events ORDER BY position";
     sqlx::query_scalar(sql).fetch_all(&mut server.connection().await).await.unwrap()
 }
 
-/// Reads every event after the last one seen until there is none left. The reader keeps its store.
+/// Reads every event after the last one in `seen` until there are no more. The same store is used each time.
 async fn read_on(store: &PostgresStore, seen: &mut Vec<i64>) {
     loop {
         let after = Position(seen.last().copied().unwrap_or(0));
@@ -49,7 +49,8 @@ async fn read_on(store: &PostgresStore, seen: &mut Vec<i64>) {
     }
 }
 
-/// Directly, and as behind a pooler, where each transaction is checked rather than each session.
+/// Each test runs with a direct connection and as if behind a pooler, where the store checks each transaction rather
+/// than each session.
 const EITHER: [&str; 2] = ["", "?pooled=true"];
 
 fn few() -> Settings {
@@ -60,15 +61,16 @@ async fn store(url: &str) -> PostgresStore {
     PostgresStore::connect(url, few()).await.unwrap()
 }
 
-/// Positions that were drawn and never became durable are drawn again after a crash: no proof may rely on them.
+/// After a crash, the sequence assigns positions again that it had assigned before but that never became durable. The
+/// reader must not treat such a position as proven empty.
 #[tokio::test(flavor = "multi_thread")]
 async fn reader_at_a_gap_loses_no_event_to_a_crash() {
     const CRASHES: usize = 4;
-    // Now and then a process of the server flushes drawn positions just before a crash.
+    // More rounds than crashes, because a server process sometimes flushes assigned positions just before a crash.
     const ROUNDS_MAX: usize = 16;
     let folder = tempfile::tempdir().unwrap();
     let data = folder.path().join("data");
-    // The server loses everything that no commit has flushed.
+    // With this setting, a crash loses everything that no commit has flushed.
     let mut server = Server::start_in(folder, data, vec!["wal_writer_delay=10s".into()]).await;
     let store = store(&server.url()).await;
     let mut seen = Vec::new();
@@ -83,7 +85,7 @@ async fn reader_at_a_gap_loses_no_event_to_a_crash() {
         insert(&mut server.connection().await, &format!("visible-{crash}"), 1).await;
         execute(&mut many, "BEGIN").await;
         let drawn = insert(&mut many, &format!("many-{crash}"), 100).await;
-        // The reader stops at the gap of `slow`, and begins to prove what the gap holds.
+        // The reader stops at the gap that `slow` leaves open, and starts to prove whether the gap is empty.
         read_on(&store, &mut seen).await;
         server.kill();
         server.resume().await;
@@ -102,7 +104,7 @@ async fn reader_at_a_gap_loses_no_event_to_a_crash() {
     assert_eq!((store.history(), store.status().await.unwrap().lost_end), (0, None), "nothing durable was lost");
 }
 
-/// No session holds a lock on a standby, so every gap would count as settled there.
+/// On a standby, no session holds a lock, so every gap would look finished.
 #[tokio::test(flavor = "multi_thread")]
 async fn sessions_that_were_led_to_a_standby_read_and_write_nothing() {
     for pooled in EITHER {
@@ -127,11 +129,11 @@ async fn led_to_a_standby_for_a_moment(pooled: &str) {
     }
     for _ in 0..3 {
         let outcome = store.commit(append("before-1", 1, 1)).await;
-        // The first commit may have been under way when the connection was cut.
+        // The first commit may have been in progress when the connection was cut.
         assert!(matches!(outcome, Err(CommitError::Unavailable(_) | CommitError::Unknown(_))), "{outcome:?}");
     }
 
-    // Connections are not cut this time.
+    // This time, the open connections are not cut.
     address.lead_to(&primary);
     let mut slow = primary.connection().await;
     execute(&mut slow, "BEGIN").await;
@@ -151,7 +153,8 @@ async fn led_to_a_standby_for_a_moment(pooled: &str) {
     assert_eq!(seen, positions(&primary).await);
 }
 
-/// `default_transaction_read_only`, as set for maintenance. Sessions that were opened meanwhile stay read-only.
+/// Sets `default_transaction_read_only`, as for maintenance. Sessions that were opened during that time would stay
+/// read-only.
 #[tokio::test(flavor = "multi_thread")]
 async fn writers_recover_by_themselves_from_a_read_only_database() {
     let server = Server::start().await;
@@ -181,7 +184,7 @@ async fn writers_recover_by_themselves_from_a_read_only_database() {
     };
     timeout(PROMPTLY, committed).await.expect("the writer must leave its session by itself");
 
-    // The same for a session that is already writing.
+    // The same must hold for a session that is already writing.
     execute(&mut session, "ALTER SYSTEM SET default_transaction_read_only = on").await;
     execute(&mut session, "SELECT pg_reload_conf()").await;
     eventually("it is refused", async || store.commit(append(&format!("b-{}", Uuid::new_v4()), 0, 1)).await.err())
@@ -192,7 +195,7 @@ async fn writers_recover_by_themselves_from_a_read_only_database() {
     timeout(PROMPTLY, eventually("it is taken again", written)).await.unwrap();
 }
 
-/// A failover to an asynchronous standby that lacks the last commits, under a running service.
+/// A failover to an asynchronous standby that lacks the last commits, while a service is running.
 struct Failover {
     address: VirtualAddress,
     primary: Server,
@@ -208,7 +211,7 @@ impl Failover {
         Self { address, primary, standby }
     }
 
-    /// Commits from now on are lost.
+    /// Stops the standby, so that the failover will lose all later commits.
     async fn detach(&mut self) {
         self.standby.catch_up(&self.primary).await;
         self.standby.kill();
@@ -248,7 +251,8 @@ async fn caches_after_a_failover(pooled: &str) {
     }
     failover.fail_over().await;
 
-    // Another process brings one of the streams to the version known here, before this store reads anything.
+    // Before this store reads anything, another process brings one of the streams to the version that this store has
+    // cached.
     let elsewhere: Arc<dyn EventStore> = Arc::new(store(&failover.address.url()).await);
     pay(&Repository::<Tally>::new(elsewhere.clone()), "y", 7).await;
     for id in ["x", "y"] {
@@ -267,7 +271,8 @@ async fn caches_after_a_failover(pooled: &str) {
     assert_eq!(elsewhere.status().await.unwrap().lost_end, None, "it has seen nothing of what is gone");
 }
 
-/// The tail, the checkpoint and the reader's position are beyond the end. New events at the lost positions are still
+/// The tail, the checkpoint and the reader's position are beyond the new end of the log. New events at the lost
+/// positions must still be handled.
 /// handled.
 #[tokio::test(flavor = "multi_thread")]
 async fn lost_end_is_noticed_by_subscriptions_of_a_running_service() {
@@ -290,14 +295,14 @@ async fn lost_end_is_noticed_by_subscriptions_of_a_running_service() {
     }
     copied(&[1, 2, 3]).await;
     failover.detach().await;
-    // More events than the sequence is ahead on a standby, which is 32; otherwise no position would come twice.
+    // A standby's sequence is 32 positions ahead. Only with more events than that are positions assigned twice.
     for amount in 101..=140 {
         pay(&tallies, "x", amount).await;
     }
     copied(&[1, 2, 3].into_iter().chain(101..=140).collect::<Vec<_>>()).await;
     failover.fail_over().await;
 
-    // Another process writes new events at positions that were passed here.
+    // Another process writes new events at positions that this process had already read past.
     let elsewhere: Arc<dyn EventStore> = Arc::new(store(&failover.address.url()).await);
     pay(&Repository::<Tally>::new(elsewhere.clone()), "x", 4).await;
     timeout(
@@ -317,7 +322,7 @@ async fn lost_end_is_noticed_by_subscriptions_of_a_running_service() {
     running.await.unwrap().unwrap();
 }
 
-/// Nothing is left of the lost sagas, and later sagas at the same positions run once.
+/// Nothing remains of the lost sagas, and later sagas at the same positions run once.
 #[tokio::test(flavor = "multi_thread")]
 async fn lost_end_is_noticed_by_sagas_of_a_running_service() {
     const STEPS: [&str; 4] = ["book", "charge", "confirm", "announce"];
@@ -338,7 +343,7 @@ async fn lost_end_is_noticed_by_sagas_of_a_running_service() {
     travel(0..3).await;
     failover.detach().await;
     travel(3..10).await;
-    // These sagas are under way when the end is lost.
+    // These sagas are running when the log loses its end.
     for name in 10..14 {
         pay(&tallies, &format!("t{name}"), 1).await;
     }
@@ -356,7 +361,7 @@ async fn lost_end_is_noticed_by_sagas_of_a_running_service() {
     runtime.drain(Duration::from_secs(20)).await.unwrap();
 }
 
-/// The database is restored in place, under sessions that are not cut.
+/// The database is restored in place, while its sessions stay connected.
 #[tokio::test(flavor = "multi_thread")]
 async fn lost_end_is_noticed_under_sessions_that_stay() {
     let server = Server::start().await;
@@ -380,7 +385,7 @@ async fn lost_end_is_noticed_under_sessions_that_stay() {
         if by_commit {
             let committed = store.commit(append("b-1", 0, 1)).await;
             if !pooled.is_empty() && matches!(committed, Err(CommitError::Unavailable(_))) {
-                // The loss was noticed before the write.
+                // The store had noticed the loss before this write.
                 store.commit(append("b-1", 0, 1)).await.unwrap();
             } else {
                 committed.unwrap();
@@ -395,8 +400,8 @@ async fn lost_end_is_noticed_under_sessions_that_stay() {
     }
 }
 
-/// The events come from an older backup than the documents: a checkpoint is beyond the end, and another process has
-/// already given the lost positions to new events.
+/// The events come from an older backup than the documents. A checkpoint is beyond the end of the log, and another
+/// process has already written new events at the lost positions.
 #[tokio::test(flavor = "multi_thread")]
 async fn service_that_starts_on_a_log_without_its_end_goes_back_to_it() {
     let server = Server::start().await;
@@ -439,7 +444,7 @@ async fn service_that_starts_on_a_log_without_its_end_goes_back_to_it() {
     running.await.unwrap().unwrap();
 }
 
-/// Only a store that has read lost events is affected.
+/// Only a store that has read lost events must react to the failover.
 #[tokio::test(flavor = "multi_thread")]
 async fn failover_that_loses_nothing_says_nothing() {
     let mut failover = Failover::prepare().await;

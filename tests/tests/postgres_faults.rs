@@ -1,4 +1,4 @@
-//! The conditions that hold while several stores write at once, and while their sessions are ended.
+//! Invariants that hold while several stores write at once and while their sessions are terminated.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -43,7 +43,8 @@ async fn of_many_writers_in_several_stores_one_wins() {
     assert_eq!(whole_log(&stores[0]).await.len(), 10);
 }
 
-/// Several stores take streams in different orders: a store that loses decides again, and none waits for a deadlock.
+/// Several stores lock the same streams in different orders. A store that loses decides its command again, and no store
+/// waits until a deadlock is detected.
 #[tokio::test(flavor = "multi_thread")]
 async fn stores_that_contend_for_many_streams_lose_nothing() {
     const STREAMS: usize = 8;
@@ -88,7 +89,7 @@ async fn assert_dense(store: &PostgresStore) {
     }
 }
 
-/// Returns a URL that marks the sessions of a test.
+/// Returns a URL whose sessions carry a name that identifies the test.
 fn named(schema: &Schema) -> String {
     let separator = if url().contains('?') { '&' } else { '?' };
     format!("{}{separator}application_name={}", url(), schema.name())
@@ -119,7 +120,7 @@ async fn sessions_ended_every_50_ms_lose_no_acknowledged_commit() {
     );
 }
 
-/// Callers give up: each commit is there as a whole or not at all, and no transaction stays open.
+/// Callers drop their futures. Each commit is applied as a whole or not at all, and no transaction stays open.
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_thousand_dropped_futures_leave_nothing_half_done() {
     const TASKS: usize = 50;
@@ -140,7 +141,7 @@ async fn ten_thousand_dropped_futures_leave_nothing_half_done() {
                 if asked.is_ok_and(|outcome| outcome.is_ok()) {
                     acknowledged.push(name);
                 }
-                // Readers give up too.
+                // Readers give up as well.
                 timeout(Duration::from_micros(300), store.documents(&[key])).await.ok();
                 timeout(Duration::from_micros(300), store.read_log(&LogQuery::all(), Position::START, 50)).await.ok();
             }
@@ -148,7 +149,7 @@ async fn ten_thousand_dropped_futures_leave_nothing_half_done() {
         });
     }
     let acknowledged = tasks.join_all().await.concat();
-    // Everything queued before this commit is done by now.
+    // Everything that was queued before this commit is done by now.
     store.commit(append("last-1", 0, 1)).await.unwrap();
     let mut outside = schema.connection().await;
     let sql = "SELECT stream_id, count(*), (SELECT count(*) FROM annals.documents WHERE collection = 'dropped' AND id = stream_id)
@@ -202,7 +203,7 @@ async fn instances_may_start_at_once() {
     assert_eq!(whole_log(&stores[0]).await.len(), 12);
 }
 
-/// The first version of the schema, with an event in it.
+/// Creates the first version of the schema, with one event.
 async fn first_version(schema: &Schema) {
     let sql = format!(
         "CREATE SCHEMA annals; CREATE TABLE annals.migrations (version int PRIMARY KEY, applied_at timestamptz NOT NULL \
@@ -230,7 +231,8 @@ async fn instances_may_migrate_at_once() {
     assert_eq!(versions, [1, 2, 3, 4, 5]);
 }
 
-/// A session may end at any statement of a migration. The next opening finds all of the migration or nothing.
+/// A session may end at any statement of a migration. The next store that opens the schema finds either the whole
+/// migration or none of it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_migration_that_is_cut_off_leaves_nothing_half_done() {
     const ROUNDS: u64 = 30;
@@ -264,7 +266,8 @@ async fn a_migration_that_is_cut_off_leaves_nothing_half_done() {
     assert!(cut > 0, "no migration was cut off: this tested nothing");
 }
 
-/// 64 tasks on one aggregate: its commands run one after the other, whatever session ends in between.
+/// 64 tasks use one aggregate. Its commands are executed once and one after the other, whichever sessions are
+/// terminated in between.
 #[tokio::test(flavor = "multi_thread")]
 async fn commands_on_one_aggregate_are_carried_out_once_while_sessions_end() {
     const TASKS: i64 = 64;
@@ -279,7 +282,7 @@ async fn commands_on_one_aggregate_are_carried_out_once_while_sessions_end() {
             let mut again = 0;
             for number in 0..COMMANDS {
                 let (command, id) = (TallyCommand::Add(task * COMMANDS + number), Uuid::new_v4());
-                // The only other answer is that the outcome is unknown, and to ask again.
+                // The only other possible answer is an unknown outcome, and the caller must then ask again.
                 while let Err(error) = tallies.execute("one", command.clone(), id).await {
                     assert!(matches!(error, ExecuteError::Unavailable(_)), "{error}");
                     again += 1;
@@ -318,7 +321,7 @@ async fn a_newer_schema_is_left_alone() {
     assert_eq!(error, OpenError::TooNew { schema: schema.name().into(), found: 99, known: 5 });
 }
 
-/// Two tables, and no index on them but the ones whose cost was decided on.
+/// The log has two indexes, and no others: the cost of each index was weighed.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_log_has_two_indexes() {
     let schema = Schema::new();

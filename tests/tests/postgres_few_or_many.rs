@@ -1,5 +1,5 @@
-//! The function that appends processes few rows one by one, and many as sets. Both ways must have the same result as
-//! the reference store.
+//! The append function in SQL processes a few rows one by one, and many rows as sets. Both ways must give the same
+//! result as the reference store.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -16,7 +16,7 @@ use uuid::Uuid;
 use self::postgres::Schema;
 
 const COMMITS: u64 = 600;
-/// More rows than the function processes one by one.
+/// More rows than the function would process one by one.
 const PADDING: usize = 30;
 const STREAMS: u64 = 6;
 const DOCUMENTS: u64 = 6;
@@ -33,7 +33,8 @@ fn due(number: u64) -> Option<DateTime<Utc>> {
     number.is_multiple_of(3).then(|| Utc.timestamp_opt(1_800_000_000 + number as i64, 0).unwrap())
 }
 
-/// Returns a commit that may succeed or not: it expects streams and documents at their version, at another, or at any.
+/// Returns a commit that may or may not succeed: it expects streams and documents at the current version, at another
+/// version, or at any version.
 async fn some_commit(reference: &MemoryStore, random: &mut fastrand::Rng) -> Commit {
     let mut commit = Commit::default();
     let streams = random.u64(0..=3);
@@ -72,7 +73,7 @@ async fn some_commit(reference: &MemoryStore, random: &mut fastrand::Rng) -> Com
     commit
 }
 
-/// Returns the same commit, with enough further rows to be processed as a set.
+/// Returns the same commit, padded with enough rows that the function processes it as a set.
 fn padded(mut commit: Commit, number: u64) -> Commit {
     for pad in 0..PADDING {
         let event = NewEvent {
@@ -88,7 +89,7 @@ fn padded(mut commit: Commit, number: u64) -> Commit {
     commit
 }
 
-/// Describes everything that the store holds.
+/// Describes the whole content of the store.
 async fn all_of(store: &dyn EventStore) -> Vec<String> {
     let mut all = Vec::new();
     for number in 0..STREAMS {
@@ -133,7 +134,7 @@ async fn one_by_one_and_as_sets_come_to_the_same() {
     let expected = all_of(&*reference).await;
     assert_eq!(all_of(&few).await, expected);
     assert_eq!(all_of(&many).await, expected);
-    // The log holds no refused event, and the events of successful commits in their order.
+    // The log holds the events of successful commits in their order, and none of a rejected commit.
     let log = |store: annals_postgres::PostgresStore| async move {
         let page = store.read_log(&LogQuery::categories(["thing"]), Position::START, 100_000).await.unwrap();
         page.events.iter().map(|event| event.id).collect::<Vec<_>>()

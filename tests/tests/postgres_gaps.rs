@@ -1,4 +1,4 @@
-//! Reads the log while positions are drawn and not yet committed, or never committed.
+//! Reads the log while some positions have been assigned but are not yet, or never, committed.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 use self::postgres::{PROMPTLY, Schema, append, numbers, whole_log};
 
-/// Appends through the function that the store uses.
+/// Appends through the same SQL function that the store uses.
 async fn append_within(connection: &mut PgConnection, schema: &Schema, stream: &str) -> i64 {
     let sql = "SELECT positions[1] FROM annals.append(
         ARRAY[$1], ARRAY[NULL]::bigint[], '{f}', '{}', '{}', '{}', '{}', '{}', '{}', '{}',
@@ -31,8 +31,8 @@ async fn execute(connection: &mut PgConnection, sql: &str) {
     sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(connection).await.unwrap();
 }
 
-/// Reads from the beginning until nothing is left; not just once, since a read may be needed to learn which writers are
-/// active.
+/// Reads from the beginning until a read returns nothing more. A single read is not enough, because the store may need
+/// one read to learn which writers are active.
 async fn streams(store: &PostgresStore) -> Vec<String> {
     whole_log(store).await.iter().map(|event| event.stream.to_string()).collect()
 }
@@ -74,7 +74,7 @@ async fn a_slower_writer_is_waited_for() {
     }
 }
 
-/// A transaction is still in flight after its session has handed it over to `COMMIT PREPARED`.
+/// A transaction is still in flight after its session has prepared it for `COMMIT PREPARED`.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_prepared_writer_is_waited_for() {
     let schema = Schema::new();
@@ -83,7 +83,7 @@ async fn a_prepared_writer_is_waited_for() {
     execute(&mut slow, "BEGIN").await;
     append_within(&mut slow, &schema, "slow-1").await;
     store.commit(append("after-1", 0, 1)).await.unwrap();
-    // The reader learns of the writer before it is prepared, and reads again afterwards.
+    // The reader sees the writer before that writer's transaction is prepared, and reads again afterwards.
     assert!(streams(&store).await.is_empty());
     let id = schema.prepared();
     sqlx::raw_sql(sqlx::AssertSqlSafe(format!("PREPARE TRANSACTION '{id}'")))
@@ -99,7 +99,7 @@ async fn a_prepared_writer_is_waited_for() {
     assert_eq!(streams(&store).await, ["slow-1", "after-1"]);
 }
 
-/// Savepoints that are rolled back burn positions, and release the locks taken within.
+/// Rolling back to a savepoint uses up positions and releases the locks taken since the savepoint.
 #[tokio::test(flavor = "multi_thread")]
 async fn rolled_back_savepoints_burn_positions() {
     let schema = Schema::new();
@@ -119,8 +119,8 @@ async fn rolled_back_savepoints_burn_positions() {
     assert_eq!(streams(&store).await, ["first-1", "second-1", "third-1"]);
 }
 
-/// Slow writers, some of which roll back, a session that is idle in a transaction, and a prepared transaction
-/// elsewhere.
+/// The test runs slow writers, some of which roll back, a session that is idle in a transaction, and a prepared
+/// transaction in another session.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tailing_reader_sees_every_committed_event_once_and_in_order() {
     const WRITERS: usize = 24;
@@ -164,7 +164,7 @@ async fn a_tailing_reader_sees_every_committed_event_once_and_in_order() {
                 }
                 execute(&mut connection, "BEGIN").await;
                 append_within(&mut connection, &schema, &format!("slow-{writer}")).await;
-                // Makes the commit slow.
+                // Makes each commit slow.
                 let pause = format!("SELECT pg_sleep({})", pause_seconds(writer, round));
                 execute(&mut connection, &pause).await;
                 match (writer + round) % 10 {
@@ -196,12 +196,12 @@ async fn a_tailing_reader_sees_every_committed_event_once_and_in_order() {
     execute(&mut elsewhere, &format!("ROLLBACK PREPARED '{bystander}'")).await;
 }
 
-/// Returns up to 12 ms, different for each writer and round, and the same on each run.
+/// Returns a pause of up to 12 ms. The pause differs between writers and rounds, but is the same on each run.
 fn pause_seconds(writer: usize, round: usize) -> f64 {
     ((writer * 31 + round * 17) % 13) as f64 / 1_000.0
 }
 
-/// A row inserted beyond the sequence is not part of the log until the sequence gets there.
+/// A row that was inserted by hand beyond the sequence belongs to the log only once the sequence reaches its position.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_event_put_in_at_the_last_position_stops_nobody() {
     let schema = Schema::new();
@@ -225,7 +225,7 @@ async fn an_event_put_in_at_the_last_position_stops_nobody() {
     assert_eq!(numbers(&whole_log(&store).await), [1, 2, 3, 4, 5]);
 }
 
-/// A restore of the tables alone leaves the sequence behind: opening and writing both notice it.
+/// A restore of the tables alone leaves the sequence behind the table. Both opening and writing detect and repair this.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_sequence_that_is_behind_is_brought_forward() {
     let schema = Schema::new();
@@ -246,8 +246,8 @@ async fn a_sequence_that_is_behind_is_brought_forward() {
     assert_eq!(log[501].stream.as_str(), "c-1");
 }
 
-/// The reader relies on this: a writer that waits for the lock has drawn no position yet. That holds for the store, and
-/// for an INSERT by hand that draws by the default of the column.
+/// The reader relies on the rule that a writer waiting for the lock has not yet drawn a position. This holds for the
+/// store, and for a manual INSERT that takes its position from the column default.
 #[tokio::test(flavor = "multi_thread")]
 async fn positions_are_drawn_under_the_lock() {
     let schema = Schema::new();
@@ -284,7 +284,8 @@ async fn positions_are_drawn_under_the_lock() {
     assert_eq!(whole_log(&store).await.len(), 3);
 }
 
-/// Two processes draw from one sequence at a time: a commit whose events are not one run must not report one run.
+/// Two processes draw positions from one sequence at the same time. If a commit's events do not have consecutive
+/// positions, the commit must not report consecutive positions.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_commit_tells_of_one_run_only_where_it_is_one() {
     const EVENTS: i64 = 400;

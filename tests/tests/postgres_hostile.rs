@@ -1,5 +1,5 @@
-//! Values that break other stores are refused before anything is written, or returned unchanged. Rows inserted by hand
-//! stop no reader or writer.
+//! Values that break other stores are either rejected before anything is written, or returned unchanged. Rows that were
+//! inserted by hand stop no reader and no writer.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -29,7 +29,7 @@ fn note(id: &str, body: &str) -> Commit {
     Commit { appends: Vec::new(), puts: vec![Put { key, expected: None, body: Some(body.into()), due: None }] }
 }
 
-/// The server is only asked for the check that refuses the commit: nothing is stored, and no position was drawn.
+/// The server only runs the check that rejects the commit. Nothing is stored, and no position is used up.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_given_back_is_refused_before_anything_is_written() {
     let schema = Schema::new();
@@ -57,7 +57,7 @@ async fn what_cannot_be_given_back_is_refused_before_anything_is_written() {
     assert_eq!(found, (0, 0, 0));
 }
 
-/// Byte for byte, through this store and through plain SQL.
+/// The values come back byte for byte, through the store and through plain SQL.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_only_odd_comes_back_as_it_was() {
     let schema = Schema::new();
@@ -89,7 +89,7 @@ async fn what_is_only_odd_comes_back_as_it_was() {
     assert_eq!(store.scan("note", &Scan::After("".into()), 100).await.unwrap().len(), names.len());
 }
 
-/// `psql` can insert anything that the columns accept. A reader of the log gets past it.
+/// `psql` can insert any value that the columns accept. A reader of the log must get past such rows.
 #[tokio::test(flavor = "multi_thread")]
 async fn rows_put_in_by_hand_stop_nobody() {
     let schema = Schema::new();
@@ -120,7 +120,7 @@ async fn rows_put_in_by_hand_stop_nobody() {
         let log = whole_log(&store).await;
         let names: Vec<_> = log.iter().map(|event| event.stream.as_str().to_owned()).collect();
         assert_eq!(names, ["before-1", "NoName", "", "gap-1", &long, "after-1"]);
-        // The row at the last possible position does not count; failed attempts may have drawn a few positions.
+        // The row at the last possible position does not count. Failed attempts may have used up a few positions.
         let head = store.status().await.unwrap().head;
         assert!((Position(6)..Position(100)).contains(&head), "{head:?}");
         assert_eq!(&*log[3].data, deep);
@@ -129,7 +129,7 @@ async fn rows_put_in_by_hand_stop_nobody() {
         let stream = StreamId::from_stored("gap-1");
         assert_eq!(store.read_stream(&stream, Version::START, 10).await.unwrap().len(), 1);
     }
-    // A row that cannot be read does not stop other writes.
+    // An unreadable row does not stop later writes.
     let last = store.commit(append("after-1", 1, 1)).await.unwrap().position;
     assert_eq!(whole_log(&store).await.last().unwrap().position, last);
 }

@@ -1,4 +1,4 @@
-//! A proxy between the store and the server cuts the connection around a commit.
+//! A proxy between the store and the server cuts the connection before or after a commit.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -16,25 +16,25 @@ use tokio::{
 
 use self::postgres::{PROMPTLY, Schema, append, numbers, url, whole_log};
 
-/// When to cut the connection over which a text goes to the server.
+/// When to cut the connection that carries a given text to the server.
 #[derive(Clone, Copy, PartialEq, Debug)]
 enum Cut {
-    /// Before the server receives the text.
+    /// Cuts before the server receives the text.
     Before,
-    /// After the server has answered, without passing on the answer.
+    /// Cuts after the server has answered, and drops the answer.
     After,
-    /// The same, but with an error of class 08 that the server is lost, as PgBouncer reports it.
+    /// Same as `After`, but sends the client an error of class 08 (connection lost), as PgBouncer does.
     Told,
 }
 
-/// Returns that error in the protocol: fields with a letter each, ended by a zero.
+/// Returns that error as a protocol message: fields that start with a letter each, ended by a zero byte.
 fn told() -> Vec<u8> {
     let fields = b"SERROR\0VERROR\0C08P01\0Mserver conn crashed?\0\0";
     let length = u32::try_from(fields.len() + 4).unwrap().to_be_bytes();
     [b"E", &length[..], fields].concat()
 }
 
-/// Forwards everything, except for one armed cut.
+/// Forwards all bytes, except for one armed cut.
 #[derive(Clone)]
 struct Proxy {
     port: u16,
@@ -51,7 +51,7 @@ impl Proxy {
             while let Ok((client, _)) = listener.accept().await {
                 let proxy = of_task.clone();
                 let server = (server.get_host().to_owned(), server.get_port());
-                // Either side may close at any time.
+                // Either side may close the connection at any time.
                 tokio::spawn(async move { proxy.pass(client, TcpStream::connect(server).await?).await });
             }
         });
@@ -72,7 +72,7 @@ impl Proxy {
                     }
                     to_server.write_all(&asked[..length]).await?;
                     if let Some(cut) = cut {
-                        // The server answers when the transaction has ended.
+                        // The server answers once the transaction has ended.
                         assert!(from_server.read(&mut answered).await? > 0, "the server went away itself");
                         if cut == Cut::Told {
                             to_client.write_all(&told()).await?;
@@ -105,7 +105,8 @@ impl Proxy {
     }
 }
 
-/// Unknown is not failed: the same commit is sent again and finds itself or succeeds then. Either way it is there once.
+/// An unknown outcome is not a failure. The store sends the same commit again, and that attempt either finds the first
+/// one stored or succeeds itself. In both cases the commit is stored once.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_commit_whose_answer_was_lost_is_sent_again_and_holds_once() {
     const ROUNDS: i64 = 20;
@@ -144,7 +145,7 @@ async fn a_commit_whose_answer_was_lost_is_sent_again_and_holds_once() {
     assert_eq!(store.status().await.unwrap().head, log.last().unwrap().position);
 }
 
-/// A read can be repeated, so its caller sees no error.
+/// A read is safe to repeat, so its caller sees no error.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_read_whose_answer_was_lost_is_read_again() {
     let (schema, proxy) = (Schema::new(), Proxy::start().await);

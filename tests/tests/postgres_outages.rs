@@ -1,4 +1,4 @@
-//! A server that dies, whose disk is full, or that is replaced by another one restored from a dump.
+//! A server that dies, that runs out of disk space, or that is replaced by another server restored from a dump.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used)]
 
@@ -45,7 +45,7 @@ async fn a_server_that_is_killed_loses_nothing_that_it_acknowledged() {
     assert!(summary.unknown > 0, "{summary:?}: no commit was under way, so this tested nothing");
 }
 
-/// A file system of its own, of a small size.
+/// A small file system for one test.
 struct SmallDisk(tempfile::TempDir);
 
 impl SmallDisk {
@@ -57,7 +57,7 @@ impl SmallDisk {
         Self(folder)
     }
 
-    /// Fills all space.
+    /// Fills all free space.
     fn fill(&self) {
         let error = std::io::copy(&mut std::io::repeat(1), &mut fs::File::create(self.ballast()).unwrap()).unwrap_err();
         assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
@@ -78,7 +78,7 @@ impl Drop for SmallDisk {
     }
 }
 
-/// Only root may mount a file system. For other users the test prints that it did not run.
+/// Only root may mount a file system. For other users, the test prints a message and does nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_disk_refuses_and_once_freed_all_goes_on() {
     if !server::is_root() {
@@ -92,16 +92,16 @@ async fn a_full_disk_refuses_and_once_freed_all_goes_on() {
     let load = Load::start(&store, &server.url(), &settings, 8);
     load.goes_on(100).await;
     disk.fill();
-    // Small commits succeed while the tables have room; a large one does not.
+    // Small commits succeed while the tables still have free pages; a large commit does not.
     let mut large = append("large-1", 0, 40);
     for event in &mut large.appends[0].events {
-        // Text that does not compress.
+        // This text is hard to compress.
         let ids: String = (0..3_000).map(|_| Uuid::new_v4().simple().to_string()).collect();
         event.data = format!("\"{ids}\"");
     }
     let outcome = store.commit(large.clone()).await;
     assert!(matches!(outcome, Err(CommitError::Unavailable(_))), "{outcome:?}");
-    // Readers keep working.
+    // Reads keep working.
     assert!(!store.read_log(&LogQuery::all(), Position::START, 10).await.unwrap().events.is_empty());
     disk.free();
     store.commit(large).await.unwrap();
@@ -112,7 +112,8 @@ async fn a_full_disk_refuses_and_once_freed_all_goes_on() {
     drop(server);
 }
 
-/// If the write-ahead log has no room, the server itself goes down, and does not start again before there is some.
+/// If the write-ahead log has no space left, the server itself goes down, and does not start again until space is
+/// freed.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_dies_of_a_full_disk_loses_nothing() {
     if !server::is_root() {
@@ -123,7 +124,7 @@ async fn a_server_that_dies_of_a_full_disk_loses_nothing() {
     let folder = tempfile::tempdir_in(disk.0.path()).unwrap();
     let data = folder.path().join("data");
     fs::set_permissions(disk.0.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    // Segments must not be kept for reuse, which would leave room on a full disk.
+    // The server must not keep old segments for reuse, because they would leave space on a full disk.
     let settings = ["wal_recycle=off", "min_wal_size=32MB"].map(str::to_owned);
     let mut server = Server::start_in(folder, data, settings.to_vec()).await;
     let settings = Settings { connections: 4, ..Settings::default() };
@@ -147,7 +148,8 @@ async fn a_server_that_dies_of_a_full_disk_loses_nothing() {
     drop(server);
 }
 
-/// As `pg_dump` and `psql` do it. Positions, versions and the writers of gaps must not depend on the old cluster.
+/// Dumps with `pg_dump` and restores with `psql`. Positions, versions and the detection of writers at gaps must not
+/// depend on the old cluster.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dump_that_is_restored_elsewhere_goes_on() {
     let schema = postgres::Schema::new();
@@ -156,7 +158,7 @@ async fn a_dump_that_is_restored_elsewhere_goes_on() {
         store.commit(append("a-1", round, 1)).await.unwrap();
         store.commit(append(&format!("b-{round}"), 0, 2)).await.unwrap();
     }
-    // Burnt positions stay gaps.
+    // These used-up positions remain gaps after the restore.
     let sql = schema.sql("SELECT nextval('annals.events_position') FROM generate_series(1, 100)");
     sqlx::query(sql).execute(&mut schema.connection().await).await.unwrap();
     store.commit(append("a-1", 20, 1)).await.unwrap();

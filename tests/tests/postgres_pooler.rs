@@ -1,5 +1,5 @@
-//! The store behind PgBouncer in transaction mode: each transaction may run in another session of the server, and each
-//! session serves other clients in between.
+//! The store behind PgBouncer in transaction mode. Each transaction may run in another server session, and other
+//! clients use each session in between.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used)]
 
@@ -23,7 +23,7 @@ use self::{
     sql_rows::Bed,
 };
 
-/// Fewer than the connections of one store.
+/// Fewer sessions than the connections of one store.
 const SESSIONS: u32 = 3;
 
 struct Pooled {
@@ -61,7 +61,7 @@ suite!(Pooled, durable);
 #[tokio::test(flavor = "multi_thread")]
 async fn without_being_told_a_store_does_not_open() {
     let schema = Schema::new();
-    // The startup parameters of a connection are refused, or silently ignored.
+    // The pooler either rejects the startup parameters of a connection or silently ignores them.
     for configuration in ["", "ignore_startup_parameters = options"] {
         let pooler = Pooler::start(SESSIONS, configuration).await;
         let error = PostgresStore::connect(&pooler.plain_url(), schema.settings()).await.unwrap_err();
@@ -89,7 +89,8 @@ async fn several_instances_may_start_at_once_and_follow_each_other() {
     }
 }
 
-/// Other clients use the sessions in between: a store must leave nothing in them, and must need nothing from them.
+/// Other clients use the sessions in between. Therefore a store must leave no state in a session, and must not rely on
+/// any.
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_left_in_a_session() {
     let pooler = Pooler::start(1, "ignore_startup_parameters = extra_float_digits").await;
@@ -108,7 +109,7 @@ async fn nothing_is_left_in_a_session() {
     let rows = sqlx::raw_sql(sql).fetch_all(&mut other).await.unwrap();
     let found: Vec<String> = rows.iter().map(|row| sqlx::Row::get(row, 0)).collect();
     assert_eq!(found, ["0", "0", "0", "on", "on", "0", "0", "auto", "on", "off"]);
-    // The other way round: settings that other clients leave there.
+    // The opposite case: settings that other clients leave in a session must not affect the store.
     sqlx::raw_sql("SET default_transaction_isolation = 'repeatable read'; SET default_transaction_read_only = on")
         .execute(&mut other)
         .await
@@ -163,7 +164,7 @@ async fn replays_and_restores_go_through_it() {
     assert_eq!(other.streams("", 100).await.unwrap().len(), 50);
 }
 
-/// The user's own statements have names, in a session that does not belong to the user.
+/// The user's own statements are prepared under names, in a session that the user does not own.
 #[tokio::test(flavor = "multi_thread")]
 async fn rows_of_a_handler_and_its_checkpoint_move_together() {
     let pooler = Pooler::start(SESSIONS, "").await;

@@ -1,4 +1,4 @@
-//! Many readers of streams at once share sessions and statements, and each gets its own events.
+//! Many concurrent stream reads share sessions and statements, and each reader receives its own events.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -22,12 +22,12 @@ use self::postgres::{PROMPTLY, Schema, append, url};
 
 const STREAMS: usize = 300;
 
-/// The number of events of a stream.
+/// The number of events in stream number `number`.
 fn length(number: usize) -> usize {
     1 + number % 7
 }
 
-/// Returns a store with one session for reads, and streams of different lengths.
+/// Returns a store with one session for reads, and with streams of different lengths.
 async fn filled(schema: &Schema, url: &str) -> PostgresStore {
     let settings = Settings { connections: 1, ..schema.settings() };
     let store = PostgresStore::connect(url, settings).await.unwrap();
@@ -42,7 +42,7 @@ async fn filled(schema: &Schema, url: &str) -> PostgresStore {
     store
 }
 
-/// Reads some events from a place within the stream.
+/// Reads some events from a version within the stream.
 async fn read(store: &PostgresStore, number: usize) {
     let (after, limit) = (number % 3, 1 + number % 4);
     let stream = StreamId::parse(&format!("thing-{number}")).unwrap();
@@ -60,7 +60,7 @@ async fn each_of_many_gets_its_own() {
     for round in 0..5 {
         for number in 0..STREAMS {
             let store = store.clone();
-            // Some of the streams do not exist.
+            // Some of the requested streams do not exist.
             let missing = StreamId::parse(&format!("nothing-{round}-{number}")).unwrap();
             readers.spawn(async move {
                 read(&store, number).await;
@@ -71,7 +71,8 @@ async fn each_of_many_gets_its_own() {
     timeout(6 * PROMPTLY, readers.join_all()).await.expect("some were never answered");
 }
 
-/// The same holds if a reader that reads for others gives up in the middle.
+/// Reads share a statement. The other readers still get their answers if the reader that runs the statement for all of
+/// them gives up midway.
 #[tokio::test(flavor = "multi_thread")]
 async fn who_goes_away_takes_nobody_with_him() {
     let schema = Schema::new();
@@ -85,7 +86,7 @@ async fn who_goes_away_takes_nobody_with_him() {
         let store = store.clone();
         tokio::spawn(async move { read(&store, number).await })
     };
-    // Its statement waits for the lock, in the only session.
+    // The statement of the first reader waits for the lock, in the only session.
     let first = reading(1);
     let mut connection = schema.connection().await;
     let waits = "SELECT count(*) FROM pg_locks WHERE relation = 'annals.events'::regclass AND NOT granted";
@@ -93,8 +94,8 @@ async fn who_goes_away_takes_nobody_with_him() {
     while sqlx::query_scalar::<_, i64>(schema.sql(waits)).fetch_one(&mut connection).await.unwrap() == 0 {
         assert!(started.elapsed() < PROMPTLY, "it does not wait");
     }
-    // The other readers wait for the session. When it is free, the first of them reads for all; but the session is not
-    // done yet.
+    // The other readers wait for the session. When the session becomes free, the first of these readers reads for all
+    // of them; but at this point the session is still busy.
     let mut others = Vec::new();
     for number in 2..8 {
         others.push(reading(number));
@@ -110,7 +111,7 @@ async fn who_goes_away_takes_nobody_with_him() {
     }
 }
 
-/// The same holds if the server ends the session again and again.
+/// The readers also get their answers if the server terminates the session again and again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_session_that_ends_under_them_is_replaced() {
     let schema = Schema::new();
@@ -144,7 +145,8 @@ async fn a_session_that_ends_under_them_is_replaced() {
     assert!(ending.await.unwrap() > 0, "no session was ended");
 }
 
-/// Each look is a round trip, and after a commit of this process there is mostly nothing to see.
+/// Each look at the log costs a round trip. Directly after a commit of the same process, there is usually nothing new
+/// to see.
 #[tokio::test(flavor = "multi_thread")]
 async fn who_waits_after_a_commit_of_this_process_does_not_look() {
     const COMMITS: i64 = 100;
@@ -154,7 +156,7 @@ async fn who_waits_after_a_commit_of_this_process_does_not_look() {
         let committed = store.commit(append(&format!("thing-{number}"), 0, 1)).await.unwrap();
         assert!(timeout(Duration::from_millis(5), store.wait(committed.position)).await.is_err(), "there is no more");
     }
-    // Sessions report their counts at their end.
+    // A session reports its counts when it ends.
     store.close().await.unwrap();
     let looks = "SELECT idx_scan FROM pg_stat_user_indexes WHERE indexrelid = 'annals.events_position_key'::regclass";
     let mut connection = schema.connection().await;
@@ -162,6 +164,6 @@ async fn who_waits_after_a_commit_of_this_process_does_not_look() {
     while seen < COMMITS && started.elapsed() < PROMPTLY {
         seen = sqlx::query_scalar(schema.sql(looks)).fetch_one(&mut connection).await.unwrap();
     }
-    // A commit looks up the time of the last event.
+    // Each commit looks up the time of the last event, and this counts as a look.
     assert!((COMMITS..COMMITS + COMMITS / 2).contains(&seen), "{seen} looks for {COMMITS} commits");
 }

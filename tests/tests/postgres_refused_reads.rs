@@ -1,4 +1,4 @@
-//! A query that a store cannot accept is the fault of one message, and does not mean that the store is away.
+//! If a store cannot accept a query, this is the fault of one message. It does not mean that the store is away.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use self::postgres::{on_each_store, url};
 
-/// Reads a document whose id is this text for one of the messages.
+/// For one of the messages, reads a document with this id.
 struct Ask(&'static str);
 
 #[async_trait]
@@ -32,7 +32,7 @@ impl Handler for Ask {
 
 const MESSAGES: usize = 10;
 
-/// Appends ten messages, one of which is the poison, and starts the subscription.
+/// Appends ten messages, one of which triggers the bad query, and starts the subscription.
 async fn ask(store: &Arc<dyn EventStore>, id: &'static str) -> Runtime {
     for number in 0..MESSAGES {
         let event = NewEvent {
@@ -70,8 +70,8 @@ async fn document_under_an_id_that_no_store_can_hold_is_absent_for_a_handler() {
     .await;
 }
 
-/// A database with a narrower character set refuses queries with other characters: an error of class 22, which the
-/// store recognizes by its class alone.
+/// A database with a narrower character set rejects queries with characters outside that set. The error is of class 22,
+/// and the store recognizes it by the class alone.
 #[tokio::test(flavor = "multi_thread")]
 async fn question_that_the_server_refuses_parks_its_message_and_no_other() {
     let name = format!("latin_{}", Uuid::new_v4().simple());

@@ -1,4 +1,4 @@
-//! Replay returns the same events as reading the log, in constant memory, and leaves nothing behind when it is dropped.
+//! A replay returns the same events as reading the log, in constant memory, and cleans up when it is dropped.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -35,7 +35,7 @@ impl Bed {
         Self { schema, store }
     }
 
-    /// Writes this many events to a hundred streams, each with this many bytes of padding.
+    /// Writes this many events to a hundred streams, each event padded with this many bytes.
     async fn fill(&self, events: i64, bytes: i32) {
         let sql = "INSERT INTO annals.events (stream_id, version, event_id, type, schema_version, data, metadata)
             SELECT 'number-' || n % 100, 1 + n / 100, gen_random_uuid(), 'number.drawn', 1,
@@ -49,7 +49,7 @@ impl Bed {
             .unwrap();
     }
 
-    /// Reads through the port, page by page.
+    /// Reads through the store's trait, page by page.
     async fn read(&self, query: &LogQuery) -> Vec<Recorded> {
         let (mut all, mut after) = (Vec::new(), Position::START);
         loop {
@@ -66,7 +66,7 @@ impl Bed {
         self.store.replay(replay).try_collect().await.unwrap()
     }
 
-    /// Counts the sessions of this store that match.
+    /// Counts the sessions of this store that match a condition.
     async fn sessions(&self, which: &str) -> i64 {
         let sql = format!("SELECT count(*) FROM pg_stat_activity WHERE application_name = $1 AND {which}");
         let count = sqlx::query_scalar(sqlx::AssertSqlSafe(sql)).bind(self.schema.name());
@@ -82,7 +82,7 @@ async fn execute(connection: &mut PgConnection, sql: sqlx::AssertSqlSafe<String>
 async fn it_gives_what_the_log_gives() {
     let bed = Bed::new().await;
     assert_eq!(bed.replayed(Replay::all()).await, []);
-    // More than a page, and more than a batch of each kind.
+    // More events than fit into a page, and into a batch of each kind.
     bed.fill(45_000, 10).await;
     for (number, type_name) in ["it's", "100%", r"back\slash\", "naïve 🦀", "{after}"].into_iter().enumerate() {
         let mut commit = append(&format!("odd-{number}"), 0, 400);
@@ -90,7 +90,7 @@ async fn it_gives_what_the_log_gives() {
         bed.store.commit(commit).await.unwrap();
     }
     let mut by_hand = bed.schema.connection().await;
-    // Dates beyond the range that we know, and gaps.
+    // Inserts dates beyond the range that the library knows, and gaps.
     execute(
         &mut by_hand,
         bed.schema.sql(
@@ -136,7 +136,7 @@ async fn it_gives_what_the_log_gives() {
     let time = all[46_000].recorded_at;
     let ever = [DateTime::<Utc>::MIN_UTC, all[0].recorded_at, time, Utc::now(), DateTime::<Utc>::MAX_UTC];
     for (from, until) in ever.iter().flat_map(|from| ever.iter().map(move |until| (*from, *until))) {
-        // `infinity` is read as the end of time, and is not before it.
+        // PostgreSQL's `infinity` is read as the end of time, which lies after every bound.
         let within = |event: &&Recorded| event.recorded_at >= from && event.recorded_at < until;
         let expected: Vec<_> = all.iter().filter(within).cloned().collect();
         assert_eq!(bed.replayed(Replay::all().recorded(from..until)).await.len(), expected.len(), "{from} {until}");
@@ -200,7 +200,7 @@ async fn typed_events_come_in_order_and_one_that_is_none_stops_nobody() {
 }
 
 impl Bed {
-    /// Adds one more event to each stream.
+    /// Adds one event to each stream.
     async fn fill_more(&self, from: i64) {
         let sql = "INSERT INTO annals.events (stream_id, version, event_id, type, schema_version, data)
             SELECT 'number-' || n % 100, 1 + n / 100, gen_random_uuid(), 'number.drawn', 1, json_build_object('n', n)
@@ -230,7 +230,7 @@ async fn dropped_amidst_it_leaves_no_query() {
             .await;
         }
     }
-    // The store still has its readers.
+    // The store still has all its sessions for reads.
     assert_eq!(bed.read(&LogQuery::all()).await.len(), 100_000);
 }
 
@@ -239,7 +239,7 @@ async fn rest(replayed: &mut (impl Stream<Item = Result<Recorded, annals::StoreE
     timeout(PROMPTLY, positions).await.expect("the rest comes").unwrap()
 }
 
-/// A consumer that takes an event and then pauses must not hold a snapshot of the whole server.
+/// A consumer that receives an event and then pauses must not keep a snapshot open on the server.
 #[tokio::test(flavor = "multi_thread")]
 async fn somebody_slow_keeps_no_transaction_open() {
     let bed = Bed::new().await;
@@ -254,7 +254,7 @@ async fn somebody_slow_keeps_no_transaction_open() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_connection_loses_no_event() {
     let bed = Bed::new().await;
-    // More events than are read ahead when the last connection is cut.
+    // More events than are read ahead by the time the last connection is cut.
     bed.fill(120_000, 500).await;
     let mut replayed = bed.store.replay(Replay::all());
     let mut taken = 0;
@@ -268,7 +268,7 @@ async fn a_lost_connection_loses_no_event() {
                      WHERE application_name = $1 AND query ILIKE '%COPY%'";
         killed += sqlx::query_scalar::<_, i64>(kill).bind(bed.schema.name()).fetch_one(&mut killer).await.unwrap();
     }
-    // Between two pages the replay has no session.
+    // Between two pages, the replay holds no session.
     assert!(killed > 0, "no session was ended under it");
     assert_eq!(rest(&mut replayed).await, Vec::from_iter(taken + 1..=120_000));
 }

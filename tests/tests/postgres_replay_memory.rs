@@ -1,4 +1,5 @@
-//! Replay takes no more memory for a longer log. Alone in its file, because the test measures the whole process.
+//! A replay needs no more memory for a longer log. This test is alone in its file, because it measures the whole
+//! process.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -25,7 +26,7 @@ fn resident() -> i64 {
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
-/// 300 MB of events in a tenth of that, also for a consumer that is slower than the database.
+/// Replays 300 MB of events within a tenth of that memory, also with a consumer that is slower than the database.
 #[tokio::test(flavor = "multi_thread")]
 async fn memory_does_not_grow_with_the_log() {
     const EVENTS: i64 = 300_000;

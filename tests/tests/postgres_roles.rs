@@ -1,4 +1,4 @@
-//! The rights of each role, as the database enforces them.
+//! The permissions of each role, as the database enforces them.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -20,7 +20,7 @@ use self::postgres::{PROMPTLY, Schema, append, url, whole_log};
 const INSUFFICIENT_PRIVILEGE: &str = "42501";
 const NEVER_CHANGED: &str = "AN002";
 
-/// Statements on a schema, and the roles that may run them: reader, operator, writer.
+/// Statements, and whether each role may run them: reader, operator, writer.
 const RIGHTS: &[(&str, [bool; 3])] = &[
     ("SELECT count(*) FROM annals.events", [true, true, true]),
     ("SELECT count(*) FROM annals.documents", [true, true, true]),
@@ -45,7 +45,7 @@ const RIGHTS: &[(&str, [bool; 3])] = &[
     ("COPY annals.documents FROM PROGRAM 'true'", [false, false, false]),
     ("TRUNCATE annals.documents", [false, false, false]),
     ("UPDATE annals.migrations SET version = 99", [false, false, false]),
-    // Statements that would block all sessions, or run with the rights of others.
+    // Statements that would block all sessions, or would run with another role's permissions.
     ("LOCK TABLE annals.events IN ACCESS EXCLUSIVE MODE", [false, false, false]),
     ("CREATE TABLE annals.mine ()", [false, false, false]),
     (
@@ -64,7 +64,7 @@ async fn execute(connection: &mut PgConnection, sql: &str) -> Result<(), String>
     done.map(drop).map_err(|error| error.into_database_error().unwrap().code().unwrap().into_owned())
 }
 
-/// Creates a role of each kind.
+/// Creates one role of each kind.
 async fn roles(schema: &Schema) -> [String; 3] {
     let roles = ["reader", "operator", "writer"].map(|access| (access, schema.role(access)));
     for (access, role) in &roles {
@@ -75,7 +75,7 @@ async fn roles(schema: &Schema) -> [String; 3] {
     roles.map(|(_, role)| role)
 }
 
-/// Returns a URL under which everything runs as a role.
+/// Returns a URL whose sessions run as this role.
 fn url_as(role: &str) -> String {
     let url = url();
     let separator = if url.contains('?') { '&' } else { '?' };
@@ -103,7 +103,7 @@ async fn each_role_may_do_its_own_and_no_more() {
                 Err(code) => assert_eq!((&*code, may[place]), (INSUFFICIENT_PRIVILEGE, false), "{role}: {sql}"),
             }
         }
-        // Whatever its rights, no role changes an event.
+        // Even with its permissions, no role can change an event.
         for sql in
             ["UPDATE annals.events SET data = '[]'", "DELETE FROM annals.events", "TRUNCATE annals.events CASCADE"]
         {
@@ -117,7 +117,7 @@ async fn each_role_may_do_its_own_and_no_more() {
     assert_eq!(whole_log(&store).await.len(), 2);
 }
 
-/// A service runs as a writer, a person on call repairs as an operator, a report reads: each with its own role.
+/// A service runs as a writer, a person on call repairs as an operator, and a report reads as a reader.
 #[tokio::test(flavor = "multi_thread")]
 async fn each_role_can_do_its_whole_job() {
     let schema = Schema::new();
@@ -177,7 +177,8 @@ async fn a_store_works_as_far_as_its_role_goes() {
     let store = open(&writer).await.unwrap();
     store.commit(append("a-1", 2, 2)).await.unwrap();
     store.commit(note(0)).await.unwrap();
-    // A sequence that a restore has left behind is moved forward even by roles that may not set it.
+    // A restore can leave the sequence behind. Every role that writes moves it forward, even if the role may not set
+    // the sequence itself.
     let back = schema.sql("SELECT setval('annals.events_position', 1)");
     sqlx::query(back).execute(&mut schema.connection().await).await.unwrap();
     store.commit(append("a-1", 4, 1)).await.unwrap();
@@ -190,7 +191,7 @@ async fn a_store_works_as_far_as_its_role_goes() {
         assert!(matches!(outcome, Err(CommitError::Unavailable(_))), "{outcome:?}");
     }
     assert_eq!(whole_log(&store).await.len(), 5);
-    // An operator may record its acts.
+    // An operator may record its own actions.
     let mut act = append("operator-a", 0, 1);
     act.appends[0].events[0].type_name = "operator.paused".into();
     store.commit(act.clone()).await.unwrap();
@@ -209,14 +210,14 @@ async fn a_store_works_as_far_as_its_role_goes() {
     store.wait(Position(5)).await.unwrap();
     assert_eq!(store.status().await.unwrap().head, Position(6));
 
-    // A role without any grants.
+    // This role has no grants.
     let stranger = schema.role("stranger");
     execute(&mut schema.connection().await, &format!("CREATE ROLE {stranger}")).await.unwrap();
     let refused = open(&stranger).await.unwrap_err();
     assert!(matches!(refused, OpenError::Refused { .. }), "{refused}");
 }
 
-/// The written rows decide whether an operator may append them, whatever bounds the array arguments have.
+/// The rows decide whether an operator may append them, whatever the lower bounds of the array arguments are.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operator_is_held_to_what_is_written() {
     let schema = Schema::new();

@@ -1,4 +1,4 @@
-//! Schemas that were renamed: opening a name uses that schema, or is refused before anything is written.
+//! Renamed schemas: a store either uses the schema with the given name, or is rejected before anything is written.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -22,7 +22,8 @@ async fn events(connection: &mut PgConnection, schema: &str) -> i64 {
     sqlx::query_scalar(sql).fetch_one(connection).await.unwrap()
 }
 
-/// Returns a store with three events under `old`, renamed to `kept`, and a new store under the old name.
+/// Creates a store with three events in `old`, renames that schema to `kept`, and creates a new store under the old
+/// name.
 async fn renamed() -> (Schema, Schema, PgConnection) {
     let [old, kept] = [Schema::new(), Schema::new()];
     let store = old.store().await;
@@ -44,7 +45,7 @@ async fn renamed_schema_is_refused_where_nothing_may_be_changed() {
         Err(OpenError::Renamed { schema, found }) => assert_eq!((&*schema, &*found), (kept.name(), old.name())),
         other => panic!("it was renamed: {other:?}"),
     }
-    // A role that does not own the schema may not have it changed either.
+    // A role that does not own the schema must not trigger changes to it.
     let writer = kept.role("writer");
     run(&mut connection, format!("CREATE ROLE {writer} LOGIN")).await;
     run(&mut connection, format!("GRANT USAGE ON SCHEMA {} TO {writer}", kept.name())).await;
@@ -66,7 +67,7 @@ async fn renamed_schema_is_used_under_its_name_once_its_owner_has_opened_it() {
     for _ in 0..2 {
         let store = PostgresStore::connect(&url(), settings(kept.name())).await.unwrap();
         let stands = whole_log(&store).await.len() as i64;
-        // Few rows, many rows, and acts of operators: each uses another statement.
+        // Few rows, many rows and an operator's action each use another statement.
         store.commit(append("a-1", stands, 1)).await.unwrap();
         store.commit(append("a-1", stands + 1, 2)).await.unwrap();
         store.commit(append("a-1", stands + 3, 40)).await.unwrap();
@@ -77,7 +78,7 @@ async fn renamed_schema_is_used_under_its_name_once_its_owner_has_opened_it() {
     assert!(store.status().await.unwrap().head > Position(80));
     store.close().await.unwrap();
     assert_eq!((events(&mut connection, kept.name()).await, events(&mut connection, old.name()).await), (89, 1));
-    // The other way round: the last name of the functions counts.
+    // A second rename: the functions then use the last name.
     let third = Schema::new();
     run(&mut connection, format!("ALTER SCHEMA {} RENAME TO {}", kept.name(), third.name())).await;
     let store = PostgresStore::connect(&url(), settings(third.name())).await.unwrap();
@@ -87,7 +88,7 @@ async fn renamed_schema_is_used_under_its_name_once_its_owner_has_opened_it() {
     connection.close().await.unwrap();
 }
 
-/// Grants and their meaning survive.
+/// Grants survive a rename and keep their meaning.
 #[tokio::test]
 async fn operators_of_a_renamed_schema_are_operators_of_it() {
     let (_old, kept, mut connection) = renamed().await;
@@ -106,7 +107,7 @@ async fn operators_of_a_renamed_schema_are_operators_of_it() {
     connection.close().await.unwrap();
 }
 
-/// Two stores whose names are parts of each other are independent.
+/// Two stores are independent even if the name of one is part of the other's name.
 #[tokio::test]
 async fn schemas_side_by_side_are_apart() {
     let one = Schema::new();

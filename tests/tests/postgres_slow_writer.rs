@@ -1,4 +1,4 @@
-//! A transaction of another session that has drawn a position and is slow, while others commit and follow.
+//! A transaction in another session has drawn a position and is slow, while other writers commit and readers follow.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -13,7 +13,8 @@ use tokio_util::sync::CancellationToken;
 
 use self::postgres::{Schema, load::Load, url};
 
-/// The duration of the slow transaction. `ANNALS_SLOW_WRITER_SECONDS=30` makes it as long as it should ever be.
+/// The duration of the slow transaction. `ANNALS_SLOW_WRITER_SECONDS=30` sets the longest duration that should ever
+/// occur.
 fn patience() -> Duration {
     let seconds = std::env::var("ANNALS_SLOW_WRITER_SECONDS").ok().and_then(|seconds| seconds.parse().ok());
     Duration::from_secs(seconds.unwrap_or(3))
@@ -32,7 +33,7 @@ async fn add_by_hand(connection: &mut PgConnection, schema: &Schema, stream: &st
     assert!(query.fetch_one(connection).await.unwrap());
 }
 
-/// Readers of a store, one of which is opened again and again, miss nothing.
+/// Two readers miss no event. One of them opens its store again and again.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_reader_misses_what_a_slow_writer_commits() {
     for ending in ["COMMIT", "ROLLBACK"] {
@@ -43,7 +44,7 @@ async fn no_reader_misses_what_a_slow_writer_commits() {
         let mut slow = schema.connection().await;
         execute(&mut slow, "BEGIN").await;
         add_by_hand(&mut slow, &schema, "slow-1", 1).await;
-        // Other writers commit all the while.
+        // Other writers keep committing during that time.
         let before = load.acknowledged();
         tokio::time::sleep(patience()).await;
         assert!(load.acknowledged() > before + 50, "{} commits", load.acknowledged() - before);
@@ -57,7 +58,7 @@ async fn no_reader_misses_what_a_slow_writer_commits() {
 struct Following(CancellationToken, JoinHandle<Result<(), String>>);
 
 impl Following {
-    /// Starts a subscription that the database sees as another process.
+    /// Starts a subscription on its own store, which looks like another process to the database.
     async fn start(schema: &Schema) -> Self {
         let store: Arc<dyn EventStore> = Arc::new(schema.store().await);
         let shutdown = CancellationToken::new();
@@ -65,7 +66,7 @@ impl Following {
         Self(shutdown.clone(), tokio::spawn(copier.run(store, Health::default(), shutdown)))
     }
 
-    /// Aborts the subscription at any point.
+    /// Aborts the subscription, wherever it is.
     async fn kill(self) {
         self.1.abort();
         self.1.await.ok();
@@ -77,7 +78,7 @@ impl Following {
     }
 }
 
-/// A subscription that is killed and restarted in the middle has each effect once, in order.
+/// A subscription is killed and restarted while the slow transaction runs. Each effect happens once, in order.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_subscription_that_restarts_meanwhile_has_each_effect_once() {
     for ending in ["COMMIT", "ROLLBACK"] {

@@ -1,4 +1,4 @@
-//! A user's SQL in the transaction that moves the checkpoint: the table and the checkpoint always agree.
+//! A user's SQL runs in the transaction that moves the checkpoint, so the table and the checkpoint always agree.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -29,7 +29,7 @@ async fn rows_and_checkpoint_move_together() {
     assert!(!watch.is_finished(), "{:?}", watch.await);
     watch.abort();
     bed.nothing_is_open().await;
-    // Nothing is left of the documents that handler and store exchange.
+    // The internal documents between handler and store leave nothing behind.
     let sql = bed.schema.sql("SELECT DISTINCT collection FROM annals.documents");
     let left: Vec<String> = sqlx::query_scalar(sql).fetch_all(&mut bed.schema.connection().await).await.unwrap();
     assert_eq!(left, ["checkpoint"]);
@@ -38,7 +38,7 @@ async fn rows_and_checkpoint_move_together() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failed_message_leaves_nothing_and_works_later() {
     for trouble in [Trouble::Error, Trouble::Panic, Trouble::SwallowedError, Trouble::Deferred] {
-        // The first message of the batch, one in the middle, and the last.
+        // Fails at the first message of the batch, at one in the middle, and at the last.
         for failing in [1, 3, 5] {
             let bed = Bed::new().await;
             bed.trouble(failing, trouble);
@@ -83,10 +83,10 @@ async fn a_failed_message_leaves_nothing_and_works_later() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_message_left_to_the_next_commit_has_its_row_there() {
     let bed = Bed::new().await;
-    // The second message makes the commit too large, so that the worker takes it out again.
+    // The second message makes the commit too large, so the worker removes that message from the batch.
     bed.trouble(1, Trouble::Large(COMMIT_ROWS_MAX / 2 - 100));
     bed.trouble(2, Trouble::Large(COMMIT_ROWS_MAX / 2 + 200));
-    // This message is too large even alone.
+    // This message is too large even on its own.
     bed.trouble(5, Trouble::Large(COMMIT_ROWS_MAX + 1));
     let watch = bed.watch();
     bed.add("a", 1..=4).await;
@@ -118,7 +118,7 @@ async fn a_transaction_within_is_a_savepoint() {
     watch.abort();
 }
 
-/// Staged changes and SQL stay consistent, even when others write to the same stream.
+/// Staged changes and SQL stay consistent even if others write to the same stream.
 #[tokio::test(flavor = "multi_thread")]
 async fn conflicts_roll_the_rows_back() {
     let mut bed = Bed::new().await;

@@ -1,5 +1,5 @@
-//! A user's SQL in the transaction that moves the checkpoint, while sessions end, tasks are dropped and answers are
-//! lost.
+//! A user's SQL runs in the transaction that moves the checkpoint, while sessions are terminated, tasks are dropped and
+//! answers are lost.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -37,7 +37,7 @@ async fn a_handler_whose_session_ends_is_not_at_fault() {
     running.stop().await;
 }
 
-/// Ends all sessions again and again, at any point: within a handler, between two messages, within the commit.
+/// Terminates all sessions again and again, at any point: within a handler, between two messages, or within the commit.
 #[tokio::test(flavor = "multi_thread")]
 async fn ended_sessions_lose_and_double_nothing() {
     const KEYS: usize = 8;
@@ -80,7 +80,7 @@ async fn ended_sessions_lose_and_double_nothing() {
     }
 }
 
-/// The tasks of the subscription are dropped wherever they are, as when a process dies.
+/// Drops the tasks of the subscription wherever they are, as if the process had died.
 #[tokio::test(flavor = "multi_thread")]
 async fn dropped_tasks_lose_and_double_nothing() {
     let mut bed = Bed::new().await;
@@ -103,7 +103,8 @@ async fn dropped_tasks_lose_and_double_nothing() {
     running.stop().await;
 }
 
-/// The session ends in the statement that ends its transaction: the outcome is unknown to the store. It did not commit.
+/// The session ends during the `COMMIT` of its transaction. The transaction did not commit, but the store cannot know
+/// that.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_session_that_ends_in_its_commit_is_found_out() {
     let bed = Bed::new().await;
@@ -126,8 +127,7 @@ async fn a_session_that_ends_in_its_commit_is_found_out() {
     running.stop().await;
 }
 
-/// Forwards everything, but cuts this many connections after their `COMMIT`: the server commits, and its answer is
-/// lost.
+/// Forwards all bytes, but cuts this many connections after their `COMMIT`: the server commits, and its answer is lost.
 fn deaf_to_commits(server: String, cuts: Arc<AtomicU64>) -> std::net::SocketAddr {
     const COMMIT: &[u8] = b"Q\0\0\0\x0bCOMMIT\0";
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -161,7 +161,7 @@ fn deaf_to_commits(server: String, cuts: Arc<AtomicU64>) -> std::net::SocketAddr
     address
 }
 
-/// The commit succeeded, and its answer is lost.
+/// The commit succeeds, but its answer is lost.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_commit_whose_answer_is_lost_is_found_out() {
     const CUTS: u64 = 3;
@@ -172,7 +172,7 @@ async fn a_commit_whose_answer_is_lost_is_found_out() {
     let through = url().replacen(&server, &deaf_to_commits(server.clone(), cuts.clone()).to_string(), 1);
     assert_ne!(through, url(), "the URL of the server names host and port");
     let store = PostgresStore::connect(&through, bed.schema.settings()).await.unwrap();
-    // Set only now, since opening ends with a commit too.
+    // Sets the number of cuts only now, because opening a store ends with a commit too.
     cuts.store(CUTS, Ordering::SeqCst);
     bed.store = SqlStore::new(store);
     let watch = bed.watch();

@@ -1,4 +1,4 @@
-//! Connections with TLS to a server, with certificates made here.
+//! TLS connections to a server, with certificates that the test creates.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used)]
 
@@ -23,13 +23,13 @@ fn openssl(folder: &Path, arguments: &str) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// Creates an authority that signs certificates: `<name>.crt`, `<name>.key`.
+/// Creates a certificate authority in the files `<name>.crt` and `<name>.key`.
 fn authority(folder: &Path, name: &str) {
     let curve = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes";
     openssl(folder, &format!("req -x509 {curve} -keyout {name}.key -out {name}.crt -days 2 -subj /CN={name}"));
 }
 
-/// Returns a server whose certificate for `localhost` is signed by `ca`, and not by `other`.
+/// Returns a server whose certificate for `localhost` is signed by the authority `ca`, not by `other`.
 async fn server() -> (Server, TempDir) {
     let certificates = tempfile::tempdir().unwrap();
     let path = certificates.path();
@@ -69,7 +69,7 @@ async fn every_connection_of_a_store_is_as_secure_as_its_url_says() {
         ("127.0.0.1", "sslmode=require".to_owned()),
         ("127.0.0.1", format!("sslmode=verify-ca&{of_ca}")),
         ("localhost", format!("sslmode=verify-full&{of_ca}")),
-        // TLS is used if the server offers it, even without a parameter.
+        // Even without a parameter, TLS is used if the server offers it.
         ("127.0.0.1", String::new()),
     ] {
         let store = open(host, &parameters).await.unwrap();
@@ -89,7 +89,7 @@ async fn every_connection_of_a_store_is_as_secure_as_its_url_says() {
         }
     }
     for (host, parameters) in [
-        // Another name, another authority, no known authority.
+        // Each URL is rejected: for another host name, for another authority, and without a known authority.
         ("127.0.0.1", format!("sslmode=verify-full&{of_ca}")),
         ("localhost", format!("sslmode=verify-full&{of_other}")),
         ("localhost", format!("sslmode=verify-ca&{of_other}")),

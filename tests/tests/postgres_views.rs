@@ -42,7 +42,7 @@ async fn a_run_of_the_shop_shows_in_the_views() {
             .unwrap()
     };
     let outcome = run(ORDERS).await;
-    // A service that has stopped lags behind what the others wrote afterwards. A second run lets it catch up.
+    // A stopped service lags behind the events that others wrote later. A second run lets the service catch up.
     run(0).await;
 
     let mut outside = schema.connection().await;
@@ -54,7 +54,7 @@ async fn a_run_of_the_shop_shows_in_the_views() {
     let expected = [("completed", outcome.books.confirmed as i64), ("compensated", cancelled as i64)];
     assert_eq!(sagas, expected.map(|(status, count)| (status.to_owned(), count)).into());
 
-    // Each saga of the view is in the log, and ended no sooner than it began.
+    // Each saga in the view is in the log, and did not end before it began.
     let sql = "SELECT count(*) FROM annals.sagas AS s
                 WHERE s.ended_at >= s.started_at AND s.attempts >= 0 AND length(s.definition_hash) > 0
                   AND EXISTS (SELECT FROM annals.events AS e WHERE e.stream_id = 'saga.' || s.saga || '-' || s.saga_id)
@@ -125,7 +125,7 @@ async fn what_is_parked_and_what_lags_show() {
     assert_eq!(seen, expected.collect::<Vec<_>>());
     assert!(seen[0].3.contains("100%"), "{seen:?}");
 
-    // The subscription has stopped: new events are lag.
+    // The subscription has stopped, so new events count as lag.
     shutdown.cancel();
     tokio::time::timeout(Duration::from_secs(20), running).await.unwrap().unwrap().unwrap();
     let lag = async || {

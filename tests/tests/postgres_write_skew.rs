@@ -1,4 +1,5 @@
-//! Two commits that each write what the other only checked: one of them must lose, whichever processes they are in.
+//! Two commits each write what the other only checks. One of them must lose, even if they come from different
+//! processes.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -13,7 +14,7 @@ use tokio::{sync::Barrier, task::JoinSet, time::timeout};
 
 use self::postgres::{PROMPTLY, Schema, append};
 
-/// Returns a commit to one stream that relies on another stream's version.
+/// Returns a commit that writes to one stream and relies on the version of another.
 fn relying(on: (&str, i64), write: (&str, i64)) -> Commit {
     let mut commit = append(write.0, write.1, 1);
     let (stream, expected) = (StreamId::parse(on.0).unwrap(), Expected::Version(Version(on.1)));
@@ -21,7 +22,7 @@ fn relying(on: (&str, i64), write: (&str, i64)) -> Commit {
     commit
 }
 
-/// Waits until a transaction waits for the gate of a stream.
+/// Waits until a transaction is waiting for the gate of a stream, the advisory lock that serializes access to it.
 async fn somebody_waits(schema: &Schema) {
     let mut observer = schema.connection().await;
     let waits = "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND locktype = 'advisory'
@@ -34,7 +35,7 @@ async fn somebody_waits(schema: &Schema) {
     timeout(PROMPTLY, observed).await.expect("the other one must be waited for");
 }
 
-/// Acts as another process: checks `checked`, which is empty, and writes to `written` in an open transaction.
+/// Acts as another process: checks that `checked` is empty, and writes to `written` in an open transaction.
 async fn rely_within(connection: &mut PgConnection, schema: &Schema, checked: &str, written: &str) {
     let sql = "SELECT positions[1] IS NOT NULL FROM annals.append(
         ARRAY[$1, $2], '{0,0}', '{t,f}', '{}', '{}', '{}', '{}', '{}', '{}', '{}',
@@ -43,7 +44,7 @@ async fn rely_within(connection: &mut PgConnection, schema: &Schema, checked: &s
     assert!(query.fetch_one(connection).await.unwrap(), "nothing is in its way");
 }
 
-/// The second commit checks only after the first has ended.
+/// The second commit performs its check only after the first has ended.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_second_waits_for_the_first_and_sees_what_it_did() {
     for (ending, holds) in [("COMMIT", false), ("ROLLBACK", true)] {
@@ -69,7 +70,7 @@ async fn the_second_waits_for_the_first_and_sees_what_it_did() {
     }
 }
 
-/// At least one doctor stays on call: each leaves only while the other has not left.
+/// At least one doctor must stay on call, so each doctor leaves only if the other has not left.
 #[tokio::test(flavor = "multi_thread")]
 async fn of_two_that_rely_on_each_other_one_goes() {
     const ROUNDS: i64 = 200;
@@ -100,7 +101,7 @@ async fn of_two_that_rely_on_each_other_one_goes() {
     assert_eq!(both, 0, "rounds in which both left");
 }
 
-/// A commit that only writes, or only checks, waits for none, and a blocked commit blocks only itself.
+/// A commit that only writes or only checks waits for no other commit, and a blocked commit blocks only itself.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_open_transaction_holds_up_only_what_it_contradicts() {
     let schema = Schema::new();
@@ -129,7 +130,8 @@ async fn an_open_transaction_holds_up_only_what_it_contradicts() {
     store.commit(relying(("right-1", 0), ("left-1", 0))).await.unwrap();
 }
 
-/// The same for missing documents: a commit that creates one, or relies on its absence, waits and checks again.
+/// The same holds for missing documents: a commit that creates a document, or relies on its absence, waits and then
+/// checks again.
 #[tokio::test(flavor = "multi_thread")]
 async fn of_two_that_rely_on_absence_one_holds_between_processes() {
     const ROUNDS: usize = 100;
@@ -161,7 +163,7 @@ async fn of_two_that_rely_on_absence_one_holds_between_processes() {
     assert_eq!(left, 0, "what holds the place of an absent document is gone with the transaction");
 }
 
-/// The commit that would create the document waits for a transaction that relies on its absence.
+/// A commit that would create the document waits for a transaction that relies on the document's absence.
 #[tokio::test(flavor = "multi_thread")]
 async fn absence_that_is_relied_on_is_waited_for() {
     for (ending, holds) in [("COMMIT", false), ("ROLLBACK", true)] {
@@ -169,7 +171,7 @@ async fn absence_that_is_relied_on_is_waited_for() {
         let store = schema.store().await;
         let mut first = schema.connection().await;
         sqlx::raw_sql("BEGIN").execute(&mut first).await.unwrap();
-        // Creates `b` because there is no `a`.
+        // Creates `b` because `a` does not exist.
         let sql =
             "SELECT positions IS NOT NULL FROM annals.append('{}', '{}', '{}', '{c,c}', '{a,b}', '{0,NULL}', '{f,f}',
                    '{0,1}', '{NULL,{}}'::text[], '{NULL,NULL}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}')";

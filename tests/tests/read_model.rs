@@ -1,4 +1,4 @@
-//! Read models: updated with the checkpoint, rebuilt next to the live views, and swapped.
+//! Read models: their views are updated together with the checkpoint, rebuilt next to the live views, and swapped.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use std::{sync::Arc, time::Duration};
@@ -36,7 +36,7 @@ struct Total {
     deposits: u64,
 }
 
-/// Totals by owner; `times` stands for a rule that changes between builds.
+/// Totals by owner. `times` stands for a rule that changes from build to build.
 struct Totals {
     times: u64,
 }
@@ -112,7 +112,7 @@ async fn a_rebuild_leaves_the_live_views_alone_until_it_swaps() {
     assert_eq!((rebuilt.generation, rebuilt.views, rebuilt.views_before), (2, 2, 2));
     assert_eq!(views.get("ada").await.unwrap(), Some(Total { amount: 200, deposits: 10 }));
 
-    // The service that runs after the swap continues where the rebuild ended, and nothing is counted twice.
+    // The service that runs after the swap continues where the rebuild ended, and no event is counted twice.
     let new = runtime(&store, projection(2)).await;
     deposit(&accounts, 3).await;
     until(&views, "ada", Total { amount: 220, deposits: 11 }).await;

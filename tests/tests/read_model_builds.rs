@@ -1,5 +1,5 @@
-//! A generation of a read model belongs to one build. Builds run side by side, faults hit a build or the store,
-//! swaps happen under a running service, and services have two versions. On every store.
+//! Each generation of a read model belongs to one build. In these tests, builds run side by side, faults hit a build or
+//! the store, swaps happen under a running service, and services have two versions. They run on every store.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod postgres;
@@ -46,8 +46,7 @@ struct Total {
     largest: u64,
 }
 
-/// Totals by owner. `broken` is an owner whose events make this build panic; `calls` counts the events that were
-/// applied.
+/// Totals by owner. Events of the owner `broken` make this build panic. `calls` counts the events that were applied.
 #[derive(Clone, Default)]
 struct Totals<const VERSION: u32> {
     broken: Arc<Mutex<Option<&'static str>>>,
@@ -88,7 +87,7 @@ fn broken(owner: &'static str) -> Projection<Totals<1>> {
     projection(&totals)
 }
 
-/// Runs a test on each store, empty at first.
+/// Runs a test on each kind of store, starting with an empty store each time.
 async fn on_each_store(test: impl AsyncFn(Arc<dyn EventStore>)) {
     eprintln!("in memory");
     test(Arc::new(MemoryStore::new())).await;
@@ -120,7 +119,7 @@ async fn deposit(store: &Arc<dyn EventStore>, owner: &str, amount: u64) {
     deposits(store, owner, &[owner.to_owned()], amount).await;
 }
 
-/// Makes `count` deposits of 1 that go around these owners.
+/// Makes `count` deposits of 1, distributed over these owners in turn.
 async fn many(store: &Arc<dyn EventStore>, owners: usize, count: usize) {
     for page in 0..count.div_ceil(2_000) {
         let these = (page * 2_000..count.min((page + 1) * 2_000)).map(|n| format!("owner{:04}", n % owners));
@@ -140,7 +139,7 @@ async fn all(store: &Arc<dyn EventStore>) -> BTreeMap<String, Total> {
     views.into_iter().map(|(key, view)| (key.to_string(), view)).collect()
 }
 
-/// Waits until this many deposits are in the views, then checks that the views are right.
+/// Waits until the views hold this many deposits, then checks that the views are correct.
 async fn right(store: &Arc<dyn EventStore>, owners: usize, each: u64) {
     let sum = |views: &BTreeMap<String, Total>| views.values().map(|total| total.deposits).sum::<u64>();
     let views = eventually("all deposits are in the views", async || {
@@ -153,7 +152,7 @@ async fn right(store: &Arc<dyn EventStore>, owners: usize, each: u64) {
     assert!(wrong.is_empty(), "of {each} deposits for each owner: {wrong:?}");
 }
 
-/// Returns what the store holds of the read model outside its log: collections with the number of their documents.
+/// Returns what the store holds for the read model outside the log: the number of documents in each collection.
 async fn left(store: &Arc<dyn EventStore>, generation: u32) -> [usize; 3] {
     let of = format!("totals@{generation}");
     let checkpoints = documents(store, "checkpoint").await;
@@ -184,12 +183,13 @@ async fn the_end_of_one_build_leaves_what_another_has_swapped_in() {
             assert_eq!((found.live, found.rebuilt, found.differences), (50, 50, 0));
             compared.discard().await.unwrap();
             right(&store, 50, 2).await;
-            // A build that is dropped removes nothing of others either. Its own views stay until it is taken for dead.
+            // A build that is dropped removes nothing of other builds either. Its own views stay until it counts as
+            // dead.
             given_up.push(rebuilt.generation + 1);
             let dropped = totals().build(store.clone(), |_| {}).await.unwrap();
             totals().rebuild(store.clone()).await.unwrap();
             drop(dropped);
-            // A swap after another swap is refused.
+            // A swap is rejected if another build was swapped in before.
             let late = totals().build(store.clone(), |_| {}).await.unwrap();
             let generation = totals().rebuild(store.clone()).await.unwrap().generation;
             let refused = late.swap().await;
@@ -256,20 +256,21 @@ async fn events_that_cannot_be_applied_are_counted_and_belong_to_their_build() {
         assert!(error.contains("3 events could not be applied"), "{error}");
         right(&store, 2, 3).await;
 
-        // The broken builds leave nothing: the repaired build has each event once, now and later.
+        // The broken builds leave nothing behind. The repaired build applies each event once, now and later.
         assert_eq!(totals().rebuild(store.clone()).await.unwrap().views, 2);
         deposit(&store, "ada", 13).await;
         deposit(&store, "bob", 13).await;
         right(&store, 2, 4).await;
         assert_eq!(all(&store).await["ada"].amount, 46);
 
-        // Accepted, the parked events wait as dead letters of the generation that is live then.
+        // After the operator accepts them, the parked events wait as dead letters of the generation that is then live.
         let accepted = broken("ada").build(store.clone(), |_| {}).await.unwrap().accept_parked().swap().await.unwrap();
         assert_eq!((accepted.views, accepted.views_before, accepted.parked), (1, 2, 4));
         let of = format!("totals@{}", accepted.generation);
         let letters = DeadLetters::new(store.clone()).list(&of).await.unwrap();
         assert!(letters.len() == 1 && letters[0].behind == 3, "{letters:?}");
-        // The running service has no fault: it applies the events once and in order, when an operator redrives them.
+        // The running service has no fault. When an operator redrives the events, the service applies them once and in
+        // order.
         eventually("the service keeps the new generation", async || {
             let redriven = Operator::new(store.clone(), "ann").redrive(&of, "account-ada", "mended").await;
             (redriven.unwrap() == 0).then_some(())
@@ -312,8 +313,8 @@ async fn a_service_goes_on_with_the_new_views_and_reads_nothing_again() {
                     (hot > upto).then_some(())
                 })
                 .await;
-                // One second is promised; a machine that is busy with other tests takes more, but none of it grows with
-                // the log.
+                // The promise is one second. A machine that is busy with other tests may need more, but the time must
+                // not grow with the log.
                 assert!(swapped.elapsed() < Duration::from_secs(5), "{:?}", swapped.elapsed());
                 tokio::time::sleep(Duration::from_millis(700)).await;
             }
@@ -335,7 +336,7 @@ async fn a_service_goes_on_with_the_new_views_and_reads_nothing_again() {
     .await;
 }
 
-/// The old service is in the middle of a commit while its generation is swapped and removed.
+/// The old service is in the middle of a commit when its generation is swapped and removed.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_commit_that_was_under_way_brings_no_removed_view_back() {
     on_each_store(async |inner| {
@@ -368,8 +369,8 @@ async fn services_of_two_versions_write_views_of_their_own() {
         let new = Totals::<2>::default();
         let older = service(Runtime::shared("older"), &store, &old).await;
         right(&store, 1, 1).await;
-        // The newer service builds its views next to the live views and swaps by itself; the older one leaves its views alone from
-        // then on.
+        // The newer service builds its views next to the live views and then swaps them in by itself. From then on, the
+        // older service no longer changes the live views.
         let newer = service(Runtime::shared("newer"), &store, &new).await;
         eventually("the views of the new build", async || (all(&store).await["ada"].largest == 100).then_some(()))
             .await;
@@ -384,7 +385,7 @@ async fn services_of_two_versions_write_views_of_their_own() {
         assert!(older.health().is_fine() && newer.health().is_fine());
         let calls = old.calls.load(Ordering::SeqCst);
 
-        // A rebuild by the older build is refused unless the operator accepts it.
+        // A rebuild by the older build is rejected unless the operator accepts it.
         let refused = totals().build(store.clone(), |_| {}).await.unwrap().swap().await;
         assert!(matches!(refused, Err(SwapError::Older { live: 2, version: 1, .. })), "{refused:?}");
         newer.drain(PATIENCE).await.unwrap();
@@ -423,7 +424,7 @@ async fn a_projection_outlives_an_outage_and_health_says_so_meanwhile() {
         deposit(&inner, "ada", 1).await;
         totals().rebuild(inner.clone()).await.unwrap();
         let mut runtime = Runtime::new();
-        // The store is away from the very first read.
+        // The store is unavailable from the very first read.
         let model = projection(&Totals::<1>::default());
         let shutdown = runtime.shutdown();
         let health = runtime.health();
@@ -437,7 +438,7 @@ async fn a_projection_outlives_an_outage_and_health_says_so_meanwhile() {
         deposit(&inner, "ada", 1).await;
         right(&inner, 1, 2).await;
         eventually("it is fine again", async || health.is_fine().then_some(())).await;
-        // The store is away while the generation is swapped and removed.
+        // The store is unavailable while the generation is swapped and removed.
         faulty.away(true);
         deposit(&inner, "ada", 1).await;
         eventually("it is in trouble", troubled).await;
@@ -451,7 +452,7 @@ async fn a_projection_outlives_an_outage_and_health_says_so_meanwhile() {
     .await;
 }
 
-/// Whatever happens to one commit of a rebuild, the live views are right, and so are those of the next rebuild.
+/// Whatever happens to one commit of a rebuild, the live views are correct, and so are the views of the next rebuild.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_fault_at_any_commit_of_a_rebuild_leaves_right_views() {
     let faults = [Fault::Unavailable, Fault::LostUnknown, Fault::AppliedUnknown, Fault::CrashBefore, Fault::CrashAfter];
@@ -463,14 +464,14 @@ async fn a_fault_at_any_commit_of_a_rebuild_leaves_right_views() {
             let faulty = FaultyStore::new(inner.clone());
             faulty.at(number, fault.clone());
             let model = totals();
-            // A process that crashes does nothing more.
+            // A crashed process does nothing more.
             let outcome = tokio::select! {
                 biased;
                 () = faulty.crashed() => Err("crashed".to_owned()),
                 outcome = model.rebuild(Arc::new(faulty.clone())) => outcome,
             };
             right(&inner, 20, 2).await;
-            // A lost answer alone makes nothing fail.
+            // A lost answer by itself must not make the rebuild fail.
             let is_unknown = matches!(fault, Fault::LostUnknown | Fault::AppliedUnknown);
             assert!(outcome.is_ok() || !is_unknown, "{fault:?} at {number}: {outcome:?}");
             if let Ok(rebuilt) = &outcome {
@@ -487,7 +488,7 @@ async fn a_fault_at_any_commit_of_a_rebuild_leaves_right_views() {
     }
 }
 
-/// The test does not wait for time to pass: it writes a build that died long ago into the pointer by hand.
+/// The test does not wait for time to pass: it writes a build that died long ago into the pointer document.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_build_that_died_is_removed_by_the_next_one() {
     on_each_store(async |store| {
@@ -495,7 +496,7 @@ async fn a_build_that_died_is_removed_by_the_next_one() {
         let rebuilt = totals().rebuild(store.clone()).await.unwrap();
         let dead = broken("owner0001").build(store.clone(), |_| {}).await.unwrap();
         let generation = rebuilt.generation + 1;
-        // All events are in one stream: the events after the first failed one wait behind it.
+        // All events are in one stream, so the events after the first failed event wait behind it.
         assert_eq!(left(&store, generation).await, [1, 19, 1]);
         drop(dead);
         let (id, body) = documents(&store, "read-model").await.remove(0);
@@ -543,7 +544,7 @@ async fn a_list_is_whole_while_views_are_swapped() {
     .await;
 }
 
-/// Swaps and removes the views while a page of them is read.
+/// Swaps and removes the views while a reader reads a page of them.
 struct SwapsInScan {
     inner: Arc<dyn EventStore>,
     swapped: AtomicBool,
@@ -623,7 +624,8 @@ async fn a_read_model_is_never_reset_and_stays_paused_over_a_swap() {
     .await;
 }
 
-/// The state before generations were reserved: a pointer with only a number, or none, and a checkpoint.
+/// The stored state before generations were reserved: a checkpoint, and either a pointer with only a number or no
+/// pointer.
 #[tokio::test(flavor = "multi_thread")]
 async fn stores_of_earlier_releases_go_on() {
     on_each_store(async |store| {
@@ -638,7 +640,7 @@ async fn stores_of_earlier_releases_go_on() {
             put("read-model", "totals", r#"{"live":3}"#),
             put("checkpoint", "totals@3/0", r#"{"next":1,"at":"2026-01-01T00:00:00Z"}"#),
             put("read.totals@3", "ada", r#"{"amount":5,"deposits":1}"#),
-            // The rest of a rebuild that was cut off.
+            // These documents remain from an interrupted rebuild.
             put("checkpoint", "totals@4/0", r#"{"next":1,"at":"2026-01-01T00:00:00Z"}"#),
             put("read.totals@4", "ada", r#"{"amount":50,"deposits":10}"#),
         ];
@@ -655,7 +657,7 @@ async fn stores_of_earlier_releases_go_on() {
     .await;
 }
 
-/// The server itself stops and starts, under a service and in the middle of a rebuild.
+/// The server stops and starts while a service runs and in the middle of a rebuild.
 #[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_stops_and_starts_again_costs_no_view() {
@@ -674,7 +676,7 @@ async fn a_server_that_stops_and_starts_again_costs_no_view() {
     server.kill();
     let health = runtime.health();
     server.resume().await;
-    // The rebuild may have failed with a reason. The views are right in either case.
+    // The rebuild may have failed with a reason. In either case, the views are correct.
     let outcome = rebuilding.await.unwrap();
     eprintln!("the rebuild under the outage: {outcome:?}");
     many(&store, 500, 500).await;

@@ -1,4 +1,4 @@
-//! The example of the README: a service of loyalty points, run next to the shop's order service.
+//! The README's example, a service of loyalty points, run together with the shop's order service.
 #![allow(clippy::unwrap_used)]
 
 use std::{sync::Arc, time::Duration};

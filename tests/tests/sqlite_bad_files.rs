@@ -1,4 +1,5 @@
-//! Paths and files that are not stores: each is refused with an error of its own that names it, and stays unchanged.
+//! Paths and files that are not stores. Opening each of them fails with its own error, which names the file, and the
+//! file stays unchanged.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -19,7 +20,7 @@ async fn connect(file: &Path) -> SqliteConnection {
     SqliteConnectOptions::new().filename(file).create_if_missing(true).connect().await.unwrap()
 }
 
-/// Creates a SQLite file with these statements, and no other file.
+/// Creates a SQLite file with these statements, without companion files.
 async fn sqlite_file(file: &Path, sql: &'static str) {
     let mut connection = connect(file).await;
     connection.execute(sql).await.unwrap();
@@ -35,7 +36,8 @@ fn contents(folder: &Path) -> BTreeMap<PathBuf, Option<Vec<u8>>> {
         .collect()
 }
 
-/// Opens what must not open. Asserts that the folder around it did not change and that the message names the file.
+/// Tries to open a path that must not open. Asserts that the folder around it did not change, and that the error names
+/// the file.
 async fn refused(path: &Path) -> OpenError {
     let parent = path.parent().filter(|parent| parent.is_dir());
     let before = parent.map(contents);
@@ -90,7 +92,7 @@ async fn a_store_of_a_newer_build() {
     assert_eq!(refused(&path).await, OpenError::TooNew { path: path.clone(), found: 99, known });
 }
 
-/// The file as it is after that build was killed: only that build may recover the log next to the file.
+/// The file as a killed newer build leaves it. Only that newer build may recover the log next to the file.
 #[tokio::test]
 async fn a_store_that_a_newer_build_left_in_haste() {
     let (folder, copies) = (folder(), folder());
@@ -107,7 +109,7 @@ async fn a_store_that_a_newer_build_left_in_haste() {
     assert!(matches!(error, OpenError::TooNew { found: 99, .. }), "{error}");
 }
 
-/// The file as it is while that build runs: the new version is in the log next to the file only.
+/// The file while the newer build has it open. The new schema version is only in the log next to the file.
 #[tokio::test]
 async fn a_store_that_a_newer_build_has_open() {
     let folder = folder();
@@ -143,14 +145,14 @@ async fn a_folder_that_is_missing() {
     assert_eq!(refused(&path).await, OpenError::NoFolder { path, folder: file });
 }
 
-/// Permissions do not bind root, who may run the tests; these obstacles do.
+/// Permissions do not restrict root, who may run the tests. These obstacles do.
 #[tokio::test]
 async fn a_path_that_cannot_be_written() {
     let folder = folder();
     let long = folder.path().join("x".repeat(300));
     assert!(matches!(refused(&long).await, OpenError::Unwritable { .. }));
 
-    // A folder stands where the journal should go.
+    // A folder has the name that the journal file would need.
     let blocked = folder.path().join("blocked.db");
     fs::create_dir_all(folder.path().join("blocked.db-journal/in the way")).unwrap();
     let error = SqliteStore::open(&blocked).await.err().unwrap();
@@ -183,7 +185,7 @@ async fn a_url_of_something_else() {
         let error = SqliteStore::open_url(url).await.err().unwrap();
         assert_eq!(error, OpenError::Url { url: url.into() });
     }
-    // Text that may hold a password is not repeated.
+    // The error does not repeat a text that may hold a password.
     for url in ["postgres://shop:secret@localhost", "postgres://shop:secret", "postgres://db?password=secret"] {
         let error = SqliteStore::open_url(url).await.err().unwrap();
         assert_eq!(error, OpenError::Url { url: "postgres:…".into() });
@@ -192,7 +194,7 @@ async fn a_url_of_something_else() {
     assert!(!error.to_string().contains("secret"), "{error}");
 }
 
-/// The file that `touch` creates, and that a crash leaves before anything was written.
+/// An empty file is accepted: `touch` creates one, and a crash before the first write leaves one.
 #[tokio::test]
 async fn an_empty_file_is_taken() {
     let folder = folder();

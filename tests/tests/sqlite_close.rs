@@ -1,4 +1,4 @@
-//! Closes a store, or drops it.
+//! A store is closed or dropped while commits are in progress.
 #![allow(clippy::unwrap_used)]
 
 use std::path::Path;
@@ -31,7 +31,8 @@ async fn count(file: &Path) -> usize {
     count
 }
 
-/// A commit under way succeeds or is refused. None remains unknown, and the file holds exactly the successful ones.
+/// A commit in progress succeeds or is rejected. No outcome stays unknown, and the file holds exactly the successful
+/// commits.
 #[tokio::test(flavor = "multi_thread")]
 async fn closing_drains() {
     const COMMITS: usize = 4_000;
@@ -43,7 +44,7 @@ async fn closing_drains() {
         let store = store.clone();
         commits.spawn(async move { store.commit(commit(number)).await });
     }
-    // After the first commit is done, the others are under way.
+    // Once the first commit is done, the other commits are in progress.
     let mut held = usize::from(commits.join_next().await.unwrap().unwrap().is_ok());
     assert_eq!(held, 1);
     store.close().await.unwrap();
@@ -79,8 +80,8 @@ async fn a_closed_store_says_so() {
     assert!(matches!(page, Err(StoreError::Unavailable(_))));
 }
 
-/// The runtime that opened the store ends with work under way. Commits already handed over are written, and so are
-/// later ones.
+/// The runtime that opened the store ends while commits are in progress. Commits that were already submitted are
+/// written, and so are later commits.
 #[test]
 fn a_store_outlives_its_runtime() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! A process that is killed at any moment loses nothing that it acknowledged, and leaves no commit half done.
+//! A process that is killed at any moment loses no acknowledged commit, and leaves no commit half applied.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -19,12 +19,13 @@ use uuid::Uuid;
 
 const WRITERS: usize = 8;
 const KILLS: u64 = 20;
-/// The longest delay of a kill after an acknowledgement: the time of a few groups.
+/// The longest delay between an acknowledgement and the kill: the time of a few groups.
 const LATER_MICROSECONDS_MAX: u64 = 3_000;
-/// The variable that holds the file of the process to kill, which writes for as long as it lives.
+/// The environment variable that names the file of the process to kill. The process writes to that file until it is
+/// killed.
 const FILE: &str = "ANNALS_SQLITE_KILL_FILE";
 
-/// The work of the killed process. Run alone, it checks that its commits succeed at all.
+/// The work of the killed process. When run directly, the test checks that the commits succeed at all.
 #[test]
 fn commits_under_load() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
@@ -39,7 +40,7 @@ fn commits_under_load() {
     }
 }
 
-/// A single write, so that the reader gets whole lines.
+/// Prints with a single write, so that the reader receives whole lines.
 fn acknowledge(writer: usize, round: i64, position: i64) {
     let line = format!("committed {writer} {round} {position}\n");
     std::io::stdout().lock().write_all(line.as_bytes()).unwrap();
@@ -63,8 +64,8 @@ async fn load(file: &Path, rounds: i64, acknowledge: fn(usize, i64, i64)) {
     store.close().await.unwrap();
 }
 
-/// Two events in the writer's own stream, one in the shared stream, a counter, and a flag that is put and removed in
-/// turn.
+/// Returns a commit with two events in the writer's own stream, one event in the shared stream, a counter, and a flag
+/// that alternate rounds put and remove.
 fn commit(writer: usize, round: i64) -> Commit {
     let event = || NewEvent {
         id: Uuid::new_v4(),
@@ -102,13 +103,14 @@ fn a_killed_process_loses_nothing_that_it_acknowledged() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let mut acknowledged = Vec::new();
     for kill in 0..KILLS {
-        // The first process is killed as it starts, wherever that is; the others somewhere in their work.
+        // The first process is killed during its start, wherever it is then. The other processes are killed somewhere
+        // in their work.
         let after = if kill == 0 { 0 } else { RandomState::new().hash_one(kill) % 400 };
         let before = acknowledged.len();
         acknowledged.extend(run_and_kill(&file, after));
         let told = format!("kill {kill} after {after} lines, {} acknowledged", acknowledged.len() - before);
 
-        // The process that opens the file first also recovers it: plain SQL must be able to do that too.
+        // The first process that opens the file also recovers it, and plain SQL must be able to do that too.
         let by_store = async || {
             let store = SqliteStore::open(&file).await.unwrap();
             let mut rounds = Vec::new();
@@ -155,21 +157,22 @@ fn run_and_kill(file: &Path, after: u64) -> Vec<(usize, i64, i64)> {
     };
     let seen = lines.by_ref().filter_map(&mut read).take(after as usize).count();
     assert_eq!(seen as u64, after, "the process ended by itself");
-    // Without this delay, the process would always die in the same place: at the start of the group after an
-    // acknowledged one.
+    // Without this delay, the process would always die at the same place: at the start of the group after an
+    // acknowledged group.
     let later = Duration::from_micros(RandomState::new().hash_one(after) % LATER_MICROSECONDS_MAX);
     let seen_at = Instant::now();
     while seen_at.elapsed() < later {
         std::hint::spin_loop();
     }
     child.kill().unwrap();
-    // Lines written before the process died count as well, even if they were not read yet.
+    // Lines that the process wrote before it died count as well, even if they were not yet read.
     let _rest = lines.filter_map(&mut read).count();
     child.wait().unwrap();
     acknowledged
 }
 
-/// Returns the rounds that a writer has done, read through the store, from events and documents alike.
+/// Returns the number of rounds that a writer has finished. Reads the number through the store, from events and from
+/// documents.
 async fn rounds_by_store(store: &SqliteStore, writer: usize) -> i64 {
     let keys = ["count", "flag"].map(|collection| DocumentKey::new(collection, writer.to_string()));
     let found = store.documents(&keys).await.unwrap();
@@ -185,15 +188,15 @@ async fn rounds_by_store(store: &SqliteStore, writer: usize) -> i64 {
 /// The state that plain SQL finds.
 #[derive(Default)]
 struct Found {
-    /// The number of rounds that each writer has done.
+    /// The number of rounds that each writer has finished.
     rounds: Vec<i64>,
-    /// The position of the last event of each round in the log.
+    /// The position in the log of the last event of each round.
     own: HashMap<(usize, i64), i64>,
     /// The positions of the events in the shared stream.
     shared: HashSet<i64>,
 }
 
-/// Returns the same by plain SQL, and checks that the file as a whole is sound.
+/// Returns the same state through plain SQL, and checks that the whole file is intact.
 async fn found_by_sql(file: &Path) -> Found {
     let mut connection = connect(file).await;
     let sound: String = sqlx::query_scalar("PRAGMA integrity_check").fetch_one(&mut connection).await.unwrap();

@@ -1,6 +1,6 @@
-//! A process that runs out of space gets an error, and its earlier acknowledgements remain true.
+//! A process that runs out of space gets an error, and every commit that was acknowledged before stays stored.
 //!
-//! `ulimit -f` stands in for a full disk, since it needs no disk of its own: the write fails just the same.
+//! `ulimit -f` replaces a full disk, because it needs no separate disk. The write fails in the same way.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 
@@ -16,9 +16,9 @@ use annals::{
 use annals_sqlite::SqliteStore;
 use uuid::Uuid;
 
-/// The variable that holds the file of the limited process.
+/// The environment variable that names the file of the limited process.
 const FILE: &str = "ANNALS_SQLITE_NO_SPACE_FILE";
-/// In blocks of 512 or 1,024 bytes, depending on the shell.
+/// The limit in blocks of 512 or 1,024 bytes, depending on the shell.
 const BLOCKS: u32 = 1_000;
 
 fn commit(number: i64) -> Commit {
@@ -47,7 +47,7 @@ fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
 }
 
-/// The work of the limited process. Run alone, it checks that the commits succeed where there is space.
+/// The work of the limited process. When run directly, the test checks that the commits succeed if there is space.
 #[test]
 fn commits_until_it_may_not() {
     match env::var_os(FILE) {
@@ -66,7 +66,8 @@ fn commits_until_it_may_not() {
 async fn until_no_space(file: &Path) {
     let store = SqliteStore::open(file).await.unwrap();
     let (mut held, mut failures_in_a_row) = (0, 0);
-    // A failure may free space, because the log next to the file is truncated; in the end there is none left to free.
+    // A failure may free some space, because the log next to the file is truncated. In the end, nothing is left to
+    // free.
     while failures_in_a_row < 5 {
         match store.commit(commit(held)).await {
             Ok(Committed { versions, .. }) => {
@@ -86,7 +87,7 @@ async fn until_no_space(file: &Path) {
         assert_eq!(lengths(&store, number).await, 2, "reading goes on");
     }
     assert_eq!(store.status().await.unwrap().head, Position(held * 4));
-    // Closing may fail to move the log into the file, because there is no space for that either.
+    // Closing may fail as well, if there is no space to move the log into the file.
     store.close().await.ok();
     println!("held {held}");
 }
@@ -111,7 +112,7 @@ fn a_process_without_space_loses_nothing() {
         for number in 0..held {
             assert_eq!(lengths(&store, number).await, 2);
         }
-        // With space again, the store continues where it stopped, without a gap.
+        // Once there is space again, the store continues where it stopped, without a gap.
         let committed = store.commit(commit(held)).await.unwrap();
         assert_eq!((committed.position, committed.versions[1]), (Position(held * 4 + 4), Version(held * 2 + 2)));
         store.close().await.unwrap();

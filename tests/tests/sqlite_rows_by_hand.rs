@@ -1,4 +1,4 @@
-//! Rows that were written with plain SQL: no reader stops at them, and the log cannot be rewritten.
+//! Rows that were written with plain SQL: no reader stops at them, and no statement can rewrite the log.
 #![allow(clippy::unwrap_used)]
 
 use std::path::Path;
@@ -27,7 +27,7 @@ fn commit(stream: &str, count: usize) -> Commit {
     Commit { appends: vec![append], puts: Vec::new() }
 }
 
-/// Reads everything from the start, page by page, until the reader has caught up.
+/// Reads everything from the start, page by page, until the end of the log.
 async fn read_all(store: &SqliteStore, query: &LogQuery) -> (Vec<i64>, Position) {
     let (mut positions, mut after) = (Vec::new(), Position::START);
     loop {
@@ -80,7 +80,7 @@ async fn odd_rows_stop_no_reader() {
     assert_eq!(versions.iter().map(|event| event.version.0).collect::<Vec<_>>(), [i64::MAX]);
     assert!(store.read_stream(&stream, Version(i64::MAX), 10).await.unwrap().is_empty());
 
-    // There is no number left for a new event. The store reports that, and nothing breaks.
+    // No position is left for a new event. The store reports that, and nothing breaks.
     let refused = store.commit(commit("b-1", 1)).await;
     assert!(matches!(refused, Err(CommitError::Unavailable(_))), "{refused:?}");
     let refused = store.commit(commit("b-1", 1)).await;
@@ -89,7 +89,7 @@ async fn odd_rows_stop_no_reader() {
     store.close().await.unwrap();
 }
 
-/// A row dated in the far future must not date all rows that follow.
+/// A row with a date in the far future must not affect the dates of later rows.
 #[tokio::test]
 async fn a_row_dated_ahead_does_not_move_the_clock() {
     let folder = tempfile::tempdir().unwrap();
@@ -105,7 +105,7 @@ async fn a_row_dated_ahead_does_not_move_the_clock() {
     store.close().await.unwrap();
 }
 
-/// The last event is that of a process whose clock was ahead.
+/// The last event was written by a process whose clock was ahead.
 #[tokio::test]
 async fn time_does_not_go_back_behind_the_last_event() {
     let folder = tempfile::tempdir().unwrap();
@@ -144,7 +144,7 @@ async fn the_file_itself_refuses_changes_to_the_log() {
     for sql in attempts {
         assert!(connection.execute(sql).await.is_err(), "{sql}");
     }
-    // Rows that REPLACE removes only count as deleted in sessions that ask for it.
+    // Only in sessions that set this pragma do rows that REPLACE removes fire the delete triggers.
     connection.execute("PRAGMA recursive_triggers = ON").await.unwrap();
     let replacing = [
         "INSERT OR REPLACE INTO events VALUES (3, 'b-1', 1, '', 'x', 1, 'changed', '{}', 0)",
@@ -159,7 +159,7 @@ async fn the_file_itself_refuses_changes_to_the_log() {
     store.close().await.unwrap();
 }
 
-/// A file as the first builds created it.
+/// A file as the earliest builds created it.
 #[tokio::test]
 async fn a_file_of_an_older_build_opens_and_goes_on() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! Several processes on one file, and a process that keeps the file for itself.
+//! Several processes share one file, or one process locks the file for itself.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -35,7 +35,7 @@ fn at(version: i64) -> Expected {
     Expected::Version(Version(version))
 }
 
-/// Each process has a writer of its own: versions and positions stay dense, whichever process draws them.
+/// Each process has its own writer. Versions and positions have no gaps, whichever process assigns them.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_writers_take_turns() {
     const COMMITS: usize = 200;
@@ -86,7 +86,8 @@ async fn a_waiting_reader_learns_of_commits_of_another_process() {
     writer.close().await.unwrap();
 }
 
-/// The commit gets its error within the bound, nothing of it is stored, and all works once the file is free again.
+/// The commit fails with an error within the time limit, and nothing of it is stored. Once the lock is released,
+/// commits succeed again.
 #[tokio::test]
 async fn a_commit_does_not_wait_for_ever_for_a_lock() {
     let folder = tempfile::tempdir().unwrap();
@@ -125,8 +126,8 @@ async fn a_commit_waits_its_turn() {
     store.close().await.unwrap();
 }
 
-/// A trigger makes the statement fail, since none fails by itself. The events before it in the group are not stored
-/// either, no lock remains, and the next commit succeeds.
+/// A trigger makes the statement fail, because no statement fails on its own. Earlier events in the same group are not
+/// stored either, no lock remains, and the next commit succeeds.
 #[tokio::test]
 async fn a_commit_that_fails_midway_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();

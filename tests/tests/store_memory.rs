@@ -1,4 +1,4 @@
-//! The store suite on the memory store.
+//! The conformance suite for the memory store.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! The store suite on the PostgreSQL store.
+//! The conformance suite for the PostgreSQL store.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;

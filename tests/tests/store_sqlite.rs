@@ -1,4 +1,4 @@
-//! The store suite on the SQLite store.
+//! The conformance suite for the SQLite store.
 #![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;

@@ -1,5 +1,4 @@
-//! The store suite on the tail that a process puts around its store, and events that other processes write to that
-//! store.
+//! The conformance suite for a store behind a tail, and tests of events that other processes write to that store.
 #![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;
@@ -20,8 +19,8 @@ impl StoreUnderTest for Tailed {
 
 suite!(Tailed);
 
-/// The tail reads a bounded number of events at once. A reader that takes that for the end of the log would wait
-/// although there is more.
+/// The tail reads a limited number of events at once. If a reader took the last of them for the end of the log, it
+/// would wait although there is more.
 #[tokio::test]
 async fn what_others_have_written_is_told_of_before_it_is_read() {
     const EVENTS: usize = 5_000;

@@ -1,5 +1,5 @@
-//! Time: one clock for all processes on a store, no end of the calendar, and a backlog of timers that delays no other
-//! timer.
+//! Time: all processes on a store share one clock, times beyond the calendar cause no failure, and a backlog of timers
+//! delays no other timer.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -37,7 +37,7 @@ use uuid::Uuid;
 const DRAIN: Duration = Duration::from_secs(10);
 const DAY: Duration = Duration::from_secs(24 * 3_600);
 
-/// Booked at the hotel, which does not run in most of these tests, and confirmed.
+/// A trip with two steps: it is booked at the hotel, which does not run in most of these tests, and then confirmed.
 fn short(timeout: Duration, deadline: Option<Duration>) -> Saga<Trip> {
     let plan = Saga::named("trip")
         .compensatable("book", |trip| ask("hotel", "book", trip))
@@ -52,7 +52,7 @@ fn short(timeout: Duration, deadline: Option<Duration>) -> Saga<Trip> {
     }
 }
 
-/// Returns a store of each kind, with the values that must outlive it.
+/// Returns a store of each kind, each with a value that must stay alive as long as the store.
 async fn stores() -> Vec<(&'static str, Arc<dyn EventStore>, Box<dyn std::any::Any>)> {
     let folder = tempfile::tempdir().unwrap();
     let sqlite = SqliteStore::open(folder.path().join("annals.db")).await.unwrap();
@@ -82,12 +82,12 @@ async fn deadline_of_three_days_is_tested_by_moving_a_clock() {
     let first = world.becomes("a", Status::Compensating).await;
     assert_eq!(first.last_error.as_deref(), Some("book: deadline"));
     assert_eq!(world.status("b").await.unwrap().status, Status::Running);
-    // The clock moved three days, while the test took a moment.
+    // The store's clock moved by three days, while the test took only a moment.
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
     runtime.drain(DRAIN).await.unwrap();
 }
 
-/// Fails at the first message of each key.
+/// Fails at each key's first message.
 struct Fails;
 
 #[async_trait]
@@ -129,7 +129,7 @@ async fn waits_beyond_the_calendar_never_end() {
                 assert!(due.is_empty(), "{kind}, {longest:?}: {due:?}");
             }
             let hotel = world.start(&["hotel"]).await;
-            // The local bus has dropped the command to the hotel that was sent before the hotel ran.
+            // The hotel's first command is lost: it was sent before the hotel ran, so the local bus dropped it.
             world.request("b", Uuid::new_v4(), None).await;
             world.becomes("b", Status::Completed).await;
             assert_eq!(world.status("a").await.unwrap().status, Status::Running, "{kind}, {longest:?}");
@@ -139,10 +139,10 @@ async fn waits_beyond_the_calendar_never_end() {
     }
 }
 
-/// The number of timers that are due at once.
+/// The number of timers that become due at once.
 const HERD: usize = 10_000;
 
-/// Creates sagas that began an hour ago, and whose step waited three seconds.
+/// Creates sagas that started an hour ago, each with a step that waited for three seconds.
 async fn herd(world: &World, store: &Arc<dyn EventStore>) {
     let hour_ago = store.clock().now().timestamp_millis() - 3_600_000;
     let started = |number: usize| {
@@ -170,7 +170,7 @@ async fn herd(world: &World, store: &Arc<dyn EventStore>) {
     }
 }
 
-/// Returns the time at which each saga gave up its step, in order.
+/// Returns the time at which each saga gave up on its step, in order.
 async fn given_up(store: &Arc<dyn EventStore>) -> Vec<(String, DateTime<Utc>)> {
     let (mut found, mut after) = (Vec::new(), Position::START);
     loop {
@@ -205,7 +205,8 @@ async fn backlog_keeps_nobody_waiting(store: Arc<dyn EventStore>) {
     let (_, fresh) = fired.iter().find(|(id, _)| id == "fresh").unwrap();
     let (last, waited) = (fired.last().unwrap().1 - started, *fresh - started);
     println!("the fresh one after {waited}, the last one after {last}");
-    // On a slow machine all timers take longer; behind the backlog, the fresh one would be among the last.
+    // On a slow machine, all timers take longer. If the new timer had to wait for the backlog, it would be among the
+    // last.
     let most = last.num_milliseconds() / 2;
     assert!(
         waited.num_milliseconds() < most.max(5_000),
@@ -231,7 +232,7 @@ async fn ten_thousand_due_timers_keep_nobody_waiting_on_postgres() {
     backlog_keeps_nobody_waiting(Arc::new(schema.store().await)).await;
 }
 
-/// Another clock for a process: a library that is loaded in front of the system's.
+/// A different clock for one process, provided by a library that is loaded before the system's.
 struct OtherClock {
     _folder: TempDir,
     library: PathBuf,
@@ -240,7 +241,7 @@ struct OtherClock {
 impl OtherClock {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        // The server runs as another user.
+        // The server runs as another user, who must be able to read the folder.
         std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
         let library = folder.path().join("clock.so");
         let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/time/clock.c");
@@ -256,20 +257,20 @@ impl OtherClock {
     }
 }
 
-/// The variable that holds the store which the other process shares.
+/// The environment variable that names the store which the other process shares.
 const SHARED_STORE: &str = "ANNALS_TIME_STORE";
-/// The line that the process prints once its parts work.
+/// The line that the process prints once all its parts are working.
 const UP: &str = "an instance with another clock is up";
 
 fn patient() -> Saga<Trip> {
     short(10 * DAY, Some(Duration::from_secs(30)))
 }
 
-/// Not a test: the work of the other process.
+/// Not a test of its own: this function is the work of the other process.
 #[test]
 fn instance_with_another_clock() {
     let Ok(location) = env::var(SHARED_STORE) else { return };
-    // The process ends with the test, however that ends.
+    // The process ends together with the test, however the test ends.
     std::thread::spawn(|| {
         _ = std::io::stdin().read_to_end(&mut Vec::new());
         std::process::exit(1);
@@ -299,7 +300,7 @@ impl Drop for Instance {
     }
 }
 
-/// Starts the other process, and returns by how many seconds its clock is ahead.
+/// Starts the other process. Returns the process, and the number of seconds by which its clock is ahead.
 fn start(clock: &OtherClock, ahead_seconds: i64, location: &str) -> (Instance, i64) {
     let mut command = Command::new(env::current_exe().unwrap());
     command.args(["--exact", "instance_with_another_clock", "--nocapture"]);
@@ -334,7 +335,7 @@ async fn clocks_apart(store: Arc<dyn EventStore>, location: &str) {
             other = start(&clock, ahead, location);
         }
         assert!((other.1 - ahead).abs() < 20, "its clock is ahead by {} s, not {ahead}", other.1);
-        // Both processes have checked the timers twice by then. There is no signal for the absence of events.
+        // By then, both processes have checked the timers twice. No signal exists for something that does not happen.
         tokio::time::sleep(Duration::from_secs(3)).await;
         let events: Vec<_> = world.history(&id).await.into_iter().map(|event| event.type_name.to_string()).collect();
         assert_eq!(events, ["saga.started"], "ahead by {ahead} s");

@@ -1,4 +1,4 @@
-//! Numbers are read back as they were written, or are refused when they are written.
+//! Numbers are either read back exactly as they were written, or rejected at the write.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -72,7 +72,7 @@ struct FlatWide {
     wide: u128,
 }
 
-/// The same event, one version later: every event goes through an upcaster that changes nothing.
+/// The same event one version later, so that every event goes through an upcaster that changes nothing.
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "m")]
 enum Later {
@@ -101,12 +101,12 @@ fn decoded<E: Event>(event: &Measure) -> E {
         .unwrap()
 }
 
-/// Compares the debug output, in which the shortest form of a number belongs to no other number.
+/// Compares the debug output, which prints the shortest text that identifies a number.
 fn assert_same<L: Debug, R: Debug>(left: &L, right: &R) {
     assert_eq!(format!("{left:?}"), format!("{right:?}"));
 }
 
-/// Returns bit patterns of all kinds.
+/// Returns floats with bit patterns of all kinds.
 fn floats() -> impl Iterator<Item = f64> {
     let mut random = fastrand::Rng::with_seed(1);
     let fixed = [0.0, -0.0, f64::MAX, f64::MIN, f64::MIN_POSITIVE, 5e-324, 0.1, 1e16, 1e17, 123_456_789.123_456_79];
@@ -170,7 +170,7 @@ fn raw_json_comes_through_upcasters() {
 #[test]
 fn what_would_not_be_read_back_is_refused_when_it_is_written() {
     let large = u128::from(u64::MAX) + 1;
-    // serde reads no integers of 128 bits within flattened fields.
+    // serde cannot read 128-bit integers inside flattened fields.
     let error = Measure::FlatWide { inner: FlatWide { wide: large } }.encode().unwrap_err();
     assert!(
         matches!(&error, EventError::Unencodable { reason, .. } if reason.contains("128")
@@ -179,7 +179,7 @@ fn what_would_not_be_read_back_is_refused_when_it_is_written() {
     );
 }
 
-/// Each value with the name of its field.
+/// Returns an event with this value in each possible field, together with the name of the field.
 fn not_finite(value: f64) -> [(Measure, &'static str); 7] {
     let short = value as f32;
     let nested = |list, map, either| Measure::Nested { list, map, either };
@@ -206,7 +206,7 @@ fn numbers_that_are_not_finite_are_unencodable_and_named() {
         }
         assert!(Measure::Tuple(value).encode().is_err());
     }
-    // `null` in other places is valid.
+    // In other fields, `null` is valid.
     let event = Measure::Maybe { value: None };
     assert_same(&event, &decoded::<Measure>(&event));
 }
@@ -233,7 +233,7 @@ impl Aggregate for Sum {
         if let Measure::Single { value } = event {
             self.sum += value;
             self.last = *value;
-            // NaN after a first zero: such a state has no snapshot.
+            // If the first value is zero, this division gives NaN, and the state gets no snapshot.
             self.ratio = self.last / self.sum;
         }
     }
@@ -303,7 +303,7 @@ impl ReadModel for Rates {
     }
 }
 
-/// The first view is infinite, so its event is parked, and the events behind it wait; other keys continue.
+/// The first view becomes infinite, so its event is parked and later events of the same key wait. Other keys continue.
 #[tokio::test(flavor = "multi_thread")]
 async fn view_that_is_not_finite_sets_its_event_aside_and_leaves_the_views_readable() {
     on_each_store(async |store| {
@@ -336,8 +336,8 @@ async fn view_that_is_not_finite_sets_its_event_aside_and_leaves_the_views_reada
     .await;
 }
 
-/// A value stored by a build that accepted NaN is reported with its place, and stays refused; no new event is added to
-/// it.
+/// A build that accepted NaN has stored this value. Reading it reports the place of the value and fails every time, and
+/// no new event is added to it.
 #[tokio::test]
 async fn null_in_the_place_of_a_number_is_named_with_its_place() {
     on_each_store(async |store| {

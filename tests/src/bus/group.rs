@@ -18,10 +18,10 @@ use tokio::{
 };
 use uuid::Uuid;
 
-/// The limit that turns a hang into a failure: long enough for a broker on a busy machine, whose groups take seconds to
-/// settle.
+/// The limit that turns a hang into a failure. Long enough for a broker on a busy machine, where a group takes seconds
+/// to settle.
 const GUARD: Duration = Duration::from_secs(90);
-/// Returns the `number`th message of a key, counted from 1.
+/// Returns message number `number` of a key, counted from 1.
 pub fn message(key: &str, number: i64) -> Message {
     Message {
         id: annals::event::named_id(Uuid::NAMESPACE_OID, &format!("{key} {number}")),
@@ -47,29 +47,30 @@ pub async fn publish(bus: &dyn Bus, topic: &str, messages: impl IntoIterator<Ite
     within("publish", bus.publish(outgoing)).await.unwrap()
 }
 
-/// Awaits a future, and fails instead of hanging.
+/// Awaits a future, and panics if it hangs.
 pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
     tokio::time::timeout(GUARD, future).await.unwrap_or_else(|_| panic!("{what}: nothing for {GUARD:?}"))
 }
 
-/// A member of a group that takes over the partitions assigned to it.
+/// A member of a group that accepts the partitions assigned to it.
 pub struct Member {
     /// The consumer of the bus.
     pub consumer: Box<dyn Consumer>,
-    /// The offset to start at, per partition.
+    /// The start offset of each partition.
     pub starts: HashMap<Partition, i64>,
 }
 
 impl Member {
-    /// Joins a group of this name on one topic.
+    /// Joins a group on one topic. The name of the group starts with `group`.
     pub async fn join(bus: &dyn Bus, group: &str, topic: &str) -> Self {
-        // A broker keeps groups for ever, so the group's name must be as unique as the topic's.
+        // A broker remembers groups for a long time, so the name of the group must be as unique as the name of the
+        // topic.
         let group = format!("{group}-{topic}");
         let consumer = within("join", bus.join(&group, &[topic])).await.unwrap();
         Self { consumer, starts: HashMap::new() }
     }
 
-    /// Handles the result of a poll, and returns its messages if there are any.
+    /// Handles the result of a poll, and returns the messages in it, if any.
     pub async fn take(&mut self, polled: Result<Polled, BusError>) -> Vec<Delivery> {
         match polled.unwrap() {
             Polled::Messages(deliveries) => return deliveries,
@@ -86,7 +87,7 @@ impl Member {
         Vec::new()
     }
 
-    /// Returns the first `count` different messages, without repeats.
+    /// Returns the first `count` distinct messages.
     pub async fn collect(&mut self, count: usize) -> Vec<Delivery> {
         let (mut ids, mut all) = (BTreeSet::new(), Vec::new());
         while all.len() < count {
@@ -96,7 +97,7 @@ impl Member {
         all
     }
 
-    /// Fills the ledger until it has `count` messages, and acknowledges them on the way.
+    /// Polls until the ledger has `count` messages, and acknowledges the messages as they come.
     pub async fn fill(&mut self, ledger: &mut Ledger, count: i64, max: usize) {
         while ledger.count < count {
             let polled = within("poll", self.consumer.poll(max)).await;
@@ -124,16 +125,16 @@ pub(super) fn numbers(deliveries: &[Delivery]) -> Vec<i64> {
     deliveries.iter().map(|delivery| read(delivery).version.0).collect()
 }
 
-/// The messages that were delivered. Messages of a key come as 1, 2, 3, …; earlier ones may come again.
+/// The messages that were delivered. The messages of a key arrive as 1, 2, 3, …; earlier messages may be repeated.
 #[derive(Default)]
 pub struct Ledger {
     latest: HashMap<Arc<str>, i64>,
-    /// The number of different messages.
+    /// The number of distinct messages.
     pub count: i64,
 }
 
 impl Ledger {
-    /// Enters deliveries. Returns an error if a message is not the next of its key.
+    /// Records deliveries. Returns an error if a message is neither the next message of its key nor a repeat.
     pub fn enter(&mut self, deliveries: &[Delivery]) -> Result<(), String> {
         for message in deliveries.iter().map(read) {
             let (number, latest) = (message.version.0, self.latest.entry(message.key.clone()).or_default());
@@ -149,12 +150,12 @@ impl Ledger {
     }
 }
 
-/// The members of a group, as an observer sees them.
+/// The members of a group, as an outside observer sees them.
 #[derive(Default)]
 pub(super) struct Roll {
     pub(super) owners: BTreeMap<Partition, usize>,
     pub(super) ledger: Ledger,
-    /// The members that have delivered messages.
+    /// The members that have delivered messages so far.
     pub(super) active: BTreeSet<usize>,
     fault: Option<String>,
 }
@@ -206,7 +207,8 @@ impl Crew {
                         }
                     }
                     Polled::Revoked(partitions) => {
-                        // Work under way takes time to end. Until the next poll the member still owns the partitions.
+                        // Messages in progress take time to finish. Until its next poll, the member still owns the
+                        // partitions.
                         for _ in 0..1_000 {
                             yield_now().await;
                         }
@@ -225,7 +227,7 @@ impl Crew {
             roll.send_modify(|roll| roll.owners.retain(|_, owner| *owner != member));
         });
         async move || {
-            // If the task has failed, the send fails too; the result of the task says why.
+            // If the task has failed, sending fails too, and the result of the task shows the reason.
             let _ = stop.send(());
             within("stop", task).await.unwrap();
         }

@@ -11,7 +11,7 @@ use super::{
     whole_log, whole_stream,
 };
 
-/// All fields, read from the stream and from the log.
+/// Checks all fields, read from the stream and from the log.
 pub async fn events_come_back_as_they_were_given<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -42,7 +42,7 @@ pub async fn events_come_back_as_they_were_given<T: StoreUnderTest>() {
         assert_eq!(found.schema_version, given.schema_version);
         assert_eq!(*found.data, *given.data);
         assert_eq!(found.metadata, given.metadata);
-        // The store's clock need not be ours, but both must be clocks.
+        // The clock of the store may differ from the clock of this machine, but both must show the real time.
         assert!((found.recorded_at - before).num_hours().abs() < 24, "{}", found.recorded_at);
     }
     assert_eq!((events.len(), events[0].version, events[1].version), (2, Version(1), Version(2)));
@@ -50,7 +50,7 @@ pub async fn events_come_back_as_they_were_given<T: StoreUnderTest>() {
     assert!(events.iter().zip(&from_log).all(|(one, other)| *one == **other));
 }
 
-/// Payloads that a JSON library would not return unchanged.
+/// Payloads that a JSON library would not reproduce byte for byte.
 pub const ODD_PAYLOADS: &[&str] = &[
     r#"{"a":1,"a":2}"#,
     r#"{"z":1,"a":9007199254740993}"#,
@@ -67,7 +67,7 @@ pub const ODD_PAYLOADS: &[&str] = &[
     "123456789012345678901234567890.123456789012345678901234567890",
 ];
 
-/// Payloads are text, not values.
+/// The store keeps payloads as text, not as JSON values.
 pub async fn payloads_come_back_byte_for_byte<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -78,7 +78,7 @@ pub async fn payloads_come_back_byte_for_byte<T: StoreUnderTest>() {
     assert_eq!(found, ODD_PAYLOADS);
 }
 
-/// Versions count up from 1 in each stream; positions rise in the order of the commits.
+/// Versions count up from 1 in each stream. Positions rise in the order of the commits.
 pub async fn versions_are_dense_and_positions_rise<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -101,7 +101,7 @@ pub async fn versions_are_dense_and_positions_rise<T: StoreUnderTest>() {
     assert_eq!(log.last().map(|event| event.position), Some(last));
 }
 
-/// The error names the current version of the stream.
+/// The error of a failed commit names the current version of the stream.
 pub async fn a_commit_holds_only_at_the_expected_version<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -114,7 +114,7 @@ pub async fn a_commit_holds_only_at_the_expected_version<T: StoreUnderTest>() {
     assert_eq!(whole_stream(&*store, "a-1").await.len(), 3);
 }
 
-/// The same holds for a new stream.
+/// An append without an expected version also succeeds on a new stream.
 pub async fn any_version_will_do_where_none_is_expected<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -124,7 +124,7 @@ pub async fn any_version_will_do_where_none_is_expected<T: StoreUnderTest>() {
     }
 }
 
-/// Versions follow the order of the appends, whatever order the store writes in.
+/// Versions follow the order of the appends in the commit, whatever order the store writes them in.
 pub async fn a_commit_spans_streams<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -141,13 +141,13 @@ pub async fn a_commit_spans_streams<T: StoreUnderTest>() {
     assert_eq!(log.last().map(|event| event.position), Some(position));
 }
 
-/// A conflict leaves nothing of the other streams and documents of the commit.
+/// If one part of a commit has a conflict, the other streams and documents of the commit stay unchanged.
 pub async fn one_conflict_leaves_nothing_of_the_commit<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     let document = key("note", "1");
     for (streams, expected) in [(["a-1", "b-1", "c-1"], Some(0)), (["a-1", "b-1", "d-1"], Some(1))] {
-        // First a stream is at another version, then the document is.
+        // First the stream has another version than expected, then the document has.
         let last = at(if expected == Some(0) { 1 } else { 0 });
         let appends = [(streams[0], at(0)), (streams[1], Expected::Any), (streams[2], last)];
         let commit = Commit {
@@ -160,7 +160,7 @@ pub async fn one_conflict_leaves_nothing_of_the_commit<T: StoreUnderTest>() {
     store.commit(appending([append("a-1", at(0), numbered(1))])).await.unwrap();
 }
 
-/// A commit without contents cannot fail.
+/// A commit without contents always succeeds.
 pub async fn an_empty_commit_holds<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -168,7 +168,7 @@ pub async fn an_empty_commit_holds<T: StoreUnderTest>() {
     assert_empty(&*store, &[]).await;
 }
 
-/// A commit depends in this way on a stream that it does not write.
+/// In this way, a commit depends on a stream without writing to it.
 pub async fn an_append_without_events_only_checks<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -185,7 +185,7 @@ pub async fn an_append_without_events_only_checks<T: StoreUnderTest>() {
     assert_eq!(whole_log(&*store).await.len(), 2);
 }
 
-/// If a log has lost its end and grown again, the same version may belong to another event.
+/// After a log has lost its end and grown again, the same version may belong to another event.
 pub async fn an_event_that_is_expected_is_compared_by_its_id<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -199,7 +199,7 @@ pub async fn an_event_that_is_expected_is_compared_by_its_id<T: StoreUnderTest>(
         let version = expected.version().unwrap().0;
         let alone = appending([append("a-1", expected, numbered(count))]);
         assert_conflict(store.commit(alone).await, "a-1", version, 2);
-        // Together with another stream, and with a document: stores may take other code paths then.
+        // Also commits together with another stream and with a document, for which stores may take other code paths.
         let with_another = appending([append("a-1", expected, numbered(count)), append("b-1", at(0), numbered(1))]);
         assert_conflict(store.commit(with_another).await, "a-1", version, 2);
         let note = put(&key("note", "1"), None, Some("1"));
@@ -212,7 +212,7 @@ pub async fn an_event_that_is_expected_is_compared_by_its_id<T: StoreUnderTest>(
     let (third_id, another) = (third[0].id, appending([append("never-1", expect(1, other), numbered(1))]));
     store.commit(appending([append("a-1", expect(2, second), third)])).await.unwrap();
     assert_conflict(store.commit(another).await, "never-1", 1, 0);
-    // Many commits at once, some of which depend on appends of others in the same group.
+    // Many commits run at once. Some of them depend on appends of other commits in the same group.
     let racing = (0..40).map(|number| {
         let (store, id) = (store.clone(), if number % 2 == 0 { third_id } else { other });
         async move { store.commit(appending([append("a-1", expect(3, id), numbered(1))])).await }
@@ -223,7 +223,7 @@ pub async fn an_event_that_is_expected_is_compared_by_its_id<T: StoreUnderTest>(
     assert_eq!(whole_stream(&*store, "a-1").await.len(), 4);
 }
 
-/// Reads from any version, including beyond the end.
+/// Reads start at any version, including versions beyond the end.
 pub async fn a_stream_is_read_after_a_version_up_to_a_limit<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -246,7 +246,7 @@ pub async fn a_stream_is_read_after_a_version_up_to_a_limit<T: StoreUnderTest>()
     assert!(store.read_stream(&stream("a-2"), Version::START, 10).await.unwrap().is_empty());
 }
 
-/// Pattern characters, case, Unicode forms and spaces all keep names apart.
+/// Names that differ only in pattern characters, case, Unicode forms or spaces are different names.
 pub async fn streams_with_like_names_are_apart<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -264,7 +264,7 @@ pub async fn streams_with_like_names_are_apart<T: StoreUnderTest>() {
     }
 }
 
-/// With the maximum number of rows, all events still come back in order.
+/// Even with the maximum number of rows, all events come back in order.
 pub async fn a_commit_may_be_as_large_as_the_limit<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -281,7 +281,7 @@ pub async fn a_commit_may_be_as_large_as_the_limit<T: StoreUnderTest>() {
     }
 }
 
-/// Neither within a commit nor between commits.
+/// Recording times never decrease, neither within a commit nor between commits.
 pub async fn the_clock_does_not_go_back<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -293,7 +293,7 @@ pub async fn the_clock_does_not_go_back<T: StoreUnderTest>() {
     assert!(log.is_sorted_by_key(|event| event.recorded_at));
 }
 
-/// A commit also reports the same time as its events.
+/// The commit reports the same recording time as its events.
 pub async fn the_time_of_recording_is_kept_to_the_microsecond<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -304,7 +304,7 @@ pub async fn the_time_of_recording_is_kept_to_the_microsecond<T: StoreUnderTest>
         for event in whole_stream(&*store, &name).await {
             assert_eq!(event.recorded_at.timestamp_subsec_nanos() % 1_000, 0);
             assert!(committed.recorded_at.is_none_or(|said| said == event.recorded_at), "{committed:?}");
-            // The clock of the store, which is on this machine.
+            // The store's clock is the clock of this machine.
             assert!(before < event.recorded_at && event.recorded_at < before + TimeDelta::minutes(2));
         }
     }

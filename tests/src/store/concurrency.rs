@@ -1,4 +1,4 @@
-//! Many callers at once.
+//! Many concurrent callers.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use super::{
     StoreUnderTest, append, appending, assert_conflict, at, key, numbered, put, putting, whole_log, whole_stream,
 };
 
-/// Each of the other writers learns the current version of the stream.
+/// Each losing writer learns the current version of the stream.
 pub async fn of_many_writers_at_one_version_one_wins<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -26,7 +26,7 @@ pub async fn of_many_writers_at_one_version_one_wins<T: StoreUnderTest>() {
     assert_eq!(whole_stream(&*store, "a-1").await.len(), 1);
 }
 
-/// If a commit reports when its events were recorded, a follower of the log may rely on the positions that it reports.
+/// If a commit reports when its events were recorded, a follower of the log may also rely on the reported positions.
 pub async fn a_commit_tells_where_its_events_stand<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -60,7 +60,7 @@ pub async fn a_commit_tells_where_its_events_stand<T: StoreUnderTest>() {
     }
 }
 
-/// Commits that share a round trip succeed or fail independently.
+/// Commits that share a round trip succeed or fail independently of each other.
 pub async fn conflicts_fail_alone<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -95,7 +95,8 @@ pub async fn conflicts_fail_alone<T: StoreUnderTest>() {
     assert_eq!(whole_stream(&*store, "taken-1").await.len(), 1);
 }
 
-/// Reads, adds one, writes, and repeats after a conflict. The document and the stream count the same.
+/// Each caller reads a number, adds one, writes it, and repeats all of this after a conflict. The document and the
+/// stream must show the same count.
 pub async fn counting_up_loses_nothing<T: StoreUnderTest>() {
     const WRITERS: i64 = 16;
     const ROUNDS: i64 = 10;
@@ -129,7 +130,7 @@ async fn count_up(store: &Arc<dyn EventStore>) -> bool {
     }
 }
 
-/// A caller that gives up takes its whole commit along or leaves all of it, and no other caller is affected.
+/// If a caller drops its commit, the commit is applied completely or not at all, and no other caller is affected.
 pub async fn dropped_commits_are_whole_or_not_there<T: StoreUnderTest>() {
     const COMMITS: usize = 1_000;
     let under_test = T::fresh().await;
@@ -154,7 +155,7 @@ pub async fn dropped_commits_are_whole_or_not_there<T: StoreUnderTest>() {
         assert_eq!(parts(&*store, number).await, (true, true, true), "{number} was kept");
     }
     for number in 0..COMMITS {
-        // A commit may still arrive between two reads, so the first read decides what must be there at the second.
+        // A commit may still arrive between two reads. Therefore the first read decides what the second read must find.
         let (one, other, document) = parts(&*store, number).await;
         if one || other || document {
             assert_eq!(parts(&*store, number).await, (true, true, true), "{number} is there in part");
@@ -179,8 +180,8 @@ async fn parts(store: &dyn EventStore, number: usize) -> (bool, bool, bool) {
     (one == 2, other == 2, document.is_some())
 }
 
-/// Neither commit writes what the other writes, and each is right only if the other has not written. Absent documents
-/// that stay absent are visible in the check alone.
+/// Neither commit writes what the other writes, yet each is valid only if the other has not written. The commits expect
+/// that documents are absent, and for a document that stays absent only the check can detect the conflict.
 pub async fn of_two_that_rely_on_absence_one_holds<T: StoreUnderTest>() {
     const ROUNDS: usize = 60;
     let under_test = T::fresh().await;
@@ -202,7 +203,8 @@ pub async fn of_two_that_rely_on_absence_one_holds<T: StoreUnderTest>() {
     }
 }
 
-/// Returns pairs of commits that contradict each other: by documents, few and many, by streams, and by one of each.
+/// Returns pairs of commits that contradict each other: through a few documents, through many documents, through
+/// streams, and through one document and one stream.
 pub fn relying_on_absence(round: usize) -> Vec<[Commit; 2]> {
     let name = |kind: &str, side: usize| format!("{kind}{side}-{round}");
     let sides = [[0, 1], [1, 0]];

@@ -21,7 +21,7 @@ fn ids(documents: &[Document]) -> Vec<&str> {
     documents.iter().map(|document| &*document.key.id).collect()
 }
 
-/// With and without an expected version.
+/// Versions rise both with and without an expected version.
 pub async fn versions_rise_with_each_put<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -34,7 +34,7 @@ pub async fn versions_rise_with_each_put<T: StoreUnderTest>() {
     }
 }
 
-/// Version 0 expects that the document does not exist. The error names the current version of the document.
+/// Version 0 means that the document must not exist. The error names the current version of the document.
 pub async fn a_put_holds_only_at_the_expected_version<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -53,7 +53,7 @@ pub async fn a_put_holds_only_at_the_expected_version<T: StoreUnderTest>() {
     assert_eq!((found.version, &*found.body), (2, "2"));
 }
 
-/// The next put must therefore expect version 0. Removing a missing document is not an error.
+/// The next put after a removal must expect version 0. Removing a missing document is not an error.
 pub async fn a_removed_document_counts_as_version_0<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -70,7 +70,7 @@ pub async fn a_removed_document_counts_as_version_0<T: StoreUnderTest>() {
     }
 }
 
-/// One answer per key, including missing keys and keys that are asked for twice.
+/// The store returns one answer per key, including missing keys and keys that are requested twice.
 pub async fn they_come_in_the_order_of_the_keys<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -84,7 +84,7 @@ pub async fn they_come_in_the_order_of_the_keys<T: StoreUnderTest>() {
     assert!(store.documents(&[]).await.unwrap().is_empty());
 }
 
-/// Bodies are text, not values.
+/// The store keeps bodies as text, not as JSON values.
 pub async fn bodies_come_back_byte_for_byte<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -96,7 +96,8 @@ pub async fn bodies_come_back_byte_for_byte<T: StoreUnderTest>() {
     assert_eq!(found, ODD_PAYLOADS);
 }
 
-/// The order is that of no language. Other collections are not seen, however similar their names are.
+/// The order is by bytes, not by the rules of any language. A scan does not return documents of other collections,
+/// however similar their names are.
 pub async fn scanned_in_byte_order<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -132,7 +133,7 @@ fn timer(id: &str, due: Option<DateTime<Utc>>) -> Put {
     Put { due, ..put(&key("timer", id), None, Some("{}")) }
 }
 
-/// Earliest first, to the microsecond, and only documents with a due time.
+/// A scan returns only documents with a due time, earliest first, to the microsecond.
 pub async fn scanned_by_what_is_due<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -151,7 +152,7 @@ pub async fn scanned_by_what_is_due<T: StoreUnderTest>() {
     assert_eq!(ids(&store.scan("timer", &Scan::After("".into()), 10).await.unwrap()), ["a", "b", "c", "d", "never"]);
 }
 
-/// The same holds if the last put sets a later time, removes the time, or removes the document.
+/// The last put decides: it may set a later time, remove the time, or remove the document.
 pub async fn due_follows_the_last_put<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -171,7 +172,8 @@ pub async fn due_follows_the_last_put<T: StoreUnderTest>() {
     assert_eq!(due().await, expected);
 }
 
-/// Times are rounded down, also before 1970 and 2000, and the requested time is compared as exactly.
+/// Due times are rounded down to the microsecond, including times before 1970 and 2000. The time in the query is
+/// compared with the same precision.
 pub async fn due_is_kept_to_the_microsecond<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -201,7 +203,7 @@ pub async fn due_is_kept_to_the_microsecond<T: StoreUnderTest>() {
     }
 }
 
-/// A name that a store cannot even be asked for is absent, as in any other store.
+/// A name that a store cannot represent counts as absent, as it does in every other store.
 pub async fn names_that_no_store_can_hold_are_absent<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -233,8 +235,8 @@ pub async fn names_that_no_store_can_hold_are_absent<T: StoreUnderTest>() {
     assert_eq!(store.read_log(&query, Position::START, 10).await.unwrap().events.len(), 3);
 }
 
-/// A reader of a checkpoint and then of the stream finds the events that the checkpoint covers, and the other way
-/// round.
+/// A reader that reads a checkpoint first and the stream second finds the events that the checkpoint covers. The same
+/// holds in the opposite order.
 pub async fn they_become_visible_with_the_events_of_their_commit<T: StoreUnderTest>() {
     const COMMITS: i64 = 200;
     let under_test = T::fresh().await;

@@ -1,4 +1,4 @@
-//! The contents of a store that outlives its process, after reopening.
+//! What a store that outlives its process must contain after it is opened again.
 
 use annals::{Commit, Expected, Scan};
 
@@ -7,7 +7,7 @@ use super::{
     numbered, put, putting, whole_log, whole_stream,
 };
 
-/// Events, documents and the head.
+/// Checks events, documents and the head.
 pub async fn everything_is_there_after_reopening<T: Durable>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -27,7 +27,7 @@ pub async fn everything_is_there_after_reopening<T: Durable>() {
     assert_eq!(store.scan("note", &Scan::After("".into()), 1_000).await.unwrap(), documents);
 }
 
-/// Versions, positions and time continue.
+/// Versions, positions and time continue from the values before the store was closed.
 pub async fn writing_goes_on_after_reopening<T: Durable>() {
     let mut under_test = T::fresh().await;
     let note = key("note", "1");
@@ -48,7 +48,7 @@ pub async fn writing_goes_on_after_reopening<T: Durable>() {
     assert_eq!(whole_stream(&*store, "a-1").await.len(), 8);
 }
 
-/// No part of a refused commit is there, not even a part that would have succeeded alone.
+/// No part of a rejected commit is stored, not even a part that would have succeeded alone.
 pub async fn what_was_refused_is_not_there_after_reopening<T: Durable>() {
     let under_test = T::fresh().await;
     let store = under_test.store();

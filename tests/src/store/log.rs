@@ -7,7 +7,7 @@ use tokio::time::timeout;
 
 use super::{PROMPTLY, StoreUnderTest, append, appending, at, event, key, numbered, put, putting, stream, whole_log};
 
-/// The order does not depend on the size of the pages.
+/// The order of events does not depend on the page size.
 pub async fn pages_follow_each_other_in_order<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -35,7 +35,7 @@ pub async fn pages_follow_each_other_in_order<T: StoreUnderTest>() {
     assert_eq!((page.events.len(), page.next, page.more), (0, Position::START, false));
 }
 
-/// A subscription to one category must not read the rest of the log again each time.
+/// A subscription to one category must not read the rest of the log again with each page.
 pub async fn a_query_leaves_out_and_goes_past<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -82,8 +82,8 @@ pub async fn a_query_leaves_out_and_goes_past<T: StoreUnderTest>() {
     }
 }
 
-/// A page may cover only a part of the log, and then reports that there is more. A reader that takes such a page for
-/// the last one would wait although it is far behind.
+/// A page may cover only a part of the log, and must then report that there is more. Otherwise the reader would take it
+/// for the last page, and would wait although it is far behind.
 pub async fn a_page_that_is_not_the_last_says_so<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -109,7 +109,7 @@ pub async fn a_page_that_is_not_the_last_says_so<T: StoreUnderTest>() {
     }
 }
 
-/// The same holds for a query without matches.
+/// A reader at the end stays there, including a reader whose query matches no event.
 pub async fn a_reader_that_caught_up_stays_where_it_is<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -125,7 +125,7 @@ pub async fn a_reader_that_caught_up_stays_where_it_is<T: StoreUnderTest>() {
     }
 }
 
-/// The largest positions are not special.
+/// Even the largest positions need no special handling.
 pub async fn a_far_position_has_nothing_after_it<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -140,7 +140,7 @@ pub async fn a_far_position_has_nothing_after_it<T: StoreUnderTest>() {
     }
 }
 
-/// A reader that starts to wait late must not sleep.
+/// If events are already there when the wait starts, the wait must return at once.
 pub async fn waiting_ends_at_once_when_there_is_more<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -150,7 +150,7 @@ pub async fn waiting_ends_at_once_when_there_is_more<T: StoreUnderTest>() {
     }
 }
 
-/// A hundred rounds well within the time: the wait must be woken by a notification, not by polling.
+/// A hundred rounds finish well within the limit, so a notification must wake the wait; polling would be too slow.
 pub async fn waiting_ends_with_the_next_commit<T: StoreUnderTest>() {
     const ROUNDS: i64 = 100;
     let under_test = T::fresh().await;
@@ -170,7 +170,7 @@ pub async fn waiting_ends_with_the_next_commit<T: StoreUnderTest>() {
     timeout(PROMPTLY, rounds).await.expect("a waiting reader must be told");
 }
 
-/// Many writers and one reader, which misses no event and sees none twice or too early.
+/// Many writers and one reader run at once. The reader sees each event exactly once, and never before an earlier event.
 pub async fn a_tailing_reader_sees_every_event_once_and_in_order<T: StoreUnderTest>() {
     const WRITERS: usize = 24;
     const COMMITS: usize = 40;
@@ -218,7 +218,7 @@ async fn follow(store: &dyn EventStore, count: usize) -> Vec<Arc<Recorded>> {
     seen
 }
 
-/// Documents do not move the head.
+/// Writing documents does not move the head.
 pub async fn the_head_is_the_last_event<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();

@@ -1,4 +1,4 @@
-//! Commits that can never succeed: they are refused as invalid, and nothing is stored.
+//! Commits that can never succeed. The store rejects them as invalid and stores nothing.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use chrono::{DateTime, Utc};
 
 use super::{StoreUnderTest, append, assert_empty, at, event, key, numbered, put, putting};
 
-/// Adds parts to the commit that would succeed alone.
+/// Adds valid parts to the invalid commit. Alone, these parts would succeed.
 async fn assert_refused(store: &Arc<dyn EventStore>, mut commit: Commit) {
     let sound = key("sound", "1");
     commit.appends.push(append("sound-1", at(0), numbered(1)));
@@ -37,7 +37,8 @@ pub async fn twins_are_refused<T: StoreUnderTest>() {
     assert_refused(&store, putting([put(&document, None, Some("1")), put(&document, None, None)])).await;
 }
 
-/// The origin of the name does not matter: ids read from a store are taken as they are, but never written.
+/// It does not matter where an invalid name comes from: ids read from a store may be invalid, but they are never
+/// written again.
 pub async fn names_that_are_none_are_refused<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -54,7 +55,7 @@ pub async fn names_that_are_none_are_refused<T: StoreUnderTest>() {
     }
 }
 
-/// One byte, row or event above the limit.
+/// Each commit exceeds a limit by one byte, row or event.
 pub async fn what_is_too_large_is_refused<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -68,7 +69,7 @@ pub async fn what_is_too_large_is_refused<T: StoreUnderTest>() {
     store.commit(putting([put(&key("note", "1"), None, Some(&text(DOCUMENT_BYTES_MAX)))])).await.unwrap();
 }
 
-/// Every store refuses them, because one of them cannot represent such times.
+/// Every store rejects such times, because one of the stores cannot represent them.
 pub async fn times_before_the_calendar_are_refused<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -78,7 +79,7 @@ pub async fn times_before_the_calendar_are_refused<T: StoreUnderTest>() {
     }
 }
 
-/// The store refuses them before writing, so that no reader has to fail.
+/// The store rejects such payloads before writing them, so that no reader fails later.
 pub async fn payloads_that_no_reader_takes_are_refused<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();

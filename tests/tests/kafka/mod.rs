@@ -1,5 +1,5 @@
-//! Two services on PostgreSQL, joined by Kafka: one publishes tallies, the other copies them. Plain SQL and a plain
-//! Kafka client check their work.
+//! Two services on PostgreSQL that Kafka connects. One publishes tallies, and the other copies them. The tests check
+//! the result with plain SQL and a plain Kafka client.
 #![allow(dead_code)]
 
 pub mod process;
@@ -30,24 +30,24 @@ use uuid::Uuid;
 use self::topic::Record;
 use crate::postgres::{self, Schema};
 
-/// The longest recovery from any fault.
+/// The longest time that the services may take to recover from any fault.
 pub const RECOVERY: Duration = Duration::from_secs(60);
-/// The interval between reads of state that only the database shows.
+/// The interval between reads of state that is visible only in the database.
 const LOOK: Duration = Duration::from_millis(20);
-/// The number of tallies that a load adds to.
+/// The number of tallies that a load writes to.
 pub const TALLIES: usize = 20;
-/// The longest time that a runtime may take to end.
+/// The longest time that draining a runtime may take.
 pub const DRAIN: Duration = Duration::from_secs(10);
 
-/// The two services, each on a schema of its own.
+/// The two services, each with its own schema.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Pair {
-    /// The name of the service that publishes, which is also a part of the other one's name.
+    /// The name of the publishing service. It is also a part of the other service's name.
     pub service: String,
     pub brokers: String,
     source: String,
     sink: String,
-    /// Settings of the bus other than the usual ones.
+    /// Settings of the bus that differ from the defaults.
     pub settings: BTreeMap<String, String>,
     #[serde(skip)]
     schemas: Arc<Vec<Schema>>,
@@ -59,7 +59,7 @@ impl std::fmt::Debug for Schema {
     }
 }
 
-/// An event as SQL reads it.
+/// An event as plain SQL reads it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Stored {
     pub position: i64,
@@ -75,7 +75,7 @@ impl Pair {
     }
 
     pub async fn on(brokers: &str) -> Self {
-        // Logs help people to debug a failed test.
+        // The log output helps people to debug a failed test.
         if std::env::var_os("RUST_LOG").is_some() {
             let filter = tracing_subscriber::EnvFilter::from_default_env();
             _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
@@ -85,7 +85,7 @@ impl Pair {
         let service = format!("source-{}", Uuid::new_v4().simple());
         let settings = BTreeMap::from([("partitions".to_owned(), "4".to_owned())]);
         let pair = Self { service, brokers: brokers.into(), source: names.0, sink: names.1, settings, schemas };
-        // Creates the tables before the test reads them.
+        // Creates the tables before the test reads from them.
         pair.source_store().await;
         pair.sink_store().await;
         pair
@@ -150,23 +150,23 @@ impl Pair {
         runtime
     }
 
-    /// Starts a relay in this process, with a client of its own.
+    /// Starts a relay in this process with its own Kafka client.
     pub async fn relay(&self) -> Runtime {
         self.start_relay(self.source_store().await, Arc::new(self.bus().await), 1, None).await
     }
 
-    /// Starts a consumer in this process, with a client of its own.
+    /// Starts a consumer in this process with its own Kafka client.
     pub async fn consumer(&self) -> Runtime {
         self.start_consumer(self.sink_store().await, Arc::new(self.bus().await), None).await
     }
 
-    /// Connects to the database, with the schemas alone.
+    /// Connects to the database with plain SQL.
     pub async fn sql(&self) -> Sql {
         let connection = self.schemas[0].connection().await;
         Sql { connection, source: self.schemas[0].clone(), sink: self.schemas[1].clone() }
     }
 
-    /// Returns the whole topic, as read by a plain consumer.
+    /// Returns the whole topic, read by a plain consumer.
     pub async fn records(&self) -> Vec<Record> {
         let (brokers, topic) = (self.brokers.clone(), self.topic());
         spawn_blocking(move || topic::read(&brokers, &topic)).await.unwrap()
@@ -178,8 +178,8 @@ impl Pair {
         spawn_blocking(move || topic::count(&brokers, &topic)).await.unwrap()
     }
 
-    /// Waits until everything is handled. Then log and topic agree, every effect is there once, no lane is behind and
-    /// nothing is parked. Returns the number of records that were sent more than once.
+    /// Waits until every event is handled. Then asserts that log and topic agree, that every effect is there once, that
+    /// no lane is behind, and that nothing is parked. Returns the number of records that were sent more than once.
     pub async fn agrees(&self) -> usize {
         let (stored, records) = self.settled().await;
         let first = same_events(&stored, &records);
@@ -191,7 +191,7 @@ impl Pair {
         records.len() - first.len()
     }
 
-    /// Checks the same after an outage in which the relay went on and earlier messages arrived later.
+    /// Performs the same checks after an outage in which the relay continued, so that earlier messages arrived later.
     pub async fn agrees_out_of_order(&self) {
         let (stored, records) = self.settled().await;
         same_events(&stored, &records);
@@ -226,12 +226,12 @@ impl Pair {
         }
     }
 
-    /// Waits until the relay is at the end of the log.
+    /// Waits until the relay has reached the end of the log.
     pub async fn relay_is_at_the_end(&self, sql: &mut Sql) {
         let waited = timeout(RECOVERY, async {
             let name = format!("{}.relay", self.service);
             loop {
-                // The relay writes its first checkpoint after it has sent something.
+                // The relay writes its first checkpoint only after it has sent a message.
                 let lags = sql.lags(&name).await;
                 if !lags.is_empty() && lags.iter().all(|lag| *lag == 0) {
                     return;
@@ -242,7 +242,7 @@ impl Pair {
         waited.await.unwrap_or_else(|_| panic!("the relay is behind"));
     }
 
-    /// Waits until relay and consumer are at the ends of log and topic.
+    /// Waits until relay and consumer have reached the ends of log and topic.
     pub async fn caught_up(&self, sql: &mut Sql) {
         let (brokers, topic) = (self.brokers.clone(), self.topic());
         let ends = spawn_blocking(move || topic::ends(&brokers, &topic)).await.unwrap();
@@ -270,7 +270,8 @@ async fn store(schema: &str) -> Arc<dyn EventStore> {
     Arc::new(PostgresStore::connect(&postgres::url(), settings).await.unwrap())
 }
 
-/// Asserts that the topic holds the ids of the log. Returns the events in the order in which they first arrived.
+/// Asserts that the topic and the log hold the same event ids. Returns the events in the order in which each first
+/// arrived.
 pub fn same_events<'a>(stored: &'a [Stored], records: &[Record]) -> Vec<&'a Stored> {
     let by_id: HashMap<Uuid, &Stored> = stored.iter().map(|event| (event.event_id, event)).collect();
     let (mut seen, mut first): (HashSet<Uuid>, Vec<&Stored>) = Default::default();
@@ -293,7 +294,8 @@ pub struct Sql {
     pub sink: Schema,
 }
 
-/// A row of the operators' view: group or relay, key, reason, message, and the number of messages behind it.
+/// A row of the operators' view: the group or relay, key, reason, message, and the number of messages waiting behind
+/// it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DeadLetter {
     pub key: String,
@@ -308,7 +310,7 @@ impl Sql {
         sqlx::query_scalar(of.sql(sql)).fetch_one(&mut self.connection).await.unwrap()
     }
 
-    /// Returns the number of events to copy.
+    /// Returns the number of events that are to be copied.
     pub async fn events(&mut self) -> i64 {
         self.number(self.source.clone(), "SELECT count(*) FROM annals.events").await
     }
@@ -328,7 +330,7 @@ impl Sql {
         rows.into_iter().map(row).collect()
     }
 
-    /// Asserts that the document and the copy of each tally have every amount once, in order.
+    /// Asserts that the document and the copied tally hold every amount once, in order.
     pub async fn assert_copied(&mut self, stored: &[Stored]) {
         let mut expected: BTreeMap<String, Vec<i64>> = BTreeMap::new();
         for event in stored {
@@ -347,7 +349,7 @@ impl Sql {
         assert_same("copies", &copied, &expected);
     }
 
-    /// Returns the copied amounts of each tally, from the documents.
+    /// Returns the copied amounts of each tally, as the documents hold them.
     pub async fn copied(&mut self) -> BTreeMap<String, Vec<i64>> {
         let sql = "SELECT id, body::text FROM annals.documents WHERE collection = 'copied'";
         let documents: Vec<(String, String)> =
@@ -355,7 +357,7 @@ impl Sql {
         documents.into_iter().map(|(id, body)| (id, serde_json::from_str(&body).unwrap())).collect()
     }
 
-    /// Sets the relay back to the start of the log, as an operator does to fill the topic again.
+    /// Moves the relay back to the start of the log, as an operator does to fill the topic again.
     pub async fn set_back(&mut self) {
         let sql = "UPDATE annals.documents SET version = version + 1, body = (body::jsonb || '{\"next\": 0}')::json
                     WHERE collection = 'checkpoint' AND id LIKE '%.relay/%'";
@@ -376,13 +378,13 @@ impl Sql {
         found
     }
 
-    /// Returns how far the lanes of a subscription of the source are behind.
+    /// Returns the lag of each lane of a subscription of the source.
     pub async fn lags(&mut self, subscription: &str) -> Vec<i64> {
         let sql = "SELECT lag::bigint FROM annals.checkpoints WHERE subscription = $1";
         sqlx::query_scalar(self.source.sql(sql)).bind(subscription).fetch_all(&mut self.connection).await.unwrap()
     }
 
-    /// Returns the offset at which the sink continues in each partition.
+    /// Returns the offset from which the sink continues in each partition.
     pub async fn offsets(&mut self, subscription: &str) -> BTreeMap<String, i64> {
         let sql = "SELECT lane, position FROM annals.checkpoints WHERE subscription = $1 AND position > 0";
         let query = sqlx::query_as(self.sink.sql(sql)).bind(subscription);
@@ -409,7 +411,7 @@ fn assert_same(what: &str, found: &BTreeMap<String, Vec<i64>>, expected: &BTreeM
     assert_eq!(found.len(), expected.len(), "{what}");
 }
 
-/// Adds the amounts of these rounds, one per tally and round.
+/// Adds an amount for each of these rounds to each tally.
 pub async fn add(store: &Arc<dyn EventStore>, rounds: std::ops::Range<i64>) {
     for round in rounds {
         let appends = (0..TALLIES).map(|tally| append(&format!("tally-{tally}"), round)).collect();
@@ -429,7 +431,7 @@ pub fn append(stream: &str, amount: i64) -> Append {
     Append { stream: StreamId::parse(stream).unwrap(), expected: Expected::Any, events: vec![event] }
 }
 
-/// Adds to all tallies again and again, until it ends.
+/// Keeps adding amounts to all tallies until stopped.
 pub struct Load {
     stop: watch::Sender<bool>,
     added: JoinHandle<i64>,
@@ -468,7 +470,7 @@ pub async fn until(what: &str, mut is: impl AsyncFnMut() -> bool) {
     waited.await.unwrap_or_else(|_| panic!("never came about: {what}"));
 }
 
-/// Waits until the parts of a runtime satisfy the condition. Returns the time it took.
+/// Waits until the parts of a runtime satisfy the condition. Returns how long that took.
 pub async fn shows(runtime: &Runtime, what: &str, is: impl Fn(&BTreeMap<String, State>) -> bool) -> Duration {
     let asked_at = Instant::now();
     while !is(&runtime.health().parts()) {
@@ -478,7 +480,7 @@ pub async fn shows(runtime: &Runtime, what: &str, is: impl Fn(&BTreeMap<String, 
     asked_at.elapsed()
 }
 
-/// Returns whether a part is in trouble.
+/// Returns whether any part is in trouble.
 pub fn in_trouble(parts: &BTreeMap<String, State>) -> bool {
     parts.values().any(|state| matches!(state, State::Trouble(_)))
 }

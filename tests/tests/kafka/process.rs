@@ -1,4 +1,4 @@
-//! Runs a relay or a consumer as a process of its own, which a test kills or stops.
+//! Runs a relay or a consumer as a separate process that a test can kill or stop.
 
 use std::{
     env,
@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Pair;
 
-/// The variable that holds the task of the process.
+/// The environment variable that holds the task of the process.
 const TASK: &str = "ANNALS_KAFKA_PROCESS";
 
 /// The part of the pair that runs in the process.
@@ -32,26 +32,26 @@ pub enum Role {
     Consumer,
 }
 
-/// The point at which the process reports that it is there, and waits for its end.
+/// The point at which the process reports that it has arrived, and then waits to be killed.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Point {
-    /// No point: the process does not stop by itself.
+    /// No point: the process does not stop on its own.
     Nowhere,
-    /// A page was read and not sent yet.
+    /// The relay has read a page, but has not sent it yet.
     Read,
-    /// Same as `Read`, but the process continues after a moment, which a stop makes longer.
+    /// Same as `Read`, but the process continues after a moment. A SIGSTOP makes that moment longer.
     ReadThenOn,
-    /// A page was sent and not acknowledged yet.
+    /// The relay has sent a page, but the page is not acknowledged yet.
     Sent,
-    /// A page was acknowledged, and the checkpoint is still before it.
+    /// The page is acknowledged, but the checkpoint is still before it.
     Acknowledged,
-    /// A batch was committed, and the bus does not know its offset.
+    /// The consumer has committed a batch, but the bus does not know the new offset.
     Offset,
-    /// The commit that moves a checkpoint was requested, and is held back.
+    /// The commit that moves a checkpoint was requested, but is held back.
     BeforeCommit,
-    /// The commit is under way.
+    /// The commit is in progress.
     InCommit,
-    /// The commit succeeded, and its caller does not know.
+    /// The commit succeeded, but its caller does not know that yet.
     AfterCommit,
 }
 
@@ -59,19 +59,20 @@ pub enum Point {
 pub struct Task {
     pub pair: Pair,
     pub role: Role,
-    /// The name under which the process shares its store.
+    /// The instance name under which the process shares its store.
     pub instance: Option<String>,
     pub lanes: u32,
     pub point: Point,
-    /// How often the process passes the point before it stops there.
+    /// How many times the process passes the point before it stops there.
     pub passes: u32,
 }
 
-/// Runs the task of the process. Each test file has a test that calls this, and that does nothing by itself.
+/// Runs the task of the child process. Each test file has a test that calls this function; in the parent process, that
+/// test does nothing.
 pub fn run() {
     let Some(task) = env::var_os(TASK) else { return };
     let task: Task = serde_json::from_str(task.to_str().unwrap()).unwrap();
-    // The process ends with the test, however that ends.
+    // The process ends together with the test, however the test ends.
     std::thread::spawn(|| {
         _ = std::io::stdin().read_to_end(&mut Vec::new());
         std::process::exit(1);
@@ -81,7 +82,7 @@ pub fn run() {
 }
 
 fn say(word: &str) {
-    // A single write, so that the reader gets whole lines.
+    // Prints with a single write, so that the reader receives whole lines.
     std::io::stdout().lock().write_all(format!("{word}\n").as_bytes()).unwrap();
 }
 
@@ -151,7 +152,7 @@ impl Process {
         self.says("started").await;
     }
 
-    /// Waits until the process is at its point.
+    /// Waits until the process has reached its point.
     pub async fn reached(&mut self) {
         self.says("reached").await;
     }
@@ -163,7 +164,7 @@ impl Process {
         self.child.wait().unwrap();
     }
 
-    /// Stops the process completely, until [`wake`](Self::wake).
+    /// Stops the whole process with SIGSTOP until [`wake`](Self::wake) is called.
     pub fn stop(&self) {
         self.signal("-STOP");
     }
@@ -177,7 +178,7 @@ impl Process {
     }
 }
 
-/// Counts the passes until the point is reached.
+/// Counts how often the point was passed before the process stops there.
 struct Reached {
     point: Point,
     left: AtomicU32,
@@ -193,7 +194,7 @@ impl Reached {
         std::future::pending().await
     }
 
-    /// Returns a store that reaches the point when a checkpoint of the role is committed.
+    /// Wraps a store so that a commit of the role's checkpoint reaches the point.
     fn watch(self: Arc<Self>, store: Arc<dyn EventStore>, pair: &Pair, role: Role) -> Arc<dyn EventStore> {
         let gate = Gate::new();
         let fault = match self.point {
@@ -224,7 +225,7 @@ impl Reached {
     }
 }
 
-/// A bus that reaches the point when a message passes through it.
+/// A bus on which a passing message reaches the point.
 struct Watched {
     inner: Arc<KafkaBus>,
     point: Arc<Reached>,

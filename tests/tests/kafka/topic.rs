@@ -1,4 +1,4 @@
-//! Reads a topic as outsiders do: with a plain client, without any of our code.
+//! Reads a topic as an outsider does: with a plain client, without any code of this project.
 
 use std::{
     collections::BTreeMap,
@@ -15,7 +15,7 @@ use rdkafka::{
 };
 use uuid::Uuid;
 
-/// The longest wait for an answer of the broker.
+/// The longest wait for an answer from the broker.
 const PATIENCE: Duration = Duration::from_secs(20);
 const LOOK: Duration = Duration::from_millis(50);
 
@@ -63,7 +63,7 @@ fn client(brokers: &str) -> ClientConfig {
     config
 }
 
-/// Returns the first offset and the one after the last, by partition; empty if the topic does not exist.
+/// Returns the first offset and the end offset of each partition. Returns an empty map if the topic does not exist.
 pub fn ends(brokers: &str, topic: &str) -> BTreeMap<i32, (i64, i64)> {
     ends_by(&client(brokers).create().unwrap(), topic)
 }
@@ -74,7 +74,7 @@ fn ends_by(consumer: &BaseConsumer, topic: &str) -> BTreeMap<i32, (i64, i64)> {
     partitions.map(|partition| (partition, watermarks(consumer, topic, partition))).collect()
 }
 
-/// Returns the offsets of a partition, which may have no leader yet, or a new leader.
+/// Returns the offsets of a partition. The partition may have no leader yet, or a new one.
 fn watermarks(consumer: &BaseConsumer, topic: &str, partition: i32) -> (i64, i64) {
     let started_at = Instant::now();
     loop {
@@ -86,7 +86,7 @@ fn watermarks(consumer: &BaseConsumer, topic: &str, partition: i32) -> (i64, i64
     }
 }
 
-/// Returns the number of records.
+/// Returns the number of records in the topic.
 pub fn count(brokers: &str, topic: &str) -> i64 {
     ends(brokers, topic).values().map(|(first, next)| next - first).sum()
 }
@@ -118,7 +118,7 @@ pub fn read(brokers: &str, topic: &str) -> Vec<Record> {
                 }
             }
             Some(Err(KafkaError::PartitionEOF(partition))) => _ = waiting.remove(&partition),
-            // One of several brokers is dead. The client continues with the others.
+            // One of several brokers is dead, and the client continues with the others.
             Some(Err(KafkaError::MessageConsumption(RDKafkaErrorCode::BrokerTransportFailure)))
                 if started_at.elapsed() < PATIENCE => {}
             Some(Err(error)) => panic!("reading {topic}: {error}"),
@@ -128,12 +128,12 @@ pub fn read(brokers: &str, topic: &str) -> Vec<Record> {
     records
 }
 
-/// Sends records to a topic unchanged, to the partitions of their keys.
+/// Sends records to a topic unchanged, each to the partition of its key.
 pub fn send(brokers: &str, topic: &str, records: &[Record]) {
     send_compressed(brokers, topic, records, "none");
 }
 
-/// Sends the records in compressed batches.
+/// Sends records in compressed batches.
 pub fn send_compressed(brokers: &str, topic: &str, records: &[Record], codec: &str) {
     let mut config = ClientConfig::new();
     config.set("bootstrap.servers", brokers).set("enable.idempotence", "true").set("partitioner", "murmur2_random");

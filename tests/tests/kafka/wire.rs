@@ -1,11 +1,12 @@
-//! Sends a record that no client library sends, in Kafka's own protocol: a header whose name is not UTF-8.
+//! Sends a record that no client library can send, using Kafka's own protocol: a record with a header whose name is not
+//! UTF-8.
 
 use std::{
     io::{Read, Write},
     net::TcpStream,
 };
 
-/// Sends one record without a client, to partition 0. Its one header has a name of any bytes.
+/// Sends one record to partition 0 without a client library. The name of its one header may be any bytes.
 pub fn send(broker: &str, topic: &str, key: &[u8], value: &[u8], header: &[u8]) {
     let mut record = vec![0];
     for number in [0, 0] {
@@ -21,7 +22,7 @@ pub fn send(broker: &str, topic: &str, key: &[u8], value: &[u8], header: &[u8]) 
         record.extend(bytes);
     }
     let now = chrono::Utc::now().timestamp_millis().to_be_bytes();
-    // The part that the checksum covers: everything from the attributes on.
+    // The checksum covers everything from the attributes on.
     let mut checked =
         [&[0; 2][..], &[0; 4], &now, &now, &[0xff; 8], &[0xff; 2], &[0xff; 4], &1i32.to_be_bytes()].concat();
     signed(&mut checked, record.len());
@@ -57,7 +58,7 @@ pub fn send(broker: &str, topic: &str, key: &[u8], value: &[u8], header: &[u8]) 
     assert_eq!(response[error..error + 2], [0, 0], "the broker refused it: {response:?}");
 }
 
-/// Appends a number in variable length, zigzag-encoded.
+/// Appends a number as a zigzag-encoded variable-length integer.
 fn signed(bytes: &mut Vec<u8>, number: usize) {
     let mut rest = number << 1;
     while rest >= 0x80 {

@@ -1,4 +1,5 @@
-//! Writers and readers that keep going whatever happens to the server, and then check what they were promised.
+//! Writers and readers that keep running whatever happens to the server. At the end, they check that the server kept
+//! every promise.
 
 use std::{
     sync::{
@@ -19,21 +20,21 @@ use tokio::{
 
 use super::append;
 
-/// The longest recovery from any fault.
+/// The longest time that the server may take to recover from any fault.
 const RECOVERY: Duration = Duration::from_secs(60);
-/// The number of pages after which a reader is replaced by one that knows only its position.
+/// After this many pages, a new reader that knows only the position replaces the old reader.
 const PAGES_UNTIL_RESTART: usize = 40;
 
 pub struct Load {
     stop: watch::Sender<bool>,
-    /// Signals the end of the last writer.
+    /// Signals that the last writer has ended.
     written: watch::Sender<bool>,
     writers: JoinSet<Promise>,
     readers: Vec<JoinHandle<Vec<i64>>>,
     acknowledged: Arc<AtomicU64>,
 }
 
-/// What one writer knows to be stored: this many versions of its stream, and half as many of its document.
+/// The state that one writer knows to be stored: `standing` versions of its stream, and half as many of its document.
 struct Promise {
     name: String,
     standing: i64,
@@ -51,8 +52,8 @@ pub struct Summary {
 }
 
 impl Load {
-    /// Starts a load on a store, with a reader of that store and a reader whose store is opened again and again under
-    /// the URL.
+    /// Starts a load on a store. One reader uses that store; another reader opens a new store at the URL again and
+    /// again.
     pub fn start(store: &PostgresStore, url: &str, settings: &Settings, writers: usize) -> Self {
         let ((stop, stopped), (written, all_written)) = (watch::channel(false), watch::channel(false));
         let acknowledged = Arc::<AtomicU64>::default();
@@ -66,7 +67,7 @@ impl Load {
         Self { stop, written, writers, readers, acknowledged }
     }
 
-    /// Waits until this many more commits were acknowledged.
+    /// Waits until this many more commits have been acknowledged.
     pub async fn goes_on(&self, more: u64) {
         let wanted = self.acknowledged.load(Ordering::SeqCst) + more;
         let reached = async {
@@ -81,7 +82,8 @@ impl Load {
         self.acknowledged.load(Ordering::SeqCst)
     }
 
-    /// Stops the load, and compares what each task knows with what plain SQL finds. `sql` names the schema.
+    /// Stops the load, and compares the knowledge of each task with what plain SQL finds. `sql` inserts the name of the
+    /// schema.
     pub async fn ends_well(
         self,
         outside: &mut PgConnection,
@@ -116,7 +118,7 @@ impl Load {
     }
 }
 
-/// Writes two events and a counter, again and again. A commit of unknown outcome is sent again unchanged.
+/// Repeatedly writes two events and a counter. If the outcome of a commit is unknown, sends the same commit again.
 async fn write(
     store: PostgresStore,
     name: String,
@@ -137,7 +139,7 @@ async fn write(
                 }
                 Err(CommitError::Unknown(_)) => (promise.unknown, sent_before) = (promise.unknown + 1, true),
                 Err(CommitError::Unavailable(_)) => promise.unavailable += 1,
-                // The outcome that was unknown is known now.
+                // This conflict resolves the unknown outcome: the earlier attempt was stored.
                 Err(CommitError::Conflict { actual, .. }) if sent_before && actual.0 == promise.standing + 2 => break,
                 Err(other) => panic!("{}: {other}", promise.name),
             }
@@ -148,7 +150,7 @@ async fn write(
     promise
 }
 
-/// Reads until everything written by the end has been read. Returns the positions.
+/// Reads until everything that was written by the end has been read. Returns the positions.
 async fn follow(
     own: Option<PostgresStore>,
     url: String,
@@ -179,7 +181,7 @@ async fn follow(
     }
 }
 
-/// Reads one page, and returns whether it was the last.
+/// Reads one page. Returns whether it was the last page.
 async fn read(
     store: &PostgresStore,
     seen: &mut Vec<i64>,

@@ -1,4 +1,4 @@
-//! A PostgreSQL for tests: each test has a schema, which is dropped after it.
+//! A PostgreSQL for tests. Each test has its own schema, which is dropped after the test.
 #![allow(dead_code)]
 
 pub mod load;
@@ -28,7 +28,7 @@ pub fn url() -> String {
     )
 }
 
-/// A schema that is dropped with the last of its clones.
+/// A schema that is dropped together with its last clone.
 #[derive(Clone)]
 pub struct Schema(Arc<Owned>);
 
@@ -41,7 +41,7 @@ impl Drop for Owned {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
                 let mut connection = PgConnection::connect(&url()).await?;
-                // A prepared transaction of a failed test would hold its locks for ever.
+                // A prepared transaction that a failed test left behind would hold its locks indefinitely.
                 let prepared: Vec<String> =
                     sqlx::query_scalar("SELECT gid FROM pg_prepared_xacts WHERE starts_with(gid, $1 || '-')")
                         .bind(&name)
@@ -50,7 +50,7 @@ impl Drop for Owned {
                 for id in prepared {
                     sqlx::raw_sql(AssertSqlSafe(format!("ROLLBACK PREPARED '{id}'"))).execute(&mut connection).await?;
                 }
-                // An open transaction of a failed test must not block the others.
+                // An open transaction of a failed test must not block the other tests.
                 sqlx::raw_sql("SET lock_timeout = '2s'").execute(&mut connection).await?;
                 let sql = format!("DROP SCHEMA IF EXISTS {name} CASCADE");
                 sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut connection).await?;
@@ -65,14 +65,14 @@ impl Drop for Owned {
                 connection.close().await
             })
         });
-        // A schema that cannot be dropped stays behind, and the test keeps its own outcome.
+        // If a schema cannot be dropped, it stays behind, and the outcome of the test does not change.
         drop.join().ok();
     }
 }
 
 impl Schema {
     pub fn new() -> Self {
-        // A missing URL must fail here.
+        // Fails here if the URL is missing.
         url();
         Self(Arc::new(Owned(format!("test_{}", Uuid::new_v4().simple()))))
     }
@@ -104,13 +104,13 @@ impl Schema {
         PgConnection::connect(&url()).await.unwrap()
     }
 
-    /// Returns a statement for this schema, from one that was written for the schema `annals`.
+    /// Returns the statement for this schema. The statement is written for the schema `annals`.
     pub fn sql(&self, sql: &str) -> AssertSqlSafe<String> {
         AssertSqlSafe(sql.replace("annals.", &format!("{}.", self.name())))
     }
 }
 
-/// Runs the test on each kind of store, each one empty.
+/// Runs the test on each kind of store, starting with an empty store each time.
 pub async fn on_each_store(property: impl AsyncFn(Arc<dyn EventStore>)) {
     property(Arc::new(MemoryStore::new())).await;
     let folder = tempfile::tempdir().unwrap();
@@ -141,7 +141,7 @@ pub fn append(stream: &str, expected: i64, count: usize) -> Commit {
     Commit { appends: vec![append], puts: Vec::new() }
 }
 
-/// Returns the whole log, as far as it can be read.
+/// Returns the whole readable log.
 pub async fn whole_log(store: &PostgresStore) -> Vec<Arc<Recorded>> {
     let (mut all, mut after) = (Vec::new(), Position::START);
     loop {
@@ -154,7 +154,7 @@ pub async fn whole_log(store: &PostgresStore) -> Vec<Arc<Recorded>> {
     }
 }
 
-/// Returns their positions.
+/// Returns the positions of the events.
 pub fn numbers(events: &[Arc<Recorded>]) -> Vec<i64> {
     events.iter().map(|event| event.position.0).collect()
 }

@@ -1,4 +1,4 @@
-//! A PgBouncer of a test's own, in transaction mode, in front of the server of the tests.
+//! A PgBouncer for one test, in transaction mode, in front of the test server.
 
 use std::{
     fs,
@@ -30,7 +30,8 @@ impl Drop for Pooler {
 }
 
 impl Pooler {
-    /// Starts a pooler with this many server sessions for all clients, and further lines of its configuration.
+    /// Starts a pooler with this number of server sessions for all clients. `more` holds further lines of
+    /// configuration.
     pub async fn start(sessions: u32, more: &str) -> Self {
         let server = url().parse::<PgConnectOptions>().unwrap().to_url_lossy();
         let (host, port) = (server.host_str().unwrap(), server.port().unwrap_or(5432));
@@ -56,7 +57,7 @@ impl Pooler {
         pooler
     }
 
-    /// Starts the pooler, for the first time or again, at the same port.
+    /// Starts the pooler, for the first time or again, on the same port.
     pub async fn resume(&mut self) {
         let log = fs::OpenOptions::new().create(true).append(true).open(self.folder.path().join("log")).unwrap();
         let mut pgbouncer = program("pgbouncer");

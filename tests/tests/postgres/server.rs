@@ -1,5 +1,5 @@
-//! A PostgreSQL server of a test's own, to kill, fill up or throw away. The process is a child of the test, so that
-//! Ctrl-C ends both.
+//! A PostgreSQL server for one test, which the test can kill, fill up or throw away. The process is a child of the
+//! test, so that Ctrl-C ends both.
 
 use std::{
     fs,
@@ -12,14 +12,14 @@ use std::{
 use sqlx::{Connection, PgConnection};
 use tempfile::TempDir;
 
-/// The longest time that a server may take to start, also after a crash.
+/// The longest time that a server may take to start, including a start after a crash.
 const START: Duration = Duration::from_secs(60);
 
 pub struct Server {
     folder: TempDir,
     data: PathBuf,
     port: u16,
-    /// Settings other than the common ones.
+    /// Settings in addition to the common ones.
     settings: Vec<String>,
     environment: Vec<(String, String)>,
     running: Option<Child>,
@@ -38,15 +38,15 @@ impl Server {
         Self::start_in(folder, data, Vec::new()).await
     }
 
-    /// Starts a server with these variables, such as a library to load first.
+    /// Starts a server with these environment variables, such as a library to preload.
     pub async fn start_with_environment(environment: Vec<(String, String)>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let data = folder.path().join("data");
         Self::begin(folder, data, Vec::new(), environment).await
     }
 
-    /// Starts a server whose tables are in a folder of the caller. All other files, including the write-ahead log, are
-    /// in `folder`.
+    /// Starts a server whose tables are in the caller's folder `data`. All other files, including the write-ahead log,
+    /// are in `folder`.
     pub async fn start_in(folder: TempDir, data: PathBuf, settings: Vec<String>) -> Self {
         Self::begin(folder, data, settings, Vec::new()).await
     }
@@ -69,7 +69,7 @@ impl Server {
         server
     }
 
-    /// Starts the server, for the first time or again, at the same port.
+    /// Starts the server, for the first time or again, on the same port.
     pub async fn resume(&mut self) {
         if self.port == 0 {
             self.port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
@@ -82,7 +82,7 @@ impl Server {
             "listen_addresses=127.0.0.1",
             &format!("port={}", self.port),
             "unix_socket_directories=",
-            // Processes die in these tests, never the machine.
+            // In these tests only processes die, never the machine.
             "fsync=off",
             "max_connections=100",
             "max_wal_size=64MB",
@@ -97,7 +97,7 @@ impl Server {
         let url = self.url();
         let up = async {
             while PgConnection::connect(&url).await.is_err() {
-                // The server does not start while a process of the killed one is still there.
+                // The server cannot start while a process of the killed server is still running.
                 if running.try_wait().unwrap().is_some() {
                     running = postgres.spawn().unwrap();
                 }
@@ -135,7 +135,7 @@ impl Server {
         standby
     }
 
-    /// Waits until this standby has everything that its primary has written by now.
+    /// Waits until this standby has received everything that its primary has written so far.
     pub async fn catch_up(&self, primary: &Self) {
         let mut there = PgConnection::connect(&primary.url()).await.unwrap();
         let until: String =
@@ -144,7 +144,7 @@ impl Server {
         let caught_up = async {
             let sql = "SELECT pg_last_wal_replay_lsn() >= $1::pg_lsn";
             while !sqlx::query_scalar::<_, bool>(sql).bind(&until).fetch_one(&mut here).await.unwrap() {
-                // Nothing else flushes data that no commit has flushed.
+                // Writes that no commit has flushed are flushed by this statement only.
                 sqlx::query("SELECT pg_switch_wal()").execute(&mut there).await.unwrap();
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
@@ -173,7 +173,7 @@ impl Server {
         let Some(mut postmaster) = self.running.take() else { return };
         let id = postmaster.id();
         let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
-        // The postmaster goes first, since it would start others.
+        // Kills the postmaster first, because it would start new processes.
         postmaster.kill().ok();
         postmaster.wait().ok();
         Command::new("kill").arg("-9").args(children.split_whitespace()).stderr(Stdio::null()).status().ok();
@@ -183,17 +183,18 @@ impl Server {
         self.url_at("127.0.0.1")
     }
 
-    /// Returns the URL under another name of this machine.
+    /// Returns the URL with another name of this machine as the host.
     pub fn url_at(&self, host: &str) -> String {
         format!("postgres://postgres@{host}:{}/postgres", self.port)
     }
 }
 
-/// Returns a program of the server, or one of its companions, run as a user that it accepts.
+/// Returns a command for a program of the server or for one of its companions. The program runs as a user that the
+/// server accepts.
 pub fn program(name: &str) -> Command {
     let installed = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().filter_map(Result::ok);
     let installed = installed.map(|version| version.path().join("bin").join(name));
-    // The program need not be in the path.
+    // The program may be outside the search path.
     let newest = installed.chain([Path::new("/usr/sbin").join(name)]).filter(|path| path.exists()).max();
     let mut command = Command::new(newest.unwrap_or_else(|| Path::new(name).to_owned()));
     if let Some((user, group)) = postgres_user() {
@@ -207,7 +208,7 @@ pub fn is_root() -> bool {
     output.stdout.trim_ascii() == b"0"
 }
 
-/// PostgreSQL refuses to run as root.
+/// Returns another user to run as if the current user is root, because PostgreSQL refuses to run as root.
 pub fn postgres_user() -> Option<(u32, u32)> {
     if !is_root() {
         return None;

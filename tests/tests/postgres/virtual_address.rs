@@ -1,5 +1,5 @@
-//! The address of a database as a service knows it: it may lead to another server, as a virtual address or a DNS name
-//! does.
+//! A fixed address for a database, as a service knows it. Like a virtual IP address or a DNS name, it may lead to
+//! another server later.
 
 use std::sync::Arc;
 
@@ -11,7 +11,8 @@ use tokio::{
 
 use super::server::Server;
 
-/// Forwards each new connection to the current server. Open connections stay where they are until they are cut.
+/// Forwards each new connection to the current server. Open connections stay with their old server until the test cuts
+/// them.
 #[derive(Clone)]
 pub struct VirtualAddress {
     port: u16,
@@ -30,7 +31,7 @@ impl VirtualAddress {
             while let Ok((mut client, _)) = listener.accept().await {
                 let (target, mut cut) = (*of_task.target.borrow(), of_task.cuts.subscribe());
                 tokio::spawn(async move {
-                    // Either side may close at any time.
+                    // Either side may close the connection at any time.
                     let Ok(mut server) = TcpStream::connect(("127.0.0.1", target)).await else { return };
                     tokio::select! {
                         _ = copy_bidirectional(&mut client, &mut server) => {}
@@ -42,7 +43,7 @@ impl VirtualAddress {
         address
     }
 
-    /// Leads new connections to `server` from now on.
+    /// Makes new connections lead to `server` from now on.
     pub fn lead_to(&self, server: &Server) {
         self.target.send_replace(server.port());
     }

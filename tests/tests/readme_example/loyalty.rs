@@ -55,7 +55,7 @@ impl Aggregate for Points {
 }
 // README: up to here
 
-/// Awards a point for each pound that a known customer orders.
+/// Awards one point for each pound that a known customer spends.
 struct Award(Repository<Points>);
 
 // README: from here

@@ -1,4 +1,4 @@
-//! A handler that writes a row for each event, a subscription with it, and the conditions that hold for the rows.
+//! A handler that writes a row for each event, a subscription with that handler, and the invariants of the rows.
 #![allow(dead_code)]
 
 use std::{
@@ -23,21 +23,21 @@ use tokio_util::sync::CancellationToken;
 
 use crate::postgres::{PROMPTLY, Schema, url};
 
-/// What goes wrong with an amount after its row was written.
+/// What goes wrong with an amount after its row has been written.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Trouble {
     Error,
     Panic,
     /// A statement fails, and the handler ignores the error.
     SwallowedError,
-    /// A deferred constraint fails at the very end.
+    /// A deferred constraint fails at the end of the transaction.
     Deferred,
-    /// The handler stages more documents than fit into a commit together with those of others.
+    /// The handler stages so many documents that they do not fit into one commit with those of other messages.
     Large(usize),
-    /// The handler writes in a nested transaction, and rolls it back.
+    /// The handler writes in a nested transaction and rolls that transaction back.
     NestedRollback,
     NestedCommit,
-    /// The handler's own session is ended under it, once.
+    /// The handler's own session is terminated while the handler runs, once.
     KillOnce,
 }
 
@@ -46,10 +46,10 @@ pub enum Trouble {
 pub struct Rows {
     pub schema: Schema,
     pub troubles: Arc<Mutex<HashMap<i64, Trouble>>>,
-    /// The longest time that the handler takes for a row.
+    /// The longest time in microseconds that the handler takes for a row.
     pub micros_max: u64,
     pub handled: Arc<AtomicU64>,
-    /// Also counts the amounts here, through the log.
+    /// If set, the handler also copies the amounts through the log.
     pub copies: Option<Repository<Tally>>,
 }
 
@@ -138,7 +138,7 @@ impl Bed {
         Self::at(&url()).await
     }
 
-    /// Creates a bed whose store uses another URL of the same database.
+    /// Creates a test bed whose store uses another URL of the same database.
     pub async fn at(url: &str) -> Self {
         let schema = Schema::new();
         let separator = if url.contains('?') { '&' } else { '?' };
@@ -197,8 +197,8 @@ impl Bed {
         eventually("they are parked", async || Some(self.letters().await).filter(|all| all.len() == count)).await
     }
 
-    /// Asserts that each event has its row once, that there is no other row, and that rows follow the order of their
-    /// streams.
+    /// Asserts that each event has its row exactly once, that there are no other rows, and that the rows follow the
+    /// order of their streams.
     pub async fn exactly_once(&self, events: i64) {
         let all = "SELECT count(*), count(s.position), count(DISTINCT e.position) FROM annals.seen AS s
                      FULL JOIN (SELECT * FROM annals.events WHERE stream_id LIKE 'tally-%') AS e USING (position)";
@@ -217,8 +217,8 @@ impl Bed {
         assert_eq!(wrong, 0);
     }
 
-    /// Checks from outside, as of one moment each, that rows and checkpoint agree. For a single lane that parks
-    /// nothing.
+    /// Checks from outside, with one snapshot per check, that rows and checkpoint agree. Works only for a single lane
+    /// that parks nothing.
     pub fn watch(&self) -> JoinHandle<()> {
         let schema = self.schema.clone();
         tokio::spawn(async move {
