@@ -10,8 +10,9 @@ use crate::{
     read::{storable, time},
 };
 
-/// Calls [`append`] in a transaction of its own: one statement, unless a pooler requires an explicit transaction.
-/// `history` is the number of the history when the group was submitted: if the number has changed, nothing is written.
+/// Calls [`append`] in a separate transaction. This takes one statement, unless a pooler requires an explicit
+/// transaction. `history` is the number of the history when the group was submitted. If the number has changed, nothing
+/// is written.
 pub(crate) async fn append_alone(
     database: &Database,
     connection: &mut PgConnection,
@@ -31,21 +32,21 @@ pub(crate) async fn append_alone(
     match appended.await {
         Ok(appended) => sqlx::raw_sql("COMMIT").execute(connection).await.map(|_| appended),
         Err(error) => {
-            // If this fails too, so does the next use of the connection.
+            // If the rollback fails as well, so does the next use of the connection.
             sqlx::raw_sql("ROLLBACK").execute(connection).await.ok();
             Err(error)
         }
     }
 }
 
-/// Advances the sequence past the events that are beyond it.
+/// Advances the sequence of positions past events at higher positions.
 pub(crate) async fn advance(database: &Database, connection: &mut PgConnection) -> Result<(), sqlx::Error> {
     database.begin(connection, Purpose::Write).await?;
     database.statements.advance.query().execute(&mut *connection).await?;
     sqlx::raw_sql("COMMIT").execute(connection).await.map(drop)
 }
 
-/// Returns what was written (`None` if a guess was wrong), and the versions before the group.
+/// Appends a group. Returns the written positions (`None` if a guess was wrong), and the versions before the group.
 pub(crate) async fn append(
     database: &Database,
     connection: &mut PgConnection,
@@ -77,7 +78,7 @@ pub(crate) async fn append(
         .bind(events.iter().map(|event| event.stream as i32 + 1).collect::<Vec<_>>())
         .bind(events.iter().map(|event| streams[event.stream].id.as_str()).collect::<Vec<_>>())
         .bind(events.iter().map(|event| event.step).collect::<Vec<_>>());
-    // Fetches to the very end: the row arrives before the transaction is committed.
+    // The result must be read to its end, because the row arrives before the transaction is committed.
     let rows = with_texts(query, events).fetch_all(connection).await?;
     let row = rows.first().ok_or(sqlx::Error::RowNotFound)?;
     let positions: Option<Vec<i64>> = row.try_get(0)?;
@@ -86,7 +87,7 @@ pub(crate) async fn append(
     Ok((written, Standings { streams: row.try_get(1)?, events: row.try_get(2)?, documents: row.try_get(3)? }))
 }
 
-/// Appends a group that contains only appends; `None` if a guess was wrong.
+/// Appends a group that contains only appends. Returns `None` if a guess was wrong.
 async fn append_events(
     database: &Database,
     connection: &mut PgConnection,
@@ -118,7 +119,7 @@ async fn append_events(
     Ok(Some(Written { positions, recorded_at }))
 }
 
-/// Appends a group of one event; `None` if a guess was wrong.
+/// Appends a group of one event. Returns `None` if a guess was wrong.
 async fn append_one(
     database: &Database,
     connection: &mut PgConnection,
@@ -138,13 +139,13 @@ async fn append_one(
         .bind(&*text.data)
         .bind(&*text.metadata)
         .bind(stream.event);
-    // Fetches to the very end, as above.
+    // The result must be read to its end, as in `append`.
     let rows = query.fetch_all(connection).await?;
     let Some(row) = rows.first() else { return Ok(None) };
     Ok(Some(Written { positions: vec![row.try_get(0)?], recorded_at: time(row, 1)? }))
 }
 
-/// Adds the binds that both statements with arrays end with.
+/// Adds the last binds of the two statements that take arrays; these binds are the same in both.
 fn with_texts<'q>(
     query: Query<'q, Postgres, PgArguments>,
     events: &'q [EventRow<'_>],

@@ -1,6 +1,6 @@
-//! Decides the outcomes of a group of commits in memory, one commit after another, from the known or guessed versions
-//! of streams and documents. The database checks each guess, so a group takes one round trip, or two if a guess was
-//! wrong.
+//! Decides the outcomes of a group of commits in memory, one commit after another, from the versions of streams and
+//! documents. At first the versions are guesses: the writer assumes the versions that the commits expect. The database
+//! checks each guess, so a group takes one round trip, or two if a guess was wrong.
 
 use std::{borrow::Cow, collections::HashMap, sync::Arc};
 
@@ -8,8 +8,8 @@ use annals::{Append, Commit, CommitError, Committed, DocumentKey, Expected, Posi
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
-/// A commit in the form that the writer takes. The caller prepares as much as possible, because callers run in
-/// parallel and the writer does not.
+/// A commit in the form in which the writer receives it. The caller prepares as much of the commit as possible, because
+/// callers run in parallel, and the writer does not.
 pub(crate) struct Prepared {
     appends: Vec<PreparedAppend>,
     puts: Vec<Put>,
@@ -70,24 +70,24 @@ pub(crate) struct Standings {
     pub(crate) documents: Vec<i64>,
 }
 
-/// A group in the form in which it is written.
+/// The result of the decision about a group: the rows to write.
 pub(crate) struct Decision<'g> {
-    /// Each stream once, in byte order.
+    /// The streams of the group, each once, in byte order.
     pub(crate) streams: Vec<StreamState<'g>>,
-    /// Each document once, in byte order.
+    /// The documents of the group, each once, in byte order.
     pub(crate) documents: Vec<DocumentState<'g>>,
-    /// In byte order of the streams.
+    /// The events of the group, in byte order of their streams.
     pub(crate) events: Vec<EventRow<'g>>,
-    /// Whether the decision rests on known versions rather than guesses.
+    /// Whether the decision is based on known versions instead of guesses.
     known: bool,
     outcomes: Vec<Result<Outline, CommitError>>,
 }
 
 pub(crate) struct StreamState<'g> {
     pub(crate) id: &'g StreamId,
-    /// The version before the group; `None` accepts any version.
+    /// The stream's version before the group; `None` accepts any version.
     pub(crate) base: Option<i64>,
-    /// The id of the event at that version; `None` accepts any event, or none.
+    /// The id of the event at the version `base`; `None` accepts any event, or no event.
     pub(crate) event: Option<Uuid>,
     /// The id of the last event that the group has appended.
     appended: Option<Uuid>,
@@ -97,9 +97,10 @@ pub(crate) struct StreamState<'g> {
 }
 
 impl StreamState<'_> {
-    /// Returns how the group locks the stream. `Some(true)`: no other process may write to the stream until this group
-    /// is written. `Some(false)`: the group writes to the stream itself, and other processes only must not overtake
-    /// the group. `None`: nothing depends on the stream; a commit that only reads holds for the moment of the read.
+    /// Returns how the group locks the stream. `Some(true)`: the group relies on the stream without writing to it, so
+    /// no other process may write to the stream until this group is written. `Some(false)`: the group itself writes to
+    /// the stream, and waits only for processes that hold the stream. `None`: the group does not lock the stream,
+    /// because no write depends on it; a commit that writes nothing is valid at the moment of its read.
     pub(crate) fn held(&self) -> Option<bool> {
         match self.steps {
             0 => self.relied_on.then_some(true),
@@ -110,9 +111,9 @@ impl StreamState<'_> {
 
 pub(crate) struct DocumentState<'g> {
     pub(crate) key: &'g DocumentKey,
-    /// The version before the group, as for a stream.
+    /// The document's version before the group; `None` accepts any version.
     pub(crate) base: Option<i64>,
-    /// Whether the group removes the document: its versions start again.
+    /// Whether the group removes the document, after which the document's versions start again.
     pub(crate) fresh: bool,
     pub(crate) steps: i64,
     /// The last put that takes effect.
@@ -120,11 +121,11 @@ pub(crate) struct DocumentState<'g> {
 }
 
 pub(crate) struct EventRow<'g> {
-    /// From 1, in log order.
+    /// The number of the event within the group, in log order, starting at 1.
     pub(crate) rank: usize,
     /// The index of the stream.
     pub(crate) stream: usize,
-    /// The number of versions after the stream's version before the group.
+    /// The difference between the event's version and the stream's version before the group.
     pub(crate) step: i64,
     pub(crate) text: &'g EventText,
 }
@@ -132,13 +133,13 @@ pub(crate) struct EventRow<'g> {
 /// A commit that succeeds: the rank of its last event, and the versions of its streams.
 struct Outline {
     rank: Option<usize>,
-    /// The number of its events; their ranks are consecutive.
+    /// The number of events in the commit; their ranks are consecutive.
     events: usize,
     versions: Vec<(usize, i64)>,
 }
 
-/// Guesses the version before the group that meets `expected` after `steps`. An expectation that no version can meet
-/// yields a guess of 0: if that is right, the commit has its conflict without another look.
+/// Guesses the version before the group: the version that equals `expected` after `steps` more events. If no version
+/// can meet the expectation, the guess is 0; if 0 is right, the conflict is found without another round trip.
 fn guess(expected: i64, steps: i64) -> i64 {
     expected.checked_sub(steps).filter(|base| (0..i64::MAX / 2).contains(base)).unwrap_or(0)
 }
@@ -188,7 +189,8 @@ impl<'g> Decision<'g> {
         decision
     }
 
-    /// Returns the guessed versions of the streams, if the group only appends and has a guess for every stream.
+    /// Returns the guessed versions of the streams if the group contains only appends and there is a guess for every
+    /// stream.
     pub(crate) fn only_appends(&self) -> Option<Vec<i64>> {
         let appends = self.documents.is_empty() && !self.events.is_empty();
         let base = |stream: &StreamState<'_>| {
@@ -211,7 +213,7 @@ impl<'g> Decision<'g> {
             let state = &mut self.streams[streams[&append.stream]];
             let Some(expected) = append.expected.version() else { continue };
             let before = *state.base.get_or_insert_with(|| guess(expected.0, state.steps));
-            // Until the event at the version is known, guesses that it is the event that the commit expects.
+            // While the event at this version is not known, the guess is the event that the commit expects.
             if !self.known && state.steps == 0 && before == expected.0 {
                 state.event = state.event.or(append.expected.event());
             }
@@ -272,9 +274,9 @@ impl<'g> Decision<'g> {
 
 /// The positions of a group's events, and the time of their recording.
 pub(crate) struct Written {
-    /// By rank, which counts from 1.
+    /// The positions in the order of the ranks.
     pub(crate) positions: Vec<i64>,
-    /// `None` if there are no events, or if the database's time is out of this process's range.
+    /// The time of recording; `None` if there are no events, or if this process cannot represent the database's time.
     pub(crate) recorded_at: Option<DateTime<Utc>>,
 }
 
@@ -283,8 +285,8 @@ impl Written {
         self.positions.get(rank - 1).map_or(Position::START, |position| Position(*position))
     }
 
-    /// Returns whether the events up to a rank have positions without a gap: other processes draw from the same
-    /// sequence.
+    /// Returns whether the last `events` events up to a rank have consecutive positions. Other processes draw positions
+    /// from the same sequence, so there may be gaps.
     fn is_one_run(&self, last_rank: usize, events: usize) -> bool {
         self.position(last_rank).0 - self.position(last_rank + 1 - events).0 == events as i64 - 1
     }

@@ -16,29 +16,30 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! # What it keeps
+//! # Guarantees
 //!
-//! PostgreSQL has committed every commit that was acknowledged; how durable that is depends on `synchronous_commit`.
-//! Any number of processes may use one schema and write at the same time. The database refuses `UPDATE`, `DELETE` and
-//! `TRUNCATE` of events to every role. Positions rise in the order in which a process commits. Positions rise between
-//! processes too, but become visible in any order, and the positions of failed transactions remain empty. A reader
-//! never passes a position that may still be filled (the module `log` explains how it knows).
+//! Once a commit is acknowledged, PostgreSQL has committed it; how durable the commit is depends on
+//! `synchronous_commit`. Any number of processes may use one schema and write at the same time. The database refuses
+//! `UPDATE`, `DELETE` and `TRUNCATE` of events to every role. The positions of one process rise in the order of its
+//! commits. Events of different processes may become visible in a different order than their positions, and the
+//! positions of failed transactions remain empty. A reader never passes a position at which an event may still appear;
+//! the module `log` explains how the reader knows.
 //!
-//! # What a commit costs
+//! # Cost of a commit
 //!
-//! A single commit is written at once. When several commits are in flight, the waiting ones form a group, which takes
-//! one round trip and one transaction. A conflict fails its own commit only. A group takes a second round trip if a
-//! commit in the group expects a version other than the current one.
+//! A single commit is written at once. When several commits are in flight, the waiting commits form a group, which
+//! takes one round trip and one transaction. A commit that meets a conflict fails alone. A group takes a second round
+//! trip if a commit in the group expects a version other than the current version.
 //!
-//! A commit that relies on a stream without writing to it blocks writes to that stream until the commit is done, in
-//! all processes. No commit waits longer than half a second for a lock: after that, the commits that are blocked by
-//! another open transaction fail as unavailable, and the others of their group go through. Rows inserted by hand take
-//! no part in this locking; call the function `append` of the schema instead.
+//! A commit that relies on a stream without writing to that stream blocks writes to the stream, by all processes, until
+//! the commit is done. No commit waits longer than half a second for a lock. After that, the commits that are blocked
+//! by another open transaction fail as unavailable, and the other commits of the group succeed. Rows that are inserted
+//! by hand bypass this locking; call the function `append` of the schema instead.
 //!
-//! # Who may do what
+//! # Permissions
 //!
-//! The first role to connect must be allowed to create the schema, and owns it. Other roles get their permissions from
-//! the function `grant_access` of the schema, called by the owner:
+//! The first role to connect needs permission to create the schema, and becomes its owner. The owner grants permissions
+//! to other roles with the function `grant_access` of the schema:
 //!
 //! ```sql
 //! SELECT annals.grant_access('shop', 'writer');       -- a service: appends events, changes documents, reads everything
@@ -46,25 +47,26 @@
 //! SELECT annals.grant_access('reports', 'reader');    -- reads everything
 //! ```
 //!
-//! No such role can change or delete an event, set the sequence of positions back, or change the schema.
+//! None of these roles can change or delete an event, reset the sequence of positions, or change the schema.
 //!
 //! # Behind a connection pooler
 //!
 //! In transaction mode, a session may serve another client after each transaction, and most poolers drop the startup
-//! settings of a connection. With `pooled=true` in the URL, the store leaves nothing in a session and expects nothing
-//! there. The pooler needs no special setting, and need not support prepared statements.
+//! settings of a connection. With `pooled=true` in the URL, the store does not rely on any state of a session. The
+//! pooler needs no special setting, and need not support prepared statements.
 //!
 //! - Settings apply per transaction, and statements are not kept prepared. A group of commits takes four round trips
-//!   to the pooler instead of one, a read three.
-//! - The store receives no notifications of other processes, because `LISTEN` belongs to a session. It polls for their
-//!   events ten times a second. Events of the same process are noticed as without a pooler.
-//! - A [`PostgresStore::replay`] keeps a session until it has ended; each lane of an [`SqlHandler`] keeps one while it
-//!   handles a batch.
-//! - Most poolers refuse `options` in the URL: configure such options on the role instead.
-//! - A health check that names the session that a reader waits for gives the session's `pid`; the pooler knows the
-//!   client of that session.
+//!   to the pooler instead of one; a read takes three.
+//! - The store receives no notifications from other processes, because `LISTEN` belongs to a session. Instead, the
+//!   store polls for the events of other processes ten times a second. The pooler does not affect notifications within
+//!   the same process.
+//! - A [`PostgresStore::replay`] keeps a session until the replay has ended. Each lane of an [`SqlHandler`] keeps a
+//!   session while the lane handles a batch.
+//! - Most poolers refuse the parameter `options` in the URL. Configure such options on the role instead.
+//! - If a reader waits for another session, a health check names that session by its `pid`. Only the pooler knows which
+//!   client uses the session.
 //!
-//! Without `pooled=true`, a store refuses to open if it notices that its startup settings are lost.
+//! Without `pooled=true`, a store refuses to open if it detects that its startup settings are lost.
 
 mod alone;
 mod append;
@@ -122,13 +124,14 @@ pub use self::{
     sql_store::{SqlHandler, SqlStore},
 };
 
-/// How long a reader waits before it polls for events that were not announced, doubling between these: rows inserted
-/// by hand, and commits whose process could not notify.
+/// The shortest and the longest interval at which a reader polls for events without a notification; the interval
+/// doubles from poll to poll. Such events are rows inserted by hand, and commits whose process could not notify.
 const LOOK_MS_MIN: u64 = 50;
 const LOOK_MS_MAX: u64 = 1_000;
-/// The maximum while notifications of other processes cannot be received.
+/// The longest such interval while notifications from other processes cannot be received.
 const DEAF_LOOK_MS_MAX: u64 = 100;
-/// The same at a gap: the end of a transaction is not announced.
+/// The shortest and the longest interval at which a reader polls at a gap, because no notification announces the end of
+/// a transaction.
 const GAP_LOOK_MS_MIN: u64 = 1;
 const GAP_LOOK_MS_MAX: u64 = 50;
 
@@ -163,12 +166,12 @@ impl Drop for Shared {
 }
 
 impl PostgresStore {
-    /// Connects, and creates the schema or migrates it to the newest version.
+    /// Connects to the database, and creates the schema or migrates it to the newest version.
     pub async fn connect(url: &str, settings: Settings) -> Result<Self, OpenError> {
         Self::start(url, settings, true).await
     }
 
-    /// Connects to a schema that holds a store of this version. Neither creates nor migrates the schema.
+    /// Connects to a schema that contains a store of this version. This method neither creates nor migrates the schema.
     pub async fn connect_existing(url: &str, settings: Settings) -> Result<Self, OpenError> {
         Self::start(url, settings, false).await
     }
@@ -193,8 +196,8 @@ impl PostgresStore {
         })
     }
 
-    /// Writes the submitted commits and closes all connections. Later calls of other methods fail as unavailable;
-    /// closing twice is fine.
+    /// Writes the submitted commits and closes all connections. Later calls of other methods fail as unavailable. A
+    /// second call of this method has no effect.
     pub async fn close(&self) -> Result<(), StoreError> {
         drop(self.shared.queue.write().unwrap_or_else(PoisonError::into_inner).take());
         let mut ended = self.shared.ended.clone();
@@ -209,7 +212,7 @@ impl PostgresStore {
         }
     }
 
-    /// Returns why there is no writer to take a commit.
+    /// Returns the error that says why there is no writer for a commit.
     fn stopped(&self) -> CommitError {
         CommitError::Unavailable(match &*self.shared.ended.borrow() {
             Some(Err(reason)) => format!("its writer has failed: {reason}"),
@@ -276,15 +279,15 @@ impl EventStore for PostgresStore {
             if database.history.number() != history {
                 return Ok(());
             }
-            // Before the look, so that a notification during the look counts.
+            // Notifications are marked as seen before the query, so that a notification during the query counts.
             told.mark_unchanged();
             let heard = news.heard();
-            // After a commit of this process there is usually nothing new, and a look is a round trip. The next look
-            // follows soon.
+            // After a commit of this process there is usually nothing new, so the first query, which would cost a round
+            // trip, is skipped. The next query follows soon.
             let is_known = std::mem::take(&mut first) && news.ends_at(history, after, heard);
             match if is_known { Ahead::Nothing } else { log.ahead(after).await? } {
                 Ahead::Events => return Ok(()),
-                // A notification now is about an event beyond the gap.
+                // Ignores notifications, which can only announce events beyond the gap.
                 Ahead::Gap => {
                     tokio::time::sleep(Duration::from_millis(gap_look)).await;
                     gap_look = (gap_look * 2).min(GAP_LOOK_MS_MAX);
@@ -292,7 +295,7 @@ impl EventStore for PostgresStore {
                 Ahead::Nothing => {
                     news.nothing_at(heard);
                     let longest = if news.is_listening() { LOOK_MS_MAX } else { DEAF_LOOK_MS_MAX };
-                    // The wait may end for any reason: each one calls for another look.
+                    // Whatever ends the wait, the store is queried again.
                     let woken = async {
                         tokio::select! {
                             told = told.changed() => told,
@@ -300,8 +303,8 @@ impl EventStore for PostgresStore {
                         }
                     };
                     timeout(Duration::from_millis(look.min(longest)), woken).await.ok();
-                    // The events written here meanwhile are visible. If they are behind a gap, the reader returns soon
-                    // and looks first.
+                    // Events that this process wrote meanwhile are visible. If these events are behind a gap, the
+                    // reader finds that out and soon calls this method again.
                     if news.last_written(history) > after {
                         return Ok(());
                     }

@@ -1,21 +1,25 @@
 //! Reads the log without losing events.
 //!
-//! Positions are drawn before their transactions commit, so an event may appear below one that is visible already. A
-//! reader therefore stops at a gap. The missing events either are still to come or never existed. To tell which:
+//! A transaction draws positions from a sequence before it commits, so an event may appear at a lower position than an
+//! event that is visible already. A reader therefore stops at a gap. The events missing from the gap either may still
+//! appear, or will never exist because their transactions failed. These steps show which is the case:
 //!
-//! 1. Read the last *visible* event. It is durable, so no crash lets a writer draw its position, or a lower one,
-//!    again. The last position that was merely drawn is not durable: after a crash it may be drawn once more.
-//! 2. Then list the holders of the lock that every writer of events takes *before* it draws (`annals.append` takes it
-//!    by a statement of its own; an `INSERT` takes it before it evaluates its defaults), and keeps until its
-//!    transaction has ended.
-//! 3. Every writer that drew a position below that event and has not ended by now is among the holders. Once these
-//!    holders have ended, every event that will ever exist up to that event is visible. Later holders do not matter.
+//! 1. Read the last *visible* event. The event is durable, so even after a crash no writer draws the event's
+//!    position, or a lower one, again. (A position that was drawn but not committed is not durable: after a crash the
+//!    position may be drawn again.)
+//! 2. Then list the holders of the table lock that every writer of events takes *before* it draws a position, and keeps
+//!    until its transaction has ended. (`annals.append` takes the lock with a separate statement; an `INSERT` takes the
+//!    lock before it evaluates its defaults.)
+//! 3. Every writer that drew a position below the event of step 1 and has not ended yet is among these holders. Once
+//!    all of them have ended, every event that will ever exist up to that position is visible. Later holders do not
+//!    matter.
 //!
-//! The log up to that event is then *settled* for good. A crash between two of these steps only ends transactions;
-//! prepared transactions survive the crash with their locks. Only the log itself must not change: if the event of step
-//! 1 is gone (a failover to a standby that lagged, a restore, a crash without `synchronous_commit`), the module
-//! `history` notices on the first session that sees the other log, and discards the proof. Nothing here depends on
-//! transaction ids, so a log that was restored elsewhere reads as before.
+//! The log up to that event is then *settled* for good. A crash between two of these steps only ends transactions, and
+//! prepared transactions survive the crash with their locks. The proof is void only if the log itself changes: if the
+//! event of step 1 is gone (after a failover to a standby that lagged, a restore, or a crash without
+//! `synchronous_commit`), the module `history` notices on the first session that sees the other log, and discards the
+//! proof. The proof does not depend on transaction ids, so a log that was restored on another server can be read as
+//! before.
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
@@ -33,14 +37,16 @@ use crate::{
     readers::{Reader, Readers},
 };
 
-/// The most events that one page examines: some tens of milliseconds of reading.
+/// The maximum number of events that one page examines, which takes some tens of milliseconds.
 const PAGE_EVENTS_MAX: usize = 10_000;
 /// A page of the log ends after this many bytes of payload, regardless of the limit on events.
 const PAGE_BYTES_MAX: usize = 16 << 20;
-/// How often `status` checks whether the writers in flight have ended, before it reports that it waits for them.
+/// How many times `status` checks whether the writers in flight have ended, before it reports that a reader waits for
+/// them.
 const STATUS_LOOKS_MAX: u32 = 20;
 const STATUS_LOOK_MS: u64 = 2;
-/// How many pages `status` searches for the first gap, if it cannot otherwise tell how far the log is settled.
+/// The maximum number of pages in which `status` searches for the first gap. It searches if the log could not be
+/// settled up to its last event.
 const STATUS_PAGES_MAX: usize = 200;
 
 /// The log, and how far it is known to be settled.
@@ -51,21 +57,22 @@ pub(crate) struct Log {
     proof: Mutex<Option<Proof>>,
 }
 
-/// The last visible event, and the writers that may have drawn a position below it and had not ended at the last check.
+/// The last visible event, and the writers that may have drawn a position below that event and had not ended at the
+/// last check.
 #[derive(Debug)]
 struct Proof {
-    /// The number of the history in which all of this was read.
+    /// The number of the history in which the event and the writers were read.
     history: u64,
     visible: i64,
     holders: HashSet<String>,
 }
 
-/// What is known of the events after a position.
+/// The result of a query for events after a position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ahead {
     /// There are events to read.
     Events,
-    /// There are events, behind a gap that a transaction may still fill.
+    /// There are events, but they are behind a gap that a transaction may still fill.
     Gap,
     /// There are no events.
     Nothing,
@@ -93,10 +100,10 @@ impl Log {
                 self.some_events(query, after, limit.min(PAGE_EVENTS_MAX)).await?
             };
             match page {
-                // The page may mix two logs.
+                // The log changed during the read, so the page may contain events of both logs.
                 _ if self.history().number() != history => sleep(Duration::from_millis(STATUS_LOOK_MS)).await,
                 Ok(page) => return Ok(page),
-                // An event is visible behind a gap.
+                // An event is visible behind a gap that may still be filled.
                 Err(visible) if !self.settle(visible).await? => return Ok(nothing),
                 Err(_) => {}
             }
@@ -106,7 +113,8 @@ impl Log {
     /// Reads a page of all events. If the page would begin with a gap, returns the position of the event behind the
     /// gap instead.
     async fn every_event(&self, after: Position, limit: usize) -> Result<Result<LogPage, i64>, StoreError> {
-        // Taken before the statement: whatever is settled by now is visible to the statement.
+        // The settled position is taken before the statement runs, so that all settled events are visible to the
+        // statement.
         let (history, settled) = self.history().settled();
         let mut page = self.fetch(after, limit).await?;
         let mut last = after.0.max(0);
@@ -119,7 +127,7 @@ impl Log {
         if dense == 0 && !page.events.is_empty() {
             return Ok(Err(page.events[0].position.0));
         }
-        // Before a gap there is nothing more for now.
+        // If the page ends before a gap, there are no more events to read for now.
         page.more = dense == page.events.len() && (page.more || dense >= limit);
         page.events.truncate(dense);
         page.next = page.events.last().map_or(after, |event| event.position);
@@ -134,7 +142,7 @@ impl Log {
         self.rows(query, after).await
     }
 
-    /// Returns the events of a statement, up to the size limit of a page.
+    /// Returns the events that a statement returns, up to the size limit of a page.
     async fn rows<'q>(
         &self,
         query: impl Fn() -> Query<'q, Postgres, PgArguments>,
@@ -143,7 +151,7 @@ impl Log {
         read!(self.readers, |reader| rows(query(), after, &mut reader))
     }
 
-    /// Like [`every_event`](Log::every_event), for a query that leaves events out.
+    /// Reads a page like [`every_event`](Log::every_event), but for a query that leaves events out.
     async fn some_events(
         &self,
         query: &LogQuery,
@@ -161,7 +169,7 @@ impl Log {
                 .bind(settled)
                 .bind(bound(PAGE_EVENTS_MAX))
                 .fetch_one(reader.connection()?))?;
-            // The next page looks beyond this position.
+            // The next page examines the events after this position.
             (until.unwrap_or(settled), false)
         } else {
             let (until, any) = self.dense_until(history, start).await?;
@@ -180,7 +188,7 @@ impl Log {
             bounded.bind(names(&query.categories)).bind(names(&query.types)).bind(bound(limit))
         };
         let mut page = self.rows(statement, after).await?;
-        // The page is neither full nor cut by its size.
+        // The page has reached neither its limit on events nor its limit on bytes.
         if page.events.len() < limit && !page.more {
             page.next = Position(until);
         }
@@ -238,7 +246,8 @@ impl Log {
     /// Tries to settle the log up to a visible event; returns whether the log is settled.
     async fn settle(&self, visible: i64) -> Result<bool, StoreError> {
         let mut proof = self.proof.lock().await;
-        // An older proof may end short of the event; a proof that begins now does not, unless the log changes.
+        // A proof that began earlier may not reach the visible event. A proof that begins now does, unless the log
+        // changes, so a second attempt is enough.
         for _ in 0..2 {
             let (history, settled) = self.history().settled();
             if visible <= settled {
@@ -249,7 +258,8 @@ impl Log {
                     still_holding(&mut pending.holders, self.holders().await?);
                     pending
                 }
-                // The order matters: a writer that draws after this look at the log need not be waited for.
+                // The order matters: the newest event is read before the holders. A writer that draws a position after
+                // that read does not matter for the proof.
                 None => {
                     let Some(visible) = self.newest(history).await? else { return Ok(false) };
                     Proof { history, visible, holders: self.holders().await? }
@@ -284,7 +294,7 @@ impl Log {
             if self.settle(top).await? {
                 return Ok(status(self.history().settled().1, None));
             }
-            // Most writers end within a moment.
+            // Most writers end within milliseconds.
             if look + 1 < STATUS_LOOKS_MAX {
                 sleep(Duration::from_millis(STATUS_LOOK_MS)).await;
             }
@@ -293,7 +303,7 @@ impl Log {
         for _ in 0..STATUS_PAGES_MAX {
             let Some(until) = self.dense_until(history, head).await?.0 else { break };
             head = until;
-            // There is no gap up to here, so no event can appear below.
+            // There is no gap up to `head`, so no further event can appear below it.
             self.history().settle(history, head);
         }
         let waits_for = if head < top { self.waits_for().await? } else { None };
@@ -312,7 +322,7 @@ impl Log {
             .rows()
             .bind(&holders)
             .fetch_all(reader.connection()?))?;
-        // The oldest writer comes first.
+        // The query returns the oldest writer first.
         let Some(&(pid, seconds, _)) = found.first() else { return Ok(None) };
         let described: Vec<String> = found
             .iter()
@@ -341,7 +351,7 @@ async fn rows(
         page.events.push(Arc::new(event));
         if bytes >= PAGE_BYTES_MAX {
             drop(rows);
-            // The server would go on sending rows that nobody reads.
+            // The session is discarded, because the server would go on sending the remaining rows.
             reader.give_up();
             page.more = true;
             break;
@@ -350,9 +360,9 @@ async fn rows(
     Ok(page)
 }
 
-/// Keeps the holders that still exist. A prepared transaction may change its name to its transaction id (see
-/// `holders.sql`). So when a holder disappears, every holder with such a name counts as what the missing one may have
-/// become.
+/// Keeps the holders that still exist. When a transaction is prepared, its name may change to its transaction id (see
+/// `holders.sql`). So when a holder disappears, every present holder with such a name is kept as well, because it may
+/// be the missing holder under its new name.
 fn still_holding(holders: &mut HashSet<String>, now: HashSet<String>) {
     let before = holders.len();
     holders.retain(|holder| now.contains(holder));

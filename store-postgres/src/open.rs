@@ -1,4 +1,4 @@
-//! Opens connections: which database, which schema, and the settings of a connection.
+//! Opens connections: parses the URL, prepares the schema, and sets up each connection.
 
 use std::str::FromStr;
 
@@ -16,7 +16,7 @@ use crate::{
     statements::{SCHEMA_DEFAULT, Statements, in_schema, is_schema_name},
 };
 
-/// The migrations in order; the table `migrations` records how many a schema has had.
+/// The migrations in order. The table `migrations` records how many of them were applied to a schema.
 const MIGRATIONS: &[&str] = &[
     include_str!("migrations/0001_log_and_documents.sql"),
     include_str!("migrations/0002_operators_record_acts.sql"),
@@ -25,18 +25,18 @@ const MIGRATIONS: &[&str] = &[
     include_str!("migrations/0005_absence_counts.sql"),
 ];
 
-/// How long the server works on one group before it gives up, for example behind a lock on the whole table. A
-/// statement timeout is a definite failure; a lost connection leaves the outcome unknown.
+/// How long the server works on one group of commits before the server gives up, for example because the whole table is
+/// locked. A statement timeout is a definite failure; a lost connection leaves the outcome unknown.
 const GROUP_SECONDS_MAX: u64 = 30;
-/// How long a group waits for a lock. Transactions of other processes end much sooner, so a longer wait means an open
-/// transaction of another client. The commits of the group that it does not block must not wait along with the blocked
-/// one.
+/// How long a group of commits waits for a lock. Transactions of other processes of the store end much sooner, so a
+/// longer wait means that another client keeps a transaction open. The limit keeps short the wait of those commits in
+/// the group that the transaction does not block.
 const LOCK_MS_MAX: u64 = 500;
-/// The number of statements that each connection keeps prepared: room for all of them.
+/// The maximum number of statements that each connection keeps prepared. This is enough for all statements of a store.
 const STATEMENTS_MAX: usize = 64;
-/// Every statement of a store is a few index seeks, even on a table so new that the planner has no statistics and
-/// would prefer a sequential scan. No statement is worth compiling, and none gets a better plan by planning for its
-/// actual arguments, which the server does for some arrays and not for others.
+/// The settings of every connection. They make every statement of a store a few index seeks, even on a table so new
+/// that the planner has no statistics and would prefer a sequential scan. They also turn off compilation, which does
+/// not pay off for such statements, and plans for the actual arguments, which are never better than a generic plan.
 const SETTINGS: [(&str, &str); 6] = [
     ("enable_seqscan", "off"),
     ("enable_bitmapscan", "off"),
@@ -51,7 +51,7 @@ const SETTINGS: [(&str, &str); 6] = [
 pub(crate) enum Purpose {
     Read,
     Write,
-    /// Notifies other processes. A notification is not worth a sync.
+    /// The connection notifies other processes, without a sync to disk for each notification.
     Tell,
 }
 
@@ -70,14 +70,14 @@ impl Purpose {
     }
 }
 
-/// How to open a store, if the defaults do not fit.
+/// The settings of a store.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// The schema that holds the tables: lower-case letters, digits and `_`. The store creates the schema if it is
-    /// missing. `?schema=NAME` in the URL takes precedence.
+    /// The schema that contains the tables. The name consists of lower-case letters, digits and `_`. The store creates
+    /// the schema if it is missing. The parameter `?schema=NAME` in the URL takes precedence over this setting.
     pub schema: String,
-    /// The number of connections that serve reads. Up to three more write, and one notifies other processes and
-    /// listens to them.
+    /// The maximum number of connections that serve reads. Up to three more connections write, and one notifies other
+    /// processes and receives their notifications.
     pub connections: u32,
 }
 
@@ -87,7 +87,7 @@ impl Default for Settings {
     }
 }
 
-/// Takes a parameter of ours out of a URL that [`check_parameters`] has accepted.
+/// Removes one of the store's own parameters from a URL that [`check_parameters`] has accepted, and returns its value.
 fn take_parameter(url: &mut String, name: &str) -> Option<String> {
     let (rest, query) = url.split_once('?')?;
     let (ours, others): (Vec<_>, Vec<_>) =
@@ -97,7 +97,7 @@ fn take_parameter(url: &mut String, name: &str) -> Option<String> {
     Some(value)
 }
 
-/// Returns the password that `?password_file=PATH` or `?password_env=VARIABLE` refers to.
+/// Returns the password to which `?password_file=PATH` or `?password_env=VARIABLE` refers.
 fn password(url: &mut String) -> Result<Option<String>, OpenError> {
     let wrong = |reason: String| OpenError::Url { reason };
     let file = take_parameter(url, "password_file");
@@ -123,8 +123,8 @@ fn password(url: &mut String) -> Result<Option<String>, OpenError> {
     }
 }
 
-/// The URL parameters that take effect: ours, and those of sqlx. sqlx would ignore other parameters of libpq, such as
-/// `target_session_attrs`.
+/// The URL parameters that take effect: the store's own, and those of sqlx. sqlx would ignore other parameters of
+/// libpq, such as `target_session_attrs`.
 const PARAMETERS: [&str; 23] = [
     "schema",
     "pooled",
@@ -152,7 +152,7 @@ const PARAMETERS: [&str; 23] = [
 ];
 
 const CACHE_PARAMETER: &str = "statement-cache-capacity=";
-/// Aliases, each with the name of the parameter that it stands for.
+/// The aliases of parameters, each with the parameter for which the alias stands.
 const SAME_PARAMETERS: [(&str, &str); 6] = [
     ("ssl-mode", "sslmode"),
     ("ssl-ca", "sslrootcert"),
@@ -162,8 +162,8 @@ const SAME_PARAMETERS: [(&str, &str); 6] = [
     ("hostaddr", "host"),
 ];
 
-/// Refuses parameters that would be ignored, and parameters given twice: the intended setting would silently not
-/// apply. The errors contain names but no values.
+/// Refuses parameters that would be ignored, and parameters that are given twice, because the intended setting would
+/// silently not apply. The errors contain names but no values.
 fn check_parameters(url: &str) -> Result<(), OpenError> {
     let refused = |reason: String| Err(OpenError::Url { reason });
     if url.contains('#') {
@@ -194,14 +194,14 @@ pub(crate) struct Database {
     options: PgConnectOptions,
     pub(crate) settings: Settings,
     pub(crate) statements: Statements,
-    /// Whether a pooler may give the session to another client after each transaction. Then nothing is left in the
-    /// session: settings apply per transaction, statements have no names, and no session listens.
+    /// Whether a pooler may assign the session to another client after each transaction. The store then leaves no state
+    /// in a session: settings apply per transaction, statements have no names, and no session listens.
     pub(crate) pooled: bool,
     /// Whether the role is an operator, which may append only operator acts.
     pub(crate) operates: bool,
-    /// The server's time, updated by every look for new events.
+    /// The server's time, updated by every query for new events.
     pub(crate) clock: Clock,
-    /// The history that every session is checked against.
+    /// The history against which every session is checked.
     pub(crate) history: History,
 }
 
@@ -235,7 +235,8 @@ impl Database {
             (false, false) => options.statement_cache_capacity(STATEMENTS_MAX),
         };
         let options = options
-            // A pooler may refuse this setting, and no number here is a fraction.
+            // A pooler may refuse this setting, and the store does not need it, because none of its columns is a
+            // floating-point number.
             .extra_float_digits(None)
             .disable_statement_logging();
         let options = if pooled { options } else { options.options(SETTINGS) };
@@ -245,7 +246,7 @@ impl Database {
 
     /// Creates the schema or migrates it to the newest version.
     ///
-    /// Without `create`, requires a schema of the newest version instead.
+    /// Without `create`, this method only checks that the schema has the newest version.
     pub(crate) async fn prepare(&mut self, create: bool) -> Result<(), OpenError> {
         let connected = self.options.connect().await;
         let mut connection = connected.map_err(|error| match open_error(&error) {
@@ -255,14 +256,15 @@ impl Database {
             error => error,
         })?;
         let prepared = self.prepare_with(&mut connection, create).await;
-        // A drop would close the session only some time later. The outcome is known already.
+        // The session is closed explicitly, because a drop would close it only some time later. An error here does not
+        // matter, because the outcome is known already.
         connection.close().await.ok();
         prepared
     }
 
     async fn prepare_with(&mut self, connection: &mut PgConnection, create: bool) -> Result<(), OpenError> {
         let failed = |error: sqlx::Error| open_error(&error);
-        // This connection serves nothing else: however this ends, closing the connection ends the transaction.
+        // The connection is used for nothing else, so closing the connection ends the transaction in any case.
         let mut transaction = connection.begin().await.map_err(failed)?;
         let connection = &mut *transaction;
         let asked = self.clock.ask();
@@ -277,7 +279,7 @@ impl Database {
                 reason: "settings that a connection starts with do not come through".into(),
             });
         }
-        // Most openings find nothing to do, and need neither a lock nor more than read permission to find that out.
+        // Usually there is nothing to migrate. This check needs no lock and only read permission.
         let schema = || self.settings.schema.clone();
         match self.schema_version(connection).await? {
             found if found == MIGRATIONS.len() => {}
@@ -298,15 +300,16 @@ impl Database {
     async fn migrate(&self, connection: &mut PgConnection) -> Result<(), OpenError> {
         let failed = |error: sqlx::Error| open_error(&error);
         let schema = &self.settings.schema;
-        // A second instance that waited for the lock finds the work done.
+        // The version is read again, because another instance may have migrated the schema while this one waited for
+        // the lock.
         let lock = self.statements.lock_migrations.query().bind(schema);
         lock.execute(&mut *connection).await.map_err(failed)?;
         let found = self.schema_version(connection).await?;
         if found == 0 {
             let exists = self.statements.has_schema.scalar().bind(schema);
             let exists: bool = exists.fetch_one(&mut *connection).await.map_err(failed)?;
-            // Avoids IF NOT EXISTS, which demands permission to create schemas even when there is nothing to do.
-            // `is_schema_name` has accepted the name.
+            // IF NOT EXISTS is avoided, because it demands permission to create schemas even when there is nothing to
+            // do. The name is safe in SQL, because `is_schema_name` has accepted it.
             let create = if exists { String::new() } else { format!("CREATE SCHEMA \"{schema}\";") }
                 + &format!(
                     "CREATE TABLE IF NOT EXISTS \"{schema}\".migrations \
@@ -323,7 +326,8 @@ impl Database {
     }
 
     /// Finds functions that still use the schema's former name, which may belong to another store by now. With
-    /// `create`, rewrites them; otherwise, or without permission, refuses the schema before anything is written.
+    /// `create`, this method rewrites these functions. Without `create`, or without permission, it refuses the schema
+    /// before anything is written.
     async fn check_functions(&self, connection: &mut PgConnection, create: bool) -> Result<(), OpenError> {
         let failed = |error: sqlx::Error| open_error(&error);
         let schema = &self.settings.schema;
@@ -340,7 +344,8 @@ impl Database {
             let definitions = self.statements.renamed_functions.scalar().bind(schema).bind(named);
             let definitions: Vec<String> = definitions.fetch_all(&mut *connection).await.map_err(failed)?;
             for definition in definitions {
-                // The definition comes from the server's own catalogue, for a function of ours.
+                // The definition is safe to execute, because it comes from the server's catalogue, for a function of
+                // the store.
                 let made = sqlx::raw_sql(AssertSqlSafe(definition)).execute(&mut *connection).await;
                 made.map_err(|error| match open_error(&error) {
                     OpenError::Refused { .. } => renamed(),
@@ -352,7 +357,7 @@ impl Database {
         Ok(())
     }
 
-    /// Returns the number of migrations that the schema has had; 0 if there is no schema.
+    /// Returns the number of migrations that were applied to the schema, or 0 if there is no schema.
     async fn schema_version(&self, connection: &mut PgConnection) -> Result<usize, OpenError> {
         let failed = |error: sqlx::Error| open_error(&error);
         let schema = &self.settings.schema;
@@ -372,8 +377,8 @@ impl Database {
         if self.pooled { self.options.clone() } else { self.options.clone().options(purpose.settings()) }
     }
 
-    /// Opens a session, and returns it with the number of the history that it reads. Behind a pooler, the transactions
-    /// are checked instead; see [`begin`](Self::begin).
+    /// Opens a session, and returns it with the number of the history that the session reads. Behind a pooler, not the
+    /// session but each transaction is checked against the history; see [`begin`](Self::begin).
     pub(crate) async fn connect(&self, purpose: Purpose) -> Result<(u64, PgConnection), sqlx::Error> {
         let mut connection = self.options_for(purpose).connect().await?;
         let history = match self.pooled {
@@ -394,15 +399,17 @@ impl Database {
         self.history.check(asked, &row, purpose)
     }
 
-    /// Returns the statement that identifies a session's log, and the event whose presence the statement checks.
+    /// Returns the event to look for in a session's log, and the statement that identifies the log and looks for the
+    /// event.
     fn question(&self) -> (Asked, String) {
         let asked = self.history.asked();
         let last = asked.1.map_or("NULL".to_owned(), |(position, _)| position.to_string());
         (asked, self.statements.session.as_str().replace("{last}", &last))
     }
 
-    /// Begins a transaction. Behind a pooler, applies the settings that other sessions have from the start, and checks
-    /// the server against the history. The caller ends the transaction with `COMMIT`, or drops the connection.
+    /// Begins a transaction. Behind a pooler, this method also applies the settings that sessions without a pooler have
+    /// from the start, and checks the server against the history. The caller ends the transaction with `COMMIT`, or
+    /// drops the connection.
     pub(crate) async fn begin(&self, connection: &mut PgConnection, purpose: Purpose) -> Result<(), sqlx::Error> {
         if !self.pooled {
             return sqlx::raw_sql("BEGIN").execute(connection).await.map(drop);
@@ -418,7 +425,8 @@ impl Database {
         self.begin_with(connection, &begin, purpose).await.map(drop)
     }
 
-    /// Does the same with the given statements to begin the transaction.
+    /// Begins a transaction with the given statements, and checks the server against the history. Returns the number of
+    /// the history.
     pub(crate) async fn begin_with(
         &self,
         connection: &mut PgConnection,
@@ -426,15 +434,15 @@ impl Database {
         purpose: Purpose,
     ) -> Result<u64, sqlx::Error> {
         let (asked, question) = self.question();
-        // No part of the text comes from outside. One message carries everything, so the check costs no extra round
-        // trip.
+        // The text is safe, because no part of it comes from outside. All statements are sent in one message, so the
+        // check costs no extra round trip.
         let begin = AssertSqlSafe(format!("{begin}; {question}"));
         let rows = sqlx::raw_sql(begin).fetch_all(&mut *connection).await.map_err(begin_error)?;
         self.history.check(asked, rows.last().ok_or(sqlx::Error::RowNotFound)?, purpose)
     }
 
-    /// Returns the connection that notifies other processes and listens to them; a pool, because a listener requires
-    /// one.
+    /// Returns the connection that notifies other processes and receives their notifications. The connection is a pool,
+    /// because sqlx's listener requires a pool.
     pub(crate) fn listener(&self) -> PgPool {
         PgPoolOptions::new()
             .max_connections(1)
@@ -448,7 +456,7 @@ impl Database {
         self.settings.connections.max(1) as usize
     }
 
-    /// Returns the channel that commits are announced on.
+    /// Returns the channel on which commits are announced.
     pub(crate) fn channel(&self) -> String {
         format!("{}.events", self.settings.schema)
     }

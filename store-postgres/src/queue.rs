@@ -11,43 +11,44 @@ use annals::{CommitError, Committed};
 
 use crate::group::Prepared;
 
-/// The number of commits that may wait; further callers wait for a place. Two groups per writer: one being written,
-/// one behind it.
+/// The maximum number of commits in the queue; further callers wait. This is two groups for each of the two writers:
+/// one group that is being written, and one that waits.
 pub(crate) const QUEUE_COMMITS_MAX: usize = 4 * GROUP_COMMITS_MAX;
-/// The most commits in a group: beyond this, saving a sync does not justify that the first commit waits for the last.
+/// The maximum number of commits in a group. In a larger group, the first commit would wait too long for the last one,
+/// and few syncs would be saved.
 const GROUP_COMMITS_MAX: usize = 512;
 /// A group takes no further commit once it has this many rows.
 const GROUP_ROWS_MAX: usize = 4_096;
 /// A group takes no further commit once it has this many bytes of payload.
 const GROUP_BYTES_MAX: usize = 8 << 20;
-/// The number of rows waiting behind one group that justifies a second group at the same time: the server spends more
-/// time on so many rows than on the commit and the round trip around them.
+/// The number of waiting rows that justifies a second group while the first is being written. With this many rows, the
+/// server spends more time on the rows than on the commit and the round trip.
 const GROUP_ROWS_MIN: usize = 256;
-/// Each waiting commit counts for this many rows in addition to its own: a caller waits for it.
+/// Each waiting commit counts as this many rows in addition to its own rows, because a caller waits for the commit.
 const ROWS_PER_CALLER: usize = 7;
 
 pub(crate) type Outcome = Result<Committed, CommitError>;
 
-/// A commit and its caller. If the caller is gone, the commit is written all the same.
+/// A commit, and the channel to its caller. The commit is written even if the caller is gone.
 pub(crate) struct Submission {
     pub(crate) commit: Prepared,
     pub(crate) answer: oneshot::Sender<Outcome>,
     pub(crate) passage: Passage,
 }
 
-/// The commits in flight, and their pattern of arrival.
+/// Counts the commits in flight, and records whether they arrive one by one or in groups.
 #[derive(Debug, Default)]
 pub(crate) struct Traffic {
     commits: AtomicUsize,
     /// The rows of the waiting commits, including those counted for their callers.
     rows: AtomicUsize,
-    /// Signals that there may be enough rows for a second writer.
+    /// Signals that enough rows for a second writer may be waiting.
     long: Notify,
     /// Whether the last group had more than one commit.
     in_groups: AtomicBool,
 }
 
-/// A commit in flight, until this guard is dropped.
+/// Counts a commit as in flight until this guard is dropped.
 pub(crate) struct Passage {
     traffic: Arc<Traffic>,
     /// The rows counted while the commit waits.
@@ -55,8 +56,9 @@ pub(crate) struct Passage {
 }
 
 impl Traffic {
-    /// Counts a commit as in flight. Also returns whether it is the only commit in flight and the commits before it
-    /// came alone, too: when many callers are answered at once, the first to return is only ahead of the others.
+    /// Counts a commit as in flight. Also returns whether the commit can be written alone: no other commit is in
+    /// flight, and the last group had only one commit. After a larger group, many callers are about to commit at the
+    /// same time, and the first of them is only slightly ahead of the others.
     pub(crate) fn enter(self: &Arc<Self>) -> (Passage, bool) {
         let before = self.commits.fetch_add(1, Ordering::AcqRel);
         let passage = Passage { traffic: self.clone(), rows: 0 };
@@ -65,7 +67,7 @@ impl Traffic {
 }
 
 impl Passage {
-    /// Counts the commit as waiting from now on, with this many rows.
+    /// From now on, counts the commit as waiting, with this many rows.
     pub(crate) fn wait(&mut self, rows: usize) {
         let rows = rows + ROWS_PER_CALLER;
         self.rows = rows;
@@ -99,7 +101,7 @@ impl Queue {
         Self { submissions: Mutex::new(submissions), traffic, done: Notify::new() }
     }
 
-    /// Returns the next group: all waiting commits, without waiting for more. `None` at the end.
+    /// Waits for a commit, and returns the next group: all commits that wait by then. Returns `None` at the end.
     pub(crate) async fn next(&self) -> Option<Vec<Submission>> {
         let mut submissions = self.submissions.lock().await;
         match submissions.recv().await {
@@ -111,15 +113,15 @@ impl Queue {
         }
     }
 
-    /// Returns the next group for a second writer, which serves what is too much for one. With few rows in flight, two
-    /// writers would alternate with half of the rows each, for twice as many round trips.
+    /// Returns the next group for the second writer, which helps when there are too many rows for one writer. With few
+    /// rows in flight, two writers would alternate with half of the rows each, and take twice as many round trips.
     pub(crate) async fn overflow(&self) -> Option<Vec<Submission>> {
         loop {
             tokio::select! {
                 () = self.traffic.long.notified() => {}
                 () = self.done.notified() => return None,
             }
-            // The first writer holds the lock while it waits for commits: then no commit waits.
+            // While the first writer waits for commits, it holds this lock, and the queue is empty.
             let Ok(mut submissions) = self.submissions.try_lock() else { continue };
             if self.traffic.rows.load(Ordering::Acquire) >= GROUP_ROWS_MIN
                 && let Ok(first) = submissions.try_recv()

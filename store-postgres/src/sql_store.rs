@@ -1,10 +1,10 @@
 //! Runs a user's SQL in the transaction that moves the checkpoint.
 //!
-//! The writes that a handler stages become a commit some time later, and nothing connects the handler with that
-//! commit. So the handler stages a *mark* along with its SQL: a document that names the transaction and the number of
-//! its messages so far. If the message is rolled back, so is the mark. The store takes the mark out of the commit and
-//! ends the transaction that the mark names. A commit with a mark whose transaction is gone is refused; then the batch
-//! is handled again.
+//! The writes that a handler stages are committed later, and nothing connects that commit with the handler. The handler
+//! therefore stages a *mark* along with its SQL: a document that names the transaction, and the number of messages
+//! whose SQL is in the transaction so far. If the message is rolled back, so is the mark. The store removes the mark
+//! from the commit, writes the commit in the transaction that the mark names, and ends that transaction. If the
+//! transaction of a mark is gone, the store refuses the commit, and the batch is handled again.
 
 use std::{
     collections::HashMap,
@@ -28,21 +28,23 @@ use crate::{
     transaction::{Idle, OpenTransaction},
 };
 
-/// A handler that writes tables of its own, in the database of the store, together with the checkpoint.
+/// A handler that writes its own tables in the database of the store, atomically with the checkpoint.
 ///
-/// It works like a [`Handler`], with one addition: its writes through `transaction` are committed with its writes in
-/// `work` and with the checkpoint, all or nothing. So each event affects the tables exactly once.
+/// Such a handler works like a [`Handler`], with one addition: its writes through `transaction` are committed together
+/// with its writes in `work` and with the checkpoint, all or nothing. Each event therefore affects the tables exactly
+/// once.
 ///
-/// - The handler runs within an open transaction (read committed) that all messages of the batch share: rows that the
-///   handler changed stay locked until the batch is done. The handler must not wait for anything slow. A transaction
-///   that the handler begins on the connection is a savepoint within the open one; the handler must not end the open
-///   one by statements of its own.
-/// - A failed statement fails the message: undo the statement with a savepoint, or return the error. The message then
-///   leaves nothing behind and is parked; the other messages of the batch are not affected.
-/// - A statement may take 30 seconds, and may wait 10 seconds for a lock. Settings that the handler changes should be
-///   `LOCAL`: the connection is reused.
+/// - The handler runs within an open transaction (read committed) that all messages of the batch share. Rows that the
+///   handler has changed stay locked until the batch is done, so the handler must not wait for anything slow. A
+///   transaction that the handler begins on the connection becomes a savepoint within the open transaction. The handler
+///   must not end the open transaction.
+/// - A failed statement fails the message, unless the handler undoes the statement with a savepoint. Without a
+///   savepoint, return the error: the message then leaves nothing behind and is parked, and the other messages of the
+///   batch are not affected.
+/// - A statement may take 30 seconds, and may wait 10 seconds for a lock. If the handler changes settings, it should
+///   use `SET LOCAL`, because the connection is reused.
 /// - The handler runs again if the commit meets a conflict or the connection is lost. Its earlier writes are rolled
-///   back by then.
+///   back first.
 #[async_trait]
 pub trait SqlHandler: Send + Sync + 'static {
     /// Writes and stages the effects of the message.
@@ -54,7 +56,8 @@ pub trait SqlHandler: Send + Sync + 'static {
     ) -> Result<(), HandlerError>;
 }
 
-/// A [`PostgresStore`] whose subscriptions may write the user's own tables. Otherwise it behaves like that store.
+/// A [`PostgresStore`] whose subscriptions may write the user's own tables. In all other respects, this store behaves
+/// like the wrapped store.
 ///
 /// ```no_run
 /// # tokio::runtime::Runtime::new()?.block_on(async {
@@ -94,18 +97,18 @@ pub trait SqlHandler: Send + Sync + 'static {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
-/// Each lane of such a subscription has a connection of its own while it handles a batch, in addition to those of
-/// [`Settings`](crate::Settings).
+/// Each lane of such a subscription uses a connection of its own while the lane handles a batch, in addition to the
+/// connections in [`Settings`](crate::Settings).
 #[derive(Clone)]
 pub struct SqlStore {
     store: PostgresStore,
-    /// The transactions of the handlers of this store. Each handler owns its transactions: none stays open once the
+    /// The transactions of the handlers of this store. Each handler owns its transactions, so that they end when the
     /// handler is dropped.
     transactions: Arc<Mutex<Vec<Weak<Transactions>>>>,
 }
 
 impl SqlStore {
-    /// Wraps a store. Clones share their handlers; separate wrappers of one store do not.
+    /// Wraps a store. Clones of a wrapper share their handlers; separate wrappers of the same store do not.
     pub fn new(store: PostgresStore) -> Self {
         Self { store, transactions: Arc::default() }
     }
@@ -130,7 +133,7 @@ impl SqlStore {
         self.transactions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the transaction of a mark, with the set of transactions that it belongs to.
+    /// Removes and returns the transaction of a mark, with the handler's transactions to which it belongs.
     fn take(&self, mark: Mark) -> Option<(Arc<Transactions>, OpenTransaction)> {
         let all: Vec<_> = self.lock().iter().filter_map(Weak::upgrade).collect();
         all.into_iter().find_map(|transactions| {
@@ -144,12 +147,12 @@ impl SqlStore {
 #[derive(Clone, Copy)]
 struct Mark {
     transaction: Uuid,
-    /// The number of messages whose SQL goes with the commit.
+    /// The number of messages whose SQL belongs to the commit.
     handled: u64,
 }
 
 impl Mark {
-    /// The key of the mark. No document of this name is ever stored.
+    /// Returns the key of the mark. No document with this key is ever stored.
     fn key() -> DocumentKey {
         DocumentKey::new("sql.transaction", "open")
     }
@@ -164,21 +167,21 @@ impl Mark {
     }
 }
 
-/// The document's body before any SQL ran: its presence identifies a `SqlStore`.
+/// The body that the store returns for the mark's key before any SQL has run. A handler recognizes a `SqlStore` by it.
 const NO_MARK: &str = "\"\"";
 
-/// The transactions of one handler, one for each lane that handles a batch.
+/// The transactions of one handler: one for each lane that is handling a batch.
 struct Transactions {
     database: Arc<Database>,
     open: Mutex<HashMap<Uuid, Waiting>>,
     idle: Mutex<Vec<Idle>>,
 }
 
-/// A transaction between two messages, or before its commit.
+/// A transaction that waits for its next message, or for its commit.
 struct Waiting {
     transaction: OpenTransaction,
-    /// The bodies of its last two marks. The work or the commit holds one of them: once both are gone, no batch can
-    /// continue this transaction.
+    /// The bodies of the transaction's last two marks. The batch's work, or its commit, keeps one of them alive. Once
+    /// both are gone, no batch can continue this transaction.
     marks: [Option<Weak<str>>; 2],
 }
 
@@ -195,7 +198,7 @@ impl Transactions {
         self.open().remove(&id)
     }
 
-    /// Drops the transactions whose batch was given up.
+    /// Drops the transactions whose batches were given up.
     fn sweep(&self) {
         self.open().retain(|_, waiting| waiting.marks.iter().flatten().any(|mark| mark.strong_count() > 0));
     }
@@ -220,7 +223,7 @@ impl Transactions {
                 waiting.transaction.rewind(mark.handled).await.map_err(unavailable)?;
                 self.open().insert(mark.transaction, waiting);
             }
-            // This was the first message, so no commit knows of this transaction.
+            // This was the first message, so no commit refers to this transaction.
             None => {
                 let idle = waiting.transaction.give_up().await.map_err(unavailable)?;
                 self.idle().push(idle);
@@ -230,7 +233,7 @@ impl Transactions {
     }
 }
 
-/// Reports an outage rather than a failure of the message: the batch waits for the database, and is handled again.
+/// Reports an outage instead of a failure of the message. The batch then waits for the database, and is handled again.
 fn unavailable(error: impl std::fmt::Display) -> HandlerError {
     StoreError::Unavailable(format!("the transaction of the batch: {error}")).into()
 }
@@ -249,7 +252,7 @@ impl<H: SqlHandler> Handler for WithSql<H> {
             StoreError::Unavailable("a handler that a SqlStore has made runs on that store only".into())
         })?;
         let before = Mark::read(&before);
-        // From here on this future owns the connection: if the future is dropped, the connection closes.
+        // From here on this future owns the connection, so that the connection closes if the future is dropped.
         let mut waiting = match before {
             None => self.transactions.begin().await?,
             Some(mark) => self.transactions.resume(mark).await?,
@@ -259,7 +262,7 @@ impl<H: SqlHandler> Handler for WithSql<H> {
             Ok(Ok(())) => waiting.transaction.keep().await.map_err(HandlerError::from),
             Ok(Err(error)) => Err(error),
             Err(panic) => {
-                // The writes of the batch's other messages must survive the panic.
+                // The writes of the batch's other messages are kept when one message panics.
                 self.transactions.leave_out(waiting, before).await?;
                 std::panic::resume_unwind(panic);
             }

@@ -1,4 +1,4 @@
-//! The statements, each from its own file, rewritten for the schema of a store.
+//! The SQL statements. Each comes from its own file, and is rewritten for the schema of a store.
 
 use sqlx::{
     AssertSqlSafe, FromRow, Postgres, SqlSafeStr, SqlStr,
@@ -6,13 +6,14 @@ use sqlx::{
     query::{Query, QueryAs, QueryScalar},
 };
 
-/// The schema that the files name.
+/// The schema that is named in the SQL files.
 pub(crate) const SCHEMA_DEFAULT: &str = "annals";
-/// The longest name that PostgreSQL does not truncate, minus the suffixes of constraints and channels.
+/// The maximum length of a schema name in bytes: the longest name that PostgreSQL does not truncate, minus room for the
+/// suffixes of constraints and channels.
 const SCHEMA_BYTES_MAX: usize = 50;
 
-/// Returns whether a store may use this schema: names that need no quoting except for reserved words, so that any tool
-/// accepts them.
+/// Returns whether a store may use a schema with this name. Except for reserved words, allowed names need no quotes, so
+/// that any tool accepts them.
 pub(crate) fn is_schema_name(schema: &str) -> bool {
     let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
     schema.len() <= SCHEMA_BYTES_MAX
@@ -21,16 +22,16 @@ pub(crate) fn is_schema_name(schema: &str) -> bool {
         && !schema.starts_with("pg_")
 }
 
-/// Rewrites a statement for another schema than the one in its file. Files name the schema only before a dot.
+/// Rewrites a statement for this schema. The SQL files name the schema only before a dot.
 pub(crate) fn in_schema(sql: &'static str, schema: &str) -> SqlStr {
     if schema == SCHEMA_DEFAULT {
         return SqlStr::from_static(sql);
     }
-    // `is_schema_name` has accepted the name.
+    // The statement is safe, because `is_schema_name` has accepted the name.
     AssertSqlSafe(sql.replace("annals.", &format!("\"{schema}\"."))).into_sql_str().clone()
 }
 
-/// A statement in the form that is sent.
+/// A statement in the form that is sent to the server.
 #[derive(Debug)]
 pub(crate) struct Statement {
     sql: SqlStr,
@@ -74,7 +75,7 @@ macro_rules! statements {
         }
 
         impl Statements {
-            /// Creates the statements for a schema; without `named`, no connection keeps them prepared.
+            /// Creates the statements for a schema. Without `named`, connections do not keep the statements prepared.
             pub(crate) fn new(schema: &str, named: bool) -> Self {
                 Self {
                     $($name: Statement {

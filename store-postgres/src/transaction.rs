@@ -1,9 +1,9 @@
-//! A transaction that a user's handler writes in, up to the commit that ends the transaction. No other transaction is
+//! A transaction in which a user's handler writes, up to the commit that ends the transaction. No other transaction is
 //! open while a user's code runs.
 //!
-//! The transaction has a connection of its own, which is dropped after any problem: a cancelled future, an unexpected
-//! error. The server rolls back when the connection ends. A pooled connection would return to the pool with whatever
-//! is open on it.
+//! The transaction has a connection of its own, which is dropped after any problem, such as a cancelled future or an
+//! unexpected error. The server rolls back the transaction when the connection ends. A connection from a pool would
+//! instead return to the pool with the transaction still open.
 
 use std::{sync::Arc, time::Duration};
 
@@ -21,14 +21,15 @@ use crate::{
     writer::ANSWER_SECONDS_MAX,
 };
 
-/// The number of savepoints kept apart before they are merged into one.
+/// The number of savepoints that are kept before they are merged into one.
 const SAVEPOINTS_MAX: u64 = 32;
-/// How many races the rows of a commit may lose. The limit is low because the user's rows stay locked meanwhile.
+/// How many races against other processes a commit may lose. The limit is low, because the rows that the user's SQL has
+/// changed stay locked meanwhile.
 const RACES_MAX: u32 = 4;
 
-/// The user's SQL is planned as usual, whereas the store's own SQL uses index seeks only. The other settings are
-/// limits: on one statement, on the wait for a lock, and on how long the server keeps an idle transaction, as when the
-/// store is away.
+/// The settings for the user's SQL. They let the server plan the user's SQL as usual, whereas the store's own SQL uses
+/// only index seeks. They also limit the duration of a statement, the wait for a lock, and the time for which the
+/// server keeps an idle transaction, for example while a batch waits for an unavailable store.
 const SETTINGS_OF_USER: &str = "SET LOCAL enable_seqscan = on; SET LOCAL enable_bitmapscan = on; \
      SET LOCAL enable_hashjoin = on; SET LOCAL enable_mergejoin = on; SET LOCAL plan_cache_mode = auto; \
      SET LOCAL statement_timeout = '30s'; SET LOCAL lock_timeout = '10s'; \
@@ -38,13 +39,13 @@ const SETTINGS_OF_STORE: &str = "SET LOCAL enable_seqscan = off; SET LOCAL enabl
      SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL plan_cache_mode = force_generic_plan; \
      SET LOCAL lock_timeout = '500ms'";
 
-/// A connection without an open transaction, with the number of the history that the connection writes.
+/// A connection without an open transaction, with the number of the history to which the connection writes.
 pub(crate) struct Idle(u64, PgConnection);
 
-/// An open transaction, with a savepoint after each message whose SQL is in it.
+/// An open transaction, with a savepoint after the SQL of each message.
 pub(crate) struct OpenTransaction {
     connection: PgConnection,
-    /// The number of the history that the transaction writes.
+    /// The number of the history to which the transaction writes.
     history: u64,
     id: Uuid,
     /// The last event written in the transaction.
@@ -53,16 +54,16 @@ pub(crate) struct OpenTransaction {
     handled: u64,
     /// The number of messages before the savepoint `annals_0`.
     merged: u64,
-    /// Whether the session may serve another client afterwards: statements that the user's SQL has prepared must be
-    /// deallocated.
+    /// Whether the session may serve another client afterwards. If so, statements that the user's SQL has prepared must
+    /// be deallocated.
     pooled: bool,
 }
 
 impl Idle {
     async fn connect(database: &Database) -> Result<Self, sqlx::Error> {
         let (history, mut connection) = database.connect(Purpose::Write).await?;
-        // From here on sqlx counts a transaction as open for ever, so that a user's `begin` is a savepoint within
-        // ours. Our own transactions begin and end without sqlx's knowledge.
+        // From here on, sqlx always counts one transaction as open, so that a user's `begin` creates a savepoint within
+        // the store's transaction. The store's own transactions begin and end without sqlx's knowledge.
         std::mem::forget(connection.begin().await?);
         sqlx::raw_sql("ROLLBACK").execute(&mut connection).await?;
         Ok(Self(history, connection))
@@ -70,7 +71,7 @@ impl Idle {
 }
 
 impl OpenTransaction {
-    /// Begins a transaction, on the idle connection if there is one and it still works.
+    /// Begins a transaction. Uses the idle connection if there is one and the connection still works.
     pub(crate) async fn begin(database: &Database, idle: Option<Idle>) -> Result<Self, sqlx::Error> {
         if let Some(idle) = idle.filter(|Idle(history, _)| *history == database.history.number())
             && let Ok(open) = Self::begin_on(idle, database).await
@@ -103,7 +104,7 @@ impl OpenTransaction {
         &mut self.connection
     }
 
-    /// Prepares for another message, after `handled` messages.
+    /// Prepares the transaction for another message, keeping the SQL of the first `handled` messages.
     pub(crate) async fn resume(&mut self, handled: u64) -> Result<(), sqlx::Error> {
         if handled != self.handled {
             self.rewind(handled).await?;
@@ -116,8 +117,8 @@ impl OpenTransaction {
         Ok(())
     }
 
-    /// Keeps the SQL of one more message. Fails if one of the message's statements failed, even if the handler ignored
-    /// the error.
+    /// Keeps the SQL of one more message. Returns an error if one of the message's statements failed, even if the
+    /// handler ignored that failure.
     pub(crate) async fn keep(&mut self) -> Result<(), sqlx::Error> {
         let savepoint = format!("SAVEPOINT annals_{}", self.handled + 1 - self.merged);
         sqlx::raw_sql(AssertSqlSafe(savepoint)).execute(&mut self.connection).await?;
@@ -140,7 +141,7 @@ impl OpenTransaction {
         }
     }
 
-    /// Rolls back and keeps the connection.
+    /// Rolls back the transaction and returns the connection.
     pub(crate) async fn give_up(mut self) -> Result<Idle, sqlx::Error> {
         let end = if self.pooled { "ROLLBACK; DEALLOCATE ALL" } else { "ROLLBACK" };
         sqlx::raw_sql(end).execute(&mut self.connection).await?;
@@ -164,7 +165,7 @@ impl OpenTransaction {
             Err(error @ (CommitError::Conflict { .. } | CommitError::DocumentConflict { .. })) => {
                 (Err(error), self.give_up().await.ok())
             }
-            // COMMIT was not sent yet, so it is certain that nothing was committed.
+            // COMMIT was not sent yet, so nothing was committed.
             Err(CommitError::Unknown(reason)) => (Err(unwritten(reason)), None),
             Err(error) => (Err(error), None),
             Ok(committed) => {

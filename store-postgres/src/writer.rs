@@ -26,23 +26,24 @@ use crate::{
     queue::{Outcome, Queue},
 };
 
-/// How many races against other processes a whole group may lose before it is tried in halves.
+/// How many races against other processes a whole group may lose before the group is split into halves.
 const RACES_MAX: u32 = 4;
-/// How many races a single commit may lose: each loss means that another process's commit succeeded.
+/// How many races a single commit may lose. Each loss means that a commit of another process succeeded.
 const RACES_ALONE_MAX: u32 = 50;
-/// How many times a single commit is tried while another transaction holds a lock; a group is halved at once.
+/// How many times a single commit is attempted while another transaction holds a lock. A group is split at once.
 const WAITS_ALONE_MAX: u32 = 3;
-/// An answer that takes longer than this will not come: the server gives up on a group after half of this time.
+/// How long to wait for the server's answer. The server gives up on a group after half of this time, so a later answer
+/// will never come.
 pub(crate) const ANSWER_SECONDS_MAX: u64 = 60;
-/// How long to wait after a failed attempt to connect, doubling between these.
+/// The shortest and the longest wait after a failed attempt to connect; the wait doubles with each failure.
 const RECONNECT_MS_MIN: u64 = 20;
 const RECONNECT_MS_MAX: u64 = 1_000;
 
 #[derive(Debug)]
 pub(crate) struct Writer {
     database: Arc<Database>,
-    /// `None` after a failure: a connection in an unclear state is not worth examining. Otherwise with the number of
-    /// the history that the connection writes.
+    /// The connection, with the number of the history to which it writes. `None` after a failure, because a connection
+    /// in an unclear state is replaced instead of examined.
     connection: Option<(u64, PgConnection)>,
     news: News,
     reconnect: Reconnect,
@@ -86,15 +87,15 @@ impl Reconnect {
 
 /// The failure of an attempt to write a group.
 enum Failure {
-    /// Another process was faster each time, or the server rejects a value: a part of the group may succeed.
+    /// Other processes were faster each time, or the server rejects a value. Parts of the group may succeed.
     OfSome(CommitError),
     /// No part of the group can succeed.
     OfAll(CommitError),
 }
 
-/// Starts two writers that serve the queue, on a thread of their own: as tasks among the callers' tasks, they would
-/// wait behind hundreds of those at each step while the server is idle. Finally reports how the writers ended, even if
-/// one panicked.
+/// Starts two writers that serve the queue on a separate thread. If the writers were tasks on the callers' runtime,
+/// they would wait for hundreds of other tasks at each step while the server is idle. When the writers have ended, this
+/// function reports how they ended, even after a panic.
 pub(crate) fn start(
     writers: [Writer; 2],
     queue: Queue,
@@ -122,8 +123,8 @@ impl Writer {
         Self { database, connection: None, news, reconnect: Reconnect::default() }
     }
 
-    /// Writes the queued commits until the last sender is gone and the queue is empty. `second`: takes only what
-    /// overflows the first writer.
+    /// Writes the queued commits until the last sender is gone and the queue is empty. With `second`, this writer takes
+    /// only the commits that are too much for the first writer.
     async fn serve(mut self, queue: &Queue, second: bool) -> Result<(), sqlx::Error> {
         while let Some(group) = if second { queue.overflow().await } else { queue.next().await } {
             let (commits, answers): (Vec<_>, Vec<_>) = group
@@ -135,15 +136,15 @@ impl Writer {
                 // A caller that gave up needs no answer.
                 drop(answer.send(outcome));
             }
-            // Callers that have just been answered often submit their next commit at once. Without this yield, the
-            // next group would contain only the callers that queued during this group, and two halves would alternate,
-            // with twice as many round trips.
+            // Callers that have just been answered often submit their next commit at once. Without this yield, the next
+            // group would contain only the commits that were queued during this group. The callers would then form two
+            // halves that alternate, with twice as many round trips.
             tokio::task::yield_now().await;
         }
         self.close().await
     }
 
-    /// Drops the connection; the next group connects anew.
+    /// Drops the connection. The next group opens a new connection.
     pub(crate) fn disconnect(&mut self) {
         self.connection = None;
     }
@@ -155,7 +156,7 @@ impl Writer {
         }
     }
 
-    /// Writes a group, in halves where the group fails as a whole.
+    /// Writes a group. If the group fails as a whole, each half is written separately.
     pub(crate) async fn write(&mut self, commits: &[Prepared]) -> Vec<Outcome> {
         let mut outcomes = Vec::with_capacity(commits.len());
         let whole = 0..commits.len();
@@ -199,7 +200,8 @@ impl Writer {
                     }
                     self.connection = Some((history, connection));
                     let Some(written) = written else {
-                        // A guess was wrong. If the versions were known, another process has just written.
+                        // A guess was wrong. If the versions were known instead of guessed, another process has just
+                        // written.
                         races += u32::from(known.is_some());
                         if races > RACES_ALONE_MAX {
                             return Err(Failure::OfSome(CommitError::Unavailable(
@@ -228,7 +230,7 @@ impl Writer {
                     if fault == Fault::PositionTaken {
                         self.advance().await.map_err(Failure::OfAll)?;
                     }
-                    // A random delay breaks the rhythm with the other process.
+                    // With a random delay, this process does not collide with the other process again and again.
                     sleep(Duration::from_micros(fastrand::u64(0..500 << races.min(6)))).await;
                     known = None;
                 }
@@ -245,8 +247,8 @@ impl Writer {
         }
     }
 
-    /// Records what was written. A position is drawn after its statement was sent, so it is above every position seen
-    /// before, unless the log has lost its end on this very server.
+    /// Records the written positions. A position is drawn after the statement was sent, so the position is above every
+    /// position that was seen before, unless the log on this same server has lost its end.
     async fn wrote(
         &self,
         connection: &mut PgConnection,
@@ -257,7 +259,7 @@ impl Writer {
     ) {
         let Some((first, last)) = written.positions.first().zip(written.positions.last()) else { return };
         if seen.is_some_and(|(seen, _)| *first <= seen) {
-            // If this fails, the next reader or writer finds out.
+            // If this check fails, the next read or write reports the problem.
             self.database.check(connection, Purpose::Write).await.ok();
         }
         if let Some(id) = decision.last_event() {
@@ -273,7 +275,7 @@ impl Writer {
                 return Ok((history, connection));
             }
             if self.database.pooled {
-                // Each transaction checks the session behind the pooler.
+                // Behind a pooler, each transaction checks its session.
                 return Ok((number, connection));
             }
         }
@@ -298,8 +300,8 @@ impl Writer {
     }
 }
 
-/// Checks that the commits were submitted under this number of the history. An earlier decision may rest on events
-/// that are gone.
+/// Checks that the commits were submitted under this number of the history. A commit that was decided under an earlier
+/// number may rest on events that are gone.
 fn are_of(commits: &[Prepared], history: u64) -> Result<(), Failure> {
     let older = commits.iter().filter(|commit| commit.history != history).count();
     let error = || {
