@@ -8,8 +8,8 @@ use crate::{event::Event, json::to_json_exact};
 /// folding the events of the stream, so `Default` must return the state before the first event. `Clone` lets many
 /// readers share one folded state, and lets the framework discard a changed copy when its commit loses a race.
 pub trait Aggregate: Default + Clone + Send + Sync + 'static {
-    /// The category of every aggregate of this type, which is the first part of its stream id. The category is stored:
-    /// never rename it.
+    /// The category of all aggregates of this type. The category is the first part of their stream ids. The category is
+    /// stored: never rename it.
     const CATEGORY: &'static str;
     /// How often a snapshot of the folded state is stored; `None` stores no snapshots. See [`Snapshot`].
     const SNAPSHOT: Option<Snapshot<Self>> = None;
@@ -28,8 +28,8 @@ pub trait Aggregate: Default + Clone + Send + Sync + 'static {
 
 /// When and how an aggregate's folded state is stored as a document next to its stream.
 ///
-/// A snapshot only saves time. A snapshot with another `version`, or one that does not parse, is ignored, and the
-/// stream is folded from its first event.
+/// A snapshot only saves time. A snapshot is ignored if it has another `version` or does not parse. The stream is then
+/// folded from its first event.
 pub struct Snapshot<A> {
     /// The number of events between two snapshots.
     pub every: i64,

@@ -107,8 +107,8 @@ pub struct Partition {
 pub struct Delivery {
     /// The partition of the message.
     pub partition: Partition,
-    /// The offset in the partition. The offset rises with each message of the partition. The consumer continues at the
-    /// offset after it.
+    /// The offset in the partition. The offsets of a partition rise from message to message. After this message, the
+    /// consumer continues at this offset plus one.
     pub offset: i64,
     /// The message, or the undecodable payload in its place.
     pub message: Result<Message, Undecodable>,

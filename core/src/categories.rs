@@ -85,8 +85,8 @@ fn is_registered(category: &str) -> bool {
     KNOWN.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|known| known.category == category)
 }
 
-/// Reports categories that a service publishes or follows, but that no aggregate of this process and no event of the
-/// log belongs to. Each category is reported until an aggregate or an event with it appears.
+/// Reports the categories that a service publishes or follows, but to which no aggregate of this process and no event
+/// of the log belongs. A category is reported until such an aggregate or event appears.
 pub(crate) async fn watch(
     service: String,
     store: Arc<dyn EventStore>,

@@ -67,7 +67,7 @@ impl Given {
 /// The body of a checkpoint document.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Checkpoint {
-    /// The position to continue after; for a partition, the offset to continue from.
+    /// The position after which the lane continues. For a partition, the offset at which the partition continues.
     pub next: i64,
     /// The incarnation of the topic that the offset belongs to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -170,9 +170,9 @@ impl Lane {
         Ok(Some(self.next))
     }
 
-    /// Returns whether a lane, one of `of` lanes, that was loaded without a checkpoint is an old lane that was
-    /// replaced, and not a new lane. With several lanes, all checkpoints are created together, so a missing checkpoint
-    /// was removed. A document from which no checkpoint could be loaded records another number of lanes.
+    /// Returns whether a lane for which [`load`](Self::load) found no checkpoint was replaced, as opposed to new. `of`
+    /// is the number of lanes. If there are several lanes, all their checkpoints are created together, so a missing
+    /// checkpoint means that the lane was replaced. If the document exists, it records another number of lanes.
     pub fn is_replaced(&self, of: u32) -> bool {
         of > 1 || self.version > 0
     }

@@ -1,4 +1,5 @@
-//! The contents of the log: events in streams, each with a version in its stream and a position in the log.
+//! The contents of the log, which are events in streams. Each event has a version in its stream and a position in the
+//! log.
 
 use std::{borrow::Cow, fmt, sync::Arc};
 

@@ -1,12 +1,13 @@
 //! The generations of a read model. One generation is live, others are being built, and others are waiting to be
 //! removed.
 //!
-//! A generation is first reserved by a build. It then becomes live, unless the build fails. Later it is retired, and at
-//! last removed. Each of these steps is a compare-and-set of the pointer document. The number of a generation is never
-//! reused. The commit that reserves a generation creates its checkpoint, and the commit that retires the generation
-//! removes that checkpoint. Every commit that writes views checks the version of the checkpoint, and no such commit
-//! creates a checkpoint. Therefore no process writes into a generation before the generation is reserved or after it is
-//! retired. Only retired generations are removed, so a removal never touches live views.
+//! A generation is first reserved by a build. The generation then becomes live, unless the build fails. Later the
+//! generation is retired, and finally removed. Each of these steps is a compare-and-set of the pointer document. The
+//! number of a generation is never reused. The commit that reserves a generation creates its checkpoint, and the commit
+//! that retires the generation removes that checkpoint. Every commit that writes views checks the version of the
+//! checkpoint, and no such commit creates a checkpoint. Therefore no process writes into a generation before the
+//! generation is reserved or after it is retired. Only retired generations are removed, so a removal never touches live
+//! views.
 
 use std::time::Duration;
 

@@ -60,7 +60,7 @@ impl Carrier {
 
     fn poll(&self, context: &mut Context<'_>) {
         let mut slot = self.work.lock().unwrap_or_else(PoisonError::into_inner);
-        // If the work panics, it is dropped.
+        // Work that panics is dropped, because the slot is empty during the poll.
         if let Some(mut work) = slot.take()
             && work.as_mut().poll(context).is_pending()
         {

@@ -135,7 +135,8 @@ impl LogNames {
         self.0.iter().any(|segment| *segment.name == *name)
     }
 
-    /// Returns whether this is the name of another log whose messages the services of this log ignore.
+    /// Returns whether this is the name of another log whose messages are ignored, because a service of this log
+    /// started anew.
     pub fn passes_over(&self, name: &str) -> bool {
         self.0.iter().flat_map(|segment| &segment.passes_over).any(|passed| **passed == *name)
     }

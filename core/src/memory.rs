@@ -17,7 +17,7 @@ use crate::{
     store::{EventStore, LogPage, LogQuery, Scan, StoreError, StoreStatus},
 };
 
-/// How many events one page of [`EventStore::read_log`] examines when a query leaves most of them out. This limits how
+/// How many events one page of [`EventStore::read_log`] examines when a query excludes most events. This limits how
 /// long the lock is held.
 const PAGE_EVENTS_MAX: usize = 10_000;
 
@@ -74,8 +74,8 @@ impl MemoryStore {
         Self { shared: Arc::new(Shared { clock, ..Shared::default() }) }
     }
 
-    /// Locks the contents. A poisoned lock is no problem: a panic cannot leave a commit half applied, because
-    /// everything is checked before anything is changed.
+    /// Locks the contents. A poisoned lock can be used: no panic leaves a commit half applied, because everything is
+    /// checked before anything is changed.
     fn held(&self) -> MutexGuard<'_, Held> {
         self.shared.held.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -17,7 +17,7 @@ pub enum NameError {
     Malformed {
         /// The kind of the part, such as `subscription`.
         kind: &'static str,
-        /// The name, or the start of a long one.
+        /// The name, shortened if it is long.
         name: String,
         /// Why the name is not valid.
         reason: String,

@@ -9,8 +9,8 @@ use crate::{
     saga::{Fault, FaultKind},
 };
 
-/// A notice for an operator. It is sent only after the work that caused it is committed, so that a repeated attempt
-/// does not send a notice twice.
+/// A notice for an operator. A notice is sent only after the work that caused it is committed, so that a repeated
+/// attempt does not send a notice twice.
 #[derive(Clone, Debug)]
 pub(crate) enum Notice {
     /// A message was not handled.

@@ -26,7 +26,7 @@ use crate::{
 pub const CATEGORY: &str = "operator";
 /// How many times an action is retried if a worker changes the same documents at the same time.
 const RACES_MAX: u32 = 10;
-/// The maximum number of parked messages that a reset removes. The remaining rows of its commit are for the checkpoints
+/// The maximum number of parked messages that a reset removes. The remaining rows of the commit are for the checkpoints
 /// of the lanes and for the event that records the action.
 const RESET_PARKED_MAX: usize = COMMIT_ROWS_MAX - 1_000;
 /// The number of documents or events read per page.
@@ -94,7 +94,8 @@ pub enum OperatorEvent {
         /// The operator's reason.
         reason: String,
     },
-    /// The log of a restored database was brought up to date with the bus: see [`Recovery`](crate::recovery::Recovery).
+    /// The operator brought the log of a restored database up to date with the bus; see
+    /// [`Recovery`](crate::recovery::Recovery).
     Recovered {
         /// The services whose topics were read.
         services: Vec<String>,
@@ -168,7 +169,7 @@ impl Operator {
         Self { store, by: by.to_owned() }
     }
 
-    /// Requests a redrive of the parked messages of a key, in order, or of the one message with this id. The worker
+    /// Requests a redrive of all parked messages of a key, in order, or of the single message with this id. The worker
     /// that owns the key handles the messages again, at once or as soon as the worker runs. Returns how many messages
     /// wait, or 0 if nothing is parked under the key or id.
     pub async fn redrive(&self, subscription: &str, key: &str, reason: &str) -> Result<usize, OperatorError> {
@@ -186,8 +187,8 @@ impl Operator {
         .await
     }
 
-    /// Permanently drops the first parked message of a key, or the message with this id. The parked messages after it
-    /// are then retried. Returns `None` if nothing is parked under the key or id.
+    /// Permanently drops the first parked message of a key, or the message with this id. The parked messages after the
+    /// dropped message are then retried. Returns `None` if nothing is parked under the key or id.
     pub async fn drop_first(
         &self,
         subscription: &str,
@@ -314,9 +315,9 @@ impl Operator {
         .await
     }
 
-    /// Returns the puts that remove the parked messages which are delivered again after a reset. A relay keeps its
-    /// parked messages, because receivers ignore messages at or before the last position that they have received,
-    /// unless a message was redriven.
+    /// Returns the puts that remove the parked messages which are delivered again after a reset. The parked messages of
+    /// a relay are not removed. Receivers ignore messages at or before the last position that they have received, so
+    /// these messages would be lost if they were published normally instead of redriven.
     async fn coming_again(&self, subscription: &str, to: Position) -> Result<Vec<Put>, OperatorError> {
         if subscription.ends_with(RELAY) {
             return Ok(Vec::new());

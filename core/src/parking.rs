@@ -40,7 +40,7 @@ pub struct Parked {
     pub lane: Arc<str>,
     /// The key of the message. Later messages with the same key wait behind this message.
     pub key: Arc<str>,
-    /// The reason of the last failure; empty for a message that only waits behind another.
+    /// The reason for the last failure; empty for a message that only waits behind another message.
     pub reason: String,
     /// How many times the handler was called for the message.
     pub attempts: u32,
@@ -136,7 +136,7 @@ pub(crate) struct ParkedKeys {
     count: usize,
     /// A description of the first loss of messages, if there is one.
     lost: Option<Arc<str>>,
-    /// The keys that have a dead letter, which is a message that is retried only if an operator redrives it.
+    /// The keys that have a dead letter. A dead letter is a message that is retried only if an operator redrives it.
     dead: Arc<BTreeSet<Arc<str>>>,
 }
 
@@ -390,7 +390,7 @@ impl DeadLetters {
         Ok((heads(&documents).map(|head| due_now(head.clone())).collect(), documents.len()))
     }
 
-    /// Permanently drops the first message of a key. The messages after it are then retried.
+    /// Permanently drops the first message of a key. The messages after the dropped message are then retried.
     pub async fn drop_first(&self, subscription: &str, key: &str) -> Result<Option<Parked>, CommitError> {
         let Some((puts, dropped)) = self.to_drop(subscription, key).await? else { return Ok(None) };
         self.store.commit(Commit { appends: Vec::new(), puts }).await?;
@@ -423,7 +423,7 @@ impl DeadLetters {
         Ok(documents.into_iter().filter(wanted).collect())
     }
 
-    /// Returns the parked messages of a subscription whose events come after a position of the log.
+    /// Returns the parked messages of a subscription whose events are after this position of the log.
     pub(crate) async fn after(&self, subscription: &str, position: Position) -> Result<Vec<Document>, StoreError> {
         let is_after = |document: &Document| {
             serde_json::from_str::<Parked>(&document.body).is_ok_and(|parked| parked.position > position.0)

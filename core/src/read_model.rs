@@ -209,7 +209,7 @@ impl<R: ReadModel> Projection<R> {
 
     /// Rebuilds all views next to the live views, and returns once the new views have caught up with the log. The
     /// caller compares the result with the live views, and then swaps or discards it. During the build, `told` is
-    /// called with the position that the build has reached.
+    /// called with each position that the build reaches.
     ///
     /// # Errors
     /// Fails if the store is unavailable, or if more events fail than a build may park.

@@ -1,4 +1,5 @@
-//! Rebuilt views, which are built next to the live views until they replace the live views or are discarded.
+//! Rebuilding of views. The new views are built next to the live views, and then replace the live views or are
+//! discarded.
 
 use std::{sync::Arc, time::Duration};
 
@@ -21,10 +22,10 @@ use crate::{
 const PAGE: usize = 500;
 /// How often the progress of a build is checked.
 const LOOK: Duration = Duration::from_millis(20);
-/// How often one comparison reads views again at most because one side was ahead of the other.
+/// The maximum number of times that one comparison reads views again because one side was ahead of the other.
 const LOOKS_MAX: u32 = 250;
-/// The maximum number of events that a build may fail to apply. With more failures, the code of the build is faulty,
-/// and the build is given up.
+/// The maximum number of events that a build may fail to apply. With more failures, the code of the read model is
+/// probably faulty, and the build is given up.
 const PARKED_MAX: usize = 1_000;
 /// How often the failed events of a build are counted.
 const COUNT_AGAIN: Duration = Duration::from_secs(1);
@@ -32,8 +33,8 @@ const COUNT_AGAIN: Duration = Duration::from_secs(1);
 /// failover.
 const OUTAGE_MAX: Duration = Duration::from_secs(60);
 
-/// The rebuilt views of a read model, which are kept up to date in their own generation next to the live views. If the
-/// `Rebuild` is dropped or its process dies, a later build removes the abandoned generation.
+/// The rebuilt views of a read model. They have their own generation and are kept up to date next to the live views. If
+/// the `Rebuild` is dropped or its process dies, a later build removes the abandoned generation.
 pub struct Rebuild {
     store: Arc<dyn EventStore>,
     model: &'static str,
@@ -84,7 +85,7 @@ pub enum SwapError {
         /// The version of this build.
         version: u32,
     },
-    /// Another build gave this build up, because this build had sent no heartbeat for too long.
+    /// Another build considered this build dead, because this build had sent no heartbeat for too long.
     #[error(
         "the build of read model {model} was given up by another process, because this one stood still for too long; build again"
     )]
@@ -240,8 +241,8 @@ impl Rebuild {
     }
 
     /// Compares the live views with the rebuilt views, and calls `told` for each view that differs. Both sides may
-    /// still be changing. A view therefore counts as different only if its two values differ while both sides are at
-    /// the same position, or if the two sides never reach the same position at the same time.
+    /// still be changing. A view whose values differ is therefore read again until both sides are at the same position.
+    /// If that never happens, the difference is reported and counted as uncertain.
     ///
     /// # Errors
     /// Fails if the store cannot be read, or if other views are swapped in during the comparison.

@@ -138,7 +138,7 @@ impl Worker {
         Ok(next.filter(|next| key_and_lane(&next.key.id) == key_and_lane(&document.key.id)))
     }
 
-    /// Retries parked keys that are due, each in order until one of its messages fails.
+    /// Retries the parked keys that are due. The messages of each key are retried in order until one of them fails.
     pub async fn redrive_due(&mut self) -> Result<(), Stop> {
         self.is_of_this_log()?;
         self.redrive_others().await?;

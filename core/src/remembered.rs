@@ -12,7 +12,7 @@ use crate::{
 
 /// How many of the most recent commands of a stream are remembered to recognise a repeated command. The number of
 /// events per command does not matter. A command that is repeated after more than this many other commands counts as
-/// new. Each saga has its own stream in each service, and sends far fewer commands than this.
+/// new. Each saga has its own stream in each service, and such a stream receives far fewer commands than this.
 pub const REMEMBERED_COMMANDS: usize = 1_024;
 /// The maximum number of uncertain events that are remembered. If the store does not show which command an event
 /// belongs to, each event may be the first event of a command, and is remembered separately. The maximum equals the
@@ -59,8 +59,7 @@ impl Remembered {
         self.push(First { id, version, uncertain: false });
     }
 
-    /// Records an event that was read from the store. After the last event that belongs together, call
-    /// [`end_of_run`](Self::end_of_run).
+    /// Records an event that was read from the store. Call [`end_of_run`](Self::end_of_run) after the last event.
     pub fn read(&mut self, id: Uuid, version: Version, cause: Uuid) {
         match &mut self.run {
             Some(run) if run.cause == cause => {

@@ -29,7 +29,7 @@ use crate::{
 
 /// How many folded aggregates a repository keeps by default.
 pub const CACHED_AGGREGATES: usize = 50_000;
-/// How many times a command is decided at most, if other writers commit first or if outcomes are unknown.
+/// The maximum number of times that a command is decided, if other writers commit first or if outcomes are unknown.
 pub const DECISIONS_MAX: u32 = 32;
 /// How many commands may wait for one aggregate. Further commands fail with [`ExecuteError::Overloaded`].
 pub const WAITING_COMMANDS_MAX: usize = 10_000;

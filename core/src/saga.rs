@@ -10,7 +10,7 @@
 //! | `migration` | moves a saga to another plan, or refuses the move |
 //! | `runner` | starts sagas, passes replies and timers to them, and carries out the actions of operators |
 //! | `participant` | the receiving side: carries out each step once, and keeps the barrier against late steps |
-//! | `owed` | work that a restored participant does again before it takes commands |
+//! | `owed` | work that a restored participant repeats before it accepts commands |
 //! | `index` | one document per saga: for operators, and to find the timers that are due |
 //! | `timers` | computes when timers are due, and fires them |
 //! | `diagram` | draws a plan as Mermaid or SVG |

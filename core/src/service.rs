@@ -99,8 +99,8 @@ impl Service {
         self
     }
 
-    /// Lets the service execute steps of sagas, which may be its own sagas or those of other services. A service has at
-    /// most one participant, with one enum of commands.
+    /// Lets the service execute steps of its own sagas and of the sagas of other services. A service has at most one
+    /// participant, with one enum of commands.
     ///
     /// # Panics
     /// Panics if the service already has a participant, because the commands of the first one would never be executed.
@@ -291,7 +291,7 @@ pub enum StartError {
         service: String,
     },
     /// The bus holds messages that are missing from the log. Either the database was restored, or a new database is
-    /// used with topics that an older database has filled.
+    /// used with topics that another log has filled.
     #[error("{0}")]
     Ahead(Box<Ahead>),
     /// A name is not valid, or two parts have the same name.
@@ -326,8 +326,8 @@ pub struct Runtime {
     tasks: JoinSet<(String, Result<(), String>)>,
     /// The name of the part that each task belongs to.
     task_names: HashMap<tokio::task::Id, String>,
-    /// The tasks that watch the other parts. One of them logs messages whose handlers do not return, and is started
-    /// with the first service.
+    /// The tasks that watch the other parts. The task that logs messages whose handlers do not return is started with
+    /// the first service.
     watch: JoinSet<()>,
     watches: bool,
     services: BTreeSet<String>,

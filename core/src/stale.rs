@@ -20,8 +20,8 @@ impl Stale {
         }
     }
 
-    /// Returns the streams to read again after this error. The first time, this is only the stream that the error
-    /// names. After that, it is every stream.
+    /// Returns the cached states to avoid after this error. Each of the first four conflicts adds only the stream that
+    /// the error names. After a fifth conflict, or after any other error, no cached state is used.
     pub fn after(self, error: &CommitError) -> Self {
         match (self, error) {
             (Self::Nothing, CommitError::Conflict { stream, .. }) => Self::Streams(vec![stream.clone()]),

@@ -57,7 +57,7 @@ pub trait EventStore: Send + Sync + 'static {
     }
 
     /// The clock that everything built on this store uses for times and delays. A store shared by several machines sets
-    /// the clock to its own time; a store that wraps another store returns the clock of the inner one. The default is
+    /// the clock to its own time. A store that wraps another store returns the clock of the inner store. The default is
     /// the clock of the machine.
     fn clock(&self) -> Clock {
         Clock::machine()
@@ -117,8 +117,9 @@ impl LogQuery {
 pub struct LogPage {
     /// The events that match the query, in log order.
     pub events: Vec<Arc<Recorded>>,
-    /// The position from which to read the next page. It lies after every event that this page examined, including
-    /// events that do not match the query. It equals the requested position when the reader has caught up.
+    /// The position from which to read the next page. The position lies after every event that this page examined,
+    /// including events that do not match the query. The position equals the requested one when the reader has caught
+    /// up.
     pub next: Position,
     /// Whether there may be more events to read, because the page is full, or because it has examined as much of the
     /// log as one page may examine.
@@ -137,8 +138,8 @@ pub struct StoreStatus {
     pub lost_end: Option<LostEnd>,
 }
 
-/// Describes a log that lacks events which this process has read or written, because of a failover to a lagging standby
-/// or a restore to an earlier moment. Everything recorded after the missing event is gone too.
+/// Describes the loss of events that this process has read or written. Events are lost by a failover to a lagging
+/// standby, or by a restore to an earlier moment. Everything recorded after the missing event is gone too.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LostEnd {
     /// The position of the missing event, which is the last event that this process knew.

@@ -131,7 +131,7 @@ impl Subscription {
         self
     }
 
-    /// Shares the lanes with the other instances on which the same subscription runs. Without an instance, this process
+    /// Shares the lanes with the other instances that run the same subscription. Without an instance, this process
     /// follows all lanes.
     pub(crate) fn shared(mut self, instance: Option<Instance>) -> Self {
         self.instance = instance;
@@ -287,7 +287,8 @@ impl Subscription {
         Ok(start)
     }
 
-    /// Follows a lane from before a change of the number of lanes up to a position, and then stops.
+    /// Follows one of the old lanes, which a change of the number of lanes will replace, up to a position, and then
+    /// stops.
     async fn finish(&self, lane: u32, of: u32, upto: Position, mut worker: Worker) -> Result<(), Stop> {
         let mut cursor = lanes::take(&mut worker, self.instance.as_ref()).await?;
         while cursor < upto {

@@ -53,7 +53,7 @@ struct Recent {
     last: Position,
     events: VecDeque<Arc<Recorded>>,
     bytes: usize,
-    /// Whether the store has more events after these than it returned in one page.
+    /// Whether the store has more events after these events, because one page could not hold them all.
     more: bool,
     /// Commits of this process for which earlier events are still missing, by their first position.
     ahead: BTreeMap<Position, Vec<Arc<Recorded>>>,

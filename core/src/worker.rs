@@ -198,7 +198,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Handles some of the first items in one commit, and returns their number.
+    /// Handles as many of the first items as fit into one commit, and returns how many items were handled.
     async fn deliver_some(&mut self, items: &[Item]) -> Result<usize, Stop> {
         let mut stale = Stale::Nothing;
         let mut conflicts = 0;

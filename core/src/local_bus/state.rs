@@ -1,4 +1,4 @@
-//! The state of the bus and its changes, without tasks, locks or waiting.
+//! The state of the bus, and the changes to that state. This module has no tasks, no locks and no waiting.
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
