@@ -1,4 +1,4 @@
-//! A second port to a store, for tools that verify or move a store as a whole. Services do not use it.
+//! A second port to a store, for tools that verify or move a store as a whole. Services do not use this port.
 
 use std::{borrow::Cow, sync::Arc};
 
@@ -32,7 +32,8 @@ pub trait Archive: EventStore {
     async fn restore(&self, contents: Contents) -> Result<(), CommitError>;
 }
 
-/// The collection of the single document that records an import's progress. Its field `complete` is true at the end.
+/// The collection of the single document that records an import's progress. The field `complete` of this document
+/// becomes true at the end of the import.
 pub const IMPORT: &str = "import";
 
 /// Returns the key of the document that records an import's progress.

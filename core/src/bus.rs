@@ -97,8 +97,8 @@ pub struct Partition {
     pub topic: Arc<str>,
     /// The number of the partition, from 0.
     pub number: u32,
-    /// The incarnation of the topic. It changes when the topic is wiped or the local bus restarts. Offsets of another
-    /// incarnation are meaningless.
+    /// The incarnation of the topic. The incarnation changes when the topic is wiped or the local bus restarts. Offsets
+    /// of another incarnation are meaningless.
     pub incarnation: Arc<str>,
 }
 
@@ -227,8 +227,8 @@ pub enum Polled {
     Assigned(Vec<Partition>),
     /// The bus revoked these partitions. The consumer must finish or abandon its work on them before the next poll.
     Revoked(Vec<Partition>),
-    /// These partitions do not match their bookmarks, because the topic was wiped. They deliver nothing until another
-    /// [`Consumer::seek`].
+    /// These partitions do not match their bookmarks, because the topic was wiped. The partitions deliver nothing until
+    /// another [`Consumer::seek`].
     Wiped(Vec<Partition>),
     /// Messages were removed before they were read, for example by the topic's retention. The partition delivers
     /// nothing until another [`Consumer::seek`].

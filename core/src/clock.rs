@@ -40,7 +40,7 @@ pub struct Clock(Arc<Hands>);
 struct Hands {
     /// The offset added to the steady time of the machine, in microseconds.
     offset: AtomicI64,
-    /// Whether time passes on its own.
+    /// Whether the clock runs. A clock that is controlled by hand does not run.
     runs: bool,
 }
 

@@ -162,8 +162,8 @@ impl fmt::Display for LostEnd {
     }
 }
 
-/// A transaction that may still add events at positions before the next events of the log. Readers wait for it, so that
-/// they skip no event.
+/// A transaction that may still add events at positions before the next events of the log. Readers wait for this
+/// transaction, so that they skip no event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OpenWriter {
     /// The id of the server process that runs the transaction, so that an operator can find the transaction on the

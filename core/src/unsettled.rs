@@ -18,7 +18,7 @@ const PAGE: usize = 1_000;
 /// whatever their number and whatever events follow.
 #[derive(Clone, Debug)]
 pub(crate) struct Unsettled {
-    /// The staged part of each stream. At least one of them has commands.
+    /// The staged part of each stream. At least one stream has commands.
     pub streams: Vec<Staged>,
 }
 

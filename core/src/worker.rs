@@ -94,7 +94,7 @@ pub(crate) enum Stop {
     /// Another worker moved the checkpoint, so this worker has lost the lane.
     #[error("another worker took over {0}")]
     Fenced(DocumentKey),
-    /// The log is not the one from which the checkpoint was read.
+    /// The history of the log has changed since the checkpoint was read.
     #[error("the log changed (failover or restore): reading the checkpoint again")]
     Renewed,
     /// The checkpoint was removed, together with the subscription or generation to which it belonged.
