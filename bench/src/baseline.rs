@@ -1,4 +1,4 @@
-//! The limit: the same rows, written to the same tables by plain sqlx in batches, without decisions or checks.
+//! The baseline: writes the same rows to the same tables with plain sqlx, in batches, without decisions or checks.
 
 use std::{path::Path, time::Instant};
 
@@ -9,13 +9,13 @@ use sqlx::{
 
 use crate::{Failure, Figure};
 
-/// Rows per statement and transaction.
+/// The number of rows per statement and per transaction.
 const BATCH: usize = 500;
 
 type EventRow = (i64, String, i64, String, String, i64, String, String, i64);
 type DocumentRow = (String, String, i64, String, Option<i64>);
 
-/// Writes the rows of the database at `path` to a new one in the same folder.
+/// Reads the rows of the database at `path`, and writes them to a new database in the same folder.
 pub async fn rewrite(path: &Path, workload: &str) -> Result<Figure, Failure> {
     let mut source = SqliteConnection::connect_with(&options(path)).await?;
     let events: Vec<EventRow> = sqlx::query_as("SELECT * FROM events ORDER BY position").fetch_all(&mut source).await?;

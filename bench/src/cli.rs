@@ -1,5 +1,5 @@
-//! The `annals` command compared with `psql \copy` of the same columns: a log is replayed, verified, exported and
-//! imported. Each figure covers the whole process, from start to end.
+//! Compares the `annals` command with `psql \copy` of the same columns. The command replays, verifies, exports and
+//! imports a log. Each figure covers the whole process, from start to end.
 
 use std::{
     ffi::OsStr,
@@ -21,17 +21,17 @@ const COLUMNS: &str = "position, stream_id, version, event_id, type, schema_vers
 
 /// Measures the `annals` command on PostgreSQL.
 ///
-/// The command must be in the folder of this program: `cargo build --release -p annals-cli` puts it there; `psql` must
-/// be in the path. The database is the one that DATABASE_URL names, or a temporary one.
+/// `cargo build --release -p annals-cli` puts the command into the folder of this program, where it must be; `psql`
+/// must be in the path. The database is the one that DATABASE_URL names, or a temporary one.
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// Events in the log.
+    /// The number of events in the log.
     #[arg(long, default_value_t = 1_000_000)]
     events: i64,
     /// Folder for the data of the database server and for files: the disk that is measured.
     #[arg(long, default_value_os_t = std::env::temp_dir())]
     directory: PathBuf,
-    /// How often each figure is measured, in turn; the median is printed.
+    /// The number of rounds. All figures are measured once per round, and the median is printed.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
     /// Print one JSON object per figure, instead of a table.
@@ -39,7 +39,7 @@ pub struct Arguments {
     json: bool,
 }
 
-/// Runs the benchmark until its end or an interruption, and stops the server either way.
+/// Runs the benchmark until it ends or is interrupted. In both cases, stops the server.
 pub async fn run(arguments: Arguments) -> Result<(), Failure> {
     let server = Server::start(&arguments.directory)?;
     Server::until_interrupted(measure(&arguments, &server)).await
@@ -58,7 +58,7 @@ async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> 
     let mut bench = Bench::new(server);
     for _ in 0..arguments.rounds.max(1) {
         rows::fill(url, arguments.events).await?;
-        // The first copy warms up, so that all sides find the log in memory.
+        // The first copy warms up the caches, so that all sides find the log in memory.
         sides.copy("TO", &columns).await?;
 
         let copied = bench.measure("replay to a file", r"psql \copy", sides.copy("TO", &columns)).await?;
@@ -91,7 +91,7 @@ async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> 
         rows::empty(url).await?;
         let unpacked = bench.measure(import, "annals, compressed", sides.annals(&["import"], &packed)).await?;
         bench.rate(unpacked, copied, r"\copy", "");
-        // The next round starts with an empty log, as the first one did.
+        // Each round starts with an empty log, as the first round did.
         rows::empty(url).await?;
         for file in [&lines, &columns, &plain, &packed] {
             fs::remove_file(file)?;
@@ -107,7 +107,7 @@ struct Sides {
 }
 
 impl Sides {
-    /// Runs the command, with `last` as its last word unless it is empty.
+    /// Runs the command. `last` becomes its last argument unless `last` is empty.
     async fn annals(&self, words: &[&str], last: impl AsRef<OsStr>) -> Result<Measured, Failure> {
         let program = std::env::current_exe()?.with_file_name("annals");
         if !program.exists() {
@@ -119,7 +119,7 @@ impl Sides {
         self.ended(command).await
     }
 
-    /// Copies all events between the log and a file: `TO` the file, or `FROM` it.
+    /// Copies all events: with `TO`, from the log to the file; with `FROM`, from the file to the log.
     async fn copy(&self, direction: &str, file: &Path) -> Result<Measured, Failure> {
         let what = match direction {
             "TO" => format!("(SELECT {COLUMNS} FROM annals.events ORDER BY position)"),

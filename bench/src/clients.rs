@@ -1,4 +1,4 @@
-//! A number of clients that take one request after the other, each on a task of its own, as in a server.
+//! Simulates clients that each make one request at a time, on a task of their own, as in a server.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -7,7 +7,7 @@ use std::{
 
 use crate::Failure;
 
-/// Runs `ask` on all items, `clients` at a time. Returns the time of each, and the time of all.
+/// Runs `ask` on all items, `clients` of them at a time. Returns the duration of each call and the total duration.
 pub async fn all<T, F, D>(what: Vec<T>, clients: usize, ask: F) -> Result<(Vec<Duration>, Duration), Failure>
 where
     T: Send + 'static,

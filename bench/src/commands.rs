@@ -1,4 +1,4 @@
-//! Places orders on distinct aggregates: decide and append, with a number of orders in flight.
+//! Places orders on distinct aggregates: each order is decided and appended, with a number of orders in flight.
 
 use std::{path::Path, sync::Arc};
 

@@ -11,7 +11,7 @@ use annals::{
 };
 use async_trait::async_trait;
 
-/// Counts since the store was created.
+/// Counts commits and rows since the store was created.
 #[derive(Clone)]
 pub struct Counting {
     store: Arc<dyn EventStore>,
@@ -24,7 +24,7 @@ impl Counting {
         Self { store, commits: Arc::default(), rows: Arc::default() }
     }
 
-    /// Returns the commits that succeeded, and their rows.
+    /// Returns the number of successful commits, and the number of their rows.
     pub fn counts(&self) -> (u64, u64) {
         (self.commits.load(Relaxed), self.rows.load(Relaxed))
     }

@@ -1,4 +1,4 @@
-//! The shop in four processes, with a distant broker: the time of a saga in round trips.
+//! Runs the shop in four processes with a distant broker, and measures the duration of a saga in round trips.
 
 #[path = "../../tests/src/distance.rs"]
 mod proxy;
@@ -13,22 +13,22 @@ use crate::{
 };
 
 const SEED: u64 = 7;
-/// Partitions of each topic.
+/// The number of partitions per topic.
 const PARTITIONS: u32 = 8;
 
-/// Measures the shop with delays to the broker.
+/// Measures the shop with network delays between the services and the broker.
 ///
 /// The binary `sample-shop` must be in the folder of this program, and KAFKA_JARS must name the folder of Kafka's jars.
-/// The database is the one that DATABASE_URL names, or a temporary one; it has no delay.
+/// The database is the one that DATABASE_URL names, or a temporary one. The connection to the database has no delay.
 #[derive(clap::Args)]
 pub struct Arguments {
     /// The delay of all bytes to and from the broker in milliseconds, each way.
     #[arg(long, value_delimiter = ',', default_values_t = [0, 5, 20])]
     one_way_ms: Vec<u64>,
-    /// Orders that are timed.
+    /// The number of orders that are timed.
     #[arg(long, default_value_t = 400)]
     orders: usize,
-    /// Orders that are under way at the same time.
+    /// The numbers of concurrent orders to measure.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 32])]
     concurrency: Vec<usize>,
     /// Folder for the data of the servers.
@@ -39,7 +39,7 @@ pub struct Arguments {
     json: bool,
 }
 
-/// Runs the benchmark until its end or an interruption, and stops the servers either way.
+/// Runs the benchmark until it ends or is interrupted. In both cases, stops the servers.
 pub async fn run(arguments: Arguments) -> Result<(), Failure> {
     let server = Server::start(&arguments.directory)?;
     Server::until_interrupted(measure(&arguments, &server)).await
@@ -56,7 +56,7 @@ async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> 
             let run = uuid::Uuid::new_v4().simple().to_string();
             let bus = format!("kafka://{}?partitions={PARTITIONS}", broker.address());
             let apart = || Processes::apart(&server.url, &run, &bus);
-            // The first orders warm up clients, topics and compilers.
+            // The first orders warm up clients, topics and just-in-time compilers.
             apart().await?.sell(arguments.orders / 2, *at_once, SEED + 1).await?;
             let ours = async { apart().await?.sell(arguments.orders, *at_once, SEED).await };
             let what = format!("sagas, broker at {one_way_ms} ms each way, {at_once} in flight");

@@ -1,4 +1,4 @@
-//! The cost of an instance on PostgreSQL while it has nothing to do.
+//! Measures what an instance on PostgreSQL costs while it has nothing to do.
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -13,27 +13,28 @@ use crate::{
     postgres::{counters::cpu_seconds, rows, server::Server},
 };
 
-/// The time that an instance has to become idle.
+/// The time that an instance gets to become idle.
 const REST: Duration = Duration::from_secs(5);
 
-/// Measures an idle instance with several subscriptions: the CPU of its process, and of its server.
+/// Measures an idle instance with several subscriptions: the CPU time of its process and of its database server.
 ///
-/// Starts a server of its own, unless `DATABASE_URL` names one, whose CPU is not known.
+/// Starts its own server unless `DATABASE_URL` names one. The CPU time of a server that `DATABASE_URL` names is
+/// unknown.
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// Seconds without events.
+    /// How many seconds to measure, without any events.
     #[arg(long, default_value_t = 20)]
     seconds: u64,
-    /// Subscriptions.
+    /// The number of subscriptions.
     #[arg(long, default_value_t = 4)]
     subscriptions: u32,
-    /// Lanes of each subscription.
+    /// The number of lanes per subscription.
     #[arg(long, default_value_t = 4)]
     lanes: u32,
-    /// Events in the log.
+    /// The number of events in the log.
     #[arg(long, default_value_t = 10_000)]
     events: i64,
-    /// Run as behind a connection pooler, without notifications from other processes.
+    /// Run as if behind a connection pooler, without notifications from other processes.
     #[arg(long)]
     pooled: bool,
     /// Folder for the data of the server.
@@ -53,7 +54,7 @@ impl Handler for Nothing {
     }
 }
 
-/// Runs the benchmark until its end or an interruption, and stops the server either way.
+/// Runs the benchmark until it ends or is interrupted. In both cases, stops the server.
 pub async fn run(arguments: Arguments) -> Result<(), Failure> {
     let server = Server::start(&arguments.directory)?;
     Server::until_interrupted(measure(&arguments, &server)).await
@@ -74,7 +75,7 @@ async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> 
     let head = store.status().await?.head;
     eprintln!("{subscriptions} subscriptions of {lanes} lanes, on a log of {head} events");
     sleep(REST).await;
-    // The CPU seconds of this process alone, and of the process with its server.
+    // Returns the CPU seconds of this process alone, and of this process together with its server.
     let now = || (cpu_seconds(None), cpu_seconds(server.pid()));
     let before = now();
     sleep(Duration::from_secs(seconds)).await;

@@ -1,4 +1,4 @@
-//! The bus on Kafka compared with its limits: rdkafka and sqlx in bare loops, in the same run.
+//! Compares the bus on Kafka with its limits in the same run. The limits are bare loops over rdkafka and sqlx.
 
 pub mod bare;
 mod ours;
@@ -18,19 +18,19 @@ use crate::{
 /// KAFKA_BROKERS names the cluster. The database is the one that DATABASE_URL names, or a temporary one.
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// Events to relay and to consume.
+    /// The number of events to relay and to consume.
     #[arg(long, default_value_t = 200_000)]
     events: i64,
-    /// Commands from one service to another, one at a time.
+    /// The number of commands from one service to another, sent one at a time.
     #[arg(long, default_value_t = 1_000)]
     hops: usize,
-    /// Partitions of the topics.
+    /// The number of partitions per topic.
     #[arg(long, default_value_t = 8)]
     partitions: u32,
     /// Folder for the data of the database server: the disk that is measured.
     #[arg(long, default_value_os_t = std::env::temp_dir())]
     directory: PathBuf,
-    /// How often each figure is measured, in turn; the median is printed.
+    /// The number of rounds. All figures are measured once per round, and the median is printed.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
     /// Print one JSON object per figure, instead of a table.
@@ -38,7 +38,7 @@ pub struct Arguments {
     json: bool,
 }
 
-/// Runs the benchmark until its end or an interruption, and stops the server either way.
+/// Runs the benchmark until it ends or is interrupted. In both cases, stops the server.
 pub async fn run(arguments: Arguments) -> Result<(), Failure> {
     let brokers = std::env::var("KAFKA_BROKERS").map_err(|_| "KAFKA_BROKERS is not set: which Kafka is measured?")?;
     let server = Server::start(&arguments.directory)?;

@@ -1,5 +1,5 @@
-//! Measures each figure with its baseline and its limit in the same run: machines differ and are noisy, so only ratios
-//! count.
+//! Measures each figure together with its baseline and its limit in the same run. Machines differ and are noisy, so
+//! only ratios are meaningful.
 
 mod baseline;
 mod cli;
@@ -21,25 +21,25 @@ use comfy_table::{Table, presets::UTF8_FULL_CONDENSED};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Measures the embedded stores, or the store of a subcommand.
+/// Measures the embedded stores, or, with a subcommand, another part.
 #[derive(Parser)]
 #[command(args_conflicts_with_subcommands = true)]
 struct Arguments {
     #[command(subcommand)]
     store: Option<Store>,
-    /// Commands to execute at each concurrency.
+    /// The number of commands to execute at each concurrency.
     #[arg(long, default_value_t = 20_000)]
     commands: usize,
-    /// Commands in flight at the same time; at 1, a twentieth of the commands is executed.
+    /// The numbers of concurrent commands to measure. At 1, only a twentieth of the commands is executed.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 64, 1_024])]
     in_flight: Vec<usize>,
-    /// Orders to check out.
+    /// The number of orders to check out.
     #[arg(long, default_value_t = 20_000)]
     sagas: usize,
-    /// How often each figure is measured; the median is printed.
+    /// How often each figure is measured. The median is printed.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
-    /// Only this workload.
+    /// Run only this workload.
     #[arg(long)]
     only: Option<Workload>,
     /// Folder for the database files: the disk that is measured.
@@ -66,18 +66,18 @@ enum Workload {
     Sagas,
 }
 
-/// One line of the report.
+/// A line of the report.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct Figure {
     workload: String,
     store: &'static str,
-    /// Operations per second: commands, sagas, or rows for a baseline.
+    /// The number of operations per second: commands, sagas, or, for a baseline, rows.
     per_second: f64,
-    /// Events and documents per second.
+    /// The number of events and documents per second.
     rows_per_second: f64,
     p50_ms: Option<f64>,
     p99_ms: Option<f64>,
-    /// Calls of `EventStore::commit` per operation.
+    /// The number of calls of `EventStore::commit` per operation.
     commits_per_op: Option<f64>,
     rows_per_op: Option<f64>,
 }
@@ -96,8 +96,8 @@ async fn main() -> Result<(), Failure> {
         Some(Store::Distance(arguments)) => return tokio::spawn(distance::run(arguments)).await?,
         None => {}
     }
-    // Runs on a worker of the runtime: tasks spawned from the main thread would wait in a queue that busy workers
-    // seldom check.
+    // Runs the benchmark on a worker thread of the runtime. Tasks that the main thread spawns would wait in a queue
+    // that busy workers seldom check.
     tokio::spawn(embedded(arguments)).await?
 }
 
@@ -172,7 +172,7 @@ fn report(rounds: &[Vec<Figure>], json: bool) {
     }
 }
 
-/// Returns the median round, by operations per second.
+/// Returns the figure of the median round, ordered by operations per second.
 fn median(rounds: &[Vec<Figure>], index: usize) -> Figure {
     let mut of_figure: Vec<&Figure> = rounds.iter().map(|round| &round[index]).collect();
     of_figure.sort_by(|a, b| a.per_second.total_cmp(&b.per_second));

@@ -1,4 +1,5 @@
-//! The PostgreSQL store compared with its limits: plain sqlx on the same table, before and after it in the same run.
+//! Compares the PostgreSQL store with its limits. Plain sqlx on the same table runs before and after the store, in the
+//! same run.
 
 pub mod counters;
 pub mod ours;
@@ -20,29 +21,29 @@ use crate::Failure;
 
 /// Measures the PostgreSQL store.
 ///
-/// Starts a server of its own, unless `DATABASE_URL` names one. In that case it writes to the schema `annals` there,
-/// and the server should have no other load.
+/// Starts its own server unless `DATABASE_URL` names one. On a server that `DATABASE_URL` names, the benchmark writes
+/// to the schema `annals`, and the server should have no other load.
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// Commands of each workload.
+    /// The number of commands of each workload.
     #[arg(long, default_value_t = 50_000)]
     commands: usize,
-    /// Events in the log before the first workload.
+    /// The number of events in the log before the first workload.
     #[arg(long, default_value_t = 100_000)]
     events: i64,
-    /// Events in the log for the second round of rates; 0 skips it. Intended: 10,000,000.
+    /// The number of events in the log for the second round of rates; 0 skips it. The intended value is 10,000,000.
     #[arg(long, default_value_t = 0)]
     events_many: i64,
-    /// Events to replay; 0 skips the replay.
+    /// The number of events to replay; 0 skips the replay.
     #[arg(long, default_value_t = 1_000_000)]
     replay: i64,
-    /// Aggregates that are loaded, four times each.
+    /// The number of aggregates to load. Each is loaded four times.
     #[arg(long, default_value_t = 5_000)]
     aggregates: usize,
     /// Folder for the data of the server: the disk that is measured.
     #[arg(long, default_value_os_t = std::env::temp_dir())]
     directory: PathBuf,
-    /// How often each figure is measured, in turn; the median is printed.
+    /// The number of rounds. All figures are measured once per round, and the median is printed.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
     /// Print one JSON object per figure, instead of a table.
@@ -50,7 +51,7 @@ pub struct Arguments {
     json: bool,
 }
 
-/// The measurement of one side of a workload.
+/// One measurement of one side of a workload. The sides of a workload are Annals and the baselines.
 pub struct Measured {
     pub count: usize,
     pub seconds: f64,
@@ -62,7 +63,7 @@ pub fn histogram() -> Result<Histogram<u64>, Failure> {
     Ok(Histogram::new(3)?)
 }
 
-/// One side of a workload, over all rounds.
+/// All measurements of one side of a workload.
 pub struct Side {
     workload: String,
     name: &'static str,
@@ -79,7 +80,7 @@ struct Sample {
     costs: Costs,
 }
 
-/// The side that another side is compared with.
+/// The side to compare with, and the figure to compare.
 #[derive(Clone, Copy)]
 struct Against {
     side: usize,
@@ -87,17 +88,17 @@ struct Against {
     what: &'static str,
 }
 
-/// The figures so far.
+/// The figures measured so far.
 pub struct Bench<'s> {
     server: &'s Server,
     pub sides: Vec<Side>,
-    /// Further findings, printed below the table.
+    /// Further results, printed below the table.
     notes: Vec<String>,
     runs: usize,
 }
 
 impl Side {
-    /// Returns the median round, by operations per second.
+    /// Returns the median round, ordered by operations per second.
     fn median(&self) -> Sample {
         let mut samples = self.samples.clone();
         samples.sort_by(|a, b| a.per_second.total_cmp(&b.per_second));
@@ -110,13 +111,13 @@ impl<'s> Bench<'s> {
         Self { server, sides: Vec::new(), notes: Vec::new(), runs: 0 }
     }
 
-    /// Returns a name that no aggregate has yet. The names rise, as those of a real service do.
+    /// Returns a name that no aggregate has yet. The names are in ascending order, as in a real service.
     fn run(&mut self) -> String {
         self.runs += 1;
         format!("r{:04}", self.runs)
     }
 
-    /// Measures one side once more, and returns its index.
+    /// Measures one side one more time. Returns the index of the side.
     pub async fn measure(
         &mut self,
         workload: &str,
@@ -155,7 +156,8 @@ impl<'s> Bench<'s> {
         self.sides[ours].goal = goal;
     }
 
-    /// Measures the workloads that are repeated on a larger table. Returns the indexes of our three sides.
+    /// Measures the workloads that are repeated on a larger table. Returns the indexes of the three sides that run
+    /// Annals.
     async fn rates(&mut self, arguments: &Arguments, events: &str) -> Result<[usize; 3], Failure> {
         let url = &self.server.url;
         let count = arguments.commands;
@@ -201,7 +203,7 @@ impl<'s> Bench<'s> {
 
         let (workload, run) = ("100 events a commit", self.run());
         let hundreds = self.measure(workload, "annals", ours::hundreds(url, &run, count * 2)).await?;
-        // The same rows, in another category.
+        // The same rows as before, in another category.
         let rows = rows::counted(&self.run(), count * 2);
         let limit = self.measure(workload, "unnest, 2 connections", raw::unnest(url, rows, 2)).await?;
         self.rate(hundreds, limit, "unnest", "≥ 0.7");
@@ -214,12 +216,12 @@ impl<'s> Bench<'s> {
         Ok(())
     }
 
-    /// Measures replays of a log that holds orders only.
+    /// Measures replays of a log that contains only orders.
     async fn replay(&mut self, events: i64, rounds: usize) -> Result<(), Failure> {
         let url = &self.server.url;
         rows::empty(url).await?;
         rows::fill(url, events).await?;
-        // The first copy warms up, so that both sides find the log in memory.
+        // The first copy warms up the caches, so that both sides find the log in memory.
         raw::copy(url).await?;
         for _ in 0..rounds {
             let replay = self.measure("typed replay", "annals", ours::replay(url)).await?;
@@ -232,7 +234,7 @@ impl<'s> Bench<'s> {
     }
 }
 
-/// Runs the benchmark until its end or an interruption, and stops the server either way.
+/// Runs the benchmark until it ends or is interrupted. In both cases, stops the server.
 pub async fn run(arguments: Arguments) -> Result<(), Failure> {
     let server = Server::start(&arguments.directory)?;
     Server::until_interrupted(measure(&arguments, &server)).await

@@ -1,5 +1,5 @@
-//! Checkouts of generated orders: four services in one process, one card in ten declined, two orders in a hundred
-//! cancelled.
+//! Checks out generated orders with four services in one process. One card in ten is declined, and two orders in a
+//! hundred are cancelled.
 
 use std::{path::Path, sync::Arc};
 

@@ -1,5 +1,5 @@
-//! The shop as it is deployed: four processes over Kafka and PostgreSQL, and one process on PostgreSQL alone; compared
-//! with the cost of its rows and messages by themselves.
+//! Measures the shop as it is deployed: with four processes over Kafka and PostgreSQL, and with one process on
+//! PostgreSQL only. Compares both with the cost of writing the same rows and messages directly.
 
 mod bare;
 pub mod processes;
@@ -14,42 +14,42 @@ use crate::{
     postgres::{Bench, report, server::Server},
 };
 
-/// The seed of the orders that are timed.
+/// The seed of the timed orders.
 const SEED: u64 = 7;
-/// The seed of the orders that warm up.
+/// The seed of the warm-up orders.
 const WARM_UP_SEED: u64 = 8;
-/// Partitions of each topic: as many as the payment service has members. Each partition has a checkpoint of its own, in
-/// every commit that moves it.
+/// The number of partitions per topic: as many as the payment service has members. Each partition has its own
+/// checkpoint, which adds a document to every commit that moves it.
 const PARTITIONS: u32 = 4;
 const ROLES: [&str; 4] = ["order", "inventory", "payment", "notification"];
 
 /// Measures the shop over HTTP.
 ///
-/// The binary `sample-shop` must be in the folder of this program, and KAFKA_JARS must name the folder of Kafka's jars:
-/// each round has a broker of its own. The database is the one that DATABASE_URL names, or a temporary one.
+/// The binary `sample-shop` must be in the folder of this program, and KAFKA_JARS must name the folder of Kafka's jars,
+/// because each round starts its own broker. The database is the one that DATABASE_URL names, or a temporary one.
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// Orders with many in flight: so many that the first and the last ones, which run with fewer in flight, do not
-    /// count.
+    /// The number of orders for the measurement with many in flight. It has to be so high that the first and last
+    /// orders, which run with fewer in flight, do not matter.
     #[arg(long, default_value_t = 20_000)]
     orders: usize,
-    /// Orders one at a time.
+    /// The number of orders for the measurement with one at a time.
     #[arg(long, default_value_t = 500)]
     alone: usize,
-    /// Orders that are under way at the same time. With fewer, the servers wait for customers.
+    /// The number of concurrent orders. If it is too low, the servers wait for customers.
     #[arg(long, default_value_t = 768)]
     concurrency: usize,
-    /// Orders that warm up before the timed ones: a broker that has just started spends half of its time in its
-    /// compiler.
+    /// The number of warm-up orders before the timed orders. A broker that has just started spends half of its time in
+    /// its just-in-time compiler.
     #[arg(long, default_value_t = 10_000)]
     warm_up: usize,
     /// Folder for the data of the servers: the disk that is measured.
     #[arg(long, default_value_os_t = std::env::temp_dir())]
     directory: PathBuf,
-    /// How often each figure is measured, in turn; the median is printed.
+    /// The number of rounds. All figures are measured once per round, and the median is printed.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
-    /// Measure only the one process, without Kafka.
+    /// Measure only the single process, without Kafka.
     #[arg(long)]
     without_kafka: bool,
     /// Print one JSON object per figure, instead of a table.
@@ -57,7 +57,7 @@ pub struct Arguments {
     json: bool,
 }
 
-/// Runs the benchmark until its end or an interruption, and stops the servers either way.
+/// Runs the benchmark until it ends or is interrupted. In both cases, stops the servers.
 pub async fn run(arguments: Arguments) -> Result<(), Failure> {
     let server = Server::start(&arguments.directory)?;
     Server::until_interrupted(measure(&arguments, &server)).await
@@ -68,7 +68,7 @@ async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> 
     let Arguments { orders, alone, concurrency, warm_up, .. } = *arguments;
     for _ in 0..arguments.rounds.max(1) {
         for (count, at_once) in [(orders, concurrency), (alone, 1)] {
-            // The rows and messages left behind include those of the warm-up.
+            // The remaining rows and messages include those of the warm-up.
             let (many, sagas) = (at_once > 1, warm_up + count);
             let workload = |what: &str| format!("sagas, {what}, {at_once} in flight");
             if !arguments.without_kafka {

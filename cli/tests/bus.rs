@@ -1,4 +1,4 @@
-//! Replays to topics, and topics compared with the log, checked with a plain Kafka client. Run by `./test`.
+//! Replays to topics, and comparisons of topics with the log. A plain Kafka client checks the results. Run by `./test`.
 #![allow(clippy::unwrap_used)]
 
 mod topic;
@@ -27,7 +27,7 @@ async fn bus(brokers: &str) -> Arc<KafkaBus> {
     Arc::new(KafkaBus::connect(Settings::new(brokers).partitions(3)).await.unwrap())
 }
 
-/// Returns the messages without their offsets, and without the attributes that only the relay sets.
+/// Returns the messages without their offsets and without the attributes that only the relay adds.
 fn without_lane(records: &[Record]) -> Vec<Record> {
     let mut records = records.to_vec();
     records.iter_mut().for_each(|record| {
@@ -38,7 +38,7 @@ fn without_lane(records: &[Record]) -> Vec<Record> {
     records
 }
 
-/// Counts how often it was called for each event.
+/// Counts the calls for each event.
 struct Counting;
 
 #[async_trait]
@@ -73,7 +73,7 @@ async fn a_topic_gets_what_the_relay_sent_and_consumers_know_what_they_had() {
     let sent = topic::all(&broker.address(), "agency.events");
     assert_eq!(sent.len(), TRIPS.len());
 
-    // A consumer of our library, which has handled all messages.
+    // A consumer of this library, which has handled all messages.
     let watcher: Arc<dyn EventStore> = Arc::new(SqliteStore::open(place.file("watcher.db")).await.unwrap());
     let mut runtime = Runtime::new();
     let service = Service::new("watcher", watcher.clone()).consume(Group::new("watcher", &["agency.events"], Counting));
@@ -104,7 +104,7 @@ async fn a_topic_gets_what_the_relay_sent_and_consumers_know_what_they_had() {
     second.sort();
     assert_eq!(second, first, "its lane included");
 
-    // The consumer has reached the end of the topic, and counted no message again.
+    // The consumer has reached the end of the topic without counting any message again.
     until("it has passed the replayed ones", || async { passed(&*watcher).await == both.len() as i64 }).await;
     runtime.drain(DRAIN).await.unwrap();
     let seen = seen(&*watcher).await;
@@ -125,7 +125,7 @@ async fn a_topic_gets_what_the_relay_sent_and_consumers_know_what_they_had() {
     assert!(!wrong.contains("hunter2"), "{wrong}");
 }
 
-/// Creates a store with one stream of this many events.
+/// Creates a store with one stream that has this many events.
 async fn things(place: &Place, count: i64) -> std::path::PathBuf {
     let path = place.file("things.db");
     let store = SqliteStore::open(&path).await.unwrap();
@@ -168,7 +168,7 @@ async fn ctrl_c_stops_at_what_the_brokers_have_and_the_printed_command_goes_on_t
     const MANY: i64 = 5_000;
     let place = Place::empty();
     let path = things(&place, MANY).await;
-    // All events have about the same time. One more event, much later, delays the replay.
+    // All events have nearly the same time, so one more event with a much later time delays the replay.
     let later = "INSERT INTO events SELECT position + 1, 'thing-late', 1, lower(hex(randomblob(16))), type, schema_version, data, \
                  metadata, recorded_at + 3600000000 FROM events ORDER BY position DESC LIMIT 1";
     sql(&path, later).await;
@@ -212,7 +212,7 @@ async fn a_broker_that_is_killed_meanwhile_costs_time_and_no_message() {
     broker.resume();
     let ended = Ended::from(running.wait_with_output().unwrap());
     assert_eq!(ended.code, 0, "{ended:?}");
-    // Some messages may be there twice, but none comes before an earlier one that was missing.
+    // Some messages may be in the topic twice, but no message may come before an earlier message is there.
     let (mut next, mut found) = (1, positions(&topic::all(&broker.address(), "again")));
     for position in found.drain(..) {
         assert!(position <= next, "{position} came before {next}");
@@ -250,7 +250,7 @@ async fn ctrl_c_while_the_broker_is_away_goes_back_to_what_it_had() {
     assert_eq!(found, (1..=MANY).collect::<Vec<_>>());
 }
 
-/// Makes the store record that a relay has sent everything.
+/// Writes a checkpoint according to which a relay has sent all events.
 async fn relayed(path: &std::path::Path, service: &str, to: i64) {
     let checkpoint = format!("{{\"next\":{to},\"at\":\"2026-11-21T00:00:00Z\"}}");
     sql(path, &format!(
@@ -290,7 +290,7 @@ async fn topics_of_a_service_at_work_are_as_the_log_says() {
     assert_eq!(verified[0]["topics"]["messages"], sent, "{verified:?}");
     assert!(sent > 3 * TRIPS.len() && verified[0]["topics"]["topics"] == 2, "{verified:?}");
 
-    // A message of another sender is not checked.
+    // A message from another sender is not checked.
     topic::send(&broker.address(), "agency.commands", "x", "no event at all", &[]);
     let verified = place.annals(&["verify", "--bus", &kafka]).fine();
     assert!(
@@ -298,7 +298,7 @@ async fn topics_of_a_service_at_work_are_as_the_log_says() {
         "{verified}"
     );
 
-    // A command that was changed on its way, and one that was never sent.
+    // One command was changed on its way, and another was never sent.
     let mut commands = topic::all(&broker.address(), "agency.commands");
     let command = commands.iter_mut().find(|record| record.payload.contains("poor-1")).unwrap();
     let headers: Vec<(&str, &str)> = command.headers.iter().map(|(name, value)| (&**name, &**value)).collect();
@@ -334,7 +334,7 @@ async fn what_is_missing_added_changed_or_out_of_order_is_one_line_each() {
             bus.publish(vec![made[*one - 1].clone()]).await.unwrap().await.unwrap();
         }
     };
-    // The first three twice, as after a crash; 5 before 4; 6 never.
+    // Messages 1 to 3 are sent twice, as after a crash; 5 is sent before 4, and 6 is never sent.
     publish(&[1, 2, 3, 1, 2, 3, 5, 4]).await;
     let mut stranger = made[0].clone();
     stranger.message.id = Uuid::new_v4();
@@ -361,7 +361,7 @@ async fn what_is_missing_added_changed_or_out_of_order_is_one_line_each() {
         told[1],
         "5 messages in 1 topics held against the log; 4 sent again, 0 removed by retention, 0 of others"
     );
-    // Without --publish, the categories of the events in the topic are expected.
+    // Without --publish, the command expects the categories of the events in the topic.
     let inferred = annals(&path, &words[..3]);
     assert_eq!((inferred.code, inferred.out), (1, found.out));
 }
@@ -381,8 +381,8 @@ async fn what_retention_has_removed_is_counted_and_no_fault() {
     topic::cut(&brokers(), &topic, partition, 3).await;
     let cut = annals(&path, &words).fine();
     assert!(cut.contains("3 messages in 1 topics held against the log; 0 sent again, 3 removed by retention"), "{cut}");
-    // Sent once more from the beginning: the repetition of the remaining messages is late, and nothing counts as out of
-    // order.
+    // All messages are sent again from the beginning. The repeats of the messages that are still there come late, but
+    // nothing counts as out of order.
     bus.publish(made.clone()).await.unwrap().await.unwrap();
     let again = annals(&path, &words).fine();
     assert!(again.contains("6 messages in 1 topics held against the log; 3 sent again, 0 removed"), "{again}");
@@ -403,7 +403,7 @@ async fn what_compaction_has_removed_is_one_fault_of_the_topic() {
     let topic = format!("{service}.events");
     topic::make_compacted(&brokers(), &topic).await;
     let made = messages(&path, &service).await;
-    // The rest of a stream after its topic was compacted.
+    // The topic was compacted, so it holds only the last messages of the stream.
     bus(&brokers()).await.publish(made[4..].to_vec()).await.unwrap().await.unwrap();
     let kafka = format!("kafka://{}", brokers());
     let found = annals(&path, &["verify", "--bus", &kafka]);
@@ -450,7 +450,7 @@ async fn a_postgresql_store_is_replayed_to_a_topic_and_held_against_it() {
     assert!(annals(&[&replay[..], &["--topic", "trips.again"]].concat()).fine().starts_with("5 events replayed"));
     assert_eq!(topic::size(&broker.address(), "trips.again"), 5);
 
-    // A user with all rights changes events that were sent.
+    // A database user with all permissions changes events that have been sent.
     let mut connection = PgConnection::connect(&database).await.unwrap();
     let change = format!(
         "ALTER TABLE {schema}.events DISABLE TRIGGER ALL; \

@@ -1,4 +1,5 @@
-//! `check-history` reports a build that would read or do something other than what was recorded.
+//! `check-history` reports a build that would read the recorded events differently, or whose sagas would act
+//! differently.
 #![allow(clippy::unwrap_used)]
 
 mod travel;
@@ -10,7 +11,7 @@ use annals_cli::Ops;
 
 use travel::{Place, Step, TripEvent, journey, planned};
 
-/// The event of another build: the price has become a text.
+/// The event enum of another build, in which the price has become a text.
 #[derive(Event, Clone, Debug)]
 #[event(prefix = "trip")]
 enum NewTripEvent {
@@ -32,12 +33,12 @@ async fn a_build_is_held_against_what_was_recorded() {
     assert_eq!(other_event.run(words()).await, ExitCode::from(1));
     let other_plan = planned("charge twice", |j| Request::to("agency", &Step::Charge { trip_id: j.trip_id.clone() }));
     assert_eq!(ops().events::<TripEvent>().saga(other_plan).run(words()).await, ExitCode::from(1));
-    // The shape of the plan, and with it the hash, is the same.
+    // The plan has the same shape and therefore the same hash.
     let other_command =
         planned("charge card", |j| Request::to("agency", &Step::Charge { trip_id: j.trip_id.to_uppercase() }));
     assert_eq!(ops().events::<TripEvent>().saga(other_command).run(words()).await, ExitCode::from(1));
 
-    // The generic command knows no events of any service.
+    // The generic command knows the events of no service.
     let told = place.annals(&["check-history", "--against", &file]);
     assert_eq!(told.code, 1);
     assert!(told.out.contains("no event of this build is called trip.ordered"), "{}", told.out);

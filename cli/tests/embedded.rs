@@ -1,5 +1,5 @@
-//! The command in a service's own binary, with its read models and with a handler that may see events again; on
-//! PostgreSQL, while the service runs. Run by `./test`.
+//! The command in a service's own binary, with the service's read models and with a handler that may see events twice.
+//! It runs on PostgreSQL while the service runs. Run by `./test`.
 #![allow(clippy::unwrap_used)]
 
 mod travel;
@@ -24,7 +24,7 @@ use uuid::Uuid;
 
 use travel::{Place, TRIPS, Trip, TripEvent, until, url};
 
-/// The number of trips to a place; `times` stands for a rule that changes between builds.
+/// The number of trips per place. `times` stands for a rule that changes from build to build.
 struct Places {
     times: u64,
 }
@@ -47,7 +47,7 @@ fn places(times: u64) -> Projection<Places> {
     Projection::new(Places { times }, LogQuery::categories(["trip"]))
 }
 
-/// Counts its calls.
+/// Counts its own calls.
 struct Calls;
 
 #[async_trait]
@@ -114,7 +114,7 @@ async fn views_are_rebuilt_compared_and_swapped_while_the_service_runs() {
     for n in 0..300 {
         order(format!("{}-{n}", ["rome", "oslo", "bern"][n % 3])).await;
     }
-    // Orders keep coming, so that no two reads of a view find the same.
+    // Orders keep arriving, so no two reads of a view return the same value.
     let stop = AtomicBool::new(false);
     let goes_on = async {
         let mut n = 0;
@@ -146,7 +146,8 @@ async fn views_are_rebuilt_compared_and_swapped_while_the_service_runs() {
     assert!(more > 10, "only {more} orders came meanwhile");
     runtime.drain(Duration::from_secs(20)).await.unwrap();
 
-    // The running service, an old build, has continued with the rebuilt views: all but a few orders count twice.
+    // The running service, which is an old build, has continued with the rebuilt views. All but a few orders count
+    // twice.
     let views = "SELECT id, body::text FROM annals.documents WHERE collection = 'read.places@4' ORDER BY id";
     let views = sql(&schema, views).await;
     let count = |name: &str| views.iter().find(|(id, _)| id == name).map(|(_, body)| body.parse::<u64>().unwrap());

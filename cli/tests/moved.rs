@@ -1,4 +1,4 @@
-//! Exports, imports and replays change nothing on the way, and can be resumed after an interruption.
+//! Exports, imports and replays change no event, and can be resumed after an interruption.
 #![allow(clippy::unwrap_used)]
 
 mod travel;
@@ -24,7 +24,7 @@ fn annals(store: &Path, words: &[&str]) -> Ended {
     ended(command)
 }
 
-/// Returns everything in a file, as SQL reads it.
+/// Returns everything in a file, read with SQL.
 async fn contents(path: &Path) -> (Vec<String>, Vec<String>) {
     let options = SqliteConnectOptions::new().filename(path);
     let mut connection = SqliteConnection::connect_with(&options).await.unwrap();
@@ -106,7 +106,7 @@ async fn a_store_comes_back_as_it_was_compressed_or_not() {
         let refused = annals(&place.file("travel.db"), &["import", file.to_str().unwrap()]).refused();
         assert!(refused.contains("the store is not empty"), "{refused}");
     }
-    // Services continue with the imported store.
+    // A service can continue on the imported store.
     let target = SqliteStore::open(place.file("plain.ndjson.db")).await.unwrap();
     let store: std::sync::Arc<dyn EventStore> = std::sync::Arc::new(target.clone());
     let sagas = travel::sagas(&store).await.len();
@@ -130,7 +130,7 @@ async fn what_is_broken_off_goes_on_wherever_it_was() {
             let part = place.file(&format!("{number}.{name}"));
             fs::write(&part, &bytes[..bytes.len() * share / 100]).unwrap();
             let part = part.to_str().unwrap();
-            // The complete sections are imported now, and the rest later.
+            // The first import writes the complete sections, and a later import writes the rest.
             let incomplete = annals(&target, &["import", part]);
             assert_eq!(incomplete.code, 2, "{incomplete:?}");
             annals(&source, &["export", part, "--resume"]).fine();
@@ -208,7 +208,7 @@ async fn ctrl_c_stops_a_replay_at_an_event_and_it_goes_on_from_there() {
     let source = many(&place).await;
     let file = place.file("slow.ndjson");
     let mut slow = command(&["replay", "--speed", "1x", "--output", file.to_str().unwrap()]);
-    // All events have about the same time. One more event, much later, delays the replay.
+    // All events have nearly the same time, so one more event with a much later time delays the replay.
     let options = SqliteConnectOptions::new().filename(&source);
     let mut connection = SqliteConnection::connect_with(&options).await.unwrap();
     let later = "INSERT INTO events SELECT position + 1, 'thing-late', 1, lower(hex(randomblob(16))), type, schema_version, data, \
@@ -226,7 +226,7 @@ async fn ctrl_c_stops_a_replay_at_an_event_and_it_goes_on_from_there() {
     let stopped = Ended::from(running.wait_with_output().unwrap());
     assert_eq!(stopped.code, 130, "{stopped:?}");
     let (_, go_on) = stopped.err.trim().split_once("go on with: ").unwrap();
-    // The resumed replay has the old speed, at which the late event would take an hour.
+    // The resumed replay keeps the old speed. At that speed, the late event would take an hour.
     assert!(go_on.contains("--speed 1x"), "{go_on}");
     let go_on = go_on.replace("--speed 1x", "--speed 1000000x");
     let words: Vec<_> = go_on.split(' ').collect();
@@ -247,12 +247,12 @@ async fn finished_streams_are_archived_and_read_from_the_file() {
     let file = file.to_str().unwrap();
     let archive = ["archive", file, "--category", "saga.journey,trip", "--quiet-for", "0s"];
     let done = &place.annals(&[&archive[..], &["--json"]].concat()).json()[0];
-    // A stuck saga has not ended. Only the age of a trip shows that it has.
+    // A stuck saga has not ended, so it is left out. A trip counts as finished by its age alone.
     assert_eq!(done["streams"], (travel::TRIPS.len() - 1) + travel::TRIPS.len());
     assert!(place.annals(&archive).refused().contains("exists already"));
     for stream in ["saga.journey-fine-1", "saga.journey-poor-1", "trip-odd-1"] {
         let words = ["read", stream, "--archive", file, "--json"];
-        // No store is read.
+        // The command reads no store.
         let read = annals(&place.file("nowhere.db"), &words).fine();
         assert_eq!(read, place.annals(&["read", stream, "--json"]).fine());
     }
@@ -267,7 +267,7 @@ async fn finished_streams_are_archived_and_read_from_the_file() {
     let said = place.annals(&["archive", nothing.to_str().unwrap(), "--category", "trip", "--quiet-for", "1h"]).fine();
     assert!(said.contains("nothing was archived") && !nothing.exists(), "{said}");
 
-    // A file that was changed is refused.
+    // A file that was changed is rejected.
     let plain = place.file("trips.ndjson");
     place.annals(&["archive", plain.to_str().unwrap(), "--category", "trip", "--quiet-for", "0s"]).fine();
     let text = fs::read_to_string(&plain).unwrap();
@@ -309,7 +309,7 @@ async fn an_archive_that_was_broken_off_goes_on_with_the_streams_it_was_begun_wi
     let go_on = ["archive", half.to_str().unwrap(), "--resume"];
     let export = annals(&source, &["export", half.to_str().unwrap(), "--resume"]).refused();
     assert!(export.contains("is an archive, not an export: `archive --resume` goes on with it"), "{export}");
-    // A stream gets another event, so the file would hold its first half only.
+    // A stream gets another event, so the file would hold only the first half of the stream.
     let store = SqliteStore::open(&source).await.unwrap();
     store.commit(commit("thing-other", 7_000, 1)).await.unwrap();
     store.close().await.unwrap();
@@ -320,7 +320,7 @@ async fn an_archive_that_was_broken_off_goes_on_with_the_streams_it_was_begun_wi
     );
 }
 
-/// The command to continue is complete, with the store that was typed.
+/// The printed command to continue is complete: it contains the store that was given on the command line.
 #[cfg(unix)]
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_printed_to_go_on_names_the_store_that_was_typed() {
@@ -341,7 +341,7 @@ async fn what_is_printed_to_go_on_names_the_store_that_was_typed() {
     assert!(sent.success());
     let stopped = Ended::from(running.wait_with_output().unwrap());
     let (_, go_on) = stopped.err.trim().split_once("go on with: annals ").unwrap_or_else(|| panic!("{stopped:?}"));
-    // The printed command runs in a shell.
+    // The test runs the printed command in a shell.
     let script = format!("{} {}", env!("CARGO_BIN_EXE_annals"), go_on.replace("--speed 1x", "--speed 1000000x"));
     let mut shell = std::process::Command::new("sh");
     shell.args(["-c", &script]).env_remove("ANNALS_STORE");
@@ -359,7 +359,7 @@ async fn a_replay_to_a_disk_that_is_full_leaves_whole_lines_and_goes_on() {
     let annals_command = env!("CARGO_BIN_EXE_annals");
     let run = |limit: &str, words: &str| {
         let mut shell = std::process::Command::new("sh");
-        // A limit on the file size acts like a full disk.
+        // A limit on the file size has the same effect as a full disk.
         shell.args(["-c", &format!("{limit} {annals_command} {words}")]).env("ANNALS_STORE", url(&source));
         ended(shell)
     };

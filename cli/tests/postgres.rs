@@ -126,7 +126,7 @@ async fn a_store_moves_from_sqlite_to_postgresql_and_back() {
     assert_eq!(documents("third.ndjson"), documents("plain.ndjson"));
     assert_eq!(documents("second.ndjson"), documents("plain.ndjson"));
 
-    // A service continues with the store, after the last position.
+    // A service continues on the store after the last position.
     let store = schema.store().await;
     let events: Arc<dyn annals::EventStore> = Arc::new(store.clone());
     let running = travel::agency(&events, true).await;
@@ -167,7 +167,7 @@ async fn what_a_superuser_did_to_a_sealed_log_is_found() {
             "UPDATE annals.events SET data = '{\"trip_id\":\"x\"}' WHERE position = 5".into(),
             vec![format!("{}: {changed}", at(5))],
         ),
-        // Even a blank is found.
+        // Even an added blank is found.
         (
             "UPDATE annals.events SET data = (data::text || ' ')::json WHERE position = 5".into(),
             vec![format!("{}: {changed}", at(5))],
@@ -268,7 +268,8 @@ async fn a_tail_goes_on_after_the_server_was_away() {
     let away = std::time::Instant::now();
     let trouble = said.next().unwrap().unwrap();
     assert!(trouble.ends_with("; trying again"), "{trouble}");
-    // A restarting server is waited for: half a minute in total, not for each of ten retries.
+    // The command waits for a restarting server for half a minute in total, not for half a minute in each of ten
+    // retries.
     assert!(away.elapsed().as_secs() < 120, "{:?}", away.elapsed());
     server.resume().await;
     order(&server.url(), "after-1").await;

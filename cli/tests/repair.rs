@@ -1,4 +1,4 @@
-//! Repairs what is stuck, as an operator does; every act is in the log, with operator and reason.
+//! An operator repairs what is stuck. The log records every action with its operator and reason.
 #![allow(clippy::unwrap_used)]
 
 mod travel;
@@ -36,7 +36,7 @@ async fn parked_messages_are_shown_tried_again_and_dropped() {
         assert!(place.annals(words).refused().contains("is parked"), "{words:?}");
     }
 
-    // Redriven while the handler still fails: the message is parked again.
+    // The handler still fails when the message is redriven, so the message is parked again.
     let store: Arc<dyn EventStore> = Arc::new(place.open().await);
     let running = agency(&store, false).await;
     let redrive = ["dead-letters", "redrive", "brochure", "trip-odd-1", "--by", "ann", "--reason", "try"];
@@ -47,7 +47,7 @@ async fn parked_messages_are_shown_tried_again_and_dropped() {
     };
     until("it is tried again", async || attempts().await == Some(2)).await;
     running.drain(Duration::from_secs(30)).await.unwrap();
-    // Redriven with a handler that works.
+    // The message is redriven while the handler works.
     let running = agency(&store, true).await;
     assert_eq!(place.annals(&["dead-letters", "redrive", "brochure", "--all", "--reason", "mended"]).code, 0);
     until("it is handled", async || attempts().await.is_none()).await;

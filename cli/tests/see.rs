@@ -1,4 +1,4 @@
-//! Inspects a store, as an operator does.
+//! An operator inspects a store.
 #![allow(clippy::unwrap_used)]
 
 mod travel;
@@ -146,7 +146,7 @@ async fn names_of_any_kind_are_shown_on_a_line_and_found_again() {
         let order = TripEvent::Ordered { trip_id: "x".into(), price: 1 };
         trips.execute(name, order, Uuid::new_v4()).await.unwrap();
     }
-    // A store refuses line breaks, but a writer of SQL can insert them.
+    // A store rejects line breaks, but a person can insert them with SQL.
     let options = SqliteConnectOptions::new().filename(place.file("travel.db"));
     let mut connection = SqliteConnection::connect_with(&options).await.unwrap();
     let broken = "INSERT INTO events SELECT (SELECT max(position) + 1 FROM events), 'trip-new' || char(10) || 'line v9', 1, \
@@ -182,7 +182,7 @@ async fn nothing_is_created_and_what_is_not_ours_is_told() {
     assert_eq!(place.annals(&["sagas", "--json"]).fine(), "");
 
     let mut bytes = std::fs::read(place.file("travel.db")).unwrap();
-    // The version of the schema, https://www.sqlite.org/fileformat2.html#the_database_header
+    // These bytes hold the version of the schema: https://www.sqlite.org/fileformat2.html#the_database_header
     bytes[60..64].copy_from_slice(&99_u32.to_be_bytes());
     std::fs::write(place.file("newer.db"), bytes).unwrap();
     let newer = ended(command(&["streams", "--store", &url(&place.file("newer.db"))])).refused();
@@ -228,7 +228,7 @@ async fn a_reader_that_goes_away_is_no_error() {
     let mut line = String::new();
     BufReader::new(tail.stdout.take().unwrap()).read_line(&mut line).unwrap();
     assert!(line.starts_with("{\"position\":1,"), "{line}");
-    // The next event is written to a closed pipe.
+    // The command writes the next event to a closed pipe.
     let store = place.open().await;
     let trips = Repository::<Trip>::new(std::sync::Arc::new(store.clone()));
     let order = TripEvent::Ordered { trip_id: "late".into(), price: 1 };
@@ -239,7 +239,7 @@ async fn a_reader_that_goes_away_is_no_error() {
     assert_eq!(store.read_stream(&late, Version::START, 9).await.unwrap().len(), 1);
 }
 
-/// A server that asks for a password and accepts none, with only the part of the protocol that this needs
+/// A server that asks for a password and accepts none. Implements only the part of the protocol that this needs
 /// (<https://www.postgresql.org/docs/current/protocol-message-formats.html>).
 fn server_that_takes_no_password() -> u16 {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();

@@ -1,5 +1,5 @@
-//! The command in a terminal, as people use it: bars, tables, narrow windows, Ctrl-C and resuming; and with its output
-//! redirected, where nothing is drawn.
+//! Tests the command in a terminal, as people use it: bars, tables, narrow windows, Ctrl-C and resuming. Also tests it
+//! with redirected output, where the command draws nothing.
 #![allow(clippy::unwrap_used)]
 #![cfg(unix)]
 
@@ -20,7 +20,7 @@ fn terminal(store: &Path, words: &[&str], columns: u16) -> Terminal {
     Terminal::of(env!("CARGO_BIN_EXE_annals"), store, words, columns)
 }
 
-/// Creates a store of many events, written by SQL.
+/// Creates a store with many events, which are inserted with SQL.
 async fn many(place: &Place) -> PathBuf {
     let path = place.file("many.db");
     SqliteStore::open(&path).await.unwrap().close().await.unwrap();
@@ -45,7 +45,8 @@ fn words(words: &[String]) -> Vec<&str> {
     words.iter().map(String::as_str).collect()
 }
 
-/// Presses Ctrl-C while the bar moves. Returns the output, and the words after `annals` with which to continue.
+/// Presses Ctrl-C while the bar moves. Returns the output, and the arguments of the printed `annals` command that
+/// continues.
 fn stopped(store: &Path, words: &[&str], columns: u16) -> (Vec<String>, String) {
     let mut terminal = terminal(store, words, columns);
     terminal.shows("/200,000");
@@ -87,7 +88,7 @@ async fn a_saga_is_told_whole_in_a_narrow_terminal() {
     let (wide, narrow) = (told(200), told(40));
     let timeline = narrow.iter().skip_while(|line| !line.contains("+0ms")).collect::<Vec<_>>();
     assert!(timeline.len() > 10 && timeline.iter().all(|line| line.chars().count() <= 40), "{narrow:#?}");
-    // The text is still to the right of the times, and no word is lost.
+    // The text is still to the right of the times, and no word is missing.
     let margin = " ".repeat(11);
     let is_beside = |line: &&&String| line.starts_with(&margin) || line.trim_start().starts_with('+');
     assert!(timeline.iter().all(|line| is_beside(&line)), "{narrow:#?}");
@@ -106,7 +107,7 @@ async fn a_bar_moves_ctrl_c_stops_at_a_good_place_and_it_goes_on() {
         let printed;
         (go_on, printed) = stopped(&store, &words(&go_on), 250);
         assert_eq!(go_on, ["export", file, "--resume"]);
-        // The bar has colours, a rate, and the time left.
+        // The bar has colours, and shows a rate and the remaining time.
         assert!(printed.contains("\x1b[36m") && printed.contains("/s") && printed.contains(" left"), "{printed:?}");
     }
     let (code, printed) = terminal(&store, &words(&go_on), 250).ended();
@@ -143,7 +144,7 @@ async fn a_narrow_terminal_is_not_written_over_its_edge() {
     assert_eq!(code, 0, "{printed}");
     let found = lines(&printed);
     assert_eq!(found.iter().filter(|line| line.starts_with("ID ")).count(), TRIPS.len(), "a cell a line: {printed}");
-    // On a wide terminal, a table.
+    // On a wide terminal, the command prints a table.
     let (_, printed) = terminal(&place.file("travel.db"), &["sagas"], 200).ended();
     assert_eq!(lines(&printed).len(), 1 + TRIPS.len(), "{printed}");
 

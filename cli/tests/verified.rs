@@ -1,4 +1,4 @@
-//! `verify` finds changes that were made to a store outside the library, and reports their places.
+//! `verify` finds changes that were made to a store without the library, and reports where they are.
 #![allow(clippy::unwrap_used)]
 
 mod travel;
@@ -15,7 +15,7 @@ fn verify(store: &Path, words: &[&str]) -> Ended {
     ended(command)
 }
 
-/// Changes a copy of the store as a superuser does, whom nothing refuses.
+/// Changes a copy of the store as a superuser could. Neither triggers nor permissions stop a superuser.
 async fn tampered(place: &Place, name: &str, sql: &'static str) -> std::path::PathBuf {
     let path = place.file(name);
     fs::copy(place.file("travel.db"), &path).unwrap();
@@ -29,7 +29,7 @@ async fn tampered(place: &Place, name: &str, sql: &'static str) -> std::path::Pa
     path
 }
 
-/// Returns the faults that are found, as `where: what`.
+/// Returns the faults found, as `where: what`.
 fn faults(store: &Path, words: &[&str]) -> Vec<String> {
     let ended = verify(store, &[words, &["--json"]].concat());
     assert_eq!((ended.code, &*ended.err), (1, ""), "{}", ended.out);
@@ -220,13 +220,13 @@ async fn what_was_sealed_cannot_be_changed_unseen() {
         let found = faults(&store, &[]);
         assert!(found.iter().any(|fault| fault.contains(&expected)), "{name}: {found:#?}");
     }
-    // If the seals are removed as well, a hash that was noted elsewhere shows it.
+    // If the seals are removed too, only a hash that the operator noted elsewhere exposes the change.
     let removed = tampered(&place, "removed", "DELETE FROM documents WHERE collection LIKE 'seal%'").await;
     verify(&removed, &[]).fine();
     assert_eq!(faults(&removed, &["--expect", &hash]), [format!("seals: there is none with the expected hash {hash}")]);
 }
 
-/// Returns the place of an event in the words of a fault.
+/// Returns the place of an event as faults name it.
 async fn place_of(place: &Place, position: i64) -> String {
     let options = SqliteConnectOptions::new().filename(place.file("travel.db"));
     let mut connection = SqliteConnection::connect_with(&options).await.unwrap();
@@ -256,7 +256,7 @@ async fn seals_follow_one_another_as_the_log_grows() {
         found.iter().any(|fault| fault.contains("it does not follow the one before: a seal was changed or removed")),
         "{found:#?}"
     );
-    // The store keeps its seals when it moves.
+    // The seals move with the store.
     let file = place.file("moved.ndjson.zst");
     place.annals(&["export", file.to_str().unwrap()]).fine();
     let target = place.file("moved.db");
@@ -271,7 +271,7 @@ async fn seals_follow_one_another_as_the_log_grows() {
     assert_eq!((&verified["seal"], &verified["events"]), (&second["seal"], &second["events"]));
 }
 
-/// As in `annals verify | head`: a reader that closes the pipe early still gets the exit code of a fault.
+/// Tests a reader that closes the pipe early, as in `annals verify | head`. The exit code still reports the fault.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reader_that_goes_away_does_not_make_a_fault_go_away() {
     let place = Place::with_trips().await;

@@ -1,4 +1,4 @@
-//! `#[derive(Event)]`: names, exact JSON, upcasting, and refusals.
+//! `#[derive(Event)]`: names, exact JSON, upcasting and rejected definitions.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -32,7 +32,7 @@ enum OrderEvent {
     Reopened {},
 }
 
-/// A newtype variant often has the name of its payload, so both names must resolve.
+/// A newtype variant often has the same name as its payload type, so both names must resolve.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct ImportedOrder {
@@ -52,7 +52,7 @@ mod steps {
     pub struct Names;
 
     impl Names {
-        /// The error is any `Display`, here of another type than the error of the other upcaster.
+        /// An upcaster's error may be any `Display` type. This one differs from the error type of the other upcaster.
         pub fn split<const AT: char>(mut old: Value) -> Result<Value, Cow<'static, str>> {
             let name = old["name"].as_str().ok_or("`name` is no text")?.to_owned();
             let (first, last) = name.split_once(AT).ok_or_else(|| format!("{name:?} is one word"))?;
@@ -158,7 +158,7 @@ fn old_versions_pass_every_later_upcaster() {
     let one = r#"{"order_id":"o-1","cents":1250,"name":"Ada Lovelace"}"#;
     assert_eq!(OrderEvent::decode("order.placed", 1, one).unwrap(), Some(placed()));
 
-    // From version 2, the first step must not run again: the currency would become EUR.
+    // For version 2, the first upcasting step must not run again, because it would change the currency to EUR.
     let two = r#"{"order_id":"o-1","cents":1250,"name":"Ada Lovelace","currency":"GBP"}"#;
     match OrderEvent::decode("order.placed", 2, two).unwrap() {
         Some(OrderEvent::Placed { currency, last_name, .. }) => {
@@ -233,7 +233,7 @@ fn an_unknown_type_fails() {
     let error = OrderEvent::decode("order.cancelled", 1, "{}").unwrap_err();
     let expected = OrderEvent::TYPES;
     assert_eq!(error, EventError::UnknownType { type_name: "order.cancelled".to_owned(), expected });
-    // The variant's own name is not a stored name if another name was given.
+    // If a variant has an explicit name, the name of the variant itself is not a stored name.
     assert!(OrderEvent::decode("order.confirmed", 1, r#"{"order_id":"o-1"}"#).is_err());
 }
 
@@ -244,9 +244,9 @@ fn an_unknown_type_is_skipped_on_request() {
     enum Shipping {
         Placed { order_id: String },
     }
-    // Neither the version nor the JSON of a foreign event matters.
+    // For an event that the enum does not know, neither the version nor the JSON matters.
     assert_eq!(Shipping::decode("order.cancelled", -7, "no json").unwrap(), None);
-    // An event type that the enum knows must still be readable.
+    // An event type that the enum knows must still be readable, whatever the enum skips.
     undecodable::<Shipping>("order.placed", 1, "{}");
     assert!(Shipping::decode("order.placed", 2, "{}").is_err());
 }
@@ -296,7 +296,7 @@ fn one() -> u8 {
     1
 }
 
-/// Generic on purpose: the function must get the field, not a reference to a reference to the field.
+/// Generic on purpose, because the function must receive a reference to the field, not a reference to a reference.
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
@@ -365,7 +365,7 @@ fn a_skipped_field_is_neither_written_nor_read() {
 
 #[test]
 fn encoding_borrows_its_fields() {
-    /// Implements neither `Clone` nor `Copy`.
+    /// A type that implements neither `Clone` nor `Copy`.
     #[derive(Debug, PartialEq, Serialize, Deserialize)]
     struct Unique(String);
 
@@ -402,7 +402,7 @@ fn an_enum_without_events_knows_no_type() {
     assert_eq!(error, EventError::UnknownType { type_name: "a".to_owned(), expected: &[] });
 }
 
-/// The generated code must not pick up the names around it.
+/// The generated code must not use names from the surrounding module.
 mod shadowed {
     #![allow(dead_code, clippy::upper_case_acronyms)]
 

@@ -1,6 +1,7 @@
-//! The refusals of `#[derive(Event)]`, and their messages.
+//! The definitions that `#[derive(Event)]` rejects, and the error messages.
 //!
-//! After a deliberate change of a message: `TRYBUILD=overwrite cargo test -p annals --test event_derive_ui`.
+//! To update the files after a deliberate change of a message, run `TRYBUILD=overwrite cargo test -p annals --test
+//! event_derive_ui`.
 
 #[test]
 fn refusals_are_clear() {

@@ -1,4 +1,5 @@
-//! The saga checker: good sagas end clean under every fault; broken sagas are caught, each by its shortest history.
+//! The saga checker: correct sagas end cleanly under every fault. For a broken saga, the checker finds the shortest
+//! history that shows the error.
 #![allow(clippy::unwrap_used)]
 
 use annals::{
@@ -14,7 +15,7 @@ mod shop;
 
 use shop::*;
 
-/// Returns the check of a checkout by `saga` in the shop, with every invariant of the shop.
+/// Returns a check of a checkout saga in the shop, with every invariant of the shop.
 fn in_the_shop(saga: Saga<Checkout>) -> Check<Checkout, Shop> {
     with_inventory(saga, inventory)
 }
@@ -40,13 +41,13 @@ fn with_inventory(
         })
 }
 
-/// Returns the violation that the check finds with every fault switched on.
+/// Returns the violation that the check finds with all faults enabled.
 #[track_caller]
 fn caught(check: Check<Checkout, Shop>) -> Violation {
     check.everything().run().expect_err("this saga is broken, and was not caught")
 }
 
-/// Compares the rule and the history, without the lines that show the world.
+/// Compares the broken rule and the history, ignoring the lines that show the world.
 #[track_caller]
 fn shows(violation: &Violation, broken: &str, history: &[&str]) {
     let moves: Vec<_> = violation.history.iter().filter_map(|line| line.lines().next()).collect();
@@ -105,7 +106,7 @@ fn a_good_saga_with_a_parallel_step_ends_clean() {
     println!("{report:?}");
 }
 
-/// Records everything that the saga learns.
+/// Records everything that the saga learns from outcomes.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 struct Diary(Vec<String>);
 
@@ -193,7 +194,8 @@ fn an_undo_of_another_amount_is_caught() {
     );
 }
 
-/// The refund returns the amount that the charge reported: nothing, if the reply never arrived.
+/// The undo releases the units only if the reservation's reply reported a discount. If that reply never arrived, the
+/// undo releases nothing.
 #[test]
 fn an_undo_that_needs_the_reply_of_its_step_is_caught() {
     let saga = Saga::named("checkout")
@@ -224,7 +226,7 @@ fn an_undo_that_needs_the_reply_of_its_step_is_caught() {
     check().ends_clean();
 }
 
-/// The second attempt, made after the reservation reported a discount, asks for another amount.
+/// The second attempt at the charge comes after the reservation has reported a discount, and asks for another amount.
 #[test]
 fn a_step_that_asks_for_something_else_the_second_time_is_caught() {
     let saga = Saga::named("parallel")
@@ -386,7 +388,7 @@ enum Act {
 struct Nothing;
 impl SagaState for Nothing {}
 
-/// The effects that are done, by the name of their step.
+/// The effects that are in force, by the name of their step.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 struct Standing(std::collections::BTreeMap<String, i32>);
 
@@ -411,7 +413,7 @@ fn three() -> Saga<Nothing> {
         .build()
 }
 
-/// A plan with one more step in front of the steps asked for at first, and one more behind them.
+/// A plan with one more step before the original steps, and one more step after them.
 fn five() -> Saga<Nothing> {
     Saga::named("moved")
         .compensatable("look", act!("look"))

@@ -1,4 +1,4 @@
-//! Drawings of plans.
+//! The drawings of plans.
 #![allow(clippy::unwrap_used)]
 
 use annals::{Saga, SagaState, saga::Request};
@@ -28,7 +28,7 @@ fn checkout() -> Saga<Any> {
         .build()
 }
 
-/// A plan with a step whose name would break out of Mermaid or XML.
+/// A plan with a step name that would break out of Mermaid or XML if it were not escaped.
 fn odd() -> Saga<Any> {
     let name = "a \"b\" <c> & #d\n`退货`";
     Saga::named("odd").compensatable(name, ask).undo(ask).build()

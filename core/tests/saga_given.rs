@@ -1,4 +1,4 @@
-//! Given, when, then: what a specification accepts, and the messages of its failures.
+//! The given-when-then specifications of sagas: what they accept, and the messages of their failures.
 #![allow(clippy::unwrap_used)]
 
 use std::panic::catch_unwind;

@@ -1,6 +1,7 @@
-//! Saga plans that do not compile, and the messages of the compiler.
+//! Saga plans that do not compile, and the compiler's messages.
 //!
-//! After a deliberate change of a message: `TRYBUILD=overwrite cargo test -p annals --test saga_plan_ui`.
+//! To update the files after a deliberate change of a message, run `TRYBUILD=overwrite cargo test -p annals --test
+//! saga_plan_ui`.
 
 #[test]
 fn wrong_plans_do_not_compile() {

@@ -1,4 +1,4 @@
-//! The pure transition of a saga, input by input.
+//! The pure transition function of a saga, tested input by input.
 #![allow(clippy::unwrap_used)]
 
 use std::time::Duration;
@@ -47,7 +47,7 @@ fn ask(command: &Trip) -> Request {
     Request::to("agency", command)
 }
 
-/// A plan: the hotel, then flight and car at the same time, then the pivot.
+/// A plan: first the hotel, then flight and car at the same time, then the pivot.
 fn trip() -> Saga<Learned> {
     Saga::named("trip")
         .compensatable("hotel", |_| ask(&Trip::Hotel {}))
@@ -69,14 +69,14 @@ fn trip() -> Saga<Learned> {
         .build()
 }
 
-/// One input, in the notation of the tests.
+/// An input of the saga, in the short notation of these tests.
 #[derive(Clone, Copy, Debug)]
 enum In {
-    /// The participant of this call did the last request.
+    /// The participant of this call has carried out the last request.
     Done(usize),
     Refused(usize),
     Failed(usize),
-    /// A reply of an earlier step or attempt arrives.
+    /// A reply to an earlier step or attempt arrives.
     Late(At, u32, &'static str),
     /// The step's timer is due.
     Timer,
@@ -104,7 +104,7 @@ impl Run {
         Input::Reply(Reply { at: self.progress.at, call, attempt: self.progress.attempt, outcome })
     }
 
-    /// Applies the input, and returns the result as one line.
+    /// Applies an input, and returns the result as one line.
     fn feed(&mut self, input: In) -> String {
         let input = match input {
             Done(call) => self.reply(call, Outcome::Done(json!(call))),
@@ -165,7 +165,7 @@ fn started(saga: Saga<Learned>) -> Run {
     run
 }
 
-/// Applies the inputs to a trip that has just begun, and compares the result of each.
+/// Applies the inputs to a trip that has just started, and compares the result of each input.
 #[track_caller]
 fn check(steps: &[(In, &str)]) -> Run {
     let mut run = started(trip());
@@ -229,7 +229,7 @@ fn a_failure_is_tried_again_later_each_time_after_about_twice_as_long() {
         assert_eq!(run.feed(Timer), format!("running forward.0 #{} asks hotel", attempt + 1));
     }
     assert!((50..=100).contains(&delays[0]) && (100..=200).contains(&delays[1]), "{delays:?}");
-    // A failed step may have happened all the same, so it is undone too.
+    // A step that failed may have happened anyway, so it is undone too.
     assert_eq!(run.feed(Failed(0)), "compensating undo.0 #1 asks no-hotel");
     assert_eq!(run.context.0, ["hotel: not now"], "learned once, when it was given up");
 }
@@ -248,7 +248,7 @@ fn a_timeout_is_no_failure_and_asks_again() {
         (Late(Forward(1), 2, "done"), "nothing"),
     ]);
     assert_eq!(run.progress.failure.unwrap().reason, "timeout: no answer from agency within 5s");
-    // 10 seconds twice, then 5 seconds twice.
+    // The saga waits 10 seconds twice, then 5 seconds twice.
     assert_eq!(run.now, START + 30_000);
 }
 
@@ -307,7 +307,8 @@ fn go_on(run: &mut Run, steps: &[(In, &str)]) {
     }
 }
 
-/// Whether the pivot happened is unknown, so the saga goes neither on nor back.
+/// Returns a run that is stuck at the pivot: the outcome of the pivot is unknown, so the saga goes neither forward nor
+/// back.
 fn stuck_at_the_pivot() -> Run {
     let mut run = at_the_pivot();
     go_on(&mut run, &[(Timer, "running forward.2 #2 asks pay"), (Timer, "stuck forward.2 #2"), (Early, "nothing")]);
@@ -334,7 +335,7 @@ fn a_late_reply_to_a_stuck_pivot_is_kept_for_the_operator() {
     go_on(&mut run, &[(Failed(0), "stuck forward.2 #2"), (Failed(0), "nothing")]);
     go_on(&mut run, &[(Operator(Verb::Retry), "running forward.2 #1 asks pay")]);
 
-    // The participant has given its final answer: further attempts would never end.
+    // The participant has given its final answer, so further attempts would never bring another one.
     let mut run = stuck_at_the_pivot();
     go_on(&mut run, &[(Refused(0), "stuck forward.2 #2")]);
     go_on(&mut run, &[(Operator(Verb::Retry), "compensating undo.1 #1 asks no-flight and no-car")]);
@@ -425,7 +426,7 @@ fn the_hash_tells_plans_apart_by_name_kind_order_and_calls() {
     hashes.sort();
     hashes.dedup();
     assert_eq!(hashes.len(), others.len() + 1, "each has its own");
-    // Plans with other commands and settings count as the same plan: running sagas go on with them.
+    // Plans that differ only in commands and settings count as the same plan, so running sagas continue with them.
     let tuned = plan().compensatable("a", car).undo(car).attempts(2).timeout(Duration::from_secs(1));
     let tuned = tuned.compensatable("b", hotel).undo(hotel).deadline(Duration::from_secs(9)).build();
     assert_eq!(tuned.hash(), base.hash());

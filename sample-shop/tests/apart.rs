@@ -1,5 +1,5 @@
-//! Runs the four services in processes of their own, each with a schema of its own, over a real Kafka. The result
-//! equals that of the run in one process, whichever process is killed meanwhile.
+//! Runs the four services in separate processes, each with its own schema, over a real Kafka. The result equals the
+//! result of a run in one process, whichever process is killed.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 
@@ -31,14 +31,15 @@ use self::{
     summary::business,
 };
 
-/// The time during which faults occur, in seconds. SHOP_FAULT_SECONDS overrides it: two minutes before a release.
+/// The time during which faults occur, in seconds. SHOP_FAULT_SECONDS overrides it; before a release, it is two
+/// minutes.
 const FAULT_SECONDS: u64 = 18;
-/// Orders per second of that time: more than this machine completes meanwhile.
+/// The number of orders per second of that time: more than this machine can complete in the same time.
 const ORDERS_PER_SECOND: u64 = 65;
-/// Longer than the session after which brokers give up a silent member, three seconds here, and longer than the five or
-/// six seconds after which the other instances give up an instance without a heartbeat.
+/// Longer than a Kafka session, after which brokers remove a silent member (three seconds here). Also longer than the
+/// five or six seconds after which other instances take over from an instance without a heartbeat.
 const STOPPED: Duration = Duration::from_secs(8);
-/// The number of orders that are under way at once.
+/// The number of concurrent orders.
 const AT_ONCE: &str = "32";
 
 fn without_bus(mut line: Value) -> Value {
@@ -66,7 +67,7 @@ async fn december_through_four_processes_is_that_of_one() {
     schemas.drop().await;
 }
 
-/// The time during which faults occur, and the orders of that time.
+/// The time during which faults occur, and the number of orders for that time.
 struct Storm {
     lasts: Duration,
     orders: Vec<String>,
@@ -89,12 +90,12 @@ impl Storm {
         at.customer(&[&self.orders()[..], &["--concurrency", AT_ONCE]].concat()).spawn().unwrap()
     }
 
-    /// Causes a fault after each draw from `every`, in milliseconds, while the customer buys. Then the summary of the
-    /// customer is that of one process.
+    /// While the customer buys, causes faults at random intervals from the range `every`, in milliseconds. Then asserts
+    /// that the customer's summary equals that of a run in one process.
     async fn rages(&self, mut customer: Child, every: Range<u64>, mut fault: impl AsyncFnMut(usize)) {
         let (started, mut faults, mut in_time) = (Instant::now(), 0, 0);
         while started.elapsed() < self.lasts {
-            // The sleep waits for nothing: the moment of the fault is random.
+            // This sleep is not a wait for a condition: it makes the moment of the fault random.
             tokio::time::sleep(Duration::from_millis(fastrand::u64(every.clone()))).await;
             in_time += usize::from(customer.try_wait().unwrap().is_none());
             fault(faults).await;
@@ -110,13 +111,13 @@ impl Storm {
 
 #[tokio::test]
 async fn whoever_is_killed_money_and_units_are_conserved() {
-    // The kills hit all processes in turn, so half as many orders keep the shop busy.
+    // The kills hit all processes in turn, so half the number of orders keeps the shop busy.
     let storm = Storm::new(ORDERS_PER_SECOND / 2);
     let (mut broker, schemas) = (Broker::start(), Schemas::new());
-    // Two instances of each service share the work. A fault in one must not hurt the other.
+    // Two instances of each service share the work. A fault in one instance must not affect the other.
     let start = |role: &&str| Serving::start(role, &schemas.url(role), &bus(&broker));
     let mut shop: Vec<Option<Serving>> = ROLES.iter().chain(&ROLES).map(start).map(Some).collect();
-    // The customer talks to the first instance of the order service, which is killed too.
+    // The customer talks to the first instance of the order service, which the test also kills.
     let customer = storm.customer(shop[0].as_ref().unwrap());
     storm
         .rages(customer, 1_000..4_000, async |number| {
@@ -134,8 +135,7 @@ async fn whoever_is_killed_money_and_units_are_conserved() {
     schemas.drop().await;
 }
 
-/// A process that was stopped still believes, when it continues, that it owns its work in hand, its partitions and its
-/// lanes.
+/// When a stopped process continues, it still believes that it owns the work in progress, its partitions and its lanes.
 #[tokio::test]
 async fn whoever_is_stopped_for_long_and_goes_on_changes_nothing() {
     let storm = Storm::new(ORDERS_PER_SECOND / 2);
@@ -144,7 +144,7 @@ async fn whoever_is_stopped_for_long_and_goes_on_changes_nothing() {
     let shop: Vec<Serving> = ROLES.iter().chain(&ROLES).map(start).collect();
     storm
         .rages(storm.customer(&shop[0]), 200..1_000, async |number| {
-            // Stops one instance of each service, while the other instances do its work.
+            // Stops one instance of each service, while the other instance does the work.
             let stopped = &shop[number % 2 * ROLES.len()..][..ROLES.len()];
             stopped.iter().for_each(|service| service.signal("STOP"));
             tokio::time::sleep(STOPPED).await;
@@ -169,6 +169,6 @@ async fn a_database_that_is_killed_costs_a_pause() {
         })
         .await;
     schemas.are_whole(&broker).await;
-    // No process was started again: each recovered by itself.
+    // No process was restarted: each recovered without help.
     end(shop);
 }

@@ -1,5 +1,5 @@
-//! Events that this build cannot read, in a store that was sound: no command reads their streams again, and yet a run
-//! reports them.
+//! Events that this build cannot read, in a store that is otherwise fine. No command reads the streams of these events
+//! again, but a run reports the events anyway.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -18,7 +18,7 @@ fn run(store: &Path, verb: &str) -> Output {
     command.output().unwrap()
 }
 
-/// Appends an event by SQL, as a program without our code, or with a newer version, would.
+/// Appends an event with SQL, as a program without this library or with a newer version of it would.
 async fn append(store: &Path, stream: &str, type_name: &str, schema_version: i32, data: &str) {
     let options = SqliteConnectOptions::new().filename(store);
     let mut file = SqliteConnection::connect_with(&options).await.unwrap();
@@ -57,14 +57,14 @@ async fn those_of_the_shop_end_the_run_with_their_place() {
     }
 }
 
-/// Here: a reply from which the relay cannot make a message.
+/// The bad event is a reply from which the relay cannot make a message.
 #[tokio::test]
 async fn those_that_are_parked_are_told_and_fail_the_run() {
     let folder = tempfile::tempdir().unwrap();
     let store = folder.path().join("shop.db");
     assert!(run(&store, "run").status.success());
     append(&store, "step.payment-saga.checkout-other", "step.vanished", 1, "{}").await;
-    // A drain may end before the relay reaches the event.
+    // A run of `drain` may end before the relay reaches the event, so the test repeats it.
     for _ in 0..100 {
         let options = SqliteConnectOptions::new().filename(&store);
         let mut file = SqliteConnection::connect_with(&options).await.unwrap();

@@ -55,8 +55,8 @@ fn whatever_is_left_out_is_counted_and_a_failure() {
     }
 }
 
-/// A file as spreadsheets save it: the month first, in Windows-1252, with a byte order mark or CRLF, and with empty
-/// rows at the end.
+/// A file as spreadsheets save it: dates with the month first, text in Windows-1252, a byte order mark or CRLF, and
+/// empty rows at the end.
 #[test]
 fn spreadsheet_form_is_taken() {
     let folder = tempfile::tempdir().unwrap();
@@ -73,7 +73,7 @@ fn spreadsheet_form_is_taken() {
     assert_eq!(line(&output)["left_out"], json!({"invoices": 0, "rows": 0}));
 }
 
-/// A day without orders is no mistake.
+/// A file without rows is valid: a day may have no orders.
 #[test]
 fn no_rows_at_all_are_none() {
     let output = run("");

@@ -1,4 +1,4 @@
-//! Counts the connections that a customer opens, with a proxy in the middle.
+//! Counts the connections that a customer opens, with a proxy between the customer and the shop.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 
@@ -22,7 +22,7 @@ struct Counted {
     all: AtomicUsize,
 }
 
-/// A connection, until one of its sides ends.
+/// A connection that is open until one of its sides ends it.
 struct Open {
     counted: Arc<Counted>,
     ended: AtomicBool,
@@ -67,7 +67,8 @@ fn counting(to: SocketAddr) -> (SocketAddr, Arc<Counted>) {
     (at, counted)
 }
 
-/// Forwards bytes until one side ends. The connection stops counting before the other side can notice and reconnect.
+/// Forwards bytes until one side ends. The connection stops counting before the other side can notice the end and
+/// reconnect.
 fn pass(mut from: TcpStream, mut into: TcpStream, open: &Open) {
     let mut buffer = [0; 8_192];
     while let Ok(bytes @ 1..) = from.read(&mut buffer) {
@@ -89,7 +90,7 @@ fn burst_opens_as_many_connections_as_there_are_places() {
     let url = format!("http://{at}");
     let arguments = ["--concurrency", "8", "--generate", "400", "--cancel-rate", "0.2", "--stock-factor", "1.5"];
     let mut customer = shop.customer_at(&url, &arguments).spawn().unwrap();
-    // Some requests are under way when the shop is killed, and all clients reconnect at once.
+    // Some requests are in progress when the shop is killed, and all clients reconnect at once.
     while shop.get("/metrics").text.lines().all(|line| !line.starts_with("shop_taken_in_total{kind=\"order\"} ")) {
         assert!(customer.try_wait().unwrap().is_none());
     }

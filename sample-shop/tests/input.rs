@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use rust_decimal::Decimal;
 use sample_shop::input::{Invoice, Rows, Source, StockFactor, Tally};
 
-/// The file is in a folder next to the repository, in CI too. Without it these tests fail.
+/// The path of the real file, in a folder next to the repository, also in CI. Without the file, these tests fail.
 fn real_file() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data/online-retail-2010-12.csv")
 }

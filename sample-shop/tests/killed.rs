@@ -1,4 +1,5 @@
-//! The shop is killed with -9 at random moments and started again. It ends the same, to the penny and the unit.
+//! The shop is killed with SIGKILL at random moments and started again. The final result is the same, to the penny and
+//! the unit.
 #![allow(clippy::unwrap_used)]
 
 mod summary;
@@ -26,7 +27,7 @@ fn shop(store: &Path, factor: &str) -> Command {
     command
 }
 
-/// Reads the file by SQL, without our code.
+/// Reads the file with SQL, without any code of this project.
 async fn look_from_outside(store: &Path) -> Value {
     let mut file =
         SqliteConnection::connect_with(&SqliteConnectOptions::new().filename(store).read_only(true)).await.unwrap();
@@ -60,7 +61,7 @@ async fn look_from_outside(store: &Path) -> Value {
         pence += sign * sum;
     }
     assert_eq!(units["reserved"].as_i64(), units["released"].as_i64().map(|n| n + units["shipped"].as_i64().unwrap()));
-    // The money kept is the price of the confirmed orders.
+    // The shop keeps exactly the price of the confirmed orders.
     let confirmed = "SELECT coalesce(sum(CAST(round(100 * json_extract(placed.data, '$.total')) AS INTEGER)), 0) FROM events AS placed \
          JOIN events AS confirmed USING (stream_id) WHERE placed.type = 'order.placed' AND confirmed.type = 'order.confirmed'";
     let price: i64 = sqlx::query_scalar(confirmed).fetch_one(&mut file).await.unwrap();
@@ -76,7 +77,7 @@ async fn ends_the_same(factor: &str) {
     let mut cut_off = 0;
     for round in 0..KILLS {
         let mut child = shop(&killed, factor).spawn().unwrap();
-        // The sleep waits for nothing: the moment of the kill is random.
+        // This sleep is not a wait for a condition: it makes the moment of the kill random.
         tokio::time::sleep(Duration::from_millis(fastrand::u64(20..700))).await;
         cut_off += usize::from(child.try_wait().unwrap().is_none());
         child.kill().unwrap();

@@ -1,4 +1,4 @@
-//! Two shops on one file would wait for each other's messages: the second is refused, with a remedy.
+//! Two shops on one file would wait for each other's messages. Therefore the second shop is rejected with a remedy.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -42,7 +42,7 @@ fn the_second_is_refused_until_the_first_has_ended() {
         );
         assert_eq!(said, expected);
     }
-    // A link is another name of the same file.
+    // A symbolic link is another name of the same file.
     #[cfg(unix)]
     {
         let other = folder.path().join("other.db");

@@ -1,4 +1,4 @@
-//! The shop offers the `annals` command under its own name.
+//! The shop offers the `annals` command as a subcommand of its own.
 #![allow(clippy::unwrap_used)]
 
 use std::process::{Command, Output};

@@ -1,4 +1,4 @@
-//! The shop's shelf is rebuilt next to the live shelf, compared and swapped. Plain SQL checks the views.
+//! The shop's shelf is rebuilt next to the live shelf, compared with it, and swapped. Plain SQL checks the views.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -22,7 +22,7 @@ async fn open(path: &Path) -> SqliteConnection {
     SqliteConnection::connect_with(&SqliteConnectOptions::new().filename(path)).await.unwrap()
 }
 
-/// The views of a generation: on hand and reserved, by SKU.
+/// The views of one generation: the units on hand and the units reserved, by SKU.
 async fn views(path: &Path, generation: u32) -> BTreeMap<String, (i64, i64)> {
     let sql = "SELECT id, json_extract(body, '$.on_hand'), json_extract(body, '$.reserved') FROM documents WHERE collection = $1";
     let rows: Vec<(String, i64, i64)> =
@@ -30,7 +30,7 @@ async fn views(path: &Path, generation: u32) -> BTreeMap<String, (i64, i64)> {
     rows.into_iter().map(|(sku, on_hand, reserved)| (sku, (on_hand, reserved))).collect()
 }
 
-/// Sums the same numbers from the events.
+/// Computes the same numbers directly from the events.
 async fn summed(path: &Path) -> BTreeMap<String, (i64, i64)> {
     let sql = "SELECT json_extract(data, '$.sku'), \
          SUM(CASE type WHEN 'stock.shipped' THEN -1 WHEN 'stock.reserved' THEN 0 WHEN 'stock.released' THEN 0 ELSE 1 END \
@@ -62,7 +62,7 @@ async fn the_shelf_is_rebuilt_beside_the_live_one_compared_and_swapped() {
         error(&unknown)
     );
 
-    // No operator confirms: nothing is swapped, and nothing stays behind.
+    // No operator confirms the rebuild, so nothing is swapped and nothing stays behind.
     let asked = ops(&rebuild);
     assert_eq!(asked.status.code(), Some(2), "{asked:?}");
     assert!(error(&asked).contains("Swap the live views of shelf? Nobody is there to be asked"), "{}", error(&asked));
@@ -72,7 +72,7 @@ async fn the_shelf_is_rebuilt_beside_the_live_one_compared_and_swapped() {
     assert_eq!(swapped.status.code(), Some(0), "{swapped:?}");
     let expected = summed(&path).await;
     assert!(expected.len() > 10 && expected.values().any(|(on_hand, _)| *on_hand > 0), "{expected:?}");
-    // The refused rebuild has used the number 2.
+    // The rejected rebuild has used up the generation number 2.
     assert_eq!(views(&path, 3).await, expected);
     let said = format!("0 live views and {0} rebuilt ones: {0} differences\n", expected.len());
     assert!(text(&swapped).contains(&said), "{}", text(&swapped));
@@ -87,7 +87,7 @@ async fn the_shelf_is_rebuilt_beside_the_live_one_compared_and_swapped() {
     assert_eq!(same.status.code(), Some(0), "{same:?}");
     assert!(views(&path, 4).await.is_empty(), "what was compared is removed");
 
-    // One view is wrong, one is missing, and one is superfluous.
+    // The test makes one view wrong, removes one, and adds one that should not exist.
     let skus: Vec<&String> = expected.keys().collect();
     let harm = format!(
         "UPDATE documents SET body = '{{\"on_hand\":-7,\"reserved\":0}}' WHERE collection = 'read.shelf@3' AND id = '{}'; \

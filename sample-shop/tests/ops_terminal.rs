@@ -15,7 +15,7 @@ async fn open(path: &Path) -> SqliteConnection {
     SqliteConnection::connect_with(&SqliteConnectOptions::new().filename(path)).await.unwrap()
 }
 
-/// Writes deliveries of goods by SQL.
+/// Inserts deliveries of goods with SQL.
 async fn warehouse(path: &Path) {
     SqliteStore::open(path).await.unwrap().close().await.unwrap();
     let fill = format!(

@@ -1,5 +1,5 @@
-//! A file that is run again with other stock is refused, and an invoice with other contents is rejected: otherwise the
-//! earlier version would stay without any notice.
+//! If a file is run again with other stock, the run is refused. If an invoice comes again with other contents, the
+//! invoice is rejected. Otherwise the shop would silently keep the earlier version.
 #![allow(clippy::unwrap_used)]
 
 use std::{path::Path, process::Command};

@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use self::{december::every_order_confirmed, summary::business};
 
-/// Enough stock, and no declined cards: every order must complete.
+/// There is enough stock and no card is declined, so every order must complete.
 const PLENTY: [&str; 4] = ["--stock-factor", "1.5", "--decline-rate", "0"];
 
 fn real_file() -> PathBuf {
@@ -39,7 +39,7 @@ fn run_on_sqlite(arguments: &[&str]) -> Value {
     business(&shop(&format!("sqlite:{}", directory.path().join("shop.db").display()), arguments))
 }
 
-/// Runs in a database of its own, since the shop uses the default schema.
+/// Runs in a database of its own, because the shop uses the default schema.
 async fn run_on_postgres(arguments: &[&str]) -> Value {
     let url = std::env::var("DATABASE_URL").expect("run the tests with `./test`, which starts a PostgreSQL of its own");
     let options: PgConnectOptions = url.parse().unwrap();
@@ -47,7 +47,7 @@ async fn run_on_postgres(arguments: &[&str]) -> Value {
     let name = format!("shop_{}", Uuid::new_v4().simple());
     sqlx::raw_sql(AssertSqlSafe(format!("CREATE DATABASE {name}"))).execute(&mut server).await.unwrap();
     let output = shop(options.database(&name).to_url_lossy().as_str(), arguments);
-    // Drops the database before the result is checked, so that the database does not stay behind.
+    // Drops the database before checking the result, so that a failed check does not leave the database behind.
     let drop = format!("DROP DATABASE {name} WITH (FORCE)");
     sqlx::raw_sql(AssertSqlSafe(drop)).execute(&mut server).await.unwrap();
     business(&output)
@@ -58,7 +58,8 @@ fn with_plenty_of_stock_every_order_is_confirmed() {
     assert_eq!(run_on_sqlite(&PLENTY), every_order_confirmed());
 }
 
-/// The file as the authors of the data set published it: the month first, Latin-1, CRLF, and empty rows at the end.
+/// The file as the authors of the data set published it: dates with the month first, Latin-1, CRLF, and empty rows at
+/// the end.
 #[test]
 fn published_form_of_the_real_orders_comes_to_the_same() {
     let text = std::fs::read_to_string(real_file()).unwrap();

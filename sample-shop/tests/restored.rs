@@ -1,5 +1,6 @@
-//! Databases that are restored to an earlier moment than Kafka, and new ones under topics that others have filled: found when a
-//! service starts, by name, and brought back by one command that may be killed at any moment.
+//! Some databases are restored to a moment before the end of their Kafka topics, and some are new under topics that
+//! another log has filled. A service reports this when it starts, and one command repairs it, even if that command is
+//! killed at any moment.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 
@@ -33,14 +34,15 @@ use self::{
     summary::business,
 };
 
-/// Orders of the load during which databases are dumped and killed. SHOP_RESTORED_ORDERS says otherwise.
+/// The number of orders in each load during which databases are dumped and services are killed. SHOP_RESTORED_ORDERS
+/// overrides it.
 const ORDERS: u64 = 150;
-/// How often a recovery is killed, each time later.
+/// How many times each recovery is killed. Each attempt runs longer than the one before.
 const KILLED: u64 = 4;
-/// How much later.
+/// The time by which each attempt runs longer.
 const KILLED_AFTER: Duration = Duration::from_millis(350);
 
-/// How long sagas of recovered orders may take to end, and how often that is looked at.
+/// The longest time until the sagas of recovered orders have ended. `LOOK` is the interval between checks.
 const SAGAS_END: Duration = Duration::from_secs(120);
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -48,7 +50,7 @@ fn orders() -> u64 {
     std::env::var("SHOP_RESTORED_ORDERS").map_or(ORDERS, |orders| orders.parse().unwrap())
 }
 
-/// What a customer orders; the same seed is the same orders with the same keys.
+/// Returns the arguments of a customer. The same seed gives the same orders with the same keys.
 fn load(seed: &str, orders: u64) -> Vec<String> {
     let unlucky = ["--decline-rate", "0.1", "--cancel-rate", "0.05", "--stock-factor", "0.8", "--concurrency", "16"];
     let named = ["--seed", seed, "--generate", &orders.to_string()].map(str::to_owned);
@@ -69,7 +71,8 @@ fn text(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
 }
 
-/// A service on a store that is not what the topics say: it ends with 1, and names what is wrong and what to do.
+/// Asserts that a service refuses to start because its store does not match the topics. The service ends with exit code
+/// 1, and its error names the problem and the remedy.
 fn is_refused(role: &str, store: &str, bus: &str, parts: &[&str]) {
     let mut serving = shop(&["serve", role, "--store", store, "--bus", bus, "--http", "127.0.0.1:0"]).spawn().unwrap();
     let started = Instant::now();
@@ -92,13 +95,13 @@ fn recover(store: &str, bus: &str, more: &[&str]) -> Command {
     shop(&[&words, more].concat())
 }
 
-/// Kills the recovery again and again, each time later, and then lets it end.
+/// Kills the recovery several times, each time later, and then lets it finish.
 fn recovered(store: &str, bus: &str, more: &[&str]) -> Value {
     let dry = recover(store, bus, &[more, &["--dry-run", "--json"]].concat()).output().unwrap();
     assert_eq!(dry.status.code(), Some(0), "{}", text(&dry));
     for after in 1..=KILLED {
         let mut killed = recover(store, bus, more).spawn().unwrap();
-        // The moment is what is tried: there is nothing to wait for.
+        // The moment of the kill is what this test varies, so there is no condition to wait for.
         std::thread::sleep(KILLED_AFTER * after as u32);
         _ = killed.kill();
         killed.wait().unwrap();
@@ -112,7 +115,7 @@ fn recovered(store: &str, bus: &str, more: &[&str]) -> Value {
     serde_json::from_slice(&dry.stdout).unwrap()
 }
 
-/// Topics and log hold the same.
+/// Asserts that the topics match the log.
 fn are_verified(store: &str, bus: &str) {
     let verified = shop(&["ops", "verify", "--store", store, "--bus", bus]).output().unwrap();
     assert_eq!(verified.status.code(), Some(0), "{}", text(&verified));
@@ -125,7 +128,7 @@ impl Schemas {
         dump.stdout
     }
 
-    /// Instead of what is there.
+    /// Replaces the schema with the content of the dump.
     async fn restore(&self, role: &str, dump: &[u8]) {
         let sql = format!("DROP SCHEMA {} CASCADE", self.name(role));
         sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut self.connection().await).await.unwrap();
@@ -171,7 +174,8 @@ impl Schemas {
     }
 }
 
-/// Serves, sells, is dumped while it sells, goes on, and is killed while it sells; these services are restored then.
+/// Runs the services, dumps the databases of `restored` while customers buy, and kills all services during a later
+/// sale. Then restores those databases.
 async fn are_restored(restored: &[&str]) {
     let (broker, schemas) = (Broker::start(), Schemas::new());
     let bus = bus(&broker);
@@ -179,7 +183,7 @@ async fn are_restored(restored: &[&str]) {
     let mut shop = start();
     let (before, meanwhile, killed) = (load("1", 40), load("2", orders()), load("3", orders()));
     business(&shop[0].buy(&words(&before)));
-    // Each at another moment.
+    // Each dump is taken at a different moment.
     let mut dumps = Vec::new();
     let customer = shop[0].customer(&words(&meanwhile)).spawn().unwrap();
     for (number, role) in restored.iter().enumerate() {
@@ -251,7 +255,8 @@ async fn new_databases_under_used_topics_are_found_by_name_and_begin_anew() {
     schemas.drop().await;
 }
 
-/// Hands orders in until the sums are whole: orders that were taken back are known at once, and their sagas go on meanwhile.
+/// Hands in the orders until the totals are correct. The shop recognises orders that were taken back at once, but their
+/// sagas may need more time.
 fn bought(shop: &Serving, load: &[String]) -> Output {
     let until = Instant::now() + SAGAS_END;
     loop {
@@ -263,7 +268,8 @@ fn bought(shop: &Serving, load: &[String]) -> Output {
     }
 }
 
-/// All services on one file: a copy of it takes the place of what was lost, or nothing does.
+/// All services share one SQLite file. After the file is lost, a copy replaces it in the first round, and an empty
+/// store in the second.
 #[tokio::test]
 async fn file_that_is_restored_from_a_copy_or_lost_ends_consistent() {
     let (broker, folder) = (Broker::start(), tempfile::tempdir().unwrap());

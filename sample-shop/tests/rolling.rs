@@ -1,4 +1,4 @@
-//! Services are stopped and started again, one after the other, while clients keep their connections and notice
+//! Services are stopped and restarted one after the other, while clients keep their connections. The clients notice
 //! nothing.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
@@ -26,8 +26,8 @@ fn order() -> String {
     json!({"lines": [{"sku": "85123A", "quantity": 1, "unit_price": "2.55"}]}).to_string()
 }
 
-/// Places orders at two addresses in turn until `done`. If one address accepts no connection, the order goes to the
-/// other.
+/// Places orders at two addresses in turn until `done`. If one address accepts no connection, sends the order to the
+/// other address.
 fn buy(client: usize, at: [SocketAddr; 2], done: &AtomicBool) -> (Vec<String>, Vec<String>) {
     let mut connections = at.map(KeepAlive::new);
     let mut placed = Vec::new();
@@ -37,7 +37,7 @@ fn buy(client: usize, at: [SocketAddr; 2], done: &AtomicBool) -> (Vec<String>, V
             break;
         }
         let id = format!("{client}-{number}");
-        // Some requests wait for the end of their order.
+        // Some of the requests wait until their order has ended.
         let path = if number % 3 == 0 { "/orders?wait=10s" } else { "/orders" };
         let mut ask = |at: usize| connections[at].ask("POST", path, &[JSON, ("idempotency-key", &id)], &order());
         let asked = match ask(number % 2) {
@@ -99,7 +99,7 @@ async fn rolling_restart_of_all_services_fails_no_request() {
     }
 }
 
-/// The view of each kind of client from the stop on.
+/// What each kind of client sees after the stop signal.
 #[test]
 fn stop_is_announced_and_cuts_nobody_off() {
     let mut shop = Serving::start_with_grace("all", "memory:", "local:", "3s");
@@ -113,7 +113,7 @@ fn stop_is_announced_and_cuts_nobody_off() {
         let answer = answered(client.ask("GET", "/healthz", &[], ""));
         assert_eq!((answer.status, answer.header("connection")), (200, None));
     }
-    // There is no stock yet, and no saga ends before the request waits for it.
+    // There is no stock yet, so no saga ends before the request waits for it.
     let at = shop.at;
     let waits = std::thread::spawn(move || {
         KeepAlive::new(at).ask("POST", "/orders?wait=30s", &[JSON, ("idempotency-key", "waits")], &order())
@@ -129,7 +129,8 @@ fn stop_is_announced_and_cuts_nobody_off() {
         }
         assert!(stopped.elapsed() < Duration::from_secs(2), "it does not say that it stops");
     }
-    // On old and new connections, requests are served as before; each answer asks to close the connection.
+    // Requests on old and new connections are served as before, and each answer asks the client to close the
+    // connection.
     for client in [&mut used, &mut KeepAlive::new(shop.at)] {
         let answer = answered(client.ask("POST", "/orders", &[JSON], &order()));
         assert_eq!((answer.status, answer.header("connection")), (201, Some("close")), "{answer:?}");
@@ -137,7 +138,7 @@ fn stop_is_announced_and_cuts_nobody_off() {
         assert_eq!((answer.status, answer.header("connection")), (200, Some("close")), "{answer:?}");
     }
     assert!(matches!(waits.join().unwrap(), Asked::Answered(answer) if answer.status == 201));
-    // A client that has connected and not sent a request yet is also answered at the end of the grace.
+    // A client that has connected but sent no request yet is also answered at the end of the grace.
     let mut ask = || {
         std::thread::sleep(Duration::from_millis(3_300).saturating_sub(stopped.elapsed()));
         late.write_all(b"GET /healthz HTTP/1.1\r\nhost: shop\r\n\r\n").unwrap();
@@ -160,7 +161,7 @@ fn next_instance_waits_for_the_address() {
     assert_eq!((next.at, next.get("/healthz").status), (shop.at, 200));
 }
 
-/// On each bus and store, while orders are under way.
+/// Stops the shop on each bus and store while orders are in progress.
 #[tokio::test]
 async fn stop_is_no_reason_to_warn() {
     let broker = Broker::start();
@@ -183,7 +184,7 @@ async fn stop_is_no_reason_to_warn() {
                     assert!(answer.status == 201, "{answer:?}");
                 }
             });
-            // An order that has ended shows that the shop is under load.
+            // Once an order has ended, the shop is certainly under load.
             let ended: Value = shop.post("/orders?wait=30s", signal, &serde_json::from_str(&order()).unwrap()).json();
             assert_eq!(ended["status"], "cancelled", "{ended}");
             shop.stop(signal);

@@ -1,4 +1,4 @@
-//! Passwords that are not on the command line.
+//! Passwords that come from files or the environment instead of the command line.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 
@@ -41,7 +41,7 @@ async fn password_comes_from_a_file_or_the_environment() {
     sqlx::raw_sql(sqlx::AssertSqlSafe(role)).execute(&mut connection).await.unwrap();
     let rules = "host all shop 127.0.0.1/32 scram-sha-256\nhost all all 127.0.0.1/32 trust\n";
     std::fs::write(data.join("pg_hba.conf"), rules).unwrap();
-    // The file is read again before the next connection is accepted, and the postmaster reports the reload.
+    // The postmaster reads the file again before it accepts the next connection, and reports the reload.
     sqlx::raw_sql("SELECT pg_reload_conf()").execute(&mut connection).await.unwrap();
     let loaded = "SELECT count(*) FROM pg_hba_file_rules WHERE auth_method = 'scram-sha-256'";
     assert_eq!(sqlx::query_scalar::<_, i64>(loaded).fetch_one(&mut connection).await.unwrap(), 1);
@@ -66,7 +66,7 @@ async fn password_comes_from_a_file_or_the_environment() {
         (format!("{base}?schema=shop"), [("PGPASSWORD", PASSWORD)]),
         (format!("{base}?schema=shop"), [("PGPASSFILE", &passfile)]),
     ] {
-        // The rules are in force once the server has handled its signal.
+        // The rules take effect once the server has handled its signal.
         let run = ["run", "--generate", "3", "--json", "--store", &url];
         let output = shop(&run, &environment);
         assert!(output.status.success(), "{url}: {}", said(&output));

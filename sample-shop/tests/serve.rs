@@ -1,4 +1,4 @@
-//! The order service's HTTP interface, from the view of an outsider.
+//! The order service's HTTP interface, as an outsider sees it.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 
@@ -19,7 +19,7 @@ fn order(quantity: u32) -> Value {
     json!({"customer": "17850", "lines": [{"sku": "85123A", "quantity": quantity, "unit_price": "2.55"}]})
 }
 
-/// Returns a shop with some stock.
+/// Returns a running shop with some stock.
 fn stocked() -> Serving {
     let shop = Serving::all("memory:");
     let delivered =
@@ -85,17 +85,17 @@ fn one_key_is_one_order() {
     let again = shop.post("/orders", "a key", &order(1));
     assert_eq!((again.status, &again.text), (201, &first.text));
     assert_eq!(again.header("idempotency-replayed"), Some("true"));
-    // The key in quotes, as the draft of the standard writes it.
+    // The key in quotes, as the draft of the standard specifies.
     assert_eq!(shop.post("/orders", "\"a key\"", &order(1)).text, first.text);
     shop.post("/orders", "a key", &order(2)).is_problem(422, &["another body"]);
-    // The same key of another resource names another thing.
+    // The same key for another kind of resource is a different key.
     assert_eq!(shop.post("/returns", "a key", &order(1)).status, 201);
-    // Without a key, each order is new.
+    // Without a key, each request creates a new order.
     let headers = [("content-type", "application/json")];
     let [one, two] = [1, 1].map(|quantity| shop.ask("POST", "/orders", &headers, &order(quantity).to_string()).json());
     assert_ne!(one["order_id"], two["order_id"]);
 
-    // Many requests at once.
+    // Sends many requests at once.
     let answers: Vec<_> = std::thread::scope(|scope| {
         let asked: Vec<_> = (0..16).map(|_| scope.spawn(|| shop.post("/orders", "at once", &order(3)))).collect();
         asked.into_iter().map(|asked| asked.join().unwrap()).collect()
@@ -113,7 +113,7 @@ fn one_key_is_one_order() {
     assert_eq!(bodies.iter().filter(|status| **status == 422).count(), 7, "{bodies:?}");
 }
 
-/// The metadata of an order's first event shows what happened to the headers.
+/// The metadata of the order's first event shows which headers were accepted.
 #[tokio::test]
 async fn w3c_trace_context_is_carried_only_if_it_is_valid() {
     const TRACE: &str = "12345678901234567890123456789012";
@@ -201,7 +201,7 @@ fn what_cannot_be_taken_is_a_problem_that_says_why() {
 
     for path in ["/orders/none", "/returns/none", "/supplies/none", "/closings/none"] {
         shop.get(path).is_problem(404, &["there is no", "none"]);
-        // The answer does not wait.
+        // The answer comes at once, although the request allows a wait.
         shop.get(&format!("{path}?wait=30s")).is_problem(404, &["none"]);
     }
     shop.ask("POST", "/orders/none/cancel", &[], "").is_problem(404, &["no order none"]);
@@ -220,7 +220,7 @@ fn a_body_has_a_limit_in_bytes_and_in_time() {
     let headers = [("content-type", "application/json")];
     let large = format!("{{\"customer\": \"{}\"}}", "x".repeat(BODY_BYTES_MAX));
     shop.ask("POST", "/orders", &headers, &large).is_problem(413, &["1000000 bytes"]);
-    // A body of unknown length.
+    // This body has no declared length.
     let mut chunked =
         b"POST /orders HTTP/1.1\r\nhost: shop\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n".to_vec();
     for _ in 0..20 {
@@ -230,7 +230,7 @@ fn a_body_has_a_limit_in_bytes_and_in_time() {
     }
     shop.send(&chunked).is_problem(413, &["1000000 bytes"]);
 
-    // A body that arrives a byte now and then.
+    // This body arrives one byte at a time, with pauses.
     let mut slow = shop.connect();
     let head = "POST /orders HTTP/1.1\r\nhost: shop\r\nconnection: close\r\ncontent-length: 1000\r\n\r\n";
     slow.write_all(head.as_bytes()).unwrap();
@@ -247,7 +247,7 @@ fn a_body_has_a_limit_in_bytes_and_in_time() {
     assert_eq!(shop.get("/healthz").status, 200);
 }
 
-/// A single request hands in a paper and waits for its end.
+/// A single request hands in an order, a return or a supply and waits for the end of its saga.
 #[test]
 fn what_is_handed_in_can_be_waited_for_at_once() {
     let shop = stocked();
@@ -259,7 +259,7 @@ fn what_is_handed_in_can_be_waited_for_at_once() {
         (&placed.json()["status"], &placed.json()["saga"]["status"]),
         (&json!("confirmed"), &json!("completed"))
     );
-    // The answer equals what a client reads later.
+    // The answer equals the view that a client reads later.
     assert_eq!(placed.json(), shop.get("/orders/1").json());
     let again = shop.post("/orders?wait=30s", "1", &order(6));
     assert_eq!((again.status, again.header("idempotency-replayed")), (201, Some("true")), "{again:?}");
@@ -282,9 +282,9 @@ fn what_is_handed_in_can_be_waited_for_at_once() {
         (&json!(95), &shop.get("/closings/evening").json())
     );
 
-    // No request has waited for its whole time.
+    // No request waited for the maximum time.
     assert!(started.elapsed() < Duration::from_secs(25), "{:?}", started.elapsed());
-    // A request with an invalid query is not accepted.
+    // A request with an invalid query has no effect.
     shop.post("/orders?wait=long", "3", &order(1)).is_problem(400, &["wait=10s"]);
     shop.post("/orders?weight=1", "3", &order(1)).is_problem(400, &["weight"]);
     shop.get("/orders/3").is_problem(404, &["3"]);
@@ -293,7 +293,7 @@ fn what_is_handed_in_can_be_waited_for_at_once() {
 #[test]
 fn an_order_can_be_cancelled_until_it_is_confirmed() {
     let shop = Serving::all("memory:");
-    // There is no stock, and the order may be cancelled for that reason by then.
+    // There is no stock, so the order may already be cancelled for that reason.
     shop.post("/orders", "1", &order(1));
     let cancelled = shop.ask("POST", "/orders/1/cancel", &[], "");
     assert_eq!((cancelled.status, &cancelled.json()["status"]), (200, &json!("cancelled")), "{cancelled:?}");
@@ -307,7 +307,8 @@ fn an_order_can_be_cancelled_until_it_is_confirmed() {
     assert_eq!(shop.get("/orders/kept?wait=30s").json()["status"], "confirmed");
     shop.ask("POST", "/orders/kept/cancel", &[], "").is_problem(409, &["the order is confirmed"]);
 
-    // Cancels orders while their checkouts run: some in time, some too late, and the sums match.
+    // Cancels orders while their checkouts run. Some cancellations come in time and some too late, and the totals must
+    // match.
     let mut in_time = 0;
     for n in 0..40 {
         let id = format!("race-{n}");

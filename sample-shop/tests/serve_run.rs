@@ -1,4 +1,5 @@
-//! `run --http` against `serve`: the result of the run in one process, whatever happens to the server meanwhile.
+//! `run --http` against `serve` gives the same result as a run in one process, even if the server is killed or
+//! restarted during the run.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 
@@ -48,12 +49,12 @@ fn bad_luck_is_the_same_as_in_one_process() {
     }
     let shop = Serving::all("memory:");
     assert_eq!(business(&shop.buy(&UNLUCKY)), expected);
-    // A second run finds all of its orders.
+    // A second run finds all of its orders in the shop.
     let again = shop.buy(&UNLUCKY);
     assert_eq!(business(&again), expected);
     let said = String::from_utf8_lossy(&again.stderr);
     assert!(said.contains("400 orders and returns were in the store already"), "{said}");
-    // With other stock, the input is another one.
+    // With other stock, the input counts as a different input.
     let other = [&UNLUCKY[..8], &["--stock-factor", "0.9"]].concat();
     let refused = shop.buy(&other);
     let said = String::from_utf8_lossy(&refused.stderr);
@@ -67,7 +68,7 @@ fn december_through_one_process_on_sqlite() {
     assert_eq!(business(&shop.buy(&december().each_ref().map(String::as_str))), every_order_confirmed());
 }
 
-/// Reads the file by SQL, without our code.
+/// Reads the file with SQL, without any code of this project.
 async fn look_from_outside(file: &Path) -> Value {
     let options = SqliteConnectOptions::new().filename(file).read_only(true);
     let mut file = SqliteConnection::connect_with(&options).await.unwrap();
@@ -114,7 +115,7 @@ async fn killed_and_started_again_it_ends_the_same() {
     let mut customer = shop.customer(&arguments).spawn().unwrap();
     let mut cut_off = 0;
     for _ in 0..6 {
-        // The sleep waits for nothing: the moment of the kill is random.
+        // This sleep is not a wait for a condition: it makes the moment of the kill random.
         tokio::time::sleep(Duration::from_millis(fastrand::u64(100..600))).await;
         cut_off += usize::from(customer.try_wait().unwrap().is_none());
         shop = shop.kill_and_restart();
@@ -142,8 +143,8 @@ async fn what_was_answered_before_a_stop_is_kept() {
                     for n in 0.. {
                         let id = format!("{client}-{n}");
                         let headers = [("content-type", "application/json"), ("idempotency-key", id.as_str())];
-                        // There is no answer if the server accepts no more connections, or ends in the middle of an
-                        // answer.
+                        // No answer arrives if the server accepts no more connections, or if the server ends in the
+                        // middle of an answer.
                         match shop.try_ask("POST", "/orders", &headers, &order.to_string()).map(|answer| answer.status)
                         {
                             Some(201) => answered.push(id),
@@ -205,8 +206,8 @@ async fn december_through_one_process_on_postgres() {
     assert_eq!(business(&output), every_order_confirmed());
 }
 
-/// Two customers hand in the same orders, each to its own instance. Few at a time, since the two inventories work on
-/// the same SKUs.
+/// Two customers hand in the same orders, each to its own instance. The concurrency is low, because the two inventory
+/// services work on the same SKUs.
 #[tokio::test]
 async fn two_instances_on_one_postgres_share_the_work() {
     let arguments = ["--generate", "300", "--stock-factor", "1.5", "--concurrency", "8"];

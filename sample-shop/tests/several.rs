@@ -1,4 +1,4 @@
-//! Several shop processes on one PostgreSQL share the work. A process that is killed or stopped takes nothing with it.
+//! Several shop processes on one PostgreSQL share the work. If a process is killed or stopped, no work is lost.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, postgres::PgConnectOptions};
 use uuid::Uuid;
 
-/// Longer than a process may be without a heartbeat.
+/// Longer than the time after which a process without a heartbeat counts as dead.
 const PAST_ITS_LEASE: Duration = Duration::from_secs(8);
 
 struct Database {

@@ -1,5 +1,5 @@
-//! Ctrl-C and SIGTERM stop the shop in order. The next run continues, and ends the same as a run that was never
-//! stopped.
+//! Ctrl-C and SIGTERM stop the shop in good order. The next run continues, and has the same result as a run that was
+//! never stopped.
 #![allow(clippy::unwrap_used)]
 #![cfg(unix)]
 
@@ -18,7 +18,7 @@ use sqlx::{Connection, Executor, SqliteConnection, sqlite::SqliteConnectOptions}
 use self::summary::business;
 
 const ORDERS: u32 = 1_500;
-/// No step takes nearly as long on an idle machine.
+/// The time limit for each step. On an idle machine, no step takes nearly as long.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 fn shop(verb: &str, store: &Path) -> Command {
@@ -34,7 +34,7 @@ fn run(store: &Path, concurrency: &str) -> Command {
     command
 }
 
-/// Waits for the end of a shop, with a limit.
+/// Waits, up to a time limit, for a shop to end.
 fn end_of(mut child: Child) -> Output {
     let started = Instant::now();
     while child.try_wait().unwrap().is_none() {
@@ -87,7 +87,7 @@ async fn stopped_and_run_again_it_ends_the_same() {
     let (whole, stopped) = (folder.path().join("whole.db"), folder.path().join("stopped.db"));
     let expected = business(&end_of(run(&whole, "256").spawn().unwrap()));
     assert_eq!(expected["orders"], ORDERS);
-    // Stops early, with few orders handed in; then in the middle.
+    // Stops once early, with few orders handed in, and then in the middle of the run.
     for (name, code, confirmed) in [("INT", 130, 1), ("TERM", 143, 300), ("INT", 130, 700)] {
         let child = run(&stopped, "256").spawn().unwrap();
         until(&stopped, "order.confirmed", confirmed).await;
@@ -126,7 +126,7 @@ async fn drain_is_stopped_too_and_drained_again_all_has_ended() {
     assert_eq!(drained["units"]["reserved"], 0);
 }
 
-/// The first signal cannot finish: another process holds the write lock of the file.
+/// The shop cannot finish after the first signal, because another process holds the write lock of the file.
 #[tokio::test]
 async fn a_second_signal_ends_it_at_once() {
     let folder = tempfile::tempdir().unwrap();

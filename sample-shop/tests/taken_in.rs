@@ -1,4 +1,4 @@
-//! An accepted paper is acknowledged, whatever happens to the store after that.
+//! The shop acknowledges an accepted order, return or supply, even if the store fails after accepting it.
 #![allow(clippy::unwrap_used)]
 
 use std::{sync::Arc, time::Duration};
@@ -19,7 +19,7 @@ use sample_shop::{
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-/// Returns the HTTP interface alone. No service runs, so no saga ends.
+/// Returns the HTTP interface without any service behind it, so no saga ends.
 fn counter_alone(store: Arc<dyn EventStore>) -> axum::Router {
     let metrics = Metrics::new().unwrap();
     let sagas = Sagas { store: store.clone(), follower: Follower::default(), over: CancellationToken::new() };
@@ -58,7 +58,7 @@ async fn although_nothing_can_be_read_any_more() {
     }
 }
 
-/// A store whose errors all contain file names, as the errors of databases do.
+/// A store whose errors all contain file names, as database errors do.
 struct Broken;
 
 const ON_DISK: &str = "could not extend file \"base/5/16389\": /var/lib/shop/shop.db-wal: No space left on device";

@@ -1,4 +1,4 @@
-//! A provider that takes the money and never answers in time: no customer pays for an order that was given up.
+//! A provider takes the money but never answers in time. No customer may pay for an order that was cancelled.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -19,7 +19,7 @@ use sample_shop::{
 };
 use uuid::Uuid;
 
-/// Charges by key, and the amount that each order has cost its customer.
+/// The charges by key, and the amount that each order has cost its customer so far.
 #[derive(Default)]
 struct DeafProvider {
     charges: Mutex<HashMap<Uuid, Decimal>>,

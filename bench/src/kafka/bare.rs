@@ -1,4 +1,4 @@
-//! The baselines: rdkafka and sqlx in bare loops, with the same settings, headers and rows.
+//! The limits for comparison: bare loops over rdkafka and sqlx with the same settings, headers and rows.
 
 use std::{
     sync::{
@@ -24,10 +24,10 @@ use crate::{
     postgres::{Measured, histogram},
 };
 
-/// Rows per statement.
+/// The number of rows per statement.
 const UNNEST_ROWS: usize = 500;
 
-/// The number of messages that the brokers have acknowledged.
+/// Counts the messages that the brokers have acknowledged.
 #[derive(Clone, Default)]
 pub struct Taken(Arc<AtomicUsize>);
 
@@ -127,7 +127,7 @@ pub async fn relay(url: &str, brokers: &str, topic: &str) -> Result<Measured, Fa
     Ok(Measured { count, seconds, latency: None })
 }
 
-/// Returns a consumer of all partitions, from this offset on.
+/// Returns a consumer of all partitions that starts at this offset.
 fn consumer(brokers: &str, topic: &str, partitions: u32, offset: Offset) -> Result<BaseConsumer, Failure> {
     let mut config = ClientConfig::new();
     config
@@ -144,7 +144,7 @@ fn consumer(brokers: &str, topic: &str, partitions: u32, offset: Offset) -> Resu
     Ok(consumer)
 }
 
-/// Consumes this many messages, and inserts a row for each, 500 per statement.
+/// Consumes this many messages, and inserts one row per message, 500 rows per statement.
 pub async fn consume(
     url: &str,
     brokers: &str,
@@ -159,7 +159,7 @@ pub async fn consume(
     while done < count {
         let (mut streams, mut ids, mut data) = (Vec::new(), Vec::new(), Vec::new());
         while streams.len() < UNNEST_ROWS.min(count - done) {
-            // Blocking is fine: the thread has nothing else to do.
+            // Blocking is fine here, because the thread has nothing else to do.
             let Some(record) = consumer.poll(Duration::from_secs(10)) else { return Err("no more messages".into()) };
             let record = record?;
             let id = record.headers().and_then(|all| all.iter().find(|header| header.key == "ce_id")?.value);
@@ -186,14 +186,15 @@ pub async fn consume(
     Ok(Measured { count, seconds, latency: None })
 }
 
-/// Inserts a row, sends a message, and inserts another row when it arrives: one at a time.
+/// Inserts a row, sends a message, and inserts another row when the message arrives. Repeats this, one message at a
+/// time.
 pub async fn hop(url: &str, brokers: &str, topic: &str, partitions: u32, count: usize) -> Result<Measured, Failure> {
     let mut connection = PgConnection::connect(url).await?;
     let consumer = consumer(brokers, topic, partitions, Offset::End)?;
     let producer = producer(brokers, &Taken::default())?;
     let insert = "INSERT INTO annals.events (stream_id, version, event_id, type, schema_version, data, metadata)
                   VALUES ($1, 1, gen_random_uuid(), 'bare.seen', 1, '{}', '{}')";
-    // The consumer is at the end of each partition once it receives a message sent now.
+    // Once the consumer receives a message that was sent just now, it has reached the end of each partition.
     let mut there = false;
     while !there {
         let sent = producer.send(BaseRecord::to(topic).key("warm").payload("{}"));

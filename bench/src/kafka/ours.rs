@@ -1,4 +1,4 @@
-//! The same workloads through Annals: the relay, the group, and both with a command before them.
+//! The same workloads with Annals: the relay, the consumer group, and a command that passes through both.
 
 use std::{
     sync::Arc,
@@ -22,7 +22,7 @@ use crate::{
     postgres::{Measured, histogram, ours::Counter},
 };
 
-/// The interval between the checks for the end: long enough to cost nothing.
+/// The interval between checks whether the workload has ended: so long that the checks cost nothing measurable.
 const LOOK: Duration = Duration::from_millis(20);
 
 pub async fn bus(brokers: &str, partitions: u32) -> Result<Arc<KafkaBus>, Failure> {
@@ -34,7 +34,7 @@ async fn store(url: &str, schema: &str) -> Result<PostgresStore, Failure> {
     Ok(PostgresStore::connect(url, settings).await?)
 }
 
-/// Returns the sum of the checkpoints of lanes or partitions.
+/// Returns the sum of the positions or offsets in these checkpoints.
 async fn checkpoints(store: &dyn EventStore, ids: impl Iterator<Item = String>) -> Result<i64, Failure> {
     let keys: Vec<_> = ids.map(|id| DocumentKey::new(CHECKPOINTS, id)).collect();
     let mut sum = 0;
@@ -64,7 +64,7 @@ pub async fn relay(url: &str, bus: Arc<KafkaBus>, service: &str) -> Result<Measu
     Ok(Measured { count: usize::try_from(count)?, seconds, latency: None })
 }
 
-/// Writes an event for each message, in a stream of its own.
+/// Writes an event for each message, each to a stream of its own.
 struct Effect {
     counters: Repository<Counter>,
     run: String,
@@ -85,7 +85,7 @@ impl Effect {
     }
 }
 
-/// Consumes this many messages, each with an effect.
+/// Consumes this many messages, each of which writes an event.
 pub async fn consume(
     url: &str,
     bus: Arc<KafkaBus>,
@@ -112,10 +112,11 @@ pub async fn consume(
     Ok(Measured { count, seconds, latency: None })
 }
 
-/// Measures a command in one service until its effect is committed in another, one at a time.
+/// Measures the time from a command in one service until its effect is committed in another service, one command at a
+/// time.
 pub async fn hop(url: &str, bus: Arc<KafkaBus>, service: &str, count: usize) -> Result<Measured, Failure> {
     let (here, there) = (store(url, "annals_here").await?, store(url, "annals_there").await?);
-    // A tail, as services use it: they need not read back their own commits.
+    // A tail, as services use it, so that the service does not have to read back its own commits.
     let from: Arc<dyn EventStore> = Arc::new(Tail::follow(Arc::new(here.clone())).await?);
     let to: Arc<dyn EventStore> = Arc::new(Tail::follow(Arc::new(there.clone())).await?);
     let topic = format!("{service}.events");

@@ -1,4 +1,4 @@
-//! The cost of a workload: the counters of the server, and processor time.
+//! Measures the cost of a workload with the counters of the server and the CPU time.
 
 use std::time::{Duration, Instant};
 
@@ -6,15 +6,16 @@ use sqlx::{Connection, PgConnection, Row};
 
 use crate::{Failure, postgres::server::Server};
 
-/// Clock ticks per second in `/proc`: the same on every Linux that we know.
+/// The number of clock ticks per second in `/proc`. The value is the same on every Linux known to us.
 const TICKS_PER_SECOND: f64 = 100.0;
 
-/// Counts since the start of the server.
+/// The counters since the start of the server.
 #[derive(Clone, Copy)]
 pub struct Counters {
-    /// Transactions that ended. Each of our statements is its own transaction, so this is the number of round trips.
+    /// The number of transactions that have ended. Each of our statements is its own transaction, so this equals the
+    /// number of round trips.
     round_trips: i64,
-    /// Transactions that wrote.
+    /// The number of transactions that wrote.
     commits: i64,
     wal_bytes: i64,
     cpu_seconds: f64,
@@ -26,12 +27,12 @@ pub struct Costs {
     pub round_trips: f64,
     pub commits: f64,
     pub wal_kilobytes: f64,
-    /// The CPU time of this process, of its children that have ended, and of the server, if it is ours.
+    /// The CPU time of this process, of its ended children, and, if this program started the server, of the server.
     pub cpu_ms: f64,
 }
 
 impl Counters {
-    /// Reads the counters after all other sessions have ended: a session adds its own counts at its end.
+    /// Reads the counters after all other sessions have ended, because a session adds its counts when it ends.
     pub async fn now(server: &Server) -> Result<Self, Failure> {
         let mut connection = PgConnection::connect(&server.url).await?;
         let others =
@@ -71,7 +72,7 @@ impl Counters {
 pub fn cpu_seconds(server: Option<u32>) -> f64 {
     let own = ticks("self").map_or(0, |(_, own, ended)| own + ended);
     let Some(server) = server else { return own as f64 / TICKS_PER_SECOND };
-    // Processes that have ended count for their parent, running processes for themselves.
+    // The time of an ended process is part of its parent's time. A running process has to be added separately.
     let ended = ticks(&server.to_string()).map_or(0, |(_, own, ended)| own + ended);
     let running = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     let running =
@@ -79,7 +80,7 @@ pub fn cpu_seconds(server: Option<u32>) -> f64 {
     (own + ended + running.map(|(_, own, _)| own).sum::<u64>()) as f64 / TICKS_PER_SECOND
 }
 
-/// Returns the parent of a process, its own clock ticks, and those of its children that have ended.
+/// Returns the parent of a process, the clock ticks of the process itself, and the clock ticks of its ended children.
 fn ticks(process: &str) -> Option<(u32, u64, u64)> {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();

@@ -1,4 +1,4 @@
-//! The same workloads through Annals: repositories, the store, replay and subscription.
+//! The same workloads with Annals: repositories, the store, replay and subscription.
 
 use std::{
     sync::{Arc, OnceLock},
@@ -22,7 +22,7 @@ use crate::{
     postgres::{Measured, histogram, rows},
 };
 
-/// Counts, in as many events as its command asks for.
+/// An aggregate that counts. Each command writes as many events as it asks for.
 #[derive(Clone, Default)]
 pub struct Counter(u64);
 
@@ -38,7 +38,7 @@ pub struct Never;
 
 impl Aggregate for Counter {
     const CATEGORY: &'static str = "counter";
-    /// The number of events.
+    /// The number of events to write.
     type Command = u64;
     type Event = CounterEvent;
     type Refusal = Never;
@@ -56,7 +56,7 @@ async fn open(url: &str) -> Result<PostgresStore, Failure> {
     Ok(PostgresStore::connect(url, Settings::default()).await?)
 }
 
-/// Runs commands, with this number in flight, each on a task of its own, as in a server.
+/// Runs commands with this number in flight, each on its own task, as in a server.
 async fn all<A: Aggregate>(
     commands: Vec<(String, A::Command)>,
     repository: &Repository<A>,
@@ -86,7 +86,7 @@ where
     Ok(Measured { count, seconds: elapsed.as_secs_f64(), latency: Some(latency) })
 }
 
-/// Places orders, each on an aggregate of its own.
+/// Places orders, each on its own aggregate.
 pub async fn place(url: &str, run: &str, count: usize, in_flight: usize) -> Result<Measured, Failure> {
     let store = open(url).await?;
     let repository = Repository::<Order>::new(Arc::new(store.clone()));
@@ -95,15 +95,15 @@ pub async fn place(url: &str, run: &str, count: usize, in_flight: usize) -> Resu
     Ok(measured)
 }
 
-/// Loads, decides and appends: this many aggregates and times each, 64 at a time, with the folded aggregates cached or
-/// not.
+/// Loads an aggregate, decides and appends, 64 at a time. Does this `times` times for each of this number of
+/// aggregates. `warm`: the folded aggregates are cached.
 pub async fn again(url: &str, run: &str, aggregates: usize, times: usize, warm: bool) -> Result<Measured, Failure> {
     let store = open(url).await?;
     let cached = if warm { 2 * aggregates } else { 1 };
     let repository = Repository::<Counter>::with(Arc::new(store.clone()), Counter::CATEGORY, cached);
     let each = || (0..aggregates).map(|n| (format!("{run}.{n:06}"), 1));
     all(each().collect(), &repository, 1_024, true).await?;
-    // A new session maps the server's memory page by page, which takes it longer than all its work here.
+    // A new session maps the server's memory page by page. That takes longer than all its work in this benchmark.
     all(each().collect(), &repository, 64, false).await?;
     let commands = (0..times).flat_map(|_| each()).collect();
     let measured = all(commands, &repository, 64, false).await?;
@@ -111,7 +111,7 @@ pub async fn again(url: &str, run: &str, aggregates: usize, times: usize, warm: 
     Ok(measured)
 }
 
-/// Runs commands of 64 tasks on one aggregate.
+/// Runs commands from 64 tasks on one aggregate.
 pub async fn contended(url: &str, run: &str, count: usize) -> Result<Measured, Failure> {
     let store = open(url).await?;
     let repository = Repository::<Counter>::new(Arc::new(store.clone()));
@@ -120,7 +120,7 @@ pub async fn contended(url: &str, run: &str, count: usize) -> Result<Measured, F
     Ok(measured)
 }
 
-/// Runs commands of 100 events each. Counts events.
+/// Runs commands of 100 events each. The result counts events.
 pub async fn hundreds(url: &str, run: &str, events: usize) -> Result<Measured, Failure> {
     let store = open(url).await?;
     let repository = Repository::<Counter>::new(Arc::new(store.clone()));
@@ -145,7 +145,7 @@ pub async fn replay(url: &str) -> Result<Measured, Failure> {
     Ok(Measured { count, seconds, latency: None })
 }
 
-/// Reads the same page by page through the port, and decodes in the reader's task.
+/// Reads the same events page by page through the store's trait, and decodes them in the reader's task.
 pub async fn paged(url: &str) -> Result<Measured, Failure> {
     let store = open(url).await?;
     let (mut count, mut after, started) = (0, Position::START, Instant::now());
@@ -180,7 +180,7 @@ impl Handler for Heard {
 }
 
 /// Measures the time from the call of `commit` to the handler of a subscription, at 1,000 events per second. `far`: the
-/// subscription has a store of its own, as in another process.
+/// subscription uses a store of its own, as in another process.
 pub async fn heard(url: &str, run: &str, count: usize, far: bool) -> Result<Measured, Failure> {
     let store = open(url).await?;
     let listening = if far { open(url).await? } else { store.clone() };
@@ -194,7 +194,7 @@ pub async fn heard(url: &str, run: &str, count: usize, far: bool) -> Result<Meas
     while !health.is_fine() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    // Waits a moment longer, until the notifications of other stores arrive.
+    // Waits until notifications from other stores work.
     tokio::time::sleep(Duration::from_millis(500)).await;
     let repository = Repository::<Counter>::new(Arc::new(store.clone()));
     let mut tick = interval(Duration::from_millis(1));

@@ -15,10 +15,10 @@ use crate::{
     postgres::{Measured, histogram, rows::EventRow},
 };
 
-/// Rows per statement.
+/// The number of rows per statement.
 const UNNEST_ROWS: usize = 500;
 
-/// Runs `INSERT … SELECT FROM unnest` on this many connections.
+/// Runs `INSERT … SELECT FROM unnest` on this number of connections.
 pub async fn unnest(url: &str, rows: Vec<EventRow>, connections: usize) -> Result<Measured, Failure> {
     let count = rows.len();
     let chunks: Vec<Vec<EventRow>> = rows.chunks(UNNEST_ROWS).map(<[EventRow]>::to_vec).collect();
@@ -42,7 +42,7 @@ pub async fn unnest(url: &str, rows: Vec<EventRow>, connections: usize) -> Resul
     .await
 }
 
-/// Runs a statement and a commit for each row, on this many held connections.
+/// Runs one statement and one commit per row, on this number of open connections.
 pub async fn one_by_one(url: &str, rows: Vec<EventRow>, connections: usize) -> Result<Measured, Failure> {
     let count = rows.len();
     drain(url, rows, connections, count, |connection, row| {
@@ -64,7 +64,7 @@ pub async fn one_by_one(url: &str, rows: Vec<EventRow>, connections: usize) -> R
 
 type Statement<T> = for<'a> fn(&'a mut PgConnection, &'a T) -> BoxFuture<'a, Result<(), sqlx::Error>>;
 
-/// Runs the statement for each piece of work, on this many connections at a time.
+/// Runs the statement for each piece of work, on at most this number of connections at a time.
 async fn drain<T: Send + 'static>(
     url: &str,
     work: Vec<T>,
@@ -104,7 +104,7 @@ async fn drain<T: Send + 'static>(
     Ok(Measured { count, seconds, latency: Some(latency) })
 }
 
-/// The fields of an order that serde reads, without our event types.
+/// The fields of an order, read with serde and without the event types of the shop.
 #[derive(serde::Deserialize)]
 #[allow(dead_code)]
 struct Placed {
@@ -115,7 +115,7 @@ struct Placed {
     currency: String,
 }
 
-/// Runs `COPY … BINARY` of the whole log, and reads each payload with serde.
+/// Runs `COPY … BINARY` of the whole log, and decodes each payload with serde.
 pub async fn copy(url: &str) -> Result<Measured, Failure> {
     let mut connection = PgConnection::connect(url).await?;
     let (mut count, started) = (0, Instant::now());

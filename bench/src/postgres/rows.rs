@@ -1,4 +1,4 @@
-//! The data of the workloads: orders, and the rows that they lead to.
+//! The data of the workloads: orders, and the rows that placing them writes.
 
 use annals::{Aggregate, Metadata, event::encode_all};
 use sample_shop::{
@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use crate::Failure;
 
-/// A row of the log, without the columns that the database fills.
+/// A row of the log, without the columns that the database fills in.
 #[derive(Clone)]
 pub struct EventRow {
     pub stream: String,
@@ -68,7 +68,7 @@ pub fn counted(run: &str, count: usize) -> Vec<EventRow> {
     (0..count).map(row).collect()
 }
 
-/// Empties the log. The database refuses this unless its triggers are disabled.
+/// Empties the log. Disables the triggers for that, because they protect the log from deletion.
 pub async fn empty(url: &str) -> Result<(), Failure> {
     let mut connection = PgConnection::connect(url).await?;
     sqlx::raw_sql(
@@ -81,12 +81,12 @@ pub async fn empty(url: &str) -> Result<(), Failure> {
     Ok(connection.close().await?)
 }
 
-/// Adds rows until the log has this many.
+/// Adds rows until the log has this number of rows.
 pub async fn fill(url: &str, events: i64) -> Result<(), Failure> {
     let mut connection = PgConnection::connect(url).await?;
     let held: i64 = sqlx::query_scalar("SELECT count(*) FROM annals.events").fetch_one(&mut connection).await?;
     let pattern = rows("fill", 1)?.pop().ok_or("no pattern")?;
-    // Fills in several steps: a single statement of 10 million rows would show no progress for a long time.
+    // Fills the log in steps, because a single statement of 10 million rows would show no progress for a long time.
     for from in (held..events).step_by(1_000_000) {
         eprintln!("  {from} events in the log");
         sqlx::query(
@@ -102,7 +102,7 @@ pub async fn fill(url: &str, events: i64) -> Result<(), Failure> {
         .execute(&mut connection)
         .await?;
     }
-    // Cleans up, so that filling does not burden the measurement.
+    // Cleans up now, so that the measurement does not include it.
     for sql in ["VACUUM (ANALYZE) annals.events", "CHECKPOINT"] {
         sqlx::raw_sql(sql).execute(&mut connection).await?;
     }

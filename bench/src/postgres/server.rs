@@ -1,4 +1,4 @@
-//! The server to measure: the one that `DATABASE_URL` names, or a temporary one.
+//! The server to measure: the server that `DATABASE_URL` names, or a temporary one.
 
 use std::{
     path::{Path, PathBuf},
@@ -9,7 +9,7 @@ use tempfile::TempDir;
 
 use crate::Failure;
 
-/// Default settings except for room, so that no checkpoint interrupts only one side of a comparison.
+/// The default settings, except for enough space that no checkpoint disturbs only one side of a comparison.
 const OPTIONS: &str = "-c listen_addresses=127.0.0.1 -c unix_socket_directories= -c max_connections=300 \
      -c shared_buffers=512MB -c max_wal_size=8GB -c checkpoint_timeout=30min -c autovacuum=off";
 
@@ -26,7 +26,7 @@ struct Own {
 }
 
 impl Server {
-    /// Measures until the end or an interruption. Either way the caller can stop the server afterwards.
+    /// Runs the measurement until it ends or is interrupted. In both cases, the caller can stop the server afterwards.
     pub async fn until_interrupted(measuring: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
         tokio::select! {
             measured = measuring => measured,
@@ -47,7 +47,7 @@ impl Server {
         let data = folder.path().join("data");
         let setup = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C"];
         run(as_postgres(&programs.join("initdb")).arg("--pgdata").arg(&data).args(setup))?;
-        // The port is free now, and very likely still free a moment later.
+        // The port is free now, and will most likely still be free a moment later.
         let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let mut start = as_postgres(&programs.join("pg_ctl"));
         start.args(["start", "--wait", "--silent", "--pgdata"]).arg(&data).arg("--log").arg(folder.path().join("log"));
@@ -57,7 +57,8 @@ impl Server {
         Ok(Self { url, own: Some(Own { programs, folder, pid }) })
     }
 
-    /// The parent of all processes of the server; `None` for a server that is not ours.
+    /// The process id of the postmaster, the parent of all server processes. `None` if this program did not start the
+    /// server.
     pub fn pid(&self) -> Option<u32> {
         self.own.as_ref().map(|own| own.pid)
     }
@@ -85,7 +86,7 @@ fn programs() -> Result<PathBuf, Failure> {
     versions.pop().ok_or_else(|| "no server program in /usr/lib/postgresql".into())
 }
 
-/// PostgreSQL refuses to run as root.
+/// Returns a command that does not run as root, because PostgreSQL refuses to run as root.
 fn as_postgres(program: &Path) -> Command {
     let mut command = if is_root() {
         let mut command = Command::new("runuser");

@@ -1,4 +1,4 @@
-//! The baselines: the logs and topics of a run, written once more with nothing around them.
+//! The baselines: write the logs and topics of a run once more, without any other work.
 
 use std::time::{Duration, Instant};
 
@@ -18,9 +18,9 @@ use crate::{
     postgres::Measured,
 };
 
-/// Rows per statement.
+/// The number of rows per statement.
 const UNNEST_ROWS: usize = 500;
-/// The longest wait for an answer of the broker.
+/// The longest wait for an answer from the broker.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 pub struct Row {
@@ -56,7 +56,7 @@ pub async fn events(url: &str, schemas: &[String]) -> Result<Vec<Row>, Failure> 
     Ok(rows)
 }
 
-/// Writes the rows to one table with the same indexes, 500 per statement, one statement at a time.
+/// Writes the rows to one table with the same indexes, 500 rows per statement, and one statement at a time.
 pub async fn unnest(url: &str, rows: Vec<Row>, sagas: usize) -> Result<Measured, Failure> {
     let settings = annals_postgres::Settings { schema: schema(), ..annals_postgres::Settings::default() };
     let into = settings.schema.clone();
@@ -112,7 +112,7 @@ pub fn records(brokers: &str) -> Result<Vec<OwnedMessage>, Failure> {
     Ok(records)
 }
 
-/// Describes the number and the size of the messages of a saga.
+/// Describes the number and the size of the messages per saga.
 pub fn told(records: &[OwnedMessage], sagas: usize) -> String {
     use rdkafka::message::Headers;
     let bytes = |record: &OwnedMessage| {
@@ -125,7 +125,7 @@ pub fn told(records: &[OwnedMessage], sagas: usize) -> String {
     format!("a saga over four processes: {:.1} messages, {:.1} kB uncompressed", count / sagas, bytes / sagas / 1_024.0)
 }
 
-/// Sends the messages to a topic, with the settings of the bus.
+/// Sends the messages to a topic, with the bus's producer settings.
 pub async fn produce(brokers: &str, records: Vec<OwnedMessage>, sagas: usize) -> Result<Measured, Failure> {
     let taken = Taken::default();
     let producer: ThreadedProducer<Taken> = producer(brokers, &taken)?;

@@ -1,4 +1,4 @@
-//! Starts the services, a customer and a broker, each as a process of its own.
+//! Starts the services, a customer and a broker, each as a separate process.
 
 use std::{
     io::{BufRead, BufReader},
@@ -20,7 +20,7 @@ use crate::{
 /// The longest time that a broker may take to start.
 const START: Duration = Duration::from_secs(60);
 
-/// Returns the schema of a service in a run.
+/// Returns the schema of a service in this run.
 pub fn schema(role: &str, run: &str) -> String {
     format!("{role}_{run}")
 }
@@ -32,7 +32,7 @@ pub struct Processes {
     url: String,
 }
 
-/// The fields of the customer's summary that are needed here.
+/// The fields that the benchmark needs from the customer's summary.
 #[derive(Deserialize)]
 struct Summary {
     orders: usize,
@@ -49,7 +49,7 @@ struct Quantiles {
 }
 
 impl Processes {
-    /// Starts each service in a process of its own, with its own schema.
+    /// Starts each service in its own process, with its own schema.
     pub async fn apart(database: &str, run: &str, bus: &str) -> Result<Self, Failure> {
         let mut processes = Self { running: Vec::new(), url: String::new() };
         for role in ROLES {
@@ -71,7 +71,8 @@ impl Processes {
         let mut child = command.stdout(Stdio::piped()).spawn()?;
         let mut lines = BufReader::new(child.stdout.take().ok_or("no output")?).lines();
         self.running.push(child);
-        // A proxy between the service and its broker must not wait for this thread.
+        // Reading the line blocks this thread, and a proxy between the service and its broker must keep running
+        // meanwhile.
         let line = tokio::task::block_in_place(|| lines.next()).ok_or_else(|| format!("serve {role} ended"))??;
         let at = line.split(" at ").nth(1).and_then(|rest| rest.split(',').next());
         if role == "order" || role == "all" {
@@ -80,8 +81,8 @@ impl Processes {
         Ok(())
     }
 
-    /// Has a customer hand in this many orders, `at_once` at a time, and then stops the services. Another seed gives
-    /// other orders.
+    /// Starts a customer that hands in this many orders, `at_once` at a time, and then stops the services. A different
+    /// seed gives different orders.
     pub async fn sell(mut self, orders: usize, at_once: usize, seed: u64) -> Result<Measured, Failure> {
         let mut customer = Command::new(sample_shop()?);
         customer.args(["run", "--json", "--quiet", "--http", &self.url, "--generate", &orders.to_string()]);
@@ -92,7 +93,7 @@ impl Processes {
         let text = String::from_utf8(output.stdout)?;
         let last = text.lines().last().ok_or("the customer said nothing")?;
         let summary: Summary = serde_json::from_str(last).map_err(|error| format!("{last}: {error}"))?;
-        // The number includes the orders of earlier customers.
+        // The summary's number of orders includes the orders of earlier customers.
         if summary.stuck > 0 || summary.orders < orders {
             return Err(format!("{} of {orders} orders, {} stuck", summary.orders, summary.stuck).into());
         }
@@ -102,7 +103,7 @@ impl Processes {
         for mut child in self.running.drain(..) {
             child.wait()?;
         }
-        // The summary has three points of the distribution.
+        // The summary contains only three quantiles of the distribution.
         let (mut latency, Quantiles { p50, p95, p99 }) = (histogram()?, summary.latency_ms);
         for (ms, share) in [(p50, 60), (p95, 38), (p99, 2)] {
             latency.record_n((ms * 1_000.0) as u64, share)?;
@@ -127,7 +128,7 @@ fn sample_shop() -> Result<PathBuf, Failure> {
     if beside.is_file() { Ok(beside) } else { Err(missing().into()) }
 }
 
-/// Returns a port that is free together with the one after it, and very likely still free a moment later.
+/// Returns a port such that this port and the next one are free now, and will most likely be free a moment later.
 pub fn free_port() -> Result<u16, Failure> {
     let port = (0..100).find_map(|_| {
         let port = TcpListener::bind("127.0.0.1:0").ok()?.local_addr().ok()?.port();
@@ -136,12 +137,12 @@ pub fn free_port() -> Result<u16, Failure> {
     port.ok_or_else(|| "no free port".into())
 }
 
-/// A broker without topics: services with new stores would process the commands of earlier ones.
+/// A broker without topics. With old topics, services on new stores would process the commands of earlier runs.
 pub struct Broker {
     running: Child,
-    /// The port at which clients find the broker.
+    /// The port of the broker for its clients.
     port: u16,
-    /// Removed after the broker has stopped.
+    /// Deleted after the broker has stopped.
     _folder: TempDir,
 }
 
@@ -151,7 +152,7 @@ impl Broker {
         Self::start_at(directory, port, port)
     }
 
-    /// Starts a broker whose clients find it at another port: the one of a proxy.
+    /// Starts a broker that advertises another port to its clients: the port of a proxy.
     pub fn start_at(directory: &Path, port: u16, advertised: u16) -> Result<Self, Failure> {
         let jars =
             std::env::var("KAFKA_JARS").map_err(|_| "KAFKA_JARS is not set: `./test` fetches them into target/")?;

@@ -1,4 +1,4 @@
-//! Topics as outsiders see them: a plain client, without any of our code.
+//! Reads and changes topics as an outsider does: with a plain client, without any code of this project.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -29,14 +29,14 @@ fn client(brokers: &str) -> BaseConsumer {
     config.set("allow.auto.create.topics", "false").create().unwrap()
 }
 
-/// Returns the first offset and the one after the last, by partition.
+/// Returns the first offset and the end offset of each partition.
 fn ranges(consumer: &BaseConsumer, topic: &str) -> KafkaResult<Vec<(i64, i64)>> {
     let metadata = consumer.fetch_metadata(Some(topic), PATIENCE)?;
     let partitions = metadata.topics()[0].partitions().len() as i32;
     (0..partitions).map(|partition| consumer.fetch_watermarks(topic, partition, PATIENCE)).collect()
 }
 
-/// Returns the number of messages; 0 if the topic does not exist yet, or its partitions have no leaders yet.
+/// Returns the number of messages. Returns 0 if the topic does not exist yet or its partitions have no leaders yet.
 pub fn size(brokers: &str, topic: &str) -> i64 {
     ranges(&client(brokers), topic).map_or(0, |ranges| ranges.iter().map(|(low, high)| high - low).sum())
 }
@@ -87,7 +87,7 @@ pub async fn cut(brokers: &str, topic: &str, partition: i32, before: i64) {
     admin.delete_records(&list, &AdminOptions::new()).await.unwrap();
 }
 
-/// Compacts a topic of one partition: brokers keep only the last message of each key.
+/// Compacts a topic with one partition, so that brokers keep only the last message of each key.
 pub async fn make_compacted(brokers: &str, topic: &str) {
     let admin: AdminClient<DefaultClientContext> =
         ClientConfig::new().set("bootstrap.servers", brokers).create().unwrap();

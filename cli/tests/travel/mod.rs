@@ -1,5 +1,5 @@
-//! A store to inspect: a travel agency with trips that went well, one that was refused, one that is stuck, and a
-//! message that is parked; and the command, as people call it.
+//! A travel agency whose store the tests inspect: some trips went well, one was refused, one is stuck, and one message
+//! is parked. Also runs the command as people do.
 #![allow(dead_code)]
 
 use std::{
@@ -64,7 +64,7 @@ pub fn journey() -> Saga<Journey> {
     planned("charge card", |j| Request::to("agency", &Step::Charge { trip_id: j.trip_id.clone() }))
 }
 
-/// Returns the plan with another pivot.
+/// Returns the plan with a different pivot.
 pub fn planned(name: &'static str, pivot: fn(&Journey) -> Request) -> Saga<Journey> {
     let patience = Duration::from_secs(30);
     Saga::<Journey>::named("journey")
@@ -79,7 +79,7 @@ pub fn planned(name: &'static str, pivot: fn(&Journey) -> Request) -> Saga<Journ
         .build()
 }
 
-/// Does each step as requested, except for trips whose names demand a failure, until it is repaired.
+/// Carries out each step, except that trips with certain names fail until the agency is repaired.
 pub struct Agency {
     pub repaired: bool,
 }
@@ -101,7 +101,7 @@ impl Participant for Agency {
     }
 }
 
-/// A read model that fails at some trips, until it is repaired.
+/// A read model that fails at some trips until it is repaired.
 pub struct Brochure {
     pub repaired: bool,
 }
@@ -141,7 +141,7 @@ pub async fn agency_on(store: &Arc<dyn EventStore>, repaired: bool, bus: Arc<dyn
     runtime
 }
 
-/// Has the agency process these orders, and waits until it can do no more for them.
+/// Lets the agency process these orders, and waits until it can do nothing more for them.
 pub async fn travel(store: Arc<dyn EventStore>, trips: &[&str]) {
     travel_on(store, trips, Arc::new(LocalBus::default())).await;
 }
@@ -173,7 +173,7 @@ pub async fn sagas(store: &Arc<dyn EventStore>) -> Vec<SagaStatus> {
     documents.iter().map(|document| serde_json::from_str(&document.body).unwrap()).collect()
 }
 
-/// Polls until the condition holds, with a limit.
+/// Polls until the condition holds. Fails after a time limit.
 pub async fn until<F: Future<Output = bool>>(what: &str, holds: impl Fn() -> F) {
     let started = std::time::Instant::now();
     while !holds().await {
@@ -182,7 +182,7 @@ pub async fn until<F: Future<Output = bool>>(what: &str, holds: impl Fn() -> F) 
     }
 }
 
-/// The trips of every store of these tests.
+/// The trips in every store of these tests.
 pub const TRIPS: [&str; 5] = ["fine-1", "fine-2", "lost-1", "odd-1", "poor-1"];
 
 /// A folder with a store.
@@ -257,7 +257,7 @@ impl From<Output> for Ended {
 }
 
 impl Ended {
-    /// Returns the output, if the command succeeded.
+    /// Returns the output, and asserts that the command succeeded.
     pub fn fine(self) -> String {
         assert_eq!((self.code, &*self.err), (0, ""), "{}", self.out);
         self.out
@@ -268,7 +268,7 @@ impl Ended {
         self.fine().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
-    /// Returns the error, if the command was refused.
+    /// Returns the error, and asserts that the command failed.
     pub fn refused(self) -> String {
         assert_eq!((self.code, &*self.out), (2, ""), "{}", self.err);
         self.err

@@ -1,4 +1,4 @@
-//! A small shop: the checkout that its tests break, and the services with which the checker runs it.
+//! A small shop: a checkout that the tests break, and the services that the checker runs for it.
 
 use annals::{
     Event, Saga, SagaState, StepError,

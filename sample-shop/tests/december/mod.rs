@@ -1,8 +1,8 @@
-//! The result of the real orders of December 2010, with enough stock of every SKU.
+//! The expected result for the real orders of December 2010, with enough stock of every SKU.
 
 use serde_json::{Value, json};
 
-/// Returns the last line of a run, without the fields that differ between runs.
+/// Returns the last line of a run, without the fields that differ from run to run.
 pub fn every_order_confirmed() -> Value {
     json!({
         "orders": 1595, "confirmed": 1595,

@@ -1,4 +1,4 @@
-//! The four services, each with a schema of its own, over one Kafka: their stores, and the conditions that hold across
+//! The stores of the four services, each in its own schema, over one Kafka. Also checks the invariants that hold across
 //! all of them.
 #![allow(clippy::unwrap_used, dead_code)]
 
@@ -18,7 +18,7 @@ use crate::{
 };
 
 pub const ROLES: [&str; 4] = ["order", "inventory", "payment", "notification"];
-/// The streams of each service's log that its topic holds.
+/// For each service, the streams of its log that its topic holds.
 const PUBLISHED: [(&str, &str); 4] = [
     ("order", "^(order|return)-"),
     ("inventory", "^stock-"),
@@ -55,7 +55,7 @@ impl Schemas {
         PgConnection::connect(&self.server).await.unwrap()
     }
 
-    /// Returns a statement in which `annals` stands for the schema of this role.
+    /// Returns the statement with the schema of this role in place of `annals`.
     pub fn sql(&self, role: &str, sql: &str) -> AssertSqlSafe<String> {
         AssertSqlSafe(sql.replace("annals.", &format!("{}.", self.name(role))))
     }
@@ -64,9 +64,9 @@ impl Schemas {
         sqlx::query_scalar(self.sql(role, sql)).fetch_one(&mut self.connection().await).await.unwrap()
     }
 
-    /// Checks the conditions of each schema by plain SQL.
+    /// Checks the invariants of each schema with plain SQL.
     pub async fn hold_together(&self) {
-        // The view of sagas is a moment behind the sagas.
+        // The view of sagas is updated a moment after the sagas.
         let started = Instant::now();
         while self.ask("order", "SELECT count(*) FROM annals.sagas WHERE ended_at IS NULL").await > 0 {
             assert!(started.elapsed() < PATIENCE, "a saga has not ended");
@@ -98,7 +98,7 @@ impl Schemas {
         assert_eq!(self.ask("payment", paid_twice).await, 0, "charged twice");
     }
 
-    /// Checks that a plain consumer finds in the topics what the logs hold: every event, under its stream, in order.
+    /// Checks with a plain consumer that the topics hold what the logs hold: every event, under its stream, in order.
     pub async fn agree_with(&self, broker: &Broker) {
         for (role, published) in PUBLISHED {
             let logged = "SELECT event_id, stream_id, version FROM annals.events WHERE stream_id ~ $1";
@@ -110,7 +110,7 @@ impl Schemas {
                 let (brokers, name) = (broker.address(), format!("{role}.events"));
                 let records = spawn_blocking(move || topic::read(&brokers, &name)).await.unwrap();
                 let found = in_order(&records);
-                // A relay may have messages left to send.
+                // The relay may not have sent all messages yet.
                 if found.len() >= logged.len() || started.elapsed() > PATIENCE {
                     let (in_topic, in_log) = (found.len(), logged.len());
                     assert!(found == logged, "{role}: {in_topic} in the topic, {in_log} in the log");
@@ -121,7 +121,7 @@ impl Schemas {
         }
     }
 
-    /// Checks that each command of a saga and each reply is in its topic: none was skipped.
+    /// Checks that each saga command and each reply is in its topic, so that none was skipped.
     pub async fn said_all(&self, broker: &Broker) {
         let commands = "SELECT (command->>'id')::uuid, command->>'to' FROM annals.events, json_array_elements(data->'send') AS command
                          WHERE stream_id LIKE 'saga.%'";
@@ -154,7 +154,7 @@ impl Schemas {
         }
     }
 
-    /// Checks all of these conditions.
+    /// Checks all of these invariants.
     pub async fn are_whole(&self, broker: &Broker) {
         self.hold_together().await;
         self.agree_with(broker).await;
@@ -169,7 +169,7 @@ impl Schemas {
     }
 }
 
-/// Stops all of the services, as an operator does.
+/// Stops all services, as an operator does.
 pub fn end(shop: impl IntoIterator<Item = Serving>) {
     for mut service in shop {
         service.signal("TERM");
@@ -177,8 +177,8 @@ pub fn end(shop: impl IntoIterator<Item = Serving>) {
     }
 }
 
-/// Returns the events of a topic without repeats: id, stream and version. A resent message comes after the one it
-/// repeats.
+/// Returns the id, stream and version of each event in a topic, without repeats. Asserts that the first copies of each
+/// stream's events are in one partition and in order.
 fn in_order(records: &[topic::Record]) -> BTreeSet<(Uuid, String, i64)> {
     let (mut found, mut last) = (BTreeSet::new(), HashMap::new());
     for record in records {
@@ -191,8 +191,8 @@ fn in_order(records: &[topic::Record]) -> BTreeSet<(Uuid, String, i64)> {
     found
 }
 
-/// A killed member keeps its partitions until its session ends. With a longer session no time would be left for orders
-/// between faults.
+/// Returns the URL of the bus, with short sessions. A killed member keeps its partitions until its session ends, so
+/// with longer sessions no time would be left for orders between faults.
 pub fn bus(broker: &Broker) -> String {
     format!("kafka://{}?partitions=4&session.timeout.ms=3000", broker.address())
 }

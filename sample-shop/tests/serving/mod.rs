@@ -1,4 +1,4 @@
-//! Starts `serve` in processes of its own and sends requests to it, for tests of one process or of many.
+//! Starts `serve` as separate processes and sends requests to them, for tests with one process or several.
 #![allow(clippy::unwrap_used, dead_code)]
 
 use std::{
@@ -10,16 +10,16 @@ use std::{
 
 use serde_json::Value;
 
-/// No step takes nearly as long on an idle machine.
+/// The time limit for each step. On an idle machine, no step takes nearly as long.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A `serve` that answers HTTP. Killed when it is dropped.
+/// A `serve` process that answers HTTP. Dropping the value kills the process.
 pub struct Serving {
     child: Child,
     pub at: SocketAddr,
-    /// The arguments of the process, without the address.
+    /// The arguments of the process, without the HTTP address.
     arguments: Vec<String>,
-    /// The warnings of the process.
+    /// The warnings that the process has printed.
     said: tempfile::NamedTempFile,
 }
 
@@ -27,19 +27,19 @@ pub struct Serving {
 #[derive(Debug)]
 pub struct Answer {
     pub status: u16,
-    /// Names in lower case.
+    /// The header names in lower case.
     pub headers: Vec<(String, String)>,
     pub text: String,
 }
 
 impl Serving {
-    /// Starts one service, or all, on a store and a bus, and waits until it prints its address.
+    /// Starts one service, or all of them, on a store and a bus. Waits until the process prints its address.
     pub fn start(role: &str, store: &str, bus: &str) -> Self {
-        // Only the tests of the stop itself have clients after it.
+        // Only the tests of stopping have clients that stay connected after the stop signal.
         Self::start_with_grace(role, store, bus, "0s")
     }
 
-    /// Starts a service that still accepts requests for `grace` after it was asked to stop.
+    /// Starts a service that keeps accepting requests for `grace` after a request to stop.
     pub fn start_with_grace(role: &str, store: &str, bus: &str, grace: &str) -> Self {
         let arguments = ["serve", role, "--store", store, "--bus", bus, "--grace", grace].map(str::to_owned).to_vec();
         Self::start_at(arguments, "127.0.0.1:0")
@@ -77,7 +77,7 @@ impl Serving {
         Self::start_at(self.arguments.clone(), &self.at.to_string())
     }
 
-    /// Stops the process as an operator does, and checks that it prints no warning.
+    /// Stops the process as an operator does, and asserts that it prints no warning.
     pub fn stop(&mut self, signal: &str) {
         self.signal(signal);
         assert_eq!(self.code(), Some(if signal == "INT" { 130 } else { 143 }));
@@ -86,20 +86,20 @@ impl Serving {
         assert_eq!(after.lines().skip(1).collect::<Vec<_>>(), [""; 0], "{:?}: {said}", self.arguments);
     }
 
-    /// Stops the process as an operator does, and starts it again at the same address.
+    /// Stops the process as an operator does, and starts it again on the same address.
     pub fn stop_and_restart(mut self) -> Self {
         self.stop("TERM");
         Self::start_at(self.arguments.clone(), &self.at.to_string())
     }
 
-    /// Ends the process as a power cut does, and starts it again at the same address.
+    /// Ends the process as a power failure does, and starts it again on the same address.
     pub fn kill_and_restart(mut self) -> Self {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
         Self::start_at(self.arguments.clone(), &self.at.to_string())
     }
 
-    /// Waits for the end of the process, with a limit, and returns its exit code.
+    /// Waits, up to a time limit, for the process to end. Returns its exit code.
     pub fn code(&mut self) -> Option<i32> {
         let started = Instant::now();
         loop {
@@ -111,7 +111,7 @@ impl Serving {
         }
     }
 
-    /// Sends one request on a connection of its own.
+    /// Sends one request on a new connection.
     pub fn ask(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
         self.try_ask(method, path, headers, body).expect("no answer")
     }
@@ -127,10 +127,10 @@ impl Serving {
         read_answer(&mut stream)
     }
 
-    /// Sends any bytes, and returns the answer.
+    /// Sends raw bytes, and returns the answer.
     pub fn send(&self, bytes: &[u8]) -> Answer {
         let mut stream = self.connect();
-        // The server may answer and close before it has read all bytes.
+        // The server may answer and close the connection before it has read all bytes.
         _ = stream.write_all(bytes);
         read_answer(&mut stream).expect("no answer")
     }
@@ -150,12 +150,12 @@ impl Serving {
         self.ask("POST", path, &headers, &body.to_string())
     }
 
-    /// Returns the command `run --http` against this process.
+    /// Returns a `run --http` command that uses this process as its shop.
     pub fn customer(&self, arguments: &[&str]) -> Command {
         self.customer_at(&self.url(), arguments)
     }
 
-    /// Returns the same command with the URL of a proxy in the middle.
+    /// Returns the same command with the URL of a proxy in between.
     pub fn customer_at(&self, url: &str, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_sample-shop"));
         command.args(["run", "--json", "--quiet", "--http", url]).args(arguments);
@@ -175,10 +175,10 @@ impl Drop for Serving {
     }
 }
 
-/// Reads until the connection is closed. Returns `None` if that is not a whole answer.
+/// Reads until the connection is closed. Returns `None` if the bytes are not a complete answer.
 pub fn read_answer(stream: &mut TcpStream) -> Option<Answer> {
     let mut bytes = Vec::new();
-    // A reset after the answer is as good as its end.
+    // A connection reset after the answer counts as the end of the answer.
     _ = stream.read_to_end(&mut bytes);
     let text = String::from_utf8(bytes).unwrap();
     let (head, body) = text.split_once("\r\n\r\n")?;
@@ -191,7 +191,7 @@ pub fn read_answer(stream: &mut TcpStream) -> Option<Answer> {
     whole.then_some(answer)
 }
 
-/// A connection that is kept between requests, by a client that knows only HTTP.
+/// A connection that stays open between requests, for a client that knows only HTTP.
 pub struct KeepAlive {
     at: SocketAddr,
     open: Option<BufReader<TcpStream>>,
@@ -201,9 +201,9 @@ pub struct KeepAlive {
 #[derive(Debug)]
 pub enum Asked {
     Answered(Answer),
-    /// The connection was refused, so nothing was sent: a client tries another address.
+    /// The connection was refused, so nothing was sent and the client tries another address.
     Refused,
-    /// The request was sent, and there is no whole answer.
+    /// The request was sent, but no complete answer came.
     Lost,
 }
 
@@ -235,7 +235,7 @@ impl KeepAlive {
     }
 }
 
-/// Returns whether the server has kept the connection open.
+/// Returns whether the server keeps the connection open.
 fn is_open(stream: &BufReader<TcpStream>) -> bool {
     let stream = stream.get_ref();
     stream.set_nonblocking(true).unwrap();
@@ -244,7 +244,7 @@ fn is_open(stream: &BufReader<TcpStream>) -> bool {
     open
 }
 
-/// Reads one answer, up to its length.
+/// Reads one answer, as far as its declared length.
 fn read_one(stream: &mut BufReader<TcpStream>) -> Option<Answer> {
     let mut line = String::new();
     let mut next = |stream: &mut BufReader<TcpStream>| {
@@ -277,7 +277,7 @@ impl Answer {
         self.headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
     }
 
-    /// Asserts that the answer is a problem of this status, in the shape of RFC 9457, and that its detail contains all
+    /// Asserts that the answer is a problem document (RFC 9457) with this status, and that its detail contains all
     /// `parts`.
     pub fn is_problem(&self, status: u16, parts: &[&str]) {
         assert_eq!((self.status, self.header("content-type")), (status, Some("application/problem+json")), "{self:?}");

@@ -5,7 +5,7 @@ use std::process::Output;
 
 use serde_json::Value;
 
-/// Returns the last line without the fields that differ between runs.
+/// Returns the last line without the fields that differ from run to run.
 pub fn business(output: &Output) -> Value {
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
