@@ -1,5 +1,5 @@
-//! Writes a single commit where its caller runs: waking another thread, and being woken by it, takes longer than
-//! everything else that the process does for the commit.
+//! Writes a single commit on the caller's own runtime. To wake the writer's thread, and to be woken by that thread,
+//! would take longer than everything else that the process does for the commit.
 
 use std::sync::Arc;
 
@@ -15,18 +15,18 @@ use crate::{
     writer::Writer,
 };
 
-/// The writer for single commits; `None` once closed.
+/// The writer for single commits; `None` once the store is closed.
 #[derive(Debug)]
 pub(crate) struct Alone(Arc<Mutex<Option<Resident>>>);
 
-/// A writer, and the runtime that its connection belongs to.
+/// A writer, and the runtime to which its connection belongs.
 #[derive(Debug)]
 struct Resident {
     writer: Writer,
     runtime: Option<Id>,
 }
 
-/// The right to write one commit with this writer.
+/// Exclusive access to the writer, for one commit.
 pub(crate) struct Turn {
     resident: OwnedMappedMutexGuard<Option<Resident>, Resident>,
     runtime: Handle,
@@ -37,7 +37,7 @@ impl Alone {
         Self(Arc::new(Mutex::new(Some(Resident { writer, runtime: None }))))
     }
 
-    /// Returns `None` if the writer is busy or closed.
+    /// Reserves the writer. Returns `None` if the writer is busy or closed.
     pub(crate) fn turn(&self) -> Option<Turn> {
         let (free, runtime) = (self.0.clone().try_lock_owned().ok()?, Handle::try_current().ok()?);
         let resident = OwnedMutexGuard::try_map(free, Option::as_mut).ok()?;
@@ -46,14 +46,14 @@ impl Alone {
 
     pub(crate) async fn close(&self) {
         if let Some(resident) = self.0.lock().await.take() {
-            // The connection holds nothing uncommitted.
+            // The connection has no open transaction, so an error does not matter.
             resident.writer.close().await.ok();
         }
     }
 }
 
 impl Turn {
-    /// Writes the commit in a task of its own, so that the commit completes even if the caller is cancelled.
+    /// Writes the commit in a separate task, so that the commit completes even if the caller is cancelled.
     pub(crate) async fn write(self, commit: Prepared, passage: Passage) -> Outcome {
         let Self { mut resident, runtime } = self;
         let task = runtime.clone().spawn(async move {

@@ -1,4 +1,4 @@
-//! The store as a whole: lists its contents, and restores the contents of another store.
+//! Operations on the whole store: lists its contents, and restores the contents of another store.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use crate::{
     read::{bound, read, storable, time},
 };
 
-/// The number of bytes in which rows are sent to the server at a time.
+/// The number of bytes of rows that are sent to the server at a time.
 const COPIED_BYTES: usize = 256 << 10;
 
 #[async_trait]
@@ -45,11 +45,12 @@ impl Archive for PostgresStore {
             _ => write_error(&error),
         };
         let (_, mut connection) = self.shared.database.connect(Purpose::Write).await.map_err(failed)?;
-        // This connection serves nothing else: however this ends, closing the connection ends the transaction.
+        // The connection is used for nothing else, so closing the connection ends the transaction in any case.
         self.shared.database.begin(&mut connection, Purpose::Write).await.map_err(failed)?;
         self.copy_in(&mut connection, &contents.events).await.map_err(failed)?;
         self.put_in(&mut connection, &contents.documents).await.map_err(failed)?;
-        // In the same transaction: a reader passes no position that was not drawn.
+        // The sequence is advanced in the same transaction, because a reader passes no position that was not drawn from
+        // the sequence.
         self.shared.database.statements.advance.query().execute(&mut connection).await.map_err(failed)?;
         sqlx::raw_sql("COMMIT").execute(&mut connection).await.map_err(|error| end_error(&error))?;
         connection.close().await.ok();

@@ -1,4 +1,4 @@
-//! Rows in the format of `COPY … (FORMAT binary)`.
+//! Reads and writes rows in the format of `COPY … (FORMAT binary)`:
 //! <https://www.postgresql.org/docs/current/sql-copy.html#id-1.9.55.9.4>
 
 use std::{collections::HashSet, sync::Arc};
@@ -11,7 +11,8 @@ use crate::read::{instant, since_2000};
 /// <https://www.postgresql.org/docs/current/sql-copy.html#id-1.9.55.9.4.5>
 const SIGNATURE: &[u8; 11] = b"PGCOPY\n\xff\r\n\0";
 
-/// The header before the first row: a signature of 11 bytes, flags, and the length of an extension that does not exist.
+/// The length of the header before the first row: a signature of 11 bytes, the flags, and the length of the extension,
+/// which is empty.
 pub(crate) const HEADER_BYTES: usize = 19;
 
 /// The columns of [`Row::recorded`].
@@ -28,7 +29,7 @@ pub(crate) fn position(row: &[u8]) -> Option<i64> {
 /// Consecutive rows, without the header.
 pub(crate) struct Rows<'b> {
     rest: &'b [u8],
-    /// The names of types, shared between events: many events have the same type.
+    /// The names of types. They are shared between events, because many events have the same type.
     names: HashSet<Arc<str>>,
 }
 
@@ -78,7 +79,7 @@ impl<'b> Rows<'b> {
         Some(*taken)
     }
 
-    /// Takes the bytes of a column. No column may be NULL, which would be a length of -1.
+    /// Removes and returns the bytes of the next column. No column may be NULL, which would have a length of -1.
     fn field(&mut self) -> Option<&'b [u8]> {
         let length = usize::try_from(i32::from_be_bytes(self.take()?)).ok()?;
         let (field, rest) = self.rest.split_at_checked(length)?;
@@ -140,7 +141,7 @@ impl<'b> Row<'b> {
     }
 }
 
-/// Writes the header before the first row: the signature, no flags, no extension.
+/// Writes the header before the first row: the signature, without flags and without an extension.
 pub(crate) fn begin(rows: &mut Vec<u8>) {
     rows.extend_from_slice(SIGNATURE);
     rows.extend_from_slice(&[0; HEADER_BYTES - SIGNATURE.len()]);

@@ -1,4 +1,5 @@
-//! The one place that classifies SQLSTATEs and constraint names. Message text is for people and is never parsed.
+//! The only module that classifies SQLSTATEs and constraint names. The texts of messages are for people and are never
+//! parsed.
 
 use annals::{CommitError, StoreError};
 use sqlx::{error::DatabaseError, postgres::PgDatabaseError, postgres::PgSeverity};
@@ -46,7 +47,8 @@ pub enum OpenError {
         /// The version that this build needs.
         known: i32,
     },
-    /// The functions of the schema write to another schema: this one was renamed, or restored under another name.
+    /// The functions of the schema write to another schema, because this schema was renamed, or restored under another
+    /// name.
     #[error(
         "the functions of schema {schema} use schema {found}: it was renamed; open it once with `migrate`, as its owner, and \
          they are made anew"
@@ -57,13 +59,14 @@ pub enum OpenError {
         /// The schema that the functions name.
         found: String,
     },
-    /// The server refuses this user: a wrong password, no such database, or no permission.
+    /// The server refuses the connection: the password is wrong, the database does not exist, or the user lacks a
+    /// permission.
     #[error("the database refuses: {reason}; check user, password, database and permissions")]
     Refused {
         /// The server's message.
         reason: String,
     },
-    /// The server is a standby: it cannot write, and cannot tell which transactions write on the primary.
+    /// The server is a standby. A standby cannot write, and does not know which transactions write on the primary.
     #[error("the server is a standby; name the primary")]
     Standby,
     /// The connection is not as secure as the URL demands: the server offers no TLS, its certificate is not valid, or
@@ -94,23 +97,23 @@ pub enum OpenError {
 /// What a failed statement means for the callers that wait for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// Another process was faster, or the server chose this transaction to end a deadlock. Nothing was written; read
-    /// again.
+    /// Another process was faster, or the server aborted this transaction to end a deadlock. Nothing was written. The
+    /// caller should read again and retry.
     Race,
     /// Another transaction holds a lock for longer than a group should wait. Nothing was written.
     Held,
-    /// A position is taken already: the sequence is behind the table.
+    /// There is an event at the drawn position already, because the sequence is behind the table.
     PositionTaken,
     /// The server rejects a value. Nothing was written.
     Refused,
     /// The user lacks a permission, or the database does not exist.
     Forbidden,
-    /// The session is on a standby or a read-only server, and stays useless even when the address leads to the primary
-    /// again. Nothing was written.
+    /// The session is on a standby or a read-only server. Nothing was written. The session cannot be used any more,
+    /// even if the address leads to the primary again.
     NotPrimary,
-    /// The server cannot do it now, or the schema is not ours. Nothing was written.
+    /// The server cannot write at the moment, or the schema is not that of a store. Nothing was written.
     Unavailable,
-    /// The connection ended: the statement in flight may or may not have taken effect.
+    /// The connection ended. The statement in flight may or may not have taken effect.
     Lost,
 }
 
@@ -128,12 +131,12 @@ const TOO_MANY_CONNECTIONS: &str = "53300";
 const CANNOT_CONNECT_NOW: &str = "57P03";
 const NO_SUCH_DATABASE: &str = "3D000";
 const READ_ONLY_TRANSACTION: &str = "25006";
-/// A standby answers this to the start of a read-write transaction.
+/// The code with which a standby refuses to begin a read-write transaction.
 const FEATURE_NOT_SUPPORTED: &str = "0A000";
-/// Raised by our own function: a document was written between the check and the write.
+/// The code that the store's function `append` raises if a document was written between the check and the write.
 const DOCUMENT_RACE: &str = "AN001";
-/// A pooler uses this code for everything: above all, for the loss of its server, along with whatever was in flight
-/// there.
+/// The code with which a pooler reports every error. Above all, a pooler reports with it that the server is lost, and
+/// with the server all statements in flight.
 const PROTOCOL_VIOLATION: &str = "08P01";
 const CLASS_CONNECTION: &str = "08";
 const CLASS_DATA: &str = "22";
@@ -143,7 +146,7 @@ const CLASS_AUTHORIZATION: &str = "28";
 const POSITION_KEY: &str = "events_position_key";
 const RACED_KEYS: [&str; 2] = ["events_stream_version", "documents_key"];
 
-/// Why a session cannot be used, as reported by `session.sql`.
+/// The reason why a session cannot be used, as `session.sql` reports it.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}; connecting again until the address leads to the writable primary")]
 struct NotPrimary(String);
@@ -153,7 +156,8 @@ pub(crate) fn not_primary(reason: impl Into<String>) -> sqlx::Error {
     sqlx::Error::Configuration(Box::new(NotPrimary(reason.into())))
 }
 
-/// Classifies a failure to begin a transaction: nothing else in that statement can be unsupported.
+/// Classifies a failure to begin a transaction. If the server reports an unsupported feature here, the server is a
+/// standby, because nothing else in the statement can be unsupported.
 pub(crate) fn begin_error(error: sqlx::Error) -> sqlx::Error {
     let code = error.as_database_error().and_then(DatabaseError::code);
     if code.is_some_and(|code| code == FEATURE_NOT_SUPPORTED) {
@@ -180,7 +184,7 @@ pub(crate) fn fault(error: &sqlx::Error) -> Fault {
     }
     let Some(error) = error.as_database_error().and_then(|error| error.try_downcast_ref::<PgDatabaseError>()) else {
         return match error {
-            // Nothing was sent yet.
+            // No statement was sent yet.
             sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => Fault::Unavailable,
             sqlx::Error::Encode(_) => Fault::Refused,
             _ => Fault::Lost,
@@ -196,9 +200,9 @@ pub(crate) fn fault(error: &sqlx::Error) -> Fault {
         UNIQUE_VIOLATION if error.constraint() == Some(POSITION_KEY) => Fault::PositionTaken,
         UNIQUE_VIOLATION if error.constraint().is_some_and(|name| RACED_KEYS.contains(&name)) => Fault::Race,
         SERIALIZATION_FAILURE | DEADLOCK_DETECTED | DOCUMENT_RACE => Fault::Race,
-        // Out of shared memory: all locks of the server are taken. Half as many may succeed.
+        // `OUT_OF_MEMORY` means that all locks of the server are in use. A group of half the size may succeed.
         LOCK_NOT_AVAILABLE | OUT_OF_MEMORY => Fault::Held,
-        // A number that was written by hand is at its maximum.
+        // A number is at its maximum, which happens only if it was written by hand.
         NUMBER_OUT_OF_RANGE => Fault::Unavailable,
         CHECK_VIOLATION | PROGRAM_LIMIT_EXCEEDED => Fault::Refused,
         code if code.starts_with(CLASS_DATA) => Fault::Refused,
@@ -210,12 +214,13 @@ pub(crate) fn fault(error: &sqlx::Error) -> Fault {
     }
 }
 
-/// Returns whether the connection ended, and with it whatever was in flight.
+/// Returns whether the connection ended, so that the outcome of statements in flight is unknown.
 pub(crate) fn is_lost(error: &sqlx::Error) -> bool {
     fault(error) == Fault::Lost
 }
 
-/// Returns whether a server that refused the connection may accept it in a moment: it restarts, or has no free session.
+/// Returns whether a server that refused the connection may soon accept it, because the server is restarting or has no
+/// free session.
 pub(crate) fn is_for_a_moment(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::Io(error) => error.kind() == std::io::ErrorKind::ConnectionRefused,
@@ -226,7 +231,7 @@ pub(crate) fn is_for_a_moment(error: &sqlx::Error) -> bool {
     }
 }
 
-/// Returns whether TLS failed. Errors within the handshake surface as invalid data.
+/// Returns whether TLS failed. sqlx reports errors within the handshake as invalid data.
 fn is_tls(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::Tls(_) => true,
@@ -254,7 +259,7 @@ pub(crate) fn open_error(error: &sqlx::Error) -> OpenError {
 pub(crate) fn read_error(error: sqlx::Error) -> StoreError {
     match error {
         sqlx::Error::Decode(_) | sqlx::Error::ColumnDecode { .. } => StoreError::Corrupt(error.to_string()),
-        // Not a sign that the store is unreachable: the same query would fail again.
+        // The store is reachable, but the same query would fail again.
         error if fault(&error) == Fault::Refused => StoreError::Refused(error.to_string()),
         error => StoreError::Unavailable(text(&error)),
     }
@@ -271,13 +276,13 @@ pub(crate) fn write_error(error: &sqlx::Error) -> CommitError {
     }
 }
 
-/// Classifies a failure that came before anything was written.
+/// Classifies a failure that happened before anything was written.
 pub(crate) fn not_written(error: &sqlx::Error) -> CommitError {
     CommitError::Unavailable(text(error))
 }
 
-/// Classifies the failure to commit a transaction that contains a user's SQL: deferred constraints are checked only
-/// then.
+/// Classifies a failure to commit a transaction that contains a user's SQL. The server checks deferred constraints only
+/// at the commit.
 pub(crate) fn end_error(error: &sqlx::Error) -> CommitError {
     let code = error.as_database_error().and_then(DatabaseError::code);
     match code {

@@ -1,11 +1,12 @@
 //! The identity of the log that this process reads: the last event that the process has seen, and the server that
 //! holds the log.
 //!
-//! A visible event is durable on its server, and can still be gone a moment later: a standby that lagged becomes the
-//! primary, or the database is restored to an earlier moment. No event on a session reveals that, because every
-//! session ends with its server. So each new session (behind a pooler: each transaction) is checked against the known
-//! log before it is used for anything else. If the log is a different one, the *history* gets a new number, and
-//! everything read under an older number is void: proofs that a gap is settled, positions, caches, waiting commits.
+//! A visible event is durable on its server, but can still be gone a moment later, when a standby that lagged becomes
+//! the primary, or when the database is restored to an earlier moment. An open session never sees such a change,
+//! because every session ends with its server. Each new session (behind a pooler, each transaction) is therefore
+//! checked against the known log before the session is used for anything else. If the log is a different one, the
+//! *history* gets a new number. Everything that was read under an older number is then void: proofs that a gap is
+//! settled, positions, caches, and waiting commits.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -19,10 +20,10 @@ use crate::{error::not_primary, open::Purpose};
 
 /// The position and the id of an event.
 pub(crate) type Seen = (i64, Uuid);
-/// The event to look up on a session, if any was seen, with the number of the history in which it was seen.
+/// The event to look up on a session, if an event was seen, with the number of the history in which it was seen.
 pub(crate) type Asked = (u64, Option<Seen>);
 
-/// What is known of the log; shared by all sessions of a store.
+/// The facts that are known about the log. All sessions of a store share them.
 #[derive(Debug)]
 pub(crate) struct History {
     number: watch::Sender<u64>,
@@ -33,7 +34,7 @@ pub(crate) struct History {
 struct Known {
     /// The last event that was read or committed.
     last: Option<Seen>,
-    /// No further event appears up to this position. Never beyond `last`.
+    /// The position up to which no further event can appear. This position is never beyond `last`.
     settled: i64,
     /// The server, its timeline and the table; `None` before the first session.
     log: Option<String>,
@@ -100,8 +101,8 @@ impl History {
         }
     }
 
-    /// Checks the answer of a session (see `session.sql`) against the known log, and returns the number of the history
-    /// that the session reads. `asked` is the event that was looked up.
+    /// Checks a session's answer (see `session.sql`) against the known log, and returns the number of the history that
+    /// the session reads. `asked` is the event that was looked up.
     pub(crate) fn check(&self, asked: Asked, row: &PgRow, purpose: Purpose) -> Result<u64, sqlx::Error> {
         if row.try_get(0)? {
             return Err(not_primary("the server is a standby (in recovery)"));
@@ -124,15 +125,15 @@ impl History {
         Ok(self.number())
     }
 
-    /// Checks a single event the same way. `found` is the id at its position.
+    /// Checks whether the log still has the event that was looked up. `found` is the id of the event at its position.
     pub(crate) fn compare(&self, asked: Asked, found: Option<Uuid>) {
         self.compare_known(&mut self.known(), asked, found);
     }
 
-    /// Returns whether the log has just turned out to lack the event.
+    /// Returns whether this check is the first to find that the log has lost the event.
     fn compare_known(&self, known: &mut Known, (number, asked): Asked, found: Option<Uuid>) -> bool {
         let Some(asked) = asked.filter(|(_, id)| found != Some(*id)) else { return false };
-        // If the number differs, another session has noticed meanwhile.
+        // If the number differs, another session has noticed the loss meanwhile.
         let is_news = number == self.number();
         if is_news {
             self.lose(known, asked);

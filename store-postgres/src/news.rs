@@ -1,8 +1,8 @@
-//! Wakes the tasks that wait for events: for events of this process directly, for events of other processes through
-//! `NOTIFY`.
+//! Wakes the tasks that wait for events. Events of this process wake the tasks directly; events of other processes wake
+//! them through `NOTIFY`.
 //!
-//! The `NOTIFY` is not part of the appending transaction: it takes a lock that all committing notifiers of the cluster
-//! share.
+//! The `NOTIFY` is not part of the transaction that appends the events. A transaction with a `NOTIFY` takes a lock when
+//! it commits, for which all such transactions of the cluster would have to wait in turn.
 
 use std::{
     sync::{
@@ -25,27 +25,27 @@ use crate::{
     writer::{ANSWER_SECONDS_MAX, Reconnect},
 };
 
-/// The least time between two notifications: the most often that other processes are notified, however many groups are
-/// written.
+/// The shortest interval between two notifications of other processes, however many groups of commits are written.
 const NOTIFY_MS_MIN: u64 = 3;
 
-/// How often to poll for events of other processes if their notifications cannot be received.
+/// The interval at which the store polls for events of other processes if their notifications cannot be received.
 const LOOK_MS: u64 = 100;
 
-/// Signals that there are new events; clones share it.
+/// Signals that there are new events. Clones share the same signals.
 #[derive(Clone, Debug)]
 pub(crate) struct News {
-    /// Counts the signals, from this process or from others.
+    /// Counts the signals from this process and from other processes.
     told: watch::Sender<u64>,
-    /// The last position written here, with the number of the history.
+    /// The last position that this process has written, with the number of the history.
     written: watch::Sender<(u64, Position)>,
     /// Counts the signals from other processes.
     heard: Arc<AtomicU64>,
-    /// The value of `heard` at the last look that found nothing.
+    /// The value of `heard` before the last query that found no new events.
     looked_at: Arc<AtomicU64>,
-    /// Whether notifications of other processes are received, or polled for.
+    /// Whether this process learns of the events of other processes, by notifications or by polling.
     listening: watch::Sender<bool>,
-    /// The sender's name in notifications, to skip our own: this process has already been woken for its own events.
+    /// The name of this process as the sender of notifications. The process skips its own notifications, because its
+    /// tasks have already been woken.
     name: Arc<str>,
 }
 
@@ -67,12 +67,12 @@ impl News {
 
     /// Records that this process has written up to a position, under this number of the history.
     pub(crate) fn written(&self, history: u64, position: Position) {
-        // Of two writers, the later one to finish may have the earlier positions.
+        // There are several writers, and the writer that finishes last may have written the lower positions.
         self.written.send_modify(|last| *last = (history, position).max(*last));
         self.tell();
     }
 
-    /// Returns the last position written here under this number of the history.
+    /// Returns the last position that this process has written under this number of the history.
     pub(crate) fn last_written(&self, history: u64) -> Position {
         let (of, position) = *self.written.borrow();
         if of == history { position } else { Position::START }
@@ -87,13 +87,15 @@ impl News {
         self.heard.load(Ordering::Acquire)
     }
 
-    /// Records that a look found nothing, after this many signals from other processes.
+    /// Records that a query found no new events; `heard` is the number of signals from other processes before the
+    /// query.
     pub(crate) fn nothing_at(&self, heard: u64) {
         self.looked_at.store(heard, Ordering::Release);
     }
 
-    /// Returns whether no events are known after this position: the events written here end with it, and no signal has
-    /// come from other processes since the last look. Rows inserted by hand send no signal.
+    /// Returns whether no events are known after this position: this process has written nothing after the position,
+    /// and no signal has come from other processes since the last query that found nothing. Rows that are inserted by
+    /// hand send no signal.
     pub(crate) fn ends_at(&self, history: u64, position: Position, heard: u64) -> bool {
         self.is_listening() && self.last_written(history) == position && self.looked_at.load(Ordering::Acquire) == heard
     }
@@ -108,8 +110,8 @@ impl News {
         self.told.send_modify(|count| *count = count.wrapping_add(1));
     }
 
-    /// Notifies other processes and listens to them, or polls for their events if notifications cannot be received.
-    /// Ends only by being aborted.
+    /// Notifies other processes and receives their notifications, or polls for their events if notifications cannot be
+    /// received. This method runs until its task is aborted.
     pub(crate) async fn spread(self, database: Arc<Database>) {
         if database.pooled {
             tokio::join!(self.look(&database), self.tell_others(&database));
@@ -126,7 +128,7 @@ impl News {
         }
     }
 
-    /// Notifies and listens on one connection, until the connection ends.
+    /// Sends and receives notifications on one connection, until the connection ends.
     async fn converse(
         &self,
         database: &Database,
@@ -135,13 +137,13 @@ impl News {
     ) -> Result<(), sqlx::Error> {
         let channel = database.channel();
         let mut listener = PgListener::connect_with(&database.listener()).await?;
-        // A process that does nothing else notices a changed log this way, too.
+        // With this check, even a process that does nothing else notices that the log has changed.
         database.check(&mut listener, Purpose::Tell).await?;
         listener.listen(&channel).await?;
         database.statements.attend.query().execute(&mut listener).await?;
         reconnect.succeeded();
         self.listening.send_replace(true);
-        // Notifications from before were not received, or never sent.
+        // Notifications may have been missed before the connection was open, so waiting tasks query the store once.
         self.hear();
         let mut next = Instant::now();
         loop {
@@ -166,7 +168,7 @@ impl News {
         }
     }
 
-    /// Notifies other processes from behind a pooler.
+    /// Notifies other processes through a pooler.
     async fn tell_others(&self, database: &Database) {
         let (channel, mut written, mut reconnect) =
             (database.channel(), self.written.subscribe(), Reconnect::default());
@@ -188,7 +190,7 @@ impl News {
             match told.await {
                 Ok(()) => reconnect.succeeded(),
                 Err(error) => {
-                    // Other processes find out by polling. The next write sends a notification again.
+                    // Other processes find these events by polling. The next write tries to notify again.
                     tracing::debug!(%error, "other processes could not be told of new events");
                     connection = None;
                     reconnect.failed();

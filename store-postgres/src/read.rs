@@ -9,14 +9,15 @@ use sqlx::{Row, postgres::PgRow};
 
 use crate::{error::read_error, readers::Readers, statements::Statements};
 
-/// The most attempts at a read whose connection died while idle: every idle connection may have died.
+/// The maximum number of attempts at a read. A connection that died while idle fails the read, and every idle
+/// connection may have died.
 pub(crate) const READS_MAX: u32 = 10;
 const MICROSECONDS_TO_2000: i64 = 946_684_800_000_000;
 /// The range of a `timestamptz`, in seconds since 1970: from 4714-11-24 BC to the end of 294276 AD.
 const TIME_SECONDS: std::ops::RangeInclusive<i64> = -210_866_803_200..=9_224_318_015_999;
 
-/// Reads on one of the sessions. A read whose session has died is repeated, which is always safe, but not for longer
-/// than a read waits for a session: a caller that reads from an unreachable server must learn of it.
+/// Reads on one of the sessions. If the session has died, the read is repeated, which is always safe. The read is not
+/// repeated for longer than a read waits for a session, because the caller must learn that the server is unreachable.
 macro_rules! read {
     ($readers:expr, |$reader:ident| $read:expr) => {{
         let (mut reads, started) = (1, tokio::time::Instant::now());
@@ -49,7 +50,7 @@ pub(crate) async fn documents(
     keys: &[DocumentKey],
 ) -> Result<Vec<Option<Document>>, StoreError> {
     let mut found = vec![None; keys.len()];
-    // Other keys can neither be stored nor be looked up.
+    // Other keys can be neither stored nor looked up.
     let asked: Vec<usize> =
         (0..keys.len()).filter(|index| is_text(&keys[*index].collection) && is_text(&keys[*index].id)).collect();
     if asked.is_empty() {
@@ -82,7 +83,7 @@ pub(crate) async fn scan(
         return Ok(Vec::new());
     }
     let rows = match scan {
-        // No id contains a NUL, so the ids after `a` plus a NUL are those after `a`.
+        // No id contains a NUL, so the ids after `a` followed by a NUL are the same as the ids after `a`.
         Scan::After(id) => read!(readers, |reader| statements
             .scan_after
             .query()
@@ -101,12 +102,13 @@ pub(crate) async fn scan(
     rows.iter().map(document).collect::<Result<_, _>>().map_err(read_error)
 }
 
-/// Returns whether PostgreSQL accepts the value as text. Any other value is in no row, so no query is needed.
+/// Returns whether PostgreSQL accepts the value as text. No row contains any other value, so no query is needed for it.
 pub(crate) fn is_text(text: &str) -> bool {
     !text.contains('\0')
 }
 
-/// PostgreSQL refuses a negative limit, so a limit beyond its range must not wrap around.
+/// Converts a limit for a statement. PostgreSQL refuses a negative limit, so a limit that is too large for `bigint`
+/// must not wrap around.
 pub(crate) fn bound(limit: usize) -> i64 {
     i64::try_from(limit).unwrap_or(i64::MAX)
 }
@@ -128,7 +130,7 @@ pub(crate) fn recorded(row: &PgRow) -> Result<Recorded, sqlx::Error> {
         id: row.try_get(3)?,
         type_name: row.try_get::<&str, _>(4)?.into(),
         schema_version: row.try_get(5)?,
-        // `json` is transferred as text.
+        // The server transfers `json` as text.
         data: row.try_get_unchecked::<&str, _>(6)?.into(),
         metadata: Metadata::from_json(row.try_get_unchecked(7)?),
         recorded_at: time(row, 8)?.unwrap_or_default(),
@@ -149,15 +151,16 @@ pub(crate) fn time(row: &PgRow, column: usize) -> Result<Option<DateTime<Utc>>, 
     Ok(row.try_get_unchecked::<Option<i64>, _>(column)?.map(instant))
 }
 
-/// Converts microseconds since 2000. Not left to sqlx: `infinity`, and years outside chrono's range, must not stop a
-/// reader.
+/// Converts microseconds since 2000 to a time. The conversion is not left to sqlx, because `infinity`, and years
+/// outside chrono's range, must not stop a reader.
 pub(crate) fn instant(since_2000: i64) -> DateTime<Utc> {
     let since_1970 = since_2000.saturating_add(MICROSECONDS_TO_2000);
     let bound = if since_1970 < 0 { DateTime::<Utc>::MIN_UTC } else { DateTime::<Utc>::MAX_UTC };
     DateTime::from_timestamp_micros(since_1970).unwrap_or(bound)
 }
 
-/// The inverse of [`instant`]; the bounds that stand for infinities become infinities again.
+/// Converts a time to microseconds since 2000. This is the inverse of [`instant`]: the two times that stand for the
+/// infinities become infinities again.
 pub(crate) fn since_2000(time: DateTime<Utc>) -> i64 {
     if time == DateTime::<Utc>::MIN_UTC {
         return i64::MIN;

@@ -1,7 +1,7 @@
-//! The sessions that read.
+//! The pool of sessions that serve reads.
 //!
-//! This is not a pool of sqlx: such a pool pings a session each time the session is returned, and a read would take
-//! two round trips. A read whose session died while idle is repeated on another session.
+//! This module replaces sqlx's pool, which pings a session each time the session is returned, so that a read would take
+//! two round trips. If a session has died while idle, the read is repeated on another session.
 
 use std::{
     io,
@@ -26,7 +26,7 @@ use crate::{
 /// How long a read waits for a session before it gives up.
 pub(crate) const WAIT_SECONDS_MAX: u64 = 30;
 
-/// The sessions, opened on demand and kept; clones share them.
+/// The sessions. They are opened on demand and kept. Clones share the same sessions.
 #[derive(Clone, Debug)]
 pub(crate) struct Readers(Arc<Sessions>);
 
@@ -34,8 +34,8 @@ pub(crate) struct Readers(Arc<Sessions>);
 struct Sessions {
     database: Arc<Database>,
     permits: Arc<Semaphore>,
-    /// Each session with the number of the history in which it was opened: under another number, it may be on another
-    /// server.
+    /// The idle sessions, each with the number of the history in which the session was opened. If that number is no
+    /// longer current, the session may be on another server.
     idle: Mutex<Vec<(u64, PgConnection)>>,
     /// When the next session may be opened.
     reconnect: Mutex<Reconnect>,
@@ -56,12 +56,12 @@ impl Readers {
         Self(Arc::new(Sessions { database, permits, idle: Mutex::default(), reconnect: Mutex::default() }))
     }
 
-    /// Returns the history that each session is checked against.
+    /// Returns the history against which each session is checked.
     pub(crate) fn history(&self) -> &History {
         &self.0.database.history
     }
 
-    /// Returns a session, as soon as one is free.
+    /// Returns a session as soon as one is free.
     pub(crate) async fn get(&self) -> Result<Reader, sqlx::Error> {
         let deadline = Instant::now() + Duration::from_secs(WAIT_SECONDS_MAX);
         let permit = timeout_at(deadline, self.0.permits.clone().acquire_owned()).await;
@@ -71,8 +71,8 @@ impl Readers {
                 Reader { connection: Some(connection), history, sessions: self.0.clone(), _permit: permit }
             }
             None => {
-                // In a task of its own: a burst of reads shares a few sessions, so most reads that started to connect
-                // are answered before the connection is open. The half-open session is then completed and kept.
+                // The session is opened in a separate task, because a read that starts to connect is often answered by
+                // another session before its own connection is open. The new session is then completed and kept.
                 let opening = tokio::spawn(self.0.clone().open(permit, deadline));
                 opening.await.unwrap_or(Err(sqlx::Error::PoolClosed))?
             }
@@ -84,12 +84,12 @@ impl Readers {
         Ok(reader)
     }
 
-    /// Refuses sessions from now on; reads that hold a session may finish.
+    /// Returns no more sessions from now on. Reads that have a session already may finish.
     pub(crate) async fn close(&self) {
         self.0.permits.close();
         let idle = std::mem::take(&mut *self.0.idle());
         for (_, connection) in idle {
-            // The session holds no open work.
+            // The session has no open transaction, so an error does not matter.
             sqlx::Connection::close(connection).await.ok();
         }
     }
@@ -100,7 +100,7 @@ impl Sessions {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes an idle session of the current history; drops the sessions of older ones.
+    /// Removes and returns an idle session of the current history. Drops the sessions of older histories.
     fn take_idle(&self) -> Option<(u64, PgConnection)> {
         let mut idle = self.idle();
         if !self.database.pooled {
@@ -110,7 +110,8 @@ impl Sessions {
         idle.pop()
     }
 
-    /// Opens a session in a free slot. Waits for a server that restarts; all readers retry at the same pace.
+    /// Opens a session; `permit` is the right to one more session. If the server is restarting, this method waits for
+    /// the server; all readers share one delay between attempts.
     async fn open(self: Arc<Self>, permit: OwnedSemaphorePermit, deadline: Instant) -> Result<Reader, sqlx::Error> {
         loop {
             let not_before = self.reconnect().not_before();
@@ -147,12 +148,12 @@ impl Reader {
         self.connection.as_mut().ok_or(sqlx::Error::PoolClosed)
     }
 
-    /// Discards the session, which is of no further use.
+    /// Discards the session because it cannot be used any more.
     pub(crate) fn give_up(&mut self) {
         self.connection = None;
     }
 
-    /// Takes the session away for good; another session may be opened in its place.
+    /// Removes the session from the pool for good, so that another session may be opened instead.
     pub(crate) fn detach(mut self) -> Option<PgConnection> {
         self.connection.take()
     }
@@ -164,7 +165,7 @@ impl Drop for Reader {
         if !self.sessions.database.pooled {
             return self.sessions.take_back(self.history, connection);
         }
-        // The pooler keeps its server session for as long as the transaction lasts.
+        // The pooler keeps a server session for as long as the transaction lasts, so the transaction is ended first.
         if let Ok(runtime) = Handle::try_current() {
             let (history, sessions) = (self.history, self.sessions.clone());
             runtime.spawn(async move {

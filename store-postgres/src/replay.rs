@@ -1,8 +1,9 @@
-//! Replay: reads much of the log, or all of it, once and fast. One task copies pages out of the database, other tasks
-//! decode them, in order. The number of bytes waiting between them is bounded.
+//! Replay: reads all or a large part of the log, once and fast. One task copies pages out of the database, and other
+//! tasks decode the pages; the events stay in order. The number of bytes that wait between these tasks is bounded.
 //!
-//! A page is one `COPY`, so that no statement and no snapshot on the server lasts as long as the replay. A page that
-//! the caller does not take for a while is broken off, and the replay continues after the last event taken.
+//! Each page is a separate `COPY`, so that no statement and no snapshot on the server lasts as long as the replay. If
+//! the caller takes no events for a while, the page is aborted, and a new page later continues after the last event
+//! that was passed on.
 
 use std::{
     ops::{Bound, RangeBounds},
@@ -27,19 +28,21 @@ use crate::{
     read::{READS_MAX, bound},
 };
 
-/// The number of events that one page examines: some tens of milliseconds of reading.
+/// The number of events that one page examines, which takes some tens of milliseconds.
 const PAGE_EVENTS: usize = 20_000;
-/// The most events in a batch, which is decoded at once; a batch also ends with the event that reaches `BATCH_BYTES`.
+/// The maximum number of events in a batch, which one task decodes. A batch also ends with the event that reaches
+/// `BATCH_BYTES`.
 const BATCH_EVENTS: usize = 500;
 const BATCH_BYTES: usize = 256 << 10;
-/// The number of batches that wait to be decoded.
+/// The maximum number of batches that wait to be decoded.
 const WAITING_BATCHES: usize = 4;
-/// The number of batches that are decoded in parallel, or wait to be taken in order.
+/// The maximum number of batches that are being decoded in parallel, or that wait for their turn to be returned.
 const DECODING_BATCHES: usize = 4;
-/// A page that is not taken for this long is broken off: the server must not keep a snapshot for a slow caller.
+/// How long a page waits for the caller before the page is aborted, because the server must not keep a snapshot for a
+/// slow caller.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// What to replay; everything by default.
+/// Selects the events to replay. The default is all events.
 ///
 /// ```
 /// use annals::Position;
@@ -90,19 +93,19 @@ impl Replay {
         self
     }
 
-    /// Selects only events recorded at these times. This examines every event: times have no index.
+    /// Selects only events recorded at these times. The replay then examines every event, because times have no index.
     pub fn recorded(mut self, times: impl RangeBounds<DateTime<Utc>>) -> Self {
         self.recorded = (times.start_bound().cloned(), times.end_bound().cloned());
         self
     }
 
-    /// Returns the further conditions, as SQL.
+    /// Returns the conditions on categories, types and times, as SQL.
     fn filter(&self) -> String {
         let mut filter = String::new();
         for (column, names) in [("split_part(stream_id, '-', 1)", &self.query.categories), ("type", &self.query.types)]
         {
             if !names.is_empty() {
-                // No name in the log contains a NUL, and no statement may.
+                // No name in the log contains a NUL, and no statement may contain one.
                 let names: Vec<_> = names.iter().filter(|name| !name.contains('\0')).map(|name| quoted(name)).collect();
                 filter += &format!(" AND {column} = ANY (ARRAY[{}]::text[])", names.join(", "));
             }
@@ -126,7 +129,8 @@ fn quoted(text: &str) -> String {
     format!("E'{}'", text.replace('\\', "\\\\").replace('\'', "''"))
 }
 
-/// Formats a time for a statement; years without four digits are before or after everything that is recorded.
+/// Formats a time for a statement. A year that does not have four digits is before or after everything that is
+/// recorded.
 fn timestamp(time: DateTime<Utc>) -> String {
     match time.year() {
         ..1 => "'-infinity'".to_owned(),
@@ -153,20 +157,21 @@ pub struct Replayed<E> {
 /// Why a typed replay did not return an event.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum ReplayError {
-    /// The store could not be read: the replay has ended. Replay again from after the last event that was returned.
+    /// The store could not be read, and the replay has ended. To continue, start a replay after the last event that was
+    /// returned.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// This event cannot be decoded as the requested type. The next event follows.
+    /// This event cannot be decoded as the requested type. The replay continues with the next event.
     #[error(transparent)]
     Undecodable(#[from] DecodeError),
 }
 
 impl PostgresStore {
-    /// Returns events in log order, up to the end of the log at the start of the replay. The events are those of
-    /// [`read_log`](annals::EventStore::read_log), but faster, and in constant memory regardless of the length of the
-    /// log and the speed of the caller. The stream ends after an error.
+    /// Returns events in log order, up to the end that the log has when the replay starts. A replay returns the same
+    /// events as [`read_log`](annals::EventStore::read_log), but faster. It takes constant memory, regardless of the
+    /// length of the log and the speed of the caller. The stream ends after an error.
     ///
-    /// The replay has a connection of its own until it has ended or is dropped.
+    /// The replay uses a connection of its own until the replay has ended or is dropped.
     pub fn replay(&self, replay: Replay) -> impl Stream<Item = Result<Recorded, StoreError>> + Send + Unpin + use<> {
         let decode = |rows: &[u8]| {
             let (mut rows, mut events) = (Rows::new(rows), Vec::with_capacity(BATCH_EVENTS));
@@ -178,7 +183,7 @@ impl PostgresStore {
         self.decoded(replay, COLUMNS, decode).map_ok(|events| stream::iter(events).map(Ok)).try_flatten()
     }
 
-    /// Replays events of one type, decoded on other tasks than the one that reads. Events that `E` skips are left out.
+    /// Replays the log as events of type `E`. Separate tasks decode the events. Events that `E` skips are left out.
     ///
     /// ```no_run
     /// # async fn total(store: annals_postgres::PostgresStore) -> Result<(), annals_postgres::ReplayError> {
@@ -220,8 +225,8 @@ impl PostgresStore {
         decoded.map_err(ReplayError::from).map_ok(stream::iter).try_flatten()
     }
 
-    /// Replays events byte for byte, in batches: returns what `take` accumulates from each batch, on other tasks than
-    /// the one that reads.
+    /// Replays events byte for byte, in batches. For each batch, the stream returns the value that `take` has
+    /// accumulated from the events of the batch. Separate tasks call `take`.
     ///
     /// ```no_run
     /// # async fn bytes(store: annals_postgres::PostgresStore) -> Result<(), annals::StoreError> {
@@ -272,7 +277,7 @@ impl PostgresStore {
             events: 0,
             batches,
         };
-        // Dropping the stream drops the task, which drops the connection.
+        // If the stream is dropped, so is the task and with it the connection.
         let mut task = JoinSet::new();
         let mut start = Some((copier, replay.until));
         let batches = stream::unfold(waiting, move |mut waiting| {
@@ -316,7 +321,7 @@ struct Copier {
     shared: Arc<Shared>,
     statement: String,
     filter: String,
-    /// All events up to here are in batches.
+    /// The position up to which all events are in batches.
     last: i64,
     batch: Vec<u8>,
     events: usize,
@@ -325,13 +330,13 @@ struct Copier {
 
 /// How a page ended.
 enum Page {
-    /// Nothing follows the page.
+    /// There are no events after this page.
     Last,
-    /// The page ended with its last event.
+    /// The page was copied completely; more events may follow.
     Whole,
-    /// The caller took no batch for a while.
+    /// The page was aborted, because the caller took no batch for a while.
     BrokenOff,
-    /// The caller is gone.
+    /// The page was aborted, because the caller is gone.
     Abandoned,
 }
 
@@ -343,7 +348,7 @@ impl Copier {
             Ok(()) => Ok(self.batch),
             Err(error) => Err(error),
         };
-        // The caller may be gone.
+        // An error means that the caller is gone, and does not matter.
         self.batches.send(last).await.ok();
     }
 
@@ -362,7 +367,7 @@ impl Copier {
             };
             let page = page.await;
             if self.shared.database.history.number() != history {
-                // The settled end belongs to the log as it was.
+                // The end of this replay was settled in the earlier log, and means nothing in the new one.
                 let reason = "the log changed (failover or restore) during the replay: start it again";
                 return Err(StoreError::Unavailable(reason.into()));
             }
@@ -371,7 +376,7 @@ impl Copier {
                 Ok(Page::Whole) => failures = 0,
                 Ok(Page::BrokenOff) => {
                     failures = 0;
-                    // Waits until there is room for the current batch.
+                    // After an aborted page, waits until there is room for the current batch.
                     if !self.send(None).await {
                         break;
                     }
@@ -385,13 +390,13 @@ impl Copier {
             }
         }
         if let Some(open) = connection {
-            // All pages read on it are complete.
+            // All pages on this connection are complete, so an error does not matter.
             open.close().await.ok();
         }
         Ok(())
     }
 
-    /// Copies one page. Gives the connection back only if no statement is in flight on it.
+    /// Copies one page. Puts the connection back into `connection` only if no statement is in flight on it.
     async fn page(
         &mut self,
         mut open: PgConnection,
@@ -425,7 +430,7 @@ impl Copier {
             .replace("{filter}", &self.filter);
         let mut copied = open.copy_out_raw(&statement).await?;
         let (mut events, mut header) = (0, HEADER_BYTES);
-        // A message is a row. The header precedes the first row, and the last message is a trailer.
+        // Each message contains one row. The header precedes the first row, and the last message is a trailer.
         while let Some(message) = copied.try_next().await? {
             let row = &message[std::mem::take(&mut header).min(message.len())..];
             let Some(position) = position(row) else { continue };
@@ -446,7 +451,7 @@ impl Copier {
         Ok(if self.filter.is_empty() && events < PAGE_EVENTS { Page::Last } else { Page::Whole })
     }
 
-    /// Sends the batch; returns `false` if the caller does not take it in time, or is gone.
+    /// Sends the batch. Returns `false` if the caller does not take the batch in time, or is gone.
     async fn send(&mut self, patience: Option<Duration>) -> bool {
         let place = match patience {
             Some(patience) => timeout(patience, self.batches.reserve()).await,

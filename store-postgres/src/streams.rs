@@ -1,5 +1,5 @@
-//! Reads single streams. Reads that wait for a session share the next free session, and one statement: under load, many
-//! aggregates are loaded in one round trip.
+//! Reads single streams. Reads that wait for a session share the next free session and one statement, so that under
+//! load many aggregates are loaded in one round trip.
 
 use std::{
     collections::VecDeque,
@@ -17,15 +17,15 @@ use crate::{
     statements::Statements,
 };
 
-/// The most streams that one statement reads.
+/// The maximum number of streams that one statement reads.
 const STREAMS_MAX: usize = 64;
 
-/// Positions from here on were written by hand: `advance` excludes them too.
+/// The lowest position that counts as written by hand; `advance` also ignores such positions.
 const BY_HAND: i64 = 1 << 62;
 
 type Outcome = Result<Vec<Recorded>, StoreError>;
 
-/// The reads that wait.
+/// The reads that wait for a session.
 #[derive(Debug, Default)]
 pub(crate) struct Streams(Mutex<VecDeque<Wanted>>);
 
@@ -46,7 +46,7 @@ impl Streams {
         limit: usize,
     ) -> Outcome {
         loop {
-            // Declared before the receiver, so that it is dropped after the receiver.
+            // The guard is declared before the receiver, so that it is dropped after the receiver.
             let mut place = Place { streams: self, answered: false };
             let (answer, mut answered) = oneshot::channel();
             self.waiting().push_back(Wanted { stream: stream.clone(), after, limit, answer });
@@ -54,15 +54,15 @@ impl Streams {
             // Without this yield, each of the first reads would take a session for a single stream.
             tokio::task::yield_now().await;
             let outcome = loop {
-                // Taken before the session: what the session reads may belong to a later history, and never to an
-                // earlier one.
+                // The number is taken before the session, so that the session may read a later history than the number
+                // says, but never an earlier one.
                 let of = readers.history().number();
                 let reader = tokio::select! {
                     biased;
                     outcome = &mut answered => break outcome,
                     reader = readers.get() => reader.map_err(read_error)?,
                 };
-                // This read is in the batch, or another task is serving it.
+                // This read is in the batch, or another task has taken it.
                 let batch = self.next_batch();
                 if batch.is_empty() {
                     drop(reader);
@@ -71,7 +71,7 @@ impl Streams {
                 serve(batch, of, reader, (readers, statements)).await;
             };
             place.answered = true;
-            // Otherwise the task that read on its behalf was cancelled.
+            // Without an outcome, the task that had taken this read was cancelled, and the read starts again.
             if let Ok(outcome) = outcome {
                 return outcome;
             }
@@ -89,7 +89,7 @@ impl Streams {
     }
 }
 
-/// A place in the queue; a cancelled read leaves the queue.
+/// A guard that removes a cancelled read from the queue.
 struct Place<'s> {
     streams: &'s Streams,
     answered: bool,

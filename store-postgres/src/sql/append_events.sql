@@ -1,15 +1,16 @@
 -- Appends a group of commits that contain only events: does the work of the function `append` in one statement, at
 -- half its cost for a single commit.
 --
--- The statement takes the gates in the order of that function. The writer relies only on the versions of its own
--- streams, and a faster writer fails on the unique key of the streams; so it does no harm that this statement takes
--- its snapshot before the gates. An INSERT locks the table before it runs, hence before a position is drawn.
+-- The statement first takes the gates of the streams, in the same order as that function. A gate is an advisory lock
+-- that stands for the streams with the same hash. The statement takes its snapshot before the gates. That is safe,
+-- because a group relies only on the versions of the streams to which it appends, and if another writer is faster, the
+-- unique key of the streams rejects this one. An INSERT locks the table before it runs, so before a position is drawn.
 -- binds: $1 streams, $2 their guessed versions, $3 whether they are only held (NULL: not even held); $4 the number of
 --        events, $5 their ranks, $6 stream ids, $7 versions, $8 event ids, $9 types, $10 schema versions, $11 data,
 --        $12 metadata; $13 the ids of the events at the guessed versions (NULL: any)
--- gives: a position for each event and the time of recording; no row if a guess was wrong, and then nothing was
---        written
--- index: events_stream_version, one seek a stream; grows events_position_key and events_stream_version
+-- returns: a position for each event and the time of recording; no row if a guess was wrong, and then nothing was
+--          written
+-- index: events_stream_version, one seek per stream; grows events_position_key and events_stream_version
 WITH gates AS MATERIALIZED (
     SELECT bool_and(pg_advisory_xact_lock_shared('annals.events'::regclass::oid::int, g.gate) IS NOT NULL)
       FROM (SELECT (hashtextextended(w.stream, 0) & 1023)::int AS gate
@@ -30,8 +31,8 @@ WITH gates AS MATERIALIZED (
       FROM checked, generate_series(1, $4::int)
      WHERE checked.hold
 ), recorded AS MATERIALIZED (
-    -- By the clock of this server, but not before the last event, unless that event is dated ahead by a day or more
-    -- (by hand).
+    -- The time of recording: the time of this server, but not before the time of the last event, unless that event is
+    -- dated a day or more ahead (by hand).
     SELECT CASE WHEN t.last > t.now AND t.last < t.now + interval '1 day' THEN t.last ELSE t.now END AS at
       FROM (SELECT clock_timestamp() AS now,
                    (SELECT e.recorded_at FROM annals.events AS e WHERE e.position < drawn.positions[1]

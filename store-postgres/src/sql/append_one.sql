@@ -1,20 +1,20 @@
--- Appends a single event: does the work of `append_events`, without arrays and without any plan node that can be
--- spared.
+-- Appends a single event. This does the same as `append_events`, but without arrays and with as few plan nodes as
+-- possible.
 -- binds: $1 stream, $2 version, $3 event id, $4 type, $5 schema version, $6 data, $7 metadata, $8 the id of the event
 --        before it (NULL: any)
--- gives: the position and the time of recording; no row if the stream is not right before the version, or is at
---        another event, and then nothing was written
+-- returns: the position and the time of recording; no row if the stream is not right before the version, or is at
+--          another event, and then nothing was written
 -- index: events_stream_version, one seek; grows events_position_key and events_stream_version
 INSERT INTO annals.events (position, stream_id, version, event_id, type, schema_version, data, metadata, recorded_at)
--- By the clock of this server, but not before the last event, unless that event is dated ahead by a day or more (by
--- hand).
+-- The time of recording is the time of this server, but not before the time of the last event, unless that event is
+-- dated a day or more ahead (by hand).
 SELECT drawn.position, $1, $2, $3, $4, $5, $6::text::json, $7::text::json,
        CASE WHEN drawn.last > clock_timestamp() AND drawn.last < clock_timestamp() + interval '1 day' THEN drawn.last
             ELSE clock_timestamp() END
   FROM (SELECT d.position,
                (SELECT e.recorded_at FROM annals.events AS e WHERE e.position < d.position
                  ORDER BY e.position DESC LIMIT 1) AS last
-          -- Drawn only if the condition holds.
+          -- A position is drawn only if the condition holds.
           FROM (SELECT nextval('annals.events_position') AS position
                  WHERE pg_advisory_xact_lock_shared(
                            'annals.events'::regclass::oid::int, (hashtextextended($1::text, 0) & 1023)::int) IS NOT NULL

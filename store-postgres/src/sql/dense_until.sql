@@ -1,7 +1,7 @@
 -- Finds how far the log continues from a position without a gap.
 -- binds: $1 after this position, $2 how many events to examine
--- gives: the last position before the first gap (NULL: a gap or the end follows at once), the id of the event there,
---        and whether there is any event at all
+-- returns: the last position before the first gap (NULL: a gap or the end follows at once), the id of the event there,
+--          and whether there is any event at all
 -- index: events_position_key
 SELECT dense.until, (SELECT e.event_id FROM annals.events AS e WHERE e.position = dense.until), dense.is_any
   FROM (SELECT max(position) FILTER (WHERE position - $1 = place) AS until, count(*) > 0 AS is_any

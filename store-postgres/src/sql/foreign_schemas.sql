@@ -1,6 +1,5 @@
--- The other schemas that a schema's functions name: there are some after the schema was renamed, or restored under
--- another name, because the text of a function keeps the old name. (Views and triggers follow a renaming by
--- themselves.)
+-- The other schemas that a schema's functions name. If a schema was renamed, or restored under another name, the texts
+-- of its functions still contain the old name. (Views and triggers follow a renaming automatically.)
 -- binds: $1 schema
 -- index: those of the catalogue
 SELECT DISTINCT named.schema

@@ -1,6 +1,7 @@
--- The transactions that may hold positions which are not visible yet: each draws under this lock and keeps it until it
--- has ended. A prepared transaction keeps its virtual transaction until the server restarts (since PostgreSQL 14.1;
--- before that release, only until it is prepared), and is -1/<transaction id> from then on.
+-- The transactions that may have drawn positions that are not visible yet. Each transaction takes this lock before it
+-- draws a position, and keeps the lock until it has ended. A prepared transaction keeps its virtual transaction id
+-- until the server restarts (before PostgreSQL 14.1, only until it is prepared); from then on, its id is
+-- -1/<transaction id>.
 -- binds: none
 -- index: none
 SELECT DISTINCT virtualtransaction

@@ -1,4 +1,5 @@
--- Makes instances that start at the same time take turns, until the end of the transaction.
+-- Locks the migrations of a schema until the end of the transaction, so that instances that start at the same time
+-- migrate one after another.
 -- binds: $1 schema
 -- index: none
 SELECT pg_advisory_xact_lock(hashtextextended('annals: migrations of ' || $1, 0))

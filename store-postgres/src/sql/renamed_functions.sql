@@ -1,5 +1,5 @@
--- The definitions that recreate a schema's functions that name another schema: unchanged, with owner and grants,
--- except for the name. Only `annals` is written without quotes, and a name is replaced as a whole word.
+-- Definitions that recreate the functions of a schema that name another schema. Only the name changes; owner and grants
+-- are kept. Among the names, only `annals` may appear without quotes. A name is replaced only as a whole word.
 -- binds: $1 schema, $2 the schema that the functions name
 -- index: those of the catalogue
 SELECT replace(pg_get_functiondef(p.oid), p.prosrc,

@@ -1,5 +1,5 @@
 -- The kind of server that answers.
 -- binds: none
--- gives: whether it is a standby, whether the startup settings of the connection took effect, and its time
+-- returns: whether it is a standby, whether the startup settings of the connection took effect, and its time
 -- index: none
 SELECT pg_is_in_recovery(), current_setting('enable_seqscan') = 'off', clock_timestamp()

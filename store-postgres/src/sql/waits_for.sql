@@ -1,6 +1,6 @@
 -- Describes the transactions that a reader waits for.
 -- binds: $1 virtual transactions
--- gives: pid (0: prepared), age in seconds, application or global id of the prepared transaction
+-- returns: pid (0: prepared), age in seconds, application or global id of the prepared transaction
 -- index: none
 SELECT DISTINCT coalesce(l.pid, 0),
        coalesce(extract(epoch FROM clock_timestamp() - coalesce(a.xact_start, p.prepared)), 0)::float8 AS age,

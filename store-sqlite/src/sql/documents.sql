@@ -1,7 +1,7 @@
 -- Documents by key; one statement, hence one snapshot.
 -- binds: ?1 JSON array of [collection, id]
--- gives: the index in ?1 first; no row for a document that does not exist
--- index: the primary key, one seek a document
+-- returns: the index in ?1 first; no row for a document that does not exist
+-- index: the primary key, one seek per document
 SELECT wanted.key, held.collection, held.id, held.version, held.body, held.due
   FROM json_each(?1) AS wanted
  CROSS JOIN documents AS held ON held.collection = wanted.value ->> 0 AND held.id = wanted.value ->> 1

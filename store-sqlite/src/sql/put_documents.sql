@@ -1,6 +1,6 @@
 -- Puts documents. The code repeats the row of binds to a few fixed widths; rows left unbound are NULL and not inserted.
 -- binds: collection, id, version, body, due
--- index: the primary key, one seek a document; documents_due
+-- index: the primary key, one seek per document; documents_due
 INSERT OR FAIL INTO documents (collection, id, version, body, due)
 SELECT * FROM (VALUES
 (?, ?, ?, ?, ?)
