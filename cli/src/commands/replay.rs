@@ -1,4 +1,4 @@
-//! `replay`: sends a range of the log again, to another place.
+//! `replay`: sends a range of the log again, to a target that the operator chooses.
 
 mod lines;
 mod rerun;
@@ -63,10 +63,10 @@ pub(crate) struct Arguments {
     /// Up to this position.
     #[arg(long, value_name = "POSITION", conflicts_with = "until")]
     to: Option<i64>,
-    /// Only events recorded since then.
+    /// Only events recorded at this time or later.
     #[arg(long, value_name = "TIME")]
     since: Option<Moment>,
-    /// Only events recorded before then.
+    /// Only events recorded before this time.
     #[arg(long, value_name = "TIME")]
     until: Option<Moment>,
     /// Write to this file instead of standard output.
@@ -79,19 +79,20 @@ pub(crate) struct Arguments {
     /// in the environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
     #[arg(long, value_name = "URL", requires = "service", conflicts_with = "handler")]
     bus: Option<Settings>,
-    /// The service that the events belong to.
+    /// The service whose events are replayed.
     #[arg(long, value_name = "NAME", requires = "bus")]
     service: Option<String>,
-    /// The topic [default: that of the service's events].
+    /// The topic [default: the service's own topic for events].
     #[arg(long, value_name = "NAME", requires = "bus")]
     topic: Option<String>,
-    /// Call this handler of the service's own binary, which has registered it with `Ops::replayable`.
+    /// Call this handler of the service's own binary. The service must have registered the handler with
+    /// `Ops::replayable`.
     #[arg(long, value_name = "NAME")]
     handler: Option<String>,
     /// Only count the events.
     #[arg(long)]
     dry_run: bool,
-    /// Keep the pauses between events, divided by this factor, such as 1x or 10x.
+    /// Keep the pauses between the events, divided by this factor, such as 1x or 10x.
     #[arg(long, value_name = "FACTOR", value_parser = factor)]
     speed: Option<f64>,
 }
@@ -104,7 +105,7 @@ fn factor(text: &str) -> Result<f64, String> {
 }
 
 impl Arguments {
-    /// Returns the command that continues after this position, if this run ended before `last`.
+    /// Returns the command that continues after position `after`, for a run that ended before `last`.
     fn again(&self, again: &Again, after: i64, last: i64) -> String {
         let mut words = vec!["replay".to_owned()];
         let listed = |names: &[String]| (!names.is_empty()).then(|| names.join(","));
@@ -115,7 +116,7 @@ impl Arguments {
             ("--where", self.which.path.as_ref().map(ToString::to_string)),
             ("--from", Some((after + 1).to_string())),
             ("--to", Some(last.to_string())),
-            // The URL is printed without its parameters, since one of them may be a password.
+            // The URL is printed without its parameters, because any of them may be a password.
             ("--bus", self.bus.as_ref().map(ToString::to_string)),
             ("--service", self.service.clone()),
             ("--topic", self.topic.clone()),
@@ -206,7 +207,7 @@ pub(crate) async fn run(
             () = stop.asked() => None,
         };
         match ended {
-            // Messages under way may still arrive.
+            // Messages in flight may still arrive.
             None => target.give_up().await.map(|()| false),
             Some(ended) => ended.map(|()| true),
         }
@@ -238,7 +239,7 @@ pub(crate) async fn run(
     Ok(Verdict::Fine)
 }
 
-/// Waits between events for the time between their recordings, divided by a factor.
+/// Waits between two events for the time between their recording times, divided by a factor.
 struct Pace {
     factor: Option<f64>,
     began: Option<(tokio::time::Instant, DateTime<Utc>)>,

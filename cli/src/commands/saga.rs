@@ -17,9 +17,9 @@ use crate::{
     store::Store,
 };
 
-/// Events that are read at once.
+/// The number of events per read.
 const PAGE: usize = 500;
-/// A saga has some tens of events. A longer history is shown up to this number of events.
+/// The maximum number of events to show. A normal saga has some tens of events.
 const EVENTS_MAX: usize = 10_000;
 
 #[derive(Debug, Args)]
@@ -37,7 +37,7 @@ pub(crate) struct Arguments {
     /// Draw the path of the saga, as a Mermaid flowchart or an SVG.
     #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "mermaid")]
     diagram: Option<Format>,
-    /// The act on the saga, if it is stuck.
+    /// The action on the saga, if the saga is stuck.
     #[command(subcommand)]
     act: Option<act::Verb>,
 }
@@ -88,7 +88,7 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
     Ok(Verdict::Fine)
 }
 
-/// Returns the stream of a saga that is named by its id alone, if only one saga has the id.
+/// Returns the stream of a saga by its id. Fails if several sagas have the id.
 pub(crate) async fn locate(store: &Store, id: &str) -> Result<StreamId, Failure> {
     let archive = store.port();
     let mut found = Vec::new();

@@ -10,11 +10,11 @@ use crate::{
     store::Store,
 };
 
-/// Documents that are read at once.
+/// The number of documents per read.
 const PAGE: usize = 1_000;
-/// The most rows of a table, unless `--limit` says otherwise.
+/// The maximum number of rows in a table, unless `--limit` sets another.
 const ROWS_DEFAULT: usize = 100;
-/// The most characters of an error in a table.
+/// The maximum number of characters of an error in a table.
 const ERROR_CHARS_MAX: usize = 60;
 
 #[derive(Debug, Args)]

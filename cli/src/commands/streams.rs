@@ -12,9 +12,9 @@ use crate::{
     store::Store,
 };
 
-/// Streams that are listed at once.
+/// The number of streams per page of the listing.
 const PAGE: usize = 1_000;
-/// The most rows of a table, unless `--limit` says otherwise.
+/// The maximum number of rows in a table, unless `--limit` sets another.
 const ROWS_DEFAULT: usize = 100;
 
 #[derive(Debug, Args)]
@@ -29,16 +29,16 @@ pub(crate) struct Arguments {
     /// Only streams of this category, such as `order`.
     #[arg(long)]
     category: Option<String>,
-    /// Only streams of at least this many events.
+    /// Only streams with at least this many events.
     #[arg(long, value_name = "N")]
     min_events: Option<i64>,
-    /// Only streams of at most this many events.
+    /// Only streams with at most this many events.
     #[arg(long, value_name = "N")]
     max_events: Option<i64>,
     /// Only streams whose last event is older than this, such as 90s, 15m, 2h, 7d.
     #[arg(long, value_name = "DURATION")]
     quiet_for: Option<Span>,
-    /// Only streams whose last event is younger than this.
+    /// Only streams whose last event is more recent than this.
     #[arg(long, value_name = "DURATION")]
     active_within: Option<Span>,
     /// At most this many [default: 100 in a table, all with --json].
@@ -107,7 +107,7 @@ fn show(rows: &[Row], output: &mut Output) -> Result<(), Failure> {
     })
 }
 
-/// The filter, with durations turned into times.
+/// The filter, with each duration converted to a time.
 struct Wanted {
     min_events: i64,
     max_events: i64,

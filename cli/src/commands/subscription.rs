@@ -33,9 +33,10 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum What {
-    /// Continue from another place of the log.
+    /// Continue from another position of the log.
     Reset {
-        /// After this position; or `beginning`, `now`, or a time: with the first event since then.
+        /// A position, after which the subscription continues; or `beginning`, `now`, or a time, which means the first
+        /// event recorded at that time or later.
         #[arg(long, value_name = "PLACE")]
         to: String,
         #[command(flatten)]
@@ -85,7 +86,7 @@ async fn hold_up(name: &str, paused: bool, act: &Act, store: &Store) -> Result<(
     done.map_err(|error| of_bus(error, instead))
 }
 
-/// Adds the remedy to the error for a subscription of topics.
+/// Adds a remedy to the error for a subscription that reads topics.
 fn of_bus(error: OperatorError, instead: &str) -> Failure {
     match error {
         OperatorError::OfBus { .. } => Failure::new(format!("{error}: {instead}")),

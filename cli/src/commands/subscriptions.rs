@@ -18,7 +18,7 @@ use crate::{
     store::Store,
 };
 
-/// Documents that are read at once.
+/// The number of documents per read.
 const PAGE: usize = 1_000;
 
 #[derive(Debug, Args)]
@@ -27,7 +27,7 @@ const PAGE: usize = 1_000;
   annals subscriptions --sample 10s --behind 1000
       those more than a thousand events behind, with their rate over ten seconds")]
 pub(crate) struct Arguments {
-    /// Measure for this long how fast each subscription moves; 0s to skip.
+    /// How long to measure the speed of each subscription; 0s to skip.
     #[arg(long, value_name = "DURATION", default_value = "1s")]
     sample: Span,
     /// Only subscriptions that are at least this many events behind.
@@ -40,9 +40,9 @@ pub(crate) struct Arguments {
 struct Row {
     subscription: String,
     lane: String,
-    /// A position of the log, or an offset of a topic.
+    /// A position in the log, or an offset in a topic.
     position: i64,
-    /// The number of events of the log after `position`; unknown for a topic.
+    /// The number of events in the log after `position`. `None` for a topic, whose end is unknown here.
     lag: Option<i64>,
     rate_per_second: Option<f64>,
     owner: Option<String>,
@@ -57,7 +57,7 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
     let before = if sample.is_zero() { BTreeMap::new() } else { checkpoints(&*archive).await? };
     let began = Instant::now();
     tokio::time::sleep(sample).await;
-    // The checkpoints are read before the head: a checkpoint read later might be beyond the head.
+    // Reads the checkpoints before the head. A checkpoint that was read later could be beyond the head.
     let after = checkpoints(&*archive).await?;
     let status = archive.status().await?;
     let elapsed = began.elapsed();
@@ -106,8 +106,8 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
     Ok(Verdict::Fine)
 }
 
-/// A group stores an offset for each partition, `<group>/<topic>/<number>`; a subscription of the log, one for each
-/// lane.
+/// Splits the id of a checkpoint into the name of the subscription and the name of its lane. A group has one checkpoint
+/// per partition, `<group>/<topic>/<number>`; a subscription of the log has one per lane.
 fn named<'a>(id: &'a str, checkpoint: &Checkpoint) -> (&'a str, &'a str) {
     match checkpoint.incarnation {
         Some(_) => id.split_once('/').unwrap_or((id, "")),
@@ -119,7 +119,7 @@ fn rate(before: &Checkpoint, after: &Checkpoint, elapsed: Duration) -> f64 {
     (after.next - before.next) as f64 / elapsed.as_secs_f64()
 }
 
-/// Returns all checkpoints by the ids of their documents. Unreadable checkpoints are left to `verify`.
+/// Returns all checkpoints by the ids of their documents. Skips unreadable checkpoints, which `verify` reports.
 pub(crate) async fn checkpoints(archive: &dyn Archive) -> Result<BTreeMap<Arc<str>, Checkpoint>, StoreError> {
     let documents = documents(archive, CHECKPOINTS).await?;
     let read = |document: Document| {
@@ -129,7 +129,7 @@ pub(crate) async fn checkpoints(archive: &dyn Archive) -> Result<BTreeMap<Arc<st
     Ok(documents.into_iter().filter_map(read).collect())
 }
 
-/// Returns a whole collection that is known to be small.
+/// Returns a whole collection. Only for collections that are always small.
 pub(crate) async fn documents(archive: &dyn Archive, collection: &str) -> Result<Vec<Document>, StoreError> {
     let mut all: Vec<Document> = Vec::new();
     loop {

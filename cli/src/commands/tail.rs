@@ -13,9 +13,9 @@ use crate::{
     store::Store,
 };
 
-/// Events that are read at once.
+/// The number of events per read.
 const PAGE: usize = 500;
-/// The first delay before a store that is unavailable is read again. The delay doubles up to `PAUSE_MAX`.
+/// The first delay before an unavailable store is read again. The delay doubles up to `PAUSE_MAX`.
 const PAUSE_MIN: Duration = Duration::from_millis(250);
 const PAUSE_MAX: Duration = Duration::from_secs(10);
 
@@ -29,7 +29,7 @@ const PAUSE_MAX: Duration = Duration::from_secs(10);
 pub(crate) struct Arguments {
     #[command(flatten)]
     which: Which,
-    /// Begin after this position, instead of with new events.
+    /// Start after this position instead of with new events.
     #[arg(long, value_name = "POSITION")]
     from: Option<i64>,
     /// End after this many events.
@@ -37,7 +37,7 @@ pub(crate) struct Arguments {
     count: Option<u64>,
 }
 
-/// A filter for events of the log.
+/// A filter for events in the log.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Which {
     /// Only events of streams of these categories, such as `order,payment`.
@@ -46,8 +46,8 @@ pub(crate) struct Which {
     /// Only events of these types, such as `order.placed,order.confirmed`.
     #[arg(long = "type", value_name = "NAME", value_delimiter = ',')]
     pub types: Vec<String>,
-    /// Only events whose payload has a match for this JSONPath (RFC 9535). The payload is also the only element of a
-    /// list, so that a filter can be written for it: `$[?@.order_id=="536365"]`.
+    /// Only events whose payload has a match for this JSONPath (RFC 9535). The path can also treat the payload as the
+    /// only element of a list, which allows a filter: `$[?@.order_id=="536365"]`.
     #[arg(long = "where", value_name = "JSONPATH", value_parser = path)]
     pub path: Option<JsonPath>,
 }
@@ -57,13 +57,13 @@ fn path(text: &str) -> Result<JsonPath, String> {
 }
 
 impl Which {
-    /// Returns the part of the filter that the store applies itself.
+    /// Returns the part of the filter that the store itself applies.
     pub fn query(&self) -> LogQuery {
         let names = |names: &[String]| names.iter().map(|name| Arc::from(name.as_str())).collect();
         LogQuery { categories: names(&self.category), types: names(&self.types) }
     }
 
-    /// Returns whether the payload matches.
+    /// Returns whether the payload matches the JSONPath.
     pub fn has(&self, payload: &str) -> bool {
         let Some(path) = &self.path else { return true };
         let Ok(payload) = serde_json::from_str::<serde_json::Value>(payload) else { return false };
@@ -112,7 +112,7 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
         if events.history() != history
             && let Some(lost) = events.status().await?.lost_end
         {
-            // Events that were printed and then lost cannot be taken back.
+            // Events that were printed and then lost cannot be unprinted.
             return Err(StoreError::Unavailable(lost.to_string()).into());
         }
         after = page.next;

@@ -18,7 +18,7 @@ use crate::{
     store::Store,
 };
 
-/// The most events of a request that are shown.
+/// The maximum number of events shown per request.
 const EVENTS_MAX: usize = 10_000;
 
 #[derive(Debug, Args)]
@@ -29,21 +29,21 @@ const EVENTS_MAX: usize = 10_000;
 
 The log has no index of requests: all of it is read, unless --since says where to begin.")]
 pub(crate) struct Arguments {
-    /// The correlation id, or a stream whose first event has it.
+    /// The correlation id, or the name of a stream whose first event has that id.
     #[arg(value_name = "CORRELATION_ID")]
     what: String,
-    /// Look only at events recorded since then.
+    /// Only consider events recorded at this time or later.
     #[arg(long, value_name = "TIME")]
     since: Option<Moment>,
 }
 
-/// A node of the tree: an event, or a command on its way.
+/// A node of the tree: an event, or a command that was sent.
 #[derive(Serialize)]
 struct Node {
     id: Uuid,
-    /// The id of the cause. The request has no node.
+    /// The id of the cause. If the cause is the request itself, no node has this id.
     cause: Uuid,
-    /// The distance from the request.
+    /// The number of steps from the request.
     depth: usize,
     #[serde(rename = "type")]
     type_name: String,
@@ -51,13 +51,13 @@ struct Node {
     stream: Option<String>,
     version: Option<i64>,
     position: Option<i64>,
-    /// The service that a command goes to.
+    /// The service to which a command is sent.
     to: Option<String>,
     /// The time since the first event, in milliseconds.
     after_ms: i64,
 }
 
-/// The one field of a saga's event that is needed here.
+/// The one field of a saga event that this command needs.
 #[derive(Deserialize)]
 struct Sends {
     #[serde(default)]
@@ -99,19 +99,19 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
     Ok(Verdict::Fine)
 }
 
-/// Returns the correlation id, and the position at which the search begins.
+/// Returns the correlation id, and the position at which the search starts.
 async fn begin(what: &str, store: &Store) -> Result<(Uuid, i64), Failure> {
     if let Ok(correlation) = what.parse() {
         return Ok((correlation, 1));
     }
     let first = store.port().read_stream(&StreamId::from_stored(what), Version::START, 1).await?;
-    // The request may have written other events before it came to this stream.
+    // The request may have written events to other streams before the first event of this stream.
     first.first().map(|event| (event.metadata.correlation_id, 1)).ok_or_else(|| {
         Failure::new(format!("{what:?} is no correlation id, such as {}, and no stream that there is", Uuid::nil()))
     })
 }
 
-/// Arranges the nodes depth first, effects under their causes, in log order.
+/// Arranges the nodes depth first, in log order, with each effect below its cause.
 fn tree(events: &[Arc<Recorded>]) -> Vec<Node> {
     let start = events.first().map_or_else(chrono::Utc::now, |event| event.recorded_at);
     let mut nodes = Vec::new();
@@ -134,7 +134,7 @@ fn tree(events: &[Arc<Recorded>]) -> Vec<Node> {
         }
         let sends = serde_json::from_str::<Sends>(&event.data).map(|sends| sends.send).unwrap_or_default();
         for command in sends {
-            // All attempts at a step have one command id. The command is drawn at its first attempt.
+            // All attempts at a step share one command id. The tree shows the command at its first attempt.
             if commands.insert(command.id, ()).is_none() {
                 let (type_name, to) = (command.type_name, Some(command.to));
                 let (stream, version, position) = (None, None, None);
@@ -165,7 +165,7 @@ fn tree(events: &[Arc<Recorded>]) -> Vec<Node> {
     placed.collect()
 }
 
-/// Returns the lines in front of a node: one for each level that continues below it.
+/// Returns the lines drawn before a node, one for each level that continues below the node.
 fn branches(nodes: &[Node], at: usize) -> String {
     let depth = nodes[at].depth;
     let goes_on = |level: usize| {

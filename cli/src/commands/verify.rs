@@ -1,4 +1,4 @@
-//! `verify`: checks a store, in one pass over the log and one over the documents.
+//! `verify`: checks a store in one pass over the log and one pass over the documents.
 
 mod bus;
 mod documents;
@@ -29,7 +29,7 @@ use crate::{
     store::Store,
 };
 
-/// The most faults that are printed. The others are only counted.
+/// The maximum number of faults to print. Further faults are only counted.
 const TOLD_MAX: u64 = 1_000;
 
 #[derive(Debug, Args)]
@@ -53,10 +53,10 @@ from there is missing. Topics that no relay of this store writes to are not look
 
 All faults of the store are told, up to 1,000; what a service writes meanwhile is looked at by the next run.")]
 pub(crate) struct Arguments {
-    /// Seal the events that are not sealed yet.
+    /// Also seal the events that are not sealed yet.
     #[arg(long)]
     seal: bool,
-    /// The hash that an earlier run ended with.
+    /// The hash that an earlier run printed at its end.
     #[arg(long, value_name = "HASH")]
     expect: Vec<String>,
     #[command(flatten)]
@@ -97,7 +97,7 @@ struct Verified {
     events: i64,
     sagas: usize,
     documents: u64,
-    /// Events up to this position are under seals.
+    /// The events up to this position are sealed.
     sealed_until: i64,
     /// The hash of the last seal.
     seal: Option<String>,
@@ -109,7 +109,7 @@ struct Verified {
 pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
     let mut faults = Faults { output, count: 0 };
     match verify(arguments, store, &mut faults).await {
-        // A reader that closed the output has seen a fault, or would have seen one.
+        // The reader that closed the output early has already seen a fault, or would have seen one.
         Err(Failure::OutputClosed) if faults.count > 0 => Ok(Verdict::Fault),
         verified => verified,
     }
@@ -204,10 +204,10 @@ struct Event {
     id: Uuid,
     /// See [`stream_key`].
     key: u128,
-    /// Zero if there are no seals.
+    /// The hash of the event; zero if there are no seals.
     digest: Digest,
     unreadable: Option<String>,
-    /// The whole event, if it is in a saga's stream.
+    /// The whole event, if it belongs to a saga's stream.
     of_saga: Option<Box<Recorded>>,
 }
 
@@ -231,7 +231,7 @@ impl Event {
     }
 }
 
-/// Returns the place of an event.
+/// Describes where an event is.
 fn place(event: &Recorded) -> String {
     at(event.position.0, event.stream.as_str(), event.version.0)
 }

@@ -1,4 +1,4 @@
-//! Replays the lines of events in batches, for a replay without pauses to a target that accepts lines.
+//! Replays events as lines, in batches. Works only without pauses, and only for a target that accepts lines.
 
 use std::ops::RangeInclusive;
 
@@ -9,7 +9,7 @@ use indicatif::ProgressBar;
 use super::target::Target;
 use crate::{commands::tail::Which, event::Lines, failure::Failure, stop::Stop, store::Store};
 
-/// Returns the number of matching events, the last position read, and whether an error occurred.
+/// Returns the number of matching events, the last position that was read, and whether an error occurred.
 pub(super) async fn replay(
     store: &Store,
     (which, streams): (Which, Vec<String>),

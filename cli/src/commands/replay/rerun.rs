@@ -1,4 +1,4 @@
-//! Calls a handler again for past events, if its service has allowed that.
+//! Calls a handler again for past events, if its service allows that.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ pub(super) struct Rerun {
     name: Arc<str>,
     handler: Arc<dyn Handler>,
     store: Arc<dyn EventStore>,
-    /// The position of an event whose commit is not confirmed.
+    /// The position of an event whose commit has not been confirmed.
     pub under_way: Option<i64>,
 }
 
@@ -20,7 +20,8 @@ impl Rerun {
         Ok(Self { name: name.into(), handler, store: store.port(), under_way: None })
     }
 
-    /// Commits what the handler stages, once per event. The handler's commands have the same ids as the first time.
+    /// Commits what the handler stages, one commit per event. The handler's commands have the same ids as the first
+    /// time.
     pub async fn take(&mut self, event: &Recorded) -> Result<(), Failure> {
         self.under_way = Some(event.position.0);
         let message = Message::of(event, &self.name);

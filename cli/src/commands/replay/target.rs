@@ -41,7 +41,7 @@ impl Target<'_> {
         }
     }
 
-    /// Hands over an event.
+    /// Passes an event to the target.
     pub async fn take(&mut self, event: &Arc<Recorded>) -> Result<(), Failure> {
         match self {
             Self::Nowhere => Ok(()),
@@ -69,19 +69,19 @@ impl Target<'_> {
         }
     }
 
-    /// Waits until everything handed over has arrived.
+    /// Waits until every event that was passed to the target has arrived.
     pub async fn commit(&mut self) -> Result<(), Failure> {
         match self {
             Self::Nowhere => Ok(()),
             Self::Output(output) => output.flush(),
             Self::File(_) => Ok(()),
             Self::Topic(topic) => topic.commit().await,
-            // Each event is a commit of its own.
+            // Each event is its own commit.
             Self::Handler(_) => Ok(()),
         }
     }
 
-    /// Accepts no more events. Events handed over may still arrive within a moment.
+    /// Stops accepting events. Events that were already passed to the target may still arrive within a moment.
     pub async fn give_up(&mut self) -> Result<(), Failure> {
         match self {
             Self::Topic(topic) => {
@@ -92,7 +92,8 @@ impl Target<'_> {
         }
     }
 
-    /// The events that were handed over and may not have arrived: the position before them, and their number.
+    /// The events that were passed to the target but may not have arrived, as the position before them and their
+    /// number.
     pub fn unacknowledged(&self) -> Option<(i64, i64)> {
         match self {
             Self::Topic(topic) => topic.unacknowledged(),
@@ -102,7 +103,7 @@ impl Target<'_> {
     }
 }
 
-/// A file that contains whole lines only, whatever happens to the disk.
+/// A file that contains only whole lines, even if the disk fails or is full.
 pub(super) struct OnDisk {
     path: PathBuf,
     file: File,

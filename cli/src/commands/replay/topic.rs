@@ -1,5 +1,5 @@
-//! Publishes messages to a topic as a service's relay makes them, many at a time, until the brokers have acknowledged
-//! them.
+//! Publishes messages to a topic, in the form in which a service's relay sends them. Many messages are in flight at a
+//! time. The replay ends when the brokers have acknowledged all messages.
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
@@ -14,15 +14,15 @@ use futures::FutureExt;
 use super::Arguments;
 use crate::{failure::Failure, store::Store};
 
-/// Messages that are published at once.
+/// The number of messages that are published at once.
 const PAGE: usize = 500;
-/// Pages that are published and not acknowledged yet.
+/// The maximum number of pages that are published but not yet acknowledged.
 const PAGES_IN_FLIGHT: usize = 16;
-/// The most consecutive retries while the bus fails.
+/// The maximum number of consecutive retries while the bus fails.
 const ATTEMPTS_MAX: u32 = 10;
 /// The delay grows by this much with each retry.
 const PAUSE: Duration = Duration::from_millis(200);
-/// How long messages under way may take to arrive after the replay was stopped.
+/// How long messages in flight may take to arrive after the replay was stopped.
 const LAST_RECEIPTS: Duration = Duration::from_secs(5);
 
 /// Messages of consecutive events of the log.
@@ -36,7 +36,7 @@ pub(super) struct Topic {
     bus: KafkaBus,
     routes: Routes,
     name: Arc<str>,
-    /// The relay's progress, if the topic is the service's own.
+    /// The relay's progress, if the topic is the service's own topic.
     relayed: Option<Relayed>,
     page_max: usize,
     next: Vec<Outgoing>,
@@ -75,14 +75,15 @@ impl Topic {
         }
         let told = |error: BusError| Failure::new(error.to_string());
         let bus = KafkaBus::connect(settings.clone()).await.map_err(told)?;
-        // If pauses are kept, a message must not wait until a page is full.
+        // With pauses between events, a message must not wait until its page is full.
         let page_max = if arguments.speed.is_some() { 1 } else { PAGE };
         let (next, pages) = (Vec::new(), VecDeque::new());
         Ok(Self { bus, routes: Routes::of(service), name: name.into(), relayed, page_max, next, pages, attempts: 0 })
     }
 
-    /// The position up to which the relay has sent everything, if the topic is the service's own. Messages ahead of the
-    /// relay would make consumers believe that they have seen all messages before them.
+    /// The position up to which the relay has sent everything, if the topic is the service's own topic. If the replay
+    /// sent messages that the relay has not reached yet, consumers would believe that they have seen all earlier
+    /// messages.
     pub fn sent(&self) -> Option<i64> {
         self.relayed.as_ref().map(|relayed| relayed.all_up_to().0)
     }
@@ -118,7 +119,7 @@ impl Topic {
         _ = tokio::time::timeout(LAST_RECEIPTS, arrive).await;
     }
 
-    /// The events that the brokers have not acknowledged: the position before them, and their number.
+    /// The events that the brokers have not acknowledged, as the position before them and their number.
     pub fn unacknowledged(&self) -> Option<(i64, i64)> {
         let mut messages = self.pages.iter().flat_map(|page| &page.messages).chain(&self.next);
         let first = messages.next()?;
@@ -134,7 +135,7 @@ impl Topic {
     /// Publishes all pages, and waits until at most `open_max` are unacknowledged.
     async fn publish(&mut self, open_max: usize) -> Result<(), Failure> {
         loop {
-            // Publishes in order: the page that failed, and all pages after it.
+            // Publishes in order: first the page that failed, then all pages after it.
             if let Some(page) = self.pages.iter_mut().find(|page| page.receipt.is_none()) {
                 match self.bus.publish(page.messages.clone()).await {
                     Ok(receipt) => page.receipt = Some(receipt),

@@ -1,4 +1,5 @@
-//! Acts of an operator on a stuck saga. The request goes to the saga's own stream, where its service answers.
+//! Actions of an operator on a stuck saga. The request is appended to the saga's own stream, and the saga's service
+//! answers it there.
 
 use annals::{
     Operator, StreamId, Version,
@@ -16,18 +17,18 @@ use crate::{
     store::Store,
 };
 
-/// Events that are read at once.
+/// The number of events per read.
 const PAGE: usize = 100;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
-    /// Ask again for the step at which it is stuck.
+    /// Send the commands of the step at which the saga is stuck again.
     Retry(Arguments),
-    /// Take that step as done, and continue.
+    /// Treat the step at which the saga is stuck as done, and continue.
     SkipStep(Arguments),
-    /// Compensate. Only up to the pivot: you vouch that the pivot did not happen.
+    /// Compensate the saga. Only up to the pivot: you vouch that the pivot did not happen.
     Compensate(Arguments),
-    /// Leave it as it is, for good.
+    /// Leave the saga as it is, for good.
     Abandon(Arguments),
 }
 
@@ -35,7 +36,7 @@ pub(crate) enum Verb {
 pub(crate) struct Arguments {
     #[command(flatten)]
     act: Act,
-    /// How long to wait for the service that runs the saga to answer.
+    /// How long to wait for an answer from the service that runs the saga.
     #[arg(long, value_name = "DURATION", default_value = "10s")]
     wait: Span,
 }

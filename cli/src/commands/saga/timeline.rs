@@ -1,4 +1,4 @@
-//! Tells the history of a saga in words.
+//! Describes the history of a saga in words.
 
 use std::collections::HashMap;
 
@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::{moment::span, output::short};
 
-/// The most characters of a reply that are shown.
+/// The maximum number of characters shown of a reply.
 const REPLY_CHARS_MAX: usize = 120;
 
 /// An event of a saga.
@@ -28,7 +28,7 @@ pub(crate) struct Entry {
     pub step: String,
     /// The number of attempts at the step, after the event.
     pub attempt: u32,
-    /// What happened, in words.
+    /// A description of the event, in words.
     pub lines: Vec<String>,
 }
 
@@ -118,7 +118,7 @@ fn happened(event: &SagaEvent, before: Option<&Progress>, steps: &HashMap<At, St
     lines
 }
 
-/// Returns a verb as it is typed.
+/// Returns a verb in the spelling of the command line.
 pub(crate) fn word(verb: &impl Serialize) -> String {
     serde_json::to_value(verb).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
 }
@@ -133,7 +133,7 @@ fn sent(event: &SagaEvent) -> &[annals::saga::Command] {
     }
 }
 
-/// Names a step, with `undo` for a compensation.
+/// Returns the name of a step, with `undo` for a compensation.
 pub(crate) fn named(at: At, step: &str) -> String {
     match at {
         At::Forward(_) | At::Closing(_) => step.to_owned(),
@@ -151,7 +151,7 @@ pub(crate) fn state(progress: &Progress) -> String {
     }
 }
 
-/// Describes what a saga that has not ended waits for.
+/// Describes what a running saga is waiting for.
 pub(crate) fn waits(progress: &Progress, now: DateTime<Utc>) -> Option<String> {
     if progress.ended.is_some() {
         return None;

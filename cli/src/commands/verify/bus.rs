@@ -1,8 +1,8 @@
-//! Checks that every message which the log says was sent is in the topics, unchanged, and that no other message is
-//! there under its name.
+//! Compares the topics with the log. Every message that was sent according to the log must be in the topics, unchanged.
+//! No other message may be there under the name of this log.
 //!
-//! Expected and found messages are sorted together in temporary files. Memory does not grow with their number, and
-//! resends, lanes and partitions may come in any order.
+//! Expected and found messages are sorted together in temporary files. Memory use does not grow with their number, and
+//! the messages of resends, lanes and partitions may come in any order.
 
 mod sides;
 mod topics;
@@ -33,17 +33,17 @@ use crate::{
     store::Store,
 };
 
-/// Documents that are read at once.
+/// The number of documents per read.
 const PAGE: usize = 500;
 
-/// The Kafka to check, and the messages expected there.
+/// The Kafka to check, and the messages that are expected there.
 #[derive(Clone, Debug, Args)]
 pub(super) struct OnBus {
-    /// Also hold the topics of this Kafka against the log: `kafka://host:port[,host:port][?name=value&…]`. Any value
+    /// Also compare the topics of this Kafka with the log: `kafka://host:port[,host:port][?name=value&…]`. Any value
     /// can stand in a file or in the environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
     #[arg(long, value_name = "URL")]
     pub bus: Option<Settings>,
-    /// The categories that a service publishes [default: those of the events in its topic].
+    /// The categories that a service publishes [default: the categories of the events in its topic].
     #[arg(long, value_name = "SERVICE=CATEGORY,…", requires = "bus", value_parser = published)]
     publish: Vec<Published>,
 }
@@ -61,19 +61,19 @@ fn published(text: &str) -> Result<Published, String> {
     Ok(Published { service: service.to_owned(), categories })
 }
 
-/// The result for the topics.
+/// The result of comparing the topics.
 #[derive(Debug, Default, PartialEq, Serialize)]
 pub(super) struct OfTopics {
     pub topics: usize,
-    /// Messages of this log.
+    /// The number of messages from this log.
     pub messages: u64,
-    /// The number of them that were sent again, as relays do after a crash.
+    /// The number of these messages that were sent again, as relays do after a crash.
     pub repeated: u64,
-    /// Messages that were sent, and then removed by retention.
+    /// The number of messages that were sent and later removed by retention.
     pub removed: u64,
-    /// Messages of events that the log lost when its database was restored.
+    /// The number of messages whose events the log lost when its database was restored.
     pub lost: u64,
-    /// Messages of other logs and other senders, which were not checked.
+    /// The number of messages from other logs and other senders, which were not checked.
     pub others: u64,
 }
 
@@ -96,16 +96,16 @@ impl OfTopics {
     }
 }
 
-/// What the relays of a store have sent.
+/// What the relays of a store have sent so far.
 struct Sent {
     services: BTreeMap<String, Relayed>,
-    /// The service that sends a category: events of services, commands of sagas, replies of steps.
+    /// The service that sends messages of each category: events of services, commands of sagas, and replies of steps.
     senders: HashMap<String, String>,
-    /// By service and stream: the position from which events wait because an event before them is parked.
+    /// By service and stream: the position of the first event that is parked or waits behind a parked event.
     parked: HashMap<String, HashMap<String, i64>>,
 }
 
-/// Returns `None` if it was stopped.
+/// Returns `None` if the user stopped the check.
 pub(super) async fn verify(
     on: &OnBus,
     settings: &Settings,
@@ -114,7 +114,8 @@ pub(super) async fn verify(
     faults: &mut Faults<'_>,
 ) -> Result<Option<OfTopics>, Failure> {
     let archive = store.port();
-    // The progress of the relays is read first: every message that they have sent by then is in the topics.
+    // Reads the progress of the relays first, so that every message sent up to then is in the topics when they are
+    // read.
     let mut sent = Sent::on(store).await?;
     if sent.services.is_empty() {
         return Err(Failure::new("no relay has run on this store: there is nothing in topics to hold against it"));
@@ -182,8 +183,8 @@ impl Sent {
             let page = archive.scan(CHECKPOINTS, &Scan::After(after), PAGE).await?;
             let Some(last) = page.last() else { break };
             after = last.key.id.clone();
-            // The service that starts a saga sends its commands. The name of one service may be the beginning of
-            // another's: the longer name is meant.
+            // The service that starts a saga sends its commands. If the name of one service is a prefix of another's,
+            // the longer matching name is the right one.
             for document in &page {
                 let name = document.key.id.rsplit_once('/').and_then(|(name, _)| name.strip_suffix(".start"));
                 let of_service = |service: &&String| name.is_some_and(|name| name.starts_with(&format!("{service}.")));

@@ -1,4 +1,4 @@
-//! Checks that the engine's documents can be read, and fit the log.
+//! Checks that the documents of the engine can be read and match the log.
 
 use annals::{
     Archive, Document, Scan, StreamId, Version,
@@ -11,7 +11,7 @@ use serde_json::value::RawValue;
 use super::{Faults, histories::Histories};
 use crate::{commands::import, failure::Failure};
 
-/// Documents that are read at once.
+/// The number of documents per read.
 const PAGE: usize = 500;
 /// The remedy for a checkpoint beyond the end of the log.
 const REMEDY: &str =
@@ -52,10 +52,10 @@ async fn wrong(archive: &dyn Archive, histories: &Histories, document: &Document
         return Ok(match serde_json::from_str::<Checkpoint>(&document.body) {
             Err(error) => unreadable(error),
             Ok(checkpoint) if checkpoint.next < 0 => Some(format!("it stands at {}", checkpoint.next)),
-            // Offsets of a topic are not positions of the log.
+            // Offsets in a topic are not positions in the log.
             Ok(checkpoint) if checkpoint.incarnation.is_some() => None,
             Ok(checkpoint) => {
-                // The head is read after the checkpoint, so it is not lower unless something is wrong.
+                // The head was read after the checkpoint, so in a sound store it is not lower than the checkpoint.
                 let head = archive.status().await?.head.0;
                 match checkpoint.event {
                     _ if checkpoint.next > head => {
@@ -75,7 +75,7 @@ async fn wrong(archive: &dyn Archive, histories: &Histories, document: &Document
             Ok(parked) => parked,
             Err(error) => return Ok(unreadable(error)),
         };
-        // A message that is parked for a lane of a topic has a position of another log.
+        // A message that is parked for a lane of a topic has a position from another log.
         let of_log = parked.lane.matches('/').count() == 1;
         let head = archive.status().await?.head.0;
         return Ok((of_log && parked.position > head).then(|| {
@@ -112,14 +112,15 @@ async fn wrong(archive: &dyn Archive, histories: &Histories, document: &Document
     Ok((!ended).then(|| "it says that the saga has ended, and the log does not".into()))
 }
 
-/// The part of a snapshot that names its last event.
+/// The part of a snapshot that identifies its last event.
 #[derive(serde::Deserialize)]
 struct Snapshot {
     version: Version,
     ids: Vec<uuid::Uuid>,
 }
 
-/// Checks a snapshot. A snapshot of events that its stream lacks is ignored, and the next snapshot overwrites it.
+/// Checks a snapshot. A snapshot of events that its stream lacks is not a fault: the engine ignores it and overwrites
+/// it with the next snapshot.
 async fn snapshot(archive: &dyn Archive, category: &str, document: &Document) -> Result<Option<String>, Failure> {
     let snapshot = match serde_json::from_str::<Snapshot>(&document.body) {
         Ok(snapshot) => snapshot,

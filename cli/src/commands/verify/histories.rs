@@ -1,4 +1,4 @@
-//! Checks that the history of each saga is possible, as far as that is certain without its definition.
+//! Checks that the history of each saga is possible, as far as this is certain without the saga's definition.
 
 use std::collections::HashMap;
 
@@ -10,7 +10,7 @@ use annals::{
 use super::{Faults, order::stream_key, place};
 use crate::failure::Failure;
 
-/// The sagas seen so far, with the progress of each saga that has not ended.
+/// The sagas seen so far. For each saga that has not ended, also its progress.
 #[derive(Default)]
 pub(super) struct Histories {
     sagas: HashMap<u128, Option<Box<Progress>>>,
@@ -42,13 +42,13 @@ impl Histories {
         self.sagas.len()
     }
 
-    /// Returns whether the saga of this stream has ended; `None` if there is no such saga.
+    /// Returns whether the saga with this stream has ended; `None` if there is no such saga.
     pub fn has_ended(&self, stream: &str) -> Option<bool> {
         self.sagas.get(&stream_key(stream)).map(Option::is_none)
     }
 }
 
-/// Returns what is wrong with the first event of a saga.
+/// Returns what is wrong with the first event of a saga, if anything.
 fn begins(event: &SagaEvent) -> Option<String> {
     match event {
         SagaEvent::Started { .. } => commands(event),
@@ -56,7 +56,7 @@ fn begins(event: &SagaEvent) -> Option<String> {
     }
 }
 
-/// Returns what is wrong with an event that follows this progress.
+/// Returns what is wrong with an event that follows this progress, if anything.
 fn follows(before: &Progress, event: &SagaEvent) -> Option<String> {
     let after = event.progress();
     let changed = |what: &str| Some(format!("{what} changed"));
@@ -111,7 +111,7 @@ fn follows(before: &Progress, event: &SagaEvent) -> Option<String> {
     commands(event)
 }
 
-/// Checks that the commands are those of the saga's current step.
+/// Checks that the event sends only commands of the saga's current step.
 fn commands(event: &SagaEvent) -> Option<String> {
     let (SagaEvent::Started { progress, send, .. }
     | SagaEvent::Replied { progress, send, .. }
@@ -124,7 +124,8 @@ fn commands(event: &SagaEvent) -> Option<String> {
     Some(format!("it stands at {} and sends a command of {}", progress.known_as(), wrong.at))
 }
 
-/// Ranks the places of a saga, which never fall: forward, then back through the same steps, then to its end.
+/// Ranks the stages of a saga. The rank never decreases: first forward through the steps, then back through the same
+/// steps, then to the end.
 fn rank(at: At) -> (u8, usize) {
     match at {
         At::Forward(step) => (0, step),

@@ -1,5 +1,5 @@
-//! Checks that versions are dense and rise with positions and that ids are unique, and computes the hash chain of each
-//! stream. All events are sorted for that.
+//! Checks that versions have no gaps and rise with positions, and that ids are unique. Computes the hash chain of each
+//! stream. All of this needs the events in sorted order.
 
 use annals::{Archive, LogQuery, Position};
 use serde::{Deserialize, Serialize};
@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use super::{Event, Faults, place, seal::Digest, sorter::Sorter};
 use crate::failure::Failure;
 
-/// The chains of all streams, in one hash: the key of each stream, its number of events, and the state of its chain.
-/// The state of a chain is the hash of its previous state and of the event.
+/// One hash over the chains of all streams: the key of each stream, its number of events, and the state of its chain.
+/// The state of a chain is the hash of its previous state and of the next event.
 struct Chains {
     until: i64,
     all: blake3::Hasher,
@@ -60,7 +60,7 @@ impl Order {
         self.ids.push((event.id.as_u128(), [event.position]))
     }
 
-    /// Returns the state of the chains of all streams after the events up to each of these positions.
+    /// Returns the state of all chains at each of these positions.
     pub async fn end(
         self,
         archive: &dyn Archive,
@@ -127,12 +127,12 @@ fn bytes(words: [i64; 4]) -> Digest {
     digest
 }
 
-/// Returns the key of a stream: as unique as its name, and of fixed length.
+/// Returns the key of a stream, which is as unique as the stream's name but has a fixed length.
 pub(crate) fn stream_key(stream: &str) -> u128 {
     blake3::hash(stream.as_bytes()).as_bytes()[..16].iter().fold(0, |key, byte| key << 8 | u128::from(*byte))
 }
 
-/// Returns the place of the event at a position.
+/// Describes the event at a position.
 pub(super) async fn at(archive: &dyn Archive, position: i64) -> Result<String, Failure> {
     let page = archive.read_log(&LogQuery::all(), Position(position - 1), 1).await?;
     let found = page.events.first().filter(|event| event.position.0 == position);

@@ -1,9 +1,9 @@
-//! Seals: documents that record the log at the time of sealing, event by event, each seal bound to the one before; and
-//! one document that records the state of each stream's chain.
+//! Seals are documents that record the log, event by event, at the time of sealing. Each seal contains the hash of the
+//! previous seal. One more document records the state of each stream's hash chain.
 //!
-//! A seal detects changes of the log by anyone who does not know about seals, or cannot write documents. Anyone who can
-//! write both can make new seals. Against that, the operator notes the hash of a seal elsewhere, and a later run
-//! expects it.
+//! Seals expose changes to the log by anyone who does not know about seals or cannot write documents. Anyone who can
+//! write both log and documents can create new seals. To detect that too, the operator keeps the hash of a seal
+//! elsewhere, and a later run checks that this hash is still there.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -18,19 +18,22 @@ use crate::failure::Failure;
 
 /// The collection of all seals. The id of a seal is its last position, with leading zeros.
 const SEALS: &str = "seal";
-/// Events per seal: a document of about 60 KB.
+/// The maximum number of events per seal, which makes a document of about 60 KB.
 const EVENTS_MAX: usize = 1_000;
-/// Events held until their seal ends: a seal that claims to go on for ever must not fill the memory.
+/// The maximum number of events held in memory until their seal ends. Without this limit, a forged seal with a huge
+/// range could fill the memory.
 const HELD_MAX: usize = 10 * EVENTS_MAX;
-/// Seals that are read or written at once.
+/// The number of seals per read or write.
 const PAGE: usize = 16;
-/// The most consecutive missing events that are reported one by one. A longer run is reported as a whole.
+/// The maximum number of consecutive missing events that are reported one by one. A longer run is reported as one
+/// fault.
 const GONE_TOLD_MAX: usize = 10;
 
-/// The hash of everything that a store keeps of an event.
+/// The hash of everything that a store keeps about an event.
 pub(super) type Digest = [u8; 32];
 
-/// Hashes an event. The length of each text precedes it, so that no text can lend bytes to the next.
+/// Hashes an event. The length of each text is hashed before the text, so that two different events never hash the same
+/// bytes.
 pub(super) fn digest(event: &Stored<'_>) -> Digest {
     let mut bytes = Vec::with_capacity(256 + event.data.len());
     for number in
@@ -48,7 +51,7 @@ pub(super) fn digest(event: &Stored<'_>) -> Digest {
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Seal {
-    /// The hash of the seal before; empty for the first.
+    /// The hash of the previous seal; empty for the first seal.
     previous: String,
     /// The hash of `previous` and of the hashes of all events.
     hash: String,
@@ -57,7 +60,7 @@ struct Seal {
     events: Vec<Sealed>,
 }
 
-/// A sealed event: its position, the index of its stream, its version, and the start of its hash.
+/// A sealed event: its position, the index of its stream in `streams`, its version, and the start of its hash.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Sealed(i64, usize, i64, u64);
 
@@ -89,12 +92,12 @@ impl Seal {
 
 pub(super) struct Seals {
     archive: Arc<dyn Archive>,
-    /// Whether to seal the events that are not sealed.
+    /// Whether to seal the events that are not sealed yet.
     adds: bool,
     expected: Vec<String>,
     /// The state of the streams' chains, and the version of its document.
     chained: (Option<Chained>, i64),
-    /// The next seals, and the id of the document that was read last.
+    /// The seals that come next, each with the id of its document.
     ahead: VecDeque<(Arc<str>, Seal)>,
     read: Arc<str>,
     all_read: bool,
@@ -138,12 +141,12 @@ impl Seals {
         Ok(seals)
     }
 
-    /// Returns whether there is anything to check or to seal.
+    /// Returns whether there are seals to check, or events to seal.
     pub fn are_there(&self) -> bool {
         self.adds || !self.ahead.is_empty() || self.chained.0.is_some()
     }
 
-    /// The position up to which events are under seals.
+    /// The position up to which events are sealed.
     pub fn until(&self) -> i64 {
         self.last.as_ref().map_or(0, |(until, _)| *until)
     }
@@ -153,7 +156,7 @@ impl Seals {
         self.last.as_ref().map(|(_, hash)| hash.clone())
     }
 
-    /// The position up to which the chains of streams are known.
+    /// The position up to which the chains of the streams are stored.
     pub fn chained_until(&self) -> i64 {
         self.chained.0.as_ref().map_or(0, |chained| chained.until)
     }
@@ -165,7 +168,7 @@ impl Seals {
         if !self.ahead.is_empty() && self.events.len() >= HELD_MAX {
             self.check(faults)?;
         }
-        // Events are kept only for a seal to check or to make.
+        // Keeps events only if there is a seal to check them with, or if they are to be sealed.
         if self.adds || !self.ahead.is_empty() {
             self.events.push(event);
         }
@@ -189,11 +192,12 @@ impl Seals {
         Ok(())
     }
 
-    /// Compares the chains of streams up to the position that was sealed, and stores those up to the last seal.
+    /// Compares the chains of all streams, up to the position to which they are stored. Then stores the chains up to
+    /// the last seal.
     pub async fn chains(&mut self, [before, now]: [Chained; 2], faults: &mut Faults<'_>) -> Result<(), Failure> {
         let (chained, version) = &self.chained;
         match chained {
-            // If an event was changed, that has been reported by now.
+            // A changed event has been reported by now.
             Some(chained) if *chained != before => {
                 self.broken = true;
                 faults.add(
@@ -267,7 +271,7 @@ impl Seals {
         self.last = Some((seal.last(), seal.hash.clone()));
     }
 
-    /// Seals the pending events, unless a seal is broken.
+    /// Seals the events that are not sealed yet, unless a seal is broken.
     async fn add(&mut self) -> Result<(), Failure> {
         let events = std::mem::take(&mut self.events);
         if !self.adds || self.broken {
@@ -295,7 +299,7 @@ fn chains_key() -> DocumentKey {
     DocumentKey::new("seal.streams", "chains")
 }
 
-/// Reports what happened to the events under a seal.
+/// Reports how the events under a seal have changed.
 fn compare(seal: &Seal, found: &[Event], faults: &mut Faults<'_>) -> Result<(), Failure> {
     let mut found = found.iter().peekable();
     let mut gone: Vec<&Sealed> = Vec::new();
@@ -322,7 +326,7 @@ fn compare(seal: &Seal, found: &[Event], faults: &mut Faults<'_>) -> Result<(), 
     told(seal, &gone, faults)
 }
 
-/// Reports missing events: a tail that was cut off is a long run.
+/// Reports missing events. If the end of the log was cut off, a long run of events is missing.
 fn told(seal: &Seal, gone: &[&Sealed], faults: &mut Faults<'_>) -> Result<(), Failure> {
     let (Some(first), Some(last)) = (gone.first(), gone.last()) else { return Ok(()) };
     if gone.len() <= GONE_TOLD_MAX {
@@ -334,8 +338,8 @@ fn told(seal: &Seal, gone: &[&Sealed], faults: &mut Faults<'_>) -> Result<(), Fa
     )
 }
 
-/// The part of an event's hash that a seal keeps, to show which event was changed. The seal's hash covers the whole of
-/// it.
+/// Returns the part of an event's hash that a seal keeps to show which event was changed. The seal's own hash covers
+/// the whole hash of the event.
 fn kept(digest: &Digest) -> u64 {
     digest[..8].iter().fold(0, |kept, byte| kept << 8 | u64::from(*byte))
 }

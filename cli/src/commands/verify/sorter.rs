@@ -1,4 +1,5 @@
-//! Sorts more records than memory holds: records are spread over files by their keys, so that each file alone fits.
+//! Sorts more records than fit into memory. The records are distributed over files by their keys, so that each single
+//! file fits.
 
 use std::{
     fs::File,
@@ -7,15 +8,15 @@ use std::{
 
 use crate::failure::Failure;
 
-/// With this many files, a hundred million records of two numbers take 50 MB at a time.
+/// The number of files. With 64 files, a hundred million records with two numbers each need 50 MB of memory at a time.
 const FILES: usize = 64;
 const KEY_BYTES: usize = 16;
 const NUMBER_BYTES: usize = 8;
 
-/// A key, whose last bits are evenly distributed, and numbers.
+/// A key whose last bits are evenly distributed, and numbers.
 pub(super) type Record<const NUMBERS: usize> = (u128, [i64; NUMBERS]);
 
-/// Records that are sorted file by file.
+/// Collects records, and sorts them file by file.
 pub(super) struct Sorter<const NUMBERS: usize> {
     files: Vec<BufWriter<File>>,
     bytes: Vec<u8>,

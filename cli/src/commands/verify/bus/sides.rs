@@ -1,4 +1,4 @@
-//! Compares the messages expected in topics with the messages found there.
+//! Compares the messages that are expected in topics with the messages found there.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -17,33 +17,33 @@ use crate::{
 
 const EXPECTED: i64 = 0;
 const FOUND: i64 = 1;
-/// The numbers of a record; see [`Line`].
+/// The number of numbers in a record; see [`Line`].
 const NUMBERS: usize = 11;
 
-/// The place where a message should be.
+/// Where a message is expected, and whether it must be there.
 pub(super) struct Expected {
     pub topic: usize,
     pub partition: u32,
-    /// The index among the messages of its event.
+    /// The index of the message among the messages of its event.
     pub index: i64,
     /// Whether the message must have arrived by now.
     pub required: bool,
 }
 
-/// A message on either side.
+/// A message on either side: expected or found.
 #[derive(Clone, Copy)]
 struct Line {
     side: i64,
     topic: usize,
     partition: i64,
-    /// For a found message: its offset.
+    /// The offset of a found message.
     offset: i64,
     position: i64,
-    /// For an expected message: its index among the messages of its event.
+    /// The index of an expected message among the messages of its event.
     index: i64,
-    /// The hashes of the payload and of the rest.
+    /// The hash of the payload, and the hash of everything else.
     hashes: [i64; 2],
-    /// The hash of topic, stream and key. Messages of one group are in order.
+    /// The hash of topic, stream and key. Messages with the same hash must be in order.
     group: i64,
     required: bool,
     /// The index of the service and lane.
@@ -86,7 +86,7 @@ impl Sides {
         faults: &mut Faults<'_>,
     ) -> Result<OfTopics, Failure> {
         let mut told = OfTopics { topics: topics.count(), others: topics.others, ..OfTopics::default() };
-        // By group: position and index, then the place where the message was found first.
+        // For each group: position and index, then partition, offset and topic of the first copy that was found.
         let mut order: Sorter<5> = Sorter::new()?;
         let (mut without_topic, mut compacted): (HashMap<usize, i64>, HashMap<usize, i64>) = Default::default();
         for records in self.lines.sorted() {
@@ -132,8 +132,8 @@ impl Sides {
                     let event = at(archive, expected.position).await?;
                     faults.add(line.place(topics), format!("{what} is not what the log says at {event}"))?;
                 }
-                // If retention may have removed the first copy of a message, the copy found may be a late resend, out
-                // of order.
+                // If retention may have removed the first copy of a message, the found copy may be a late resend that
+                // is out of order, so its order is not checked.
                 let (service, lane) = &self.senders[expected.sender as usize];
                 if !topics.removed(expected.topic, first.partition as u32, service, lane, expected.position) {
                     let group = u128::from(expected.group.cast_unsigned());
@@ -160,7 +160,7 @@ impl Sides {
     }
 }
 
-/// Checks that within a group, messages later in the log are later in the topic.
+/// Checks that within a group, a message that is later in the log is also later in the topic.
 async fn in_order(
     order: Sorter<5>,
     topics: &Topics,
@@ -212,7 +212,8 @@ impl Line {
         })
     }
 
-    /// Builds a record. Sorting puts the records of one message together: expected ones, then found ones by offset.
+    /// Builds a record. Sorting places all records of one message next to each other: first the expected ones, then the
+    /// found ones by offset.
     fn record(self, message: &Message) -> Record<NUMBERS> {
         let Self { side, topic, partition, offset, position, index, hashes: [payload, rest], group, required, sender } =
             self;

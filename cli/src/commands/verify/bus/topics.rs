@@ -1,4 +1,4 @@
-//! The topics that are compared with the log, each as of its first mention.
+//! The topics that are compared with the log. Each topic is read up to its end at its first mention.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -16,15 +16,15 @@ pub(super) struct Topics {
     stop: Stop,
     known: HashMap<Arc<str>, usize>,
     topics: Vec<Topic>,
-    /// By topic, partition, service and lane: the position of the first message still there.
+    /// By topic, partition, service and lane: the position of the first message that is still there.
     firsts: HashMap<(usize, u32, Arc<str>, Arc<str>), i64>,
-    /// Messages of other logs and senders.
+    /// The number of messages from other logs and senders.
     pub others: u64,
 }
 
 struct Topic {
     name: Arc<str>,
-    /// The first offset still there, of each partition; `None` if the topic does not exist.
+    /// The first offset that is still in each partition; `None` if the topic does not exist.
     begins: Option<Vec<i64>>,
     is_compacted: bool,
     contents: Option<Contents>,
@@ -35,7 +35,7 @@ impl Topics {
         Self { bus, stop, known: HashMap::new(), topics: Vec::new(), firsts: HashMap::new(), others: 0 }
     }
 
-    /// Returns the number of a topic. The topic is read as of its first mention.
+    /// Returns the index of a topic. At the first call for a topic, notes where the topic ends.
     pub async fn open(&mut self, name: &str) -> Result<usize, Failure> {
         if let Some(known) = self.known.get(name) {
             return Ok(*known);
@@ -67,7 +67,7 @@ impl Topics {
         self.topics.iter().filter(|topic| topic.begins.is_some()).count()
     }
 
-    /// The topics that were not read yet.
+    /// The topics that have not been read yet.
     pub fn unread(&self) -> Vec<usize> {
         (0..self.topics.len()).filter(|topic| self.topics[*topic].contents.is_some()).collect()
     }
@@ -77,16 +77,16 @@ impl Topics {
         self.topics[topic].begins.as_ref().map_or(0, |begins| partition_of(key, begins.len() as u32))
     }
 
-    /// Returns whether retention may have removed a message of this position from a partition: the messages still there
-    /// of its lane begin later.
+    /// Returns whether retention may have removed the message with this position from a partition. That is the case if
+    /// the remaining messages of its lane begin at a later position.
     pub fn removed(&self, topic: usize, partition: u32, service: &Arc<str>, lane: &Arc<str>, position: i64) -> bool {
         let begins = self.topics[topic].begins.as_ref().and_then(|begins| begins.get(partition as usize));
         let first = self.firsts.get(&(topic, partition, service.clone(), lane.clone()));
         begins.is_some_and(|begins| *begins > 0) && first.is_none_or(|first| position < *first)
     }
 
-    /// Records all messages of a topic that came from this log, up to a position of it; returns `false` if it was
-    /// stopped.
+    /// Records all messages in a topic that came from this log, up to the position `head`. Returns `false` if the user
+    /// stopped the check.
     pub async fn read(
         &mut self,
         topic: usize,
@@ -123,7 +123,7 @@ impl Topics {
                 let place = (topic, partition, message.source.clone(), lane.clone());
                 self.firsts.entry(place).or_insert(position);
             }
-            // The next run checks messages of events after `head`.
+            // Messages of events after `head` are left to the next run.
             if position <= head {
                 each(&message);
                 sides.found(&message, topic, partition, delivery.offset)?;
