@@ -12,8 +12,8 @@
 //! An archive has the same format, but holds only some of the streams and no documents. The first line of the file says
 //! that it is an archive.
 //!
-//! Documents come first, so that a checkpoint is never newer than the events in the file. With an older checkpoint, the
-//! service catches up; with a newer one, the service would skip events.
+//! Documents come first, so that a checkpoint is never newer than the events in the file. With a checkpoint
+//! older than the events, the service catches up. With a newer checkpoint, the service would skip events.
 
 mod reader;
 mod writer;

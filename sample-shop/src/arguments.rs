@@ -65,12 +65,12 @@ impl Arguments {
 /// The commands of the shop.
 #[derive(Clone, Debug, Subcommand)]
 pub enum Command {
-    /// Run orders through the whole shop in this process, and say how they ended.
+    /// Run orders through the whole shop in this process, and report how they ended.
     #[command(after_help = EXAMPLES)]
     Run(Run),
-    /// Run one service, or all, until it is stopped.
+    /// Run one service, or all of them, until the process is asked to stop.
     ///
-    /// Reports errors and messages that are set aside on standard error; with RUST_LOG=info, more than that.
+    /// Reports errors and parked messages on standard error. With RUST_LOG=info, reports more.
     #[command(after_help = SERVE_EXAMPLES)]
     Serve(Serve),
     /// Wait until every saga has ended, then print the summary.
@@ -95,8 +95,8 @@ pub struct Connection {
     /// value can stand in a file or in the environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
     #[arg(long, value_name = "URL", default_value = "local:")]
     pub bus: BusUrl,
-    /// The name of this process among several on one PostgreSQL. A process that is restarted under its name
-    /// takes its share of the work back at once [default: a new name each time].
+    /// The name of this process, if several processes share one PostgreSQL. A process that is restarted with the same
+    /// name gets its share of the work back at once [default: a new name each time].
     #[arg(long, value_name = "NAME", value_parser = instance)]
     pub instance: Option<String>,
 }
@@ -128,28 +128,28 @@ pub struct Output {
 /// Arguments of `run`.
 #[derive(Clone, Debug, Args)]
 pub struct Run {
-    /// Be a customer of the shop that answers HTTP here, instead of running one.
+    /// Be a customer of the shop that answers HTTP at this URL, instead of running a shop.
     #[arg(long, value_name = "URL", conflicts_with_all = ["store", "bus", "instance"])]
     pub http: Option<HttpUrl>,
-    /// Take the invoices of this CSV file.
+    /// Read the invoices from this CSV file.
     #[arg(long, value_name = "FILE.csv", conflicts_with = "generate")]
     pub orders: Option<PathBuf>,
-    /// Make this many orders [default: 2000].
+    /// Generate this many orders [default: 2000].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub generate: Option<u64>,
     /// The store and the bus.
     #[command(flatten)]
     pub connection: Connection,
-    /// At most this many orders and returns under way at once.
+    /// The maximum number of orders and returns in progress.
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub concurrency: u32,
-    /// Start each SKU with this many times what the input will take of it, rounded up.
+    /// Start each SKU with this many times the units that the input will take, rounded up.
     #[arg(long, value_name = "F", default_value = "1", allow_negative_numbers = true)]
     pub stock_factor: StockFactor,
-    /// Share of cards declined, 0 to 1 [default: 0 for a file, 0.1 for generated orders].
+    /// The share of declined cards, 0 to 1 [default: 0 for a file, 0.1 for generated orders].
     #[arg(long, value_name = "P", value_parser = rate, allow_negative_numbers = true)]
     pub decline_rate: Option<f64>,
-    /// Share of customers who cancel while their checkout runs, 0 to 1 [default: 0 for a file, 0.02 for generated
+    /// The share of customers who cancel while their checkout runs, 0 to 1 [default: 0 for a file, 0.02 for generated
     /// orders].
     #[arg(long, value_name = "P", value_parser = rate, allow_negative_numbers = true)]
     pub cancel_rate: Option<f64>,
@@ -195,16 +195,16 @@ pub struct Serve {
     /// value can stand in a file or in the environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
     #[arg(long, value_name = "URL")]
     pub bus: BusUrl,
-    /// Answer HTTP here, such as 127.0.0.1:8080; with port 0, at a free port. Any client that reaches the address may
-    /// do everything.
+    /// Answer HTTP at this address, such as 127.0.0.1:8080; port 0 means any free port. Any client that reaches the
+    /// address may do everything.
     #[arg(long, value_name = "ADDR")]
     pub http: Option<SocketAddr>,
-    /// The time for which requests are still taken after a request to stop, so that load balancers and clients
-    /// go elsewhere before the address is closed: 0s to 300s.
+    /// How long to keep accepting requests after a request to stop, so that load balancers and clients can switch to
+    /// another process before the address is closed: 0s to 300s.
     #[arg(long, value_name = "TIME", value_parser = grace, default_value = GRACE_DEFAULT)]
     pub grace: Duration,
-    /// The name of this process among several of its service on one PostgreSQL. A process that is restarted
-    /// under its name takes its share of the work back at once [default: a new name each time].
+    /// The name of this process, if several processes of its service share one PostgreSQL. A process that is restarted
+    /// with the same name gets its share of the work back at once [default: a new name each time].
     #[arg(long, value_name = "NAME", value_parser = instance)]
     pub instance: Option<String>,
 }

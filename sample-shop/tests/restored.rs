@@ -255,8 +255,8 @@ async fn new_databases_under_used_topics_are_found_by_name_and_begin_anew() {
     schemas.drop().await;
 }
 
-/// Hands in the orders until the totals are correct. The shop recognises orders that were taken back at once, but their
-/// sagas may need more time.
+/// Hands in the orders repeatedly until the totals are correct. The shop recognises the restored orders immediately,
+/// but their sagas may need more time.
 fn bought(shop: &Serving, load: &[String]) -> Output {
     let until = Instant::now() + SAGAS_END;
     loop {

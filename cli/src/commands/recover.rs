@@ -370,8 +370,8 @@ impl Plan {
         put(archive, Contents { events: Vec::new(), documents: vec![begun] }).await
     }
 
-    /// Moves the relays to the first position whose message the brokers may lack, so that the relays do not send all
-    /// earlier messages again.
+    /// Moves each relay to the first position whose message the brokers may lack, so that the relay does not send
+    /// all earlier messages again.
     async fn relays(&self, archive: &Arc<dyn Archive>, found: &Found) -> Result<Vec<Document>, Failure> {
         let mut documents = Vec::new();
         for service in &self.services {

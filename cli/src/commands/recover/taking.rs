@@ -163,7 +163,7 @@ impl<'a> Taking<'a> {
         Ok(())
     }
 
-    /// Notes the work of an answer to do again, if events that were committed together with the answer may be lost.
+    /// If events of the same commit as an answer may be lost, notes that the work of that answer must be done again.
     fn owe(&mut self, event: &Stored<'_>, found: &Found) {
         if event.stream.starts_with("step.") && !found.is_whole(event, self.restored_to) {
             self.counts.done_again += u64::from(self.owing.note(event));

@@ -17,7 +17,7 @@ use crate::{
 
 const EXPECTED: i64 = 0;
 const FOUND: i64 = 1;
-/// The number of numbers in a record; see [`Line`].
+/// How many numbers a record holds; see [`Line`].
 const NUMBERS: usize = 11;
 
 /// Where a message is expected, and whether it must be there.
