@@ -118,8 +118,8 @@ impl SqlStore {
         &self.store
     }
 
-    /// Creates a handler for a subscription or a group that runs on this store. On another store, every message fails as
-    /// unavailable.
+    /// Creates a handler for a subscription or a group that runs on this store. On another store, every message fails
+    /// as unavailable.
     pub fn handler<H: SqlHandler>(&self, handler: H) -> impl Handler + use<H> {
         let database = self.store.shared.database.clone();
         let transactions = Arc::new(Transactions { database, open: Mutex::default(), idle: Mutex::default() });

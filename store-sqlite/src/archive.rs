@@ -1,4 +1,4 @@
-//! The store as a whole: lists its contents, and restores the contents of another store.
+//! Operations on the whole store: lists its contents, and restores the contents of another store.
 
 use std::sync::Arc;
 
@@ -43,15 +43,15 @@ impl Archive for SqliteStore {
         let documents = contents.documents.into_iter().map(document_row).collect();
         rows::put_documents(&mut transaction, documents).await.map_err(failed)?;
         transaction.commit().await.map_err(|error| commit_error(&error))?;
-        // Its writes are committed; SQLite recovers the file even if it was not closed.
+        // An error does not matter: the writes are committed, and SQLite recovers a file that was not closed.
         connection.close().await.ok();
         Ok(())
     }
 }
 
 impl SqliteStore {
-    /// Reads like [`read_log`](annals::EventStore::read_log), with each event byte for byte as in the file. Returns
-    /// where the next page begins.
+    /// Reads the log like [`read_log`](annals::EventStore::read_log), but returns each event byte for byte as in the
+    /// file. Returns the position after which the next page begins.
     pub async fn read_stored(
         &self,
         query: &LogQuery,

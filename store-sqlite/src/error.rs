@@ -1,4 +1,4 @@
-//! The one place that classifies SQLite's result codes. Message text is for people and is never parsed.
+//! The only module that classifies SQLite's result codes. The texts of messages are for people and are never parsed.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +10,8 @@ pub enum OpenError {
     /// The text is not `sqlite:PATH`.
     #[error("{url:?} is not a store URL of SQLite; write `sqlite:PATH`, such as `sqlite:shop.db`")]
     Url {
-        /// The text that was given; only its scheme if it is a URL of another kind, which may hold a password.
+        /// The text that was given. If the text is a URL of another kind, which may contain a password, only its
+        /// scheme.
         url: String,
     },
     /// The path is a directory.
@@ -43,8 +44,8 @@ pub enum OpenError {
         /// The missing folder.
         folder: PathBuf,
     },
-    /// The file has other names (hard links), and SQLite keeps its log by name: writes under one name are lost, or
-    /// worse, under another.
+    /// The file has other names (hard links). SQLite keeps a separate write-ahead log for each name, so opening the
+    /// file under another name would lose writes or damage the file.
     #[error(
         "{} has {names} names (hard links), and SQLite would keep a log for each; make a copy, or remove the other names",
         path.display()
@@ -99,7 +100,7 @@ pub enum OpenError {
         /// SQLite's message.
         reason: String,
     },
-    /// Another process holds the file locked, or the system is short of a resource; try again.
+    /// Another process has locked the file, or the system is short of a resource. Try again.
     #[error("{} cannot be opened now: {reason}; try again", path.display())]
     Unavailable {
         /// The path that was given.
@@ -122,9 +123,9 @@ impl OpenError {
 /// What a failed statement means for the callers that wait for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// Another connection holds the lock for longer than the busy timeout.
+    /// Another connection has held the lock for longer than the busy timeout.
     Busy,
-    /// No space is left.
+    /// No disk space is left.
     Full,
     /// The file cannot be opened or written: permissions, a missing folder, a read-only file system.
     Unwritable,
@@ -178,7 +179,7 @@ pub(crate) fn read_error(error: sqlx::Error) -> StoreError {
     }
 }
 
-/// Classifies the failure of a statement before COMMIT: the transaction is rolled back, so nothing was stored.
+/// Classifies the failure of a statement before COMMIT. The transaction is rolled back, so nothing was stored.
 pub(crate) fn write_error(error: &sqlx::Error) -> CommitError {
     match fault(error) {
         Fault::Refused => CommitError::Invalid(error.to_string()),
@@ -188,9 +189,9 @@ pub(crate) fn write_error(error: &sqlx::Error) -> CommitError {
     }
 }
 
-/// Classifies the failure of COMMIT itself. Without space, or without the lock, the last frame of the commit cannot
-/// have been written. After any other failure, such as that of the following sync, the next process to open the file
-/// may find the commit there.
+/// Classifies the failure of COMMIT itself. If there was no space, or if the lock was not free, the last frame of the
+/// commit cannot have been written. After any other failure, for example of the sync that follows, the next process
+/// that opens the file may find the commit there.
 pub(crate) fn commit_error(error: &sqlx::Error) -> CommitError {
     match fault(error) {
         Fault::Busy | Fault::Full => write_error(error),

@@ -9,8 +9,8 @@ use std::{
 use annals::{Append, Commit, CommitError, Committed, DocumentKey, Expected, Position, Put, StreamId, Version};
 use uuid::Uuid;
 
-/// A commit in the form that the writer takes. The caller prepares as much as possible, because callers run in
-/// parallel and the writer does not.
+/// A commit in the form in which the writer receives it. The caller prepares as much of the commit as possible, because
+/// callers run in parallel, and the writer does not.
 pub(crate) struct Prepared {
     appends: Vec<PreparedAppend>,
     puts: Vec<Put>,
@@ -66,7 +66,7 @@ pub(crate) struct EventRow {
     pub(crate) text: EventText,
 }
 
-/// A document in its state after the group; without a body, the document is removed.
+/// The state of a document after the group. Without a body, the document is removed.
 pub(crate) struct DocumentRow {
     pub(crate) version: i64,
     pub(crate) body: Option<Arc<str>>,
@@ -82,16 +82,16 @@ pub(crate) struct Ledger {
     pub(crate) documents: HashMap<DocumentKey, i64>,
     /// The events to write, in log order.
     pub(crate) events: Vec<EventRow>,
-    /// The documents to write, in the order of the table: only the last state of each counts.
+    /// The documents to write, in the order of the table. Only the last state of each document is written.
     pub(crate) rows: BTreeMap<DocumentKey, DocumentRow>,
 }
 
-/// Returns the streams that a group touches, each once.
+/// Returns each stream that a group touches, once.
 pub(crate) fn streams_of(group: &[Prepared]) -> Vec<StreamId> {
     unique(group.iter().flat_map(|commit| &commit.appends).map(|append| &append.stream))
 }
 
-/// Returns the documents that a group touches, each once.
+/// Returns each document that a group touches, once.
 pub(crate) fn documents_of(group: &[Prepared]) -> Vec<DocumentKey> {
     unique(group.iter().flat_map(|commit| &commit.puts).map(|put| &put.key))
 }
@@ -130,7 +130,7 @@ impl Ledger {
     }
 
     fn check(&self, commit: &Prepared) -> Result<(), CommitError> {
-        // Only a row that was written by hand can have such a high number.
+        // Only a row that was written by hand can have the highest possible number.
         let full = |what: String| CommitError::Unavailable(format!("{what} stands at the last number there is"));
         let appended = commit.appends.iter().map(|append| append.events.len()).sum::<usize>() as i64;
         if self.head.checked_add(appended).is_none() {

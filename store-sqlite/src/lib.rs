@@ -1,4 +1,4 @@
-//! The embedded store of [annals]: one SQLite file, nothing to install, nothing to run.
+//! The embedded store of [annals]. It consists of one SQLite file, and there is no server to install or run.
 //!
 //! ```
 //! # tokio::runtime::Runtime::new()?.block_on(async {
@@ -15,27 +15,27 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! # What it keeps
+//! # Guarantees
 //!
-//! An acknowledged commit is in the file and synced (write-ahead log, `synchronous = FULL`): the commit survives a
-//! kill at any moment and a loss of power. Several processes may use one file; each has a writer of its own, and the
-//! writers take turns. Positions are dense, start at 1, and rise in the order of the commits. The file refuses
-//! `UPDATE` and `DELETE` on events.
+//! An acknowledged commit is in the file and synced (write-ahead log, `synchronous = FULL`). The commit survives even
+//! if the process is killed at any moment or the machine loses power. Several processes may use one file: each process
+//! has a writer of its own, and one writer at a time holds SQLite's write lock. Positions are dense, start at 1, and
+//! rise in the order of the commits. The file refuses `UPDATE` and `DELETE` on events.
 //!
-//! # What a commit costs
+//! # Cost of a commit
 //!
-//! One task writes. The task takes all waiting commits as one group, and writes the group in one transaction with one
-//! sync; a single commit is written at once. A conflict fails its own commit only. A group takes this many statements,
-//! regardless of the number of its commits:
+//! In each process, one task writes. The task takes all waiting commits as one group, and writes the group in one
+//! transaction with one sync; a single commit is written at once. A commit that meets a conflict fails alone. The
+//! number of statements for a group does not depend on the number of commits:
 //!
-//! | statements | for |
+//! | statements | purpose |
 //! |---|---|
 //! | 2 | `BEGIN IMMEDIATE`, `COMMIT` |
-//! | 1 | the versions of all its streams, if it has any |
-//! | 1 | the versions of all its documents, if it has any |
-//! | 1 per 256 events | the events |
-//! | 1 per 256 documents | the documents put |
-//! | 1 | the documents removed, if there are any |
+//! | 1 | read the versions of the streams in the group, if there are any |
+//! | 1 | read the versions of the documents in the group, if there are any |
+//! | 1 per 256 events | write the events |
+//! | 1 per 256 documents | write the documents |
+//! | 1 | remove the documents to remove, if there are any |
 
 mod archive;
 mod error;
@@ -84,7 +84,7 @@ struct Shared {
     database: Database,
     /// `None` once closed.
     queue: RwLock<Option<mpsc::Sender<Submission>>>,
-    /// The last position that this process wrote. The writer holds the sender.
+    /// The last position that this process has written. The writer updates this value.
     head: watch::Receiver<Position>,
     /// How the writer ended.
     ended: watch::Receiver<Option<Result<(), String>>>,
@@ -92,12 +92,12 @@ struct Shared {
 }
 
 impl SqliteStore {
-    /// Opens a file, or creates it.
+    /// Opens a file, or creates the file if it is missing.
     pub async fn open(path: impl AsRef<Path>) -> Result<Self, OpenError> {
         Self::open_with(path, Settings::default()).await
     }
 
-    /// Opens the file of a store URL, `sqlite:PATH`, or creates it.
+    /// Opens the file that a store URL, `sqlite:PATH`, names, or creates the file if it is missing.
     pub async fn open_url(url: &str) -> Result<Self, OpenError> {
         let path = url.strip_prefix("sqlite:").map(|path| path.strip_prefix("//").unwrap_or(path));
         match path {
@@ -106,12 +106,12 @@ impl SqliteStore {
         }
     }
 
-    /// Opens a file with custom settings, or creates it.
+    /// Opens a file with these settings, or creates the file if it is missing.
     pub async fn open_with(path: impl AsRef<Path>, settings: Settings) -> Result<Self, OpenError> {
         Self::start(Database::locate(path.as_ref(), settings, true)?).await
     }
 
-    /// Opens a file that holds a store of this version. Neither creates nor migrates the file.
+    /// Opens a file that contains a store of this version. This method neither creates nor migrates the file.
     pub async fn open_existing(path: impl AsRef<Path>, settings: Settings) -> Result<Self, OpenError> {
         Self::start(Database::locate(path.as_ref(), settings, false)?).await
     }
@@ -128,8 +128,8 @@ impl SqliteStore {
         Ok(Self { shared: Arc::new(Shared { database, queue, head: head_seen, ended, readers }) })
     }
 
-    /// Writes the submitted commits, moves the log into the file, and closes the file. Later calls of other methods
-    /// fail as unavailable; closing twice is fine.
+    /// Writes the submitted commits, moves the write-ahead log into the file, and closes the file. Later calls of other
+    /// methods fail as unavailable. A second call of this method has no effect.
     pub async fn close(&self) -> Result<(), StoreError> {
         drop(self.shared.queue.write().unwrap_or_else(PoisonError::into_inner).take());
         self.shared.readers.close().await;
@@ -142,7 +142,7 @@ impl SqliteStore {
         }
     }
 
-    /// Returns why there is no writer to take a commit.
+    /// Returns the error that says why there is no writer for a commit.
     fn stopped(&self) -> CommitError {
         CommitError::Unavailable(match &*self.shared.ended.borrow() {
             Some(Err(reason)) => format!("its writer has failed: {reason}"),
@@ -188,7 +188,8 @@ impl EventStore for SqliteStore {
     async fn wait(&self, after: Position) -> Result<(), StoreError> {
         let mut head = self.shared.head.clone();
         loop {
-            // Only commits of this process are announced; commits of other processes are found by reading the file.
+            // Only commits of this process are announced here. Commits of other processes are found by reading the
+            // file.
             let announced = head.wait_for(|head| *head > after);
             let announced =
                 timeout(self.shared.database.settings.poll_interval, announced).await.map(|head| head.is_ok());

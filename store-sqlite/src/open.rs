@@ -15,35 +15,37 @@ use sqlx::{
 
 use crate::error::{Fault, OpenError, fault, open_error};
 
-/// "Anls": the `PRAGMA application_id` of every store file, which `file(1)` can show.
+/// The `PRAGMA application_id` of every store file: the letters "Anls". The command `file(1)` can show this id.
 pub const APPLICATION_ID: u32 = 0x416e_6c73;
 
-/// The migrations in order; `PRAGMA user_version` records how many a file has had.
+/// The migrations in order. `PRAGMA user_version` records how many of them were applied to a file.
 const MIGRATIONS: &[&str] = &[
     include_str!("migrations/0001_log_and_documents.sql"),
     include_str!("migrations/0002_inserts_without_a_trigger.sql"),
 ];
 
-/// A checkpoint writes a hot page to the file once, however many commits have touched the page since the last
-/// checkpoint. At 4 KiB per page, 32 MiB of log between checkpoints avoids most of those writes and still recovers in
-/// a fraction of a second. (SQLite's default is 1,000 pages.)
+/// The number of pages in the write-ahead log after which a checkpoint moves the pages to the file. A checkpoint writes
+/// each page only once, however many commits have changed the page since the last checkpoint. With 32 MiB between
+/// checkpoints (8,000 pages of 4 KiB), most repeated writes are avoided, and recovery still takes only a fraction of a
+/// second. (SQLite's default is 1,000 pages.)
 const CHECKPOINT_PAGES: u32 = 8_000;
-/// A log that grew beyond this size behind a long read is truncated to it afterwards.
+/// If the write-ahead log grows beyond this size during a long read, the log is truncated to this size afterwards.
 const JOURNAL_BYTES_MAX: u64 = 64 << 20;
-/// The writer's page cache, in KiB: room for the upper levels of both indexes of a log of some tens of GiB.
+/// The size of the writer's page cache, in KiB. The cache has room for the upper levels of both indexes of a log of
+/// some tens of GiB.
 const WRITER_CACHE_KIB: u32 = 32 << 10;
-/// How many rows a reader's thread may be ahead of the task that takes them: a page of the log without a wait in
-/// between.
+/// The maximum number of rows by which a reader's thread may be ahead of the task that receives the rows. With this
+/// number, the thread can read a whole page of the log without waiting.
 const ROWS_AHEAD_MAX: usize = 512;
 /// How long a read waits for a connection before it gives up.
 const ACQUIRE_SECONDS_MAX: u64 = 30;
 
-/// How to open a store, if the defaults do not fit.
+/// The settings of a store.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// How long a commit waits for another process that holds the write lock, before the commit fails as unavailable.
+    /// How long a commit waits for another process that holds the write lock before the commit fails as unavailable.
     pub busy_timeout: Duration,
-    /// The number of connections that serve reads, each with a thread of its own.
+    /// The maximum number of connections that serve reads. Each connection has a thread of its own.
     pub readers: u32,
     /// How often [`wait`](annals::EventStore::wait) checks for commits of other processes.
     pub poll_interval: Duration,
@@ -65,8 +67,8 @@ pub(crate) struct Database {
 }
 
 impl Database {
-    /// Examines the file without SQLite, which would leave files next to it: a file that is not a store is never
-    /// opened with SQLite.
+    /// Examines the file without SQLite, because SQLite would leave other files next to it. A file that is not a store
+    /// is never opened with SQLite.
     pub(crate) fn locate(path: &Path, settings: Settings, create: bool) -> Result<Self, OpenError> {
         let given = path.to_owned();
         let unwritable =
@@ -95,14 +97,15 @@ impl Database {
         Ok(Self { path, settings, create })
     }
 
-    /// Creates the file or migrates it to the newest schema; returns the connection for the writer, and the last
-    /// position.
+    /// Creates the file or migrates it to the newest schema. Returns the connection for the writer, and the last
+    /// position of the log.
     pub(crate) async fn prepare(&self) -> Result<(SqliteConnection, Position), OpenError> {
         let mut connection = self.writer().await.map_err(|error| open_error(&self.path, &error))?;
         match self.prepare_with(&mut connection).await {
             Ok(head) => Ok((connection, head)),
             Err(error) => {
-                // A drop would close the file only some time later. There is an error to report already.
+                // The file is closed explicitly, because a drop would close it only some time later. A second error
+                // does not matter, because there is an error to report already.
                 connection.close().await.ok();
                 Err(error)
             }
@@ -111,8 +114,8 @@ impl Database {
 
     async fn prepare_with(&self, connection: &mut SqliteConnection) -> Result<Position, OpenError> {
         let failed = |error: sqlx::Error| open_error(&self.path, &error);
-        // Before the change to WAL, so that the header of the file itself, and not a log next to it, identifies the
-        // owner.
+        // The migrations run before the switch to WAL, so that the header that identifies the store is in the file
+        // itself and not in a log next to it.
         self.migrate(connection).await?;
         self.use_wal(connection).await.map_err(failed)?;
         let head = sqlx::query_scalar(include_str!("sql/head.sql")).fetch_one(connection).await.map_err(failed)?;
@@ -131,8 +134,8 @@ impl Database {
             .await
     }
 
-    /// Creates the connections for reads. They cannot write, and are not pinged before each use: they are in this
-    /// process.
+    /// Creates the connections for reads, which cannot write. They are not pinged before each use, because SQLite runs
+    /// within this process.
     pub(crate) fn readers(&self) -> SqlitePool {
         SqlitePoolOptions::new()
             .max_connections(self.settings.readers.max(1))
@@ -154,7 +157,7 @@ impl Database {
     async fn migrate(&self, connection: &mut SqliteConnection) -> Result<(), OpenError> {
         let failed = |error: sqlx::Error| open_error(&self.path, &error);
         let known = MIGRATIONS.len();
-        // Most openings find nothing to do, and need no lock to find that out.
+        // Usually there is nothing to migrate. This check needs no lock.
         let found = self.schema_version(connection).await?;
         if found == known {
             return Ok(());
@@ -163,7 +166,8 @@ impl Database {
             let (path, found, known) = (self.path.clone(), found as i64, known as i64);
             return Err(OpenError::Outdated { path, found, known });
         }
-        // Two processes may open a new file at once: the second process finds the work done.
+        // The version is read again within the transaction, because another process may have migrated the file
+        // meanwhile.
         let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await.map_err(failed)?;
         let found = self.schema_version(&mut transaction).await?;
         for (sql, version) in MIGRATIONS.iter().zip(1..).skip(found) {
@@ -186,8 +190,8 @@ impl Database {
         }
     }
 
-    /// Switches to WAL. The switch needs the file exclusively for a moment, and SQLite does not wait for that by
-    /// itself.
+    /// Switches to WAL. The switch needs exclusive access to the file for a moment, and SQLite does not wait for this
+    /// access by itself.
     async fn use_wal(&self, connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
         const PAUSE: Duration = Duration::from_millis(10);
         let pauses_max = self.settings.busy_timeout.as_millis() / PAUSE.as_millis();
@@ -214,9 +218,9 @@ fn one_name(_: &Path, _: &fs::Metadata) -> Result<(), OpenError> {
     Ok(())
 }
 
-/// Returns the schema version of a file, or `None` for an empty file. The header identifies the owner of a file
-/// (<https://www.sqlite.org/fileformat2.html#the_database_header>). An empty file is free to use: a crash before the
-/// first commit leaves one, and so does `touch`.
+/// Returns the schema version of a file, or `None` for an empty file. The header of a file shows to which application
+/// the file belongs (<https://www.sqlite.org/fileformat2.html#the_database_header>). A store may use an empty file,
+/// because a crash before the first commit leaves an empty file, and so does `touch`.
 fn identify(path: &Path) -> Result<Option<u32>, OpenError> {
     const MAGIC: &[u8] = b"SQLite format 3\0";
     let unwritable = |error: std::io::Error| OpenError::Unwritable { path: path.to_owned(), reason: error.to_string() };

@@ -18,7 +18,8 @@ use uuid::Uuid;
 
 use crate::{error::read_error, writer::keys_json};
 
-/// How much of the log one page examines if a query leaves most of it out: some tens of milliseconds of reading.
+/// The maximum number of events that one page examines if a query leaves most events out. This takes some tens of
+/// milliseconds.
 const PAGE_EVENTS_MAX: usize = 10_000;
 /// A page of the log ends after this many bytes of payload, regardless of the limit on events.
 const PAGE_BYTES_MAX: usize = 16 << 20;
@@ -39,7 +40,8 @@ pub(crate) async fn stream(
     rows.and_then(async |row| stored(&row).map(|stored| stored.recorded())).try_collect().await.map_err(read_error)
 }
 
-/// Passes each event of a page to `take`; returns where the next page begins, and whether there may be more.
+/// Passes each event of a page to `take`. Returns the position after which the next page begins, and whether there may
+/// be more events.
 pub(crate) async fn log(
     readers: &SqlitePool,
     query: &LogQuery,
@@ -54,7 +56,8 @@ pub(crate) async fn log(
         let query = sqlx::query(include_str!("sql/read_log.sql")).bind(after.0).bind(bound(limit));
         return page(readers, query, after, limit, after, take).await;
     }
-    // In a statement of its own, before the other: the log only grows, so the events up to this position stay the same.
+    // The end of the page is read by a separate statement, before the events. This is safe, because the log only grows:
+    // the events up to this position stay the same.
     let looks_at = bound(limit.max(PAGE_EVENTS_MAX));
     let until: Option<i64> = sqlx::query_scalar(include_str!("sql/read_log_until.sql"))
         .bind(after.0)
@@ -73,11 +76,12 @@ pub(crate) async fn log(
         .bind(names(&query.types))
         .bind(bound(limit));
     let (next, more) = page(readers, query, after, limit, Position(until), take).await?;
-    // Nearly all positions have an event.
+    // Positions are dense, except where rows were inserted by hand, so their difference tells how many events were
+    // examined.
     Ok((next, more || until.saturating_sub(after.0.max(0)) >= looks_at))
 }
 
-/// Reads a page. A full page ends at its last event, any other page at `until`.
+/// Reads a page. A full page ends at its last event; any other page ends at `until`.
 async fn page(
     readers: &SqlitePool,
     query: Query<'_, Sqlite, SqliteArguments>,
@@ -131,7 +135,8 @@ pub(crate) async fn scan(
     rows.and_then(async |row| document(&row)).try_collect().await.map_err(read_error)
 }
 
-/// SQLite treats a negative limit as no limit, so a limit beyond its range must not wrap around.
+/// Converts a limit for a statement. SQLite treats a negative limit as no limit, so a limit that is too large for 64
+/// bits must not wrap around.
 pub(crate) fn bound(limit: usize) -> i64 {
     i64::try_from(limit).unwrap_or(i64::MAX)
 }
@@ -160,17 +165,18 @@ fn document(row: &SqliteRow) -> Result<Document, sqlx::Error> {
     })
 }
 
-/// A text column need not be UTF-8: SQLite accepts any bytes as text.
+/// Reads a text column. The text need not be UTF-8, because SQLite accepts any bytes as text.
 pub(crate) fn text(row: &SqliteRow, column: usize) -> Result<Cow<'_, str>, sqlx::Error> {
     Ok(String::from_utf8_lossy(row.try_get_unchecked(column)?))
 }
 
-/// An id that is not a UUID still distinguishes its event from others, and maps to the same UUID on each read.
+/// Converts the id of an event. An id that is not a UUID is mapped to a UUID: always to the same UUID, and different
+/// ids to different UUIDs.
 fn event_id(text: &str) -> Uuid {
     Uuid::try_parse(text).unwrap_or_else(|_| named_id(Uuid::nil(), text))
 }
 
-/// A number too large for a schema version is a version that no build knows, like the largest one.
+/// Converts a schema version. A number that is too large becomes the largest version; no build knows either of them.
 fn schema_version(stored: i64) -> i32 {
     i32::try_from(stored).unwrap_or(i32::MAX)
 }

@@ -1,4 +1,4 @@
-//! Inserts many rows by one statement, in a few fixed widths.
+//! Inserts many rows with one statement. The number of rows in a statement is one of a few fixed widths.
 
 use std::sync::LazyLock;
 
@@ -7,8 +7,8 @@ use sqlx::{Arguments, SqliteConnection, error::BoxDynError, sqlite::SqliteArgume
 
 use crate::group::{DocumentRow, EventRow};
 
-/// Each width is one prepared statement, kept by its connection. Unused rows are NULL and cost next to nothing, so
-/// that any number of rows takes one statement for each 256 rows.
+/// The widths. For each width, the connection keeps one prepared statement. Rows that are not needed are bound to NULL
+/// and cost next to nothing, so that any number of rows takes one statement per 256 rows.
 const WIDTHS: [usize; 4] = [1, 8, 64, 256];
 
 static APPEND_EVENTS: LazyLock<[String; 4]> =
@@ -20,7 +20,7 @@ fn widened(sql: &str, row: &str) -> [String; 4] {
     WIDTHS.map(|width| sql.replace(row, &vec![row; width].join(",\n")))
 }
 
-/// A row that binds its own values.
+/// A row that can bind its values to a statement.
 pub(crate) trait Bind {
     fn bind(self, arguments: &mut SqliteArguments) -> Result<(), BoxDynError>;
 }

@@ -1,4 +1,5 @@
-//! The one thread that writes: takes the waiting commits as a group, and writes the group in one transaction.
+//! The writer: the only thread of a process that writes. It takes the waiting commits as a group, and writes the group
+//! in one transaction.
 
 use std::{
     io,
@@ -21,22 +22,23 @@ use crate::{
     rows,
 };
 
-/// The number of commits that may wait for the writer; further callers wait for a place. Two groups: one being
-/// written, one behind it.
+/// The maximum number of commits in the queue; further callers wait. This is two groups: one group that is being
+/// written, and one that waits.
 pub(crate) const QUEUE_COMMITS_MAX: usize = 2 * GROUP_COMMITS_MAX;
-/// The most commits in a group: beyond this, saving a sync does not justify that the first commit waits for the last.
-/// A thousand callers do better as two halves, one deciding while the other is written.
+/// The maximum number of commits in a group. In a larger group, the first commit would wait too long for the last one,
+/// and few syncs would be saved. A thousand callers are served faster in two halves: one half decides while the other
+/// is written.
 const GROUP_COMMITS_MAX: usize = 512;
 /// A group takes no further commit once it has this many rows.
 const GROUP_ROWS_MAX: usize = 4_096;
 /// A group takes no further commit once it has this many bytes of payload.
 const GROUP_BYTES_MAX: usize = 8 << 20;
-/// A last event dated further ahead than this was dated by hand; recording ignores its date.
+/// If the last event is dated further ahead than this, it was dated by hand, and new events ignore its date.
 const CLOCK_AHEAD_MICROSECONDS_MAX: i64 = 24 * 3_600 * 1_000_000;
 
 pub(crate) type Outcome = Result<Committed, CommitError>;
 
-/// A commit and its caller. If the caller is gone, the commit is written all the same.
+/// A commit, and the channel to its caller. The commit is written even if the caller is gone.
 pub(crate) struct Submission {
     pub(crate) commit: Prepared,
     pub(crate) answer: oneshot::Sender<Outcome>,
@@ -44,15 +46,17 @@ pub(crate) struct Submission {
 
 pub(crate) struct Writer {
     pub(crate) database: Database,
-    /// `None` after a failure: a connection in an unclear state is not worth examining.
+    /// The connection; `None` after a failure, because a connection in an unclear state is replaced instead of
+    /// examined.
     pub(crate) connection: Option<SqliteConnection>,
     pub(crate) queue: mpsc::Receiver<Submission>,
     pub(crate) head: watch::Sender<Position>,
 }
 
 impl Writer {
-    /// Starts the writer on a thread of its own: as a task among the callers' tasks, it would wait behind hundreds of
-    /// them at each step while the file is idle. Finally reports how the writer ended, even if it panicked.
+    /// Starts the writer on a separate thread. If the writer were a task on the callers' runtime, it would wait for
+    /// hundreds of other tasks at each step while the file is idle. When the writer has ended, this method reports how
+    /// it ended, even after a panic.
     pub(crate) fn start(self, end: watch::Sender<Option<Result<(), String>>>) -> io::Result<()> {
         let runtime = runtime::Builder::new_current_thread().enable_time().build()?;
         let run = move || {
@@ -69,7 +73,8 @@ impl Writer {
         thread::Builder::new().name("annals-sqlite".into()).spawn(run).map(drop)
     }
 
-    /// Runs until the last sender is gone and the queue is empty, then leaves a file without a log next to it.
+    /// Writes commits until the last sender is gone and the queue is empty. Then moves the write-ahead log into the
+    /// file, so that no log is left next to it.
     async fn run(mut self) -> Result<(), sqlx::Error> {
         while let Some(first) = self.queue.recv().await {
             let group = self.group(first);
@@ -80,7 +85,7 @@ impl Writer {
         connection.close().await
     }
 
-    /// Takes all waiting commits, without waiting for more.
+    /// Returns a group of all waiting commits, without waiting for more.
     fn group(&mut self, first: Submission) -> Vec<Submission> {
         let (mut rows, mut bytes) = (first.commit.rows, first.commit.bytes);
         let mut group = vec![first];
@@ -118,7 +123,7 @@ impl Writer {
             }
             return Err(write_error(&error));
         }
-        // From here on, an error drops the connection, which ends the transaction.
+        // From here on, an error drops the connection, which rolls back the transaction.
         let (outcomes, head) = apply(&mut connection, commits).await.map_err(|error| write_error(&error))?;
         execute(&mut connection, "COMMIT").await.map_err(|error| commit_error(&error))?;
         self.connection = Some(connection);
@@ -131,7 +136,7 @@ impl Writer {
     }
 }
 
-/// Decides and writes a group within the open transaction; returns the outcomes and the position of the last event.
+/// Decides and writes a group within the open transaction. Returns the outcomes and the position of the last event.
 async fn apply(
     connection: &mut SqliteConnection,
     commits: Vec<Prepared>,
@@ -195,7 +200,7 @@ async fn load_documents(
     Ok(())
 }
 
-/// Returns document keys in the form that the statements take.
+/// Returns document keys as JSON, in the form that the statements expect.
 pub(crate) fn keys_json<'a>(keys: impl Iterator<Item = &'a DocumentKey>) -> String {
     keys.map(|key| serde_json::json!([&*key.collection, &*key.id])).collect::<serde_json::Value>().to_string()
 }
@@ -204,7 +209,7 @@ fn numbers(json: &str) -> Result<Vec<i64>, sqlx::Error> {
     serde_json::from_str(json).map_err(|error| sqlx::Error::Decode(error.into()))
 }
 
-/// Returns the time of recording: by the clock of this machine, but not before the last event.
+/// Returns the time of recording: the time of this machine, but not before the time of the last event.
 fn recorded_at(last: i64) -> i64 {
     let now = Clock::machine().now().timestamp_micros();
     if last > now.saturating_add(CLOCK_AHEAD_MICROSECONDS_MAX) { now } else { now.max(last) }

@@ -1,4 +1,4 @@
--- Documents by key; one statement, hence one snapshot.
+-- Documents by key. Because this is one statement, all documents come from one snapshot.
 -- binds: ?1 JSON array of [collection, id]
 -- returns: the index in ?1 first; no row for a document that does not exist
 -- index: the primary key, one seek per document

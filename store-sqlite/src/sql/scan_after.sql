@@ -1,6 +1,6 @@
 -- Documents of a collection in byte order of their ids.
 -- binds: ?1 collection, ?2 after this id, ?3 limit
--- A limit that is a plain bind would make SQLite prepare the statement again on every use.
+-- The limit is an expression (+ 0): with a plain bind, SQLite would prepare the statement again on every use.
 -- index: the primary key
 SELECT 0, collection, id, version, body, due
   FROM documents
