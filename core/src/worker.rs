@@ -263,8 +263,7 @@ impl Worker {
                     }
                     stale = Stale::Everything;
                 }
-                // A message is at fault only if the store refuses a commit that contains no other message. Until then,
-                // no message is parked because of the refusal.
+                // No message is parked for a refusal before it is alone in its commit.
                 CommitError::Invalid(_) if count > 1 => limit = count / 2,
                 CommitError::Invalid(reason) => {
                     if matches!(refused, Refused::Again(_)) {

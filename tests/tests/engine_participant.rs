@@ -7,9 +7,10 @@ use std::sync::Arc;
 use annals::{
     Commit, DocumentKey, Event, EventStore, LocalBus, MemoryStore, Message, Metadata, Position, Publisher, Put,
     Runtime, Service, Version,
+    archive::Stored,
     bus::Outgoing,
     health::State,
-    saga::{At, Outcome, Owed, Reply, StepEvent},
+    saga::{At, Outcome, Owed, Reply, StepEvent, StepKey},
 };
 use annals_tests::{
     bus::{Member, within},
@@ -74,14 +75,25 @@ impl Desk {
     async fn restart_owing(&mut self, steps: &[(At, Outcome)]) {
         drop(std::mem::take(&mut self.runtime));
         let mut puts = vec![Put { key: DocumentKey::new("ledger", "a"), expected: None, body: None, due: None }];
-        for (position, (at, outcome)) in (1..).zip(steps) {
+        for (at, outcome) in steps {
             let reply = Reply { at: *at, call: 0, attempt: 1, outcome: outcome.clone() };
-            let owed = Owed { message: self.command(*at, 1, 1), reply };
-            let document = owed.document("bank", Position(position));
+            let answered_at = self.answered_at(*at).await;
+            let document = Owed { message: self.command(*at, 1, 1), reply, answered_at }.document("bank");
             puts.push(Put { key: document.key, expected: None, body: Some(document.body), due: None });
         }
         self.store.commit(Commit { appends: Vec::new(), puts }).await.unwrap();
         self.restart().await;
+    }
+
+    /// The position of the last answer to a step.
+    async fn answered_at(&self, at: At) -> Position {
+        let stream = annals::StreamId::from_stored(&format!("step.bank-{TRIP}"));
+        let answers = self.store.read_stream(&stream, Version::START, 100).await.unwrap();
+        let is_of = |event: &&annals::Recorded| {
+            let StepEvent::Replied { reply, .. } = event.decode().unwrap().unwrap();
+            reply.at == at
+        };
+        answers.iter().rfind(is_of).unwrap().position
     }
 
     async fn restart(&mut self) {
@@ -267,31 +279,52 @@ async fn work_that_was_answered_and_lost_is_done_again_before_commands_are_taken
 }
 
 #[tokio::test]
-async fn step_that_was_refused_before_a_restore_stays_refused() {
+async fn step_that_was_refused_before_a_restore_is_not_owed() {
     let mut desk = Desk::open().await;
     desk.script.play("charge", Play::Refuse, 1);
-    desk.send(vec![desk.command(At::Forward(1), 1, 1)]).await;
-    let refused = desk.reply().await;
-    assert!(matches!(refused, Outcome::Refused(_)));
-    // By now, the bank would carry out the charge. But the saga is already compensating, so nothing would undo the
-    // charge.
-    desk.restart_owing(&[(At::Forward(1), refused)]).await;
-    eventually("the bank to settle", async || (desk.owed().await == 0).then_some(())).await;
-    assert_eq!(desk.ledger().await, [""; 0]);
-    desk.close(1).await;
+    desk.send(vec![desk.command(At::Forward(1), 1, 1), desk.command(At::Forward(2), 1, 2)]).await;
+    assert!(matches!(desk.reply().await, Outcome::Refused(_)));
+    assert!(matches!(desk.reply().await, Outcome::Done(_)));
+    let stream = annals::StreamId::from_stored(&format!("step.bank-{TRIP}"));
+    let answers = desk.store.read_stream(&stream, Version::START, 100).await.unwrap();
+    let owed: Vec<At> =
+        answers.iter().filter_map(|event| Some(StepKey::answered(&Stored::from(event))?.0.at)).collect();
+    assert_eq!(owed, [At::Forward(2)], "carried out now, the refused step would be one that no saga undoes");
+    desk.close(2).await;
 }
 
 #[tokio::test]
-async fn work_of_a_step_that_was_undone_before_a_restore_is_not_done_again() {
+async fn work_of_a_step_and_of_its_undo_is_done_again_in_order() {
     let mut desk = Desk::open().await;
     desk.send(vec![desk.command(At::Forward(1), 1, 1)]).await;
     let done = desk.reply().await;
     desk.send(vec![desk.command(At::Undo(1), 1, 2)]).await;
     let undone = desk.reply().await;
-    desk.restart_owing(&[(At::Forward(1), done), (At::Undo(1), undone)]).await;
+    desk.restart_owing(&[(At::Undo(1), undone), (At::Forward(1), done)]).await;
     eventually("the bank to settle", async || (desk.owed().await == 0).then_some(())).await;
-    assert_eq!(desk.ledger().await, ["undo charge"]);
+    assert_eq!(desk.ledger().await, ["charge", "undo charge"]);
     desk.close(2).await;
+}
+
+#[tokio::test]
+async fn answers_that_had_no_work_of_their_own_are_not_done_again() {
+    let mut desk = Desk::open().await;
+    // An undo of a step that failed has nothing to undo; a second attempt at a step that is done gets the first answer.
+    desk.script.play("charge", Play::Fail, 1);
+    desk.send(vec![desk.command(At::Forward(1), 1, 1), desk.command(At::Undo(1), 1, 2)]).await;
+    assert!(matches!(desk.reply().await, Outcome::Failed(_)));
+    let nothing = desk.reply().await;
+    desk.send(vec![desk.command(At::Forward(2), 1, 3)]).await;
+    let first = desk.reply().await;
+    desk.send(vec![desk.command(At::Forward(2), 2, 4)]).await;
+    let again = desk.reply().await;
+    assert_eq!(first, again);
+    let asked = desk.script.asked().len();
+    // The answer to the second attempt is noted; the first one is in the log that was restored.
+    desk.restart_owing(&[(At::Undo(1), nothing), (At::Forward(2), again)]).await;
+    eventually("the bank to settle", async || (desk.owed().await == 0).then_some(())).await;
+    assert_eq!((desk.ledger().await, desk.script.asked().len()), (vec![], asked));
+    desk.close(4).await;
 }
 
 #[tokio::test]

@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -18,7 +19,7 @@ use crate::{
     bus::Message,
     commit::{CommitError, Document, DocumentKey},
     event::Position,
-    handler::{Handler, HandlerError},
+    handler::{Handler, HandlerError, Remedy},
     health::Health,
     store::{EventStore, Scan, StoreError},
     work::{Stale, Work},
@@ -28,8 +29,10 @@ use crate::{
 const PAGE: usize = 100;
 /// How many times the work is attempted before the service starts without it.
 const ATTEMPTS: usize = 8;
-/// The shortest and the longest wait between two attempts. All waits together take a few seconds, in case an outside
-/// service is briefly unavailable.
+/// How long a service retries owed work in all. After that, each remaining piece of work is tried once: members of a group that do
+/// not poll for five minutes lose their partitions.
+const RETRIES_END: Duration = Duration::from_secs(120);
+/// How long the service waits between two attempts: some seconds in all, for an outside party that is away for a moment.
 const BETWEEN: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
 /// Identifies a step of a saga at a participant, to match commands with answers.
@@ -50,13 +53,13 @@ impl StepKey {
         Some(Self { stream: step_stream(service, &message.key), at, call })
     }
 
-    /// Returns the step that an event answers for good, as done or as refused, and the answer. Returns `None` for any
-    /// other answer: an attempt that did nothing leaves nothing to do again.
+    /// Returns the step that an event answers as done, with the answer. No other answer leaves work to do again: a step that
+    /// was refused must not be carried out, since the saga has gone back.
     pub fn answered(event: &Stored<'_>) -> Option<(Self, Reply)> {
         let decoded = StepEvent::decode(&event.type_name, event.schema_version, &event.data).ok()??;
         let StepEvent::Replied { reply, .. } = decoded;
-        let is_final = matches!(reply.outcome, Outcome::Done(_) | Outcome::Refused(_));
-        is_final.then(|| (Self { stream: event.stream.to_string(), at: reply.at, call: reply.call }, reply))
+        matches!(reply.outcome, Outcome::Done(_))
+            .then(|| (Self { stream: event.stream.to_string(), at: reply.at, call: reply.call }, reply))
     }
 }
 
@@ -68,15 +71,17 @@ impl StepKey {
 pub struct Owed {
     /// The command.
     pub message: Message,
-    /// The answer.
+    /// The answer, which says that the step was done.
     pub reply: Reply,
+    /// The position of the answer in the log.
+    pub answered_at: Position,
 }
 
 impl Owed {
-    /// Returns the document that records this work, given the position of the answer. Documents are read in the order
-    /// of these positions, which is the order in which the work was done.
-    pub fn document(&self, service: &str, answered_at: Position) -> Document {
-        let key = DocumentKey::new(collection(service), format!("{:020}", answered_at.0));
+    /// Returns the document of this work. The documents of a service are read in the order of the positions, which is the order
+    /// in which the work was done.
+    pub fn document(&self, service: &str) -> Document {
+        let key = DocumentKey::new(collection(service), format!("{:020}", self.answered_at.0));
         Document { key, version: 1, body: serde_json::to_string(self).unwrap_or_default().into(), due: None }
     }
 }
@@ -107,6 +112,7 @@ pub(crate) async fn settle(
 ) {
     let part = format!("{service}.owed");
     let (mut after, mut left, mut away) = (Arc::<str>::from(""), 0, Backoff::long());
+    let started_at = Instant::now();
     while !shutdown.is_cancelled() {
         let page = match store.scan(&collection(service), &Scan::After(after.clone()), PAGE).await {
             Ok(page) => page,
@@ -119,7 +125,11 @@ pub(crate) async fn settle(
         let Some(last) = page.last() else { break };
         after = last.key.id.clone();
         for document in page {
-            if let Err(reason) = again_and_again(store, debtor, &document, shutdown).await {
+            if shutdown.is_cancelled() {
+                return;
+            }
+            let attempts = if started_at.elapsed() < RETRIES_END { ATTEMPTS } else { 1 };
+            if let Err(reason) = again_and_again(store, debtor, &document, attempts, shutdown).await {
                 left += 1;
                 tracing::error!(
                     service, document = %document.key, %reason,
@@ -143,6 +153,7 @@ async fn again_and_again(
     store: &Arc<dyn EventStore>,
     debtor: &dyn Debtor,
     document: &Document,
+    attempts_max: usize,
     shutdown: &CancellationToken,
 ) -> Result<(), String> {
     let owed: Owed =
@@ -164,7 +175,7 @@ async fn again_and_again(
                 reason
             }
         };
-        if attempts >= ATTEMPTS || shutdown.is_cancelled() {
+        if attempts >= attempts_max || shutdown.is_cancelled() {
             return Err(reason);
         }
         between.wait().await;
@@ -197,7 +208,10 @@ async fn once(
     }
     let mut work = Work::new(store.clone(), Stale::Everything);
     work.begin(owed.message.id, owed.message.effects());
-    debtor.do_again(owed, &mut work).await.map_err(|error| Failed::Because(error.to_string()))?;
+    debtor.do_again(owed, &mut work).await.map_err(|error| match error.remedy() {
+        Remedy::AwaitStore => Failed::Away(error.to_string()),
+        Remedy::RetryMessage | Remedy::Park | Remedy::AwaitBuild => Failed::Because(error.to_string()),
+    })?;
     work.put_expecting(&document.key, document.version, None, None);
     match work.commit().await {
         Ok(_) => Ok(()),

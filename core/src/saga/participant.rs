@@ -15,7 +15,7 @@ use crate::{
     aggregate::Aggregate,
     bus::Message,
     commit::{NESTING_MAX, check_json_within},
-    event::{EVENT_BYTES_MAX, StreamIdError, Version, named_id},
+    event::{EVENT_BYTES_MAX, Position, StreamIdError, Version, named_id},
     handler::{Handler, HandlerError, Terminal},
     panic::caught,
     repository::Repository,
@@ -325,6 +325,27 @@ impl<P: Participant> Desk<P> {
         }
     }
 
+    /// Returns what was known of the steps of a saga before a position of the log.
+    async fn known_before(&self, saga: &str, position: Position) -> Result<Participation, HandlerError> {
+        let stream = self.participations.stream(saga)?;
+        let (mut known, mut after) = (Participation::default(), Version::START);
+        loop {
+            let page = self.store.read_stream(&stream, after, ANSWERS_PAGE).await?;
+            for event in &page {
+                if event.position >= position {
+                    return Ok(known);
+                }
+                if let Some(replied) = event.decode::<StepEvent>()? {
+                    known.evolve(&replied);
+                }
+                after = event.version;
+            }
+            if page.len() < ANSWERS_PAGE {
+                return Ok(known);
+            }
+        }
+    }
+
     /// Checks a command against the barrier, carries it out if necessary, and stages the answer. `not_stored` is set if
     /// the store has refused the effects that this same command staged before.
     async fn take(&self, message: &Message, not_stored: Option<&str>, work: &mut Work) -> Result<(), HandlerError> {
@@ -395,24 +416,20 @@ impl<P: Participant> Handler for Desk<P> {
 
 #[async_trait]
 impl<P: Participant> Debtor for Desk<P> {
-    async fn do_again(&self, Owed { message, reply }: &Owed, work: &mut Work) -> Result<(), HandlerError> {
+    async fn do_again(&self, owed: &Owed, work: &mut Work) -> Result<(), HandlerError> {
+        let Owed { message, reply, answered_at } = owed;
         let step = StepCommand::of(message)?;
-        let known = work.load(&self.participations, &message.key).await?;
-        if known.slot(step.at, step.call) == Some(&Slot::Undone) {
-            // The undo is in the log already, so doing the step again would have no lasting effect.
+        // An answer that was repeated, or that an undo got because there was nothing to undo, had no work of its own.
+        let known = self.known_before(&message.key, *answered_at).await?;
+        if decide_step(&known, &step) != Step::Perform {
             return Ok(());
         }
-        match (&reply.outcome, self.carry_out(message, &step, work).await?) {
-            (Outcome::Done(_), Outcome::Done(_)) | (Outcome::Refused(_), Outcome::Refused(_)) => Ok(()),
-            // The step was refused before, and the refusal stands.
-            (Outcome::Refused(_), _) => {
-                work.rollback();
-                Ok(())
+        match self.carry_out(message, &step, work).await? {
+            outcome if outcome == reply.outcome || (matches!(outcome, Outcome::Done(_)) && work.rows() == 0) => Ok(()),
+            Outcome::Done(answer) => {
+                Err(format!("the step was answered otherwise before, and gives {answer} now")).terminal()
             }
-            (_, Outcome::Refused(reason) | Outcome::Failed(reason) | Outcome::Unknown(reason)) => {
-                Err(reason).terminal()
-            }
-            (_, Outcome::Done(_)) => Ok(()),
+            Outcome::Refused(reason) | Outcome::Failed(reason) | Outcome::Unknown(reason) => Err(reason).terminal(),
         }
     }
 }

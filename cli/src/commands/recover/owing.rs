@@ -11,7 +11,7 @@ use annals::{
     Archive, Position,
     archive::{Contents, Stored},
     bus::Ends,
-    saga::{Owed, Reply, StepKey},
+    saga::{At, Owed, Reply, StepKey},
 };
 use annals_kafka::KafkaBus;
 use serde_json::Value;
@@ -27,10 +27,20 @@ const PART: usize = 1_000;
 pub(super) struct Owing(BTreeMap<StepKey, (Position, Reply)>);
 
 impl Owing {
-    /// Notes an answer if its outcome is final (done or refused). Returns whether the answer is a new one.
-    pub fn note(&mut self, event: &Stored<'_>) -> bool {
-        let answered = StepKey::answered(event);
-        answered.is_some_and(|(key, reply)| self.0.insert(key, (event.position, reply)).is_none())
+    /// Notes an answer and whether everything that was committed with it is known to be in the log.
+    pub fn note(&mut self, event: &Stored<'_>, is_whole: bool) {
+        let Some((key, reply)) = StepKey::answered(event) else { return };
+        if !is_whole {
+            // A second answer of a step repeats the first.
+            self.0.entry(key).or_insert((event.position, reply));
+        } else if let At::Undo(step) = key.at {
+            // Everything that the step did is taken back already.
+            self.0.remove(&StepKey { at: At::Forward(step), ..key });
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.0.len()
     }
 
     /// Writes the documents that make the services do the work again. Returns the steps whose commands are no longer in
@@ -42,13 +52,16 @@ impl Owing {
         bus: &KafkaBus,
     ) -> Result<Vec<String>, Failure> {
         let (mut owed, mut documents) = (BTreeMap::new(), Vec::new());
-        for service in services {
-            if !self.0.is_empty() {
-                self.look_up(service, archive, bus, &mut owed).await?;
+        // A command that was parked before the backup lies before the offset that the service reads on from.
+        for from_the_beginning in [false, true] {
+            for service in services {
+                if !self.0.is_empty() {
+                    self.look_up(service, from_the_beginning, archive, bus, &mut owed).await?;
+                }
             }
         }
-        for ((service, position), owed) in owed {
-            documents.push(Owed::document(&owed, service, position));
+        for ((service, _), owed) in owed {
+            documents.push(owed.document(service));
             if documents.len() >= PART {
                 super::put(archive, Contents { events: Vec::new(), documents: std::mem::take(&mut documents) }).await?;
             }
@@ -58,10 +71,11 @@ impl Owing {
         Ok(self.0.into_keys().map(gone).collect())
     }
 
-    /// Finds the commands for a service in its inbox, starting at the offset from which the restored service will read.
+    /// Finds the commands of a service in its inbox: from where the restored service reads on, or in all of it.
     async fn look_up<'a>(
         &mut self,
         service: &'a str,
+        from_the_beginning: bool,
         archive: &Arc<dyn Archive>,
         bus: &KafkaBus,
         owed: &mut BTreeMap<(&'a str, Position), Owed>,
@@ -70,7 +84,7 @@ impl Owing {
         let topic = format!("{service}.commands");
         let mut since = Ends::default();
         let mut number = 0;
-        while let Some(document) = one(archive, &format!("{topic}/{topic}/{number}")).await? {
+        while !from_the_beginning && let Some(document) = one(archive, &format!("{topic}/{topic}/{number}")).await? {
             let checkpoint: Value = serde_json::from_str(&document.body)?;
             since.set(&topic, number, checkpoint["next"].as_i64().unwrap_or(0));
             number += 1;
@@ -83,7 +97,7 @@ impl Owing {
             let Ok(message) = delivery.message else { continue };
             let Some(key) = StepKey::asked(service, &message) else { continue };
             if let Some((position, reply)) = self.0.remove(&key) {
-                owed.insert((service, position), Owed { message, reply });
+                owed.insert((service, position), Owed { message, reply, answered_at: position });
             }
         }
         bar.finish_and_clear();

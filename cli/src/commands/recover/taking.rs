@@ -165,8 +165,9 @@ impl<'a> Taking<'a> {
 
     /// If events of the same commit as an answer may be lost, notes that the work of that answer must be done again.
     fn owe(&mut self, event: &Stored<'_>, found: &Found) {
-        if event.stream.starts_with("step.") && !found.is_whole(event, self.restored_to) {
-            self.counts.done_again += u64::from(self.owing.note(event));
+        if event.stream.starts_with("step.") {
+            self.owing.note(event, found.is_whole(event, self.restored_to));
+            self.counts.done_again = self.owing.len() as u64;
         }
     }
 
