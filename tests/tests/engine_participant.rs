@@ -85,10 +85,15 @@ impl Desk {
         self.restart().await;
     }
 
+    /// Returns the recorded answers of the bank to the trip.
+    async fn answers(&self) -> Vec<annals::Recorded> {
+        let stream = annals::StreamId::from_stored(&format!("step.bank-{TRIP}"));
+        self.store.read_stream(&stream, Version::START, 100).await.unwrap()
+    }
+
     /// The position of the last answer to a step.
     async fn answered_at(&self, at: At) -> Position {
-        let stream = annals::StreamId::from_stored(&format!("step.bank-{TRIP}"));
-        let answers = self.store.read_stream(&stream, Version::START, 100).await.unwrap();
+        let answers = self.answers().await;
         let is_of = |event: &&annals::Recorded| {
             let StepEvent::Replied { reply, .. } = event.decode().unwrap().unwrap();
             reply.at == at
@@ -127,8 +132,7 @@ impl Desk {
     /// Asserts that nothing is parked, and that each reply belongs to a request.
     async fn close(mut self, replies: usize) {
         assert_eq!(documents(&self.store, "parked.bank.commands").await, []);
-        let stream = annals::StreamId::from_stored(&format!("step.bank-{TRIP}"));
-        let answers = self.store.read_stream(&stream, Version::START, 100).await.unwrap();
+        let answers = self.answers().await;
         assert_eq!(answers.len(), replies);
         let health = self.runtime.health();
         self.script.behave();
@@ -285,8 +289,7 @@ async fn step_that_was_refused_before_a_restore_is_not_owed() {
     desk.send(vec![desk.command(At::Forward(1), 1, 1), desk.command(At::Forward(2), 1, 2)]).await;
     assert!(matches!(desk.reply().await, Outcome::Refused(_)));
     assert!(matches!(desk.reply().await, Outcome::Done(_)));
-    let stream = annals::StreamId::from_stored(&format!("step.bank-{TRIP}"));
-    let answers = desk.store.read_stream(&stream, Version::START, 100).await.unwrap();
+    let answers = desk.answers().await;
     let owed: Vec<At> =
         answers.iter().filter_map(|event| Some(StepKey::answered(&Stored::from(event))?.0.at)).collect();
     assert_eq!(owed, [At::Forward(2)], "carried out now, the refused step would be one that no saga undoes");
