@@ -17,7 +17,7 @@ use sqlx::{Connection, PgConnection};
 use tokio::{task::JoinSet, time::timeout};
 use uuid::Uuid;
 
-use self::postgres::{PROMPTLY, Schema, append, numbers, whole_log};
+use self::postgres::{PROMPTLY, Schema, append, numbers, readable_log, whole_log};
 
 /// Appends through the same SQL function that the store uses.
 async fn append_within(connection: &mut PgConnection, schema: &Schema, stream: &str) -> i64 {
@@ -34,7 +34,7 @@ async fn execute(connection: &mut PgConnection, sql: &str) {
 /// Reads from the beginning until a read returns nothing more. A single read is not enough, because the store may need
 /// one read to learn which writers are active.
 async fn streams(store: &PostgresStore) -> Vec<String> {
-    whole_log(store).await.iter().map(|event| event.stream.to_string()).collect()
+    readable_log(store).await.iter().map(|event| event.stream.to_string()).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -9,7 +9,10 @@ pub mod server;
 #[cfg(target_os = "linux")]
 pub mod virtual_address;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use annals::{
     Append, Commit, EventStore, Expected, LogQuery, MemoryStore, Metadata, NewEvent, Position, Recorded, StreamId,
@@ -18,6 +21,7 @@ use annals::{
 use annals_postgres::{PostgresStore, Settings};
 use annals_sqlite::SqliteStore;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
+use tokio::time::sleep;
 use uuid::Uuid;
 
 /// Returns the URL of the server.
@@ -141,8 +145,19 @@ pub fn append(stream: &str, expected: i64, count: usize) -> Commit {
     Commit { appends: vec![append], puts: Vec::new() }
 }
 
-/// Returns the whole readable log.
+/// Returns the whole log. A failed statement reports its error before its transaction has ended, and a reader does not
+/// pass the gap that the transaction leaves until then. So this waits until no writer is in flight.
 pub async fn whole_log(store: &PostgresStore) -> Vec<Arc<Recorded>> {
+    let deadline = Instant::now() + PROMPTLY;
+    while store.status().await.unwrap().waits_for.is_some() {
+        assert!(Instant::now() < deadline, "a writer is still in flight");
+        sleep(Duration::from_millis(5)).await;
+    }
+    readable_log(store).await
+}
+
+/// Returns the log up to the first gap that a writer may still fill.
+pub async fn readable_log(store: &PostgresStore) -> Vec<Arc<Recorded>> {
     let (mut all, mut after) = (Vec::new(), Position::START);
     loop {
         let page = store.read_log(&LogQuery::all(), after, 100).await.unwrap();
