@@ -1,13 +1,11 @@
-//! Conformance suites for stores and buses, including stores and buses from other crates.
+//! What several tests share: stores that fail, brokers, terminals, and small aggregates and sagas.
 
-// A suite is test code: if a store returns an error, the suite fails by panicking.
+// This is test code: an unexpected error fails the test by panicking.
 #![allow(clippy::unwrap_used)]
 
-pub mod bus;
 pub mod distance;
 pub mod faulty;
 pub mod kafka;
-pub mod store;
 pub mod tally;
 #[cfg(unix)]
 pub mod terminal;

@@ -77,7 +77,7 @@ fn ring(room: &str) -> u32 {
     match room {
         "macros" => 0,
         "core" => 1,
-        room if room.starts_with("store-") || room.starts_with("bus-") => 2,
+        room if room.starts_with("store-") || room.starts_with("bus-") || room == "conformance" => 2,
         "cli" => 3,
         "sample-shop" => 4,
         "tests" | "bench" => 5,

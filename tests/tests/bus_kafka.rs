@@ -4,8 +4,9 @@
 use std::sync::Arc;
 
 use annals::Bus;
+use annals_conformance::bus::Subject;
 use annals_kafka::{KafkaBus, Settings};
-use annals_tests::{bus::Subject, kafka::brokers};
+use annals_tests::kafka::brokers;
 
 struct Kafka;
 
@@ -21,4 +22,4 @@ impl Subject for Kafka {
     }
 }
 
-annals_tests::bus_suite!(Kafka);
+annals_conformance::bus_suite!(Kafka);

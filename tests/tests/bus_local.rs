@@ -8,7 +8,7 @@ use annals::{
     bus::{Bookmark, Outgoing, Partition, Polled, Receipt},
     local_bus::HELD_MAX,
 };
-use annals_tests::bus::{Ledger, Member, Subject, message, publish, within};
+use annals_conformance::bus::{Ledger, Member, Subject, message, publish, within};
 use futures::poll;
 
 struct Local;
@@ -24,7 +24,7 @@ impl Subject for Local {
     }
 }
 
-annals_tests::bus_suite!(Local);
+annals_conformance::bus_suite!(Local);
 
 const TOPIC: &str = "payment.commands";
 

@@ -12,8 +12,8 @@ use annals::{
     EventStore, LogQuery, Position,
     archive::{Archive, Contents, Stored},
 };
+use annals_conformance::store::{Durable, StoreUnderTest, suite};
 use annals_postgres::{OpenError, PostgresStore, Replay};
-use annals_tests::store::{Durable, StoreUnderTest, suite};
 use futures::TryStreamExt;
 use sqlx::{Connection, PgConnection};
 use tokio::time::{sleep, timeout};

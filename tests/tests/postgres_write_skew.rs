@@ -7,8 +7,8 @@ mod postgres;
 use std::sync::Arc;
 
 use annals::{Append, Commit, CommitError, DocumentKey, EventStore, Expected, Put, StreamId, Version};
+use annals_conformance::store::concurrency::relying_on_absence;
 use annals_postgres::PostgresStore;
-use annals_tests::store::concurrency::relying_on_absence;
 use sqlx::{Connection, PgConnection};
 use tokio::{sync::Barrier, task::JoinSet, time::timeout};
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use annals::{EventStore, MemoryStore};
-use annals_tests::store::{StoreUnderTest, suite};
+use annals_conformance::store::{StoreUnderTest, suite};
 
 struct Memory(MemoryStore);
 

@@ -6,8 +6,8 @@ mod postgres;
 use std::sync::Arc;
 
 use annals::EventStore;
+use annals_conformance::store::{Durable, StoreUnderTest, suite};
 use annals_postgres::PostgresStore;
-use annals_tests::store::{Durable, StoreUnderTest, suite};
 
 use self::postgres::Schema;
 

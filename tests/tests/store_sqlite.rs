@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use annals::EventStore;
+use annals_conformance::store::{Durable, StoreUnderTest, suite};
 use annals_sqlite::SqliteStore;
-use annals_tests::store::{Durable, StoreUnderTest, suite};
 use tempfile::TempDir;
 
 struct Sqlite {

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use annals::{EventStore, LogQuery, MemoryStore, Position, Tail};
-use annals_tests::store::{StoreUnderTest, suite};
+use annals_conformance::store::{StoreUnderTest, suite};
 
 struct Tailed(Arc<Tail>);
 

@@ -4,7 +4,7 @@
 //! use std::sync::Arc;
 //!
 //! use annals::{EventStore, MemoryStore};
-//! use annals_tests::store::StoreUnderTest;
+//! use annals_conformance::store::StoreUnderTest;
 //!
 //! struct Memory(Arc<MemoryStore>);
 //!
@@ -17,7 +17,7 @@
 //!     }
 //! }
 //!
-//! annals_tests::store::suite!(Memory);
+//! annals_conformance::store::suite!(Memory);
 //! # fn main() {}
 //! ```
 //!

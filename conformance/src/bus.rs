@@ -8,7 +8,7 @@
 //! struct Local;
 //!
 //! #[async_trait::async_trait]
-//! impl annals_tests::bus::Subject for Local {
+//! impl annals_conformance::bus::Subject for Local {
 //!     const PARTITIONS: u32 = 4;
 //!     const RECEIPT_AFTER_CONSUMPTION: bool = true;
 //!     const RESUMES_AT_ACKNOWLEDGED: bool = true;
@@ -17,7 +17,7 @@
 //!     }
 //! }
 //!
-//! annals_tests::bus_suite!(Local);
+//! annals_conformance::bus_suite!(Local);
 //! ```
 #![allow(clippy::unwrap_used)]
 
