@@ -1,6 +1,8 @@
 //! The port to a bus, which carries messages with CloudEvents attributes. Messages with the same key are published and
 //! consumed in order.
 
+pub mod local;
+
 use std::{collections::BTreeMap, ops::Range, sync::Arc};
 
 use async_trait::async_trait;

@@ -1,13 +1,15 @@
 //! The contents of the log, which are events in streams. Each event has a version in its stream and a position in the
 //! log.
 
+pub mod trace_context;
+
 use std::{borrow::Cow, fmt, sync::Arc};
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::trace_context::TraceContext;
+use crate::event::trace_context::TraceContext;
 
 /// The maximum length of a stream id in bytes. The length is limited because a stream id is an index key in every store
 /// and a message key on every bus.

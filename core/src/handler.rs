@@ -5,11 +5,11 @@ use std::{error::Error, fmt, sync::Arc};
 use async_trait::async_trait;
 
 use crate::{
+    base::panic::caught_now,
     bus::Message,
+    decide::work::Work,
     event::{DecodeError, EventError},
-    panic::caught_now,
     store::StoreError,
-    work::Work,
 };
 
 /// User code that reacts to messages from the log or from a bus. Messages with the same key are handled in order.

@@ -1,5 +1,7 @@
 //! The health of the parts of a running service.
 
+pub(crate) mod notice;
+
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},

@@ -58,86 +58,67 @@
 
 extern crate self as annals;
 
-pub mod aggregate;
 pub mod archive;
-mod backoff;
+mod base;
 pub mod bus;
-mod categories;
-pub mod checkpoint;
-mod claim;
-pub mod clock;
 pub mod commit;
-pub mod config;
-pub mod consumer;
+mod decide;
 pub mod event;
-mod generation;
+mod follow;
 pub mod handler;
 pub mod health;
-mod instance;
-pub mod json;
-mod lanes;
-mod line;
-pub mod local_bus;
-mod log_names;
-mod marks;
-pub mod memory;
-mod name;
-mod notice;
 pub mod operator;
-mod panic;
-pub mod parking;
-pub mod read_model;
-mod reason;
-mod rebuild;
-pub mod recovery;
-mod redrive;
+mod project;
 pub mod relay;
-mod relayed;
-mod remembered;
-pub mod repository;
-mod routes;
 pub mod saga;
-pub mod secret;
 pub mod service;
-mod stale;
 pub mod store;
-pub mod subscription;
-pub mod tail;
 #[cfg(feature = "testing")]
 pub mod testing;
-pub mod trace_context;
-pub mod transaction;
-mod unsettled;
-pub mod work;
-pub mod worker;
 
 pub use annals_macros::Event;
 #[doc(hidden)]
 pub use {serde, serde_json};
 
 pub use self::{
-    aggregate::{Aggregate, Snapshot},
     archive::Archive,
-    bus::{Bus, BusError, Consumer, Message, Publisher},
-    clock::Clock,
+    base::{
+        config, json,
+        name::{NAME_BYTES_MAX, NameError},
+        secret,
+    },
+    bus::{
+        Bus, BusError, Consumer, Message, Publisher,
+        local::{self as local_bus, LocalBus},
+    },
     commit::{Append, Commit, CommitError, Committed, Document, DocumentKey, Expected, Put},
-    consumer::Group,
-    event::{Event, EventError, EventType, Metadata, NewEvent, Position, Recorded, StreamId, StreamIdError, Version},
+    decide::{
+        aggregate::{self, Aggregate, Snapshot},
+        repository::{self, ExecuteError, Repository, Request},
+        transaction::{self, Transaction},
+        work::{self, Work, WorkError},
+    },
+    event::{
+        Event, EventError, EventType, Metadata, NewEvent, Position, Recorded, StreamId, StreamIdError, Version,
+        trace_context::{self, TraceContext},
+    },
+    follow::{
+        checkpoint,
+        consumer::{self, Group},
+        parking::{self, DeadLetters},
+        subscription::{self, Start, Subscription},
+        worker,
+    },
     handler::{Handler, HandlerError, Terminal},
     health::Health,
-    local_bus::LocalBus,
-    memory::MemoryStore,
-    name::{NAME_BYTES_MAX, NameError},
     operator::Operator,
-    parking::DeadLetters,
-    read_model::{Projection, ReadModel, Views},
-    repository::{ExecuteError, Repository, Request},
+    project::read_model::{self, Projection, ReadModel, Views},
     saga::{Answer, Participant, Saga, SagaState, StepError},
-    service::{Runtime, Service, StartError},
-    store::{EventStore, LogPage, LogQuery, LostEnd, OpenWriter, Scan, StoreError, StoreStatus},
-    subscription::{Start, Subscription},
-    tail::Tail,
-    trace_context::TraceContext,
-    transaction::Transaction,
-    work::{Work, WorkError},
+    service::{Runtime, Service, StartError, recovery},
+    store::{
+        EventStore, LogPage, LogQuery, LostEnd, OpenWriter, Scan, StoreError, StoreStatus,
+        clock::{self, Clock},
+        memory::{self, MemoryStore},
+        tail::{self, Tail},
+    },
 };

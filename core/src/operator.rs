@@ -11,13 +11,17 @@ use uuid::Uuid;
 
 use crate::{
     Event,
-    checkpoint::{CHECKPOINTS, Checkpoint},
+    base::name::RELAY,
     commit::{Append, COMMIT_ROWS_MAX, Commit, CommitError, Document, DocumentKey, Expected, Put},
     event::{Metadata, NewEvent, Position, StreamId, Version, derived_id},
-    generation,
-    name::RELAY,
-    parking::{DeadLetters, Parked},
-    read_model::{Rebuild, Rebuilt, SwapError},
+    follow::{
+        checkpoint::{CHECKPOINTS, Checkpoint},
+        parking::{DeadLetters, Parked},
+    },
+    project::{
+        generation,
+        read_model::{Rebuild, Rebuilt, SwapError},
+    },
     saga::{Progress, SagaEvent, Status, Verb},
     store::{EventStore, Scan, StoreError},
 };

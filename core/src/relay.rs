@@ -1,6 +1,9 @@
 //! The relay, which publishes messages from the log to the bus. The relay is a subscription whose checkpoint moves only
 //! after the bus has accepted the messages.
 
+pub(crate) mod progress;
+pub(crate) mod routes;
+
 use std::{collections::VecDeque, sync::Arc};
 
 use async_trait::async_trait;
@@ -9,29 +12,28 @@ use tokio::{sync::OnceCell, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    backoff::Backoff,
+    base::{backoff::Backoff, name},
     bus::{BusError, Message, Outgoing, Publisher, Receipt},
-    checkpoint::{Given, Lane},
-    claim::{Claim, Turn},
+    decide::work::Work,
     event::{Position, Recorded, StreamId},
+    follow::{
+        checkpoint::{Given, Lane},
+        lanes::{self, LANES_MAX, LOOK_AGAIN, Lanes},
+        lease::{Claim, Turn},
+        parking::ParkedKeys,
+        peer::Instance,
+        subscription::{IDLE_CHECKPOINT, Start, lane_of},
+        worker::{PARKED_TICK, RetryPolicy, Stop, Worker},
+    },
     handler::{Handler, HandlerError, Terminal},
     health::{Health, Reporter, State},
-    instance::Instance,
-    lanes::{self, LANES_MAX, LOOK_AGAIN, Lanes},
-    log_names::Labels,
-    name,
-    parking::ParkedKeys,
-    relayed::relay_of,
-    store::{EventStore, LogPage, StoreError},
-    subscription::{IDLE_CHECKPOINT, Start, lane_of},
-    work::Work,
-    worker::{PARKED_TICK, RetryPolicy, Stop, Worker},
+    relay::progress::relay_of,
+    store::{EventStore, LogPage, StoreError, names::Labels},
 };
 
 pub use crate::{
-    log_names::{LogNames, Segment, log_of},
-    relayed::Relayed,
-    routes::Routes,
+    relay::{progress::Relayed, routes::Routes},
+    store::names::{LogNames, Segment, log_of},
 };
 
 /// The number of events that are read and published together.

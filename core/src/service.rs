@@ -1,6 +1,8 @@
 //! Services and the runtime. A service publishes events, executes steps of sagas, and runs sagas of its own. The
 //! runtime runs the tasks of all services.
 
+pub mod recovery;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
@@ -14,24 +16,25 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     archive::is_half_imported,
+    base::{
+        name::{self, NameError, Names},
+        panic::caught,
+    },
     bus::{Bus, BusError, Message, Publisher},
-    categories,
-    consumer::Group,
+    decide::{categories, work::Work},
     event::StreamId,
+    follow::{consumer::Group, peer::Instance, subscription::Subscription},
     handler::{Handler, HandlerError, Terminal},
     health::{Health, Held, State},
-    instance::Instance,
-    name::{self, NameError, Names},
-    panic::caught,
-    read_model::{Projection, ReadModel},
-    recovery::{self, Ahead},
-    relay::{Relay, Routes},
-    relayed::relay_of,
-    routes::{SERVICE_BYTES_MAX, is_service_name},
+    project::read_model::{Projection, ReadModel},
+    relay::{
+        Relay, Routes,
+        progress::relay_of,
+        routes::{SERVICE_BYTES_MAX, is_service_name},
+    },
     saga::{self, Debtor, Desk, Participant, Replies, Runner, SagaState, Starter, StepEvent},
+    service::recovery::Ahead,
     store::{EventStore, LogQuery, StoreError},
-    subscription::Subscription,
-    work::Work,
 };
 
 /// How long the index of sagas may lag under low load. A saga timer may fire late by this lag.

@@ -1,5 +1,10 @@
 //! The port to a store, which holds the log with its streams, and documents.
 
+pub mod clock;
+pub mod memory;
+pub(crate) mod names;
+pub mod tail;
+
 use std::{fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
@@ -7,9 +12,9 @@ use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
 use crate::{
-    clock::Clock,
     commit::{Commit, CommitError, Committed, Document, DocumentKey},
     event::{Position, Recorded, StreamId, Version},
+    store::clock::Clock,
 };
 
 /// A durable log and a set of documents. The test suite `annals_conformance::store` defines what an implementation must do.

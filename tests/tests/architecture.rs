@@ -292,7 +292,7 @@ fn a_word_of_the_dialect_is_found() {
     assert!(dialect("/// Calls `told`, retold and besides.").is_empty());
 }
 
-/// A document names a file in backticks, as in `core/src/work.rs`, or in a link, as in `](docs/adr/README.md)`.
+/// A document names a file in backticks, as in `core/src/decide/work.rs`, or in a link, as in `](docs/adr/README.md)`.
 #[test]
 fn the_documents_name_files_that_are_there() {
     let workspace = Workspace::read();

@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::progress::Outcome;
 use crate::{
-    categories,
+    decide::categories,
     event::{Event, named_id},
 };
 

@@ -12,12 +12,12 @@ use super::{
 };
 use crate::{
     bus::Message,
-    clock::LAST_DUE_MILLISECONDS,
     commit::DocumentKey,
+    decide::work::Work,
     event::{Position, StreamId},
     handler::{Handler, HandlerError, Terminal},
-    notice::Notice,
-    work::Work,
+    health::notice::Notice,
+    store::clock::LAST_DUE_MILLISECONDS,
 };
 
 /// Reads the events of sagas and keeps a document for each saga. The document is in the collection `saga.<name>` under

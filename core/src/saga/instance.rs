@@ -11,7 +11,10 @@ use super::{
     progress::{At, Outcome, Progress, Reply, SagaEvent},
     transition::{Input, Moved, Verb, begin, json_bytes, learn_given_up, transition},
 };
-use crate::{aggregate::Aggregate, json::to_value, panic::caught_now};
+use crate::{
+    base::{json::to_value, panic::caught_now},
+    decide::aggregate::Aggregate,
+};
 
 /// One saga, folded from its stream.
 #[derive(Clone, Debug)]

@@ -6,7 +6,7 @@ use super::{
     definition::{Kind, PlannedStep, Saga, SagaState},
     progress::{At, Progress},
 };
-use crate::panic::caught_now;
+use crate::base::panic::caught_now;
 
 /// The steps that a saga has reached, in order. Each step is given as its participants know it, and by name.
 pub(super) type Trail = Vec<(At, Arc<str>)>;

@@ -15,14 +15,14 @@ use super::{
 use crate::{
     Event,
     archive::Stored,
-    backoff::Backoff,
+    base::backoff::Backoff,
     bus::Message,
     commit::{CommitError, Document, DocumentKey},
+    decide::work::{Stale, Work},
     event::Position,
     handler::{Handler, HandlerError, Remedy},
     health::Health,
     store::{EventStore, Scan, StoreError},
-    work::{Stale, Work},
 };
 
 /// The number of documents read per page.

@@ -12,15 +12,17 @@ use super::{
 };
 use crate::{
     Event,
-    aggregate::Aggregate,
+    base::panic::caught,
     bus::Message,
     commit::{NESTING_MAX, check_json_within},
+    decide::{
+        aggregate::Aggregate,
+        repository::Repository,
+        work::{Work, WorkError},
+    },
     event::{EVENT_BYTES_MAX, Position, StreamIdError, Version, named_id},
     handler::{Handler, HandlerError, Terminal},
-    panic::caught,
-    repository::Repository,
     store::{EventStore, StoreError},
-    work::{Work, WorkError},
 };
 
 /// The maximum size of a participant's answer, in bytes of JSON. The saga records the answer and the commands that
@@ -260,7 +262,8 @@ pub(crate) struct Desk<P> {
 impl<P: Participant> Desk<P> {
     pub fn new(service: &str, store: Arc<dyn EventStore>, participant: P) -> Self {
         let category = step_category(service);
-        let participations = Repository::of_framework(store.clone(), &category, crate::repository::CACHED_AGGREGATES);
+        let participations =
+            Repository::of_framework(store.clone(), &category, crate::decide::repository::CACHED_AGGREGATES);
         Self { service: service.to_owned(), store, participant, participations }
     }
 

@@ -7,7 +7,7 @@ use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use super::transition::Verb;
-use crate::{Event, reason};
+use crate::{Event, base::reason};
 
 /// The state of a saga as operators see it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

@@ -16,11 +16,13 @@ use super::{
 };
 use crate::{
     bus::Message,
+    decide::{
+        repository::{CACHED_AGGREGATES, ExecuteError, Repository, Request},
+        work::{Work, WorkError},
+    },
     event::{Metadata, Version, named_id},
     handler::{Handler, HandlerError, Terminal},
-    repository::{CACHED_AGGREGATES, ExecuteError, Repository, Request},
     store::{EventStore, LogQuery},
-    work::{Work, WorkError},
 };
 
 /// Decides whether a message starts a saga, and returns the saga's id and initial data.

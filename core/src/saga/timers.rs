@@ -20,15 +20,14 @@ use super::{
     runner::Runner,
 };
 use crate::{
-    backoff::Backoff,
+    base::{backoff::Backoff, panic::caught},
     commit::{Commit, CommitError, Document, DocumentKey, Put},
+    decide::work::{Stale, Work, WorkError},
     event::{Metadata, StreamId, Version},
     health::{Health, State},
-    panic::caught,
-    recovery,
-    relayed::Relayed,
+    relay::progress::Relayed,
+    service::recovery,
     store::{Scan, StoreError},
-    work::{Stale, Work, WorkError},
 };
 
 /// How often this process checks the timers that it remembers. This interval is the precision of every timeout and

@@ -14,12 +14,11 @@ use super::{
     progress::{At, CallState, Command, Failure, Fault, FaultKind, Outcome, Progress, Reply, Status},
 };
 use crate::{
-    clock::later,
+    base::{panic::caught_now, reason},
     commit::{NESTING_MAX, check_json_within},
     event::{EVENT_BYTES_MAX, named_id},
-    panic::caught_now,
-    reason,
-    routes::is_service_name,
+    relay::routes::is_service_name,
+    store::clock::later,
 };
 
 /// The maximum total size of the commands in one saga event, in bytes of JSON: the maximum size of an event, minus room

@@ -17,8 +17,8 @@ use super::{
     model::{Act, Always, AtEnd, Protocol, RULES, Troubles},
 };
 use crate::{
+    base::panic::caught_now,
     event::Event,
-    panic::caught_now,
     saga::{Progress, Saga, SagaState, Status, StepError},
 };
 

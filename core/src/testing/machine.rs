@@ -17,7 +17,7 @@ use super::{
     rules::{self, Plan},
 };
 use crate::{
-    aggregate::Aggregate,
+    decide::aggregate::Aggregate,
     event::Event,
     saga::{
         Ask, At, Command, Definitions, Failure, Input, Instance, Moved, Outcome, Progress, Reply, Saga, SagaEvent,

@@ -23,7 +23,7 @@ use super::{
     rules::Ledger,
 };
 use crate::{
-    aggregate::Aggregate,
+    decide::aggregate::Aggregate,
     saga::{
         At, Outcome, Participation, Reply, SagaState, Slot, Status, Step, StepCommand, StepError, StepEvent,
         decide_step,

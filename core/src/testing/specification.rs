@@ -2,7 +2,7 @@
 
 use std::fmt::{Debug, Write};
 
-use crate::{aggregate::Aggregate, event::Event};
+use crate::{decide::aggregate::Aggregate, event::Event};
 
 /// An aggregate with a history.
 #[derive(Clone, Debug)]

@@ -11,20 +11,21 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    backoff::Backoff,
+    base::{backoff::Backoff, name},
     bus::Message,
-    checkpoint::Lane,
-    claim::{Claim, Turn},
     event::{Position, Recorded},
+    follow::{
+        checkpoint::Lane,
+        lanes::{self, LANES_MAX, LOOK_AGAIN, Lanes},
+        lease::{Claim, Turn},
+        parking::ParkedKeys,
+        peer::Instance,
+        redrive::Others,
+        worker::{BATCH_MAX, Item, PARKED_TICK, RetryPolicy, Stop, Worker},
+    },
     handler::Handler,
     health::{Health, Reporter},
-    instance::Instance,
-    lanes::{self, LANES_MAX, LOOK_AGAIN, Lanes},
-    name,
-    parking::ParkedKeys,
-    redrive::Others,
     store::{EventStore, LogQuery, StoreError},
-    worker::{BATCH_MAX, Item, PARKED_TICK, RetryPolicy, Stop, Worker},
 };
 
 /// How often the checkpoint moves forward on a lane that only skips events.

@@ -7,19 +7,21 @@ use chrono::{DateTime, Utc};
 use tokio::time::Instant;
 
 use crate::{
-    backoff::Backoff,
+    base::{backoff::Backoff, panic::caught, reason},
     bus::{Message, Undecodable},
-    checkpoint::Lane,
     commit::{COMMIT_ROWS_MAX, CommitError, DocumentKey},
+    decide::work::{Stale, Work},
+    follow::{
+        checkpoint::Lane,
+        parking::{Lost, PARKED_MAX, Parked, ParkedKeys, Place, collection},
+        redrive::Others,
+    },
     handler::{Handler, HandlerError, Remedy},
-    health::Reporter,
-    notice::{FailedMessage, Notice},
-    panic::caught,
-    parking::{Lost, PARKED_MAX, Parked, ParkedKeys, Place, collection},
-    reason,
-    redrive::Others,
+    health::{
+        Reporter,
+        notice::{FailedMessage, Notice},
+    },
     store::{EventStore, StoreError},
-    work::{Stale, Work},
 };
 
 /// A batch ends once its commit has this many rows. The number is half the limit of a commit, so that one more large

@@ -11,10 +11,9 @@ use chrono::{DateTime, SubsecRound, Utc};
 use tokio::sync::watch;
 
 use crate::{
-    clock::Clock,
     commit::{Append, Commit, CommitError, Committed, Document, DocumentKey, Put},
     event::{Position, Recorded, StreamId, Version},
-    store::{EventStore, LogPage, LogQuery, Scan, StoreError, StoreStatus},
+    store::{EventStore, LogPage, LogQuery, Scan, StoreError, StoreStatus, clock::Clock},
 };
 
 /// How many events one page of [`EventStore::read_log`] examines when a query excludes most events. This limits how

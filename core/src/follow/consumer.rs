@@ -12,17 +12,18 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    backoff::Backoff,
+    base::{backoff::Backoff, name},
     bus::{Bus, BusError, Consumer, Partition, Polled},
-    checkpoint::{CHECKPOINTS, Lane},
     commit::{Commit, DocumentKey, Put},
+    follow::{
+        checkpoint::{CHECKPOINTS, Lane},
+        parking::{Lost, ParkedKeys, parking_key},
+        redrive::Others,
+        worker::{BATCH_MAX, Item, PARKED_TICK, RetryPolicy, Stop, Worker},
+    },
     handler::Handler,
     health::{Health, State},
-    name,
-    parking::{Lost, ParkedKeys, parking_key},
-    redrive::Others,
     store::{EventStore, Scan},
-    worker::{BATCH_MAX, Item, PARKED_TICK, RetryPolicy, Stop, Worker},
 };
 
 /// If no messages arrive, health becomes fine again after this time without a failure. The wait is needed because a bus

@@ -10,14 +10,18 @@ use uuid::Uuid;
 
 use crate::{
     bus::{Bus, Delivery, Ends},
-    checkpoint::{CHECKPOINTS, Checkpoint},
     commit::{Commit, Document, DocumentKey, Put},
     event::{Position, Recorded},
-    instance::{HEARTBEAT, INSTANCES},
-    log_names::{LogNames, log_of},
-    relayed::Relayed,
+    follow::{
+        checkpoint::{CHECKPOINTS, Checkpoint},
+        peer::{HEARTBEAT, INSTANCES},
+    },
+    relay::progress::Relayed,
     service::StartError,
-    store::{EventStore, LogQuery, Scan, StoreError},
+    store::{
+        EventStore, LogQuery, Scan, StoreError,
+        names::{LogNames, log_of},
+    },
 };
 
 /// The number of events or documents read per page.
@@ -329,7 +333,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
-    use crate::memory::MemoryStore;
+    use crate::store::memory::MemoryStore;
 
     /// Retention may have removed the messages of the inbox. The timers wait for these messages once, and not again at
     /// each start.

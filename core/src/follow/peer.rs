@@ -15,8 +15,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    checkpoint::{CHECKPOINTS, Checkpoint},
     commit::{COMMIT_ROWS_MAX, Commit, CommitError, Document, DocumentKey, Put},
+    follow::checkpoint::{CHECKPOINTS, Checkpoint},
     health::Health,
     store::{EventStore, Scan},
 };

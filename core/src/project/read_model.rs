@@ -8,23 +8,19 @@ use serde::{Serialize, de::DeserializeOwned};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    backoff::Backoff,
+    base::{backoff::Backoff, json::to_json_exact, name},
     bus::Message,
     commit::{Document, DocumentKey},
+    decide::work::Work,
     event::{Event, Position},
-    generation::{self, Pointer, collection},
+    follow::{peer::Instance, subscription::Subscription, worker::RetryPolicy},
     handler::{Handler, HandlerError, Terminal},
     health::{Health, Reporter, State},
-    instance::Instance,
-    json::to_json_exact,
-    name,
+    project::generation::{self, Pointer, collection},
     store::{EventStore, LogQuery, Scan, StoreError},
-    subscription::Subscription,
-    work::Work,
-    worker::RetryPolicy,
 };
 
-pub use crate::rebuild::{Compared, Difference, Rebuild, Rebuilt, SwapError};
+pub use crate::project::rebuild::{Compared, Difference, Rebuild, Rebuilt, SwapError};
 
 /// How often a running projection checks whether another generation has become live.
 const SWAP_TICK: Duration = Duration::from_millis(500);

@@ -13,10 +13,9 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 
 use crate::{
-    clock::Clock,
     commit::{Commit, CommitError, Committed, Document, DocumentKey},
     event::{NewEvent, Position, Recorded, StreamId, Version},
-    store::{EventStore, LogPage, LogQuery, Scan, StoreError, StoreStatus},
+    store::{EventStore, LogPage, LogQuery, Scan, StoreError, StoreStatus, clock::Clock},
 };
 
 /// The maximum number of events held in memory. A subscription that lags further behind reads the store itself.

@@ -15,8 +15,8 @@ use crate::{
     bus::{Message, Undecodable},
     commit::{Commit, CommitError, DOCUMENT_BYTES_MAX, DOCUMENT_ID_BYTES_MAX, Document, DocumentKey, Put, check_json},
     event::{Position, named_id},
+    follow::subscription::lane_of,
     store::{EventStore, Scan, StoreError},
-    subscription::lane_of,
 };
 
 /// The maximum number of parked messages of one worker. At this limit, the worker handles no more messages.

@@ -16,11 +16,13 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::{
-    backoff::Backoff,
-    checkpoint::{CHECKPOINTS, Checkpoint, Lane},
+    base::backoff::Backoff,
     commit::{Append, Commit, CommitError, Document, DocumentKey, Put},
     event::Position,
-    parking,
+    follow::{
+        checkpoint::{CHECKPOINTS, Checkpoint, Lane},
+        parking,
+    },
     store::{EventStore, Scan, StoreError},
 };
 

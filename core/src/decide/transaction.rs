@@ -3,12 +3,14 @@
 use std::sync::Arc;
 
 use crate::{
-    backoff::Backoff,
+    base::backoff::Backoff,
     commit::{CommitError, Committed},
-    repository::{DECISIONS_MAX, Request},
+    decide::{
+        repository::{DECISIONS_MAX, Request},
+        unsettled::Unsettled,
+        work::{Stale, Work},
+    },
     store::EventStore,
-    unsettled::Unsettled,
-    work::{Stale, Work},
 };
 
 /// Stages work on several streams and documents, and commits the work either completely or not at all. If another

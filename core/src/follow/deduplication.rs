@@ -47,7 +47,7 @@ struct Mark {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Run {
     /// The first position; 0 for the start of the log.
-    #[serde(default, skip_serializing_if = "crate::checkpoint::is_zero")]
+    #[serde(default, skip_serializing_if = "crate::follow::checkpoint::is_zero")]
     start: i64,
     /// The last position.
     position: i64,

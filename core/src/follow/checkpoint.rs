@@ -11,9 +11,8 @@ use crate::{
     bus::{Bookmark, Ends},
     commit::DocumentKey,
     event::Position,
-    marks::Marks,
+    follow::{deduplication::Marks, worker::Item},
     store::{EventStore, LogQuery, StoreError},
-    worker::Item,
 };
 
 /// The checkpoint, in memory, of a lane of the log or of a partition of a topic.

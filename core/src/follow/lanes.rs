@@ -9,14 +9,16 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use crate::{
     bus::Ends,
-    checkpoint::{CHECKPOINTS, Checkpoint, Lane},
     commit::{COMMIT_ROWS_MAX, Commit, CommitError, Document, DocumentKey, Put},
     event::Position,
-    instance::Instance,
-    parking::{self, DeadLetters},
+    follow::{
+        checkpoint::{CHECKPOINTS, Checkpoint, Lane},
+        parking::{self, DeadLetters},
+        peer::Instance,
+        subscription::Start,
+        worker::{Stop, Worker},
+    },
     store::{EventStore, Scan, StoreError},
-    subscription::Start,
-    worker::{Stop, Worker},
 };
 
 /// The pause after another process has moved a lane.

@@ -8,14 +8,16 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use uuid::Uuid;
 
 use crate::{
-    checkpoint::Checkpoint,
     commit::{Append, CommitError, Document, Put},
     event::Position,
-    generation::{self, BEAT, Build, checkpoint, collection, count, position, unavailable},
+    follow::{
+        checkpoint::Checkpoint,
+        parking::{self, Parked},
+        subscription::Subscription,
+    },
     health::Health,
-    parking::{self, Parked},
+    project::generation::{self, BEAT, Build, checkpoint, collection, count, position, unavailable},
     store::{EventStore, Scan, StoreError},
-    subscription::Subscription,
 };
 
 /// The number of documents read per page.

@@ -11,7 +11,7 @@ use std::{
 use tokio::time::{Instant, sleep};
 
 use crate::{
-    aggregate::Aggregate,
+    decide::aggregate::Aggregate,
     event::{Event, EventType, Position, StreamId, StreamIdError},
     health::{Health, State},
     operator,

@@ -1,6 +1,6 @@
 //! The aggregate: two pure functions, `decide` and `evolve`, without a clock, I/O or services.
 
-use crate::{event::Event, json::to_json_exact};
+use crate::{base::json::to_json_exact, event::Event};
 
 /// An aggregate, which decides on commands and folds events into its state.
 ///

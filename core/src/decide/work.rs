@@ -7,19 +7,21 @@ use serde::{Serialize, de::DeserializeOwned};
 use uuid::Uuid;
 
 use crate::{
-    aggregate::Aggregate,
+    base::json::to_json,
     commit::{Append, Commit, CommitError, Committed, Document, DocumentKey, Put},
+    decide::{
+        aggregate::Aggregate,
+        repository::{Folded, Repository},
+        unsettled::{self, Unsettled},
+    },
     event::{
         DecodeError, Event, EventError, Metadata, NewEvent, StreamId, StreamIdError, Version, derived_id, encode_all,
     },
-    json::to_json,
-    notice::Notice,
-    repository::{Folded, Repository},
+    health::notice::Notice,
     store::{EventStore, StoreError},
-    unsettled::{self, Unsettled},
 };
 
-pub(crate) use crate::stale::Stale;
+pub(crate) use crate::decide::stale::Stale;
 
 /// The changes that one message, one request or a batch of them makes.
 ///

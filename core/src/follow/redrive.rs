@@ -8,12 +8,14 @@ use uuid::Uuid;
 use crate::{
     bus::Message,
     commit::{CommitError, Document},
+    decide::work::{Stale, Work},
+    follow::{
+        parking::{Parked, collection, key_and_lane},
+        worker::{BUILD_LOOK, BUILD_LOOK_MAX, Stop, Worker, parked_reason},
+    },
     handler::Remedy,
-    notice::{FailedMessage, Notice},
-    parking::{Parked, collection, key_and_lane},
+    health::notice::{FailedMessage, Notice},
     store::Scan,
-    work::{Stale, Work},
-    worker::{BUILD_LOOK, BUILD_LOOK_MAX, Stop, Worker, parked_reason},
 };
 
 /// How often the list of parked messages is read again. An operator may have dropped some of them, and a worker that

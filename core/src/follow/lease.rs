@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Duration};
 
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    instance::Instance,
+use crate::follow::{
+    peer::Instance,
     worker::{Stop, Worker},
 };
 

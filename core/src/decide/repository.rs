@@ -12,19 +12,23 @@ use std::{
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
-pub use crate::remembered::REMEMBERED_COMMANDS;
+pub use crate::decide::remembered::REMEMBERED_COMMANDS;
 use crate::{
-    aggregate::Aggregate,
-    backoff::Backoff,
-    categories,
+    base::{
+        backoff::Backoff,
+        panic::{caught, caught_now},
+    },
     commit::{Commit, CommitError, DocumentKey, Expected, Put},
+    decide::{
+        aggregate::Aggregate,
+        categories,
+        command_queue::Line,
+        remembered::{First, Remembered},
+        unsettled::Unsettled,
+        work::{Decided, StagedStream, Stale, Work, WorkError},
+    },
     event::{DecodeError, Metadata, StreamId, StreamIdError, Version, derived_id},
-    line::Line,
-    panic::{caught, caught_now},
-    remembered::{First, Remembered},
     store::{EventStore, StoreError},
-    unsettled::Unsettled,
-    work::{Decided, StagedStream, Stale, Work, WorkError},
 };
 
 /// How many folded aggregates a repository keeps by default.

@@ -3,13 +3,17 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use crate::{
+    base::name::RELAY,
     bus::Ends,
-    checkpoint::{CHECKPOINTS, Checkpoint},
     event::{Position, StreamId},
-    log_names::{LogNames, log_of},
-    name::RELAY,
-    store::{EventStore, Scan, StoreError},
-    subscription::lane_of,
+    follow::{
+        checkpoint::{CHECKPOINTS, Checkpoint},
+        subscription::lane_of,
+    },
+    store::{
+        EventStore, Scan, StoreError,
+        names::{LogNames, log_of},
+    },
 };
 
 /// The number of documents read per page.

@@ -1,0 +1,9 @@
+//! Small tools that know nothing about events.
+
+pub(crate) mod backoff;
+pub mod config;
+pub mod json;
+pub(crate) mod name;
+pub(crate) mod panic;
+pub(crate) mod reason;
+pub mod secret;
