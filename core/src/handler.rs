@@ -21,6 +21,34 @@ use crate::{
 /// outside the store happen at least once. Pass [`Work::cause_id`] as their idempotency key.
 ///
 /// A panic in a handler counts as an error for that message.
+///
+/// ```
+/// use annals::{DocumentKey, Event, Handler, HandlerError, Message, Subscription, Work};
+/// use async_trait::async_trait;
+///
+/// /// The events that the handler reads; all other types are skipped.
+/// #[derive(Event)]
+/// #[event(prefix = "order", unknown = "skip")]
+/// enum OrderEvent {
+///     Placed { customer: String },
+/// }
+///
+/// /// Stores the latest order of each customer.
+/// struct LatestOrder;
+///
+/// #[async_trait]
+/// impl Handler for LatestOrder {
+///     async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
+///         if let Some(OrderEvent::Placed { customer }) = message.decode()? {
+///             work.put(&DocumentKey::new("latest-order", customer.as_str()), &message.subject)?;
+///         }
+///         Ok(())
+///     }
+/// }
+///
+/// // A `Subscription` calls the handler for events of its own service, a `Group` for messages of other services.
+/// let subscription = Subscription::new("shop.latest-order", LatestOrder);
+/// ```
 #[async_trait]
 pub trait Handler: Send + Sync + 'static {
     /// Stages the effects of the message. If the handler returns an error with `?`, the message is retried later, and

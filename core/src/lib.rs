@@ -52,9 +52,21 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! Next: [`Handler`] and [`Subscription`] react to the log. [`Service`] and [`Runtime`] run services that communicate
-//! over a bus. A [`Saga`] plans steps across several services, and a [`Participant`] executes those steps. Stores live
-//! in other crates: `annals-sqlite` and `annals-postgres`.
+//! # Where to look
+//!
+//! Each of these types has an example on its own page.
+//!
+//! | to | use |
+//! |---|---|
+//! | decide | [`Aggregate`], with events that derive [`Event`](macro@Event), and a [`Repository`] that executes commands |
+//! | follow the log | [`Handler`] reacts to messages, and a [`Subscription`] calls it for each event |
+//! | read | [`ReadModel`] keeps views up to date; its example also reads them, by [`Views`] |
+//! | connect services | [`Service`] publishes and consumes over a bus, and a [`Runtime`] starts and stops services |
+//! | work across services | [`Saga`] plans steps, a [`Runner`](saga::Runner) runs them, and a [`Participant`] carries them out |
+//! | test | `annals::testing`, with the feature `testing`: given/when/then, and a model checker for sagas |
+//!
+//! [`MemoryStore`] and [`LocalBus`] need nothing else. `annals-sqlite` and `annals-postgres` are stores that survive a
+//! crash, and `annals-kafka` is a bus between processes. Handlers, aggregates and services stay the same with each of them.
 
 extern crate self as annals;
 

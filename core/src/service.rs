@@ -48,6 +48,37 @@ const CUT_OFF: Duration = Duration::from_secs(1);
 ///
 /// Services communicate only through the bus. Several services in one process may share a store, because each service
 /// reads and writes only its own categories.
+///
+/// In this example, the service `shop` publishes the events of its orders, and the service `mail` handles them.
+///
+/// ```
+/// use std::sync::Arc;
+///
+/// use annals::{EventStore, Group, Handler, HandlerError, MemoryStore, Message, Service, Work};
+/// use async_trait::async_trait;
+///
+/// struct Greet;
+///
+/// #[async_trait]
+/// impl Handler for Greet {
+///     async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
+///         // An outside effect happens at least once, so the mail provider gets a key for repeated requests.
+///         println!("greet the customer of {}, once for the key {}", message.subject, work.cause_id());
+///         Ok(())
+///     }
+/// }
+///
+/// /// Each service has its own store.
+/// fn services(of_shop: Arc<dyn EventStore>, of_mail: Arc<dyn EventStore>) -> Vec<Service> {
+///     let orders = Group::new("mail.orders", &["shop.events"], Greet);
+///     vec![Service::new("shop", of_shop).publish(&["order"]), Service::new("mail", of_mail).consume(orders)]
+/// }
+///
+/// let services = services(Arc::new(MemoryStore::new()), Arc::new(MemoryStore::new()));
+/// assert_eq!(services.len(), 2);
+/// ```
+///
+/// A [`Runtime`] starts the services.
 pub struct Service {
     name: String,
     store: Arc<dyn EventStore>,
@@ -325,6 +356,59 @@ struct Kept {
 
 /// All running services and parts of a process. A part is a task with a name, which appears in [`Health`]. Services and
 /// parts are started and stopped together.
+///
+/// In this example, `Counter` is an [`Aggregate`](crate::Aggregate), and `Greet` is a [`Handler`] that sends
+/// the type of each message to a channel.
+///
+/// ```
+/// # #[derive(annals::Event, Clone, Debug)]
+/// # #[event(prefix = "counter")]
+/// # enum CounterEvent { Raised { by: u64 } }
+/// # #[derive(Clone, Default)]
+/// # struct Counter { value: u64 }
+/// # impl annals::Aggregate for Counter {
+/// #     const CATEGORY: &'static str = "counter";
+/// #     type Command = u64;
+/// #     type Event = CounterEvent;
+/// #     type Refusal = std::convert::Infallible;
+/// #     fn decide(&self, by: &u64) -> Result<Vec<CounterEvent>, std::convert::Infallible> {
+/// #         Ok(vec![CounterEvent::Raised { by: *by }])
+/// #     }
+/// #     fn evolve(&mut self, event: &CounterEvent) {
+/// #         let CounterEvent::Raised { by } = event;
+/// #         self.value += by;
+/// #     }
+/// # }
+/// # struct Greet(tokio::sync::mpsc::Sender<String>);
+/// # #[async_trait::async_trait]
+/// # impl annals::Handler for Greet {
+/// #     async fn handle(&self, message: &annals::Message, _: &mut annals::Work) -> Result<(), annals::HandlerError> {
+/// #         Ok(self.0.send(message.type_name.to_string()).await?)
+/// #     }
+/// # }
+/// # #[tokio::main]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use std::{sync::Arc, time::Duration};
+///
+/// use annals::{EventStore, Group, LocalBus, MemoryStore, Repository, Runtime, Service};
+///
+/// let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+/// let counters = Repository::<Counter>::new(store.clone());
+/// let (sender, mut receiver) = tokio::sync::mpsc::channel(16);
+/// let counting = Service::new("counting", store).publish(&["counter"]);
+/// let greeting = Service::new("greeting", Arc::new(MemoryStore::new()))
+///     .consume(Group::new("greeting.counters", &["counting.events"], Greet(sender)));
+///
+/// let mut runtime = Runtime::new();
+/// runtime.start(vec![counting, greeting], Arc::new(LocalBus::default())).await?;
+/// counters.execute("visits", 1, uuid::Uuid::new_v4()).await?;
+/// assert_eq!(receiver.recv().await.as_deref(), Some("counter.raised"));
+/// assert!(runtime.health().is_fine());
+/// // On SIGTERM, a service gives its parts some time to finish their work.
+/// runtime.drain(Duration::from_secs(5)).await?;
+/// # Ok(())
+/// # }
+/// ```
 pub struct Runtime {
     tasks: JoinSet<(String, Result<(), String>)>,
     /// The name of the part that each task belongs to.

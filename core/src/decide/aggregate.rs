@@ -7,6 +7,61 @@ use crate::{base::json::to_json_exact, event::Event};
 /// Both functions are pure. If `decide` returns no events, the command has nothing left to do. The state is rebuilt by
 /// folding the events of the stream, so `Default` must return the state before the first event. `Clone` lets many
 /// readers share one folded state, and lets the framework discard a changed copy when its commit loses a race.
+///
+/// ```
+/// use annals::{Aggregate, Event};
+///
+/// #[derive(Event, Clone, Debug, PartialEq)]
+/// #[event(prefix = "seat")]
+/// enum SeatEvent {
+///     Booked { guest: String },
+///     Freed {},
+/// }
+///
+/// enum SeatCommand {
+///     Book { guest: String },
+///     Free,
+/// }
+///
+/// #[derive(Debug, PartialEq, thiserror::Error)]
+/// #[error("the seat is booked by {0}")]
+/// struct Booked(String);
+///
+/// #[derive(Clone, Default)]
+/// struct Seat {
+///     guest: Option<String>,
+/// }
+///
+/// impl Aggregate for Seat {
+///     const CATEGORY: &'static str = "seat";
+///     type Command = SeatCommand;
+///     type Event = SeatEvent;
+///     type Refusal = Booked;
+///
+///     fn decide(&self, command: &SeatCommand) -> Result<Vec<SeatEvent>, Booked> {
+///         match (command, &self.guest) {
+///             (SeatCommand::Book { guest }, None) => Ok(vec![SeatEvent::Booked { guest: guest.clone() }]),
+///             (SeatCommand::Book { .. }, Some(guest)) => Err(Booked(guest.clone())),
+///             (SeatCommand::Free, Some(_)) => Ok(vec![SeatEvent::Freed {}]),
+///             (SeatCommand::Free, None) => Ok(vec![]),
+///         }
+///     }
+///
+///     fn evolve(&mut self, event: &SeatEvent) {
+///         match event {
+///             SeatEvent::Booked { guest } => self.guest = Some(guest.clone()),
+///             SeatEvent::Freed {} => self.guest = None,
+///         }
+///     }
+/// }
+///
+/// let mut seat = Seat::default();
+/// let events = seat.decide(&SeatCommand::Book { guest: "Ada".into() })?;
+/// assert_eq!(events, [SeatEvent::Booked { guest: "Ada".into() }]);
+/// seat.evolve(&events[0]);
+/// assert_eq!(seat.decide(&SeatCommand::Book { guest: "Bo".into() }), Err(Booked("Ada".into())));
+/// # Ok::<(), Booked>(())
+/// ```
 pub trait Aggregate: Default + Clone + Send + Sync + 'static {
     /// The category of all aggregates of this type. The category is the first part of their stream ids. The category is
     /// stored: never rename it.

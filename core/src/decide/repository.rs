@@ -46,6 +46,44 @@ const FOLD_PAGE: usize = 1_000;
 ///
 /// Commands to one aggregate are decided one after another. No lock is held during a commit: commands that arrive in
 /// the meantime are then decided as one batch, which shares the next commit.
+///
+/// In this example, `Counter` is an [`Aggregate`] with commands of type `u64`.
+///
+/// ```
+/// # #[derive(annals::Event, Clone, Debug)]
+/// # #[event(prefix = "counter")]
+/// # enum CounterEvent { Raised { by: u64 } }
+/// # #[derive(Clone, Default)]
+/// # struct Counter { value: u64 }
+/// # impl annals::Aggregate for Counter {
+/// #     const CATEGORY: &'static str = "counter";
+/// #     type Command = u64;
+/// #     type Event = CounterEvent;
+/// #     type Refusal = std::convert::Infallible;
+/// #     fn decide(&self, by: &u64) -> Result<Vec<CounterEvent>, std::convert::Infallible> {
+/// #         Ok(vec![CounterEvent::Raised { by: *by }])
+/// #     }
+/// #     fn evolve(&mut self, event: &CounterEvent) {
+/// #         let CounterEvent::Raised { by } = event;
+/// #         self.value += by;
+/// #     }
+/// # }
+/// # #[tokio::main]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use std::sync::Arc;
+///
+/// use annals::{MemoryStore, Repository};
+/// use uuid::Uuid;
+///
+/// let counters = Repository::<Counter>::new(Arc::new(MemoryStore::new()));
+/// let request = Uuid::new_v4();
+/// counters.execute("visits", 2, request).await?;
+/// // A client that got no answer sends the same request again, and the command is not executed twice.
+/// assert!(counters.execute("visits", 2, request).await?.repeated);
+/// assert_eq!(counters.state("visits").await?.value, 2);
+/// # Ok(())
+/// # }
+/// ```
 pub struct Repository<A: Aggregate> {
     inner: Arc<Inner<A>>,
 }

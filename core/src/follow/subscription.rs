@@ -40,6 +40,65 @@ const LINGER_UNDER_LOAD: u32 = 4;
 ///
 /// Each lane has its own checkpoint and worker. A hash of an event's stream id selects the lane of the event, so the
 /// events of one stream are handled in order.
+///
+/// In this example, `counters` is a [`Repository`](crate::Repository) of an aggregate with the category `counter`.
+///
+/// ```
+/// # #[derive(annals::Event, Clone, Debug)]
+/// # #[event(prefix = "counter")]
+/// # enum CounterEvent { Raised { by: u64 } }
+/// # #[derive(Clone, Default)]
+/// # struct Counter { value: u64 }
+/// # impl annals::Aggregate for Counter {
+/// #     const CATEGORY: &'static str = "counter";
+/// #     type Command = u64;
+/// #     type Event = CounterEvent;
+/// #     type Refusal = std::convert::Infallible;
+/// #     fn decide(&self, by: &u64) -> Result<Vec<CounterEvent>, std::convert::Infallible> {
+/// #         Ok(vec![CounterEvent::Raised { by: *by }])
+/// #     }
+/// #     fn evolve(&mut self, event: &CounterEvent) {
+/// #         let CounterEvent::Raised { by } = event;
+/// #         self.value += by;
+/// #     }
+/// # }
+/// # #[tokio::main]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use std::{sync::Arc, time::Duration};
+///
+/// use annals::{
+///     EventStore, Handler, HandlerError, LocalBus, LogQuery, MemoryStore, Message, Runtime, Service, Subscription, Work,
+/// };
+/// use async_trait::async_trait;
+/// use tokio::sync::mpsc;
+///
+/// /// Passes the ids of the streams on.
+/// struct PassOn(mpsc::Sender<String>);
+///
+/// #[async_trait]
+/// impl Handler for PassOn {
+///     async fn handle(&self, message: &Message, _work: &mut Work) -> Result<(), HandlerError> {
+///         self.0.send(message.subject.to_string()).await?;
+///         Ok(())
+///     }
+/// }
+///
+/// let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+/// # let counters = annals::Repository::<Counter>::new(store.clone());
+/// let (sender, mut receiver) = mpsc::channel(16);
+/// let changed = Subscription::new("counters.changed", PassOn(sender))
+///     .query(LogQuery::categories(["counter"]))
+///     .lanes(4);
+/// let mut runtime = Runtime::new();
+/// let service = Service::new("counters", store).subscribe(changed);
+/// runtime.start(vec![service], Arc::new(LocalBus::default())).await?;
+///
+/// counters.execute("visits", 1, uuid::Uuid::new_v4()).await?;
+/// assert_eq!(receiver.recv().await.as_deref(), Some("counter-visits"));
+/// runtime.drain(Duration::from_secs(5)).await?;
+/// # Ok(())
+/// # }
+/// ```
 pub struct Subscription {
     name: Arc<str>,
     handler: Arc<dyn Handler>,

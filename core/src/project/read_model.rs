@@ -32,6 +32,70 @@ const BUILD_AGAIN: Duration = Duration::from_secs(60);
 
 /// Folds events into views. Each view is a document with a key. The methods must be pure functions, so that the views
 /// can be rebuilt at any time.
+///
+/// In this example, `counters` is a [`Repository`](crate::Repository) whose aggregate records `CounterEvent`s.
+///
+/// ```
+/// # #[derive(annals::Event, Clone, Debug)]
+/// # #[event(prefix = "counter")]
+/// # enum CounterEvent { Raised { by: u64 } }
+/// # #[derive(Clone, Default)]
+/// # struct Counter { value: u64 }
+/// # impl annals::Aggregate for Counter {
+/// #     const CATEGORY: &'static str = "counter";
+/// #     type Command = u64;
+/// #     type Event = CounterEvent;
+/// #     type Refusal = std::convert::Infallible;
+/// #     fn decide(&self, by: &u64) -> Result<Vec<CounterEvent>, std::convert::Infallible> {
+/// #         Ok(vec![CounterEvent::Raised { by: *by }])
+/// #     }
+/// #     fn evolve(&mut self, event: &CounterEvent) {
+/// #         let CounterEvent::Raised { by } = event;
+/// #         self.value += by;
+/// #     }
+/// # }
+/// # #[tokio::main]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use std::{sync::Arc, time::Duration};
+///
+/// use annals::{EventStore, LocalBus, LogQuery, MemoryStore, Message, Projection, ReadModel, Runtime, Service, Views};
+///
+/// /// The sum of all counters with the same first letter.
+/// struct Sums;
+///
+/// impl ReadModel for Sums {
+///     const NAME: &'static str = "sums";
+///     type Event = CounterEvent;
+///     type View = u64;
+///
+///     fn keys(&self, _event: &CounterEvent, message: &Message) -> Vec<String> {
+///         message.subject.trim_start_matches("counter-").chars().take(1).map(String::from).collect()
+///     }
+///
+///     fn apply(&self, _key: &str, sum: &mut u64, event: &CounterEvent, _message: &Message) {
+///         let CounterEvent::Raised { by } = event;
+///         *sum += by;
+///     }
+/// }
+///
+/// let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+/// # let counters = annals::Repository::<Counter>::new(store.clone());
+/// let sums = Projection::new(Sums, LogQuery::categories(["counter"]));
+/// let mut runtime = Runtime::new();
+/// let service = Service::new("counters", store.clone()).project(sums);
+/// runtime.start(vec![service], Arc::new(LocalBus::default())).await?;
+///
+/// counters.execute("apples", 2, uuid::Uuid::new_v4()).await?;
+/// counters.execute("avocados", 3, uuid::Uuid::new_v4()).await?;
+/// // The views follow the log after a short delay.
+/// let views = Views::<Sums>::new(store);
+/// while views.get("a").await? != Some(5) {
+///     tokio::time::sleep(Duration::from_millis(5)).await;
+/// }
+/// runtime.drain(Duration::from_secs(5)).await?;
+/// # Ok(())
+/// # }
+/// ```
 pub trait ReadModel: Send + Sync + 'static {
     /// The name of the read model. The name is stored: never rename it. A name has at most 150 bytes and contains no
     /// `/`, no `@` and no control characters.

@@ -81,6 +81,44 @@ pub(crate) struct PlannedStep<C> {
 }
 
 /// A saga definition.
+///
+/// ```
+/// use annals::{Event, Saga, SagaState, saga::Request};
+/// use serde::{Deserialize, Serialize};
+///
+/// #[derive(Event)]
+/// #[event(prefix = "hotel")]
+/// enum HotelCommand {
+///     Hold { guest: String },
+///     Release { guest: String },
+/// }
+///
+/// #[derive(Event)]
+/// #[event(prefix = "bank")]
+/// enum BankCommand {
+///     Pay { guest: String },
+/// }
+///
+/// /// The data of the saga.
+/// #[derive(Clone, Serialize, Deserialize)]
+/// struct Trip {
+///     guest: String,
+/// }
+/// impl SagaState for Trip {}
+///
+/// fn trip() -> Saga<Trip> {
+///     Saga::named("trip")
+///         .compensatable("hold room", |trip: &Trip| Request::to("hotel", &HotelCommand::Hold { guest: trip.guest.clone() }))
+///         .undo(|trip| Request::to("hotel", &HotelCommand::Release { guest: trip.guest.clone() }))
+///         .pivot("pay", |trip| Request::to("bank", &BankCommand::Pay { guest: trip.guest.clone() }))
+///         .build()
+/// }
+///
+/// // The plan can be drawn.
+/// assert!(trip().mermaid().contains("hold room"));
+/// ```
+///
+/// A [`Runner`](super::Runner) runs the sagas of a plan.
 #[derive(Clone)]
 pub struct Saga<C> {
     pub(crate) name: &'static str,

@@ -41,6 +41,42 @@ const ANSWERS_PAGE: usize = 1_000;
 ///
 /// Stage effects first, and call outside services (such as a payment provider) last. Then no aggregate can refuse after
 /// the money has moved.
+///
+/// ```
+/// use annals::{Answer, DocumentKey, Event, Participant, StepError, Work};
+/// use async_trait::async_trait;
+///
+/// #[derive(Event)]
+/// #[event(prefix = "hotel")]
+/// enum HotelCommand {
+///     Hold { guest: String },
+///     Release { guest: String },
+/// }
+///
+/// /// A hotel with one room.
+/// struct Hotel;
+///
+/// #[async_trait]
+/// impl Participant for Hotel {
+///     type Command = HotelCommand;
+///
+///     async fn perform(&self, command: HotelCommand, work: &mut Work) -> Result<Answer, StepError> {
+///         let room = DocumentKey::new("room", "1");
+///         let held_by: Option<String> = work.document(&room).await?;
+///         match command {
+///             HotelCommand::Hold { guest } => match held_by {
+///                 None => work.put(&room, &guest)?,
+///                 Some(other) => return Err(StepError::Refused(format!("held by {other}"))),
+///             },
+///             HotelCommand::Release { guest } if held_by.as_ref() == Some(&guest) => work.remove(&room),
+///             HotelCommand::Release { .. } => {}
+///         }
+///         Ok(Answer::DONE)
+///     }
+/// }
+/// ```
+///
+/// [`Service::participant`](crate::Service::participant) adds the participant to a service.
 #[async_trait]
 pub trait Participant: Send + Sync + 'static {
     /// The commands that the participant understands.

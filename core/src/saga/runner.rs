@@ -29,6 +29,76 @@ use crate::{
 pub type Starts<C> = fn(&Message) -> Result<Option<(String, C)>, HandlerError>;
 
 /// Runs the sagas of one definition.
+///
+/// In this example, a trip starts with each event of the category `counter`. Its only step asks the participant `Hotel` of
+/// the same service, which answers [`Answer::DONE`](super::Answer::DONE).
+///
+/// ```
+/// # #[derive(annals::Event, Clone, Debug)]
+/// # #[event(prefix = "counter")]
+/// # enum CounterEvent { Raised { by: u64 } }
+/// # #[derive(Clone, Default)]
+/// # struct Counter { value: u64 }
+/// # impl annals::Aggregate for Counter {
+/// #     const CATEGORY: &'static str = "counter";
+/// #     type Command = u64;
+/// #     type Event = CounterEvent;
+/// #     type Refusal = std::convert::Infallible;
+/// #     fn decide(&self, by: &u64) -> Result<Vec<CounterEvent>, std::convert::Infallible> {
+/// #         Ok(vec![CounterEvent::Raised { by: *by }])
+/// #     }
+/// #     fn evolve(&mut self, event: &CounterEvent) {
+/// #         let CounterEvent::Raised { by } = event;
+/// #         self.value += by;
+/// #     }
+/// # }
+/// # #[derive(annals::Event)]
+/// # #[event(prefix = "hotel")]
+/// # enum HotelCommand { Hold {} }
+/// # struct Hotel;
+/// # #[async_trait::async_trait]
+/// # impl annals::Participant for Hotel {
+/// #     type Command = HotelCommand;
+/// #     async fn perform(&self, _: HotelCommand, _: &mut annals::Work) -> Result<annals::Answer, annals::StepError> {
+/// #         Ok(annals::Answer::DONE)
+/// #     }
+/// # }
+/// # #[tokio::main]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use std::{sync::Arc, time::Duration};
+///
+/// use annals::{
+///     EventStore, HandlerError, LocalBus, LogQuery, MemoryStore, Message, Runtime, Saga, SagaState, Service,
+///     saga::{Request, Runner, Status},
+/// };
+/// use serde::{Deserialize, Serialize};
+///
+/// #[derive(Clone, Serialize, Deserialize)]
+/// struct Trip;
+/// impl SagaState for Trip {}
+///
+/// /// Returns the id and the data of the saga that a message starts.
+/// fn starts(message: &Message) -> Result<Option<(String, Trip)>, HandlerError> {
+///     Ok(Some((message.subject.replace("counter-", ""), Trip)))
+/// }
+///
+/// let plan = Saga::named("trip").retriable("hold room", |_: &Trip| Request::to("travel", &HotelCommand::Hold {})).build();
+/// let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+/// let trips = Runner::new(store.clone(), plan, LogQuery::categories(["counter"]), starts);
+/// let service = Service::new("travel", store.clone()).saga(trips.clone()).participant(Hotel);
+/// let mut runtime = Runtime::new();
+/// runtime.start(vec![service], Arc::new(LocalBus::default())).await?;
+///
+/// # let counters = annals::Repository::<Counter>::new(store);
+/// counters.execute("7", 1, uuid::Uuid::new_v4()).await?;
+/// let status = async || trips.saga("7").await.map(|saga| saga.and_then(|saga| saga.progress).map(|found| found.status));
+/// while status().await? != Some(Status::Completed) {
+///     tokio::time::sleep(Duration::from_millis(5)).await;
+/// }
+/// runtime.drain(Duration::from_secs(5)).await?;
+/// # Ok(())
+/// # }
+/// ```
 pub struct Runner<C: SagaState> {
     pub(super) definitions: Arc<Definitions<C>>,
     pub(super) instances: Repository<Instance<C>>,
