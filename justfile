@@ -3,7 +3,7 @@
 set shell := ["bash", "-euo", "pipefail", "-c"]
 
 # All steps of CI, in order.
-ci: fmt clippy doc deny test
+ci: fmt clippy doc deny package test
 
 fmt:
     cargo fmt --all --check
@@ -15,12 +15,18 @@ clippy:
 doc:
     RUSTDOCFLAGS="-D warnings" cargo doc --workspace --features annals/testing,annals-kafka/tls --no-deps
 
-# Builds cargo-deny once and keeps it in the target folder. Only the advisories need the network.
+# Builds cargo-deny once and keeps it in the target folder. Not optimized, because the build takes longer than all checks.
+# Only the advisories need the network.
 deny:
-    cargo install --quiet --locked --root "${CARGO_TARGET_DIR:-target}/tools" --target-dir "${CARGO_TARGET_DIR:-target}/tools/build" cargo-deny@0.20.2
+    CARGO_PROFILE_DEV_DEBUG=0 cargo install --quiet --locked --profile dev --root "${CARGO_TARGET_DIR:-target}/tools" --target-dir "${CARGO_TARGET_DIR:-target}/tools/build" cargo-deny@0.20.2
     PATH="$(realpath "${CARGO_TARGET_DIR:-target}")/tools/bin:$PATH"; \
     if cargo deny fetch db; then cargo deny check; \
     else echo "the advisory database cannot be fetched: advisories were NOT checked"; cargo deny check bans licenses sources; fi
+
+# Makes the archives of all packages that are published, in the order of their dependencies, and checks what a registry
+# checks. Does not compile the archives: CONTRIBUTING.md has the command that does.
+package:
+    cargo publish --workspace --dry-run --no-verify --allow-dirty
 
 test:
     ./test
