@@ -25,7 +25,7 @@ fn the_svg_is_the_one_the_library_draws() {
 
 #[test]
 fn the_readme_has_the_mermaid_text_that_the_library_writes() {
-    check("README.md", |readme| {
+    check("sample-shop/README.md", |readme| {
         let (start, end) = ("<!-- saga:checkout -->\n", "<!-- saga:end -->\n");
         let (before, rest) = readme.split_once(start).unwrap();
         let (_, after) = rest.split_once(end).unwrap();
