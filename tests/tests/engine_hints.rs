@@ -10,10 +10,8 @@ use std::sync::{
 use annals::{
     EventStore, Handler, HandlerError, Health, LogQuery, MemoryStore, Message, Repository, Subscription, Work,
 };
-use annals_tests::{
-    bus::within,
-    tally::{Tally, TallyCommand, add, eventually},
-};
+use annals_conformance::bus::within;
+use annals_tests::tally::{Tally, TallyCommand, add, eventually};
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;

@@ -14,8 +14,8 @@ use annals::{
     health::State,
     saga::Status,
 };
+use annals_conformance::bus::within;
 use annals_tests::{
-    bus::within,
     tally::{Copier, TallyEvent, add, copies, documents, eventually},
     trip::{World, trip},
 };

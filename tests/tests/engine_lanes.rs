@@ -17,9 +17,9 @@ use annals::{
     checkpoint::{CHECKPOINTS, Checkpoint},
     health::State,
 };
+use annals_conformance::bus::within;
 use annals_sqlite::SqliteStore;
 use annals_tests::{
-    bus::within,
     faulty::{Fault, FaultyStore},
     tally::{Copier, add, copied, copies, document, documents, eventually},
 };

@@ -13,8 +13,8 @@ use annals::{
     operator::{OperatorError, OperatorEvent},
     saga::{SagaEvent, Status, Verb},
 };
+use annals_conformance::bus::within;
 use annals_tests::{
-    bus::within,
     tally::{TallyEvent, add, documents, eventually},
     trip::{Play, World, trip},
 };

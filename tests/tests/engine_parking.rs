@@ -12,8 +12,8 @@ use annals::{
     Commit, DeadLetters, DocumentKey, EventStore, Handler, HandlerError, Health, LogQuery, MemoryStore, Message, Put,
     Repository, Subscription, Terminal, Work, commit::COMMIT_ROWS_MAX, parking::DeadLetter, worker::RetryPolicy,
 };
+use annals_conformance::bus::within;
 use annals_tests::{
-    bus::within,
     faulty::{Fault, FaultyStore},
     tally::{Tally, TallyCommand, TallyEvent, add, document, documents, eventually},
 };

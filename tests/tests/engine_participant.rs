@@ -12,8 +12,8 @@ use annals::{
     health::State,
     saga::{At, Outcome, Owed, Reply, StepEvent, StepKey},
 };
+use annals_conformance::bus::{Member, within};
 use annals_tests::{
-    bus::{Member, within},
     tally::{documents, eventually},
     trip::{Act, Clerk, Play, Script},
 };

@@ -9,10 +9,8 @@ use annals::{
     checkpoint::{CHECKPOINTS, Checkpoint},
     relay::{Relay, Routes},
 };
-use annals_tests::{
-    bus::within,
-    tally::{add, document, eventually},
-};
+use annals_conformance::bus::within;
+use annals_tests::tally::{add, document, eventually};
 use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;

@@ -7,9 +7,9 @@ use annals::{
     Aggregate, Append, Commit, DocumentKey, Event, EventStore, ExecuteError, Expected, MemoryStore, Metadata, NewEvent,
     Put, Repository, Snapshot, StreamId, WorkError,
 };
+use annals_conformance::bus::within;
 use annals_sqlite::SqliteStore;
 use annals_tests::{
-    bus::within,
     faulty::{Fault, FaultyStore, Gate},
     tally::{Closed, Tally, TallyCommand, TallyEvent, document, log},
 };

@@ -7,8 +7,8 @@ use annals::{
     Append, Bus, Commit, EventStore, Expected, Group, LocalBus, LogQuery, MemoryStore, Message, Metadata, NewEvent,
     Projection, Publisher, ReadModel, Runtime, Service, StreamId, Subscription, bus::Outgoing, health::State,
 };
+use annals_conformance::bus::within;
 use annals_tests::{
-    bus::within,
     faulty::{Fault, FaultyStore, Gate},
     tally::{Copier, TallyEvent, add, copies, eventually},
 };

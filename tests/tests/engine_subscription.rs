@@ -7,8 +7,8 @@ use annals::{
     DocumentKey, EventStore, Handler, HandlerError, Health, LogQuery, MemoryStore, Message, Position, Repository,
     Start, Subscription, Tail, Work, checkpoint::Checkpoint, parking::DeadLetters,
 };
+use annals_conformance::bus::within;
 use annals_tests::{
-    bus::within,
     faulty::{Fault, FaultyStore, Gate},
     tally::{Copier, Tally, TallyCommand, add, copies, document, documents, eventually, log},
 };

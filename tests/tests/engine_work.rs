@@ -7,9 +7,9 @@ use annals::{
     CommitError, DocumentKey, EventStore, Handler, HandlerError, Health, LogQuery, MemoryStore, Message, Repository,
     Subscription, Transaction, Work,
 };
+use annals_conformance::bus::within;
 use annals_sqlite::SqliteStore;
 use annals_tests::{
-    bus::within,
     faulty::{Fault, FaultyStore},
     tally::{Tally, TallyCommand, TallyEvent, add, document, eventually, log},
 };
