@@ -292,28 +292,28 @@ fn a_word_of_the_dialect_is_found() {
     assert!(dialect("/// Calls `told`, retold and besides.").is_empty());
 }
 
-/// A document names a file in backticks, as in `core/src/decide/work.rs`, or in a link, as in `](docs/adr/README.md)`.
+/// A document names a file in backticks, as in `core/src/handler.rs`, or in a link, as in `](docs/adr/README.md)`. A path
+/// in backticks begins at the root of the repository or at the folder of the document.
 #[test]
 fn the_documents_name_files_that_are_there() {
     let workspace = Workspace::read();
-    let mut pages = vec!["README.md".to_owned(), "ARCHITECTURE.md".to_owned(), "CHANGELOG.md".to_owned()];
-    for decision in fs::read_dir(workspace.workspace_root.join("docs/adr")).unwrap() {
-        pages.push(format!("docs/adr/{}", decision.unwrap().file_name().into_string().unwrap()));
-    }
+    let root = &workspace.workspace_root;
+    let mut pages = Vec::new();
+    files_of(root, &["md"], &mut pages);
     let (mut looked_at, mut missing) = (0, Vec::new());
     for page in &pages {
-        let text = workspace.text(page);
-        let folder = workspace.workspace_root.join(page).parent().unwrap().to_owned();
+        let text = fs::read_to_string(page).unwrap();
+        let folder = page.parent().unwrap();
         for link in between(&text, "](", ")").filter(|link| !link.contains("://") && !link.starts_with('#')) {
             looked_at += 1;
             if !folder.join(link.split('#').next().unwrap()).exists() {
-                missing.push(format!("{page}: {link}"));
+                missing.push(format!("{}: {link}", page.display()));
             }
         }
         for path in between(&text, "`", "`").filter(|quoted| is_path(quoted)) {
             looked_at += 1;
-            if !workspace.workspace_root.join(path).exists() {
-                missing.push(format!("{page}: {path}"));
+            if !root.join(path).exists() && !folder.join(path).exists() {
+                missing.push(format!("{}: {path}", page.display()));
             }
         }
     }
