@@ -9,8 +9,8 @@ use annals::{
     Position, Publisher, Repository, Runtime, Saga, Service, StartError, Subscription, Work, bus::Outgoing,
     health::State, saga::Runner,
 };
+use annals_conformance::bus::message;
 use annals_tests::{
-    bus::message,
     tally::{Tally, TallyEvent, add, documents, eventually},
     trip::{Clerk, Script, Trip, ask, starts, tallies},
 };

@@ -18,8 +18,8 @@ use annals::{
     health::State,
     worker::RetryPolicy,
 };
+use annals_conformance::bus::{message, within};
 use annals_tests::{
-    bus::{message, within},
     faulty::{Fault, FaultyStore},
     tally::{Copier, add, copies, document, documents, eventually, log},
 };
