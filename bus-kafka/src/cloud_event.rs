@@ -99,7 +99,7 @@ fn each_header(message: &Message, mut each: impl FnMut(&str, &str)) {
 pub(crate) fn decode(record: &impl rdkafka::Message) -> Result<Message, Undecodable> {
     // The client panics if the name of a header is not UTF-8. Only an unusual producer can send such a header.
     let read = catch_unwind(AssertUnwindSafe(|| read(record)));
-    let read = read.unwrap_or_else(|_| Err("the name of a header is no UTF-8".into()));
+    let read = read.unwrap_or_else(|_| Err("the name of a header is not UTF-8".into()));
     read.map_err(|reason| {
         let key = record.key().unwrap_or_default();
         let key = std::str::from_utf8(key).map_or_else(|_| hex(key), str::to_owned);
@@ -162,15 +162,15 @@ impl<'r> Attributes<'r> {
     fn check(&mut self, name: &str, value: &str) {
         let is_named = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
         let what = if name.is_empty() || !name.bytes().all(is_named) {
-            "has a name of other characters than lower-case letters and digits"
+            "has a name with characters other than lower-case letters and digits"
         } else if value.chars().any(char::is_control) {
             "has a control character"
         } else if matches!(name, "subject" | "time" | "dataschema") && value.is_empty() {
-            "is there and empty"
+            "is present but empty"
         } else {
             return;
         };
-        self.violation.get_or_insert_with(|| format!("it is no CloudEvent: attribute {name:?} {what}"));
+        self.violation.get_or_insert_with(|| format!("not a CloudEvent: attribute {name:?} {what}"));
     }
 
     /// Returns the attributes that a relay adds to a message, if a relay sent this message. Other producers may use the
@@ -278,7 +278,7 @@ fn read(record: &impl rdkafka::Message) -> Result<Message, String> {
         let value = match std::str::from_utf8(value) {
             Ok(value) => value,
             // Only attributes have to be text.
-            Err(_) if name.is_some() => return Err(format!("header {} is no UTF-8", header.key)),
+            Err(_) if name.is_some() => return Err(format!("header {} is not UTF-8", header.key)),
             // An invalid header must not count as absent.
             Err(_) if matches!(&*key, attribute::TRACEPARENT | attribute::TRACESTATE) => "\0",
             Err(_) => continue,
@@ -292,7 +292,7 @@ fn read(record: &impl rdkafka::Message) -> Result<Message, String> {
     }
     let structured = content_type.as_ref().map_or(Ok(false), MediaType::is_structured)?;
     let data = if structured {
-        let payload = record.payload().ok_or("it is a structured CloudEvent without a value")?;
+        let payload = record.payload().ok_or("the structured CloudEvent has no value")?;
         // Headers may repeat the attributes of a structured event, but only the event itself counts.
         attributes = Attributes::default();
         read_structured(payload, &mut attributes)?
@@ -332,14 +332,14 @@ impl<'r> MediaType<'r> {
             let charset = charset.map(|(_, charset)| charset.trim().trim_matches('"').to_ascii_lowercase());
             return match charset.as_deref() {
                 None | Some("utf-8" | "utf8" | "us-ascii") => Ok(true),
-                Some(other) => Err(format!("a structured CloudEvent is JSON in UTF-8, and not in {other}")),
+                Some(other) => Err(format!("a structured CloudEvent must be JSON in UTF-8, not in {other}")),
             };
         }
         if self.essence.starts_with(BATCH) {
-            return Err(format!("{} is a batch of CloudEvents: send each as a record of its own", self.essence));
+            return Err(format!("{} is a batch of CloudEvents: send each event as its own record", self.essence));
         }
         if self.essence.starts_with(ANY_STRUCTURED) {
-            return Err(format!("CloudEvents in format {} are not read, only in {STRUCTURED}", self.essence));
+            return Err(format!("CloudEvents in format {} are not supported, only in {STRUCTURED}", self.essence));
         }
         Ok(false)
     }
@@ -357,9 +357,9 @@ fn data_of_bytes(bytes: &[u8], attributes: &mut Attributes<'_>) -> Result<Arc<st
     if is_json != Some(false) {
         let json = match text {
             Ok(text) => {
-                serde_json::from_str::<&RawValue>(text).map_err(|error| format!("its value is no JSON: {error}"))
+                serde_json::from_str::<&RawValue>(text).map_err(|error| format!("the value is not JSON: {error}"))
             }
-            Err(_) => Err("its value is no UTF-8".to_owned()),
+            Err(_) => Err("the value is not UTF-8".to_owned()),
         };
         match json {
             Ok(_) => return Ok(text.unwrap_or_default().into()),
@@ -380,23 +380,25 @@ fn data_of_bytes(bytes: &[u8], attributes: &mut Attributes<'_>) -> Result<Arc<st
 
 /// Parses an event that is one JSON object. A member with the value null counts as absent.
 fn read_structured(payload: &[u8], attributes: &mut Attributes<'_>) -> Result<Arc<str>, String> {
-    let payload = std::str::from_utf8(payload).map_err(|_| "its value is no UTF-8")?;
+    let payload = std::str::from_utf8(payload).map_err(|_| "the value is not UTF-8")?;
     let members: BTreeMap<String, &RawValue> =
-        serde_json::from_str(payload).map_err(|error| format!("it is no structured CloudEvent: {error}"))?;
+        serde_json::from_str(payload).map_err(|error| format!("not a structured CloudEvent: {error}"))?;
     let (mut data, mut bytes) = (None, None);
     for (name, value) in members.iter().filter(|(_, value)| value.get() != "null") {
         match &**name {
             "data" => data = Some(value.get()),
             "data_base64" => {
-                let text = serde_json::from_str::<String>(value.get()).map_err(|_| "its data_base64 is no string")?;
-                bytes = Some(BASE64_STANDARD.decode(text).map_err(|error| format!("its data_base64: {error}"))?);
+                let text = serde_json::from_str::<String>(value.get()).map_err(|_| "data_base64 is not a string")?;
+                bytes = Some(
+                    BASE64_STANDARD.decode(text).map_err(|error| format!("data_base64 cannot be decoded: {error}"))?,
+                );
             }
             attribute::DATA_CONTENT_TYPE => attributes.data_content_type = Some(text(name, value)?.into()),
             _ => attributes.set(name, text(name, value)?.into()),
         }
     }
     match (data, bytes) {
-        (Some(_), Some(_)) => Err("it is no CloudEvent: it has both data and data_base64".into()),
+        (Some(_), Some(_)) => Err("not a CloudEvent: both data and data_base64 are present".into()),
         (Some(data), None) => Ok(data.into()),
         (None, Some(bytes)) => data_of_bytes(&bytes, attributes),
         (None, None) => Ok("null".into()),
@@ -415,8 +417,8 @@ fn text(name: &str, value: &RawValue) -> Result<String, String> {
     let is_scalar = matches!(value.get(), "true" | "false") || value.get().parse::<i32>().is_ok();
     match is_of_the_specification {
         false if is_scalar => Ok(value.get().to_owned()),
-        false => Err(format!("it is no CloudEvent: attribute {name} is no string, integer or boolean")),
-        true => Err(format!("it is no CloudEvent: attribute {name} is no string")),
+        false => Err(format!("not a CloudEvent: attribute {name} is not a string, integer or boolean")),
+        true => Err(format!("not a CloudEvent: attribute {name} is not a string")),
     }
 }
 
@@ -428,7 +430,7 @@ fn message(
     at: Option<i64>,
 ) -> Result<Message, String> {
     fn required<'r>(name: &str, value: Option<Cow<'r, str>>) -> Result<Cow<'r, str>, String> {
-        value.filter(|value| !value.is_empty()).ok_or_else(|| format!("it is no CloudEvent: no {name}"))
+        value.filter(|value| !value.is_empty()).ok_or_else(|| format!("not a CloudEvent: attribute {name} is missing"))
     }
     let relayed = attributes.relayed();
     // The check does not apply to relayed messages, because their stream ids and extensions may be any text.
@@ -437,7 +439,7 @@ fn message(
     }
     let specversion = required("specversion", attributes.specversion)?;
     if specversion != "1.0" {
-        return Err(format!("CloudEvents {specversion:?} is not known, only 1.0"));
+        return Err(format!("CloudEvents version {specversion:?} is not supported, only 1.0"));
     }
     let id = required("id", attributes.id)?;
     let source = required("source", attributes.source)?;
@@ -446,7 +448,7 @@ fn message(
     let id = unique(&id).unwrap_or_else(|| named_id(Uuid::NAMESPACE_URL, &format!("{source} {id}")));
     let time = match attributes.time {
         Some(time) => {
-            DateTime::parse_from_rfc3339(&time).map_err(|error| format!("its time {time:?}: {error}"))?.into()
+            DateTime::parse_from_rfc3339(&time).map_err(|error| format!("attribute time {time:?}: {error}"))?.into()
         }
         None => at.and_then(DateTime::from_timestamp_millis).unwrap_or(DateTime::UNIX_EPOCH),
     };
@@ -528,8 +530,8 @@ mod tests {
             (Some("application/json; charset=utf-8"), b"[]", Ok("[]"), json!({})),
             (Some("Application/JSON"), b"1", Ok("1"), json!({})),
             (Some("application/json"), b"", Ok("null"), json!({})),
-            (Some("application/json"), b"{", Err("no JSON"), json!({})),
-            (Some("application/json"), b"\xff", Err("no UTF-8"), json!({})),
+            (Some("application/json"), b"{", Err("not JSON"), json!({})),
+            (Some("application/json"), b"\xff", Err("not UTF-8"), json!({})),
             (
                 Some("application/vnd.shop+json"),
                 b"{}",
@@ -556,7 +558,12 @@ mod tests {
             (None, b"\xff\x00", Ok("\"/wA=\""), json!({"datacontentencoding": "base64"})),
             (None, b"", Ok("null"), json!({})),
             (Some("application/cloudevents-batch+json"), b"[]", Err("batch"), json!({})),
-            (Some("application/cloudevents+avro"), b"{}", Err("application/cloudevents+avro are not read"), json!({})),
+            (
+                Some("application/cloudevents+avro"),
+                b"{}",
+                Err("application/cloudevents+avro are not supported"),
+                json!({}),
+            ),
             (Some("application/cloudevents+json; charset=utf-16"), b"{}", Err("not in utf-16"), json!({})),
         ] {
             let headers: Vec<_> = content_type.iter().map(|value| ("content-type", *value)).collect();
@@ -577,13 +584,13 @@ mod tests {
     #[test]
     fn attributes_in_binary_mode() {
         for (headers, reason) in [
-            (&[("ce_specversion", "0.3")][..], Err("\"0.3\" is not known")),
+            (&[("ce_specversion", "0.3")][..], Err("\"0.3\" is not supported")),
             (&[("ce_id", "")], Err("no id")),
             (&[("ce_source", "")], Err("no source")),
             (&[("ce_type", "")], Err("no type")),
-            (&[("ce_subject", "")], Err("\"subject\" is there and empty")),
-            (&[("ce_time", "")], Err("\"time\" is there and empty")),
-            (&[("ce_dataschema", "")], Err("\"dataschema\" is there and empty")),
+            (&[("ce_subject", "")], Err("\"subject\" is present but empty")),
+            (&[("ce_time", "")], Err("\"time\" is present but empty")),
+            (&[("ce_dataschema", "")], Err("\"dataschema\" is present but empty")),
             (&[("ce_my-ext", "1")], Err("\"my-ext\" has a name")),
             (&[("ce_myext", "a\u{7}b")], Err("\"myext\" has a control character")),
             (&[("ce_myext", "")], Ok(("myext", ""))),
@@ -623,7 +630,7 @@ mod tests {
             (json!({}), Ok("null"), json!({})),
             (json!({"data_base64": "eyJhIjoxfQ=="}), Ok("{\"a\":1}"), json!({})),
             (json!({"data_base64": "eyJhIjoxfQ==", "datacontenttype": "application/json"}), Ok("{\"a\":1}"), json!({})),
-            (json!({"data_base64": "/w==", "datacontenttype": "application/json"}), Err("no UTF-8"), json!({})),
+            (json!({"data_base64": "/w==", "datacontenttype": "application/json"}), Err("not UTF-8"), json!({})),
             (
                 json!({"data_base64": "/wA=", "datacontenttype": "image/png"}),
                 Ok("\"/wA=\""),
@@ -645,13 +652,13 @@ mod tests {
             ),
             (json!({"id": null}), Err("no id"), json!({})),
             (json!({"type": null}), Err("no type"), json!({})),
-            (json!({"id": 7}), Err("attribute id is no string"), json!({})),
+            (json!({"id": 7}), Err("attribute id is not a string"), json!({})),
             (json!({"count": 7, "urgent": true}), Ok("null"), json!({"count": "7", "urgent": "true"})),
-            (json!({"ratio": 0.5}), Err("ratio is no string, integer or boolean"), json!({})),
+            (json!({"ratio": 0.5}), Err("ratio is not a string, integer or boolean"), json!({})),
             (json!({"large": 3_000_000_000_i64}), Err("large is no"), json!({})),
             (json!({"nested": {"a": 1}}), Err("nested is no"), json!({})),
             (json!({"Upper": "a"}), Err("\"Upper\" has a name"), json!({})),
-            (json!({"specversion": "1.1"}), Err("\"1.1\" is not known"), json!({})),
+            (json!({"specversion": "1.1"}), Err("\"1.1\" is not supported"), json!({})),
         ] {
             match (structured(members.clone()), data) {
                 (Ok(message), Ok(data)) => {
@@ -665,9 +672,9 @@ mod tests {
         }
         let content_type = [("content-type", Some(&b"application/cloudevents+json"[..]))];
         let empty = decode(&record(&content_type, Some(b"key"), None)).unwrap_err();
-        assert!(empty.reason.contains("without a value"), "{empty}");
+        assert!(empty.reason.contains("has no value"), "{empty}");
         let array = decode(&record(&content_type, Some(b"key"), Some(b"[]"))).unwrap_err();
-        assert!(array.reason.contains("no structured CloudEvent"), "{array}");
+        assert!(array.reason.contains("not a structured CloudEvent"), "{array}");
     }
 
     /// The headers that a relay writes on each message.

@@ -151,7 +151,7 @@ impl ConsumerContext for Context {
         self.tell();
         if let Err(error) = committed {
             // Only the offsets in the store determine where the service continues.
-            tracing::debug!(%error, "offsets for the broker");
+            tracing::debug!(%error, "the offsets were not committed to the broker");
         }
     }
 
@@ -170,7 +170,7 @@ impl ConsumerContext for Context {
                 _ => consumer.unassign(),
             };
             if let Err(error) = given_up {
-                tracing::debug!(%error, "leaving the group");
+                tracing::debug!(%error, "leaving the group failed");
             }
             return;
         }
@@ -315,19 +315,19 @@ impl Member {
             self.fenced = self.fences.len() >= FENCES_MAX;
             return self.is_fenced();
         }
-        BusError::Unavailable(format!("fatal error of the Kafka client, which is replaced: {code}: {reason}"))
+        BusError::Unavailable(format!("fatal error of the Kafka client, which will be replaced: {code}: {reason}"))
     }
 
     fn is_fenced(&self) -> BusError {
         let (group, id) = (&self.group, self.instance_id.as_deref().unwrap_or_default());
         if !self.fenced {
             return BusError::Unavailable(format!(
-                "fenced in group {group}: instance name {id:?} was taken by another session, which may be an earlier one of this \
-                 process; joining again"
+                "fenced in group {group}: another session, possibly an earlier one of this process, took instance \
+                 name {id:?}; joining again"
             ));
         }
         BusError::Misconfigured(format!(
-            "another process runs under instance name {id:?} in group {group}: give each process a name of its own"
+            "another process runs under instance name {id:?} in group {group}: give each process its own name"
         ))
     }
 
@@ -356,7 +356,7 @@ impl Member {
                     Rebalance::Revoked(_) => consumer.assignment().and_then(|all| consumer.incremental_unassign(&all)),
                 };
                 if let Err(error) = answered {
-                    tracing::debug!(%error, "leaving the group");
+                    tracing::debug!(%error, "leaving the group failed");
                 }
             }
             if is_named {
@@ -373,7 +373,9 @@ impl Member {
         });
         let wait = move || _ = ended.recv_timeout(CLOSE);
         match (closing, tokio::runtime::Handle::try_current()) {
-            (Err(error), _) => tracing::warn!(%error, "leaving the group without a word"),
+            (Err(error), _) => {
+                tracing::warn!(%error, "cannot leave the group in an orderly way; the session will time out")
+            }
             (Ok(_), Ok(runtime)) => drop(runtime.spawn_blocking(wait)),
             (Ok(_), Err(_)) => wait(),
         }
@@ -470,7 +472,7 @@ impl Member {
             {
                 // Either the partitions belong to another member, or no broker answers. Neither matters, because only
                 // the offsets in the store determine where the service continues.
-                tracing::debug!(%error, "offsets of revoked partitions");
+                tracing::debug!(%error, "the offsets of revoked partitions were not committed to the broker");
             }
             consumer.incremental_unassign(&list)
         });
@@ -690,7 +692,7 @@ impl Consumer for Member {
         }
         // The client commits this offset within a second. The offset does not affect where the service continues.
         if let Err(error) = self.consumer()?.store_offset(&place.0, place.1, next - 1) {
-            tracing::debug!(%error, topic = %place.0, partition = place.1, "offset for the broker");
+            tracing::debug!(%error, topic = %place.0, partition = place.1, "the offset was not stored for the broker");
         }
         Ok(())
     }

@@ -120,7 +120,7 @@ impl Publisher for KafkaBus {
             }
             let bytes_max = bytes_max.min(producer::MESSAGE_BYTES_MAX);
             if size > bytes_max {
-                let reason = format!("it takes {size} bytes, and topic {topic} takes {bytes_max}");
+                let reason = format!("the message has {size} bytes; the limit of topic {topic} is {bytes_max}");
                 return Err(BusError::Refused { index, reason });
             }
         }
@@ -140,7 +140,7 @@ impl KafkaBus {
         instance: Option<&str>,
     ) -> Result<Box<dyn Consumer>, BusError> {
         if topics.is_empty() {
-            return Err(BusError::Misconfigured(format!("group {group} joins no topic")));
+            return Err(BusError::Misconfigured(format!("group {group} subscribes to no topic")));
         }
         for topic in topics {
             self.topics.ensure(&Arc::from(*topic)).await?;

@@ -188,7 +188,9 @@ impl ProducerContext for Context {
             if error.rdkafka_error_code() == Some(RDKafkaErrorCode::MessageSizeTooLarge) && !fills {
                 self.too_large.store(true, Ordering::Release);
                 self.broken.store(true, Ordering::Release);
-                return BusError::Unavailable("a batch was too large for its topic: trying smaller ones".into());
+                return BusError::Unavailable(
+                    "a batch was too large for its topic; retrying with smaller batches".into(),
+                );
             }
             self.broken.store(true, Ordering::Release);
             refusal(error, delivered.index)
@@ -212,14 +214,14 @@ fn refusal(error: &KafkaError, index: usize) -> BusError {
             BusError::Refused { index, reason: code.to_string() }
         }
         Some(code @ (Code::TopicAuthorizationFailed | Code::PolicyViolation)) => {
-            BusError::Unavailable(format!("the cluster does not let us write: {code}"))
+            BusError::Unavailable(format!("authorization to write failed: {code}; check the ACLs of the topic"))
         }
         _ => BusError::Unavailable(error.to_string()),
     }
 }
 
 fn failed() -> BusError {
-    BusError::Unavailable("what was under way has failed".into())
+    BusError::Unavailable("the batch in flight has failed".into())
 }
 
 /// The current producer, which is replaced by a new producer after a failure. A failed producer sends nothing more, so

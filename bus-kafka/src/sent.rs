@@ -120,7 +120,7 @@ fn read(
             // The client retries by itself. If the retries fail, the client stays silent, and the read fails after
             // `SILENCE`.
             Some(Err(error)) => {
-                tracing::warn!(%error, "looking at what was sent");
+                tracing::warn!(%error, "reading the end of the topic failed; trying again");
                 continue;
             }
             None => {
@@ -165,5 +165,5 @@ fn at_their_ends(consumer: &BaseConsumer, open: &mut HashMap<Place, i64>) -> Res
 }
 
 fn unavailable(error: &KafkaError) -> BusError {
-    BusError::Unavailable(format!("looking at what was sent: {error}"))
+    BusError::Unavailable(format!("reading the end of the topic: {error}"))
 }

@@ -132,7 +132,7 @@ impl Settings {
         }
         for (name, value) in fixed {
             if self.client.get(*name).is_some_and(|asked| asked != value) {
-                let reason = format!("{name} must be {value}: that nothing is lost or out of order hangs on it");
+                let reason = format!("{name} must be {value}: otherwise messages could be lost or reordered");
                 return Err(BusError::Misconfigured(reason));
             }
             config.set(*name, *value);
@@ -166,12 +166,14 @@ impl FromStr for Settings {
 
     /// Parses the URL. Errors never contain the values of parameters, because a value may be a secret.
     fn from_str(text: &str) -> Result<Self, BusError> {
-        const FORM: &str = "a Kafka bus is kafka://host:port[,host:port][?name=value&…]";
+        const FORM: &str = "the URL of a Kafka bus is kafka://host:port[,host:port][?name=value&…]";
         let wrong = |what: String| BusError::Misconfigured(format!("{what}; {FORM}"));
-        let rest = text.strip_prefix("kafka://").ok_or_else(|| wrong("it does not start with kafka://".into()))?;
+        let rest = text.strip_prefix("kafka://").ok_or_else(|| wrong("the URL does not start with kafka://".into()))?;
         let (brokers, query) = rest.split_once('?').unwrap_or((rest, ""));
         if brokers.contains('@') {
-            return Err(wrong("no user and no password may stand before the host: use sasl.username and …".into()));
+            return Err(wrong(
+                "the URL must not contain a user or a password before the host: use sasl.username and …".into(),
+            ));
         }
         for (number, broker) in brokers.split(',').enumerate() {
             let port = broker.rsplit_once(':').filter(|(host, _)| !host.is_empty() && !host.contains(['/', ' ']));
@@ -182,12 +184,13 @@ impl FromStr for Settings {
         let mut settings = Self::new(brokers);
         let mut names = HashSet::new();
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {
-            let (name, value) = pair.split_once('=').ok_or_else(|| wrong("a setting without =".into()))?;
+            let (name, value) =
+                pair.split_once('=').ok_or_else(|| wrong("a setting has no `=` and no value".into()))?;
             if !names.insert(name) {
-                return Err(wrong(format!("the setting {name} stands in it twice")));
+                return Err(wrong(format!("the setting {name} is given twice")));
             }
             let value = percent_decode_str(value).decode_utf8();
-            let value = value.map_err(|_| wrong(format!("the value of {name} is no UTF-8")))?;
+            let value = value.map_err(|_| wrong(format!("the value of {name} is not UTF-8")))?;
             let number = |max: u64| {
                 let number = value.parse::<u64>().ok().filter(|number| (1..=max).contains(number));
                 number.ok_or_else(|| wrong(format!("{name} must be a number from 1 to {max}")))
@@ -206,7 +209,7 @@ impl FromStr for Settings {
                         return Err(wrong(format!("{unknown}, and the settings of librdkafka")));
                     }
                     if settings.client.contains_key(name) {
-                        return Err(wrong(format!("the setting {name} stands in it twice")));
+                        return Err(wrong(format!("the setting {name} is given twice")));
                     }
                     settings.set(name, &value)
                 }
@@ -237,7 +240,7 @@ pub(crate) fn misconfigured(error: KafkaError) -> BusError {
         KafkaError::ClientConfig(_, reason, name, value) => {
             // Some of the client's reasons repeat the value, or one element if the value is a list.
             let repeats = value.split(',').any(|part| !part.is_empty() && reason.contains(part));
-            let reason = if repeats { "the client does not take its value" } else { &*reason };
+            let reason = if repeats { "the client rejects the value" } else { &*reason };
             format!("Kafka client setting {name}: {reason}")
         }
         other => other.to_string(),
@@ -257,15 +260,15 @@ mod tests {
             ("kafka://a:1,b", "broker 2"),
             ("kafka://a:0", "broker 1"),
             ("kafka://a:99999", "broker 1"),
-            ("kafka://user:secret@a:1", "no password"),
-            ("kafka://a:1?secret", "without ="),
+            ("kafka://user:secret@a:1", "must not contain a user"),
+            ("kafka://a:1?secret", "no `=`"),
             ("kafka://a:1?partitions=secret", "partitions must be"),
             ("kafka://a:1?replication=0", "replication must be"),
-            ("kafka://a:1?client.id=%ffsecret", "no UTF-8"),
+            ("kafka://a:1?client.id=%ffsecret", "not UTF-8"),
             ("kafka://a:1?Partitions=secret", "did you mean `partitions`"),
             ("kafka://a:1?sasl.pasword=secret", "did you mean `sasl.password`"),
             ("kafka://a:1?nonsense=secret", "`nonsense` is unknown"),
-            ("kafka://a:1?partitions=3&partitions=4", "partitions stands in it twice"),
+            ("kafka://a:1?partitions=3&partitions=4", "partitions is given twice"),
         ] {
             let error = text.parse::<Settings>().unwrap_err().to_string();
             assert!(error.contains(reason) && !error.contains("secret"), "{text}: {error}");

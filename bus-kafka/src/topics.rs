@@ -96,7 +96,7 @@ impl Topics {
             Ok(cluster) => Ok(cluster.into()),
             Err(Some(closed)) => {
                 let reason = self.settings.without_secrets(&closed);
-                Err(BusError::Misconfigured(format!("{} does not let us in: {reason}", self.settings)))
+                Err(BusError::Misconfigured(format!("authentication failed at {}: {reason}", self.settings)))
             }
             Err(None) => {
                 let seconds = PATIENCE.as_secs();
@@ -160,10 +160,10 @@ impl Topics {
                         }
                     }
                     Some(Code::InvalidTopic) => {
-                        Err(BusError::Misconfigured(format!("{topic:?} is no name for a topic")))
+                        Err(BusError::Misconfigured(format!("{topic:?} is not a valid topic name")))
                     }
                     Some(Code::TopicAuthorizationFailed) => {
-                        Err(BusError::Misconfigured(format!("the cluster does not allow the use of topic {topic}")))
+                        Err(BusError::Misconfigured(format!("authorization failed for topic {topic}: check its ACLs")))
                     }
                     Some(error) => Err(BusError::Unavailable(format!("topic {topic}: {error}"))),
                 },
@@ -171,7 +171,7 @@ impl Topics {
             })
         });
         let looked = looked.await.map_err(|error| BusError::Unavailable(error.to_string()))?;
-        looked.map_err(|error| BusError::Unavailable(format!("looking for the topic: {error}")))?
+        looked.map_err(|error| BusError::Unavailable(format!("looking up the topic: {error}")))?
     }
 
     /// Returns the names of all topics that the caller may see, except the cluster's internal topics.
@@ -197,20 +197,21 @@ impl Topics {
         }
         let options = AdminOptions::new().request_timeout(Some(PATIENCE)).operation_timeout(Some(PATIENCE));
         let made = self.admin.create_topics([&new], &options).await;
-        let made = made.map_err(|error| BusError::Unavailable(format!("making topic {topic}: {error}")))?;
+        let made = made.map_err(|error| BusError::Unavailable(format!("creating topic {topic}: {error}")))?;
         match made.into_iter().next() {
             Some(Ok(_)) => tracing::info!(%topic, partitions, "topic made"),
             Some(Err((_, RDKafkaErrorCode::TopicAlreadyExists))) => {}
             Some(Err((_, error @ (Code::RequestTimedOut | Code::NotController | Code::OperationTimedOut)))) => {
-                return Err(BusError::Unavailable(format!("making topic {topic}: {error}")));
+                return Err(BusError::Unavailable(format!("creating topic {topic}: {error}")));
             }
             Some(Err((_, error))) => {
                 let replication = self.settings.replication.map_or("as usual".to_owned(), |count| count.to_string());
                 let wanted = format!("{partitions} partitions, replication {replication}");
-                let reason = format!("the cluster does not make topic {topic} ({wanted}): {error}; make it by hand");
+                let reason =
+                    format!("the cluster did not create topic {topic} ({wanted}): {error}; create the topic by hand");
                 return Err(BusError::Misconfigured(reason));
             }
-            None => return Err(BusError::Unavailable(format!("making topic {topic}: no answer"))),
+            None => return Err(BusError::Unavailable(format!("creating topic {topic}: no answer"))),
         }
         let settled = async {
             loop {
@@ -221,7 +222,7 @@ impl Topics {
             }
         };
         let settled = tokio::time::timeout(SETTLED, settled).await;
-        settled.map_err(|_| BusError::Unavailable(format!("topic {topic} was made and is not to be seen yet")))
+        settled.map_err(|_| BusError::Unavailable(format!("topic {topic} was created but is not visible yet")))
     }
 
     /// Returns the topic's maximum message size, or the default if the caller may not read the topic's settings.

@@ -33,13 +33,13 @@ pub(crate) enum StoreUrl {
 pub(crate) enum StoreUrlError {
     #[error("no store has the scheme {0:?}; known are sqlite:PATH and postgres://…")]
     Scheme(String),
-    #[error("it has no scheme; known are sqlite:PATH and postgres://…")]
+    #[error("the URL has no scheme; known are sqlite:PATH and postgres://…")]
     NoScheme,
     #[error("a store in memory is gone with its process; name sqlite:PATH or postgres://…")]
     Memory,
     #[error("sqlite: needs the path of a file, such as sqlite:shop.db")]
     Path,
-    #[error("sqlite: takes no parameters, and here no path with a `?` in it")]
+    #[error("sqlite: takes no parameters, and the path must not contain `?`")]
     Parameters,
     #[error("postgres: needs a host, such as postgres://user@host/database")]
     Host,

@@ -95,7 +95,7 @@ async fn a_database_that_refuses_is_told_apart_from_one_that_is_away() {
         url.split_once("://").map(|(scheme, rest)| (scheme, rest.rsplit('@').next().unwrap())).unwrap();
     let nobody = format!("{before}://nobody:secret@{host}");
     let refused = ended(command(&["streams", "--store", &nobody])).refused();
-    assert!(refused.contains("the database refuses: ") && !refused.contains("secret"), "{refused}");
+    assert!(refused.contains("access to the database is denied: ") && !refused.contains("secret"), "{refused}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

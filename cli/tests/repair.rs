@@ -129,7 +129,7 @@ async fn a_subscription_is_paused_resumed_and_reset() {
     assert!(unexplained.contains("whoever reads the log will ask why"), "{unexplained}");
     let pause = |verb: &str| place.annals(&["subscription", "brochure", verb, "--reason", "r"]);
     assert_eq!(pause("pause").fine(), "brochure: paused\n");
-    assert!(pause("pause").refused().contains("is paused already"));
+    assert!(pause("pause").refused().contains("is already paused"));
     assert_eq!(lag().1, "an operator: it is paused");
     assert_eq!(pause("resume").fine(), "brochure: goes on\n");
     for (name, to, said) in [
@@ -139,8 +139,8 @@ async fn a_subscription_is_paused_resumed_and_reset() {
             "agency.commands consumes agency.commands, and does not follow the log: what it",
         ),
         ("nobody", "beginning", "there is no subscription nobody"),
-        ("brochure", "999999", "is after the last one of the log"),
-        ("brochure", "-5", "there is no position -5: the beginning is 0"),
+        ("brochure", "999999", "is after the end of the log"),
+        ("brochure", "-5", "position -5 does not exist: the log begins at 0"),
         ("brochure", "soon", "--to is a position"),
     ] {
         let refused =

@@ -266,7 +266,7 @@ fn a_wrong_password_is_told_and_not_shown() {
     let url = format!("postgres://shop:secret@127.0.0.1:{}/shop?sslmode=disable", server_that_takes_no_password());
     let refused = ended(command(&["streams", "--store", &url])).refused();
     assert!(
-        refused.contains("the database refuses") && refused.contains("password authentication failed"),
+        refused.contains("access to the database is denied") && refused.contains("password authentication failed"),
         "{refused}"
     );
     assert!(!refused.contains("secret"), "{refused}");

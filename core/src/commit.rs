@@ -178,7 +178,7 @@ pub struct Committed {
 pub enum CommitError {
     /// Another writer committed to the stream first. Read the stream again and decide again.
     #[error(
-        "stream {stream} stands at version {actual}, not at {}",
+        "stream {stream} is at version {actual}, not at {}",
         if .actual == .expected { "the event known here".to_owned() } else { .expected.to_string() }
     )]
     Conflict {
@@ -192,7 +192,7 @@ pub enum CommitError {
     },
     /// Another writer changed the document first. Read the document again. A worker that gets this error for its
     /// checkpoint is fenced.
-    #[error("document {key} stands at version {actual}, not at {expected}")]
+    #[error("document {key} is at version {actual}, not at {expected}")]
     DocumentConflict {
         /// The name of the document.
         key: DocumentKey,
@@ -207,7 +207,7 @@ pub enum CommitError {
     Invalid(String),
     /// The connection was lost during the commit, so the outcome is unknown. Retry with the same ids; the version check
     /// shows whether the first attempt was stored.
-    #[error("it is not known whether the commit holds: {0}")]
+    #[error("the outcome of the commit is unknown: {0}")]
     Unknown(String),
     /// The store cannot be reached or is overloaded. Nothing was stored; retry later.
     #[error("the store is unavailable: {0}")]
@@ -230,13 +230,16 @@ impl Commit {
     pub fn validate(&self) -> Result<(), CommitError> {
         let invalid = |reason: String| Err(CommitError::Invalid(reason));
         if self.rows() > COMMIT_ROWS_MAX {
-            return invalid(format!("it has {} rows; the limit is {COMMIT_ROWS_MAX}: split it", self.rows()));
+            return invalid(format!(
+                "the commit has {} rows; the limit is {COMMIT_ROWS_MAX}: split the commit",
+                self.rows()
+            ));
         }
         if has_twins(self.appends.iter().map(|append| append.stream.as_str())) {
-            return invalid("a stream stands in it twice: put its events into one append".into());
+            return invalid("the commit appends to one stream twice: put the events into one append".into());
         }
         if has_twins(self.puts.iter().map(|put| (&*put.key.collection, &*put.key.id))) {
-            return invalid("a document stands in it twice".into());
+            return invalid("the commit writes one document twice: write each document once".into());
         }
         for append in &self.appends {
             if let Err(error) = StreamId::check(append.stream.as_str()) {
@@ -245,7 +248,7 @@ impl Commit {
             for event in &append.events {
                 let at = || format!("{:.100} for stream {}", event.type_name, append.stream);
                 if event.type_name.contains('\0') {
-                    return invalid(format!("{:?}: a type name has a NUL, which not every store takes", at()));
+                    return invalid(format!("{:?}: the type name contains NUL, which not every store accepts", at()));
                 }
                 if event.data.len() > EVENT_BYTES_MAX {
                     let bytes = event.data.len();
@@ -260,13 +263,13 @@ impl Commit {
             let (key, id_bytes) = (&put.key, put.key.id.len());
             if !key.is_storable() {
                 return invalid(format!(
-                    "the name of document {:.80?} is too long ({id_bytes} bytes) or has a NUL",
+                    "the name of document {:.80?} is too long ({id_bytes} bytes) or contains NUL",
                     key
                 ));
             }
             if let Some(due) = put.due.filter(|due| due.timestamp() < DUE_SECONDS_MIN) {
                 return invalid(format!(
-                    "document {key} is due at {due}, before the year 4714 BC: no store holds that"
+                    "document {key} is due at {due}, before the year 4714 BC, which no store can hold"
                 ));
             }
             if let Some(body) = &put.body {
@@ -305,7 +308,7 @@ pub(crate) fn check_json_within(text: &str, nesting_max: usize) -> Result<(), St
     // brackets than the limit needs the exact computation.
     let brackets = text.bytes().filter(|byte| matches!(byte, b'[' | b'{')).count();
     if brackets > nesting_max && nesting(text) > nesting_max {
-        return Err(format!("it is nested more than {nesting_max} deep"));
+        return Err(format!("the JSON is nested more than {nesting_max} levels deep"));
     }
     // A parser that skips a value does not check the escapes in the value either.
     check_escapes(text)
@@ -342,9 +345,11 @@ fn check_escapes(text: &str) -> Result<(), String> {
         };
         rest = &rest[at + UNIT_BYTES..];
         match unit {
-            0 => return Err("a string has \\u0000, which not every store can give back".into()),
+            0 => return Err("a string contains \\u0000, which not every store can return".into()),
             0xd800..=0xdbff if matches!(utf16_unit(rest), Some(0xdc00..=0xdfff)) => rest = &rest[UNIT_BYTES..],
-            0xd800..=0xdfff => return Err(format!("a string has \\u{unit:04x}, which is half a character")),
+            0xd800..=0xdfff => {
+                return Err(format!("a string contains \\u{unit:04x}, which is half of a surrogate pair"));
+            }
             _ => {}
         }
     }

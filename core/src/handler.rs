@@ -92,7 +92,7 @@ pub(crate) enum Remedy {
 }
 
 /// The text that replaces the text of an error whose `Display` panics.
-const NO_TEXT: &str = "an error whose text cannot be shown: its Display";
+const NO_TEXT: &str = "an error whose text cannot be shown, because its Display";
 
 impl HandlerError {
     /// Returns the text of the error, even if the `Display` of a user's error panics.

@@ -54,18 +54,14 @@ impl Counter {
     /// Returns a description of what the counter counts.
     pub fn help(&self) -> &'static str {
         match self.name {
-            "annals_messages_failed_total" => "Attempts at messages that failed and are made again.",
+            "annals_messages_failed_total" => "Failed attempts at messages that will be retried.",
             "annals_dead_letters_total" => "Messages that became dead letters.",
             "annals_handlers_hung_total" => "Messages whose handler did not return within ten seconds.",
-            "annals_saga_steps_failed_total" => "Steps of sagas that failed and were asked for again.",
-            "annals_saga_steps_timed_out_total" => {
-                "Steps of sagas that were not answered in time and were asked for again."
-            }
-            "annals_saga_steps_given_up_total" => {
-                "Steps of sagas that were given up, so that the saga was compensated."
-            }
+            "annals_saga_steps_failed_total" => "Saga steps that failed and were retried.",
+            "annals_saga_steps_timed_out_total" => "Saga steps that timed out and were retried.",
+            "annals_saga_steps_given_up_total" => "Saga steps that failed for good, so that the saga was compensated.",
             "annals_sagas_stuck_total" => "Sagas that got stuck.",
-            "annals_parts_cut_off_total" => "Parts that did not end in time when the process drained.",
+            "annals_parts_cut_off_total" => "Parts that did not stop in time when the process drained.",
             _ => "Counted since the process started.",
         }
     }

@@ -142,7 +142,7 @@ pub enum OperatorError {
     Illegal(String),
     /// The name belongs to a group that consumes topics of the bus. Such a group has no position in the log that could
     /// be reset. To pause the group, pause the relay that sends the messages.
-    #[error("{group} consumes {}, and does not follow the log", topics.join(", "))]
+    #[error("{group} consumes {} and does not follow the log", topics.join(", "))]
     OfBus {
         /// The name of the group.
         group: String,
@@ -223,15 +223,15 @@ impl Operator {
     pub async fn reset(&self, subscription: &str, to: Position, reason: &str) -> Result<(), OperatorError> {
         let head = self.store.status().await?.head;
         if to < Position::START {
-            return Err(OperatorError::Illegal(format!("there is no position {to}: the beginning is 0")));
+            return Err(OperatorError::Illegal(format!("position {to} does not exist: the log begins at 0")));
         }
         if to > head {
-            return Err(OperatorError::Illegal(format!("position {to} is after the last one of the log, {head}")));
+            return Err(OperatorError::Illegal(format!("position {to} is after the end of the log, {head}")));
         }
         if let Some(model) = self.read_model(subscription).await? {
             return Err(OperatorError::Illegal(format!(
-                "{subscription} keeps the views of read model {model}, to which events would be applied twice: build the views anew \
-                 with `read-model {model} rebuild`"
+                "{subscription} maintains the views of read model {model}, and a reset would apply events twice: \
+                 rebuild the views with `read-model {model} rebuild`"
             )));
         }
         self.again(async || {
@@ -254,7 +254,7 @@ impl Operator {
             let lanes = self.lanes(subscription).await?;
             let now = self.store.clock().now();
             if lanes.iter().all(|(_, lane)| lane.paused == paused) {
-                let state = if paused { "is paused already" } else { "is not paused" };
+                let state = if paused { "is already paused" } else { "is not paused" };
                 return Err(OperatorError::Illegal(format!("subscription {subscription} {state}")));
             }
             let (of, by, reason) = (subscription.to_owned(), self.by.clone(), reason.to_owned());
@@ -300,11 +300,11 @@ impl Operator {
                     let state = if progress.ended.is_some() { "has ended" } else { "is not stuck" };
                     return Err(illegal(format!("saga {} {state}: {verb:?} does not apply", saga.id())));
                 }
-                None => return Err(illegal(format!("{saga} is no saga"))),
+                None => return Err(illegal(format!("{saga} is not a saga"))),
             };
             if let Some(SagaEvent::Requested { verb, by, .. }) = last {
                 return Err(illegal(format!(
-                    "{by} has asked for {verb:?} already, and no service has taken it up yet"
+                    "{by} has already requested {verb:?}, and no service has handled the request yet"
                 )));
             }
             let due = Some(self.store.clock().now().timestamp_millis());
@@ -329,8 +329,8 @@ impl Operator {
         let parked = DeadLetters::new(self.store.clone()).after(subscription, to).await?;
         if parked.len() > RESET_PARKED_MAX {
             return Err(OperatorError::Illegal(format!(
-                "{} messages of {subscription} are parked after position {to}, and a commit removes {RESET_PARKED_MAX}: redrive or drop \
-                 some with `dead-letters`, then reset",
+                "{} messages of {subscription} are parked after position {to}, and a reset removes at most \
+                 {RESET_PARKED_MAX}: redrive or drop some with `dead-letters`, then reset",
                 parked.len()
             )));
         }

@@ -231,7 +231,10 @@ impl Relay {
                     () = shutdown.cancelled() => return Err(Stop::Lanes(reason).into()),
                 }
             }
-            tracing::info!(relay = %self.name, from = others.count(), to = self.lanes, "the number of lanes changes");
+            tracing::info!(
+                relay = %self.name, from = others.count(), to = self.lanes,
+                "the number of lanes is being changed"
+            );
             let before = Self::new(self.routes.clone()).lanes(others.count());
             let upto = store.status().await?.head.max(others.furthest());
             for lane in 0..others.count() {

@@ -139,7 +139,11 @@ impl Service {
     /// # Panics
     /// Panics if the service already has a participant, because the commands of the first one would never be executed.
     pub fn participant(mut self, participant: impl Participant) -> Self {
-        assert!(self.desk.is_none(), "service {} has a participant: put the commands of both in one enum", self.name);
+        assert!(
+            self.desk.is_none(),
+            "service {} already has a participant: put the commands of both in one enum",
+            self.name
+        );
         self.desk = Some(Arc::new(Desk::new(&self.name, self.store.clone(), participant)));
         self
     }
@@ -225,12 +229,13 @@ impl Service {
         let name = &self.name;
         if !is_service_name(name) {
             return Some(format!(
-                "it names topics, which are letters, digits, `.`, `_` and `-`, at most {SERVICE_BYTES_MAX} of them"
+                "the name is part of topic names, so it may have only letters, digits, `.`, `_` and `-`, at most \
+                 {SERVICE_BYTES_MAX} of them"
             ));
         }
         // The step streams of the service have this category.
         let checked = self.desk.as_ref().map(|_| categories::check(&format!("step.{name}")));
-        Some(format!("it carries out steps: {}", checked?.err()?))
+        Some(format!("the service carries out steps, so the name is part of a category: {}", checked?.err()?))
     }
 
     /// The categories that the service publishes or follows.
@@ -282,7 +287,10 @@ impl Inbox {
 }
 
 fn no_participant(message: &Message) -> String {
-    format!("this service carries out no steps, so nobody carries out {}: give it a participant", message.type_name)
+    format!(
+        "this service carries out no steps, so no participant handles {}: give the service a participant",
+        message.type_name
+    )
 }
 
 #[async_trait]
@@ -310,7 +318,8 @@ pub enum StartError {
     /// The import into the store is incomplete. An import writes checkpoints before events, so a service that starts
     /// now would skip the events that are still missing.
     #[error(
-        "service {service}: the store is filled by an import that is not complete; finish it with the same `import`, or begin with an empty store"
+        "service {service}: the import into the store is not complete; run the same `import` to its end, or begin \
+         with an empty store"
     )]
     HalfImported {
         /// The service that uses the store.
@@ -318,7 +327,7 @@ pub enum StartError {
     },
     /// A recovery was not finished. Topics may hold events that are missing from the log.
     #[error(
-        "service {service}: the recovery of the store is not complete; run the same `annals recover` once more to its end"
+        "service {service}: the recovery of the store is not complete; run the same `annals recover` again to its end"
     )]
     HalfRecovered {
         /// The service that uses the store.
@@ -696,7 +705,7 @@ impl Runtime {
             let message = held.iter().find(|held| held.part.starts_with(part.as_str()));
             let message = message.map(|held| format!("{} ({}, key {})", held.id, held.type_name, held.key));
             let message = message.unwrap_or_else(|| "none".into());
-            tracing::error!(%part, %message, "a part did not end in time and was cut off");
+            tracing::error!(%part, %message, "a part did not stop in time and was aborted");
             self.health.count("annals_parts_cut_off_total", &[("part", part)]);
         }
         self.tasks.abort_all();
@@ -757,7 +766,7 @@ impl Runtime {
         self.leave.cancel();
         _ = tokio::time::timeout(patience, self.heartbeats.join_all()).await;
         if !in_time {
-            let late = format!("parts that did not end within {patience:?} were cut off: {left}");
+            let late = format!("parts that did not stop within {patience:?} were aborted: {left}");
             return Err(first_error.map_or(late.clone(), |error| format!("{error}; {late}")));
         }
         first_error.map_or(Ok(()), Err)

@@ -160,8 +160,9 @@ impl fmt::Display for LostEnd {
         let Self { position, event_id, noticed_at } = self;
         write!(
             f,
-            "the log has lost its end: event {event_id} at position {position} was there, and was missing at {noticed_at} \
-             (failover to a standby that lagged, or a restore); caches and checkpoints were read again and the service goes on; \
+            "the log has lost its end: event {event_id} at position {position} existed, and was found missing at \
+             {noticed_at} (failover to a standby that lagged, or a restore); caches and checkpoints were read again \
+             and the service goes on; \
              run `annals verify`, and compare what other systems received since with the log; restart this process to clear this"
         )
     }
@@ -193,9 +194,9 @@ pub enum StoreError {
     #[error("the store is unavailable: {0}")]
     Unavailable(String),
     /// The request is invalid, such as a name that the store can never hold; retrying does not help.
-    #[error("the store cannot be asked for that: {0}")]
+    #[error("the store cannot serve this request: {0}")]
     Refused(String),
     /// The stored data is not in the format of this project's stores; retrying does not help.
-    #[error("the store holds something that cannot be read: {0}")]
+    #[error("the store holds data that cannot be read: {0}")]
     Corrupt(String),
 }

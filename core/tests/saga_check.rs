@@ -308,7 +308,7 @@ the saga was compensated, but "reserve stock" is still done
    2. inventory does "reserve stock" (attempt 1)
    3. the timer fires; it asks inventory for "reserve stock" again (attempt 2)
    4. the timer fires; it asks payment for the undo of "reserve stock"; it goes back
-   5. payment has nothing to take back for the undo of "reserve stock" (attempt 1)
+   5. payment has nothing to undo for the undo of "reserve stock" (attempt 1)
    6. the saga hears that the undo of "reserve stock" is done; it is compensated
   the world then: ()"#;
     assert_eq!(violation.to_string(), expected.trim_start());
@@ -355,14 +355,14 @@ fn a_sunny_day_is_a_single_history() {
 #[test]
 fn a_check_that_does_not_see_every_state_does_not_pass() {
     let violation = in_the_shop(checkout()).everything().states_max(1_000).run().unwrap_err();
-    let expected = "more than 1000 states: leave out of the world and the saga's state what does not matter";
+    let expected = "more than 1000 states: remove from the world and from the saga's state whatever does not matter";
     assert_eq!((violation.broken.as_str(), violation.history.len()), (expected, 0));
 }
 
 #[test]
 fn a_world_without_services_is_told() {
     let violation = check(checkout(), sample()).world(shop()).everything().run().unwrap_err();
-    assert_eq!(violation.broken, "the world has no services: say with `service` what commands do in it");
+    assert_eq!(violation.broken, "the world has no services: add them with `service`");
 }
 
 #[test]

@@ -452,7 +452,7 @@ fn a_command_without_json_is_a_failed_step() {
     let moved = begin(&saga, SAGA_ID, Learned::default(), START).unwrap();
     assert_eq!((moved.progress.calls, moved.send, moved.progress.retrying), (vec![CallState::Failed], vec![], true));
     let trouble = moved.progress.trouble.unwrap().to_string();
-    assert!(trouble.starts_with("odd: it cannot be asked for: odd.number has no JSON form"), "{trouble}");
+    assert!(trouble.starts_with("odd: the step cannot be requested: odd.number has no JSON form"), "{trouble}");
 }
 
 #[derive(Event, Clone, Debug, PartialEq)]

@@ -159,7 +159,7 @@ fn stored_fields(variant: &Variant) -> Result<Fields> {
                 fields,
                 format!(
                     "a tuple variant of an event has exactly 1 field, this has {}: \
-                     name the fields, so that they can be told apart when they are read",
+                     name the fields, so that readers of the stored JSON can distinguish them",
                     fields.unnamed.len()
                 ),
             ));

@@ -12,7 +12,7 @@ pub(crate) fn check(name: &str) -> Result<(), String> {
         return Err(format!("`{name}` contains {wrong:?}: allowed are a-z, 0-9, `.`, `-` and `_`"));
     }
     if name.len() > MAX_BYTES {
-        return Err(format!("`{name}` has {} bytes: allowed are {MAX_BYTES}", name.len()));
+        return Err(format!("`{name}` has {} bytes; the limit is {MAX_BYTES}", name.len()));
     }
     Ok(())
 }

@@ -79,7 +79,8 @@ fn amount<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Decimal, D::Erro
     let digits = text.strip_prefix('-').unwrap_or(&text);
     let is_plain = digits.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
     let amount = text.parse().ok().filter(|_| is_plain);
-    amount.ok_or_else(|| D::Error::custom(format!("the price {text:.40?} is no amount, such as \"2.55\"")))
+    amount
+        .ok_or_else(|| D::Error::custom(format!("the price {text:.40?} is not an amount; a valid amount is \"2.55\"")))
 }
 
 /// The body of `POST /supplies`.

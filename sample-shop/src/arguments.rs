@@ -38,13 +38,13 @@ const EXAMPLES: &str = "Examples:
   sample-shop run --generate 10000 --seed 42 --store memory: --json
       the same orders and the same bad luck each time, and one line of JSON
   sample-shop drain
-      wait for what an earlier run has left under way in shop.db";
+      wait for the sagas that an earlier run left unfinished in shop.db";
 
 const SERVE_EXAMPLES: &str = "Examples:
   sample-shop serve all --store sqlite:shop.db --bus local: --http 127.0.0.1:8080
       all four services in this process
   sample-shop run --http http://127.0.0.1:8080 --generate 1000
-      a thousand orders for it, from another terminal";
+      a thousand orders for that shop, from another terminal";
 
 /// A shop of four services (order, inventory, payment, notification) whose checkout is a saga.
 #[derive(Clone, Debug, Parser)]

@@ -123,7 +123,7 @@ impl<S: Shop> Customers<S> {
                 differs(&input, &taken_in.units, units)?;
                 match end(&shop, Kind::Supply, supply_id, &taken_in).await {
                     Ok(End::Ended) => Ok(()),
-                    Ok(End::Stuck) => Err(format!("{supply_id} could not be booked, and waits for an operator")),
+                    Ok(End::Stuck) => Err(format!("{supply_id} could not be booked and waits for an operator")),
                     Err(error) => Err(format!("{supply_id}: {error}")),
                 }
             });

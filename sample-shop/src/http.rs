@@ -56,7 +56,7 @@ async fn announce(State(announced): State<CancellationToken>, request: Request, 
     let answered = AssertUnwindSafe(next.run(request)).catch_unwind().await;
     // The panic hook prints the panic on standard error.
     let panicked = |_| {
-        Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "the server has a fault; its log says more").into_response()
+        Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "internal error; see the log of the server").into_response()
     };
     let mut response = answered.unwrap_or_else(panicked);
     if announced.is_cancelled() {
@@ -66,11 +66,11 @@ async fn announce(State(announced): State<CancellationToken>, request: Request, 
 }
 
 async fn no_route(request: Request) -> Problem {
-    Problem::new(StatusCode::NOT_FOUND, format!("there is nothing at {:.200}", request.uri().path()))
+    Problem::new(StatusCode::NOT_FOUND, format!("no resource at {:.200}", request.uri().path()))
 }
 
 async fn no_method(request: Request) -> Problem {
-    let detail = format!("{:.20} is not among what {:.200} takes", request.method().as_str(), request.uri().path());
+    let detail = format!("method {:.20} is not allowed at {:.200}", request.method().as_str(), request.uri().path());
     Problem::new(StatusCode::METHOD_NOT_ALLOWED, detail)
 }
 

@@ -62,7 +62,7 @@ pub enum OrderRefusal {
     NoQuantity { line: usize, sku: String },
     #[error("line {line}, {sku}: the price {price} {}", wrong_with(price))]
     Price { line: usize, sku: String, price: Decimal },
-    #[error("the order is too large: its units or its total leave all bounds")]
+    #[error("the order is too large: its units or its total are beyond the limits")]
     TooLarge,
     #[error("there is no such order")]
     NotPlaced,

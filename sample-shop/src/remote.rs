@@ -196,7 +196,7 @@ impl There {
             return Ok(Err(unfinished));
         }
         let (url, seconds) = (&self.url, SILENCE_MAX.as_secs());
-        let reason = format!("{url} has not answered for {seconds} s; run the same command again, and it goes on");
+        let reason = format!("{url} has not answered for {seconds} s; run the same command again to continue");
         Err(RunError::Runtime(reason))
     }
 

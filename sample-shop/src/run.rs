@@ -35,8 +35,8 @@ const PATIENCE_IN_TROUBLE: Duration = Duration::from_secs(2);
 /// How long a problem must last before it is reported.
 const TROUBLE_LASTS: Duration = Duration::from_secs(2);
 /// Why an invoice of an earlier run does not match the invoice of this run.
-const OTHER: &str = "the store has one of this name, with something else in it: run the same file with the same options, or name another \
-                     --store";
+const OTHER: &str = "the store has an invoice of this name with other content: run the same file with the same \
+                     options, or name another --store";
 
 /// The settings of a run.
 #[derive(Clone, Debug)]
@@ -199,7 +199,7 @@ async fn parked(store: &Arc<dyn EventStore>, health: &Health) -> Result<Vec<Stri
         for letter in letters.list(subscription).await?.into_iter().filter(|letter| letter.retries_at.is_none()) {
             let behind = match letter.behind {
                 0 => String::new(),
-                behind => format!(" ({behind} wait behind it)"),
+                behind => format!(" ({behind} messages wait behind it)"),
             };
             parked.push(format!("{subscription}, {}: {}{behind}", letter.parked.key, letter.parked.reason));
         }

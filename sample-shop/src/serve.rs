@@ -49,9 +49,11 @@ pub struct Ended(String);
 /// If the store, the bus or the address is not available, or if a part ended with an error.
 pub async fn serve(arguments: Serve, stop: CancellationToken) -> Result<(), Failure> {
     if arguments.bus == BusUrl::Local && arguments.role != Role::All {
-        return Err("bus local: ends with this process, and the other services are not in it: `serve all`, or name a \
-                    --bus kafka://host:port"
-            .into());
+        return Err(
+            "bus local: reaches only this process, and the other services run elsewhere: use `serve all`, or name \
+                    a --bus kafka://host:port"
+                .into(),
+        );
     }
     // Binds the address first, so that a start with an address in use has no side effects.
     let listener = match arguments.http {

@@ -33,7 +33,7 @@ impl Stop {
         tokio::spawn(async move {
             code.store(signals.next().await, Ordering::SeqCst);
             asked.cancel();
-            eprintln!("\nstopping: what is in hand is finished first; once more ends it at once");
+            eprintln!("\nstopping: work in progress is finished first; a second signal ends the process at once");
             // Has the same effect as a kill: acknowledged work is in the store, and the next run does the remaining
             // work.
             std::process::exit(signals.next().await.into());

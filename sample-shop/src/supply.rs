@@ -74,11 +74,11 @@ impl SupplyEvent {
 /// Why a supply is rejected.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum SupplyRefusal {
-    #[error("it has {0} SKUs; it must have from 1 to {CHANGES_MAX}")]
+    #[error("the supply has {0} SKUs; it must have from 1 to {CHANGES_MAX}")]
     Changes(usize),
-    #[error("{sku} stands in it twice")]
+    #[error("{sku} is listed twice")]
     Twice { sku: String },
-    #[error("{sku}: {quantity} units; it must be from {least} to {UNITS_MAX}")]
+    #[error("{sku}: {quantity} units; the quantity must be from {least} to {UNITS_MAX}")]
     Units { sku: String, quantity: i64, least: i64 },
 }
 

@@ -69,7 +69,7 @@ fn a_store_that_is_imported_by_half_is_not_served_until_all_of_it_is_there() {
     {
         let refused = shop(words);
         assert!(
-            !refused.status.success() && said(&refused).contains("an import that is not complete"),
+            !refused.status.success() && said(&refused).contains("the import into the store is not complete"),
             "{}",
             said(&refused)
         );

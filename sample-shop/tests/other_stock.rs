@@ -45,7 +45,7 @@ fn an_invoice_that_is_another_one_now_is_rejected() {
     assert_eq!(code, Some(1), "{said}");
     for of in ["order 536365", "return C536366"] {
         assert!(
-            said.contains(&format!("rejected: {of}: the store has one of this name, with something else in it")),
+            said.contains(&format!("rejected: {of}: the store has an invoice of this name with other content")),
             "{said}"
         );
     }

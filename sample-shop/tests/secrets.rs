@@ -75,7 +75,7 @@ async fn password_comes_from_a_file_or_the_environment() {
     }
     for (url, parts) in [
         (format!("{base}?password_file={wrong}"), &["password authentication failed"][..]),
-        (format!("{base}?password_file={empty}"), &[&*empty, "it is empty"]),
+        (format!("{base}?password_file={empty}"), &[&*empty, "is empty"]),
         (format!("{base}?password_file=/none/secret"), &["password_file /none/secret: No such file"]),
         (format!("{base}?password_env=SHOP_NONE"), &["environment variable SHOP_NONE is not set"]),
         (format!("{base}?password_file={right}&password_env=X"), &["more than one password"]),

@@ -162,7 +162,7 @@ fn what_cannot_be_taken_is_a_problem_that_says_why() {
     sent("").is_problem(400, &["not JSON"]);
     sent("{").is_problem(400, &["not JSON"]);
     sent(&format!("{{\"lines\": {}", "[".repeat(10_000))).is_problem(400, &["not JSON"]);
-    sent("[]").is_problem(422, &["not what is asked for"]);
+    sent("[]").is_problem(422, &["does not have the expected shape"]);
     sent("{}").is_problem(422, &["missing field `lines`"]);
     sent(r#"{"lines": [], "coupon": 1}"#).is_problem(422, &["unknown field `coupon`"]);
     sent(r#"{"lines": []}"#).is_problem(422, &["at least one line"]);
@@ -175,7 +175,7 @@ fn what_cannot_be_taken_is_a_problem_that_says_why() {
     with("\"a\"", "1", "\"-1\"").is_problem(422, &["negative"]);
     with("\"a\"", "1", "\"0.00001\"").is_problem(422, &["more than 4 decimals"]);
     for price in ["many", "1e2", "1_000", "+1", ""] {
-        with("\"a\"", "1", &format!("\"{price}\"")).is_problem(422, &["no amount", price]);
+        with("\"a\"", "1", &format!("\"{price}\"")).is_problem(422, &["not an amount", price]);
     }
     with("\"a\"", "1", "\"1\", \"discount\": \"0.5\"").is_problem(422, &["unknown field `discount`"]);
     with("\"\"", "1", "\"1\"").is_problem(422, &["the SKU is empty"]);

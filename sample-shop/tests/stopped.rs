@@ -77,7 +77,7 @@ fn unfinished(output: &Output, code: i32) -> i64 {
     assert_eq!(output.status.code(), Some(code), "{said}");
     assert!(output.stdout.is_empty(), "there is no result yet");
     let line = said.lines().find_map(|line| line.strip_prefix("stopped: ")).unwrap_or_else(|| panic!("{said}"));
-    assert!(line.contains("run the same command again, and it goes on from there"), "{line}");
+    assert!(line.contains("run the same command again to continue from there"), "{line}");
     line.split(' ').next().unwrap().replace(',', "").parse().unwrap()
 }
 
@@ -137,7 +137,7 @@ async fn a_second_signal_ends_it_at_once() {
     other.execute("PRAGMA busy_timeout = 60000; BEGIN IMMEDIATE").await.unwrap();
     signal(&child, "INT");
     let mut said = BufReader::new(child.stderr.take().unwrap()).lines();
-    said.find(|line| line.as_ref().unwrap().contains("once more ends it at once")).unwrap().unwrap();
+    said.find(|line| line.as_ref().unwrap().contains("a second signal ends the process at once")).unwrap().unwrap();
     signal(&child, "INT");
     let asked = Instant::now();
     assert_eq!(child.wait().unwrap().code(), Some(130));

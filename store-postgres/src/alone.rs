@@ -61,8 +61,8 @@ impl Turn {
             drop((resident, passage));
             outcome
         });
-        let outcome = task.await.map_err(|ended| CommitError::Unknown(format!("while it was written, {ended}")))?;
-        outcome.unwrap_or_else(|| Err(CommitError::Unavailable("there is no outcome".into())))
+        let outcome = task.await.map_err(|ended| CommitError::Unknown(format!("during the commit, {ended}")))?;
+        outcome.unwrap_or_else(|| Err(CommitError::Unavailable("the commit has no outcome".into())))
     }
 }
 

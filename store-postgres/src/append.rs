@@ -25,7 +25,7 @@ pub(crate) async fn append_alone(
     let appended = async {
         database.begin(connection, Purpose::Write).await?;
         if database.history.number() != history {
-            return Err(not_primary("the log changed before this was written"));
+            return Err(not_primary("the log changed before the commit was written"));
         }
         append(database, connection, decision).await
     };

@@ -54,9 +54,7 @@ impl<'b> Rows<'b> {
         if self.rest.is_empty() {
             return Ok(None);
         }
-        self.row()
-            .map(Some)
-            .ok_or_else(|| StoreError::Corrupt("a row of a replay has not the form it should have".into()))
+        self.row().map(Some).ok_or_else(|| StoreError::Corrupt("a row of a replay has an unexpected format".into()))
     }
 
     fn row(&mut self) -> Option<Row<'b>> {

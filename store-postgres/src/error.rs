@@ -8,14 +8,15 @@ use sqlx::{error::DatabaseError, postgres::PgDatabaseError, postgres::PgSeverity
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum OpenError {
     /// The text is not a `postgres://` URL. The error does not repeat the text, which may hold a password.
-    #[error("the store URL is not one of PostgreSQL ({reason}); write `postgres://user@host/database`")]
+    #[error("the store URL is not a valid PostgreSQL URL ({reason}); write `postgres://user@host/database`")]
     Url {
         /// What is wrong with the URL.
         reason: String,
     },
     /// The text is not a valid name for a schema.
     #[error(
-        "{schema:?} is no name for a schema: lower-case letters, digits and `_`, not starting with a digit or `pg_`, at most 50"
+        "{schema:?} is not a valid schema name: use lower-case letters, digits and `_`, not starting with a digit \
+         or `pg_`, at most 50"
     )]
     Schema {
         /// The name that was given.
@@ -50,8 +51,8 @@ pub enum OpenError {
     /// The functions of the schema write to another schema, because this schema was renamed, or restored under another
     /// name.
     #[error(
-        "the functions of schema {schema} use schema {found}: it was renamed; open it once with `migrate`, as its owner, and \
-         they are made anew"
+        "the functions of schema {schema} use schema {found}: the schema was renamed; open it once with `migrate`, \
+         as its owner, to create the functions again"
     )]
     Renamed {
         /// The schema.
@@ -61,18 +62,19 @@ pub enum OpenError {
     },
     /// The server refuses the connection: the password is wrong, the database does not exist, or the user lacks a
     /// permission.
-    #[error("the database refuses: {reason}; check user, password, database and permissions")]
+    #[error("access to the database is denied: {reason}; check user, password, database and permissions")]
     Refused {
         /// The server's message.
         reason: String,
     },
     /// The server is a standby. A standby cannot write, and does not know which transactions write on the primary.
-    #[error("the server is a standby; name the primary")]
+    #[error("the server is a standby; use the address of the primary")]
     Standby,
     /// The connection is not as secure as the URL demands: the server offers no TLS, its certificate is not valid, or
     /// this build has no TLS.
     #[error(
-        "no TLS as asked for: {reason}; check sslmode and sslrootcert, and that the certificate names the URL's host"
+        "a TLS connection as requested is not possible: {reason}; check sslmode and sslrootcert, and that the \
+         certificate names the URL's host"
     )]
     Tls {
         /// What is wrong.
@@ -270,8 +272,8 @@ pub(crate) fn write_error(error: &sqlx::Error) -> CommitError {
     match fault(error) {
         Fault::Refused => CommitError::Invalid(error.to_string()),
         Fault::Lost => CommitError::Unknown(error.to_string()),
-        Fault::Race => CommitError::Unavailable(format!("other processes were faster each time: {error}")),
-        Fault::Held => CommitError::Unavailable(format!("another transaction stays in the way: {error}")),
+        Fault::Race => CommitError::Unavailable(format!("other processes committed first on every attempt: {error}")),
+        Fault::Held => CommitError::Unavailable(format!("another transaction holds a conflicting lock: {error}")),
         _ => CommitError::Unavailable(text(error)),
     }
 }

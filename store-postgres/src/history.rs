@@ -117,7 +117,7 @@ impl History {
         let is_other = before.is_some_and(|before| Some(&before) != known.log.as_ref());
         if !self.compare_known(&mut known, asked, found) && is_other {
             tracing::warn!(
-                "the database has another primary, or was restored; nothing of the log is known to be lost: caches and \
+                "the database has another primary, or was restored; no event is known to be lost: caches and \
                  checkpoints are read again"
             );
             self.change(&mut known);

@@ -332,7 +332,7 @@ impl Log {
             })
             .collect();
         let age = Duration::try_from_secs_f64(seconds).unwrap_or_default();
-        let description = format!("writers of events that have not ended: {}", described.join("; "));
+        let description = format!("unfinished transactions that write events: {}", described.join("; "));
         Ok(Some(OpenWriter { pid: (pid != 0).then_some(pid), age, description }))
     }
 }

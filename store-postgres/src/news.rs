@@ -122,7 +122,7 @@ impl News {
             let ended = self.converse(&database, &mut written, &mut reconnect).await;
             self.listening.send_replace(false);
             if let Err(error) = ended {
-                tracing::debug!(%error, "other processes are neither told nor heard; looking instead");
+                tracing::debug!(%error, "no notifications to or from other processes; polling instead");
             }
             reconnect.failed();
         }
@@ -191,7 +191,7 @@ impl News {
                 Ok(()) => reconnect.succeeded(),
                 Err(error) => {
                     // Other processes find these events by polling. The next write tries to notify again.
-                    tracing::debug!(%error, "other processes could not be told of new events");
+                    tracing::debug!(%error, "other processes could not be notified of new events");
                     connection = None;
                     reconnect.failed();
                 }
@@ -226,7 +226,7 @@ impl News {
                     }
                 }
                 Err(error) => {
-                    tracing::debug!(%error, "what other processes write is not seen; each who waits looks instead");
+                    tracing::debug!(%error, "no notifications from other processes; waiting readers poll instead");
                     self.listening.send_replace(false);
                     connection = None;
                     reconnect.failed();

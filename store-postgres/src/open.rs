@@ -117,9 +117,9 @@ fn password(url: &mut String) -> Result<Option<String>, OpenError> {
         (None, Some(variable)) if !in_url => {
             secret::from_env(&variable).map(Some).map_err(|reason| wrong(format!("password_env: {reason}")))
         }
-        _ => {
-            Err(wrong("it names more than one password: one of password_file, password_env and the URL itself".into()))
-        }
+        _ => Err(wrong(
+            "the URL names more than one password: use one of password_file, password_env and the URL itself".into(),
+        )),
     }
 }
 
@@ -167,13 +167,13 @@ const SAME_PARAMETERS: [(&str, &str); 6] = [
 fn check_parameters(url: &str) -> Result<(), OpenError> {
     let refused = |reason: String| Err(OpenError::Url { reason });
     if url.contains('#') {
-        return refused("a `#` in it, as in a password, must be written `%23`".into());
+        return refused("a `#` in the URL, as in a password, must be written `%23`".into());
     }
     let Some((_, query)) = url.split_once('?').filter(|(_, query)| !query.is_empty()) else { return Ok(()) };
     let mut seen = Vec::new();
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         let Some((name, _)) = pair.split_once('=') else {
-            return refused("a parameter in it has no `=` and no value".into());
+            return refused("a parameter in the URL has no `=` and no value".into());
         };
         let is_option = name.starts_with("options[") && name.ends_with(']');
         if !is_option && !PARAMETERS.contains(&name) {
@@ -181,7 +181,7 @@ fn check_parameters(url: &str) -> Result<(), OpenError> {
         }
         let same = SAME_PARAMETERS.iter().find(|(other, _)| *other == name).map_or(name, |(_, name)| *name);
         if seen.contains(&same) {
-            return refused(format!("the parameter `{same}` stands in it twice"));
+            return refused(format!("the parameter `{same}` is given twice"));
         }
         seen.push(same);
     }
@@ -208,7 +208,7 @@ pub(crate) struct Database {
 impl Database {
     pub(crate) fn locate(url: &str, mut settings: Settings) -> Result<Self, OpenError> {
         if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
-            return Err(OpenError::Url { reason: "it does not start with postgres://".into() });
+            return Err(OpenError::Url { reason: "the URL does not start with postgres://".into() });
         }
         check_parameters(url)?;
         let mut url = url.to_owned();
@@ -276,7 +276,7 @@ impl Database {
         }
         if !set_up && !self.pooled {
             return Err(OpenError::Pooler {
-                reason: "settings that a connection starts with do not come through".into(),
+                reason: "startup parameters of a connection do not reach the server".into(),
             });
         }
         // Usually there is nothing to migrate. This check needs no lock and only read permission.
@@ -353,7 +353,7 @@ impl Database {
                 })?;
             }
         }
-        tracing::warn!(schema, found, "the schema was renamed: its functions were made anew under its name");
+        tracing::warn!(schema, found, "the schema was renamed: its functions were created again under the new name");
         Ok(())
     }
 

@@ -211,7 +211,8 @@ impl Transactions {
     }
 
     async fn resume(&self, mark: Mark) -> Result<Waiting, HandlerError> {
-        let mut waiting = self.take(mark.transaction).ok_or_else(|| unavailable("it is gone"))?;
+        let mut waiting =
+            self.take(mark.transaction).ok_or_else(|| unavailable("the transaction of the message has ended"))?;
         waiting.transaction.resume(mark.handled).await.map_err(unavailable)?;
         Ok(waiting)
     }
@@ -248,9 +249,8 @@ impl<H: SqlHandler> Handler for WithSql<H> {
     async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
         let key = Mark::key();
         let before: Option<String> = work.document(&key).await?;
-        let before = before.ok_or_else(|| {
-            StoreError::Unavailable("a handler that a SqlStore has made runs on that store only".into())
-        })?;
+        let before = before
+            .ok_or_else(|| StoreError::Unavailable("a handler made by a SqlStore runs only on that store".into()))?;
         let before = Mark::read(&before);
         // From here on this future owns the connection, so that the connection closes if the future is dropped.
         let mut waiting = match before {

@@ -137,7 +137,7 @@ impl OpenTransaction {
     fn rewind_to(&self, handled: u64) -> Result<String, sqlx::Error> {
         match handled.checked_sub(self.merged) {
             Some(number) if handled <= self.handled => Ok(format!("ROLLBACK TO SAVEPOINT annals_{number}")),
-            _ => Err(sqlx::Error::Protocol(format!("there is no savepoint after {handled} messages any more"))),
+            _ => Err(sqlx::Error::Protocol(format!("the savepoint after {handled} messages no longer exists"))),
         }
     }
 
@@ -156,9 +156,9 @@ impl OpenTransaction {
         handled: u64,
     ) -> (Result<Committed, CommitError>, Option<Idle>) {
         let answer = Duration::from_secs(ANSWER_SECONDS_MAX);
-        let unwritten = |reason: String| CommitError::Unavailable(format!("nothing of it was committed: {reason}"));
+        let unwritten = |reason: String| CommitError::Unavailable(format!("nothing was committed: {reason}"));
         if commit.history != self.history || self.history != database.history.number() {
-            return (Err(unwritten("the log changed (failover or restore) meanwhile".into())), None);
+            return (Err(unwritten("the log changed (failover or restore) during the transaction".into())), None);
         }
         let written = timeout(answer, self.write(database, &commit, handled)).await;
         match written.unwrap_or_else(|elapsed| Err(unwritten(elapsed.to_string()))) {
@@ -200,7 +200,8 @@ impl OpenTransaction {
                 Ok((Some(written), standings)) => {
                     self.last = written.positions.last().copied().zip(decision.last_event());
                     let outcome = decision.outcomes(&written, &standings).pop();
-                    return outcome.unwrap_or_else(|| Err(CommitError::Unavailable("there is no outcome".into())));
+                    return outcome
+                        .unwrap_or_else(|| Err(CommitError::Unavailable("the commit has no outcome".into())));
                 }
                 // A guess was wrong; nothing was written.
                 Ok((None, standings)) => {
@@ -220,7 +221,7 @@ impl OpenTransaction {
                 }
             }
             if races > RACES_MAX {
-                return Err(CommitError::Unavailable("other processes were faster each time".into()));
+                return Err(CommitError::Unavailable("other processes committed first on every attempt".into()));
             }
         }
     }

@@ -205,7 +205,7 @@ impl Writer {
                         races += u32::from(known.is_some());
                         if races > RACES_ALONE_MAX {
                             return Err(Failure::OfSome(CommitError::Unavailable(
-                                "other processes were faster each time".into(),
+                                "other processes committed first on every attempt".into(),
                             )));
                         }
                         known = Some(standings);
@@ -305,7 +305,9 @@ impl Writer {
 fn are_of(commits: &[Prepared], history: u64) -> Result<(), Failure> {
     let older = commits.iter().filter(|commit| commit.history != history).count();
     let error = || {
-        CommitError::Unavailable("the log changed (failover or restore) before this was written: decide again".into())
+        CommitError::Unavailable(
+            "the log changed (failover or restore) before the commit was written: decide again".into(),
+        )
     };
     match older {
         0 => Ok(()),

@@ -8,7 +8,7 @@ use annals::{CommitError, StoreError};
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum OpenError {
     /// The text is not `sqlite:PATH`.
-    #[error("{url:?} is not a store URL of SQLite; write `sqlite:PATH`, such as `sqlite:shop.db`")]
+    #[error("{url:?} is not a SQLite store URL; write `sqlite:PATH`, such as `sqlite:shop.db`")]
     Url {
         /// The text that was given. If the text is a URL of another kind, which may contain a password, only its
         /// scheme.
@@ -64,8 +64,8 @@ pub enum OpenError {
     },
     /// The database belongs to another application.
     #[error(
-        "{} is a SQLite database of another application (application id {application_id:#010x}); a store needs a file of \
-         its own: name another path",
+        "{} is a SQLite database of another application (application id {application_id:#010x}); a store needs its \
+         own file: name another path",
         path.display()
     )]
     Foreign {

@@ -131,7 +131,7 @@ impl Ledger {
 
     fn check(&self, commit: &Prepared) -> Result<(), CommitError> {
         // Only a row that was written by hand can have the highest possible number.
-        let full = |what: String| CommitError::Unavailable(format!("{what} stands at the last number there is"));
+        let full = |what: String| CommitError::Unavailable(format!("{what} has reached the largest possible number"));
         let appended = commit.appends.iter().map(|append| append.events.len()).sum::<usize>() as i64;
         if self.head.checked_add(appended).is_none() {
             return Err(full("the log".into()));

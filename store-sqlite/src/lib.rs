@@ -138,16 +138,16 @@ impl SqliteStore {
         match ended {
             Ok(Some(Err(reason))) => Err(StoreError::Unavailable(reason)),
             Ok(_) => Ok(()),
-            Err(_) => Err(StoreError::Unavailable("the runtime that it was opened in has ended".into())),
+            Err(_) => Err(StoreError::Unavailable("the runtime that opened the store has ended".into())),
         }
     }
 
     /// Returns the error that says why there is no writer for a commit.
     fn stopped(&self) -> CommitError {
         CommitError::Unavailable(match &*self.shared.ended.borrow() {
-            Some(Err(reason)) => format!("its writer has failed: {reason}"),
-            Some(Ok(())) => "it is closed".into(),
-            None => "it is closing".into(),
+            Some(Err(reason)) => format!("the writer of the store has failed: {reason}"),
+            Some(Ok(())) => "the store is closed".into(),
+            None => "the store is closing".into(),
         })
     }
 }
@@ -163,7 +163,9 @@ impl EventStore for SqliteStore {
         let (answer, answered) = oneshot::channel();
         let submission = Submission { commit: Prepared::from(commit), answer };
         queue.ok_or_else(|| self.stopped())?.send(submission).await.map_err(|_| self.stopped())?;
-        answered.await.unwrap_or_else(|_| Err(CommitError::Unknown("its writer ended while it had the commit".into())))
+        answered.await.unwrap_or_else(|_| {
+            Err(CommitError::Unknown("the writer of the store ended while it held the commit".into()))
+        })
     }
 
     async fn read_stream(&self, stream: &StreamId, after: Version, limit: usize) -> Result<Vec<Recorded>, StoreError> {
@@ -195,7 +197,7 @@ impl EventStore for SqliteStore {
                 timeout(self.shared.database.settings.poll_interval, announced).await.map(|head| head.is_ok());
             match announced {
                 Ok(true) => return Ok(()),
-                Ok(false) => return Err(StoreError::Unavailable("it is closed".into())),
+                Ok(false) => return Err(StoreError::Unavailable("the store is closed".into())),
                 Err(_) if read::head(&self.shared.readers).await? > after => return Ok(()),
                 Err(_) => {}
             }

@@ -81,7 +81,7 @@ impl Database {
         match fs::metadata(&path) {
             Ok(found) if found.is_dir() => return Err(OpenError::Directory { path }),
             Ok(found) if !found.is_file() => {
-                return Err(OpenError::Unwritable { path, reason: "it is not a regular file".into() });
+                return Err(OpenError::Unwritable { path, reason: "the path is not a regular file".into() });
             }
             Ok(found) => {
                 one_name(&path, &found)?;

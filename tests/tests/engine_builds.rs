@@ -129,7 +129,10 @@ async fn steps_that_were_not_asked_for_are_added_removed_and_moved() {
                     // The booking was requested and done. If the new plan lacked the booking, it would never be
                     // compensated.
                     let error = refusal(&world, "a", runtime).await;
-                    assert!(error.contains("step \"book\" was asked for, and the plan does not have it"), "{error}");
+                    assert!(
+                        error.contains("step \"book\" was requested, but the plan does not have the step"),
+                        "{error}"
+                    );
                     continue;
                 }
                 let end = if refused { Status::Compensated } else { Status::Completed };
@@ -178,18 +181,18 @@ async fn migration_that_would_do_a_step_again_or_leads_nowhere_is_refused_for_th
         (
             || plan!(PATIENT, 3; "charge" @ "bank", "book" @ "hotel"; ),
             |progress| to(progress, 0),
-            "step \"book\" is done, and would be asked for again",
+            "step \"book\" is done, and would be requested again",
         ),
         (
             || plan!(PATIENT, 3; "book" @ "hotel"; ),
             Progress::clone,
-            "it waits at step \"charge\", and forward.1 of the plan is step \"confirm\"",
+            "the saga waits at step \"charge\", but forward.1 of the plan is step \"confirm\"",
         ),
-        (|| plan!(PATIENT, 3; "charge" @ "bank"; ), |progress| to(progress, 7), "the plan has no place forward.7"),
+        (|| plan!(PATIENT, 3; "charge" @ "bank"; ), |progress| to(progress, 7), "the plan has no step at forward.7"),
         (
             || plan!(PATIENT, 3; "charge" @ "bank", "hire" @ "bank"; ),
             |progress| to(progress, 0),
-            "step \"book\" was asked for, and the plan does not have it",
+            "step \"book\" was requested, but the plan does not have the step",
         ),
         (
             || plan!(PATIENT, 3; "book" @ "hotel", "charge" @ "bank"; ),
@@ -199,12 +202,12 @@ async fn migration_that_would_do_a_step_again_or_leads_nowhere_is_refused_for_th
         (
             || plan!(PATIENT, 3; "book" @ "hotel", "charge" @ "bank"; ),
             |progress| Progress { calls: Vec::new(), ..progress.clone() },
-            "step \"charge\" was asked of 1 participants",
+            "step \"charge\" was requested from 1 participants",
         ),
         (
             || plan!(PATIENT, 3; "book" @ "hotel", "charge" @ "bank"; ),
             |progress| Progress { status: Status::Completed, ..progress.clone() },
-            "a migration does not turn it to Completed",
+            "a migration cannot change the saga to Completed",
         ),
     ];
     for (plan, migrate, why) in cases {
@@ -331,7 +334,7 @@ async fn saga_whose_plan_no_build_has_waits_visibly_and_goes_on_with_one_that_ha
     let waits = async || world.status("a").await?.last_error.filter(|error| error.contains("waits for a build"));
     eventually("its status says so", waits).await;
     let letters = DeadLetters::new(world.store.clone()).list("shop.commands").await.unwrap();
-    assert!(letters[0].parked.reason.starts_with("waits for a build"), "{}", letters[0].parked.reason);
+    assert!(letters[0].parked.reason.starts_with("waits for a newer build"), "{}", letters[0].parked.reason);
     assert!(letters[0].parked.awaits_build && letters[0].retries_at.is_some());
     runtime.drain(DRAIN).await.unwrap();
     let runtime = start(&world, runner(&world.store, quick()), &ALL).await;
@@ -408,7 +411,7 @@ async fn event_that_a_build_does_not_know_waits_for_one_that_does() {
     append(&store, "tally-x", 1, &NewerTally::Rounded {}).await;
     let letters = async || DeadLetters::new(store.clone()).list("follower").await.unwrap();
     let letter = eventually("it waits", async || letters().await.pop()).await;
-    assert!(letter.parked.reason.starts_with("waits for a build that knows more: "), "{}", letter.parked.reason);
+    assert!(letter.parked.reason.starts_with("waits for a newer build: "), "{}", letter.parked.reason);
     assert!(letter.retries_at.is_some());
     // A command on that stream fails with an error, and nothing is written.
     let outdated = annals::Repository::<Tally>::new(store.clone());

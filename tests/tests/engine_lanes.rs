@@ -185,7 +185,7 @@ async fn an_instance_with_another_number_waits_until_the_others_end() {
                 State::Elsewhere(reason) if part.starts_with("copier/") => Some(reason.clone()),
                 _ => None,
             });
-            reason.filter(|reason| reason.contains("older follows it with 2 lanes"))
+            reason.filter(|reason| reason.contains("instance older runs 2 lanes"))
         };
         eventually("it says what it waits for", waits).await;
         add_to_all(&store, 3..=3).await;
@@ -300,7 +300,7 @@ async fn lanes_of_earlier_releases_are_taken_as_they_are_or_refused() {
                     _ => None,
                 })
             });
-            assert!(reason.await.contains("start it once with lanes(2)"));
+            assert!(reason.await.contains("start this build once with lanes(2)"));
             let now: Vec<_> = documents(&store, CHECKPOINTS).await;
             let now: Vec<_> = now.into_iter().filter(|(id, _)| id.starts_with("copier/")).collect();
             assert_eq!(now, before);

@@ -68,7 +68,7 @@ async fn a_subscription_is_paused_resumed_and_reset_while_it_runs() {
     let operator = Operator::new(store.clone(), "ann");
     operator.pause("seen", true, "the map is being redrawn").await.unwrap();
     for lane in ["seen/0", "seen/1"] {
-        let paused = State::Elsewhere("an operator has paused it".into());
+        let paused = State::Elsewhere("an operator has paused the subscription".into());
         eventually("its lanes stop", async || (health.parts().get(lane) == Some(&paused)).then_some(())).await;
     }
     add(&store, "a", [3]).await;
@@ -117,7 +117,7 @@ async fn a_paused_subscription_ends_with_its_service_and_stays_paused() {
     Operator::new(store.clone(), "ann").pause("seen", true, "not today").await.unwrap();
     add(&store, "a", [2]).await;
     let (seen, health, shutdown, running) = start();
-    let paused = State::Elsewhere("an operator has paused it".into());
+    let paused = State::Elsewhere("an operator has paused the subscription".into());
     eventually("it is paused", async || (health.parts().get("seen/0") == Some(&paused)).then_some(())).await;
     shutdown.cancel();
     within("stop", running).await.unwrap().unwrap();

@@ -253,7 +253,7 @@ async fn after_the_last_attempt_it_stays_until_redriven() {
 
 #[tokio::test]
 async fn hopeless_messages_park_at_once_with_the_reason() {
-    let too_large = format!("its effects take {} rows", COMMIT_ROWS_MAX + 2);
+    let too_large = format!("the effects of the message take {} rows", COMMIT_ROWS_MAX + 2);
     for (trouble, reason) in [
         (Trouble::Terminal, "5 never will"),
         (Trouble::TooLarge, &too_large),

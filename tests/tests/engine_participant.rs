@@ -168,7 +168,7 @@ async fn repeated_step_and_undo_are_carried_out_once_and_answered_for_each_attem
     assert!(matches!(desk.reply().await, Outcome::Done(_)));
     // The step arrives again, far too late. The participant refuses it, and the step stays undone.
     desk.send(vec![desk.command(step, 3, 6)]).await;
-    assert_eq!(desk.reply().await, Outcome::Refused("it was undone, or its undo came first".into()));
+    assert_eq!(desk.reply().await, Outcome::Refused("the step was undone, or its undo arrived first".into()));
     desk.send(vec![desk.command(undo, 3, 7)]).await;
     assert!(matches!(desk.reply().await, Outcome::Done(_)));
     assert_eq!(desk.ledger().await, ["charge", "undo charge"]);

@@ -203,7 +203,7 @@ async fn undo_that_fails_gets_stuck_where_an_operator_sees_it() {
     world.request("a", Uuid::new_v4(), None).await;
     let status = world.becomes("a", Status::Stuck).await;
     assert_eq!((&*status.step, status.ended_at), ("charge", None));
-    let both = "charge: undo charge does not work; it goes back because of confirm: no confirm today";
+    let both = "charge: undo charge does not work; the saga goes back because of confirm: no confirm today";
     assert_eq!(status.last_error.unwrap(), both);
     let runner = world.runner(&world.store);
     assert!(runner.operate("a", Verb::Compensate, "ann", "it cannot").await.is_err());

@@ -170,7 +170,10 @@ async fn reply_to_a_saga_of_an_unknown_plan_waits_for_it() {
     let letters = DeadLetters::new(world.store.clone());
     let letter = eventually("the reply is parked", async || letters.list("shop.commands").await.unwrap().pop()).await;
     let reason = &letter.parked.reason;
-    assert!(reason.contains(first_plan().hash()) && reason.contains("register it as older"), "{reason}");
+    assert!(
+        reason.contains(first_plan().hash()) && reason.contains("register the definition as an older one"),
+        "{reason}"
+    );
     assert_eq!(&*letter.parked.key, "saga.trip-old");
     assert!(letter.retries_at.is_some(), "it waits for a build that knows the plan");
     let health = format!("{:?}", runtime.health().parts());

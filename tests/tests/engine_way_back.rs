@@ -58,14 +58,14 @@ const SAYS: [(&str, Says, &str, bool); 12] = [
         "answer too large: 1000002 bytes, limit 450000",
         true,
     ),
-    ("answer with a NUL", |_| Ok(Answer::Done("a\0b".into())), "a string has \\u0000", true),
+    ("answer with a NUL", |_| Ok(Answer::Done("a\0b".into())), "a string contains \\u0000", true),
     (
         "answer nested too deep",
         |_| Ok(Answer::Done((0..125).fold(1.into(), |inner, _| vec![inner].into()))),
         "nested",
         true,
     ),
-    ("document too large", too_large, "what it did cannot be stored: ", true),
+    ("document too large", too_large, "the effects of the step cannot be stored: ", true),
 ];
 
 fn too_large(work: &mut Work) -> Result<Answer, StepError> {
@@ -268,7 +268,7 @@ async fn what_the_saga_itself_cannot_go_on_with_is_a_failed_step() {
                 "state",
                 Answer::Done("unbearable".into()),
                 Status::Compensated,
-                "charge: the saga's state cannot take the answer: panicked: too much to bear",
+                "charge: applying the answer to the saga's state failed: panicked: too much to bear",
                 ["book", "charge", "undo charge", "undo book"],
             ),
         ] {
@@ -286,8 +286,16 @@ async fn what_the_saga_itself_cannot_go_on_with_is_a_failed_step() {
             assert_eq!(world.ledger(id).await, ledger, "{id} on {store_name}");
         }
         for (id, answer, reason) in [
-            ("panic", "unspeakable", "carry: it cannot be asked for: its command panicked: not to be said"),
-            ("nul", "nul", "carry: it cannot be asked for: hoard.all cannot be stored: a string has \\u0000"),
+            (
+                "panic",
+                "unspeakable",
+                "carry: the step cannot be requested: the command of the step panicked: not to be said",
+            ),
+            (
+                "nul",
+                "nul",
+                "carry: the step cannot be requested: hoard.all cannot be stored: a string contains \\u0000",
+            ),
         ] {
             world.script.behave();
             world.script.answer("charge", move |_| Ok(Answer::Done(answer.into())));

@@ -62,7 +62,7 @@ async fn what_the_cluster_does_not_give_is_refused_with_a_reason() {
     let error = bus.join("watcher", &[&topic]).await.err().unwrap();
     assert!(matches!(error, BusError::Misconfigured(_)), "{error}");
     let told = error.to_string();
-    for part in [&*topic, "replication 7", "InvalidReplicationFactor", "make it by hand"] {
+    for part in [&*topic, "replication 7", "InvalidReplicationFactor", "create the topic by hand"] {
         assert!(told.contains(part), "{part}: {told}");
     }
     let error = bus.join("watcher", &["no/name"]).await.err().unwrap().to_string();

@@ -275,8 +275,8 @@ async fn handler_that_blocks_its_thread_is_named_and_cut_off() {
     })
     .await;
     let error = runtime.drain(Duration::from_millis(200)).await.unwrap_err();
-    assert!(error.contains("cut off: blocker"), "{error}");
-    let told = lines(&["ERROR", "did not end in time", "blocker", "tally-a"]);
+    assert!(error.contains("aborted: blocker"), "{error}");
+    let told = lines(&["ERROR", "did not stop in time", "blocker", "tally-a"]);
     assert_eq!((told.len(), counted(&health, "annals_parts_cut_off_total")), (1, 1), "{told:?}");
     drop(end);
 }

@@ -97,7 +97,7 @@ async fn a_message_left_to_the_next_commit_has_its_row_there() {
     bed.add("b", [5]).await;
     bed.add("c", [6]).await;
     let letters = bed.parked(1).await;
-    assert!(letters[0].1.contains("rows; a commit takes"), "{letters:?}");
+    assert!(letters[0].1.contains("rows; the limit of a commit is"), "{letters:?}");
     bed.becomes(&[1, 2, 3, 4, 6]).await;
     running.stop().await;
     bed.nothing_is_open().await;
@@ -150,7 +150,7 @@ async fn on_another_store_it_does_nothing() {
         Some(State::Trouble(reason)) => Some(reason.clone()),
         _ => None,
     });
-    assert!(reason.await.contains("runs on that store only"));
+    assert!(reason.await.contains("runs only on that store"));
     assert_eq!((bed.seen().await, bed.letters().await), (vec![], vec![]));
     task.abort();
 }

@@ -411,7 +411,7 @@ async fn views_of_a_later_version_that_nobody_keeps_show_in_health() {
         Some(State::Trouble(reason)) => Some(reason.clone()),
         _ => None,
     });
-    assert!(trouble.await.contains("nobody keeps them"));
+    assert!(trouble.await.contains("no process maintains the views"));
     assert_eq!(all(&store).await["ada"].deposits, 1);
     older.drain(PATIENCE).await.unwrap();
 }
@@ -609,7 +609,7 @@ async fn a_read_model_is_never_reset_and_stays_paused_over_a_swap() {
             assert!(reason.contains("read-model totals rebuild"), "{reason}");
         }
         operator.pause("totals", true, "the disk is full").await.unwrap();
-        let paused = State::Elsewhere("an operator has paused it".into());
+        let paused = State::Elsewhere("an operator has paused the subscription".into());
         let health = runtime.health();
         deposit(&store, "ada", 1).await;
         eventually("it is paused", async || (health.parts().get("totals") == Some(&paused)).then_some(())).await;

@@ -67,7 +67,7 @@ pub fn check_read_back<E: fmt::Display>(text: &str, again: impl FnOnce() -> Resu
     }
     let reason = match again() {
         Ok(again) if sorted(&again) == wanted => return Ok(()),
-        Ok(_) => "it is read as another number".to_owned(),
+        Ok(_) => "the number changes when the value is read".to_owned(),
         Err(error) => error.to_string(),
     };
     Err(ser::Error::custom(format!(

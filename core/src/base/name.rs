@@ -24,7 +24,8 @@ pub enum NameError {
     },
     /// Two parts have the same name, and would share the same checkpoints and parked messages.
     #[error(
-        "{first} and {second} are both called {name:?}, and would share checkpoints and parked messages: rename one"
+        "{first} and {second} have the same name {name:?}, and would share checkpoints and parked messages: rename \
+         one of them"
     )]
     Taken {
         /// The common name.
@@ -40,17 +41,17 @@ pub enum NameError {
 /// precedes a lane or a topic, and `@` precedes a generation of a read model or an instance.
 pub(crate) fn check(kind: &'static str, name: &str) -> Result<(), NameError> {
     let reason = if name.is_empty() {
-        "it is empty".to_owned()
+        "the name is empty".to_owned()
     } else if name.len() > NAME_BYTES_MAX {
-        format!("it has {} bytes; the limit is {NAME_BYTES_MAX}", name.len())
+        format!("the name has {} bytes; the limit is {NAME_BYTES_MAX}", name.len())
     } else if let Some(character) =
         name.chars().find(|character| matches!(character, '/' | '@') || character.is_control())
     {
-        format!("it contains {character:?}, which separates a name from what belongs to it")
+        format!("the name contains {character:?}, which separates a name from the rest of a key")
     } else if name.trim() != name {
-        "it begins or ends with a space".to_owned()
+        "the name begins or ends with a space".to_owned()
     } else if kind != "relay" && name.ends_with(RELAY) {
-        format!("the ending {RELAY} is kept for relays of services")
+        format!("the ending {RELAY} is reserved for relays of services")
     } else {
         return Ok(());
     };

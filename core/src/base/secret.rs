@@ -25,7 +25,7 @@ pub fn from_file(path: &str) -> Result<String, String> {
     }
     let end = text.strip_suffix('\n').map_or(text.len(), |text| text.strip_suffix('\r').unwrap_or(text).len());
     text.truncate(end);
-    if text.is_empty() { Err(wrong("it is empty, and should hold a secret")) } else { Ok(text) }
+    if text.is_empty() { Err(wrong("the file is empty; a secret was expected")) } else { Ok(text) }
 }
 
 /// Reads a secret from an environment variable. An error names the variable.
@@ -33,7 +33,7 @@ pub fn from_env(name: &str) -> Result<String, String> {
     match std::env::var(name) {
         Ok(secret) if !secret.is_empty() => Ok(secret),
         Ok(_) | Err(std::env::VarError::NotPresent) => {
-            Err(format!("the environment variable {name} is not set, and should hold a secret"))
+            Err(format!("the environment variable {name} is not set; a secret was expected"))
         }
         Err(std::env::VarError::NotUnicode(_)) => Err(format!("the environment variable {name} is not UTF-8")),
     }

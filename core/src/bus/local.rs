@@ -134,7 +134,7 @@ impl Publisher for LocalBus {
 impl Bus for LocalBus {
     async fn join(&self, group: &str, topics: &[&str]) -> Result<Box<dyn Consumer>, BusError> {
         if topics.is_empty() {
-            return Err(BusError::Misconfigured(format!("group {group} joins no topic")));
+            return Err(BusError::Misconfigured(format!("group {group} subscribes to no topic")));
         }
         let shared = self.0.0.clone();
         let (seat, wake) = shared.with(|state, wakes| state.join(group, topics, wakes))?;

@@ -114,8 +114,8 @@ pub(crate) async fn watch(
         if started.elapsed() >= UNKNOWN_MAX {
             let names: Vec<_> = unknown.iter().map(|category| format!("{category:?}")).collect();
             let reason = format!(
-                "service {service} publishes or follows category {}, which no aggregate of this process and no event has: is it \
-                 spelt as in Aggregate::CATEGORY?",
+                "service {service} publishes or follows category {}, but no aggregate of this process and no event \
+                 in the log has that category: compare the spelling with Aggregate::CATEGORY",
                 names.join(", ")
             );
             if !std::mem::replace(&mut told, true) {

@@ -133,13 +133,15 @@ pub enum ExecuteError<R: std::error::Error> {
     #[error(transparent)]
     Undecodable(DecodeError),
     /// Other writers committed first on every attempt. Retry with the same command id.
-    #[error("stream {stream} was written by others on each of {DECISIONS_MAX} attempts")]
+    #[error(
+        "other writers changed stream {stream} during each of {DECISIONS_MAX} attempts: retry with the same command id"
+    )]
     Contended {
         /// The stream of the aggregate.
         stream: StreamId,
     },
     /// Too many commands wait for this aggregate. Nothing was done; retry later.
-    #[error("{WAITING_COMMANDS_MAX} commands already wait for {stream}")]
+    #[error("{WAITING_COMMANDS_MAX} commands already wait for stream {stream}: retry later")]
     Overloaded {
         /// The stream of the aggregate.
         stream: StreamId,
@@ -245,7 +247,9 @@ impl<A: Aggregate> Repository<A> {
             carrier.leave();
             answered.await
         };
-        answer.unwrap_or_else(|_| Err(ExecuteError::Unavailable("the runtime shut down meanwhile".into())))
+        answer.unwrap_or_else(|_| {
+            Err(ExecuteError::Unavailable("the runtime shut down before the command finished".into()))
+        })
     }
 
     /// Returns the current stored state of an aggregate.
@@ -318,7 +322,7 @@ impl<A: Aggregate> Repository<A> {
             results.push(decided.map_or_else(
                 |panic| {
                     work.rollback();
-                    Err(ExecuteError::Invalid(format!("the decision {panic}")))
+                    Err(ExecuteError::Invalid(format!("the command handler {panic}")))
                 },
                 |decided| decided.map_err(ExecuteError::from),
             ));

@@ -319,7 +319,9 @@ impl Work {
         }
         let any = self.streams.get_mut(stream).map(|staged| staged.as_any());
         any.and_then(|any| any.downcast_mut()).ok_or_else(|| {
-            WorkError::Unencodable(format!("stream {stream} is staged as another kind of aggregate in the same work"))
+            WorkError::Unencodable(format!(
+                "stream {stream} is already staged as another type of aggregate in the same transaction"
+            ))
         })
     }
 
@@ -438,8 +440,9 @@ impl Work {
             return Ok(Committed::default());
         }
         if self.store.history() != self.history {
-            let error =
-                CommitError::Unavailable("the log changed (failover or restore) meanwhile: decide again".into());
+            let error = CommitError::Unavailable(
+                "the log changed (failover or restore) during the transaction: decide again".into(),
+            );
             return Err(Failed { error, unsettled: None });
         }
         let committed = match self.store.commit(commit).await {

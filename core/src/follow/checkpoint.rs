@@ -162,8 +162,8 @@ impl Lane {
             self.event = None;
             tracing::error!(
                 checkpoint = %self.key, position = checkpoint.next, event = %given.id, goes_on_after = self.next,
-                "the checkpoint stands beyond the end of the log, which was restored without it: what was recorded since the \
-                 checkpoint was written is handled; run `annals verify`"
+                "the checkpoint is beyond the end of the log, because the log was restored to an earlier moment: \
+                 events recorded since then will be handled; run `annals verify`"
             );
         }
         Ok(Some(self.next))

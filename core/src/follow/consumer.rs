@@ -142,11 +142,11 @@ impl Group {
                     return;
                 }
                 let reason = format!(
-                    "group {name} has never had a message from {}: is the name right, and does that service publish?",
+                    "group {name} has never received a message from {}: check the name, and that the service publishes",
                     silent.join(", ")
                 );
                 if !std::mem::replace(&mut told, true) {
-                    tracing::warn!(group = %name, topics = silent.join(", "), "no message has ever come from a topic");
+                    tracing::warn!(group = %name, topics = silent.join(", "), "a topic has never delivered a message");
                 }
                 health.set(&part, State::NeedsAttention(reason));
                 tokio::time::sleep(SILENT_LOOK).await;
@@ -339,7 +339,10 @@ impl Member {
             Polled::Wiped(partitions) => {
                 for partition in partitions {
                     let Some(lane) = self.lane_of.get(&partition).copied() else { continue };
-                    tracing::warn!(group = %self.worker.name, ?partition, "the topic was wiped: reading it from its beginning");
+                    tracing::warn!(
+                        group = %self.worker.name, ?partition,
+                        "the topic was emptied: reading from its beginning"
+                    );
                     self.worker.lanes[lane].start_over();
                     self.consumer.seek(&partition, None).await?;
                 }

@@ -65,7 +65,7 @@ impl Others {
     pub fn waits_for(&self, instance: Option<&Instance>, name: &str) -> Option<String> {
         let count = self.count();
         if self.0.iter().any(|lane| lane.checkpoint.paused) {
-            return Some(format!("an operator has paused it; it had {count} lanes until now"));
+            return Some(format!("an operator has paused the subscription, which had {count} lanes until now"));
         }
         let instance = instance?;
         let mut holders = self.0.iter().filter_map(|lane| lane.checkpoint.holder.as_ref());
@@ -73,7 +73,8 @@ impl Others {
         // During a handover between two instances, a lane has no holder.
         let other = holder.or_else(|| instance.other_follower(name))?;
         Some(format!(
-            "{other} follows it with {count} lanes, and this build has another number: it takes over when {other} ends"
+            "instance {other} runs {count} lanes, and this build has another number: this build takes over when \
+             {other} ends"
         ))
     }
 }
@@ -125,7 +126,8 @@ impl Lanes<'_> {
         match (numbers.first(), numbers.len()) {
             (Some(known), 1) if *known == found && stored.len() == found as usize => Ok(Some(*known)),
             (Some(known), _) => Err(self.refused(&format!(
-                "{} of {known} checkpoints are there, and they name {} numbers of lanes: the others were removed or changed by hand",
+                "only {} of {known} checkpoints exist, with {} different numbers of lanes: checkpoints were removed \
+                 or changed by hand",
                 stored.len(),
                 numbers.len()
             ))),
@@ -133,8 +135,8 @@ impl Lanes<'_> {
             // If a process was killed within the first second of a lane, the lane has no checkpoint, so the number of
             // lanes is unknown.
             (None, _) => Err(self.refused(&format!(
-                "an earlier release followed {found} lanes without noting their number, and this build has {}: start it once with \
-                 lanes({found}), then change the number",
+                "an earlier release ran {found} lanes without recording their number, and this build has {}: start \
+                 this build once with lanes({found}), then change the number",
                 self.wanted
             ))),
         }
@@ -164,8 +166,8 @@ impl Lanes<'_> {
         }
         if puts.len() > COMMIT_ROWS_MAX {
             return Err(self.refused(&format!(
-                "changing the number of lanes from {} to {} takes {} documents in one commit, and the limit is {COMMIT_ROWS_MAX}: redrive \
-                 or drop what is parked first",
+                "changing the number of lanes from {} to {} takes {} documents in one commit, and the limit is \
+                 {COMMIT_ROWS_MAX}: redrive or drop parked messages first",
                 stored.len(),
                 self.wanted,
                 puts.len()

@@ -43,7 +43,7 @@ impl Claim {
         loop {
             if let Some(instance) = &self.instance {
                 if !instance.has_turn(&self.subscription, self.lane) {
-                    worker.reporter.elsewhere("it is another instance's turn");
+                    worker.reporter.elsewhere("another instance holds the lane");
                 }
                 tokio::select! {
                     () = instance.turns(&self.subscription, self.lane, true) => {}
@@ -57,8 +57,8 @@ impl Claim {
                 lane.holder.clone().filter(|holder| holder != instance.name() && instance.is_alive(holder))
             });
             match holder {
-                _ if lane.paused => worker.reporter.elsewhere("an operator has paused it"),
-                Some(holder) => worker.reporter.elsewhere(&format!("{holder} has not let go of it yet")),
+                _ if lane.paused => worker.reporter.elsewhere("an operator has paused the subscription"),
+                Some(holder) => worker.reporter.elsewhere(&format!("instance {holder} has not released the lane yet")),
                 None => return Ok(Turn::Came(next)),
             }
             tokio::select! {

@@ -76,8 +76,8 @@ impl std::fmt::Display for Lost {
         let Self { topic, partition, from, to } = self;
         write!(
             f,
-            "offsets {from} to {} of {topic}, partition {partition}, were removed before they were read: set back what sent \
-             them, then drop this dead letter",
+            "offsets {from} to {} of {topic}, partition {partition}, were removed before they were read: have the \
+             sender send them again, then drop this dead letter",
             to - 1
         )
     }

@@ -180,7 +180,10 @@ impl Instance {
         match put {
             Ok(_) => *own = known.map(|version| version + 1),
             Err(CommitError::DocumentConflict { .. }) => {
-                return Err(format!("another process runs as instance {:?}: give each a name of its own", self.name));
+                return Err(format!(
+                    "another process runs as instance {:?}: give each instance its own name",
+                    self.name
+                ));
             }
             Err(error) => return Err(error.to_string()),
         }

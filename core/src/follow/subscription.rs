@@ -318,7 +318,10 @@ impl Subscription {
                     () = shutdown.cancelled() => return Err(Stop::Lanes(reason)),
                 }
             }
-            tracing::info!(subscription = %self.name, from = others.count(), to = self.lanes, "the number of lanes changes");
+            tracing::info!(
+                subscription = %self.name, from = others.count(), to = self.lanes,
+                "the number of lanes is being changed"
+            );
             for lane in 0..others.count() {
                 let worker = self.worker(lane, others.count(), store.clone(), reporter.clone());
                 tokio::select! {

@@ -46,7 +46,7 @@ const STORE_AWAITED: Duration = Duration::from_secs(1);
 /// Returns the reason why a message is parked, as shown to operators.
 pub(crate) fn parked_reason(reason: &str, remedy: Remedy) -> String {
     match remedy {
-        Remedy::AwaitBuild => reason::storable(&format!("waits for a build that knows more: {reason}")),
+        Remedy::AwaitBuild => reason::storable(&format!("waits for a newer build: {reason}")),
         Remedy::RetryMessage | Remedy::Park | Remedy::AwaitStore => reason::storable(reason),
     }
 }
@@ -101,7 +101,7 @@ pub(crate) enum Stop {
     Renewed,
     /// The checkpoint was removed, together with the subscription or generation to which it belonged.
     #[error(
-        "{0} is gone, or is of another number of lanes now: another process has changed that; restart this one to go on"
+        "checkpoint {0} is missing or has another number of lanes: another process changed it; restart this process"
     )]
     Gone(DocumentKey),
     /// The store records another number of lanes, which cannot be changed now.
@@ -180,7 +180,10 @@ impl Worker {
         let dead = self.parked.dead();
         if dead.map(|(count, _)| count) != was {
             let shown = dead.map(|(count, key)| {
-                format!("{count} keys of {} wait behind a dead letter, such as {key}: redrive it or drop it", self.name)
+                format!(
+                    "{count} keys of {} wait behind a dead letter, such as {key}: redrive or drop the dead letter",
+                    self.name
+                )
             });
             self.reporter.attention(shown);
         }
@@ -302,7 +305,7 @@ impl Worker {
     /// lane does not move until then.
     fn stand_still(&mut self, item: &Item, reason: &str) {
         let (id, key) = (item.id(), &item.key);
-        let trouble = format!("the store refuses message {id} (key {key}) also as a dead letter: {reason}");
+        let trouble = format!("the store refuses message {id} (key {key}) even as a dead letter: {reason}");
         self.reporter.trouble(trouble);
     }
 
@@ -355,7 +358,7 @@ impl Worker {
             }
             if work.rows() > COMMIT_ROWS_MAX - self.lanes.len() && index == 0 {
                 return Attempt::TooLarge(format!(
-                    "its effects take {} rows; a commit takes {COMMIT_ROWS_MAX}",
+                    "the effects of the message take {} rows; the limit of a commit is {COMMIT_ROWS_MAX}",
                     work.rows()
                 ));
             }
@@ -462,7 +465,7 @@ impl Worker {
             Err(CommitError::DocumentConflict { key, .. }) => return Err(Stop::Fenced(key)),
             Err(error) => return Err(Stop::Store(StoreError::Unavailable(error.to_string()))),
         }
-        tracing::error!(subscription = %self.name, %lost, count = lost.to - lost.from, "messages are lost");
+        tracing::error!(subscription = %self.name, %lost, count = lost.to - lost.from, "messages were lost");
         self.reporter.health().count("annals_dead_letters_total", &[("subscription", &self.name)]);
         let mut parked = self.parked.clone();
         parked.add_lost(&key, at, &lost);

@@ -48,13 +48,13 @@ fn tell_message(failed: &FailedMessage, subscription: &str, health: &Health) {
         health.count("annals_messages_failed_total", &labels);
         tracing::warn!(
             subscription, %key, message = %id, %type_name, position, attempts, %reason,
-            "a message failed and is tried again"
+            "a message failed and will be retried"
         );
     } else {
         health.count("annals_dead_letters_total", &labels);
         tracing::error!(
             subscription, %key, message = %id, %type_name, position, attempts, %reason,
-            "a message became a dead letter: redrive it or drop it"
+            "a message became a dead letter: redrive or drop the message"
         );
     }
 }
@@ -65,15 +65,15 @@ fn tell_saga(saga: &str, saga_id: &str, fault: &Fault, health: &Health) {
     match kind {
         FaultKind::Failed => {
             health.count("annals_saga_steps_failed_total", &labels);
-            tracing::warn!(saga, saga_id, %step, attempt, %reason, "a step failed and is asked for again");
+            tracing::warn!(saga, saga_id, %step, attempt, %reason, "a step failed and will be retried");
         }
         FaultKind::TimedOut => {
             health.count("annals_saga_steps_timed_out_total", &labels);
-            tracing::warn!(saga, saga_id, %step, attempt, %reason, "a step timed out and is asked for again");
+            tracing::warn!(saga, saga_id, %step, attempt, %reason, "a step timed out and will be retried");
         }
         FaultKind::GaveUp => {
             health.count("annals_saga_steps_given_up_total", &labels);
-            tracing::warn!(saga, saga_id, %step, attempt, %reason, "a step was given up: the saga is compensated");
+            tracing::warn!(saga, saga_id, %step, attempt, %reason, "a step failed for good: the saga is compensated");
         }
         FaultKind::Stuck => {
             health.count("annals_sagas_stuck_total", &labels);

@@ -178,7 +178,7 @@ pub(crate) async fn change<E: From<CommitError>>(
         }
         backoff.wait().await;
     }
-    let reason = format!("the pointer of read model {model} was changed {RACES_MAX} times meanwhile: try again");
+    let reason = format!("the pointer of read model {model} changed {RACES_MAX} times during the attempt: try again");
     Err(unknown.unwrap_or(CommitError::Unavailable(reason)).into())
 }
 
@@ -195,7 +195,7 @@ pub(crate) async fn adopt(store: &dyn EventStore, model: &str, version: u32) -> 
         let views = store.scan(&collection(model, pointer.live), &Scan::After("".into()), 1).await;
         if !is_kept && !views.map_err(unavailable)?.is_empty() {
             return Err(CommitError::Invalid(format!(
-                "the views of read model {model} have lost their checkpoint {}: rebuild them",
+                "read model {model} has lost its checkpoint {}: rebuild the views",
                 live.id
             )));
         }
@@ -225,7 +225,8 @@ pub(crate) async fn reserve(
         }
         if pointer.builds.len() + pointer.retired.len() >= BUILDS_MAX {
             return Err(CommitError::Unavailable(format!(
-                "{} generations of read model {model} are being built or removed; the limit is {BUILDS_MAX}: wait until others end",
+                "{} generations of read model {model} are being built or removed; the limit is {BUILDS_MAX}: wait \
+                 until other builds end",
                 pointer.builds.len() + pointer.retired.len()
             )));
         }

@@ -346,10 +346,11 @@ async fn stand_by(
             (stood_at, since) = (Some(at), tokio::time::Instant::now());
         }
         if since.elapsed() < NEGLECTED {
-            reporter.elsewhere(&format!("{kept}: it leaves them alone"));
+            reporter.elsewhere(&format!("{kept}: this build leaves the views alone"));
         } else {
             reporter.trouble(format!(
-                "{kept}, and nobody keeps them: start the later build, or go back with `read-model {model} rebuild --accept-older`"
+                "{kept}, and no process maintains the views: start the later build, or go back with `read-model \
+                 {model} rebuild --accept-older`"
             ));
         }
         pause(NEGLECTED / 2, shutdown).await;

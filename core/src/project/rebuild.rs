@@ -55,8 +55,9 @@ pub struct Rebuild {
 pub enum SwapError {
     /// Events could not be applied, so the new views would be incomplete. The built views are removed.
     #[error(
-        "{parked} events could not be applied to the new views of read model {model} (the first: {first}): mend the code and build \
-         again, or swap with `accept_parked` (`--accept-parked`) and have them wait as dead letters"
+        "{parked} events could not be applied to the new views of read model {model} (the first: {first}): fix the \
+         code and build again, or swap with `accept_parked` (`--accept-parked`), after which the events wait as \
+         dead letters"
     )]
     Parked {
         /// The name of the read model.
@@ -67,7 +68,7 @@ pub enum SwapError {
         first: String,
     },
     /// Another build was swapped in after this build started. The built views are removed.
-    #[error("another build of read model {model} was faster: generation {live} is live now; build again")]
+    #[error("another build of read model {model} finished first: generation {live} is live now; build again")]
     Outrun {
         /// The name of the read model.
         model: &'static str,
@@ -76,8 +77,8 @@ pub enum SwapError {
     },
     /// The live views belong to a later version of the code. The built views are removed.
     #[error(
-        "the live views of read model {model} are of version {live}, and this build has version {version}; to go back to it, accept \
-         that with `accept_older`, on the command line `--accept-older`"
+        "the live views of read model {model} are of version {live}, and this build has version {version}; to go \
+         back to version {version}, swap with `accept_older` (`--accept-older`)"
     )]
     Older {
         /// The name of the read model.
@@ -89,7 +90,8 @@ pub enum SwapError {
     },
     /// Another build considered this build dead, because this build had sent no heartbeat for too long.
     #[error(
-        "the build of read model {model} was given up by another process, because this one stood still for too long; build again"
+        "another process gave up the build of read model {model}, because this process stalled for too long; build \
+         again"
     )]
     GivenUp {
         /// The name of the read model.
@@ -252,7 +254,10 @@ impl Rebuild {
         let live = generation::load(&*self.store, self.model).await?.0.live;
         let mut compared = self.compare_with(live, told).await?;
         if generation::load(&*self.store, self.model).await?.0.live != live {
-            let reason = format!("other views of read model {} were swapped in meanwhile: compare again", self.model);
+            let reason = format!(
+                "other views of read model {} were swapped in during the comparison: compare again",
+                self.model
+            );
             return Err(StoreError::Unavailable(reason));
         }
         let parked = self.parked().await.map_err(|error| StoreError::Unavailable(error.to_string()))?;
@@ -348,7 +353,7 @@ impl Rebuild {
                 // The swap stays committed even if the removal fails. The next build or the next start of a service
                 // then removes what is left.
                 if let Err(error) = generation::remove_retired(&*self.store, self.model).await {
-                    tracing::warn!(read_model = self.model, %error, "not all views that were replaced are removed yet");
+                    tracing::warn!(read_model = self.model, %error, "some replaced views are not removed yet");
                 }
             }
             Err(_) => _ = self.remove().await,
@@ -435,7 +440,7 @@ async fn beats(store: Arc<dyn EventStore>, model: &'static str, builder: Uuid) {
         match generation::beat(&*store, model, builder).await {
             Ok(true) => {}
             Ok(false) => return,
-            Err(error) => tracing::warn!(read_model = model, %error, "the build could not show that it is alive"),
+            Err(error) => tracing::warn!(read_model = model, %error, "the heartbeat of the build could not be written"),
         }
     }
 }

@@ -311,7 +311,7 @@ impl<C: SagaState, P: Complete> Plan<C, P> {
     /// other than the characters of a category (lower-case letters, digits, `.` and `_`).
     pub fn build(mut self) -> Saga<C> {
         let fault = categories::check(&self.saga.category()).map_err(|error| error.to_string());
-        let fault = if self.saga.name.is_empty() { Err("it is empty".to_owned()) } else { fault };
+        let fault = if self.saga.name.is_empty() { Err("the name is empty".to_owned()) } else { fault };
         if let Err(reason) = fault {
             panic!("saga {:?} cannot have this name: {reason}", self.saga.name);
         }

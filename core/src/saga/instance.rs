@@ -78,17 +78,19 @@ pub enum SagaRefusal {
     /// The saga was started under a definition that this build does not have. Register that definition as an older one,
     /// or a migration from it.
     #[error(
-        "the saga keeps to definition {0}, which this build does not have: register it as older, or a migration from it"
+        "the saga runs on definition {0}, which this build does not have: register the definition as an older one, \
+         or a migration from it"
     )]
     UnknownDefinition(String),
     /// This build cannot read the data with which the saga was started, or the saga's state panics on a recorded
     /// outcome.
-    #[error("what the saga was started with cannot be read: {0}")]
+    #[error("the input of the saga cannot be read: {0}")]
     Unreadable(Arc<str>),
     /// The migration to this build's definition is not allowed. Correct the migration, or register the saga's present
     /// definition as an older one.
     #[error(
-        "the saga cannot be moved from definition {from} to {to}: {reason}; mend the migration, or register the plan as an older one"
+        "the saga cannot be moved from definition {from} to {to}: {reason}; correct the migration, or register the \
+         plan as an older one"
     )]
     CannotMigrate {
         /// The hash of the saga's definition.
@@ -101,7 +103,8 @@ pub enum SagaRefusal {
     /// The saga is at a place that its definition does not have. The migrations of early builds were not checked and
     /// could leave a saga in such a place.
     #[error(
-        "the saga stands at {at} of definition {definition}, which has no such place; abandon it, or migrate it from there"
+        "the saga is at {at}, a place that definition {definition} does not have; abandon the saga, or migrate it \
+         from there"
     )]
     Nowhere {
         /// The place of the saga.
@@ -234,7 +237,7 @@ fn carry_out<C: SagaState>(
     let (verb, by, reason) = (*verb, by.clone(), reason.clone());
     let why = match transition(definition, ask.saga_id, context, &progress, &Input::Operate(verb), ask.now) {
         Ok(Some(Moved { progress, send, .. })) => return SagaEvent::Operated { verb, by, reason, progress, send },
-        Ok(None) => "it changes nothing".to_owned(),
+        Ok(None) => "the action changes nothing".to_owned(),
         Err(why) => why,
     };
     SagaEvent::Declined { verb, by, why, progress: Progress { due: None, ..progress } }
@@ -256,7 +259,7 @@ fn take_reply<C: SagaState>(
     let moved = caught_now(|| transition(definition, ask.saga_id, context, progress, &input, ask.now));
     let Input::Reply(reply) = input else { return Ok(None) };
     let trouble = match moved {
-        Err(panic) => format!("the saga's state cannot take the answer: {panic}"),
+        Err(panic) => format!("applying the answer to the saga's state failed: {panic}"),
         Ok(Err(illegal)) => return Err(illegal),
         Ok(Ok(None)) => return Ok(None),
         Ok(Ok(Some(moved))) => {
@@ -267,7 +270,7 @@ fn take_reply<C: SagaState>(
                 Some(too_many) => {
                     let limit = answer - too_many;
                     format!(
-                        "answer too large: {answer} bytes, limit {limit} beside what the next commands hold already"
+                        "answer too large: {answer} bytes, limit {limit} in addition to the data in the next commands"
                     )
                 }
             }

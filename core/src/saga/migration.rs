@@ -39,20 +39,20 @@ pub(super) fn migrated<C: SagaState>(
 ) -> Result<Progress, String> {
     let moved = caught_now(|| migrate(from)).map_err(|panic| format!("the migration {panic}"))?;
     let at = moved.at;
-    let planned = plan.planned(at).ok_or_else(|| format!("the plan has no place {at}"))?;
+    let planned = plan.planned(at).ok_or_else(|| format!("the plan has no step at {at}"))?;
     let name = planned.name;
     if discriminant(&at) != discriminant(&from.at) || (moved.status, moved.ended) != (from.status, from.ended) {
         return Err(format!(
-            "it is {:?} at {}, and a migration does not turn it to {:?} at {at}",
+            "the saga is {:?} at {}, and a migration cannot change the saga to {:?} at {at}",
             from.status, from.at, moved.status
         ));
     }
     if name != from.step || moved.step != from.step {
-        return Err(format!("it waits at step {:?}, and {at} of the plan is step {name:?}", from.step));
+        return Err(format!("the saga waits at step {:?}, but {at} of the plan is step {name:?}", from.step));
     }
     if moved.calls != from.calls || planned.calls.len() != from.calls.len() {
         return Err(format!(
-            "step {name:?} was asked of {} participants, and has {} in the plan",
+            "step {name:?} was requested from {} participants, but has {} in the plan",
             from.calls.len(),
             planned.calls.len()
         ));
@@ -66,12 +66,12 @@ fn keeps_what_was_asked<C>(from: &Progress, at: At, trail: &Trail, plan: &Saga<C
     let asked = |is: fn(&At) -> bool| trail.iter().filter(move |(at, _)| is(at)).map(|(_, name)| &**name);
     let forward = || asked(|at| matches!(at, At::Forward(_)));
     let place_of = |steps: &[PlannedStep<C>], name: &str| steps.iter().position(|step| step.name == name);
-    let again = |name: &str| Err(format!("step {name:?} is done, and would be asked for again"));
+    let again = |name: &str| Err(format!("step {name:?} is done, and would be requested again"));
     match at {
         At::Forward(step) => {
             for name in forward().filter(|name| *name != from.step) {
                 match place_of(&plan.steps, name) {
-                    None => return Err(format!("step {name:?} was asked for, and the plan does not have it")),
+                    None => return Err(format!("step {name:?} was requested, but the plan does not have the step")),
                     Some(place) if place > step => return again(name),
                     Some(_) => {}
                 }
@@ -79,7 +79,7 @@ fn keeps_what_was_asked<C>(from: &Progress, at: At, trail: &Trail, plan: &Saga<C
             let passed_over =
                 |step: &&PlannedStep<C>| step.kind == Kind::Pivot && !forward().any(|name| name == step.name);
             match plan.steps[..step].iter().find(passed_over) {
-                Some(pivot) => Err(format!("step {:?} decides, and would be passed over", pivot.name)),
+                Some(pivot) => Err(format!("step {:?} is the pivot, and would be skipped", pivot.name)),
                 None => Ok(()),
             }
         }
@@ -92,7 +92,7 @@ fn keeps_what_was_asked<C>(from: &Progress, at: At, trail: &Trail, plan: &Saga<C
                     _ if turned_at == Some(name) => {}
                     // The pivot did not happen, or the saga would not go back.
                     Some(place) if plan.steps[place].kind == Kind::Pivot => {}
-                    None => return Err(format!("step {name:?} was asked for, and the plan has no undo of it")),
+                    None => return Err(format!("step {name:?} was requested, but the plan has no undo of the step")),
                     Some(place) if place >= step => return Err(format!("step {name:?} would not be undone")),
                     Some(_) => {}
                 }

@@ -117,7 +117,7 @@ pub(crate) async fn settle(
         let page = match store.scan(&collection(service), &Scan::After(after.clone()), PAGE).await {
             Ok(page) => page,
             Err(error) => {
-                health.reporter(&part, shutdown).trouble(format!("reading the work that is owed: {error}"));
+                health.reporter(&part, shutdown).trouble(format!("the owed work cannot be read: {error}"));
                 away.wait().await;
                 continue;
             }
@@ -133,7 +133,8 @@ pub(crate) async fn settle(
                 left += 1;
                 tracing::error!(
                     service, document = %document.key, %reason,
-                    "a step was answered as done before the database was restored, and cannot be done again: remove the reason, then restart the service"
+                    "a step that was reported as done before the database was restored cannot be done again: remove \
+                     the cause, then restart the service"
                 );
             }
         }
@@ -144,7 +145,8 @@ pub(crate) async fn settle(
     }
     let mut reporter = health.reporter(&part, shutdown);
     reporter.attention(Some(format!(
-        "{left} steps were answered as done before the database was restored, and cannot be done again: see the log"
+        "{left} steps that were reported as done before the database was restored cannot be done again: see the log \
+         for the reasons"
     )));
     reporter.fine();
 }
@@ -167,7 +169,7 @@ async fn again_and_again(
             Err(Failed::Gone) => return Ok(()),
             // Does not count as an attempt: without its store, the service could not do anything else either.
             Err(Failed::Away(error)) => {
-                tracing::warn!(document = %document.key, %error, "doing again what was answered");
+                tracing::warn!(document = %document.key, %error, "doing the answered steps again");
                 error
             }
             Err(Failed::Because(reason)) => {

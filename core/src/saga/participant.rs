@@ -406,10 +406,12 @@ impl<P: Participant> Desk<P> {
             return Ok(());
         }
         let outcome = match (decide_step(&known, &step), not_stored) {
-            (Step::Perform, Some(reason)) => Outcome::Unknown(format!("what it did cannot be stored: {reason}")),
+            (Step::Perform, Some(reason)) => {
+                Outcome::Unknown(format!("the effects of the step cannot be stored: {reason}"))
+            }
             (Step::Perform, None) => self.carry_out(message, &step, work).await?,
             (Step::Bar, _) => Outcome::Done(Value::Null),
-            (Step::Refuse, _) => step.refused("it was undone, or its undo came first".to_owned()),
+            (Step::Refuse, _) => step.refused("the step was undone, or its undo arrived first".to_owned()),
             // A new attempt means that the recorded answer has not arrived: the answer was lost, or is late.
             (Step::Repeat, _) => match self.recorded(&message.key, &step).await? {
                 Some(outcome) => outcome,
@@ -439,7 +441,7 @@ fn check_answer(answer: &Value) -> Result<(), String> {
 
 fn extension<T: std::str::FromStr>(message: &Message, name: &str) -> Result<T, HandlerError> {
     let text = message.extensions.get(name).ok_or_else(|| format!("the command lacks the attribute {name}"));
-    text.terminal()?.parse().map_err(|_| format!("attribute {name} does not read")).terminal()
+    text.terminal()?.parse().map_err(|_| format!("attribute {name} of the command cannot be parsed")).terminal()
 }
 
 #[async_trait]
@@ -466,7 +468,7 @@ impl<P: Participant> Debtor for Desk<P> {
         match self.carry_out(message, &step, work).await? {
             outcome if outcome == reply.outcome || (matches!(outcome, Outcome::Done(_)) && work.rows() == 0) => Ok(()),
             Outcome::Done(answer) => {
-                Err(format!("the step was answered otherwise before, and gives {answer} now")).terminal()
+                Err(format!("the step gave another answer before, and now gives {answer}")).terminal()
             }
             Outcome::Refused(reason) | Outcome::Failed(reason) | Outcome::Unknown(reason) => Err(reason).terminal(),
         }

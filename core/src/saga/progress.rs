@@ -64,7 +64,7 @@ impl From<At> for String {
 impl FromStr for At {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("{text:?} is no place in a saga, such as forward.0");
+        let wrong = || format!("{text:?} is not a place in a saga; a valid place is forward.0");
         let (part, step) = text.split_once('.').ok_or_else(wrong)?;
         let step = step.parse().map_err(|_| wrong())?;
         match part {
@@ -212,7 +212,7 @@ impl Progress {
     /// Returns the text that operators read first: the current error, and why the saga goes back.
     pub fn last_error(&self) -> Option<String> {
         match (&self.trouble, &self.failure) {
-            (Some(trouble), Some(failure)) => Some(format!("{trouble}; it goes back because of {failure}")),
+            (Some(trouble), Some(failure)) => Some(format!("{trouble}; the saga goes back because of {failure}")),
             (trouble, failure) => trouble.as_ref().or(failure.as_ref()).map(Failure::to_string),
         }
     }

@@ -164,8 +164,8 @@ impl<C: SagaState> Runner<C> {
             return;
         };
         self.fault = Some(format!(
-            "definition {hash} of saga {} is {registered}, and is the same as {known}: one of them would never be used; where a step \
-             asks for something else, or is undone in another way, give the new plan a `revision`",
+            "definition {hash} of saga {} is {registered}, and equals {known}: one of the two would never be used; \
+             if a step now sends another command, or is undone in another way, give the new plan a `revision`",
             current.name
         ));
     }
@@ -260,7 +260,10 @@ impl<C: SagaState> Runner<C> {
             // The log lost the saga when its database was restored. When the saga starts again, it sends its commands
             // again and gets new replies.
             Err(WorkError::Refused(SagaRefusal::NotStarted)) => {
-                tracing::warn!(saga = %message.key, id = %message.id, "an answer to a saga that the log does not hold");
+                tracing::warn!(
+                    saga = %message.key, id = %message.id,
+                    "ignoring an answer to a saga that the log does not hold"
+                );
                 Ok(())
             }
             Err(WorkError::Refused(refusal)) if refusal.awaits_build() => Err(HandlerError::await_build(refusal)),

@@ -150,7 +150,7 @@ impl Timers {
         let known = self.known();
         let one = |(service, sagas): (&String, &BTreeSet<Arc<str>>)| {
             format!(
-                "no answer from {service:?} to {} sagas: does a service of that name run, with a participant?",
+                "no answer from {service:?} to {} sagas: check that a service of that name runs and has a participant",
                 sagas.len()
             )
         };
@@ -433,7 +433,7 @@ impl<C: SagaState> Runner<C> {
                 let staged = caught(work.stage_as(id, &self.instances, stream, &ask, false)).await;
                 match staged {
                     Ok(staged) => staged.map_err(Fault::from),
-                    Err(panic) => Err(Fault::OfSaga(format!("the decision {panic}"))),
+                    Err(panic) => Err(Fault::OfSaga(format!("the command handler {panic}"))),
                 }
             }
             Some(Err(fault)) => Err(fault.clone()),

@@ -309,7 +309,7 @@ impl<'a, C: SagaState> Move<'a, C> {
                 At::Undo(_) => planned.calls[call].undo.unwrap_or(planned.calls[call].perform),
                 At::Forward(_) | At::Closing(_) => planned.calls[call].perform,
             };
-            (call, caught_now(|| make(&self.context)).map_err(|panic| format!("its command {panic}")))
+            (call, caught_now(|| make(&self.context)).map_err(|panic| format!("the command of the step {panic}")))
         })
     }
 
@@ -358,7 +358,7 @@ impl<'a, C: SagaState> Move<'a, C> {
                 None | Some(0) => Ok(command),
                 Some(too_many) => {
                     self.too_large_by = Some(too_many);
-                    Err(format!("its commands have {bytes} bytes; the limit is {COMMANDS_BYTES_MAX}"))
+                    Err(format!("the commands of the step have {bytes} bytes; the limit is {COMMANDS_BYTES_MAX}"))
                 }
             });
             match made {
@@ -368,7 +368,7 @@ impl<'a, C: SagaState> Move<'a, C> {
                 }
                 Err(reason) => {
                     self.progress.calls[call] = CallState::Failed;
-                    unsent = Some(reason::storable(&format!("it cannot be asked for: {reason}")));
+                    unsent = Some(reason::storable(&format!("the step cannot be requested: {reason}")));
                 }
             }
         }
@@ -511,8 +511,8 @@ impl<'a, C: SagaState> Move<'a, C> {
         // A refused step would be refused again, so it is compensated instead of attempted again.
         let refused = self.progress.calls.contains(&CallState::Refused);
         match verb {
-            Verb::Compensate => self.compensate("an operator compensated it"),
-            Verb::Retry if refused => self.compensate("it was refused while the saga was stuck"),
+            Verb::Compensate => self.compensate("an operator compensated the saga"),
+            Verb::Retry if refused => self.compensate("the step was refused while the saga was stuck"),
             Verb::Retry if !all_done => self.ask(),
             Verb::SkipStep | Verb::Retry | Verb::Abandon => self.advance(),
         }

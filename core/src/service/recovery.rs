@@ -103,13 +103,19 @@ impl fmt::Display for Ahead {
             "service {service}: topic {topic} is ahead of the log. Message {id}, at offset {offset} of partition {partition}, was sent from position {position} of log {log}, "
         )?;
         f.write_str(match is_this_log {
-            true => "which is this log, and the log holds no such event any more: its database was restored to an earlier moment. ",
-            false => "which this store does not know: it is a new store, or was restored from before the log had that name. ",
+            true => {
+                "which is this log, and the log no longer holds that event: the database was restored to an earlier \
+                 moment. "
+            }
+            false => {
+                "which this store does not know: it is a new store, or was restored from before the log had that name. "
+            }
         })?;
         write!(
             f,
-            "Stop all instances and run `annals recover --store URL --bus URL --service {service}`, which takes back what the \
-             topics hold. To begin without that history, add `--anew`, or delete the topics of all services"
+            "Stop all instances and run `annals recover --store URL --bus URL --service {service}`, which copies \
+             the lost events back from the topics. To begin without that history, add `--anew`, or delete the \
+             topics of all services"
         )
     }
 }
@@ -224,7 +230,12 @@ pub(crate) async fn watch(
                 shutdown.cancel();
                 return Err(error.to_string());
             }
-            Err(error) => tracing::warn!(%service, %error, "the log may have lost events; looking at the bus"),
+            Err(error) => {
+                tracing::warn!(
+                    %service, %error,
+                    "the log may have lost events, and comparing the log with the bus failed; trying again"
+                )
+            }
         }
     }
 }
@@ -239,11 +250,14 @@ pub(crate) async fn inbox_read(store: &dyn EventStore, service: &str, shutdown: 
             Ok(true) => return,
             Ok(false) if Instant::now() < until => {}
             Ok(false) => {
-                tracing::warn!(%service, "the inbox was not read to where it ended at the recovery: timers fire from now on");
+                tracing::warn!(
+                    %service,
+                    "the messages that the inbox held at the recovery were not all read in time: timers fire from now on"
+                );
                 return waits_no_more(store, service).await;
             }
             // If the error lasts, the timers report it themselves.
-            Err(error) => tracing::debug!(%service, %error, "looking whether the inbox was read"),
+            Err(error) => tracing::debug!(%service, %error, "checking whether the inbox was read failed"),
         }
         tokio::select! {
             () = tokio::time::sleep(INBOX_LOOK) => {}
@@ -267,7 +281,7 @@ async fn waits_no_more(store: &dyn EventStore, service: &str) {
         Err(error) => Some(error.to_string()),
     };
     if let Some(error) = failed {
-        tracing::warn!(%service, %error, "noting that timers fire: the next start waits for the inbox once more");
+        tracing::warn!(%service, %error, "recording that timers fire failed: the next start waits for the inbox again");
     }
 }
 
@@ -284,7 +298,7 @@ pub(crate) async fn sagas_begun(store: &dyn EventStore, starters: &[String], shu
             Ok(true) => return,
             Ok(false) => {}
             // If the error lasts, the consumer reports it itself.
-            Err(error) => tracing::debug!(%error, "looking whether sagas were begun again"),
+            Err(error) => tracing::debug!(%error, "checking whether sagas were started again failed"),
         }
         tokio::select! {
             () = tokio::time::sleep(SAGAS_LOOK) => {}

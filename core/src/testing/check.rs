@@ -284,7 +284,7 @@ where
         }
         let Parts { world, services, always, at_end, troubles } = protocol;
         if services.is_empty() && TypeId::of::<W>() != TypeId::of::<()>() {
-            let broken = "the world has no services: say with `service` what commands do in it".to_owned();
+            let broken = "the world has no services: add them with `service`".to_owned();
             return Err(Violation { broken, history: Vec::new(), world: format!("{world:?}") });
         }
         let protocol =
@@ -305,7 +305,8 @@ where
         let report = Report { states: checker.unique_state_count(), depth: checker.max_depth(), took: start.elapsed() };
         if checker.state_count() >= states_max {
             let broken = format!(
-                "more than {states_max} states: leave out of the world and the saga's state what does not matter"
+                "more than {states_max} states: remove from the world and from the saga's state whatever does not \
+                 matter"
             );
             return Err(Violation { broken, history: Vec::new(), world: String::new() });
         }

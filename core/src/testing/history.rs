@@ -38,10 +38,10 @@ where
             Message::Command { at, attempt, to, .. } => {
                 let idle = after.broken.is_none() && before.ledger == after.ledger;
                 let verb = match (luck, new_reply(before, after)) {
-                    (Luck::Vanishes, _) => "does, without anybody knowing,",
+                    (Luck::Vanishes, _) => "does, without a reply,",
                     (Luck::Fails, _) | (Luck::Does, Some(Outcome::Failed(_))) => "fails with",
                     (Luck::Refuses, _) | (Luck::Does, Some(Outcome::Refused(_))) => "refuses",
-                    (Luck::Does, _) if idle && matches!(at, At::Undo(_)) => "has nothing to take back for",
+                    (Luck::Does, _) if idle && matches!(at, At::Undo(_)) => "has nothing to undo for",
                     (Luck::Does, _) if idle => "refuses",
                     (Luck::Does, _) => "does",
                 };

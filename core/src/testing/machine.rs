@@ -190,7 +190,7 @@ impl<C: SagaState> Machine<C> {
         if context != json(&moved.context)? {
             let memory = json(&moved.context)?;
             return Err(format!(
-                "after a crash the saga knows other things: {memory} in memory, {context} from its history"
+                "after a crash the saga has another state: {memory} in memory, {context} from its history"
             ));
         }
         if let (Some(from), Some(happening)) = (&from, happening) {

@@ -115,7 +115,7 @@ impl Ledger {
     /// this breaks a rule.
     pub fn perform<C: SagaState>(&mut self, plan: &Plan<'_, C>, known_as: At, call: usize) -> Result<(), String> {
         let Some((at, name)) = plan.place_of(known_as) else {
-            return Err(format!("{known_as} is done, which the plan does not have"));
+            return Err(format!("{known_as} is done, but the plan does not have the step"));
         };
         if let At::Undo(step) = at {
             if let Some((after, _)) = self.any(plan, step + 1.., Effect::Done) {
@@ -255,13 +255,13 @@ pub(super) fn timers(progress: &Progress, sent: &[Command], now: i64) -> Result<
     if matches!(progress.status, Status::Running | Status::Compensating) {
         return match progress.due {
             Some(due) if due > now => Ok(()),
-            Some(_) => Err(format!("the timer of a saga {at} is set in the past: it would fire over and over")),
-            None => Err(format!("a saga {at} has no timer: a lost message would be its end")),
+            Some(_) => Err(format!("the timer of a saga {at} is set in the past: it would fire again and again")),
+            None => Err(format!("a saga {at} has no timer: after a lost message the saga would wait forever")),
         };
     }
     match (progress.wakes(), sent) {
         (None, []) => Ok(()),
         (Some(_), _) => Err(format!("a saga {at} ({:?}) still has a timer", progress.status)),
-        (None, _) => Err(format!("a saga {at} ({:?}) still asks for something", progress.status)),
+        (None, _) => Err(format!("a saga {at} ({:?}) still sends a command", progress.status)),
     }
 }

@@ -59,7 +59,7 @@ where
     /// Panics if other events follow (the message shows a diff), if the command was refused, or if an event changes on
     /// its way through JSON.
     #[track_caller]
-    #[allow(clippy::must_use_candidate, reason = "the aggregate after the events is seldom wanted")]
+    #[allow(clippy::must_use_candidate, reason = "most tests do not need the aggregate after the events")]
     pub fn then(self, expected: impl IntoIterator<Item = A::Event>) -> A {
         let expected: Vec<_> = expected.into_iter().collect();
         let actual = match self.outcome {

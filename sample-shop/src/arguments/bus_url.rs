@@ -18,10 +18,10 @@ pub enum BusUrlError {
     #[error("no bus has the scheme {0:?}; known are local:, kafka://host:port[,host:port]")]
     Scheme(String),
     /// The text has no scheme.
-    #[error("it has no scheme; known are local:, kafka://host:port[,host:port]")]
+    #[error("the URL has no scheme; known are local:, kafka://host:port[,host:port]")]
     NoScheme,
     /// The URL has text after `local:`.
-    #[error("local: takes nothing after it")]
+    #[error("nothing may follow local:")]
     Local,
     /// The Kafka settings in the URL are invalid.
     #[error("{0}")]

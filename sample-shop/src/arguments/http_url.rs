@@ -16,10 +16,10 @@ pub enum HttpUrlError {
     #[error("a shop is at http://host:port, such as http://127.0.0.1:8080")]
     Shape,
     /// The URL needs TLS.
-    #[error("this version has no TLS: a shop is at http://host:port, behind whatever encrypts")]
+    #[error("TLS is not supported: use http://host:port, behind a proxy that ends TLS")]
     Tls,
     /// The URL names a user, with or without a password.
-    #[error("no user and no password may stand in it; a shop is at http://host:port")]
+    #[error("the URL must not contain a user or a password; a shop is at http://host:port")]
     User,
     /// The URL has a path or other text after the port.
     #[error("nothing may follow the port; a shop is at http://host:port")]

@@ -20,10 +20,10 @@ pub enum StoreUrlError {
     #[error("no store has the scheme {0:?}; known are memory:, sqlite:PATH, postgres://…")]
     Scheme(String),
     /// The text has no scheme.
-    #[error("it has no scheme; known are memory:, sqlite:PATH, postgres://…")]
+    #[error("the URL has no scheme; known are memory:, sqlite:PATH, postgres://…")]
     NoScheme,
     /// The URL has text after `memory:`.
-    #[error("memory: takes nothing after it")]
+    #[error("nothing may follow memory:")]
     Memory,
     /// The URL has no path after `sqlite:`.
     #[error("sqlite: needs the path of a file, such as sqlite:shop.db")]
@@ -34,7 +34,7 @@ pub enum StoreUrlError {
     SqliteInMemory,
     /// The path contains a `?`. Other programs read parameters after the `?`; here, those would become part of the file
     /// name.
-    #[error("sqlite: takes no parameters, and here no path with a `?` in it")]
+    #[error("sqlite: takes no parameters, and the path must not contain `?`")]
     SqliteParameters,
     /// The URL has no host after `postgres:`.
     #[error("postgres: needs a host, such as postgres://user@host/database")]

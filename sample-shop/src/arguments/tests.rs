@@ -84,7 +84,7 @@ fn a_customer_elsewhere_needs_a_url_and_no_store() {
     refused("run --http http://a:1 --store memory:", &["--http", "cannot be used with", "--store"]);
     refused("run --http http://a:1 --bus local:", &["cannot be used with", "--bus"]);
     refused("run --http https://a:1", &["no TLS"]);
-    refused("run --http http://shop@a:1", &["no user and no password"]);
+    refused("run --http http://shop@a:1", &["must not contain a user or a password"]);
     refused("run --http http://a:1/orders", &["nothing may follow the port"]);
     for url in ["a:1", "http://", "8080", "ftp://a:1", "http://a:99999"] {
         refused(&format!("run --http {url}"), &["http://host:port"]);
@@ -106,14 +106,14 @@ fn what_is_wrong_is_said() {
     refused("run --store mysql://db", &["the scheme \"mysql\"", "memory:, sqlite:PATH, postgres://"]);
     refused("run --store shop.db", &["no scheme", "sqlite:PATH"]);
     refused("run --store sqlite:", &["sqlite:shop.db"]);
-    refused("run --store memory:x", &["memory: takes nothing"]);
+    refused("run --store memory:x", &["nothing may follow memory:"]);
     refused("run --store sqlite::memory:", &["memory:, without sqlite"]);
     refused("run --store sqlite://:memory:", &["memory:, without sqlite"]);
     refused("run --store postgres:db", &["postgres://user@host/database"]);
     refused("run --bus amqp://x", &["the scheme \"amqp\"", "local:, kafka://host:port"]);
     refused("run --bus kafka://", &["broker 1 is not host:port"]);
     refused("run --bus kafka:a:9092", &["kafka://host:port"]);
-    refused("run --bus kafka://shop@a:9092", &["no user and no password", "kafka://host:port"]);
+    refused("run --bus kafka://shop@a:9092", &["must not contain a user or a password", "kafka://host:port"]);
     refused("run --bus kafka://a:9092,b", &["broker 2 is not host:port"]);
     refused("run --bus kafka://a:0", &["broker 1 is not host:port"]);
     refused("run --stock-factor 0", &["above 0"]);

@@ -31,7 +31,7 @@ pub fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
                 _ => {
                     let path = error.path().to_string();
                     let at = if path == "." { String::new() } else { format!("{path}: ") };
-                    let reason = format!("the body is not what is asked for: {at}{}", error.into_inner());
+                    let reason = format!("the body does not have the expected shape: {at}{}", error.into_inner());
                     Err(problem(StatusCode::UNPROCESSABLE_ENTITY, reason))
                 }
             }
@@ -140,7 +140,7 @@ mod tests {
             ),
             (
                 line(r#"{"sku": "a", "quantity": 1, "unit_price": "x"}"#),
-                &["lines[1].unit_price: ", "\"x\" is no amount, such as \"2.55\""],
+                &["lines[1].unit_price: ", "\"x\" is not an amount; a valid amount is \"2.55\""],
             ),
             (line(r#"{"sku": "a"}"#), &["lines[1]: ", "missing field `quantity`"]),
             (r#"{"lines": [], "lines": []}"#.into(), &["duplicate field `lines`"]),

@@ -40,7 +40,7 @@ impl Default for Limits {
 /// Applies the limits to a request. Handlers behind this middleware receive the whole body in memory.
 pub async fn hold(State(limits): State<Limits>, request: Request, next: Next) -> Response {
     let Ok(_place) = limits.places.try_acquire() else {
-        let detail = format!("{REQUESTS_MAX} requests are in hand; come back in a moment");
+        let detail = format!("{REQUESTS_MAX} requests are in progress; retry in a moment");
         return Problem::unavailable(detail).into_response();
     };
     let (head, body) = request.into_parts();
@@ -48,14 +48,14 @@ pub async fn hold(State(limits): State<Limits>, request: Request, next: Next) ->
         Ok(Ok(body)) => body,
         Ok(Err(error)) => return unread(error).into_response(),
         Err(_) => {
-            let detail = format!("the body was not there after {} s", BODY_TIME_MAX.as_secs());
+            let detail = format!("the body did not arrive within {} s", BODY_TIME_MAX.as_secs());
             return Problem::new(StatusCode::REQUEST_TIMEOUT, detail).into_response();
         }
     };
     match timeout(ANSWER_TIME_MAX, next.run(Request::from_parts(head, Body::from(body)))).await {
         Ok(response) => response,
         Err(_) => {
-            let detail = "nobody knows yet whether it was done: ask again with the same Idempotency-Key";
+            let detail = "the outcome is not known yet: repeat the request with the same Idempotency-Key";
             Problem::new(StatusCode::GATEWAY_TIMEOUT, detail).into_response()
         }
     }

@@ -80,7 +80,7 @@ pub async fn serve(listener: TcpListener, app: Router, stopping: Stopping) -> Re
             accepted = accepted => match accepted {
                 Ok((stream, place)) => take(stream, Some(place)),
                 Err(error) => {
-                    tracing::warn!(%error, "no connection could be taken");
+                    tracing::warn!(%error, "a connection could not be accepted");
                     sleep(ACCEPT_AGAIN).await;
                 }
             },
@@ -99,7 +99,7 @@ pub async fn serve(listener: TcpListener, app: Router, stopping: Stopping) -> Re
     stopping.over.cancel();
     if timeout(LAST_ANSWERS, async { while connections.join_next().await.is_some() {} }).await.is_err() {
         let left = connections.len();
-        tracing::warn!("{left} requests were not answered within {LAST_ANSWERS:?}, and were cut off");
+        tracing::warn!("{left} requests were not answered within {LAST_ANSWERS:?} and were aborted");
         connections.shutdown().await;
     }
     Ok(())

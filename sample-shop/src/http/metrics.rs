@@ -69,8 +69,10 @@ impl Metrics {
             &["pid"],
         )?;
         registry.register(Box::new(readers_wait_for.clone()))?;
-        let options =
-            HistogramOpts::new("shop_http_request_seconds", "Time to answer, with the time that was asked to wait.");
+        let options = HistogramOpts::new(
+            "shop_http_request_seconds",
+            "Time to answer a request, including the time that the request asked to wait.",
+        );
         let seconds = HistogramVec::new(options.buckets(SECONDS.to_vec()), &["method", "route"])?;
         registry.register(Box::new(seconds.clone()))?;
         Ok(Arc::new(Self {
@@ -79,12 +81,12 @@ impl Metrics {
             in_hand: gauge("shop_http_requests_in_hand", "Requests that are not answered yet.")?,
             taken_in: counters(
                 "shop_taken_in_total",
-                "Orders and others taken in by this process, without repeats.",
+                "Orders and other submissions that this process accepted, without repeats.",
                 &["kind"],
             )?,
             sagas: counters(
                 "shop_sagas_ended_total",
-                "Sagas seen to end, or get stuck, since this process started, whichever instance ran them.",
+                "Sagas that ended or got stuck since this process started, on any instance.",
                 &["saga", "status"],
             )?,
             parts: gauges("shop_part_state", "1 for the state that a part is in.", &["part", "state"])?,
@@ -98,7 +100,8 @@ impl Metrics {
             readers_wait_for,
             lost_end: gauge(
                 "shop_log_lost_end_position",
-                "The last event that this process knew of a log that has lost its end since; 0 if it has not.",
+                "Position of the last event that this process read before the log lost its end; 0 if the log has \
+                 lost nothing.",
             )?,
             store_up: gauge("shop_store_up", "1 if the store answers.")?,
             registry,

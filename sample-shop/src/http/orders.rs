@@ -146,7 +146,7 @@ async fn cancel(State(front): State<Arc<Front>>, order: Id, headers: HeaderMap) 
         Order::Cancelled(reason) => {
             Ok(Json(json!({"order_id": order_id, "status": "cancelled", "reason": reason})).into_response())
         }
-        _ => Err(Problem::unavailable("the order was not cancelled; ask again")),
+        _ => Err(Problem::unavailable("the order was not cancelled; repeat the request")),
     }
 }
 
@@ -322,7 +322,7 @@ fn unknown(what: &str, id: &str) -> Problem {
 }
 
 fn other_body() -> Problem {
-    let detail = "this Idempotency-Key came before, with another body: what is new needs a new key";
+    let detail = "this Idempotency-Key was used before with another body: a new request needs a new key";
     Problem::new(StatusCode::UNPROCESSABLE_ENTITY, detail)
 }
 

@@ -116,7 +116,7 @@ mod tests {
             ("panicked at sample-shop/src/order.rs:12:5: no", "panicked at …: no"),
             ("127.0.0.1:9092/bootstrap: Connect to ipv4#127.0.0.1:9092 failed", ""),
             ("order.relay/0 waits; and/or https://a/b.rs, 3/4 done / left", ""),
-            ("stream order-1 stands at version 2, not at 1", ""),
+            ("stream order-1 is at version 2, not at 1", ""),
             ("", ""),
         ] {
             let expected = if shown.is_empty() { error } else { shown };

@@ -171,7 +171,9 @@ impl FileInvoices {
         let fault = match row::number(&self.record, &self.file.columns) {
             Err(reason) => {
                 self.unknown_above = true;
-                Some(format!("{reason}; the invoices above and below are left out, since the row may be theirs"))
+                Some(format!(
+                    "{reason}; the invoices above and below are left out, because the row may belong to either"
+                ))
             }
             Ok(number) => {
                 let number = number.to_owned();
@@ -207,7 +209,7 @@ impl FileInvoices {
         let draft = self.draft.as_mut()?;
         if let Some(first) = self.file.scattered.get(&draft.number).filter(|first| **first != draft.first_line) {
             return Some(format!(
-                "{} is back: it starts on line {first}, and other invoices stand between",
+                "{} appears again: it starts on line {first}, with other invoices in between",
                 draft.number
             ));
         }

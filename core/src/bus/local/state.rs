@@ -340,7 +340,7 @@ impl State {
     pub(super) fn acknowledge(&mut self, seat: &Seat, partition: &Partition, next: i64) -> Result<Freed, BusError> {
         let (held, log) = self.find(partition)?;
         if next > log.end() {
-            let reason = format!("offset {next} of {partition:?} is past its end, {}", log.end());
+            let reason = format!("offset {next} of {partition:?} is past the end of the partition, {}", log.end());
             return Err(BusError::Misconfigured(reason));
         }
         match log.cursors.get_mut(&seat.group) {
@@ -360,7 +360,7 @@ impl State {
         topic
             .and_then(|Topic { logs, held }| Some((held, logs.get_mut(partition.number as usize)?)))
             .filter(|(_, log)| log.partition.incarnation == partition.incarnation)
-            .ok_or_else(|| BusError::Misconfigured(format!("this bus has no {partition:?}")))
+            .ok_or_else(|| BusError::Misconfigured(format!("the bus has no {partition:?}")))
     }
 
     /// Returns the cursors of the member's group in the member's topics.

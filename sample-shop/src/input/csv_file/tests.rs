@@ -138,7 +138,7 @@ fn signs_must_fit_the_kind() {
 fn an_invoice_whose_rows_do_not_stand_together_is_left_out() {
     let (ids, reports, rows) = read_rows(&[sound("1"), sound("2"), sound("1"), sound("1"), sound("3"), sound("1")]);
     assert_eq!(ids, ["2", "3"]);
-    let back = |line| format!("{line}: 1 is back: it starts on line 2, and other invoices stand between");
+    let back = |line| format!("{line}: 1 appears again: it starts on line 2, with other invoices in between");
     assert_eq!(reports, [back(4), back(5), back(7)]);
     assert_eq!(rows.left_out, Tally { invoices: 1, rows: 1 });
 }
@@ -148,7 +148,8 @@ fn a_row_of_nobody_costs_both_neighbours() {
     let (ids, reports, rows) =
         read_rows(&[sound("1"), sound("2"), row("", "A", "1", "1"), sound("3"), sound("3"), sound("4")]);
     assert_eq!(ids, ["1", "4"]);
-    let expected = "4: InvoiceNo is empty; the invoices above and below are left out, since the row may be theirs";
+    let expected =
+        "4: InvoiceNo is empty; the invoices above and below are left out, because the row may belong to either";
     assert_eq!(reports, [expected]);
     assert_eq!(rows.left_out, Tally { invoices: 2, rows: 3 });
 
