@@ -430,7 +430,9 @@ fn message(
     at: Option<i64>,
 ) -> Result<Message, String> {
     fn required<'r>(name: &str, value: Option<Cow<'r, str>>) -> Result<Cow<'r, str>, String> {
-        value.filter(|value| !value.is_empty()).ok_or_else(|| format!("not a CloudEvent: attribute {name} is missing"))
+        value
+            .filter(|value| !value.is_empty())
+            .ok_or_else(|| format!("not a CloudEvent: attribute {name} is missing or empty"))
     }
     let relayed = attributes.relayed();
     // The check does not apply to relayed messages, because their stream ids and extensions may be any text.
@@ -585,9 +587,9 @@ mod tests {
     fn attributes_in_binary_mode() {
         for (headers, reason) in [
             (&[("ce_specversion", "0.3")][..], Err("\"0.3\" is not supported")),
-            (&[("ce_id", "")], Err("no id")),
-            (&[("ce_source", "")], Err("no source")),
-            (&[("ce_type", "")], Err("no type")),
+            (&[("ce_id", "")], Err("attribute id is missing")),
+            (&[("ce_source", "")], Err("attribute source is missing")),
+            (&[("ce_type", "")], Err("attribute type is missing")),
             (&[("ce_subject", "")], Err("\"subject\" is present but empty")),
             (&[("ce_time", "")], Err("\"time\" is present but empty")),
             (&[("ce_dataschema", "")], Err("\"dataschema\" is present but empty")),
@@ -650,8 +652,8 @@ mod tests {
                 Ok("null"),
                 json!({}),
             ),
-            (json!({"id": null}), Err("no id"), json!({})),
-            (json!({"type": null}), Err("no type"), json!({})),
+            (json!({"id": null}), Err("attribute id is missing"), json!({})),
+            (json!({"type": null}), Err("attribute type is missing"), json!({})),
             (json!({"id": 7}), Err("attribute id is not a string"), json!({})),
             (json!({"count": 7, "urgent": true}), Ok("null"), json!({"count": "7", "urgent": "true"})),
             (json!({"ratio": 0.5}), Err("ratio is not a string, integer or boolean"), json!({})),

@@ -103,8 +103,8 @@ async fn poison_among_good_ones() {
     let nested = [vec![b'['; 300], vec![b']'; 300]].concat();
     let of = |tally: &str| event(tally, 2);
     let poison = [
-        ("headers", Record { headers: Vec::new(), ..of("headers") }, "no specversion"),
-        ("id", of("id").without("ce_id"), "no id"),
+        ("headers", Record { headers: Vec::new(), ..of("headers") }, "attribute specversion is missing"),
+        ("id", of("id").without("ce_id"), "attribute id is missing"),
         ("version", of("version").with("ce_specversion", b"0.3"), "\"0.3\" is not supported"),
         ("json", of("json").valued(br#"{"amount":"#), "not JSON"),
         ("value", of("value").valued(b"\xff\xfe{}"), "value is not UTF-8"),
@@ -115,7 +115,11 @@ async fn poison_among_good_ones() {
         ("large", of("large").valued(&vec![b'x'; 900_000]), "not JSON"),
         ("nested", of("nested").valued(&nested), ""),
         ("nul", of("nul").valued(br#"{"amount":"\u0000"}"#), ""),
-        ("structured", of("structured").with("content-type", b"application/cloudevents+json"), "no specversion"),
+        (
+            "structured",
+            of("structured").with("content-type", b"application/cloudevents+json"),
+            "attribute specversion is missing",
+        ),
         (
             "batch",
             of("batch").with("content-type", b"application/cloudevents-batch+json").valued(b"[{"),
