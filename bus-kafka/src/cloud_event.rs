@@ -691,7 +691,7 @@ mod tests {
     ];
 
     #[test]
-    fn attributes_of_a_relay_count_together_or_not_at_all() {
+    fn relay_attributes_are_ignored_unless_complete() {
         let ours = binary(&OURS, b"1").unwrap();
         assert_eq!((ours.position, ours.version, ours.schema_version), (Position(7), Version(3), 2));
         assert_eq!(ours.lane.as_deref(), Some("0@0123456789abcdef"));

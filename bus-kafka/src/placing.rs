@@ -34,7 +34,7 @@ mod tests {
 
     /// The expected values come from Kafka's own test of this hash.
     #[test]
-    fn the_hash_is_that_of_kafka() {
+    fn partition_hash_equals_that_of_kafka() {
         for (key, hash) in [
             ("21", -973_932_308_i32),
             ("foobar", -790_332_482),

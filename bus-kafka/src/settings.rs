@@ -253,7 +253,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_wrong_is_said_without_values() {
+    fn errors_name_the_mistake_without_values() {
         for (text, reason) in [
             ("kafka:", "kafka://"),
             ("kafka://", "broker 1"),
@@ -276,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_pass_through_but_for_those_that_order_hangs_on() {
+    fn settings_pass_through_except_those_that_ordering_needs() {
         let settings: Settings = "kafka://a:1?partitions=3&retention.ms=60000&sasl.password=p%26q".parse().unwrap();
         assert_eq!((settings.partitions, settings.retention), (3, Some(Duration::from_secs(60))));
         let config = settings.finish(settings.client(), &[("acks", "all")]).unwrap();
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn secret_can_stand_in_a_file_or_in_the_environment() {
+    fn secret_is_read_from_a_file_or_the_environment() {
         let path = std::env::temp_dir().join(format!("annals-kafka-secret-{}", std::process::id()));
         std::fs::write(&path, "horse\n").unwrap();
         let settings: Settings = format!("kafka://a:1?sasl.password_file={}", path.display()).parse().unwrap();
@@ -311,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn what_repeats_a_secret_is_not_told() {
+    fn error_that_repeats_a_secret_is_not_shown() {
         let settings: Settings = "kafka://a:1?sasl.password=horse&sasl.mechanisms=PLAIN".parse().unwrap();
         assert_eq!(settings.without_secrets("PLAIN: no such user"), "PLAIN: no such user");
         assert!(!settings.without_secrets("PLAIN: shop:horse is wrong").contains("horse"));

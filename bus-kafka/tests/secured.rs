@@ -45,7 +45,7 @@ async fn is_refused(settings: Settings, words: &[&str]) {
 }
 
 #[tokio::test]
-async fn who_has_the_password_is_let_in_and_nobody_else() {
+async fn login_succeeds_only_with_the_right_password() {
     let broker = Broker::secured("SASL_PLAINTEXT");
     is_let_in(sasl(&broker, "SASL_PLAINTEXT", PASSWORD)).await;
     let wrong = sasl(&broker, "SASL_PLAINTEXT", &format!("{PASSWORD}!"));
@@ -53,7 +53,7 @@ async fn who_has_the_password_is_let_in_and_nobody_else() {
 }
 
 #[tokio::test]
-async fn a_broker_is_known_by_its_certificate() {
+async fn broker_is_verified_by_its_certificate() {
     let broker = Broker::secured("SASL_SSL");
     let certificate = broker.certificate();
     let trusting = |password| sasl(&broker, "SASL_SSL", password).set("ssl.ca.location", certificate.to_str().unwrap());

@@ -41,13 +41,13 @@ fn settings() -> Settings {
 }
 
 #[tokio::test]
-async fn by_lines_for_the_log() {
+async fn log_callbacks_delay_no_message() {
     // The client checks, when it is created, whether anybody subscribes to its log.
     tracing_subscriber::fmt().with_max_level(LevelFilter::DEBUG).with_writer(std::io::sink).init();
     keeps_no_letter_waiting(settings().set("debug", "consumer,cgrp,topic,fetch")).await;
 }
 
 #[tokio::test]
-async fn by_statistics() {
+async fn statistics_callbacks_delay_no_message() {
     keeps_no_letter_waiting(settings().set("statistics.interval.ms", "20")).await;
 }

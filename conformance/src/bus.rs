@@ -75,11 +75,11 @@ macro_rules! bus_suite {
         $crate::bus_suite!($subject:
             order_is_kept_per_key,
             every_key_is_delivered,
-            what_is_not_acknowledged_is_redelivered,
-            redelivery_starts_at_the_offset_sought,
+            unacknowledged_messages_are_redelivered,
+            redelivery_starts_at_the_sought_offset,
             seek_replays,
             each_group_gets_everything,
-            topics_are_apart,
+            topics_are_separate,
             members_share_partitions,
             join_and_leave_rebalance,
             offsets_rise,
@@ -147,7 +147,7 @@ pub async fn every_key_is_delivered<S: Subject>() {
 }
 
 /// Messages that a member received but did not acknowledge are delivered to the next member.
-pub async fn what_is_not_acknowledged_is_redelivered<S: Subject>() {
+pub async fn unacknowledged_messages_are_redelivered<S: Subject>() {
     let (bus, topic) = (S::bus().await, S::topic().await);
     let mut first = Member::join(&*bus, "heirs", &topic).await;
     let _receipt = publish(&*bus, &topic, (1..=20).map(|number| message("order-1", number))).await;
@@ -163,7 +163,7 @@ pub async fn what_is_not_acknowledged_is_redelivered<S: Subject>() {
 }
 
 /// The next member starts at the offset that the consumer itself committed.
-pub async fn redelivery_starts_at_the_offset_sought<S: Subject>() {
+pub async fn redelivery_starts_at_the_sought_offset<S: Subject>() {
     let (bus, topic) = (S::bus().await, S::topic().await);
     let mut first = Member::join(&*bus, "heirs", &topic).await;
     let _receipt = publish(&*bus, &topic, (1..=20).map(|number| message("order-1", number))).await;
@@ -202,7 +202,7 @@ pub async fn each_group_gets_everything<S: Subject>() {
 }
 
 /// A group receives messages only from the topics that it joined.
-pub async fn topics_are_apart<S: Subject>() {
+pub async fn topics_are_separate<S: Subject>() {
     let (bus, one, two) = (S::bus().await, S::topic().await, S::topic().await);
     let mut narrow = Member::join(&*bus, "narrow", &one).await;
     let wide = within("join", bus.join(&format!("wide-{one}"), &[&one, &two])).await.unwrap();

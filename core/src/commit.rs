@@ -369,7 +369,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn escapes_are_told_from_escaped_backslashes() {
+    fn escapes_are_distinguished_from_escaped_backslashes() {
         for text in [
             r#""x\\u0000""#,
             r#""\\ud800""#,
@@ -395,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn nesting_beyond_what_serde_json_reads_is_refused() {
+    fn nesting_beyond_the_limit_of_serde_json_is_refused() {
         let deep = |depth: usize| format!("{}{}", "[".repeat(depth), "]".repeat(depth));
         for depth in [1, NESTING_MAX, NESTING_MAX + 1, 6_000] {
             let readable = serde_json::from_str::<serde_json::Value>(&deep(depth)).is_ok();

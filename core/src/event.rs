@@ -466,7 +466,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn metadata_survives_its_json_and_has_no_invalid_trace() {
+    fn metadata_round_trips_as_json_without_invalid_trace() {
         let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
         for states in [&[][..], &["a=\"1\"\\", "b@c=2"]] {
             let trace = TraceContext::parse([parent], states.iter().copied());

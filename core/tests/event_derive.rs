@@ -98,7 +98,7 @@ fn undecodable<E: Event + Debug>(name: &str, version: i32, json: &str) -> String
 }
 
 #[test]
-fn every_kind_of_variant_makes_the_round_trip() {
+fn every_kind_of_variant_round_trips() {
     stores(
         &placed(),
         "order.placed",
@@ -129,7 +129,7 @@ fn types_are_listed_in_the_order_of_the_enum() {
 }
 
 #[test]
-fn without_a_prefix_the_variant_alone_is_the_name() {
+fn event_name_without_prefix_is_the_variant() {
     #[derive(Event, Debug, PartialEq)]
     enum Bare {
         HTTPCallFailed,
@@ -140,7 +140,7 @@ fn without_a_prefix_the_variant_alone_is_the_name() {
 }
 
 #[test]
-fn attributes_may_be_spread_and_the_name_is_not_prefixed() {
+fn attributes_may_be_split_and_explicit_names_get_no_prefix() {
     #[derive(Event, Debug, PartialEq)]
     #[event(unknown = "skip")]
     #[event(prefix = "cart")]
@@ -154,7 +154,7 @@ fn attributes_may_be_spread_and_the_name_is_not_prefixed() {
 }
 
 #[test]
-fn old_versions_pass_every_later_upcaster() {
+fn old_versions_pass_through_every_later_upcaster() {
     let one = r#"{"order_id":"o-1","cents":1250,"name":"Ada Lovelace"}"#;
     assert_eq!(OrderEvent::decode("order.placed", 1, one).unwrap(), Some(placed()));
 
@@ -172,7 +172,7 @@ fn old_versions_pass_every_later_upcaster() {
 }
 
 #[test]
-fn the_current_version_meets_no_upcaster() {
+fn current_version_passes_through_no_upcaster() {
     #[derive(Event, Debug, PartialEq)]
     enum Tripwire {
         #[event(version = 2, upcasters(explode))]
@@ -186,7 +186,7 @@ fn the_current_version_meets_no_upcaster() {
 }
 
 #[test]
-fn a_failed_upcaster_is_named_with_its_step() {
+fn error_names_the_upcaster_that_failed_and_its_step() {
     assert_eq!(undecodable::<OrderEvent>("order.placed", 1, "[]"), "upcaster add_currency, from 1 to 2: not an object");
     assert_eq!(
         undecodable::<OrderEvent>("order.placed", 1, r#"{"name":"Ada"}"#),
@@ -199,7 +199,7 @@ fn a_failed_upcaster_is_named_with_its_step() {
 }
 
 #[test]
-fn what_does_not_fit_says_why() {
+fn decode_error_gives_the_reason() {
     let reason = undecodable::<OrderEvent>("order.confirmed-by-hand", 1, "{}");
     assert_eq!(reason, "missing field `order_id` at line 1 column 2");
     let reason = undecodable::<OrderEvent>("order.confirmed-by-hand", 1, r#"{"order_id":1}"#);
@@ -216,7 +216,7 @@ fn what_does_not_fit_says_why() {
 }
 
 #[test]
-fn a_variant_without_fields_accepts_any_object_and_nothing_else() {
+fn variant_without_fields_accepts_only_objects() {
     for (name, version, event) in
         [("order.closed-for-good", 2, OrderEvent::ClosedForGood), ("order.reopened", 1, OrderEvent::Reopened {})]
     {
@@ -252,7 +252,7 @@ fn an_unknown_type_is_skipped_on_request() {
 }
 
 #[test]
-fn versions_outside_the_known_ones_fail() {
+fn unknown_versions_fail() {
     for (name, known, versions) in [
         ("order.placed", 3, [4, 0, -1, i32::MAX, i32::MIN]),
         ("order.closed-for-good", 2, [3, 0, -1, i32::MAX, i32::MIN]),
@@ -379,7 +379,7 @@ fn encoding_borrows_its_fields() {
 }
 
 #[test]
-fn what_has_no_json_is_unencodable() {
+fn value_without_a_json_form_is_unencodable() {
     #[derive(Event, Debug)]
     enum Odd {
         Keys { map: HashMap<(u8, u8), u8> },
@@ -394,7 +394,7 @@ fn what_has_no_json_is_unencodable() {
 }
 
 #[test]
-fn an_enum_without_events_knows_no_type() {
+fn empty_enum_knows_no_type() {
     #[derive(Event, Debug)]
     enum Never {}
     assert!(Never::TYPES.is_empty());
@@ -433,7 +433,7 @@ mod shadowed {
 }
 
 #[test]
-fn names_around_the_enum_do_not_matter() {
+fn derive_ignores_names_in_scope() {
     use shadowed::Shadowed;
     let seen = Shadowed::Seen { type_name: 1, data: 2, schema_version: 3 };
     let json = r#"{"type_name":1,"data":2,"schema_version":3}"#;

@@ -4,6 +4,6 @@
 //! event_derive_ui`.
 
 #[test]
-fn refusals_are_clear() {
+fn compile_errors_are_clear() {
     trybuild::TestCases::new().compile_fail("tests/ui/event_*.rs");
 }

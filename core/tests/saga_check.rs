@@ -55,20 +55,20 @@ fn shows(violation: &Violation, broken: &str, history: &[&str]) {
 }
 
 #[test]
-fn a_good_checkout_ends_clean_whatever_happens() {
+fn correct_checkout_ends_clean_under_every_fault() {
     let report = in_the_shop(checkout()).everything().ends_clean();
     println!("{report:?}");
     assert!((1_000..100_000).contains(&report.states), "{report:?}");
 }
 
 #[test]
-fn a_good_checkout_ends_clean_with_three_attempts() {
+fn correct_checkout_ends_clean_with_three_attempts() {
     let report = in_the_shop(checkout()).everything().attempts(3).ends_clean();
     println!("{report:?}");
 }
 
 #[test]
-fn a_checkout_whose_customer_cancelled_or_that_finds_no_stock_ends_clean() {
+fn cancelled_or_out_of_stock_checkout_ends_clean() {
     let cancelled = Shop { order: Placed::Cancelled, ..shop() };
     let sold_out = Shop { free: 0, shipped: 2, charged: 50, ..shop() };
     for (world, sold) in [(cancelled, 0), (sold_out, 2)] {
@@ -101,7 +101,7 @@ fn parallel() -> Saga<Checkout> {
 }
 
 #[test]
-fn a_good_saga_with_a_parallel_step_ends_clean() {
+fn correct_saga_with_a_parallel_step_ends_clean() {
     let report = in_the_shop(parallel()).everything().ends_clean();
     println!("{report:?}");
 }
@@ -117,7 +117,7 @@ impl SagaState for Diary {
 }
 
 #[test]
-fn a_good_saga_that_learns_everything_ends_clean() {
+fn correct_saga_that_learns_every_answer_ends_clean() {
     let saga = Saga::<Diary>::named("diary")
         .compensatable("one", |_| Request::to("mail", &Mail::Send { confirmed: true }))
         .undo(|_| Request::to("mail", &Mail::Send { confirmed: false }))
@@ -169,7 +169,7 @@ fn an_undo_that_does_nothing_is_caught() {
 }
 
 #[test]
-fn an_undo_of_another_amount_is_caught() {
+fn undo_of_a_different_amount_is_caught() {
     let saga = Saga::named("checkout")
         .compensatable("charge card", charge)
         .undo(|it| Request::to("payment", &Payment::Refund { cents: it.cents - 1 }))
@@ -228,7 +228,7 @@ fn an_undo_that_needs_the_reply_of_its_step_is_caught() {
 
 /// The second attempt at the charge comes after the reservation has reported a discount, and asks for another amount.
 #[test]
-fn a_step_that_asks_for_something_else_the_second_time_is_caught() {
+fn step_that_sends_another_command_on_retry_is_caught() {
     let saga = Saga::named("parallel")
         .compensatable("reserve stock", reserve)
         .undo(release)
@@ -252,7 +252,7 @@ fn a_step_that_asks_for_something_else_the_second_time_is_caught() {
 }
 
 #[test]
-fn an_effect_that_is_seen_after_it_was_undone_is_caught() {
+fn effect_visible_after_its_undo_is_caught() {
     let saga = Saga::named("checkout")
         .compensatable("notify customer", notify)
         .undo(notify_cancelled)
@@ -274,7 +274,7 @@ fn an_effect_that_is_seen_after_it_was_undone_is_caught() {
 }
 
 #[test]
-fn a_moment_in_which_a_cancelled_order_is_charged_is_caught() {
+fn charge_of_a_cancelled_order_is_caught() {
     let saga = Saga::named("checkout")
         .compensatable("charge card", charge)
         .undo(refund)
@@ -295,7 +295,7 @@ fn a_moment_in_which_a_cancelled_order_is_charged_is_caught() {
 }
 
 #[test]
-fn an_undo_that_goes_to_another_service_is_caught() {
+fn undo_sent_to_another_service_is_caught() {
     let saga = Saga::named("checkout")
         .compensatable("reserve stock", reserve)
         .undo(|it| Request::to("payment", &Payment::Refund { cents: it.cents }))
@@ -315,7 +315,7 @@ the saga was compensated, but "reserve stock" is still done
 }
 
 #[test]
-fn a_step_that_must_succeed_and_never_can_is_caught() {
+fn retriable_step_that_never_succeeds_is_caught() {
     let stubborn = |shop: &mut Shop, command| match command {
         Stock::Ship { .. } => Err(StepError::Refused("we do not ship there".to_owned())),
         command => inventory(shop, command),
@@ -327,14 +327,14 @@ fn a_step_that_must_succeed_and_never_can_is_caught() {
 }
 
 #[test]
-fn a_service_that_is_not_there_is_caught() {
+fn missing_service_is_caught() {
     let saga = Saga::named("checkout").pivot("confirm order", |_| Request::to("orders", &Order::Confirm {})).build();
     let violation = caught(in_the_shop(saga));
     assert_eq!(violation.broken, "order.confirm goes to the service \"orders\", which the world does not have");
 }
 
 #[test]
-fn a_command_that_its_service_does_not_know_is_caught() {
+fn command_unknown_to_its_service_is_caught() {
     let saga = Saga::named("checkout").pivot("confirm order", |_| Request::to("mail", &Order::Confirm {})).build();
     let violation = caught(in_the_shop(saga));
     assert!(violation.broken.starts_with("the service \"mail\" cannot read order.confirm"), "{violation}");
@@ -347,20 +347,20 @@ fn a_broken_saga_panics_with_its_history() {
 }
 
 #[test]
-fn a_sunny_day_is_a_single_history() {
+fn saga_without_faults_has_a_single_history() {
     let report = in_the_shop(checkout()).ends_clean();
     assert_eq!(report.states, 12, "the start, the begin, and for each of five steps: done, heard: {report:?}");
 }
 
 #[test]
-fn a_check_that_does_not_see_every_state_does_not_pass() {
+fn check_that_does_not_see_every_state_fails() {
     let violation = in_the_shop(checkout()).everything().states_max(1_000).run().unwrap_err();
     let expected = "more than 1000 states: remove from the world and from the saga's state whatever does not matter";
     assert_eq!((violation.broken.as_str(), violation.history.len()), (expected, 0));
 }
 
 #[test]
-fn a_world_without_services_is_told() {
+fn world_without_services_is_reported() {
     let violation = check(checkout(), sample()).world(shop()).everything().run().unwrap_err();
     assert_eq!(violation.broken, "the world has no services: add them with `service`");
 }
@@ -457,7 +457,7 @@ fn moved(earlier: Saga<Nothing>, to: Saga<Nothing>, migrate: fn(&Progress) -> Pr
 }
 
 #[test]
-fn a_saga_that_is_moved_to_another_plan_at_any_moment_ends_clean() {
+fn saga_migrated_at_any_moment_ends_clean() {
     let report = moved(three(), five(), one_further).everything().ends_clean();
     println!("{report:?}");
 }

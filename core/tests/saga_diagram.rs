@@ -52,7 +52,7 @@ fn plans() -> Vec<Saga<Any>> {
 }
 
 #[test]
-fn mermaid_shows_the_way_forward_and_back() {
+fn mermaid_shows_steps_and_compensations() {
     let expected = r#"flowchart LR
     start((" ")) --> s0["reserve stock"]
     s0 --> s1["charge card ×2"]
@@ -83,7 +83,7 @@ fn mermaid_escapes_names() {
 }
 
 #[test]
-fn a_saga_that_only_goes_forward_has_no_way_back() {
+fn saga_without_undo_draws_no_compensation() {
     let saga = Saga::<Any>::named("return").retriable("restock", ask).when_compensated("never", ask).build();
     let expected = "flowchart LR\n    start((\" \")) --> s0[\"restock\"]\n    s0 --> completed([\"completed\"])\n";
     assert_eq!(saga.mermaid(), expected);
@@ -98,7 +98,7 @@ fn svg_escapes_names() {
 }
 
 #[test]
-fn svg_is_what_it_was() {
+fn svg_equals_the_recorded_svg() {
     let svg = Saga::<Any>::named("alone").pivot("pay", ask).build().svg();
     let (head, body) = svg.split_once("</defs>\n").unwrap();
     let start = "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"287\" height=\"162\" viewBox=\"0 0 287 162\" class=\"saga\" \

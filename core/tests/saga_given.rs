@@ -73,7 +73,7 @@ fn failure(test: fn()) -> String {
 }
 
 #[test]
-fn specifications_that_hold() {
+fn specifications_hold_for_correct_aggregates() {
     given::<Account>([]).when(Open).then([Opened {}]);
     given::<Account>([Opened {}]).when(Open).nothing();
     let account = given::<Account>([Opened {}, Paid { cents: 5 }]).when(Pay(-2)).then([Paid { cents: -2 }]);
@@ -125,7 +125,7 @@ fn another_refusal_is_shown() {
 }
 
 #[test]
-fn an_event_that_does_not_come_back_from_json_as_it_was_is_shown() {
+fn event_that_changes_through_json_is_shown() {
     let text = failure(|| _ = given::<Account>([]).when(Note).then([Noted { lost: 7 }]));
     assert!(text.starts_with("an event changes on its way through JSON"), "{text}");
     assert!(text.contains("  -     lost: 7,\n  +     lost: 0,\n"), "{text}");

@@ -4,7 +4,7 @@
 //! saga_plan_ui`.
 
 #[test]
-fn wrong_plans_do_not_compile() {
+fn plans_with_wrong_order_do_not_compile() {
     let cases = trybuild::TestCases::new();
     cases.pass("tests/ui/saga_good_plans.rs");
     for wrong in [

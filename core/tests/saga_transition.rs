@@ -176,7 +176,7 @@ fn check(steps: &[(In, &str)]) -> Run {
 }
 
 #[test]
-fn all_goes_well() {
+fn saga_completes_when_every_step_succeeds() {
     let run = check(&[
         (Done(0), "running forward.1 #1 asks flight and car"),
         (Done(1), "running forward.1 #1"),
@@ -192,7 +192,7 @@ fn all_goes_well() {
 }
 
 #[test]
-fn a_refusal_undoes_in_reverse_order() {
+fn refusal_undoes_steps_in_reverse_order() {
     let run = check(&[
         (Done(0), "running forward.1 #1 asks flight and car"),
         (Done(0), "running forward.1 #1"),
@@ -207,7 +207,7 @@ fn a_refusal_undoes_in_reverse_order() {
 }
 
 #[test]
-fn a_call_that_refused_needs_no_undo_but_one_that_is_not_heard_of_does() {
+fn refused_call_needs_no_undo_but_unanswered_call_does() {
     check(&[
         (Done(0), "running forward.1 #1 asks flight and car"),
         (Refused(1), "compensating undo.1 #1 asks no-flight"),
@@ -218,7 +218,7 @@ fn a_call_that_refused_needs_no_undo_but_one_that_is_not_heard_of_does() {
 }
 
 #[test]
-fn a_failure_is_tried_again_later_each_time_after_about_twice_as_long() {
+fn failed_step_is_retried_with_doubling_delay() {
     let mut run = started(trip());
     let mut delays = Vec::new();
     for attempt in 1..3 {
@@ -235,7 +235,7 @@ fn a_failure_is_tried_again_later_each_time_after_about_twice_as_long() {
 }
 
 #[test]
-fn a_timeout_is_no_failure_and_asks_again() {
+fn timeout_is_not_a_failure_and_retries_at_once() {
     let run = check(&[
         (Timer, "running forward.0 #2 asks hotel"),
         (Late(Forward(0), 1, "failed"), "nothing"),
@@ -253,7 +253,7 @@ fn a_timeout_is_no_failure_and_asks_again() {
 }
 
 #[test]
-fn a_step_that_times_out_to_the_last_is_undone_itself() {
+fn step_that_times_out_on_every_attempt_is_undone() {
     let run = check(&[
         (Timer, "running forward.0 #2 asks hotel"),
         (Timer, "running forward.0 #3 asks hotel"),
@@ -265,7 +265,7 @@ fn a_step_that_times_out_to_the_last_is_undone_itself() {
 }
 
 #[test]
-fn of_parallel_calls_only_those_that_are_not_done_are_asked_again() {
+fn only_unfinished_parallel_calls_are_retried() {
     check(&[
         (Done(0), "running forward.1 #1 asks flight and car"),
         (Failed(0), "running forward.1 #1"),
@@ -278,7 +278,7 @@ fn of_parallel_calls_only_those_that_are_not_done_are_asked_again() {
 }
 
 #[test]
-fn the_deadline_turns_the_saga_back_until_it_reaches_the_pivot() {
+fn deadline_compensates_the_saga_only_before_the_pivot() {
     let run = check(&[
         (Done(0), "running forward.1 #1 asks flight and car"),
         (Deadline, "compensating undo.1 #1 asks no-flight and no-car"),
@@ -317,7 +317,7 @@ fn stuck_at_the_pivot() -> Run {
 }
 
 #[test]
-fn a_pivot_that_times_out_is_stuck_and_goes_on_when_an_operator_retries() {
+fn pivot_that_times_out_is_stuck_until_an_operator_retries() {
     go_on(
         &mut stuck_at_the_pivot(),
         &[(Operator(Verb::Retry), "running forward.2 #1 asks pay"), (Done(0), "running forward.3 #1 asks ticket")],
@@ -325,7 +325,7 @@ fn a_pivot_that_times_out_is_stuck_and_goes_on_when_an_operator_retries() {
 }
 
 #[test]
-fn a_late_reply_to_a_stuck_pivot_is_kept_for_the_operator() {
+fn late_reply_to_a_stuck_pivot_is_kept_for_the_operator() {
     let mut run = stuck_at_the_pivot();
     go_on(&mut run, &[(Done(0), "stuck forward.2 #2"), (Done(0), "nothing")]);
     assert_eq!(run.progress.calls, [CallState::Done]);
@@ -357,7 +357,7 @@ fn an_operator_skips_the_step_compensates_or_abandons() {
 }
 
 #[test]
-fn past_the_pivot_a_refusal_is_a_failure_and_nothing_is_compensated() {
+fn refusal_after_the_pivot_is_a_failure_without_compensation() {
     let mut run = at_the_pivot();
     go_on(
         &mut run,
@@ -374,7 +374,7 @@ fn past_the_pivot_a_refusal_is_a_failure_and_nothing_is_compensated() {
 }
 
 #[test]
-fn an_undo_that_fails_is_stuck_and_goes_on_when_an_operator_retries() {
+fn failing_undo_is_stuck_until_an_operator_retries() {
     let mut run = check(&[(Deadline, "compensating undo.0 #1 asks no-hotel")]);
     go_on(
         &mut run,
@@ -407,7 +407,7 @@ fn replies_to_other_steps_change_nothing() {
 }
 
 #[test]
-fn the_hash_tells_plans_apart_by_name_kind_order_and_calls() {
+fn hash_distinguishes_plans_by_name_kind_order_and_calls() {
     let plan = || Saga::<Learned>::named("trip");
     let hotel = |_: &Learned| ask(&Trip::Hotel {});
     let car = |_: &Learned| ask(&Trip::Car {});
@@ -439,13 +439,13 @@ fn the_hash_tells_plans_apart_by_name_kind_order_and_calls() {
 
 #[test]
 #[should_panic(expected = "saga \"trip\" has two steps named \"a\"")]
-fn two_steps_of_one_name_are_refused() {
+fn two_steps_with_one_name_are_refused() {
     let hotel = |_: &Learned| ask(&Trip::Hotel {});
     Saga::named("trip").compensatable("a", hotel).undo(hotel).pivot("a", hotel).build();
 }
 
 #[test]
-fn a_command_without_json_is_a_failed_step() {
+fn command_without_a_json_form_fails_its_step() {
     let saga = Saga::<Learned>::named("odd")
         .pivot("odd", |_| Request::to("agency", &Odd::Number { nan: std::collections::BTreeMap::from([((), 1)]) }))
         .build();

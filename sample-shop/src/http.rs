@@ -119,7 +119,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn panic_is_an_answer_without_its_place() {
+    async fn panic_is_answered_without_source_location() {
         async fn panics() {
             panic!("in the middle of src/secret.rs");
         }

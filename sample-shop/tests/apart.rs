@@ -55,7 +55,7 @@ fn embedded(arguments: &[&str]) -> Value {
 }
 
 #[tokio::test]
-async fn december_through_four_processes_is_that_of_one() {
+async fn december_in_four_processes_equals_december_in_one() {
     let orders = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../shared/data/online-retail-2010-12.csv");
     assert!(orders.is_file(), "{} is missing: the data belongs beside the checkout", orders.display());
     let arguments = ["--stock-factor", "1.5", "--decline-rate", "0", "--orders", orders.to_str().unwrap()];
@@ -110,7 +110,7 @@ impl Storm {
 }
 
 #[tokio::test]
-async fn whoever_is_killed_money_and_units_are_conserved() {
+async fn killed_services_conserve_money_and_units() {
     // The kills hit all processes in turn, so half the number of orders keeps the shop busy.
     let storm = Storm::new(ORDERS_PER_SECOND / 2);
     let (mut broker, schemas) = (Broker::start(), Schemas::new());
@@ -137,7 +137,7 @@ async fn whoever_is_killed_money_and_units_are_conserved() {
 
 /// When a stopped process continues, it still believes that it owns the work in progress, its partitions and its lanes.
 #[tokio::test]
-async fn whoever_is_stopped_for_long_and_goes_on_changes_nothing() {
+async fn services_stopped_for_long_change_nothing_when_resumed() {
     let storm = Storm::new(ORDERS_PER_SECOND / 2);
     let (broker, schemas) = (Broker::start(), Schemas::new());
     let start = |role: &&str| Serving::start(role, &schemas.url(role), &bus(&broker));
@@ -157,7 +157,7 @@ async fn whoever_is_stopped_for_long_and_goes_on_changes_nothing() {
 }
 
 #[tokio::test]
-async fn a_database_that_is_killed_costs_a_pause() {
+async fn killed_database_causes_only_a_pause() {
     let storm = Storm::new(ORDERS_PER_SECOND);
     let (broker, mut server) = (Broker::start(), Server::start().await);
     let schemas = Schemas::at(server.url());

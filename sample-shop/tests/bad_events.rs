@@ -31,7 +31,7 @@ async fn append(store: &Path, stream: &str, type_name: &str, schema_version: i32
 }
 
 #[tokio::test]
-async fn those_of_the_shop_end_the_run_with_their_place() {
+async fn unreadable_shop_events_end_the_run_and_are_named() {
     for (stream, type_name, schema_version, reason) in [
         ("order-other", "order.vanished", 1, "unknown event type"),
         ("order-other", "order.placed", 1, "missing field"),
@@ -59,7 +59,7 @@ async fn those_of_the_shop_end_the_run_with_their_place() {
 
 /// The bad event is a reply from which the relay cannot make a message.
 #[tokio::test]
-async fn those_that_are_parked_are_told_and_fail_the_run() {
+async fn parked_unreadable_events_are_reported_and_fail_the_run() {
     let folder = tempfile::tempdir().unwrap();
     let store = folder.path().join("shop.db");
     assert!(run(&store, "run").status.success());
@@ -89,7 +89,7 @@ async fn those_that_are_parked_are_told_and_fail_the_run() {
 
 /// Another application may keep its events in the same store.
 #[tokio::test]
-async fn those_of_others_are_not_looked_into() {
+async fn events_of_other_applications_are_ignored() {
     let folder = tempfile::tempdir().unwrap();
     let store = folder.path().join("shop.db");
     assert!(run(&store, "run").status.success());

@@ -26,7 +26,7 @@ fn orders(output: &Output) -> u64 {
 }
 
 #[test]
-fn nothing_but_bad_rows_is_a_failure() {
+fn input_with_only_bad_rows_fails() {
     for rows in [NO_QUANTITY.to_owned(), NO_QUANTITY.repeat(3), format!("{SOUND}\"536365,\n")] {
         let output = run(&rows);
         let said = String::from_utf8_lossy(&output.stderr);
@@ -38,7 +38,7 @@ fn nothing_but_bad_rows_is_a_failure() {
 }
 
 #[test]
-fn whatever_is_left_out_is_counted_and_a_failure() {
+fn left_out_rows_are_counted_and_fail_the_run() {
     let sound = SOUND.replace("536365", "536366");
     for (rows, malformed, left_out) in [
         (NO_QUANTITY.to_owned(), "1 row malformed; 1 invoice left out", json!({"invoices": 1, "rows": 1})),
@@ -58,7 +58,7 @@ fn whatever_is_left_out_is_counted_and_a_failure() {
 /// A file as spreadsheets save it: dates with the month first, text in Windows-1252, a byte order mark or CRLF, and
 /// empty rows at the end.
 #[test]
-fn spreadsheet_form_is_taken() {
+fn spreadsheet_format_is_accepted() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("orders.csv");
     let rows =
@@ -75,7 +75,7 @@ fn spreadsheet_form_is_taken() {
 
 /// A file without rows is valid: a day may have no orders.
 #[test]
-fn no_rows_at_all_are_none() {
+fn file_without_rows_has_no_orders() {
     let output = run("");
     assert_eq!((output.status.code(), orders(&output)), (Some(0), 0));
 }

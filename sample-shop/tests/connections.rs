@@ -82,7 +82,7 @@ fn pass(mut from: TcpStream, mut into: TcpStream, open: &Open) {
 }
 
 #[test]
-fn burst_opens_as_many_connections_as_there_are_places() {
+fn burst_opens_no_more_connections_than_allowed() {
     const PLACES: usize = 8;
     let folder = tempfile::tempdir().unwrap();
     let mut shop = Serving::all(&format!("sqlite:{}", folder.path().join("shop.db").display()));

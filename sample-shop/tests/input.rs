@@ -25,7 +25,7 @@ struct Sums {
 }
 
 #[test]
-fn the_real_orders_come_out_to_the_penny() {
+fn real_orders_add_up_to_the_penny() {
     let (mut orders, mut returns, mut adjustments) = (Sums::default(), Sums::default(), Sums::default());
     let mut invoices = real().invoices().expect("the file is still there");
     for invoice in &mut invoices {
@@ -62,7 +62,7 @@ fn the_real_orders_come_out_to_the_penny() {
 }
 
 #[test]
-fn the_real_demand_is_what_orders_and_write_offs_take() {
+fn real_demand_is_the_sum_of_orders_and_write_offs() {
     let source = real();
     assert_eq!(source.len(), 2_082);
     let demand = source.demand().expect("readable");

@@ -91,11 +91,11 @@ async fn ends_the_same(factor: &str) {
 }
 
 #[tokio::test]
-async fn killed_ten_times_with_plenty_of_stock() {
+async fn run_killed_ten_times_with_plenty_of_stock_ends_the_same() {
     ends_the_same("1.5").await;
 }
 
 #[tokio::test]
-async fn killed_ten_times_with_too_little_stock() {
+async fn run_killed_ten_times_with_too_little_stock_ends_the_same() {
     ends_the_same("0.7").await;
 }

@@ -26,7 +26,7 @@ fn start(store: &Path) -> Child {
 }
 
 #[test]
-fn the_second_is_refused_until_the_first_has_ended() {
+fn second_run_is_refused_until_the_first_has_ended() {
     let folder = tempfile::tempdir().unwrap();
     let store = folder.path().join("shop.db");
     let mut first = start(&store);
@@ -57,7 +57,7 @@ fn the_second_is_refused_until_the_first_has_ended() {
 }
 
 #[test]
-fn others_in_memory_or_in_files_of_their_own_are_not_in_the_way() {
+fn runs_on_other_stores_are_not_refused() {
     let folder = tempfile::tempdir().unwrap();
     let mut first = start(&folder.path().join("shop.db"));
     let second = shop(&["run", "--generate", "10"], &folder.path().join("second.db")).output().unwrap();

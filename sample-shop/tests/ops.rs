@@ -18,7 +18,7 @@ fn text(output: &Output) -> &str {
 }
 
 #[test]
-fn a_store_of_the_shop_is_looked_at_and_verified() {
+fn ops_command_inspects_and_verifies_a_shop_store() {
     let folder = tempfile::tempdir().unwrap();
     let store = format!("sqlite:{}", folder.path().join("shop.db").display());
     let ran = shop(&["run", "--generate", "60", "--quiet", "--json", "--store", &store]);
@@ -45,7 +45,7 @@ fn a_store_of_the_shop_is_looked_at_and_verified() {
 }
 
 #[test]
-fn a_store_that_is_imported_by_half_is_not_served_until_all_of_it_is_there() {
+fn half_imported_store_is_not_served_until_complete() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).display().to_string();
     let (from, to) = (format!("sqlite:{}", path("shop.db")), format!("sqlite:{}", path("moved.db")));

@@ -43,7 +43,7 @@ async fn summed(path: &Path) -> BTreeMap<String, (i64, i64)> {
 }
 
 #[tokio::test]
-async fn the_shelf_is_rebuilt_beside_the_live_one_compared_and_swapped() {
+async fn shelf_is_rebuilt_next_to_the_live_one_compared_and_swapped() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("shop.db");
     let store = format!("sqlite:{}", path.display());

@@ -34,7 +34,7 @@ async fn generations(path: &Path) -> Vec<(String, i64)> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_rebuild_shows_a_bar_asks_and_is_stopped_by_ctrl_c_at_any_moment() {
+async fn rebuild_shows_a_bar_asks_and_can_be_interrupted() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("shop.db");
     warehouse(&path).await;

@@ -18,7 +18,7 @@ fn run(folder: &Path, rows: &str, arguments: &[&str]) -> (Option<i32>, String) {
 }
 
 #[test]
-fn another_stock_factor_or_another_file_of_one_name_is_refused() {
+fn other_stock_factor_or_other_file_of_one_name_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let (code, said) = run(folder.path(), LINE, &[]);
     assert_eq!(code, Some(0), "{said}");
@@ -34,7 +34,7 @@ fn another_stock_factor_or_another_file_of_one_name_is_refused() {
 }
 
 #[test]
-fn an_invoice_that_is_another_one_now_is_rejected() {
+fn changed_invoice_is_rejected() {
     let folder = tempfile::tempdir().unwrap();
     let returned = LINE.replace("536365", "C536366").replace(",6,", ",-1,");
     let rows = format!("{LINE}{returned}");

@@ -61,7 +61,7 @@ fn with_plenty_of_stock_every_order_is_confirmed() {
 /// The file as the authors of the data set published it: dates with the month first, Latin-1, CRLF, and empty rows at
 /// the end.
 #[test]
-fn published_form_of_the_real_orders_comes_to_the_same() {
+fn published_format_of_the_real_orders_gives_the_same_result() {
     let text = std::fs::read_to_string(real_file()).unwrap();
     let published = text.lines().map(|line| match line.find(",2010-").or_else(|| line.find(",2011-")) {
         Some(at) => {
@@ -86,7 +86,7 @@ fn published_form_of_the_real_orders_comes_to_the_same() {
 }
 
 #[tokio::test]
-async fn the_result_is_the_same_on_postgres() {
+async fn result_is_the_same_on_postgres() {
     assert_eq!(run_on_postgres(&PLENTY).await, every_order_confirmed());
 }
 

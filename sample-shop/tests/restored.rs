@@ -219,22 +219,22 @@ async fn are_restored(restored: &[&str]) {
 }
 
 #[tokio::test]
-async fn participant_that_is_restored_ends_consistent() {
+async fn restored_participant_ends_consistent() {
     are_restored(&["inventory"]).await;
 }
 
 #[tokio::test]
-async fn service_with_the_sagas_that_is_restored_ends_consistent() {
+async fn restored_saga_service_ends_consistent() {
     are_restored(&["order"]).await;
 }
 
 #[tokio::test]
-async fn all_four_restored_to_different_moments_end_consistent() {
+async fn four_services_restored_to_different_moments_end_consistent() {
     are_restored(&["payment", "order", "notification", "inventory"]).await;
 }
 
 #[tokio::test]
-async fn new_databases_under_used_topics_are_found_by_name_and_begin_anew() {
+async fn new_databases_under_used_topics_are_detected_and_begin_anew() {
     let (broker, before, schemas) = (Broker::start(), Schemas::new(), Schemas::new());
     let bus = bus(&broker);
     let shop = ROLES.map(|role| Serving::start(role, &before.url(role), &bus));
@@ -271,7 +271,7 @@ fn bought(shop: &Serving, load: &[String]) -> Output {
 /// All services share one SQLite file. After the file is lost, a copy replaces it in the first round, and an empty
 /// store in the second.
 #[tokio::test]
-async fn file_that_is_restored_from_a_copy_or_lost_ends_consistent() {
+async fn restored_or_lost_file_ends_consistent() {
     let (broker, folder) = (Broker::start(), tempfile::tempdir().unwrap());
     let bus = bus(&broker);
     let (live, copy) = (folder.path().join("shop.db"), folder.path().join("copy.db"));

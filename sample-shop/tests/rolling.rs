@@ -101,7 +101,7 @@ async fn rolling_restart_of_all_services_fails_no_request() {
 
 /// What each kind of client sees after the stop signal.
 #[test]
-fn stop_is_announced_and_cuts_nobody_off() {
+fn stop_is_announced_and_answers_open_requests() {
     let mut shop = Serving::start_with_grace("all", "memory:", "local:", "3s");
     let answered = |asked: Asked| match asked {
         Asked::Answered(answer) => answer,
@@ -163,7 +163,7 @@ fn next_instance_waits_for_the_address() {
 
 /// Stops the shop on each bus and store while orders are in progress.
 #[tokio::test]
-async fn stop_is_no_reason_to_warn() {
+async fn normal_stop_logs_no_warning() {
     let broker = Broker::start();
     let url = std::env::var("DATABASE_URL").unwrap();
     let schema = format!("quiet_{}", Uuid::new_v4().simple());

@@ -31,7 +31,7 @@ fn stocked() -> Serving {
 }
 
 #[test]
-fn an_order_goes_through_and_shows_how() {
+fn order_completes_and_shows_its_progress() {
     let shop = stocked();
     let placed = shop.post("/orders", "536365", &order(6));
     assert_eq!((placed.status, placed.header("location")), (201, Some("/orders/536365")), "{placed:?}");
@@ -79,7 +79,7 @@ fn an_order_goes_through_and_shows_how() {
 }
 
 #[test]
-fn one_key_is_one_order() {
+fn repeated_idempotency_key_places_one_order() {
     let shop = stocked();
     let first = shop.post("/orders", "a key", &order(1));
     let again = shop.post("/orders", "a key", &order(1));
@@ -115,7 +115,7 @@ fn one_key_is_one_order() {
 
 /// The metadata of the order's first event shows which headers were accepted.
 #[tokio::test]
-async fn w3c_trace_context_is_carried_only_if_it_is_valid() {
+async fn only_valid_w3c_trace_context_is_propagated() {
     const TRACE: &str = "12345678901234567890123456789012";
     const PARENT: &str = "1234567890123456";
     let folder = tempfile::tempdir().unwrap();
@@ -155,7 +155,7 @@ async fn w3c_trace_context_is_carried_only_if_it_is_valid() {
 }
 
 #[test]
-fn what_cannot_be_taken_is_a_problem_that_says_why() {
+fn rejected_request_gives_a_problem_with_the_reason() {
     let shop = Serving::all("memory:");
     let json_headers = [("content-type", "application/json")];
     let sent = |body: &str| shop.ask("POST", "/orders", &json_headers, body);
@@ -215,7 +215,7 @@ fn what_cannot_be_taken_is_a_problem_that_says_why() {
 }
 
 #[test]
-fn a_body_has_a_limit_in_bytes_and_in_time() {
+fn body_is_limited_in_bytes_and_time() {
     let shop = Serving::all("memory:");
     let headers = [("content-type", "application/json")];
     let large = format!("{{\"customer\": \"{}\"}}", "x".repeat(BODY_BYTES_MAX));
@@ -249,7 +249,7 @@ fn a_body_has_a_limit_in_bytes_and_in_time() {
 
 /// A single request hands in an order, a return or a supply and waits for the end of its saga.
 #[test]
-fn what_is_handed_in_can_be_waited_for_at_once() {
+fn submission_can_wait_for_its_end() {
     let shop = stocked();
     let started = Instant::now();
     let placed = shop.post("/orders?wait=30s", "1", &order(6));
@@ -291,7 +291,7 @@ fn what_is_handed_in_can_be_waited_for_at_once() {
 }
 
 #[test]
-fn an_order_can_be_cancelled_until_it_is_confirmed() {
+fn order_can_be_cancelled_until_it_is_confirmed() {
     let shop = Serving::all("memory:");
     // There is no stock, so the order may already be cancelled for that reason.
     shop.post("/orders", "1", &order(1));
@@ -329,7 +329,7 @@ fn an_order_can_be_cancelled_until_it_is_confirmed() {
 }
 
 #[test]
-fn cards_say_what_becomes_of_their_payment() {
+fn card_number_decides_its_payment() {
     let shop = stocked();
     let with = |card: &str| {
         let mut order = order(1);

@@ -41,7 +41,7 @@ fn december() -> [String; 6] {
 }
 
 #[test]
-fn bad_luck_is_the_same_as_in_one_process() {
+fn declines_and_cancellations_equal_those_of_one_process() {
     let expected = embedded(&UNLUCKY);
     let cancelled = &expected["cancelled"];
     for reason in ["out_of_stock", "declined", "by_customer"] {
@@ -99,7 +99,7 @@ async fn look_from_outside(file: &Path) -> Value {
 }
 
 #[tokio::test]
-async fn killed_and_started_again_it_ends_the_same() {
+async fn killed_and_restarted_service_ends_the_same() {
     let folder = tempfile::tempdir().unwrap();
     let (whole, killed) = (folder.path().join("whole"), folder.path().join("killed"));
     for folder in [&whole, &killed] {
@@ -129,7 +129,7 @@ async fn killed_and_started_again_it_ends_the_same() {
 }
 
 #[tokio::test]
-async fn what_was_answered_before_a_stop_is_kept() {
+async fn requests_answered_before_a_stop_are_kept() {
     let folder = tempfile::tempdir().unwrap();
     let mut shop = Serving::all(&sqlite(folder.path()));
     let order = json!({"lines": [{"sku": "a", "quantity": 1, "unit_price": "1"}]});
@@ -225,7 +225,7 @@ async fn two_instances_on_one_postgres_share_the_work() {
 }
 
 #[test]
-fn what_cannot_be_served_is_refused() {
+fn impossible_services_are_refused() {
     let refused = |arguments: &[&str], part: &str| {
         let output = Command::new(env!("CARGO_BIN_EXE_sample-shop")).args(arguments).output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr);

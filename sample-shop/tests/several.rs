@@ -88,7 +88,7 @@ fn business(child: Child) -> Value {
 }
 
 #[tokio::test]
-async fn work_is_shared_and_goes_on_when_one_is_killed_and_one_is_stopped_for_a_while() {
+async fn instances_share_work_and_survive_a_kill_and_a_pause() {
     let database = Database::create().await;
     let [stays, mut dies, sleeps] = ["stays", "dies", "sleeps"].map(|name| database.shop(name));
     let held =

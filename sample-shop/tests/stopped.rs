@@ -82,7 +82,7 @@ fn unfinished(output: &Output, code: i32) -> i64 {
 }
 
 #[tokio::test]
-async fn stopped_and_run_again_it_ends_the_same() {
+async fn interrupted_run_ends_the_same_when_repeated() {
     let folder = tempfile::tempdir().unwrap();
     let (whole, stopped) = (folder.path().join("whole.db"), folder.path().join("stopped.db"));
     let expected = business(&end_of(run(&whole, "256").spawn().unwrap()));
@@ -105,7 +105,7 @@ async fn stopped_and_run_again_it_ends_the_same() {
 }
 
 #[tokio::test]
-async fn drain_is_stopped_too_and_drained_again_all_has_ended() {
+async fn interrupted_drain_ends_every_saga_when_repeated() {
     let folder = tempfile::tempdir().unwrap();
     let store = folder.path().join("shop.db");
     let all = ORDERS.to_string();
@@ -128,7 +128,7 @@ async fn drain_is_stopped_too_and_drained_again_all_has_ended() {
 
 /// The shop cannot finish after the first signal, because another process holds the write lock of the file.
 #[tokio::test]
-async fn a_second_signal_ends_it_at_once() {
+async fn second_signal_ends_the_process_at_once() {
     let folder = tempfile::tempdir().unwrap();
     let store = folder.path().join("shop.db");
     let mut child = run(&store, "256").spawn().unwrap();

@@ -29,7 +29,7 @@ fn counter_alone(store: Arc<dyn EventStore>) -> axum::Router {
 }
 
 #[tokio::test]
-async fn although_nothing_can_be_read_any_more() {
+async fn submission_is_acknowledged_although_reads_fail() {
     let faulty = FaultyStore::new(Arc::new(MemoryStore::new()));
     let app = TowerToHyperService::new(counter_alone(Arc::new(faulty.clone())));
     let line = json!([{"sku": "85123A", "quantity": 2, "unit_price": "2.55"}]);
@@ -95,7 +95,7 @@ impl EventStore for Broken {
 }
 
 #[tokio::test]
-async fn no_answer_has_the_name_of_a_file() {
+async fn answers_name_no_file() {
     let app = TowerToHyperService::new(counter_alone(Arc::new(Broken)));
     let order = json!({"lines": [{"sku": "85123A", "quantity": 2, "unit_price": "2.55"}]}).to_string();
     for (method, path, body) in [

@@ -44,7 +44,7 @@ impl Provider for DeafProvider {
 }
 
 #[tokio::test]
-async fn money_taken_without_an_answer_goes_back_and_stays_out_of_the_books() {
+async fn unanswered_charge_is_refunded_and_not_booked() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let (counter, provider) = (Counter::new(&store), Arc::new(DeafProvider::default()));
     let mut runtime = Runtime::new();
@@ -79,7 +79,7 @@ async fn read(store: &Arc<dyn EventStore>) -> Vec<Arc<annals::Recorded>> {
 }
 
 #[test]
-fn a_refund_is_booked_where_a_charge_was() {
+fn refund_is_booked_only_after_a_booked_charge() {
     let amount = Decimal::ONE;
     let charged = PaymentEvent::Charged { order_id: "1".into(), amount, currency: "GBP".into() };
     let refunded =

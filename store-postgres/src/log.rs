@@ -380,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn who_came_later_is_not_waited_for() {
+    fn later_transactions_are_not_waited_for() {
         let mut holders = set(&["3/1", "4/1"]);
         still_holding(&mut holders, set(&["3/1", "4/2", "5/1"]));
         assert_eq!(holders, set(&["3/1"]));
@@ -389,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn a_transaction_that_is_prepared_is_still_the_same() {
+    fn prepared_transaction_counts_as_the_same_transaction() {
         let mut holders = set(&["3/1"]);
         still_holding(&mut holders, set(&["3/1", "-1/700"]));
         assert_eq!(holders, set(&["3/1"]), "another one was prepared");

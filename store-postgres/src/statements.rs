@@ -129,7 +129,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn schemas_are_plain_names() {
+    fn schema_names_are_plain() {
         for name in ["annals", "shop_2", "_x", "user"] {
             assert!(is_schema_name(name), "{name}");
         }

@@ -20,7 +20,7 @@ const LONG_FUNCTIONS: [&str; 6] = [
     "cli/tests/see.rs: a_store_is_looked_at_from_all_sides",
     "cli/tests/verified.rs: what_was_sealed_cannot_be_changed_unseen",
     "core/src/relay.rs: carry",
-    "tests/tests/kafka_strangers.rs: poison_among_good_ones",
+    "tests/tests/kafka_strangers.rs: poison_messages_are_parked_among_good_ones",
 ];
 /// Drivers of databases and brokers. The core must not depend on them, not even indirectly.
 const DRIVERS: [&str; 8] =
@@ -86,7 +86,7 @@ fn ring(room: &str) -> u32 {
 }
 
 #[test]
-fn rooms_know_only_rooms_further_in() {
+fn packages_depend_only_on_inner_packages() {
     let workspace = Workspace::read();
     let rooms = workspace.rooms();
     let mut wrong = Vec::new();
@@ -106,7 +106,7 @@ fn rooms_know_only_rooms_further_in() {
 }
 
 #[test]
-fn the_core_meets_no_driver_even_through_others() {
+fn core_depends_on_no_driver_even_indirectly() {
     let workspace = Workspace::read();
     let lock = workspace.text("Cargo.lock");
     let locked = locked(&lock);
@@ -150,7 +150,7 @@ fn every_package_inherits_the_lints() {
 }
 
 #[test]
-fn no_function_is_two_ideas() {
+fn functions_have_at_most_80_lines() {
     let workspace = Workspace::read();
     let mut files = Vec::new();
     for package in &workspace.packages {
@@ -194,7 +194,7 @@ fn long_functions(text: &str) -> Vec<String> {
 }
 
 #[test]
-fn a_long_function_is_found() {
+fn long_function_is_found() {
     let body = "        1;\n".repeat(FUNCTION_LINES_MAX - 2);
     let text = |more: &str| format!("    pub async fn walk<T>(\n    ) {{\n{body}{more}    }}\n");
     assert_eq!(long_functions(&text("")), ["walk"], "one line more than the most");
@@ -231,7 +231,7 @@ fn every_decision_is_listed() {
 }
 
 #[test]
-fn every_promised_test_is_there() {
+fn every_promised_test_exists() {
     let workspace = Workspace::read();
     let promises = workspace.text("docs/promises.md");
     let is_test = |name: &&str| {
@@ -287,7 +287,7 @@ fn dialect(line: &str) -> Vec<&'static str> {
 }
 
 #[test]
-fn a_word_of_the_dialect_is_found() {
+fn word_of_the_dialect_is_found() {
     assert_eq!(dialect("/// Whoever reads is (told) all else."), ["all else", "told", "whoever"]);
     assert!(dialect("/// Calls `told`, retold and besides.").is_empty());
 }
@@ -295,7 +295,7 @@ fn a_word_of_the_dialect_is_found() {
 /// A document names a file in backticks, as in `core/src/handler.rs`, or in a link, as in `](docs/adr/README.md)`. A path
 /// in backticks begins at the root of the repository or at the folder of the document.
 #[test]
-fn the_documents_name_files_that_are_there() {
+fn documents_name_existing_files() {
     let workspace = Workspace::read();
     let root = &workspace.workspace_root;
     let mut pages = Vec::new();
@@ -341,7 +341,7 @@ fn between<'a>(text: &'a str, start: &'a str, end: &'a str) -> impl Iterator<Ite
 /// A document quotes a file with `<!-- quote:FILE -->` and a code block after it. The block must equal the file, or the
 /// part of the file between its `README` marks.
 #[test]
-fn the_readme_quotes_its_example_as_it_is_tested() {
+fn readme_quotes_tested_code() {
     let workspace = Workspace::read();
     let readme = workspace.text("README.md");
     let quotes: Vec<(&str, &str)> = readme

@@ -41,7 +41,7 @@ async fn is_unavailable(receipt: Receipt) -> bool {
 }
 
 #[tokio::test]
-async fn without_a_group_the_receipt_resolves_and_nothing_is_held() {
+async fn receipt_resolves_at_once_without_a_group() {
     let bus = LocalBus::default();
     within("receipt", publish(&bus, TOPIC, [message("order-1", 1)]).await).await.unwrap();
     let mut late = Member::join(&bus, "late", TOPIC).await;
@@ -63,7 +63,7 @@ async fn receipt_waits_for_each_group() {
 }
 
 #[tokio::test]
-async fn seek_acknowledges_what_is_below() {
+async fn seek_acknowledges_earlier_messages() {
     let bus = LocalBus::new(1);
     let mut first = Member::join(&bus, "heirs", TOPIC).await;
     let receipt = publish(&bus, TOPIC, (1..=3).map(|number| message("order-1", number))).await;
@@ -152,7 +152,7 @@ async fn publish_given_up_half_way_can_be_repeated() {
 }
 
 #[tokio::test]
-async fn dropped_bus_fails_receipts_and_whoever_waits() {
+async fn dropped_bus_fails_receipts_and_waiting_polls() {
     let bus = LocalBus::new(1);
     let mut member = Member::join(&bus, "dropped", TOPIC).await;
     let (clone, mut full) = (bus.clone(), Vec::new());
@@ -181,7 +181,7 @@ async fn dropped_bus_fails_receipts_and_whoever_waits() {
 }
 
 #[tokio::test]
-async fn offsets_of_another_bus_mean_nothing() {
+async fn offsets_of_another_bus_are_ignored() {
     let assigned = async |bus: &LocalBus| {
         let mut consumer = bus.join("group", &[TOPIC]).await.unwrap();
         let Polled::Assigned(partitions) = polled(&mut consumer).await else { panic!("not assigned") };
@@ -202,7 +202,7 @@ async fn offsets_of_another_bus_mean_nothing() {
 }
 
 #[tokio::test]
-async fn nothing_is_delivered_before_seek_or_once_revoked() {
+async fn no_message_is_delivered_before_seek_or_after_revocation() {
     let bus = LocalBus::new(2);
     let mut one = bus.join("group", &[TOPIC]).await.unwrap();
     let Polled::Assigned(all) = polled(&mut one).await else { panic!("not assigned") };
@@ -228,7 +228,7 @@ async fn nothing_is_delivered_before_seek_or_once_revoked() {
 }
 
 #[tokio::test]
-async fn rebalance_wakes_those_who_wait() {
+async fn rebalance_wakes_waiting_polls() {
     let bus = LocalBus::new(2);
     let mut one = bus.join("group", &[TOPIC]).await.unwrap();
     polled(&mut one).await;

@@ -19,12 +19,12 @@ fn check(file: &str, drawn: impl Fn(&str) -> String) {
 }
 
 #[test]
-fn the_svg_is_the_one_the_library_draws() {
+fn recorded_svg_equals_the_drawn_one() {
     check("docs/checkout.svg", |_| checkout().svg());
 }
 
 #[test]
-fn the_readme_has_the_mermaid_text_that_the_library_writes() {
+fn readme_has_the_mermaid_text_of_the_library() {
     check("sample-shop/README.md", |readme| {
         let (start, end) = ("<!-- saga:checkout -->\n", "<!-- saga:end -->\n");
         let (before, rest) = readme.split_once(start).unwrap();

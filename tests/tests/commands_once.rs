@@ -34,7 +34,7 @@ async fn assert_once(store: &Arc<dyn EventStore>, stream: &str, events: usize) {
 }
 
 #[tokio::test]
-async fn repeated_command_is_found_however_many_events_it_gave() {
+async fn repeated_command_is_found_for_any_number_of_events() {
     on_each_store(async |store| {
         for events in [1_000, 1_024, 1_025, 2_000, 9_999] {
             // Also runs a command with a cause other than itself. The events of such a command do not show that they
@@ -111,7 +111,7 @@ async fn repeated_command_is_found_through_a_snapshot() {
 }
 
 #[tokio::test]
-async fn large_command_whose_answer_is_lost_is_carried_out_once() {
+async fn large_command_with_a_lost_answer_is_executed_once() {
     on_each_store(async |store| {
         for faults in [
             &[Fault::AppliedUnknown][..],
@@ -135,7 +135,7 @@ async fn large_command_whose_answer_is_lost_is_carried_out_once() {
 }
 
 #[tokio::test]
-async fn commands_that_share_a_commit_whose_answer_is_lost_are_carried_out_once() {
+async fn commands_in_a_commit_with_a_lost_answer_are_executed_once() {
     on_each_store(async |store| {
         let faulty = FaultyStore::new(store.clone());
         let gate = Gate::new();
@@ -159,7 +159,7 @@ async fn commands_that_share_a_commit_whose_answer_is_lost_are_carried_out_once(
 
 /// The server is still busy with the first attempt when the second starts, and other writers come after both.
 #[tokio::test]
-async fn commit_that_holds_late_is_found_where_it_was_staged() {
+async fn commit_that_succeeds_late_is_found_at_its_staged_version() {
     on_each_store(async |store| {
         let faulty = FaultyStore::new(store.clone());
         let [first, second] = [Gate::new(), Gate::new()];
@@ -198,7 +198,7 @@ async fn add_to_both(store: Arc<dyn EventStore>, id: Uuid) -> Result<u32, Commit
 }
 
 #[tokio::test]
-async fn transaction_whose_answer_is_lost_is_carried_out_once() {
+async fn transaction_with_a_lost_answer_is_executed_once() {
     on_each_store(async |store| {
         let faulty = FaultyStore::new(store.clone());
         faulty.at(1, Fault::AppliedUnknown).at(2, Fault::LostUnknown).at(3, Fault::AppliedUnknown);
@@ -216,7 +216,7 @@ async fn transaction_whose_answer_is_lost_is_carried_out_once() {
 }
 
 #[tokio::test]
-async fn transaction_that_holds_late_is_found_where_it_was_staged() {
+async fn transaction_that_succeeds_late_is_found_at_its_staged_version() {
     on_each_store(async |store| {
         let faulty = FaultyStore::new(store.clone());
         let [first, second] = [Gate::new(), Gate::new()];
@@ -237,7 +237,7 @@ async fn transaction_that_holds_late_is_found_where_it_was_staged() {
 }
 
 #[tokio::test]
-async fn transaction_of_documents_alone_says_that_its_outcome_is_unknown() {
+async fn transaction_of_only_documents_reports_an_unknown_outcome() {
     let faulty = FaultyStore::new(Arc::new(MemoryStore::new()));
     faulty.at(1, Fault::AppliedUnknown);
     let mut transaction = Transaction::new(Arc::new(faulty), Uuid::new_v4());
@@ -249,7 +249,7 @@ async fn transaction_of_documents_alone_says_that_its_outcome_is_unknown() {
 /// A commit with several commands is lost. One of its commands was also sent to another process, whose commit happens
 /// to have the same version as the lost commit.
 #[tokio::test]
-async fn one_command_of_a_lost_commit_carried_out_elsewhere_does_not_stand_for_the_others() {
+async fn command_repeated_elsewhere_does_not_confirm_the_rest_of_a_lost_commit() {
     on_each_store(async |store| {
         let faulty = FaultyStore::new(store.clone());
         let [first, second] = [Gate::new(), Gate::new()];

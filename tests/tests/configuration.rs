@@ -33,7 +33,7 @@ fn plan(name: &'static str) -> Saga<Trip> {
 }
 
 #[test]
-fn names_of_sagas_outside_the_grammar_are_refused_when_the_plan_is_built() {
+fn invalid_saga_names_are_refused_when_the_plan_is_built() {
     for name in ["", "Check Out", "check-out", "übergabe", "a\0b"] {
         let reason = panics(|| plan(name));
         assert!(reason.contains(&format!("saga {name:?} cannot have this name")), "{reason}");
@@ -44,7 +44,7 @@ fn names_of_sagas_outside_the_grammar_are_refused_when_the_plan_is_built() {
 }
 
 #[test]
-fn categories_outside_the_grammar_or_of_the_framework_are_refused_by_the_repository() {
+fn repository_refuses_invalid_and_reserved_categories() {
     for category in ["", "Order", "order-line", "1st", "a b", "saga.checkout", "step.bank", "operator"] {
         let reason = panics(|| Repository::<Tally>::with(store(), category, 10));
         assert!(reason.contains("category") || reason.contains("stream id"), "{category:?}: {reason}");
@@ -87,7 +87,7 @@ impl Aggregate for NextTally {
 }
 
 #[test]
-fn two_aggregates_in_one_category_are_refused_and_two_builds_of_one_are_not() {
+fn repository_refuses_two_aggregates_but_not_two_builds_in_one_category() {
     let store = store();
     _ = Repository::<Tally>::new(store.clone());
     _ = Repository::<NextTally>::new(store.clone());
@@ -115,7 +115,7 @@ async fn refused(store: &Arc<dyn EventStore>, services: Vec<Service>) -> StartEr
 }
 
 #[tokio::test]
-async fn names_of_services_and_categories_are_refused_at_the_start() {
+async fn invalid_names_of_services_and_categories_are_refused_at_the_start() {
     let store = store();
     let service = |name: &str| Service::new(name, store.clone());
     for name in ["", "order service", "café", "a/b"] {
@@ -140,7 +140,7 @@ async fn names_of_services_and_categories_are_refused_at_the_start() {
 }
 
 #[tokio::test]
-async fn two_services_or_sagas_of_one_name_are_refused_at_the_start() {
+async fn duplicate_names_of_services_and_sagas_are_refused_at_the_start() {
     let store = store();
     let service = |name: &str| Service::new(name, store.clone());
     let error = refused(&store, vec![service("order"), service("order")]).await;
@@ -164,7 +164,7 @@ async fn two_services_or_sagas_of_one_name_are_refused_at_the_start() {
 }
 
 #[tokio::test]
-async fn step_to_a_service_that_cannot_be_is_given_up_by_name() {
+async fn step_to_an_impossible_service_fails_with_its_name() {
     let store = store();
     let plan = Saga::named("lost").pivot("confirm", |trip: &Trip| ask("the desk", "confirm", trip)).attempts(1).build();
     let runner = Runner::new(store.clone(), plan, tallies(), starts);
@@ -180,7 +180,7 @@ async fn step_to_a_service_that_cannot_be_is_given_up_by_name() {
 }
 
 #[tokio::test]
-async fn parts_of_one_name_have_a_health_each() {
+async fn parts_with_one_name_have_separate_health() {
     let mut runtime = Runtime::new();
     let health = runtime.health();
     runtime.spawn("mailer", async { Err("no such host".to_owned()) });
@@ -202,7 +202,7 @@ fn attention(runtime: &Runtime, part: &str) -> Option<String> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn category_that_nobody_has_is_named_until_somebody_has_it() {
+async fn unknown_category_is_named_until_it_exists() {
     let store = store();
     let follows = Subscription::new("follows", Nothing).query(LogQuery::categories(["tolly"]));
     let mut runtime = Runtime::new();
@@ -226,7 +226,7 @@ async fn category_that_nobody_has_is_named_until_somebody_has_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn category_that_only_the_log_has_is_not_named() {
+async fn category_that_only_the_log_has_is_not_reported() {
     let store = store();
     add(&store, "a", [1]).await;
     let events = store.read_log(&LogQuery::all(), Position::START, 10).await.unwrap().events;
@@ -251,7 +251,7 @@ async fn category_that_only_the_log_has_is_not_named() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn topic_without_any_message_is_named_until_it_has_one() {
+async fn topic_without_messages_is_named_until_it_has_one() {
     let store = store();
     let bus = Arc::new(LocalBus::default());
     let mut runtime = Runtime::new();

@@ -85,7 +85,7 @@ fn to(progress: &Progress, step: usize) -> Progress {
 /// Sagas move to plans in which steps were added (before, after and between others), removed or moved, if the saga has
 /// not yet requested those steps.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn steps_that_were_not_asked_for_are_added_removed_and_moved() {
+async fn migration_adds_removes_and_moves_unrequested_steps() {
     type Case = (&'static str, fn() -> Plan, fn(&Progress) -> Progress, &'static [&'static str]);
     let cases: [Case; 4] = [
         (
@@ -175,7 +175,7 @@ async fn refusal(world: &World, id: &str, runtime: Runtime) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn migration_that_would_do_a_step_again_or_leads_nowhere_is_refused_for_that_saga_alone() {
+async fn wrong_migration_is_refused_for_that_saga_alone() {
     type Case = (fn() -> Plan, fn(&Progress) -> Progress, &'static str);
     let cases: [Case; 7] = [
         (
@@ -225,7 +225,7 @@ async fn migration_that_would_do_a_step_again_or_leads_nowhere_is_refused_for_th
 }
 
 #[tokio::test]
-async fn plan_that_would_never_be_used_is_refused_at_the_start() {
+async fn unused_plan_is_refused_at_the_start() {
     fn other() -> Plan {
         Saga::<Trip>::named("trip")
             .compensatable("book", |trip| ask("hotel", "book", trip))
@@ -263,7 +263,7 @@ fn second() -> Plan {
 /// Two builds run on one store, each with its own bus. They share the lanes of the log, so each build receives events
 /// that the other wrote.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn builds_side_by_side_forth_and_back_leave_no_saga_behind() {
+async fn rolling_forward_and_back_strands_no_saga() {
     let schema = postgres::Schema::new();
     for (name, [old, new], stores) in [
         (
@@ -325,7 +325,7 @@ async fn all_end(world: &World, ids: std::ops::Range<usize>, name: &str) {
 
 /// Sagas whose plan no running build has wait, and operators can see that they wait.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn saga_whose_plan_no_build_has_waits_visibly_and_goes_on_with_one_that_has_it() {
+async fn saga_of_an_unknown_plan_waits_visibly_for_a_build_with_it() {
     fn quick() -> Plan {
         plan!(Duration::from_millis(200), 1_000; "book" @ "hotel", "charge" @ "bank"; "announce" @ "hotel", "thank" @ "hotel")
     }
@@ -347,7 +347,7 @@ async fn saga_whose_plan_no_build_has_waits_visibly_and_goes_on_with_one_that_ha
 /// The older build receives the reply to a saga with the newer plan and parks that reply. The newer build handles the
 /// reply without waiting for the older build to end.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn reply_that_an_older_build_parks_is_taken_by_a_newer_build_at_once() {
+async fn reply_parked_by_an_older_build_is_handled_by_a_newer_build_at_once() {
     fn newer() -> Plan {
         plan!(PATIENT, 3; "book" @ "hotel", "charge" @ "bank"; "announce" @ "hotel", "thank" @ "hotel")
     }
@@ -391,7 +391,7 @@ impl<E: Event + std::fmt::Debug> Handler for Follower<E> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn event_that_a_build_does_not_know_waits_for_one_that_does() {
+async fn unknown_event_waits_for_a_build_that_knows_it() {
     use annals_tests::tally::TallyEvent;
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let old = || Subscription::new("follower", Follower::<TallyEvent>(std::marker::PhantomData)).query(tallies());
@@ -450,7 +450,7 @@ async fn append(store: &Arc<dyn EventStore>, stream: &str, expected: i64, event:
 
 /// A saga waits for a command that only the next build of the bank can handle.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn command_of_the_next_build_is_carried_out_once_that_is_deployed() {
+async fn command_of_the_next_build_runs_after_its_deployment() {
     #[derive(Event, Clone, Debug, PartialEq)]
     #[event(prefix = "act")]
     enum Newer {

@@ -52,7 +52,7 @@ async fn copied(store: &Arc<dyn EventStore>, id: &str, amounts: Vec<i64>) {
 }
 
 #[tokio::test]
-async fn order_is_kept_per_key_from_end_to_end() {
+async fn events_keep_their_order_per_key_end_to_end() {
     let (here, there, bus) = (memory(), memory(), Arc::new(LocalBus::new(4)));
     let runtime = start(vec![sink(&there), source(&here)], &bus).await;
     for round in 0..40 {
@@ -68,7 +68,7 @@ async fn order_is_kept_per_key_from_end_to_end() {
 }
 
 #[tokio::test]
-async fn relay_that_crashes_at_its_checkpoint_sends_again_and_nothing_is_done_twice() {
+async fn relay_crash_at_its_checkpoint_causes_no_second_effect() {
     for fault in [Fault::CrashBefore, Fault::CrashAfter] {
         let (inner, there, bus) = (memory(), memory(), Arc::new(LocalBus::new(2)));
         let faulty = FaultyStore::new(inner.clone());
@@ -97,7 +97,7 @@ async fn relay_that_crashes_at_its_checkpoint_sends_again_and_nothing_is_done_tw
 }
 
 #[tokio::test]
-async fn stores_that_are_away_lose_and_double_nothing() {
+async fn unavailable_stores_lose_and_duplicate_nothing() {
     let (inner_here, inner_there, bus) = (memory(), memory(), Arc::new(LocalBus::new(2)));
     let (faulty_here, faulty_there) = (FaultyStore::new(inner_here.clone()), FaultyStore::new(inner_there.clone()));
     let (here, there): (Arc<dyn EventStore>, Arc<dyn EventStore>) =
@@ -122,7 +122,7 @@ async fn stores_that_are_away_lose_and_double_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn relay_passes_over_what_it_does_not_publish() {
+async fn relay_skips_unpublished_events() {
     let (here, bus) = (memory(), Arc::new(LocalBus::new(2)));
     let runtime = start(vec![Service::new("source", here.clone()).publish(&["order"])], &bus).await;
     add(&here, "a", 1..=5).await;
@@ -279,7 +279,7 @@ impl Consuming {
 }
 
 #[tokio::test]
-async fn error_between_commit_and_acknowledgement_doubles_nothing() {
+async fn error_between_commit_and_acknowledgement_duplicates_nothing() {
     let bus = Arc::new(Scripted { failing_acknowledgements: AtomicU32::new(3), ..Scripted::default() });
     let consuming = consume(&Handle(bus.clone()), &["source.events"], 1, &Notes::default(), memory()).await;
     for number in 1..=6 {
@@ -291,7 +291,7 @@ async fn error_between_commit_and_acknowledgement_doubles_nothing() {
 }
 
 #[tokio::test]
-async fn what_a_relay_sends_twice_is_handled_once() {
+async fn message_sent_twice_by_a_relay_is_handled_once() {
     let (bus, store, notes) = (Arc::new(Scripted::default()), memory(), Notes::default());
     let sent = |key: &str, lane, position| {
         let message = message(key, position);
@@ -331,7 +331,7 @@ async fn lost_commit_and_failed_rewind_lose_nothing() {
 }
 
 #[tokio::test]
-async fn bytes_that_are_no_message_are_parked_as_they_came() {
+async fn undecodable_bytes_are_parked_unchanged() {
     let (bus, store) = (Arc::new(Scripted::default()), memory());
     let notes = Notes::default();
     let consuming = consume(&Handle(bus.clone()), &["source.events"], 1, &notes, store.clone()).await;
@@ -353,7 +353,7 @@ async fn bytes_that_are_no_message_are_parked_as_they_came() {
 }
 
 #[tokio::test]
-async fn keys_and_messages_that_no_document_holds_are_parked_all_the_same() {
+async fn unstorable_keys_and_messages_are_parked_in_substitute_form() {
     let (bus, store, notes) = (Arc::new(Scripted::default()), memory(), Notes::default());
     notes.bad.lock().unwrap().push(1);
     let consuming = consume(&Handle(bus.clone()), &["source.events"], 1, &notes, store.clone()).await;
@@ -373,7 +373,7 @@ async fn keys_and_messages_that_no_document_holds_are_parked_all_the_same() {
 }
 
 #[tokio::test]
-async fn two_members_that_park_one_key_keep_both_messages() {
+async fn members_that_park_one_key_at_once_keep_both_messages() {
     // The bus has one partition per topic, and each topic has one member.
     let (bus, store, notes) = (LocalBus::new(1), memory(), Notes::default());
     notes.bad.lock().unwrap().extend([1, 2]);
@@ -395,7 +395,7 @@ async fn two_members_that_park_one_key_keep_both_messages() {
 }
 
 #[tokio::test]
-async fn message_that_the_bus_refuses_is_parked_once_and_holds_up_its_key_alone() {
+async fn refused_message_is_parked_once_and_blocks_only_its_key() {
     let (here, bus) = (memory(), Arc::new(Scripted::default()));
     *bus.refuses.lock().unwrap() = Some("tally-bad".into());
     for id in ["a", "bad", "b", "bad", "c"] {

@@ -83,14 +83,14 @@ async fn mark_all(hint: Hint, wrong: usize) {
 }
 
 #[tokio::test]
-async fn creating_what_exists_costs_one_more_attempt() {
+async fn wrong_create_hint_costs_one_more_attempt() {
     for wrong in [1, 7, 50, MESSAGES] {
         mark_all(Hint::Create, wrong).await;
     }
 }
 
 #[tokio::test]
-async fn loading_as_new_what_exists_costs_one_more_attempt() {
+async fn wrong_load_new_hint_costs_one_more_attempt() {
     for wrong in [1, 7, 50, MESSAGES] {
         mark_all(Hint::LoadNew, wrong).await;
     }

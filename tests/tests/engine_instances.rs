@@ -79,7 +79,7 @@ async fn add_to_all(store: &Arc<dyn EventStore>, amounts: std::ops::RangeInclusi
 }
 
 #[tokio::test]
-async fn lanes_are_spread_and_handed_over_when_one_comes_and_when_one_drains() {
+async fn lanes_are_redistributed_when_instances_join_and_drain() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let one = copier(&store, "one").await;
     becomes(&store, &[("one", 8)]).await;
@@ -110,7 +110,7 @@ async fn lanes_are_spread_and_handed_over_when_one_comes_and_when_one_drains() {
 }
 
 #[tokio::test]
-async fn lanes_of_one_that_crashed_are_taken_over() {
+async fn lanes_of_a_crashed_instance_are_taken_over() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let one = copier(&store, "one").await;
     let two = copier(&store, "two").await;
@@ -154,7 +154,7 @@ impl Handler for Stopping {
 }
 
 #[tokio::test]
-async fn one_that_was_stopped_past_its_lease_changes_nothing_when_it_goes_on() {
+async fn instance_stopped_past_its_lease_changes_nothing_when_resumed() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let (stop, stopped) = watch::channel(true);
     let (is_stopped, mut seen) = watch::channel(false);
@@ -184,7 +184,7 @@ async fn epochs(store: &Arc<dyn EventStore>) -> HashMap<Arc<str>, i64> {
 }
 
 #[tokio::test]
-async fn sagas_go_on_over_several_processes_with_a_bus_in_each() {
+async fn sagas_progress_over_several_processes_with_separate_buses() {
     let first = World::new(Arc::new(MemoryStore::new()), trip(Duration::from_secs(60), 3));
     let second = World {
         bus: Arc::new(LocalBus::default()),

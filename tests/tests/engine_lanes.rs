@@ -105,7 +105,7 @@ async fn lanes(store: &Arc<dyn EventStore>) -> Vec<(String, Option<u32>)> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_changed_number_of_lanes_handles_each_event_once_and_in_order() {
+async fn changed_number_of_lanes_handles_each_event_once_and_in_order() {
     on_each_store(async |store| {
         let mut upto = 0;
         // Each round is killed while the lane of one tally does not move. The next round starts with another number of
@@ -142,7 +142,7 @@ async fn a_changed_number_of_lanes_handles_each_event_once_and_in_order() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_parked_moves_with_the_lanes() {
+async fn parked_messages_move_with_the_lanes() {
     on_each_store(async |store| {
         let handler = Copies::into(&store);
         *handler.broken.lock().unwrap() = Some(2);
@@ -172,7 +172,7 @@ async fn what_is_parked_moves_with_the_lanes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_instance_with_another_number_waits_until_the_others_end() {
+async fn instance_with_another_number_of_lanes_waits_until_the_others_end() {
     on_each_store(async |store| {
         let handler = Copies::into(&store);
         let older = start(Runtime::shared("older"), &store, &handler, 2).await;
@@ -202,7 +202,7 @@ async fn an_instance_with_another_number_waits_until_the_others_end() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_process_whose_number_was_changed_stops_and_says_so() {
+async fn process_stops_when_its_number_of_lanes_was_changed() {
     on_each_store(async |store| {
         let handler = Copies::into(&store);
         let before = start(Runtime::new(), &store, &handler, 3).await;
@@ -228,7 +228,7 @@ async fn a_process_whose_number_was_changed_stops_and_says_so() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_killed_relay_comes_back_with_another_number_of_lanes() {
+async fn killed_relay_restarts_with_another_number_of_lanes() {
     on_each_store(async |store| {
         let there: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
         let bus = Arc::new(LocalBus::new(2));
@@ -276,7 +276,7 @@ async fn a_killed_relay_comes_back_with_another_number_of_lanes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn lanes_of_earlier_releases_are_taken_as_they_are_or_refused() {
+async fn lanes_of_earlier_releases_are_adopted_or_refused() {
     on_each_store(async |store| {
         add_to_all(&store, 1..=2).await;
         let half = TALLIES;

@@ -49,7 +49,7 @@ async fn started(runtime: &mut Runtime, services: Vec<Service>) -> Result<(), St
 }
 
 #[tokio::test]
-async fn two_parts_of_one_name_are_refused_before_anything_is_written() {
+async fn duplicate_names_of_parts_are_refused_before_anything_is_written() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let service = || Service::new("bank", store.clone());
     let group = |name: &str| Group::new(name, &["other.events"], Seen::default());
@@ -75,7 +75,7 @@ async fn two_parts_of_one_name_are_refused_before_anything_is_written() {
 }
 
 #[tokio::test]
-async fn names_that_would_meet_others_are_refused_before_anything_is_written() {
+async fn colliding_names_are_refused_before_anything_is_written() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     for name in ["", "a/b", "totals@1", "a\u{0}", "mail.relay", &"x".repeat(151)] {
         let service = || Service::new("bank", store.clone());
@@ -100,7 +100,7 @@ async fn names_that_would_meet_others_are_refused_before_anything_is_written() {
 
 /// Some names are prefixes of others. Each action affects only the one with exactly that name.
 #[tokio::test]
-async fn an_operator_acts_on_the_one_that_is_named() {
+async fn operator_acts_only_on_the_named_subscription() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let mut runtime = Runtime::new();
     let names = ["mail", "mail.er", "mailer", "mailer2", "a.mailer"];
@@ -122,7 +122,7 @@ async fn an_operator_acts_on_the_one_that_is_named() {
 
 /// A process that ran as instance "1" has died. Ten minutes later, another process cleans up after it.
 #[tokio::test(start_paused = true)]
-async fn the_end_of_an_instance_takes_nothing_that_is_called_like_it() {
+async fn ended_instance_removes_no_similarly_named_documents() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let at = r#""at":"2026-01-01T00:00:00Z""#;
     let put = |collection: &str, id: &str, body: String| Put {
@@ -156,7 +156,7 @@ async fn the_end_of_an_instance_takes_nothing_that_is_called_like_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_reset_brings_what_is_parked_once_and_in_order() {
+async fn reset_handles_parked_messages_once_and_in_order() {
     let folder = tempfile::tempdir().unwrap();
     let schema = postgres::Schema::new();
     let stores: [Arc<dyn EventStore>; 3] = [

@@ -125,7 +125,7 @@ async fn a_paused_subscription_ends_with_its_service_and_stays_paused() {
 }
 
 #[tokio::test]
-async fn a_saga_does_what_an_operator_asks_for_from_outside_or_says_why_not() {
+async fn saga_executes_operator_requests_or_gives_the_reason() {
     let world = World::new(Arc::new(MemoryStore::new()), trip(Duration::from_secs(20), 2));
     let runtime = world.start(&["shop", "hotel", "bank"]).await;
     world.script.play("announce", Play::Fail, 2);
@@ -164,7 +164,7 @@ async fn a_saga_does_what_an_operator_asks_for_from_outside_or_says_why_not() {
 }
 
 #[tokio::test]
-async fn a_request_waits_for_a_service_and_an_abandoned_saga_has_no_timer_left() {
+async fn request_waits_for_a_service_and_abandoned_saga_has_no_timer() {
     let world = World::new(Arc::new(MemoryStore::new()), trip(Duration::from_secs(20), 1));
     let runtime = world.start(&["shop", "hotel", "bank"]).await;
     world.script.play("announce", Play::Fail, 1);

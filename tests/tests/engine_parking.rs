@@ -184,7 +184,7 @@ impl Bed {
 }
 
 #[tokio::test]
-async fn failing_key_waits_in_order_and_others_go_on() {
+async fn failing_key_waits_in_order_and_other_keys_continue() {
     let bed = Bed::new();
     bed.fussy.trouble(2, Trouble::Fail, u32::MAX);
     bed.add("a", 1..=5).await;
@@ -206,7 +206,7 @@ async fn failing_key_waits_in_order_and_others_go_on() {
 }
 
 #[tokio::test]
-async fn retries_by_itself_with_growing_delays() {
+async fn parked_message_is_retried_with_growing_delays() {
     let mut bed = Bed::new();
     let (delay_min, delay_max) = (Duration::from_millis(300), Duration::from_secs(60));
     bed.retry = RetryPolicy { attempts_max: 4, delay_min, delay_max };
@@ -226,7 +226,7 @@ async fn retries_by_itself_with_growing_delays() {
 }
 
 #[tokio::test]
-async fn after_the_last_attempt_it_stays_until_redriven() {
+async fn message_stays_parked_after_the_last_attempt_until_redriven() {
     let mut bed = Bed::new();
     bed.retry =
         RetryPolicy { attempts_max: 3, delay_min: Duration::from_millis(1), delay_max: Duration::from_millis(2) };
@@ -295,7 +295,7 @@ async fn hopeless_messages_park_at_once_with_the_reason() {
 }
 
 #[tokio::test]
-async fn panic_parks_its_message_and_the_lane_goes_on() {
+async fn panic_parks_its_message_and_the_lane_continues() {
     let mut bed = Bed::new();
     bed.retry =
         RetryPolicy { attempts_max: 2, delay_min: Duration::from_millis(1), delay_max: Duration::from_millis(2) };
@@ -314,7 +314,7 @@ async fn panic_parks_its_message_and_the_lane_goes_on() {
 }
 
 #[tokio::test]
-async fn message_that_cannot_be_prepared_for_parks_alone() {
+async fn failed_prepare_parks_only_its_message() {
     let bed = Bed::new();
     bed.fussy.unprepared.lock().unwrap().insert(4);
     for id in ["a", "b", "c"] {
@@ -333,7 +333,7 @@ async fn message_that_cannot_be_prepared_for_parks_alone() {
 }
 
 #[tokio::test]
-async fn undecodable_event_parks_for_good() {
+async fn undecodable_event_is_parked_without_retries() {
     let mut bed = Bed::new();
     bed.retry = RetryPolicy::default();
     let odd = annals::NewEvent {
@@ -357,7 +357,7 @@ async fn undecodable_event_parks_for_good() {
 }
 
 #[tokio::test]
-async fn dropping_the_first_lets_the_next_go() {
+async fn dropping_the_first_message_releases_the_next() {
     let bed = Bed::new();
     bed.fussy.trouble(1, Trouble::Fail, u32::MAX);
     bed.add("a", 1..=3).await;
@@ -372,7 +372,7 @@ async fn dropping_the_first_lets_the_next_go() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn dropping_the_only_one_frees_its_key() {
+async fn dropping_the_only_message_frees_its_key() {
     let bed = Bed::new();
     bed.fussy.trouble(1, Trouble::Fail, u32::MAX);
     bed.add("a", [1]).await;
@@ -407,7 +407,7 @@ async fn parked_messages_survive_a_restart() {
 }
 
 #[tokio::test]
-async fn redrive_that_is_cut_off_goes_on() {
+async fn interrupted_redrive_continues() {
     // The fault comes after the first parked message is handled: the process dies, or the store is away for a moment.
     for fault in [Fault::CrashBefore, Fault::CrashAfter, Fault::Unavailable, Fault::AppliedUnknown, Fault::LostUnknown]
     {
@@ -436,7 +436,7 @@ async fn redrive_that_is_cut_off_goes_on() {
 }
 
 #[tokio::test]
-async fn redrive_decides_on_what_is_true_now() {
+async fn redrive_reads_current_state() {
     // This handler executes commands on an aggregate. When a message is redriven, the stream has events that others
     // have written since.
     struct Adds(Repository<Tally>, Arc<Mutex<bool>>);
@@ -472,7 +472,7 @@ async fn redrive_decides_on_what_is_true_now() {
 }
 
 #[tokio::test]
-async fn due_messages_of_other_lanes_hide_nothing() {
+async fn due_messages_of_other_lanes_hide_no_message() {
     let bed = Bed::new();
     let of_nobody = (0..300).map(|number| {
         let body = serde_json::json!({

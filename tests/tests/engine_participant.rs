@@ -176,7 +176,7 @@ async fn repeated_step_and_undo_are_carried_out_once_and_answered_for_each_attem
 }
 
 #[tokio::test]
-async fn undo_that_comes_first_bars_the_step() {
+async fn early_undo_blocks_its_step() {
     let mut desk = Desk::open().await;
     desk.send(vec![desk.command(At::Undo(1), 1, 2)]).await;
     assert_eq!(desk.reply().await, Outcome::Done(serde_json::Value::Null));
@@ -189,7 +189,7 @@ async fn undo_that_comes_first_bars_the_step() {
 }
 
 #[tokio::test]
-async fn failed_attempt_that_is_delivered_again_does_nothing() {
+async fn redelivered_failed_attempt_does_nothing() {
     let mut desk = Desk::open().await;
     desk.script.play("charge", Play::Fail, 1);
     let failed = desk.command(At::Forward(1), 1, 1);
@@ -206,7 +206,7 @@ async fn failed_attempt_that_is_delivered_again_does_nothing() {
 }
 
 #[tokio::test]
-async fn step_whose_outcome_stays_unknown_is_undone() {
+async fn step_with_an_unknown_outcome_is_undone() {
     let mut desk = Desk::open().await;
     desk.script.play("charge", Play::Vanish, 1);
     desk.send(vec![desk.command(At::Forward(1), 1, 1)]).await;
@@ -256,7 +256,7 @@ async fn refused_step_stays_refused_and_has_nothing_to_undo() {
 }
 
 #[tokio::test]
-async fn command_that_is_none_is_parked() {
+async fn invalid_command_is_parked() {
     let desk = Desk::open().await;
     let mut without = desk.command(At::Forward(1), 1, 1);
     without.extensions.remove("sagaattempt");
@@ -266,7 +266,7 @@ async fn command_that_is_none_is_parked() {
 }
 
 #[tokio::test]
-async fn work_that_was_answered_and_lost_is_done_again_before_commands_are_taken() {
+async fn answered_but_lost_work_is_repeated_before_new_commands() {
     let mut desk = Desk::open().await;
     let step = desk.command(At::Forward(1), 1, 1);
     desk.send(vec![step.clone()]).await;
@@ -283,7 +283,7 @@ async fn work_that_was_answered_and_lost_is_done_again_before_commands_are_taken
 }
 
 #[tokio::test]
-async fn step_that_was_refused_before_a_restore_is_not_owed() {
+async fn step_refused_before_a_restore_is_not_owed() {
     let mut desk = Desk::open().await;
     desk.script.play("charge", Play::Refuse, 1);
     desk.send(vec![desk.command(At::Forward(1), 1, 1), desk.command(At::Forward(2), 1, 2)]).await;
@@ -310,7 +310,7 @@ async fn work_of_a_step_and_of_its_undo_is_done_again_in_order() {
 }
 
 #[tokio::test]
-async fn answers_that_had_no_work_of_their_own_are_not_done_again() {
+async fn answers_without_work_are_not_repeated() {
     let mut desk = Desk::open().await;
     // An undo of a step that failed has nothing to undo; a second attempt at a step that is done gets the first answer.
     desk.script.play("charge", Play::Fail, 1);
@@ -331,7 +331,7 @@ async fn answers_that_had_no_work_of_their_own_are_not_done_again() {
 }
 
 #[tokio::test]
-async fn work_that_cannot_be_done_again_is_reported_and_tried_at_the_next_start() {
+async fn unrepeatable_work_is_reported_and_retried_at_the_next_start() {
     let mut desk = Desk::open().await;
     desk.send(vec![desk.command(At::Forward(1), 1, 1)]).await;
     let done = desk.reply().await;

@@ -36,7 +36,7 @@ async fn checkpoint(store: &Arc<dyn EventStore>) -> Option<i64> {
 }
 
 #[tokio::test]
-async fn a_receipt_says_nothing_of_the_messages_after_it() {
+async fn receipt_does_not_cover_later_messages() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let (published, mut arriving) = mpsc::unbounded_channel();
     let mut next = async || within("it is published", arriving.recv()).await.unwrap();

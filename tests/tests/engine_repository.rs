@@ -50,12 +50,12 @@ async fn sixty_four_tasks(store: Arc<dyn EventStore>, each: i64) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn sixty_four_tasks_on_one_aggregate() {
+async fn sixty_four_tasks_count_exactly_on_one_aggregate() {
     sixty_four_tasks(memory(), 100).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn sixty_four_tasks_on_one_aggregate_in_sqlite() {
+async fn sixty_four_tasks_count_exactly_on_one_aggregate_in_sqlite() {
     let folder = tempfile::tempdir().unwrap();
     let store = SqliteStore::open(folder.path().join("annals.db")).await.unwrap();
     sixty_four_tasks(Arc::new(store.clone()), 10).await;
@@ -63,7 +63,7 @@ async fn sixty_four_tasks_on_one_aggregate_in_sqlite() {
 }
 
 #[tokio::test]
-async fn repeated_command_gives_its_first_outcome() {
+async fn repeated_command_returns_its_first_outcome() {
     let store = memory();
     let (first, id) = (tallies(&store), Uuid::new_v4());
     let done = first.execute("a", TallyCommand::AddOnes(3), id).await.unwrap();
@@ -80,7 +80,7 @@ async fn repeated_command_gives_its_first_outcome() {
 }
 
 #[tokio::test]
-async fn repeated_command_gives_all_of_many_events() {
+async fn repeated_command_returns_all_of_its_events() {
     // The stream has fewer events than commands are remembered per stream, and more events than one read returns.
     let (store, id) = (memory(), Uuid::new_v4());
     tallies(&store).execute("a", TallyCommand::AddOnes(1_010), id).await.unwrap();
@@ -89,7 +89,7 @@ async fn repeated_command_gives_all_of_many_events() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn command_sent_many_times_at_once_is_carried_out_once() {
+async fn command_sent_many_times_at_once_is_executed_once() {
     let store = memory();
     let (one, two) = (tallies(&store), tallies(&store));
     for round in 0..50 {
@@ -106,7 +106,7 @@ async fn command_sent_many_times_at_once_is_carried_out_once() {
 }
 
 #[tokio::test]
-async fn refusal_is_never_for_an_outdated_reason() {
+async fn refusal_never_rests_on_outdated_state() {
     let store = memory();
     let (one, two) = (tallies(&store), tallies(&store));
     one.execute("a", TallyCommand::Add(1), Uuid::new_v4()).await.unwrap();
@@ -178,7 +178,7 @@ async fn command_too_large_for_a_commit_fails_alone() {
 }
 
 #[tokio::test]
-async fn commands_that_are_too_much_together_are_all_carried_out() {
+async fn commands_too_large_for_one_commit_are_all_executed() {
     let faulty = FaultyStore::new(memory());
     let outcomes = together(&faulty, vec![TallyCommand::AddOnes(40); 500]).await;
     assert!(outcomes.iter().all(|outcome| matches!(outcome, Ok(40))), "{:?}", outcomes.iter().find(|o| o.is_err()));
@@ -187,7 +187,7 @@ async fn commands_that_are_too_much_together_are_all_carried_out() {
 }
 
 #[tokio::test]
-async fn panicking_decision_is_answered_and_blocks_nobody() {
+async fn panicking_command_is_answered_and_blocks_no_other() {
     let faulty = FaultyStore::new(memory());
     let mut commands = vec![TallyCommand::Add(1); 5];
     commands[2] = TallyCommand::Panic;
@@ -200,7 +200,7 @@ async fn panicking_decision_is_answered_and_blocks_nobody() {
 }
 
 #[tokio::test]
-async fn dropped_futures_call_nothing_back_and_block_nobody() {
+async fn dropped_futures_revoke_no_command_and_block_no_other() {
     let faulty = FaultyStore::new(memory());
     let gate = Gate::new();
     faulty.at(1, Fault::Hold(gate.clone()));
@@ -217,7 +217,7 @@ async fn dropped_futures_call_nothing_back_and_block_nobody() {
 }
 
 #[tokio::test]
-async fn caller_who_does_not_look_holds_up_nobody() {
+async fn caller_that_does_not_poll_blocks_no_other() {
     let faulty = FaultyStore::new(memory());
     let gate = Gate::new();
     faulty.at(1, Fault::Hold(gate.clone()));
@@ -236,7 +236,7 @@ async fn caller_who_does_not_look_holds_up_nobody() {
 }
 
 #[test]
-fn runtime_that_ends_leaves_no_line_behind() {
+fn ended_runtime_leaves_no_queue_behind() {
     let runtime = || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let (ending, lasting) = (runtime(), runtime());
     let faulty = FaultyStore::new(memory());
@@ -264,7 +264,7 @@ fn runtime_that_ends_leaves_no_line_behind() {
 }
 
 #[tokio::test]
-async fn unknown_outcomes_carry_a_command_out_once() {
+async fn unknown_outcomes_execute_a_command_once() {
     let inner = memory();
     let faulty = FaultyStore::new(inner.clone());
     let store: Arc<dyn EventStore> = Arc::new(faulty.clone());
@@ -282,7 +282,7 @@ async fn unknown_outcomes_carry_a_command_out_once() {
 }
 
 #[tokio::test]
-async fn store_that_is_away_is_said_to_be() {
+async fn unavailable_store_is_reported() {
     let faulty = FaultyStore::new(memory());
     let store: Arc<dyn EventStore> = Arc::new(faulty.clone());
     let (tallies, id) = (tallies(&store), Uuid::new_v4());
@@ -294,7 +294,7 @@ async fn store_that_is_away_is_said_to_be() {
 }
 
 #[tokio::test]
-async fn tiny_cache_is_still_right() {
+async fn tiny_cache_gives_correct_results() {
     for cached in [0, 1, 3] {
         let store = memory();
         let tallies = Repository::<Tally>::with(store.clone(), "tally", cached);
@@ -337,7 +337,7 @@ async fn unknown_event_type_is_named_with_its_place() {
 }
 
 #[tokio::test]
-async fn impossible_ids_are_refused_and_leave_nothing() {
+async fn invalid_ids_are_refused_without_effect() {
     let store = memory();
     let tallies = tallies(&store);
     for id in ["two\nlines", "", &"x".repeat(10_000), "nul\0"] {
@@ -376,7 +376,7 @@ impl<const VERSION: i32> Aggregate for Snapped<VERSION> {
 }
 
 #[tokio::test]
-async fn snapshots_are_a_shortcut_and_nothing_else() {
+async fn snapshots_change_no_result() {
     let store = memory();
     let command = Uuid::new_v4();
     let number = |number: i64| Uuid::new_v5(&command, &number.to_be_bytes());
@@ -437,7 +437,7 @@ impl Aggregate for Bulky {
 }
 
 #[tokio::test]
-async fn state_too_large_for_a_snapshot_goes_without() {
+async fn oversized_state_is_kept_without_snapshot() {
     let store = memory();
     let bulky = Repository::<Bulky>::new(store.clone());
     for _ in 0..6 {

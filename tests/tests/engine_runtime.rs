@@ -52,7 +52,7 @@ async fn bed() -> Bed {
 }
 
 #[tokio::test]
-async fn health_goes_from_starting_over_fine_and_trouble_to_stopped() {
+async fn health_moves_through_all_states() {
     let Bed { inner, faulty, runtime } = bed().await;
     let health = runtime.health();
     assert!(!health.is_fine());
@@ -69,7 +69,7 @@ async fn health_goes_from_starting_over_fine_and_trouble_to_stopped() {
 }
 
 #[tokio::test]
-async fn drain_waits_for_the_batch_in_hand() {
+async fn drain_waits_for_the_current_batch() {
     let Bed { inner, faulty, runtime } = bed().await;
     let gate = Gate::new();
     faulty.when_checkpoint("copier", Fault::Hold(gate.clone()));
@@ -84,7 +84,7 @@ async fn drain_waits_for_the_batch_in_hand() {
 }
 
 #[tokio::test]
-async fn drain_that_takes_too_long_says_so_and_cuts_off() {
+async fn drain_timeout_is_reported_and_aborts_parts() {
     let Bed { inner, faulty, runtime } = bed().await;
     let gate = Gate::new();
     faulty.when_checkpoint("copier", Fault::Hold(gate.clone()));
@@ -111,7 +111,7 @@ async fn wake(store: &dyn EventStore, bus: &LocalBus) {
 }
 
 #[tokio::test]
-async fn what_was_dropped_does_nothing_more() {
+async fn dropped_runtime_does_nothing_more() {
     for parts in ["lanes", "members", "a projection"] {
         let (inner, bus): (Arc<dyn EventStore>, _) = (Arc::new(MemoryStore::new()), LocalBus::default());
         let faulty = FaultyStore::new(inner.clone());
@@ -138,7 +138,7 @@ async fn what_was_dropped_does_nothing_more() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn drain_waits_for_no_consumer_that_is_gone() {
+async fn drain_does_not_wait_for_ended_consumers() {
     let (store, bus): (Arc<dyn EventStore>, _) = (Arc::new(MemoryStore::new()), LocalBus::default());
     // The group still exists, and the bus holds messages for it.
     drop(bus.join("gone", &["source.events"]).await.unwrap());
@@ -171,7 +171,7 @@ async fn first_error_is_returned_and_health_names_the_part() {
 }
 
 #[tokio::test]
-async fn panic_of_a_part_is_seen_at_once_and_returned() {
+async fn panic_of_a_part_shows_at_once_and_is_returned() {
     let Bed { mut runtime, .. } = bed().await;
     let health = runtime.health();
     runtime.spawn("mailer", async { panic!("out of paper") });
@@ -181,7 +181,7 @@ async fn panic_of_a_part_is_seen_at_once_and_returned() {
 }
 
 #[tokio::test]
-async fn drain_without_a_start_and_right_after_it() {
+async fn drain_works_before_and_right_after_the_start() {
     Runtime::new().drain(PATIENCE).await.unwrap();
     bed().await.runtime.drain(PATIENCE).await.unwrap();
 }

@@ -31,7 +31,7 @@ async fn no_message_is_parked(world: &World) {
 }
 
 #[tokio::test]
-async fn goes_forward_to_its_end() {
+async fn saga_runs_to_completion() {
     let world = world(PATIENT, 3);
     let runtime = world.start(&ALL).await;
     for trip in 0..50 {
@@ -49,7 +49,7 @@ async fn goes_forward_to_its_end() {
 }
 
 #[tokio::test]
-async fn goes_forward_to_its_end_on_sqlite() {
+async fn saga_runs_to_completion_on_sqlite() {
     let folder = tempfile::tempdir().unwrap();
     let store = SqliteStore::open(folder.path().join("annals.db")).await.unwrap();
     let world = World::new(Arc::new(store.clone()), trip(PATIENT, 3));
@@ -67,7 +67,7 @@ async fn goes_forward_to_its_end_on_sqlite() {
 }
 
 #[tokio::test]
-async fn refusal_takes_back_in_reverse_order_and_once() {
+async fn refusal_compensates_in_reverse_order_and_once() {
     for (refused, done) in [
         ("book", vec![]),
         ("charge", vec!["book", "undo book"]),
@@ -86,7 +86,7 @@ async fn refusal_takes_back_in_reverse_order_and_once() {
 }
 
 #[tokio::test]
-async fn failed_steps_are_asked_for_again_under_one_id() {
+async fn failed_steps_are_retried_under_one_id() {
     let world = world(PATIENT, 4);
     let runtime = world.start(&ALL).await;
     world.script.play("charge", Play::Fail, 2).play("announce", Play::Panic, 2).play("confirm", Play::Fail, 1);
@@ -103,7 +103,7 @@ async fn failed_steps_are_asked_for_again_under_one_id() {
 }
 
 #[tokio::test]
-async fn step_that_keeps_failing_is_given_up() {
+async fn step_that_keeps_failing_is_compensated() {
     let world = world(PATIENT, 2);
     let runtime = world.start(&ALL).await;
     world.script.play("charge", Play::Panic, u32::MAX);
@@ -120,7 +120,7 @@ async fn step_that_keeps_failing_is_given_up() {
 }
 
 #[tokio::test]
-async fn participant_that_is_down_is_asked_again_until_it_is_there() {
+async fn unavailable_participant_is_retried_until_it_answers() {
     let world = world(QUICK, 100);
     let runtime = world.start(&["shop", "hotel"]).await;
     world.request("a", Uuid::new_v4(), None).await;
@@ -136,7 +136,7 @@ async fn participant_that_is_down_is_asked_again_until_it_is_there() {
 }
 
 #[tokio::test]
-async fn step_that_comes_after_its_undo_is_refused() {
+async fn step_that_arrives_after_its_undo_is_refused() {
     let world = world(QUICK, 2);
     // From here on, the bus holds the messages to the bank, but no member receives them.
     let bank = world.start(&["bank"]).await;
@@ -156,7 +156,7 @@ async fn step_that_comes_after_its_undo_is_refused() {
 }
 
 #[tokio::test]
-async fn deadline_takes_back_and_counts_no_further_than_the_pivot() {
+async fn deadline_compensates_and_ends_at_the_pivot() {
     let plan = |deadline| {
         Saga::named("trip")
             .deadline(deadline)
@@ -185,7 +185,7 @@ async fn deadline_takes_back_and_counts_no_further_than_the_pivot() {
 }
 
 #[tokio::test]
-async fn who_does_not_answer_is_named() {
+async fn silent_participant_is_named() {
     let world = world(Duration::from_millis(50), u32::MAX);
     let runtime = world.start(&["shop", "hotel"]).await;
     world.request("a", Uuid::new_v4(), None).await;
@@ -196,7 +196,7 @@ async fn who_does_not_answer_is_named() {
 }
 
 #[tokio::test]
-async fn undo_that_fails_gets_stuck_where_an_operator_sees_it() {
+async fn failing_undo_makes_the_saga_visibly_stuck() {
     let world = world(PATIENT, 2);
     let runtime = world.start(&ALL).await;
     world.script.play("confirm", Play::Refuse, 1).play("undo charge", Play::Fail, 2);
@@ -218,7 +218,7 @@ async fn undo_that_fails_gets_stuck_where_an_operator_sees_it() {
 }
 
 #[tokio::test]
-async fn stuck_saga_is_stuck_for_itself_alone() {
+async fn stuck_saga_blocks_no_other() {
     let world = world(PATIENT, 1);
     let runtime = world.start(&ALL).await;
     world.script.play("announce", Play::Fail, 1);
@@ -266,7 +266,7 @@ async fn correlation_and_trace_reach_the_last_event() {
 }
 
 #[tokio::test]
-async fn request_that_comes_twice_makes_one_saga() {
+async fn repeated_request_starts_one_saga() {
     let world = world(PATIENT, 3);
     let runtime = world.start(&ALL).await;
     let request = Uuid::new_v4();

@@ -148,7 +148,7 @@ const OLD: [&str; 4] = ["book", "charge", "confirm", "announce"];
 const NEW: [&str; 5] = ["book", "charge", "confirm", "announce", "thank"];
 
 #[tokio::test]
-async fn running_saga_keeps_to_its_older_plan() {
+async fn running_saga_keeps_its_older_plan() {
     let world = waiting_trip().await;
     let runtime = start(&world, world.runner(&world.store).older(first_plan())).await;
     world.request("new", Uuid::new_v4(), None).await;
@@ -188,7 +188,7 @@ async fn reply_to_a_saga_of_an_unknown_plan_waits_for_it() {
 }
 
 #[tokio::test]
-async fn saga_that_nobody_runs_any_more_keeps_its_replies() {
+async fn replies_to_a_removed_saga_are_kept() {
     let world = waiting_trip_on_its_bus().await;
     let bank = world.start(&["bank"]).await;
     eventually("the bank has replied", async || (world.bus.held("shop.commands") == 1).then_some(())).await;
@@ -209,7 +209,7 @@ async fn saga_that_nobody_runs_any_more_keeps_its_replies() {
 }
 
 #[tokio::test]
-async fn migrated_saga_goes_on_under_the_new_plan() {
+async fn migrated_saga_continues_under_the_new_plan() {
     fn same_place(progress: &Progress) -> Progress {
         assert_eq!(progress.at, At::Forward(1));
         progress.clone()
@@ -226,7 +226,7 @@ async fn migrated_saga_goes_on_under_the_new_plan() {
 }
 
 #[tokio::test]
-async fn timers_of_unknown_plans_hold_up_no_other() {
+async fn timers_of_unknown_plans_block_no_other() {
     let timeout = Duration::from_millis(50);
     let old = World::new(Arc::new(MemoryStore::new()), trip(timeout, u32::MAX));
     let runtime = old.start(&["shop"]).await;

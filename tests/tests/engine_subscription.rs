@@ -62,7 +62,7 @@ async fn checkpoint(store: &Arc<dyn EventStore>, id: &str) -> Option<i64> {
 }
 
 #[tokio::test]
-async fn catches_up_and_then_follows() {
+async fn subscription_catches_up_and_then_follows() {
     let store = memory();
     add(&store, "a", 1..=1_200).await;
     let running = Running::start(copier(&store), &store);
@@ -88,7 +88,7 @@ async fn several_subscriptions_share_one_tail() {
 }
 
 #[tokio::test]
-async fn goes_on_from_its_checkpoint() {
+async fn subscription_continues_from_its_checkpoint() {
     let store = memory();
     add(&store, "a", 1..=10).await;
     let running = Running::start(copier(&store), &store);
@@ -124,7 +124,7 @@ async fn seen(store: &Arc<dyn EventStore>, name: &str) -> Vec<i64> {
 }
 
 #[tokio::test]
-async fn starts_where_it_is_told() {
+async fn subscription_starts_at_the_given_position() {
     let store = memory();
     add(&store, "a", 1..=10).await;
     for (name, start) in [("all", Start::Beginning), ("later", Start::After(Position(7))), ("new", Start::Now)] {
@@ -145,7 +145,7 @@ async fn starts_where_it_is_told() {
 }
 
 #[tokio::test]
-async fn now_on_an_empty_log_is_remembered() {
+async fn start_now_on_an_empty_log_is_remembered() {
     let store = memory();
     let new = || Subscription::new("new", Seen { name: "new" }).start(Start::Now);
     let running = Running::start(new(), &store);
@@ -215,7 +215,7 @@ async fn unknown_outcome_at_each_commit_leaves_every_effect_once() {
 }
 
 #[tokio::test]
-async fn store_that_is_away_parks_nothing() {
+async fn unavailable_store_parks_nothing() {
     let inner = memory();
     let faulty = FaultyStore::new(inner.clone());
     let store: Arc<dyn EventStore> = Arc::new(faulty.clone());
@@ -236,7 +236,7 @@ async fn store_that_is_away_parks_nothing() {
 }
 
 #[tokio::test]
-async fn zombie_changes_nothing() {
+async fn fenced_worker_changes_nothing() {
     let inner = memory();
     let faulty = FaultyStore::new(inner.clone());
     let gate = Gate::new();
@@ -262,7 +262,7 @@ async fn zombie_changes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_processes_share_a_subscription_without_doubling() {
+async fn two_processes_share_a_subscription_without_duplicates() {
     let store = memory();
     let lanes = || copier(&store).lanes(3);
     let (one, two) = (Running::start(lanes(), &store), Running::start(lanes(), &store));
@@ -282,7 +282,7 @@ async fn two_processes_share_a_subscription_without_doubling() {
 }
 
 #[tokio::test]
-async fn lanes_keep_the_order_of_a_stream_and_take_each_event_once() {
+async fn lanes_keep_the_order_of_a_stream_and_handle_each_event_once() {
     let store = memory();
     let ids: Vec<String> = (0..40).map(|number| number.to_string()).collect();
     for round in 0..10 {
@@ -319,7 +319,7 @@ async fn idle_lane_moves_its_checkpoint() {
 }
 
 #[tokio::test]
-async fn drain_handles_what_is_recorded_by_then() {
+async fn drain_handles_events_recorded_before_it() {
     let inner = memory();
     let faulty = FaultyStore::new(inner.clone());
     let gate = Gate::new();
@@ -338,7 +338,7 @@ async fn drain_handles_what_is_recorded_by_then() {
 }
 
 #[tokio::test]
-async fn effects_of_a_hot_aggregate_are_exact_under_other_writers() {
+async fn effects_on_a_hot_aggregate_are_exact_under_other_writers() {
     let store = memory();
     let running = Running::start(copier(&store).lanes(2), &store);
     // Another writer writes to the streams that the handler writes to.
@@ -355,7 +355,7 @@ async fn effects_of_a_hot_aggregate_are_exact_under_other_writers() {
 }
 
 #[tokio::test]
-async fn one_that_lingers_does_not_while_it_is_behind() {
+async fn lingering_subscription_does_not_linger_while_behind() {
     let store = memory();
     let tallies = Repository::<Tally>::new(store.clone());
     for tally in 0..10 {

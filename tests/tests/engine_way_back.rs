@@ -74,7 +74,7 @@ fn too_large(work: &mut Work) -> Result<Answer, StepError> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn whatever_a_participant_says_the_saga_goes_back() {
+async fn every_answer_of_a_participant_lets_the_saga_compensate() {
     on_every_store(async |store_name, store| {
         let world = World::new(store, trip(PATIENT, 2));
         let runtime = world.start(&ALL).await;
@@ -102,7 +102,7 @@ async fn whatever_a_participant_says_the_saga_goes_back() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn undo_and_last_step_fail_with_their_reason() {
+async fn undo_and_last_step_fail_with_a_reason() {
     on_every_store(async |store_name, store| {
         let world = World::new(store, trip(PATIENT, 2));
         let runtime = world.start(&ALL).await;
@@ -150,7 +150,7 @@ fn as_it_is(value: serde_json::Value) -> Result<serde_json::Value, std::convert:
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn command_that_a_build_does_not_know_fails_and_its_undo_runs() {
+async fn unknown_command_fails_and_its_undo_runs() {
     fn plan(insure: fn(&Trip) -> Request) -> Saga<Trip> {
         Saga::named("trip")
             .compensatable("book", |trip| ask("hotel", "book", trip))
@@ -243,7 +243,7 @@ fn hoarder() -> Saga<Hoard> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_the_saga_itself_cannot_go_on_with_is_a_failed_step() {
+async fn fault_in_the_saga_code_is_a_failed_step() {
     on_every_store(async |store_name, store| {
         let world = World::new(store.clone(), trip(PATIENT, 2));
         let runner = Runner::new(store.clone(), hoarder(), tallies(), Hoard::starts);

@@ -79,7 +79,7 @@ async fn counter_is_exact_under_contention_in_sqlite() {
 }
 
 #[tokio::test]
-async fn unknown_outcome_of_documents_alone_is_the_callers() {
+async fn unknown_outcome_of_only_documents_is_returned_to_the_caller() {
     let faulty = FaultyStore::new(memory());
     faulty.at(1, Fault::AppliedUnknown);
     let store: Arc<dyn EventStore> = Arc::new(faulty);
@@ -139,7 +139,7 @@ async fn unknown_outcomes_and_repeats_transfer_once() {
 }
 
 #[tokio::test]
-async fn two_commands_of_one_work_to_one_stream_are_both_carried_out() {
+async fn two_commands_of_one_work_to_one_stream_are_both_executed() {
     let store = memory();
     let (tallies, id) = (tallies(&store), Uuid::new_v4());
     for repeated in [false, true] {
@@ -199,7 +199,7 @@ impl Handler for Half {
 }
 
 #[tokio::test]
-async fn failed_message_leaves_nothing_of_its_work_in_the_batch() {
+async fn failed_message_leaves_no_work_in_the_batch() {
     let store = memory();
     let halves = || Repository::<Tally>::with(store.clone(), "half", 10);
     for (index, amount) in [1, -2, 3, -3, 5, -6, 7].into_iter().enumerate() {

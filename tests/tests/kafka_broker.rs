@@ -65,7 +65,7 @@ async fn are_fine(runtimes: [&Runtime; 2]) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn killed_and_away_under_load() {
+async fn broker_killed_and_away_under_load_loses_nothing() {
     let mut broker = Broker::start();
     let pair = Pair::on(&broker.address()).await;
     let (ahead, most) = (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default());
@@ -103,7 +103,7 @@ async fn killed_and_away_under_load() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_leader_is_gone_for_good() {
+async fn lost_leader_is_replaced() {
     let mut brokers = Broker::cluster(3);
     let addresses: Vec<_> = brokers.iter().map(Broker::address).collect();
     let pair = Pair::on(&addresses.join(",")).await.set("replication", "3");
@@ -127,7 +127,7 @@ async fn a_leader_is_gone_for_good() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn emptied_and_built_anew() {
+async fn topic_emptied_and_rebuilt_loses_nothing() {
     let mut broker = Broker::start();
     let pair = Pair::on(&broker.address()).await;
     let (relay, consumer) = (pair.relay().await, pair.consumer().await);
@@ -159,7 +159,7 @@ async fn emptied_and_built_anew() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn emptied_before_all_was_handled() {
+async fn topic_emptied_before_its_end_loses_nothing() {
     let mut broker = Broker::start();
     let pair = Pair::on(&broker.address()).await;
     let (relay, consumer) = (pair.relay().await, pair.consumer().await);

@@ -42,7 +42,7 @@ fn consumer(pair: &Pair) -> Task {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn killed_between_its_commit_and_its_offset() {
+async fn consumer_killed_between_commit_and_offset_duplicates_nothing() {
     let pair = Pair::new().await.set("session.timeout.ms", SHORT_SESSION_MS);
     let relay = pair.relay().await;
     let load = Load::start(pair.source_store().await, PAUSE);
@@ -84,7 +84,7 @@ async fn killed_at_any_moment() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn stopped_past_its_session_it_changes_nothing() {
+async fn consumer_stopped_past_its_session_changes_nothing() {
     let pair = Pair::new().await;
     let relay = pair.relay().await;
     let load = Load::start(pair.source_store().await, PAUSE);
@@ -112,7 +112,7 @@ async fn stopped_past_its_session_it_changes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn eight_members_come_and_go() {
+async fn eight_members_join_and_leave_without_loss() {
     let pair = Pair::new().await.set("partitions", "12");
     let relay = pair.relay().await;
     let mut members: [Option<Runtime>; MEMBERS] = Default::default();
@@ -162,7 +162,7 @@ impl Handler for Marking {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_commit_that_the_database_holds_up_past_a_rebalance_changes_nothing() {
+async fn commit_delayed_past_a_rebalance_changes_nothing() {
     let pair = Pair::new().await.set("partitions", "1");
     // The group removes a member that does not poll within this time, even if it is alive.
     let pair = pair.set("session.timeout.ms", SHORT_SESSION_MS).set("max.poll.interval.ms", "3000");

@@ -56,7 +56,7 @@ fn keys(partitions: u32) -> Vec<String> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_message_to_each_of_forty_partitions_takes_few_round_trips() {
+async fn messages_to_forty_partitions_take_few_round_trips() {
     let one_way = Duration::from_millis(25);
     let broker = Broker::at_distance(one_way).await;
     let bus = KafkaBus::connect(Settings::new(&broker.address()).partitions(40)).await.unwrap();
@@ -78,7 +78,7 @@ async fn a_message_to_each_of_forty_partitions_takes_few_round_trips() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn neither_a_burst_nor_an_outage_is_a_storm_of_connections() {
+async fn burst_and_outage_open_few_connections() {
     let mut broker = Broker::at_distance(Duration::ZERO).await;
     let bus = Arc::new(KafkaBus::connect(Settings::new(&broker.address()).partitions(8)).await.unwrap());
     let topic: Arc<str> = "burst.events".into();
@@ -175,7 +175,7 @@ async fn a_saga_takes_few_round_trips() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn health_is_steady_at_a_tenth_of_a_second() {
+async fn health_is_steady_at_a_distance_of_100_ms() {
     let taken = sagas(Duration::from_millis(100), 100, 1).await;
     assert!(taken <= 2 * ROUND_TRIPS_MAX, "{taken} round trips");
 }

@@ -44,7 +44,7 @@ async fn handled(pair: &Pair, sql: &mut Sql, rounds: std::ops::Range<i64>) -> Du
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn killed_it_is_back_at_once_under_its_name() {
+async fn killed_member_rejoins_at_once_under_its_name() {
     let pair = Pair::new().await;
     let (relay, mut sql) = (pair.relay().await, pair.sql().await);
     let (mut one, mut other) = (consumer(&pair, "one").start(), consumer(&pair, "other").start());
@@ -68,7 +68,7 @@ async fn killed_it_is_back_at_once_under_its_name() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_that_stops_is_taken_over_at_once() {
+async fn stopped_member_is_replaced_at_once() {
     let pair = Pair::new().await;
     let (relay, mut sql) = (pair.relay().await, pair.sql().await);
     let (one, other) = (named(&pair, "one").await, named(&pair, "other").await);
@@ -82,7 +82,7 @@ async fn one_that_stops_is_taken_over_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_two_under_one_name_the_first_says_that_it_has_ended() {
+async fn first_of_two_members_with_one_name_reports_its_end() {
     // On one store, the two instances would detect each other by their heartbeats. With this setting, the Kafka group
     // is the only place where they meet.
     let pair = Pair::new().await.set("group.instance.id", "the only one");
@@ -111,7 +111,7 @@ async fn of_two_under_one_name_the_first_says_that_it_has_ended() {
 /// A broker also fences a member that was stopped for longer than a session lasts and whose own earlier session still
 /// holds its name.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn fenced_member_that_is_alone_under_its_name_goes_on() {
+async fn fenced_member_that_is_alone_under_its_name_continues() {
     let pair = Pair::new().await.set("group.instance.id", "the only one");
     let (relay, mut sql) = (pair.relay().await, pair.sql().await);
     let mut one = consumer(&pair, "one").start();

@@ -34,7 +34,7 @@ fn relay(pair: &Pair) -> Task {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn killed_at_each_point() {
+async fn relay_killed_at_each_point_loses_nothing() {
     let pair = Pair::new().await;
     let consumer = pair.consumer().await;
     let load = Load::start(pair.source_store().await, PAUSE);
@@ -82,7 +82,7 @@ async fn killed_at_any_moment() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_of_two_is_killed_and_the_other_takes_its_lanes() {
+async fn killed_relay_hands_its_lanes_to_the_other() {
     let pair = Pair::new().await;
     let consumer = pair.consumer().await;
     let shared = |name: &str| Task { instance: Some(name.into()), lanes: 4, ..relay(&pair) };
@@ -100,7 +100,7 @@ async fn one_of_two_is_killed_and_the_other_takes_its_lanes() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn stopped_past_its_lease_it_sends_old_pages() {
+async fn relay_stopped_past_its_lease_sends_only_old_pages() {
     let pair = Pair::new().await;
     let consumer = pair.consumer().await;
     let shared = |name: &str, point| Task { instance: Some(name.into()), lanes: 4, point, passes: 20, ..relay(&pair) };

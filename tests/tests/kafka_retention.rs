@@ -157,7 +157,7 @@ async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn removed_while_the_consumer_runs() {
+async fn messages_removed_while_the_consumer_runs_are_reported() {
     // The consumer must not be able to read all messages ahead.
     let settings = Settings::new(&brokers()).partitions(1);
     let settings = settings.set("queued.max.messages.kbytes", "512").set("fetch.max.bytes", "100000");
@@ -191,7 +191,7 @@ async fn removed_while_the_consumer_runs() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn removed_while_the_consumer_is_down_and_sent_again() {
+async fn messages_removed_while_the_consumer_is_down_can_be_sent_again() {
     let setting = Setting::new(Settings::new(&brokers()).partitions(1)).await;
     let seen = &setting.seen;
     setting.send([1, 2], 10).await;
@@ -219,7 +219,7 @@ async fn removed_while_the_consumer_is_down_and_sent_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn removed_after_it_was_read_is_no_fault() {
+async fn messages_removed_after_reading_are_not_a_fault() {
     let setting = Setting::new(Settings::new(&brokers()).partitions(1)).await;
     let seen = &setting.seen;
     setting.send([1, 2], 10).await;
@@ -237,7 +237,7 @@ async fn removed_after_it_was_read_is_no_fault() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lane_of_which_nothing_came_before_its_messages_were_lost() {
+async fn messages_lost_before_the_first_of_their_lane_can_be_sent_again() {
     let setting = Setting::new(Settings::new(&brokers()).partitions(1)).await;
     let seen = &setting.seen;
     // The message that the partition's checkpoint remembers is from another sender.

@@ -22,7 +22,7 @@ const AWAY: Duration = Duration::from_secs(30);
 const DRAIN: Duration = Duration::from_secs(10);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_broker_that_is_away_for_longer_than_all_attempts_costs_none_of_them() {
+async fn long_broker_outage_uses_up_no_attempts() {
     let mut broker = Broker::start();
     let world = World::new(Arc::new(MemoryStore::new()), trip(TIMEOUT, ATTEMPTS));
     let bus = KafkaBus::connect(Settings::new(&broker.address()).partitions(1)).await.unwrap();

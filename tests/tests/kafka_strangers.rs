@@ -80,7 +80,7 @@ async fn consumed(pair: &Pair, sql: &mut Sql) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_whole_topic_once_more_changes_nothing() {
+async fn repeating_the_whole_topic_changes_nothing() {
     let pair = Pair::new().await;
     let (relay, consumer) = (pair.relay().await, pair.consumer().await);
     add(&pair.source_store().await, 0..20).await;
@@ -97,7 +97,7 @@ async fn the_whole_topic_once_more_changes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn poison_among_good_ones() {
+async fn poison_messages_are_parked_among_good_ones() {
     let pair = Pair::new().await;
     let consumer = pair.consumer().await;
     let nested = [vec![b'['; 300], vec![b']'; 300]].concat();
@@ -192,7 +192,7 @@ async fn poison_among_good_ones() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn compressed_by_any_codec() {
+async fn messages_of_any_codec_are_read() {
     for codec in ["gzip", "snappy", "lz4", "zstd"] {
         // The topic's setting makes the broker compress the messages of the relay. The other messages come from another
         // producer.
@@ -215,7 +215,7 @@ async fn compressed_by_any_codec() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn attributes_of_others_with_the_names_of_ours_mean_nothing() {
+async fn foreign_attributes_with_our_names_are_ignored() {
     let pair = Pair::new().await;
     let consumer = pair.consumer().await;
     let places = [("fast", "7"), ("fast", "3"), ("7", "5"), ("0@0123456789abcdef", "2"), ("0@0123456789abcdef", "1")];
@@ -235,7 +235,7 @@ async fn attributes_of_others_with_the_names_of_ours_mean_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn events_of_strangers_are_taken_in() {
+async fn foreign_events_are_handled() {
     let pair = Pair::new().await;
     let consumer = pair.consumer().await;
     let structured = |amount: i64| {
@@ -281,7 +281,7 @@ fn large(stream: &str, amount: i64) -> Append {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn too_large_for_the_topic() {
+async fn message_too_large_for_the_topic_is_parked() {
     let pair = Pair::new().await;
     let (admin, options) = (admin(&pair), AdminOptions::new());
     let name = pair.topic();

@@ -39,7 +39,7 @@ fn topic() -> String {
 }
 
 #[tokio::test]
-async fn topics_are_made_as_declared() {
+async fn topics_are_created_as_declared() {
     let topic = topic();
     let settings = Settings::new(&brokers()).partitions(3).replication(1).retention(RETENTION);
     let bus = KafkaBus::connect(settings).await.unwrap();
@@ -56,7 +56,7 @@ async fn topics_are_made_as_declared() {
 }
 
 #[tokio::test]
-async fn what_the_cluster_does_not_give_is_refused_with_a_reason() {
+async fn topic_that_the_cluster_rejects_is_refused_with_a_reason() {
     let topic = topic();
     let bus = KafkaBus::connect(Settings::new(&brokers()).replication(7)).await.unwrap();
     let error = bus.join("watcher", &[&topic]).await.err().unwrap();
@@ -70,7 +70,7 @@ async fn what_the_cluster_does_not_give_is_refused_with_a_reason() {
 }
 
 #[tokio::test]
-async fn a_wrong_address_is_told_within_seconds() {
+async fn wrong_address_is_reported_within_seconds() {
     let asked_at = Instant::now();
     let nobody = Settings::new("127.0.0.1:1");
     let error = KafkaBus::connect(nobody).await.err().unwrap();
@@ -95,7 +95,7 @@ impl Write for Log {
 }
 
 #[tokio::test]
-async fn secrets_are_never_told() {
+async fn secrets_are_never_shown() {
     let log = Log::default();
     let written = log.clone();
     let subscriber = tracing_subscriber::fmt().with_max_level(tracing_subscriber::filter::LevelFilter::TRACE);
@@ -131,7 +131,7 @@ async fn secrets_are_never_told() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_console_consumer_reads_our_messages() {
+async fn console_consumer_reads_our_messages() {
     let pair = Pair::new().await;
     let relay = pair.relay().await;
     add(&pair.source_store().await, 0..1).await;

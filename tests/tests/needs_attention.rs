@@ -120,7 +120,7 @@ async fn handled(store: &Arc<dyn EventStore>, id: &str, version: i64) {
 }
 
 #[tokio::test]
-async fn dead_letter_is_told_once_and_health_is_fine_again_without_it() {
+async fn dead_letter_is_logged_once_and_health_recovers_without_it() {
     log();
     for (kind, store, _keep) in stores().await {
         let (fails, name) = (Fails::default(), format!("adder.{kind}"));
@@ -181,7 +181,7 @@ impl Handler for Unstorable {
 }
 
 #[tokio::test]
-async fn name_that_no_store_can_hold_is_the_fault_of_its_message_alone() {
+async fn unstorable_name_parks_only_its_message() {
     log();
     for (kind, store, _keep) in stores().await {
         let name = format!("odd.{kind}");
@@ -216,7 +216,7 @@ impl Handler for Hangs {
 }
 
 #[tokio::test(start_paused = true)]
-async fn handler_that_does_not_return_is_named_until_it_does() {
+async fn hung_handler_is_named_until_it_returns() {
     log();
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let hangs = Hangs::default();
@@ -262,7 +262,7 @@ impl Handler for Blocks {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn handler_that_blocks_its_thread_is_named_and_cut_off() {
+async fn handler_that_blocks_its_thread_is_named_and_aborted() {
     log();
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let (end, blocked) = mpsc::channel();
@@ -320,7 +320,7 @@ impl EventStore for Refusing {
 }
 
 #[tokio::test]
-async fn dead_letter_that_the_store_refuses_is_named_and_nothing_spins() {
+async fn dead_letter_refused_by_the_store_is_named_without_spinning() {
     log();
     let refusing = Arc::new(Refusing { inner: MemoryStore::new(), refused: AtomicU64::new(0) });
     let store: Arc<dyn EventStore> = refusing.clone();
@@ -366,7 +366,7 @@ impl Handler for Speechless {
 }
 
 #[tokio::test]
-async fn error_that_panics_when_it_is_shown_parks_its_message() {
+async fn error_with_a_panicking_display_parks_its_message() {
     log();
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let runtime = start(&store, Subscription::new("speechless", Speechless)).await;
@@ -379,7 +379,7 @@ async fn error_that_panics_when_it_is_shown_parks_its_message() {
 }
 
 #[tokio::test]
-async fn stuck_saga_is_told_once_and_health_is_fine_again_after_a_retry() {
+async fn stuck_saga_is_logged_once_and_health_recovers_after_a_retry() {
     log();
     for (kind, store, _keep) in stores().await {
         let world = World::new(store.clone(), trip(PATIENT, 2));
@@ -410,7 +410,7 @@ async fn stuck_saga_is_told_once_and_health_is_fine_again_after_a_retry() {
 }
 
 #[tokio::test]
-async fn service_that_nobody_runs_is_named_until_it_answers() {
+async fn absent_service_is_named_until_it_answers() {
     log();
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let world = World::new(store.clone(), trip(QUICK, 1_000));
@@ -430,7 +430,7 @@ async fn service_that_nobody_runs_is_named_until_it_answers() {
 }
 
 #[tokio::test]
-async fn step_of_a_service_without_a_participant_is_a_dead_letter_that_says_so() {
+async fn step_for_a_service_without_a_participant_is_a_dead_letter() {
     log();
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let plan =

@@ -21,7 +21,7 @@ fn runtime() -> Runtime {
 
 /// The first runtime's connection ended with that runtime.
 #[test]
-fn one_runtime_after_the_other_commits_to_the_same_store() {
+fn runtimes_commit_one_after_the_other_to_one_store() {
     let (schema, first) = (Schema::new(), runtime());
     let store = first.block_on(async {
         let store = schema.store().await;
@@ -38,7 +38,7 @@ fn one_runtime_after_the_other_commits_to_the_same_store() {
 /// The caller of a single commit may give up at any moment. The commit succeeds as a whole or not at all, and the next
 /// commit succeeds. No session is left with an open transaction.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_lone_caller_that_goes_away_leaves_nothing_half_done() {
+async fn cancelled_lone_commit_leaves_nothing_half_done() {
     let schema = Schema::new();
     let store = schema.store().await;
     store.commit(append("thing-0", 0, 1)).await.unwrap();
@@ -67,7 +67,7 @@ async fn idle_in_transaction(connection: &mut PgConnection, schema: &Schema) -> 
 /// Commits come one at a time, then all at once, then one at a time again. Each succeeds once, and no position is left
 /// empty.
 #[tokio::test(flavor = "multi_thread")]
-async fn alone_and_in_groups_by_turns() {
+async fn lone_and_grouped_commits_alternate() {
     let schema = Schema::new();
     let store = schema.store().await;
     for round in 0..20 {
@@ -91,7 +91,7 @@ async fn alone_and_in_groups_by_turns() {
 
 /// A single commit that expects the wrong version gets a conflict and uses up no position.
 #[tokio::test]
-async fn a_lone_conflict_burns_no_position() {
+async fn lone_conflict_uses_no_position() {
     let schema = Schema::new();
     let store = schema.store().await;
     store.commit(append("thing-1", 0, 1)).await.unwrap();
@@ -105,7 +105,7 @@ async fn a_lone_conflict_burns_no_position() {
 /// As long as no other store is connected, no notification is sent. Once another store announces itself, it receives
 /// notifications.
 #[tokio::test(flavor = "multi_thread")]
-async fn others_are_told_as_soon_as_there_are_any() {
+async fn other_stores_are_notified_as_soon_as_one_listens() {
     let schema = Schema::new();
     let store = schema.store().await;
     let channel = format!("{}.events", schema.name());
@@ -134,7 +134,7 @@ async fn others_are_told_as_soon_as_there_are_any() {
 
 /// Another store receives a notification of each commit long before its next poll.
 #[tokio::test(flavor = "multi_thread")]
-async fn another_store_hears_of_each_commit() {
+async fn other_store_is_notified_of_each_commit() {
     let schema = Schema::new();
     let (here, there) = (schema.store().await, schema.store().await);
     tokio::time::sleep(Duration::from_millis(500)).await;

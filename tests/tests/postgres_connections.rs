@@ -82,7 +82,7 @@ async fn open(url: &str, schema: &Schema) -> PostgresStore {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn burst_of_cold_loads_opens_no_more_connections_than_there_are_places() {
+async fn burst_of_cold_loads_stays_within_the_connection_limit() {
     const LOADS: usize = 5_000;
     let schema = Schema::new();
     let direct: Arc<dyn EventStore> = Arc::new(schema.store().await);
@@ -115,7 +115,7 @@ async fn burst_of_cold_loads_opens_no_more_connections_than_there_are_places() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn reads_that_are_given_up_leave_no_connection_half_made() {
+async fn cancelled_reads_leave_no_connection_half_open() {
     let (schema, counted) = (Schema::new(), Counted::default());
     let store = open(&counted.start().await, &schema).await;
     let before = counted.count();
@@ -136,7 +136,7 @@ async fn reads_that_are_given_up_leave_no_connection_half_made() {
 
 /// All waiting callers share one schedule of reconnection attempts.
 #[tokio::test(flavor = "multi_thread")]
-async fn server_that_lets_nobody_in_is_not_stormed() {
+async fn refusing_server_is_not_flooded_with_connections() {
     let (schema, counted) = (Schema::new(), Counted::default());
     let store = open(&counted.start().await, &schema).await;
     counted.away.store(true, Ordering::SeqCst);

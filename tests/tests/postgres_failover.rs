@@ -64,7 +64,7 @@ async fn store(url: &str) -> PostgresStore {
 /// After a crash, the sequence assigns positions again that it had assigned before but that never became durable. The
 /// reader must not treat such a position as proven empty.
 #[tokio::test(flavor = "multi_thread")]
-async fn reader_at_a_gap_loses_no_event_to_a_crash() {
+async fn crash_at_a_gap_loses_no_event_for_readers() {
     const CRASHES: usize = 4;
     // More rounds than crashes, because a server process sometimes flushes assigned positions just before a crash.
     const ROUNDS_MAX: usize = 16;
@@ -106,7 +106,7 @@ async fn reader_at_a_gap_loses_no_event_to_a_crash() {
 
 /// On a standby, no session holds a lock, so every gap would look finished.
 #[tokio::test(flavor = "multi_thread")]
-async fn sessions_that_were_led_to_a_standby_read_and_write_nothing() {
+async fn sessions_on_a_standby_read_and_write_nothing() {
     for pooled in EITHER {
         led_to_a_standby_for_a_moment(pooled).await;
     }
@@ -156,7 +156,7 @@ async fn led_to_a_standby_for_a_moment(pooled: &str) {
 /// Sets `default_transaction_read_only`, as for maintenance. Sessions that were opened during that time would stay
 /// read-only.
 #[tokio::test(flavor = "multi_thread")]
-async fn writers_recover_by_themselves_from_a_read_only_database() {
+async fn writers_recover_from_a_read_only_database() {
     let server = Server::start().await;
     let address = VirtualAddress::of(&server).await;
     let store = store(&address.url()).await;
@@ -232,7 +232,7 @@ async fn pay(tallies: &Repository<Tally>, id: &str, amount: i64) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn lost_end_is_noticed_by_caches_and_nothing_is_decided_on_what_is_gone() {
+async fn caches_notice_a_lost_end_and_decide_nothing_on_lost_events() {
     for pooled in EITHER {
         caches_after_a_failover(pooled).await;
     }
@@ -275,7 +275,7 @@ async fn caches_after_a_failover(pooled: &str) {
 /// positions must still be handled.
 /// handled.
 #[tokio::test(flavor = "multi_thread")]
-async fn lost_end_is_noticed_by_subscriptions_of_a_running_service() {
+async fn running_subscriptions_notice_a_lost_end() {
     let mut failover = Failover::prepare().await;
     let shared: Arc<dyn EventStore> = Arc::new(store(&failover.address.url()).await);
     let tail: Arc<dyn EventStore> = Arc::new(Tail::follow(shared).await.unwrap());
@@ -324,7 +324,7 @@ async fn lost_end_is_noticed_by_subscriptions_of_a_running_service() {
 
 /// Nothing remains of the lost sagas, and later sagas at the same positions run once.
 #[tokio::test(flavor = "multi_thread")]
-async fn lost_end_is_noticed_by_sagas_of_a_running_service() {
+async fn running_sagas_notice_a_lost_end() {
     const STEPS: [&str; 4] = ["book", "charge", "confirm", "announce"];
     let mut failover = Failover::prepare().await;
     let shared: Arc<dyn EventStore> = Arc::new(store(&failover.address.url()).await);
@@ -363,7 +363,7 @@ async fn lost_end_is_noticed_by_sagas_of_a_running_service() {
 
 /// The database is restored in place, while its sessions stay connected.
 #[tokio::test(flavor = "multi_thread")]
-async fn lost_end_is_noticed_under_sessions_that_stay() {
+async fn lost_end_is_noticed_in_open_sessions() {
     let server = Server::start().await;
     for (by_commit, pooled) in [(true, ""), (false, ""), (true, "?pooled=true"), (false, "?pooled=true")] {
         let mut outside = server.connection().await;
@@ -403,7 +403,7 @@ async fn lost_end_is_noticed_under_sessions_that_stay() {
 /// The events come from an older backup than the documents. A checkpoint is beyond the end of the log, and another
 /// process has already written new events at the lost positions.
 #[tokio::test(flavor = "multi_thread")]
-async fn service_that_starts_on_a_log_without_its_end_goes_back_to_it() {
+async fn service_started_on_a_log_that_lost_its_end_rewinds() {
     let server = Server::start().await;
     let here: Arc<dyn EventStore> = Arc::new(store(&server.url()).await);
     let follow = |store: &Arc<dyn EventStore>, shutdown: &CancellationToken| {
@@ -446,7 +446,7 @@ async fn service_that_starts_on_a_log_without_its_end_goes_back_to_it() {
 
 /// Only a store that has read lost events must react to the failover.
 #[tokio::test(flavor = "multi_thread")]
-async fn failover_that_loses_nothing_says_nothing() {
+async fn failover_without_loss_reports_nothing() {
     let mut failover = Failover::prepare().await;
     let store = store(&failover.address.url()).await;
     store.commit(append("a-1", 0, 3)).await.unwrap();

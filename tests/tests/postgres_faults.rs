@@ -20,7 +20,7 @@ use uuid::Uuid;
 use self::postgres::{Schema, append, load::Load, url, whole_log};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn of_many_writers_in_several_stores_one_wins() {
+async fn one_of_many_writers_in_several_stores_wins() {
     let schema = Schema::new();
     let stores = futures::future::join_all((0..5).map(|_| schema.store())).await;
     for round in 0..10 {
@@ -46,7 +46,7 @@ async fn of_many_writers_in_several_stores_one_wins() {
 /// Several stores lock the same streams in different orders. A store that loses decides its command again, and no store
 /// waits until a deadlock is detected.
 #[tokio::test(flavor = "multi_thread")]
-async fn stores_that_contend_for_many_streams_lose_nothing() {
+async fn stores_contending_for_many_streams_lose_nothing() {
     const STREAMS: usize = 8;
     const ROUNDS: usize = 20;
     let schema = Schema::new();
@@ -96,7 +96,7 @@ fn named(schema: &Schema) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sessions_ended_every_50_ms_lose_no_acknowledged_commit() {
+async fn ending_sessions_every_50_ms_loses_no_acknowledged_commit() {
     const ROUNDS: u32 = 60;
     let schema = Schema::new();
     let (url, settings) = (named(&schema), schema.settings());
@@ -194,7 +194,7 @@ async fn events_are_never_changed_or_deleted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn instances_may_start_at_once() {
+async fn instances_can_start_at_once() {
     let schema = Schema::new();
     let stores = futures::future::join_all((0..12).map(|_| schema.store())).await;
     for (number, store) in stores.iter().enumerate() {
@@ -216,7 +216,7 @@ async fn first_version(schema: &Schema) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn instances_may_migrate_at_once() {
+async fn instances_can_migrate_at_once() {
     let schema = Schema::new();
     first_version(&schema).await;
     let error = PostgresStore::connect_existing(&url(), schema.settings()).await.unwrap_err();
@@ -234,7 +234,7 @@ async fn instances_may_migrate_at_once() {
 /// A session may end at any statement of a migration. The next store that opens the schema finds either the whole
 /// migration or none of it.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_migration_that_is_cut_off_leaves_nothing_half_done() {
+async fn interrupted_migration_leaves_nothing_half_done() {
     const ROUNDS: u64 = 30;
     let mut cut = 0;
     for round in 0..ROUNDS {
@@ -269,7 +269,7 @@ async fn a_migration_that_is_cut_off_leaves_nothing_half_done() {
 /// 64 tasks use one aggregate. Its commands are executed once and one after the other, whichever sessions are
 /// terminated in between.
 #[tokio::test(flavor = "multi_thread")]
-async fn commands_on_one_aggregate_are_carried_out_once_while_sessions_end() {
+async fn commands_on_one_aggregate_are_executed_once_while_sessions_end() {
     const TASKS: i64 = 64;
     const COMMANDS: i64 = 25;
     let schema = Schema::new();
@@ -312,7 +312,7 @@ async fn commands_on_one_aggregate_are_carried_out_once_while_sessions_end() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_newer_schema_is_left_alone() {
+async fn newer_schema_is_refused_unchanged() {
     let schema = Schema::new();
     schema.store().await.close().await.unwrap();
     let sql = schema.sql("INSERT INTO annals.migrations (version) VALUES (99)");

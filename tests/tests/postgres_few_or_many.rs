@@ -104,7 +104,7 @@ async fn all_of(store: &dyn EventStore) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn one_by_one_and_as_sets_come_to_the_same() {
+async fn single_and_set_appends_give_the_same_result() {
     let schemas = [Schema::new(), Schema::new()];
     let (few, many) = (schemas[0].store().await, schemas[1].store().await);
     let reference = Arc::new(MemoryStore::default());

@@ -38,7 +38,7 @@ async fn streams(store: &PostgresStore) -> Vec<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_slower_writer_is_waited_for() {
+async fn readers_wait_for_a_slower_writer() {
     for ending in ["COMMIT", "ROLLBACK"] {
         let schema = Schema::new();
         let (store, other) = (schema.store().await, schema.store().await);
@@ -76,7 +76,7 @@ async fn a_slower_writer_is_waited_for() {
 
 /// A transaction is still in flight after its session has prepared it for `COMMIT PREPARED`.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_prepared_writer_is_waited_for() {
+async fn readers_wait_for_a_prepared_writer() {
     let schema = Schema::new();
     let store = schema.store().await;
     let mut slow = schema.connection().await;
@@ -203,7 +203,7 @@ fn pause_seconds(writer: usize, round: usize) -> f64 {
 
 /// A row that was inserted by hand beyond the sequence belongs to the log only once the sequence reaches its position.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_event_put_in_at_the_last_position_stops_nobody() {
+async fn event_inserted_at_the_last_position_blocks_no_writer() {
     let schema = Schema::new();
     let store = schema.store().await;
     store.commit(append("before-1", 0, 2)).await.unwrap();
@@ -227,7 +227,7 @@ async fn an_event_put_in_at_the_last_position_stops_nobody() {
 
 /// A restore of the tables alone leaves the sequence behind the table. Both opening and writing detect and repair this.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_sequence_that_is_behind_is_brought_forward() {
+async fn sequence_that_is_behind_is_advanced() {
     let schema = Schema::new();
     let store = schema.store().await;
     store.commit(append("a-1", 0, 500)).await.unwrap();
@@ -287,7 +287,7 @@ async fn positions_are_drawn_under_the_lock() {
 /// Two processes draw positions from one sequence at the same time. If a commit's events do not have consecutive
 /// positions, the commit must not report consecutive positions.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_commit_tells_of_one_run_only_where_it_is_one() {
+async fn commit_reports_one_run_only_for_consecutive_positions() {
     const EVENTS: i64 = 400;
     const ROUNDS: i64 = 40;
     let schema = Schema::new();

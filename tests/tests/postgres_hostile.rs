@@ -31,7 +31,7 @@ fn note(id: &str, body: &str) -> Commit {
 
 /// The server only runs the check that rejects the commit. Nothing is stored, and no position is used up.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_cannot_be_given_back_is_refused_before_anything_is_written() {
+async fn unreturnable_values_are_refused_before_anything_is_written() {
     let schema = Schema::new();
     let store = schema.store().await;
     let deep = format!("{}{}", "[".repeat(6_000), "]".repeat(6_000));
@@ -59,7 +59,7 @@ async fn what_cannot_be_given_back_is_refused_before_anything_is_written() {
 
 /// The values come back byte for byte, through the store and through plain SQL.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_only_odd_comes_back_as_it_was() {
+async fn odd_but_valid_values_round_trip() {
     let schema = Schema::new();
     let store = schema.store().await;
     let payloads = [
@@ -91,7 +91,7 @@ async fn what_is_only_odd_comes_back_as_it_was() {
 
 /// `psql` can insert any value that the columns accept. A reader of the log must get past such rows.
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_put_in_by_hand_stop_nobody() {
+async fn rows_inserted_by_hand_block_no_reader_or_writer() {
     let schema = Schema::new();
     let store = schema.store().await;
     store.commit(append("before-1", 0, 1)).await.unwrap();

@@ -108,7 +108,7 @@ impl Proxy {
 /// An unknown outcome is not a failure. The store sends the same commit again, and that attempt either finds the first
 /// one stored or succeeds itself. In both cases the commit is stored once.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_commit_whose_answer_was_lost_is_sent_again_and_holds_once() {
+async fn commit_with_a_lost_answer_is_retried_and_stored_once() {
     const ROUNDS: i64 = 20;
     let (schema, proxy) = (Schema::new(), Proxy::start().await);
     let store = PostgresStore::connect(&proxy.url(), schema.settings()).await.unwrap();
@@ -147,7 +147,7 @@ async fn a_commit_whose_answer_was_lost_is_sent_again_and_holds_once() {
 
 /// A read is safe to repeat, so its caller sees no error.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_read_whose_answer_was_lost_is_read_again() {
+async fn read_with_a_lost_answer_is_retried() {
     let (schema, proxy) = (Schema::new(), Proxy::start().await);
     let store = PostgresStore::connect(&proxy.url(), schema.settings()).await.unwrap();
     store.commit(append("read-1", 0, 3)).await.unwrap();

@@ -28,7 +28,7 @@ fn as_it_is(sql: &str) -> AssertSqlSafe<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_is_killed_loses_nothing_that_it_acknowledged() {
+async fn killed_server_loses_no_acknowledged_commit() {
     const KILLS: usize = 3;
     let mut server = Server::start().await;
     let settings = Settings { connections: 4, ..Settings::default() };
@@ -80,7 +80,7 @@ impl Drop for SmallDisk {
 
 /// Only root may mount a file system. For other users, the test prints a message and does nothing.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_full_disk_refuses_and_once_freed_all_goes_on() {
+async fn full_disk_refuses_commits_until_space_is_freed() {
     if !server::is_root() {
         eprintln!("NOT TESTED: a full disk needs a file system of its own, which only root can mount");
         return;
@@ -115,7 +115,7 @@ async fn a_full_disk_refuses_and_once_freed_all_goes_on() {
 /// If the write-ahead log has no space left, the server itself goes down, and does not start again until space is
 /// freed.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_dies_of_a_full_disk_loses_nothing() {
+async fn server_crash_on_a_full_disk_loses_nothing() {
     if !server::is_root() {
         eprintln!("NOT TESTED: a full disk needs a file system of its own, which only root can mount");
         return;
@@ -151,7 +151,7 @@ async fn a_server_that_dies_of_a_full_disk_loses_nothing() {
 /// Dumps with `pg_dump` and restores with `psql`. Positions, versions and the detection of writers at gaps must not
 /// depend on the old cluster.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_dump_that_is_restored_elsewhere_goes_on() {
+async fn dump_restored_elsewhere_continues() {
     let schema = postgres::Schema::new();
     let store = schema.store().await;
     for round in 0..20 {

@@ -59,7 +59,7 @@ impl Durable for Pooled {
 suite!(Pooled, durable);
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_being_told_a_store_does_not_open() {
+async fn store_does_not_open_behind_an_undeclared_pooler() {
     let schema = Schema::new();
     // The pooler either rejects the startup parameters of a connection or silently ignores them.
     for configuration in ["", "ignore_startup_parameters = options"] {
@@ -73,7 +73,7 @@ async fn without_being_told_a_store_does_not_open() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn several_instances_may_start_at_once_and_follow_each_other() {
+async fn several_instances_start_at_once_and_follow_each_other() {
     let (schema, pooler) = (Schema::new(), Pooler::start(SESSIONS, "").await);
     let url = pooler.url();
     let opened = (0..8).map(|_| PostgresStore::connect(&url, schema.settings()));
@@ -92,7 +92,7 @@ async fn several_instances_may_start_at_once_and_follow_each_other() {
 /// Other clients use the sessions in between. Therefore a store must leave no state in a session, and must not rely on
 /// any.
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_left_in_a_session() {
+async fn sessions_keep_no_state() {
     let pooler = Pooler::start(1, "ignore_startup_parameters = extra_float_digits").await;
     let bed = Bed::at(&pooler.url()).await;
     bed.add("a", 1..=20).await;
@@ -119,7 +119,7 @@ async fn nothing_is_left_in_a_session() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sessions_and_the_pooler_end_under_load_and_nothing_is_lost() {
+async fn ending_sessions_and_the_pooler_under_load_loses_nothing() {
     const KILLS: usize = 3;
     const ROUNDS: u32 = 20;
     let (schema, mut pooler) = (Schema::new(), Pooler::start(SESSIONS, "").await);
@@ -145,7 +145,7 @@ async fn sessions_and_the_pooler_end_under_load_and_nothing_is_lost() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn replays_and_restores_go_through_it() {
+async fn replays_and_restores_work_through_a_pooler() {
     let (schema, pooler) = (Schema::new(), Pooler::start(SESSIONS, "").await);
     let store = PostgresStore::connect(&pooler.url(), schema.settings()).await.unwrap();
     for number in 0..50 {
@@ -166,7 +166,7 @@ async fn replays_and_restores_go_through_it() {
 
 /// The user's own statements are prepared under names, in a session that the user does not own.
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_of_a_handler_and_its_checkpoint_move_together() {
+async fn rows_of_a_handler_and_its_checkpoint_commit_together() {
     let pooler = Pooler::start(SESSIONS, "").await;
     let beds = [Bed::at(&pooler.url()).await, Bed::at(&pooler.url()).await];
     let running = beds.each_ref().map(|bed| bed.start(2));

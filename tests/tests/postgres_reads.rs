@@ -53,7 +53,7 @@ async fn read(store: &PostgresStore, number: usize) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn each_of_many_gets_its_own() {
+async fn each_reader_gets_its_own_stream() {
     let schema = Schema::new();
     let store = filled(&schema, &url()).await;
     let mut readers = JoinSet::new();
@@ -74,7 +74,7 @@ async fn each_of_many_gets_its_own() {
 /// Reads share a statement. The other readers still get their answers if the reader that runs the statement for all of
 /// them gives up midway.
 #[tokio::test(flavor = "multi_thread")]
-async fn who_goes_away_takes_nobody_with_him() {
+async fn cancelled_read_does_not_cancel_others() {
     let schema = Schema::new();
     let store = filled(&schema, &url()).await;
     let mut outside = schema.connection().await;
@@ -113,7 +113,7 @@ async fn who_goes_away_takes_nobody_with_him() {
 
 /// The readers also get their answers if the server terminates the session again and again.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_session_that_ends_under_them_is_replaced() {
+async fn session_that_ends_during_reads_is_replaced() {
     let schema = Schema::new();
     let separator = if url().contains('?') { '&' } else { '?' };
     let store = filled(&schema, &format!("{}{separator}application_name={}", url(), schema.name())).await;
@@ -148,7 +148,7 @@ async fn a_session_that_ends_under_them_is_replaced() {
 /// Each look at the log costs a round trip. Directly after a commit of the same process, there is usually nothing new
 /// to see.
 #[tokio::test(flavor = "multi_thread")]
-async fn who_waits_after_a_commit_of_this_process_does_not_look() {
+async fn reader_woken_by_a_local_commit_does_not_poll() {
     const COMMITS: i64 = 100;
     let schema = Schema::new();
     let store = PostgresStore::connect(&url(), schema.settings()).await.unwrap();

@@ -61,7 +61,7 @@ async fn handled(store: &Arc<dyn EventStore>, messages: usize) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn document_under_an_id_that_no_store_can_hold_is_absent_for_a_handler() {
+async fn document_with_an_unstorable_id_is_absent_for_a_handler() {
     on_each_store(async |store| {
         let runtime = ask(&store, "a\0b").await;
         handled(&store, MESSAGES).await;
@@ -73,7 +73,7 @@ async fn document_under_an_id_that_no_store_can_hold_is_absent_for_a_handler() {
 /// A database with a narrower character set rejects queries with characters outside that set. The error is of class 22,
 /// and the store recognizes it by the class alone.
 #[tokio::test(flavor = "multi_thread")]
-async fn question_that_the_server_refuses_parks_its_message_and_no_other() {
+async fn read_refused_by_the_server_parks_only_its_message() {
     let name = format!("latin_{}", Uuid::new_v4().simple());
     let mut server = PgConnection::connect(&url()).await.unwrap();
     let create = format!("CREATE DATABASE {name} TEMPLATE template0 ENCODING 'LATIN1' LOCALE 'C'");

@@ -79,7 +79,7 @@ async fn execute(connection: &mut PgConnection, sql: sqlx::AssertSqlSafe<String>
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn it_gives_what_the_log_gives() {
+async fn replay_returns_the_same_events_as_the_log() {
     let bed = Bed::new().await;
     assert_eq!(bed.replayed(Replay::all()).await, []);
     // More events than fit into a page, and into a batch of each kind.
@@ -147,7 +147,7 @@ async fn it_gives_what_the_log_gives() {
 
 /// Replay never passes a position that a transaction may still fill.
 #[tokio::test(flavor = "multi_thread")]
-async fn it_stops_where_the_log_stops() {
+async fn replay_stops_at_the_end_of_the_readable_log() {
     let bed = Bed::new().await;
     let insert = "INSERT INTO annals.events (stream_id, version, event_id, type, schema_version, data)
                   VALUES ('slow-1', 1, gen_random_uuid(), 'thing.happened', 1, '{}')";
@@ -169,7 +169,7 @@ async fn it_stops_where_the_log_stops() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn typed_events_come_in_order_and_one_that_is_none_stops_nobody() {
+async fn typed_replay_keeps_order_past_an_undecodable_event() {
     const EVENTS: i64 = 50_000;
     let bed = Bed::new().await;
     bed.fill(EVENTS, 10).await;
@@ -210,7 +210,7 @@ impl Bed {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn dropped_amidst_it_leaves_no_query() {
+async fn dropped_replay_leaves_no_query() {
     let bed = Bed::new().await;
     bed.fill(100_000, 500).await;
     for taken in [0, 1, 700, 30_000] {
@@ -241,7 +241,7 @@ async fn rest(replayed: &mut (impl Stream<Item = Result<Recorded, annals::StoreE
 
 /// A consumer that receives an event and then pauses must not keep a snapshot open on the server.
 #[tokio::test(flavor = "multi_thread")]
-async fn somebody_slow_keeps_no_transaction_open() {
+async fn slow_replay_keeps_no_transaction_open() {
     let bed = Bed::new().await;
     bed.fill(60_000, 500).await;
     let mut replayed = bed.store.replay(Replay::all());
@@ -252,7 +252,7 @@ async fn somebody_slow_keeps_no_transaction_open() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_lost_connection_loses_no_event() {
+async fn lost_connection_loses_no_replayed_event() {
     let bed = Bed::new().await;
     // More events than are read ahead by the time the last connection is cut.
     bed.fill(120_000, 500).await;

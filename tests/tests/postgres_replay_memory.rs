@@ -28,7 +28,7 @@ fn resident() -> i64 {
 
 /// Replays 300 MB of events within a tenth of that memory, also with a consumer that is slower than the database.
 #[tokio::test(flavor = "multi_thread")]
-async fn memory_does_not_grow_with_the_log() {
+async fn replay_memory_does_not_grow_with_the_log() {
     const EVENTS: i64 = 300_000;
     const GROWTH_KB_MAX: i64 = 30_000;
     let schema = Schema::new();

@@ -88,7 +88,7 @@ fn note(expected: i64) -> Commit {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn each_role_may_do_its_own_and_no_more() {
+async fn each_role_has_only_its_permissions() {
     let schema = Schema::new();
     let store = schema.store().await;
     store.commit(append("a-1", 0, 2)).await.unwrap();
@@ -168,7 +168,7 @@ async fn each_role_can_do_its_whole_job() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_store_works_as_far_as_its_role_goes() {
+async fn store_works_within_the_permissions_of_its_role() {
     let schema = Schema::new();
     schema.store().await.commit(append("a-1", 0, 2)).await.unwrap();
     let [reader, operator, writer] = roles(&schema).await;
@@ -219,7 +219,7 @@ async fn a_store_works_as_far_as_its_role_goes() {
 
 /// The rows decide whether an operator may append them, whatever the lower bounds of the array arguments are.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_operator_is_held_to_what_is_written() {
+async fn operator_role_cannot_exceed_documented_permissions() {
     let schema = Schema::new();
     schema.store().await.close().await.unwrap();
     let [_, operator, _] = roles(&schema).await;

@@ -38,7 +38,7 @@ async fn renamed() -> (Schema, Schema, PgConnection) {
 }
 
 #[tokio::test]
-async fn renamed_schema_is_refused_where_nothing_may_be_changed() {
+async fn renamed_schema_is_refused_for_restricted_roles() {
     let (old, kept, mut connection) = renamed().await;
     let opened = PostgresStore::connect_existing(&url(), settings(kept.name())).await;
     match opened {
@@ -62,7 +62,7 @@ async fn renamed_schema_is_refused_where_nothing_may_be_changed() {
 }
 
 #[tokio::test]
-async fn renamed_schema_is_used_under_its_name_once_its_owner_has_opened_it() {
+async fn renamed_schema_works_after_its_owner_has_opened_it() {
     let (old, kept, mut connection) = renamed().await;
     for _ in 0..2 {
         let store = PostgresStore::connect(&url(), settings(kept.name())).await.unwrap();
@@ -90,7 +90,7 @@ async fn renamed_schema_is_used_under_its_name_once_its_owner_has_opened_it() {
 
 /// Grants survive a rename and keep their meaning.
 #[tokio::test]
-async fn operators_of_a_renamed_schema_are_operators_of_it() {
+async fn operators_of_a_renamed_schema_keep_their_rights() {
     let (_old, kept, mut connection) = renamed().await;
     let role = kept.role("operator");
     run(&mut connection, format!("CREATE ROLE {role} LOGIN")).await;
@@ -109,7 +109,7 @@ async fn operators_of_a_renamed_schema_are_operators_of_it() {
 
 /// Two stores are independent even if the name of one is part of the other's name.
 #[tokio::test]
-async fn schemas_side_by_side_are_apart() {
+async fn schemas_in_one_database_are_independent() {
     let one = Schema::new();
     let longer = format!("{}_x", one.name());
     let stores = [
@@ -130,7 +130,7 @@ async fn schemas_side_by_side_are_apart() {
 }
 
 #[tokio::test]
-async fn parameters_that_nobody_obeys_are_refused_by_name_and_nothing_is_made() {
+async fn unknown_parameters_are_refused_by_name_without_effect() {
     let schema = Schema::new();
     let name = schema.name();
     for (parameters, reason) in [

@@ -35,7 +35,7 @@ async fn add_by_hand(connection: &mut PgConnection, schema: &Schema, stream: &st
 
 /// Two readers miss no event. One of them opens its store again and again.
 #[tokio::test(flavor = "multi_thread")]
-async fn no_reader_misses_what_a_slow_writer_commits() {
+async fn readers_miss_no_commit_of_a_slow_writer() {
     for ending in ["COMMIT", "ROLLBACK"] {
         let schema = Schema::new();
         let (store, settings) = (schema.store().await, schema.settings());
@@ -80,7 +80,7 @@ impl Following {
 
 /// A subscription is killed and restarted while the slow transaction runs. Each effect happens once, in order.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_subscription_that_restarts_meanwhile_has_each_effect_once() {
+async fn subscription_restarted_during_a_slow_commit_has_each_effect_once() {
     for ending in ["COMMIT", "ROLLBACK"] {
         let schema = Schema::new();
         let store: Arc<dyn EventStore> = Arc::new(schema.store().await);
@@ -122,7 +122,7 @@ async fn a_subscription_that_restarts_meanwhile_has_each_effect_once() {
 
 /// Each rolled-back commit has drawn a position that stays empty.
 #[tokio::test(flavor = "multi_thread")]
-async fn ten_thousand_rolled_back_commits_hold_up_nobody() {
+async fn ten_thousand_rolled_back_commits_delay_no_reader() {
     const WRITERS: usize = 10;
     const ROLLBACKS: usize = 1_000;
     let schema = Schema::new();

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use self::sql_rows::{Bed, Trouble};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_and_checkpoint_move_together() {
+async fn rows_and_checkpoint_commit_together() {
     let bed = Bed::new().await;
     let watch = bed.watch();
     bed.add("a", 1..=100).await;
@@ -36,7 +36,7 @@ async fn rows_and_checkpoint_move_together() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_failed_message_leaves_nothing_and_works_later() {
+async fn failed_message_leaves_no_rows_and_succeeds_later() {
     for trouble in [Trouble::Error, Trouble::Panic, Trouble::SwallowedError, Trouble::Deferred] {
         // Fails at the first message of the batch, at one in the middle, and at the last.
         for failing in [1, 3, 5] {
@@ -81,7 +81,7 @@ async fn a_failed_message_leaves_nothing_and_works_later() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_message_left_to_the_next_commit_has_its_row_there() {
+async fn message_moved_to_the_next_commit_keeps_its_row() {
     let bed = Bed::new().await;
     // The second message makes the commit too large, so the worker removes that message from the batch.
     bed.trouble(1, Trouble::Large(COMMIT_ROWS_MAX / 2 - 100));
@@ -104,7 +104,7 @@ async fn a_message_left_to_the_next_commit_has_its_row_there() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_transaction_within_is_a_savepoint() {
+async fn nested_transaction_is_a_savepoint() {
     let bed = Bed::new().await;
     bed.trouble(1, Trouble::NestedCommit);
     bed.trouble(3, Trouble::NestedRollback);
@@ -140,7 +140,7 @@ async fn conflicts_roll_the_rows_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn on_another_store_it_does_nothing() {
+async fn sql_handler_on_another_store_does_nothing() {
     let bed = Bed::new().await;
     bed.add("a", [1]).await;
     let (shutdown, health) = (CancellationToken::new(), Health::default());

@@ -27,7 +27,7 @@ use self::{
 };
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_handler_whose_session_ends_is_not_at_fault() {
+async fn ended_session_is_not_blamed_on_the_handler() {
     let bed = Bed::new().await;
     bed.trouble(2, Trouble::KillOnce);
     bed.add("a", 1..=3).await;
@@ -39,7 +39,7 @@ async fn a_handler_whose_session_ends_is_not_at_fault() {
 
 /// Terminates all sessions again and again, at any point: within a handler, between two messages, or within the commit.
 #[tokio::test(flavor = "multi_thread")]
-async fn ended_sessions_lose_and_double_nothing() {
+async fn ended_sessions_lose_and_duplicate_nothing() {
     const KEYS: usize = 8;
     const KILLS: usize = 60;
     for lanes in [1, 3] {
@@ -82,7 +82,7 @@ async fn ended_sessions_lose_and_double_nothing() {
 
 /// Drops the tasks of the subscription wherever they are, as if the process had died.
 #[tokio::test(flavor = "multi_thread")]
-async fn dropped_tasks_lose_and_double_nothing() {
+async fn dropped_tasks_lose_and_duplicate_nothing() {
     let mut bed = Bed::new().await;
     bed.rows.micros_max = 2_000;
     let watch = bed.watch();
@@ -106,7 +106,7 @@ async fn dropped_tasks_lose_and_double_nothing() {
 /// The session ends during the `COMMIT` of its transaction. The transaction did not commit, but the store cannot know
 /// that.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_session_that_ends_in_its_commit_is_found_out() {
+async fn session_that_ends_during_its_commit_is_resolved() {
     let bed = Bed::new().await;
     let trap = "CREATE SEQUENCE annals.traps;
         CREATE FUNCTION annals.trap() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
@@ -163,7 +163,7 @@ fn deaf_to_commits(server: String, cuts: Arc<AtomicU64>) -> std::net::SocketAddr
 
 /// The commit succeeds, but its answer is lost.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_commit_whose_answer_is_lost_is_found_out() {
+async fn commit_with_a_lost_answer_is_resolved() {
     const CUTS: u64 = 3;
     let mut bed = Bed::new().await;
     let direct: PgConnectOptions = url().parse().unwrap();

@@ -57,7 +57,7 @@ async fn server() -> (Server, TempDir) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_connection_of_a_store_is_as_secure_as_its_url_says() {
+async fn every_connection_is_as_secure_as_its_url_demands() {
     let (server, certificates) = server().await;
     let root = |name: &str| format!("sslrootcert={}", certificates.path().join(name).display());
     let (of_ca, of_other) = (root("ca.crt"), root("other.crt"));
@@ -101,7 +101,7 @@ async fn every_connection_of_a_store_is_as_secure_as_its_url_says() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_without_tls_is_refused_where_it_is_asked_for() {
+async fn server_without_tls_is_refused_if_tls_is_required() {
     let server = Server::start().await;
     for mode in ["require", "verify-ca", "verify-full"] {
         let url = format!("{}?sslmode={mode}", server.url());

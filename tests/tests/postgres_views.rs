@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use self::postgres::{Schema, append};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_run_of_the_shop_shows_in_the_views() {
+async fn run_of_the_shop_shows_in_the_views() {
     const ORDERS: u64 = 150;
     let schema = Schema::new();
     let store = schema.store().await;
@@ -93,7 +93,7 @@ impl Handler for Picky {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_parked_and_what_lags_show() {
+async fn views_show_parked_messages_and_lag() {
     let schema = Schema::new();
     let store = schema.store().await;
     let port: Arc<dyn EventStore> = Arc::new(store.clone());

@@ -46,7 +46,7 @@ async fn rely_within(connection: &mut PgConnection, schema: &Schema, checked: &s
 
 /// The second commit performs its check only after the first has ended.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_second_waits_for_the_first_and_sees_what_it_did() {
+async fn second_writer_waits_and_sees_the_first_commit() {
     for (ending, holds) in [("COMMIT", false), ("ROLLBACK", true)] {
         let schema = Schema::new();
         let store = schema.store().await;
@@ -72,7 +72,7 @@ async fn the_second_waits_for_the_first_and_sees_what_it_did() {
 
 /// At least one doctor must stay on call, so each doctor leaves only if the other has not left.
 #[tokio::test(flavor = "multi_thread")]
-async fn of_two_that_rely_on_each_other_one_goes() {
+async fn one_of_two_mutually_dependent_commits_succeeds() {
     const ROUNDS: i64 = 200;
     let schema = Schema::new();
     let stores = [schema.store().await, schema.store().await];
@@ -103,7 +103,7 @@ async fn of_two_that_rely_on_each_other_one_goes() {
 
 /// A commit that only writes or only checks waits for no other commit, and a blocked commit blocks only itself.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_open_transaction_holds_up_only_what_it_contradicts() {
+async fn open_transaction_blocks_only_conflicting_commits() {
     let schema = Schema::new();
     let store = schema.store().await;
     let mut open = schema.connection().await;
@@ -133,7 +133,7 @@ async fn an_open_transaction_holds_up_only_what_it_contradicts() {
 /// The same holds for missing documents: a commit that creates a document, or relies on its absence, waits and then
 /// checks again.
 #[tokio::test(flavor = "multi_thread")]
-async fn of_two_that_rely_on_absence_one_holds_between_processes() {
+async fn one_of_two_commits_relying_on_absence_succeeds_between_processes() {
     const ROUNDS: usize = 100;
     let schema = Schema::new();
     let stores = [schema.store().await, schema.store().await];
@@ -165,7 +165,7 @@ async fn of_two_that_rely_on_absence_one_holds_between_processes() {
 
 /// A commit that would create the document waits for a transaction that relies on the document's absence.
 #[tokio::test(flavor = "multi_thread")]
-async fn absence_that_is_relied_on_is_waited_for() {
+async fn writers_wait_for_a_commit_relying_on_absence() {
     for (ending, holds) in [("COMMIT", false), ("ROLLBACK", true)] {
         let schema = Schema::new();
         let store = schema.store().await;

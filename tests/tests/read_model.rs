@@ -121,7 +121,7 @@ async fn a_rebuild_leaves_the_live_views_alone_until_it_swaps() {
 }
 
 #[tokio::test]
-async fn a_running_projection_changes_over_when_it_is_swapped() {
+async fn running_projection_switches_when_views_are_swapped() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let (accounts, views) = (Repository::new(store.clone()), Views::<Totals>::new(store.clone()));
     let running = runtime(&store, projection(1)).await;

@@ -167,7 +167,7 @@ async fn live(store: &Arc<dyn EventStore>) -> u32 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_end_of_one_build_leaves_what_another_has_swapped_in() {
+async fn ended_build_leaves_the_views_of_another_build() {
     on_each_store(async |store| {
         many(&store, 50, 100).await;
         let mut given_up = Vec::new();
@@ -210,7 +210,7 @@ async fn the_end_of_one_build_leaves_what_another_has_swapped_in() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn builds_at_the_same_time_leave_right_views_whoever_wins() {
+async fn concurrent_builds_leave_correct_views() {
     on_each_store(async |store| {
         many(&store, 500, 5_000).await;
         for round in 0..4 {
@@ -235,7 +235,7 @@ async fn builds_at_the_same_time_leave_right_views_whoever_wins() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn events_that_cannot_be_applied_are_counted_and_belong_to_their_build() {
+async fn inapplicable_events_are_counted_for_their_build() {
     on_each_store(async |store| {
         for amount in [10, 11, 12] {
             deposit(&store, "ada", amount).await;
@@ -283,7 +283,7 @@ async fn events_that_cannot_be_applied_are_counted_and_belong_to_their_build() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_service_goes_on_with_the_new_views_and_reads_nothing_again() {
+async fn service_continues_with_the_new_views_and_reads_nothing_again() {
     const BEFORE: u64 = 20_000;
     on_each_store(async |store| {
         many(&store, 1_000, BEFORE as usize).await;
@@ -338,7 +338,7 @@ async fn a_service_goes_on_with_the_new_views_and_reads_nothing_again() {
 
 /// The old service is in the middle of a commit when its generation is swapped and removed.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_commit_that_was_under_way_brings_no_removed_view_back() {
+async fn commit_in_flight_restores_no_removed_view() {
     on_each_store(async |inner| {
         let faulty = FaultyStore::new(inner.clone());
         let store: Arc<dyn EventStore> = Arc::new(faulty.clone());
@@ -362,7 +362,7 @@ async fn a_commit_that_was_under_way_brings_no_removed_view_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn services_of_two_versions_write_views_of_their_own() {
+async fn services_of_two_versions_write_separate_views() {
     on_each_store(async |store| {
         deposit(&store, "ada", 100).await;
         let old = Totals::<1>::default();
@@ -401,7 +401,7 @@ async fn services_of_two_versions_write_views_of_their_own() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn views_of_a_later_version_that_nobody_keeps_show_in_health() {
+async fn unmaintained_views_of_a_later_version_show_in_health() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     deposit(&store, "ada", 1).await;
     projection(&Totals::<2>::default()).rebuild(store.clone()).await.unwrap();
@@ -417,7 +417,7 @@ async fn views_of_a_later_version_that_nobody_keeps_show_in_health() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_projection_outlives_an_outage_and_health_says_so_meanwhile() {
+async fn projection_survives_an_outage_that_health_shows() {
     on_each_store(async |inner| {
         let faulty = FaultyStore::new(inner.clone());
         let store: Arc<dyn EventStore> = Arc::new(faulty.clone());
@@ -454,7 +454,7 @@ async fn a_projection_outlives_an_outage_and_health_says_so_meanwhile() {
 
 /// Whatever happens to one commit of a rebuild, the live views are correct, and so are the views of the next rebuild.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_fault_at_any_commit_of_a_rebuild_leaves_right_views() {
+async fn fault_at_any_commit_of_a_rebuild_leaves_correct_views() {
     let faults = [Fault::Unavailable, Fault::LostUnknown, Fault::AppliedUnknown, Fault::CrashBefore, Fault::CrashAfter];
     for fault in faults {
         for number in 1.. {
@@ -490,7 +490,7 @@ async fn a_fault_at_any_commit_of_a_rebuild_leaves_right_views() {
 
 /// The test does not wait for time to pass: it writes a build that died long ago into the pointer document.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_build_that_died_is_removed_by_the_next_one() {
+async fn dead_build_is_removed_by_the_next_one() {
     on_each_store(async |store| {
         many(&store, 10, 20).await;
         let rebuilt = totals().rebuild(store.clone()).await.unwrap();
@@ -512,7 +512,7 @@ async fn a_build_that_died_is_removed_by_the_next_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_list_is_whole_while_views_are_swapped() {
+async fn list_is_complete_while_views_are_swapped() {
     on_each_store(async |store| {
         many(&store, 300, 300).await;
         totals().rebuild(store.clone()).await.unwrap();
@@ -585,7 +585,7 @@ impl EventStore for SwapsInScan {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_list_that_meets_a_swap_is_whole() {
+async fn list_that_meets_a_swap_is_complete() {
     on_each_store(async |inner| {
         many(&inner, 300, 300).await;
         totals().rebuild(inner.clone()).await.unwrap();
@@ -597,7 +597,7 @@ async fn a_list_that_meets_a_swap_is_whole() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_read_model_is_never_reset_and_stays_paused_over_a_swap() {
+async fn read_model_is_never_reset_and_stays_paused_across_a_swap() {
     on_each_store(async |store| {
         deposit(&store, "ada", 1).await;
         let runtime = service(Runtime::new(), &store, &Totals::<1>::default()).await;
@@ -627,7 +627,7 @@ async fn a_read_model_is_never_reset_and_stays_paused_over_a_swap() {
 /// The stored state before generations were reserved: a checkpoint, and either a pointer with only a number or no
 /// pointer.
 #[tokio::test(flavor = "multi_thread")]
-async fn stores_of_earlier_releases_go_on() {
+async fn stores_of_earlier_releases_continue() {
     on_each_store(async |store| {
         deposit(&store, "ada", 5).await;
         let put = |collection: &str, id: &str, body: &str| Put {
@@ -660,7 +660,7 @@ async fn stores_of_earlier_releases_go_on() {
 /// The server stops and starts while a service runs and in the middle of a rebuild.
 #[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_stops_and_starts_again_costs_no_view() {
+async fn server_restart_loses_no_view() {
     let mut server = postgres::server::Server::start().await;
     let settings = annals_postgres::Settings { connections: 4, ..Default::default() };
     let store = annals_postgres::PostgresStore::connect(&server.url(), settings).await.unwrap();

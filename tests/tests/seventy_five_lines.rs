@@ -113,12 +113,12 @@ mod specification {
     }
 
     #[test]
-    fn what_is_done_is_not_done_again() {
+    fn finished_work_is_not_repeated() {
         assert_eq!(after(&[placed(), paid()]).decide(&OrderCommand::Pay { receipt: "r2".into() }), Ok(vec![]));
     }
 
     #[test]
-    fn what_cannot_be_done_is_refused() {
+    fn impossible_commands_are_refused() {
         let shipped = [placed(), paid(), OrderEvent::Shipped { parcel: "p1".into() }];
         let ship = OrderCommand::Ship { parcel: "p1".into() };
         assert_eq!(after(&[]).decide(&ship), Err(OrderRefusal::NotPlaced));
@@ -127,7 +127,7 @@ mod specification {
     }
 
     #[test]
-    fn the_aggregate_takes_75_lines_and_at_most_7_names_of_ours() {
+    fn aggregate_takes_75_lines_and_at_most_7_library_names() {
         let source = include_str!("seventy_five_lines.rs");
         let aggregate = source.split_once("\n#[allow(clippy::unwrap_used)]\nmod specification").unwrap().0.trim_end();
         assert!(aggregate.lines().count() <= 75, "it has {} lines", aggregate.lines().count());

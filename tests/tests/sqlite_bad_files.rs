@@ -49,7 +49,7 @@ async fn refused(path: &Path) -> OpenError {
 }
 
 #[tokio::test]
-async fn a_text_file() {
+async fn text_file_is_refused() {
     let folder = folder();
     for text in ["a", "SQLite format", "once upon a time\n", &"once upon a time\n".repeat(1_000)] {
         let path = folder.path().join("story.txt");
@@ -59,7 +59,7 @@ async fn a_text_file() {
 }
 
 #[tokio::test]
-async fn a_database_of_another_application() {
+async fn database_of_another_application_is_refused() {
     let folder = folder();
     let plain = folder.path().join("plain.db");
     sqlite_file(&plain, "CREATE TABLE events (a); INSERT INTO events VALUES (1)").await;
@@ -71,7 +71,7 @@ async fn a_database_of_another_application() {
 }
 
 #[tokio::test]
-async fn a_database_that_another_application_has_open() {
+async fn database_open_in_another_application_is_refused() {
     let folder = folder();
     let path = folder.path().join("busy.db");
     let mut connection = connect(&path).await;
@@ -81,7 +81,7 @@ async fn a_database_that_another_application_has_open() {
 }
 
 #[tokio::test]
-async fn a_store_of_a_newer_build() {
+async fn store_of_a_newer_build_is_refused() {
     let folder = folder();
     let path = folder.path().join("annals.db");
     SqliteStore::open(&path).await.unwrap().close().await.unwrap();
@@ -94,7 +94,7 @@ async fn a_store_of_a_newer_build() {
 
 /// The file as a killed newer build leaves it. Only that newer build may recover the log next to the file.
 #[tokio::test]
-async fn a_store_that_a_newer_build_left_in_haste() {
+async fn store_that_a_newer_build_left_uncleanly_is_refused() {
     let (folder, copies) = (folder(), folder());
     let path = folder.path().join("annals.db");
     SqliteStore::open(&path).await.unwrap().close().await.unwrap();
@@ -111,7 +111,7 @@ async fn a_store_that_a_newer_build_left_in_haste() {
 
 /// The file while the newer build has it open. The new schema version is only in the log next to the file.
 #[tokio::test]
-async fn a_store_that_a_newer_build_has_open() {
+async fn store_open_in_a_newer_build_is_refused() {
     let folder = folder();
     let path = folder.path().join("annals.db");
     let store = SqliteStore::open(&path).await.unwrap();
@@ -132,7 +132,7 @@ async fn a_directory() {
 }
 
 #[tokio::test]
-async fn a_folder_that_is_missing() {
+async fn missing_folder_is_refused() {
     let folder = folder();
     let missing = folder.path().join("data");
     let path = missing.join("annals.db");
@@ -147,7 +147,7 @@ async fn a_folder_that_is_missing() {
 
 /// Permissions do not restrict root, who may run the tests. These obstacles do.
 #[tokio::test]
-async fn a_path_that_cannot_be_written() {
+async fn unwritable_path_is_refused() {
     let folder = folder();
     let long = folder.path().join("x".repeat(300));
     assert!(matches!(refused(&long).await, OpenError::Unwritable { .. }));
@@ -167,7 +167,7 @@ async fn a_device() {
 }
 
 #[tokio::test]
-async fn a_damaged_store() {
+async fn damaged_store_is_refused() {
     let folder = folder();
     let path = folder.path().join("annals.db");
     SqliteStore::open(&path).await.unwrap().close().await.unwrap();
@@ -180,7 +180,7 @@ async fn a_damaged_store() {
 }
 
 #[tokio::test]
-async fn a_url_of_something_else() {
+async fn url_of_another_scheme_is_refused() {
     for url in ["shop.db", "sqlite:", "sqlite://", "sqlite::memory:", ""] {
         let error = SqliteStore::open_url(url).await.err().unwrap();
         assert_eq!(error, OpenError::Url { url: url.into() });
@@ -196,7 +196,7 @@ async fn a_url_of_something_else() {
 
 /// An empty file is accepted: `touch` creates one, and a crash before the first write leaves one.
 #[tokio::test]
-async fn an_empty_file_is_taken() {
+async fn empty_file_becomes_a_store() {
     let folder = folder();
     let path = folder.path().join("annals.db");
     fs::write(&path, "").unwrap();
@@ -208,7 +208,7 @@ async fn an_empty_file_is_taken() {
 }
 
 #[tokio::test]
-async fn many_may_open_a_new_file_at_once() {
+async fn many_processes_can_open_a_new_file_at_once() {
     let folder = folder();
     let path = folder.path().join("annals.db");
     let opening = (0..8).map(|_| SqliteStore::open(&path));
@@ -219,7 +219,7 @@ async fn many_may_open_a_new_file_at_once() {
 
 #[cfg(unix)]
 #[tokio::test]
-async fn a_file_of_two_names_is_refused() {
+async fn file_with_two_names_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let (path, other) = (folder.path().join("a.db"), folder.path().join("b.db"));
     SqliteStore::open(&path).await.unwrap().close().await.unwrap();

@@ -34,7 +34,7 @@ async fn count(file: &Path) -> usize {
 /// A commit in progress succeeds or is rejected. No outcome stays unknown, and the file holds exactly the successful
 /// commits.
 #[tokio::test(flavor = "multi_thread")]
-async fn closing_drains() {
+async fn close_writes_waiting_commits() {
     const COMMITS: usize = 4_000;
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("annals.db");
@@ -61,7 +61,7 @@ async fn closing_drains() {
 }
 
 #[tokio::test]
-async fn a_closed_store_says_so() {
+async fn closed_store_reports_that_it_is_closed() {
     let folder = tempfile::tempdir().unwrap();
     let store = SqliteStore::open(folder.path().join("annals.db")).await.unwrap();
     store.commit(commit(1)).await.unwrap();
@@ -83,7 +83,7 @@ async fn a_closed_store_says_so() {
 /// The runtime that opened the store ends while commits are in progress. Commits that were already submitted are
 /// written, and so are later commits.
 #[test]
-fn a_store_outlives_its_runtime() {
+fn store_outlives_its_runtime() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("annals.db");
     let runtime = || tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();

@@ -97,7 +97,7 @@ fn commit(writer: usize, round: i64) -> Commit {
 }
 
 #[test]
-fn a_killed_process_loses_nothing_that_it_acknowledged() {
+fn killed_process_loses_no_acknowledged_commit() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("annals.db");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();

@@ -93,7 +93,7 @@ async fn until_no_space(file: &Path) {
 }
 
 #[test]
-fn a_process_without_space_loses_nothing() {
+fn process_without_disk_space_loses_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("annals.db");
     let limited = Command::new("sh")

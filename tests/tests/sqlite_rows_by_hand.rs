@@ -41,7 +41,7 @@ async fn read_all(store: &SqliteStore, query: &LogQuery) -> (Vec<i64>, Position)
 }
 
 #[tokio::test]
-async fn odd_rows_stop_no_reader() {
+async fn odd_rows_block_no_reader() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("annals.db");
     let store = SqliteStore::open(&file).await.unwrap();
@@ -107,7 +107,7 @@ async fn a_row_dated_ahead_does_not_move_the_clock() {
 
 /// The last event was written by a process whose clock was ahead.
 #[tokio::test]
-async fn time_does_not_go_back_behind_the_last_event() {
+async fn recorded_time_never_precedes_the_last_event() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("annals.db");
     let store = SqliteStore::open(&file).await.unwrap();
@@ -122,7 +122,7 @@ async fn time_does_not_go_back_behind_the_last_event() {
 }
 
 #[tokio::test]
-async fn the_file_itself_refuses_changes_to_the_log() {
+async fn file_refuses_changes_to_the_log() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("annals.db");
     let store = SqliteStore::open(&file).await.unwrap();
@@ -161,7 +161,7 @@ async fn the_file_itself_refuses_changes_to_the_log() {
 
 /// A file as the earliest builds created it.
 #[tokio::test]
-async fn a_file_of_an_older_build_opens_and_goes_on() {
+async fn file_of_an_older_build_opens_and_continues() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("annals.db");
     let options = SqliteConnectOptions::new().filename(&file).create_if_missing(true);

@@ -68,7 +68,7 @@ async fn two_writers_take_turns() {
 }
 
 #[tokio::test]
-async fn a_waiting_reader_learns_of_commits_of_another_process() {
+async fn waiting_reader_notices_commits_of_another_process() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("annals.db");
     let reader = SqliteStore::open(&file).await.unwrap();
@@ -89,7 +89,7 @@ async fn a_waiting_reader_learns_of_commits_of_another_process() {
 /// The commit fails with an error within the time limit, and nothing of it is stored. Once the lock is released,
 /// commits succeed again.
 #[tokio::test]
-async fn a_commit_does_not_wait_for_ever_for_a_lock() {
+async fn commit_does_not_wait_forever_for_a_lock() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("annals.db");
     let settings = Settings { busy_timeout: Duration::from_millis(100), ..Settings::default() };
@@ -110,7 +110,7 @@ async fn a_commit_does_not_wait_for_ever_for_a_lock() {
 
 /// A lock that is released in time only delays the commit.
 #[tokio::test]
-async fn a_commit_waits_its_turn() {
+async fn commit_waits_for_its_turn() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("annals.db");
     let store = SqliteStore::open(&file).await.unwrap();
@@ -129,7 +129,7 @@ async fn a_commit_waits_its_turn() {
 /// A trigger makes the statement fail, because no statement fails on its own. Earlier events in the same group are not
 /// stored either, no lock remains, and the next commit succeeds.
 #[tokio::test]
-async fn a_commit_that_fails_midway_leaves_nothing() {
+async fn commit_that_fails_midway_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("annals.db");
     let store = SqliteStore::open(&file).await.unwrap();

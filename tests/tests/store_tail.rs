@@ -22,7 +22,7 @@ suite!(Tailed);
 /// The tail reads a limited number of events at once. If a reader took the last of them for the end of the log, it
 /// would wait although there is more.
 #[tokio::test]
-async fn what_others_have_written_is_told_of_before_it_is_read() {
+async fn tail_reports_foreign_commits_before_reading_them() {
     const EVENTS: usize = 5_000;
     let store = Arc::new(MemoryStore::new());
     let tail = Tail::follow(store.clone()).await.unwrap();

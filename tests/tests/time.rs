@@ -66,7 +66,7 @@ async fn stores() -> Vec<(&'static str, Arc<dyn EventStore>, Box<dyn std::any::A
 }
 
 #[tokio::test]
-async fn deadline_of_three_days_is_tested_by_moving_a_clock() {
+async fn moving_a_clock_tests_a_deadline_of_three_days() {
     let clock = Clock::by_hand("2026-02-28T12:00:00Z".parse().unwrap());
     let store = MemoryStore::with_clock(clock.clone());
     let world = World::new(Arc::new(store), short(30 * DAY, Some(3 * DAY)));
@@ -216,18 +216,18 @@ async fn backlog_keeps_nobody_waiting(store: Arc<dyn EventStore>) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ten_thousand_due_timers_keep_nobody_waiting_in_memory() {
+async fn ten_thousand_due_timers_delay_no_other_in_memory() {
     backlog_keeps_nobody_waiting(Arc::new(MemoryStore::new())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ten_thousand_due_timers_keep_nobody_waiting_on_sqlite() {
+async fn ten_thousand_due_timers_delay_no_other_on_sqlite() {
     let folder = tempfile::tempdir().unwrap();
     backlog_keeps_nobody_waiting(Arc::new(SqliteStore::open(folder.path().join("annals.db")).await.unwrap())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ten_thousand_due_timers_keep_nobody_waiting_on_postgres() {
+async fn ten_thousand_due_timers_delay_no_other_on_postgres() {
     let schema = Schema::new();
     backlog_keeps_nobody_waiting(Arc::new(schema.store().await)).await;
 }
@@ -345,21 +345,21 @@ async fn clocks_apart(store: Arc<dyn EventStore>, location: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn clocks_that_are_apart_change_nothing_on_postgres() {
+async fn clocks_that_differ_change_nothing_on_postgres() {
     let schema = Schema::new();
     let location = format!("{}#{}", postgres::url(), schema.name());
     clocks_apart(Arc::new(schema.store().await), &location).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn clocks_that_are_apart_change_nothing_on_sqlite() {
+async fn clocks_that_differ_change_nothing_on_sqlite() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("annals.db");
     clocks_apart(Arc::new(SqliteStore::open(&path).await.unwrap()), path.to_str().unwrap()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn timers_go_by_the_clock_of_the_server() {
+async fn timers_follow_the_clock_of_the_server() {
     let clock = OtherClock::new();
     for ahead in [3_600, -60] {
         let server = Server::start_with_environment(clock.environment(ahead).to_vec()).await;

@@ -118,7 +118,7 @@ fn floats() -> impl Iterator<Item = f64> {
 }
 
 #[test]
-fn every_finite_number_comes_back() {
+fn every_finite_number_round_trips() {
     for value in floats() {
         let short = value as f32;
         let inner = Inner { ratio: if short.is_finite() { short } else { 0.1 }, large: value.to_bits() };
@@ -142,7 +142,7 @@ fn every_finite_number_comes_back() {
 }
 
 #[test]
-fn integers_up_to_128_bits_come_back_also_through_upcasters() {
+fn integers_up_to_128_bits_round_trip_through_upcasters() {
     let mut random = fastrand::Rng::with_seed(2);
     let fixed = [0, 1, u128::from(u64::MAX), u128::from(u64::MAX) + 1, 10_u128.pow(24), i128::MAX as u128, u128::MAX];
     let any = std::iter::from_fn(|| Some(random.u128(..) >> random.u32(..128)));
@@ -155,7 +155,7 @@ fn integers_up_to_128_bits_come_back_also_through_upcasters() {
 }
 
 #[test]
-fn raw_json_comes_through_upcasters() {
+fn raw_json_survives_upcasters() {
     #[derive(Event, Debug)]
     #[event(prefix = "r")]
     enum Raw {
@@ -168,7 +168,7 @@ fn raw_json_comes_through_upcasters() {
 }
 
 #[test]
-fn what_would_not_be_read_back_is_refused_when_it_is_written() {
+fn unreadable_values_are_refused_on_write() {
     let large = u128::from(u64::MAX) + 1;
     // serde cannot read 128-bit integers inside flattened fields.
     let error = Measure::FlatWide { inner: FlatWide { wide: large } }.encode().unwrap_err();
@@ -260,7 +260,7 @@ async fn state_is_the_same_before_and_after_a_restart() {
 }
 
 #[tokio::test]
-async fn documents_refuse_what_is_not_finite() {
+async fn documents_refuse_numbers_that_are_not_finite() {
     on_each_store(async |store| {
         let mut transaction = Transaction::new(store.clone(), Uuid::new_v4());
         let mut work = transaction.begin();
@@ -305,7 +305,7 @@ impl ReadModel for Rates {
 
 /// The first view becomes infinite, so its event is parked and later events of the same key wait. Other keys continue.
 #[tokio::test(flavor = "multi_thread")]
-async fn view_that_is_not_finite_sets_its_event_aside_and_leaves_the_views_readable() {
+async fn view_with_an_infinite_number_parks_its_event_and_stays_readable() {
     on_each_store(async |store| {
         let event = |value: f64| annals::NewEvent {
             id: Uuid::new_v4(),
@@ -339,7 +339,7 @@ async fn view_that_is_not_finite_sets_its_event_aside_and_leaves_the_views_reada
 /// A build that accepted NaN has stored this value. Reading it reports the place of the value and fails every time, and
 /// no new event is added to it.
 #[tokio::test]
-async fn null_in_the_place_of_a_number_is_named_with_its_place() {
+async fn error_names_the_place_of_a_null_instead_of_a_number() {
     on_each_store(async |store| {
         let event = annals::NewEvent {
             id: Uuid::new_v4(),

@@ -12,7 +12,7 @@ use super::{
 };
 
 /// Checks all fields, read from the stream and from the log.
-pub async fn events_come_back_as_they_were_given<T: StoreUnderTest>() {
+pub async fn events_round_trip<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     let traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
@@ -68,7 +68,7 @@ pub const ODD_PAYLOADS: &[&str] = &[
 ];
 
 /// The store keeps payloads as text, not as JSON values.
-pub async fn payloads_come_back_byte_for_byte<T: StoreUnderTest>() {
+pub async fn payloads_round_trip_byte_for_byte<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     let events = ODD_PAYLOADS.iter().map(|data| event("odd.payload", *data)).collect();
@@ -102,7 +102,7 @@ pub async fn versions_are_dense_and_positions_rise<T: StoreUnderTest>() {
 }
 
 /// The error of a failed commit names the current version of the stream.
-pub async fn a_commit_holds_only_at_the_expected_version<T: StoreUnderTest>() {
+pub async fn commit_succeeds_only_at_the_expected_version<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     assert_conflict(store.commit(appending([append("a-1", at(1), numbered(1))])).await, "a-1", 1, 0);
@@ -115,7 +115,7 @@ pub async fn a_commit_holds_only_at_the_expected_version<T: StoreUnderTest>() {
 }
 
 /// An append without an expected version also succeeds on a new stream.
-pub async fn any_version_will_do_where_none_is_expected<T: StoreUnderTest>() {
+pub async fn commit_without_expected_version_succeeds_at_any_version<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     for round in 1..=3 {
@@ -142,7 +142,7 @@ pub async fn a_commit_spans_streams<T: StoreUnderTest>() {
 }
 
 /// If one part of a commit has a conflict, the other streams and documents of the commit stay unchanged.
-pub async fn one_conflict_leaves_nothing_of_the_commit<T: StoreUnderTest>() {
+pub async fn conflict_leaves_nothing_of_the_commit<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     let document = key("note", "1");
@@ -161,7 +161,7 @@ pub async fn one_conflict_leaves_nothing_of_the_commit<T: StoreUnderTest>() {
 }
 
 /// A commit without contents always succeeds.
-pub async fn an_empty_commit_holds<T: StoreUnderTest>() {
+pub async fn empty_commit_succeeds<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     assert_eq!(store.commit(Commit::default()).await.unwrap(), Committed::default());
@@ -186,7 +186,7 @@ pub async fn an_append_without_events_only_checks<T: StoreUnderTest>() {
 }
 
 /// After a log has lost its end and grown again, the same version may belong to another event.
-pub async fn an_event_that_is_expected_is_compared_by_its_id<T: StoreUnderTest>() {
+pub async fn expected_event_is_compared_by_its_id<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     let (events, other) = (numbered(2), Uuid::new_v4());
@@ -224,7 +224,7 @@ pub async fn an_event_that_is_expected_is_compared_by_its_id<T: StoreUnderTest>(
 }
 
 /// Reads start at any version, including versions beyond the end.
-pub async fn a_stream_is_read_after_a_version_up_to_a_limit<T: StoreUnderTest>() {
+pub async fn stream_is_read_after_a_version_up_to_a_limit<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     store.commit(appending([append("a-1", at(0), numbered(10))])).await.unwrap();
@@ -247,7 +247,7 @@ pub async fn a_stream_is_read_after_a_version_up_to_a_limit<T: StoreUnderTest>()
 }
 
 /// Names that differ only in pattern characters, case, Unicode forms or spaces are different names.
-pub async fn streams_with_like_names_are_apart<T: StoreUnderTest>() {
+pub async fn streams_with_similar_names_are_separate<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     let long = format!("a-{}", "x".repeat(510));
@@ -265,7 +265,7 @@ pub async fn streams_with_like_names_are_apart<T: StoreUnderTest>() {
 }
 
 /// Even with the maximum number of rows, all events come back in order.
-pub async fn a_commit_may_be_as_large_as_the_limit<T: StoreUnderTest>() {
+pub async fn commit_can_be_as_large_as_the_limit<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     store.commit(appending([append("a-1", at(0), numbered(COMMIT_ROWS_MAX))])).await.unwrap();

@@ -10,7 +10,7 @@ use super::{
 };
 
 /// Each losing writer learns the current version of the stream.
-pub async fn of_many_writers_at_one_version_one_wins<T: StoreUnderTest>() {
+pub async fn one_of_many_writers_at_one_version_wins<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     let mut writers = JoinSet::new();
@@ -27,7 +27,7 @@ pub async fn of_many_writers_at_one_version_one_wins<T: StoreUnderTest>() {
 }
 
 /// If a commit reports when its events were recorded, a follower of the log may also rely on the reported positions.
-pub async fn a_commit_tells_where_its_events_stand<T: StoreUnderTest>() {
+pub async fn commit_returns_the_positions_of_its_events<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     let mut writers = JoinSet::new();
@@ -61,7 +61,7 @@ pub async fn a_commit_tells_where_its_events_stand<T: StoreUnderTest>() {
 }
 
 /// Commits that share a round trip succeed or fail independently of each other.
-pub async fn conflicts_fail_alone<T: StoreUnderTest>() {
+pub async fn conflict_fails_only_its_own_commit<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     store.commit(appending([append("taken-1", at(0), numbered(1))])).await.unwrap();
@@ -97,7 +97,7 @@ pub async fn conflicts_fail_alone<T: StoreUnderTest>() {
 
 /// Each caller reads a number, adds one, writes it, and repeats all of this after a conflict. The document and the
 /// stream must show the same count.
-pub async fn counting_up_loses_nothing<T: StoreUnderTest>() {
+pub async fn concurrent_increments_lose_nothing<T: StoreUnderTest>() {
     const WRITERS: i64 = 16;
     const ROUNDS: i64 = 10;
     let under_test = T::fresh().await;
@@ -131,7 +131,7 @@ async fn count_up(store: &Arc<dyn EventStore>) -> bool {
 }
 
 /// If a caller drops its commit, the commit is applied completely or not at all, and no other caller is affected.
-pub async fn dropped_commits_are_whole_or_not_there<T: StoreUnderTest>() {
+pub async fn dropped_commits_are_complete_or_absent<T: StoreUnderTest>() {
     const COMMITS: usize = 1_000;
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -182,7 +182,7 @@ async fn parts(store: &dyn EventStore, number: usize) -> (bool, bool, bool) {
 
 /// Neither commit writes what the other writes, yet each is valid only if the other has not written. The commits expect
 /// that documents are absent, and for a document that stays absent only the check can detect the conflict.
-pub async fn of_two_that_rely_on_absence_one_holds<T: StoreUnderTest>() {
+pub async fn one_of_two_commits_relying_on_absence_succeeds<T: StoreUnderTest>() {
     const ROUNDS: usize = 60;
     let under_test = T::fresh().await;
     let store = under_test.store();

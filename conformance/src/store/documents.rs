@@ -35,7 +35,7 @@ pub async fn versions_rise_with_each_put<T: StoreUnderTest>() {
 }
 
 /// Version 0 means that the document must not exist. The error names the current version of the document.
-pub async fn a_put_holds_only_at_the_expected_version<T: StoreUnderTest>() {
+pub async fn put_succeeds_only_at_the_expected_version<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     let key = key("note", "1");
@@ -71,7 +71,7 @@ pub async fn a_removed_document_counts_as_version_0<T: StoreUnderTest>() {
 }
 
 /// The store returns one answer per key, including missing keys and keys that are requested twice.
-pub async fn they_come_in_the_order_of_the_keys<T: StoreUnderTest>() {
+pub async fn documents_are_returned_in_the_order_of_the_keys<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     let held = [key("b", "2"), key("a", "1"), key("a", "2"), key("b", "")];
@@ -85,7 +85,7 @@ pub async fn they_come_in_the_order_of_the_keys<T: StoreUnderTest>() {
 }
 
 /// The store keeps bodies as text, not as JSON values.
-pub async fn bodies_come_back_byte_for_byte<T: StoreUnderTest>() {
+pub async fn bodies_round_trip_byte_for_byte<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     let keys = (0..ODD_PAYLOADS.len()).map(|number| key("odd", &number.to_string())).collect::<Vec<_>>();
@@ -98,7 +98,7 @@ pub async fn bodies_come_back_byte_for_byte<T: StoreUnderTest>() {
 
 /// The order is by bytes, not by the rules of any language. A scan does not return documents of other collections,
 /// however similar their names are.
-pub async fn scanned_in_byte_order<T: StoreUnderTest>() {
+pub async fn scan_returns_byte_order<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     let in_order =
@@ -134,7 +134,7 @@ fn timer(id: &str, due: Option<DateTime<Utc>>) -> Put {
 }
 
 /// A scan returns only documents with a due time, earliest first, to the microsecond.
-pub async fn scanned_by_what_is_due<T: StoreUnderTest>() {
+pub async fn scan_returns_due_documents<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     let other = Put { due: Some(minute(0)), ..put(&key("other", "o"), None, Some("{}")) };
@@ -204,7 +204,7 @@ pub async fn due_is_kept_to_the_microsecond<T: StoreUnderTest>() {
 }
 
 /// A name that a store cannot represent counts as absent, as it does in every other store.
-pub async fn names_that_no_store_can_hold_are_absent<T: StoreUnderTest>() {
+pub async fn unstorable_names_are_absent<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     let puts = ["a", "a\u{1}", "aa", "b"].map(|id| put(&key("c", id), None, Some("{}")));
@@ -237,7 +237,7 @@ pub async fn names_that_no_store_can_hold_are_absent<T: StoreUnderTest>() {
 
 /// A reader that reads a checkpoint first and the stream second finds the events that the checkpoint covers. The same
 /// holds in the opposite order.
-pub async fn they_become_visible_with_the_events_of_their_commit<T: StoreUnderTest>() {
+pub async fn documents_become_visible_with_the_events_of_their_commit<T: StoreUnderTest>() {
     const COMMITS: i64 = 200;
     let under_test = T::fresh().await;
     let store = under_test.store();

@@ -8,7 +8,7 @@ use super::{
 };
 
 /// Checks events, documents and the head.
-pub async fn everything_is_there_after_reopening<T: Durable>() {
+pub async fn everything_survives_reopening<T: Durable>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     let events = ODD_PAYLOADS.iter().map(|data| event("odd.payload", *data)).collect();
@@ -28,7 +28,7 @@ pub async fn everything_is_there_after_reopening<T: Durable>() {
 }
 
 /// Versions, positions and time continue from the values before the store was closed.
-pub async fn writing_goes_on_after_reopening<T: Durable>() {
+pub async fn writes_continue_after_reopening<T: Durable>() {
     let mut under_test = T::fresh().await;
     let note = key("note", "1");
     for round in 0..4 {
@@ -49,7 +49,7 @@ pub async fn writing_goes_on_after_reopening<T: Durable>() {
 }
 
 /// No part of a rejected commit is stored, not even a part that would have succeeded alone.
-pub async fn what_was_refused_is_not_there_after_reopening<T: Durable>() {
+pub async fn refused_commit_is_absent_after_reopening<T: Durable>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     let appends = vec![append("a-1", at(0), numbered(2)), append("b-1", at(1), numbered(1))];

@@ -36,7 +36,7 @@ pub async fn pages_follow_each_other_in_order<T: StoreUnderTest>() {
 }
 
 /// A subscription to one category must not read the rest of the log again with each page.
-pub async fn a_query_leaves_out_and_goes_past<T: StoreUnderTest>() {
+pub async fn query_skips_other_events_and_advances<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     for round in 0..20 {
@@ -84,7 +84,7 @@ pub async fn a_query_leaves_out_and_goes_past<T: StoreUnderTest>() {
 
 /// A page may cover only a part of the log, and must then report that there is more. Otherwise the reader would take it
 /// for the last page, and would wait although it is far behind.
-pub async fn a_page_that_is_not_the_last_says_so<T: StoreUnderTest>() {
+pub async fn page_reports_whether_it_is_the_last<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     for round in 0..5 {
@@ -110,7 +110,7 @@ pub async fn a_page_that_is_not_the_last_says_so<T: StoreUnderTest>() {
 }
 
 /// A reader at the end stays there, including a reader whose query matches no event.
-pub async fn a_reader_that_caught_up_stays_where_it_is<T: StoreUnderTest>() {
+pub async fn caught_up_reader_keeps_its_position<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     let queries = [LogQuery::all(), LogQuery::categories(["nothing"])];
@@ -126,7 +126,7 @@ pub async fn a_reader_that_caught_up_stays_where_it_is<T: StoreUnderTest>() {
 }
 
 /// Even the largest positions need no special handling.
-pub async fn a_far_position_has_nothing_after_it<T: StoreUnderTest>() {
+pub async fn far_position_has_no_events_after_it<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     store.commit(appending([append("a-1", at(0), numbered(3))])).await.unwrap();
@@ -141,7 +141,7 @@ pub async fn a_far_position_has_nothing_after_it<T: StoreUnderTest>() {
 }
 
 /// If events are already there when the wait starts, the wait must return at once.
-pub async fn waiting_ends_at_once_when_there_is_more<T: StoreUnderTest>() {
+pub async fn wait_returns_at_once_if_there_are_more_events<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     let head = store.commit(appending([append("a-1", at(0), numbered(3))])).await.unwrap().position;
@@ -151,7 +151,7 @@ pub async fn waiting_ends_at_once_when_there_is_more<T: StoreUnderTest>() {
 }
 
 /// A hundred rounds finish well within the limit, so a notification must wake the wait; polling would be too slow.
-pub async fn waiting_ends_with_the_next_commit<T: StoreUnderTest>() {
+pub async fn wait_ends_with_the_next_commit<T: StoreUnderTest>() {
     const ROUNDS: i64 = 100;
     let under_test = T::fresh().await;
     let store = under_test.store();

@@ -28,7 +28,7 @@ fn of(append: Append) -> Commit {
 }
 
 /// Two writes to the same key in one commit have no defined result.
-pub async fn twins_are_refused<T: StoreUnderTest>() {
+pub async fn duplicate_streams_and_documents_are_refused<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     let twins = ["a-1", "a-1"].map(|name| append(name, Expected::Any, numbered(1)));
@@ -39,7 +39,7 @@ pub async fn twins_are_refused<T: StoreUnderTest>() {
 
 /// It does not matter where an invalid name comes from: ids read from a store may be invalid, but they are never
 /// written again.
-pub async fn names_that_are_none_are_refused<T: StoreUnderTest>() {
+pub async fn invalid_names_are_refused<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     let long = format!("order-{}", "x".repeat(10_000));
@@ -56,7 +56,7 @@ pub async fn names_that_are_none_are_refused<T: StoreUnderTest>() {
 }
 
 /// Each commit exceeds a limit by one byte, row or event.
-pub async fn what_is_too_large_is_refused<T: StoreUnderTest>() {
+pub async fn oversized_data_is_refused<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     let text = |bytes: usize| format!("\"{}\"", "x".repeat(bytes - 2));
@@ -80,7 +80,7 @@ pub async fn times_before_the_calendar_are_refused<T: StoreUnderTest>() {
 }
 
 /// The store rejects such payloads before writing them, so that no reader fails later.
-pub async fn payloads_that_no_reader_takes_are_refused<T: StoreUnderTest>() {
+pub async fn unreadable_payloads_are_refused<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
     let deep = format!("{}{}", "[".repeat(6_000), "]".repeat(6_000));

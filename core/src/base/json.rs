@@ -429,7 +429,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn big_integers_are_found_outside_of_strings_only() {
+    fn big_integers_are_found_only_outside_of_strings() {
         let text = r#"{"a":18446744073709551615,"b":18446744073709551616,"c":"18446744073709551616",
             "d\"99999999999999999999":[-9223372036854775808,-9223372036854775809],"e":18446744073709551616.5,
             "f":18446744073709551616e3,"g":340282366920938463463374607431768211455,
@@ -444,7 +444,7 @@ mod tests {
     }
 
     #[test]
-    fn upcasters_change_what_is_beside_a_big_integer() {
+    fn upcasters_change_values_next_to_a_big_integer() {
         // Two integers with the same `f64`, and that `f64` itself.
         let text = r#"{"a":1000000000000000000000000,"b":1000000000000000000000001,"c":1e24,"d":[-170141183460469231731687303715884105728]}"#;
         let mut upcast = Upcast::read(text).unwrap();
@@ -462,7 +462,7 @@ mod tests {
     }
 
     #[test]
-    fn people_are_shown_the_numbers_that_are_there() {
+    fn display_shows_the_exact_numbers() {
         let text = r#"{"b":[18446744073709551616,{}],"a":0.1}"#;
         let shown = "{\n  \"a\": 0.1,\n  \"b\": [\n    18446744073709551616,\n    {}\n  ]\n}";
         assert_eq!(pretty(text).unwrap(), shown);
@@ -470,7 +470,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_saga_starts_with_is_finite() {
+    fn saga_input_must_be_finite() {
         assert_eq!(to_value(&Some(1.5)).unwrap(), serde_json::json!(1.5));
         assert!(to_value(&Some(f64::NAN)).is_err());
         assert!(to_value(&std::collections::BTreeMap::from([("k", f32::INFINITY)])).is_err());
@@ -478,7 +478,7 @@ mod tests {
     }
 
     #[test]
-    fn the_place_of_a_number_that_is_not_finite_is_named() {
+    fn error_names_the_place_of_a_number_that_is_not_finite() {
         #[derive(Serialize)]
         struct Outer {
             none: Option<u8>,

@@ -79,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_that_meet_those_of_other_documents_are_refused() {
+    fn names_that_collide_with_other_documents_are_refused() {
         for name in
             ["", "a/b", "a@1", "@", "/", "a\0", "a\n", " a", "a ", "mail.relay", &"x".repeat(NAME_BYTES_MAX + 1)]
         {
@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn two_parts_have_two_names() {
+    fn two_parts_cannot_share_a_name() {
         let mut names = Names::default();
         names.take("subscription", "mailer").unwrap();
         names.take("subscription", "mailer2").unwrap();

@@ -22,7 +22,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reason_is_cleaned_and_cut() {
+    fn reason_is_cleaned_and_shortened() {
         assert_eq!(storable("no\0pe\u{1b}[1m\tand\nso on é"), "no\u{fffd}pe\u{fffd}[1m\tand\nso on é");
         let long = storable(&"é".repeat(1_000_000));
         assert_eq!(long.chars().count(), REASON_CHARS_MAX);

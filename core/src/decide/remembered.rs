@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn commands_are_remembered_however_many_events_they_gave() {
+    fn commands_are_remembered_for_any_number_of_events() {
         let mut remembered = Remembered::default();
         let mut next = 1;
         let commands: Vec<_> = (0..2_000).map(|number| (Uuid::new_v4(), 1 + number % 30)).collect();
@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn largest_commit_is_remembered_whether_its_boundaries_are_known_or_not() {
+    fn largest_commit_is_remembered_with_and_without_boundaries() {
         for unknown_cause in [false, true] {
             let mut remembered = Remembered::default();
             let mut next = 1;
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn snapshots_keep_it_and_older_ones_are_read() {
+    fn snapshots_keep_remembered_commands_and_older_snapshots_load() {
         let ids: Vec<_> = (0..5).map(|_| Uuid::new_v4()).collect();
         let firsts: Vec<_> = ids.iter().map(|id| derived_id(*id, 0)).collect();
         let older = Remembered::from_ids(&firsts, Version(7));

@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn later_version_is_taken_by_its_first_four_fields() {
+    fn traceparent_of_a_later_version_is_read_by_its_first_four_fields() {
         let known = |flags: &str| Some(format!("00-{TRACE}-{PARENT}-{flags}"));
         assert_eq!(parent(&format!("cc-{TRACE}-{PARENT}-01")), known("01"));
         assert_eq!(parent(&format!("cc-{TRACE}-{PARENT}-01-what-the-future-will-be-like")), known("01"));
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn two_or_no_traceparents_are_none() {
+    fn missing_or_repeated_traceparent_is_ignored() {
         let text = format!("00-{TRACE}-{PARENT}-01");
         assert_eq!(TraceContext::parse([&*text, &*text], ["a=1"]), None);
         assert_eq!(TraceContext::parse([], ["a=1"]), None);
@@ -274,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn tracestate_that_is_too_long_loses_large_members_and_then_the_last() {
+    fn long_tracestate_loses_large_members_then_the_last() {
         let member = |name: char, bytes: usize| format!("{name}={}", "x".repeat(bytes - 2));
         let exact = [member('a', 255), member('b', 256)].join(",");
         assert_eq!((exact.len(), state(&[&exact])), (TRACESTATE_BYTES_MAX, Some(exact.clone())));

@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_relay_sent_twice_is_known() {
+    fn messages_that_a_relay_sent_twice_are_recognized() {
         let mut marks = Marks::default();
         let sent = |source: &str, lane: Option<u32>, position, id: u128| {
             let mut message = message();
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_lost_before_anything_of_its_lane_came_is_new_once() {
+    fn messages_lost_before_the_first_of_their_lane_are_new_once() {
         let mut marks = Marks::default();
         marks.interrupt();
         let mut pass = |position: i64| {
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_lost_with_a_topic_is_new_when_it_comes_again() {
+    fn messages_lost_with_a_topic_are_new_when_sent_again() {
         let mut marks = Marks::default();
         let pass = |marks: &mut Marks, positions: &[i64]| {
             let sent = |position: &i64| {

@@ -265,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn lanes_are_spread_evenly_over_those_who_follow() {
+    fn lanes_are_spread_evenly_over_instances() {
         let mut three = alive(&["a", "b", "c"]);
         three.insert("idle".into(), BTreeSet::new());
         let mut counts = BTreeMap::new();
@@ -282,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn who_shows_nothing_is_given_up_and_later_forgotten() {
+    fn silent_instance_is_given_up_and_later_forgotten() {
         let document = |version| Document {
             key: DocumentKey::new(INSTANCES, "a"),
             version,

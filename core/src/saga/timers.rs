@@ -501,7 +501,7 @@ mod tests {
     }
 
     #[test]
-    fn the_latest_of_those_that_are_due_come_first() {
+    fn due_timers_are_sorted_latest_first() {
         let timers = Timers::default();
         for (id, due) in [("a", 7), ("b", 5), ("c", 9), ("d", 6)] {
             timers.set(id, Some(at(due)));
@@ -516,7 +516,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_remembered_has_a_limit_and_the_furthest_is_forgotten() {
+    fn remembered_timers_are_limited_and_the_furthest_is_dropped() {
         let timers = Timers::default();
         for number in 0..=KNOWN_MAX {
             timers.set(&number.to_string(), Some(at(number as i64)));

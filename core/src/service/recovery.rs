@@ -352,7 +352,7 @@ mod tests {
     /// Retention may have removed the messages of the inbox. The timers wait for these messages once, and not again at
     /// each start.
     #[tokio::test(start_paused = true)]
-    async fn timers_wait_once_for_an_inbox_that_is_gone() {
+    async fn timers_wait_only_once_for_a_missing_inbox() {
         let store = MemoryStore::new();
         let mut inboxes = Ends::default();
         inboxes.set("bank.commands", 0, 5);

@@ -166,7 +166,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_measurement_moves_the_clock_no_further_than_it_must() {
+    fn measurement_moves_the_clock_only_as_far_as_needed() {
         let clock = Clock(Arc::new(Hands { offset: 1_000.into(), runs: true }));
         let offset = || clock.0.offset.load(Ordering::SeqCst);
         // The clock agrees with the answer: the time of the store was 1,050 at some moment between 40 and 60.
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_due_beyond_the_calendar() {
+    fn times_beyond_the_calendar_are_never_due() {
         assert_eq!(later(5, Duration::from_millis(7)), Some(12));
         for delay in [Duration::MAX, Duration::from_secs(u64::MAX / 1_000), Duration::from_secs(9_000 * 366 * 86_400)] {
             assert_eq!(later(1_800_000_000_000, delay), None, "{delay:?}");
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn the_machine_has_one_clock_and_it_runs() {
+    fn machine_clock_is_shared_and_advances() {
         let machine = Clock::machine();
         let before = machine.now();
         std::thread::sleep(Duration::from_millis(2));

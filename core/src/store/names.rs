@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn each_position_has_the_name_of_its_segment() {
+    fn position_has_the_name_of_its_segment() {
         let names = LogNames(vec![segment("a", 0, None), segment("b", 100, Some(40))]);
         let labels = names.labels(3);
         for (position, name) in [(1, "3@a"), (99, "3@a"), (100, "3@b"), (5_000, "3@b")] {
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn one_name_is_stored_as_builds_before_segments_did() {
+    fn single_name_is_stored_in_the_format_of_earlier_builds() {
         let mut names = LogNames(vec![segment("a", 0, None)]);
         assert_eq!(&*names.document(1).body, "\"a\"");
         names.push(segment("b", 9, Some(4))).unwrap();
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_a_relay_writes_names_a_log() {
+    fn only_log_attributes_of_a_relay_name_a_log() {
         assert_eq!(log_of("0@5b1c0e"), Some("5b1c0e"));
         assert_eq!(["", "0", "fast@lane", "0@", "@a"].map(log_of), [None; 5]);
     }

@@ -23,7 +23,7 @@ fn refused(line: &str, parts: &[&str]) {
 }
 
 #[test]
-fn the_definition_is_sound() {
+fn command_line_definition_is_valid() {
     Arguments::command().debug_assert();
 }
 
@@ -55,7 +55,7 @@ fn run_takes_every_argument() {
 }
 
 #[test]
-fn a_file_has_no_bad_luck_unless_told() {
+fn orders_from_a_file_have_no_declines_by_default() {
     let file = run("run --orders a.csv");
     assert_eq!(file.orders, Some("a.csv".into()));
     assert_eq!((file.decline_rate(), file.cancel_rate()), (0.0, 0.0));
@@ -65,7 +65,7 @@ fn a_file_has_no_bad_luck_unless_told() {
 }
 
 #[test]
-fn serve_must_be_told_where() {
+fn serve_requires_store_and_bus() {
     let line = "serve inventory --store postgresql://shop@db/inventory --bus local: --http 127.0.0.1:8080";
     let Ok(Command::Serve(serve)) = parse(line) else { panic!("not serve") };
     assert_eq!(serve.role, Role::Inventory);
@@ -78,7 +78,7 @@ fn serve_must_be_told_where() {
 }
 
 #[test]
-fn a_customer_elsewhere_needs_a_url_and_no_store() {
+fn run_against_a_remote_shop_needs_a_url_and_no_store() {
     let run = run("run --http http://127.0.0.1:8080/ --generate 5");
     assert_eq!(run.http.expect("a URL").to_string(), "http://127.0.0.1:8080");
     refused("run --http http://a:1 --store memory:", &["--http", "cannot be used with", "--store"]);
@@ -99,7 +99,7 @@ fn drain_has_the_defaults_of_run() {
 }
 
 #[test]
-fn what_is_wrong_is_said() {
+fn wrong_arguments_are_explained() {
     refused("run --orders a.csv --generate 5", &["--orders", "cannot be used with", "--generate"]);
     refused("run --generate 0", &["--generate", "1.."]);
     refused("run --concurrency 0", &["--concurrency", "1..=65536"]);
@@ -135,7 +135,7 @@ fn help_has_examples() {
 
 /// Tries every place where a password can stand, combined with other mistakes on the command line.
 #[test]
-fn no_error_has_a_password() {
+fn errors_show_no_password() {
     for url in [
         "postgers://shop:secret@db/shop",
         "postgers://shop:se@secret@db/shop",

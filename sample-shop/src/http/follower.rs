@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn only_who_was_there_from_the_beginning_has_all() {
+    async fn only_a_follower_from_the_beginning_has_every_event() {
         let (follower, metrics) = (Follower::default(), Metrics::new().expect("metrics"));
         let follow = || follower.follow(stream("saga.checkout-1"), stream("order-1"));
         let early = follow();

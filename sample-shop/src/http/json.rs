@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_json_is_told_apart() {
+    fn invalid_json_is_distinguished_from_wrong_shape() {
         for body in ["", "{", "{]", "{\"lines\": 1", "{\"lines\": []} x", "nul", "\u{feff}{}"] {
             let (status, detail) = detail::<NewOrder>(body);
             assert!(status == 400 && detail.starts_with("the body is not JSON"), "{body}: {status} {detail}");

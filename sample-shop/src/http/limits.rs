@@ -84,7 +84,7 @@ mod tests {
 
     /// Requests without an answer hold all permits, and the next request is rejected.
     #[tokio::test]
-    async fn one_more_than_all_places_is_turned_away() {
+    async fn request_beyond_the_limit_is_rejected() {
         let answer = CancellationToken::new();
         let held = answer.clone();
         let limits = Limits::default();

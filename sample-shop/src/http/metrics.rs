@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_the_parts_count_is_shown_without_ids() {
+    async fn counters_of_the_parts_are_shown_without_ids() {
         let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
         let mut runtime = Runtime::new();
         let service = Service::new("shelf", store.clone()).subscribe(Subscription::new("fails", Fails));

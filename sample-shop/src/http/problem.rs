@@ -106,7 +106,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_of_files_are_hidden_and_nothing_else() {
+    fn only_file_names_are_hidden() {
         for (error, shown) in [
             ("the store is unavailable: /srv/shop.db: disk I/O error", "the store is unavailable: …: disk I/O error"),
             ("could not extend file \"base/5/16389\": No space left", "could not extend file \"…\": No space left"),

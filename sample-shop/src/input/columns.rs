@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn names_what_is_missing_or_doubled() {
+    fn missing_and_repeated_columns_are_named() {
         let header = "InvoiceNo,StockCode,Description,InvoiceDate,UnitPrice,CustomerID";
         assert_eq!(of(header), Err("no column Quantity, Country".to_owned()));
         assert_eq!(of(&format!("{},Quantity", names().replace(' ', ""))), Err("two columns Quantity".to_owned()));

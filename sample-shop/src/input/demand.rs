@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn demand_is_what_orders_and_write_offs_take() {
+    fn demand_is_the_sum_of_orders_and_write_offs() {
         let invoices = [
             Invoice::Order { id: "1".into(), customer: None, lines: vec![line("a", 2), line("b", 1), line("a", 3)] },
             Invoice::Return { id: "C2".into(), customer: None, lines: vec![line("a", 4), line("c", 1)] },

@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_row_is_none() {
+    fn empty_rows_are_skipped() {
         assert_eq!(records(b"a,b\n,\n , \t\nc,d\n,,\r\n,"), [sound(1, "a"), sound(4, "c")]);
     }
 
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn an_open_quote_costs_no_other_line() {
+    fn open_quote_affects_no_other_line() {
         let flawed = (1, "a".to_owned(), Some(OPEN_QUOTE));
         assert_eq!(records(b"a,\"b\nc,d\ne,f\n"), [flawed.clone(), sound(2, "c"), sound(3, "e")]);
         assert_eq!(records(b"a,\"b\nc,\"d\"\ne,f\n"), [flawed.clone(), sound(2, "c"), sound(3, "e")]);

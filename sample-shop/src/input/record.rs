@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn text_that_is_not_utf_8_is_windows_1252() {
+    fn non_utf_8_fields_are_read_as_windows_1252() {
         check(b"1,\xa340 \x80 \x9f,\"caf\xe9 \"\"\x93x\x94\"\"\"", Split::Whole, &["1", "£40 € Ÿ", "café \"“x”\""]);
         // Each field is decoded separately.
         check(b"\xc3\xa9,\xe9", Split::Whole, &["é", "é"]);
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn forgets_the_record_before() {
+    fn forgets_the_previous_record() {
         let mut record = Record::default();
         record.split(b"long,longer,longest");
         record.split(b"a,b");

@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn a_number_is_known_where_nothing_can_have_moved_it() {
+    fn invoice_number_is_trusted_only_in_an_unshifted_row() {
         assert_eq!(number(&record("1,A"), &COLUMNS), Ok("1"));
         assert_eq!(number(&record(",A,6,2010-12-01,2.5,7"), &COLUMNS), Err("InvoiceNo is empty".to_owned()));
         let last = Columns { number: 5, customer: 0, ..COLUMNS };

@@ -35,7 +35,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn remarks_read_so() {
+    fn remarks_have_the_expected_text() {
         assert_eq!(
             repeated(1),
             "1 order or return was in the store already, from an earlier run; nothing was done twice"

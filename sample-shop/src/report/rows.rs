@@ -62,13 +62,13 @@ mod tests {
     }
 
     #[test]
-    fn another_encoding_is_told() {
+    fn other_encoding_is_reported() {
         let text = rows(&Rows { recoded: 2, ..sound() });
         assert!(text.ends_with("\n2 rows not UTF-8, and read as Windows-1252\n"), "{text}");
     }
 
     #[test]
-    fn malformed_rows_are_named_up_to_a_point() {
+    fn malformed_rows_are_listed_up_to_a_limit() {
         let one = Rows {
             malformed: 1,
             left_out: Tally { invoices: 1, rows: 6 },

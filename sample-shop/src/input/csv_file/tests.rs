@@ -58,7 +58,7 @@ fn sound(number: &str) -> String {
 }
 
 #[test]
-fn invoices_are_what_their_number_and_total_say() {
+fn number_and_total_decide_the_kind_of_an_invoice() {
     let rows = [
         row("1", "A", "2", "1.5"),
         row("1", "A", "3", "0"),
@@ -89,7 +89,7 @@ fn invoices_are_what_their_number_and_total_say() {
 }
 
 #[test]
-fn a_malformed_row_costs_its_whole_invoice_and_no_other() {
+fn malformed_row_drops_only_its_whole_invoice() {
     let (ids, reports, rows) = read_rows(&[
         sound("1"),
         sound("2"),
@@ -106,7 +106,7 @@ fn a_malformed_row_costs_its_whole_invoice_and_no_other() {
 }
 
 #[test]
-fn malformed_rows_take_nothing_out_of_stock() {
+fn malformed_rows_add_no_demand() {
     let rows = [sound("1"), row("1", "A", "x", "1"), row("2", "B", "3", "1")];
     let file = write(format!("{HEADER}\n{}", rows.concat()));
     let demand = Source::file(&file.path).and_then(|source| source.demand()).expect("readable");
@@ -135,7 +135,7 @@ fn signs_must_fit_the_kind() {
 }
 
 #[test]
-fn an_invoice_whose_rows_do_not_stand_together_is_left_out() {
+fn invoice_with_scattered_rows_is_left_out() {
     let (ids, reports, rows) = read_rows(&[sound("1"), sound("2"), sound("1"), sound("1"), sound("3"), sound("1")]);
     assert_eq!(ids, ["2", "3"]);
     let back = |line| format!("{line}: 1 appears again: it starts on line 2, with other invoices in between");
@@ -144,7 +144,7 @@ fn an_invoice_whose_rows_do_not_stand_together_is_left_out() {
 }
 
 #[test]
-fn a_row_of_nobody_costs_both_neighbours() {
+fn row_without_a_number_drops_both_neighbours() {
     let (ids, reports, rows) =
         read_rows(&[sound("1"), sound("2"), row("", "A", "1", "1"), sound("3"), sound("3"), sound("4")]);
     assert_eq!(ids, ["1", "4"]);
@@ -159,7 +159,7 @@ fn a_row_of_nobody_costs_both_neighbours() {
 }
 
 #[test]
-fn a_row_with_a_number_costs_only_that_invoice() {
+fn malformed_row_with_a_number_drops_only_that_invoice() {
     let (ids, reports, rows) =
         read_rows(&[sound("1"), "2,A,short\n".into(), sound("2"), "garbage\n".into(), sound("3")]);
     assert_eq!(ids, ["1", "3"]);
@@ -206,7 +206,7 @@ fn bytes_before_and_between_rows_do_not_matter() {
 }
 
 #[test]
-fn text_that_is_not_utf_8_is_taken_as_windows_1252() {
+fn non_utf_8_text_is_read_as_windows_1252() {
     let mut text = format!("{HEADER}\n{}", sound("1")).into_bytes();
     text.extend_from_slice(b"2,A,\xa340 VOUCHER,1,2010-12-01T08:26,1,17850,United Kingdom\n");
     let (ids, reports, rows) = read_text(text);
@@ -215,7 +215,7 @@ fn text_that_is_not_utf_8_is_taken_as_windows_1252() {
 
 /// Covers rows of commas at the end of the file, where spreadsheets write them, and anywhere else.
 #[test]
-fn rows_of_commas_cost_nothing() {
+fn rows_of_only_commas_are_ignored() {
     let rows = [sound("1"), ",,,,,,,\n".into(), sound("1"), sound("2"), ",,,,,,,\r\n".into(), ",,,,,,,".into()];
     let (ids, reports, rows) = read_rows(&rows);
     assert_eq!((ids, reports), (vec!["1".to_owned(), "2".to_owned()], Vec::new()));
@@ -234,7 +234,7 @@ fn columns_are_found_by_name() {
 }
 
 #[test]
-fn an_input_that_cannot_be_used_says_why() {
+fn unusable_input_gives_the_reason() {
     let folder = tempfile::tempdir().expect("a folder");
     assert!(matches!(read_csv(folder.path()), Err(InputError::NotAFile { .. })));
     let missing = read_csv(folder.path().join("b.csv"));
@@ -258,7 +258,7 @@ fn an_input_that_cannot_be_used_says_why() {
 }
 
 #[test]
-fn a_file_that_changed_is_not_read_on() {
+fn changed_file_is_not_read_further() {
     let text = format!("{HEADER}\n{}", sound("1"));
     let file = write(&text);
     let opened = read_csv(&file.path).expect("readable");

@@ -46,7 +46,7 @@ fn json_is_one_line_with_the_promised_fields_in_order() {
 }
 
 #[test]
-fn json_of_nothing_has_numbers_too() {
+fn json_of_an_empty_run_has_numbers() {
     let nothing = Summary {
         sagas: 0,
         elapsed: Duration::ZERO,
@@ -77,7 +77,7 @@ fn units_are_conserved_or_not() {
 }
 
 #[test]
-fn the_summary_for_a_person_reads_so() {
+fn summary_for_people_has_the_expected_text() {
     let text = summary().human_on(Terminal::new(60, false));
     for (name, value) in [
         ("orders", "1,595"),
@@ -123,7 +123,7 @@ fn long_times_are_grouped_too() {
 }
 
 #[test]
-fn only_a_terminal_gets_colours() {
+fn colours_appear_only_on_a_terminal() {
     let faulty = Summary { stuck: 2, parked: 1_000, units: Units { reserved: 3, ..summary().units }, ..summary() };
     let plain = faulty.human_on(Terminal::REDIRECTED);
     assert!(!plain.contains('\x1b'));
