@@ -3,9 +3,9 @@
 pub mod aggregate;
 pub(crate) mod categories;
 mod command_queue;
+mod fold;
 mod remembered;
 pub mod repository;
-pub(crate) mod stale;
 pub mod transaction;
 mod unsettled;
 pub mod work;

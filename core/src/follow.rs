@@ -3,10 +3,12 @@
 pub mod checkpoint;
 pub mod consumer;
 mod deduplication;
+mod deliver;
 pub(crate) mod lanes;
 pub(crate) mod lease;
 pub mod parking;
 pub(crate) mod peer;
 mod redrive;
+pub(crate) mod relay_progress;
 pub mod subscription;
 pub mod worker;

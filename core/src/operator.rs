@@ -26,8 +26,8 @@ use crate::{
     store::{EventStore, Scan, StoreError},
 };
 
-/// The category of the streams that record operator actions. Each subscription has its own stream.
-pub const CATEGORY: &str = "operator";
+pub use crate::decide::categories::OPERATOR as CATEGORY;
+
 /// How many times an action is retried if a worker changes the same documents at the same time.
 const RACES_MAX: u32 = 10;
 /// The maximum number of parked messages that a reset removes. The remaining rows of the commit are for the checkpoints

@@ -1,7 +1,6 @@
 //! The relay, which publishes messages from the log to the bus. The relay is a subscription whose checkpoint moves only
 //! after the bus has accepted the messages.
 
-pub(crate) mod progress;
 pub(crate) mod routes;
 
 use std::{collections::VecDeque, sync::Arc};
@@ -17,22 +16,23 @@ use crate::{
     decide::work::Work,
     event::{Position, Recorded, StreamId},
     follow::{
-        checkpoint::{Given, Lane},
-        lanes::{self, LANES_MAX, LOOK_AGAIN, Lanes},
+        checkpoint::{Given, Lane, lane_of},
+        lanes::{self, LANES_MAX, LOOK_AGAIN, Lanes, Start},
         lease::{Claim, Turn},
         parking::ParkedKeys,
         peer::Instance,
-        subscription::{IDLE_CHECKPOINT, Start, lane_of},
+        relay_progress::relay_of,
+        subscription::IDLE_CHECKPOINT,
         worker::{PARKED_TICK, RetryPolicy, Stop, Worker},
     },
     handler::{Handler, HandlerError, Terminal},
     health::{Health, Reporter, State},
-    relay::progress::relay_of,
     store::{EventStore, LogPage, StoreError, names::Labels},
 };
 
 pub use crate::{
-    relay::{progress::Relayed, routes::Routes},
+    follow::relay_progress::Relayed,
+    relay::routes::Routes,
     store::names::{LogNames, Segment, log_of},
 };
 

@@ -9,15 +9,19 @@
 //! | `instance` | a saga as an aggregate |
 //! | `migration` | moves a saga to another plan, or refuses the move |
 //! | `runner` | starts sagas, passes replies and timers to them, and carries out the actions of operators |
-//! | `participant` | the receiving side: carries out each step once, and keeps the barrier against late steps |
+//! | `participant` | the receiving side: carries out each step once |
+//! | `barrier` | decides which steps a participant carries out, and keeps out late and repeated steps |
 //! | `owed` | work that a restored participant repeats before it accepts commands |
 //! | `index` | one document per saga: for operators, and to find the timers that are due |
-//! | `timers` | computes when timers are due, and fires them |
+//! | `timers` | the timers that this process remembers |
+//! | `firing` | finds the timers that are due, and fires them |
 //! | `diagram` | draws a plan as Mermaid or SVG |
 //! | `path` | draws the path that one saga took |
 
+mod barrier;
 mod definition;
 mod diagram;
+mod firing;
 mod index;
 mod instance;
 mod migration;
@@ -29,6 +33,8 @@ mod runner;
 mod timers;
 mod transition;
 
+pub(crate) use barrier::attribute;
+pub use barrier::{Participation, Slot, Step, StepCommand, StepEvent, decide_step};
 pub use definition::{
     ATTEMPTS_MAX, AfterPivot, Closing, Kind, NeedsUndo, Open, Plan, RETRY_DELAY_MAX, RETRY_DELAY_MIN, Request,
     STEP_TIMEOUT, Saga, SagaState, Undoable,
@@ -39,11 +45,12 @@ pub(crate) use instance::{Ask, Definitions, What};
 pub use instance::{Instance, SagaRefusal};
 pub(crate) use owed::{Debtor, settle};
 pub use owed::{Owed, StepKey};
-pub use participant::{ANSWER_BYTES_MAX, decide_step};
-pub use participant::{Answer, Participant, Participation, Slot, Step, StepCommand, StepError, StepEvent};
-pub(crate) use participant::{Desk, attribute};
+pub(crate) use participant::Desk;
+pub use participant::{ANSWER_BYTES_MAX, Answer, Participant, StepError};
 pub use path::Path;
-pub use progress::{At, CallState, Command, Failure, Fault, FaultKind, Outcome, Progress, Reply, SagaEvent, Status};
+pub use progress::{
+    At, CallState, Command, Failure, Fault, FaultKind, Outcome, Progress, Reply, SagaEvent, Status, Verb,
+};
 pub(crate) use runner::{Replies, Starter};
 pub use runner::{Runner, Starts};
-pub use transition::{COMMANDS_BYTES_MAX, Input, Moved, Verb, begin, transition};
+pub use transition::{COMMANDS_BYTES_MAX, Input, Moved, begin, transition};

@@ -2,6 +2,7 @@
 //! runtime runs the tasks of all services.
 
 pub mod recovery;
+mod start_error;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -17,25 +18,22 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     archive::is_half_imported,
     base::{
-        name::{self, NameError, Names},
+        name::{self, NameError, Names, SERVICE_BYTES_MAX, is_service_name},
         panic::caught,
     },
-    bus::{Bus, BusError, Message, Publisher},
+    bus::{Bus, Message, Publisher},
     decide::{categories, work::Work},
     event::StreamId,
-    follow::{consumer::Group, peer::Instance, subscription::Subscription},
+    follow::{consumer::Group, peer::Instance, relay_progress::relay_of, subscription::Subscription},
     handler::{Handler, HandlerError, Terminal},
     health::{Health, Held, State},
     project::read_model::{Projection, ReadModel},
-    relay::{
-        Relay, Routes,
-        progress::relay_of,
-        routes::{SERVICE_BYTES_MAX, is_service_name},
-    },
+    relay::{Relay, Routes},
     saga::{self, Debtor, Desk, Participant, Replies, Runner, SagaState, Starter, StepEvent},
-    service::recovery::Ahead,
-    store::{EventStore, LogQuery, StoreError},
+    store::{EventStore, LogQuery},
 };
+
+pub use self::start_error::StartError;
 
 /// How long the index of sagas may lag under low load. A saga timer may fire late by this lag.
 const INDEX_PAUSE: Duration = Duration::from_millis(200);
@@ -174,11 +172,18 @@ impl Service {
         self.subscriptions.extend([starter, index]);
         self.replies.push(Arc::new(runner.clone()));
         let service = self.name.clone();
+        let store = self.store.clone();
         self.parts.push(Box::new(|Surroundings { bus_is_local, health, shutdown, .. }| {
             // On a local bus, a message counts as sent only once the receiver has handled it. Timers that waited for
             // the relay would then wait for a slow participant, which is exactly what a timeout must detect.
-            let relayed_by = (!bus_is_local).then_some(service);
-            Box::pin(runner.timers(relayed_by, health, shutdown))
+            let relayed_by = (!bus_is_local).then_some(service.clone());
+            let ends = shutdown.clone();
+            let inbox_read = async move {
+                if !bus_is_local {
+                    recovery::inbox_read(&*store, &service, &ends).await;
+                }
+            };
+            Box::pin(runner.timers(relayed_by, inbox_read, health, shutdown))
         }));
         self
     }
@@ -310,50 +315,6 @@ impl Handler for Inbox {
             (None, None) => Err(no_participant(message)).terminal(),
         }
     }
-}
-
-/// Why services were not started.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// The import into the store is incomplete. An import writes checkpoints before events, so a service that starts
-    /// now would skip the events that are still missing.
-    #[error(
-        "service {service}: the import into the store is not complete; run the same `import` to its end, or begin \
-         with an empty store"
-    )]
-    HalfImported {
-        /// The service that uses the store.
-        service: String,
-    },
-    /// A recovery was not finished. Topics may hold events that are missing from the log.
-    #[error(
-        "service {service}: the recovery of the store is not complete; run the same `annals recover` again to its end"
-    )]
-    HalfRecovered {
-        /// The service that uses the store.
-        service: String,
-    },
-    /// The bus holds messages that are missing from the log. Either the database was restored, or a new database is
-    /// used with topics that another log has filled.
-    #[error("{0}")]
-    Ahead(Box<Ahead>),
-    /// A name is not valid, or two parts have the same name.
-    #[error(transparent)]
-    Name(#[from] NameError),
-    /// A saga has two definitions with the same hash.
-    #[error("service {service}: {reason}")]
-    Definitions {
-        /// The service that runs the saga.
-        service: String,
-        /// The definitions, and the remedy.
-        reason: String,
-    },
-    /// The store failed to answer.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// The bus cannot be joined.
-    #[error(transparent)]
-    Bus(#[from] BusError),
 }
 
 #[derive(Default)]

@@ -73,6 +73,17 @@ impl Names {
     }
 }
 
+/// The maximum length of a service name in bytes. Topics, relays and parts add to the name. Every store and bus still
+/// accepts the longer names.
+pub(crate) const SERVICE_BYTES_MAX: usize = 80;
+
+/// Returns whether the name is valid for a service. The topics of the service contain this name, so it must be valid in
+/// topic names too.
+pub(crate) fn is_service_name(name: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
+    !name.is_empty() && name.len() <= SERVICE_BYTES_MAX && name.bytes().all(plain)
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {

@@ -17,6 +17,7 @@ use tokio::{
     task::coop::consume_budget,
 };
 
+pub use self::state::HELD_MAX;
 use self::state::{Freed, Next, Placed, Seat, State, Taken, Wakes};
 use crate::bus::{
     Bookmark, Bus, BusError, Consumer, Delivery, Message, Outgoing, Partition, Polled, Publisher, Receipt,
@@ -24,9 +25,6 @@ use crate::bus::{
 
 mod state;
 
-/// How many messages a topic holds before publishers must wait. A busy topic fills this space in a few seconds. With
-/// about 1 kB per message, the messages take no more than 64 MB of memory.
-pub const HELD_MAX: usize = 65_536;
 /// The default number of partitions per topic. This is enough for a few handlers in parallel; within one process, more
 /// partitions bring no benefit.
 const PARTITIONS_DEFAULT: u32 = 4;

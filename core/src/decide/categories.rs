@@ -14,7 +14,6 @@ use crate::{
     decide::aggregate::Aggregate,
     event::{Event, EventType, Position, StreamId, StreamIdError},
     health::{Health, State},
-    operator,
     store::{EventStore, LogQuery, StoreError},
 };
 
@@ -25,6 +24,8 @@ const LOOK: Duration = Duration::from_millis(500);
 const PAGE: usize = 1_000;
 /// The pause between two pages, so that the search of a long log does not slow down other readers.
 const PAUSE: Duration = Duration::from_millis(10);
+/// The category of the streams that record operator actions. Each subscription has its own stream.
+pub const OPERATOR: &str = "operator";
 /// The prefixes of categories that the framework reserves for sagas and for the steps of participants.
 const RESERVED: [&str; 2] = ["saga.", "step."];
 
@@ -46,7 +47,7 @@ pub(crate) fn check(category: &str) -> Result<(), StreamIdError> {
 /// Checks that the text is a valid category for a user's own aggregate.
 pub(crate) fn check_own(category: &str) -> Result<(), String> {
     check(category).map_err(|error| error.to_string())?;
-    if category == operator::CATEGORY || RESERVED.iter().any(|reserved| category.starts_with(reserved)) {
+    if category == OPERATOR || RESERVED.iter().any(|reserved| category.starts_with(reserved)) {
         return Err(format!(
             "category {category:?} is the framework's own: `operator`, `saga.…` and `step.…` are reserved"
         ));

@@ -3,10 +3,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use tokio::sync::oneshot;
@@ -14,20 +11,17 @@ use uuid::Uuid;
 
 pub use crate::decide::remembered::REMEMBERED_COMMANDS;
 use crate::{
-    base::{
-        backoff::Backoff,
-        panic::{caught, caught_now},
-    },
-    commit::{Commit, CommitError, DocumentKey, Expected, Put},
+    base::{backoff::Backoff, panic::caught},
+    commit::CommitError,
     decide::{
         aggregate::Aggregate,
         categories,
         command_queue::Line,
-        remembered::{First, Remembered},
+        fold::Folds,
         unsettled::Unsettled,
-        work::{Decided, StagedStream, Stale, Work, WorkError},
+        work::{Decided, Stale, Work, WorkError},
     },
-    event::{DecodeError, Metadata, StreamId, StreamIdError, Version, derived_id},
+    event::{DecodeError, Metadata, StreamId, StreamIdError},
     store::{EventStore, StoreError},
 };
 
@@ -39,8 +33,6 @@ pub const DECISIONS_MAX: u32 = 32;
 pub const WAITING_COMMANDS_MAX: usize = 10_000;
 /// The maximum number of waiting commands of one aggregate that share a commit.
 const COMMANDS_PER_COMMIT: usize = 512;
-/// The number of events read per page while folding.
-const FOLD_PAGE: usize = 1_000;
 
 /// The aggregates of one type in a store. Clones of a repository share one cache.
 ///
@@ -85,23 +77,13 @@ const FOLD_PAGE: usize = 1_000;
 /// # }
 /// ```
 pub struct Repository<A: Aggregate> {
-    inner: Arc<Inner<A>>,
-}
-
-struct Inner<A: Aggregate> {
-    store: Arc<dyn EventStore>,
-    category: String,
-    cache: quick_cache::sync::Cache<StreamId, Arc<Folded<A>>>,
-    /// The history number of the store for which the cache is valid.
-    history: AtomicU64,
-    /// The initial state of every aggregate.
-    new: Arc<Folded<A>>,
-    lines: Mutex<HashMap<StreamId, Line<Waiting<A>>>>,
+    folds: Arc<Folds<A>>,
+    lines: Arc<Mutex<HashMap<StreamId, Line<Waiting<A>>>>>,
 }
 
 impl<A: Aggregate> Clone for Repository<A> {
     fn clone(&self) -> Self {
-        Self { inner: self.inner.clone() }
+        Self { folds: self.folds.clone(), lines: self.lines.clone() }
     }
 }
 
@@ -185,15 +167,12 @@ impl<A: Aggregate> Repository<A> {
 
     /// Creates a repository under a category that the framework reserves.
     pub(crate) fn of_framework(store: Arc<dyn EventStore>, category: &str, cached: usize) -> Self {
-        let cache = quick_cache::sync::Cache::new(cached);
-        let history = AtomicU64::new(store.history());
-        let (category, new, lines) = (category.to_owned(), Arc::default(), Mutex::default());
-        Self { inner: Arc::new(Inner { store, category, cache, history, new, lines }) }
+        Self { folds: Arc::new(Folds::new(store, category, cached)), lines: Arc::default() }
     }
 
     /// Returns the stream of the aggregate with this id.
     pub fn stream(&self, id: &str) -> Result<StreamId, StreamIdError> {
-        StreamId::new(&self.inner.category, id)
+        self.folds.stream(id)
     }
 
     /// Loads the aggregate, decides on the command, and commits the events. If a command with the same id was executed
@@ -227,7 +206,7 @@ impl<A: Aggregate> Repository<A> {
         let (answer, answered) = oneshot::channel();
         let waiting = Waiting { command, request, expect_new, answer };
         let (carrier, began) = {
-            let mut lines = self.inner.lines.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
             match lines.get_mut(&stream) {
                 Some(line) if line.waiting.len() >= WAITING_COMMANDS_MAX => {
                     return Err(ExecuteError::Overloaded { stream });
@@ -255,7 +234,13 @@ impl<A: Aggregate> Repository<A> {
     /// Returns the current stored state of an aggregate.
     pub async fn state(&self, id: &str) -> Result<A, WorkError<A::Refusal>> {
         let stream = self.stream(id)?;
-        Ok(self.folded(&*self.inner.store, &stream, true, false).await?.state.clone())
+        Ok(self.folds.folded(&*self.folds.store, &stream, true, false).await?.state.clone())
+    }
+
+    /// Loads an aggregate into the cache.
+    pub(crate) async fn load(&self, stream: &StreamId) -> Result<(), WorkError<A::Refusal>> {
+        self.folds.folded(&*self.folds.store, stream, false, false).await?;
+        Ok(())
     }
 
     async fn carry_out(&self, stream: &StreamId, mut batch: Vec<Waiting<A>>) {
@@ -267,13 +252,13 @@ impl<A: Aggregate> Repository<A> {
         let mut unsettled: Option<(Box<Unsettled>, Vec<Answer<A>>)> = None;
         for _ in 0..DECISIONS_MAX {
             if let Some((attempt, _)) = &unsettled
-                && let Ok(Some(_)) = attempt.find(&*self.inner.store).await
+                && let Ok(Some(_)) = attempt.find(&*self.folds.store).await
             {
                 let results = unsettled.map(|(_, results)| results).unwrap_or_default();
                 return give_out(batch, results.into_iter().map(|result| result.map(found)).collect());
             }
-            let history = self.inner.store.history();
-            let mut work = Work::new(self.inner.store.clone(), stale.clone());
+            let history = self.folds.store.history();
+            let mut work = Work::new(self.folds.store.clone(), stale.clone());
             let results = self.stage_all(&mut work, stream, &batch).await;
             // Every commit checks at least the version, so a refusal that was decided on outdated state is never
             // returned.
@@ -302,7 +287,7 @@ impl<A: Aggregate> Repository<A> {
                     return answer_all(batch, || ExecuteError::Invalid(reason.clone()));
                 }
                 // Nothing was stored, because the events behind the decision may be gone. The loop decides again.
-                CommitError::Unavailable(_) if self.inner.store.history() != history => {}
+                CommitError::Unavailable(_) if self.folds.store.history() != history => {}
                 CommitError::Unavailable(reason) => {
                     return answer_all(batch, || ExecuteError::Unavailable(reason.clone()));
                 }
@@ -318,7 +303,7 @@ impl<A: Aggregate> Repository<A> {
         let mut results = Vec::with_capacity(batch.len());
         for waiting in batch {
             work.begin(waiting.request.command_id, waiting.request.metadata.clone());
-            let decided = caught(work.stage(self, stream, &waiting.command, waiting.expect_new)).await;
+            let decided = caught(work.stage(&self.folds, stream, &waiting.command, waiting.expect_new)).await;
             results.push(decided.map_or_else(
                 |panic| {
                     work.rollback();
@@ -329,169 +314,76 @@ impl<A: Aggregate> Repository<A> {
         }
         results
     }
+}
 
-    /// Returns the folded aggregate from the cache. If the cached state is known to be outdated, first reads the events
-    /// that it lacks.
-    pub(crate) async fn folded(
-        &self,
-        store: &dyn EventStore,
-        stream: &StreamId,
-        stale: bool,
-        expect_new: bool,
-    ) -> Result<Arc<Folded<A>>, WorkError<A::Refusal>> {
-        let history = self.renew();
-        let known = match self.inner.cache.get(stream) {
-            Some(folded) if !stale => return Ok(folded),
-            Some(folded) => (*folded).clone(),
-            None if expect_new && !stale => return Ok(self.inner.new.clone()),
-            None => self.load_snapshot(store, stream).await?,
-        };
-        let folded = match self.caught_up(store, stream, known).await? {
-            Some(folded) => folded,
-            // The last event of the cached state is no longer in this stream, so the log has lost its most recent
-            // events. The snapshot may be intact, or may depend on a lost event too.
-            None => {
-                self.inner.cache.remove(stream);
-                let known = self.load_snapshot(store, stream).await?;
-                let of_snapshot = self.caught_up(store, stream, known).await?;
-                let anew = match of_snapshot {
-                    Some(folded) => Some(folded),
-                    None => self.caught_up(store, stream, Folded::default()).await?,
-                };
-                anew.ok_or_else(|| StoreError::Unavailable(format!("stream {stream} changed while it was read")))?
-            }
-        };
-        let folded = Arc::new(folded);
-        self.remember(stream.clone(), folded.clone(), history);
-        Ok(folded)
+/// The part of a work that decides on aggregates.
+impl Work {
+    /// Returns the current state of the aggregate, including everything staged in this work.
+    pub async fn load<A: Aggregate>(
+        &mut self,
+        repository: &Repository<A>,
+        id: &str,
+    ) -> Result<A, WorkError<A::Refusal>> {
+        let stream = repository.stream(id)?;
+        Ok(self.staged(&repository.folds, &stream, false).await?.current().state.clone())
     }
 
-    /// Reads the events after the known state and applies them. Returns `None` if the stream lacks the last event of
-    /// the known state.
-    async fn caught_up(
-        &self,
-        store: &dyn EventStore,
-        stream: &StreamId,
-        mut folded: Folded<A>,
-    ) -> Result<Option<Folded<A>>, WorkError<A::Refusal>> {
-        // The last known event is read again, because its version may belong to another event by now.
-        let mut known = folded.last_event;
-        loop {
-            let after = Version(folded.version.0 - i64::from(known.is_some()));
-            let page = store.read_stream(stream, after, FOLD_PAGE).await?;
-            let last = page.len() < FOLD_PAGE;
-            let mut page = page.into_iter();
-            if let Some(id) = known.take()
-                && page.next().is_none_or(|event| event.id != id)
-            {
-                return Ok(None);
-            }
-            for event in page {
-                folded.remembered.read(event.id, folded.version.next(), event.metadata.causation_id);
-                folded.apply(event.decode::<A::Event>()?.as_ref(), event.id);
-            }
-            if last {
-                folded.remembered.end_of_run();
-                return Ok(Some(folded));
-            }
-        }
+    /// Like [`load`](Self::load), for a stream that is expected not to exist yet; see [`create`](Self::create).
+    pub async fn load_new<A: Aggregate>(
+        &mut self,
+        repository: &Repository<A>,
+        id: &str,
+    ) -> Result<A, WorkError<A::Refusal>> {
+        let stream = repository.stream(id)?;
+        Ok(self.staged(&repository.folds, &stream, true).await?.current().state.clone())
     }
 
-    /// Clears the cache if the log may have lost events since the cached states were read. Returns the current history
-    /// number.
-    fn renew(&self) -> u64 {
-        let history = self.inner.store.history();
-        if self.inner.history.swap(history, Ordering::AcqRel) != history {
-            self.inner.cache.clear();
-        }
-        history
+    /// Decides on a command and stages its events. If the stream already contains the events of this command, returns
+    /// those events.
+    pub async fn execute<A: Aggregate>(
+        &mut self,
+        repository: &Repository<A>,
+        id: &str,
+        command: &A::Command,
+    ) -> Result<Decided<A::Event>, WorkError<A::Refusal>> {
+        let stream = repository.stream(id)?;
+        self.stage(&repository.folds, &stream, command, false).await
     }
 
-    /// Caches a state that was read or committed under this history number.
-    pub(crate) fn remember(&self, stream: StreamId, folded: Arc<Folded<A>>, history: u64) {
-        if self.renew() != history {
-            return;
-        }
-        // A more recent state from another task must not be replaced.
-        if self.inner.cache.peek(&stream).is_none_or(|known| known.version <= folded.version) {
-            self.inner.cache.insert(stream, folded);
-        }
+    /// Like [`execute`](Self::execute), for a stream that is expected not to exist yet; this call saves a read. If the
+    /// stream exists after all, the work still succeeds but takes longer: the commit fails its version check, and the
+    /// work is staged again after a read.
+    pub async fn create<A: Aggregate>(
+        &mut self,
+        repository: &Repository<A>,
+        id: &str,
+        command: &A::Command,
+    ) -> Result<Decided<A::Event>, WorkError<A::Refusal>> {
+        let stream = repository.stream(id)?;
+        self.stage(&repository.folds, &stream, command, true).await
     }
 
-    /// Returns the events that the stream already contains for this command.
-    pub(crate) async fn events_of(
-        &self,
-        store: &dyn EventStore,
-        stream: &StreamId,
-        first: Version,
+    /// Like [`execute`](Self::execute), under the given command id.
+    pub(crate) async fn execute_as<A: Aggregate>(
+        &mut self,
         command_id: Uuid,
-        staged: &StagedStream<A>,
-    ) -> Result<Vec<A::Event>, WorkError<A::Refusal>> {
-        if first > staged.base_version() {
-            return Ok(staged.staged_events(command_id)?);
-        }
-        let (mut events, mut index, mut after) = (Vec::new(), 0, Version(first.0 - 1));
-        loop {
-            let page = store.read_stream(stream, after, FOLD_PAGE).await?;
-            let last = page.len() < FOLD_PAGE;
-            for event in page {
-                if event.id != derived_id(command_id, index) {
-                    return Ok(events);
-                }
-                (index, after) = (index + 1, event.version);
-                events.extend(event.decode::<A::Event>()?);
-            }
-            if last {
-                return Ok(events);
-            }
-        }
+        repository: &Repository<A>,
+        stream: &StreamId,
+        command: &A::Command,
+    ) -> Result<Decided<A::Event>, WorkError<A::Refusal>> {
+        self.stage_as(command_id, &repository.folds, stream, command, false).await
     }
 
-    fn snapshot_key(&self, stream: &StreamId) -> DocumentKey {
-        DocumentKey::new(format!("snapshot.{}", self.inner.category), stream.id())
-    }
-
-    /// Returns the snapshot to store with this commit, or `None` if fewer events than
-    /// [`Snapshot::every`](crate::aggregate::Snapshot) have passed since the last snapshot.
-    pub(crate) fn snapshot(&self, stream: &StreamId, folded: &mut Folded<A>) -> Option<Put> {
-        let policy = A::SNAPSHOT?;
-        if folded.version.0 - folded.snapshot.0 < policy.every {
-            return None;
-        }
-        // A panic in the user's serializer must not stop the commit of a decision.
-        let state = caught_now(|| (policy.save)(&folded.state)).ok()?.ok()?;
-        let stored = StoredSnapshot {
-            version: folded.version,
-            schema: policy.version,
-            ids: Vec::new(),
-            last_event: folded.last_event,
-            commands: folded.remembered.to_stored(),
-            state: serde_json::value::RawValue::from_string(state).ok()?,
-        };
-        folded.snapshot = folded.version;
-        let body = serde_json::to_string(&stored).ok()?;
-        let put = Put { key: self.snapshot_key(stream), expected: None, body: Some(body.into()), due: None };
-        // If the state is not valid as a document, the aggregate is folded from its events instead. Commands must not
-        // fail for that reason.
-        let alone = Commit { appends: Vec::new(), puts: vec![put] };
-        alone.validate().ok()?;
-        alone.puts.into_iter().next()
-    }
-
-    async fn load_snapshot(&self, store: &dyn EventStore, stream: &StreamId) -> Result<Folded<A>, StoreError> {
-        let Some(policy) = A::SNAPSHOT else { return Ok(Folded::default()) };
-        let found = store.document(&self.snapshot_key(stream)).await?;
-        let stored = found.and_then(|document| serde_json::from_str::<StoredSnapshot>(&document.body).ok());
-        let Some(stored) = stored.filter(|stored| stored.schema == policy.version) else {
-            return Ok(Folded::default());
-        };
-        let Ok(state) = (policy.load)(stored.state.get()) else { return Ok(Folded::default()) };
-        let remembered = match &stored.ids[..] {
-            [] => Remembered::from_stored(stored.commands),
-            ids => Remembered::from_ids(ids, stored.version),
-        };
-        let last_event = stored.last_event.or(stored.ids.last().copied());
-        Ok(Folded { version: stored.version, snapshot: stored.version, last_event, remembered, state })
+    /// Returns whether the stream contains the events of this command. The answer covers only the recent commands that
+    /// the folded aggregate remembers.
+    pub(crate) async fn has_executed<A: Aggregate>(
+        &mut self,
+        command_id: Uuid,
+        repository: &Repository<A>,
+        id: &str,
+    ) -> Result<bool, WorkError<A::Refusal>> {
+        let stream = repository.stream(id)?;
+        Ok(self.staged(&repository.folds, &stream, false).await?.current().remembered.version_of(command_id).is_some())
     }
 }
 
@@ -511,7 +403,7 @@ impl<A: Aggregate> Service<A> {
     }
 
     fn next(&mut self) -> Option<Vec<Waiting<A>>> {
-        let mut lines = self.repository.inner.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut lines = self.repository.lines.lock().unwrap_or_else(PoisonError::into_inner);
         match lines.get_mut(&self.stream).map(|line| &mut line.waiting).filter(|waiting| !waiting.is_empty()) {
             Some(waiting) => {
                 let rest = waiting.split_off(waiting.len().min(COMMANDS_PER_COMMIT));
@@ -529,7 +421,7 @@ impl<A: Aggregate> Service<A> {
 impl<A: Aggregate> Drop for Service<A> {
     fn drop(&mut self) {
         if !self.whole {
-            self.repository.inner.lines.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.stream);
+            self.repository.lines.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.stream);
         }
     }
 }
@@ -560,65 +452,6 @@ impl<R: std::error::Error> From<WorkError<R>> for ExecuteError<R> {
             other @ (WorkError::Id(_) | WorkError::Unencodable(_) | WorkError::Store(_)) => {
                 Self::Invalid(other.to_string())
             }
-        }
-    }
-}
-
-#[derive(serde::Serialize, serde::Deserialize)]
-struct StoredSnapshot {
-    version: Version,
-    schema: i32,
-    /// The ids of the last events, in snapshots of older builds, which recognised repeated commands by event ids. Such
-    /// a build cannot parse a snapshot without this field, and folds the stream instead.
-    #[serde(default, skip_serializing)]
-    ids: Vec<Uuid>,
-    /// The id of the event at `version`.
-    #[serde(default)]
-    last_event: Option<Uuid>,
-    #[serde(default)]
-    commands: Vec<First>,
-    state: Box<serde_json::value::RawValue>,
-}
-
-/// An aggregate folded from its stream, together with its recent commands. These commands serve to recognise a repeated
-/// command.
-#[derive(Clone)]
-pub(crate) struct Folded<A> {
-    pub version: Version,
-    /// The id of the event at `version`.
-    pub last_event: Option<Uuid>,
-    pub state: A,
-    pub remembered: Remembered,
-    snapshot: Version,
-}
-
-impl<A: Default> Default for Folded<A> {
-    fn default() -> Self {
-        Self {
-            version: Version::START,
-            last_event: None,
-            state: A::default(),
-            remembered: Remembered::default(),
-            snapshot: Version::START,
-        }
-    }
-}
-
-impl<A: Aggregate> Folded<A> {
-    /// Applies the next event. `None` stands for an event of a type that the aggregate skips.
-    pub fn apply(&mut self, event: Option<&A::Event>, id: Uuid) {
-        if let Some(event) = event {
-            self.state.evolve(event);
-        }
-        self.version = self.version.next();
-        self.last_event = Some(id);
-    }
-
-    /// The state that the stream must have for a commit based on this state to succeed.
-    pub fn expected(&self) -> Expected {
-        match self.last_event {
-            Some(id) => Expected::Event { version: self.version, id },
-            None => Expected::Version(self.version),
         }
     }
 }

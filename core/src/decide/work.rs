@@ -11,17 +11,15 @@ use crate::{
     commit::{Append, Commit, CommitError, Committed, Document, DocumentKey, Put},
     decide::{
         aggregate::Aggregate,
-        repository::{Folded, Repository},
+        fold::{FoldError, Folded, Folds},
         unsettled::{self, Unsettled},
     },
-    event::{
-        DecodeError, Event, EventError, Metadata, NewEvent, StreamId, StreamIdError, Version, derived_id, encode_all,
-    },
+    event::{DecodeError, Event, EventError, Metadata, NewEvent, StreamId, StreamIdError, derived_id, encode_all},
     health::notice::Notice,
     store::{EventStore, StoreError},
 };
 
-pub(crate) use crate::decide::stale::Stale;
+pub(crate) use crate::decide::fold::Stale;
 
 /// The changes that one message, one request or a batch of them makes.
 ///
@@ -42,7 +40,7 @@ pub struct Work {
     stale: Stale,
     rows: usize,
     rows_at_begin: usize,
-    notices: Vec<Notice>,
+    notices: Vec<Box<dyn Notice>>,
     notices_at_begin: usize,
 }
 
@@ -77,6 +75,15 @@ pub enum WorkError<R: std::error::Error + 'static> {
 impl<R: std::error::Error> From<EventError> for WorkError<R> {
     fn from(error: EventError) -> Self {
         Self::Unencodable(error.to_string())
+    }
+}
+
+impl<R: std::error::Error> From<FoldError> for WorkError<R> {
+    fn from(error: FoldError) -> Self {
+        match error {
+            FoldError::Undecodable(error) => Self::Undecodable(error),
+            FoldError::Store(error) => Self::Store(error),
+        }
     }
 }
 
@@ -165,11 +172,11 @@ impl Work {
     }
 
     /// Queues a notice to send once this work is committed.
-    pub(crate) fn notice(&mut self, notice: Notice) {
-        self.notices.push(notice);
+    pub(crate) fn notice(&mut self, notice: impl Notice + 'static) {
+        self.notices.push(Box::new(notice));
     }
 
-    pub(crate) fn take_notices(&mut self) -> Vec<Notice> {
+    pub(crate) fn take_notices(&mut self) -> Vec<Box<dyn Notice>> {
         std::mem::take(&mut self.notices)
     }
 
@@ -194,54 +201,10 @@ impl Work {
         &self.cause.metadata
     }
 
-    /// Returns the current state of the aggregate, including everything staged in this work.
-    pub async fn load<A: Aggregate>(
+    /// Decides on a command and stages its events.
+    pub(super) async fn stage<A: Aggregate>(
         &mut self,
-        repository: &Repository<A>,
-        id: &str,
-    ) -> Result<A, WorkError<A::Refusal>> {
-        let stream = repository.stream(id)?;
-        Ok(self.staged(repository, &stream, false).await?.current().state.clone())
-    }
-
-    /// Like [`load`](Self::load), for a stream that is expected not to exist yet; see [`create`](Self::create).
-    pub async fn load_new<A: Aggregate>(
-        &mut self,
-        repository: &Repository<A>,
-        id: &str,
-    ) -> Result<A, WorkError<A::Refusal>> {
-        let stream = repository.stream(id)?;
-        Ok(self.staged(repository, &stream, true).await?.current().state.clone())
-    }
-
-    /// Decides on a command and stages its events. If the stream already contains the events of this command, returns
-    /// those events.
-    pub async fn execute<A: Aggregate>(
-        &mut self,
-        repository: &Repository<A>,
-        id: &str,
-        command: &A::Command,
-    ) -> Result<Decided<A::Event>, WorkError<A::Refusal>> {
-        let stream = repository.stream(id)?;
-        self.stage(repository, &stream, command, false).await
-    }
-
-    /// Like [`execute`](Self::execute), for a stream that is expected not to exist yet; this call saves a read. If the
-    /// stream exists after all, the work still succeeds but takes longer: the commit fails its version check, and the
-    /// work is staged again after a read.
-    pub async fn create<A: Aggregate>(
-        &mut self,
-        repository: &Repository<A>,
-        id: &str,
-        command: &A::Command,
-    ) -> Result<Decided<A::Event>, WorkError<A::Refusal>> {
-        let stream = repository.stream(id)?;
-        self.stage(repository, &stream, command, true).await
-    }
-
-    pub(crate) async fn stage<A: Aggregate>(
-        &mut self,
-        repository: &Repository<A>,
+        folds: &Arc<Folds<A>>,
         stream: &StreamId,
         command: &A::Command,
         expect_new: bool,
@@ -253,23 +216,26 @@ impl Work {
             calls => derived_id(self.cause.id, u64::MAX - calls),
         };
         self.cause.calls += 1;
-        self.stage_as(command_id, repository, stream, command, expect_new).await
+        self.stage_as(command_id, folds, stream, command, expect_new).await
     }
 
     /// Stages a command under the given command id.
-    pub(crate) async fn stage_as<A: Aggregate>(
+    pub(super) async fn stage_as<A: Aggregate>(
         &mut self,
         command_id: Uuid,
-        repository: &Repository<A>,
+        folds: &Arc<Folds<A>>,
         stream: &StreamId,
         command: &A::Command,
         expect_new: bool,
     ) -> Result<Decided<A::Event>, WorkError<A::Refusal>> {
         let metadata = self.cause.metadata.clone();
         let store = self.store.clone();
-        let staged = self.staged(repository, stream, expect_new).await?;
+        let staged = self.staged(folds, stream, expect_new).await?;
         if let Some(first) = staged.current().remembered.version_of(command_id) {
-            let events = repository.events_of(&*store, stream, first, command_id, staged).await?;
+            let events = match first > staged.base.version {
+                true => staged.staged_events(command_id)?,
+                false => folds.events_of(&*store, stream, first, command_id).await?,
+            };
             return Ok(Decided { events, repeated: true });
         }
         let events = staged.current().state.decide(command).map_err(WorkError::Refused)?;
@@ -279,21 +245,10 @@ impl Work {
         Ok(Decided { events, repeated: false })
     }
 
-    /// Returns whether the stream contains the events of this command. The answer covers only the recent commands that
-    /// the folded aggregate remembers.
-    pub(crate) async fn has_executed<A: Aggregate>(
+    /// Returns the part of the work that belongs to this stream.
+    pub(super) async fn staged<A: Aggregate>(
         &mut self,
-        command_id: Uuid,
-        repository: &Repository<A>,
-        id: &str,
-    ) -> Result<bool, WorkError<A::Refusal>> {
-        let stream = repository.stream(id)?;
-        Ok(self.staged(repository, &stream, false).await?.current().remembered.version_of(command_id).is_some())
-    }
-
-    async fn staged<A: Aggregate>(
-        &mut self,
-        repository: &Repository<A>,
+        folds: &Arc<Folds<A>>,
         stream: &StreamId,
         expect_new: bool,
     ) -> Result<&mut StagedStream<A>, WorkError<A::Refusal>> {
@@ -302,9 +257,9 @@ impl Work {
             // After one conflict, `expect_new` is ignored. When a batch is delivered again after a restart, many of
             // these hints are wrong, and each wrong hint would cost another attempt at the batch.
             let expect_new = expect_new && self.stale == Stale::Nothing;
-            let base = repository.folded(&*self.store, stream, stale, expect_new).await?;
+            let base = folds.folded(&*self.store, stream, stale, expect_new).await?;
             let staged = StagedStream {
-                repository: repository.clone(),
+                folds: folds.clone(),
                 stream: stream.clone(),
                 base,
                 current: None,
@@ -481,7 +436,7 @@ trait Staged: Send + Sync {
 }
 
 pub(crate) struct StagedStream<A: Aggregate> {
-    repository: Repository<A>,
+    folds: Arc<Folds<A>>,
     stream: StreamId,
     base: Arc<Folded<A>>,
     current: Option<Folded<A>>,
@@ -492,7 +447,7 @@ pub(crate) struct StagedStream<A: Aggregate> {
 }
 
 impl<A: Aggregate> StagedStream<A> {
-    fn current(&self) -> &Folded<A> {
+    pub fn current(&self) -> &Folded<A> {
         self.current.as_ref().unwrap_or(&self.base)
     }
 
@@ -516,16 +471,12 @@ impl<A: Aggregate> StagedStream<A> {
     }
 
     /// Returns the events of a command that was staged earlier in this work and is therefore not stored yet.
-    pub(crate) fn staged_events(&self, command_id: Uuid) -> Result<Vec<A::Event>, EventError> {
+    fn staged_events(&self, command_id: Uuid) -> Result<Vec<A::Event>, EventError> {
         let start = derived_id(command_id, 0);
         let from = self.encoded.iter().position(|event| event.id == start).unwrap_or(self.encoded.len());
         let of_command =
             self.encoded[from..].iter().zip(0..).take_while(|(event, i)| event.id == derived_id(command_id, *i));
         of_command.filter_map(|(event, _)| decode::<A>(event).transpose()).collect()
-    }
-
-    pub(crate) fn base_version(&self) -> Version {
-        self.base.version
     }
 }
 
@@ -566,13 +517,13 @@ impl<A: Aggregate> Staged for StagedStream<A> {
     }
 
     fn append(&mut self) -> (Append, Option<Put>) {
-        let snapshot = self.current.as_mut().and_then(|folded| self.repository.snapshot(&self.stream, folded));
+        let snapshot = self.current.as_mut().and_then(|folded| self.folds.snapshot(&self.stream, folded));
         let expected = self.base.expected();
         (Append { stream: self.stream.clone(), expected, events: std::mem::take(&mut self.encoded) }, snapshot)
     }
 
     fn committed(self: Box<Self>, history: u64) {
         let folded = self.current.map_or(self.base, Arc::new);
-        self.repository.remember(self.stream, folded, history);
+        self.folds.remember(self.stream, folded, history);
     }
 }

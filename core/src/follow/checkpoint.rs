@@ -8,10 +8,10 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::{
-    bus::{Bookmark, Ends},
+    bus::{Bookmark, Ends, Message, Undecodable},
     commit::DocumentKey,
     event::Position,
-    follow::{deduplication::Marks, worker::Item},
+    follow::deduplication::{Marks, is_zero},
     store::{EventStore, LogQuery, StoreError},
 };
 
@@ -104,12 +104,22 @@ pub struct Checkpoint {
     pub at: DateTime<Utc>,
 }
 
-pub(crate) fn is_zero(number: &i64) -> bool {
-    *number == 0
-}
-
 /// The collection of all checkpoints.
 pub const CHECKPOINTS: &str = "checkpoint";
+
+/// A message, with its lane and with the checkpoint that follows the message.
+pub(crate) struct Item {
+    pub lane: usize,
+    pub next: i64,
+    pub key: Arc<str>,
+    pub message: Result<Message, Undecodable>,
+}
+
+impl Item {
+    pub fn id(&self) -> uuid::Uuid {
+        self.message.as_ref().map_or_else(Undecodable::id, |message| message.id)
+    }
+}
 
 impl Lane {
     pub fn new(id: &str, incarnation: Option<Arc<str>>) -> Self {
@@ -249,4 +259,11 @@ async fn last_before(store: &dyn EventStore, at: DateTime<Utc>, before: Position
         }
     }
     Ok(Position(low.min(high)))
+}
+
+/// Returns the lane of a stream. The lane is computed with a hash (FNV-1a, 32 bits) that must never change, because
+/// checkpoints depend on the result.
+pub(crate) fn lane_of(key: &str, lanes: u32) -> u32 {
+    let hash = key.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    hash % lanes
 }

@@ -16,10 +16,9 @@ use crate::{
     bus::{Bus, BusError, Consumer, Partition, Polled},
     commit::{Commit, DocumentKey, Put},
     follow::{
-        checkpoint::{CHECKPOINTS, Lane},
+        checkpoint::{CHECKPOINTS, Item, Lane},
         parking::{Lost, ParkedKeys, parking_key},
-        redrive::Others,
-        worker::{BATCH_MAX, Item, PARKED_TICK, RetryPolicy, Stop, Worker},
+        worker::{BATCH_MAX, Others, PARKED_TICK, RetryPolicy, Stop, Worker},
     },
     handler::Handler,
     health::{Health, State},

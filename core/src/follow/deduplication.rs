@@ -47,7 +47,7 @@ struct Mark {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Run {
     /// The first position; 0 for the start of the log.
-    #[serde(default, skip_serializing_if = "crate::follow::checkpoint::is_zero")]
+    #[serde(default, skip_serializing_if = "is_zero")]
     start: i64,
     /// The last position.
     position: i64,
@@ -112,6 +112,10 @@ impl Marks {
         }
         true
     }
+}
+
+pub(crate) fn is_zero(number: &i64) -> bool {
+    *number == 0
 }
 
 #[cfg(test)]

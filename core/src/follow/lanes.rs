@@ -15,7 +15,6 @@ use crate::{
         checkpoint::{CHECKPOINTS, Checkpoint, Lane},
         parking::{self, DeadLetters},
         peer::Instance,
-        subscription::Start,
         worker::{Stop, Worker},
     },
     store::{EventStore, Scan, StoreError},
@@ -30,6 +29,28 @@ pub(crate) const LANES_MAX: u32 = 1_000;
 pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(200);
 /// The number of checkpoints read per page.
 const PAGE: usize = 500;
+
+/// Where a subscription without a checkpoint starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// The subscription starts at the first event of the log.
+    Beginning,
+    /// The subscription starts at the first event that is recorded from now on.
+    Now,
+    /// The subscription starts after this position.
+    After(Position),
+}
+
+impl Start {
+    /// Returns the position in the current log after which the subscription starts.
+    pub(crate) async fn position(self, store: &dyn EventStore) -> Result<Position, StoreError> {
+        Ok(match self {
+            Self::Beginning => Position::START,
+            Self::After(position) => position,
+            Self::Now => store.status().await?.head,
+        })
+    }
+}
 
 /// The lanes of one subscription or relay.
 pub(crate) struct Lanes<'a> {

@@ -15,7 +15,7 @@ use crate::{
     bus::{Message, Undecodable},
     commit::{Commit, CommitError, DOCUMENT_BYTES_MAX, DOCUMENT_ID_BYTES_MAX, Document, DocumentKey, Put, check_json},
     event::{Position, named_id},
-    follow::subscription::lane_of,
+    follow::checkpoint::lane_of,
     store::{EventStore, Scan, StoreError},
 };
 

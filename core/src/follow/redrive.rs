@@ -1,6 +1,6 @@
 //! Retries of parked messages. Messages with the same key are retried in order.
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -14,7 +14,7 @@ use crate::{
         worker::{BUILD_LOOK, BUILD_LOOK_MAX, Stop, Worker, parked_reason},
     },
     handler::Remedy,
-    health::notice::{FailedMessage, Notice},
+    health::notice::FailedMessage,
     store::Scan,
 };
 
@@ -24,18 +24,6 @@ const RECONCILE: Duration = Duration::from_secs(10);
 /// The number of parked keys examined in one tick.
 const DUE_PAGE: usize = 64;
 
-fn failed(tried: &Parked, message: Option<&Message>, retries: bool) -> Notice {
-    Notice::Message(FailedMessage {
-        key: tried.key.clone(),
-        id: message.map_or(Uuid::nil(), |message| message.id),
-        type_name: message.map_or_else(|| "no message".into(), |message| message.type_name.clone()),
-        position: tried.position,
-        attempts: tried.attempts,
-        reason: tried.reason.clone(),
-        retries,
-    })
-}
-
 /// The number of documents that are scanned at once for messages that wait for a build. More are scanned if many other
 /// messages come first.
 const AWAITING_PAGE: usize = 64;
@@ -44,16 +32,20 @@ const AWAITING_PAGE_MAX: usize = 4_096;
 /// messages once more.
 const TRIED_MAX: usize = 10_000;
 
-fn awaits_build(document: &Document) -> bool {
-    serde_json::from_str::<Parked>(&document.body).is_ok_and(|parked| parked.awaits_build)
+fn failed(tried: &Parked, message: Option<&Message>, retries: bool) -> FailedMessage {
+    FailedMessage {
+        key: tried.key.clone(),
+        id: message.map_or(Uuid::nil(), |message| message.id),
+        type_name: message.map_or_else(|| "no message".into(), |message| message.type_name.clone()),
+        position: tried.position,
+        attempts: tried.attempts,
+        reason: tried.reason.clone(),
+        retries,
+    }
 }
 
-/// The data that a worker keeps about messages which other workers parked because their build could not handle them.
-#[derive(Default)]
-pub(crate) struct Others {
-    looked_at: Option<Instant>,
-    /// Messages that this build cannot handle either, by document id and version.
-    tried: HashSet<(Arc<str>, i64)>,
+fn awaits_build(document: &Document) -> bool {
+    serde_json::from_str::<Parked>(&document.body).is_ok_and(|parked| parked.awaits_build)
 }
 
 impl Worker {
@@ -242,7 +234,7 @@ impl Worker {
                 let was = self.parked.dead().map(|(count, _)| count);
                 self.parked.tried_first(key, awaits_build, due.is_none());
                 self.show_dead(was);
-                self.tell(&[failed]);
+                self.tell(&[Box::new(failed)]);
                 Ok(false)
             }
             Err(error) => self.redrive_later(key, &error).await,

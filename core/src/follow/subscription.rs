@@ -15,18 +15,19 @@ use crate::{
     bus::Message,
     event::{Position, Recorded},
     follow::{
-        checkpoint::Lane,
+        checkpoint::{Item, Lane, lane_of},
         lanes::{self, LANES_MAX, LOOK_AGAIN, Lanes},
         lease::{Claim, Turn},
         parking::ParkedKeys,
         peer::Instance,
-        redrive::Others,
-        worker::{BATCH_MAX, Item, PARKED_TICK, RetryPolicy, Stop, Worker},
+        worker::{BATCH_MAX, Others, PARKED_TICK, RetryPolicy, Stop, Worker},
     },
     handler::Handler,
     health::{Health, Reporter},
-    store::{EventStore, LogQuery, StoreError},
+    store::{EventStore, LogQuery},
 };
+
+pub use crate::follow::lanes::Start;
 
 /// How often the checkpoint moves forward on a lane that only skips events.
 pub(crate) const IDLE_CHECKPOINT: Duration = Duration::from_secs(1);
@@ -112,28 +113,6 @@ pub struct Subscription {
     model: Option<(Arc<str>, u32)>,
     /// Whether the store has recorded the number of lanes.
     settled: OnceCell<()>,
-}
-
-/// Where a subscription without a checkpoint starts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Start {
-    /// The subscription starts at the first event of the log.
-    Beginning,
-    /// The subscription starts at the first event that is recorded from now on.
-    Now,
-    /// The subscription starts after this position.
-    After(Position),
-}
-
-impl Start {
-    /// Returns the position in the current log after which the subscription starts.
-    pub(crate) async fn position(self, store: &dyn EventStore) -> Result<Position, StoreError> {
-        Ok(match self {
-            Self::Beginning => Position::START,
-            Self::After(position) => position,
-            Self::Now => store.status().await?.head,
-        })
-    }
 }
 
 impl Subscription {
@@ -470,11 +449,4 @@ async fn skip(worker: &mut Worker, cursor: Position, moved_at: &mut Instant) -> 
         *moved_at = Instant::now();
     }
     Ok(())
-}
-
-/// Returns the lane of a stream. The lane is computed with a hash (FNV-1a, 32 bits) that must never change, because
-/// checkpoints depend on the result.
-pub(crate) fn lane_of(key: &str, lanes: u32) -> u32 {
-    let hash = key.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
-    hash % lanes
 }

@@ -1,20 +1,22 @@
-//! The batch loop of every subscription and consumer. The loop calls the handler, commits the effects together with the
-//! checkpoint, and parks messages that fail.
+//! The worker of every subscription and consumer: calls the handler, moves checkpoints, and parks messages that fail.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use chrono::{DateTime, Utc};
 use tokio::time::Instant;
 
 use crate::{
     base::{backoff::Backoff, panic::caught, reason},
-    bus::{Message, Undecodable},
-    commit::{COMMIT_ROWS_MAX, CommitError, DocumentKey},
+    bus::Message,
+    commit::{CommitError, DocumentKey},
     decide::work::{Stale, Work},
     follow::{
-        checkpoint::Lane,
-        parking::{Lost, PARKED_MAX, Parked, ParkedKeys, Place, collection},
-        redrive::Others,
+        checkpoint::{Item, Lane},
+        parking::{Lost, Parked, ParkedKeys, Place, collection},
     },
     handler::{Handler, HandlerError, Remedy},
     health::{
@@ -24,13 +26,8 @@ use crate::{
     store::{EventStore, StoreError},
 };
 
-/// A batch ends once its commit has this many rows. The number is half the limit of a commit, so that one more large
-/// message fits.
-const ROWS_PER_COMMIT: usize = COMMIT_ROWS_MAX / 2;
 /// The maximum number of messages that are handled in one commit.
 pub(crate) const BATCH_MAX: usize = 512;
-/// The number of consecutive conflicts after which a batch is reduced to a single message.
-const CONFLICTS_BEFORE_SINGLE: u32 = 3;
 /// How often parked keys are checked for messages that are due.
 pub(crate) const PARKED_TICK: Duration = Duration::from_millis(200);
 
@@ -76,20 +73,6 @@ impl RetryPolicy {
     }
 }
 
-/// A message, with its lane and with the checkpoint that follows the message.
-pub(crate) struct Item {
-    pub lane: usize,
-    pub next: i64,
-    pub key: Arc<str>,
-    pub message: Result<Message, Undecodable>,
-}
-
-impl Item {
-    pub fn id(&self) -> uuid::Uuid {
-        self.message.as_ref().map_or_else(Undecodable::id, |message| message.id)
-    }
-}
-
 /// Why a worker stops.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Stop {
@@ -111,6 +94,14 @@ pub(crate) enum Stop {
     Store(#[from] StoreError),
 }
 
+/// The data that a worker keeps about messages which other workers parked because their build could not handle them.
+#[derive(Default)]
+pub(crate) struct Others {
+    pub looked_at: Option<Instant>,
+    /// Messages that this build cannot handle either, by document id and version.
+    pub tried: HashSet<(Arc<str>, i64)>,
+}
+
 pub(crate) struct Worker {
     pub name: Arc<str>,
     pub store: Arc<dyn EventStore>,
@@ -124,33 +115,6 @@ pub(crate) struct Worker {
     /// Set if other workers, perhaps with another build, follow the same subscription.
     pub others: Option<Others>,
     pub reporter: Reporter,
-}
-
-/// Whether the store has refused the work that the first message alone had staged.
-#[derive(Clone)]
-enum Refused {
-    Not,
-    /// The store has refused the work once. The handler may stage something else.
-    Once(String),
-    /// The store has refused the replacement as well.
-    Again(String),
-}
-
-impl Refused {
-    fn next(self, reason: String) -> Self {
-        match self {
-            Self::Not => Self::Once(reason),
-            Self::Once(_) | Self::Again(_) => Self::Again(reason),
-        }
-    }
-}
-
-enum Attempt {
-    Handled(usize),
-    AwaitStore(String),
-    TooLarge(String),
-    /// `prepare` failed for the batch. Smaller batches show which message is at fault.
-    Smaller,
 }
 
 impl Worker {
@@ -189,191 +153,6 @@ impl Worker {
         }
     }
 
-    /// Handles all items, in as many commits as their size requires. Returns early only when the worker must stop.
-    pub async fn deliver(&mut self, items: &[Item]) -> Result<(), Stop> {
-        if items.iter().any(|item| self.parked.awaits_build(&item.key)) {
-            // Another instance may have handled parked messages that this build could not handle. New messages then do
-            // not have to wait behind them.
-            self.load_parked().await?;
-        }
-        let mut done = 0;
-        while done < items.len() {
-            done += self.deliver_some(&items[done..]).await?;
-        }
-        Ok(())
-    }
-
-    /// Handles as many of the first items as fit into one commit, and returns how many items were handled.
-    async fn deliver_some(&mut self, items: &[Item]) -> Result<usize, Stop> {
-        let mut stale = Stale::Nothing;
-        let mut conflicts = 0;
-        let mut refused = Refused::Not;
-        let mut limit = items.len();
-        let (mut racing, mut waiting) = (Backoff::short(), Backoff::long());
-        loop {
-            self.await_room(&mut waiting).await?;
-            let batch = &items[..if matches!(refused, Refused::Not) { limit } else { 1 }];
-            let mut work = Work::new(self.store.clone(), stale.clone());
-            let mut parked = self.parked.clone();
-            let attempt = self.attempt(batch, &mut work, &mut parked, &refused).await;
-            self.reporter.hands_free();
-            let count = match attempt {
-                Attempt::Handled(count) => count,
-                Attempt::AwaitStore(reason) => {
-                    self.reporter.trouble(reason);
-                    waiting.wait().await;
-                    continue;
-                }
-                Attempt::TooLarge(reason) => {
-                    refused = refused.next(reason);
-                    continue;
-                }
-                Attempt::Smaller => {
-                    limit = limit.div_ceil(2);
-                    continue;
-                }
-            };
-            let after = self.stage_checkpoints(&batch[..count], &mut work);
-            let notices = work.take_notices();
-            let error = match work.commit().await {
-                Ok(_) => {
-                    self.committed(after, parked, &notices);
-                    return Ok(count);
-                }
-                Err(error) => error,
-            };
-            match &error {
-                CommitError::DocumentConflict { key, .. } if after.values().any(|lane| lane.key == *key) => {
-                    return Err(Stop::Fenced(key.clone()));
-                }
-                CommitError::DocumentConflict { key, .. } if key.collection == collection(&self.name) => {
-                    racing.wait().await;
-                    self.load_parked().await?;
-                }
-                CommitError::Conflict { .. } | CommitError::DocumentConflict { .. } => {
-                    conflicts += 1;
-                    stale = stale.after(&error);
-                    if conflicts >= CONFLICTS_BEFORE_SINGLE {
-                        limit = 1;
-                    }
-                    racing.wait().await;
-                }
-                CommitError::Unknown(reason) => {
-                    self.reporter.trouble(reason.clone());
-                    waiting.wait().await;
-                    if self.was_committed(&after).await? {
-                        self.committed(after, parked, &notices);
-                        self.load_parked().await?;
-                        return Ok(count);
-                    }
-                    stale = Stale::Everything;
-                }
-                // No message is parked for a refusal before it is alone in its commit.
-                CommitError::Invalid(_) if count > 1 => limit = count / 2,
-                CommitError::Invalid(reason) => {
-                    if matches!(refused, Refused::Again(_)) {
-                        self.stand_still(&batch[0], reason);
-                        waiting.wait().await;
-                    }
-                    refused = refused.next(reason.clone());
-                }
-                CommitError::Unavailable(reason) => {
-                    self.reporter.trouble(reason.clone());
-                    waiting.wait().await;
-                }
-            }
-        }
-    }
-
-    /// Waits while the number of parked messages is at its limit. Stops if the log has changed.
-    async fn await_room(&mut self, waiting: &mut Backoff) -> Result<(), Stop> {
-        while self.parked.len() >= PARKED_MAX {
-            self.reporter.trouble(format!("{PARKED_MAX} messages are parked: redrive or drop some"));
-            waiting.wait().await;
-            self.load_parked().await?;
-            self.redrive_due().await?;
-        }
-        self.is_of_this_log()
-    }
-
-    fn committed(&mut self, after: HashMap<usize, Lane>, parked: ParkedKeys, notices: &[Notice]) {
-        self.moved(after, parked);
-        self.tell(notices);
-    }
-
-    /// Reports that the store has refused even the dead letter of a message. Only an operator can find out why, and the
-    /// lane does not move until then.
-    fn stand_still(&mut self, item: &Item, reason: &str) {
-        let (id, key) = (item.id(), &item.key);
-        let trouble = format!("the store refuses message {id} (key {key}) even as a dead letter: {reason}");
-        self.reporter.trouble(trouble);
-    }
-
-    /// Stages the items one by one. If the store refused the work of the first item alone, the handler stages something
-    /// else, or the item is parked.
-    async fn attempt(&self, items: &[Item], work: &mut Work, parked: &mut ParkedKeys, refused: &Refused) -> Attempt {
-        let messages: Vec<&Message> = items.iter().filter_map(|item| item.message.as_ref().ok()).collect();
-        let mut unprepared = None;
-        if let Some(first) = messages.first() {
-            self.reporter.take_in_hand(first);
-        }
-        let prepared = caught(async { self.handler.prepare(&messages, work).await }).await;
-        if let Err(error) = prepared.unwrap_or_else(|panic| Err(panic.into())) {
-            if error.remedy() == Remedy::AwaitStore {
-                return Attempt::AwaitStore(format!("preparing a batch: {}", error.text()));
-            }
-            if items.len() > 1 {
-                return Attempt::Smaller;
-            }
-            unprepared = Some(error);
-        }
-        for (index, item) in items.iter().enumerate() {
-            if parked.has(&item.key) {
-                work.begin(uuid::Uuid::nil(), Default::default());
-                self.park(item, work, parked, None);
-            } else {
-                // Each message begins a new part of the work, because a rollback must undo only this message.
-                match &item.message {
-                    Ok(message) => work.begin(message.id, message.effects()),
-                    Err(_) => work.begin(uuid::Uuid::nil(), Default::default()),
-                }
-                let outcome = match (&item.message, refused) {
-                    (_, Refused::Again(reason)) => Err(HandlerError::from(reason.as_str())),
-                    (Err(undecodable), _) => Err(HandlerError::from(undecodable.clone())),
-                    (Ok(message), Refused::Once(reason)) => self.refused(message, reason, work).await,
-                    (Ok(message), Refused::Not) => match unprepared.take() {
-                        Some(error) => Err(error),
-                        None => self.handle(message, work).await,
-                    },
-                };
-                if let Err(error) = outcome {
-                    let hopeless = matches!(refused, Refused::Again(_)) || item.message.is_err();
-                    let remedy = if hopeless { Remedy::Park } else { error.remedy() };
-                    if remedy == Remedy::AwaitStore {
-                        return Attempt::AwaitStore(error.text());
-                    }
-                    work.rollback();
-                    self.park(item, work, parked, Some((error.text(), remedy)));
-                }
-            }
-            if work.rows() > COMMIT_ROWS_MAX - self.lanes.len() && index == 0 {
-                return Attempt::TooLarge(format!(
-                    "the effects of the message take {} rows; the limit of a commit is {COMMIT_ROWS_MAX}",
-                    work.rows()
-                ));
-            }
-            if work.rows() > ROWS_PER_COMMIT && index + 1 < items.len() {
-                if work.rows() > COMMIT_ROWS_MAX - self.lanes.len() {
-                    // The last message made the commit too large, so it is left to the next commit.
-                    work.rollback();
-                    return Attempt::Handled(index);
-                }
-                return Attempt::Handled(index + 1);
-            }
-        }
-        Attempt::Handled(items.len())
-    }
-
     /// Calls the handler. A panic counts as a failure of this message, and the lane continues.
     pub(crate) async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
         self.reporter.take_in_hand(message);
@@ -405,7 +184,13 @@ impl Worker {
         Ok(())
     }
 
-    fn park(&self, item: &Item, work: &mut Work, parked: &mut ParkedKeys, failure: Option<(String, Remedy)>) {
+    pub(super) fn park(
+        &self,
+        item: &Item,
+        work: &mut Work,
+        parked: &mut ParkedKeys,
+        failure: Option<(String, Remedy)>,
+    ) {
         let mut awaits_build = false;
         let (reason, attempts, due) = match failure {
             None => (String::new(), 0, None),
@@ -489,19 +274,8 @@ impl Worker {
         DocumentKey::new(collection(&self.name), place.id.clone())
     }
 
-    /// Moves the checkpoint of each lane past its last item.
-    fn stage_checkpoints(&self, items: &[Item], work: &mut Work) -> HashMap<usize, Lane> {
-        let mut after = HashMap::new();
-        for item in items {
-            after.entry(item.lane).or_insert_with(|| self.lanes[item.lane].clone()).pass(item);
-        }
-        work.begin(uuid::Uuid::nil(), Default::default());
-        put(&after, work);
-        after
-    }
-
     /// Replaces the lanes in memory with the lanes in `after`, which were committed.
-    fn moved(&mut self, after: HashMap<usize, Lane>, parked: ParkedKeys) {
+    pub(super) fn moved(&mut self, after: HashMap<usize, Lane>, parked: ParkedKeys) {
         for (index, lane) in after {
             self.lanes[index] = Lane { version: lane.version + 1, ..lane };
         }
@@ -510,21 +284,8 @@ impl Worker {
     }
 
     /// Sends the notices of work that was committed.
-    pub fn tell(&self, notices: &[Notice]) {
-        notices.iter().for_each(|notice| notice.tell(&self.name, self.reporter.health()));
-    }
-
-    /// After an unknown outcome, returns whether the stored checkpoints are exactly those that this commit would have
-    /// written.
-    async fn was_committed(&self, after: &HashMap<usize, Lane>) -> Result<bool, StoreError> {
-        for (index, after) in after {
-            let mut lane = self.lanes[*index].clone();
-            let found = lane.load(&*self.store).await?;
-            if found != Some(after.next) || lane.version != self.lanes[*index].version + 1 {
-                return Ok(false);
-            }
-        }
-        Ok(!after.is_empty())
+    pub fn tell(&self, notices: &[Box<dyn Notice>]) {
+        notices.iter().for_each(|notice| notice.send(&self.name, self.reporter.health()));
     }
 
     /// Moves the checkpoint of an idle lane to the position of the reader. The reported lag is then correct, and a
@@ -554,9 +315,9 @@ impl Worker {
     }
 }
 
-fn failed(item: &Item, reason: &str, attempts: u32, retries: bool) -> Notice {
+fn failed(item: &Item, reason: &str, attempts: u32, retries: bool) -> FailedMessage {
     let message = item.message.as_ref().ok();
-    Notice::Message(FailedMessage {
+    FailedMessage {
         key: item.key.clone(),
         id: item.id(),
         type_name: message.map_or_else(|| "no message".into(), |message| message.type_name.clone()),
@@ -564,10 +325,10 @@ fn failed(item: &Item, reason: &str, attempts: u32, retries: bool) -> Notice {
         attempts,
         reason: reason.to_owned(),
         retries,
-    })
+    }
 }
 
-fn put(after: &HashMap<usize, Lane>, work: &mut Work) {
+pub(super) fn put(after: &HashMap<usize, Lane>, work: &mut Work) {
     let now = work.now();
     for lane in after.values() {
         work.put_expecting(&lane.key, lane.version, Some(lane.body(now)), None);

@@ -16,7 +16,7 @@ use crate::{
     decide::work::Work,
     event::{Position, StreamId},
     handler::{Handler, HandlerError, Terminal},
-    health::notice::Notice,
+    health::{Health, notice::Notice},
     store::clock::LAST_DUE_MILLISECONDS,
 };
 
@@ -129,10 +129,45 @@ impl Handler for Index {
         let fault = fault.or_else(|| unsent(&progress, message));
         self.timers.heard(stream.id(), fault.as_ref());
         if let Some(fault) = fault {
-            let (saga, saga_id) = (status.saga.as_str().into(), stream.id().into());
-            work.notice(Notice::Saga { saga, saga_id, fault });
+            work.notice(FaultNotice { saga: status.saga, saga_id: stream.id().to_owned(), fault });
         }
         work.put_json(&key, Some(body), due);
         Ok(())
+    }
+}
+
+/// The notice that a step of a saga had a fault.
+#[derive(Debug)]
+struct FaultNotice {
+    saga: String,
+    saga_id: String,
+    fault: Fault,
+}
+
+impl Notice for FaultNotice {
+    fn send(&self, _subscription: &str, health: &Health) {
+        let Self { saga, saga_id, fault: Fault { kind, step, attempt, reason, .. } } = self;
+        let labels = [("saga", saga.as_str()), ("step", step.as_str())];
+        match kind {
+            FaultKind::Failed => {
+                health.count("annals_saga_steps_failed_total", &labels);
+                tracing::warn!(saga, saga_id, %step, attempt, %reason, "a step failed and will be retried");
+            }
+            FaultKind::TimedOut => {
+                health.count("annals_saga_steps_timed_out_total", &labels);
+                tracing::warn!(saga, saga_id, %step, attempt, %reason, "a step timed out and will be retried");
+            }
+            FaultKind::GaveUp => {
+                health.count("annals_saga_steps_given_up_total", &labels);
+                tracing::warn!(saga, saga_id, %step, attempt, %reason, "a step failed for good: the saga is compensated");
+            }
+            FaultKind::Stuck => {
+                health.count("annals_sagas_stuck_total", &labels);
+                tracing::error!(
+                    saga, saga_id, %step, attempt, %reason,
+                    "a saga is stuck: retry or skip the step, compensate or abandon the saga"
+                );
+            }
+        }
     }
 }

@@ -8,8 +8,8 @@ use uuid::Uuid;
 use super::{
     definition::{Saga, SagaState},
     migration::{Trail, migrated},
-    progress::{At, Outcome, Progress, Reply, SagaEvent},
-    transition::{Input, Moved, Verb, begin, json_bytes, learn_given_up, transition},
+    progress::{At, Outcome, Progress, Reply, SagaEvent, Verb},
+    transition::{Input, Moved, begin, json_bytes, learn_given_up, transition},
 };
 use crate::{
     base::{json::to_value, panic::caught_now},

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    participant::{StepCommand, StepEvent, step_stream},
+    barrier::{StepCommand, StepEvent, step_stream},
     progress::{At, Outcome, Reply},
 };
 use crate::{

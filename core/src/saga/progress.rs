@@ -6,7 +6,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
-use super::transition::Verb;
 use crate::{Event, base::reason};
 
 /// The state of a saga as operators see it.
@@ -216,6 +215,21 @@ impl Progress {
             (trouble, failure) => trouble.as_ref().or(failure.as_ref()).map(Failure::to_string),
         }
     }
+}
+
+/// An action of an operator on a stuck saga.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verb {
+    /// Attempt again the step at which the saga is stuck.
+    Retry,
+    /// Treat the step as done, and go on.
+    SkipStep,
+    /// Go back and undo the steps. This is possible only up to the pivot; at the pivot, the operator vouches that the
+    /// pivot did not happen.
+    Compensate,
+    /// Leave the saga as it is, for good.
+    Abandon,
 }
 
 /// The outcome of a step, as passed to the saga's state.

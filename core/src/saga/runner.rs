@@ -6,13 +6,12 @@ use async_trait::async_trait;
 use uuid::Uuid;
 
 use super::{
+    barrier::StepEvent,
     definition::{Saga, SagaState},
     index::Index,
     instance::{Ask, Definitions, Instance, SagaRefusal, What},
-    participant::StepEvent,
-    progress::{Outcome, Progress},
+    progress::{Outcome, Progress, Verb},
     timers::Timers,
-    transition::Verb,
 };
 use crate::{
     bus::Message,

@@ -1,72 +1,19 @@
-//! The timers of sagas: finds the timers that are due, and fires them.
+//! The timers of sagas that this process remembers.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
 };
 
 use chrono::{DateTime, TimeDelta, Utc};
-use futures::future::join_all;
-use tokio::time::{Instant, MissedTickBehavior, interval};
-use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 
-use super::{
-    definition::SagaState,
-    index::{STUCK, SagaStatus},
-    instance::What,
-    progress::SagaEvent,
-    runner::Runner,
-};
-use crate::{
-    base::{backoff::Backoff, panic::caught},
-    commit::{Commit, CommitError, Document, DocumentKey, Put},
-    decide::work::{Stale, Work, WorkError},
-    event::{Metadata, StreamId, Version},
-    health::{Health, State},
-    relay::progress::Relayed,
-    service::recovery,
-    store::{Scan, StoreError},
-};
+use super::progress::Fault;
 
-/// How often this process checks the timers that it remembers. This interval is the precision of every timeout and
-/// delay.
-pub const TIMER_TICK: Duration = Duration::from_millis(100);
-/// How often the store is checked when no timer is known to be due. This check finds timers that were set by processes
-/// that have ended.
-pub const TIMER_LOOK: Duration = Duration::from_secs(1);
-/// How long a timer is postponed if its saga accepts no input, for example because this build lacks the saga's
-/// definition.
-const REFUSED_TIMER: Duration = Duration::from_secs(30);
-/// If this build lacks a saga's definition, the saga's timer may be overdue for this long before the saga's document
-/// reports the wait. An instance that has the definition fires the timer within a second.
-const UNKNOWN_TIMER: TimeDelta = TimeDelta::seconds(5);
-/// How long a timer is postponed if the bus has not yet accepted the commands of the timer's saga. Timers are postponed
-/// only when there are many such sagas.
-const UNHEARD_TIMER: Duration = Duration::from_secs(5);
-/// How long a timer is postponed if its saga has moved on: by then the index has recorded the new state.
-const MOVED_TIMER: Duration = Duration::from_secs(2);
-/// The maximum number of timers fired in one commit. Each round fires two such commits. A commit takes well under a
-/// tenth of a second, so a round does not delay other work.
-const DUE_PAGE: usize = 128;
 /// The maximum number of timers that a process remembers, at about 200 bytes each. The store has all timers. A timer
 /// that is not remembered fires in the store's order, after the timers that were due before it.
 const KNOWN_MAX: usize = 20_000;
-/// How often a process looks for stuck sagas.
-const STUCK_LOOK: Duration = Duration::from_secs(2);
-/// The maximum number of stuck sagas that are counted, and the maximum number that are named in the report.
-const STUCK_MAX: usize = 1_000;
-const STUCK_NAMED_MAX: usize = 3;
 /// The maximum number of sagas that are remembered for each service that has not answered them.
 const SILENT_MAX: usize = 1_000;
-/// How long this process keeps an overdue timer that the saga's document does not show yet: by then the index has
-/// recorded the timer.
-const OVERDUE: TimeDelta = TimeDelta::seconds(2);
-/// How long this process keeps an overdue timer of a saga that has no document yet.
-const UNWRITTEN: TimeDelta = TimeDelta::seconds(60);
-/// How many times a commit of timers is attempted when other writers move the same sagas.
-const RACES_MAX: u32 = 8;
 
 /// The timers that this process remembers. Clones share the same timers.
 ///
@@ -110,7 +57,7 @@ impl Timers {
 
     /// Removes and returns the timers that are due, the latest first, so that a timer that has just become due does not
     /// wait behind a backlog.
-    fn take_due(&self, now: DateTime<Utc>, limit: usize) -> Vec<(DateTime<Utc>, Arc<str>)> {
+    pub(super) fn take_due(&self, now: DateTime<Utc>, limit: usize) -> Vec<(DateTime<Utc>, Arc<str>)> {
         let mut known = self.known();
         let Known { by_due, due_of, .. } = &mut *known;
         let mut taken = Vec::new();
@@ -125,13 +72,13 @@ impl Timers {
     }
 
     /// Returns whether the last query of the store found a timer that is due at `now`.
-    fn is_ahead(&self, now: DateTime<Utc>) -> bool {
+    pub(super) fn is_ahead(&self, now: DateTime<Utc>) -> bool {
         self.known().ahead.is_some_and(|ahead| ahead <= now)
     }
 
     /// Records that a saga has moved: either `fault` names services that have not answered the saga, or the saga no
     /// longer waits for an answer.
-    pub(crate) fn heard(&self, id: &str, fault: Option<&super::Fault>) {
+    pub(crate) fn heard(&self, id: &str, fault: Option<&Fault>) {
         let mut known = self.known();
         known.silent.retain(|_, sagas| {
             sagas.remove(id);
@@ -146,7 +93,7 @@ impl Timers {
     }
 
     /// Returns a text that names the services that do not answer.
-    fn silence(&self) -> Option<String> {
+    pub(super) fn silence(&self) -> Option<String> {
         let known = self.known();
         let one = |(service, sagas): (&String, &BTreeSet<Arc<str>>)| {
             format!(
@@ -158,333 +105,8 @@ impl Timers {
         (!all.is_empty()).then(|| all.join("; "))
     }
 
-    fn look_again_at(&self, ahead: Option<DateTime<Utc>>) {
+    pub(super) fn look_again_at(&self, ahead: Option<DateTime<Utc>>) {
         self.known().ahead = ahead;
-    }
-}
-
-/// The timers that are due, in two parts that are fired one after the other.
-#[derive(Default)]
-struct Due {
-    /// The timers that this process remembers, the latest first.
-    fresh: Vec<Document>,
-    /// The timers in the store that have been due longest.
-    first: Vec<Document>,
-    /// Whether the store has more timers that are due.
-    more: bool,
-}
-
-/// The stream of a saga to wake, and the metadata of the request to which the saga belongs.
-type Origin = (StreamId, Metadata);
-
-impl<C: SagaState> Runner<C> {
-    /// Fires timers until `shutdown`. `relayed_by` names the service whose relay publishes the commands. If it is
-    /// given, a timer does not fire before the bus has accepted the commands to which the saga awaits a reply.
-    pub(crate) async fn timers(
-        self,
-        relayed_by: Option<String>,
-        health: Health,
-        shutdown: CancellationToken,
-    ) -> Result<(), String> {
-        let part = format!("{}.timers", self.name());
-        let mut reporter = health.reporter(&part, &shutdown);
-        let mut backoff = Backoff::long();
-        let mut tick = interval(TIMER_TICK);
-        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let (mut looked, mut more, mut counted) = (None::<Instant>, false, None::<Instant>);
-        if let Some(service) = &relayed_by {
-            recovery::inbox_read(&*self.store, service, &shutdown).await;
-        }
-        while !shutdown.is_cancelled() {
-            tokio::select! {
-                _ = tick.tick(), if !more => {}
-                () = std::future::ready(()), if more => {}
-                () = shutdown.cancelled() => break,
-            }
-            if counted.is_none_or(|counted| counted.elapsed() >= STUCK_LOOK) {
-                counted = Some(Instant::now());
-                if let Ok(attention) = self.attention().await {
-                    reporter.attention(attention);
-                }
-            }
-            let now = self.store.clock().now();
-            let fresh = self.timers.take_due(now, DUE_PAGE);
-            let looks = more || self.timers.is_ahead(now) || looked.is_none_or(|looked| looked.elapsed() >= TIMER_LOOK);
-            if fresh.is_empty() && !looks {
-                continue;
-            }
-            if looks {
-                looked = Some(Instant::now());
-            }
-            let trouble = match self.due(now, fresh, looks, relayed_by.as_deref()).await {
-                Ok(due) => {
-                    more = due.more;
-                    let fresh = self.fire(due.fresh).await;
-                    fresh.or(self.fire(due.first).await)
-                }
-                Err(error) => Some(error.to_string()),
-            };
-            match trouble {
-                Some(trouble) => {
-                    reporter.trouble(trouble);
-                    more = false;
-                    tokio::select! {
-                        () = backoff.wait() => {}
-                        () = shutdown.cancelled() => {}
-                    }
-                }
-                None => {
-                    reporter.fine();
-                    backoff.reset();
-                }
-            }
-        }
-        health.set(&part, State::Stopped);
-        Ok(())
-    }
-
-    /// Returns a text that says why an operator is needed: because of stuck sagas, or services that do not answer.
-    async fn attention(&self) -> Result<Option<String>, StoreError> {
-        let collection = format!("{STUCK}{}", self.category());
-        let stuck = self.store.scan(&collection, &Scan::After("".into()), STUCK_MAX).await?;
-        let named: Vec<_> = stuck.iter().take(STUCK_NAMED_MAX).map(|document| &*document.key.id).collect();
-        let count = if stuck.len() < STUCK_MAX { stuck.len().to_string() } else { format!("{STUCK_MAX} or more") };
-        let stuck = (!stuck.is_empty()).then(|| {
-            let named = named.join(", ");
-            format!(
-                "{count} {} sagas are stuck, such as {named}: retry, skip the step, compensate or abandon them",
-                self.name()
-            )
-        });
-        let all: Vec<_> = stuck.into_iter().chain(self.timers.silence()).collect();
-        Ok((!all.is_empty()).then(|| all.join("; ")))
-    }
-
-    /// Returns the documents of the sagas whose timers fire now.
-    async fn due(
-        &self,
-        now: DateTime<Utc>,
-        known: Vec<(DateTime<Utc>, Arc<str>)>,
-        looks: bool,
-        relayed_by: Option<&str>,
-    ) -> Result<Due, StoreError> {
-        let is_due = |document: &Document| document.due.is_some_and(|due| due <= now);
-        let mut due = Due::default();
-        if !known.is_empty() {
-            let category = self.category();
-            let keys: Vec<_> = known.iter().map(|(_, id)| DocumentKey::new(&*category, id.clone())).collect();
-            for ((time, id), found) in known.into_iter().zip(self.store.documents(&keys).await?) {
-                match found {
-                    Some(document) if is_due(&document) => due.fresh.push(document),
-                    // The index has not recorded the timer yet; if the index is behind, the saga may have no document
-                    // yet.
-                    Some(_) if time + OVERDUE > now => self.timers.set(&id, Some(time)),
-                    None if time + UNWRITTEN > now => self.timers.set(&id, Some(time)),
-                    Some(_) | None => {}
-                }
-            }
-        }
-        if looks {
-            // Queries two intervals ahead, so that a timer fires on time even if another process set it, or if this
-            // process set it long ago and no longer remembers it.
-            let soon = Scan::Due(now + 2 * TIMER_LOOK);
-            let mut soon = self.store.scan(&self.category(), &soon, DUE_PAGE).await?;
-            let later = soon.split_off(soon.iter().take_while(|document| is_due(document)).count());
-            self.timers.look_again_at(later.first().and_then(|document| document.due));
-            due.more = soon.len() == DUE_PAGE;
-            let fresh: HashSet<_> = due.fresh.iter().map(|document| document.key.id.clone()).collect();
-            soon.retain(|document| !fresh.contains(&document.key.id));
-            due.first = soon;
-        }
-        due.fresh = self.known(due.fresh, now).await;
-        due.first = self.known(due.first, now).await;
-        let Some(service) = relayed_by.filter(|_| !due.fresh.is_empty() || !due.first.is_empty()) else {
-            return Ok(due);
-        };
-        let relayed = Relayed::on(&*self.store).await?.remove(service);
-        due.fresh = self.heard(due.fresh, relayed.as_ref()).await;
-        due.first = self.heard(due.first, relayed.as_ref()).await;
-        Ok(due)
-    }
-
-    /// Returns the timers of the sagas whose definition this build has. Another instance may have the other
-    /// definitions. If no instance does, the documents of those sagas show the wait.
-    async fn known(&self, due: Vec<Document>, now: DateTime<Utc>) -> Vec<Document> {
-        let is_known = |document: &Document| {
-            let status = serde_json::from_str::<SagaStatus>(&document.body);
-            status.is_ok_and(|status| self.definitions.knows(&status.definition_hash))
-        };
-        let (known, unknown): (Vec<_>, Vec<_>) = due.into_iter().partition(is_known);
-        let crowd = unknown.len() > DUE_PAGE / 2;
-        let is_overdue = |document: &Document| document.due.is_some_and(|due| due + UNKNOWN_TIMER < now);
-        let due = self.store.clock().due_in(REFUSED_TIMER);
-        let waits = unknown.into_iter().filter(|document| crowd || is_overdue(document)).map(|document| {
-            let body = waiting(&document.body, "waits for a build that has its definition");
-            Put { key: document.key, expected: Some(document.version), body: Some(body), due }
-        });
-        join_all(waits.map(|put| self.store.commit(Commit { appends: Vec::new(), puts: vec![put] }))).await;
-        known
-    }
-
-    /// Returns the timers of the sagas whose commands the bus has accepted.
-    async fn heard(&self, due: Vec<Document>, relayed: Option<&Relayed>) -> Vec<Document> {
-        let is_heard = |document: &Document| {
-            let status = serde_json::from_str::<SagaStatus>(&document.body);
-            let (Ok(status), Ok(stream)) = (status, self.instances.stream(&document.key.id)) else { return true };
-            relayed.is_some_and(|relayed| status.position <= relayed.up_to(&stream))
-        };
-        let (heard, unheard): (Vec<_>, Vec<_>) = due.into_iter().partition(is_heard);
-        // Each query returns a limited number of timers, so many waiting timers are postponed to make room for others.
-        if unheard.len() > DUE_PAGE / 2 {
-            let due = self.store.clock().due_in(UNHEARD_TIMER);
-            let postponed =
-                |Document { key, version, body, .. }| Put { key, expected: Some(version), body: Some(body), due };
-            let puts = unheard.into_iter().map(postponed);
-            // A put fails if the saga has moved or if the store is unavailable. Either way, the next query shows the
-            // current state.
-            join_all(puts.map(|put| self.store.commit(Commit { appends: Vec::new(), puts: vec![put] }))).await;
-        }
-        heard
-    }
-
-    /// Wakes these sagas in one commit. The same commit sets their timers to a later time, so that no query finds the
-    /// timers again before the index has recorded the new states. Returns a description of the failure, if there was
-    /// one.
-    async fn fire(&self, mut due: Vec<Document>) -> Option<String> {
-        let mut trouble = None;
-        let origins = self.origins(&due).await;
-        let (mut stale, mut racing) = (Stale::Nothing, Backoff::short());
-        for _ in 0..RACES_MAX {
-            if due.is_empty() {
-                return trouble;
-            }
-            let mut work = Work::new(self.store.clone(), stale.clone());
-            for document in &due {
-                match self.wake(document, origins.get(&document.key.id), &mut work).await {
-                    Ok(()) => {}
-                    Err(Fault::OfStore(error)) => return Some(error),
-                    Err(Fault::OfSaga(error)) => {
-                        trouble = Some(format!("timer of saga {}: {error}", document.key.id));
-                    }
-                }
-            }
-            let Err(error) = work.commit().await else { return trouble };
-            match &error {
-                // Another writer has moved the saga.
-                CommitError::DocumentConflict { key, .. } => {
-                    due.retain(|document| document.key != *key);
-                    racing.wait().await;
-                }
-                CommitError::Conflict { .. } => {
-                    stale = stale.after(&error);
-                    racing.wait().await;
-                }
-                CommitError::Invalid(_) if due.len() > 1 => {
-                    let rest = due.split_off(due.len() / 2);
-                    let first = Box::pin(self.fire(due)).await;
-                    return first.or(Box::pin(self.fire(rest)).await).or(trouble);
-                }
-                CommitError::Invalid(reason) => {
-                    let Document { key, version, body, .. } = due.remove(0);
-                    let trouble = format!("timer of saga {}: {reason}", key.id);
-                    let due = self.store.clock().due_in(REFUSED_TIMER);
-                    let put = Put { key, expected: Some(version), body: Some(body), due };
-                    // If this commit fails, the next query finds the timer again.
-                    _ = self.store.commit(Commit { appends: Vec::new(), puts: vec![put] }).await;
-                    return Some(trouble);
-                }
-                CommitError::Unknown(_) | CommitError::Unavailable(_) => return Some(error.to_string()),
-            }
-        }
-        trouble
-    }
-
-    /// Reads the data needed to wake the sagas, concurrently.
-    async fn origins(&self, due: &[Document]) -> HashMap<Arc<str>, Result<Origin, Fault>> {
-        let read = due.iter().map(async |document| {
-            let id = document.key.id.clone();
-            let origin = caught(self.origin(&id)).await;
-            (id, origin.unwrap_or_else(|panic| Err(Fault::OfSaga(panic.to_string()))))
-        });
-        join_all(read).await.into_iter().collect()
-    }
-
-    async fn origin(&self, id: &str) -> Result<Origin, Fault> {
-        let stream = self.instances.stream(id).map_err(|error| Fault::OfSaga(error.to_string()))?;
-        let first = self.store.read_stream(&stream, Version::START, 1).await;
-        let first = first.map_err(|error| Fault::OfStore(error.to_string()))?;
-        // Loads the sagas into the cache concurrently; loaded one by one, they would take a round trip each.
-        self.instances.folded(&*self.store, &stream, false, false).await?;
-        let metadata = first.first().map(|event| event.metadata.clone());
-        Ok((stream, metadata.unwrap_or_default()))
-    }
-
-    async fn wake(
-        &self,
-        document: &Document,
-        origin: Option<&Result<Origin, Fault>>,
-        work: &mut Work,
-    ) -> Result<(), Fault> {
-        let id = Uuid::new_v4();
-        let staged = match origin {
-            Some(Ok((stream, metadata))) => {
-                work.begin(id, metadata.caused_by(id));
-                let ask = self.ask(&document.key.id, What::Due);
-                let staged = caught(work.stage_as(id, &self.instances, stream, &ask, false)).await;
-                match staged {
-                    Ok(staged) => staged.map_err(Fault::from),
-                    Err(panic) => Err(Fault::OfSaga(format!("the command handler {panic}"))),
-                }
-            }
-            Some(Err(fault)) => Err(fault.clone()),
-            None => return Ok(()),
-        };
-        let mut body = document.body.clone();
-        let (due, outcome) = match staged {
-            Ok(decided) => {
-                let wakes = decided.events.last().map(|event: &SagaEvent| event.progress().wakes());
-                match wakes {
-                    Some(wakes) => (wakes.and_then(DateTime::from_timestamp_millis), Ok(())),
-                    None => (work.due_in(MOVED_TIMER), Ok(())),
-                }
-            }
-            Err(fault @ Fault::OfStore(_)) => return Err(fault),
-            Err(fault) => {
-                work.rollback();
-                if let Fault::OfSaga(why) = &fault {
-                    body = waiting(&body, why);
-                }
-                (work.due_in(REFUSED_TIMER), Err(fault))
-            }
-        };
-        work.put_expecting(&document.key, document.version, Some(body), due);
-        outcome
-    }
-}
-
-/// Adds to the document of a saga the reason why the saga accepts no input, for operators to read. The saga's next
-/// event overwrites the document.
-fn waiting(body: &Arc<str>, why: &str) -> Arc<str> {
-    let Ok(mut status) = serde_json::from_str::<SagaStatus>(body) else { return body.clone() };
-    status.last_error = Some(why.to_owned());
-    serde_json::to_string(&status).map_or_else(|_| body.clone(), Arc::from)
-}
-
-/// Why a saga was not woken.
-#[derive(Clone, Debug)]
-enum Fault {
-    /// The store is unavailable; nothing is wrong with the saga.
-    OfStore(String),
-    /// The saga accepts no input.
-    OfSaga(String),
-}
-
-impl<R: std::error::Error> From<WorkError<R>> for Fault {
-    fn from(error: WorkError<R>) -> Self {
-        match error {
-            WorkError::Store(StoreError::Unavailable(reason)) => Self::OfStore(reason),
-            error => Self::OfSaga(error.to_string()),
-        }
     }
 }
 

@@ -5,19 +5,18 @@ use std::{
     time::Duration,
 };
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use super::{
     definition::{Kind, PlannedStep, RETRY_DELAY_MAX, RETRY_DELAY_MIN, Request, Saga, SagaState},
-    progress::{At, CallState, Command, Failure, Fault, FaultKind, Outcome, Progress, Reply, Status},
+    progress::{At, CallState, Command, Failure, Fault, FaultKind, Outcome, Progress, Reply, Status, Verb},
 };
 use crate::{
-    base::{panic::caught_now, reason},
+    base::{name::is_service_name, panic::caught_now, reason},
     commit::{NESTING_MAX, check_json_within},
     event::{EVENT_BYTES_MAX, named_id},
-    relay::routes::is_service_name,
     store::clock::later,
 };
 
@@ -39,21 +38,6 @@ pub enum Input {
     Due,
     /// An operator acts.
     Operate(Verb),
-}
-
-/// An action of an operator on a stuck saga.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Verb {
-    /// Attempt again the step at which the saga is stuck.
-    Retry,
-    /// Treat the step as done, and go on.
-    SkipStep,
-    /// Go back and undo the steps. This is possible only up to the pivot; at the pivot, the operator vouches that the
-    /// pivot did not happen.
-    Compensate,
-    /// Leave the saga as it is, for good.
-    Abandon,
 }
 
 /// The result of an input.

@@ -1,7 +1,7 @@
 //! Recovery of a database that was restored to an earlier moment while the bus still holds later messages. A service
 //! detects this state when it starts, and `annals recover` repairs it.
 
-use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
@@ -15,14 +15,16 @@ use crate::{
     follow::{
         checkpoint::{CHECKPOINTS, Checkpoint},
         peer::{HEARTBEAT, INSTANCES},
+        relay_progress::Relayed,
     },
-    relay::progress::Relayed,
-    service::StartError,
+    service::start_error::StartError,
     store::{
         EventStore, LogQuery, Scan, StoreError,
         names::{LogNames, log_of},
     },
 };
+
+pub use crate::service::start_error::Ahead;
 
 /// The number of events or documents read per page.
 const PAGE: usize = 500;
@@ -71,52 +73,6 @@ impl Recovery {
     /// Returns the document that holds this progress, with the given version.
     pub fn document(&self, version: i64) -> Document {
         Document { key: Self::key(), version, body: serde_json::to_string(self).unwrap_or_default().into(), due: None }
-    }
-}
-
-/// A message that a service sent, but whose event is missing from the log of the service.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ahead {
-    /// The name of the service that sent the message.
-    pub service: String,
-    /// The topic that holds the message.
-    pub topic: Arc<str>,
-    /// The partition that holds the message.
-    pub partition: u32,
-    /// The offset of the message in the partition.
-    pub offset: i64,
-    /// The name of the log that the message came from.
-    pub log: String,
-    /// The position of the message's event in that log.
-    pub position: Position,
-    /// The id of the message.
-    pub id: Uuid,
-    /// Whether that log is a later state of this log. If not, this store does not know the name of that log.
-    pub is_this_log: bool,
-}
-
-impl fmt::Display for Ahead {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { service, topic, partition, offset, log, position, id, is_this_log } = self;
-        write!(
-            f,
-            "service {service}: topic {topic} is ahead of the log. Message {id}, at offset {offset} of partition {partition}, was sent from position {position} of log {log}, "
-        )?;
-        f.write_str(match is_this_log {
-            true => {
-                "which is this log, and the log no longer holds that event: the database was restored to an earlier \
-                 moment. "
-            }
-            false => {
-                "which this store does not know: it is a new store, or was restored from before the log had that name. "
-            }
-        })?;
-        write!(
-            f,
-            "Stop all instances and run `annals recover --store URL --bus URL --service {service}`, which copies \
-             the lost events back from the topics. To begin without that history, add `--anew`, or delete the \
-             topics of all services"
-        )
     }
 }
 

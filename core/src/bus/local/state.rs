@@ -8,9 +8,11 @@ use std::{
 use tokio::sync::{Notify, oneshot};
 use uuid::Uuid;
 
-use super::HELD_MAX;
 use crate::bus::{BusError, Message, Outgoing, Partition};
 
+/// How many messages a topic holds before publishers must wait. A busy topic fills this space in a few seconds. With
+/// about 1 kB per message, the messages take no more than 64 MB of memory.
+pub const HELD_MAX: usize = 65_536;
 /// The maximum number of messages that are accepted while the lock is held once, so that a large batch does not block
 /// consumers.
 const STRIDE: usize = 1_024;

@@ -6,10 +6,7 @@ use crate::{
     base::name::RELAY,
     bus::Ends,
     event::{Position, StreamId},
-    follow::{
-        checkpoint::{CHECKPOINTS, Checkpoint},
-        subscription::lane_of,
-    },
+    follow::checkpoint::{CHECKPOINTS, Checkpoint, lane_of},
     store::{
         EventStore, Scan, StoreError,
         names::{LogNames, log_of},

@@ -1,0 +1,168 @@
+//! The barrier at a participant, which keeps out late and repeated steps: the recorded steps of each saga, and the
+//! decision about the next command.
+
+use std::collections::BTreeMap;
+
+use super::progress::{At, Outcome, Reply};
+use crate::{
+    Event,
+    bus::Message,
+    decide::aggregate::Aggregate,
+    handler::{HandlerError, Terminal},
+};
+
+/// An event of one saga's steps at a service.
+#[derive(Event, Clone, Debug, PartialEq)]
+#[event(prefix = "step")]
+pub enum StepEvent {
+    /// A step was done, refused or failed.
+    Replied {
+        /// The saga's stream.
+        saga: String,
+        /// The service that runs the saga.
+        reply_to: String,
+        /// The outcome of the step.
+        reply: Reply,
+    },
+}
+
+/// The state of one step at its participant.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Slot {
+    /// The step may have been done: an attempt had an unknown outcome.
+    Unknown,
+    /// The step was done.
+    Done,
+    /// The step was refused, for good.
+    Refused,
+    /// The step was undone, or its undo arrived first. The step will never be done.
+    Undone,
+}
+
+/// The steps of one saga at one service. The stream of this aggregate is the barrier that keeps out late and repeated
+/// steps.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Participation {
+    slots: BTreeMap<(At, usize), Slot>,
+}
+
+/// A step command as it arrives.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepCommand {
+    /// The place in the plan.
+    pub at: At,
+    /// The index of the participant within the step.
+    pub call: usize,
+    /// The number of the attempt.
+    pub attempt: u32,
+    /// Whether a refusal counts as a failure, because the saga cannot go back.
+    pub must_succeed: bool,
+}
+
+impl StepCommand {
+    /// Reads the step that a message requests.
+    ///
+    /// # Errors
+    /// Returns an error if the message lacks an attribute of a step, or has one that does not parse.
+    pub(crate) fn of(message: &Message) -> Result<Self, HandlerError> {
+        Ok(Self {
+            at: extension(message, attribute::AT)?,
+            call: extension(message, attribute::CALL)?,
+            attempt: extension(message, attribute::ATTEMPT)?,
+            must_succeed: extension(message, attribute::MUST_SUCCEED)?,
+        })
+    }
+
+    /// Returns the outcome of a step that its participant refuses. For a step that must succeed, the outcome is a
+    /// failure: if the step were recorded as refused, the barrier would block every further attempt.
+    pub fn refused(&self, reason: String) -> Outcome {
+        if self.must_succeed { Outcome::Failed(reason) } else { Outcome::Refused(reason) }
+    }
+}
+
+/// What the barrier decides about a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Carry out the step.
+    Perform,
+    /// There is nothing to undo, or the step is undone already. Record the undo, so that a late step is refused.
+    Bar,
+    /// The step was done or refused before: send the recorded answer again.
+    Repeat,
+    /// The step was undone, or its undo arrived first: refuse the step.
+    Refuse,
+}
+
+/// Decides what to do with a step command. This pure function is the logic of the barrier.
+pub fn decide_step(participation: &Participation, command: &StepCommand) -> Step {
+    let slot = |at| participation.slots.get(&(at, command.call));
+    match command.at {
+        At::Forward(_) | At::Closing(_) => match slot(command.at) {
+            None | Some(Slot::Unknown) => Step::Perform,
+            Some(Slot::Done | Slot::Refused) => Step::Repeat,
+            Some(Slot::Undone) => Step::Refuse,
+        },
+        At::Undo(step) => match slot(At::Forward(step)) {
+            Some(Slot::Done | Slot::Unknown) => Step::Perform,
+            None | Some(Slot::Refused | Slot::Undone) => Step::Bar,
+        },
+    }
+}
+
+impl Participation {
+    /// Returns the recorded state of a step, if there is one.
+    pub fn slot(&self, at: At, call: usize) -> Option<&Slot> {
+        self.slots.get(&(at, call))
+    }
+}
+
+impl Aggregate for Participation {
+    const CATEGORY: &'static str = "step";
+    type Command = StepEvent;
+    type Event = StepEvent;
+    type Refusal = std::convert::Infallible;
+
+    fn decide(&self, command: &StepEvent) -> Result<Vec<StepEvent>, Self::Refusal> {
+        Ok(vec![command.clone()])
+    }
+
+    fn evolve(&mut self, StepEvent::Replied { reply, .. }: &StepEvent) {
+        let (at, slot) = match (reply.at, &reply.outcome) {
+            // A failed attempt does not change the recorded state.
+            (_, Outcome::Failed(_)) | (At::Undo(_), Outcome::Unknown(_)) => return,
+            (at, Outcome::Unknown(_)) => (at, Slot::Unknown),
+            (At::Undo(step), _) => (At::Forward(step), Slot::Undone),
+            (at, Outcome::Done(_)) => (at, Slot::Done),
+            (at, Outcome::Refused(_)) => (at, Slot::Refused),
+        };
+        let known = self.slots.entry((at, reply.call)).or_insert_with(|| slot.clone());
+        // An undone step stays undone: a late step is answered, but never done.
+        if *known != Slot::Undone {
+            *known = slot;
+        }
+    }
+}
+
+/// The names of the message attributes that describe a step.
+pub(crate) mod attribute {
+    pub const AT: &str = "sagastep";
+    pub const STEP_NAME: &str = "sagastepname";
+    pub const CALL: &str = "sagacall";
+    pub const ATTEMPT: &str = "sagaattempt";
+    pub const MUST_SUCCEED: &str = "sagamustsucceed";
+    pub const REPLY_TO: &str = "sagareplyto";
+}
+
+pub(super) fn step_category(service: &str) -> String {
+    format!("step.{service}")
+}
+
+/// Returns the stream that records the answers of a service to a saga.
+pub(super) fn step_stream(service: &str, saga: &str) -> String {
+    format!("{}-{saga}", step_category(service))
+}
+
+pub(super) fn extension<T: std::str::FromStr>(message: &Message, name: &str) -> Result<T, HandlerError> {
+    let text = message.extensions.get(name).ok_or_else(|| format!("the command lacks the attribute {name}"));
+    text.terminal()?.parse().map_err(|_| format!("attribute {name} of the command cannot be parsed")).terminal()
+}
