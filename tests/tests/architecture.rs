@@ -11,6 +11,9 @@ use std::{
 
 use serde::Deserialize;
 
+#[path = "architecture/sources.rs"]
+mod sources;
+
 /// The maximum number of lines of a function. A longer function holds more than one idea.
 const FUNCTION_LINES_MAX: usize = 80;
 /// Functions that are still longer. No function may be added to this list.
@@ -21,6 +24,27 @@ const LONG_FUNCTIONS: [&str; 6] = [
     "cli/tests/verified.rs: what_was_sealed_cannot_be_changed_unseen",
     "core/src/relay.rs: carry",
     "tests/tests/kafka_strangers.rs: poison_messages_are_parked_among_good_ones",
+];
+/// The number of files of each package that import one another in a circle. No number may grow. In the core, these are
+/// the parts of the model checker.
+const FILES_IN_CIRCLES: [(&str, usize); 5] =
+    [("bench", 20), ("cli", 25), ("core", 3), ("sample-shop", 16), ("store-postgres", 10)];
+/// The maximum number of rooms of the core. A room is a file or a folder at the top of the sources.
+const CORE_ROOMS_MAX: usize = 20;
+/// The maximum number of arrows between the rooms of the core.
+const CORE_ARROWS_MAX: usize = 100;
+/// The names that more than one type of a package has. No name may be added.
+const SHARED_NAMES: [(&str, &str); 7] = [
+    ("bench", "Arguments EventRow"),
+    ("bus-kafka", "Context Place Ranges"),
+    ("cli", "Arguments Line Row Sent Sides Sorter Topic Verb What"),
+    (
+        "core",
+        "Answer Failed Given Group Held Instance Known Member Message Move Others Part Parts Place Plan Request Run Service Shared Staged Standing State Stop Stored Taken Views",
+    ),
+    ("sample-shop", "Glimpse Kept Line Seen Signals Tally Units Waiting Whole"),
+    ("store-postgres", "Outcome"),
+    ("tests", "Script"),
 ];
 /// Drivers of databases and brokers. The core must not depend on them, not even indirectly.
 const DRIVERS: [&str; 8] =
@@ -216,6 +240,81 @@ fn files_of(folder: &Path, extensions: &[&str], files: &mut Vec<PathBuf>) {
             files.push(path);
         }
     }
+}
+
+/// Returns the crates of a package, without its tests.
+fn crates(package: &Package) -> Vec<sources::Crate> {
+    let folder = package.manifest_path.parent().unwrap().join("src");
+    let roots = ["lib.rs", "main.rs"].map(|root| folder.join(root));
+    let own_name = package.name.replace('-', "_");
+    let crates: Vec<_> =
+        roots.iter().filter(|root| root.exists()).map(|root| sources::Crate::read(root, &own_name)).collect();
+    let mut files = Vec::new();
+    rust_files(&folder, &mut files);
+    let read: BTreeSet<_> = crates.iter().flat_map(|of| of.arrows.keys().cloned()).collect();
+    let is_unread = |file: &PathBuf| !read.contains(file) && !file.ends_with("tests.rs");
+    let unread: Vec<_> = files.into_iter().filter(is_unread).collect();
+    assert!(unread.is_empty(), "no module declares these files: {unread:#?}");
+    crates
+}
+
+#[test]
+fn no_files_import_one_another_in_a_circle() {
+    let workspace = Workspace::read();
+    let mut wrong = Vec::new();
+    for package in &workspace.packages {
+        let circles: Vec<_> = crates(package).iter().flat_map(sources::Crate::circles).collect();
+        let found: usize = circles.iter().map(BTreeSet::len).sum();
+        let known = FILES_IN_CIRCLES.iter().find(|(room, _)| *room == package.room()).map_or(0, |(_, known)| *known);
+        if found > known {
+            wrong.push(format!("{}: break these circles: {circles:#?}", package.room()));
+        } else if found < known {
+            wrong.push(format!("{}: only {found} files are in circles now, lower the number", package.room()));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn the_core_is_a_house_of_few_rooms() {
+    let workspace = Workspace::read();
+    let core = workspace.packages.iter().find(|package| package.room() == "core").unwrap();
+    let sources = core.manifest_path.parent().unwrap().join("src");
+    let room = |file: &Path| {
+        let top = file.strip_prefix(&sources).unwrap().iter().next().unwrap();
+        Path::new(top).with_extension("").display().to_string()
+    };
+    let mut rooms = BTreeSet::new();
+    let mut arrows = BTreeSet::new();
+    for (from, to) in crates(core).iter().flat_map(|of| &of.arrows).filter(|(file, _)| !file.ends_with("src/lib.rs")) {
+        rooms.insert(room(from));
+        let others = to.iter().map(|file| room(file)).filter(|other| *other != room(from));
+        arrows.extend(others.map(|other| (room(from), other)));
+    }
+    assert!(rooms.len() <= CORE_ROOMS_MAX, "{} rooms: {rooms:#?}", rooms.len());
+    assert!(arrows.len() <= CORE_ARROWS_MAX, "{} arrows: {arrows:#?}", arrows.len());
+}
+
+#[test]
+fn no_two_types_of_a_package_have_one_name() {
+    let workspace = Workspace::read();
+    let mut shared = BTreeSet::new();
+    for package in &workspace.packages {
+        let mut types: BTreeMap<String, Vec<PathBuf>> = BTreeMap::new();
+        for (name, files) in crates(package).into_iter().flat_map(|of| of.types) {
+            types.entry(name).or_default().extend(files);
+        }
+        let twice = types.into_iter().filter(|(_, files)| files.len() > 1);
+        shared.extend(twice.map(|(name, _)| (package.room().to_owned(), name)));
+    }
+    let of_room = |(room, names): &(&str, &str)| {
+        names.split_whitespace().map(|name| ((*room).to_owned(), name.to_owned())).collect::<Vec<_>>()
+    };
+    let known: BTreeSet<_> = SHARED_NAMES.iter().flat_map(of_room).collect();
+    let new: Vec<_> = shared.difference(&known).collect();
+    assert!(new.is_empty(), "name these types apart: {new:#?}");
+    let gone: Vec<_> = known.difference(&shared).collect();
+    assert!(gone.is_empty(), "take these off the list, they are different now: {gone:#?}");
 }
 
 #[test]
