@@ -66,6 +66,7 @@ pub struct Relay {
     settled: OnceCell<()>,
 }
 
+/// A page whose messages were published, but not yet accepted by the bus.
 struct InFlight {
     next: Position,
     receipt: Receipt,
@@ -295,146 +296,36 @@ impl Relay {
         shutdown: &CancellationToken,
         backoff: &mut Backoff,
     ) -> Result<(), Trouble> {
-        let query = self.routes.query();
         let Turn::Came(checkpoint) = claim.turn(worker, shutdown).await? else { return Ok(()) };
         if checkpoint.is_none() && worker.lanes[0].is_replaced(self.lanes) {
             return Err(Stop::Gone(worker.lanes[0].key.clone()).into());
         }
-        let mut cursor = Position(checkpoint.unwrap_or(0));
+        let cursor = Position(checkpoint.unwrap_or(0));
         claim.hold(worker, cursor.0).await?;
         worker.load_parked().await?;
         let labels = LogNames::drawn(&*worker.store).await?.labels(lane);
         worker.reporter.fine();
-        let mut in_flight: VecDeque<InFlight> = VecDeque::new();
-        let (mut moved_at, mut patient_until) = (Instant::now(), Instant::now() + LAST_RECEIPTS);
-        let mut stalls_at = Instant::now() + STALLED;
-        // The position up to which the bus has accepted messages, and the time at which the checkpoint must follow.
-        let (mut taken_up_to, mut follows_at) = (cursor.0, None);
-        let store = worker.store.clone();
-        let (mut more, mut is_more) = (store.wait(cursor), true);
-        // The page after the current one, read on another thread while the current one is published.
-        let mut ahead: JoinSet<Result<LogPage, StoreError>> = JoinSet::new();
-        let mut tick = tokio::time::interval(PARKED_TICK);
-        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
-            worker.is_of_this_log()?;
-            let stopping = shutdown.is_cancelled() || claim.has_ended();
-            if stopping && in_flight.is_empty() {
-                // Moves the checkpoint past events that have no messages, so that health shows no lag when all work is
-                // done.
-                if worker.lanes[0].next < cursor.0 {
-                    note(worker, &**publisher, cursor.0).await?;
-                }
-                break;
-            }
-            if !stopping {
-                patient_until = Instant::now() + LAST_RECEIPTS;
-            }
-            if follows_at.is_some_and(|at| at <= Instant::now()) {
-                note(worker, &**publisher, taken_up_to).await?;
-                (moved_at, follows_at) = (Instant::now(), None);
-            }
-            let room = in_flight.len() < PAGES_IN_FLIGHT && !stopping;
-            if room && is_more {
-                let page = match ahead.join_next().await {
-                    Some(read) => read.map_err(|error| StoreError::Unavailable(error.to_string()))??,
-                    None => store.read_log(&query, cursor, PAGE).await?,
-                };
-                worker.is_of_this_log()?;
-                // If the log has more events after all, `wait` resolves at once.
-                is_more = page.more;
-                cursor = page.next;
-                more = store.wait(cursor);
-                if is_more {
-                    let (store, query) = (store.clone(), query.clone());
-                    let reading = async move { store.read_log(&query, cursor, PAGE).await };
-                    ahead.spawn(reading);
-                }
-                let (messages, sources) = self.messages(lane, &labels, worker, &page.events).await?;
-                if !messages.is_empty() {
-                    if in_flight.is_empty() {
-                        stalls_at = Instant::now() + STALLED;
-                    }
-                    let mut publishing = publisher.publish(messages);
-                    let published = loop {
-                        tokio::select! {
-                            biased;
-                            published = &mut publishing => break Some(published),
-                            // The publisher waits for room in its buffer. Messages that are already in the buffer are
-                            // published again later.
-                            () = shutdown.cancelled() => break None,
-                            () = claim.ends() => break None,
-                            () = tokio::time::sleep_until(stalls_at) => stalls_at = stall(worker),
-                        }
-                    };
-                    let receipt = match published {
-                        Some(Ok(receipt)) => receipt,
-                        Some(Err(error)) => return Err(self.refused(worker, &sources, error).await),
-                        None => break,
-                    };
-                    in_flight.push_back(InFlight { next: cursor, receipt, sources });
-                }
-            }
-            let waits = !in_flight.is_empty();
-            let first_taken = async {
-                match in_flight.front_mut() {
-                    Some(first) => (&mut first.receipt).await,
-                    None => std::future::pending().await,
-                }
-            };
-            tokio::select! {
-                biased;
-                taken = first_taken => {
-                    let mut taken = Some(taken);
-                    let mut next = None;
-                    while let Some(outcome) = taken.take() {
-                        let Some(first) = in_flight.pop_front() else { break };
-                        if let Err(error) = outcome {
-                            return Err(self.refused(worker, &first.sources, error).await);
-                        }
-                        next = Some(first.next);
-                        if let Some(source) = first.sources.last() {
-                            worker.lanes[0].event = Some(Given { position: source.position, id: source.id });
-                        }
-                        taken = in_flight.front_mut().and_then(|first| (&mut first.receipt).now_or_never());
-                    }
-                    if let Some(next) = next {
-                        let now = Instant::now();
-                        taken_up_to = next.0;
-                        follows_at.get_or_insert(now + CHECKPOINT_AFTER);
-                        patient_until = now + LAST_RECEIPTS;
-                        stalls_at = now + STALLED;
-                        worker.reporter.fine();
-                        backoff.reset();
-                    }
-                }
-                () = tokio::time::sleep_until(follows_at.unwrap_or(patient_until)), if follows_at.is_some() => {}
-                woken = &mut more, if room && !is_more => {
-                    woken?;
-                    is_more = true;
-                }
-                _ = tick.tick() => {
-                    worker.redrive_due().await?;
-                    if in_flight.is_empty() && worker.lanes[0].next < cursor.0 && moved_at.elapsed() > IDLE_CHECKPOINT {
-                        note(worker, &**publisher, cursor.0).await?;
-                        moved_at = Instant::now();
-                    }
-                }
-                // A long run of events without messages must not block the tick, which moves the checkpoint.
-                () = std::future::ready(()), if room && is_more => {}
-                () = tokio::time::sleep_until(stalls_at), if waits => stalls_at = stall(worker),
-                () = shutdown.cancelled(), if !stopping => {}
-                () = claim.ends(), if !stopping => {}
-                // Consumers in this process stop too. Messages that no consumer handles any more are published again
-                // after the next start.
-                () = tokio::time::sleep_until(patient_until), if stopping => break,
-            }
-        }
-        if worker.lanes[0].next < taken_up_to {
-            note(worker, &**publisher, taken_up_to).await?;
-        }
-        let next = worker.lanes[0].next;
-        Ok(claim.release(worker, next).await?)
+        let now = Instant::now();
+        let publication = Publication {
+            relay: self,
+            lane,
+            labels,
+            claim,
+            worker,
+            publisher,
+            shutdown,
+            backoff,
+            cursor,
+            is_more: true,
+            ahead: JoinSet::new(),
+            in_flight: VecDeque::new(),
+            taken_up_to: cursor.0,
+            follows_at: None,
+            moved_at: now,
+            patient_until: now + LAST_RECEIPTS,
+            stalls_at: now + STALLED,
+        };
+        publication.run().await
     }
 
     /// Returns the messages for those events that belong to this lane, together with the event of each message. An
@@ -486,6 +377,190 @@ impl Relay {
         let message = Message::of(event, &self.routes.service);
         // The checkpoint does not move, because messages published before this event are not acknowledged yet.
         worker.park_message(event.stream.shared(), message, reason).await
+    }
+}
+
+/// A lane that this instance holds, and whose messages are being published.
+struct Publication<'a> {
+    relay: &'a Relay,
+    lane: u32,
+    labels: Labels,
+    claim: &'a Claim,
+    worker: &'a mut Worker,
+    publisher: &'a Arc<dyn Publisher>,
+    shutdown: &'a CancellationToken,
+    backoff: &'a mut Backoff,
+    /// The position up to which the log was read.
+    cursor: Position,
+    /// Whether the log may have events after the cursor.
+    is_more: bool,
+    /// The page after the current one, read on another thread while the current one is published.
+    ahead: JoinSet<Result<LogPage, StoreError>>,
+    in_flight: VecDeque<InFlight>,
+    /// The position up to which the bus has accepted messages.
+    taken_up_to: i64,
+    /// The time at which the checkpoint must follow `taken_up_to`.
+    follows_at: Option<Instant>,
+    /// The time at which the checkpoint last moved.
+    moved_at: Instant,
+    /// The time at which a stopping relay gives up on the next receipt.
+    patient_until: Instant,
+    /// The time at which the relay reports that the bus acknowledges nothing.
+    stalls_at: Instant,
+}
+
+impl Publication<'_> {
+    /// Publishes until the lane is assigned to another instance or the relay is shut down.
+    async fn run(mut self) -> Result<(), Trouble> {
+        let store = self.worker.store.clone();
+        let mut more = store.wait(self.cursor);
+        let mut tick = tokio::time::interval(PARKED_TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            self.worker.is_of_this_log()?;
+            let stopping = self.shutdown.is_cancelled() || self.claim.has_ended();
+            if stopping && self.in_flight.is_empty() {
+                // Moves the checkpoint past events that have no messages, so that health shows no lag when all work is
+                // done.
+                if self.worker.lanes[0].next < self.cursor.0 {
+                    self.note(self.cursor.0).await?;
+                }
+                break;
+            }
+            if !stopping {
+                self.patient_until = Instant::now() + LAST_RECEIPTS;
+            }
+            if self.follows_at.is_some_and(|at| at <= Instant::now()) {
+                self.note(self.taken_up_to).await?;
+                self.moved_at = Instant::now();
+                self.follows_at = None;
+            }
+            let room = self.in_flight.len() < PAGES_IN_FLIGHT && !stopping;
+            if room && self.is_more {
+                let events = self.read().await?;
+                more = store.wait(self.cursor);
+                if !self.publish(&events).await? {
+                    break;
+                }
+            }
+            let waits = !self.in_flight.is_empty();
+            tokio::select! {
+                biased;
+                taken = first_receipt(&mut self.in_flight) => self.taken(taken).await?,
+                () = tokio::time::sleep_until(self.follows_at.unwrap_or(self.patient_until)), if self.follows_at.is_some() => {}
+                woken = &mut more, if room && !self.is_more => {
+                    woken?;
+                    self.is_more = true;
+                }
+                _ = tick.tick() => self.tick().await?,
+                // A long run of events without messages must not block the tick, which moves the checkpoint.
+                () = std::future::ready(()), if room && self.is_more => {}
+                () = tokio::time::sleep_until(self.stalls_at), if waits => self.stalls_at = stall(self.worker),
+                () = self.shutdown.cancelled(), if !stopping => {}
+                () = self.claim.ends(), if !stopping => {}
+                // Consumers in this process stop too. Messages that no consumer handles any more are published again
+                // after the next start.
+                () = tokio::time::sleep_until(self.patient_until), if stopping => break,
+            }
+        }
+        if self.worker.lanes[0].next < self.taken_up_to {
+            self.note(self.taken_up_to).await?;
+        }
+        let next = self.worker.lanes[0].next;
+        Ok(self.claim.release(self.worker, next).await?)
+    }
+
+    /// Reads the next page of the log, and starts to read the page after it.
+    async fn read(&mut self) -> Result<Vec<Arc<Recorded>>, Trouble> {
+        let store = self.worker.store.clone();
+        let query = self.relay.routes.query();
+        let page = match self.ahead.join_next().await {
+            Some(read) => read.map_err(|error| StoreError::Unavailable(error.to_string()))??,
+            None => store.read_log(&query, self.cursor, PAGE).await?,
+        };
+        self.worker.is_of_this_log()?;
+        // If the log has more events after all, `wait` resolves at once.
+        self.is_more = page.more;
+        self.cursor = page.next;
+        if self.is_more {
+            let cursor = self.cursor;
+            self.ahead.spawn(async move { store.read_log(&query, cursor, PAGE).await });
+        }
+        Ok(page.events)
+    }
+
+    /// Publishes the messages of these events. Returns `false` if the lane has to stop first.
+    async fn publish(&mut self, events: &[Arc<Recorded>]) -> Result<bool, Trouble> {
+        let (messages, sources) = self.relay.messages(self.lane, &self.labels, self.worker, events).await?;
+        if messages.is_empty() {
+            return Ok(true);
+        }
+        if self.in_flight.is_empty() {
+            self.stalls_at = Instant::now() + STALLED;
+        }
+        let mut publishing = self.publisher.publish(messages);
+        let published = loop {
+            tokio::select! {
+                biased;
+                published = &mut publishing => break published,
+                // The publisher waits for room in its buffer. Messages that are already in the buffer are published
+                // again later.
+                () = self.shutdown.cancelled() => return Ok(false),
+                () = self.claim.ends() => return Ok(false),
+                () = tokio::time::sleep_until(self.stalls_at) => self.stalls_at = stall(self.worker),
+            }
+        };
+        match published {
+            Ok(receipt) => self.in_flight.push_back(InFlight { next: self.cursor, receipt, sources }),
+            Err(error) => return Err(self.relay.refused(self.worker, &sources, error).await),
+        }
+        Ok(true)
+    }
+
+    /// Handles the receipt of the first page in flight, and the receipts of the next pages that have arrived too.
+    async fn taken(&mut self, first: Result<(), BusError>) -> Result<(), Trouble> {
+        let mut outcome = Some(first);
+        while let Some(taken) = outcome.take() {
+            let Some(page) = self.in_flight.pop_front() else { break };
+            if let Err(error) = taken {
+                return Err(self.relay.refused(self.worker, &page.sources, error).await);
+            }
+            self.taken_up_to = page.next.0;
+            if let Some(source) = page.sources.last() {
+                self.worker.lanes[0].event = Some(Given { position: source.position, id: source.id });
+            }
+            outcome = self.in_flight.front_mut().and_then(|page| (&mut page.receipt).now_or_never());
+        }
+        let now = Instant::now();
+        self.follows_at.get_or_insert(now + CHECKPOINT_AFTER);
+        self.patient_until = now + LAST_RECEIPTS;
+        self.stalls_at = now + STALLED;
+        self.worker.reporter.fine();
+        self.backoff.reset();
+        Ok(())
+    }
+
+    /// Retries parked events, and moves the checkpoint past events that have no messages.
+    async fn tick(&mut self) -> Result<(), Trouble> {
+        self.worker.redrive_due().await?;
+        let is_behind = self.worker.lanes[0].next < self.cursor.0;
+        if self.in_flight.is_empty() && is_behind && self.moved_at.elapsed() > IDLE_CHECKPOINT {
+            self.note(self.cursor.0).await?;
+            self.moved_at = Instant::now();
+        }
+        Ok(())
+    }
+
+    async fn note(&mut self, next: i64) -> Result<(), Stop> {
+        note(self.worker, &**self.publisher, next).await
+    }
+}
+
+/// Waits for the receipt of the first page in flight.
+async fn first_receipt(in_flight: &mut VecDeque<InFlight>) -> Result<(), BusError> {
+    match in_flight.front_mut() {
+        Some(first) => (&mut first.receipt).await,
+        None => std::future::pending().await,
     }
 }
 
