@@ -5,10 +5,8 @@ use std::{path::Path, sync::Arc};
 use annals::{EventStore, MemoryStore, Repository};
 use annals_sqlite::SqliteStore;
 use hdrhistogram::Histogram;
-use sample_shop::{
-    input::{Invoice, generate},
-    order::{Line, Order, OrderCommand},
-};
+use sample_shop::order::{Line, Order, OrderCommand};
+use shop_driver::input::{self, Invoice, generate};
 use uuid::Uuid;
 
 use crate::{Failure, Figure, clients, counting::Counting};
@@ -36,11 +34,8 @@ async fn place(
     let commands: Vec<_> = generate(count as u64, 1)
         .filter_map(|invoice| match invoice {
             Invoice::Order { id, customer, lines } => {
-                let line = |line: sample_shop::input::Line| Line {
-                    sku: line.sku,
-                    quantity: line.quantity,
-                    unit_price: line.unit_price,
-                };
+                let line =
+                    |line: input::Line| Line { sku: line.sku, quantity: line.quantity, unit_price: line.unit_price };
                 let lines = lines.into_iter().map(line).collect();
                 Some((id.clone(), OrderCommand::Place { order_id: id, customer, lines, card: Default::default() }))
             }

@@ -5,7 +5,8 @@ use std::{path::Path, sync::Arc};
 
 use annals::{EventStore, LocalBus, MemoryStore};
 use annals_sqlite::SqliteStore;
-use sample_shop::{input::Source, run};
+use sample_shop::run::{self, Places};
+use shop_driver::{card::Chances, input::Source, run::Settings};
 
 use crate::{Failure, Figure, counting::Counting};
 
@@ -27,26 +28,16 @@ async fn check_out(
     concurrency: usize,
 ) -> Result<Figure, Failure> {
     let counting = Counting::new(store);
-    let settings = run::Settings {
+    let settings = Settings {
         concurrency,
-        decline_rate: 0.1,
-        cancel_rate: 0.02,
-        seed: 7,
+        chances: Chances { seed: 7, decline_rate: 0.1, cancel_rate: 0.02 },
         scarce: false,
         input: "bench".to_owned(),
         stop: Default::default(),
-        shared_as: None,
     };
     let source = Source::generated(count as u64, 7);
-    let outcome = run::run(
-        Arc::new(counting.clone()),
-        Arc::new(LocalBus::new(4)),
-        source.demand()?,
-        &mut source.invoices()?,
-        settings,
-        |_| {},
-    )
-    .await?;
+    let places = Places { store: Arc::new(counting.clone()), bus: Arc::new(LocalBus::new(4)), shared_as: None };
+    let outcome = run::run(places, source.demand()?, &mut source.invoices()?, settings, |_| {}).await?;
     let (seconds, (commits, rows)) = (outcome.elapsed.as_secs_f64(), counting.counts());
     let sagas = outcome.sagas as f64;
     Ok(Figure {

@@ -1,7 +1,6 @@
 //! The command line.
 
 mod bus_url;
-mod http_url;
 mod store_url;
 
 use std::{ffi::OsString, fmt, net::SocketAddr, path::PathBuf, time::Duration};
@@ -10,10 +9,12 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use self::{
     bus_url::{BusUrl, BusUrlError},
-    http_url::{HttpUrl, HttpUrlError},
     store_url::{StoreUrl, StoreUrlError},
 };
-use crate::input::{InputError, Source, StockFactor};
+use shop_driver::{
+    input::{InputError, Source, StockFactor},
+    over_http::HttpUrl,
+};
 
 /// The number of orders that `run` generates if the command line names neither a file nor a number.
 pub const GENERATED_DEFAULT: u64 = 2_000;

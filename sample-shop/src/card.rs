@@ -2,9 +2,7 @@
 //! the simulated provider does. The client that places an order chooses the card at random, so no service needs to know
 //! the seed.
 
-use annals::event::named_id;
 use serde::{Deserialize, Serialize};
-use uuid::Uuid;
 
 /// What happens to a payment with this card.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,40 +18,9 @@ pub enum Card {
     Withdrawn,
 }
 
-/// The probabilities that a card is declined or that a customer cancels, from 0 to 1.
-#[derive(Clone, Copy, Debug)]
-pub struct Chances {
-    /// The seed of all random choices.
-    pub seed: u64,
-    /// The share of declined cards.
-    pub decline_rate: f64,
-    /// The share of customers who cancel while their checkout runs.
-    pub cancel_rate: f64,
-}
-
-impl Chances {
-    /// Returns the card for an order. Every run returns the same card.
-    pub fn card(&self, order_id: &str) -> Card {
-        if draw(self.seed, "decline", order_id) < self.decline_rate {
-            Card::Declined
-        } else if draw(self.seed, "cancel", order_id) < self.cancel_rate {
-            Card::Withdrawn
-        } else {
-            Card::Good
-        }
-    }
-}
-
 impl Card {
     /// Returns whether this is the default card, which the events of an order leave out.
     pub fn is_good(&self) -> bool {
         *self == Self::Good
     }
-}
-
-/// Returns a pseudo-random number from 0 to 1 that depends only on the arguments, so that it is the same on every run,
-/// in whatever order the events come.
-pub fn draw(seed: u64, what: &str, id: &str) -> f64 {
-    let hash = named_id(Uuid::from_u64_pair(seed, 0), &format!("{what}/{id}"));
-    (hash.as_u64_pair().0 >> 11) as f64 / (1u64 << 53) as f64
 }

@@ -1,6 +1,4 @@
-//! The sagas of the shop: `checkout` and `return`.
-
-use std::collections::BTreeMap;
+//! The saga `checkout`.
 
 use annals::{
     HandlerError, LogQuery, Message, Saga, SagaState,
@@ -13,7 +11,7 @@ use crate::{
     card::Card,
     inventory::{InventoryStep, Units},
     notification::NotificationStep,
-    order::{BY_CUSTOMER, Line, OrderEvent, OrderStep, ReturnEvent},
+    order::{BY_CUSTOMER, OrderEvent, OrderStep, units},
     payment::PaymentStep,
 };
 
@@ -61,8 +59,8 @@ pub fn checkout() -> Saga<Checkout> {
         .compensatable(RESERVE, |c| inventory(InventoryStep::Reserve { order_id: c.id(), units: c.units.clone() }))
         .undo(|c| inventory(InventoryStep::Release { order_id: c.id(), units: c.units.clone() }))
         .compensatable(CHARGE, |c| {
-            let (order_id, currency) = (c.id(), c.currency.clone());
-            payment(PaymentStep::Charge { order_id, amount: c.total, currency, card: c.card })
+            let currency = c.currency.clone();
+            payment(PaymentStep::Charge { order_id: c.id(), amount: c.total, currency, card: c.card })
         })
         .undo(|c| payment(PaymentStep::Refund { order_id: c.id(), amount: c.total, currency: c.currency.clone() }))
         .pivot(CONFIRM, |c| {
@@ -97,7 +95,8 @@ impl Checkout {
     }
 
     fn notify(&self, subject: &str) -> Request {
-        let (customer, subject) = (self.customer.clone(), subject.to_owned());
+        let customer = self.customer.clone();
+        let subject = subject.to_owned();
         Request::to("notification", &NotificationStep::OrderEnded { order_id: self.id(), customer, subject })
     }
 
@@ -113,61 +112,5 @@ impl Checkout {
     /// The events that may start a checkout.
     pub fn query() -> LogQuery {
         LogQuery::types(["order.placed"])
-    }
-}
-
-/// Adds up the units of each SKU. An order may list a SKU on several lines, but the SKU is reserved once.
-fn units(lines: &[Line]) -> Vec<Units> {
-    let mut units: BTreeMap<&str, u32> = BTreeMap::new();
-    for line in lines {
-        let quantity = units.entry(&line.sku).or_default();
-        *quantity = quantity.saturating_add(line.quantity);
-    }
-    units.into_iter().map(|(sku, quantity)| Units { sku: sku.to_owned(), quantity }).collect()
-}
-
-/// The state of the saga of a return.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Returning {
-    pub return_id: String,
-    pub customer: Option<String>,
-    pub units: Vec<Units>,
-    pub total: Decimal,
-    pub currency: String,
-}
-
-impl SagaState for Returning {}
-
-/// Puts the goods back into stock, refunds the money, and notifies the customer.
-pub fn returning() -> Saga<Returning> {
-    Saga::<Returning>::named("return")
-        .retriable("restock", |r| {
-            inventory(InventoryStep::Restock { return_id: r.return_id.clone(), units: r.units.clone() })
-        })
-        .retriable("refund", |r| {
-            let (return_id, currency) = (r.return_id.clone(), r.currency.clone());
-            payment(PaymentStep::RefundReturn { return_id, amount: r.total, currency })
-        })
-        .retriable("notify customer", |r| {
-            let (return_id, customer) = (r.return_id.clone(), r.customer.clone());
-            Request::to("notification", &NotificationStep::ReturnEnded { return_id, customer })
-        })
-        .retriable("complete return", |r| order(OrderStep::CompleteReturn { return_id: r.return_id.clone() }))
-        .build()
-}
-
-impl Returning {
-    /// Starts a saga for each return that is opened.
-    pub fn starts(message: &Message) -> Result<Option<(String, Self)>, HandlerError> {
-        let Some(ReturnEvent::Opened { return_id, customer, lines, total, currency }) = message.decode()? else {
-            return Ok(None);
-        };
-        let units = units(&lines);
-        Ok(Some((return_id.clone(), Self { return_id, customer, units, total, currency })))
-    }
-
-    /// The events that may start the saga of a return.
-    pub fn query() -> LogQuery {
-        LogQuery::types(["return.opened"])
     }
 }

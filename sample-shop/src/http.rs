@@ -1,8 +1,8 @@
 //! The HTTP interface of the order service, and the health probes of every service.
 
-mod asked;
+mod bodies;
 mod follower;
-pub(crate) mod json;
+mod json;
 mod limits;
 mod listener;
 mod metrics;
@@ -10,6 +10,7 @@ mod orders;
 mod probes;
 mod problem;
 mod sagas;
+mod submission;
 
 use std::{panic::AssertUnwindSafe, sync::Arc, time::Instant};
 
@@ -24,24 +25,24 @@ use futures::FutureExt;
 use tokio_util::sync::CancellationToken;
 
 pub use self::{
-    asked::ID_BYTES_MAX,
     follower::Follower,
     limits::{ANSWER_TIME_MAX, BODY_BYTES_MAX, BODY_TIME_MAX, Limits, REQUESTS_MAX, WAIT_MAX},
     listener::{CONNECTIONS_MAX, HEAD_TIME_MAX, LAST_ANSWERS, Stopping, serve},
     metrics::Metrics,
-    orders::Front,
+    orders::OrderApi,
     probes::Probes,
     problem::Problem,
     sagas::Sagas,
+    submission::ID_BYTES_MAX,
 };
 
-/// Returns all routes of a service. Only the order service has a public API (`front`). The probes are answered under
+/// Returns all routes of a service. Only the order service has a public API. The probes are answered under
 /// any load.
-pub fn app(front: Option<Front>, probes: Probes) -> Router {
+pub fn app(api: Option<OrderApi>, probes: Probes) -> Router {
     let metrics = probes.metrics.clone();
     let announced = probes.announced.clone();
-    let front = front.map_or_else(Router::new, orders::routes);
-    front
+    let routes = api.map_or_else(Router::new, orders::routes);
+    routes
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(from_fn_with_state(Limits::default(), limits::hold))

@@ -16,11 +16,12 @@ use crate::{
     arguments::{BusUrl, Role, Serve},
     bus,
     claim::Claim,
-    http::{self, Follower, Front, Metrics, Probes, Sagas, Stopping},
+    http::{self, Follower, Metrics, OrderApi, Probes, Sagas, Stopping},
+    order::Repositories,
     payment::{SimulatedProvider, TROUBLE_RATE},
-    run::tell_troubles,
-    shop::{self, Counter},
+    services,
     store::Store,
+    troubles::report_troubles,
 };
 
 /// How long the parts may take to finish the work in progress.
@@ -101,9 +102,9 @@ async fn serve_on(
 ) -> Result<(), Failure> {
     let bus = bus::open(&arguments.bus).await?;
     let store: Arc<dyn EventStore> = Arc::new(Tail::follow(store.port()).await?);
-    let counter = Counter::new(&store);
+    let repositories = Repositories::new(&store);
     let mut runtime = arguments.shared_as().as_deref().map_or_else(Runtime::new, Runtime::shared);
-    runtime.start(services(arguments.role, &store, &counter), bus).await?;
+    runtime.start(services_of(arguments.role, &store, &repositories), bus).await?;
     // Services may end without being asked, for example if the database was restored under them. The process then ends
     // too.
     let asked = stop;
@@ -116,23 +117,29 @@ async fn serve_on(
             stop.cancel();
         }
     });
-    runtime.spawn("troubles", tell_troubles(runtime.health(), runtime.shutdown()));
+    runtime.spawn("troubles", report_troubles(runtime.health(), runtime.shutdown()));
     let metrics = Metrics::new()?;
     let health = runtime.health();
     let probes = Probes { store: store.clone(), health, metrics: metrics.clone(), announced: stop.clone() };
     let stopping = Stopping::new(stop, arguments.grace);
-    let front = matches!(arguments.role, Role::All | Role::Order).then(|| {
+    let api = matches!(arguments.role, Role::All | Role::Order).then(|| {
         let follower = Follower::default();
         let reads = follower.clone().read(store.clone(), FOLLOWED.to_vec(), metrics.clone(), runtime.shutdown());
         runtime.spawn("follower", reads);
         let sagas = Sagas { store: store.clone(), follower, over: stopping.over.clone() };
-        let kept_in = (arguments.store.to_string(), arguments.bus.to_string());
-        Front { store: store.clone(), counter, sagas, metrics, kept_in }
+        OrderApi {
+            store: store.clone(),
+            repositories,
+            sagas,
+            metrics,
+            store_url: arguments.store.to_string(),
+            bus_url: arguments.bus.to_string(),
+        }
     });
     say_where(arguments, listener.as_ref())?;
     match listener {
         // The services keep working until the last request is answered.
-        Some(listener) => http::serve(listener, http::app(front, probes), stopping).await?,
+        Some(listener) => http::serve(listener, http::app(api, probes), stopping).await?,
         None => stopping.announced.cancelled().await,
     }
     let by_itself = !asked.is_cancelled();
@@ -152,12 +159,12 @@ fn say_where(arguments: &Serve, listener: Option<&TcpListener>) -> Result<(), Fa
     Ok(out.flush()?)
 }
 
-fn services(role: Role, store: &Arc<dyn EventStore>, counter: &Counter) -> Vec<Service> {
-    let order = || shop::order_service_with_office(store.clone(), counter.clone());
-    let inventory = || shop::inventory_service_with_shelf(store.clone());
+fn services_of(role: Role, store: &Arc<dyn EventStore>, repositories: &Repositories) -> Vec<Service> {
+    let order = || services::order_service_with_office(store.clone(), repositories.clone());
+    let inventory = || services::inventory_service_with_shelf(store.clone());
     let payment =
-        || shop::payment_service(store.clone(), Arc::new(SimulatedProvider::new(PROVIDER_SEED, TROUBLE_RATE)));
-    let notification = || shop::notification_service(store.clone());
+        || services::payment_service(store.clone(), Arc::new(SimulatedProvider::new(PROVIDER_SEED, TROUBLE_RATE)));
+    let notification = || services::notification_service(store.clone());
     match role {
         Role::All => vec![order(), inventory(), payment(), notification()],
         Role::Order => vec![order()],

@@ -29,7 +29,9 @@ impl Stop {
     /// Makes signals ask the process to stop instead of ending it.
     pub fn on_signals() -> io::Result<Self> {
         let stop = Self { asked: CancellationToken::new(), code: Arc::new(AtomicU8::new(INTERRUPTED)) };
-        let (mut signals, asked, code) = (Signals::listen()?, stop.asked.clone(), stop.code.clone());
+        let mut signals = Signals::listen()?;
+        let asked = stop.asked.clone();
+        let code = stop.code.clone();
         tokio::spawn(async move {
             code.store(signals.next().await, Ordering::SeqCst);
             asked.cancel();

@@ -13,33 +13,39 @@ use axum::body::{Body, to_bytes};
 use hyper::{Request, StatusCode, service::Service};
 use hyper_util::service::TowerToHyperService;
 use sample_shop::{
-    http::{self, Follower, Front, Metrics, Probes, Sagas},
-    shop::Counter,
+    http::{self, Follower, Metrics, OrderApi, Probes, Sagas},
+    order::Repositories,
 };
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 /// Returns the HTTP interface without any service behind it, so no saga ends.
-fn counter_alone(store: Arc<dyn EventStore>) -> axum::Router {
+fn api_alone(store: Arc<dyn EventStore>) -> axum::Router {
     let metrics = Metrics::new().unwrap();
     let sagas = Sagas { store: store.clone(), follower: Follower::default(), over: CancellationToken::new() };
-    let kept_in = (String::new(), String::new());
-    let front = Front { store: store.clone(), counter: Counter::new(&store), sagas, metrics: metrics.clone(), kept_in };
-    http::app(Some(front), Probes { store, health: Health::default(), metrics, announced: CancellationToken::new() })
+    let api = OrderApi {
+        store: store.clone(),
+        repositories: Repositories::new(&store),
+        sagas,
+        metrics: metrics.clone(),
+        store_url: String::new(),
+        bus_url: String::new(),
+    };
+    http::app(Some(api), Probes { store, health: Health::default(), metrics, announced: CancellationToken::new() })
 }
 
 #[tokio::test]
 async fn submission_is_acknowledged_although_reads_fail() {
     let faulty = FaultyStore::new(Arc::new(MemoryStore::new()));
-    let app = TowerToHyperService::new(counter_alone(Arc::new(faulty.clone())));
+    let app = TowerToHyperService::new(api_alone(Arc::new(faulty.clone())));
     let line = json!([{"sku": "85123A", "quantity": 2, "unit_price": "2.55"}]);
-    let papers = [
+    let submissions = [
         ("orders", json!({"lines": line}), json!({"order_id": "1", "total": "5.10", "currency": "GBP"})),
         ("returns", json!({"lines": line}), json!({"return_id": "1", "total": "5.10", "currency": "GBP"})),
         ("supplies", json!({"delivered": [{"sku": "85123A", "quantity": 2}]}), json!({"supply_id": "1"})),
         ("closings", Value::Null, json!({"closing_id": "1"})),
     ];
-    for (number, (resource, body, receipt)) in papers.into_iter().enumerate() {
+    for (number, (resource, body, receipt)) in submissions.into_iter().enumerate() {
         let request = Request::post(format!("/{resource}?wait=1s"))
             .header("content-type", "application/json")
             .header("idempotency-key", "1")
@@ -96,7 +102,7 @@ impl EventStore for Broken {
 
 #[tokio::test]
 async fn answers_name_no_file() {
-    let app = TowerToHyperService::new(counter_alone(Arc::new(Broken)));
+    let app = TowerToHyperService::new(api_alone(Arc::new(Broken)));
     let order = json!({"lines": [{"sku": "85123A", "quantity": 2, "unit_price": "2.55"}]}).to_string();
     for (method, path, body) in [
         ("POST", "/orders", &*order),

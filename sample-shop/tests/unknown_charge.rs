@@ -13,9 +13,9 @@ use rust_decimal::Decimal;
 use sample_shop::{
     card::Card,
     inventory::{OfSku, Stock, StockCommand},
-    order::{Line, OrderCommand},
+    order::{Line, OrderCommand, Repositories},
     payment::{Payment, PaymentEvent, Provider, ProviderError},
-    shop::{self, Counter},
+    services,
 };
 use uuid::Uuid;
 
@@ -46,16 +46,17 @@ impl Provider for DeafProvider {
 #[tokio::test]
 async fn unanswered_charge_is_refunded_and_not_booked() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
-    let (counter, provider) = (Counter::new(&store), Arc::new(DeafProvider::default()));
+    let repositories = Repositories::new(&store);
+    let provider = Arc::new(DeafProvider::default());
     let mut runtime = Runtime::new();
-    let services = shop::all(&store, counter.clone(), provider.clone());
+    let services = services::all(&store, repositories.clone(), provider.clone());
     runtime.start(services, Arc::new(LocalBus::default())).await.unwrap();
     let received = StockCommand::Receive { quantity: 3, delivery_id: "first".into() };
     let stock = Repository::<Stock>::new(store.clone());
     stock.execute("tea", OfSku { sku: "tea".into(), command: received }, Uuid::new_v4()).await.unwrap();
     let line = Line { sku: "tea".into(), quantity: 2, unit_price: Decimal::new(250, 2) };
     let place = OrderCommand::Place { order_id: "1".into(), customer: None, lines: vec![line], card: Card::Good };
-    counter.orders.execute("1", place, Uuid::new_v4()).await.unwrap();
+    repositories.orders.execute("1", place, Uuid::new_v4()).await.unwrap();
 
     let cancelled = async {
         loop {

@@ -1,14 +1,16 @@
-//! The main job over HTTP: hands in every invoice to a shop in another process, and waits until each saga has ended. If
-//! the saga ends within ten seconds, a single request does both.
+//! A shop in another process, reached over HTTP: submits every invoice, and waits until each saga has ended. If the saga
+//! ends within ten seconds, a single request does both.
+
+mod client;
+mod url;
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
-use chrono::{DateTime, Utc};
 use http_body_util::Full;
 use hyper::{
     Method, Request, Response, StatusCode,
@@ -20,23 +22,29 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use self::client::{HttpClient, NoAnswer};
+pub use self::url::{HttpUrl, HttpUrlError};
 use crate::{
-    api::{ClosingView, IDEMPOTENCY_KEY, NewOrder, NewReturn, NewSupply, REPLAYED, STUCK, SupplyView},
-    arguments::HttpUrl,
-    hand_in::{Customers, End, Kind, Paper, Shop, TakenIn},
-    http::Problem,
-    http_client::{HttpClient, NoAnswer},
-    input::Invoices,
+    card::Card,
+    customers::Customers,
+    input::{Change, Invoices, Line},
     run::{Outcome, RunError, Settings},
-    supply::SupplyEvent,
+    shop::{Accepted, SagaEnd, Shop, Submission, SubmissionKind},
+    totals::Totals,
 };
 
+/// The header with the key of a request. A repeated request with the same key is accepted once.
+const IDEMPOTENCY_KEY: &str = "idempotency-key";
+/// The header that marks the answer to a repeated request.
+const REPLAYED: &str = "idempotency-replayed";
+/// The status of a saga that is waiting for an operator.
+const STUCK: &str = "stuck";
 /// How long a request waits for the end of a saga before the client asks again.
 const WAIT: Duration = Duration::from_secs(10);
 /// How long the shop may give no answer before the run fails. The work that was done is kept.
 const SILENCE_MAX: Duration = Duration::from_secs(120);
 /// How long the shop gives no answer before the run reports it.
-const SILENCE_TOLD: Duration = Duration::from_secs(2);
+const SILENCE_REPORTED: Duration = Duration::from_secs(2);
 /// The delay before the second try. It doubles before each further try.
 const RETRY_MIN: Duration = Duration::from_millis(50);
 /// The longest delay between two tries.
@@ -44,7 +52,7 @@ const RETRY_MAX: Duration = Duration::from_secs(2);
 
 /// A shop in another process, reached over HTTP.
 #[derive(Clone)]
-struct There {
+struct OverHttp {
     url: HttpUrl,
     client: Arc<HttpClient>,
     silence: Arc<Mutex<Silence>>,
@@ -54,7 +62,7 @@ struct There {
 /// The time since the shop's last answer.
 struct Silence {
     heard: Instant,
-    told: bool,
+    reported: bool,
 }
 
 struct Answered {
@@ -66,27 +74,76 @@ struct Answered {
     tried_before: bool,
 }
 
-/// The one field that all answers about a paper have in common.
-#[derive(Deserialize)]
-struct Watched {
-    saga: Option<Seen>,
+/// The body of `POST /orders`.
+#[derive(Serialize)]
+struct OrderBody<'a> {
+    customer: &'a Option<String>,
+    lines: &'a [Line],
+    card: Card,
 }
 
-/// The part of a [`SagaView`](crate::api::SagaView) that shows whether the saga has ended.
+/// The body of `POST /returns`.
+#[derive(Serialize)]
+struct ReturnBody<'a> {
+    customer: &'a Option<String>,
+    lines: &'a [Line],
+}
+
+/// The body of `POST /supplies`.
+#[derive(Serialize)]
+#[serde(rename_all = "snake_case")]
+enum SupplyBody<'a> {
+    Delivered(&'a [Change]),
+    Adjusted(&'a [Change]),
+}
+
+/// The one field that all answers about a submission have in common.
 #[derive(Deserialize)]
-struct Seen {
+struct Watched {
+    saga: Option<SagaSeen>,
+}
+
+/// The part of a saga in an answer that shows whether the saga has ended.
+#[derive(Deserialize)]
+struct SagaSeen {
     status: String,
-    ended_at: Option<DateTime<Utc>>,
+    ended_at: Option<String>,
+    last_error: Option<String>,
+}
+
+/// The part of a supply in an answer that shows what was accepted.
+#[derive(Deserialize)]
+struct SupplySeen {
+    #[serde(rename = "delivered", alias = "adjusted")]
+    units: Vec<Change>,
+}
+
+/// The answer to `GET /closings/{id}`.
+#[derive(Deserialize)]
+struct ClosingSeen {
+    books: Option<Totals>,
+    store: String,
+    bus: String,
+    saga: Option<SagaSeen>,
+}
+
+/// An error answer, by RFC 9457.
+#[derive(Deserialize)]
+struct Problem {
+    detail: String,
 }
 
 /// The result of a run over HTTP, with the names of the shop's store and bus.
 pub struct RemoteOutcome {
+    /// The outcome of the run.
     pub outcome: Outcome,
+    /// The name of the shop's store.
     pub store: String,
+    /// The name of the shop's bus.
     pub bus: String,
 }
 
-/// Hands in the invoices. If the run was stopped, the inner error is the number of unfinished orders and returns.
+/// Submits the invoices. If the run was stopped, the inner error is the number of unfinished orders and returns.
 pub async fn run(
     url: &HttpUrl,
     opening_stock: BTreeMap<String, u64>,
@@ -94,53 +151,54 @@ pub async fn run(
     settings: Settings,
     on_progress: impl FnMut(u64),
 ) -> Result<Result<RemoteOutcome, u64>, RunError> {
-    let client = HttpClient::new(&url.address(), settings.concurrency).map_err(RunError::Runtime)?;
-    let silence = Arc::new(Mutex::new(Silence { heard: Instant::now(), told: false }));
-    let there = There { url: url.clone(), client: Arc::new(client), silence, stop: settings.stop.clone() };
-    let customers = Customers::new(there.clone())?;
+    let client = HttpClient::new(&url.address(), settings.concurrency).map_err(RunError::Shop)?;
+    let silence = Arc::new(Mutex::new(Silence { heard: Instant::now(), reported: false }));
+    let shop = OverHttp { url: url.clone(), client: Arc::new(client), silence, stop: settings.stop.clone() };
+    let customers = Customers::new(shop.clone())?;
     let stop = &settings.stop;
     tokio::select! {
         opened = customers.open_stock(opening_stock, &settings.input) => opened?,
-        () = stop.cancelled() => return there.stopped(0),
+        () = stop.cancelled() => return shop.stopped(0),
     }
-    let started = customers.hand_in_all(invoices, &settings, on_progress).await?;
+    let started = customers.submit_all(invoices, &settings, on_progress).await?;
     let elapsed = started.elapsed();
     if stop.is_cancelled() {
-        return there.stopped(customers.tally().unfinished);
+        return shop.stopped(customers.results().unfinished);
     }
     let closing = tokio::select! {
-        closed = there.close() => closed.map_err(RunError::Runtime)?,
-        () = stop.cancelled() => return there.stopped(0),
+        closed = shop.close() => closed.map_err(RunError::Shop)?,
+        () = stop.cancelled() => return shop.stopped(0),
     };
-    let mut tally = customers.tally();
+    let mut results = customers.results();
     let outcome = Outcome {
-        books: closing.books.unwrap_or_default(),
-        sagas: tally.sagas,
-        repeated: tally.repeated,
-        stuck: tally.stuck,
-        unfinished: tally.unfinished,
+        totals: closing.books.unwrap_or_default(),
+        sagas: results.sagas,
+        repeated: results.repeated,
+        stuck: results.stuck,
+        unfinished: results.unfinished,
         elapsed,
-        latency_us: tally.latency_us.clone(),
-        rejected: std::mem::take(&mut tally.rejected),
+        latency_us: results.latency_us.clone(),
+        rejected: std::mem::take(&mut results.rejected),
         parked: Vec::new(),
     };
     Ok(Ok(RemoteOutcome { outcome, store: closing.store, bus: closing.bus }))
 }
 
 impl Watched {
-    fn end(&self) -> Option<End> {
+    fn end(&self) -> Option<SagaEnd> {
         match &self.saga {
-            Some(saga) if saga.status == STUCK => Some(End::Stuck),
-            Some(saga) if saga.ended_at.is_some() => Some(End::Ended),
+            Some(saga) if saga.status == STUCK => Some(SagaEnd::Stuck),
+            Some(saga) if saga.ended_at.is_some() => Some(SagaEnd::Ended),
             _ => None,
         }
     }
 }
 
-impl There {
+impl OverHttp {
     /// Repeats the request as long as the answer says that the shop cannot answer now.
     async fn ask(&self, method: Method, path: &str, key: Option<&str>, body: Bytes) -> Result<Answered, String> {
-        let (mut delay, mut tried_before) = (RETRY_MIN, false);
+        let mut delay = RETRY_MIN;
+        let mut tried_before = false;
         loop {
             let answered = self.client.send(request(&method, path, key, body.clone())?).await;
             let trouble = match answered.map(Response::into_parts) {
@@ -168,12 +226,12 @@ impl There {
         }
     }
 
-    fn silence(&self) -> std::sync::MutexGuard<'_, Silence> {
+    fn silence(&self) -> MutexGuard<'_, Silence> {
         self.silence.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn heard(&self) {
-        *self.silence() = Silence { heard: Instant::now(), told: false };
+        *self.silence() = Silence { heard: Instant::now(), reported: false };
     }
 
     /// Returns an error if no request was answered for `SILENCE_MAX`.
@@ -184,7 +242,7 @@ impl There {
             self.stop.cancel();
             return Err(format!("{}: {trouble}, for {} s", self.url, SILENCE_MAX.as_secs()));
         }
-        if silence.heard.elapsed() > SILENCE_TOLD && !std::mem::replace(&mut silence.told, true) {
+        if silence.heard.elapsed() > SILENCE_REPORTED && !std::mem::replace(&mut silence.reported, true) {
             tracing::error!("waiting, and trying again: {}: {trouble}", self.url);
         }
         Ok(())
@@ -195,9 +253,10 @@ impl There {
         if self.silence().heard.elapsed() <= SILENCE_MAX {
             return Ok(Err(unfinished));
         }
-        let (url, seconds) = (&self.url, SILENCE_MAX.as_secs());
+        let url = &self.url;
+        let seconds = SILENCE_MAX.as_secs();
         let reason = format!("{url} has not answered for {seconds} s; run the same command again to continue");
-        Err(RunError::Runtime(reason))
+        Err(RunError::Shop(reason))
     }
 
     async fn post<T: Serialize>(&self, resource: &str, key: &str, body: &T) -> Result<Answered, String> {
@@ -221,17 +280,17 @@ impl There {
     }
 
     /// Closes the books, after all sagas have ended.
-    async fn close(&self) -> Result<ClosingView, String> {
+    async fn close(&self) -> Result<ClosingSeen, String> {
         let id = Uuid::now_v7().to_string();
         let opened = self.post("closings", &id, &()).await?;
         if !opened.status.is_success() {
             return Err(format!("closing the books: {}", detail(opened.status, &opened.body)));
         }
         loop {
-            let closing: ClosingView = self.get("closings", &id).await?;
+            let closing: ClosingSeen = self.get("closings", &id).await?;
             match &closing.saga {
                 _ if closing.books.is_some() => return Ok(closing),
-                Some(saga) if saga.is_stuck() => {
+                Some(saga) if saga.status == STUCK => {
                     let reason = saga.last_error.clone().unwrap_or_default();
                     return Err(format!("closing the books: {reason}; run the same command again"));
                 }
@@ -242,52 +301,44 @@ impl There {
 }
 
 #[async_trait]
-impl Shop for There {
-    async fn take_in(&self, paper: Paper) -> Result<TakenIn, String> {
-        let answered = match &paper {
-            Paper::Order { id, customer, lines, card } => {
-                let order = NewOrder { customer: customer.clone(), lines: lines.clone(), card: *card };
-                self.post("orders", id, &order).await?
+impl Shop for OverHttp {
+    async fn submit(&self, submission: Submission) -> Result<Accepted, String> {
+        let answered = match &submission {
+            Submission::Order { id, customer, lines, card } => {
+                self.post("orders", id, &OrderBody { customer, lines, card: *card }).await?
             }
-            Paper::Return { id, customer, lines } => {
-                let returned = NewReturn { customer: customer.clone(), lines: lines.clone() };
-                self.post("returns", id, &returned).await?
+            Submission::Return { id, customer, lines } => {
+                self.post("returns", id, &ReturnBody { customer, lines }).await?
             }
-            Paper::Supply(supply) => {
-                let sent = match supply.clone() {
-                    SupplyEvent::Delivered { units, .. } => NewSupply::Delivered(units),
-                    SupplyEvent::Adjusted { units, .. } => NewSupply::Adjusted(units),
-                };
-                let answered = self.post("supplies", supply.id(), &sent).await?;
-                // The rejection may mean that an earlier run handed in this supply with different units.
-                if answered.status == StatusCode::UNPROCESSABLE_ENTITY
-                    && let Ok(before) = self.get::<SupplyView>("supplies", supply.id()).await
-                    && before.supply != sent
-                {
-                    let (NewSupply::Delivered(units) | NewSupply::Adjusted(units)) = before.supply;
-                    return Ok(TakenIn { repeated: true, units, end: None });
-                }
-                answered
-            }
+            Submission::Delivery { id, units } => self.post("supplies", id, &SupplyBody::Delivered(units)).await?,
+            Submission::Adjustment { id, units } => self.post("supplies", id, &SupplyBody::Adjusted(units)).await?,
         };
+        // The rejection may mean that an earlier run submitted this supply with different units.
+        if answered.status == StatusCode::UNPROCESSABLE_ENTITY
+            && let Submission::Delivery { id, units } | Submission::Adjustment { id, units } = &submission
+            && let Ok(before) = self.get::<SupplySeen>("supplies", id).await
+            && before.units != *units
+        {
+            return Ok(Accepted { repeated: true, units: before.units, end: None });
+        }
         if !answered.status.is_success() {
             return Err(detail(answered.status, &answered.body));
         }
-        let units = match paper {
-            Paper::Supply(supply) => supply.units(),
-            Paper::Order { .. } | Paper::Return { .. } => Vec::new(),
+        let units = match submission {
+            Submission::Delivery { units, .. } | Submission::Adjustment { units, .. } => units,
+            Submission::Order { .. } | Submission::Return { .. } => Vec::new(),
         };
         // A replayed answer counts as a repetition only if no earlier try of this run can have caused it.
         let repeated = answered.headers.contains_key(REPLAYED) && !answered.tried_before;
         let watched = self.read::<Watched>(&answered)?;
-        Ok(TakenIn { repeated, units, end: watched.end() })
+        Ok(Accepted { repeated, units, end: watched.end() })
     }
 
-    async fn ended(&self, kind: Kind, id: &str) -> Result<End, String> {
+    async fn wait_for_end(&self, kind: SubmissionKind, id: &str) -> Result<SagaEnd, String> {
         let resource = match kind {
-            Kind::Order => "orders",
-            Kind::Return => "returns",
-            Kind::Supply => "supplies",
+            SubmissionKind::Order => "orders",
+            SubmissionKind::Return => "returns",
+            SubmissionKind::Supply => "supplies",
         };
         loop {
             if let Some(end) = self.get::<Watched>(resource, id).await?.end() {

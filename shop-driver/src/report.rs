@@ -2,6 +2,7 @@
 
 mod histogram;
 mod number;
+mod outcome;
 mod progress;
 mod remarks;
 mod rows;
@@ -10,9 +11,10 @@ mod terminal;
 
 pub use self::{
     number::grouped,
+    outcome::show,
     progress::Progress,
     remarks::{repeated, stopped, stopped_there},
     rows::rows,
-    summary::{Cancelled, Summary, Units},
+    summary::{Cancelled, Summary},
     terminal::Terminal,
 };

@@ -9,10 +9,8 @@ use annals::{DeadLetters, EventStore, Handler, HandlerError, Health, LocalBus, M
 use annals_tests::tally::eventually;
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
-use sample_shop::{
-    input::Source,
-    run::{self, Settings},
-};
+use sample_shop::run::{self, Places};
+use shop_driver::{card::Chances, input::Source, run::Settings};
 use tokio_util::sync::CancellationToken;
 
 use self::postgres::{Schema, append};
@@ -25,21 +23,15 @@ async fn run_of_the_shop_shows_in_the_views() {
     let run = async |orders: u64| {
         let source = Source::generated(orders, 7);
         let stock = source.stock("1.5".parse().unwrap()).unwrap();
-        let (concurrency, seed, scarce, input) = (30, 7, false, "orders".into());
         let settings = Settings {
-            concurrency,
-            decline_rate: 0.2,
-            cancel_rate: 0.1,
-            seed,
-            scarce,
-            input,
-            stop: Default::default(),
-            shared_as: None,
+            concurrency: 30,
+            chances: Chances { seed: 7, decline_rate: 0.2, cancel_rate: 0.1 },
+            scarce: false,
+            input: "orders".into(),
+            stop: CancellationToken::new(),
         };
-        let store = Arc::new(store.clone());
-        run::run(store, Arc::new(LocalBus::default()), stock, &mut source.invoices().unwrap(), settings, |_| {})
-            .await
-            .unwrap()
+        let places = Places { store: Arc::new(store.clone()), bus: Arc::new(LocalBus::default()), shared_as: None };
+        run::run(places, stock, &mut source.invoices().unwrap(), settings, |_| {}).await.unwrap()
     };
     let outcome = run(ORDERS).await;
     // A stopped service lags behind the events that others wrote later. A second run lets the service catch up.
@@ -49,9 +41,9 @@ async fn run_of_the_shop_shows_in_the_views() {
     let sql = "SELECT status, count(*) FROM annals.sagas WHERE saga = 'checkout' GROUP BY status";
     let sagas: Vec<(String, i64)> = sqlx::query_as(schema.sql(sql)).fetch_all(&mut outside).await.unwrap();
     let sagas: BTreeMap<_, _> = sagas.into_iter().collect();
-    let cancelled: u64 = outcome.books.cancelled.values().sum();
+    let cancelled: u64 = outcome.totals.cancelled.values().sum();
     assert!(cancelled > 0);
-    let expected = [("completed", outcome.books.confirmed as i64), ("compensated", cancelled as i64)];
+    let expected = [("completed", outcome.totals.confirmed as i64), ("compensated", cancelled as i64)];
     assert_eq!(sagas, expected.map(|(status, count)| (status.to_owned(), count)).into());
 
     // Each saga in the view is in the log, and did not end before it began.

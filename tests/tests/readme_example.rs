@@ -6,8 +6,8 @@ use std::{sync::Arc, time::Duration};
 use annals::{EventStore, ExecuteError, LocalBus, LogQuery, MemoryStore, Position, Repository, Runtime};
 use rust_decimal::Decimal;
 use sample_shop::{
-    order::{Line, OrderCommand},
-    shop::{Counter, order_service},
+    order::{Line, OrderCommand, Repositories},
+    services::order_service,
 };
 use uuid::Uuid;
 
@@ -20,8 +20,9 @@ use loyalty::{Points, PointsCommand};
 async fn an_order_earns_points_that_can_be_spent_once() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let points = Repository::<Points>::new(store.clone());
-    let counter = Counter::new(&store);
-    let services = vec![order_service(store.clone(), counter.clone()), loyalty::service(store.clone(), points.clone())];
+    let repositories = Repositories::new(&store);
+    let services =
+        vec![order_service(store.clone(), repositories.clone()), loyalty::service(store.clone(), points.clone())];
     let mut runtime = Runtime::new();
     runtime.start(services, Arc::new(LocalBus::default())).await.unwrap();
 
@@ -32,7 +33,7 @@ async fn an_order_earns_points_that_can_be_spent_once() {
         lines: vec![line],
         card: Default::default(),
     };
-    counter.orders.execute("1", place, Uuid::new_v4()).await.unwrap();
+    repositories.orders.execute("1", place, Uuid::new_v4()).await.unwrap();
     tokio::time::timeout(Duration::from_secs(60), event_in(&*store, "points")).await.unwrap();
     assert_eq!(points.state("17850").await.unwrap().0, Decimal::from(15));
 

@@ -1,10 +1,8 @@
 //! The data of the workloads: orders, and the rows that placing them writes.
 
 use annals::{Aggregate, Metadata, event::encode_all};
-use sample_shop::{
-    input::{Invoice, generate},
-    order::{Line, Order, OrderCommand},
-};
+use sample_shop::order::{Line, Order, OrderCommand};
+use shop_driver::input::{self, Invoice, generate};
 use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
@@ -24,11 +22,7 @@ pub struct EventRow {
 pub fn orders(run: &str, count: usize) -> Vec<(String, OrderCommand)> {
     let placed = generate(count as u64, 1).filter_map(|invoice| match invoice {
         Invoice::Order { id, customer, lines } => {
-            let line = |line: sample_shop::input::Line| Line {
-                sku: line.sku,
-                quantity: line.quantity,
-                unit_price: line.unit_price,
-            };
+            let line = |line: input::Line| Line { sku: line.sku, quantity: line.quantity, unit_price: line.unit_price };
             let (order_id, lines) = (format!("{run}.{id}"), lines.into_iter().map(line).collect());
             Some((order_id.clone(), OrderCommand::Place { order_id, customer, lines, card: Default::default() }))
         }

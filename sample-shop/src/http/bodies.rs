@@ -1,4 +1,4 @@
-//! The JSON of the order service's HTTP interface. Both sides use it: `serve`, and `run --http`.
+//! The bodies of requests and answers, as JSON.
 
 use chrono::{DateTime, Utc};
 use rust_decimal::Decimal;
@@ -7,12 +7,11 @@ use serde::{
     de::{Error, IntoDeserializer},
 };
 
+use super::json::{Object, whole_number};
 use crate::{
-    books::Books,
     card::Card,
-    http::json::{Object, whole_number},
-    order::Line,
-    supply::Change,
+    inventory::Change,
+    order::{Line, ShopBooks},
 };
 
 /// The idempotency key of a request. Its value becomes the id of the new order, return, supply or closing, so a
@@ -169,7 +168,7 @@ pub struct SupplyView {
 pub struct ClosingView {
     pub closing_id: String,
     /// The totals; `null` until every service has counted.
-    pub books: Option<Books>,
+    pub books: Option<ShopBooks>,
     /// The store of the order service's events, without its password.
     pub store: String,
     /// The bus between the services.

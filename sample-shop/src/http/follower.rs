@@ -1,4 +1,5 @@
-//! Follows the log on behalf of requests that wait for a saga. Keeps the events of the saga and of its paper, and
+//! Follows the log on behalf of requests that wait for a saga. Keeps the events of the saga and of its subject (the order, return,
+//! supply or closing), and
 //! signals the end of the saga.
 
 use std::{
@@ -26,7 +27,7 @@ const PAGE: usize = 1_000;
 const KEPT_BYTES_MAX: usize = 32_000;
 
 /// The waiting requests, by the streams for which they wait.
-type Waiting = HashMap<StreamId, Vec<Arc<Seen>>>;
+type Waiting = HashMap<StreamId, Vec<Arc<Watcher>>>;
 
 /// All waiting requests. Clones share the same set.
 #[derive(Clone, Default)]
@@ -35,19 +36,19 @@ pub struct Follower {
 }
 
 #[derive(Default)]
-struct Seen {
-    kept: Mutex<Kept>,
+struct Watcher {
+    kept: Mutex<KeptEvents>,
     ended: Notify,
 }
 
 #[derive(Default)]
-struct Kept {
+struct KeptEvents {
     events: Vec<Arc<Recorded>>,
     /// The payload bytes of all events seen, including events that are no longer kept.
     bytes: usize,
 }
 
-impl Kept {
+impl KeptEvents {
     fn push(&mut self, event: &Arc<Recorded>) {
         self.bytes = self.bytes.saturating_add(event.data.len() + size_of::<Recorded>());
         if self.bytes <= KEPT_BYTES_MAX {
@@ -58,23 +59,23 @@ impl Kept {
     }
 }
 
-/// A saga and its paper, followed from the moment at which a request starts to wait. Dropping this value ends the wait.
+/// A saga and its subject, followed from the moment at which a request starts to wait. Dropping this value ends the wait.
 pub struct Followed {
     pub saga: StreamId,
-    paper: StreamId,
+    subject: StreamId,
     follower: Follower,
-    seen: Arc<Seen>,
+    seen: Arc<Watcher>,
 }
 
-/// All events of a saga and of its paper at one moment.
+/// All events of a saga and of its subject at one moment.
 pub struct Whole {
     pub saga: Vec<Arc<Recorded>>,
-    pub paper: Vec<Arc<Recorded>>,
+    pub subject: Vec<Arc<Recorded>>,
 }
 
 /// The part of a saga's event that shows whether the saga has ended.
 #[derive(Deserialize)]
-struct Glimpse {
+struct SagaGlimpse {
     progress: Progress,
 }
 
@@ -84,17 +85,17 @@ impl Follower {
     }
 
     /// Follows both streams from now on.
-    pub fn follow(&self, saga: StreamId, paper: StreamId) -> Followed {
-        let seen = Arc::<Seen>::default();
+    pub fn follow(&self, saga: StreamId, subject: StreamId) -> Followed {
+        let seen = Arc::<Watcher>::default();
         let mut waiting = self.waiting();
-        for stream in [&saga, &paper] {
+        for stream in [&saga, &subject] {
             waiting.entry(stream.clone()).or_default().push(seen.clone());
         }
-        Followed { saga, paper, follower: self.clone(), seen }
+        Followed { saga, subject, follower: self.clone(), seen }
     }
 
     /// Follows the log from now on, including the events of all other instances. `categories` are the categories of the
-    /// sagas and of their papers.
+    /// sagas and of their subjects.
     pub async fn read(
         self,
         store: Arc<dyn EventStore>,
@@ -104,7 +105,8 @@ impl Follower {
     ) -> Result<(), String> {
         let query = LogQuery::categories(categories);
         let mut position = store.status().await.map_err(|error| error.to_string())?.head;
-        let (mut caught_up, mut history) = (true, store.history());
+        let mut caught_up = true;
+        let mut history = store.history();
         while !shutdown.is_cancelled() {
             let read = async {
                 if store.history() != history {
@@ -141,9 +143,9 @@ impl Follower {
     fn take(&self, event: &Arc<Recorded>, metrics: &Metrics) {
         let category = event.stream.category();
         // An unreadable event is ignored here, because the saga's runner reports it.
-        let glimpse = category.starts_with("saga.").then(|| serde_json::from_str::<Glimpse>(&event.data));
+        let glimpse = category.starts_with("saga.").then(|| serde_json::from_str::<SagaGlimpse>(&event.data));
         let settled = match glimpse {
-            Some(Ok(Glimpse { progress })) if progress.ended.is_some() || progress.status == Status::Stuck => {
+            Some(Ok(SagaGlimpse { progress })) if progress.ended.is_some() || progress.status == Status::Stuck => {
                 metrics.saga_ended(category, progress.status);
                 true
             }
@@ -168,17 +170,17 @@ impl Followed {
     /// Returns all events if the wait began before the first event. Otherwise the caller has to read the store.
     pub fn whole(&self) -> Option<Whole> {
         let events = self.seen.kept.lock().unwrap_or_else(PoisonError::into_inner).events.clone();
-        let (saga, paper): (Vec<_>, Vec<_>) = events.into_iter().partition(|event| event.stream == self.saga);
+        let (saga, subject): (Vec<_>, Vec<_>) = events.into_iter().partition(|event| event.stream == self.saga);
         let begins =
             |events: &[Arc<Recorded>]| events.first().is_some_and(|first| first.version == Version::START.next());
-        (begins(&saga) && begins(&paper)).then_some(Whole { saga, paper })
+        (begins(&saga) && begins(&subject)).then_some(Whole { saga, subject })
     }
 }
 
 impl Drop for Followed {
     fn drop(&mut self) {
         let mut waiting = self.follower.waiting();
-        for stream in [&self.saga, &self.paper] {
+        for stream in [&self.saga, &self.subject] {
             let Some(all) = waiting.get_mut(stream) else { continue };
             all.retain(|seen| !Arc::ptr_eq(seen, &self.seen));
             if all.is_empty() {
@@ -225,7 +227,7 @@ mod tests {
             follower.take(&event("saga.checkout-1", version, "{}"), &metrics);
         }
         let whole = early.whole().expect("it was there from the beginning");
-        assert_eq!((whole.paper.len(), whole.saga.len()), (1, 3));
+        assert_eq!((whole.subject.len(), whole.saga.len()), (1, 3));
         assert!(late.whole().is_none());
 
         // An event over the limit is not kept, and no later event is kept either.

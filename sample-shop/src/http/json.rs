@@ -103,7 +103,7 @@ impl Bounds for i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::{NewOrder, NewSupply};
+    use crate::http::bodies::{NewOrder, NewSupply};
 
     fn detail<T: DeserializeOwned>(body: &str) -> (u16, String) {
         let problem = read::<Object<T>>(body.as_bytes()).map(drop).expect_err(body);

@@ -31,7 +31,7 @@ pub struct Metrics {
     seconds: HistogramVec,
     /// The number of requests in progress.
     pub in_hand: IntGauge,
-    taken_in: IntCounterVec,
+    accepted: IntCounterVec,
     sagas: IntCounterVec,
     parts: IntGaugeVec,
     lag: IntGaugeVec,
@@ -79,7 +79,7 @@ impl Metrics {
             requests: counters("shop_http_requests_total", "Requests answered.", &["method", "route", "status"])?,
             seconds,
             in_hand: gauge("shop_http_requests_in_hand", "Requests that are not answered yet.")?,
-            taken_in: counters(
+            accepted: counters(
                 "shop_taken_in_total",
                 "Orders and other submissions that this process accepted, without repeats.",
                 &["kind"],
@@ -114,9 +114,9 @@ impl Metrics {
         self.seconds.with_label_values(&[method, route]).observe(elapsed.as_secs_f64());
     }
 
-    /// Counts an accepted order, or an accepted paper of another category.
-    pub fn taken_in(&self, kind: &str) {
-        self.taken_in.with_label_values(&[kind]).inc();
+    /// Counts an accepted order, or an accepted return, supply or closing.
+    pub fn accepted(&self, kind: &str) {
+        self.accepted.with_label_values(&[kind]).inc();
     }
 
     /// Counts the end of a saga.

@@ -17,18 +17,16 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::{
-    asked::{HandedIn, Id, Wait, asked, id, order_lines, sku, wait},
+    bodies::{ClosingView, NewOrder, NewReturn, NewSupply, OrderView, REPLAYED, ReturnView, SagaView, SupplyView},
     follower::Whole,
     metrics::Metrics,
     problem::{Problem, without_files},
     sagas::{Sagas, Watch},
+    submission::{Id, Submission, Wait, asked, id, order_lines, sku, wait},
 };
-use crate::{
-    api::{ClosingView, NewOrder, NewReturn, NewSupply, OrderView, REPLAYED, ReturnView, SagaView, SupplyView},
-    closing::{ClosingCommand, ClosingEvent},
-    order::{BY_CUSTOMER, Order, OrderCommand, OrderEvent, OrderRefusal, ReturnCommand, ReturnEvent},
-    shop::Counter,
-    supply::SupplyEvent,
+use crate::order::{
+    BY_CUSTOMER, ClosingCommand, ClosingEvent, Order, OrderCommand, OrderEvent, OrderRefusal, Repositories,
+    ReturnCommand, ReturnEvent, SupplyEvent,
 };
 
 /// The maximum number of events read per order, return, supply or closing. In practice there are at most three.
@@ -38,26 +36,28 @@ const EVENTS_MAX: usize = 100;
 type History<E> = Vec<(DateTime<Utc>, E)>;
 
 /// The public API of the order service.
-pub struct Front {
+pub struct OrderApi {
     pub store: Arc<dyn EventStore>,
-    pub counter: Counter,
+    pub repositories: Repositories,
     pub sagas: Sagas,
     pub metrics: Arc<Metrics>,
-    /// The store URL and the bus URL, without passwords, which closings report.
-    pub kept_in: (String, String),
+    /// The store URL without its password, which closings report.
+    pub store_url: String,
+    /// The bus URL without its passwords, which closings report.
+    pub bus_url: String,
 }
 
-/// An accepted paper.
-struct Taken<'f, E> {
-    /// The first event of the paper, written by this request or by an earlier one.
+/// An accepted submission.
+struct Accepted<'f, E> {
+    /// The first event of the submission, written by this request or by an earlier one.
     first: E,
     repeated: bool,
-    /// Present if the request waits. The watch started before the paper was accepted.
+    /// Present if the request waits. The watch started before the submission was accepted.
     watch: Option<Watch<'f>>,
 }
 
 /// Returns the routes.
-pub fn routes(front: Front) -> Router {
+pub fn routes(api: OrderApi) -> Router {
     Router::new()
         .route("/orders", post(place))
         .route("/orders/{id}", get(order))
@@ -68,80 +68,80 @@ pub fn routes(front: Front) -> Router {
         .route("/supplies/{id}", get(supplied))
         .route("/closings", post(open_closing))
         .route("/closings/{id}", get(closing))
-        .with_state(Arc::new(front))
+        .with_state(Arc::new(api))
 }
 
-async fn place(State(front): State<Arc<Front>>, handed_in: HandedIn) -> Result<Response, Problem> {
-    let order: NewOrder = handed_in.body()?;
+async fn place(State(api): State<Arc<OrderApi>>, submission: Submission) -> Result<Response, Problem> {
+    let order: NewOrder = submission.body()?;
     order_lines(order.customer.as_deref(), &order.lines)?;
     let NewOrder { customer, lines, card } = order.clone();
-    let place = OrderCommand::Place { order_id: handed_in.id.clone(), customer, lines, card };
-    let taken = front.take_in(&front.counter.orders, "checkout", &handed_in, place).await?;
-    let OrderEvent::Placed { customer, lines, card, total, currency, .. } = taken.first else {
+    let place = OrderCommand::Place { order_id: submission.id.clone(), customer, lines, card };
+    let accepted = api.accept(&api.repositories.orders, "checkout", &submission, place).await?;
+    let OrderEvent::Placed { customer, lines, card, total, currency, .. } = accepted.first else {
         return Err(other_body());
     };
     if order != (NewOrder { customer, lines, card }) {
         return Err(other_body());
     }
-    let id = &handed_in.id;
+    let id = &submission.id;
     let receipt = json!({"order_id": id, "total": total, "currency": currency});
-    let view = taken.watch.map(|watch| order_view(&front, id, watch, !taken.repeated));
-    Ok(taken_in("orders", id, taken.repeated, receipt, view).await)
+    let view = accepted.watch.map(|watch| order_view(&api, id, watch, !accepted.repeated));
+    Ok(created("orders", id, accepted.repeated, receipt, view).await)
 }
 
-async fn open_return(State(front): State<Arc<Front>>, handed_in: HandedIn) -> Result<Response, Problem> {
-    let returned: NewReturn = handed_in.body()?;
+async fn open_return(State(api): State<Arc<OrderApi>>, submission: Submission) -> Result<Response, Problem> {
+    let returned: NewReturn = submission.body()?;
     order_lines(returned.customer.as_deref(), &returned.lines)?;
     let NewReturn { customer, lines } = returned.clone();
-    let open = ReturnCommand::Open { return_id: handed_in.id.clone(), customer, lines };
-    let taken = front.take_in(&front.counter.returns, "return", &handed_in, open).await?;
-    let ReturnEvent::Opened { customer, lines, total, currency, .. } = taken.first else { return Err(other_body()) };
+    let open = ReturnCommand::Open { return_id: submission.id.clone(), customer, lines };
+    let accepted = api.accept(&api.repositories.returns, "return", &submission, open).await?;
+    let ReturnEvent::Opened { customer, lines, total, currency, .. } = accepted.first else { return Err(other_body()) };
     if returned != (NewReturn { customer, lines }) {
         return Err(other_body());
     }
-    let id = &handed_in.id;
+    let id = &submission.id;
     let receipt = json!({"return_id": id, "total": total, "currency": currency});
-    let view = taken.watch.map(|watch| return_view(&front, id, watch, !taken.repeated));
-    Ok(taken_in("returns", id, taken.repeated, receipt, view).await)
+    let view = accepted.watch.map(|watch| return_view(&api, id, watch, !accepted.repeated));
+    Ok(created("returns", id, accepted.repeated, receipt, view).await)
 }
 
-async fn supply(State(front): State<Arc<Front>>, handed_in: HandedIn) -> Result<Response, Problem> {
-    let (delivered, units) = match handed_in.body()? {
+async fn supply(State(api): State<Arc<OrderApi>>, submission: Submission) -> Result<Response, Problem> {
+    let (delivered, units) = match submission.body()? {
         NewSupply::Delivered(units) => (true, units),
         NewSupply::Adjusted(units) => (false, units),
     };
     units.iter().try_for_each(|change| sku(&change.sku))?;
-    let supply = SupplyEvent::new(handed_in.id.clone(), delivered, units);
-    let taken = front.take_in(&front.counter.supplies, "supply", &handed_in, supply.clone()).await?;
-    if taken.first != supply {
+    let supply = SupplyEvent::new(submission.id.clone(), delivered, units);
+    let accepted = api.accept(&api.repositories.supplies, "supply", &submission, supply.clone()).await?;
+    if accepted.first != supply {
         return Err(other_body());
     }
-    let id = &handed_in.id;
-    let view = taken.watch.map(|watch| supply_view(&front, id, watch, !taken.repeated));
-    Ok(taken_in("supplies", id, taken.repeated, json!({"supply_id": id}), view).await)
+    let id = &submission.id;
+    let view = accepted.watch.map(|watch| supply_view(&api, id, watch, !accepted.repeated));
+    Ok(created("supplies", id, accepted.repeated, json!({"supply_id": id}), view).await)
 }
 
-async fn open_closing(State(front): State<Arc<Front>>, handed_in: HandedIn) -> Result<Response, Problem> {
-    let open = ClosingCommand::Open { closing_id: handed_in.id.clone() };
-    let taken = front.take_in(&front.counter.closings, "closing", &handed_in, open).await?;
-    let id = &handed_in.id;
-    let view = taken.watch.map(|watch| closing_view(&front, id, watch, !taken.repeated));
-    Ok(taken_in("closings", id, taken.repeated, json!({"closing_id": id}), view).await)
+async fn open_closing(State(api): State<Arc<OrderApi>>, submission: Submission) -> Result<Response, Problem> {
+    let open = ClosingCommand::Open { closing_id: submission.id.clone() };
+    let accepted = api.accept(&api.repositories.closings, "closing", &submission, open).await?;
+    let id = &submission.id;
+    let view = accepted.watch.map(|watch| closing_view(&api, id, watch, !accepted.repeated));
+    Ok(created("closings", id, accepted.repeated, json!({"closing_id": id}), view).await)
 }
 
-async fn cancel(State(front): State<Arc<Front>>, order: Id, headers: HeaderMap) -> Result<Response, Problem> {
+async fn cancel(State(api): State<Arc<OrderApi>>, order: Id, headers: HeaderMap) -> Result<Response, Problem> {
     let order_id = id(order)?;
     // The cancellation is a request of its own, with an id different from the request that placed the order. A repeated
     // cancellation finds the order cancelled.
     let request = asked("cancel", &order_id, &headers);
     let cancel = OrderCommand::Cancel { reason: BY_CUSTOMER.into() };
-    match front.counter.orders.execute(&order_id, cancel, request).await {
+    match api.repositories.orders.execute(&order_id, cancel, request).await {
         Ok(_) => {}
         Err(ExecuteError::Refused(OrderRefusal::NotPlaced)) => return Err(unknown("order", &order_id)),
         Err(ExecuteError::Refused(refusal)) => return Err(Problem::new(StatusCode::CONFLICT, refusal.to_string())),
         Err(error) => return Err(problem(error)),
     }
-    let state = front.counter.orders.state(&order_id).await;
+    let state = api.repositories.orders.state(&order_id).await;
     match state.map_err(|error| Problem::unavailable(without_files(&error)))? {
         Order::Cancelled(reason) => {
             Ok(Json(json!({"order_id": order_id, "status": "cancelled", "reason": reason})).into_response())
@@ -150,38 +150,44 @@ async fn cancel(State(front): State<Arc<Front>>, order: Id, headers: HeaderMap) 
     }
 }
 
-async fn order(State(front): State<Arc<Front>>, order: Id, time: Wait) -> Result<Json<OrderView>, Problem> {
-    let (order_id, time) = (id(order)?, wait(time)?);
-    let watch = front.watch(&front.counter.orders, "checkout", &order_id, time)?;
-    order_view(&front, &order_id, watch, false).await.map(Json)
+async fn order(State(api): State<Arc<OrderApi>>, order: Id, time: Wait) -> Result<Json<OrderView>, Problem> {
+    let order_id = id(order)?;
+    let time = wait(time)?;
+    let watch = api.watch(&api.repositories.orders, "checkout", &order_id, time)?;
+    order_view(&api, &order_id, watch, false).await.map(Json)
 }
 
-async fn order_view(front: &Front, order_id: &str, watch: Watch<'_>, is_new: bool) -> Result<OrderView, Problem> {
-    let (events, saga) = front.look(&front.counter.orders, order_id, watch, is_new).await?;
+async fn order_view(api: &OrderApi, order_id: &str, watch: Watch<'_>, is_new: bool) -> Result<OrderView, Problem> {
+    let (events, saga) = api.look(&api.repositories.orders, order_id, watch, is_new).await?;
     let mut events = events.into_iter();
     let Some((placed_at, OrderEvent::Placed { customer, lines, total, currency, .. })) = events.next() else {
         return Err(unknown("order", order_id));
     };
-    let (mut status, mut reason) = ("placed", None);
+    let mut status = "placed";
+    let mut reason = None;
     for (_, event) in events {
         match event {
             OrderEvent::Placed { .. } => {}
             OrderEvent::Confirmed { .. } => status = "confirmed",
-            OrderEvent::Cancelled { reason: why, .. } => (status, reason) = ("cancelled", Some(why)),
+            OrderEvent::Cancelled { reason: why, .. } => {
+                status = "cancelled";
+                reason = Some(why);
+            }
         }
     }
     let status = status.to_owned();
     Ok(OrderView { order_id: order_id.to_owned(), status, reason, customer, lines, total, currency, placed_at, saga })
 }
 
-async fn returned(State(front): State<Arc<Front>>, returned: Id, time: Wait) -> Result<Json<ReturnView>, Problem> {
-    let (return_id, time) = (id(returned)?, wait(time)?);
-    let watch = front.watch(&front.counter.returns, "return", &return_id, time)?;
-    return_view(&front, &return_id, watch, false).await.map(Json)
+async fn returned(State(api): State<Arc<OrderApi>>, returned: Id, time: Wait) -> Result<Json<ReturnView>, Problem> {
+    let return_id = id(returned)?;
+    let time = wait(time)?;
+    let watch = api.watch(&api.repositories.returns, "return", &return_id, time)?;
+    return_view(&api, &return_id, watch, false).await.map(Json)
 }
 
-async fn return_view(front: &Front, return_id: &str, watch: Watch<'_>, is_new: bool) -> Result<ReturnView, Problem> {
-    let (events, saga) = front.look(&front.counter.returns, return_id, watch, is_new).await?;
+async fn return_view(api: &OrderApi, return_id: &str, watch: Watch<'_>, is_new: bool) -> Result<ReturnView, Problem> {
+    let (events, saga) = api.look(&api.repositories.returns, return_id, watch, is_new).await?;
     let mut events = events.into_iter();
     let Some((opened_at, ReturnEvent::Opened { customer, lines, total, currency, .. })) = events.next() else {
         return Err(unknown("return", return_id));
@@ -191,14 +197,15 @@ async fn return_view(front: &Front, return_id: &str, watch: Watch<'_>, is_new: b
     Ok(ReturnView { return_id: return_id.to_owned(), status, customer, lines, total, currency, opened_at, saga })
 }
 
-async fn supplied(State(front): State<Arc<Front>>, supply: Id, time: Wait) -> Result<Json<SupplyView>, Problem> {
-    let (supply_id, time) = (id(supply)?, wait(time)?);
-    let watch = front.watch(&front.counter.supplies, "supply", &supply_id, time)?;
-    supply_view(&front, &supply_id, watch, false).await.map(Json)
+async fn supplied(State(api): State<Arc<OrderApi>>, supply: Id, time: Wait) -> Result<Json<SupplyView>, Problem> {
+    let supply_id = id(supply)?;
+    let time = wait(time)?;
+    let watch = api.watch(&api.repositories.supplies, "supply", &supply_id, time)?;
+    supply_view(&api, &supply_id, watch, false).await.map(Json)
 }
 
-async fn supply_view(front: &Front, supply_id: &str, watch: Watch<'_>, is_new: bool) -> Result<SupplyView, Problem> {
-    let (events, saga) = front.look(&front.counter.supplies, supply_id, watch, is_new).await?;
+async fn supply_view(api: &OrderApi, supply_id: &str, watch: Watch<'_>, is_new: bool) -> Result<SupplyView, Problem> {
+    let (events, saga) = api.look(&api.repositories.supplies, supply_id, watch, is_new).await?;
     let supply = match events.into_iter().next() {
         Some((_, SupplyEvent::Delivered { units, .. })) => NewSupply::Delivered(units),
         Some((_, SupplyEvent::Adjusted { units, .. })) => NewSupply::Adjusted(units),
@@ -207,103 +214,111 @@ async fn supply_view(front: &Front, supply_id: &str, watch: Watch<'_>, is_new: b
     Ok(SupplyView { supply_id: supply_id.to_owned(), supply, saga })
 }
 
-async fn closing(State(front): State<Arc<Front>>, closing: Id, time: Wait) -> Result<Json<ClosingView>, Problem> {
-    let (closing_id, time) = (id(closing)?, wait(time)?);
-    let watch = front.watch(&front.counter.closings, "closing", &closing_id, time)?;
-    closing_view(&front, &closing_id, watch, false).await.map(Json)
+async fn closing(State(api): State<Arc<OrderApi>>, closing: Id, time: Wait) -> Result<Json<ClosingView>, Problem> {
+    let closing_id = id(closing)?;
+    let time = wait(time)?;
+    let watch = api.watch(&api.repositories.closings, "closing", &closing_id, time)?;
+    closing_view(&api, &closing_id, watch, false).await.map(Json)
 }
 
-async fn closing_view(front: &Front, closing_id: &str, watch: Watch<'_>, is_new: bool) -> Result<ClosingView, Problem> {
-    let (events, saga) = front.look(&front.counter.closings, closing_id, watch, is_new).await?;
+async fn closing_view(
+    api: &OrderApi,
+    closing_id: &str,
+    watch: Watch<'_>,
+    is_new: bool,
+) -> Result<ClosingView, Problem> {
+    let (events, saga) = api.look(&api.repositories.closings, closing_id, watch, is_new).await?;
     let books = events.into_iter().find_map(|(_, event)| match event {
         ClosingEvent::Closed { books, .. } => Some(books),
         ClosingEvent::Opened { .. } => None,
     });
-    let (store, bus) = front.kept_in.clone();
+    let store = api.store_url.clone();
+    let bus = api.bus_url.clone();
     Ok(ClosingView { closing_id: closing_id.to_owned(), books, store, bus, saga })
 }
 
-impl Front {
-    /// Watches the paper with this id and its saga with this name, for the given time.
+impl OrderApi {
+    /// Watches the saga with this name of the aggregate with this id, for the given time.
     fn watch<A: Aggregate>(
         &self,
-        papers: &Repository<A>,
+        repository: &Repository<A>,
         saga: &str,
         id: &str,
         wait: Duration,
     ) -> Result<Watch<'_>, Problem> {
-        self.sagas.watch(saga, stream(papers, id)?, wait)
+        self.sagas.watch(saga, stream(repository, id)?, wait)
     }
 
-    /// Accepts a paper under its id. If an earlier paper has the same id, returns the earlier paper, so that the caller
-    /// can compare them.
-    async fn take_in<A: Aggregate<Event: Clone>>(
+    /// Accepts a submission under its id. If an earlier submission has the same id, returns the first event of the earlier
+    /// one, so that the caller can compare them.
+    async fn accept<A: Aggregate<Event: Clone>>(
         &self,
-        papers: &Repository<A>,
+        repository: &Repository<A>,
         saga: &str,
-        HandedIn { id, wait, headers, .. }: &HandedIn,
+        Submission { id, wait, headers, .. }: &Submission,
         command: A::Command,
-    ) -> Result<Taken<'_, A::Event>, Problem> {
-        let watch = (!wait.is_zero()).then(|| self.watch(papers, saga, id, *wait)).transpose()?;
-        let decided = papers.create(id, command, asked(A::CATEGORY, id, headers)).await.map_err(problem)?;
+    ) -> Result<Accepted<'_, A::Event>, Problem> {
+        let watch = (!wait.is_zero()).then(|| self.watch(repository, saga, id, *wait)).transpose()?;
+        let decided = repository.create(id, command, asked(A::CATEGORY, id, headers)).await.map_err(problem)?;
         let repeated = decided.repeated || decided.events.is_empty();
         if !repeated {
-            self.metrics.taken_in(A::CATEGORY);
+            self.metrics.accepted(A::CATEGORY);
         }
         let first = match decided.events.into_iter().next() {
             Some(first) => Some(first),
-            // Another command has accepted the paper before.
-            None => self.events(papers, id).await?.into_iter().next().map(|(_, event)| event),
+            // Another command has accepted the submission before.
+            None => self.events(repository, id).await?.into_iter().next().map(|(_, event)| event),
         };
-        first.map(|first| Taken { first, repeated, watch }).ok_or_else(other_body)
+        first.map(|first| Accepted { first, repeated, watch }).ok_or_else(other_body)
     }
 
-    /// Returns the paper with this id and its saga, once the saga has settled or the watch is over. The paper is never
-    /// older than the saga. If the paper is new since the watch began, waits for the signal that the saga has ended
+    /// Returns the events of the aggregate with this id and its saga, once the saga has settled or the watch is over. The
+    /// events are never older than the saga. If the aggregate is new since the watch began, waits for the signal that the saga has ended
     /// before reading either.
     async fn look<A: Aggregate>(
         &self,
-        papers: &Repository<A>,
+        repository: &Repository<A>,
         id: &str,
         watch: Watch<'_>,
         is_new: bool,
     ) -> Result<(History<A::Event>, Option<SagaView>), Problem> {
-        let mut told = is_new && watch.end().await;
+        let mut signalled = is_new && watch.end().await;
         loop {
-            if told && let Some(Whole { saga, paper }) = watch.whole() {
+            if signalled && let Some(Whole { saga, subject }) = watch.whole() {
                 let view = watch.view_of(&saga)?;
                 if view.as_ref().is_some_and(SagaView::has_settled) {
-                    return Ok((decoded(&paper)?, view));
+                    return Ok((decoded(&subject)?, view));
                 }
             }
             // Reads both from the store concurrently.
-            let (events, view) = tokio::join!(self.events(papers, id), watch.view());
-            let (events, mut view) = (events?, view?);
+            let (events, view) = tokio::join!(self.events(repository, id), watch.view());
+            let events = events?;
+            let mut view = view?;
             let has_settled = view.as_ref().is_some_and(SagaView::has_settled);
-            if has_settled && told {
+            if has_settled && signalled {
                 return Ok((events, view));
             }
             if !has_settled && !watch.is_over() {
-                told = watch.end().await;
-                if told {
+                signalled = watch.end().await;
+                if signalled {
                     continue;
                 }
                 view = watch.view().await?;
             }
-            return Ok((self.events(papers, id).await?, view));
+            return Ok((self.events(repository, id).await?, view));
         }
     }
 
-    async fn events<A: Aggregate>(&self, papers: &Repository<A>, id: &str) -> Result<History<A::Event>, Problem> {
-        let stream = stream(papers, id)?;
+    async fn events<A: Aggregate>(&self, repository: &Repository<A>, id: &str) -> Result<History<A::Event>, Problem> {
+        let stream = stream(repository, id)?;
         let recorded = self.store.read_stream(&stream, Version::START, EVENTS_MAX).await;
         let events = decoded(&recorded.map_err(|error| Problem::unavailable(without_files(&error)))?)?;
         if events.is_empty() { Err(unknown(A::CATEGORY, id)) } else { Ok(events) }
     }
 }
 
-fn stream<A: Aggregate>(papers: &Repository<A>, id: &str) -> Result<StreamId, Problem> {
-    papers.stream(id).map_err(|error| Problem::new(StatusCode::BAD_REQUEST, error.to_string()))
+fn stream<A: Aggregate>(repository: &Repository<A>, id: &str) -> Result<StreamId, Problem> {
+    repository.stream(id).map_err(|error| Problem::new(StatusCode::BAD_REQUEST, error.to_string()))
 }
 
 fn decoded<E: Event>(recorded: &[impl Borrow<Recorded>]) -> Result<History<E>, Problem> {
@@ -339,8 +354,8 @@ fn problem<R: std::error::Error>(error: ExecuteError<R>) -> Problem {
 }
 
 /// Builds the answer to the first request and to each repeat; they differ only in one header. The body is a view if the
-/// request waits, or a receipt. If the view cannot be read, the receipt confirms that the paper was accepted.
-async fn taken_in<V: Serialize>(
+/// request waits, or a receipt. If the view cannot be read, the receipt confirms that the submission was accepted.
+async fn created<V: Serialize>(
     resource: &str,
     id: &str,
     repeated: bool,

@@ -97,10 +97,10 @@ async fn readyz(State(probes): State<Probes>) -> Response {
         true => (StatusCode::OK, "ready"),
         false => (StatusCode::SERVICE_UNAVAILABLE, "not ready"),
     };
-    let told = json!({
+    let body = json!({
         "status": word, "reasons": reasons, "needs_attention": attention, "readers_wait_for": waits_for, "log_lost_its_end": lost_end, "parts": parts,
     });
-    (status, Json(told)).into_response()
+    (status, Json(body)).into_response()
 }
 
 async fn metrics(State(probes): State<Probes>) -> Response {

@@ -12,10 +12,10 @@ use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    bodies::{Moment, SagaView},
     follower::{Followed, Follower, Whole},
     problem::{Problem, without_files},
 };
-use crate::api::{Moment, SagaView};
 
 /// The maximum number of events shown per saga. Only a saga that repeats its steps endlessly has more.
 const TIMELINE_MAX: usize = 1_000;
@@ -37,11 +37,11 @@ pub struct Watch<'s> {
 }
 
 impl Sagas {
-    /// Watches the saga with this name for the paper in the stream `paper`, for the given time.
-    pub fn watch(&self, saga: &str, paper: StreamId, wait: Duration) -> Result<Watch<'_>, Problem> {
-        let stream = StreamId::new(&format!("saga.{saga}"), paper.id());
+    /// Watches the saga with this name for the stream `subject`, for the given time.
+    pub fn watch(&self, saga: &str, subject: StreamId, wait: Duration) -> Result<Watch<'_>, Problem> {
+        let stream = StreamId::new(&format!("saga.{saga}"), subject.id());
         let stream = stream.map_err(|error| Problem::new(StatusCode::BAD_REQUEST, error.to_string()))?;
-        let followed = self.follower.follow(stream, paper);
+        let followed = self.follower.follow(stream, subject);
         Ok(Watch { sagas: self, until: Instant::now() + wait, followed })
     }
 }
@@ -73,7 +73,8 @@ impl Watch<'_> {
 
     /// Returns the state of the saga. `events` must be all events of the saga.
     pub fn view_of(&self, events: &[impl Borrow<Recorded>]) -> Result<Option<SagaView>, Problem> {
-        let (mut timeline, mut last) = (Vec::with_capacity(events.len()), None::<Progress>);
+        let mut timeline = Vec::with_capacity(events.len());
+        let mut last = None::<Progress>;
         for event in events.iter().map(Borrow::borrow) {
             let unreadable = |reason: String| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, reason);
             let Some(happened) = event.decode::<SagaEvent>().map_err(|error| unreadable(without_files(&error)))? else {
@@ -91,8 +92,14 @@ impl Watch<'_> {
             let progress = happened.progress().clone();
             // A reply belongs to the step before the transition that the reply caused.
             let step = last.as_ref().map_or(&progress.step, |before| &before.step).clone();
-            let (at, event) = (event.recorded_at, event.type_name.to_string());
-            timeline.push(Moment { at, event, step, outcome, reason, status: name(progress.status) });
+            timeline.push(Moment {
+                at: event.recorded_at,
+                event: event.type_name.to_string(),
+                step,
+                outcome,
+                reason,
+                status: name(progress.status),
+            });
             last = Some(progress);
         }
         Ok(last.map(|progress| SagaView {

@@ -15,15 +15,12 @@ use serde::{Deserialize, de::DeserializeOwned};
 use uuid::Uuid;
 
 use super::{
+    bodies::IDEMPOTENCY_KEY,
     json::{self, Object},
     limits::WAIT_MAX,
     problem::Problem,
 };
-use crate::{
-    api::IDEMPOTENCY_KEY,
-    order::{LINES_MAX, Line},
-    shop::request,
-};
+use crate::order::{LINES_MAX, Line, request};
 
 /// The maximum length of an id, SKU or customer, in bytes. With a category in front, the text still fits into a stream
 /// id.
@@ -41,22 +38,23 @@ pub struct Waiting {
     wait: Option<String>,
 }
 
-/// A request that hands in a paper: an order, a return, a supply or a closing.
-pub struct HandedIn {
-    /// The key, which becomes the id of the paper.
+/// A request that submits an order, a return, a supply or a closing.
+pub struct Submission {
+    /// The key, which becomes the id of the submission.
     pub id: String,
-    /// The time to wait for the end of the paper's saga.
+    /// The time to wait for the end of the submission's saga.
     pub wait: Duration,
     pub headers: HeaderMap,
     sent: Bytes,
 }
 
-impl<S: Send + Sync> FromRequest<S> for HandedIn {
+impl<S: Send + Sync> FromRequest<S> for Submission {
     type Rejection = Problem;
 
     async fn from_request(request: axum::extract::Request, state: &S) -> Result<Self, Problem> {
         let (mut head, body) = request.into_parts();
-        let (id, headers) = (key(&head.headers)?, head.headers.clone());
+        let id = key(&head.headers)?;
+        let headers = head.headers.clone();
         let wait = wait(Query::from_request_parts(&mut head, state).await)?;
         let request = axum::extract::Request::from_parts(head, body);
         let sent = Bytes::from_request(request, state).await.map_err(|error| bad(error.body_text()))?;
@@ -64,7 +62,7 @@ impl<S: Send + Sync> FromRequest<S> for HandedIn {
     }
 }
 
-impl HandedIn {
+impl Submission {
     /// Reads the body as JSON. Rejects unknown fields.
     pub fn body<T: DeserializeOwned>(&self) -> Result<T, Problem> {
         body(&self.headers, &self.sent)
@@ -109,7 +107,7 @@ fn key(headers: &HeaderMap) -> Result<String, Problem> {
     Ok(text.to_owned())
 }
 
-/// Returns the request for the paper with this id. A repeated request has the same command id.
+/// Returns the request for the submission with this id. A repeated request has the same command id.
 pub fn asked(category: &str, id: &str, headers: &HeaderMap) -> Request {
     let command_id = request(category, id);
     Request { command_id, metadata: Metadata { trace: trace(headers), ..Metadata::of_request(command_id) } }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use annals::{LogQuery, Message, Projection, ReadModel};
 use serde::{Deserialize, Serialize};
 
-use crate::inventory::StockEvent;
+use super::stock::StockEvent;
 
 /// The read model `shelf`, with one view per SKU.
 pub struct Shelf;

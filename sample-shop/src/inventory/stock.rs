@@ -1,18 +1,27 @@
-//! The inventory service, with one stream per SKU. One commit over several streams reserves all lines of an order.
+//! The stock of each SKU, with one stream per SKU.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
-use annals::{Aggregate, Answer, Event, EventStore, Participant, Repository, StepError, Work};
-use async_trait::async_trait;
+use annals::{Aggregate, Event};
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    books::Bookkeeper,
-    supply::{Change, SupplyEvent},
-};
+/// A number of units of one SKU.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Units {
+    pub sku: String,
+    pub quantity: u32,
+}
+
+/// A number of units of one SKU that is added or removed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Change {
+    /// The stock keeping unit.
+    pub sku: String,
+    /// The number of units: positive if units were delivered or found, negative if units are missing, and zero if a
+    /// count confirmed the stock.
+    pub quantity: i64,
+}
 
 /// What happens to the stock of a SKU.
 #[derive(Event, Clone, Debug, PartialEq)]
@@ -148,95 +157,14 @@ impl Aggregate for Stock {
     }
 }
 
-/// A number of units of one SKU.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Units {
-    pub sku: String,
-    pub quantity: u32,
-}
-
-/// The steps that sagas ask the inventory service to carry out.
-#[derive(Event, Clone, Debug, PartialEq)]
-#[event(prefix = "inventory")]
-pub enum InventoryStep {
-    Reserve {
-        order_id: String,
-        units: Vec<Units>,
-    },
-    Release {
-        order_id: String,
-        units: Vec<Units>,
-    },
-    Ship {
-        order_id: String,
-        units: Vec<Units>,
-    },
-    Restock {
-        return_id: String,
-        units: Vec<Units>,
-    },
-    /// Books the units that were delivered, or the differences that a stock count found.
-    Book {
-        supply_id: String,
-        delivered: bool,
-        units: Vec<Change>,
-    },
-    /// Returns the books of the stock.
-    Count,
-}
-
-/// Carries out the steps of the inventory service. A step applies to all lines or to none.
-pub struct InventoryDesk {
-    stock: Repository<Stock>,
-    bookkeeper: Bookkeeper,
-}
-
-impl InventoryDesk {
-    pub fn new(store: Arc<dyn EventStore>) -> Self {
-        let bookkeeper = Bookkeeper::new("inventory", &[Stock::CATEGORY], store.clone());
-        Self { stock: Repository::new(store), bookkeeper }
-    }
-
-    async fn each(
-        &self,
-        work: &mut Work,
-        units: Vec<Units>,
-        command: impl Fn(u32) -> StockCommand + Sync,
-    ) -> Result<Answer, StepError> {
-        self.all(work, units.into_iter().map(|Units { sku, quantity }| OfSku { sku, command: command(quantity) })).await
-    }
-
-    async fn all(&self, work: &mut Work, commands: impl Iterator<Item = OfSku> + Send) -> Result<Answer, StepError> {
-        for of_sku in commands {
-            work.execute(&self.stock, &of_sku.sku, &of_sku).await?;
-        }
-        Ok(Answer::DONE)
-    }
-}
-
-#[async_trait]
-impl Participant for InventoryDesk {
-    type Command = InventoryStep;
-
-    async fn perform(&self, step: InventoryStep, work: &mut Work) -> Result<Answer, StepError> {
-        match step {
-            InventoryStep::Reserve { order_id, units } => {
-                self.each(work, units, |quantity| StockCommand::Reserve { order_id: order_id.clone(), quantity }).await
-            }
-            InventoryStep::Release { order_id, units } => {
-                self.each(work, units, |_| StockCommand::Release { order_id: order_id.clone() }).await
-            }
-            InventoryStep::Ship { order_id, units } => {
-                self.each(work, units, |_| StockCommand::Ship { order_id: order_id.clone() }).await
-            }
-            InventoryStep::Restock { return_id, units } => {
-                let take_back = |quantity| StockCommand::TakeBack { return_id: return_id.clone(), quantity };
-                self.each(work, units, take_back).await
-            }
-            InventoryStep::Book { supply_id, delivered, units } => {
-                self.all(work, SupplyEvent::new(supply_id, delivered, units).commands()).await
-            }
-            InventoryStep::Count => self.bookkeeper.count(work).await,
-        }
-    }
+/// Returns the commands that book a delivery or a stock count.
+pub fn bookings(supply_id: &str, delivered: bool, units: Vec<Change>) -> impl Iterator<Item = OfSku> + Send {
+    units.into_iter().map(move |Change { sku, quantity }| {
+        let id = supply_id.to_owned();
+        let command = match delivered {
+            true => StockCommand::Receive { delivery_id: id, quantity: quantity.unsigned_abs() },
+            false => StockCommand::Adjust { adjustment_id: id, quantity },
+        };
+        OfSku { sku, command }
+    })
 }

@@ -1,48 +1,13 @@
-//! The notification service: notifies the customer once of the outcome of an order or a return.
+//! The steps that sagas ask the notification service to carry out.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::sync::Arc;
 
-use annals::{Aggregate, Answer, Event, EventStore, Participant, Repository, StepError, Work};
+use annals::{Answer, Event, EventStore, Participant, Repository, StepError, Work};
 use async_trait::async_trait;
 
-/// What happens to the notifications about an order or a return.
-#[derive(Event, Clone, Debug, PartialEq)]
-#[event(prefix = "notification")]
-pub enum NotificationEvent {
-    /// The customer was notified.
-    Sent {
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        order_id: Option<String>,
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        return_id: Option<String>,
-        subject: String,
-        customer: Option<String>,
-    },
-}
+use super::aggregate::{NotificationEvent, Notifications};
 
-/// The notifications about one order or return.
-#[derive(Clone, Debug, Default)]
-pub struct Notifications {
-    sent: BTreeSet<String>,
-}
-
-impl Aggregate for Notifications {
-    const CATEGORY: &'static str = "notification";
-    type Command = NotificationEvent;
-    type Event = NotificationEvent;
-    type Refusal = std::convert::Infallible;
-
-    fn decide(&self, fact: &NotificationEvent) -> Result<Vec<NotificationEvent>, Self::Refusal> {
-        let NotificationEvent::Sent { subject, .. } = fact;
-        Ok(if self.sent.contains(subject) { vec![] } else { vec![fact.clone()] })
-    }
-
-    fn evolve(&mut self, NotificationEvent::Sent { subject, .. }: &NotificationEvent) {
-        self.sent.insert(subject.clone());
-    }
-}
-
-/// The steps that sagas ask the notification service to carry out.
+/// A step of a saga, as a command to the notification service.
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "notification")]
 pub enum NotificationStep {
@@ -51,18 +16,18 @@ pub enum NotificationStep {
 }
 
 /// Carries out the steps of the notification service.
-pub struct NotificationDesk {
+pub struct NotificationParticipant {
     notifications: Repository<Notifications>,
 }
 
-impl NotificationDesk {
+impl NotificationParticipant {
     pub fn new(store: Arc<dyn EventStore>) -> Self {
         Self { notifications: Repository::new(store) }
     }
 }
 
 #[async_trait]
-impl Participant for NotificationDesk {
+impl Participant for NotificationParticipant {
     type Command = NotificationStep;
 
     async fn perform(&self, step: NotificationStep, work: &mut Work) -> Result<Answer, StepError> {

@@ -1,12 +1,13 @@
-//! Closes the books: each service computes the totals of its own log, and the order service adds them up.
+//! Closings: a closing asks every service for its books, and adds them up.
 
-use annals::{
-    Aggregate, Event, HandlerError, LogQuery, Message, Saga, SagaState,
-    saga::{Outcome, Request},
-};
+use std::collections::BTreeMap;
+
+use annals::{Aggregate, Event};
+use rust_decimal::Decimal;
 use serde::{Deserialize, Serialize};
 
-use crate::{books::Books, inventory::InventoryStep, order::OrderStep, payment::PaymentStep};
+use super::books::OrderBooks;
+use crate::inventory::UnitTotals;
 
 /// What happens to a closing: one request for the books of the whole shop.
 #[derive(Event, Clone, Debug, PartialEq)]
@@ -16,14 +17,14 @@ pub enum ClosingEvent {
     Opened { closing_id: String },
     /// The books are complete. They include all sagas that had ended when the closing was opened, and part of the work
     /// then in progress.
-    Closed { closing_id: String, books: Books },
+    Closed { closing_id: String, books: ShopBooks },
 }
 
 /// The commands to a closing.
 #[derive(Clone, Debug)]
 pub enum ClosingCommand {
     Open { closing_id: String },
-    Close(Books),
+    Close(ShopBooks),
 }
 
 /// Why a closing refuses a command.
@@ -65,47 +66,40 @@ impl Aggregate for Closing {
     }
 }
 
-/// The state of the saga of a closing.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Counting {
-    pub closing_id: String,
-    /// The books counted so far.
-    #[serde(default)]
-    pub books: Books,
+/// The books of the whole shop.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ShopBooks {
+    pub orders: u64,
+    pub confirmed: u64,
+    /// The number of cancelled orders by reason.
+    pub cancelled: BTreeMap<String, u64>,
+    pub returns: u64,
+    pub adjustments: u64,
+    pub charged: Decimal,
+    pub refunded: Decimal,
+    pub units: UnitTotals,
 }
 
-impl SagaState for Counting {
-    fn learn(&mut self, _step: &str, outcome: &Outcome) {
-        // The last step reports no books.
-        if let Outcome::Done(counted @ serde_json::Value::Object(_)) = outcome
-            && let Ok(books) = serde_json::from_value(counted.clone())
-        {
-            self.books.add(&books);
+impl ShopBooks {
+    /// Adds the books that another service reported. They have the same fields, without those that the service does not
+    /// count.
+    pub fn add(&mut self, other: Self) {
+        let Self { orders, confirmed, cancelled, returns, adjustments, charged, refunded, units } = other;
+        self.add_orders(&OrderBooks { orders, confirmed, cancelled, returns, adjustments });
+        self.charged += charged;
+        self.refunded += refunded;
+        self.units.add(&units);
+    }
+
+    /// Adds the books of the order service.
+    pub fn add_orders(&mut self, books: &OrderBooks) {
+        self.orders += books.orders;
+        self.confirmed += books.confirmed;
+        for (reason, count) in &books.cancelled {
+            *self.cancelled.entry(reason.clone()).or_default() += count;
         }
-    }
-}
-
-/// Collects the books of the inventory and payment services; then the order service adds its own and closes.
-pub fn counting() -> Saga<Counting> {
-    Saga::<Counting>::named("closing")
-        .retriable("count stock", |_| Request::to("inventory", &InventoryStep::Count))
-        .retriable("count money", |_| Request::to("payment", &PaymentStep::Count))
-        .retriable("close", |c| {
-            let (closing_id, books) = (c.closing_id.clone(), c.books.clone());
-            Request::to("order", &OrderStep::Close { closing_id, books })
-        })
-        .build()
-}
-
-impl Counting {
-    /// Starts a saga for each closing that is opened.
-    pub fn starts(message: &Message) -> Result<Option<(String, Self)>, HandlerError> {
-        let Some(ClosingEvent::Opened { closing_id }) = message.decode()? else { return Ok(None) };
-        Ok(Some((closing_id.clone(), Self { closing_id, books: Books::default() })))
-    }
-
-    /// The events that may start the saga of a closing.
-    pub fn query() -> LogQuery {
-        LogQuery::types(["closing.opened"])
+        self.returns += books.returns;
+        self.adjustments += books.adjustments;
     }
 }

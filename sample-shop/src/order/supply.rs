@@ -1,30 +1,16 @@
 //! Supplies: deliveries of goods, and stock counts that found more or fewer units. The order service accepts a supply,
 //! and a saga asks the inventory service to book it.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 
-use annals::{Aggregate, Event, HandlerError, LogQuery, Message, Saga, SagaState, saga::Request};
-use serde::{Deserialize, Serialize};
+use annals::{Aggregate, Event};
 
-use crate::inventory::{InventoryStep, OfSku, StockCommand};
+use crate::inventory::Change;
 
 /// The maximum number of SKUs in one supply. All of them are booked in one commit.
 pub const CHANGES_MAX: usize = 5_000;
-/// The number of SKUs per delivery of an opening stock.
-const OPENING_PART: usize = 1_000;
 /// The maximum number of units in one change. A stock cannot overflow with fewer than nine thousand such changes.
 pub const UNITS_MAX: i64 = 1_000_000_000_000_000;
-
-/// A number of units of one SKU that is added or removed.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Change {
-    /// The stock keeping unit.
-    pub sku: String,
-    /// The number of units: positive if units were delivered or found, negative if units are missing, and zero if a
-    /// count confirmed the stock.
-    pub quantity: i64,
-}
 
 /// What happens to a supply. The same type serves as the command.
 #[derive(Event, Clone, Debug, PartialEq)]
@@ -51,17 +37,9 @@ impl SupplyEvent {
         supply_id
     }
 
-    /// The commands to the stock.
-    pub fn commands(&self) -> impl Iterator<Item = OfSku> + Send {
-        let (Self::Delivered { units, .. } | Self::Adjusted { units, .. }) = self;
-        units.iter().map(|Change { sku, quantity }| {
-            let (id, quantity) = (self.id().to_owned(), *quantity);
-            let command = match self {
-                Self::Delivered { .. } => StockCommand::Receive { delivery_id: id, quantity: quantity.unsigned_abs() },
-                Self::Adjusted { .. } => StockCommand::Adjust { adjustment_id: id, quantity },
-            };
-            OfSku { sku: sku.clone(), command }
-        })
+    /// Returns whether the supply is a delivery; otherwise it is an adjustment.
+    pub fn is_delivered(&self) -> bool {
+        matches!(self, Self::Delivered { .. })
     }
 
     /// The changes of the supply.
@@ -99,7 +77,7 @@ impl Aggregate for Supply {
             return Ok(vec![]);
         }
         let (SupplyEvent::Delivered { units, .. } | SupplyEvent::Adjusted { units, .. }) = fact;
-        let least = if matches!(fact, SupplyEvent::Delivered { .. }) { 1 } else { -UNITS_MAX };
+        let least = if fact.is_delivered() { 1 } else { -UNITS_MAX };
         if units.is_empty() || units.len() > CHANGES_MAX {
             return Err(SupplyRefusal::Changes(units.len()));
         }
@@ -117,64 +95,5 @@ impl Aggregate for Supply {
 
     fn evolve(&mut self, _: &SupplyEvent) {
         self.known = true;
-    }
-}
-
-/// Returns the deliveries that open a stock. A stock is opened once for each name.
-pub fn opening(name: &str, stock: BTreeMap<String, u64>) -> Vec<SupplyEvent> {
-    let change = |(sku, quantity)| Change { sku, quantity: i64::try_from(quantity).unwrap_or(i64::MAX) };
-    let units: Vec<Change> = stock.into_iter().filter(|(_, quantity)| *quantity > 0).map(change).collect();
-    let part = |(number, units): (usize, &[Change])| SupplyEvent::Delivered {
-        supply_id: format!("opening of {name}, part {}", number + 1),
-        units: units.to_vec(),
-    };
-    units.chunks(OPENING_PART).enumerate().map(part).collect()
-}
-
-/// Returns an adjustment. Lines of the same SKU are summed.
-pub fn adjustment(supply_id: String, lines: Vec<(String, i64)>) -> SupplyEvent {
-    let mut of_sku: BTreeMap<String, i64> = BTreeMap::new();
-    for (sku, quantity) in lines {
-        *of_sku.entry(sku).or_default() += quantity;
-    }
-    let units = of_sku.into_iter().map(|(sku, quantity)| Change { sku, quantity }).collect();
-    SupplyEvent::Adjusted { supply_id, units }
-}
-
-/// The state of the saga of a supply.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Supplying {
-    pub supply_id: String,
-    /// Whether the supply is a delivery; otherwise it is an adjustment.
-    pub delivered: bool,
-    pub units: Vec<Change>,
-}
-
-impl SagaState for Supplying {}
-
-/// Has a single step: the inventory service books the supply.
-pub fn supplying() -> Saga<Supplying> {
-    Saga::<Supplying>::named("supply")
-        .retriable("book", |s| {
-            let (supply_id, delivered, units) = (s.supply_id.clone(), s.delivered, s.units.clone());
-            Request::to("inventory", &InventoryStep::Book { supply_id, delivered, units })
-        })
-        .build()
-}
-
-impl Supplying {
-    /// Starts a saga for each supply.
-    pub fn starts(message: &Message) -> Result<Option<(String, Self)>, HandlerError> {
-        let (supply_id, delivered, units) = match message.decode()? {
-            Some(SupplyEvent::Delivered { supply_id, units }) => (supply_id, true, units),
-            Some(SupplyEvent::Adjusted { supply_id, units }) => (supply_id, false, units),
-            None => return Ok(None),
-        };
-        Ok(Some((supply_id.clone(), Self { supply_id, delivered, units })))
-    }
-
-    /// The events that may start the saga of a supply.
-    pub fn query() -> LogQuery {
-        LogQuery::categories([Supply::CATEGORY])
     }
 }

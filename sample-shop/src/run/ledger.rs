@@ -6,14 +6,22 @@ use std::{
 };
 
 use annals::{
-    EventStore, LogPage, LogQuery, Position, Recorded, StoreError,
+    Aggregate, EventStore, LogPage, LogQuery, Position, Recorded, StoreError,
+    event::DecodeError,
     saga::{Progress, Status},
 };
 use serde::Deserialize;
+use shop_driver::totals::{Totals, Units};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-use crate::books::Books;
+use crate::{
+    books::Books,
+    inventory::StockBooks,
+    notification::{NotificationEvent, Notifications},
+    order::OrderBooks,
+    payment::MoneyBooks,
+};
 
 /// The number of events per read.
 const PAGE: usize = 2_000;
@@ -21,12 +29,22 @@ const PAGE: usize = 2_000;
 /// The books, and the tasks that are waiting for the end of a saga. Clones share both.
 #[derive(Clone, Default)]
 pub struct Ledger {
-    state: Arc<Mutex<State>>,
+    state: Arc<Mutex<LedgerState>>,
+}
+
+/// The number of sagas that have not ended.
+pub struct OpenSagas {
+    /// Sagas that are running, about to start, or stuck.
+    pub sagas: u64,
+    /// The sagas among them that are waiting for an operator.
+    pub stuck: u64,
 }
 
 #[derive(Default)]
-struct State {
-    books: Books,
+struct LedgerState {
+    orders: OrderBooks,
+    stock: StockBooks,
+    money: MoneyBooks,
     /// Sagas that are running or about to start.
     open: HashMap<Arc<str>, Status>,
     ended: HashSet<Arc<str>>,
@@ -88,7 +106,7 @@ impl Ledger {
                 state.note(event)?;
                 continue;
             }
-            state.books.book(event).map_err(|error| StoreError::Corrupt(error.to_string()))?;
+            state.book(event).map_err(|error| StoreError::Corrupt(error.to_string()))?;
             match &*event.type_name {
                 "order.placed" => state.expect_saga("checkout", event.stream.id()),
                 "return.opened" => state.expect_saga("return", event.stream.id()),
@@ -117,19 +135,43 @@ impl Ledger {
         _ = waiting.await;
     }
 
-    /// Returns the current books.
-    pub fn books(&self) -> Books {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).books.clone()
+    /// Returns the current totals.
+    pub fn totals(&self) -> Totals {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let OrderBooks { orders, confirmed, cancelled, returns, adjustments } = state.orders.clone();
+        let MoneyBooks { charged, refunded } = state.money;
+        let units = state.stock.units;
+        let units = Units {
+            initial: units.initial,
+            sold: units.sold,
+            returned: units.returned,
+            adjusted: units.adjusted,
+            remaining: units.remaining,
+            reserved: units.reserved,
+        };
+        Totals { orders, confirmed, cancelled, returns, adjustments, charged, refunded, units }
     }
 
-    /// Returns the number of sagas that are running or about to start, and how many of them are stuck.
-    pub fn open(&self) -> (usize, usize) {
+    /// Returns the number of sagas that have not ended, and how many of them are stuck.
+    pub fn open(&self) -> OpenSagas {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        (state.open.len(), state.open.values().filter(|status| **status == Status::Stuck).count())
+        let stuck = state.open.values().filter(|status| **status == Status::Stuck).count();
+        OpenSagas { sagas: state.open.len() as u64, stuck: stuck as u64 }
     }
 }
 
-impl State {
+impl LedgerState {
+    fn book(&mut self, event: &Recorded) -> Result<(), DecodeError> {
+        self.orders.book(event)?;
+        self.stock.book(event)?;
+        self.money.book(event)?;
+        // Notifications do not count in the books, but they are still decoded, so that an unreadable event is reported.
+        if event.stream.category() == Notifications::CATEGORY {
+            event.decode::<NotificationEvent>()?;
+        }
+        Ok(())
+    }
+
     fn expect_saga(&mut self, saga: &str, id: &str) {
         let saga: Arc<str> = saga_stream(saga, id).into();
         if !self.ended.contains(&saga) {

@@ -8,8 +8,14 @@ use std::{
 };
 
 use super::{
-    Invoice, ReadError, RowError, Rows, columns::Columns, draft::Draft, error::InputError, lines::Lines,
-    record::Record, row,
+    columns::Columns,
+    draft::Draft,
+    error::{InputError, ReadError, RowError},
+    invoice::Invoice,
+    lines::Lines,
+    record::Record,
+    row,
+    rows::Rows,
 };
 
 const BUFFER_BYTES: usize = 128 * 1024;
@@ -221,8 +227,8 @@ impl FileInvoices {
         let Some(draft) = self.draft.take() else { return };
         // An invoice whose rows are not contiguous counts once, at its first rows.
         let again = self.file.scattered.get(&draft.number).is_some_and(|first| *first != draft.first_line);
-        let (flawed, sound) = (draft.flawed, draft.sound);
-        if flawed {
+        let sound = draft.sound;
+        if draft.flawed {
             if !again {
                 self.rows.left_out.add(sound);
             }

@@ -2,7 +2,7 @@ use std::{collections::BTreeMap, str::FromStr};
 
 use rust_decimal::Decimal;
 
-use super::Invoice;
+use super::invoice::Invoice;
 
 /// The number of units of each SKU that an input takes out of stock. SKUs of which the input takes none are absent.
 pub type Demand = BTreeMap<String, u64>;
@@ -90,7 +90,7 @@ impl FromStr for StockFactor {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::input::Line;
+    use crate::input::invoice::Line;
 
     fn line(sku: &str, quantity: u32) -> Line {
         Line { sku: sku.to_owned(), quantity, unit_price: Decimal::ONE }

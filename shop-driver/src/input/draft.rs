@@ -1,7 +1,9 @@
 use rust_decimal::Decimal;
 
-use super::{Invoice, Line, row::Row};
-use crate::order::LINES_MAX;
+use super::{
+    invoice::{Invoice, LINES_MAX, Line},
+    row::Row,
+};
 
 /// Contiguous rows with the same invoice number, collected until the last of them is read.
 #[derive(Debug)]

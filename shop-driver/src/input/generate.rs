@@ -3,7 +3,7 @@ use std::collections::HashSet;
 use fastrand::Rng;
 use rust_decimal::Decimal;
 
-use super::{Invoice, Line};
+use super::invoice::{Invoice, Line};
 
 const SKUS: u64 = 1_000;
 const CUSTOMERS: u64 = 5_000;
@@ -93,7 +93,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::input::demand;
+    use crate::input::demand::demand;
 
     #[test]
     fn a_seed_makes_the_same_orders() {

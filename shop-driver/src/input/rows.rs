@@ -1,6 +1,6 @@
 use serde::Serialize;
 
-use super::{Invoice, RowError};
+use super::{error::RowError, invoice::Invoice};
 
 /// The maximum number of messages about malformed rows that are kept.
 pub const MESSAGES_MAX: usize = 10;

@@ -1,8 +1,12 @@
 use std::path::Path;
 
 use super::{
-    CsvFile, Demand, FileInvoices, Generated, InputError, Invoice, ReadError, Rows, StockFactor, demand, generate,
-    read_csv,
+    csv_file::{CsvFile, FileInvoices, read_csv},
+    demand::{self, Demand, StockFactor},
+    error::{InputError, ReadError},
+    generate::{Generated, generate},
+    invoice::Invoice,
+    rows::Rows,
 };
 
 /// A source of invoices. It can be read any number of times, and returns the same invoices each time.

@@ -3,10 +3,10 @@ use std::{fmt::Write, time::Duration};
 use comfy_table::{Cell, CellAlignment, ContentArrangement, Table, presets};
 use hdrhistogram::Histogram;
 use rust_decimal::Decimal;
-use serde::{Deserialize, Serialize, Serializer, ser::Error};
+use serde::{Serialize, Serializer, ser::Error};
 use serde_json::value::RawValue;
 
-use crate::input::Tally;
+use crate::{input::Tally, totals::Units};
 
 use super::{
     histogram,
@@ -75,48 +75,6 @@ impl Cancelled {
     /// The number of cancellations for any reason.
     pub fn all(&self) -> u64 {
         self.out_of_stock + self.declined + self.by_customer + self.other
-    }
-}
-
-/// The number of units of all SKUs together.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Units {
-    /// The units in stock at the start.
-    pub initial: i64,
-    /// The units shipped.
-    pub sold: i64,
-    /// The units that customers sent back.
-    pub returned: i64,
-    /// The units found minus the units written off.
-    pub adjusted: i64,
-    /// The units in stock at the end, reserved or not.
-    pub remaining: i64,
-    /// The units reserved for checkouts that have not ended.
-    pub reserved: i64,
-}
-
-impl Units {
-    /// Adds the units of another part of the shop.
-    pub fn add(&mut self, other: &Self) {
-        self.initial += other.initial;
-        self.sold += other.sold;
-        self.returned += other.returned;
-        self.adjusted += other.adjusted;
-        self.remaining += other.remaining;
-        self.reserved += other.reserved;
-    }
-
-    /// Returns whether every unit is accounted for, and no unit is still reserved.
-    pub fn conserved(&self) -> bool {
-        self.reserved == 0 && self.unexplained() == 0
-    }
-
-    /// The units at the end that the other fields do not explain.
-    fn unexplained(&self) -> i128 {
-        let [initial, sold, returned, adjusted, remaining] =
-            [self.initial, self.sold, self.returned, self.adjusted, self.remaining].map(i128::from);
-        remaining - (initial - sold + returned + adjusted)
     }
 }
 

@@ -4,7 +4,7 @@ use rust_decimal::Decimal;
 use tempfile::TempDir;
 
 use super::*;
-use crate::input::{Line, Source, Tally};
+use crate::input::{invoice::Line, rows::Tally, source::Source};
 
 const HEADER: &str = "InvoiceNo,StockCode,Description,Quantity,InvoiceDate,UnitPrice,CustomerID,Country";
 

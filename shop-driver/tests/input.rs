@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use rust_decimal::Decimal;
-use sample_shop::input::{Invoice, Rows, Source, StockFactor, Tally};
+use shop_driver::input::{Invoice, Rows, Source, StockFactor, Tally};
 
 /// The path of the real file, in a folder next to the repository, also in CI. Without the file, these tests fail.
 fn real_file() -> PathBuf {
