@@ -86,7 +86,7 @@ async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> 
                         bench.measure(&what, "its events by unnest", bare::unnest(&server.url, rows, sagas)).await?;
                     bench.rate(ours, limit, "unnest", "≥ 1,000/s");
                     let records = bare::records(&broker.address())?;
-                    bench.note(bare::told(&records, sagas));
+                    bench.note(bare::messages_note(&records, sagas));
                     bench.measure(&what, "its messages", bare::produce(&broker.address(), records, sagas)).await?;
                 } else {
                     bench.goal(ours, "p50 ≤ 40 ms");

@@ -80,7 +80,7 @@ struct Context {
     closing: AtomicBool,
     /// Whether a poll has called back into this context. Such a poll returns nothing although messages may be waiting,
     /// and no wake-up follows for these messages.
-    told: AtomicBool,
+    notified: AtomicBool,
     /// Whether the client has lost all brokers. A client without brokers reports nothing.
     lost: AtomicBool,
     /// Whether the client had a fatal error. Such a client reports nothing and must be replaced.
@@ -93,7 +93,7 @@ impl Context {
             settings: settings.clone(),
             rebalances: Mutex::default(),
             closing: AtomicBool::default(),
-            told: AtomicBool::default(),
+            notified: AtomicBool::default(),
             lost: AtomicBool::default(),
             fatal: AtomicBool::default(),
         }
@@ -104,7 +104,7 @@ impl Context {
     }
 
     fn tell(&self) {
-        self.told.store(true, Ordering::Release);
+        self.notified.store(true, Ordering::Release);
     }
 }
 
@@ -577,7 +577,7 @@ impl Member {
                 }
             }
             let Some(polled) = consumer.poll(Duration::ZERO) else {
-                if context.told.swap(false, Ordering::AcqRel) {
+                if context.notified.swap(false, Ordering::AcqRel) {
                     continue;
                 }
                 break;

@@ -37,11 +37,11 @@ async fn is_refused(settings: Settings, words: &[&str]) {
     let error = KafkaBus::connect(settings).await.err().unwrap();
     assert!(asked_at.elapsed() < SECONDS, "{:?}: {error}", asked_at.elapsed());
     assert!(matches!(error, BusError::Misconfigured(_)), "{error}");
-    let told = error.to_string();
+    let shown = error.to_string();
     for word in words {
-        assert!(told.contains(word), "{word} is not in: {told}");
+        assert!(shown.contains(word), "{word} is not in: {shown}");
     }
-    assert!(!told.contains(PASSWORD), "{told}");
+    assert!(!shown.contains(PASSWORD), "{shown}");
 }
 
 #[tokio::test]

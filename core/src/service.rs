@@ -684,13 +684,13 @@ impl Runtime {
         }
         let health = self.health();
         self.watch.spawn(async move {
-            let mut told: BTreeMap<String, tokio::time::Instant> = BTreeMap::new();
+            let mut reported: BTreeMap<String, tokio::time::Instant> = BTreeMap::new();
             loop {
                 tokio::time::sleep(WATCH).await;
                 let held = health.held();
-                told.retain(|part, since| held.iter().any(|held| held.part == *part && held.since == *since));
+                reported.retain(|part, since| held.iter().any(|held| held.part == *part && held.since == *since));
                 for Held { part, id, key, type_name, position, since } in held {
-                    if told.insert(part.clone(), since).is_none() {
+                    if reported.insert(part.clone(), since).is_none() {
                         let seconds = since.elapsed().as_secs();
                         health.count("annals_handlers_hung_total", &[("part", &part)]);
                         tracing::error!(%part, message = %id, %key, %type_name, position, seconds, "a handler does not return");

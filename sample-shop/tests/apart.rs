@@ -57,7 +57,7 @@ fn embedded(arguments: &[&str]) -> Value {
 #[tokio::test]
 async fn december_in_four_processes_equals_december_in_one() {
     let orders = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../shared/data/online-retail-2010-12.csv");
-    assert!(orders.is_file(), "{} is missing: the data belongs beside the checkout", orders.display());
+    assert!(orders.is_file(), "{} is missing: the data belongs next to the checkout", orders.display());
     let arguments = ["--stock-factor", "1.5", "--decline-rate", "0", "--orders", orders.to_str().unwrap()];
     let (broker, schemas) = (Broker::start(), Schemas::new());
     let shop = ROLES.map(|role| Serving::start(role, &schemas.url(role), &bus(&broker)));
@@ -101,7 +101,7 @@ impl Storm {
             fault(faults).await;
             faults += 1;
         }
-        println!("{faults} faults in {:?}, {in_time} of them while somebody bought", started.elapsed());
+        println!("{faults} faults in {:?}, {in_time} of them while customers bought", started.elapsed());
         assert!(in_time > faults / 2, "the customer was done before most of the faults: little was tested");
         let line = business(&spawn_blocking(|| customer.wait_with_output().unwrap()).await.unwrap());
         println!("all had ended after {:?}", started.elapsed());

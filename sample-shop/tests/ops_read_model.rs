@@ -106,8 +106,8 @@ async fn shelf_is_rebuilt_next_to_the_live_one_compared_and_swapped() {
     assert!(lines[1].starts_with(&format!("{}: live none, rebuilt ", skus[1])), "{lines:?}");
     assert_eq!(lines[2], "and 1 more; --limit N shows them");
     assert!(lines[3].ends_with(&format!("{} rebuilt ones: 3 differences", expected.len())), "{lines:?}");
-    let told = ops(&["shelf", "compare", "--json"]);
-    let last: serde_json::Value = serde_json::from_str(text(&told).lines().last().unwrap()).unwrap();
+    let compared = ops(&["shelf", "compare", "--json"]);
+    let last: serde_json::Value = serde_json::from_str(text(&compared).lines().last().unwrap()).unwrap();
     assert_eq!(last["differences"], 3);
 
     assert!(ops(&[&rebuild[..], &["--yes"]].concat()).status.success());

@@ -20,7 +20,7 @@ const PLENTY: [&str; 4] = ["--stock-factor", "1.5", "--decline-rate", "0"];
 
 fn real_file() -> PathBuf {
     let orders = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../shared/data/online-retail-2010-12.csv");
-    assert!(orders.is_file(), "{} is missing: the data belongs beside the checkout", orders.display());
+    assert!(orders.is_file(), "{} is missing: the data belongs next to the checkout", orders.display());
     orders
 }
 

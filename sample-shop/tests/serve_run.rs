@@ -36,7 +36,7 @@ fn sqlite(folder: &Path) -> String {
 
 fn december() -> [String; 6] {
     let orders = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../shared/data/online-retail-2010-12.csv");
-    assert!(orders.is_file(), "{} is missing: the data belongs beside the checkout", orders.display());
+    assert!(orders.is_file(), "{} is missing: the data belongs next to the checkout", orders.display());
     ["--stock-factor", "1.5", "--decline-rate", "0", "--orders", orders.to_str().unwrap()].map(str::to_owned)
 }
 

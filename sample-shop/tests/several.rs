@@ -118,6 +118,6 @@ async fn instances_share_work_and_survive_a_kill_and_a_pause() {
     let twice = "SELECT count(*) - count(DISTINCT event_id) FROM annals.events";
     assert_eq!(database.scalar(twice).await, 0, "no event is there twice");
     let held = "SELECT count(*) FROM annals.documents WHERE collection = 'checkpoint' AND body::jsonb ->> 'holder' IS NOT NULL";
-    assert_eq!(database.scalar(held).await, 0, "who ends lets go");
+    assert_eq!(database.scalar(held).await, 0, "an ended process releases its lanes");
     database.drop().await;
 }

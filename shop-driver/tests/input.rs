@@ -12,7 +12,7 @@ fn real_file() -> PathBuf {
 
 fn real() -> Source {
     Source::file(real_file())
-        .unwrap_or_else(|error| panic!("the real orders must stand beside the repository: {error}"))
+        .unwrap_or_else(|error| panic!("the real orders must be in a folder next to the repository: {error}"))
 }
 
 #[derive(Debug, Default, PartialEq)]

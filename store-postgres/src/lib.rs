@@ -273,7 +273,7 @@ impl EventStore for PostgresStore {
 
     async fn wait(&self, after: Position) -> Result<(), StoreError> {
         let Shared { database, log, news, .. } = &*self.shared;
-        let mut told = news.subscribe();
+        let mut notified = news.subscribe();
         let mut changes = database.history.subscribe();
         let history = *changes.borrow_and_update();
         let (mut look, mut gap_look, mut first) = (LOOK_MS_MIN, GAP_LOOK_MS_MIN, true);
@@ -282,7 +282,7 @@ impl EventStore for PostgresStore {
                 return Ok(());
             }
             // Notifications are marked as seen before the query, so that a notification during the query counts.
-            told.mark_unchanged();
+            notified.mark_unchanged();
             let heard = news.heard();
             // After a commit of this process there is usually nothing new, so the first query, which would cost a round
             // trip, is skipped. The next query follows soon.
@@ -300,7 +300,7 @@ impl EventStore for PostgresStore {
                     // Whatever ends the wait, the store is queried again.
                     let woken = async {
                         tokio::select! {
-                            told = told.changed() => told,
+                            notified = notified.changed() => notified,
                             changed = changes.changed() => changed,
                         }
                     };

@@ -222,7 +222,7 @@ impl Log {
             let row: (Option<i64>, Option<Uuid>, DateTime<Utc>) = query.fetch_one(reader.connection()?).await?;
             Ok::<_, sqlx::Error>((row.0, row.1, row.2, asked))
         })?;
-        clock.told(asked, now);
+        clock.answered(asked, now);
         self.history().compare(asked_for, found);
         Ok(next)
     }

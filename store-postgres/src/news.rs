@@ -35,7 +35,7 @@ const LOOK_MS: u64 = 100;
 #[derive(Clone, Debug)]
 pub(crate) struct News {
     /// Counts the signals from this process and from other processes.
-    told: watch::Sender<u64>,
+    wakeups: watch::Sender<u64>,
     /// The last position that this process has written, with the number of the history.
     written: watch::Sender<(u64, Position)>,
     /// Counts the signals from other processes.
@@ -52,7 +52,7 @@ pub(crate) struct News {
 impl News {
     pub(crate) fn new() -> Self {
         Self {
-            told: watch::Sender::new(0),
+            wakeups: watch::Sender::new(0),
             written: watch::Sender::new((0, Position::START)),
             heard: Arc::new(AtomicU64::new(1)),
             looked_at: Arc::default(),
@@ -62,7 +62,7 @@ impl News {
     }
 
     pub(crate) fn subscribe(&self) -> watch::Receiver<u64> {
-        self.told.subscribe()
+        self.wakeups.subscribe()
     }
 
     /// Records that this process has written up to a position, under this number of the history.
@@ -107,7 +107,7 @@ impl News {
     }
 
     fn tell(&self) {
-        self.told.send_modify(|count| *count = count.wrapping_add(1));
+        self.wakeups.send_modify(|count| *count = count.wrapping_add(1));
     }
 
     /// Notifies other processes and receives their notifications, or polls for their events if notifications cannot be
@@ -176,7 +176,7 @@ impl News {
         // `self` holds the sender, so this continues for ever.
         while written.changed().await.is_ok() {
             reconnect.wait().await;
-            let told = async {
+            let notified = async {
                 let open = match connection.take() {
                     Some(open) => open,
                     None => database.connect(Purpose::Tell).await?.1,
@@ -187,7 +187,7 @@ impl News {
                 notify.execute(&mut *session).await?;
                 sqlx::raw_sql("COMMIT").execute(session).await.map(drop)
             };
-            match told.await {
+            match notified.await {
                 Ok(()) => reconnect.succeeded(),
                 Err(error) => {
                     // Other processes find these events by polling. The next write tries to notify again.

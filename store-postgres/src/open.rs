@@ -270,7 +270,7 @@ impl Database {
         let asked = self.clock.ask();
         let (standby, set_up, now): (bool, bool, DateTime<Utc>) =
             self.statements.server.rows().fetch_one(&mut *connection).await.map_err(failed)?;
-        self.clock.told(asked, now);
+        self.clock.answered(asked, now);
         if standby {
             return Err(OpenError::Standby);
         }

@@ -152,9 +152,9 @@ async fn apply(
         load_documents(connection, documents, &mut ledger).await?;
     }
     let recorded_at = recorded_at(last_recorded_at);
-    let told = DateTime::from_timestamp_micros(recorded_at);
+    let recorded = DateTime::from_timestamp_micros(recorded_at);
     // One writer assigns the positions, so the positions of a commit are consecutive.
-    let decide = |commit| ledger.decide(commit).map(|committed| Committed { recorded_at: told, ..committed });
+    let decide = |commit| ledger.decide(commit).map(|committed| Committed { recorded_at: recorded, ..committed });
     let outcomes = commits.into_iter().map(decide).collect();
 
     rows::append_events(connection, ledger.events.into_iter().map(|event| (event, recorded_at)).collect()).await?;

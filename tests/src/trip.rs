@@ -184,7 +184,7 @@ impl Participant for Clerk {
             None => self.0.answers(&name).map_or(Ok(Answer::DONE), |answer| answer(work)),
             Some(Play::Refuse) => Err(StepError::Refused(format!("no {name} today"))),
             Some(Play::Fail) => Err(StepError::Failed(format!("{name} does not work"))),
-            Some(Play::Vanish) => Err(StepError::Unknown(format!("nobody knows of {name}"))),
+            Some(Play::Vanish) => Err(StepError::Unknown(format!("the participant does not know {name}"))),
             Some(Play::Panic) => panic!("{name} is too much"),
         }
     }

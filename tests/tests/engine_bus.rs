@@ -146,7 +146,7 @@ struct Scripted {
 struct ScriptedConsumer {
     bus: Arc<Scripted>,
     next: Option<i64>,
-    told: bool,
+    reported: bool,
 }
 
 fn partition() -> Partition {
@@ -177,14 +177,14 @@ impl Publisher for Handle {
 #[async_trait]
 impl Bus for Handle {
     async fn join(&self, _group: &str, _topics: &[&str]) -> Result<Box<dyn Consumer>, BusError> {
-        Ok(Box::new(ScriptedConsumer { bus: self.0.clone(), next: None, told: false }))
+        Ok(Box::new(ScriptedConsumer { bus: self.0.clone(), next: None, reported: false }))
     }
 }
 
 #[async_trait]
 impl Consumer for ScriptedConsumer {
     async fn poll(&mut self, max: usize) -> Result<Polled, BusError> {
-        if !std::mem::replace(&mut self.told, true) {
+        if !std::mem::replace(&mut self.reported, true) {
             return Ok(Polled::Assigned(vec![partition()]));
         }
         loop {

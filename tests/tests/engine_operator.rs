@@ -50,8 +50,8 @@ async fn acts(store: &Arc<dyn EventStore>, subscription: &str) -> Vec<(String, S
         let data: serde_json::Value = serde_json::from_str(data).unwrap();
         (data["by"].as_str().unwrap().to_owned(), data["reason"].as_str().unwrap().to_owned())
     };
-    let told = events.iter().map(|event| (event.type_name.to_string(), of(&event.data)));
-    told.map(|(type_name, (by, reason))| (type_name, by, reason)).collect()
+    let recorded = events.iter().map(|event| (event.type_name.to_string(), of(&event.data)));
+    recorded.map(|(type_name, (by, reason))| (type_name, by, reason)).collect()
 }
 
 #[tokio::test]
@@ -89,9 +89,9 @@ async fn a_subscription_is_paused_resumed_and_reset_while_it_runs() {
         ("operator.resumed", "ann", "it is drawn"),
         ("operator.reset", "ann", "the second one was wrong"),
     ];
-    let told = acts(&store, "seen").await;
-    let told: Vec<_> = told.iter().map(|(kind, by, reason)| (&**kind, &**by, &**reason)).collect();
-    assert_eq!(told, expected);
+    let recorded = acts(&store, "seen").await;
+    let recorded: Vec<_> = recorded.iter().map(|(kind, by, reason)| (&**kind, &**by, &**reason)).collect();
+    assert_eq!(recorded, expected);
     let stream = StreamId::new(annals::operator::CATEGORY, "seen").unwrap();
     let reset = store.read_stream(&stream, Version(2), 1).await.unwrap().remove(0);
     let Ok(Some(OperatorEvent::Reset { from, to, .. })) = reset.decode() else { panic!("{reset:?}") };

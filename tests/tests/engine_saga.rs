@@ -226,7 +226,7 @@ async fn stuck_saga_blocks_no_other() {
     world.becomes("a", Status::Stuck).await;
     world.request("b", Uuid::new_v4(), None).await;
     world.becomes("b", Status::Completed).await;
-    world.runner(&world.store).operate("a", Verb::SkipStep, "ann", "told them").await.unwrap();
+    world.runner(&world.store).operate("a", Verb::SkipStep, "ann", "the guest was informed").await.unwrap();
     world.becomes("a", Status::Completed).await;
     assert_eq!(world.ledger("a").await, ["book", "charge", "confirm"]);
     runtime.drain(DRAIN).await.unwrap();

@@ -98,7 +98,7 @@ async fn consumer_stopped_past_its_session_changes_nothing() {
     let before = sql.copies().await;
     sleep(PAST_THE_SESSION.saturating_sub(stopped_at.elapsed())).await;
     while sql.copies().await == before {
-        assert!(stopped_at.elapsed() < kafka::RECOVERY, "nobody has taken over");
+        assert!(stopped_at.elapsed() < kafka::RECOVERY, "no other member has taken over");
         sleep(Duration::from_millis(20)).await;
     }
     zombie.wake();

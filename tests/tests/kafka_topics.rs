@@ -61,9 +61,9 @@ async fn topic_that_the_cluster_rejects_is_refused_with_a_reason() {
     let bus = KafkaBus::connect(Settings::new(&brokers()).replication(7)).await.unwrap();
     let error = bus.join("watcher", &[&topic]).await.err().unwrap();
     assert!(matches!(error, BusError::Misconfigured(_)), "{error}");
-    let told = error.to_string();
+    let shown = error.to_string();
     for part in [&*topic, "replication 7", "InvalidReplicationFactor", "create the topic by hand"] {
-        assert!(told.contains(part), "{part}: {told}");
+        assert!(shown.contains(part), "{part}: {shown}");
     }
     let error = bus.join("watcher", &["no/name"]).await.err().unwrap().to_string();
     assert!(error.contains("no/name"), "{error}");
@@ -101,7 +101,7 @@ async fn secrets_are_never_shown() {
     let subscriber = tracing_subscriber::fmt().with_max_level(tracing_subscriber::filter::LevelFilter::TRACE);
     // Applies to all threads of this process, because the Kafka client logs from its own threads.
     subscriber.with_writer(move || written.clone()).init();
-    let mut told = Vec::new();
+    let mut shown = Vec::new();
     // The broker has no SASL, and other settings have wrong names or values.
     let sasl = Settings::new(&brokers())
         .set("security.protocol", "SASL_PLAINTEXT")
@@ -109,8 +109,8 @@ async fn secrets_are_never_shown() {
         .set("sasl.username", "shop")
         .set("sasl.password", SECRET)
         .set("debug", "security,broker,conf");
-    told.push(format!("{sasl:?} {sasl}"));
-    told.push(KafkaBus::connect(sasl).await.err().unwrap().to_string());
+    shown.push(format!("{sasl:?} {sasl}"));
+    shown.push(KafkaBus::connect(sasl).await.err().unwrap().to_string());
     for name in ["sasl.pasword", "security.protocol", "session.timeout.ms", "acks", "enable.idempotence", "partitioner"]
     {
         let wrong = Settings::new(&brokers()).set(name, SECRET);
@@ -120,13 +120,13 @@ async fn secrets_are_never_shown() {
         };
         let error = error.to_string();
         assert!(error.contains(name), "{name} is not named: {error}");
-        told.push(error);
+        shown.push(error);
     }
-    told.push(format!("kafka://a:1?sasl.password={SECRET}%zz&x").parse::<Settings>().unwrap_err().to_string());
+    shown.push(format!("kafka://a:1?sasl.password={SECRET}%zz&x").parse::<Settings>().unwrap_err().to_string());
     let log = String::from_utf8_lossy(&log.0.lock().unwrap()).into_owned();
     assert!(log.contains("rdkafka"), "nothing was logged: {log}");
-    for told in told.iter().map(String::as_str).chain(log.lines()) {
-        assert!(!told.contains(SECRET), "{told}");
+    for shown in shown.iter().map(String::as_str).chain(log.lines()) {
+        assert!(!shown.contains(SECRET), "{shown}");
     }
 }
 
@@ -145,9 +145,9 @@ async fn console_consumer_reads_our_messages() {
     console.args(["--timeout-ms", "30000", "--property", "print.key=true"]);
     console.args(["--property", "print.headers=true"]);
     let output = tokio::task::spawn_blocking(move || console.output().unwrap()).await.unwrap();
-    let told = String::from_utf8(output.stdout).unwrap();
-    let lines: Vec<_> = told.lines().filter(|line| line.contains('\t')).collect();
-    assert_eq!(lines.len(), TALLIES, "{told}{}", String::from_utf8_lossy(&output.stderr));
+    let shown = String::from_utf8(output.stdout).unwrap();
+    let lines: Vec<_> = shown.lines().filter(|line| line.contains('\t')).collect();
+    assert_eq!(lines.len(), TALLIES, "{shown}{}", String::from_utf8_lossy(&output.stderr));
     for line in lines {
         let [headers, key, value] = line.split('\t').collect::<Vec<_>>()[..] else { panic!("{line}") };
         let headers: HashMap<_, _> = headers.split(',').map(|header| header.split_once(':').unwrap()).collect();

@@ -136,15 +136,15 @@ async fn dead_letter_is_logged_once_and_health_recovers_without_it() {
         assert!(!health.is_fine() && health.is_working());
         let letters = DeadLetters::new(store.clone());
         let letter = letters.list(&name).await.unwrap().remove(0).parked;
-        let told = || lines(&["ERROR", "dead letter", &name, "tally-bad", &letter.message().unwrap().id.to_string()]);
-        assert_eq!((told().len(), counted(&health, "annals_dead_letters_total")), (1, 1), "{kind}: {:?}", told());
-        assert!(told()[0].contains("it does not add up"), "{:?}", told());
+        let logged = || lines(&["ERROR", "dead letter", &name, "tally-bad", &letter.message().unwrap().id.to_string()]);
+        assert_eq!((logged().len(), counted(&health, "annals_dead_letters_total")), (1, 1), "{kind}: {:?}", logged());
+        assert!(logged()[0].contains("it does not add up"), "{:?}", logged());
         // A new process reports the fault as well, and no line is logged twice.
         runtime.drain(DRAIN).await.unwrap();
         let runtime = start(&store, subscription()).await;
         let health = runtime.health();
         eventually("health says so after a restart", async || attention(&health, &part)).await;
-        assert_eq!((told().len(), counted(&health, "annals_dead_letters_total")), (1, 0), "{kind}");
+        assert_eq!((logged().len(), counted(&health, "annals_dead_letters_total")), (1, 0), "{kind}");
         fails.healed.store(true, Ordering::SeqCst);
         letters.redrive(&name, "tally-bad").await.unwrap();
         handled(&store, "tally-bad", 2).await;
@@ -236,7 +236,7 @@ async fn hung_handler_is_named_until_it_returns() {
     let (part, state) = eventually("health names it", async || hung()).await;
     assert!(part.starts_with("waiter/"), "{part}");
     assert!(format!("{state:?}").contains("tally-slow"), "{state:?}");
-    eventually("it is told", async || lines(&["ERROR", "does not return", &id]).first().cloned()).await;
+    eventually("the hung handler is logged", async || lines(&["ERROR", "does not return", &id]).first().cloned()).await;
     // The other lane continues, whichever of the two lanes is blocked.
     for number in 0..8 {
         add(&store, &format!("other{number}"), [1]).await;
@@ -276,8 +276,8 @@ async fn handler_that_blocks_its_thread_is_named_and_aborted() {
     .await;
     let error = runtime.drain(Duration::from_millis(200)).await.unwrap_err();
     assert!(error.contains("aborted: blocker"), "{error}");
-    let told = lines(&["ERROR", "did not stop in time", "blocker", "tally-a"]);
-    assert_eq!((told.len(), counted(&health, "annals_parts_cut_off_total")), (1, 1), "{told:?}");
+    let logged = lines(&["ERROR", "did not stop in time", "blocker", "tally-a"]);
+    assert_eq!((logged.len(), counted(&health, "annals_parts_cut_off_total")), (1, 1), "{logged:?}");
     drop(end);
 }
 
@@ -419,8 +419,8 @@ async fn absent_service_is_named_until_it_answers() {
     world.request("unanswered", Uuid::new_v4(), None).await;
     let reason = eventually("health says so", async || attention(&health, "trip.timers")).await;
     assert!(reason.contains("no answer from \"bank\""), "{reason}");
-    let told = lines(&["WARN", "a step timed out", "unanswered", "charge", "attempt=1 "]);
-    assert_eq!(told.len(), 1, "{told:?}");
+    let logged = lines(&["WARN", "a step timed out", "unanswered", "charge", "attempt=1 "]);
+    assert_eq!(logged.len(), 1, "{logged:?}");
     assert!(counted(&health, "annals_saga_steps_timed_out_total") >= 1);
     let bank = world.start(&["bank"]).await;
     world.becomes("unanswered", Status::Completed).await;

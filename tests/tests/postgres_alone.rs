@@ -123,13 +123,13 @@ async fn other_stores_are_notified_as_soon_as_one_listens() {
     // PostgreSQL delivers a notification to a session before the answer to a later query.
     tokio::time::sleep(Duration::from_millis(200)).await;
     sqlx::query("SELECT 1").execute(&mut outside).await.unwrap();
-    assert!(outside.next_buffered().is_none(), "it was told, and had not said that it listens");
+    assert!(outside.next_buffered().is_none(), "the other store was notified before it listened");
 
     let attend = "SELECT pg_advisory_lock_shared('annals.events'::regclass::oid::int, 1024)";
     sqlx::query(schema.sql(attend)).execute(&mut outside).await.unwrap();
     store.commit(append("thing-1", 10, 1)).await.unwrap();
-    let told = timeout(PROMPTLY, outside.recv()).await.expect("it was not told").unwrap();
-    assert_eq!(told.channel(), channel);
+    let notification = timeout(PROMPTLY, outside.recv()).await.expect("the other store was not notified").unwrap();
+    assert_eq!(notification.channel(), channel);
 }
 
 /// Another store receives a notification of each commit long before its next poll.

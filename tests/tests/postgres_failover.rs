@@ -392,7 +392,7 @@ async fn lost_end_is_noticed_in_open_sessions() {
             }
         } else {
             let waiting = store.wait(Position(5));
-            timeout(PROMPTLY, waiting).await.expect("who waits beyond the end must wake up").unwrap();
+            timeout(PROMPTLY, waiting).await.expect("a reader that waits beyond the end must wake up").unwrap();
         }
         let lost = store.status().await.unwrap().lost_end;
         assert_eq!(lost.map(|lost| lost.position), Some(Position(5)), "by a commit: {by_commit}");

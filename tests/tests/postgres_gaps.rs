@@ -296,23 +296,23 @@ async fn commit_reports_one_run_only_for_consecutive_positions() {
         let store = schema.store().await;
         writers.spawn(async move {
             let name = format!("run-{writer}");
-            let (mut told, mut silent) = (Vec::new(), 0);
+            let (mut notified, mut silent) = (Vec::new(), 0);
             for round in 0..ROUNDS {
                 let committed = store.commit(append(&name, round * EVENTS, EVENTS as usize)).await.unwrap();
                 match committed.recorded_at {
-                    Some(_) => told.push(committed.position.0),
+                    Some(_) => notified.push(committed.position.0),
                     None => silent += 1,
                 }
             }
-            (name, told, silent)
+            (name, notified, silent)
         });
     }
     let (mut one_run, mut interleaved) = (0, 0);
     let mut outside = schema.connection().await;
-    for (name, told, silent) in writers.join_all().await {
-        one_run += told.len();
+    for (name, notified, silent) in writers.join_all().await {
+        one_run += notified.len();
         interleaved += silent;
-        for last in told {
+        for last in notified {
             let sql =
                 "SELECT count(*) FROM annals.events WHERE position > $1 - $2 AND position <= $1 AND stream_id = $3";
             let of_stream: i64 = sqlx::query_scalar(schema.sql(sql))

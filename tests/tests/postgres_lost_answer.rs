@@ -28,7 +28,7 @@ enum Cut {
 }
 
 /// Returns that error as a protocol message: fields that start with a letter each, ended by a zero byte.
-fn told() -> Vec<u8> {
+fn crash_report() -> Vec<u8> {
     let fields = b"SERROR\0VERROR\0C08P01\0Mserver conn crashed?\0\0";
     let length = u32::try_from(fields.len() + 4).unwrap().to_be_bytes();
     [b"E", &length[..], fields].concat()
@@ -75,7 +75,7 @@ impl Proxy {
                         // The server answers once the transaction has ended.
                         assert!(from_server.read(&mut answered).await? > 0, "the server went away itself");
                         if cut == Cut::Told {
-                            to_client.write_all(&told()).await?;
+                            to_client.write_all(&crash_report()).await?;
                         }
                         return Ok(());
                     }

@@ -99,7 +99,7 @@ async fn subscription_restarted_during_a_slow_commit_has_each_effect_once() {
             following = Following::start(&schema).await;
         }
         adding.await.unwrap();
-        assert!(copies(&store, "during").await.0.len() < 60, "nobody may go past the open transaction");
+        assert!(copies(&store, "during").await.0.len() < 60, "no reader may pass the open transaction");
         execute(&mut slow, ending).await;
         add(&store, "after", 1..=5).await;
         let wanted =

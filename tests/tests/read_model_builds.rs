@@ -407,9 +407,11 @@ async fn unmaintained_views_of_a_later_version_show_in_health() {
     projection(&Totals::<2>::default()).rebuild(store.clone()).await.unwrap();
     let older = service(Runtime::new(), &store, &Totals::<1>::default()).await;
     deposit(&store, "ada", 1).await;
-    let trouble = eventually("it says that nobody keeps them", async || match older.health().parts().get("totals") {
-        Some(State::Trouble(reason)) => Some(reason.clone()),
-        _ => None,
+    let trouble = eventually("health says that no process maintains the views", async || {
+        match older.health().parts().get("totals") {
+            Some(State::Trouble(reason)) => Some(reason.clone()),
+            _ => None,
+        }
     });
     assert!(trouble.await.contains("no process maintains the views"));
     assert_eq!(all(&store).await["ada"].deposits, 1);

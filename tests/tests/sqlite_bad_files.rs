@@ -204,7 +204,7 @@ async fn empty_file_becomes_a_store() {
     let header = fs::read(&path).unwrap();
     assert_eq!(header[68..72], APPLICATION_ID.to_be_bytes(), "the file itself says whose it is");
     let beside = contents(folder.path()).into_keys().collect::<Vec<_>>();
-    assert_eq!(beside, [path], "nothing is left beside a store that was closed");
+    assert_eq!(beside, [path], "no file is left next to a closed store");
 }
 
 #[tokio::test]

@@ -49,7 +49,7 @@ async fn close_writes_waiting_commits() {
     assert_eq!(held, 1);
     store.close().await.unwrap();
     let beside = std::fs::read_dir(folder.path()).unwrap().count();
-    assert_eq!(beside, 1, "nothing is left beside the file");
+    assert_eq!(beside, 1, "no other file is left next to the store");
     for outcome in commits.join_all().await {
         match outcome {
             Ok(_) => held += 1,
@@ -72,7 +72,7 @@ async fn closed_store_reports_that_it_is_closed() {
     tokio::task::yield_now().await;
     store.close().await.unwrap();
     store.close().await.unwrap();
-    assert!(matches!(waiting.await.unwrap(), Err(StoreError::Unavailable(_))), "nobody waits for ever");
+    assert!(matches!(waiting.await.unwrap(), Err(StoreError::Unavailable(_))), "no caller waits forever");
     assert!(matches!(store.wait(Position(1)).await, Err(StoreError::Unavailable(_))));
     assert!(matches!(store.commit(commit(2)).await, Err(CommitError::Unavailable(_))));
     assert!(matches!(store.status().await, Err(StoreError::Unavailable(_))));

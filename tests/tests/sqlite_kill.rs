@@ -108,7 +108,7 @@ fn killed_process_loses_no_acknowledged_commit() {
         let after = if kill == 0 { 0 } else { RandomState::new().hash_one(kill) % 400 };
         let before = acknowledged.len();
         acknowledged.extend(run_and_kill(&file, after));
-        let told = format!("kill {kill} after {after} lines, {} acknowledged", acknowledged.len() - before);
+        let case = format!("kill {kill} after {after} lines, {} acknowledged", acknowledged.len() - before);
 
         // The first process that opens the file also recovers it, and plain SQL must be able to do that too.
         let by_store = async || {
@@ -124,17 +124,17 @@ fn killed_process_loses_no_acknowledged_commit() {
             let early = if kill % 2 == 1 { Some(by_store().await) } else { None };
             let found = found_by_sql(&file).await;
             let rounds = if let Some(rounds) = early { rounds } else { by_store().await };
-            assert_eq!(found.rounds, rounds, "{told}");
+            assert_eq!(found.rounds, rounds, "{case}");
             found
         });
         for (writer, round, position) in &acknowledged {
-            assert!(*round < found.rounds[*writer], "{told}: writer {writer} lost round {round}");
+            assert!(*round < found.rounds[*writer], "{case}: writer {writer} lost round {round}");
             assert_eq!(
                 found.own.get(&(*writer, *round)),
                 Some(&(position - 1)),
-                "{told}: writer {writer}, round {round}"
+                "{case}: writer {writer}, round {round}"
             );
-            assert!(found.shared.contains(position), "{told}: writer {writer}, round {round}");
+            assert!(found.shared.contains(position), "{case}: writer {writer}, round {round}");
         }
     }
     assert!(acknowledged.len() > 100, "{} acknowledged commits prove nothing", acknowledged.len());

@@ -74,7 +74,7 @@ async fn odd_rows_block_no_reader() {
     let odd = store.read_log(&LogQuery::all(), Position(1001), 1).await.unwrap().events.remove(0);
     assert_eq!((odd.stream.as_str(), &*odd.data), ("a-\u{fffd}", "\"\u{fffd}\""));
     let ids = store.read_log(&LogQuery::all(), Position(3), 2).await.unwrap().events;
-    assert_ne!(ids[0].id, ids[1].id, "what has no id of ours is still told apart");
+    assert_ne!(ids[0].id, ids[1].id, "events without an id of the library still differ");
     let stream = StreamId::parse("a-1").unwrap();
     let versions = store.read_stream(&stream, Version(3), 10).await.unwrap();
     assert_eq!(versions.iter().map(|event| event.version.0).collect::<Vec<_>>(), [i64::MAX]);

@@ -187,7 +187,7 @@ async fn given_up(store: &Arc<dyn EventStore>) -> Vec<(String, DateTime<Utc>)> {
     }
 }
 
-async fn backlog_keeps_nobody_waiting(store: Arc<dyn EventStore>) {
+async fn backlog_delays_no_other(store: Arc<dyn EventStore>) {
     let world = World::new(store.clone(), short(Duration::from_secs(3), None));
     herd(&world, &store).await;
     let runtime = world.start(&["shop"]).await;
@@ -217,19 +217,19 @@ async fn backlog_keeps_nobody_waiting(store: Arc<dyn EventStore>) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_thousand_due_timers_delay_no_other_in_memory() {
-    backlog_keeps_nobody_waiting(Arc::new(MemoryStore::new())).await;
+    backlog_delays_no_other(Arc::new(MemoryStore::new())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_thousand_due_timers_delay_no_other_on_sqlite() {
     let folder = tempfile::tempdir().unwrap();
-    backlog_keeps_nobody_waiting(Arc::new(SqliteStore::open(folder.path().join("annals.db")).await.unwrap())).await;
+    backlog_delays_no_other(Arc::new(SqliteStore::open(folder.path().join("annals.db")).await.unwrap())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_thousand_due_timers_delay_no_other_on_postgres() {
     let schema = Schema::new();
-    backlog_keeps_nobody_waiting(Arc::new(schema.store().await)).await;
+    backlog_delays_no_other(Arc::new(schema.store().await)).await;
 }
 
 /// A different clock for one process, provided by a library that is loaded before the system's.

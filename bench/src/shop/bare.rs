@@ -113,7 +113,7 @@ pub fn records(brokers: &str) -> Result<Vec<OwnedMessage>, Failure> {
 }
 
 /// Describes the number and the size of the messages per saga.
-pub fn told(records: &[OwnedMessage], sagas: usize) -> String {
+pub fn messages_note(records: &[OwnedMessage], sagas: usize) -> String {
     use rdkafka::message::Headers;
     let bytes = |record: &OwnedMessage| {
         let headers = record.headers().into_iter().flat_map(Headers::iter);

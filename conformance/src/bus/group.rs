@@ -81,8 +81,10 @@ impl Member {
                 }
             }
             Polled::Revoked(_) => {}
-            Polled::Wiped(partitions) => panic!("nobody wiped {partitions:?}"),
-            Polled::Lost { partition, offsets } => panic!("nobody removed {offsets:?} of {partition:?}"),
+            Polled::Wiped(partitions) => panic!("partitions were unexpectedly wiped: {partitions:?}"),
+            Polled::Lost { partition, offsets } => {
+                panic!("offsets {offsets:?} of {partition:?} were unexpectedly removed")
+            }
         }
         Vec::new()
     }
@@ -214,8 +216,10 @@ impl Crew {
                         }
                         roll.send_modify(|roll| roll.owners.retain(|partition, _| !partitions.contains(partition)));
                     }
-                    Polled::Wiped(partitions) => panic!("nobody wiped {partitions:?}"),
-                    Polled::Lost { partition, offsets } => panic!("nobody removed {offsets:?} of {partition:?}"),
+                    Polled::Wiped(partitions) => panic!("partitions were unexpectedly wiped: {partitions:?}"),
+                    Polled::Lost { partition, offsets } => {
+                        panic!("offsets {offsets:?} of {partition:?} were unexpectedly removed")
+                    }
                     Polled::Messages(deliveries) => {
                         roll.send_modify(|roll| roll.enter(member, &deliveries));
                         for Delivery { partition, offset, .. } in &deliveries {

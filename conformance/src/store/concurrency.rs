@@ -34,18 +34,18 @@ pub async fn commit_returns_the_positions_of_its_events<T: StoreUnderTest>() {
     for writer in 0..16 {
         let store = store.clone();
         writers.spawn(async move {
-            let mut told = Vec::new();
+            let mut outcomes = Vec::new();
             for round in 0..10 {
                 let names = ["left", "right"].map(|side| format!("{side}-{writer}"));
                 let appends = names.clone().map(|name| append(&name, at(round * 2), numbered(2)));
-                told.push((names, store.commit(appending(appends)).await.unwrap()));
+                outcomes.push((names, store.commit(appending(appends)).await.unwrap()));
             }
-            told
+            outcomes
         });
     }
-    let told = writers.join_all().await.into_iter().flatten().collect::<Vec<_>>();
+    let outcomes = writers.join_all().await.into_iter().flatten().collect::<Vec<_>>();
     let log = whole_log(&*store).await;
-    for (names, committed) in told {
+    for (names, committed) in outcomes {
         let end = log.iter().position(|event| event.position == committed.position).unwrap() + 1;
         let found = &log[end - 4..end];
         let Some(recorded_at) = committed.recorded_at else { continue };

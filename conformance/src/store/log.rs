@@ -167,7 +167,7 @@ pub async fn wait_ends_with_the_next_commit<T: StoreUnderTest>() {
             waiting.await.unwrap().unwrap();
         }
     };
-    timeout(PROMPTLY, rounds).await.expect("a waiting reader must be told");
+    timeout(PROMPTLY, rounds).await.expect("a waiting reader must be woken");
 }
 
 /// Many writers and one reader run at once. The reader sees each event exactly once, and never before an earlier event.

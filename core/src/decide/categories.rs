@@ -95,7 +95,7 @@ pub(crate) async fn watch(
     health: Health,
 ) {
     let part = format!("{service}.categories");
-    let (started, mut after, mut told) = (Instant::now(), Position::START, false);
+    let (started, mut after, mut reported) = (Instant::now(), Position::START, false);
     loop {
         unknown.retain(|category| !is_registered(category));
         // If the store is unavailable, other parts report that.
@@ -107,7 +107,7 @@ pub(crate) async fn watch(
             sleep(PAUSE).await;
         }
         if unknown.is_empty() {
-            if told {
+            if reported {
                 health.remove(&part);
             }
             return;
@@ -119,7 +119,7 @@ pub(crate) async fn watch(
                  in the log has that category: compare the spelling with Aggregate::CATEGORY",
                 names.join(", ")
             );
-            if !std::mem::replace(&mut told, true) {
+            if !std::mem::replace(&mut reported, true) {
                 tracing::warn!(%service, %reason, "a category is unknown");
             }
             health.set(&part, State::NeedsAttention(reason));

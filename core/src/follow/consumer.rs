@@ -118,7 +118,7 @@ impl Group {
         let (name, heard) = (self.name.clone(), self.heard.clone());
         let mut silent: Vec<Arc<str>> = self.topics.iter().map(|topic| topic.as_str().into()).collect();
         async move {
-            let (part, mut told) = (format!("{name}.topics"), false);
+            let (part, mut reported) = (format!("{name}.topics"), false);
             tokio::time::sleep(SILENT_MAX).await;
             loop {
                 let known = heard.topics().clone();
@@ -135,7 +135,7 @@ impl Group {
                 let known = heard.topics().clone();
                 silent.retain(|topic| !known.contains(topic));
                 if silent.is_empty() {
-                    if told {
+                    if reported {
                         health.remove(&part);
                     }
                     return;
@@ -144,7 +144,7 @@ impl Group {
                     "group {name} has never received a message from {}: check the name, and that the service publishes",
                     silent.join(", ")
                 );
-                if !std::mem::replace(&mut told, true) {
+                if !std::mem::replace(&mut reported, true) {
                     tracing::warn!(group = %name, topics = silent.join(", "), "a topic has never delivered a message");
                 }
                 health.set(&part, State::NeedsAttention(reason));

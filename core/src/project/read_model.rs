@@ -268,14 +268,18 @@ impl<R: ReadModel> Projection<R> {
     }
 
     /// Rebuilds all views next to the live views, and returns once the new views have caught up with the log. The
-    /// caller compares the result with the live views, and then swaps or discards it. During the build, `told` is
+    /// caller compares the result with the live views, and then swaps or discards it. During the build, `on_progress` is
     /// called with each position that the build reaches.
     ///
     /// # Errors
     /// Fails if the store is unavailable, or if more events fail than a build may park.
-    pub async fn build(&self, store: Arc<dyn EventStore>, told: impl FnMut(Position)) -> Result<Rebuild, String> {
+    pub async fn build(
+        &self,
+        store: Arc<dyn EventStore>,
+        on_progress: impl FnMut(Position),
+    ) -> Result<Rebuild, String> {
         let build = self.begin(store).await?;
-        match build.catch_up(told).await {
+        match build.catch_up(on_progress).await {
             Ok(()) => Ok(build),
             Err(error) => {
                 // If `discard` fails too, the next build removes what is left of this one.

@@ -169,13 +169,13 @@ impl Rebuild {
         Ok(Self { store, model, build, builder, before, accepts_parked, accepts_older, follows, done })
     }
 
-    /// Returns once the build has handled all events that were recorded before the call. Until then, calls `told` with
+    /// Returns once the build has handled all events that were recorded before the call. Until then, calls `on_progress` with
     /// each position of the log that the build reaches.
     ///
     /// # Errors
     /// Fails if the store is unavailable for a minute, if another process has given the build up, or if more events
     /// fail than a build may park.
-    pub async fn catch_up(&self, mut told: impl FnMut(Position)) -> Result<(), SwapError> {
+    pub async fn catch_up(&self, mut on_progress: impl FnMut(Position)) -> Result<(), SwapError> {
         let mut answered_at = Instant::now();
         let mut counted_at = Instant::now();
         let mut head = None;
@@ -186,7 +186,7 @@ impl Rebuild {
             match self.progress(&mut head, &mut counted_at).await {
                 Ok((reached, head)) => {
                     answered_at = Instant::now();
-                    told(reached);
+                    on_progress(reached);
                     if reached >= head {
                         return Ok(());
                     }
@@ -244,15 +244,15 @@ impl Rebuild {
         Ok((found.len(), first))
     }
 
-    /// Compares the live views with the rebuilt views, and calls `told` for each view that differs. Both sides may
+    /// Compares the live views with the rebuilt views, and calls `on_difference` for each view that differs. Both sides may
     /// still be changing. A view whose values differ is therefore read again until both sides are at the same position.
     /// If that never happens, the difference is reported and counted as uncertain.
     ///
     /// # Errors
     /// Fails if the store cannot be read, or if other views are swapped in during the comparison.
-    pub async fn compare(&self, told: impl FnMut(Difference)) -> Result<Compared, StoreError> {
+    pub async fn compare(&self, on_difference: impl FnMut(Difference)) -> Result<Compared, StoreError> {
         let live = generation::load(&*self.store, self.model).await?.0.live;
-        let mut compared = self.compare_with(live, told).await?;
+        let mut compared = self.compare_with(live, on_difference).await?;
         if generation::load(&*self.store, self.model).await?.0.live != live {
             let reason = format!(
                 "other views of read model {} were swapped in during the comparison: compare again",
@@ -265,7 +265,11 @@ impl Rebuild {
         Ok(compared)
     }
 
-    async fn compare_with(&self, of_live: u32, mut told: impl FnMut(Difference)) -> Result<Compared, StoreError> {
+    async fn compare_with(
+        &self,
+        of_live: u32,
+        mut on_difference: impl FnMut(Difference),
+    ) -> Result<Compared, StoreError> {
         let (mut compared, mut looks) = (Compared::default(), 0);
         let mut live = Views::new(self, of_live);
         let mut rebuilt = Views::new(self, self.build.generation);
@@ -291,7 +295,7 @@ impl Rebuild {
             if let Some((difference, certain)) = self.look_again(of_live, key, &mut looks).await? {
                 compared.differences += 1;
                 compared.uncertain += usize::from(!certain);
-                told(difference);
+                on_difference(difference);
             }
         }
     }

@@ -96,18 +96,18 @@ impl Clock {
         Asked(steady_microseconds())
     }
 
-    /// Applies the answer of the store, whose time was `told` at some moment since [`ask`](Clock::ask). The clock moves
-    /// only as far as needed to agree with the answer, so a slow answer does not move a correct clock.
-    pub fn told(&self, asked: Asked, told: DateTime<Utc>) {
-        self.correct(asked.0, steady_microseconds(), told.timestamp_micros());
+    /// Applies the answer of the store, whose time was `server_time` at some moment since [`ask`](Clock::ask). The clock
+    /// moves only as far as needed to agree with the answer, so a slow answer does not move a correct clock.
+    pub fn answered(&self, asked: Asked, server_time: DateTime<Utc>) {
+        self.correct(asked.0, steady_microseconds(), server_time.timestamp_micros());
     }
 
-    fn correct(&self, asked: i64, answered: i64, told: i64) {
+    fn correct(&self, asked: i64, answered: i64, server_time: i64) {
         if !self.0.runs {
             return;
         }
-        let least = told.saturating_sub(answered);
-        let most = told.saturating_sub(asked).max(least);
+        let least = server_time.saturating_sub(answered);
+        let most = server_time.saturating_sub(asked).max(least);
         let offset = self.0.offset.load(Ordering::SeqCst);
         if offset < least || offset > most {
             self.0.offset.store(offset.clamp(least, most), Ordering::SeqCst);

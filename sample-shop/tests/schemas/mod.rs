@@ -88,8 +88,8 @@ impl Schemas {
         let placed = self.ask("order", &format!("{of}'order.placed'")).await;
         let ended = self.ask("order", &format!("{of}'order.confirmed' OR type = 'order.cancelled'")).await;
         assert_eq!(ended, placed, "orders without an end");
-        let told = self.ask("notification", &format!("{of}'notification.sent'")).await;
-        assert!(told >= placed, "{told} of {placed} customers were told");
+        let notified = self.ask("notification", &format!("{of}'notification.sent'")).await;
+        assert!(notified >= placed, "{notified} of {placed} customers were notified");
         let left = "SELECT coalesce(sum(CASE type WHEN 'stock.reserved' THEN 1 ELSE -1 END * (data->>'quantity')::bigint), 0)::bigint
                       FROM annals.events WHERE type IN ('stock.reserved', 'stock.released', 'stock.shipped')";
         assert_eq!(self.ask("inventory", left).await, 0, "units still reserved");
