@@ -99,8 +99,8 @@ pub enum OpenError {
 /// What a failed statement means for the callers that wait for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// Another process was faster, or the server aborted this transaction to end a deadlock. Nothing was written. The
-    /// caller should read again and retry.
+    /// Another process committed first, or the server aborted this transaction to end a deadlock. Nothing was written.
+    /// The caller should read again and retry.
     Race,
     /// Another transaction holds a lock for longer than a group should wait. Nothing was written.
     Held,

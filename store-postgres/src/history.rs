@@ -133,7 +133,7 @@ impl History {
     /// Returns whether this check is the first to find that the log has lost the event.
     fn compare_known(&self, known: &mut Known, (number, asked): Asked, found: Option<Uuid>) -> bool {
         let Some(asked) = asked.filter(|(_, id)| found != Some(*id)) else { return false };
-        // If the number differs, another session has noticed the loss meanwhile.
+        // If the number differs, another session has noticed the loss first.
         let is_news = number == self.number();
         if is_news {
             self.lose(known, asked);

@@ -305,8 +305,8 @@ impl EventStore for PostgresStore {
                         }
                     };
                     timeout(Duration::from_millis(look.min(longest)), woken).await.ok();
-                    // Events that this process wrote meanwhile are visible. If these events are behind a gap, the
-                    // reader finds that out and soon calls this method again.
+                    // Events that this process wrote during the wait are visible. If a gap precedes these events, the
+                    // reader notices the gap and soon calls this method again.
                     if news.last_written(history) > after {
                         return Ok(());
                     }

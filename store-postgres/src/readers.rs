@@ -26,7 +26,7 @@ use crate::{
 /// How long a read waits for a session before it gives up.
 pub(crate) const WAIT_SECONDS_MAX: u64 = 30;
 
-/// The sessions. They are opened on demand and kept. Clones share the same sessions.
+/// The sessions for reads. A session is opened on demand and kept. Clones share the same sessions.
 #[derive(Clone, Debug)]
 pub(crate) struct Readers(Arc<Sessions>);
 

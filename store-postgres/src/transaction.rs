@@ -24,7 +24,7 @@ use crate::{
 /// The number of savepoints that are kept before they are merged into one.
 const SAVEPOINTS_MAX: u64 = 32;
 /// How many races against other processes a commit may lose. The limit is low, because the rows that the user's SQL has
-/// changed stay locked meanwhile.
+/// changed stay locked during the retries.
 const RACES_MAX: u32 = 4;
 
 /// The settings for the user's SQL. They let the server plan the user's SQL as usual, whereas the store's own SQL uses

@@ -87,7 +87,7 @@ impl Reconnect {
 
 /// The failure of an attempt to write a group.
 enum Failure {
-    /// Other processes were faster each time, or the server rejects a value. Parts of the group may succeed.
+    /// Other processes committed first on every attempt, or the server rejects a value. Parts of the group may succeed.
     OfSome(CommitError),
     /// No part of the group can succeed.
     OfAll(CommitError),
