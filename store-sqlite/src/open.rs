@@ -166,8 +166,8 @@ impl Database {
             let (path, found, known) = (self.path.clone(), found as i64, known as i64);
             return Err(OpenError::Outdated { path, found, known });
         }
-        // The version is read again within the transaction, because another process may have migrated the file
-        // meanwhile.
+        // The version is read again within the transaction, because another process may have migrated the file since
+        // the first read.
         let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await.map_err(failed)?;
         let found = self.schema_version(&mut transaction).await?;
         for (sql, version) in MIGRATIONS.iter().zip(1..).skip(found) {
