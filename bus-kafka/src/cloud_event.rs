@@ -324,7 +324,7 @@ impl<'r> MediaType<'r> {
         matches!(&*self.essence, "application/json" | "text/json") || self.essence.ends_with("+json")
     }
 
-    /// Returns whether the value is a whole event in JSON. Returns an error for an event in any other format.
+    /// Returns whether the value is a structured CloudEvent in JSON. Returns an error for an event in any other format.
     fn is_structured(&self) -> Result<bool, String> {
         if self.essence == STRUCTURED {
             let mut parameters = self.whole.split(';').skip(1).filter_map(|parameter| parameter.split_once('='));

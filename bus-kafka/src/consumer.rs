@@ -673,7 +673,7 @@ impl Consumer for Member {
     }
 
     async fn seek(&mut self, partition: &Partition, from: Option<Bookmark>) -> Result<(), BusError> {
-        // If the partition was revoked meanwhile, the next poll reports that.
+        // If the partition has been revoked, the next poll reports the revocation.
         let Some(place) = self.place(partition) else { return Ok(()) };
         match from {
             None => self.fetch(&place, Offset::Beginning, None),

@@ -23,8 +23,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How long brokers may stay silent before the read fails.
 const SILENCE: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_millis(200);
-/// The number of messages to inspect in a partition for which the service remembers no end. The service's last message
-/// is among these messages, unless other services have sent at least as many messages since.
+/// How many of the last messages of a partition to inspect if the service has recorded no position there. These
+/// messages include the last message of the service, unless other services have sent as many messages since.
 const LAST: i64 = 1_000;
 /// The same limit for a partition for which the service remembers an end. Other services may have sent many messages
 /// while the service was down.

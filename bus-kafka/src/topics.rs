@@ -62,8 +62,8 @@ pub(crate) struct Known {
 pub(crate) struct Topics {
     settings: Settings,
     admin: AdminClient<DefaultClientContext>,
-    /// The client that looks up topics. It is a consumer, because a lookup by the admin client would make brokers
-    /// create a missing topic.
+    /// The client that looks up topics. The client is a consumer, because a lookup by the admin client would make
+    /// brokers create a missing topic.
     looking: Arc<BaseConsumer<Door>>,
     known: Mutex<HashMap<Arc<str>, Known>>,
 }
