@@ -116,10 +116,9 @@ fn encode_fn() -> TokenStream {
 }
 
 /// Generates the type that serializes the fields of any variant in place.
-///
-/// The type mirrors the enum with serde's "remote derive". It borrows the fields from the original but keeps the types
-/// of the fields, so that `skip_serializing_if` and `serialize_with` work as usual. A struct of references would break
-/// both attributes. `untagged` makes the JSON contain only the fields.
+/// The type mirrors the enum with serde's "remote derive". The generated type borrows the fields from the original but
+/// keeps the types of the fields, so that `skip_serializing_if` and `serialize_with` work as usual. A struct of
+/// references would break both attributes. `untagged` makes the JSON contain only the fields.
 fn writer(event_enum: &EventEnum) -> TokenStream {
     let ident = &event_enum.ident;
     let remote = ident.to_string();
