@@ -1,6 +1,6 @@
-//! The cards with which customers pay. They are test cards, as real payment providers offer them: the card decides what
-//! the simulated provider does. The client that places an order chooses the card at random, so no service needs to know
-//! the seed.
+//! The cards with which customers pay. Real payment providers offer such test cards: the card decides what the
+//! simulated provider does. The client that places an order chooses the card at random, so no service needs to know the
+//! seed.
 
 use serde::{Deserialize, Serialize};
 

@@ -48,7 +48,7 @@ impl ReadModel for Shelf {
     }
 }
 
-/// The maximum age of the views. Under load, four times as much.
+/// The maximum age of the views. Under load, the views may be four times as old.
 const AGE: Duration = Duration::from_millis(200);
 
 /// Returns the projection of the shelf, built from the events of the stock.
