@@ -309,8 +309,8 @@ async fn message_too_large_for_the_topic_is_parked() {
     );
     assert_eq!(sql.copies().await, others, "nothing passes what is parked");
 
-    // After it is moved back, the relay sends the messages before the parked ones once more, and sends nothing beyond
-    // them.
+    // After its checkpoint is moved back, the relay sends the messages before the parked messages again, and no later
+    // messages.
     sql.set_back().await;
     add(&store, 42..43).await;
     until("the relay has started over", async || pair.sent().await >= 2 * others).await;

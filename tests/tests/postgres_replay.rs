@@ -254,7 +254,7 @@ async fn slow_replay_keeps_no_transaction_open() {
 #[tokio::test(flavor = "multi_thread")]
 async fn lost_connection_loses_no_replayed_event() {
     let bed = Bed::new().await;
-    // More events than are read ahead by the time the last connection is cut.
+    // The number of events exceeds what the replay reads ahead until the test cuts the last connection.
     bed.fill(120_000, 500).await;
     let mut replayed = bed.store.replay(Replay::all());
     let mut taken = 0;

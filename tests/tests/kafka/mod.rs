@@ -310,7 +310,7 @@ impl Sql {
         sqlx::query_scalar(of.sql(sql)).fetch_one(&mut self.connection).await.unwrap()
     }
 
-    /// Returns the number of events that are to be copied.
+    /// Returns the number of events that must be copied.
     pub async fn events(&mut self) -> i64 {
         self.number(self.source.clone(), "SELECT count(*) FROM annals.events").await
     }

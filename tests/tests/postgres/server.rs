@@ -144,7 +144,7 @@ impl Server {
         let caught_up = async {
             let sql = "SELECT pg_last_wal_replay_lsn() >= $1::pg_lsn";
             while !sqlx::query_scalar::<_, bool>(sql).bind(&until).fetch_one(&mut here).await.unwrap() {
-                // Writes that no commit has flushed are flushed by this statement only.
+                // Only this statement flushes writes that no commit has flushed.
                 sqlx::query("SELECT pg_switch_wal()").execute(&mut there).await.unwrap();
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
