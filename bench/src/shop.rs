@@ -29,8 +29,8 @@ const ROLES: [&str; 4] = ["order", "inventory", "payment", "notification"];
 /// because each round starts its own broker. The database is the one that DATABASE_URL names, or a temporary one.
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// The number of orders for the measurement with many in flight. It has to be so high that the first and last
-    /// orders, which run with fewer in flight, do not matter.
+    /// The number of orders for the measurement with many in flight. A high number makes the first and last orders,
+    /// which run with fewer in flight, negligible.
     #[arg(long, default_value_t = 20_000)]
     orders: usize,
     /// The number of orders for the measurement with one at a time.
