@@ -196,13 +196,13 @@ impl Health {
     }
 }
 
-/// The access of one part to its own state.
+/// Lets one part report its own state.
 #[derive(Clone, Debug)]
 pub(crate) struct Reporter {
     health: Health,
     part: Arc<str>,
     fine: bool,
-    /// A fault that lasts until an operator repairs it. The part keeps working meanwhile.
+    /// A fault that lasts until an operator repairs the cause. The part keeps working during the fault.
     fault: Option<Arc<str>>,
     shutdown: CancellationToken,
     /// Why the part needs an operator although it works.
@@ -222,7 +222,7 @@ impl Reporter {
         }
     }
 
-    /// Sets or clears a fault. A part with a fault is in trouble, even if it works.
+    /// Sets or clears a fault. A part with a fault is reported as in trouble, even while the part keeps working.
     pub fn fault(&mut self, fault: Option<Arc<str>>) {
         if self.fault != fault {
             (self.fault, self.fine) = (fault, false);

@@ -432,10 +432,10 @@ impl Runtime {
     /// Creates an empty runtime for one of several processes that use the same store. The processes share the lanes of
     /// the log. A runtime created with [`new`](Self::new) instead follows all lanes itself and fences any process that
     /// followed them before.
-    ///
     /// `instance` is a name that no other process uses at the same time. A process that restarts with the same name
     /// after a crash gets its lanes and its partitions back at once. Other processes get the lanes after the crashed
-    /// process has sent no heartbeat for five seconds. They get the partitions after the bus has noticed the crash.
+    /// process has sent no heartbeat for five seconds. Other processes get the partitions after the bus has noticed the
+    /// crash.
     pub fn shared(instance: &str) -> Self {
         Self { shared_as: Some(instance.to_owned()), ..Self::new() }
     }

@@ -88,8 +88,8 @@ impl<A: Aggregate> Folds<A> {
         StreamId::new(&self.category, id)
     }
 
-    /// Returns the folded aggregate from the cache. If the cached state is known to be outdated, first reads the events
-    /// that it lacks.
+    /// Returns the folded aggregate from the cache. If the cached state is outdated, first reads the events that are
+    /// missing from the state.
     pub(crate) async fn folded(
         &self,
         store: &dyn EventStore,

@@ -9,7 +9,7 @@ const KNOWN_FLAGS: u8 = 0b11;
 /// The maximum number of members of a `tracestate`, as set by the W3C recommendation.
 const TRACESTATE_MEMBERS_MAX: usize = 32;
 /// The maximum length in bytes of a `tracestate` that is propagated. The W3C recommendation demands at least this
-/// length. It is not greater, because each event stores the `tracestate`.
+/// length. The maximum is not greater, because each event stores the `tracestate`.
 pub const TRACESTATE_BYTES_MAX: usize = 512;
 /// If a `tracestate` is too long, members longer than this number of bytes are dropped first, as the W3C recommendation
 /// demands.

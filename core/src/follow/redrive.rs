@@ -18,8 +18,8 @@ use crate::{
     store::Scan,
 };
 
-/// How often the list of parked messages is read again. An operator may have dropped some of them, and a worker that
-/// lost its lane may have redriven some before it noticed the loss.
+/// How often the list of parked messages is read again. In the meantime, an operator may have dropped messages, or a
+/// worker that had lost its lane without noticing may have redriven messages.
 const RECONCILE: Duration = Duration::from_secs(10);
 /// The number of parked keys examined in one tick.
 const DUE_PAGE: usize = 64;
@@ -28,8 +28,8 @@ const DUE_PAGE: usize = 64;
 /// messages come first.
 const AWAITING_PAGE: usize = 64;
 const AWAITING_PAGE_MAX: usize = 4_096;
-/// How many failed tries a worker remembers. With more failed tries, the worker forgets all of them and tries these
-/// messages once more.
+/// How many failed tries a worker remembers. Beyond this number, the worker forgets all failed tries and tries these
+/// messages again.
 const TRIED_MAX: usize = 10_000;
 
 fn failed(tried: &Parked, message: Option<&Message>, retries: bool) -> FailedMessage {

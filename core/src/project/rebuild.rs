@@ -35,8 +35,8 @@ const COUNT_AGAIN: Duration = Duration::from_secs(1);
 /// failover.
 const OUTAGE_MAX: Duration = Duration::from_secs(60);
 
-/// The rebuilt views of a read model. They have their own generation and are kept up to date next to the live views. If
-/// the `Rebuild` is dropped or its process dies, a later build removes the abandoned generation.
+/// The rebuilt views of a read model. The rebuilt views have their own generation and are kept up to date next to the
+/// live views. If the `Rebuild` is dropped or its process dies, a later build removes the abandoned generation.
 pub struct Rebuild {
     store: Arc<dyn EventStore>,
     model: &'static str,
@@ -344,8 +344,7 @@ impl Rebuild {
 
     /// Like [`swap`](Self::swap), but also appends these events in the same commit.
     pub(crate) async fn swap_with(mut self, appends: Vec<Append>) -> Result<Rebuilt, SwapError> {
-        // Counting may take a while. It therefore happens before the build ends, because a running build still sends
-        // heartbeats.
+        // Counting may take a while, so the views are counted while the build still runs and sends heartbeats.
         let before = count(&*self.store, &collection(self.model, self.before)).await;
         self.end().await;
         let swapped = match before {

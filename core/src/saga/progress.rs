@@ -171,9 +171,9 @@ pub struct Progress {
     pub trouble: Option<Failure>,
     /// The hash of the definition that the saga keeps.
     pub definition: String,
-    /// The numbers under which participants know the steps. They differ from the places of the steps in the plan after
-    /// a migration to a plan that orders the steps differently. When this map is empty, the number of each step is its
-    /// place.
+    /// The numbers under which participants know the steps. The numbers differ from the places of the steps in the plan
+    /// after a migration to a plan that orders the steps differently. When this map is empty, the number of each step
+    /// is its place.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub numbers: BTreeMap<String, usize>,
     /// When the saga started.

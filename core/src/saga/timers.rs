@@ -16,9 +16,9 @@ const KNOWN_MAX: usize = 20_000;
 const SILENT_MAX: usize = 1_000;
 
 /// The timers that this process remembers. Clones share the same timers.
-///
-/// The remembered timers avoid queries to a store in which nothing is due. They also let a timer that has just become
-/// due fire despite a backlog: after downtime, the store returns thousands of timers that were due before that timer.
+/// The remembered timers avoid queries to a store in which no timer is due. The remembered timers also let a timer that
+/// has just become due fire despite a backlog: after downtime, the store returns thousands of timers that were due
+/// before that timer.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Timers(Arc<Mutex<Known>>);
 

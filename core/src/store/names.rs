@@ -14,7 +14,7 @@ use crate::{
 /// something adds names in a loop.
 const SEGMENTS_MAX: usize = 1_000;
 
-/// A segment is a part of the log. It has a name, which the messages of this part carry.
+/// A part of the log with its own name. The messages of this part carry the name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Segment {
     /// The name, unique among all logs.

@@ -55,8 +55,8 @@ pub(super) struct Ledger {
     effects: BTreeMap<(At, usize), Effect>,
     /// The replies, as JSON, to calls that were done with an unknown outcome.
     unheard: BTreeMap<(At, usize), String>,
-    /// The recorded outcomes, as JSON, of the steps that were done or refused. The service sends them again when the
-    /// saga asks again.
+    /// The recorded outcomes, as JSON, of the steps that were done or refused. The service sends the same outcome again
+    /// when the saga asks again.
     answers: BTreeMap<(At, usize), String>,
     /// The steps that a migration added before the saga's place. The saga never carries out these steps.
     skipped: BTreeSet<&'static str>,
