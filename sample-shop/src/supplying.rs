@@ -19,7 +19,7 @@ pub struct Supplying {
 
 impl SagaState for Supplying {}
 
-/// Has a single step: the inventory service books the supply.
+/// Returns the plan of a supply. The plan has a single step: the inventory service books the supply.
 pub fn supplying() -> Saga<Supplying> {
     Saga::<Supplying>::named("supply")
         .retriable("book", |s| {

@@ -206,8 +206,8 @@ pub(super) fn box_width(name: &str, caption: &str) -> i32 {
     wide(name, 8, 14).max(wide(caption, 7, 12)).max(48) + 24
 }
 
-/// Each colored box carries its own text color, so that the background of the page does not matter. Text on the page
-/// itself is a gray that is as far from white as from black.
+/// Each colored box carries its own text color, so that the background of the page does not matter. Text outside of the
+/// boxes is gray, which is readable on white and on black.
 const STYLE: &str = "\
 .saga text{font:14px system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif;text-anchor:middle;fill:#1f2328}
 .saga .caption{font-size:11px;fill-opacity:.75}

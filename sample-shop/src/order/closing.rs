@@ -15,8 +15,8 @@ use crate::inventory::UnitTotals;
 pub enum ClosingEvent {
     /// A client has asked for the books.
     Opened { closing_id: String },
-    /// The books are complete. They include all sagas that had ended when the closing was opened, and part of the work
-    /// then in progress.
+    /// The books are complete. The books include all sagas that had ended when the closing was opened, and part of the
+    /// work then in progress.
     Closed { closing_id: String, books: ShopBooks },
 }
 
