@@ -94,10 +94,12 @@ fn published_packages_depend_only_on_published_packages() {
 fn ci_builds_with_the_rust_version_that_is_stated() {
     let workspace = Metadata::read();
     let toolchain = fs::read_to_string(workspace.workspace_root.join("rust-toolchain.toml")).unwrap();
+    let readme = fs::read_to_string(workspace.workspace_root.join("README.md")).unwrap();
     let channel = toolchain.lines().find_map(|line| line.strip_prefix("channel = ")).unwrap().trim_matches('"');
     for package in &workspace.packages {
         let stated = package.rust_version.as_deref().unwrap_or_else(|| panic!("{} states none", package.name));
         let agrees = channel == stated || channel.strip_prefix(stated).is_some_and(|patch| patch.starts_with('.'));
         assert!(agrees, "{} states Rust {stated}, and CI builds with {channel}", package.name);
+        assert!(readme.contains(&format!("needs Rust {stated}.")), "{} states Rust {stated}", package.name);
     }
 }
