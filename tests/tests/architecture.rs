@@ -101,7 +101,7 @@ fn ring(room: &str) -> u32 {
         "core" => 1,
         room if room.starts_with("store-") || room.starts_with("bus-") || room == "conformance" => 2,
         "cli" => 3,
-        "sample-shop" => 4,
+        "sample-shop" | "examples" => 4,
         "tests" | "bench" => 5,
         room => panic!("{room} has no place in ARCHITECTURE.md: give it one there and here"),
     }
