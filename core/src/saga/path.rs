@@ -125,7 +125,7 @@ impl Path {
     }
 }
 
-/// Draws an arrow, labelled with a reason, to the next box. Returns the left edge of that box.
+/// Draws an arrow, labelled with a reason, to the next box. Returns the left edge of the next box.
 fn step(canvas: &mut Canvas, x: i32, class: &str, reason: Option<&str>) -> i32 {
     let gap = if reason.is_some() { WIDE_GAP } else { GAP };
     canvas.arrow(&format!("M{x} {}h{}", MARGIN + BOX / 2, gap - TIP), class);

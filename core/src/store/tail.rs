@@ -105,7 +105,7 @@ impl Tail {
         Ok(Self { store, recent, fetch, waits, last, committing })
     }
 
-    /// Changes the events held, unless they belong to another history by now.
+    /// Changes the events in memory, unless the events in memory belong to another history.
     fn change(&self, history: u64, change: impl FnOnce(&mut Recent)) {
         let last = {
             let mut recent = self.recent();

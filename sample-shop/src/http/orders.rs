@@ -29,7 +29,8 @@ use crate::order::{
     ReturnCommand, ReturnEvent, SupplyEvent,
 };
 
-/// The maximum number of events read per order, return, supply or closing. In practice there are at most three.
+/// The maximum number of events read per order, return, supply or closing. In practice, a stream has at most three
+/// events.
 const EVENTS_MAX: usize = 100;
 
 /// Events, each with the time at which it was recorded.
