@@ -221,10 +221,13 @@ pub async fn members_share_partitions<S: Subject>() {
     let crew = Crew { bus: S::bus().await, topic: S::topic().await, roll: watch::Sender::default() };
     let all = S::PARTITIONS as usize;
     let one = crew.start(1).await;
-    crew.until("one owns all", |roll| roll.owners.len() == all).await;
+    crew.until("one member owns all partitions", |roll| roll.owners.len() == all).await;
     // Nothing was published. A member that is waiting for messages must notice the rebalance anyway.
     let two = crew.start(2).await;
-    crew.until("both own some", |roll| roll.owners.len() == all && roll.owners() == BTreeSet::from([1, 2])).await;
+    crew.until("both members own partitions", |roll| {
+        roll.owners.len() == all && roll.owners() == BTreeSet::from([1, 2])
+    })
+    .await;
     crew.publish_round(1).await;
     crew.until("all messages", |roll| roll.ledger.count == 200).await;
     crew.until("both deliver", |roll| roll.active == BTreeSet::from([1, 2])).await;
@@ -241,15 +244,15 @@ pub async fn join_and_leave_rebalance<S: Subject>() {
         move |roll: &Roll| roll.owners.len() == all && roll.owners() == members.iter().copied().collect()
     };
     let one = crew.start(1).await;
-    crew.until("one owns all", owned_by(&[1])).await;
+    crew.until("one member owns all partitions", owned_by(&[1])).await;
     crew.publish_round(1).await;
     let two = crew.start(2).await;
     crew.publish_round(2).await;
-    crew.until("both own some", owned_by(&[1, 2])).await;
+    crew.until("both members own partitions", owned_by(&[1, 2])).await;
     crew.publish_round(3).await;
     one().await;
     crew.publish_round(4).await;
-    crew.until("two owns all", owned_by(&[2])).await;
+    crew.until("member two owns all partitions", owned_by(&[2])).await;
     crew.publish_round(5).await;
     crew.until("all messages", |roll| roll.ledger.count == 1_000).await;
     two().await;

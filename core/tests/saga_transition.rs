@@ -425,7 +425,7 @@ fn hash_distinguishes_plans_by_name_kind_order_and_calls() {
     let mut hashes: Vec<_> = others.iter().chain([&base]).map(|saga| saga.hash().to_owned()).collect();
     hashes.sort();
     hashes.dedup();
-    assert_eq!(hashes.len(), others.len() + 1, "each has its own");
+    assert_eq!(hashes.len(), others.len() + 1, "each plan has its own hash");
     // Plans that differ only in commands and settings count as the same plan, so running sagas continue with them.
     let tuned = plan().compensatable("a", car).undo(car).attempts(2).timeout(Duration::from_secs(1));
     let tuned = tuned.compensatable("b", hotel).undo(hotel).deadline(Duration::from_secs(9)).build();

@@ -19,7 +19,7 @@ fn start(store: &Path) -> Child {
     let child = shop(&["run", "--generate", "30000"], store).spawn().unwrap();
     let (number, started) = (child.id().to_string(), Instant::now());
     while std::fs::read_to_string(store.with_extension("db-lock")).ok() != Some(number.clone()) {
-        assert!(started.elapsed() < Duration::from_secs(60), "it never claims the store");
+        assert!(started.elapsed() < Duration::from_secs(60), "the process never claims the store");
         std::thread::sleep(Duration::from_millis(3));
     }
     child

@@ -85,7 +85,7 @@ async fn shelf_is_rebuilt_next_to_the_live_one_compared_and_swapped() {
 
     let same = ops(&["shelf", "compare"]);
     assert_eq!(same.status.code(), Some(0), "{same:?}");
-    assert!(views(&path, 4).await.is_empty(), "what was compared is removed");
+    assert!(views(&path, 4).await.is_empty(), "the compared views are removed");
 
     // The test makes one view wrong, removes one, and adds one that should not exist.
     let skus: Vec<&String> = expected.keys().collect();

@@ -53,7 +53,7 @@ async fn rebuild_shows_a_bar_asks_and_can_be_interrupted() {
     asked.press_ctrl_c();
     let (code, printed) = asked.ended();
     assert!(code == 130 && printed.contains("stopped: the live views are as they were"), "{printed}");
-    assert_eq!(generations(&path).await, [], "what was built is gone");
+    assert_eq!(generations(&path).await, [], "the built views are removed");
 
     let mut no = terminal();
     no.shows("[y/N]");

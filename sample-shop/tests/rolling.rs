@@ -72,7 +72,7 @@ async fn rolling_restart_of_all_services_fails_no_request() {
             *service = service.take().map(Serving::stop_and_restart);
             let started = Instant::now();
             while service.as_ref().unwrap().get("/readyz").status != 200 {
-                assert!(started.elapsed() < PATIENCE, "it is never ready");
+                assert!(started.elapsed() < PATIENCE, "the service is never ready");
                 std::thread::sleep(Duration::from_millis(20));
             }
         }
@@ -127,7 +127,7 @@ fn stop_is_announced_and_answers_open_requests() {
             assert_eq!(answer.json()["reasons"][0], "stopping", "{answer:?}");
             break;
         }
-        assert!(stopped.elapsed() < Duration::from_secs(2), "it does not say that it stops");
+        assert!(stopped.elapsed() < Duration::from_secs(2), "the service does not announce its stop");
     }
     // Requests on old and new connections are served as before, and each answer asks the client to close the
     // connection.
@@ -144,7 +144,7 @@ fn stop_is_announced_and_answers_open_requests() {
         late.write_all(b"GET /healthz HTTP/1.1\r\nhost: shop\r\n\r\n").unwrap();
         serving::read_answer(&mut late)
     };
-    assert!(ask().is_some_and(|answer| answer.status == 200), "it had connected in time");
+    assert!(ask().is_some_and(|answer| answer.status == 200), "the client had connected in time");
     assert_eq!(shop.code(), Some(143));
     assert!(stopped.elapsed() >= Duration::from_secs(3), "{:?}", stopped.elapsed());
     assert!(stopped.elapsed() < Duration::from_secs(10), "{:?}", stopped.elapsed());

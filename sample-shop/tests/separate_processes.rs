@@ -104,7 +104,7 @@ impl Storm {
         println!("{faults} faults in {:?}, {in_time} of them while customers bought", started.elapsed());
         assert!(in_time > faults / 2, "the customer was done before most of the faults: little was tested");
         let line = business(&spawn_blocking(|| customer.wait_with_output().unwrap()).await.unwrap());
-        println!("all had ended after {:?}", started.elapsed());
+        println!("all sagas had ended after {:?}", started.elapsed());
         assert_eq!(without_bus(line), embedded(&self.orders()), "after {faults} faults");
     }
 }

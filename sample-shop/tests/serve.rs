@@ -319,7 +319,7 @@ fn order_can_be_cancelled_until_it_is_confirmed() {
         let ended = shop.get(&format!("/orders/race-{n}?wait=30s")).json();
         assert!(ended["saga"]["ended_at"].is_string(), "{ended}");
     }
-    assert!(in_time > 0, "none was cancelled while its checkout ran");
+    assert!(in_time > 0, "no order was cancelled while its checkout ran");
     shop.ask("POST", "/closings", &[("idempotency-key", "end")], "");
     let books = shop.get("/closings/end?wait=30s").json()["books"].clone();
     assert_eq!(books["cancelled"]["by_customer"].as_u64().unwrap_or(0) as usize, in_time, "{books}");

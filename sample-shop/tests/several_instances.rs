@@ -93,7 +93,7 @@ async fn instances_share_work_and_survive_a_kill_and_a_pause() {
     let [stays, mut dies, sleeps] = ["stays", "dies", "sleeps"].map(|name| database.shop(name));
     let held =
         "SELECT count(DISTINCT body::jsonb ->> 'holder') = 3 FROM annals.documents WHERE collection = 'checkpoint'";
-    database.until("each holds a lane", held).await;
+    database.until("each instance holds a lane", held).await;
     signal(&sleeps, "-STOP");
     let woken = tokio::time::Instant::now() + PAST_ITS_LEASE;
     tokio::time::sleep(Duration::from_secs(1)).await;

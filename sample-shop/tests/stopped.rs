@@ -40,7 +40,7 @@ fn end_of(mut child: Child) -> Output {
     while child.try_wait().unwrap().is_none() {
         if started.elapsed() > PATIENCE {
             child.kill().unwrap();
-            panic!("it stands still");
+            panic!("the run makes no progress");
         }
         std::thread::sleep(Duration::from_millis(5));
     }
@@ -49,7 +49,7 @@ fn end_of(mut child: Child) -> Output {
 
 fn signal(child: &Child, name: &str) {
     let sent = Command::new("kill").args([&format!("-{name}"), &child.id().to_string()]).status().unwrap();
-    assert!(sent.success(), "it had ended before it was sent {name}");
+    assert!(sent.success(), "the process had ended before {name} was sent");
 }
 
 async fn connect(store: &Path) -> Result<SqliteConnection, sqlx::Error> {
@@ -94,9 +94,9 @@ async fn interrupted_run_ends_the_same_when_repeated() {
         signal(&child, name);
         let asked = Instant::now();
         let left = unfinished(&end_of(child), code);
-        assert!(asked.elapsed() < Duration::from_secs(20), "it waited for what never came");
+        assert!(asked.elapsed() < Duration::from_secs(20), "the run waited for a message that never arrived");
         let placed = count(&stopped, "order.placed").await;
-        assert!(placed < i64::from(ORDERS), "it took in all orders in spite of {name}");
+        assert!(placed < i64::from(ORDERS), "the run accepted all orders in spite of {name}");
         assert!(left > 0 && left <= placed, "{left} of {placed} orders are unfinished");
         let ended = count(&stopped, "notification.sent").await;
         assert!(placed - ended <= left, "{placed} were placed, {ended} notified of, {left} unfinished");

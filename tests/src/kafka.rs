@@ -159,7 +159,7 @@ impl Broker {
 
     /// Removes all data of the broker, which must have been killed.
     pub fn wipe(&mut self) {
-        assert!(self.running.is_none(), "it would write on");
+        assert!(self.running.is_none(), "the old broker would continue to write");
         fs::remove_dir_all(self.folder.path().join("data")).unwrap();
     }
 

@@ -80,7 +80,7 @@ impl Terminal {
             }
             if started.elapsed() > PATIENCE {
                 self.child.kill().unwrap();
-                panic!("it does not end: {:?}", String::from_utf8_lossy(&self.screen.0.lock().unwrap()));
+                panic!("the program does not end: {:?}", String::from_utf8_lossy(&self.screen.0.lock().unwrap()));
             }
             std::thread::sleep(Duration::from_millis(10));
         };

@@ -219,8 +219,8 @@ fn long_functions(text: &str) -> Vec<String> {
 fn long_function_is_found() {
     let body = "        1;\n".repeat(FUNCTION_LINES_MAX - 2);
     let text = |more: &str| format!("    pub async fn walk<T>(\n    ) {{\n{body}{more}    }}\n");
-    assert_eq!(long_functions(&text("")), ["walk"], "one line more than the most");
-    assert!(long_functions(&text("").replacen("        1;\n", "", 1)).is_empty(), "as long as the most");
+    assert_eq!(long_functions(&text("")), ["walk"], "one line more than the maximum");
+    assert!(long_functions(&text("").replacen("        1;\n", "", 1)).is_empty(), "as long as the maximum");
 }
 
 fn rust_files(folder: &Path, files: &mut Vec<PathBuf>) {
@@ -415,7 +415,7 @@ fn documents_name_existing_files() {
         }
     }
     assert!(looked_at > 50, "only {looked_at} names were found");
-    assert!(missing.is_empty(), "these are not there: {missing:#?}");
+    assert!(missing.is_empty(), "these files do not exist: {missing:#?}");
 }
 
 fn is_path(quoted: &str) -> bool {

@@ -214,7 +214,7 @@ async fn no_message_is_delivered_before_seek_or_after_revocation() {
     let mut two = bus.join("group", &[TOPIC]).await.unwrap();
     assert!(poll!(two.poll(10)).is_pending(), "not revoked yet");
     let Polled::Revoked(gone) = polled(&mut one).await else { panic!("not revoked") };
-    assert!(poll!(two.poll(10)).is_pending(), "what is under way may still end");
+    assert!(poll!(two.poll(10)).is_pending(), "work in flight may still end");
     let Polled::Messages(kept) = polled(&mut one).await else { panic!("no messages") };
     assert!(kept.iter().all(|delivery| !gone.contains(&delivery.partition)));
     let Polled::Assigned(taken) = polled(&mut two).await else { panic!("not assigned") };

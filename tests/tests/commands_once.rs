@@ -126,7 +126,7 @@ async fn large_command_with_a_lost_answer_is_executed_once() {
             let name = Uuid::new_v4().to_string();
             let done = tallies.execute(&name, TallyCommand::AddOnes(2_000), Uuid::new_v4()).await.unwrap();
             assert_eq!((done.events.len(), done.repeated), (2_000, true));
-            assert_eq!(faulty.commits(), faults.len() as u64, "what holds is not committed again");
+            assert_eq!(faulty.commits(), faults.len() as u64, "a successful command is not committed again");
             assert_eq!(tallies.state(&name).await.unwrap().sum(), 2_000);
             assert_once(&store, &format!("tally-{name}"), 2_000).await;
         }

@@ -24,7 +24,7 @@ fn store() -> Arc<dyn EventStore> {
 
 /// Returns the message of a panic.
 fn panics<T>(code: impl FnOnce() -> T) -> String {
-    let panic = std::panic::catch_unwind(AssertUnwindSafe(code)).err().expect("it did not panic");
+    let panic = std::panic::catch_unwind(AssertUnwindSafe(code)).err().expect("the call did not panic");
     panic.downcast_ref::<String>().cloned().unwrap_or_default()
 }
 
@@ -171,11 +171,11 @@ async fn step_to_an_impossible_service_fails_with_its_name() {
     let mut runtime = Runtime::new();
     runtime.start(vec![Service::new("desk", store.clone()).saga(runner)], Arc::new(LocalBus::default())).await.unwrap();
     add(&store, "a", [1]).await;
-    let stuck = eventually("it is stuck", async || documents(&store, "stuck.saga.lost").await.pop()).await;
+    let stuck = eventually("the saga is stuck", async || documents(&store, "stuck.saga.lost").await.pop()).await;
     assert!(stuck.1.contains("the desk") && stuck.1.contains("cannot be the name of a service"), "{}", stuck.1);
     let stuck =
         async || runtime.health().counters().into_keys().find(|counter| counter.name == "annals_sagas_stuck_total");
-    eventually("it is counted", stuck).await;
+    eventually("the failure is counted", stuck).await;
     runtime.drain(DRAIN).await.unwrap();
 }
 
@@ -185,7 +185,7 @@ async fn parts_with_one_name_have_separate_health() {
     let health = runtime.health();
     runtime.spawn("mailer", async { Err("no such host".to_owned()) });
     runtime.spawn("mailer", async { Err("no such user".to_owned()) });
-    eventually("both have failed", async || {
+    eventually("both steps have failed", async || {
         let parts = health.parts();
         let failed = |part: &str, reason: &str| parts.get(part) == Some(&State::Failed(reason.to_owned()));
         (failed("mailer", "no such host") && failed("mailer#2", "no such user")).then_some(())
@@ -213,7 +213,7 @@ async fn unknown_category_is_named_until_it_exists() {
     assert!(runtime.health().is_working());
     let named = Repository::<Tally>::with(store.clone(), "sum", 10);
     Repository::<Tally>::with(store.clone(), "tolly", 10);
-    eventually("one is left", async || {
+    eventually("one category is left", async || {
         attention(&runtime, "sums.categories")
             .filter(|reason| !reason.contains("\"sum\"") && !reason.contains("\"tolly\""))
     })

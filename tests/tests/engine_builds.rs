@@ -68,7 +68,8 @@ async fn waits_at_charge(store: Arc<dyn EventStore>, old: fn() -> Plan) -> World
     start(&world, runner(&world.store, old()), &["bank"]).await.drain(DRAIN).await.unwrap();
     let runtime = start(&world, runner(&world.store, old()), &["shop", "hotel"]).await;
     world.request("a", Uuid::new_v4(), None).await;
-    eventually("it waits at charge", async || world.status("a").await.filter(|status| status.step == "charge")).await;
+    eventually("the saga waits at charge", async || world.status("a").await.filter(|status| status.step == "charge"))
+        .await;
     // No member receives the messages to the bank, so draining would not end. Therefore the test drops the runtime.
     drop(runtime);
     world
@@ -332,7 +333,7 @@ async fn saga_of_an_unknown_plan_waits_visibly_for_a_build_with_it() {
     let world = waits_at_charge(Arc::new(MemoryStore::new()), quick).await;
     let runtime = start(&world, runner(&world.store, first()), &ALL).await;
     let waits = async || world.status("a").await?.last_error.filter(|error| error.contains("waits for a build"));
-    eventually("its status says so", waits).await;
+    eventually("the status shows that the saga waits", waits).await;
     let letters = DeadLetters::new(world.store.clone()).list("shop.commands").await.unwrap();
     assert!(letters[0].parked.reason.starts_with("waits for a newer build"), "{}", letters[0].parked.reason);
     assert!(letters[0].parked.awaits_build && letters[0].retries_at.is_some());
@@ -410,7 +411,7 @@ async fn unknown_event_waits_for_a_build_that_knows_it() {
     add("x", 1).await;
     append(&store, "tally-x", 1, &NewerTally::Rounded {}).await;
     let letters = async || DeadLetters::new(store.clone()).list("follower").await.unwrap();
-    let letter = eventually("it waits", async || letters().await.pop()).await;
+    let letter = eventually("the message waits", async || letters().await.pop()).await;
     assert!(letter.parked.reason.starts_with("waits for a newer build: "), "{}", letter.parked.reason);
     assert!(letter.retries_at.is_some());
     // A command on that stream fails with an error, and nothing is written.
@@ -428,7 +429,7 @@ async fn unknown_event_waits_for_a_build_that_knows_it() {
     assert_eq!(followed("tally-x").await.unwrap().len(), 1);
     runtime.drain(DRAIN).await.unwrap();
     let runtime = run(new()).await;
-    let all = eventually("all are read", async || followed("tally-x").await.filter(|all| all.len() == 3)).await;
+    let all = eventually("all events are read", async || followed("tally-x").await.filter(|all| all.len() == 3)).await;
     assert_eq!(all, ["Added { amount: 1 }", "Rounded", "Added { amount: 3 }"]);
     eventually("nothing waits", async || letters().await.is_empty().then_some(())).await;
     runtime.drain(DRAIN).await.unwrap();

@@ -47,7 +47,8 @@ async fn start<B: Bus>(services: Vec<Service>, bus: &Arc<B>) -> Runtime {
 }
 
 async fn copied(store: &Arc<dyn EventStore>, id: &str, amounts: Vec<i64>) {
-    eventually("all is copied", async || (copies(store, id).await.1.len() >= amounts.len()).then_some(())).await;
+    eventually("all amounts are copied", async || (copies(store, id).await.1.len() >= amounts.len()).then_some(()))
+        .await;
     assert_eq!(copies(store, id).await.1, amounts);
 }
 
@@ -90,7 +91,7 @@ async fn relay_crash_at_its_checkpoint_causes_no_second_effect() {
             checkpoints.iter().map(|(_, body)| offset(body)).max().filter(|offset| *offset > 40)
         };
         if let Fault::CrashBefore = fault {
-            eventually("what was sent again is passed over", sent).await;
+            eventually("repeated messages are skipped", sent).await;
         }
         drop((relay, consumer));
     }
@@ -128,7 +129,7 @@ async fn relay_skips_unpublished_events() {
     add(&here, "a", 1..=5).await;
     let key = DocumentKey::new(CHECKPOINTS, "source.relay/0");
     let place = async || Some(serde_json::from_str::<Checkpoint>(&document(&here, &key).await?).unwrap().next);
-    eventually("its checkpoint has moved", async || (place().await == Some(5)).then_some(())).await;
+    eventually("the checkpoint has moved", async || (place().await == Some(5)).then_some(())).await;
     drop(runtime);
 }
 
@@ -389,7 +390,7 @@ async fn members_that_park_one_key_at_once_keep_both_messages() {
     let letters = DeadLetters::new(store.clone());
     assert_eq!(letters.redrive("notes", "a").await.unwrap(), 2);
     let both = async || document(&store, &DocumentKey::new("notes", "a")).await.filter(|body| body.len() > 3);
-    let both: Vec<i64> = serde_json::from_str(&eventually("both are noted", both).await).unwrap();
+    let both: Vec<i64> = serde_json::from_str(&eventually("both bookmarks are recorded", both).await).unwrap();
     assert_eq!(both.iter().sum::<i64>(), 3);
     consuming.stop().await;
 }

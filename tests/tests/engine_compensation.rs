@@ -310,7 +310,7 @@ async fn fault_in_the_saga_code_is_a_failed_step() {
                 found.last_error
             );
             runner.operate(id, Verb::SkipStep, "ann", "nothing was carried").await.unwrap();
-            let found = eventually("it is compensated", async || {
+            let found = eventually("the saga is compensated", async || {
                 status_of(&store, id).await.filter(|status| status.status == Status::Compensated)
             })
             .await;

@@ -67,7 +67,10 @@ async fn all_is_copied(store: &Arc<dyn EventStore>, upto: i64) {
     for tally in 0..20 {
         let amounts: Vec<i64> = (1..=upto).collect();
         let id = tally.to_string();
-        eventually("all is copied", async || (copies(store, &id).await.0.len() >= amounts.len()).then_some(())).await;
+        eventually("all amounts are copied", async || {
+            (copies(store, &id).await.0.len() >= amounts.len()).then_some(())
+        })
+        .await;
         assert_eq!(copies(store, &id).await, (amounts.clone(), amounts));
     }
 }
@@ -105,7 +108,7 @@ async fn lanes_are_redistributed_when_instances_join_and_drain() {
     all_is_copied(&store, 80).await;
     two.drain(DRAIN).await.unwrap();
     three.drain(DRAIN).await.unwrap();
-    assert_eq!(holders(&store).await, vec![None; LANES as usize], "everybody has let go");
+    assert_eq!(holders(&store).await, vec![None; LANES as usize], "every instance has released its lanes");
     assert_eq!(documents(&store, "instance").await, []);
 }
 
@@ -121,7 +124,7 @@ async fn lanes_of_a_crashed_instance_are_taken_over() {
     let crashed = std::time::Instant::now();
     all_is_copied(&store, 20).await;
     becomes(&store, &[("two", 8)]).await;
-    assert!(crashed.elapsed() > Duration::from_secs(3), "it was given time to show that it is alive");
+    assert!(crashed.elapsed() > Duration::from_secs(3), "the instance had time to send a heartbeat");
     // An instance that restarts with its own name has its lanes back at once.
     drop(two);
     let started = std::time::Instant::now();
@@ -198,7 +201,7 @@ async fn sagas_progress_over_several_processes_with_separate_buses() {
         let held = |name: &str| checkpoints.iter().any(|(_, body)| body.contains(&format!("\"holder\":\"{name}\"")));
         (held("one") && held("two")).then_some(())
     };
-    eventually("both hold lanes", both_hold).await;
+    eventually("both instances hold lanes", both_hold).await;
     let run = async |trips: std::ops::Range<u32>, one: Option<Runtime>| {
         for trip in trips.clone() {
             first.request(&trip.to_string(), Uuid::new_v4(), None).await;
@@ -215,8 +218,8 @@ async fn sagas_progress_over_several_processes_with_separate_buses() {
         let checkpoints = documents(&first.store, CHECKPOINTS).await;
         checkpoints.iter().any(|(id, _)| id.contains(&format!(".commands@{instance}/")))
     };
-    assert!(took("one").await && took("two").await, "both took messages");
+    assert!(took("one").await && took("two").await, "both instances handled messages");
     run(20..60, Some(one)).await;
     two.drain(DRAIN).await.unwrap();
-    assert!(!took("two").await, "its offsets are of no use to others");
+    assert!(!took("two").await, "the offsets are of no use to other instances");
 }

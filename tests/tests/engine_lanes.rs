@@ -92,7 +92,8 @@ async fn add_to_all(store: &Arc<dyn EventStore>, amounts: std::ops::RangeInclusi
 async fn all_is_copied(store: &Arc<dyn EventStore>, upto: i64) {
     for tally in 0..TALLIES {
         let id = tally.to_string();
-        eventually("all is copied", async || (copies(store, &id).await.0.len() as i64 >= upto).then_some(())).await;
+        eventually("all amounts are copied", async || (copies(store, &id).await.0.len() as i64 >= upto).then_some(()))
+            .await;
         let amounts: Vec<i64> = (1..=upto).collect();
         assert_eq!(copies(store, &id).await, (amounts.clone(), amounts), "{id}");
     }
@@ -125,7 +126,7 @@ async fn changed_number_of_lanes_handles_each_event_once_and_in_order() {
                     let done = futures::future::join_all(done).await;
                     (done.iter().filter(|done| **done == upto).count() > 2).then_some(())
                 };
-                eventually("others go on", others).await;
+                eventually("other lanes continue", others).await;
             }
             faulty.crash();
             drop(runtime);
@@ -187,7 +188,7 @@ async fn instance_with_another_number_of_lanes_waits_until_the_others_end() {
             });
             reason.filter(|reason| reason.contains("instance older runs 2 lanes"))
         };
-        eventually("it says what it waits for", waits).await;
+        eventually("health names the instance to wait for", waits).await;
         add_to_all(&store, 3..=3).await;
         all_is_copied(&store, 3).await;
         assert_eq!(lanes(&store).await.len(), 2);
@@ -195,7 +196,7 @@ async fn instance_with_another_number_of_lanes_waits_until_the_others_end() {
         add_to_all(&store, 4..=4).await;
         all_is_copied(&store, 4).await;
         assert_eq!(lanes(&store).await.len(), 4);
-        eventually("all is fine", async || newer.health().is_fine().then_some(())).await;
+        eventually("every part is fine", async || newer.health().is_fine().then_some(())).await;
         newer.drain(PATIENCE).await.unwrap();
     })
     .await;
@@ -219,7 +220,7 @@ async fn process_stops_when_its_number_of_lanes_was_changed() {
                 |state: &State| matches!(state, State::Trouble(reason) if reason.contains("another number of lanes"));
             of_copier.clone().all(|(_, state)| stopped(state)).then_some(())
         };
-        eventually("each of its lanes says so", stopped).await;
+        eventually("each lane reports it", stopped).await;
         assert!(after.health().is_fine(), "{:?}", after.health().parts());
         drop(before);
         after.drain(PATIENCE).await.unwrap();
@@ -267,7 +268,7 @@ async fn killed_relay_restarts_with_another_number_of_lanes() {
                 let seen: Vec<i64> = serde_json::from_str(&document(&there, &key).await?).unwrap();
                 (seen.len() as i64 >= upto).then_some(seen)
             };
-            assert_eq!(eventually("all is copied", seen).await, (1..=upto).collect::<Vec<_>>(), "{id}");
+            assert_eq!(eventually("all amounts are copied", seen).await, (1..=upto).collect::<Vec<_>>(), "{id}");
         }
         relay.drain(PATIENCE).await.unwrap();
         consumer.drain(PATIENCE).await.unwrap();
@@ -293,7 +294,7 @@ async fn lanes_of_earlier_releases_are_adopted_or_refused() {
         let handler = Copies::into(&store);
         for number in [1, 3] {
             let refused = start(Runtime::new(), &store, &handler, number).await;
-            let reason = eventually("it is refused", async || {
+            let reason = eventually("the change is refused", async || {
                 let parts = refused.health().parts();
                 parts.into_iter().find_map(|(part, state)| match state {
                     State::Trouble(reason) if part.starts_with("copier/") => Some(reason),
@@ -312,7 +313,7 @@ async fn lanes_of_earlier_releases_are_adopted_or_refused() {
         add_to_all(&store, 3..=3).await;
         for tally in 0..TALLIES {
             let id = tally.to_string();
-            eventually("all is copied", async || {
+            eventually("all amounts are copied", async || {
                 let seen = copies(&store, &id).await.0;
                 (seen.last() == Some(&3)).then_some(())
             })

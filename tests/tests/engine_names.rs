@@ -113,7 +113,7 @@ async fn operator_acts_only_on_the_named_subscription() {
         let paused = found.iter().filter(|(_, body)| body.contains("\"paused\":true"));
         paused.map(|(id, _)| id.to_string()).collect::<Vec<_>>()
     };
-    eventually("each has a checkpoint", async || (documents(&store, "checkpoint").await.len() >= 5).then_some(()))
+    eventually("each part has a checkpoint", async || (documents(&store, "checkpoint").await.len() >= 5).then_some(()))
         .await;
     Operator::new(store.clone(), "ann").pause("mailer", true, "wait").await.unwrap();
     assert_eq!(paused().await, ["mailer/0"]);
@@ -145,7 +145,7 @@ async fn ended_instance_removes_no_similarly_named_documents() {
     while documents(&store, "instance").await.iter().any(|(id, _)| &**id == "1") {
         tokio::time::sleep(Duration::from_secs(1)).await;
         waited += 1;
-        assert!(waited < 1_000, "it is never forgotten");
+        assert!(waited < 1_000, "the ended instance is never forgotten");
     }
     let left: Vec<_> = documents(&store, "checkpoint").await.into_iter().map(|(id, _)| id.to_string()).collect();
     for kept in ["totals@1/0", "group@2/topic/0", "elsewhere@1/topic/0"] {
@@ -178,7 +178,7 @@ async fn reset_handles_parked_messages_once_and_in_order() {
         };
         let handled = async |expected: &[i64]| {
             let found = async || (seen.versions.lock().unwrap().len() >= expected.len()).then_some(());
-            eventually("they are handled", found).await;
+            eventually("the messages are handled", found).await;
             assert_eq!(*seen.versions.lock().unwrap(), expected);
         };
         parked(3).await;

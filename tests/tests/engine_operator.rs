@@ -69,7 +69,7 @@ async fn a_subscription_is_paused_resumed_and_reset_while_it_runs() {
     operator.pause("seen", true, "the map is being redrawn").await.unwrap();
     for lane in ["seen/0", "seen/1"] {
         let paused = State::Elsewhere("an operator has paused the subscription".into());
-        eventually("its lanes stop", async || (health.parts().get(lane) == Some(&paused)).then_some(())).await;
+        eventually("the lanes stop", async || (health.parts().get(lane) == Some(&paused)).then_some(())).await;
     }
     add(&store, "a", [3]).await;
     let error = operator.pause("seen", true, "again").await;
@@ -118,7 +118,8 @@ async fn a_paused_subscription_ends_with_its_service_and_stays_paused() {
     add(&store, "a", [2]).await;
     let (seen, health, shutdown, running) = start();
     let paused = State::Elsewhere("an operator has paused the subscription".into());
-    eventually("it is paused", async || (health.parts().get("seen/0") == Some(&paused)).then_some(())).await;
+    eventually("the subscription is paused", async || (health.parts().get("seen/0") == Some(&paused)).then_some(()))
+        .await;
     shutdown.cancel();
     within("stop", running).await.unwrap().unwrap();
     assert_eq!(*seen.0.lock().unwrap(), [0; 0]);
@@ -179,7 +180,7 @@ async fn request_waits_for_a_service_and_abandoned_saga_has_no_timer() {
     assert!(matches!(twice, Err(OperatorError::Illegal(_))), "{twice:?}");
     let runtime = world.start(&["shop", "hotel", "bank"]).await;
     let ended = async || world.status("t").await.filter(|status| status.ended_at.is_some());
-    eventually("it is abandoned", ended).await;
+    eventually("the saga is abandoned", ended).await;
     runtime.drain(Duration::from_secs(20)).await.unwrap();
     let key = DocumentKey::new("saga.trip", "t");
     let document = world.store.documents(&[key]).await.unwrap().remove(0).unwrap();

@@ -169,7 +169,7 @@ impl Bed {
 
     /// Returns the only parked key, once `behind` messages wait behind it.
     async fn parked(&self, behind: usize) -> DeadLetter {
-        let found = eventually("it is parked", async || {
+        let found = eventually("the message is parked", async || {
             Some(self.letters().await).filter(|letters| letters.first().is_some_and(|letter| letter.behind == behind))
         });
         let mut letters = found.await;
@@ -283,7 +283,7 @@ async fn hopeless_messages_park_at_once_with_the_reason() {
         assert_eq!((&*letter.parked.key, letter.retries_at), ("tally-bad", None), "{trouble:?}");
         // A failed redrive parks the message again and does not retry it endlessly.
         bed.letters.redrive("fussy", "tally-bad").await.unwrap();
-        eventually("it has failed again", async || {
+        eventually("the message has failed again", async || {
             bed.letters().await.into_iter().find(|letter| letter.parked.attempts == 2 && letter.retries_at.is_none())
         })
         .await;
@@ -305,7 +305,7 @@ async fn panic_parks_its_message_and_the_lane_continues() {
     let running = bed.start();
     bed.becomes("b", &[11, 12, 13]).await;
     let twice = async || bed.letters().await.into_iter().find(|letter| letter.parked.attempts == 2);
-    let letter = eventually("it has failed twice", twice).await;
+    let letter = eventually("the message has failed twice", twice).await;
     assert_eq!((&*letter.parked.reason, letter.retries_at), ("panicked: 2 is too much", None));
     assert!(running.1.is_working(), "{:?}", running.1.parts());
     bed.letters.redrive("fussy", "tally-a").await.unwrap();
@@ -458,15 +458,17 @@ async fn redrive_reads_current_state() {
     let task = tokio::spawn(adds.run(store.clone(), Health::default(), shutdown.clone()));
     add(&store, "a", 1..=3).await;
     let letters = DeadLetters::new(store.clone());
-    eventually("it is parked", async || {
+    eventually("the message is parked", async || {
         letters.list("adds").await.unwrap().first().is_some_and(|letter| letter.behind == 2).then_some(())
     })
     .await;
     sums().execute("sum", TallyCommand::Add(100), uuid::Uuid::new_v4()).await.unwrap();
     *failing.lock().unwrap() = false;
     letters.redrive("adds", "tally-a").await.unwrap();
-    eventually("all is added", async || (sums().state("sum").await.unwrap().amounts == [100, 1, 2, 3]).then_some(()))
-        .await;
+    eventually("all amounts are added", async || {
+        (sums().state("sum").await.unwrap().amounts == [100, 1, 2, 3]).then_some(())
+    })
+    .await;
     shutdown.cancel();
     within("stop", task).await.unwrap().unwrap();
 }
@@ -486,7 +488,7 @@ async fn due_messages_of_other_lanes_hide_no_message() {
     bed.fussy.trouble(1, Trouble::Fail, 1);
     bed.add("a", [1]).await;
     let running = bed.start();
-    eventually("it is parked", async || (bed.letters().await.len() == 301).then_some(())).await;
+    eventually("the message is parked", async || (bed.letters().await.len() == 301).then_some(())).await;
     bed.letters.redrive("fussy", "tally-a").await.unwrap();
     bed.becomes("a", &[1]).await;
     running.stop().await;

@@ -261,7 +261,8 @@ async fn invalid_command_is_parked() {
     let mut without = desk.command(At::Forward(1), 1, 1);
     without.extensions.remove("sagaattempt");
     desk.send(vec![without]).await;
-    let parked = eventually("it is parked", async || documents(&desk.store, "parked.bank.commands").await.pop()).await;
+    let parked =
+        eventually("the message is parked", async || documents(&desk.store, "parked.bank.commands").await.pop()).await;
     assert!(parked.1.contains("lacks the attribute sagaattempt"), "{}", parked.1);
 }
 

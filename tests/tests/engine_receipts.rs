@@ -39,7 +39,7 @@ async fn checkpoint(store: &Arc<dyn EventStore>) -> Option<i64> {
 async fn receipt_does_not_cover_later_messages() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let (published, mut arriving) = mpsc::unbounded_channel();
-    let mut next = async || within("it is published", arriving.recv()).await.unwrap();
+    let mut next = async || within("the message is published", arriving.recv()).await.unwrap();
     let (shutdown, mut routes) = (CancellationToken::new(), Routes::of("source"));
     routes.publish("tally");
     let relay = Relay::new(routes).run(store.clone(), Arc::new(Slow(published)), Health::default(), shutdown.clone());
@@ -59,7 +59,7 @@ async fn receipt_does_not_cover_later_messages() {
     assert!(!b.is_closed() && !c.is_closed(), "the relay waits for the others no more");
     // A message that the bus did not accept is sent again, together with all messages after it.
     c.send(Ok(())).unwrap();
-    b.send(Err(BusError::Unavailable("it was lost".into()))).unwrap();
+    b.send(Err(BusError::Unavailable("the message was lost".into()))).unwrap();
     let (subject, taken) = next().await;
     assert_eq!((subject.as_str(), checkpoint(&store).await), ("tally-b tally-c", Some(1)));
     taken.send(Ok(())).unwrap();

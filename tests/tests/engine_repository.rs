@@ -327,7 +327,7 @@ async fn unknown_event_type_is_named_with_its_place() {
     let append = Append { stream: StreamId::new("tally", "a").unwrap(), expected: Expected::Any, events: vec![odd] };
     store.commit(Commit { appends: vec![append], puts: Vec::new() }).await.unwrap();
     let Err(ExecuteError::Undecodable(error)) = tallies.execute("a", TallyCommand::Add(1), Uuid::new_v4()).await else {
-        panic!("it was carried out")
+        panic!("the command was executed")
     };
     assert_eq!((error.stream.as_str(), error.version.0), ("tally-a", 2));
     assert!(error.to_string().contains("tally.multiplied"), "{error}");

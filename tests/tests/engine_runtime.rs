@@ -61,7 +61,7 @@ async fn health_moves_through_all_states() {
     faulty.away(true);
     add(&inner, "a", [1]).await;
     let troubled = async || health.parts().values().all(|state| matches!(state, State::Trouble(_))).then_some(());
-    eventually("all are in trouble", troubled).await;
+    eventually("all parts are in trouble", troubled).await;
     faulty.away(false);
     eventually("fine again", async || health.is_fine().then_some(())).await;
     runtime.drain(PATIENCE).await.unwrap();
@@ -146,7 +146,7 @@ async fn drain_does_not_wait_for_ended_consumers() {
     let source = Service::new("source", store.clone()).publish(&["tally"]);
     runtime.start(vec![source], Arc::new(bus.clone())).await.unwrap();
     add(&store, "a", 1..=3).await;
-    eventually("it is on the bus", async || (bus.held("source.events") == 3).then_some(())).await;
+    eventually("the message is on the bus", async || (bus.held("source.events") == 3).then_some(())).await;
     let began = tokio::time::Instant::now();
     runtime.drain(PATIENCE).await.unwrap();
     assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
@@ -162,7 +162,7 @@ async fn first_error_is_returned_and_health_names_the_part() {
         Ok(())
     });
     let failed = async || health.parts().get("mailer").cloned();
-    assert_eq!(eventually("it has failed", failed).await, State::Failed("no such host".into()));
+    assert_eq!(eventually("the part has failed", failed).await, State::Failed("no such host".into()));
     assert!(!health.is_fine());
     // The other parts continue.
     add(&inner, "a", [1]).await;
@@ -176,7 +176,7 @@ async fn panic_of_a_part_shows_at_once_and_is_returned() {
     let health = runtime.health();
     runtime.spawn("mailer", async { panic!("out of paper") });
     let failed = async || health.parts().get("mailer").cloned();
-    assert_eq!(eventually("it has failed", failed).await, State::Failed("panicked: out of paper".into()));
+    assert_eq!(eventually("the part has failed", failed).await, State::Failed("panicked: out of paper".into()));
     assert_eq!(runtime.drain(PATIENCE).await.unwrap_err(), "mailer: panicked: out of paper");
 }
 

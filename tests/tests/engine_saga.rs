@@ -124,7 +124,7 @@ async fn unavailable_participant_is_retried_until_it_answers() {
     let world = world(QUICK, 100);
     let runtime = world.start(&["shop", "hotel"]).await;
     world.request("a", Uuid::new_v4(), None).await;
-    eventually("it was asked three times", async || {
+    eventually("the participant was asked three times", async || {
         world.status("a").await.filter(|status| status.step == "charge" && status.attempts >= 3)
     })
     .await;
@@ -190,7 +190,7 @@ async fn silent_participant_is_named() {
     let runtime = world.start(&["shop", "hotel"]).await;
     world.request("a", Uuid::new_v4(), None).await;
     let error = async || world.status("a").await.and_then(|status| status.last_error);
-    let error = eventually("it says so while it asks again", error).await;
+    let error = eventually("the status shows the timeout during the retries", error).await;
     assert_eq!(error, "charge: timeout: no answer from bank within 50ms");
     runtime.drain(DRAIN).await.unwrap();
 }

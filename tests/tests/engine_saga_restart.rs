@@ -38,7 +38,7 @@ async fn with_crash(inner: Arc<dyn EventStore>, number: u64, fault: Fault) -> bo
     .await;
     world.script.play("confirm", Play::Refuse, if ended(&world, "a").await { 1 } else { 0 });
     world.request("b", Uuid::new_v4(), None).await;
-    eventually("both have ended, or the process", async || {
+    eventually("both sagas have ended, or the process has", async || {
         (faulty.has_crashed() || ended(&world, "b").await).then_some(())
     })
     .await;
@@ -131,7 +131,7 @@ async fn waiting_trip_on_its_bus() -> World {
     let runtime = world.start(&["shop", "hotel"]).await;
     world.request("old", Uuid::new_v4(), None).await;
     let at_charge = async || world.status("old").await.filter(|status| status.step == "charge");
-    eventually("it waits for the bank", at_charge).await;
+    eventually("the saga waits for the bank", at_charge).await;
     drop(runtime);
     World { plan: second_plan(), ..world }
 }
@@ -175,7 +175,7 @@ async fn reply_to_a_saga_of_an_unknown_plan_waits_for_it() {
         "{reason}"
     );
     assert_eq!(&*letter.parked.key, "saga.trip-old");
-    assert!(letter.retries_at.is_some(), "it waits for a build that knows the plan");
+    assert!(letter.retries_at.is_some(), "the reply waits for a build that knows the plan");
     let health = format!("{:?}", runtime.health().parts());
     assert!(!health.contains("Failed"), "{health}");
     drop(runtime);
@@ -235,7 +235,7 @@ async fn timers_of_unknown_plans_block_no_other() {
         old.request(&format!("old {number}"), Uuid::new_v4(), None).await;
     }
     let indexed = async || (documents(&old.store, "saga.trip").await.len() == 300).then_some(());
-    eventually("all are waiting", indexed).await;
+    eventually("all sagas are waiting", indexed).await;
     drop(runtime);
     let plan = Saga::named("trip")
         .retriable("announce", |trip| ask("hotel", "announce", trip))

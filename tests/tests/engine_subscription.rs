@@ -52,7 +52,8 @@ fn copier(store: &Arc<dyn EventStore>) -> Subscription {
 }
 
 async fn copied(store: &Arc<dyn EventStore>, id: &str, amounts: Vec<i64>) {
-    eventually("all is copied", async || (copies(store, id).await.0.len() >= amounts.len()).then_some(())).await;
+    eventually("all amounts are copied", async || (copies(store, id).await.0.len() >= amounts.len()).then_some(()))
+        .await;
     assert_eq!(copies(store, id).await, (amounts.clone(), amounts));
 }
 
@@ -312,7 +313,7 @@ async fn idle_lane_moves_its_checkpoint() {
         add(&store, "a", [amount]).await;
         tokio::time::advance(Duration::from_millis(400)).await;
     }
-    eventually("its checkpoint has moved", async || (checkpoint(&store, "idle/0").await == Some(5)).then_some(()))
+    eventually("the checkpoint has moved", async || (checkpoint(&store, "idle/0").await == Some(5)).then_some(()))
         .await;
     running.kill().await;
     assert_eq!(seen(&store, "idle").await, Vec::<i64>::new());
@@ -347,7 +348,7 @@ async fn effects_on_a_hot_aggregate_are_exact_under_other_writers() {
         add(&store, "a", [amount]).await;
         other.execute("a", TallyCommand::Add(-amount), Uuid::new_v4()).await.unwrap();
     }
-    eventually("all is copied", async || (copies(&store, "a").await.1.len() == 400).then_some(())).await;
+    eventually("all amounts are copied", async || (copies(&store, "a").await.1.len() == 400).then_some(())).await;
     let amounts = copies(&store, "a").await.1;
     let positive: Vec<i64> = amounts.iter().copied().filter(|amount| *amount > 0).collect();
     assert_eq!(positive, (1..=200).collect::<Vec<_>>());
@@ -366,6 +367,6 @@ async fn lingering_subscription_does_not_linger_while_behind() {
     let running = Running::start(seen_all.linger(Duration::from_secs(3_600)), &store);
     // The events fill two batches, and the rest goes into a third.
     let all = async || (seen(&store, "lingering").await.len() == 10_000).then_some(());
-    eventually("all is seen without a pause", all).await;
+    eventually("all events are seen without a pause", all).await;
     running.kill().await;
 }

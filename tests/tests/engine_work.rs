@@ -208,7 +208,8 @@ async fn failed_message_leaves_no_work_in_the_batch() {
     let shutdown = CancellationToken::new();
     let half = Subscription::new("half", Half(halves())).query(LogQuery::categories(["tally"]));
     let task = tokio::spawn(half.run(store.clone(), Health::default(), shutdown.clone()));
-    eventually("all is handled", async || (halves().state("other").await.unwrap().sum() == 16).then_some(())).await;
+    eventually("all messages are handled", async || (halves().state("other").await.unwrap().sum() == 16).then_some(()))
+        .await;
     assert_eq!(halves().state("half").await.unwrap().amounts, [1, 3, 5, 7]);
     assert_eq!(*document(&store, &counter()).await.unwrap(), *"16");
     assert_eq!(*document(&store, &DocumentKey::new("unread", "one")).await.unwrap(), *"7");

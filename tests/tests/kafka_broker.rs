@@ -144,13 +144,13 @@ async fn topic_emptied_and_rebuilt_loses_nothing() {
         broker.resume();
         add(&store, round..round + more).await;
         pair.handled(&mut sql).await;
-        assert!(pair.sent().await < sql.events().await, "it was not emptied");
+        assert!(pair.sent().await < sql.events().await, "the topic was not emptied");
         sql.set_back().await;
         round += more;
         // If the commit that moves the checkpoint fails, the relay reads its checkpoint again.
         add(&store, round..round + 1).await;
         round += 1;
-        until("all is in the topic", async || pair.sent().await >= sql.events().await).await;
+        until("all events are in the topic", async || pair.sent().await >= sql.events().await).await;
         pair.agrees_out_of_order().await;
     }
     are_fine([&relay, &consumer]).await;
@@ -169,7 +169,7 @@ async fn topic_emptied_before_its_end_loses_nothing() {
     pair.agrees().await;
     consumer.drain(DRAIN).await.unwrap();
     add(&store, 20..30).await;
-    until("all is in the topic", async || pair.sent().await >= sql.events().await).await;
+    until("all events are in the topic", async || pair.sent().await >= sql.events().await).await;
     broker.kill();
     broker.wipe();
     broker.resume();
@@ -178,7 +178,7 @@ async fn topic_emptied_before_its_end_loses_nothing() {
     // the lost ones are sent again.
     add(&store, 30..40).await;
     let lost = 10 * TALLIES as i64;
-    until("what is new is handled", async || sql.copies().await + lost >= sql.events().await).await;
+    until("new messages are handled", async || sql.copies().await + lost >= sql.events().await).await;
     sql.set_back().await;
     add(&store, 40..41).await;
     pair.handled(&mut sql).await;

@@ -194,12 +194,12 @@ async fn commit_delayed_past_a_rebalance_changes_nothing() {
         let waiting = sqlx::query_scalar::<_, i64>(waiting).bind(pid).fetch_one(&mut sql.connection);
         waiting.await.unwrap() > 0
     };
-    until("its commit is under way", &mut waits).await;
+    until("the commit is in flight", &mut waits).await;
     // The group gives the partition to another member, which handles the messages of the commit in progress.
     let other = pair.consumer().await;
     let mut watched = pair.sql().await;
     pair.handled(&mut watched).await;
-    until("its commit is still held", &mut waits).await;
+    until("the commit is still blocked", &mut waits).await;
     held.rollback().await.unwrap();
     // The slow member learns that it has lost the partition, and joins again.
     shows(&slow, "fine again", |parts| !kafka::in_trouble(parts)).await;

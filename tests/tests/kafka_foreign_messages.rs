@@ -179,11 +179,11 @@ async fn poison_messages_are_parked_among_good_ones() {
     }
     // After a redrive, the messages fail as before. After a drop, the messages behind them are handled.
     let tried = |parked: Vec<kafka::DeadLetter>| parked.iter().filter(|letter| letter.attempts == 2).count();
-    until("all are tried again", async || tried(sql.dead_letters().await) == poison.len()).await;
+    until("all poison messages are retried", async || tried(sql.dead_letters().await) == poison.len()).await;
     for (tally, ..) in &poison {
         letters.drop_first(&pair.group(), &format!("tally-{tally}")).await.unwrap().unwrap();
     }
-    until("none waits any more", async || sql.dead_letters().await.len() == 2).await;
+    until("no message waits any more", async || sql.dead_letters().await.len() == 2).await;
     let copied = sql.copied().await;
     for (tally, ..) in &poison {
         assert_eq!(copied[*tally], [1, 3], "{tally}");

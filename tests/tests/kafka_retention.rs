@@ -172,10 +172,10 @@ async fn messages_removed_while_the_consumer_runs_are_reported() {
     seen.shut.store(false, Ordering::SeqCst);
     seen.opened.notify_waiters();
     seen.opened.notify_one();
-    until("what is new is handled", async || seen.positions().contains(&1_000)).await;
+    until("new messages are handled", async || seen.positions().contains(&1_000)).await;
     let lost = setting.lost().await;
     let handled = seen.positions().len() as i64 - 1;
-    assert!(handled < 300, "all was read ahead");
+    assert!(handled < 300, "all messages were read ahead");
     assert_eq!((lost.len(), lost[0].from, lost[0].to), (1, handled, end), "{lost:?}");
     let state = setting.state(&runtime);
     assert!(matches!(&state, State::Trouble(reason) if reason.contains("removed before they were read")), "{state:?}");
@@ -202,18 +202,18 @@ async fn messages_removed_while_the_consumer_is_down_can_be_sent_again() {
     setting.trim().await;
     setting.send([5], 10).await;
     let runtime = setting.start().await;
-    until("what is left is handled", async || seen.positions() == [1, 2, 5]).await;
+    until("the remaining messages are handled", async || seen.positions() == [1, 2, 5]).await;
     let lost = |from, to| Lost { topic: setting.topic.clone(), partition: 0, from, to };
     assert_eq!(setting.lost().await, [lost(2, 4)]);
     assert!(matches!(setting.state(&runtime), State::Trouble(_)));
     // The relay is moved back twice.
     setting.send(1..=5, 10).await;
     setting.send(1..=6, 10).await;
-    until("what was lost is handled", async || seen.positions() == [1, 2, 5, 3, 4, 6]).await;
+    until("lost messages are handled", async || seen.positions() == [1, 2, 5, 3, 4, 6]).await;
     runtime.drain(DRAIN).await.unwrap();
     // The fault outlives the process. A restart reports no further fault.
     let runtime = setting.start().await;
-    until("it is known", async || matches!(setting.state(&runtime), State::Trouble(_))).await;
+    until("the lost message is known", async || matches!(setting.state(&runtime), State::Trouble(_))).await;
     assert_eq!(setting.lost().await, [lost(2, 4)]);
     runtime.drain(DRAIN).await.unwrap();
 }
@@ -224,7 +224,7 @@ async fn messages_removed_after_reading_are_not_a_fault() {
     let seen = &setting.seen;
     setting.send([1, 2], 10).await;
     let runtime = setting.start().await;
-    until("all is handled", async || seen.positions() == [1, 2]).await;
+    until("all messages are handled", async || seen.positions() == [1, 2]).await;
     runtime.drain(DRAIN).await.unwrap();
     // The message directly before the checkpoint is gone as well.
     setting.trim().await;
@@ -264,11 +264,11 @@ async fn messages_lost_before_the_first_of_their_lane_can_be_sent_again() {
     setting.trim().await;
     setting.send([5], 10).await;
     let runtime = setting.start().await;
-    until("what is left is handled", async || seen.positions() == [0, 5]).await;
+    until("the remaining messages are handled", async || seen.positions() == [0, 5]).await;
     for _ in 0..2 {
         setting.send(3..=5, 10).await;
     }
     setting.send([6], 10).await;
-    until("what was lost is handled once", async || seen.positions() == [0, 5, 3, 4, 6]).await;
+    until("lost messages are handled once", async || seen.positions() == [0, 5, 3, 4, 6]).await;
     runtime.drain(DRAIN).await.unwrap();
 }

@@ -192,8 +192,9 @@ async fn unstorable_name_parks_only_its_message() {
         handled(&store, "tally-good", 1).await;
         handled(&store, "tally-bad", 1).await;
         let letters = DeadLetters::new(store.clone());
-        let letters =
-            eventually("it is parked", async || Some(letters.list(&name).await.unwrap()).filter(|all| !all.is_empty()));
+        let letters = eventually("the message is parked", async || {
+            Some(letters.list(&name).await.unwrap()).filter(|all| !all.is_empty())
+        });
         let letters = letters.await;
         assert_eq!((letters.len(), &*letters[0].parked.key), (1, "tally-worse"), "{kind}");
         runtime.drain(DRAIN).await.unwrap();
@@ -241,11 +242,12 @@ async fn hung_handler_is_named_until_it_returns() {
     for number in 0..8 {
         add(&store, &format!("other{number}"), [1]).await;
     }
-    eventually("others are handled", async || (!documents(&store, "handled").await.is_empty()).then_some(())).await;
+    eventually("other messages are handled", async || (!documents(&store, "handled").await.is_empty()).then_some(()))
+        .await;
     tokio::time::sleep(Duration::from_secs(60)).await;
     assert_eq!((lines(&["does not return", &id]).len(), counted(&health, "annals_handlers_hung_total")), (1, 1));
     hangs.0.notify_one();
-    eventually("it is fine again", async || health.is_fine().then_some(())).await;
+    eventually("the part is fine again", async || health.is_fine().then_some(())).await;
     handled(&store, "tally-slow", 1).await;
     runtime.drain(DRAIN).await.unwrap();
 }
@@ -440,9 +442,10 @@ async fn step_for_a_service_without_a_participant_is_a_dead_letter() {
     let service = Service::new("desk", store.clone()).saga(runner);
     runtime.start(vec![service], Arc::new(LocalBus::default())).await.unwrap();
     add(&store, "a", [1]).await;
-    let letter =
-        eventually("it is parked", async || DeadLetters::new(store.clone()).list("desk.commands").await.unwrap().pop())
-            .await;
+    let letter = eventually("the message is parked", async || {
+        DeadLetters::new(store.clone()).list("desk.commands").await.unwrap().pop()
+    })
+    .await;
     assert!(letter.parked.reason.contains("carries out no steps"), "{}", letter.parked.reason);
     let health = runtime.health();
     eventually("health says so", async || attention(&health, "desk.commands#0")).await;

@@ -155,6 +155,6 @@ async fn refusing_server_is_not_flooded_with_connections() {
     let tried = counted.count() - before;
     assert!(tried <= 60, "{tried} connections in two seconds");
     counted.away.store(false, Ordering::SeqCst);
-    timeout(PROMPTLY * 3, reads.join_all()).await.expect("they must be answered once the server is back");
+    timeout(PROMPTLY * 3, reads.join_all()).await.expect("the reads must be answered once the server is back");
     store.close().await.unwrap();
 }

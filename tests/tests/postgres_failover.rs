@@ -173,7 +173,7 @@ async fn writers_recover_from_a_read_only_database() {
             }
         }
     };
-    timeout(PROMPTLY, refused).await.expect("it must say why");
+    timeout(PROMPTLY, refused).await.expect("the error must give the reason");
     let mut session = server.connection().await;
     execute(&mut session, "SET default_transaction_read_only = off").await;
     execute(&mut session, "ALTER DATABASE postgres RESET default_transaction_read_only").await;
@@ -187,12 +187,14 @@ async fn writers_recover_from_a_read_only_database() {
     // The same must hold for a session that is already writing.
     execute(&mut session, "ALTER SYSTEM SET default_transaction_read_only = on").await;
     execute(&mut session, "SELECT pg_reload_conf()").await;
-    eventually("it is refused", async || store.commit(append(&format!("b-{}", Uuid::new_v4()), 0, 1)).await.err())
-        .await;
+    eventually("the change is refused", async || {
+        store.commit(append(&format!("b-{}", Uuid::new_v4()), 0, 1)).await.err()
+    })
+    .await;
     execute(&mut session, "ALTER SYSTEM RESET default_transaction_read_only").await;
     execute(&mut session, "SELECT pg_reload_conf()").await;
     let written = async || store.commit(append(&format!("b-{}", Uuid::new_v4()), 0, 1)).await.ok();
-    timeout(PROMPTLY, eventually("it is taken again", written)).await.unwrap();
+    timeout(PROMPTLY, eventually("the write is accepted again", written)).await.unwrap();
 }
 
 /// A failover to an asynchronous standby that lacks the last commits, while a service is running.
@@ -268,7 +270,7 @@ async fn caches_after_a_failover(pooled: &str) {
     assert_eq!(lost.position, Position(6));
     assert!(lost.to_string().contains("lost its end") && lost.to_string().contains("annals verify"), "{lost}");
     assert!(here.history() > 0);
-    assert_eq!(elsewhere.status().await.unwrap().lost_end, None, "it has seen nothing of what is gone");
+    assert_eq!(elsewhere.status().await.unwrap().lost_end, None, "the store has seen none of the lost events");
 }
 
 /// The tail, the checkpoint and the reader's position are beyond the new end of the log. New events at the lost
@@ -307,7 +309,7 @@ async fn running_subscriptions_notice_a_lost_end() {
     pay(&Repository::<Tally>::new(elsewhere.clone()), "x", 4).await;
     timeout(
         PROMPTLY,
-        eventually("it is handled", async || {
+        eventually("the event is handled", async || {
             let found = copies(&elsewhere, "x").await;
             (found.0 == [1, 2, 3, 4]).then_some(())
         }),

@@ -119,7 +119,7 @@ async fn commit_with_a_lost_answer_is_retried_and_stored_once() {
         for round in 0..ROUNDS {
             let commit = append(&name, round * 2, 2);
             proxy.arm(&name, cut);
-            let outcome = timeout(PROMPTLY, store.commit(commit.clone())).await.expect("it must not hang");
+            let outcome = timeout(PROMPTLY, store.commit(commit.clone())).await.expect("the call must not hang");
             assert!(matches!(outcome, Err(CommitError::Unknown(_))), "{cut:?}: {outcome:?}");
             let sql = "SELECT count(*) FROM annals.events WHERE stream_id = $1";
             let count = async |outside: &mut sqlx::PgConnection| -> i64 {

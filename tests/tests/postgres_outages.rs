@@ -137,7 +137,7 @@ async fn server_crash_on_a_full_disk_loses_nothing() {
             tokio::time::sleep(std::time::Duration::from_millis(50)).await;
         }
     };
-    tokio::time::timeout(std::time::Duration::from_secs(60), down).await.expect("it has room still");
+    tokio::time::timeout(std::time::Duration::from_secs(60), down).await.expect("the disk still has room");
     disk.free();
     server.kill();
     server.resume().await;

@@ -83,7 +83,7 @@ async fn several_instances_start_at_once_and_follow_each_other() {
         let before = Position(round as i64);
         let waiting = reader.wait(before);
         writer.commit(append(&format!("a-{round}"), 0, 1)).await.unwrap();
-        timeout(PROMPTLY, waiting).await.expect("it looks, since it cannot listen").unwrap();
+        timeout(PROMPTLY, waiting).await.expect("the store polls, because it cannot listen").unwrap();
         let page = reader.read_log(&LogQuery::all(), before, 10).await.unwrap();
         assert_eq!(numbers(&page.events), [before.0 + 1]);
     }

@@ -68,7 +68,7 @@ async fn each_reader_gets_its_own_stream() {
             });
         }
     }
-    timeout(6 * PROMPTLY, readers.join_all()).await.expect("some were never answered");
+    timeout(6 * PROMPTLY, readers.join_all()).await.expect("some reads were never answered");
 }
 
 /// Reads share a statement. The other readers still get their answers if the reader that runs the statement for all of
@@ -92,7 +92,7 @@ async fn cancelled_read_does_not_cancel_others() {
     let waits = "SELECT count(*) FROM pg_locks WHERE relation = 'annals.events'::regclass AND NOT granted";
     let started = Instant::now();
     while sqlx::query_scalar::<_, i64>(schema.sql(waits)).fetch_one(&mut connection).await.unwrap() == 0 {
-        assert!(started.elapsed() < PROMPTLY, "it does not wait");
+        assert!(started.elapsed() < PROMPTLY, "the read does not wait");
     }
     // The other readers wait for the session. When the session becomes free, the first of these readers reads for all
     // of them; but at this point the session is still busy.
@@ -107,7 +107,7 @@ async fn cancelled_read_does_not_cancel_others() {
     tokio::time::sleep(Duration::from_millis(300)).await;
     sqlx::raw_sql("ROLLBACK").execute(&mut outside).await.unwrap();
     for other in others {
-        timeout(PROMPTLY, other).await.expect("it was never answered").unwrap();
+        timeout(PROMPTLY, other).await.expect("the read was never answered").unwrap();
     }
 }
 
@@ -138,7 +138,7 @@ async fn session_that_ends_during_reads_is_replaced() {
             let store = store.clone();
             readers.spawn(async move { read(&store, number).await });
         }
-        timeout(6 * PROMPTLY, readers.join_all()).await.expect("some were never answered");
+        timeout(6 * PROMPTLY, readers.join_all()).await.expect("some reads were never answered");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     done.store(true, Ordering::Relaxed);

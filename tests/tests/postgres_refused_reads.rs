@@ -53,7 +53,7 @@ async fn ask(store: &Arc<dyn EventStore>, id: &'static str) -> Runtime {
 }
 
 async fn handled(store: &Arc<dyn EventStore>, messages: usize) {
-    eventually("all that can be handled", async || {
+    eventually("all messages that can be handled", async || {
         let seen = store.scan("seen", &Scan::After("".into()), 100).await.unwrap().len();
         (seen == messages).then_some(())
     })

@@ -224,7 +224,7 @@ async fn dropped_replay_leaves_no_query() {
                 assert_eq!(bed.sessions("query LIKE '%COPY%'").await, 1);
             }
             drop(replayed);
-            eventually("its session has ended", async || {
+            eventually("the session of the replay has ended", async || {
                 (bed.sessions("query LIKE '%COPY%'").await == 0).then_some(())
             })
             .await;
@@ -247,7 +247,8 @@ async fn slow_replay_keeps_no_transaction_open() {
     let mut replayed = bed.store.replay(Replay::all());
     replayed.try_next().await.unwrap().unwrap();
     assert_eq!(bed.sessions("xact_start IS NOT NULL").await, 1);
-    eventually("it is broken off", async || (bed.sessions("xact_start IS NOT NULL").await == 0).then_some(())).await;
+    eventually("the replay ends early", async || (bed.sessions("xact_start IS NOT NULL").await == 0).then_some(()))
+        .await;
     assert_eq!(rest(&mut replayed).await, Vec::from_iter(2..=60_000));
 }
 

@@ -148,7 +148,7 @@ async fn each_role_can_do_its_whole_job() {
     let desk = Operator::new(desk, "ann");
     desk.pause("copies", true, "the disk is changed").await.unwrap();
     let stopped = || runtime.health().parts().values().any(|part| matches!(part, State::Elsewhere(_)));
-    eventually("its lanes stop", async || stopped().then_some(())).await;
+    eventually("the lanes stop", async || stopped().then_some(())).await;
     add(&service, "a", [3]).await;
     desk.pause("copies", false, "it was").await.unwrap();
     copied_are(&[1, 2, 3]).await;

@@ -43,7 +43,7 @@ async fn renamed_schema_is_refused_for_restricted_roles() {
     let opened = PostgresStore::connect_existing(&url(), settings(kept.name())).await;
     match opened {
         Err(OpenError::Renamed { schema, found }) => assert_eq!((&*schema, &*found), (kept.name(), old.name())),
-        other => panic!("it was renamed: {other:?}"),
+        other => panic!("the schema was renamed: {other:?}"),
     }
     // A role that does not own the schema must not trigger changes to it.
     let writer = kept.role("writer");

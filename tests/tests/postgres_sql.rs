@@ -64,11 +64,11 @@ async fn failed_message_leaves_no_rows_and_succeeds_later() {
             redrive.redrive("rows", &letters[0].0).await.unwrap();
             let tries = bed.rows.handled.load(Ordering::SeqCst);
             let again = async || (bed.rows.handled.load(Ordering::SeqCst) > tries).then_some(());
-            eventually("it is tried again", again).await;
+            eventually("the message is retried", again).await;
             bed.nothing_is_open().await;
             assert_eq!(bed.seen().await, others, "{trouble:?}");
             bed.rows.troubles.lock().unwrap().clear();
-            eventually("it is redriven", async || {
+            eventually("the message is redriven", async || {
                 redrive.redrive("rows", &letters[0].0).await.ok();
                 sleep(Duration::from_millis(50)).await;
                 bed.letters().await.is_empty().then_some(())
@@ -146,7 +146,7 @@ async fn sql_handler_on_another_store_does_nothing() {
     let (shutdown, health) = (CancellationToken::new(), Health::default());
     let astray = Subscription::new("rows", bed.store.handler(bed.rows.clone()));
     let task = tokio::spawn(astray.run(Arc::new(bed.plain.clone()), health.clone(), shutdown));
-    let reason = eventually("it says so", async || match health.parts().get("rows/0") {
+    let reason = eventually("the dead letter gives the reason", async || match health.parts().get("rows/0") {
         Some(State::Trouble(reason)) => Some(reason.clone()),
         _ => None,
     });

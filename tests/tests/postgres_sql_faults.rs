@@ -178,7 +178,7 @@ async fn commit_with_a_lost_answer_is_resolved() {
     let watch = bed.watch();
     let running = bed.start(1);
     bed.add("a", 1..=3).await;
-    eventually("it was cut so often", async || {
+    eventually("the session was ended that often", async || {
         bed.add("b", [1]).await;
         (cuts.load(Ordering::SeqCst) == 0).then_some(())
     })

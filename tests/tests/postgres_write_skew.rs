@@ -60,7 +60,7 @@ async fn second_writer_waits_and_sees_the_first_commit() {
         somebody_waits(&schema).await;
         sqlx::raw_sql(ending).execute(&mut first).await.unwrap();
         match second.await.unwrap() {
-            Ok(_) => assert!(holds, "it relied on what had changed"),
+            Ok(_) => assert!(holds, "the commit relied on a changed document"),
             Err(CommitError::Conflict { stream, actual, .. }) => {
                 assert_eq!((stream.as_str(), actual, holds), ("right-1", Version(1), false));
             }
@@ -122,9 +122,9 @@ async fn open_transaction_blocks_only_conflicting_commits() {
         tokio::spawn(async move { store.commit(commit).await })
     });
     for unrelated in [looks, also_relies, writes] {
-        timeout(PROMPTLY, unrelated).await.expect("it must not wait for the transaction").unwrap().unwrap();
+        timeout(PROMPTLY, unrelated).await.expect("the commit must not wait for the transaction").unwrap().unwrap();
     }
-    let outcome = timeout(PROMPTLY, contradicts).await.expect("it must give up").unwrap();
+    let outcome = timeout(PROMPTLY, contradicts).await.expect("the commit must give up").unwrap();
     assert!(matches!(outcome, Err(CommitError::Unavailable(_))), "{outcome:?}");
     sqlx::raw_sql("ROLLBACK").execute(&mut open).await.unwrap();
     store.commit(relying(("right-1", 0), ("left-1", 0))).await.unwrap();
@@ -160,7 +160,7 @@ async fn one_of_two_commits_relying_on_absence_succeeds_between_processes() {
         .fetch_one(&mut schema.connection().await)
         .await
         .unwrap();
-    assert_eq!(left, 0, "what holds the place of an absent document is gone with the transaction");
+    assert_eq!(left, 0, "the placeholder of an absent document ends with the transaction");
 }
 
 /// A commit that would create the document waits for a transaction that relies on the document's absence.
@@ -196,13 +196,13 @@ async fn writers_wait_for_a_commit_relying_on_absence() {
                                        AND l.relation = 'annals.documents'::regclass)";
         let observed = async {
             while !sqlx::query_scalar::<_, bool>(schema.sql(waits)).fetch_one(&mut observer).await.unwrap() {
-                assert!(!second.is_finished(), "it must wait");
+                assert!(!second.is_finished(), "the commit must wait");
             }
         };
         timeout(PROMPTLY, observed).await.expect("the other one must be waited for");
         sqlx::raw_sql(ending).execute(&mut first).await.unwrap();
         match second.await.unwrap() {
-            Ok(_) => assert!(holds, "it relied on the absence of what there is"),
+            Ok(_) => assert!(holds, "the commit relied on the absence of an existing document"),
             Err(CommitError::DocumentConflict { key, actual, .. }) => {
                 assert_eq!((&*key.id, actual, holds), ("b", 1, false));
             }

@@ -322,7 +322,10 @@ async fn service_continues_with_the_new_views_and_reads_nothing_again() {
         };
         tokio::join!(writes, operates);
         let written = written.load(Ordering::SeqCst);
-        eventually("all is in the views", async || (all(&store).await["hot"].deposits >= written).then_some(())).await;
+        eventually("all deposits are in the views", async || {
+            (all(&store).await["hot"].deposits >= written).then_some(())
+        })
+        .await;
         assert_eq!(all(&store).await["hot"].deposits, written);
         let calls = model.calls.load(Ordering::SeqCst);
         assert!(calls < BEFORE + 2 * written, "{calls} events were applied for {BEFORE} and {written} more");
@@ -354,7 +357,7 @@ async fn commit_in_flight_restores_no_removed_view() {
         deposit(&inner, "ada", 1).await;
         right(&inner, 1, 3).await;
         assert_eq!(left(&inner, 1).await, [0; 3]);
-        eventually("all is fine", async || runtime.health().is_fine().then_some(())).await;
+        eventually("every part is fine", async || runtime.health().is_fine().then_some(())).await;
         runtime.drain(PATIENCE).await.unwrap();
         assert_eq!(left(&inner, 1).await, [0; 3]);
     })
@@ -435,20 +438,20 @@ async fn projection_survives_an_outage_that_health_shows() {
         runtime.spawn("views", async move { model.run(kept, health, shutdown).await });
         let health = runtime.health();
         let troubled = async || matches!(health.parts().get("totals"), Some(State::Trouble(_))).then_some(());
-        eventually("it is in trouble", troubled).await;
+        eventually("the part is in trouble", troubled).await;
         faulty.away(false);
         deposit(&inner, "ada", 1).await;
         right(&inner, 1, 2).await;
-        eventually("it is fine again", async || health.is_fine().then_some(())).await;
+        eventually("the part is fine again", async || health.is_fine().then_some(())).await;
         // The store is unavailable while the generation is swapped and removed.
         faulty.away(true);
         deposit(&inner, "ada", 1).await;
-        eventually("it is in trouble", troubled).await;
+        eventually("the part is in trouble", troubled).await;
         totals().rebuild(inner.clone()).await.unwrap();
         deposit(&inner, "ada", 1).await;
         faulty.away(false);
         right(&inner, 1, 4).await;
-        eventually("it is fine again", async || health.is_fine().then_some(())).await;
+        eventually("the part is fine again", async || health.is_fine().then_some(())).await;
         runtime.drain(PATIENCE).await.unwrap();
     })
     .await;
@@ -614,10 +617,16 @@ async fn read_model_is_never_reset_and_stays_paused_across_a_swap() {
         let paused = State::Elsewhere("an operator has paused the subscription".into());
         let health = runtime.health();
         deposit(&store, "ada", 1).await;
-        eventually("it is paused", async || (health.parts().get("totals") == Some(&paused)).then_some(())).await;
+        eventually("the subscription is paused", async || {
+            (health.parts().get("totals") == Some(&paused)).then_some(())
+        })
+        .await;
         totals().rebuild(store.clone()).await.unwrap();
         deposit(&store, "ada", 1).await;
-        eventually("it is paused", async || (health.parts().get("totals") == Some(&paused)).then_some(())).await;
+        eventually("the subscription is paused", async || {
+            (health.parts().get("totals") == Some(&paused)).then_some(())
+        })
+        .await;
         assert_eq!(all(&store).await["ada"].deposits, 2);
         operator.pause("totals", false, "there is room").await.unwrap();
         right(&store, 1, 3).await;
@@ -683,7 +692,7 @@ async fn server_restart_loses_no_view() {
     eprintln!("the rebuild under the outage: {outcome:?}");
     many(&store, 500, 500).await;
     right(&store, 500, 21).await;
-    eventually("all is fine", async || health.is_fine().then_some(())).await;
+    eventually("every part is fine", async || health.is_fine().then_some(())).await;
     totals().rebuild(store.clone()).await.unwrap();
     right(&store, 500, 21).await;
     runtime.drain(PATIENCE).await.unwrap();

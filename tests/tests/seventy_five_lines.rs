@@ -130,7 +130,7 @@ mod specification {
     fn aggregate_takes_75_lines_and_at_most_7_library_names() {
         let source = include_str!("seventy_five_lines.rs");
         let aggregate = source.split_once("\n#[allow(clippy::unwrap_used)]\nmod specification").unwrap().0.trim_end();
-        assert!(aggregate.lines().count() <= 75, "it has {} lines", aggregate.lines().count());
+        assert!(aggregate.lines().count() <= 75, "the aggregate has {} lines", aggregate.lines().count());
         assert_eq!(OrderEvent::TYPES.len(), 5);
 
         // This one import brings in all names of the library; the code uses no other path into it.

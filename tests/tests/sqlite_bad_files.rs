@@ -41,7 +41,7 @@ fn contents(folder: &Path) -> BTreeMap<PathBuf, Option<Vec<u8>>> {
 async fn refused(path: &Path) -> OpenError {
     let parent = path.parent().filter(|parent| parent.is_dir());
     let before = parent.map(contents);
-    let error = SqliteStore::open(path).await.expect_err("it must not open");
+    let error = SqliteStore::open(path).await.expect_err("the store must not open");
     assert!(parent.map(contents) == before, "the folder is not as it was: {error}");
     let name = path.file_name().unwrap().to_str().unwrap();
     assert!(error.to_string().contains(name), "{error}");
@@ -176,7 +176,7 @@ async fn damaged_store_is_refused() {
     fs::write(&path, &bytes).unwrap();
     let error = SqliteStore::open(&path).await.err().unwrap();
     assert!(matches!(error, OpenError::Damaged { .. }), "{error}");
-    assert!(fs::read(&path).unwrap() == bytes, "what may still be saved must be left alone");
+    assert!(fs::read(&path).unwrap() == bytes, "recoverable data must not be touched");
 }
 
 #[tokio::test]

@@ -75,7 +75,7 @@ async fn until_no_space(file: &Path) {
                 (held, failures_in_a_row) = (held + 1, 0);
             }
             Err(CommitError::Unavailable(_) | CommitError::Unknown(_)) => {
-                assert_eq!(lengths(&store, held).await, 0, "what failed is not there");
+                assert_eq!(lengths(&store, held).await, 0, "failed commits leave no events");
                 failures_in_a_row += 1;
             }
             Err(other) => panic!("{other}"),

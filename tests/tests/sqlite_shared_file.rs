@@ -77,7 +77,7 @@ async fn waiting_reader_notices_commits_of_another_process() {
     for version in 0..3 {
         let waited = timeout(Duration::from_secs(10), reader.wait(head));
         let (waited, committed) = tokio::join!(waited, writer.commit(commit("a-1", at(version))));
-        waited.expect("it must not stay asleep").unwrap();
+        waited.expect("the reader must not stay asleep").unwrap();
         let page = reader.read_log(&LogQuery::all(), head, 10).await.unwrap();
         head = page.next;
         assert_eq!((page.events.len(), head), (1, committed.unwrap().position));

@@ -334,7 +334,7 @@ async fn clocks_apart(store: Arc<dyn EventStore>, location: &str) {
             runs(&id).await;
             other = start(&clock, ahead, location);
         }
-        assert!((other.1 - ahead).abs() < 20, "its clock is ahead by {} s, not {ahead}", other.1);
+        assert!((other.1 - ahead).abs() < 20, "the clock is ahead by {} s, not {ahead}", other.1);
         // By then, both processes have checked the timers twice. No signal exists for something that does not happen.
         tokio::time::sleep(Duration::from_secs(3)).await;
         let events: Vec<_> = world.history(&id).await.into_iter().map(|event| event.type_name.to_string()).collect();

@@ -38,7 +38,7 @@ pub async fn receive(consumer: &mut dyn Consumer) -> Uuid {
         match consumer.poll(1).await.unwrap() {
             Polled::Assigned(partitions) => consumer.seek(&partitions[0], None).await.unwrap(),
             Polled::Messages(messages) => {
-                let [letter] = &*messages else { panic!("one at a time was asked for: {messages:?}") };
+                let [letter] = &*messages else { panic!("one message at a time was requested: {messages:?}") };
                 consumer.acknowledge(&letter.partition, letter.offset + 1).await.unwrap();
                 return letter.id();
             }

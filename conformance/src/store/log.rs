@@ -146,7 +146,7 @@ pub async fn wait_returns_at_once_if_there_are_more_events<T: StoreUnderTest>() 
     let store = under_test.store();
     let head = store.commit(appending([append("a-1", at(0), numbered(3))])).await.unwrap().position;
     for after in [-1, 0, head.0 - 1] {
-        timeout(PROMPTLY, store.wait(Position(after))).await.expect("it must not sleep").unwrap();
+        timeout(PROMPTLY, store.wait(Position(after))).await.expect("the reader must not sleep").unwrap();
     }
 }
 

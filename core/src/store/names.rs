@@ -208,7 +208,7 @@ mod tests {
         names.push(segment("b", 9, Some(4))).unwrap();
         let stored: Stored = serde_json::from_str(&names.document(2).body).unwrap();
         assert!(matches!(stored, Stored::Segments(segments) if segments == names.0));
-        assert!(names.push(segment("c", 9, None)).is_err(), "it begins where another one does");
+        assert!(names.push(segment("c", 9, None)).is_err(), "the segment begins where another segment begins");
     }
 
     #[test]

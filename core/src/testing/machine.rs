@@ -178,8 +178,7 @@ impl<C: SagaState> Machine<C> {
             history.push(Arc::new(write(event)?));
         }
         let folded = restart::<C>(&history)?;
-        let context =
-            json(folded.context().ok_or("what the saga was started with cannot be read back from its history")?)?;
+        let context = json(folded.context().ok_or("the input of the saga cannot be read back from its history")?)?;
         let progress = folded.progress.clone().ok_or("a saga with a history has no progress")?;
         if progress != moved.progress {
             return Err(format!(

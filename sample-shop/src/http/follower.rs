@@ -226,7 +226,7 @@ mod tests {
         for version in 1..=3 {
             follower.take(&event("saga.checkout-1", version, "{}"), &metrics);
         }
-        let whole = early.whole().expect("it was there from the beginning");
+        let whole = early.whole().expect("the follower was there from the beginning");
         assert_eq!((whole.subject.len(), whole.saga.len()), (1, 3));
         assert!(late.whole().is_none());
 

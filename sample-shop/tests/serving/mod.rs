@@ -69,7 +69,7 @@ impl Serving {
 
     pub fn signal(&self, name: &str) {
         let sent = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status().unwrap();
-        assert!(sent.success(), "it had ended before it was sent {name}");
+        assert!(sent.success(), "the process had ended before {name} was sent");
     }
 
     /// Starts the next instance at the same address.
@@ -106,7 +106,7 @@ impl Serving {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return status.code();
             }
-            assert!(started.elapsed() < PATIENCE, "it never ends");
+            assert!(started.elapsed() < PATIENCE, "the process never ends");
             std::thread::sleep(Duration::from_millis(5));
         }
     }

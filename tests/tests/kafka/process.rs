@@ -159,7 +159,7 @@ impl Process {
 
     /// Kills the process with -9.
     pub fn kill(mut self) {
-        assert_eq!(self.child.try_wait().unwrap(), None, "it has ended by itself");
+        assert_eq!(self.child.try_wait().unwrap(), None, "the process has ended by itself");
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }

@@ -194,7 +194,8 @@ impl Bed {
 
     /// Returns the reasons of the parked messages, once there are this many.
     pub async fn parked(&self, count: usize) -> Vec<(Arc<str>, String)> {
-        eventually("they are parked", async || Some(self.letters().await).filter(|all| all.len() == count)).await
+        eventually("the messages are parked", async || Some(self.letters().await).filter(|all| all.len() == count))
+            .await
     }
 
     /// Asserts that each event has its row exactly once, that there are no other rows, and that the rows follow the

@@ -265,7 +265,7 @@ fn changed_file_is_not_read_further() {
     let mut reading = opened.invoices().expect("readable");
     fs::write(&file.path, format!("{text}{}", sound("2"))).expect("written");
     assert!(matches!(opened.invoices(), Err(InputError::Changed { .. })));
-    assert_eq!(reading.next().map(|item| item.expect("it was there").id().to_owned()), Some("1".to_owned()));
+    assert_eq!(reading.next().map(|item| item.expect("the file was readable").id().to_owned()), Some("1".to_owned()));
     assert!(matches!(reading.next(), Some(Err(ReadError::Input(InputError::Changed { .. })))));
     assert!(reading.next().is_none());
 }
