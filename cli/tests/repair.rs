@@ -103,7 +103,7 @@ async fn what_is_asked_of_a_saga_waits_for_its_service() {
     let place = Place::with_trips().await;
     let abandon = ["saga", "lost-1", "abandon", "--reason", "they have moved", "--yes", "--wait", "0s"];
     assert!(place.annals(&abandon).fine().contains("asked for; the service that runs it carries it out when it is up"));
-    assert!(place.annals(&abandon).refused().contains("tester has asked for Abandon already"));
+    assert!(place.annals(&abandon).refused().contains("tester has already requested Abandon"));
     let store: Arc<dyn EventStore> = Arc::new(place.open().await);
     let running = agency(&store, false).await;
     until("it is abandoned", async || sagas(&store).await.iter().all(|saga| saga.ended_at.is_some())).await;
