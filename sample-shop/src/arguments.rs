@@ -76,7 +76,8 @@ pub enum Command {
     Serve(Serve),
     /// Wait until every saga has ended, then print the summary.
     Drain(Drain),
-    /// Run the `annals` command on the shop's store: inspect, replay, verify, move and repair.
+    /// Run the `annals` command on the shop's store: inspect, replay, verify, move and repair. Needs a build with the
+    /// feature `ops`.
     #[command(disable_help_flag = true)]
     Ops {
         /// The command and its arguments; see `ops --help`.
@@ -110,9 +111,8 @@ impl Connection {
 }
 
 fn shared_as(store: &StoreUrl, instance: &Option<String>) -> Option<String> {
-    let is_shared = matches!(store, StoreUrl::Postgres(_));
     let name = || format!("shop-{:08x}", fastrand::u32(..));
-    is_shared.then(|| instance.clone().unwrap_or_else(name))
+    store.is_shared().then(|| instance.clone().unwrap_or_else(name))
 }
 
 /// The options of the output.

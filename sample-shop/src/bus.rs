@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use annals::{Bus, LocalBus};
+#[cfg(feature = "kafka")]
 use annals_kafka::KafkaBus;
 
 use crate::{Failure, arguments::BusUrl};
@@ -17,6 +18,7 @@ const LOCAL_PARTITIONS: u32 = 4;
 pub async fn open(url: &BusUrl) -> Result<Arc<dyn Bus>, Failure> {
     match url {
         BusUrl::Local => Ok(Arc::new(LocalBus::new(LOCAL_PARTITIONS))),
+        #[cfg(feature = "kafka")]
         BusUrl::Kafka(settings) => Ok(Arc::new(KafkaBus::connect(settings.clone()).await?)),
     }
 }

@@ -9,6 +9,7 @@
 //! | `card` | test cards, which tell the simulated provider what to do with a payment |
 //! | `books` | the totals of one service, folded from its log |
 //! | `services` | the services put together |
+//! | `ops` | the `annals` command as a subcommand, with the feature `ops` |
 //! | `run` | the main job, with all services in this process |
 //! | `serve`, `http` | services that run until they are stopped, and their HTTP answers |
 //! | `store`, `bus` | opens the store and the bus that the URLs of the command line name |
@@ -28,6 +29,8 @@ pub mod counting;
 pub mod http;
 pub mod inventory;
 pub mod notification;
+#[cfg(feature = "ops")]
+pub mod ops;
 pub mod order;
 pub mod payment;
 pub mod returning;

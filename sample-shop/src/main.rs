@@ -1,6 +1,6 @@
 //! The command line of the sample shop.
 
-use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
+use std::{ffi::OsString, io::IsTerminal, path::PathBuf, process::ExitCode};
 
 use annals::StartError;
 use sample_shop::{
@@ -9,7 +9,7 @@ use sample_shop::{
     bus,
     claim::Claim,
     run::{self, Places},
-    serve, services,
+    serve,
     stop::Stop,
     store::Store,
 };
@@ -37,7 +37,7 @@ async fn main() -> ExitCode {
         .init();
     // `ops` handles Ctrl-C itself.
     if let Command::Ops { words } = arguments.command {
-        return services::ops().run(words).await;
+        return ops(words).await;
     }
     // Runs the command on a worker thread of the runtime. Tasks that the main thread spawns would wait in a queue that
     // busy workers seldom check.
@@ -55,6 +55,20 @@ fn needs_a_person(error: &Failure) -> bool {
     let refused = error.downcast_ref::<StartError>();
     error.is::<serve::Ended>()
         || refused.is_some_and(|error| matches!(error, StartError::Ahead(_) | StartError::HalfRecovered { .. }))
+}
+
+#[cfg(feature = "ops")]
+async fn ops(words: Vec<OsString>) -> ExitCode {
+    sample_shop::ops::ops().run(words).await
+}
+
+#[cfg(not(feature = "ops"))]
+async fn ops(_: Vec<OsString>) -> ExitCode {
+    eprintln!(
+        "sample-shop: this sample-shop was built without the `annals` command; build it with the feature: cargo run --release \
+         -p sample-shop --features ops -- ops …"
+    );
+    ExitCode::from(2)
 }
 
 async fn carry_out(command: Command) -> Result<ExitCode, Failure> {

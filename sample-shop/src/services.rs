@@ -8,12 +8,10 @@ use crate::{
     books::Bookkeeper,
     checkout::{Checkout, checkout},
     counting::{Counting, counting},
-    inventory::{InventoryParticipant, StockEvent, shelf},
-    notification::{NotificationEvent, NotificationParticipant},
-    order::{
-        ClosingEvent, Order, OrderEvent, OrderParticipant, Repositories, Return, ReturnEvent, Supply, SupplyEvent,
-    },
-    payment::{PaymentEvent, PaymentParticipant, Provider},
+    inventory::{InventoryParticipant, shelf},
+    notification::NotificationParticipant,
+    order::{Order, OrderParticipant, Repositories, Return, Supply},
+    payment::{PaymentParticipant, Provider},
     returning::{Returning, returning},
     supplying::{Supplying, supplying},
 };
@@ -58,23 +56,6 @@ pub fn notification_service(store: Arc<dyn EventStore>) -> Service {
     Service::new("notification", store.clone())
         .publish(&["notification"])
         .participant(NotificationParticipant::new(store))
-}
-
-/// Returns the `annals` command, with the shop's events, sagas and read models.
-pub fn ops() -> annals_cli::Ops {
-    annals_cli::Ops::named("sample-shop ops")
-        .events::<OrderEvent>()
-        .events::<ReturnEvent>()
-        .events::<StockEvent>()
-        .events::<PaymentEvent>()
-        .events::<NotificationEvent>()
-        .events::<SupplyEvent>()
-        .events::<ClosingEvent>()
-        .saga(checkout())
-        .saga(returning())
-        .saga(supplying())
-        .saga(counting())
-        .read_model(shelf())
 }
 
 /// Returns all four services on one store.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use annals::{EventStore, MemoryStore};
+#[cfg(feature = "postgres")]
 use annals_postgres::PostgresStore;
 use annals_sqlite::SqliteStore;
 
@@ -12,6 +13,7 @@ use crate::{Failure, arguments::StoreUrl};
 pub enum Store {
     Memory(Arc<MemoryStore>),
     Sqlite(SqliteStore),
+    #[cfg(feature = "postgres")]
     Postgres(PostgresStore),
 }
 
@@ -21,6 +23,7 @@ impl Store {
         Ok(match url {
             StoreUrl::Memory => Self::Memory(Arc::new(MemoryStore::new())),
             StoreUrl::Sqlite(path) => Self::Sqlite(SqliteStore::open(path).await?),
+            #[cfg(feature = "postgres")]
             StoreUrl::Postgres(url) => {
                 Self::Postgres(PostgresStore::connect(url, annals_postgres::Settings::default()).await?)
             }
@@ -32,6 +35,7 @@ impl Store {
         match self {
             Self::Memory(store) => store.clone(),
             Self::Sqlite(store) => Arc::new(store.clone()),
+            #[cfg(feature = "postgres")]
             Self::Postgres(store) => Arc::new(store.clone()),
         }
     }
@@ -41,6 +45,7 @@ impl Store {
         match self {
             Self::Memory(_) => {}
             Self::Sqlite(store) => store.close().await?,
+            #[cfg(feature = "postgres")]
             Self::Postgres(store) => store.close().await?,
         }
         Ok(())

@@ -124,7 +124,12 @@ impl Drop for Processes {
 /// Returns the binary in the folder of this program.
 fn sample_shop() -> Result<PathBuf, Failure> {
     let beside = std::env::current_exe()?.with_file_name("sample-shop");
-    let missing = || format!("{} is missing: build it, with the same profile, by -p sample-shop", beside.display());
+    let missing = || {
+        format!(
+            "{} is missing: build it, with the same profile, by -p sample-shop --features kafka,postgres",
+            beside.display()
+        )
+    };
     if beside.is_file() { Ok(beside) } else { Err(missing().into()) }
 }
 

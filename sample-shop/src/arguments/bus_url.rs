@@ -8,6 +8,7 @@ pub enum BusUrl {
     /// Inside this process.
     Local,
     /// Over Kafka.
+    #[cfg(feature = "kafka")]
     Kafka(annals_kafka::Settings),
 }
 
@@ -26,6 +27,13 @@ pub enum BusUrlError {
     /// The Kafka settings in the URL are invalid.
     #[error("{0}")]
     Kafka(String),
+    /// The bus needs a feature that this build does not have.
+    #[cfg(not(feature = "kafka"))]
+    #[error(
+        "this sample-shop was built without Kafka; build it with the feature: cargo run --release -p sample-shop \
+         --features kafka -- …"
+    )]
+    NoKafka,
 }
 
 impl BusUrl {
@@ -33,6 +41,7 @@ impl BusUrl {
     pub fn scheme(&self) -> &'static str {
         match self {
             Self::Local => "local",
+            #[cfg(feature = "kafka")]
             Self::Kafka(_) => "kafka",
         }
     }
@@ -46,6 +55,9 @@ impl FromStr for BusUrl {
         match scheme {
             "local" if rest.is_empty() => Ok(Self::Local),
             "local" => Err(BusUrlError::Local),
+            #[cfg(not(feature = "kafka"))]
+            "kafka" => Err(BusUrlError::NoKafka),
+            #[cfg(feature = "kafka")]
             "kafka" => {
                 text.parse().map(Self::Kafka).map_err(|error: annals::BusError| BusUrlError::Kafka(error.to_string()))
             }
@@ -59,6 +71,7 @@ impl fmt::Display for BusUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Local => f.write_str("local:"),
+            #[cfg(feature = "kafka")]
             Self::Kafka(settings) => settings.fmt(f),
         }
     }

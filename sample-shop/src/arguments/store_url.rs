@@ -1,6 +1,8 @@
 use std::{fmt, path::PathBuf, str::FromStr};
 
-use annals_cli::quoted::{is_scheme, without_password};
+use annals_cli::quoted::is_scheme;
+#[cfg(feature = "postgres")]
+use annals_cli::quoted::without_password;
 
 /// The store of the events.
 #[derive(Clone, PartialEq, Eq)]
@@ -10,6 +12,7 @@ pub enum StoreUrl {
     /// In a SQLite file.
     Sqlite(PathBuf),
     /// In a PostgreSQL database. Holds the whole URL, with its password.
+    #[cfg(feature = "postgres")]
     Postgres(String),
 }
 
@@ -39,14 +42,27 @@ pub enum StoreUrlError {
     /// The URL has no host after `postgres:`.
     #[error("postgres: needs a host, such as postgres://user@host/database")]
     Host,
+    /// The store needs a feature that this build does not have.
+    #[cfg(not(feature = "postgres"))]
+    #[error(
+        "this sample-shop was built without PostgreSQL; build it with the feature: cargo run --release -p sample-shop \
+         --features postgres -- …"
+    )]
+    NoPostgres,
 }
 
 impl StoreUrl {
+    /// Returns whether several processes may share the store.
+    pub fn is_shared(&self) -> bool {
+        !matches!(self, Self::Memory | Self::Sqlite(_))
+    }
+
     /// The scheme: `memory`, `sqlite` or `postgres`.
     pub fn scheme(&self) -> &'static str {
         match self {
             Self::Memory => "memory",
             Self::Sqlite(_) => "sqlite",
+            #[cfg(feature = "postgres")]
             Self::Postgres(_) => "postgres",
         }
     }
@@ -68,7 +84,10 @@ impl FromStr for StoreUrl {
             },
             "postgres" | "postgresql" => match rest.strip_prefix("//") {
                 None | Some("") => Err(StoreUrlError::Host),
+                #[cfg(feature = "postgres")]
                 Some(_) => Ok(Self::Postgres(text.to_owned())),
+                #[cfg(not(feature = "postgres"))]
+                Some(_) => Err(StoreUrlError::NoPostgres),
             },
             other if is_scheme(other) => Err(StoreUrlError::Scheme(other.to_owned())),
             _ => Err(StoreUrlError::NoScheme),
@@ -82,6 +101,7 @@ impl fmt::Display for StoreUrl {
         match self {
             Self::Memory => f.write_str("memory:"),
             Self::Sqlite(path) => write!(f, "sqlite:{}", path.display()),
+            #[cfg(feature = "postgres")]
             Self::Postgres(url) => f.write_str(&without_password(url)),
         }
     }

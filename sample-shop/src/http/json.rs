@@ -64,9 +64,9 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
 
 /// A whole number within the bounds of `N`. The error names the bounds.
 pub fn whole_number<'de, D: Deserializer<'de>, N: TryFrom<i64> + Bounds>(deserializer: D) -> Result<N, D::Error> {
-    struct Whole<N>(PhantomData<N>);
+    struct WholeNumber<N>(PhantomData<N>);
 
-    impl<N: TryFrom<i64> + Bounds> Visitor<'_> for Whole<N> {
+    impl<N: TryFrom<i64> + Bounds> Visitor<'_> for WholeNumber<N> {
         type Value = N;
 
         fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -84,7 +84,7 @@ pub fn whole_number<'de, D: Deserializer<'de>, N: TryFrom<i64> + Bounds>(deseria
         }
     }
 
-    deserializer.deserialize_i64(Whole(PhantomData))
+    deserializer.deserialize_i64(WholeNumber(PhantomData))
 }
 
 /// The least and the largest value of a number.

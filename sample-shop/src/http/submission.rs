@@ -29,12 +29,12 @@ pub const ID_BYTES_MAX: usize = 200;
 /// An id from a path.
 pub type Id = Result<Path<String>, PathRejection>;
 /// `?wait=10s`.
-pub type Wait = Result<Query<Waiting>, QueryRejection>;
+pub type Wait = Result<Query<WaitParameters>, QueryRejection>;
 
 /// The time to wait for the end of the requested saga.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Waiting {
+pub struct WaitParameters {
     wait: Option<String>,
 }
 
@@ -86,7 +86,7 @@ pub fn id(id: Id) -> Result<String, Problem> {
 
 /// Reads a number of seconds, with or without an `s`; at most [`WAIT_MAX`].
 pub fn wait(wait: Wait) -> Result<Duration, Problem> {
-    let Query(Waiting { wait }) = wait.map_err(|error| bad(error.body_text()))?;
+    let Query(WaitParameters { wait }) = wait.map_err(|error| bad(error.body_text()))?;
     let Some(text) = wait else { return Ok(Duration::ZERO) };
     let seconds = text.strip_suffix('s').unwrap_or(&text).parse::<u32>();
     let seconds = seconds.map_err(|_| bad(format!("wait={text:.20} is not a number of seconds, such as wait=10s")))?;
