@@ -304,7 +304,7 @@ async fn message_too_large_for_the_topic_is_parked() {
     let parked: Vec<_> = parked.iter().map(|letter| (&*letter.key, letter.behind, &*letter.reason)).collect();
     assert!(
         matches!(parked[..], [("tally-3", 23, first), ("tally-5", 2, second)]
-        if first.contains("takes 20000") && second.contains("takes 20000")),
+        if first.contains("is 20000") && second.contains("is 20000")),
         "{parked:?}"
     );
     assert_eq!(sql.copies().await, others, "nothing passes what is parked");
