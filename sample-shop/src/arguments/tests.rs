@@ -83,7 +83,7 @@ fn run_against_a_remote_shop_needs_a_url_and_no_store() {
     assert_eq!(run.http.expect("a URL").to_string(), "http://127.0.0.1:8080");
     refused("run --http http://a:1 --store memory:", &["--http", "cannot be used with", "--store"]);
     refused("run --http http://a:1 --bus local:", &["cannot be used with", "--bus"]);
-    refused("run --http https://a:1", &["no TLS"]);
+    refused("run --http https://a:1", &["TLS is not supported"]);
     refused("run --http http://shop@a:1", &["must not contain a user or a password"]);
     refused("run --http http://a:1/orders", &["nothing may follow the port"]);
     for url in ["a:1", "http://", "8080", "ftp://a:1", "http://a:99999"] {
