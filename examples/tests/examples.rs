@@ -46,7 +46,7 @@ fn printed_in(folder: &Path, name: &str, arguments: &[&str]) -> Result<String, B
     Ok(String::from_utf8(output.stdout)?)
 }
 
-/// Drops schemas whose names begin with this text, when the test ends.
+/// Drops these schemas.
 async fn drop_schemas(url: &str, schemas: &[String]) -> Outcome {
     let mut sql = PgConnection::connect(url).await?;
     for schema in schemas {
