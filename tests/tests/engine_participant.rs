@@ -2,24 +2,36 @@
 //! the bus delivers.
 #![allow(clippy::unwrap_used)]
 
-use std::sync::Arc;
+use std::{
+    env,
+    io::{BufRead, BufReader, Read, Write},
+    path::Path,
+    process::{Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 
 use annals::{
-    Commit, DocumentKey, Event, EventStore, LocalBus, MemoryStore, Message, Metadata, Position, Publisher, Put,
-    Runtime, Service, Version,
+    Answer, Commit, DocumentKey, Event, EventStore, LocalBus, MemoryStore, Message, Metadata, Participant, Position,
+    Publisher, Put, Repository, Runtime, Service, StepError, Version, Work,
     archive::Stored,
     bus::Outgoing,
     health::State,
+    repository::REMEMBERED_COMMANDS,
     saga::{At, Outcome, Owed, Reply, StepEvent, StepKey},
 };
 use annals_conformance::bus::{Member, within};
+use annals_sqlite::SqliteStore;
 use annals_tests::{
-    tally::{documents, eventually},
+    faulty::{Fault, FaultyStore},
+    tally::{Tally, TallyCommand, add, documents, eventually, touches},
     trip::{Act, Clerk, Play, Script},
 };
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
-
-const TRIP: &str = "saga.trip-a";
 
 struct Desk {
     store: Arc<dyn EventStore>,
@@ -32,8 +44,12 @@ struct Desk {
 
 impl Desk {
     async fn open() -> Self {
-        let (store, bus, script): (Arc<dyn EventStore>, _, _) =
-            (Arc::new(MemoryStore::new()), LocalBus::default(), Script::default());
+        Self::on(Arc::new(MemoryStore::new())).await
+    }
+
+    async fn on(store: Arc<dyn EventStore>) -> Self {
+        let bus = LocalBus::default();
+        let script = Script::default();
         let replies = Member::join(&bus, "spy", "shop.commands").await;
         let mut runtime = Runtime::new();
         let bank = Service::new("bank", store.clone()).participant(Clerk(script.clone()));
@@ -43,10 +59,15 @@ impl Desk {
 
     /// Returns a command as the relay would send it. `sent` identifies the saga's event that sent the command.
     fn command(&self, at: At, attempt: u32, sent: u128) -> Message {
+        self.command_of("a", at, attempt, sent)
+    }
+
+    fn command_of(&self, trip: &str, at: At, attempt: u32, sent: u128) -> Message {
         let act = match at {
-            At::Undo(_) => Act::Undo { step: "charge".into(), trip: "a".into() },
-            At::Forward(_) | At::Closing(_) => Act::Do { step: "charge".into(), trip: "a".into() },
+            At::Undo(_) => Act::Undo { step: "charge".into(), trip: trip.into() },
+            At::Forward(_) | At::Closing(_) => Act::Do { step: "charge".into(), trip: trip.into() },
         };
+        let saga = format!("saga.trip-{trip}");
         let attributes = [
             ("sagastep", at.to_string()),
             ("sagacall", "0".into()),
@@ -55,12 +76,12 @@ impl Desk {
             ("sagareplyto", "shop".into()),
         ];
         Message {
-            id: Uuid::new_v5(&self.step, at.to_string().as_bytes()),
+            id: Uuid::new_v5(&self.step, format!("{trip} {at}").as_bytes()),
             type_name: act.type_name().into(),
             schema_version: 1,
             source: "shop".into(),
-            subject: TRIP.into(),
-            key: TRIP.into(),
+            subject: saga.as_str().into(),
+            key: saga.into(),
             data: act.encode().unwrap().into(),
             metadata: Metadata { causation_id: Uuid::from_u128(sent), ..Metadata::default() },
             time: chrono::Utc::now(),
@@ -74,26 +95,31 @@ impl Desk {
     /// Starts the bank again on the same store. The bank's work on these steps was lost, but its answers were not.
     async fn restart_owing(&mut self, steps: &[(At, Outcome)]) {
         drop(std::mem::take(&mut self.runtime));
-        let mut puts = vec![Put { key: DocumentKey::new("ledger", "a"), expected: None, body: None, due: None }];
         for (at, outcome) in steps {
-            let reply = Reply { at: *at, call: 0, attempt: 1, outcome: outcome.clone() };
-            let answered_at = self.answered_at(*at).await;
-            let document = Owed { message: self.command(*at, 1, 1), reply, answered_at }.document("bank");
-            puts.push(Put { key: document.key, expected: None, body: Some(document.body), due: None });
+            self.lose("a", *at, outcome).await;
         }
-        self.store.commit(Commit { appends: Vec::new(), puts }).await.unwrap();
         self.restart().await;
     }
 
-    /// Returns the recorded answers of the bank to the trip.
-    async fn answers(&self) -> Vec<annals::Recorded> {
-        let stream = annals::StreamId::from_stored(&format!("step.bank-{TRIP}"));
+    /// Removes the ledger of a trip, and notes that the bank owes the work of a step that was answered like this.
+    async fn lose(&self, trip: &str, at: At, outcome: &Outcome) {
+        let reply = Reply { at, call: 0, attempt: 1, outcome: outcome.clone() };
+        let answered_at = self.answered_at(trip, at).await;
+        let owed = Owed { message: self.command_of(trip, at, 1, 1), reply, answered_at }.document("bank");
+        let lost = Put { key: DocumentKey::new("ledger", trip), expected: None, body: None, due: None };
+        let owed = Put { key: owed.key, expected: None, body: Some(owed.body), due: None };
+        self.store.commit(Commit { appends: Vec::new(), puts: vec![lost, owed] }).await.unwrap();
+    }
+
+    /// Returns the recorded answers of the bank to a trip.
+    async fn answers(&self, trip: &str) -> Vec<annals::Recorded> {
+        let stream = annals::StreamId::from_stored(&format!("step.bank-saga.trip-{trip}"));
         self.store.read_stream(&stream, Version::START, 100).await.unwrap()
     }
 
     /// The position of the last answer to a step.
-    async fn answered_at(&self, at: At) -> Position {
-        let answers = self.answers().await;
+    async fn answered_at(&self, trip: &str, at: At) -> Position {
+        let answers = self.answers(trip).await;
         let is_of = |event: &&annals::Recorded| {
             let StepEvent::Replied { reply, .. } = event.decode().unwrap().unwrap();
             reply.at == at
@@ -102,8 +128,12 @@ impl Desk {
     }
 
     async fn restart(&mut self) {
+        self.restart_as(Clerk(self.script.clone())).await;
+    }
+
+    async fn restart_as(&mut self, participant: impl Participant) {
         drop(std::mem::take(&mut self.runtime));
-        let bank = Service::new("bank", self.store.clone()).participant(Clerk(self.script.clone()));
+        let bank = Service::new("bank", self.store.clone()).participant(participant);
         self.runtime.start(vec![bank], Arc::new(self.bus.clone())).await.unwrap();
     }
 
@@ -132,7 +162,7 @@ impl Desk {
     /// Asserts that nothing is parked, and that each reply belongs to a request.
     async fn close(mut self, replies: usize) {
         assert_eq!(documents(&self.store, "parked.bank.commands").await, []);
-        let answers = self.answers().await;
+        let answers = self.answers("a").await;
         assert_eq!(answers.len(), replies);
         let health = self.runtime.health();
         self.script.behave();
@@ -290,7 +320,7 @@ async fn step_refused_before_a_restore_is_not_owed() {
     desk.send(vec![desk.command(At::Forward(1), 1, 1), desk.command(At::Forward(2), 1, 2)]).await;
     assert!(matches!(desk.reply().await, Outcome::Refused(_)));
     assert!(matches!(desk.reply().await, Outcome::Done(_)));
-    let answers = desk.answers().await;
+    let answers = desk.answers("a").await;
     let owed: Vec<At> =
         answers.iter().filter_map(|event| Some(StepKey::answered(&Stored::from(event))?.0.at)).collect();
     assert_eq!(owed, [At::Forward(2)], "carried out now, the refused step would be one that no saga undoes");
@@ -347,4 +377,152 @@ async fn unrepeatable_work_is_reported_and_retried_at_the_next_start() {
     eventually("the bank to settle", async || (desk.owed().await == 0).then_some(())).await;
     assert_eq!(desk.ledger().await, ["charge"]);
     desk.close(1).await;
+}
+
+/// A participant whose work is a command to an aggregate that others use too.
+struct Cashier(Repository<Tally>);
+
+#[async_trait]
+impl Participant for Cashier {
+    type Command = Act;
+
+    async fn perform(&self, _: Act, work: &mut Work) -> Result<Answer, StepError> {
+        work.execute(&self.0, "till", &TallyCommand::Add(7)).await?;
+        Ok(Answer::DONE)
+    }
+}
+
+#[tokio::test]
+async fn work_that_a_busy_stream_has_already_is_not_done_again() {
+    let mut desk = Desk::open().await;
+    let tallies = Repository::<Tally>::new(desk.store.clone());
+    desk.restart_as(Cashier(tallies.clone())).await;
+    desk.send(vec![desk.command(At::Forward(1), 1, 1)]).await;
+    let done = desk.reply().await;
+    // The till has executed so many commands since then that it has forgotten this one.
+    let later = REMEMBERED_COMMANDS as i64 + 1;
+    add(&desk.store, "till", 1..=later).await;
+    drop(std::mem::take(&mut desk.runtime));
+    desk.lose("a", At::Forward(1), &done).await;
+    desk.restart_as(Cashier(tallies.clone())).await;
+    eventually("the bank to settle", async || (desk.owed().await == 0).then_some(())).await;
+    let amounts = tallies.state("till").await.unwrap().amounts;
+    assert_eq!((amounts.len() as i64, amounts.iter().filter(|amount| **amount == 7).count()), (later + 1, 2));
+    desk.close(1).await;
+}
+
+/// The moment at which a process that does owed work is killed: with the given number of works done in that process.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+enum Kill {
+    /// The participant is at work.
+    AtWork(usize),
+    /// The work is staged, and its commit is not applied.
+    BeforeCommit(usize),
+    /// The commit is applied, and the process does not know that.
+    AfterCommit(usize),
+}
+
+/// The environment variables of the process to kill: its store, and the moment of the kill.
+const FILE: &str = "ANNALS_OWED_FILE";
+const KILL: &str = "ANNALS_OWED_KILL";
+
+/// The work of the process to kill. In the process of the other tests, this test does nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn process_that_owes_work() {
+    let Some(file) = env::var_os(FILE) else { return };
+    // The process ends together with the test, however the test ends.
+    std::thread::spawn(|| {
+        _ = std::io::stdin().read_to_end(&mut Vec::new());
+        std::process::exit(1);
+    });
+    let say = || std::io::stdout().lock().write_all(b"reached\n").unwrap();
+    let store = FaultyStore::new(Arc::new(SqliteStore::open(file).await.unwrap()));
+    let script = Script::default();
+    let done = AtomicUsize::new(0);
+    let kill = serde_json::from_str(&env::var(KILL).unwrap()).unwrap();
+    if let Kill::AtWork(after) = kill {
+        script.answer("charge", move |_| {
+            if done.fetch_add(1, Ordering::Relaxed) == after {
+                say();
+                loop {
+                    std::thread::park();
+                }
+            }
+            Ok(Answer::DONE)
+        });
+    } else if let Kill::BeforeCommit(after) | Kill::AfterCommit(after) = kill {
+        let fault = if matches!(kill, Kill::AfterCommit(_)) { Fault::CrashAfter } else { Fault::CrashBefore };
+        let is_next = move |commit: &Commit| {
+            touches(commit, "owed.bank") && done.fetch_add(1, Ordering::Relaxed) == after
+        };
+        store.when(is_next, fault);
+    }
+    let bank = Service::new("bank", Arc::new(store.clone())).participant(Clerk(script));
+    let mut runtime = Runtime::new();
+    runtime.start(vec![bank], Arc::new(LocalBus::default())).await.unwrap();
+    store.crashed().await;
+    say();
+    std::future::pending::<()>().await;
+}
+
+/// Runs the process until its moment has come, and kills it with -9.
+fn run_and_kill(file: &Path, kill: Kill) {
+    let mut child = Command::new(env::current_exe().unwrap())
+        .args(["--exact", "process_that_owes_work", "--nocapture"])
+        .env(FILE, file)
+        .env(KILL, serde_json::to_string(&kill).unwrap())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap().ends_with("reached")), "{kill:?}: the process has ended");
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[tokio::test]
+async fn process_that_is_killed_in_owed_work_goes_on_with_the_rest() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("bank.db");
+    let trips: Vec<String> = (0..12).map(|number| format!("t{number:02}")).collect();
+    let is_undone = |trip: &str| trip.ends_with('3') || trip.ends_with('7');
+    let store = SqliteStore::open(&file).await.unwrap();
+    let mut desk = Desk::on(Arc::new(store.clone())).await;
+    for trip in &trips {
+        let steps = [At::Forward(1), At::Undo(1)];
+        for at in &steps[..if is_undone(trip) { 2 } else { 1 }] {
+            desk.send(vec![desk.command_of(trip, *at, 1, 1)]).await;
+            assert_eq!(desk.reply().await, Outcome::Done(serde_json::Value::Null));
+            desk.lose(trip, *at, &Outcome::Done(serde_json::Value::Null)).await;
+        }
+    }
+    assert_eq!(desk.owed().await, 14);
+    drop(desk);
+    store.close().await.unwrap();
+
+    for (kill, left) in [(Kill::AtWork(2), 12), (Kill::BeforeCommit(2), 10), (Kill::AfterCommit(2), 7)] {
+        run_and_kill(&file, kill);
+        let store = SqliteStore::open(&file).await.unwrap();
+        let found = documents(&(Arc::new(store.clone()) as Arc<dyn EventStore>), "owed.bank").await;
+        assert_eq!(found.len(), left, "{kill:?}");
+        store.close().await.unwrap();
+    }
+
+    let store = SqliteStore::open(&file).await.unwrap();
+    let mut desk = Desk::on(Arc::new(store.clone())).await;
+    eventually("the bank to settle", async || (desk.owed().await == 0).then_some(())).await;
+    let health = desk.runtime.health();
+    assert!(health.is_fine(), "{:?}", health.parts());
+    let ledgers = documents(&desk.store, "ledger").await;
+    assert_eq!(ledgers.len(), trips.len());
+    for (trip, ledger) in ledgers {
+        let expected = if is_undone(&trip) { r#"["charge","undo charge"]"# } else { r#"["charge"]"# };
+        assert_eq!(&*ledger, expected, "{trip}");
+    }
+    for trip in &trips {
+        assert_eq!(desk.answers(trip).await.len(), if is_undone(trip) { 2 } else { 1 }, "{trip} has a second answer");
+    }
+    drop(std::mem::take(&mut desk.runtime));
+    store.close().await.unwrap();
 }

@@ -176,6 +176,27 @@ impl<A: Aggregate> Folds<A> {
         }
     }
 
+    /// Returns the version of the command's first event, which may be any event of the stream.
+    pub(crate) async fn first_of(
+        &self,
+        store: &dyn EventStore,
+        stream: &StreamId,
+        command_id: Uuid,
+    ) -> Result<Option<Version>, StoreError> {
+        let id = derived_id(command_id, 0);
+        let mut after = Version::START;
+        loop {
+            let page = store.read_stream(stream, after, FOLD_PAGE).await?;
+            if let Some(found) = page.iter().find(|event| event.id == id) {
+                return Ok(Some(found.version));
+            }
+            match page.last() {
+                Some(last) if page.len() == FOLD_PAGE => after = last.version,
+                _ => return Ok(None),
+            }
+        }
+    }
+
     /// Returns the events that the store already holds for this command. `first` is the version of the first one.
     pub(crate) async fn events_of(
         &self,

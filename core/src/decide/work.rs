@@ -12,9 +12,12 @@ use crate::{
     decide::{
         aggregate::Aggregate,
         fold::{FoldError, Folded, Folds},
+        remembered::REMEMBERED_COMMANDS,
         unsettled::{self, Unsettled},
     },
-    event::{DecodeError, Event, EventError, Metadata, NewEvent, StreamId, StreamIdError, derived_id, encode_all},
+    event::{
+        DecodeError, Event, EventError, Metadata, NewEvent, StreamId, StreamIdError, Version, derived_id, encode_all,
+    },
     health::notice::Notice,
     store::{EventStore, StoreError},
 };
@@ -38,6 +41,7 @@ pub struct Work {
     documents: HashMap<DocumentKey, StagedDocument>,
     undo: Vec<(DocumentKey, Option<StagedDocument>)>,
     stale: Stale,
+    searches: bool,
     rows: usize,
     rows_at_begin: usize,
     notices: Vec<Box<dyn Notice>>,
@@ -122,11 +126,19 @@ impl Work {
             documents: HashMap::new(),
             undo: Vec::new(),
             stale,
+            searches: false,
             rows: 0,
             rows_at_begin: 0,
             notices: Vec::new(),
             notices_at_begin: 0,
         }
+    }
+
+    /// Makes the work recognise a command that was executed at any time, and not only the recent commands that the
+    /// folded aggregate remembers. The price is that the work may read whole streams.
+    pub(crate) fn searching(mut self) -> Self {
+        self.searches = true;
+        self
     }
 
     /// Starts the part of the work that belongs to one message. [`rollback`](Self::rollback) returns to this point.
@@ -230,8 +242,15 @@ impl Work {
     ) -> Result<Decided<A::Event>, WorkError<A::Refusal>> {
         let metadata = self.cause.metadata.clone();
         let store = self.store.clone();
+        let searches = self.searches;
         let staged = self.staged(folds, stream, expect_new).await?;
-        if let Some(first) = staged.current().remembered.version_of(command_id) {
+        let first = match staged.current().remembered.version_of(command_id) {
+            None if searches && staged.base.version > Version(REMEMBERED_COMMANDS as i64) => {
+                folds.first_of(&*store, stream, command_id).await?
+            }
+            remembered => remembered,
+        };
+        if let Some(first) = first {
             let events = match first > staged.base.version {
                 true => staged.staged_events(command_id)?,
                 false => folds.events_of(&*store, stream, first, command_id).await?,

@@ -94,7 +94,7 @@ fn collection(service: &str) -> String {
 #[async_trait]
 pub(crate) trait Debtor: Handler {
     /// Stages the effects that belong to an earlier answer. Aggregates recognize by the ids the effects that they
-    /// already have.
+    /// already have, however many commands they have executed since then.
     ///
     /// # Errors
     /// Returns an error if the participant now gives a different answer.
@@ -208,7 +208,8 @@ async fn once(
     if store.document(&document.key).await?.is_none() {
         return Err(Failed::Gone);
     }
-    let mut work = Work::new(store.clone(), Stale::Everything);
+    // Since the answer was given, other commands may have displaced the effects from the memory of an aggregate.
+    let mut work = Work::new(store.clone(), Stale::Everything).searching();
     work.begin(owed.message.id, owed.message.effects());
     debtor.do_again(owed, &mut work).await.map_err(|error| match error.remedy() {
         Remedy::AwaitStore => Failed::Away(error.to_string()),
