@@ -330,8 +330,21 @@ impl Plan {
         let recovery_version = known.as_ref().map_or(0, |(_, version)| *version);
         let begun = known.map(|(recovery, _)| recovery).filter(|recovery| !recovery.complete);
         let resumes = begun.is_some();
-        let new = || Recovery { complete: false, log: LogNames::draw(), restored_to: head, inboxes: Ends::default() };
-        let recovery = begun.unwrap_or_else(new);
+        if arguments.anew && begun.as_ref().is_some_and(|recovery| recovery.takes_back) {
+            return Err(Failure::new(
+                "a recovery without --anew has begun on this store, and may have taken events back: finish that recovery with the \
+                 same command as before, or restore the database once more and then begin with --anew",
+            ));
+        }
+        let new = || Recovery {
+            complete: false,
+            log: LogNames::draw(),
+            restored_to: head,
+            takes_back: false,
+            inboxes: Ends::default(),
+        };
+        let mut recovery = begun.unwrap_or_else(new);
+        recovery.takes_back |= !arguments.anew;
         Ok(Self { services, relayed, names, names_version, recovery, recovery_version, resumes, head: head.0 })
     }
 

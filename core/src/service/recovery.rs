@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use crate::{
     bus::{Bus, Delivery, Ends},
-    commit::{Commit, Document, DocumentKey, Put},
+    commit::{Commit, CommitError, Document, DocumentKey, Put},
     event::{Position, Recorded},
     follow::{
         checkpoint::{CHECKPOINTS, Checkpoint},
@@ -51,6 +51,9 @@ pub struct Recovery {
     pub log: Arc<str>,
     /// The position at which the log ended before the recovery.
     pub restored_to: Position,
+    /// Whether the recovery takes events back, so that a run with `--anew` must not finish the recovery.
+    #[serde(default)]
+    pub takes_back: bool,
     /// The ends of the services' inbox topics at the time of the recovery. Replies before these ends may belong to
     /// sagas that the log has lost.
     pub inboxes: Ends,
@@ -225,20 +228,23 @@ pub(crate) async fn inbox_read(store: &dyn EventStore, service: &str, shutdown: 
 /// Records that the timers of a service have waited long enough. The messages that were missing from the inbox will not
 /// arrive after the next start either.
 async fn waits_no_more(store: &dyn EventStore, service: &str) {
-    let failed = match Recovery::of(store).await {
-        Ok(None) => return,
-        Ok(Some((mut recovery, version))) => {
-            recovery.inboxes.forget(&inbox(service));
-            let Document { key, body, .. } = recovery.document(version + 1);
-            let put = Put { key, expected: Some(version), body: Some(body), due: None };
-            let noted = store.commit(Commit { appends: Vec::new(), puts: vec![put] }).await;
-            noted.err().map(|error| error.to_string())
+    let failed = loop {
+        let (mut recovery, version) = match Recovery::of(store).await {
+            Ok(None) => return,
+            Ok(Some(found)) => found,
+            Err(error) => break error.to_string(),
+        };
+        recovery.inboxes.forget(&inbox(service));
+        let Document { key, body, .. } = recovery.document(version + 1);
+        let put = Put { key, expected: Some(version), body: Some(body), due: None };
+        match store.commit(Commit { appends: Vec::new(), puts: vec![put] }).await {
+            Ok(_) => return,
+            // Another service on the same store has stopped waiting for its own inbox.
+            Err(CommitError::DocumentConflict { .. }) => {}
+            Err(error) => break error.to_string(),
         }
-        Err(error) => Some(error.to_string()),
     };
-    if let Some(error) = failed {
-        tracing::warn!(%service, %error, "recording that timers fire failed: the next start waits for the inbox again");
-    }
+    tracing::warn!(%service, error = %failed, "recording that timers fire failed: the next start waits for the inbox again");
 }
 
 fn inbox(service: &str) -> String {
@@ -302,28 +308,94 @@ async fn inbox_is_read(store: &dyn EventStore, service: &str) -> Result<bool, St
 mod tests {
     #![allow(clippy::unwrap_used)]
 
+    use async_trait::async_trait;
+
     use super::*;
-    use crate::store::memory::MemoryStore;
+    use crate::{
+        commit::Committed,
+        event::{StreamId, Version},
+        store::{LogPage, StoreStatus, memory::MemoryStore},
+    };
+
+    /// A store whose reads of documents take a moment, so that two services read the same version of a document.
+    struct Slow(MemoryStore);
+
+    #[async_trait]
+    impl EventStore for Slow {
+        async fn documents(&self, keys: &[DocumentKey]) -> Result<Vec<Option<Document>>, StoreError> {
+            let found = self.0.documents(keys).await;
+            tokio::task::yield_now().await;
+            found
+        }
+
+        async fn commit(&self, commit: Commit) -> Result<Committed, CommitError> {
+            self.0.commit(commit).await
+        }
+
+        async fn read_stream(&self, stream: &StreamId, after: Version, max: usize) -> Result<Vec<Recorded>, StoreError> {
+            self.0.read_stream(stream, after, max).await
+        }
+
+        async fn read_log(&self, query: &LogQuery, after: Position, limit: usize) -> Result<LogPage, StoreError> {
+            self.0.read_log(query, after, limit).await
+        }
+
+        async fn scan(&self, collection: &str, scan: &Scan, limit: usize) -> Result<Vec<Document>, StoreError> {
+            self.0.scan(collection, scan, limit).await
+        }
+
+        async fn wait(&self, after: Position) -> Result<(), StoreError> {
+            self.0.wait(after).await
+        }
+
+        async fn status(&self) -> Result<StoreStatus, StoreError> {
+            self.0.status().await
+        }
+    }
+
+    /// Returns a store that was recovered. The inboxes of three services held messages at that time.
+    async fn recovered() -> Slow {
+        let store = Slow(MemoryStore::new());
+        let mut inboxes = Ends::default();
+        for service in ["bank", "hotel", "shop"] {
+            inboxes.set(&inbox(service), 0, 5);
+        }
+        let recovery =
+            Recovery { complete: true, log: "log".into(), restored_to: Position(1), takes_back: true, inboxes };
+        let Document { key, body, .. } = recovery.document(1);
+        let put = Put { key, expected: Some(0), body: Some(body), due: None };
+        store.commit(Commit { appends: Vec::new(), puts: vec![put] }).await.unwrap();
+        store
+    }
+
+    /// Asserts that the timers of a service wait for this long.
+    async fn timers_wait(store: &Slow, service: &str, waited: Duration) {
+        let started = Instant::now();
+        inbox_read(store, service, &CancellationToken::new()).await;
+        let least_and_most = waited..waited + 2 * INBOX_LOOK;
+        assert!(least_and_most.contains(&started.elapsed()), "{service}: {:?}, not {waited:?}", started.elapsed());
+    }
 
     /// Retention may have removed the messages of the inbox. The timers wait for these messages once, and not again at
     /// each start.
     #[tokio::test(start_paused = true)]
     async fn timers_wait_only_once_for_a_missing_inbox() {
-        let store = MemoryStore::new();
-        let mut inboxes = Ends::default();
-        inboxes.set("bank.commands", 0, 5);
-        inboxes.set("hotel.commands", 0, 5);
-        let recovery = Recovery { complete: true, log: "log".into(), restored_to: Position(1), inboxes };
-        let Document { key, body, .. } = recovery.document(1);
-        let put = Put { key, expected: Some(0), body: Some(body), due: None };
-        store.commit(Commit { appends: Vec::new(), puts: vec![put] }).await.unwrap();
+        let store = recovered().await;
         for waited in [INBOX_WAIT_MAX, Duration::ZERO] {
-            let started = Instant::now();
-            inbox_read(&store, "bank", &CancellationToken::new()).await;
-            let (least, most) = (waited, waited + 2 * INBOX_LOOK);
-            assert!((least..most).contains(&started.elapsed()), "{:?}, not {waited:?}", started.elapsed());
+            timers_wait(&store, "bank", waited).await;
         }
         let (recovery, _) = Recovery::of(&store).await.unwrap().unwrap();
         assert_eq!(recovery.inboxes.of("hotel.commands", 0), Some(5), "the inbox of another service is waited for");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn timers_of_services_on_one_store_wait_only_once() {
+        let store = recovered().await;
+        for waited in [INBOX_WAIT_MAX, Duration::ZERO] {
+            let bank_and_hotel = [timers_wait(&store, "bank", waited), timers_wait(&store, "hotel", waited)];
+            futures::future::join_all(bank_and_hotel).await;
+        }
+        let (recovery, _) = Recovery::of(&store).await.unwrap().unwrap();
+        assert_eq!(recovery.inboxes.of("shop.commands", 0), Some(5), "the inbox of another service is waited for");
     }
 }
