@@ -1,20 +1,29 @@
 //! The messages and exit codes of the shop for a file with malformed rows.
+#![cfg(unix)]
 #![allow(clippy::unwrap_used)]
+
+mod serving;
 
 use std::process::{Command, Output};
 
 use serde_json::{Value, json};
+
+use self::serving::Serving;
 
 const HEADER: &str = "InvoiceNo,StockCode,Description,Quantity,InvoiceDate,UnitPrice,CustomerID,Country\n";
 const SOUND: &str = "536365,85123A,HOLDER,6,2010-12-01T08:26:00,2.55,17850,United Kingdom\n";
 const NO_QUANTITY: &str = "536366,22633,WARMER,none,2010-12-01T08:28:00,1.85,17850,United Kingdom\n";
 
 fn run(rows: &str) -> Output {
+    run_with(rows, &["--store", "memory:"])
+}
+
+fn run_with(rows: &str, arguments: &[&str]) -> Output {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("orders.csv");
     std::fs::write(&file, format!("{HEADER}{rows}")).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_sample-shop"));
-    command.args(["run", "--store", "memory:", "--json", "--orders"]).arg(&file).output().unwrap()
+    command.args(["run", "--json"]).args(arguments).arg("--orders").arg(&file).output().unwrap()
 }
 
 fn line(output: &Output) -> Value {
@@ -46,12 +55,15 @@ fn left_out_rows_are_counted_and_fail_the_run() {
         (format!("{sound}2,A,H,1,12/1/2010,1,,\n{sound}"), "1 row malformed", json!({"invoices": 1, "rows": 2})),
         (format!(",A,H,1,12/1/2010,1,,\n{sound}"), "1 row malformed", json!({"invoices": 2, "rows": 3})),
     ] {
-        let output = run(&format!("1,A,H,1,12/1/2010,1,,UK\n3,A,H,1,12/1/2010,1,,UK\n{rows}"));
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(1), "{said}");
-        assert!(said.contains(malformed), "{said}");
-        assert!(!said.contains("no order"), "{said}");
-        assert_eq!(line(&output)["left_out"], left_out, "{rows}");
+        let rows = format!("1,A,H,1,12/1/2010,1,,UK\n3,A,H,1,12/1/2010,1,,UK\n{rows}");
+        let shop = Serving::all("memory:");
+        for output in [run(&rows), run_with(&rows, &["--http", &shop.url()])] {
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.code(), Some(1), "{said}");
+            assert!(said.contains(malformed), "{said}");
+            assert!(!said.contains("no order"), "{said}");
+            assert_eq!(line(&output)["left_out"], left_out, "{rows}");
+        }
     }
 }
 

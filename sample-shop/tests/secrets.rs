@@ -8,6 +8,7 @@ mod server;
 
 use std::process::{Command, Output};
 
+use annals_tests::kafka::{self, Broker};
 use sqlx::{Connection, PgConnection};
 
 use self::server::Server;
@@ -87,5 +88,42 @@ async fn password_comes_from_a_file_or_the_environment() {
         for part in parts {
             assert!(said.contains(part), "{url}: {said}");
         }
+    }
+}
+
+#[test]
+fn kafka_password_comes_from_a_file_or_the_environment() {
+    let broker = Broker::secured("SASL_PLAINTEXT");
+    let secrets = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        let path = secrets.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    let right = file("right", &format!("{}\n", kafka::PASSWORD));
+    let wrong = file("wrong", "guessed");
+    let store = format!("sqlite:{}", secrets.path().join("shop.db").display());
+    let login = format!("security.protocol=SASL_PLAINTEXT&sasl.mechanism=PLAIN&sasl.username={}", kafka::USER);
+    let run = |password: &str, environment: &[(&str, &str)]| {
+        let bus = format!("kafka://{}?{login}&{password}", broker.address());
+        shop(&["run", "--generate", "3", "--json", "--store", &store, "--bus", &bus], environment)
+    };
+    for (password, environment) in [
+        (format!("sasl.password_file={right}"), [("X", "")]),
+        ("sasl.password_env=SHOP_KAFKA".to_owned(), [("SHOP_KAFKA", kafka::PASSWORD)]),
+    ] {
+        let output = run(&password, &environment);
+        assert!(output.status.success(), "{password}: {}", said(&output));
+        assert!(said(&output).contains("\"confirmed\":3"), "{password}: {}", said(&output));
+    }
+    for (password, part) in [
+        (format!("sasl.password_file={wrong}"), "uthentication failed"),
+        ("sasl.password_file=/none/secret".to_owned(), "sasl.password: /none/secret: No such file"),
+        ("sasl.password_env=SHOP_NONE".to_owned(), "environment variable SHOP_NONE is not set"),
+    ] {
+        let output = run(&password, &[]);
+        let said = said(&output);
+        assert_eq!(output.status.code(), Some(2), "{password}: {said}");
+        assert!(said.contains(part), "{password}: {said}");
     }
 }
