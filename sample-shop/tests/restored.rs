@@ -13,35 +13,39 @@ mod summary;
 #[path = "../../tests/tests/kafka/topic.rs"]
 #[allow(dead_code)]
 mod topic;
+#[path = "../../tests/tests/postgres/virtual_address.rs"]
+mod virtual_address;
 
 use std::{
     collections::BTreeMap,
     fs,
     io::Write,
+    path::Path,
     process::{Child, Command, Output, Stdio},
     time::{Duration, Instant},
 };
 
 use annals_tests::kafka::Broker;
+use futures::future::join_all;
 use rust_decimal::Decimal;
 use serde_json::Value;
-use sqlx::{AssertSqlSafe, ConnectOptions, sqlite::SqliteConnectOptions};
-use tokio::task::spawn_blocking;
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, sqlite::SqliteConnectOptions};
+use tokio::{task::spawn_blocking, time::sleep};
 
 use self::{
     schemas::{ROLES, Schemas, bus},
+    server::Server,
     serving::{PATIENCE, Serving},
     summary::business,
+    virtual_address::VirtualAddress,
 };
 
 /// The number of orders in each load during which databases are dumped and services are killed. SHOP_RESTORED_ORDERS
 /// overrides it.
 const ORDERS: u64 = 150;
-/// How many times each recovery is killed. Each attempt runs longer than the one before.
-const KILLED: u64 = 4;
-/// The time by which each attempt runs longer.
-const KILLED_AFTER: Duration = Duration::from_millis(350);
 
+/// The interval between looks for the sign that a recovery has reached a moment.
+const SIGN: Duration = Duration::from_millis(5);
 /// The longest time until the sagas of recovered orders have ended. `LOOK` is the interval between checks.
 const SAGAS_END: Duration = Duration::from_secs(120);
 const LOOK: Duration = Duration::from_millis(500);
@@ -71,16 +75,21 @@ fn text(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
 }
 
+/// Runs a command to its end, while other tasks of the test go on.
+async fn output(mut command: Command) -> Output {
+    spawn_blocking(move || command.output().unwrap()).await.unwrap()
+}
+
 /// Asserts that a service refuses to start because its store does not match the topics. The service ends with exit code
 /// 1, and its error names the problem and the remedy.
-fn is_refused(role: &str, store: &str, bus: &str, parts: &[&str]) {
+async fn is_refused(role: &str, store: &str, bus: &str, parts: &[&str]) {
     let mut serving = shop(&["serve", role, "--store", store, "--bus", bus, "--http", "127.0.0.1:0"]).spawn().unwrap();
     let started = Instant::now();
     while serving.try_wait().unwrap().is_none() {
         if started.elapsed() > PATIENCE {
             serving.kill().unwrap();
         }
-        std::thread::sleep(Duration::from_millis(20));
+        sleep(Duration::from_millis(20)).await;
     }
     let output = serving.wait_with_output().unwrap();
     let said = text(&output);
@@ -95,30 +104,122 @@ fn recover(store: &str, bus: &str, more: &[&str]) -> Command {
     shop(&[&words, more].concat())
 }
 
-/// Kills the recovery several times, each time later, and then lets it finish.
-fn recovered(store: &str, bus: &str, more: &[&str]) -> Value {
-    let dry = recover(store, bus, &[more, &["--dry-run", "--json"]].concat()).output().unwrap();
-    assert_eq!(dry.status.code(), Some(0), "{}", text(&dry));
-    for after in 1..=KILLED {
-        let mut killed = recover(store, bus, more).spawn().unwrap();
-        // The moment of the kill is what this test varies, so there is no condition to wait for.
-        std::thread::sleep(KILLED_AFTER * after as u32);
-        _ = killed.kill();
-        killed.wait().unwrap();
-    }
-    let output = recover(store, bus, &[more, &["--json"]].concat()).output().unwrap();
-    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
-    let again = recover(store, bus, more).output().unwrap();
+/// A moment at which a recovery is killed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Moment {
+    /// The recovery has begun, and is about to write the events.
+    BeforeTaking,
+    /// The events are written. The work to do again is not noted yet.
+    AfterTaking,
+    /// Only the last commit is missing.
+    BeforeTheEnd,
+}
+
+const ALL_MOMENTS: [Moment; 3] = [Moment::BeforeTaking, Moment::AfterTaking, Moment::BeforeTheEnd];
+
+/// Lets a recovery that was killed finish. Returns the result of the dry run before it.
+async fn finished(dry: Output, store: &str, bus: &str, more: &[&str]) -> Value {
+    let finished = output(recover(store, bus, &[more, &["--json"]].concat())).await;
+    assert_eq!(finished.status.code(), Some(0), "{}", text(&finished));
+    let again = output(recover(store, bus, more)).await;
     assert_eq!(again.status.code(), Some(0), "{}", text(&again));
     assert!(text(&again).contains("nothing to recover"), "{}", text(&again));
-    println!("{}{}", text(&dry), text(&output));
+    println!("{}{}", text(&dry), text(&finished));
     serde_json::from_slice(&dry.stdout).unwrap()
+}
+
+async fn dry_run(store: &str, bus: &str, more: &[&str]) -> Output {
+    let dry = output(recover(store, bus, &[more, &["--dry-run", "--json"]].concat())).await;
+    assert_eq!(dry.status.code(), Some(0), "{}", text(&dry));
+    dry
 }
 
 /// Asserts that the topics match the log.
 fn are_verified(store: &str, bus: &str) {
     let verified = shop(&["ops", "verify", "--store", store, "--bus", bus]).output().unwrap();
     assert_eq!(verified.status.code(), Some(0), "{}", text(&verified));
+}
+
+/// A recovery on PostgreSQL that the test kills at exact moments. Locks that the test takes on the tables hold the
+/// recovery at such a moment.
+impl Schemas {
+    /// Kills the recovery at each of these moments, and then lets it finish.
+    async fn recovered(&self, role: &str, bus: &str, more: &[&str], moments: &[Moment]) -> Value {
+        let store = self.url(role);
+        let dry = dry_run(&store, bus, more).await;
+        for moment in moments {
+            let before = self.events(role).await;
+            // A wait for a lock has a time limit, so the recovery may end by itself before the kill.
+            while !self.is_killed(role, || recover(&store, bus, more).spawn().unwrap(), *moment).await {}
+            let begun = "SELECT count(*) FROM annals.documents
+                          WHERE collection = 'recovery' AND id = 'progress' AND body->>'complete' = 'false'";
+            assert_eq!(self.ask(role, begun).await, 1, "{role}, {moment:?}: the recovery is not half done");
+            let taken = self.events(role).await - before;
+            assert_eq!(taken > 0, *moment == Moment::AfterTaking, "{role}, {moment:?}: {taken} events");
+        }
+        if !more.contains(&"--anew") {
+            let refused = output(recover(&store, bus, &[more, &["--anew"]].concat())).await;
+            assert_eq!(refused.status.code(), Some(2), "{}", text(&refused));
+            assert!(text(&refused).contains("a recovery without --anew has begun"), "{}", text(&refused));
+        }
+        finished(dry, &store, bus, more).await
+    }
+
+    async fn events(&self, role: &str) -> i64 {
+        self.ask(role, "SELECT count(*) FROM annals.events").await
+    }
+
+    /// Starts a recovery, and kills it at this moment. Returns `false` if the recovery gave up before.
+    async fn is_killed(&self, role: &str, start: impl Fn() -> Child, moment: Moment) -> bool {
+        let events = self.locked(role, "events").await;
+        let mut recovery = start();
+        let mut is_there = self.waits(role, "events", &mut recovery).await;
+        if is_there && moment == Moment::AfterTaking {
+            let documents = self.locked(role, "documents").await;
+            events.close().await.unwrap();
+            is_there = self.waits(role, "documents", &mut recovery).await;
+            recovery.kill().unwrap();
+            documents.close().await.unwrap();
+        } else {
+            recovery.kill().unwrap();
+            events.close().await.unwrap();
+        }
+        let ended = recovery.wait_with_output().unwrap();
+        assert!(!is_there || ended.status.code().is_none_or(|code| code == 2), "{role}: {}", text(&ended));
+        // The server ends the session of the killed process a moment later.
+        while self.locks(role).await > 0 {
+            sleep(SIGN).await;
+        }
+        is_there && ended.status.code().is_none()
+    }
+
+    /// Takes a lock on a table that lets others read and not write.
+    async fn locked(&self, role: &str, table: &str) -> PgConnection {
+        let mut session = self.connection().await;
+        let lock = format!("BEGIN; LOCK TABLE annals.{table} IN SHARE MODE");
+        sqlx::raw_sql(self.sql(role, &lock)).execute(&mut session).await.unwrap();
+        session
+    }
+
+    /// Resolves once the recovery waits for the lock on a table. Returns `false` if the recovery has ended before.
+    async fn waits(&self, role: &str, table: &str, recovery: &mut Child) -> bool {
+        let waiting =
+            format!("SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'annals.{table}'::regclass");
+        while self.ask(role, &waiting).await == 0 {
+            if recovery.try_wait().unwrap().is_some() {
+                return false;
+            }
+            sleep(SIGN).await;
+        }
+        true
+    }
+
+    /// Returns how many locks are held on the tables, or waited for.
+    async fn locks(&self, role: &str) -> i64 {
+        let locks =
+            "SELECT count(*) FROM pg_locks WHERE relation IN ('annals.events'::regclass, 'annals.documents'::regclass)";
+        self.ask(role, locks).await
+    }
 }
 
 impl Schemas {
@@ -198,12 +299,13 @@ async fn are_restored(restored: &[&str]) {
     shop.iter_mut().for_each(|service| service.signal("KILL"));
     drop(shop);
     drop(spawn_blocking(|| customer.wait_with_output().unwrap()).await.unwrap());
-    for (role, dump) in &dumps {
+    join_all(dumps.iter().map(async |(role, dump)| {
         schemas.restore(role, dump).await;
-        is_refused(role, &schemas.url(role), &bus, &["which is this log"]);
-        let recovered = recovered(&schemas.url(role), &bus, &[]);
+        is_refused(role, &schemas.url(role), &bus, &["which is this log"]).await;
+        let recovered = schemas.recovered(role, &bus, &[], &ALL_MOMENTS).await;
         assert!(recovered["taken_back"].as_i64() > Some(0), "{recovered}");
-    }
+    }))
+    .await;
     let shop = start();
     for load in [&meanwhile, &killed, &load("4", 40)] {
         business(&bought(&shop[0], load));
@@ -218,19 +320,61 @@ async fn are_restored(restored: &[&str]) {
     schemas.drop().await;
 }
 
-#[tokio::test]
-async fn restored_participant_ends_consistent() {
-    are_restored(&["inventory"]).await;
+/// A participant is restored, the service with the sagas, or all four to different moments. The three shops run side by
+/// side, because their processes spend most of the time waiting.
+#[test]
+fn services_that_are_restored_end_consistent() {
+    let cases: [&[&str]; 3] = [&["payment", "order", "notification", "inventory"], &["inventory"], &["order"]];
+    std::thread::scope(|scope| {
+        for restored in cases {
+            let case = std::thread::Builder::new().name(format!("restored: {restored:?}"));
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            case.spawn_scoped(scope, move || runtime.block_on(are_restored(restored))).unwrap();
+        }
+    });
 }
 
-#[tokio::test]
-async fn restored_saga_service_ends_consistent() {
-    are_restored(&["order"]).await;
-}
-
-#[tokio::test]
-async fn four_services_restored_to_different_moments_end_consistent() {
-    are_restored(&["payment", "order", "notification", "inventory"]).await;
+/// The database fails over to a standby that lacks the last commits, while services run and customers buy.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn services_end_at_a_failover_that_loses_events_and_recovery_ends_consistent() {
+    let (broker, mut primary) = (Broker::start(), Server::start().await);
+    let address = VirtualAddress::of(&primary).await;
+    let (schemas, bus) = (Schemas::at(address.url()), bus(&broker));
+    let start = || ROLES.map(|role| Serving::start(role, &schemas.url(role), &bus));
+    let mut shop = start();
+    let sold = load("2", orders());
+    business(&shop[0].buy(&words(&load("1", 40))));
+    let mut standby = primary.standby().await;
+    standby.catch_up(&primary).await;
+    standby.kill();
+    let mut customer = shop[0].customer(&words(&sold)).spawn().unwrap();
+    schemas.until_placed(40 + orders() as i64 / 2).await;
+    primary.kill();
+    standby.resume().await;
+    standby.promote().await;
+    address.lead_to(&standby);
+    address.cut();
+    for service in &mut shop {
+        assert_eq!(service.code(), Some(1), "{}", service.said());
+        let said = service.said();
+        assert!(said.contains("is ahead of the log") && said.contains("annals recover"), "{said}");
+    }
+    customer.kill().unwrap();
+    customer.wait().unwrap();
+    join_all(ROLES.map(async |role| {
+        is_refused(role, &schemas.url(role), &bus, &["which is this log"]).await;
+        let recovered = schemas.recovered(role, &bus, &[], &[Moment::AfterTaking]).await;
+        assert!(recovered["taken_back"].as_i64() > Some(0), "{recovered}");
+    }))
+    .await;
+    let shop = start();
+    for load in [&sold, &load("4", 40)] {
+        business(&bought(&shop[0], load));
+    }
+    schemas.are_whole(&broker).await;
+    schemas.money_is_conserved().await;
+    ROLES.iter().for_each(|role| are_verified(&schemas.url(role), &bus));
+    schemas::end(shop);
 }
 
 #[tokio::test]
@@ -241,11 +385,12 @@ async fn new_databases_under_used_topics_are_detected_and_begin_anew() {
     business(&shop[0].buy(&words(&load("1", 40))));
     schemas::end(shop);
     before.drop().await;
-    for role in ROLES {
-        let store = schemas.url(role);
-        is_refused(role, &store, &bus, &["which this store does not know", "--anew", &format!("--service {role}")]);
-        recovered(&store, &bus, &["--service", role, "--anew"]);
-    }
+    join_all(ROLES.map(async |role| {
+        let (store, service) = (schemas.url(role), format!("--service {role}"));
+        is_refused(role, &store, &bus, &["which this store does not know", "--anew", &service]).await;
+        schemas.recovered(role, &bus, &["--service", role, "--anew"], &[Moment::BeforeTheEnd]).await;
+    }))
+    .await;
     let shop = ROLES.map(|role| Serving::start(role, &schemas.url(role), &bus));
     business(&shop[0].buy(&words(&load("1", 40))));
     schemas.hold_together().await;
@@ -282,6 +427,7 @@ async fn restored_or_lost_file_ends_consistent() {
     sqlx::query("VACUUM INTO $1").bind(copy.to_str().unwrap()).execute(&mut connection).await.unwrap();
     drop(connection);
     business(&shop.buy(&words(&load("2", 40))));
+    let mut kills = 0;
     for is_lost in [false, true] {
         shop.signal("KILL");
         drop(shop);
@@ -296,8 +442,12 @@ async fn restored_or_lost_file_ends_consistent() {
         if !is_lost {
             fs::copy(&copy, &live).unwrap();
         }
-        is_refused("all", &store, &bus, &[named]);
-        let back = recovered(&store, &bus, more);
+        is_refused("all", &store, &bus, &[named]).await;
+        let dry = dry_run(&store, &bus, more).await;
+        for moment in [Moment::BeforeTaking, Moment::AfterTaking] {
+            kills += usize::from(is_killed_on(&live, recover(&store, &bus, more), moment).await);
+        }
+        let back = finished(dry, &store, &bus, more).await;
         assert!(back["taken_back"].as_i64() > Some(0), "{back}");
         shop = Serving::start("all", &store, &bus);
         for seed in ["1", "2", "3"] {
@@ -305,4 +455,34 @@ async fn restored_or_lost_file_ends_consistent() {
         }
         are_verified(&store, &bus);
     }
+    assert!(kills > 0, "each recovery had ended before it was killed: nothing was tested");
+}
+
+/// Kills a recovery of a file once this moment has come. A lock on the file holds the recovery meanwhile. Returns
+/// whether the recovery was not complete.
+async fn is_killed_on(live: &Path, mut recover: Command, moment: Moment) -> bool {
+    let mut recovery = recover.spawn().unwrap();
+    let begun = "SELECT count(*) FROM documents WHERE collection = 'recovery' AND NOT json_extract(body, '$.complete')";
+    let taken = format!("{begun} AND json_extract(body, '$.restored_to') < (SELECT max(position) FROM events)");
+    let sign = if moment == Moment::BeforeTaking { begun } else { &*taken };
+    let options = SqliteConnectOptions::new().filename(live).busy_timeout(PATIENCE);
+    while recovery.try_wait().unwrap().is_none() {
+        // The recovery makes a file that is lost.
+        let Ok(mut file) = options.connect().await else {
+            sleep(SIGN).await;
+            continue;
+        };
+        while recovery.try_wait().unwrap().is_none() {
+            let seen: Result<i64, _> = sqlx::query_scalar(AssertSqlSafe(sign)).fetch_one(&mut file).await;
+            if seen.unwrap_or(0) == 0 {
+                continue;
+            }
+            sqlx::raw_sql("BEGIN IMMEDIATE").execute(&mut file).await.unwrap();
+            recovery.kill().unwrap();
+            recovery.wait().unwrap();
+            let left: i64 = sqlx::query_scalar(begun).fetch_one(&mut file).await.unwrap();
+            return left > 0;
+        }
+    }
+    false
 }

@@ -452,9 +452,8 @@ async fn process_that_owes_work() {
         });
     } else if let Kill::BeforeCommit(after) | Kill::AfterCommit(after) = kill {
         let fault = if matches!(kill, Kill::AfterCommit(_)) { Fault::CrashAfter } else { Fault::CrashBefore };
-        let is_next = move |commit: &Commit| {
-            touches(commit, "owed.bank") && done.fetch_add(1, Ordering::Relaxed) == after
-        };
+        let is_next =
+            move |commit: &Commit| touches(commit, "owed.bank") && done.fetch_add(1, Ordering::Relaxed) == after;
         store.when(is_next, fault);
     }
     let bank = Service::new("bank", Arc::new(store.clone())).participant(Clerk(script));

@@ -332,7 +332,12 @@ mod tests {
             self.0.commit(commit).await
         }
 
-        async fn read_stream(&self, stream: &StreamId, after: Version, max: usize) -> Result<Vec<Recorded>, StoreError> {
+        async fn read_stream(
+            &self,
+            stream: &StreamId,
+            after: Version,
+            max: usize,
+        ) -> Result<Vec<Recorded>, StoreError> {
             self.0.read_stream(stream, after, max).await
         }
 

@@ -72,6 +72,11 @@ impl Serving {
         assert!(sent.success(), "the process had ended before {name} was sent");
     }
 
+    /// Returns what the process has printed to its standard error.
+    pub fn said(&self) -> String {
+        std::fs::read_to_string(self.said.path()).unwrap()
+    }
+
     /// Starts the next instance at the same address.
     pub fn start_next(&self) -> Self {
         Self::start_at(self.arguments.clone(), &self.at.to_string())
@@ -81,7 +86,7 @@ impl Serving {
     pub fn stop(&mut self, signal: &str) {
         self.signal(signal);
         assert_eq!(self.code(), Some(if signal == "INT" { 130 } else { 143 }));
-        let said = std::fs::read_to_string(self.said.path()).unwrap();
+        let said = self.said();
         let (_, after) = said.split_once("stopping: ").unwrap_or_else(|| panic!("{said}"));
         assert_eq!(after.lines().skip(1).collect::<Vec<_>>(), [""; 0], "{:?}: {said}", self.arguments);
     }
