@@ -68,6 +68,10 @@ impl EventStore for Counting {
         self.store.history()
     }
 
+    fn accept_history(&self, by: &str, history: u64) {
+        self.store.accept_history(by, history);
+    }
+
     fn clock(&self) -> Clock {
         self.store.clock()
     }

@@ -61,6 +61,17 @@ pub trait EventStore: Send + Sync + 'static {
         0
     }
 
+    /// Accepts the histories up to this number on behalf of `by`. From the first call of `by` on, every commit fails as
+    /// unavailable while [`history`](EventStore::history) is above the number that `by` has accepted: a decision on a log
+    /// that has lost events may have to be taken back. A service on a bus accepts a history once the log holds
+    /// everything that the service has sent, and accepts `u64::MAX` when the service stops.
+    ///
+    /// A store that wraps another store passes the call on. The default suits stores that cannot lose events while they
+    /// are open.
+    fn accept_history(&self, by: &str, history: u64) {
+        _ = (by, history);
+    }
+
     /// The clock that everything built on this store uses for times and delays. A store shared by several machines sets
     /// the clock to its own time. A store that wraps another store returns the clock of the inner store. The default is
     /// the clock of the machine.

@@ -48,7 +48,7 @@ fn changed_invoice_is_rejected() {
     let folder = tempfile::tempdir().unwrap();
     is_rejected("the store has an invoice of this name with other content", |rows| run(folder.path(), rows, &[]));
     let shop = Serving::all("memory:");
-    let by_key = "this Idempotency-Key came before, with another body";
+    let by_key = "this Idempotency-Key was used before with another body";
     is_rejected(by_key, |rows| run_in(folder.path(), &["--http", &shop.url()], rows, &[]));
 }
 

@@ -323,7 +323,7 @@ async fn are_restored(restored: &[&str]) {
 /// A participant is restored, the service with the sagas, or all four to different moments. The three shops run side by
 /// side, because their processes spend most of the time waiting.
 #[test]
-fn services_that_are_restored_end_consistent() {
+fn restored_services_end_consistent() {
     let cases: [&[&str]; 3] = [&["payment", "order", "notification", "inventory"], &["inventory"], &["order"]];
     std::thread::scope(|scope| {
         for restored in cases {
@@ -336,7 +336,7 @@ fn services_that_are_restored_end_consistent() {
 
 /// The database fails over to a standby that lacks the last commits, while services run and customers buy.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn services_end_at_a_failover_that_loses_events_and_recovery_ends_consistent() {
+async fn services_end_at_a_lossy_failover_and_recovery_is_consistent() {
     let (broker, mut primary) = (Broker::start(), Server::start().await);
     let address = VirtualAddress::of(&primary).await;
     let (schemas, bus) = (Schemas::at(address.url()), bus(&broker));

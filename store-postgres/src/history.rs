@@ -8,9 +8,12 @@
 //! *history* gets a new number. Everything that was read under an older number is then void: proofs that a gap is
 //! settled, positions, caches, and waiting commits.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
-use annals::{LostEnd, Position};
+use annals::{CommitError, LostEnd, Position};
 use chrono::Utc;
 use sqlx::{Row, postgres::PgRow};
 use tokio::sync::watch;
@@ -39,6 +42,8 @@ struct Known {
     /// The server, its timeline and the table; `None` before the first session.
     log: Option<String>,
     lost: Option<LostEnd>,
+    /// The number that each service has accepted; see [`annals::EventStore::accept_history`].
+    accepted: BTreeMap<String, u64>,
 }
 
 impl Default for History {
@@ -54,6 +59,22 @@ impl History {
 
     pub(crate) fn number(&self) -> u64 {
         *self.number.borrow()
+    }
+
+    pub(crate) fn accept(&self, by: &str, number: u64) {
+        self.known().accepted.insert(by.to_owned(), number);
+    }
+
+    /// Returns the number of the log if commits may go to that log. The first log needs no acceptance.
+    pub(crate) fn accepted(&self) -> Result<u64, CommitError> {
+        let number = self.number();
+        if number == 0 || self.known().accepted.values().all(|accepted| *accepted >= number) {
+            return Ok(number);
+        }
+        Err(CommitError::Unavailable(
+            "the database was restored or has another primary: nothing is written before the service has compared the log with the bus"
+                .into(),
+        ))
     }
 
     pub(crate) fn subscribe(&self) -> watch::Receiver<u64> {

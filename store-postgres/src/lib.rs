@@ -237,7 +237,7 @@ impl EventStore for PostgresStore {
         if commit.is_empty() {
             return Ok(Committed::default());
         }
-        let commit = Prepared::new(commit, self.history());
+        let commit = Prepared::new(commit, self.shared.database.history.accepted()?);
         let (mut passage, is_alone) = self.shared.traffic.enter();
         if is_alone && let Some(turn) = self.shared.alone.turn() {
             return turn.write(commit, passage).await;
@@ -326,5 +326,9 @@ impl EventStore for PostgresStore {
 
     fn history(&self) -> u64 {
         self.shared.database.history.number()
+    }
+
+    fn accept_history(&self, by: &str, history: u64) {
+        self.shared.database.history.accept(by, history);
     }
 }

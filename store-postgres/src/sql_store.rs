@@ -297,7 +297,7 @@ impl EventStore for SqlStore {
         if self.store.is_closed() {
             return Err(self.store.stopped());
         }
-        let history = transactions.database.history.number();
+        let history = transactions.database.history.accepted()?;
         let commit = Prepared::new(commit, history);
         let (outcome, idle) = open.commit(&transactions.database, commit, mark.handled).await;
         transactions.idle().extend(idle);
@@ -340,6 +340,10 @@ impl EventStore for SqlStore {
 
     fn history(&self) -> u64 {
         self.store.history()
+    }
+
+    fn accept_history(&self, by: &str, history: u64) {
+        self.store.accept_history(by, history);
     }
 
     fn clock(&self) -> Clock {

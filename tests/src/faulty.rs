@@ -308,6 +308,10 @@ impl EventStore for FaultyStore {
         self.inner.history()
     }
 
+    fn accept_history(&self, by: &str, history: u64) {
+        self.inner.accept_history(by, history);
+    }
+
     fn clock(&self) -> Clock {
         self.inner.clock()
     }

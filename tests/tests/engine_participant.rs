@@ -481,7 +481,7 @@ fn run_and_kill(file: &Path, kill: Kill) {
 }
 
 #[tokio::test]
-async fn process_that_is_killed_in_owed_work_goes_on_with_the_rest() {
+async fn process_killed_in_owed_work_continues_with_the_rest() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("bank.db");
     let trips: Vec<String> = (0..12).map(|number| format!("t{number:02}")).collect();

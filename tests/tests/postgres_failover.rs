@@ -459,3 +459,27 @@ async fn failover_without_loss_reports_nothing() {
     assert_eq!(store.status().await.unwrap().lost_end, None);
     assert_eq!(whole_log(&store).await.len(), 4);
 }
+
+/// Services that send messages to a bus compare the log with the bus before they write to a log that has changed.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_committed_to_a_changed_log_before_it_is_accepted() {
+    let mut failover = Failover::prepare().await;
+    let here = store(&failover.address.url()).await;
+    for by in ["one", "other"] {
+        here.accept_history(by, here.history());
+    }
+    here.commit(append("a-1", 0, 1)).await.unwrap();
+    failover.detach().await;
+    here.commit(append("a-1", 1, 1)).await.unwrap();
+    failover.fail_over().await;
+    let refused = async || {
+        let error = here.commit(append("a-1", 1, 1)).await.err()?.to_string();
+        error.contains("compared the log with the bus").then_some(())
+    };
+    eventually("it is refused", async || refused().await).await;
+    here.accept_history("one", here.history());
+    assert!(refused().await.is_some(), "the other has not accepted the log");
+    assert_eq!(positions(&failover.standby).await.len(), 1);
+    here.accept_history("other", u64::MAX);
+    here.commit(append("a-1", 1, 1)).await.unwrap();
+}

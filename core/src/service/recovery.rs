@@ -162,7 +162,8 @@ fn ahead(service: &str, delivery: &Delivery, is_this_log: bool) -> StartError {
 }
 
 /// Checks the bus again whenever the store may have lost events while the service is running, until `shutdown` is
-/// cancelled.
+/// cancelled. The store takes no commit between such a loss and the end of the check: an event that the service stored at
+/// the place of a lost one could not be reconciled with the topics any more.
 ///
 /// # Errors
 /// Fails if the bus holds messages whose events are missing from the log. The service must stop then, because receivers
@@ -174,17 +175,24 @@ pub(crate) async fn watch(
     shutdown: CancellationToken,
 ) -> Result<(), String> {
     let mut history = store.history();
+    store.accept_history(&service, history);
     loop {
         tokio::select! {
             () = tokio::time::sleep(HISTORY_LOOK) => {}
-            () = shutdown.cancelled() => return Ok(()),
+            () = shutdown.cancelled() => {
+                store.accept_history(&service, u64::MAX);
+                return Ok(());
+            }
         }
         let current = store.history();
         if current == history {
             continue;
         }
         match check(&service, &*store, &*bus).await {
-            Ok(()) => history = current,
+            Ok(()) => {
+                history = current;
+                store.accept_history(&service, history);
+            }
             Err(error @ (StartError::Ahead(_) | StartError::HalfRecovered { .. })) => {
                 shutdown.cancel();
                 return Err(error.to_string());

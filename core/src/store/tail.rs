@@ -294,6 +294,10 @@ impl EventStore for Tail {
         self.store.history()
     }
 
+    fn accept_history(&self, by: &str, history: u64) {
+        self.store.accept_history(by, history);
+    }
+
     fn clock(&self) -> Clock {
         self.store.clock()
     }
