@@ -1,13 +1,13 @@
 //! The command line. The arguments of each command are in the command's own file.
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Parser, Subcommand};
 
 use crate::{
     commands::{
         archive, check_history, completions, dead_letters, export, import, migrate, read, read_model, recover, replay,
         saga, sagas, streams, subscription, subscriptions, tail, trace, verify,
     },
-    store::StoreUrl,
+    common::CommonArgs,
 };
 
 const EXAMPLES: &str = "Examples:
@@ -28,65 +28,50 @@ Exit codes: 0, all is well; 1, something was found that a person has to look at;
 pub(crate) struct Arguments {
     /// The store, and the output format.
     #[command(flatten)]
-    pub common: Common,
+    pub common: CommonArgs,
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// The arguments that all commands share.
-#[derive(Clone, Debug, Args)]
-pub(crate) struct Common {
-    /// The store: `sqlite:PATH` or `postgres://user@host/database`. A password can stand in a file or in the
-    /// environment: `?password_file=PATH`, `?password_env=VARIABLE`, PGPASSWORD or PGPASSFILE.
-    #[arg(long, global = true, value_name = "URL", env = "ANNALS_STORE", hide_env_values = true)]
-    pub store: Option<StoreUrl>,
-    /// The schema of the store in a PostgreSQL database.
-    #[arg(long, global = true, value_name = "NAME", env = "ANNALS_SCHEMA", default_value = "annals")]
-    pub schema: String,
-    /// Print one JSON value per line.
-    #[arg(long, global = true)]
-    pub json: bool,
-}
-
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// List streams.
-    Streams(streams::Arguments),
+    Streams(streams::StreamsArgs),
     /// Show the events of a stream.
-    Read(read::Arguments),
+    Read(read::ReadArgs),
     /// Show events as they are recorded.
-    Tail(tail::Arguments),
+    Tail(tail::TailArgs),
     /// Show the progress of the log's subscriptions.
-    Subscriptions(subscriptions::Arguments),
+    Subscriptions(subscriptions::SubscriptionsArgs),
     /// List sagas.
-    Sagas(sagas::Arguments),
+    Sagas(sagas::SagasArgs),
     /// Show what happened to a saga, or act on it.
-    Saga(saga::Arguments),
+    Saga(saga::SagaArgs),
     /// List messages that could not be handled, and act on them.
-    DeadLetters(dead_letters::Arguments),
+    DeadLetters(dead_letters::DeadLettersArgs),
     /// Pause, resume or reset a subscription.
-    Subscription(subscription::Arguments),
+    Subscription(subscription::SubscriptionArgs),
     /// Show everything that one request caused, as a tree.
-    Trace(trace::Arguments),
+    Trace(trace::TraceArgs),
     /// Send events of a range to standard output, a file, a Kafka topic or a handler.
-    Replay(Box<replay::Arguments>),
+    Replay(Box<replay::ReplayArgs>),
     /// Show the views of a read model, or rebuild them next to the live views.
-    ReadModel(read_model::Arguments),
+    ReadModel(read_model::ReadModelArgs),
     /// Write a store to a file.
-    Export(export::Arguments),
+    Export(export::ExportArgs),
     /// Write finished streams to a file, to read them later.
-    Archive(archive::Arguments),
+    Archive(archive::ArchiveArgs),
     /// Fill an empty store from a file that `export` wrote.
-    Import(import::Arguments),
+    Import(import::ImportArgs),
     /// Check a whole store: versions, ids, payloads, sagas, checkpoints, seals.
-    Verify(verify::Arguments),
+    Verify(verify::VerifyArgs),
     /// Repair a store whose database was restored from a backup that is older than its Kafka topics.
-    Recover(recover::Arguments),
+    Recover(recover::RecoverArgs),
     /// Check that this build can read the events of an export, and that its sagas take the same steps as recorded.
-    CheckHistory(check_history::Arguments),
+    CheckHistory(check_history::CheckHistoryArgs),
     /// Create a store, or migrate an older store to this version.
-    Migrate(migrate::Arguments),
+    Migrate(migrate::MigrateArgs),
     /// Print completions for a shell.
-    Completions(completions::Arguments),
+    Completions(completions::CompletionsArgs),
 }

@@ -9,7 +9,7 @@ use crate::{failure::Failure, stop::Stop};
 
 /// The arguments of every action that changes the store. The log records the operator and the reason.
 #[derive(Clone, Debug, Args)]
-pub(crate) struct Act {
+pub(crate) struct ActionArgs {
     /// The reason, which is recorded in the log.
     #[arg(long, value_name = "TEXT", value_parser = reason)]
     pub reason: String,
@@ -27,7 +27,7 @@ fn reason(text: &str) -> Result<String, &'static str> {
         .ok_or("it says nothing, and whoever reads the log will ask why")
 }
 
-impl Act {
+impl ActionArgs {
     /// The name of the operator.
     pub fn by(&self) -> Result<String, Failure> {
         let login = || ["USER", "LOGNAME", "USERNAME"].iter().find_map(|name| std::env::var(name).ok());
@@ -68,13 +68,12 @@ impl Act {
         let question = question.to_owned();
         // No other task waits for this thread, which ends with the process.
         std::thread::spawn(move || answered.send(ask(&question)));
-        tokio::select! {
-            answer = answer => Some(answer.unwrap_or_else(|_| Err(Failure::new("nothing was done")))),
-            () = stop.asked() => {
-                eprintln!();
-                None
-            }
+        let answer = stop.unless(answer).await;
+        if answer.is_none() {
+            // Ends the line of the question.
+            eprintln!();
         }
+        answer.map(|answer| answer.unwrap_or_else(|_| Err(Failure::new("nothing was done"))))
     }
 }
 

@@ -13,17 +13,17 @@ use annals::{
 };
 use uuid::Uuid;
 
-use crate::{commands::read_model::Model, failure::Failure};
+use crate::{failure::Failure, model::Model};
 
 /// Reads a payload. Returns `false` if the event enum skips events of this type.
-type Read = fn(&str, i32, &str) -> Result<bool, EventError>;
-type NewReplay = Arc<dyn Fn() -> Box<dyn Replay> + Send + Sync>;
+type Decode = fn(&str, i32, &str) -> Result<bool, EventError>;
+type NewSagaReplay = Arc<dyn Fn() -> Box<dyn SagaReplay> + Send + Sync>;
 
 /// Event enums by the types of their events, sagas by category, and handlers and read models by name.
 #[derive(Clone)]
 pub(crate) struct Domain {
-    events: HashMap<&'static str, Read>,
-    sagas: HashMap<String, NewReplay>,
+    events: HashMap<&'static str, Decode>,
+    sagas: HashMap<String, NewSagaReplay>,
     handlers: BTreeMap<&'static str, Arc<dyn Handler>>,
     read_models: BTreeMap<&'static str, Arc<dyn Model>>,
 }
@@ -40,8 +40,7 @@ impl Default for Domain {
 
 impl Domain {
     fn nothing() -> Self {
-        let (events, sagas) = (HashMap::new(), HashMap::new());
-        Self { events, sagas, handlers: BTreeMap::new(), read_models: BTreeMap::new() }
+        Self { events: HashMap::new(), sagas: HashMap::new(), handlers: BTreeMap::new(), read_models: BTreeMap::new() }
     }
 
     pub fn add_handler(&mut self, name: &'static str, handler: impl Handler) {
@@ -64,13 +63,14 @@ impl Domain {
     }
 
     pub fn add_events<E: Event>(&mut self) {
-        let read: Read = |name, version, data| E::decode(name, version, data).map(|decoded| decoded.is_some());
+        let read: Decode = |name, version, data| E::decode(name, version, data).map(|decoded| decoded.is_some());
         self.events.extend(E::TYPES.iter().map(|known| (known.name, read)));
     }
 
     pub fn add_saga<C: SagaState>(&mut self, saga: Saga<C>) {
-        let (category, saga) = (saga.category(), Arc::new(saga));
-        self.sagas.insert(category, Arc::new(move || Box::new(OfSaga { saga: saga.clone(), stands: None })));
+        let category = saga.category();
+        let saga = Arc::new(saga);
+        self.sagas.insert(category, Arc::new(move || Box::new(TypedReplay { saga: saga.clone(), stands: None })));
     }
 
     /// Returns the error in an event's payload, or `None` if the payload can be read.
@@ -82,7 +82,7 @@ impl Domain {
     }
 
     /// Returns a replay that starts at the first event of the saga, or `None` if this build does not define the saga.
-    pub fn replay(&self, stream: &StreamId) -> Option<Box<dyn Replay>> {
+    pub fn replay(&self, stream: &StreamId) -> Option<Box<dyn SagaReplay>> {
         self.sagas.get(stream.category()).map(|replay| replay())
     }
 }
@@ -96,18 +96,18 @@ fn unknown<'a>(what: &str, name: &str, known: impl Iterator<Item = &'a &'static 
 }
 
 /// Replays the history of one saga.
-pub(crate) trait Replay: Send {
+pub(crate) trait SagaReplay: Send {
     /// Compares the next event with the event that this build's definition would write. The error describes the
     /// difference.
     fn event(&mut self, recorded: &Recorded, event: &SagaEvent) -> Result<(), String>;
 }
 
-struct OfSaga<C> {
+struct TypedReplay<C> {
     saga: Arc<Saga<C>>,
     stands: Option<(C, Progress)>,
 }
 
-impl<C: SagaState> Replay for OfSaga<C> {
+impl<C: SagaState> SagaReplay for TypedReplay<C> {
     fn event(&mut self, recorded: &Recorded, event: &SagaEvent) -> Result<(), String> {
         let saga_id = named_id(named_id(Uuid::NAMESPACE_OID, &self.saga.category()), recorded.stream.id());
         let recorded_at = recorded.recorded_at.timestamp_millis();
@@ -160,11 +160,12 @@ impl<C: SagaState> Replay for OfSaga<C> {
 fn same<C>(moved: &Moved<C>, progress: &Progress, send: &[Command]) -> Result<(), String> {
     let place = |progress: &Progress| (progress.at, progress.step.clone(), progress.status, progress.calls.clone());
     if place(&moved.progress) != place(progress) {
-        let told = |progress: &Progress| format!("{:?} at {} ({})", progress.status, progress.at, progress.step);
-        return Err(format!("it was {}, and would be {}", told(progress), told(&moved.progress)));
+        let state = |progress: &Progress| format!("{:?} at {} ({})", progress.status, progress.at, progress.step);
+        return Err(format!("it was {}, and would be {}", state(progress), state(&moved.progress)));
     }
-    let told = |command: &Command| format!("{} to {}: {}", command.type_name, command.to, command.data.get());
-    let (was, now): (Vec<_>, Vec<_>) = (send.iter().map(told).collect(), moved.send.iter().map(told).collect());
+    let text = |command: &Command| format!("{} to {}: {}", command.type_name, command.to, command.data.get());
+    let was: Vec<_> = send.iter().map(text).collect();
+    let now: Vec<_> = moved.send.iter().map(text).collect();
     if was != now {
         return Err(format!("it sent [{}], and would send [{}]", was.join(", "), now.join(", ")));
     }

@@ -154,7 +154,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_byte_of_a_payload_survives_its_line() {
+    fn event_line_keeps_every_byte_of_a_payload() {
         for data in [
             r#"{"b":1,"a":2.50, "a":3}"#,
             "{\"a\":\n1}",

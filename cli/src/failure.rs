@@ -2,7 +2,7 @@
 
 use std::io::ErrorKind;
 
-use annals::{CommitError, StoreError, operator::OperatorError};
+use annals::{BusError, CommitError, StoreError, event::DecodeError, operator::OperatorError};
 
 /// The result of a command that ran.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,40 +25,29 @@ pub(crate) enum Failure {
 
 impl Failure {
     pub fn new(text: impl Into<String>) -> Self {
-        Self::Told(text.into())
+        Self::Message(text.into())
     }
 }
 
-impl From<StoreError> for Failure {
-    fn from(error: StoreError) -> Self {
-        Self::Told(error.to_string())
-    }
+/// Errors that name the thing, the reason and the remedy themselves.
+macro_rules! messages {
+    ($($error:ty),+) => {$(
+        impl From<$error> for Failure {
+            fn from(error: $error) -> Self {
+                Self::Message(error.to_string())
+            }
+        }
+    )+};
 }
 
-impl From<CommitError> for Failure {
-    fn from(error: CommitError) -> Self {
-        Self::Told(error.to_string())
-    }
-}
-
-impl From<OperatorError> for Failure {
-    fn from(error: OperatorError) -> Self {
-        Self::Told(error.to_string())
-    }
-}
-
-impl From<serde_json::Error> for Failure {
-    fn from(error: serde_json::Error) -> Self {
-        Self::Told(error.to_string())
-    }
-}
+messages!(BusError, CommitError, DecodeError, OperatorError, StoreError, serde_json::Error);
 
 /// For errors while writing the output only. An error about any other file has to name the file.
 impl From<std::io::Error> for Failure {
     fn from(error: std::io::Error) -> Self {
         match error.kind() {
             ErrorKind::BrokenPipe => Self::OutputClosed,
-            _ => Self::Told(format!("the output could not be written: {error}")),
+            _ => Self::Message(format!("the output could not be written: {error}")),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The `annals` command inspects, replays, verifies, moves and repairs a store of annals, whatever its domain.
+//! The `annals` command inspects, replays, verifies, moves and repairs any store of Annals.
 //!
 //! A service can offer this command as a subcommand of its own. [`Ops::run`] takes the arguments after the subcommand:
 //!
@@ -15,11 +15,11 @@
 //! Without the feature `command`, which is on by default, the crate is only the module [`quoted`].
 
 #[cfg(feature = "command")]
-mod again;
-#[cfg(feature = "command")]
 mod arguments;
 #[cfg(feature = "command")]
 mod commands;
+#[cfg(feature = "command")]
+mod common;
 #[cfg(feature = "command")]
 mod confirm;
 #[cfg(feature = "command")]
@@ -27,9 +27,13 @@ mod domain;
 #[cfg(feature = "command")]
 mod event;
 #[cfg(feature = "command")]
+mod event_filter;
+#[cfg(feature = "command")]
 mod exported;
 #[cfg(feature = "command")]
 mod failure;
+#[cfg(feature = "command")]
+mod model;
 #[cfg(feature = "command")]
 mod moment;
 #[cfg(feature = "command")]
@@ -42,9 +46,13 @@ mod place;
 mod progress;
 pub mod quoted;
 #[cfg(feature = "command")]
+mod resume_command;
+#[cfg(feature = "command")]
 mod stop;
 #[cfg(feature = "command")]
 mod store;
+#[cfg(feature = "command")]
+mod stream_key;
 
 #[cfg(feature = "command")]
 pub use self::ops::Ops;

@@ -79,7 +79,8 @@ pub(crate) fn age(time: DateTime<Utc>) -> String {
 /// Formats a duration for people, in its two largest units.
 pub(crate) fn span(delta: TimeDelta) -> String {
     let millis = delta.num_milliseconds();
-    let (sign, millis) = (if millis < 0 { "-" } else { "" }, millis.unsigned_abs());
+    let sign = if millis < 0 { "-" } else { "" };
+    let millis = millis.unsigned_abs();
     let seconds = millis / 1_000;
     let text = match seconds {
         0 => format!("{millis}ms"),
@@ -96,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_are_read_in_the_forms_people_type() {
+    fn times_are_parsed_in_common_forms() {
         let expected = "2026-11-21T15:04:00Z".parse::<DateTime<Utc>>().unwrap_or_default();
         for text in ["2026-11-21T15:04:00Z", "2026-11-21 15:04", "2026-11-21T16:04:00+01:00", "2026-11-21 15:04:00.0"] {
             assert_eq!(text.parse(), Ok(Moment(expected)), "{text}");

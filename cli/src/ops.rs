@@ -5,16 +5,17 @@ use std::{ffi::OsString, pin::Pin, process::ExitCode};
 use clap::{CommandFactory, FromArgMatches};
 
 use crate::{
-    again::Again,
-    arguments::{Arguments, Command, Common},
+    arguments::{Arguments, Command},
     commands::{
         archive, check_history, completions, dead_letters, export, import, migrate, read, read_model, recover, replay,
         saga, sagas, streams, subscription, subscriptions, tail, trace, verify,
     },
+    common::CommonArgs,
     domain::Domain,
     failure::{Failure, Verdict},
     output::{self, Output},
     quoted::without_passwords,
+    resume_command::ResumeCommand,
     store::{Open, Store, StoreUrl},
 };
 
@@ -82,7 +83,7 @@ impl Ops {
     }
 
     async fn run_here(self, words: Vec<OsString>) -> ExitCode {
-        let (arguments, again) = match self.arguments(words) {
+        let (arguments, resume) = match self.arguments(words) {
             Ok(read) => read,
             Err(error) => {
                 // Help goes to standard output, which may be closed.
@@ -90,11 +91,11 @@ impl Ops {
                 return if error.use_stderr() { COULD_NOT.into() } else { ExitCode::SUCCESS };
             }
         };
-        match self.carry_out(arguments, &again).await {
+        match self.carry_out(arguments, &resume).await {
             Ok(Verdict::Fine) | Err(Failure::OutputClosed) => ExitCode::SUCCESS,
             Ok(Verdict::Fault) => FOUND_A_FAULT.into(),
             Ok(Verdict::Stopped) => STOPPED.into(),
-            Err(Failure::Told(text)) => {
+            Err(Failure::Message(text)) => {
                 eprintln!("{}: {}", self.name, output::shown(&text));
                 COULD_NOT.into()
             }
@@ -106,16 +107,16 @@ impl Ops {
         Arguments::command().name(self.name).bin_name(self.name).no_binary_name(true)
     }
 
-    fn arguments(&self, words: impl IntoIterator<Item = OsString>) -> Result<(Arguments, Again), clap::Error> {
+    fn arguments(&self, words: impl IntoIterator<Item = OsString>) -> Result<(Arguments, ResumeCommand), clap::Error> {
         let read = self.command().try_get_matches_from(words).and_then(|matches| {
             let arguments = Arguments::from_arg_matches(&matches)?;
-            let again = Again::of(self.name, &matches, &arguments.common);
-            Ok((arguments, again))
+            let resume = ResumeCommand::of(self.name, &matches, &arguments.common);
+            Ok((arguments, resume))
         });
         read.map_err(without_passwords)
     }
 
-    async fn carry_out(&self, arguments: Arguments, again: &Again) -> Result<Verdict, Failure> {
+    async fn carry_out(&self, arguments: Arguments, resume: &ResumeCommand) -> Result<Verdict, Failure> {
         let Arguments { common, command } = arguments;
         let mut output = Output::new(common.json);
         match command {
@@ -143,13 +144,13 @@ impl Ops {
             Command::Saga(arguments) => saga::run(arguments, &store, &mut output).await,
             Command::DeadLetters(arguments) => dead_letters::run(arguments, &store, &mut output).await,
             Command::Subscription(arguments) => subscription::run(arguments, &store, &mut output).await,
-            Command::Replay(arguments) => replay::run(*arguments, &store, &self.domain, again, &mut output).await,
+            Command::Replay(arguments) => replay::run(*arguments, &store, &self.domain, resume, &mut output).await,
             Command::ReadModel(arguments) => read_model::run(arguments, &store, &self.domain, &mut output).await,
-            Command::Export(arguments) => export::run(arguments, &store, again, &mut output).await,
-            Command::Archive(arguments) => archive::run(arguments, &store, again, &mut output).await,
-            Command::Import(arguments) => import::run(arguments, &store, again, &mut output).await,
+            Command::Export(arguments) => export::run(arguments, &store, resume, &mut output).await,
+            Command::Archive(arguments) => archive::run(arguments, &store, resume, &mut output).await,
+            Command::Import(arguments) => import::run(arguments, &store, resume, &mut output).await,
             Command::Verify(arguments) => verify::run(arguments, &store, &mut output).await,
-            Command::Recover(arguments) => recover::run(arguments, &store, again, &mut output).await,
+            Command::Recover(arguments) => recover::run(arguments, &store, resume, &mut output).await,
             Command::Trace(arguments) => trace::run(arguments, &store, &mut output).await,
             Command::Migrate(_) | Command::CheckHistory(_) | Command::Completions(_) => Ok(Verdict::Fine),
         };
@@ -160,14 +161,14 @@ impl Ops {
     }
 }
 
-fn url(common: &Common) -> Result<&StoreUrl, Failure> {
-    let missing = || Failure::new("which store? Name it with --store URL, or in the variable ANNALS_STORE");
+fn url(common: &CommonArgs) -> Result<&StoreUrl, Failure> {
+    let missing = || Failure::new("no store is named: pass --store URL, or set ANNALS_STORE");
     common.store.as_ref().ok_or_else(missing)
 }
 
-async fn open(common: &Common) -> Result<Store, Failure> {
+async fn open(common: &CommonArgs) -> Result<Store, Failure> {
     let url = url(common)?;
-    Store::open(url, &common.schema, Open::Existing).await.map_err(|error| error.told(url, &common.schema))
+    Store::open(url, &common.schema, Open::Existing).await.map_err(|error| error.into_failure(url, &common.schema))
 }
 
 #[cfg(test)]
@@ -176,7 +177,7 @@ mod tests {
 
     /// The command must be `Send`, so that a service can spawn it.
     #[test]
-    fn it_may_run_on_any_thread() {
+    fn command_may_run_on_any_thread() {
         fn sent(_: impl Send) {}
         sent(Ops::named("annals").run([]));
     }

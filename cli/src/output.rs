@@ -80,7 +80,8 @@ impl Output {
     pub fn beside(&mut self, margin: &str, text: &str) -> Result<(), Failure> {
         let room = if io::stdout().is_terminal() { Table::new().width() } else { None };
         let room = room.map_or(usize::MAX, |width| usize::from(width).saturating_sub(margin.chars().count()));
-        let (mut margin, mut line) = (margin.to_owned(), String::new());
+        let mut margin = margin.to_owned();
+        let mut line = String::new();
         for word in text.split(' ') {
             if !line.is_empty() && line.chars().count() + 1 + word.chars().count() > room {
                 self.line(&format!("{margin}{line}"))?;
@@ -158,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn a_terminal_is_told_nothing_by_what_is_stored() {
+    fn control_characters_of_stored_text_are_replaced() {
         assert_eq!(shown("a\x1b[2Jb\n\tü"), "a\u{fffd}[2Jb\n\tü");
         assert_eq!(short("one\ntwo three", 9), "one two …");
         assert_eq!(one_line("a\x1b[2Jb\n\tü"), "a\u{fffd}[2Jb  ü");

@@ -7,7 +7,8 @@ use chrono::{DateTime, Utc};
 /// that the clocks of several writers may differ. Events within that difference of `time` may be on the wrong side.
 pub(crate) async fn position_at(archive: &dyn Archive, time: DateTime<Utc>) -> Result<Position, StoreError> {
     // Invariant: all events up to `before` are earlier than `time`, and no event after `until` is.
-    let (mut before, mut until) = (0, archive.status().await?.head.0);
+    let mut before = 0;
+    let mut until = archive.status().await?.head.0;
     while before < until {
         let middle = before + (until - before) / 2;
         let page = archive.read_log(&LogQuery::all(), Position(middle), 1).await?;

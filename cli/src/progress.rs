@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use annals_kafka::Contents;
 use comfy_table::Table;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -25,4 +26,10 @@ pub(crate) fn bar(what: &'static str, total: u64) -> ProgressBar {
     bar.set_prefix(what);
     bar.enable_steady_tick(TICK);
     bar
+}
+
+/// Returns a progress bar for reading a topic, message by message.
+pub(crate) fn topic_bar(what: &'static str, contents: &Contents) -> ProgressBar {
+    let total: i64 = contents.partitions().iter().map(|range| range.end - range.start).sum();
+    bar(what, total.unsigned_abs())
 }

@@ -12,14 +12,14 @@ use tokio::sync::Notify;
 #[derive(Clone, Default)]
 pub(crate) struct Stop {
     asked: Arc<AtomicBool>,
-    told: Arc<Notify>,
+    notify: Arc<Notify>,
 }
 
 impl Stop {
     /// Starts to listen for Ctrl-C. A second Ctrl-C ends the process at once.
     pub fn on_ctrl_c() -> Self {
         let stop = Self::default();
-        let told = stop.clone();
+        let listener = stop.clone();
         let mut first = Box::pin(tokio::signal::ctrl_c());
         // The listener is installed by the first poll, and the task may be polled late. Until the first poll, Ctrl-C
         // would end the process without a message.
@@ -30,8 +30,8 @@ impl Stop {
                 None => first.await,
             };
             if pressed.is_ok() {
-                told.asked.store(true, Ordering::Release);
-                told.told.notify_waiters();
+                listener.asked.store(true, Ordering::Release);
+                listener.notify.notify_waiters();
                 if tokio::signal::ctrl_c().await.is_ok() {
                     std::process::exit(130);
                 }
@@ -46,9 +46,17 @@ impl Stop {
 
     /// Resolves once the user has asked the command to stop.
     pub async fn asked(&self) {
-        let told = self.told.notified();
+        let notified = self.notify.notified();
         if !self.is_asked() {
-            told.await;
+            notified.await;
+        }
+    }
+
+    /// Runs a future. Returns `None` if the user asks the command to stop before the future is ready.
+    pub async fn unless<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        tokio::select! {
+            done = work => Some(done),
+            () = self.asked() => None,
         }
     }
 }

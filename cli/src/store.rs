@@ -2,7 +2,10 @@
 
 use std::{fmt, ops::RangeInclusive, path::PathBuf, str::FromStr, sync::Arc};
 
-use annals::{Archive, EventStore, LogQuery, Position, Recorded, StoreError, archive::Stored};
+use annals::{
+    Archive, EventStore, LogQuery, Position, Recorded, StoreError,
+    archive::{Contents, Stored},
+};
 use annals_postgres::{PostgresStore, Replay};
 use annals_sqlite::SqliteStore;
 use futures::{
@@ -170,7 +173,7 @@ impl Store {
         positions: RangeInclusive<i64>,
         take: impl Fn(&mut B, Stored<'_>) + Send + Sync + 'static,
     ) -> Result<BoxStream<'static, Result<B, StoreError>>, StoreError> {
-        let (first, last) = (*positions.start(), *positions.end());
+        let (first, last) = positions.into_inner();
         match &self.driver {
             Driver::Postgres(store) => {
                 let replay = Replay::all().categories(query.categories).types(query.types);
@@ -230,9 +233,16 @@ fn pages<B: Default + Send + 'static>(
     stream::unfold(taken, |mut taken| async move { taken.recv().await.map(|page| (page, taken)) }).boxed()
 }
 
+/// Writes events and documents as they were, in one commit.
+pub(crate) async fn restore(archive: &dyn Archive, contents: Contents) -> Result<(), Failure> {
+    let restored = archive.restore(contents).await;
+    restored
+        .map_err(|error| Failure::new(format!("the store did not take it: {error}. Does something else write to it?")))
+}
+
 impl OpenError {
     /// Returns the failure to print, with its remedy.
-    pub fn told(self, url: &StoreUrl, schema: &str) -> Failure {
+    pub fn into_failure(self, url: &StoreUrl, schema: &str) -> Failure {
         let place = match url {
             StoreUrl::Sqlite(_) => url.to_string(),
             StoreUrl::Postgres(_) => format!("schema {schema} of {url}"),

@@ -2,7 +2,6 @@
 
 use std::{
     collections::HashSet,
-    io,
     path::{Path, PathBuf},
 };
 
@@ -17,17 +16,17 @@ use futures::TryStreamExt;
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::verify::stream_key;
 use crate::{
-    again::Again,
     event::Lines,
-    exported::{Archived, FORMAT, Header, Section, Writer},
+    exported::{Archived, ExportWriter, FORMAT, Header, Section},
     failure::{Failure, Verdict},
     moment::Span,
     output::{Output, grouped},
     progress,
+    resume_command::ResumeCommand,
     stop::Stop,
     store::Store,
+    stream_key::stream_key,
 };
 
 /// The number of streams per page of the listing.
@@ -45,7 +44,7 @@ const PAGE: usize = 1_000;
 
 Streams of sagas are archived once their saga has ended; of others, only the age says that they are finished. The file is that
 of an export: lines of JSON, checksummed. Nothing is taken from the store: events are never deleted.")]
-pub(crate) struct Arguments {
+pub(crate) struct ArchiveArgs {
     /// The file; compressed if its name ends in .zst. It must not exist yet.
     file: PathBuf,
     /// Streams of these categories, such as `order,saga.checkout`.
@@ -60,7 +59,7 @@ pub(crate) struct Arguments {
 }
 
 #[derive(Serialize)]
-struct Done {
+struct ArchiveSummary {
     file: String,
     id: Uuid,
     streams: usize,
@@ -69,81 +68,71 @@ struct Done {
 }
 
 pub(crate) async fn run(
-    arguments: Arguments,
+    arguments: ArchiveArgs,
     store: &Store,
-    again: &Again,
+    resume: &ResumeCommand,
     output: &mut Output,
 ) -> Result<Verdict, Failure> {
-    let path = arguments.file.as_path();
-    let archive = store.port();
-    let broken = |error: io::Error| Failure::new(format!("{} cannot be written: {error}", path.display()));
-    let (mut writer, header, finished) = match arguments.resume {
-        true => go_on(path, store).await?,
-        false => {
-            // A stream with an event after this position is not finished.
-            let until = archive.status().await?.head.0;
-            let (categories, quiet_before) = (arguments.category, arguments.quiet_for.map_or_else(Utc::now, Span::ago));
-            let finished = Finished::of(&*archive, &categories, quiet_before, until).await?;
-            let streams = finished.keys.len();
-            if streams == 0 {
-                match output.json {
-                    true => output.value(&serde_json::json!({ "streams": 0 }))?,
-                    false => output.line("no stream is finished: nothing was archived")?,
-                }
-                return Ok(Verdict::Fine);
-            }
-            let archived = Archived { categories, quiet_before, streams, blake3: finished.blake3.clone() };
-            let (id, taken_at) = (Uuid::new_v4(), Utc::now());
-            let store = store.url.to_string();
-            let header = Header { annals_export: FORMAT, id, store, taken_at, archive: Some(archived) };
-            let mut writer = Writer::begin(path, &header)?;
-            writer.until(until).map_err(broken)?;
-            (writer, header, finished)
+    let path = arguments.file.clone();
+    let begun = if arguments.resume { Some(resumed(&path, store).await?) } else { begun(arguments, store).await? };
+    let Some((mut writer, header, finished)) = begun else {
+        match output.json {
+            true => output.value(&serde_json::json!({ "streams": 0 }))?,
+            false => output.line("no stream is finished: nothing was archived")?,
         }
+        return Ok(Verdict::Fine);
     };
-    let until = writer.so_far().until.unwrap_or_default();
-    let stop = Stop::on_ctrl_c();
-    let bar = progress::bar("archived", until.unsigned_abs());
-    let (streams, is_json) = (finished.keys.len(), store.has_json_only());
-    let categories = header.archive.iter().flat_map(|archived| &archived.categories).map(|name| name.as_str().into());
-    let query = LogQuery { categories: categories.collect(), types: Vec::new() };
-    let add = move |lines: &mut Lines, event: Stored<'_>| {
-        // Other events do not advance the position, so a section ends with an event of its own.
-        if finished.keys.contains(&stream_key(&event.stream)) {
-            lines.add(&event, is_json);
-        }
-    };
-    let mut log = store.batches(query, writer.so_far().position + 1..=until, add).await?;
-    while let Some(lines) = log.try_next().await? {
-        if lines.count > 0 {
-            writer.events(&lines).map_err(broken)?;
-            bar.set_position(lines.position.unsigned_abs());
-        }
-        if stop.is_asked() {
-            bar.finish_and_clear();
-            writer.section(false).map_err(broken)?;
-            let again = again.command(["archive", &*path.to_string_lossy(), "--resume"]);
-            eprintln!("stopped after position {}; go on with: {again}", grouped(writer.so_far().position));
-            return Ok(Verdict::Stopped);
-        }
+    let streams = finished.keys.len();
+    if !write(&mut writer, &header, finished, store).await? {
+        writer.section(false)?;
+        let command = resume.command(["archive", &*path.to_string_lossy(), "--resume"]);
+        eprintln!("stopped after position {}; go on with: {command}", grouped(writer.so_far().position));
+        return Ok(Verdict::Stopped);
     }
-    writer.section(true).map_err(broken)?;
-    bar.finish_and_clear();
+    writer.section(true)?;
+    let file = path.display().to_string();
     let contents = writer.so_far().clone();
     if output.json {
-        output.value(&Done { file: path.display().to_string(), id: header.id, streams, contents })?;
+        output.value(&ArchiveSummary { file, id: header.id, streams, contents })?;
     } else {
-        let (file, events) = (path.display(), grouped(contents.events as i64));
+        let events = grouped(contents.events as i64);
         output.line(&format!("{file}: {events} events of {streams} streams, blake3 {}", contents.blake3))?;
     }
     Ok(Verdict::Fine)
 }
 
+/// Begins a new file. Returns `None` if no stream is finished.
+async fn begun(
+    arguments: ArchiveArgs,
+    store: &Store,
+) -> Result<Option<(ExportWriter, Header, FinishedStreams)>, Failure> {
+    let archive = store.port();
+    // A stream with an event after this position is not finished.
+    let until = archive.status().await?.head.0;
+    let categories = arguments.category;
+    let quiet_before = arguments.quiet_for.map_or_else(Utc::now, Span::ago);
+    let finished = FinishedStreams::of(&*archive, &categories, quiet_before, until).await?;
+    let streams = finished.keys.len();
+    if streams == 0 {
+        return Ok(None);
+    }
+    let header = Header {
+        annals_export: FORMAT,
+        id: Uuid::new_v4(),
+        store: store.url.to_string(),
+        taken_at: Utc::now(),
+        archive: Some(Archived { categories, quiet_before, streams, blake3: finished.blake3.clone() }),
+    };
+    let mut writer = ExportWriter::begin(&arguments.file, &header)?;
+    writer.until(until)?;
+    Ok(Some((writer, header, finished)))
+}
+
 /// Resumes a file with the streams that it was started with. With other streams, the file would hold only the second
 /// half of some streams.
-async fn go_on(path: &Path, store: &Store) -> Result<(Writer, Header, Finished), Failure> {
+async fn resumed(path: &Path, store: &Store) -> Result<(ExportWriter, Header, FinishedStreams), Failure> {
     let shown = path.display();
-    let Some((writer, header)) = Writer::go_on(path)? else {
+    let Some((writer, header)) = ExportWriter::resume(path)? else {
         return Err(Failure::new(format!("{shown} is complete: there is nothing to go on with")));
     };
     let Some(archived) = &header.archive else {
@@ -155,7 +144,7 @@ async fn go_on(path: &Path, store: &Store) -> Result<(Writer, Header, Finished),
     let Some(until) = writer.so_far().until else {
         return Err(Failure::new(format!("{shown} ends before its first event: remove it, and archive anew")));
     };
-    let finished = Finished::of(&*store.port(), &archived.categories, archived.quiet_before, until).await?;
+    let finished = FinishedStreams::of(&*store.port(), &archived.categories, archived.quiet_before, until).await?;
     if finished.blake3 != archived.blake3 {
         return Err(Failure::new(format!(
             "{shown} was begun with {} finished streams, and of these not all are finished any more: archive anew, into \
@@ -166,14 +155,46 @@ async fn go_on(path: &Path, store: &Store) -> Result<(Writer, Header, Finished),
     Ok((writer, header, finished))
 }
 
+/// Writes the events of the finished streams. Returns `false` if the user stopped the command.
+async fn write(
+    writer: &mut ExportWriter,
+    header: &Header,
+    finished: FinishedStreams,
+    store: &Store,
+) -> Result<bool, Failure> {
+    let until = writer.so_far().until.unwrap_or_default();
+    let stop = Stop::on_ctrl_c();
+    let bar = progress::bar("archived", until.unsigned_abs());
+    let is_json = store.has_json_only();
+    let categories = header.archive.iter().flat_map(|archived| &archived.categories).map(|name| name.as_str().into());
+    let query = LogQuery { categories: categories.collect(), types: Vec::new() };
+    let add = move |lines: &mut Lines, event: Stored<'_>| {
+        // Other events do not advance the position, so a section ends with an event of its own.
+        if finished.keys.contains(&stream_key(&event.stream)) {
+            lines.add(&event, is_json);
+        }
+    };
+    let mut log = store.batches(query, writer.so_far().position + 1..=until, add).await?;
+    let mut stopped = false;
+    while !stopped && let Some(lines) = log.try_next().await? {
+        if lines.count > 0 {
+            writer.events(&lines)?;
+            bar.set_position(lines.position.unsigned_abs());
+        }
+        stopped = stop.is_asked();
+    }
+    bar.finish_and_clear();
+    Ok(!stopped)
+}
+
 /// The finished streams.
-struct Finished {
+struct FinishedStreams {
     keys: HashSet<u128>,
     /// The hash of the names of all streams.
     blake3: String,
 }
 
-impl Finished {
+impl FinishedStreams {
     /// Finds the streams that have no event since `quiet_before` or after `until`. Leaves out sagas that have not
     /// ended.
     async fn of(
@@ -182,7 +203,8 @@ impl Finished {
         quiet_before: DateTime<Utc>,
         until: i64,
     ) -> Result<Self, Failure> {
-        let (mut keys, mut hasher) = (HashSet::new(), blake3::Hasher::new());
+        let mut keys = HashSet::new();
+        let mut hasher = blake3::Hasher::new();
         for category in categories {
             let prefix = format!("{category}-");
             let mut after = prefix.clone();

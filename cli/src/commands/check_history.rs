@@ -8,14 +8,14 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::{
-    domain::{Domain, Replay},
-    exported::{Reader, Step},
+    domain::{Domain, SagaReplay},
+    exported::{ExportItem, ExportReader},
     failure::{Failure, Verdict},
     output::{Output, grouped, shown},
 };
 
 /// The maximum number of findings to print. Further findings are only counted.
-const TOLD_MAX: u64 = 200;
+const PRINTED_MAX: u64 = 200;
 
 #[derive(Debug, Args)]
 #[command(after_help = "Example:
@@ -23,7 +23,7 @@ const TOLD_MAX: u64 = 200;
       in CI: exit code 1 if events would no longer be read, or sagas would take another way
 
 It needs a service's own binary, which knows its events and sagas. Sagas under another definition are told as such.")]
-pub(crate) struct Arguments {
+pub(crate) struct CheckHistoryArgs {
     /// A file that `export` wrote.
     #[arg(long, value_name = "FILE")]
     against: PathBuf,
@@ -43,24 +43,24 @@ struct Checked {
     findings: u64,
 }
 
-pub(crate) fn run(arguments: Arguments, domain: &Domain, output: &mut Output) -> Result<Verdict, Failure> {
-    let mut reader = Reader::open(&arguments.against)?;
+pub(crate) fn run(arguments: CheckHistoryArgs, domain: &Domain, output: &mut Output) -> Result<Verdict, Failure> {
+    let mut reader = ExportReader::open(&arguments.against)?;
     let mut checked = Checked { events: 0, sagas: 0, findings: 0 };
     // The sagas that have not ended. `None` stands for a saga with a finding: its later events are not checked, because
     // they would only repeat that finding.
-    let mut sagas: HashMap<String, Option<Box<dyn Replay>>> = HashMap::new();
+    let mut sagas: HashMap<String, Option<Box<dyn SagaReplay>>> = HashMap::new();
     let complete = loop {
         let event = match reader.step()? {
-            Step::Event(event) => event.recorded(),
-            Step::Document(_) => continue,
-            Step::Section(section) if section.complete => break true,
-            Step::Section(_) => continue,
-            Step::End => break false,
+            ExportItem::Event(event) => event.recorded(),
+            ExportItem::Document(_) => continue,
+            ExportItem::Section(section) if section.complete => break true,
+            ExportItem::Section(_) => continue,
+            ExportItem::End => break false,
         };
         checked.events += 1;
         let place = || format!("position {} ({} v{})", event.position, event.stream, event.version);
         if let Some(what) = domain.unreadable(&event) {
-            tell(place(), what, &mut checked, output)?;
+            report(place(), what, &mut checked, output)?;
             continue;
         }
         let Ok(Some(of_saga)) = event.decode::<SagaEvent>() else { continue };
@@ -71,7 +71,7 @@ pub(crate) fn run(arguments: Arguments, domain: &Domain, output: &mut Output) ->
         let ended = of_saga.progress().ended.is_some();
         if let Some(Err(what)) = known.as_mut().map(|replay| replay.event(&event, &of_saga)) {
             *known = None;
-            tell(place(), what, &mut checked, output)?;
+            report(place(), what, &mut checked, output)?;
         }
         if ended {
             sagas.remove(event.stream.as_str());
@@ -95,9 +95,9 @@ pub(crate) fn run(arguments: Arguments, domain: &Domain, output: &mut Output) ->
     Ok(if checked.findings == 0 { Verdict::Fine } else { Verdict::Fault })
 }
 
-fn tell(place: String, what: String, checked: &mut Checked, output: &mut Output) -> Result<(), Failure> {
+fn report(place: String, what: String, checked: &mut Checked, output: &mut Output) -> Result<(), Failure> {
     checked.findings += 1;
-    if checked.findings > TOLD_MAX {
+    if checked.findings > PRINTED_MAX {
         return Ok(());
     }
     if output.json {

@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 
 use crate::{
-    confirm::Act,
+    confirm::ActionArgs,
     failure::{Failure, Verdict},
     moment::{self, age},
     output::{Output, grouped, short, shown},
@@ -28,13 +28,13 @@ const REASON_CHARS_MAX: usize = 60;
       tries the messages of this key again, in order; --all for all keys
   annals dead-letters drop order.mailer order-536365 --reason \"test order\" --yes
       gives up the first message of this key; those behind it are tried then")]
-pub(crate) struct Arguments {
+pub(crate) struct DeadLettersArgs {
     #[command(subcommand)]
-    what: Option<What>,
+    what: Option<DeadLettersCommand>,
 }
 
 #[derive(Debug, Subcommand)]
-enum What {
+enum DeadLettersCommand {
     /// List parked keys, each with its first message.
     List {
         /// Only the keys of this subscription or group.
@@ -58,7 +58,7 @@ enum What {
         #[arg(long)]
         all: bool,
         #[command(flatten)]
-        act: Act,
+        act: ActionArgs,
     },
     /// Drop a message for good.
     Drop {
@@ -67,12 +67,12 @@ enum What {
         /// The key or the id of the message.
         key: String,
         #[command(flatten)]
-        act: Act,
+        act: ActionArgs,
     },
 }
 
 #[derive(Serialize)]
-struct Row {
+struct DeadLetterRow {
     subscription: String,
     key: String,
     id: String,
@@ -84,7 +84,7 @@ struct Row {
     message: Box<RawValue>,
 }
 
-impl Row {
+impl DeadLetterRow {
     fn of(letter: DeadLetter) -> Self {
         let DeadLetter { id, parked, retries_at, behind } = letter;
         Self {
@@ -101,18 +101,20 @@ impl Row {
     }
 }
 
-pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
-    match arguments.what.unwrap_or(What::List { subscription: None }) {
-        What::List { subscription } => list(subscription, store, output).await,
-        What::Show { subscription, key } => show(&subscription, &key, store, output).await,
-        What::Redrive { subscription, key, all: _, act } => redrive(&subscription, key, &act, store, output).await,
-        What::Drop { subscription, key, act } => drop_one(&subscription, &key, &act, store, output).await,
+pub(crate) async fn run(arguments: DeadLettersArgs, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
+    match arguments.what.unwrap_or(DeadLettersCommand::List { subscription: None }) {
+        DeadLettersCommand::List { subscription } => list(subscription, store, output).await,
+        DeadLettersCommand::Show { subscription, key } => show(&subscription, &key, store, output).await,
+        DeadLettersCommand::Redrive { subscription, key, all: _, act } => {
+            redrive(&subscription, key, &act, store, output).await
+        }
+        DeadLettersCommand::Drop { subscription, key, act } => drop_one(&subscription, &key, &act, store, output).await,
     }
 }
 
-async fn letters(store: &Store, subscription: &str) -> Result<Vec<Row>, StoreError> {
+async fn letters(store: &Store, subscription: &str) -> Result<Vec<DeadLetterRow>, StoreError> {
     let letters = DeadLetters::new(store.port()).list(subscription).await?;
-    Ok(letters.into_iter().map(Row::of).collect())
+    Ok(letters.into_iter().map(DeadLetterRow::of).collect())
 }
 
 /// Returns the subscriptions and groups that have parked messages.
@@ -175,7 +177,7 @@ async fn show(subscription: &str, key: &str, store: &Store, output: &mut Output)
 async fn redrive(
     subscription: &str,
     key: Option<String>,
-    act: &Act,
+    act: &ActionArgs,
     store: &Store,
     output: &mut Output,
 ) -> Result<Verdict, Failure> {
@@ -201,7 +203,7 @@ async fn redrive(
 async fn drop_one(
     subscription: &str,
     key: &str,
-    act: &Act,
+    act: &ActionArgs,
     store: &Store,
     output: &mut Output,
 ) -> Result<Verdict, Failure> {

@@ -1,9 +1,9 @@
 //! `export`: writes a store to a file.
 
-use std::{io, path::PathBuf};
+use std::path::{Path, PathBuf};
 
 use annals::{
-    LogQuery, Scan,
+    Archive, LogQuery, Scan,
     archive::{IMPORT, Stored},
 };
 use chrono::Utc;
@@ -13,12 +13,12 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::{
-    again::Again,
     event::Lines,
-    exported::{FORMAT, Header, Section, Writer},
+    exported::{ExportWriter, FORMAT, Header, Section},
     failure::{Failure, Verdict},
     output::{Output, grouped},
     progress,
+    resume_command::ResumeCommand,
     stop::Stop,
     store::Store,
 };
@@ -37,7 +37,7 @@ const PAGE: usize = 500;
 
 The log is exported as it stood when it began. Documents (checkpoints, read models) of services that run meanwhile are each
 of another moment: stop the services if they are to be exact.")]
-pub(crate) struct Arguments {
+pub(crate) struct ExportArgs {
     /// The file; compressed if its name ends in .zst.
     file: PathBuf,
     /// Continue an interrupted file after its last complete section.
@@ -46,7 +46,7 @@ pub(crate) struct Arguments {
 }
 
 #[derive(Serialize)]
-struct Exported {
+struct ExportSummary {
     file: String,
     id: Uuid,
     #[serde(flatten)]
@@ -54,104 +54,109 @@ struct Exported {
 }
 
 pub(crate) async fn run(
-    arguments: Arguments,
+    arguments: ExportArgs,
     store: &Store,
-    again: &Again,
+    resume: &ResumeCommand,
     output: &mut Output,
 ) -> Result<Verdict, Failure> {
     let path = arguments.file.as_path();
-    let broken = |error: io::Error| Failure::new(format!("{} cannot be written: {error}", path.display()));
-    let (mut writer, header) = match arguments.resume {
-        true => match Writer::go_on(path)? {
-            Some(found) => found,
-            None => {
-                return Err(Failure::new(format!("{} is complete: there is nothing to go on with", path.display())));
-            }
-        },
-        false => {
-            let header = Header {
-                annals_export: FORMAT,
-                id: Uuid::new_v4(),
-                store: store.url.to_string(),
-                taken_at: Utc::now(),
-                archive: None,
-            };
-            (Writer::begin(path, &header)?, header)
-        }
+    let (mut writer, header) = if arguments.resume { resumed(path, store)? } else { begun(path, store)? };
+    if !write(&mut writer, store).await? {
+        writer.section(false)?;
+        let command = resume.command(["export", &*path.to_string_lossy(), "--resume"]);
+        eprintln!("stopped after position {}; go on with: {command}", grouped(writer.so_far().position));
+        return Ok(Verdict::Stopped);
+    }
+    writer.section(true)?;
+    let file = path.display().to_string();
+    let contents = writer.so_far().clone();
+    if output.json {
+        output.value(&ExportSummary { file, id: header.id, contents })?;
+    } else {
+        let events = grouped(contents.events as i64);
+        let documents = grouped(contents.documents as i64);
+        output.line(&format!("{file}: {events} events, {documents} documents, blake3 {}", contents.blake3))?;
+    }
+    Ok(Verdict::Fine)
+}
+
+/// Begins a new file.
+fn begun(path: &Path, store: &Store) -> Result<(ExportWriter, Header), Failure> {
+    let header = Header {
+        annals_export: FORMAT,
+        id: Uuid::new_v4(),
+        store: store.url.to_string(),
+        taken_at: Utc::now(),
+        archive: None,
+    };
+    Ok((ExportWriter::begin(path, &header)?, header))
+}
+
+/// Resumes an interrupted file of this store.
+fn resumed(path: &Path, store: &Store) -> Result<(ExportWriter, Header), Failure> {
+    let shown = path.display();
+    let Some((writer, header)) = ExportWriter::resume(path)? else {
+        return Err(Failure::new(format!("{shown} is complete: there is nothing to go on with")));
     };
     if header.archive.is_some() {
-        return Err(Failure::new(format!(
-            "{} is an archive, not an export: `archive --resume` goes on with it",
-            path.display()
-        )));
+        return Err(Failure::new(format!("{shown} is an archive, not an export: `archive --resume` goes on with it")));
     }
     if header.store != store.url.to_string() {
-        return Err(Failure::new(format!(
-            "{} was taken from {}, not from {}",
-            path.display(),
-            header.store,
-            store.url
-        )));
+        return Err(Failure::new(format!("{shown} was taken from {}, not from {}", header.store, store.url)));
     }
+    Ok((writer, header))
+}
+
+/// Writes documents and events. Returns `false` if the user stopped the export.
+async fn write(writer: &mut ExportWriter, store: &Store) -> Result<bool, Failure> {
     let stop = Stop::on_ctrl_c();
-    let stopped = |writer: &mut Writer| {
-        writer.section(false).map_err(broken)?;
-        let again = again.command(["export", &*path.to_string_lossy(), "--resume"]);
-        eprintln!("stopped after position {}; go on with: {again}", grouped(writer.so_far().position));
-        Ok(Verdict::Stopped)
-    };
     if writer.so_far().until.is_none() {
-        let archive = store.port();
-        let (collection_done, mut after) = writer.so_far().document.clone().unwrap_or_default();
-        for collection in archive.collections().await? {
-            // The progress of an import describes this store and is not part of its contents.
-            if *collection < *collection_done || &*collection == IMPORT {
-                continue;
-            }
-            if *collection != *collection_done {
-                after = String::new();
-            }
-            loop {
-                let page = archive.scan(&collection, &Scan::After(after.as_str().into()), PAGE).await?;
-                let Some(last) = page.last() else { break };
-                after = last.key.id.to_string();
-                page.iter().try_for_each(|document| writer.document(document)).map_err(broken)?;
-                if stop.is_asked() {
-                    return stopped(&mut writer);
-                }
+        if !documents(writer, &*store.port(), &stop).await? {
+            return Ok(false);
+        }
+        writer.until(store.port().status().await?.head.0)?;
+    }
+    events(writer, store, &stop).await
+}
+
+async fn documents(writer: &mut ExportWriter, archive: &dyn Archive, stop: &Stop) -> Result<bool, Failure> {
+    let (collection_done, mut after) = writer.so_far().document.clone().unwrap_or_default();
+    for collection in archive.collections().await? {
+        // The progress of an import describes this store and is not part of its contents.
+        if *collection < *collection_done || &*collection == IMPORT {
+            continue;
+        }
+        if *collection != *collection_done {
+            after = String::new();
+        }
+        loop {
+            let page = archive.scan(&collection, &Scan::After(after.as_str().into()), PAGE).await?;
+            let Some(last) = page.last() else { break };
+            after = last.key.id.to_string();
+            page.iter().try_for_each(|document| writer.document(document))?;
+            if stop.is_asked() {
+                return Ok(false);
             }
         }
-        writer.until(archive.status().await?.head.0).map_err(broken)?;
     }
+    Ok(true)
+}
+
+async fn events(writer: &mut ExportWriter, store: &Store, stop: &Stop) -> Result<bool, Failure> {
     let until = writer.so_far().until.unwrap_or_default();
     let bar = progress::bar("exported", until.unsigned_abs());
     let is_json = store.has_json_only();
     let add = move |lines: &mut Lines, event: Stored<'_>| lines.add(&event, is_json);
     let mut log = store.batches(LogQuery::all(), writer.so_far().position + 1..=until, add).await?;
-    while let Some(lines) = log.try_next().await? {
+    let mut stopped = false;
+    while !stopped && let Some(lines) = log.try_next().await? {
         // An empty page does not say at which position it ends.
-        if lines.count == 0 {
-            continue;
-        }
-        writer.events(&lines).map_err(broken)?;
-        bar.set_position(lines.position.unsigned_abs());
-        if stop.is_asked() {
-            bar.finish_and_clear();
-            return stopped(&mut writer);
+        if lines.count > 0 {
+            writer.events(&lines)?;
+            bar.set_position(lines.position.unsigned_abs());
+            stopped = stop.is_asked();
         }
     }
-    writer.section(true).map_err(broken)?;
     bar.finish_and_clear();
-    let contents = writer.so_far().clone();
-    if output.json {
-        output.value(&Exported { file: path.display().to_string(), id: header.id, contents })?;
-    } else {
-        let (events, documents) = (grouped(contents.events as i64), grouped(contents.documents as i64));
-        output.line(&format!(
-            "{}: {events} events, {documents} documents, blake3 {}",
-            path.display(),
-            contents.blake3
-        ))?;
-    }
-    Ok(Verdict::Fine)
+    Ok(!stopped)
 }

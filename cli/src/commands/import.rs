@@ -12,13 +12,13 @@ use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use crate::{
-    again::Again,
-    exported::{Reader, Section, Step},
+    exported::{ExportItem, ExportReader, Section},
     failure::{Failure, Verdict},
     output::{Output, grouped},
     progress,
+    resume_command::ResumeCommand,
     stop::Stop,
-    store::Store,
+    store::{Store, restore},
 };
 
 /// Sections are collected up to this number of events and written together.
@@ -35,14 +35,14 @@ const PARTS_AHEAD: usize = 1;
 
 Everything is kept as it was: ids, versions, positions with their gaps, times, and every byte of a payload. No service
 starts on the store before all of it is there.")]
-pub(crate) struct Arguments {
+pub(crate) struct ImportArgs {
     /// A file that `export` wrote.
     file: PathBuf,
 }
 
 /// The progress of an import.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct Progress {
+pub(crate) struct ImportProgress {
     /// The id of the export.
     pub export: Uuid,
     #[serde(flatten)]
@@ -50,14 +50,14 @@ pub(crate) struct Progress {
 }
 
 pub(crate) async fn run(
-    arguments: Arguments,
+    arguments: ImportArgs,
     store: &Store,
-    again: &Again,
+    resume: &ResumeCommand,
     output: &mut Output,
 ) -> Result<Verdict, Failure> {
     let path = arguments.file.display();
     let archive = store.port();
-    let reader = Reader::open(&arguments.file)?;
+    let reader = ExportReader::open(&arguments.file)?;
     if reader.header().archive.is_some() {
         return Err(Failure::new(format!(
             "{path} is an archive of some streams, not a whole store: `read STREAM --archive {path}` reads it"
@@ -75,9 +75,10 @@ pub(crate) async fn run(
     let stop = Stop::on_ctrl_c();
     let bar = progress::bar("imported", 0);
     let (parts, mut read) = mpsc::channel(PARTS_AHEAD);
+    let events_done = done.events;
+    let documents_done = done.documents;
     // The task ends on its own once the channel is closed.
-    let (events, documents) = (done.events, done.documents);
-    let reading = tokio::task::spawn_blocking(move || read_parts(reader, (events, documents), &parts));
+    let reading = tokio::task::spawn_blocking(move || read_parts(reader, events_done, documents_done, &parts));
     let mut last = None::<Section>;
     while let Some(Part { mut contents, section }) = read.recv().await {
         bar.set_length(section.until.unwrap_or_default().unsigned_abs());
@@ -86,15 +87,15 @@ pub(crate) async fn run(
         if !contents.events.is_empty() || !contents.documents.is_empty() || (complete && !done.complete) {
             version += 1;
             contents.documents.push(document(export, &section, version)?);
-            archive.restore(contents).await.map_err(refused)?;
+            restore(&*archive, contents).await?;
         }
         bar.set_position(section.position.unsigned_abs());
         let events = section.events;
         last = Some(section);
         if !complete && stop.is_asked() {
             bar.finish_and_clear();
-            let again = again.command(["import", &*arguments.file.to_string_lossy()]);
-            eprintln!("stopped after {} events; go on with: {again}", grouped(events as i64));
+            let command = resume.command(["import", &*arguments.file.to_string_lossy()]);
+            eprintln!("stopped after {} events; go on with: {command}", grouped(events as i64));
             return Ok(Verdict::Stopped);
         }
     }
@@ -112,9 +113,10 @@ pub(crate) async fn run(
     }
     let contents = last.unwrap_or_default();
     if output.json {
-        output.value(&Progress { export, contents })?;
+        output.value(&ImportProgress { export, contents })?;
     } else {
-        let (events, documents) = (grouped(contents.events as i64), grouped(contents.documents as i64));
+        let events = grouped(contents.events as i64);
+        let documents = grouped(contents.documents as i64);
         output.line(&format!(
             "{}: {events} events, {documents} documents, last position {}",
             store.url, contents.position
@@ -133,12 +135,16 @@ struct Part {
 
 /// Reads sections and skips those that the store already has. Returns whether the file is complete.
 fn read_parts(
-    mut reader: Reader,
-    (events_done, documents_done): (u64, u64),
+    mut reader: ExportReader,
+    events_done: u64,
+    documents_done: u64,
     parts: &mpsc::Sender<Part>,
 ) -> Result<bool, Failure> {
-    let (mut events, mut documents, mut bytes) = (0, 0, 0);
-    let (mut contents, mut whole) = (Contents::default(), None::<Part>);
+    let mut events = 0;
+    let mut documents = 0;
+    let mut bytes = 0;
+    let mut contents = Contents::default();
+    let mut whole = None::<Part>;
     let complete = loop {
         let step = match reader.step() {
             Ok(step) => step,
@@ -149,21 +155,21 @@ fn read_parts(
             }
         };
         match step {
-            Step::Event(event) => {
+            ExportItem::Event(event) => {
                 events += 1;
                 if events > events_done {
                     bytes += event.data.len();
                     contents.events.push(*event);
                 }
             }
-            Step::Document(document) => {
+            ExportItem::Document(document) => {
                 documents += 1;
                 if documents > documents_done {
                     bytes += document.body.len();
                     contents.documents.push(document);
                 }
             }
-            Step::Section(section) => {
+            ExportItem::Section(section) => {
                 let complete = section.complete;
                 let mut part = whole.take().unwrap_or_default();
                 part.contents.events.append(&mut contents.events);
@@ -179,7 +185,7 @@ fn read_parts(
                     break complete;
                 }
             }
-            Step::End => break false,
+            ExportItem::End => break false,
         }
     };
     whole.map(|part| parts.blocking_send(part).ok());
@@ -187,13 +193,13 @@ fn read_parts(
 }
 
 fn document(export: Uuid, section: &Section, version: i64) -> Result<Document, Failure> {
-    let body = serde_json::to_string(&Progress { export, contents: section.clone() })?;
+    let body = serde_json::to_string(&ImportProgress { export, contents: section.clone() })?;
     Ok(Document { key: import_key(), version, body: body.into(), due: None })
 }
 
 /// Returns the progress of an import into this store, with the version of the document that holds it. Returns `None` if
 /// the store has no such document.
-pub(crate) async fn progress_of(archive: &dyn Archive) -> Result<Option<(i64, Progress)>, StoreError> {
+pub(crate) async fn progress_of(archive: &dyn Archive) -> Result<Option<(i64, ImportProgress)>, StoreError> {
     let found = archive.documents(&[import_key()]).await?.into_iter().next().flatten();
     let Some(document) = found else { return Ok(None) };
     let progress = serde_json::from_str(&document.body)
@@ -203,8 +209,4 @@ pub(crate) async fn progress_of(archive: &dyn Archive) -> Result<Option<(i64, Pr
 
 async fn is_empty(archive: &dyn Archive) -> Result<bool, StoreError> {
     Ok(archive.streams("", 1).await?.is_empty() && archive.collections().await?.is_empty())
-}
-
-fn refused(error: annals::CommitError) -> Failure {
-    Failure::new(format!("the store did not take it: {error}. Does something else write to it?"))
 }

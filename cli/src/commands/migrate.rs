@@ -13,7 +13,7 @@ use crate::{
 #[command(after_help = "Example:
   annals migrate --store postgres://owner@localhost/shop
       as a role that may create schemas; the services then need not")]
-pub(crate) struct Arguments {}
+pub(crate) struct MigrateArgs {}
 
 #[derive(Serialize)]
 struct Migrated {
@@ -21,7 +21,7 @@ struct Migrated {
     outcome: &'static str,
 }
 
-pub(crate) async fn run(_: Arguments, url: &StoreUrl, schema: &str, output: &mut Output) -> Result<Verdict, Failure> {
+pub(crate) async fn run(_: MigrateArgs, url: &StoreUrl, schema: &str, output: &mut Output) -> Result<Verdict, Failure> {
     let (store, outcome) = match Store::open(url, schema, Open::Existing).await {
         Ok(store) => (store, "up to date"),
         Err(error) => {
@@ -29,10 +29,10 @@ pub(crate) async fn run(_: Arguments, url: &StoreUrl, schema: &str, output: &mut
                 OpenError::Missing => "created",
                 OpenError::Outdated => "migrated",
                 OpenError::Renamed(_) => "made anew under its name",
-                OpenError::Other(_) => return Err(error.told(url, schema)),
+                OpenError::Other(_) => return Err(error.into_failure(url, schema)),
             };
             let opened = Store::open(url, schema, Open::Migrate).await;
-            (opened.map_err(|error| error.told(url, schema))?, outcome)
+            (opened.map_err(|error| error.into_failure(url, schema))?, outcome)
         }
     };
     store.close().await?;

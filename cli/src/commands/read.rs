@@ -8,7 +8,7 @@ use clap::Args;
 
 use crate::{
     event::write_line,
-    exported::{Reader, Step},
+    exported::{ExportItem, ExportReader},
     failure::{Failure, Verdict},
     moment::{self, Moment},
     output::{Output, one_line, shown},
@@ -28,7 +28,7 @@ const PAGE: usize = 500;
       payloads of three of its events
   annals read order-536365 --archive orders-2026.ndjson.zst
       of a stream that was archived")]
-pub(crate) struct Arguments {
+pub(crate) struct ReadArgs {
     /// The stream, such as `order-536365`.
     #[arg(value_name = "STREAM")]
     stream: String,
@@ -46,7 +46,7 @@ pub(crate) struct Arguments {
     archive: Vec<PathBuf>,
 }
 
-impl Arguments {
+impl ReadArgs {
     pub fn is_of_archives(&self) -> bool {
         !self.archive.is_empty()
     }
@@ -57,7 +57,7 @@ impl Arguments {
     }
 }
 
-pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
+pub(crate) async fn run(arguments: ReadArgs, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
     let stream = StreamId::from_stored(&arguments.stream);
     let events = store.port();
     let mut after = Version(arguments.from.saturating_sub(1).max(0));
@@ -82,17 +82,17 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
 
 /// Reads the events from files. Reads each file to its end, so that a damaged file is reported before any of its events
 /// counts as valid.
-pub(crate) fn from_archives(arguments: Arguments, output: &mut Output) -> Result<Verdict, Failure> {
+pub(crate) fn from_archives(arguments: ReadArgs, output: &mut Output) -> Result<Verdict, Failure> {
     let mut found = BTreeMap::new();
     for path in &arguments.archive {
-        let mut reader = Reader::open(path)?;
+        let mut reader = ExportReader::open(path)?;
         let mut complete = false;
         loop {
             match reader.step()? {
-                Step::Event(event) if event.stream == arguments.stream => _ = found.insert(event.version, event),
-                Step::Event(_) | Step::Document(_) => {}
-                Step::Section(section) => complete = section.complete,
-                Step::End => break,
+                ExportItem::Event(event) if event.stream == arguments.stream => _ = found.insert(event.version, event),
+                ExportItem::Event(_) | ExportItem::Document(_) => {}
+                ExportItem::Section(section) => complete = section.complete,
+                ExportItem::End => break,
             }
             if complete {
                 break;

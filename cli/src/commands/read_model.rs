@@ -3,18 +3,18 @@
 use std::sync::Arc;
 
 use annals::{
-    EventStore, Operator, Projection, ReadModel, Scan,
+    EventStore, Operator, Scan,
     read_model::{Compared, Difference, Rebuild, live_collection},
 };
-use async_trait::async_trait;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 use serde_json::value::RawValue;
 
 use crate::{
-    confirm::Act,
+    confirm::ActionArgs,
     domain::Domain,
     failure::{Failure, Verdict},
+    model::Model,
     output::{Output, grouped, short, shown},
     progress,
     stop::Stop,
@@ -38,7 +38,7 @@ const PAGE: usize = 500;
 To build views needs the service's own binary, which has given its read models to `annals_cli::Ops`. It calls nothing but their pure
 functions, so nothing is done again but to fold events. Services may run meanwhile: whoever reads, reads the live views until
 the moment of the swap, which a running service follows. The swap is an event in the stream operator-NAME.")]
-pub(crate) struct Arguments {
+pub(crate) struct ReadModelArgs {
     /// The stored name of the read model.
     name: String,
     /// Show views after this key.
@@ -48,11 +48,11 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 50, global = true)]
     limit: usize,
     #[command(subcommand)]
-    verb: Option<Verb>,
+    verb: Option<ReadModelCommand>,
 }
 
 #[derive(Debug, Subcommand)]
-enum Verb {
+enum ReadModelCommand {
     /// Build all views anew, show how the live ones differ, and remove the new ones.
     Compare,
     /// Build all views anew, show how the live ones differ, and swap them.
@@ -65,39 +65,26 @@ enum Verb {
         #[arg(long)]
         accept_older: bool,
         #[command(flatten)]
-        act: Act,
+        act: ActionArgs,
     },
 }
 
-/// A read model of any type.
-#[async_trait]
-pub(crate) trait Model: Send + Sync {
-    async fn begin(&self, store: Arc<dyn EventStore>) -> Result<Rebuild, String>;
-}
-
-#[async_trait]
-impl<R: ReadModel> Model for Projection<R> {
-    async fn begin(&self, store: Arc<dyn EventStore>) -> Result<Rebuild, String> {
-        Self::begin(self, store).await
-    }
-}
-
 #[derive(Serialize)]
-struct Row {
+struct ViewRow {
     key: Arc<str>,
     view: Box<RawValue>,
 }
 
 /// The live view and the rebuilt view of one key.
 #[derive(Serialize)]
-struct Sides {
+struct ViewPair {
     key: Arc<str>,
     live: Option<Box<RawValue>>,
     rebuilt: Option<Box<RawValue>>,
 }
 
 pub(crate) async fn run(
-    arguments: Arguments,
+    arguments: ReadModelArgs,
     store: &Store,
     domain: &Domain,
     output: &mut Output,
@@ -106,19 +93,13 @@ pub(crate) async fn run(
     let model = domain.read_model(&arguments.name)?;
     // Asks for the operator's name before the long build rather than after it.
     let act = match verb {
-        Verb::Compare => None,
-        Verb::Rebuild { act, .. } => Some((act, act.by()?)),
+        ReadModelCommand::Compare => None,
+        ReadModelCommand::Rebuild { act, .. } => Some((act, act.by()?)),
     };
     let stop = Stop::on_ctrl_c();
     let Some(built) = build(&*model, verb, store, &stop).await? else { return Ok(Verdict::Stopped) };
-    let compared = tokio::select! {
-        compared = compare(&built, arguments.limit, output) => Some(compared),
-        () = stop.asked() => None,
-    };
-    let Some(compared) = compared else {
-        built.discard().await?;
-        eprintln!("stopped: the live views are as they were");
-        return Ok(Verdict::Stopped);
+    let Some(compared) = stop.unless(compare(&built, arguments.limit, output)).await else {
+        return stopped(built).await;
     };
     let fine = compared.as_ref().is_ok_and(|compared| compared.differences == 0 && compared.parked == 0);
     let agreed = match (&compared, act) {
@@ -126,24 +107,26 @@ pub(crate) async fn run(
         (Ok(_), Some((act, by))) => {
             output.flush()?;
             let question = format!("Swap the live views of {}?", arguments.name);
-            let Some(agreed) = act.confirm_unless(&stop, &question).await else {
-                built.discard().await?;
-                eprintln!("stopped: the live views are as they were");
-                return Ok(Verdict::Stopped);
-            };
+            let Some(agreed) = act.confirm_unless(&stop, &question).await else { return stopped(built).await };
             Some(agreed.map(|()| (act, by)))
         }
     };
     match agreed {
         Some(Ok((act, by))) => {
             let rebuilt = Operator::new(store.port(), &by).swap(built, &act.reason).await?;
-            let (views, before) = (grouped(rebuilt.views as i64), grouped(rebuilt.views_before as i64));
             if !output.json {
-                output.line(&format!("swapped: {views} views are live in place of {before}"))?;
+                output.line(&format!(
+                    "swapped: {} views are live in place of {}",
+                    grouped(rebuilt.views as i64),
+                    grouped(rebuilt.views_before as i64)
+                ))?;
                 if rebuilt.parked > 0 {
-                    let (parked, of) =
-                        (grouped(rebuilt.parked as i64), format!("{}@{}", arguments.name, rebuilt.generation));
-                    output.line(&format!("{parked} events could not be applied to them: see dead-letters of {of}"))?;
+                    output.line(&format!(
+                        "{} events could not be applied to them: see dead-letters of {}@{}",
+                        grouped(rebuilt.parked as i64),
+                        arguments.name,
+                        rebuilt.generation
+                    ))?;
                 }
             }
             Ok(Verdict::Fine)
@@ -160,19 +143,23 @@ pub(crate) async fn run(
 }
 
 /// Builds the views next to the live views. Returns `None` if the user stopped the build.
-async fn build(model: &dyn Model, verb: &Verb, store: &Store, stop: &Stop) -> Result<Option<Rebuild>, Failure> {
+async fn build(
+    model: &dyn Model,
+    verb: &ReadModelCommand,
+    store: &Store,
+    stop: &Stop,
+) -> Result<Option<Rebuild>, Failure> {
     let bar = progress::bar("built", store.port().status().await?.head.0.unsigned_abs());
     let built = model.begin(store.port()).await.map_err(Failure::new)?;
     let built = match *verb {
-        Verb::Rebuild { accept_parked: true, accept_older: true, .. } => built.accept_parked().accept_older(),
-        Verb::Rebuild { accept_parked: true, .. } => built.accept_parked(),
-        Verb::Rebuild { accept_older: true, .. } => built.accept_older(),
+        ReadModelCommand::Rebuild { accept_parked: true, accept_older: true, .. } => {
+            built.accept_parked().accept_older()
+        }
+        ReadModelCommand::Rebuild { accept_parked: true, .. } => built.accept_parked(),
+        ReadModelCommand::Rebuild { accept_older: true, .. } => built.accept_older(),
         _ => built,
     };
-    let caught_up = tokio::select! {
-        caught_up = built.catch_up(|position| bar.set_position(position.0.unsigned_abs())) => Some(caught_up),
-        () = stop.asked() => None,
-    };
+    let caught_up = stop.unless(built.catch_up(|position| bar.set_position(position.0.unsigned_abs()))).await;
     bar.finish_and_clear();
     match caught_up {
         Some(Ok(())) => Ok(Some(built)),
@@ -181,20 +168,24 @@ async fn build(model: &dyn Model, verb: &Verb, store: &Store, stop: &Stop) -> Re
             _ = built.discard().await;
             Err(Failure::new(error.to_string()))
         }
-        None => {
-            built.discard().await?;
-            eprintln!("stopped: the live views are as they were");
-            Ok(None)
-        }
+        None => stopped(built).await.map(|_| None),
     }
+}
+
+/// Removes the new views, after the user has stopped the command.
+async fn stopped(built: Rebuild) -> Result<Verdict, Failure> {
+    built.discard().await?;
+    eprintln!("stopped: the live views are as they were");
+    Ok(Verdict::Stopped)
 }
 
 /// Prints the differences up to a limit, and counts all of them.
 async fn compare(built: &Rebuild, limit: usize, output: &mut Output) -> Result<Compared, Failure> {
-    let (mut told, mut broken) = (0, None);
+    let mut count = 0;
+    let mut broken = None;
     let compared = built.compare(|difference| {
-        told += 1;
-        if told <= limit && broken.is_none() {
+        count += 1;
+        if count <= limit && broken.is_none() {
             broken = show(&difference, output).err();
         }
     });
@@ -236,18 +227,18 @@ fn show(difference: &Difference, output: &mut Output) -> Result<(), Failure> {
     let Difference { key, live, rebuilt } = difference;
     if output.json {
         let read = |view: &Option<Arc<str>>| view.as_deref().map(raw).transpose();
-        return output.value(&Sides { key: key.clone(), live: read(live)?, rebuilt: read(rebuilt)? });
+        return output.value(&ViewPair { key: key.clone(), live: read(live)?, rebuilt: read(rebuilt)? });
     }
-    let told =
+    let text =
         |view: &Option<Arc<str>>| view.as_deref().map_or_else(|| "none".to_owned(), |v| short(v, VIEW_CHARS_MAX));
-    output.line(&format!("{}: live {}, rebuilt {}", shown(key), shown(&told(live)), shown(&told(rebuilt))))
+    output.line(&format!("{}: live {}, rebuilt {}", shown(key), shown(&text(live)), shown(&text(rebuilt))))
 }
 
 fn raw(text: &str) -> Result<Box<RawValue>, Failure> {
     Ok(RawValue::from_string(text.to_owned())?)
 }
 
-async fn list(arguments: &Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
+async fn list(arguments: &ReadModelArgs, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
     let archive = store.port();
     let rows = loop {
         let collection = live_collection(&*archive, &arguments.name).await?;
@@ -264,15 +255,15 @@ async fn list(arguments: &Arguments, store: &Store, output: &mut Output) -> Resu
     Ok(Verdict::Fine)
 }
 
-async fn page(arguments: &Arguments, store: &dyn EventStore, collection: &str) -> Result<Vec<Row>, Failure> {
-    let mut rows: Vec<Row> = Vec::new();
+async fn page(arguments: &ReadModelArgs, store: &dyn EventStore, collection: &str) -> Result<Vec<ViewRow>, Failure> {
+    let mut rows: Vec<ViewRow> = Vec::new();
     let mut after: Arc<str> = arguments.after.as_str().into();
     while rows.len() < arguments.limit {
         let page = store.scan(collection, &Scan::After(after), PAGE.min(arguments.limit - rows.len())).await?;
         let Some(last) = page.last() else { break };
         after = last.key.id.clone();
         for document in &page {
-            rows.push(Row { key: document.key.id.clone(), view: raw(&document.body)? });
+            rows.push(ViewRow { key: document.key.id.clone(), view: raw(&document.body)? });
         }
     }
     Ok(rows)

@@ -1,9 +1,10 @@
 //! `recover`: repairs a store whose database was restored from a backup that is older than its Kafka topics.
 
+mod checkpoint;
 mod found;
-mod owing;
-mod sorted;
-mod taking;
+mod owed;
+mod restorer;
+mod sorter;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -25,16 +26,17 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use self::{
+    checkpoint::checkpoint,
     found::{Found, Search},
-    taking::{Counts, Taking},
+    restorer::{Counts, Restorer},
 };
 use crate::{
-    again::Again,
-    confirm::Act,
+    confirm::ActionArgs,
     failure::{Failure, Verdict},
     output::{Output, grouped},
+    resume_command::ResumeCommand,
     stop::Stop,
-    store::Store,
+    store::{Store, restore},
 };
 
 /// The number of positions that stay unused after the last position in the topics. The lost database may have assigned
@@ -57,7 +59,7 @@ topics do not hold is listed: exit code 1. Sagas of the lost time are begun agai
 as they did. The log gets a new name and positions behind all that were ever sent, so consumers know old messages from new ones.
 
 Stop all instances of the store first. The service starts when it is done; docs/postgresql.md has the whole procedure.")]
-pub(crate) struct Arguments {
+pub(crate) struct RecoverArgs {
     /// The Kafka of the services: `kafka://host:port[,host:port][?name=value&…]`.
     #[arg(long, value_name = "URL")]
     bus: Settings,
@@ -71,7 +73,7 @@ pub(crate) struct Arguments {
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
-    act: Act,
+    act: ActionArgs,
 }
 
 /// The result of a recovery or of a dry run.
@@ -102,9 +104,9 @@ struct Plan {
 }
 
 pub(crate) async fn run(
-    arguments: Arguments,
+    arguments: RecoverArgs,
     store: &Store,
-    again: &Again,
+    resume: &ResumeCommand,
     output: &mut Output,
 ) -> Result<Verdict, Failure> {
     let by = arguments.act.by()?;
@@ -114,21 +116,25 @@ pub(crate) async fn run(
     if !arguments.dry_run {
         nobody_runs(&archive).await?;
     }
-    let told = |error: annals::BusError| Failure::new(error.to_string());
-    let bus = KafkaBus::connect(arguments.bus.clone()).await.map_err(told)?;
+    let bus = KafkaBus::connect(arguments.bus.clone()).await?;
     let search = Search { services: &plan.services, relayed: &plan.relayed, names: &plan.names };
-    let Some(found) = search.run(&bus, &stop).await? else {
+    let Some(found) = stop.unless(search.run(&bus)).await else {
         eprintln!("stopped while the topics were read; nothing was changed");
         return Ok(Verdict::Stopped);
     };
-    Recovering { plan, arguments, by, bus }.run(found, store, (again, &stop), output).await
+    let mut recovering = Recovering { plan, arguments, by, bus };
+    if let Some(verdict) = recovering.run(found?, store, &stop, output).await? {
+        return Ok(verdict);
+    }
+    eprintln!("stopped; go on with: {}", resume.command(words(&recovering.arguments)));
+    Ok(Verdict::Stopped)
 }
 
 /// A recovery that has found something to do, or that may still find something when it compares the log with the
 /// topics.
 struct Recovering {
     plan: Plan,
-    arguments: Arguments,
+    arguments: RecoverArgs,
     by: String,
     bus: KafkaBus,
 }
@@ -142,61 +148,46 @@ struct Outcome<'a> {
 }
 
 impl Recovering {
+    /// Returns `None` if the user stopped the recovery.
     async fn run(
-        mut self,
+        &mut self,
         mut found: Found,
         store: &Store,
-        (again, stop): (&Again, &Stop),
+        stop: &Stop,
         output: &mut Output,
-    ) -> Result<Verdict, Failure> {
+    ) -> Result<Option<Verdict>, Failure> {
         let archive = store.port();
-        let (is_behind, dry_run) = (self.plan.is_behind(&found), self.arguments.dry_run);
+        let is_behind = self.plan.is_behind(&found);
+        let dry_run = self.arguments.dry_run;
         let unknown = self.plan.unknown_logs(&found, self.arguments.anew)?;
         self.plan.recovery.inboxes = found.inboxes.clone();
-        let question = format!("Bring {} to where the topics are?", store.url);
         if is_behind && !dry_run {
-            let Some(confirmed) = self.arguments.act.confirm_unless(stop, &question).await else {
-                return self.stopped(again);
-            };
-            confirmed?;
+            if !self.is_confirmed(store, stop).await? {
+                return Ok(None);
+            }
             self.plan.begin(&archive).await?;
         }
         let restored_to = self.plan.recovery.restored_to.0;
-        let mut taking = Taking::new(store, self.plan.head, restored_to, is_behind && !dry_run, output).await?;
+        let mut restorer = Restorer::new(store, self.plan.head, restored_to, is_behind && !dry_run, output).await?;
         if !self.arguments.anew {
-            let ran = tokio::select! {
-                ran = taking.run(&mut found) => Some(ran),
-                () = stop.asked() => None,
+            let Some(restored) = stop.unless(self.restore(&mut restorer, &mut found, &archive)).await else {
+                return Ok(None);
             };
-            let Some(ran) = ran else {
-                return self.stopped(again);
-            };
-            ran?;
-            if is_behind && !dry_run {
-                let owing = std::mem::take(&mut taking.owing);
-                for step in owing.write(&self.plan.services, &archive, &self.bus).await? {
-                    taking.lost(
-                        &step,
-                        "it was answered, what it did may be lost, and its command is in no topic any more",
-                    )?;
-                }
-            }
+            restored?;
         }
-        let (counts, first_other) = (taking.counts.clone(), taking.first_other);
+        let counts = restorer.counts.clone();
+        let first_other = restorer.first_other;
         if !is_behind && first_other.is_none() {
             output.line("the topics hold nothing that the log lacks: there is nothing to recover")?;
-            return Ok(Verdict::Fine);
+            return Ok(Some(Verdict::Fine));
         }
         if let Some(other) = first_other {
             self.plan.recovery.restored_to = Position(restored_to.min(other - 1));
         }
         let first = found.last().max(archive.status().await?.head.0) + MARGIN;
         if !dry_run {
-            if !is_behind {
-                let Some(confirmed) = self.arguments.act.confirm_unless(stop, &question).await else {
-                    return self.stopped(again);
-                };
-                confirmed?;
+            if !is_behind && !self.is_confirmed(store, stop).await? {
+                return Ok(None);
             }
             let outcome = Outcome { found: &found, unknown, first: Position(first), counts: &counts };
             self.complete(&archive, outcome).await?;
@@ -210,20 +201,41 @@ impl Recovering {
             counts: &counts,
             dry_run,
         };
-        tell(&recovered, output)?;
-        Ok(if counts.lost == 0 { Verdict::Fine } else { Verdict::Fault })
+        recovered.print(output)?;
+        Ok(Some(if counts.lost == 0 { Verdict::Fine } else { Verdict::Fault }))
     }
 
-    fn stopped(&self, again: &Again) -> Result<Verdict, Failure> {
-        eprintln!("stopped; go on with: {}", again.command(words(&self.arguments)));
-        Ok(Verdict::Stopped)
+    /// Asks the operator to confirm the recovery. Returns `false` if the user stopped the recovery instead.
+    async fn is_confirmed(&self, store: &Store, stop: &Stop) -> Result<bool, Failure> {
+        let question = format!("Bring {} to where the topics are?", store.url);
+        let confirmed = self.arguments.act.confirm_unless(stop, &question).await.transpose()?;
+        Ok(confirmed.is_some())
+    }
+
+    /// Writes the events of the topics into the log again, and the work that participants have to do again.
+    async fn restore(
+        &self,
+        restorer: &mut Restorer<'_>,
+        found: &mut Found,
+        archive: &Arc<dyn Archive>,
+    ) -> Result<(), Failure> {
+        restorer.run(found).await?;
+        if restorer.writes {
+            let owed = std::mem::take(&mut restorer.owed);
+            for step in owed.write(&self.plan.services, archive, &self.bus).await? {
+                restorer
+                    .lost(&step, "it was answered, what it did may be lost, and its command is in no topic any more")?;
+            }
+        }
+        Ok(())
     }
 
     /// Writes the last commit. It holds the new name of the log, the checkpoints of the relays, the operator's event
     /// and, with `--anew`, the checkpoints of the consumers.
     async fn complete(&mut self, archive: &Arc<dyn Archive>, outcome: Outcome<'_>) -> Result<(), Failure> {
         let Outcome { found, unknown, first, counts } = outcome;
-        let (plan, anew) = (&mut self.plan, self.arguments.anew);
+        let plan = &mut self.plan;
+        let anew = self.arguments.anew;
         let mut segment = Segment::new(plan.recovery.log.clone(), first);
         segment.restored_to = Some(plan.recovery.restored_to);
         for (log, first) in unknown {
@@ -251,12 +263,12 @@ impl Recovering {
             reason: self.arguments.act.reason.clone(),
         };
         let stored = recorded(archive, &event, first).await?;
-        put(archive, Contents { events: vec![stored], documents }).await
+        restore(&**archive, Contents { events: vec![stored], documents }).await
     }
 }
 
 /// The arguments that continue an interrupted recovery.
-fn words(arguments: &Arguments) -> Vec<String> {
+fn words(arguments: &RecoverArgs) -> Vec<String> {
     let mut words = vec!["recover".to_owned(), "--bus".to_owned(), arguments.bus.to_string()];
     for service in &arguments.service {
         words.extend(["--service".to_owned(), service.clone()]);
@@ -271,15 +283,16 @@ fn words(arguments: &Arguments) -> Vec<String> {
     words
 }
 
-fn tell(recovered: &Recovered<'_>, output: &mut Output) -> Result<(), Failure> {
-    if output.json {
-        return output.value(recovered);
-    }
-    let number = |count: u64| grouped(count.cast_signed());
-    let Recovered { topics, log, restored_to, first, counts, dry_run, .. } = recovered;
-    let Counts { taken_back, done_again, saga_steps, lost } = counts;
-    let (would, is) = if *dry_run { ("would be ", "would be") } else { ("", "is") };
-    output.line(&format!(
+impl Recovered<'_> {
+    fn print(&self, output: &mut Output) -> Result<(), Failure> {
+        if output.json {
+            return output.value(self);
+        }
+        let number = |count: u64| grouped(count.cast_signed());
+        let Recovered { topics, log, restored_to, first, counts, dry_run, .. } = self;
+        let Counts { taken_back, done_again, saga_steps, lost } = counts;
+        let (would, is) = if *dry_run { ("would be ", "would be") } else { ("", "is") };
+        output.line(&format!(
         "{} events {would}taken back from {topics} topics into a log that ended at position {}; {} answers to sagas whose work \
          {is} done again at the next start, {} steps of sagas {would}left to be done again, {} lost",
         number(*taken_back),
@@ -288,13 +301,14 @@ fn tell(recovered: &Recovered<'_>, output: &mut Output) -> Result<(), Failure> {
         number(*saga_steps),
         number(*lost),
     ))?;
-    if *dry_run {
-        return Ok(());
+        if *dry_run {
+            return Ok(());
+        }
+        output.line(&format!(
+            "from position {} on, messages carry the log's new name {log}: services may start",
+            grouped(*first)
+        ))
     }
-    output.line(&format!(
-        "from position {} on, messages carry the log's new name {log}: services may start",
-        grouped(*first)
-    ))
 }
 
 /// Fails if an instance of any service appears to be alive.
@@ -309,13 +323,8 @@ async fn nobody_runs(archive: &Arc<dyn Archive>) -> Result<(), Failure> {
     )))
 }
 
-async fn put(archive: &Arc<dyn Archive>, contents: Contents) -> Result<(), Failure> {
-    let put = archive.restore(contents).await;
-    put.map_err(|error| Failure::new(format!("the store did not take it: {error}. Does something else write to it?")))
-}
-
 impl Plan {
-    async fn of(arguments: &Arguments, archive: &Arc<dyn Archive>) -> Result<Self, Failure> {
+    async fn of(arguments: &RecoverArgs, archive: &Arc<dyn Archive>) -> Result<Self, Failure> {
         let relayed = Relayed::on(&**archive).await?;
         let mut services: BTreeSet<String> = relayed.keys().cloned().collect();
         services.extend(arguments.service.iter().cloned());
@@ -380,7 +389,7 @@ impl Plan {
     async fn begin(&mut self, archive: &Arc<dyn Archive>) -> Result<(), Failure> {
         self.recovery_version += 1;
         let begun = self.recovery.document(self.recovery_version);
-        put(archive, Contents { events: Vec::new(), documents: vec![begun] }).await
+        restore(&**archive, Contents { events: Vec::new(), documents: vec![begun] }).await
     }
 
     /// Moves each relay to the first position whose message the brokers may lack, so that the relay does not send
@@ -389,17 +398,13 @@ impl Plan {
         let mut documents = Vec::new();
         for service in &self.services {
             let mut lane = 0;
-            while let Some(document) = one(archive, &format!("{service}.relay/{lane}")).await? {
-                let mut checkpoint: Value = serde_json::from_str(&document.body)?;
-                let next = checkpoint["next"].as_i64().unwrap_or(0);
+            while let Some(document) = checkpoint(archive, &format!("{service}.relay/{lane}")).await? {
+                let mut relay: Value = serde_json::from_str(&document.body)?;
+                let next = relay["next"].as_i64().unwrap_or(0);
                 let taken_before = found.all_taken_before(service).map_or(next, |first| next.max(first - 1));
-                checkpoint["next"] = taken_before.into();
-                checkpoint["taken"] = serde_json::to_value(&found.ends)?;
-                documents.push(Document {
-                    version: document.version + 1,
-                    body: checkpoint.to_string().into(),
-                    ..document
-                });
+                relay["next"] = taken_before.into();
+                relay["taken"] = serde_json::to_value(&found.ends)?;
+                documents.push(Document { version: document.version + 1, body: relay.to_string().into(), ..document });
                 lane += 1;
             }
         }
@@ -414,8 +419,8 @@ async fn recorded(
     first: Position,
 ) -> Result<Stored<'static>, Failure> {
     let stream = StreamId::new(annals::operator::CATEGORY, LOG).map_err(|error| Failure::new(error.to_string()))?;
-    let (mut version, mut page) =
-        (annals::Version::START, archive.read_stream(&stream, annals::Version::START, 500).await?);
+    let mut version = annals::Version::START;
+    let mut page = archive.read_stream(&stream, version, 500).await?;
     while let Some(last) = page.last() {
         version = last.version;
         page = archive.read_stream(&stream, version, 500).await?;
@@ -441,16 +446,11 @@ async fn inboxes(archive: &Arc<dyn Archive>, bus: &KafkaBus, found: &Found) -> R
     for topic in found.inboxes.topics() {
         for (partition, next) in found.inboxes.partitions(topic) {
             let id = format!("{topic}/{topic}/{partition}");
-            let version = one(archive, &id).await?.map_or(0, |document| document.version);
-            let checkpoint = json!({ "next": next, "incarnation": &**bus.cluster(), "at": archive.clock().now() });
+            let version = checkpoint(archive, &id).await?.map_or(0, |document| document.version);
+            let body = json!({ "next": next, "incarnation": &**bus.cluster(), "at": archive.clock().now() });
             let key = DocumentKey::new(CHECKPOINTS, id);
-            documents.push(Document { key, version: version + 1, body: checkpoint.to_string().into(), due: None });
+            documents.push(Document { key, version: version + 1, body: body.to_string().into(), due: None });
         }
     }
     Ok(documents)
-}
-
-async fn one(archive: &Arc<dyn Archive>, id: &str) -> Result<Option<Document>, Failure> {
-    let key = DocumentKey::new(CHECKPOINTS, id);
-    Ok(archive.documents(&[key]).await?.into_iter().next().flatten())
 }

@@ -1,6 +1,6 @@
 //! `saga`: shows the history of one saga.
 
-mod act;
+mod action;
 mod timeline;
 
 use annals::{
@@ -30,7 +30,7 @@ const EVENTS_MAX: usize = 10_000;
       the way it took, as a Mermaid flowchart; --diagram=svg for a picture
   annals saga 536365 retry --reason \"the card provider is back\"
       asks again for the step that it is stuck at")]
-pub(crate) struct Arguments {
+pub(crate) struct SagaArgs {
     /// The saga's id, or its stream if several sagas have the id: `536365`, `saga.checkout-536365`.
     #[arg(value_name = "ID")]
     id: String,
@@ -39,7 +39,7 @@ pub(crate) struct Arguments {
     diagram: Option<Format>,
     /// The action on the saga, if the saga is stuck.
     #[command(subcommand)]
-    act: Option<act::Verb>,
+    act: Option<action::SagaAction>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -48,10 +48,10 @@ enum Format {
     Svg,
 }
 
-pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
+pub(crate) async fn run(arguments: SagaArgs, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
     let stream = locate(store, &arguments.id).await?;
     if let Some(verb) = arguments.act {
-        return act::run(verb, &stream, store, output).await;
+        return action::run(verb, &stream, store, output).await;
     }
     let history = history(store, &stream).await?;
     if let Some(format) = arguments.diagram {
@@ -119,13 +119,14 @@ pub(crate) async fn locate(store: &Store, id: &str) -> Result<StreamId, Failure>
 /// Returns the events of a saga.
 pub(crate) async fn history(store: &Store, stream: &StreamId) -> Result<Vec<(Recorded, SagaEvent)>, Failure> {
     let archive = store.port();
-    let (mut history, mut after) = (Vec::new(), Version::START);
+    let mut history = Vec::new();
+    let mut after = Version::START;
     while history.len() < EVENTS_MAX {
         let page = archive.read_stream(stream, after, PAGE).await?;
         let Some(last) = page.last() else { break };
         after = last.version;
         for event in page {
-            let decoded = event.decode::<SagaEvent>().map_err(|error| Failure::new(error.to_string()))?;
+            let decoded = event.decode::<SagaEvent>()?;
             history.extend(decoded.map(|decoded| (event, decoded)));
         }
     }

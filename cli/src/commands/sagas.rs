@@ -23,13 +23,13 @@ const ERROR_CHARS_MAX: usize = 60;
       those that wait for an operator
   annals sagas --saga checkout --older-than 1h --status running,compensating
       checkouts that take too long")]
-pub(crate) struct Arguments {
+pub(crate) struct SagasArgs {
     /// Only sagas of this name, such as `checkout`.
     #[arg(long, value_name = "NAME")]
     saga: Option<String>,
     /// Only sagas in these states.
     #[arg(long, value_delimiter = ',')]
-    status: Vec<Status>,
+    status: Vec<StatusFilter>,
     /// Only sagas at this step, such as `charge card`.
     #[arg(long)]
     step: Option<String>,
@@ -42,7 +42,7 @@ pub(crate) struct Arguments {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Status {
+enum StatusFilter {
     Running,
     Compensating,
     Completed,
@@ -50,7 +50,7 @@ enum Status {
     Stuck,
 }
 
-impl Status {
+impl StatusFilter {
     fn of(saga: &SagaStatus) -> Self {
         match saga.status {
             annals::saga::Status::Running => Self::Running,
@@ -62,21 +62,24 @@ impl Status {
     }
 }
 
-pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
+pub(crate) async fn run(arguments: SagasArgs, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
     let archive = store.port();
     let limit = arguments.limit.unwrap_or(if output.json { usize::MAX } else { ROWS_DEFAULT });
     let started_before = arguments.older_than.map(Span::ago);
     let wanted = |saga: &SagaStatus| {
-        (arguments.status.is_empty() || arguments.status.contains(&Status::of(saga)))
+        (arguments.status.is_empty() || arguments.status.contains(&StatusFilter::of(saga)))
             && arguments.step.as_ref().is_none_or(|step| *step == saga.step)
             && started_before.is_none_or(|before| saga.started_at < before)
     };
-    let (mut rows, mut found, mut more) = (Vec::new(), 0, false);
+    let mut rows = Vec::new();
+    let mut found = 0;
+    let mut more = false;
     'collections: for name in names(&*archive).await? {
         if arguments.saga.as_ref().is_some_and(|saga| *saga != name) {
             continue;
         }
-        let (collection, mut after) = (format!("saga.{name}"), "".into());
+        let collection = format!("saga.{name}");
+        let mut after = "".into();
         loop {
             let page = archive.scan(&collection, &Scan::After(after), PAGE).await?;
             let Some(last) = page.last() else { break };

@@ -25,7 +25,7 @@ const ROWS_DEFAULT: usize = 100;
       checkouts of which nothing was heard for an hour
   annals streams --json | wc -l
       how many streams there are")]
-pub(crate) struct Arguments {
+pub(crate) struct StreamsArgs {
     /// Only streams of this category, such as `order`.
     #[arg(long)]
     category: Option<String>,
@@ -47,7 +47,7 @@ pub(crate) struct Arguments {
 }
 
 #[derive(Serialize)]
-struct Row {
+struct StreamRow {
     stream: String,
     events: i64,
     position: i64,
@@ -55,21 +55,28 @@ struct Row {
     last_at: DateTime<Utc>,
 }
 
-impl From<StreamSummary> for Row {
+impl From<StreamSummary> for StreamRow {
     fn from(of: StreamSummary) -> Self {
-        let (stream, events, position) = (of.stream.as_str().to_owned(), of.version.0, of.position.0);
-        Self { stream, events, position, first_at: of.first_at, last_at: of.last_at }
+        Self {
+            stream: of.stream.as_str().to_owned(),
+            events: of.version.0,
+            position: of.position.0,
+            first_at: of.first_at,
+            last_at: of.last_at,
+        }
     }
 }
 
-pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
+pub(crate) async fn run(arguments: StreamsArgs, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
     let archive = store.port();
     let limit = arguments.limit.unwrap_or(if output.json { usize::MAX } else { ROWS_DEFAULT });
-    let wanted = Wanted::of(&arguments);
+    let wanted = StreamFilter::of(&arguments);
     let prefix = arguments.category.as_ref().map(|category| format!("{category}-"));
     // All streams of the category sort after this prefix, since each has an id.
     let mut after = prefix.clone().unwrap_or_default();
-    let (mut rows, mut found, mut more) = (Vec::new(), 0, false);
+    let mut rows = Vec::new();
+    let mut found = 0;
+    let mut more = false;
     'pages: loop {
         let page = archive.streams(&after, PAGE).await?;
         let Some(last) = page.last() else { break };
@@ -86,7 +93,7 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
                 break 'pages;
             }
             found += 1;
-            rows.push(Row::from(stream));
+            rows.push(StreamRow::from(stream));
         }
         if output.json {
             show(&std::mem::take(&mut rows), output)?;
@@ -100,23 +107,28 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
     Ok(Verdict::Fine)
 }
 
-fn show(rows: &[Row], output: &mut Output) -> Result<(), Failure> {
+fn show(rows: &[StreamRow], output: &mut Output) -> Result<(), Failure> {
     output.list(&["STREAM", "EVENTS", "LAST POSITION", "LAST EVENT", "AGE"], rows, |row| {
-        let (events, position) = (grouped(row.events), grouped(row.position));
-        vec![row.stream.clone(), events, position, age(row.last_at) + " ago", age(row.first_at)]
+        vec![
+            row.stream.clone(),
+            grouped(row.events),
+            grouped(row.position),
+            age(row.last_at) + " ago",
+            age(row.first_at),
+        ]
     })
 }
 
 /// The filter, with each duration converted to a time.
-struct Wanted {
+struct StreamFilter {
     min_events: i64,
     max_events: i64,
     last_before: Option<DateTime<Utc>>,
     last_after: Option<DateTime<Utc>>,
 }
 
-impl Wanted {
-    fn of(arguments: &Arguments) -> Self {
+impl StreamFilter {
+    fn of(arguments: &StreamsArgs) -> Self {
         Self {
             min_events: arguments.min_events.unwrap_or(0),
             max_events: arguments.max_events.unwrap_or(i64::MAX),

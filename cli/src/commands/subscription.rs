@@ -4,7 +4,7 @@ use annals::{Operator, Position, operator::OperatorError};
 use clap::{Args, Subcommand};
 
 use crate::{
-    confirm::Act,
+    confirm::ActionArgs,
     failure::{Failure, Verdict},
     moment::Moment,
     output::{Output, grouped},
@@ -19,20 +19,20 @@ use crate::{
   annals subscription order.statistics reset --to beginning --reason \"counted twice before 1.4\"
       its handler sees everything again, also while the service runs
 
-What a handler did stays done. One that calls others (mails, payments) does so again for each event that it sees again,
+SubscriptionCommand a handler did stays done. One that calls others (mails, payments) does so again for each event that it sees again,
 unless it asks by the event's id whether it did. A read model is built anew by `read-model NAME rebuild`, beside the live one.
 
-What a service consumes from the bus has offsets of topics, not a place in the log. It is held up where its messages come from:
-`subscription SERVICE.relay pause` on the store of the service that sends. What it could not handle is in `dead-letters`.")]
-pub(crate) struct Arguments {
+SubscriptionCommand a service consumes from the bus has offsets of topics, not a place in the log. It is held up where its messages come from:
+`subscription SERVICE.relay pause` on the store of the service that sends. SubscriptionCommand it could not handle is in `dead-letters`.")]
+pub(crate) struct SubscriptionArgs {
     /// The name of the subscription, as `subscriptions` shows it.
     name: String,
     #[command(subcommand)]
-    what: What,
+    what: SubscriptionCommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum What {
+enum SubscriptionCommand {
     /// Continue from another position of the log.
     Reset {
         /// A position, after which the subscription continues; or `beginning`, `now`, or a time, which means the first
@@ -40,24 +40,24 @@ enum What {
         #[arg(long, value_name = "PLACE")]
         to: String,
         #[command(flatten)]
-        act: Act,
+        act: ActionArgs,
     },
     /// Pause the subscription.
     Pause {
         #[command(flatten)]
-        act: Act,
+        act: ActionArgs,
     },
     /// Resume the subscription from where it was paused.
     Resume {
         #[command(flatten)]
-        act: Act,
+        act: ActionArgs,
     },
 }
 
-pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
+pub(crate) async fn run(arguments: SubscriptionArgs, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
     let name = arguments.name.as_str();
     match arguments.what {
-        What::Reset { to, act } => {
+        SubscriptionCommand::Reset { to, act } => {
             let to = place(&to, store).await?;
             let operator = Operator::new(store.port(), &act.by()?);
             act.confirm(&format!("Have {name} see everything after position {} again?", grouped(to.0)))?;
@@ -67,11 +67,11 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
             reset.map_err(|error| of_bus(error, instead))?;
             output.line(&format!("{name}: goes on after position {}", grouped(to.0)))?;
         }
-        What::Pause { act } => {
+        SubscriptionCommand::Pause { act } => {
             hold_up(name, true, &act, store).await?;
             output.line(&format!("{name}: paused"))?;
         }
-        What::Resume { act } => {
+        SubscriptionCommand::Resume { act } => {
             hold_up(name, false, &act, store).await?;
             output.line(&format!("{name}: goes on"))?;
         }
@@ -79,7 +79,7 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
     Ok(Verdict::Fine)
 }
 
-async fn hold_up(name: &str, paused: bool, act: &Act, store: &Store) -> Result<(), Failure> {
+async fn hold_up(name: &str, paused: bool, act: &ActionArgs, store: &Store) -> Result<(), Failure> {
     let done = Operator::new(store.port(), &act.by()?).pause(name, paused, &act.reason).await;
     let instead = "`subscription SERVICE.relay pause`, on the store of the service that sends, holds up what is sent there; and \
                    a service that is stopped goes on from its offsets";

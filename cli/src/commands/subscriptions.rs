@@ -26,7 +26,7 @@ const PAGE: usize = 1_000;
   annals subscriptions
   annals subscriptions --sample 10s --behind 1000
       those more than a thousand events behind, with their rate over ten seconds")]
-pub(crate) struct Arguments {
+pub(crate) struct SubscriptionsArgs {
     /// How long to measure the speed of each subscription; 0s to skip.
     #[arg(long, value_name = "DURATION", default_value = "1s")]
     sample: Span,
@@ -37,7 +37,7 @@ pub(crate) struct Arguments {
 
 /// A lane of the log, or a partition of a topic.
 #[derive(Serialize)]
-struct Row {
+struct SubscriptionRow {
     subscription: String,
     lane: String,
     /// A position in the log, or an offset in a topic.
@@ -51,7 +51,7 @@ struct Row {
     waits_for: Option<String>,
 }
 
-pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
+pub(crate) async fn run(arguments: SubscriptionsArgs, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
     let archive = store.port();
     let sample = arguments.sample.0;
     let before = if sample.is_zero() { BTreeMap::new() } else { checkpoints(&*archive).await? };
@@ -76,7 +76,7 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
             _ if parked > 0 => Some(format!("{parked} parked: see dead-letters")),
             _ => None,
         };
-        rows.push(Row {
+        rows.push(SubscriptionRow {
             subscription: name.to_owned(),
             lane: lane.to_owned(),
             position: checkpoint.next,
@@ -145,11 +145,11 @@ pub(crate) async fn documents(archive: &dyn Archive, collection: &str) -> Result
 /// Returns the number of parked messages of a lane.
 async fn parked(archive: &dyn Archive, name: &str, id: &str) -> Result<usize, StoreError> {
     #[derive(serde::Deserialize)]
-    struct Glimpse {
+    struct ParkedLane {
         lane: String,
     }
     let documents = documents(archive, &format!("parked.{name}")).await?;
     let of_lane =
-        |document: &&Document| serde_json::from_str::<Glimpse>(&document.body).is_ok_and(|parked| parked.lane == id);
+        |document: &&Document| serde_json::from_str::<ParkedLane>(&document.body).is_ok_and(|parked| parked.lane == id);
     Ok(documents.iter().filter(of_lane).count())
 }

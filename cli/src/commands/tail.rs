@@ -1,13 +1,13 @@
 //! `tail`: prints events as they are recorded.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
-use annals::{LogQuery, Position, StoreError};
+use annals::{Position, StoreError};
 use clap::Args;
-use serde_json_path::JsonPath;
 
 use super::read;
 use crate::{
+    event_filter::EventFilter,
     failure::{Failure, Verdict},
     output::Output,
     store::Store,
@@ -26,9 +26,9 @@ const PAUSE_MAX: Duration = Duration::from_secs(10);
   annals tail --type payment.declined --json >> declined.ndjson
   annals tail --where '$[?@.sku==\"85123A\"]' --from 0
       everything about one product, from the beginning of the log on")]
-pub(crate) struct Arguments {
+pub(crate) struct TailArgs {
     #[command(flatten)]
-    which: Which,
+    filter: EventFilter,
     /// Start after this position instead of with new events.
     #[arg(long, value_name = "POSITION")]
     from: Option<i64>,
@@ -37,43 +37,9 @@ pub(crate) struct Arguments {
     count: Option<u64>,
 }
 
-/// A filter for events in the log.
-#[derive(Clone, Debug, Args)]
-pub(crate) struct Which {
-    /// Only events of streams of these categories, such as `order,payment`.
-    #[arg(long, value_name = "NAME", value_delimiter = ',')]
-    pub category: Vec<String>,
-    /// Only events of these types, such as `order.placed,order.confirmed`.
-    #[arg(long = "type", value_name = "NAME", value_delimiter = ',')]
-    pub types: Vec<String>,
-    /// Only events whose payload has a match for this JSONPath (RFC 9535). The path can also treat the payload as the
-    /// only element of a list, which allows a filter: `$[?@.order_id=="536365"]`.
-    #[arg(long = "where", value_name = "JSONPATH", value_parser = path)]
-    pub path: Option<JsonPath>,
-}
-
-fn path(text: &str) -> Result<JsonPath, String> {
-    JsonPath::parse(text).map_err(|error| format!("no JSONPath, such as $[?@.order_id==\"536365\"]: {error}"))
-}
-
-impl Which {
-    /// Returns the part of the filter that the store itself applies.
-    pub fn query(&self) -> LogQuery {
-        let names = |names: &[String]| names.iter().map(|name| Arc::from(name.as_str())).collect();
-        LogQuery { categories: names(&self.category), types: names(&self.types) }
-    }
-
-    /// Returns whether the payload matches the JSONPath.
-    pub fn has(&self, payload: &str) -> bool {
-        let Some(path) = &self.path else { return true };
-        let Ok(payload) = serde_json::from_str::<serde_json::Value>(payload) else { return false };
-        !path.query(&payload).is_empty() || !path.query(&serde_json::Value::Array(vec![payload])).is_empty()
-    }
-}
-
-pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
+pub(crate) async fn run(arguments: TailArgs, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
     let events = store.port();
-    let query = arguments.which.query();
+    let query = arguments.filter.query();
     let mut after = match arguments.from {
         Some(position) => Position(position.max(0)),
         None => events.status().await?.head,
@@ -116,7 +82,7 @@ pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output
             return Err(StoreError::Unavailable(lost.to_string()).into());
         }
         after = page.next;
-        for event in page.events.iter().filter(|event| arguments.which.has(&event.data)) {
+        for event in page.events.iter().filter(|event| arguments.filter.has(&event.data)) {
             if left == 0 {
                 break;
             }

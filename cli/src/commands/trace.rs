@@ -28,7 +28,7 @@ const EVENTS_MAX: usize = 10_000;
       everything that came of the request which this stream began with
 
 The log has no index of requests: all of it is read, unless --since says where to begin.")]
-pub(crate) struct Arguments {
+pub(crate) struct TraceArgs {
     /// The correlation id, or the name of a stream whose first event has that id.
     #[arg(value_name = "CORRELATION_ID")]
     what: String,
@@ -59,12 +59,12 @@ struct Node {
 
 /// The one field of a saga event that this command needs.
 #[derive(Deserialize)]
-struct Sends {
+struct SentCommands {
     #[serde(default)]
     send: Vec<Command>,
 }
 
-pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
+pub(crate) async fn run(arguments: TraceArgs, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
     let (correlation, from) = begin(&arguments.what, store).await?;
     let mut log = store.log(LogQuery::all(), from..=i64::MAX).await?;
     let mut events: Vec<Arc<Recorded>> = Vec::new();
@@ -132,14 +132,21 @@ fn tree(events: &[Arc<Recorded>]) -> Vec<Node> {
         if !event.stream.category().starts_with("saga.") {
             continue;
         }
-        let sends = serde_json::from_str::<Sends>(&event.data).map(|sends| sends.send).unwrap_or_default();
+        let sends = serde_json::from_str::<SentCommands>(&event.data).map(|sends| sends.send).unwrap_or_default();
         for command in sends {
             // All attempts at a step share one command id. The tree shows the command at its first attempt.
             if commands.insert(command.id, ()).is_none() {
-                let (type_name, to) = (command.type_name, Some(command.to));
-                let (stream, version, position) = (None, None, None);
-                let (id, cause) = (command.id, event.id);
-                nodes.push(Node { id, cause, depth: 0, type_name, stream, version, position, to, after_ms });
+                nodes.push(Node {
+                    id: command.id,
+                    cause: event.id,
+                    depth: 0,
+                    type_name: command.type_name,
+                    stream: None,
+                    version: None,
+                    position: None,
+                    to: Some(command.to),
+                    after_ms,
+                });
             }
         }
     }

@@ -2,35 +2,33 @@
 
 mod bus;
 mod documents;
+mod event;
+mod faults;
 mod histories;
 mod order;
 mod seal;
 mod sorter;
 
-use annals::{LogQuery, Recorded, archive::Stored};
+use annals::{LogQuery, archive::Stored};
 use clap::Args;
 use futures::TryStreamExt;
 use serde::Serialize;
-use serde_json::value::RawValue;
-use uuid::Uuid;
 
-pub(crate) use self::order::stream_key;
 use self::{
-    bus::{OfTopics, OnBus},
+    bus::{BusArgs, TopicCounts},
+    event::CheckedEvent,
+    faults::Faults,
     histories::Histories,
     order::Order,
-    seal::{Digest, Seals, digest},
+    seal::Seals,
 };
 use crate::{
     failure::{Failure, Verdict},
-    output::{Output, grouped, shown},
+    output::{Output, grouped},
     progress,
     stop::Stop,
     store::Store,
 };
-
-/// The maximum number of faults to print. Further faults are only counted.
-const TOLD_MAX: u64 = 1_000;
 
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
@@ -52,7 +50,7 @@ are. Messages sent twice are counted too. What a relay has parked is not expecte
 from there is missing. Topics that no relay of this store writes to are not looked at.
 
 All faults of the store are told, up to 1,000; what a service writes meanwhile is looked at by the next run.")]
-pub(crate) struct Arguments {
+pub(crate) struct VerifyArgs {
     /// Also seal the events that are not sealed yet.
     #[arg(long)]
     seal: bool,
@@ -60,40 +58,12 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "HASH")]
     expect: Vec<String>,
     #[command(flatten)]
-    on_bus: OnBus,
-}
-
-/// A fault, and its place.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub(crate) struct Fault {
-    #[serde(rename = "where")]
-    pub place: String,
-    pub what: String,
-}
-
-/// Prints faults as they are found.
-pub(crate) struct Faults<'a> {
-    output: &'a mut Output,
-    count: u64,
-}
-
-impl Faults<'_> {
-    pub fn add(&mut self, place: impl Into<String>, what: impl Into<String>) -> Result<(), Failure> {
-        self.count += 1;
-        if self.count > TOLD_MAX {
-            return Ok(());
-        }
-        let fault = Fault { place: place.into(), what: what.into() };
-        if self.output.json {
-            return self.output.value(&fault);
-        }
-        self.output.line(&shown(&format!("{}: {}", fault.place, fault.what)).replace('\n', " "))
-    }
+    bus: BusArgs,
 }
 
 /// The result of the verification.
 #[derive(Serialize)]
-struct Verified {
+struct VerifySummary {
     events: i64,
     sagas: usize,
     documents: u64,
@@ -102,28 +72,29 @@ struct Verified {
     /// The hash of the last seal.
     seal: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    topics: Option<OfTopics>,
+    topics: Option<TopicCounts>,
     faults: u64,
 }
 
-pub(crate) async fn run(arguments: Arguments, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
-    let mut faults = Faults { output, count: 0 };
+pub(crate) async fn run(arguments: VerifyArgs, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
+    let mut faults = Faults::new(output);
     match verify(arguments, store, &mut faults).await {
         // The reader that closed the output early has already seen a fault, or would have seen one.
-        Err(Failure::OutputClosed) if faults.count > 0 => Ok(Verdict::Fault),
+        Err(Failure::OutputClosed) if faults.count() > 0 => Ok(Verdict::Fault),
         verified => verified,
     }
 }
 
-async fn verify(arguments: Arguments, store: &Store, faults: &mut Faults<'_>) -> Result<Verdict, Failure> {
+async fn verify(arguments: VerifyArgs, store: &Store, faults: &mut Faults<'_>) -> Result<Verdict, Failure> {
     let archive = store.port();
     let until = archive.status().await?.head.0;
     let stop = Stop::on_ctrl_c();
     let bar = progress::bar("verified", until.unsigned_abs());
-    let (mut order, mut histories) = (Order::new()?, Histories::default());
+    let mut order = Order::new()?;
+    let mut histories = Histories::default();
     let mut seals = Seals::open(archive.clone(), arguments.seal, arguments.expect, faults).await?;
     let sealed = seals.are_there();
-    let look = move |events: &mut Vec<Event>, event: Stored<'_>| events.push(Event::of(&event, sealed));
+    let look = move |events: &mut Vec<CheckedEvent>, event: Stored<'_>| events.push(CheckedEvent::of(&event, sealed));
     let mut log = store.batches(LogQuery::all(), 1..=until, look).await?;
     let mut events = 0;
     while let Some(batch) = log.try_next().await? {
@@ -152,90 +123,46 @@ async fn verify(arguments: Arguments, store: &Store, faults: &mut Faults<'_>) ->
     let chains = order.end(&*archive, faults, (seals.chained_until(), seals.until())).await?;
     seals.chains(chains, faults).await?;
     let documents = documents::verify(&*archive, &histories, faults).await?;
-    let topics = match &arguments.on_bus.bus {
-        None => None,
-        Some(settings) => match bus::verify(&arguments.on_bus, settings, store, &stop, faults).await? {
-            None => {
-                eprintln!("stopped while the topics were read; of these, nothing is verified but what was told");
-                return Ok(Verdict::Stopped);
-            }
-            found => found,
-        },
-    };
-    let verified = Verified {
+    let mut topics = None;
+    if let Some(settings) = &arguments.bus.bus {
+        topics = stop.unless(bus::verify(&arguments.bus, settings, store, faults)).await.transpose()?;
+        if topics.is_none() {
+            eprintln!("stopped while the topics were read; of these, nothing is verified but what was told");
+            return Ok(Verdict::Stopped);
+        }
+    }
+    let summary = VerifySummary {
         events,
         sagas: histories.len(),
         documents,
         sealed_until: seals.until(),
         seal: seals.hash(),
         topics,
-        faults: faults.count,
+        faults: faults.count(),
     };
-    tell(&verified, faults.output)
+    summary.print(faults.end()?)?;
+    Ok(if faults.count() == 0 { Verdict::Fine } else { Verdict::Fault })
 }
 
-/// Prints the result.
-fn tell(verified: &Verified, output: &mut Output) -> Result<Verdict, Failure> {
-    if output.json {
-        output.value(verified)?;
-        return Ok(if verified.faults == 0 { Verdict::Fine } else { Verdict::Fault });
-    }
-    if verified.faults > TOLD_MAX {
-        output.line(&format!("and {} more", grouped((verified.faults - TOLD_MAX) as i64)))?;
-    }
-    let Verified { events, sagas, documents, faults, .. } = verified;
-    let (events, sagas, documents) = (grouped(*events), grouped(*sagas as i64), grouped(*documents as i64));
-    let found = if *faults == 1 { "1 fault".to_owned() } else { format!("{} faults", grouped(*faults as i64)) };
-    output.line(&format!("{events} events, {sagas} sagas and {documents} documents verified: {found}"))?;
-    if let Some(of_topics) = &verified.topics {
-        of_topics.tell(output)?;
-    }
-    if let Some(seal) = &verified.seal {
-        output.line(&format!("sealed up to position {}: {seal}", grouped(verified.sealed_until)))?;
-    }
-    Ok(if verified.faults == 0 { Verdict::Fine } else { Verdict::Fault })
-}
-
-/// The parts of an event that are verified, prepared in parallel with the pass over the log.
-struct Event {
-    position: i64,
-    stream: Box<str>,
-    version: i64,
-    id: Uuid,
-    /// See [`stream_key`].
-    key: u128,
-    /// The hash of the event; zero if there are no seals.
-    digest: Digest,
-    unreadable: Option<String>,
-    /// The whole event, if it belongs to a saga's stream.
-    of_saga: Option<Box<Recorded>>,
-}
-
-impl Event {
-    fn of(event: &Stored<'_>, sealed: bool) -> Self {
-        let is_of_saga = event.stream.starts_with("saga.");
-        Self {
-            position: event.position.0,
-            stream: event.stream.as_ref().into(),
-            version: event.version.0,
-            id: event.id,
-            key: stream_key(&event.stream),
-            digest: if sealed { digest(event) } else { Digest::default() },
-            unreadable: serde_json::from_str::<&RawValue>(&event.data).err().map(|error| error.to_string()),
-            of_saga: is_of_saga.then(|| Box::new(event.recorded())),
+impl VerifySummary {
+    fn print(&self, output: &mut Output) -> Result<(), Failure> {
+        if output.json {
+            return output.value(self);
         }
+        let Self { events, sagas, documents, faults, .. } = self;
+        let found = if *faults == 1 { "1 fault".to_owned() } else { format!("{} faults", grouped(*faults as i64)) };
+        output.line(&format!(
+            "{} events, {} sagas and {} documents verified: {found}",
+            grouped(*events),
+            grouped(*sagas as i64),
+            grouped(*documents as i64)
+        ))?;
+        if let Some(counts) = &self.topics {
+            counts.print(output)?;
+        }
+        if let Some(seal) = &self.seal {
+            output.line(&format!("sealed up to position {}: {seal}", grouped(self.sealed_until)))?;
+        }
+        Ok(())
     }
-
-    fn place(&self) -> String {
-        at(self.position, &self.stream, self.version)
-    }
-}
-
-/// Describes where an event is.
-fn place(event: &Recorded) -> String {
-    at(event.position.0, event.stream.as_str(), event.version.0)
-}
-
-fn at(position: i64, stream: &str, version: i64) -> String {
-    format!("position {position} ({stream} v{version})")
 }

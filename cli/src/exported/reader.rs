@@ -8,7 +8,7 @@ use std::{
 
 use annals::{Document, archive::Stored};
 
-use super::{FORMAT, Header, LINE_BYTES_MAX, Line, Section};
+use super::format::{ExportLine, FORMAT, Header, LINE_BYTES_MAX, Section};
 use crate::failure::Failure;
 
 /// <https://www.rfc-editor.org/rfc/rfc8878#section-3.1.1>
@@ -18,7 +18,7 @@ const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 const HASHED_BYTES: usize = 128 << 10;
 
 /// The next item of an export.
-pub(crate) enum Step {
+pub(crate) enum ExportItem {
     Event(Box<Stored<'static>>),
     Document(Document),
     /// The end of a section. The checksum matches everything before this point.
@@ -33,7 +33,7 @@ enum Source {
     Zstd(Option<BufReader<zstd::Decoder<'static, BufReader<File>>>>),
 }
 
-pub(crate) struct Reader {
+pub(crate) struct ExportReader {
     path: PathBuf,
     source: Source,
     header: Header,
@@ -47,7 +47,7 @@ pub(crate) struct Reader {
     number: u64,
 }
 
-impl Reader {
+impl ExportReader {
     pub fn open(path: &Path) -> Result<Self, Failure> {
         let unreadable = |error: io::Error| Failure::new(format!("{} cannot be read: {error}", path.display()));
         let mut file = File::open(path).map_err(unreadable)?;
@@ -107,39 +107,39 @@ impl Reader {
         &self.hasher
     }
 
-    pub fn step(&mut self) -> Result<Step, Failure> {
+    pub fn step(&mut self) -> Result<ExportItem, Failure> {
         if !self.next_line()? {
-            return Ok(Step::End);
+            return Ok(ExportItem::End);
         }
         let text = std::str::from_utf8(&self.line).map_err(|error| self.damaged(&error.to_string()))?;
-        let step = match Line::parse(text).map_err(|error| self.damaged(&error.to_string()))? {
-            Line::Event(event) => {
+        let step = match ExportLine::parse(text).map_err(|error| self.damaged(&error.to_string()))? {
+            ExportLine::Event(event) => {
                 let event = event.stored().map_err(|error| self.damaged(error))?.into_owned();
                 if event.position.0 <= self.so_far.position {
                     return Err(self.damaged("its events are not in order"));
                 }
                 self.so_far.position = event.position.0;
                 self.so_far.events += 1;
-                Step::Event(Box::new(event))
+                ExportItem::Event(Box::new(event))
             }
-            Line::Document(document) => {
+            ExportLine::Document(document) => {
                 let document = document.document().map_err(|error| self.damaged(&error))?;
                 self.so_far.documents += 1;
                 self.so_far.document = Some((document.key.collection.to_string(), document.key.id.to_string()));
-                Step::Document(document)
+                ExportItem::Document(document)
             }
-            Line::Section(section) => {
+            ExportLine::Section(section) => {
                 let blake3 = self.hasher().finalize().to_hex().to_string();
                 self.so_far.until = section.until;
                 let read = Section { blake3, complete: section.complete, ..self.so_far.clone() };
                 if read != section {
                     return Err(self.damaged("its checksum is wrong: something before this line was changed or lost"));
                 }
-                Step::Section(section)
+                ExportItem::Section(section)
             }
         };
         self.take_in();
-        if matches!(step, Step::Section(_)) {
+        if matches!(step, ExportItem::Section(_)) {
             self.next_frame()?;
         }
         Ok(step)

@@ -12,13 +12,13 @@ use annals::{
 };
 use annals_kafka::{Contents, KafkaBus};
 
-use super::sorted::{Sent, Sorter};
-use crate::{failure::Failure, progress, stop::Stop};
+use super::sorter::{MessageSorter, SentMessage};
+use crate::{failure::Failure, progress};
 
 /// The messages and offsets that were found in the topics.
 #[derive(Default)]
 pub(super) struct Found {
-    pub sent: Sorter,
+    pub sent: MessageSorter,
     /// The logs from which the services sent messages, each with its first and last position found.
     pub logs: BTreeMap<String, (i64, i64)>,
     /// The positions of all messages, in order.
@@ -46,30 +46,23 @@ pub(super) struct Search<'a> {
 }
 
 impl Search<'_> {
-    /// Reads each topic from the end that the relays last recorded. Returns `None` if the user stopped the search.
-    pub async fn run(&self, bus: &KafkaBus, stop: &Stop) -> Result<Option<Found>, Failure> {
-        let told = |error: annals::BusError| Failure::new(error.to_string());
+    /// Reads each topic from the end that the relays last recorded.
+    pub async fn run(&self, bus: &KafkaBus) -> Result<Found, Failure> {
         let own: BTreeSet<String> = self.services.iter().map(|service| format!("{service}.events")).collect();
         let inboxes: BTreeSet<String> = self.services.iter().map(|service| format!("{service}.commands")).collect();
         let mut found = Found::default();
-        for topic in bus.topics().await.map_err(told)? {
+        for topic in bus.topics().await? {
             if !own.contains(&topic) && !topic.ends_with(".commands") {
                 continue;
             }
             let is_own = own.contains(&topic);
             let since = self.known_ends(&topic);
-            let Some(mut contents) = bus.contents_since(&topic, &since).await.map_err(told)? else { continue };
+            let Some(mut contents) = bus.contents_since(&topic, &since).await? else { continue };
             found.topics += 1;
             found.begin(&topic, &contents, &since, inboxes.contains(&topic));
             let before = found.positions.len();
-            let total: i64 = contents.partitions().iter().map(|range| range.end - range.start).sum();
-            let bar = progress::bar("read", total.unsigned_abs());
-            loop {
-                let next = tokio::select! {
-                    next = contents.next() => next,
-                    () = stop.asked() => return Ok(None),
-                };
-                let Some(delivery) = next.map_err(told)? else { break };
+            let bar = progress::topic_bar("read", &contents);
+            while let Some(delivery) = contents.next().await? {
                 bar.inc(1);
                 self.take(delivery, is_own, &mut found)?;
             }
@@ -81,7 +74,7 @@ impl Search<'_> {
         }
         found.positions.sort_unstable();
         found.positions.dedup();
-        Ok(Some(found))
+        Ok(found)
     }
 
     /// Returns the end of each partition that all relays have recorded, and the lowest if they differ. A partition
@@ -136,9 +129,13 @@ impl Search<'_> {
             *known = (known.0.min(position.0), known.1.max(position.0));
         }
         let place = format!("{}[{}] offset {}", delivery.partition.topic, delivery.partition.number, delivery.offset);
-        let (id, causation) = (message.id, message.metadata.causation_id);
-        let event = event.map(|event| annals::archive::Stored::from(&event).into_owned());
-        found.sent.push(Sent { position: position.0, id, causation, event, place })
+        found.sent.push(SentMessage {
+            position: position.0,
+            id: message.id,
+            causation: message.metadata.causation_id,
+            event: event.map(|event| annals::archive::Stored::from(&event).into_owned()),
+            place,
+        })
     }
 }
 
@@ -170,7 +167,8 @@ impl Found {
     pub fn is_whole(&self, event: &annals::archive::Stored<'_>, held_to: i64) -> bool {
         let time = event.recorded_at.timestamp_micros();
         let Some((first, last)) = self.together.get(&time).copied() else { return false };
-        let (first, last) = ((first - 1).max(held_to + 1), last + 1);
+        let first = (first - 1).max(held_to + 1);
+        let last = last + 1;
         let known = self.positions.partition_point(|position| *position <= last)
             - self.positions.partition_point(|position| *position < first);
         known as i64 == last - first + 1

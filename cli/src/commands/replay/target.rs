@@ -9,16 +9,16 @@ use std::{
 
 use annals::Recorded;
 
-use super::{rerun::Rerun, topic::Topic};
+use super::{handler::HandlerTarget, topic::TopicTarget};
 use crate::{event::write_line, failure::Failure, output::Output};
 
 pub(super) enum Target<'a> {
     /// Only counts events.
     Nowhere,
     Output(&'a mut Output),
-    File(Box<OnDisk>),
-    Topic(Box<Topic>),
-    Handler(Rerun),
+    File(Box<FileTarget>),
+    Topic(Box<TopicTarget>),
+    Handler(HandlerTarget),
 }
 
 impl Target<'_> {
@@ -31,9 +31,9 @@ impl Target<'_> {
             options.write(true).create_new(true)
         };
         match options.open(path) {
-            Ok(file) => {
-                OnDisk::of(path, file).map(|file| Self::File(Box::new(file))).map_err(|error| unwritable(path, &error))
-            }
+            Ok(file) => FileTarget::of(path, file)
+                .map(|file| Self::File(Box::new(file)))
+                .map_err(|error| unwritable(path, &error)),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 Err(Failure::new(format!("{} exists already: name another file, or --append to it", path.display())))
             }
@@ -66,6 +66,14 @@ impl Target<'_> {
             Self::Output(output) => output.lines(lines),
             Self::File(file) => file.write(lines),
             Self::Topic(_) | Self::Handler(_) => Err(Failure::new("events are taken one by one here")),
+        }
+    }
+
+    /// The position up to which a relay has sent everything to the target, if a relay sends to it.
+    pub fn sent(&self) -> Option<i64> {
+        match self {
+            Self::Topic(topic) => topic.sent(),
+            _ => None,
         }
     }
 
@@ -104,13 +112,13 @@ impl Target<'_> {
 }
 
 /// A file that contains only whole lines, even if the disk fails or is full.
-pub(super) struct OnDisk {
+pub(super) struct FileTarget {
     path: PathBuf,
     file: File,
     bytes: u64,
 }
 
-impl OnDisk {
+impl FileTarget {
     fn of(path: &Path, file: File) -> io::Result<Self> {
         let bytes = file.metadata()?.len();
         Ok(Self { path: path.to_owned(), file, bytes })

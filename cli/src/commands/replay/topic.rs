@@ -11,7 +11,7 @@ use annals::{
 use annals_kafka::{KafkaBus, Settings};
 use futures::FutureExt;
 
-use super::Arguments;
+use super::arguments::ReplayArgs;
 use crate::{failure::Failure, store::Store};
 
 /// The number of messages that are published at once.
@@ -32,7 +32,8 @@ struct Page {
     receipt: Option<Receipt>,
 }
 
-pub(super) struct Topic {
+/// A topic that gets the messages.
+pub(super) struct TopicTarget {
     bus: KafkaBus,
     routes: Routes,
     name: Arc<str>,
@@ -44,12 +45,12 @@ pub(super) struct Topic {
     attempts: u32,
 }
 
-impl Topic {
-    pub async fn open(settings: &Settings, arguments: &Arguments, store: &Store) -> Result<Self, Failure> {
+impl TopicTarget {
+    pub async fn open(settings: &Settings, arguments: &ReplayArgs, store: &Store) -> Result<Self, Failure> {
         let service = arguments.service.as_deref().unwrap_or_default();
         let own = format!("{service}.events");
         let name = arguments.topic.as_deref().unwrap_or(&own);
-        let categories = &arguments.which.category;
+        let categories = &arguments.filter.category;
         let streams = arguments.stream.iter().map(|stream| StreamId::from_stored(stream));
         let of_streams: Vec<_> = streams.map(|stream| stream.category().to_owned()).collect();
         if categories.is_empty() && of_streams.is_empty() {
@@ -73,12 +74,19 @@ impl Topic {
                  another service, or a topic of your own with --topic"
             )));
         }
-        let told = |error: BusError| Failure::new(error.to_string());
-        let bus = KafkaBus::connect(settings.clone()).await.map_err(told)?;
+        let bus = KafkaBus::connect(settings.clone()).await?;
         // With pauses between events, a message must not wait until its page is full.
         let page_max = if arguments.speed.is_some() { 1 } else { PAGE };
-        let (next, pages) = (Vec::new(), VecDeque::new());
-        Ok(Self { bus, routes: Routes::of(service), name: name.into(), relayed, page_max, next, pages, attempts: 0 })
+        Ok(Self {
+            bus,
+            routes: Routes::of(service),
+            name: name.into(),
+            relayed,
+            page_max,
+            next: Vec::new(),
+            pages: VecDeque::new(),
+            attempts: 0,
+        })
     }
 
     /// The position up to which the relay has sent everything, if the topic is the service's own topic. If the replay
@@ -177,7 +185,7 @@ impl Topic {
         }
         self.attempts += 1;
         if matches!(error, BusError::Misconfigured(_)) || self.attempts > ATTEMPTS_MAX {
-            return Err(Failure::new(error.to_string()));
+            return Err(error.into());
         }
         // All pages count as failed, so that they are published again in order.
         self.pages.iter_mut().for_each(|page| page.receipt = None);

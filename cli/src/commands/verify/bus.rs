@@ -4,7 +4,7 @@
 //! Expected and found messages are sorted together in temporary files. Memory use does not grow with their number, and
 //! the messages of resends, lanes and partitions may come in any order.
 
-mod sides;
+mod diff;
 mod topics;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -18,27 +18,21 @@ use annals::{
 use annals_kafka::{KafkaBus, Settings};
 use clap::Args;
 use futures::TryStreamExt;
-use serde::Serialize;
 
+pub(super) use self::diff::TopicCounts;
 use self::{
-    sides::{Expected, Sides},
+    diff::{ExpectedMessage, TopicDiff},
     topics::Topics,
 };
-use super::Faults;
-use crate::{
-    failure::Failure,
-    output::{Output, grouped},
-    progress,
-    stop::Stop,
-    store::Store,
-};
+use super::{event::place, faults::Faults};
+use crate::{failure::Failure, progress, store::Store};
 
 /// The number of documents per read.
 const PAGE: usize = 500;
 
 /// The Kafka to check, and the messages that are expected there.
 #[derive(Clone, Debug, Args)]
-pub(super) struct OnBus {
+pub(super) struct BusArgs {
     /// Also compare the topics of this Kafka with the log: `kafka://host:port[,host:port][?name=value&…]`. Any value
     /// can stand in a file or in the environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
     #[arg(long, value_name = "URL")]
@@ -61,43 +55,8 @@ fn published(text: &str) -> Result<Published, String> {
     Ok(Published { service: service.to_owned(), categories })
 }
 
-/// The result of comparing the topics.
-#[derive(Debug, Default, PartialEq, Serialize)]
-pub(super) struct OfTopics {
-    pub topics: usize,
-    /// The number of messages from this log.
-    pub messages: u64,
-    /// The number of these messages that were sent again, as relays do after a crash.
-    pub repeated: u64,
-    /// The number of messages that were sent and later removed by retention.
-    pub removed: u64,
-    /// The number of messages whose events the log lost when its database was restored.
-    pub lost: u64,
-    /// The number of messages from other logs and other senders, which were not checked.
-    pub others: u64,
-}
-
-impl OfTopics {
-    /// Prints the result for people.
-    pub fn tell(&self, output: &mut Output) -> Result<(), Failure> {
-        let Self { topics, messages, repeated, removed, lost, others } = self;
-        let number = |count: &u64| grouped(count.cast_signed());
-        output.line(&format!(
-            "{} messages in {topics} topics held against the log; {} sent again, {} removed by retention, {} of others",
-            number(messages),
-            number(repeated),
-            number(removed),
-            number(others),
-        ))?;
-        if *lost == 0 {
-            return Ok(());
-        }
-        output.line(&format!("{} messages are of events that were lost when the database was restored", number(lost)))
-    }
-}
-
 /// What the relays of a store have sent so far.
-struct Sent {
+struct RelayState {
     services: BTreeMap<String, Relayed>,
     /// The service that sends messages of each category: events of services, commands of sagas, and replies of steps.
     senders: HashMap<String, String>,
@@ -105,49 +64,50 @@ struct Sent {
     parked: HashMap<String, HashMap<String, i64>>,
 }
 
-/// Returns `None` if the user stopped the check.
+/// Compares all topics of the store's relays.
 pub(super) async fn verify(
-    on: &OnBus,
+    arguments: &BusArgs,
     settings: &Settings,
     store: &Store,
-    stop: &Stop,
     faults: &mut Faults<'_>,
-) -> Result<Option<OfTopics>, Failure> {
+) -> Result<TopicCounts, Failure> {
     let archive = store.port();
     // Reads the progress of the relays first, so that every message sent up to then is in the topics when they are
     // read.
-    let mut sent = Sent::on(store).await?;
-    if sent.services.is_empty() {
+    let mut relays = RelayState::on(store).await?;
+    if relays.services.is_empty() {
         return Err(Failure::new("no relay has run on this store: there is nothing in topics to hold against it"));
     }
-    let bus = KafkaBus::connect(settings.clone()).await.map_err(|error| Failure::new(error.to_string()))?;
-    let mut topics = Topics::of(bus, stop.clone());
-    let mut sides = Sides::new()?;
-    for published in &on.publish {
-        if !sent.services.contains_key(&published.service) {
-            let known: Vec<_> = sent.services.keys().cloned().collect();
-            let (service, known) = (&published.service, known.join(", "));
-            return Err(Failure::new(format!("no relay of a service {service} has run on this store; known: {known}")));
+    let bus = KafkaBus::connect(settings.clone()).await?;
+    let mut topics = Topics::of(bus);
+    let mut diff = TopicDiff::new()?;
+    for published in &arguments.publish {
+        if !relays.services.contains_key(&published.service) {
+            let known: Vec<_> = relays.services.keys().cloned().collect();
+            return Err(Failure::new(format!(
+                "no relay of a service {} has run on this store; known: {}",
+                published.service,
+                known.join(", ")
+            )));
         }
         let senders = published.categories.iter().map(|category| (category.clone(), published.service.clone()));
-        sent.senders.extend(senders);
+        relays.senders.extend(senders);
     }
-    let services: Vec<String> = sent.services.keys().cloned().collect();
+    let services: Vec<String> = relays.services.keys().cloned().collect();
     for service in &services {
-        let named = on.publish.iter().any(|published| published.service == *service);
+        let named = arguments.publish.iter().any(|published| published.service == *service);
         let topic = topics.open(&format!("{service}.events")).await?;
         let mut categories = BTreeSet::new();
-        let read = topics.read(topic, &sent.services, i64::MAX, &mut sides, |message| {
+        let read = topics.read(topic, &relays.services, i64::MAX, |message, partition, offset| {
             if *message.source == **service {
                 let stream = annals::StreamId::from_stored(&message.subject);
                 categories.insert(stream.category().to_owned());
             }
+            diff.found(message, topic, partition, offset)
         });
-        if !read.await? {
-            return Ok(None);
-        }
+        read.await?;
         if !named {
-            sent.senders.extend(categories.into_iter().map(|category| (category, service.clone())));
+            relays.senders.extend(categories.into_iter().map(|category| (category, service.clone())));
         }
         topics.open(&format!("{service}.commands")).await?;
     }
@@ -155,24 +115,21 @@ pub(super) async fn verify(
     let bar = progress::bar("expected", head.unsigned_abs());
     let mut log = store.log(LogQuery::all(), 1..=head).await?;
     while let Some(event) = log.try_next().await? {
-        if stop.is_asked() {
-            bar.finish_and_clear();
-            return Ok(None);
-        }
-        sent.expect(&event, &mut topics, &mut sides, faults).await?;
+        relays.expect(&event, &mut topics, &mut diff, faults).await?;
         bar.set_position(event.position.0.unsigned_abs());
     }
     bar.finish_and_clear();
     for topic in topics.unread() {
-        if !topics.read(topic, &sent.services, head, &mut sides, |_| {}).await? {
-            return Ok(None);
-        }
+        let read = topics.read(topic, &relays.services, head, |message, partition, offset| {
+            diff.found(message, topic, partition, offset)
+        });
+        read.await?;
     }
     let names = LogNames::of(&*archive).await?;
-    sides.compare(&topics, &names, &*archive, faults).await.map(Some)
+    diff.compare(&topics, &names, &*archive, faults).await
 }
 
-impl Sent {
+impl RelayState {
     async fn on(store: &Store) -> Result<Self, Failure> {
         let archive = store.port();
         let services = Relayed::on(&*archive).await?;
@@ -197,7 +154,8 @@ impl Sent {
         }
         let mut parked: HashMap<String, HashMap<String, i64>> = HashMap::new();
         for service in services.keys() {
-            let (collection, mut after) = (format!("parked.{service}.relay"), "".into());
+            let collection = format!("parked.{service}.relay");
+            let mut after = "".into();
             loop {
                 let page = archive.scan(&collection, &Scan::After(after), PAGE).await?;
                 let Some(last) = page.last() else { break };
@@ -217,14 +175,14 @@ impl Sent {
         &self,
         event: &Recorded,
         topics: &mut Topics,
-        sides: &mut Sides,
+        diff: &mut TopicDiff,
         faults: &mut Faults<'_>,
     ) -> Result<(), Failure> {
         let Some(service) = self.senders.get(event.stream.category()) else { return Ok(()) };
         let Some(relayed) = self.services.get(service) else { return Ok(()) };
         let messages = match Routes::of(service).messages(event) {
             Ok(messages) => messages,
-            Err(error) => return faults.add(super::place(event), format!("no message can be made of it: {error}")),
+            Err(error) => return faults.add(place(event), format!("no message can be made of it: {error}")),
         };
         let waits = self.parked.get(service).and_then(|streams| streams.get(event.stream.as_str()));
         let position = event.position.0;
@@ -233,8 +191,8 @@ impl Sent {
         for (index, outgoing) in messages.iter().enumerate() {
             let topic = topics.open(&outgoing.topic).await?;
             let partition = topics.partition_of(topic, &outgoing.message.key);
-            let removed = Expected { topic, partition, index: index as i64, required };
-            sides.expect(&outgoing.message, &lane, removed)?;
+            let expected = ExpectedMessage { topic, partition, index: index as i64, required };
+            diff.expect(&outgoing.message, &lane, expected)?;
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ use annals::{
 };
 use serde_json::value::RawValue;
 
-use super::{Faults, histories::Histories};
+use super::{faults::Faults, histories::Histories};
 use crate::{commands::import, failure::Failure};
 
 /// The number of documents per read.
@@ -100,7 +100,8 @@ async fn wrong(archive: &dyn Archive, histories: &Histories, document: &Document
         return Ok(None);
     }
     // The saga may have ended since its history was read.
-    let (mut after, mut last) = (Version::START, None);
+    let mut after = Version::START;
+    let mut last = None;
     loop {
         let page = archive.read_stream(&stream, after, PAGE).await?;
         let Some(event) = page.into_iter().next_back() else { break };

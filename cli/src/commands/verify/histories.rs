@@ -7,8 +7,8 @@ use annals::{
     saga::{At, Progress, SagaEvent, Status, Verb},
 };
 
-use super::{Faults, order::stream_key, place};
-use crate::failure::Failure;
+use super::{event::place, faults::Faults};
+use crate::{failure::Failure, stream_key::stream_key};
 
 /// The sagas seen so far. For each saga that has not ended, also its progress.
 #[derive(Default)]

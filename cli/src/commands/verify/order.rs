@@ -1,10 +1,14 @@
 //! Checks that versions have no gaps and rise with positions, and that ids are unique. Computes the hash chain of each
 //! stream. All of this needs the events in sorted order.
 
-use annals::{Archive, LogQuery, Position};
+use annals::Archive;
 use serde::{Deserialize, Serialize};
 
-use super::{Event, Faults, place, seal::Digest, sorter::Sorter};
+use super::{
+    event::{CheckedEvent, Digest, place_at},
+    faults::Faults,
+    sorter::Sorter,
+};
 use crate::failure::Failure;
 
 /// One hash over the chains of all streams: the key of each stream, its number of events, and the state of its chain.
@@ -54,7 +58,7 @@ impl Order {
         Ok(Self { streams: Sorter::new()?, ids: Sorter::new()? })
     }
 
-    pub fn event(&mut self, event: &Event) -> Result<(), Failure> {
+    pub fn event(&mut self, event: &CheckedEvent) -> Result<(), Failure> {
         let [a, b, c, d] = words(&event.digest);
         self.streams.push((event.key, [event.position, event.version, a, b, c, d]))?;
         self.ids.push((event.id.as_u128(), [event.position]))
@@ -69,7 +73,8 @@ impl Order {
     ) -> Result<[Chained; 2], Failure> {
         let mut chains = [Chains::new(before), Chains::new(now)];
         for records in self.streams.sorted() {
-            let (mut stream, mut next) = (None, 1);
+            let mut stream = None;
+            let mut next = 1;
             let mut stands = [(0, Digest::default()); 2];
             for (key, [position, version, digest @ ..]) in records? {
                 if stream != Some(key) {
@@ -93,7 +98,7 @@ impl Order {
                         }
                         _ => format!("the stream stands at version {} already", next - 1),
                     };
-                    faults.add(at(archive, position).await?, what)?;
+                    faults.add(place_at(archive, position).await?, what)?;
                 }
                 next = version.max(next - 1) + 1;
             }
@@ -104,7 +109,7 @@ impl Order {
         for records in self.ids.sorted() {
             for pair in records?.windows(2).filter(|pair| pair[0].0 == pair[1].0) {
                 let what = format!("its id is that of the event at position {}", pair[0].1[0]);
-                faults.add(at(archive, pair[1].1[0]).await?, what)?;
+                faults.add(place_at(archive, pair[1].1[0]).await?, what)?;
             }
         }
         Ok(chains.map(Chains::end))
@@ -125,16 +130,4 @@ fn bytes(words: [i64; 4]) -> Digest {
         bytes.copy_from_slice(&word.to_be_bytes());
     }
     digest
-}
-
-/// Returns the key of a stream, which is as unique as the stream's name but has a fixed length.
-pub(crate) fn stream_key(stream: &str) -> u128 {
-    blake3::hash(stream.as_bytes()).as_bytes()[..16].iter().fold(0, |key, byte| key << 8 | u128::from(*byte))
-}
-
-/// Describes the event at a position.
-pub(super) async fn at(archive: &dyn Archive, position: i64) -> Result<String, Failure> {
-    let page = archive.read_log(&LogQuery::all(), Position(position - 1), 1).await?;
-    let found = page.events.first().filter(|event| event.position.0 == position);
-    Ok(found.map_or_else(|| format!("position {position}"), |event| place(event)))
 }

@@ -10,10 +10,14 @@ use std::{
     sync::Arc,
 };
 
-use annals::{Archive, Commit, DocumentKey, Put, Scan, archive::Stored};
+use annals::{Archive, Commit, DocumentKey, Put, Scan};
 use serde::{Deserialize, Serialize};
 
-use super::{Event, Faults, at, order::Chained};
+use super::{
+    event::{CheckedEvent, Digest, at},
+    faults::Faults,
+    order::Chained,
+};
 use crate::failure::Failure;
 
 /// The collection of all seals. The id of a seal is its last position, with leading zeros.
@@ -27,27 +31,7 @@ const HELD_MAX: usize = 10 * EVENTS_MAX;
 const PAGE: usize = 16;
 /// The maximum number of consecutive missing events that are reported one by one. A longer run is reported as one
 /// fault.
-const GONE_TOLD_MAX: usize = 10;
-
-/// The hash of everything that a store keeps about an event.
-pub(super) type Digest = [u8; 32];
-
-/// Hashes an event. The length of each text is hashed before the text, so that two different events never hash the same
-/// bytes.
-pub(super) fn digest(event: &Stored<'_>) -> Digest {
-    let mut bytes = Vec::with_capacity(256 + event.data.len());
-    for number in
-        [event.position.0, event.version.0, i64::from(event.schema_version), event.recorded_at.timestamp_micros()]
-    {
-        bytes.extend_from_slice(&number.to_be_bytes());
-    }
-    bytes.extend_from_slice(event.id.as_bytes());
-    for text in [&event.stream, &event.type_name, &event.data, &event.metadata] {
-        bytes.extend_from_slice(&(text.len() as u64).to_be_bytes());
-        bytes.extend_from_slice(text.as_bytes());
-    }
-    *blake3::hash(&bytes).as_bytes()
-}
+const GONE_LISTED_MAX: usize = 10;
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Seal {
@@ -65,11 +49,13 @@ struct Seal {
 struct Sealed(i64, usize, i64, u64);
 
 impl Seal {
-    fn over(previous: &str, events: &[Event]) -> Self {
+    fn over(previous: &str, events: &[CheckedEvent]) -> Self {
         let mut hasher = blake3::Hasher::new();
         hasher.update(previous.as_bytes());
         events.iter().for_each(|event| _ = hasher.update(&event.digest));
-        let (mut streams, mut numbers, mut sealed) = (Vec::new(), HashMap::new(), Vec::with_capacity(events.len()));
+        let mut streams = Vec::new();
+        let mut numbers = HashMap::new();
+        let mut sealed = Vec::with_capacity(events.len());
         for event in events {
             let number = *numbers.entry(&*event.stream).or_insert_with(|| {
                 streams.push(event.stream.to_string());
@@ -104,7 +90,7 @@ pub(super) struct Seals {
     /// The last position and the hash of the last seal seen.
     last: Option<(i64, String)>,
     /// Events since that seal.
-    events: Vec<Event>,
+    events: Vec<CheckedEvent>,
     /// Seals that will be written.
     added: Vec<Put>,
     broken: bool,
@@ -161,7 +147,7 @@ impl Seals {
         self.chained.0.as_ref().map_or(0, |chained| chained.until)
     }
 
-    pub async fn event(&mut self, event: Event, faults: &mut Faults<'_>) -> Result<(), Failure> {
+    pub async fn event(&mut self, event: CheckedEvent, faults: &mut Faults<'_>) -> Result<(), Failure> {
         while self.next_ends_before(event.position, faults).await? {
             self.check(faults)?;
         }
@@ -253,15 +239,15 @@ impl Seals {
         let found: Vec<_> = self.events.drain(..of_it).collect();
         let before = self.last.as_ref().map_or("", |(_, hash)| hash);
         let name = format!("seal {id}");
-        let faulty = faults.count;
+        let faulty = faults.count();
         if seal.previous != before {
             faults.add(&*name, "it does not follow the one before: a seal was changed or removed")?;
         }
         compare(&seal, &found, faults)?;
-        if faults.count == faulty && Seal::over(&seal.previous, &found) != seal {
+        if faults.count() == faulty && Seal::over(&seal.previous, &found) != seal {
             faults.add(&*name, "its hash is not that of what it says was sealed: it was changed")?;
         }
-        self.broken |= faults.count > faulty;
+        self.broken |= faults.count() > faulty;
         self.met(&seal);
         Ok(())
     }
@@ -300,7 +286,7 @@ fn chains_key() -> DocumentKey {
 }
 
 /// Reports how the events under a seal have changed.
-fn compare(seal: &Seal, found: &[Event], faults: &mut Faults<'_>) -> Result<(), Failure> {
+fn compare(seal: &Seal, found: &[CheckedEvent], faults: &mut Faults<'_>) -> Result<(), Failure> {
     let mut found = found.iter().peekable();
     let mut gone: Vec<&Sealed> = Vec::new();
     for sealed in &seal.events {
@@ -312,7 +298,7 @@ fn compare(seal: &Seal, found: &[Event], faults: &mut Faults<'_>) -> Result<(), 
             gone.push(sealed);
             continue;
         };
-        told(seal, &std::mem::take(&mut gone), faults)?;
+        report_gone(seal, &std::mem::take(&mut gone), faults)?;
         if kept(&event.digest) != *digest {
             let what = match (seal.place(sealed), event.place()) {
                 (before, now) if before == now => "the event was changed after it was sealed".to_owned(),
@@ -323,13 +309,13 @@ fn compare(seal: &Seal, found: &[Event], faults: &mut Faults<'_>) -> Result<(), 
             faults.add(seal.place(sealed), what)?;
         }
     }
-    told(seal, &gone, faults)
+    report_gone(seal, &gone, faults)
 }
 
 /// Reports missing events. If the end of the log was cut off, a long run of events is missing.
-fn told(seal: &Seal, gone: &[&Sealed], faults: &mut Faults<'_>) -> Result<(), Failure> {
-    let (Some(first), Some(last)) = (gone.first(), gone.last()) else { return Ok(()) };
-    if gone.len() <= GONE_TOLD_MAX {
+fn report_gone(seal: &Seal, gone: &[&Sealed], faults: &mut Faults<'_>) -> Result<(), Failure> {
+    let Some((first, last)) = gone.first().zip(gone.last()) else { return Ok(()) };
+    if gone.len() <= GONE_LISTED_MAX {
         return gone.iter().try_for_each(|one| faults.add(seal.place(one), "the event that was sealed is gone"));
     }
     faults.add(

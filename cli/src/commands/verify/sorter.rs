@@ -14,7 +14,7 @@ const KEY_BYTES: usize = 16;
 const NUMBER_BYTES: usize = 8;
 
 /// A key whose last bits are evenly distributed, and numbers.
-pub(super) type Record<const NUMBERS: usize> = (u128, [i64; NUMBERS]);
+pub(super) type KeyedRecord<const NUMBERS: usize> = (u128, [i64; NUMBERS]);
 
 /// Collects records, and sorts them file by file.
 pub(super) struct Sorter<const NUMBERS: usize> {
@@ -29,7 +29,7 @@ impl<const NUMBERS: usize> Sorter<NUMBERS> {
         Ok(Self { files, bytes: Vec::new() })
     }
 
-    pub fn push(&mut self, (key, numbers): Record<NUMBERS>) -> Result<(), Failure> {
+    pub fn push(&mut self, (key, numbers): KeyedRecord<NUMBERS>) -> Result<(), Failure> {
         self.bytes.clear();
         self.bytes.extend(key.to_be_bytes());
         numbers.iter().for_each(|number| self.bytes.extend(number.to_be_bytes()));
@@ -37,16 +37,17 @@ impl<const NUMBERS: usize> Sorter<NUMBERS> {
     }
 
     /// Returns the records of each file, sorted. Records with the same key are in the same file.
-    pub fn sorted(self) -> impl Iterator<Item = Result<Vec<Record<NUMBERS>>, Failure>> {
+    pub fn sorted(self) -> impl Iterator<Item = Result<Vec<KeyedRecord<NUMBERS>>, Failure>> {
         self.files.into_iter().map(|file| read(file).map_err(|error| no_room(&error)))
     }
 }
 
-fn read<const NUMBERS: usize>(file: BufWriter<File>) -> io::Result<Vec<Record<NUMBERS>>> {
+fn read<const NUMBERS: usize>(file: BufWriter<File>) -> io::Result<Vec<KeyedRecord<NUMBERS>>> {
     let mut file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
     file.seek(SeekFrom::Start(0))?;
-    let (mut file, mut records, mut bytes) =
-        (BufReader::new(file), Vec::new(), vec![0; KEY_BYTES + NUMBERS * NUMBER_BYTES]);
+    let mut file = BufReader::new(file);
+    let mut records = Vec::new();
+    let mut bytes = vec![0; KEY_BYTES + NUMBERS * NUMBER_BYTES];
     loop {
         match file.read_exact(&mut bytes) {
             Ok(()) => records.push(record(&bytes)),
@@ -58,7 +59,7 @@ fn read<const NUMBERS: usize>(file: BufWriter<File>) -> io::Result<Vec<Record<NU
     Ok(records)
 }
 
-fn record<const NUMBERS: usize>(bytes: &[u8]) -> Record<NUMBERS> {
+fn record<const NUMBERS: usize>(bytes: &[u8]) -> KeyedRecord<NUMBERS> {
     let (key, rest) = bytes.split_at(KEY_BYTES);
     let key = key.iter().fold(0, |key, byte| key << 8 | u128::from(*byte));
     let mut numbers = [0; NUMBERS];

@@ -8,12 +8,10 @@ use std::{
 use annals::{Message, relay::Relayed};
 use annals_kafka::{Contents, KafkaBus, partition_of};
 
-use super::sides::Sides;
-use crate::{failure::Failure, progress, stop::Stop};
+use crate::{failure::Failure, progress};
 
 pub(super) struct Topics {
     bus: KafkaBus,
-    stop: Stop,
     known: HashMap<Arc<str>, usize>,
     topics: Vec<Topic>,
     /// By topic, partition, service and lane: the position of the first message that is still there.
@@ -31,8 +29,8 @@ struct Topic {
 }
 
 impl Topics {
-    pub fn of(bus: KafkaBus, stop: Stop) -> Self {
-        Self { bus, stop, known: HashMap::new(), topics: Vec::new(), firsts: HashMap::new(), others: 0 }
+    pub fn of(bus: KafkaBus) -> Self {
+        Self { bus, known: HashMap::new(), topics: Vec::new(), firsts: HashMap::new(), others: 0 }
     }
 
     /// Returns the index of a topic. At the first call for a topic, notes where the topic ends.
@@ -40,7 +38,7 @@ impl Topics {
         if let Some(known) = self.known.get(name) {
             return Ok(*known);
         }
-        let contents = self.bus.contents(name).await.map_err(|error| Failure::new(error.to_string()))?;
+        let contents = self.bus.contents(name).await?;
         let begins = contents.as_ref().map(|contents| contents.partitions().iter().map(|range| range.start).collect());
         let is_compacted = contents.as_ref().is_some_and(Contents::is_compacted);
         let name: Arc<str> = name.into();
@@ -85,25 +83,18 @@ impl Topics {
         begins.is_some_and(|begins| *begins > 0) && first.is_none_or(|first| position < *first)
     }
 
-    /// Records all messages in a topic that came from this log, up to the position `head`. Returns `false` if the user
-    /// stopped the check.
+    /// Passes each message in a topic that came from this log, up to the position `head`, to `each`, with its partition
+    /// and its offset.
     pub async fn read(
         &mut self,
         topic: usize,
         services: &BTreeMap<String, Relayed>,
         head: i64,
-        sides: &mut Sides,
-        mut each: impl FnMut(&Message),
-    ) -> Result<bool, Failure> {
-        let Some(mut contents) = self.topics[topic].contents.take() else { return Ok(true) };
-        let total: i64 = contents.partitions().iter().map(|range| range.end - range.start).sum();
-        let bar = progress::bar("found", total.unsigned_abs());
-        loop {
-            let next = tokio::select! {
-                next = contents.next() => next,
-                () = self.stop.asked() => return Ok(false),
-            };
-            let Some(delivery) = next.map_err(|error| Failure::new(error.to_string()))? else { break };
+        mut each: impl FnMut(&Message, u32, i64) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        let Some(mut contents) = self.topics[topic].contents.take() else { return Ok(()) };
+        let bar = progress::topic_bar("found", &contents);
+        while let Some(delivery) = contents.next().await? {
             bar.inc(1);
             let Ok(message) = delivery.message else {
                 self.others += 1;
@@ -118,18 +109,18 @@ impl Topics {
                 self.others += 1;
                 continue;
             }
-            let (partition, position) = (delivery.partition.number, message.position.0);
+            let partition = delivery.partition.number;
+            let position = message.position.0;
             if let Some(lane) = &message.lane {
                 let place = (topic, partition, message.source.clone(), lane.clone());
                 self.firsts.entry(place).or_insert(position);
             }
             // Messages of events after `head` are left to the next run.
             if position <= head {
-                each(&message);
-                sides.found(&message, topic, partition, delivery.offset)?;
+                each(&message, partition, delivery.offset)?;
             }
         }
         bar.finish_and_clear();
-        Ok(true)
+        Ok(())
     }
 }

@@ -21,7 +21,7 @@ const MEMORY_BYTES: usize = 64 << 20;
 const EVENT_BYTES: usize = 200;
 
 /// What a message says about the event in the log that it came from.
-pub(super) struct Sent {
+pub(super) struct SentMessage {
     pub position: i64,
     /// The id of the message: the id of its event, or the id of a command that the event caused.
     pub id: Uuid,
@@ -34,14 +34,14 @@ pub(super) struct Sent {
 
 /// Accepts messages in any order.
 #[derive(Default)]
-pub(super) struct Sorter {
-    held: Vec<Sent>,
+pub(super) struct MessageSorter {
+    held: Vec<SentMessage>,
     bytes: usize,
     files: Vec<BufReader<File>>,
 }
 
-impl Sorter {
-    pub fn push(&mut self, sent: Sent) -> Result<(), Failure> {
+impl MessageSorter {
+    pub fn push(&mut self, sent: SentMessage) -> Result<(), Failure> {
         let texts = sent.event.as_ref().map_or(0, |event| event.data.len() + event.metadata.len() + event.stream.len());
         self.bytes += EVENT_BYTES + texts;
         self.held.push(sent);
@@ -55,7 +55,7 @@ impl Sorter {
         let mut file = BufWriter::new(tempfile::tempfile()?);
         sort(&mut self.held);
         let mut line = Vec::new();
-        for Sent { position, id, causation, event, place } in self.held.drain(..) {
+        for SentMessage { position, id, causation, event, place } in self.held.drain(..) {
             line.clear();
             writeln!(line, "{}", serde_json::to_string(&(position, id, causation, event.is_some(), place))?)?;
             if let Some(event) = event {
@@ -71,9 +71,9 @@ impl Sorter {
     }
 
     /// Returns all messages in order.
-    pub fn sorted(mut self) -> Result<Sorted, Failure> {
+    pub fn sorted(mut self) -> Result<SortedMessages, Failure> {
         sort(&mut self.held);
-        let mut sorted = Sorted { held: self.held.into_iter(), files: self.files, next: BinaryHeap::new() };
+        let mut sorted = SortedMessages { held: self.held.into_iter(), files: self.files, next: BinaryHeap::new() };
         for source in 0..=sorted.files.len() {
             sorted.advance(source)?;
         }
@@ -81,26 +81,26 @@ impl Sorter {
     }
 }
 
-fn sort(sent: &mut [Sent]) {
+fn sort(sent: &mut [SentMessage]) {
     sent.sort_by_key(|sent| (sent.position, sent.id));
 }
 
-/// Sorted messages.
-pub(super) struct Sorted {
-    held: std::vec::IntoIter<Sent>,
+/// SortedMessages messages.
+pub(super) struct SortedMessages {
+    held: std::vec::IntoIter<SentMessage>,
     files: Vec<BufReader<File>>,
-    next: BinaryHeap<Reverse<Next>>,
+    next: BinaryHeap<Reverse<NextMessage>>,
 }
 
-/// The first message of a source that [`Sorted::next`] has not yet returned.
-struct Next {
+/// The first message of a source that [`SortedMessages::next`] has not yet returned.
+struct NextMessage {
     source: usize,
-    sent: Sent,
+    sent: SentMessage,
 }
 
-impl Sorted {
-    pub fn next(&mut self) -> Result<Option<Sent>, Failure> {
-        let Some(Reverse(Next { source, sent })) = self.next.pop() else { return Ok(None) };
+impl SortedMessages {
+    pub fn next(&mut self) -> Result<Option<SentMessage>, Failure> {
+        let Some(Reverse(NextMessage { source, sent })) = self.next.pop() else { return Ok(None) };
         self.advance(source)?;
         Ok(Some(sent))
     }
@@ -110,12 +110,12 @@ impl Sorted {
             None => self.held.next(),
             Some(file) => read(&mut self.files[file])?,
         };
-        self.next.extend(sent.map(|sent| Reverse(Next { source, sent })));
+        self.next.extend(sent.map(|sent| Reverse(NextMessage { source, sent })));
         Ok(())
     }
 }
 
-fn read(file: &mut BufReader<File>) -> Result<Option<Sent>, Failure> {
+fn read(file: &mut BufReader<File>) -> Result<Option<SentMessage>, Failure> {
     let mut line = String::new();
     if file.read_line(&mut line).map_err(|error| no_room(&error))? == 0 {
         return Ok(None);
@@ -128,24 +128,24 @@ fn read(file: &mut BufReader<File>) -> Result<Option<Sent>, Failure> {
         let read: EventLine<'_> = serde_json::from_str(&line)?;
         event = Some(read.stored().map_err(Failure::new)?.into_owned());
     }
-    Ok(Some(Sent { position, id, causation, event, place }))
+    Ok(Some(SentMessage { position, id, causation, event, place }))
 }
 
-impl PartialEq for Next {
+impl PartialEq for NextMessage {
     fn eq(&self, other: &Self) -> bool {
         self.cmp(other).is_eq()
     }
 }
 
-impl Eq for Next {}
+impl Eq for NextMessage {}
 
-impl PartialOrd for Next {
+impl PartialOrd for NextMessage {
     fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
         Some(self.cmp(other))
     }
 }
 
-impl Ord for Next {
+impl Ord for NextMessage {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {
         (self.sent.position, self.sent.id).cmp(&(other.sent.position, other.sent.id))
     }
@@ -161,16 +161,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn files_and_memory_are_one_order() {
-        let mut sorter = Sorter::default();
+    fn messages_in_files_and_memory_are_sorted_together() {
+        let mut sorter = MessageSorter::default();
         for position in [5, 3, 9, 1, 7, 2, 8, 4, 6] {
-            let (id, causation, place) = (Uuid::from_u128(position as u128), Uuid::nil(), format!("offset {position}"));
-            sorter.push(Sent { position, id, causation, event: None, place }).unwrap();
+            sorter
+                .push(SentMessage {
+                    position,
+                    id: Uuid::from_u128(position as u128),
+                    causation: Uuid::nil(),
+                    event: None,
+                    place: format!("offset {position}"),
+                })
+                .unwrap();
             if position % 3 == 0 {
                 sorter.spill().unwrap();
             }
         }
-        let (mut sorted, mut positions) = (sorter.sorted().unwrap(), Vec::new());
+        let mut sorted = sorter.sorted().unwrap();
+        let mut positions = Vec::new();
         while let Some(sent) = sorted.next().unwrap() {
             assert_eq!(sent.place, format!("offset {}", sent.position));
             positions.push(sent.position);

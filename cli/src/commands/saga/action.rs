@@ -10,7 +10,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::timeline::{state, word};
 use crate::{
-    confirm::Act,
+    confirm::ActionArgs,
     failure::{Failure, Verdict},
     moment::Span,
     output::{Output, shown},
@@ -21,32 +21,37 @@ use crate::{
 const PAGE: usize = 100;
 
 #[derive(Debug, Subcommand)]
-pub(crate) enum Verb {
+pub(crate) enum SagaAction {
     /// Send the commands of the step at which the saga is stuck again.
-    Retry(Arguments),
+    Retry(SagaActionArgs),
     /// Treat the step at which the saga is stuck as done, and continue.
-    SkipStep(Arguments),
+    SkipStep(SagaActionArgs),
     /// Compensate the saga. Only up to the pivot: you vouch that the pivot did not happen.
-    Compensate(Arguments),
+    Compensate(SagaActionArgs),
     /// Leave the saga as it is, for good.
-    Abandon(Arguments),
+    Abandon(SagaActionArgs),
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct Arguments {
+pub(crate) struct SagaActionArgs {
     #[command(flatten)]
-    act: Act,
+    act: ActionArgs,
     /// How long to wait for an answer from the service that runs the saga.
     #[arg(long, value_name = "DURATION", default_value = "10s")]
     wait: Span,
 }
 
-pub(crate) async fn run(verb: Verb, stream: &StreamId, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
-    let (verb, Arguments { act, wait }) = match verb {
-        Verb::Retry(arguments) => (saga::Verb::Retry, arguments),
-        Verb::SkipStep(arguments) => (saga::Verb::SkipStep, arguments),
-        Verb::Compensate(arguments) => (saga::Verb::Compensate, arguments),
-        Verb::Abandon(arguments) => (saga::Verb::Abandon, arguments),
+pub(crate) async fn run(
+    verb: SagaAction,
+    stream: &StreamId,
+    store: &Store,
+    output: &mut Output,
+) -> Result<Verdict, Failure> {
+    let (verb, SagaActionArgs { act, wait }) = match verb {
+        SagaAction::Retry(arguments) => (saga::Verb::Retry, arguments),
+        SagaAction::SkipStep(arguments) => (saga::Verb::SkipStep, arguments),
+        SagaAction::Compensate(arguments) => (saga::Verb::Compensate, arguments),
+        SagaAction::Abandon(arguments) => (saga::Verb::Abandon, arguments),
     };
     let operator = Operator::new(store.port(), &act.by()?);
     if verb != saga::Verb::Retry {
@@ -77,7 +82,7 @@ async fn answer(store: &Store, stream: &StreamId, after: Version) -> Result<Saga
     loop {
         let head = events.status().await?.head;
         for event in events.read_stream(stream, after, PAGE).await? {
-            let decoded = event.decode::<SagaEvent>().map_err(|error| Failure::new(error.to_string()))?;
+            let decoded = event.decode::<SagaEvent>()?;
             if let Some(answer @ (SagaEvent::Operated { .. } | SagaEvent::Declined { .. })) = decoded {
                 return Ok(answer);
             }

@@ -3,18 +3,18 @@
 
 use clap::{ArgMatches, parser::ValueSource};
 
-use crate::arguments::Common;
+use crate::common::CommonArgs;
 
 /// The first and the last words of every such command line.
 #[derive(Clone)]
-pub(crate) struct Again {
+pub(crate) struct ResumeCommand {
     name: &'static str,
     /// The common options from the command line. Options from the environment need no copy, since they stay set there.
     typed: Vec<String>,
 }
 
-impl Again {
-    pub fn of(name: &'static str, matches: &ArgMatches, common: &Common) -> Self {
+impl ResumeCommand {
+    pub fn of(name: &'static str, matches: &ArgMatches, common: &CommonArgs) -> Self {
         let is_typed = |option: &str| matches.value_source(option) == Some(ValueSource::CommandLine);
         let mut typed = Vec::new();
         if let Some(url) = common.store.as_ref().filter(|_| is_typed("store")) {

@@ -11,12 +11,12 @@ use futures::{StreamExt, stream::BoxStream};
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::{found::Found, owing::Owing, sorted::Sent};
+use super::{found::Found, owed::OwedAnswers, sorter::SentMessage};
 use crate::{
-    commands::verify::stream_key,
     failure::Failure,
     output::{Output, shown},
-    store::Store,
+    store::{Store, restore},
+    stream_key::stream_key,
 };
 
 /// Events and bytes written in one commit.
@@ -48,20 +48,21 @@ struct Lost<'a> {
     what: &'a str,
 }
 
-pub(super) struct Taking<'a> {
+/// Writes events from the topics into the log again.
+pub(super) struct Restorer<'a> {
     archive: Arc<dyn Archive>,
     log: Log,
     /// The last position that the restored database held.
     restored_to: i64,
     /// `false` for a dry run, which only reads.
-    writes: bool,
+    pub writes: bool,
     output: &'a mut Output,
     pub counts: Counts,
     /// The last version of each stream with an event that was taken back, or `None` if an event of the stream is
     /// missing.
     streams: HashMap<u128, Option<i64>>,
     /// The answers whose work the services do again.
-    pub owing: Owing,
+    pub owed: OwedAnswers,
     part: Vec<Stored<'static>>,
     bytes: usize,
     /// The first position at which the log does not hold the event that was sent from that position.
@@ -71,7 +72,7 @@ pub(super) struct Taking<'a> {
     last_step: i64,
 }
 
-impl<'a> Taking<'a> {
+impl<'a> Restorer<'a> {
     pub async fn new(
         store: &Store,
         head: i64,
@@ -89,7 +90,7 @@ impl<'a> Taking<'a> {
             output,
             counts: Counts::default(),
             streams: HashMap::new(),
-            owing: Owing::default(),
+            owed: OwedAnswers::default(),
             part: Vec::new(),
             bytes: 0,
             first_other: None,
@@ -110,7 +111,7 @@ impl<'a> Taking<'a> {
         self.write().await
     }
 
-    async fn take(&mut self, sent: Sent, found: &Found) -> Result<(), Failure> {
+    async fn take(&mut self, sent: SentMessage, found: &Found) -> Result<(), Failure> {
         if self.last == Some((sent.position, sent.id)) {
             return Ok(());
         }
@@ -118,7 +119,7 @@ impl<'a> Taking<'a> {
         self.last = Some((sent.position, sent.id));
         let held = self.log.at(sent.position).await?;
         let is_held = held.is_some_and(|id| id == sent.id || id == sent.causation);
-        let Sent { position, event, place, .. } = sent;
+        let SentMessage { position, event, place, .. } = sent;
         if is_held {
             // An earlier, interrupted run of this recovery has taken the event back, but had not yet recorded the work
             // to do again.
@@ -166,8 +167,8 @@ impl<'a> Taking<'a> {
     /// If events of the same commit as an answer may be lost, notes that the work of that answer must be done again.
     fn owe(&mut self, event: &Stored<'_>, found: &Found) {
         if event.stream.starts_with("step.") {
-            self.owing.note(event, found.is_whole(event, self.restored_to));
-            self.counts.done_again = self.owing.len() as u64;
+            self.owed.note(event, found.is_whole(event, self.restored_to));
+            self.counts.done_again = self.owed.len() as u64;
         }
     }
 
@@ -189,10 +190,7 @@ impl<'a> Taking<'a> {
         if !self.writes || events.is_empty() {
             return Ok(());
         }
-        let restored = self.archive.restore(Contents { events, documents: Vec::new() }).await;
-        restored.map_err(|error| {
-            Failure::new(format!("the store did not take it: {error}. Does something else write to it?"))
-        })
+        restore(&*self.archive, Contents { events, documents: Vec::new() }).await
     }
 
     pub fn lost(&mut self, place: &str, what: &str) -> Result<(), Failure> {

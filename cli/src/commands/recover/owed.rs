@@ -16,17 +16,17 @@ use annals::{
 use annals_kafka::KafkaBus;
 use serde_json::Value;
 
-use super::one;
-use crate::{failure::Failure, progress};
+use super::checkpoint::checkpoint;
+use crate::{failure::Failure, progress, store::restore};
 
 /// Documents written in one commit.
 const PART: usize = 1_000;
 
 /// The answers whose work must be done again, each with its position.
 #[derive(Default)]
-pub(super) struct Owing(BTreeMap<StepKey, (Position, Reply)>);
+pub(super) struct OwedAnswers(BTreeMap<StepKey, (Position, Reply)>);
 
-impl Owing {
+impl OwedAnswers {
     /// Notes an answer and whether everything that was committed with it is known to be in the log.
     pub fn note(&mut self, event: &Stored<'_>, is_whole: bool) {
         let Some((key, reply)) = StepKey::answered(event) else { return };
@@ -51,7 +51,7 @@ impl Owing {
         archive: &Arc<dyn Archive>,
         bus: &KafkaBus,
     ) -> Result<Vec<String>, Failure> {
-        let (mut owed, mut documents) = (BTreeMap::new(), Vec::new());
+        let mut owed = BTreeMap::new();
         // A command that was parked before the backup lies before the offset that the service reads on from.
         for from_the_beginning in [false, true] {
             for service in services {
@@ -60,13 +60,10 @@ impl Owing {
                 }
             }
         }
-        for ((service, _), owed) in owed {
-            documents.push(owed.document(service));
-            if documents.len() >= PART {
-                super::put(archive, Contents { events: Vec::new(), documents: std::mem::take(&mut documents) }).await?;
-            }
+        let documents: Vec<_> = owed.into_iter().map(|((service, _), owed)| owed.document(service)).collect();
+        for part in documents.chunks(PART) {
+            restore(&**archive, Contents { events: Vec::new(), documents: part.to_vec() }).await?;
         }
-        super::put(archive, Contents { events: Vec::new(), documents }).await?;
         let gone = |StepKey { stream, at, call }| format!("{stream}, {at}, call {call}");
         Ok(self.0.into_keys().map(gone).collect())
     }
@@ -80,19 +77,19 @@ impl Owing {
         bus: &KafkaBus,
         owed: &mut BTreeMap<(&'a str, Position), Owed>,
     ) -> Result<(), Failure> {
-        let failed = |error: annals::BusError| Failure::new(error.to_string());
         let topic = format!("{service}.commands");
         let mut since = Ends::default();
         let mut number = 0;
-        while !from_the_beginning && let Some(document) = one(archive, &format!("{topic}/{topic}/{number}")).await? {
-            let checkpoint: Value = serde_json::from_str(&document.body)?;
-            since.set(&topic, number, checkpoint["next"].as_i64().unwrap_or(0));
+        while !from_the_beginning
+            && let Some(document) = checkpoint(archive, &format!("{topic}/{topic}/{number}")).await?
+        {
+            let found: Value = serde_json::from_str(&document.body)?;
+            since.set(&topic, number, found["next"].as_i64().unwrap_or(0));
             number += 1;
         }
-        let Some(mut contents) = bus.contents_since(&topic, &since).await.map_err(failed)? else { return Ok(()) };
-        let total: i64 = contents.partitions().iter().map(|range| range.end - range.start).sum();
-        let bar = progress::bar("look up", total.unsigned_abs());
-        while let Some(delivery) = contents.next().await.map_err(failed)? {
+        let Some(mut contents) = bus.contents_since(&topic, &since).await? else { return Ok(()) };
+        let bar = progress::topic_bar("look up", &contents);
+        while let Some(delivery) = contents.next().await? {
             bar.inc(1);
             let Ok(message) = delivery.message else { continue };
             let Some(key) = StepKey::asked(service, &message) else { continue };

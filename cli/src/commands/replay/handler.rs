@@ -6,7 +6,7 @@ use annals::{EventStore, Handler, Message, Recorded, Request, Transaction};
 
 use crate::{domain::Domain, failure::Failure, store::Store};
 
-pub(super) struct Rerun {
+pub(super) struct HandlerTarget {
     name: Arc<str>,
     handler: Arc<dyn Handler>,
     store: Arc<dyn EventStore>,
@@ -14,7 +14,7 @@ pub(super) struct Rerun {
     pub under_way: Option<i64>,
 }
 
-impl Rerun {
+impl HandlerTarget {
     pub fn of(name: &str, domain: &Domain, store: &Store) -> Result<Self, Failure> {
         let handler = domain.handler(name)?;
         Ok(Self { name: name.into(), handler, store: store.port(), under_way: None })
