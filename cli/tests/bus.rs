@@ -64,7 +64,7 @@ async fn seen(store: &dyn EventStore) -> Vec<(String, String)> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_topic_gets_what_the_relay_sent_and_consumers_know_what_they_had() {
+async fn replay_to_topic_sends_relay_messages_and_consumers_skip_duplicates() {
     let (place, broker) = (Place::empty(), Broker::start());
     let kafka = format!("kafka://{}", broker.address());
     let store = SqliteStore::open(place.file("travel.db")).await.unwrap();
@@ -164,7 +164,7 @@ fn positions(records: &[Record]) -> Vec<i64> {
 
 #[cfg(unix)]
 #[tokio::test(flavor = "multi_thread")]
-async fn ctrl_c_stops_at_what_the_brokers_have_and_the_printed_command_goes_on_there() {
+async fn ctrl_c_stops_replay_at_acknowledged_messages_and_printed_command_continues() {
     const MANY: i64 = 5_000;
     let place = Place::empty();
     let path = things(&place, MANY).await;
@@ -198,7 +198,7 @@ async fn ctrl_c_stops_at_what_the_brokers_have_and_the_printed_command_goes_on_t
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_broker_that_is_killed_meanwhile_costs_time_and_no_message() {
+async fn killed_broker_delays_replay_and_loses_no_message() {
     const MANY: i64 = 60_000;
     let (place, mut broker) = (Place::empty(), Broker::start());
     let path = things(&place, MANY).await;
@@ -223,7 +223,7 @@ async fn a_broker_that_is_killed_meanwhile_costs_time_and_no_message() {
 
 #[cfg(unix)]
 #[tokio::test(flavor = "multi_thread")]
-async fn ctrl_c_while_the_broker_is_away_goes_back_to_what_it_had() {
+async fn ctrl_c_during_broker_outage_continues_at_last_acknowledged_message() {
     const MANY: i64 = 150_000;
     let (place, mut broker) = (Place::empty(), Broker::start());
     let path = things(&place, MANY).await;
@@ -276,7 +276,7 @@ async fn messages(path: &std::path::Path, service: &str) -> Vec<Outgoing> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn topics_of_a_service_at_work_are_as_the_log_says() {
+async fn verify_accepts_topics_of_a_relay_and_finds_a_changed_command() {
     let (place, broker) = (Place::empty(), Broker::start());
     let kafka = format!("kafka://{}", broker.address());
     let store = SqliteStore::open(place.file("travel.db")).await.unwrap();
@@ -316,7 +316,7 @@ async fn topics_of_a_service_at_work_are_as_the_log_says() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_missing_added_changed_or_out_of_order_is_one_line_each() {
+async fn verify_reports_each_missing_added_changed_or_reordered_message() {
     let (place, service) = (Place::empty(), format!("s{}", Uuid::new_v4().simple()));
     let path = things(&place, 6).await;
     relayed(&path, &service, 6).await;
@@ -367,7 +367,7 @@ async fn what_is_missing_added_changed_or_out_of_order_is_one_line_each() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_retention_has_removed_is_counted_and_no_fault() {
+async fn verify_counts_messages_removed_by_retention() {
     let (place, service) = (Place::empty(), format!("s{}", Uuid::new_v4().simple()));
     let path = things(&place, 6).await;
     relayed(&path, &service, 6).await;
@@ -396,7 +396,7 @@ async fn what_retention_has_removed_is_counted_and_no_fault() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_compaction_has_removed_is_one_fault_of_the_topic() {
+async fn verify_reports_a_compacted_topic_as_one_fault() {
     let (place, service) = (Place::empty(), format!("s{}", Uuid::new_v4().simple()));
     let path = things(&place, 6).await;
     relayed(&path, &service, 6).await;
@@ -417,7 +417,7 @@ async fn what_compaction_has_removed_is_one_fault_of_the_topic() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_postgresql_store_is_replayed_to_a_topic_and_held_against_it() {
+async fn postgresql_store_is_replayed_to_a_topic_and_compared_with_the_topic() {
     let (schema, broker) = (format!("cli_{}", Uuid::new_v4().simple()), Broker::start());
     let database = std::env::var("DATABASE_URL").expect("DATABASE_URL is not set: run the tests by ./test");
     let kafka = format!("kafka://{}", broker.address());

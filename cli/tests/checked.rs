@@ -20,7 +20,7 @@ enum NewTripEvent {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_build_is_held_against_what_was_recorded() {
+async fn check_history_reports_changed_events_and_sagas() {
     let place = Place::with_trips().await;
     let file = place.file("trips.ndjson").to_str().unwrap().to_owned();
     place.annals(&["export", &file]).fine();

@@ -74,7 +74,7 @@ async fn sql(schema: &str, sql: &str) -> Vec<(String, String)> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn only_a_handler_that_says_so_sees_events_again() {
+async fn replay_calls_only_handlers_registered_as_replayable() {
     let place = Place::with_trips().await;
     let store = url(&place.file("travel.db"));
     let replay = ["replay", "--category", "trip", "--handler", "calls", "--store", &store];

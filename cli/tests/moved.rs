@@ -83,7 +83,7 @@ async fn many(place: &Place) -> std::path::PathBuf {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_store_comes_back_as_it_was_compressed_or_not() {
+async fn export_and_import_keep_every_event_and_document() {
     let place = Place::with_trips().await;
     let original = contents(&place.file("travel.db")).await;
     for name in ["plain.ndjson", "packed.ndjson.zst"] {
@@ -116,7 +116,7 @@ async fn a_store_comes_back_as_it_was_compressed_or_not() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_broken_off_goes_on_wherever_it_was() {
+async fn interrupted_export_and_import_resume_from_any_point() {
     let place = Place::empty();
     let source = many(&place).await;
     let original = contents(&source).await;
@@ -149,7 +149,7 @@ async fn what_is_broken_off_goes_on_wherever_it_was() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_changed_byte_is_found_before_anything_of_its_section_is_written() {
+async fn import_writes_nothing_of_a_changed_section() {
     let place = Place::empty();
     let source = many(&place).await;
     let file = place.file("many.ndjson");
@@ -180,7 +180,7 @@ async fn a_changed_byte_is_found_before_anything_of_its_section_is_written() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_range_is_replayed_to_a_file_or_counted() {
+async fn replay_writes_a_range_to_a_file_or_counts_events() {
     let place = Place::with_trips().await;
     let lines = |words: &[&str]| place.annals(words).fine().lines().count();
     assert_eq!(lines(&["replay", "--category", "trip"]), 5);
@@ -203,7 +203,7 @@ async fn a_range_is_replayed_to_a_file_or_counted() {
 
 #[cfg(unix)]
 #[tokio::test(flavor = "multi_thread")]
-async fn ctrl_c_stops_a_replay_at_an_event_and_it_goes_on_from_there() {
+async fn ctrl_c_stops_replay_to_a_file_and_printed_command_continues() {
     let place = Place::empty();
     let source = many(&place).await;
     let file = place.file("slow.ndjson");
@@ -277,7 +277,7 @@ async fn finished_streams_are_archived_and_read_from_the_file() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_archive_that_was_broken_off_goes_on_with_the_streams_it_was_begun_with() {
+async fn interrupted_archive_resumes_with_the_same_streams() {
     let place = Place::empty();
     let source = many(&place).await;
     let store = SqliteStore::open(&source).await.unwrap();
@@ -323,7 +323,7 @@ async fn an_archive_that_was_broken_off_goes_on_with_the_streams_it_was_begun_wi
 /// The printed command to continue is complete: it contains the store that was given on the command line.
 #[cfg(unix)]
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_printed_to_go_on_names_the_store_that_was_typed() {
+async fn printed_command_to_continue_names_the_store() {
     let place = Place::empty();
     let source = many(&place).await;
     let file = place.file("it's slow.ndjson");
@@ -352,7 +352,7 @@ async fn what_is_printed_to_go_on_names_the_store_that_was_typed() {
 
 #[cfg(unix)]
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replay_to_a_disk_that_is_full_leaves_whole_lines_and_goes_on() {
+async fn replay_to_a_full_disk_leaves_whole_lines_and_resumes() {
     let place = Place::empty();
     let source = many(&place).await;
     let file = place.file("full.ndjson");

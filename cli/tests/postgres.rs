@@ -56,7 +56,7 @@ impl Schema {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_schema_is_created_when_that_is_asked_for_and_looked_at() {
+async fn only_migrate_creates_a_schema_and_every_command_reads_its_store() {
     let schema = Schema::new();
     let missing = schema.annals(&["streams"]).refused();
     assert!(missing.contains(&format!("schema {} of postgres", schema.0)), "{missing}");
@@ -89,7 +89,7 @@ async fn a_schema_is_created_when_that_is_asked_for_and_looked_at() {
 }
 
 #[tokio::test]
-async fn a_database_that_refuses_is_told_apart_from_one_that_is_away() {
+async fn failed_login_differs_from_unreachable_database() {
     let url = Schema::url();
     let (before, host) =
         url.split_once("://").map(|(scheme, rest)| (scheme, rest.rsplit('@').next().unwrap())).unwrap();
@@ -99,7 +99,7 @@ async fn a_database_that_refuses_is_told_apart_from_one_that_is_away() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_store_moves_from_sqlite_to_postgresql_and_back() {
+async fn store_moves_from_sqlite_to_postgresql_and_back() {
     let (place, schema) = (travel::Place::with_trips().await, Schema::new());
     let export = |name: &str| place.file(name).to_str().unwrap().to_owned();
     place.annals(&["export", &export("first.ndjson.zst")]).fine();
@@ -141,7 +141,7 @@ async fn a_store_moves_from_sqlite_to_postgresql_and_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_superuser_did_to_a_sealed_log_is_found() {
+async fn verify_finds_changes_of_a_superuser_to_a_sealed_log() {
     let schema = Schema::new();
     let store = schema.store().await;
     travel(Arc::new(store.clone()), &TRIPS).await;
@@ -212,7 +212,7 @@ async fn what_a_superuser_did_to_a_sealed_log_is_found() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_operator_repairs_and_writes_nothing_else() {
+async fn operator_role_suffices_for_repairs() {
     let schema = Schema::new();
     let store = schema.store().await;
     travel(Arc::new(store.clone()), &TRIPS).await;
@@ -252,7 +252,7 @@ async fn order(database: &str, trip: &str) {
 
 #[cfg(unix)]
 #[tokio::test(flavor = "multi_thread")]
-async fn a_tail_goes_on_after_the_server_was_away() {
+async fn tail_continues_after_a_server_outage() {
     use std::io::{BufRead, BufReader};
 
     let mut server = server::Server::start().await;
@@ -280,7 +280,7 @@ async fn a_tail_goes_on_after_the_server_was_away() {
 
 #[cfg(unix)]
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_asked_for_wrongly_is_told_without_the_password() {
+async fn errors_name_the_reason_without_the_password() {
     let server = server::Server::start().await;
     let mut connection = PgConnection::connect(&server.url()).await.unwrap();
     let hba: String = sqlx::query_scalar("SHOW hba_file").fetch_one(&mut connection).await.unwrap();

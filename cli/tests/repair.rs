@@ -11,7 +11,7 @@ use uuid::Uuid;
 use travel::{Brochure, Place, Trip, TripEvent, agency, sagas, until};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn parked_messages_are_shown_tried_again_and_dropped() {
+async fn dead_letters_are_listed_shown_and_redriven() {
     let place = Place::with_trips().await;
     let list = place.annals(&["dead-letters", "--json"]);
     assert_eq!(list.code, 1, "parked messages are a fault");
@@ -60,7 +60,7 @@ async fn parked_messages_are_shown_tried_again_and_dropped() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_dropped_stays_in_the_log() {
+async fn dropped_dead_letter_stays_in_the_log() {
     let place = Place::with_trips().await;
     let drop = ["dead-letters", "drop", "brochure", "trip-odd-1", "--reason", "a test order", "--yes"];
     assert!(place.annals(&drop).fine().starts_with("trip-odd-1: dropped"));
@@ -71,7 +71,7 @@ async fn what_is_dropped_stays_in_the_log() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stuck_saga_does_as_it_is_told_by_whoever_runs_it() {
+async fn running_service_carries_out_actions_on_a_stuck_saga() {
     let place = Place::with_trips().await;
     let refused = place.annals(&["saga", "fine-1", "retry", "--reason", "r"]).refused();
     assert!(refused.contains("saga fine-1 has ended"), "{refused}");
@@ -99,7 +99,7 @@ async fn a_stuck_saga_does_as_it_is_told_by_whoever_runs_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_asked_of_a_saga_waits_for_its_service() {
+async fn action_on_a_saga_waits_until_the_service_runs() {
     let place = Place::with_trips().await;
     let abandon = ["saga", "lost-1", "abandon", "--reason", "they have moved", "--yes", "--wait", "0s"];
     assert!(place.annals(&abandon).fine().contains("asked for; the service that runs it carries it out when it is up"));
@@ -112,7 +112,7 @@ async fn what_is_asked_of_a_saga_waits_for_its_service() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_subscription_is_paused_resumed_and_reset() {
+async fn subscription_is_paused_resumed_and_reset() {
     let place = Place::with_trips().await;
     let lag = || {
         let rows = place.annals(&["subscriptions", "--sample", "0s", "--json"]).json();
@@ -150,7 +150,7 @@ async fn a_subscription_is_paused_resumed_and_reset() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_group_consumes_is_held_up_elsewhere_and_tried_again_here() {
+async fn group_of_topics_is_redriven_but_not_paused_or_reset() {
     let place = Place::empty();
     let store: Arc<dyn EventStore> = Arc::new(place.open().await);
     let run = async |repaired: bool| {
@@ -192,7 +192,7 @@ async fn what_a_group_consumes_is_held_up_elsewhere_and_tried_again_here() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn at_a_terminal_a_person_is_asked() {
+async fn terminal_asks_for_confirmation() {
     let place = Place::with_trips().await;
     let annals = env!("CARGO_BIN_EXE_annals");
     let store = travel::url(&place.file("travel.db"));

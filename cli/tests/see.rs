@@ -17,10 +17,8 @@ use uuid::Uuid;
 use travel::{Place, TRIPS, Trip, TripEvent, command, ended, url};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_store_is_looked_at_from_all_sides() {
+async fn streams_are_listed_by_category_size_and_age() {
     let place = Place::with_trips().await;
-
-    // streams
     let streams = place.annals(&["streams", "--category", "trip", "--json"]).json();
     let names: Vec<_> = streams.iter().map(|stream| stream["stream"].as_str().unwrap()).collect();
     assert_eq!(names, TRIPS.map(|trip| format!("trip-{trip}")));
@@ -33,8 +31,11 @@ async fn a_store_is_looked_at_from_all_sides() {
     let limited = place.annals(&["streams", "--limit", "2"]);
     assert_eq!((limited.code, limited.out.lines().count()), (0, 3));
     assert!(limited.err.contains("and more"));
+}
 
-    // read
+#[tokio::test(flavor = "multi_thread")]
+async fn read_shows_a_range_of_versions_and_reports_a_missing_stream() {
+    let place = Place::with_trips().await;
     let event = &place.annals(&["read", "trip-fine-1", "--json"]).json()[0];
     assert_eq!((&event["type"], &event["version"]), (&Value::from("trip.ordered"), &Value::from(1)));
     assert_eq!(event["data"], serde_json::json!({"trip_id": "fine-1", "price": 100}));
@@ -45,23 +46,32 @@ async fn a_store_is_looked_at_from_all_sides() {
     assert_eq!(place.annals(&["read", "trip-fine-1", "--at", "1h"]).fine(), "", "an hour ago there was nothing");
     let missing = place.annals(&["read", "trip-nowhere"]).refused();
     assert!(missing.contains("there is no stream trip-nowhere; `streams --category trip`"), "{missing}");
+}
 
-    // subscriptions
+#[tokio::test(flavor = "multi_thread")]
+async fn subscriptions_show_lane_lag_and_parked_messages() {
+    let place = Place::with_trips().await;
     let followers = place.annals(&["subscriptions", "--sample", "0s", "--json"]).json();
     let brochure = followers.iter().find(|follower| follower["subscription"] == "brochure").unwrap();
     assert_eq!((&brochure["lag"], &brochure["lane"]), (&Value::from(0), &Value::from("0")));
     assert_eq!(brochure["waits_for"], "1 parked: see dead-letters");
     assert!(followers.iter().any(|follower| follower["lane"] == "agency.commands/0" && follower["lag"].is_null()));
+}
 
-    // sagas
+#[tokio::test(flavor = "multi_thread")]
+async fn sagas_are_listed_by_status() {
+    let place = Place::with_trips().await;
     let stuck = place.annals(&["sagas", "--status", "stuck", "--json"]).json();
     assert_eq!(stuck.len(), 1, "{stuck:?}");
     assert_eq!((&stuck[0]["saga_id"], &stuck[0]["step"]), (&Value::from("lost-1"), &Value::from("announce guest")));
     let others = place.annals(&["sagas", "--status", "completed,compensated", "--json"]).json();
     assert_eq!(others.len(), 4);
     assert!(place.annals(&["sagas", "--saga", "nothing", "--json"]).json().is_empty());
+}
 
-    // saga
+#[tokio::test(flavor = "multi_thread")]
+async fn saga_shows_history_and_diagram() {
+    let place = Place::with_trips().await;
     let text = place.annals(&["saga", "poor-1"]).fine();
     for line in [
         "saga.journey-poor-1  compensated",
@@ -95,8 +105,11 @@ async fn a_store_is_looked_at_from_all_sides() {
     let places: Vec<_> = drawn.iter().map(|part| picture.find(part)).collect();
     assert!(places.iter().all(Option::is_some) && places.is_sorted(), "{places:?}: {picture}");
     assert!(place.annals(&["saga", "nobody"]).refused().contains("known are sagas of: journey"));
+}
 
-    // trace
+#[tokio::test(flavor = "multi_thread")]
+async fn trace_shows_each_effect_below_its_cause() {
+    let place = Place::with_trips().await;
     let nodes = place.annals(&["trace", "trip-poor-1", "--json"]).json();
     let correlation = place.annals(&["read", "trip-poor-1", "--json"]).json()[0]["metadata"]["correlation_id"].clone();
     let by_id = place.annals(&["trace", correlation.as_str().unwrap(), "--json"]).json();
@@ -114,7 +127,7 @@ async fn a_store_is_looked_at_from_all_sides() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_tail_shows_what_is_recorded_while_it_looks() {
+async fn tail_shows_old_and_new_events() {
     let place = Place::with_trips().await;
     let old = place.annals(&["tail", "--from", "0", "--type", "trip.ordered", "--count", "5", "--json"]).json();
     assert_eq!(old.len(), 5);
@@ -137,7 +150,7 @@ async fn a_tail_shows_what_is_recorded_while_it_looks() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn names_of_any_kind_are_shown_on_a_line_and_found_again() {
+async fn unusual_stream_names_are_printed_on_one_line_and_read_back() {
     let place = Place::with_trips().await;
     let store = std::sync::Arc::new(place.open().await);
     let trips = Repository::<Trip>::new(store.clone());
@@ -164,7 +177,7 @@ async fn names_of_any_kind_are_shown_on_a_line_and_found_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_created_and_what_is_not_ours_is_told() {
+async fn reading_creates_no_store_and_rejects_foreign_files() {
     let place = Place::empty();
     let missing = place.annals(&["streams"]).refused();
     assert!(missing.contains("there is no such store; `migrate` creates one"), "{missing}");
@@ -190,7 +203,7 @@ async fn nothing_is_created_and_what_is_not_ours_is_told() {
 }
 
 #[test]
-fn the_command_line_is_explained_and_repeats_no_password() {
+fn usage_errors_and_help_show_no_password() {
     for (words, said) in [
         (&["streams"][..], "which store? Name it with --store URL, or in the variable ANNALS_STORE"),
         (&["streams", "--store", "postgre://u:secret@h/d"], "no store has the scheme"),
@@ -221,7 +234,7 @@ fn the_command_line_is_explained_and_repeats_no_password() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_reader_that_goes_away_is_no_error() {
+async fn closed_output_is_no_error() {
     let place = Place::with_trips().await;
     let mut command = place.command(&["tail", "--from", "0", "--json"]);
     let mut tail = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
@@ -262,7 +275,7 @@ fn server_that_takes_no_password() -> u16 {
 }
 
 #[test]
-fn a_wrong_password_is_told_and_not_shown() {
+fn wrong_password_is_reported_and_not_shown() {
     let url = format!("postgres://shop:secret@127.0.0.1:{}/shop?sslmode=disable", server_that_takes_no_password());
     let refused = ended(command(&["streams", "--store", &url])).refused();
     assert!(
@@ -273,7 +286,7 @@ fn a_wrong_password_is_told_and_not_shown() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_terminal_that_is_too_narrow_for_a_table_gets_a_cell_a_line() {
+async fn narrow_terminal_shows_one_cell_per_line() {
     let place = Place::with_trips().await;
     let annals = env!("CARGO_BIN_EXE_annals");
     let mut script = std::process::Command::new("script");

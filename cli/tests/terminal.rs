@@ -59,7 +59,7 @@ fn stopped(store: &Path, words: &[&str], columns: u16) -> (Vec<String>, String) 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_bar_moves_while_a_store_is_verified_and_ctrl_c_ends_it() {
+async fn verify_shows_a_progress_bar_and_stops_on_ctrl_c() {
     let place = Place::empty();
     let store = many(&place).await;
     let mut stopped = terminal(&store, &["verify"], 120);
@@ -78,7 +78,7 @@ async fn a_bar_moves_while_a_store_is_verified_and_ctrl_c_ends_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_saga_is_told_whole_in_a_narrow_terminal() {
+async fn narrow_terminal_shows_the_whole_history_of_a_saga() {
     let place = Place::with_trips().await;
     let told = |columns: u16| {
         let (code, printed) = terminal(&place.file("travel.db"), &["saga", "poor-1"], columns).ended();
@@ -97,7 +97,7 @@ async fn a_saga_is_told_whole_in_a_narrow_terminal() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_bar_moves_ctrl_c_stops_at_a_good_place_and_it_goes_on() {
+async fn export_import_archive_and_replay_resume_after_ctrl_c() {
     let place = Place::empty();
     let store = many(&place).await;
     let file = place.file("many.ndjson.zst");
@@ -137,7 +137,7 @@ async fn a_bar_moves_ctrl_c_stops_at_a_good_place_and_it_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_narrow_terminal_is_not_written_over_its_edge() {
+async fn output_fits_a_narrow_terminal() {
     const COLUMNS: u16 = 40;
     let place = Place::with_trips().await;
     let (code, printed) = terminal(&place.file("travel.db"), &["sagas"], COLUMNS).ended();
@@ -158,7 +158,7 @@ async fn a_narrow_terminal_is_not_written_over_its_edge() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_drawn_where_nobody_looks() {
+async fn redirected_output_has_no_progress_bar() {
     let place = Place::empty();
     let store = many(&place).await;
     let file = |name: &str| place.file(name).to_str().unwrap().to_owned();
@@ -180,7 +180,7 @@ async fn nothing_is_drawn_where_nobody_looks() {
 }
 
 #[test]
-fn what_cannot_be_opened_is_told_without_its_password() {
+fn unopened_store_is_named_without_its_password() {
     let folder = tempfile::tempdir().unwrap();
     let store = folder.path().join("nowhere.db");
     let (code, printed) = terminal(&store, &["streams"], 80).ended();

@@ -43,7 +43,7 @@ fn faults(store: &Path, words: &[&str]) -> Vec<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_store_that_is_as_it_should_be_has_no_fault() {
+async fn sound_store_has_no_fault() {
     let place = Place::with_trips().await;
     let text = verify(&place.file("travel.db"), &[]).fine();
     assert!(text.ends_with(" documents verified: 0 faults\n"), "{text}");
@@ -51,7 +51,7 @@ async fn a_store_that_is_as_it_should_be_has_no_fault() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_no_seal_is_needed_for_is_found() {
+async fn verify_finds_faults_without_seals() {
     let place = Place::with_trips().await;
     for (name, sql, expected) in [
         (
@@ -130,21 +130,33 @@ async fn what_no_seal_is_needed_for_is_found() {
     );
 }
 
+/// Seals the whole store. Returns the hash of the last seal, and the last position.
+fn sealed(place: &Place) -> (String, i64) {
+    let sealed = verify(&place.file("travel.db"), &["--seal", "--json"]).json().remove(0);
+    let until = sealed["sealed_until"].as_i64().unwrap();
+    assert_eq!(until, sealed["events"].as_i64().unwrap());
+    (sealed["seal"].as_str().unwrap().to_owned(), until)
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_sealed_cannot_be_changed_unseen() {
+async fn a_second_seal_without_new_events_changes_nothing() {
     let place = Place::with_trips().await;
     let travel = place.file("travel.db");
-    let sealed = verify(&travel, &["--seal", "--json"]).json().remove(0);
-    let (hash, until) = (sealed["seal"].as_str().unwrap().to_owned(), sealed["sealed_until"].as_i64().unwrap());
-    assert_eq!(until, sealed["events"].as_i64().unwrap());
+    let (hash, _) = sealed(&place);
     verify(&travel, &["--expect", &hash]).fine();
     assert_eq!(
         verify(&travel, &["--seal", "--json"]).json()[0]["seal"],
         hash.as_str(),
         "there was nothing new to seal"
     );
+}
 
-    let (second, last) = (place_of(&place, 2).await, place_of(&place, until).await);
+#[tokio::test(flavor = "multi_thread")]
+async fn verify_finds_changes_to_sealed_events() {
+    let place = Place::with_trips().await;
+    let (_, until) = sealed(&place);
+    let second = place_of(&place, 2).await;
+    let last = place_of(&place, until).await;
     let before = place_of(&place, until - 1).await;
     for (name, sql, expected) in [
         (
@@ -196,6 +208,23 @@ async fn what_was_sealed_cannot_be_changed_unseen() {
             "position 6 (".to_owned(),
         ),
         (
+            "stream",
+            "DELETE FROM documents WHERE id LIKE '%poor-1'; DELETE FROM events WHERE stream_id LIKE '%-poor-1'",
+            ": the event that was sealed is gone".to_owned(),
+        ),
+    ] {
+        let store = tampered(&place, name, sql).await;
+        let found = faults(&store, &[]);
+        assert!(found.iter().any(|fault| fault.contains(&expected)), "{name}: {found:#?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn verify_finds_changes_to_seals() {
+    let place = Place::with_trips().await;
+    let (hash, until) = sealed(&place);
+    for (name, sql, expected) in [
+        (
             "chains",
             "UPDATE documents SET body = json_set(body, '$.hash', 'ab') WHERE collection = 'seal.streams'",
             format!("streams up to position {until}: the chains of their hashes are not those that were sealed"),
@@ -204,11 +233,6 @@ async fn what_was_sealed_cannot_be_changed_unseen() {
             "no chains",
             "DELETE FROM documents WHERE collection = 'seal.streams'",
             "document seal.streams/chains: it is gone".to_owned(),
-        ),
-        (
-            "stream",
-            "DELETE FROM documents WHERE id LIKE '%poor-1'; DELETE FROM events WHERE stream_id LIKE '%-poor-1'",
-            ": the event that was sealed is gone".to_owned(),
         ),
         (
             "seal",
@@ -236,7 +260,7 @@ async fn place_of(place: &Place, position: i64) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn seals_follow_one_another_as_the_log_grows() {
+async fn each_seal_follows_the_previous_seal() {
     let place = Place::with_trips().await;
     let first = verify(&place.file("travel.db"), &["--seal", "--json"]).json().remove(0);
     let store = place.open().await;
@@ -273,7 +297,7 @@ async fn seals_follow_one_another_as_the_log_grows() {
 
 /// Tests a reader that closes the pipe early, as in `annals verify | head`. The exit code still reports the fault.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_reader_that_goes_away_does_not_make_a_fault_go_away() {
+async fn closed_output_keeps_the_exit_code_of_a_fault() {
     let place = Place::with_trips().await;
     let sound = place.file("travel.db");
     let broken = tampered(&place, "broken.db", "UPDATE events SET data = '{' WHERE position < 10").await;
