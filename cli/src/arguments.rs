@@ -12,17 +12,18 @@ use crate::{
 
 const EXAMPLES: &str = "Examples:
   annals streams --category order --store sqlite:shop.db
-      the orders of a SQLite store
+      list the orders of a SQLite store
   annals read order-536365 --store postgres://shop@localhost/shop
-      what happened to one of them
+      show the events of one order
   annals saga 536365
-      the same of its saga; the store is named by ANNALS_STORE
+      show the history of a saga; the variable ANNALS_STORE names the store
   annals tail --category payment --json | jq .data
-      payments as they are recorded
+      print payments as they are recorded
 
-Exit codes: 0, all is well; 1, something was found that a person has to look at; 2, it could not be done.";
+Exit codes: 0: success; 1: a fault was found that a person should look at; 2: the command failed; 130: Ctrl-C stopped the
+command.";
 
-/// Inspects, replays, verifies, moves and repairs a store of annals.
+/// Inspects, replays, verifies, moves and repairs a store of Annals.
 #[derive(Debug, Parser)]
 #[command(version, after_help = EXAMPLES, propagate_version = true, max_term_width = 100)]
 pub(crate) struct Arguments {
@@ -54,7 +55,7 @@ pub(crate) enum Command {
     Subscription(subscription::SubscriptionArgs),
     /// Show everything that one request caused, as a tree.
     Trace(trace::TraceArgs),
-    /// Send events of a range to standard output, a file, a Kafka topic or a handler.
+    /// Send a range of events to standard output, a file, a Kafka topic or a handler.
     Replay(Box<replay::ReplayArgs>),
     /// Show the views of a read model, or rebuild them next to the live views.
     ReadModel(read_model::ReadModelArgs),

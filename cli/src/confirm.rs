@@ -16,7 +16,7 @@ pub(crate) struct ActionArgs {
     /// The operator [default: the user who is logged in].
     #[arg(long, value_name = "NAME", env = "ANNALS_OPERATOR")]
     by: Option<String>,
-    /// Do not ask for confirmation before an act that cannot be undone.
+    /// Skip the confirmation of an action that cannot be undone.
     #[arg(long)]
     yes: bool,
 }
@@ -24,7 +24,7 @@ pub(crate) struct ActionArgs {
 fn reason(text: &str) -> Result<String, &'static str> {
     Some(text.to_owned())
         .filter(|text| !text.trim().is_empty())
-        .ok_or("it says nothing, and whoever reads the log will ask why")
+        .ok_or("the reason is empty; the log records why an operator acted")
 }
 
 impl ActionArgs {
@@ -32,7 +32,9 @@ impl ActionArgs {
     pub fn by(&self) -> Result<String, Failure> {
         let login = || ["USER", "LOGNAME", "USERNAME"].iter().find_map(|name| std::env::var(name).ok());
         let by = self.by.clone().or_else(login).filter(|by| !by.trim().is_empty());
-        by.ok_or_else(|| Failure::new("say who you are, with --by NAME: acts are recorded with who and why"))
+        by.ok_or_else(|| {
+            Failure::new("no operator is named: pass --by NAME, or set ANNALS_OPERATOR; the log records each operator")
+        })
     }
 
     /// The words that repeat this action on another command line.
@@ -53,7 +55,9 @@ impl ActionArgs {
             return Ok(());
         }
         if !io::stdin().is_terminal() {
-            return Err(Failure::new(format!("{question} Nobody is there to be asked: repeat it with --yes")));
+            return Err(Failure::new(format!(
+                "{question} Confirmation needs a terminal: repeat the command with --yes"
+            )));
         }
         ask(question)
     }
@@ -73,7 +77,7 @@ impl ActionArgs {
             // Ends the line of the question.
             eprintln!();
         }
-        answer.map(|answer| answer.unwrap_or_else(|_| Err(Failure::new("nothing was done"))))
+        answer.map(|answer| answer.unwrap_or_else(|_| Err(Failure::new("not confirmed: nothing was changed"))))
     }
 }
 
@@ -82,9 +86,9 @@ fn ask(question: &str) -> Result<(), Failure> {
     io::stderr().flush().ok();
     let mut answer = String::new();
     let read = io::stdin().lock().read_line(&mut answer);
-    read.map_err(|error| Failure::new(format!("the answer could not be read: {error}")))?;
+    read.map_err(|error| Failure::new(format!("the answer cannot be read: {error}")))?;
     match answer.trim() {
         "y" | "Y" | "yes" => Ok(()),
-        _ => Err(Failure::new("nothing was done")),
+        _ => Err(Failure::new("not confirmed: nothing was changed")),
     }
 }

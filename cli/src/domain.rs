@@ -54,7 +54,7 @@ impl Domain {
     /// Returns the handler with this name. Only handlers that may see events twice are registered here.
     pub fn handler(&self, name: &str) -> Result<Arc<dyn Handler>, Failure> {
         let found = self.handlers.get(name).cloned();
-        found.ok_or_else(|| unknown("handler that may see events again", name, self.handlers.keys()))
+        found.ok_or_else(|| unknown("replayable handler", name, self.handlers.keys()))
     }
 
     pub fn read_model(&self, name: &str) -> Result<Arc<dyn Model>, Failure> {
@@ -76,7 +76,7 @@ impl Domain {
     /// Returns the error in an event's payload, or `None` if the payload can be read.
     pub fn unreadable(&self, event: &Recorded) -> Option<String> {
         let Some(read) = self.events.get(&*event.type_name) else {
-            return Some(format!("no event of this build is called {}", event.type_name));
+            return Some(format!("event type {} is unknown to this build", event.type_name));
         };
         read(&event.type_name, event.schema_version, &event.data).err().map(|error| error.to_string())
     }
@@ -90,8 +90,10 @@ impl Domain {
 fn unknown<'a>(what: &str, name: &str, known: impl Iterator<Item = &'a &'static str>) -> Failure {
     let known: Vec<_> = known.copied().collect();
     Failure::new(match known.as_slice() {
-        [] => format!("this binary knows no {what}: a service's own does, which gives it to `annals_cli::Ops`"),
-        known => format!("there is no {what} called {name:?}; known are: {}", known.join(", ")),
+        [] => format!(
+            "this binary has no {what}: use the binary of the service, which registers its own with `annals_cli::Ops`"
+        ),
+        known => format!("there is no {what} named {name:?}; known: {}", known.join(", ")),
     })
 }
 
@@ -113,12 +115,12 @@ impl<C: SagaState> SagaReplay for TypedReplay<C> {
         let recorded_at = recorded.recorded_at.timestamp_millis();
         if let SagaEvent::Started { context, progress, send, .. } = event {
             let read = serde_json::from_value(context.clone());
-            let context: C = read.map_err(|error| format!("what it was started with cannot be read: {error}"))?;
+            let context: C = read.map_err(|error| format!("the context of saga.started cannot be read: {error}"))?;
             let moved = begin(&self.saga, saga_id, context.clone(), progress.started)?;
             self.stands = Some((context, progress.clone()));
             if progress.definition != self.saga.hash() {
                 return Err(format!(
-                    "it keeps to definition {}, and this build has {}: register that one as older, or a migration",
+                    "the saga follows definition {}, and this build has definition {}: register the older definition, or a migration",
                     progress.definition,
                     self.saga.hash()
                 ));
@@ -126,7 +128,7 @@ impl<C: SagaState> SagaReplay for TypedReplay<C> {
             return same(&moved, progress, send);
         }
         let Some((context, before)) = self.stands.take() else {
-            return Err("its history does not begin with saga.started".into());
+            return Err("the history does not begin with saga.started".into());
         };
         let after = event.progress().clone();
         let (input, send) = match event {
@@ -147,7 +149,7 @@ impl<C: SagaState> SagaReplay for TypedReplay<C> {
         let moved = transition(&self.saga, saga_id, &context, &before, &input, now)?;
         let Some(moved) = moved else {
             self.stands = Some((context, after));
-            return Err("this build would have let it go by".into());
+            return Err("this build would ignore the event".into());
         };
         let outcome = same(&moved, &after, send);
         self.stands = Some((moved.context, after));
@@ -161,13 +163,21 @@ fn same<C>(moved: &Moved<C>, progress: &Progress, send: &[Command]) -> Result<()
     let place = |progress: &Progress| (progress.at, progress.step.clone(), progress.status, progress.calls.clone());
     if place(&moved.progress) != place(progress) {
         let state = |progress: &Progress| format!("{:?} at {} ({})", progress.status, progress.at, progress.step);
-        return Err(format!("it was {}, and would be {}", state(progress), state(&moved.progress)));
+        return Err(format!(
+            "the recorded state is {}, and this build would reach {}",
+            state(progress),
+            state(&moved.progress)
+        ));
     }
     let text = |command: &Command| format!("{} to {}: {}", command.type_name, command.to, command.data.get());
     let was: Vec<_> = send.iter().map(text).collect();
     let now: Vec<_> = moved.send.iter().map(text).collect();
     if was != now {
-        return Err(format!("it sent [{}], and would send [{}]", was.join(", "), now.join(", ")));
+        return Err(format!(
+            "the recorded commands are [{}], and this build would send [{}]",
+            was.join(", "),
+            now.join(", ")
+        ));
     }
     Ok(())
 }

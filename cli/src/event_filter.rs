@@ -22,7 +22,7 @@ pub(crate) struct EventFilter {
 }
 
 fn path(text: &str) -> Result<JsonPath, String> {
-    JsonPath::parse(text).map_err(|error| format!("no JSONPath, such as $[?@.order_id==\"536365\"]: {error}"))
+    JsonPath::parse(text).map_err(|error| format!("not a JSONPath such as $[?@.order_id==\"536365\"]: {error}"))
 }
 
 impl EventFilter {

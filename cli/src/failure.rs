@@ -18,7 +18,7 @@ pub(crate) enum Verdict {
 #[derive(Debug)]
 pub(crate) enum Failure {
     /// The text to print.
-    Told(String),
+    Message(String),
     /// The reader of the output closed the pipe, as `head` does. This is not an error.
     OutputClosed,
 }
@@ -26,6 +26,11 @@ pub(crate) enum Failure {
 impl Failure {
     pub fn new(text: impl Into<String>) -> Self {
         Self::Message(text.into())
+    }
+
+    /// Returns the failure for an error of a temporary file.
+    pub fn temporary_file(error: std::io::Error) -> Self {
+        Self::Message(format!("a temporary file cannot be used: {error}; set TMPDIR to a folder with free space"))
     }
 }
 
@@ -47,7 +52,7 @@ impl From<std::io::Error> for Failure {
     fn from(error: std::io::Error) -> Self {
         match error.kind() {
             ErrorKind::BrokenPipe => Self::OutputClosed,
-            _ => Self::Message(format!("the output could not be written: {error}")),
+            _ => Self::Message(format!("the output cannot be written: {error}")),
         }
     }
 }

@@ -29,7 +29,7 @@ impl FromStr for Moment {
         let span = ago.parse::<Span>().ok().and_then(|span| TimeDelta::from_std(span.0).ok());
         let time = span.and_then(|span| Utc::now().checked_sub_signed(span));
         time.map(Self).ok_or_else(|| {
-            "a time is 2026-11-21T15:04:05Z, \"2026-11-21 15:04\" (UTC), 2026-11-21, or how long ago: 90s, 15m, 2h, 7d"
+            "not a time: write 2026-11-21T15:04:05Z, \"2026-11-21 15:04\" (UTC), 2026-11-21, or an age such as 90s, 15m, 2h, 7d"
                 .to_owned()
         })
     }
@@ -43,7 +43,7 @@ impl FromStr for Span {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || "a duration is a number with its unit: 500ms, 90s, 15m, 2h, 7d".to_owned();
+        let wrong = || "not a duration: write a number with a unit, such as 500ms, 90s, 15m, 2h, 7d".to_owned();
         let digits = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
         let number: u64 = text[..digits].parse().map_err(|_| wrong())?;
         let millis = match &text[digits..] {

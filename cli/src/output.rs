@@ -77,7 +77,7 @@ impl Output {
 
     /// Prints a text to the right of a margin. On a narrow terminal, the text wraps between words and never inside a
     /// word, so that the reader can copy each word.
-    pub fn beside(&mut self, margin: &str, text: &str) -> Result<(), Failure> {
+    pub fn with_margin(&mut self, margin: &str, text: &str) -> Result<(), Failure> {
         let room = if io::stdout().is_terminal() { Table::new().width() } else { None };
         let room = room.map_or(usize::MAX, |width| usize::from(width).saturating_sub(margin.chars().count()));
         let mut margin = margin.to_owned();

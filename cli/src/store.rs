@@ -34,11 +34,11 @@ pub(crate) enum StoreUrl {
 /// Why a store URL is invalid. Quotes only the scheme of the URL, since the rest may hold a password.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum StoreUrlError {
-    #[error("no store has the scheme {0:?}; known are sqlite:PATH and postgres://…")]
+    #[error("unknown store scheme {0:?}: use sqlite:PATH or postgres://…")]
     Scheme(String),
-    #[error("the URL has no scheme; known are sqlite:PATH and postgres://…")]
+    #[error("the URL has no scheme: use sqlite:PATH or postgres://…")]
     NoScheme,
-    #[error("a store in memory is gone with its process; name sqlite:PATH or postgres://…")]
+    #[error("a memory store ends with its process: use sqlite:PATH or postgres://…")]
     Memory,
     #[error("sqlite: needs the path of a file, such as sqlite:shop.db")]
     Path,
@@ -235,9 +235,12 @@ fn pages<B: Default + Send + 'static>(
 
 /// Writes events and documents as they were, in one commit.
 pub(crate) async fn restore(archive: &dyn Archive, contents: Contents) -> Result<(), Failure> {
-    let restored = archive.restore(contents).await;
-    restored
-        .map_err(|error| Failure::new(format!("the store did not take it: {error}. Does something else write to it?")))
+    archive.restore(contents).await.map_err(|error| {
+        Failure::new(format!(
+            "the store rejected the data: {error}. If another process writes to the store, stop that process and run this \
+             command again"
+        ))
+    })
 }
 
 impl OpenError {
@@ -249,7 +252,7 @@ impl OpenError {
         };
         Failure::new(match self {
             Self::Missing => format!("{place}: there is no such store; `migrate` creates one"),
-            Self::Outdated => format!("{place} was written by an older version; `migrate` brings it to this one"),
+            Self::Outdated => format!("{place} has the schema of an older version; `migrate` upgrades the schema"),
             Self::Renamed(reason) | Self::Other(reason) => reason,
         })
     }

@@ -112,11 +112,11 @@ async fn replay_to_topic_sends_relay_messages_and_consumers_skip_duplicates() {
 
     let refused = |words: &[&str]| place.annals(words).refused();
     let bare = ["replay", "--bus", &kafka, "--service", "agency"];
-    assert!(refused(&bare).contains("say which categories agency publishes"));
+    assert!(refused(&bare).contains("name the categories that agency publishes, with --category"));
     let sagas = refused(&[&bare[..], &["--category", "saga.journey"]].concat());
-    assert!(sagas.contains("are not replayed: their effects would run again"), "{sagas}");
+    assert!(sagas.contains("are not replayed: their effects would happen again"), "{sagas}");
     let nobody = refused(&["replay", "--category", "trip", "--bus", &kafka, "--service", "nobody"]);
-    assert!(nobody.contains("no relay of a service nobody has run on this store"), "{nobody}");
+    assert!(nobody.contains("no relay of service nobody has run on this store"), "{nobody}");
     let nowhere = "kafka://127.0.0.1:1?sasl.password=hunter2";
     let silent = refused(&["replay", "--category", "trip", "--bus", nowhere, "--service", "agency"]);
     assert!(silent.contains("no broker of kafka://127.0.0.1:1 answered") && !silent.contains("hunter2"), "{silent}");
@@ -183,7 +183,7 @@ async fn ctrl_c_stops_replay_at_acknowledged_messages_and_printed_command_contin
     assert!(sent.success());
     let stopped = Ended::from(running.wait_with_output().unwrap());
     assert_eq!(stopped.code, 130, "{stopped:?}");
-    let said = format!("stopped: 5,000 events replayed, up to position {MANY}; go on with: annals ");
+    let said = format!("stopped: 5,000 events replayed, up to position {MANY}; to continue, run: annals ");
     let again = stopped.err.trim().strip_prefix(&said).unwrap_or_else(|| panic!("{}", stopped.err));
     annals(&path, &again.split(' ').collect::<Vec<_>>()).fine();
     let records = topic::all(&brokers(), &topic);
@@ -239,7 +239,7 @@ async fn ctrl_c_during_broker_outage_continues_at_last_acknowledged_message() {
     assert_eq!(stopped.code, 130, "{stopped:?}");
     broker.resume();
     let before = positions(&topic::all(&broker.address(), "again")).into_iter().max().unwrap();
-    let (_, again) = stopped.err.trim().split_once("go on with: annals ").unwrap();
+    let (_, again) = stopped.err.trim().split_once("to continue, run: annals ").unwrap();
     let (_, from) = again.split_once("--from ").unwrap();
     let from: i64 = from.split(' ').next().unwrap().parse().unwrap();
     assert!((1..=before + 1).contains(&from) && from <= MANY, "the topic ends at {before}, and it goes on at {from}");
@@ -294,7 +294,8 @@ async fn verify_accepts_topics_of_a_relay_and_finds_a_changed_command() {
     topic::send(&broker.address(), "agency.commands", "x", "no event at all", &[]);
     let verified = place.annals(&["verify", "--bus", &kafka]).fine();
     assert!(
-        verified.contains("in 2 topics held against the log; 0 sent again, 0 removed by retention, 1 of others"),
+        verified
+            .contains("in 2 topics compared with the log; 0 sent again, 0 removed by retention, 1 from other senders"),
         "{verified}"
     );
 
@@ -308,8 +309,7 @@ async fn verify_accepts_topics_of_a_relay_and_finds_a_changed_command() {
     assert_eq!(found.code, 1, "{found:?}");
     let lines: Vec<_> = found.out.lines().collect();
     assert!(
-        lines[0].starts_with("agency.commands[")
-            && lines[0].contains("the payload is not what the log says at position"),
+        lines[0].starts_with("agency.commands[") && lines[0].contains("the payload differs from the log at position"),
         "{lines:?}"
     );
     assert!(lines[1].contains(": 1 fault"), "{lines:?}");
@@ -324,7 +324,7 @@ async fn verify_reports_each_missing_added_changed_or_reordered_message() {
     let words = ["verify", "--bus", &kafka, "--publish", &format!("{service}=thing")];
     let none = annals(&path, &words);
     assert_eq!(none.code, 1, "{none:?}");
-    let said = format!("topic {service}.events: there is no such topic, and 6 messages should be in it\n");
+    let said = format!("topic {service}.events: the topic does not exist, and 6 messages should be there\n");
     assert!(none.out.starts_with(&said), "{none:?}");
 
     let bus = bus(&brokers()).await;
@@ -349,17 +349,20 @@ async fn verify_reports_each_missing_added_changed_or_reordered_message() {
     let partition = topic::all(&brokers(), &format!("{service}.events"))[0].partition;
     let at = |offset: i64| format!("{service}.events[{partition}] offset {offset}");
     let mut expected = [
-        format!("position 6 (thing-1 v6): its message is missing in topic {service}.events"),
-        format!("{}: it says that it comes from this log, which has no such message at position 1", at(8)),
-        format!("{}: an attribute or the key is not what the log says at position 2 (thing-1 v2)", at(9)),
-        format!("{}, position 5 (thing-1 v5): it came before position 4 of its stream, which is at offset 7", at(6)),
+        format!("position 6 (thing-1 v6): the message is missing in topic {service}.events"),
+        format!("{}: the message claims to come from this log, which has no such message at position 1", at(8)),
+        format!("{}: an attribute or the key differs from the log at position 2 (thing-1 v2)", at(9)),
+        format!(
+            "{}, position 5 (thing-1 v5): the message came before position 4 of its stream, which is at offset 7",
+            at(6)
+        ),
     ];
     expected.sort();
     assert_eq!(lines, expected);
     assert!(told[0].ends_with("documents verified: 4 faults"), "{told:?}");
     assert_eq!(
         told[1],
-        "5 messages in 1 topics held against the log; 4 sent again, 0 removed by retention, 0 of others"
+        "5 messages in 1 topics compared with the log; 4 sent again, 0 removed by retention, 0 from other senders"
     );
     // Without --publish, the command expects the categories of the events in the topic.
     let inferred = annals(&path, &words[..3]);
@@ -380,17 +383,20 @@ async fn verify_counts_messages_removed_by_retention() {
     let words = ["verify", "--bus", &kafka, "--publish", &format!("{service}=thing")];
     topic::cut(&brokers(), &topic, partition, 3).await;
     let cut = annals(&path, &words).fine();
-    assert!(cut.contains("3 messages in 1 topics held against the log; 0 sent again, 3 removed by retention"), "{cut}");
+    assert!(
+        cut.contains("3 messages in 1 topics compared with the log; 0 sent again, 3 removed by retention"),
+        "{cut}"
+    );
     // All messages are sent again from the beginning. The repeats of the messages that are still there come late, but
     // nothing counts as out of order.
     bus.publish(made.clone()).await.unwrap().await.unwrap();
     let again = annals(&path, &words).fine();
-    assert!(again.contains("6 messages in 1 topics held against the log; 3 sent again, 0 removed"), "{again}");
+    assert!(again.contains("6 messages in 1 topics compared with the log; 3 sent again, 0 removed"), "{again}");
     // Removes all messages.
     topic::cut(&brokers(), &topic, partition, 12).await;
     let gone = annals(&path, &words).fine();
     assert!(
-        gone.contains("0 messages in 1 topics held against the log; 0 sent again, 6 removed by retention"),
+        gone.contains("0 messages in 1 topics compared with the log; 0 sent again, 6 removed by retention"),
         "{gone}"
     );
 }
@@ -410,10 +416,10 @@ async fn verify_reports_a_compacted_topic_as_one_fault() {
     assert_eq!(found.code, 1, "{found:?}");
     let lines: Vec<_> = found.out.lines().collect();
     let said = format!(
-        "topic {topic}: it is compacted, so brokers remove all but the last message of each key: 4 messages that were sent are gone"
+        "topic {topic}: the topic is compacted, so brokers remove all but the last message of each key: 4 sent messages are gone"
     );
     assert!(lines[0].starts_with(&said) && lines[1].ends_with(": 1 fault"), "{lines:#?}");
-    assert!(lines[2].starts_with("2 messages in 1 topics held against the log"), "{lines:#?}");
+    assert!(lines[2].starts_with("2 messages in 1 topics compared with the log"), "{lines:#?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -459,7 +465,7 @@ async fn postgresql_store_is_replayed_to_a_topic_and_compared_with_the_topic() {
     sqlx::raw_sql(sqlx::AssertSqlSafe(change)).execute(&mut connection).await.unwrap();
     let found = annals(&["verify", "--bus", &kafka]);
     assert_eq!(found.code, 1, "{found:?}");
-    let changed = found.out.lines().filter(|line| line.contains("the payload is not what the log says at position"));
+    let changed = found.out.lines().filter(|line| line.contains("the payload differs from the log at position"));
     assert_eq!(changed.count(), 2, "the message and its repetition: {found:?}");
     let drop = format!("DROP SCHEMA {schema} CASCADE");
     sqlx::raw_sql(sqlx::AssertSqlSafe(drop)).execute(&mut connection).await.unwrap();

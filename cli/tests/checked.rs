@@ -41,7 +41,7 @@ async fn check_history_reports_changed_events_and_sagas() {
     // The generic command knows the events of no service.
     let told = place.annals(&["check-history", "--against", &file]);
     assert_eq!(told.code, 1);
-    assert!(told.out.contains("no event of this build is called trip.ordered"), "{}", told.out);
+    assert!(told.out.contains("event type trip.ordered is unknown to this build"), "{}", told.out);
     let missing = place.annals(&["check-history", "--against", "nowhere"]).refused();
     assert!(missing.contains("nowhere cannot be read"), "{missing}");
 }

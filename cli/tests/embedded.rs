@@ -79,7 +79,7 @@ async fn replay_calls_only_handlers_registered_as_replayable() {
     let store = url(&place.file("travel.db"));
     let replay = ["replay", "--category", "trip", "--handler", "calls", "--store", &store];
     assert_eq!(run(Ops::named("ops"), &replay).await, code(2));
-    assert!(place.annals(&replay).refused().contains("this binary knows no handler that may see events again"));
+    assert!(place.annals(&replay).refused().contains("this binary has no replayable handler"));
     let calls = async || {
         let opened = place.open().await;
         let found = opened.scan("calls", &annals::Scan::After("".into()), 100).await.unwrap();

@@ -164,12 +164,12 @@ async fn import_writes_nothing_of_a_changed_section() {
         let target = place.file(&format!("{name}.db"));
         annals(&target, &["migrate"]).fine();
         let refused = annals(&target, &["import", file.to_str().unwrap()]).refused();
-        assert!(refused.contains("its checksum is wrong"), "{refused}");
+        assert!(refused.contains("the checksum is wrong"), "{refused}");
         assert_eq!(contents(&target).await.0.len(), 5_000, "{name}: the first section and no more");
     }
     for (name, text, said) in [
         ("newer", text.replacen("\"annals_export\":1", "\"annals_export\":2", 1), "has format 2; this build reads 1"),
-        ("other", "{}\n".to_owned(), "is no export"),
+        ("other", "{}\n".to_owned(), "is not an export"),
     ] {
         let file = place.file(name);
         fs::write(&file, text).unwrap();
@@ -198,7 +198,7 @@ async fn replay_writes_a_range_to_a_file_or_counts_events() {
     assert_eq!(fs::read_to_string(&file).unwrap().lines().count(), 10);
     let line = place.annals(&["replay", "--stream", "trip-odd-1"]).fine();
     assert_eq!(line, place.annals(&["read", "trip-odd-1", "--json"]).fine());
-    assert!(place.annals(&["replay", "--speed", "0"]).refused().contains("a factor above 0"));
+    assert!(place.annals(&["replay", "--speed", "0"]).refused().contains("a number above 0"));
 }
 
 #[cfg(unix)]
@@ -225,7 +225,7 @@ async fn ctrl_c_stops_replay_to_a_file_and_printed_command_continues() {
     assert!(sent.success());
     let stopped = Ended::from(running.wait_with_output().unwrap());
     assert_eq!(stopped.code, 130, "{stopped:?}");
-    let (_, go_on) = stopped.err.trim().split_once("go on with: ").unwrap();
+    let (_, go_on) = stopped.err.trim().split_once("to continue, run: ").unwrap();
     // The resumed replay keeps the old speed. At that speed, the late event would take an hour.
     assert!(go_on.contains("--speed 1x"), "{go_on}");
     let go_on = go_on.replace("--speed 1x", "--speed 1000000x");
@@ -273,7 +273,7 @@ async fn finished_streams_are_archived_and_read_from_the_file() {
     let text = fs::read_to_string(&plain).unwrap();
     fs::write(&plain, text.replacen("\"price\":100", "\"price\":101", 1)).unwrap();
     let refused = place.annals(&["read", "trip-fine-1", "--archive", plain.to_str().unwrap()]).refused();
-    assert!(refused.contains("its checksum is wrong"), "{refused}");
+    assert!(refused.contains("the checksum is wrong"), "{refused}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -308,14 +308,14 @@ async fn interrupted_archive_resumes_with_the_same_streams() {
     let half = place.file("half.plain.ndjson");
     let go_on = ["archive", half.to_str().unwrap(), "--resume"];
     let export = annals(&source, &["export", half.to_str().unwrap(), "--resume"]).refused();
-    assert!(export.contains("is an archive, not an export: `archive --resume` goes on with it"), "{export}");
+    assert!(export.contains("is an archive, not an export: continue the file with `archive --resume`"), "{export}");
     // A stream gets another event, so the file would hold only the first half of the stream.
     let store = SqliteStore::open(&source).await.unwrap();
     store.commit(commit("thing-other", 7_000, 1)).await.unwrap();
     store.close().await.unwrap();
     let refused = annals(&source, &go_on).refused();
     assert!(
-        refused.contains("was begun with 2 finished streams, and of these not all are finished any more"),
+        refused.contains("was started with 2 finished streams, and some of these streams have changed since"),
         "{refused}"
     );
 }
@@ -340,7 +340,8 @@ async fn printed_command_to_continue_names_the_store() {
     let sent = std::process::Command::new("kill").args(["-INT", &running.id().to_string()]).status().unwrap();
     assert!(sent.success());
     let stopped = Ended::from(running.wait_with_output().unwrap());
-    let (_, go_on) = stopped.err.trim().split_once("go on with: annals ").unwrap_or_else(|| panic!("{stopped:?}"));
+    let (_, go_on) =
+        stopped.err.trim().split_once("to continue, run: annals ").unwrap_or_else(|| panic!("{stopped:?}"));
     // The test runs the printed command in a shell.
     let script = format!("{} {}", env!("CARGO_BIN_EXE_annals"), go_on.replace("--speed 1x", "--speed 1000000x"));
     let mut shell = std::process::Command::new("sh");
@@ -368,7 +369,7 @@ async fn replay_to_a_full_disk_leaves_whole_lines_and_resumes() {
     assert_eq!(full.code, 2, "{full:?}");
     let written = fs::read_to_string(&file).unwrap();
     assert!(written.ends_with('\n') && written.lines().count() > 100, "{} bytes", written.len());
-    let (said, go_on) = full.err.trim().split_once("go on with: annals ").unwrap_or_else(|| panic!("{full:?}"));
+    let (said, go_on) = full.err.trim().split_once("to continue, run: annals ").unwrap_or_else(|| panic!("{full:?}"));
     assert!(said.contains("cannot be written: ") && said.contains(" events replayed, up to position "), "{said}");
     run("", go_on).fine();
     assert!(

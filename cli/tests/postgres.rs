@@ -182,19 +182,22 @@ async fn verify_finds_changes_of_a_superuser_to_a_sealed_log() {
         ),
         (
             "DELETE FROM annals.events WHERE position = 5".into(),
-            vec![format!("{}: the event that was sealed is gone", at(5))],
+            vec![format!("{}: the sealed event is missing", at(5))],
         ),
         (
             "UPDATE annals.events SET position = position + 1000 WHERE position IN (5, 6);
              UPDATE annals.events SET position = 1011 - position WHERE position > 1000"
                 .into(),
-            vec![format!("{}: {changed}: now it is ", at(5)), format!("{}: {changed}: now it is ", at(6))],
+            vec![
+                format!("{}: {changed}: the event is now ", at(5)),
+                format!("{}: {changed}: the event is now ", at(6)),
+            ],
         ),
         (
             format!("DELETE FROM annals.events WHERE position > {until} - 2"),
             vec![
-                format!("{}: the event that was sealed is gone", at(until - 1)),
-                format!("{}: the event that was sealed is gone", at(until)),
+                format!("{}: the sealed event is missing", at(until - 1)),
+                format!("{}: the sealed event is missing", at(until)),
             ],
         ),
     ] {
@@ -301,7 +304,7 @@ async fn errors_name_the_reason_without_the_password() {
         ("right", "127.0.0.1:1/postgres", &["streams"], "the database cannot"),
         ("right", &*host, &["streams", "--schema", "nowhere"], "there is no such store; `migrate` creates one"),
         ("right", &*host, &["read", "trip-nowhere"], "there is no stream trip-nowhere"),
-        ("right", &*host, &["saga", "nobody"], "there are no sagas in this store"),
+        ("right", &*host, &["saga", "nobody"], "this store has no sagas"),
         ("right", &*host, &["export", "/nowhere/file"], "/nowhere/file cannot be written"),
         ("right", &*host, &["import", "/nowhere/file"], "/nowhere/file cannot be read"),
     ] {

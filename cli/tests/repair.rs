@@ -27,20 +27,20 @@ async fn dead_letters_are_listed_shown_and_redriven() {
 
     let drop = ["dead-letters", "drop", "brochure", "trip-odd-1", "--reason", "a test"];
     let asked = place.annals(&drop).refused();
-    assert!(asked.contains("Nobody is there to be asked: repeat it with --yes"), "{asked}");
+    assert!(asked.contains("Confirmation needs a terminal: repeat the command with --yes"), "{asked}");
     let unexplained = place.annals(&drop[..4]).refused();
     assert!(unexplained.contains("--reason"), "{unexplained}");
     for words in
         [&["dead-letters", "show", "brochure", "x"][..], &["dead-letters", "redrive", "x", "--all", "--reason", "r"]]
     {
-        assert!(place.annals(words).refused().contains("is parked"), "{words:?}");
+        assert!(place.annals(words).refused().contains("has no parked message"), "{words:?}");
     }
 
     // The handler still fails when the message is redriven, so the message is parked again.
     let store: Arc<dyn EventStore> = Arc::new(place.open().await);
     let running = agency(&store, false).await;
     let redrive = ["dead-letters", "redrive", "brochure", "trip-odd-1", "--by", "ann", "--reason", "try"];
-    assert_eq!(place.annals(&redrive).fine(), "trip-odd-1: 1 message is to be tried again\n");
+    assert_eq!(place.annals(&redrive).fine(), "trip-odd-1: 1 message will be handled again\n");
     let attempts = async || {
         let letters = annals::DeadLetters::new(store.clone()).list("brochure").await.unwrap();
         letters.first().map(|letter| letter.parked.attempts)
@@ -64,7 +64,7 @@ async fn dropped_dead_letter_stays_in_the_log() {
     let place = Place::with_trips().await;
     let drop = ["dead-letters", "drop", "brochure", "trip-odd-1", "--reason", "a test order", "--yes"];
     assert!(place.annals(&drop).fine().starts_with("trip-odd-1: dropped"));
-    assert!(place.annals(&drop).refused().contains("nothing of brochure is parked under trip-odd-1"));
+    assert!(place.annals(&drop).refused().contains("brochure has no parked message with the key or id trip-odd-1"));
     let act = &place.annals(&["read", "operator-brochure", "--json"]).json()[0];
     assert_eq!(act["type"], "operator.dropped");
     assert_eq!(act["data"]["parked"]["message"]["type_name"], "trip.ordered");
@@ -76,7 +76,10 @@ async fn running_service_carries_out_actions_on_a_stuck_saga() {
     let refused = place.annals(&["saga", "fine-1", "retry", "--reason", "r"]).refused();
     assert!(refused.contains("saga fine-1 has ended"), "{refused}");
     let refused = place.annals(&["saga", "lost-1", "skip-step", "--reason", "r"]).refused();
-    assert!(refused.contains("skip-step saga.journey-lost-1? That cannot be undone. Nobody is there"), "{refused}");
+    assert!(
+        refused.contains("skip-step saga.journey-lost-1? The action cannot be undone. Confirmation needs a terminal"),
+        "{refused}"
+    );
 
     let store: Arc<dyn EventStore> = Arc::new(place.open().await);
     let running = agency(&store, true).await;
@@ -89,9 +92,9 @@ async fn running_service_carries_out_actions_on_a_stuck_saga() {
     running.drain(Duration::from_secs(30)).await.unwrap();
     let told = place.annals(&["saga", "lost-1"]).fine();
     for line in [
-        "! tester asks for compensate: go home",
+        "! tester requests compensate: go home",
         "! compensate declined: ",
-        "! retry, as tester asked: they are back",
+        "! retry by tester: they are back",
         "= completed",
     ] {
         assert!(told.contains(line), "{line:?} is not in {told}");
@@ -102,7 +105,12 @@ async fn running_service_carries_out_actions_on_a_stuck_saga() {
 async fn action_on_a_saga_waits_until_the_service_runs() {
     let place = Place::with_trips().await;
     let abandon = ["saga", "lost-1", "abandon", "--reason", "they have moved", "--yes", "--wait", "0s"];
-    assert!(place.annals(&abandon).fine().contains("asked for; the service that runs it carries it out when it is up"));
+    assert!(
+        place
+            .annals(&abandon)
+            .fine()
+            .contains("requested; the service of the saga carries out the action when the service runs")
+    );
     assert!(place.annals(&abandon).refused().contains("tester has already requested Abandon"));
     let store: Arc<dyn EventStore> = Arc::new(place.open().await);
     let running = agency(&store, false).await;
@@ -120,28 +128,28 @@ async fn subscription_is_paused_resumed_and_reset() {
         (brochure["position"].as_i64().unwrap(), brochure["waits_for"].clone())
     };
     let reset = ["subscription", "brochure", "reset", "--to", "beginning", "--reason", "once more"];
-    assert!(place.annals(&reset).refused().contains("Nobody is there to be asked"));
-    assert!(place.annals(&[&reset[..], &["--yes"]].concat()).fine().contains("goes on after position 0"));
+    assert!(place.annals(&reset).refused().contains("Confirmation needs a terminal"));
+    assert!(place.annals(&[&reset[..], &["--yes"]].concat()).fine().contains("continues after position 0"));
     assert_eq!(lag().0, 0);
     let recent = ["subscription", "brochure", "reset", "--to", "1h", "--reason", "an hour ago", "--yes"];
-    assert!(place.annals(&recent).fine().contains("goes on after position 0"));
+    assert!(place.annals(&recent).fine().contains("continues after position 0"));
     let unexplained = place.annals(&["subscription", "brochure", "pause", "--reason", " "]).refused();
-    assert!(unexplained.contains("whoever reads the log will ask why"), "{unexplained}");
+    assert!(unexplained.contains("the log records why an operator acted"), "{unexplained}");
     let pause = |verb: &str| place.annals(&["subscription", "brochure", verb, "--reason", "r"]);
     assert_eq!(pause("pause").fine(), "brochure: paused\n");
     assert!(pause("pause").refused().contains("is already paused"));
     assert_eq!(lag().1, "an operator: it is paused");
-    assert_eq!(pause("resume").fine(), "brochure: goes on\n");
+    assert_eq!(pause("resume").fine(), "brochure: resumed\n");
     for (name, to, said) in [
         (
             "agency.commands",
             "beginning",
-            "agency.commands consumes agency.commands, and does not follow the log: what it",
+            "agency.commands consumes agency.commands, and does not follow the log: the group",
         ),
         ("nobody", "beginning", "there is no subscription nobody"),
         ("brochure", "999999", "is after the end of the log"),
         ("brochure", "-5", "position -5 does not exist: the log begins at 0"),
-        ("brochure", "soon", "--to is a position"),
+        ("brochure", "soon", "--to takes a position"),
     ] {
         let refused =
             place.annals(&["subscription", name, "reset", &format!("--to={to}"), "--reason", "r", "--yes"]).refused();
@@ -174,16 +182,19 @@ async fn group_of_topics_is_redriven_but_not_paused_or_reset() {
     let row = rows.iter().find(|row| row["subscription"] == "post.trips").unwrap();
     assert_eq!((&row["waits_for"], &row["lag"]), (&"1 parked: see dead-letters".into(), &serde_json::Value::Null));
     for (verb, instead) in [
-        (&["pause"][..], "`subscription SERVICE.relay pause`, on the store of the service that sends"),
-        (&["resume"], "a service that is stopped goes on from its offsets"),
-        (&["reset", "--to", "beginning", "--yes"], "`dead-letters redrive` has it try again what it could not handle"),
+        (&["pause"][..], "`subscription SERVICE.relay pause`, on the store of the sending service"),
+        (&["resume"], "a service that was stopped continues from its offsets"),
+        (
+            &["reset", "--to", "beginning", "--yes"],
+            "`dead-letters redrive` makes the group handle parked messages again",
+        ),
     ] {
         let refused = place.annals(&[&["subscription", "post.trips"], verb, &["--reason", "r"]].concat()).refused();
         let said = "post.trips consumes agency.events, and does not follow the log: ";
         assert!(refused.contains(said) && refused.contains(instead), "{refused}");
     }
     let redrive = ["dead-letters", "redrive", "post.trips", "trip-odd-7", "--reason", "mended"];
-    assert_eq!(place.annals(&redrive).fine(), "trip-odd-7: 1 message is to be tried again\n");
+    assert_eq!(place.annals(&redrive).fine(), "trip-odd-7: 1 message will be handled again\n");
     let running = run(true).await;
     until("it is handled", async || attempts().await.is_none()).await;
     running.drain(Duration::from_secs(30)).await.unwrap();
@@ -210,8 +221,8 @@ async fn terminal_asks_for_confirmation() {
     let no = session("n");
     assert_eq!(no.code, 2, "{no:?}");
     assert!(
-        no.out.contains("for good? It failed with: no such place on the map. [y/N]")
-            && no.out.contains("nothing was done")
+        no.out.contains("for good? The message failed with: no such place on the map. [y/N]")
+            && no.out.contains("not confirmed: nothing was changed")
     );
     let yes = session("y");
     assert!(yes.code == 0 && yes.out.contains("trip-odd-1: dropped"), "{yes:?}");

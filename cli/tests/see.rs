@@ -30,7 +30,7 @@ async fn streams_are_listed_by_category_size_and_age() {
     assert_eq!(place.annals(&["streams", "--quiet-for", "1h"]).fine().lines().count(), 1);
     let limited = place.annals(&["streams", "--limit", "2"]);
     assert_eq!((limited.code, limited.out.lines().count()), (0, 3));
-    assert!(limited.err.contains("and more"));
+    assert!(limited.err.contains("there are more streams"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -85,8 +85,7 @@ async fn saga_shows_history_and_diagram() {
     let text = place.annals(&["saga", "saga.journey-lost-1"]).fine();
     assert!(text.contains("← announce guest (attempt 2) failed: nobody answers the phone"), "{text}");
     assert!(
-        text.trim_end()
-            .ends_with("waits for an operator to retry, skip-step, compensate or abandon it at announce guest")
+        text.trim_end().ends_with("waits at announce guest for an operator: retry, skip-step, compensate or abandon")
     );
     let drawing = place.annals(&["saga", "poor-1", "--diagram"]).fine();
     let expected = "flowchart LR\n    start((\" \")) --> n0[\"book room\"]\n    n0 --> n1[\"charge card\"]\n    \
@@ -104,7 +103,7 @@ async fn saga_shows_history_and_diagram() {
     ];
     let places: Vec<_> = drawn.iter().map(|part| picture.find(part)).collect();
     assert!(places.iter().all(Option::is_some) && places.is_sorted(), "{places:?}: {picture}");
-    assert!(place.annals(&["saga", "nobody"]).refused().contains("known are sagas of: journey"));
+    assert!(place.annals(&["saga", "nobody"]).refused().contains("this store has sagas named: journey"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -146,7 +145,7 @@ async fn tail_shows_old_and_new_events() {
     assert!(line.contains("trip.ordered  trip-late v1"), "{line}");
     assert!(tail.wait().unwrap().success());
     assert_eq!(place.annals(&["tail", "--count", "0"]).fine(), "", "it waits for nothing");
-    assert!(place.annals(&["tail", "--where", "$[?"]).refused().contains("no JSONPath"));
+    assert!(place.annals(&["tail", "--where", "$[?"]).refused().contains("not a JSONPath"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -205,18 +204,18 @@ async fn reading_creates_no_store_and_rejects_foreign_files() {
 #[test]
 fn usage_errors_and_help_show_no_password() {
     for (words, said) in [
-        (&["streams"][..], "which store? Name it with --store URL, or in the variable ANNALS_STORE"),
-        (&["streams", "--store", "postgre://u:secret@h/d"], "no store has the scheme"),
-        (&["streams", "--store", "u:secret@h/d"], "invalid value '…' for '--store <URL>': no store has the scheme"),
+        (&["streams"][..], "no store is named: pass --store URL, or set ANNALS_STORE"),
+        (&["streams", "--store", "postgre://u:secret@h/d"], "unknown store scheme"),
+        (&["streams", "--store", "u:secret@h/d"], "invalid value '…' for '--store <URL>': unknown store scheme"),
         (&["streams", "--stroe", "postgres://u:secret@h/d"], "unexpected argument '--stroe'"),
         (&["postgres://u:secret@h/d"], "unrecognized subcommand"),
         (
             &["streams", "--store", "postgres://u:secret@127.0.0.1:1/d"],
             "postgres://u@127.0.0.1:1/d: the database cannot",
         ),
-        (&["streams", "--quiet-for", "soon"], "a duration is a number with its unit"),
-        (&["read", "x-1", "--at", "yesterday"], "a time is 2026"),
-        (&["tail", "--store", "memory:"], "gone with its process"),
+        (&["streams", "--quiet-for", "soon"], "not a duration: write a number with a unit"),
+        (&["read", "x-1", "--at", "yesterday"], "not a time: write 2026"),
+        (&["tail", "--store", "memory:"], "a memory store ends with its process"),
     ] {
         let refused = ended(command(words)).refused();
         assert!(refused.contains(said), "{words:?}: {refused}");

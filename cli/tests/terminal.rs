@@ -53,8 +53,8 @@ fn stopped(store: &Path, words: &[&str], columns: u16) -> (Vec<String>, String) 
     terminal.press_ctrl_c();
     let (code, printed) = terminal.ended();
     assert_eq!(code, 130, "{printed}");
-    let said = lines(&printed).into_iter().find(|line| line.contains("go on with: ")).expect(&printed);
-    let (_, go_on) = said.split_once("go on with: annals ").expect("the whole command");
+    let said = lines(&printed).into_iter().find(|line| line.contains("to continue, run: ")).expect(&printed);
+    let (_, go_on) = said.split_once("to continue, run: annals ").expect("the whole command");
     (go_on.split(' ').map(str::to_owned).collect(), printed)
 }
 
@@ -68,10 +68,7 @@ async fn verify_shows_a_progress_bar_and_stops_on_ctrl_c() {
     let (code, printed) = stopped.ended();
     assert_eq!(code, 130, "{printed}");
     let said = lines(&printed).pop().unwrap();
-    assert!(
-        said.starts_with("stopped at position ") && said.contains("nothing is verified but what was told"),
-        "{said}"
-    );
+    assert!(said.starts_with("stopped at position ") && said.contains("the rest of the log is not verified"), "{said}");
     let (code, printed) = terminal(&store, &["verify"], 40).ended();
     assert_eq!(code, 0, "{printed}");
     assert!(lines(&printed).last().unwrap().contains("0 faults"), "{printed}");

@@ -57,7 +57,7 @@ async fn verify_finds_faults_without_seals() {
         (
             "deleted",
             "DELETE FROM events WHERE stream_id = 'saga.journey-fine-1' AND version = 2",
-            "(saga.journey-fine-1 v3): version 2 of the stream is missing before it",
+            "(saga.journey-fine-1 v3): version 2 of the stream is missing before this event",
         ),
         (
             "twice",
@@ -68,44 +68,44 @@ async fn verify_finds_faults_without_seals() {
         (
             "beyond",
             "UPDATE documents SET body = json_set(body, '$.next', 999999) WHERE collection = 'checkpoint' AND id = 'brochure/0'",
-            "document checkpoint/brochure/0: it stands at position 999999, and the log ends at ",
+            "document checkpoint/brochure/0: the checkpoint is at position 999999, and the log ends at ",
         ),
         (
             "lost event",
             "UPDATE documents SET body = json_set(body, '$.event.id', '00000000-0000-0000-0000-000000000001')
               WHERE collection = 'checkpoint' AND id = 'brochure/0'",
-            "document checkpoint/brochure/0: it stands behind event 00000000-0000-0000-0000-000000000001 at position ",
+            "document checkpoint/brochure/0: the checkpoint is after event 00000000-0000-0000-0000-000000000001 at position ",
         ),
         (
             "snapshot",
             r#"INSERT INTO documents (collection, id, version, body) VALUES ('snapshot.trip', 'fine-1', 1,
                '{"version":99,"schema":1,"ids":["00000000-0000-0000-0000-000000000001"],"state":{}}')"#,
-            "document snapshot.trip/fine-1: it ends with event 00000000-0000-0000-0000-000000000001 at version 99 of trip-fine-1",
+            "document snapshot.trip/fine-1: the snapshot ends with event 00000000-0000-0000-0000-000000000001 at version 99 of trip-fine-1",
         ),
         (
             "parked",
             r#"INSERT INTO documents (collection, id, version, body) VALUES ('parked.brochure', 'trip-lost #1', 1,
                '{"subscription":"brochure","lane":"brochure/0","key":"trip-lost","reason":"x","attempts":1,
                  "parked_at":"2026-01-01T00:00:00Z","position":999999,"message":{}}')"#,
-            "document parked.brochure/trip-lost #1: it holds the event at position 999999, and the log ends at ",
+            "document parked.brochure/trip-lost #1: the parked event has position 999999, and the log ends at ",
         ),
         (
             "unreadable",
             "UPDATE documents SET body = '{}' WHERE collection = 'checkpoint' AND id = 'brochure/0'",
-            "document checkpoint/brochure/0: it cannot be read: missing field `next`",
+            "document checkpoint/brochure/0: the document cannot be read: missing field `next`",
         ),
         (
             "revived",
             "UPDATE events SET data = json_set(data, '$.progress.status', 'running', '$.progress.ended', NULL)
               WHERE stream_id = 'saga.journey-poor-1' AND version = (SELECT max(version) FROM events
               WHERE stream_id = 'saga.journey-poor-1')",
-            "(saga.journey-poor-1 v4): it was Compensating and became Running",
+            "(saga.journey-poor-1 v4): the status changed from Compensating to Running",
         ),
         (
             "forged",
             "UPDATE documents SET body = json_set(body, '$.ended_at', '2026-01-01T00:00:00Z')
               WHERE collection = 'saga.journey' AND id = 'lost-1'",
-            "document saga.journey/lost-1: it says that the saga has ended, and the log does not",
+            "document saga.journey/lost-1: the document says that the saga has ended, and the log does not",
         ),
     ] {
         let store = tampered(&place, name, sql).await;
@@ -125,7 +125,7 @@ async fn verify_finds_faults_without_seals() {
         "{found:#?}"
     );
     assert!(
-        found.iter().any(|fault| fault.contains("(saga.journey-fine-1 v2): the stream stands at version 3")),
+        found.iter().any(|fault| fault.contains("(saga.journey-fine-1 v2): the stream is already at version 3")),
         "{found:#?}"
     );
 }
@@ -178,25 +178,25 @@ async fn verify_finds_changes_to_sealed_events() {
             "tail",
             "DELETE FROM documents WHERE collection = 'checkpoint';
              DELETE FROM events WHERE position > (SELECT max(position) - 2 FROM events)",
-            format!("{last}: the event that was sealed is gone"),
+            format!("{last}: the sealed event is missing"),
         ),
         (
             "tail but one",
             "DELETE FROM documents WHERE collection = 'checkpoint';
              DELETE FROM events WHERE position > (SELECT max(position) - 2 FROM events)",
-            format!("{before}: the event that was sealed is gone"),
+            format!("{before}: the sealed event is missing"),
         ),
         (
             "long tail",
             "DELETE FROM documents WHERE collection = 'checkpoint';
              DELETE FROM events WHERE position > (SELECT max(position) - 11 FROM events)",
-            format!("positions {} to {until}: 11 events that were sealed are gone, from position {0} (", until - 10),
+            format!("positions {} to {until}: 11 sealed events are missing, from position {0} (", until - 10),
         ),
         (
             "places",
             "UPDATE events SET position = position + 1000 WHERE position IN (3, 4);
              UPDATE events SET position = 1007 - position WHERE position > 1000",
-            "after it was sealed: now it is ".to_owned(),
+            "after it was sealed: the event is now ".to_owned(),
         ),
         (
             "added",
@@ -210,7 +210,7 @@ async fn verify_finds_changes_to_sealed_events() {
         (
             "stream",
             "DELETE FROM documents WHERE id LIKE '%poor-1'; DELETE FROM events WHERE stream_id LIKE '%-poor-1'",
-            ": the event that was sealed is gone".to_owned(),
+            ": the sealed event is missing".to_owned(),
         ),
     ] {
         let store = tampered(&place, name, sql).await;
@@ -227,17 +227,17 @@ async fn verify_finds_changes_to_seals() {
         (
             "chains",
             "UPDATE documents SET body = json_set(body, '$.hash', 'ab') WHERE collection = 'seal.streams'",
-            format!("streams up to position {until}: the chains of their hashes are not those that were sealed"),
+            format!("streams up to position {until}: the hash chains differ from the sealed hash chains"),
         ),
         (
             "no chains",
             "DELETE FROM documents WHERE collection = 'seal.streams'",
-            "document seal.streams/chains: it is gone".to_owned(),
+            "document seal.streams/chains: the document is missing".to_owned(),
         ),
         (
             "seal",
             "UPDATE documents SET body = json_set(body, '$.hash', 'ab') WHERE collection = 'seal'",
-            "its hash is not that of what it says was sealed: it was changed".to_owned(),
+            "the seal was changed: its hash does not match its contents".to_owned(),
         ),
     ] {
         let store = tampered(&place, name, sql).await;
@@ -247,7 +247,7 @@ async fn verify_finds_changes_to_seals() {
     // If the seals are removed too, only a hash that the operator noted elsewhere exposes the change.
     let removed = tampered(&place, "removed", "DELETE FROM documents WHERE collection LIKE 'seal%'").await;
     verify(&removed, &[]).fine();
-    assert_eq!(faults(&removed, &["--expect", &hash]), [format!("seals: there is none with the expected hash {hash}")]);
+    assert_eq!(faults(&removed, &["--expect", &hash]), [format!("seals: no seal has the expected hash {hash}")]);
 }
 
 /// Returns the place of an event as faults name it.
@@ -277,7 +277,9 @@ async fn each_seal_follows_the_previous_seal() {
     .await;
     let found = faults(&one, &[]);
     assert!(
-        found.iter().any(|fault| fault.contains("it does not follow the one before: a seal was changed or removed")),
+        found
+            .iter()
+            .any(|fault| fault.contains("the seal does not follow the previous seal: a seal was changed or removed")),
         "{found:#?}"
     );
     // The seals move with the store.

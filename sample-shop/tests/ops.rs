@@ -60,7 +60,7 @@ fn half_imported_store_is_not_served_until_complete() {
 
     assert!(shop(&["ops", "migrate", "--store", &to]).status.success());
     let half = shop(&["ops", "import", &cut, "--store", &to]);
-    assert!(half.status.code() == Some(2) && said(&half).contains("is not complete"), "{}", said(&half));
+    assert!(half.status.code() == Some(2) && said(&half).contains("is incomplete"), "{}", said(&half));
     let history = |store: &str| text(&shop(&["ops", "replay", "--store", store])).to_owned();
     let before = history(&to);
     assert!(!before.is_empty() && history(&from).starts_with(&before));

@@ -54,18 +54,20 @@ async fn shelf_is_rebuilt_next_to_the_live_one_compared_and_swapped() {
     let error = |output: &Output| String::from_utf8(output.stderr.clone()).unwrap();
 
     let nobody = ops(&["shelf"]);
-    assert!(nobody.status.code() == Some(2) && error(&nobody).contains("nobody keeps views of a read model shelf"));
-    let unknown = ops(&["shelves", "compare"]);
     assert!(
-        error(&unknown).contains("there is no read model called \"shelves\"; known are: shelf"),
-        "{}",
-        error(&unknown)
+        nobody.status.code() == Some(2) && error(&nobody).contains("this store has no views of a read model shelf")
     );
+    let unknown = ops(&["shelves", "compare"]);
+    assert!(error(&unknown).contains("there is no read model named \"shelves\"; known: shelf"), "{}", error(&unknown));
 
     // No operator confirms the rebuild, so nothing is swapped and nothing stays behind.
     let asked = ops(&rebuild);
     assert_eq!(asked.status.code(), Some(2), "{asked:?}");
-    assert!(error(&asked).contains("Swap the live views of shelf? Nobody is there to be asked"), "{}", error(&asked));
+    assert!(
+        error(&asked).contains("Replace the live views of shelf? Confirmation needs a terminal"),
+        "{}",
+        error(&asked)
+    );
     assert!(views(&path, 1).await.is_empty() && views(&path, 2).await.is_empty());
 
     let swapped = ops(&[&rebuild[..], &["--yes"]].concat());

@@ -45,21 +45,21 @@ async fn rebuild_shows_a_bar_asks_and_can_be_interrupted() {
     building.shows("/60,000");
     building.press_ctrl_c();
     let (code, printed) = building.ended();
-    assert!(code == 130 && printed.contains("stopped: the live views are as they were"), "{printed}");
+    assert!(code == 130 && printed.contains("stopped: the live views are unchanged"), "{printed}");
     assert!(printed.contains("built ") && printed.contains(" left"), "{printed}");
 
     let mut asked = terminal();
-    asked.shows("Swap the live views of shelf? [y/N]");
+    asked.shows("Replace the live views of shelf? [y/N]");
     asked.press_ctrl_c();
     let (code, printed) = asked.ended();
-    assert!(code == 130 && printed.contains("stopped: the live views are as they were"), "{printed}");
+    assert!(code == 130 && printed.contains("stopped: the live views are unchanged"), "{printed}");
     assert_eq!(generations(&path).await, [], "the built views are removed");
 
     let mut no = terminal();
     no.shows("[y/N]");
     no.types("n\n");
     let (code, printed) = no.ended();
-    assert!(code == 2 && printed.contains("nothing was done"), "{printed}");
+    assert!(code == 2 && printed.contains("not confirmed: nothing was changed"), "{printed}");
     assert_eq!(generations(&path).await, []);
 
     let mut yes = terminal();

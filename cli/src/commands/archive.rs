@@ -35,17 +35,17 @@ const PAGE: usize = 1_000;
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   annals archive checkouts-2026.ndjson.zst --category saga.checkout --quiet-for 90d
-      the checkouts that have ended, and of which nothing was heard for 90 days
+      archive checkouts that have ended and had no event for 90 days
   annals archive orders-2026.ndjson.zst --category order,payment --quiet-for 365d
   annals archive orders-2026.ndjson.zst --resume
-      goes on with one that was broken off
+      continue an interrupted archive
   annals read order-536365 --archive orders-2026.ndjson.zst
-      one of them later, from the file alone
+      read an archived stream later, from the file alone
 
-Streams of sagas are archived once their saga has ended; of others, only the age says that they are finished. The file is that
-of an export: lines of JSON, checksummed. Nothing is taken from the store: events are never deleted.")]
+The stream of a saga is archived only after the saga has ended. Any other stream counts as finished by its age alone. The file has
+the format of an export: lines of JSON with checksums. The streams also stay in the store: events are never deleted.")]
 pub(crate) struct ArchiveArgs {
-    /// The file; compressed if its name ends in .zst. It must not exist yet.
+    /// The file, which must not exist yet. The file is compressed if its name ends in .zst.
     file: PathBuf,
     /// Streams of these categories, such as `order,saga.checkout`.
     #[arg(long, value_name = "NAME", value_delimiter = ',', required_unless_present = "resume")]
@@ -86,7 +86,7 @@ pub(crate) async fn run(
     if !write(&mut writer, &header, finished, store).await? {
         writer.section(false)?;
         let command = resume.command(["archive", &*path.to_string_lossy(), "--resume"]);
-        eprintln!("stopped after position {}; go on with: {command}", grouped(writer.so_far().position));
+        eprintln!("stopped after position {}; to continue, run: {command}", grouped(writer.so_far().position));
         return Ok(Verdict::Stopped);
     }
     writer.section(true)?;
@@ -133,21 +133,26 @@ async fn begun(
 async fn resumed(path: &Path, store: &Store) -> Result<(ExportWriter, Header, FinishedStreams), Failure> {
     let shown = path.display();
     let Some((writer, header)) = ExportWriter::resume(path)? else {
-        return Err(Failure::new(format!("{shown} is complete: there is nothing to go on with")));
+        return Err(Failure::new(format!("{shown} is complete: there is nothing to resume")));
     };
     let Some(archived) = &header.archive else {
-        return Err(Failure::new(format!("{shown} is an export, not an archive: `export --resume` goes on with it")));
+        return Err(Failure::new(format!(
+            "{shown} is an export, not an archive: continue the file with `export --resume`"
+        )));
     };
     if header.store != store.url.to_string() {
-        return Err(Failure::new(format!("{shown} was taken from {}, not from {}", header.store, store.url)));
+        return Err(Failure::new(format!(
+            "{shown} was written from {}, not from {}: name that store, or another file",
+            header.store, store.url
+        )));
     }
     let Some(until) = writer.so_far().until else {
-        return Err(Failure::new(format!("{shown} ends before its first event: remove it, and archive anew")));
+        return Err(Failure::new(format!("{shown} ends before its first event: remove the file, and archive again")));
     };
     let finished = FinishedStreams::of(&*store.port(), &archived.categories, archived.quiet_before, until).await?;
     if finished.blake3 != archived.blake3 {
         return Err(Failure::new(format!(
-            "{shown} was begun with {} finished streams, and of these not all are finished any more: archive anew, into \
+            "{shown} was started with {} finished streams, and some of these streams have changed since: archive into \
              another file",
             archived.streams
         )));

@@ -20,9 +20,10 @@ const PRINTED_MAX: u64 = 200;
 #[derive(Debug, Args)]
 #[command(after_help = "Example:
   my-service ops check-history --against production.ndjson.zst
-      in CI: exit code 1 if events would no longer be read, or sagas would take another way
+      in CI: exit code 1 if this build cannot read an event, or if a saga would take other steps
 
-It needs a service's own binary, which knows its events and sagas. Sagas under another definition are told as such.")]
+The command needs the service's own binary, which knows the events and sagas of the service. A saga under another definition is
+reported as such.")]
 pub(crate) struct CheckHistoryArgs {
     /// A file that `export` wrote.
     #[arg(long, value_name = "FILE")]
@@ -78,7 +79,10 @@ pub(crate) fn run(arguments: CheckHistoryArgs, domain: &Domain, output: &mut Out
         }
     };
     if !complete {
-        return Err(Failure::new(format!("{} is not complete", arguments.against.display())));
+        return Err(Failure::new(format!(
+            "{} is incomplete: continue the file with `export --resume`",
+            arguments.against.display()
+        )));
     }
     if output.json {
         output.value(&checked)?;

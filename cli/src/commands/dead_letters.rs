@@ -22,12 +22,12 @@ const REASON_CHARS_MAX: usize = 60;
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   annals dead-letters
-      what is parked, by key; exit code 1 if there is any
+      list parked messages by key; exit code 1 if there are any
   annals dead-letters show order.mailer order-536365
   annals dead-letters redrive order.mailer order-536365 --reason \"the mail server is back\"
-      tries the messages of this key again, in order; --all for all keys
+      handle the messages of this key again, in order; --all redrives all keys
   annals dead-letters drop order.mailer order-536365 --reason \"test order\" --yes
-      gives up the first message of this key; those behind it are tried then")]
+      drop the first message of this key; the messages behind the dropped message are handled next")]
 pub(crate) struct DeadLettersArgs {
     #[command(subcommand)]
     what: Option<DeadLettersCommand>,
@@ -156,14 +156,14 @@ async fn show(subscription: &str, key: &str, store: &Store, output: &mut Output)
         output.value(&row)?;
         return Ok(Verdict::Fine);
     }
-    let retry = row.retries_at.map_or_else(|| "when it is redriven".to_owned(), moment::time);
+    let retry = row.retries_at.map_or_else(|| "when redriven".to_owned(), moment::time);
     for (name, value) in [
         ("id", row.id),
         ("key", row.key),
         ("parked", format!("{} ({} ago)", moment::time(row.parked_at), age(row.parked_at))),
         ("attempts", row.attempts.to_string()),
         ("tried again", retry),
-        ("behind it", grouped(row.behind as i64)),
+        ("behind", grouped(row.behind as i64)),
         ("reason", row.reason),
     ] {
         output.line(&format!("{name:<12} {}", shown(&value)))?;
@@ -191,11 +191,11 @@ async fn redrive(
         if waiting == 0 {
             return Err(nothing(subscription, key));
         }
-        let messages = if waiting == 1 { "message is" } else { "messages are" };
-        output.line(&format!("{}: {waiting} {messages} to be tried again", shown(key)))?;
+        let messages = if waiting == 1 { "message" } else { "messages" };
+        output.line(&format!("{}: {waiting} {messages} will be handled again", shown(key)))?;
     }
     if keys.is_empty() {
-        return Err(Failure::new(format!("nothing of {subscription} is parked")));
+        return Err(Failure::new(format!("{subscription} has no parked messages")));
     }
     Ok(Verdict::Fine)
 }
@@ -212,17 +212,18 @@ async fn drop_one(
         return Err(nothing(subscription, key));
     };
     let by = act.by()?;
-    act.confirm(&format!("Give up the first message of {} for good? It failed with: {}.", row.key, row.reason))?;
+    act.confirm(&format!("Drop the first message of {} for good? The message failed with: {}.", row.key, row.reason))?;
     let archive: Arc<dyn Archive> = store.port();
     match Operator::new(archive, &by).drop_first(subscription, key, &act.reason).await? {
-        Some(_) => {
-            output.line(&format!("{}: dropped; its text is in the log, in stream operator-{subscription}", row.key))?
-        }
+        Some(_) => output
+            .line(&format!("{}: dropped; the log keeps the message in stream operator-{subscription}", row.key))?,
         None => return Err(nothing(subscription, key)),
     }
     Ok(Verdict::Fine)
 }
 
 fn nothing(subscription: &str, key: &str) -> Failure {
-    Failure::new(format!("nothing of {subscription} is parked under {key}; `dead-letters list` shows what is"))
+    Failure::new(format!(
+        "{subscription} has no parked message with the key or id {key}; `dead-letters list` shows parked messages"
+    ))
 }

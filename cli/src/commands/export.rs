@@ -29,16 +29,16 @@ const PAGE: usize = 500;
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   annals export shop.ndjson.zst
-      everything: events with their positions and times, documents with their versions
+      export everything: events with positions and times, documents with versions
   annals export shop.ndjson.zst --resume
-      goes on with one that was broken off
+      continue an interrupted export
   annals export shop.ndjson --json
-      not compressed, since the name does not end in .zst
+      write an uncompressed file, because the name does not end in .zst
 
-The log is exported as it stood when it began. Documents (checkpoints, read models) of services that run meanwhile are each
-of another moment: stop the services if they are to be exact.")]
+The export ends at the position that the log has when all documents are written. If services run during the export, documents
+(checkpoints, read models) are from different moments: stop the services if the documents must match exactly.")]
 pub(crate) struct ExportArgs {
-    /// The file; compressed if its name ends in .zst.
+    /// The file, which is compressed if its name ends in .zst.
     file: PathBuf,
     /// Continue an interrupted file after its last complete section.
     #[arg(long)]
@@ -64,7 +64,7 @@ pub(crate) async fn run(
     if !write(&mut writer, store).await? {
         writer.section(false)?;
         let command = resume.command(["export", &*path.to_string_lossy(), "--resume"]);
-        eprintln!("stopped after position {}; go on with: {command}", grouped(writer.so_far().position));
+        eprintln!("stopped after position {}; to continue, run: {command}", grouped(writer.so_far().position));
         return Ok(Verdict::Stopped);
     }
     writer.section(true)?;
@@ -96,13 +96,18 @@ fn begun(path: &Path, store: &Store) -> Result<(ExportWriter, Header), Failure> 
 fn resumed(path: &Path, store: &Store) -> Result<(ExportWriter, Header), Failure> {
     let shown = path.display();
     let Some((writer, header)) = ExportWriter::resume(path)? else {
-        return Err(Failure::new(format!("{shown} is complete: there is nothing to go on with")));
+        return Err(Failure::new(format!("{shown} is complete: there is nothing to resume")));
     };
     if header.archive.is_some() {
-        return Err(Failure::new(format!("{shown} is an archive, not an export: `archive --resume` goes on with it")));
+        return Err(Failure::new(format!(
+            "{shown} is an archive, not an export: continue the file with `archive --resume`"
+        )));
     }
     if header.store != store.url.to_string() {
-        return Err(Failure::new(format!("{shown} was taken from {}, not from {}", header.store, store.url)));
+        return Err(Failure::new(format!(
+            "{shown} was written from {}, not from {}: name that store, or another file",
+            header.store, store.url
+        )));
     }
     Ok((writer, header))
 }

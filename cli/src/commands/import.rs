@@ -31,10 +31,10 @@ const PARTS_AHEAD: usize = 1;
 #[command(after_help = "Examples:
   annals migrate --store postgres://owner@localhost/shop
   annals import shop.ndjson.zst --store postgres://owner@localhost/shop
-      into a store that must be empty; broken off, the same command goes on
+      import into an empty store; after an interruption, the same command continues
 
-Everything is kept as it was: ids, versions, positions with their gaps, times, and every byte of a payload. No service
-starts on the store before all of it is there.")]
+An import keeps ids, versions, positions with their gaps, times, and every byte of each payload. No service starts on the store
+before the import is complete.")]
 pub(crate) struct ImportArgs {
     /// A file that `export` wrote.
     file: PathBuf,
@@ -67,10 +67,13 @@ pub(crate) async fn run(
     let (mut version, done) = match progress_of(&*archive).await? {
         Some((version, progress)) if progress.export == export => (version, progress.contents),
         Some((_, progress)) => {
-            return Err(Failure::new(format!("the store was filled from another export ({})", progress.export)));
+            return Err(Failure::new(format!(
+                "the store was filled from another export ({}): import into a new store",
+                progress.export
+            )));
         }
         None if is_empty(&*archive).await? => (0, Section::default()),
-        None => return Err(Failure::new("the store is not empty: an import needs one of its own")),
+        None => return Err(Failure::new("the store is not empty: import into a new store")),
     };
     let stop = Stop::on_ctrl_c();
     let bar = progress::bar("imported", 0);
@@ -95,16 +98,16 @@ pub(crate) async fn run(
         if !complete && stop.is_asked() {
             bar.finish_and_clear();
             let command = resume.command(["import", &*arguments.file.to_string_lossy()]);
-            eprintln!("stopped after {} events; go on with: {command}", grouped(events as i64));
+            eprintln!("stopped after {} events; to continue, run: {command}", grouped(events as i64));
             return Ok(Verdict::Stopped);
         }
     }
     bar.finish_and_clear();
-    let complete = reading.await.map_err(|error| Failure::new(format!("{path} could not be read: {error}")))??;
+    let complete = reading.await.map_err(|error| Failure::new(format!("{path} cannot be read: {error}")))??;
     if !complete {
         return Err(Failure::new(format!(
-            "{path} is not complete: it ends after {} events. They are imported; go on with `export --resume`, and \
-             then import it again",
+            "{path} is incomplete: the file ends after {} events. These events are imported. Continue the file with \
+             `export --resume`, and then import the file again",
             grouped(last.map_or(0, |section| section.events) as i64)
         )));
     }

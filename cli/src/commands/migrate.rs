@@ -12,7 +12,7 @@ use crate::{
 #[derive(Debug, Args)]
 #[command(after_help = "Example:
   annals migrate --store postgres://owner@localhost/shop
-      as a role that may create schemas; the services then need not")]
+      run this as a role that may create schemas; the roles of the services then need no such permission")]
 pub(crate) struct MigrateArgs {}
 
 #[derive(Serialize)]

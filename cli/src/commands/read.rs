@@ -21,13 +21,13 @@ const PAGE: usize = 500;
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   annals read order-536365
-      everything that happened to an order
+      show every event of an order
   annals read order-536365 --at \"2026-11-21 15:04\"
-      what was known of it at that time
+      show the events of an order up to that time
   annals read order-536365 --from 3 --to 5 --json | jq .data
-      payloads of three of its events
+      print the payloads of three events
   annals read order-536365 --archive orders-2026.ndjson.zst
-      of a stream that was archived")]
+      show the events of an archived stream")]
 pub(crate) struct ReadArgs {
     /// The stream, such as `order-536365`.
     #[arg(value_name = "STREAM")]
@@ -99,7 +99,10 @@ pub(crate) fn from_archives(arguments: ReadArgs, output: &mut Output) -> Result<
             }
         }
         if !complete {
-            return Err(Failure::new(format!("{} is not complete", path.display())));
+            return Err(Failure::new(format!(
+                "{} is incomplete: continue the file with `archive --resume` or `export --resume`",
+                path.display()
+            )));
         }
     }
     if found.is_empty() {
@@ -117,8 +120,8 @@ pub(crate) fn from_archives(arguments: ReadArgs, output: &mut Output) -> Result<
 
 fn missing(stream: &str) -> String {
     let hint = match StreamId::parse(stream) {
-        Ok(stream) => format!("`streams --category {}` lists those of its category", stream.category()),
-        Err(_) => "a stream is named `<category>-<id>`, such as order-536365; `streams` lists them".to_owned(),
+        Ok(stream) => format!("`streams --category {}` lists the streams of this category", stream.category()),
+        Err(_) => "a stream is named `<category>-<id>`, such as order-536365; `streams` lists all streams".to_owned(),
     };
     format!("there is no stream {stream}; {hint}")
 }

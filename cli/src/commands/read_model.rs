@@ -29,15 +29,15 @@ const PAGE: usize = 500;
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   annals read-model shelf --limit 20
-      its views, as they are now
+      show the current views
   my-service ops read-model shelf compare
-      builds all of them anew from the log, beside the live ones, and shows what is not the same; exit code 1 if anything is
+      build all views again from the log, next to the live views, and show the differences; exit code 1 if there are any
   my-service ops read-model shelf rebuild --reason \"returns were counted twice\"
-      the same, then asks whether they are to take the place of the live ones
+      build and compare all views, and ask whether the new views replace the live views
 
-To build views needs the service's own binary, which has given its read models to `annals_cli::Ops`. It calls nothing but their pure
-functions, so nothing is done again but to fold events. Services may run meanwhile: whoever reads, reads the live views until
-the moment of the swap, which a running service follows. The swap is an event in the stream operator-NAME.")]
+Building views needs the service's own binary, which registers its read models with `annals_cli::Ops`. A build calls only the pure
+functions of the read model, so no effect happens again. Services may run during the build. Readers see the live views until the
+new views replace them, and a running service continues with the new views. The swap is an event in the stream operator-NAME.")]
 pub(crate) struct ReadModelArgs {
     /// The stored name of the read model.
     name: String,
@@ -53,15 +53,15 @@ pub(crate) struct ReadModelArgs {
 
 #[derive(Debug, Subcommand)]
 enum ReadModelCommand {
-    /// Build all views anew, show how the live ones differ, and remove the new ones.
+    /// Build all views again, show how the live views differ, and remove the new views.
     Compare,
-    /// Build all views anew, show how the live ones differ, and swap them.
+    /// Build all views again, show how the live views differ, and replace the live views.
     Rebuild {
-        /// Swap even if some events could not be applied. Those events stay parked as dead letters, and their views are
-        /// incomplete.
+        /// Replace the live views even if some events could not be applied. Those events stay parked as dead letters,
+        /// and their views are incomplete.
         #[arg(long)]
         accept_parked: bool,
-        /// Swap even if a later version of the code built the live views.
+        /// Replace the live views even if a later version of the code built the live views.
         #[arg(long)]
         accept_older: bool,
         #[command(flatten)]
@@ -106,7 +106,7 @@ pub(crate) async fn run(
         (Err(_), _) | (_, None) => None,
         (Ok(_), Some((act, by))) => {
             output.flush()?;
-            let question = format!("Swap the live views of {}?", arguments.name);
+            let question = format!("Replace the live views of {}?", arguments.name);
             let Some(agreed) = act.confirm_unless(&stop, &question).await else { return stopped(built).await };
             Some(agreed.map(|()| (act, by)))
         }
@@ -116,13 +116,13 @@ pub(crate) async fn run(
             let rebuilt = Operator::new(store.port(), &by).swap(built, &act.reason).await?;
             if !output.json {
                 output.line(&format!(
-                    "swapped: {} views are live in place of {}",
+                    "swapped: {} new views replace {} old views",
                     grouped(rebuilt.views as i64),
                     grouped(rebuilt.views_before as i64)
                 ))?;
                 if rebuilt.parked > 0 {
                     output.line(&format!(
-                        "{} events could not be applied to them: see dead-letters of {}@{}",
+                        "{} events could not be applied to the new views: `dead-letters list {}@{}` shows them",
                         grouped(rebuilt.parked as i64),
                         arguments.name,
                         rebuilt.generation
@@ -175,7 +175,7 @@ async fn build(
 /// Removes the new views, after the user has stopped the command.
 async fn stopped(built: Rebuild) -> Result<Verdict, Failure> {
     built.discard().await?;
-    eprintln!("stopped: the live views are as they were");
+    eprintln!("stopped: the live views are unchanged");
     Ok(Verdict::Stopped)
 }
 
@@ -201,11 +201,14 @@ async fn compare(built: &Rebuild, limit: usize, output: &mut Output) -> Result<C
         return Ok(compared);
     }
     if differences > limit {
-        output.line(&format!("and {} more; --limit N shows them", grouped((differences - limit) as i64)))?;
+        output.line(&format!(
+            "and {} more: raise --limit to see more differences",
+            grouped((differences - limit) as i64)
+        ))?;
     }
     let number = |count: usize| grouped(count as i64);
     output.line(&format!(
-        "{} live views and {} rebuilt ones: {} {}",
+        "{} live views and {} rebuilt views: {} {}",
         number(live),
         number(rebuilt),
         number(differences),
@@ -213,12 +216,12 @@ async fn compare(built: &Rebuild, limit: usize, output: &mut Output) -> Result<C
     ))?;
     if uncertain > 0 {
         output.line(&format!(
-            "{} of these may be no more than a delay: the live views were at another position of the log all the time",
+            "{} of these differences may only be a delay: the live views were never at the same position of the log",
             number(uncertain)
         ))?;
     }
     if parked > 0 {
-        output.line(&format!("{} events could not be applied to the rebuilt ones", number(parked)))?;
+        output.line(&format!("{} events could not be applied to the rebuilt views", number(parked)))?;
     }
     Ok(compared)
 }
@@ -249,7 +252,7 @@ async fn list(arguments: &ReadModelArgs, store: &Store, output: &mut Output) -> 
         }
     };
     if rows.is_empty() && arguments.after.is_empty() {
-        return Err(Failure::new(format!("nobody keeps views of a read model {} in this store", arguments.name)));
+        return Err(Failure::new(format!("this store has no views of a read model {}", arguments.name)));
     }
     output.list(&["KEY", "VIEW"], &rows, |row| vec![row.key.to_string(), short(row.view.get(), VIEW_CHARS_MAX)])?;
     Ok(Verdict::Fine)

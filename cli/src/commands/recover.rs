@@ -48,17 +48,18 @@ const LOG: &str = "log";
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   annals recover --bus kafka://broker:9092 --reason \"disk lost, restored from 03:00\" --dry-run
-      what would be taken back, and what cannot be
+      print which events would be taken back, and which messages are lost
   annals recover --bus kafka://broker:9092 --reason \"disk lost, restored from 03:00\" --yes
-      takes it back; killed at any moment, the same command goes on
+      take the events back; after an interruption at any moment, the same command continues
   annals recover --service order --anew --bus kafka://broker:9092 --reason \"new database\" --yes
-      a new store under topics that another log has filled: begins behind what they hold
+      start a new store after the positions that another log has used in the topics
 
-Events that the service published, and its answers to sagas, are taken back as they were: ids, versions, positions, times, bytes. What
-topics do not hold is listed: exit code 1. Sagas of the lost time are begun again by what started them, and their participants answer
-as they did. The log gets a new name and positions behind all that were ever sent, so consumers know old messages from new ones.
+The command takes back events that the services published, and their answers to sagas, unchanged: ids, versions, positions, times,
+bytes. The command lists messages that cannot be taken back, and the exit code is 1. Sagas of the lost time start again from the
+events that started them, and their participants give the same answers. The log gets a new name, and positions after all
+positions that were ever sent, so that consumers can tell old messages from new messages.
 
-Stop all instances of the store first. The service starts when it is done; docs/postgresql.md has the whole procedure.")]
+Stop all instances of the services first, and start the services after this command. docs/postgresql.md has the whole procedure.")]
 pub(crate) struct RecoverArgs {
     /// The Kafka of the services: `kafka://host:port[,host:port][?name=value&…]`.
     #[arg(long, value_name = "URL")]
@@ -114,7 +115,7 @@ pub(crate) async fn run(
     let stop = Stop::on_ctrl_c();
     let plan = Plan::of(&arguments, &archive).await?;
     if !arguments.dry_run {
-        nobody_runs(&archive).await?;
+        no_instance_runs(&archive).await?;
     }
     let bus = KafkaBus::connect(arguments.bus.clone()).await?;
     let search = Search { services: &plan.services, relayed: &plan.relayed, names: &plan.names };
@@ -126,7 +127,7 @@ pub(crate) async fn run(
     if let Some(verdict) = recovering.run(found?, store, &stop, output).await? {
         return Ok(verdict);
     }
-    eprintln!("stopped; go on with: {}", resume.command(words(&recovering.arguments)));
+    eprintln!("stopped; to continue, run: {}", resume.command(words(&recovering.arguments)));
     Ok(Verdict::Stopped)
 }
 
@@ -207,7 +208,7 @@ impl Recovering {
 
     /// Asks the operator to confirm the recovery. Returns `false` if the user stopped the recovery instead.
     async fn is_confirmed(&self, store: &Store, stop: &Stop) -> Result<bool, Failure> {
-        let question = format!("Bring {} to where the topics are?", store.url);
+        let question = format!("Recover {} from the topics?", store.url);
         let confirmed = self.arguments.act.confirm_unless(stop, &question).await.transpose()?;
         Ok(confirmed.is_some())
     }
@@ -223,8 +224,10 @@ impl Recovering {
         if restorer.writes {
             let owed = std::mem::take(&mut restorer.owed);
             for step in owed.write(&self.plan.services, archive, &self.bus).await? {
-                restorer
-                    .lost(&step, "it was answered, what it did may be lost, and its command is in no topic any more")?;
+                restorer.lost(
+                    &step,
+                    "the step was answered, its work may be lost, and its command is no longer in any topic",
+                )?;
             }
         }
         Ok(())
@@ -291,34 +294,35 @@ impl Recovered<'_> {
         let number = |count: u64| grouped(count.cast_signed());
         let Recovered { topics, log, restored_to, first, counts, dry_run, .. } = self;
         let Counts { taken_back, done_again, saga_steps, lost } = counts;
-        let (would, is) = if *dry_run { ("would be ", "would be") } else { ("", "is") };
+        let would = if *dry_run { "would be " } else { "" };
+        let again = if *dry_run { "would be" } else { "will be" };
         output.line(&format!(
-        "{} events {would}taken back from {topics} topics into a log that ended at position {}; {} answers to sagas whose work \
-         {is} done again at the next start, {} steps of sagas {would}left to be done again, {} lost",
-        number(*taken_back),
-        grouped(*restored_to),
-        number(*done_again),
-        number(*saga_steps),
-        number(*lost),
-    ))?;
+            "{} events {would}taken back from {topics} topics into a log that ended at position {}; the work of \
+             {} answers to sagas, and {} steps of sagas, {again} done again at the next start; {} messages are lost",
+            number(*taken_back),
+            grouped(*restored_to),
+            number(*done_again),
+            number(*saga_steps),
+            number(*lost),
+        ))?;
         if *dry_run {
             return Ok(());
         }
         output.line(&format!(
-            "from position {} on, messages carry the log's new name {log}: services may start",
+            "messages from position {} on carry the new log name {log}; the services may start",
             grouped(*first)
         ))
     }
 }
 
 /// Fails if an instance of any service appears to be alive.
-async fn nobody_runs(archive: &Arc<dyn Archive>) -> Result<(), Failure> {
+async fn no_instance_runs(archive: &Arc<dyn Archive>) -> Result<(), Failure> {
     let alive = recovery::alive(&**archive).await?;
     if alive.is_empty() {
         return Ok(());
     }
     Err(Failure::new(format!(
-        "instances of services run on the store: {}. Stop all of them, and repeat this",
+        "instances of services run on the store: {}. Stop all instances, and run this command again",
         alive.join(", ")
     )))
 }
@@ -330,7 +334,7 @@ impl Plan {
         services.extend(arguments.service.iter().cloned());
         if services.is_empty() {
             return Err(Failure::new(
-                "no relay has run on this store: name the services that are to run on it, with --service NAME",
+                "no relay has run on this store: name the services that will use the store, with --service NAME",
             ));
         }
         let (names, names_version) = LogNames::with_version(&**archive).await?;
@@ -374,9 +378,9 @@ impl Plan {
             for (log, first, last) in &unknown {
                 if *first <= end {
                     return Err(Failure::new(format!(
-                        "log {log} of the topics has positions {first} to {last}, and other events stand at positions up to {end}: its \
-                         history cannot be taken back into this store. Begin anew behind it with --anew, or restore the \
-                         database of that log"
+                        "log {log} of the topics has positions {first} to {last}, and this store has other events up to \
+                         position {end}: the events of that log cannot be taken back. Start after that log with --anew, \
+                         or restore its database"
                     )));
                 }
                 end = *last;

@@ -32,7 +32,7 @@ pub(crate) async fn run(
     let (first, mut last) = range(&arguments, &*store.port()).await?;
     let mut target = open(&arguments, store, domain, output).await?;
     if let Some(sent) = target.sent().filter(|sent| *sent < last) {
-        eprintln!("only up to position {sent}: what follows, the relay sends by itself");
+        eprintln!("replaying up to position {sent} only: the relay itself sends all later events");
         last = sent;
     }
     if arguments.dry_run {
@@ -47,25 +47,25 @@ pub(crate) async fn run(
     let ended = pass.run(&mut target, &Stop::on_ctrl_c()).await;
     let replayed = if arguments.dry_run { "would be replayed" } else { "replayed" };
     let said = format!("{} events {replayed}", grouped(pass.events));
-    let goes_on = || {
+    let continuation = || {
         let command = arguments.resumed(resume, pass.position, last);
-        format!("up to position {}; go on with: {command}", pass.position)
+        format!("up to position {}; to continue, run: {command}", pass.position)
     };
     match ended {
         Ok(true) => {}
         Ok(false) => {
-            eprintln!("stopped: {said}, {}", goes_on());
+            eprintln!("stopped: {said}, {}", continuation());
             return Ok(Verdict::Stopped);
         }
         Err(Failure::Message(reason)) if matches!(target, Target::File(_) | Target::Topic(_) | Target::Handler(_)) => {
-            return Err(Failure::new(format!("{reason}\n{said}, {}", goes_on())));
+            return Err(Failure::new(format!("{reason}\n{said}, {}", continuation())));
         }
         Err(failure) => return Err(failure),
     }
     let until = Position(last.max(pass.position));
     match target {
         Target::Output(_) => {}
-        _ => output.line(&format!("{said}, of positions {first} to {until}"))?,
+        _ => output.line(&format!("{said}, from positions {first} to {until}"))?,
     }
     Ok(Verdict::Fine)
 }

@@ -25,11 +25,11 @@ const EVENTS_MAX: usize = 10_000;
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   annals saga 536365
-      its steps, attempts, commands, replies, timers and errors
+      show steps, attempts, commands, replies, timers and errors
   annals saga saga.return-C536379 --diagram > path.mmd
-      the way it took, as a Mermaid flowchart; --diagram=svg for a picture
+      draw the path of the saga as a Mermaid flowchart; --diagram=svg draws a picture
   annals saga 536365 retry --reason \"the card provider is back\"
-      asks again for the step that it is stuck at")]
+      send the commands of the stuck step again")]
 pub(crate) struct SagaArgs {
     /// The saga's id, or its stream if several sagas have the id: `536365`, `saga.checkout-536365`.
     #[arg(value_name = "ID")]
@@ -78,7 +78,7 @@ pub(crate) async fn run(arguments: SagaArgs, store: &Store, output: &mut Output)
         let since = format!("+{}", span(entry.at - first.0.recorded_at));
         for (number, line) in entry.lines.iter().enumerate() {
             let margin = if number == 0 { since.as_str() } else { "" };
-            output.beside(&format!("{margin:>9}  "), &shown(line))?;
+            output.with_margin(&format!("{margin:>9}  "), &shown(line))?;
         }
     }
     if let Some(waits) = timeline::waits(progress, store.port().clock().now()) {
@@ -107,11 +107,11 @@ pub(crate) async fn locate(store: &Store, id: &str) -> Result<StreamId, Failure>
     }
     match found.as_slice() {
         [stream] => Ok(stream.clone()),
-        [] if names.is_empty() => Err(Failure::new("there are no sagas in this store")),
-        [] => Err(Failure::new(format!("there is no saga {id}; known are sagas of: {}", names.join(", ")))),
+        [] if names.is_empty() => Err(Failure::new("this store has no sagas")),
+        [] => Err(Failure::new(format!("there is no saga {id}; this store has sagas named: {}", names.join(", ")))),
         several => {
             let streams: Vec<_> = several.iter().map(StreamId::as_str).collect();
-            Err(Failure::new(format!("several sagas have that id: name one of {}", streams.join(", "))))
+            Err(Failure::new(format!("several sagas have the id {id}: name a stream instead: {}", streams.join(", "))))
         }
     }
 }

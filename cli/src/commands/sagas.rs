@@ -20,9 +20,9 @@ const ERROR_CHARS_MAX: usize = 60;
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   annals sagas --status stuck
-      those that wait for an operator
+      list sagas that wait for an operator
   annals sagas --saga checkout --older-than 1h --status running,compensating
-      checkouts that take too long")]
+      list checkouts that take too long")]
 pub(crate) struct SagasArgs {
     /// Only sagas of this name, such as `checkout`.
     #[arg(long, value_name = "NAME")]
@@ -36,7 +36,7 @@ pub(crate) struct SagasArgs {
     /// Only sagas that were started longer ago than this, such as 15m.
     #[arg(long, value_name = "DURATION")]
     older_than: Option<Span>,
-    /// At most this many [default: 100 in a table, all with --json].
+    /// Show at most this many sagas [default: 100 in a table, all with --json].
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
 }
@@ -101,7 +101,7 @@ pub(crate) async fn run(arguments: SagasArgs, store: &Store, output: &mut Output
     show(&rows, output)?;
     if more && !output.json {
         output.flush()?;
-        eprintln!("and more: --limit N, or narrow it down");
+        eprintln!("there are more sagas: raise --limit, or narrow the filter");
     }
     Ok(Verdict::Fine)
 }

@@ -20,11 +20,11 @@ const ROWS_DEFAULT: usize = 100;
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   annals streams --category order --min-events 50
-      orders that had a lot happen to them
+      list orders with many events
   annals streams --category saga.checkout --quiet-for 1h
-      checkouts of which nothing was heard for an hour
+      list checkouts without an event in the last hour
   annals streams --json | wc -l
-      how many streams there are")]
+      count the streams")]
 pub(crate) struct StreamsArgs {
     /// Only streams of this category, such as `order`.
     #[arg(long)]
@@ -41,7 +41,7 @@ pub(crate) struct StreamsArgs {
     /// Only streams whose last event is more recent than this.
     #[arg(long, value_name = "DURATION")]
     active_within: Option<Span>,
-    /// At most this many [default: 100 in a table, all with --json].
+    /// Show at most this many streams [default: 100 in a table, all with --json].
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
 }
@@ -102,7 +102,7 @@ pub(crate) async fn run(arguments: StreamsArgs, store: &Store, output: &mut Outp
     show(&rows, output)?;
     if more && !output.json {
         output.flush()?;
-        eprintln!("and more: --limit N, or narrow it down");
+        eprintln!("there are more streams: raise --limit, or narrow the filter");
     }
     Ok(Verdict::Fine)
 }

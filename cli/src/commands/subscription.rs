@@ -15,15 +15,16 @@ use crate::{
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   annals subscription order.mailer pause --reason \"the mail server is being moved\"
-  annals subscription order.mailer resume --reason \"it is back\"
+  annals subscription order.mailer resume --reason \"the mail server is back\"
   annals subscription order.statistics reset --to beginning --reason \"counted twice before 1.4\"
-      its handler sees everything again, also while the service runs
+      make the handler see every event again, also while the service runs
 
-SubscriptionCommand a handler did stays done. One that calls others (mails, payments) does so again for each event that it sees again,
-unless it asks by the event's id whether it did. A read model is built anew by `read-model NAME rebuild`, beside the live one.
+A reset undoes nothing. A handler that calls other systems (mails, payments) calls them again for each event that it sees again,
+unless the handler checks by event id whether it has done so. `read-model NAME rebuild` builds a read model again.
 
-SubscriptionCommand a service consumes from the bus has offsets of topics, not a place in the log. It is held up where its messages come from:
-`subscription SERVICE.relay pause` on the store of the service that sends. SubscriptionCommand it could not handle is in `dead-letters`.")]
+A group that consumes topics has offsets, not a position in the log. To hold up such a group, pause the relay that sends its
+messages: `subscription SERVICE.relay pause` on the store of the sending service. `dead-letters` shows messages that the group
+could not handle.")]
 pub(crate) struct SubscriptionArgs {
     /// The name of the subscription, as `subscriptions` shows it.
     name: String,
@@ -60,29 +61,32 @@ pub(crate) async fn run(arguments: SubscriptionArgs, store: &Store, output: &mut
         SubscriptionCommand::Reset { to, act } => {
             let to = place(&to, store).await?;
             let operator = Operator::new(store.port(), &act.by()?);
-            act.confirm(&format!("Have {name} see everything after position {} again?", grouped(to.0)))?;
+            act.confirm(&format!(
+                "Reset {name}, so that its handler sees every event after position {} again?",
+                grouped(to.0)
+            ))?;
             let reset = operator.reset(name, to, &act.reason).await;
-            let instead = "what it has handled it knows: `replay --bus … --topic` sends events once more to a topic of their own, \
-                           and `dead-letters redrive` has it try again what it could not handle";
+            let instead = "the group skips messages that it has handled. `replay --bus … --topic` sends events again to a \
+                           separate topic, and `dead-letters redrive` makes the group handle parked messages again";
             reset.map_err(|error| of_bus(error, instead))?;
-            output.line(&format!("{name}: goes on after position {}", grouped(to.0)))?;
+            output.line(&format!("{name}: continues after position {}", grouped(to.0)))?;
         }
         SubscriptionCommand::Pause { act } => {
-            hold_up(name, true, &act, store).await?;
+            set_paused(name, true, &act, store).await?;
             output.line(&format!("{name}: paused"))?;
         }
         SubscriptionCommand::Resume { act } => {
-            hold_up(name, false, &act, store).await?;
-            output.line(&format!("{name}: goes on"))?;
+            set_paused(name, false, &act, store).await?;
+            output.line(&format!("{name}: resumed"))?;
         }
     }
     Ok(Verdict::Fine)
 }
 
-async fn hold_up(name: &str, paused: bool, act: &ActionArgs, store: &Store) -> Result<(), Failure> {
+async fn set_paused(name: &str, paused: bool, act: &ActionArgs, store: &Store) -> Result<(), Failure> {
     let done = Operator::new(store.port(), &act.by()?).pause(name, paused, &act.reason).await;
-    let instead = "`subscription SERVICE.relay pause`, on the store of the service that sends, holds up what is sent there; and \
-                   a service that is stopped goes on from its offsets";
+    let instead = "`subscription SERVICE.relay pause`, on the store of the sending service, holds up its messages; a service \
+                   that was stopped continues from its offsets";
     done.map_err(|error| of_bus(error, instead))
 }
 
@@ -105,7 +109,7 @@ async fn place(text: &str, store: &Store) -> Result<Position, Failure> {
     }
     let Ok(Moment(time)) = text.parse() else {
         return Err(Failure::new(
-            "--to is a position, `beginning`, `now`, or a time such as 2026-11-21T15:04:05Z or 2h",
+            "--to takes a position, `beginning`, `now`, or a time such as 2026-11-21T15:04:05Z or 2h",
         ));
     };
     Ok(position_at(&*store.port(), time).await?)

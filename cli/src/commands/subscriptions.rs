@@ -25,7 +25,7 @@ const PAGE: usize = 1_000;
 #[command(after_help = "Examples:
   annals subscriptions
   annals subscriptions --sample 10s --behind 1000
-      those more than a thousand events behind, with their rate over ten seconds")]
+      list subscriptions that are at least 1,000 events behind, with their rates over ten seconds")]
 pub(crate) struct SubscriptionsArgs {
     /// How long to measure the speed of each subscription; 0s to skip.
     #[arg(long, value_name = "DURATION", default_value = "1s")]

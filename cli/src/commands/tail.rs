@@ -22,10 +22,10 @@ const PAUSE_MAX: Duration = Duration::from_secs(10);
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   annals tail --category order,payment
-      orders and payments from now on; Ctrl-C ends it
+      print new orders and payments until Ctrl-C
   annals tail --type payment.declined --json >> declined.ndjson
   annals tail --where '$[?@.sku==\"85123A\"]' --from 0
-      everything about one product, from the beginning of the log on")]
+      print every event about one product, from the beginning of the log")]
 pub(crate) struct TailArgs {
     #[command(flatten)]
     filter: EventFilter,

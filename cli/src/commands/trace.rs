@@ -25,9 +25,9 @@ const EVENTS_MAX: usize = 10_000;
 #[command(after_help = "Examples:
   annals trace 5b2c1a34-5f6e-5d7c-8b9a-0c1d2e3f4a5b
   annals trace order-536365
-      everything that came of the request which this stream began with
+      show everything that was caused by the request that started this stream
 
-The log has no index of requests: all of it is read, unless --since says where to begin.")]
+The log has no index of requests, so the command reads the whole log.")]
 pub(crate) struct TraceArgs {
     /// The correlation id, or the name of a stream whose first event has that id.
     #[arg(value_name = "CORRELATION_ID")]
@@ -107,7 +107,10 @@ async fn begin(what: &str, store: &Store) -> Result<(Uuid, i64), Failure> {
     let first = store.port().read_stream(&StreamId::from_stored(what), Version::START, 1).await?;
     // The request may have written events to other streams before the first event of this stream.
     first.first().map(|event| (event.metadata.correlation_id, 1)).ok_or_else(|| {
-        Failure::new(format!("{what:?} is no correlation id, such as {}, and no stream that there is", Uuid::nil()))
+        Failure::new(format!(
+            "{what:?} is neither a correlation id, such as {}, nor a stream of this store",
+            Uuid::nil()
+        ))
     })
 }
 

@@ -33,23 +33,23 @@ use crate::{
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   annals verify
-      dense versions, unique ids, payloads, histories of sagas, checkpoints; a line a fault, exit code 1 if there is one
+      check versions, ids, payloads, histories of sagas, and checkpoints; print one line per fault; exit code 1 if there is any
   annals verify --seal
-      also seals what was not sealed yet: later runs find what was changed, deleted, moved or cut off since
+      also seal new events: later runs find sealed events that were changed, deleted, moved or cut off
   annals verify --expect 5b1c0e…
-      also that a seal is there whose hash you noted elsewhere: whoever changes the log may change the seals as well
-
+      also check that the seal with this hash exists; note the hash elsewhere, because a person who can change the log may also
+      be able to change the seals
   annals verify --bus kafka://broker:9092
-      also that the topics hold what the relays say they have sent
+      also check that the topics hold the messages that the relays recorded as sent
 
-With --bus, every event and command up to the relay's checkpoint has to be in its topic, with the same bytes, key and attributes, in
-the order of its stream; a message that says it comes from this log, and does not, is one fault, as is one that is missing. What
-retention has removed is counted, and no fault: where the beginning of a partition is gone, nothing before the first message that
-is left of a relay can be looked at. In a topic that is compacted any message may be gone: that is one fault of the topic, with how many
-are. Messages sent twice are counted too. What a relay has parked is not expected; what was dropped
-from there is missing. Topics that no relay of this store writes to are not looked at.
+With --bus, every event and command up to the checkpoint of its relay must be in its topic, with the same bytes, key and attributes,
+and in the order of its stream. Each missing message is a fault, and so is each message that claims to come from this log and does
+not. Messages that retention removed are counted, and are not faults: if the beginning of a partition is gone, the messages of a
+relay before its first remaining message are not checked. In a compacted topic, any message may be gone: such a topic is one
+fault, with the number of missing messages. Messages that were sent twice are counted. Messages that a relay has parked are not
+expected; messages that were dropped from there are missing. Topics to which no relay of this store writes are not checked.
 
-All faults of the store are told, up to 1,000; what a service writes meanwhile is looked at by the next run.")]
+The command prints up to 1,000 faults. Events written during the run are checked by the next run.")]
 pub(crate) struct VerifyArgs {
     /// Also seal the events that are not sealed yet.
     #[arg(long)]
@@ -101,7 +101,7 @@ async fn verify(arguments: VerifyArgs, store: &Store, faults: &mut Faults<'_>) -
         for event in batch {
             if stop.is_asked() {
                 bar.finish_and_clear();
-                eprintln!("stopped at position {}; nothing is verified but what was told", event.position);
+                eprintln!("stopped at position {}; the rest of the log is not verified", event.position);
                 return Ok(Verdict::Stopped);
             }
             events += 1;
@@ -127,7 +127,7 @@ async fn verify(arguments: VerifyArgs, store: &Store, faults: &mut Faults<'_>) -
     if let Some(settings) = &arguments.bus.bus {
         topics = stop.unless(bus::verify(&arguments.bus, settings, store, faults)).await.transpose()?;
         if topics.is_none() {
-            eprintln!("stopped while the topics were read; of these, nothing is verified but what was told");
+            eprintln!("stopped while the topics were read; the topics are not verified");
             return Ok(Verdict::Stopped);
         }
     }

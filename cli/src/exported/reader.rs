@@ -77,7 +77,8 @@ impl ExportReader {
             line: Vec::new(),
             number: 0,
         };
-        let no_export = |_| Failure::new(format!("{} is no export of `annals export`", path.display()));
+        let no_export =
+            |_| Failure::new(format!("{} is not an export: `annals export` writes such files", path.display()));
         reader.next_line()?;
         reader.header = serde_json::from_slice(&reader.line).map_err(no_export)?;
         let found = reader.header.annals_export;
@@ -116,7 +117,7 @@ impl ExportReader {
             ExportLine::Event(event) => {
                 let event = event.stored().map_err(|error| self.damaged(error))?.into_owned();
                 if event.position.0 <= self.so_far.position {
-                    return Err(self.damaged("its events are not in order"));
+                    return Err(self.damaged("the events are not in log order"));
                 }
                 self.so_far.position = event.position.0;
                 self.so_far.events += 1;
@@ -133,7 +134,7 @@ impl ExportReader {
                 self.so_far.until = section.until;
                 let read = Section { blake3, complete: section.complete, ..self.so_far.clone() };
                 if read != section {
-                    return Err(self.damaged("its checksum is wrong: something before this line was changed or lost"));
+                    return Err(self.damaged("the checksum is wrong: the file was changed or damaged before this line"));
                 }
                 ExportItem::Section(section)
             }
@@ -167,7 +168,7 @@ impl ExportReader {
         match read {
             Ok(0) => Ok(false),
             Ok(_) if self.line.ends_with(b"\n") => Ok(true),
-            Ok(_) => Err(self.damaged("the line is not whole")),
+            Ok(_) => Err(self.damaged("the line is incomplete")),
             Err(error) => Err(self.damaged(&error.to_string())),
         }
     }
@@ -187,7 +188,7 @@ impl ExportReader {
         })();
         let (offset, next) = next.map_err(|error| self.damaged(&error.to_string()))?;
         if !rest.is_empty() {
-            return Err(self.damaged("something follows the end of a section"));
+            return Err(self.damaged("unexpected data follows the end of a section"));
         }
         self.offset = offset;
         self.source = Source::Zstd(next);

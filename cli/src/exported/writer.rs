@@ -195,7 +195,7 @@ fn truncated(path: &Path, offset: u64) -> io::Result<File> {
 fn unwritable(path: &Path, error: &io::Error) -> Failure {
     Failure::new(match error.kind() {
         io::ErrorKind::AlreadyExists => format!(
-            "{} exists already: --resume goes on with it if it was broken off; else name another file",
+            "{} exists already: name another file, or continue an interrupted file with --resume",
             path.display()
         ),
         _ => format!("{} cannot be written: {error}", path.display()),

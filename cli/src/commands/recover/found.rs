@@ -149,7 +149,7 @@ impl Found {
             let known = since.of(topic, number).unwrap_or(0);
             if read.start > known {
                 self.removed.push(format!(
-                    "{topic}[{number}]: offsets {known} to {} are gone by retention; what they held cannot be taken back",
+                    "{topic}[{number}]: retention removed offsets {known} to {}; their messages cannot be taken back",
                     read.start - 1
                 ));
             }

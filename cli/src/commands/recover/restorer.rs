@@ -115,7 +115,7 @@ impl<'a> Restorer<'a> {
         if self.last == Some((sent.position, sent.id)) {
             return Ok(());
         }
-        let is_beside = self.last.is_some_and(|(position, _)| position == sent.position);
+        let has_same_position = self.last.is_some_and(|(position, _)| position == sent.position);
         self.last = Some((sent.position, sent.id));
         let held = self.log.at(sent.position).await?;
         let is_held = held.is_some_and(|id| id == sent.id || id == sent.causation);
@@ -130,14 +130,17 @@ impl<'a> Restorer<'a> {
         }
         if held.is_some() || (position <= self.restored_to && event.is_some()) {
             self.first_other = self.first_other.or(Some(position));
-            return self.lost(&place, &format!("the log holds another event at position {position}, or none: it was written to after it was restored"));
+            let what = format!(
+                "the log holds another event at position {position}, or no event: the store was changed after the restore"
+            );
+            return self.lost(&place, &what);
         }
         let Some(event) = event else {
             self.counts.saga_steps += u64::from(std::mem::replace(&mut self.last_step, position) != position);
             return Ok(());
         };
-        if is_beside {
-            return self.lost(&place, &format!("another event was sent of position {position} before"));
+        if has_same_position {
+            return self.lost(&place, &format!("another event with position {position} was sent before"));
         }
         let key = stream_key(&event.stream);
         let version = event.version.0;
@@ -148,8 +151,8 @@ impl<'a> Restorer<'a> {
         if stands_at != Some(version - 1) {
             self.streams.insert(key, None);
             let reason = match stands_at {
-                Some(stands_at) if stands_at >= version => format!("the stream stands at version {stands_at} already"),
-                _ => format!("version {} is in no topic", version - 1),
+                Some(stands_at) if stands_at >= version => format!("the stream is already at version {stands_at}"),
+                _ => format!("no topic holds version {}", version - 1),
             };
             return self.lost(&place, &format!("{} v{version}: {reason}", event.stream));
         }

@@ -48,7 +48,7 @@ impl MessageSorter {
         if self.bytes < MEMORY_BYTES {
             return Ok(());
         }
-        self.spill().map_err(|error| no_room(&error))
+        self.spill().map_err(Failure::temporary_file)
     }
 
     fn spill(&mut self) -> io::Result<()> {
@@ -117,14 +117,14 @@ impl SortedMessages {
 
 fn read(file: &mut BufReader<File>) -> Result<Option<SentMessage>, Failure> {
     let mut line = String::new();
-    if file.read_line(&mut line).map_err(|error| no_room(&error))? == 0 {
+    if file.read_line(&mut line).map_err(Failure::temporary_file)? == 0 {
         return Ok(None);
     }
     let (position, id, causation, has_event, place) = serde_json::from_str(&line)?;
     let mut event = None;
     if has_event {
         line.clear();
-        file.read_line(&mut line).map_err(|error| no_room(&error))?;
+        file.read_line(&mut line).map_err(Failure::temporary_file)?;
         let read: EventLine<'_> = serde_json::from_str(&line)?;
         event = Some(read.stored().map_err(Failure::new)?.into_owned());
     }
@@ -149,10 +149,6 @@ impl Ord for NextMessage {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {
         (self.sent.position, self.sent.id).cmp(&(other.sent.position, other.sent.id))
     }
-}
-
-fn no_room(error: &io::Error) -> Failure {
-    Failure::new(format!("temporary files cannot be used (TMPDIR says where they are): {error}"))
 }
 
 #[cfg(test)]

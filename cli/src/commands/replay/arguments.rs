@@ -11,26 +11,28 @@ use crate::{event_filter::EventFilter, moment::Moment, resume_command::ResumeCom
 #[command(after_help = "Examples:
   annals replay --category order --since 2026-11-01 --until 2026-12-01 > november.ndjson
   annals replay --from 1 --to 100000 --output first.ndjson
-      with a progress bar; Ctrl-C stops it, and it says how to go on
+      show a progress bar; after Ctrl-C, print the command that continues
   annals replay --type payment.charged --dry-run
-      counts, and writes nothing
+      only count the events
   annals replay --stream order-536365,payment-536365 --speed 10x
-      ten times as fast as it happened
+      replay ten times as fast as the events were recorded
   annals replay --category order,return --bus kafka://broker:9092 --service order --topic order.history
-      to a topic of its own, for a consumer that needs what retention has removed elsewhere
+      send to a separate topic, for a consumer that needs events that retention has removed elsewhere
   annals replay --category order,return --since 2h --bus kafka://broker:9092 --service order
-      once more to order.events, where the relay of the service has sent it before
+      send again to order.events, where the relay of the service has sent the same events before
 
-Without --bus it writes lines of JSON, as `read --json` does. With it, messages are those of the relay: the same ids, keys,
-bytes and headers. Ctrl-C stops at what was written, or acknowledged by the brokers, and says how to go on.
+Without --bus, the command writes lines of JSON, as `read --json` does. With --bus, the command sends the messages of the relay: the
+same ids, keys, bytes and headers. Ctrl-C stops after the last event that was written, or that the brokers acknowledged, and the
+command prints how to continue.
 
-Replaying re-runs no side effects. Commands and replies of sagas are not replayed. In the service's own topic, messages carry the
-lane and log of its relay: consumers of ours know by them what they had, and pass over it; so does one that is new and has begun
-with later events, so fill it from a topic of its own. That is why only what the relay has sent already goes there. In another
-topic they carry no lane: whoever reads it handles each as often as it comes. Consumers of others know repeated ones by ce_id.
+A replay repeats no side effects: commands and replies of sagas are not replayed. In the service's own topic, messages carry the
+lane and the log of its relay. A consumer that uses Annals recognizes the messages that it has handled, and skips them. A new
+consumer that has begun with later events skips the replayed messages too, so fill a new consumer from a separate topic. For the
+same reason, the own topic gets only events that the relay has sent already. In another topic, messages carry no lane, and a
+consumer handles each copy. Other consumers recognize copies by ce_id.
 
-Read models are built anew by `read-model NAME rebuild`, from all events. A handler is called with --handler only if the service's
-binary has registered it as one that may see events again.")]
+`read-model NAME rebuild` builds read models again, from all events. --handler calls a handler only if the service's binary has
+registered the handler as safe for repeated events.")]
 pub(crate) struct ReplayArgs {
     #[command(flatten)]
     pub filter: EventFilter,
@@ -81,7 +83,7 @@ fn factor(text: &str) -> Result<f64, String> {
     let number = text.strip_suffix('x').unwrap_or(text).parse::<f64>().ok();
     number
         .filter(|factor| factor.is_finite() && *factor > 0.0)
-        .ok_or_else(|| "a factor above 0, such as 10x".to_owned())
+        .ok_or_else(|| "not a factor: write a number above 0, such as 10x".to_owned())
 }
 
 impl ReplayArgs {

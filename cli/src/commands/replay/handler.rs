@@ -27,7 +27,7 @@ impl HandlerTarget {
         let message = Message::of(event, &self.name);
         let name = self.name.clone();
         let failed = |reason: &dyn std::fmt::Display| {
-            Failure::new(format!("{name} failed at position {}: {reason}", event.position))
+            Failure::new(format!("handler {name} failed at position {}: {reason}", event.position))
         };
         let request = Request { command_id: message.id, metadata: message.effects() };
         let mut transaction = Transaction::new(self.store.clone(), request);

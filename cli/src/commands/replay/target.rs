@@ -35,7 +35,7 @@ impl Target<'_> {
                 .map(|file| Self::File(Box::new(file)))
                 .map_err(|error| unwritable(path, &error)),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                Err(Failure::new(format!("{} exists already: name another file, or --append to it", path.display())))
+                Err(Failure::new(format!("{} exists already: name another file, or add --append", path.display())))
             }
             Err(error) => Err(unwritable(path, &error)),
         }
@@ -65,7 +65,7 @@ impl Target<'_> {
             Self::Nowhere => Ok(()),
             Self::Output(output) => output.lines(lines),
             Self::File(file) => file.write(lines),
-            Self::Topic(_) | Self::Handler(_) => Err(Failure::new("events are taken one by one here")),
+            Self::Topic(_) | Self::Handler(_) => Err(Failure::new("this target takes events one by one")),
         }
     }
 
@@ -130,7 +130,7 @@ impl FileTarget {
         written.map_err(|error| match self.file.set_len(self.bytes) {
             Ok(()) => unwritable(&self.path, &error),
             Err(other) => Failure::new(format!(
-                "{} cannot be written: {error}; nor cut after byte {}, where its last whole line ends: {other}",
+                "{} cannot be written: {error}; the file cannot be truncated to its last whole line, at byte {}: {other}",
                 self.path.display(),
                 self.bytes
             )),

@@ -55,13 +55,13 @@ impl TopicTarget {
         let of_streams: Vec<_> = streams.map(|stream| stream.category().to_owned()).collect();
         if categories.is_empty() && of_streams.is_empty() {
             return Err(Failure::new(format!(
-                "say which categories {service} publishes, with --category: a store may hold those of other services"
+                "name the categories that {service} publishes, with --category: the store may also hold events of other services"
             )));
         }
         if let Some(internal) = categories.iter().chain(&of_streams).find(|category| is_internal(category)) {
             return Err(Failure::new(format!(
-                "{internal} holds commands, replies or acts of operators, and those are not replayed: their effects \
-                 would run again. To have the relay send them, see `subscription {service}.relay reset`"
+                "category {internal} holds commands, replies or actions of operators, which are not replayed: their effects would \
+                 happen again. To make the relay send them again, use `subscription {service}.relay reset`"
             )));
         }
         let relayed = match name == own {
@@ -70,8 +70,8 @@ impl TopicTarget {
         };
         if name == own && relayed.is_none() {
             return Err(Failure::new(format!(
-                "no relay of a service {service} has run on this store, so nothing of it was ever in {own}: name \
-                 another service, or a topic of your own with --topic"
+                "no relay of service {service} has run on this store, so {own} holds none of its messages: name another \
+                 service, or another topic with --topic"
             )));
         }
         let bus = KafkaBus::connect(settings.clone()).await?;
@@ -181,7 +181,10 @@ impl TopicTarget {
             && let Some(outgoing) = messages.get(*index)
         {
             let position = outgoing.message.position;
-            return Err(Failure::new(format!("topic {} does not take position {position}: {reason}", self.name)));
+            return Err(Failure::new(format!(
+                "topic {} rejected the message of position {position}: {reason}",
+                self.name
+            )));
         }
         self.attempts += 1;
         if matches!(error, BusError::Misconfigured(_)) || self.attempts > ATTEMPTS_MAX {

@@ -26,7 +26,7 @@ pub(crate) enum SagaAction {
     Retry(SagaActionArgs),
     /// Treat the step at which the saga is stuck as done, and continue.
     SkipStep(SagaActionArgs),
-    /// Compensate the saga. Only up to the pivot: you vouch that the pivot did not happen.
+    /// Compensate the saga. Only possible up to the pivot. Make sure first that the pivot did not happen.
     Compensate(SagaActionArgs),
     /// Leave the saga as it is, for good.
     Abandon(SagaActionArgs),
@@ -55,7 +55,7 @@ pub(crate) async fn run(
     };
     let operator = Operator::new(store.port(), &act.by()?);
     if verb != saga::Verb::Retry {
-        act.confirm(&format!("{} {stream}? That cannot be undone.", word(&verb)))?;
+        act.confirm(&format!("{} {stream}? The action cannot be undone.", word(&verb)))?;
     }
     let version = operator.ask(stream, verb, &act.reason).await?;
     let until = Instant::now() + wait.0;
@@ -71,7 +71,9 @@ pub(crate) async fn run(
             }
         },
         Err(_) => {
-            output.line(&format!("{stream}: asked for; the service that runs it carries it out when it is up"))?;
+            output.line(&format!(
+                "{stream}: requested; the service of the saga carries out the action when the service runs"
+            ))?;
             Ok(Verdict::Fine)
         }
     }

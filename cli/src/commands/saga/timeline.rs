@@ -84,7 +84,7 @@ fn happened(event: &SagaEvent, before: Option<&Progress>, steps: &HashMap<At, St
                 Outcome::Done(value) => format!("done {}", short(&value.to_string(), REPLY_CHARS_MAX)),
                 Outcome::Refused(reason) => format!("refused: {reason}"),
                 Outcome::Failed(reason) => format!("failed: {reason}"),
-                Outcome::Unknown(reason) => format!("nobody knows whether it was done: {reason}"),
+                Outcome::Unknown(reason) => format!("outcome unknown: {reason}"),
             };
             let attempt = if reply.attempt > 1 { format!(" (attempt {})", reply.attempt) } else { String::new() };
             lines.push(format!("← {}{attempt} {outcome}", named(reply.at, step)));
@@ -92,17 +92,17 @@ fn happened(event: &SagaEvent, before: Option<&Progress>, steps: &HashMap<At, St
         }
         SagaEvent::Timed { gave_up, .. } => {
             lines.push(match before {
-                Some(before) if before.retrying => "the delay is over".to_owned(),
+                Some(before) if before.retrying => "the retry delay is over".to_owned(),
                 _ => "a timer fired".to_owned(),
             });
             gave_up.as_ref()
         }
         SagaEvent::Operated { verb, by, reason, .. } => {
-            lines.push(format!("! {}, as {by} asked: {reason}", word(verb)));
+            lines.push(format!("! {} by {by}: {reason}", word(verb)));
             None
         }
         SagaEvent::Requested { verb, by, reason, .. } => {
-            lines.push(format!("! {by} asks for {}: {reason}", word(verb)));
+            lines.push(format!("! {by} requests {}: {reason}", word(verb)));
             None
         }
         SagaEvent::Declined { verb, why, .. } => {
@@ -158,13 +158,13 @@ pub(crate) fn waits(progress: &Progress, now: DateTime<Utc>) -> Option<String> {
     }
     let step = named(progress.at, &progress.step);
     let timer = progress.wakes().and_then(DateTime::from_timestamp_millis).map(|due| match due - now {
-        left if left.num_milliseconds() > 0 => format!(" (its timer fires in {})", span(left)),
-        late => format!(" (its timer is late by {}: does a service run this saga?)", span(-late)),
+        left if left.num_milliseconds() > 0 => format!(" (the timer fires in {})", span(left)),
+        late => format!(" (the timer is {} late: check that a service runs this saga)", span(-late)),
     });
     let timer = timer.unwrap_or_default();
     Some(match progress.status {
-        Status::Stuck => format!("waits for an operator to retry, skip-step, compensate or abandon it at {step}"),
-        _ if progress.retrying => format!("waits to ask again for {step}{timer}"),
+        Status::Stuck => format!("waits at {step} for an operator: retry, skip-step, compensate or abandon"),
+        _ if progress.retrying => format!("waits to retry {step}{timer}"),
         _ => {
             let open = progress.calls.iter().filter(|call| **call == CallState::Waiting).count();
             format!("waits for {open} of {} answers to {step}{timer}", progress.calls.len())

@@ -50,7 +50,7 @@ struct Published {
 
 fn published(text: &str) -> Result<Published, String> {
     let named = text.split_once('=').filter(|(service, categories)| !service.is_empty() && !categories.is_empty());
-    let (service, categories) = named.ok_or("SERVICE=CATEGORY,CATEGORY, such as order=order,return")?;
+    let (service, categories) = named.ok_or("write SERVICE=CATEGORY,CATEGORY, such as order=order,return")?;
     let categories = categories.split(',').map(str::to_owned).collect();
     Ok(Published { service: service.to_owned(), categories })
 }
@@ -76,7 +76,7 @@ pub(super) async fn verify(
     // read.
     let mut relays = RelayState::on(store).await?;
     if relays.services.is_empty() {
-        return Err(Failure::new("no relay has run on this store: there is nothing in topics to hold against it"));
+        return Err(Failure::new("no relay has run on this store: there are no topics to compare"));
     }
     let bus = KafkaBus::connect(settings.clone()).await?;
     let mut topics = Topics::of(bus);
@@ -85,7 +85,7 @@ pub(super) async fn verify(
         if !relays.services.contains_key(&published.service) {
             let known: Vec<_> = relays.services.keys().cloned().collect();
             return Err(Failure::new(format!(
-                "no relay of a service {} has run on this store; known: {}",
+                "no relay of service {} has run on this store; known services: {}",
                 published.service,
                 known.join(", ")
             )));
@@ -182,7 +182,7 @@ impl RelayState {
         let Some(relayed) = self.services.get(service) else { return Ok(()) };
         let messages = match Routes::of(service).messages(event) {
             Ok(messages) => messages,
-            Err(error) => return faults.add(place(event), format!("no message can be made of it: {error}")),
+            Err(error) => return faults.add(place(event), format!("the event cannot become a message: {error}")),
         };
         let waits = self.parked.get(service).and_then(|streams| streams.get(event.stream.as_str()));
         let position = event.position.0;

@@ -14,8 +14,8 @@ use crate::{commands::import, failure::Failure};
 /// The number of documents per read.
 const PAGE: usize = 500;
 /// The remedy for a checkpoint beyond the end of the log.
-const REMEDY: &str =
-    " (the log was restored without it; a service that starts goes back to the end, or reset the subscription)";
+const REMEDY: &str = " (the database was restored to an earlier moment; the service returns to the end of the log at its \
+     next start, or reset the subscription)";
 
 /// Returns the number of documents.
 pub(super) async fn verify(
@@ -40,29 +40,31 @@ pub(super) async fn verify(
     }
     if let Some((_, import)) = import::progress_of(archive).await?.filter(|(_, import)| !import.contents.complete) {
         let events = import.contents.events;
-        faults.add("import", format!("it was broken off after {events} events: import the same file again"))?;
+        faults
+            .add("import", format!("the import was interrupted after {events} events: import the same file again"))?;
     }
     Ok(count)
 }
 
 async fn wrong(archive: &dyn Archive, histories: &Histories, document: &Document) -> Result<Option<String>, Failure> {
-    let unreadable = |error: serde_json::Error| Some(format!("it cannot be read: {error}"));
+    let unreadable = |error: serde_json::Error| Some(format!("the document cannot be read: {error}"));
     let collection = &*document.key.collection;
     if collection == CHECKPOINTS {
         return Ok(match serde_json::from_str::<Checkpoint>(&document.body) {
             Err(error) => unreadable(error),
-            Ok(checkpoint) if checkpoint.next < 0 => Some(format!("it stands at {}", checkpoint.next)),
+            Ok(checkpoint) if checkpoint.next < 0 => Some(format!("the position {} is negative", checkpoint.next)),
             // Offsets in a topic are not positions in the log.
             Ok(checkpoint) if checkpoint.incarnation.is_some() => None,
             Ok(checkpoint) => {
                 // The head was read after the checkpoint, so in a sound store it is not lower than the checkpoint.
                 let head = archive.status().await?.head.0;
                 match checkpoint.event {
-                    _ if checkpoint.next > head => {
-                        Some(format!("it stands at position {}, and the log ends at {head}{REMEDY}", checkpoint.next))
-                    }
+                    _ if checkpoint.next > head => Some(format!(
+                        "the checkpoint is at position {}, and the log ends at {head}{REMEDY}",
+                        checkpoint.next
+                    )),
                     Some(given) if !given.is_in(archive).await? => Some(format!(
-                        "it stands behind event {} at position {}, which the log does not have{REMEDY}",
+                        "the checkpoint is after event {} at position {}, which is not in the log{REMEDY}",
                         given.id, given.position
                     )),
                     _ => None,
@@ -80,7 +82,7 @@ async fn wrong(archive: &dyn Archive, histories: &Histories, document: &Document
         let head = archive.status().await?.head.0;
         return Ok((of_log && parked.position > head).then(|| {
             format!(
-                "it holds the event at position {}, and the log ends at {head}: drop it, its event is gone",
+                "the parked event has position {}, and the log ends at {head}: drop the message, because its event is gone",
                 parked.position
             )
         }));
@@ -108,9 +110,9 @@ async fn wrong(archive: &dyn Archive, histories: &Histories, document: &Document
         after = event.version;
         last = Some(event);
     }
-    let Some(last) = last else { return Ok(Some("there is no such saga in the log".into())) };
+    let Some(last) = last else { return Ok(Some("the log has no such saga".into())) };
     let ended = last.decode::<SagaEvent>().ok().flatten().is_some_and(|event| event.progress().ended.is_some());
-    Ok((!ended).then(|| "it says that the saga has ended, and the log does not".into()))
+    Ok((!ended).then(|| "the document says that the saga has ended, and the log does not".into()))
 }
 
 /// The part of a snapshot that identifies its last event.
@@ -125,7 +127,7 @@ struct Snapshot {
 async fn snapshot(archive: &dyn Archive, category: &str, document: &Document) -> Result<Option<String>, Failure> {
     let snapshot = match serde_json::from_str::<Snapshot>(&document.body) {
         Ok(snapshot) => snapshot,
-        Err(error) => return Ok(Some(format!("it cannot be read: {error}"))),
+        Err(error) => return Ok(Some(format!("the document cannot be read: {error}"))),
     };
     let Some(last) = snapshot.ids.last() else { return Ok(None) };
     let stream = StreamId::from_stored(&format!("{category}-{}", document.key.id));
@@ -133,8 +135,8 @@ async fn snapshot(archive: &dyn Archive, category: &str, document: &Document) ->
     let is_there = found.first().is_some_and(|event| event.version == snapshot.version && event.id == *last);
     Ok((!is_there).then(|| {
         format!(
-            "it ends with event {last} at version {} of {stream}, which the log does not have (it is not used, and the next \
-             snapshot replaces it)",
+            "the snapshot ends with event {last} at version {} of {stream}, which is not in the log (the snapshot is not used, \
+             and the next snapshot replaces it)",
             snapshot.version
         )
     }))

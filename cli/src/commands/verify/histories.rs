@@ -24,7 +24,9 @@ impl Histories {
         let decoded = match event.decode::<SagaEvent>() {
             Ok(Some(decoded)) => decoded,
             Ok(None) => return Ok(()),
-            Err(error) => return faults.add(place(event), format!("no event of a saga: {}", error.source)),
+            Err(error) => {
+                return faults.add(place(event), format!("the event is not a valid saga event: {}", error.source));
+            }
         };
         let key = stream_key(event.stream.as_str());
         let wrong = match self.sagas.get(&key) {
@@ -65,13 +67,13 @@ fn follows(before: &Progress, event: &SagaEvent) -> Option<String> {
         return Some("the saga had been started before".into());
     }
     if after.started != before.started {
-        return changed("when it started");
+        return changed("the start time");
     }
     if after.definition != before.definition && !migrated {
-        return changed("its definition");
+        return changed("the definition");
     }
     if !migrated && rank(after.at) < rank(before.at) {
-        return Some(format!("it went from {} back to {}", before.at, after.at));
+        return Some(format!("the saga went from {} back to {}", before.at, after.at));
     }
     let possible = match (before.status, after.status) {
         (Status::Compensating, Status::Running | Status::Completed) => false,
@@ -80,24 +82,24 @@ fn follows(before: &Progress, event: &SagaEvent) -> Option<String> {
         _ => true,
     };
     if !possible && !migrated {
-        return Some(format!("it was {:?} and became {:?}", before.status, after.status));
+        return Some(format!("the status changed from {:?} to {:?}", before.status, after.status));
     }
     let abandoned = matches!(event, SagaEvent::Operated { verb: Verb::Abandon, .. });
     if after.ended.is_some() != (after.status.has_ended() || abandoned) {
         return Some(format!(
-            "it is {:?}, and has {}ended",
+            "the status is {:?}, and the saga has {}ended",
             after.status,
             if after.ended.is_some() { "" } else { "not " }
         ));
     }
     match event {
         SagaEvent::Replied { reply, .. } if reply.at != before.known_as() => {
-            return Some(format!("a reply to {} was taken at {}", reply.at, before.known_as()));
+            return Some(format!("a reply to {} was accepted at {}", reply.at, before.known_as()));
         }
         SagaEvent::Requested { .. } | SagaEvent::Declined { .. }
             if (after.at, after.status) != (before.at, before.status) =>
         {
-            return Some("it moved where it only was asked".into());
+            return Some("the saga moved at an event that only records a request".into());
         }
         _ => {}
     }
@@ -106,7 +108,7 @@ fn follows(before: &Progress, event: &SagaEvent) -> Option<String> {
         && !matches!(event, SagaEvent::Operated { .. })
         && !migrated
     {
-        return Some(format!("attempt {} of a step became {}", before.attempt, after.attempt));
+        return Some(format!("attempt {} of a step became attempt {}", before.attempt, after.attempt));
     }
     commands(event)
 }
@@ -121,7 +123,7 @@ fn commands(event: &SagaEvent) -> Option<String> {
         return None;
     };
     let wrong = send.iter().find(|command| command.at != progress.known_as())?;
-    Some(format!("it stands at {} and sends a command of {}", progress.known_as(), wrong.at))
+    Some(format!("the saga is at {} and sends a command of {}", progress.known_as(), wrong.at))
 }
 
 /// Ranks the stages of a saga. The rank never decreases: first forward through the steps, then back through the same

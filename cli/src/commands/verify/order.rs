@@ -92,11 +92,13 @@ impl Order {
                 }
                 if version != next {
                     let what = match version {
-                        missing if missing == next + 1 => format!("version {next} of the stream is missing before it"),
-                        missing if missing > next => {
-                            format!("versions {next} to {} of the stream are missing before it", missing - 1)
+                        missing if missing == next + 1 => {
+                            format!("version {next} of the stream is missing before this event")
                         }
-                        _ => format!("the stream stands at version {} already", next - 1),
+                        missing if missing > next => {
+                            format!("versions {next} to {} of the stream are missing before this event", missing - 1)
+                        }
+                        _ => format!("the stream is already at version {}", next - 1),
                     };
                     faults.add(place_at(archive, position).await?, what)?;
                 }
@@ -108,7 +110,7 @@ impl Order {
         }
         for records in self.ids.sorted() {
             for pair in records?.windows(2).filter(|pair| pair[0].0 == pair[1].0) {
-                let what = format!("its id is that of the event at position {}", pair[0].1[0]);
+                let what = format!("the event at position {} has the same id", pair[0].1[0]);
                 faults.add(place_at(archive, pair[1].1[0]).await?, what)?;
             }
         }

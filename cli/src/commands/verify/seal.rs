@@ -108,7 +108,7 @@ impl Seals {
         let chained = found.as_ref().and_then(|document| serde_json::from_str(&document.body).ok());
         let broken = found.is_some() && chained.is_none();
         if broken {
-            faults.add(format!("document {}", chains_key()), "it cannot be read")?;
+            faults.add(format!("document {}", chains_key()), "the document cannot be read")?;
         }
         let mut seals = Self {
             archive,
@@ -173,7 +173,7 @@ impl Seals {
         }
         self.write().await?;
         for hash in &self.expected {
-            faults.add("seals", format!("there is none with the expected hash {hash}"))?;
+            faults.add("seals", format!("no seal has the expected hash {hash}"))?;
         }
         Ok(())
     }
@@ -188,13 +188,13 @@ impl Seals {
                 self.broken = true;
                 faults.add(
                     format!("streams up to position {}", before.until),
-                    "the chains of their hashes are not those that were sealed",
+                    "the hash chains differ from the sealed hash chains",
                 )?;
             }
             None if *version == 0 && self.last.is_some() && !self.adds => {
                 faults.add(
                     format!("document {}", chains_key()),
-                    "it is gone: there are seals, and no chains of streams",
+                    "the document is missing: there are seals, and no hash chains of streams",
                 )?;
             }
             _ => {}
@@ -224,7 +224,7 @@ impl Seals {
                     Ok(seal) => self.ahead.push_back((document.key.id, seal)),
                     Err(error) => {
                         self.broken = true;
-                        faults.add(format!("seal {}", document.key.id), format!("it cannot be read: {error}"))?;
+                        faults.add(format!("seal {}", document.key.id), format!("the seal cannot be read: {error}"))?;
                     }
                 }
             }
@@ -241,18 +241,18 @@ impl Seals {
         let name = format!("seal {id}");
         let faulty = faults.count();
         if seal.previous != before {
-            faults.add(&*name, "it does not follow the one before: a seal was changed or removed")?;
+            faults.add(&*name, "the seal does not follow the previous seal: a seal was changed or removed")?;
         }
         compare(&seal, &found, faults)?;
         if faults.count() == faulty && Seal::over(&seal.previous, &found) != seal {
-            faults.add(&*name, "its hash is not that of what it says was sealed: it was changed")?;
+            faults.add(&*name, "the seal was changed: its hash does not match its contents")?;
         }
         self.broken |= faults.count() > faulty;
-        self.met(&seal);
+        self.passed(&seal);
         Ok(())
     }
 
-    fn met(&mut self, seal: &Seal) {
+    fn passed(&mut self, seal: &Seal) {
         self.expected.retain(|expected| *expected != seal.hash);
         self.last = Some((seal.last(), seal.hash.clone()));
     }
@@ -267,7 +267,7 @@ impl Seals {
         let key = DocumentKey::new(SEALS, format!("{:019}", seal.last()));
         let body = serde_json::to_string(&seal)?;
         self.added.push(Put { key, expected: Some(0), body: Some(body.into()), due: None });
-        self.met(&seal);
+        self.passed(&seal);
         if self.added.len() >= PAGE { self.write().await } else { Ok(()) }
     }
 
@@ -292,7 +292,7 @@ fn compare(seal: &Seal, found: &[CheckedEvent], faults: &mut Faults<'_>) -> Resu
     for sealed in &seal.events {
         let Sealed(position, _, _, digest) = sealed;
         while let Some(extra) = found.next_if(|event| event.position < *position) {
-            faults.add(extra.place(), "the event was not there when this part of the log was sealed")?;
+            faults.add(extra.place(), "the event was added after this part of the log was sealed")?;
         }
         let Some(event) = found.next_if(|event| event.position == *position) else {
             gone.push(sealed);
@@ -303,7 +303,10 @@ fn compare(seal: &Seal, found: &[CheckedEvent], faults: &mut Faults<'_>) -> Resu
             let what = match (seal.place(sealed), event.place()) {
                 (before, now) if before == now => "the event was changed after it was sealed".to_owned(),
                 _ => {
-                    format!("the event was changed after it was sealed: now it is {} v{}", event.stream, event.version)
+                    format!(
+                        "the event was changed after it was sealed: the event is now {} v{}",
+                        event.stream, event.version
+                    )
                 }
             };
             faults.add(seal.place(sealed), what)?;
@@ -316,11 +319,11 @@ fn compare(seal: &Seal, found: &[CheckedEvent], faults: &mut Faults<'_>) -> Resu
 fn report_gone(seal: &Seal, gone: &[&Sealed], faults: &mut Faults<'_>) -> Result<(), Failure> {
     let Some((first, last)) = gone.first().zip(gone.last()) else { return Ok(()) };
     if gone.len() <= GONE_LISTED_MAX {
-        return gone.iter().try_for_each(|one| faults.add(seal.place(one), "the event that was sealed is gone"));
+        return gone.iter().try_for_each(|sealed| faults.add(seal.place(sealed), "the sealed event is missing"));
     }
     faults.add(
         format!("positions {} to {}", first.0, last.0),
-        format!("{} events that were sealed are gone, from {} to {}", gone.len(), seal.place(first), seal.place(last)),
+        format!("{} sealed events are missing, from {} to {}", gone.len(), seal.place(first), seal.place(last)),
     )
 }
 

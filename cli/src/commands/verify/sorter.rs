@@ -25,7 +25,7 @@ pub(super) struct Sorter<const NUMBERS: usize> {
 impl<const NUMBERS: usize> Sorter<NUMBERS> {
     pub fn new() -> Result<Self, Failure> {
         let file = |_| tempfile::tempfile().map(|file| BufWriter::with_capacity(16 << 10, file));
-        let files = (0..FILES).map(file).collect::<io::Result<_>>().map_err(|error| no_room(&error))?;
+        let files = (0..FILES).map(file).collect::<io::Result<_>>().map_err(Failure::temporary_file)?;
         Ok(Self { files, bytes: Vec::new() })
     }
 
@@ -33,12 +33,12 @@ impl<const NUMBERS: usize> Sorter<NUMBERS> {
         self.bytes.clear();
         self.bytes.extend(key.to_be_bytes());
         numbers.iter().for_each(|number| self.bytes.extend(number.to_be_bytes()));
-        self.files[(key % FILES as u128) as usize].write_all(&self.bytes).map_err(|error| no_room(&error))
+        self.files[(key % FILES as u128) as usize].write_all(&self.bytes).map_err(Failure::temporary_file)
     }
 
     /// Returns the records of each file, sorted. Records with the same key are in the same file.
     pub fn sorted(self) -> impl Iterator<Item = Result<Vec<KeyedRecord<NUMBERS>>, Failure>> {
-        self.files.into_iter().map(|file| read(file).map_err(|error| no_room(&error)))
+        self.files.into_iter().map(|file| read(file).map_err(Failure::temporary_file))
     }
 }
 
@@ -67,8 +67,4 @@ fn record<const NUMBERS: usize>(bytes: &[u8]) -> KeyedRecord<NUMBERS> {
         *number = bytes.iter().fold(0_u64, |number, byte| number << 8 | u64::from(*byte)).cast_signed();
     }
     (key, numbers)
-}
-
-fn no_room(error: &io::Error) -> Failure {
-    Failure::new(format!("temporary files cannot be used (TMPDIR says where they are): {error}"))
 }

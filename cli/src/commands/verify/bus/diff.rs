@@ -43,7 +43,7 @@ impl TopicCounts {
         let Self { topics, messages, repeated, removed, lost, others } = self;
         let number = |count: &u64| grouped(count.cast_signed());
         output.line(&format!(
-            "{} messages in {topics} topics held against the log; {} sent again, {} removed by retention, {} of others",
+            "{} messages in {topics} topics compared with the log; {} sent again, {} removed by retention, {} from other senders",
             number(messages),
             number(repeated),
             number(removed),
@@ -52,7 +52,10 @@ impl TopicCounts {
         if *lost == 0 {
             return Ok(());
         }
-        output.line(&format!("{} messages are of events that were lost when the database was restored", number(lost)))
+        output.line(&format!(
+            "{} messages belong to events that the log lost when its database was restored",
+            number(lost)
+        ))
     }
 }
 
@@ -169,7 +172,7 @@ impl Comparison<'_> {
                 continue;
             }
             let what = format!(
-                "it says that it comes from this log, which has no such message at position {}",
+                "the message claims to come from this log, which has no such message at position {}",
                 message.position
             );
             faults.add(message.place(self.topics), what)?;
@@ -190,7 +193,7 @@ impl Comparison<'_> {
             *self.gone.entry(topic).or_default() += 1;
             return Ok(());
         }
-        let what = format!("its message is missing in topic {}", self.topics.name(topic));
+        let what = format!("the message is missing in topic {}", self.topics.name(topic));
         faults.add(place_at(self.archive, expected.position).await?, what)
     }
 
@@ -206,12 +209,12 @@ impl Comparison<'_> {
         for message in found {
             let what = match (message.hashes[0] == expected.hashes[0], message.hashes[1] == expected.hashes[1]) {
                 (true, true) => continue,
-                (false, true) => "the payload",
-                (true, false) => "an attribute or the key",
-                (false, false) => "the payload, and an attribute or the key,",
+                (false, true) => "the payload differs",
+                (true, false) => "an attribute or the key differs",
+                (false, false) => "the payload and an attribute or the key differ",
             };
             let event = place_at(self.archive, expected.position).await?;
-            faults.add(message.place(self.topics), format!("{what} is not what the log says at {event}"))?;
+            faults.add(message.place(self.topics), format!("{what} from the log at {event}"))?;
         }
         // If retention may have removed the first copy of a message, the found copy may be a late resend that is out of
         // order, so its order is not checked.
@@ -233,10 +236,11 @@ impl Comparison<'_> {
         for (topic, messages) in self.gone {
             let messages = grouped(messages);
             let what = match self.topics.exists(topic) {
-                false => format!("there is no such topic, and {messages} messages should be in it"),
+                false => format!("the topic does not exist, and {messages} messages should be there"),
                 true => format!(
-                    "it is compacted, so brokers remove all but the last message of each key: {messages} messages \
-                     that were sent are gone, and whether any was lost cannot be told; set cleanup.policy=delete"
+                    "the topic is compacted, so brokers remove all but the last message of each key: {messages} sent \
+                     messages are gone, and lost messages cannot be told from compacted messages; set \
+                     cleanup.policy=delete"
                 ),
             };
             faults.add(format!("topic {}", self.topics.name(topic)), what)?;
@@ -261,10 +265,11 @@ async fn in_order(
             let name = topics.name(*topic as usize);
             let what = if of != partition {
                 format!(
-                    "it is in another partition than position {before} of its stream, {name}[{of}]: nothing keeps their order"
+                    "the message is in another partition than position {before} of its stream, {name}[{of}]: the \
+                     order of the two is not kept"
                 )
             } else if at_offset > offset {
-                format!("it came before position {before} of its stream, which is at offset {at_offset}")
+                format!("the message came before position {before} of its stream, which is at offset {at_offset}")
             } else {
                 continue;
             };
