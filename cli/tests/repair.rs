@@ -144,7 +144,7 @@ async fn subscription_is_paused_resumed_and_reset() {
         (
             "agency.commands",
             "beginning",
-            "agency.commands consumes agency.commands, and does not follow the log: the group",
+            "agency.commands consumes agency.commands and does not follow the log: the group",
         ),
         ("nobody", "beginning", "there is no subscription nobody"),
         ("brochure", "999999", "is after the end of the log"),
@@ -190,7 +190,7 @@ async fn group_of_topics_is_redriven_but_not_paused_or_reset() {
         ),
     ] {
         let refused = place.annals(&[&["subscription", "post.trips"], verb, &["--reason", "r"]].concat()).refused();
-        let said = "post.trips consumes agency.events, and does not follow the log: ";
+        let said = "post.trips consumes agency.events and does not follow the log: ";
         assert!(refused.contains(said) && refused.contains(instead), "{refused}");
     }
     let redrive = ["dead-letters", "redrive", "post.trips", "trip-odd-7", "--reason", "mended"];

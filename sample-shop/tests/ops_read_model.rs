@@ -76,7 +76,7 @@ async fn shelf_is_rebuilt_next_to_the_live_one_compared_and_swapped() {
     assert!(expected.len() > 10 && expected.values().any(|(on_hand, _)| *on_hand > 0), "{expected:?}");
     // The rejected rebuild has used up the generation number 2.
     assert_eq!(views(&path, 3).await, expected);
-    let said = format!("0 live views and {0} rebuilt ones: {0} differences\n", expected.len());
+    let said = format!("0 live views and {0} rebuilt views: {0} differences\n", expected.len());
     assert!(text(&swapped).contains(&said), "{}", text(&swapped));
     let act: String =
         sqlx::query_scalar("SELECT data FROM events WHERE stream_id = 'operator-shelf' AND type = 'operator.swapped'")
@@ -107,7 +107,7 @@ async fn shelf_is_rebuilt_next_to_the_live_one_compared_and_swapped() {
     );
     assert!(lines[1].starts_with(&format!("{}: live none, rebuilt ", skus[1])), "{lines:?}");
     assert_eq!(lines[2], "and 1 more; --limit N shows them");
-    assert!(lines[3].ends_with(&format!("{} rebuilt ones: 3 differences", expected.len())), "{lines:?}");
+    assert!(lines[3].ends_with(&format!("{} rebuilt views: 3 differences", expected.len())), "{lines:?}");
     let compared = ops(&["shelf", "compare", "--json"]);
     let last: serde_json::Value = serde_json::from_str(text(&compared).lines().last().unwrap()).unwrap();
     assert_eq!(last["differences"], 3);
