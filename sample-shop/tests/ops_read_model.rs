@@ -106,7 +106,7 @@ async fn shelf_is_rebuilt_next_to_the_live_one_compared_and_swapped() {
         "{lines:?}"
     );
     assert!(lines[1].starts_with(&format!("{}: live none, rebuilt ", skus[1])), "{lines:?}");
-    assert_eq!(lines[2], "and 1 more; --limit N shows them");
+    assert_eq!(lines[2], "and 1 more: raise --limit to see more differences");
     assert!(lines[3].ends_with(&format!("{} rebuilt views: 3 differences", expected.len())), "{lines:?}");
     let compared = ops(&["shelf", "compare", "--json"]);
     let last: serde_json::Value = serde_json::from_str(text(&compared).lines().last().unwrap()).unwrap();
