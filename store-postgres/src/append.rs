@@ -5,7 +5,7 @@ use sqlx::{PgConnection, Postgres, Row, postgres::PgArguments, query::Query};
 
 use crate::{
     error::not_primary,
-    group::{Decision, EventRow, EventText, Standings, StreamState, Written},
+    group::{EventRow, EventText, GroupPlan, StreamState, Versions, Written},
     open::{Database, Purpose},
     read::{storable, time},
 };
@@ -16,18 +16,18 @@ use crate::{
 pub(crate) async fn append_alone(
     database: &Database,
     connection: &mut PgConnection,
-    decision: &Decision<'_>,
+    plan: &GroupPlan<'_>,
     history: u64,
-) -> Result<(Option<Written>, Standings), sqlx::Error> {
+) -> Result<(Option<Written>, Versions), sqlx::Error> {
     if !database.pooled {
-        return append(database, connection, decision).await;
+        return append(database, connection, plan).await;
     }
     let appended = async {
         database.begin(connection, Purpose::Write).await?;
         if database.history.number() != history {
             return Err(not_primary("the log changed before the commit was written"));
         }
-        append(database, connection, decision).await
+        append(database, connection, plan).await
     };
     match appended.await {
         Ok(appended) => sqlx::raw_sql("COMMIT").execute(connection).await.map(|_| appended),
@@ -50,15 +50,15 @@ pub(crate) async fn advance(database: &Database, connection: &mut PgConnection) 
 pub(crate) async fn append(
     database: &Database,
     connection: &mut PgConnection,
-    decision: &Decision<'_>,
-) -> Result<(Option<Written>, Standings), sqlx::Error> {
+    plan: &GroupPlan<'_>,
+) -> Result<(Option<Written>, Versions), sqlx::Error> {
     if !database.operates
-        && let Some(bases) = decision.only_appends()
-        && let Some(written) = append_events(database, connection, decision, &bases).await?
+        && let Some(bases) = plan.only_appends()
+        && let Some(written) = append_events(database, connection, plan, &bases).await?
     {
-        return Ok((Some(written), Standings { streams: bases, events: Vec::new(), documents: Vec::new() }));
+        return Ok((Some(written), Versions { streams: bases, events: Vec::new(), documents: Vec::new() }));
     }
-    let Decision { streams, documents, events, .. } = decision;
+    let GroupPlan { streams, documents, events, .. } = plan;
     let statement = if database.operates { &database.statements.operate } else { &database.statements.append };
     let query = statement
         .query()
@@ -84,17 +84,17 @@ pub(crate) async fn append(
     let positions: Option<Vec<i64>> = row.try_get(0)?;
     let recorded_at = time(row, 4)?;
     let written = positions.map(|positions| Written { positions, recorded_at });
-    Ok((written, Standings { streams: row.try_get(1)?, events: row.try_get(2)?, documents: row.try_get(3)? }))
+    Ok((written, Versions { streams: row.try_get(1)?, events: row.try_get(2)?, documents: row.try_get(3)? }))
 }
 
 /// Appends a group that contains only appends. Returns `None` if a guess was wrong.
 async fn append_events(
     database: &Database,
     connection: &mut PgConnection,
-    decision: &Decision<'_>,
+    plan: &GroupPlan<'_>,
     bases: &[i64],
 ) -> Result<Option<Written>, sqlx::Error> {
-    let Decision { streams, events, .. } = decision;
+    let GroupPlan { streams, events, .. } = plan;
     if let ([event], [stream], [base]) = (&events[..], &streams[..], bases) {
         return append_one(database, connection, stream, base + event.step, event.text).await;
     }

@@ -6,6 +6,7 @@ use sqlx::{error::DatabaseError, postgres::PgDatabaseError, postgres::PgSeverity
 
 /// Why a store could not be opened. Opening changed nothing in the database.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum OpenError {
     /// The text is not a `postgres://` URL. The error does not repeat the text, which may hold a password.
     #[error("the store URL is not a valid PostgreSQL URL ({reason}); write `postgres://user@host/database`")]

@@ -60,27 +60,27 @@ impl From<Append> for PreparedAppend {
     }
 }
 
-/// The current versions of a group's streams and documents, in the order of [`Decision::streams`] and
-/// [`Decision::documents`].
+/// The current versions of a group's streams and documents, in the order of [`GroupPlan::streams`] and
+/// [`GroupPlan::documents`].
 #[derive(Clone, Debug)]
-pub(crate) struct Standings {
+pub(crate) struct Versions {
     pub(crate) streams: Vec<i64>,
     /// The ids of the last events of the streams.
     pub(crate) events: Vec<Option<Uuid>>,
     pub(crate) documents: Vec<i64>,
 }
 
-/// The result of the decision about a group: the rows to write.
-pub(crate) struct Decision<'g> {
+/// The plan for a group: the outcome of each commit, and the rows to write.
+pub(crate) struct GroupPlan<'g> {
     /// The streams of the group, each once, in byte order.
     pub(crate) streams: Vec<StreamState<'g>>,
     /// The documents of the group, each once, in byte order.
     pub(crate) documents: Vec<DocumentState<'g>>,
     /// The events of the group, in byte order of their streams.
     pub(crate) events: Vec<EventRow<'g>>,
-    /// Whether the decision is based on known versions instead of guesses.
+    /// Whether the plan is based on known versions instead of guesses.
     known: bool,
-    outcomes: Vec<Result<Outline, CommitError>>,
+    outcomes: Vec<Result<Placed, CommitError>>,
 }
 
 pub(crate) struct StreamState<'g> {
@@ -131,7 +131,7 @@ pub(crate) struct EventRow<'g> {
 }
 
 /// A commit that succeeds: the rank of its last event, and the versions of its streams.
-struct Outline {
+struct Placed {
     rank: Option<usize>,
     /// The number of events in the commit; their ranks are consecutive.
     events: usize,
@@ -144,9 +144,9 @@ fn guess(expected: i64, steps: i64) -> i64 {
     expected.checked_sub(steps).filter(|base| (0..i64::MAX / 2).contains(base)).unwrap_or(0)
 }
 
-impl<'g> Decision<'g> {
+impl<'g> GroupPlan<'g> {
     /// Decides from the known versions, or from guesses where `known` is `None`.
-    pub(crate) fn new(group: &'g [Prepared], known: Option<&Standings>) -> Self {
+    pub(crate) fn new(group: &'g [Prepared], known: Option<&Versions>) -> Self {
         let mut streams: Vec<_> =
             group.iter().flat_map(|commit| &commit.appends).map(|append| &append.stream).collect();
         streams.sort_unstable_by_key(|stream| stream.as_str());
@@ -156,7 +156,7 @@ impl<'g> Decision<'g> {
         documents.dedup();
         let stream_indexes: HashMap<_, _> = streams.iter().copied().zip(0..).collect();
         let document_indexes: HashMap<_, _> = documents.iter().copied().zip(0..).collect();
-        let mut decision = Self {
+        let mut plan = Self {
             streams: streams
                 .into_iter()
                 .enumerate()
@@ -182,11 +182,11 @@ impl<'g> Decision<'g> {
             outcomes: Vec::with_capacity(group.len()),
         };
         for commit in group {
-            let outcome = decision.decide(commit, &stream_indexes, &document_indexes);
-            decision.outcomes.push(outcome);
+            let outcome = plan.decide(commit, &stream_indexes, &document_indexes);
+            plan.outcomes.push(outcome);
         }
-        decision.events.sort_unstable_by_key(|event| (event.stream, event.step));
-        decision
+        plan.events.sort_unstable_by_key(|event| (event.stream, event.step));
+        plan
     }
 
     /// Returns the guessed versions of the streams if the group contains only appends and there is a guess for every
@@ -208,7 +208,7 @@ impl<'g> Decision<'g> {
         commit: &'g Prepared,
         streams: &HashMap<&'g StreamId, usize>,
         documents: &HashMap<&'g DocumentKey, usize>,
-    ) -> Result<Outline, CommitError> {
+    ) -> Result<Placed, CommitError> {
         for append in &commit.appends {
             let state = &mut self.streams[streams[&append.stream]];
             let Some(expected) = append.expected.version() else { continue };
@@ -229,7 +229,7 @@ impl<'g> Decision<'g> {
             }
         }
 
-        let mut outline = Outline { rank: None, events: 0, versions: Vec::with_capacity(commit.appends.len()) };
+        let mut placed = Placed { rank: None, events: 0, versions: Vec::with_capacity(commit.appends.len()) };
         for append in &commit.appends {
             let stream = streams[&append.stream];
             let state = &mut self.streams[stream];
@@ -239,10 +239,10 @@ impl<'g> Decision<'g> {
                 state.appended = Some(text.id);
                 let rank = self.events.len() + 1;
                 self.events.push(EventRow { rank, stream, step: state.steps, text });
-                outline.rank = Some(rank);
-                outline.events += 1;
+                placed.rank = Some(rank);
+                placed.events += 1;
             }
-            outline.versions.push((stream, state.steps));
+            placed.versions.push((stream, state.steps));
         }
         for put in &commit.puts {
             let state = &mut self.documents[documents[&put.key]];
@@ -252,7 +252,7 @@ impl<'g> Decision<'g> {
             }
             state.put = Some(put);
         }
-        Ok(outline)
+        Ok(placed)
     }
 
     /// Returns the id of the last event in log order.
@@ -261,12 +261,12 @@ impl<'g> Decision<'g> {
     }
 
     /// Returns the outcome of each commit, now that the group is written.
-    pub(crate) fn outcomes(self, written: &Written, standings: &Standings) -> Vec<Result<Committed, CommitError>> {
-        let version = |(stream, steps): &(usize, i64)| Version(standings.streams[*stream] + steps);
-        let committed = |outline: Outline| Committed {
-            position: outline.rank.map_or(Position::START, |rank| written.position(rank)),
-            versions: outline.versions.iter().map(version).collect(),
-            recorded_at: outline.rank.filter(|rank| written.is_one_run(*rank, outline.events)).and(written.recorded_at),
+    pub(crate) fn outcomes(self, written: &Written, versions: &Versions) -> Vec<Result<Committed, CommitError>> {
+        let version = |(stream, steps): &(usize, i64)| Version(versions.streams[*stream] + steps);
+        let committed = |placed: Placed| Committed {
+            position: placed.rank.map_or(Position::START, |rank| written.position(rank)),
+            versions: placed.versions.iter().map(version).collect(),
+            recorded_at: placed.rank.filter(|rank| written.is_one_run(*rank, placed.events)).and(written.recorded_at),
         };
         self.outcomes.into_iter().map(|outcome| outcome.map(committed)).collect()
     }

@@ -68,15 +68,15 @@
 //!
 //! Without `pooled=true`, a store refuses to open if it detects that its startup settings are lost.
 
-mod alone;
 mod append;
 mod archive;
 mod copied;
 mod error;
 mod group;
 mod history;
+mod inline;
 mod log;
-mod news;
+mod notifications;
 mod open;
 mod queue;
 mod read;
@@ -104,24 +104,24 @@ use tokio::{
     time::timeout,
 };
 
-use self::{
-    alone::Alone,
-    group::Prepared,
-    log::{Ahead, Log},
-    news::News,
-    open::Database,
-    queue::{QUEUE_COMMITS_MAX, Queue, Submission, Traffic},
-    read::is_text,
-    readers::Readers,
-    statements::Statements,
-    streams::Streams,
-    writer::Writer,
-};
 pub use self::{
     error::OpenError,
     open::Settings,
     replay::{Replay, ReplayError, Replayed},
     sql_store::{SqlHandler, SqlStore},
+};
+use self::{
+    group::Prepared,
+    inline::InlineWriter,
+    log::{Ahead, Log},
+    notifications::Notifications,
+    open::Database,
+    queue::{InFlight, QUEUE_COMMITS_MAX, Queue, Submission},
+    read::is_text,
+    readers::Readers,
+    statements::Statements,
+    streams::Streams,
+    writer::Writer,
 };
 
 /// The shortest and the longest interval at which a reader polls for events without a notification; the interval
@@ -147,14 +147,14 @@ struct Shared {
     database: Arc<Database>,
     /// `None` once closed.
     queue: RwLock<Option<mpsc::Sender<Submission>>>,
-    traffic: Arc<Traffic>,
-    alone: Alone,
+    in_flight: Arc<InFlight>,
+    inline: InlineWriter,
     /// How the writer ended.
     ended: watch::Receiver<Option<Result<(), String>>>,
     readers: Readers,
     streams: Streams,
     log: Log,
-    news: News,
+    notifications: Notifications,
     /// The task that notifies other processes and listens to them.
     spreading: AbortHandle,
 }
@@ -180,19 +180,31 @@ impl PostgresStore {
         let mut database = Database::locate(url, settings)?;
         database.prepare(create).await?;
         let database = Arc::new(database);
-        let (readers, streams, news) = (Readers::new(database.clone()), Streams::default(), News::new());
+        let (readers, streams, notifications) =
+            (Readers::new(database.clone()), Streams::default(), Notifications::new());
         let (queue, submissions) = mpsc::channel(QUEUE_COMMITS_MAX);
-        let traffic = Arc::new(Traffic::default());
-        let writer = || Writer::new(&database, &news);
-        let alone = Alone::new(writer());
+        let in_flight = Arc::new(InFlight::default());
+        let writer = || Writer::new(&database, &notifications);
+        let inline = InlineWriter::new(writer());
         let (end, ended) = watch::channel(None);
-        writer::start([writer(), writer()], Queue::new(submissions, traffic.clone()), end)
+        writer::start([writer(), writer()], Queue::new(submissions, in_flight.clone()), end)
             .map_err(|error| error::open_error(&sqlx::Error::Io(error)))?;
-        let spreading = tokio::spawn(news.clone().spread(database.clone())).abort_handle();
+        let spreading = tokio::spawn(notifications.clone().spread(database.clone())).abort_handle();
         let log = Log::new(database.clone(), readers.clone());
         let queue = RwLock::new(Some(queue));
         Ok(Self {
-            shared: Arc::new(Shared { database, queue, traffic, alone, ended, readers, streams, log, news, spreading }),
+            shared: Arc::new(Shared {
+                database,
+                queue,
+                in_flight,
+                inline,
+                ended,
+                readers,
+                streams,
+                log,
+                notifications,
+                spreading,
+            }),
         })
     }
 
@@ -202,7 +214,7 @@ impl PostgresStore {
         drop(self.shared.queue.write().unwrap_or_else(PoisonError::into_inner).take());
         let mut ended = self.shared.ended.clone();
         let ended = ended.wait_for(Option::is_some).await.map(|ended| ended.clone());
-        self.shared.alone.close().await;
+        self.shared.inline.close().await;
         self.shared.spreading.abort();
         self.shared.readers.close().await;
         match ended {
@@ -238,14 +250,14 @@ impl EventStore for PostgresStore {
             return Ok(Committed::default());
         }
         let commit = Prepared::new(commit, self.shared.database.history.accepted()?);
-        let (mut passage, is_alone) = self.shared.traffic.enter();
-        if is_alone && let Some(turn) = self.shared.alone.turn() {
-            return turn.write(commit, passage).await;
+        let (mut guard, is_only_one) = self.shared.in_flight.enter();
+        if is_only_one && let Some(reserved) = self.shared.inline.reserve() {
+            return reserved.write(commit, guard).await;
         }
         let queue = self.shared.queue.read().unwrap_or_else(PoisonError::into_inner).clone();
-        passage.wait(commit.rows);
+        guard.wait(commit.rows);
         let (answer, answered) = oneshot::channel();
-        let submission = Submission { commit, answer, passage };
+        let submission = Submission { commit, answer, guard };
         queue.ok_or_else(|| self.stopped())?.send(submission).await.map_err(|_| self.stopped())?;
         answered.await.unwrap_or_else(|_| {
             Err(CommitError::Unknown("the writer of the store ended while it held the commit".into()))
@@ -272,8 +284,8 @@ impl EventStore for PostgresStore {
     }
 
     async fn wait(&self, after: Position) -> Result<(), StoreError> {
-        let Shared { database, log, news, .. } = &*self.shared;
-        let mut notified = news.subscribe();
+        let Shared { database, log, notifications, .. } = &*self.shared;
+        let mut signals = notifications.subscribe();
         let mut changes = database.history.subscribe();
         let history = *changes.borrow_and_update();
         let (mut look, mut gap_look, mut first) = (LOOK_MS_MIN, GAP_LOOK_MS_MIN, true);
@@ -282,11 +294,11 @@ impl EventStore for PostgresStore {
                 return Ok(());
             }
             // Notifications are marked as seen before the query, so that a notification during the query counts.
-            notified.mark_unchanged();
-            let heard = news.heard();
+            signals.mark_unchanged();
+            let heard = notifications.heard();
             // After a commit of this process there is usually nothing new, so the first query, which would cost a round
             // trip, is skipped. The next query follows soon.
-            let is_known = std::mem::take(&mut first) && news.ends_at(history, after, heard);
+            let is_known = std::mem::take(&mut first) && notifications.ends_at(history, after, heard);
             match if is_known { Ahead::Nothing } else { log.ahead(after).await? } {
                 Ahead::Events => return Ok(()),
                 // Ignores notifications, which can only announce events beyond the gap.
@@ -295,19 +307,19 @@ impl EventStore for PostgresStore {
                     gap_look = (gap_look * 2).min(GAP_LOOK_MS_MAX);
                 }
                 Ahead::Nothing => {
-                    news.nothing_at(heard);
-                    let longest = if news.is_listening() { LOOK_MS_MAX } else { DEAF_LOOK_MS_MAX };
+                    notifications.nothing_at(heard);
+                    let longest = if notifications.is_listening() { LOOK_MS_MAX } else { DEAF_LOOK_MS_MAX };
                     // Whatever ends the wait, the store is queried again.
                     let woken = async {
                         tokio::select! {
-                            notified = notified.changed() => notified,
+                            signal = signals.changed() => signal,
                             changed = changes.changed() => changed,
                         }
                     };
                     timeout(Duration::from_millis(look.min(longest)), woken).await.ok();
                     // Events that this process wrote during the wait are visible. If a gap precedes these events, the
                     // reader notices the gap and soon calls this method again.
-                    if news.last_written(history) > after {
+                    if notifications.last_written(history) > after {
                         return Ok(());
                     }
                     look = (look * 2).min(LOOK_MS_MAX);

@@ -52,7 +52,7 @@ pub(crate) enum Purpose {
     Read,
     Write,
     /// The connection notifies other processes, without a sync to disk for each notification.
-    Tell,
+    Notify,
 }
 
 impl Purpose {
@@ -65,7 +65,7 @@ impl Purpose {
                 ("lock_timeout", format!("{LOCK_MS_MAX}ms")),
                 ("default_transaction_isolation", "read committed".into()),
             ],
-            Self::Tell => vec![("synchronous_commit", "off".into())],
+            Self::Notify => vec![("synchronous_commit", "off".into())],
         }
     }
 }
@@ -416,7 +416,7 @@ impl Database {
         }
         let mut begin = match purpose {
             Purpose::Read => "BEGIN READ ONLY".to_owned(),
-            Purpose::Write | Purpose::Tell => "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE".to_owned(),
+            Purpose::Write | Purpose::Notify => "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE".to_owned(),
         };
         let settings = SETTINGS.iter().map(|(name, value)| (*name, (*value).to_owned())).chain(purpose.settings());
         for (name, value) in settings.filter(|(name, _)| !name.starts_with("default_transaction_")) {
@@ -448,7 +448,7 @@ impl Database {
             .max_connections(1)
             .idle_timeout(None)
             .max_lifetime(None)
-            .connect_lazy_with(self.options_for(Purpose::Tell))
+            .connect_lazy_with(self.options_for(Purpose::Notify))
     }
 
     /// Returns the number of connections that serve reads.

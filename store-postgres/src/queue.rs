@@ -33,12 +33,12 @@ pub(crate) type Outcome = Result<Committed, CommitError>;
 pub(crate) struct Submission {
     pub(crate) commit: Prepared,
     pub(crate) answer: oneshot::Sender<Outcome>,
-    pub(crate) passage: Passage,
+    pub(crate) guard: InFlightGuard,
 }
 
 /// Counts the commits in flight, and records whether they arrive one by one or in groups.
 #[derive(Debug, Default)]
-pub(crate) struct Traffic {
+pub(crate) struct InFlight {
     commits: AtomicUsize,
     /// The rows of the waiting commits, including those counted for their callers.
     rows: AtomicUsize,
@@ -49,56 +49,56 @@ pub(crate) struct Traffic {
 }
 
 /// Counts a commit as in flight until this guard is dropped.
-pub(crate) struct Passage {
-    traffic: Arc<Traffic>,
+pub(crate) struct InFlightGuard {
+    in_flight: Arc<InFlight>,
     /// The rows counted while the commit waits.
     rows: usize,
 }
 
-impl Traffic {
+impl InFlight {
     /// Counts a commit as in flight. Also returns whether the commit can be written alone: no other commit is in
     /// flight, and the last group had only one commit. After a larger group, many callers are about to commit at the
     /// same time, and the first of them is only slightly ahead of the others.
-    pub(crate) fn enter(self: &Arc<Self>) -> (Passage, bool) {
+    pub(crate) fn enter(self: &Arc<Self>) -> (InFlightGuard, bool) {
         let before = self.commits.fetch_add(1, Ordering::AcqRel);
-        let passage = Passage { traffic: self.clone(), rows: 0 };
-        (passage, before == 0 && !self.in_groups.load(Ordering::Acquire))
+        let guard = InFlightGuard { in_flight: self.clone(), rows: 0 };
+        (guard, before == 0 && !self.in_groups.load(Ordering::Acquire))
     }
 }
 
-impl Passage {
+impl InFlightGuard {
     /// From now on, counts the commit as waiting, with this many rows.
     pub(crate) fn wait(&mut self, rows: usize) {
         let rows = rows + ROWS_PER_CALLER;
         self.rows = rows;
-        let before = self.traffic.rows.fetch_add(rows, Ordering::AcqRel);
+        let before = self.in_flight.rows.fetch_add(rows, Ordering::AcqRel);
         if before < GROUP_ROWS_MIN && before + rows >= GROUP_ROWS_MIN {
-            self.traffic.long.notify_one();
+            self.in_flight.long.notify_one();
         }
     }
 
     fn wait_no_longer(&mut self) {
-        self.traffic.rows.fetch_sub(std::mem::take(&mut self.rows), Ordering::AcqRel);
+        self.in_flight.rows.fetch_sub(std::mem::take(&mut self.rows), Ordering::AcqRel);
     }
 }
 
-impl Drop for Passage {
+impl Drop for InFlightGuard {
     fn drop(&mut self) {
         self.wait_no_longer();
-        self.traffic.commits.fetch_sub(1, Ordering::AcqRel);
+        self.in_flight.commits.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
 pub(crate) struct Queue {
     submissions: Mutex<mpsc::Receiver<Submission>>,
-    traffic: Arc<Traffic>,
+    in_flight: Arc<InFlight>,
     /// Signals that the first writer has ended.
     done: Notify,
 }
 
 impl Queue {
-    pub(crate) fn new(submissions: mpsc::Receiver<Submission>, traffic: Arc<Traffic>) -> Self {
-        Self { submissions: Mutex::new(submissions), traffic, done: Notify::new() }
+    pub(crate) fn new(submissions: mpsc::Receiver<Submission>, in_flight: Arc<InFlight>) -> Self {
+        Self { submissions: Mutex::new(submissions), in_flight, done: Notify::new() }
     }
 
     /// Waits for a commit, and returns the next group: all commits that wait by then. Returns `None` at the end.
@@ -118,12 +118,12 @@ impl Queue {
     pub(crate) async fn overflow(&self) -> Option<Vec<Submission>> {
         loop {
             tokio::select! {
-                () = self.traffic.long.notified() => {}
+                () = self.in_flight.long.notified() => {}
                 () = self.done.notified() => return None,
             }
             // While the first writer waits for commits, it holds this lock, and the queue is empty.
             let Ok(mut submissions) = self.submissions.try_lock() else { continue };
-            if self.traffic.rows.load(Ordering::Acquire) >= GROUP_ROWS_MIN
+            if self.in_flight.rows.load(Ordering::Acquire) >= GROUP_ROWS_MIN
                 && let Ok(first) = submissions.try_recv()
             {
                 return Some(self.group(first, &mut submissions));
@@ -132,20 +132,20 @@ impl Queue {
     }
 
     fn group(&self, mut first: Submission, submissions: &mut mpsc::Receiver<Submission>) -> Vec<Submission> {
-        first.passage.wait_no_longer();
+        first.guard.wait_no_longer();
         let (mut rows, mut bytes) = (first.commit.rows, first.commit.bytes);
         let mut group = vec![first];
         while group.len() < GROUP_COMMITS_MAX && rows < GROUP_ROWS_MAX && bytes < GROUP_BYTES_MAX {
             let Ok(mut next) = submissions.try_recv() else { break };
-            next.passage.wait_no_longer();
+            next.guard.wait_no_longer();
             rows += next.commit.rows;
             bytes += next.commit.bytes;
             group.push(next);
         }
-        self.traffic.in_groups.store(group.len() > 1, Ordering::Release);
+        self.in_flight.in_groups.store(group.len() > 1, Ordering::Release);
         // The remaining commits may still justify a second group.
-        if self.traffic.rows.load(Ordering::Acquire) >= GROUP_ROWS_MIN {
-            self.traffic.long.notify_one();
+        if self.in_flight.rows.load(Ordering::Acquire) >= GROUP_ROWS_MIN {
+            self.in_flight.long.notify_one();
         }
         group
     }

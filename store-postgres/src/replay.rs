@@ -156,6 +156,7 @@ pub struct Replayed<E> {
 
 /// Why a typed replay did not return an event.
 #[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
 pub enum ReplayError {
     /// The store could not be read, and the replay has ended. To continue, start a replay after the last event that was
     /// returned.

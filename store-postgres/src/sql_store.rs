@@ -107,6 +107,12 @@ pub struct SqlStore {
     transactions: Arc<Mutex<Vec<Weak<Transactions>>>>,
 }
 
+impl std::fmt::Debug for SqlStore {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SqlStore").field("store", &self.store).finish_non_exhaustive()
+    }
+}
+
 impl SqlStore {
     /// Wraps a store. Clones of a wrapper share their handlers; separate wrappers of the same store do not.
     pub fn new(store: PostgresStore) -> Self {
@@ -304,7 +310,7 @@ impl EventStore for SqlStore {
         if let Ok(Committed { position, .. }) = &outcome
             && *position != Position::START
         {
-            self.store.shared.news.written(history, *position);
+            self.store.shared.notifications.written(history, *position);
         }
         outcome
     }

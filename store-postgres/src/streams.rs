@@ -23,7 +23,7 @@ const STREAMS_MAX: usize = 64;
 /// The lowest position that counts as written by hand; `advance` also ignores such positions.
 const BY_HAND: i64 = 1 << 62;
 
-type Outcome = Result<Vec<Recorded>, StoreError>;
+type StreamRead = Result<Vec<Recorded>, StoreError>;
 
 /// The reads that wait for a session.
 #[derive(Debug, Default)]
@@ -34,7 +34,7 @@ struct Wanted {
     stream: StreamId,
     after: Version,
     limit: usize,
-    answer: oneshot::Sender<Outcome>,
+    answer: oneshot::Sender<StreamRead>,
 }
 
 impl Streams {
@@ -44,7 +44,7 @@ impl Streams {
         stream: &StreamId,
         after: Version,
         limit: usize,
-    ) -> Outcome {
+    ) -> StreamRead {
         loop {
             // The guard is declared before the receiver, so that it is dropped after the receiver.
             let mut place = Place { streams: self, answered: false };

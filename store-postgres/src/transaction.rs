@@ -15,7 +15,7 @@ use uuid::Uuid;
 use crate::{
     append::append,
     error::{Fault, end_error, fault, write_error},
-    group::{Decision, Prepared},
+    group::{GroupPlan, Prepared},
     history::Seen,
     open::{Database, Purpose},
     writer::ANSWER_SECONDS_MAX,
@@ -195,18 +195,18 @@ impl OpenTransaction {
                 sqlx::raw_sql(AssertSqlSafe(&*ready)).execute(&mut self.connection).await.map_err(error)?;
                 rewound = true;
             }
-            let decision = Decision::new(commits, known.as_ref());
-            match append(database, &mut self.connection, &decision).await {
-                Ok((Some(written), standings)) => {
-                    self.last = written.positions.last().copied().zip(decision.last_event());
-                    let outcome = decision.outcomes(&written, &standings).pop();
+            let plan = GroupPlan::new(commits, known.as_ref());
+            match append(database, &mut self.connection, &plan).await {
+                Ok((Some(written), versions)) => {
+                    self.last = written.positions.last().copied().zip(plan.last_event());
+                    let outcome = plan.outcomes(&written, &versions).pop();
                     return outcome
                         .unwrap_or_else(|| Err(CommitError::Unavailable("the commit has no outcome".into())));
                 }
                 // A guess was wrong; nothing was written.
-                Ok((None, standings)) => {
+                Ok((None, versions)) => {
                     races += u32::from(known.is_some());
-                    known = Some(standings);
+                    known = Some(versions);
                 }
                 Err(failed) => {
                     let fault = fault(&failed);

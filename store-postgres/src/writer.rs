@@ -19,9 +19,9 @@ use tokio::{
 use crate::{
     append::{advance, append_alone},
     error::{Fault, fault, not_written, write_error},
-    group::{Decision, Prepared, Written},
+    group::{GroupPlan, Prepared, Written},
     history::Seen,
-    news::News,
+    notifications::Notifications,
     open::{Database, Purpose},
     queue::{Outcome, Queue},
 };
@@ -45,7 +45,7 @@ pub(crate) struct Writer {
     /// The connection, with the number of the history to which it writes. `None` after a failure, because a connection
     /// in an unclear state is replaced instead of examined.
     connection: Option<(u64, PgConnection)>,
-    news: News,
+    notifications: Notifications,
     reconnect: Reconnect,
 }
 
@@ -118,21 +118,19 @@ pub(crate) fn start(
 }
 
 impl Writer {
-    pub(crate) fn new(database: &Arc<Database>, news: &News) -> Self {
-        let (database, news) = (database.clone(), news.clone());
-        Self { database, connection: None, news, reconnect: Reconnect::default() }
+    pub(crate) fn new(database: &Arc<Database>, notifications: &Notifications) -> Self {
+        let (database, notifications) = (database.clone(), notifications.clone());
+        Self { database, connection: None, notifications, reconnect: Reconnect::default() }
     }
 
     /// Writes the queued commits until the last sender is gone and the queue is empty. With `second`, this writer takes
     /// only the commits that are too much for the first writer.
     async fn serve(mut self, queue: &Queue, second: bool) -> Result<(), sqlx::Error> {
         while let Some(group) = if second { queue.overflow().await } else { queue.next().await } {
-            let (commits, answers): (Vec<_>, Vec<_>) = group
-                .into_iter()
-                .map(|submission| (submission.commit, (submission.answer, submission.passage)))
-                .unzip();
-            for ((answer, passage), outcome) in answers.into_iter().zip(self.write(&commits).await) {
-                drop(passage);
+            let (commits, answers): (Vec<_>, Vec<_>) =
+                group.into_iter().map(|submission| (submission.commit, (submission.answer, submission.guard))).unzip();
+            for ((answer, guard), outcome) in answers.into_iter().zip(self.write(&commits).await) {
+                drop(guard);
                 // A caller that gave up needs no answer.
                 drop(answer.send(outcome));
             }
@@ -180,7 +178,7 @@ impl Writer {
     async fn attempt(&mut self, commits: &[Prepared]) -> Result<Vec<Outcome>, Failure> {
         let (mut known, mut races, mut waits) = (None, 0, 0);
         loop {
-            let decision = Decision::new(commits, known.as_ref());
+            let plan = GroupPlan::new(commits, known.as_ref());
             let (history, mut connection) = self.connect().await.map_err(Failure::OfAll)?;
             if let Err(failure) = are_of(commits, history) {
                 self.connection = Some((history, connection));
@@ -189,14 +187,14 @@ impl Writer {
             let seen = self.database.history.last();
             let appended = timeout(
                 Duration::from_secs(ANSWER_SECONDS_MAX),
-                append_alone(&self.database, &mut connection, &decision, history),
+                append_alone(&self.database, &mut connection, &plan, history),
             )
             .await;
             let appended = appended.unwrap_or_else(|elapsed| Err(sqlx::Error::Io(elapsed.into())));
             let error = match appended {
-                Ok((written, standings)) => {
+                Ok((written, versions)) => {
                     if let Some(written) = &written {
-                        self.wrote(&mut connection, history, seen, written, &decision).await;
+                        self.wrote(&mut connection, history, seen, written, &plan).await;
                     }
                     self.connection = Some((history, connection));
                     let Some(written) = written else {
@@ -208,10 +206,10 @@ impl Writer {
                                 "other processes committed first on every attempt".into(),
                             )));
                         }
-                        known = Some(standings);
+                        known = Some(versions);
                         continue;
                     };
-                    return Ok(decision.outcomes(&written, &standings));
+                    return Ok(plan.outcomes(&written, &versions));
                 }
                 Err(error) => error,
             };
@@ -255,17 +253,17 @@ impl Writer {
         history: u64,
         seen: Option<Seen>,
         written: &Written,
-        decision: &Decision<'_>,
+        plan: &GroupPlan<'_>,
     ) {
         let Some((first, last)) = written.positions.first().zip(written.positions.last()) else { return };
         if seen.is_some_and(|(seen, _)| *first <= seen) {
             // If this check fails, the next read or write reports the problem.
             self.database.check(connection, Purpose::Write).await.ok();
         }
-        if let Some(id) = decision.last_event() {
+        if let Some(id) = plan.last_event() {
             self.database.history.saw(history, (*last, id));
         }
-        self.news.written(history, Position(*last));
+        self.notifications.written(history, Position(*last));
     }
 
     async fn connect(&mut self) -> Result<(u64, PgConnection), CommitError> {

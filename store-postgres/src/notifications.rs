@@ -33,9 +33,9 @@ const LOOK_MS: u64 = 100;
 
 /// Signals that there are new events. Clones share the same signals.
 #[derive(Clone, Debug)]
-pub(crate) struct News {
+pub(crate) struct Notifications {
     /// Counts the signals from this process and from other processes.
-    wakeups: watch::Sender<u64>,
+    signals: watch::Sender<u64>,
     /// The last position that this process has written, with the number of the history.
     written: watch::Sender<(u64, Position)>,
     /// Counts the signals from other processes.
@@ -49,10 +49,10 @@ pub(crate) struct News {
     name: Arc<str>,
 }
 
-impl News {
+impl Notifications {
     pub(crate) fn new() -> Self {
         Self {
-            wakeups: watch::Sender::new(0),
+            signals: watch::Sender::new(0),
             written: watch::Sender::new((0, Position::START)),
             heard: Arc::new(AtomicU64::new(1)),
             looked_at: Arc::default(),
@@ -62,14 +62,14 @@ impl News {
     }
 
     pub(crate) fn subscribe(&self) -> watch::Receiver<u64> {
-        self.wakeups.subscribe()
+        self.signals.subscribe()
     }
 
     /// Records that this process has written up to a position, under this number of the history.
     pub(crate) fn written(&self, history: u64, position: Position) {
         // There are several writers, and the writer that finishes last may have written the lower positions.
         self.written.send_modify(|last| *last = (history, position).max(*last));
-        self.tell();
+        self.signal();
     }
 
     /// Returns the last position that this process has written under this number of the history.
@@ -103,18 +103,18 @@ impl News {
     /// Records a signal from another process.
     fn hear(&self) {
         self.heard.fetch_add(1, Ordering::AcqRel);
-        self.tell();
+        self.signal();
     }
 
-    fn tell(&self) {
-        self.wakeups.send_modify(|count| *count = count.wrapping_add(1));
+    fn signal(&self) {
+        self.signals.send_modify(|count| *count = count.wrapping_add(1));
     }
 
     /// Notifies other processes and receives their notifications, or polls for their events if notifications cannot be
     /// received. This method runs until its task is aborted.
     pub(crate) async fn spread(self, database: Arc<Database>) {
         if database.pooled {
-            tokio::join!(self.look(&database), self.tell_others(&database));
+            tokio::join!(self.look(&database), self.notify_others(&database));
         }
         let (mut written, mut reconnect) = (self.written.subscribe(), Reconnect::default());
         loop {
@@ -138,7 +138,7 @@ impl News {
         let channel = database.channel();
         let mut listener = PgListener::connect_with(&database.listener()).await?;
         // With this check, even a process that does nothing else notices that the log has changed.
-        database.check(&mut listener, Purpose::Tell).await?;
+        database.check(&mut listener, Purpose::Notify).await?;
         listener.listen(&channel).await?;
         database.statements.attend.query().execute(&mut listener).await?;
         reconnect.succeeded();
@@ -169,7 +169,7 @@ impl News {
     }
 
     /// Notifies other processes through a pooler.
-    async fn tell_others(&self, database: &Database) {
+    async fn notify_others(&self, database: &Database) {
         let (channel, mut written, mut reconnect) =
             (database.channel(), self.written.subscribe(), Reconnect::default());
         let mut connection: Option<PgConnection> = None;
@@ -179,10 +179,10 @@ impl News {
             let notified = async {
                 let open = match connection.take() {
                     Some(open) => open,
-                    None => database.connect(Purpose::Tell).await?.1,
+                    None => database.connect(Purpose::Notify).await?.1,
                 };
                 let session = connection.insert(open);
-                database.begin(session, Purpose::Tell).await?;
+                database.begin(session, Purpose::Notify).await?;
                 let notify = database.statements.notify.query().bind(&channel).bind(&*self.name);
                 notify.execute(&mut *session).await?;
                 sqlx::raw_sql("COMMIT").execute(session).await.map(drop)

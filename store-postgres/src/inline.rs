@@ -11,54 +11,54 @@ use tokio::{
 
 use crate::{
     group::Prepared,
-    queue::{Outcome, Passage},
+    queue::{InFlightGuard, Outcome},
     writer::Writer,
 };
 
 /// The writer for single commits; `None` once the store is closed.
 #[derive(Debug)]
-pub(crate) struct Alone(Arc<Mutex<Option<Resident>>>);
+pub(crate) struct InlineWriter(Arc<Mutex<Option<BoundWriter>>>);
 
 /// A writer, and the runtime to which its connection belongs.
 #[derive(Debug)]
-struct Resident {
+struct BoundWriter {
     writer: Writer,
     runtime: Option<Id>,
 }
 
 /// Exclusive access to the writer, for one commit.
-pub(crate) struct Turn {
-    resident: OwnedMappedMutexGuard<Option<Resident>, Resident>,
+pub(crate) struct ReservedWriter {
+    bound: OwnedMappedMutexGuard<Option<BoundWriter>, BoundWriter>,
     runtime: Handle,
 }
 
-impl Alone {
+impl InlineWriter {
     pub(crate) fn new(writer: Writer) -> Self {
-        Self(Arc::new(Mutex::new(Some(Resident { writer, runtime: None }))))
+        Self(Arc::new(Mutex::new(Some(BoundWriter { writer, runtime: None }))))
     }
 
     /// Reserves the writer. Returns `None` if the writer is busy or closed.
-    pub(crate) fn turn(&self) -> Option<Turn> {
+    pub(crate) fn reserve(&self) -> Option<ReservedWriter> {
         let (free, runtime) = (self.0.clone().try_lock_owned().ok()?, Handle::try_current().ok()?);
-        let resident = OwnedMutexGuard::try_map(free, Option::as_mut).ok()?;
-        Some(Turn { resident, runtime })
+        let bound = OwnedMutexGuard::try_map(free, Option::as_mut).ok()?;
+        Some(ReservedWriter { bound, runtime })
     }
 
     pub(crate) async fn close(&self) {
-        if let Some(resident) = self.0.lock().await.take() {
+        if let Some(bound) = self.0.lock().await.take() {
             // The connection has no open transaction, so an error does not matter.
-            resident.writer.close().await.ok();
+            bound.writer.close().await.ok();
         }
     }
 }
 
-impl Turn {
+impl ReservedWriter {
     /// Writes the commit in a separate task, so that the commit completes even if the caller is cancelled.
-    pub(crate) async fn write(self, commit: Prepared, passage: Passage) -> Outcome {
-        let Self { mut resident, runtime } = self;
+    pub(crate) async fn write(self, commit: Prepared, guard: InFlightGuard) -> Outcome {
+        let Self { mut bound, runtime } = self;
         let task = runtime.clone().spawn(async move {
-            let outcome = resident.write(commit, runtime.id()).await;
-            drop((resident, passage));
+            let outcome = bound.write(commit, runtime.id()).await;
+            drop((bound, guard));
             outcome
         });
         let outcome = task.await.map_err(|ended| CommitError::Unknown(format!("during the commit, {ended}")))?;
@@ -66,7 +66,7 @@ impl Turn {
     }
 }
 
-impl Resident {
+impl BoundWriter {
     async fn write(&mut self, commit: Prepared, runtime: Id) -> Option<Outcome> {
         if self.runtime.replace(runtime) != Some(runtime) {
             self.writer.disconnect();
