@@ -176,7 +176,7 @@ impl<'r> Attributes<'r> {
     /// Returns the attributes that a relay adds to a message, if a relay sent this message. Other producers may use the
     /// same names for other purposes. A message counts as relayed only if it has every attribute that a relay always
     /// writes, each in the right form. Any other message keeps these attributes as extensions.
-    fn relayed(&mut self) -> Option<Relayed> {
+    fn relayed(&mut self) -> Option<RelayAttributes> {
         let id = |value: &Option<Cow<'_, str>>| value.as_deref().and_then(canonical);
         let ids = (self.id.as_deref().and_then(unique), id(&self.correlation_id), id(&self.causation_id));
         let of_relay = (|| {
@@ -188,7 +188,7 @@ impl<'r> Attributes<'r> {
             });
             let (position, version) = (Position(position?), Version(version?));
             let lane = self.lane.as_deref().filter(|lane| position > Position::START && is_lane(lane));
-            (lane.is_some() || self.lane.is_none()).then(|| Relayed {
+            (lane.is_some() || self.lane.is_none()).then(|| RelayAttributes {
                 schema_version,
                 position,
                 version,
@@ -212,7 +212,7 @@ impl<'r> Attributes<'r> {
 }
 
 /// The attributes that a relay adds to those of CloudEvents.
-struct Relayed {
+struct RelayAttributes {
     schema_version: i32,
     position: Position,
     version: Version,
@@ -467,8 +467,12 @@ fn message(
         not_plain_json.map(|media_type| (attribute::DATA_CONTENT_TYPE.to_owned(), media_type.whole.to_owned())),
     );
     let caused_by = |id: &Option<Cow<'_, str>>| id.as_deref().and_then(canonical);
-    let relayed =
-        relayed.unwrap_or(Relayed { schema_version: 1, position: Position(0), version: Version(0), lane: None });
+    let relayed = relayed.unwrap_or(RelayAttributes {
+        schema_version: 1,
+        position: Position(0),
+        version: Version(0),
+        lane: None,
+    });
     Ok(Message {
         id,
         type_name: type_name.into(),
@@ -765,8 +769,7 @@ mod tests {
     #[test]
     fn trace_context_is_valid_or_absent() {
         type Headers<'a> = &'a [(&'a str, &'a [u8])];
-        type Carried<'a> = Option<(&'a str, Option<&'a str>)>;
-        let cases: &[(Headers, Carried)] = &[
+        let cases: &[(Headers, Option<Carried>)] = &[
             (&[("traceparent", PARENT.as_bytes())], Some((PARENT, None))),
             (
                 &[("traceparent", PARENT.as_bytes()), ("tracestate", b"a=1"), ("tracestate", b"b=2")],

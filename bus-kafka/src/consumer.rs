@@ -67,14 +67,15 @@ const CLOSE: Duration = Duration::from_secs(5);
 /// The longest `group.instance.id` that brokers accept.
 const INSTANCE_ID_MAX: usize = 249;
 
-type Place = (String, i32);
+/// A topic and the number of a partition, as the client names them.
+pub(crate) type Place = (String, i32);
 
 enum Rebalance {
     Assigned(Vec<Place>),
     Revoked(Vec<Place>),
 }
 
-struct Context {
+struct MemberContext {
     settings: Settings,
     rebalances: Mutex<VecDeque<Rebalance>>,
     closing: AtomicBool,
@@ -87,7 +88,7 @@ struct Context {
     fatal: AtomicBool,
 }
 
-impl Context {
+impl MemberContext {
     fn new(settings: &Settings) -> Self {
         Self {
             settings: settings.clone(),
@@ -108,7 +109,7 @@ impl Context {
     }
 }
 
-impl ClientContext for Context {
+impl ClientContext for MemberContext {
     fn log(&self, level: RDKafkaLogLevel, fac: &str, message: &str) {
         self.tell();
         let message = self.settings.without_secrets(message);
@@ -146,7 +147,7 @@ impl ClientContext for Context {
     }
 }
 
-impl ConsumerContext for Context {
+impl ConsumerContext for MemberContext {
     fn commit_callback(&self, committed: KafkaResult<()>, _: &TopicPartitionList) {
         self.tell();
         if let Err(error) = committed {
@@ -199,7 +200,7 @@ impl Assigned {
 }
 
 /// For each partition, the first offset and the offset after the last message.
-type Ranges = Vec<(Place, (i64, i64))>;
+type OffsetRanges = Vec<(Place, (i64, i64))>;
 
 pub(crate) struct Member {
     settings: Settings,
@@ -208,7 +209,7 @@ pub(crate) struct Member {
     /// The id under which brokers know this member, so that a restarted process keeps its partitions.
     instance_id: Option<String>,
     /// The client; `None` from a fatal error until the client is replaced.
-    consumer: Option<Arc<BaseConsumer<Context>>>,
+    consumer: Option<Arc<BaseConsumer<MemberContext>>>,
     started_at: Instant,
     /// The times at which brokers last fenced this member.
     fences: VecDeque<Instant>,
@@ -230,7 +231,7 @@ pub(crate) struct Member {
     /// A request, in flight, that checks whether the lost brokers answer again.
     asking: Option<JoinHandle<Result<(), KafkaError>>>,
     /// A request, in flight, for the offsets that exist.
-    ranging: Option<JoinHandle<Result<Ranges, KafkaError>>>,
+    ranging: Option<JoinHandle<Result<OffsetRanges, KafkaError>>>,
 }
 
 impl Member {
@@ -286,8 +287,8 @@ impl Member {
         let named = self.instance_id.as_deref().map(|id| ("group.instance.id", id));
         let fixed: Vec<_> = FIXED.into_iter().chain([("group.id", &*self.group)]).chain(named).collect();
         let config = self.settings.finish(config, &fixed)?;
-        let context = Context::new(&self.settings);
-        let mut consumer: BaseConsumer<Context> = config.create_with_context(context).map_err(misconfigured)?;
+        let context = MemberContext::new(&self.settings);
+        let mut consumer: BaseConsumer<MemberContext> = config.create_with_context(context).map_err(misconfigured)?;
         let woken = self.news.clone();
         consumer.set_nonempty_callback(move || woken.notify_one());
         let topics: Vec<&str> = self.topics.iter().map(String::as_str).collect();
@@ -296,12 +297,12 @@ impl Member {
         Ok(())
     }
 
-    fn consumer(&self) -> Result<&Arc<BaseConsumer<Context>>, BusError> {
+    fn consumer(&self) -> Result<&Arc<BaseConsumer<MemberContext>>, BusError> {
         self.consumer.as_ref().ok_or_else(|| BusError::Unavailable("the Kafka client has ended".into()))
     }
 
     /// Ends a client that had a fatal error; the next poll starts another client.
-    fn end(&mut self, consumer: &BaseConsumer<Context>) -> BusError {
+    fn end(&mut self, consumer: &BaseConsumer<MemberContext>) -> BusError {
         let (code, reason) = consumer.client().fatal_error().unwrap_or((RDKafkaErrorCode::Fatal, String::new()));
         let reason = self.settings.without_secrets(&reason).to_owned();
         self.close();
@@ -414,7 +415,7 @@ impl Member {
                 let range = consumer.fetch_watermarks(&place.0, place.1, PATIENCE)?;
                 Ok((place, range))
             };
-            places.into_iter().map(range_of).collect::<Result<Ranges, KafkaError>>()
+            places.into_iter().map(range_of).collect::<Result<OffsetRanges, KafkaError>>()
         };
         // The request survives if the poll is cancelled.
         let answered = self.ranging.get_or_insert_with(|| tokio::task::spawn_blocking(asked)).await;
@@ -706,7 +707,7 @@ impl Drop for Member {
 
 /// Notifies the group that this member leaves, so that other members take over its partitions at once. Without this
 /// notification, a member with an instance id stays in the group in case the process comes back.
-fn leave(consumer: &BaseConsumer<Context>) {
+fn leave(consumer: &BaseConsumer<MemberContext>) {
     consumer.unsubscribe();
     let mut until = Instant::now() + LEAVE;
     let mut has_let_go = false;

@@ -28,9 +28,10 @@ const LOOK: Duration = Duration::from_millis(200);
 const AHEAD: usize = 1_000;
 
 /// For each partition, the offsets that are read; and for each partition, the offsets that exist.
-type Ranges = (Vec<Range<i64>>, Vec<Range<i64>>);
+type TopicRanges = (Vec<Range<i64>>, Vec<Range<i64>>);
 
 /// The messages that a topic held when the read began.
+#[derive(Debug)]
 pub struct Contents {
     partitions: Vec<Range<i64>>,
     held: Vec<Range<i64>>,
@@ -90,7 +91,7 @@ impl Contents {
 
 /// Starts each partition at its offset in `from`. A partition that has no offset in `from`, or that ends before that
 /// offset, starts at the first offset that still exists.
-fn begin(consumer: &BaseConsumer, topic: &str, from: &Ends) -> Result<Ranges, KafkaError> {
+fn begin(consumer: &BaseConsumer, topic: &str, from: &Ends) -> Result<TopicRanges, KafkaError> {
     let metadata = consumer.fetch_metadata(Some(topic), PATIENCE)?;
     let count = metadata.topics().first().map_or(0, |found| found.partitions().len()) as i32;
     let (mut ranges, mut held, mut list) = (Vec::new(), Vec::new(), TopicPartitionList::new());

@@ -48,6 +48,15 @@ pub struct KafkaBus {
     members: Mutex<HashMap<String, u32>>,
 }
 
+impl std::fmt::Debug for KafkaBus {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("KafkaBus")
+            .field("settings", &self.settings)
+            .field("cluster", &self.cluster)
+            .finish_non_exhaustive()
+    }
+}
+
 impl KafkaBus {
     /// Connects to the cluster.
     ///

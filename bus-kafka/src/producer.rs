@@ -83,7 +83,7 @@ impl Batch {
 struct Delivered {
     batch: Arc<Batch>,
     index: usize,
-    passage: Passage,
+    guard: InFlightGuard,
 }
 
 /// Decides when a message may be sent to a partition.
@@ -119,9 +119,9 @@ impl Gate {
 
 /// Counts a message that a gate let pass as in flight until this guard is dropped, even if the sender gives up
 /// half-way.
-struct Passage(Arc<Gate>);
+struct InFlightGuard(Arc<Gate>);
 
-impl Drop for Passage {
+impl Drop for InFlightGuard {
     fn drop(&mut self) {
         self.0.under_way.fetch_sub(1, Ordering::AcqRel);
     }
@@ -130,7 +130,7 @@ impl Drop for Passage {
 /// The gates of all partitions of a topic.
 type Gates = Vec<Arc<Gate>>;
 
-struct Context {
+struct SendContext {
     settings: Settings,
     broken: AtomicBool,
     /// A clone is held by every task that hands messages to the client or waits for a receipt.
@@ -149,7 +149,7 @@ struct Context {
     gates: Mutex<HashMap<Arc<str>, Gates>>,
 }
 
-impl Context {
+impl SendContext {
     fn now_ms(&self) -> u64 {
         self.started_at.elapsed().as_millis() as u64
     }
@@ -165,7 +165,7 @@ impl Context {
     }
 }
 
-impl ClientContext for Context {
+impl ClientContext for SendContext {
     fn error(&self, error: KafkaError, reason: &str) {
         self.erred_ms.store(self.now_ms(), Ordering::Release);
         if matches!(error, KafkaError::Global(RDKafkaErrorCode::Fatal)) {
@@ -175,12 +175,12 @@ impl ClientContext for Context {
     }
 }
 
-impl ProducerContext for Context {
+impl ProducerContext for SendContext {
     type DeliveryOpaque = Box<Delivered>;
 
     fn delivery(&self, result: &DeliveryResult<'_>, delivered: Box<Delivered>) {
         if result.is_ok() {
-            delivered.passage.0.acknowledged(self.now_ms());
+            delivered.guard.0.acknowledged(self.now_ms());
         }
         let failed = result.as_ref().err().map(|(error, message)| {
             // A broker refuses a batch as a whole. Only a message that fills a batch was certainly alone in its batch.
@@ -200,7 +200,7 @@ impl ProducerContext for Context {
             taken.set(message.topic(), message.partition().cast_unsigned(), message.offset() + 1);
         }
         delivered.batch.settle(1, failed);
-        // The passage is dropped last, because after a failure no message may pass the gate before `broken` is set.
+        // The guard is dropped last, because after a failure no message may pass the gate before `broken` is set.
         drop(delivered);
         self.room.notify_waiters();
     }
@@ -230,7 +230,7 @@ pub(crate) struct Producer {
     settings: Settings,
     /// The maximum size of a batch, in bytes. A topic's limit applies to a batch, not to a message.
     batch_bytes_max: AtomicUsize,
-    current: Mutex<Arc<ThreadedProducer<Context>>>,
+    current: Mutex<Arc<ThreadedProducer<SendContext>>>,
     taken: Arc<Mutex<Ends>>,
 }
 
@@ -250,7 +250,7 @@ impl Producer {
         settings: &Settings,
         batch_bytes_max: usize,
         taken: &Arc<Mutex<Ends>>,
-    ) -> Result<Arc<ThreadedProducer<Context>>, BusError> {
+    ) -> Result<Arc<ThreadedProducer<SendContext>>, BusError> {
         let mut config = settings.client();
         config
             // This delay is long enough to batch the messages of one call. Messages that arrive while requests are in
@@ -268,15 +268,25 @@ impl Producer {
         let (broken, too_large, room) = (AtomicBool::new(false), AtomicBool::new(false), Notify::new());
         let (settings, waiting, taken) = (settings.clone(), Arc::default(), taken.clone());
         let (started_at, erred_ms, gates) = (Instant::now(), AtomicU64::new(0), Mutex::default());
-        let context =
-            Context { settings, broken, waiting, too_large, batch_bytes_max, room, taken, started_at, erred_ms, gates };
+        let context = SendContext {
+            settings,
+            broken,
+            waiting,
+            too_large,
+            batch_bytes_max,
+            room,
+            taken,
+            started_at,
+            erred_ms,
+            gates,
+        };
         Ok(Arc::new(config.create_with_context(context).map_err(misconfigured)?))
     }
 
     /// Returns the current producer, or a new producer if the current one has failed, and whether the producer is new.
     /// Returns an error until every caller has seen the old producer fail. A caller that has not seen the failure would
     /// send its next page ahead of the failed messages.
-    fn sound(&self) -> Result<(Arc<ThreadedProducer<Context>>, bool), BusError> {
+    fn sound(&self) -> Result<(Arc<ThreadedProducer<SendContext>>, bool), BusError> {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         if !current.client().context().broken.load(Ordering::Acquire) {
             return Ok((current.clone(), false));
@@ -335,7 +345,7 @@ impl Producer {
                     // The time is read for each message, because a full client may have blocked the previous message
                     // for minutes.
                 } else if gate.pass(context.now_ms(), context.erred_ms.load(Ordering::Acquire)) {
-                    let delivered = Box::new(Delivered { batch: batch.clone(), index, passage: Passage(gate) });
+                    let delivered = Box::new(Delivered { batch: batch.clone(), index, guard: InFlightGuard(gate) });
                     let record = BaseRecord::with_opaque_to(topic, delivered)
                         .partition(partitions[index] as i32)
                         .key(&*message.key)
@@ -371,8 +381,8 @@ type Record<'m> = BaseRecord<'m, str, str, Box<Delivered>>;
 
 /// Hands a message to the client as soon as the client has room.
 async fn hand_over(
-    producer: &ThreadedProducer<Context>,
-    context: &Context,
+    producer: &ThreadedProducer<SendContext>,
+    context: &SendContext,
     mut record: Record<'_>,
 ) -> Result<(), BusError> {
     loop {

@@ -15,6 +15,7 @@ use rdkafka::{
 
 use crate::{
     cloud_event,
+    consumer::Place,
     settings::{Settings, misconfigured},
 };
 
@@ -32,8 +33,6 @@ const SINCE_MAX: i64 = 10_000;
 /// The maximum number of messages returned. The caller could manage with only the first message that is missing from
 /// the log.
 const GIVEN_MAX: usize = 20_000;
-
-type Place = (String, i32);
 
 /// Returns the messages that a service has sent after these ends, in order per partition.
 pub(crate) async fn since(

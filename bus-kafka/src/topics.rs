@@ -29,20 +29,20 @@ const MESSAGE_BYTES_DEFAULT: usize = 1_000_000;
 
 /// Records why a broker rejects the connection.
 #[derive(Default)]
-struct Door {
-    closed: Mutex<Option<String>>,
+struct AuthErrors {
+    rejected: Mutex<Option<String>>,
 }
 
-impl ClientContext for Door {
+impl ClientContext for AuthErrors {
     fn error(&self, error: KafkaError, reason: &str) {
         tracing::warn!(%error, reason, "Kafka client");
         if let Some(code @ (Code::Authentication | Code::SSL)) = error.rdkafka_error_code() {
-            *self.closed.lock().unwrap_or_else(PoisonError::into_inner) = Some(format!("{code}: {reason}"));
+            *self.rejected.lock().unwrap_or_else(PoisonError::into_inner) = Some(format!("{code}: {reason}"));
         }
     }
 }
 
-impl ConsumerContext for Door {}
+impl ConsumerContext for AuthErrors {}
 
 /// How long cached facts about a topic stay valid. The topic may be changed to have more partitions, or to accept
 /// larger messages.
@@ -64,38 +64,38 @@ pub(crate) struct Topics {
     admin: AdminClient<DefaultClientContext>,
     /// The client that looks up topics. The client is a consumer, because a lookup by the admin client would make
     /// brokers create a missing topic.
-    looking: Arc<BaseConsumer<Door>>,
+    probe: Arc<BaseConsumer<AuthErrors>>,
     known: Mutex<HashMap<Arc<str>, Known>>,
 }
 
 impl Topics {
     pub fn new(settings: &Settings) -> Result<Self, BusError> {
         let admin = settings.finish(settings.client(), &[])?.create().map_err(misconfigured)?;
-        let looking = settings.finish(settings.consumer(), &[])?.create_with_context(Door::default());
-        let looking: BaseConsumer<Door> = looking.map_err(misconfigured)?;
-        Ok(Self { settings: settings.clone(), admin, looking: Arc::new(looking), known: Mutex::default() })
+        let probe = settings.finish(settings.consumer(), &[])?.create_with_context(AuthErrors::default());
+        let probe: BaseConsumer<AuthErrors> = probe.map_err(misconfigured)?;
+        Ok(Self { settings: settings.clone(), admin, probe: Arc::new(probe), known: Mutex::default() })
     }
 
     /// Returns the id of the cluster.
     pub async fn cluster(&self) -> Result<Arc<str>, BusError> {
-        let looking = self.looking.clone();
+        let probe = self.probe.clone();
         let asked = tokio::task::spawn_blocking(move || {
             for _ in 0..PATIENCE.as_millis() / LOOK.as_millis() {
-                if let Some(cluster) = looking.client().fetch_cluster_id(LOOK) {
+                if let Some(cluster) = probe.client().fetch_cluster_id(LOOK) {
                     return Ok(cluster);
                 }
                 // Errors reach the context only while the client is polled.
-                while looking.poll(Duration::ZERO).is_some() {}
-                if let Some(closed) = looking.context().closed.lock().unwrap_or_else(PoisonError::into_inner).take() {
-                    return Err(Some(closed));
+                while probe.poll(Duration::ZERO).is_some() {}
+                if let Some(reason) = probe.context().rejected.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                    return Err(Some(reason));
                 }
             }
             Err(None)
         });
         match asked.await.map_err(|error| BusError::Unavailable(error.to_string()))? {
             Ok(cluster) => Ok(cluster.into()),
-            Err(Some(closed)) => {
-                let reason = self.settings.without_secrets(&closed);
+            Err(Some(reason)) => {
+                let reason = self.settings.without_secrets(&reason);
                 Err(BusError::Misconfigured(format!("authentication failed at {}: {reason}", self.settings)))
             }
             Err(None) => {
@@ -144,9 +144,9 @@ impl Topics {
 
     /// Returns the number of partitions if the topic exists. Does not create the topic.
     async fn partitions(&self, topic: &Arc<str>) -> Result<Option<u32>, BusError> {
-        let (looking, topic) = (self.looking.clone(), topic.clone());
+        let (probe, topic) = (self.probe.clone(), topic.clone());
         let looked = tokio::task::spawn_blocking(move || {
-            let metadata = looking.fetch_metadata(Some(&topic), PATIENCE);
+            let metadata = probe.fetch_metadata(Some(&topic), PATIENCE);
             metadata.map(|metadata| match metadata.topics() {
                 [found] => match found.error().map(Code::from) {
                     None => Ok(u32::try_from(found.partitions().len()).ok().filter(|count| *count > 0)),
@@ -176,9 +176,9 @@ impl Topics {
 
     /// Returns the names of all topics that the caller may see, except the cluster's internal topics.
     pub async fn names(&self) -> Result<Vec<String>, BusError> {
-        let looking = self.looking.clone();
+        let probe = self.probe.clone();
         let looked = tokio::task::spawn_blocking(move || {
-            let metadata = looking.fetch_metadata(None, PATIENCE)?;
+            let metadata = probe.fetch_metadata(None, PATIENCE)?;
             let names = metadata.topics().iter().map(|topic| topic.name().to_owned());
             Ok::<_, KafkaError>(names.filter(|name| !name.starts_with("__")).collect())
         });
