@@ -240,14 +240,14 @@ impl Member {
     pub fn join(
         settings: &Settings,
         cluster: Arc<str>,
-        group: &str,
-        topics: &[&str],
+        group: String,
+        topics: Vec<String>,
         instance: Option<&str>,
     ) -> Result<Self, BusError> {
         let mut member = Self {
             settings: settings.clone(),
-            group: group.to_owned(),
-            topics: topics.iter().map(|topic| (*topic).to_owned()).collect(),
+            group,
+            topics,
             instance_id: instance.map(instance_id),
             consumer: None,
             started_at: Instant::now(),
@@ -488,8 +488,8 @@ impl Member {
                 self.consumer()?.incremental_assign(&TopicPartitionList::new()).map_err(unavailable)?;
                 let mut partitions = Vec::new();
                 for place in places {
-                    let (topic, number) = (place.0.as_str().into(), place.1 as u32);
-                    let partition = Partition { topic, number, incarnation: self.cluster.clone() };
+                    let topic = self.settings.without_prefix(&place.0).unwrap_or(&place.0).into();
+                    let partition = Partition { topic, number: place.1 as u32, incarnation: self.cluster.clone() };
                     partitions.push(partition.clone());
                     let new = Assigned { partition, fetching: false, check: None, next: None, acknowledged: None };
                     self.assigned.insert(place, new);
@@ -531,7 +531,7 @@ impl Member {
     }
 
     fn place(&self, partition: &Partition) -> Option<Place> {
-        let place = (partition.topic.to_string(), partition.number as i32);
+        let place = (self.settings.on_cluster(&partition.topic), partition.number as i32);
         self.assigned.get(&place).is_some_and(|assigned| assigned.partition == *partition).then_some(place)
     }
 }

@@ -76,9 +76,10 @@ impl Contents {
         let fixed =
             [("enable.partition.eof", "true"), ("enable.auto.commit", "false"), ("group.id", "annals-contents")];
         let consumer: BaseConsumer = settings.finish(config, &fixed)?.create().map_err(misconfigured)?;
+        let on_cluster = settings.on_cluster(&topic);
         let named = topic.clone();
-        let begun =
-            tokio::task::spawn_blocking(move || begin(&consumer, &named, &from).map(|ranges| (consumer, ranges)));
+        let begin = move || begin(&consumer, &on_cluster, &from, &named).map(|ranges| (consumer, ranges));
+        let begun = tokio::task::spawn_blocking(begin);
         let begun = begun.await.map_err(|error| BusError::Unavailable(error.to_string()))?;
         let (consumer, (partitions, held)) =
             begun.map_err(|error| BusError::Unavailable(format!("reading topic {topic}: {error}")))?;
@@ -89,15 +90,16 @@ impl Contents {
     }
 }
 
-/// Starts each partition at its offset in `from`. A partition that has no offset in `from`, or that ends before that
+/// Starts each partition at its offset in `from`, where the topic has the name `named`. A partition that has no offset in `from`, or that ends before that
 /// offset, starts at the first offset that still exists.
-fn begin(consumer: &BaseConsumer, topic: &str, from: &Ends) -> Result<TopicRanges, KafkaError> {
+fn begin(consumer: &BaseConsumer, topic: &str, from: &Ends, named: &str) -> Result<TopicRanges, KafkaError> {
     let metadata = consumer.fetch_metadata(Some(topic), PATIENCE)?;
     let count = metadata.topics().first().map_or(0, |found| found.partitions().len()) as i32;
     let (mut ranges, mut held, mut list) = (Vec::new(), Vec::new(), TopicPartitionList::new());
     for partition in 0..count {
         let (low, high) = consumer.fetch_watermarks(topic, partition, PATIENCE)?;
-        let from = from.of(topic, partition.cast_unsigned()).filter(|from| (low..=high).contains(from)).unwrap_or(low);
+        let known = from.of(named, partition.cast_unsigned());
+        let from = known.filter(|from| (low..=high).contains(from)).unwrap_or(low);
         if from < high {
             list.add_partition_offset(topic, partition, Offset::Offset(from))?;
         }

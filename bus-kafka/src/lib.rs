@@ -14,6 +14,9 @@
 //! offset that their service has committed in its store; the offsets that consumers commit to Kafka serve only to
 //! monitor the lag. Missing topics are created with the number of partitions in [`Settings`]. The bus writes
 //! CloudEvents 1.0 in binary mode, which any client can read, and also reads structured mode.
+//!
+//! With a [prefix](Settings::prefix), topics and groups have the prefix only on the cluster. All other names are
+//! without the prefix: in calls of [`KafkaBus`], in deliveries, and in the checkpoints of services.
 
 mod cloud_event;
 mod consumer;
@@ -41,6 +44,7 @@ pub use self::{contents::Contents, placing::partition_of, settings::Settings};
 /// A [`Bus`] on a Kafka cluster.
 pub struct KafkaBus {
     settings: Settings,
+    /// The incarnation of the topics: the id of the cluster, and the prefix if there is one.
     cluster: Arc<str>,
     topics: Topics,
     producer: Producer,
@@ -64,8 +68,12 @@ impl KafkaBus {
     /// Returns [`BusError::Misconfigured`] for settings that the client rejects; [`BusError::Unavailable`] if no broker
     /// answers within ten seconds.
     pub async fn connect(settings: Settings) -> Result<Self, BusError> {
+        settings.check_prefix()?;
         let (topics, producer) = (Topics::new(&settings)?, Producer::new(&settings)?);
-        let cluster = topics.cluster().await?;
+        let mut cluster = topics.cluster().await?;
+        if settings.has_prefix() {
+            cluster = format!("{cluster}/{}", settings.on_cluster("")).into();
+        }
         Ok(Self { settings, cluster, topics, producer, members: Mutex::default() })
     }
 
@@ -84,22 +92,26 @@ impl KafkaBus {
     /// Returns an error if no broker answers, or the caller may not read the topic.
     pub async fn contents_since(&self, topic: &str, ends: &Ends) -> Result<Option<Contents>, BusError> {
         let topic: Arc<str> = topic.into();
-        if !self.topics.exists(&topic).await? {
+        let on_cluster: Arc<str> = self.settings.on_cluster(&topic).into();
+        if !self.topics.exists(&on_cluster).await? {
             return Ok(None);
         }
-        let is_compacted = self.topics.is_compacted(&topic).await;
+        let is_compacted = self.topics.is_compacted(&on_cluster).await;
         Contents::of(&self.settings, self.cluster.clone(), topic, is_compacted, ends.clone()).await.map(Some)
     }
 
-    /// Returns the names of all topics that the caller may see, except the cluster's internal topics.
+    /// Returns the names of all topics that the caller may see, except the cluster's internal topics, and except the
+    /// topics without the prefix.
     ///
     /// # Errors
     /// Returns an error if no broker answers.
     pub async fn topics(&self) -> Result<Vec<String>, BusError> {
-        self.topics.names().await
+        let names = self.topics.names().await?;
+        Ok(names.iter().filter_map(|name| self.settings.without_prefix(name)).map(str::to_owned).collect())
     }
 
-    /// Returns the id of the cluster. The checkpoint of each partition contains this id as the incarnation.
+    /// Returns the id of the cluster, with the prefix if there is one. The checkpoint of each partition contains this
+    /// id as the incarnation.
     pub fn cluster(&self) -> &Arc<str> {
         &self.cluster
     }
@@ -107,10 +119,11 @@ impl KafkaBus {
 
 #[async_trait]
 impl Publisher for KafkaBus {
-    async fn publish(&self, messages: Vec<Outgoing>) -> Result<Receipt, BusError> {
+    async fn publish(&self, mut messages: Vec<Outgoing>) -> Result<Receipt, BusError> {
         if self.producer.mend()? {
             self.topics.forget();
         }
+        self.add_prefix(&mut messages);
         // Checks all messages before sending any of them, because a message must not overtake an earlier message that
         // is refused.
         let (mut last, mut bytes_max, mut count): (Option<&Arc<str>>, _, _) = (None, 0, 0);
@@ -142,6 +155,21 @@ impl Publisher for KafkaBus {
 }
 
 impl KafkaBus {
+    /// Adds the prefix to the topics of messages. Most messages of one call have the same topic, and share its name.
+    fn add_prefix(&self, messages: &mut [Outgoing]) {
+        if !self.settings.has_prefix() {
+            return;
+        }
+        let mut last: Option<(Arc<str>, Arc<str>)> = None;
+        for Outgoing { topic, .. } in messages {
+            let on_cluster = match &last {
+                Some((name, on_cluster)) if name == topic => on_cluster.clone(),
+                _ => self.settings.on_cluster(topic).into(),
+            };
+            last = Some((std::mem::replace(topic, on_cluster.clone()), on_cluster));
+        }
+    }
+
     async fn member(
         &self,
         group: &str,
@@ -151,8 +179,9 @@ impl KafkaBus {
         if topics.is_empty() {
             return Err(BusError::Misconfigured(format!("group {group} subscribes to no topic")));
         }
-        for topic in topics {
-            self.topics.ensure(&Arc::from(*topic)).await?;
+        let topics: Vec<String> = topics.iter().map(|topic| self.settings.on_cluster(topic)).collect();
+        for topic in &topics {
+            self.topics.ensure(&Arc::from(&**topic)).await?;
         }
         // The instance name in the settings identifies the process. A number distinguishes the process's members of
         // one group.
@@ -165,6 +194,7 @@ impl KafkaBus {
             }
             None => instance.map(str::to_owned),
         };
+        let group = self.settings.on_cluster(group);
         Ok(Box::new(Member::join(&self.settings, self.cluster.clone(), group, topics, instance.as_deref())?))
     }
 }
@@ -180,6 +210,18 @@ impl Bus for KafkaBus {
     }
 
     async fn sent_since(&self, service: &str, ends: &Ends) -> Result<Vec<Delivery>, BusError> {
-        sent::since(&self.settings, self.cluster.clone(), service.into(), ends.clone()).await
+        let mut on_cluster = Ends::default();
+        for topic in ends.topics() {
+            let name = self.settings.on_cluster(topic);
+            on_cluster.name(&name);
+            ends.partitions(topic).for_each(|(partition, next)| on_cluster.set(&name, partition, next));
+        }
+        let mut sent = sent::since(&self.settings, self.cluster.clone(), service.into(), on_cluster).await?;
+        if self.settings.has_prefix() {
+            for Delivery { partition, .. } in &mut sent {
+                partition.topic = self.settings.without_prefix(&partition.topic).unwrap_or(&partition.topic).into();
+            }
+        }
+        Ok(sent)
     }
 }

@@ -197,7 +197,8 @@ impl ProducerContext for SendContext {
         });
         if let Ok(message) = result {
             let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-            taken.set(message.topic(), message.partition().cast_unsigned(), message.offset() + 1);
+            let topic = self.settings.without_prefix(message.topic()).unwrap_or(message.topic());
+            taken.set(topic, message.partition().cast_unsigned(), message.offset() + 1);
         }
         delivered.batch.settle(1, failed);
         // The guard is dropped last, because after a failure no message may pass the gate before `broken` is set.

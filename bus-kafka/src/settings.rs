@@ -16,7 +16,8 @@ use rdkafka::{ClientConfig, error::KafkaError, types::RDKafkaConfRes::RD_KAFKA_C
 const PARTITIONS_DEFAULT: u32 = 8;
 /// The names to suggest when a URL parameter is misspelt: the parameters that are not librdkafka settings, and a few
 /// librdkafka settings.
-const PARAMETERS: [&str; 7] = [
+const PARAMETERS: [&str; 8] = [
+    "prefix",
     "partitions",
     "replication",
     "retention.ms",
@@ -25,12 +26,14 @@ const PARAMETERS: [&str; 7] = [
     "sasl.username",
     "sasl.password",
 ];
+/// The maximum length of a prefix. Brokers accept topic names of up to 249 characters.
+const PREFIX_MAX: usize = 100;
 /// The maximum number of partitions: a broker would take minutes to create more.
 const PARTITIONS_MAX: u32 = 10_000;
 
 /// The address of a Kafka cluster, and how to use the cluster. The settings can be parsed from a URL of the form
-/// `kafka://host:port[,host:port][?name=value&…]`, where each name is `partitions`, `replication`, `retention.ms`, or a
-/// librdkafka setting such as `security.protocol`. Values are percent-encoded. The value of a librdkafka setting can
+/// `kafka://host:port[,host:port][?name=value&…]`, where each name is `prefix`, `partitions`, `replication`, `retention.ms`,
+/// or a librdkafka setting such as `security.protocol`. Values are percent-encoded. The value of a librdkafka setting can
 /// also come from a file or an environment variable: `sasl.password_file=PATH`, `sasl.password_env=VARIABLE`.
 ///
 /// ```
@@ -42,6 +45,8 @@ const PARTITIONS_MAX: u32 = 10_000;
 #[derive(Clone, PartialEq, Eq)]
 pub struct Settings {
     brokers: String,
+    /// The prefix of all topics and groups; empty for none.
+    prefix: String,
     pub(crate) partitions: u32,
     pub(crate) replication: Option<u16>,
     pub(crate) retention: Option<Duration>,
@@ -55,12 +60,53 @@ impl Settings {
     pub fn new(brokers: &str) -> Self {
         Self {
             brokers: brokers.to_owned(),
+            prefix: String::new(),
             partitions: PARTITIONS_DEFAULT,
             replication: None,
             retention: None,
             instance: None,
             client: BTreeMap::new(),
         }
+    }
+
+    /// Sets a prefix for the names of all topics and consumer groups on the cluster, so that several installations can
+    /// share one cluster. The default is no prefix. All services of an installation need the same prefix. Do not
+    /// change the prefix of an installation that has sent messages.
+    ///
+    /// ```
+    /// let settings = annals_kafka::Settings::new("localhost:9092").prefix("staging.");
+    /// assert_eq!(settings, "kafka://localhost:9092?prefix=staging.".parse()?);
+    /// # Ok::<(), annals::BusError>(())
+    /// ```
+    pub fn prefix(mut self, prefix: &str) -> Self {
+        self.prefix = prefix.to_owned();
+        self
+    }
+
+    /// Returns the name that a topic or group has on the cluster.
+    pub(crate) fn on_cluster(&self, name: &str) -> String {
+        format!("{}{name}", self.prefix)
+    }
+
+    /// Returns the name of a topic without the prefix, or `None` if the topic belongs to another installation.
+    pub(crate) fn without_prefix<'n>(&self, name: &'n str) -> Option<&'n str> {
+        name.strip_prefix(&*self.prefix)
+    }
+
+    pub(crate) fn has_prefix(&self) -> bool {
+        !self.prefix.is_empty()
+    }
+
+    /// Checks the prefix against the characters that brokers accept in the name of a topic.
+    pub(crate) fn check_prefix(&self) -> Result<(), BusError> {
+        let is_of_name = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
+        if self.prefix.len() <= PREFIX_MAX && self.prefix.bytes().all(is_of_name) {
+            return Ok(());
+        }
+        Err(BusError::Misconfigured(format!(
+            "the prefix {:?} cannot begin the name of a topic: use letters, digits, `.`, `_` and `-`, at most {PREFIX_MAX}",
+            self.prefix
+        )))
     }
 
     /// Sets the number of partitions with which missing topics are created; the default is 8. Do not change the number
@@ -153,6 +199,7 @@ impl fmt::Debug for Settings {
         let client: Vec<_> = self.client.keys().collect();
         f.debug_struct("Settings")
             .field("brokers", &self.brokers)
+            .field("prefix", &self.prefix)
             .field("partitions", &self.partitions)
             .field("replication", &self.replication)
             .field("retention", &self.retention)
@@ -196,6 +243,7 @@ impl FromStr for Settings {
                 number.ok_or_else(|| wrong(format!("{name} must be a number from 1 to {max}")))
             };
             settings = match name {
+                "prefix" => settings.prefix(&value),
                 "partitions" => settings.partitions(number(u64::from(PARTITIONS_MAX))? as u32),
                 "replication" => settings.replication(number(u64::from(u16::MAX >> 1))? as u16),
                 "retention.ms" => settings.retention(Duration::from_millis(number(i64::MAX as u64)?)),

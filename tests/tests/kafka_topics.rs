@@ -13,9 +13,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use annals::{Bus, BusError};
+use annals::{Bus, BusError, Publisher, bus::Ends};
 use annals_kafka::{KafkaBus, Settings};
-use annals_tests::kafka::{brokers, jars};
+use annals_tests::{
+    bus::{Member, message, publish},
+    kafka::{brokers, jars},
+};
 use kafka::{DRAIN, Pair, TALLIES, add};
 use rdkafka::{
     ClientConfig,
@@ -170,4 +173,43 @@ async fn console_consumer_reads_our_messages() {
         headers["ce_time"].parse::<chrono::DateTime<chrono::Utc>>().unwrap();
     }
     relay.drain(DRAIN).await.unwrap();
+}
+
+/// Installations that share a cluster have the same services, with the same topics and groups.
+#[tokio::test]
+async fn installations_with_prefixes_share_a_cluster() {
+    let topic = topic();
+    let connect = async |prefix: &str| KafkaBus::connect(Settings::new(&brokers()).prefix(prefix)).await.unwrap();
+    let [plain, blue, green] = [connect("").await, connect("blue.").await, connect("green_").await];
+    let mut members = Vec::new();
+    for (number, bus) in [&plain, &blue, &green].into_iter().enumerate() {
+        members.push(Member::join(bus, "watcher", &topic).await);
+        let sent = message("order-1", number as i64 + 1);
+        publish(bus, &topic, [sent]).await.await.unwrap();
+    }
+    for (number, (member, bus)) in members.iter_mut().zip([&plain, &blue, &green]).enumerate() {
+        let [delivery] = &member.collect(1).await[..] else { panic!("one message was sent to each") };
+        let received = delivery.message.as_ref().unwrap();
+        assert_eq!((&*delivery.partition.topic, received.version.0), (&*topic, number as i64 + 1));
+        assert_eq!(delivery.partition.incarnation, *bus.cluster());
+        assert_eq!(bus.taken().of(&topic, delivery.partition.number), Some(delivery.offset + 1));
+        let mut ends = Ends::default();
+        ends.name(&topic);
+        let sent = bus.sent_since(&received.source, &ends).await.unwrap();
+        assert_eq!(
+            sent.iter().map(|sent| (&sent.partition, sent.id())).collect::<Vec<_>>(),
+            [(&delivery.partition, received.id)]
+        );
+        let mut contents = bus.contents(&topic).await.unwrap().unwrap();
+        assert_eq!(contents.next().await.unwrap().unwrap().id(), received.id);
+        assert!(contents.next().await.unwrap().is_none());
+        member.acknowledge(std::slice::from_ref(delivery)).await;
+    }
+    assert!(blue.topics().await.unwrap().contains(&topic));
+    let all = plain.topics().await.unwrap();
+    for name in [topic.clone(), format!("blue.{topic}"), format!("green_{topic}")] {
+        assert!(all.contains(&name), "{name} is not on the cluster");
+    }
+    let error = KafkaBus::connect(Settings::new(&brokers()).prefix("a/b")).await.err().unwrap().to_string();
+    assert!(error.contains("prefix \"a/b\""), "{error}");
 }
