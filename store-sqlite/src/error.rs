@@ -6,6 +6,7 @@ use annals::{CommitError, StoreError};
 
 /// Why a file could not be opened as a store. Opening changed nothing in the file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum OpenError {
     /// The text is not `sqlite:PATH`.
     #[error("{url:?} is not a SQLite store URL; write `sqlite:PATH`, such as `sqlite:shop.db`")]
