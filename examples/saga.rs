@@ -7,7 +7,7 @@ use std::{convert::Infallible, error::Error, sync::Arc, time::Duration};
 use annals::{
     Aggregate, Answer, DocumentKey, Event, EventStore, HandlerError, LocalBus, LogQuery, MemoryStore, Message,
     Participant, Repository, Runtime, Saga, SagaState, Service, StepError, Work,
-    saga::{Request, Runner},
+    saga::{Runner, StepRequest},
 };
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
@@ -52,9 +52,11 @@ enum Booking {
 
 fn plan() -> Saga<Trip> {
     Saga::named("trip")
-        .compensatable("hold room", |trip: &Trip| Request::to("hotel", &Booking::HoldRoom { trip: trip.id.clone() }))
-        .undo(|trip| Request::to("hotel", &Booking::ReleaseRoom { trip: trip.id.clone() }))
-        .pivot("charge card", |trip| Request::to("bank", &Booking::Charge { pence: trip.pence }))
+        .compensatable("hold room", |trip: &Trip| {
+            StepRequest::to("hotel", &Booking::HoldRoom { trip: trip.id.clone() })
+        })
+        .undo(|trip| StepRequest::to("hotel", &Booking::ReleaseRoom { trip: trip.id.clone() }))
+        .pivot("charge card", |trip| StepRequest::to("bank", &Booking::Charge { pence: trip.pence }))
         .build()
 }
 

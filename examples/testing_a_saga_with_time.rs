@@ -8,7 +8,7 @@ use std::{convert::Infallible, error::Error, sync::Arc, time::Duration};
 use annals::{
     Aggregate, Clock, Event, EventStore, HandlerError, LocalBus, LogQuery, MemoryStore, Message, Repository, Runtime,
     Saga, SagaState, Service, StepError,
-    saga::{Request, Runner, Status},
+    saga::{Runner, Status, StepRequest},
     testing::check,
 };
 use serde::{Deserialize, Serialize};
@@ -51,10 +51,10 @@ enum HotelStep {
 
 fn plan() -> Saga<Stay> {
     Saga::named("stay")
-        .compensatable("hold room", |_: &Stay| Request::to("hotel", &HotelStep::Hold {}))
-        .undo(|_| Request::to("hotel", &HotelStep::Release {}))
+        .compensatable("hold room", |_: &Stay| StepRequest::to("hotel", &HotelStep::Hold {}))
+        .undo(|_| StepRequest::to("hotel", &HotelStep::Release {}))
         .timeout(DAY)
-        .pivot("confirm", |_| Request::to("hotel", &HotelStep::Confirm {}))
+        .pivot("confirm", |_| StepRequest::to("hotel", &HotelStep::Confirm {}))
         .deadline(3 * DAY)
         .build()
 }

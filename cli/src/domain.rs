@@ -9,7 +9,7 @@ use annals::{
     Event, EventError, Handler, Projection, ReadModel, Recorded, Saga, SagaState, StreamId,
     event::named_id,
     operator::OperatorEvent,
-    saga::{Command, Input, Moved, Progress, SagaEvent, StepEvent, begin, transition},
+    saga::{Command, Input, Progress, SagaEvent, StepEvent, Transition, begin, transition},
 };
 use uuid::Uuid;
 
@@ -159,7 +159,7 @@ impl<C: SagaState> SagaReplay for TypedReplay<C> {
 
 /// Compares the transition that this build makes with the recorded transition. Ignores times: the log does not say
 /// which clock measured them.
-fn same<C>(moved: &Moved<C>, progress: &Progress, send: &[Command]) -> Result<(), String> {
+fn same<C>(moved: &Transition<C>, progress: &Progress, send: &[Command]) -> Result<(), String> {
     let place = |progress: &Progress| (progress.at, progress.step.clone(), progress.status, progress.calls.clone());
     if place(&moved.progress) != place(progress) {
         let state = |progress: &Progress| format!("{:?} at {} ({})", progress.status, progress.at, progress.step);

@@ -8,7 +8,7 @@ use std::{sync::Arc, time::Duration};
 
 use annals::{
     Append, Commit, DocumentKey, EventStore, Expected, Group, Handler, HandlerError, Message, Metadata, NewEvent,
-    Publisher, Runtime, Service, StreamId, Work, bus::Outgoing, relay::Relayed,
+    Publisher, Runtime, Service, StreamId, Work, bus::Outgoing, relay::RelayProgress,
 };
 use annals_kafka::{KafkaBus, Settings};
 use annals_postgres::PostgresStore;
@@ -263,7 +263,7 @@ async fn relayed(path: &std::path::Path, service: &str, to: i64) {
 /// Returns the messages of the events in the store, as the relay sends them.
 async fn messages(path: &std::path::Path, service: &str) -> Vec<Outgoing> {
     let store = SqliteStore::open(path).await.unwrap();
-    let relayed = Relayed::on(&store).await.unwrap().remove(service).unwrap();
+    let relayed = RelayProgress::on(&store).await.unwrap().remove(service).unwrap();
     let page = store.read_log(&annals::LogQuery::all(), annals::Position(0), 100).await.unwrap();
     let message = |event: &Arc<annals::Recorded>| {
         let message =

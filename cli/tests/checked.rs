@@ -6,7 +6,7 @@ mod travel;
 
 use std::process::ExitCode;
 
-use annals::{Event, saga::Request};
+use annals::{Event, saga::StepRequest};
 use annals_cli::Ops;
 
 use travel::{Place, Step, TripEvent, journey, planned};
@@ -31,11 +31,12 @@ async fn check_history_reports_changed_events_and_sagas() {
     assert_eq!(same.run(words()).await, ExitCode::SUCCESS);
     let other_event = ops().events::<NewTripEvent>().saga(journey());
     assert_eq!(other_event.run(words()).await, ExitCode::from(1));
-    let other_plan = planned("charge twice", |j| Request::to("agency", &Step::Charge { trip_id: j.trip_id.clone() }));
+    let other_plan =
+        planned("charge twice", |j| StepRequest::to("agency", &Step::Charge { trip_id: j.trip_id.clone() }));
     assert_eq!(ops().events::<TripEvent>().saga(other_plan).run(words()).await, ExitCode::from(1));
     // The plan has the same shape and therefore the same hash.
     let other_command =
-        planned("charge card", |j| Request::to("agency", &Step::Charge { trip_id: j.trip_id.to_uppercase() }));
+        planned("charge card", |j| StepRequest::to("agency", &Step::Charge { trip_id: j.trip_id.to_uppercase() }));
     assert_eq!(ops().events::<TripEvent>().saga(other_command).run(words()).await, ExitCode::from(1));
 
     // The generic command knows the events of no service.

@@ -219,7 +219,7 @@ pub fn named_id(cause: Uuid, name: &str) -> Uuid {
 /// The cause of an event, and the trace that the event belongs to. The framework copies metadata from each message to
 /// the effects of that message.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(from = "Stored", into = "Stored")]
+#[serde(from = "StoredMetadata", into = "StoredMetadata")]
 pub struct Metadata {
     /// The correlation id, which is the same for everything that one request caused.
     pub correlation_id: Uuid,
@@ -231,7 +231,7 @@ pub struct Metadata {
 
 /// Metadata as stored in JSON, where the trace context may be invalid.
 #[derive(Serialize, Deserialize)]
-struct Stored {
+struct StoredMetadata {
     #[serde(default)]
     correlation_id: Uuid,
     #[serde(default)]
@@ -242,14 +242,14 @@ struct Stored {
     tracestate: Option<String>,
 }
 
-impl From<Stored> for Metadata {
-    fn from(stored: Stored) -> Self {
-        let Stored { correlation_id, causation_id, traceparent, tracestate } = stored;
+impl From<StoredMetadata> for Metadata {
+    fn from(stored: StoredMetadata) -> Self {
+        let StoredMetadata { correlation_id, causation_id, traceparent, tracestate } = stored;
         Self { correlation_id, causation_id, trace: TraceContext::parse(traceparent.as_deref(), tracestate.as_deref()) }
     }
 }
 
-impl From<Metadata> for Stored {
+impl From<Metadata> for StoredMetadata {
     fn from(metadata: Metadata) -> Self {
         let Metadata { correlation_id, causation_id, trace } = metadata;
         let text = |text: &str| text.to_owned();

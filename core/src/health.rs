@@ -70,17 +70,17 @@ impl Counter {
 /// The states of all parts, by name. Clones share the states.
 #[derive(Clone, Debug, Default)]
 pub struct Health {
-    shared: Arc<Shared>,
+    shared: Arc<SharedHealth>,
 }
 
 #[derive(Debug, Default)]
-struct Shared {
-    parts: Mutex<BTreeMap<String, Part>>,
+struct SharedHealth {
+    parts: Mutex<BTreeMap<String, PartState>>,
     counters: Mutex<BTreeMap<Counter, u64>>,
 }
 
 #[derive(Debug, Default)]
-struct Part {
+struct PartState {
     state: State,
     hand: Option<Hand>,
 }
@@ -133,7 +133,7 @@ impl Health {
     /// Returns a snapshot of the states of all parts. A part whose handler has not returned for [`IN_HAND_MAX`] is in
     /// trouble, and its state names the message.
     pub fn parts(&self) -> BTreeMap<String, State> {
-        let state = |(name, part): (&String, &Part)| {
+        let state = |(name, part): (&String, &PartState)| {
             let held = part.hand.as_ref().and_then(|hand| held(name, hand));
             let state = held.map_or_else(|| part.state.clone(), |held| State::Trouble(held.reason()));
             (name.clone(), state)
@@ -177,7 +177,7 @@ impl Health {
         match parts.get_mut(part) {
             Some(known) if known.state == state => {}
             Some(known) => known.state = state,
-            None => _ = parts.insert(part.to_owned(), Part { state, hand: None }),
+            None => _ = parts.insert(part.to_owned(), PartState { state, hand: None }),
         }
     }
 
@@ -189,7 +189,7 @@ impl Health {
     /// Returns a reporter for a part that ends with `shutdown`.
     pub(crate) fn reporter(&self, part: &str, shutdown: &CancellationToken) -> Reporter {
         let hand = Hand::default();
-        let starting = Part { state: State::Starting, hand: Some(hand.clone()) };
+        let starting = PartState { state: State::Starting, hand: Some(hand.clone()) };
         locked(&self.shared.parts).insert(part.to_owned(), starting);
         let (health, shutdown) = (self.clone(), shutdown.clone());
         Reporter { health, part: part.into(), fine: false, fault: None, shutdown, attention: None, hand }

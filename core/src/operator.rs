@@ -22,7 +22,7 @@ use crate::{
         generation,
         read_model::{Rebuild, Rebuilt, SwapError},
     },
-    saga::{Progress, SagaEvent, Status, Verb},
+    saga::{OperatorAction, Progress, SagaEvent, Status},
     store::{EventStore, Scan, StoreError},
 };
 
@@ -278,7 +278,7 @@ impl Operator {
     /// Requests an operation on a stuck saga. The service that runs the saga executes or declines the operation, at
     /// once or at the next start of the service. The answer is the first [`SagaEvent::Operated`] or
     /// [`SagaEvent::Declined`] in the stream of the saga after the version that this method returns.
-    pub async fn ask(&self, saga: &StreamId, verb: Verb, reason: &str) -> Result<Version, OperatorError> {
+    pub async fn ask(&self, saga: &StreamId, verb: OperatorAction, reason: &str) -> Result<Version, OperatorError> {
         self.again(async || {
             let illegal = |why: String| OperatorError::Illegal(why);
             let (mut first, mut last, mut after) = (None, None, Version::START);

@@ -16,11 +16,11 @@ use crate::{
     decide::work::Work,
     event::{Position, Recorded, StreamId},
     follow::{
-        checkpoint::{Given, Lane, lane_of},
+        checkpoint::{Lane, LastEvent, lane_of},
         lanes::{self, LANES_MAX, LOOK_AGAIN, Lanes, Start},
-        lease::{Claim, Turn},
+        lease::{LaneLease, Turn},
         parking::ParkedKeys,
-        peer::Instance,
+        peer::Peer,
         relay_progress::relay_of,
         subscription::IDLE_CHECKPOINT,
         worker::{PARKED_TICK, RetryPolicy, Stop, Worker},
@@ -31,7 +31,7 @@ use crate::{
 };
 
 pub use crate::{
-    follow::relay_progress::Relayed,
+    follow::relay_progress::RelayProgress,
     relay::routes::Routes,
     store::names::{LogNames, Segment, log_of},
 };
@@ -61,7 +61,7 @@ pub struct Relay {
     routes: Routes,
     name: Arc<str>,
     lanes: u32,
-    instance: Option<Instance>,
+    instance: Option<Peer>,
     /// Whether the store has recorded the number of lanes.
     settled: OnceCell<()>,
 }
@@ -118,7 +118,7 @@ impl Relay {
     }
 
     /// Shares the lanes with the relays of other instances.
-    pub(crate) fn shared(mut self, instance: Option<Instance>) -> Self {
+    pub(crate) fn shared(mut self, instance: Option<Peer>) -> Self {
         self.instance = instance;
         self
     }
@@ -169,7 +169,7 @@ impl Relay {
         while !shutdown.is_cancelled() {
             let carried = match self.settled.get_or_try_init(|| self.settle(&worker, &publisher, &shutdown)).await {
                 Ok(()) => {
-                    let claim = claim.get_or_insert_with(|| Claim::new(self.instance.as_ref(), &self.name, lane));
+                    let claim = claim.get_or_insert_with(|| LaneLease::new(self.instance.as_ref(), &self.name, lane));
                     self.carry(lane, claim, &mut worker, &publisher, &shutdown, &mut backoff).await
                 }
                 Err(trouble) => Err(trouble),
@@ -277,7 +277,7 @@ impl Relay {
                 return Err(self.refused(worker, &sources, error).await);
             }
             if let Some(last) = sources.last() {
-                worker.lanes[0].event = Some(Given { position: last.position, id: last.id });
+                worker.lanes[0].event = Some(LastEvent { position: last.position, id: last.id });
             }
             if is_over {
                 break;
@@ -290,13 +290,13 @@ impl Relay {
     async fn carry(
         &self,
         lane: u32,
-        claim: &Claim,
+        claim: &LaneLease,
         worker: &mut Worker,
         publisher: &Arc<dyn Publisher>,
         shutdown: &CancellationToken,
         backoff: &mut Backoff,
     ) -> Result<(), Trouble> {
-        let Turn::Came(checkpoint) = claim.turn(worker, shutdown).await? else { return Ok(()) };
+        let Turn::Acquired(checkpoint) = claim.turn(worker, shutdown).await? else { return Ok(()) };
         if checkpoint.is_none() && worker.lanes[0].is_replaced(self.lanes) {
             return Err(Stop::Gone(worker.lanes[0].key.clone()).into());
         }
@@ -385,7 +385,7 @@ struct Publication<'a> {
     relay: &'a Relay,
     lane: u32,
     labels: Labels,
-    claim: &'a Claim,
+    claim: &'a LaneLease,
     worker: &'a mut Worker,
     publisher: &'a Arc<dyn Publisher>,
     shutdown: &'a CancellationToken,
@@ -527,7 +527,7 @@ impl Publication<'_> {
             }
             self.taken_up_to = page.next.0;
             if let Some(source) = page.sources.last() {
-                self.worker.lanes[0].event = Some(Given { position: source.position, id: source.id });
+                self.worker.lanes[0].event = Some(LastEvent { position: source.position, id: source.id });
             }
             outcome = self.in_flight.front_mut().and_then(|page| (&mut page.receipt).now_or_never());
         }

@@ -34,23 +34,23 @@ mod timers;
 mod transition;
 
 pub(crate) use barrier::attribute;
-pub use barrier::{Participation, Slot, Step, StepCommand, StepEvent, decide_step};
+pub use barrier::{Participation, Step, StepCommand, StepEvent, StepState, decide_step};
 pub use definition::{
-    ATTEMPTS_MAX, AfterPivot, Closing, Kind, NeedsUndo, Open, Plan, RETRY_DELAY_MAX, RETRY_DELAY_MIN, Request,
-    STEP_TIMEOUT, Saga, SagaState, Undoable,
+    ATTEMPTS_MAX, AfterPivot, Closing, Kind, NeedsUndo, Open, Plan, RETRY_DELAY_MAX, RETRY_DELAY_MIN, STEP_TIMEOUT,
+    Saga, SagaState, StepRequest, Undoable,
 };
 pub use index::{Index, STUCK, SagaStatus};
 #[cfg(feature = "testing")]
-pub(crate) use instance::{Ask, Definitions, What};
-pub use instance::{Instance, SagaRefusal};
+pub(crate) use instance::{Definitions, SagaCommand, SagaInput};
+pub use instance::{SagaInstance, SagaRefusal};
 pub(crate) use owed::{Debtor, settle};
 pub use owed::{Owed, StepKey};
-pub(crate) use participant::Desk;
+pub(crate) use participant::StepHandler;
 pub use participant::{ANSWER_BYTES_MAX, Answer, Participant, StepError};
 pub use path::Path;
 pub use progress::{
-    At, CallState, Command, Failure, Fault, FaultKind, Outcome, Progress, Reply, SagaEvent, Status, Verb,
+    CallState, Command, Failure, Fault, FaultKind, OperatorAction, Outcome, Progress, Reply, SagaEvent, Status, StepRef,
 };
 pub(crate) use runner::{Replies, Starter};
 pub use runner::{Runner, Starts};
-pub use transition::{COMMANDS_BYTES_MAX, Input, Moved, begin, transition};
+pub use transition::{COMMANDS_BYTES_MAX, Input, Transition, begin, transition};

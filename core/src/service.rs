@@ -24,12 +24,12 @@ use crate::{
     bus::{Bus, Message, Publisher},
     decide::{categories, work::Work},
     event::StreamId,
-    follow::{consumer::Group, peer::Instance, relay_progress::relay_of, subscription::Subscription},
+    follow::{consumer::Group, peer::Peer, relay_progress::relay_of, subscription::Subscription},
     handler::{Handler, HandlerError, Terminal},
     health::{Health, Held, State},
     project::read_model::{Projection, ReadModel},
     relay::{Relay, Routes},
-    saga::{self, Debtor, Desk, Participant, Replies, Runner, SagaState, Starter, StepEvent},
+    saga::{self, Debtor, Participant, Replies, Runner, SagaState, Starter, StepEvent, StepHandler},
     store::{EventStore, LogQuery},
 };
 
@@ -94,11 +94,11 @@ pub struct Service {
     fault: Option<String>,
 }
 
-type Part = Box<dyn FnOnce(Surroundings) -> BoxFuture<'static, Result<(), String>> + Send>;
+type Part = Box<dyn FnOnce(ServiceContext) -> BoxFuture<'static, Result<(), String>> + Send>;
 
 /// The context that a part runs in.
-struct Surroundings {
-    instance: Option<Instance>,
+struct ServiceContext {
+    instance: Option<Peer>,
     bus_is_local: bool,
     health: Health,
     shutdown: CancellationToken,
@@ -142,7 +142,7 @@ impl Service {
             "service {} already has a participant: put the commands of both in one enum",
             self.name
         );
-        self.desk = Some(Arc::new(Desk::new(&self.name, self.store.clone(), participant)));
+        self.desk = Some(Arc::new(StepHandler::new(&self.name, self.store.clone(), participant)));
         self
     }
 
@@ -173,7 +173,7 @@ impl Service {
         self.replies.push(Arc::new(runner.clone()));
         let service = self.name.clone();
         let store = self.store.clone();
-        self.parts.push(Box::new(|Surroundings { bus_is_local, health, shutdown, .. }| {
+        self.parts.push(Box::new(|ServiceContext { bus_is_local, health, shutdown, .. }| {
             // On a local bus, a message counts as sent only once the receiver has handled it. Timers that waited for
             // the relay would then wait for a slow participant, which is exactly what a timeout must detect.
             let relayed_by = (!bus_is_local).then_some(service.clone());
@@ -198,7 +198,7 @@ impl Service {
     pub fn project<R: ReadModel>(mut self, projection: Projection<R>) -> Self {
         let store = self.store.clone();
         self.read_models.push(R::NAME);
-        self.parts.push(Box::new(|Surroundings { instance, health, shutdown, .. }| {
+        self.parts.push(Box::new(|ServiceContext { instance, health, shutdown, .. }| {
             Box::pin(projection.shared(instance).run(store, health, shutdown))
         }));
         self
@@ -397,7 +397,7 @@ pub struct Runtime {
     /// The instance name under which the runtime shares its stores with other processes.
     shared_as: Option<String>,
     /// The runtime's instance on each store.
-    instances: Vec<(Arc<dyn EventStore>, Instance)>,
+    instances: Vec<(Arc<dyn EventStore>, Peer)>,
     heartbeats: JoinSet<()>,
     /// Stops the heartbeats once the runtime holds no more lanes.
     leave: CancellationToken,
@@ -516,7 +516,7 @@ impl Runtime {
                     .for_each(|lane| self.spawn_worker(&part, lane.map(Ok)));
             }
             for part in parts {
-                let surroundings = Surroundings {
+                let surroundings = ServiceContext {
                     instance: instance.clone(),
                     bus_is_local: bus.is_local(),
                     health: health.clone(),
@@ -537,12 +537,12 @@ impl Runtime {
 
     /// Returns the instance of this process on a store. The first call starts the heartbeat of the instance on this
     /// store.
-    fn instance_on(&mut self, store: &Arc<dyn EventStore>) -> Option<Instance> {
+    fn instance_on(&mut self, store: &Arc<dyn EventStore>) -> Option<Peer> {
         let name = self.shared_as.as_ref()?;
         if let Some((_, instance)) = self.instances.iter().find(|(known, _)| Arc::ptr_eq(known, store)) {
             return Some(instance.clone());
         }
-        let instance = Instance::named(name);
+        let instance = Peer::named(name);
         self.heartbeats.spawn(instance.clone().run(store.clone(), self.health(), self.shutdown(), self.leave.clone()));
         self.instances.push((store.clone(), instance.clone()));
         Some(instance)

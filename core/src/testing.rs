@@ -57,7 +57,7 @@
 //! use annals::{
 //!     Aggregate, Clock, Event, EventStore, HandlerError, LocalBus, LogQuery, MemoryStore, Message, Repository, Runtime, Saga,
 //!     SagaState, Service,
-//!     saga::{Request, Runner, Status},
+//!     saga::{Runner, Status, StepRequest},
 //! };
 //! use serde::{Deserialize, Serialize};
 //! use uuid::Uuid;
@@ -86,8 +86,8 @@
 //!
 //! // The hotel has three days to answer.
 //! let plan = Saga::named("stay")
-//!     .compensatable("hold a room", |_: &Stay| Request::to("hotel", &BookingEvent::Held {}))
-//!     .undo(|_| Request::to("hotel", &BookingEvent::Released {}))
+//!     .compensatable("hold a room", |_: &Stay| StepRequest::to("hotel", &BookingEvent::Held {}))
+//!     .undo(|_| StepRequest::to("hotel", &BookingEvent::Released {}))
 //!     .timeout(Duration::MAX)
 //!     .deadline(Duration::from_secs(3 * 24 * 3_600))
 //!     .build();

@@ -4,7 +4,7 @@
 
 use annals::{
     Event, Saga, SagaState, StepError,
-    saga::{At, Outcome, Progress, Request, Status},
+    saga::{Outcome, Progress, Status, StepRef, StepRequest},
     testing::{Check, Violation, check},
 };
 use serde::{Deserialize, Serialize};
@@ -119,12 +119,12 @@ impl SagaState for Diary {
 #[test]
 fn correct_saga_that_learns_every_answer_ends_clean() {
     let saga = Saga::<Diary>::named("diary")
-        .compensatable("one", |_| Request::to("mail", &Mail::Send { confirmed: true }))
-        .undo(|_| Request::to("mail", &Mail::Send { confirmed: false }))
-        .compensatable("two", |_| Request::to("mail", &Mail::Send { confirmed: true }))
-        .undo(|_| Request::to("mail", &Mail::Send { confirmed: false }))
-        .compensatable("three", |_| Request::to("mail", &Mail::Send { confirmed: true }))
-        .undo(|_| Request::to("mail", &Mail::Send { confirmed: false }))
+        .compensatable("one", |_| StepRequest::to("mail", &Mail::Send { confirmed: true }))
+        .undo(|_| StepRequest::to("mail", &Mail::Send { confirmed: false }))
+        .compensatable("two", |_| StepRequest::to("mail", &Mail::Send { confirmed: true }))
+        .undo(|_| StepRequest::to("mail", &Mail::Send { confirmed: false }))
+        .compensatable("three", |_| StepRequest::to("mail", &Mail::Send { confirmed: true }))
+        .undo(|_| StepRequest::to("mail", &Mail::Send { confirmed: false }))
         .build();
     let report = check(saga, Diary::default()).everything().ends_clean();
     println!("{report:?}");
@@ -172,7 +172,7 @@ fn an_undo_that_does_nothing_is_caught() {
 fn undo_of_a_different_amount_is_caught() {
     let saga = Saga::named("checkout")
         .compensatable("charge card", charge)
-        .undo(|it| Request::to("payment", &Payment::Refund { cents: it.cents - 1 }))
+        .undo(|it| StepRequest::to("payment", &Payment::Refund { cents: it.cents - 1 }))
         .pivot("confirm order", confirm)
         .build();
     let check = check(saga, sample())
@@ -200,7 +200,7 @@ fn undo_of_a_different_amount_is_caught() {
 fn an_undo_that_needs_the_reply_of_its_step_is_caught() {
     let saga = Saga::named("checkout")
         .compensatable("reserve stock", reserve)
-        .undo(|it| Request::to("inventory", &Stock::Release { units: if it.discount > 0 { it.units } else { 0 } }))
+        .undo(|it| StepRequest::to("inventory", &Stock::Release { units: if it.discount > 0 { it.units } else { 0 } }))
         .pivot("confirm order", confirm)
         .retriable("ship", ship)
         .build();
@@ -232,8 +232,8 @@ fn step_that_sends_another_command_on_retry_is_caught() {
     let saga = Saga::named("parallel")
         .compensatable("reserve stock", reserve)
         .undo(release)
-        .and(|it: &Checkout| Request::to("payment", &Payment::Charge { cents: it.cents - it.discount }))
-        .undo(|it| Request::to("payment", &Payment::Refund { cents: it.cents - it.discount }))
+        .and(|it: &Checkout| StepRequest::to("payment", &Payment::Charge { cents: it.cents - it.discount }))
+        .undo(|it| StepRequest::to("payment", &Payment::Refund { cents: it.cents - it.discount }))
         .pivot("confirm order", confirm)
         .build();
     let services = check(saga, sample()).world(shop()).service("inventory", inventory).service("payment", payment);
@@ -298,7 +298,7 @@ fn charge_of_a_cancelled_order_is_caught() {
 fn undo_sent_to_another_service_is_caught() {
     let saga = Saga::named("checkout")
         .compensatable("reserve stock", reserve)
-        .undo(|it| Request::to("payment", &Payment::Refund { cents: it.cents }))
+        .undo(|it| StepRequest::to("payment", &Payment::Refund { cents: it.cents }))
         .pivot("confirm order", confirm)
         .build();
     let violation = check(saga, sample()).everything().run().unwrap_err();
@@ -328,14 +328,15 @@ fn retriable_step_that_never_succeeds_is_caught() {
 
 #[test]
 fn missing_service_is_caught() {
-    let saga = Saga::named("checkout").pivot("confirm order", |_| Request::to("orders", &Order::Confirm {})).build();
+    let saga =
+        Saga::named("checkout").pivot("confirm order", |_| StepRequest::to("orders", &Order::Confirm {})).build();
     let violation = caught(in_the_shop(saga));
     assert_eq!(violation.broken, "order.confirm goes to the service \"orders\", which the world does not have");
 }
 
 #[test]
 fn command_unknown_to_its_service_is_caught() {
-    let saga = Saga::named("checkout").pivot("confirm order", |_| Request::to("mail", &Order::Confirm {})).build();
+    let saga = Saga::named("checkout").pivot("confirm order", |_| StepRequest::to("mail", &Order::Confirm {})).build();
     let violation = caught(in_the_shop(saga));
     assert!(violation.broken.starts_with("the service \"mail\" cannot read order.confirm"), "{violation}");
 }
@@ -394,12 +395,12 @@ struct Standing(std::collections::BTreeMap<String, i32>);
 
 macro_rules! act {
     ($step:literal) => {
-        |_| Request::to("all", &Act::Do { step: $step.into() })
+        |_| StepRequest::to("all", &Act::Do { step: $step.into() })
     };
 }
 macro_rules! undo {
     ($step:literal) => {
-        |_| Request::to("all", &Act::Undo { step: $step.into() })
+        |_| StepRequest::to("all", &Act::Undo { step: $step.into() })
     };
 }
 
@@ -429,9 +430,9 @@ fn five() -> Saga<Nothing> {
 
 fn one_further(progress: &Progress) -> Progress {
     let at = match progress.at {
-        At::Forward(step) => At::Forward(step + 1),
-        At::Undo(step) => At::Undo(step + 1),
-        At::Closing(step) => At::Closing(step),
+        StepRef::Forward(step) => StepRef::Forward(step + 1),
+        StepRef::Undo(step) => StepRef::Undo(step + 1),
+        StepRef::Closing(step) => StepRef::Closing(step),
     };
     Progress { at, ..progress.clone() }
 }
@@ -472,7 +473,7 @@ fn a_migration_that_loses_a_step_is_caught() {
             .build()
     };
     let one_back = |progress: &Progress| match progress.at {
-        At::Forward(step) if step > 0 => Progress { at: At::Forward(step - 1), ..progress.clone() },
+        StepRef::Forward(step) if step > 0 => Progress { at: StepRef::Forward(step - 1), ..progress.clone() },
         _ => progress.clone(),
     };
     let violation = moved(three(), two(), one_back).every_timer_fires().run().expect_err("it loses the booking");

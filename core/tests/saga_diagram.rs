@@ -1,14 +1,14 @@
 //! The drawings of plans.
 #![allow(clippy::unwrap_used)]
 
-use annals::{Saga, SagaState, saga::Request};
+use annals::{Saga, SagaState, saga::StepRequest};
 use serde::{Deserialize, Serialize};
 
 #[derive(Clone, Serialize, Deserialize)]
 struct Any;
 impl SagaState for Any {}
 
-fn ask(_: &Any) -> Request {
+fn ask(_: &Any) -> StepRequest {
     unreachable!("a drawing asks nothing")
 }
 

@@ -6,8 +6,9 @@ use std::time::Duration;
 use annals::{
     Event, Saga, SagaState,
     saga::{
-        At::{self, Closing, Forward, Undo},
-        CallState, Input, Moved, Outcome, Progress, Reply, Request, Status, Verb, begin, transition,
+        CallState, Input, OperatorAction, Outcome, Progress, Reply, Status,
+        StepRef::{self, Closing, Forward, Undo},
+        StepRequest, Transition, begin, transition,
     },
 };
 use serde::{Deserialize, Serialize};
@@ -43,8 +44,8 @@ impl SagaState for Learned {
     }
 }
 
-fn ask(command: &Trip) -> Request {
-    Request::to("agency", command)
+fn ask(command: &Trip) -> StepRequest {
+    StepRequest::to("agency", command)
 }
 
 /// A plan: first the hotel, then flight and car at the same time, then the pivot.
@@ -77,14 +78,14 @@ enum In {
     Refused(usize),
     Failed(usize),
     /// A reply to an earlier step or attempt arrives.
-    Late(At, u32, &'static str),
+    Late(StepRef, u32, &'static str),
     /// The step's timer is due.
     Timer,
     /// A timer fires before it is due.
     Early,
     /// The deadline of the saga passes.
     Deadline,
-    Operator(Verb),
+    Operator(OperatorAction),
 }
 use In::{Deadline, Done, Early, Failed, Late, Operator, Refused, Timer};
 
@@ -96,7 +97,7 @@ struct Run {
     context: Learned,
     progress: Progress,
     now: i64,
-    ids: Vec<(At, usize, Uuid)>,
+    ids: Vec<(StepRef, usize, Uuid)>,
 }
 
 impl Run {
@@ -136,7 +137,7 @@ impl Run {
         }
     }
 
-    fn take(&mut self, moved: Moved<Learned>) -> String {
+    fn take(&mut self, moved: Transition<Learned>) -> String {
         (self.context, self.progress) = (moved.context, moved.progress);
         for command in &moved.send {
             let known = self.ids.iter().find(|(at, call, _)| (*at, *call) == (command.at, command.call));
@@ -185,7 +186,7 @@ fn saga_completes_when_every_step_succeeds() {
         (Done(0), "completed forward.3 #1"),
         (Early, "nothing"),
         (Done(0), "nothing"),
-        (Operator(Verb::Abandon), "error: the saga has ended: Abandon does nothing"),
+        (Operator(OperatorAction::Abandon), "error: the saga has ended: Abandon does nothing"),
     ]);
     assert_eq!(run.context.0, ["hotel done", "flight done", "flight done", "pay done", "ticket done"]);
     assert_eq!((run.progress.ended, run.progress.wakes()), (Some(START), None));
@@ -320,7 +321,10 @@ fn stuck_at_the_pivot() -> Run {
 fn pivot_that_times_out_is_stuck_until_an_operator_retries() {
     go_on(
         &mut stuck_at_the_pivot(),
-        &[(Operator(Verb::Retry), "running forward.2 #1 asks pay"), (Done(0), "running forward.3 #1 asks ticket")],
+        &[
+            (Operator(OperatorAction::Retry), "running forward.2 #1 asks pay"),
+            (Done(0), "running forward.3 #1 asks ticket"),
+        ],
     );
 }
 
@@ -329,28 +333,28 @@ fn late_reply_to_a_stuck_pivot_is_kept_for_the_operator() {
     let mut run = stuck_at_the_pivot();
     go_on(&mut run, &[(Done(0), "stuck forward.2 #2"), (Done(0), "nothing")]);
     assert_eq!(run.progress.calls, [CallState::Done]);
-    go_on(&mut run, &[(Operator(Verb::Retry), "running forward.3 #1 asks ticket")]);
+    go_on(&mut run, &[(Operator(OperatorAction::Retry), "running forward.3 #1 asks ticket")]);
 
     let mut run = stuck_at_the_pivot();
     go_on(&mut run, &[(Failed(0), "stuck forward.2 #2"), (Failed(0), "nothing")]);
-    go_on(&mut run, &[(Operator(Verb::Retry), "running forward.2 #1 asks pay")]);
+    go_on(&mut run, &[(Operator(OperatorAction::Retry), "running forward.2 #1 asks pay")]);
 
     // The participant has given its final answer, so further attempts would never bring another one.
     let mut run = stuck_at_the_pivot();
     go_on(&mut run, &[(Refused(0), "stuck forward.2 #2")]);
-    go_on(&mut run, &[(Operator(Verb::Retry), "compensating undo.1 #1 asks no-flight and no-car")]);
+    go_on(&mut run, &[(Operator(OperatorAction::Retry), "compensating undo.1 #1 asks no-flight and no-car")]);
 }
 
 #[test]
 fn an_operator_skips_the_step_compensates_or_abandons() {
-    go_on(&mut stuck_at_the_pivot(), &[(Operator(Verb::SkipStep), "running forward.3 #1 asks ticket")]);
+    go_on(&mut stuck_at_the_pivot(), &[(Operator(OperatorAction::SkipStep), "running forward.3 #1 asks ticket")]);
     let back = "compensating undo.1 #1 asks no-flight and no-car";
-    go_on(&mut stuck_at_the_pivot(), &[(Operator(Verb::Compensate), back)]);
+    go_on(&mut stuck_at_the_pivot(), &[(Operator(OperatorAction::Compensate), back)]);
     let mut run = stuck_at_the_pivot();
-    go_on(&mut run, &[(Operator(Verb::Abandon), "stuck forward.2 #2"), (Done(0), "nothing")]);
+    go_on(&mut run, &[(Operator(OperatorAction::Abandon), "stuck forward.2 #2"), (Done(0), "nothing")]);
     assert_eq!(run.progress.ended, Some(run.now));
-    go_on(&mut run, &[(Operator(Verb::Retry), "error: the saga has ended: Retry does nothing")]);
-    for verb in [Verb::Retry, Verb::SkipStep, Verb::Compensate, Verb::Abandon] {
+    go_on(&mut run, &[(Operator(OperatorAction::Retry), "error: the saga has ended: Retry does nothing")]);
+    for verb in [OperatorAction::Retry, OperatorAction::SkipStep, OperatorAction::Compensate, OperatorAction::Abandon] {
         let error = at_the_pivot().feed(Operator(verb));
         assert_eq!(error, format!("error: the saga is Running, not stuck: {verb:?} does not apply"));
     }
@@ -366,8 +370,11 @@ fn refusal_after_the_pivot_is_a_failure_without_compensation() {
             (Refused(0), "running forward.3 #1 later"),
             (Timer, "running forward.3 #2 asks ticket"),
             (Refused(0), "stuck forward.3 #2"),
-            (Operator(Verb::Compensate), "error: step \"ticket\" only goes forward: it cannot be compensated"),
-            (Operator(Verb::Retry), "running forward.3 #1 asks ticket"),
+            (
+                Operator(OperatorAction::Compensate),
+                "error: step \"ticket\" only goes forward: it cannot be compensated",
+            ),
+            (Operator(OperatorAction::Retry), "running forward.3 #1 asks ticket"),
             (Done(0), "completed forward.3 #1"),
         ],
     );
@@ -384,12 +391,12 @@ fn failing_undo_is_stuck_until_an_operator_retries() {
             (Refused(0), "compensating undo.0 #2 later"),
             (Timer, "compensating undo.0 #3 asks no-hotel"),
             (Timer, "stuck undo.0 #3"),
-            (Operator(Verb::Compensate), "error: step \"hotel\" only goes forward: it cannot be compensated"),
-            (Operator(Verb::Retry), "compensating undo.0 #1 asks no-hotel"),
+            (Operator(OperatorAction::Compensate), "error: step \"hotel\" only goes forward: it cannot be compensated"),
+            (Operator(OperatorAction::Retry), "compensating undo.0 #1 asks no-hotel"),
             (Done(0), "compensating closing.0 #1 asks apology"),
             (Timer, "compensating closing.0 #2 asks apology"),
             (Timer, "stuck closing.0 #2"),
-            (Operator(Verb::SkipStep), "compensated closing.0 #0"),
+            (Operator(OperatorAction::SkipStep), "compensated closing.0 #0"),
         ],
     );
     assert_eq!(run.context.0, ["hotel: deadline"], "undos teach nothing");
@@ -447,7 +454,7 @@ fn two_steps_with_one_name_are_refused() {
 #[test]
 fn command_without_a_json_form_fails_its_step() {
     let saga = Saga::<Learned>::named("odd")
-        .pivot("odd", |_| Request::to("agency", &Odd::Number { nan: std::collections::BTreeMap::from([((), 1)]) }))
+        .pivot("odd", |_| StepRequest::to("agency", &Odd::Number { nan: std::collections::BTreeMap::from([((), 1)]) }))
         .build();
     let moved = begin(&saga, SAGA_ID, Learned::default(), START).unwrap();
     assert_eq!((moved.progress.calls, moved.send, moved.progress.retrying), (vec![CallState::Failed], vec![], true));

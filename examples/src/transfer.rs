@@ -5,7 +5,7 @@ use std::sync::Arc;
 use annals::{
     Aggregate, Answer, Event, EventStore, HandlerError, LogQuery, Message, Participant, Repository, Saga, SagaState,
     StepError, StreamId, Work,
-    saga::{At, Outcome, Progress, Request, Runner},
+    saga::{Outcome, Progress, Runner, StepRef, StepRequest},
 };
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
@@ -114,38 +114,38 @@ impl SagaState for TransferState {
 }
 
 impl TransferState {
-    fn reserve(&self) -> Request {
+    fn reserve(&self) -> StepRequest {
         let (account, day, transfer) = (self.from.clone(), self.day.clone(), self.id.clone());
-        Request::to("limits", &LimitStep::Reserve { account, day, transfer, pence: self.pence })
+        StepRequest::to("limits", &LimitStep::Reserve { account, day, transfer, pence: self.pence })
     }
 
-    fn release(&self) -> Request {
+    fn release(&self) -> StepRequest {
         let (account, day, transfer) = (self.from.clone(), self.day.clone(), self.id.clone());
-        Request::to("limits", &LimitStep::Release { account, day, transfer, pence: self.pence })
+        StepRequest::to("limits", &LimitStep::Release { account, day, transfer, pence: self.pence })
     }
 
-    fn debit(&self) -> Request {
+    fn debit(&self) -> StepRequest {
         let (account, transfer, currency) = (self.from.clone(), self.id.clone(), self.currency.clone());
-        Request::to("accounts", &AccountStep::Debit { account, transfer, pence: self.pence, currency })
+        StepRequest::to("accounts", &AccountStep::Debit { account, transfer, pence: self.pence, currency })
     }
 
-    fn refund(&self) -> Request {
+    fn refund(&self) -> StepRequest {
         let (account, transfer) = (self.from.clone(), self.id.clone());
-        Request::to("accounts", &AccountStep::Refund { account, transfer, pence: self.pence })
+        StepRequest::to("accounts", &AccountStep::Refund { account, transfer, pence: self.pence })
     }
 
-    fn credit(&self) -> Request {
+    fn credit(&self) -> StepRequest {
         let (account, transfer, currency) = (self.to.clone(), self.id.clone(), self.currency.clone());
-        Request::to("accounts", &AccountStep::Credit { account, transfer, pence: self.pence, currency })
+        StepRequest::to("accounts", &AccountStep::Credit { account, transfer, pence: self.pence, currency })
     }
 
-    fn complete(&self) -> Request {
-        Request::to("transfers", &TransferCommand::Complete { transfer: self.id.clone() })
+    fn complete(&self) -> StepRequest {
+        StepRequest::to("transfers", &TransferCommand::Complete { transfer: self.id.clone() })
     }
 
-    fn reject(&self) -> Request {
+    fn reject(&self) -> StepRequest {
         let reason = self.rejected.clone().unwrap_or_default();
-        Request::to("transfers", &TransferCommand::Reject { transfer: self.id.clone(), reason })
+        StepRequest::to("transfers", &TransferCommand::Reject { transfer: self.id.clone(), reason })
     }
 }
 // ANCHOR_END: state
@@ -180,9 +180,9 @@ pub fn plan_without_limit() -> Saga<TransferState> {
 /// Moves a transfer from the earlier plan to the present one, in which each step has one more step before it.
 pub fn with_limit(progress: &Progress) -> Progress {
     let at = match progress.at {
-        At::Forward(place) => At::Forward(place + 1),
-        At::Undo(place) => At::Undo(place + 1),
-        At::Closing(place) => At::Closing(place),
+        StepRef::Forward(place) => StepRef::Forward(place + 1),
+        StepRef::Undo(place) => StepRef::Undo(place + 1),
+        StepRef::Closing(place) => StepRef::Closing(place),
     };
     Progress { at, ..progress.clone() }
 }

@@ -2,7 +2,7 @@
 
 use annals::{
     HandlerError, LogQuery, Message, Saga, SagaState,
-    saga::{Outcome, Request},
+    saga::{Outcome, StepRequest},
 };
 use rust_decimal::Decimal;
 use serde::{Deserialize, Serialize};
@@ -79,14 +79,14 @@ pub fn checkout() -> Saga<Checkout> {
 }
 // README: up to here
 
-fn inventory(step: InventoryStep) -> Request {
-    Request::to("inventory", &step)
+fn inventory(step: InventoryStep) -> StepRequest {
+    StepRequest::to("inventory", &step)
 }
-fn payment(step: PaymentStep) -> Request {
-    Request::to("payment", &step)
+fn payment(step: PaymentStep) -> StepRequest {
+    StepRequest::to("payment", &step)
 }
-fn order(step: OrderStep) -> Request {
-    Request::to("order", &step)
+fn order(step: OrderStep) -> StepRequest {
+    StepRequest::to("order", &step)
 }
 
 impl Checkout {
@@ -94,10 +94,10 @@ impl Checkout {
         self.order_id.clone()
     }
 
-    fn notify(&self, subject: &str) -> Request {
+    fn notify(&self, subject: &str) -> StepRequest {
         let customer = self.customer.clone();
         let subject = subject.to_owned();
-        Request::to("notification", &NotificationStep::OrderEnded { order_id: self.id(), customer, subject })
+        StepRequest::to("notification", &NotificationStep::OrderEnded { order_id: self.id(), customer, subject })
     }
 
     /// Starts a checkout for each order that is placed.

@@ -2,7 +2,7 @@
 
 use annals::{
     HandlerError, LogQuery, Message, Saga, SagaState,
-    saga::{Outcome, Request},
+    saga::{Outcome, StepRequest},
 };
 use serde::{Deserialize, Serialize};
 
@@ -35,10 +35,10 @@ impl SagaState for Counting {
 /// Collects the books of the inventory and payment services; then the order service adds its own and closes.
 pub fn counting() -> Saga<Counting> {
     Saga::<Counting>::named("closing")
-        .retriable("count stock", |_| Request::to("inventory", &InventoryStep::Count))
-        .retriable("count money", |_| Request::to("payment", &PaymentStep::Count))
+        .retriable("count stock", |_| StepRequest::to("inventory", &InventoryStep::Count))
+        .retriable("count money", |_| StepRequest::to("payment", &PaymentStep::Count))
         .retriable("close", |c| {
-            Request::to("order", &OrderStep::Close { closing_id: c.closing_id.clone(), books: c.books.clone() })
+            StepRequest::to("order", &OrderStep::Close { closing_id: c.closing_id.clone(), books: c.books.clone() })
         })
         .build()
 }

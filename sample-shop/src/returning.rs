@@ -1,6 +1,6 @@
 //! The saga `return`.
 
-use annals::{HandlerError, LogQuery, Message, Saga, SagaState, saga::Request};
+use annals::{HandlerError, LogQuery, Message, Saga, SagaState, saga::StepRequest};
 use rust_decimal::Decimal;
 use serde::{Deserialize, Serialize};
 
@@ -27,20 +27,23 @@ impl SagaState for Returning {}
 pub fn returning() -> Saga<Returning> {
     Saga::<Returning>::named("return")
         .retriable("restock", |r| {
-            Request::to("inventory", &InventoryStep::Restock { return_id: r.return_id.clone(), units: r.units.clone() })
+            StepRequest::to(
+                "inventory",
+                &InventoryStep::Restock { return_id: r.return_id.clone(), units: r.units.clone() },
+            )
         })
         .retriable("refund", |r| {
             let return_id = r.return_id.clone();
             let currency = r.currency.clone();
-            Request::to("payment", &PaymentStep::RefundReturn { return_id, amount: r.total, currency })
+            StepRequest::to("payment", &PaymentStep::RefundReturn { return_id, amount: r.total, currency })
         })
         .retriable("notify customer", |r| {
             let return_id = r.return_id.clone();
             let customer = r.customer.clone();
-            Request::to("notification", &NotificationStep::ReturnEnded { return_id, customer })
+            StepRequest::to("notification", &NotificationStep::ReturnEnded { return_id, customer })
         })
         .retriable("complete return", |r| {
-            Request::to("order", &OrderStep::CompleteReturn { return_id: r.return_id.clone() })
+            StepRequest::to("order", &OrderStep::CompleteReturn { return_id: r.return_id.clone() })
         })
         .build()
 }

@@ -1,6 +1,6 @@
 //! The saga of a supply.
 
-use annals::{Aggregate, HandlerError, LogQuery, Message, Saga, SagaState, saga::Request};
+use annals::{Aggregate, HandlerError, LogQuery, Message, Saga, SagaState, saga::StepRequest};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -25,7 +25,7 @@ pub fn supplying() -> Saga<Supplying> {
         .retriable("book", |s| {
             let book =
                 InventoryStep::Book { supply_id: s.supply_id.clone(), delivered: s.delivered, units: s.units.clone() };
-            Request::to("inventory", &book)
+            StepRequest::to("inventory", &book)
         })
         .build()
 }

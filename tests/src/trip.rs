@@ -9,7 +9,7 @@ use std::{
 use annals::{
     Answer, Bus, DocumentKey, Event, EventStore, HandlerError, LocalBus, LogQuery, Message, Metadata, Participant,
     Recorded, Repository, Runtime, Saga, SagaState, Service, StepError, TraceContext, Version, Work,
-    saga::{Outcome, Request, Runner, SagaStatus, Status},
+    saga::{Outcome, Runner, SagaStatus, Status, StepRequest},
 };
 use async_trait::async_trait;
 use tokio::sync::watch;
@@ -59,13 +59,13 @@ pub enum Act {
 }
 
 /// Requests a step.
-pub fn ask(service: &str, step: &str, trip: &Trip) -> Request {
-    Request::to(service, &Act::Do { step: step.to_owned(), trip: trip.id.clone() })
+pub fn ask(service: &str, step: &str, trip: &Trip) -> StepRequest {
+    StepRequest::to(service, &Act::Do { step: step.to_owned(), trip: trip.id.clone() })
 }
 
 /// Requests the compensation of a step.
-pub fn take_back(service: &str, step: &str, trip: &Trip) -> Request {
-    Request::to(service, &Act::Undo { step: step.to_owned(), trip: trip.id.clone() })
+pub fn take_back(service: &str, step: &str, trip: &Trip) -> StepRequest {
+    StepRequest::to(service, &Act::Undo { step: step.to_owned(), trip: trip.id.clone() })
 }
 
 /// Returns the plan, with the same timeout and attempts at each step.

@@ -26,13 +26,9 @@ const CORE_ROOMS_MAX: usize = 20;
 /// The maximum number of arrows between the rooms of the core.
 const CORE_ARROWS_MAX: usize = 100;
 /// The names that more than one type of a package has. No name may be added.
-const SHARED_NAMES: [(&str, &str); 6] = [
+const SHARED_NAMES: [(&str, &str); 5] = [
     ("bench", "Arguments EventRow"),
     ("bus-kafka", "Context Place Ranges"),
-    (
-        "core",
-        "Answer Failed Given Group Held Instance Known Member Message Move Others Part Parts Place Plan Request Run Service Shared Staged Standing State Stop Stored Taken Views",
-    ),
     ("sample-shop", "Signals"),
     ("store-postgres", "Outcome"),
     ("tests", "Script"),

@@ -9,7 +9,7 @@ use std::{sync::Arc, time::Duration};
 use annals::{
     Answer, DeadLetters, Event, EventStore, Handler, HandlerError, LocalBus, MemoryStore, Message, Participant,
     Runtime, Saga, Service, StartError, StepError, Subscription, Work,
-    saga::{At, Progress, Request, Runner, SagaStatus, Status, Verb},
+    saga::{OperatorAction, Progress, Runner, SagaStatus, Status, StepRef, StepRequest},
 };
 use annals_sqlite::SqliteStore;
 use annals_tests::{
@@ -80,7 +80,7 @@ fn first() -> Plan {
 }
 
 fn to(progress: &Progress, step: usize) -> Progress {
-    Progress { at: At::Forward(step), ..progress.clone() }
+    Progress { at: StepRef::Forward(step), ..progress.clone() }
 }
 
 /// Sagas move to plans in which steps were added (before, after and between others), removed or moved, if the saga has
@@ -104,7 +104,7 @@ async fn migration_adds_removes_and_moves_unrequested_steps() {
         (
             "the order of those before changes, and the last is removed",
             || plan!(PATIENT, 3; "charge" @ "bank", "insure" @ "bank"; ),
-            |progress| Progress { at: At::Forward(0), ..progress.clone() },
+            |progress| Progress { at: StepRef::Forward(0), ..progress.clone() },
             &[],
         ),
         (
@@ -469,7 +469,7 @@ async fn command_of_the_next_build_runs_after_its_deployment() {
         Saga::<Trip>::named("trip")
             .compensatable("book", |trip| ask("hotel", "book", trip))
             .undo(|trip| take_back("hotel", "book", trip))
-            .pivot("insure", |trip| Request::to("bank", &Newer::Insure { trip: trip.id.clone() }))
+            .pivot("insure", |trip| StepRequest::to("bank", &Newer::Insure { trip: trip.id.clone() }))
             .attempts(2)
             .build()
     }
@@ -483,7 +483,7 @@ async fn command_of_the_next_build_runs_after_its_deployment() {
     services.push(Service::new("bank", world.store.clone()).participant(NewBank));
     let mut runtime = Runtime::new();
     runtime.start(services, world.bus.clone()).await.unwrap();
-    runner(&world.store, plan()).operate("a", Verb::Retry, "ann", "deployed").await.unwrap();
+    runner(&world.store, plan()).operate("a", OperatorAction::Retry, "ann", "deployed").await.unwrap();
     world.becomes("a", Status::Completed).await;
     runtime.drain(DRAIN).await.unwrap();
 }

@@ -8,7 +8,7 @@ use std::{sync::Arc, time::Duration};
 
 use annals::{
     Answer, DocumentKey, Event, EventStore, MemoryStore, Saga, SagaState, Service, StepError, Work,
-    saga::{ANSWER_BYTES_MAX, Outcome, Request, Runner, SagaStatus, Status, Verb},
+    saga::{ANSWER_BYTES_MAX, OperatorAction, Outcome, Runner, SagaStatus, Status, StepRequest},
 };
 use annals_sqlite::SqliteStore;
 use annals_tests::{
@@ -122,7 +122,7 @@ async fn undo_and_last_step_fail_with_a_reason() {
         let status = world.becomes("stuck", Status::Stuck).await;
         assert!(status.last_error.unwrap().starts_with("announce: answer too large: 450002 bytes"), "{store_name}");
         world.script.behave();
-        world.runner(&world.store).operate("stuck", Verb::Retry, "ann", "mended").await.unwrap();
+        world.runner(&world.store).operate("stuck", OperatorAction::Retry, "ann", "mended").await.unwrap();
         world.becomes("stuck", Status::Completed).await;
         nothing_is_parked(&world, store_name).await;
         runtime.drain(DRAIN).await.unwrap();
@@ -151,21 +151,21 @@ fn as_it_is(value: serde_json::Value) -> Result<serde_json::Value, std::convert:
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unknown_command_fails_and_its_undo_runs() {
-    fn plan(insure: fn(&Trip) -> Request) -> Saga<Trip> {
+    fn plan(insure: fn(&Trip) -> StepRequest) -> Saga<Trip> {
         Saga::named("trip")
             .compensatable("book", |trip| ask("hotel", "book", trip))
             .undo(|trip| take_back("hotel", "book", trip))
             .compensatable("insure", insure)
             // The bank cannot decode the compensation either.
-            .undo(|trip| Request::to("bank", &Newer::Insure { trip: trip.id.clone() }))
+            .undo(|trip| StepRequest::to("bank", &Newer::Insure { trip: trip.id.clone() }))
             .attempts(2)
             .pivot("confirm", |trip| ask("shop", "confirm", trip))
             .build()
     }
-    let unknown: fn(&Trip) -> Request = |trip| Request::to("bank", &Newer::Insure { trip: trip.id.clone() });
-    let future: fn(&Trip) -> Request = |trip| {
+    let unknown: fn(&Trip) -> StepRequest = |trip| StepRequest::to("bank", &Newer::Insure { trip: trip.id.clone() });
+    let future: fn(&Trip) -> StepRequest = |trip| {
         let (step, of) = ("insure".to_owned(), "all".to_owned());
-        Request::to("bank", &Newer::Do { step, trip: trip.id.clone(), of })
+        StepRequest::to("bank", &Newer::Do { step, trip: trip.id.clone(), of })
     };
     on_every_store(async |store_name, store| {
         for (id, insure, reason) in
@@ -223,22 +223,22 @@ enum Carry {
 }
 
 fn hoarder() -> Saga<Hoard> {
-    fn carry(hoard: &Hoard) -> Request {
+    fn carry(hoard: &Hoard) -> StepRequest {
         assert!(!hoard.kept.iter().any(|kept| kept == "unspeakable"), "not to be said");
         let nul = hoard.kept.iter().any(|kept| kept == "nul").then(|| "\0".to_owned());
-        Request::to("hotel", &Carry::All { all: hoard.kept.iter().cloned().chain(nul).collect() })
+        StepRequest::to("hotel", &Carry::All { all: hoard.kept.iter().cloned().chain(nul).collect() })
     }
     Saga::named("hoard")
-        .compensatable("book", |hoard: &Hoard| Request::to("hotel", &hoard.act("book")))
-        .undo(|hoard: &Hoard| Request::to("hotel", &Act::Undo { step: "book".into(), trip: hoard.id.clone() }))
+        .compensatable("book", |hoard: &Hoard| StepRequest::to("hotel", &hoard.act("book")))
+        .undo(|hoard: &Hoard| StepRequest::to("hotel", &Act::Undo { step: "book".into(), trip: hoard.id.clone() }))
         .attempts(2)
-        .compensatable("charge", |hoard: &Hoard| Request::to("bank", &hoard.act("charge")))
-        .undo(|hoard: &Hoard| Request::to("bank", &Act::Undo { step: "charge".into(), trip: hoard.id.clone() }))
+        .compensatable("charge", |hoard: &Hoard| StepRequest::to("bank", &hoard.act("charge")))
+        .undo(|hoard: &Hoard| StepRequest::to("bank", &Act::Undo { step: "charge".into(), trip: hoard.id.clone() }))
         .attempts(2)
         .compensatable("carry", carry)
         .undo(carry)
         .attempts(2)
-        .pivot("confirm", |hoard: &Hoard| Request::to("shop", &hoard.act("confirm")))
+        .pivot("confirm", |hoard: &Hoard| StepRequest::to("shop", &hoard.act("confirm")))
         .build()
 }
 
@@ -309,7 +309,7 @@ async fn fault_in_the_saga_code_is_a_failed_step() {
                 "{id} on {store_name}: {:?}",
                 found.last_error
             );
-            runner.operate(id, Verb::SkipStep, "ann", "nothing was carried").await.unwrap();
+            runner.operate(id, OperatorAction::SkipStep, "ann", "nothing was carried").await.unwrap();
             let found = eventually("the saga is compensated", async || {
                 status_of(&store, id).await.filter(|status| status.status == Status::Compensated)
             })

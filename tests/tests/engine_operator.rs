@@ -11,7 +11,7 @@ use annals::{
     StreamId, Subscription, Version, Work,
     health::State,
     operator::{OperatorError, OperatorEvent},
-    saga::{SagaEvent, Status, Verb},
+    saga::{OperatorAction, SagaEvent, Status},
 };
 use annals_conformance::bus::within;
 use annals_tests::{
@@ -135,7 +135,7 @@ async fn saga_executes_operator_requests_or_gives_the_reason() {
 
     let operator = Operator::new(world.store.clone(), "ann");
     let stream = StreamId::from_stored("saga.trip-t");
-    let version = operator.ask(&stream, Verb::Compensate, "let us go home").await.unwrap();
+    let version = operator.ask(&stream, OperatorAction::Compensate, "let us go home").await.unwrap();
     let answer = |after: Version| {
         let (world, stream) = (&world, &stream);
         async move {
@@ -150,16 +150,16 @@ async fn saga_executes_operator_requests_or_gives_the_reason() {
         }
     };
     let SagaEvent::Declined { verb, by, why, .. } = answer(version).await else { panic!("it went back") };
-    assert_eq!((verb, &*by), (Verb::Compensate, "ann"));
+    assert_eq!((verb, &*by), (OperatorAction::Compensate, "ann"));
     assert!(why.contains("only goes forward"), "{why}");
 
-    let version = operator.ask(&stream, Verb::Retry, "the phone works again").await.unwrap();
+    let version = operator.ask(&stream, OperatorAction::Retry, "the phone works again").await.unwrap();
     let SagaEvent::Operated { verb, by, reason, .. } = answer(version).await else { panic!("it declined") };
-    assert_eq!((verb, &*by, &*reason), (Verb::Retry, "ann", "the phone works again"));
+    assert_eq!((verb, &*by, &*reason), (OperatorAction::Retry, "ann", "the phone works again"));
     world.becomes("t", Status::Completed).await;
-    let error = operator.ask(&stream, Verb::Retry, "once more").await;
+    let error = operator.ask(&stream, OperatorAction::Retry, "once more").await;
     assert!(matches!(error, Err(OperatorError::Illegal(_))), "{error:?}");
-    let error = operator.ask(&StreamId::from_stored("saga.trip-none"), Verb::Retry, "who").await;
+    let error = operator.ask(&StreamId::from_stored("saga.trip-none"), OperatorAction::Retry, "who").await;
     assert!(matches!(error, Err(OperatorError::Illegal(_))), "{error:?}");
     runtime.drain(Duration::from_secs(20)).await.unwrap();
 }
@@ -175,8 +175,8 @@ async fn request_waits_for_a_service_and_abandoned_saga_has_no_timer() {
 
     let operator = Operator::new(world.store.clone(), "ann");
     let stream = StreamId::from_stored("saga.trip-t");
-    operator.ask(&stream, Verb::Abandon, "the guest has died").await.unwrap();
-    let twice = operator.ask(&stream, Verb::Retry, "no, wait").await;
+    operator.ask(&stream, OperatorAction::Abandon, "the guest has died").await.unwrap();
+    let twice = operator.ask(&stream, OperatorAction::Retry, "no, wait").await;
     assert!(matches!(twice, Err(OperatorError::Illegal(_))), "{twice:?}");
     let runtime = world.start(&["shop", "hotel", "bank"]).await;
     let ended = async || world.status("t").await.filter(|status| status.ended_at.is_some());

@@ -20,7 +20,7 @@ use annals::{
     bus::Outgoing,
     health::State,
     repository::REMEMBERED_COMMANDS,
-    saga::{At, Outcome, Owed, Reply, StepEvent, StepKey},
+    saga::{Outcome, Owed, Reply, StepEvent, StepKey, StepRef},
 };
 use annals_conformance::bus::{Member, within};
 use annals_sqlite::SqliteStore;
@@ -58,21 +58,21 @@ impl Desk {
     }
 
     /// Returns a command as the relay would send it. `sent` identifies the saga's event that sent the command.
-    fn command(&self, at: At, attempt: u32, sent: u128) -> Message {
+    fn command(&self, at: StepRef, attempt: u32, sent: u128) -> Message {
         self.command_of("a", at, attempt, sent)
     }
 
-    fn command_of(&self, trip: &str, at: At, attempt: u32, sent: u128) -> Message {
+    fn command_of(&self, trip: &str, at: StepRef, attempt: u32, sent: u128) -> Message {
         let act = match at {
-            At::Undo(_) => Act::Undo { step: "charge".into(), trip: trip.into() },
-            At::Forward(_) | At::Closing(_) => Act::Do { step: "charge".into(), trip: trip.into() },
+            StepRef::Undo(_) => Act::Undo { step: "charge".into(), trip: trip.into() },
+            StepRef::Forward(_) | StepRef::Closing(_) => Act::Do { step: "charge".into(), trip: trip.into() },
         };
         let saga = format!("saga.trip-{trip}");
         let attributes = [
             ("sagastep", at.to_string()),
             ("sagacall", "0".into()),
             ("sagaattempt", attempt.to_string()),
-            ("sagamustsucceed", matches!(at, At::Undo(_)).to_string()),
+            ("sagamustsucceed", matches!(at, StepRef::Undo(_)).to_string()),
             ("sagareplyto", "shop".into()),
         ];
         Message {
@@ -93,7 +93,7 @@ impl Desk {
     }
 
     /// Starts the bank again on the same store. The bank's work on these steps was lost, but its answers were not.
-    async fn restart_owing(&mut self, steps: &[(At, Outcome)]) {
+    async fn restart_owing(&mut self, steps: &[(StepRef, Outcome)]) {
         drop(std::mem::take(&mut self.runtime));
         for (at, outcome) in steps {
             self.lose("a", *at, outcome).await;
@@ -102,7 +102,7 @@ impl Desk {
     }
 
     /// Removes the ledger of a trip, and notes that the bank owes the work of a step that was answered like this.
-    async fn lose(&self, trip: &str, at: At, outcome: &Outcome) {
+    async fn lose(&self, trip: &str, at: StepRef, outcome: &Outcome) {
         let reply = Reply { at, call: 0, attempt: 1, outcome: outcome.clone() };
         let answered_at = self.answered_at(trip, at).await;
         let owed = Owed { message: self.command_of(trip, at, 1, 1), reply, answered_at }.document("bank");
@@ -118,7 +118,7 @@ impl Desk {
     }
 
     /// The position of the last answer to a step.
-    async fn answered_at(&self, trip: &str, at: At) -> Position {
+    async fn answered_at(&self, trip: &str, at: StepRef) -> Position {
         let answers = self.answers(trip).await;
         let is_of = |event: &&annals::Recorded| {
             let StepEvent::Replied { reply, .. } = event.decode().unwrap().unwrap();
@@ -180,7 +180,7 @@ async fn repeated_step_and_undo_are_carried_out_once_and_answered_for_each_attem
         Outcome::Done(value) => Ok(annals::Answer::Done(value.clone())),
         _ => unreachable!(),
     });
-    let (step, undo) = (At::Forward(1), At::Undo(1));
+    let (step, undo) = (StepRef::Forward(1), StepRef::Undo(1));
     let once = desk.command(step, 1, 1);
     // A repeat of the same attempt, in the same batch or later, gets no reply, because the first reply is already sent.
     desk.send(vec![once.clone(), once.clone()]).await;
@@ -208,9 +208,9 @@ async fn repeated_step_and_undo_are_carried_out_once_and_answered_for_each_attem
 #[tokio::test]
 async fn early_undo_blocks_its_step() {
     let mut desk = Desk::open().await;
-    desk.send(vec![desk.command(At::Undo(1), 1, 2)]).await;
+    desk.send(vec![desk.command(StepRef::Undo(1), 1, 2)]).await;
     assert_eq!(desk.reply().await, Outcome::Done(serde_json::Value::Null));
-    desk.send(vec![desk.command(At::Forward(1), 1, 1), desk.command(At::Forward(1), 2, 3)]).await;
+    desk.send(vec![desk.command(StepRef::Forward(1), 1, 1), desk.command(StepRef::Forward(1), 2, 3)]).await;
     for _ in 0..2 {
         assert!(matches!(desk.reply().await, Outcome::Refused(_)));
     }
@@ -222,14 +222,14 @@ async fn early_undo_blocks_its_step() {
 async fn redelivered_failed_attempt_does_nothing() {
     let mut desk = Desk::open().await;
     desk.script.play("charge", Play::Fail, 1);
-    let failed = desk.command(At::Forward(1), 1, 1);
+    let failed = desk.command(StepRef::Forward(1), 1, 1);
     desk.send(vec![failed.clone()]).await;
     assert!(matches!(desk.reply().await, Outcome::Failed(_)));
     // The step would succeed now, but its reply was already sent, so the saga would never learn of the success.
     desk.send(vec![failed]).await;
     assert_eq!((desk.ledger().await, desk.script.asked().len()), (vec![], 1));
     // An operator's retry starts counting attempts at 1 again.
-    desk.send(vec![desk.command(At::Forward(1), 1, 2)]).await;
+    desk.send(vec![desk.command(StepRef::Forward(1), 1, 2)]).await;
     assert_eq!(desk.reply().await, Outcome::Done(serde_json::Value::Null));
     assert_eq!(desk.ledger().await, ["charge"]);
     desk.close(2).await;
@@ -239,19 +239,19 @@ async fn redelivered_failed_attempt_does_nothing() {
 async fn step_with_an_unknown_outcome_is_undone() {
     let mut desk = Desk::open().await;
     desk.script.play("charge", Play::Vanish, 1);
-    desk.send(vec![desk.command(At::Forward(1), 1, 1)]).await;
+    desk.send(vec![desk.command(StepRef::Forward(1), 1, 1)]).await;
     assert!(matches!(desk.reply().await, Outcome::Unknown(_)));
     // The second attempt certainly fails, but this says nothing about the outcome of the first attempt.
     desk.script.play("charge", Play::Fail, 1);
-    desk.send(vec![desk.command(At::Forward(1), 2, 2)]).await;
+    desk.send(vec![desk.command(StepRef::Forward(1), 2, 2)]).await;
     assert!(matches!(desk.reply().await, Outcome::Failed(_)));
     desk.script.play("undo charge", Play::Vanish, 1);
-    desk.send(vec![desk.command(At::Undo(1), 1, 3)]).await;
+    desk.send(vec![desk.command(StepRef::Undo(1), 1, 3)]).await;
     assert!(matches!(desk.reply().await, Outcome::Unknown(_)));
-    desk.send(vec![desk.command(At::Undo(1), 2, 4)]).await;
+    desk.send(vec![desk.command(StepRef::Undo(1), 2, 4)]).await;
     assert_eq!(desk.reply().await, Outcome::Done(serde_json::Value::Null));
     // The step arrives again, too late.
-    desk.send(vec![desk.command(At::Forward(1), 3, 5)]).await;
+    desk.send(vec![desk.command(StepRef::Forward(1), 3, 5)]).await;
     assert!(matches!(desk.reply().await, Outcome::Refused(_)));
     assert_eq!(desk.ledger().await, ["undo charge"]);
     desk.close(5).await;
@@ -261,10 +261,10 @@ async fn step_with_an_unknown_outcome_is_undone() {
 async fn step_that_only_failed_has_nothing_to_undo() {
     let mut desk = Desk::open().await;
     desk.script.play("charge", Play::Fail, 2);
-    desk.send(vec![desk.command(At::Forward(1), 1, 1), desk.command(At::Forward(1), 2, 2)]).await;
+    desk.send(vec![desk.command(StepRef::Forward(1), 1, 1), desk.command(StepRef::Forward(1), 2, 2)]).await;
     assert!(matches!(desk.reply().await, Outcome::Failed(_)));
     assert!(matches!(desk.reply().await, Outcome::Failed(_)));
-    desk.send(vec![desk.command(At::Undo(1), 1, 3)]).await;
+    desk.send(vec![desk.command(StepRef::Undo(1), 1, 3)]).await;
     assert_eq!(desk.reply().await, Outcome::Done(serde_json::Value::Null));
     assert_eq!((desk.ledger().await, desk.script.asked().len()), (vec![], 2));
     desk.close(3).await;
@@ -274,12 +274,12 @@ async fn step_that_only_failed_has_nothing_to_undo() {
 async fn refused_step_stays_refused_and_has_nothing_to_undo() {
     let mut desk = Desk::open().await;
     desk.script.play("charge", Play::Refuse, 1);
-    desk.send(vec![desk.command(At::Forward(1), 1, 1)]).await;
-    desk.send(vec![desk.command(At::Forward(1), 2, 2)]).await;
+    desk.send(vec![desk.command(StepRef::Forward(1), 1, 1)]).await;
+    desk.send(vec![desk.command(StepRef::Forward(1), 2, 2)]).await;
     for _ in 0..2 {
         assert_eq!(desk.reply().await, Outcome::Refused("no charge today".into()));
     }
-    desk.send(vec![desk.command(At::Undo(1), 1, 3)]).await;
+    desk.send(vec![desk.command(StepRef::Undo(1), 1, 3)]).await;
     assert_eq!(desk.reply().await, Outcome::Done(serde_json::Value::Null));
     assert_eq!((desk.ledger().await, desk.script.asked().len()), (vec![], 1));
     desk.close(3).await;
@@ -288,7 +288,7 @@ async fn refused_step_stays_refused_and_has_nothing_to_undo() {
 #[tokio::test]
 async fn invalid_command_is_parked() {
     let desk = Desk::open().await;
-    let mut without = desk.command(At::Forward(1), 1, 1);
+    let mut without = desk.command(StepRef::Forward(1), 1, 1);
     without.extensions.remove("sagaattempt");
     desk.send(vec![without]).await;
     let parked =
@@ -299,15 +299,15 @@ async fn invalid_command_is_parked() {
 #[tokio::test]
 async fn answered_but_lost_work_is_repeated_before_new_commands() {
     let mut desk = Desk::open().await;
-    let step = desk.command(At::Forward(1), 1, 1);
+    let step = desk.command(StepRef::Forward(1), 1, 1);
     desk.send(vec![step.clone()]).await;
     let answered = desk.reply().await;
-    desk.restart_owing(&[(At::Forward(1), answered)]).await;
+    desk.restart_owing(&[(StepRef::Forward(1), answered)]).await;
     // An inbox that is read again from a restored offset contains the command a second time.
     desk.send(vec![step]).await;
     assert_eq!((desk.ledger().await, desk.owed().await), (vec!["charge".to_owned()], 0));
     desk.restart().await;
-    desk.send(vec![desk.command(At::Undo(1), 1, 2)]).await;
+    desk.send(vec![desk.command(StepRef::Undo(1), 1, 2)]).await;
     assert!(matches!(desk.reply().await, Outcome::Done(_)));
     assert_eq!(desk.ledger().await, ["charge", "undo charge"]);
     desk.close(2).await;
@@ -317,24 +317,24 @@ async fn answered_but_lost_work_is_repeated_before_new_commands() {
 async fn step_refused_before_a_restore_is_not_owed() {
     let mut desk = Desk::open().await;
     desk.script.play("charge", Play::Refuse, 1);
-    desk.send(vec![desk.command(At::Forward(1), 1, 1), desk.command(At::Forward(2), 1, 2)]).await;
+    desk.send(vec![desk.command(StepRef::Forward(1), 1, 1), desk.command(StepRef::Forward(2), 1, 2)]).await;
     assert!(matches!(desk.reply().await, Outcome::Refused(_)));
     assert!(matches!(desk.reply().await, Outcome::Done(_)));
     let answers = desk.answers("a").await;
-    let owed: Vec<At> =
+    let owed: Vec<StepRef> =
         answers.iter().filter_map(|event| Some(StepKey::answered(&Stored::from(event))?.0.at)).collect();
-    assert_eq!(owed, [At::Forward(2)], "carried out now, the refused step would be one that no saga undoes");
+    assert_eq!(owed, [StepRef::Forward(2)], "carried out now, the refused step would be one that no saga undoes");
     desk.close(2).await;
 }
 
 #[tokio::test]
 async fn work_of_a_step_and_of_its_undo_is_done_again_in_order() {
     let mut desk = Desk::open().await;
-    desk.send(vec![desk.command(At::Forward(1), 1, 1)]).await;
+    desk.send(vec![desk.command(StepRef::Forward(1), 1, 1)]).await;
     let done = desk.reply().await;
-    desk.send(vec![desk.command(At::Undo(1), 1, 2)]).await;
+    desk.send(vec![desk.command(StepRef::Undo(1), 1, 2)]).await;
     let undone = desk.reply().await;
-    desk.restart_owing(&[(At::Undo(1), undone), (At::Forward(1), done)]).await;
+    desk.restart_owing(&[(StepRef::Undo(1), undone), (StepRef::Forward(1), done)]).await;
     eventually("the bank to settle", async || (desk.owed().await == 0).then_some(())).await;
     assert_eq!(desk.ledger().await, ["charge", "undo charge"]);
     desk.close(2).await;
@@ -345,17 +345,17 @@ async fn answers_without_work_are_not_repeated() {
     let mut desk = Desk::open().await;
     // An undo of a step that failed has nothing to undo; a second attempt at a step that is done gets the first answer.
     desk.script.play("charge", Play::Fail, 1);
-    desk.send(vec![desk.command(At::Forward(1), 1, 1), desk.command(At::Undo(1), 1, 2)]).await;
+    desk.send(vec![desk.command(StepRef::Forward(1), 1, 1), desk.command(StepRef::Undo(1), 1, 2)]).await;
     assert!(matches!(desk.reply().await, Outcome::Failed(_)));
     let nothing = desk.reply().await;
-    desk.send(vec![desk.command(At::Forward(2), 1, 3)]).await;
+    desk.send(vec![desk.command(StepRef::Forward(2), 1, 3)]).await;
     let first = desk.reply().await;
-    desk.send(vec![desk.command(At::Forward(2), 2, 4)]).await;
+    desk.send(vec![desk.command(StepRef::Forward(2), 2, 4)]).await;
     let again = desk.reply().await;
     assert_eq!(first, again);
     let asked = desk.script.asked().len();
     // The answer to the second attempt is noted; the first one is in the log that was restored.
-    desk.restart_owing(&[(At::Undo(1), nothing), (At::Forward(2), again)]).await;
+    desk.restart_owing(&[(StepRef::Undo(1), nothing), (StepRef::Forward(2), again)]).await;
     eventually("the bank to settle", async || (desk.owed().await == 0).then_some(())).await;
     assert_eq!((desk.ledger().await, desk.script.asked().len()), (vec![], asked));
     desk.close(4).await;
@@ -364,10 +364,10 @@ async fn answers_without_work_are_not_repeated() {
 #[tokio::test]
 async fn unrepeatable_work_is_reported_and_retried_at_the_next_start() {
     let mut desk = Desk::open().await;
-    desk.send(vec![desk.command(At::Forward(1), 1, 1)]).await;
+    desk.send(vec![desk.command(StepRef::Forward(1), 1, 1)]).await;
     let done = desk.reply().await;
     desk.script.play("charge", Play::Refuse, u32::MAX);
-    desk.restart_owing(&[(At::Forward(1), done)]).await;
+    desk.restart_owing(&[(StepRef::Forward(1), done)]).await;
     let health = desk.runtime.health();
     let needs_attention = || matches!(health.parts().get("bank.owed"), Some(State::NeedsAttention(_)));
     eventually("the bank to say so", async || needs_attention().then_some(())).await;
@@ -397,13 +397,13 @@ async fn work_that_a_busy_stream_has_already_is_not_done_again() {
     let mut desk = Desk::open().await;
     let tallies = Repository::<Tally>::new(desk.store.clone());
     desk.restart_as(Cashier(tallies.clone())).await;
-    desk.send(vec![desk.command(At::Forward(1), 1, 1)]).await;
+    desk.send(vec![desk.command(StepRef::Forward(1), 1, 1)]).await;
     let done = desk.reply().await;
     // The till has executed so many commands since then that it has forgotten this one.
     let later = REMEMBERED_COMMANDS as i64 + 1;
     add(&desk.store, "till", 1..=later).await;
     drop(std::mem::take(&mut desk.runtime));
-    desk.lose("a", At::Forward(1), &done).await;
+    desk.lose("a", StepRef::Forward(1), &done).await;
     desk.restart_as(Cashier(tallies.clone())).await;
     eventually("the bank to settle", async || (desk.owed().await == 0).then_some(())).await;
     let amounts = tallies.state("till").await.unwrap().amounts;
@@ -489,7 +489,7 @@ async fn process_killed_in_owed_work_continues_with_the_rest() {
     let store = SqliteStore::open(&file).await.unwrap();
     let mut desk = Desk::on(Arc::new(store.clone())).await;
     for trip in &trips {
-        let steps = [At::Forward(1), At::Undo(1)];
+        let steps = [StepRef::Forward(1), StepRef::Undo(1)];
         for at in &steps[..if is_undone(trip) { 2 } else { 1 }] {
             desk.send(vec![desk.command_of(trip, *at, 1, 1)]).await;
             assert_eq!(desk.reply().await, Outcome::Done(serde_json::Value::Null));

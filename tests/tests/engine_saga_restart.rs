@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use annals::{
     DeadLetters, EventStore, MemoryStore, Runtime, Saga, Service,
-    saga::{At, Progress, Runner, Status},
+    saga::{Progress, Runner, Status, StepRef},
 };
 use annals_sqlite::SqliteStore;
 use annals_tests::{
@@ -211,7 +211,7 @@ async fn replies_to_a_removed_saga_are_kept() {
 #[tokio::test]
 async fn migrated_saga_continues_under_the_new_plan() {
     fn same_place(progress: &Progress) -> Progress {
-        assert_eq!(progress.at, At::Forward(1));
+        assert_eq!(progress.at, StepRef::Forward(1));
         progress.clone()
     }
     let world = waiting_trip().await;

@@ -19,7 +19,7 @@ use annals::{
     Health, LocalBus, LogPage, LogQuery, MemoryStore, Message, Operator, Position, Recorded, Runtime, Saga, Scan,
     Service, StoreError, StoreStatus, StreamId, Subscription, Terminal, Version, Work,
     health::State,
-    saga::{Status, Verb},
+    saga::{OperatorAction, Status},
 };
 use annals_sqlite::SqliteStore;
 use annals_tests::{
@@ -404,7 +404,7 @@ async fn stuck_saga_is_logged_once_and_health_recovers_after_a_retry() {
         assert_eq!(counted(&health, "annals_sagas_stuck_total"), 1);
         assert_eq!(counted(&health, "annals_saga_steps_failed_total"), 1);
         world.script.behave();
-        world.runner(&store).operate(&id, Verb::Retry, "ada", "a test").await.unwrap();
+        world.runner(&store).operate(&id, OperatorAction::Retry, "ada", "a test").await.unwrap();
         world.becomes(&id, Status::Completed).await;
         eventually("health is fine again", async || health.is_fine().then_some(())).await;
         runtime.drain(DRAIN).await.unwrap();

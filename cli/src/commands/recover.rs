@@ -18,7 +18,7 @@ use annals::{
     checkpoint::CHECKPOINTS,
     operator::OperatorEvent,
     recovery::{self, Recovery},
-    relay::{LogNames, Relayed, Segment},
+    relay::{LogNames, RelayProgress, Segment},
 };
 use annals_kafka::{KafkaBus, Settings};
 use clap::Args;
@@ -95,7 +95,7 @@ struct Recovered<'a> {
 /// The state from which a recovery starts.
 struct Plan {
     services: BTreeSet<String>,
-    relayed: BTreeMap<String, Relayed>,
+    relayed: BTreeMap<String, RelayProgress>,
     names: LogNames,
     names_version: i64,
     recovery: Recovery,
@@ -329,7 +329,7 @@ async fn no_instance_runs(archive: &Arc<dyn Archive>) -> Result<(), Failure> {
 
 impl Plan {
     async fn of(arguments: &RecoverArgs, archive: &Arc<dyn Archive>) -> Result<Self, Failure> {
-        let relayed = Relayed::on(&**archive).await?;
+        let relayed = RelayProgress::on(&**archive).await?;
         let mut services: BTreeSet<String> = relayed.keys().cloned().collect();
         services.extend(arguments.service.iter().cloned());
         if services.is_empty() {

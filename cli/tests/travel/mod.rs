@@ -12,7 +12,7 @@ use std::{
 use annals::{
     Answer, Bus, DeadLetters, Event, EventStore, Handler, HandlerError, LocalBus, LogQuery, Message, Participant,
     Repository, Runtime, Saga, SagaState, Scan, Service, StepError, Subscription, Terminal, Work,
-    saga::{Request, Runner, SagaStatus, Status},
+    saga::{Runner, SagaStatus, Status, StepRequest},
 };
 use annals_sqlite::SqliteStore;
 use async_trait::async_trait;
@@ -61,19 +61,19 @@ impl SagaState for Journey {}
 
 /// Returns a plan that books a room, charges the card and announces the guest.
 pub fn journey() -> Saga<Journey> {
-    planned("charge card", |j| Request::to("agency", &Step::Charge { trip_id: j.trip_id.clone() }))
+    planned("charge card", |j| StepRequest::to("agency", &Step::Charge { trip_id: j.trip_id.clone() }))
 }
 
 /// Returns the plan with a different pivot.
-pub fn planned(name: &'static str, pivot: fn(&Journey) -> Request) -> Saga<Journey> {
+pub fn planned(name: &'static str, pivot: fn(&Journey) -> StepRequest) -> Saga<Journey> {
     let patience = Duration::from_secs(30);
     Saga::<Journey>::named("journey")
-        .compensatable("book room", |j| Request::to("agency", &Step::Book { trip_id: j.trip_id.clone() }))
-        .undo(|j| Request::to("agency", &Step::Cancel { trip_id: j.trip_id.clone() }))
+        .compensatable("book room", |j| StepRequest::to("agency", &Step::Book { trip_id: j.trip_id.clone() }))
+        .undo(|j| StepRequest::to("agency", &Step::Cancel { trip_id: j.trip_id.clone() }))
         .timeout(patience)
         .pivot(name, pivot)
         .timeout(patience)
-        .retriable("announce guest", |j| Request::to("agency", &Step::Announce { trip_id: j.trip_id.clone() }))
+        .retriable("announce guest", |j| StepRequest::to("agency", &Step::Announce { trip_id: j.trip_id.clone() }))
         .timeout(patience)
         .attempts(2)
         .build()

@@ -18,7 +18,7 @@ use tokio::{
 };
 
 pub use self::state::HELD_MAX;
-use self::state::{Freed, Next, Placed, Seat, State, Taken, Wakes};
+use self::state::{BusState, Freed, Next, Placed, Seat, Taken, Wakes};
 use crate::bus::{
     Bookmark, Bus, BusError, Consumer, Delivery, Message, Outgoing, Partition, Polled, Publisher, Receipt,
 };
@@ -54,16 +54,16 @@ const PARTITIONS_DEFAULT: u32 = 4;
 pub struct LocalBus(Arc<Handle>);
 
 /// A handle of the user. The bus closes when the last handle is dropped; consumers do not keep the bus open.
-struct Handle(Arc<Shared>);
+struct Handle(Arc<SharedBus>);
 
-struct Shared {
-    state: Mutex<State>,
+struct SharedBus {
+    state: Mutex<BusState>,
     /// Wakes waiting publishers after messages were removed.
     room: Notify,
 }
 
 struct LocalConsumer {
-    shared: Arc<Shared>,
+    shared: Arc<SharedBus>,
     seat: Seat,
     wake: Arc<Notify>,
 }
@@ -71,7 +71,10 @@ struct LocalConsumer {
 impl LocalBus {
     /// Creates a bus whose topics each have this number of partitions. The number is at least one.
     pub fn new(partitions: u32) -> Self {
-        Self(Arc::new(Handle(Arc::new(Shared { state: Mutex::new(State::new(partitions)), room: Notify::new() }))))
+        Self(Arc::new(Handle(Arc::new(SharedBus {
+            state: Mutex::new(BusState::new(partitions)),
+            room: Notify::new(),
+        }))))
     }
 
     /// Returns how many messages of a topic are not yet acknowledged by all groups. The number is at most [`HELD_MAX`].
@@ -187,9 +190,9 @@ impl Drop for LocalConsumer {
     }
 }
 
-impl Shared {
+impl SharedBus {
     /// Runs `act` on the state under a short lock, then wakes the tasks that the change affects.
-    fn with<T>(&self, act: impl FnOnce(&mut State, &mut Wakes) -> T) -> Result<T, BusError> {
+    fn with<T>(&self, act: impl FnOnce(&mut BusState, &mut Wakes) -> T) -> Result<T, BusError> {
         let mut wakes = Wakes::new();
         let done = {
             let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -214,7 +217,7 @@ impl Shared {
 
     fn close(&self) {
         // The messages of the old state are dropped at the end of this statement, outside the lock.
-        if self.with(State::close).is_ok() {
+        if self.with(BusState::close).is_ok() {
             self.room.notify_waiters();
         }
     }

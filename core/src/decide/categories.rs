@@ -30,9 +30,9 @@ pub const OPERATOR: &str = "operator";
 const RESERVED: [&str; 2] = ["saga.", "step."];
 
 /// The aggregates for which this process has repositories.
-static KNOWN: Mutex<Vec<Known>> = Mutex::new(Vec::new());
+static KNOWN: Mutex<Vec<KnownAggregate>> = Mutex::new(Vec::new());
 
-struct Known {
+struct KnownAggregate {
     store: Weak<dyn EventStore>,
     category: String,
     aggregate: &'static str,
@@ -78,7 +78,7 @@ pub(crate) fn register<A: Aggregate>(store: &Arc<dyn EventStore>, category: &str
             ));
         }
     }
-    all.push(Known { store: Arc::downgrade(store), category: category.to_owned(), aggregate, events });
+    all.push(KnownAggregate { store: Arc::downgrade(store), category: category.to_owned(), aggregate, events });
     Ok(())
 }
 

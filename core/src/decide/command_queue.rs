@@ -13,46 +13,46 @@ use std::{
 use tokio::{runtime::Handle, sync::oneshot};
 
 /// The waiting commands, in the order of their arrival.
-pub(crate) struct Line<W> {
+pub(crate) struct CommandQueue<W> {
     pub(crate) waiting: VecDeque<W>,
-    carrier: Arc<Carrier>,
+    driver: Arc<Driver>,
 }
 
 /// The future that executes a queue until the queue is empty. The caller that started the queue polls the future, which
 /// saves a separate task for each command. Once other commands wait behind the command of that caller, or the caller
 /// drops its future, a separate task takes over. No command therefore depends on another caller.
-pub(crate) struct Carrier {
+pub(crate) struct Driver {
     /// `None` once the work is done or was handed to a separate task.
     work: Mutex<Option<Pin<Box<dyn Future<Output = ()> + Send>>>>,
     wanted: AtomicBool,
     runtime: Handle,
 }
 
-impl<W> Line<W> {
-    /// Starts a queue. No work happens until the carrier of the queue is polled.
-    pub(crate) fn begin(first: W, work: impl Future<Output = ()> + Send + 'static) -> (Self, Arc<Carrier>) {
+impl<W> CommandQueue<W> {
+    /// Starts a queue. No work happens until the driver of the queue is polled.
+    pub(crate) fn begin(first: W, work: impl Future<Output = ()> + Send + 'static) -> (Self, Arc<Driver>) {
         let (work, wanted) = (Mutex::new(Some(Box::pin(work) as _)), AtomicBool::new(false));
-        let carrier = Arc::new(Carrier { work, wanted, runtime: Handle::current() });
-        (Self { waiting: VecDeque::from([first]), carrier: carrier.clone() }, carrier)
+        let driver = Arc::new(Driver { work, wanted, runtime: Handle::current() });
+        (Self { waiting: VecDeque::from([first]), driver: driver.clone() }, driver)
     }
 
-    /// Appends a command to the queue. The caller must then call [`Carrier::leave`], so that the work does not depend
+    /// Appends a command to the queue. The caller must then call [`Driver::leave`], so that the work does not depend
     /// on the caller that started the queue.
-    pub(crate) fn join(&mut self, next: W) -> Arc<Carrier> {
+    pub(crate) fn join(&mut self, next: W) -> Arc<Driver> {
         self.waiting.push_back(next);
-        self.carrier.clone()
+        self.driver.clone()
     }
 }
 
-impl Carrier {
+impl Driver {
     /// Polls the work on behalf of the caller that started the queue, until that caller's answer arrives.
     pub(crate) async fn until<T>(
         self: Arc<Self>,
         mut answered: oneshot::Receiver<T>,
     ) -> Result<T, oneshot::error::RecvError> {
-        let carrier = Leaving(self);
+        let driver = HandOff(self);
         std::future::poll_fn(|context| {
-            carrier.0.poll(context);
+            driver.0.poll(context);
             Pin::new(&mut answered).poll(context)
         })
         .await
@@ -88,11 +88,11 @@ impl Carrier {
     }
 }
 
-/// Calls [`Carrier::leave`] when the caller that started the queue returns or is dropped, because other commands may
+/// Calls [`Driver::leave`] when the caller that started the queue returns or is dropped, because other commands may
 /// still wait.
-struct Leaving(Arc<Carrier>);
+struct HandOff(Arc<Driver>);
 
-impl Drop for Leaving {
+impl Drop for HandOff {
     fn drop(&mut self) {
         self.0.leave();
     }

@@ -33,7 +33,7 @@ pub(crate) struct Remembered {
     /// How many of `events` may not be the first event of a command.
     uncertain: usize,
     /// The current run of events with one cause.
-    run: Option<Run>,
+    run: Option<CauseRun>,
 }
 
 /// An event that starts a command, or may start one.
@@ -46,7 +46,7 @@ pub(crate) struct First {
 }
 
 #[derive(Clone, Debug)]
-struct Run {
+struct CauseRun {
     cause: Uuid,
     events: u64,
     last: Uuid,
@@ -69,7 +69,7 @@ impl Remembered {
             }
             _ => {
                 self.begin(id, version);
-                self.run = Some(Run { cause, events: 1, last: id });
+                self.run = Some(CauseRun { cause, events: 1, last: id });
             }
         }
     }

@@ -16,7 +16,7 @@ use crate::{
     decide::{
         aggregate::Aggregate,
         categories,
-        command_queue::Line,
+        command_queue::CommandQueue,
         fold::Folds,
         unsettled::Unsettled,
         work::{Decided, Stale, Work, WorkError},
@@ -78,12 +78,12 @@ const COMMANDS_PER_COMMIT: usize = 512;
 /// ```
 pub struct Repository<A: Aggregate> {
     folds: Arc<Folds<A>>,
-    lines: Arc<Mutex<HashMap<StreamId, Line<Waiting<A>>>>>,
+    queues: Arc<Mutex<HashMap<StreamId, CommandQueue<Waiting<A>>>>>,
 }
 
 impl<A: Aggregate> Clone for Repository<A> {
     fn clone(&self) -> Self {
-        Self { folds: self.folds.clone(), lines: self.lines.clone() }
+        Self { folds: self.folds.clone(), queues: self.queues.clone() }
     }
 }
 
@@ -133,13 +133,13 @@ pub enum ExecuteError<R: std::error::Error> {
     Unavailable(String),
 }
 
-type Answer<A> = Result<Decided<<A as Aggregate>::Event>, ExecuteError<<A as Aggregate>::Refusal>>;
+type CommandResult<A> = Result<Decided<<A as Aggregate>::Event>, ExecuteError<<A as Aggregate>::Refusal>>;
 
 struct Waiting<A: Aggregate> {
     command: A::Command,
     request: Request,
     expect_new: bool,
-    answer: oneshot::Sender<Answer<A>>,
+    answer: oneshot::Sender<CommandResult<A>>,
 }
 
 impl<A: Aggregate> Repository<A> {
@@ -167,7 +167,7 @@ impl<A: Aggregate> Repository<A> {
 
     /// Creates a repository under a category that the framework reserves.
     pub(crate) fn of_framework(store: Arc<dyn EventStore>, category: &str, cached: usize) -> Self {
-        Self { folds: Arc::new(Folds::new(store, category, cached)), lines: Arc::default() }
+        Self { folds: Arc::new(Folds::new(store, category, cached)), queues: Arc::default() }
     }
 
     /// Returns the stream of the aggregate with this id.
@@ -201,29 +201,29 @@ impl<A: Aggregate> Repository<A> {
         self.ask(id, command, request.into(), true).await
     }
 
-    async fn ask(&self, id: &str, command: A::Command, request: Request, expect_new: bool) -> Answer<A> {
+    async fn ask(&self, id: &str, command: A::Command, request: Request, expect_new: bool) -> CommandResult<A> {
         let stream = self.stream(id).map_err(|error| ExecuteError::Invalid(error.to_string()))?;
         let (answer, answered) = oneshot::channel();
         let waiting = Waiting { command, request, expect_new, answer };
-        let (carrier, began) = {
-            let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
-            match lines.get_mut(&stream) {
-                Some(line) if line.waiting.len() >= WAITING_COMMANDS_MAX => {
+        let (driver, began) = {
+            let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
+            match queues.get_mut(&stream) {
+                Some(queue) if queue.waiting.len() >= WAITING_COMMANDS_MAX => {
                     return Err(ExecuteError::Overloaded { stream });
                 }
-                Some(line) => (line.join(waiting), false),
+                Some(queue) => (queue.join(waiting), false),
                 None => {
-                    let service = Service { repository: self.clone(), stream: stream.clone(), whole: false };
-                    let (line, carrier) = Line::begin(waiting, service.run());
-                    lines.insert(stream, line);
-                    (carrier, true)
+                    let worker = QueueWorker { repository: self.clone(), stream: stream.clone(), whole: false };
+                    let (queue, driver) = CommandQueue::begin(waiting, worker.run());
+                    queues.insert(stream, queue);
+                    (driver, true)
                 }
             }
         };
         let answer = if began {
-            carrier.until(answered).await
+            driver.until(answered).await
         } else {
-            carrier.leave();
+            driver.leave();
             answered.await
         };
         answer.unwrap_or_else(|_| {
@@ -249,7 +249,7 @@ impl<A: Aggregate> Repository<A> {
         let mut unknown = None;
         // The last attempt whose outcome is unknown, with its decisions. Only the last attempt can still turn out to be
         // committed: each attempt was staged at the version at which the previous attempt would have been stored.
-        let mut unsettled: Option<(Box<Unsettled>, Vec<Answer<A>>)> = None;
+        let mut unsettled: Option<(Box<Unsettled>, Vec<CommandResult<A>>)> = None;
         for _ in 0..DECISIONS_MAX {
             if let Some((attempt, _)) = &unsettled
                 && let Ok(Some(_)) = attempt.find(&*self.folds.store).await
@@ -299,7 +299,7 @@ impl<A: Aggregate> Repository<A> {
         });
     }
 
-    async fn stage_all(&self, work: &mut Work, stream: &StreamId, batch: &[Waiting<A>]) -> Vec<Answer<A>> {
+    async fn stage_all(&self, work: &mut Work, stream: &StreamId, batch: &[Waiting<A>]) -> Vec<CommandResult<A>> {
         let mut results = Vec::with_capacity(batch.len());
         for waiting in batch {
             work.begin(waiting.request.command_id, waiting.request.metadata.clone());
@@ -389,13 +389,13 @@ impl Work {
 
 /// The task that serves the queue of one aggregate. If the task is dropped early, the queue is dropped too. Waiting
 /// callers then get an error, and the next command starts a new queue.
-struct Service<A: Aggregate> {
+struct QueueWorker<A: Aggregate> {
     repository: Repository<A>,
     stream: StreamId,
     whole: bool,
 }
 
-impl<A: Aggregate> Service<A> {
+impl<A: Aggregate> QueueWorker<A> {
     async fn run(mut self) {
         while let Some(batch) = self.next() {
             self.repository.carry_out(&self.stream, batch).await;
@@ -403,14 +403,14 @@ impl<A: Aggregate> Service<A> {
     }
 
     fn next(&mut self) -> Option<Vec<Waiting<A>>> {
-        let mut lines = self.repository.lines.lock().unwrap_or_else(PoisonError::into_inner);
-        match lines.get_mut(&self.stream).map(|line| &mut line.waiting).filter(|waiting| !waiting.is_empty()) {
+        let mut queues = self.repository.queues.lock().unwrap_or_else(PoisonError::into_inner);
+        match queues.get_mut(&self.stream).map(|queue| &mut queue.waiting).filter(|waiting| !waiting.is_empty()) {
             Some(waiting) => {
                 let rest = waiting.split_off(waiting.len().min(COMMANDS_PER_COMMIT));
                 Some(std::mem::replace(waiting, rest).into())
             }
             None => {
-                lines.remove(&self.stream);
+                queues.remove(&self.stream);
                 self.whole = true;
                 None
             }
@@ -418,10 +418,10 @@ impl<A: Aggregate> Service<A> {
     }
 }
 
-impl<A: Aggregate> Drop for Service<A> {
+impl<A: Aggregate> Drop for QueueWorker<A> {
     fn drop(&mut self) {
         if !self.whole {
-            self.repository.lines.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.stream);
+            self.repository.queues.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.stream);
         }
     }
 }
@@ -431,7 +431,7 @@ fn found<E>(decided: Decided<E>) -> Decided<E> {
     Decided { repeated: decided.repeated || !decided.events.is_empty(), ..decided }
 }
 
-fn give_out<A: Aggregate>(batch: Vec<Waiting<A>>, results: Vec<Answer<A>>) {
+fn give_out<A: Aggregate>(batch: Vec<Waiting<A>>, results: Vec<CommandResult<A>>) {
     for (waiting, result) in batch.into_iter().zip(results) {
         _ = waiting.answer.send(result);
     }

@@ -19,12 +19,12 @@ const PAGE: usize = 1_000;
 #[derive(Clone, Debug)]
 pub(crate) struct Unsettled {
     /// The staged part of each stream. At least one stream has commands.
-    pub streams: Vec<Staged>,
+    pub streams: Vec<UnsettledStream>,
 }
 
 /// The staged part of one stream.
 #[derive(Clone, Debug)]
-pub(crate) struct Staged {
+pub(crate) struct UnsettledStream {
     pub stream: StreamId,
     /// The version before the first event.
     pub base: Version,
@@ -51,7 +51,7 @@ impl Unsettled {
     }
 }
 
-impl Staged {
+impl UnsettledStream {
     /// Returns the position of the last event, if the first events of all commands have the versions for which they
     /// were staged.
     async fn find(&self, store: &dyn EventStore) -> Result<Option<Position>, StoreError> {

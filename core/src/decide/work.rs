@@ -398,7 +398,7 @@ impl Work {
     }
 
     /// Like [`commit`](Self::commit), but leaves it to the caller to resolve an unknown outcome.
-    pub(crate) async fn attempt(mut self) -> Result<Committed, Failed> {
+    pub(crate) async fn attempt(mut self) -> Result<Committed, FailedCommit> {
         let mut commit = Commit::default();
         for staged in self.streams.values_mut() {
             let (append, snapshot) = staged.append();
@@ -417,16 +417,16 @@ impl Work {
             let error = CommitError::Unavailable(
                 "the log changed (failover or restore) during the transaction: decide again".into(),
             );
-            return Err(Failed { error, unsettled: None });
+            return Err(FailedCommit { error, unsettled: None });
         }
         let committed = match self.store.commit(commit).await {
             Ok(committed) => committed,
             Err(error @ CommitError::Unknown(_)) => {
                 let streams: Vec<_> = self.streams.values().map(|staged| staged.place()).collect();
                 let has_events = streams.iter().any(|staged| staged.last > staged.base);
-                return Err(Failed { error, unsettled: has_events.then(|| Box::new(Unsettled { streams })) });
+                return Err(FailedCommit { error, unsettled: has_events.then(|| Box::new(Unsettled { streams })) });
             }
-            Err(error) => return Err(Failed { error, unsettled: None }),
+            Err(error) => return Err(FailedCommit { error, unsettled: None }),
         };
         for staged in self.streams.into_values() {
             staged.committed(self.history);
@@ -436,7 +436,7 @@ impl Work {
 }
 
 /// A commit that failed or whose outcome is unknown.
-pub(crate) struct Failed {
+pub(crate) struct FailedCommit {
     pub error: CommitError,
     /// The data with which to resolve an unknown outcome later. `None` if the outcome is known, or if the commit has no
     /// events, because a document does not show which commit wrote it.
@@ -449,7 +449,7 @@ trait Staged: Send + Sync {
     fn keep(&mut self);
     fn forget(&mut self);
     /// The versions and commands of the staged events, which are needed if the outcome of the commit is unknown.
-    fn place(&self) -> unsettled::Staged;
+    fn place(&self) -> unsettled::UnsettledStream;
     fn append(&mut self) -> (Append, Option<Put>);
     fn committed(self: Box<Self>, history: u64);
 }
@@ -529,10 +529,10 @@ impl<A: Aggregate> Staged for StagedStream<A> {
         self.current = (!self.encoded.is_empty()).then_some(folded);
     }
 
-    fn place(&self) -> unsettled::Staged {
+    fn place(&self) -> unsettled::UnsettledStream {
         let Folded { version: last, remembered, .. } = self.current();
         let commands = remembered.since(self.base.version).collect();
-        unsettled::Staged { stream: self.stream.clone(), base: self.base.version, last: *last, commands }
+        unsettled::UnsettledStream { stream: self.stream.clone(), base: self.base.version, last: *last, commands }
     }
 
     fn append(&mut self) -> (Append, Option<Put>) {

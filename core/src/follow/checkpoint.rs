@@ -11,7 +11,7 @@ use crate::{
     bus::{Bookmark, Ends, Message, Undecodable},
     commit::DocumentKey,
     event::Position,
-    follow::deduplication::{Marks, is_zero},
+    follow::deduplication::{Deduplication, is_zero},
     store::{EventStore, LogQuery, StoreError},
 };
 
@@ -38,24 +38,24 @@ pub(crate) struct Lane {
     pub paused: bool,
     /// The id of the message before `next`; set only for a partition.
     pub last: Option<Uuid>,
-    pub marks: Marks,
+    pub marks: Deduplication,
     /// The ends up to which the bus has accepted messages; set only for a relay.
     pub taken: Ends,
     /// The last event delivered to the lane; set only for a lane of the log.
-    pub event: Option<Given>,
+    pub event: Option<LastEvent>,
 }
 
 /// The last event delivered to a lane of the log. As long as the log contains this event, the lane is not ahead of the
 /// log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Given {
+pub struct LastEvent {
     /// The position of the event.
     pub position: Position,
     /// The id of the event.
     pub id: Uuid,
 }
 
-impl Given {
+impl LastEvent {
     /// Returns whether the log contains the event.
     pub async fn is_in(self, store: &dyn EventStore) -> Result<bool, StoreError> {
         let page = store.read_log(&LogQuery::all(), Position(self.position.0 - 1), 1).await?;
@@ -92,11 +92,11 @@ pub struct Checkpoint {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last: Option<Uuid>,
     /// The progress of the messages of each relay, used for deduplication; set only for a partition.
-    #[serde(default, skip_serializing_if = "Marks::is_empty")]
-    pub marks: Marks,
+    #[serde(default, skip_serializing_if = "Deduplication::is_empty")]
+    pub marks: Deduplication,
     /// The last event delivered to the lane; set only for a lane of the log.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub event: Option<Given>,
+    pub event: Option<LastEvent>,
     /// The ends up to which the bus has accepted messages; set only for a relay.
     #[serde(default, skip_serializing_if = "Ends::is_empty")]
     pub taken: Ends,
@@ -124,7 +124,7 @@ impl Item {
 impl Lane {
     pub fn new(id: &str, incarnation: Option<Arc<str>>) -> Self {
         let key = DocumentKey::new(CHECKPOINTS, id);
-        let marks = Marks::default();
+        let marks = Deduplication::default();
         let (place, version, next, epoch, paused) = (key.id.clone(), 0, 0, 0, false);
         Self {
             key,
@@ -212,7 +212,7 @@ impl Lane {
                 self.marks.pass(message);
             }
         } else if let Ok(message) = &item.message {
-            self.event = Some(Given { position: message.position, id: message.id });
+            self.event = Some(LastEvent { position: message.position, id: message.id });
         }
     }
 

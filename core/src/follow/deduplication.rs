@@ -28,11 +28,11 @@ const RUNS_MAX: usize = 32;
 /// message counts as new.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Marks(BTreeMap<Arc<str>, BTreeMap<Arc<str>, Mark>>);
+pub struct Deduplication(BTreeMap<Arc<str>, BTreeMap<Arc<str>, HighWater>>);
 
 /// The progress of one relay lane of one service.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-struct Mark {
+struct HighWater {
     #[serde(flatten)]
     last: Run,
     /// The earlier runs, in order. Each run ends below the start of the next run.
@@ -56,7 +56,7 @@ struct Run {
     ids: Vec<Uuid>,
 }
 
-impl Mark {
+impl HighWater {
     fn pass(&mut self, position: i64, id: Uuid) -> bool {
         if position > self.last.position && self.interrupted {
             let next = Run { start: position, position, ids: Vec::new() };
@@ -83,7 +83,7 @@ impl Mark {
     }
 }
 
-impl Marks {
+impl Deduplication {
     pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -106,7 +106,7 @@ impl Marks {
         }
         if self.0.values().map(BTreeMap::len).sum::<usize>() < RELAYS_MAX {
             let interrupted = self.0.contains_key(UNKNOWN);
-            let mut mark = Mark { interrupted, ..Mark::default() };
+            let mut mark = HighWater { interrupted, ..HighWater::default() };
             mark.pass(position, message.id);
             self.0.entry(message.source.clone()).or_default().insert(lane.clone(), mark);
         }
@@ -144,7 +144,7 @@ mod tests {
 
     #[test]
     fn messages_that_a_relay_sent_twice_are_recognized() {
-        let mut marks = Marks::default();
+        let mut marks = Deduplication::default();
         let sent = |source: &str, lane: Option<u32>, position, id: u128| {
             let mut message = message();
             (message.source, message.lane, message.position) =
@@ -164,7 +164,7 @@ mod tests {
 
     #[test]
     fn messages_lost_before_the_first_of_their_lane_are_new_once() {
-        let mut marks = Marks::default();
+        let mut marks = Deduplication::default();
         marks.interrupt();
         let mut pass = |position: i64| {
             let lane = Some("0".into());
@@ -182,8 +182,8 @@ mod tests {
 
     #[test]
     fn messages_lost_with_a_topic_are_new_when_sent_again() {
-        let mut marks = Marks::default();
-        let pass = |marks: &mut Marks, positions: &[i64]| {
+        let mut marks = Deduplication::default();
+        let pass = |marks: &mut Deduplication, positions: &[i64]| {
             let sent = |position: &i64| {
                 let mut message = message();
                 (message.lane, message.position, message.id) =
@@ -197,7 +197,7 @@ mod tests {
         marks.interrupt();
         assert_eq!(pass(&mut marks, &[3, 7, 9]), [false, true, true]);
         let stored = serde_json::to_string(&marks).unwrap();
-        let mut marks: Marks = serde_json::from_str(&stored).unwrap();
+        let mut marks: Deduplication = serde_json::from_str(&stored).unwrap();
         assert_eq!(
             pass(&mut marks, &[1, 3, 5, 6, 7, 9, 11]),
             [false, false, true, true, false, false, true],

@@ -14,7 +14,7 @@ use crate::{
     follow::{
         checkpoint::{CHECKPOINTS, Checkpoint, Lane},
         parking::{self, DeadLetters},
-        peer::Instance,
+        peer::Peer,
         worker::{Stop, Worker},
     },
     store::{EventStore, Scan, StoreError},
@@ -63,16 +63,16 @@ pub(crate) struct Lanes<'a> {
 }
 
 /// A lane as stored.
-struct Stored {
+struct StoredLane {
     index: u32,
     document: Document,
     checkpoint: Checkpoint,
 }
 
 /// The existing lanes, if their number differs from the requested number. Each of these lanes has a checkpoint.
-pub(crate) struct Others(Vec<Stored>);
+pub(crate) struct OldLanes(Vec<StoredLane>);
 
-impl Others {
+impl OldLanes {
     pub fn count(&self) -> u32 {
         self.0.len() as u32
     }
@@ -83,7 +83,7 @@ impl Others {
     }
 
     /// Returns the reason why these lanes cannot be finished yet; `None` if they can.
-    pub fn waits_for(&self, instance: Option<&Instance>, name: &str) -> Option<String> {
+    pub fn waits_for(&self, instance: Option<&Peer>, name: &str) -> Option<String> {
         let count = self.count();
         if self.0.iter().any(|lane| lane.checkpoint.paused) {
             return Some(format!("an operator has paused the subscription, which had {count} lanes until now"));
@@ -101,7 +101,7 @@ impl Others {
 }
 
 /// Claims a lane at its checkpoint and fences the worker that followed the lane before.
-pub(crate) async fn take(worker: &mut Worker, instance: Option<&Instance>) -> Result<Position, Stop> {
+pub(crate) async fn take(worker: &mut Worker, instance: Option<&Peer>) -> Result<Position, Stop> {
     worker.history = worker.store.history();
     let lane = &mut worker.lanes[0];
     let Some(next) = lane.load(&*worker.store).await? else { return Err(Stop::Gone(lane.key.clone())) };
@@ -115,11 +115,11 @@ pub(crate) async fn take(worker: &mut Worker, instance: Option<&Instance>) -> Re
 impl Lanes<'_> {
     /// Records the requested number of lanes if no existing lane has to change, because no lane was followed yet, or
     /// because an earlier release followed the same number of lanes. Otherwise, returns the existing lanes.
-    pub async fn settle(&self) -> Result<Option<Others>, Stop> {
+    pub async fn settle(&self) -> Result<Option<OldLanes>, Stop> {
         loop {
             let stored = self.stored().await?;
             match self.known(&stored)? {
-                Some(known) if known != self.wanted => return Ok(Some(Others(stored))),
+                Some(known) if known != self.wanted => return Ok(Some(OldLanes(stored))),
                 Some(_) if stored.iter().all(|lane| lane.checkpoint.lanes.is_some()) => return Ok(None),
                 // The first commit of the lane records the number.
                 None if self.wanted == 1 && stored.is_empty() => return Ok(None),
@@ -141,7 +141,7 @@ impl Lanes<'_> {
 
     /// Returns the recorded number of lanes; `None` if there is no lane yet, or if an earlier release followed as many
     /// lanes as are now requested.
-    fn known(&self, stored: &[Stored]) -> Result<Option<u32>, Stop> {
+    fn known(&self, stored: &[StoredLane]) -> Result<Option<u32>, Stop> {
         let found = stored.last().map_or(0, |lane| lane.index + 1);
         let numbers: BTreeSet<u32> = stored.iter().filter_map(|lane| lane.checkpoint.lanes).collect();
         match (numbers.first(), numbers.len()) {
@@ -202,7 +202,7 @@ impl Lanes<'_> {
     }
 
     /// Returns the checkpoints of the lanes, in the order of the lanes.
-    async fn stored(&self) -> Result<Vec<Stored>, Stop> {
+    async fn stored(&self) -> Result<Vec<StoredLane>, Stop> {
         let prefix = format!("{}/", self.name);
         let mut stored = Vec::new();
         let mut after = Arc::<str>::from(&*prefix);
@@ -213,7 +213,7 @@ impl Lanes<'_> {
                 let Ok(index) = document.key.id[prefix.len()..].parse() else { continue };
                 let checkpoint: Checkpoint = serde_json::from_str(&document.body)
                     .map_err(|error| StoreError::Corrupt(format!("document {}: {error}", document.key)))?;
-                stored.push(Stored { index, document: document.clone(), checkpoint });
+                stored.push(StoredLane { index, document: document.clone(), checkpoint });
             }
             let Some(last) = page.last().filter(|_| of_name == page.len()) else { break };
             after = last.key.id.clone();

@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 use tokio_util::sync::CancellationToken;
 
 use crate::follow::{
-    peer::Instance,
+    peer::Peer,
     worker::{Stop, Worker},
 };
 
@@ -15,8 +15,8 @@ const HANDOVER_TICK: Duration = Duration::from_millis(200);
 
 /// The right to follow a lane. A process that does not share its store always has this right.
 #[derive(Clone)]
-pub(crate) struct Claim {
-    instance: Option<Instance>,
+pub(crate) struct LaneLease {
+    instance: Option<Peer>,
     subscription: Arc<str>,
     lane: u32,
 }
@@ -24,12 +24,12 @@ pub(crate) struct Claim {
 /// The result of waiting until a lane is assigned to this instance.
 pub(crate) enum Turn {
     /// The lane is assigned to this instance. The worker has read this checkpoint, if the lane already has one.
-    Came(Option<i64>),
+    Acquired(Option<i64>),
     Shutdown,
 }
 
-impl Claim {
-    pub fn new(instance: Option<&Instance>, subscription: &Arc<str>, lane: u32) -> Self {
+impl LaneLease {
+    pub fn new(instance: Option<&Peer>, subscription: &Arc<str>, lane: u32) -> Self {
         if let Some(instance) = instance {
             instance.follow(subscription);
         }
@@ -59,7 +59,7 @@ impl Claim {
             match holder {
                 _ if lane.paused => worker.reporter.elsewhere("an operator has paused the subscription"),
                 Some(holder) => worker.reporter.elsewhere(&format!("instance {holder} has not released the lane yet")),
-                None => return Ok(Turn::Came(next)),
+                None => return Ok(Turn::Acquired(next)),
             }
             tokio::select! {
                 () = tokio::time::sleep(HANDOVER_TICK) => {}

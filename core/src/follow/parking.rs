@@ -94,12 +94,12 @@ impl Parked {
     /// Returns the lost messages, if this dead letter records a loss.
     pub fn lost(&self) -> Option<Lost> {
         #[derive(Deserialize)]
-        struct Message {
+        struct LostBody {
             lost: Lost,
         }
         self.key
             .starts_with(LOST_KEY)
-            .then(|| serde_json::from_str::<Message>(self.message.get()).ok())?
+            .then(|| serde_json::from_str::<LostBody>(self.message.get()).ok())?
             .map(|of| of.lost)
     }
 
@@ -132,7 +132,7 @@ impl Parked {
 #[derive(Clone, Default)]
 pub(crate) struct ParkedKeys {
     subscription: Arc<str>,
-    keys: Arc<HashMap<Arc<str>, VecDeque<Place>>>,
+    keys: Arc<HashMap<Arc<str>, VecDeque<ParkedPlace>>>,
     count: usize,
     /// A description of the first loss of messages, if there is one.
     lost: Option<Arc<str>>,
@@ -141,7 +141,7 @@ pub(crate) struct ParkedKeys {
 }
 
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Place {
+pub(crate) struct ParkedPlace {
     pub sequence: u64,
     /// The id of the message's document.
     pub id: Arc<str>,
@@ -230,7 +230,7 @@ impl ParkedKeys {
                     }
                     let dead = !waits && document.due.is_none();
                     let position = parked.position;
-                    found.add(&parked.key, Place { sequence, id, position, waits, awaits_build, dead });
+                    found.add(&parked.key, ParkedPlace { sequence, id, position, waits, awaits_build, dead });
                 }
             }
         }
@@ -250,7 +250,7 @@ impl ParkedKeys {
     }
 
     /// Records lost messages, which are parked at this place.
-    pub fn add_lost(&mut self, key: &Arc<str>, place: Place, lost: &Lost) {
+    pub fn add_lost(&mut self, key: &Arc<str>, place: ParkedPlace, lost: &Lost) {
         self.add(key, place);
         self.lost.get_or_insert_with(|| lost.to_string().into());
     }
@@ -259,7 +259,7 @@ impl ParkedKeys {
         self.keys.contains_key(key)
     }
 
-    pub fn first(&self, key: &str) -> Option<&Place> {
+    pub fn first(&self, key: &str) -> Option<&ParkedPlace> {
         self.keys.get(key).and_then(|places| places.front())
     }
 
@@ -270,11 +270,11 @@ impl ParkedKeys {
     }
 
     /// Returns the place of the next message to park under this key.
-    pub fn next_place(&self, key: &str, lane: &str, position: i64) -> Place {
+    pub fn next_place(&self, key: &str, lane: &str, position: i64) -> ParkedPlace {
         let last = self.keys.get(key).and_then(|places| places.back());
         let sequence = last.map_or(0, |place| place.sequence + 1);
         let (id, waits) = (document_id(key, sequence, lane), last.is_some());
-        Place { sequence, id, position, waits, awaits_build: false, dead: false }
+        ParkedPlace { sequence, id, position, waits, awaits_build: false, dead: false }
     }
 
     /// Returns whether messages with this key wait for another build. That build may have handled the messages in the
@@ -288,7 +288,7 @@ impl ParkedKeys {
         self.keys.iter().filter(|(_, places)| places.front().is_some_and(|first| first.waits)).map(|(key, _)| key)
     }
 
-    pub fn add(&mut self, key: &Arc<str>, place: Place) {
+    pub fn add(&mut self, key: &Arc<str>, place: ParkedPlace) {
         if place.dead {
             Arc::make_mut(&mut self.dead).insert(key.clone());
         }

@@ -42,7 +42,7 @@ const CHECKPOINTS_MAX: usize = 10_000;
 /// resumes after another instance has claimed its lane, its commits fail, because the claim has changed the version of
 /// the lane's checkpoint.
 #[derive(Clone)]
-pub(crate) struct Instance {
+pub(crate) struct Peer {
     name: Arc<str>,
     follows: Arc<Mutex<BTreeSet<Arc<str>>>>,
     changed: Arc<Notify>,
@@ -67,7 +67,7 @@ struct Seen {
     follows: BTreeSet<Arc<str>>,
 }
 
-impl Instance {
+impl Peer {
     pub fn named(name: &str) -> Self {
         let (follows, changed, alive) = (Arc::default(), Arc::default(), watch::Sender::new(None));
         Self { name: name.into(), follows, changed, alive }

@@ -18,14 +18,14 @@ const PAGE: usize = 500;
 
 /// The progress of the relay of a service.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Relayed {
+pub struct RelayProgress {
     names: LogNames,
     /// The checkpoint of each lane.
     checkpoints: Vec<Position>,
     taken: Ends,
 }
 
-impl Relayed {
+impl RelayProgress {
     /// Returns the progress of every relay that has run on this store, by the name of its service.
     pub async fn on(store: &dyn EventStore) -> Result<BTreeMap<String, Self>, StoreError> {
         let mut services: BTreeMap<String, (BTreeMap<u32, Position>, Ends)> = BTreeMap::new();

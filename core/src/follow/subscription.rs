@@ -17,9 +17,9 @@ use crate::{
     follow::{
         checkpoint::{Item, Lane, lane_of},
         lanes::{self, LANES_MAX, LOOK_AGAIN, Lanes},
-        lease::{Claim, Turn},
+        lease::{LaneLease, Turn},
         parking::ParkedKeys,
-        peer::Instance,
+        peer::Peer,
         worker::{BATCH_MAX, Others, PARKED_TICK, RetryPolicy, Stop, Worker},
     },
     handler::Handler,
@@ -108,7 +108,7 @@ pub struct Subscription {
     start: Start,
     retry: RetryPolicy,
     linger: Duration,
-    instance: Option<Instance>,
+    instance: Option<Peer>,
     /// The read model whose views the subscription maintains, and the version of the read model's code.
     model: Option<(Arc<str>, u32)>,
     /// Whether the store has recorded the number of lanes.
@@ -172,7 +172,7 @@ impl Subscription {
 
     /// Shares the lanes with the other instances that run the same subscription. Without an instance, this process
     /// follows all lanes.
-    pub(crate) fn shared(mut self, instance: Option<Instance>) -> Self {
+    pub(crate) fn shared(mut self, instance: Option<Peer>) -> Self {
         self.instance = instance;
         self
     }
@@ -241,7 +241,7 @@ impl Subscription {
         while !shutdown.is_cancelled() {
             let followed = match self.settled.get_or_try_init(|| self.settle(&worker, &shutdown)).await {
                 Ok(()) => {
-                    let claim = claim.get_or_insert_with(|| Claim::new(self.instance.as_ref(), &claimed_as, lane));
+                    let claim = claim.get_or_insert_with(|| LaneLease::new(self.instance.as_ref(), &claimed_as, lane));
                     self.follow_lane(lane, claim, &mut worker, &shutdown).await
                 }
                 Err(stop) => Err(stop),
@@ -354,11 +354,11 @@ impl Subscription {
     async fn follow_lane(
         &self,
         lane: u32,
-        claim: &Claim,
+        claim: &LaneLease,
         worker: &mut Worker,
         shutdown: &CancellationToken,
     ) -> Result<(), Stop> {
-        let Turn::Came(checkpoint) = claim.turn(worker, shutdown).await? else { return Ok(()) };
+        let Turn::Acquired(checkpoint) = claim.turn(worker, shutdown).await? else { return Ok(()) };
         let mut cursor = self.begin(checkpoint, worker).await?;
         claim.hold(worker, cursor.0).await?;
         worker.load_parked().await?;

@@ -16,7 +16,7 @@ use crate::{
     decide::work::{Stale, Work},
     follow::{
         checkpoint::{Item, Lane},
-        parking::{Lost, Parked, ParkedKeys, Place, collection},
+        parking::{Lost, Parked, ParkedKeys, ParkedPlace, collection},
     },
     handler::{Handler, HandlerError, Remedy},
     health::{
@@ -204,7 +204,7 @@ impl Worker {
         let position = item.message.as_ref().map_or(0, |message| message.position.0);
         let lane = self.lanes[item.lane].place.clone();
         let dead = attempts > 0 && due.is_none();
-        let place = Place { awaits_build, dead, ..parked.next_place(&item.key, &lane, position) };
+        let place = ParkedPlace { awaits_build, dead, ..parked.next_place(&item.key, &lane, position) };
         let document = Parked {
             subscription: self.name.clone(),
             lane,
@@ -228,7 +228,7 @@ impl Worker {
         (after.next, after.last) = (lost.to, None);
         after.marks.interrupt();
         let (key, place) = (lost.key(), after.place.clone());
-        let at = Place { waits: false, dead: true, ..self.parked.next_place(&key, &place, 0) };
+        let at = ParkedPlace { waits: false, dead: true, ..self.parked.next_place(&key, &place, 0) };
         let mut work = Work::new(self.store.clone(), Stale::Nothing);
         let document = Parked {
             subscription: self.name.clone(),
@@ -270,7 +270,7 @@ impl Worker {
         self.store.clock().due_in(delay)
     }
 
-    pub(crate) fn parked_document(&self, place: &Place) -> DocumentKey {
+    pub(crate) fn parked_document(&self, place: &ParkedPlace) -> DocumentKey {
         DocumentKey::new(collection(&self.name), place.id.clone())
     }
 

@@ -13,7 +13,7 @@ use crate::{
     commit::{Document, DocumentKey},
     decide::work::Work,
     event::{Event, Position},
-    follow::{peer::Instance, subscription::Subscription, worker::RetryPolicy},
+    follow::{peer::Peer, subscription::Subscription, worker::RetryPolicy},
     handler::{Handler, HandlerError, Terminal},
     health::{Health, Reporter, State},
     project::generation::{self, Pointer, collection},
@@ -121,7 +121,7 @@ pub struct Projection<R> {
     model: Arc<R>,
     query: LogQuery,
     linger: Duration,
-    instance: Option<Instance>,
+    instance: Option<Peer>,
 }
 
 impl<R> Clone for Projection<R> {
@@ -146,7 +146,7 @@ impl<R: ReadModel> Projection<R> {
 
     /// Shares the live views with other instances, of which one at a time maintains the views; see
     /// [`Subscription::shared`].
-    pub(crate) fn shared(mut self, instance: Option<Instance>) -> Self {
+    pub(crate) fn shared(mut self, instance: Option<Peer>) -> Self {
         self.instance = instance;
         self
     }

@@ -271,8 +271,8 @@ impl Rebuild {
         mut on_difference: impl FnMut(Difference),
     ) -> Result<Compared, StoreError> {
         let (mut compared, mut looks) = (Compared::default(), 0);
-        let mut live = Views::new(self, of_live);
-        let mut rebuilt = Views::new(self, self.build.generation);
+        let mut live = GenerationViews::new(self, of_live);
+        let mut rebuilt = GenerationViews::new(self, self.build.generation);
         loop {
             let (left, right) = (live.peek().await?, rebuilt.peek().await?);
             let (left, right) = match (left, right) {
@@ -460,7 +460,7 @@ fn same(left: Option<&Document>, right: Option<&Document>) -> bool {
 }
 
 /// Iterates over the views of a generation, page by page.
-struct Views<'a> {
+struct GenerationViews<'a> {
     rebuild: &'a Rebuild,
     collection: String,
     page: Vec<Document>,
@@ -469,7 +469,7 @@ struct Views<'a> {
     after: Option<Arc<str>>,
 }
 
-impl<'a> Views<'a> {
+impl<'a> GenerationViews<'a> {
     fn new(rebuild: &'a Rebuild, generation: u32) -> Self {
         let collection = collection(rebuild.model, generation);
         Self { rebuild, collection, page: Vec::new(), at: 0, after: Some("".into()) }

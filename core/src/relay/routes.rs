@@ -70,13 +70,13 @@ impl Routes {
         struct Sending {
             #[serde(default)]
             send: Vec<Command>,
-            progress: Standing,
+            progress: SendingProgress,
         }
         #[derive(Deserialize)]
-        struct Standing {
+        struct SendingProgress {
             step: String,
         }
-        let Sending { send, progress: Standing { step } } =
+        let Sending { send, progress: SendingProgress { step } } =
             serde_json::from_str(&event.data).map_err(|error| error.to_string())?;
         let message = |command: Command| {
             let extensions = [

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use super::progress::{At, Outcome, Reply};
+use super::progress::{Outcome, Reply, StepRef};
 use crate::{
     Event,
     bus::Message,
@@ -28,7 +28,7 @@ pub enum StepEvent {
 
 /// The state of one step at its participant.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Slot {
+pub enum StepState {
     /// The step may have been done: an attempt had an unknown outcome.
     Unknown,
     /// The step was done.
@@ -43,14 +43,14 @@ pub enum Slot {
 /// steps.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Participation {
-    slots: BTreeMap<(At, usize), Slot>,
+    slots: BTreeMap<(StepRef, usize), StepState>,
 }
 
 /// A step command as it arrives.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepCommand {
     /// The place in the plan.
-    pub at: At,
+    pub at: StepRef,
     /// The index of the participant within the step.
     pub call: usize,
     /// The number of the attempt.
@@ -97,21 +97,21 @@ pub enum Step {
 pub fn decide_step(participation: &Participation, command: &StepCommand) -> Step {
     let slot = |at| participation.slots.get(&(at, command.call));
     match command.at {
-        At::Forward(_) | At::Closing(_) => match slot(command.at) {
-            None | Some(Slot::Unknown) => Step::Perform,
-            Some(Slot::Done | Slot::Refused) => Step::Repeat,
-            Some(Slot::Undone) => Step::Refuse,
+        StepRef::Forward(_) | StepRef::Closing(_) => match slot(command.at) {
+            None | Some(StepState::Unknown) => Step::Perform,
+            Some(StepState::Done | StepState::Refused) => Step::Repeat,
+            Some(StepState::Undone) => Step::Refuse,
         },
-        At::Undo(step) => match slot(At::Forward(step)) {
-            Some(Slot::Done | Slot::Unknown) => Step::Perform,
-            None | Some(Slot::Refused | Slot::Undone) => Step::Bar,
+        StepRef::Undo(step) => match slot(StepRef::Forward(step)) {
+            Some(StepState::Done | StepState::Unknown) => Step::Perform,
+            None | Some(StepState::Refused | StepState::Undone) => Step::Bar,
         },
     }
 }
 
 impl Participation {
     /// Returns the recorded state of a step, if there is one.
-    pub fn slot(&self, at: At, call: usize) -> Option<&Slot> {
+    pub fn slot(&self, at: StepRef, call: usize) -> Option<&StepState> {
         self.slots.get(&(at, call))
     }
 }
@@ -129,15 +129,15 @@ impl Aggregate for Participation {
     fn evolve(&mut self, StepEvent::Replied { reply, .. }: &StepEvent) {
         let (at, slot) = match (reply.at, &reply.outcome) {
             // A failed attempt does not change the recorded state.
-            (_, Outcome::Failed(_)) | (At::Undo(_), Outcome::Unknown(_)) => return,
-            (at, Outcome::Unknown(_)) => (at, Slot::Unknown),
-            (At::Undo(step), _) => (At::Forward(step), Slot::Undone),
-            (at, Outcome::Done(_)) => (at, Slot::Done),
-            (at, Outcome::Refused(_)) => (at, Slot::Refused),
+            (_, Outcome::Failed(_)) | (StepRef::Undo(_), Outcome::Unknown(_)) => return,
+            (at, Outcome::Unknown(_)) => (at, StepState::Unknown),
+            (StepRef::Undo(step), _) => (StepRef::Forward(step), StepState::Undone),
+            (at, Outcome::Done(_)) => (at, StepState::Done),
+            (at, Outcome::Refused(_)) => (at, StepState::Refused),
         };
         let known = self.slots.entry((at, reply.call)).or_insert_with(|| slot.clone());
         // An undone step stays undone: a late step is answered, but never done.
-        if *known != Slot::Undone {
+        if *known != StepState::Undone {
             *known = slot;
         }
     }

@@ -29,14 +29,14 @@ pub trait SagaState: Clone + Serialize + DeserializeOwned + Send + Sync + 'stati
 
 /// The command that a step sends to a service. Every attempt sends the command with the same id.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Request {
+pub struct StepRequest {
     pub(crate) to: String,
     pub(crate) type_name: &'static str,
     pub(crate) schema_version: i32,
     pub(crate) data: Result<String, String>,
 }
 
-impl Request {
+impl StepRequest {
     /// Returns a request that asks `service` to carry out `command`.
     pub fn to<E: Event>(service: &str, command: &E) -> Self {
         Self {
@@ -62,7 +62,7 @@ pub enum Kind {
     Closing,
 }
 
-type Make<C> = fn(&C) -> Request;
+type Make<C> = fn(&C) -> StepRequest;
 
 #[derive(Clone)]
 pub(crate) struct Call<C> {
@@ -83,7 +83,7 @@ pub(crate) struct PlannedStep<C> {
 /// A saga definition.
 ///
 /// ```
-/// use annals::{Event, Saga, SagaState, saga::Request};
+/// use annals::{Event, Saga, SagaState, saga::StepRequest};
 /// use serde::{Deserialize, Serialize};
 ///
 /// #[derive(Event)]
@@ -108,9 +108,9 @@ pub(crate) struct PlannedStep<C> {
 ///
 /// fn trip() -> Saga<Trip> {
 ///     Saga::named("trip")
-///         .compensatable("hold room", |trip: &Trip| Request::to("hotel", &HotelCommand::Hold { guest: trip.guest.clone() }))
-///         .undo(|trip| Request::to("hotel", &HotelCommand::Release { guest: trip.guest.clone() }))
-///         .pivot("pay", |trip| Request::to("bank", &BankCommand::Pay { guest: trip.guest.clone() }))
+///         .compensatable("hold room", |trip: &Trip| StepRequest::to("hotel", &HotelCommand::Hold { guest: trip.guest.clone() }))
+///         .undo(|trip| StepRequest::to("hotel", &HotelCommand::Release { guest: trip.guest.clone() }))
+///         .pivot("pay", |trip| StepRequest::to("bank", &BankCommand::Pay { guest: trip.guest.clone() }))
 ///         .build()
 /// }
 ///

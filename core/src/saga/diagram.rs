@@ -8,11 +8,11 @@ impl<C> Saga<C> {
     /// Returns the plan as a [Mermaid](https://mermaid.js.org) flowchart: solid arrows go forward, dashed arrows back.
     ///
     /// ```
-    /// # use annals::{Saga, SagaState, saga::Request};
+    /// # use annals::{Saga, SagaState, saga::StepRequest};
     /// # #[derive(Clone, serde::Serialize, serde::Deserialize)]
     /// # struct Trip;
     /// # impl SagaState for Trip {}
-    /// # fn ask(_: &Trip) -> Request { unreachable!() }
+    /// # fn ask(_: &Trip) -> StepRequest { unreachable!() }
     /// let trip = Saga::named("trip").compensatable("book", ask).undo(ask).pivot("pay", ask).build();
     /// assert_eq!(
     ///     trip.mermaid(),
@@ -69,11 +69,11 @@ impl<C> Saga<C> {
     /// compensated saga.
     ///
     /// ```
-    /// # use annals::{Saga, SagaState, saga::Request};
+    /// # use annals::{Saga, SagaState, saga::StepRequest};
     /// # #[derive(Clone, serde::Serialize, serde::Deserialize)]
     /// # struct Trip;
     /// # impl SagaState for Trip {}
-    /// # fn ask(_: &Trip) -> Request { unreachable!() }
+    /// # fn ask(_: &Trip) -> StepRequest { unreachable!() }
     /// let trip = Saga::named("trip").compensatable("book", ask).undo(ask).pivot("pay", ask).build();
     /// assert!(trip.svg().starts_with("<svg xmlns="));
     /// ```

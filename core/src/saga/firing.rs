@@ -15,7 +15,7 @@ use uuid::Uuid;
 use super::{
     definition::SagaState,
     index::{STUCK, SagaStatus},
-    instance::What,
+    instance::SagaInput,
     progress::SagaEvent,
     runner::Runner,
 };
@@ -24,7 +24,7 @@ use crate::{
     commit::{Commit, CommitError, Document, DocumentKey, Put},
     decide::work::{Stale, Work, WorkError},
     event::{Metadata, StreamId, Version},
-    follow::relay_progress::Relayed,
+    follow::relay_progress::RelayProgress,
     health::{Health, State},
     store::{Scan, StoreError},
 };
@@ -199,7 +199,7 @@ impl<C: SagaState> Runner<C> {
         let Some(service) = relayed_by.filter(|_| !due.fresh.is_empty() || !due.first.is_empty()) else {
             return Ok(due);
         };
-        let relayed = Relayed::on(&*self.store).await?.remove(service);
+        let relayed = RelayProgress::on(&*self.store).await?.remove(service);
         due.fresh = self.heard(due.fresh, relayed.as_ref()).await;
         due.first = self.heard(due.first, relayed.as_ref()).await;
         Ok(due)
@@ -225,7 +225,7 @@ impl<C: SagaState> Runner<C> {
     }
 
     /// Returns the timers of the sagas whose commands the bus has accepted.
-    async fn heard(&self, due: Vec<Document>, relayed: Option<&Relayed>) -> Vec<Document> {
+    async fn heard(&self, due: Vec<Document>, relayed: Option<&RelayProgress>) -> Vec<Document> {
         let is_heard = |document: &Document| {
             let status = serde_json::from_str::<SagaStatus>(&document.body);
             let (Ok(status), Ok(stream)) = (status, self.instances.stream(&document.key.id)) else { return true };
@@ -327,7 +327,7 @@ impl<C: SagaState> Runner<C> {
         let staged = match origin {
             Some(Ok((stream, metadata))) => {
                 work.begin(id, metadata.caused_by(id));
-                let ask = self.ask(&document.key.id, What::Due);
+                let ask = self.ask(&document.key.id, SagaInput::Due);
                 let staged = caught(work.execute_as(id, &self.instances, stream, &ask)).await;
                 match staged {
                     Ok(staged) => staged.map_err(WakeError::from),

@@ -8,8 +8,8 @@ use uuid::Uuid;
 use super::{
     definition::{Saga, SagaState},
     migration::{Trail, migrated},
-    progress::{At, Outcome, Progress, Reply, SagaEvent, Verb},
-    transition::{Input, Moved, begin, json_bytes, learn_given_up, transition},
+    progress::{OperatorAction, Outcome, Progress, Reply, SagaEvent, StepRef},
+    transition::{Input, Transition, begin, json_bytes, learn_given_up, transition},
 };
 use crate::{
     base::{json::to_value, panic::caught_now},
@@ -18,23 +18,23 @@ use crate::{
 
 /// One saga, folded from its stream.
 #[derive(Clone, Debug)]
-pub struct Instance<C> {
+pub struct SagaInstance<C> {
     context: Option<C>,
     unreadable: Option<Arc<str>>,
     /// The request that an operator recorded from outside this service: action, operator, reason.
-    requested: Option<(Verb, String, String)>,
+    requested: Option<(OperatorAction, String, String)>,
     trail: Trail,
     /// The progress of the saga; `None` before it starts.
     pub progress: Option<Progress>,
 }
 
-impl<C> Default for Instance<C> {
+impl<C> Default for SagaInstance<C> {
     fn default() -> Self {
         Self { context: None, unreadable: None, requested: None, trail: Vec::new(), progress: None }
     }
 }
 
-impl<C> Instance<C> {
+impl<C> SagaInstance<C> {
     /// Returns the steps that the saga has reached.
     #[cfg(feature = "testing")]
     pub(crate) fn trail(&self) -> &Trail {
@@ -55,18 +55,18 @@ pub struct Definitions<C> {
 }
 
 /// An input to a saga, with everything that a pure decision needs.
-pub struct Ask<C> {
+pub struct SagaCommand<C> {
     pub definitions: Arc<Definitions<C>>,
     pub saga_id: Uuid,
     pub now: i64,
-    pub what: What<C>,
+    pub what: SagaInput<C>,
 }
 
-pub enum What<C> {
+pub enum SagaInput<C> {
     Begin(C),
     Reply(Reply),
     Due,
-    Operate { verb: Verb, by: String, reason: String },
+    Operate { verb: OperatorAction, by: String, reason: String },
 }
 
 /// Why a saga accepts no input.
@@ -108,7 +108,7 @@ pub enum SagaRefusal {
     )]
     Nowhere {
         /// The place of the saga.
-        at: At,
+        at: StepRef,
         /// The hash of the saga's definition.
         definition: String,
     },
@@ -136,22 +136,22 @@ impl<C> Definitions<C> {
     }
 }
 
-impl<C: SagaState> Aggregate for Instance<C> {
+impl<C: SagaState> Aggregate for SagaInstance<C> {
     const CATEGORY: &'static str = "saga";
-    type Command = Ask<C>;
+    type Command = SagaCommand<C>;
     type Event = SagaEvent;
     type Refusal = SagaRefusal;
 
-    fn decide(&self, ask: &Ask<C>) -> Result<Vec<SagaEvent>, SagaRefusal> {
+    fn decide(&self, ask: &SagaCommand<C>) -> Result<Vec<SagaEvent>, SagaRefusal> {
         let current = &ask.definitions.current;
         let Some(progress) = &self.progress else {
-            let What::Begin(context) = &ask.what else { return Err(SagaRefusal::NotStarted) };
+            let SagaInput::Begin(context) = &ask.what else { return Err(SagaRefusal::NotStarted) };
             let given = to_value(context).map_err(|error| SagaRefusal::Illegal(error.to_string()))?;
             let moved = begin(current, ask.saga_id, context.clone(), ask.now).map_err(SagaRefusal::Illegal)?;
-            let Moved { progress, send, .. } = moved;
+            let Transition { progress, send, .. } = moved;
             return Ok(vec![SagaEvent::Started { saga: current.name.to_owned(), context: given, progress, send }]);
         };
-        if matches!(ask.what, What::Begin(_)) {
+        if matches!(ask.what, SagaInput::Begin(_)) {
             return Ok(Vec::new());
         }
         if let Some(reason) = &self.unreadable {
@@ -165,16 +165,16 @@ impl<C: SagaState> Aggregate for Instance<C> {
             events.push(SagaEvent::Migrated { from, progress: progress.clone() });
         }
         let input = match &ask.what {
-            What::Begin(_) => return Ok(Vec::new()),
-            What::Reply(reply) => Input::Reply(reply.clone()),
-            What::Due => match &self.requested {
+            SagaInput::Begin(_) => return Ok(Vec::new()),
+            SagaInput::Reply(reply) => Input::Reply(reply.clone()),
+            SagaInput::Due => match &self.requested {
                 Some(request) => {
                     events.push(carry_out(request, definition, ask, context, progress));
                     return Ok(events);
                 }
                 None => Input::Due,
             },
-            What::Operate { verb, .. } => Input::Operate(*verb),
+            SagaInput::Operate { verb, .. } => Input::Operate(*verb),
         };
         let moved = match input {
             Input::Reply(reply) => take_reply(reply, definition, ask, context, &progress),
@@ -183,17 +183,18 @@ impl<C: SagaState> Aggregate for Instance<C> {
                 moved.map(|moved| moved.map(|moved| (None, moved)))
             }
         };
-        let Some((reply, Moved { progress, send, gave_up, fault, .. })) = moved.map_err(SagaRefusal::Illegal)? else {
+        let Some((reply, Transition { progress, send, gave_up, fault, .. })) = moved.map_err(SagaRefusal::Illegal)?
+        else {
             return Ok(Vec::new());
         };
         events.push(match &ask.what {
-            What::Reply(asked) => {
+            SagaInput::Reply(asked) => {
                 SagaEvent::Replied { reply: reply.unwrap_or_else(|| asked.clone()), gave_up, fault, progress, send }
             }
-            What::Operate { verb, by, reason } => {
+            SagaInput::Operate { verb, by, reason } => {
                 SagaEvent::Operated { verb: *verb, by: by.clone(), reason: reason.clone(), progress, send }
             }
-            What::Begin(_) | What::Due => SagaEvent::Timed { gave_up, fault, progress, send },
+            SagaInput::Begin(_) | SagaInput::Due => SagaEvent::Timed { gave_up, fault, progress, send },
         });
         Ok(events)
     }
@@ -210,7 +211,7 @@ impl<C: SagaState> Aggregate for Instance<C> {
                 Err(error) => self.unreadable = Some(error.to_string().into()),
             },
             SagaEvent::Replied { reply, gave_up, .. } => {
-                let step = was.filter(|was| was.known_as() == reply.at && !matches!(was.at, At::Undo(_)));
+                let step = was.filter(|was| was.known_as() == reply.at && !matches!(was.at, StepRef::Undo(_)));
                 if let (Some(step), Outcome::Done(_) | Outcome::Refused(_)) = (step, &reply.outcome) {
                     self.learn(&step.step, &reply.outcome);
                 }
@@ -228,15 +229,15 @@ impl<C: SagaState> Aggregate for Instance<C> {
 
 /// Carries out or declines an operator's request. Either way the request is handled only once.
 fn carry_out<C: SagaState>(
-    (verb, by, reason): &(Verb, String, String),
+    (verb, by, reason): &(OperatorAction, String, String),
     definition: &Saga<C>,
-    ask: &Ask<C>,
+    ask: &SagaCommand<C>,
     context: &C,
     progress: Progress,
 ) -> SagaEvent {
     let (verb, by, reason) = (*verb, by.clone(), reason.clone());
     let why = match transition(definition, ask.saga_id, context, &progress, &Input::Operate(verb), ask.now) {
-        Ok(Some(Moved { progress, send, .. })) => return SagaEvent::Operated { verb, by, reason, progress, send },
+        Ok(Some(Transition { progress, send, .. })) => return SagaEvent::Operated { verb, by, reason, progress, send },
         Ok(None) => "the action changes nothing".to_owned(),
         Err(why) => why,
     };
@@ -244,17 +245,17 @@ fn carry_out<C: SagaState>(
 }
 
 /// The reply as recorded, if the input is a reply, and the move that follows from the input.
-type Taken<C> = (Option<Reply>, Moved<C>);
+type TakenReply<C> = (Option<Reply>, Transition<C>);
 
 /// Returns the move that follows from a reply, and the reply as recorded. If the saga cannot go on with an answer, the
 /// step counts as failed, so that the saga can go back.
 fn take_reply<C: SagaState>(
     reply: Reply,
     definition: &Saga<C>,
-    ask: &Ask<C>,
+    ask: &SagaCommand<C>,
     context: &C,
     progress: &Progress,
-) -> Result<Option<Taken<C>>, String> {
+) -> Result<Option<TakenReply<C>>, String> {
     let input = Input::Reply(reply);
     let moved = caught_now(|| transition(definition, ask.saga_id, context, progress, &input, ask.now));
     let Input::Reply(reply) = input else { return Ok(None) };
@@ -283,11 +284,11 @@ fn take_reply<C: SagaState>(
     Ok(moved.map(|moved| (Some(reply), moved)))
 }
 
-fn is_compensatable<C: SagaState>(definition: &Saga<C>, at: At) -> bool {
-    matches!(at, At::Forward(step) if step < definition.compensatable())
+fn is_compensatable<C: SagaState>(definition: &Saga<C>, at: StepRef) -> bool {
+    matches!(at, StepRef::Forward(step) if step < definition.compensatable())
 }
 
-impl<C: SagaState> Instance<C> {
+impl<C: SagaState> SagaInstance<C> {
     /// Returns the definition with which the saga goes on, and its progress in that definition.
     pub(crate) fn standing<'a>(
         &self,

@@ -4,20 +4,20 @@ use std::{collections::BTreeMap, mem::discriminant, sync::Arc};
 
 use super::{
     definition::{Kind, PlannedStep, Saga, SagaState},
-    progress::{At, Progress},
+    progress::{Progress, StepRef},
 };
 use crate::base::panic::caught_now;
 
 /// The steps that a saga has reached, in order. Each step is given as its participants know it, and by name.
-pub(super) type Trail = Vec<(At, Arc<str>)>;
+pub(super) type Trail = Vec<(StepRef, Arc<str>)>;
 
 impl<C> Saga<C> {
     /// Returns the step at a place, if the plan has that place.
-    pub(super) fn planned(&self, at: At) -> Option<&PlannedStep<C>> {
+    pub(super) fn planned(&self, at: StepRef) -> Option<&PlannedStep<C>> {
         match at {
-            At::Forward(step) => self.steps.get(step),
-            At::Undo(step) => self.steps.get(step).filter(|step| step.kind == Kind::Compensatable),
-            At::Closing(step) => self.closing.get(step),
+            StepRef::Forward(step) => self.steps.get(step),
+            StepRef::Undo(step) => self.steps.get(step).filter(|step| step.kind == Kind::Compensatable),
+            StepRef::Closing(step) => self.closing.get(step),
         }
     }
 
@@ -62,13 +62,13 @@ pub(super) fn migrated<C: SagaState>(
 }
 
 /// Checks that a saga that continues at `at` neither repeats a step nor leaves a step without its undo.
-fn keeps_what_was_asked<C>(from: &Progress, at: At, trail: &Trail, plan: &Saga<C>) -> Result<(), String> {
-    let asked = |is: fn(&At) -> bool| trail.iter().filter(move |(at, _)| is(at)).map(|(_, name)| &**name);
-    let forward = || asked(|at| matches!(at, At::Forward(_)));
+fn keeps_what_was_asked<C>(from: &Progress, at: StepRef, trail: &Trail, plan: &Saga<C>) -> Result<(), String> {
+    let asked = |is: fn(&StepRef) -> bool| trail.iter().filter(move |(at, _)| is(at)).map(|(_, name)| &**name);
+    let forward = || asked(|at| matches!(at, StepRef::Forward(_)));
     let place_of = |steps: &[PlannedStep<C>], name: &str| steps.iter().position(|step| step.name == name);
     let again = |name: &str| Err(format!("step {name:?} is done, and would be requested again"));
     match at {
-        At::Forward(step) => {
+        StepRef::Forward(step) => {
             for name in forward().filter(|name| *name != from.step) {
                 match place_of(&plan.steps, name) {
                     None => return Err(format!("step {name:?} was requested, but the plan does not have the step")),
@@ -83,8 +83,8 @@ fn keeps_what_was_asked<C>(from: &Progress, at: At, trail: &Trail, plan: &Saga<C
                 None => Ok(()),
             }
         }
-        At::Undo(step) => {
-            let undone = || asked(|at| matches!(at, At::Undo(_)));
+        StepRef::Undo(step) => {
+            let undone = || asked(|at| matches!(at, StepRef::Undo(_)));
             let turned_at = forward().next_back();
             for name in forward().filter(|name| !undone().any(|undone| undone == *name)) {
                 match place_of(&plan.steps, name) {
@@ -99,8 +99,8 @@ fn keeps_what_was_asked<C>(from: &Progress, at: At, trail: &Trail, plan: &Saga<C
             }
             Ok(())
         }
-        At::Closing(step) => {
-            let mut closed = asked(|at| matches!(at, At::Closing(_))).filter(|name| *name != from.step);
+        StepRef::Closing(step) => {
+            let mut closed = asked(|at| matches!(at, StepRef::Closing(_))).filter(|name| *name != from.step);
             let twice = closed.find(|name| place_of(&plan.closing, name).is_some_and(|place| place > step));
             twice.map_or(Ok(()), again)
         }
@@ -112,12 +112,12 @@ fn keeps_what_was_asked<C>(from: &Progress, at: At, trail: &Trail, plan: &Saga<C
 /// its place.
 fn numbers<C>(trail: &Trail, plan: &Saga<C>) -> BTreeMap<String, usize> {
     let forward = trail.iter().filter_map(|(at, name)| match at {
-        At::Forward(number) => Some((&**name, *number)),
-        At::Undo(_) | At::Closing(_) => None,
+        StepRef::Forward(number) => Some((&**name, *number)),
+        StepRef::Undo(_) | StepRef::Closing(_) => None,
     });
     let closing = trail.iter().filter_map(|(at, name)| match at {
-        At::Closing(number) => Some((&**name, *number)),
-        At::Forward(_) | At::Undo(_) => None,
+        StepRef::Closing(number) => Some((&**name, *number)),
+        StepRef::Forward(_) | StepRef::Undo(_) => None,
     });
     let mut numbers = numbered(&plan.steps, forward.collect());
     numbers.extend(numbered(&plan.closing, closing.collect()));

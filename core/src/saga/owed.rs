@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     barrier::{StepCommand, StepEvent, step_stream},
-    progress::{At, Outcome, Reply},
+    progress::{Outcome, Reply, StepRef},
 };
 use crate::{
     Event,
@@ -41,7 +41,7 @@ pub struct StepKey {
     /// The stream that records the answers of the participant to the saga.
     pub stream: String,
     /// The place of the step in the plan.
-    pub at: At,
+    pub at: StepRef,
     /// The number of the participant within the step.
     pub call: usize,
 }

@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::{
     barrier::{Participation, Step, StepCommand, StepEvent, attribute, decide_step, extension, step_category},
     owed::{Debtor, Owed},
-    progress::{At, Outcome, Reply},
+    progress::{Outcome, Reply, StepRef},
 };
 use crate::{
     Event,
@@ -138,14 +138,14 @@ impl<R: std::error::Error + 'static> From<WorkError<R>> for StepError {
 ///
 /// Every command gets a reply, even a command that cannot be carried out. The waiting saga can then ask again or go
 /// back, and a failed command never blocks the undo that follows it in the topic.
-pub(crate) struct Desk<P> {
+pub(crate) struct StepHandler<P> {
     service: String,
     store: Arc<dyn EventStore>,
     participant: P,
     participations: Repository<Participation>,
 }
 
-impl<P: Participant> Desk<P> {
+impl<P: Participant> StepHandler<P> {
     pub fn new(service: &str, store: Arc<dyn EventStore>, participant: P) -> Self {
         let category = step_category(service);
         let participations =
@@ -241,7 +241,7 @@ impl<P: Participant> Desk<P> {
         let step = StepCommand::of(message)?;
         let reply_to: String = extension(message, attribute::REPLY_TO)?;
         // The first attempt at a step is usually the first command that the service receives from the saga.
-        let first = step.attempt == 1 && !matches!(step.at, At::Undo(_)) && not_stored.is_none();
+        let first = step.attempt == 1 && !matches!(step.at, StepRef::Undo(_)) && not_stored.is_none();
         let known = if first {
             work.load_new(&self.participations, &message.key).await?
         } else {
@@ -290,7 +290,7 @@ fn check_answer(answer: &Value) -> Result<(), String> {
 }
 
 #[async_trait]
-impl<P: Participant> Handler for Desk<P> {
+impl<P: Participant> Handler for StepHandler<P> {
     async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
         self.take(message, None, work).await
     }
@@ -301,7 +301,7 @@ impl<P: Participant> Handler for Desk<P> {
 }
 
 #[async_trait]
-impl<P: Participant> Debtor for Desk<P> {
+impl<P: Participant> Debtor for StepHandler<P> {
     async fn do_again(&self, owed: &Owed, work: &mut Work) -> Result<(), HandlerError> {
         let Owed { message, reply, answered_at } = owed;
         let step = StepCommand::of(message)?;

@@ -4,7 +4,7 @@ use std::{fmt::Write, mem::discriminant};
 
 use super::{
     diagram::{BOX, Canvas, GAP, MARGIN, TIP, box_width, mermaid_text},
-    progress::{At, Outcome, Progress, SagaEvent, Status},
+    progress::{Outcome, Progress, SagaEvent, Status, StepRef},
 };
 
 /// The distance between two boxes when the arrow is labelled with a reason.
@@ -19,7 +19,7 @@ const WIDE_GAP: i32 = 2 * GAP;
 /// ```
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Path {
-    stops: Vec<Stop>,
+    stops: Vec<PathStop>,
     /// How the saga ended; `None` while the saga waits at the last step of the path.
     end: Option<&'static str>,
     went_back: bool,
@@ -27,8 +27,8 @@ pub struct Path {
 
 /// A step that the saga reached.
 #[derive(Clone, Debug, PartialEq)]
-struct Stop {
-    at: At,
+struct PathStop {
+    at: StepRef,
     step: String,
     name: String,
     attempts: u32,
@@ -39,7 +39,7 @@ struct Stop {
 impl Path {
     /// Returns the path that the events of one saga describe, from its first event on.
     pub fn of<'a>(events: impl IntoIterator<Item = &'a SagaEvent>) -> Self {
-        let mut stops: Vec<Stop> = Vec::new();
+        let mut stops: Vec<PathStop> = Vec::new();
         let mut last: Option<&Progress> = None;
         for event in events {
             let progress = event.progress();
@@ -52,10 +52,10 @@ impl Path {
                     stop.attempts = stop.attempts.max(progress.attempt)
                 }
                 _ => {
-                    let undo = if matches!(progress.at, At::Undo(_)) { "undo " } else { "" };
+                    let undo = if matches!(progress.at, StepRef::Undo(_)) { "undo " } else { "" };
                     let name = format!("{undo}{}", progress.step.replace(char::is_control, " "));
                     let step = progress.step.clone();
-                    stops.push(Stop { at: progress.at, step, name, attempts: progress.attempt, trouble: None });
+                    stops.push(PathStop { at: progress.at, step, name, attempts: progress.attempt, trouble: None });
                 }
             }
             last = Some(progress);
@@ -108,9 +108,9 @@ impl Path {
         for stop in &self.stops {
             let attempts = if stop.attempts > 1 { format!("{} attempts", stop.attempts) } else { String::new() };
             let (line, class) = match stop.at {
-                At::Forward(_) => ("forward", "compensatable"),
-                At::Undo(_) => ("back", "undo"),
-                At::Closing(_) => ("back", "closing"),
+                StepRef::Forward(_) => ("forward", "compensatable"),
+                StepRef::Undo(_) => ("back", "undo"),
+                StepRef::Closing(_) => ("back", "closing"),
             };
             x = step(&mut canvas, x, line, reason);
             let width = box_width(&stop.name, &attempts);
@@ -135,10 +135,10 @@ fn step(canvas: &mut Canvas, x: i32, class: &str, reason: Option<&str>) -> i32 {
     x + gap
 }
 
-fn arrow(to: At, reason: Option<&str>) -> String {
+fn arrow(to: StepRef, reason: Option<&str>) -> String {
     match (to, reason) {
-        (At::Forward(_), None) => "-->".to_owned(),
-        (At::Forward(_), Some(reason)) => format!("-- {reason} -->"),
+        (StepRef::Forward(_), None) => "-->".to_owned(),
+        (StepRef::Forward(_), Some(reason)) => format!("-- {reason} -->"),
         (_, None) => "-.->".to_owned(),
         (_, Some(reason)) => format!("-. {reason} .->"),
     }

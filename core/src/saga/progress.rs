@@ -35,7 +35,7 @@ impl Status {
 /// from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub enum At {
+pub enum StepRef {
     /// The saga carries out this step.
     Forward(usize),
     /// The saga undoes this step.
@@ -44,7 +44,7 @@ pub enum At {
     Closing(usize),
 }
 
-impl fmt::Display for At {
+impl fmt::Display for StepRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Forward(step) => write!(f, "forward.{step}"),
@@ -54,13 +54,13 @@ impl fmt::Display for At {
     }
 }
 
-impl From<At> for String {
-    fn from(at: At) -> Self {
+impl From<StepRef> for String {
+    fn from(at: StepRef) -> Self {
         at.to_string()
     }
 }
 
-impl FromStr for At {
+impl FromStr for StepRef {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {
         let wrong = || format!("{text:?} is not a place in a saga; a valid place is forward.0");
@@ -75,7 +75,7 @@ impl FromStr for At {
     }
 }
 
-impl TryFrom<String> for At {
+impl TryFrom<String> for StepRef {
     type Error = String;
     fn try_from(text: String) -> Result<Self, String> {
         text.parse()
@@ -147,7 +147,7 @@ pub struct Progress {
     /// The state of the saga.
     pub status: Status,
     /// The place in the plan.
-    pub at: At,
+    pub at: StepRef,
     /// The name of the current step.
     pub step: String,
     /// The states of the participants in the current step.
@@ -194,17 +194,17 @@ impl Progress {
 
     /// Returns the current step as the participants know it. Participants know a step under the same number as long as
     /// the saga runs, even if the saga is moved to another plan.
-    pub fn known_as(&self) -> At {
+    pub fn known_as(&self) -> StepRef {
         self.number_of(self.at, &self.step)
     }
 
     /// Returns the step with this place and this name in the plan, as the participants know it.
-    pub(crate) fn number_of(&self, at: At, step: &str) -> At {
+    pub(crate) fn number_of(&self, at: StepRef, step: &str) -> StepRef {
         let number = |place: usize| self.numbers.get(step).copied().unwrap_or(place);
         match at {
-            At::Forward(place) => At::Forward(number(place)),
-            At::Undo(place) => At::Undo(number(place)),
-            At::Closing(place) => At::Closing(number(place)),
+            StepRef::Forward(place) => StepRef::Forward(number(place)),
+            StepRef::Undo(place) => StepRef::Undo(number(place)),
+            StepRef::Closing(place) => StepRef::Closing(number(place)),
         }
     }
 
@@ -220,7 +220,7 @@ impl Progress {
 /// An action of an operator on a stuck saga.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Verb {
+pub enum OperatorAction {
     /// Attempt again the step at which the saga is stuck.
     Retry,
     /// Treat the step as done, and go on.
@@ -271,7 +271,7 @@ impl Outcome {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Reply {
     /// The step that the reply answers.
-    pub at: At,
+    pub at: StepRef,
     /// The index of the participant within the step.
     pub call: usize,
     /// The attempt that the reply answers.
@@ -293,7 +293,7 @@ pub struct Command {
     /// The schema version of `data`.
     pub schema_version: i32,
     /// The step that the command belongs to.
-    pub at: At,
+    pub at: StepRef,
     /// The index of the participant within the step.
     pub call: usize,
     /// The number of the attempt.
@@ -362,7 +362,7 @@ pub enum SagaEvent {
     /// An operator acted.
     Operated {
         /// The action.
-        verb: Verb,
+        verb: OperatorAction,
         /// The operator.
         by: String,
         /// The operator's reason.
@@ -377,7 +377,7 @@ pub enum SagaEvent {
     /// action, or declines the request.
     Requested {
         /// The requested action.
-        verb: Verb,
+        verb: OperatorAction,
         /// The operator.
         by: String,
         /// The operator's reason.
@@ -388,7 +388,7 @@ pub enum SagaEvent {
     /// The action that an operator requested does not apply.
     Declined {
         /// The declined action.
-        verb: Verb,
+        verb: OperatorAction,
         /// The operator.
         by: String,
         /// Why the action was declined.

@@ -9,8 +9,8 @@ use super::{
     barrier::StepEvent,
     definition::{Saga, SagaState},
     index::Index,
-    instance::{Ask, Definitions, Instance, SagaRefusal, What},
-    progress::{Outcome, Progress, Verb},
+    instance::{Definitions, SagaCommand, SagaInput, SagaInstance, SagaRefusal},
+    progress::{OperatorAction, Outcome, Progress},
     timers::Timers,
 };
 use crate::{
@@ -68,7 +68,7 @@ pub type Starts<C> = fn(&Message) -> Result<Option<(String, C)>, HandlerError>;
 ///
 /// use annals::{
 ///     EventStore, HandlerError, LocalBus, LogQuery, MemoryStore, Message, Runtime, Saga, SagaState, Service,
-///     saga::{Request, Runner, Status},
+///     saga::{Runner, Status, StepRequest},
 /// };
 /// use serde::{Deserialize, Serialize};
 ///
@@ -81,7 +81,7 @@ pub type Starts<C> = fn(&Message) -> Result<Option<(String, C)>, HandlerError>;
 ///     Ok(Some((message.subject.replace("counter-", ""), Trip)))
 /// }
 ///
-/// let plan = Saga::named("trip").retriable("hold room", |_: &Trip| Request::to("travel", &HotelCommand::Hold {})).build();
+/// let plan = Saga::named("trip").retriable("hold room", |_: &Trip| StepRequest::to("travel", &HotelCommand::Hold {})).build();
 /// let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
 /// let trips = Runner::new(store.clone(), plan, LogQuery::categories(["counter"]), starts);
 /// let service = Service::new("travel", store.clone()).saga(trips.clone()).participant(Hotel);
@@ -100,7 +100,7 @@ pub type Starts<C> = fn(&Message) -> Result<Option<(String, C)>, HandlerError>;
 /// ```
 pub struct Runner<C: SagaState> {
     pub(super) definitions: Arc<Definitions<C>>,
-    pub(super) instances: Repository<Instance<C>>,
+    pub(super) instances: Repository<SagaInstance<C>>,
     pub(super) store: Arc<dyn EventStore>,
     starts: Starts<C>,
     query: LogQuery,
@@ -203,20 +203,26 @@ impl<C: SagaState> Runner<C> {
     }
 
     /// Returns the current state of one saga from the store, or `None` if the saga never started.
-    pub async fn saga(&self, id: &str) -> Result<Option<Instance<C>>, String> {
+    pub async fn saga(&self, id: &str) -> Result<Option<SagaInstance<C>>, String> {
         let instance = self.instances.state(id).await.map_err(|error| error.to_string())?;
         Ok(instance.progress.is_some().then_some(instance))
     }
 
     /// Acts on a stuck saga. The action, the operator and the reason are recorded as an event in the saga's stream.
-    pub async fn operate(&self, id: &str, verb: Verb, by: &str, reason: &str) -> Result<(), ExecuteError<SagaRefusal>> {
-        let what = What::Operate { verb, by: by.to_owned(), reason: reason.to_owned() };
+    pub async fn operate(
+        &self,
+        id: &str,
+        verb: OperatorAction,
+        by: &str,
+        reason: &str,
+    ) -> Result<(), ExecuteError<SagaRefusal>> {
+        let what = SagaInput::Operate { verb, by: by.to_owned(), reason: reason.to_owned() };
         self.put_in(id, what).await
     }
 
     /// Passes an input to a saga without a message. The effects of the input still belong to the request that started
     /// the saga.
-    async fn put_in(&self, id: &str, what: What<C>) -> Result<(), ExecuteError<SagaRefusal>> {
+    async fn put_in(&self, id: &str, what: SagaInput<C>) -> Result<(), ExecuteError<SagaRefusal>> {
         let command_id = Uuid::new_v4();
         let stream = self.instances.stream(id).map_err(|error| ExecuteError::Invalid(error.to_string()))?;
         let first = self.store.read_stream(&stream, Version::START, 1).await;
@@ -227,14 +233,19 @@ impl<C: SagaState> Runner<C> {
         Ok(())
     }
 
-    pub(super) fn ask(&self, id: &str, what: What<C>) -> Ask<C> {
+    pub(super) fn ask(&self, id: &str, what: SagaInput<C>) -> SagaCommand<C> {
         let saga_id = named_id(named_id(Uuid::NAMESPACE_OID, &self.category()), id);
-        Ask { definitions: self.definitions.clone(), saga_id, now: self.store.clock().now().timestamp_millis(), what }
+        SagaCommand {
+            definitions: self.definitions.clone(),
+            saga_id,
+            now: self.store.clock().now().timestamp_millis(),
+            what,
+        }
     }
 
     async fn start(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
         if let Some((id, context)) = (self.starts)(message)? {
-            work.create(&self.instances, &id, &self.ask(&id, What::Begin(context))).await?;
+            work.create(&self.instances, &id, &self.ask(&id, SagaInput::Begin(context))).await?;
         }
         Ok(())
     }
@@ -253,7 +264,7 @@ impl<C: SagaState> Runner<C> {
             reply.outcome = Outcome::Failed(format!("the answer cannot be recorded: {reason}"));
         }
         reply.outcome = reply.outcome.cleaned();
-        let ask = self.ask(saga_id, What::Reply(reply));
+        let ask = self.ask(saga_id, SagaInput::Reply(reply));
         match work.execute(&self.instances, saga_id, &ask).await {
             Ok(_) => Ok(()),
             // The log lost the saga when its database was restored. When the saga starts again, it sends its commands

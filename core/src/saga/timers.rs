@@ -20,10 +20,10 @@ const SILENT_MAX: usize = 1_000;
 /// has just become due fire despite a backlog: after downtime, the store returns thousands of timers that were due
 /// before that timer.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Timers(Arc<Mutex<Known>>);
+pub(crate) struct Timers(Arc<Mutex<KnownTimers>>);
 
 #[derive(Debug, Default)]
-struct Known {
+struct KnownTimers {
     by_due: BTreeSet<(DateTime<Utc>, Arc<str>)>,
     due_of: HashMap<Arc<str>, DateTime<Utc>>,
     /// The time of the earliest future timer that the last query of the store found.
@@ -33,14 +33,14 @@ struct Known {
 }
 
 impl Timers {
-    fn known(&self) -> MutexGuard<'_, Known> {
+    fn known(&self) -> MutexGuard<'_, KnownTimers> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Sets the timer of this saga; `None` removes it.
     pub(crate) fn set(&self, id: &str, due: Option<DateTime<Utc>>) {
         let mut known = self.known();
-        let Known { by_due, due_of, .. } = &mut *known;
+        let KnownTimers { by_due, due_of, .. } = &mut *known;
         if let Some((id, before)) = due_of.remove_entry(id) {
             by_due.remove(&(before, id));
         }
@@ -59,7 +59,7 @@ impl Timers {
     /// wait behind a backlog.
     pub(super) fn take_due(&self, now: DateTime<Utc>, limit: usize) -> Vec<(DateTime<Utc>, Arc<str>)> {
         let mut known = self.known();
-        let Known { by_due, due_of, .. } = &mut *known;
+        let KnownTimers { by_due, due_of, .. } = &mut *known;
         let mut taken = Vec::new();
         let end = (now + TimeDelta::microseconds(1), Arc::from(""));
         while taken.len() < limit {

@@ -10,8 +10,10 @@ use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use super::{
-    definition::{Kind, PlannedStep, RETRY_DELAY_MAX, RETRY_DELAY_MIN, Request, Saga, SagaState},
-    progress::{At, CallState, Command, Failure, Fault, FaultKind, Outcome, Progress, Reply, Status, Verb},
+    definition::{Kind, PlannedStep, RETRY_DELAY_MAX, RETRY_DELAY_MIN, Saga, SagaState, StepRequest},
+    progress::{
+        CallState, Command, Failure, Fault, FaultKind, OperatorAction, Outcome, Progress, Reply, Status, StepRef,
+    },
 };
 use crate::{
     base::{name::is_service_name, panic::caught_now, reason},
@@ -37,12 +39,12 @@ pub enum Input {
     /// Time has passed: a timer may be due.
     Due,
     /// An operator acts.
-    Operate(Verb),
+    Operate(OperatorAction),
 }
 
 /// The result of an input.
 #[derive(Clone, Debug)]
-pub struct Moved<C> {
+pub struct Transition<C> {
     /// The data of the saga after the move.
     pub context: C,
     /// The progress after the move.
@@ -105,10 +107,10 @@ pub(crate) fn learn_given_up<C: SagaState>(context: &mut C, failure: &Failure) {
 ///
 /// # Errors
 /// Never returns an error, because only an operator's action can cause an error.
-pub fn begin<C: SagaState>(plan: &Saga<C>, saga_id: Uuid, context: C, now: i64) -> Result<Moved<C>, String> {
+pub fn begin<C: SagaState>(plan: &Saga<C>, saga_id: Uuid, context: C, now: i64) -> Result<Transition<C>, String> {
     let progress = Progress {
         status: Status::Running,
-        at: At::Forward(0),
+        at: StepRef::Forward(0),
         step: String::new(),
         calls: Vec::new(),
         attempt: 0,
@@ -124,7 +126,7 @@ pub fn begin<C: SagaState>(plan: &Saga<C>, saga_id: Uuid, context: C, now: i64) 
     };
     let recorded = json_bytes(&context);
     let mut step = Move::new(plan, saga_id, now, context, progress, recorded);
-    step.enter(At::Forward(0))?;
+    step.enter(StepRef::Forward(0))?;
     Ok(step.end())
 }
 
@@ -140,7 +142,7 @@ pub fn transition<C: SagaState>(
     progress: &Progress,
     input: &Input,
     now: i64,
-) -> Result<Option<Moved<C>>, String> {
+) -> Result<Option<Transition<C>>, String> {
     if progress.ended.is_some() {
         return match input {
             Input::Operate(verb) => Err(format!("the saga has ended: {verb:?} does nothing")),
@@ -170,15 +172,15 @@ impl<'a, C: SagaState> Move<'a, C> {
         Self { plan, saga_id, now, context, progress, send, gave_up, recorded, too_large_by: None, fault: None }
     }
 
-    fn end(self) -> Moved<C> {
+    fn end(self) -> Transition<C> {
         let Self { context, progress, send, gave_up, too_large_by, fault, .. } = self;
-        Moved { context, progress, send, gave_up, too_large_by, fault }
+        Transition { context, progress, send, gave_up, too_large_by, fault }
     }
 
     fn planned(&self) -> &PlannedStep<C> {
         match self.progress.at {
-            At::Forward(step) | At::Undo(step) => &self.plan.steps[step],
-            At::Closing(step) => &self.plan.closing[step],
+            StepRef::Forward(step) | StepRef::Undo(step) => &self.plan.steps[step],
+            StepRef::Closing(step) => &self.plan.closing[step],
         }
     }
 
@@ -206,7 +208,7 @@ impl<'a, C: SagaState> Move<'a, C> {
         }
         self.progress.calls[reply.call] = state;
         let is_final = matches!(reply.outcome, Outcome::Done(_) | Outcome::Refused(_));
-        if is_final && !matches!(self.progress.at, At::Undo(_)) {
+        if is_final && !matches!(self.progress.at, StepRef::Undo(_)) {
             self.context.learn(self.planned().name, &reply.outcome);
         }
         if self.progress.status != Status::Stuck {
@@ -220,7 +222,8 @@ impl<'a, C: SagaState> Move<'a, C> {
     }
 
     fn may_refuse(&self) -> bool {
-        matches!(self.progress.at, At::Forward(_)) && matches!(self.planned().kind, Kind::Compensatable | Kind::Pivot)
+        matches!(self.progress.at, StepRef::Forward(_))
+            && matches!(self.planned().kind, Kind::Compensatable | Kind::Pivot)
     }
 
     /// Moves the saga on if the states of the calls allow it.
@@ -242,12 +245,12 @@ impl<'a, C: SagaState> Move<'a, C> {
 
     fn advance(&mut self) -> Result<(), String> {
         match self.progress.at {
-            At::Forward(step) if step + 1 < self.plan.steps.len() => self.enter(At::Forward(step + 1)),
-            At::Forward(_) => self.finish(Status::Completed),
-            At::Undo(0) => self.close(),
-            At::Undo(step) => self.enter(At::Undo(step - 1)),
-            At::Closing(step) if step + 1 < self.plan.closing.len() => self.enter(At::Closing(step + 1)),
-            At::Closing(_) => self.finish(Status::Compensated),
+            StepRef::Forward(step) if step + 1 < self.plan.steps.len() => self.enter(StepRef::Forward(step + 1)),
+            StepRef::Forward(_) => self.finish(Status::Completed),
+            StepRef::Undo(0) => self.close(),
+            StepRef::Undo(step) => self.enter(StepRef::Undo(step - 1)),
+            StepRef::Closing(step) if step + 1 < self.plan.closing.len() => self.enter(StepRef::Closing(step + 1)),
+            StepRef::Closing(_) => self.finish(Status::Compensated),
         }
     }
 
@@ -255,7 +258,7 @@ impl<'a, C: SagaState> Move<'a, C> {
         if self.plan.closing.is_empty() {
             return self.finish(Status::Compensated);
         }
-        self.enter(At::Closing(0))
+        self.enter(StepRef::Closing(0))
     }
 
     fn finish(&mut self, status: Status) -> Result<(), String> {
@@ -266,41 +269,41 @@ impl<'a, C: SagaState> Move<'a, C> {
         Ok(())
     }
 
-    fn enter(&mut self, at: At) -> Result<(), String> {
+    fn enter(&mut self, at: StepRef) -> Result<(), String> {
         self.progress.at = at;
         let calls = self.planned().calls.len();
         self.enter_with(at, vec![CallState::Waiting; calls])
     }
 
-    fn enter_with(&mut self, at: At, calls: Vec<CallState>) -> Result<(), String> {
+    fn enter_with(&mut self, at: StepRef, calls: Vec<CallState>) -> Result<(), String> {
         self.progress.at = at;
         self.progress.step = self.planned().name.to_owned();
         self.progress.calls = calls;
         self.progress.attempt = 0;
         self.progress.trouble = None;
-        if matches!(at, At::Forward(step) if self.plan.steps[step].kind != Kind::Compensatable) {
+        if matches!(at, StepRef::Forward(step) if self.plan.steps[step].kind != Kind::Compensatable) {
             self.progress.deadline = None;
         }
         if self.progress.calls.iter().all(|call| *call == CallState::Done) { self.advance() } else { self.ask() }
     }
 
     /// Returns a request for each participant that is not done, or the reason why the request cannot be made.
-    fn requests(&self) -> impl Iterator<Item = (usize, Result<Request, String>)> {
+    fn requests(&self) -> impl Iterator<Item = (usize, Result<StepRequest, String>)> {
         let (planned, at) = (self.planned(), self.progress.at);
         let open = (0..planned.calls.len()).filter(|call| self.progress.calls[*call] != CallState::Done);
         open.map(move |call| {
             let make = match at {
-                At::Undo(_) => planned.calls[call].undo.unwrap_or(planned.calls[call].perform),
-                At::Forward(_) | At::Closing(_) => planned.calls[call].perform,
+                StepRef::Undo(_) => planned.calls[call].undo.unwrap_or(planned.calls[call].perform),
+                StepRef::Forward(_) | StepRef::Closing(_) => planned.calls[call].perform,
             };
             (call, caught_now(|| make(&self.context)).map_err(|panic| format!("the command of the step {panic}")))
         })
     }
 
     /// Returns the command of a call, or the reason why no store would accept the command.
-    fn command(&self, call: usize, request: Result<Request, String>, attempt: u32) -> Result<Command, String> {
+    fn command(&self, call: usize, request: Result<StepRequest, String>, attempt: u32) -> Result<Command, String> {
         let at = self.progress.known_as();
-        let Request { to, type_name, schema_version, data } = request?;
+        let StepRequest { to, type_name, schema_version, data } = request?;
         if !is_service_name(&to) {
             return Err(format!("{to:?} cannot be the name of a service"));
         }
@@ -386,7 +389,8 @@ impl<'a, C: SagaState> Move<'a, C> {
 
     fn give_up(&mut self, reason: &str) -> Result<(), String> {
         let failure = self.failure(reason);
-        let compensatable = self.planned().kind == Kind::Compensatable && matches!(self.progress.at, At::Forward(_));
+        let compensatable =
+            self.planned().kind == Kind::Compensatable && matches!(self.progress.at, StepRef::Forward(_));
         let kind = if compensatable { FaultKind::GaveUp } else { FaultKind::Stuck };
         let silent = self.fault.take().map(|fault| fault.silent).unwrap_or_default();
         self.blame(kind, reason, silent);
@@ -405,7 +409,7 @@ impl<'a, C: SagaState> Move<'a, C> {
 
     /// Goes back: first undoes what this step may have done, then the steps before it.
     fn compensate(&mut self, reason: &str) -> Result<(), String> {
-        let At::Forward(step) = self.progress.at else { return Ok(()) };
+        let StepRef::Forward(step) = self.progress.at else { return Ok(()) };
         self.progress.failure = Some(self.failure(reason));
         self.progress.status = Status::Compensating;
         self.progress.deadline = None;
@@ -414,11 +418,11 @@ impl<'a, C: SagaState> Move<'a, C> {
             let undone =
                 |call: &CallState| if *call == CallState::Refused { CallState::Done } else { CallState::Waiting };
             let calls = self.progress.calls.iter().map(undone).collect();
-            return self.enter_with(At::Undo(step), calls);
+            return self.enter_with(StepRef::Undo(step), calls);
         }
         match self.plan.compensatable() {
             0 => self.close(),
-            steps => self.enter(At::Undo(steps - 1)),
+            steps => self.enter(StepRef::Undo(steps - 1)),
         }
     }
 
@@ -472,20 +476,20 @@ impl<'a, C: SagaState> Move<'a, C> {
         }
     }
 
-    fn operate(&mut self, verb: Verb) -> Result<(), String> {
+    fn operate(&mut self, verb: OperatorAction) -> Result<(), String> {
         if self.progress.status != Status::Stuck {
             return Err(format!("the saga is {:?}, not stuck: {verb:?} does not apply", self.progress.status));
         }
         // This timer belongs to an operator's request from outside this service, which is handled now.
         self.progress.due = None;
         let (back, past_pivot) = match self.progress.at {
-            At::Forward(step) => (false, self.plan.steps[step].kind == Kind::Retriable),
-            At::Undo(_) | At::Closing(_) => (true, true),
+            StepRef::Forward(step) => (false, self.plan.steps[step].kind == Kind::Retriable),
+            StepRef::Undo(_) | StepRef::Closing(_) => (true, true),
         };
-        if verb == Verb::Compensate && past_pivot {
+        if verb == OperatorAction::Compensate && past_pivot {
             return Err(format!("step {:?} only goes forward: it cannot be compensated", self.progress.step));
         }
-        if verb == Verb::Abandon {
+        if verb == OperatorAction::Abandon {
             self.progress.ended = Some(self.now);
             return Ok(());
         }
@@ -495,10 +499,10 @@ impl<'a, C: SagaState> Move<'a, C> {
         // A refused step would be refused again, so it is compensated instead of attempted again.
         let refused = self.progress.calls.contains(&CallState::Refused);
         match verb {
-            Verb::Compensate => self.compensate("an operator compensated the saga"),
-            Verb::Retry if refused => self.compensate("the step was refused while the saga was stuck"),
-            Verb::Retry if !all_done => self.ask(),
-            Verb::SkipStep | Verb::Retry | Verb::Abandon => self.advance(),
+            OperatorAction::Compensate => self.compensate("an operator compensated the saga"),
+            OperatorAction::Retry if refused => self.compensate("the step was refused while the saga was stuck"),
+            OperatorAction::Retry if !all_done => self.ask(),
+            OperatorAction::SkipStep | OperatorAction::Retry | OperatorAction::Abandon => self.advance(),
         }
     }
 }

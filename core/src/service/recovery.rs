@@ -15,7 +15,7 @@ use crate::{
     follow::{
         checkpoint::{CHECKPOINTS, Checkpoint},
         peer::{HEARTBEAT, INSTANCES},
-        relay_progress::Relayed,
+        relay_progress::RelayProgress,
     },
     service::start_error::StartError,
     store::{
@@ -100,7 +100,8 @@ pub(crate) async fn check(service: &str, store: &dyn EventStore, bus: &dyn Bus) 
     if Recovery::of(store).await?.is_some_and(|(recovery, _)| !recovery.complete) {
         return Err(StartError::HalfRecovered { service: service.to_owned() });
     }
-    let mut ends = Relayed::on(store).await?.remove(service).map(|relayed| relayed.taken().clone()).unwrap_or_default();
+    let mut ends =
+        RelayProgress::on(store).await?.remove(service).map(|relayed| relayed.taken().clone()).unwrap_or_default();
     ends.name(&format!("{service}.events"));
     let sent = bus.sent_since(service, &ends).await?;
     // The names are read only after the messages, because another instance of the service may send messages in the

@@ -41,18 +41,18 @@ const PAGE_EVENTS_MAX: usize = 10_000;
 /// ```
 #[derive(Clone, Debug, Default)]
 pub struct MemoryStore {
-    shared: Arc<Shared>,
+    shared: Arc<SharedStore>,
 }
 
 #[derive(Debug, Default)]
-struct Shared {
-    held: Mutex<Held>,
+struct SharedStore {
+    held: Mutex<Records>,
     clock: Clock,
     head: watch::Sender<Position>,
 }
 
 #[derive(Debug, Default)]
-struct Held {
+struct Records {
     /// The events in log order. The event at position `p` is at index `p - 1`.
     log: Vec<Arc<Recorded>>,
     streams: HashMap<StreamId, Vec<Arc<Recorded>>>,
@@ -70,12 +70,12 @@ impl MemoryStore {
 
     /// Creates an empty store that uses this clock, for tests that move the clock by hand.
     pub fn with_clock(clock: Clock) -> Self {
-        Self { shared: Arc::new(Shared { clock, ..Shared::default() }) }
+        Self { shared: Arc::new(SharedStore { clock, ..SharedStore::default() }) }
     }
 
     /// Locks the contents. A poisoned lock can be used: no panic leaves a commit half applied, because everything is
     /// checked before anything is changed.
-    fn held(&self) -> MutexGuard<'_, Held> {
+    fn held(&self) -> MutexGuard<'_, Records> {
         self.shared.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -163,7 +163,7 @@ impl EventStore for MemoryStore {
     }
 }
 
-impl Held {
+impl Records {
     fn version(&self, stream: &StreamId) -> Version {
         Version(self.streams.get(stream).map_or(0, |events| events.len() as i64))
     }

@@ -47,7 +47,7 @@ pub struct LogNames(Vec<Segment>);
 /// The body of the document. As long as there is only one segment, the body is only its name.
 #[derive(Serialize, Deserialize)]
 #[serde(untagged)]
-enum Stored {
+enum StoredNames {
     Name(Arc<str>),
     Segments(Vec<Segment>),
 }
@@ -65,8 +65,8 @@ impl LogNames {
         let stored = serde_json::from_str(&found.body)
             .map_err(|error| StoreError::Corrupt(format!("document {key}: {error}")))?;
         let segments = match stored {
-            Stored::Name(name) => vec![Segment::new(name, Position::START)],
-            Stored::Segments(segments) => segments,
+            StoredNames::Name(name) => vec![Segment::new(name, Position::START)],
+            StoredNames::Segments(segments) => segments,
         };
         Ok((Self(segments), found.version))
     }
@@ -78,7 +78,7 @@ impl LogNames {
             if !names.0.is_empty() {
                 return Ok(names);
             }
-            let body = serde_json::to_string(&Stored::Name(Self::draw())).unwrap_or_default();
+            let body = serde_json::to_string(&StoredNames::Name(Self::draw())).unwrap_or_default();
             let put = Put { key: Self::key(), expected: Some(0), body: Some(body.into()), due: None };
             match store.commit(Commit { appends: Vec::new(), puts: vec![put] }).await {
                 // Another relay may have stored a name first.
@@ -123,8 +123,8 @@ impl LogNames {
     /// Returns the document that holds the names.
     pub fn document(&self, version: i64) -> Document {
         let stored = match &self.0[..] {
-            [only] if *only == Segment::new(only.name.clone(), Position::START) => Stored::Name(only.name.clone()),
-            segments => Stored::Segments(segments.to_vec()),
+            [only] if *only == Segment::new(only.name.clone(), Position::START) => StoredNames::Name(only.name.clone()),
+            segments => StoredNames::Segments(segments.to_vec()),
         };
         let body = serde_json::to_string(&stored).unwrap_or_default().into();
         Document { key: Self::key(), version, body, due: None }
@@ -206,8 +206,8 @@ mod tests {
         let mut names = LogNames(vec![segment("a", 0, None)]);
         assert_eq!(&*names.document(1).body, "\"a\"");
         names.push(segment("b", 9, Some(4))).unwrap();
-        let stored: Stored = serde_json::from_str(&names.document(2).body).unwrap();
-        assert!(matches!(stored, Stored::Segments(segments) if segments == names.0));
+        let stored: StoredNames = serde_json::from_str(&names.document(2).body).unwrap();
+        assert!(matches!(stored, StoredNames::Segments(segments) if segments == names.0));
         assert!(names.push(segment("c", 9, None)).is_err(), "the segment begins where another segment begins");
     }
 

@@ -35,12 +35,12 @@ pub struct Check<C, W> {
     saga: Saga<C>,
     earlier: Option<(Saga<C>, Migrate)>,
     context: C,
-    protocol: Parts<W>,
+    protocol: CheckParts<W>,
     attempts: u32,
     states_max: usize,
 }
 
-struct Parts<W> {
+struct CheckParts<W> {
     world: W,
     services: BTreeMap<String, Act<W>>,
     always: Vec<Always<W>>,
@@ -127,9 +127,9 @@ impl std::error::Error for Violation {}
 ///
 /// fn booking() -> Saga<Booking> {
 ///     Saga::named("booking")
-///         .compensatable("hold seat", |_| saga::Request::to("seats", &Seat::Hold {}))
-///         .undo(|_| saga::Request::to("seats", &Seat::Free {}))
-///         .pivot("issue ticket", |_| saga::Request::to("tickets", &Ticket::Issue {}))
+///         .compensatable("hold seat", |_| saga::StepRequest::to("seats", &Seat::Hold {}))
+///         .undo(|_| saga::StepRequest::to("seats", &Seat::Free {}))
+///         .pivot("issue ticket", |_| saga::StepRequest::to("tickets", &Ticket::Issue {}))
 ///         .build()
 /// }
 ///
@@ -152,10 +152,10 @@ impl std::error::Error for Violation {}
 ///     .ends_clean();
 /// ```
 pub fn check<C: SagaState>(saga: Saga<C>, context: C) -> Check<C, ()> {
-    Check { saga, earlier: None, context, protocol: Parts::of(()), attempts: ATTEMPTS, states_max: STATES_MAX }
+    Check { saga, earlier: None, context, protocol: CheckParts::of(()), attempts: ATTEMPTS, states_max: STATES_MAX }
 }
 
-impl<W> Parts<W> {
+impl<W> CheckParts<W> {
     fn of(world: W) -> Self {
         let (services, always, at_end) = (BTreeMap::new(), Vec::new(), Vec::new());
         Self { world, services, always, at_end, troubles: Troubles::default() }
@@ -167,7 +167,7 @@ impl<C: SagaState> Check<C, ()> {
     /// The smaller the world, the faster the check, so include only data that an invariant needs.
     pub fn world<W>(self, world: W) -> Check<C, W> {
         let Self { saga, earlier, context, attempts, states_max, .. } = self;
-        Check { saga, earlier, context, protocol: Parts::of(world), attempts, states_max }
+        Check { saga, earlier, context, protocol: CheckParts::of(world), attempts, states_max }
     }
 }
 
@@ -282,7 +282,7 @@ where
                 step.attempts_max = step.attempts_max.min(attempts);
             }
         }
-        let Parts { world, services, always, at_end, troubles } = protocol;
+        let CheckParts { world, services, always, at_end, troubles } = protocol;
         if services.is_empty() && TypeId::of::<W>() != TypeId::of::<()>() {
             let broken = "the world has no services: add them with `service`".to_owned();
             return Err(Violation { broken, history: Vec::new(), world: format!("{world:?}") });

@@ -4,12 +4,12 @@ use std::{fmt::Debug, hash::Hash};
 
 use super::{
     machine::Happening,
-    model::{Action, Luck, Message, Protocol, State},
+    model::{Action, Luck, ModelMessage, ModelState, Protocol},
 };
-use crate::saga::{At, Outcome, SagaState, Status};
+use crate::saga::{Outcome, SagaState, Status, StepRef};
 
 /// Returns one line for each move.
-pub(super) fn tell<C, W>(protocol: &Protocol<C, W>, path: &[(State<W>, Option<Action>)]) -> Vec<String>
+pub(super) fn tell<C, W>(protocol: &Protocol<C, W>, path: &[(ModelState<W>, Option<Action>)]) -> Vec<String>
 where
     C: SagaState,
     W: Clone + Debug + Eq + Hash + Send + Sync + 'static,
@@ -18,44 +18,44 @@ where
     pairs.filter_map(|((before, action), (after, _))| Some(line(protocol, before, action.as_ref()?, after))).collect()
 }
 
-fn line<C, W>(protocol: &Protocol<C, W>, before: &State<W>, action: &Action, after: &State<W>) -> String
+fn line<C, W>(protocol: &Protocol<C, W>, before: &ModelState<W>, action: &Action, after: &ModelState<W>) -> String
 where
     C: SagaState,
     W: Clone + Debug + Eq + Hash + Send + Sync + 'static,
 {
     let place = after.place.or(before.place).map(|place| protocol.machine.place(place));
-    let name = |at: At| {
+    let name = |at: StepRef| {
         let plan = place.as_ref().map(|place| protocol.machine.plan(&place.progress));
         plan.and_then(|plan| plan.place_of(at)).map_or("a step of the earlier plan", |(_, name)| name)
     };
-    let what = |at: At| match at {
-        At::Forward(_) | At::Closing(_) => format!("{:?}", name(at)),
-        At::Undo(_) => format!("the undo of {:?}", name(at)),
+    let what = |at: StepRef| match at {
+        StepRef::Forward(_) | StepRef::Closing(_) => format!("{:?}", name(at)),
+        StepRef::Undo(_) => format!("the undo of {:?}", name(at)),
     };
     let mut line = match action {
         Action::Begin => "the saga starts".to_owned(),
         Action::Take(message, luck) => match &**message {
-            Message::Command { at, attempt, to, .. } => {
+            ModelMessage::Command { at, attempt, to, .. } => {
                 let idle = after.broken.is_none() && before.ledger == after.ledger;
                 let verb = match (luck, new_reply(before, after)) {
                     (Luck::Vanishes, _) => "does, without a reply,",
                     (Luck::Fails, _) | (Luck::Does, Some(Outcome::Failed(_))) => "fails with",
                     (Luck::Refuses, _) | (Luck::Does, Some(Outcome::Refused(_))) => "refuses",
-                    (Luck::Does, _) if idle && matches!(at, At::Undo(_)) => "has nothing to undo for",
+                    (Luck::Does, _) if idle && matches!(at, StepRef::Undo(_)) => "has nothing to undo for",
                     (Luck::Does, _) if idle => "refuses",
                     (Luck::Does, _) => "does",
                 };
                 let step = what(*at);
                 format!("{to} {verb} {step} (attempt {attempt})")
             }
-            Message::Reply { .. } => format!("{message}"),
+            ModelMessage::Reply { .. } => format!("{message}"),
         },
         Action::Saga(Happening::Hear(message)) => {
             let outcome = match &**message {
-                Message::Reply { outcome, .. } if outcome.starts_with("{\"done\"") => "done",
-                Message::Reply { outcome, .. } if outcome.starts_with("{\"refused\"") => "refused",
-                Message::Reply { outcome, .. } if outcome.starts_with("{\"unknown\"") => "unknown",
-                Message::Reply { .. } | Message::Command { .. } => "failed",
+                ModelMessage::Reply { outcome, .. } if outcome.starts_with("{\"done\"") => "done",
+                ModelMessage::Reply { outcome, .. } if outcome.starts_with("{\"refused\"") => "refused",
+                ModelMessage::Reply { outcome, .. } if outcome.starts_with("{\"unknown\"") => "unknown",
+                ModelMessage::Reply { .. } | ModelMessage::Command { .. } => "failed",
             };
             format!("the saga hears that {} is {outcome}", what(message.at()))
         }
@@ -65,14 +65,14 @@ where
         Action::Saga(Happening::Retry) => "an operator retries".to_owned(),
     };
     for asked in asked(protocol, before, action) {
-        if let Message::Command { at, attempt, to, .. } = &*asked {
+        if let ModelMessage::Command { at, attempt, to, .. } = &*asked {
             line += &format!("; it asks {to} for {}", what(*at));
             if *attempt > 1 {
                 line += &format!(" again (attempt {attempt})");
             }
         }
     }
-    let status = |state: &State<W>| state.place.map(|place| protocol.machine.place(place).progress.clone());
+    let status = |state: &ModelState<W>| state.place.map(|place| protocol.machine.place(place).progress.clone());
     if let (was, Some(is)) = (status(before), status(after))
         && was.as_ref().map(|was| was.status) != Some(is.status)
         && is.status != Status::Running
@@ -92,15 +92,15 @@ where
 }
 
 /// Returns the reply that a service sent in this move.
-fn new_reply<W>(before: &State<W>, after: &State<W>) -> Option<Outcome> {
+fn new_reply<W>(before: &ModelState<W>, after: &ModelState<W>) -> Option<Outcome> {
     after.flying.difference(&before.flying).find_map(|message| match &**message {
-        Message::Reply { outcome, .. } => serde_json::from_str(outcome).ok(),
-        Message::Command { .. } => None,
+        ModelMessage::Reply { outcome, .. } => serde_json::from_str(outcome).ok(),
+        ModelMessage::Command { .. } => None,
     })
 }
 
 /// Returns the commands that the saga sent in this move.
-fn asked<C, W>(protocol: &Protocol<C, W>, before: &State<W>, action: &Action) -> Vec<std::sync::Arc<Message>>
+fn asked<C, W>(protocol: &Protocol<C, W>, before: &ModelState<W>, action: &Action) -> Vec<std::sync::Arc<ModelMessage>>
 where
     C: SagaState,
 {

@@ -13,15 +13,15 @@ use std::{
 use uuid::Uuid;
 
 use super::{
-    model::Message,
-    rules::{self, Plan},
+    model::ModelMessage,
+    rules::{self, PlanProgress},
 };
 use crate::{
     decide::aggregate::Aggregate,
     event::Event,
     saga::{
-        Ask, At, Command, Definitions, Failure, Input, Instance, Moved, Outcome, Progress, Reply, Saga, SagaEvent,
-        SagaState, Status, Verb, What, begin, transition,
+        Command, Definitions, Failure, Input, OperatorAction, Outcome, Progress, Reply, Saga, SagaCommand, SagaEvent,
+        SagaInput, SagaInstance, SagaState, Status, StepRef, Transition, begin, transition,
     },
 };
 
@@ -33,7 +33,7 @@ const LATER: i64 = 1_000_000_000;
 /// An input to the saga.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Happening {
-    Hear(Arc<Message>),
+    Hear(Arc<ModelMessage>),
     Timer,
     Deadline,
     Retry,
@@ -43,7 +43,7 @@ pub(super) enum Happening {
 
 /// One state that a saga can reach.
 pub(super) struct Place<C> {
-    instance: Instance<C>,
+    instance: SagaInstance<C>,
     /// One path to this place, as events.
     history: Vec<Arc<Written>>,
     pub progress: Progress,
@@ -55,11 +55,11 @@ pub(super) struct Place<C> {
 #[derive(Clone, Debug)]
 pub(super) struct Leap {
     pub to: usize,
-    pub send: Vec<Arc<Message>>,
+    pub send: Vec<Arc<ModelMessage>>,
 }
 
 /// `Err` names the rule that the move breaks.
-type Move = Result<Option<Leap>, String>;
+type CheckedMove = Result<Option<Leap>, String>;
 
 pub(super) struct Machine<C> {
     definitions: Arc<Definitions<C>>,
@@ -70,12 +70,12 @@ pub(super) struct Machine<C> {
 }
 
 /// The key that identifies a place.
-type Standing = (String, Progress, bool, Vec<(At, Arc<str>)>);
+type Standing = (String, Progress, bool, Vec<(StepRef, Arc<str>)>);
 
 struct Known<C> {
     places: Vec<Arc<Place<C>>>,
     numbers: HashMap<Standing, usize>,
-    moves: HashMap<(Option<usize>, Option<Happening>), Move>,
+    moves: HashMap<(Option<usize>, Option<Happening>), CheckedMove>,
 }
 
 /// A function that returns the progress in the current plan of a saga that was started under an earlier plan.
@@ -99,11 +99,11 @@ impl<C: SagaState> Machine<C> {
     }
 
     /// Returns the plan that a saga with this progress follows.
-    pub fn plan(&self, progress: &Progress) -> Plan<'_, C> {
+    pub fn plan(&self, progress: &Progress) -> PlanProgress<'_, C> {
         let known = [Some(&self.definitions), self.earlier.as_ref()].into_iter().flatten();
         let mut plans = known.map(|definitions| &*definitions.current);
         let saga = plans.find(|plan| plan.hash == progress.definition).unwrap_or(&self.definitions.current);
-        Plan { saga, progress: progress.clone() }
+        PlanProgress { saga, progress: progress.clone() }
     }
 
     /// Returns whether the newer build can still take over at this place.
@@ -120,16 +120,16 @@ impl<C: SagaState> Machine<C> {
     }
 
     /// Makes the first move.
-    pub fn begin(&self) -> Move {
+    pub fn begin(&self) -> CheckedMove {
         self.remembered(None, None)
     }
 
     /// Returns the move that `happening` causes at a place; `None` if it changes nothing.
-    pub fn happens(&self, place: usize, happening: Happening) -> Move {
+    pub fn happens(&self, place: usize, happening: Happening) -> CheckedMove {
         self.remembered(Some(place), Some(happening))
     }
 
-    fn remembered(&self, place: Option<usize>, happening: Option<Happening>) -> Move {
+    fn remembered(&self, place: Option<usize>, happening: Option<Happening>) -> CheckedMove {
         let key = (place, happening);
         if let Some(known) = self.known().moves.get(&key) {
             return known.clone();
@@ -139,7 +139,7 @@ impl<C: SagaState> Machine<C> {
         made
     }
 
-    fn make(&self, place: Option<usize>, happening: Option<&Happening>) -> Move {
+    fn make(&self, place: Option<usize>, happening: Option<&Happening>) -> CheckedMove {
         let from = place.map(|place| self.place(place));
         let instance = from.as_ref().map(|from| from.instance.clone()).unwrap_or_default();
         let deployed = self.earlier.is_none() || from.as_ref().is_some_and(|from| from.deployed);
@@ -149,18 +149,19 @@ impl<C: SagaState> Machine<C> {
             return Ok(Some(Leap { to, send: Vec::new() }));
         }
         let (what, now) = match happening {
-            None => (What::Begin(self.context.clone()), 0),
-            Some(Happening::Hear(message)) => (What::Reply(message.reply()?), 0),
-            Some(Happening::Timer) => (What::Due, SOON),
-            Some(Happening::Deadline) => (What::Due, LATER),
+            None => (SagaInput::Begin(self.context.clone()), 0),
+            Some(Happening::Hear(message)) => (SagaInput::Reply(message.reply()?), 0),
+            Some(Happening::Timer) => (SagaInput::Due, SOON),
+            Some(Happening::Deadline) => (SagaInput::Due, LATER),
             Some(Happening::Deploy) => return Err("nothing is deployed before the saga begins".to_owned()),
-            Some(Happening::Retry) => {
-                (What::Operate { verb: Verb::Retry, by: "model".to_owned(), reason: "model".to_owned() }, 0)
-            }
+            Some(Happening::Retry) => (
+                SagaInput::Operate { verb: OperatorAction::Retry, by: "model".to_owned(), reason: "model".to_owned() },
+                0,
+            ),
         };
         let definitions = self.definitions(deployed);
         let moved = in_memory(&instance, definitions, &what, now)?;
-        let ask = Ask { definitions: definitions.clone(), saga_id: SAGA_ID, now, what };
+        let ask = SagaCommand { definitions: definitions.clone(), saga_id: SAGA_ID, now, what };
         let events = instance.decide(&ask).map_err(|refusal| format!("the saga refuses: {refusal}"))?;
         let (moves, of_input) = match &events[..] {
             [moves @ SagaEvent::Migrated { .. }, rest @ ..] => (Some(moves), rest),
@@ -197,7 +198,7 @@ impl<C: SagaState> Machine<C> {
         }
         rules::timers(&progress, &moved.send, now)?;
         let to = self.number(folded, history, context, progress, deployed)?;
-        let send = moved.send.iter().map(|command| Arc::new(Message::of(command))).collect();
+        let send = moved.send.iter().map(|command| Arc::new(ModelMessage::of(command))).collect();
         let leap = Leap { to, send };
         if let Some(Happening::Hear(message)) = happening
             && self.transition(&self.place(to), &Input::Reply(message.reply()?), 0)?.is_some()
@@ -207,7 +208,7 @@ impl<C: SagaState> Machine<C> {
         Ok(Some(leap))
     }
 
-    fn transition(&self, place: &Place<C>, input: &Input, now: i64) -> Result<Option<Moved<C>>, String> {
+    fn transition(&self, place: &Place<C>, input: &Input, now: i64) -> Result<Option<Transition<C>>, String> {
         let context = place.instance.context().ok_or("a saga that began has no context")?;
         transition(self.plan(&place.progress).saga, SAGA_ID, context, &place.progress, input, now)
     }
@@ -216,7 +217,7 @@ impl<C: SagaState> Machine<C> {
     /// nothing to it.
     fn number(
         &self,
-        mut instance: Instance<C>,
+        mut instance: SagaInstance<C>,
         history: Vec<Arc<Written>>,
         context: String,
         progress: Progress,
@@ -258,9 +259,9 @@ impl<C: SagaState> Machine<C> {
         if self.transition(place, &Input::Due, 0)?.is_some() {
             return Err(format!("a timer that is not due moves the saga at {:?}", progress.step));
         }
-        let forward = (0..saga.steps.len()).map(|step| (At::Forward(step), &saga.steps[step]));
-        let undo = (0..saga.compensatable()).map(|step| (At::Undo(step), &saga.steps[step]));
-        let closing = (0..saga.closing.len()).map(|step| (At::Closing(step), &saga.closing[step]));
+        let forward = (0..saga.steps.len()).map(|step| (StepRef::Forward(step), &saga.steps[step]));
+        let undo = (0..saga.compensatable()).map(|step| (StepRef::Undo(step), &saga.steps[step]));
+        let closing = (0..saga.closing.len()).map(|step| (StepRef::Closing(step), &saga.closing[step]));
         for (at, planned) in forward.chain(undo).chain(closing) {
             let left = at != progress.at || progress.ended.is_some();
             let at = plan.known_as(at);
@@ -318,16 +319,16 @@ fn write(event: &SagaEvent) -> Result<Written, String> {
 
 /// Makes the move as a running service does, from the saga in memory.
 fn in_memory<C: SagaState>(
-    instance: &Instance<C>,
+    instance: &SagaInstance<C>,
     definitions: &Definitions<C>,
-    what: &What<C>,
+    what: &SagaInput<C>,
     now: i64,
-) -> Result<Option<Moved<C>>, String> {
+) -> Result<Option<Transition<C>>, String> {
     let input = match what {
-        What::Begin(context) => return begin(&definitions.current, SAGA_ID, context.clone(), now).map(Some),
-        What::Reply(reply) => Input::Reply(reply.clone()),
-        What::Due => Input::Due,
-        What::Operate { verb, .. } => Input::Operate(*verb),
+        SagaInput::Begin(context) => return begin(&definitions.current, SAGA_ID, context.clone(), now).map(Some),
+        SagaInput::Reply(reply) => Input::Reply(reply.clone()),
+        SagaInput::Due => Input::Due,
+        SagaInput::Operate { verb, .. } => Input::Operate(*verb),
     };
     let (Some(context), Some(progress)) = (instance.context(), &instance.progress) else {
         return Err("a saga that began has no context".to_owned());
@@ -338,8 +339,8 @@ fn in_memory<C: SagaState>(
 }
 
 /// Rebuilds a saga as a service does after a crash, from the history alone.
-fn restart<C: SagaState>(history: &[Arc<Written>]) -> Result<Instance<C>, String> {
-    let mut instance = Instance::default();
+fn restart<C: SagaState>(history: &[Arc<Written>]) -> Result<SagaInstance<C>, String> {
+    let mut instance = SagaInstance::default();
     for Written { type_name, schema_version, data } in history.iter().map(|written| &**written) {
         let event = SagaEvent::decode(type_name, *schema_version, data).map_err(|error| error.to_string())?;
         instance.evolve(&event.ok_or("an event of the saga is skipped when it is read")?);
@@ -351,7 +352,7 @@ fn json<C: SagaState>(context: &C) -> Result<String, String> {
     serde_json::to_string(context).map_err(|error| format!("the saga's state has no JSON form: {error}"))
 }
 
-impl Message {
+impl ModelMessage {
     fn of(command: &Command) -> Self {
         Self::Command {
             at: command.at,

@@ -25,16 +25,16 @@ use super::{
 use crate::{
     decide::aggregate::Aggregate,
     saga::{
-        At, Outcome, Participation, Reply, SagaState, Slot, Status, Step, StepCommand, StepError, StepEvent,
+        Outcome, Participation, Reply, SagaState, Status, Step, StepCommand, StepError, StepEvent, StepRef, StepState,
         decide_step,
     },
 };
 
 /// A message in flight.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) enum Message {
+pub(super) enum ModelMessage {
     Command {
-        at: At,
+        at: StepRef,
         call: usize,
         attempt: u32,
         must_succeed: bool,
@@ -45,15 +45,15 @@ pub(super) enum Message {
         data: String,
     },
     Reply {
-        at: At,
+        at: StepRef,
         call: usize,
         attempt: u32,
         outcome: String,
     },
 }
 
-impl Message {
-    pub fn at(&self) -> At {
+impl ModelMessage {
+    pub fn at(&self) -> StepRef {
         match self {
             Self::Command { at, .. } | Self::Reply { at, .. } => *at,
         }
@@ -83,7 +83,7 @@ impl Message {
     }
 }
 
-impl fmt::Display for Message {
+impl fmt::Display for ModelMessage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Command { at, attempt, type_name, .. } => write!(f, "command {type_name} ({at}, attempt {attempt})"),
@@ -107,17 +107,17 @@ pub(super) enum Luck {
 pub(super) enum Action {
     Begin,
     /// A command arrives at its service.
-    Take(Arc<Message>, Luck),
+    Take(Arc<ModelMessage>, Luck),
     /// The saga gets an input.
     Saga(Happening),
 }
 
 /// Everything that survives a crash.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) struct State<W> {
+pub(super) struct ModelState<W> {
     /// The place of the saga; `None` before it starts.
     pub place: Option<usize>,
-    pub flying: Arc<BTreeSet<Arc<Message>>>,
+    pub flying: Arc<BTreeSet<Arc<ModelMessage>>>,
     /// The state of each service's barrier.
     pub services: Arc<BTreeMap<String, Participation>>,
     pub ledger: Arc<Ledger>,
@@ -163,7 +163,7 @@ where
 {
     /// Returns the state after `action`, or `None` if the action changes nothing; an error names the rule that the
     /// action breaks. With `repeat`, a message that arrives stays in flight.
-    fn step(&self, state: &State<W>, action: &Action, repeat: bool) -> Result<Option<State<W>>, String> {
+    fn step(&self, state: &ModelState<W>, action: &Action, repeat: bool) -> Result<Option<ModelState<W>>, String> {
         match (action, state.place) {
             (Action::Begin, _) => Ok(self.machine.begin()?.map(|leap| self.leap(state, leap)).transpose()?),
             (Action::Take(message, luck), _) => self.take(state, message, *luck, repeat),
@@ -182,8 +182,8 @@ where
     }
 
     /// Returns the state with the saga at its new place and its commands in flight.
-    fn leap(&self, state: &State<W>, leap: Leap) -> Result<State<W>, String> {
-        let mut next = State { place: Some(leap.to), ..state.clone() };
+    fn leap(&self, state: &ModelState<W>, leap: Leap) -> Result<ModelState<W>, String> {
+        let mut next = ModelState { place: Some(leap.to), ..state.clone() };
         let to = self.machine.place(leap.to);
         let moved = |place| self.machine.place(place).progress.definition != to.progress.definition;
         if state.place.is_some_and(moved) {
@@ -204,22 +204,22 @@ where
     /// now, the barrier will always ignore it. If a reply does not change the saga, the saga has received that reply
     /// before, or no longer waits for it. Of the commands of a step that the saga has left, only the first attempt is
     /// kept, because the later attempts would have the same effect.
-    fn forget(&self, state: &mut State<W>) -> Result<(), String> {
+    fn forget(&self, state: &mut ModelState<W>) -> Result<(), String> {
         let Some(number) = state.place else { return Ok(()) };
         let progress = &self.machine.place(number).progress;
-        let present = |at: At| at == progress.known_as() && progress.ended.is_none();
+        let present = |at: StepRef| at == progress.known_as() && progress.ended.is_none();
         // In descending order, so that the map keeps the first attempt.
         let attempts = state.flying.iter().rev().filter_map(|message| match &**message {
-            Message::Command { at, call, attempt, .. } => Some(((*at, *call), *attempt)),
-            Message::Reply { .. } => None,
+            ModelMessage::Command { at, call, attempt, .. } => Some(((*at, *call), *attempt)),
+            ModelMessage::Reply { .. } => None,
         });
         let first: BTreeMap<_, _> = attempts.collect();
         let one_is_enough = self.troubles.messages_repeat;
-        let useful = |message: &Arc<Message>| match &**message {
-            Message::Reply { .. } => {
+        let useful = |message: &Arc<ModelMessage>| match &**message {
+            ModelMessage::Reply { .. } => {
                 Ok::<_, String>(self.machine.happens(number, Happening::Hear(message.clone()))?.is_some())
             }
-            Message::Command { at, call, attempt, to, .. } => {
+            ModelMessage::Command { at, call, attempt, to, .. } => {
                 let alike = one_is_enough && !present(*at) && first[&(*at, *call)] != *attempt;
                 Ok(!alike && self.matters(state, number, message, to)?)
             }
@@ -237,13 +237,13 @@ where
     }
 
     /// Returns whether a command can still have an effect, on the barrier or, through its reply, on the saga.
-    fn matters(&self, state: &State<W>, place: usize, message: &Message, to: &str) -> Result<bool, String> {
+    fn matters(&self, state: &ModelState<W>, place: usize, message: &ModelMessage, to: &str) -> Result<bool, String> {
         let command = message.command();
         let Some(known) = state.services.get(to) else { return Ok(true) };
         let outcome = match decide_step(known, &command) {
             Step::Perform => return Ok(true),
             Step::Bar => match command.at {
-                At::Undo(step) if known.slot(At::Forward(step), command.call) == Some(&Slot::Undone) => {
+                StepRef::Undo(step) if known.slot(StepRef::Forward(step), command.call) == Some(&StepState::Undone) => {
                     Outcome::Done(Value::Null)
                 }
                 _ => return Ok(true),
@@ -251,18 +251,18 @@ where
             Step::Refuse => command.refused(TOO_LATE.to_owned()),
             Step::Repeat => state.ledger.answer(command.at, command.call)?,
         };
-        Ok(self.machine.happens(place, Happening::Hear(Arc::new(Message::answer(&command, &outcome)?)))?.is_some())
+        Ok(self.machine.happens(place, Happening::Hear(Arc::new(ModelMessage::answer(&command, &outcome)?)))?.is_some())
     }
 
     /// Handles a command as `saga::participant::Desk` does.
     fn take(
         &self,
-        state: &State<W>,
-        message: &Arc<Message>,
+        state: &ModelState<W>,
+        message: &Arc<ModelMessage>,
         luck: Luck,
         repeat: bool,
-    ) -> Result<Option<State<W>>, String> {
-        let Message::Command { at, call, attempt, to, type_name, schema_version, data, .. } = &**message else {
+    ) -> Result<Option<ModelState<W>>, String> {
+        let ModelMessage::Command { at, call, attempt, to, type_name, schema_version, data, .. } = &**message else {
             return Ok(None);
         };
         let mut next = state.clone();
@@ -293,13 +293,14 @@ where
                 }
             },
         };
-        let answer = Message::answer(&command, &outcome)?;
+        let answer = ModelMessage::answer(&command, &outcome)?;
         Arc::make_mut(&mut next.ledger).answered(*at, *call, &outcome)?;
         let reply = Reply { at: *at, call: *call, attempt: *attempt, outcome };
         let replied = StepEvent::Replied { saga: String::new(), reply_to: String::new(), reply };
         Arc::make_mut(&mut next.services).entry(to.clone()).or_default().evolve(&replied);
-        let alike =
-            |other: &Arc<Message>| answer.is_failure() && other.is_failure() && other.command() == answer.command();
+        let alike = |other: &Arc<ModelMessage>| {
+            answer.is_failure() && other.is_failure() && other.command() == answer.command()
+        };
         if !next.flying.iter().any(alike) {
             Arc::make_mut(&mut next.flying).insert(Arc::new(answer));
         }
@@ -309,7 +310,7 @@ where
 
     fn perform(
         &self,
-        next: &mut State<W>,
+        next: &mut ModelState<W>,
         command: &StepCommand,
         to: &str,
         (type_name, schema_version, data): (&str, i32, &str),
@@ -348,7 +349,7 @@ where
     }
 
     /// Returns the rule or invariant that does not hold in `state`.
-    pub fn fault(&self, state: &State<W>) -> Option<String> {
+    pub fn fault(&self, state: &ModelState<W>) -> Option<String> {
         if let Some(broken) = &state.broken {
             return Some(broken.to_string());
         }
@@ -383,7 +384,7 @@ where
 
     /// Checks that a stuck saga ends if an operator retries and no more faults happen. An error names the step that the
     /// saga reaches. Replies that the saga has received are not sent again, because the saga must remember them.
-    fn ends_in_sunshine(&self, mut state: State<W>) -> Result<(), String> {
+    fn ends_in_sunshine(&self, mut state: ModelState<W>) -> Result<(), String> {
         let mut step = String::new();
         for _ in 0..SUNNY_MOVES_MAX {
             let Some(place) = state.place.map(|place| self.machine.place(place)) else { break };
@@ -393,8 +394,8 @@ where
             step.clone_from(&place.progress.step);
             let messages = state.flying.iter().filter(|message| !message.is_failure());
             let mut moves = messages.map(|message| match **message {
-                Message::Command { .. } => Action::Take(message.clone(), Luck::Does),
-                Message::Reply { .. } => Action::Saga(Happening::Hear(message.clone())),
+                ModelMessage::Command { .. } => Action::Take(message.clone(), Luck::Does),
+                ModelMessage::Reply { .. } => Action::Saga(Happening::Hear(message.clone())),
             });
             let happening = if place.is_stuck() { Happening::Retry } else { Happening::Timer };
             let action = moves.next().unwrap_or(Action::Saga(happening));
@@ -411,9 +412,9 @@ where
 
 /// Checks that all attempts at one call send the same command with the same id, and that different calls have
 /// different ids.
-fn same_command(sent: &Message, other: &Message) -> Result<(), String> {
-    let Message::Command { at, call, id, to, type_name, schema_version, data, .. } = sent else { return Ok(()) };
-    let Message::Command {
+fn same_command(sent: &ModelMessage, other: &ModelMessage) -> Result<(), String> {
+    let ModelMessage::Command { at, call, id, to, type_name, schema_version, data, .. } = sent else { return Ok(()) };
+    let ModelMessage::Command {
         at: other_at,
         call: other_call,
         id: other_id,
@@ -447,11 +448,11 @@ where
     C: SagaState,
     W: Clone + Debug + Eq + Hash + Send + Sync + 'static,
 {
-    type State = State<W>;
+    type State = ModelState<W>;
     type Action = Action;
 
-    fn init_states(&self) -> Vec<State<W>> {
-        vec![State {
+    fn init_states(&self) -> Vec<ModelState<W>> {
+        vec![ModelState {
             place: None,
             flying: Arc::default(),
             services: Arc::default(),
@@ -461,7 +462,7 @@ where
         }]
     }
 
-    fn actions(&self, state: &State<W>, actions: &mut Vec<Action>) {
+    fn actions(&self, state: &ModelState<W>, actions: &mut Vec<Action>) {
         if state.broken.is_some() {
             return;
         }
@@ -473,8 +474,8 @@ where
         let progress = &place.progress;
         for message in state.flying.iter() {
             match &**message {
-                Message::Reply { .. } => actions.push(Action::Saga(Happening::Hear(message.clone()))),
-                Message::Command { .. } => {
+                ModelMessage::Reply { .. } => actions.push(Action::Saga(Happening::Hear(message.clone()))),
+                ModelMessage::Command { .. } => {
                     actions.push(Action::Take(message.clone(), Luck::Does));
                     if self.troubles.steps_fail {
                         actions.push(Action::Take(message.clone(), Luck::Refuses));
@@ -498,13 +499,13 @@ where
         }
     }
 
-    fn next_state(&self, state: &State<W>, action: Action) -> Option<State<W>> {
+    fn next_state(&self, state: &ModelState<W>, action: Action) -> Option<ModelState<W>> {
         self.step(state, &action, self.troubles.messages_repeat)
-            .unwrap_or_else(|broken| Some(State { broken: Some(broken.into()), ..state.clone() }))
+            .unwrap_or_else(|broken| Some(ModelState { broken: Some(broken.into()), ..state.clone() }))
     }
 
     fn properties(&self) -> Vec<Property<Self>> {
-        vec![Property::always(RULES, |protocol: &Self, state: &State<W>| protocol.fault(state).is_none())]
+        vec![Property::always(RULES, |protocol: &Self, state: &ModelState<W>| protocol.fault(state).is_none())]
     }
 }
 

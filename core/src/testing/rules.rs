@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::Value;
 
 use super::machine::Happening;
-use crate::saga::{At, Command, Kind, Outcome, Progress, Saga, SagaState, Status};
+use crate::saga::{Command, Kind, Outcome, Progress, Saga, SagaState, Status, StepRef};
 
 /// The actual effect of a call, tracked independently of the states that the saga and the services record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -15,34 +15,34 @@ pub(super) enum Effect {
 }
 
 /// A plan, and the progress of a saga in that plan.
-pub(super) struct Plan<'a, C> {
+pub(super) struct PlanProgress<'a, C> {
     pub saga: &'a Saga<C>,
     pub progress: Progress,
 }
 
-impl<C> Plan<'_, C> {
-    fn steps(&self) -> impl Iterator<Item = (At, &'static str)> {
+impl<C> PlanProgress<'_, C> {
+    fn steps(&self) -> impl Iterator<Item = (StepRef, &'static str)> {
         let saga = self.saga;
-        let forward = saga.steps.iter().enumerate().map(|(place, step)| (At::Forward(place), step.name));
-        let closing = saga.closing.iter().enumerate().map(|(place, step)| (At::Closing(place), step.name));
+        let forward = saga.steps.iter().enumerate().map(|(place, step)| (StepRef::Forward(place), step.name));
+        let closing = saga.closing.iter().enumerate().map(|(place, step)| (StepRef::Closing(place), step.name));
         forward.chain(closing)
     }
 
     /// Returns the step at a place of the plan, as the participants know the step.
-    pub fn known_as(&self, at: At) -> At {
+    pub fn known_as(&self, at: StepRef) -> StepRef {
         let name = match at {
-            At::Forward(place) | At::Undo(place) => self.saga.steps[place].name,
-            At::Closing(place) => self.saga.closing[place].name,
+            StepRef::Forward(place) | StepRef::Undo(place) => self.saga.steps[place].name,
+            StepRef::Closing(place) => self.saga.closing[place].name,
         };
         self.progress.number_of(at, name)
     }
 
     /// Returns the place and the name of a step in the plan, or `None` for a step that only an earlier plan has.
-    pub fn place_of(&self, known_as: At) -> Option<(At, &'static str)> {
-        let forward = if let At::Undo(step) = known_as { At::Forward(step) } else { known_as };
+    pub fn place_of(&self, known_as: StepRef) -> Option<(StepRef, &'static str)> {
+        let forward = if let StepRef::Undo(step) = known_as { StepRef::Forward(step) } else { known_as };
         let (at, name) = self.steps().find(|(at, _)| self.known_as(*at) == forward)?;
         match (known_as, at) {
-            (At::Undo(_), At::Forward(place)) => Some((At::Undo(place), name)),
+            (StepRef::Undo(_), StepRef::Forward(place)) => Some((StepRef::Undo(place), name)),
             _ => Some((at, name)),
         }
     }
@@ -52,40 +52,40 @@ impl<C> Plan<'_, C> {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Ledger {
     /// The effects of the calls. An undo is recorded under the step that it undoes.
-    effects: BTreeMap<(At, usize), Effect>,
+    effects: BTreeMap<(StepRef, usize), Effect>,
     /// The replies, as JSON, to calls that were done with an unknown outcome.
-    unheard: BTreeMap<(At, usize), String>,
+    unheard: BTreeMap<(StepRef, usize), String>,
     /// The recorded outcomes, as JSON, of the steps that were done or refused. The service sends the same outcome again
     /// when the saga asks again.
-    answers: BTreeMap<(At, usize), String>,
+    answers: BTreeMap<(StepRef, usize), String>,
     /// The steps that a migration added before the saga's place. The saga never carries out these steps.
     skipped: BTreeSet<&'static str>,
 }
 
 impl Ledger {
     /// Records that a call was done with an unknown outcome.
-    pub fn unheard(&mut self, at: At, call: usize, reply: Value) {
+    pub fn unheard(&mut self, at: StepRef, call: usize, reply: Value) {
         self.unheard.insert((at, call), reply.to_string());
     }
 
-    pub fn is_unheard(&self, at: At, call: usize) -> bool {
+    pub fn is_unheard(&self, at: StepRef, call: usize) -> bool {
         self.unheard.contains_key(&(at, call))
     }
 
     /// Removes and returns the reply to a call that was done with an unknown outcome, when a later attempt learns that
     /// outcome.
-    pub fn heard_now(&mut self, at: At, call: usize) -> Option<Value> {
+    pub fn heard_now(&mut self, at: StepRef, call: usize) -> Option<Value> {
         self.unheard.remove(&(at, call)).and_then(|reply| reply.parse().ok())
     }
 
     /// Records that the saga follows this plan from now on.
-    pub fn moved_to<C>(&mut self, plan: &Plan<'_, C>) {
+    pub fn moved_to<C>(&mut self, plan: &PlanProgress<'_, C>) {
         let place = match plan.progress.at {
-            At::Forward(place) | At::Undo(place) => place,
-            At::Closing(_) => plan.saga.steps.len(),
+            StepRef::Forward(place) | StepRef::Undo(place) => place,
+            StepRef::Closing(_) => plan.saga.steps.len(),
         };
-        let new = |(at, _): &(At, _)| {
-            matches!(at, At::Forward(step) if *step < place)
+        let new = |(at, _): &(StepRef, _)| {
+            matches!(at, StepRef::Forward(step) if *step < place)
                 && !self.effects.keys().any(|(known, _)| *known == plan.known_as(*at))
         };
         let skipped: Vec<_> = plan.steps().filter(new).map(|(_, name)| name).collect();
@@ -93,8 +93,8 @@ impl Ledger {
     }
 
     /// Records an outcome, so that the service can send it again.
-    pub fn answered(&mut self, at: At, call: usize, outcome: &Outcome) -> Result<(), String> {
-        if !matches!(at, At::Undo(_)) && matches!(outcome, Outcome::Done(_) | Outcome::Refused(_)) {
+    pub fn answered(&mut self, at: StepRef, call: usize, outcome: &Outcome) -> Result<(), String> {
+        if !matches!(at, StepRef::Undo(_)) && matches!(outcome, Outcome::Done(_) | Outcome::Refused(_)) {
             let outcome = serde_json::to_string(outcome).map_err(|error| error.to_string())?;
             self.answers.entry((at, call)).or_insert(outcome);
         }
@@ -102,26 +102,31 @@ impl Ledger {
     }
 
     /// Returns the recorded outcome of a step that was done or refused.
-    pub fn answer(&self, at: At, call: usize) -> Result<Outcome, String> {
+    pub fn answer(&self, at: StepRef, call: usize) -> Result<Outcome, String> {
         let recorded = self.answers.get(&(at, call)).ok_or_else(|| format!("no answer is recorded for {at}/{call}"))?;
         serde_json::from_str(recorded).map_err(|error| error.to_string())
     }
 
-    fn is(&self, at: At, call: usize, effect: Effect) -> bool {
+    fn is(&self, at: StepRef, call: usize, effect: Effect) -> bool {
         self.effects.get(&(at, call)) == Some(&effect)
     }
 
     /// Records that a service carried out a call of the step that the service knows as `known_as`. Returns an error if
     /// this breaks a rule.
-    pub fn perform<C: SagaState>(&mut self, plan: &Plan<'_, C>, known_as: At, call: usize) -> Result<(), String> {
+    pub fn perform<C: SagaState>(
+        &mut self,
+        plan: &PlanProgress<'_, C>,
+        known_as: StepRef,
+        call: usize,
+    ) -> Result<(), String> {
         let Some((at, name)) = plan.place_of(known_as) else {
             return Err(format!("{known_as} is done, but the plan does not have the step"));
         };
-        if let At::Undo(step) = at {
+        if let StepRef::Undo(step) = at {
             if let Some((after, _)) = self.any(plan, step + 1.., Effect::Done) {
                 return Err(format!("{name:?} is undone while {after:?}, which came after it, is still done"));
             }
-            return match self.effects.insert((plan.known_as(At::Forward(step)), call), Effect::Undone) {
+            return match self.effects.insert((plan.known_as(StepRef::Forward(step)), call), Effect::Undone) {
                 Some(Effect::Done) => Ok(()),
                 Some(Effect::Undone) => Err(format!("{name:?} is undone twice")),
                 None => Err(format!("{name:?} is undone but was never done")),
@@ -133,17 +138,17 @@ impl Ledger {
             Some(Effect::Undone) => return Err(format!("{name:?} is done after it was undone")),
         }
         match at {
-            At::Closing(step) => {
+            StepRef::Closing(step) => {
                 if let Some((left, _)) = self.any(plan, 0.., Effect::Done) {
                     return Err(format!("{name:?} ends a compensated saga while {left:?} is still done"));
                 }
-                let is_done = |before| self.is(plan.known_as(At::Closing(before)), 0, Effect::Done);
+                let is_done = |before| self.is(plan.known_as(StepRef::Closing(before)), 0, Effect::Done);
                 match (0..step).find(|before| !is_done(*before)) {
                     Some(before) => Err(format!("{name:?} is done before {:?}", plan.saga.closing[before].name)),
                     None => Ok(()),
                 }
             }
-            At::Forward(step) | At::Undo(step) => match self.missing(plan, step) {
+            StepRef::Forward(step) | StepRef::Undo(step) => match self.missing(plan, step) {
                 Some(before) => Err(format!("{name:?} is done while {before:?}, which comes before it, is not done")),
                 None => Ok(()),
             },
@@ -153,20 +158,20 @@ impl Ledger {
     /// Returns a step in `range` with a call in the state `effect`.
     fn any<C>(
         &self,
-        plan: &Plan<'_, C>,
+        plan: &PlanProgress<'_, C>,
         range: std::ops::RangeFrom<usize>,
         effect: Effect,
     ) -> Option<(&'static str, Kind)> {
         let steps = plan.saga.steps.iter().enumerate().skip(range.start);
-        let has = |step: usize, call: usize| self.is(plan.known_as(At::Forward(step)), call, effect);
+        let has = |step: usize, call: usize| self.is(plan.known_as(StepRef::Forward(step)), call, effect);
         let mut found = steps.filter(|(step, planned)| (0..planned.calls.len()).any(|call| has(*step, call)));
         found.next().map(|(_, planned)| (planned.name, planned.kind))
     }
 
     /// Returns a step among the first `steps` that is not completely done.
-    fn missing<C>(&self, plan: &Plan<'_, C>, steps: usize) -> Option<&'static str> {
+    fn missing<C>(&self, plan: &PlanProgress<'_, C>, steps: usize) -> Option<&'static str> {
         let mut all = plan.saga.steps.iter().enumerate().take(steps);
-        let is_done = |step: usize, call: usize| self.is(plan.known_as(At::Forward(step)), call, Effect::Done);
+        let is_done = |step: usize, call: usize| self.is(plan.known_as(StepRef::Forward(step)), call, Effect::Done);
         let lacks = |step: usize, calls: usize| (0..calls).any(|call| !is_done(step, call));
         let missing =
             all.find(|(step, planned)| !self.skipped.contains(planned.name) && lacks(*step, planned.calls.len()));
@@ -174,10 +179,10 @@ impl Ledger {
     }
 
     /// Checks what must hold whenever a saga has this progress.
-    pub fn agrees<C>(&self, plan: &Plan<'_, C>) -> Result<(), String> {
+    pub fn agrees<C>(&self, plan: &PlanProgress<'_, C>) -> Result<(), String> {
         let saga = plan.saga;
         let decided = saga.steps.iter().enumerate().find(|(step, planned)| {
-            planned.kind != Kind::Compensatable && self.is(plan.known_as(At::Forward(*step)), 0, Effect::Done)
+            planned.kind != Kind::Compensatable && self.is(plan.known_as(StepRef::Forward(*step)), 0, Effect::Done)
         });
         match plan.progress.status {
             Status::Completed => match self.missing(plan, saga.steps.len()) {
@@ -185,14 +190,14 @@ impl Ledger {
                 None => Ok(()),
             },
             Status::Compensated => {
-                let left = |((at, _), effect): (&(At, usize), &Effect)| {
-                    matches!((at, effect), (At::Forward(_), Effect::Done)).then_some(*at)
+                let left = |((at, _), effect): (&(StepRef, usize), &Effect)| {
+                    matches!((at, effect), (StepRef::Forward(_), Effect::Done)).then_some(*at)
                 };
                 if let Some(at) = self.effects.iter().find_map(left) {
                     let step = plan.place_of(at).map_or("a step of the earlier plan", |(_, name)| name);
                     return Err(format!("the saga was compensated, but {step:?} is still done"));
                 }
-                let is_done = |step| self.is(plan.known_as(At::Closing(step)), 0, Effect::Done);
+                let is_done = |step| self.is(plan.known_as(StepRef::Closing(step)), 0, Effect::Done);
                 match (0..saga.closing.len()).find(|step| !is_done(*step)) {
                     Some(step) => {
                         Err(format!("the saga was compensated, but {:?} is not done", saga.closing[step].name))
@@ -213,8 +218,8 @@ impl Ledger {
 pub(super) fn place(progress: &Progress) -> String {
     match (progress.ended, progress.at) {
         (Some(_), _) => format!("that has ended {:?}", progress.status),
-        (None, At::Undo(_)) => format!("that is undoing {:?}", progress.step),
-        (None, At::Forward(_) | At::Closing(_)) => format!("that is at {:?}", progress.step),
+        (None, StepRef::Undo(_)) => format!("that is undoing {:?}", progress.step),
+        (None, StepRef::Forward(_) | StepRef::Closing(_)) => format!("that is at {:?}", progress.step),
     }
 }
 
@@ -223,7 +228,7 @@ pub(super) fn moved<C>(saga: &Saga<C>, from: &Progress, happening: &Happening, t
     if from.ended.is_some() {
         return Err(format!("{happening:?} moves a saga {}", place(from)));
     }
-    if !matches!(from.at, At::Forward(_)) && matches!(to.at, At::Forward(_)) {
+    if !matches!(from.at, StepRef::Forward(_)) && matches!(to.at, StepRef::Forward(_)) {
         return Err(format!("the saga was going back and goes forward again to {:?}", to.step));
     }
     let ended = to.ended.is_some();
@@ -231,15 +236,15 @@ pub(super) fn moved<C>(saga: &Saga<C>, from: &Progress, happening: &Happening, t
         return Err(format!("a saga that is {:?} says ended: {ended}", to.status));
     }
     let may_stick = match to.at {
-        At::Forward(step) => saga.steps[step].kind != Kind::Compensatable,
-        At::Undo(_) | At::Closing(_) => true,
+        StepRef::Forward(step) => saga.steps[step].kind != Kind::Compensatable,
+        StepRef::Undo(_) | StepRef::Closing(_) => true,
     };
     if to.status == Status::Stuck && !may_stick {
         return Err(format!("the saga is stuck at {:?}, which can be undone", to.step));
     }
     let matching = match to.status {
-        Status::Running => matches!(to.at, At::Forward(_)),
-        Status::Compensating => !matches!(to.at, At::Forward(_)),
+        Status::Running => matches!(to.at, StepRef::Forward(_)),
+        Status::Compensating => !matches!(to.at, StepRef::Forward(_)),
         Status::Completed | Status::Compensated | Status::Stuck => true,
     };
     if !matching {

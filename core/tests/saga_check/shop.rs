@@ -2,7 +2,7 @@
 
 use annals::{
     Event, Saga, SagaState, StepError,
-    saga::{Outcome, Request},
+    saga::{Outcome, StepRequest},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -55,32 +55,32 @@ pub fn sample() -> Checkout {
     Checkout { units: 2, cents: 50, discount: 0 }
 }
 
-pub fn reserve(it: &Checkout) -> Request {
-    Request::to("inventory", &Stock::Reserve { units: it.units })
+pub fn reserve(it: &Checkout) -> StepRequest {
+    StepRequest::to("inventory", &Stock::Reserve { units: it.units })
 }
-pub fn release(it: &Checkout) -> Request {
-    Request::to("inventory", &Stock::Release { units: it.units })
+pub fn release(it: &Checkout) -> StepRequest {
+    StepRequest::to("inventory", &Stock::Release { units: it.units })
 }
-pub fn charge(it: &Checkout) -> Request {
-    Request::to("payment", &Payment::Charge { cents: it.cents })
+pub fn charge(it: &Checkout) -> StepRequest {
+    StepRequest::to("payment", &Payment::Charge { cents: it.cents })
 }
-pub fn refund(it: &Checkout) -> Request {
-    Request::to("payment", &Payment::Refund { cents: it.cents })
+pub fn refund(it: &Checkout) -> StepRequest {
+    StepRequest::to("payment", &Payment::Refund { cents: it.cents })
 }
-pub fn confirm(_: &Checkout) -> Request {
-    Request::to("order", &Order::Confirm {})
+pub fn confirm(_: &Checkout) -> StepRequest {
+    StepRequest::to("order", &Order::Confirm {})
 }
-pub fn cancel(_: &Checkout) -> Request {
-    Request::to("order", &Order::Cancel {})
+pub fn cancel(_: &Checkout) -> StepRequest {
+    StepRequest::to("order", &Order::Cancel {})
 }
-pub fn ship(it: &Checkout) -> Request {
-    Request::to("inventory", &Stock::Ship { units: it.units })
+pub fn ship(it: &Checkout) -> StepRequest {
+    StepRequest::to("inventory", &Stock::Ship { units: it.units })
 }
-pub fn notify(_: &Checkout) -> Request {
-    Request::to("mail", &Mail::Send { confirmed: true })
+pub fn notify(_: &Checkout) -> StepRequest {
+    StepRequest::to("mail", &Mail::Send { confirmed: true })
 }
-pub fn notify_cancelled(_: &Checkout) -> Request {
-    Request::to("mail", &Mail::Send { confirmed: false })
+pub fn notify_cancelled(_: &Checkout) -> StepRequest {
+    StepRequest::to("mail", &Mail::Send { confirmed: false })
 }
 
 pub fn checkout() -> Saga<Checkout> {

@@ -1,10 +1,10 @@
-use annals::{Saga, SagaState, saga::Request};
+use annals::{Saga, SagaState, saga::StepRequest};
 
 #[derive(Clone, serde::Serialize, serde::Deserialize)]
 struct Trip;
 impl SagaState for Trip {}
 
-fn ask(_: &Trip) -> Request {
+fn ask(_: &Trip) -> StepRequest {
     unreachable!()
 }
 

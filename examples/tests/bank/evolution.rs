@@ -3,7 +3,7 @@ use std::{convert::Infallible, sync::Arc, time::Duration};
 use annals::{
     Aggregate, Clock, Event, EventStore, HandlerError, LocalBus, LogQuery, MemoryStore, Message, Repository, Runtime,
     Saga, SagaState, Service, Views,
-    saga::{Request, Runner, STEP_TIMEOUT},
+    saga::{Runner, STEP_TIMEOUT, StepRequest},
 };
 use bank::{
     balances::{Balance, Balances},
@@ -50,17 +50,17 @@ enum LastYearsStep {
 // ANCHOR_END: last_year
 
 fn last_years_plan() -> Saga<LastYearsState> {
-    fn debit(state: &LastYearsState) -> Request {
+    fn debit(state: &LastYearsState) -> StepRequest {
         let (account, transfer) = (state.from.clone(), state.id.clone());
-        Request::to("accounts", &LastYearsStep::Debit { account, transfer, pence: state.pence })
+        StepRequest::to("accounts", &LastYearsStep::Debit { account, transfer, pence: state.pence })
     }
-    fn refund(state: &LastYearsState) -> Request {
+    fn refund(state: &LastYearsState) -> StepRequest {
         let (account, transfer) = (state.from.clone(), state.id.clone());
-        Request::to("accounts", &LastYearsStep::Refund { account, transfer, pence: state.pence })
+        StepRequest::to("accounts", &LastYearsStep::Refund { account, transfer, pence: state.pence })
     }
-    fn credit(state: &LastYearsState) -> Request {
+    fn credit(state: &LastYearsState) -> StepRequest {
         let (account, transfer) = (state.to.clone(), state.id.clone());
-        Request::to("accounts", &LastYearsStep::Credit { account, transfer, pence: state.pence })
+        StepRequest::to("accounts", &LastYearsStep::Credit { account, transfer, pence: state.pence })
     }
     // The last steps have the same commands as today, and no test here reaches them under this plan.
     Saga::named("transfer")

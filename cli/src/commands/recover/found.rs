@@ -8,7 +8,7 @@ use std::{
 use annals::{
     Message, Recorded, StreamId,
     bus::{Delivery, Ends},
-    relay::{LogNames, Relayed, WINDOW, log_of},
+    relay::{LogNames, RelayProgress, WINDOW, log_of},
 };
 use annals_kafka::{Contents, KafkaBus};
 
@@ -41,7 +41,7 @@ pub(super) struct Found {
 /// The services whose messages are searched for, with the state of their relays.
 pub(super) struct Search<'a> {
     pub services: &'a BTreeSet<String>,
-    pub relayed: &'a BTreeMap<String, Relayed>,
+    pub relayed: &'a BTreeMap<String, RelayProgress>,
     pub names: &'a LogNames,
 }
 
@@ -81,7 +81,7 @@ impl Search<'_> {
     /// whose end some relay has not recorded is read from its beginning.
     fn known_ends(&self, topic: &str) -> Ends {
         let mut known = Ends::default();
-        let mut relays = self.services.iter().map(|service| self.relayed.get(service).map(Relayed::taken));
+        let mut relays = self.services.iter().map(|service| self.relayed.get(service).map(RelayProgress::taken));
         let Some(Some(first)) = relays.next() else { return known };
         first.partitions(topic).for_each(|(partition, next)| known.set(topic, partition, next));
         for relay in relays {

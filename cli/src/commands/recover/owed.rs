@@ -11,7 +11,7 @@ use annals::{
     Archive, Position,
     archive::{Contents, Stored},
     bus::Ends,
-    saga::{At, Owed, Reply, StepKey},
+    saga::{Owed, Reply, StepKey, StepRef},
 };
 use annals_kafka::KafkaBus;
 use serde_json::Value;
@@ -33,9 +33,9 @@ impl OwedAnswers {
         if !is_whole {
             // A second answer of a step repeats the first.
             self.0.entry(key).or_insert((event.position, reply));
-        } else if let At::Undo(step) = key.at {
+        } else if let StepRef::Undo(step) = key.at {
             // Everything that the step did is taken back already.
-            self.0.remove(&StepKey { at: At::Forward(step), ..key });
+            self.0.remove(&StepKey { at: StepRef::Forward(step), ..key });
         }
     }
 

@@ -6,7 +6,7 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 use annals::{
     BusError, Publisher, Recorded, StreamId,
     bus::{Outgoing, Receipt},
-    relay::{Relayed, Routes},
+    relay::{RelayProgress, Routes},
 };
 use annals_kafka::{KafkaBus, Settings};
 use futures::FutureExt;
@@ -38,7 +38,7 @@ pub(super) struct TopicTarget {
     routes: Routes,
     name: Arc<str>,
     /// The relay's progress, if the topic is the service's own topic.
-    relayed: Option<Relayed>,
+    relayed: Option<RelayProgress>,
     page_max: usize,
     next: Vec<Outgoing>,
     pages: VecDeque<Page>,
@@ -65,7 +65,7 @@ impl TopicTarget {
             )));
         }
         let relayed = match name == own {
-            true => Relayed::on(&*store.port()).await?.remove(service),
+            true => RelayProgress::on(&*store.port()).await?.remove(service),
             false => None,
         };
         if name == own && relayed.is_none() {

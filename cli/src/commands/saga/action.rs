@@ -48,13 +48,13 @@ pub(crate) async fn run(
     output: &mut Output,
 ) -> Result<Verdict, Failure> {
     let (verb, SagaActionArgs { act, wait }) = match verb {
-        SagaAction::Retry(arguments) => (saga::Verb::Retry, arguments),
-        SagaAction::SkipStep(arguments) => (saga::Verb::SkipStep, arguments),
-        SagaAction::Compensate(arguments) => (saga::Verb::Compensate, arguments),
-        SagaAction::Abandon(arguments) => (saga::Verb::Abandon, arguments),
+        SagaAction::Retry(arguments) => (saga::OperatorAction::Retry, arguments),
+        SagaAction::SkipStep(arguments) => (saga::OperatorAction::SkipStep, arguments),
+        SagaAction::Compensate(arguments) => (saga::OperatorAction::Compensate, arguments),
+        SagaAction::Abandon(arguments) => (saga::OperatorAction::Abandon, arguments),
     };
     let operator = Operator::new(store.port(), &act.by()?);
-    if verb != saga::Verb::Retry {
+    if verb != saga::OperatorAction::Retry {
         act.confirm(&format!("{} {stream}? The action cannot be undone.", word(&verb)))?;
     }
     let version = operator.ask(stream, verb, &act.reason).await?;

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use annals::{
     Recorded,
-    saga::{At, CallState, Outcome, Progress, SagaEvent, Status},
+    saga::{CallState, Outcome, Progress, SagaEvent, Status, StepRef},
 };
 use chrono::{DateTime, Utc};
 use serde::Serialize;
@@ -70,7 +70,7 @@ pub(crate) fn entries(history: &[(Recorded, SagaEvent)]) -> Vec<Entry> {
     entries
 }
 
-fn happened(event: &SagaEvent, before: Option<&Progress>, steps: &HashMap<At, String>) -> Vec<String> {
+fn happened(event: &SagaEvent, before: Option<&Progress>, steps: &HashMap<StepRef, String>) -> Vec<String> {
     let mut lines = Vec::new();
     let gave_up = match event {
         SagaEvent::Started { saga, .. } => {
@@ -134,10 +134,10 @@ fn sent(event: &SagaEvent) -> &[annals::saga::Command] {
 }
 
 /// Returns the name of a step, with `undo` for a compensation.
-pub(crate) fn named(at: At, step: &str) -> String {
+pub(crate) fn named(at: StepRef, step: &str) -> String {
     match at {
-        At::Forward(_) | At::Closing(_) => step.to_owned(),
-        At::Undo(_) => format!("undo {step}"),
+        StepRef::Forward(_) | StepRef::Closing(_) => step.to_owned(),
+        StepRef::Undo(_) => format!("undo {step}"),
     }
 }
 

@@ -13,7 +13,7 @@ use annals::{
     LogQuery, Recorded, Scan,
     checkpoint::CHECKPOINTS,
     parking::Parked,
-    relay::{LogNames, Relayed, Routes},
+    relay::{LogNames, RelayProgress, Routes},
 };
 use annals_kafka::{KafkaBus, Settings};
 use clap::Args;
@@ -57,7 +57,7 @@ fn published(text: &str) -> Result<Published, String> {
 
 /// What the relays of a store have sent so far.
 struct RelayState {
-    services: BTreeMap<String, Relayed>,
+    services: BTreeMap<String, RelayProgress>,
     /// The service that sends messages of each category: events of services, commands of sagas, and replies of steps.
     senders: HashMap<String, String>,
     /// By service and stream: the position of the first event that is parked or waits behind a parked event.
@@ -132,7 +132,7 @@ pub(super) async fn verify(
 impl RelayState {
     async fn on(store: &Store) -> Result<Self, Failure> {
         let archive = store.port();
-        let services = Relayed::on(&*archive).await?;
+        let services = RelayProgress::on(&*archive).await?;
         let mut senders: HashMap<String, String> =
             services.keys().map(|service| (format!("step.{service}"), service.clone())).collect();
         let mut after = "".into();

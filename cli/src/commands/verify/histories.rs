@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use annals::{
     Recorded,
-    saga::{At, Progress, SagaEvent, Status, Verb},
+    saga::{OperatorAction, Progress, SagaEvent, Status, StepRef},
 };
 
 use super::{event::place, faults::Faults};
@@ -84,7 +84,7 @@ fn follows(before: &Progress, event: &SagaEvent) -> Option<String> {
     if !possible && !migrated {
         return Some(format!("the status changed from {:?} to {:?}", before.status, after.status));
     }
-    let abandoned = matches!(event, SagaEvent::Operated { verb: Verb::Abandon, .. });
+    let abandoned = matches!(event, SagaEvent::Operated { verb: OperatorAction::Abandon, .. });
     if after.ended.is_some() != (after.status.has_ended() || abandoned) {
         return Some(format!(
             "the status is {:?}, and the saga has {}ended",
@@ -128,10 +128,10 @@ fn commands(event: &SagaEvent) -> Option<String> {
 
 /// Ranks the stages of a saga. The rank never decreases: first forward through the steps, then back through the same
 /// steps, then to the end.
-fn rank(at: At) -> (u8, usize) {
+fn rank(at: StepRef) -> (u8, usize) {
     match at {
-        At::Forward(step) => (0, step),
-        At::Undo(step) => (1, usize::MAX - step),
-        At::Closing(step) => (2, step),
+        StepRef::Forward(step) => (0, step),
+        StepRef::Undo(step) => (1, usize::MAX - step),
+        StepRef::Closing(step) => (2, step),
     }
 }

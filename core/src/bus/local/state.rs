@@ -17,7 +17,7 @@ pub const HELD_MAX: usize = 65_536;
 /// consumers.
 const STRIDE: usize = 1_024;
 
-pub(super) struct State {
+pub(super) struct BusState {
     pub(super) closed: bool,
     partitions: u32,
     /// The incarnation of all topics, which is unique for each bus. No consumer can therefore seek to an offset of
@@ -25,7 +25,7 @@ pub(super) struct State {
     incarnation: Arc<str>,
     topics: Vec<Topic>,
     topic_names: HashMap<Arc<str>, usize>,
-    groups: Vec<Group>,
+    groups: Vec<GroupState>,
     group_names: HashMap<Box<str>, usize>,
     members_ever: u64,
 }
@@ -77,11 +77,11 @@ enum Stage {
 }
 
 #[derive(Default)]
-struct Group {
-    members: BTreeMap<u64, Member>,
+struct GroupState {
+    members: BTreeMap<u64, MemberState>,
 }
 
-struct Member {
+struct MemberState {
     topics: Vec<usize>,
     wake: Arc<Notify>,
 }
@@ -138,7 +138,7 @@ impl Placed {
     }
 }
 
-impl State {
+impl BusState {
     pub(super) fn new(partitions: u32) -> Self {
         Self {
             closed: false,
@@ -186,7 +186,7 @@ impl State {
 
     pub(super) fn join(&mut self, group: &str, topics: &[&str], wakes: &mut Wakes) -> (Seat, Arc<Notify>) {
         let group = *self.group_names.entry(group.into()).or_insert_with(|| {
-            self.groups.push(Group::default());
+            self.groups.push(GroupState::default());
             self.groups.len() - 1
         });
         let mut joined: Vec<usize> = topics.iter().map(|topic| self.topic(topic)).collect();
@@ -200,7 +200,7 @@ impl State {
         }
         self.members_ever += 1;
         let (member, wake) = (self.members_ever, Arc::new(Notify::new()));
-        self.groups[group].members.insert(member, Member { topics: joined.clone(), wake: wake.clone() });
+        self.groups[group].members.insert(member, MemberState { topics: joined.clone(), wake: wake.clone() });
         self.rebalance(group, wakes);
         (Seat { group, member, topics: joined, turn: 0 }, wake)
     }
@@ -379,7 +379,13 @@ impl Log {
         self.base + self.messages.len() as i64
     }
 
-    fn push(&mut self, message: Arc<Message>, done: &Arc<oneshot::Sender<()>>, groups: &[Group], wakes: &mut Wakes) {
+    fn push(
+        &mut self,
+        message: Arc<Message>,
+        done: &Arc<oneshot::Sender<()>>,
+        groups: &[GroupState],
+        wakes: &mut Wakes,
+    ) {
         let offset = self.end();
         // Only a consumer that waits at this offset must be woken. A consumer that is behind checks for messages again
         // before it waits.

@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use annals::{Message, relay::Relayed};
+use annals::{Message, relay::RelayProgress};
 use annals_kafka::{Contents, KafkaBus, partition_of};
 
 use crate::{failure::Failure, progress};
@@ -88,7 +88,7 @@ impl Topics {
     pub async fn read(
         &mut self,
         topic: usize,
-        services: &BTreeMap<String, Relayed>,
+        services: &BTreeMap<String, RelayProgress>,
         head: i64,
         mut each: impl FnMut(&Message, u32, i64) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
