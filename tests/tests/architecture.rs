@@ -342,40 +342,119 @@ fn every_promised_test_exists() {
 const DIALECT: [&str; 5] = ["all else", "beside", "likewise", "told", "whoever"];
 
 #[test]
-fn comments_and_documents_are_in_plain_words() {
+fn prose_is_in_plain_words() {
     let workspace = Workspace::read();
     let mut files = Vec::new();
     files_of(&workspace.workspace_root, &["rs", "md"], &mut files);
-    let (mut looked_at, mut found) = (0, Vec::new());
+    let mut looked_at = 0;
+    let mut found = Vec::new();
     for file in files.iter().filter(|file| !file.ends_with("docs/style.md")) {
-        let is_page = file.extension().is_some_and(|extension| extension == "md");
         let text = fs::read_to_string(file).unwrap();
-        for (number, line) in (1..).zip(text.lines()).filter(|(_, line)| is_page || line.trim_start().starts_with("//"))
-        {
-            looked_at += 1;
-            let words = dialect(line);
+        let is_page = file.extension().is_some_and(|extension| extension == "md");
+        let mut prose: Vec<(usize, String)> = (1..)
+            .zip(text.lines())
+            .filter(|(_, line)| is_page || line.trim_start().starts_with("//"))
+            .map(|(number, line)| (number, line.to_owned()))
+            .collect();
+        if !is_page {
+            prose.extend(test_names(&text).map(|(number, name)| (number, name.replace('_', " "))));
+            // The literals of this file are the words themselves.
+            if !file.ends_with("tests/tests/architecture.rs") {
+                prose.extend(literals(&text).into_iter().map(|(number, literal)| (number, without_code(literal))));
+            }
+        }
+        looked_at += prose.len();
+        for (number, text) in prose {
+            let words = dialect(&text);
             if !words.is_empty() {
                 found.push(format!("{}:{number}: {words:?}", file.display()));
             }
         }
     }
-    assert!(looked_at > 10_000, "only {looked_at} lines were looked at");
+    assert!(looked_at > 20_000, "only {looked_at} lines, literals and names were looked at");
     assert!(found.is_empty(), "say it in the words of docs/style.md: {found:#?}");
 }
 
-/// Returns the words of `DIALECT` in a line, except words in backticks.
-fn dialect(line: &str) -> Vec<&'static str> {
-    let prose: String = line.to_lowercase().split('`').step_by(2).collect::<Vec<_>>().join(" ");
+/// Returns the words of `DIALECT` in a text, except words in backticks.
+fn dialect(text: &str) -> Vec<&'static str> {
+    let prose: String = text.to_lowercase().split('`').step_by(2).collect::<Vec<_>>().join(" ");
     let words: Vec<&str> =
         prose.split(|letter: char| !letter.is_alphanumeric()).filter(|word| !word.is_empty()).collect();
     let prose = format!(" {} ", words.join(" "));
     DIALECT.into_iter().filter(|word| prose.contains(&format!(" {word} "))).collect()
 }
 
+/// Returns the names of the tests in a Rust file, each with the number of its line.
+fn test_names(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    let mut is_test = false;
+    (1..).zip(text.lines()).filter_map(move |(number, line)| {
+        let line = line.trim_start();
+        is_test |= line.starts_with("#[test]") || line.starts_with("#[tokio::test");
+        let (_, name) = line.split_once("fn ").filter(|_| is_test && !line.starts_with("//"))?;
+        is_test = false;
+        Some((number, name.split('(').next().unwrap()))
+    })
+}
+
+/// Returns the string literals of a Rust file, each with the number of its first line.
+fn literals(text: &str) -> Vec<(usize, &str)> {
+    let mut found = Vec::new();
+    let mut at = 0;
+    while let Some(next) = text[at..].find(['"', '/', '\'']) {
+        at += next;
+        let rest = &text[at..];
+        if rest.starts_with("//") {
+            at += rest.find('\n').unwrap_or(rest.len());
+        } else if let Some(quote) = ["'\"'", "'\\\"'", "'\\''"].iter().find(|quote| rest.starts_with(**quote)) {
+            at += quote.len();
+        } else if rest.starts_with('"') {
+            let before = text[..at].trim_end_matches('#');
+            let hashes = "#".repeat(at - before.len());
+            let length = if before.ends_with('r') {
+                rest[1..].find(&format!("\"{hashes}")).unwrap()
+            } else {
+                unescaped_quote(&rest[1..])
+            };
+            found.push((text[..at].matches('\n').count() + 1, &rest[1..=length]));
+            at += length + 2;
+        } else {
+            at += 1;
+        }
+    }
+    found
+}
+
+/// Returns the index of the first quote that no backslash escapes.
+fn unescaped_quote(text: &str) -> usize {
+    let mut is_escaped = false;
+    let ends = |(_, byte): &(usize, u8)| {
+        let ends = *byte == b'"' && !is_escaped;
+        is_escaped = *byte == b'\\' && !is_escaped;
+        ends
+    };
+    text.bytes().enumerate().find(ends).unwrap().0
+}
+
+/// Removes the parts of a literal in braces, which name variables.
+fn without_code(literal: &str) -> String {
+    let mut parts = literal.split('{');
+    let first = parts.next().unwrap();
+    parts.fold(first.to_owned(), |prose, part| prose + part.split_once('}').map_or("", |(_, after)| after))
+}
+
 #[test]
 fn word_of_the_dialect_is_found() {
     assert_eq!(dialect("/// Whoever reads is (told) all else."), ["all else", "told", "whoever"]);
     assert!(dialect("/// Calls `told`, retold and besides.").is_empty());
+}
+
+#[test]
+fn literals_and_test_names_are_found() {
+    let text = "// \"not this\"\nlet a = ['\"', 'b'];\nlet c = \"one \\\" {told}\" + r#\"two \" \\\"#;\n\
+                #[test]\n\nfn three() {}\nfn four() {}\n";
+    assert_eq!(literals(text), [(3, "one \\\" {told}"), (3, "two \" \\")]);
+    assert_eq!(test_names(text).collect::<Vec<_>>(), [(6, "three")]);
+    assert_eq!(without_code("one {told} two {} three"), "one  two  three");
 }
 
 /// A document names a file in backticks, as in `core/src/handler.rs`, or in a link, as in `](docs/adr/README.md)`. A path
