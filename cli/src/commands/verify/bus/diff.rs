@@ -239,7 +239,7 @@ impl Comparison<'_> {
                 false => format!("the topic does not exist, and {messages} messages should be there"),
                 true => format!(
                     "the topic is compacted, so brokers remove all but the last message of each key: {messages} sent \
-                     messages are gone, and lost messages cannot be told from compacted messages; set \
+                     messages are gone, and lost messages cannot be distinguished from compacted messages; set \
                      cleanup.policy=delete"
                 ),
             };
