@@ -7,9 +7,9 @@ use annals::{
     bus::{Delivery, Ends, Partition},
 };
 use rdkafka::{
-    Message as _, Offset, TopicPartitionList,
-    consumer::{BaseConsumer, Consumer as _},
-    error::KafkaError,
+    ClientContext, Message as _, Offset, TopicPartitionList,
+    consumer::{BaseConsumer, Consumer as _, ConsumerContext},
+    error::{KafkaError, RDKafkaErrorCode},
 };
 use tokio::sync::mpsc;
 
@@ -75,7 +75,8 @@ impl Contents {
         config.set("queued.max.messages.kbytes", "4096").set("auto.offset.reset", "earliest");
         let fixed =
             [("enable.partition.eof", "true"), ("enable.auto.commit", "false"), ("group.id", "annals-contents")];
-        let consumer: BaseConsumer = settings.finish(config, &fixed)?.create().map_err(misconfigured)?;
+        let consumer: BaseConsumer<UntilEnd> =
+            settings.finish(config, &fixed)?.create_with_context(UntilEnd).map_err(misconfigured)?;
         let on_cluster = settings.on_cluster(&topic);
         let named = topic.clone();
         let begin = move || begin(&consumer, &on_cluster, &from, &named).map(|ranges| (consumer, ranges));
@@ -90,9 +91,22 @@ impl Contents {
     }
 }
 
-/// Starts each partition at its offset in `from`, where the topic has the name `named`. A partition that has no offset in `from`, or that ends before that
-/// offset, starts at the first offset that still exists.
-fn begin(consumer: &BaseConsumer, topic: &str, from: &Ends, named: &str) -> Result<TopicRanges, KafkaError> {
+/// The context of a client that reads to the ends of its partitions, which the client reports as errors.
+pub(crate) struct UntilEnd;
+
+impl ClientContext for UntilEnd {
+    fn error(&self, error: KafkaError, reason: &str) {
+        if error.rdkafka_error_code() != Some(RDKafkaErrorCode::PartitionEOF) {
+            tracing::warn!(%error, reason, "Kafka client");
+        }
+    }
+}
+
+impl ConsumerContext for UntilEnd {}
+
+/// Starts each partition at its offset in `from`, where the topic has the name `named`. A partition that has no offset in
+/// `from`, or that ends before that offset, starts at the first offset that still exists.
+fn begin(consumer: &BaseConsumer<UntilEnd>, topic: &str, from: &Ends, named: &str) -> Result<TopicRanges, KafkaError> {
     let metadata = consumer.fetch_metadata(Some(topic), PATIENCE)?;
     let count = metadata.topics().first().map_or(0, |found| found.partitions().len()) as i32;
     let (mut ranges, mut held, mut list) = (Vec::new(), Vec::new(), TopicPartitionList::new());
@@ -112,7 +126,7 @@ fn begin(consumer: &BaseConsumer, topic: &str, from: &Ends, named: &str) -> Resu
 
 /// Runs until every partition is at its end, or the caller is gone.
 fn read(
-    consumer: &BaseConsumer,
+    consumer: &BaseConsumer<UntilEnd>,
     ranges: &[Range<i64>],
     cluster: &Arc<str>,
     topic: &Arc<str>,

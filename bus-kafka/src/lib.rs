@@ -69,8 +69,9 @@ impl KafkaBus {
     /// answers within ten seconds.
     pub async fn connect(settings: Settings) -> Result<Self, BusError> {
         settings.check_prefix()?;
-        let (topics, producer) = (Topics::new(&settings)?, Producer::new(&settings)?);
+        let topics = Topics::new(&settings)?;
         let mut cluster = topics.cluster().await?;
+        let producer = Producer::new(&settings, topics.round_trip().await?)?;
         if settings.has_prefix() {
             cluster = format!("{cluster}/{}", settings.on_cluster("")).into();
         }

@@ -35,6 +35,19 @@ const BATCH_BYTES_MAX: usize = 1_000_000;
 /// that is silent for a day. Older versions of Kafka also forget a producer once retention, which runs every few
 /// minutes, has removed all messages of that producer.
 const KNOWN_MS: u64 = 10_000;
+/// A broker is distant if a request takes longer than this.
+const DISTANT: Duration = Duration::from_millis(2);
+/// The number of clients of a producer whose brokers are distant. A client has at most five requests in flight to a
+/// broker, and each request carries messages of one partition. With a single client, a service that sends to five topics
+/// of eight partitions each would therefore wait several round trips. Near brokers answer so soon that more clients
+/// would only cost threads and connections.
+const DISTANT_CLIENTS: usize = 8;
+/// The maximum number of messages that wait in the clients of a producer.
+const MESSAGES_MAX: usize = 100_000;
+/// The maximum size of the messages that wait in the clients of a producer, in kilobytes.
+const KBYTES_MAX: usize = 65_536;
+/// The least share of a client, in kilobytes: the largest message must fit.
+const CLIENT_KBYTES_MIN: usize = 16_384;
 /// How often a full queue is checked even if nothing was delivered.
 const FULL_TICK: Duration = Duration::from_millis(100);
 
@@ -94,14 +107,19 @@ struct Delivered {
 /// acknowledged a message of this producer expects the next sequence number and accepts no other. The gate therefore
 /// lets a message pass if no other message is in flight to the partition, or if the partition has acknowledged a
 /// message recently.
-#[derive(Default)]
 struct Gate {
+    /// The client that sends to the partition.
+    client: usize,
     under_way: AtomicUsize,
     /// The time of the last acknowledgement, in milliseconds since the start of the producer; 0 if there was none.
     acknowledged_ms: AtomicU64,
 }
 
 impl Gate {
+    fn of_client(client: usize) -> Arc<Self> {
+        Arc::new(Self { client, under_way: AtomicUsize::new(0), acknowledged_ms: AtomicU64::new(0) })
+    }
+
     /// Returns whether a message may pass now. Acknowledgements from before the client's last error do not count.
     fn pass(&self, now_ms: u64, erred_ms: u64) -> bool {
         let acknowledged_ms = self.acknowledged_ms.load(Ordering::Acquire);
@@ -130,6 +148,7 @@ impl Drop for InFlightGuard {
 /// The gates of all partitions of a topic.
 type Gates = Vec<Arc<Gate>>;
 
+/// The state that all clients of a producer share. If one of them fails, all of them are replaced.
 struct SendContext {
     settings: Settings,
     broken: AtomicBool,
@@ -138,6 +157,8 @@ struct SendContext {
     /// Whether a batch was too large for its topic and may have contained more than one message.
     too_large: AtomicBool,
     batch_bytes_max: usize,
+    /// The number of clients.
+    clients: usize,
     room: Notify,
     /// The offsets up to which brokers have acknowledged messages. This producer shares them with the producers before
     /// and after it.
@@ -159,26 +180,41 @@ impl SendContext {
         let (mut gates, number) = (self.gates.lock().unwrap_or_else(PoisonError::into_inner), partition as usize);
         let of_topic = gates.entry(topic.clone()).or_default();
         if of_topic.len() <= number {
-            of_topic.resize_with(number + 1, Arc::default);
+            let offset = topic.bytes().map(usize::from).sum::<usize>();
+            let known = of_topic.len();
+            of_topic.extend((known..=number).map(|number| Gate::of_client((offset + number) % self.clients)));
         }
         of_topic[number].clone()
     }
 }
 
-impl ClientContext for SendContext {
+/// The part of the shared state that a client calls back.
+struct Callbacks(Arc<SendContext>);
+
+impl ClientContext for Callbacks {
     fn error(&self, error: KafkaError, reason: &str) {
+        self.0.erred(error, reason);
+    }
+}
+
+impl ProducerContext for Callbacks {
+    type DeliveryOpaque = Box<Delivered>;
+
+    fn delivery(&self, result: &DeliveryResult<'_>, delivered: Box<Delivered>) {
+        self.0.delivered(result, delivered);
+    }
+}
+
+impl SendContext {
+    fn erred(&self, error: KafkaError, reason: &str) {
         self.erred_ms.store(self.now_ms(), Ordering::Release);
         if matches!(error, KafkaError::Global(RDKafkaErrorCode::Fatal)) {
             self.broken.store(true, Ordering::Release);
         }
         tracing::warn!(%error, reason = self.settings.without_secrets(reason), "Kafka producer");
     }
-}
 
-impl ProducerContext for SendContext {
-    type DeliveryOpaque = Box<Delivered>;
-
-    fn delivery(&self, result: &DeliveryResult<'_>, delivered: Box<Delivered>) {
+    fn delivered(&self, result: &DeliveryResult<'_>, delivered: Box<Delivered>) {
         if result.is_ok() {
             delivered.guard.0.acknowledged(self.now_ms());
         }
@@ -229,29 +265,27 @@ fn failed() -> BusError {
 /// that messages that are published again follow everything that the failed producer has sent.
 pub(crate) struct Producer {
     settings: Settings,
+    /// The number of clients.
+    clients: usize,
     /// The maximum size of a batch, in bytes. A topic's limit applies to a batch, not to a message.
     batch_bytes_max: AtomicUsize,
-    current: Mutex<Arc<ThreadedProducer<SendContext>>>,
+    current: Mutex<Arc<Clients>>,
     taken: Arc<Mutex<Ends>>,
 }
 
-impl Producer {
-    pub fn new(settings: &Settings) -> Result<Self, BusError> {
-        let taken = Arc::default();
-        let current = Mutex::new(Self::start(settings, BATCH_BYTES_MAX, &taken)?);
-        Ok(Self { settings: settings.clone(), batch_bytes_max: AtomicUsize::new(BATCH_BYTES_MAX), current, taken })
-    }
+/// The clients that send the messages of one producer.
+struct Clients {
+    context: Arc<SendContext>,
+    clients: Vec<ThreadedProducer<Callbacks>>,
+}
 
-    /// Returns the offsets up to which brokers have acknowledged messages.
-    pub fn taken(&self) -> Ends {
-        self.taken.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
+impl Clients {
     fn start(
         settings: &Settings,
+        clients: usize,
         batch_bytes_max: usize,
         taken: &Arc<Mutex<Ends>>,
-    ) -> Result<Arc<ThreadedProducer<SendContext>>, BusError> {
+    ) -> Result<Arc<Self>, BusError> {
         let mut config = settings.client();
         config
             // This delay is long enough to batch the messages of one call. Messages that arrive while requests are in
@@ -263,37 +297,60 @@ impl Producer {
             .set("topic.metadata.propagation.max.ms", "5000")
             .set("message.max.bytes", MESSAGE_BYTES_MAX.to_string())
             .set("batch.size", batch_bytes_max.to_string())
-            .set("queue.buffering.max.messages", "100000")
-            .set("queue.buffering.max.kbytes", "65536");
+            .set("queue.buffering.max.messages", (MESSAGES_MAX / clients).to_string())
+            .set("queue.buffering.max.kbytes", (KBYTES_MAX / clients).max(CLIENT_KBYTES_MIN).to_string());
         let config = settings.finish(config, &FIXED)?;
-        let (broken, too_large, room) = (AtomicBool::new(false), AtomicBool::new(false), Notify::new());
-        let (settings, waiting, taken) = (settings.clone(), Arc::default(), taken.clone());
-        let (started_at, erred_ms, gates) = (Instant::now(), AtomicU64::new(0), Mutex::default());
-        let context = SendContext {
-            settings,
-            broken,
-            waiting,
-            too_large,
+        let context = Arc::new(SendContext {
+            settings: settings.clone(),
+            broken: AtomicBool::new(false),
+            waiting: Arc::default(),
+            too_large: AtomicBool::new(false),
             batch_bytes_max,
-            room,
-            taken,
-            started_at,
-            erred_ms,
-            gates,
-        };
-        Ok(Arc::new(config.create_with_context(context).map_err(misconfigured)?))
+            clients,
+            room: Notify::new(),
+            taken: taken.clone(),
+            started_at: Instant::now(),
+            erred_ms: AtomicU64::new(0),
+            gates: Mutex::default(),
+        });
+        let client = |_| config.create_with_context(Callbacks(context.clone())).map_err(misconfigured);
+        let clients = (0..clients).map(client).collect::<Result<_, _>>()?;
+        Ok(Arc::new(Self { context, clients }))
+    }
+
+    /// Drops all messages that no broker has acknowledged. Their receipts report an error.
+    fn purge(&self) {
+        for client in &self.clients {
+            client.purge(PurgeConfig::default().queue().inflight().non_blocking());
+        }
+    }
+}
+
+impl Producer {
+    /// Creates a producer. `round_trip` is the duration of a request to a broker.
+    pub fn new(settings: &Settings, round_trip: Duration) -> Result<Self, BusError> {
+        let clients = if round_trip > DISTANT { DISTANT_CLIENTS } else { 1 };
+        let taken = Arc::default();
+        let current = Mutex::new(Clients::start(settings, clients, BATCH_BYTES_MAX, &taken)?);
+        let (settings, batch_bytes_max) = (settings.clone(), AtomicUsize::new(BATCH_BYTES_MAX));
+        Ok(Self { settings, clients, batch_bytes_max, current, taken })
+    }
+
+    /// Returns the offsets up to which brokers have acknowledged messages.
+    pub fn taken(&self) -> Ends {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Returns the current producer, or a new producer if the current one has failed, and whether the producer is new.
     /// Returns an error until every caller has seen the old producer fail. A caller that has not seen the failure would
     /// send its next page ahead of the failed messages.
-    fn sound(&self) -> Result<(Arc<ThreadedProducer<SendContext>>, bool), BusError> {
+    fn sound(&self) -> Result<(Arc<Clients>, bool), BusError> {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        if !current.client().context().broken.load(Ordering::Acquire) {
+        if !current.context.broken.load(Ordering::Acquire) {
             return Ok((current.clone(), false));
         }
-        current.purge(PurgeConfig::default().queue().inflight().non_blocking());
-        let context = current.client().context();
+        current.purge();
+        let context = &current.context;
         if Arc::strong_count(&context.waiting) > 1 {
             return Err(failed());
         }
@@ -301,7 +358,10 @@ impl Producer {
             self.batch_bytes_max.fetch_min((context.batch_bytes_max / 2).max(1), Ordering::AcqRel);
         }
         let batch_bytes_max = self.batch_bytes_max.load(Ordering::Acquire);
-        let broken = std::mem::replace(&mut *current, Self::start(&self.settings, batch_bytes_max, &self.taken)?);
+        let broken = std::mem::replace(
+            &mut *current,
+            Clients::start(&self.settings, self.clients, batch_bytes_max, &self.taken)?,
+        );
         // Dropping the client blocks on its connections.
         tokio::task::spawn_blocking(move || drop(broken));
         Ok((current.clone(), true))
@@ -316,14 +376,14 @@ impl Producer {
     pub fn fit(&self, topic_bytes_max: usize) {
         if self.batch_bytes_max.fetch_min(topic_bytes_max, Ordering::AcqRel) > topic_bytes_max {
             let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-            current.client().context().broken.store(true, Ordering::Release);
+            current.context.broken.store(true, Ordering::Release);
         }
     }
 
     /// Sends messages that fit their topics, each to its partition.
     pub async fn send(&self, messages: Vec<Outgoing>, partitions: &[u32]) -> Result<Receipt, BusError> {
-        let (producer, _) = self.sound()?;
-        let context = producer.client().context().clone();
+        let (clients, _) = self.sound()?;
+        let context = &clients.context;
         let waiting = context.waiting.clone();
         let (done, receipt) = oneshot::channel();
         let batch = Arc::new(Batch {
@@ -346,13 +406,14 @@ impl Producer {
                     // The time is read for each message, because a full client may have blocked the previous message
                     // for minutes.
                 } else if gate.pass(context.now_ms(), context.erred_ms.load(Ordering::Acquire)) {
+                    let client = &clients.clients[gate.client];
                     let delivered = Box::new(Delivered { batch: batch.clone(), index, guard: InFlightGuard(gate) });
                     let record = BaseRecord::with_opaque_to(topic, delivered)
                         .partition(partitions[index] as i32)
                         .key(&*message.key)
                         .payload(&*message.data)
                         .headers(cloud_event::headers(message));
-                    hand_over(&producer, &context, record).await?;
+                    hand_over(client, context, record).await?;
                     unsent.count -= 1;
                 } else {
                     closed.push(gate);
@@ -382,7 +443,7 @@ type Record<'m> = BaseRecord<'m, str, str, Box<Delivered>>;
 
 /// Hands a message to the client as soon as the client has room.
 async fn hand_over(
-    producer: &ThreadedProducer<SendContext>,
+    client: &ThreadedProducer<Callbacks>,
     context: &SendContext,
     mut record: Record<'_>,
 ) -> Result<(), BusError> {
@@ -391,7 +452,7 @@ async fn hand_over(
         let result = if context.broken.load(Ordering::Acquire) {
             Err((None, record))
         } else {
-            producer.send(record).map_err(|(error, back)| (Some(error), back))
+            client.send(record).map_err(|(error, back)| (Some(error), back))
         };
         match result {
             Ok(()) => return Ok(()),
@@ -428,6 +489,6 @@ impl Drop for Producer {
     fn drop(&mut self) {
         let current = self.current.get_mut().unwrap_or_else(PoisonError::into_inner);
         // Callers that wait for a receipt publish unacknowledged messages again.
-        current.purge(PurgeConfig::default().queue().inflight().non_blocking());
+        current.purge();
     }
 }

@@ -16,6 +16,7 @@ use rdkafka::{
 use crate::{
     cloud_event,
     consumer::Place,
+    contents::UntilEnd,
     settings::{Settings, misconfigured},
 };
 
@@ -44,7 +45,8 @@ pub(crate) async fn since(
     let mut config = settings.consumer();
     config.set("queued.max.messages.kbytes", "4096").set("auto.offset.reset", "earliest");
     let fixed = [("enable.partition.eof", "true"), ("enable.auto.commit", "false"), ("group.id", "annals-contents")];
-    let consumer: BaseConsumer = settings.finish(config, &fixed)?.create().map_err(misconfigured)?;
+    let consumer: BaseConsumer<UntilEnd> =
+        settings.finish(config, &fixed)?.create_with_context(UntilEnd).map_err(misconfigured)?;
     let looked = tokio::task::spawn_blocking(move || {
         let open = begin(&consumer, &ends).map_err(|error| unavailable(&error))?;
         read(&consumer, open, &cluster, &service)
@@ -53,7 +55,7 @@ pub(crate) async fn since(
 }
 
 /// Assigns the partitions that have messages after `ends`, and returns the present end of each of these partitions.
-fn begin(consumer: &BaseConsumer, ends: &Ends) -> Result<HashMap<Place, i64>, KafkaError> {
+fn begin(consumer: &BaseConsumer<UntilEnd>, ends: &Ends) -> Result<HashMap<Place, i64>, KafkaError> {
     let mut places = Vec::new();
     for topic in ends.topics() {
         let metadata = consumer.fetch_metadata(Some(topic), PATIENCE)?;
@@ -85,7 +87,11 @@ fn begin(consumer: &BaseConsumer, ends: &Ends) -> Result<HashMap<Place, i64>, Ka
 }
 
 /// Returns the first or the next offset of each partition, with one request per broker.
-fn offsets(consumer: &BaseConsumer, places: &[Place], which: Offset) -> Result<HashMap<Place, i64>, KafkaError> {
+fn offsets(
+    consumer: &BaseConsumer<UntilEnd>,
+    places: &[Place],
+    which: Offset,
+) -> Result<HashMap<Place, i64>, KafkaError> {
     let mut asked = TopicPartitionList::new();
     for (topic, partition) in places {
         asked.add_partition_offset(topic, *partition, which)?;
@@ -102,7 +108,7 @@ fn offsets(consumer: &BaseConsumer, places: &[Place], which: Offset) -> Result<H
 }
 
 fn read(
-    consumer: &BaseConsumer,
+    consumer: &BaseConsumer<UntilEnd>,
     mut open: HashMap<Place, i64>,
     cluster: &Arc<str>,
     service: &Arc<str>,
@@ -151,7 +157,7 @@ fn read(
 
 /// Closes the partitions that the client has read to the end. The end-of-partition event names the partition but not
 /// the topic.
-fn at_their_ends(consumer: &BaseConsumer, open: &mut HashMap<Place, i64>) -> Result<(), KafkaError> {
+fn at_their_ends(consumer: &BaseConsumer<UntilEnd>, open: &mut HashMap<Place, i64>) -> Result<(), KafkaError> {
     for element in consumer.position()?.elements() {
         let place = (element.topic().to_owned(), element.partition());
         if let (Offset::Offset(at), Some(next)) = (element.offset(), open.get(&place).copied())

@@ -24,6 +24,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(500);
 /// How long all brokers may take to learn of a new topic.
 const SETTLED: Duration = Duration::from_secs(10);
+/// A topic of the cluster itself. The round trip to a broker is measured with requests for this topic, because such a
+/// request has the same size everywhere. It does not matter whether the caller may see the topic.
+const EXISTING: &str = "__consumer_offsets";
 /// The default maximum message size of brokers, in bytes.
 const MESSAGE_BYTES_DEFAULT: usize = 1_000_000;
 
@@ -103,6 +106,21 @@ impl Topics {
                 Err(BusError::Unavailable(format!("no broker of {} answered within {seconds} s", self.settings)))
             }
         }
+    }
+
+    /// Returns the duration of a request to a broker: the shorter of two, because a busy machine delays some requests.
+    pub async fn round_trip(&self) -> Result<Duration, BusError> {
+        let looking = self.looking.clone();
+        let measured = tokio::task::spawn_blocking(move || {
+            let request = |_| {
+                let asked_at = Instant::now();
+                looking.fetch_metadata(Some(EXISTING), PATIENCE).map(|_| asked_at.elapsed())
+            };
+            (0..2).map(request).collect::<Result<Vec<_>, KafkaError>>()
+        });
+        let measured = measured.await.map_err(|error| BusError::Unavailable(error.to_string()))?;
+        let measured = measured.map_err(|error| BusError::Unavailable(format!("measuring the round trip: {error}")))?;
+        Ok(measured.into_iter().min().unwrap_or_default())
     }
 
     fn known(&self) -> std::sync::MutexGuard<'_, HashMap<Arc<str>, Known>> {
