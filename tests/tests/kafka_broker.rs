@@ -102,6 +102,30 @@ async fn broker_killed_and_away_under_load_loses_nothing() {
     consumer.drain(DRAIN).await.unwrap();
 }
 
+/// A producer has several clients if its broker is distant. All of them are replaced together.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn distant_broker_killed_under_load_loses_nothing() {
+    let mut broker = Broker::at_distance(Duration::from_millis(3)).await;
+    let pair = Pair::on(&broker.address()).await;
+    let relay = pair.start_relay(pair.source_store().await, Arc::new(pair.bus().await), 1, None).await;
+    let consumer = pair.consumer().await;
+    let load = Load::start(pair.source_store().await, PAUSE);
+    let mut sql = pair.sql().await;
+    for _ in 0..2 {
+        let before = sql.copies().await;
+        until("a load", async || sql.copies().await >= before + 200).await;
+        broker.kill();
+        shows(&relay, "in trouble", in_trouble).await;
+        broker.resume();
+        are_fine([&relay, &consumer]).await;
+    }
+    load.end().await;
+    pair.handled(&mut sql).await;
+    pair.agrees().await;
+    relay.drain(DRAIN).await.unwrap();
+    consumer.drain(DRAIN).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lost_leader_is_replaced() {
     let mut brokers = Broker::cluster(3);
