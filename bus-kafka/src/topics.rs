@@ -110,11 +110,11 @@ impl Topics {
 
     /// Returns the duration of a request to a broker: the shorter of two, because a busy machine delays some requests.
     pub async fn round_trip(&self) -> Result<Duration, BusError> {
-        let looking = self.looking.clone();
+        let probe = self.probe.clone();
         let measured = tokio::task::spawn_blocking(move || {
             let request = |_| {
                 let asked_at = Instant::now();
-                looking.fetch_metadata(Some(EXISTING), PATIENCE).map(|_| asked_at.elapsed())
+                probe.fetch_metadata(Some(EXISTING), PATIENCE).map(|_| asked_at.elapsed())
             };
             (0..2).map(request).collect::<Result<Vec<_>, KafkaError>>()
         });

@@ -14,11 +14,9 @@ use std::{
 };
 
 use annals::{Bus, BusError, Publisher, bus::Ends};
+use annals_conformance::bus::{Member, message, publish};
 use annals_kafka::{KafkaBus, Settings};
-use annals_tests::{
-    bus::{Member, message, publish},
-    kafka::{brokers, jars},
-};
+use annals_tests::kafka::{brokers, jars};
 use kafka::{DRAIN, Pair, TALLIES, add};
 use rdkafka::{
     ClientConfig,
