@@ -407,15 +407,15 @@ fn literals(text: &str) -> Vec<(usize, &str)> {
             at += rest.find('\n').unwrap_or(rest.len());
         } else if let Some(quote) = ["'\"'", "'\\\"'", "'\\''"].iter().find(|quote| rest.starts_with(**quote)) {
             at += quote.len();
-        } else if rest.starts_with('"') {
+        } else if let Some(inside) = rest.strip_prefix('"') {
             let before = text[..at].trim_end_matches('#');
             let hashes = "#".repeat(at - before.len());
             let length = if before.ends_with('r') {
-                rest[1..].find(&format!("\"{hashes}")).unwrap()
+                inside.find(&format!("\"{hashes}")).unwrap()
             } else {
-                unescaped_quote(&rest[1..])
+                unescaped_quote(inside)
             };
-            found.push((text[..at].matches('\n').count() + 1, &rest[1..=length]));
+            found.push((text[..at].matches('\n').count() + 1, &inside[..length]));
             at += length + 2;
         } else {
             at += 1;
