@@ -320,18 +320,13 @@ async fn are_restored(restored: &[&str]) {
     schemas.drop().await;
 }
 
-/// A participant is restored, the service with the sagas, or all four to different moments. The three shops run side by
-/// side, because their processes spend most of the time waiting.
-#[test]
-fn restored_services_end_consistent() {
+/// A participant is restored, the service with the sagas, or all four to different moments.
+#[tokio::test]
+async fn restored_services_end_consistent() {
     let cases: [&[&str]; 3] = [&["payment", "order", "notification", "inventory"], &["inventory"], &["order"]];
-    std::thread::scope(|scope| {
-        for restored in cases {
-            let case = std::thread::Builder::new().name(format!("restored: {restored:?}"));
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            case.spawn_scoped(scope, move || runtime.block_on(are_restored(restored))).unwrap();
-        }
-    });
+    for restored in cases {
+        are_restored(restored).await;
+    }
 }
 
 /// The database fails over to a standby that lacks the last commits, while services run and customers buy.
