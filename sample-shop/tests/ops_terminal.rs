@@ -68,7 +68,7 @@ async fn rebuild_shows_a_bar_asks_and_can_be_interrupted() {
     let (code, printed) = yes.ended();
     assert_eq!(code, 0, "{printed}");
     let said = lines(&printed);
-    assert!(said.iter().any(|line| line == "0 live views and 500 rebuilt ones: 500 differences"), "{said:#?}");
-    assert_eq!(said.last().unwrap(), "swapped: 500 views are live in place of 0");
+    assert!(said.iter().any(|line| line == "0 live views and 500 rebuilt views: 500 differences"), "{said:#?}");
+    assert_eq!(said.last().unwrap(), "swapped: 500 new views replace 0 old views");
     assert_eq!(generations(&path).await, [("read.shelf@5".to_owned(), 500)]);
 }
