@@ -26,13 +26,8 @@ const CORE_ROOMS_MAX: usize = 20;
 /// The maximum number of arrows between the rooms of the core.
 const CORE_ARROWS_MAX: usize = 100;
 /// The names that more than one type of a package has. No name may be added.
-const SHARED_NAMES: [(&str, &str); 5] = [
-    ("bench", "Arguments EventRow"),
-    ("bus-kafka", "Context Place Ranges"),
-    ("sample-shop", "Signals"),
-    ("store-postgres", "Outcome"),
-    ("tests", "Script"),
-];
+const SHARED_NAMES: [(&str, &str); 3] =
+    [("bench", "Arguments EventRow"), ("sample-shop", "Signals"), ("tests", "Script")];
 /// Drivers of databases and brokers. The core must not depend on them, not even indirectly.
 const DRIVERS: [&str; 8] =
     ["sqlx", "sqlx-core", "sqlx-postgres", "libsqlite3-sys", "rusqlite", "tokio-postgres", "rdkafka", "rdkafka-sys"];
