@@ -13,7 +13,7 @@ use crate::{
     Event,
     base::name::RELAY,
     commit::{Append, COMMIT_ROWS_MAX, Commit, CommitError, Document, DocumentKey, Expected, Put},
-    event::{Metadata, NewEvent, Position, StreamId, Version, derived_id},
+    event::{EVENT_BYTES_MAX, Metadata, NewEvent, Position, StreamId, Version, derived_id},
     follow::{
         checkpoint::{CHECKPOINTS, Checkpoint},
         parking::{DeadLetters, Parked},
@@ -33,6 +33,9 @@ const RACES_MAX: u32 = 10;
 /// The maximum number of parked messages that a reset removes. The remaining rows of the commit are for the checkpoints
 /// of the lanes and for the event that records the action.
 const RESET_PARKED_MAX: usize = COMMIT_ROWS_MAX - 1_000;
+/// The maximum size of a parked document that an event records unchanged, in bytes. The rest of an event is for the
+/// names and for the reason.
+pub const DROPPED_BYTES_MAX: usize = EVENT_BYTES_MAX / 2;
 /// The number of documents or events read per page.
 const PAGE: usize = 500;
 
@@ -60,7 +63,8 @@ pub enum OperatorEvent {
         subscription: String,
         /// The key of the message, or its id.
         key: String,
-        /// The parked document, unchanged.
+        /// The parked document, unchanged. If the document has more than [`DROPPED_BYTES_MAX`] bytes, its message is
+        /// replaced by the number of these bytes.
         parked: Box<RawValue>,
         /// The name of the operator.
         by: String,
@@ -167,6 +171,17 @@ pub struct Operator {
     by: String,
 }
 
+/// Returns the parked document as an operator event can record it. A dead letter may be larger than an event, and an
+/// operator must be able to drop it all the same.
+fn recordable(body: &str) -> Box<RawValue> {
+    let size = || RawValue::from_string(format!(r#"{{"bytes":{}}}"#, body.len())).unwrap_or_default();
+    if body.len() <= DROPPED_BYTES_MAX {
+        return RawValue::from_string(body.to_owned()).unwrap_or_else(|_| size());
+    }
+    let Ok(parked) = serde_json::from_str::<Parked>(body) else { return size() };
+    serde_json::value::to_raw_value(&Parked { message: size(), ..parked }).unwrap_or_else(|_| size())
+}
+
 impl Operator {
     /// Creates an operator with this name.
     pub fn new(store: Arc<dyn EventStore>, by: &str) -> Self {
@@ -202,7 +217,7 @@ impl Operator {
         let letters = DeadLetters::new(self.store.clone());
         self.again(async || {
             let Some((puts, dropped)) = letters.to_drop(subscription, key).await? else { return Ok(None) };
-            let parked = RawValue::from_string(dropped.body.to_string()).unwrap_or_default();
+            let parked = recordable(&dropped.body);
             let (by, reason) = (self.by.clone(), reason.to_owned());
             let (of, key) = (subscription.to_owned(), key.to_owned());
             let event = OperatorEvent::Dropped { subscription: of, key, parked, by, reason };

@@ -7,8 +7,8 @@ use std::{
 };
 
 use annals::{
-    DocumentKey, Event, EventStore, Handler, HandlerError, Health, LogQuery, MemoryStore, Message, Operator, Position,
-    StreamId, Subscription, Version, Work,
+    Commit, DocumentKey, Event, EventStore, Handler, HandlerError, Health, LogQuery, MemoryStore, Message, Operator,
+    Position, Put, StreamId, Subscription, Version, Work,
     health::State,
     operator::{OperatorError, OperatorEvent},
     saga::{OperatorAction, SagaEvent, Status},
@@ -188,4 +188,30 @@ async fn request_waits_for_a_service_and_abandoned_saga_has_no_timer() {
     let types: Vec<_> = world.history("t").await.iter().map(|event| event.type_name.to_string()).collect();
     assert_eq!(types[types.len() - 2..], ["saga.requested", "saga.operated"]);
     assert!(SagaEvent::TYPES.iter().any(|known| known.name == "saga.declined"));
+}
+
+/// A dead letter may be larger than an event. The record of the drop then contains the size instead of the message.
+#[tokio::test]
+async fn dead_letter_larger_than_an_event_is_dropped() {
+    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    for (id, bytes) in [("small", 1_000), ("large", 1_500_000)] {
+        let body = format!(
+            r#"{{"subscription":"tally","lane":"tally/0","key":"{id}","reason":"not JSON","attempts":1,
+                "parked_at":"2026-01-01T00:00:00Z","position":1,"message":{{"raw":"{}"}}}}"#,
+            "0".repeat(bytes)
+        );
+        let put = Put { key: DocumentKey::new("parked.tally", id), expected: None, body: Some(body.into()), due: None };
+        store.commit(Commit { appends: Vec::new(), puts: vec![put] }).await.unwrap();
+    }
+    let operator = Operator::new(store.clone(), "ann");
+    for id in ["small", "large"] {
+        assert_eq!(operator.drop_first("tally", id, "poison").await.unwrap().unwrap().key.as_ref(), id);
+        assert_eq!(store.documents(&[DocumentKey::new("parked.tally", id)]).await.unwrap(), [None]);
+    }
+    let stream = StreamId::new(annals::operator::CATEGORY, "tally").unwrap();
+    let events = store.read_stream(&stream, Version::START, 10).await.unwrap();
+    let recorded = |event: usize| serde_json::from_str::<serde_json::Value>(&events[event].data).unwrap();
+    assert_eq!(recorded(0)["parked"]["message"]["raw"].as_str().unwrap().len(), 1_000);
+    assert!(recorded(1)["parked"]["message"]["bytes"].as_u64() > Some(1_500_000), "{}", recorded(1));
+    assert_eq!(recorded(1)["parked"]["reason"], "not JSON");
 }
