@@ -9,12 +9,12 @@ fmt:
     cargo fmt --all --check
 
 # Looks for misspelt words in all files; `_typos.toml` lists the exceptions. Takes the published program of `typos` with
-# pip, and builds it only where pip is missing, because the build takes minutes and the check takes a second.
+# pip, and builds it only where pip cannot, because the build takes minutes and the check takes a second.
 spell:
     typos="${CARGO_TARGET_DIR:-target}/tools/typos-1.52.0"; \
     if [[ ! -x $typos/bin/typos ]]; then \
-        if python3 -m pip --version &>/dev/null; then python3 -m pip install --quiet --no-deps --target "$typos" typos==1.52.0; \
-        else cargo install --quiet --locked --profile dev --root "$typos" typos-cli@1.52.0; fi; \
+        python3 -m pip install --quiet --no-deps --target "$typos" typos==1.52.0 || \
+            cargo install --quiet --locked --profile dev --root "$typos" typos-cli@1.52.0; \
     fi; \
     "$typos/bin/typos"
 
