@@ -265,8 +265,6 @@ fn failed() -> BusError {
 /// that messages that are published again follow everything that the failed producer has sent.
 pub(crate) struct Producer {
     settings: Settings,
-    /// The number of clients.
-    clients: usize,
     /// The maximum size of a batch, in bytes. A topic's limit applies to a batch, not to a message.
     batch_bytes_max: AtomicUsize,
     current: Mutex<Arc<Clients>>,
@@ -332,8 +330,7 @@ impl Producer {
         let clients = if round_trip > DISTANT { DISTANT_CLIENTS } else { 1 };
         let taken = Arc::default();
         let current = Mutex::new(Clients::start(settings, clients, BATCH_BYTES_MAX, &taken)?);
-        let (settings, batch_bytes_max) = (settings.clone(), AtomicUsize::new(BATCH_BYTES_MAX));
-        Ok(Self { settings, clients, batch_bytes_max, current, taken })
+        Ok(Self { settings: settings.clone(), batch_bytes_max: AtomicUsize::new(BATCH_BYTES_MAX), current, taken })
     }
 
     /// Returns the offsets up to which brokers have acknowledged messages.
@@ -358,10 +355,8 @@ impl Producer {
             self.batch_bytes_max.fetch_min((context.batch_bytes_max / 2).max(1), Ordering::AcqRel);
         }
         let batch_bytes_max = self.batch_bytes_max.load(Ordering::Acquire);
-        let broken = std::mem::replace(
-            &mut *current,
-            Clients::start(&self.settings, self.clients, batch_bytes_max, &self.taken)?,
-        );
+        let successor = Clients::start(&self.settings, context.clients, batch_bytes_max, &self.taken)?;
+        let broken = std::mem::replace(&mut *current, successor);
         // Dropping the client blocks on its connections.
         tokio::task::spawn_blocking(move || drop(broken));
         Ok((current.clone(), true))
