@@ -1,7 +1,7 @@
 //! What a registry shows and expects of the packages that are meant to be published, and the Rust version that they need.
 #![allow(clippy::unwrap_used)]
 
-use std::{fs, path::PathBuf, process::Command};
+use std::{fs, path::PathBuf};
 
 use serde::Deserialize;
 
@@ -42,11 +42,7 @@ struct Dependency {
 
 impl Metadata {
     fn read() -> Self {
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let arguments = ["metadata", "--format-version", "1", "--no-deps", "--offline"];
-        let output = Command::new(cargo).args(arguments).current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        serde_json::from_slice(&output.stdout).unwrap()
+        annals_tests::cargo_metadata()
     }
 
     fn published(&self) -> impl Iterator<Item = &Package> {
