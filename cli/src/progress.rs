@@ -6,13 +6,27 @@ use annals_kafka::Contents;
 use comfy_table::Table;
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::stop::Stop;
+
 /// The interval between redraws while the position stays the same.
 const TICK: Duration = Duration::from_millis(200);
 /// The minimum width for the whole template with a visible bar.
 const COLUMNS_WIDE: u16 = 75;
 
-/// Returns a progress bar on standard error. `total` is the value that [`ProgressBar::position`] has at the end.
-pub(crate) fn bar(what: &'static str, total: u64) -> ProgressBar {
+/// Returns a progress bar on standard error. `total` is the value that [`ProgressBar::position`] has at the end. Takes the
+/// [`Stop`] because people press Ctrl-C as soon as they see a bar, so the command must listen before.
+pub(crate) fn bar(what: &'static str, total: u64, _listening: &Stop) -> ProgressBar {
+    draw(what, total)
+}
+
+/// Returns a progress bar for reading a topic, message by message. All commands that read topics listen for
+/// Ctrl-C before they connect.
+pub(crate) fn topic_bar(what: &'static str, contents: &Contents) -> ProgressBar {
+    let total: i64 = contents.partitions().iter().map(|range| range.end - range.start).sum();
+    draw(what, total.unsigned_abs())
+}
+
+fn draw(what: &'static str, total: u64) -> ProgressBar {
     let bar = ProgressBar::new(total);
     let template = match Table::new().width() {
         Some(COLUMNS_WIDE..) => "{prefix} {wide_bar:.cyan/blue} {human_pos}/{human_len}  {per_sec}  {eta} left",
@@ -26,10 +40,4 @@ pub(crate) fn bar(what: &'static str, total: u64) -> ProgressBar {
     bar.set_prefix(what);
     bar.enable_steady_tick(TICK);
     bar
-}
-
-/// Returns a progress bar for reading a topic, message by message.
-pub(crate) fn topic_bar(what: &'static str, contents: &Contents) -> ProgressBar {
-    let total: i64 = contents.partitions().iter().map(|range| range.end - range.start).sum();
-    bar(what, total.unsigned_abs())
 }

@@ -169,7 +169,7 @@ async fn write(
 ) -> Result<bool, Failure> {
     let until = writer.so_far().until.unwrap_or_default();
     let stop = Stop::on_ctrl_c();
-    let bar = progress::bar("archived", until.unsigned_abs());
+    let bar = progress::bar("archived", until.unsigned_abs(), &stop);
     let is_json = store.has_json_only();
     let categories = header.archive.iter().flat_map(|archived| &archived.categories).map(|name| name.as_str().into());
     let query = LogQuery { categories: categories.collect(), types: Vec::new() };

@@ -149,7 +149,7 @@ async fn documents(writer: &mut ExportWriter, archive: &dyn Archive, stop: &Stop
 
 async fn events(writer: &mut ExportWriter, store: &Store, stop: &Stop) -> Result<bool, Failure> {
     let until = writer.so_far().until.unwrap_or_default();
-    let bar = progress::bar("exported", until.unsigned_abs());
+    let bar = progress::bar("exported", until.unsigned_abs(), stop);
     let is_json = store.has_json_only();
     let add = move |lines: &mut Lines, event: Stored<'_>| lines.add(&event, is_json);
     let mut log = store.batches(LogQuery::all(), writer.so_far().position + 1..=until, add).await?;

@@ -76,7 +76,7 @@ pub(crate) async fn run(
         None => return Err(Failure::new("the store is not empty: import into a new store")),
     };
     let stop = Stop::on_ctrl_c();
-    let bar = progress::bar("imported", 0);
+    let bar = progress::bar("imported", 0, &stop);
     let (parts, mut read) = mpsc::channel(PARTS_AHEAD);
     let events_done = done.events;
     let documents_done = done.documents;

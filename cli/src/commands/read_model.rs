@@ -149,7 +149,7 @@ async fn build(
     store: &Store,
     stop: &Stop,
 ) -> Result<Option<Rebuild>, Failure> {
-    let bar = progress::bar("built", store.port().status().await?.head.0.unsigned_abs());
+    let bar = progress::bar("built", store.port().status().await?.head.0.unsigned_abs(), stop);
     let built = model.begin(store.port()).await.map_err(Failure::new)?;
     let built = match *verb {
         ReadModelCommand::Rebuild { accept_parked: true, accept_older: true, .. } => {

@@ -38,13 +38,14 @@ pub(crate) async fn run(
     if arguments.dry_run {
         target = Target::Nowhere;
     }
+    let stop = Stop::on_ctrl_c();
     let bar = match target {
         // On a terminal, the lines and a bar would overwrite each other.
         Target::Output(_) => indicatif::ProgressBar::hidden(),
-        _ => progress::bar("replayed", (last - first + 1).max(0).unsigned_abs()),
+        _ => progress::bar("replayed", (last - first + 1).max(0).unsigned_abs(), &stop),
     };
     let mut pass = Pass::new(store, &arguments, first..=last, bar);
-    let ended = pass.run(&mut target, &Stop::on_ctrl_c()).await;
+    let ended = pass.run(&mut target, &stop).await;
     let replayed = if arguments.dry_run { "would be replayed" } else { "replayed" };
     let said = format!("{} events {replayed}", grouped(pass.events));
     let continuation = || {

@@ -89,7 +89,7 @@ async fn verify(arguments: VerifyArgs, store: &Store, faults: &mut Faults<'_>) -
     let archive = store.port();
     let until = archive.status().await?.head.0;
     let stop = Stop::on_ctrl_c();
-    let bar = progress::bar("verified", until.unsigned_abs());
+    let bar = progress::bar("verified", until.unsigned_abs(), &stop);
     let mut order = Order::new()?;
     let mut histories = Histories::default();
     let mut seals = Seals::open(archive.clone(), arguments.seal, arguments.expect, faults).await?;
@@ -125,7 +125,7 @@ async fn verify(arguments: VerifyArgs, store: &Store, faults: &mut Faults<'_>) -
     let documents = documents::verify(&*archive, &histories, faults).await?;
     let mut topics = None;
     if let Some(settings) = &arguments.bus.bus {
-        topics = stop.unless(bus::verify(&arguments.bus, settings, store, faults)).await.transpose()?;
+        topics = stop.unless(bus::verify(&arguments.bus, settings, store, faults, &stop)).await.transpose()?;
         if topics.is_none() {
             eprintln!("stopped while the topics were read; the topics are not verified");
             return Ok(Verdict::Stopped);

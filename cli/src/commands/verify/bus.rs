@@ -25,7 +25,7 @@ use self::{
     topics::Topics,
 };
 use super::{event::place, faults::Faults};
-use crate::{failure::Failure, progress, store::Store};
+use crate::{failure::Failure, progress, stop::Stop, store::Store};
 
 /// The number of documents per read.
 const PAGE: usize = 500;
@@ -70,6 +70,7 @@ pub(super) async fn verify(
     settings: &Settings,
     store: &Store,
     faults: &mut Faults<'_>,
+    stop: &Stop,
 ) -> Result<TopicCounts, Failure> {
     let archive = store.port();
     // Reads the progress of the relays first, so that every message sent up to then is in the topics when they are
@@ -112,7 +113,7 @@ pub(super) async fn verify(
         topics.open(&format!("{service}.commands")).await?;
     }
     let head = archive.status().await?.head.0;
-    let bar = progress::bar("expected", head.unsigned_abs());
+    let bar = progress::bar("expected", head.unsigned_abs(), stop);
     let mut log = store.log(LogQuery::all(), 1..=head).await?;
     while let Some(event) = log.try_next().await? {
         relays.expect(&event, &mut topics, &mut diff, faults).await?;
