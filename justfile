@@ -39,7 +39,7 @@ package:
     cargo publish --workspace --dry-run --no-verify --allow-dirty
 
 test:
-    ./test
+    ./test --no-fail-fast
 
 # Not part of `ci`: figures from a busy machine mean nothing.
 bench:
