@@ -21,7 +21,7 @@ use uuid::Uuid;
 use topic::Record;
 use travel::{Ended, Place, TRIPS, command, ended, travel_on, until, url};
 
-const DRAIN: Duration = Duration::from_secs(20);
+const DRAIN: Duration = Duration::from_secs(60);
 
 async fn bus(brokers: &str) -> Arc<KafkaBus> {
     Arc::new(KafkaBus::connect(Settings::new(brokers).partitions(3)).await.unwrap())

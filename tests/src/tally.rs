@@ -162,9 +162,9 @@ pub async fn log(store: &Arc<dyn EventStore>) -> Vec<annals::Recorded> {
 /// Polls `look` until it returns a value.
 ///
 /// The work of the engine is visible only in its store, and documents do not announce their changes. Therefore this
-/// function polls every few milliseconds, and fails after half a minute.
+/// function polls every few milliseconds, and fails after two minutes: on a busy machine, a step takes seconds.
 pub async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
-    let found = tokio::time::timeout(Duration::from_secs(30), async {
+    let found = tokio::time::timeout(Duration::from_secs(120), async {
         loop {
             if let Some(found) = look().await {
                 return found;
@@ -173,6 +173,17 @@ pub async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>)
         }
     });
     found.await.unwrap_or_else(|_| panic!("never came about: {what}"))
+}
+
+/// Waits until every part is fine. Right after a start or a hand-over, a part may still be starting.
+pub async fn becomes_fine(health: &annals::Health) {
+    for _ in 0..3_000 {
+        if health.is_fine() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("not fine: {:?}", health.parts());
 }
 
 /// Returns whether a commit writes a document of this collection.

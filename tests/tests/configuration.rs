@@ -16,7 +16,7 @@ use annals_tests::{
 };
 use async_trait::async_trait;
 
-const DRAIN: Duration = Duration::from_secs(10);
+const DRAIN: Duration = Duration::from_secs(60);
 
 fn store() -> Arc<dyn EventStore> {
     Arc::new(MemoryStore::new())

@@ -20,7 +20,7 @@ use async_trait::async_trait;
 use uuid::Uuid;
 
 const ALL: [&str; 3] = ["shop", "hotel", "bank"];
-const DRAIN: Duration = Duration::from_secs(10);
+const DRAIN: Duration = Duration::from_secs(60);
 /// Longer than any test, so that progress cannot come from a timer.
 const PATIENT: Duration = Duration::from_secs(120);
 

@@ -20,7 +20,7 @@ use annals_sqlite::SqliteStore;
 use annals_tests::tally::{add, documents, eventually};
 use async_trait::async_trait;
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Handles every event except the third of a stream while `broken` is set.
 #[derive(Clone, Default)]

@@ -26,7 +26,7 @@ use annals_conformance::bus::{Member, within};
 use annals_sqlite::SqliteStore;
 use annals_tests::{
     faulty::{Fault, FaultyStore},
-    tally::{Tally, TallyCommand, add, documents, eventually, touches},
+    tally::{Tally, TallyCommand, add, becomes_fine, documents, eventually, touches},
     trip::{Act, Clerk, Play, Script},
 };
 use async_trait::async_trait;
@@ -166,7 +166,7 @@ impl Desk {
         assert_eq!(answers.len(), replies);
         let health = self.runtime.health();
         self.script.behave();
-        assert!(health.is_fine(), "{:?}", health.parts());
+        becomes_fine(&health).await;
         drop(std::mem::take(&mut self.runtime));
     }
 }
@@ -512,7 +512,7 @@ async fn process_killed_in_owed_work_continues_with_the_rest() {
     let mut desk = Desk::on(Arc::new(store.clone())).await;
     eventually("the bank to settle", async || (desk.owed().await == 0).then_some(())).await;
     let health = desk.runtime.health();
-    assert!(health.is_fine(), "{:?}", health.parts());
+    becomes_fine(&health).await;
     let ledgers = documents(&desk.store, "ledger").await;
     assert_eq!(ledgers.len(), trips.len());
     for (trip, ledger) in ledgers {

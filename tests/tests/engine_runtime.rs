@@ -13,7 +13,7 @@ use annals_tests::{
     tally::{Copier, TallyEvent, add, copies, eventually},
 };
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 struct Bed {
     inner: Arc<dyn EventStore>,

@@ -18,7 +18,7 @@ const ALL: [&str; 3] = ["shop", "hotel", "bank"];
 /// Longer than any test, so that no step times out and is retried.
 const PATIENT: Duration = Duration::from_secs(60);
 const QUICK: Duration = Duration::from_millis(150);
-const DRAIN: Duration = Duration::from_secs(10);
+const DRAIN: Duration = Duration::from_secs(60);
 
 fn world(timeout: Duration, attempts: u32) -> World {
     World::new(Arc::new(MemoryStore::new()), trip(timeout, attempts))

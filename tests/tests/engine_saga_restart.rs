@@ -20,7 +20,7 @@ const ALL: [&str; 3] = ["shop", "hotel", "bank"];
 const PATIENT: Duration = Duration::from_secs(60);
 /// More commits than the two trips and all checkpoints need together.
 const COMMITS_MAX: u64 = 80;
-const DRAIN: Duration = Duration::from_secs(10);
+const DRAIN: Duration = Duration::from_secs(60);
 
 /// Runs one trip that is confirmed and one that is refused. The process crashes at commit number `number`, and a new
 /// process continues. Returns whether the first process reached that commit.

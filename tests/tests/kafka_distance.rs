@@ -23,7 +23,7 @@ use uuid::Uuid;
 /// The maximum number of round trips per saga.
 const ROUND_TRIPS_MAX: u32 = 25;
 const LOOK: Duration = Duration::from_millis(2);
-const DRAIN: Duration = Duration::from_secs(20);
+const DRAIN: Duration = Duration::from_secs(60);
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 fn message(topic: &Arc<str>, key: &str, number: i64) -> Outgoing {

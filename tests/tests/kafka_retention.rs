@@ -32,9 +32,9 @@ use tokio::{
 };
 use uuid::Uuid;
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(120);
 const LOOK: Duration = Duration::from_millis(20);
-const DRAIN: Duration = Duration::from_secs(10);
+const DRAIN: Duration = Duration::from_secs(60);
 
 /// The positions that were handled, in order. While `shut` is set, the handler waits.
 #[derive(Clone, Default)]

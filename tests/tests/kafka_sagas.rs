@@ -19,7 +19,7 @@ const TIMEOUT: Duration = Duration::from_secs(2);
 const ATTEMPTS: u32 = 12;
 /// Longer than all attempts together.
 const AWAY: Duration = Duration::from_secs(30);
-const DRAIN: Duration = Duration::from_secs(10);
+const DRAIN: Duration = Duration::from_secs(60);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn long_broker_outage_uses_up_no_attempts() {

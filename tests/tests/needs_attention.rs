@@ -31,7 +31,7 @@ use postgres::Schema;
 use tokio::sync::Notify;
 use uuid::Uuid;
 
-const DRAIN: Duration = Duration::from_secs(10);
+const DRAIN: Duration = Duration::from_secs(60);
 const PATIENT: Duration = Duration::from_secs(60);
 const QUICK: Duration = Duration::from_millis(150);
 

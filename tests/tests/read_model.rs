@@ -73,7 +73,7 @@ async fn deposit(accounts: &Repository<Account>, count: u64) {
 }
 
 async fn until(views: &Views<Totals>, owner: &str, expected: Total) {
-    let reached = tokio::time::timeout(Duration::from_secs(20), async {
+    let reached = tokio::time::timeout(Duration::from_secs(120), async {
         while views.get(owner).await.unwrap().as_ref() != Some(&expected) {
             tokio::task::yield_now().await;
         }

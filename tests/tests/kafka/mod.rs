@@ -31,13 +31,13 @@ use self::topic::Record;
 use crate::postgres::{self, Schema};
 
 /// The longest time that the services may take to recover from any fault.
-pub const RECOVERY: Duration = Duration::from_secs(60);
+pub const RECOVERY: Duration = Duration::from_secs(180);
 /// The interval between reads of state that is visible only in the database.
 const LOOK: Duration = Duration::from_millis(20);
 /// The number of tallies that a load writes to.
 pub const TALLIES: usize = 20;
 /// The longest time that draining a runtime may take.
-pub const DRAIN: Duration = Duration::from_secs(10);
+pub const DRAIN: Duration = Duration::from_secs(60);
 
 /// The two services, each with its own schema.
 #[derive(Clone, Debug, Serialize, Deserialize)]

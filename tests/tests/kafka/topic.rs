@@ -16,7 +16,7 @@ use rdkafka::{
 use uuid::Uuid;
 
 /// The longest wait for an answer from the broker.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(120);
 const LOOK: Duration = Duration::from_millis(50);
 
 /// A record of the topic.

@@ -21,7 +21,7 @@ use tokio::{
 use super::append;
 
 /// The longest time that the server may take to recover from any fault.
-const RECOVERY: Duration = Duration::from_secs(60);
+const RECOVERY: Duration = Duration::from_secs(180);
 /// After this many pages, a new reader that knows only the position replaces the old reader.
 const PAGES_UNTIL_RESTART: usize = 40;
 

@@ -126,7 +126,7 @@ pub async fn on_each_store(property: impl AsyncFn(Arc<dyn EventStore>)) {
 }
 
 /// The limit for a step that should happen at once.
-pub const PROMPTLY: Duration = Duration::from_secs(10);
+pub const PROMPTLY: Duration = Duration::from_secs(30);
 
 /// Returns a commit with this many events for a stream.
 pub fn append(stream: &str, expected: i64, count: usize) -> Commit {
