@@ -4,7 +4,7 @@
 
 use std::{env, error::Error, sync::Arc, time::Duration};
 
-use annals::{EventStore, LocalBus, Repository, Runtime, Views};
+use annals::{EventStore, LocalBus, Repository, Runtime, StreamId, Views, saga::wait_for_end};
 use annals_sqlite::SqliteStore;
 use bank::{
     account::{Account, AccountCommand},
@@ -39,13 +39,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
         let from = "a1".to_owned();
         let transfer = TransferCommand::Request { from, to: to.to_owned(), pence, currency: "GBP".to_owned() };
         transfers.execute(id, transfer, request(id)).await?;
-        let ended = loop {
-            match transfers.state(id).await? {
-                Transfer::Unknown | Transfer::UnderWay => tokio::time::sleep(Duration::from_millis(10)).await,
-                ended => break ended,
-            }
-        };
-        println!("{id}: {ended:?}");
+        wait_for_end(&*store, &StreamId::new("saga.transfer", id)?, Duration::from_secs(10)).await?;
+        println!("{id}: {:?}", transfers.state(id).await?);
     }
 
     // Before it ends, the runtime handles everything that is recorded by now.

@@ -5,8 +5,8 @@
 use std::{convert::Infallible, error::Error, sync::Arc, time::Duration};
 
 use annals::{
-    Aggregate, Event, EventStore, LocalBus, LogQuery, MemoryStore, Message, Projection, ReadModel, Repository, Runtime,
-    Service, Views,
+    Aggregate, Event, EventStore, LocalBus, LogQuery, MemoryStore, Message, Position, Projection, ReadModel,
+    Repository, Runtime, Service, Views,
 };
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -75,14 +75,14 @@ async fn main() -> Result<(), Box<dyn Error>> {
     runtime.start(vec![service], Arc::new(LocalBus::default())).await?;
 
     let orders = Repository::<Order>::new(store.clone());
+    let mut last = Position::START;
     for (id, command) in [("1", ("ada", 250)), ("2", ("bob", 90)), ("3", ("ada", 1_000))] {
-        orders.execute(id, command, Uuid::new_v4()).await?;
+        let decided = orders.execute(id, command, Uuid::new_v4()).await?;
+        last = decided.position.unwrap_or(last);
     }
     let views = Views::<Customers>::new(store);
     // The views follow the log: they show an event a moment after it was committed.
-    while views.get("ada").await?.is_none_or(|ada| ada.orders < 2) {
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    views.wait_for(last, Duration::from_secs(10)).await?;
     for (name, customer) in views.list("", 100).await? {
         println!("{name}: {} orders, {} pence", customer.orders, customer.pence);
     }

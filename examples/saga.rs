@@ -101,12 +101,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let trips = Repository::<Trip>::new(store.clone());
     for (id, pence) in [("to-york", 9_000), ("to-tokyo", 120_000)] {
         trips.execute(id, Trip { id: id.to_owned(), pence }, Uuid::new_v4()).await?;
-        let ended = loop {
-            match runner.saga(id).await?.and_then(|saga| saga.progress) {
-                Some(progress) if progress.status.has_ended() => break progress,
-                _ => tokio::time::sleep(Duration::from_millis(10)).await,
-            }
-        };
+        let ended = runner.wait_for_end(id, Duration::from_secs(10)).await?;
         let held = store.documents(&[DocumentKey::new("rooms", id)]).await?;
         let room = if held[0].is_some() { "a room" } else { "no room" };
         let why = ended.failure.map(|failure| format!(", because of {failure}")).unwrap_or_default();

@@ -18,6 +18,8 @@
 //! With a [prefix](Settings::prefix), topics and groups have the prefix only on the cluster. All other names are
 //! without the prefix: in calls of [`KafkaBus`], in deliveries, and in the checkpoints of services.
 
+#![warn(missing_debug_implementations)]
+
 mod cloud_event;
 mod consumer;
 mod contents;

@@ -7,7 +7,10 @@ use std::{
     time::Duration,
 };
 
-use annals::{BusError, secret};
+use annals::{
+    BusError,
+    secret::{self, SecretError},
+};
 use percent_encoding::percent_decode_str;
 use rdkafka::{ClientConfig, error::KafkaError, types::RDKafkaConfRes::RD_KAFKA_CONF_UNKNOWN as UNKNOWN};
 
@@ -268,7 +271,7 @@ impl FromStr for Settings {
 }
 
 /// Returns the name and the value of the setting to which `NAME_file=PATH` or `NAME_env=VARIABLE` refers.
-fn secret_of<'n>(name: &'n str, place: &str) -> Option<(&'n str, Result<String, String>)> {
+fn secret_of<'n>(name: &'n str, place: &str) -> Option<(&'n str, Result<String, SecretError>)> {
     if let Some(name) = name.strip_suffix("_file") {
         return Some((name, secret::from_file(place)));
     }

@@ -14,6 +14,8 @@
 //!
 //! Without the feature `command`, which is on by default, the crate is only the module [`quoted`].
 
+#![warn(missing_debug_implementations)]
+
 #[cfg(feature = "command")]
 mod arguments;
 #[cfg(feature = "command")]

@@ -33,6 +33,12 @@ pub struct Ops {
     domain: Domain,
 }
 
+impl std::fmt::Debug for Ops {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ops").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
 impl Ops {
     /// Creates the command. `name` is what the operator types to start it, such as `annals` or `sample-shop ops`.
     pub fn named(name: &'static str) -> Self {

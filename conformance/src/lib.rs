@@ -4,6 +4,7 @@
 //! with a complete example. A suite generates one test for each property, so a failed test names the broken promise. A
 //! backend declares its capabilities as types, so no test is skipped silently.
 
+#![warn(missing_debug_implementations)]
 // A suite is test code: if a store returns an error, the suite fails by panicking.
 #![allow(clippy::unwrap_used)]
 

@@ -1,5 +1,8 @@
 //! Small tools that know nothing about events.
 
+#[macro_use]
+mod debug;
+
 pub(crate) mod backoff;
 pub mod config;
 pub mod json;

@@ -315,6 +315,7 @@ pub trait Consumer: Send + 'static {
 
 /// Why a call to the bus failed.
 #[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
 pub enum BusError {
     /// The bus cannot be reached, or did not acknowledge the call. Retry.
     #[error("the bus is unavailable: {0}")]

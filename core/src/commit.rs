@@ -175,6 +175,7 @@ pub struct Committed {
 
 /// Why a commit failed. For every variant except [`Unknown`](CommitError::Unknown), nothing was stored.
 #[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
 pub enum CommitError {
     /// Another writer committed to the stream first. Read the stream again and decide again.
     #[error(

@@ -41,6 +41,7 @@ pub struct StreamId(Arc<str>);
 
 /// Why a text is not a valid stream id. Nothing was stored. Use another id for the aggregate.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum StreamIdError {
     /// The `-` between category and id is missing, or one of the two parts is empty.
     #[error("stream id {0:?} is not `<category>-<id>` with both parts given")]
@@ -395,6 +396,7 @@ pub trait Event: Sized + Send + Sync + 'static {
 
 /// Why a payload could not be read or written.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum EventError {
     /// The enum has no variant for this type. Add the variant, or declare `#[event(unknown = "skip")]`.
     #[error("unknown event type {type_name:?}; this build knows {}", names(.expected))]

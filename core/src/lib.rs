@@ -68,10 +68,14 @@
 //! [`MemoryStore`] and [`LocalBus`] need nothing else. `annals-sqlite` and `annals-postgres` are stores that survive a
 //! crash, and `annals-kafka` is a bus between processes. Handlers, aggregates and services stay the same with each of them.
 
+#![warn(missing_debug_implementations)]
+
 extern crate self as annals;
 
-pub mod archive;
+#[macro_use]
 mod base;
+
+pub mod archive;
 pub mod bus;
 pub mod commit;
 mod decide;
@@ -126,9 +130,9 @@ pub use self::{
     operator::Operator,
     project::read_model::{self, Projection, ReadModel, Views},
     saga::{Answer, Participant, Saga, SagaState, StepError},
-    service::{Runtime, Service, StartError, recovery},
+    service::{DrainError, Runtime, Service, StartError, recovery},
     store::{
-        EventStore, LogPage, LogQuery, LostEnd, OpenWriter, Scan, StoreError, StoreStatus,
+        EventStore, LogPage, LogQuery, LostEnd, OpenWriter, Scan, StoreError, StoreStatus, WaitError,
         clock::{self, Clock},
         memory::{self, MemoryStore},
         tail::{self, Tail},

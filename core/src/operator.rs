@@ -140,6 +140,7 @@ impl OperatorEvent {
 
 /// Why an action failed. Nothing was changed.
 #[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
 pub enum OperatorError {
     /// The action is not possible. The text gives the reason.
     #[error("{0}")]
@@ -170,6 +171,8 @@ pub struct Operator {
     store: Arc<dyn EventStore>,
     by: String,
 }
+
+debug_fields!(Operator { by });
 
 /// Returns the parked document as an operator event can record it. A dead letter may be larger than an event, and an
 /// operator must be able to drop it all the same.

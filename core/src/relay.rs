@@ -11,7 +11,10 @@ use tokio::{sync::OnceCell, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    base::{backoff::Backoff, name},
+    base::{
+        backoff::Backoff,
+        name::{self, NameError},
+    },
     bus::{BusError, Message, Outgoing, Publisher, Receipt},
     decide::work::Work,
     event::{Position, Recorded, StreamId},
@@ -33,7 +36,7 @@ use crate::{
 pub use crate::{
     follow::relay_progress::RelayProgress,
     relay::routes::Routes,
-    store::names::{LogNames, Segment, log_of},
+    store::names::{LogNames, Segment, SegmentError, log_of},
 };
 
 /// The number of events that are read and published together.
@@ -65,6 +68,8 @@ pub struct Relay {
     /// Whether the store has recorded the number of lanes.
     settled: OnceCell<()>,
 }
+
+debug_fields!(Relay { name, lanes, routes });
 
 /// A page whose messages were published, but not yet accepted by the bus.
 struct InFlight {
@@ -125,14 +130,17 @@ impl Relay {
 
     /// Publishes messages until `shutdown` is cancelled, then waits until the bus has accepted the messages in flight.
     /// All lanes run in the calling task; a [`Runtime`](crate::Runtime) gives each lane its own task.
+    ///
+    /// # Errors
+    /// Fails if the name of the relay is not valid. All other errors are retried, and health reports them.
     pub async fn run(
         self,
         store: Arc<dyn EventStore>,
         publisher: Arc<dyn Publisher>,
         health: Health,
         shutdown: CancellationToken,
-    ) -> Result<(), String> {
-        name::check("relay", &self.name).map_err(|error| error.to_string())?;
+    ) -> Result<(), NameError> {
+        name::check("relay", &self.name)?;
         join_all(self.carriers(&store, &publisher, &health, &shutdown)).await;
         Ok(())
     }
@@ -346,7 +354,7 @@ impl Relay {
             let waits = first_parked.is_some_and(|position| position <= event.position.0);
             let made = match self.routes.messages(event) {
                 Ok(_) if waits => Err("waits behind a parked message".to_owned()),
-                made => made,
+                made => made.map_err(|error| error.to_string()),
             };
             match made {
                 Ok(mut made) => {

@@ -12,6 +12,7 @@
 //! | `participant` | the receiving side: carries out each step once |
 //! | `barrier` | decides which steps a participant carries out, and keeps out late and repeated steps |
 //! | `owed` | work that a restored participant repeats before it accepts commands |
+//! | `end` | waits for the end of a saga, for callers outside of it |
 //! | `index` | one document per saga: for operators, and to find the timers that are due |
 //! | `timers` | the timers that this process remembers |
 //! | `firing` | finds the timers that are due, and fires them |
@@ -21,6 +22,7 @@
 mod barrier;
 mod definition;
 mod diagram;
+mod end;
 mod firing;
 mod index;
 mod instance;
@@ -39,6 +41,7 @@ pub use definition::{
     ATTEMPTS_MAX, AfterPivot, Closing, Kind, NeedsUndo, Open, Plan, RETRY_DELAY_MAX, RETRY_DELAY_MIN, STEP_TIMEOUT,
     Saga, SagaState, StepRequest, Undoable,
 };
+pub use end::wait_for_end;
 pub use index::{Index, STUCK, SagaStatus};
 #[cfg(feature = "testing")]
 pub(crate) use instance::{Definitions, SagaCommand, SagaInput};
@@ -49,7 +52,8 @@ pub(crate) use participant::StepHandler;
 pub use participant::{ANSWER_BYTES_MAX, Answer, Participant, StepError};
 pub use path::Path;
 pub use progress::{
-    CallState, Command, Failure, Fault, FaultKind, OperatorAction, Outcome, Progress, Reply, SagaEvent, Status, StepRef,
+    CallState, Command, Failure, Fault, FaultKind, OperatorAction, Outcome, Progress, Reply, SagaEvent, Status,
+    StepRef, StepRefError,
 };
 pub(crate) use runner::{Replies, Starter};
 pub use runner::{Runner, Starts};

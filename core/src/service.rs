@@ -11,7 +11,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use futures::{FutureExt, future::BoxFuture};
+use futures::{FutureExt, TryFutureExt, future::BoxFuture};
 use tokio::{sync::OnceCell, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
@@ -93,6 +93,8 @@ pub struct Service {
     parts: Vec<Part>,
     fault: Option<String>,
 }
+
+debug_fields!(Service { name, read_models, members });
 
 type Part = Box<dyn FnOnce(ServiceContext) -> BoxFuture<'static, Result<(), String>> + Send>;
 
@@ -199,7 +201,7 @@ impl Service {
         let store = self.store.clone();
         self.read_models.push(R::NAME);
         self.parts.push(Box::new(|ServiceContext { instance, health, shutdown, .. }| {
-            Box::pin(projection.shared(instance).run(store, health, shutdown))
+            Box::pin(projection.shared(instance).run(store, health, shutdown).map_err(|error| error.to_string()))
         }));
         self
     }
@@ -317,6 +319,37 @@ impl Handler for Inbox {
     }
 }
 
+/// The error of one of the user's own parts. The operator `?` converts any error into it.
+pub type PartError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Why a runtime did not stop cleanly. All parts have ended or were aborted, and no data is lost.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum DrainError {
+    /// A part had failed or panicked. If several parts failed, this is the first of them.
+    #[error("{part}: {reason}")]
+    Failed {
+        /// The name of the part.
+        part: String,
+        /// The error or the panic.
+        reason: String,
+    },
+    /// Parts did not stop in time and were aborted.
+    #[error(
+        "{}parts that did not stop within {patience:?} were aborted: {}",
+        failed.as_ref().map(|failed| format!("{failed}; ")).unwrap_or_default(),
+        parts.join(", ")
+    )]
+    CutOff {
+        /// The names of the parts.
+        parts: Vec<String>,
+        /// The time that the parts had.
+        patience: Duration,
+        /// The part that had failed, if any.
+        failed: Option<Box<DrainError>>,
+    },
+}
+
 #[derive(Default)]
 struct Kept {
     services: Vec<String>,
@@ -402,6 +435,8 @@ pub struct Runtime {
     /// Stops the heartbeats once the runtime holds no more lanes.
     leave: CancellationToken,
 }
+
+debug_fields!(Runtime { services, shared_as });
 
 impl Default for Runtime {
     fn default() -> Self {
@@ -504,7 +539,7 @@ impl Runtime {
                     let (health, shutdown) = (health.clone(), shutdown.clone());
                     self.spawn_worker(&group_name, async move {
                         settled.get_or_init(|| recovered.settle(&health, &shutdown)).await;
-                        member.await
+                        member.await.map_err(|error| error.to_string())
                     });
                 }
             }
@@ -526,7 +561,7 @@ impl Runtime {
             }
             if !bus.is_local() {
                 let watch = recovery::watch(name.clone(), store.clone(), bus.clone(), shutdown.clone());
-                self.spawn(format!("{name}.history"), watch);
+                self.spawn(format!("{name}.history"), watch.err_into());
             }
             let publisher: Arc<dyn Publisher> = bus.clone();
             let carriers = relay.shared(instance).carriers(&store, &publisher, &health, &shutdown);
@@ -550,9 +585,13 @@ impl Runtime {
 
     /// Starts one of the user's own parts. The part should end when [`shutdown`](Self::shutdown) is cancelled. An error
     /// or panic of the part shows in [`health`](Self::health) at once, and [`drain`](Self::drain) returns it.
-    pub fn spawn(&mut self, part: impl Into<String>, task: impl Future<Output = Result<(), String>> + Send + 'static) {
+    pub fn spawn(
+        &mut self,
+        part: impl Into<String>,
+        task: impl Future<Output = Result<(), PartError>> + Send + 'static,
+    ) {
         let part = self.own_name(part.into());
-        self.spawn_as(part, task);
+        self.spawn_as(part, task.map_err(|error| error.to_string()));
     }
 
     /// Returns a name that no other part of the runtime has. Health would otherwise merge two parts with the same name.
@@ -658,7 +697,7 @@ impl Runtime {
 
     /// Aborts the remaining parts and returns their names. A part that blocks its thread cannot be aborted and is left
     /// running.
-    async fn cut_off(&mut self) -> String {
+    async fn cut_off(&mut self) -> Vec<String> {
         let mut left: BTreeMap<String, u32> = BTreeMap::new();
         self.task_names.values().for_each(|name| *left.entry(name.clone()).or_default() += 1);
         let held = self.health.held();
@@ -674,7 +713,7 @@ impl Runtime {
         if tokio::time::timeout(CUT_OFF, joined).await.is_err() {
             self.tasks.detach_all();
         }
-        left.into_keys().collect::<Vec<_>>().join(", ")
+        left.into_keys().collect()
     }
 
     /// Logs each message whose handler does not return, once per message.
@@ -706,19 +745,19 @@ impl Runtime {
     /// # Errors
     /// Returns the first error or panic of a part, and the names of the parts that did not end in time. Those parts are
     /// aborted, which loses no data.
-    pub async fn drain(mut self, patience: Duration) -> Result<(), String> {
+    pub async fn drain(mut self, patience: Duration) -> Result<(), DrainError> {
         self.shutdown.cancel();
-        let mut first_error = None;
+        let mut failed: Option<DrainError> = None;
         let joined = tokio::time::timeout(patience, async {
             while let Some(ended) = self.tasks.join_next_with_id().await {
-                let (id, error) = match ended {
+                let (id, reason) = match ended {
                     Ok((id, (_, Ok(())))) => (id, None),
-                    Ok((id, (part, Err(error)))) => (id, Some(format!("{part}: {error}"))),
+                    Ok((id, (_, Err(error)))) => (id, Some(error)),
                     Err(panic) => (panic.id(), Some(panic.to_string())),
                 };
-                self.task_names.remove(&id);
-                let Some(error) = error else { continue };
-                first_error.get_or_insert(error);
+                let part = self.task_names.remove(&id).unwrap_or_default();
+                let Some(reason) = reason else { continue };
+                failed.get_or_insert(DrainError::Failed { part, reason });
             }
         });
         let in_time = joined.await.is_ok();
@@ -727,9 +766,8 @@ impl Runtime {
         self.leave.cancel();
         _ = tokio::time::timeout(patience, self.heartbeats.join_all()).await;
         if !in_time {
-            let late = format!("parts that did not stop within {patience:?} were aborted: {left}");
-            return Err(first_error.map_or(late.clone(), |error| format!("{error}; {late}")));
+            return Err(DrainError::CutOff { parts: left, patience, failed: failed.map(Box::new) });
         }
-        first_error.map_or(Ok(()), Err)
+        failed.map_or(Ok(()), Err)
     }
 }

@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use crate::{
     commit::{Commit, CommitError, Committed, Document, DocumentKey},
-    event::{Position, Recorded, StreamId, Version},
+    event::{DecodeError, Position, Recorded, StreamId, StreamIdError, Version},
     store::clock::Clock,
 };
 
@@ -200,6 +200,7 @@ impl fmt::Display for OpenWriter {
 
 /// Why a read failed. Reading again is always safe.
 #[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
 pub enum StoreError {
     /// The store cannot be reached or is overloaded; retry later.
     #[error("the store is unavailable: {0}")]
@@ -210,4 +211,29 @@ pub enum StoreError {
     /// The stored data is not in the format of this project's stores; retrying does not help.
     #[error("the store holds data that cannot be read: {0}")]
     Corrupt(String),
+}
+
+/// Why a wait ended without its result. Waiting again is always safe.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum WaitError {
+    /// The limit in time was reached first.
+    #[error("waited {limit:?} for {awaited}: {state}")]
+    TimedOut {
+        /// The awaited result.
+        awaited: String,
+        /// The limit in time.
+        limit: Duration,
+        /// The state at the limit.
+        state: String,
+    },
+    /// The log holds an event that this build cannot read.
+    #[error(transparent)]
+    Undecodable(#[from] DecodeError),
+    /// The id is not valid as a part of a stream id.
+    #[error(transparent)]
+    Id(#[from] StreamIdError),
+    /// The store could not be read.
+    #[error(transparent)]
+    Store(#[from] StoreError),
 }

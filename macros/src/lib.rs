@@ -1,5 +1,7 @@
 //! Derive macros of annals. Use them through the `annals` crate, which re-exports them.
 
+#![warn(missing_debug_implementations)]
+
 mod attributes;
 mod event;
 mod expand;

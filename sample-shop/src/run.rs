@@ -11,6 +11,7 @@ use std::{
 };
 
 use annals::{Bus, DeadLetters, EventStore, Health, Runtime, StoreError, Tail};
+use futures::TryFutureExt;
 use shop_driver::{
     customers::Customers,
     input::Invoices,
@@ -53,9 +54,9 @@ pub async fn run(
     let mut runtime = shared_as.as_deref().map_or_else(Runtime::new, Runtime::shared);
     let services = services::all(&store, repositories.clone(), provider);
     runtime.start(services, bus).await.map_err(|error| RunError::Shop(error.to_string()))?;
-    runtime.spawn("troubles", report_troubles(runtime.health(), runtime.shutdown()));
+    runtime.spawn("troubles", report_troubles(runtime.health(), runtime.shutdown()).err_into());
     let ledger = Ledger::default();
-    runtime.spawn("ledger", ledger.clone().follow(store.clone(), runtime.shutdown()));
+    runtime.spawn("ledger", ledger.clone().follow(store.clone(), runtime.shutdown()).err_into());
     let shop = InProcess::new(store, repositories, ledger.clone());
     let customers = Customers::new(shop.clone())?;
     let stop = &settings.stop;
@@ -73,7 +74,7 @@ pub async fn run(
     let patience = if health.is_working() { PATIENCE } else { PATIENCE_IN_TROUBLE };
     let drained = runtime.drain(patience).await;
     if !stop.is_cancelled() {
-        drained.map_err(RunError::Shop)?;
+        drained.map_err(|error| RunError::Shop(error.to_string()))?;
     }
     ledger.read_up(&*shop.store).await.map_err(failed)?;
     let parked = parked(&shop.store, &health).await.map_err(failed)?;

@@ -8,6 +8,7 @@ use std::{
 };
 
 use annals::{EventStore, Runtime, Service, Tail};
+use futures::TryFutureExt;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -117,7 +118,7 @@ async fn serve_on(
             stop.cancel();
         }
     });
-    runtime.spawn("troubles", report_troubles(runtime.health(), runtime.shutdown()));
+    runtime.spawn("troubles", report_troubles(runtime.health(), runtime.shutdown()).err_into());
     let metrics = Metrics::new()?;
     let health = runtime.health();
     let probes = Probes { store: store.clone(), health, metrics: metrics.clone(), announced: stop.clone() };
@@ -125,7 +126,7 @@ async fn serve_on(
     let api = matches!(arguments.role, Role::All | Role::Order).then(|| {
         let follower = Follower::default();
         let reads = follower.clone().read(store.clone(), FOLLOWED.to_vec(), metrics.clone(), runtime.shutdown());
-        runtime.spawn("follower", reads);
+        runtime.spawn("follower", reads.err_into());
         let sagas = Sagas { store: store.clone(), follower, over: stopping.over.clone() };
         OrderApi {
             store: store.clone(),
@@ -144,7 +145,7 @@ async fn serve_on(
     }
     let by_itself = !asked.is_cancelled();
     let drained = runtime.drain(PATIENCE).await;
-    drained.map_err(|error| if by_itself { Failure::from(Ended(error)) } else { error.into() })
+    drained.map_err(|error| if by_itself { Failure::from(Ended(error.to_string())) } else { error.into() })
 }
 
 /// Prints the line that tells scripts the address.

@@ -68,6 +68,8 @@
 //!
 //! Without `pooled=true`, a store refuses to open if it detects that its startup settings are lost.
 
+#![warn(missing_debug_implementations)]
+
 mod append;
 mod archive;
 mod copied;

@@ -37,6 +37,8 @@
 //! | 1 per 256 documents | write the documents |
 //! | 1 | remove the documents to remove, if there are any |
 
+#![warn(missing_debug_implementations)]
+
 mod archive;
 mod error;
 mod group;

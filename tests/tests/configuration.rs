@@ -183,8 +183,8 @@ async fn step_to_an_impossible_service_fails_with_its_name() {
 async fn parts_with_one_name_have_separate_health() {
     let mut runtime = Runtime::new();
     let health = runtime.health();
-    runtime.spawn("mailer", async { Err("no such host".to_owned()) });
-    runtime.spawn("mailer", async { Err("no such user".to_owned()) });
+    runtime.spawn("mailer", async { Err("no such host".into()) });
+    runtime.spawn("mailer", async { Err("no such user".into()) });
     eventually("both steps have failed", async || {
         let parts = health.parts();
         let failed = |part: &str, reason: &str| parts.get(part) == Some(&State::Failed(reason.to_owned()));

@@ -12,7 +12,7 @@ use std::{
 
 use annals::{
     Bus, BusError, Consumer, DeadLetters, DocumentKey, EventStore, Group, Handler, HandlerError, Health, LocalBus,
-    MemoryStore, Message, Publisher, Runtime, Service, Work,
+    MemoryStore, Message, Operator, Publisher, Runtime, Service, Work,
     bus::{Bookmark, Delivery, Outgoing, Partition, Polled, Receipt, Undecodable},
     checkpoint::{CHECKPOINTS, Checkpoint},
     health::State,
@@ -259,7 +259,7 @@ struct Consuming {
     store: Arc<dyn EventStore>,
     health: Health,
     shutdown: CancellationToken,
-    task: tokio::task::JoinHandle<Result<(), String>>,
+    task: tokio::task::JoinHandle<Result<(), annals::BusError>>,
 }
 
 async fn consume(bus: &dyn Bus, topics: &[&str], members: u32, notes: &Notes, store: Arc<dyn EventStore>) -> Consuming {
@@ -345,10 +345,10 @@ async fn undecodable_bytes_are_parked_unchanged() {
     assert_eq!(letter.parked.message.get(), r#"{"raw":"00ff17"}"#);
     assert!(letter.parked.reason.contains("no ce_id") && letter.parked.message().is_none());
     // The redrive fails, and the reason is kept.
-    letters.redrive("notes", "odd").await.unwrap();
+    Operator::new(store.clone(), "ann").redrive("notes", "odd", "a test").await.unwrap();
     let twice = async || letters.list("notes").await.unwrap().pop().filter(|letter| letter.parked.attempts == 2);
     assert!(eventually("a second try", twice).await.parked.reason.contains("no ce_id"));
-    letters.drop_first("notes", "odd").await.unwrap();
+    Operator::new(store.clone(), "ann").drop_first("notes", "odd", "a test").await.unwrap();
     noted(&store, "odd", &[2]).await;
     consuming.stop().await;
 }
@@ -368,7 +368,7 @@ async fn unstorable_keys_and_messages_are_parked_in_substitute_form() {
     let parked = letters.list("notes").await.unwrap();
     assert_eq!(parked.iter().map(|letter| 1 + letter.behind).sum::<usize>(), 5, "{}", parked.len());
     notes.bad.lock().unwrap().clear();
-    assert_eq!(letters.redrive("notes", &long).await.unwrap(), 2);
+    assert_eq!(Operator::new(store.clone(), "ann").redrive("notes", &long, "a test").await.unwrap(), 2);
     noted(&store, &long[..100], &[1, 2]).await;
     consuming.stop().await;
 }
@@ -387,8 +387,7 @@ async fn members_that_park_one_key_at_once_keep_both_messages() {
     publish("two", 2).await;
     assert_eq!(documents(&store, "parked.notes").await.len(), 2);
     notes.bad.lock().unwrap().clear();
-    let letters = DeadLetters::new(store.clone());
-    assert_eq!(letters.redrive("notes", "a").await.unwrap(), 2);
+    assert_eq!(Operator::new(store.clone(), "ann").redrive("notes", "a", "a test").await.unwrap(), 2);
     let both = async || document(&store, &DocumentKey::new("notes", "a")).await.filter(|body| body.len() > 3);
     let both: Vec<i64> = serde_json::from_str(&eventually("both bookmarks are recorded", both).await).unwrap();
     assert_eq!(both.iter().sum::<i64>(), 3);
@@ -412,7 +411,7 @@ async fn refused_message_is_parked_once_and_blocks_only_its_key() {
     let letter = letters.list("source.relay").await.unwrap().remove(0);
     assert_eq!((&*letter.parked.key, letter.behind, &*letter.parked.reason), ("tally-bad", 1, "against the policy"));
     *bus.refuses.lock().unwrap() = None;
-    letters.redrive("source.relay", "tally-bad").await.unwrap();
+    Operator::new(here.clone(), "ann").redrive("source.relay", "tally-bad", "a test").await.unwrap();
     eventually("nothing is parked", async || documents(&here, "parked.source.relay").await.is_empty().then_some(()))
         .await;
     let positions: HashMap<_, _> = log(&here).await.into_iter().map(|event| (event.position.0, event.stream)).collect();

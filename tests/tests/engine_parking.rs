@@ -9,8 +9,9 @@ use std::{
 };
 
 use annals::{
-    Commit, DeadLetters, DocumentKey, EventStore, Handler, HandlerError, Health, LogQuery, MemoryStore, Message, Put,
-    Repository, Subscription, Terminal, Work, commit::COMMIT_ROWS_MAX, parking::DeadLetter, worker::RetryPolicy,
+    Commit, DeadLetters, DocumentKey, EventStore, Handler, HandlerError, Health, LogQuery, MemoryStore, Message,
+    Operator, Put, Repository, Subscription, Terminal, Work, commit::COMMIT_ROWS_MAX, parking::DeadLetter,
+    worker::RetryPolicy,
 };
 use annals_conformance::bus::within;
 use annals_tests::{
@@ -117,7 +118,7 @@ struct Bed {
     retry: RetryPolicy,
 }
 
-struct Running(JoinHandle<Result<(), String>>, Health, CancellationToken);
+struct Running(JoinHandle<Result<(), annals::NameError>>, Health, CancellationToken);
 
 impl Running {
     async fn kill(self) {
@@ -177,6 +178,10 @@ impl Bed {
         letters.remove(0)
     }
 
+    fn operator(&self) -> Operator {
+        Operator::new(self.store.clone(), "ann")
+    }
+
     async fn nothing_is_parked(&self) {
         eventually("nothing is parked", async || self.letters().await.is_empty().then_some(())).await;
         assert_eq!(documents(&self.store, "parked.fussy").await, []);
@@ -196,12 +201,12 @@ async fn failing_key_waits_in_order_and_other_keys_continue() {
     assert_eq!(letter.parked.reason, "2 does not please");
     assert_eq!(bed.list("a").await, [1]);
     bed.fussy.heal();
-    assert_eq!(bed.letters.redrive("fussy", "tally-a").await.unwrap(), 4);
+    assert_eq!(bed.operator().redrive("fussy", "tally-a", "a test").await.unwrap(), 4);
     bed.becomes("a", &[1, 2, 3, 4, 5]).await;
     bed.nothing_is_parked().await;
     bed.add("a", [6]).await;
     bed.becomes("a", &[1, 2, 3, 4, 5, 6]).await;
-    assert_eq!(bed.letters.redrive("fussy", "tally-a").await.unwrap(), 0);
+    assert_eq!(bed.operator().redrive("fussy", "tally-a", "a test").await.unwrap(), 0);
     running.stop().await;
 }
 
@@ -242,11 +247,11 @@ async fn message_stays_parked_after_the_last_attempt_until_redriven() {
     bed.becomes("b", &[21]).await;
     assert_eq!(bed.fussy.tries(1), 3);
     // A failed redrive counts as one more attempt, and the message stays parked.
-    bed.letters.redrive("fussy", "tally-a").await.unwrap();
+    bed.operator().redrive("fussy", "tally-a", "a test").await.unwrap();
     let again = async || bed.letters().await.into_iter().find(|letter| letter.parked.attempts == 4);
     assert_eq!(eventually("a fourth attempt", again).await.retries_at, None);
     bed.fussy.heal();
-    bed.letters.redrive("fussy", "tally-a").await.unwrap();
+    bed.operator().redrive("fussy", "tally-a", "a test").await.unwrap();
     bed.becomes("a", &[1, 2]).await;
     running.stop().await;
 }
@@ -282,13 +287,13 @@ async fn hopeless_messages_park_at_once_with_the_reason() {
         assert!(letter.parked.reason.contains(reason), "{trouble:?}: {}", letter.parked.reason);
         assert_eq!((&*letter.parked.key, letter.retries_at), ("tally-bad", None), "{trouble:?}");
         // A failed redrive parks the message again and does not retry it endlessly.
-        bed.letters.redrive("fussy", "tally-bad").await.unwrap();
+        bed.operator().redrive("fussy", "tally-bad", "a test").await.unwrap();
         eventually("the message has failed again", async || {
             bed.letters().await.into_iter().find(|letter| letter.parked.attempts == 2 && letter.retries_at.is_none())
         })
         .await;
         bed.fussy.heal();
-        bed.letters.redrive("fussy", "tally-bad").await.unwrap();
+        bed.operator().redrive("fussy", "tally-bad", "a test").await.unwrap();
         bed.becomes("bad", &[5, 9]).await;
         running.stop().await;
     }
@@ -308,7 +313,7 @@ async fn panic_parks_its_message_and_the_lane_continues() {
     let letter = eventually("the message has failed twice", twice).await;
     assert_eq!((&*letter.parked.reason, letter.retries_at), ("panicked: 2 is too much", None));
     assert!(running.1.is_working(), "{:?}", running.1.parts());
-    bed.letters.redrive("fussy", "tally-a").await.unwrap();
+    bed.operator().redrive("fussy", "tally-a", "a test").await.unwrap();
     bed.becomes("a", &[1, 2, 3]).await;
     running.stop().await;
 }
@@ -363,11 +368,11 @@ async fn dropping_the_first_message_releases_the_next() {
     bed.add("a", 1..=3).await;
     let running = bed.start();
     bed.parked(2).await;
-    let dropped = bed.letters.drop_first("fussy", "tally-a").await.unwrap().unwrap();
+    let dropped = bed.operator().drop_first("fussy", "tally-a", "a test").await.unwrap().unwrap();
     assert_eq!(amount_of(&dropped.message().unwrap()), Some(1));
     bed.becomes("a", &[2, 3]).await;
     bed.nothing_is_parked().await;
-    assert!(bed.letters.drop_first("fussy", "tally-a").await.unwrap().is_none());
+    assert!(bed.operator().drop_first("fussy", "tally-a", "a test").await.unwrap().is_none());
     running.stop().await;
 }
 
@@ -378,7 +383,7 @@ async fn dropping_the_only_message_frees_its_key() {
     bed.add("a", [1]).await;
     let running = bed.start();
     bed.parked(0).await;
-    bed.letters.drop_first("fussy", "tally-a").await.unwrap();
+    bed.operator().drop_first("fussy", "tally-a", "a test").await.unwrap();
     // This message arrives before the worker knows of the drop, when no parked message is left for it to wait behind.
     bed.add("a", [2]).await;
     bed.becomes("a", &[2]).await;
@@ -401,7 +406,7 @@ async fn parked_messages_survive_a_restart() {
     bed.parked(3).await;
     assert_eq!(bed.list("a").await, [0; 0]);
     bed.fussy.heal();
-    bed.letters.redrive("fussy", "tally-a").await.unwrap();
+    bed.operator().redrive("fussy", "tally-a", "a test").await.unwrap();
     bed.becomes("a", &[1, 2, 3, 4]).await;
     running.stop().await;
 }
@@ -422,7 +427,7 @@ async fn interrupted_redrive_continues() {
         bed.fussy.heal();
         // The second message is committed in the commit after the next.
         faulty.at(faulty.commits() + 3, fault.clone());
-        bed.letters.redrive("fussy", "tally-a").await.unwrap();
+        bed.operator().redrive("fussy", "tally-a", "a test").await.unwrap();
         if matches!(fault, Fault::CrashBefore | Fault::CrashAfter) {
             within("crash", faulty.crashed()).await;
             running.kill().await;
@@ -464,7 +469,7 @@ async fn redrive_reads_current_state() {
     .await;
     sums().execute("sum", TallyCommand::Add(100), uuid::Uuid::new_v4()).await.unwrap();
     *failing.lock().unwrap() = false;
-    letters.redrive("adds", "tally-a").await.unwrap();
+    Operator::new(store.clone(), "ann").redrive("adds", "tally-a", "a test").await.unwrap();
     eventually("all amounts are added", async || {
         (sums().state("sum").await.unwrap().amounts == [100, 1, 2, 3]).then_some(())
     })
@@ -489,7 +494,7 @@ async fn due_messages_of_other_lanes_hide_no_message() {
     bed.add("a", [1]).await;
     let running = bed.start();
     eventually("the message is parked", async || (bed.letters().await.len() == 301).then_some(())).await;
-    bed.letters.redrive("fussy", "tally-a").await.unwrap();
+    bed.operator().redrive("fussy", "tally-a", "a test").await.unwrap();
     bed.becomes("a", &[1]).await;
     running.stop().await;
 }

@@ -5,7 +5,7 @@ use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use annals::{
     EventStore, MemoryStore, Saga,
-    saga::{OperatorAction, Status},
+    saga::{OperatorAction, Status, wait_for_end},
 };
 use annals_sqlite::SqliteStore;
 use annals_tests::{
@@ -64,6 +64,41 @@ async fn saga_runs_to_completion_on_sqlite() {
     }
     runtime.drain(DRAIN).await.unwrap();
     store.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn caller_waits_for_the_end_of_a_saga() {
+    let folder = tempfile::tempdir().unwrap();
+    let sqlite = SqliteStore::open(folder.path().join("annals.db")).await.unwrap();
+    let stores: [Arc<dyn EventStore>; 2] = [Arc::new(MemoryStore::new()), Arc::new(sqlite.clone())];
+    for store in stores {
+        let world = World::new(store, trip(PATIENT, 1));
+        let runner = world.runner(&world.store);
+        let late = runner.wait_for_end("a", QUICK).await.unwrap_err().to_string();
+        assert!(late.contains("saga.trip-a") && late.contains("it has not started"), "{late}");
+        world.script.play("confirm", Play::Refuse, 1);
+        let runtime = world.start(&["shop", "hotel"]).await;
+        world.request("a", Uuid::new_v4(), None).await;
+        world.script.asked_for("book", 1).await;
+        // The bank does not run yet.
+        let late = runner.wait_for_end("a", QUICK).await.unwrap_err().to_string();
+        assert!(late.contains("it is Running at step"), "{late}");
+        let waiting = tokio::spawn({
+            let runner = runner.clone();
+            async move { runner.wait_for_end("a", PATIENT).await }
+        });
+        let bank = world.start(&["bank"]).await;
+        let ended = waiting.await.unwrap().unwrap();
+        assert_eq!(ended.status, Status::Compensated);
+        world.request("b", Uuid::new_v4(), None).await;
+        let stream = annals::StreamId::new("saga.trip", "b").unwrap();
+        assert_eq!(wait_for_end(&*world.store, &stream, PATIENT).await.unwrap().status, Status::Completed);
+        // The end of a saga is found at once, however long ago it was.
+        assert_eq!(runner.wait_for_end("a", Duration::ZERO).await.unwrap().status, Status::Compensated);
+        runtime.drain(DRAIN).await.unwrap();
+        bank.drain(DRAIN).await.unwrap();
+    }
+    sqlite.close().await.unwrap();
 }
 
 #[tokio::test]

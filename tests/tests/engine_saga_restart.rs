@@ -4,7 +4,7 @@
 use std::{sync::Arc, time::Duration};
 
 use annals::{
-    DeadLetters, EventStore, MemoryStore, Runtime, Saga, Service,
+    DeadLetters, EventStore, MemoryStore, Operator, Runtime, Saga, Service,
     saga::{Progress, Runner, Status, StepRef},
 };
 use annals_sqlite::SqliteStore;
@@ -203,7 +203,7 @@ async fn replies_to_a_removed_saga_are_kept() {
     drop(runtime);
     let world = World { bus: Arc::default(), ..world };
     let runtime = start(&world, world.runner(&world.store).older(first_plan())).await;
-    letters.redrive("shop.commands", "saga.trip-old").await.unwrap();
+    Operator::new(world.store.clone(), "ann").redrive("shop.commands", "saga.trip-old", "a test").await.unwrap();
     world.becomes("old", Status::Completed).await;
     runtime.drain(DRAIN).await.unwrap();
 }

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 struct Running {
-    task: JoinHandle<Result<(), String>>,
+    task: JoinHandle<Result<(), annals::NameError>>,
     shutdown: CancellationToken,
     health: Health,
 }

@@ -33,15 +33,12 @@ fn counter() -> DocumentKey {
 }
 
 async fn count_up(store: &Arc<dyn EventStore>) -> Result<(), CommitError> {
-    let mut transaction = Transaction::new(store.clone(), Uuid::new_v4());
-    loop {
-        let mut work = transaction.begin();
+    let counted = Transaction::new(store.clone(), Uuid::new_v4()).run(|mut work| async {
         let count: u64 = work.document(&counter()).await.unwrap().unwrap_or(0);
         work.put(&counter(), &(count + 1)).unwrap();
-        if transaction.commit(work).await?.is_some() {
-            return Ok(());
-        }
-    }
+        Ok::<_, CommitError>((work, ()))
+    });
+    counted.await.map(drop)
 }
 
 async fn counts_exactly(store: Arc<dyn EventStore>, tasks: u64, each: u64) {
@@ -90,16 +87,13 @@ async fn unknown_outcome_of_only_documents_is_returned_to_the_caller() {
 /// Moves an amount between two tallies, in one transaction.
 async fn transfer(store: &Arc<dyn EventStore>, id: Uuid, from: &str, to: &str, amount: i64) -> bool {
     let tallies = tallies(store);
-    let mut transaction = Transaction::new(store.clone(), id);
-    loop {
-        let mut work = transaction.begin();
+    let moved = Transaction::new(store.clone(), id).run(|mut work| async {
         let taken = work.execute(&tallies, from, &TallyCommand::Add(-amount)).await.unwrap();
         let given = work.execute(&tallies, to, &TallyCommand::Add(amount)).await.unwrap();
         assert_eq!(taken.repeated, given.repeated, "one half was carried out without the other");
-        if transaction.commit(work).await.unwrap().is_some() {
-            return taken.repeated;
-        }
-    }
+        Ok::<_, CommitError>((work, taken.repeated))
+    });
+    moved.await.unwrap().0
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -136,6 +130,37 @@ async fn unknown_outcomes_and_repeats_transfer_once() {
         assert_eq!(tallies(&store).state("a").await.unwrap().amounts, [-5]);
         assert_eq!(tallies(&store).state("b").await.unwrap().amounts, [5]);
     }
+}
+
+/// The first attempt is committed although its answer is lost. By the second attempt, the balance is too low: the
+/// transaction must report the first attempt, not the refusal.
+#[tokio::test]
+async fn transaction_that_was_committed_is_not_refused_by_its_second_attempt() {
+    let faulty = FaultyStore::new(memory());
+    faulty.at(1, Fault::AppliedUnknown);
+    let store: Arc<dyn EventStore> = Arc::new(faulty);
+    let tallies = tallies(&store);
+    let tallies = &tallies;
+    let mut attempts = 0;
+    let spent = Transaction::new(store.clone(), Uuid::new_v4()).run(|mut work| {
+        attempts += 1;
+        let attempt = attempts;
+        async move {
+            let spent: u64 = work.document(&counter()).await.unwrap().unwrap_or(0);
+            if spent > 0 {
+                return Err(CommitError::Invalid("it is spent".into()));
+            }
+            work.put(&counter(), &1).unwrap();
+            work.execute(tallies, "a", &TallyCommand::Add(1)).await.unwrap();
+            Ok((work, attempt))
+        }
+    });
+    let (attempt, committed) = spent.await.unwrap();
+    assert_eq!((attempt, attempts), (1, 2));
+    assert_eq!(committed.position, log(&store).await[0].position);
+    let refused = Transaction::new(store.clone(), Uuid::new_v4())
+        .run(async |_| Err::<(Work, ()), _>(CommitError::Invalid("never".into())));
+    assert!(matches!(refused.await, Err(CommitError::Invalid(reason)) if reason == "never"));
 }
 
 #[tokio::test]

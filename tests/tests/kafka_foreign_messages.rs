@@ -6,7 +6,7 @@ mod postgres;
 
 use std::time::Duration;
 
-use annals::{Append, Commit, DeadLetters};
+use annals::{Append, Commit, Operator};
 use kafka::{DRAIN, Pair, Sql, TALLIES, add, append, topic, topic::Record, until, wire};
 use rdkafka::{
     ClientConfig,
@@ -171,17 +171,17 @@ async fn poison_messages_are_parked_among_good_ones() {
         let sent: Vec<i64> = sent.map(|record| amount(record).as_i64().unwrap()).collect();
         assert_eq!(copied[&tally], sent, "{tally}");
     }
-    let letters = DeadLetters::new(pair.sink_store().await);
+    let operator = Operator::new(pair.sink_store().await, "ann");
     for (tally, ..) in &poison {
         assert_eq!(copied[*tally], [1], "{tally}");
         let key = format!("tally-{tally}");
-        assert_eq!(letters.redrive(&pair.group(), &key).await.unwrap(), 2);
+        assert_eq!(operator.redrive(&pair.group(), &key, "a test").await.unwrap(), 2);
     }
     // After a redrive, the messages fail as before. After a drop, the messages behind them are handled.
     let tried = |parked: Vec<kafka::DeadLetter>| parked.iter().filter(|letter| letter.attempts == 2).count();
     until("all poison messages are retried", async || tried(sql.dead_letters().await) == poison.len()).await;
     for (tally, ..) in &poison {
-        letters.drop_first(&pair.group(), &format!("tally-{tally}")).await.unwrap().unwrap();
+        operator.drop_first(&pair.group(), &format!("tally-{tally}"), "a test").await.unwrap().unwrap();
     }
     until("no message waits any more", async || sql.dead_letters().await.len() == 2).await;
     let copied = sql.copied().await;
@@ -320,9 +320,9 @@ async fn message_too_large_for_the_topic_is_parked() {
 
     let alter = AlterConfig::new(ResourceSpecifier::Topic(&name)).set("max.message.bytes", ENOUGH);
     admin.alter_configs([&alter], &options).await.unwrap()[0].as_ref().unwrap();
-    let letters = DeadLetters::new(store);
+    let operator = Operator::new(store, "ann");
     for key in ["tally-3", "tally-5"] {
-        assert!(letters.redrive(&format!("{}.relay", pair.service), key).await.unwrap() > 0);
+        assert!(operator.redrive(&format!("{}.relay", pair.service), key, "a test").await.unwrap() > 0);
     }
     pair.agrees().await;
     relay.drain(DRAIN).await.unwrap();

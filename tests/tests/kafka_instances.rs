@@ -103,7 +103,7 @@ async fn first_of_two_members_with_one_name_reports_its_end() {
     .await;
     shows(&second, "fine", |parts| !kafka::in_trouble(parts)).await;
     let error = first.drain(DRAIN).await.unwrap_err();
-    assert!(error.contains("another process runs under instance name"), "{error}");
+    assert!(error.to_string().contains("another process runs under instance name"), "{error}");
     second.drain(DRAIN).await.unwrap();
     relay.drain(DRAIN).await.unwrap();
 }

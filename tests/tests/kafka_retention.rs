@@ -11,8 +11,8 @@ use std::{
 };
 
 use annals::{
-    DeadLetters, EventStore, Group, Handler, HandlerError, MemoryStore, Message, Metadata, Position, Publisher,
-    Runtime, Service, Version, Work,
+    DeadLetters, EventStore, Group, Handler, HandlerError, MemoryStore, Message, Metadata, Operator, Position,
+    Publisher, Runtime, Service, Version, Work,
     bus::Outgoing,
     health::State,
     parking::{DeadLetter, Lost},
@@ -185,7 +185,7 @@ async fn messages_removed_while_the_consumer_runs_are_reported() {
     until("the next is handled", async || seen.positions().contains(&1_001)).await;
     let letters = DeadLetters::new(setting.store.clone());
     let key = letters.list(&setting.group()).await.unwrap()[0].parked.key.clone();
-    letters.drop_first(&setting.group(), &key).await.unwrap().unwrap();
+    Operator::new(setting.store.clone(), "ann").drop_first(&setting.group(), &key, "a test").await.unwrap().unwrap();
     until("fine again", async || setting.state(&runtime) == State::Fine).await;
     runtime.drain(DRAIN).await.unwrap();
 }

@@ -146,7 +146,7 @@ async fn dead_letter_is_logged_once_and_health_recovers_without_it() {
         eventually("health says so after a restart", async || attention(&health, &part)).await;
         assert_eq!((logged().len(), counted(&health, "annals_dead_letters_total")), (1, 0), "{kind}");
         fails.healed.store(true, Ordering::SeqCst);
-        letters.redrive(&name, "tally-bad").await.unwrap();
+        Operator::new(store.clone(), "ada").redrive(&name, "tally-bad", "a test").await.unwrap();
         handled(&store, "tally-bad", 2).await;
         eventually("health is fine again", async || health.is_fine().then_some(())).await;
         // After an operator drops the message, the fault is gone as well.
@@ -277,7 +277,7 @@ async fn handler_that_blocks_its_thread_is_named_and_aborted() {
     })
     .await;
     let error = runtime.drain(Duration::from_millis(200)).await.unwrap_err();
-    assert!(error.contains("aborted: blocker"), "{error}");
+    assert!(error.to_string().contains("aborted: blocker"), "{error}");
     let logged = lines(&["ERROR", "did not stop in time", "blocker", "tally-a"]);
     assert_eq!((logged.len(), counted(&health, "annals_parts_cut_off_total")), (1, 1), "{logged:?}");
     drop(end);

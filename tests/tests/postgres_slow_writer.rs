@@ -55,7 +55,7 @@ async fn readers_miss_no_commit_of_a_slow_writer() {
     }
 }
 
-struct Following(CancellationToken, JoinHandle<Result<(), String>>);
+struct Following(CancellationToken, JoinHandle<Result<(), annals::NameError>>);
 
 impl Following {
     /// Starts a subscription on its own store, which looks like another process to the database.

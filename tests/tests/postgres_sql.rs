@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use annals::{DeadLetters, Health, Repository, Subscription, commit::COMMIT_ROWS_MAX, health::State};
+use annals::{Health, Operator, Repository, Subscription, commit::COMMIT_ROWS_MAX, health::State};
 use annals_tests::tally::{Tally, TallyCommand, eventually};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
@@ -60,8 +60,8 @@ async fn failed_message_leaves_no_rows_and_succeeds_later() {
             bed.becomes(&others).await;
             bed.nothing_is_open().await;
             // The first redrive fails, and a later one succeeds.
-            let redrive = DeadLetters::new(Arc::new(bed.plain.clone()));
-            redrive.redrive("rows", &letters[0].0).await.unwrap();
+            let operator = Operator::new(Arc::new(bed.plain.clone()), "ann");
+            operator.redrive("rows", &letters[0].0, "a test").await.unwrap();
             let tries = bed.rows.handled.load(Ordering::SeqCst);
             let again = async || (bed.rows.handled.load(Ordering::SeqCst) > tries).then_some(());
             eventually("the message is retried", again).await;
@@ -69,7 +69,7 @@ async fn failed_message_leaves_no_rows_and_succeeds_later() {
             assert_eq!(bed.seen().await, others, "{trouble:?}");
             bed.rows.troubles.lock().unwrap().clear();
             eventually("the message is redriven", async || {
-                redrive.redrive("rows", &letters[0].0).await.ok();
+                operator.redrive("rows", &letters[0].0, "a test").await.ok();
                 sleep(Duration::from_millis(50)).await;
                 bed.letters().await.is_empty().then_some(())
             })

@@ -1,10 +1,13 @@
 //! Read models: their views are updated together with the checkpoint, rebuilt next to the live views, and swapped.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod postgres;
+
 use std::{sync::Arc, time::Duration};
 
 use annals::{
-    Aggregate, Event, EventStore, LocalBus, LogQuery, MemoryStore, Message, Repository, Runtime, Service,
+    Aggregate, Event, EventStore, LocalBus, LogQuery, MemoryStore, Message, Repository, Runtime, Service, Version,
+    WaitError,
     read_model::{Projection, ReadModel, Views},
 };
 use serde::{Deserialize, Serialize};
@@ -97,6 +100,44 @@ async fn views_follow_the_log_and_survive_a_restart() {
     let listed: Vec<_> = views.list("", 10).await.unwrap().into_iter().map(|(owner, _)| owner.to_string()).collect();
     assert_eq!(listed, ["ada", "bob"]);
     second.drain(Duration::from_secs(10)).await.unwrap();
+}
+
+/// A caller reads its own writes: the position of a command is awaited, on each store.
+#[tokio::test]
+async fn views_show_a_command_once_they_have_reached_its_position() {
+    let folder = tempfile::tempdir().unwrap();
+    let sqlite = annals_sqlite::SqliteStore::open(folder.path().join("annals.db")).await.unwrap();
+    let schema = postgres::Schema::new();
+    let postgres = schema.store().await;
+    let stores: [Arc<dyn EventStore>; 3] =
+        [Arc::new(MemoryStore::new()), Arc::new(sqlite.clone()), Arc::new(postgres.clone())];
+    for store in stores {
+        let accounts = Repository::<Account>::new(store.clone());
+        let views = Views::<Totals>::new(store.clone());
+        let patience = Duration::from_secs(20);
+        let (first, request) = (("ada".to_owned(), 10), Uuid::new_v4());
+        let decided = accounts.execute("1", first.clone(), request).await.unwrap();
+        assert_eq!((decided.version, decided.repeated), (Version(1), false));
+        let position = decided.position.unwrap();
+        let late = views.wait_for(position, Duration::from_millis(20)).await.unwrap_err();
+        assert!(matches!(late, WaitError::TimedOut { .. }), "{late}");
+        assert!(late.to_string().contains("totals") && late.to_string().contains("position 0"), "{late}");
+        let runtime = runtime(&store, projection(1)).await;
+        views.wait_for(position, patience).await.unwrap();
+        assert_eq!(views.get("ada").await.unwrap(), Some(Total { amount: 10, deposits: 1 }));
+        for deposits in 2..20 {
+            let decided = accounts.execute("1", first.clone(), Uuid::new_v4()).await.unwrap();
+            assert_eq!(decided.version, Version(deposits));
+            views.wait_for(decided.position.unwrap(), patience).await.unwrap();
+            assert_eq!(views.get("ada").await.unwrap().unwrap().deposits, deposits as u64);
+        }
+        // A repeated command, even in another process, has the position and version of its first execution.
+        let repeated = Repository::<Account>::new(store.clone()).execute("1", first, request).await.unwrap();
+        assert_eq!((repeated.position, repeated.version, repeated.repeated), (Some(position), Version(1), true));
+        runtime.drain(Duration::from_secs(10)).await.unwrap();
+    }
+    sqlite.close().await.unwrap();
+    postgres.close().await.unwrap();
 }
 
 #[tokio::test]

@@ -150,7 +150,7 @@ async fn build(
     stop: &Stop,
 ) -> Result<Option<Rebuild>, Failure> {
     let bar = progress::bar("built", store.port().status().await?.head.0.unsigned_abs(), stop);
-    let built = model.begin(store.port()).await.map_err(Failure::new)?;
+    let built = model.begin(store.port()).await.map_err(|error| Failure::new(error.to_string()))?;
     let built = match *verb {
         ReadModelCommand::Rebuild { accept_parked: true, accept_older: true, .. } => {
             built.accept_parked().accept_older()

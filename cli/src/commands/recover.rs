@@ -245,10 +245,11 @@ impl Recovering {
             if anew {
                 segment.passes_over.push(log.into());
             } else {
-                plan.names.push(Segment::new(log.into(), Position(first))).map_err(Failure::new)?;
+                let segment = Segment::new(log.into(), Position(first));
+                plan.names.push(segment).map_err(|error| Failure::new(error.to_string()))?;
             }
         }
-        plan.names.push(segment).map_err(Failure::new)?;
+        plan.names.push(segment).map_err(|error| Failure::new(error.to_string()))?;
         plan.recovery.complete = true;
         let mut documents = plan.relays(archive, found).await?;
         if anew {

@@ -60,6 +60,12 @@ pub struct Member {
     pub starts: HashMap<Partition, i64>,
 }
 
+impl std::fmt::Debug for Member {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Member").field("starts", &self.starts).finish_non_exhaustive()
+    }
+}
+
 impl Member {
     /// Joins a group on one topic. The name of the group starts with `group`.
     pub async fn join(bus: &dyn Bus, group: &str, topic: &str) -> Self {
@@ -128,7 +134,7 @@ pub(super) fn numbers(deliveries: &[Delivery]) -> Vec<i64> {
 }
 
 /// The messages that were delivered. The messages of a key arrive as 1, 2, 3, …; earlier messages may be repeated.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub struct Ledger {
     latest: HashMap<Arc<str>, i64>,
     /// The number of distinct messages.

@@ -86,6 +86,7 @@ fn check_finite<T: Serialize + ?Sized>(value: &T) -> Result<(), Error> {
 /// JSON text as a [`Value`] that upcasters can change. The struct also keeps the data with which to restore integers
 /// beyond 64 bits afterwards.
 #[doc(hidden)]
+#[derive(Debug)]
 pub struct Upcast {
     /// The value. Each integer beyond 64 bits is replaced by a stand-in, which is a distinct `f64` near the integer.
     pub value: Value,

@@ -11,6 +11,7 @@ pub(crate) const RELAY: &str = ".relay";
 
 /// Why a name is not valid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum NameError {
     /// The documents stored under this name could be confused with the documents of another name.
     #[error("{kind} {name:?}: {reason}; choose another name")]

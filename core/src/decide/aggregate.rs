@@ -96,6 +96,8 @@ pub struct Snapshot<A> {
     pub load: fn(&str) -> Result<A, serde_json::Error>,
 }
 
+debug_fields!([A] Snapshot<A> { every, version });
+
 impl<A: serde::Serialize + serde::de::DeserializeOwned> Snapshot<A> {
     /// Stores a snapshot every `every` events, and uses the serde implementation of the state.
     pub const fn every(every: i64, version: i32) -> Self {

@@ -14,7 +14,7 @@ use crate::{
         aggregate::Aggregate,
         remembered::{First, Remembered},
     },
-    event::{DecodeError, StreamId, StreamIdError, Version, derived_id},
+    event::{DecodeError, Position, StreamId, StreamIdError, Version, derived_id},
     store::{EventStore, StoreError},
 };
 
@@ -197,30 +197,33 @@ impl<A: Aggregate> Folds<A> {
         }
     }
 
-    /// Returns the events that the store already holds for this command. `first` is the version of the first one.
+    /// Returns the events that the store already holds for this command, with the version and the position of the last
+    /// one. `first` is the version of the first one.
     pub(crate) async fn events_of(
         &self,
         store: &dyn EventStore,
         stream: &StreamId,
         first: Version,
         command_id: Uuid,
-    ) -> Result<Vec<A::Event>, FoldError> {
+    ) -> Result<(Vec<A::Event>, Version, Option<Position>), FoldError> {
         let mut events = Vec::new();
         let mut index = 0;
         let mut after = Version(first.0 - 1);
+        let mut position = None;
         loop {
             let page = store.read_stream(stream, after, FOLD_PAGE).await?;
             let last = page.len() < FOLD_PAGE;
             for event in page {
                 if event.id != derived_id(command_id, index) {
-                    return Ok(events);
+                    return Ok((events, after, position));
                 }
                 index += 1;
                 after = event.version;
+                position = Some(event.position);
                 events.extend(event.decode::<A::Event>()?);
             }
             if last {
-                return Ok(events);
+                return Ok((events, after, position));
             }
         }
     }

@@ -21,7 +21,7 @@ use crate::{
         unsettled::Unsettled,
         work::{Decided, Stale, Work, WorkError},
     },
-    event::{DecodeError, Metadata, StreamId, StreamIdError},
+    event::{DecodeError, Metadata, Position, StreamId, StreamIdError},
     store::{EventStore, StoreError},
 };
 
@@ -81,6 +81,8 @@ pub struct Repository<A: Aggregate> {
     queues: Arc<Mutex<HashMap<StreamId, CommandQueue<Waiting<A>>>>>,
 }
 
+debug_fields!([A: Aggregate] Repository<A> {});
+
 impl<A: Aggregate> Clone for Repository<A> {
     fn clone(&self) -> Self {
         Self { folds: self.folds.clone(), queues: self.queues.clone() }
@@ -104,6 +106,7 @@ impl From<Uuid> for Request {
 
 /// Why a command was not executed.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ExecuteError<R: std::error::Error> {
     /// The aggregate refused the command.
     #[error("refused: {0}")]
@@ -252,10 +255,10 @@ impl<A: Aggregate> Repository<A> {
         let mut unsettled: Option<(Box<Unsettled>, Vec<CommandResult<A>>)> = None;
         for _ in 0..DECISIONS_MAX {
             if let Some((attempt, _)) = &unsettled
-                && let Ok(Some(_)) = attempt.find(&*self.folds.store).await
+                && let Ok(Some(committed)) = attempt.find(&*self.folds.store).await
             {
                 let results = unsettled.map(|(_, results)| results).unwrap_or_default();
-                return give_out(batch, results.into_iter().map(|result| result.map(found)).collect());
+                return give_out(batch, results.into_iter().map(|result| result.map(found)), committed.position);
             }
             let history = self.folds.store.history();
             let mut work = Work::new(self.folds.store.clone(), stale.clone());
@@ -263,7 +266,7 @@ impl<A: Aggregate> Repository<A> {
             // Every commit checks at least the version, so a refusal that was decided on outdated state is never
             // returned.
             let failed = match work.attempt().await {
-                Ok(_) => return give_out(batch, results),
+                Ok(committed) => return give_out(batch, results, committed.position),
                 Err(failed) => failed,
             };
             if let Some(attempt) = failed.unsettled {
@@ -431,9 +434,13 @@ fn found<E>(decided: Decided<E>) -> Decided<E> {
     Decided { repeated: decided.repeated || !decided.events.is_empty(), ..decided }
 }
 
-fn give_out<A: Aggregate>(batch: Vec<Waiting<A>>, results: Vec<CommandResult<A>>) {
+fn give_out<A: Aggregate>(
+    batch: Vec<Waiting<A>>,
+    results: impl IntoIterator<Item = CommandResult<A>>,
+    position: Position,
+) {
     for (waiting, result) in batch.into_iter().zip(results) {
-        _ = waiting.answer.send(result);
+        _ = waiting.answer.send(result.map(|decided| decided.stored_at(position)));
     }
 }
 

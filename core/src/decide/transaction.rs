@@ -14,23 +14,23 @@ use crate::{
 };
 
 /// Stages work on several streams and documents, and commits the work either completely or not at all. If another
-/// writer commits first, the caller can retry. A `Transaction` does not hold a database transaction open. Instead, the
-/// commit checks the versions that were read.
+/// writer commits first, the work is staged again. A `Transaction` does not hold a database transaction open. Instead,
+/// the commit checks the versions that were read.
 ///
 /// ```
 /// # use std::sync::Arc;
 /// # use annals::{MemoryStore, DocumentKey, transaction::Transaction};
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// let key = DocumentKey::new("counter", "visits");
-/// let mut transaction = Transaction::new(Arc::new(MemoryStore::new()), uuid::Uuid::new_v4());
-/// let committed = loop {
-///     let mut work = transaction.begin();
-///     let visits: u64 = work.document(&key).await?.unwrap_or(0);
-///     work.put(&key, &(visits + 1))?;
-///     if let Some(committed) = transaction.commit(work).await? {
-///         break committed;
-///     }
-/// };
+/// let transaction = Transaction::new(Arc::new(MemoryStore::new()), uuid::Uuid::new_v4());
+/// let (visits, committed) = transaction
+///     .run(|mut work| async {
+///         let visits = work.document::<u64>(&key).await?.unwrap_or(0) + 1;
+///         work.put(&key, &visits)?;
+///         Ok::<_, Box<dyn std::error::Error>>((work, visits))
+///     })
+///     .await?;
+/// assert_eq!(visits, 1);
 /// # Ok(()) }
 /// ```
 pub struct Transaction {
@@ -42,11 +42,58 @@ pub struct Transaction {
     unsettled: Option<Box<Unsettled>>,
 }
 
+debug_fields!(Transaction { request, attempts });
+
+/// The outcome of one attempt to commit.
+enum CommitAttempt {
+    Committed(Committed),
+    /// The outcome is unknown, and the events of the attempt will show it.
+    Unknown,
+    /// Nothing was stored, because another writer committed first.
+    Outrun,
+}
+
 impl Transaction {
     /// Creates a transaction with a command id. Its commands to aggregates are executed only once, however often the
     /// transaction runs.
     pub fn new(store: Arc<dyn EventStore>, request: impl Into<Request>) -> Self {
         Self { store, request: request.into(), attempts: 0, backoff: Backoff::short(), unsettled: None }
+    }
+
+    /// Stages work with `stage` and commits the work. `stage` receives the empty work, and returns the staged work and a
+    /// result. If another writer commits first, `stage` runs again on the current
+    /// state, at most [`DECISIONS_MAX`](crate::repository::DECISIONS_MAX) times. `stage` must therefore have no other
+    /// effects. Returns the result of `stage` for the committed work, and the commit.
+    ///
+    /// If the outcome of an attempt is unknown, the next attempt first finds out whether the earlier attempt was
+    /// committed. Nothing is committed twice.
+    ///
+    /// # Errors
+    /// Returns an error of `stage` at once; nothing is committed then. Fails with the error of the last attempt after
+    /// too many attempts. An unknown outcome of work without events is an error too: a document does not show which
+    /// commit wrote it, so only the caller can find out.
+    pub async fn run<T, E, F>(mut self, mut stage: impl FnMut(Work) -> F) -> Result<(T, Committed), E>
+    where
+        F: Future<Output = Result<(Work, T), E>>,
+        E: From<CommitError>,
+    {
+        // The result of the attempt that may still turn out to be committed.
+        let mut unknown: Option<T> = None;
+        loop {
+            let staged = stage(self.begin()).await;
+            if unknown.is_some()
+                && let Some(committed) = self.settled().await
+                && let Some(value) = unknown.take()
+            {
+                return Ok((value, committed));
+            }
+            let (work, value) = staged?;
+            match self.attempt(work).await? {
+                CommitAttempt::Committed(committed) => return Ok((value, committed)),
+                CommitAttempt::Unknown => unknown = Some(value),
+                CommitAttempt::Outrun => {}
+            }
+        }
     }
 
     /// Begins an attempt. Each attempt reads everything again, so that a refusal is never based on outdated state.
@@ -70,21 +117,35 @@ impl Transaction {
         if let Some(committed) = self.settled().await {
             return Ok(Some(committed));
         }
+        match self.attempt(work).await? {
+            CommitAttempt::Committed(committed) => Ok(Some(committed)),
+            CommitAttempt::Unknown | CommitAttempt::Outrun => Ok(None),
+        }
+    }
+
+    async fn attempt(&mut self, work: Work) -> Result<CommitAttempt, CommitError> {
         let history = work.history();
         let failed = match work.attempt().await {
-            Ok(committed) => return Ok(Some(committed)),
+            Ok(committed) => return Ok(CommitAttempt::Committed(committed)),
             Err(failed) => failed,
         };
         match failed.error {
             error @ CommitError::Unknown(_) if failed.unsettled.is_none() => Err(error),
             // Nothing was stored, because the events behind the decision may be gone.
-            CommitError::Unavailable(_) if self.store.history() != history && self.attempts < DECISIONS_MAX => Ok(None),
+            CommitError::Unavailable(_) if self.store.history() != history && self.attempts < DECISIONS_MAX => {
+                Ok(CommitAttempt::Outrun)
+            }
             CommitError::Conflict { .. } | CommitError::DocumentConflict { .. } | CommitError::Unknown(_)
                 if self.attempts < DECISIONS_MAX =>
             {
-                self.unsettled = failed.unsettled.or(self.unsettled.take());
                 self.backoff.wait().await;
-                Ok(None)
+                match failed.unsettled {
+                    Some(unsettled) => {
+                        self.unsettled = Some(unsettled);
+                        Ok(CommitAttempt::Unknown)
+                    }
+                    None => Ok(CommitAttempt::Outrun),
+                }
             }
             error => Err(error),
         }

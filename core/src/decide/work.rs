@@ -16,7 +16,8 @@ use crate::{
         unsettled::{self, Unsettled},
     },
     event::{
-        DecodeError, Event, EventError, Metadata, NewEvent, StreamId, StreamIdError, Version, derived_id, encode_all,
+        DecodeError, Event, EventError, Metadata, NewEvent, Position, StreamId, StreamIdError, Version, derived_id,
+        encode_all,
     },
     health::notice::Notice,
     store::{EventStore, StoreError},
@@ -48,6 +49,8 @@ pub struct Work {
     notices_at_begin: usize,
 }
 
+debug_fields!(Work { cause, rows });
+
 /// The message or command that causes the staged work. The ids of staged events are derived from `id`.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Cause {
@@ -58,6 +61,7 @@ pub(crate) struct Cause {
 
 /// Why work could not be staged.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum WorkError<R: std::error::Error + 'static> {
     /// The aggregate refused the command.
     #[error("refused: {0}")]
@@ -99,6 +103,22 @@ pub struct Decided<E> {
     pub events: Vec<E>,
     /// Whether the same command had already been executed before.
     pub repeated: bool,
+    /// The version of the stream after the command. If the command is repeated, the version after its first execution.
+    pub version: Version,
+    /// The position of the last event of the commit that stored the events. `None` if the command had nothing to do, or
+    /// if the work that staged the command is not committed yet. A read model that has reached this position shows the
+    /// effects of the command; see [`Views::wait_for`](crate::Views::wait_for).
+    pub position: Option<Position>,
+}
+
+impl<E> Decided<E> {
+    /// Adds the position of the commit that stored the events, unless the position is known.
+    pub(super) fn stored_at(mut self, position: Position) -> Self {
+        if !self.events.is_empty() {
+            self.position.get_or_insert(position);
+        }
+        self
+    }
 }
 
 struct StagedDocument {
@@ -251,17 +271,18 @@ impl Work {
             remembered => remembered,
         };
         if let Some(first) = first {
-            let events = match first > staged.base.version {
-                true => staged.staged_events(command_id)?,
-                false => folds.events_of(&*store, stream, first, command_id).await?,
-            };
-            return Ok(Decided { events, repeated: true });
+            if first > staged.base.version {
+                return Ok(staged.staged_before(command_id)?);
+            }
+            let (events, version, position) = folds.events_of(&*store, stream, first, command_id).await?;
+            return Ok(Decided { events, repeated: true, version, position });
         }
         let events = staged.current().state.decide(command).map_err(WorkError::Refused)?;
         let encoded = encode_all(&events, command_id, 0, &metadata)?;
         staged.add(&events, encoded);
+        let version = staged.current().version;
         self.rows += events.len();
-        Ok(Decided { events, repeated: false })
+        Ok(Decided { events, repeated: false, version, position: None })
     }
 
     /// Returns the part of the work that belongs to this stream.
@@ -489,13 +510,15 @@ impl<A: Aggregate> StagedStream<A> {
         self.torn = false;
     }
 
-    /// Returns the events of a command that was staged earlier in this work and is therefore not stored yet.
-    fn staged_events(&self, command_id: Uuid) -> Result<Vec<A::Event>, EventError> {
+    /// Returns the decision on a command that was staged earlier in this work and is therefore not stored yet.
+    fn staged_before(&self, command_id: Uuid) -> Result<Decided<A::Event>, EventError> {
         let start = derived_id(command_id, 0);
         let from = self.encoded.iter().position(|event| event.id == start).unwrap_or(self.encoded.len());
-        let of_command =
-            self.encoded[from..].iter().zip(0..).take_while(|(event, i)| event.id == derived_id(command_id, *i));
-        of_command.filter_map(|(event, _)| decode::<A>(event).transpose()).collect()
+        let is_of_command = |(event, index): &(&NewEvent, u64)| event.id == derived_id(command_id, *index);
+        let of_command: Vec<_> = self.encoded[from..].iter().zip(0..).take_while(is_of_command).collect();
+        let version = Version(self.base.version.0 + (from + of_command.len()) as i64);
+        let events = of_command.into_iter().filter_map(|(event, _)| decode::<A>(event).transpose());
+        Ok(Decided { events: events.collect::<Result<_, _>>()?, repeated: true, version, position: None })
     }
 }
 

@@ -46,6 +46,8 @@ pub struct Group {
     heard: Heard,
 }
 
+debug_fields!(Group { name, topics, members });
+
 /// The topics from which the group has received at least one message, in this process or an earlier one.
 #[derive(Clone, Default)]
 struct Heard(Arc<Mutex<BTreeSet<Arc<str>>>>);
@@ -182,15 +184,21 @@ pub struct Joined {
     is_local: bool,
 }
 
+debug_fields!(Joined { group, is_local });
+
 impl Joined {
     /// Consumes messages until `shutdown` is cancelled, then finishes the current batch. All members run in the calling
     /// task; a [`Runtime`](crate::Runtime) gives each member its own task.
+    ///
+    /// # Errors
+    /// Fails with [`BusError::Misconfigured`] if the bus refuses the group for good. All other errors are retried, and
+    /// health reports them.
     pub async fn run(
         self,
         store: Arc<dyn EventStore>,
         health: Health,
         shutdown: CancellationToken,
-    ) -> Result<(), String> {
+    ) -> Result<(), BusError> {
         join_all(self.members(&store, &health, &shutdown)).await.into_iter().collect()
     }
 
@@ -200,7 +208,7 @@ impl Joined {
         store: &Arc<dyn EventStore>,
         health: &Health,
         shutdown: &CancellationToken,
-    ) -> impl Iterator<Item = impl Future<Output = Result<(), String>> + use<>> {
+    ) -> impl Iterator<Item = impl Future<Output = Result<(), BusError>> + use<>> {
         let (group, is_local) = (self.group, self.is_local);
         self.consumers.into_iter().enumerate().map(move |(number, consumer)| {
             let part = format!("{}#{number}", group.name);
@@ -254,7 +262,7 @@ struct Member {
 }
 
 impl Member {
-    async fn consume(mut self, part: String, health: Health, shutdown: CancellationToken) -> Result<(), String> {
+    async fn consume(mut self, part: String, health: Health, shutdown: CancellationToken) -> Result<(), BusError> {
         let mut backoff = Backoff::long();
         let mut tick = interval(PARKED_TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -286,7 +294,7 @@ impl Member {
                 Ok(()) => backoff.reset(),
                 Err(Ended::Bus(error @ BusError::Misconfigured(_))) => {
                     health.set(&part, State::Failed(error.to_string()));
-                    return Err(error.to_string());
+                    return Err(error);
                 }
                 Err(error) => {
                     self.unsettled = true;

@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use crate::{
     bus::{Message, Undecodable},
-    commit::{Commit, CommitError, DOCUMENT_BYTES_MAX, DOCUMENT_ID_BYTES_MAX, Document, DocumentKey, Put, check_json},
+    commit::{CommitError, DOCUMENT_BYTES_MAX, DOCUMENT_ID_BYTES_MAX, Document, DocumentKey, Put, check_json},
     event::{Position, named_id},
     follow::checkpoint::lane_of,
     store::{EventStore, Scan, StoreError},
@@ -341,6 +341,8 @@ pub struct DeadLetters {
     store: Arc<dyn EventStore>,
 }
 
+debug_fields!(DeadLetters {});
+
 /// The first message of a parked key.
 #[derive(Clone, Debug)]
 pub struct DeadLetter {
@@ -374,27 +376,10 @@ impl DeadLetters {
         Ok(letters)
     }
 
-    /// Requests a redrive of the messages of a key. The worker that owns the key then handles the messages in order.
-    /// Returns how many messages wait, or 0 if the key is not parked.
-    pub async fn redrive(&self, subscription: &str, key: &str) -> Result<usize, CommitError> {
-        let (puts, waiting) = self.to_redrive(subscription, key).await?;
-        if !puts.is_empty() {
-            self.store.commit(Commit { appends: Vec::new(), puts }).await?;
-        }
-        Ok(waiting)
-    }
-
     /// Returns the puts that redrive a key, or the one message with this id, and how many messages wait.
     pub(crate) async fn to_redrive(&self, subscription: &str, key: &str) -> Result<(Vec<Put>, usize), CommitError> {
         let documents = self.of_key(subscription, key).await?;
         Ok((heads(&documents).map(|head| due_now(head.clone())).collect(), documents.len()))
-    }
-
-    /// Permanently drops the first message of a key. The messages after the dropped message are then retried.
-    pub async fn drop_first(&self, subscription: &str, key: &str) -> Result<Option<Parked>, CommitError> {
-        let Some((puts, dropped)) = self.to_drop(subscription, key).await? else { return Ok(None) };
-        self.store.commit(Commit { appends: Vec::new(), puts }).await?;
-        Ok(serde_json::from_str(&dropped.body).ok())
     }
 
     /// Returns the puts that remove the first message of a key, or the message with this id. Also returns the removed

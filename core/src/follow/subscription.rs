@@ -11,7 +11,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    base::{backoff::Backoff, name},
+    base::{
+        backoff::Backoff,
+        name::{self, NameError},
+    },
     bus::Message,
     event::{Position, Recorded},
     follow::{
@@ -115,6 +118,8 @@ pub struct Subscription {
     settled: OnceCell<()>,
 }
 
+debug_fields!(Subscription { name, query, lanes, start });
+
 impl Subscription {
     /// Creates a subscription with this name. Checkpoints are stored under the name, so never reuse a name for another
     /// handler. A name has at most 150 bytes, contains no `/`, no `@` and no control characters, and does not end in
@@ -198,14 +203,17 @@ impl Subscription {
 
     /// Follows the log until `shutdown` is cancelled, then handles the events that were recorded by that moment and
     /// returns. All lanes run in the calling task; a [`Runtime`](crate::Runtime) gives each lane its own task.
+    ///
+    /// # Errors
+    /// Fails if the name of the subscription is not valid. All other errors are retried, and health reports them.
     pub async fn run(
         self,
         store: Arc<dyn EventStore>,
         health: Health,
         shutdown: CancellationToken,
-    ) -> Result<(), String> {
+    ) -> Result<(), NameError> {
         if self.model.is_none() {
-            name::check("subscription", &self.name).map_err(|error| error.to_string())?;
+            name::check("subscription", &self.name)?;
         }
         join_all(self.workers(&store, &health, &shutdown)).await;
         Ok(())

@@ -5,10 +5,15 @@ use std::{marker::PhantomData, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use serde::{Serialize, de::DeserializeOwned};
+use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    base::{backoff::Backoff, json::to_json_exact, name},
+    base::{
+        backoff::Backoff,
+        json::to_json_exact,
+        name::{self, NameError},
+    },
     bus::Message,
     commit::{Document, DocumentKey},
     decide::work::Work,
@@ -17,10 +22,10 @@ use crate::{
     handler::{Handler, HandlerError, Terminal},
     health::{Health, Reporter, State},
     project::generation::{self, Pointer, collection},
-    store::{EventStore, LogQuery, Scan, StoreError},
+    store::{EventStore, LogQuery, Scan, StoreError, WaitError},
 };
 
-pub use crate::project::rebuild::{Compared, Difference, Rebuild, Rebuilt, SwapError};
+pub use crate::project::rebuild::{Compared, Difference, Rebuild, RebuildError, Rebuilt, SwapError};
 
 /// How often a running projection checks whether another generation has become live.
 const SWAP_TICK: Duration = Duration::from_millis(500);
@@ -29,6 +34,11 @@ const NEGLECTED: Duration = Duration::from_secs(10);
 /// How long a service waits after a failed build before it builds the views of its version again. The wait is long
 /// because a build reads the whole log, and because most failed builds fail again.
 const BUILD_AGAIN: Duration = Duration::from_secs(60);
+
+/// The shortest and the longest interval at which a caller that waits for a position reads the checkpoint of the views.
+/// The first batch of a projection takes a few milliseconds.
+const WAIT_LOOK_MIN: Duration = Duration::from_millis(2);
+const WAIT_LOOK_MAX: Duration = Duration::from_millis(50);
 
 /// Folds events into views. Each view is a document with a key. The methods must be pure functions, so that the views
 /// can be rebuilt at any time.
@@ -124,6 +134,8 @@ pub struct Projection<R> {
     instance: Option<Peer>,
 }
 
+debug_fields!([R] Projection<R> { query, linger });
+
 impl<R> Clone for Projection<R> {
     fn clone(&self) -> Self {
         let (model, query, instance) = (self.model.clone(), self.query.clone(), self.instance.clone());
@@ -153,13 +165,16 @@ impl<R: ReadModel> Projection<R> {
 
     /// Keeps the live views up to date until `shutdown` is cancelled. After each swap, continues with the new live
     /// views. If the store is unavailable, the projection retries and health reports the trouble.
+    ///
+    /// # Errors
+    /// Fails if the name of the read model is not valid.
     pub async fn run(
         self,
         store: Arc<dyn EventStore>,
         health: Health,
         shutdown: CancellationToken,
-    ) -> Result<(), String> {
-        name::check("read model", R::NAME).map_err(|error| error.to_string())?;
+    ) -> Result<(), NameError> {
+        name::check("read model", R::NAME)?;
         let mut reporter = health.reporter(R::NAME, &shutdown);
         let mut backoff = Backoff::long();
         while !shutdown.is_cancelled() {
@@ -217,7 +232,8 @@ impl<R: ReadModel> Projection<R> {
         shutdown: &CancellationToken,
     ) -> Result<(), String> {
         let subscription = self.subscription(live).views_of(R::NAME, R::VERSION).shared(self.instance.clone());
-        subscription.run(store.clone(), health.clone(), shutdown.clone()).await
+        let run = subscription.run(store.clone(), health.clone(), shutdown.clone());
+        run.await.map_err(|error| error.to_string())
     }
 
     /// Builds the views of this version next to the live views of an earlier version, and swaps them in.
@@ -236,7 +252,7 @@ impl<R: ReadModel> Projection<R> {
             return Ok(());
         }
         reporter.elsewhere(&format!("building version {version} of {name}; the live views are of an earlier version"));
-        let build = self.begin(store.clone()).await?;
+        let build = self.begin(store.clone()).await.map_err(|error| error.to_string())?;
         let caught_up = tokio::select! {
             caught_up = build.catch_up(|_| {}) => Some(caught_up),
             () = shutdown.cancelled() => None,
@@ -263,8 +279,9 @@ impl<R: ReadModel> Projection<R> {
     /// # Errors
     /// Fails if the store is unavailable, if another rebuild finished first, or if events could not be applied: see
     /// [`SwapError`]. In these cases, the live views stay as they were.
-    pub async fn rebuild(&self, store: Arc<dyn EventStore>) -> Result<Rebuilt, String> {
-        self.build(store, |_| {}).await?.swap().await.map_err(|error| format!("{} was not swapped: {error}", R::NAME))
+    pub async fn rebuild(&self, store: Arc<dyn EventStore>) -> Result<Rebuilt, RebuildError> {
+        let build = self.build(store, |_| {}).await?;
+        build.swap().await.map_err(|source| RebuildError::NotSwapped { model: R::NAME, source })
     }
 
     /// Rebuilds all views next to the live views, and returns once the new views have caught up with the log. The
@@ -277,14 +294,14 @@ impl<R: ReadModel> Projection<R> {
         &self,
         store: Arc<dyn EventStore>,
         on_progress: impl FnMut(Position),
-    ) -> Result<Rebuild, String> {
+    ) -> Result<Rebuild, RebuildError> {
         let build = self.begin(store).await?;
         match build.catch_up(on_progress).await {
             Ok(()) => Ok(build),
             Err(error) => {
                 // If `discard` fails too, the next build removes what is left of this one.
                 _ = build.discard().await;
-                Err(format!("{} was not built: {error}", R::NAME))
+                Err(RebuildError::NotBuilt { model: R::NAME, source: error })
             }
         }
     }
@@ -294,13 +311,13 @@ impl<R: ReadModel> Projection<R> {
     ///
     /// # Errors
     /// Fails if the store is unavailable, or if too many builds of this read model are running.
-    pub async fn begin(&self, store: Arc<dyn EventStore>) -> Result<Rebuild, String> {
-        name::check("read model", R::NAME).map_err(|error| error.to_string())?;
+    pub async fn begin(&self, store: Arc<dyn EventStore>) -> Result<Rebuild, RebuildError> {
+        name::check("read model", R::NAME)?;
         // A pure function that fails once fails every time, so one attempt is enough.
         let once = RetryPolicy { attempts_max: 1, ..RetryPolicy::default() };
         let subscription = |generation| self.subscription(generation).views_of(R::NAME, R::VERSION).retry(once);
         let begun = Rebuild::begin(store, R::NAME, R::VERSION, subscription).await;
-        begun.map_err(|error| format!("{} was not built: {error}", R::NAME))
+        begun.map_err(|error| RebuildError::NotBuilt { model: R::NAME, source: error.into() })
     }
 
     fn subscription(&self, generation: u32) -> Subscription {
@@ -342,12 +359,12 @@ async fn stand_by(
     let of_live = pointer.version.unwrap_or(version);
     let kept = format!("the live views of {model} are of version {of_live}, and this build has version {version}");
     let mut stood_at = None;
-    let mut since = tokio::time::Instant::now();
+    let mut since = Instant::now();
     while !shutdown.is_cancelled() {
         let head = store.status().await.map_err(|error| error.to_string())?.head;
         let at = generation::reached(store, model, pointer.live).await.map_err(|error| error.to_string())?;
         if stood_at != Some(at) || at >= head {
-            (stood_at, since) = (Some(at), tokio::time::Instant::now());
+            (stood_at, since) = (Some(at), Instant::now());
         }
         if since.elapsed() < NEGLECTED {
             reporter.elsewhere(&format!("{kept}: this build leaves the views alone"));
@@ -405,10 +422,96 @@ pub struct Views<R> {
     model: PhantomData<fn() -> R>,
 }
 
+debug_fields!([R] Views<R> {});
+
 impl<R: ReadModel> Views<R> {
     /// Creates a reader of the views in this store.
     pub fn new(store: Arc<dyn EventStore>) -> Self {
         Self { store, model: PhantomData }
+    }
+
+    /// Waits until the live views show all events up to a position, such as [`Decided::position`] of a command: a caller
+    /// then reads its own writes. An event that failed and waits as a dead letter counts as shown.
+    ///
+    /// The views show an event once the commit of its batch is stored. If the read model does not query the event, its
+    /// checkpoint passes the event about a second later.
+    ///
+    /// # Errors
+    /// Fails with [`WaitError::TimedOut`] if the views are further behind than `limit`, for example because no process
+    /// runs the projection.
+    ///
+    /// ```
+    /// use std::{sync::Arc, time::Duration};
+    ///
+    /// use annals::{Event, LogQuery, Message, Position, Projection, ReadModel, Repository, Runtime, Service, Views};
+    /// # use annals::{Aggregate, EventStore, LocalBus, MemoryStore};
+    /// # use std::convert::Infallible;
+    /// #
+    /// # #[derive(Event, Clone)]
+    /// # #[event(prefix = "account")]
+    /// # enum AccountEvent { Credited { pence: u64 } }
+    /// # #[derive(Clone, Default)]
+    /// # struct Account;
+    /// # impl Aggregate for Account {
+    /// #     const CATEGORY: &'static str = "account";
+    /// #     type Command = u64;
+    /// #     type Event = AccountEvent;
+    /// #     type Refusal = Infallible;
+    /// #     fn decide(&self, pence: &u64) -> Result<Vec<AccountEvent>, Infallible> {
+    /// #         Ok(vec![AccountEvent::Credited { pence: *pence }])
+    /// #     }
+    /// #     fn evolve(&mut self, _: &AccountEvent) {}
+    /// # }
+    /// struct Balances;
+    ///
+    /// impl ReadModel for Balances {
+    ///     const NAME: &'static str = "balances";
+    ///     type Event = AccountEvent;
+    ///     type View = u64;
+    ///
+    ///     fn keys(&self, _: &AccountEvent, message: &Message) -> Vec<String> {
+    ///         vec![message.key.to_string()]
+    ///     }
+    ///
+    ///     fn apply(&self, _: &str, pence: &mut u64, event: &AccountEvent, _: &Message) {
+    ///         let AccountEvent::Credited { pence: credited } = event;
+    ///         *pence += credited;
+    ///     }
+    /// }
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    /// let bank = Service::new("bank", store.clone()).project(Projection::new(Balances, LogQuery::all()));
+    /// # let mut runtime = Runtime::new();
+    /// runtime.start(vec![bank], Arc::new(LocalBus::default())).await?;
+    ///
+    /// let accounts = Repository::<Account>::new(store.clone());
+    /// let credited = accounts.execute("alice", 250, uuid::Uuid::new_v4()).await?;
+    /// let balances = Views::<Balances>::new(store);
+    /// balances.wait_for(credited.position.unwrap_or(Position::START), Duration::from_secs(5)).await?;
+    /// assert_eq!(balances.get("account-alice").await?, Some(250));
+    /// # runtime.drain(Duration::from_secs(5)).await?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// [`Decided::position`]: crate::work::Decided::position
+    pub async fn wait_for(&self, position: Position, limit: Duration) -> Result<(), WaitError> {
+        let deadline = Instant::now() + limit;
+        let mut look = WAIT_LOOK_MIN;
+        loop {
+            let generation = live(&*self.store, R::NAME).await?;
+            let reached = generation::reached(&*self.store, R::NAME, generation).await?;
+            if reached >= position {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                let awaited = format!("read model {} to reach position {position}", R::NAME);
+                let state = format!("it has reached position {reached}; does the service that keeps it run?");
+                return Err(WaitError::TimedOut { awaited, limit, state });
+            }
+            sleep_until(deadline.min(Instant::now() + look)).await;
+            look = (2 * look).min(WAIT_LOOK_MAX);
+        }
     }
 
     /// Returns the view with this key, if there is one.

@@ -8,6 +8,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use uuid::Uuid;
 
 use crate::{
+    base::name::NameError,
     commit::{Append, CommitError, Document, Put},
     event::Position,
     follow::{
@@ -50,8 +51,11 @@ pub struct Rebuild {
     done: Option<DropGuard>,
 }
 
+debug_fields!(Rebuild { model, build, before });
+
 /// Why rebuilt views did not replace the live views. The live views stay as they were.
 #[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
 pub enum SwapError {
     /// Events could not be applied, so the new views would be incomplete. The built views are removed.
     #[error(
@@ -100,6 +104,31 @@ pub enum SwapError {
     /// The store refused the commit, or its outcome is unknown.
     #[error(transparent)]
     Commit(#[from] CommitError),
+}
+
+/// Why the views of a read model were not rebuilt. The live views stay as they were.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum RebuildError {
+    /// The name of the read model is not valid.
+    #[error(transparent)]
+    Name(#[from] NameError),
+    /// The new views were not built.
+    #[error("read model {model} was not built: {source}")]
+    NotBuilt {
+        /// The name of the read model.
+        model: &'static str,
+        /// The reason.
+        source: SwapError,
+    },
+    /// The new views were built, and did not replace the live views.
+    #[error("the new views of read model {model} were not swapped in: {source}")]
+    NotSwapped {
+        /// The name of the read model.
+        model: &'static str,
+        /// The reason.
+        source: SwapError,
+    },
 }
 
 /// The result of a rebuild.

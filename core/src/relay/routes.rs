@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use crate::{
     bus::{Message, Outgoing},
-    event::{Recorded, Version},
+    event::{DecodeError, EventError, Recorded, Version},
     saga::{Command, StepEvent, attribute},
     store::LogQuery,
 };
@@ -54,7 +54,7 @@ impl Routes {
     ///
     /// # Errors
     /// Fails if the event cannot be parsed.
-    pub fn messages(&self, event: &Recorded) -> Result<Vec<Outgoing>, String> {
+    pub fn messages(&self, event: &Recorded) -> Result<Vec<Outgoing>, DecodeError> {
         let category = event.stream.category();
         if category.starts_with("saga.") {
             return self.commands(event);
@@ -65,7 +65,7 @@ impl Routes {
         Ok(vec![Outgoing { topic: self.events.clone(), message: Message::of(event, &self.service) }])
     }
 
-    fn commands(&self, event: &Recorded) -> Result<Vec<Outgoing>, String> {
+    fn commands(&self, event: &Recorded) -> Result<Vec<Outgoing>, DecodeError> {
         #[derive(Deserialize)]
         struct Sending {
             #[serde(default)]
@@ -77,7 +77,7 @@ impl Routes {
             step: String,
         }
         let Sending { send, progress: SendingProgress { step } } =
-            serde_json::from_str(&event.data).map_err(|error| error.to_string())?;
+            serde_json::from_str(&event.data).map_err(|error| unreadable(event, error.to_string()))?;
         let message = |command: Command| {
             let extensions = [
                 (attribute::AT, command.at.to_string()),
@@ -104,11 +104,17 @@ impl Routes {
         Ok(send.into_iter().map(message).collect())
     }
 
-    fn reply(&self, event: &Recorded) -> Result<Vec<Outgoing>, String> {
-        let Some(StepEvent::Replied { saga, reply_to, .. }) = event.decode().map_err(|error| error.to_string())? else {
+    fn reply(&self, event: &Recorded) -> Result<Vec<Outgoing>, DecodeError> {
+        let Some(StepEvent::Replied { saga, reply_to, .. }) = event.decode()? else {
             return Ok(Vec::new());
         };
         let message = Message { key: saga.into(), ..Message::of(event, &self.service) };
         Ok(vec![Outgoing { topic: format!("{reply_to}.commands").into(), message }])
     }
+}
+
+fn unreadable(event: &Recorded, reason: String) -> DecodeError {
+    let Recorded { stream, version, position, type_name, schema_version, .. } = event;
+    let source = EventError::Undecodable { type_name: type_name.to_string(), version: *schema_version, reason };
+    DecodeError { stream: stream.clone(), version: *version, position: *position, source }
 }

@@ -129,6 +129,8 @@ pub struct Saga<C> {
     pub(crate) hash: String,
 }
 
+debug_fields!([C] Saga<C> { name, deadline, revision, hash });
+
 impl<C: SagaState> Saga<C> {
     /// Begins a plan for the saga with this name. The name is stored, so a saga must never be renamed.
     pub fn named(name: &'static str) -> Plan<C, Open> {
@@ -178,15 +180,22 @@ pub struct Plan<C, P> {
     place: PhantomData<P>,
 }
 
+debug_fields!([C, P] Plan<C, P> { saga });
+
 /// The plan has no step yet.
+#[derive(Debug)]
 pub struct Open;
 /// The last step has no undo yet.
+#[derive(Debug)]
 pub struct NeedsUndo;
 /// The last step can be undone.
+#[derive(Debug)]
 pub struct Undoable;
 /// The saga only goes forward from here.
+#[derive(Debug)]
 pub struct AfterPivot;
 /// The forward path is complete; the steps that follow end a compensated saga.
+#[derive(Debug)]
 pub struct Closing;
 
 /// The states of a plan in which a compensatable step may be added.

@@ -54,6 +54,8 @@ pub struct Definitions<C> {
     pub migrations: HashMap<String, fn(&Progress) -> Progress>,
 }
 
+debug_fields!([C] Definitions<C> { current });
+
 /// An input to a saga, with everything that a pure decision needs.
 pub struct SagaCommand<C> {
     pub definitions: Arc<Definitions<C>>,
@@ -62,6 +64,8 @@ pub struct SagaCommand<C> {
     pub what: SagaInput<C>,
 }
 
+debug_fields!([C] SagaCommand<C> { saga_id, now });
+
 pub enum SagaInput<C> {
     Begin(C),
     Reply(Reply),
@@ -69,8 +73,22 @@ pub enum SagaInput<C> {
     Operate { verb: OperatorAction, by: String, reason: String },
 }
 
+impl<C> std::fmt::Debug for SagaInput<C> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Begin(_) => f.debug_tuple("Begin").finish_non_exhaustive(),
+            Self::Reply(reply) => f.debug_tuple("Reply").field(reply).finish(),
+            Self::Due => f.write_str("Due"),
+            Self::Operate { verb, by, reason } => {
+                f.debug_struct("Operate").field("verb", verb).field("by", by).field("reason", reason).finish()
+            }
+        }
+    }
+}
+
 /// Why a saga accepts no input.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum SagaRefusal {
     /// No saga has this id.
     #[error("no such saga")]

@@ -104,6 +104,7 @@ impl Answer {
 
 /// Why a step was not done. Effects staged for the step are discarded.
 #[derive(Debug)]
+#[non_exhaustive]
 pub enum StepError {
     /// The step is refused, and the saga goes back. The operator `?` turns an aggregate's refusal into this variant. An
     /// undo must succeed, and so must a step from which the saga cannot go back. For these, a refusal is treated as

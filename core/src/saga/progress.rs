@@ -60,10 +60,15 @@ impl From<StepRef> for String {
     }
 }
 
+/// The text does not name a place in a saga.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not a place in a saga; a valid place is forward.0")]
+pub struct StepRefError(pub String);
+
 impl FromStr for StepRef {
-    type Err = String;
-    fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("{text:?} is not a place in a saga; a valid place is forward.0");
+    type Err = StepRefError;
+    fn from_str(text: &str) -> Result<Self, StepRefError> {
+        let wrong = || StepRefError(text.to_owned());
         let (part, step) = text.split_once('.').ok_or_else(wrong)?;
         let step = step.parse().map_err(|_| wrong())?;
         match part {
@@ -76,8 +81,8 @@ impl FromStr for StepRef {
 }
 
 impl TryFrom<String> for StepRef {
-    type Error = String;
-    fn try_from(text: String) -> Result<Self, String> {
+    type Error = StepRefError;
+    fn try_from(text: String) -> Result<Self, StepRefError> {
         text.parse()
     }
 }

@@ -108,6 +108,8 @@ pub struct Runner<C: SagaState> {
     fault: Option<String>,
 }
 
+debug_fields!([C: SagaState] Runner<C> { definitions, query });
+
 impl<C: SagaState> Clone for Runner<C> {
     fn clone(&self) -> Self {
         Self {
@@ -203,8 +205,8 @@ impl<C: SagaState> Runner<C> {
     }
 
     /// Returns the current state of one saga from the store, or `None` if the saga never started.
-    pub async fn saga(&self, id: &str) -> Result<Option<SagaInstance<C>>, String> {
-        let instance = self.instances.state(id).await.map_err(|error| error.to_string())?;
+    pub async fn saga(&self, id: &str) -> Result<Option<SagaInstance<C>>, WorkError<SagaRefusal>> {
+        let instance = self.instances.state(id).await?;
         Ok(instance.progress.is_some().then_some(instance))
     }
 

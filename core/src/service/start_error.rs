@@ -8,6 +8,7 @@ use crate::{base::name::NameError, bus::BusError, event::Position, store::StoreE
 
 /// Why services were not started.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum StartError {
     /// The import into the store is incomplete. An import writes checkpoints before events, so a service that starts
     /// now would skip the events that are still missing.

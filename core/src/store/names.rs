@@ -52,6 +52,26 @@ enum StoredNames {
     Segments(Vec<Segment>),
 }
 
+/// Why a segment was not added to the names of a log.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SegmentError {
+    /// The segment does not begin after the last segment.
+    #[error(
+        "log {} begins at position {}, and log {} at {}: one must begin after the other",
+        last.name, last.first, next.name, next.first
+    )]
+    NotAfter {
+        /// The last segment of the log.
+        last: Box<Segment>,
+        /// The segment that was not added.
+        next: Box<Segment>,
+    },
+    /// The log has as many names as it may have.
+    #[error("the log has {SEGMENTS_MAX} names already")]
+    TooMany,
+}
+
 impl LogNames {
     /// Returns the names of a log. A log has no name before its first relay has run.
     pub async fn of(store: &dyn EventStore) -> Result<Self, StoreError> {
@@ -106,15 +126,12 @@ impl LogNames {
     ///
     /// # Errors
     /// Fails if the segment does not start after all other segments, or if there are too many segments.
-    pub fn push(&mut self, segment: Segment) -> Result<(), String> {
+    pub fn push(&mut self, segment: Segment) -> Result<(), SegmentError> {
         if let Some(last) = self.0.last().filter(|last| segment.first <= last.first) {
-            return Err(format!(
-                "log {} begins at position {}, and log {} at {}: one must begin after the other",
-                last.name, last.first, segment.name, segment.first
-            ));
+            return Err(SegmentError::NotAfter { last: Box::new(last.clone()), next: Box::new(segment) });
         }
         if self.0.len() >= SEGMENTS_MAX {
-            return Err(format!("the log has {SEGMENTS_MAX} names already"));
+            return Err(SegmentError::TooMany);
         }
         self.0.push(segment);
         Ok(())

@@ -43,6 +43,8 @@ pub struct Tail {
     committing: AtomicUsize,
 }
 
+debug_fields!(Tail { last });
+
 /// All events in `(after, last]`.
 #[derive(Default)]
 struct Recent {

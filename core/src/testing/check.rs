@@ -40,6 +40,8 @@ pub struct Check<C, W> {
     states_max: usize,
 }
 
+debug_fields!([C, W] Check<C, W> { saga, attempts, states_max });
+
 struct CheckParts<W> {
     world: W,
     services: BTreeMap<String, Act<W>>,

@@ -18,6 +18,8 @@ pub struct When<A: Aggregate> {
     outcome: Result<Vec<A::Event>, A::Refusal>,
 }
 
+debug_fields!([A: Aggregate] When<A> {});
+
 /// Folds an aggregate from `events`; `given::<Order>([])` starts without events.
 ///
 /// Each event is written to JSON and read back, like a stored event.

@@ -347,10 +347,10 @@ fn problem<R: std::error::Error>(error: ExecuteError<R>) -> Problem {
     match error {
         ExecuteError::Refused(refusal) => Problem::new(StatusCode::UNPROCESSABLE_ENTITY, refusal.to_string()),
         ExecuteError::Invalid(_) => Problem::new(StatusCode::UNPROCESSABLE_ENTITY, detail),
-        ExecuteError::Undecodable(_) => Problem::new(StatusCode::INTERNAL_SERVER_ERROR, detail),
         ExecuteError::Contended { .. } | ExecuteError::Overloaded { .. } | ExecuteError::Unavailable(_) => {
             Problem::unavailable(detail)
         }
+        _ => Problem::new(StatusCode::INTERNAL_SERVER_ERROR, detail),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use annals::{Aggregate, EventStore, Repository, Transaction, Version};
+use annals::{Aggregate, EventStore, Repository, Transaction, Version, service::PartError};
 use async_trait::async_trait;
 use shop_driver::{
     card, input,
@@ -91,10 +91,10 @@ impl InProcess {
     /// Accepts a supply and books it in one commit, which is possible because the order and inventory services share a
     /// store here.
     async fn book(&self, supply: SupplyEvent) -> Result<Accepted, String> {
-        let mut transaction = Transaction::new(self.store.clone(), request(Supply::CATEGORY, supply.id()));
-        loop {
-            let mut work = transaction.begin();
-            let decided = work.execute(&self.repositories.supplies, supply.id(), &supply).await;
+        let transaction = Transaction::new(self.store.clone(), request(Supply::CATEGORY, supply.id()));
+        let supply = &supply;
+        let booked = transaction.run(|mut work| async move {
+            let decided = work.execute(&self.repositories.supplies, supply.id(), supply).await;
             let decided = decided.map_err(|error| error.to_string())?;
             let repeated = decided.repeated || decided.events.is_empty();
             if !repeated {
@@ -103,14 +103,10 @@ impl InProcess {
                     booked.map_err(|error| format!("{}: {error}", of_sku.sku))?;
                 }
             }
-            if transaction.commit(work).await.map_err(|error| error.to_string())?.is_some() {
-                return Ok(Accepted {
-                    repeated,
-                    units: decided.events.into_iter().flat_map(SupplyEvent::units).map(driver_change).collect(),
-                    end: None,
-                });
-            }
-        }
+            let units = decided.events.into_iter().flat_map(SupplyEvent::units).map(driver_change).collect();
+            Ok::<_, PartError>((work, Accepted { repeated, units, end: None }))
+        });
+        booked.await.map(|(accepted, _)| accepted).map_err(|error| error.to_string())
     }
 }
 

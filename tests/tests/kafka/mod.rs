@@ -312,7 +312,8 @@ impl Sql {
 
     /// Returns the number of events that must be copied.
     pub async fn events(&mut self) -> i64 {
-        self.number(self.source.clone(), "SELECT count(*) FROM annals.events").await
+        self.number(self.source.clone(), "SELECT count(*) FROM annals.events WHERE stream_id NOT LIKE 'operator-%'")
+            .await
     }
 
     /// Returns the number of copies, including repeated ones.
@@ -324,7 +325,7 @@ impl Sql {
     /// Returns the whole log, in order.
     pub async fn stored(&mut self) -> Vec<Stored> {
         let sql = "SELECT position, event_id, stream_id, coalesce((data ->> 'amount')::bigint, 0) AS amount
-                     FROM annals.events ORDER BY position";
+                     FROM annals.events WHERE stream_id NOT LIKE 'operator-%' ORDER BY position";
         let rows = sqlx::query_as(self.source.sql(sql)).fetch_all(&mut self.connection).await.unwrap();
         let row = |(position, event_id, stream_id, amount)| Stored { position, event_id, stream_id, amount };
         rows.into_iter().map(row).collect()

@@ -119,7 +119,7 @@ pub struct Bed {
     pub rows: Rows,
 }
 
-pub struct Running(JoinHandle<Result<(), String>>, CancellationToken);
+pub struct Running(JoinHandle<Result<(), annals::NameError>>, CancellationToken);
 
 impl Running {
     pub async fn kill(self) {

@@ -30,15 +30,13 @@ impl HandlerTarget {
             Failure::new(format!("handler {name} failed at position {}: {reason}", event.position))
         };
         let request = Request { command_id: message.id, metadata: message.effects() };
-        let mut transaction = Transaction::new(self.store.clone(), request);
-        loop {
-            let mut work = transaction.begin();
-            self.handler.prepare(&[&message], &mut work).await.map_err(|error| failed(&error))?;
-            self.handler.handle(&message, &mut work).await.map_err(|error| failed(&error))?;
-            if transaction.commit(work).await.map_err(|error| failed(&error))?.is_some() {
-                self.under_way = None;
-                return Ok(());
-            }
-        }
+        let (handler, message) = (&self.handler, &message);
+        let handled = Transaction::new(self.store.clone(), request).run(|mut work| async move {
+            handler.prepare(&[message], &mut work).await?;
+            handler.handle(message, &mut work).await.map(|()| (work, ()))
+        });
+        handled.await.map_err(|error| failed(&error))?;
+        self.under_way = None;
+        Ok(())
     }
 }

@@ -98,7 +98,9 @@ impl TopicTarget {
 
     pub async fn take(&mut self, event: &Arc<Recorded>) -> Result<(), Failure> {
         let made = self.routes.messages(event);
-        for mut outgoing in made.map_err(|error| Failure::new(format!("position {}: {error}", event.position)))? {
+        for mut outgoing in
+            made.map_err(|error| Failure::new(format!("position {}: {}", event.position, error.source)))?
+        {
             outgoing.topic = self.name.clone();
             outgoing.message.lane = self.relayed.as_ref().map(|relayed| relayed.label(&event.stream, event.position));
             self.next.push(outgoing);

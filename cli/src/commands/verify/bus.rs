@@ -183,7 +183,9 @@ impl RelayState {
         let Some(relayed) = self.services.get(service) else { return Ok(()) };
         let messages = match Routes::of(service).messages(event) {
             Ok(messages) => messages,
-            Err(error) => return faults.add(place(event), format!("the event cannot become a message: {error}")),
+            Err(error) => {
+                return faults.add(place(event), format!("the event cannot become a message: {}", error.source));
+            }
         };
         let waits = self.parked.get(service).and_then(|streams| streams.get(event.stream.as_str()));
         let position = event.position.0;

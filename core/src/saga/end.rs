@@ -1,0 +1,73 @@
+//! Waits for the end of a saga, for callers outside of the saga.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep_until, timeout_at};
+
+use super::{
+    definition::SagaState,
+    progress::{Progress, SagaEvent},
+    runner::Runner,
+};
+use crate::{
+    event::{StreamId, Version},
+    store::{EventStore, WaitError},
+};
+
+/// The shortest and the longest pause between two reads of the saga's stream. On a busy log, the events of other sagas
+/// wake the wait as well, so the pauses limit the load.
+const PAUSE_MIN: Duration = Duration::from_millis(2);
+const PAUSE_MAX: Duration = Duration::from_millis(50);
+/// The number of events read per page.
+const PAGE: usize = 500;
+
+/// Waits until the saga with this stream has ended, and returns its final progress. A saga that has not started yet is
+/// awaited too. A stuck saga has not ended: the wait goes on until an operator acts or the limit is reached.
+///
+/// New events of the log wake the wait.
+///
+/// # Errors
+/// Fails with [`WaitError::TimedOut`] if the saga has not ended within `limit`. The saga goes on.
+pub async fn wait_for_end(store: &dyn EventStore, saga: &StreamId, limit: Duration) -> Result<Progress, WaitError> {
+    let deadline = Instant::now() + limit;
+    let mut progress: Option<Progress> = None;
+    let mut read_up_to = Version::START;
+    let mut pause = PAUSE_MIN;
+    loop {
+        // The head is read before the stream, so that no event between the two reads is missed.
+        let head = store.status().await?.head;
+        loop {
+            let page = store.read_stream(saga, read_up_to, PAGE).await?;
+            let Some(last) = page.last() else { break };
+            read_up_to = last.version;
+            if let Some(event) = last.decode::<SagaEvent>()? {
+                progress = Some(event.progress().clone());
+            }
+        }
+        if let Some(progress) = progress.take_if(|progress| progress.ended.is_some()) {
+            return Ok(progress);
+        }
+        match timeout_at(deadline, store.wait(head)).await {
+            Ok(woken) => woken?,
+            Err(_) => {
+                let state = match &progress {
+                    Some(progress) => format!("it is {:?} at step {}", progress.status, progress.step),
+                    None => "it has not started".to_owned(),
+                };
+                return Err(WaitError::TimedOut { awaited: format!("the end of saga {saga}"), limit, state });
+            }
+        }
+        sleep_until(deadline.min(Instant::now() + pause)).await;
+        pause = (2 * pause).min(PAUSE_MAX);
+    }
+}
+
+impl<C: SagaState> Runner<C> {
+    /// Waits until the saga with this id has ended, and returns its final progress; see [`wait_for_end`].
+    ///
+    /// # Errors
+    /// Fails with [`WaitError::TimedOut`] if the saga has not ended within `limit`. The saga goes on.
+    pub async fn wait_for_end(&self, id: &str, limit: Duration) -> Result<Progress, WaitError> {
+        wait_for_end(&*self.store, &self.instances.stream(id)?, limit).await
+    }
+}
