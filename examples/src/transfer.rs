@@ -95,10 +95,10 @@ pub struct TransferState {
     pub pence: u64,
     #[serde(default = "pounds")]
     pub currency: String,
-    /// The day whose limit counts; empty for transfers from the time before the limit.
+    /// The day whose limit counts; empty for transfers that were requested before the bank had a limit.
     #[serde(default)]
     pub day: String,
-    /// Why the transfer is rejected, once that is known.
+    /// The reason for the rejection, once it is known.
     #[serde(default)]
     pub rejected: Option<String>,
 }
@@ -166,7 +166,7 @@ pub fn plan() -> Saga<TransferState> {
 // ANCHOR_END: plan
 
 // ANCHOR: earlier
-/// The plan from the time before the limit, which transfers under way may still follow.
+/// The plan that was in use before the bank had a limit. Transfers under way may still follow it.
 pub fn plan_without_limit() -> Saga<TransferState> {
     Saga::named("transfer")
         .compensatable("debit sender", TransferState::debit)
@@ -177,7 +177,7 @@ pub fn plan_without_limit() -> Saga<TransferState> {
         .build()
 }
 
-/// Moves a transfer from the earlier plan to the present one, in which each step has one more step before it.
+/// Moves a transfer from the earlier plan to the present plan, which has one more step at its beginning.
 pub fn with_limit(progress: &Progress) -> Progress {
     let at = match progress.at {
         StepRef::Forward(place) => StepRef::Forward(place + 1),
