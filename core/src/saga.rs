@@ -10,10 +10,10 @@
 //! | `migration` | moves a saga to another plan, or refuses the move |
 //! | `runner` | starts sagas, passes replies and timers to them, and carries out the actions of operators |
 //! | `participant` | the receiving side: carries out each step once |
-//! | `barrier` | decides which steps a participant carries out, and keeps out late and repeated steps |
+//! | `barrier` | decides which steps a participant carries out, and rejects late and repeated steps |
 //! | `owed` | work that a restored participant repeats before it accepts commands |
-//! | `end` | waits for the end of a saga, for callers outside of it |
-//! | `index` | one document per saga: for operators, and to find the timers that are due |
+//! | `end` | lets callers outside of a saga wait until the saga ends |
+//! | `index` | one document per saga, which operators read and which helps to find due timers |
 //! | `timers` | the timers that this process remembers |
 //! | `firing` | finds the timers that are due, and fires them |
 //! | `diagram` | draws a plan as Mermaid or SVG |

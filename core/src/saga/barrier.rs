@@ -1,5 +1,5 @@
-//! The barrier at a participant, which keeps out late and repeated steps: the recorded steps of each saga, and the
-//! decision about the next command.
+//! The barrier at a participant rejects late and repeated steps. This module holds the recorded steps of each saga, and
+//! decides what to do with the next command.
 
 use std::collections::BTreeMap;
 
@@ -11,11 +11,11 @@ use crate::{
     handler::{HandlerError, Terminal},
 };
 
-/// An event of one saga's steps at a service.
+/// An event about the steps of one saga at a service.
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "step")]
 pub enum StepEvent {
-    /// A step was done, refused or failed.
+    /// A step was done, was refused, or failed.
     Replied {
         /// The saga's stream.
         saga: String,
@@ -33,20 +33,20 @@ pub enum StepState {
     Unknown,
     /// The step was done.
     Done,
-    /// The step was refused, for good.
+    /// The step was refused, and the refusal is final.
     Refused,
     /// The step was undone, or its undo arrived first. The step will never be done.
     Undone,
 }
 
-/// The steps of one saga at one service. The stream of this aggregate is the barrier that keeps out late and repeated
+/// The steps of one saga at one service. The stream of this aggregate is the barrier that rejects late and repeated
 /// steps.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Participation {
     slots: BTreeMap<(StepRef, usize), StepState>,
 }
 
-/// A step command as it arrives.
+/// A step command as the participant receives it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepCommand {
     /// The place in the plan.
@@ -63,7 +63,7 @@ impl StepCommand {
     /// Reads the step that a message requests.
     ///
     /// # Errors
-    /// Returns an error if the message lacks an attribute of a step, or has one that does not parse.
+    /// Returns an error if the message lacks one of the step attributes, or if an attribute cannot be parsed.
     pub(crate) fn of(message: &Message) -> Result<Self, HandlerError> {
         Ok(Self {
             at: extension(message, attribute::AT)?,
@@ -136,7 +136,7 @@ impl Aggregate for Participation {
             (at, Outcome::Refused(_)) => (at, StepState::Refused),
         };
         let known = self.slots.entry((at, reply.call)).or_insert_with(|| slot.clone());
-        // An undone step stays undone: a late step is answered, but never done.
+        // An undone step stays undone: a late step gets an answer, but is never carried out.
         if *known != StepState::Undone {
             *known = slot;
         }

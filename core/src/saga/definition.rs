@@ -15,7 +15,8 @@ use crate::{
 pub const STEP_TIMEOUT: Duration = Duration::from_secs(10);
 /// The default number of attempts before a step is given up.
 pub const ATTEMPTS_MAX: u32 = 8;
-/// The delay before a failed step is attempted again: doubled each time, up to [`RETRY_DELAY_MAX`].
+/// The delay before the second attempt at a failed step. The delay doubles with each further attempt, up to
+/// [`RETRY_DELAY_MAX`].
 pub const RETRY_DELAY_MIN: Duration = Duration::from_millis(100);
 /// The longest delay before a failed step is attempted again.
 pub const RETRY_DELAY_MAX: Duration = Duration::from_secs(60);
@@ -70,7 +71,7 @@ pub(crate) struct Call<C> {
     pub undo: Option<Make<C>>,
 }
 
-/// One step: one or more participants, asked at the same time.
+/// One step. The participants of the step (one or more) are asked at the same time.
 #[derive(Clone)]
 pub(crate) struct PlannedStep<C> {
     pub name: &'static str,
@@ -156,7 +157,7 @@ impl<C: SagaState> Saga<C> {
         format!("saga.{}", self.name)
     }
 
-    /// Returns the number of steps, from the first, that can be undone.
+    /// Returns the number of steps at the start of the plan that can be undone.
     pub(crate) fn compensatable(&self) -> usize {
         self.steps.iter().take_while(|step| step.kind == Kind::Compensatable).count()
     }
@@ -194,7 +195,7 @@ pub struct Undoable;
 /// The saga only goes forward from here.
 #[derive(Debug)]
 pub struct AfterPivot;
-/// The forward path is complete; the steps that follow end a compensated saga.
+/// The forward path is complete. The steps that follow run at the end of a compensated saga.
 #[derive(Debug)]
 pub struct Closing;
 
@@ -234,14 +235,14 @@ impl<C: SagaState, P> Plan<C, P> {
     }
 
     /// Sets the revision, which distinguishes this plan from an earlier plan of the same shape. The default is 0. When
-    /// steps make different requests or are undone differently, raise the revision, and register the earlier plan as
+    /// the requests or the undos of steps change, raise the revision, and register the earlier plan as
     /// [older](super::Runner::older).
     pub fn revision(mut self, revision: u32) -> Self {
         self.saga.revision = revision;
         self
     }
 
-    /// Sets how long the whole saga may take to reach its pivot; after that time the saga is compensated.
+    /// Sets how long the saga may take to reach its pivot. A saga that takes longer is compensated.
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.saga.deadline = Some(deadline);
         self

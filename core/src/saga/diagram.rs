@@ -5,7 +5,8 @@ use std::fmt::Write;
 use super::definition::{Kind, PlannedStep, Saga};
 
 impl<C> Saga<C> {
-    /// Returns the plan as a [Mermaid](https://mermaid.js.org) flowchart: solid arrows go forward, dashed arrows back.
+    /// Returns the plan as a [Mermaid](https://mermaid.js.org) flowchart. Solid arrows go forward, and dashed arrows go
+    /// back.
     ///
     /// ```
     /// # use annals::{Saga, SagaState, saga::StepRequest};
@@ -64,9 +65,9 @@ impl<C> Saga<C> {
         text
     }
 
-    /// Returns the plan as a standalone SVG, as wide as the plan needs, readable on light and dark backgrounds. The
-    /// forward path is at the top; below it, from right to left, are the undos; below them are the steps that end a
-    /// compensated saga.
+    /// Returns the plan as a standalone SVG, which is readable on light and dark backgrounds. The width depends on the
+    /// plan. The forward path is at the top; below it, from right to left, are the undos; below them are the steps that
+    /// end a compensated saga.
     ///
     /// ```
     /// # use annals::{Saga, SagaState, saga::StepRequest};
@@ -195,18 +196,18 @@ const ROW: i32 = 92;
 pub(super) const GAP: i32 = 40;
 /// The length of an arrowhead, which extends beyond the end of the arrow's line.
 pub(super) const TIP: i32 = 8;
-/// How much lower the shape of a saga's end is than a box, at the top and at the bottom.
+/// The shape that marks a saga's end is less tall than a box, by this distance at the top and at the bottom.
 const END_INSET: i32 = 7;
 /// The width of the dot at which a saga starts.
 const DOT: i32 = 14;
 
-/// Returns a width that is enough for the text in any common font, because the font is not known here.
+/// Returns a width that is enough for the text in any common font, because the font of the page is unknown.
 pub(super) fn box_width(name: &str, caption: &str) -> i32 {
     let wide = |text: &str, narrow, wide| text.chars().map(|c| if c.is_ascii() { narrow } else { wide }).sum::<i32>();
     wide(name, 8, 14).max(wide(caption, 7, 12)).max(48) + 24
 }
 
-/// Each colored box carries its own text color, so that the background of the page does not matter. Text outside of the
+/// Each colored box sets its own text color, so that the background of the page does not matter. Text outside of the
 /// boxes is gray, which is readable on white and on black.
 const STYLE: &str = "\
 .saga text{font:14px system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif;text-anchor:middle;fill:#1f2328}

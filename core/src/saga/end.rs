@@ -1,4 +1,4 @@
-//! Waits for the end of a saga, for callers outside of the saga.
+//! Lets callers outside of a saga wait until the saga ends.
 
 use std::time::Duration;
 
@@ -14,17 +14,18 @@ use crate::{
     store::{EventStore, WaitError},
 };
 
-/// The shortest and the longest pause between two reads of the saga's stream. On a busy log, the events of other sagas
-/// wake the wait as well, so the pauses limit the load.
+/// The shortest and the longest pause between two reads of the saga's stream. The function waits for new events of the
+/// log before each read. On a busy log, most of these events belong to other sagas, so the pauses limit the load.
 const PAUSE_MIN: Duration = Duration::from_millis(2);
 const PAUSE_MAX: Duration = Duration::from_millis(50);
 /// The number of events read per page.
 const PAGE: usize = 500;
 
-/// Waits until the saga with this stream has ended, and returns its final progress. A saga that has not started yet is
-/// awaited too. A stuck saga has not ended: the wait goes on until an operator acts or the limit is reached.
+/// Waits until the saga with this stream has ended, and returns the saga's final progress. If the saga has not started
+/// yet, the function also waits for the start. A stuck saga has not ended: the function keeps waiting until an operator
+/// acts or the limit is reached.
 ///
-/// New events of the log wake the wait.
+/// The function reads the saga's stream again only after the log has received new events.
 ///
 /// # Errors
 /// Fails with [`WaitError::TimedOut`] if the saga has not ended within `limit`. The saga goes on.

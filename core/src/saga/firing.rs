@@ -38,15 +38,16 @@ pub const TIMER_LOOK: Duration = Duration::from_secs(1);
 /// How long a timer is postponed if its saga accepts no input, for example because this build lacks the saga's
 /// definition.
 const REFUSED_TIMER: Duration = Duration::from_secs(30);
-/// If this build lacks a saga's definition, the saga's timer may be overdue for this long before the saga's document
-/// reports the wait. An instance that has the definition fires the timer within a second.
+/// How long a saga's timer may be overdue before the saga's document says that this build lacks the saga's definition.
+/// If another instance has the definition, it fires the timer within a second.
 const UNKNOWN_TIMER: TimeDelta = TimeDelta::seconds(5);
 /// How long a timer is postponed if the bus has not yet accepted the commands of the timer's saga. Timers are postponed
 /// only when there are many such sagas.
 const UNHEARD_TIMER: Duration = Duration::from_secs(5);
-/// How long a timer is postponed if its saga has moved on: by then the index has recorded the new state.
+/// How long a timer is postponed if its saga has changed in the meantime. After this time, the index has recorded the
+/// new state.
 const MOVED_TIMER: Duration = Duration::from_secs(2);
-/// The maximum number of timers fired in one commit. Each round fires two such commits. A commit takes well under a
+/// The maximum number of timers fired in one commit. Each round makes two such commits. A commit takes well under a
 /// tenth of a second, so a round does not delay other work.
 const DUE_PAGE: usize = 128;
 /// How often a process looks for stuck sagas.
@@ -54,12 +55,12 @@ const STUCK_LOOK: Duration = Duration::from_secs(2);
 /// The maximum number of stuck sagas that are counted, and the maximum number that are named in the report.
 const STUCK_MAX: usize = 1_000;
 const STUCK_NAMED_MAX: usize = 3;
-/// How long this process keeps an overdue timer that the saga's document does not show yet: by then the index has
-/// recorded the timer.
+/// How long this process keeps an overdue timer that the saga's document does not show yet. After this time, the index
+/// has recorded the timer.
 const OVERDUE: TimeDelta = TimeDelta::seconds(2);
 /// How long this process keeps an overdue timer of a saga that has no document yet.
 const UNWRITTEN: TimeDelta = TimeDelta::seconds(60);
-/// How many times a commit of timers is attempted when other writers move the same sagas.
+/// The maximum number of attempts to commit timers when other writers change the same sagas.
 const RACES_MAX: u32 = 8;
 
 /// The timers that are due, in two parts that are fired one after the other.
@@ -77,8 +78,9 @@ struct Due {
 type Origin = (StreamId, Metadata);
 
 impl<C: SagaState> Runner<C> {
-    /// Fires timers from the end of `begin` until `shutdown`. `relayed_by` names the service whose relay publishes the commands. If it is
-    /// given, a timer does not fire before the bus has accepted the commands to which the saga awaits a reply.
+    /// Waits for `begin`, and then fires timers until `shutdown` is cancelled. `relayed_by` names the service whose
+    /// relay publishes the commands. If this service is given, a timer does not fire before the bus has accepted the
+    /// commands to which the saga awaits a reply.
     pub(crate) async fn timers(
         self,
         relayed_by: Option<String>,
@@ -141,7 +143,7 @@ impl<C: SagaState> Runner<C> {
         Ok(())
     }
 
-    /// Returns a text that says why an operator is needed: because of stuck sagas, or services that do not answer.
+    /// Returns a text that says why an operator is needed. The text names stuck sagas and services that do not answer.
     async fn attention(&self) -> Result<Option<String>, StoreError> {
         let collection = format!("{STUCK}{}", self.category());
         let stuck = self.store.scan(&collection, &Scan::After("".into()), STUCK_MAX).await?;
@@ -238,7 +240,7 @@ impl<C: SagaState> Runner<C> {
             let postponed =
                 |Document { key, version, body, .. }| Put { key, expected: Some(version), body: Some(body), due };
             let puts = unheard.into_iter().map(postponed);
-            // A put fails if the saga has moved or if the store is unavailable. Either way, the next query shows the
+            // A put fails if the saga has changed or if the store is unavailable. Either way, the next query shows the
             // current state.
             join_all(puts.map(|put| self.store.commit(Commit { appends: Vec::new(), puts: vec![put] }))).await;
         }
@@ -268,7 +270,7 @@ impl<C: SagaState> Runner<C> {
             }
             let Err(error) = work.commit().await else { return trouble };
             match &error {
-                // Another writer has moved the saga.
+                // Another writer has changed the saga.
                 CommitError::DocumentConflict { key, .. } => {
                     due.retain(|document| document.key != *key);
                     racing.wait().await;
@@ -311,7 +313,8 @@ impl<C: SagaState> Runner<C> {
         let stream = self.instances.stream(id).map_err(|error| WakeError::OfSaga(error.to_string()))?;
         let first = self.store.read_stream(&stream, Version::START, 1).await;
         let first = first.map_err(|error| WakeError::OfStore(error.to_string()))?;
-        // Loads the sagas into the cache concurrently; loaded one by one, they would take a round trip each.
+        // The sagas are loaded into the cache concurrently, because loading them one by one would take one round trip
+        // per saga.
         self.instances.load(&stream).await?;
         let metadata = first.first().map(|event| event.metadata.clone());
         Ok((stream, metadata.unwrap_or_default()))
@@ -360,7 +363,7 @@ impl<C: SagaState> Runner<C> {
     }
 }
 
-/// Adds to the document of a saga the reason why the saga accepts no input, for operators to read. The saga's next
+/// Adds the reason why a saga accepts no input to the saga's document, where operators can read it. The saga's next
 /// event overwrites the document.
 fn waiting(body: &Arc<str>, why: &str) -> Arc<str> {
     let Ok(mut status) = serde_json::from_str::<SagaStatus>(body) else { return body.clone() };

@@ -1,4 +1,4 @@
-//! Keeps one document per saga, which operators read and which shows the timers that are due.
+//! Keeps one document per saga. Operators read these documents, and the runner finds due timers in them.
 
 use std::sync::Arc;
 
@@ -20,16 +20,16 @@ use crate::{
     store::clock::LAST_DUE_MILLISECONDS,
 };
 
-/// Reads the events of sagas and keeps a document for each saga. The document is in the collection `saga.<name>` under
-/// the saga's id, and is due when the saga's next timer is due. If a saga moves several times within one batch, its
-/// document is written once.
+/// Reads the events of sagas and keeps a document for each saga. The document is stored in the collection `saga.<name>`
+/// under the saga's id, and is due when the saga's next timer is due. If one batch contains several events of a saga,
+/// the document is written once.
 #[derive(Clone, Debug, Default)]
 pub struct Index {
     timers: Timers,
 }
 
 impl Index {
-    /// Returns an index that passes each timer it finds to `timers`.
+    /// Returns an index that passes each timer of an event to `timers`.
     pub(crate) fn telling(timers: Timers) -> Self {
         Self { timers }
     }

@@ -1,5 +1,5 @@
-//! A saga as an aggregate. The stream of the saga is its history, `evolve` folds the stream, and the pure transition
-//! decides each move.
+//! A saga as an aggregate. The stream of the saga is its history, `evolve` folds the stream, and the pure function
+//! `transition` decides each change.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -47,7 +47,7 @@ impl<C> SagaInstance<C> {
     }
 }
 
-/// The definitions that running sagas may keep.
+/// The definitions under which this build runs sagas, and the migrations from other definitions.
 pub struct Definitions<C> {
     pub current: Arc<Saga<C>>,
     pub older: HashMap<String, Arc<Saga<C>>>,
@@ -94,7 +94,7 @@ pub enum SagaRefusal {
     #[error("no such saga")]
     NotStarted,
     /// The saga was started under a definition that this build does not have. Register that definition as an older one,
-    /// or a migration from it.
+    /// or register a migration from that definition.
     #[error(
         "the saga runs on definition {0}, which this build does not have: register the definition as an older one, \
          or a migration from it"
@@ -262,11 +262,11 @@ fn carry_out<C: SagaState>(
     SagaEvent::Declined { verb, by, why, progress: Progress { due: None, ..progress } }
 }
 
-/// The reply as recorded, if the input is a reply, and the move that follows from the input.
+/// The reply as the saga records it, if the input is a reply, and the transition that follows from the input.
 type TakenReply<C> = (Option<Reply>, Transition<C>);
 
-/// Returns the move that follows from a reply, and the reply as recorded. If the saga cannot go on with an answer, the
-/// step counts as failed, so that the saga can go back.
+/// Returns the transition that follows from a reply, and the reply as the saga records it. If the saga cannot continue
+/// with an answer, the step counts as failed, so that the saga can go back.
 fn take_reply<C: SagaState>(
     reply: Reply,
     definition: &Saga<C>,
@@ -307,7 +307,7 @@ fn is_compensatable<C: SagaState>(definition: &Saga<C>, at: StepRef) -> bool {
 }
 
 impl<C: SagaState> SagaInstance<C> {
-    /// Returns the definition with which the saga goes on, and its progress in that definition.
+    /// Returns the definition with which the saga continues, and the saga's progress in that definition.
     pub(crate) fn standing<'a>(
         &self,
         definitions: &'a Definitions<C>,

@@ -8,7 +8,8 @@ use super::{
 };
 use crate::base::panic::caught_now;
 
-/// The steps that a saga has reached, in order. Each step is given as its participants know it, and by name.
+/// The steps that a saga has reached, in order. Each entry consists of the step as its participants know the step, and
+/// of the step's name.
 pub(super) type Trail = Vec<(StepRef, Arc<str>)>;
 
 impl<C> Saga<C> {
@@ -21,7 +22,8 @@ impl<C> Saga<C> {
         }
     }
 
-    /// Returns whether this plan has the step at which a saga with this progress is, with as many participants.
+    /// Returns whether this plan has the current step of a saga with this progress, with the same number of
+    /// participants.
     pub(super) fn has(&self, progress: &Progress) -> bool {
         self.planned(progress.at).is_some_and(|step| step.calls.len() == progress.calls.len())
     }
@@ -88,9 +90,10 @@ fn keeps_what_was_asked<C>(from: &Progress, at: StepRef, trail: &Trail, plan: &S
             let turned_at = forward().next_back();
             for name in forward().filter(|name| !undone().any(|undone| undone == *name)) {
                 match place_of(&plan.steps, name) {
-                    // The saga turned back at this step because its participant refused, so there is nothing to undo.
+                    // The saga went back from this step because the participant refused the step, so there is nothing
+                    // to undo.
                     _ if turned_at == Some(name) => {}
-                    // The pivot did not happen, or the saga would not go back.
+                    // The pivot did not happen: otherwise the saga would not go back.
                     Some(place) if plan.steps[place].kind == Kind::Pivot => {}
                     None => return Err(format!("step {name:?} was requested, but the plan has no undo of the step")),
                     Some(place) if place >= step => return Err(format!("step {name:?} would not be undone")),
@@ -107,9 +110,9 @@ fn keeps_what_was_asked<C>(from: &Progress, at: StepRef, trail: &Trail, plan: &S
     }
 }
 
-/// Returns the numbers under which participants know the plan's steps. A step that was asked for keeps its number even
-/// if its place changes; every other step gets an unused number. The map is empty if the number of every step equals
-/// its place.
+/// Returns the numbers under which participants know the plan's steps. A step that was already requested keeps its
+/// number even if its place changes. Every other step gets an unused number. The map is empty if the number of every
+/// step equals its place.
 fn numbers<C>(trail: &Trail, plan: &Saga<C>) -> BTreeMap<String, usize> {
     let forward = trail.iter().filter_map(|(at, name)| match at {
         StepRef::Forward(number) => Some((&**name, *number)),

@@ -29,10 +29,11 @@ use crate::{
 const PAGE: usize = 100;
 /// How many times the work is attempted before the service starts without it.
 const ATTEMPTS: usize = 8;
-/// How long a service retries owed work in all. After that, each remaining piece of work is tried once: members of a group that do
-/// not poll for five minutes lose their partitions.
+/// How long a service retries owed work in total. After that time, each remaining piece of work is tried once, because
+/// members of a group that do not poll for five minutes lose their partitions.
 const RETRIES_END: Duration = Duration::from_secs(120);
-/// How long the service waits between two attempts: some seconds in all, for an outside party that is away for a moment.
+/// The shortest and the longest wait between two attempts. All waits together take a few seconds, which is enough when
+/// an outside service is unavailable for a moment.
 const BETWEEN: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
 /// Identifies a step of a saga at a participant, to match commands with answers.
@@ -53,8 +54,8 @@ impl StepKey {
         Some(Self { stream: step_stream(service, &message.key), at, call })
     }
 
-    /// Returns the step that an event answers as done, with the answer. No other answer leaves work to do again: a step that
-    /// was refused must not be carried out, since the saga has gone back.
+    /// Returns the step that an event reports as done, and the answer. After any other answer there is no work to redo:
+    /// a step that was refused must not be carried out, because the saga has gone back.
     pub fn answered(event: &Stored<'_>) -> Option<(Self, Reply)> {
         let decoded = StepEvent::decode(&event.type_name, event.schema_version, &event.data).ok()??;
         let StepEvent::Replied { reply, .. } = decoded;
@@ -78,8 +79,8 @@ pub struct Owed {
 }
 
 impl Owed {
-    /// Returns the document of this work. The documents of a service are read in the order of the positions, which is the order
-    /// in which the work was done.
+    /// Returns the document of this work. The documents of a service are read in the order of the answers' positions,
+    /// which is the order in which the work was done.
     pub fn document(&self, service: &str) -> Document {
         let key = DocumentKey::new(collection(service), format!("{:020}", self.answered_at.0));
         Document { key, version: 1, body: serde_json::to_string(self).unwrap_or_default().into(), due: None }
@@ -93,8 +94,8 @@ fn collection(service: &str) -> String {
 /// A participant that can redo the work it owes after a restore.
 #[async_trait]
 pub(crate) trait Debtor: Handler {
-    /// Stages the effects that belong to an earlier answer. Aggregates recognize by the ids the effects that they
-    /// already have, however many commands they have executed since then.
+    /// Stages the effects that belong to an earlier answer. An aggregate recognizes effects that it already has by
+    /// their ids, no matter how many commands it has executed since then.
     ///
     /// # Errors
     /// Returns an error if the participant now gives a different answer.
@@ -167,7 +168,8 @@ async fn again_and_again(
             Ok(()) => return Ok(()),
             // Another instance has done the work.
             Err(Failed::Gone) => return Ok(()),
-            // Does not count as an attempt: without its store, the service could not do anything else either.
+            // This failure does not count as an attempt, because without its store the service could not do anything
+            // else either.
             Err(Failed::Away(error)) => {
                 tracing::warn!(document = %document.key, %error, "doing the answered steps again");
                 error
@@ -208,7 +210,8 @@ async fn once(
     if store.document(&document.key).await?.is_none() {
         return Err(Failed::Gone);
     }
-    // Since the answer was given, other commands may have displaced the effects from the memory of an aggregate.
+    // An aggregate remembers only recent commands. Later commands may have displaced the commands that belong to this
+    // answer.
     let mut work = Work::new(store.clone(), Stale::Everything).searching();
     work.begin(owed.message.id, owed.message.effects());
     debtor.do_again(owed, &mut work).await.map_err(|error| match error.remedy() {

@@ -107,7 +107,7 @@ impl Answer {
 #[non_exhaustive]
 pub enum StepError {
     /// The step is refused, and the saga goes back. The operator `?` turns an aggregate's refusal into this variant. An
-    /// undo must succeed, and so must a step from which the saga cannot go back. For these, a refusal is treated as
+    /// undo must succeed, and so must a step from which the saga cannot go back. In both cases, a refusal is treated as
     /// [`Failed`](StepError::Failed), and the step is attempted again.
     Refused(String),
     /// The step could not be done now. The saga attempts the step again with the same command id. If the saga gives the
@@ -154,14 +154,14 @@ impl<P: Participant> StepHandler<P> {
         Self { service: service.to_owned(), store, participant, participations }
     }
 
-    /// Carries out a step. Staged effects are discarded unless the step was done, or refused for good.
+    /// Carries out a step. Staged effects are discarded unless the step was done or its refusal is final.
     async fn carry_out(&self, message: &Message, step: &StepCommand, work: &mut Work) -> Result<Outcome, HandlerError> {
         let command = match message.decode::<P::Command>() {
             Ok(Some(command)) => command,
             Ok(None) => return Ok(self.unknown(message, "this build skips it")),
             Err(error) => return Ok(self.unknown(message, &error.source.to_string())),
         };
-        // A participant that panics may have done anything.
+        // A participant may have done the step before it panicked.
         let performed = caught(async { self.participant.perform(command, work).await }).await;
         let outcome = match performed.unwrap_or_else(|panic| Err(StepError::Unknown(panic.to_string()))) {
             Ok(Answer::Done(answer)) => match check_answer(&answer) {
@@ -215,7 +215,7 @@ impl<P: Participant> StepHandler<P> {
         }
     }
 
-    /// Returns what was known of the steps of a saga before a position of the log.
+    /// Returns the states of a saga's steps that were recorded before a position of the log.
     async fn known_before(&self, saga: &str, position: Position) -> Result<Participation, HandlerError> {
         let stream = self.participations.stream(saga)?;
         let (mut known, mut after) = (Participation::default(), Version::START);
@@ -236,8 +236,8 @@ impl<P: Participant> StepHandler<P> {
         }
     }
 
-    /// Checks a command against the barrier, carries it out if necessary, and stages the answer. `not_stored` is set if
-    /// the store has refused the effects that this same command staged before.
+    /// Checks a command against the barrier, carries out the command if necessary, and stages the answer. `not_stored`
+    /// is set if the store has refused the effects that this same command staged before.
     async fn take(&self, message: &Message, not_stored: Option<&str>, work: &mut Work) -> Result<(), HandlerError> {
         let step = StepCommand::of(message)?;
         let reply_to: String = extension(message, attribute::REPLY_TO)?;
@@ -306,7 +306,7 @@ impl<P: Participant> Debtor for StepHandler<P> {
     async fn do_again(&self, owed: &Owed, work: &mut Work) -> Result<(), HandlerError> {
         let Owed { message, reply, answered_at } = owed;
         let step = StepCommand::of(message)?;
-        // An answer that was repeated, or that an undo got because there was nothing to undo, had no work of its own.
+        // A repeated answer has no effects of its own, and neither has the answer to an undo that had nothing to undo.
         let known = self.known_before(&message.key, *answered_at).await?;
         if decide_step(&known, &step) != Step::Perform {
             return Ok(());

@@ -7,7 +7,7 @@ use super::{
     progress::{Outcome, Progress, SagaEvent, Status, StepRef},
 };
 
-/// The distance between two boxes when the arrow is labelled with a reason.
+/// The distance between two boxes if the arrow between them is labelled with a reason.
 const WIDE_GAP: i32 = 2 * GAP;
 
 /// The path that one saga took, drawn from its events: the steps it reached, in order, and why it turned back.
@@ -71,7 +71,8 @@ impl Path {
         Self { stops, end, went_back }
     }
 
-    /// Returns the path as a [Mermaid](https://mermaid.js.org) flowchart: solid arrows go forward, dashed arrows back.
+    /// Returns the path as a [Mermaid](https://mermaid.js.org) flowchart. Solid arrows go forward, and dashed arrows go
+    /// back.
     pub fn mermaid(&self) -> String {
         let mut text = "flowchart LR\n".to_owned();
         if self.stops.is_empty() {
@@ -99,8 +100,8 @@ impl Path {
         text
     }
 
-    /// Returns the path as a standalone SVG, in one row from left to right, readable on light and dark backgrounds.
-    /// `name` is its title.
+    /// Returns the path as a standalone SVG, which is readable on light and dark backgrounds. The path is one row from
+    /// left to right. `name` is the title of the drawing.
     pub fn svg(&self, name: &str) -> String {
         let (mut canvas, y) = (Canvas::default(), MARGIN);
         let mut x = canvas.dot(MARGIN, y);

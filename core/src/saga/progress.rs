@@ -139,7 +139,7 @@ pub struct Fault {
     pub step: String,
     /// The number of the attempt.
     pub attempt: u32,
-    /// The start of the reason.
+    /// The first characters of the reason.
     pub reason: String,
     /// The services that were asked and did not reply.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -174,11 +174,11 @@ pub struct Progress {
     /// The last error at the current step, whether the step is attempted again or the saga is stuck.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trouble: Option<Failure>,
-    /// The hash of the definition that the saga keeps.
+    /// The hash of the definition under which the saga runs.
     pub definition: String,
-    /// The numbers under which participants know the steps. The numbers differ from the places of the steps in the plan
-    /// after a migration to a plan that orders the steps differently. When this map is empty, the number of each step
-    /// is its place.
+    /// The numbers under which participants know the steps. After a migration to a plan with a different order of
+    /// steps, the number of a step may differ from its place in the plan. When this map is empty, the number of each
+    /// step is its place.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub numbers: BTreeMap<String, usize>,
     /// When the saga started.
@@ -233,7 +233,7 @@ pub enum OperatorAction {
     /// Go back and undo the steps. This is possible only up to the pivot; at the pivot, the operator vouches that the
     /// pivot did not happen.
     Compensate,
-    /// Leave the saga as it is, for good.
+    /// Leave the saga in its present state permanently.
     Abandon,
 }
 
@@ -247,7 +247,7 @@ pub enum Outcome {
     Refused(String),
     /// The step failed this time for this reason, or the saga gave the step up.
     Failed(String),
-    /// It is unknown, for this reason, whether the step was done. The saga attempts the step again as after a failure;
+    /// It is unknown whether the step was done; the text says why. The saga attempts the step again as after a failure;
     /// the participant remembers that there may be something to undo.
     Unknown(String),
 }
@@ -288,9 +288,9 @@ pub struct Reply {
 /// A command on its way to a participant.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Command {
-    /// The id of the command: the same on each attempt.
+    /// The id of the command, which is the same for each attempt.
     pub id: Uuid,
-    /// The service that carries it out.
+    /// The service that carries out the command.
     pub to: String,
     /// The name of the command.
     #[serde(rename = "type")]
@@ -317,7 +317,7 @@ impl PartialEq for Command {
     }
 }
 
-/// An event of a saga. Every event contains the progress of the saga after the event, and the commands to send; the
+/// An event of a saga. Every event contains the progress of the saga after the event, and the commands to send. The
 /// relay needs nothing else.
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "saga")]

@@ -29,8 +29,8 @@ pub type Starts<C> = fn(&Message) -> Result<Option<(String, C)>, HandlerError>;
 
 /// Runs the sagas of one definition.
 ///
-/// In this example, a trip starts with each event of the category `counter`. Its only step asks the participant `Hotel` of
-/// the same service, which answers [`Answer::DONE`](super::Answer::DONE).
+/// In this example, each event of the category `counter` starts a trip. The trip's only step asks the participant
+/// `Hotel` of the same service, which answers [`Answer::DONE`](super::Answer::DONE).
 ///
 /// ```
 /// # #[derive(annals::Event, Clone, Debug)]
@@ -125,7 +125,8 @@ impl<C: SagaState> Clone for Runner<C> {
 }
 
 impl<C: SagaState> Runner<C> {
-    /// Runs `saga`. A saga starts with each event of `query` for which `starts` returns an id.
+    /// Creates a runner for `saga`. An event that matches `query` starts a saga if `starts` returns an id for the
+    /// event.
     pub fn new(store: Arc<dyn EventStore>, saga: Saga<C>, query: LogQuery, starts: Starts<C>) -> Self {
         let instances = Repository::of_framework(store.clone(), &saga.category(), CACHED_AGGREGATES);
         let definitions = Definitions { current: Arc::new(saga), older: HashMap::new(), migrations: HashMap::new() };
@@ -145,9 +146,9 @@ impl<C: SagaState> Runner<C> {
         self
     }
 
-    /// Registers an earlier definition, which sagas that were started under it keep. If two definitions have the same
-    /// hash, one of them would never be used, so [`Runtime::start`](crate::Runtime::start) then refuses the service.
-    /// See [`Plan::revision`](super::Plan::revision).
+    /// Registers an earlier definition. Sagas that were started under the earlier definition keep it. If two
+    /// definitions had the same hash, one of them would never be used, so [`Runtime::start`](crate::Runtime::start)
+    /// refuses such a service. See [`Plan::revision`](super::Plan::revision).
     pub fn older(mut self, saga: Saga<C>) -> Self {
         self.refuse_known(&saga.hash, "registered as older");
         self.with(|definitions| _ = definitions.older.insert(saga.hash.clone(), Arc::new(saga)))
@@ -177,10 +178,10 @@ impl<C: SagaState> Runner<C> {
     }
 
     /// Moves sagas that were started under the definition with this hash to the current definition. Each saga moves
-    /// when its next input arrives. `migrate` returns the saga's progress in the current plan: the place there of the
-    /// step with the same name. Steps that were not asked for yet may be added, removed or moved. Participants know a
-    /// step that was asked for under its old number, even if its place changes. A saga that would repeat a step, or
-    /// leave a step without its undo, is not moved, and its input fails with [`SagaRefusal::CannotMigrate`].
+    /// when its next input arrives. `migrate` returns the saga's progress in the current plan, at the step with the
+    /// same name. Steps that were not requested yet may be added, removed or moved. A step that was already requested
+    /// keeps its number at the participants, even if its place changes. A saga that would repeat a step, or leave a
+    /// step without its undo, is not moved, and its input fails with [`SagaRefusal::CannotMigrate`].
     pub fn migrate(mut self, from: &str, migrate: fn(&Progress) -> Progress) -> Self {
         self.refuse_known(from, "to be migrated");
         self.with(|definitions| _ = definitions.migrations.insert(from.to_owned(), migrate))
@@ -222,8 +223,8 @@ impl<C: SagaState> Runner<C> {
         self.put_in(id, what).await
     }
 
-    /// Passes an input to a saga without a message. The effects of the input still belong to the request that started
-    /// the saga.
+    /// Passes an input that comes without a message to a saga. The effects of the input still belong to the request
+    /// that started the saga.
     async fn put_in(&self, id: &str, what: SagaInput<C>) -> Result<(), ExecuteError<SagaRefusal>> {
         let command_id = Uuid::new_v4();
         let stream = self.instances.stream(id).map_err(|error| ExecuteError::Invalid(error.to_string()))?;
@@ -294,7 +295,7 @@ impl<C: SagaState> Handler for Starter<C> {
     }
 }
 
-/// Handles the replies to one kind of saga, for any type of its data.
+/// Handles the replies to the sagas of one definition. The trait hides the type of the sagas' data.
 #[async_trait]
 pub(crate) trait Replies: Send + Sync {
     fn category(&self) -> String;

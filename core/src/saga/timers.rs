@@ -16,9 +16,9 @@ const KNOWN_MAX: usize = 20_000;
 const SILENT_MAX: usize = 1_000;
 
 /// The timers that this process remembers. Clones share the same timers.
-/// The remembered timers avoid queries to a store in which no timer is due. The remembered timers also let a timer that
-/// has just become due fire despite a backlog: after downtime, the store returns thousands of timers that were due
-/// before that timer.
+/// With the remembered timers, the process need not query a store in which no timer is due. Also, a timer that has just
+/// become due does not wait behind a backlog: after downtime, the store may return thousands of timers that were due
+/// earlier.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Timers(Arc<Mutex<KnownTimers>>);
 
@@ -76,7 +76,7 @@ impl Timers {
         self.known().ahead.is_some_and(|ahead| ahead <= now)
     }
 
-    /// Records that a saga has moved: either `fault` names services that have not answered the saga, or the saga no
+    /// Records that a saga has changed: either `fault` names services that have not answered the saga, or the saga no
     /// longer waits for an answer.
     pub(crate) fn heard(&self, id: &str, fault: Option<&Fault>) {
         let mut known = self.known();

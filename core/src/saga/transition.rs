@@ -28,7 +28,8 @@ pub const COMMANDS_BYTES_MAX: usize = EVENT_BYTES_MAX - 60_000;
 /// The nesting depth at which a command's content begins within the event that sends the command.
 const COMMAND_DEPTH: usize = 4;
 
-/// The number of characters of a reason that an event repeats for the log of the process: a line or two.
+/// The maximum number of characters that an event's fault repeats from a reason for the process's log. This is a line
+/// or two.
 const FAULT_REASON_CHARS_MAX: usize = 300;
 
 /// An input to a running saga.
@@ -53,7 +54,7 @@ pub struct Transition<C> {
     pub send: Vec<Command>,
     /// The step that the saga gave up, and why.
     pub gave_up: Option<Failure>,
-    /// By how many bytes the commands of the next step exceed the limit.
+    /// The number of bytes by which the commands of the next step exceed the limit.
     pub(crate) too_large_by: Option<usize>,
     /// The fault at the step.
     pub fault: Option<Fault>,
@@ -91,8 +92,8 @@ pub(crate) fn json_bytes(value: &impl Serialize) -> usize {
     count.0
 }
 
-/// Passes to the saga's state the failure of a step that the saga gave up. If the state panics, the state stays
-/// unchanged, because the panic must not keep the saga from going back.
+/// Tells the saga's state that the saga gave up a step, and why. If the state panics, the state stays unchanged,
+/// because the panic must not keep the saga from going back.
 pub(crate) fn learn_given_up<C: SagaState>(context: &mut C, failure: &Failure) {
     let before = context.clone();
     if caught_now(|| context.learn(&failure.step, &Outcome::Failed(failure.reason.clone()))).is_err() {
@@ -365,7 +366,7 @@ impl<'a, C: SagaState> Move<'a, C> {
         self.settle(&reason)
     }
 
-    /// Handles a failed step when no reply is outstanding: attempts it again later, or gives it up.
+    /// Handles a failed step when no reply is outstanding: attempts the step again later, or gives up the step.
     fn fail(&mut self, reason: &str) -> Result<(), String> {
         if self.progress.attempt >= self.planned().attempts_max {
             return self.give_up(reason);
@@ -480,7 +481,7 @@ impl<'a, C: SagaState> Move<'a, C> {
         if self.progress.status != Status::Stuck {
             return Err(format!("the saga is {:?}, not stuck: {verb:?} does not apply", self.progress.status));
         }
-        // This timer belongs to an operator's request from outside this service, which is handled now.
+        // The timer was set by an operator's request from outside this service. That request is handled now.
         self.progress.due = None;
         let (back, past_pivot) = match self.progress.at {
             StepRef::Forward(step) => (false, self.plan.steps[step].kind == Kind::Retriable),
