@@ -1,4 +1,5 @@
-//! A second port to a store, for tools that verify or move a store as a whole. Services do not use this port.
+//! A second interface to a store, for tools that verify an entire store or move its contents. Services do not use this
+//! interface.
 
 use std::{borrow::Cow, sync::Arc};
 
@@ -16,9 +17,9 @@ use crate::{
 /// A store that lists its contents, and accepts the contents of another store.
 #[async_trait]
 pub trait Archive: EventStore {
-    /// Returns streams after `after` in byte order of their names; start with `""`. The result includes streams whose
-    /// events are not yet visible to readers of the log, because an older transaction may still commit events before
-    /// them.
+    /// Returns the streams whose names follow `after` in byte order, at most `limit` of them. The first page starts
+    /// after `""`. An event is hidden from readers of the log while an older transaction may still commit events before
+    /// it. The result also includes streams with such events.
     async fn streams(&self, after: &str, limit: usize) -> Result<Vec<StreamSummary>, StoreError>;
 
     /// Returns the names of all collections of documents, in byte order.
@@ -41,7 +42,8 @@ pub fn import_key() -> DocumentKey {
     DocumentKey::new(IMPORT, "progress")
 }
 
-/// Returns whether an import into the store is incomplete. Until an import ends, the checkpoints are ahead of the log.
+/// Returns whether an import into the store is incomplete. While an import runs, checkpoints may refer to events that
+/// are not imported yet.
 pub(crate) async fn is_half_imported(store: &dyn EventStore) -> Result<bool, StoreError> {
     #[derive(Deserialize)]
     struct Import {

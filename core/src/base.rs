@@ -1,4 +1,4 @@
-//! Small tools that know nothing about events.
+//! Utilities that do not depend on events.
 
 #[macro_use]
 mod debug;

@@ -1,5 +1,5 @@
-//! The port to a bus, which carries messages with CloudEvents attributes. Messages with the same key are published and
-//! consumed in order.
+//! The interface to a message bus, which carries messages with CloudEvents attributes. Messages with the same key are
+//! published and consumed in order.
 
 pub mod local;
 
@@ -16,7 +16,7 @@ use crate::event::{DecodeError, Event, EventError, Metadata, Position, Recorded,
 /// are those of CloudEvents 1.0.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Message {
-    /// The id of the message, unique and the same on each delivery.
+    /// The unique id of the message, which is the same on each delivery.
     pub id: Uuid,
     /// The type name, such as `order.placed`.
     pub type_name: Arc<str>,
@@ -35,14 +35,14 @@ pub struct Message {
     pub metadata: Metadata,
     /// When the event was recorded.
     pub time: DateTime<Utc>,
-    /// The position of the event from which the message was made, in the log of the source.
+    /// The position of the event that the message was made from. The position refers to the log of the source.
     pub position: Position,
     /// The version of the event in its stream; [`Version::START`] for a command.
     pub version: Version,
-    /// The lane of the relay that sent the message, combined with the name of the log that the relay read. Messages of
-    /// one source and lane arrive in the order of their positions, so a consumer that has seen a higher position has
-    /// also seen this message. `None` if the order does not apply, because the message was not sent by a relay or was
-    /// redriven.
+    /// The lane of the relay that sent the message, combined with the name of the log that the relay read. A relay
+    /// divides the log into lanes by key, and sends each lane in order. Messages with the same source and lane
+    /// therefore arrive in the order of their positions, and a consumer that has seen a higher position has also seen
+    /// this message. `None` if this order does not apply, because the message was redriven or was not sent by a relay.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lane: Option<Arc<str>>,
     /// Further attributes, by name.
@@ -85,22 +85,22 @@ impl Message {
         }
     }
 
-    /// Metadata for the effects of this message.
+    /// Returns the metadata for everything that this message causes.
     pub fn effects(&self) -> Metadata {
         self.metadata.caused_by(self.id)
     }
 }
 
-/// One partition of one incarnation of a topic. A topic that was deleted and created again has a new incarnation, in
-/// which offsets start over.
+/// One partition of one incarnation of a topic. If a topic is deleted and created again, the new topic has a new
+/// incarnation, and its offsets start over.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Partition {
     /// The topic, such as `inventory.commands`.
     pub topic: Arc<str>,
     /// The number of the partition, from 0.
     pub number: u32,
-    /// The incarnation of the topic. The incarnation changes when the topic is wiped or the local bus restarts. Offsets
-    /// of another incarnation are meaningless.
+    /// The incarnation of the topic. The incarnation changes when the topic is deleted and created again, or when the
+    /// local bus restarts. Offsets of another incarnation are meaningless.
     pub incarnation: Arc<str>,
 }
 
@@ -128,18 +128,18 @@ impl Delivery {
 pub struct Bookmark {
     /// The offset to continue from.
     pub next: i64,
-    /// The [id](Delivery::id) of the message before `next`, if known. A message with a different id at that offset
-    /// means that the topic was wiped.
+    /// The [id](Delivery::id) of the message before `next`, if known. If the message at that offset has another id, the
+    /// topic was wiped.
     pub last: Option<Uuid>,
 }
 
-/// The end of each partition, by topic. An end is the offset after the last message.
+/// The end of each partition of some topics. The end of a partition is the offset after its last message.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Ends(BTreeMap<Arc<str>, BTreeMap<u32, i64>>);
 
 impl Ends {
-    /// Returns whether no topic is named.
+    /// Returns whether there is no topic.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -149,24 +149,24 @@ impl Ends {
         self.0.keys()
     }
 
-    /// Returns the offset of a partition, if it is known.
+    /// Returns the end of a partition, if the end is known.
     pub fn of(&self, topic: &str, partition: u32) -> Option<i64> {
         self.0.get(topic)?.get(&partition).copied()
     }
 
-    /// Returns the known offsets of a topic by partition.
+    /// Returns each partition of a topic whose end is known, together with that end.
     pub fn partitions(&self, topic: &str) -> impl Iterator<Item = (u32, i64)> {
         self.0.get(topic).into_iter().flatten().map(|(partition, next)| (*partition, *next))
     }
 
-    /// Adds a topic without any known offset.
+    /// Adds a topic without any known ends.
     pub fn name(&mut self, topic: &str) {
         if !self.0.contains_key(topic) {
             self.0.insert(topic.into(), BTreeMap::new());
         }
     }
 
-    /// Sets the offset of a partition.
+    /// Sets the end of a partition.
     pub fn set(&mut self, topic: &str, partition: u32, next: i64) {
         match self.0.get_mut(topic) {
             Some(partitions) => _ = partitions.insert(partition, next),
@@ -174,12 +174,12 @@ impl Ends {
         }
     }
 
-    /// Removes the offsets of a topic.
+    /// Removes a topic and its ends.
     pub fn forget(&mut self, topic: &str) {
         self.0.remove(topic);
     }
 
-    /// Copies all offsets of `other`, and replaces existing offsets of the same partitions.
+    /// Copies all ends of `other`, and replaces existing ends of the same partitions.
     pub fn update(&mut self, other: &Self) {
         for (topic, partitions) in &other.0 {
             match self.0.get_mut(topic) {
@@ -189,7 +189,7 @@ impl Ends {
         }
     }
 
-    /// Raises each offset to the offset in `other` if the latter is higher.
+    /// Raises each end to the end in `other` if the end in `other` is higher.
     pub fn reach(&mut self, other: &Self) {
         for (topic, partitions) in &other.0 {
             let known = self.0.entry(topic.clone()).or_default();
@@ -207,7 +207,7 @@ impl Ends {
 pub struct Undecodable {
     /// Why the payload is not a message.
     pub reason: String,
-    /// The key of the payload, converted to readable text.
+    /// The key under which the payload was sent, converted to readable text.
     pub key: Arc<str>,
     /// The original payload, in hexadecimal.
     pub raw: String,
@@ -225,15 +225,16 @@ impl Undecodable {
 pub enum Polled {
     /// Messages, in order per partition.
     Messages(Vec<Delivery>),
-    /// The bus assigned these partitions to this consumer. A partition delivers nothing before [`Consumer::seek`].
+    /// The bus assigned these partitions to this consumer. A partition delivers nothing until the consumer calls
+    /// [`Consumer::seek`].
     Assigned(Vec<Partition>),
     /// The bus revoked these partitions. The consumer must finish or abandon its work on them before the next poll.
     Revoked(Vec<Partition>),
-    /// These partitions do not match their bookmarks, because the topic was wiped. The partitions deliver nothing until
-    /// another [`Consumer::seek`].
+    /// These partitions do not match their bookmarks, because the topic was wiped (deleted and created again). The
+    /// partitions deliver nothing until the consumer calls [`Consumer::seek`] again.
     Wiped(Vec<Partition>),
-    /// Messages were removed before they were read, for example by the topic's retention. The partition delivers
-    /// nothing until another [`Consumer::seek`].
+    /// Messages were removed before they were read, for example because the topic's retention time had passed. The
+    /// partition delivers nothing until the consumer calls [`Consumer::seek`] again.
     Lost {
         /// The partition that lost messages.
         partition: Partition,
@@ -249,8 +250,8 @@ pub trait Publisher: Send + Sync + 'static {
     /// is full.
     async fn publish(&self, messages: Vec<Outgoing>) -> Result<Receipt, BusError>;
 
-    /// The ends up to which the bus has accepted this publisher's messages. Empty for a bus that exists only inside one
-    /// process.
+    /// Returns the ends up to which the bus has accepted this publisher's messages. The result is empty for a bus that
+    /// exists only inside one process.
     fn taken(&self) -> Ends {
         Ends::default()
     }
@@ -275,17 +276,17 @@ pub trait Bus: Publisher {
     /// Joins a group. Every message that is published to the topics after this method returns reaches the group.
     async fn join(&self, group: &str, topics: &[&str]) -> Result<Box<dyn Consumer>, BusError>;
 
-    /// Like [`join`](Self::join), under the name of an instance. No other member of the group may have the same name at
-    /// the same time. A bus that outlives processes assigns to such a member the partitions of the previous member with
-    /// that name, so that a process that restarts after a crash continues at once.
+    /// Like [`join`](Self::join), but the member joins under the name of an instance. No other member of the group may
+    /// have the same name at the same time. A bus that outlives processes assigns to such a member the partitions of
+    /// the previous member with that name, so that a process that restarts after a crash continues at once.
     async fn join_as(&self, group: &str, topics: &[&str], _instance: &str) -> Result<Box<dyn Consumer>, BusError> {
         self.join(group, topics).await
     }
 
-    /// Returns the messages of a service that lie after these ends, in the topics that `ends` names. The messages of
+    /// Returns the messages that a service has sent after these ends, in the topics that `ends` names. The messages of
     /// each partition are in order. When a service starts, it uses these messages to check that its log contains
-    /// everything that it has sent. The result may omit messages if there are many, but never the last ones. A bus that
-    /// exists only inside one process returns no messages.
+    /// everything that it has sent. If there are many messages, the result may omit some of them, but never the most
+    /// recent ones. A bus that exists only inside one process returns no messages.
     async fn sent_since(&self, _service: &str, _ends: &Ends) -> Result<Vec<Delivery>, BusError> {
         Ok(Vec::new())
     }

@@ -75,8 +75,8 @@ impl Expected {
         }
     }
 
-    /// Checks the expectation against a stream at version `actual` whose last event has the id `last`. Every store
-    /// decides only by this check and [`Put::check`] whether a commit conflicts with another writer.
+    /// Checks the expectation against a stream at version `actual` whose last event has the id `last`. In every store,
+    /// this check and [`Put::check`] alone decide whether a commit conflicts with another writer.
     pub fn check(self, stream: &StreamId, actual: Version, last: Option<Uuid>) -> Result<(), CommitError> {
         let is_there = self.version().is_none_or(|expected| expected == actual);
         if is_there && self.event().is_none_or(|id| last == Some(id)) {
@@ -125,7 +125,8 @@ pub struct Put {
     /// The name of the document.
     pub key: DocumentKey,
     /// The version that the document must have now: 0 if the document must not exist, `None` if any version is
-    /// accepted. The commit of a fenced writer fails this check.
+    /// accepted. A writer is fenced when another writer has taken over its document: the commits of the fenced writer
+    /// then fail this check.
     pub expected: Option<i64>,
     /// The JSON text to store; `None` removes the document. The version of a removed document counts as 0 again.
     pub body: Option<Arc<str>>,
@@ -168,8 +169,8 @@ pub struct Committed {
     /// The version of each appended stream after the commit, in the order of the appends.
     pub versions: Vec<Version>,
     /// When the events were recorded. A store sets this time only if it assigned consecutive positions to the events,
-    /// in the order of the appends and ending at `position`. This process then does not need to read the events back.
-    /// Other stores leave it `None`.
+    /// in the order of the appends and ending at `position`. With this time, the process that committed the events need
+    /// not read them back. Other stores leave the field `None`.
     pub recorded_at: Option<DateTime<Utc>>,
 }
 
@@ -192,7 +193,7 @@ pub enum CommitError {
         actual: Version,
     },
     /// Another writer changed the document first. Read the document again. A worker that gets this error for its
-    /// checkpoint is fenced.
+    /// checkpoint is fenced, which means that another worker has taken over.
     #[error("document {key} is at version {actual}, not at {expected}")]
     DocumentConflict {
         /// The name of the document.

@@ -1,4 +1,4 @@
-//! The deciding side: commands become events, and one unit of work becomes one commit.
+//! The write side: aggregates turn commands into events, and each unit of work becomes one commit.
 
 pub mod aggregate;
 pub(crate) mod categories;

@@ -12,7 +12,7 @@ pub(crate) struct Backoff {
 }
 
 impl Backoff {
-    /// Returns the backoff for writers that compete for one stream. The delays are as long as a few commits.
+    /// Returns the backoff for writers that compete for one stream. The delays last about as long as a few commits.
     pub fn short() -> Self {
         Self::between(Duration::from_micros(200), Duration::from_millis(50))
     }

@@ -1,6 +1,6 @@
 //! `Debug` for public types with fields that have no `Debug`, such as stores and handlers.
 
-/// Implements `Debug` for a struct. The output shows the given fields and says that other fields are left out.
+/// Implements `Debug` for a struct. The output shows the given fields, and indicates that the other fields are omitted.
 macro_rules! debug_fields {
     ($([$($generics:tt)*])? $type:ident $(<$($argument:ident),*>)? { $($field:ident),* }) => {
         impl $(<$($generics)*>)? std::fmt::Debug for $type $(<$($argument),*>)? {

@@ -34,22 +34,23 @@ pub fn to_json<T: Serialize + ?Sized>(value: &T) -> Result<String, Error> {
     Ok(text)
 }
 
-/// Like [`to_json`], for a value that is later read as the same type. A value with an integer beyond 64 bits is read
-/// back at once: within flattened, untagged and internally tagged types, serde does not return such integers.
+/// Like [`to_json`], for a value that is later read as the same type. If the text contains an integer beyond 64 bits,
+/// this function also parses the text and fails if the integer does not survive. Serde loses such integers within
+/// flattened, untagged and internally tagged types.
 pub fn to_json_exact<T: Serialize + DeserializeOwned>(value: &T) -> Result<String, Error> {
     let text = to_json(value)?;
     check_read_back(&text, || to_json(&serde_json::from_str::<T>(&text)?))?;
     Ok(text)
 }
 
-/// Converts a value to a [`Value`], with the errors of [`to_json`].
+/// Converts a value to a [`Value`]. Fails in the same cases as [`to_json`].
 pub(crate) fn to_value<T: Serialize>(value: &T) -> Result<Value, Error> {
     check_finite(value)?;
     serde_json::to_value(value)
 }
 
-/// Refuses a text with integers beyond 64 bits that do not survive a round trip. `again` reads the text as a value and
-/// writes the value as text again.
+/// Refuses a text with integers beyond 64 bits that do not survive a round trip. `again` parses the text and serializes
+/// the result as text.
 #[doc(hidden)]
 pub fn check_read_back<E: fmt::Display>(text: &str, again: impl FnOnce() -> Result<String, E>) -> Result<(), Error> {
     if !may_have_big_integers(text) {
@@ -83,8 +84,8 @@ fn check_finite<T: Serialize + ?Sized>(value: &T) -> Result<(), Error> {
     })
 }
 
-/// JSON text as a [`Value`] that upcasters can change. The struct also keeps the data with which to restore integers
-/// beyond 64 bits afterwards.
+/// JSON text that was parsed into a [`Value`], which upcasters can change. The struct also holds the data that is
+/// needed to restore integers beyond 64 bits afterwards.
 #[doc(hidden)]
 #[derive(Debug)]
 pub struct Upcast {
@@ -100,7 +101,8 @@ impl Upcast {
         if !may_have_big_integers(text) {
             return Ok(Self { value: serde_json::from_str(text)?, stand_ins });
         }
-        // A stand-in must differ from all other numbers of the text, or both would be restored as the integer.
+        // A stand-in must differ from every other number in the text. Otherwise, that number would be restored as the
+        // integer too.
         let floats = numbers(text).filter(|range| !is_integer(&text[range.clone()]));
         let mut taken: HashSet<u64> = floats.filter_map(|range| text[range].parse().ok().map(f64::to_bits)).collect();
         let (mut changed, mut done) = (String::with_capacity(text.len()), 0);
@@ -116,7 +118,7 @@ impl Upcast {
                     stand_ins.push((near, digits.to_owned()));
                     near
                 }
-                // The number is too large for any number type. The parser reports that.
+                // The number is too large for any number type. The parser will report the error.
                 (None, Err(_)) => continue,
             };
             changed += &text[done..range.start];
@@ -135,7 +137,8 @@ impl Upcast {
             Err(error) => Some(error),
         };
         // Some types, such as `RawValue`, can only be read from text, so the value is written as text and read again.
-        // Users never see this text, so the first error is more useful than an error that names a position in it.
+        // Users never see this text, so the first error is more useful than an error that names a position in this
+        // text.
         serde_json::from_slice(&self.written(CompactFormatter)?).map_err(|error| unread.unwrap_or(error))
     }
 
@@ -189,8 +192,8 @@ impl<F: Formatter> Formatter for WithIntegers<'_, F> {
     );
 }
 
-/// Returns whether the text may contain an integer beyond 64 bits, which needs a long run of digits. Examines only
-/// every 19th byte.
+/// Returns whether the text may contain an integer beyond 64 bits. Such an integer has at least 19 digits, so the
+/// search examines only every 19th byte and the digits around it.
 fn may_have_big_integers(text: &str) -> bool {
     let bytes = text.as_bytes();
     let digits = |bytes: &mut dyn Iterator<Item = &u8>| bytes.take_while(|byte| byte.is_ascii_digit()).count();
@@ -240,11 +243,11 @@ fn numbers(text: &str) -> impl Iterator<Item = Range<usize>> + '_ {
     })
 }
 
-/// A serializer that writes nothing, and that fails if it meets a number that is not finite.
+/// A serializer that produces no output, and fails if the value contains a number that is not finite.
 #[derive(Clone, Copy)]
 struct Finite;
 
-/// A sequence, with the number of elements examined, or any other value with parts.
+/// The state for a value with parts. For a sequence, the number counts the elements that were examined.
 struct Parts(usize);
 
 #[derive(Debug)]
@@ -446,7 +449,7 @@ mod tests {
 
     #[test]
     fn upcasters_change_values_next_to_a_big_integer() {
-        // Two integers with the same `f64`, and that `f64` itself.
+        // The text contains two integers with the same nearest `f64`, and also that `f64` itself.
         let text = r#"{"a":1000000000000000000000000,"b":1000000000000000000000001,"c":1e24,"d":[-170141183460469231731687303715884105728]}"#;
         let mut upcast = Upcast::read(text).unwrap();
         upcast.value["e"] = upcast.value["a"].take();

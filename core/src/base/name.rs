@@ -1,12 +1,12 @@
-//! Names of the parts that store documents under their own name: subscriptions, groups, services, read models and
-//! instances.
+//! Checks of names. A part is anything that stores documents under its own name: a subscription, a consumer group, a
+//! service, a read model or an instance.
 
 use std::collections::BTreeMap;
 
-/// The maximum length of a name in bytes. The length is limited because parked messages are in a collection named
-/// `parked.NAME` or `parked.NAME@GENERATION`.
+/// The maximum length of a name in bytes. The length is limited because the name is part of the collection name of
+/// parked messages: `parked.NAME` or `parked.NAME@GENERATION`.
 pub const NAME_BYTES_MAX: usize = 150;
-/// The suffix of a relay's name, after its service's name. No other name may end with it.
+/// The suffix of a relay's name, after its service's name. No other name may end with this suffix.
 pub(crate) const RELAY: &str = ".relay";
 
 /// Why a name is not valid.
@@ -38,8 +38,8 @@ pub enum NameError {
     },
 }
 
-/// Checks that the documents of a name cannot be confused with those of another name. In the ids of documents, `/`
-/// precedes a lane or a topic, and `@` precedes a generation of a read model or an instance.
+/// Checks that the documents of a name cannot be confused with the documents of another name. In the ids of documents,
+/// `/` precedes a lane or a topic, and `@` precedes a generation of a read model or an instance.
 pub(crate) fn check(kind: &'static str, name: &str) -> Result<(), NameError> {
     let reason = if name.is_empty() {
         "the name is empty".to_owned()
@@ -74,12 +74,12 @@ impl Names {
     }
 }
 
-/// The maximum length of a service name in bytes. Topics, relays and parts add to the name. Every store and bus still
-/// accepts the longer names.
+/// The maximum length of a service name in bytes. The names of a service's topics, relays and parts contain the service
+/// name and are longer. With this limit, every store and bus accepts the longer names too.
 pub(crate) const SERVICE_BYTES_MAX: usize = 80;
 
-/// Returns whether the name is valid for a service. The topics of the service contain this name, so it must be valid in
-/// topic names too.
+/// Returns whether the name is valid for a service. The topics of the service contain this name, so the name must be
+/// valid in topic names too.
 pub(crate) fn is_service_name(name: &str) -> bool {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
     !name.is_empty() && name.len() <= SERVICE_BYTES_MAX && name.bytes().all(plain)

@@ -1,10 +1,10 @@
 //! Conversion of failure texts to a form that every store accepts. The length of the text is limited.
 
-/// The maximum number of characters that are kept of a reason. The length is limited because people read the text, and
-/// because the events of a saga repeat it several times.
+/// The maximum length of a stored reason in characters. The length is limited because people read the reason, and
+/// because the events of a saga repeat the reason several times.
 pub(crate) const REASON_CHARS_MAX: usize = 4_000;
 
-/// Returns the text with every control character except tabs and newlines replaced, cut at [`REASON_CHARS_MAX`].
+/// Replaces every control character except tabs and newlines, and cuts the text at [`REASON_CHARS_MAX`].
 pub(crate) fn storable(reason: &str) -> String {
     let unprintable = |character: char| character.is_control() && !matches!(character, '\n' | '\t');
     let printable = |character| if unprintable(character) { char::REPLACEMENT_CHARACTER } else { character };

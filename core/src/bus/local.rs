@@ -2,8 +2,8 @@
 //!
 //! The bus holds messages only in memory, but a crash loses no message. A [receipt](crate::bus::Receipt) resolves once
 //! every group has acknowledged the messages, and a consumer acknowledges messages after its own durable commit. A
-//! relay moves its checkpoint only after the receipt. Messages lost in a crash are therefore still after the checkpoint
-//! of the relay, and are published again.
+//! relay moves its checkpoint only after the receipt. Messages that are lost in a crash are therefore still after the
+//! relay's checkpoint, and the relay publishes them again.
 
 use std::{
     collections::VecDeque,
@@ -69,7 +69,7 @@ struct LocalConsumer {
 }
 
 impl LocalBus {
-    /// Creates a bus whose topics each have this number of partitions. The number is at least one.
+    /// Creates a bus whose topics each have this number of partitions. Zero counts as one.
     pub fn new(partitions: u32) -> Self {
         Self(Arc::new(Handle(Arc::new(SharedBus {
             state: Mutex::new(BusState::new(partitions)),
@@ -125,7 +125,7 @@ impl Publisher for LocalBus {
                 Taken::Full => room.await,
             }
         }
-        // Resolves the receipt at once if the bus holds none of the messages of this call any more.
+        // If the bus no longer holds any of the messages of this call, the receipt resolves immediately.
         shared.release(Freed { messages: Vec::new(), receipts: Arc::into_inner(done).into_iter().collect() });
         Ok(Box::pin(async move { receipt.await.map_err(|_| closed()) }))
     }

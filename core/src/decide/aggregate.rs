@@ -2,7 +2,7 @@
 
 use crate::{base::json::to_json_exact, event::Event};
 
-/// An aggregate, which decides on commands and folds events into its state.
+/// An aggregate. It decides on commands, and folds events into its state.
 ///
 /// Both functions are pure. If `decide` returns no events, the command has nothing left to do. The state is rebuilt by
 /// folding the events of the stream, so `Default` must return the state before the first event. `Clone` lets many

@@ -1,5 +1,5 @@
-//! Categories. This module records which aggregate uses each category, and reports categories that a service names but
-//! that do not exist.
+//! The registry of categories. This module records which aggregate uses each category. It also reports categories that
+//! a service publishes or follows but that do not exist.
 
 use std::{
     any::type_name,
@@ -17,9 +17,9 @@ use crate::{
     store::{EventStore, LogQuery, StoreError},
 };
 
-/// How long a category that a service publishes or follows may be missing before health names the category.
+/// How long a category that a service publishes or follows may be missing before the health report names the category.
 const UNKNOWN_MAX: Duration = Duration::from_secs(10);
-/// How often the log is searched for missing categories.
+/// The time between two searches of the log for missing categories.
 const LOOK: Duration = Duration::from_millis(500);
 const PAGE: usize = 1_000;
 /// The pause between two pages, so that the search of a long log does not slow down other readers.
@@ -59,7 +59,8 @@ pub(crate) fn check_own(category: &str) -> Result<(), String> {
 ///
 /// # Errors
 /// Fails if another type of aggregate already uses the category, and the two types have no event type in common. Each
-/// of them would then read events that it cannot decode. Two builds of one aggregate do have event types in common.
+/// of the two types would then read events that it cannot decode. Two builds of the same aggregate, however, have event
+/// types in common.
 pub(crate) fn register<A: Aggregate>(store: &Arc<dyn EventStore>, category: &str) -> Result<(), String> {
     let (aggregate, events) = (type_name::<A>(), A::Event::TYPES);
     let mut all = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
@@ -98,7 +99,7 @@ pub(crate) async fn watch(
     let (started, mut after, mut reported) = (Instant::now(), Position::START, false);
     loop {
         unknown.retain(|category| !is_registered(category));
-        // If the store is unavailable, other parts report that.
+        // If the store is unavailable, other parts of the service report the problem.
         while let Ok(page) = look(&*store, &mut unknown, after).await {
             let read = std::mem::replace(&mut after, page) < page;
             if !read || unknown.is_empty() {

@@ -1,4 +1,5 @@
-//! Folded aggregates: reads them from their streams, keeps them in a cache, and takes snapshots.
+//! Folds aggregates: reads the events of a stream, applies them to the state of the aggregate, caches the folded
+//! states, and takes snapshots.
 
 use std::sync::{
     Arc,
@@ -26,7 +27,7 @@ pub(crate) struct Folds<A: Aggregate> {
     pub store: Arc<dyn EventStore>,
     category: String,
     cache: quick_cache::sync::Cache<StreamId, Arc<Folded<A>>>,
-    /// The history number of the store for which the cache is valid.
+    /// The cache is valid only while the store has this history number.
     history: AtomicU64,
     /// The initial state of every aggregate.
     new: Arc<Folded<A>>,
@@ -43,7 +44,7 @@ pub(crate) enum FoldError {
     Store(#[from] StoreError),
 }
 
-/// The cached states that an earlier attempt found outdated.
+/// The cached states that turned out to be outdated in an earlier attempt.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) enum Stale {
     #[default]
@@ -61,8 +62,9 @@ impl Stale {
         }
     }
 
-    /// Returns the cached states to avoid after this error. Each of the first four conflicts adds only the stream that
-    /// the error names. After a fifth conflict, or after any other error, no cached state is used.
+    /// Returns the cached states that the next attempt must not use after this error. Each of the first four conflicts
+    /// adds only the stream that the error names. After a fifth conflict, or after any other error, no cached state is
+    /// used.
     pub fn after(self, error: &CommitError) -> Self {
         match (self, error) {
             (Self::Nothing, CommitError::Conflict { stream, .. }) => Self::Streams(vec![stream.clone()]),
@@ -88,8 +90,8 @@ impl<A: Aggregate> Folds<A> {
         StreamId::new(&self.category, id)
     }
 
-    /// Returns the folded aggregate from the cache. If the cached state is outdated, first reads the events that are
-    /// missing from the state.
+    /// Returns the folded aggregate from the cache. If the cached state is outdated, the missing events are read and
+    /// applied first.
     pub(crate) async fn folded(
         &self,
         store: &dyn EventStore,
@@ -176,7 +178,7 @@ impl<A: Aggregate> Folds<A> {
         }
     }
 
-    /// Returns the version of the command's first event, which may be any event of the stream.
+    /// Searches the whole stream for the first event of the command, and returns the version of that event.
     pub(crate) async fn first_of(
         &self,
         store: &dyn EventStore,
@@ -197,8 +199,8 @@ impl<A: Aggregate> Folds<A> {
         }
     }
 
-    /// Returns the events that the store already holds for this command, with the version and the position of the last
-    /// one. `first` is the version of the first one.
+    /// Returns the events that the store already holds for this command, together with the version and the position of
+    /// the last event. `first` is the version of the first event.
     pub(crate) async fn events_of(
         &self,
         store: &dyn EventStore,
@@ -252,8 +254,8 @@ impl<A: Aggregate> Folds<A> {
         folded.snapshot = folded.version;
         let body = serde_json::to_string(&stored).ok()?;
         let put = Put { key: self.snapshot_key(stream), expected: None, body: Some(body.into()), due: None };
-        // If the state is not valid as a document, the aggregate is folded from its events instead. Commands must not
-        // fail for that reason.
+        // A state that is not valid as a document must not make a command fail. The aggregate then has no snapshot, and
+        // is folded from its events.
         let alone = Commit { appends: Vec::new(), puts: vec![put] };
         alone.validate().ok()?;
         alone.puts.into_iter().next()
@@ -280,8 +282,8 @@ impl<A: Aggregate> Folds<A> {
 struct StoredSnapshot {
     version: Version,
     schema: i32,
-    /// The ids of the last events, in snapshots of older builds, which recognised repeated commands by event ids. Such
-    /// a build cannot parse a snapshot without this field, and folds the stream instead.
+    /// The ids of the last events. Only older builds write this field, because they recognised repeated commands by
+    /// event ids. An older build cannot parse a snapshot without this field, and folds the stream instead.
     #[serde(default, skip_serializing)]
     ids: Vec<Uuid>,
     /// The id of the event at `version`.
@@ -292,8 +294,8 @@ struct StoredSnapshot {
     state: Box<serde_json::value::RawValue>,
 }
 
-/// An aggregate folded from its stream, together with its recent commands. These commands serve to recognise a repeated
-/// command.
+/// The folded state of an aggregate, together with its recent commands, which are kept so that a repeated command is
+/// recognised.
 #[derive(Clone)]
 pub(crate) struct Folded<A> {
     pub version: Version,

@@ -1,4 +1,4 @@
-//! The most recent commands of a stream. A stream recognises a repeated command with their help.
+//! The most recent commands of a stream. They are remembered so that a repeated command is recognised.
 
 use std::collections::VecDeque;
 
@@ -10,8 +10,8 @@ use crate::{
     event::{Version, derived_id},
 };
 
-/// How many of the most recent commands of a stream are remembered to recognise a repeated command. The number of
-/// events per command does not matter. A command that is repeated after more than this many other commands counts as
+/// The number of recent commands that are remembered per stream, so that a repeated command is recognised. The number
+/// of events per command does not matter. A command that is repeated after more than this many other commands counts as
 /// new. Each saga has its own stream in each service, and such a stream receives far fewer commands than this.
 pub const REMEMBERED_COMMANDS: usize = 1_024;
 /// The maximum number of uncertain events that are remembered. If the store does not show which command an event
@@ -22,10 +22,10 @@ const UNCERTAIN_EVENTS_MAX: usize = COMMIT_ROWS_MAX;
 /// The first event of each of the most recent commands.
 ///
 /// For a command staged by this process, only the first event is remembered. An event read from the store names only
-/// its cause, so the boundaries between commands are inferred. A new cause starts a new command. A run is a sequence of
-/// events with the same cause. A run is a single command if the id of its last event can be derived from the cause and
-/// the length of the run. Otherwise, for example after a message that caused several commands, every event of the run
-/// is remembered.
+/// its cause, so the boundaries between commands are inferred. A new cause starts a new command. A sequence of events
+/// with the same cause is called a run. A run is a single command if the id of its last event can be derived from the
+/// cause and the length of the run. Otherwise, for example after a message that caused several commands, every event of
+/// the run is remembered.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Remembered {
     /// The remembered events, in the order of the stream.
@@ -36,7 +36,7 @@ pub(crate) struct Remembered {
     run: Option<CauseRun>,
 }
 
-/// An event that starts a command, or may start one.
+/// An event that is, or may be, the first event of a command.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct First {
     id: Uuid,
@@ -53,7 +53,7 @@ struct CauseRun {
 }
 
 impl Remembered {
-    /// Records that a command starts with this event.
+    /// Records that this event is the first event of a command.
     pub fn begin(&mut self, id: Uuid, version: Version) {
         self.end_of_run();
         self.push(First { id, version, uncertain: false });
@@ -111,8 +111,8 @@ impl Remembered {
         Self { events: events.into(), uncertain, run: None }
     }
 
-    /// Restores the remembered events from a snapshot of an older build. Such a snapshot stored the ids of the last
-    /// events, of which the last one has the version `version`.
+    /// Restores the remembered events from a snapshot of an older build. Such a snapshot stores the ids of the stream's
+    /// most recent events. The last of these ids belongs to the event at `version`.
     pub fn from_ids(ids: &[Uuid], version: Version) -> Self {
         let versions = (version.0 + 1).saturating_sub_unsigned(ids.len() as u64)..;
         let first = |(id, version): (&Uuid, i64)| First { id: *id, version: Version(version), uncertain: true };

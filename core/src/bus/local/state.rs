@@ -13,8 +13,8 @@ use crate::bus::{BusError, Message, Outgoing, Partition};
 /// How many messages a topic holds before publishers must wait. A busy topic fills this space in a few seconds. With
 /// about 1 kB per message, the messages take no more than 64 MB of memory.
 pub const HELD_MAX: usize = 65_536;
-/// The maximum number of messages that are accepted while the lock is held once, so that a large batch does not block
-/// consumers.
+/// The maximum number of messages that are accepted before the lock is released. With this limit, a large batch does
+/// not block consumers.
 const STRIDE: usize = 1_024;
 
 pub(super) struct BusState {
@@ -43,16 +43,16 @@ struct Log {
     base: i64,
     /// The messages held. Deliveries in progress share them, so that no message is copied under the lock.
     messages: VecDeque<Arc<Message>>,
-    /// Receipts by rising offset. A receipt waits until all messages up to its offset are removed, and resolves when
-    /// its last reference is dropped.
+    /// Receipts in the order of their offsets. A receipt waits until all messages up to its offset are removed, and
+    /// resolves when the last reference to the receipt is dropped.
     receipts: VecDeque<(i64, Arc<oneshot::Sender<()>>)>,
-    /// One cursor for each group that ever joined the topic, by group.
+    /// The cursors of all groups that ever joined the topic, by the index of the group.
     cursors: BTreeMap<usize, Cursor>,
 }
 
 /// The progress of a group in a partition.
 struct Cursor {
-    /// The group has committed everything below this offset.
+    /// The offset below which the group has committed all messages.
     acknowledged: i64,
     /// The next offset to deliver, while the holder is at [`Stage::Delivering`].
     next: i64,
@@ -231,7 +231,7 @@ impl BusState {
     }
 
     /// Chooses a member for each partition of a group. The partitions are spread evenly over the members that joined
-    /// the topic, and few partitions move.
+    /// the topic, and as few partitions as possible change their member.
     fn rebalance(&mut self, group: usize, wakes: &mut Wakes) {
         let members = &self.groups[group].members;
         let mut loads: BTreeMap<u64, usize> = members.keys().map(|&member| (member, 0)).collect();
