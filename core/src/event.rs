@@ -26,7 +26,7 @@ const METADATA_BYTES: usize = 200;
 /// The name of a stream: `<category>-<id>`, such as `order-536365`.
 ///
 /// The category consists of lower-case letters, digits, `.` and `_`, starts with a letter, and ends at the first `-`.
-/// The id is any text without control characters. Category and id together take at most [`STREAM_ID_BYTES_MAX`] bytes.
+/// The id is any text without control characters. The whole name has at most [`STREAM_ID_BYTES_MAX`] bytes.
 ///
 /// ```
 /// use annals::StreamId;
@@ -264,12 +264,13 @@ impl From<Metadata> for StoredMetadata {
 }
 
 impl Metadata {
-    /// Metadata for the first command of a request. The id of this command is also the correlation id.
+    /// Returns the metadata for the first command of a request. The id of this command is also the correlation id.
     pub fn of_request(command_id: Uuid) -> Self {
         Self { correlation_id: command_id, causation_id: command_id, trace: None }
     }
 
-    /// Metadata for the effects of a message that carries this metadata.
+    /// Returns the metadata for the effects of a message. The message has the id `message_id` and carries this
+    /// metadata.
     pub fn caused_by(&self, message_id: Uuid) -> Self {
         Self { causation_id: message_id, ..self.clone() }
     }
@@ -371,7 +372,7 @@ pub struct DecodeError {
 /// A stored type name and its current schema version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EventType {
-    /// The name, such as `order.placed`. Stored: never rename.
+    /// The name, such as `order.placed`. The name is stored, so never change it.
     pub name: &'static str,
     /// The schema version, from 1. When the shape changes, raise the version and add an upcaster.
     pub version: i32,
@@ -426,7 +427,7 @@ pub enum EventError {
         /// The part of the JSON that did not match, and its location.
         reason: String,
     },
-    /// The value has no JSON form, such as a map with non-text keys or a NaN.
+    /// The value has no JSON form, for example because it contains a NaN, or a map whose keys are not text.
     #[error("{type_name} cannot be written as JSON: {reason}")]
     Unencodable {
         /// The type.

@@ -1,4 +1,4 @@
-//! The following side: handlers receive the messages of a log or a bus, and checkpoints record how far.
+//! The read side: handlers receive the messages of a log or a bus, and checkpoints record how far each reader has come.
 
 pub mod checkpoint;
 pub mod consumer;

@@ -61,9 +61,9 @@ pub trait Handler: Send + Sync + 'static {
         Ok(())
     }
 
-    /// Stages what to commit for a message whose effects the store has refused as too large or invalid, even in a
-    /// commit of their own. The worker then calls this method instead of [`handle`](Self::handle). An error parks the
-    /// message.
+    /// Stages replacement effects for a message. The worker calls this method instead of [`handle`](Self::handle) after
+    /// the store has refused the effects of the message as too large or invalid, even in a separate commit. An error
+    /// parks the message.
     async fn refused(&self, _message: &Message, reason: &str, _work: &mut Work) -> Result<(), HandlerError> {
         Err(reason.to_owned()).terminal()
     }

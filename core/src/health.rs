@@ -14,8 +14,8 @@ use uuid::Uuid;
 
 use crate::bus::Message;
 
-/// How long a handler may work on a message before health names the message. This is longer than a healthy handler
-/// needs, but short enough for an operator who looks for the cause of a standstill.
+/// How long a handler may work on a message before the health report names the message. This time is longer than a
+/// healthy handler needs, but short enough for an operator who looks for the cause of a standstill.
 pub const IN_HAND_MAX: Duration = Duration::from_secs(10);
 
 /// The state of one part.
@@ -186,7 +186,7 @@ impl Health {
         locked(&self.shared.parts).remove(part);
     }
 
-    /// Returns a reporter for a part that ends with `shutdown`.
+    /// Returns a reporter for a part that ends when `shutdown` is cancelled.
     pub(crate) fn reporter(&self, part: &str, shutdown: &CancellationToken) -> Reporter {
         let hand = Hand::default();
         let starting = PartState { state: State::Starting, hand: Some(hand.clone()) };
@@ -229,7 +229,7 @@ impl Reporter {
         }
     }
 
-    /// Sets or clears the reason why the part needs an operator; shown while the part works.
+    /// Sets or clears the reason why the part needs an operator. The reason is shown while the part works.
     pub fn attention(&mut self, attention: Option<String>) {
         if self.attention != attention {
             self.attention = attention;
@@ -270,7 +270,7 @@ impl Reporter {
         *locked(&self.hand) = Some(InHand { id: *id, key, type_name, position: position.0, since });
     }
 
-    /// Records that the handler has returned from its last message.
+    /// Records that the handler has finished with the message.
     pub fn hands_free(&self) {
         *locked(&self.hand) = None;
     }

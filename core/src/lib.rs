@@ -60,13 +60,14 @@
 //! |---|---|
 //! | decide | [`Aggregate`], with events that derive [`Event`](macro@Event), and a [`Repository`] that executes commands |
 //! | follow the log | [`Handler`] reacts to messages, and a [`Subscription`] calls it for each event |
-//! | read | [`ReadModel`] keeps views up to date; its example also reads them, by [`Views`] |
+//! | read | [`ReadModel`] keeps views up to date; its example also reads the views through [`Views`] |
 //! | connect services | [`Service`] publishes and consumes over a bus, and a [`Runtime`] starts and stops services |
 //! | work across services | [`Saga`] plans steps, a [`Runner`](saga::Runner) runs them, and a [`Participant`] carries them out |
 //! | test | `annals::testing`, with the feature `testing`: given/when/then, and a model checker for sagas |
 //!
-//! [`MemoryStore`] and [`LocalBus`] need nothing else. `annals-sqlite` and `annals-postgres` are stores that survive a
-//! crash, and `annals-kafka` is a bus between processes. Handlers, aggregates and services stay the same with each of them.
+//! [`MemoryStore`] and [`LocalBus`] need no other software. `annals-sqlite` and `annals-postgres` are stores that
+//! survive a crash, and `annals-kafka` is a bus between processes. Handlers, aggregates and services are the same for
+//! every store and bus.
 
 #![warn(missing_debug_implementations)]
 

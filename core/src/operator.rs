@@ -174,8 +174,8 @@ pub struct Operator {
 
 debug_fields!(Operator { by });
 
-/// Returns the parked document as an operator event can record it. A dead letter may be larger than an event, and an
-/// operator must be able to drop it all the same.
+/// Returns the parked document in a form that an operator event can record. A dead letter may be larger than an event
+/// may be, but an operator must be able to drop such a dead letter too.
 fn recordable(body: &str) -> Box<RawValue> {
     let size = || RawValue::from_string(format!(r#"{{"bytes":{}}}"#, body.len())).unwrap_or_default();
     if body.len() <= DROPPED_BYTES_MAX {
@@ -231,9 +231,9 @@ impl Operator {
     }
 
     /// Resets all lanes of a subscription so that they continue after this position, even while a worker follows them.
-    /// The effects of the subscription stay, and its handler receives the events after the position again. This
-    /// includes parked messages: the parked messages after the position are removed in the same commit and are
-    /// delivered again in the order of their key.
+    /// The earlier effects of the subscription are kept, and its handler receives the events after the position again.
+    /// Parked messages are included: the parked messages after the position are removed in the same commit, and are
+    /// delivered again in order within each key.
     ///
     /// # Errors
     /// Fails if the position is not in the log, if no subscription of the log has this name, or if the name belongs to
@@ -356,7 +356,8 @@ impl Operator {
         Ok(parked.into_iter().map(removal).collect())
     }
 
-    /// Returns the read model that a name refers to. The name is either that of the read model or `NAME@GENERATION`.
+    /// Returns the read model that a name refers to. The name is either the name of the read model or
+    /// `NAME@GENERATION`.
     async fn read_model<'a>(&self, name: &'a str) -> Result<Option<&'a str>, OperatorError> {
         if let Some((model, generation)) = name.split_once('@') {
             return Ok(generation.parse::<u32>().is_ok().then_some(model));

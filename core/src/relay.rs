@@ -44,19 +44,19 @@ const PAGE: usize = 1_000;
 /// The maximum number of pages that are published but not yet acknowledged. This limits the memory used while the bus
 /// is unavailable.
 const PAGES_IN_FLIGHT: usize = 16;
-/// The maximum number of events per lane whose messages are in flight. The bus has accepted all messages of events that
-/// are further back than this from the last event that the lane has sent.
+/// The maximum number of events per lane whose messages are in flight. If the lane has sent more than this number of
+/// events after an event, the bus has accepted all messages of that event.
 pub const WINDOW: usize = PAGE * PAGES_IN_FLIGHT;
 /// How long the bus may take to accept a redriven message.
 const REPUBLISHED: std::time::Duration = std::time::Duration::from_secs(5);
-/// How long the bus may acknowledge nothing before the relay reports trouble.
+/// How long the relay waits without any acknowledgement from the bus before the relay reports trouble.
 const STALLED: std::time::Duration = std::time::Duration::from_secs(3);
 /// How often the relay reports this trouble again.
 const STALLED_AGAIN: std::time::Duration = std::time::Duration::from_secs(60);
 /// How long a checkpoint may lag behind the messages that the bus has accepted. A commit after each page would compete
 /// with the commits that the messages cause. After a crash, the messages of this period are published again.
 const CHECKPOINT_AFTER: std::time::Duration = std::time::Duration::from_millis(100);
-/// How long a draining relay waits for the next receipt.
+/// How long a relay that is shutting down waits for the next receipt.
 const LAST_RECEIPTS: std::time::Duration = std::time::Duration::from_millis(500);
 
 /// Publishes a service's messages from its log to the bus, in log order per key, in batches.
@@ -222,7 +222,7 @@ impl Relay {
     /// Records the number of lanes in the store, with a checkpoint for each lane. If the recorded number is different,
     /// the old lanes first publish all events recorded by now. A relay that was killed may already have sent any of
     /// these events without moving its checkpoint, and receivers recognise a repeated message only in the lane in which
-    /// it came first.
+    /// it first arrived.
     async fn settle(
         &self,
         worker: &Worker,
@@ -348,8 +348,8 @@ impl Relay {
         let (mut messages, mut sources) = (Vec::with_capacity(events.len()), Vec::with_capacity(events.len()));
         let is_mine = |event: &&Arc<Recorded>| self.lanes == 1 || lane_of(event.stream.as_str(), self.lanes) == lane;
         for event in events.iter().filter(is_mine) {
-            // If the checkpoint was set back, events before a parked event are read again. These events do not wait
-            // behind the parked event.
+            // If the checkpoint was reset to an earlier position, events before a parked event are read again. These
+            // events do not wait behind the parked event.
             let first_parked = worker.parked.first(event.stream.as_str()).map(|place| place.position);
             let waits = first_parked.is_some_and(|position| position <= event.position.0);
             let made = match self.routes.messages(event) {
@@ -370,7 +370,7 @@ impl Relay {
     }
 
     /// Parks the event of a message that the bus will never accept. All messages since the checkpoint are then
-    /// published again without this one.
+    /// published again, without the refused message.
     async fn refused(&self, worker: &mut Worker, sources: &[Arc<Recorded>], error: BusError) -> Trouble {
         if let BusError::Refused { index, reason } = &error
             && let Some(event) = sources.get(*index)
@@ -407,7 +407,7 @@ struct Publication<'a> {
     in_flight: VecDeque<InFlight>,
     /// The position up to which the bus has accepted messages.
     taken_up_to: i64,
-    /// The time at which the checkpoint must follow `taken_up_to`.
+    /// The time by which the checkpoint must move to `taken_up_to`.
     follows_at: Option<Instant>,
     /// The time at which the checkpoint last moved.
     moved_at: Instant,
@@ -525,7 +525,8 @@ impl Publication<'_> {
         Ok(true)
     }
 
-    /// Handles the receipt of the first page in flight, and the receipts of the next pages that have arrived too.
+    /// Handles the receipt of the first page in flight, and then the receipts of further pages if these have arrived
+    /// too.
     async fn taken(&mut self, first: Result<(), BusError>) -> Result<(), Trouble> {
         let mut outcome = Some(first);
         while let Some(taken) = outcome.take() {

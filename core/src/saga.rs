@@ -1,5 +1,5 @@
-//! Sagas: a typed plan of steps over several services. The plan can be drawn; one pure function runs, replays and
-//! model-checks it.
+//! Sagas. A saga is a typed plan of steps across several services. The plan can be drawn as a diagram. The same pure
+//! function serves to run, replay and model-check a saga.
 //!
 //! | file | contents |
 //! |---|---|

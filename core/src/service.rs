@@ -35,7 +35,7 @@ use crate::{
 
 pub use self::start_error::StartError;
 
-/// How long the index of sagas may lag under low load. A saga timer may fire late by this lag.
+/// How long the index of sagas may lag under low load. A saga timer may fire late by the same amount.
 const INDEX_PAUSE: Duration = Duration::from_millis(200);
 /// How often a process checks for handlers that do not return.
 const WATCH: Duration = Duration::from_secs(1);
@@ -137,7 +137,8 @@ impl Service {
     /// participant, with one enum of commands.
     ///
     /// # Panics
-    /// Panics if the service already has a participant, because the commands of the first one would never be executed.
+    /// Panics if the service already has a participant, because the commands of the first participant would never be
+    /// executed.
     pub fn participant(mut self, participant: impl Participant) -> Self {
         assert!(
             self.desk.is_none(),
@@ -160,7 +161,7 @@ impl Service {
         self
     }
 
-    /// Runs sagas of this definition.
+    /// Runs the sagas of this runner's definition.
     pub fn saga<C: SagaState>(mut self, runner: Runner<C>) -> Self {
         let name = format!("{}.{}", self.name, runner.name());
         self.fault = self.fault.or_else(|| runner.fault().map(str::to_owned));
@@ -319,7 +320,7 @@ impl Handler for Inbox {
     }
 }
 
-/// The error of one of the user's own parts. The operator `?` converts any error into it.
+/// The error of one of the user's own parts. The `?` operator converts any error into this type.
 pub type PartError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Why a runtime did not stop cleanly. All parts have ended or were aborted, and no data is lost.
@@ -343,7 +344,7 @@ pub enum DrainError {
     CutOff {
         /// The names of the parts.
         parts: Vec<String>,
-        /// The time that the parts had.
+        /// The time that the parts had to stop.
         patience: Duration,
         /// The part that had failed, if any.
         failed: Option<Box<DrainError>>,
@@ -357,8 +358,8 @@ struct Kept {
     watches: Vec<BoxFuture<'static, ()>>,
 }
 
-/// All running services and parts of a process. A part is a task with a name, which appears in [`Health`]. Services and
-/// parts are started and stopped together.
+/// All running services and parts of a process. A part is a named task, and its state appears in [`Health`]. Services
+/// and parts are started and stopped together.
 ///
 /// In this example, `Counter` is an [`Aggregate`](crate::Aggregate), and `Greet` is a [`Handler`] that sends
 /// the type of each message to a channel.
@@ -465,12 +466,11 @@ impl Runtime {
     }
 
     /// Creates an empty runtime for one of several processes that use the same store. The processes share the lanes of
-    /// the log. A runtime created with [`new`](Self::new) instead follows all lanes itself and fences any process that
-    /// followed them before.
-    /// `instance` is a name that no other process uses at the same time. A process that restarts with the same name
-    /// after a crash gets its lanes and its partitions back at once. Other processes get the lanes after the crashed
-    /// process has sent no heartbeat for five seconds. Other processes get the partitions after the bus has noticed the
-    /// crash.
+    /// the log. By contrast, a runtime that is created with [`new`](Self::new) follows all lanes itself, and fences any
+    /// process that followed the lanes before. `instance` is a name that no other process uses at the same time. A
+    /// process that restarts with the same name after a crash gets its lanes and its partitions back at once. Other
+    /// processes get the lanes after the crashed process has sent no heartbeat for five seconds. Other processes get
+    /// the partitions after the bus has noticed the crash.
     pub fn shared(instance: &str) -> Self {
         Self { shared_as: Some(instance.to_owned()), ..Self::new() }
     }
@@ -480,7 +480,7 @@ impl Runtime {
         self.health.clone()
     }
 
-    /// The token that is cancelled when the runtime drains. The user's own parts use it to end in time.
+    /// The token that is cancelled when the runtime drains. The user's own parts use the token to end in time.
     pub fn shutdown(&self) -> CancellationToken {
         self.shutdown.clone()
     }
@@ -584,7 +584,7 @@ impl Runtime {
     }
 
     /// Starts one of the user's own parts. The part should end when [`shutdown`](Self::shutdown) is cancelled. An error
-    /// or panic of the part shows in [`health`](Self::health) at once, and [`drain`](Self::drain) returns it.
+    /// or panic of the part appears in [`health`](Self::health) immediately, and is returned by [`drain`](Self::drain).
     pub fn spawn(
         &mut self,
         part: impl Into<String>,
@@ -594,7 +594,8 @@ impl Runtime {
         self.spawn_as(part, task.map_err(|error| error.to_string()));
     }
 
-    /// Returns a name that no other part of the runtime has. Health would otherwise merge two parts with the same name.
+    /// Returns a name that no other part of the runtime has. Otherwise, the health report would show two parts with the
+    /// same name as one.
     fn own_name(&self, part: String) -> String {
         let taken = |name: &String| self.task_names.values().any(|known| known == name);
         if !taken(&part) {
@@ -630,8 +631,8 @@ impl Runtime {
         });
     }
 
-    /// Checks the names of services before anything starts. A bad name would otherwise show only later, in messages
-    /// that no service receives or that two services receive.
+    /// Checks the names of services before anything starts. Otherwise, a bad name would be noticed only later, because
+    /// some messages would reach no service, or two services.
     fn check_names(&self, services: &[Service]) -> Result<(), StartError> {
         self.shared_as.iter().try_for_each(|instance| name::check("instance", instance))?;
         for Service { name, fault, .. } in services {
@@ -669,8 +670,8 @@ impl Runtime {
         Ok(())
     }
 
-    /// Returns the names that the runtime keeps of started services, and the tasks that watch the categories and topics
-    /// of these services.
+    /// Returns the names that the runtime remembers after these services have started, and the tasks that watch the
+    /// categories and topics of the services.
     fn kept(&self, services: &[Service]) -> Kept {
         let mut kept = Kept::default();
         for service in services {

@@ -1,4 +1,4 @@
-//! The port to a store, which holds the log with its streams, and documents.
+//! The interface to a store. A store holds documents, and a log that contains the events of all streams.
 
 pub mod clock;
 pub mod memory;
@@ -51,22 +51,23 @@ pub trait EventStore: Send + Sync + 'static {
     async fn status(&self) -> Result<StoreStatus, StoreError>;
 
     /// The number of the log history that this handle reads. The number changes when events that the handle has
-    /// returned may be gone: at a failover, after a restore, and whenever the last event returned is missing. Only a
-    /// missing event sets [`StoreStatus::lost_end`]. After a change, everything in memory that was read before (states,
-    /// checkpoints, positions) must be read again; [`wait`](EventStore::wait) resolves, and commits submitted before
-    /// the change fail as unavailable.
+    /// returned may be gone: at a failover, after a restore, and whenever the last event that the handle has returned
+    /// is missing. Only a missing event sets [`StoreStatus::lost_end`]. After a change, everything in memory that was
+    /// read before (states, checkpoints, positions) must be read again. The change makes [`wait`](EventStore::wait)
+    /// resolve, and commits that were submitted before the change fail as unavailable.
     ///
-    /// Never blocks. The default suits stores that cannot lose events while they are open.
+    /// This method never blocks. The default suits stores that cannot lose events while they are open.
     fn history(&self) -> u64 {
         0
     }
 
-    /// Accepts the histories up to this number on behalf of `by`. From the first call of `by` on, every commit fails as
-    /// unavailable while [`history`](EventStore::history) is above the number that `by` has accepted: a decision on a log
-    /// that has lost events may have to be taken back. A service on a bus accepts a history once the log holds
-    /// everything that the service has sent, and accepts `u64::MAX` when the service stops.
+    /// Accepts the histories up to this number on behalf of the service `by`. After the first call for a service, every
+    /// commit fails as unavailable while [`history`](EventStore::history) is above the number that the service has
+    /// accepted. A decision that is based on a log with lost events may otherwise have to be undone. A service on a bus
+    /// accepts a history once the log holds everything that the service has sent, and accepts `u64::MAX` when the
+    /// service stops.
     ///
-    /// A store that wraps another store passes the call on. The default suits stores that cannot lose events while they
+    /// A store that wraps another store forwards the call. The default suits stores that cannot lose events while they
     /// are open.
     fn accept_history(&self, by: &str, history: u64) {
         _ = (by, history);
@@ -90,7 +91,7 @@ impl dyn EventStore + '_ {
 /// Which documents of a collection to return.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Scan {
-    /// Documents with ids above this one, in byte order; start with `""`.
+    /// Documents whose ids follow this id, in byte order. The first page starts after `""`.
     After(Arc<str>),
     /// Documents due by this time, earliest first.
     Due(DateTime<Utc>),
@@ -106,17 +107,17 @@ pub struct LogQuery {
 }
 
 impl LogQuery {
-    /// Every event.
+    /// Returns a query for all events.
     pub fn all() -> Self {
         Self::default()
     }
 
-    /// Events of these categories.
+    /// Returns a query for the events of these categories.
     pub fn categories<S: Into<Arc<str>>>(categories: impl IntoIterator<Item = S>) -> Self {
         Self { categories: categories.into_iter().map(Into::into).collect(), types: Vec::new() }
     }
 
-    /// Events of these types.
+    /// Returns a query for the events of these types.
     pub fn types<S: Into<Arc<str>>>(types: impl IntoIterator<Item = S>) -> Self {
         Self { types: types.into_iter().map(Into::into).collect(), categories: Vec::new() }
     }
@@ -134,8 +135,8 @@ pub struct LogPage {
     /// The events that match the query, in log order.
     pub events: Vec<Arc<Recorded>>,
     /// The position from which to read the next page. The position lies after every event that this page examined,
-    /// including events that do not match the query. The position equals the requested one when the reader has caught
-    /// up.
+    /// including events that do not match the query. If the reader has caught up, the position equals the requested
+    /// position.
     pub next: Position,
     /// Whether there may be more events to read, because the page is full, or because it has examined as much of the
     /// log as one page may examine.
@@ -154,8 +155,9 @@ pub struct StoreStatus {
     pub lost_end: Option<LostEnd>,
 }
 
-/// Describes the loss of events that this process has read or written. Events are lost by a failover to a lagging
-/// standby, or by a restore to an earlier moment. Everything recorded after the missing event is gone too.
+/// Describes the loss of events that this process has read or written. Events are lost in a failover to a lagging
+/// standby, or when a database is restored to an earlier moment. Everything recorded after the missing event is gone
+/// too.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LostEnd {
     /// The position of the missing event, which is the last event that this process knew.
@@ -179,7 +181,7 @@ impl fmt::Display for LostEnd {
     }
 }
 
-/// A transaction that may still add events at positions before the next events of the log. Readers wait for this
+/// An open transaction that may still add events before other events that are already committed. Readers wait for this
 /// transaction, so that they skip no event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OpenWriter {
@@ -217,14 +219,14 @@ pub enum StoreError {
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum WaitError {
-    /// The limit in time was reached first.
+    /// The time limit was reached first.
     #[error("waited {limit:?} for {awaited}: {state}")]
     TimedOut {
         /// The awaited result.
         awaited: String,
-        /// The limit in time.
+        /// The time limit.
         limit: Duration,
-        /// The state at the limit.
+        /// The state when the time limit was reached.
         state: String,
     },
     /// The log holds an event that this build cannot read.

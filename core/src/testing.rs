@@ -1,12 +1,12 @@
-//! Tools to test code built on Annals without a store or a bus: given/when/then for aggregates, and a model checker
-//! for sagas.
+//! Tools for testing code that is built on Annals, without a store or a bus: given/when/then tests for aggregates, and
+//! a model checker for sagas.
 //!
 //! | file | contents |
 //! |---|---|
-//! | `specification` | [`given`] these events, when a command arrives, then these events or this refusal follow |
-//! | `check` | [`check`]s one saga; the test sets the faults, the world and the invariants |
-//! | `model` | the state space: saga, barriers, messages in flight, world, and every move between them |
-//! | `machine` | the saga in the model: the real transition, with each move written as JSON, read back and folded |
+//! | `specification` | tests of one decision: [`given`] some events, a command leads to other events or to a refusal |
+//! | `check` | [`check`] explores one saga; the test chooses the faults, the simulated world and the invariants |
+//! | `model` | the state space: saga, barriers, messages in flight and simulated world, and every move between states |
+//! | `machine` | the saga in the model: makes each move with the real transition function |
 //! | `rules` | the rules that every saga must satisfy |
 //! | `history` | a path through the state space, as numbered lines |
 //!

@@ -124,7 +124,7 @@ pub(crate) fn path_text(path: &Path) -> String {
     segments.join("::")
 }
 
-/// Puts a value into its slot, which must still be empty.
+/// Parses a value and puts it into the slot. Fails if the slot already has a value.
 fn once<T>(
     slot: &mut Option<T>,
     meta: &ParseNestedMeta<'_>,

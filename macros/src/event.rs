@@ -1,4 +1,4 @@
-//! The enum in the form in which the macro uses it, after all checks.
+//! The enum after parsing and all checks. The macro generates its code from this form.
 
 use std::collections::HashMap;
 
@@ -112,8 +112,8 @@ fn stored_name(variant: &Ident, explicit: Option<&LitStr>, prefix: Option<&LitSt
         };
     }
     let kebab = name::kebab_case(&variant.unraw().to_string());
-    // The variant's part is first checked without the prefix, because a prefix would hide that the part does not
-    // start with a letter.
+    // The variant's part of the name is first checked without the prefix. With a prefix, the check would not notice
+    // that this part does not start with a letter.
     let stored = name::check(&kebab).map(|()| match prefix {
         Some(prefix) => format!("{}.{kebab}", prefix.value()),
         None => kebab,

@@ -1,8 +1,8 @@
 //! The code that the macro generates.
 //!
-//! All generated code is in one anonymous constant, in which the user's field types and upcasters are resolved, too.
-//! The names of the generated items begin with `__`, so that they cannot collide with the user's names. For the same
-//! reason all paths are absolute: the user may have another `Result` in scope.
+//! All generated code is in one anonymous constant. The user's field types and upcasters are also resolved inside this
+//! constant. The names of the generated items begin with `__`, so that they cannot collide with the user's names. For
+//! the same reason all paths are absolute: the user may have another `Result` in scope.
 
 use proc_macro2::{Span, TokenStream};
 use quote::{ToTokens, format_ident, quote, quote_spanned};
@@ -115,10 +115,10 @@ fn encode_fn() -> TokenStream {
     }
 }
 
-/// Generates the type that serializes the fields of any variant in place.
-/// The type mirrors the enum with serde's "remote derive". The generated type borrows the fields from the original but
-/// keeps the types of the fields, so that `skip_serializing_if` and `serialize_with` work as usual. A struct of
-/// references would break both attributes. `untagged` makes the JSON contain only the fields.
+/// Generates the type that serializes the fields of any variant without copying them. The type mirrors the enum with
+/// serde's "remote derive". The generated type borrows the fields from the original but keeps the types of the fields,
+/// so that `skip_serializing_if` and `serialize_with` work as usual. A struct of references would break both
+/// attributes. `untagged` makes the JSON contain only the fields.
 fn writer(event_enum: &EventEnum) -> TokenStream {
     let ident = &event_enum.ident;
     let remote = ident.to_string();

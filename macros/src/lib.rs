@@ -50,7 +50,7 @@ use syn::{DeriveInput, parse_macro_input};
 ///   variant work as they do in serde. The types of the fields must implement `Serialize` and `Deserialize`; the enum
 ///   itself need not.
 /// - `Imported(ImportedOrder)`: the JSON of the inner value.
-/// - `Closed`: `{}`; any JSON object is accepted on reading.
+/// - `Closed`: `{}`. When the event is read, any JSON object is accepted.
 #[proc_macro_derive(Event, attributes(event, serde))]
 pub fn derive_event(input: TokenStream) -> TokenStream {
     let input = parse_macro_input!(input as DeriveInput);

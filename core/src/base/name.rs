@@ -1,5 +1,5 @@
-//! Checks of names. A part is anything that stores documents under its own name: a subscription, a consumer group, a
-//! service, a read model or an instance.
+//! Checks the names of all parts that store documents under their own name: subscriptions, groups, services, read
+//! models and instances.
 
 use std::collections::BTreeMap;
 

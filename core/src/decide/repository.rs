@@ -250,8 +250,8 @@ impl<A: Aggregate> Repository<A> {
         let mut stale = Stale::Nothing;
         let mut backoff = Backoff::short();
         let mut unknown = None;
-        // The last attempt whose outcome is unknown, with its decisions. Only the last attempt can still turn out to be
-        // committed: each attempt was staged at the version at which the previous attempt would have been stored.
+        // The last attempt whose outcome is unknown, with its decisions. Only the last attempt must be checked, because
+        // each attempt is staged at the versions at which the previous attempt would have been stored.
         let mut unsettled: Option<(Box<Unsettled>, Vec<CommandResult<A>>)> = None;
         for _ in 0..DECISIONS_MAX {
             if let Some((attempt, _)) = &unsettled
@@ -280,8 +280,8 @@ impl<A: Aggregate> Repository<A> {
                     backoff.wait().await;
                 }
                 CommitError::Invalid(_) if batch.len() > 1 => {
-                    // Either one command is invalid, or the batch is too large. Splitting the batch gives each command
-                    // its own answer.
+                    // Either one command is invalid, or the batch is too large. After the batch is split, each command
+                    // gets its own answer.
                     let rest = batch.split_off(batch.len() / 2);
                     Box::pin(self.carry_out(stream, batch)).await;
                     return Box::pin(self.carry_out(stream, rest)).await;
@@ -289,7 +289,8 @@ impl<A: Aggregate> Repository<A> {
                 CommitError::Invalid(reason) => {
                     return answer_all(batch, || ExecuteError::Invalid(reason.clone()));
                 }
-                // Nothing was stored, because the events behind the decision may be gone. The loop decides again.
+                // The log may have lost events on which the decision was based, so nothing was stored. The loop decides
+                // again.
                 CommitError::Unavailable(_) if self.folds.store.history() != history => {}
                 CommitError::Unavailable(reason) => {
                     return answer_all(batch, || ExecuteError::Unavailable(reason.clone()));
@@ -319,7 +320,7 @@ impl<A: Aggregate> Repository<A> {
     }
 }
 
-/// The part of a work that decides on aggregates.
+/// The methods of a unit of work that decide on aggregates.
 impl Work {
     /// Returns the current state of the aggregate, including everything staged in this work.
     pub async fn load<A: Aggregate>(

@@ -47,31 +47,32 @@ debug_fields!(Transaction { request, attempts });
 /// The outcome of one attempt to commit.
 enum CommitAttempt {
     Committed(Committed),
-    /// The outcome is unknown, and the events of the attempt will show it.
+    /// The outcome is unknown. Whether the attempt was committed can be seen later from its events.
     Unknown,
     /// Nothing was stored, because another writer committed first.
     Outrun,
 }
 
 impl Transaction {
-    /// Creates a transaction with a command id. Its commands to aggregates are executed only once, however often the
-    /// transaction runs.
+    /// Creates a transaction with a command id. The commands that the transaction sends to aggregates are executed only
+    /// once, however often the transaction runs.
     pub fn new(store: Arc<dyn EventStore>, request: impl Into<Request>) -> Self {
         Self { store, request: request.into(), attempts: 0, backoff: Backoff::short(), unsettled: None }
     }
 
-    /// Stages work with `stage` and commits the work. `stage` receives the empty work, and returns the staged work and a
-    /// result. If another writer commits first, `stage` runs again on the current
-    /// state, at most [`DECISIONS_MAX`](crate::repository::DECISIONS_MAX) times. `stage` must therefore have no other
-    /// effects. Returns the result of `stage` for the committed work, and the commit.
+    /// Stages work with `stage` and commits the work. `stage` receives an empty unit of work, and returns the staged
+    /// work and a result. If another writer commits first, `stage` runs again on the current state, at most
+    /// [`DECISIONS_MAX`](crate::repository::DECISIONS_MAX) times. `stage` must therefore have no other effects. Returns
+    /// the result of `stage` for the committed work, together with the positions and versions of the commit.
     ///
     /// If the outcome of an attempt is unknown, the next attempt first finds out whether the earlier attempt was
-    /// committed. Nothing is committed twice.
+    /// committed, so nothing is committed twice.
     ///
     /// # Errors
-    /// Returns an error of `stage` at once; nothing is committed then. Fails with the error of the last attempt after
-    /// too many attempts. An unknown outcome of work without events is an error too: a document does not show which
-    /// commit wrote it, so only the caller can find out.
+    /// If `stage` returns an error, this method commits nothing and returns the error immediately. After too many
+    /// attempts, fails with the error of the last attempt. Also fails if the outcome is unknown and the work has no
+    /// events: a document does not show which commit wrote it, so only the caller can find out whether the work was
+    /// committed.
     pub async fn run<T, E, F>(mut self, mut stage: impl FnMut(Work) -> F) -> Result<(T, Committed), E>
     where
         F: Future<Output = Result<(Work, T), E>>,
@@ -105,14 +106,14 @@ impl Transaction {
     }
 
     /// Commits an attempt. `None` means that another writer committed first, or that the outcome is unknown. In both
-    /// cases, begin another attempt. If the first attempt was committed after all, the next attempt finds its events
-    /// and reports that with [`Decided::repeated`](crate::work::Decided). Nothing more is committed then, whatever the
-    /// size of the attempt and whatever other writers do.
+    /// cases, begin another attempt. If the first attempt was committed after all, the next attempt finds the events of
+    /// the first attempt, and [`Decided::repeated`](crate::work::Decided) is true for its commands. Nothing more is
+    /// committed in that case, however large the attempt is, and even if other writers commit in between.
     ///
     /// # Errors
-    /// Fails if another attempt cannot help. After too many attempts, fails with the error of the last attempt. An
-    /// unknown outcome of work without events is an error too: a document does not show which commit wrote it, so only
-    /// the caller can find out.
+    /// Fails if another attempt cannot help. After too many attempts, fails with the error of the last attempt. Also
+    /// fails if the outcome is unknown and the work has no events: a document does not show which commit wrote it, so
+    /// only the caller can find out whether the work was committed.
     pub async fn commit(&mut self, work: Work) -> Result<Option<Committed>, CommitError> {
         if let Some(committed) = self.settled().await {
             return Ok(Some(committed));
@@ -131,7 +132,7 @@ impl Transaction {
         };
         match failed.error {
             error @ CommitError::Unknown(_) if failed.unsettled.is_none() => Err(error),
-            // Nothing was stored, because the events behind the decision may be gone.
+            // The log may have lost events on which the decision was based, so nothing was stored.
             CommitError::Unavailable(_) if self.store.history() != history && self.attempts < DECISIONS_MAX => {
                 Ok(CommitAttempt::Outrun)
             }

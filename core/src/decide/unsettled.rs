@@ -26,7 +26,7 @@ pub(crate) struct Unsettled {
 #[derive(Clone, Debug)]
 pub(crate) struct UnsettledStream {
     pub stream: StreamId,
-    /// The version before the first event.
+    /// The version of the stream before the first event.
     pub base: Version,
     /// The version of the last event, or `base` if there are no events.
     pub last: Version,

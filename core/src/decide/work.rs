@@ -25,16 +25,17 @@ use crate::{
 
 pub(crate) use crate::decide::fold::Stale;
 
-/// The changes that one message, one request or a batch of them makes.
+/// A unit of work: all changes that a message, a request, or a batch of messages or requests causes.
 ///
 /// Nothing is written before the framework commits the whole work. The commit checks the version of every stream that
-/// was read, and of every document that was first read and then written. A decision on outdated state is therefore made
-/// again rather than stored. A document that is only read is not checked. If the decision depends on such a document,
-/// write the document back unchanged. Code that stages work may therefore run more than once and must have no other
-/// effects.
+/// was read, and of every document that was first read and then written. If a decision was based on outdated state, it
+/// is therefore not stored, but made again. A document that is only read is not checked. If the decision depends on
+/// such a document, write the document back unchanged. Code that stages work may therefore run more than once and must
+/// have no other effects.
 pub struct Work {
     store: Arc<dyn EventStore>,
-    /// The history number of the store when the work began. A read under another number may contradict earlier reads.
+    /// The history number of the store when the work began. If the number changes, further reads may contradict earlier
+    /// reads.
     history: u64,
     cause: Cause,
     streams: HashMap<StreamId, Box<dyn Staged>>,
@@ -112,7 +113,7 @@ pub struct Decided<E> {
 }
 
 impl<E> Decided<E> {
-    /// Adds the position of the commit that stored the events, unless the position is known.
+    /// Adds the position of the commit that stored the events, unless the decision already has a position.
     pub(super) fn stored_at(mut self, position: Position) -> Self {
         if !self.events.is_empty() {
             self.position.get_or_insert(position);
@@ -154,8 +155,8 @@ impl Work {
         }
     }
 
-    /// Makes the work recognise a command that was executed at any time, and not only the recent commands that the
-    /// folded aggregate remembers. The price is that the work may read whole streams.
+    /// Makes the work recognise every command that was ever executed, not only the recent commands that the folded
+    /// aggregate remembers. The work may have to read whole streams for this.
     pub(crate) fn searching(mut self) -> Self {
         self.searches = true;
         self
@@ -228,7 +229,7 @@ impl Work {
         self.cause.id
     }
 
-    /// The metadata of the events that are staged now, which describes their cause.
+    /// The metadata for the events that are being staged. The metadata describes the cause of these events.
     pub fn metadata(&self) -> &Metadata {
         &self.cause.metadata
     }

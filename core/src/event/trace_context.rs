@@ -27,8 +27,8 @@ const LARGE_MEMBER_BYTES: usize = 128;
 /// ```
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct TraceContext(
-    /// The `traceparent`, which always has [`TRACEPARENT_BYTES`], directly followed by the `tracestate`, which may be
-    /// empty.
+    /// The `traceparent`, directly followed by the `tracestate`. The length of the `traceparent` is always
+    /// [`TRACEPARENT_BYTES`]. The `tracestate` may be empty.
     Arc<str>,
 );
 

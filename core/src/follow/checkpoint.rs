@@ -1,5 +1,6 @@
-//! Checkpoints. A checkpoint records the progress of a subscription or a consumer. There is one document per lane of
-//! the log, and one per partition of a topic.
+//! Checkpoints. A checkpoint records the progress of a subscription or a consumer. A subscription divides the log into
+//! lanes by a hash of the stream id. There is one checkpoint document per lane of the log, and one per partition of a
+//! topic.
 
 use std::sync::Arc;
 
@@ -15,7 +16,7 @@ use crate::{
     store::{EventStore, LogQuery, StoreError},
 };
 
-/// The checkpoint, in memory, of a lane of the log or of a partition of a topic.
+/// The in-memory checkpoint of a lane of the log or of a partition of a topic.
 #[derive(Clone, Debug)]
 pub(crate) struct Lane {
     /// The key of the checkpoint document.
@@ -156,7 +157,8 @@ impl Lane {
             .map_err(|error| StoreError::Corrupt(format!("document {}: {error}", self.key)))?;
         (self.version, self.holder, self.epoch) = (document.version, checkpoint.holder, checkpoint.epoch);
         self.paused = checkpoint.paused;
-        // The marks stay after a topic was wiped, because a relay may send messages again that were handled before.
+        // The deduplication marks are kept even if the topic was wiped, because a relay may send messages again that
+        // were already handled.
         self.marks = checkpoint.marks;
         self.taken = checkpoint.taken;
         if checkpoint.incarnation != self.incarnation || self.is_of_others(checkpoint.lanes) {
@@ -179,14 +181,15 @@ impl Lane {
         Ok(Some(self.next))
     }
 
-    /// Returns whether a lane for which [`load`](Self::load) found no checkpoint was replaced, as opposed to new. `of`
-    /// is the number of lanes. If there are several lanes, all their checkpoints are created together, so a missing
-    /// checkpoint means that the lane was replaced. If the document exists, it records another number of lanes.
+    /// Call this method if [`load`](Self::load) found no checkpoint. Returns true if the lane was replaced, and false
+    /// if the lane is new. `of` is the number of lanes. If there are several lanes, all their checkpoints are created
+    /// together, so a missing checkpoint means that the lane was replaced. If the document exists, the lane was
+    /// replaced too, because the document records another number of lanes.
     pub fn is_replaced(&self, of: u32) -> bool {
         of > 1 || self.version > 0
     }
 
-    /// Returns whether the stored number of lanes differs from this lane's.
+    /// Returns whether the stored number of lanes differs from the number that this lane expects.
     fn is_of_others(&self, lanes: Option<u32>) -> bool {
         lanes.zip(self.lanes).is_some_and(|(stored, own)| stored != own)
     }
@@ -196,7 +199,7 @@ impl Lane {
         (self.version > 0 && self.next > 0).then_some(Bookmark { next: self.next, last: self.last })
     }
 
-    /// Restarts the offsets after the topic was wiped, and marks a gap, because some of the removed messages may never
+    /// Restarts the offsets after the topic was wiped. Also marks a gap, because some of the removed messages may never
     /// have arrived.
     pub fn start_over(&mut self) {
         (self.next, self.last) = (0, None);

@@ -25,13 +25,13 @@ use crate::{
     store::{EventStore, Scan},
 };
 
-/// If no messages arrive, health becomes fine again after this time without a failure. The wait is needed because a bus
-/// may take a while to report a failure.
+/// If no messages arrive, a consumer counts as healthy again after this time without a failure. The wait is needed
+/// because a bus may take a while to report a failure.
 const CALM: Duration = Duration::from_secs(3);
 
-/// How long a group waits for the very first message of a topic before health names the topic.
+/// How long a group waits for the very first message of a topic before the health report names the topic.
 const SILENT_MAX: Duration = Duration::from_secs(30);
-/// How often the group then checks again for a first message.
+/// How often the group checks for a first message after that.
 const SILENT_LOOK: Duration = Duration::from_secs(1);
 
 /// A handler that consumes topics as a group. The offsets of the group are documents in the store, and are committed
@@ -80,8 +80,8 @@ impl From<crate::store::StoreError> for Ended {
 }
 
 impl Group {
-    /// Creates a consumer group with this name. Offsets are stored under the name. The rules for names are those of
-    /// [`Subscription::new`](crate::Subscription::new).
+    /// Creates a consumer group with this name. The group's offsets are stored under the name. The rules for names are
+    /// those of [`Subscription::new`](crate::Subscription::new).
     pub fn new(name: &str, topics: &[&str], handler: impl Handler) -> Self {
         Self {
             name: name.into(),
@@ -94,7 +94,7 @@ impl Group {
         }
     }
 
-    /// Sets how many members of the group run in this process. Each member handles its own partitions, independent of
+    /// Sets how many members of the group run in this process. Each member handles its own partitions, independently of
     /// the other members. Use one member if the messages affect the same aggregates, and several members if the handler
     /// waits for external systems.
     pub fn members(mut self, members: u32) -> Self {
@@ -108,14 +108,14 @@ impl Group {
         self
     }
 
-    /// Sets the name of the instance under which this process shares the store with other processes.
+    /// Sets the instance name that identifies this process if several processes share the store.
     pub(crate) fn shared(mut self, instance: Option<Arc<str>>) -> Self {
         self.instance = instance;
         self
     }
 
-    /// Reports each topic that has never had a message, until its first message arrives. This finds misspelt names: a
-    /// topic with a misspelt name exists, because joining a topic creates it.
+    /// Reports each topic that has never had a message, until its first message arrives. The report reveals misspelt
+    /// topic names, which cause no other error, because joining a topic creates the topic.
     pub(crate) fn watch(&self, store: Arc<dyn EventStore>, health: Health) -> impl Future<Output = ()> + Send + use<> {
         let (name, heard) = (self.name.clone(), self.heard.clone());
         let mut silent: Vec<Arc<str>> = self.topics.iter().map(|topic| topic.as_str().into()).collect();
@@ -191,8 +191,8 @@ impl Joined {
     /// task; a [`Runtime`](crate::Runtime) gives each member its own task.
     ///
     /// # Errors
-    /// Fails with [`BusError::Misconfigured`] if the bus refuses the group for good. All other errors are retried, and
-    /// health reports them.
+    /// Fails with [`BusError::Misconfigured`] if the bus refuses the group permanently. All other errors are retried,
+    /// and health reports them.
     pub async fn run(
         self,
         store: Arc<dyn EventStore>,
@@ -224,8 +224,7 @@ impl Joined {
                 others: (!is_local || group.instance.is_some()).then(Others::default),
                 reporter: health.reporter(&part, shutdown),
             };
-            // Offsets of a local bus are meaningless in other processes, so they are stored separately from those of
-            // other processes.
+            // Offsets of a local bus are meaningless in other processes, so each process stores its own offsets.
             let home = group.instance.clone().filter(|_| is_local);
             let member = Member {
                 worker,
@@ -248,14 +247,15 @@ struct Member {
     consumer: Box<dyn Consumer>,
     home: Option<Arc<str>>,
     heard: Heard,
-    /// Whether the bus exists only inside this process. For a relay on such a bus, a message counts as sent only once
-    /// it was handled.
+    /// Whether the bus exists only inside this process. On such a bus, a relay counts a message as sent only after the
+    /// message was handled.
     is_local: bool,
     /// The partitions that the bus has assigned.
     assigned: Vec<Partition>,
     /// The lane of each assigned partition whose offset was loaded.
     lane_of: HashMap<Partition, usize>,
-    /// Whether assigned partitions must be positioned again, because something failed since they were positioned.
+    /// Whether the positions in the assigned partitions must be set again, because something has failed since they were
+    /// set.
     unsettled: bool,
     /// The result of a poll that ran while the previous batch was handled.
     ahead: Option<Result<Polled, BusError>>,
@@ -270,7 +270,8 @@ impl Member {
         while !shutdown.is_cancelled() {
             if self.unsettled {
                 // Messages that were polled but not committed are polled again from the offset in the store. No new
-                // message may be handled before that, because the offset of the new message would skip them.
+                // message may be handled before that, because the offset of the new message would skip the uncommitted
+                // messages.
                 if let Err(error) = self.assign(true).await {
                     self.pause(&error, &mut backoff, &shutdown).await;
                     continue;
@@ -316,8 +317,8 @@ impl Member {
             let lanes = self.worker.lanes.iter().filter(|lane| lane.version > 0);
             let forget = |lane: &Lane| Put { key: lane.key.clone(), expected: None, body: None, due: None };
             let puts = lanes.map(forget).collect();
-            // If this commit fails, other instances remove the checkpoints some time after they have given this
-            // instance up.
+            // If this commit fails, other instances remove the checkpoints some time after they consider this instance
+            // dead.
             _ = self.worker.store.commit(Commit { appends: Vec::new(), puts }).await;
         }
         health.set(&part, State::Stopped);
@@ -366,7 +367,8 @@ impl Member {
                 let (mut nexts, mut ahead) = (HashMap::new(), HashMap::new());
                 let mut items = Vec::with_capacity(deliveries.len());
                 for delivery in deliveries {
-                    // A message of a partition that was revoked in the meantime belongs to its new owner.
+                    // If the partition was revoked in the meantime, the message belongs to the new owner of the
+                    // partition.
                     let Some(lane) = self.lane_of.get(&delivery.partition).copied() else { continue };
                     let (next, id) = (delivery.offset + 1, delivery.id());
                     if next <= self.worker.lanes[lane].next {
@@ -406,7 +408,7 @@ impl Member {
     }
 
     /// Handles the items. If the consumer is behind, polls the next batch while the current batch is committed.
-    /// Otherwise, it is better to poll afterwards, because that poll finds more messages.
+    /// Otherwise, a poll after the commit is better, because it returns more messages.
     async fn deliver(&mut self, items: &[Item], is_behind: bool) -> Result<(), Stop> {
         let Self { worker, consumer, ahead, .. } = self;
         let mut delivering = std::pin::pin!(worker.deliver(items));
@@ -420,10 +422,11 @@ impl Member {
     }
 
     /// Sets the lanes to exactly the assigned partitions. Delivery of new partitions starts at the offset in the store.
-    /// With `rewind`, the delivery of all partitions starts there again.
+    /// With `rewind`, delivery of all other partitions restarts at the offset in the store too.
     async fn assign(&mut self, rewind: bool) -> Result<(), Ended> {
         let (mut lane_of, mut lanes, mut seeks) = (HashMap::new(), Vec::new(), Vec::new());
-        // The known state of the lanes that stay belongs to the history of the log that was read before.
+        // For partitions that remain assigned, the lanes in memory are valid only as long as the log has the history
+        // under which they were read.
         let history = self.worker.store.history();
         let rewind = rewind || history != self.worker.history;
         for partition in &self.assigned {

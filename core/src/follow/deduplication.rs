@@ -1,5 +1,5 @@
-//! Deduplication of messages. For each relay, the marks record how far its messages have arrived. Repeated messages are
-//! recognised with these marks.
+//! Deduplication of messages. For each relay, marks record the position up to which its messages have arrived. With
+//! these marks, a consumer recognises repeated messages.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -8,13 +8,13 @@ use uuid::Uuid;
 
 use crate::bus::Message;
 
-/// The maximum number of relay lanes for which a partition keeps marks. Messages of further lanes are handled as often
-/// as they arrive.
+/// The maximum number of relay lanes for which a partition keeps marks. Messages of any other lanes are not
+/// deduplicated, and are handled every time they arrive.
 const RELAYS_MAX: usize = 256;
 /// The source and lane that represent all lanes from which no message has arrived yet. No message has an empty source.
 const UNKNOWN: &str = "";
-/// The maximum number of runs that are kept per lane. With more interruptions, messages lost in the oldest gap count as
-/// handled.
+/// The maximum number of runs (ranges of positions without a gap) that are kept per lane. If there are more runs,
+/// messages that were lost in the oldest gap count as handled.
 const RUNS_MAX: usize = 32;
 
 /// The marks of one partition.
@@ -24,8 +24,8 @@ const RUNS_MAX: usize = 32;
 /// several times. A message with a lower position has already arrived before.
 ///
 /// This is no longer true after a topic was wiped, because messages that had not arrived yet are lost. The next message
-/// then starts a new run. If a relay that was set back sends a message from the gap between the two runs again, that
-/// message counts as new.
+/// then starts a new run. If a relay was reset to an earlier position and sends a message from the gap between the two
+/// runs again, that message counts as new.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Deduplication(BTreeMap<Arc<str>, BTreeMap<Arc<str>, HighWater>>);
@@ -43,7 +43,7 @@ struct HighWater {
     interrupted: bool,
 }
 
-/// A run, which is a range of positions that arrived without a gap.
+/// A run: a range of positions whose messages have arrived without a gap.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Run {
     /// The first position; 0 for the start of the log.
@@ -175,7 +175,8 @@ mod tests {
                 ..message()
             })
         };
-        // Positions 3 and 4 were removed before 5 arrived. Then the relay is set back.
+        // The messages at positions 3 and 4 were removed before the message at position 5 arrived. Then the relay is
+        // reset to an earlier position.
         assert_eq!([5, 3, 4, 5, 6].map(&mut pass), [true, true, true, false, true]);
         assert_eq!([3, 4, 5, 6].map(pass), [false; 4], "sent again, they are known");
     }
@@ -193,7 +194,7 @@ mod tests {
             positions.iter().map(|position| marks.pass(&sent(position))).collect::<Vec<_>>()
         };
         assert_eq!(pass(&mut marks, &[1, 3]), [true, true]);
-        // Positions 5 and 6 were in the topic when it was wiped.
+        // The messages at positions 5 and 6 were still in the topic when the topic was wiped.
         marks.interrupt();
         assert_eq!(pass(&mut marks, &[3, 7, 9]), [false, true, true]);
         let stored = serde_json::to_string(&marks).unwrap();

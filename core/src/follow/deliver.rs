@@ -23,7 +23,7 @@ use crate::{
 const ROWS_PER_COMMIT: usize = COMMIT_ROWS_MAX / 2;
 /// The number of consecutive conflicts after which a batch is reduced to a single message.
 const CONFLICTS_BEFORE_SINGLE: u32 = 3;
-/// Whether the store has refused the work that the first message alone had staged.
+/// Whether the store has refused the work of the first message, which was alone in its commit.
 #[derive(Clone)]
 enum Refused {
     Not,
@@ -130,7 +130,7 @@ impl Worker {
                     }
                     stale = Stale::Everything;
                 }
-                // No message is parked for a refusal before it is alone in its commit.
+                // A message is parked because of a refusal only if it was alone in its commit.
                 CommitError::Invalid(_) if count > 1 => limit = count / 2,
                 CommitError::Invalid(reason) => {
                     if matches!(refused, Refused::Again(_)) {
@@ -164,7 +164,7 @@ impl Worker {
     }
 
     /// Reports that the store has refused even the dead letter of a message. Only an operator can find out why, and the
-    /// lane does not move until then.
+    /// lane stands still until then.
     fn stand_still(&mut self, item: &Item, reason: &str) {
         let (id, key) = (item.id(), &item.key);
         let trouble = format!("the store refuses message {id} (key {key}) even as a dead letter: {reason}");

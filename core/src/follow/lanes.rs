@@ -1,9 +1,9 @@
 //! The number of lanes of a subscription or relay, as recorded in the store, and changes of that number.
 //!
 //! The checkpoint of each lane records the number. If there are several lanes, one commit creates all their
-//! checkpoints. If there is a single lane, the first commit of the lane creates its checkpoint, because that document
-//! is also the checkpoint of the first of several lanes. A lane whose checkpoint is missing or records another number
-//! was therefore replaced, and no worker follows the lane.
+//! checkpoints. A single lane uses the same document as the first of several lanes, so this document can be created by
+//! the first commit of the lane. If the checkpoint of a lane is missing or records another number, the lane was
+//! therefore replaced, and no worker follows it.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -113,8 +113,9 @@ pub(crate) async fn take(worker: &mut Worker, instance: Option<&Peer>) -> Result
 }
 
 impl Lanes<'_> {
-    /// Records the requested number of lanes if no existing lane has to change, because no lane was followed yet, or
-    /// because an earlier release followed the same number of lanes. Otherwise, returns the existing lanes.
+    /// Records the requested number of lanes, unless existing lanes have to change first. No lane has to change if no
+    /// lane was followed yet, or if an earlier release followed the same number of lanes. If lanes have to change,
+    /// returns the existing lanes.
     pub async fn settle(&self) -> Result<Option<OldLanes>, Stop> {
         loop {
             let stored = self.stored().await?;

@@ -1,5 +1,6 @@
-//! Parking of messages that could not be handled. Parked messages wait by key: messages with other keys continue, and
-//! messages with the same key keep their order.
+//! Parking of messages that could not be handled. A parked message is stored in a document until a retry succeeds.
+//! Later messages with the same key are parked behind it, so that they keep their order. Messages with other keys
+//! continue.
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
@@ -49,8 +50,8 @@ pub struct Parked {
     pub awaits_build: bool,
     /// When the message was parked.
     pub parked_at: DateTime<Utc>,
-    /// The position of the event. A worker that reads the event again recognises by the position that the event is
-    /// already parked.
+    /// The position of the event. If a worker reads the event again, the position shows that the event is already
+    /// parked.
     #[serde(default)]
     pub position: i64,
     /// The message. For a payload that is not a message, this is an object with the field `raw`, which holds the
@@ -91,7 +92,7 @@ impl Lost {
 }
 
 impl Parked {
-    /// Returns the lost messages, if this dead letter records a loss.
+    /// Returns the range of lost messages, if this dead letter records a loss.
     pub fn lost(&self) -> Option<Lost> {
         #[derive(Deserialize)]
         struct LostBody {
@@ -376,7 +377,8 @@ impl DeadLetters {
         Ok(letters)
     }
 
-    /// Returns the puts that redrive a key, or the one message with this id, and how many messages wait.
+    /// Returns the puts that redrive a key, or the one message with this id. Also returns the number of messages that
+    /// wait.
     pub(crate) async fn to_redrive(&self, subscription: &str, key: &str) -> Result<(Vec<Put>, usize), CommitError> {
         let documents = self.of_key(subscription, key).await?;
         Ok((heads(&documents).map(|head| due_now(head.clone())).collect(), documents.len()))

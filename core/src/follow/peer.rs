@@ -131,8 +131,8 @@ impl Peer {
         let mut history = store.history();
         let mut counted_at = Instant::now();
         loop {
-            // A heartbeat that was written early gave the other instances no time for their own heartbeats, so it does
-            // not count.
+            // If this heartbeat was written early, the other instances have not had time for their own heartbeats.
+            // Missed heartbeats are then not counted.
             let counts = counted_at.elapsed() >= HEARTBEAT;
             if counts {
                 counted_at = Instant::now();

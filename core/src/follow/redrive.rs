@@ -24,8 +24,8 @@ const RECONCILE: Duration = Duration::from_secs(10);
 /// The number of parked keys examined in one tick.
 const DUE_PAGE: usize = 64;
 
-/// The number of documents that are scanned at once for messages that wait for a build. More are scanned if many other
-/// messages come first.
+/// The number of documents that are scanned at once for messages that wait for a build. More documents are scanned if
+/// many other messages come first.
 const AWAITING_PAGE: usize = 64;
 const AWAITING_PAGE_MAX: usize = 4_096;
 /// How many failed tries a worker remembers. Beyond this number, the worker forgets all failed tries and tries these
@@ -49,9 +49,9 @@ fn awaits_build(document: &Document) -> bool {
 }
 
 impl Worker {
-    /// Handles messages that other workers parked and that wait for a build like this one. Without this, the messages
+    /// Handles messages that other workers parked and that wait for a build like this one. Otherwise, the messages
     /// would wait until a worker with this build follows their lane, which may take a long time. Each message is
-    /// removed in the same commit that stores its effects, so the commit of only one worker succeeds.
+    /// removed in the same commit that stores its effects, so only one worker's commit succeeds.
     async fn redrive_others(&mut self) -> Result<(), Stop> {
         let Some(others) = &mut self.others else { return Ok(()) };
         if others.looked_at.is_some_and(|at| at.elapsed() < BUILD_LOOK) {
@@ -114,7 +114,7 @@ impl Worker {
                         }
                         _ = self.others.as_mut().map(|others| others.tried.insert(tried));
                     }
-                    // Another worker committed first. If not, the next check tries again.
+                    // Usually, another worker has committed first. After any other error, the next check tries again.
                     Err(_) => {}
                 }
             }
@@ -162,7 +162,8 @@ impl Worker {
         Ok(())
     }
 
-    /// Retries the first message of a parked key. Returns whether it was handled and another message waits behind it.
+    /// Retries the first message of a parked key. Returns whether the message was handled and another message waits
+    /// behind it.
     async fn redrive_first(&mut self, key: &Arc<str>) -> Result<bool, Stop> {
         let Some(document_key) = self.parked.first(key).map(|place| self.parked_document(place)) else {
             return Ok(false);

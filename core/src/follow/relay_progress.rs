@@ -64,7 +64,7 @@ impl RelayProgress {
     }
 
     /// The ends up to which the bus had accepted messages at the last checkpoint of the relay. Messages after these
-    /// ends were sent later.
+    /// ends were sent after that checkpoint.
     pub fn taken(&self) -> &Ends {
         &self.taken
     }

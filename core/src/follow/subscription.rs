@@ -187,10 +187,10 @@ impl Subscription {
         &self.query.categories
     }
 
-    /// Makes the subscription maintain the views of a read model. Health then shows the name of the read model,
-    /// whatever the generation. Of the instances that run the same version of the code, one at a time maintains the
-    /// views. The checkpoint is created and removed together with the generation of the views, so the subscription ends
-    /// when its checkpoint is gone.
+    /// Makes the subscription maintain the views of a read model. The health report then shows the name of the read
+    /// model without the generation. Among the instances that run the same version of the code, only one at a time
+    /// maintains the views. The checkpoint is created and removed together with the generation of the views, so the
+    /// subscription ends when its checkpoint is gone.
     pub(crate) fn views_of(mut self, model: &str, version: u32) -> Self {
         self.model = Some((model.into(), version));
         self
@@ -337,8 +337,8 @@ impl Subscription {
         Ok(start)
     }
 
-    /// Follows one of the old lanes, which a change of the number of lanes will replace, up to a position, and then
-    /// stops.
+    /// Follows an old lane up to a position, and then stops. The number of lanes is about to change, and new lanes will
+    /// replace the old ones.
     async fn finish(&self, lane: u32, of: u32, upto: Position, mut worker: Worker) -> Result<(), Stop> {
         let mut cursor = lanes::take(&mut worker, self.instance.as_ref()).await?;
         while cursor < upto {
@@ -383,7 +383,8 @@ impl Subscription {
                 break;
             }
             if shutdown.is_cancelled() {
-                // Events recorded by now are still handled, so that a drained service leaves no event unhandled.
+                // Before the subscription stops, it handles all events that are already recorded, so that a drained
+                // service leaves no event unhandled.
                 let last = match last {
                     Some(last) => last,
                     None => *last.insert(worker.store.status().await?.head),

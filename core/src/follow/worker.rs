@@ -51,7 +51,7 @@ pub(crate) fn parked_reason(reason: &str, remedy: Remedy) -> String {
 /// When and how often a failed message is retried.
 #[derive(Clone, Debug)]
 pub struct RetryPolicy {
-    /// The total number of tries before the message stays parked until an operator redrives it.
+    /// The maximum number of tries. If the last try fails too, the message stays parked until an operator redrives it.
     pub attempts_max: u32,
     /// The delay before the second try. The delay doubles before each further try. The actual delay is a random value
     /// from the upper half of the delay.
@@ -94,7 +94,8 @@ pub(crate) enum Stop {
     Store(#[from] StoreError),
 }
 
-/// The data that a worker keeps about messages which other workers parked because their build could not handle them.
+/// The data that a worker keeps about the parked messages of other workers, whose builds could not handle these
+/// messages.
 #[derive(Default)]
 pub(crate) struct Others {
     pub looked_at: Option<Instant>,
@@ -131,7 +132,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Replaces the known parked keys, and shows in health whether these keys need an operator.
+    /// Replaces the known parked keys, and reports whether these keys need an operator.
     pub fn set_parked(&mut self, parked: ParkedKeys) {
         let was = self.parked.dead().map(|(count, _)| count);
         self.parked = parked;
@@ -288,8 +289,8 @@ impl Worker {
         notices.iter().for_each(|notice| notice.send(&self.name, self.reporter.health()));
     }
 
-    /// Moves the checkpoint of an idle lane to the position of the reader. The reported lag is then correct, and a
-    /// restart does not read these events again.
+    /// Moves the checkpoint of an idle lane to the position up to which the log was read. The reported lag is then
+    /// correct, and a restart does not read these events again.
     pub async fn checkpoint(&mut self, next: i64) -> Result<(), Stop> {
         let behind = self.lanes.iter().enumerate().filter(|(_, lane)| lane.is_before(next));
         let after = behind.map(|(index, lane)| (index, Lane { next, ..lane.clone() })).collect();

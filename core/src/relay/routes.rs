@@ -88,8 +88,8 @@ impl Routes {
                 (attribute::REPLY_TO, self.service.to_string()),
             ];
             let message = Message {
-                // The effects of the command are derived from the id of the command, so that all attempts at the
-                // command have one effect together.
+                // The effects of the command are derived from the id of the command, so that the command takes effect
+                // only once, however many attempts are made.
                 id: command.id,
                 type_name: command.type_name.into(),
                 schema_version: command.schema_version,

@@ -33,7 +33,7 @@ const INBOX_LOOK: Duration = Duration::from_secs(1);
 /// How often a recovered service checks whether its sagas were started again.
 const SAGAS_LOOK: Duration = Duration::from_millis(200);
 /// The maximum time that a recovered service waits for its sagas. The limit is below five minutes, because a bus
-/// considers a consumer dead that does not poll for that long.
+/// considers a consumer dead if the consumer does not poll for that long.
 const SAGAS_WAIT_MAX: Duration = Duration::from_secs(240);
 /// How often a running service checks whether its store may have lost events.
 const HISTORY_LOOK: Duration = Duration::from_millis(200);
@@ -51,7 +51,8 @@ pub struct Recovery {
     pub log: Arc<str>,
     /// The position at which the log ended before the recovery.
     pub restored_to: Position,
-    /// Whether the recovery takes events back, so that a run with `--anew` must not finish the recovery.
+    /// Whether the recovery copies events from the topics back into the log. If so, a run with `--anew` must not finish
+    /// the recovery.
     #[serde(default)]
     pub takes_back: bool,
     /// The ends of the services' inbox topics at the time of the recovery. Replies before these ends may belong to
@@ -80,7 +81,7 @@ impl Recovery {
 }
 
 /// Returns the names of the instances that are alive on a store. The call watches for heartbeats, and takes as long as
-/// three of them.
+/// three heartbeat intervals.
 pub async fn alive(store: &dyn EventStore) -> Result<Vec<Arc<str>>, StoreError> {
     let before = store.scan(INSTANCES, &Scan::After("".into()), PAGE).await?;
     if before.is_empty() {
@@ -162,9 +163,9 @@ fn ahead(service: &str, delivery: &Delivery, is_this_log: bool) -> StartError {
     }))
 }
 
-/// Checks the bus again whenever the store may have lost events while the service is running, until `shutdown` is
-/// cancelled. The store takes no commit between such a loss and the end of the check: an event that the service stored at
-/// the place of a lost one could not be reconciled with the topics any more.
+/// Until `shutdown` is cancelled, checks the bus again whenever the store may have lost events. The store accepts no
+/// commit between such a loss and the end of the check. Otherwise, the service could store a new event at the position
+/// of a lost event, and the log could no longer be reconciled with the topics.
 ///
 /// # Errors
 /// Fails if the bus holds messages whose events are missing from the log. The service must stop then, because receivers

@@ -52,8 +52,8 @@ pub struct Asked(i64);
 static MACHINE: LazyLock<Clock> = LazyLock::new(Clock::of_the_machine);
 
 impl Clock {
-    /// Returns the clock of this machine, which is read only once. A later change of the machine's time does not move
-    /// this clock.
+    /// Returns a clock that reads the time of this machine only once. A later change of the machine's time does not
+    /// affect this clock.
     pub fn machine() -> Self {
         MACHINE.clone()
     }
@@ -134,7 +134,7 @@ pub(crate) fn later(now: i64, delay: Duration) -> Option<i64> {
 }
 
 /// Returns the steady time of the operating system in microseconds. A change of the machine's clock does not affect the
-/// steady time, and time during which the machine sleeps counts.
+/// steady time. The steady time also advances while the machine sleeps.
 #[cfg(target_os = "linux")]
 fn steady_microseconds() -> i64 {
     microseconds(rustix::time::clock_gettime(rustix::time::ClockId::Boottime))

@@ -16,8 +16,8 @@ use crate::{
     store::{EventStore, LogPage, LogQuery, Scan, StoreError, StoreStatus, clock::Clock},
 };
 
-/// How many events one page of [`EventStore::read_log`] examines when a query excludes most events. This limits how
-/// long the lock is held.
+/// The maximum number of events that one page of [`EventStore::read_log`] examines. If a query excludes most events,
+/// this maximum limits how long the lock is held.
 const PAGE_EVENTS_MAX: usize = 10_000;
 
 /// A store in memory. Clones share one log. The contents are lost when the last clone is dropped.
@@ -184,7 +184,8 @@ impl Records {
     }
 
     fn apply(&mut self, commit: Commit, now: DateTime<Utc>) -> Committed {
-        // The time is rounded down to microseconds, as in a database, and never decreases, whatever the clock does.
+        // The time is rounded down to microseconds, as in a database, and never decreases, even if the clock moves
+        // backwards.
         self.last_recorded_at = now.trunc_subsecs(6).max(self.last_recorded_at);
         let mut committed = Committed::default();
         for append in commit.appends {

@@ -10,8 +10,8 @@ use crate::{
     store::{EventStore, StoreError},
 };
 
-/// The maximum number of names of a log. Each restore of the database adds one name. If a log needs more names,
-/// something adds names in a loop.
+/// The maximum number of names of a log. Each restore of the database adds one name. A log that reaches this maximum
+/// has a fault, because something adds names in a loop.
 const SEGMENTS_MAX: usize = 1_000;
 
 /// A part of the log with its own name. The messages of this part carry the name.
@@ -44,7 +44,8 @@ impl Segment {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LogNames(Vec<Segment>);
 
-/// The body of the document. As long as there is only one segment, the body is only its name.
+/// The body of the document that holds the names. If there is only one segment, the body is just the name of the
+/// segment.
 #[derive(Serialize, Deserialize)]
 #[serde(untagged)]
 enum StoredNames {
@@ -67,7 +68,7 @@ pub enum SegmentError {
         /// The segment that was not added.
         next: Box<Segment>,
     },
-    /// The log has as many names as it may have.
+    /// The log already has the maximum number of names.
     #[error("the log has {SEGMENTS_MAX} names already")]
     TooMany,
 }
@@ -147,7 +148,7 @@ impl LogNames {
         Document { key: Self::key(), version, body, due: None }
     }
 
-    /// Returns whether this log has this name.
+    /// Returns whether this is one of the log's names.
     pub fn knows(&self, name: &str) -> bool {
         self.0.iter().any(|segment| *segment.name == *name)
     }

@@ -22,9 +22,10 @@ use crate::{
 const EVENTS_MAX: usize = 65_536;
 /// The maximum number of payload bytes held in memory.
 const BYTES_MAX: usize = 64 * 1024 * 1024;
-/// The maximum number of held commits for which events before them are still missing.
+/// The maximum number of commits that are held while earlier events are still missing.
 const COMMITS_AHEAD_MAX: usize = 4_096;
-/// How long to wait until a commit of this process, which the store already shows, is added to the events in memory.
+/// When the store already shows a commit of this process: how long to wait until the commit is added to the events in
+/// memory.
 const SHOWN_SOON: Duration = Duration::from_millis(2);
 /// The number of events read from the store per page.
 const PAGE: usize = 2_000;
@@ -45,7 +46,7 @@ pub struct Tail {
 
 debug_fields!(Tail { last });
 
-/// All events in `(after, last]`.
+/// All events after the position `after`, up to and including the position `last`.
 #[derive(Default)]
 struct Recent {
     /// The store's history number when these events were read.
@@ -70,8 +71,8 @@ impl Recent {
         self.last = self.last.max(next);
     }
 
-    /// Moves commits whose earlier events are all known now from `ahead` to the events held, and drops the oldest
-    /// events beyond the limits.
+    /// Moves commits from `ahead` to the held events once all earlier events are known. Then drops the oldest events if
+    /// the limits are exceeded.
     fn settle(&mut self) {
         while let Some(entry) = self.ahead.first_entry() {
             if *entry.key() > self.last.next() {
@@ -107,7 +108,7 @@ impl Tail {
         Ok(Self { store, recent, fetch, waits, last, committing })
     }
 
-    /// Changes the events in memory, unless the events in memory belong to another history.
+    /// Changes the events in memory, unless they belong to another history of the log.
     fn change(&self, history: u64, change: impl FnOnce(&mut Recent)) {
         let last = {
             let mut recent = self.recent();
@@ -137,7 +138,7 @@ impl Tail {
         if history != self.last.borrow().0 {
             let head = self.store.status().await?.head;
             *self.recent() = Recent { history, after: head, last: head, ..Recent::default() };
-            // Every waiting caller must check again, whether the end has moved forwards or backwards.
+            // Every waiting caller must check again, no matter in which direction the end has moved.
             self.last.send_replace((history, head));
         }
         Ok(*self.last.borrow())
