@@ -220,7 +220,7 @@ struct RelayAttributes {
 }
 
 /// Parses a UUID in the form that Annals writes. A UUID in any other form is treated as text, because two different
-/// texts must stay two different ids.
+/// texts must remain two different ids.
 fn canonical(text: &str) -> Option<Uuid> {
     const CANONICAL: usize = 36;
     (text.len() == CANONICAL).then(|| Uuid::try_parse(text).ok()).flatten()
@@ -277,9 +277,9 @@ fn read(record: &impl rdkafka::Message) -> Result<Message, String> {
         let name = key.strip_prefix("ce_");
         let value = match std::str::from_utf8(value) {
             Ok(value) => value,
-            // Only attributes have to be text.
+            // Attributes must be UTF-8. Other headers need not be, and are skipped unless they carry the trace context.
             Err(_) if name.is_some() => return Err(format!("header {} is not UTF-8", header.key)),
-            // An invalid header must not count as absent.
+            // A trace header that is not UTF-8 counts as invalid, not as absent.
             Err(_) if matches!(&*key, attribute::TRACEPARENT | attribute::TRACESTATE) => "\0",
             Err(_) => continue,
         };
@@ -446,7 +446,7 @@ fn message(
     let id = required("id", attributes.id)?;
     let source = required("source", attributes.source)?;
     let type_name = required("type", attributes.type_name)?;
-    // The id of another producer may be any text, and is unique only within its source.
+    // An id from another producer may be any text, and is unique only within its source.
     let id = unique(&id).unwrap_or_else(|| named_id(Uuid::NAMESPACE_URL, &format!("{source} {id}")));
     let time = match attributes.time {
         Some(time) => {
@@ -514,14 +514,14 @@ mod tests {
         OwnedMessage::new(value, key, "topic".into(), Timestamp::CreateTime(1_000), 0, 0, Some(headers))
     }
 
-    /// Decodes an event in binary mode with these headers, which replace or extend the required ones.
+    /// Decodes an event in binary mode. `headers` replace or extend the required headers.
     fn binary(headers: &[(&str, &str)], value: &[u8]) -> Result<Message, Undecodable> {
         let required = REQUIRED.iter().filter(|(name, _)| headers.iter().all(|(known, _)| known != name));
         let all: Vec<_> = required.chain(headers).map(|(name, value)| (*name, Some(value.as_bytes()))).collect();
         decode(&record(&all, Some(b"key"), Some(value)))
     }
 
-    /// Decodes an event in structured mode with these members, which replace or extend the required ones.
+    /// Decodes an event in structured mode. `members` replace or extend the required members.
     fn structured(members: Value) -> Result<Message, Undecodable> {
         let mut event = json!({ "specversion": "1.0", "id": "1", "source": "/other", "type": "t" });
         event.as_object_mut().unwrap().extend(members.as_object().unwrap().clone());

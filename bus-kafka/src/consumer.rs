@@ -40,7 +40,7 @@ const FIXED: [(&str, &str); 5] = [
     ("enable.partition.eof", "false"),
     // The client reports a missing offset as an error; see `find_ranges`.
     ("auto.offset.reset", "error"),
-    // With this strategy, a rebalance does not interrupt the partitions that stay where they are.
+    // With this strategy, a rebalance does not interrupt partitions that stay with their member.
     ("partition.assignment.strategy", "cooperative-sticky"),
     ("group.protocol", "classic"),
 ];
@@ -50,17 +50,17 @@ const LOOK: Duration = Duration::from_secs(1);
 /// After a fatal error, a client is replaced no sooner than this long after its start. If one client after another
 /// fails at once, this limit protects the brokers from a flood of connections.
 const REPLACE_AFTER: Duration = Duration::from_secs(1);
-/// A member that brokers fence joins again, because a fence does not prove that another process uses the same name:
-/// when a member's session has timed out, the member joins again, and the answer to the join is lost, brokers also
-/// fence the member. Two processes with the same name fence each other again and again, every second or two. A process
-/// that is fenced `FENCES_MAX` times within `FENCES_WITHIN` ends.
+/// A member that brokers fence joins again, because a fence does not prove that another process uses the same name.
+/// Brokers also fence a member that joins again after its session has timed out, if the answer to that join is lost.
+/// Two processes with the same name fence each other again and again, every second or two. A member that is fenced
+/// `FENCES_MAX` times within `FENCES_WITHIN` therefore stops with an error.
 const FENCES_MAX: usize = 5;
 const FENCES_WITHIN: Duration = Duration::from_secs(25);
 /// How long a broker may take to report its offsets.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long a member that stops waits until its partitions are given up.
+/// How long a stopping member waits for its partitions to be given up.
 const LEAVE: Duration = Duration::from_secs(2);
-/// How long a member that stops then waits until its leave request is sent: a few round trips to a distant broker.
+/// How long a stopping member then waits for its leave request to be sent: a few round trips to a distant broker.
 const LEAVE_SENT: Duration = Duration::from_millis(500);
 /// How long a process waits until its members have left the group. If the broker answers, a few seconds are enough.
 const CLOSE: Duration = Duration::from_secs(5);
@@ -208,7 +208,7 @@ pub(crate) struct Member {
     topics: Vec<String>,
     /// The id under which brokers know this member, so that a restarted process keeps its partitions.
     instance_id: Option<String>,
-    /// The client; `None` from a fatal error until the client is replaced.
+    /// The client; `None` after a fatal error, until the client is replaced.
     consumer: Option<Arc<BaseConsumer<MemberContext>>>,
     started_at: Instant,
     /// The times at which brokers last fenced this member.
@@ -228,9 +228,9 @@ pub(crate) struct Member {
     lost: Vec<(Partition, Range<i64>)>,
     /// Whether the client asked some partition for an offset that does not exist.
     out_of_range: bool,
-    /// A request, in flight, that checks whether the lost brokers answer again.
+    /// The request in flight, if any, that checks whether the lost brokers answer again.
     asking: Option<JoinHandle<Result<(), KafkaError>>>,
-    /// A request, in flight, for the offsets that exist.
+    /// The request in flight, if any, for the offsets that exist.
     ranging: Option<JoinHandle<Result<OffsetRanges, KafkaError>>>,
 }
 
@@ -443,7 +443,8 @@ impl Member {
             return self.stop_fetching(place);
         }
         if position < first {
-            // Only the message for the comparison with the bookmark is gone.
+            // Nothing is lost: only the handled message just before the bookmark is gone, which the check would have
+            // used.
             return self.fetch(place, Offset::Offset(next), None);
         }
         // The client may have stopped fetching this partition, because a new leader may not know the latest
@@ -552,7 +553,7 @@ fn compare(check: Bookmark, delivery: &Delivery) -> Found {
     if delivery.offset == before {
         return Found::Before;
     }
-    // The offsets between may hold no message: control records and compacted messages leave gaps.
+    // The offsets in between may hold no message: control records and compacted messages leave gaps.
     Found::New
 }
 

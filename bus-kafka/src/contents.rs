@@ -24,10 +24,10 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const SILENCE: Duration = Duration::from_secs(30);
 /// How often the read checks whether the caller is gone.
 const LOOK: Duration = Duration::from_millis(200);
-/// The number of messages read ahead of the caller.
+/// The maximum number of messages that are read ahead of the caller.
 const AHEAD: usize = 1_000;
 
-/// For each partition, the offsets that are read; and for each partition, the offsets that exist.
+/// Two ranges for each partition: the offsets that are read, and the offsets that exist.
 type TopicRanges = (Vec<Range<i64>>, Vec<Range<i64>>);
 
 /// The messages that a topic held when the read began.
@@ -91,7 +91,7 @@ impl Contents {
     }
 }
 
-/// The context of a client that reads to the ends of its partitions, which the client reports as errors.
+/// The context of a client that reads its partitions to the end. The client reports each end as an error.
 pub(crate) struct UntilEnd;
 
 impl ClientContext for UntilEnd {
@@ -104,8 +104,8 @@ impl ClientContext for UntilEnd {
 
 impl ConsumerContext for UntilEnd {}
 
-/// Starts each partition at its offset in `from`, where the topic has the name `named`. A partition that has no offset in
-/// `from`, or that ends before that offset, starts at the first offset that still exists.
+/// Starts each partition at its offset in `from`, which lists the topic as `named`. A partition starts at the first
+/// offset that still exists if `from` has no offset for it, or an offset outside the present range.
 fn begin(consumer: &BaseConsumer<UntilEnd>, topic: &str, from: &Ends, named: &str) -> Result<TopicRanges, KafkaError> {
     let metadata = consumer.fetch_metadata(Some(topic), PATIENCE)?;
     let count = metadata.topics().first().map_or(0, |found| found.partitions().len()) as i32;

@@ -1,5 +1,5 @@
-//! The bus of [Annals](annals) on Kafka. Events and commands are sent as CloudEvents; they stay in order per key, and
-//! none is lost.
+//! The bus of [Annals](annals) on Kafka. Events and commands are sent as CloudEvents, stay in order per key, and are
+//! never lost.
 //!
 //! ```no_run
 //! # async fn f(services: Vec<annals::Service>) -> Result<(), annals::StartError> {
@@ -15,8 +15,8 @@
 //! monitor the lag. Missing topics are created with the number of partitions in [`Settings`]. The bus writes
 //! CloudEvents 1.0 in binary mode, which any client can read, and also reads structured mode.
 //!
-//! With a [prefix](Settings::prefix), topics and groups have the prefix only on the cluster. All other names are
-//! without the prefix: in calls of [`KafkaBus`], in deliveries, and in the checkpoints of services.
+//! A [prefix](Settings::prefix) is part of the names of topics and groups on the cluster only. Calls of [`KafkaBus`],
+//! deliveries and the checkpoints of services use the names without the prefix.
 
 #![warn(missing_debug_implementations)]
 
@@ -158,7 +158,7 @@ impl Publisher for KafkaBus {
 }
 
 impl KafkaBus {
-    /// Adds the prefix to the topics of messages. Most messages of one call have the same topic, and share its name.
+    /// Adds the prefix to the topics of messages. Consecutive messages with the same topic share one copy of its name.
     fn add_prefix(&self, messages: &mut [Outgoing]) {
         if !self.settings.has_prefix() {
             return;

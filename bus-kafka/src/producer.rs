@@ -39,14 +39,14 @@ const KNOWN_MS: u64 = 10_000;
 const DISTANT: Duration = Duration::from_millis(2);
 /// The number of clients of a producer whose brokers are distant. A client has at most five requests in flight to a
 /// broker, and each request carries messages of one partition. With a single client, a service that sends to five topics
-/// of eight partitions each would therefore wait several round trips. Near brokers answer so soon that more clients
+/// of eight partitions each would therefore wait several round trips. Nearby brokers answer so fast that more clients
 /// would only cost threads and connections.
 const DISTANT_CLIENTS: usize = 8;
 /// The maximum number of messages that wait in the clients of a producer.
 const MESSAGES_MAX: usize = 100_000;
 /// The maximum size of the messages that wait in the clients of a producer, in kilobytes.
 const KBYTES_MAX: usize = 65_536;
-/// The least share of a client, in kilobytes: the largest message must fit.
+/// The minimum share of a client in [`KBYTES_MAX`]. The largest message must fit into the share.
 const CLIENT_KBYTES_MIN: usize = 16_384;
 /// How often a full queue is checked even if nothing was delivered.
 const FULL_TICK: Duration = Duration::from_millis(100);
@@ -101,12 +101,12 @@ struct Delivered {
 
 /// Decides when a message may be sent to a partition.
 ///
-/// A broker that does not know a producer accepts any batch as that producer's first batch. Suppose two batches are in
-/// flight to a new topic, or to a new leader, that was not ready for the first batch. The broker then accepts the
-/// second batch, the client counts the first batch as sent as well, and the first batch is lost. A broker that has
-/// acknowledged a message of this producer expects the next sequence number and accepts no other. The gate therefore
-/// lets a message pass if no other message is in flight to the partition, or if the partition has acknowledged a
-/// message recently.
+/// A broker that does not know a producer accepts any batch as that producer's first batch. Suppose that two batches
+/// are in flight to a new topic or a new leader, and that the broker was not yet ready for the first batch. The broker
+/// then accepts the second batch, the client counts the first batch as sent as well, and the first batch is lost. A
+/// broker that has acknowledged a message of this producer expects the next sequence number and accepts no other. The
+/// gate therefore lets a message pass if no other message is in flight to the partition, or if the partition has
+/// acknowledged a message recently.
 struct Gate {
     /// The client that sends to the partition.
     client: usize,
@@ -148,7 +148,7 @@ impl Drop for InFlightGuard {
 /// The gates of all partitions of a topic.
 type Gates = Vec<Arc<Gate>>;
 
-/// The state that all clients of a producer share. If one of them fails, all of them are replaced.
+/// The state that all clients of a producer share. If one client fails, all clients are replaced.
 struct SendContext {
     settings: Settings,
     broken: AtomicBool,
@@ -188,7 +188,7 @@ impl SendContext {
     }
 }
 
-/// The part of the shared state that a client calls back.
+/// The callbacks of a client, which update the shared state.
 struct Callbacks(Arc<SendContext>);
 
 impl ClientContext for Callbacks {
@@ -243,7 +243,7 @@ impl SendContext {
     }
 }
 
-/// Classifies an error. An error caused by the message itself is a refusal; any other error is a problem of the broker.
+/// Classifies an error. An error caused by the message itself becomes `Refused`; any other error becomes `Unavailable`.
 fn refusal(error: &KafkaError, index: usize) -> BusError {
     use RDKafkaErrorCode as Code;
     match error.rdkafka_error_code() {
@@ -367,7 +367,8 @@ impl Producer {
         self.sound().map(|(_, is_new)| is_new)
     }
 
-    /// Limits all following batches to the size that a topic accepts. Callers publish the messages in flight again.
+    /// Limits all following batches to the size that a topic accepts. If this lowers the limit, callers have to publish
+    /// the messages in flight again.
     pub fn fit(&self, topic_bytes_max: usize) {
         if self.batch_bytes_max.fetch_min(topic_bytes_max, Ordering::AcqRel) > topic_bytes_max {
             let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);

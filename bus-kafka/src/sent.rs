@@ -25,14 +25,14 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How long brokers may stay silent before the read fails.
 const SILENCE: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_millis(200);
-/// How many of the last messages of a partition to inspect if the service has recorded no position there. These
+/// How many messages at the end of a partition to inspect if the service remembers no end of that partition. These
 /// messages include the last message of the service, unless other services have sent as many messages since.
 const LAST: i64 = 1_000;
 /// The same limit for a partition for which the service remembers an end. Other services may have sent many messages
 /// while the service was down.
 const SINCE_MAX: i64 = 10_000;
-/// The maximum number of messages returned. The caller could manage with only the first message that is missing from
-/// the log.
+/// The maximum number of messages returned. The caller needs no more than the first message that is missing from the
+/// log.
 const GIVEN_MAX: usize = 20_000;
 
 /// Returns the messages that a service has sent after these ends, in order per partition.

@@ -14,8 +14,8 @@ use annals::{
 use percent_encoding::percent_decode_str;
 use rdkafka::{ClientConfig, error::KafkaError, types::RDKafkaConfRes::RD_KAFKA_CONF_UNKNOWN as UNKNOWN};
 
-/// The default number of partitions of a topic that the bus creates. No more group members than this can share the
-/// work.
+/// The default number of partitions of a topic that the bus creates. The number of partitions also limits how many
+/// members of a group can share the work.
 const PARTITIONS_DEFAULT: u32 = 8;
 /// The names to suggest when a URL parameter is misspelt: the parameters that are not librdkafka settings, and a few
 /// librdkafka settings.
@@ -132,8 +132,8 @@ impl Settings {
     }
 
     /// Sets a librdkafka setting, for example for TLS or SASL: `set("security.protocol", "SASL_SSL")`. Settings on
-    /// which the order of messages depends cannot be changed. `group.instance.id` is the name of this process; each of
-    /// the process's members of a group appends a number to the name.
+    /// which the order of messages depends cannot be changed. `group.instance.id` is the name of this process; each
+    /// group member of the process appends a number to this name.
     pub fn set(mut self, name: &str, value: &str) -> Self {
         if name == "group.instance.id" {
             self.instance = Some(value.to_owned());
@@ -143,7 +143,7 @@ impl Settings {
         self
     }
 
-    /// Returns a message of the client or a broker, or a placeholder if the message repeats a value that may be a
+    /// Returns a message from the client or a broker, or a placeholder if the message repeats a value that may be a
     /// secret.
     pub(crate) fn without_secrets<'t>(&self, text: &'t str) -> &'t str {
         let is_secret =
@@ -174,7 +174,7 @@ impl Settings {
         config
     }
 
-    /// Adds the user's settings, then the fixed ones.
+    /// Adds the user's settings, then the fixed settings.
     pub(crate) fn finish(&self, mut config: ClientConfig, fixed: &[(&str, &str)]) -> Result<ClientConfig, BusError> {
         for (name, value) in &self.client {
             config.set(name, value);

@@ -47,7 +47,7 @@ impl ClientContext for AuthErrors {
 
 impl ConsumerContext for AuthErrors {}
 
-/// How long cached facts about a topic stay valid. The topic may be changed to have more partitions, or to accept
+/// How long cached facts about a topic stay valid. An operator may give the topic more partitions, or let it accept
 /// larger messages.
 const BELIEVED: Duration = Duration::from_secs(300);
 
@@ -127,7 +127,7 @@ impl Topics {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes the next use clear the cache, because topics may have been deleted.
+    /// Clears the cache, because topics may have been deleted.
     pub fn forget(&self) {
         self.known().clear();
     }

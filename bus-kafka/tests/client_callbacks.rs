@@ -1,4 +1,4 @@
-//! A client that calls back for logs and statistics between the messages.
+//! Tests a client that calls back for logs and statistics between messages.
 #![allow(clippy::unwrap_used)]
 
 mod post;
@@ -12,10 +12,10 @@ use tracing_subscriber::filter::LevelFilter;
 use uuid::Uuid;
 
 const LETTERS: usize = 20;
-/// Half the time that the test takes if each letter waits for the regular poll, once a second.
+/// Half of the time that the test would take if each letter waited for the regular poll, which runs once a second.
 const SECONDS: Duration = Duration::from_secs(LETTERS as u64 / 2);
 
-/// Sends letters one by one, with time for the client in between.
+/// Sends letters one by one, and gives the client time to call back before each letter.
 async fn keeps_no_letter_waiting(settings: Settings) {
     let bus = KafkaBus::connect(settings.partitions(1)).await.unwrap();
     let topic = format!("letters-{}", Uuid::new_v4().simple());

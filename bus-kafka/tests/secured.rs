@@ -1,4 +1,4 @@
-//! Brokers that authenticate their clients, and prove their own identity by a certificate.
+//! Tests brokers that authenticate their clients, and that prove their own identity with a certificate.
 #![allow(clippy::unwrap_used)]
 
 mod post;
@@ -31,7 +31,7 @@ async fn is_let_in(settings: Settings) {
     assert_eq!(received.unwrap(), sent);
 }
 
-/// Expects a refusal within seconds, with these words and without the password.
+/// Expects a refusal within seconds, with an error that contains these words but not the password.
 async fn is_refused(settings: Settings, words: &[&str]) {
     let asked_at = Instant::now();
     let error = KafkaBus::connect(settings).await.err().unwrap();

@@ -1,4 +1,4 @@
-//! Letters, their sender and their reader.
+//! Sends and reads the letters of the tests.
 
 use annals::{
     Bus, Consumer, Message, Metadata, Position, Publisher, Version,
@@ -25,14 +25,14 @@ fn letter(id: Uuid) -> Message {
     }
 }
 
-/// Sends a letter; resolves when the brokers have it.
+/// Sends a letter, and waits until the brokers have acknowledged it.
 pub async fn send(bus: &KafkaBus, topic: &str) -> Uuid {
     let id = Uuid::new_v4();
     bus.publish(vec![Outgoing { topic: topic.into(), message: letter(id) }]).await.unwrap().await.unwrap();
     id
 }
 
-/// Returns the next letter, from the beginning of the topic.
+/// Returns the next letter. The first call starts at the beginning of the topic.
 pub async fn receive(consumer: &mut dyn Consumer) -> Uuid {
     loop {
         match consumer.poll(1).await.unwrap() {
