@@ -24,8 +24,9 @@ pub const DECLINE_RATE_GENERATED: f64 = 0.1;
 pub const CANCEL_RATE_GENERATED: f64 = 0.02;
 
 /// How long `serve` keeps accepting requests after a request to stop. Load balancers probe only every few seconds, and
-/// a client with an open connection learns of the stop from its next answer. This time, the time for the last answers
-/// and the time to drain the services together stay within the 30 seconds that Kubernetes grants.
+/// a client with an open connection learns of the stop from its next answer. This time is short, because Kubernetes by
+/// default kills a process 30 seconds after the request to stop. The last answers and draining the services need time
+/// after the grace as well: usually little, at most 30 seconds.
 const GRACE_DEFAULT: &str = "5s";
 /// The longest grace, in seconds. No load balancer needs more, and a typing error must not keep a process alive for
 /// hours.

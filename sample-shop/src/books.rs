@@ -62,7 +62,7 @@ impl<B: Books> Bookkeeper<B> {
         Ok(kept.books)
     }
 
-    /// Returns the same books as a saga's answer.
+    /// Returns these books as the answer to a saga's step.
     pub async fn count(&self, work: &mut Work) -> Result<Answer, StepError> {
         let books = self.books(work).await?;
         let counted = serde_json::to_value(books).map_err(|error| StepError::Failed(error.to_string()))?;

@@ -14,7 +14,7 @@ const LOCAL_PARTITIONS: u32 = 4;
 /// Opens the bus that `url` names.
 ///
 /// # Errors
-/// If the bus cannot be reached.
+/// Returns an error if the bus cannot be reached.
 pub async fn open(url: &BusUrl) -> Result<Arc<dyn Bus>, Failure> {
     match url {
         BusUrl::Local => Ok(Arc::new(LocalBus::new(LOCAL_PARTITIONS))),

@@ -47,8 +47,8 @@ impl SagaState for Checkout {
     }
 }
 
-/// Reserves the goods, charges the card and confirms the order; then ships the goods and notifies the customer. A
-/// refusal before the confirmation compensates the steps that are done.
+/// Reserves the goods, charges the card and confirms the order; then ships the goods and notifies the customer. If a
+/// step is refused before the confirmation, the saga compensates the completed steps.
 ///
 /// ```
 /// println!("{}", sample_shop::checkout::checkout().mermaid());

@@ -51,8 +51,8 @@ pub fn app(api: Option<OrderApi>, probes: Probes) -> Router {
         .layer(from_fn_with_state(announced, announce))
 }
 
-/// Closes each connection after its next answer once the shop was asked to stop, so that clients reconnect to another
-/// instance. Turns a panic into an answer as well.
+/// Once the shop has been asked to stop, closes each connection after its next answer, so that clients reconnect to
+/// another instance. Also turns a panic into an error answer.
 async fn announce(State(announced): State<CancellationToken>, request: Request, next: Next) -> Response {
     let answered = AssertUnwindSafe(next.run(request)).catch_unwind().await;
     // The panic hook prints the panic on standard error.
@@ -75,7 +75,7 @@ async fn no_method(request: Request) -> Problem {
     Problem::new(StatusCode::METHOD_NOT_ALLOWED, detail)
 }
 
-/// Counts requests and measures their duration by route. Ids never become labels.
+/// Counts requests and measures their duration by route. The labels of the metrics never contain ids.
 async fn measure(
     State(metrics): State<Arc<Metrics>>,
     path: Option<MatchedPath>,
@@ -95,7 +95,7 @@ async fn measure(
     response
 }
 
-/// Counts a request as in progress until dropped, even if its client disconnects.
+/// Counts a request as in progress until this value is dropped, even if the client disconnects.
 struct InHand(prometheus::IntGauge);
 
 impl InHand {

@@ -13,10 +13,11 @@
 //! | `run` | the main job, with all services in this process |
 //! | `serve`, `http` | services that run until they are stopped, and their HTTP answers |
 //! | `store`, `bus` | opens the store and the bus that the URLs of the command line name |
-//! | `arguments`, `claim`, `stop`, `troubles` | the command line; one shop at a time on a file; signals; lasting problems |
+//! | `arguments`, `claim`, `stop`, `troubles` | the command line; the lock that keeps other shops from a file; signals;
+//! reports of lasting problems |
 //!
 //! Customers, invoices and the summary are in `shop-driver`.
-// The fields of events and commands explain themselves by their names.
+// The names of the fields of events and commands explain the fields.
 #![allow(missing_docs)]
 
 pub mod arguments;

@@ -121,8 +121,7 @@ async fn drain(arguments: Drain, stop: &Stop) -> Result<ExitCode, Failure> {
     run_shop(&arguments.connection, &arguments.output, source, Demand::new(), settings, stop).await
 }
 
-/// Returns the name of the input. Stock is opened once per name: once per file name, or once per number of orders and
-/// seed.
+/// Returns the name of the input: the file name, or the number of orders with the seed. Stock is opened once per name.
 fn name_of(orders: &Option<PathBuf>, seed: u64, count: u64) -> String {
     match orders.as_ref().and_then(|path| path.file_name()) {
         Some(file) => file.to_string_lossy().chars().filter(|c| !c.is_control()).take(100).collect(),
@@ -157,7 +156,7 @@ async fn run_shop(
     exit_code(report::show(outcome, &invoices, store, bus, output.json))
 }
 
-/// Returns the store that holds the work of this run for the next run; `None` for a store in memory.
+/// Returns the store from which the next run can continue the work of this run; `None` for a store in memory.
 fn kept_in(store: &StoreUrl) -> Option<String> {
     (*store != StoreUrl::Memory).then(|| store.to_string())
 }

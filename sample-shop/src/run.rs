@@ -97,7 +97,7 @@ fn failed(error: StoreError) -> RunError {
     RunError::Shop(error.to_string())
 }
 
-/// Lists the messages that no part will retry automatically, from this run and from earlier ones.
+/// Lists the messages that no part will retry automatically, from this run and from earlier runs.
 async fn parked(store: &Arc<dyn EventStore>, health: &Health) -> Result<Vec<String>, StoreError> {
     // A part handles one lane of a subscription, or is a member of a group.
     let parts = health.parts();

@@ -27,8 +27,8 @@ use crate::{
 
 /// How long the parts may take to finish the work in progress.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// If the address is in use, a starting process waits for the grace and this much longer, because a stopping instance
-/// keeps the address during its grace.
+/// If the address is in use, a starting process retries for the length of the grace plus this time, because a stopping
+/// instance keeps the address during its grace.
 const NEXT_INSTANCE: Duration = Duration::from_secs(2);
 /// The interval between two attempts to bind the address.
 const BIND_AGAIN: Duration = Duration::from_millis(50);
@@ -48,7 +48,7 @@ pub struct Ended(String);
 /// Serves until `stop` is cancelled.
 ///
 /// # Errors
-/// If the store, the bus or the address is not available, or if a part ended with an error.
+/// Returns an error if the store, the bus or the address is not available, or if a part ended with an error.
 pub async fn serve(arguments: Serve, stop: CancellationToken) -> Result<(), Failure> {
     if arguments.bus == BusUrl::Local && arguments.role != Role::All {
         return Err(
@@ -76,7 +76,8 @@ pub async fn serve(arguments: Serve, stop: CancellationToken) -> Result<(), Fail
     served.and(closed)
 }
 
-/// Binds the address. If another instance holds it, retries until that instance has closed it.
+/// Binds the address. If another instance still uses the address, retries until that instance closes it, or until
+/// `patience` is over.
 async fn bind(address: SocketAddr, patience: Duration) -> Result<TcpListener, Failure> {
     let started = Instant::now();
     let mut waits = false;
@@ -106,8 +107,8 @@ async fn serve_on(
     let repositories = Repositories::new(&store);
     let mut runtime = arguments.shared_as().as_deref().map_or_else(Runtime::new, Runtime::shared);
     runtime.start(services_of(arguments.role, &store, &repositories), bus).await?;
-    // Services may end without being asked, for example if the database was restored under them. The process then ends
-    // too.
+    // Services may end without being asked, for example if the database is restored while they run. The process then
+    // ends too.
     let asked = stop;
     let stop = asked.child_token();
     let ended = runtime.shutdown();

@@ -26,7 +26,7 @@ pub struct Stop {
 }
 
 impl Stop {
-    /// Makes signals ask the process to stop instead of ending it.
+    /// Handles the signals from now on: a first signal asks the process to stop instead of ending it.
     pub fn on_signals() -> io::Result<Self> {
         let stop = Self { asked: CancellationToken::new(), code: Arc::new(AtomicU8::new(INTERRUPTED)) };
         let mut signals = Signals::listen()?;

@@ -30,7 +30,7 @@ impl Store {
         })
     }
 
-    /// Returns the store behind its port.
+    /// Returns the store as an [`EventStore`].
     pub fn port(&self) -> Arc<dyn EventStore> {
         match self {
             Self::Memory(store) => store.clone(),

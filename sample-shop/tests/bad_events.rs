@@ -1,5 +1,5 @@
-//! Events that this build cannot read, in a store that is otherwise fine. No command reads the streams of these events
-//! again, but a run reports the events anyway.
+//! Tests a store with a few events that this build cannot read. No command reads the streams of these events again, but
+//! a run reports the events anyway.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -64,7 +64,7 @@ async fn parked_unreadable_events_are_reported_and_fail_the_run() {
     let store = folder.path().join("shop.db");
     assert!(run(&store, "run").status.success());
     append(&store, "step.payment-saga.checkout-other", "step.vanished", 1, "{}").await;
-    // A run of `drain` may end before the relay reaches the event, so the test repeats it.
+    // A run of `drain` may end before the relay reaches the event, so the test repeats the command.
     for _ in 0..100 {
         let options = SqliteConnectOptions::new().filename(&store);
         let mut file = SqliteConnection::connect_with(&options).await.unwrap();

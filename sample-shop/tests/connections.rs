@@ -67,8 +67,8 @@ fn counting(to: SocketAddr) -> (SocketAddr, Arc<Counted>) {
     (at, counted)
 }
 
-/// Forwards bytes until one side ends. The connection stops counting before the other side can notice the end and
-/// reconnect.
+/// Forwards bytes until one side ends. The connection no longer counts as open by the time the other side can notice
+/// the end and reconnect.
 fn pass(mut from: TcpStream, mut into: TcpStream, open: &Open) {
     let mut buffer = [0; 8_192];
     while let Ok(bytes @ 1..) = from.read(&mut buffer) {

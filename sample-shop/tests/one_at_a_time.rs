@@ -1,4 +1,5 @@
-//! Two shops on one file would wait for each other's messages. Therefore the second shop is rejected with a remedy.
+//! Two shops on one file would wait for each other's messages. Therefore the second shop is rejected, and the error
+//! names the remedy.
 #![allow(clippy::unwrap_used)]
 
 use std::{

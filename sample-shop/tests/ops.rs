@@ -1,4 +1,4 @@
-//! The shop offers the `annals` command as a subcommand of its own.
+//! The shop offers the `annals` command as one of its own subcommands.
 #![allow(clippy::unwrap_used)]
 
 use std::process::{Command, Output};

@@ -60,7 +60,7 @@ async fn shelf_is_rebuilt_next_to_the_live_one_compared_and_swapped() {
     let unknown = ops(&["shelves", "compare"]);
     assert!(error(&unknown).contains("there is no read model named \"shelves\"; known: shelf"), "{}", error(&unknown));
 
-    // No operator confirms the rebuild, so nothing is swapped and nothing stays behind.
+    // No operator confirms the rebuild, so nothing is swapped, and nothing of the rebuild is left behind.
     let asked = ops(&rebuild);
     assert_eq!(asked.status.code(), Some(2), "{asked:?}");
     assert!(

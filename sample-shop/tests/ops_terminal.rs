@@ -1,4 +1,4 @@
-//! Rebuilds a read model in a terminal, as an operator does: with a bar, a question and Ctrl-C.
+//! Rebuilds a read model in a terminal, as an operator does: with a progress bar, a question to confirm, and Ctrl-C.
 #![allow(clippy::unwrap_used)]
 #![cfg(unix)]
 

@@ -52,7 +52,7 @@ fn changed_invoice_is_rejected() {
     is_rejected(by_key, |rows| run_in(folder.path(), &["--http", &shop.url()], rows, &[]));
 }
 
-/// Asserts that a shop rejects invoices that it knows with other contents, and that the run fails.
+/// Asserts that a shop rejects invoices whose contents differ from those of an earlier run, and that the run fails.
 fn is_rejected(reason: &str, run: impl Fn(&str) -> (Option<i32>, String)) {
     let returned = LINE.replace("536365", "C536366").replace(",6,", ",-1,");
     let rows = format!("{LINE}{returned}");

@@ -39,7 +39,7 @@ fn run_on_sqlite(arguments: &[&str]) -> Value {
     business(&shop(&format!("sqlite:{}", directory.path().join("shop.db").display()), arguments))
 }
 
-/// Runs in a database of its own, because the shop uses the default schema.
+/// Runs the shop in a new database, because the shop uses the default schema.
 async fn run_on_postgres(arguments: &[&str]) -> Value {
     let url = std::env::var("DATABASE_URL").expect("run the tests with `./test`, which starts a PostgreSQL of its own");
     let options: PgConnectOptions = url.parse().unwrap();

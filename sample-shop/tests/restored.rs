@@ -1,6 +1,6 @@
-//! Some databases are restored to a moment before the end of their Kafka topics, and some are new under topics that
-//! another log has filled. A service reports this when it starts, and one command repairs it, even if that command is
-//! killed at any moment.
+//! Some databases are restored to a moment before the end of their Kafka topics, and some are empty although another
+//! log has filled their topics. A service reports this when it starts, and one command repairs it, even if that command
+//! is killed at any moment.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 
@@ -44,9 +44,9 @@ use self::{
 /// overrides it.
 const ORDERS: u64 = 150;
 
-/// The interval between looks for the sign that a recovery has reached a moment.
+/// The interval between checks for the sign that a recovery has reached a certain moment.
 const SIGN: Duration = Duration::from_millis(5);
-/// The longest time until the sagas of recovered orders have ended. `LOOK` is the interval between checks.
+/// The time limit for the sagas of recovered orders to end. `LOOK` is the interval between checks.
 const SAGAS_END: Duration = Duration::from_secs(120);
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -75,7 +75,7 @@ fn text(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
 }
 
-/// Runs a command to its end, while other tasks of the test go on.
+/// Runs a command to its end, while other tasks of the test continue.
 async fn output(mut command: Command) -> Output {
     spawn_blocking(move || command.output().unwrap()).await.unwrap()
 }
@@ -109,7 +109,7 @@ fn recover(store: &str, bus: &str, more: &[&str]) -> Command {
 enum Moment {
     /// The recovery has begun, and is about to write the events.
     BeforeTaking,
-    /// The events are written. The work to do again is not noted yet.
+    /// The events are written, but the work to repeat is not recorded yet.
     AfterTaking,
     /// Only the last commit is missing.
     BeforeTheEnd,
@@ -117,7 +117,7 @@ enum Moment {
 
 const ALL_MOMENTS: [Moment; 3] = [Moment::BeforeTaking, Moment::AfterTaking, Moment::BeforeTheEnd];
 
-/// Lets a recovery that was killed finish. Returns the result of the dry run before it.
+/// Lets a killed recovery finish. Returns the result of the dry run that precedes it.
 async fn finished(dry: Output, store: &str, bus: &str, more: &[&str]) -> Value {
     let finished = output(recover(store, bus, &[more, &["--json"]].concat())).await;
     assert_eq!(finished.status.code(), Some(0), "{}", text(&finished));
@@ -169,7 +169,7 @@ impl Schemas {
         self.ask(role, "SELECT count(*) FROM annals.events").await
     }
 
-    /// Starts a recovery, and kills it at this moment. Returns `false` if the recovery gave up before.
+    /// Starts a recovery, and kills it at this moment. Returns `false` if the recovery gave up before that moment.
     async fn is_killed(&self, role: &str, start: impl Fn() -> Child, moment: Moment) -> bool {
         let events = self.locked(role, "events").await;
         let mut recovery = start();
@@ -193,7 +193,7 @@ impl Schemas {
         is_there && ended.status.code().is_none()
     }
 
-    /// Takes a lock on a table that lets others read and not write.
+    /// Takes a lock on a table that allows other sessions to read the table but not to write to it.
     async fn locked(&self, role: &str, table: &str) -> PgConnection {
         let mut session = self.connection().await;
         let lock = format!("BEGIN; LOCK TABLE annals.{table} IN SHARE MODE");
@@ -201,7 +201,7 @@ impl Schemas {
         session
     }
 
-    /// Resolves once the recovery waits for the lock on a table. Returns `false` if the recovery has ended before.
+    /// Resolves once the recovery waits for the lock on a table. Returns `false` if the recovery ends first.
     async fn waits(&self, role: &str, table: &str, recovery: &mut Child) -> bool {
         let waiting =
             format!("SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'annals.{table}'::regclass");
@@ -320,7 +320,7 @@ async fn are_restored(restored: &[&str]) {
     schemas.drop().await;
 }
 
-/// A participant is restored, the service with the sagas, or all four to different moments.
+/// Restores only a participant, only the service with the sagas, or all four services to different moments.
 #[tokio::test]
 async fn restored_services_end_consistent() {
     let cases: [&[&str]; 3] = [&["payment", "order", "notification", "inventory"], &["inventory"], &["order"]];
@@ -395,8 +395,8 @@ async fn new_databases_under_used_topics_are_detected_and_begin_anew() {
     schemas.drop().await;
 }
 
-/// Hands in the orders repeatedly until the totals are correct. The shop recognises the restored orders immediately,
-/// but their sagas may need more time.
+/// Submits the orders repeatedly until the totals are correct. The shop recognises the restored orders immediately, but
+/// their sagas may need more time.
 fn bought(shop: &Serving, load: &[String]) -> Output {
     let until = Instant::now() + SAGAS_END;
     loop {
@@ -453,8 +453,8 @@ async fn restored_or_lost_file_ends_consistent() {
     assert!(kills > 0, "each recovery had ended before it was killed: nothing was tested");
 }
 
-/// Kills a recovery of a file once this moment has come. A lock on the file holds the recovery meanwhile. Returns
-/// whether the recovery was not complete.
+/// Kills the recovery of a file once it has reached this moment. A lock on the file stops the recovery until then.
+/// Returns whether the killed recovery was still incomplete.
 async fn is_killed_on(live: &Path, mut recover: Command, moment: Moment) -> bool {
     let mut recovery = recover.spawn().unwrap();
     let begun = "SELECT count(*) FROM documents WHERE collection = 'recovery' AND NOT json_extract(body, '$.complete')";
@@ -462,7 +462,7 @@ async fn is_killed_on(live: &Path, mut recover: Command, moment: Moment) -> bool
     let sign = if moment == Moment::BeforeTaking { begun } else { &*taken };
     let options = SqliteConnectOptions::new().filename(live).busy_timeout(PATIENCE);
     while recovery.try_wait().unwrap().is_none() {
-        // The recovery makes a file that is lost.
+        // If the file is lost, the recovery first has to create it.
         let Ok(mut file) = options.connect().await else {
             sleep(SIGN).await;
             continue;

@@ -99,7 +99,7 @@ async fn rolling_restart_of_all_services_fails_no_request() {
     }
 }
 
-/// What each kind of client sees after the stop signal.
+/// Checks what each kind of client sees after the stop signal.
 #[test]
 fn stop_is_announced_and_answers_open_requests() {
     let mut shop = Serving::start_with_grace("all", "memory:", "local:", "3s");
@@ -121,7 +121,7 @@ fn stop_is_announced_and_answers_open_requests() {
     let mut late = std::net::TcpStream::connect(shop.at).unwrap();
     shop.signal("TERM");
     let stopped = Instant::now();
-    // A part that is still starting is a reason as well.
+    // Until the stop is announced, the first reason may be a part that is still starting.
     while shop.get("/readyz").json()["reasons"][0] != "stopping" {
         assert!(stopped.elapsed() < Duration::from_secs(2), "the service does not announce its stop");
     }

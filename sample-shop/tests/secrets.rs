@@ -1,4 +1,4 @@
-//! Passwords that come from files or the environment instead of the command line.
+//! Tests passwords that come from files or the environment instead of the command line.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 
@@ -67,7 +67,6 @@ async fn password_comes_from_a_file_or_the_environment() {
         (format!("{base}?schema=shop"), [("PGPASSWORD", PASSWORD)]),
         (format!("{base}?schema=shop"), [("PGPASSFILE", &passfile)]),
     ] {
-        // The rules take effect once the server has handled its signal.
         let run = ["run", "--generate", "3", "--json", "--store", &url];
         let output = shop(&run, &environment);
         assert!(output.status.success(), "{url}: {}", said(&output));

@@ -1,5 +1,5 @@
 //! Runs the four services in separate processes, each with its own schema, over a real Kafka. The result equals the
-//! result of a run in one process, whichever process is killed.
+//! result of a run in one process, no matter which process is killed.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 
@@ -34,7 +34,8 @@ use self::{
 /// The time during which faults occur, in seconds. SHOP_FAULT_SECONDS overrides it; before a release, it is two
 /// minutes.
 const FAULT_SECONDS: u64 = 18;
-/// The number of orders per second of that time: more than this machine can complete in the same time.
+/// The number of orders to submit for each second of that time: more than the machine of the tests can complete in one
+/// second.
 const ORDERS_PER_SECOND: u64 = 65;
 /// Longer than a Kafka session, after which brokers remove a silent member (three seconds here). Also longer than the
 /// five or six seconds after which other instances take over from an instance without a heartbeat.
@@ -111,7 +112,7 @@ impl Storm {
 
 #[tokio::test]
 async fn killed_services_conserve_money_and_units() {
-    // The kills hit all processes in turn, so half the number of orders keeps the shop busy.
+    // The kills hit all processes in turn, so half as many orders are enough to keep the shop busy.
     let storm = Storm::new(ORDERS_PER_SECOND / 2);
     let (mut broker, schemas) = (Broker::start(), Schemas::new());
     // Two instances of each service share the work. A fault in one instance must not affect the other.

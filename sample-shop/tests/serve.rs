@@ -1,4 +1,4 @@
-//! The order service's HTTP interface, as an outsider sees it.
+//! Tests the HTTP interface of the order service as a client sees it.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 
@@ -247,7 +247,7 @@ fn body_is_limited_in_bytes_and_time() {
     assert_eq!(shop.get("/healthz").status, 200);
 }
 
-/// A single request hands in an order, a return or a supply and waits for the end of its saga.
+/// A single request submits an order, a return or a supply, and waits for the end of its saga.
 #[test]
 fn submission_can_wait_for_its_end() {
     let shop = stocked();

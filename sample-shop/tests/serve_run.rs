@@ -206,7 +206,7 @@ async fn december_through_one_process_on_postgres() {
     assert_eq!(business(&output), every_order_confirmed());
 }
 
-/// Two customers hand in the same orders, each to its own instance. The concurrency is low, because the two inventory
+/// Two customers submit the same orders, each to its own instance. The concurrency is low, because the two inventory
 /// services work on the same SKUs.
 #[tokio::test]
 async fn two_instances_on_one_postgres_share_the_work() {

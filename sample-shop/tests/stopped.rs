@@ -87,7 +87,7 @@ async fn interrupted_run_ends_the_same_when_repeated() {
     let (whole, stopped) = (folder.path().join("whole.db"), folder.path().join("stopped.db"));
     let expected = business(&end_of(run(&whole, "256").spawn().unwrap()));
     assert_eq!(expected["orders"], ORDERS);
-    // Stops once early, with few orders handed in, and then in the middle of the run.
+    // Stops once early, after few orders were submitted, and then in the middle of the run.
     for (name, code, confirmed) in [("INT", 130, 1), ("TERM", 143, 300), ("INT", 130, 700)] {
         let child = run(&stopped, "256").spawn().unwrap();
         until(&stopped, "order.confirmed", confirmed).await;

@@ -133,7 +133,7 @@ fn help_has_examples() {
     }
 }
 
-/// Tries every place where a password can stand, combined with other mistakes on the command line.
+/// Tries every place where a password can appear, combined with other mistakes on the command line.
 #[test]
 fn errors_show_no_password() {
     for url in [

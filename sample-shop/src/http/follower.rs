@@ -1,6 +1,5 @@
-//! Follows the log on behalf of requests that wait for a saga. Keeps the events of the saga and of its subject (the order, return,
-//! supply or closing), and
-//! signals the end of the saga.
+//! Follows the log on behalf of requests that wait for a saga. For each request, the follower keeps the events of the
+//! saga and of its subject (the order, return, supply or closing), and signals the end of the saga.
 
 use std::{
     collections::HashMap,
@@ -29,7 +28,7 @@ const KEPT_BYTES_MAX: usize = 32_000;
 /// The waiting requests, by the streams for which they wait.
 type Waiting = HashMap<StreamId, Vec<Arc<Watcher>>>;
 
-/// All waiting requests. Clones share the same set.
+/// All waiting requests. Clones share the same requests.
 #[derive(Clone, Default)]
 pub struct Follower {
     waiting: Arc<Mutex<Waiting>>,
@@ -161,8 +160,8 @@ impl Follower {
 }
 
 impl Followed {
-    /// Waits until the saga ends or gets stuck. Only an end after the start of the wait, or after the previous call
-    /// returned, counts.
+    /// Waits until the saga ends or gets stuck. An end before the request started to wait, or before the previous call
+    /// returned, does not count.
     pub async fn ended(&self) {
         self.seen.ended.notified().await;
     }

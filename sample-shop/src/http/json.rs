@@ -39,7 +39,8 @@ pub fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
     }
 }
 
-/// A value that must be a JSON object. A derived struct also accepts an array with its fields in order.
+/// A value that must be a JSON object. The derived `Deserialize` of a struct also accepts an array of the field values
+/// in order.
 pub struct Object<T>(pub T);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
@@ -87,7 +88,7 @@ pub fn whole_number<'de, D: Deserializer<'de>, N: TryFrom<i64> + Bounds>(deseria
     deserializer.deserialize_i64(WholeNumber(PhantomData))
 }
 
-/// The least and the largest value of a number.
+/// The minimum and the maximum of a number.
 pub trait Bounds {
     const BOUNDS: (i64, i64);
 }

@@ -35,23 +35,25 @@ pub const HEAD_TIME_MAX: Duration = Duration::from_secs(30);
 pub const LAST_ANSWERS: Duration = Duration::from_secs(10);
 /// How long a newly connected client may take to send its first request once the grace is over.
 const FIRST_REQUEST: Duration = Duration::from_secs(1);
-/// The delay after the system failed to accept a connection, for example because it ran out of file descriptors.
+/// The delay before the next attempt after the system failed to accept a connection, for example because the process
+/// ran out of file descriptors.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(50);
 
 /// How the shop stops.
 #[derive(Clone, Debug)]
 pub struct Stopping {
-    /// Cancelled when the shop is asked to stop. From then on, `/readyz` reports it, and each answer asks its client to
-    /// close the connection.
+    /// Cancelled when the shop is asked to stop. From then on, `/readyz` reports the stop, and each answer asks its
+    /// client to close the connection.
     pub announced: CancellationToken,
-    /// How long the shop keeps accepting connections and requests after that: the grace.
+    /// The grace: how long the shop keeps accepting connections and requests after `announced` is cancelled.
     pub grace: Duration,
     /// Cancelled when the grace is over. From then on, no connection is accepted, and no request waits any longer.
     pub over: CancellationToken,
 }
 
 impl Stopping {
-    /// Starts to stop the shop when `announced` is cancelled, and cancels `over` after `grace`.
+    /// Plans a stop that begins when `announced` is cancelled. The grace ends after `grace`, and then [`serve`] cancels
+    /// `over`.
     pub fn new(announced: CancellationToken, grace: Duration) -> Self {
         Self { announced, grace, over: CancellationToken::new() }
     }

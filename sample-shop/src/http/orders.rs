@@ -132,8 +132,8 @@ async fn open_closing(State(api): State<Arc<OrderApi>>, submission: Submission) 
 
 async fn cancel(State(api): State<Arc<OrderApi>>, order: Id, headers: HeaderMap) -> Result<Response, Problem> {
     let order_id = id(order)?;
-    // The cancellation is a request of its own, with an id different from the request that placed the order. A repeated
-    // cancellation finds the order cancelled.
+    // The cancellation is a request of its own, with an id different from that of the request that placed the order. A
+    // repeated cancellation finds the order already cancelled.
     let request = asked("cancel", &order_id, &headers);
     let cancel = OrderCommand::Cancel { reason: BY_CUSTOMER.into() };
     match api.repositories.orders.execute(&order_id, cancel, request).await {
@@ -239,7 +239,7 @@ async fn closing_view(
 }
 
 impl OrderApi {
-    /// Watches the saga with this name of the aggregate with this id, for the given time.
+    /// Watches the saga `saga` of the aggregate `id` for the time `wait`.
     fn watch<A: Aggregate>(
         &self,
         repository: &Repository<A>,
@@ -251,7 +251,7 @@ impl OrderApi {
     }
 
     /// Accepts a submission under its id. If an earlier submission has the same id, returns the first event of the earlier
-    /// one, so that the caller can compare them.
+    /// one, so that the caller can compare the two.
     async fn accept<A: Aggregate<Event: Clone>>(
         &self,
         repository: &Repository<A>,
@@ -267,15 +267,15 @@ impl OrderApi {
         }
         let first = match decided.events.into_iter().next() {
             Some(first) => Some(first),
-            // Another command has accepted the submission before.
+            // An earlier command has already accepted the submission.
             None => self.events(repository, id).await?.into_iter().next().map(|(_, event)| event),
         };
         first.map(|first| Accepted { first, repeated, watch }).ok_or_else(other_body)
     }
 
-    /// Returns the events of the aggregate with this id and its saga, once the saga has settled or the watch is over. The
-    /// events are never older than the saga. If the aggregate is new since the watch began, waits for the signal that the saga has ended
-    /// before reading either.
+    /// Returns the events of the aggregate `id` and the view of its saga, once the saga has settled or the watch is
+    /// over. The events are never older than the view. If the aggregate is new since the watch began, first waits for
+    /// the signal that the saga has ended, and only then reads the events and the view.
     async fn look<A: Aggregate>(
         &self,
         repository: &Repository<A>,
@@ -354,8 +354,9 @@ fn problem<R: std::error::Error>(error: ExecuteError<R>) -> Problem {
     }
 }
 
-/// Builds the answer to the first request and to each repeat; they differ only in one header. The body is a view if the
-/// request waits, or a receipt. If the view cannot be read, the receipt confirms that the submission was accepted.
+/// Builds the answer to the first request and to each repeated request; these answers differ only in one header. The
+/// body is a view if the request waits, and a receipt otherwise. If the view cannot be read, the receipt confirms that
+/// the submission was accepted.
 async fn created<V: Serialize>(
     resource: &str,
     id: &str,

@@ -52,7 +52,7 @@ pub enum StockCommand {
     Adjust { adjustment_id: String, quantity: i64 },
 }
 
-/// A command to the stock of one SKU, with the SKU.
+/// A command, and the SKU to whose stock the command applies.
 #[derive(Clone, Debug)]
 pub struct OfSku {
     pub sku: String,
@@ -74,8 +74,8 @@ pub struct Stock {
     on_hand: i64,
     held: i64,
     reservations: BTreeMap<String, u32>,
-    /// Deliveries and adjustments that are already booked. They are few per SKU, and every run on the same input asks
-    /// for the same ones again.
+    /// Deliveries and adjustments that are already booked. A SKU has only a few, and every run with the same input
+    /// submits the same deliveries and adjustments again.
     booked: BTreeSet<String>,
 }
 

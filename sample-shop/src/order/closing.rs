@@ -82,8 +82,8 @@ pub struct ShopBooks {
 }
 
 impl ShopBooks {
-    /// Adds the books that another service reported. They have the same fields, without those that the service does not
-    /// count.
+    /// Adds the books that another service reported. Those books have the same fields, except the fields that the other
+    /// service does not count.
     pub fn add(&mut self, other: Self) {
         let Self { orders, confirmed, cancelled, returns, adjustments, charged, refunded, units } = other;
         self.add_orders(&OrderBooks { orders, confirmed, cancelled, returns, adjustments });

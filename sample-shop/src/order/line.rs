@@ -40,8 +40,8 @@ pub enum OrderRefusal {
     Confirmed,
 }
 
-/// The maximum number of decimals of a price. Prices in the source data have up to three; more than four are a mistake
-/// in the input.
+/// The maximum number of decimals of a price. Prices in the source data have up to three decimals; more than four
+/// decimals are a mistake in the input.
 pub const PRICE_DECIMALS_MAX: u32 = 4;
 
 fn wrong_with(price: &Decimal) -> String {

@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::{aggregate::Order, closing::Closing, returns::Return, supply::Supply};
 
-/// The aggregates that customers and the back office address by id.
+/// The aggregates that requests address by id: those of customers, and those of the shop's own staff.
 #[derive(Clone)]
 pub struct Repositories {
     pub orders: Repository<Order>,

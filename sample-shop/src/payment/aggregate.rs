@@ -39,7 +39,7 @@ impl Aggregate for Payment {
     fn decide(&self, fact: &PaymentEvent) -> Result<Vec<PaymentEvent>, Self::Refusal> {
         let known = match fact {
             PaymentEvent::Charged { .. } => self.charged,
-            // A charge of unknown outcome was never in the books, so its refund is not booked either.
+            // A charge with an unknown outcome was never in the books, so its refund is not booked either.
             PaymentEvent::Refunded { order_id: Some(_), .. } if !self.charged => true,
             PaymentEvent::Refunded { .. } => self.refunded,
             PaymentEvent::Declined { .. } => false,

@@ -1,4 +1,4 @@
-//! What the payment service needs of a payment provider.
+//! What the payment service needs from a payment provider.
 
 use annals::StepError;
 use async_trait::async_trait;

@@ -59,8 +59,8 @@ impl Provider for SimulatedProvider {
     }
 }
 
-/// Returns a pseudo-random number from 0 to 1 that depends only on the arguments, so that it is the same on every run,
-/// in whatever order the events come.
+/// Returns a pseudo-random number from 0 to 1 that depends only on the arguments, so that the number is the same on
+/// every run, regardless of the order of the events.
 fn draw(seed: u64, what: &str, id: &str) -> f64 {
     let hash = named_id(Uuid::from_u64_pair(seed, 0), &format!("{what}/{id}"));
     (hash.as_u64_pair().0 >> 11) as f64 / (1u64 << 53) as f64

@@ -34,9 +34,9 @@ pub struct Ledger {
 
 /// The number of sagas that have not ended.
 pub struct OpenSagas {
-    /// Sagas that are running, about to start, or stuck.
+    /// The number of sagas that are running, about to start, or stuck.
     pub sagas: u64,
-    /// The sagas among them that are waiting for an operator.
+    /// The number of these sagas that are waiting for an operator.
     pub stuck: u64,
 }
 
@@ -45,7 +45,7 @@ struct LedgerState {
     orders: OrderBooks,
     stock: StockBooks,
     money: MoneyBooks,
-    /// Sagas that are running or about to start.
+    /// The sagas that are running, about to start, or stuck.
     open: HashMap<Arc<str>, Status>,
     ended: HashSet<Arc<str>>,
     waiting: HashMap<Arc<str>, Vec<oneshot::Sender<()>>>,
@@ -92,7 +92,7 @@ impl Ledger {
         Ok(())
     }
 
-    /// Returns the error that keeps the books from being continued, if there is one.
+    /// Returns the error that stopped the follower, if there is one. The books are not updated after such an error.
     pub fn failed(&self) -> Option<String> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).failed.clone()
     }

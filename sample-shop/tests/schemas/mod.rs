@@ -1,5 +1,5 @@
-//! The stores of the four services, each in its own schema, over one Kafka. Also checks the invariants that hold across
-//! all of them.
+//! The stores of the four services, each in its own schema, with one Kafka for all. Also checks the invariants that
+//! hold across all of them.
 #![allow(clippy::unwrap_used, dead_code)]
 
 use std::{
@@ -18,7 +18,7 @@ use crate::{
 };
 
 pub const ROLES: [&str; 4] = ["order", "inventory", "payment", "notification"];
-/// For each service, the streams of its log that its topic holds.
+/// For each service, a pattern for the streams whose events are in its topic.
 const PUBLISHED: [(&str, &str); 4] = [
     ("order", "^(order|return)-"),
     ("inventory", "^stock-"),
@@ -121,7 +121,7 @@ impl Schemas {
         }
     }
 
-    /// Checks that each saga command and each reply is in its topic, so that none was skipped.
+    /// Checks that each saga command and each reply is in its topic, which means that none was skipped.
     pub async fn said_all(&self, broker: &Broker) {
         let commands = "SELECT (command->>'id')::uuid, command->>'to' FROM annals.events, json_array_elements(data->'send') AS command
                          WHERE stream_id LIKE 'saga.%'";

@@ -160,7 +160,7 @@ impl Serving {
         self.customer_at(&self.url(), arguments)
     }
 
-    /// Returns the same command with the URL of a proxy in between.
+    /// Returns the same command, but with the URL of a proxy in front of the shop.
     pub fn customer_at(&self, url: &str, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_sample-shop"));
         command.args(["run", "--json", "--quiet", "--http", url]).args(arguments);
@@ -249,7 +249,7 @@ fn is_open(stream: &BufReader<TcpStream>) -> bool {
     open
 }
 
-/// Reads one answer, as far as its declared length.
+/// Reads one answer, up to its declared length.
 fn read_one(stream: &mut BufReader<TcpStream>) -> Option<Answer> {
     let mut line = String::new();
     let mut next = |stream: &mut BufReader<TcpStream>| {
