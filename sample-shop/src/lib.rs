@@ -13,8 +13,7 @@
 //! | `run` | the main job, with all services in this process |
 //! | `serve`, `http` | services that run until they are stopped, and their HTTP answers |
 //! | `store`, `bus` | opens the store and the bus that the URLs of the command line name |
-//! | `arguments`, `claim`, `stop`, `troubles` | the command line; the lock that keeps other shops from a file; signals;
-//! reports of lasting problems |
+//! | `arguments`, `claim`, `stop`, `troubles` | the command line; the lock on a SQLite file; signals; problem reports |
 //!
 //! Customers, invoices and the summary are in `shop-driver`.
 // The names of the fields of events and commands explain the fields.

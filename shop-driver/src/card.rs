@@ -40,8 +40,8 @@ impl Chances {
     }
 }
 
-/// Returns a pseudo-random number from 0 to 1 that depends only on the arguments, so that it is the same on every run,
-/// in whatever order the invoices are submitted.
+/// Returns a pseudo-random number from 0 to 1 that depends only on the arguments, so that the number is the same on
+/// every run, regardless of the order in which the invoices are submitted.
 fn draw(seed: u64, what: &str, id: &str) -> f64 {
     let hash = Uuid::new_v5(&Uuid::from_u64_pair(seed, 0), format!("{what}/{id}").as_bytes());
     (hash.as_u64_pair().0 >> 11) as f64 / (1u64 << 53) as f64

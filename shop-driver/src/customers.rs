@@ -1,4 +1,4 @@
-//! Submits the invoices of an input to a shop, and waits until each has been handled.
+//! Submits the invoices of an input to a shop, and waits until the shop has handled each invoice.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,7 +19,7 @@ use crate::{
 
 /// The largest latency that the histogram records: ten minutes, in microseconds.
 const LATENCY_MAX_US: u64 = 600_000_000;
-/// The maximum number of deliveries of the opening stock in flight.
+/// The maximum number of concurrent deliveries of the opening stock.
 const DELIVERIES_MAX: usize = 8;
 /// The number of SKUs per delivery of an opening stock.
 const DELIVERY_SKUS: usize = 1_000;
@@ -34,7 +34,7 @@ pub struct Results {
     pub repeated: u64,
     /// The number of orders and returns that are waiting for an operator.
     pub stuck: u64,
-    /// The number of orders and returns that were submitted, and whose end this run did not see.
+    /// The number of submitted orders and returns whose end this run did not see.
     pub unfinished: u64,
     /// Invoices that were rejected, each with its reason.
     pub rejected: Vec<String>,
@@ -61,7 +61,7 @@ impl<S: Shop> Customers<S> {
         self.results.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Opens the stock if it is not open yet, and waits until all of it is booked.
+    /// Opens the stock unless an earlier run has opened it, and waits until all its deliveries are booked.
     pub async fn open_stock(&self, stock: BTreeMap<String, u64>, input: &str) -> Result<(), RunError> {
         let slots = Arc::new(Semaphore::new(DELIVERIES_MAX));
         let mut deliveries = JoinSet::new();
@@ -192,7 +192,8 @@ fn summed(lines: Vec<(String, i64)>) -> Vec<Change> {
     of_sku.into_iter().map(|(sku, quantity)| Change { sku, quantity }).collect()
 }
 
-/// Returns the deliveries that open a stock, each with its name. A stock is opened once for each name of an input.
+/// Returns the deliveries that open a stock, each with its name. The names contain the name of the input, so that the
+/// stock is opened only once per input.
 fn deliveries_of(input: &str, stock: BTreeMap<String, u64>) -> Vec<(String, Vec<Change>)> {
     let change = |(sku, quantity)| Change { sku, quantity: i64::try_from(quantity).unwrap_or(i64::MAX) };
     let units: Vec<Change> = stock.into_iter().filter(|(_, quantity)| *quantity > 0).map(change).collect();
@@ -212,7 +213,7 @@ fn micros(elapsed: Duration) -> u64 {
     u64::try_from(elapsed.as_micros()).unwrap_or(LATENCY_MAX_US)
 }
 
-/// Fails if the stock that an earlier run opened differs from this one, and names the SKU that differs.
+/// Returns an error that names a SKU if the stock that an earlier run opened differs from the stock of this run.
 fn differs(input: &str, before: &[Change], now: &[Change]) -> Result<(), String> {
     let quantity =
         |units: &[Change], sku: &str| units.iter().find(|change| change.sku == sku).map_or(0, |change| change.quantity);

@@ -1,4 +1,4 @@
-//! The input of the shop: the invoices of a file, or generated ones.
+//! The input of the shop: the invoices of a file, or generated invoices.
 //!
 //! | an invoice with | is |
 //! |---|---|
@@ -6,8 +6,8 @@
 //! | a number that starts with `C`, only negative quantities | a [return](Invoice::Return) |
 //! | a number without `C`, a total of zero | an [adjustment](Invoice::Adjustment) of stock |
 //!
-//! Any other invoice is invalid and is reported with its line. See [`FileInvoices`] for what happens to the rest of
-//! such an invoice.
+//! Any other invoice is invalid and is reported with its line. [`FileInvoices`] describes which rows and invoices are
+//! left out.
 //!
 //! ```
 //! # use shop_driver::input::{Invoice, ReadError, Source};

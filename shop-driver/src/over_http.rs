@@ -1,5 +1,5 @@
-//! A shop in another process, reached over HTTP: submits every invoice, and waits until each saga has ended. If the saga
-//! ends within ten seconds, a single request does both.
+//! A shop in another process, reached over HTTP: submits every invoice, and waits until each saga has ended. If the
+//! saga ends within ten seconds, a single request both submits the invoice and waits.
 
 mod client;
 mod url;
@@ -41,11 +41,11 @@ const REPLAYED: &str = "idempotency-replayed";
 const STUCK: &str = "stuck";
 /// How long a request waits for the end of a saga before the client asks again.
 const WAIT: Duration = Duration::from_secs(10);
-/// How long the shop may give no answer before the run fails. The work that was done is kept.
+/// How long the shop may leave all requests unanswered before the run fails. Completed work is kept.
 const SILENCE_MAX: Duration = Duration::from_secs(120);
-/// How long the shop gives no answer before the run reports it.
+/// How long the shop may leave all requests unanswered before the run reports the silence.
 const SILENCE_REPORTED: Duration = Duration::from_secs(2);
-/// The delay before the second try. It doubles before each further try.
+/// The delay before the second try. The delay doubles with each further try.
 const RETRY_MIN: Duration = Duration::from_millis(50);
 /// The longest delay between two tries.
 const RETRY_MAX: Duration = Duration::from_secs(2);
@@ -127,7 +127,7 @@ struct ClosingSeen {
     saga: Option<SagaSeen>,
 }
 
-/// An error answer, by RFC 9457.
+/// An error answer according to RFC 9457.
 #[derive(Deserialize)]
 struct Problem {
     detail: String,
@@ -208,8 +208,8 @@ impl OverHttp {
                     return Ok(Answered { path, status: head.status, headers: head.headers, body, tried_before });
                 }
                 Ok((head, body)) => {
-                    // A 503 rejects the request before any work is done. Other transient statuses may interrupt a
-                    // request midway.
+                    // A 503 rejects the request before any work is done. With another transient status, the shop may
+                    // already have done the work or a part of it.
                     tried_before |= head.status != StatusCode::SERVICE_UNAVAILABLE;
                     detail(head.status, &body)
                 }

@@ -12,7 +12,7 @@ pub(crate) struct Queues {
     last: HashMap<String, watch::Receiver<()>>,
 }
 
-/// An invoice's place in the queues of all its SKUs. Dropping the place lets the next invoices proceed.
+/// The position of an invoice in the queues of all its SKUs. Dropping this value lets the next invoices proceed.
 #[derive(Default)]
 pub(crate) struct QueuePlace {
     earlier: Vec<watch::Receiver<()>>,
@@ -30,10 +30,10 @@ impl Queues {
 }
 
 impl QueuePlace {
-    /// Waits until every earlier invoice in these queues has dropped its place.
+    /// Waits until every earlier invoice in these queues is done.
     pub async fn is_first(&self) {
         for earlier in &self.earlier {
-            // `changed` fails once the earlier invoice drops its sender, and this is the signal to proceed.
+            // `changed` fails once the earlier invoice drops its sender. The failure is the signal to proceed.
             while earlier.clone().changed().await.is_ok() {}
         }
     }

@@ -15,7 +15,8 @@ pub struct Settings {
     /// The probabilities for choosing the customers' cards.
     pub chances: Chances,
     /// Whether stock may run out. If so, the order of the invoices matters: each invoice waits for the earlier invoices
-    /// that share a SKU with it. The result is then the same as handling the invoices one by one, on every machine.
+    /// that share a SKU with it. The result is then the same on every machine, as if the invoices were handled one by
+    /// one.
     pub scarce: bool,
     /// The name of this input. Stock is opened once for each name.
     pub input: String,
@@ -46,7 +47,7 @@ pub struct Outcome {
     pub parked: Vec<String>,
 }
 
-/// Why a run stopped early. The work that was done is kept; run the same input again to continue.
+/// Why a run stopped early. Completed work is kept; run the same input again to continue.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
     /// The input cannot be read.

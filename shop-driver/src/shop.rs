@@ -1,4 +1,4 @@
-//! What a customer asks of a shop.
+//! The requests of a customer to a shop.
 
 use async_trait::async_trait;
 
@@ -7,7 +7,7 @@ use crate::{
     input::{Change, Line},
 };
 
-/// A shop that accepts submissions: the shop in this process, or a shop behind HTTP. A caller may submit the same thing
+/// A shop that accepts submissions: the shop in this process, or a shop behind HTTP. A caller may repeat a submission
 /// any number of times; the shop accepts it once.
 #[async_trait]
 pub trait Shop: Clone + Send + Sync + 'static {
@@ -82,7 +82,7 @@ impl SubmissionKind {
 /// The state of a submission that was accepted.
 #[derive(Clone, Debug, Default)]
 pub struct Accepted {
-    /// Whether an earlier run submitted the same thing.
+    /// Whether an earlier run made the same submission.
     pub repeated: bool,
     /// The changes of a delivery or a stock count as they were first accepted.
     pub units: Vec<Change>,

@@ -1,4 +1,4 @@
-//! What a shop has counted, as its closings report it.
+//! The totals that a shop has counted, as its closings report them.
 
 use std::collections::BTreeMap;
 

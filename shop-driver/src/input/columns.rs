@@ -23,7 +23,7 @@ pub(super) struct Columns {
 }
 
 impl Columns {
-    /// Reads the header. The error says what is wrong with it.
+    /// Reads the header. The error says what is wrong with the header.
     pub fn of(header: &Record) -> Result<Self, String> {
         if let Some(flaw) = header.flaw {
             return Err(flaw.to_owned());

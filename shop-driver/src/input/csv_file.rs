@@ -23,8 +23,8 @@ const BUFFER_BYTES: usize = 128 * 1024;
 /// A CSV file of invoices, scanned once when it is opened.
 ///
 /// Opening scans for invoices whose rows are not contiguous. Without this scan, the reader would make an order from the
-/// first rows of such an invoice before it saw the other rows. The scan holds every invoice number in memory, about 100
-/// bytes each (2.5 MB for the 25,900 invoices of the full data set). After the scan, only the numbers of the
+/// first rows of such an invoice before it reads the other rows. The scan holds every invoice number in memory, about
+/// 100 bytes each (2.5 MB for the 25,900 invoices of the full data set). After the scan, only the numbers of the
 /// non-contiguous invoices stay in memory. Reading then holds one invoice at a time.
 #[derive(Clone, Debug)]
 pub struct CsvFile {
@@ -37,8 +37,8 @@ pub struct CsvFile {
     scattered: Arc<HashMap<String, u64>>,
 }
 
-/// Opens a CSV file of invoices. The file may have its columns in any order, a byte order mark or none, lines that end
-/// in LF or CRLF, and text in UTF-8 or Windows-1252.
+/// Opens a CSV file of invoices. The columns may be in any order, the lines may end in LF or CRLF, the text may be
+/// UTF-8 or Windows-1252, and the file may start with a byte order mark.
 pub fn read_csv(path: impl AsRef<Path>) -> Result<CsvFile, InputError> {
     let path = path.as_ref();
     let (file, bytes, modified) = open(path)?;
@@ -115,7 +115,7 @@ impl CsvFile {
 
 fn open(path: &Path) -> Result<(File, u64, Option<SystemTime>), InputError> {
     let unreadable = |source| InputError::Unreadable { path: path.to_owned(), source };
-    // Checks this before opening, because opening a pipe would wait for its writer.
+    // Checks the kind of the file before opening it, because opening a pipe would wait for a writer.
     if !std::fs::metadata(path).map_err(unreadable)?.is_file() {
         return Err(InputError::NotAFile { path: path.to_owned() });
     }
@@ -152,12 +152,12 @@ pub struct FileInvoices {
 }
 
 impl FileInvoices {
-    /// The outcome of the rows read so far.
+    /// The outcome of the rows that have been read so far.
     pub fn rows(&self) -> &Rows {
         &self.rows
     }
 
-    /// The number of bytes of the file read so far.
+    /// The number of bytes that have been read so far.
     pub fn bytes_read(&self) -> u64 {
         self.lines.bytes()
     }
@@ -225,7 +225,7 @@ impl FileInvoices {
     /// Turns the draft into an invoice, or counts the draft as left out.
     fn close(&mut self) {
         let Some(draft) = self.draft.take() else { return };
-        // An invoice whose rows are not contiguous counts once, at its first rows.
+        // An invoice whose rows are not contiguous counts once, together with its first group of rows.
         let again = self.file.scattered.get(&draft.number).is_some_and(|first| *first != draft.first_line);
         let sound = draft.sound;
         if draft.flawed {

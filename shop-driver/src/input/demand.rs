@@ -4,7 +4,7 @@ use rust_decimal::Decimal;
 
 use super::invoice::Invoice;
 
-/// The number of units of each SKU that an input takes out of stock. SKUs of which the input takes none are absent.
+/// The number of units of each SKU that an input takes out of stock. A SKU is absent if the input takes no units of it.
 pub type Demand = BTreeMap<String, u64>;
 
 /// Adds up the units that orders and write-offs take. Units that are returned or found do not count, because they may
@@ -60,7 +60,7 @@ impl StockFactor {
     /// with a number of 64 bits is exact.
     pub const DECIMALS_MAX: u32 = 9;
 
-    /// Returns `units` times the factor, exactly and rounded up, with a maximum of `u64::MAX`.
+    /// Returns `units` times the factor, exactly and rounded up, but at most `u64::MAX`.
     pub fn of(self, units: u64) -> u64 {
         let parts = self.0.mantissa().unsigned_abs() * u128::from(units);
         u64::try_from(parts.div_ceil(10_u128.pow(self.0.scale()))).unwrap_or(u64::MAX)

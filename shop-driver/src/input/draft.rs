@@ -5,13 +5,13 @@ use super::{
     row::Row,
 };
 
-/// Contiguous rows with the same invoice number, collected until the last of them is read.
+/// Contiguous rows with the same invoice number. The draft is complete when the last of these rows is read.
 #[derive(Debug)]
 pub(super) struct Draft {
     pub number: String,
     /// The line of the first row.
     pub first_line: u64,
-    /// Whether a row is malformed. The remaining rows then do not become an invoice.
+    /// Whether the draft was spoilt, for example by a malformed row. A flawed draft does not become an invoice.
     pub flawed: bool,
     /// The number of well-formed rows.
     pub sound: u64,
@@ -63,7 +63,7 @@ impl Draft {
         Ok(())
     }
 
-    /// Returns the invoice. The caller has added all its rows, and each row is well formed.
+    /// Returns the invoice. The caller must have added all rows, and each row must be well formed.
     pub fn finish(self) -> Result<Invoice, Faults> {
         let faults = |wrong: fn(&&DraftLine) -> bool, reason: &str| -> Faults {
             self.lines.iter().filter(wrong).map(|line| (line.at, reason.to_owned())).collect()
@@ -91,7 +91,7 @@ impl Draft {
 
 fn priced(lines: Vec<DraftLine>) -> Vec<Line> {
     let line = |DraftLine { sku, quantity, price, .. }| {
-        // The quantity of a row has 32 bits without its sign, so the conversion never saturates.
+        // The absolute quantity of a row fits into 32 bits, so the fallback value is never used.
         let quantity = u32::try_from(i64::unsigned_abs(quantity)).unwrap_or(u32::MAX);
         Line { sku, quantity, unit_price: price }
     };

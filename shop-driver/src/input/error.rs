@@ -3,7 +3,7 @@ use std::{io, path::PathBuf};
 /// The whole input cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum InputError {
-    /// The file does not exist, may not be read, or failed during reading. The part that was not read has no effect.
+    /// The file does not exist, access to it is denied, or reading it failed. The part that was not read has no effect.
     #[error("{}: {source}", path.display())]
     Unreadable {
         /// The file.
@@ -23,7 +23,7 @@ pub enum InputError {
         /// The file.
         path: PathBuf,
     },
-    /// The first line lacks columns, names a column twice, or is not CSV.
+    /// The header lacks columns, names a column twice, or is not CSV.
     #[error("{}:{line}: {reason}; the first line must name the columns {}", path.display(), super::columns::names())]
     Header {
         /// The file.
@@ -42,7 +42,7 @@ pub enum InputError {
 }
 
 /// An error in a row, which therefore cannot become part of an invoice. The whole invoice of the row is left out, and
-/// reading continues after it.
+/// reading continues after that invoice.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{}:{line}: {reason}", file.display())]
 pub struct RowError {
@@ -50,7 +50,7 @@ pub struct RowError {
     pub file: PathBuf,
     /// The physical line on which the row starts; the header is line 1.
     pub line: u64,
-    /// What is wrong, for people.
+    /// What is wrong, in words for a person.
     pub reason: String,
 }
 

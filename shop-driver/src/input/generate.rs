@@ -17,7 +17,7 @@ const WEIGHT: u64 = 1_000_000_000;
 /// Orders generated from a seed: the same seed gives the same orders on every machine.
 ///
 /// A few SKUs are popular and most are not, as in a real shop (Zipf's law with exponent 1: the SKU of rank n is ordered
-/// 1/n as often as the first). One customer in ten is a guest.
+/// 1/n times as often as the SKU of rank 1). One customer in ten is a guest.
 #[derive(Clone, Debug)]
 pub struct Generated {
     seed: u64,
@@ -25,8 +25,8 @@ pub struct Generated {
     made: u64,
     random: Rng,
     prices: Vec<Decimal>,
-    /// For each rank, the sum of the weights of all SKUs up to that rank. Whole numbers avoid rounding that differs
-    /// between machines.
+    /// For each rank, the sum of the weights of all SKUs up to that rank. The sums are whole numbers, because the
+    /// rounding of other numbers could differ between machines.
     ranks: Vec<u64>,
 }
 

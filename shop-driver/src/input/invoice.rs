@@ -3,8 +3,8 @@
 use rust_decimal::Decimal;
 use serde::{Deserialize, Serialize};
 
-/// The maximum number of lines of an invoice. The shop accepts no more lines, because it reserves all of them in one
-/// commit.
+/// The maximum number of lines of an invoice. The shop accepts no more lines, because it reserves all lines of an order
+/// in one commit.
 pub const LINES_MAX: usize = 5_000;
 
 /// A number of units of one SKU that is added to the stock or removed from it.
@@ -39,7 +39,8 @@ pub enum Invoice {
         /// All lines, in the order of the file.
         lines: Vec<Line>,
     },
-    /// Goods come back, and their total is refunded. The total may be zero, because free goods come back too.
+    /// A customer returns goods, and their total is refunded. The total may be zero, because customers also return free
+    /// goods.
     Return {
         /// The invoice number, as in the file, with its `C`.
         id: String,
@@ -78,8 +79,8 @@ impl Invoice {
         }
     }
 
-    /// The number of units that move: out of stock for an order, into stock for a return, the net change for an
-    /// adjustment.
+    /// The number of units that leave the stock for an order, or that come back for a return; for an adjustment, the
+    /// net change.
     pub fn units(&self) -> i64 {
         match self {
             Self::Order { lines, .. } | Self::Return { lines, .. } => {

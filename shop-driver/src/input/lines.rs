@@ -5,11 +5,11 @@ use std::{
 
 use super::record::{Record, Split};
 
-/// The longest physical line that is kept; the rows of the source data have at most 110 bytes. The rest of a longer
-/// line is skipped.
+/// The longest physical line that is kept; the rows of the source data have at most 110 bytes. A longer line is cut off
+/// after this length.
 const LINE_BYTES_MAX: usize = 65_536;
-/// The maximum number of further lines that a quoted field may span. If the quote is still open after that, the line
-/// with the open quote is at fault.
+/// The maximum number of further lines that a quoted field may span. If the quote is still open after these lines, the
+/// line with the open quote counts as flawed.
 const CONTINUATION_LINES_MAX: usize = 16;
 
 const TOO_LONG: &str = "longer than 65,536 bytes";
@@ -26,8 +26,9 @@ struct Physical {
 /// The records of a CSV file, each with the physical line on which it starts. Blank lines are not records. Lines of
 /// commas only, which spreadsheets write for empty rows, are not records either.
 ///
-/// A record may span several lines inside quotes. If the quotes never close, or if closing them does not give a valid
-/// row, only the line with the open quote is flawed. The lines after it are then read as separate records.
+/// A record may span several lines inside quotes. If the quotes never close, or if the lines up to the closing quote do
+/// not form a valid row, only the line with the open quote is flawed. The following lines are then read as separate
+/// records.
 #[derive(Debug)]
 pub(super) struct Lines<R> {
     reader: R,
@@ -121,7 +122,7 @@ impl<R: BufRead> Lines<R> {
             any = true;
             let newline = available.iter().position(|b| *b == b'\n');
             let text = &available[..newline.unwrap_or(available.len())];
-            // A line that is too long keeps its beginning, which holds the invoice number.
+            // Only the beginning of a line that is too long is kept. It contains the invoice number.
             let room = LINE_BYTES_MAX - physical.bytes.len();
             physical.too_long |= text.len() > room;
             physical.bytes.extend_from_slice(&text[..text.len().min(room)]);

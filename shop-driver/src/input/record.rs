@@ -3,7 +3,7 @@
 pub(super) struct Record {
     /// The physical line on which the record starts.
     pub line: u64,
-    /// Why some fields are missing, if any are. The fields before the fault are present.
+    /// The fault because of which fields are missing, if there is one. The fields before the fault are present.
     pub flaw: Option<&'static str>,
     /// Whether a field is not UTF-8 and was therefore read as Windows-1252.
     pub recoded: bool,
@@ -15,7 +15,7 @@ pub(super) struct Record {
 /// the same number, as in Latin-1.
 const WINDOWS_1252: &str = "€\u{81}‚ƒ„…†‡ˆ‰Š‹Œ\u{8d}Ž\u{8f}\u{90}‘’“”•–—˜™š›œ\u{9d}žŸ";
 
-/// How far a record was split.
+/// The result of splitting a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Split {
     /// The record was split to its end.
@@ -43,8 +43,8 @@ impl Record {
 
     /// Splits `bytes`, which hold line endings inside quotes only.
     ///
-    /// The `csv` crate does not fit here. It reads a stray quote as text, or as the start of a field that extends to
-    /// the next quote in the file, however far away. In this file format, one bad row must not damage any other row.
+    /// The `csv` crate is not suitable here: it reads a stray quote as text, or as the start of a field that extends to
+    /// the next quote in the file, however far away. Here, one bad row must not damage any other row.
     pub fn split(&mut self, bytes: &[u8]) -> Split {
         self.text.clear();
         self.ends.clear();
@@ -96,8 +96,8 @@ impl Record {
         }
     }
 
-    /// Old spreadsheets write text in Windows-1252. Its non-ASCII letters are hardly ever valid UTF-8, so a failed
-    /// decoding shows which encoding it is.
+    /// Old spreadsheets write text in Windows-1252. Non-ASCII letters in Windows-1252 are hardly ever valid UTF-8, so a
+    /// field that is not UTF-8 is read as Windows-1252.
     fn push(&mut self, bytes: &[u8]) {
         match std::str::from_utf8(bytes) {
             Ok(text) => self.text.push_str(text),

@@ -3,15 +3,15 @@ use rust_decimal::Decimal;
 
 use super::{columns::Columns, record::Record};
 
-/// The maximum length of an invoice number, SKU or customer id, in bytes. With a category in front, the text still fits
-/// into a stream id.
+/// The maximum length of an invoice number, SKU or customer id, in bytes. With a category before it, such a text still
+/// fits into a stream id.
 const ID_BYTES_MAX: usize = 200;
 /// The maximum number of digits before the decimal point of a price. With a quantity of 32 bits, four decimals and
-/// [`LINES_MAX`](crate::order::LINES_MAX) lines, a total has at most 27 digits. A `Decimal` holds 28, so no total can
-/// overflow or be rounded.
+/// [`LINES_MAX`](crate::order::LINES_MAX) lines, a total has at most 27 digits. A `Decimal` holds 28 digits, so no
+/// total can overflow or be rounded.
 const PRICE_DIGITS_MAX: usize = 9;
-/// The maximum number of decimals of a price. Amounts of money have at most four, in any currency; more decimals are a
-/// sign of a rounded float.
+/// The maximum number of decimals of a price. Amounts of money have at most four decimals in any currency; more
+/// decimals are a sign of a rounded float.
 const PRICE_DECIMALS_MAX: usize = 4;
 
 /// The format of times in spreadsheets from the United States.
@@ -63,7 +63,8 @@ fn flaw(record: &Record, columns: &Columns) -> Option<String> {
     (record.len() != columns.count).then(|| format!("{} columns instead of {}", record.len(), columns.count))
 }
 
-/// Quotes text for a message, shortened, because the field may be wrong precisely in being too long.
+/// Quotes text for a message. Long text is shortened, because being too long may be exactly what is wrong with the
+/// field.
 fn quoted(text: &str) -> String {
     const CHARACTERS_MAX: usize = 40;
     let mut start: String = text.chars().take(CHARACTERS_MAX).collect();
@@ -130,7 +131,8 @@ fn price(text: &str) -> Result<Decimal, String> {
 /// blank may replace the `T`. Also accepts the format of the published data set, with the month first: `12/1/2010
 /// 8:26`.
 ///
-/// The shop needs no date. But a date column without dates is a sign that the columns do not match their names.
+/// The shop does not use the date. However, a date column without dates is a sign that the columns do not match their
+/// names.
 fn date(text: &str) -> Result<(), String> {
     let shaped = |shape: &str| {
         text.len() >= shape.len()

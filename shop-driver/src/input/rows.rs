@@ -5,7 +5,7 @@ use super::{error::RowError, invoice::Invoice};
 /// The maximum number of messages about malformed rows that are kept.
 pub const MESSAGES_MAX: usize = 10;
 
-/// A number of invoices, and the number of their rows.
+/// A number of invoices and of their rows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Tally {
     /// The number of invoices.
@@ -21,7 +21,7 @@ impl Tally {
     }
 }
 
-/// The outcome of the rows read so far. At the end, `read` is the sum of all other row counts.
+/// The outcome of the rows that have been read so far. At the end, `read` is the sum of all other row counts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rows {
     /// The number of rows that were read, without the header.

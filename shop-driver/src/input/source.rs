@@ -9,7 +9,7 @@ use super::{
     rows::Rows,
 };
 
-/// A source of invoices. It can be read any number of times, and returns the same invoices each time.
+/// A source of invoices. The source can be read any number of times, and returns the same invoices each time.
 #[derive(Clone, Debug)]
 pub enum Source {
     /// A CSV file.
@@ -43,7 +43,7 @@ impl Source {
     }
 
     /// Reads the source once, and adds up the units of each SKU that its orders and write-offs take. Invoices that are
-    /// left out take nothing.
+    /// left out do not count.
     pub fn demand(&self) -> Result<Demand, InputError> {
         let mut demand = Demand::new();
         for item in self.invoices()? {
@@ -80,7 +80,7 @@ pub enum Invoices {
 }
 
 impl Invoices {
-    /// The outcome of the rows so far. Each generated line counts as a row.
+    /// The outcome of the rows that have been read so far. Each generated line counts as a row.
     pub fn rows(&self) -> &Rows {
         match self {
             Self::File(file) => file.rows(),

@@ -15,14 +15,14 @@ use hyper::{
 use hyper_util::rt::TokioIo;
 use tokio::{net::TcpStream, sync::Semaphore, time::timeout};
 
-/// The longest wait for an answer.
+/// The maximum time to wait for an answer.
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(30);
 /// The largest answer in bytes, enough for a large order with its timeline.
 const ANSWER_BYTES_MAX: usize = 16_000_000;
 /// The time after which an idle connection is not reused: less than the time after which the shop closes it.
 const IDLE_MAX: Duration = Duration::from_secs(15);
-/// The maximum number of connections being opened concurrently. After a restart, opening all of them at once would fill
-/// the server's queue.
+/// The maximum number of connections being opened concurrently. After a restart of the server, opening all connections
+/// at once would fill its queue.
 const CONNECTING_MAX: usize = 32;
 
 /// A client of the server at one address.

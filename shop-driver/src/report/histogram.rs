@@ -5,12 +5,11 @@ use hdrhistogram::Histogram;
 use super::{number::grouped, terminal::Terminal};
 
 const EIGHTHS: [char; 8] = ['▏', '▎', '▍', '▌', '▋', '▊', '▉', '█'];
-/// The width of `up to 10 ms` and of the count, with the blanks between them and the bar.
+/// The width of a label such as `≤ 10 ms`.
 const LABEL_WIDTH: usize = 9;
 const COUNT_WIDTH: usize = 9;
 
-/// Draws the number of latencies between the steps 1, 2, 5, 10, … milliseconds, from the lowest to the highest
-/// recorded.
+/// Draws how many latencies lie between the steps 1, 2, 5, 10, … milliseconds, from the lowest to the highest latency.
 pub(super) fn draw(latency: &Histogram<u64>, terminal: Terminal) -> String {
     let steps = steps(latency);
     let most = steps.iter().map(|(_, count)| *count).max().unwrap_or_default();
@@ -25,14 +24,13 @@ pub(super) fn draw(latency: &Histogram<u64>, terminal: Terminal) -> String {
     text
 }
 
-/// Returns each step with at least one latency in its range, in microseconds, and the number of latencies since the
-/// previous step.
+/// Returns the steps in microseconds, each with the number of latencies above the previous step and up to this step.
 fn steps(latency: &Histogram<u64>) -> Vec<(u64, u64)> {
     let mut steps: Vec<(u64, u64)> = Vec::new();
     let mut step = 1;
     for recorded in latency.iter_recorded() {
-        // The histogram stores close values as one. The lowest of those values decides the step, so that 100 ms belongs
-        // to the step up to 100 ms.
+        // The histogram treats close values as equal. The lowest of such values determines the step, so that 100 ms
+        // belongs to the step up to 100 ms.
         let value = latency.lowest_equivalent(recorded.value_iterated_to());
         while value > step {
             // Leaves out empty steps before the first latency, but keeps empty steps between latencies.

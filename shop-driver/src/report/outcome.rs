@@ -20,11 +20,11 @@ use crate::{
 const SHOWN_MAX: usize = 10;
 
 /// Writes remarks to standard error and the summary to standard output, as JSON or for people. Returns whether every
-/// invoice was read and accepted, and the books are in order. `store` and `bus` are the names of the shop's store and
-/// bus.
+/// invoice was read and accepted, and whether the books are in order. `store` and `bus` are the names of the shop's
+/// store and bus.
 ///
 /// # Errors
-/// If the summary cannot be written.
+/// Returns an error if the summary cannot be written.
 pub fn show(outcome: Outcome, invoices: &Invoices, store: String, bus: String, json: bool) -> io::Result<bool> {
     let read = invoices.rows();
     if read.malformed > 0 || matches!(invoices, Invoices::File(_)) {

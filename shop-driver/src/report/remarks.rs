@@ -1,5 +1,5 @@
 use super::number::grouped;
-/// The remark for a run that finds orders of its input already in the store.
+/// The remark for a run whose store already contains orders of its input.
 pub fn repeated(count: u64) -> String {
     format!(
         "{} in the store already, from an earlier run; nothing was done twice",
@@ -7,7 +7,7 @@ pub fn repeated(count: u64) -> String {
     )
 }
 
-/// The remark for a stopped run. Names the store in which the next run finds the work.
+/// The remark for a stopped run. The remark names the store from which the next run continues.
 pub fn stopped(unfinished: u64, kept_in: Option<&str>) -> String {
     let what = orders_and_returns(unfinished, "is", "are");
     let then = match kept_in {
@@ -17,7 +17,8 @@ pub fn stopped(unfinished: u64, kept_in: Option<&str>) -> String {
     format!("stopped: {what} unfinished, and {then}")
 }
 
-/// The remark for a stopped run against a remote shop. This process does not know how many papers reached that shop.
+/// The remark for a stopped run against a remote shop. This process does not know how many invoices have reached that
+/// shop.
 pub fn stopped_there(under_way: u64, shop: &str) -> String {
     let what = orders_and_returns(under_way, "was", "were");
     format!("stopped: {what} under way at {shop}: run the same command again to continue from there")

@@ -37,7 +37,7 @@ pub struct Summary {
     pub refunded: Decimal,
     /// What happened to the stock.
     pub units: Units,
-    /// The time from the first order to the end of the last saga.
+    /// The time from the submission of the first invoice to the end of the last saga.
     pub elapsed: Duration,
     /// The number of sagas that ended in that time.
     pub sagas: u64,
@@ -142,7 +142,7 @@ impl Summary {
             "\n{} sagas in {} s, {} a second",
             grouped(self.sagas),
             grouped_decimal(self.elapsed.as_secs_f64(), 3),
-            // At 10 and above, a fraction of a saga per second means nothing.
+            // At 10 or more sagas per second, decimals mean nothing.
             if self.sagas_per_second() < 10.0 {
                 format!("{:.1}", self.sagas_per_second())
             } else {
@@ -226,7 +226,8 @@ struct LatencyMs {
     p99: Fixed,
 }
 
-/// A JSON number with this many decimals. Trailing zeros stay, so that columns of such numbers line up in a log.
+/// A JSON number with a fixed number of decimals. Trailing zeros are kept, so that columns of such numbers line up in a
+/// log.
 struct Fixed(usize, f64);
 
 impl Serialize for Fixed {

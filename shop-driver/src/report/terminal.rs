@@ -9,9 +9,9 @@ pub struct Terminal {
     pub colours: bool,
 }
 
-/// The width for a file or a pipe, whose reader's terminal is not known.
+/// The width for a file or a pipe, because the terminal of its reader is not known.
 const REDIRECTED_WIDTH: u16 = 80;
-/// The maximum width that is used. On a wider line, numbers would be too far from their names.
+/// The maximum width that is used. On wider lines, the numbers would be too far from their names.
 const WIDTH_MAX: u16 = 100;
 /// The minimum width. On a narrower terminal the layout does not fit, and the output wraps.
 const WIDTH_MIN: u16 = 40;

@@ -213,7 +213,7 @@ fn non_utf_8_text_is_read_as_windows_1252() {
     assert_eq!((ids.len(), reports, rows.recoded), (2, Vec::new(), 1));
 }
 
-/// Covers rows of commas at the end of the file, where spreadsheets write them, and anywhere else.
+/// Covers rows of commas at the end of the file, where spreadsheets write such rows, and in other places.
 #[test]
 fn rows_of_only_commas_are_ignored() {
     let rows = [sound("1"), ",,,,,,,\n".into(), sound("1"), sound("2"), ",,,,,,,\r\n".into(), ",,,,,,,".into()];
