@@ -121,7 +121,7 @@ impl<'a> From<&'a Recorded> for Stored<'a> {
 }
 
 impl Stored<'_> {
-    /// Returns the event as services see it.
+    /// Returns the event in the form that services read.
     pub fn recorded(&self) -> Recorded {
         Recorded {
             position: self.position,

@@ -112,7 +112,7 @@ pub struct Delivery {
     /// The offset in the partition. The offsets of a partition rise from message to message. After this message, the
     /// consumer continues at this offset plus one.
     pub offset: i64,
-    /// The message, or the undecodable payload in its place.
+    /// The message, or the payload if it cannot be decoded as a message.
     pub message: Result<Message, Undecodable>,
 }
 
@@ -133,7 +133,8 @@ pub struct Bookmark {
     pub last: Option<Uuid>,
 }
 
-/// The end of each partition of some topics. The end of a partition is the offset after its last message.
+/// A set of topics, with the end of each of their partitions. The end of a partition is the offset after its last
+/// message.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Ends(BTreeMap<Arc<str>, BTreeMap<u32, i64>>);
@@ -277,8 +278,9 @@ pub trait Bus: Publisher {
     async fn join(&self, group: &str, topics: &[&str]) -> Result<Box<dyn Consumer>, BusError>;
 
     /// Like [`join`](Self::join), but the member joins under the name of an instance. No other member of the group may
-    /// have the same name at the same time. A bus that outlives processes assigns to such a member the partitions of
-    /// the previous member with that name, so that a process that restarts after a crash continues at once.
+    /// have the same name at the same time. A bus that outlives processes gives such a member the partitions that the
+    /// previous member with the same name had. A process that restarts after a crash can therefore continue
+    /// immediately.
     async fn join_as(&self, group: &str, topics: &[&str], _instance: &str) -> Result<Box<dyn Consumer>, BusError> {
         self.join(group, topics).await
     }

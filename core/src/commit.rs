@@ -130,8 +130,8 @@ pub struct Put {
     pub expected: Option<i64>,
     /// The JSON text to store; `None` removes the document. The version of a removed document counts as 0 again.
     pub body: Option<Arc<str>>,
-    /// When the document is due; [`Scan::Due`](crate::store::Scan) finds the document by this time. Rounded down to
-    /// microseconds.
+    /// When the document is due. [`Scan::Due`](crate::store::Scan) finds the document by this time. The time is rounded
+    /// down to microseconds.
     pub due: Option<DateTime<Utc>>,
 }
 
@@ -186,8 +186,8 @@ pub enum CommitError {
     Conflict {
         /// The stream.
         stream: StreamId,
-        /// The version that the commit expected. Equal to `actual` if the event at this version is not the expected
-        /// event.
+        /// The version that the commit expected. If this version equals `actual`, the event at this version is not the
+        /// expected event.
         expected: Version,
         /// The current version of the stream.
         actual: Version,

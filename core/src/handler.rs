@@ -55,8 +55,8 @@ pub trait Handler: Send + Sync + 'static {
     /// messages with the same key are held back until then.
     async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError>;
 
-    /// Prepares a batch. The worker calls this method before the first message of each batch. A handler can use it to
-    /// read the documents for the whole batch in one round trip.
+    /// Prepares a batch. The worker calls this method before the first message of each batch. A handler can use this
+    /// method to read the documents for the whole batch in one round trip.
     async fn prepare(&self, _messages: &[&Message], _work: &mut Work) -> Result<(), HandlerError> {
         Ok(())
     }
@@ -142,7 +142,7 @@ impl<E: Into<Box<dyn Error + Send + Sync>>> From<E> for HandlerError {
     }
 }
 
-/// Turns an error into an error that is not retried.
+/// Marks an error as final, so that the message is parked and not retried.
 pub trait Terminal<T> {
     /// Turns the error, if there is one, into an error that parks the message at once, because a retry would not help.
     fn terminal(self) -> Result<T, HandlerError>;

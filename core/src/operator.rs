@@ -30,11 +30,11 @@ pub use crate::decide::categories::OPERATOR as CATEGORY;
 
 /// How many times an action is retried if a worker changes the same documents at the same time.
 const RACES_MAX: u32 = 10;
-/// The maximum number of parked messages that a reset removes. The remaining rows of the commit are for the checkpoints
-/// of the lanes and for the event that records the action.
+/// The maximum number of parked messages that a reset removes. The remaining rows of the commit are reserved for the
+/// checkpoints of the lanes and for the event that records the action.
 const RESET_PARKED_MAX: usize = COMMIT_ROWS_MAX - 1_000;
-/// The maximum size of a parked document that an event records unchanged, in bytes. The rest of an event is for the
-/// names and for the reason.
+/// The maximum size of a parked document that an event records unchanged, in bytes. The rest of the event is reserved
+/// for the names and for the reason.
 pub const DROPPED_BYTES_MAX: usize = EVENT_BYTES_MAX / 2;
 /// The number of documents or events read per page.
 const PAGE: usize = 500;
@@ -64,7 +64,7 @@ pub enum OperatorEvent {
         /// The key of the message, or its id.
         key: String,
         /// The parked document, unchanged. If the document has more than [`DROPPED_BYTES_MAX`] bytes, its message is
-        /// replaced by the number of these bytes.
+        /// replaced by the size of the document in bytes.
         parked: Box<RawValue>,
         /// The name of the operator.
         by: String,
@@ -174,8 +174,8 @@ pub struct Operator {
 
 debug_fields!(Operator { by });
 
-/// Returns the parked document in a form that an operator event can record. A dead letter may be larger than an event
-/// may be, but an operator must be able to drop such a dead letter too.
+/// Returns the parked document in a form that an operator event can record. A dead letter can be too large for an
+/// event, but an operator must be able to drop such a dead letter too.
 fn recordable(body: &str) -> Box<RawValue> {
     let size = || RawValue::from_string(format!(r#"{{"bytes":{}}}"#, body.len())).unwrap_or_default();
     if body.len() <= DROPPED_BYTES_MAX {

@@ -320,7 +320,7 @@ impl Handler for Inbox {
     }
 }
 
-/// The error of one of the user's own parts. The `?` operator converts any error into this type.
+/// The error type of the user's own parts. The `?` operator converts any error into this type.
 pub type PartError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Why a runtime did not stop cleanly. All parts have ended or were aborted, and no data is lost.
@@ -740,8 +740,8 @@ impl Runtime {
         });
     }
 
-    /// Stops the runtime. No part accepts new work any more, and every part has at most `patience` to finish its
-    /// current work. Returns once all parts have ended or were aborted.
+    /// Stops the runtime. Once this method is called, no part accepts new work, and every part has at most `patience`
+    /// to finish its current work. Returns once all parts have ended or were aborted.
     ///
     /// # Errors
     /// Returns the first error or panic of a part, and the names of the parts that did not end in time. Those parts are

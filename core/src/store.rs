@@ -138,8 +138,8 @@ pub struct LogPage {
     /// including events that do not match the query. If the reader has caught up, the position equals the requested
     /// position.
     pub next: Position,
-    /// Whether there may be more events to read, because the page is full, or because it has examined as much of the
-    /// log as one page may examine.
+    /// Whether there may be more events to read. This is the case if the page is full, or if the page has examined as
+    /// much of the log as one page may examine.
     pub more: bool,
 }
 
@@ -207,7 +207,8 @@ pub enum StoreError {
     /// The store cannot be reached or is overloaded; retry later.
     #[error("the store is unavailable: {0}")]
     Unavailable(String),
-    /// The request is invalid, such as a name that the store can never hold; retrying does not help.
+    /// The request is invalid, for example because it contains a name that the store can never hold; retrying does not
+    /// help.
     #[error("the store cannot serve this request: {0}")]
     Refused(String),
     /// The stored data is not in the format of this project's stores; retrying does not help.

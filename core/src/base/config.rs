@@ -1,6 +1,6 @@
 //! Error texts for parameters of a URL.
 
-/// The maximum number of characters of a name that an error text repeats.
+/// An error text repeats at most this many characters of an unknown name.
 const NAME_CHARS_MAX: usize = 40;
 
 /// Returns an error text that names the unknown parameter, a likely alternative, and the known parameters.

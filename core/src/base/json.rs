@@ -129,7 +129,7 @@ impl Upcast {
         Ok(Self { value: serde_json::from_str(&changed)?, stand_ins })
     }
 
-    /// Converts the result of the upcasters to its type.
+    /// Converts the value, after all upcasters, to the type `T`.
     pub fn finish<T: DeserializeOwned>(self) -> Result<T, Error> {
         let unread = match T::deserialize(&self.value) {
             _ if !self.stand_ins.is_empty() => None,
@@ -137,8 +137,8 @@ impl Upcast {
             Err(error) => Some(error),
         };
         // Some types, such as `RawValue`, can only be read from text, so the value is written as text and read again.
-        // Users never see this text, so the first error is more useful than an error that names a position in this
-        // text.
+        // If both attempts fail, the first error is returned: users never see this text, so an error that names a
+        // position in the text would not help them.
         serde_json::from_slice(&self.written(CompactFormatter)?).map_err(|error| unread.unwrap_or(error))
     }
 

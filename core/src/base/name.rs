@@ -59,7 +59,7 @@ pub(crate) fn check(kind: &'static str, name: &str) -> Result<(), NameError> {
     Err(NameError::Malformed { kind, name: name.chars().take(40).collect(), reason })
 }
 
-/// The names of the parts that run together.
+/// The names of all parts that run in one runtime.
 #[derive(Clone, Default)]
 pub(crate) struct Names(BTreeMap<String, &'static str>);
 

@@ -87,8 +87,8 @@ fn is_registered(category: &str) -> bool {
     KNOWN.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|known| known.category == category)
 }
 
-/// Reports the categories that a service publishes or follows, but to which no aggregate of this process and no event
-/// of the log belongs. A category is reported until such an aggregate or event appears.
+/// Reports each category that a service publishes or follows, if no aggregate of this process uses the category and the
+/// log has no event in the category. A category is reported until such an aggregate or event appears.
 pub(crate) async fn watch(
     service: String,
     store: Arc<dyn EventStore>,

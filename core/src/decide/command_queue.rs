@@ -20,7 +20,7 @@ pub(crate) struct CommandQueue<W> {
 
 /// The future that executes a queue until the queue is empty. The caller that started the queue polls the future, which
 /// saves a separate task for each command. Once other commands wait behind the command of that caller, or the caller
-/// drops its future, a separate task takes over. No command therefore depends on another caller.
+/// drops its future, a separate task takes over. The execution of a command therefore never depends on another caller.
 pub(crate) struct Driver {
     /// `None` once the work is done or was handed to a separate task.
     work: Mutex<Option<Pin<Box<dyn Future<Output = ()> + Send>>>>,
@@ -72,8 +72,8 @@ impl Driver {
         }
     }
 
-    /// Hands the remaining work to a separate task. The caller must not hold a lock that the work acquires: if the
-    /// runtime has ended, the work is dropped inside this call.
+    /// Hands the remaining work to a separate task. The caller must not hold a lock that the work acquires, because the
+    /// work is dropped inside this call if the runtime has ended.
     pub(crate) fn leave(&self) {
         self.wanted.store(true, Ordering::SeqCst);
         let mut work = match self.work.try_lock() {

@@ -328,7 +328,7 @@ impl<A: Aggregate> Folded<A> {
         self.last_event = Some(id);
     }
 
-    /// The state that the stream must have for a commit based on this state to succeed.
+    /// Returns the expectation with which a commit that is based on this state appends to the stream.
     pub fn expected(&self) -> Expected {
         match self.last_event {
             Some(id) => Expected::Event { version: self.version, id },

@@ -21,16 +21,16 @@ const UNCERTAIN_EVENTS_MAX: usize = COMMIT_ROWS_MAX;
 
 /// The first event of each of the most recent commands.
 ///
-/// For a command staged by this process, only the first event is remembered. An event read from the store names only
-/// its cause, so the boundaries between commands are inferred. A new cause starts a new command. A sequence of events
-/// with the same cause is called a run. A run is a single command if the id of its last event can be derived from the
-/// cause and the length of the run. Otherwise, for example after a message that caused several commands, every event of
-/// the run is remembered.
+/// For a command that this process has staged, only the first event is remembered. An event read from the store names
+/// only its cause, so the boundaries between commands are inferred. A new cause starts a new command. A sequence of
+/// events with the same cause is called a run. A run is a single command if the id of its last event can be derived
+/// from the cause and the length of the run. Otherwise, for example after a message that caused several commands, every
+/// event of the run is remembered.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Remembered {
     /// The remembered events, in the order of the stream.
     events: VecDeque<First>,
-    /// How many of `events` may not be the first event of a command.
+    /// The number of `events` that are possibly not the first event of a command.
     uncertain: usize,
     /// The current run of events with one cause.
     run: Option<CauseRun>,

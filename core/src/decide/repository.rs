@@ -27,7 +27,8 @@ use crate::{
 
 /// How many folded aggregates a repository keeps by default.
 pub const CACHED_AGGREGATES: usize = 50_000;
-/// The maximum number of times that a command is decided, if other writers commit first or if outcomes are unknown.
+/// The maximum number of attempts to decide and commit a command. Another attempt is needed if another writer commits
+/// first or if an outcome is unknown.
 pub const DECISIONS_MAX: u32 = 32;
 /// How many commands may wait for one aggregate. Further commands fail with [`ExecuteError::Overloaded`].
 pub const WAITING_COMMANDS_MAX: usize = 10_000;
@@ -263,8 +264,8 @@ impl<A: Aggregate> Repository<A> {
             let history = self.folds.store.history();
             let mut work = Work::new(self.folds.store.clone(), stale.clone());
             let results = self.stage_all(&mut work, stream, &batch).await;
-            // Every commit checks at least the version, so a refusal that was decided on outdated state is never
-            // returned.
+            // Every commit checks at least the stream's version, even if all commands were refused. A refusal that was
+            // based on outdated state is therefore never returned.
             let failed = match work.attempt().await {
                 Ok(committed) => return give_out(batch, results, committed.position),
                 Err(failed) => failed,

@@ -37,7 +37,7 @@ pub(crate) struct UnsettledStream {
 
 impl Unsettled {
     /// Returns the result of the commit if the commit was stored. `None` means that the commit was not stored, or not
-    /// yet, for example because the server is still working on it.
+    /// yet, for example because the server is still processing the commit.
     pub async fn find(&self, store: &dyn EventStore) -> Result<Option<Committed>, StoreError> {
         let mut position = Position::START;
         for staged in self.streams.iter().filter(|staged| staged.last > staged.base) {

@@ -97,7 +97,7 @@ fn flags(text: &str) -> Option<u8> {
         _ => bytes.get(TRACEPARENT_BYTES).is_none_or(|byte| *byte == b'-'),
     };
     let is_valid = is_whole && !is_zero(trace_id) && !is_zero(parent_id);
-    // This code does not know what other flags of a later version mean, so it clears them.
+    // This code does not know the meaning of other flags in later versions, so it clears these flags.
     is_valid.then_some(if version == "00" { flags } else { flags & KNOWN_FLAGS })
 }
 

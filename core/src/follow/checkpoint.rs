@@ -108,7 +108,7 @@ pub struct Checkpoint {
 /// The collection of all checkpoints.
 pub const CHECKPOINTS: &str = "checkpoint";
 
-/// A message, with its lane and with the checkpoint that follows the message.
+/// A message with its lane, and with the value of the lane's checkpoint after the message.
 pub(crate) struct Item {
     pub lane: usize,
     pub next: i64,
@@ -219,8 +219,8 @@ impl Lane {
         }
     }
 
-    /// Returns whether the checkpoint lies before `next`. A lane without a stored checkpoint counts as before every
-    /// position, so that its first position is stored. `Start::Now` then means the same position after a restart.
+    /// Returns whether the checkpoint lies before `next`. If the lane has no stored checkpoint, the result is always
+    /// true, so that the first position is stored. `Start::Now` then means the same position after a restart.
     pub fn is_before(&self, next: i64) -> bool {
         self.next < next || self.version == 0
     }

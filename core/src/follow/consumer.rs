@@ -421,8 +421,8 @@ impl Member {
         }
     }
 
-    /// Sets the lanes to exactly the assigned partitions. Delivery of new partitions starts at the offset in the store.
-    /// With `rewind`, delivery of all other partitions restarts at the offset in the store too.
+    /// Makes the lanes of the worker match the assigned partitions. Delivery of new partitions starts at the offset in
+    /// the store. With `rewind`, delivery of all other partitions restarts at the offset in the store too.
     async fn assign(&mut self, rewind: bool) -> Result<(), Ended> {
         let (mut lane_of, mut lanes, mut seeks) = (HashMap::new(), Vec::new(), Vec::new());
         // For partitions that remain assigned, the lanes in memory are valid only as long as the log has the history
@@ -468,7 +468,8 @@ impl Member {
     }
 }
 
-/// Returns the result that was polled ahead, or polls now. Dropping the future loses nothing.
+/// Returns the result of the poll that ran ahead, if there is one, and polls otherwise. Dropping the future loses
+/// nothing.
 async fn next(ahead: &mut Option<Result<Polled, BusError>>, consumer: &mut dyn Consumer) -> Result<Polled, BusError> {
     match ahead.take() {
         Some(polled) => polled,

@@ -20,8 +20,9 @@ const RUNS_MAX: usize = 32;
 /// The marks of one partition.
 ///
 /// A relay sends the messages of each of its lanes in log order. After a crash, the relay starts again at its
-/// checkpoint. Therefore no message up to the highest position that arrived is missing, even if the relay was restarted
-/// several times. A message with a lower position has already arrived before.
+/// checkpoint. Therefore, once a message has arrived, all messages of the same lane with lower positions have arrived
+/// too, even if the relay was restarted several times. If a message has a lower position than an earlier message, it is
+/// a repetition.
 ///
 /// This is no longer true after a topic was wiped, because messages that had not arrived yet are lost. The next message
 /// then starts a new run. If a relay was reset to an earlier position and sends a message from the gap between the two
@@ -51,7 +52,7 @@ struct Run {
     start: i64,
     /// The last position.
     position: i64,
-    /// The ids of the messages received at the last position. There may be several, because one event of a saga may
+    /// The ids of the messages received at the last position. There may be several ids, because one event of a saga may
     /// cause several commands.
     ids: Vec<Uuid>,
 }
@@ -95,8 +96,8 @@ impl Deduplication {
         self.0.values_mut().flat_map(BTreeMap::values_mut).for_each(|mark| mark.interrupted = true);
     }
 
-    /// Records a message and returns whether it is new. Messages without a lane, which no relay sent or which were
-    /// redriven, always count as new.
+    /// Records a message and returns whether the message is new. Messages without a lane, which no relay sent or which
+    /// were redriven, always count as new.
     pub(crate) fn pass(&mut self, message: &Message) -> bool {
         let Some(lane) = &message.lane else { return true };
         let position = message.position.0;

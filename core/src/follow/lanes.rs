@@ -20,7 +20,7 @@ use crate::{
     store::{EventStore, Scan, StoreError},
 };
 
-/// The pause after another process has moved a lane.
+/// The pause before a retry, after another process has moved a lane.
 const RACED: Duration = Duration::from_millis(20);
 /// The maximum number of lanes of one subscription. The number is limited because each lane is a task and a document,
 /// and because one commit writes all these documents.

@@ -85,7 +85,7 @@ impl std::fmt::Display for Lost {
 }
 
 impl Lost {
-    /// The key under which the loss is parked. No message waits behind this key.
+    /// The key under which the loss is recorded. No message waits behind this key.
     pub(crate) fn key(&self) -> Arc<str> {
         format!("{LOST_KEY}{}/{}", self.topic, self.partition).into()
     }
@@ -250,7 +250,7 @@ impl ParkedKeys {
         self.lost.clone()
     }
 
-    /// Records lost messages, which are parked at this place.
+    /// Adds the dead letter that records a loss of messages.
     pub fn add_lost(&mut self, key: &Arc<str>, place: ParkedPlace, lost: &Lost) {
         self.add(key, place);
         self.lost.get_or_insert_with(|| lost.to_string().into());
@@ -270,7 +270,7 @@ impl ParkedKeys {
         places.is_some_and(|places| places.iter().any(|place| place.position == position))
     }
 
-    /// Returns the place of the next message to park under this key.
+    /// Returns the location of the next message to park under this key.
     pub fn next_place(&self, key: &str, lane: &str, position: i64) -> ParkedPlace {
         let last = self.keys.get(key).and_then(|places| places.back());
         let sequence = last.map_or(0, |place| place.sequence + 1);
@@ -323,8 +323,8 @@ impl ParkedKeys {
         }
     }
 
-    /// Records that a retry of the first message of the key failed. `dead` means that the message is not retried
-    /// automatically any more.
+    /// Records that a retry of the first message of the key failed. If `dead` is true, the message is no longer retried
+    /// automatically.
     pub fn tried_first(&mut self, key: &str, awaits_build: bool, dead: bool) {
         let places = Arc::make_mut(&mut self.keys).get_mut(key);
         if let Some(first) = places.and_then(|places| places.front_mut()) {
@@ -353,7 +353,7 @@ pub struct DeadLetter {
     pub parked: Parked,
     /// When the message is retried automatically; `None` if only a redrive retries it.
     pub retries_at: Option<DateTime<Utc>>,
-    /// How many messages with the same key wait behind this one.
+    /// How many messages with the same key wait behind this message.
     pub behind: usize,
 }
 

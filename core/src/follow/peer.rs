@@ -1,5 +1,5 @@
-//! Instances, which are several processes that share a store. This module writes and watches heartbeats, and assigns
-//! each lane to a living instance.
+//! Instances. An instance is one of several processes that share a store. This module writes and watches heartbeats,
+//! and assigns each lane to a living instance.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -47,7 +47,8 @@ impl RelayProgress {
                     .map_err(|error| StoreError::Corrupt(format!("document {}: {error}", document.key)))?;
                 let (lanes, taken) = services.entry(service.to_owned()).or_default();
                 lanes.insert(lane, Position(checkpoint.next));
-                // The checkpoint of every lane records the offsets that its process has sent.
+                // The checkpoint of every lane records the ends up to which the bus has accepted the messages of its
+                // process.
                 taken.reach(&checkpoint.taken);
             }
         }

@@ -439,7 +439,7 @@ impl Subscription {
     }
 }
 
-/// Returns the events that belong to a lane as items for the worker.
+/// Returns the events of a lane, converted to items for the worker.
 fn items<'a>(events: impl Iterator<Item = &'a Arc<Recorded>>, lane: u32, of: u32, source: &Arc<str>) -> Vec<Item> {
     let of_lane = events.filter(|event| of == 1 || lane_of(event.stream.as_str(), of) == lane);
     let item = |event: &Arc<Recorded>| Item {

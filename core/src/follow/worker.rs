@@ -54,7 +54,7 @@ pub struct RetryPolicy {
     /// The maximum number of tries. If the last try fails too, the message stays parked until an operator redrives it.
     pub attempts_max: u32,
     /// The delay before the second try. The delay doubles before each further try. The actual delay is a random value
-    /// from the upper half of the delay.
+    /// between half of this delay and the full delay.
     pub delay_min: Duration,
     /// The maximum delay.
     pub delay_max: Duration,
@@ -167,8 +167,8 @@ impl Worker {
         handled.unwrap_or_else(|panic| Err(panic.into()))
     }
 
-    /// Parks one message in a commit of its own, and does not move the checkpoint. An event that is already parked
-    /// stays unchanged.
+    /// Parks one message in a separate commit, and does not move the checkpoint. An event that is already parked stays
+    /// unchanged.
     pub async fn park_message(&mut self, key: Arc<str>, message: Message, reason: String) -> Result<(), Stop> {
         if self.parked.has_event(&key, message.position.0) {
             return Ok(());
@@ -260,7 +260,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Returns when a failed message is retried automatically; `None` if it is not.
+    /// Returns when a failed message is retried; `None` if the message is not retried automatically.
     pub(crate) fn retry_at(&self, remedy: Remedy, attempts: u32) -> Option<DateTime<Utc>> {
         let delay = match remedy {
             Remedy::RetryMessage => self.retry.delay_after(attempts)?,

@@ -24,8 +24,8 @@ const EVENTS_MAX: usize = 65_536;
 const BYTES_MAX: usize = 64 * 1024 * 1024;
 /// The maximum number of commits that are held while earlier events are still missing.
 const COMMITS_AHEAD_MAX: usize = 4_096;
-/// When the store already shows a commit of this process: how long to wait until the commit is added to the events in
-/// memory.
+/// How long to wait until a commit of this process is added to the events in memory. The wait begins when the store
+/// already shows the commit.
 const SHOWN_SOON: Duration = Duration::from_millis(2);
 /// The number of events read from the store per page.
 const PAGE: usize = 2_000;
@@ -193,8 +193,8 @@ impl Tail {
             if let Err(error) = self.store.wait(end.1).await {
                 return error;
             }
-            // The store has more events. If a commit of this process wrote them, they are about to be added from memory
-            // and do not have to be read.
+            // The store has more events. If a commit of this process wrote these events, they are about to be added
+            // from memory and do not have to be read.
             if self.committing.load(Ordering::Acquire) > 0 {
                 _ = tokio::time::timeout(SHOWN_SOON, self.last.subscribe().wait_for(|last| *last > end)).await;
             }
@@ -306,7 +306,7 @@ impl EventStore for Tail {
     }
 }
 
-/// Counts a commit as answered when dropped, even if the caller has dropped its future.
+/// Counts a commit as answered when this guard is dropped, even if the caller has dropped the future of the commit.
 struct Done<'a>(&'a AtomicUsize);
 
 impl Drop for Done<'_> {

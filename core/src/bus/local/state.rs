@@ -20,8 +20,8 @@ const STRIDE: usize = 1_024;
 pub(super) struct BusState {
     pub(super) closed: bool,
     partitions: u32,
-    /// The incarnation of all topics, which is unique for each bus. No consumer can therefore seek to an offset of
-    /// messages that were lost with an earlier process.
+    /// The incarnation of all topics, which is unique for each bus. A consumer therefore cannot seek to an offset of
+    /// messages that were lost when an earlier process ended.
     incarnation: Arc<str>,
     topics: Vec<Topic>,
     topic_names: HashMap<Arc<str>, usize>,
@@ -231,7 +231,7 @@ impl BusState {
     }
 
     /// Chooses a member for each partition of a group. The partitions are spread evenly over the members that joined
-    /// the topic, and as few partitions as possible change their member.
+    /// the topic, and only a few partitions move to another member.
     fn rebalance(&mut self, group: usize, wakes: &mut Wakes) {
         let members = &self.groups[group].members;
         let mut loads: BTreeMap<u64, usize> = members.keys().map(|&member| (member, 0)).collect();
