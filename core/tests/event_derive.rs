@@ -296,7 +296,7 @@ fn one() -> u8 {
     1
 }
 
-/// Generic on purpose, because the function must receive a reference to the field, not a reference to a reference.
+/// The function is generic on purpose: it must receive a reference to the field, not a reference to a reference.
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }

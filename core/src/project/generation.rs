@@ -1,5 +1,5 @@
-//! The generations of a read model. One generation is live, others are being built, and others are waiting to be
-//! removed.
+//! The generations of a read model. A generation is one copy of all views. One generation is live. Others are being
+//! built, or are waiting to be removed.
 //!
 //! A generation is first reserved by a build. The generation then becomes live, unless the build fails. Later the
 //! generation is retired, and finally removed. Each of these steps is a compare-and-set of the pointer document. The
@@ -26,7 +26,7 @@ use crate::{
     store::{EventStore, Scan, StoreError},
 };
 
-/// The collection of the pointers, one per read model.
+/// The collection that contains one pointer document per read model.
 const GENERATIONS: &str = "read-model";
 /// The maximum number of generations of a read model that are being built or removed at the same time, including builds
 /// of dead processes. The number is limited because each generation holds another copy of all views.
@@ -153,7 +153,7 @@ pub(crate) async fn load(store: &dyn EventStore, model: &str) -> Result<(Pointer
     Ok((pointer, version))
 }
 
-/// Changes the pointer by compare-and-set, and retries while other changes are committed first. `decide` returns `None`
+/// Changes the pointer by compare-and-set, and retries if another change was committed first. `decide` returns `None`
 /// if there is nothing to change, for example because an earlier attempt with an unknown outcome turns out to be
 /// committed.
 pub(crate) async fn change<E: From<CommitError>>(
@@ -265,8 +265,8 @@ pub(crate) async fn clean(store: &dyn EventStore, model: &str) -> Result<(), Com
     if !silent.is_empty() {
         tokio::time::sleep(WATCH).await;
         for dead in &silent {
-            // A build that has sent a heartbeat in the meantime is a different value, so `contains` returns false for
-            // it.
+            // A heartbeat changes the value of the build, so `contains` returns false for a build that has sent a
+            // heartbeat in the meantime.
             let retires = |pointer: &mut Pointer| match pointer.builds.contains(dead) {
                 true => Ok::<_, CommitError>(pointer.end_build(model, dead.builder)),
                 false => Ok(None),
@@ -308,7 +308,7 @@ async fn remove(store: &dyn EventStore, model: &str, generation: u32) -> Result<
     Ok(())
 }
 
-/// Returns the position of the checkpoint of a generation; the start of the log if there is no checkpoint.
+/// Returns the position of the checkpoint of a generation, or the start of the log if there is no checkpoint.
 pub(crate) async fn reached(store: &dyn EventStore, model: &str, generation: u32) -> Result<Position, StoreError> {
     Ok(position(store.document(&checkpoint(model, generation)).await?.as_ref()))
 }

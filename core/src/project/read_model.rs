@@ -36,7 +36,7 @@ const NEGLECTED: Duration = Duration::from_secs(10);
 const BUILD_AGAIN: Duration = Duration::from_secs(60);
 
 /// The shortest and the longest interval at which a caller that waits for a position reads the checkpoint of the views.
-/// The first batch of a projection takes a few milliseconds.
+/// The first interval is short, because a projection often applies new events within a few milliseconds.
 const WAIT_LOOK_MIN: Duration = Duration::from_millis(2);
 const WAIT_LOOK_MAX: Duration = Duration::from_millis(50);
 
@@ -156,7 +156,7 @@ impl<R: ReadModel> Projection<R> {
         self
     }
 
-    /// Shares the live views with other instances, of which one at a time maintains the views; see
+    /// Shares the live views with other instances. One instance at a time maintains the views; see
     /// [`Subscription::shared`].
     pub(crate) fn shared(mut self, instance: Option<Peer>) -> Self {
         self.instance = instance;
@@ -193,7 +193,7 @@ impl<R: ReadModel> Projection<R> {
         Ok(())
     }
 
-    /// Maintains or rebuilds the live views, or waits, as the versions of the live views and of this build require.
+    /// Maintains the live views, rebuilds them or waits, depending on the versions of the live views and of this build.
     /// Returns when another generation becomes live.
     async fn keep(
         &self,
@@ -299,7 +299,7 @@ impl<R: ReadModel> Projection<R> {
         match build.catch_up(on_progress).await {
             Ok(()) => Ok(build),
             Err(error) => {
-                // If `discard` fails too, the next build removes what is left of this one.
+                // If `discard` fails too, the next build removes the remaining views of this build.
                 _ = build.discard().await;
                 Err(RebuildError::NotBuilt { model: R::NAME, source: error })
             }
@@ -430,11 +430,11 @@ impl<R: ReadModel> Views<R> {
         Self { store, model: PhantomData }
     }
 
-    /// Waits until the live views show all events up to a position, such as [`Decided::position`] of a command: a caller
-    /// then reads its own writes. An event that failed and waits as a dead letter counts as shown.
+    /// Waits until the live views show all events up to a position, such as [`Decided::position`] of a command. The
+    /// caller can then read its own writes. An event that failed and waits as a dead letter counts as shown.
     ///
-    /// The views show an event once the commit of its batch is stored. If the read model does not query the event, its
-    /// checkpoint passes the event about a second later.
+    /// The views show an event once the commit of its batch is stored. If the read model does not query the event, the
+    /// checkpoint of the views passes the event about a second later.
     ///
     /// # Errors
     /// Fails with [`WaitError::TimedOut`] if the views are further behind than `limit`, for example because no process

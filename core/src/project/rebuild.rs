@@ -1,5 +1,4 @@
-//! Rebuilding of views. The new views are built next to the live views, and then replace the live views or are
-//! discarded.
+//! Rebuilds views. The new views are built next to the live views, and then replace the live views or are discarded.
 
 use std::{sync::Arc, time::Duration};
 
@@ -101,7 +100,7 @@ pub enum SwapError {
         /// The name of the read model.
         model: &'static str,
     },
-    /// The store refused the commit, or its outcome is unknown.
+    /// The store refused the commit, or the outcome of the commit is unknown.
     #[error(transparent)]
     Commit(#[from] CommitError),
 }
@@ -202,8 +201,8 @@ impl Rebuild {
     /// each position of the log that the build reaches.
     ///
     /// # Errors
-    /// Fails if the store is unavailable for a minute, if another process has given the build up, or if more events
-    /// fail than a build may park.
+    /// Fails if the store is unavailable for a minute, if another process has ended the build because of missing
+    /// heartbeats, or if more events fail than a build may park.
     pub async fn catch_up(&self, mut on_progress: impl FnMut(Position)) -> Result<(), SwapError> {
         let mut answered_at = Instant::now();
         let mut counted_at = Instant::now();
@@ -364,7 +363,7 @@ impl Rebuild {
     /// Replaces the live views with the rebuilt views, and removes the old ones.
     ///
     /// # Errors
-    /// Fails if the build is refused, if another build finished first, or if the store refused the commit. In these
+    /// Fails if the views must not be swapped in (see [`SwapError`]), or if the store refused the commit. In these
     /// cases, the live views stay as they were, and the rebuilt views are removed. If the store is unavailable, the
     /// next build removes them.
     pub async fn swap(self) -> Result<Rebuilt, SwapError> {
@@ -449,8 +448,8 @@ impl Rebuild {
         self.model
     }
 
-    /// Lets the build handle the events that are recorded by now, and ends the build. Views and checkpoint agree at any
-    /// position at which the build ends.
+    /// Lets the build handle the events that are in the log now, and then ends the build. At whatever position the
+    /// build ends, the views and the checkpoint agree.
     async fn end(&mut self) {
         drop(self.done.take());
         _ = (&mut self.follows).await;
@@ -465,7 +464,7 @@ impl Rebuild {
     }
 }
 
-/// Sends heartbeats for a build, until another process has given the build up.
+/// Sends heartbeats for a build, until another process has ended the build.
 async fn beats(store: Arc<dyn EventStore>, model: &'static str, builder: Uuid) {
     loop {
         tokio::time::sleep(BEAT).await;
@@ -477,7 +476,7 @@ async fn beats(store: Arc<dyn EventStore>, model: &'static str, builder: Uuid) {
     }
 }
 
-/// Returns whether two views have the same value. The members of a map in a view may be in any order.
+/// Returns whether two views have the same value. The order of the entries of a map in a view does not matter.
 fn same(left: Option<&Document>, right: Option<&Document>) -> bool {
     let read = |view: &Document| serde_json::from_str::<serde_json::Value>(&view.body).ok();
     match (left, right) {

@@ -22,11 +22,12 @@ use crate::{
     saga::{Progress, Saga, SagaState, Status, StepError},
 };
 
-/// The default number of attempts at a step before the checked saga gives the step up. Two attempts are enough for a
-/// repeated, a late and a last attempt.
+/// The default number of attempts at a step before the checked saga gives the step up. Two attempts are enough to cover
+/// repeated attempts, late attempts and the last attempt.
 pub const ATTEMPTS: u32 = 2;
-/// The maximum number of states that a check explores; a state counts once for each move that leads to the state. If a
-/// saga needs more, its world or its state contains too much: leave out everything that no invariant needs.
+/// The maximum number of states that a check explores. A state counts once for each move that leads to the state. If a
+/// check needs more states, the world or the data of the saga contains too much: leave out everything that no invariant
+/// needs.
 pub const STATES_MAX: usize = 5_000_000;
 
 /// A check of one saga; see [`check`].
@@ -55,7 +56,7 @@ struct CheckParts<W> {
 pub struct Report {
     /// The number of distinct combined states of the saga, the services, the messages and the world.
     pub states: usize,
-    /// The number of moves to the state that is farthest from the start, by the shortest path.
+    /// The number of moves on the shortest path to the state that is farthest from the start.
     pub depth: usize,
     /// The duration of the check.
     pub took: Duration,
@@ -89,8 +90,8 @@ impl std::error::Error for Violation {}
 /// - [`every_step_fails`](Check::every_step_fails): any step that may be refused is refused; any call and any undo
 ///   fails, or is done with an unknown outcome, again and again, until the saga gives up; then an operator retries;
 /// - [`every_message_repeats`](Check::every_message_repeats): any message arrives twice, late, out of order, or never;
-/// - [`every_timer_fires`](Check::every_timer_fires): any step times out while it is under way, done or lost, and the
-///   deadline of the saga passes at any moment.
+/// - [`every_timer_fires`](Check::every_timer_fires): any step times out, whether its command is still on the way, is
+///   carried out already or is lost; and the deadline of the saga passes at any moment.
 ///
 /// [`everything`](Check::everything) switches on all three.
 ///
@@ -100,14 +101,15 @@ impl std::error::Error for Violation {}
 /// The checked code is the code that runs in production: the saga's transition function, and the barrier of its
 /// participants. The work of the participants is a model: a `world`, and a function for each service that carries out
 /// a command in that world. The checker visits every combined state, breadth first, and shows the shortest history that
-/// breaks a rule. The rules, in addition to your own [`always`](Check::always) and [`at_end`](Check::at_end):
+/// breaks a rule. In addition to your own invariants, [`always`](Check::always) and [`at_end`](Check::at_end), these
+/// rules must hold:
 ///
 /// - no call is done twice, or after its undo; no call is undone twice, or without having been done;
 /// - a step begins only when all earlier steps are done; undos run in reverse order; nothing is undone once the pivot
 ///   is done;
 /// - in a completed saga every step is done and no step is undone; in a compensated saga no step is left done;
 /// - late or repeated replies change nothing;
-/// - a saga ends, or gets stuck where that is allowed (at the pivot, at a later step, or in an undo) and ends after an
+/// - a saga ends; it may get stuck only at the pivot, at a later step or in an undo, and must then end after an
 ///   operator's retry;
 /// - a step that is attempted again has the same id and the same content, even after the saga was
 ///   [moved](Check::moved_from) to another plan.
@@ -179,8 +181,8 @@ where
     W: Clone + Debug + Eq + Hash + Send + Sync + 'static,
 {
     /// Sets the function that carries out a service's commands in the world. The function models the service's
-    /// [`Participant`](crate::Participant), and its results mean the same. If the function returns an error, the world
-    /// stays unchanged.
+    /// [`Participant`](crate::Participant), and returns results with the same meaning. If the function returns an
+    /// error, the world stays unchanged.
     pub fn service<E: Event>(
         mut self,
         name: &str,
@@ -201,13 +203,13 @@ where
         self
     }
 
-    /// Adds an invariant of the world that holds after every move.
+    /// Adds an invariant that must hold in the world after every move.
     pub fn always(mut self, name: &'static str, holds: impl Fn(&W) -> bool + Send + Sync + 'static) -> Self {
         self.protocol.always.push((name, Box::new(holds)));
         self
     }
 
-    /// Adds an invariant of the world after the saga has ended: [`Completed`](Status::Completed) or
+    /// Adds an invariant that must hold in the world after the saga has ended as [`Completed`](Status::Completed) or
     /// [`Compensated`](Status::Compensated). Messages that arrive after the end must not break the invariant either.
     pub fn at_end(mut self, name: &'static str, holds: impl Fn(&W, Status) -> bool + Send + Sync + 'static) -> Self {
         self.protocol.at_end.push((name, Box::new(holds)));
@@ -233,8 +235,8 @@ where
     }
 
     /// Starts the saga under an earlier plan. A build that moves the saga to this plan, as
-    /// [`Runner::migrate`](crate::saga::Runner::migrate) does, may take over at any moment. A migration that is refused
-    /// at any place breaks a rule.
+    /// [`Runner::migrate`](crate::saga::Runner::migrate) does, may take over at any moment. The check reports a broken
+    /// rule if the migration is refused at any place.
     pub fn moved_from(mut self, earlier: Saga<C>, migrate: fn(&Progress) -> Progress) -> Self {
         self.earlier = Some((earlier, migrate));
         self

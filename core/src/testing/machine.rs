@@ -1,9 +1,9 @@
 //! The saga in the model. The real transition function makes every move; the resulting event is written as JSON, read
 //! back and folded.
 //!
-//! Many paths lead to the same few places, where a place is one state that a saga can reach. Places are therefore
-//! numbered, and the moves between places are cached. Time is abstract: a timer is due "soon", a deadline is due
-//! "later", and the clock is at 0 again before each move.
+//! A place is one state that a saga can reach. Many paths lead to the same few places, so places are numbered, and the
+//! moves between places are cached. Time is abstract: a timer is due "soon", a deadline is due "later", and the clock
+//! is at 0 again before each move.
 
 use std::{
     collections::HashMap,
@@ -78,7 +78,8 @@ struct Known<C> {
     moves: HashMap<(Option<usize>, Option<Happening>), CheckedMove>,
 }
 
-/// A function that returns the progress in the current plan of a saga that was started under an earlier plan.
+/// A function that takes the progress of a saga under an earlier plan, and returns the saga's progress in the current
+/// plan.
 pub(super) type Migrate = fn(&Progress) -> Progress;
 
 /// The saga's id; any value works.
@@ -124,7 +125,7 @@ impl<C: SagaState> Machine<C> {
         self.remembered(None, None)
     }
 
-    /// Returns the move that `happening` causes at a place; `None` if it changes nothing.
+    /// Returns the move that `happening` causes at a place, or `None` if `happening` changes nothing.
     pub fn happens(&self, place: usize, happening: Happening) -> CheckedMove {
         self.remembered(Some(place), Some(happening))
     }
@@ -213,8 +214,8 @@ impl<C: SagaState> Machine<C> {
         transition(self.plan(&place.progress).saga, SAGA_ID, context, &place.progress, input, now)
     }
 
-    /// Returns the number of a place. A new place is first checked: the saga must not react there to inputs that mean
-    /// nothing to it.
+    /// Returns the number of a place. A new place is first checked: at this place, the saga must ignore all inputs that
+    /// must not move it.
     fn number(
         &self,
         mut instance: SagaInstance<C>,
@@ -233,7 +234,7 @@ impl<C: SagaState> Machine<C> {
             trouble: None,
             ..progress
         };
-        // Places are distinguished by the trail as well, because the result of a migration depends on the trail.
+        // The trail is a part of the key, because the result of a migration depends on the trail.
         let trail = if self.earlier.is_some() { instance.trail().to_vec() } else { Vec::new() };
         let key = (context, progress, deployed, trail);
         if let Some(number) = self.known().numbers.get(&key) {

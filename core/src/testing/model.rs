@@ -153,7 +153,7 @@ pub(super) struct Protocol<C, W> {
 
 /// The reason with which a participant refuses a step that arrives after its undo.
 const TOO_LATE: &str = "too late";
-/// The maximum number of moves that a saga may need to end once no more faults happen.
+/// The maximum number of moves in which a saga must end once no more faults happen.
 const SUNNY_MOVES_MAX: usize = 1_000;
 
 impl<C, W> Protocol<C, W>
@@ -202,8 +202,8 @@ where
 
     /// Drops the messages to which neither the saga nor a service reacts any more. If the barrier ignores a command
     /// now, the barrier will always ignore it. If a reply does not change the saga, the saga has received that reply
-    /// before, or no longer waits for it. Of the commands of a step that the saga has left, only the first attempt is
-    /// kept, because the later attempts would have the same effect.
+    /// before, or no longer waits for it. Of the commands of a step that the saga has left, only the command of the
+    /// first attempt is kept, because the commands of later attempts would have the same effect.
     fn forget(&self, state: &mut ModelState<W>) -> Result<(), String> {
         let Some(number) = state.place else { return Ok(()) };
         let progress = &self.machine.place(number).progress;
@@ -254,7 +254,7 @@ where
         Ok(self.machine.happens(place, Happening::Hear(Arc::new(ModelMessage::answer(&command, &outcome)?)))?.is_some())
     }
 
-    /// Handles a command as `saga::participant::Desk` does.
+    /// Handles a command as `saga::participant::StepHandler` does.
     fn take(
         &self,
         state: &ModelState<W>,
@@ -365,8 +365,8 @@ where
             let broken = self.at_end.iter().find(|(_, holds)| !holds(&state.world, progress.status));
             return broken.map(|(name, _)| format!("broken at the end ({:?}): {name}", progress.status));
         }
-        // With timers, a running saga always has a timer in the future, so the saga ends or gets stuck. Only without
-        // timers can the saga come to a halt before its end.
+        // If timers fire, a running saga always has a timer in the future, so the saga ends or gets stuck. Only if
+        // timers never fire can a saga stop before its end.
         if !self.troubles.timers_fire && !place.is_stuck() && self.next_states(state).is_empty() {
             return Some(format!("nothing more happens, and the saga is still at {:?}", progress.step));
         }

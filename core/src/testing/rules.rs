@@ -178,7 +178,7 @@ impl Ledger {
         missing.map(|(_, planned)| planned.name)
     }
 
-    /// Checks what must hold whenever a saga has this progress.
+    /// Checks the rules that apply to a saga with this progress.
     pub fn agrees<C>(&self, plan: &PlanProgress<'_, C>) -> Result<(), String> {
         let saga = plan.saga;
         let decided = saga.steps.iter().enumerate().find(|(step, planned)| {
@@ -223,7 +223,7 @@ pub(super) fn place(progress: &Progress) -> String {
     }
 }
 
-/// Checks what must hold between two successive places.
+/// Checks the rules for a move from one place to the next.
 pub(super) fn moved<C>(saga: &Saga<C>, from: &Progress, happening: &Happening, to: &Progress) -> Result<(), String> {
     if from.ended.is_some() {
         return Err(format!("{happening:?} moves a saga {}", place(from)));

@@ -39,7 +39,7 @@ where
 }
 
 impl<A: Aggregate> Given<A> {
-    /// Lets the aggregate decide.
+    /// Lets the aggregate decide about a command.
     pub fn when(self, command: A::Command) -> When<A> {
         let outcome = self.aggregate.decide(&command);
         When { aggregate: self.aggregate, outcome }
@@ -78,7 +78,7 @@ where
         aggregate
     }
 
-    /// Expects no events, as when the command repeats work that is done already.
+    /// Expects no events, for example because the command repeats work that is already done.
     ///
     /// # Panics
     /// Panics if events follow, or if the command was refused.
@@ -102,8 +102,8 @@ where
         }
     }
 
-    /// Expects a refusal for a reason that `fits`: for refusals that cannot be compared, or whose details do not
-    /// matter.
+    /// Expects a refusal for which `fits` returns true. This method is for refusals that cannot be compared, or whose
+    /// details do not matter.
     ///
     /// # Panics
     /// Panics if the command was accepted, or refused for a reason that does not fit.
