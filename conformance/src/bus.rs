@@ -201,7 +201,7 @@ pub async fn each_group_gets_everything<S: Subject>() {
     within("receipt", receipt).await.unwrap();
 }
 
-/// A group receives messages only from the topics that it joined.
+/// A group receives only messages of the topics that the group joined.
 pub async fn topics_are_separate<S: Subject>() {
     let (bus, one, two) = (S::bus().await, S::topic().await, S::topic().await);
     let mut narrow = Member::join(&*bus, "narrow", &one).await;
@@ -235,8 +235,8 @@ pub async fn members_share_partitions<S: Subject>() {
     two().await;
 }
 
-/// A member that joins gets a share of the partitions, which the other members give up first. The partitions of a
-/// member that leaves go to others. Throughout, no message is lost or reordered.
+/// When a member joins, it gets some of the partitions, after the other members have given these partitions up. When a
+/// member leaves, the other members get its partitions. In both cases, no message is lost or reordered.
 pub async fn join_and_leave_rebalance<S: Subject>() {
     let crew = Crew { bus: S::bus().await, topic: S::topic().await, roll: watch::Sender::default() };
     let all = S::PARTITIONS as usize;
@@ -339,7 +339,7 @@ pub async fn slow_consumer_loses_nothing<S: Subject>() {
     publisher.await.unwrap();
 }
 
-/// Dropping a poll before it completes loses no message, however much of the poll was done.
+/// A poll that is dropped before it completes loses no message, no matter how far the poll has come.
 pub async fn cancelled_polls_lose_nothing<S: Subject>() {
     let (bus, topic) = (S::bus().await, S::topic().await);
     let mut member = Member::join(&*bus, "cancelled", &topic).await;
@@ -380,7 +380,7 @@ pub async fn large_batch_arrives<S: Subject>() {
     within("receipt", receipt).await.unwrap();
 }
 
-/// A receipt resolves when the messages are durable, as the bus defines that. Dropping a receipt has no effect.
+/// A receipt resolves when the messages are durable by the definition of the bus. Dropping a receipt has no effect.
 pub async fn receipts_resolve<S: Subject>() {
     let (bus, topic) = (S::bus().await, S::topic().await);
     let mut member = Member::join(&*bus, "receipts", &topic).await;

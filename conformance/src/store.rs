@@ -21,10 +21,10 @@
 //! # fn main() {}
 //! ```
 //!
-//! A store that outlives its process also implements [`Durable`], and declares that with `suite!(Sqlite, durable)`. The
-//! declaration adds tests; no test is ever skipped.
+//! A store whose contents outlive the process also implements [`Durable`], and is tested with `suite!(Sqlite,
+//! durable)`. The word `durable` adds tests; no test is ever skipped.
 
-// If a property does not hold, it panics, which fails the test.
+// A property that does not hold panics, and so the test fails.
 #![allow(clippy::unwrap_used)]
 
 use std::{future::Future, sync::Arc, time::Duration};
@@ -57,7 +57,7 @@ pub trait StoreUnderTest: Sized + Send + Sync + 'static {
     fn store(&self) -> Arc<dyn EventStore>;
 }
 
-/// A store that outlives its process.
+/// A store whose contents outlive the process.
 pub trait Durable: StoreUnderTest {
     /// Closes the store and opens it again.
     fn reopen(self) -> impl Future<Output = Self> + Send;

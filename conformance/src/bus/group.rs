@@ -18,8 +18,8 @@ use tokio::{
 };
 use uuid::Uuid;
 
-/// The limit that turns a hang into a failure. Long enough for a broker on a busy machine, where a group takes seconds
-/// to settle.
+/// The limit that turns a hang into a failure. The limit is long enough for a broker on a busy machine, where a group
+/// takes seconds to assign its partitions.
 const GUARD: Duration = Duration::from_secs(90);
 /// Returns message number `number` of a key, counted from 1.
 pub fn message(key: &str, number: i64) -> Message {
@@ -215,8 +215,8 @@ impl Crew {
                         }
                     }
                     Polled::Revoked(partitions) => {
-                        // Messages in progress take time to finish. Until its next poll, the member still owns the
-                        // partitions.
+                        // A real member needs time to finish its messages. Until its next poll, the member still owns
+                        // the partitions.
                         for _ in 0..1_000 {
                             yield_now().await;
                         }

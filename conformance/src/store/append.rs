@@ -11,7 +11,7 @@ use super::{
     whole_log, whole_stream,
 };
 
-/// Checks all fields, read from the stream and from the log.
+/// Checks all fields of events that are read from the stream and from the log.
 pub async fn events_round_trip<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -147,7 +147,7 @@ pub async fn conflict_leaves_nothing_of_the_commit<T: StoreUnderTest>() {
     let store = under_test.store();
     let document = key("note", "1");
     for (streams, expected) in [(["a-1", "b-1", "c-1"], Some(0)), (["a-1", "b-1", "d-1"], Some(1))] {
-        // First the stream has another version than expected, then the document has.
+        // In the first round, the stream has another version than expected; in the second round, the document has.
         let last = at(if expected == Some(0) { 1 } else { 0 });
         let appends = [(streams[0], at(0)), (streams[1], Expected::Any), (streams[2], last)];
         let commit = Commit {

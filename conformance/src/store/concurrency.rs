@@ -180,8 +180,8 @@ async fn parts(store: &dyn EventStore, number: usize) -> (bool, bool, bool) {
     (one == 2, other == 2, document.is_some())
 }
 
-/// Neither commit writes what the other writes, yet each is valid only if the other has not written. The commits expect
-/// that documents are absent, and for a document that stays absent only the check can detect the conflict.
+/// The two commits write different things, but each is valid only if the thing that the other commit writes is absent.
+/// A document that stays absent has no version that could change, so only a check of its absence detects the conflict.
 pub async fn one_of_two_commits_relying_on_absence_succeeds<T: StoreUnderTest>() {
     const ROUNDS: usize = 60;
     let under_test = T::fresh().await;

@@ -1,4 +1,4 @@
-//! What a store that outlives its process must contain after it is opened again.
+//! The contents that a durable store must have after it is opened again.
 
 use annals::{Commit, Expected, Scan};
 

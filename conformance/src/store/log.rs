@@ -82,8 +82,8 @@ pub async fn query_skips_other_events_and_advances<T: StoreUnderTest>() {
     }
 }
 
-/// A page may cover only a part of the log, and must then report that there is more. Otherwise the reader would take it
-/// for the last page, and would wait although it is far behind.
+/// A page may cover only a part of the log, and must then report that there is more. Otherwise a reader would treat the
+/// page as the last one, and would wait although it is far behind.
 pub async fn page_reports_whether_it_is_the_last<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();

@@ -37,8 +37,8 @@ pub async fn duplicate_streams_and_documents_are_refused<T: StoreUnderTest>() {
     assert_refused(&store, putting([put(&document, None, Some("1")), put(&document, None, None)])).await;
 }
 
-/// The origin of an invalid name does not matter: ids read from a store may be invalid, but such ids are never written
-/// again.
+/// The origin of an invalid name does not matter: ids that were read from a store may be invalid, but such ids are
+/// never written again.
 pub async fn invalid_names_are_refused<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
