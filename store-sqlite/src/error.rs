@@ -4,15 +4,15 @@ use std::path::{Path, PathBuf};
 
 use annals::{CommitError, StoreError};
 
-/// Why a file could not be opened as a store. Opening changed nothing in the file.
+/// Why a file could not be opened as a store. The attempt changed nothing in the file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum OpenError {
     /// The text is not `sqlite:PATH`.
     #[error("{url:?} is not a SQLite store URL; write `sqlite:PATH`, such as `sqlite:shop.db`")]
     Url {
-        /// The text that was given. If the text is a URL of another kind, which may contain a password, only its
-        /// scheme.
+        /// The text that was given, or only its scheme if the text is a URL of another kind, which may contain a
+        /// password.
         url: String,
     },
     /// The path is a directory.

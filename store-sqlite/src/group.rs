@@ -66,14 +66,14 @@ pub(crate) struct EventRow {
     pub(crate) text: EventText,
 }
 
-/// The state of a document after the group. Without a body, the document is removed.
+/// The state of a document after the group is written. A document without a body is removed.
 pub(crate) struct DocumentRow {
     pub(crate) version: i64,
     pub(crate) body: Option<Arc<str>>,
     pub(crate) due: Option<i64>,
 }
 
-/// The versions of everything that a group touches, advanced by each commit that succeeds.
+/// The versions of the streams and documents that a group touches. Each commit that succeeds advances these versions.
 #[derive(Default)]
 pub(crate) struct Ledger {
     pub(crate) head: i64,
@@ -86,12 +86,12 @@ pub(crate) struct Ledger {
     pub(crate) rows: BTreeMap<DocumentKey, DocumentRow>,
 }
 
-/// Returns each stream that a group touches, once.
+/// Returns the streams that a group touches, each of them once.
 pub(crate) fn streams_of(group: &[Prepared]) -> Vec<StreamId> {
     unique(group.iter().flat_map(|commit| &commit.appends).map(|append| &append.stream))
 }
 
-/// Returns each document that a group touches, once.
+/// Returns the documents that a group touches, each of them once.
 pub(crate) fn documents_of(group: &[Prepared]) -> Vec<DocumentKey> {
     unique(group.iter().flat_map(|commit| &commit.puts).map(|put| &put.key))
 }
@@ -102,7 +102,7 @@ fn unique<'a, T: Clone + Eq + std::hash::Hash + 'a>(items: impl Iterator<Item = 
 }
 
 impl Ledger {
-    /// Adds a commit, whole or not at all.
+    /// Adds the whole commit to the group, or nothing of it.
     pub(crate) fn decide(&mut self, commit: Prepared) -> Result<Committed, CommitError> {
         self.check(&commit)?;
         let mut committed = Committed::default();

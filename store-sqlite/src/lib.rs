@@ -35,7 +35,7 @@
 //! | 1 | read the versions of the documents in the group, if there are any |
 //! | 1 per 256 events | write the events |
 //! | 1 per 256 documents | write the documents |
-//! | 1 | remove the documents to remove, if there are any |
+//! | 1 | remove documents, if the group removes any |
 
 #![warn(missing_debug_implementations)]
 
@@ -74,8 +74,8 @@ use self::{
     writer::{QUEUE_COMMITS_MAX, Submission, Writer},
 };
 
-/// An event store in one SQLite file. Clones share it; commits that were submitted are still written when the last
-/// clone is dropped.
+/// An event store in one SQLite file. Clones share the same connections. When the last clone is dropped, commits that
+/// were already submitted are still written.
 #[derive(Clone, Debug)]
 pub struct SqliteStore {
     shared: Arc<Shared>,
@@ -84,7 +84,7 @@ pub struct SqliteStore {
 #[derive(Debug)]
 struct Shared {
     database: Database,
-    /// `None` once closed.
+    /// `None` once the store is closed.
     queue: RwLock<Option<mpsc::Sender<Submission>>>,
     /// The last position that this process has written. The writer updates this value.
     head: watch::Receiver<Position>,
@@ -99,7 +99,7 @@ impl SqliteStore {
         Self::open_with(path, Settings::default()).await
     }
 
-    /// Opens the file that a store URL, `sqlite:PATH`, names, or creates the file if it is missing.
+    /// Opens the file of a store URL (`sqlite:PATH`), or creates the file if it is missing.
     pub async fn open_url(url: &str) -> Result<Self, OpenError> {
         let path = url.strip_prefix("sqlite:").map(|path| path.strip_prefix("//").unwrap_or(path));
         match path {

@@ -1,5 +1,5 @@
 //! Reads the file, and converts rows to values. A row inserted by hand must never stop a reader, so a malformed value
-//! is read as the nearest valid one.
+//! is read as the nearest valid value.
 
 use std::{borrow::Cow, sync::Arc};
 
@@ -76,8 +76,8 @@ pub(crate) async fn log(
         .bind(names(&query.types))
         .bind(bound(limit));
     let (next, more) = page(readers, query, after, limit, Position(until), take).await?;
-    // Positions are dense, except where rows were inserted by hand, so their difference tells how many events were
-    // examined.
+    // Positions are dense, except where rows were inserted by hand, so the difference between the two positions is the
+    // number of events that were examined.
     Ok((next, more || until.saturating_sub(after.0.max(0)) >= looks_at))
 }
 
@@ -170,13 +170,14 @@ pub(crate) fn text(row: &SqliteRow, column: usize) -> Result<Cow<'_, str>, sqlx:
     Ok(String::from_utf8_lossy(row.try_get_unchecked(column)?))
 }
 
-/// Converts the id of an event. An id that is not a UUID is mapped to a UUID: always to the same UUID, and different
-/// ids to different UUIDs.
+/// Converts the id of an event. An id that is not a UUID is mapped to a UUID. Equal ids give equal UUIDs, and different
+/// ids give different UUIDs.
 fn event_id(text: &str) -> Uuid {
     Uuid::try_parse(text).unwrap_or_else(|_| named_id(Uuid::nil(), text))
 }
 
-/// Converts a schema version. A number that is too large becomes the largest version; no build knows either of them.
+/// Converts a schema version. A number that is too large becomes the largest version, because no build knows such a
+/// version anyway.
 fn schema_version(stored: i64) -> i32 {
     i32::try_from(stored).unwrap_or(i32::MAX)
 }

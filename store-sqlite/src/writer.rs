@@ -22,18 +22,18 @@ use crate::{
     rows,
 };
 
-/// The maximum number of commits in the queue; further callers wait. This is two groups: one group that is being
-/// written, and one that waits.
+/// The maximum number of commits in the queue; further callers wait. This is enough for two groups: one group that is
+/// being written, and one group that waits.
 pub(crate) const QUEUE_COMMITS_MAX: usize = 2 * GROUP_COMMITS_MAX;
 /// The maximum number of commits in a group. In a larger group, the first commit would wait too long for the last one,
-/// and few syncs would be saved. A thousand callers are served faster in two halves: one half decides while the other
-/// is written.
+/// and few syncs would be saved. A thousand callers are served faster in two halves: one half of the callers prepares
+/// commits while the commits of the other half are written.
 const GROUP_COMMITS_MAX: usize = 512;
 /// A group takes no further commit once it has this many rows.
 const GROUP_ROWS_MAX: usize = 4_096;
 /// A group takes no further commit once it has this many bytes of payload.
 const GROUP_BYTES_MAX: usize = 8 << 20;
-/// If the last event is dated further ahead than this, it was dated by hand, and new events ignore its date.
+/// If the time of the last event is further in the future than this, it was written by hand, and new events ignore it.
 const CLOCK_AHEAD_MICROSECONDS_MAX: i64 = 24 * 3_600 * 1_000_000;
 
 pub(crate) type Outcome = Result<Committed, CommitError>;
