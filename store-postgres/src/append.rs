@@ -113,7 +113,7 @@ async fn append_events(
     let rows = query.fetch_all(connection).await?;
     let Some(row) = rows.first() else { return Ok(None) };
     let recorded_at = time(row, 1)?;
-    // Positions are drawn in the order of the ranks, but rows may return in any order.
+    // Positions are drawn in the order of the ranks, but the rows may arrive in any order.
     let mut positions = rows.iter().map(|row| row.try_get(0)).collect::<Result<Vec<i64>, _>>()?;
     positions.sort_unstable();
     Ok(Some(Written { positions, recorded_at }))

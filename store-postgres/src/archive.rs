@@ -49,7 +49,7 @@ impl Archive for PostgresStore {
         self.shared.database.begin(&mut connection, Purpose::Write).await.map_err(failed)?;
         self.copy_in(&mut connection, &contents.events).await.map_err(failed)?;
         self.put_in(&mut connection, &contents.documents).await.map_err(failed)?;
-        // The sequence is advanced in the same transaction, because a reader passes no position that was not drawn from
+        // The sequence is advanced in the same transaction, because readers ignore positions that were not drawn from
         // the sequence.
         self.shared.database.statements.advance.query().execute(&mut connection).await.map_err(failed)?;
         sqlx::raw_sql("COMMIT").execute(&mut connection).await.map_err(|error| end_error(&error))?;

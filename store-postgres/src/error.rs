@@ -4,7 +4,7 @@
 use annals::{CommitError, StoreError};
 use sqlx::{error::DatabaseError, postgres::PgDatabaseError, postgres::PgSeverity};
 
-/// Why a store could not be opened. Opening changed nothing in the database.
+/// Why a store could not be opened. The attempt changed nothing in the database.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum OpenError {
@@ -81,7 +81,7 @@ pub enum OpenError {
         /// What is wrong.
         reason: String,
     },
-    /// A pooler before the server drops the startup settings of a connection, or treats them as an error.
+    /// A pooler in front of the server drops the startup settings of a connection, or treats them as an error.
     #[error(
         "{reason}: behind a connection pooler in transaction mode, add `pooled=true` to the store URL; see the documentation"
     )]
@@ -138,8 +138,8 @@ const READ_ONLY_TRANSACTION: &str = "25006";
 const FEATURE_NOT_SUPPORTED: &str = "0A000";
 /// The code that the store's function `append` raises if a document was written between the check and the write.
 const DOCUMENT_RACE: &str = "AN001";
-/// The code with which a pooler reports every error. Above all, a pooler reports with it that the server is lost, and
-/// with the server all statements in flight.
+/// The code with which a pooler reports every error. Most importantly, a pooler reports with this code that it has lost
+/// the server, and so all statements in flight.
 const PROTOCOL_VIOLATION: &str = "08P01";
 const CLASS_CONNECTION: &str = "08";
 const CLASS_DATA: &str = "22";
@@ -222,7 +222,7 @@ pub(crate) fn is_lost(error: &sqlx::Error) -> bool {
     fault(error) == Fault::Lost
 }
 
-/// Returns whether a server that refused the connection may soon accept it, because the server is restarting or has no
+/// Returns whether a server that refused a connection may soon accept one, because the server is restarting or has no
 /// free session.
 pub(crate) fn is_for_a_moment(error: &sqlx::Error) -> bool {
     match error {

@@ -145,7 +145,7 @@ fn guess(expected: i64, steps: i64) -> i64 {
 }
 
 impl<'g> GroupPlan<'g> {
-    /// Decides from the known versions, or from guesses where `known` is `None`.
+    /// Decides the outcomes from the known versions, or from guesses if `known` is `None`.
     pub(crate) fn new(group: &'g [Prepared], known: Option<&Versions>) -> Self {
         let mut streams: Vec<_> =
             group.iter().flat_map(|commit| &commit.appends).map(|append| &append.stream).collect();
@@ -202,7 +202,7 @@ impl<'g> GroupPlan<'g> {
         appends.then(bases).flatten()
     }
 
-    /// Adds a commit, whole or not at all.
+    /// Adds the whole commit to the group, or nothing of it.
     fn decide(
         &mut self,
         commit: &'g Prepared,
@@ -260,7 +260,7 @@ impl<'g> GroupPlan<'g> {
         self.events.iter().max_by_key(|event| event.rank).map(|event| event.text.id)
     }
 
-    /// Returns the outcome of each commit, now that the group is written.
+    /// Returns the outcome of each commit after the group was written.
     pub(crate) fn outcomes(self, written: &Written, versions: &Versions) -> Vec<Result<Committed, CommitError>> {
         let version = |(stream, steps): &(usize, i64)| Version(versions.streams[*stream] + steps);
         let committed = |placed: Placed| Committed {

@@ -95,7 +95,7 @@ impl History {
         (self.number(), known.last)
     }
 
-    /// Returns the number of the history, and how far its log is settled.
+    /// Returns the number of the history, and the position up to which its log is settled (see the module `log`).
     pub(crate) fn settled(&self) -> (u64, i64) {
         let known = self.known();
         (self.number(), known.settled)

@@ -1,5 +1,5 @@
-//! Writes a single commit on the caller's own runtime. To wake the writer's thread, and to be woken by that thread,
-//! would take longer than everything else that the process does for the commit.
+//! Writes a single commit on the caller's own runtime. Two switches between threads (to the writer's thread and back)
+//! would take longer than all other work that the process does for the commit.
 
 use std::sync::Arc;
 

@@ -31,10 +31,10 @@
 //! takes one round trip and one transaction. A commit that meets a conflict fails alone. A group takes a second round
 //! trip if a commit in the group expects a version other than the current version.
 //!
-//! A commit that relies on a stream without writing to that stream blocks writes to the stream, by all processes, until
-//! the commit is done. No commit waits longer than half a second for a lock. After that, the commits that are blocked
-//! by another open transaction fail as unavailable, and the other commits of the group succeed. Rows that are inserted
-//! by hand bypass this locking; call the function `append` of the schema instead.
+//! A commit that relies on a stream without writing to that stream blocks the writes of all processes to the stream
+//! until the commit is done. No commit waits longer than half a second for a lock. After that, the commits that are
+//! blocked by another open transaction fail as unavailable, and the other commits of the group succeed. Rows that are
+//! inserted by hand bypass this locking; call the function `append` of the schema instead.
 //!
 //! # Permissions
 //!
@@ -126,19 +126,20 @@ use self::{
     writer::Writer,
 };
 
-/// The shortest and the longest interval at which a reader polls for events without a notification; the interval
-/// doubles from poll to poll. Such events are rows inserted by hand, and commits whose process could not notify.
+/// The shortest and the longest interval at which a reader polls for events that come without a notification. Such
+/// events are rows inserted by hand, and commits whose process could not notify. The interval doubles from poll to
+/// poll.
 const LOOK_MS_MIN: u64 = 50;
 const LOOK_MS_MAX: u64 = 1_000;
-/// The longest such interval while notifications from other processes cannot be received.
+/// The longest polling interval while notifications from other processes cannot be received.
 const DEAF_LOOK_MS_MAX: u64 = 100;
-/// The shortest and the longest interval at which a reader polls at a gap, because no notification announces the end of
-/// a transaction.
+/// The shortest and the longest interval at which a reader polls while it waits at a gap. No notification announces the
+/// end of the transaction that may fill the gap.
 const GAP_LOOK_MS_MIN: u64 = 1;
 const GAP_LOOK_MS_MAX: u64 = 50;
 
-/// An event store in one schema of a PostgreSQL database. Clones share it; commits that were submitted are still
-/// written when the last clone is dropped.
+/// An event store in one schema of a PostgreSQL database. Clones share the same connections. When the last clone is
+/// dropped, commits that were already submitted are still written.
 #[derive(Clone, Debug)]
 pub struct PostgresStore {
     shared: Arc<Shared>,
@@ -147,7 +148,7 @@ pub struct PostgresStore {
 #[derive(Debug)]
 struct Shared {
     database: Arc<Database>,
-    /// `None` once closed.
+    /// `None` once the store is closed.
     queue: RwLock<Option<mpsc::Sender<Submission>>>,
     in_flight: Arc<InFlight>,
     inline: InlineWriter,

@@ -14,12 +14,12 @@
 //!    all of them have ended, every event that will ever exist up to that position is visible. Later holders do not
 //!    matter.
 //!
-//! The log up to that event is then *settled* for good. A crash between two of these steps only ends transactions, and
-//! prepared transactions survive the crash with their locks. The proof is void only if the log itself changes: if the
-//! event of step 1 is gone (after a failover to a standby that lagged, a restore, or a crash without
-//! `synchronous_commit`), the module `history` notices on the first session that sees the other log, and discards the
-//! proof. The proof does not depend on transaction ids, so a log that was restored on another server can be read as
-//! before.
+//! The log up to that event is then *settled*: no further event can appear in it. A crash between two of these steps
+//! only ends transactions, and prepared transactions survive the crash with their locks. The proof is void only if the
+//! log itself changes: if the event of step 1 is gone (after a failover to a standby that lagged, a restore, or a crash
+//! without `synchronous_commit`), the module `history` notices on the first session that sees the other log, and
+//! discards the proof. The proof does not depend on transaction ids, so a log that was restored on another server can
+//! be read as before.
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 

@@ -1,8 +1,8 @@
 //! Wakes the tasks that wait for events. Events of this process wake the tasks directly; events of other processes wake
 //! them through `NOTIFY`.
 //!
-//! The `NOTIFY` is not part of the transaction that appends the events. A transaction with a `NOTIFY` takes a lock when
-//! it commits, for which all such transactions of the cluster would have to wait in turn.
+//! The `NOTIFY` is not part of the transaction that appends the events. When a transaction with a `NOTIFY` commits, it
+//! takes a lock that is shared by the whole cluster, so all such transactions would have to commit one after another.
 
 use std::{
     sync::{
@@ -25,7 +25,7 @@ use crate::{
     writer::{ANSWER_SECONDS_MAX, Reconnect},
 };
 
-/// The shortest interval between two notifications of other processes, however many groups of commits are written.
+/// The shortest interval between two notifications to other processes, even if more groups of commits are written.
 const NOTIFY_MS_MIN: u64 = 3;
 
 /// The interval at which the store polls for events of other processes if their notifications cannot be received.
@@ -157,7 +157,7 @@ impl Notifications {
                     Some(_) => self.hear(),
                     None => return Ok(()),
                 },
-                // `self` holds the sender, so this continues for ever.
+                // `self` holds the sender, so the channel never closes.
                 _ = something_new => {
                     let notify = database.statements.notify.query().bind(&channel).bind(&*self.name);
                     let answer = timeout(Duration::from_secs(ANSWER_SECONDS_MAX), notify.execute(&mut listener));
@@ -173,7 +173,7 @@ impl Notifications {
         let (channel, mut written, mut reconnect) =
             (database.channel(), self.written.subscribe(), Reconnect::default());
         let mut connection: Option<PgConnection> = None;
-        // `self` holds the sender, so this continues for ever.
+        // `self` holds the sender, so the channel never closes.
         while written.changed().await.is_ok() {
             reconnect.wait().await;
             let notified = async {
@@ -212,7 +212,7 @@ impl Notifications {
                     None => database.connect(Purpose::Read).await?.1,
                 };
                 let session = connection.insert(open);
-                // Without binds, so that each statement is one message and needs no transaction around it.
+                // The statements have no binds, so each statement is one message and needs no transaction around it.
                 database.check(&mut *session, Purpose::Read).await?;
                 let newest = sqlx::raw_sql(database.statements.newest.sql()).fetch_optional(session).await?;
                 newest.map_or(Ok(0), |newest| newest.try_get::<i64, _>(0))

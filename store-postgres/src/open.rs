@@ -29,14 +29,15 @@ const MIGRATIONS: &[&str] = &[
 /// locked. A statement timeout is a definite failure; a lost connection leaves the outcome unknown.
 const GROUP_SECONDS_MAX: u64 = 30;
 /// How long a group of commits waits for a lock. Transactions of other processes of the store end much sooner, so a
-/// longer wait means that another client keeps a transaction open. The limit keeps short the wait of those commits in
-/// the group that the transaction does not block.
+/// longer wait means that another client keeps a transaction open. With this limit, commits of the group that the
+/// transaction does not block need not wait long.
 const LOCK_MS_MAX: u64 = 500;
 /// The maximum number of statements that each connection keeps prepared. This is enough for all statements of a store.
 const STATEMENTS_MAX: usize = 64;
-/// The settings of every connection. They make every statement of a store a few index seeks, even on a table so new
-/// that the planner has no statistics and would prefer a sequential scan. They also turn off compilation, which does
-/// not pay off for such statements, and plans for the actual arguments, which are never better than a generic plan.
+/// The settings of every connection. With these settings, every statement of a store takes only a few index seeks, even
+/// on a new table, for which the planner has no statistics and would prefer a sequential scan. The settings also turn
+/// off just-in-time compilation, which does not pay off for such short statements, and plans for the actual arguments,
+/// which are never better than a generic plan.
 const SETTINGS: [(&str, &str); 6] = [
     ("enable_seqscan", "off"),
     ("enable_bitmapscan", "off"),

@@ -11,8 +11,8 @@ use annals::{CommitError, Committed};
 
 use crate::group::Prepared;
 
-/// The maximum number of commits in the queue; further callers wait. This is two groups for each of the two writers:
-/// one group that is being written, and one that waits.
+/// The maximum number of commits in the queue; further callers wait. This is enough for two groups per writer: one
+/// group that is being written, and one group that waits.
 pub(crate) const QUEUE_COMMITS_MAX: usize = 4 * GROUP_COMMITS_MAX;
 /// The maximum number of commits in a group. In a larger group, the first commit would wait too long for the last one,
 /// and few syncs would be saved.
@@ -40,7 +40,7 @@ pub(crate) struct Submission {
 #[derive(Debug, Default)]
 pub(crate) struct InFlight {
     commits: AtomicUsize,
-    /// The rows of the waiting commits, including those counted for their callers.
+    /// The number of rows of the waiting commits, plus `ROWS_PER_CALLER` for each of these commits.
     rows: AtomicUsize,
     /// Signals that enough rows for a second writer may be waiting.
     long: Notify,
@@ -101,7 +101,8 @@ impl Queue {
         Self { submissions: Mutex::new(submissions), in_flight, done: Notify::new() }
     }
 
-    /// Waits for a commit, and returns the next group: all commits that wait by then. Returns `None` at the end.
+    /// Waits for a commit, and returns the next group, which consists of all commits that are waiting at that time.
+    /// Returns `None` once the queue is closed and empty.
     pub(crate) async fn next(&self) -> Option<Vec<Submission>> {
         let mut submissions = self.submissions.lock().await;
         match submissions.recv().await {

@@ -1,5 +1,5 @@
 //! Reads documents, and converts rows to values. A row inserted by hand must never stop a reader, so a malformed value
-//! is read as the nearest valid one.
+//! is read as the nearest valid value.
 
 use std::sync::Arc;
 
@@ -102,7 +102,8 @@ pub(crate) async fn scan(
     rows.iter().map(document).collect::<Result<_, _>>().map_err(read_error)
 }
 
-/// Returns whether PostgreSQL accepts the value as text. No row contains any other value, so no query is needed for it.
+/// Returns whether PostgreSQL accepts the value as text. No row contains a value that PostgreSQL does not accept, so no
+/// query is needed for such a value.
 pub(crate) fn is_text(text: &str) -> bool {
     !text.contains('\0')
 }

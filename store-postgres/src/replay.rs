@@ -129,8 +129,8 @@ fn quoted(text: &str) -> String {
     format!("E'{}'", text.replace('\\', "\\\\").replace('\'', "''"))
 }
 
-/// Formats a time for a statement. A year that does not have four digits is before or after everything that is
-/// recorded.
+/// Formats a time for a statement. A time before the year 1 or after the year 9999 becomes an infinity, because it is
+/// earlier or later than every recorded time.
 fn timestamp(time: DateTime<Utc>) -> String {
     match time.year() {
         ..1 => "'-infinity'".to_owned(),

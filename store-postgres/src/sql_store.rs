@@ -1,10 +1,10 @@
 //! Runs a user's SQL in the transaction that moves the checkpoint.
 //!
 //! The writes that a handler stages are committed later, and nothing connects that commit with the handler. The handler
-//! therefore stages a *mark* along with its SQL: a document that names the transaction, and the number of messages
-//! whose SQL is in the transaction so far. If the message is rolled back, so is the mark. The store removes the mark
-//! from the commit, writes the commit in the transaction that the mark names, and ends that transaction. If the
-//! transaction of a mark is gone, the store refuses the commit, and the batch is handled again.
+//! therefore stages a *mark* along with its SQL: a document that contains the name of the transaction, and the number
+//! of messages whose SQL is in the transaction so far. If the message is rolled back, so is the mark. The store removes
+//! the mark from the commit, writes the commit in the transaction that the mark names, and ends that transaction. If
+//! the transaction of a mark is gone, the store refuses the commit, and the batch is handled again.
 
 use std::{
     collections::HashMap,

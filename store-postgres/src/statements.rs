@@ -22,7 +22,7 @@ pub(crate) fn is_schema_name(schema: &str) -> bool {
         && !schema.starts_with("pg_")
 }
 
-/// Rewrites a statement for this schema. The SQL files name the schema only before a dot.
+/// Rewrites a statement for this schema. In the SQL files, the name of the schema is always followed by a dot.
 pub(crate) fn in_schema(sql: &'static str, schema: &str) -> SqlStr {
     if schema == SCHEMA_DEFAULT {
         return SqlStr::from_static(sql);

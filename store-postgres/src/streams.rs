@@ -54,8 +54,8 @@ impl Streams {
             // Without this yield, each of the first reads would take a session for a single stream.
             tokio::task::yield_now().await;
             let outcome = loop {
-                // The number is taken before the session, so that the session may read a later history than the number
-                // says, but never an earlier one.
+                // The number of the history is read before the session is opened. The session may therefore read a
+                // later history than this number says, but never an earlier one.
                 let of = readers.history().number();
                 let reader = tokio::select! {
                     biased;

@@ -71,7 +71,7 @@ impl Reconnect {
         self.not_before
     }
 
-    /// Several failures at the same time double the delay once.
+    /// Several failures at the same time double the delay only once.
     pub(crate) fn failed(&mut self) {
         if self.not_before > Instant::now() {
             return;
@@ -124,7 +124,7 @@ impl Writer {
     }
 
     /// Writes the queued commits until the last sender is gone and the queue is empty. With `second`, this writer takes
-    /// only the commits that are too much for the first writer.
+    /// commits only when too many commits wait for the first writer.
     async fn serve(mut self, queue: &Queue, second: bool) -> Result<(), sqlx::Error> {
         while let Some(group) = if second { queue.overflow().await } else { queue.next().await } {
             let (commits, answers): (Vec<_>, Vec<_>) =
@@ -299,7 +299,7 @@ impl Writer {
 }
 
 /// Checks that the commits were submitted under this number of the history. A commit that was decided under an earlier
-/// number may rest on events that are gone.
+/// number may depend on events that are gone.
 fn are_of(commits: &[Prepared], history: u64) -> Result<(), Failure> {
     let older = commits.iter().filter(|commit| commit.history != history).count();
     let error = || {
