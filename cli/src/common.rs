@@ -7,7 +7,7 @@ use crate::store::StoreUrl;
 /// The store, and the form of the output.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct CommonArgs {
-    /// The store: `sqlite:PATH` or `postgres://user@host/database`. A password can stand in a file or in the
+    /// The store: `sqlite:PATH` or `postgres://user@host/database`. A password can come from a file or from the
     /// environment: `?password_file=PATH`, `?password_env=VARIABLE`, PGPASSWORD or PGPASSFILE.
     #[arg(long, global = true, value_name = "URL", env = "ANNALS_STORE", hide_env_values = true)]
     pub store: Option<StoreUrl>,

@@ -37,7 +37,7 @@ impl ActionArgs {
         })
     }
 
-    /// The words that repeat this action on another command line.
+    /// The arguments that repeat these answers on another command line.
     pub fn words(&self) -> Vec<String> {
         let mut words = vec!["--reason".to_owned(), self.reason.clone()];
         if let Some(by) = &self.by {

@@ -47,7 +47,7 @@ macro_rules! messages {
 
 messages!(BusError, CommitError, DecodeError, OperatorError, StoreError, serde_json::Error);
 
-/// For errors while writing the output only. An error about any other file has to name the file.
+/// Use this conversion only for errors while writing the output. An error about any other file has to name the file.
 impl From<std::io::Error> for Failure {
     fn from(error: std::io::Error) -> Self {
         match error.kind() {

@@ -12,7 +12,7 @@
 //! [`Ops::events`] and [`Ops::saga`] register the service's events and sagas, which `check-history` needs.
 //! [`Ops::read_model`] registers how the service builds its views, which `read-model` needs.
 //!
-//! Without the feature `command`, which is on by default, the crate is only the module [`quoted`].
+//! Without the feature `command`, which is on by default, the crate contains only the module [`quoted`].
 
 #![warn(missing_debug_implementations)]
 

@@ -64,8 +64,8 @@ impl Ops {
     }
 
     /// Registers a handler for `replay --handler NAME`. The command calls registered handlers only. On a replay, the
-    /// handler sees events that it has handled before. Commands that it executes on aggregates again return the results
-    /// of the first time. Its document writes must be idempotent. Any effect outside the store happens again.
+    /// handler sees events that it has handled before. If it executes a command on an aggregate again, the command
+    /// returns its first result. Its document writes must be idempotent. Any effect outside the store happens again.
     pub fn replayable(mut self, name: &'static str, handler: impl annals::Handler) -> Self {
         self.domain.add_handler(name, handler);
         self
@@ -92,7 +92,7 @@ impl Ops {
         let (arguments, resume) = match self.arguments(words) {
             Ok(read) => read,
             Err(error) => {
-                // Help goes to standard output, which may be closed.
+                // Clap prints help to standard output, which may be closed.
                 error.print().ok();
                 return if error.use_stderr() { COULD_NOT.into() } else { ExitCode::SUCCESS };
             }

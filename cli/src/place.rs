@@ -4,7 +4,8 @@ use annals::{Archive, LogQuery, Position, StoreError};
 use chrono::{DateTime, Utc};
 
 /// Returns the position before the first event that was recorded at `time` or later. Times rise with positions, except
-/// that the clocks of several writers may differ. Events within that difference of `time` may be on the wrong side.
+/// that the clocks of several writers may differ. An event whose time is within that difference of `time` may be on the
+/// wrong side of the returned position.
 pub(crate) async fn position_at(archive: &dyn Archive, time: DateTime<Utc>) -> Result<Position, StoreError> {
     // Invariant: all events up to `before` are earlier than `time`, and no event after `until` is.
     let mut before = 0;

@@ -13,8 +13,9 @@ const TICK: Duration = Duration::from_millis(200);
 /// The minimum width for the whole template with a visible bar.
 const COLUMNS_WIDE: u16 = 75;
 
-/// Returns a progress bar on standard error. `total` is the value that [`ProgressBar::position`] has at the end. Takes the
-/// [`Stop`] because people press Ctrl-C as soon as they see a bar, so the command must listen before.
+/// Returns a progress bar on standard error. `total` is the value that [`ProgressBar::position`] has at the end.
+/// Requires a [`Stop`], because people press Ctrl-C as soon as they see a bar, so the command must already listen for
+/// Ctrl-C.
 pub(crate) fn bar(what: &'static str, total: u64, _listening: &Stop) -> ProgressBar {
     draw(what, total)
 }

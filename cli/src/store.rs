@@ -233,7 +233,7 @@ fn pages<B: Default + Send + 'static>(
     stream::unfold(taken, |mut taken| async move { taken.recv().await.map(|page| (page, taken)) }).boxed()
 }
 
-/// Writes events and documents as they were, in one commit.
+/// Writes events and documents unchanged, in one commit.
 pub(crate) async fn restore(archive: &dyn Archive, contents: Contents) -> Result<(), Failure> {
     archive.restore(contents).await.map_err(|error| {
         Failure::new(format!(

@@ -212,7 +212,8 @@ async fn killed_broker_delays_replay_and_loses_no_message() {
     broker.resume();
     let ended = Ended::from(running.wait_with_output().unwrap());
     assert_eq!(ended.code, 0, "{ended:?}");
-    // Some messages may be in the topic twice, but no message may come before an earlier message is there.
+    // The topic may contain some messages twice, but every message must come after the first copy of each earlier
+    // message.
     let (mut next, mut found) = (1, positions(&topic::all(&broker.address(), "again")));
     for position in found.drain(..) {
         assert!(position <= next, "{position} came before {next}");

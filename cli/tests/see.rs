@@ -251,7 +251,7 @@ async fn closed_output_is_no_error() {
     assert_eq!(store.read_stream(&late, Version::START, 9).await.unwrap().len(), 1);
 }
 
-/// A server that asks for a password and accepts none. Implements only the part of the protocol that this needs
+/// A server that asks for a password and accepts none. Implements only the part of the protocol that the test needs
 /// (<https://www.postgresql.org/docs/current/protocol-message-formats.html>).
 fn server_that_takes_no_password() -> u16 {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();

@@ -128,8 +128,8 @@ async fn begun(
     Ok(Some((writer, header, finished)))
 }
 
-/// Resumes a file with the streams that it was started with. With other streams, the file would hold only the second
-/// half of some streams.
+/// Resumes a file with the streams that it was started with. If the file got other streams, it would hold only the
+/// second half of some of them.
 async fn resumed(path: &Path, store: &Store) -> Result<(ExportWriter, Header, FinishedStreams), Failure> {
     let shown = path.display();
     let Some((writer, header)) = ExportWriter::resume(path)? else {
@@ -174,7 +174,7 @@ async fn write(
     let categories = header.archive.iter().flat_map(|archived| &archived.categories).map(|name| name.as_str().into());
     let query = LogQuery { categories: categories.collect(), types: Vec::new() };
     let add = move |lines: &mut Lines, event: Stored<'_>| {
-        // Other events do not advance the position, so a section ends with an event of its own.
+        // Only archived events advance the position, so every section ends at one of its own events.
         if finished.keys.contains(&stream_key(&event.stream)) {
             lines.add(&event, is_json);
         }

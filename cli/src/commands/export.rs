@@ -155,7 +155,7 @@ async fn events(writer: &mut ExportWriter, store: &Store, stop: &Stop) -> Result
     let mut log = store.batches(LogQuery::all(), writer.so_far().position + 1..=until, add).await?;
     let mut stopped = false;
     while !stopped && let Some(lines) = log.try_next().await? {
-        // An empty page does not say at which position it ends.
+        // An empty page does not contain the position at which it ends.
         if lines.count > 0 {
             writer.events(&lines)?;
             bar.set_position(lines.position.unsigned_abs());

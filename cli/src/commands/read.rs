@@ -15,7 +15,7 @@ use crate::{
     store::Store,
 };
 
-/// The number of events per read: so few that even the largest events fit into memory.
+/// The number of events per read, small enough that even the largest events fit into memory.
 const PAGE: usize = 500;
 
 #[derive(Debug, Args)]

@@ -20,7 +20,7 @@ pub(super) const LINE_BYTES_MAX: u64 = 32 << 20;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Header {
     pub annals_export: u32,
-    /// The id of this export. A resumed export keeps it.
+    /// The id of this export. A resumed export keeps its id.
     pub id: Uuid,
     /// The store that was exported, without its password.
     pub store: String,

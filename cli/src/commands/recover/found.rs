@@ -77,8 +77,8 @@ impl Search<'_> {
         Ok(found)
     }
 
-    /// Returns the end of each partition that all relays have recorded, and the lowest if they differ. A partition
-    /// whose end some relay has not recorded is read from its beginning.
+    /// Returns the recorded end of each partition whose end all relays have recorded, and the lowest of the recorded
+    /// ends if they differ. Any other partition is read from its beginning.
     fn known_ends(&self, topic: &str) -> Ends {
         let mut known = Ends::default();
         let mut relays = self.services.iter().map(|service| self.relayed.get(service).map(RelayProgress::taken));
@@ -117,8 +117,8 @@ impl Search<'_> {
                 window.pop_first();
             }
         } else if !is_own {
-            // A redriven event carries no lane, and an own topic shows where it came from. For any other message
-            // without a lane, the sender is uncertain.
+            // A redriven event carries no lane, but the service's own topic shows where the event came from. For any
+            // other message without a lane, the sender is uncertain.
             return Ok(());
         }
         found.positions.push(position.0);
@@ -163,7 +163,7 @@ impl Found {
 
     /// Returns whether the topics hold all events that were committed together with `event`, given that the log holds
     /// all events up to `held_to`. This is certain only if the topics hold every position from the first to the last
-    /// event of the commit, and also the positions directly before and after.
+    /// event of the commit, and also the positions directly before and after the commit.
     pub fn is_whole(&self, event: &annals::archive::Stored<'_>, held_to: i64) -> bool {
         let time = event.recorded_at.timestamp_micros();
         let Some((first, last)) = self.together.get(&time).copied() else { return false };
@@ -175,7 +175,7 @@ impl Found {
     }
 
     /// Returns the position before which the brokers have certainly accepted all messages of a service. All lanes
-    /// count, because the number of lanes may have changed since the backup, and with it the lane of each stream.
+    /// count, because the number of lanes, and with it the lane of each stream, may have changed since the backup.
     pub fn all_taken_before(&self, service: &str) -> Option<i64> {
         let of_service = self.windows.iter().filter(|((of, _), _)| of == service);
         let firsts = of_service.map(|(_, window)| window.first().copied().filter(|_| window.len() == WINDOW));

@@ -1,6 +1,6 @@
 //! Finds work that a participant has to do again. An answer to a saga can be taken back from a topic, while other
 //! events of the same commit may be lost. The service then does the work of that answer again at its next start. This
-//! module looks up the commands for that.
+//! module looks up the commands for that work.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -27,14 +27,15 @@ const PART: usize = 1_000;
 pub(super) struct OwedAnswers(BTreeMap<StepKey, (Position, Reply)>);
 
 impl OwedAnswers {
-    /// Notes an answer and whether everything that was committed with it is known to be in the log.
+    /// Records an answer if the work that was committed with the answer may be missing from the log. `is_whole`: the
+    /// log is known to contain the whole commit.
     pub fn note(&mut self, event: &Stored<'_>, is_whole: bool) {
         let Some((key, reply)) = StepKey::answered(event) else { return };
         if !is_whole {
-            // A second answer of a step repeats the first.
+            // A second answer to a step repeats the first answer.
             self.0.entry(key).or_insert((event.position, reply));
         } else if let StepRef::Undo(step) = key.at {
-            // Everything that the step did is taken back already.
+            // Everything that the step did has been taken back already.
             self.0.remove(&StepKey { at: StepRef::Forward(step), ..key });
         }
     }
@@ -52,7 +53,7 @@ impl OwedAnswers {
         bus: &KafkaBus,
     ) -> Result<Vec<String>, Failure> {
         let mut owed = BTreeMap::new();
-        // A command that was parked before the backup lies before the offset that the service reads on from.
+        // A command that was parked before the backup has a lower offset than the one from which the service continues.
         for from_the_beginning in [false, true] {
             for service in services {
                 if !self.0.is_empty() {
@@ -68,7 +69,8 @@ impl OwedAnswers {
         Ok(self.0.into_keys().map(gone).collect())
     }
 
-    /// Finds the commands of a service in its inbox: from where the restored service reads on, or in all of it.
+    /// Finds the commands of a service in its inbox: either from the offset at which the restored service continues, or
+    /// in the whole inbox.
     async fn look_up<'a>(
         &mut self,
         service: &'a str,

@@ -22,7 +22,7 @@ use crate::{
 /// Events and bytes written in one commit.
 const PART_EVENTS: usize = 20_000;
 const PART_BYTES: usize = 16 << 20;
-/// The maximum number of lost messages that are listed one by one. Further ones are only counted.
+/// The maximum number of lost messages that are listed one by one. Further messages are only counted.
 const LISTED_MAX: u64 = 1_000;
 
 /// The number of messages by outcome.
@@ -167,7 +167,8 @@ impl<'a> Restorer<'a> {
         Ok(())
     }
 
-    /// If events of the same commit as an answer may be lost, notes that the work of that answer must be done again.
+    /// If other events of the commit that contains an answer may be lost, records that the work of that answer must be
+    /// done again.
     fn owe(&mut self, event: &Stored<'_>, found: &Found) {
         if event.stream.starts_with("step.") {
             self.owed.note(event, found.is_whole(event, self.restored_to));
@@ -175,7 +176,8 @@ impl<'a> Restorer<'a> {
         }
     }
 
-    /// Returns the last version of a stream in the log, as far as it decides whether `event` can come next.
+    /// Returns the last version of the event's stream in the log, if that version is close enough to decide whether
+    /// `event` comes next.
     async fn stands_at(&self, event: &Stored<'_>) -> Result<Option<i64>, StoreError> {
         let stream = StreamId::from_stored(&event.stream);
         let after = Version((event.version.0 - 2).max(0));

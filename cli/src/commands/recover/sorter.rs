@@ -85,7 +85,7 @@ fn sort(sent: &mut [SentMessage]) {
     sent.sort_by_key(|sent| (sent.position, sent.id));
 }
 
-/// SortedMessages messages.
+/// All messages, sorted by position and id.
 pub(super) struct SortedMessages {
     held: std::vec::IntoIter<SentMessage>,
     files: Vec<BufReader<File>>,

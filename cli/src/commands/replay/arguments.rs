@@ -57,8 +57,8 @@ pub(crate) struct ReplayArgs {
     /// Append to the file.
     #[arg(long, requires = "output")]
     pub append: bool,
-    /// Send to a topic of this Kafka: `kafka://host:port[,host:port][?name=value&…]`. Any value can stand in a file or
-    /// in the environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
+    /// Send to a topic of this Kafka: `kafka://host:port[,host:port][?name=value&…]`. Any value can come from a file or
+    /// from the environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
     #[arg(long, value_name = "URL", requires = "service", conflicts_with = "handler")]
     pub bus: Option<Settings>,
     /// The service whose events are replayed.

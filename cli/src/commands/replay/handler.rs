@@ -20,8 +20,8 @@ impl HandlerTarget {
         Ok(Self { name: name.into(), handler, store: store.port(), under_way: None })
     }
 
-    /// Commits what the handler stages, one commit per event. The handler's commands have the same ids as the first
-    /// time.
+    /// Commits what the handler stages, one commit per event. The handler's commands have the same ids as in the first
+    /// run.
     pub async fn take(&mut self, event: &Recorded) -> Result<(), Failure> {
         self.under_way = Some(event.position.0);
         let message = Message::of(event, &self.name);

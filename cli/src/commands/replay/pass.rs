@@ -28,7 +28,7 @@ impl<'a> Pass<'a> {
         Self { store, arguments, positions, bar, events: 0, position }
     }
 
-    /// Returns whether the pass has come to the end of the range: `false` if the user stopped it.
+    /// Returns whether the pass has reached the end of the range. Returns `false` if the user stopped the pass.
     pub async fn run(&mut self, target: &mut Target<'_>, stop: &Stop) -> Result<bool, Failure> {
         let ended = match self.arguments.speed {
             None if target.takes_lines() => self.lines(target, stop).await,

@@ -100,8 +100,8 @@ impl Target<'_> {
         }
     }
 
-    /// The events that were passed to the target but may not have arrived, as the position before them and their
-    /// number.
+    /// The events that were passed to the target but may not have arrived: the position before the first of these
+    /// events, and their number.
     pub fn unacknowledged(&self) -> Option<(i64, i64)> {
         match self {
             Self::Topic(topic) => topic.unacknowledged(),

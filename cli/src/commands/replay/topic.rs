@@ -32,7 +32,7 @@ struct Page {
     receipt: Option<Receipt>,
 }
 
-/// A topic that gets the messages.
+/// The topic to which the messages are sent.
 pub(super) struct TopicTarget {
     bus: KafkaBus,
     routes: Routes,
@@ -90,8 +90,7 @@ impl TopicTarget {
     }
 
     /// The position up to which the relay has sent everything, if the topic is the service's own topic. If the replay
-    /// sent messages that the relay has not reached yet, consumers would believe that they have seen all earlier
-    /// messages.
+    /// sent messages that the relay has not sent yet, consumers would believe that they have seen all earlier messages.
     pub fn sent(&self) -> Option<i64> {
         self.relayed.as_ref().map(|relayed| relayed.all_up_to().0)
     }
@@ -129,7 +128,8 @@ impl TopicTarget {
         _ = tokio::time::timeout(LAST_RECEIPTS, arrive).await;
     }
 
-    /// The events that the brokers have not acknowledged, as the position before them and their number.
+    /// The events that the brokers have not acknowledged: the position before the first of these events, and their
+    /// number.
     pub fn unacknowledged(&self) -> Option<(i64, i64)> {
         let mut messages = self.pages.iter().flat_map(|page| &page.messages).chain(&self.next);
         let first = messages.next()?;

@@ -1,5 +1,5 @@
 //! Actions of an operator on a stuck saga. The request is appended to the saga's own stream, and the saga's service
-//! answers it there.
+//! appends its answer to the same stream.
 
 use annals::{
     Operator, StreamId, Version,

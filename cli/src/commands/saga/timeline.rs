@@ -118,7 +118,7 @@ fn happened(event: &SagaEvent, before: Option<&Progress>, steps: &HashMap<StepRe
     lines
 }
 
-/// Returns a verb in the spelling of the command line.
+/// Returns the name of an action as the command line spells it.
 pub(crate) fn word(verb: &impl Serialize) -> String {
     serde_json::to_value(verb).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
 }

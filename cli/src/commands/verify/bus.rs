@@ -1,5 +1,5 @@
-//! Compares the topics with the log. Every message that was sent according to the log must be in the topics, unchanged.
-//! No other message may be there under the name of this log.
+//! Compares the topics with the log. Every message that the log records as sent must be in the topics, unchanged. The
+//! topics must not contain any other message under the name of this log.
 //!
 //! Expected and found messages are sorted together in temporary files. Memory use does not grow with their number, and
 //! the messages of resends, lanes and partitions may come in any order.
@@ -34,7 +34,7 @@ const PAGE: usize = 500;
 #[derive(Clone, Debug, Args)]
 pub(super) struct BusArgs {
     /// Also compare the topics of this Kafka with the log: `kafka://host:port[,host:port][?name=value&…]`. Any value
-    /// can stand in a file or in the environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
+    /// can come from a file or from the environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
     #[arg(long, value_name = "URL")]
     pub bus: Option<Settings>,
     /// The categories that a service publishes [default: the categories of the events in its topic].

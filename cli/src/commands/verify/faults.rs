@@ -10,7 +10,7 @@ use crate::{
 /// The maximum number of faults to print. Further faults are only counted.
 const PRINTED_MAX: u64 = 1_000;
 
-/// A fault, and its place.
+/// A fault, and where it was found.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 struct Fault {
     #[serde(rename = "where")]

@@ -29,8 +29,8 @@ const EVENTS_MAX: usize = 1_000;
 const HELD_MAX: usize = 10 * EVENTS_MAX;
 /// The number of seals per read or write.
 const PAGE: usize = 16;
-/// The maximum number of consecutive missing events that are reported one by one. A longer run is reported as one
-/// fault.
+/// The maximum number of consecutive missing events that are reported one by one. A longer sequence of missing events
+/// is reported as one fault.
 const GONE_LISTED_MAX: usize = 10;
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -154,7 +154,7 @@ impl Seals {
         if !self.ahead.is_empty() && self.events.len() >= HELD_MAX {
             self.check(faults)?;
         }
-        // Keeps events only if there is a seal to check them with, or if they are to be sealed.
+        // Keeps events only if a seal covers them, or if this run seals them.
         if self.adds || !self.ahead.is_empty() {
             self.events.push(event);
         }
@@ -315,7 +315,7 @@ fn compare(seal: &Seal, found: &[CheckedEvent], faults: &mut Faults<'_>) -> Resu
     report_gone(seal, &gone, faults)
 }
 
-/// Reports missing events. If the end of the log was cut off, a long run of events is missing.
+/// Reports missing events. If the end of the log was cut off, many consecutive events are missing.
 fn report_gone(seal: &Seal, gone: &[&Sealed], faults: &mut Faults<'_>) -> Result<(), Failure> {
     let Some((first, last)) = gone.first().zip(gone.last()) else { return Ok(()) };
     if gone.len() <= GONE_LISTED_MAX {

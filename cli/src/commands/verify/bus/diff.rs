@@ -151,7 +151,7 @@ impl TopicDiff {
     }
 }
 
-/// The comparison of one message after the other, and what it has found so far.
+/// Compares one message after the other, and collects the results.
 struct Comparison<'a> {
     topics: &'a Topics,
     names: &'a LogNames,

@@ -33,7 +33,7 @@ impl Topics {
         Self { bus, known: HashMap::new(), topics: Vec::new(), firsts: HashMap::new(), others: 0 }
     }
 
-    /// Returns the index of a topic. At the first call for a topic, notes where the topic ends.
+    /// Returns the index of a topic. The first call for a topic also records the end of the topic.
     pub async fn open(&mut self, name: &str) -> Result<usize, Failure> {
         if let Some(known) = self.known.get(name) {
             return Ok(*known);
@@ -115,7 +115,7 @@ impl Topics {
                 let place = (topic, partition, message.source.clone(), lane.clone());
                 self.firsts.entry(place).or_insert(position);
             }
-            // Messages of events after `head` are left to the next run.
+            // The next run checks the messages of events after `head`.
             if position <= head {
                 each(&message, partition, delivery.offset)?;
             }
