@@ -20,9 +20,8 @@ use crate::{
 const COLUMNS: &str = "position, stream_id, version, event_id, type, schema_version, data, metadata, recorded_at";
 
 /// Measures the `annals` command on PostgreSQL.
-///
-/// `cargo build --release -p annals-cli` puts the command into the folder of this program, where it must be; `psql`
-/// must be in the path. The database is the one that DATABASE_URL names, or a temporary one.
+///The command must be in the folder of this program, where `cargo build --release -p annals-cli` puts it. `psql` must
+/// be in the path. The database is the one that DATABASE_URL names, or a temporary one.
 #[derive(clap::Args)]
 pub struct Arguments {
     /// The number of events in the log.
@@ -58,7 +57,7 @@ async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> 
     let mut bench = Bench::new(server);
     for _ in 0..arguments.rounds.max(1) {
         rows::fill(url, arguments.events).await?;
-        // The first copy warms up the caches, so that all sides find the log in memory.
+        // The first copy warms up the caches, so that all programs find the log in memory.
         sides.copy("TO", &columns).await?;
 
         let copied = bench.measure("replay to a file", r"psql \copy", sides.copy("TO", &columns)).await?;

@@ -1,4 +1,4 @@
-//! Places orders on distinct aggregates: each order is decided and appended, with a number of orders in flight.
+//! Places orders on distinct aggregates, with a fixed number of orders in flight. Each order is decided and appended.
 
 use std::{path::Path, sync::Arc};
 

@@ -68,7 +68,7 @@ async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> 
     let Arguments { orders, alone, concurrency, warm_up, .. } = *arguments;
     for _ in 0..arguments.rounds.max(1) {
         for (count, at_once) in [(orders, concurrency), (alone, 1)] {
-            // The remaining rows and messages include those of the warm-up.
+            // The rows and messages that a run leaves behind include the rows and messages of the warm-up.
             let (many, sagas) = (at_once > 1, warm_up + count);
             let workload = |what: &str| format!("sagas, {what}, {at_once} in flight");
             if !arguments.without_kafka {

@@ -186,8 +186,8 @@ pub async fn consume(
     Ok(Measured { count, seconds, latency: None })
 }
 
-/// Inserts a row, sends a message, and inserts another row when the message arrives. Repeats this, one message at a
-/// time.
+/// Inserts a row, sends a message, and inserts another row when the message arrives. Repeats these steps, one message
+/// at a time.
 pub async fn hop(url: &str, brokers: &str, topic: &str, partitions: u32, count: usize) -> Result<Measured, Failure> {
     let mut connection = PgConnection::connect(url).await?;
     let consumer = consumer(brokers, topic, partitions, Offset::End)?;

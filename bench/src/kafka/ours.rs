@@ -22,7 +22,8 @@ use crate::{
     postgres::{Measured, histogram, ours::Counter},
 };
 
-/// The interval between checks whether the workload has ended: so long that the checks cost nothing measurable.
+/// The interval between checks whether the workload has ended. It is long enough that the cost of the checks cannot be
+/// measured.
 const LOOK: Duration = Duration::from_millis(20);
 
 pub async fn bus(brokers: &str, partitions: u32) -> Result<Arc<KafkaBus>, Failure> {
@@ -116,7 +117,7 @@ pub async fn consume(
 /// time.
 pub async fn hop(url: &str, bus: Arc<KafkaBus>, service: &str, count: usize) -> Result<Measured, Failure> {
     let (here, there) = (store(url, "annals_here").await?, store(url, "annals_there").await?);
-    // A tail, as services use it, so that the service does not have to read back its own commits.
+    // Uses a tail, as services do, so that the service does not read its own commits from the store.
     let from: Arc<dyn EventStore> = Arc::new(Tail::follow(Arc::new(here.clone())).await?);
     let to: Arc<dyn EventStore> = Arc::new(Tail::follow(Arc::new(there.clone())).await?);
     let topic = format!("{service}.events");

@@ -22,7 +22,7 @@ use crate::{
     postgres::{Measured, histogram, rows},
 };
 
-/// An aggregate that counts. Each command writes as many events as it asks for.
+/// An aggregate that counts its events. Each command says how many events to write.
 #[derive(Clone, Default)]
 pub struct Counter(u64);
 
@@ -95,8 +95,8 @@ pub async fn place(url: &str, run: &str, count: usize, in_flight: usize) -> Resu
     Ok(measured)
 }
 
-/// Loads an aggregate, decides and appends, 64 at a time. Does this `times` times for each of this number of
-/// aggregates. `warm`: the folded aggregates are cached.
+/// Loads aggregates, decides and appends, with 64 commands in flight, and `times` commands for each aggregate. `warm`:
+/// whether the folded aggregates are cached.
 pub async fn again(url: &str, run: &str, aggregates: usize, times: usize, warm: bool) -> Result<Measured, Failure> {
     let store = open(url).await?;
     let cached = if warm { 2 * aggregates } else { 1 };
@@ -179,8 +179,8 @@ impl Handler for Heard {
     }
 }
 
-/// Measures the time from the call of `commit` to the handler of a subscription, at 1,000 events per second. `far`: the
-/// subscription uses a store of its own, as in another process.
+/// Measures the time from the call of `commit` to the handler of a subscription, at 1,000 events per second. `far`:
+/// whether the subscription uses a store of its own, as in another process.
 pub async fn heard(url: &str, run: &str, count: usize, far: bool) -> Result<Measured, Failure> {
     let store = open(url).await?;
     let listening = if far { open(url).await? } else { store.clone() };

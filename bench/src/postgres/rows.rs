@@ -62,7 +62,7 @@ pub fn counted(run: &str, count: usize) -> Vec<EventRow> {
     (0..count).map(row).collect()
 }
 
-/// Empties the log. Disables the triggers for that, because they protect the log from deletion.
+/// Empties the log. To do so, disables the triggers that protect the log from deletion.
 pub async fn empty(url: &str) -> Result<(), Failure> {
     let mut connection = PgConnection::connect(url).await?;
     sqlx::raw_sql(
@@ -96,7 +96,7 @@ pub async fn fill(url: &str, events: i64) -> Result<(), Failure> {
         .execute(&mut connection)
         .await?;
     }
-    // Cleans up now, so that the measurement does not include it.
+    // Cleans up now, so that the measurement does not include the cleanup.
     for sql in ["VACUUM (ANALYZE) annals.events", "CHECKPOINT"] {
         sqlx::raw_sql(sql).execute(&mut connection).await?;
     }

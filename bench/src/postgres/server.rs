@@ -9,7 +9,8 @@ use tempfile::TempDir;
 
 use crate::Failure;
 
-/// The default settings, except for enough space that no checkpoint disturbs only one side of a comparison.
+/// The default settings, except for more memory, no autovacuum, and enough space that no checkpoint disturbs only one
+/// side of a comparison.
 const OPTIONS: &str = "-c listen_addresses=127.0.0.1 -c unix_socket_directories= -c max_connections=300 \
      -c shared_buffers=512MB -c max_wal_size=8GB -c checkpoint_timeout=30min -c autovacuum=off";
 

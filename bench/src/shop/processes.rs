@@ -81,7 +81,7 @@ impl Processes {
         Ok(())
     }
 
-    /// Starts a customer that hands in this many orders, `at_once` at a time, and then stops the services. A different
+    /// Starts a customer that submits this many orders, `at_once` at a time, and then stops the services. A different
     /// seed gives different orders.
     pub async fn sell(mut self, orders: usize, at_once: usize, seed: u64) -> Result<Measured, Failure> {
         let mut customer = Command::new(sample_shop()?);
@@ -93,7 +93,7 @@ impl Processes {
         let text = String::from_utf8(output.stdout)?;
         let last = text.lines().last().ok_or("the customer said nothing")?;
         let summary: Summary = serde_json::from_str(last).map_err(|error| format!("{last}: {error}"))?;
-        // The summary's number of orders includes the orders of earlier customers.
+        // The summary also counts the orders of earlier customers.
         if summary.stuck > 0 || summary.orders < orders {
             return Err(format!("{} of {orders} orders, {} stuck", summary.orders, summary.stuck).into());
         }
