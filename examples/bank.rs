@@ -43,7 +43,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         println!("{id}: {:?}", transfers.state(id).await?);
     }
 
-    // Before it ends, the runtime handles everything that is recorded by now.
+    // Handles everything that is recorded so far, and then ends the runtime.
     runtime.drain(Duration::from_secs(10)).await?;
     for (name, owner) in Views::<Balances>::new(store).list("", 100).await? {
         for (account, balance) in owner.accounts {

@@ -1,8 +1,7 @@
-//! Step 6 of 8. The services of step 4 on PostgreSQL and Kafka. In production, each of them is a process of its own.
+//! Step 6 of 8. Runs the services of step 4 on PostgreSQL and Kafka. In production, each service is its own process.
 //!
 //!     DATABASE_URL=postgres://… KAFKA_BROKERS=host:9092 cargo run -p annals-examples --example postgres_and_kafka -- shop
-//!
-//! The argument is a name that the schemas and topics begin with.
+//!The argument is the prefix of the names of the schemas and topics.
 
 use std::{convert::Infallible, env, error::Error, sync::Arc, time::Duration};
 

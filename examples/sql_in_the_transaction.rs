@@ -84,7 +84,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         let order = Uuid::new_v4();
         orders.execute(&order.to_string(), (country, pence), order).await?;
     }
-    // Before it ends, the runtime handles everything that is recorded by now.
+    // Handles everything that is recorded so far, and then ends the runtime.
     runtime.drain(Duration::from_secs(20)).await?;
     let rows = format!("SELECT country, pence FROM {schema}.turnover ORDER BY country");
     let rows: Vec<(String, i64)> = sqlx::query_as(AssertSqlSafe(rows)).fetch_all(&mut sql).await?;

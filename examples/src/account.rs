@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use crate::currency::in_pounds;
 
 // ANCHOR: events
-/// What happened to an account. Every event names the owner, so that the read model finds the owner's view.
+/// The events of an account. Every event names the owner, so that the read model finds the owner's view.
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "account")]
 pub enum AccountEvent {
@@ -42,7 +42,7 @@ pub enum AccountEvent {
 }
 // ANCHOR_END: events
 
-/// What an account may be asked to do.
+/// The commands of an account.
 #[derive(Clone, Debug)]
 pub enum AccountCommand {
     Open { owner: String, currency: String },
@@ -53,7 +53,7 @@ pub enum AccountCommand {
     Close,
 }
 
-/// Why an account refuses a command.
+/// The reasons for which an account refuses a command.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum AccountRefusal {
     /// The account was never opened, or is closed.

@@ -1,4 +1,4 @@
-//! Upcasters from the time when the bank had pounds only.
+//! Upcasters for data from the time when the bank had pounds only.
 
 use std::convert::Infallible;
 

@@ -1,4 +1,5 @@
-//! A small bank: accounts, transfers with a daily limit, and balances by owner. The [guide] builds it step by step.
+//! A small bank: accounts, transfers with a daily limit, and balances by owner. The [guide] builds the bank step by
+//! step.
 //!
 //! | file | contents |
 //! |---|---|
@@ -24,7 +25,7 @@ use annals::{Aggregate, EventStore, LogQuery, Projection, Service};
 use crate::{account::Account, balances::Balances};
 
 // ANCHOR: services
-/// Returns the services of the bank. All of them use this store; on stores of their own, they work in the same way.
+/// Returns the services of the bank. All services use this store here, but each could have its own store.
 pub fn services(store: &Arc<dyn EventStore>) -> Vec<Service> {
     let balances = Projection::new(Balances, LogQuery::categories([Account::CATEGORY]));
     vec![

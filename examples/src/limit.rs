@@ -5,11 +5,11 @@ use std::{collections::BTreeMap, sync::Arc};
 use annals::{Aggregate, Answer, Event, EventStore, Participant, Repository, StepError, Work};
 use async_trait::async_trait;
 
-/// The most that an account may transfer on one day, in pence.
+/// The maximum amount that an account may transfer on one day, in pence.
 pub const DAILY_LIMIT: u64 = 50_000;
 
 // ANCHOR: limit
-/// What happened to the daily limit of an account.
+/// The events of the daily limit of an account.
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "limit")]
 pub enum LimitEvent {
@@ -25,7 +25,7 @@ pub enum LimitStep {
     Release { account: String, day: String, transfer: String, pence: u64 },
 }
 
-/// The amount is more than the rest of the daily limit.
+/// The amount is more than what is left of the daily limit.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[error("only {0} pence of the daily limit are left")]
 pub struct LimitReached(pub u64);

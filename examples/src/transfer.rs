@@ -16,7 +16,7 @@ use crate::{
     limit::LimitStep,
 };
 
-/// What happened to a transfer.
+/// The events of a transfer.
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "transfer")]
 pub enum TransferEvent {
@@ -33,7 +33,7 @@ pub enum TransferEvent {
     },
 }
 
-/// What a transfer may be asked to do; the saga requests the last two as steps of the service `transfers`.
+/// The commands of a transfer. The saga requests the last two commands as steps of the service `transfers`.
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "transfers")]
 pub enum TransferCommand {
@@ -187,7 +187,7 @@ pub fn with_limit(progress: &Progress) -> Progress {
     Progress { at, ..progress.clone() }
 }
 
-/// Runs the sagas of transfers. Transfers under way move to the present plan; no limit was reserved for them.
+/// Runs the sagas of transfers. Transfers under way move to the present plan, although no limit was reserved for them.
 pub fn runner(store: Arc<dyn EventStore>) -> Runner<TransferState> {
     let requested = LogQuery::types(["transfer.requested"]);
     Runner::new(store, plan(), requested, starts).migrate(plan_without_limit().hash(), with_limit)

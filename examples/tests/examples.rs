@@ -13,8 +13,8 @@ use uuid::Uuid;
 
 type Outcome = Result<(), Box<dyn Error>>;
 
-/// Returns the program of an example. Cargo builds the examples for a plain `cargo test`, next to the folder of this
-/// test, but not if only this test is named.
+/// Returns the program of an example. A plain `cargo test` builds the examples into the folder next to this test's
+/// folder. Cargo does not build them if the command line names only this test.
 fn program(name: &str) -> Result<PathBuf, Box<dyn Error>> {
     let folder = env::current_exe()?.parent().and_then(Path::parent).map(|folder| folder.join("examples"));
     let program = folder.unwrap_or_default().join(name).with_extension(env::consts::EXE_EXTENSION);
@@ -27,7 +27,7 @@ fn program(name: &str) -> Result<PathBuf, Box<dyn Error>> {
     Ok(program)
 }
 
-/// Runs an example in a folder, without these variables.
+/// Runs an example in a folder, with these environment variables removed.
 fn run(name: &str, folder: &Path, arguments: &[&str], without: &[&str]) -> Result<Output, Box<dyn Error>> {
     let mut command = Command::new(program(name)?);
     without.iter().for_each(|variable| _ = command.env_remove(variable));

@@ -1,4 +1,4 @@
-//! The guide: every block of Rust is a quote of code that is compiled and tested, and the summary lists every page.
+//! The guide: every block of Rust is copied from code that is compiled and tested, and the summary lists every page.
 //!
 //! A page quotes a file with `<!-- quote:FILE#ANCHOR -->` before the block. The anchor is the code between the lines
 //! `// ANCHOR: name` and `// ANCHOR_END: name` of the file. `ANNALS_QUOTES=write cargo test -p annals-examples --test
@@ -48,7 +48,7 @@ fn anchored(file: &str, anchor: &str) -> Result<String, Box<dyn Error>> {
     Ok(lines.join("\n").trim_end().to_owned())
 }
 
-/// Returns the page with each quote as its file has the code now.
+/// Returns the page, with each quote replaced by the present code of its file.
 fn quoted(page: &str, content: &str) -> Result<String, Box<dyn Error>> {
     let mut parts = content.split(QUOTE);
     let mut whole = parts.next().unwrap_or_default().to_owned();

@@ -62,7 +62,7 @@ fn last_years_plan() -> Saga<LastYearsState> {
         let (account, transfer) = (state.to.clone(), state.id.clone());
         StepRequest::to("accounts", &LastYearsStep::Credit { account, transfer, pence: state.pence })
     }
-    // The last steps have the same commands as today, and no test here reaches them under this plan.
+    // The commands of the last steps do not matter, because no test in this file reaches these steps with this plan.
     Saga::named("transfer")
         .compensatable("debit sender", debit)
         .undo(refund)

@@ -5,7 +5,7 @@ use bank::{
     transfer::{TransferCommand, TransferState, plan, plan_without_limit, with_limit},
 };
 
-/// The transfer of 100 pence, in hundreds.
+/// The data of a saga that transfers 100 pence.
 fn state() -> TransferState {
     TransferState {
         id: "t".to_owned(),

@@ -20,7 +20,7 @@ async fn balances(views: &Views<Balances>, owner: &str) -> Result<Vec<(String, u
     Ok(view.accounts.into_iter().map(|(id, account)| (id, account.pence)).collect())
 }
 
-/// Requests transfers that complete, and transfers that each step refuses.
+/// Requests transfers that complete, and transfers that are refused at each of the steps.
 async fn transfers_end_and_the_money_adds_up(store: Arc<dyn EventStore>) -> Outcome {
     let mut runtime = Runtime::new();
     runtime.start(bank::services(&store), Arc::new(LocalBus::default())).await?;
