@@ -97,7 +97,7 @@ impl Message {
 pub struct Partition {
     /// The topic, such as `inventory.commands`.
     pub topic: Arc<str>,
-    /// The number of the partition, from 0.
+    /// The number of the partition, counted from 0.
     pub number: u32,
     /// The incarnation of the topic. The incarnation changes when the topic is deleted and created again, or when the
     /// local bus restarts. Offsets of another incarnation are meaningless.
@@ -274,7 +274,7 @@ pub type Receipt = std::pin::Pin<Box<dyn Future<Output = Result<(), BusError>> +
 /// Creates consumers. The members of a consumer group share the partitions of the group's topics.
 #[async_trait]
 pub trait Bus: Publisher {
-    /// Joins a group. Every message that is published to the topics after this method returns reaches the group.
+    /// Joins a group. The group receives every message that is published to the topics after this method returns.
     async fn join(&self, group: &str, topics: &[&str]) -> Result<Box<dyn Consumer>, BusError>;
 
     /// Like [`join`](Self::join), but the member joins under the name of an instance. No other member of the group may
@@ -303,8 +303,8 @@ pub trait Bus: Publisher {
 /// One member of a consumer group. The member leaves the group when the consumer is dropped.
 #[async_trait]
 pub trait Consumer: Send + 'static {
-    /// Waits for the next batch of at most `max` messages, or for a change of the assigned partitions. Dropping the
-    /// future loses nothing. After [`BusError::Misconfigured`], the consumer delivers nothing more.
+    /// Waits for the next batch of at most `max` messages, or for a change of the assigned partitions. No message is
+    /// lost if the future is dropped. After [`BusError::Misconfigured`], the consumer delivers nothing more.
     async fn poll(&mut self, max: usize) -> Result<Polled, BusError>;
 
     /// Starts delivery of an assigned partition at this bookmark, which comes from the consumer's own commit. With
@@ -327,7 +327,7 @@ pub enum BusError {
     /// index of the message among the published messages.
     #[error("the bus refused message {index}: {reason}")]
     Refused {
-        /// The index of the message, from 0.
+        /// The index of the message, counted from 0.
         index: usize,
         /// Why the bus refused the message.
         reason: String,

@@ -374,7 +374,8 @@ pub struct DecodeError {
 pub struct EventType {
     /// The name, such as `order.placed`. The name is stored, so never change it.
     pub name: &'static str,
-    /// The schema version, from 1. When the shape of the payload changes, raise the version and add an upcaster.
+    /// The schema version, which starts at 1. When the shape of the payload changes, raise the version and add an
+    /// upcaster.
     pub version: i32,
 }
 

@@ -18,7 +18,7 @@ use crate::{
 /// the log, and each offset of a bus, therefore takes effect exactly once. A bus may carry one message at two offsets,
 /// for example after its publisher crashed. In that case, a repeated command to an aggregate returns its earlier
 /// result. Documents must be written so that a second write changes nothing (compare [`Message::version`]). Effects
-/// outside the store happen at least once. Pass [`Work::cause_id`] as their idempotency key.
+/// outside the store happen at least once. Pass [`Work::cause_id`] as the idempotency key of such effects.
 ///
 /// A panic in a handler counts as an error for that message.
 ///
@@ -62,8 +62,8 @@ pub trait Handler: Send + Sync + 'static {
     }
 
     /// Stages replacement effects for a message. The worker calls this method instead of [`handle`](Self::handle) after
-    /// the store has refused the effects of the message as too large or invalid, even in a separate commit. An error
-    /// parks the message.
+    /// the store has refused the effects of the message as too large or invalid, even in a separate commit. If this
+    /// method returns an error, the message is parked.
     async fn refused(&self, _message: &Message, reason: &str, _work: &mut Work) -> Result<(), HandlerError> {
         Err(reason.to_owned()).terminal()
     }

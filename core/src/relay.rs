@@ -294,7 +294,8 @@ impl Relay {
         Ok(note(worker, &**publisher, upto.0).await?)
     }
 
-    /// Publishes from the checkpoint on. After an error, all messages since the checkpoint are published again.
+    /// Publishes messages, starting at the checkpoint. After an error, all messages since the checkpoint are published
+    /// again.
     async fn carry(
         &self,
         lane: u32,
@@ -411,7 +412,7 @@ struct Publication<'a> {
     follows_at: Option<Instant>,
     /// The time at which the checkpoint last moved.
     moved_at: Instant,
-    /// The time at which a stopping relay gives up on the next receipt.
+    /// The time at which a stopping relay no longer waits for the next receipt.
     patient_until: Instant,
     /// The time at which the relay reports that the bus acknowledges nothing.
     stalls_at: Instant,

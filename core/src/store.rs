@@ -73,7 +73,7 @@ pub trait EventStore: Send + Sync + 'static {
         _ = (by, history);
     }
 
-    /// The clock that everything built on this store uses for times and delays. A store shared by several machines sets
+    /// The clock for all times and delays in code that is built on this store. A store shared by several machines sets
     /// the clock to its own time. A store that wraps another store returns the clock of the inner store. The default is
     /// the clock of the machine.
     fn clock(&self) -> Clock {

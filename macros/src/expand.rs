@@ -170,7 +170,7 @@ fn reader(variant: &EventVariant) -> Option<TokenStream> {
 /// Generates the arm of `decode` for one variant.
 fn read_arm(variant: &EventVariant) -> TokenStream {
     let EventVariant { ident, name, version, fields, .. } = variant;
-    // A struct without fields would also accept an array.
+    // For a struct without fields, serde would also accept an array.
     let reader = if fields.is_empty() {
         quote!(::annals::serde_json::Map<::std::string::String, ::annals::serde_json::Value>)
     } else {

@@ -16,7 +16,7 @@ pub enum SecretError {
     File {
         /// The path of the file.
         path: String,
-        /// The message of the system.
+        /// The error message of the operating system.
         reason: String,
     },
     /// The file is too long for a secret.

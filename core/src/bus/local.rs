@@ -38,8 +38,8 @@ const PARTITIONS_DEFAULT: u32 = 4;
 ///   joins again.
 /// - [`Consumer::seek`] to an offset acknowledges all messages below the offset, because the offset comes from a commit
 ///   of the group.
-/// - A member releases a revoked partition with the first poll after the poll that returned [`Polled::Revoked`]. Only
-///   then is the partition assigned to another member. A consumer that no longer polls must be dropped.
+/// - After a poll has returned [`Polled::Revoked`], the member releases the partition with its next poll. Only then is
+///   the partition assigned to another member. A consumer that no longer polls must be dropped.
 ///
 /// ```
 /// use annals::{Bus, Consumer, LocalBus, bus::Polled};
@@ -53,7 +53,8 @@ const PARTITIONS_DEFAULT: u32 = 4;
 #[derive(Clone)]
 pub struct LocalBus(Arc<Handle>);
 
-/// A handle of the user. The bus closes when the last handle is dropped; consumers do not keep the bus open.
+/// A handle that a user of the bus holds. The bus closes when the last handle is dropped; consumers do not keep the bus
+/// open.
 struct Handle(Arc<SharedBus>);
 
 struct SharedBus {

@@ -18,9 +18,10 @@ pub(crate) struct CommandQueue<W> {
     driver: Arc<Driver>,
 }
 
-/// The future that executes a queue until the queue is empty. The caller that started the queue polls the future, which
-/// saves a separate task for each command. Once other commands wait behind the command of that caller, or the caller
-/// drops its future, a separate task takes over. The execution of a command therefore never depends on another caller.
+/// The future that executes a queue until the queue is empty. The caller that started the queue polls the future, so
+/// that no separate task is needed for each command. Once other commands wait behind the command of that caller, or the
+/// caller drops its future, a separate task takes over. The execution of a command therefore never depends on another
+/// caller.
 pub(crate) struct Driver {
     /// `None` once the work is done or was handed to a separate task.
     work: Mutex<Option<Pin<Box<dyn Future<Output = ()> + Send>>>>,

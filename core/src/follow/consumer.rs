@@ -468,8 +468,8 @@ impl Member {
     }
 }
 
-/// Returns the result of the poll that ran ahead, if there is one, and polls otherwise. Dropping the future loses
-/// nothing.
+/// Returns the result of the poll that ran ahead, if there is one, and polls otherwise. No message is lost if the
+/// future is dropped.
 async fn next(ahead: &mut Option<Result<Polled, BusError>>, consumer: &mut dyn Consumer) -> Result<Polled, BusError> {
     match ahead.take() {
         Some(polled) => polled,

@@ -147,7 +147,7 @@ impl Worker {
         }
     }
 
-    /// Waits while the number of parked messages is at its limit. Stops if the log has changed.
+    /// Waits while the number of parked messages is at its limit. Stops if the history of the log has changed.
     async fn await_room(&mut self, waiting: &mut Backoff) -> Result<(), Stop> {
         while self.parked.len() >= PARKED_MAX {
             self.reporter.trouble(format!("{PARKED_MAX} messages are parked: redrive or drop some"));
@@ -164,7 +164,7 @@ impl Worker {
     }
 
     /// Reports that the store has refused even the dead letter of a message. Only an operator can find out why, and the
-    /// lane stands still until then.
+    /// lane makes no progress until then.
     fn stand_still(&mut self, item: &Item, reason: &str) {
         let (id, key) = (item.id(), &item.key);
         let trouble = format!("the store refuses message {id} (key {key}) even as a dead letter: {reason}");
@@ -194,7 +194,8 @@ impl Worker {
                 work.begin(uuid::Uuid::nil(), Default::default());
                 self.park(item, work, parked, None);
             } else {
-                // Each message begins a new part of the work, because a rollback must undo only this message.
+                // A new part of the work begins with each message, because a rollback must undo only the work of this
+                // message.
                 match &item.message {
                     Ok(message) => work.begin(message.id, message.effects()),
                     Err(_) => work.begin(uuid::Uuid::nil(), Default::default()),
@@ -247,8 +248,8 @@ impl Worker {
         after
     }
 
-    /// After an unknown outcome, returns whether the stored checkpoints are exactly those that this commit would have
-    /// written.
+    /// After an unknown outcome, returns whether the stored checkpoints are exactly the checkpoints that this commit
+    /// would have written.
     async fn was_committed(&self, after: &HashMap<usize, Lane>) -> Result<bool, StoreError> {
         for (index, after) in after {
             let mut lane = self.lanes[*index].clone();

@@ -38,9 +38,9 @@ const CHECKPOINTS_MAX: usize = 10_000;
 ///
 /// Each instance writes a heartbeat once a second, in its own document. An instance counts as alive as long as its
 /// document changes, so clocks of different machines are never compared. The lanes of a subscription are spread over
-/// the living instances that follow the subscription. This assignment is only a hint. If an instance is suspended and
-/// resumes after another instance has claimed its lane, its commits fail, because the claim has changed the version of
-/// the lane's checkpoint.
+/// the living instances that follow the subscription. This assignment is only a hint. If an instance is suspended,
+/// another instance may claim its lane. When the suspended instance resumes, its commits fail, because the claim has
+/// changed the version of the lane's checkpoint.
 #[derive(Clone)]
 pub(crate) struct Peer {
     name: Arc<str>,

@@ -225,7 +225,7 @@ pub(crate) async fn inbox_read(store: &dyn EventStore, service: &str, shutdown: 
                 );
                 return waits_no_more(store, service).await;
             }
-            // If the error lasts, the timers report it themselves.
+            // If the error persists, the timers report it themselves.
             Err(error) => tracing::debug!(%service, %error, "checking whether the inbox was read failed"),
         }
         tokio::select! {
@@ -269,7 +269,7 @@ pub(crate) async fn sagas_begun(store: &dyn EventStore, starters: &[String], shu
         match are_begun(store, starters).await {
             Ok(true) => return,
             Ok(false) => {}
-            // If the error lasts, the consumer reports it itself.
+            // If the error persists, the consumer reports it itself.
             Err(error) => tracing::debug!(%error, "checking whether sagas were started again failed"),
         }
         tokio::select! {
