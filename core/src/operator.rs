@@ -237,7 +237,7 @@ impl Operator {
     ///
     /// # Errors
     /// Fails if the position is not in the log, if no subscription of the log has this name, or if the name belongs to
-    /// a read model, because events would be applied to its views twice. In these cases, nothing is changed.
+    /// a read model, because a reset would apply events to the views twice. In these cases, nothing is changed.
     pub async fn reset(&self, subscription: &str, to: Position, reason: &str) -> Result<(), OperatorError> {
         let head = self.store.status().await?.head;
         if to < Position::START {

@@ -574,8 +574,8 @@ async fn first_receipt(in_flight: &mut VecDeque<InFlight>) -> Result<(), BusErro
     }
 }
 
-/// Moves the checkpoint, and records in it the ends up to which the bus has accepted messages. Any message after these
-/// ends was sent later.
+/// Moves the checkpoint, and stores in the checkpoint the ends up to which the bus has accepted messages. Any message
+/// after these ends was sent later.
 async fn note(worker: &mut Worker, publisher: &dyn Publisher, next: i64) -> Result<(), Stop> {
     worker.lanes[0].taken.update(&publisher.taken());
     worker.checkpoint(next).await

@@ -177,8 +177,9 @@ impl Service {
         let service = self.name.clone();
         let store = self.store.clone();
         self.parts.push(Box::new(|ServiceContext { bus_is_local, health, shutdown, .. }| {
-            // On a local bus, a message counts as sent only once the receiver has handled it. Timers that waited for
-            // the relay would then wait for a slow participant, which is exactly what a timeout must detect.
+            // On a local bus, a message counts as sent only once the receiver has handled it. If timers waited for the
+            // relay, they would also wait for a slow participant, although a timeout must detect exactly such a
+            // participant.
             let relayed_by = (!bus_is_local).then_some(service.clone());
             let ends = shutdown.clone();
             let inbox_read = async move {
@@ -271,8 +272,8 @@ impl Recovered {
     }
 }
 
-/// The handler for the topic `<service>.commands`, which carries replies to the sagas of the service, and steps to
-/// execute.
+/// The handler for the topic `<service>.commands`, which carries replies to the service's sagas, and steps that the
+/// service must execute.
 struct Inbox {
     replies: Vec<Arc<dyn Replies>>,
     desk: Option<Arc<dyn Debtor>>,

@@ -99,8 +99,8 @@ impl<R: std::error::Error> From<FoldError> for WorkError<R> {
 /// The result of a staged command.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Decided<E> {
-    /// The events of the command, from this decision or, if the command is repeated, from its first decision. Empty if
-    /// the command had nothing to do.
+    /// The events of the command. If the command is repeated, these are the events of its first execution. Empty if the
+    /// command had nothing to do.
     pub events: Vec<E>,
     /// Whether the same command had already been executed before.
     pub repeated: bool,

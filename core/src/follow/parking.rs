@@ -180,8 +180,8 @@ fn sequence_of(id: &str) -> Option<u64> {
     place.split('.').next()?.parse().ok()
 }
 
-/// Returns the puts that move a parked message to the lane to which its key belongs when there are `lanes` lanes.
-/// Returns no puts if the message is already in this lane.
+/// Returns the puts that move a parked message to the lane of its key, if the number of lanes is `lanes`. Returns no
+/// puts if the message is already in this lane.
 pub(crate) fn moved(document: Document, subscription: &str, lanes: u32) -> Vec<Put> {
     let parked = serde_json::from_str::<Parked>(&document.body).ok();
     let Some((parked, sequence)) = parked.zip(sequence_of(&document.key.id)) else { return Vec::new() };
