@@ -1,16 +1,18 @@
--- Appends a group of commits that contain only events: does the work of the function `append` in one statement, at
--- half its cost for a single commit.
+-- Appends a group of commits that contain only events. This one statement does the work of the function `append`. For a
+-- single commit, it costs half as much as the function.
 --
--- The statement first takes the gates of the streams, in the same order as that function. A gate is an advisory lock
--- that stands for the streams with the same hash. The statement takes its snapshot before the gates. That is safe,
--- because a group relies only on the versions of the streams to which it appends, and if another writer is faster, the
--- unique key of the streams rejects this one. An INSERT locks the table before it runs, so before a position is drawn.
--- binds: $1 streams, $2 their guessed versions, $3 whether they are only held (NULL: not even held); $4 the number of
---        events, $5 their ranks, $6 stream ids, $7 versions, $8 event ids, $9 types, $10 schema versions, $11 data,
---        $12 metadata; $13 the ids of the events at the guessed versions (NULL: any)
--- returns: a position for each event and the time of recording; no row if a guess was wrong, and then nothing was
---          written
--- index: events_stream_version, one seek per stream; grows events_position_key and events_stream_version
+-- The statement first locks the gates of the streams, in the same order as the function `append`. A gate is an advisory
+-- lock that all streams with the same hash share. The snapshot of the statement is older than these locks. That is
+-- safe, because a group relies only on the versions of the streams to which it appends: if another writer is faster,
+-- the unique key of the table rejects this statement. An INSERT locks the table before it runs, and so before it draws
+-- a position.
+-- - binds of streams: $1 ids, $2 guessed versions, $3 whether the group locks the stream without writing to it (NULL:
+--   no lock), $13 ids of the events at the guessed versions (NULL: any event)
+-- - binds of events: $4 the number of events, $5 ranks in the group, $6 stream ids, $7 versions, $8 event ids, $9
+--   types, $10 schema versions, $11 data, $12 metadata
+-- - returns: a position for each event and the time of recording; no row if a guess was wrong (nothing was written
+--   then)
+-- - index: events_stream_version, one seek per stream; grows events_position_key and events_stream_version
 WITH gates AS MATERIALIZED (
     SELECT bool_and(pg_advisory_xact_lock_shared('annals.events'::regclass::oid::int, g.gate) IS NOT NULL)
       FROM (SELECT (hashtextextended(w.stream, 0) & 1023)::int AS gate
@@ -31,8 +33,8 @@ WITH gates AS MATERIALIZED (
       FROM checked, generate_series(1, $4::int)
      WHERE checked.hold
 ), recorded AS MATERIALIZED (
-    -- The time of recording: the time of this server, but not before the time of the last event, unless that event is
-    -- dated a day or more ahead (by hand).
+    -- The time of recording is the time of this server, or the time of the last event if that time is later. A time
+    -- that is a day or more in the future was written by hand, and is ignored.
     SELECT CASE WHEN t.last > t.now AND t.last < t.now + interval '1 day' THEN t.last ELSE t.now END AS at
       FROM (SELECT clock_timestamp() AS now,
                    (SELECT e.recorded_at FROM annals.events AS e WHERE e.position < drawn.positions[1]

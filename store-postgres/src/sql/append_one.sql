@@ -1,13 +1,13 @@
--- Appends a single event. This does the same as `append_events`, but without arrays and with as few plan nodes as
--- possible.
--- binds: $1 stream, $2 version, $3 event id, $4 type, $5 schema version, $6 data, $7 metadata, $8 the id of the event
---        before it (NULL: any)
--- returns: the position and the time of recording; no row if the stream is not right before the version, or is at
---          another event, and then nothing was written
--- index: events_stream_version, one seek; grows events_position_key and events_stream_version
+-- Appends a single event. The statement does the same as `append_events`, but without arrays and with as few plan
+-- nodes as possible.
+-- - binds: $1 stream, $2 version, $3 event id, $4 type, $5 schema version, $6 data, $7 metadata, $8 the id of the
+--   stream's previous event (NULL: any event)
+-- - returns: the position and the time of recording; no row if the stream does not end with the previous version or the
+--   previous event (nothing was written then)
+-- - index: events_stream_version, one seek; grows events_position_key and events_stream_version
 INSERT INTO annals.events (position, stream_id, version, event_id, type, schema_version, data, metadata, recorded_at)
--- The time of recording is the time of this server, but not before the time of the last event, unless that event is
--- dated a day or more ahead (by hand).
+-- The time of recording is the time of this server, or the time of the last event if that time is later. A time that is
+-- a day or more in the future was written by hand, and is ignored.
 SELECT drawn.position, $1, $2, $3, $4, $5, $6::text::json, $7::text::json,
        CASE WHEN drawn.last > clock_timestamp() AND drawn.last < clock_timestamp() + interval '1 day' THEN drawn.last
             ELSE clock_timestamp() END

@@ -1,9 +1,8 @@
--- The transactions that may have drawn positions that are not visible yet. Each transaction takes this lock before it
--- draws a position, and keeps the lock until it has ended. A prepared transaction keeps its virtual transaction id
--- until the server restarts (before PostgreSQL 14.1, only until it is prepared); from then on, its id is
--- -1/<transaction id>.
--- binds: none
--- index: none
+-- The transactions that may have drawn positions that are not visible yet. Each such transaction locks the table of
+-- events before it draws a position, and keeps the lock until it has ended. The id of a prepared transaction changes to
+-- `-1/<transaction id>` when the server restarts (before PostgreSQL 14.1, already when the transaction is prepared).
+-- - binds: none
+-- - index: none
 SELECT DISTINCT virtualtransaction
   FROM pg_locks
  WHERE locktype = 'relation' AND mode = 'RowExclusiveLock' AND granted

@@ -1,7 +1,8 @@
--- Definitions that recreate the functions of a schema that name another schema. Only the name changes; owner and grants
--- are kept. Among the names, only `annals` may appear without quotes. A name is replaced only as a whole word.
--- binds: $1 schema, $2 the schema that the functions name
--- index: those of the catalogue
+-- Finds the functions of a schema in which the name of another schema occurs, and returns definitions with the correct
+-- name. Only this name changes; owner and grants are kept. The name must be in quotes, except for `annals`, which is
+-- replaced as a whole word.
+-- - binds: $1 schema, $2 the schema that the functions name
+-- - index: those of the catalogue
 SELECT replace(pg_get_functiondef(p.oid), p.prosrc,
                regexp_replace(replace(p.prosrc, '"' || $2 || '".', '"' || $1 || '".'),
                               CASE WHEN $2 = 'annals' THEN '\mannals\.' ELSE '(?!)' END, '"' || $1 || '".', 'g'))

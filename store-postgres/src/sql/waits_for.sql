@@ -1,7 +1,8 @@
 -- Describes the transactions that a reader waits for.
--- binds: $1 virtual transactions
--- returns: pid (0: prepared), age in seconds, application or global id of the prepared transaction
--- index: none
+-- - binds: $1 virtual transactions
+-- - returns: the pid (0 for a prepared transaction), the age in seconds, and the application or (for a prepared
+--   transaction) the global id
+-- - index: none
 SELECT DISTINCT coalesce(l.pid, 0),
        coalesce(extract(epoch FROM clock_timestamp() - coalesce(a.xact_start, p.prepared)), 0)::float8 AS age,
        coalesce(a.application_name, p.gid, '')

@@ -1,9 +1,9 @@
 -- Appends events. The code repeats the row of binds to one of a few fixed widths. Rows that are left unbound are NULL
 -- and are not inserted.
--- binds: position, stream_id, version, event_id, type, schema_version, data, metadata, recorded_at
 -- With OR FAIL, SQLite keeps no journal to undo half a statement. None is needed, because a failure ends the whole
 -- transaction anyway.
--- index: grows the primary key at its end, and events_stream_version
+-- - binds: position, stream_id, version, event_id, type, schema_version, data, metadata, recorded_at
+-- - index: adds to the end of the primary key, and to events_stream_version
 INSERT OR FAIL INTO events (position, stream_id, version, event_id, type, schema_version, data, metadata, recorded_at)
 SELECT * FROM (VALUES
 (?, ?, ?, ?, ?, ?, ?, ?, ?)
