@@ -20,7 +20,7 @@ use tokio::{
 
 /// The number of bytes per read.
 const CHUNK: usize = 64 * 1_024;
-/// The number of chunks in flight in one direction of a connection: far more than any client has in flight.
+/// The maximum number of chunks in flight in one direction of a connection: far more than any client sends ahead.
 const CHUNKS: usize = 4_096;
 
 /// A proxy that forwards bytes in each direction after a delay. Dropping the value stops the proxy.
@@ -40,7 +40,7 @@ impl Distance {
     /// Starts a proxy in front of a server on this machine.
     ///
     /// # Errors
-    /// If no port is free.
+    /// Returns an error if no port is free.
     pub async fn to(server: u16, one_way: Duration) -> io::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let port = listener.local_addr()?.port();

@@ -1,4 +1,4 @@
-//! Wraps a store, and makes it fail where a test says so.
+//! Wraps a store, and makes the store fail at the commits that a test chooses.
 
 use std::{
     collections::HashMap,
@@ -17,9 +17,9 @@ use tokio::sync::watch;
 pub enum Fault {
     /// The commit is not applied. It returns [`CommitError::Unavailable`].
     Unavailable,
-    /// The commit is not applied. It returns [`CommitError::Unknown`], so the caller cannot know.
+    /// The commit is not applied. It returns [`CommitError::Unknown`], so the caller does not learn the outcome.
     LostUnknown,
-    /// The commit is applied. It returns [`CommitError::Unknown`], so the caller cannot know.
+    /// The commit is applied. It returns [`CommitError::Unknown`], so the caller does not learn the outcome.
     AppliedUnknown,
     /// The commit returns [`CommitError::Unknown`] at once and is applied later, when the gate opens. This simulates a
     /// server that is still busy.
@@ -27,9 +27,9 @@ pub enum Fault {
     /// The commit is not applied. It returns [`CommitError::Unknown`], and the store is [away](FaultyStore::away) from
     /// then on.
     LostAndAway,
-    /// The process dies before the commit is applied: this call and all later ones fail.
+    /// The process dies before the commit is applied: this call and all later calls fail.
     CrashBefore,
-    /// The process dies after the commit is applied: this call and all later ones fail.
+    /// The process dies after the commit is applied: this call and all later calls fail.
     CrashAfter,
     /// The commit waits at the gate, and is applied when the test opens the gate.
     Hold(Gate),
@@ -166,7 +166,7 @@ impl FaultyStore {
         *self.shared.crashed.borrow()
     }
 
-    /// Takes the store away: every call fails as unavailable until the store is back.
+    /// Takes the store away, or brings it back. While the store is away, every call fails as unavailable.
     pub fn away(&self, away: bool) {
         self.shared.away.send_replace(away);
     }

@@ -72,7 +72,7 @@ impl Broker {
         Self::by_protocol(brokers, "PLAINTEXT")
     }
 
-    /// Starts a cluster of one broker. All bytes to and from clients arrive after this delay, each way.
+    /// Starts a cluster of one broker. All bytes to and from clients arrive after the delay `one_way`.
     pub async fn at_distance(one_way: Duration) -> Self {
         let mut broker = Self::laid_out(1, "PLAINTEXT").remove(0);
         broker.distance = Some(Distance::to(broker.port(), one_way).await.unwrap());
@@ -131,7 +131,7 @@ impl Broker {
         self.listens().unwrap_or_else(|log| panic!("{log}"));
     }
 
-    /// Waits in the same way. The error is the broker's log.
+    /// Waits until the broker accepts connections. The error is the broker's log.
     fn listens(&mut self) -> Result<(), String> {
         let started_at = Instant::now();
         while TcpStream::connect(("127.0.0.1", self.port())).is_err() {
@@ -148,7 +148,7 @@ impl Broker {
     pub fn kill(&mut self) {
         let Some(mut broker) = self.running.take() else { return };
         let id = broker.id();
-        // During its setup the broker is a script with a child.
+        // During its setup, the broker is a script with a child process.
         let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
         broker.kill().ok();
         broker.wait().ok();

@@ -1,4 +1,4 @@
-//! What several tests share: stores that fail, brokers, terminals, and small aggregates and sagas.
+//! The code that several tests share: stores that fail, brokers, terminals, and small aggregates and sagas.
 
 // This is test code: an unexpected error fails the test by panicking.
 #![allow(clippy::unwrap_used)]

@@ -50,7 +50,7 @@ impl Terminal {
         Self { child, master: pair.master, keys, screen, reading }
     }
 
-    /// Waits until the text was printed.
+    /// Waits until the text has been printed.
     pub fn shows(&self, text: &str) {
         let (screen, changed) = &*self.screen;
         let (started, mut seen) = (Instant::now(), screen.lock().unwrap());

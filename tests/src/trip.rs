@@ -163,7 +163,7 @@ impl Script {
     }
 }
 
-/// A participant that records its work in the trip's ledger. The ledger and the reply share a commit.
+/// A participant that records its work in the trip's ledger. One commit writes both the ledger and the reply.
 pub struct Clerk(pub Script);
 
 #[async_trait]

@@ -22,9 +22,9 @@ const LONG_FUNCTIONS: [&str; 1] = ["tests/tests/kafka_foreign_messages.rs: poiso
 const FILES_IN_CIRCLES: [(&str, usize); 3] = [("bench", 20), ("core", 3), ("store-postgres", 10)];
 /// The maximum number of rooms of the core. A room is a file or a folder at the top of the sources.
 const CORE_ROOMS_MAX: usize = 20;
-/// The maximum number of arrows between the rooms of the core.
+/// The maximum number of arrows between the rooms of the core. An arrow leads from a room to another room that it uses.
 const CORE_ARROWS_MAX: usize = 100;
-/// The names that more than one type of a package has. No name may be added.
+/// The names that several types of one package share. No name may be added.
 const SHARED_NAMES: [(&str, &str); 3] =
     [("bench", "Arguments EventRow"), ("sample-shop", "Signals"), ("tests", "Script")];
 /// Drivers of databases and brokers. The core must not depend on them, not even indirectly.
@@ -73,7 +73,8 @@ impl Package {
     }
 }
 
-/// Returns the ring of a room, that is, of a package. A package may depend only on packages in rings further in.
+/// Returns the ring of a package, which is named by its folder. A package may depend only on packages in rings further
+/// inside.
 fn ring(room: &str) -> u32 {
     match room {
         "macros" | "shop-driver" => 0,
@@ -119,7 +120,7 @@ fn core_depends_on_no_driver_even_indirectly() {
             next.extend(locked.get(name).into_iter().flatten());
         }
     }
-    // If the format of the lock file changes, the file must not look like a file without drivers.
+    // After a change of its format, the lock file could look like a file without drivers. This check would detect that.
     assert!(met.contains("mio"), "tokio brings mio: the lock file was not understood");
     let wrong: Vec<_> = met.iter().filter(|name| DRIVERS.contains(*name)).collect();
     assert!(wrong.is_empty(), "core must not know {wrong:?}");
@@ -350,7 +351,7 @@ fn prose_is_in_plain_words() {
             .collect();
         if !is_page {
             prose.extend(test_names(&text).map(|(number, name)| (number, name.replace('_', " "))));
-            // The literals of this file are the words themselves.
+            // This file contains the forbidden words as literals.
             if !file.ends_with("tests/tests/architecture.rs") {
                 prose.extend(literals(&text).into_iter().map(|(number, literal)| (number, without_code(literal))));
             }

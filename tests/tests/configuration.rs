@@ -1,5 +1,5 @@
-//! Mistakes in names are detected when the name is given, at the start, or, with the name in the message, after a
-//! while. Nothing is written before that.
+//! A mistake in a name is detected when the name is given or when the services start. Other mistakes are reported after
+//! a while, in a message with the name. Nothing is written before a mistake is detected.
 #![allow(clippy::unwrap_used)]
 
 use std::{convert::Infallible, panic::AssertUnwindSafe, sync::Arc, time::Duration};

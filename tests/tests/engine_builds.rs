@@ -1,5 +1,5 @@
-//! Services that change while they run. Running sagas move to other plans, and two builds run side by side although
-//! neither understands everything that the other writes.
+//! Tests services that change while they run. Running sagas move to other plans, and two builds run side by side
+//! although neither understands everything that the other writes.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -296,7 +296,7 @@ async fn rolling_forward_and_back_strands_no_saga() {
         let both = instance(new, &stores[1], new_build()).await;
         request(20).await;
         all_end(&world, 0..40, name).await;
-        // The way back: the new build stops while sagas with its plan are running, and comes back later.
+        // The rollback: the new build stops while sagas with its plan are running, and comes back later.
         world.script.play("thank", Play::Fail, 3);
         request(40).await;
         both.drain(DRAIN).await.unwrap();
@@ -324,7 +324,7 @@ async fn all_end(world: &World, ids: std::ops::Range<usize>, name: &str) {
     }
 }
 
-/// Sagas whose plan no running build has wait, and operators can see that they wait.
+/// A saga waits if no running build has its plan, and operators can see that it waits.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn saga_of_an_unknown_plan_waits_visibly_for_a_build_with_it() {
     fn quick() -> Plan {

@@ -1,5 +1,5 @@
-//! Messages travel from one service's log over a bus to another service's store, in order, with one effect each on an
-//! aggregate.
+//! Messages travel from one service's log over a bus to another service's store, in order, and each message affects an
+//! aggregate exactly once.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -83,7 +83,7 @@ async fn relay_crash_at_its_checkpoint_causes_no_second_effect() {
         let relay = start(vec![source(&inner)], &bus).await;
         add(&inner, "a", 31..=40).await;
         copied(&there, "a", (1..=40).collect()).await;
-        // The document must hold each amount once too, although no command id protects it.
+        // The document must hold each amount once too, although no command id protects the document.
         assert_eq!(copies(&there, "a").await.0, (1..=40).collect::<Vec<_>>());
         let sent = async || {
             let checkpoints = documents(&there, CHECKPOINTS).await;
@@ -323,7 +323,7 @@ async fn lost_commit_and_failed_rewind_lose_nothing() {
     let store: Arc<dyn EventStore> = Arc::new(faulty.clone());
     let consuming = consume(&Handle(bus.clone()), &["source.events"], 1, &Notes::default(), store).await;
     bus.add([Ok(message("a", 1))]);
-    // The two reads are the check of the commit's outcome and the rewind.
+    // Two reads are refused: the check of the commit's outcome, and the read of the rewind.
     within("two refused reads", faulty.refused(2)).await;
     bus.add([Ok(message("a", 2))]);
     faulty.away(false);

@@ -87,7 +87,7 @@ async fn every_answer_of_a_participant_lets_the_saga_compensate() {
             let last_error = status.last_error.unwrap();
             assert!(last_error.contains(error), "{case}: {last_error}");
             assert!(last_error.chars().count() < 5_000, "{case}");
-            // After a refusal, the ledger keeps the entry of the charge.
+            // If the bank's answer was a refusal, the ledger also has the entry of the charge.
             let mut ledger = world.ledger(&id).await;
             ledger.retain(|done| done != "charge");
             let undone: &[&str] =
@@ -106,7 +106,7 @@ async fn undo_and_last_step_fail_with_a_reason() {
     on_every_store(async |store_name, store| {
         let world = World::new(store, trip(PATIENT, 2));
         let runtime = world.start(&ALL).await;
-        // The compensation first returns an answer that no store can keep, and then works.
+        // The compensation first returns an answer that no store can keep, and then succeeds.
         world.script.play("confirm", Play::Refuse, 1);
         let tries = std::sync::atomic::AtomicU32::new(0);
         world.script.answer("undo charge", move |_| match tries.fetch_add(1, std::sync::atomic::Ordering::SeqCst) {

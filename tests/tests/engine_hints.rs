@@ -1,5 +1,5 @@
-//! `create` and `load_new` expect a new stream. After a kill, many of these hints can be wrong at once. All wrong hints
-//! together cost one extra attempt, not one extra attempt each.
+//! `create` and `load_new` carry the hint that the stream is new. After a kill, many of these hints can be wrong at
+//! once. All wrong hints together cost one extra attempt, not one extra attempt each.
 #![allow(clippy::unwrap_used)]
 
 use std::sync::{

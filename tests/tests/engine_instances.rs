@@ -1,5 +1,5 @@
-//! Several instances on one store: they share lanes, hand lanes over and take lanes over, and an instance that lost its
-//! lanes changes nothing.
+//! Several instances on one store share lanes, hand lanes over and take lanes over. An instance that has lost its lanes
+//! changes nothing.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -125,7 +125,7 @@ async fn lanes_of_a_crashed_instance_are_taken_over() {
     all_is_copied(&store, 20).await;
     becomes(&store, &[("two", 8)]).await;
     assert!(crashed.elapsed() > Duration::from_secs(3), "the instance had time to send a heartbeat");
-    // An instance that restarts with its own name has its lanes back at once.
+    // An instance that restarts under its own name gets its lanes back at once.
     drop(two);
     let started = std::time::Instant::now();
     let two = copier(&store, "two").await;
@@ -136,7 +136,7 @@ async fn lanes_of_a_crashed_instance_are_taken_over() {
     two.drain(DRAIN).await.unwrap();
 }
 
-/// A handler that copies, but stops in the middle of a message, as after SIGSTOP.
+/// A handler that copies tallies, but can stop in the middle of a message, as after SIGSTOP.
 struct Stopping {
     copier: Copier,
     stopped: watch::Receiver<bool>,
@@ -172,7 +172,7 @@ async fn instance_stopped_past_its_lease_changes_nothing_when_resumed() {
     let before = epochs(&store).await;
     stop.send_replace(false);
     add_to_all(&store, 11..=20).await;
-    // No effect happens twice, whichever instance holds a lane by now.
+    // No effect happens twice, no matter which instance holds a lane by now.
     all_is_copied(&store, 20).await;
     let after = epochs(&store).await;
     assert!(before.iter().all(|(lane, epoch)| after[lane] >= *epoch && *epoch >= 2), "{before:?} {after:?}");

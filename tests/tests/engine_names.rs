@@ -1,5 +1,5 @@
-//! Names of documents are rejected if they collide, and are never matched by a part of the name. Also tests resets with
-//! parked messages.
+//! Names of documents are rejected if they collide, and a part of a name never matches the whole name. Also tests
+//! resets with parked messages.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -98,7 +98,7 @@ async fn colliding_names_are_refused_before_anything_is_written() {
     }
 }
 
-/// Some names are prefixes of others. Each action affects only the one with exactly that name.
+/// Some names are prefixes of others. Each action affects only the subscription with exactly that name.
 #[tokio::test]
 async fn operator_acts_only_on_the_named_subscription() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());

@@ -384,7 +384,8 @@ async fn dropping_the_only_message_frees_its_key() {
     let running = bed.start();
     bed.parked(0).await;
     bed.operator().drop_first("fussy", "tally-a", "a test").await.unwrap();
-    // This message arrives before the worker knows of the drop, when no parked message is left for it to wait behind.
+    // This message arrives before the worker knows of the drop. No parked message is left behind which it would have to
+    // wait.
     bed.add("a", [2]).await;
     bed.becomes("a", &[2]).await;
     bed.nothing_is_parked().await;
@@ -425,7 +426,7 @@ async fn interrupted_redrive_continues() {
         let mut running = bed.start();
         bed.parked(3).await;
         bed.fussy.heal();
-        // The second message is committed in the commit after the next.
+        // The second message is committed in the third commit from here.
         faulty.at(faulty.commits() + 3, fault.clone());
         bed.operator().redrive("fussy", "tally-a", "a test").await.unwrap();
         if matches!(fault, Fault::CrashBefore | Fault::CrashAfter) {

@@ -1,5 +1,5 @@
-//! The barrier of a participant: each step and each compensation takes effect once, in whatever order and however often
-//! the bus delivers.
+//! The barrier of a participant: each step and each compensation takes effect once, no matter in which order and how
+//! often the bus delivers the commands.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -101,7 +101,8 @@ impl Desk {
         self.restart().await;
     }
 
-    /// Removes the ledger of a trip, and notes that the bank owes the work of a step that was answered like this.
+    /// Removes the ledger of a trip, and records that the bank owes the work of a step that it has answered with this
+    /// outcome.
     async fn lose(&self, trip: &str, at: StepRef, outcome: &Outcome) {
         let reply = Reply { at, call: 0, attempt: 1, outcome: outcome.clone() };
         let answered_at = self.answered_at(trip, at).await;
@@ -343,7 +344,8 @@ async fn work_of_a_step_and_of_its_undo_is_done_again_in_order() {
 #[tokio::test]
 async fn answers_without_work_are_not_repeated() {
     let mut desk = Desk::open().await;
-    // An undo of a step that failed has nothing to undo; a second attempt at a step that is done gets the first answer.
+    // The compensation of a failed step has nothing to undo. A second attempt at a completed step gets the first
+    // answer.
     desk.script.play("charge", Play::Fail, 1);
     desk.send(vec![desk.command(StepRef::Forward(1), 1, 1), desk.command(StepRef::Undo(1), 1, 2)]).await;
     assert!(matches!(desk.reply().await, Outcome::Failed(_)));
@@ -354,7 +356,7 @@ async fn answers_without_work_are_not_repeated() {
     let again = desk.reply().await;
     assert_eq!(first, again);
     let asked = desk.script.asked().len();
-    // The answer to the second attempt is noted; the first one is in the log that was restored.
+    // The answer to the second attempt is recorded as owed; the answer to the first attempt is in the restored log.
     desk.restart_owing(&[(StepRef::Undo(1), nothing), (StepRef::Forward(2), again)]).await;
     eventually("the bank to settle", async || (desk.owed().await == 0).then_some(())).await;
     assert_eq!((desk.ledger().await, desk.script.asked().len()), (vec![], asked));
@@ -411,14 +413,15 @@ async fn work_that_a_busy_stream_has_already_is_not_done_again() {
     desk.close(1).await;
 }
 
-/// The moment at which a process that does owed work is killed: with the given number of works done in that process.
+/// The moment at which a process that does owed work is killed. The number counts the works that this process has done
+/// before.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 enum Kill {
-    /// The participant is at work.
+    /// The participant is working.
     AtWork(usize),
-    /// The work is staged, and its commit is not applied.
+    /// The work is staged, but its commit is not applied.
     BeforeCommit(usize),
-    /// The commit is applied, and the process does not know that.
+    /// The commit is applied, but the process does not know that.
     AfterCommit(usize),
 }
 
@@ -464,7 +467,7 @@ async fn process_that_owes_work() {
     std::future::pending::<()>().await;
 }
 
-/// Runs the process until its moment has come, and kills it with -9.
+/// Runs the process until it reaches the moment `kill`, and then kills it with -9.
 fn run_and_kill(file: &Path, kill: Kill) {
     let mut child = Command::new(env::current_exe().unwrap())
         .args(["--exact", "process_that_owes_work", "--nocapture"])

@@ -81,7 +81,8 @@ async fn repeated_command_returns_its_first_outcome() {
 
 #[tokio::test]
 async fn repeated_command_returns_all_of_its_events() {
-    // The stream has fewer events than commands are remembered per stream, and more events than one read returns.
+    // The number of events is lower than the number of commands that are remembered per stream, but higher than the
+    // number of events that one read returns.
     let (store, id) = (memory(), Uuid::new_v4());
     tallies(&store).execute("a", TallyCommand::AddOnes(1_010), id).await.unwrap();
     let again = tallies(&store).execute("a", TallyCommand::Nothing, id).await.unwrap();
@@ -227,7 +228,7 @@ async fn caller_that_does_not_poll_blocks_no_other() {
     assert!((&mut first).now_or_never().is_none());
     gate.open();
     // The first future is not polled while the other commands are executed. One of those commands was sent before the
-    // commit of the first was done.
+    // commit of the first command was done.
     for amount in 2..=3 {
         within("a later one", tallies.execute("a", TallyCommand::Add(amount), Uuid::new_v4())).await.unwrap();
     }

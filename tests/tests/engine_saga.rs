@@ -1,4 +1,4 @@
-//! Sagas from start to end over several services: completed, compensated, retried and stuck.
+//! Tests sagas over several services from start to end. The sagas are completed, compensated, retried or stuck.
 #![allow(clippy::unwrap_used)]
 
 use std::{collections::HashSet, sync::Arc, time::Duration};

@@ -1,4 +1,4 @@
-//! Sagas that survive crashes and new versions of their plan.
+//! Sagas survive crashes and new versions of their plan.
 #![allow(clippy::unwrap_used)]
 
 use std::{sync::Arc, time::Duration};
@@ -22,8 +22,8 @@ const PATIENT: Duration = Duration::from_secs(60);
 const COMMITS_MAX: u64 = 80;
 const DRAIN: Duration = Duration::from_secs(60);
 
-/// Runs one trip that is confirmed and one that is refused. The process crashes at commit number `number`, and a new
-/// process continues. Returns whether the first process reached that commit.
+/// Runs one trip that is confirmed and one trip that is refused. The process crashes at commit number `number`, and a
+/// new process continues. Returns whether the first process reached that commit.
 async fn with_crash(inner: Arc<dyn EventStore>, number: u64, fault: Fault) -> bool {
     let mut world = World::new(inner.clone(), trip(PATIENT, 3));
     world.script.play("charge", Play::Fail, 1);

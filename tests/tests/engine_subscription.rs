@@ -1,4 +1,4 @@
-//! Subscriptions: they catch up and restart, and every effect happens exactly once whatever the store does.
+//! Subscriptions catch up and restart, and every effect happens exactly once, no matter what the store does.
 #![allow(clippy::unwrap_used)]
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
@@ -30,7 +30,7 @@ impl Running {
         Self { task, shutdown, health }
     }
 
-    /// Ends the task abruptly, as a kill ends a process. The task finishes nothing.
+    /// Ends the task abruptly, as a kill ends a process. The task does not finish its work in progress.
     async fn kill(self) {
         self.task.abort();
         _ = self.task.await;

@@ -1,4 +1,4 @@
-//! Work and transactions: they change many streams and documents, all or nothing.
+//! Work and transactions change many streams and documents, either all of them or none.
 #![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! Brokers that are killed, absent for a long time, lost or wiped. Relays and consumers recover without help.
+//! Relays and consumers recover without help from brokers that are killed, absent for a long time, lost or wiped.
 #![allow(clippy::unwrap_used)]
 
 mod kafka;
@@ -159,8 +159,8 @@ async fn topic_emptied_and_rebuilt_loses_nothing() {
     let mut sql = pair.sql().await;
     add(&store, 0..50).await;
     pair.agrees().await;
-    // Relay and consumer both continue with new messages. The first time, the new messages are so few that their
-    // offsets are below offsets handled before; the second time, there are more than before.
+    // Relay and consumer both continue with new messages. The first time, there are so few new messages that their
+    // offsets are below the offsets handled before. The second time, there are more messages than before.
     let mut round = 50;
     for more in [1, 100] {
         broker.kill();

@@ -1,4 +1,4 @@
-//! Consumers that are killed or stopped, or that join and leave: each message takes effect once, in order.
+//! Each message takes effect once and in order, even if consumers are killed or stopped, or join and leave.
 #![allow(clippy::unwrap_used)]
 
 mod kafka;

@@ -1,5 +1,5 @@
-//! Distant brokers: a saga or a page of messages costs a number of round trips that does not depend on the number of
-//! partitions.
+//! If brokers are distant, a saga or a page of messages costs a number of round trips that does not depend on the
+//! number of partitions.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -104,7 +104,7 @@ async fn burst_and_outage_open_few_connections() {
     bus.publish(vec![message(&topic, &keys[0], 1)]).await.unwrap().await.unwrap();
 }
 
-/// Watches, until dropped, for a part that was healthy and gets into trouble.
+/// Waits until all parts are healthy, and then until one of them gets into trouble. Returns that part and its state.
 fn watch(healths: Vec<Health>) -> tokio::task::JoinHandle<String> {
     tokio::spawn(async move {
         while !healths.iter().all(Health::is_fine) {
@@ -121,8 +121,8 @@ fn watch(healths: Vec<Health>) -> tokio::task::JoinHandle<String> {
     })
 }
 
-/// Runs this many sagas at once over three services, each with its own bus, and measures them. Returns the median of the
-/// best round in round trips, because a busy machine delays whole rounds.
+/// Runs this many sagas at once over three services, each with its own bus, and measures them. Returns the median
+/// duration of a saga, in round trips. Only the best round counts, because a busy machine delays whole rounds.
 async fn sagas(one_way: Duration, at_once: usize, rounds: usize) -> u32 {
     let broker = Broker::at_distance(one_way).await;
     let world = World::new(Arc::new(MemoryStore::new()), trip(TIMEOUT, 3));

@@ -1,4 +1,5 @@
-//! Messages from other senders: repeated messages, CloudEvents of their own, and records that are not messages at all.
+//! Tests messages from other senders: repeated messages, CloudEvents in the sender's own form, and records that are not
+//! messages at all.
 #![allow(clippy::unwrap_used)]
 
 mod kafka;
@@ -221,7 +222,7 @@ async fn foreign_attributes_with_our_names_are_ignored() {
     let places = [("fast", "7"), ("fast", "3"), ("7", "5"), ("0@0123456789abcdef", "2"), ("0@0123456789abcdef", "1")];
     let records = places.iter().zip(0..).map(|((lane, position), amount)| {
         let own = event("own", amount).with("ce_lane", lane.as_bytes()).with("ce_position", position.as_bytes());
-        // A sender's version attribute does not stand for the version of our schema.
+        // The version attribute of another sender does not mean the version of our schema.
         own.with("ce_schemaversion", b"9").with("ce_streamversion", b"1")
     });
     let records: Vec<_> = records.collect();
@@ -251,7 +252,7 @@ async fn foreign_events_are_handled() {
     let records = vec![
         event("binary", 1),
         event("binary", 2).without("ce_time").without("content-type"),
-        // These attributes of the sender happen to have the names of ours.
+        // These attributes of another sender happen to have the names of our attributes.
         event("binary", 3).with("ce_position", b"48.1,11.5").with("ce_lane", b"left"),
         event("binary", 4).with("ce_correlationid", b"c-1").with("ce_schemaversion", b"draft").with("x", b"\xff"),
         event("binary", 5).with("traceparent", b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
@@ -309,8 +310,8 @@ async fn message_too_large_for_the_topic_is_parked() {
     );
     assert_eq!(sql.copies().await, others, "nothing passes what is parked");
 
-    // After its checkpoint is moved back, the relay sends the messages before the parked messages again, and no later
-    // messages.
+    // After its checkpoint is moved back, the relay again sends the messages that precede the parked messages, but no
+    // message that waits behind them.
     sql.set_back().await;
     add(&store, 42..43).await;
     until("the relay has started over", async || pair.sent().await >= 2 * others).await;

@@ -1,5 +1,5 @@
-//! Group members named after the instance of their process. After a crash, a member is back at once under its name, or
-//! is replaced within seconds. Only one member can use a name.
+//! Group members are named after the instance of their process. After a crash, a member is back at once under its name,
+//! or is replaced within seconds. Only one member can use a name.
 #![allow(clippy::unwrap_used)]
 
 mod kafka;
@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 /// Less than the time after which the group gives the partitions of a silent member to others.
 const AT_ONCE: Duration = Duration::from_secs(4);
-/// More than that time, and less than the time with the former settings.
+/// More than that time, but less than the time that a takeover needed with earlier settings.
 const TAKEN_OVER: Duration = Duration::from_secs(9);
 
 /// The task of the child processes.

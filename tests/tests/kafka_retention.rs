@@ -61,7 +61,7 @@ impl Seen {
     }
 }
 
-/// A topic of one partition, and a group on it.
+/// A topic with one partition, and a group that reads the topic.
 struct Setting {
     topic: Arc<str>,
     store: Arc<dyn EventStore>,

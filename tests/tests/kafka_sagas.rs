@@ -1,4 +1,4 @@
-//! Sagas while brokers are away.
+//! Sagas wait while brokers are away.
 #![allow(clippy::unwrap_used)]
 
 use std::{sync::Arc, time::Duration};

@@ -1,5 +1,5 @@
-//! Topics that operators manage. They are created as declared or rejected with a reason, Kafka's own tools can read
-//! them, and they hold no secrets.
+//! Topics are created as declared, or rejected with a reason. Kafka's own tools can read the topics. Secrets never
+//! appear in errors and logs.
 #![allow(clippy::unwrap_used)]
 
 mod kafka;
@@ -100,7 +100,7 @@ async fn secrets_are_never_shown() {
     let log = Log::default();
     let written = log.clone();
     let subscriber = tracing_subscriber::fmt().with_max_level(tracing_subscriber::filter::LevelFilter::TRACE);
-    // Applies to all threads of this process, because the Kafka client logs from its own threads.
+    // The subscriber applies to all threads of this process, because the Kafka client logs from its own threads.
     subscriber.with_writer(move || written.clone()).init();
     let mut shown = Vec::new();
     // The broker has no SASL, and other settings have wrong names or values.

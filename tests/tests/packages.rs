@@ -1,11 +1,12 @@
-//! What a registry shows and expects of the packages that are meant to be published, and the Rust version that they need.
+//! Checks what a registry shows and requires of the packages that are meant to be published, and the Rust version that
+//! these packages need.
 #![allow(clippy::unwrap_used)]
 
 use std::{fs, path::PathBuf};
 
 use serde::Deserialize;
 
-/// crates.io refuses more keywords, and longer ones.
+/// The limits of crates.io for the number and the length of keywords.
 const KEYWORDS_MAX: usize = 5;
 const KEYWORD_BYTES_MAX: usize = 20;
 

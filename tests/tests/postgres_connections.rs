@@ -1,4 +1,4 @@
-//! The number of connections that a store opens: at most the size of its pool, whatever the load.
+//! The number of connections that a store opens never exceeds the size of its pool, no matter how high the load is.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;

@@ -1,5 +1,5 @@
-//! How readers, writers and caches behave when a server crashes, when it is read-only for a while, and when a log has
-//! lost its end.
+//! Tests how readers, writers and caches behave when a server crashes, when it is read-only for a while, and when a log
+//! has lost its end.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used)]
 
@@ -49,8 +49,8 @@ async fn read_on(store: &PostgresStore, seen: &mut Vec<i64>) {
     }
 }
 
-/// Each test runs with a direct connection and as if behind a pooler, where the store checks each transaction rather
-/// than each session.
+/// Each test runs once with a direct connection and once as if behind a pooler. Behind a pooler, the store checks each
+/// transaction rather than each session.
 const EITHER: [&str; 2] = ["", "?pooled=true"];
 
 fn few() -> Settings {
@@ -61,8 +61,8 @@ async fn store(url: &str) -> PostgresStore {
     PostgresStore::connect(url, few()).await.unwrap()
 }
 
-/// After a crash, the sequence assigns positions again that it had assigned before but that never became durable. The
-/// reader must not treat such a position as proven empty.
+/// After a crash, the sequence assigns some positions a second time, because their first assignment never became
+/// durable. The reader must not treat such a position as proven empty.
 #[tokio::test(flavor = "multi_thread")]
 async fn crash_at_a_gap_loses_no_event_for_readers() {
     const CRASHES: usize = 4;
@@ -275,7 +275,6 @@ async fn caches_after_a_failover(pooled: &str) {
 
 /// The tail, the checkpoint and the reader's position are beyond the new end of the log. New events at the lost
 /// positions must still be handled.
-/// handled.
 #[tokio::test(flavor = "multi_thread")]
 async fn running_subscriptions_notice_a_lost_end() {
     let mut failover = Failover::prepare().await;
@@ -297,7 +296,8 @@ async fn running_subscriptions_notice_a_lost_end() {
     }
     copied(&[1, 2, 3]).await;
     failover.detach().await;
-    // A standby's sequence is 32 positions ahead. Only with more events than that are positions assigned twice.
+    // A standby's sequence is 32 positions ahead. Positions are assigned twice only if there are more new events than
+    // that.
     for amount in 101..=140 {
         pay(&tallies, "x", amount).await;
     }

@@ -1,4 +1,4 @@
-//! Invariants that hold while several stores write at once and while their sessions are terminated.
+//! Checks invariants that hold while several stores write at once and while their sessions are terminated.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -43,8 +43,8 @@ async fn one_of_many_writers_in_several_stores_wins() {
     assert_eq!(whole_log(&stores[0]).await.len(), 10);
 }
 
-/// Several stores lock the same streams in different orders. A store that loses decides its command again, and no store
-/// waits until a deadlock is detected.
+/// Several stores lock the same streams in different orders. A store that loses the race decides its command again, and
+/// no store waits until a deadlock is detected.
 #[tokio::test(flavor = "multi_thread")]
 async fn stores_contending_for_many_streams_lose_nothing() {
     const STREAMS: usize = 8;
@@ -321,7 +321,7 @@ async fn newer_schema_is_refused_unchanged() {
     assert_eq!(error, OpenError::TooNew { schema: schema.name().into(), found: 99, known: 5 });
 }
 
-/// The log has two indexes, and no others: the cost of each index was weighed.
+/// The log has exactly two indexes, because each further index would make every commit more expensive.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_log_has_two_indexes() {
     let schema = Schema::new();

@@ -1,4 +1,4 @@
-//! A store that is the only one on its database, with commits that come one at a time.
+//! Tests a store that is the only store on its database, and whose commits come one at a time.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;

@@ -27,14 +27,15 @@ enum Cut {
     Told,
 }
 
-/// Returns that error as a protocol message: fields that start with a letter each, ended by a zero byte.
+/// Returns that error as a protocol message. Each field starts with a letter and ends with a zero byte, and a further
+/// zero byte ends the message.
 fn crash_report() -> Vec<u8> {
     let fields = b"SERROR\0VERROR\0C08P01\0Mserver conn crashed?\0\0";
     let length = u32::try_from(fields.len() + 4).unwrap().to_be_bytes();
     [b"E", &length[..], fields].concat()
 }
 
-/// Forwards all bytes, except for one armed cut.
+/// Forwards all bytes, but cuts a connection once if a cut is armed.
 #[derive(Clone)]
 struct Proxy {
     port: u16,

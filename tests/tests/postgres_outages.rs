@@ -1,4 +1,4 @@
-//! A server that dies, that runs out of disk space, or that is replaced by another server restored from a dump.
+//! Tests a server that dies, that runs out of disk space, or that is replaced by another server restored from a dump.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used)]
 

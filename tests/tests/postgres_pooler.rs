@@ -1,4 +1,4 @@
-//! The store behind PgBouncer in transaction mode. Each transaction may run in another server session, and other
+//! Tests the store behind PgBouncer in transaction mode. Each transaction may run in another server session, and other
 //! clients use each session in between.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used)]
@@ -90,7 +90,7 @@ async fn several_instances_start_at_once_and_follow_each_other() {
 }
 
 /// Other clients use the sessions in between. Therefore a store must leave no state in a session, and must not rely on
-/// any.
+/// any state of a session.
 #[tokio::test(flavor = "multi_thread")]
 async fn sessions_keep_no_state() {
     let pooler = Pooler::start(1, "ignore_startup_parameters = extra_float_digits").await;

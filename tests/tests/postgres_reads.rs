@@ -145,7 +145,7 @@ async fn session_that_ends_during_reads_is_replaced() {
     assert!(ending.await.unwrap() > 0, "no session was ended");
 }
 
-/// Each look at the log costs a round trip. Directly after a commit of the same process, there is usually nothing new
+/// Each check of the log costs a round trip. Directly after a commit of the same process, there is usually nothing new
 /// to see.
 #[tokio::test(flavor = "multi_thread")]
 async fn reader_woken_by_a_local_commit_does_not_poll() {
@@ -164,6 +164,6 @@ async fn reader_woken_by_a_local_commit_does_not_poll() {
     while seen < COMMITS && started.elapsed() < PROMPTLY {
         seen = sqlx::query_scalar(schema.sql(looks)).fetch_one(&mut connection).await.unwrap();
     }
-    // Each commit looks up the time of the last event, and this counts as a look.
+    // Each commit looks up the time of the last event, and this counts as a check.
     assert!((COMMITS..COMMITS + COMMITS / 2).contains(&seen), "{seen} looks for {COMMITS} commits");
 }

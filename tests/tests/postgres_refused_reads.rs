@@ -1,4 +1,4 @@
-//! If a store cannot accept a query, this is the fault of one message. It does not mean that the store is away.
+//! A query that the store refuses is the fault of one message. The refusal does not mean that the store is away.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;

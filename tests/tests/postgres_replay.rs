@@ -255,7 +255,7 @@ async fn slow_replay_keeps_no_transaction_open() {
 #[tokio::test(flavor = "multi_thread")]
 async fn lost_connection_loses_no_replayed_event() {
     let bed = Bed::new().await;
-    // The number of events exceeds what the replay reads ahead until the test cuts the last connection.
+    // There are more events than the replay can read ahead before the test cuts the last connection.
     bed.fill(120_000, 500).await;
     let mut replayed = bed.store.replay(Replay::all());
     let mut taken = 0;

@@ -67,7 +67,7 @@ async fn renamed_schema_works_after_its_owner_has_opened_it() {
     for _ in 0..2 {
         let store = PostgresStore::connect(&url(), settings(kept.name())).await.unwrap();
         let stands = whole_log(&store).await.len() as i64;
-        // Few rows, many rows and an operator's action each use another statement.
+        // Few rows, many rows and an operator's action each use a different statement.
         store.commit(append("a-1", stands, 1)).await.unwrap();
         store.commit(append("a-1", stands + 1, 2)).await.unwrap();
         store.commit(append("a-1", stands + 3, 40)).await.unwrap();

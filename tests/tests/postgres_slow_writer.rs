@@ -66,7 +66,7 @@ impl Following {
         Self(shutdown.clone(), tokio::spawn(copier.run(store, Health::default(), shutdown)))
     }
 
-    /// Aborts the subscription, wherever it is.
+    /// Aborts the subscription at any point of its work.
     async fn kill(self) {
         self.1.abort();
         self.1.await.ok();

@@ -46,7 +46,7 @@ async fn run_of_the_shop_shows_in_the_views() {
     let expected = [("completed", outcome.totals.confirmed as i64), ("compensated", cancelled as i64)];
     assert_eq!(sagas, expected.map(|(status, count)| (status.to_owned(), count)).into());
 
-    // Each saga in the view is in the log, and did not end before it began.
+    // Each saga in the view is in the log, and no saga ended before it began.
     let sql = "SELECT count(*) FROM annals.sagas AS s
                 WHERE s.ended_at >= s.started_at AND s.attempts >= 0 AND length(s.definition_hash) > 0
                   AND EXISTS (SELECT FROM annals.events AS e WHERE e.stream_id = 'saga.' || s.saga || '-' || s.saga_id)

@@ -102,7 +102,7 @@ async fn views_follow_the_log_and_survive_a_restart() {
     second.drain(Duration::from_secs(10)).await.unwrap();
 }
 
-/// A caller reads its own writes: the position of a command is awaited, on each store.
+/// A caller reads its own writes if it waits for the position of its command. Runs on each store.
 #[tokio::test]
 async fn views_show_a_command_once_they_have_reached_its_position() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,5 +1,5 @@
-//! Paths and files that are not stores. Opening each of them fails with its own error, which names the file, and the
-//! file stays unchanged.
+//! Opening a path or file that is not a store fails. Each kind of failure has its own error, which names the file, and
+//! the file stays unchanged.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -145,7 +145,7 @@ async fn missing_folder_is_refused() {
     assert_eq!(refused(&path).await, OpenError::NoFolder { path, folder: file });
 }
 
-/// Permissions do not restrict root, who may run the tests. These obstacles do.
+/// Permissions do not restrict root, who may run the tests. The obstacles in this test stop root as well.
 #[tokio::test]
 async fn unwritable_path_is_refused() {
     let folder = folder();

@@ -103,8 +103,7 @@ fn killed_process_loses_no_acknowledged_commit() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let mut acknowledged = Vec::new();
     for kill in 0..KILLS {
-        // The first process is killed during its start, wherever it is then. The other processes are killed somewhere
-        // in their work.
+        // The first process is killed at any moment of its start, and the other processes at any moment of their work.
         let after = if kill == 0 { 0 } else { RandomState::new().hash_one(kill) % 400 };
         let before = acknowledged.len();
         acknowledged.extend(run_and_kill(&file, after));

@@ -1,6 +1,7 @@
 //! A process that runs out of space gets an error, and every commit that was acknowledged before stays stored.
 //!
-//! `ulimit -f` replaces a full disk, because it needs no separate disk. The write fails in the same way.
+//! The test uses `ulimit -f` instead of a full disk, because a full disk would have to be a separate disk. The write
+//! fails in the same way.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 

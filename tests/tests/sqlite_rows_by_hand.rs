@@ -144,7 +144,7 @@ async fn file_refuses_changes_to_the_log() {
     for sql in attempts {
         assert!(connection.execute(sql).await.is_err(), "{sql}");
     }
-    // Only in sessions that set this pragma do rows that REPLACE removes fire the delete triggers.
+    // When REPLACE removes a row, the delete triggers fire only in sessions that set this pragma.
     connection.execute("PRAGMA recursive_triggers = ON").await.unwrap();
     let replacing = [
         "INSERT OR REPLACE INTO events VALUES (3, 'b-1', 1, '', 'x', 1, 'changed', '{}', 0)",

@@ -35,7 +35,7 @@ fn at(version: i64) -> Expected {
     Expected::Version(Version(version))
 }
 
-/// Each process has its own writer. Versions and positions have no gaps, whichever process assigns them.
+/// Each process has its own writer. Versions and positions have no gaps, no matter which process assigns them.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_writers_take_turns() {
     const COMMITS: usize = 200;

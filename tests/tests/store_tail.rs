@@ -19,8 +19,8 @@ impl StoreUnderTest for Tailed {
 
 suite!(Tailed);
 
-/// The tail reads a limited number of events at once. If a reader took the last of them for the end of the log, it
-/// would wait although there is more.
+/// The tail reads a limited number of events at once. If a reader mistook the last of these events for the end of the
+/// log, the reader would wait although the log has more events.
 #[tokio::test]
 async fn tail_reports_foreign_commits_before_reading_them() {
     const EVENTS: usize = 5_000;

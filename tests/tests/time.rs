@@ -1,5 +1,5 @@
-//! Time: all processes on a store share one clock, times beyond the calendar cause no failure, and a backlog of timers
-//! delays no other timer.
+//! All processes on a store share one clock, times beyond the calendar cause no failure, and a backlog of timers delays
+//! no other timer.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
@@ -232,7 +232,7 @@ async fn ten_thousand_due_timers_delay_no_other_on_postgres() {
     backlog_delays_no_other(Arc::new(schema.store().await)).await;
 }
 
-/// A different clock for one process, provided by a library that is loaded before the system's.
+/// A different clock for one process, provided by a library that is loaded before the library of the system.
 struct OtherClock {
     _folder: TempDir,
     library: PathBuf,
@@ -335,7 +335,8 @@ async fn clocks_apart(store: Arc<dyn EventStore>, location: &str) {
             other = start(&clock, ahead, location);
         }
         assert!((other.1 - ahead).abs() < 20, "the clock is ahead by {} s, not {ahead}", other.1);
-        // By then, both processes have checked the timers twice. No signal exists for something that does not happen.
+        // By then, both processes have checked the timers twice. The test has to sleep, because nothing signals that an
+        // event does not happen.
         tokio::time::sleep(Duration::from_secs(3)).await;
         let events: Vec<_> = world.history(&id).await.into_iter().map(|event| event.type_name.to_string()).collect();
         assert_eq!(events, ["saga.started"], "ahead by {ahead} s");

@@ -1,4 +1,4 @@
-//! Numbers are either read back exactly as they were written, or rejected at the write.
+//! Numbers are either read back exactly as they were written, or rejected when they are written.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;

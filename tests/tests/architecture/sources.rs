@@ -9,7 +9,7 @@ use std::{
 
 /// The maximum number of re-exports that are followed to the definition of a name.
 const REEXPORTS_MAX: usize = 20;
-/// The words with which an item starts that is not a module.
+/// The keywords that start an item, except the keyword for modules.
 const ITEMS: [&str; 8] = ["const", "enum", "fn", "static", "struct", "type", "union", "use"];
 
 /// The files of one crate, and the arrows between them. An arrow leads from a file that uses a name to the file that
@@ -34,7 +34,7 @@ struct Module {
 }
 
 impl Crate {
-    /// Reads the crate that starts with this file. `name` is the name by which the crate may call itself.
+    /// Reads the crate that starts with this file. `name` is the name by which the crate may refer to itself.
     pub fn read(root: &Path, name: &str) -> Self {
         let mut this = Self::default();
         this.read_file(root, Vec::new(), name);
@@ -65,7 +65,7 @@ impl Crate {
     }
 
     /// Returns the file that defines the name at the end of a path, or `None` if the path leads out of the crate or
-    /// only names a module. The names that are used of such a module have paths of their own.
+    /// only names a module. The names that the code uses from such a module have their own paths.
     fn definition(&self, path: &[String]) -> Option<PathBuf> {
         let (module, rest) = self.resolved(path.to_vec(), 0)?;
         (!rest.is_empty()).then(|| self.modules[&module].file.clone())
@@ -373,7 +373,7 @@ impl Reader<'_> {
             }
         }
         let path = self.absolute(path, module);
-        // A trait and its derive may have one name and come from two places.
+        // A trait and its derive macro may have the same name but come from different modules.
         to.paths.extend(to.imports.insert(name, path));
     }
 

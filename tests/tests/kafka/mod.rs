@@ -1,5 +1,5 @@
-//! Two services on PostgreSQL that Kafka connects. One publishes tallies, and the other copies them. The tests check
-//! the result with plain SQL and a plain Kafka client.
+//! Two services on PostgreSQL, connected by Kafka. One service publishes tallies, and the other copies them. The tests
+//! check the result with plain SQL and a plain Kafka client.
 #![allow(dead_code)]
 
 pub mod process;

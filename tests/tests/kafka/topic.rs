@@ -1,4 +1,4 @@
-//! Reads a topic as an outsider does: with a plain client, without any code of this project.
+//! Reads a topic as other programs do: with a plain client, without any code of this project.
 
 use std::{
     collections::BTreeMap,

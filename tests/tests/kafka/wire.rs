@@ -1,4 +1,4 @@
-//! Sends a record that no client library can send, using Kafka's own protocol: a record with a header whose name is not
+//! Uses Kafka's own protocol to send a record that no client library can send: a record with a header whose name is not
 //! UTF-8.
 
 use std::{

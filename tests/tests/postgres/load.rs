@@ -1,5 +1,5 @@
-//! Writers and readers that keep running whatever happens to the server. At the end, they check that the server kept
-//! every promise.
+//! Writers and readers that keep running, no matter what happens to the server. At the end, they check that the server
+//! kept every promise.
 
 use std::{
     sync::{

@@ -1,4 +1,4 @@
-//! A PostgreSQL for tests. Each test has its own schema, which is dropped after the test.
+//! A PostgreSQL server for tests. Each test has its own schema, which is dropped after the test.
 #![allow(dead_code)]
 
 pub mod load;
@@ -145,8 +145,8 @@ pub fn append(stream: &str, expected: i64, count: usize) -> Commit {
     Commit { appends: vec![append], puts: Vec::new() }
 }
 
-/// Returns the whole log. A failed statement reports its error before its transaction has ended, and a reader does not
-/// pass the gap that the transaction leaves until then. So this waits until no writer is in flight.
+/// Returns the whole log. A failed statement reports its error before its transaction has ended. Until the transaction
+/// ends, readers do not pass the gap that it leaves. Therefore this function first waits until no writer is in flight.
 pub async fn whole_log(store: &PostgresStore) -> Vec<Arc<Recorded>> {
     let deadline = Instant::now() + PROMPTLY;
     while store.status().await.unwrap().waits_for.is_some() {

@@ -208,7 +208,7 @@ pub fn is_root() -> bool {
     output.stdout.trim_ascii() == b"0"
 }
 
-/// Returns another user to run as if the current user is root, because PostgreSQL refuses to run as root.
+/// If the current user is root, returns another user for the server, because PostgreSQL refuses to run as root.
 pub fn postgres_user() -> Option<(u32, u32)> {
     if !is_root() {
         return None;
