@@ -43,7 +43,7 @@ use uuid::Uuid;
 use self::group::{Crew, Roll, numbers, read};
 pub use self::group::{Ledger, Member, message, publish, within};
 
-/// More messages than any bus or client buffers, so that publishers must wait.
+/// A number of messages that is larger than the buffers of all buses and clients, so that publishers must wait.
 const BEYOND_ANY_BUFFER: i64 = 100_000;
 
 /// A bus under test.
@@ -174,7 +174,7 @@ pub async fn redelivery_starts_at_the_sought_offset<S: Subject>() {
     assert_eq!(numbers(&second.collect(13).await), (8..=20).collect::<Vec<_>>());
 }
 
-/// A seek to an earlier offset delivers the same messages again, including messages that the client had read ahead.
+/// A seek to an earlier offset delivers the same messages again, including messages that the client had prefetched.
 pub async fn seek_replays<S: Subject>() {
     let (bus, topic) = (S::bus().await, S::topic().await);
     let mut member = Member::join(&*bus, "replay", &topic).await;
@@ -215,7 +215,7 @@ pub async fn topics_are_separate<S: Subject>() {
     assert_eq!((on(&one), on(&two)), (10, 10));
 }
 
-/// Members of a group own disjoint partitions that together are all partitions. Each member delivers only messages of
+/// The members of a group share all partitions, and each partition has one owner. Each member delivers only messages of
 /// its own partitions.
 pub async fn members_share_partitions<S: Subject>() {
     let crew = Crew { bus: S::bus().await, topic: S::topic().await, roll: watch::Sender::default() };

@@ -6,7 +6,7 @@
 //! | `specification` | tests of one decision: [`given`] some events, a command leads to other events or to a refusal |
 //! | `check` | [`check`] explores one saga; the test chooses the faults, the simulated world and the invariants |
 //! | `model` | the state space: saga, barriers, messages in flight and simulated world, and every move between states |
-//! | `machine` | the saga in the model: moves by the real transition function, and reads each event back from JSON |
+//! | `machine` | the saga in the model: moves with the real transition function, and reads each event back from JSON |
 //! | `rules` | the rules that every saga must satisfy |
 //! | `history` | a path through the state space, as numbered lines |
 //!

@@ -52,7 +52,8 @@ mod steps {
     pub struct Names;
 
     impl Names {
-        /// An upcaster's error may be any `Display` type. This one differs from the error type of the other upcaster.
+        /// An upcaster's error may be any `Display` type. The error type here differs from the error type of the other
+        /// upcaster.
         pub fn split<const AT: char>(mut old: Value) -> Result<Value, Cow<'static, str>> {
             let name = old["name"].as_str().ok_or("`name` is no text")?.to_owned();
             let (first, last) = name.split_once(AT).ok_or_else(|| format!("{name:?} is one word"))?;

@@ -1,4 +1,4 @@
-//! The given-when-then specifications of sagas: what they accept, and the messages of their failures.
+//! Given-when-then specifications of sagas: the outcomes that they accept, and the messages with which they fail.
 #![allow(clippy::unwrap_used)]
 
 use std::panic::catch_unwind;

@@ -39,7 +39,7 @@ pub(crate) async fn append_alone(
     }
 }
 
-/// Advances the sequence of positions past events at higher positions.
+/// Advances the sequence of positions if the log has events at higher positions.
 pub(crate) async fn advance(database: &Database, connection: &mut PgConnection) -> Result<(), sqlx::Error> {
     database.begin(connection, Purpose::Write).await?;
     database.statements.advance.query().execute(&mut *connection).await?;

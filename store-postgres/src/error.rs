@@ -138,8 +138,8 @@ const READ_ONLY_TRANSACTION: &str = "25006";
 const FEATURE_NOT_SUPPORTED: &str = "0A000";
 /// The code that the store's function `append` raises if a document was written between the check and the write.
 const DOCUMENT_RACE: &str = "AN001";
-/// The code with which a pooler reports every error. Most importantly, a pooler reports with this code that it has lost
-/// the server, and so all statements in flight.
+/// The code with which a pooler reports every error. Most importantly, the code means that the pooler has lost the
+/// server, so the outcome of the statements in flight is unknown.
 const PROTOCOL_VIOLATION: &str = "08P01";
 const CLASS_CONNECTION: &str = "08";
 const CLASS_DATA: &str = "22";

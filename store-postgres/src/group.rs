@@ -99,8 +99,9 @@ pub(crate) struct StreamState<'g> {
 impl StreamState<'_> {
     /// Returns how the group locks the stream. `Some(true)`: the group relies on the stream without writing to it, so
     /// no other process may write to the stream until this group is written. `Some(false)`: the group itself writes to
-    /// the stream, and waits only for processes that hold the stream. `None`: the group does not lock the stream,
-    /// because no write depends on it; a commit that writes nothing is valid at the moment of its read.
+    /// the stream, and waits only for processes that rely on the stream without writing to it. `None`: the group does
+    /// not lock the stream, because no write depends on it; a commit that writes nothing is valid at the moment of its
+    /// read.
     pub(crate) fn held(&self) -> Option<bool> {
         match self.steps {
             0 => self.relied_on.then_some(true),

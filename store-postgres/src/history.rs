@@ -101,7 +101,7 @@ impl History {
         (self.number(), known.settled)
     }
 
-    /// Records that the log is settled up to a known event, as proven under this number.
+    /// Records that the log is settled up to a known event. The proof belongs to the history with this number.
     pub(crate) fn settle(&self, number: u64, position: i64) {
         let mut known = self.known();
         if number == self.number() {
@@ -109,7 +109,7 @@ impl History {
         }
     }
 
-    /// Records an event that was read or committed under this number.
+    /// Records an event that was read or committed under this number of the history.
     pub(crate) fn saw(&self, number: u64, (position, id): Seen) {
         let mut known = self.known();
         if number != self.number() {

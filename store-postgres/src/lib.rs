@@ -304,7 +304,7 @@ impl EventStore for PostgresStore {
             let is_known = std::mem::take(&mut first) && notifications.ends_at(history, after, heard);
             match if is_known { Ahead::Nothing } else { log.ahead(after).await? } {
                 Ahead::Events => return Ok(()),
-                // Ignores notifications, which can only announce events beyond the gap.
+                // Notifications are ignored here, because they can only announce events beyond the gap.
                 Ahead::Gap => {
                     tokio::time::sleep(Duration::from_millis(gap_look)).await;
                     gap_look = (gap_look * 2).min(GAP_LOOK_MS_MAX);

@@ -139,7 +139,7 @@ impl SqlStore {
         self.transactions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Removes and returns the transaction of a mark, with the handler's transactions to which it belongs.
+    /// Removes the transaction of a mark, and returns it together with the transactions of the same handler.
     fn take(&self, mark: Mark) -> Option<(Arc<Transactions>, OpenTransaction)> {
         let all: Vec<_> = self.lock().iter().filter_map(Weak::upgrade).collect();
         all.into_iter().find_map(|transactions| {

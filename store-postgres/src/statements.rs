@@ -1,4 +1,4 @@
-//! The SQL statements. Each comes from its own file, and is rewritten for the schema of a store.
+//! The SQL statements. Each statement has its own file, and is rewritten for the schema of a store.
 
 use sqlx::{
     AssertSqlSafe, FromRow, Postgres, SqlSafeStr, SqlStr,

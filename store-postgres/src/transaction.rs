@@ -71,7 +71,7 @@ impl Idle {
 }
 
 impl OpenTransaction {
-    /// Begins a transaction. Uses the idle connection if there is one and the connection still works.
+    /// Begins a transaction. Uses the idle connection if there is one that still works.
     pub(crate) async fn begin(database: &Database, idle: Option<Idle>) -> Result<Self, sqlx::Error> {
         if let Some(idle) = idle.filter(|Idle(history, _)| *history == database.history.number())
             && let Ok(open) = Self::begin_on(idle, database).await

@@ -8,7 +8,7 @@ use sqlx::{Arguments, SqliteConnection, error::BoxDynError, sqlite::SqliteArgume
 use crate::group::{DocumentRow, EventRow};
 
 /// The widths. For each width, the connection keeps one prepared statement. Rows that are not needed are bound to NULL
-/// and cost next to nothing, so that any number of rows takes one statement per 256 rows.
+/// and cost next to nothing. An insert therefore takes one statement per 256 rows, for any number of rows.
 const WIDTHS: [usize; 4] = [1, 8, 64, 256];
 
 static APPEND_EVENTS: LazyLock<[String; 4]> =

@@ -147,7 +147,8 @@ pub async fn conflict_leaves_nothing_of_the_commit<T: StoreUnderTest>() {
     let store = under_test.store();
     let document = key("note", "1");
     for (streams, expected) in [(["a-1", "b-1", "c-1"], Some(0)), (["a-1", "b-1", "d-1"], Some(1))] {
-        // In the first round, the stream has another version than expected; in the second round, the document has.
+        // In the first round, the version of the stream is wrong; in the second round, the version of the document is
+        // wrong.
         let last = at(if expected == Some(0) { 1 } else { 0 });
         let appends = [(streams[0], at(0)), (streams[1], Expected::Any), (streams[2], last)];
         let commit = Commit {
@@ -168,7 +169,7 @@ pub async fn empty_commit_succeeds<T: StoreUnderTest>() {
     assert_empty(&*store, &[]).await;
 }
 
-/// In this way, a commit depends on a stream without writing to it.
+/// With such an append, a commit depends on a stream without writing to the stream.
 pub async fn an_append_without_events_only_checks<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
@@ -199,7 +200,8 @@ pub async fn expected_event_is_compared_by_its_id<T: StoreUnderTest>() {
         let version = expected.version().unwrap().0;
         let alone = appending([append("a-1", expected, numbered(count))]);
         assert_conflict(store.commit(alone).await, "a-1", version, 2);
-        // Also commits together with another stream and with a document, for which stores may take other code paths.
+        // The append is also committed together with another stream and with a document, because stores may handle such
+        // commits differently.
         let with_another = appending([append("a-1", expected, numbered(count)), append("b-1", at(0), numbered(1))]);
         assert_conflict(store.commit(with_another).await, "a-1", version, 2);
         let note = put(&key("note", "1"), None, Some("1"));
@@ -223,7 +225,7 @@ pub async fn expected_event_is_compared_by_its_id<T: StoreUnderTest>() {
     assert_eq!(whole_stream(&*store, "a-1").await.len(), 4);
 }
 
-/// Reads start at any version, including versions beyond the end.
+/// A read may start at any version, including versions beyond the end.
 pub async fn stream_is_read_after_a_version_up_to_a_limit<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();

@@ -26,7 +26,7 @@ pub async fn one_of_many_writers_at_one_version_wins<T: StoreUnderTest>() {
     assert_eq!(whole_stream(&*store, "a-1").await.len(), 1);
 }
 
-/// If a commit reports when its events were recorded, a follower of the log may also rely on the reported positions.
+/// If a commit reports when its events were recorded, a reader of the log may also rely on the reported positions.
 pub async fn commit_returns_the_positions_of_its_events<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();

@@ -32,7 +32,7 @@ const SWAP_TICK: Duration = Duration::from_millis(500);
 /// How long the live views of a later version may stay unchanged before health reports that no process maintains them.
 const NEGLECTED: Duration = Duration::from_secs(10);
 /// How long a service waits after a failed build before it builds the views of its version again. The wait is long
-/// because a build reads the whole log, and because most failed builds fail again.
+/// because a build reads the whole log, and because a build that failed usually fails again.
 const BUILD_AGAIN: Duration = Duration::from_secs(60);
 
 /// The shortest and the longest interval at which a caller that waits for a position reads the checkpoint of the views.

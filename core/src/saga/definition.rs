@@ -146,8 +146,8 @@ impl<C: SagaState> Saga<C> {
     }
 
     /// Returns the hash of the plan's shape: names, kinds and order of the steps, number of participants, and the
-    /// [revision](Plan::revision). A running saga keeps the definition with the hash under which it started. The hash
-    /// does not cover the code that makes the requests and their undos.
+    /// [revision](Plan::revision). A running saga keeps the definition that has the same hash as the definition with
+    /// which the saga started. The hash does not cover the code that makes the requests and their undos.
     pub fn hash(&self) -> &str {
         &self.hash
     }

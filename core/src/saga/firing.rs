@@ -208,7 +208,7 @@ impl<C: SagaState> Runner<C> {
     }
 
     /// Returns the timers of the sagas whose definition this build has. Another instance may have the other
-    /// definitions. If no instance does, the documents of those sagas show the wait.
+    /// definitions. If no instance has these definitions, the documents of the sagas show that the sagas wait.
     async fn known(&self, due: Vec<Document>, now: DateTime<Utc>) -> Vec<Document> {
         let is_known = |document: &Document| {
             let status = serde_json::from_str::<SagaStatus>(&document.body);

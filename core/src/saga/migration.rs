@@ -8,8 +8,8 @@ use super::{
 };
 use crate::base::panic::caught_now;
 
-/// The steps that a saga has reached, in order. Each entry consists of the step as its participants know the step, and
-/// of the step's name.
+/// The steps that a saga has reached, in order. Each entry contains the number under which the participants know the
+/// step, and the step's name.
 pub(super) type Trail = Vec<(StepRef, Arc<str>)>;
 
 impl<C> Saga<C> {

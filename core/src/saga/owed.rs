@@ -94,8 +94,8 @@ fn collection(service: &str) -> String {
 /// A participant that can redo the work it owes after a restore.
 #[async_trait]
 pub(crate) trait Debtor: Handler {
-    /// Stages the effects that belong to an earlier answer. An aggregate recognizes effects that it already has by
-    /// their ids, no matter how many commands it has executed since then.
+    /// Stages the effects that belong to an earlier answer. An aggregate finds out from the ids which of these effects
+    /// it already has, no matter how many commands it has executed since then.
     ///
     /// # Errors
     /// Returns an error if the participant now gives a different answer.

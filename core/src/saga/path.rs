@@ -10,7 +10,8 @@ use super::{
 /// The distance between two boxes if the arrow between them is labelled with a reason.
 const WIDE_GAP: i32 = 2 * GAP;
 
-/// The path that one saga took, drawn from its events: the steps it reached, in order, and why it turned back.
+/// The path that one saga took, drawn from its events: the steps that it reached, in order, and the reason why it went
+/// back.
 ///
 /// ```
 /// # use annals::saga::Path;
@@ -126,7 +127,8 @@ impl Path {
     }
 }
 
-/// Draws an arrow, labelled with a reason, to the next box. Returns the left edge of the next box.
+/// Draws an arrow to the next box. The label of the arrow is the reason, if there is one. Returns the left edge of the
+/// next box.
 fn step(canvas: &mut Canvas, x: i32, class: &str, reason: Option<&str>) -> i32 {
     let gap = if reason.is_some() { WIDE_GAP } else { GAP };
     canvas.arrow(&format!("M{x} {}h{}", MARGIN + BOX / 2, gap - TIP), class);

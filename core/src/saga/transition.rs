@@ -28,8 +28,8 @@ pub const COMMANDS_BYTES_MAX: usize = EVENT_BYTES_MAX - 60_000;
 /// The nesting depth at which a command's content begins within the event that sends the command.
 const COMMAND_DEPTH: usize = 4;
 
-/// The maximum number of characters that an event's fault repeats from a reason for the process's log. This is a line
-/// or two.
+/// The maximum number of characters of the reason in a `Fault`. The process writes faults to its log, where a reason
+/// should take no more than a line or two.
 const FAULT_REASON_CHARS_MAX: usize = 300;
 
 /// An input to a running saga.
@@ -400,7 +400,7 @@ impl<'a, C: SagaState> Move<'a, C> {
             self.gave_up = Some(failure);
             return self.compensate(reason);
         }
-        // The pivot may have happened. Steps after the pivot, undos and closing steps must happen. In each of these
+        // The pivot may have happened. Steps after the pivot, undos and closing steps must succeed. In each of these
         // cases only an operator can decide how to go on.
         self.progress.status = Status::Stuck;
         self.progress.trouble = Some(failure);

@@ -87,8 +87,8 @@ impl std::error::Error for Violation {}
 
 /// Checks everything that can happen to a saga that starts with `context`, including the faults that are switched on:
 ///
-/// - [`every_step_fails`](Check::every_step_fails): any step that may be refused is refused; any call and any undo
-///   fails, or is done with an unknown outcome, again and again, until the saga gives up; then an operator retries;
+/// - [`every_step_fails`](Check::every_step_fails): any step that may be refused is refused; any call and any undo may
+///   fail again and again, or may be done with an unknown outcome, until the saga gives up; then an operator retries;
 /// - [`every_message_repeats`](Check::every_message_repeats): any message arrives twice, late, out of order, or never;
 /// - [`every_timer_fires`](Check::every_timer_fires): any step times out, whether its command is still on the way, is
 ///   carried out already or is lost; and the deadline of the saga passes at any moment.
@@ -96,7 +96,7 @@ impl std::error::Error for Violation {}
 /// [`everything`](Check::everything) switches on all three.
 ///
 /// Every history covers crashes: after each move the saga is rebuilt from its events as a store returns them, and the
-/// rebuilt saga must equal the saga in memory. A message delivered again after a crash is a repeated message.
+/// rebuilt saga must equal the saga in memory. A message that is delivered again after a crash is a repeated message.
 ///
 /// The checked code is the code that runs in production: the saga's transition function, and the barrier of its
 /// participants. The work of the participants is a model: a `world`, and a function for each service that carries out

@@ -208,7 +208,7 @@ where
         let Some(number) = state.place else { return Ok(()) };
         let progress = &self.machine.place(number).progress;
         let present = |at: StepRef| at == progress.known_as() && progress.ended.is_none();
-        // In descending order, so that the map keeps the first attempt.
+        // The messages are visited in descending order, so that the map keeps the first attempt.
         let attempts = state.flying.iter().rev().filter_map(|message| match &**message {
             ModelMessage::Command { at, call, attempt, .. } => Some(((*at, *call), *attempt)),
             ModelMessage::Reply { .. } => None,

@@ -1,4 +1,5 @@
-//! A small shop: a checkout that the tests break, and the services that the checker runs for it.
+//! A small shop: a checkout saga, which the tests break on purpose, and the services that the checker runs for the
+//! saga.
 
 use annals::{
     Event, Saga, SagaState, StepError,
