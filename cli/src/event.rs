@@ -141,7 +141,8 @@ pub(crate) fn raw(text: &str) -> Option<&RawValue> {
     is_one_line(text).then(|| serde_json::from_str(text).ok()).flatten()
 }
 
-/// JSON would lose the space around a value, and an event must stay on one line.
+/// Returns whether the text can be raw JSON in a line: JSON would lose white space around a value, and an event must
+/// stay on one line.
 fn is_one_line(text: &str) -> bool {
     let bytes = text.as_bytes();
     let ends_in_space = |byte: Option<&u8>| byte.is_none_or(u8::is_ascii_whitespace);

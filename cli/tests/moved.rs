@@ -320,7 +320,8 @@ async fn interrupted_archive_resumes_with_the_same_streams() {
     );
 }
 
-/// The printed command to continue is complete: it contains the store that was given on the command line.
+/// The printed command that continues an interrupted command is complete: it contains the store that was given on the
+/// command line.
 #[cfg(unix)]
 #[tokio::test(flavor = "multi_thread")]
 async fn printed_command_to_continue_names_the_store() {

@@ -46,7 +46,7 @@ fn words(words: &[String]) -> Vec<&str> {
 }
 
 /// Presses Ctrl-C while the bar moves. Returns the output, and the arguments of the printed `annals` command that
-/// continues.
+/// continues the interrupted one.
 fn stopped(store: &Path, words: &[&str], columns: u16) -> (Vec<String>, String) {
     let mut terminal = terminal(store, words, columns);
     terminal.shows("/200,000");

@@ -21,7 +21,7 @@ use crate::{
     store::{Store, restore},
 };
 
-/// Sections are collected up to this number of events and written together.
+/// Sections are collected until they have this number of events, and are then written together.
 const PART_EVENTS: usize = 20_000;
 const PART_BYTES: usize = 16 << 20;
 /// The number of parts that are read ahead while another part is written.

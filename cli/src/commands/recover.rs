@@ -233,7 +233,7 @@ impl Recovering {
         Ok(())
     }
 
-    /// Writes the last commit. It holds the new name of the log, the checkpoints of the relays, the operator's event
+    /// Writes the last commit, which holds the new name of the log, the checkpoints of the relays, the operator's event
     /// and, with `--anew`, the checkpoints of the consumers.
     async fn complete(&mut self, archive: &Arc<dyn Archive>, outcome: Outcome<'_>) -> Result<(), Failure> {
         let Outcome { found, unknown, first, counts } = outcome;

@@ -79,7 +79,7 @@ struct VerifySummary {
 pub(crate) async fn run(arguments: VerifyArgs, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
     let mut faults = Faults::new(output);
     match verify(arguments, store, &mut faults).await {
-        // The reader that closed the output early has already seen a fault, or would have seen one.
+        // If the reader of the output closes it early, faults that were already found still decide the verdict.
         Err(Failure::OutputClosed) if faults.count() > 0 => Ok(Verdict::Fault),
         verified => verified,
     }

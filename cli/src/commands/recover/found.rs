@@ -23,8 +23,8 @@ pub(super) struct Found {
     pub logs: BTreeMap<String, (i64, i64)>,
     /// The positions of all messages, in order.
     positions: Vec<i64>,
-    /// The first and the last position of the events with the same recording time, by that time. All events of a commit
-    /// have the same time.
+    /// By recording time: the first and the last position of the events that were recorded at that time. All events of
+    /// a commit have the same time.
     together: HashMap<i64, (i64, i64)>,
     /// By service and lane: the last positions sent. The relay may not have known yet that the brokers had accepted
     /// these messages.

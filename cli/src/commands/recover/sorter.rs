@@ -20,7 +20,7 @@ const MEMORY_BYTES: usize = 64 << 20;
 /// The memory that an event takes in addition to its texts.
 const EVENT_BYTES: usize = 200;
 
-/// What a message says about the event in the log that it came from.
+/// What a message says about the event from which the message was made.
 pub(super) struct SentMessage {
     pub position: i64,
     /// The id of the message: the id of its event, or the id of a command that the event caused.

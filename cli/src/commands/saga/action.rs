@@ -22,7 +22,7 @@ const PAGE: usize = 100;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum SagaAction {
-    /// Send the commands of the step at which the saga is stuck again.
+    /// Send again the commands of the step at which the saga is stuck.
     Retry(SagaActionArgs),
     /// Treat the step at which the saga is stuck as done, and continue.
     SkipStep(SagaActionArgs),

@@ -73,8 +73,8 @@ pub(super) async fn verify(
     stop: &Stop,
 ) -> Result<TopicCounts, Failure> {
     let archive = store.port();
-    // Reads the progress of the relays first, so that every message sent up to then is in the topics when they are
-    // read.
+    // Reads the progress of the relays first, so that every message that was sent before is in the topics when the
+    // topics are read.
     let mut relays = RelayState::on(store).await?;
     if relays.services.is_empty() {
         return Err(Failure::new("no relay has run on this store: there are no topics to compare"));
