@@ -21,7 +21,7 @@ use comfy_table::{Table, presets::UTF8_FULL_CONDENSED};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Measures the embedded stores, or, with a subcommand, another part.
+/// Measures the embedded stores. With a subcommand, measures another part instead.
 #[derive(Parser)]
 #[command(args_conflicts_with_subcommands = true)]
 struct Arguments {

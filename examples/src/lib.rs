@@ -4,7 +4,7 @@
 //! | file | contents |
 //! |---|---|
 //! | `account` | accounts, and the steps of transfers that change them |
-//! | `currency` | upcasters from the time when the bank had pounds only |
+//! | `currency` | upcasters for data from the time when the bank had pounds only |
 //! | `limit` | how much an account may transfer on one day |
 //! | `transfer` | transfers, the saga that carries them out, and its earlier plan |
 //! | `balances` | the read model: accounts and balances by owner |
