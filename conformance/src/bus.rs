@@ -58,7 +58,7 @@ pub trait Subject: 'static {
     /// the beginning.
     const RESUMES_AT_ACKNOWLEDGED: bool;
 
-    /// Connects to the bus. Called at least once per property.
+    /// Connects to the bus. The suite calls this function at least once per property.
     async fn bus() -> Arc<dyn Bus>;
 
     /// Returns a new topic.

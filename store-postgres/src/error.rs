@@ -58,7 +58,7 @@ pub enum OpenError {
     Renamed {
         /// The schema.
         schema: String,
-        /// The schema that the functions name.
+        /// The schema to which the functions write.
         found: String,
     },
     /// The server refuses the connection: the password is wrong, the database does not exist, or the user lacks a

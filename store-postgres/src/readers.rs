@@ -84,7 +84,7 @@ impl Readers {
         Ok(reader)
     }
 
-    /// Returns no more sessions from now on. Reads that have a session already may finish.
+    /// Closes the pool, which then returns no more sessions. Reads that already have a session may finish.
     pub(crate) async fn close(&self) {
         self.0.permits.close();
         let idle = std::mem::take(&mut *self.0.idle());

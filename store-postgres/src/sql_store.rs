@@ -173,7 +173,8 @@ impl Mark {
     }
 }
 
-/// The body that the store returns for the mark's key before any SQL has run. A handler recognizes a `SqlStore` by it.
+/// The body that the store returns for the mark's key before any SQL has run. A handler recognizes a `SqlStore` by this
+/// body.
 const NO_MARK: &str = "\"\"";
 
 /// The transactions of one handler: one for each lane that is handling a batch.

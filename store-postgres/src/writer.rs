@@ -30,7 +30,8 @@ use crate::{
 const RACES_MAX: u32 = 4;
 /// How many races a single commit may lose. Each loss means that a commit of another process succeeded.
 const RACES_ALONE_MAX: u32 = 50;
-/// How many times a single commit is attempted while another transaction holds a lock. A group is split at once.
+/// How many times a single commit is attempted while another transaction holds a lock. A group of several commits is
+/// not attempted again, but split at once.
 const WAITS_ALONE_MAX: u32 = 3;
 /// How long to wait for the server's answer. The server gives up on a group after half of this time, so a later answer
 /// will never come.

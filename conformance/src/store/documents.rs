@@ -203,7 +203,7 @@ pub async fn due_is_kept_to_the_microsecond<T: StoreUnderTest>() {
     }
 }
 
-/// A document whose name a store cannot represent counts as absent. Every other store also has no such document.
+/// For a name that a store cannot represent, the store returns no document, as for any other name without a document.
 pub async fn unstorable_names_are_absent<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();

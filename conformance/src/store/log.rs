@@ -218,7 +218,7 @@ async fn follow(store: &dyn EventStore, count: usize) -> Vec<Arc<Recorded>> {
     seen
 }
 
-/// Writing documents does not move the head.
+/// The head is the position of the last event. A commit of documents does not change the head.
 pub async fn the_head_is_the_last_event<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();

@@ -382,8 +382,9 @@ where
         None
     }
 
-    /// Checks that a stuck saga ends if an operator retries and no more faults happen. An error names the step that the
-    /// saga reaches. Replies that the saga has received are not sent again, because the saga must remember them.
+    /// Checks that a stuck saga ends if an operator retries and no more faults happen. If the saga does not end, the
+    /// error names the last step that it reaches. Replies that the saga has received are not sent again, because the
+    /// saga must remember them.
     fn ends_in_sunshine(&self, mut state: ModelState<W>) -> Result<(), String> {
         let mut step = String::new();
         for _ in 0..SUNNY_MOVES_MAX {

@@ -1,4 +1,4 @@
 -- Advances the sequence of positions if the log has events at higher positions; see the function `advance`.
 -- - binds: none
--- - index: events_position_key
+-- - indexes used: events_position_key
 SELECT annals.advance()

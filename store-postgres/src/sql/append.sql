@@ -8,6 +8,6 @@
 -- - returns: the positions by rank (NULL if a guess was wrong; nothing was written then), the versions and the last
 --   event ids of the streams in the order of $1, the versions of the documents in the order of $6, the time of
 --   recording
--- - index: events_stream_version, documents_key; grows events_position_key
+-- - indexes used: events_stream_version, documents_key; adds entries to events_position_key
 SELECT positions, stream_versions, stream_events, document_versions, recorded
   FROM annals.append_checked($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20)

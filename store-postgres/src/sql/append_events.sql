@@ -12,7 +12,8 @@
 --   types, $10 schema versions, $11 data, $12 metadata
 -- - returns: a position for each event and the time of recording; no row if a guess was wrong (nothing was written
 --   then)
--- - index: events_stream_version, one seek per stream; grows events_position_key and events_stream_version
+-- - indexes used: events_stream_version, one seek per stream; adds entries to events_position_key and
+--   events_stream_version
 WITH gates AS MATERIALIZED (
     SELECT bool_and(pg_advisory_xact_lock_shared('annals.events'::regclass::oid::int, g.gate) IS NOT NULL)
       FROM (SELECT (hashtextextended(w.stream, 0) & 1023)::int AS gate

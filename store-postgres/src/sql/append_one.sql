@@ -4,7 +4,7 @@
 --   stream's previous event (NULL: any event)
 -- - returns: the position and the time of recording; no row if the stream does not end with the previous version or the
 --   previous event (nothing was written then)
--- - index: events_stream_version, one seek; grows events_position_key and events_stream_version
+-- - indexes used: events_stream_version, one seek; adds entries to events_position_key and events_stream_version
 INSERT INTO annals.events (position, stream_id, version, event_id, type, schema_version, data, metadata, recorded_at)
 -- The time of recording is the time of this server, or the time of the last event if that time is later. A time that is
 -- a day or more in the future was written by hand, and is ignored.

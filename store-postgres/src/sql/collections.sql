@@ -1,6 +1,6 @@
 -- The names of all collections of documents, in byte order.
 -- - binds: none
--- - index: documents_key, one seek per collection
+-- - indexes used: documents_key, one seek per collection
 WITH RECURSIVE names (collection) AS (
     (SELECT d.collection FROM annals.documents AS d ORDER BY d.collection LIMIT 1)
      UNION ALL

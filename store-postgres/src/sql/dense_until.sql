@@ -1,8 +1,8 @@
 -- Finds how far the log continues from a position without a gap.
--- - binds: $1 after this position, $2 how many events to examine
+-- - binds: $1 the position after which to start, $2 the number of events to examine
 -- - returns: the last position before the first gap (NULL if there is no event at the next position), the id
 --   of the event there, and whether there is any event after $1
--- - index: events_position_key
+-- - indexes used: events_position_key
 SELECT dense.until, (SELECT e.event_id FROM annals.events AS e WHERE e.position = dense.until), dense.is_any
   FROM (SELECT max(position) FILTER (WHERE position - $1 = place) AS until, count(*) > 0 AS is_any
           FROM (SELECT position, row_number() OVER (ORDER BY position) AS place

@@ -1,7 +1,7 @@
 -- The other schemas whose names occur in a schema's functions. If a schema was renamed, or restored under another name,
 -- the texts of its functions still contain the old name. (Views and triggers follow a renaming automatically.)
 -- - binds: $1 schema
--- - index: those of the catalogue
+-- - indexes used: those of the system catalogue
 SELECT DISTINCT named.schema
   FROM pg_proc AS p
   JOIN pg_namespace AS n ON n.oid = p.pronamespace,

@@ -2,7 +2,7 @@
 -- events before it draws a position, and keeps the lock until it has ended. The id of a prepared transaction changes to
 -- `-1/<transaction id>` when the server restarts (before PostgreSQL 14.1, already when the transaction is prepared).
 -- - binds: none
--- - index: none
+-- - indexes used: none
 SELECT DISTINCT virtualtransaction
   FROM pg_locks
  WHERE locktype = 'relation' AND mode = 'RowExclusiveLock' AND granted

@@ -2,5 +2,5 @@
 -- count.
 -- - binds: none
 -- - returns: the position and the id of the event; no row if the log is empty
--- - index: events_position_key
+-- - indexes used: events_position_key
 SELECT position, event_id FROM annals.events WHERE position <= (SELECT annals.drawn()) ORDER BY position DESC LIMIT 1

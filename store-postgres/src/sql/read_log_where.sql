@@ -1,6 +1,7 @@
 -- A page of the log, without the events that a query leaves out.
--- - binds: $1 after this position, $2 up to this position, $3 categories or NULL, $4 types or NULL, $5 limit
--- - index: events_position_key
+-- - binds: $1 the position after which to start, $2 the last position to read, $3 categories or NULL, $4 types or NULL,
+--   $5 limit
+-- - indexes used: events_position_key
 SELECT position, stream_id, version, event_id, type, schema_version, data, metadata, recorded_at
   FROM annals.events
  WHERE position > $1 AND position <= $2

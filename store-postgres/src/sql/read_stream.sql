@@ -1,6 +1,6 @@
 -- Events of one stream.
--- - binds: $1 stream id, $2 after this version, $3 limit
--- - index: events_stream_version
+-- - binds: $1 stream id, $2 the version after which to start, $3 limit
+-- - indexes used: events_stream_version
 SELECT position, stream_id, version, event_id, type, schema_version, data, metadata, recorded_at
   FROM annals.events
  WHERE stream_id = $1 AND version > $2

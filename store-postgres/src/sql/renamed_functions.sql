@@ -2,7 +2,7 @@
 -- name. Only this name changes; owner and grants are kept. The name must be in quotes, except for `annals`, which is
 -- replaced as a whole word.
 -- - binds: $1 schema, $2 the schema that the functions name
--- - index: those of the catalogue
+-- - indexes used: those of the system catalogue
 SELECT replace(pg_get_functiondef(p.oid), p.prosrc,
                regexp_replace(replace(p.prosrc, '"' || $2 || '".', '"' || $1 || '".'),
                               CASE WHEN $2 = 'annals' THEN '\mannals\.' ELSE '(?!)' END, '"' || $1 || '".', 'g'))

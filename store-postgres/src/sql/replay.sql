@@ -1,6 +1,6 @@
 -- A page of a replay. COPY takes no binds, so the names in braces are replaced in the text.
 -- - in place: columns, after (this position), until (this position), filter (further conditions), limit
--- - index: events_position_key
+-- - indexes used: events_position_key
 COPY (SELECT {columns}
         FROM annals.events
        WHERE position > {after} AND position <= {until}{filter}

@@ -1,6 +1,6 @@
 -- Documents of a collection in byte order of their ids.
--- - binds: $1 collection, $2 after this id, $3 limit
--- - index: documents_key
+-- - binds: $1 collection, $2 the id after which to start, $3 limit
+-- - indexes used: documents_key
 SELECT 0::bigint, collection, id, version, body, due
   FROM annals.documents
  WHERE collection = $1 AND id > $2

@@ -1,6 +1,6 @@
 -- Documents of a collection that are due, earliest first.
 -- - binds: $1 collection, $2 due by this time, $3 limit
--- - index: documents_due
+-- - indexes used: documents_due
 SELECT 0::bigint, collection, id, version, body, due
   FROM annals.documents
  WHERE collection = $1 AND due IS NOT NULL AND due <= $2

@@ -1,4 +1,4 @@
 -- The number of migrations that were applied to the schema.
 -- - binds: none
--- - index: none
+-- - indexes used: none
 SELECT coalesce(max(version), 0)::int FROM annals.migrations

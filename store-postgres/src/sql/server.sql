@@ -2,5 +2,5 @@
 -- - binds: none
 -- - returns: whether the server is a standby, whether the startup settings of the connection took effect, and the
 --   server's time
--- - index: none
+-- - indexes used: none
 SELECT pg_is_in_recovery(), current_setting('enable_seqscan') = 'off', clock_timestamp()

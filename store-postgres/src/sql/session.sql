@@ -3,7 +3,7 @@
 -- - in place: {last} the position of the last event that was seen, or NULL
 -- - returns: whether the server is a standby; whether transactions are read-only; the cluster, its timeline and the
 --   table; the id of that event
--- - index: events_position_key, one seek
+-- - indexes used: events_position_key, one seek
 SELECT pg_is_in_recovery(), current_setting('transaction_read_only') = 'on',
        CASE WHEN pg_is_in_recovery() THEN ''
             ELSE (SELECT system_identifier FROM pg_control_system()) || '/'

@@ -1,6 +1,6 @@
 -- Streams in byte order of their names, each with its version and position, and the times of its first and last event.
--- - binds: $1 after this name, $2 limit
--- - index: events_stream_version, three seeks per stream
+-- - binds: $1 the name after which to start, $2 limit
+-- - indexes used: events_stream_version, three seeks per stream
 WITH RECURSIVE names (stream_id, n) AS (
     (SELECT e.stream_id, 1::bigint FROM annals.events AS e WHERE e.stream_id > $1 ORDER BY e.stream_id LIMIT 1)
      UNION ALL

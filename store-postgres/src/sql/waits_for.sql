@@ -2,7 +2,7 @@
 -- - binds: $1 virtual transactions
 -- - returns: the pid (0 for a prepared transaction), the age in seconds, and the application or (for a prepared
 --   transaction) the global id
--- - index: none
+-- - indexes used: none
 SELECT DISTINCT coalesce(l.pid, 0),
        coalesce(extract(epoch FROM clock_timestamp() - coalesce(a.xact_start, p.prepared)), 0)::float8 AS age,
        coalesce(a.application_name, p.gid, '')

@@ -1,6 +1,6 @@
 -- The names of all collections of documents, in byte order.
 -- - binds: none
--- - index: the primary key, one seek per collection
+-- - indexes used: the primary key, one seek per collection
 WITH RECURSIVE names (collection) AS (
     SELECT min(collection) FROM documents
      UNION ALL

@@ -1,4 +1,4 @@
 -- The last position of the log.
 -- - binds: none
--- - index: the primary key
+-- - indexes used: the primary key
 SELECT coalesce(max(position), 0) FROM events

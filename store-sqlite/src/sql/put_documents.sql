@@ -1,7 +1,7 @@
 -- Puts documents. The code repeats the row of binds to one of a few fixed widths. Rows that are left unbound are NULL
 -- and are not inserted.
 -- - binds: collection, id, version, body, due
--- - index: the primary key, one seek per document; documents_due
+-- - indexes used: the primary key, one seek per document; adds entries to documents_due
 INSERT OR FAIL INTO documents (collection, id, version, body, due)
 SELECT * FROM (VALUES
 (?, ?, ?, ?, ?)

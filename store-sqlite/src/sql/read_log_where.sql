@@ -1,8 +1,8 @@
 -- A page of the log, without the events that a query leaves out.
 -- The limit is an expression (+ 0): with a plain bind, SQLite would prepare the statement again on every use.
--- - binds: ?1 after this position, ?2 up to this position, ?3 JSON array of categories or NULL, ?4 JSON array of types
---   or NULL, ?5 limit
--- - index: the primary key
+-- - binds: ?1 the position after which to start, ?2 the last position to read, ?3 JSON array of categories or NULL, ?4
+--   JSON array of types or NULL, ?5 limit
+-- - indexes used: the primary key
 SELECT position, stream_id, version, event_id, type, schema_version, data, metadata, recorded_at
   FROM events
  WHERE position > ?1 AND position <= ?2

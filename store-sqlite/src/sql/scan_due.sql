@@ -1,7 +1,7 @@
 -- Documents of a collection that are due, earliest first.
 -- The limit is an expression (+ 0): with a plain bind, SQLite would prepare the statement again on every use.
 -- - binds: ?1 collection, ?2 due by this time, ?3 limit
--- - index: documents_due
+-- - indexes used: documents_due
 SELECT 0, collection, id, version, body, due
   FROM documents
  WHERE collection = ?1 AND due IS NOT NULL AND due <= ?2

@@ -2,7 +2,7 @@
 -- - binds: ?1 JSON array of stream ids
 -- - returns: the position and recorded_at of the last event, and a JSON array with a text for each stream in the order
 --   of ?1: the version, a blank and the id of the last event (`0 ` if there is no such stream)
--- - index: events_stream_version, one seek per stream; the primary key for the head
+-- - indexes used: events_stream_version, one seek per stream; the primary key for the head
 SELECT coalesce(max(head.position), 0),
        coalesce(max(head.recorded_at), 0),
        (SELECT json_group_array(
