@@ -19,7 +19,7 @@ const STRUCTURED: &str = "application/cloudevents+json";
 /// Prefixes of the media types of batches, and of events in any format.
 const BATCH: &str = "application/cloudevents-batch";
 const ANY_STRUCTURED: &str = "application/cloudevents";
-/// The maximum number of undecodable bytes to keep, because a document can hold no more.
+/// The maximum number of undecodable bytes to keep, because a document cannot hold more bytes.
 const RAW_BYTES_MAX: usize = 1_000_000;
 /// The number of headers of a message without extensions.
 const HEADERS: usize = 14;
@@ -211,7 +211,7 @@ impl<'r> Attributes<'r> {
     }
 }
 
-/// The attributes that a relay adds to those of CloudEvents.
+/// The attributes that a relay adds to the attributes of CloudEvents.
 struct RelayAttributes {
     schema_version: i32,
     position: Position,
@@ -232,8 +232,8 @@ fn unique(text: &str) -> Option<Uuid> {
     canonical(text).filter(|id| !id.is_nil())
 }
 
-/// Returns whether a text is the name of a relay's lane, which consists of the number of the lane and the name of its
-/// log (16 hexadecimal digits).
+/// Returns whether a text is the name of a relay's lane, which consists of the number of the lane and the name of the
+/// relay's log (16 hexadecimal digits).
 fn is_lane(text: &str) -> bool {
     const LOG: usize = 16;
     let Some((number, log)) = text.split_once('@') else { return false };
@@ -277,7 +277,7 @@ fn read(record: &impl rdkafka::Message) -> Result<Message, String> {
         let name = key.strip_prefix("ce_");
         let value = match std::str::from_utf8(value) {
             Ok(value) => value,
-            // Attributes must be UTF-8. Other headers need not be, and are skipped unless they carry the trace context.
+            // Attributes must be UTF-8.
             Err(_) if name.is_some() => return Err(format!("header {} is not UTF-8", header.key)),
             // A trace header that is not UTF-8 counts as invalid, not as absent.
             Err(_) if matches!(&*key, attribute::TRACEPARENT | attribute::TRACESTATE) => "\0",
@@ -459,7 +459,7 @@ fn message(
         (None, Some(subject)) => subject.as_ref().into(),
         (None, None) => id.to_string().into(),
     };
-    // The subject usually equals the key, so they share one allocation.
+    // The subject usually equals the key, so the key and the subject share one allocation.
     let subject = attributes.subject.filter(|subject| **subject != *key).map_or_else(|| key.clone(), Into::into);
     let media_type = attributes.data_content_type.as_deref().map(MediaType::of);
     let not_plain_json = media_type.filter(|media_type| media_type.essence != "application/json");

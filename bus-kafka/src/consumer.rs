@@ -332,7 +332,7 @@ impl Member {
         ))
     }
 
-    /// Starts a client to replace one that has ended.
+    /// Starts a new client if the previous client has ended.
     async fn replace(&mut self) -> Result<(), BusError> {
         if self.consumer.is_none() {
             tokio::time::sleep_until(self.started_at + REPLACE_AFTER).await;
@@ -539,7 +539,7 @@ impl Member {
 
 /// How the first message after a seek compares with the bookmark.
 enum Found {
-    /// The message is the one just before the bookmark, which was handled already.
+    /// The message just before the bookmark, which has already been handled.
     Before,
     New,
     Wiped,

@@ -158,7 +158,8 @@ impl Publisher for KafkaBus {
 }
 
 impl KafkaBus {
-    /// Adds the prefix to the topics of messages. Consecutive messages with the same topic share one copy of its name.
+    /// Adds the prefix to the topics of messages. Consecutive messages with the same topic share one copy of the
+    /// topic's name.
     fn add_prefix(&self, messages: &mut [Outgoing]) {
         if !self.settings.has_prefix() {
             return;

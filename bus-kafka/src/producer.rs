@@ -63,8 +63,8 @@ const FIXED: [(&str, &str); 9] = [
     ("max.in.flight", "5"),
     // Java clients use this partitioner, and `partition_of` reproduces it.
     ("partitioner", "murmur2_random"),
-    // With this setting, messages after a failed message fail as well. Otherwise they would precede the failed message
-    // in the topic.
+    // With this setting, messages after a failed message fail as well. Otherwise the later messages would precede the
+    // failed message in the topic.
     ("enable.gapless.guarantee", "true"),
     // With 0, messages never expire, so an unreachable broker causes nothing but lag.
     ("message.timeout.ms", "0"),
@@ -104,9 +104,9 @@ struct Delivered {
 /// A broker that does not know a producer accepts any batch as that producer's first batch. Suppose that two batches
 /// are in flight to a new topic or a new leader, and that the broker was not yet ready for the first batch. The broker
 /// then accepts the second batch, the client counts the first batch as sent as well, and the first batch is lost. A
-/// broker that has acknowledged a message of this producer expects the next sequence number and accepts no other. The
-/// gate therefore lets a message pass if no other message is in flight to the partition, or if the partition has
-/// acknowledged a message recently.
+/// broker that has acknowledged a message of this producer expects the next sequence number and accepts no other
+/// number. The gate therefore lets a message pass if no other message is in flight to the partition, or if the
+/// partition has acknowledged a message recently.
 struct Gate {
     /// The client that sends to the partition.
     client: usize,
@@ -160,8 +160,8 @@ struct SendContext {
     /// The number of clients.
     clients: usize,
     room: Notify,
-    /// The offsets up to which brokers have acknowledged messages. This producer shares them with the producers before
-    /// and after it.
+    /// The offsets up to which brokers have acknowledged messages. A producer shares these offsets with its
+    /// predecessors and successors.
     taken: Arc<Mutex<Ends>>,
     started_at: Instant,
     /// The time of the client's last error, such as a lost connection, in milliseconds since the start. A broker that

@@ -108,7 +108,8 @@ impl Topics {
         }
     }
 
-    /// Returns the duration of a request to a broker: the shorter of two, because a busy machine delays some requests.
+    /// Returns the duration of a request to a broker. Measures two requests and returns the shorter duration, because a
+    /// busy machine delays some requests.
     pub async fn round_trip(&self) -> Result<Duration, BusError> {
         let probe = self.probe.clone();
         let measured = tokio::task::spawn_blocking(move || {
