@@ -90,12 +90,12 @@ pub enum Command {
 /// The store and the bus.
 #[derive(Clone, Debug, Args)]
 pub struct Connection {
-    /// Where events are kept: `memory:`, `sqlite:PATH` or `postgres://…`. A password can stand in a file or in the
+    /// Where events are kept: `memory:`, `sqlite:PATH` or `postgres://…`. A password can come from a file or the
     /// environment: `?password_file=PATH`, `?password_env=VARIABLE`, PGPASSWORD or PGPASSFILE.
     #[arg(long, value_name = "URL", default_value = "sqlite:shop.db")]
     pub store: StoreUrl,
     /// How services talk: `local:`, that is inside this process, or `kafka://host:port[,host:port][?name=value&…]`. Any
-    /// value can stand in a file or in the environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
+    /// value can come from a file or the environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
     #[arg(long, value_name = "URL", default_value = "local:")]
     pub bus: BusUrl,
     /// The name of this process, if several processes share one PostgreSQL. A process that is restarted with the same
@@ -189,12 +189,12 @@ pub struct Serve {
     /// The service to run.
     #[arg(value_name = "SERVICE")]
     pub role: Role,
-    /// Where events are kept: `memory:`, `sqlite:PATH` or `postgres://…`. A password can stand in a file or in the
+    /// Where events are kept: `memory:`, `sqlite:PATH` or `postgres://…`. A password can come from a file or the
     /// environment: `?password_file=PATH`, `?password_env=VARIABLE`, PGPASSWORD or PGPASSFILE.
     #[arg(long, value_name = "URL")]
     pub store: StoreUrl,
     /// How services talk: `local:`, that is inside this process, or `kafka://host:port[,host:port][?name=value&…]`. Any
-    /// value can stand in a file or in the environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
+    /// value can come from a file or the environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
     #[arg(long, value_name = "URL")]
     pub bus: BusUrl,
     /// Answer HTTP at this address, such as 127.0.0.1:8080; port 0 means any free port. Any client that reaches the

@@ -1,8 +1,8 @@
 //! Ensures that only one shop at a time uses a SQLite file.
 //!
 //! The store allows several processes to share one file, but the shop does not. Each process has its own local bus,
-//! while the file holds one relay checkpoint for all of them. A second process would wait in vain for messages that the
-//! first process has published to its own bus.
+//! while the file holds one relay checkpoint for all processes. A second process would wait in vain for messages that
+//! the first process has published to its own bus.
 
 use std::{
     fs::{self, File, TryLockError},
@@ -12,8 +12,8 @@ use std::{
 
 use crate::arguments::StoreUrl;
 
-/// Keeps other shops away from a store while the claim lives. The operating system releases the claim of a process that
-/// is killed.
+/// Keeps other shops away from a store while this value lives. The operating system releases the claim of a process
+/// that is killed.
 #[derive(Debug)]
 pub struct Claim {
     _locked: File,

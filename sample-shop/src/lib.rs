@@ -16,7 +16,7 @@
 //! | `arguments`, `claim`, `stop`, `troubles` | the command line; the lock on a SQLite file; signals; problem reports |
 //!
 //! Customers, invoices and the summary are in `shop-driver`.
-// The names of the fields of events and commands explain the fields.
+// The fields of events and commands need no comments, because their names explain them.
 #![allow(missing_docs)]
 
 pub mod arguments;

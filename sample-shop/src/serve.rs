@@ -33,7 +33,7 @@ const NEXT_INSTANCE: Duration = Duration::from_secs(2);
 /// The interval between two attempts to bind the address.
 const BIND_AGAIN: Duration = Duration::from_millis(50);
 /// The seed that decides which requests to the simulated provider fail at the first attempt. The outcome of an order
-/// does not depend on it.
+/// does not depend on this seed.
 const PROVIDER_SEED: u64 = 7;
 /// The categories that requests wait for: the sagas of the order service, and the aggregates that those sagas are
 /// about.

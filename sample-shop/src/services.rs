@@ -27,8 +27,8 @@ pub fn order_service(store: Arc<dyn EventStore>, repositories: Repositories) -> 
         .saga(Runner::new(store, returning(), Returning::query(), Returning::starts))
 }
 
-/// Returns the order service for services that do not share a store. It also runs the sagas of supplies and closings,
-/// which reach the inventory and payment services over the bus.
+/// Returns the order service for services that do not share a store. This service also runs the sagas of supplies and
+/// closings, which reach the inventory and payment services over the bus.
 pub fn order_service_with_office(store: Arc<dyn EventStore>, repositories: Repositories) -> Service {
     order_service(store.clone(), repositories)
         .saga(Runner::new(store.clone(), supplying(), Supplying::query(), Supplying::starts))

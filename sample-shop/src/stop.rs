@@ -1,4 +1,5 @@
-//! Handles Ctrl-C and SIGTERM. The first signal asks the shop to stop in good order, and the second ends it at once.
+//! Handles Ctrl-C and SIGTERM. The first signal asks the shop to stop in good order, and the second signal ends the
+//! process at once.
 
 use std::{
     io,

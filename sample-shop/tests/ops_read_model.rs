@@ -89,7 +89,7 @@ async fn shelf_is_rebuilt_next_to_the_live_one_compared_and_swapped() {
     assert_eq!(same.status.code(), Some(0), "{same:?}");
     assert!(views(&path, 4).await.is_empty(), "the compared views are removed");
 
-    // The test makes one view wrong, removes one, and adds one that should not exist.
+    // The test makes one view wrong, removes another view, and adds a view that should not exist.
     let skus: Vec<&String> = expected.keys().collect();
     let harm = format!(
         "UPDATE documents SET body = '{{\"on_hand\":-7,\"reserved\":0}}' WHERE collection = 'read.shelf@3' AND id = '{}'; \

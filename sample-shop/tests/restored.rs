@@ -1,6 +1,6 @@
 //! Some databases are restored to a moment before the end of their Kafka topics, and some are empty although another
-//! log has filled their topics. A service reports this when it starts, and one command repairs it, even if that command
-//! is killed at any moment.
+//! log has filled their topics. A service reports such a mismatch when it starts, and one command repairs the mismatch,
+//! even if that command is killed at any moment.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 
@@ -140,7 +140,7 @@ fn are_verified(store: &str, bus: &str) {
     assert_eq!(verified.status.code(), Some(0), "{}", text(&verified));
 }
 
-/// A recovery on PostgreSQL that the test kills at exact moments. Locks that the test takes on the tables hold the
+/// A recovery on PostgreSQL that the test kills at exact moments. The test takes locks on the tables, which stop the
 /// recovery at such a moment.
 impl Schemas {
     /// Kills the recovery at each of these moments, and then lets it finish.
@@ -214,7 +214,7 @@ impl Schemas {
         true
     }
 
-    /// Returns how many locks are held on the tables, or waited for.
+    /// Returns the number of locks on the tables, including locks that a session still waits for.
     async fn locks(&self, role: &str) -> i64 {
         let locks =
             "SELECT count(*) FROM pg_locks WHERE relation IN ('annals.events'::regclass, 'annals.documents'::regclass)";
@@ -408,8 +408,8 @@ fn bought(shop: &Serving, load: &[String]) -> Output {
     }
 }
 
-/// All services share one SQLite file. After the file is lost, a copy replaces it in the first round, and an empty
-/// store in the second.
+/// All services share one SQLite file. In the first round, a copy replaces the lost file. In the second round, an empty
+/// store replaces it.
 #[tokio::test]
 async fn restored_or_lost_file_ends_consistent() {
     let (broker, folder) = (Broker::start(), tempfile::tempdir().unwrap());

@@ -115,7 +115,7 @@ async fn killed_services_conserve_money_and_units() {
     // The kills hit all processes in turn, so half as many orders are enough to keep the shop busy.
     let storm = Storm::new(ORDERS_PER_SECOND / 2);
     let (mut broker, schemas) = (Broker::start(), Schemas::new());
-    // Two instances of each service share the work. A fault in one instance must not affect the other.
+    // Two instances of each service share the work. A fault in one instance must not affect the other instance.
     let start = |role: &&str| Serving::start(role, &schemas.url(role), &bus(&broker));
     let mut shop: Vec<Option<Serving>> = ROLES.iter().chain(&ROLES).map(start).map(Some).collect();
     // The customer talks to the first instance of the order service, which the test also kills.
@@ -170,6 +170,6 @@ async fn killed_database_causes_only_a_pause() {
         })
         .await;
     schemas.are_whole(&broker).await;
-    // No process was restarted: each recovered without help.
+    // No process was restarted: each process recovered without help.
     end(shop);
 }

@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// The idempotency key of a request. Its value becomes the id of the new order, return, supply or closing, so a
-/// repeated request with the same key never creates a second one.
+/// repeated request with the same key creates nothing new.
 pub const IDEMPOTENCY_KEY: &str = "idempotency-key";
 /// The header that marks the answer to a repeated request.
 pub const REPLAYED: &str = "idempotency-replayed";

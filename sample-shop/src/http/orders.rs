@@ -1,5 +1,5 @@
-//! Orders, returns, supplies and closings over HTTP. Each is accepted once per idempotency key, and can be read by its
-//! id.
+//! Orders, returns, supplies and closings over HTTP. Each submission is accepted once per idempotency key, and can be
+//! read by its id.
 
 use std::{borrow::Borrow, sync::Arc, time::Duration};
 
@@ -50,7 +50,7 @@ pub struct OrderApi {
 
 /// An accepted submission.
 struct Accepted<'f, E> {
-    /// The first event of the submission, written by this request or by an earlier one.
+    /// The first event of the submission, written by this request or by an earlier request.
     first: E,
     repeated: bool,
     /// Present if the request waits. The watch started before the submission was accepted.
@@ -291,7 +291,7 @@ impl OrderApi {
                     return Ok((decoded(&subject)?, view));
                 }
             }
-            // Reads both from the store concurrently.
+            // Reads the events and the view from the store concurrently.
             let (events, view) = tokio::join!(self.events(repository, id), watch.view());
             let events = events?;
             let mut view = view?;

@@ -41,8 +41,8 @@ pub fn routes(probes: Probes) -> Router {
         .with_state(probes)
 }
 
-/// Reports whether the process is healthy. The probe fails once a part has ended with an error, since only a restart
-/// repairs that.
+/// Reports whether the process is healthy. The probe fails once a part has ended with an error, because only a restart
+/// repairs the part.
 async fn healthz(State(probes): State<Probes>) -> Response {
     let failed = probes.health.parts().into_iter().find_map(|(part, state)| match state {
         PartState::Failed(reason) => Some(format!("{part} has ended: {}", without_files(&reason))),

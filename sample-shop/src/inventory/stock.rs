@@ -74,8 +74,8 @@ pub struct Stock {
     on_hand: i64,
     held: i64,
     reservations: BTreeMap<String, u32>,
-    /// Deliveries and adjustments that are already booked. A SKU has only a few, and every run with the same input
-    /// submits the same deliveries and adjustments again.
+    /// Deliveries and adjustments that are already booked. Every SKU has only a few deliveries and adjustments, and
+    /// every run with the same input submits them again.
     booked: BTreeSet<String>,
 }
 

@@ -1,4 +1,4 @@
-//! Orders: placed by customers, then confirmed or cancelled as their checkout decides.
+//! Orders. A customer places an order, which is later confirmed or cancelled.
 
 use annals::{Aggregate, Event};
 use rust_decimal::Decimal;

@@ -7,7 +7,8 @@ use uuid::Uuid;
 
 use super::{aggregate::Order, closing::Closing, returns::Return, supply::Supply};
 
-/// The aggregates that requests address by id: those of customers, and those of the shop's own staff.
+/// The aggregates that requests address by id. Customers submit orders and returns; the shop's own staff submits
+/// supplies and closings.
 #[derive(Clone)]
 pub struct Repositories {
     pub orders: Repository<Order>,

@@ -7,7 +7,7 @@ use annals::{Aggregate, Event};
 
 use crate::inventory::Change;
 
-/// The maximum number of SKUs in one supply. All of them are booked in one commit.
+/// The maximum number of SKUs in one supply. All SKUs of a supply are booked in one commit.
 pub const CHANGES_MAX: usize = 5_000;
 /// The maximum number of units in one change. A stock cannot overflow with fewer than nine thousand such changes.
 pub const UNITS_MAX: i64 = 1_000_000_000_000_000;

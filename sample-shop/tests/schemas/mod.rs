@@ -1,5 +1,5 @@
 //! The stores of the four services, each in its own schema, with one Kafka for all. Also checks the invariants that
-//! hold across all of them.
+//! hold across all four stores.
 #![allow(clippy::unwrap_used, dead_code)]
 
 use std::{
