@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use rust_decimal::Decimal;
 use shop_driver::input::{Invoice, Rows, Source, StockFactor, Tally};
 
-/// The path of the file of real orders. The file is in a folder next to the repository, in CI as well. Without it,
-/// these tests fail.
+/// The path of the file of real orders. The file is in a folder next to the repository, in CI as well. Without the
+/// file, these tests fail.
 fn real_file() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data/online-retail-2010-12.csv")
 }

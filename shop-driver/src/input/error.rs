@@ -60,7 +60,7 @@ pub enum ReadError {
     /// One row is wrong: report it and continue.
     #[error(transparent)]
     Row(#[from] RowError),
-    /// Reading the input failed. This is the last item, and the unfinished invoice is dropped.
+    /// Reading the input failed. This error is the last item, and the unfinished invoice is dropped.
     #[error(transparent)]
     Input(#[from] InputError),
 }

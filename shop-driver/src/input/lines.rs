@@ -122,7 +122,7 @@ impl<R: BufRead> Lines<R> {
             any = true;
             let newline = available.iter().position(|b| *b == b'\n');
             let text = &available[..newline.unwrap_or(available.len())];
-            // Only the beginning of a line that is too long is kept. It contains the invoice number.
+            // Only the beginning of a line that is too long is kept. This beginning contains the invoice number.
             let room = LINE_BYTES_MAX - physical.bytes.len();
             physical.too_long |= text.len() > room;
             physical.bytes.extend_from_slice(&text[..text.len().min(room)]);
