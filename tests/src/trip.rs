@@ -68,7 +68,7 @@ pub fn take_back(service: &str, step: &str, trip: &Trip) -> StepRequest {
     StepRequest::to(service, &Act::Undo { step: step.to_owned(), trip: trip.id.clone() })
 }
 
-/// Returns the plan, with the same timeout and attempts at each step.
+/// Returns the plan, with the same timeout and the same number of attempts for each step.
 pub fn trip(timeout: Duration, attempts: u32) -> Saga<Trip> {
     Saga::named("trip")
         .compensatable("book", |trip| ask("hotel", "book", trip))
@@ -235,7 +235,7 @@ impl World {
         self.start_on(&self.store, names).await
     }
 
-    /// Starts a process that shares the world's own store with others.
+    /// Starts a process that shares the world's own store with other processes.
     pub async fn start_shared(&self, instance: &str, names: &[&str]) -> Runtime {
         self.start_in(Runtime::shared(instance), &self.store, self.bus.clone(), names).await
     }

@@ -173,7 +173,7 @@ fn functions_have_at_most_80_lines() {
 }
 
 /// Returns the names of functions that are too long. With rustfmt, the closing brace of a function is in the same
-/// column as its first word.
+/// column as the first word of the function.
 fn long_functions(text: &str) -> Vec<String> {
     let indent = |line: &str| line.len() - line.trim_start().len();
     let lines: Vec<_> = text.lines().collect();

@@ -157,7 +157,8 @@ async fn commands_in_a_commit_with_a_lost_answer_are_executed_once() {
     .await;
 }
 
-/// The server is still busy with the first attempt when the second starts, and other writers come after both.
+/// The server is still busy with the first attempt when the second attempt starts, and other writers commit after both
+/// attempts.
 #[tokio::test]
 async fn commit_that_succeeds_late_is_found_at_its_staged_version() {
     on_each_store(async |store| {

@@ -83,8 +83,8 @@ fn to(progress: &Progress, step: usize) -> Progress {
     Progress { at: StepRef::Forward(step), ..progress.clone() }
 }
 
-/// Sagas move to plans in which steps were added (before, after and between others), removed or moved, if the saga has
-/// not yet requested those steps.
+/// Sagas move to plans in which steps were added (before, after and between others), removed or moved, provided that
+/// the sagas have not yet requested those steps.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn migration_adds_removes_and_moves_unrequested_steps() {
     type Case = (&'static str, fn() -> Plan, fn(&Progress) -> Progress, &'static [&'static str]);
@@ -418,7 +418,7 @@ async fn unknown_event_waits_for_a_build_that_knows_it() {
     let outdated = annals::Repository::<Tally>::new(store.clone());
     let refused = outdated.execute("x", TallyCommand::Add(2), Uuid::new_v4()).await;
     assert!(matches!(refused, Err(annals::ExecuteError::Undecodable(_))), "{refused:?}");
-    // Messages of another key are handled. A later message of the same key waits behind the parked one.
+    // Messages of another key are handled. A later message of the same key waits behind the parked message.
     append(&store, "tally-x", 2, &NewerTally::Added { amount: 3 }).await;
     add("y", 1).await;
     let followed = async |id: &str| {

@@ -243,8 +243,8 @@ async fn killed_relay_restarts_with_another_number_of_lanes() {
             let here: Arc<dyn EventStore> = Arc::new(faulty.clone());
             let service = Service::new("source", here).publish(&["tally"]).relay_lanes(number);
             relay.start(vec![service], bus.clone()).await.unwrap();
-            // One lane crashes before its checkpoint moves, at any positions of the other lanes. Its messages were sent
-            // before the crash.
+            // One lane crashes before its checkpoint moves. The positions of the other lanes do not matter. Its
+            // messages were sent before the crash.
             let moved = async || {
                 let found = documents(&store, CHECKPOINTS).await;
                 let of_relay = found.iter().filter(|(id, _)| id.starts_with("source.relay/")).count();

@@ -22,7 +22,7 @@ use async_trait::async_trait;
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Handles every event except the third of a stream while `broken` is set.
+/// While `broken` is set, fails at the third event of a stream, and handles every other event.
 #[derive(Clone, Default)]
 struct Seen {
     versions: Arc<Mutex<Vec<i64>>>,

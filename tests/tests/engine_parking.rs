@@ -1,5 +1,5 @@
-//! Parking: a message that fails blocks only the messages with its key. They stay in order, and stay blocked until the
-//! parked message is resolved.
+//! Parking: a message that fails blocks only the messages with its key. The blocked messages stay in order, and stay
+//! blocked until the parked message is resolved.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -384,8 +384,8 @@ async fn dropping_the_only_message_frees_its_key() {
     let running = bed.start();
     bed.parked(0).await;
     bed.operator().drop_first("fussy", "tally-a", "a test").await.unwrap();
-    // This message arrives before the worker knows of the drop. No parked message is left behind which it would have to
-    // wait.
+    // This message arrives before the worker knows of the drop. At that moment, no message is parked any more, so this
+    // message has nothing to wait for.
     bed.add("a", [2]).await;
     bed.becomes("a", &[2]).await;
     bed.nothing_is_parked().await;

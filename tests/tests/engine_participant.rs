@@ -197,7 +197,7 @@ async fn repeated_step_and_undo_are_carried_out_once_and_answered_for_each_attem
     desk.send(vec![once.clone(), desk.command(undo, 2, 5), once]).await;
     assert!(matches!(desk.reply().await, Outcome::Done(_)));
     assert!(matches!(desk.reply().await, Outcome::Done(_)));
-    // The step arrives again, far too late. The participant refuses it, and the step stays undone.
+    // The step arrives again, far too late. The participant refuses the step, which stays undone.
     desk.send(vec![desk.command(step, 3, 6)]).await;
     assert_eq!(desk.reply().await, Outcome::Refused("the step was undone, or its undo arrived first".into()));
     desk.send(vec![desk.command(undo, 3, 7)]).await;
@@ -401,7 +401,7 @@ async fn work_that_a_busy_stream_has_already_is_not_done_again() {
     desk.restart_as(Cashier(tallies.clone())).await;
     desk.send(vec![desk.command(StepRef::Forward(1), 1, 1)]).await;
     let done = desk.reply().await;
-    // The till has executed so many commands since then that it has forgotten this one.
+    // The till has executed so many commands since then that it has forgotten this command.
     let later = REMEMBERED_COMMANDS as i64 + 1;
     add(&desk.store, "till", 1..=later).await;
     drop(std::mem::take(&mut desk.runtime));
@@ -413,8 +413,8 @@ async fn work_that_a_busy_stream_has_already_is_not_done_again() {
     desk.close(1).await;
 }
 
-/// The moment at which a process that does owed work is killed. The number counts the works that this process has done
-/// before.
+/// The moment at which a process that does owed work is killed. The number counts the pieces of work that this process
+/// has done before.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 enum Kill {
     /// The participant is working.

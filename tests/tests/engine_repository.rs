@@ -27,7 +27,7 @@ fn tallies(store: &Arc<dyn EventStore>) -> Repository<Tally> {
 async fn sixty_four_tasks(store: Arc<dyn EventStore>, each: i64) {
     let (one, two) = (tallies(&store), tallies(&store));
     let tasks = (0..64).map(|task| {
-        // Most tasks share one repository, and some write through another one.
+        // Most tasks share one repository, and some write through another repository.
         let tallies = if task % 8 == 0 { two.clone() } else { one.clone() };
         tokio::spawn(async move {
             for step in 0..each {

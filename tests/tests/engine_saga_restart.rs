@@ -66,7 +66,8 @@ async fn with_crash(inner: Arc<dyn EventStore>, number: u64, fault: Fault) -> bo
     crashed
 }
 
-/// Runs all crashes concurrently, each in its own world, because they spend most of the time waiting for timers.
+/// Runs all crashes concurrently, each in its own world, because each of them spends most of its time waiting for
+/// timers.
 async fn at_each_commit(fault: Fault) {
     let crashes = (1..=COMMITS_MAX).map(|number| with_crash(Arc::new(MemoryStore::new()), number, fault.clone()));
     let crashed = join_all(crashes).await.into_iter().filter(|crashed| *crashed).count() as u64;

@@ -102,7 +102,7 @@ async fn broker_killed_and_away_under_load_loses_nothing() {
     consumer.drain(DRAIN).await.unwrap();
 }
 
-/// A producer has several clients if its broker is distant. All of them are replaced together.
+/// A producer has several clients if its broker is distant. All clients are replaced together.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn distant_broker_killed_under_load_loses_nothing() {
     let mut broker = Broker::at_distance(Duration::from_millis(3)).await;
@@ -199,7 +199,7 @@ async fn topic_emptied_before_its_end_loses_nothing() {
     broker.resume();
     let consumer = pair.consumer().await;
     // The topic is gone, and with it the messages that were sent but not yet handled. New messages are handled before
-    // the lost ones are sent again.
+    // the lost messages are sent again.
     add(&store, 30..40).await;
     let lost = 10 * TALLIES as i64;
     until("new messages are handled", async || sql.copies().await + lost >= sql.events().await).await;

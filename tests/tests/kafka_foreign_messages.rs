@@ -178,7 +178,7 @@ async fn poison_messages_are_parked_among_good_ones() {
         let key = format!("tally-{tally}");
         assert_eq!(operator.redrive(&pair.group(), &key, "a test").await.unwrap(), 2);
     }
-    // After a redrive, the messages fail as before. After a drop, the messages behind them are handled.
+    // After a redrive, the messages fail as before. After a drop, the messages behind the dropped messages are handled.
     let tried = |parked: Vec<kafka::DeadLetter>| parked.iter().filter(|letter| letter.attempts == 2).count();
     until("all poison messages are retried", async || tried(sql.dead_letters().await) == poison.len()).await;
     for (tally, ..) in &poison {
@@ -222,7 +222,7 @@ async fn foreign_attributes_with_our_names_are_ignored() {
     let places = [("fast", "7"), ("fast", "3"), ("7", "5"), ("0@0123456789abcdef", "2"), ("0@0123456789abcdef", "1")];
     let records = places.iter().zip(0..).map(|((lane, position), amount)| {
         let own = event("own", amount).with("ce_lane", lane.as_bytes()).with("ce_position", position.as_bytes());
-        // The version attribute of another sender does not mean the version of our schema.
+        // The version attribute of another sender is not the version of our schema.
         own.with("ce_schemaversion", b"9").with("ce_streamversion", b"1")
     });
     let records: Vec<_> = records.collect();

@@ -106,7 +106,7 @@ impl Setting {
         self.bus.publish(positions.into_iter().map(outgoing).collect()).await.unwrap().await.unwrap();
     }
 
-    /// Removes all messages from the topic, as retention does. Returns the offset after them.
+    /// Removes all messages from the topic, as retention does. Returns the offset after the last message.
     async fn trim(&self) -> i64 {
         let topic = self.topic.clone();
         let end = tokio::task::spawn_blocking(move || {

@@ -1,5 +1,5 @@
 //! Topics are created as declared, or rejected with a reason. Kafka's own tools can read the topics. Secrets never
-//! appear in errors and logs.
+//! appear in errors or logs.
 #![allow(clippy::unwrap_used)]
 
 mod kafka;

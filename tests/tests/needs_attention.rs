@@ -238,7 +238,7 @@ async fn hung_handler_is_named_until_it_returns() {
     assert!(part.starts_with("waiter/"), "{part}");
     assert!(format!("{state:?}").contains("tally-slow"), "{state:?}");
     eventually("the hung handler is logged", async || lines(&["ERROR", "does not return", &id]).first().cloned()).await;
-    // The other lane continues, whichever of the two lanes is blocked.
+    // The other lane continues, no matter which of the two lanes is blocked.
     for number in 0..8 {
         add(&store, &format!("other{number}"), [1]).await;
     }

@@ -134,7 +134,7 @@ async fn single_and_set_appends_give_the_same_result() {
     let expected = all_of(&*reference).await;
     assert_eq!(all_of(&few).await, expected);
     assert_eq!(all_of(&many).await, expected);
-    // The log holds the events of successful commits in their order, and none of a rejected commit.
+    // The log holds the events of successful commits in their order, and no event of a rejected commit.
     let log = |store: annals_postgres::PostgresStore| async move {
         let page = store.read_log(&LogQuery::categories(["thing"]), Position::START, 100_000).await.unwrap();
         page.events.iter().map(|event| event.id).collect::<Vec<_>>()

@@ -37,7 +37,7 @@ async fn positions(server: &Server) -> Vec<i64> {
     sqlx::query_scalar(sql).fetch_all(&mut server.connection().await).await.unwrap()
 }
 
-/// Reads every event after the last one in `seen` until there are no more. The same store is used each time.
+/// Reads every event after the last one in `seen` until there are no more events. Each read uses the same store.
 async fn read_on(store: &PostgresStore, seen: &mut Vec<i64>) {
     loop {
         let after = Position(seen.last().copied().unwrap_or(0));
@@ -66,7 +66,8 @@ async fn store(url: &str) -> PostgresStore {
 #[tokio::test(flavor = "multi_thread")]
 async fn crash_at_a_gap_loses_no_event_for_readers() {
     const CRASHES: usize = 4;
-    // More rounds than crashes, because a server process sometimes flushes assigned positions just before a crash.
+    // There are more rounds than required crashes, because a server process sometimes flushes assigned positions just
+    // before a crash, and such a crash does not count.
     const ROUNDS_MAX: usize = 16;
     let folder = tempfile::tempdir().unwrap();
     let data = folder.path().join("data");

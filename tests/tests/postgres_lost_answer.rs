@@ -106,8 +106,8 @@ impl Proxy {
     }
 }
 
-/// An unknown outcome is not a failure. The store sends the same commit again, and that attempt either finds the first
-/// one stored or succeeds itself. In both cases the commit is stored once.
+/// An unknown outcome is not a failure. The store sends the same commit again, and that attempt either finds that the
+/// first attempt was stored, or succeeds itself. In both cases the commit is stored once.
 #[tokio::test(flavor = "multi_thread")]
 async fn commit_with_a_lost_answer_is_retried_and_stored_once() {
     const ROUNDS: i64 = 20;

@@ -124,7 +124,7 @@ async fn server_crash_on_a_full_disk_loses_nothing() {
     let folder = tempfile::tempdir_in(disk.0.path()).unwrap();
     let data = folder.path().join("data");
     fs::set_permissions(disk.0.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    // The server must not keep old segments for reuse, because they would leave space on a full disk.
+    // The server must not keep old segments for reuse, because old segments would leave space on a full disk.
     let settings = ["wal_recycle=off", "min_wal_size=32MB"].map(str::to_owned);
     let mut server = Server::start_in(folder, data, settings.to_vec()).await;
     let settings = Settings { connections: 4, ..Settings::default() };

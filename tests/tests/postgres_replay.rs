@@ -90,7 +90,7 @@ async fn replay_returns_the_same_events_as_the_log() {
         bed.store.commit(commit).await.unwrap();
     }
     let mut by_hand = bed.schema.connection().await;
-    // Inserts dates beyond the range that the library knows, and gaps.
+    // Inserts events with dates beyond the range that the library supports, and leaves gaps.
     execute(
         &mut by_hand,
         bed.schema.sql(

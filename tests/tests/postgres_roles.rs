@@ -177,8 +177,8 @@ async fn store_works_within_the_permissions_of_its_role() {
     let store = open(&writer).await.unwrap();
     store.commit(append("a-1", 2, 2)).await.unwrap();
     store.commit(note(0)).await.unwrap();
-    // A restore can leave the sequence behind. Every role that writes moves it forward, even if the role may not set
-    // the sequence itself.
+    // A restore can leave the sequence behind. Every role that writes moves the sequence forward, even if the role may
+    // not set it directly.
     let back = schema.sql("SELECT setval('annals.events_position', 1)");
     sqlx::query(back).execute(&mut schema.connection().await).await.unwrap();
     store.commit(append("a-1", 4, 1)).await.unwrap();
@@ -217,7 +217,7 @@ async fn store_works_within_the_permissions_of_its_role() {
     assert!(matches!(refused, OpenError::Refused { .. }), "{refused}");
 }
 
-/// The rows decide whether an operator may append them, whatever the lower bounds of the array arguments are.
+/// The rows decide whether an operator may append them, no matter what the lower bounds of the array arguments are.
 #[tokio::test(flavor = "multi_thread")]
 async fn operator_role_cannot_exceed_documented_permissions() {
     let schema = Schema::new();

@@ -29,7 +29,7 @@ async fn rows_and_checkpoint_commit_together() {
     assert!(!watch.is_finished(), "{:?}", watch.await);
     watch.abort();
     bed.nothing_is_open().await;
-    // The internal documents between handler and store leave nothing behind.
+    // None of the internal documents that the handler passes to the store is kept.
     let sql = bed.schema.sql("SELECT DISTINCT collection FROM annals.documents");
     let left: Vec<String> = sqlx::query_scalar(sql).fetch_all(&mut bed.schema.connection().await).await.unwrap();
     assert_eq!(left, ["checkpoint"]);
@@ -38,7 +38,7 @@ async fn rows_and_checkpoint_commit_together() {
 #[tokio::test(flavor = "multi_thread")]
 async fn failed_message_leaves_no_rows_and_succeeds_later() {
     for trouble in [Trouble::Error, Trouble::Panic, Trouble::SwallowedError, Trouble::Deferred] {
-        // Fails at the first message of the batch, at one in the middle, and at the last.
+        // Fails at the first message of the batch, at a message in the middle, and at the last message.
         for failing in [1, 3, 5] {
             let bed = Bed::new().await;
             bed.trouble(failing, trouble);

@@ -71,7 +71,7 @@ async fn run_of_the_shop_shows_in_the_views() {
     assert_eq!(letters, 0);
 }
 
-/// Handles all messages except those of these streams.
+/// Handles all messages except the messages of these streams.
 struct Picky;
 
 #[async_trait]

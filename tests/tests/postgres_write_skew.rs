@@ -14,7 +14,7 @@ use tokio::{sync::Barrier, task::JoinSet, time::timeout};
 
 use self::postgres::{PROMPTLY, Schema, append};
 
-/// Returns a commit that writes to one stream and relies on the version of another.
+/// Returns a commit that writes to one stream and relies on the version of another stream.
 fn relying(on: (&str, i64), write: (&str, i64)) -> Commit {
     let mut commit = append(write.0, write.1, 1);
     let (stream, expected) = (StreamId::parse(on.0).unwrap(), Expected::Version(Version(on.1)));

@@ -1,5 +1,5 @@
 //! Each generation of a read model belongs to one build. In these tests, builds run side by side, faults hit a build or
-//! the store, swaps happen under a running service, and services have two versions. They run on every store.
+//! the store, swaps happen under a running service, and services have two versions. The tests run on every store.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod postgres;
@@ -183,8 +183,8 @@ async fn ended_build_leaves_the_views_of_another_build() {
             assert_eq!((found.live, found.rebuilt, found.differences), (50, 50, 0));
             compared.discard().await.unwrap();
             right(&store, 50, 2).await;
-            // A build that is dropped removes nothing of other builds either. Its own views stay until it counts as
-            // dead.
+            // A build that is dropped removes nothing of other builds either. The views of the dropped build stay until
+            // that build counts as dead.
             given_up.push(rebuilt.generation + 1);
             let dropped = totals().build(store.clone(), |_| {}).await.unwrap();
             totals().rebuild(store.clone()).await.unwrap();
@@ -550,7 +550,7 @@ async fn list_is_complete_while_views_are_swapped() {
     .await;
 }
 
-/// Swaps and removes the views while a reader reads a page of them.
+/// Swaps and removes the views while a reader reads a page of these views.
 struct SwapsInScan {
     inner: Arc<dyn EventStore>,
     swapped: AtomicBool,
@@ -636,8 +636,8 @@ async fn read_model_is_never_reset_and_stays_paused_across_a_swap() {
     .await;
 }
 
-/// The stored state before generations were reserved: a checkpoint, and either a pointer with only a number or no
-/// pointer.
+/// The stored state of a release that did not reserve generations: a checkpoint, and either a pointer with only a
+/// number or no pointer.
 #[tokio::test(flavor = "multi_thread")]
 async fn stores_of_earlier_releases_continue() {
     on_each_store(async |store| {

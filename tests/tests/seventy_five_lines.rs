@@ -133,7 +133,7 @@ mod specification {
         assert!(aggregate.lines().count() <= 75, "the aggregate has {} lines", aggregate.lines().count());
         assert_eq!(OrderEvent::TYPES.len(), 5);
 
-        // This one import brings in all names of the library; the code uses no other path into it.
+        // This one import brings in all names of the library; the code uses no other path into the library.
         let imported = aggregate.split_once("use annals::{").unwrap().1.split_once('}').unwrap().0;
         let names: Vec<&str> = imported.split(',').map(str::trim).filter(|name| !name.is_empty()).collect();
         assert!(names.len() <= 7, "{names:?}");

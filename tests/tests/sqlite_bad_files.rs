@@ -194,7 +194,7 @@ async fn url_of_another_scheme_is_refused() {
     assert!(!error.to_string().contains("secret"), "{error}");
 }
 
-/// An empty file is accepted: `touch` creates one, and a crash before the first write leaves one.
+/// An empty file is accepted: `touch` creates such a file, and a crash before the first write leaves such a file.
 #[tokio::test]
 async fn empty_file_becomes_a_store() {
     let folder = folder();

@@ -109,7 +109,7 @@ fn killed_process_loses_no_acknowledged_commit() {
         acknowledged.extend(run_and_kill(&file, after));
         let case = format!("kill {kill} after {after} lines, {} acknowledged", acknowledged.len() - before);
 
-        // The first process that opens the file also recovers it, and plain SQL must be able to do that too.
+        // The first process that opens the file also recovers it, and plain SQL must be able to recover the file too.
         let by_store = async || {
             let store = SqliteStore::open(&file).await.unwrap();
             let mut rounds = Vec::new();

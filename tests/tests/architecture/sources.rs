@@ -18,7 +18,7 @@ const ITEMS: [&str; 8] = ["const", "enum", "fn", "static", "struct", "type", "un
 pub struct Crate {
     modules: BTreeMap<Vec<String>, Module>,
     pub arrows: BTreeMap<PathBuf, BTreeSet<PathBuf>>,
-    /// The file of each definition of each type.
+    /// The files that define each type, by the name of the type.
     pub types: BTreeMap<String, Vec<PathBuf>>,
 }
 

@@ -42,7 +42,7 @@ pub const DRAIN: Duration = Duration::from_secs(60);
 /// The two services, each with its own schema.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Pair {
-    /// The name of the publishing service. It is also a part of the other service's name.
+    /// The name of the publishing service. This name is also a part of the other service's name.
     pub service: String,
     pub brokers: String,
     source: String,
@@ -178,8 +178,8 @@ impl Pair {
         spawn_blocking(move || topic::count(&brokers, &topic)).await.unwrap()
     }
 
-    /// Waits until every event is handled. Then asserts that log and topic agree, that every effect is there once, that
-    /// no lane is behind, and that nothing is parked. Returns the number of records that were sent more than once.
+    /// Waits until every event is handled. Then asserts that log and topic agree, that every effect has happened once,
+    /// that no lane is behind, and that nothing is parked. Returns the number of records that were sent more than once.
     pub async fn agrees(&self) -> usize {
         let (stored, records) = self.settled().await;
         let first = same_events(&stored, &records);
@@ -316,7 +316,7 @@ impl Sql {
             .await
     }
 
-    /// Returns the number of copies, including repeated ones.
+    /// Returns the number of copies, including repeated copies.
     pub async fn copies(&mut self) -> i64 {
         let sql = "SELECT count(*) FROM annals.events WHERE stream_id LIKE 'copy-%'";
         self.number(self.sink.clone(), sql).await

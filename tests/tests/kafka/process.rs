@@ -119,7 +119,7 @@ impl Task {
     }
 }
 
-/// A process that was started. Dropping it kills it.
+/// A process that was started. Dropping the value kills the process.
 pub struct Process {
     child: Child,
     lines: Option<BufReader<ChildStdout>>,
@@ -225,7 +225,7 @@ impl Reached {
     }
 }
 
-/// A bus on which a passing message reaches the point.
+/// Wraps the bus so that a page of messages reaches the point.
 struct Watched {
     inner: Arc<KafkaBus>,
     point: Arc<Reached>,

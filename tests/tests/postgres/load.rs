@@ -1,5 +1,5 @@
-//! Writers and readers that keep running, no matter what happens to the server. At the end, they check that the server
-//! kept every promise.
+//! Writers and readers that keep running, no matter what happens to the server. At the end, these tasks check that the
+//! server kept every promise.
 
 use std::{
     sync::{
@@ -150,7 +150,7 @@ async fn write(
     promise
 }
 
-/// Reads until everything that was written by the end has been read. Returns the positions.
+/// Reads until the writers have ended and everything that they have written has been read. Returns the positions.
 async fn follow(
     own: Option<PostgresStore>,
     url: String,

@@ -32,12 +32,12 @@ pub enum Trouble {
     SwallowedError,
     /// A deferred constraint fails at the end of the transaction.
     Deferred,
-    /// The handler stages so many documents that they do not fit into one commit with those of other messages.
+    /// The handler stages so many documents that they do not fit into one commit with the documents of other messages.
     Large(usize),
     /// The handler writes in a nested transaction and rolls that transaction back.
     NestedRollback,
     NestedCommit,
-    /// The handler's own session is terminated while the handler runs, once.
+    /// The handler's own session is terminated once, while the handler runs.
     KillOnce,
 }
 
