@@ -389,7 +389,7 @@ enum Act {
 struct Nothing;
 impl SagaState for Nothing {}
 
-/// The effects that are in force, by the name of their step.
+/// How often each step is done and not undone, by the name of the step.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 struct Standing(std::collections::BTreeMap<String, i32>);
 

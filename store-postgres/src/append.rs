@@ -32,7 +32,7 @@ pub(crate) async fn append_alone(
     match appended.await {
         Ok(appended) => sqlx::raw_sql("COMMIT").execute(connection).await.map(|_| appended),
         Err(error) => {
-            // If the rollback fails as well, so does the next use of the connection.
+            // If the rollback fails as well, the next use of the connection reports the failure.
             sqlx::raw_sql("ROLLBACK").execute(connection).await.ok();
             Err(error)
         }

@@ -29,7 +29,7 @@ pub(crate) fn position(row: &[u8]) -> Option<i64> {
 /// Consecutive rows, without the header.
 pub(crate) struct Rows<'b> {
     rest: &'b [u8],
-    /// The names of types. They are shared between events, because many events have the same type.
+    /// The names of event types. Events with the same type share one name, because many events have the same type.
     names: HashSet<Arc<str>>,
 }
 

@@ -65,7 +65,8 @@ impl History {
         self.known().accepted.insert(by.to_owned(), number);
     }
 
-    /// Returns the number of the log if commits may go to that log. The first log needs no acceptance.
+    /// Returns the number of the history, if all services have accepted it. Otherwise returns the error for a commit.
+    /// The first history needs no acceptance.
     pub(crate) fn accepted(&self) -> Result<u64, CommitError> {
         let number = self.number();
         if number == 0 || self.known().accepted.values().all(|accepted| *accepted >= number) {

@@ -1,15 +1,15 @@
 //! Reads the log without losing events.
 //!
 //! A transaction draws positions from a sequence before it commits, so an event may appear at a lower position than an
-//! event that is visible already. A reader therefore stops at a gap. The events missing from the gap either may still
-//! appear, or will never exist because their transactions failed. These steps show which is the case:
+//! event that is visible already. A reader therefore stops at a gap. An event that is missing in the gap may still
+//! appear, or it will never exist because its transaction failed. These steps show which is the case:
 //!
 //! 1. Read the last *visible* event. The event is durable, so even after a crash no writer draws the event's
 //!    position, or a lower one, again. (A position that was drawn but not committed is not durable: after a crash the
 //!    position may be drawn again.)
 //! 2. Then list the holders of the table lock that every writer of events takes *before* it draws a position, and keeps
-//!    until its transaction has ended. (`annals.append` takes the lock with a separate statement; an `INSERT` takes the
-//!    lock before it evaluates its defaults.)
+//!    until the writer's transaction has ended. (`annals.append` takes the lock with a separate statement; an `INSERT`
+//!    takes the lock before it evaluates its defaults.)
 //! 3. Every writer that drew a position below the event of step 1 and has not ended yet is among these holders. Once
 //!    all of them have ended, every event that will ever exist up to that position is visible. Later holders do not
 //!    matter.
@@ -142,7 +142,7 @@ impl Log {
         self.rows(query, after).await
     }
 
-    /// Returns the events that a statement returns, up to the size limit of a page.
+    /// Runs a statement, and returns its events up to the size limit of a page.
     async fn rows<'q>(
         &self,
         query: impl Fn() -> Query<'q, Postgres, PgArguments>,
@@ -211,7 +211,7 @@ impl Log {
         Ok((until, any))
     }
 
-    /// Returns the position of the first event after a position, and checks whether the log has lost its end.
+    /// Returns the position of the first event after a position, and checks whether the log has lost its last events.
     async fn next(&self, after: i64) -> Result<Option<i64>, StoreError> {
         let asked_for = self.history().asked();
         let last = asked_for.1;
@@ -246,8 +246,8 @@ impl Log {
     /// Tries to settle the log up to a visible event; returns whether the log is settled.
     async fn settle(&self, visible: i64) -> Result<bool, StoreError> {
         let mut proof = self.proof.lock().await;
-        // A proof that began earlier may not reach the visible event. A proof that begins now does, unless the log
-        // changes, so a second attempt is enough.
+        // A proof that began earlier may end before the visible event. A proof that begins now includes this event,
+        // unless the log changes, so a second attempt is enough.
         for _ in 0..2 {
             let (history, settled) = self.history().settled();
             if visible <= settled {

@@ -163,8 +163,8 @@ const SAME_PARAMETERS: [(&str, &str); 6] = [
     ("hostaddr", "host"),
 ];
 
-/// Refuses parameters that would be ignored, and parameters that are given twice, because the intended setting would
-/// silently not apply. The errors contain names but no values.
+/// Refuses parameters that would be ignored, and parameters that are given twice. In both cases, the intended setting
+/// would silently not take effect. The errors contain names but no values.
 fn check_parameters(url: &str) -> Result<(), OpenError> {
     let refused = |reason: String| Err(OpenError::Url { reason });
     if url.contains('#') {

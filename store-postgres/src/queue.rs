@@ -67,7 +67,7 @@ impl InFlight {
 }
 
 impl InFlightGuard {
-    /// From now on, counts the commit as waiting, with this many rows.
+    /// Counts the commit and its rows as waiting from now on.
     pub(crate) fn wait(&mut self, rows: usize) {
         let rows = rows + ROWS_PER_CALLER;
         self.rows = rows;

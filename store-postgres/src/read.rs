@@ -9,8 +9,8 @@ use sqlx::{Row, postgres::PgRow};
 
 use crate::{error::read_error, readers::Readers, statements::Statements};
 
-/// The maximum number of attempts at a read. A connection that died while idle fails the read, and every idle
-/// connection may have died.
+/// The maximum number of attempts at a read. A read fails on a connection that died while it was idle, and all idle
+/// connections may have died.
 pub(crate) const READS_MAX: u32 = 10;
 const MICROSECONDS_TO_2000: i64 = 946_684_800_000_000;
 /// The range of a `timestamptz`, in seconds since 1970: from 4714-11-24 BC to the end of 294276 AD.
@@ -114,8 +114,8 @@ pub(crate) fn bound(limit: usize) -> i64 {
     i64::try_from(limit).unwrap_or(i64::MAX)
 }
 
-/// Returns the nearest time that a `timestamptz` can hold: to the microsecond, rounded down. sqlx would round towards
-/// the year 2000.
+/// Returns the time in a form that a `timestamptz` can hold: within the range of that type, and rounded down to the
+/// microsecond. sqlx would round towards the year 2000.
 pub(crate) fn storable(time: DateTime<Utc>) -> DateTime<Utc> {
     let time = DateTime::from_timestamp_micros(time.timestamp_micros()).unwrap_or(time);
     let seconds = time.timestamp();

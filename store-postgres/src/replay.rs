@@ -1,5 +1,6 @@
-//! Replay: reads all or a large part of the log, once and fast. One task copies pages out of the database, and other
-//! tasks decode the pages; the events stay in order. The number of bytes that wait between these tasks is bounded.
+//! Replay: reads the whole log, or a large part of it, in one fast pass. One task copies pages out of the database, and
+//! other tasks decode the pages; the events stay in order. The number of bytes that wait between these tasks is
+//! bounded.
 //!
 //! Each page is a separate `COPY`, so that no statement and no snapshot on the server lasts as long as the replay. If
 //! the caller takes no events for a while, the page is aborted, and a new page later continues after the last event
@@ -278,7 +279,7 @@ impl PostgresStore {
             events: 0,
             batches,
         };
-        // If the stream is dropped, so is the task and with it the connection.
+        // If the stream is dropped, the task and its connection are dropped too.
         let mut task = JoinSet::new();
         let mut start = Some((copier, replay.until));
         let batches = stream::unfold(waiting, move |mut waiting| {
@@ -368,7 +369,7 @@ impl Copier {
             };
             let page = page.await;
             if self.shared.database.history.number() != history {
-                // The end of this replay was settled in the earlier log, and means nothing in the new one.
+                // The end position of this replay belongs to the earlier log, and has no meaning in the new log.
                 let reason = "the log changed (failover or restore) during the replay: start it again";
                 return Err(StoreError::Unavailable(reason.into()));
             }

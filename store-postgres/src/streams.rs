@@ -71,7 +71,7 @@ impl Streams {
                 serve(batch, of, reader, (readers, statements)).await;
             };
             place.answered = true;
-            // Without an outcome, the task that had taken this read was cancelled, and the read starts again.
+            // If there is no outcome, the task that had taken this read was cancelled, and the read starts again.
             if let Ok(outcome) = outcome {
                 return outcome;
             }

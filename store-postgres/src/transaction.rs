@@ -104,7 +104,7 @@ impl OpenTransaction {
         &mut self.connection
     }
 
-    /// Prepares the transaction for another message, keeping the SQL of the first `handled` messages.
+    /// Prepares the transaction for another message, and keeps the SQL of the first `handled` messages.
     pub(crate) async fn resume(&mut self, handled: u64) -> Result<(), sqlx::Error> {
         if handled != self.handled {
             self.rewind(handled).await?;
@@ -148,7 +148,7 @@ impl OpenTransaction {
         Ok(Idle(self.history, self.connection))
     }
 
-    /// Writes a commit in the transaction, keeping the SQL of the first `handled` messages, and ends the transaction.
+    /// Writes a commit in the transaction, keeps the SQL of the first `handled` messages, and ends the transaction.
     pub(crate) async fn commit(
         mut self,
         database: &Database,

@@ -247,7 +247,7 @@ impl Writer {
     }
 
     /// Records the written positions. A position is drawn after the statement was sent, so the position is above every
-    /// position that was seen before, unless the log on this same server has lost its end.
+    /// position that was seen before, unless the log on this same server has lost its last events.
     async fn wrote(
         &self,
         connection: &mut PgConnection,

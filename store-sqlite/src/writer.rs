@@ -33,7 +33,8 @@ const GROUP_COMMITS_MAX: usize = 512;
 const GROUP_ROWS_MAX: usize = 4_096;
 /// A group takes no further commit once it has this many bytes of payload.
 const GROUP_BYTES_MAX: usize = 8 << 20;
-/// If the time of the last event is further in the future than this, it was written by hand, and new events ignore it.
+/// If the time of the last event is further in the future than this, it was written by hand, and does not affect the
+/// times of new events.
 const CLOCK_AHEAD_MICROSECONDS_MAX: i64 = 24 * 3_600 * 1_000_000;
 
 pub(crate) type Outcome = Result<Committed, CommitError>;

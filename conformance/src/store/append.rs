@@ -186,7 +186,7 @@ pub async fn an_append_without_events_only_checks<T: StoreUnderTest>() {
     assert_eq!(whole_log(&*store).await.len(), 2);
 }
 
-/// After a log has lost its end and grown again, the same version may belong to another event.
+/// After a log has lost its last events and grown again, the same version may belong to another event.
 pub async fn expected_event_is_compared_by_its_id<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();

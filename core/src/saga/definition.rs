@@ -208,7 +208,7 @@ pub trait BeforeClosing {}
 impl BeforeClosing for Open {}
 impl BeforeClosing for Undoable {}
 impl BeforeClosing for AfterPivot {}
-/// The states of a plan in which the plan may end.
+/// The states of a plan in which the plan may be complete.
 pub trait Complete {}
 impl Complete for Undoable {}
 impl Complete for AfterPivot {}

@@ -196,7 +196,8 @@ const ROW: i32 = 92;
 pub(super) const GAP: i32 = 40;
 /// The length of an arrowhead, which extends beyond the end of the arrow's line.
 pub(super) const TIP: i32 = 8;
-/// The shape that marks a saga's end is less tall than a box, by this distance at the top and at the bottom.
+/// The shape that marks a saga's end is less tall than a box: it starts this far below the top of a box, and ends this
+/// far above the bottom.
 const END_INSET: i32 = 7;
 /// The width of the dot at which a saga starts.
 const DOT: i32 = 14;

@@ -79,7 +79,7 @@ type Origin = (StreamId, Metadata);
 
 impl<C: SagaState> Runner<C> {
     /// Waits for `begin`, and then fires timers until `shutdown` is cancelled. `relayed_by` names the service whose
-    /// relay publishes the commands. If this service is given, a timer does not fire before the bus has accepted the
+    /// relay publishes the commands. If `relayed_by` is given, a timer does not fire before the bus has accepted the
     /// commands to which the saga awaits a reply.
     pub(crate) async fn timers(
         self,

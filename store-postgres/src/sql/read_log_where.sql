@@ -1,4 +1,4 @@
--- A page of the log, without the events that a query leaves out.
+-- A page of the log that contains only the events that match a query.
 -- - binds: $1 the position after which to start, $2 the last position to read, $3 categories or NULL, $4 types or NULL,
 --   $5 limit
 -- - indexes used: events_position_key

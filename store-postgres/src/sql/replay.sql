@@ -1,5 +1,6 @@
 -- A page of a replay. COPY takes no binds, so the names in braces are replaced in the text.
--- - in place: columns, after (this position), until (this position), filter (further conditions), limit
+-- - placeholders: columns, after (the position after which to start), until (the last position to read), filter
+--   (further conditions), limit
 -- - indexes used: events_position_key
 COPY (SELECT {columns}
         FROM annals.events

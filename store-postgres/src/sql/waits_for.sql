@@ -1,7 +1,7 @@
 -- Describes the transactions that a reader waits for.
 -- - binds: $1 virtual transactions
--- - returns: the pid (0 for a prepared transaction), the age in seconds, and the application or (for a prepared
---   transaction) the global id
+-- - returns: the pid (0 for a prepared transaction), the age in seconds, and the name of the application (for a
+--   prepared transaction, the global id)
 -- - indexes used: none
 SELECT DISTINCT coalesce(l.pid, 0),
        coalesce(extract(epoch FROM clock_timestamp() - coalesce(a.xact_start, p.prepared)), 0)::float8 AS age,

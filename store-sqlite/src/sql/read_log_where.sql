@@ -1,5 +1,5 @@
--- A page of the log, without the events that a query leaves out.
--- The limit is an expression (+ 0): with a plain bind, SQLite would prepare the statement again on every use.
+-- A page of the log that contains only the events that match a query. The limit is an expression (+ 0): with a plain
+-- bind, SQLite would prepare the statement again on every use.
 -- - binds: ?1 the position after which to start, ?2 the last position to read, ?3 JSON array of categories or NULL, ?4
 --   JSON array of types or NULL, ?5 limit
 -- - indexes used: the primary key
