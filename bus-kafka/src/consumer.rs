@@ -220,7 +220,7 @@ pub(crate) struct Member {
     assigned: BTreeMap<Place, Assigned>,
     /// The partitions of a client that has ended, until the next poll reports them.
     gone: Vec<Partition>,
-    /// The partitions that the last poll reported as revoked. The next poll gives them up.
+    /// The partitions that the last poll reported as revoked. The next poll gives these partitions up.
     leaving: Option<Vec<Place>>,
     /// The partitions that no longer match their bookmark, until a poll reports them.
     wiped: Vec<Partition>,

@@ -135,8 +135,8 @@ impl Gate {
     }
 }
 
-/// Counts a message that a gate let pass as in flight until this guard is dropped, even if the sender gives up
-/// half-way.
+/// Keeps a message counted as in flight after its gate has let the message pass. The count ends when this guard is
+/// dropped, even if the sender gives up half-way.
 struct InFlightGuard(Arc<Gate>);
 
 impl Drop for InFlightGuard {
@@ -261,8 +261,8 @@ fn failed() -> BusError {
     BusError::Unavailable("the batch in flight has failed".into())
 }
 
-/// The current producer, which is replaced by a new producer after a failure. A failed producer sends nothing more, so
-/// that messages that are published again follow everything that the failed producer has sent.
+/// The current producer, which is replaced by a new producer after a failure. A failed producer sends nothing more.
+/// Messages that are published again therefore follow everything that the failed producer has sent.
 pub(crate) struct Producer {
     settings: Settings,
     /// The maximum size of a batch, in bytes. A topic's limit applies to a batch, not to a message.
@@ -383,7 +383,7 @@ impl Producer {
         let waiting = context.waiting.clone();
         let (done, receipt) = oneshot::channel();
         let batch = Arc::new(Batch {
-            // The extra count stands for the messages that are not handed over yet.
+            // The extra 1 keeps the batch open until all messages have been handed over.
             left: AtomicUsize::new(messages.len() + 1),
             failed: Mutex::default(),
             done: Mutex::new(Some(done)),
