@@ -140,8 +140,8 @@ fn are_verified(store: &str, bus: &str) {
     assert_eq!(verified.status.code(), Some(0), "{}", text(&verified));
 }
 
-/// A recovery on PostgreSQL that the test kills at exact moments. The test takes locks on the tables, which stop the
-/// recovery at such a moment.
+/// A recovery on PostgreSQL that the test kills at exact moments. To stop the recovery at such a moment, the test locks
+/// the tables that the recovery is about to write.
 impl Schemas {
     /// Kills the recovery at each of these moments, and then lets it finish.
     async fn recovered(&self, role: &str, bus: &str, more: &[&str], moments: &[Moment]) -> Value {

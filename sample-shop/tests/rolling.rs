@@ -26,8 +26,8 @@ fn order() -> String {
     json!({"lines": [{"sku": "85123A", "quantity": 1, "unit_price": "2.55"}]}).to_string()
 }
 
-/// Places orders at two addresses in turn until `done`. If one address accepts no connection, sends the order to the
-/// other address.
+/// Places orders alternately at two addresses until `done` is set. If one address accepts no connection, sends the
+/// order to the other address.
 fn buy(client: usize, at: [SocketAddr; 2], done: &AtomicBool) -> (Vec<String>, Vec<String>) {
     let mut connections = at.map(KeepAlive::new);
     let mut placed = Vec::new();

@@ -29,7 +29,8 @@ use tokio_util::sync::CancellationToken;
 
 /// The maximum number of open connections. Further connections wait in the queue of the operating system.
 pub const CONNECTIONS_MAX: usize = 4_096;
-/// How long the head of a request may take to arrive, including the time for which the connection was idle before.
+/// How long the head of a request may take to arrive, including the time during which the connection was idle before
+/// the request.
 pub const HEAD_TIME_MAX: Duration = Duration::from_secs(30);
 /// How long requests in progress may take to end once the grace is over.
 pub const LAST_ANSWERS: Duration = Duration::from_secs(10);

@@ -13,8 +13,8 @@ use uuid::Uuid;
 use super::provider::{Provider, ProviderError};
 use crate::card::Card;
 
-/// The share of requests to the simulated provider that fail at the first attempt. Half of those requests are answered
-/// as busy; the other half time out after the money has moved.
+/// The share of requests to the simulated provider that fail at the first attempt. Half of those requests get the
+/// answer `Busy`; the other half time out after the money has moved.
 pub const TROUBLE_RATE: f64 = 0.002;
 
 /// A simulated provider that does what the [card](Card) says. A seed decides which requests fail at the first attempt.
