@@ -12,8 +12,8 @@ pub(super) struct Record {
     ends: Vec<usize>,
 }
 
-/// The characters that Windows-1252 assigns to the bytes 0x80 to 0x9f. Every other byte stands for the code point of
-/// the same number, as in Latin-1.
+/// The characters that Windows-1252 assigns to the bytes 0x80 to 0x9f. Every other byte means the code point with the
+/// same number, as in Latin-1.
 const WINDOWS_1252: &str = "€\u{81}‚ƒ„…†‡ˆ‰Š‹Œ\u{8d}Ž\u{8f}\u{90}‘’“”•–—˜™š›œ\u{9d}žŸ";
 
 /// The result of splitting a record.
@@ -45,7 +45,8 @@ impl Record {
     /// Splits `bytes`, which hold line endings inside quotes only.
     ///
     /// The `csv` crate is not suitable here: it reads a stray quote as text, or as the start of a field that extends to
-    /// the next quote in the file, however far away. Here, one bad row must not damage any other row.
+    /// the next quote in the file, no matter how far away that quote is. Here, one bad row must not damage any other
+    /// row.
     pub fn split(&mut self, bytes: &[u8]) -> Split {
         self.text.clear();
         self.ends.clear();

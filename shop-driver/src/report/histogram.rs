@@ -67,8 +67,7 @@ fn duration(micros: u64) -> String {
     }
 }
 
-/// Draws a bar in eighths of a character. Any count above zero is visible, however small it is compared with the
-/// largest count.
+/// Draws a bar in eighths of a character. Any count above zero is visible, even if the largest count is much larger.
 fn bar(count: u64, most: u64, width: usize) -> String {
     if count == 0 || most == 0 {
         return String::new();
