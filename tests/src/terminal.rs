@@ -101,7 +101,7 @@ pub fn lines(printed: &str) -> Vec<String> {
             plain.push(character);
             continue;
         }
-        // Colour sequences are the only ones that leave the cursor in place.
+        // Colour sequences are the only escape sequences that do not move the cursor.
         // https://invisible-island.net/xterm/ctlseqs/ctlseqs.html
         if characters.by_ref().find(char::is_ascii_alphabetic) != Some('m') {
             plain.push('\n');

@@ -1,4 +1,4 @@
-//! A command is executed once, however many events it has, and even if the answer to its commit is lost.
+//! A command is executed once, no matter how many events it has, and even if the answer to its commit is lost.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;

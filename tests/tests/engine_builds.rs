@@ -261,8 +261,8 @@ fn second() -> Plan {
     plan!(PATIENT, 3; "book" @ "hotel", "charge" @ "bank"; "announce" @ "hotel", "thank" @ "hotel")
 }
 
-/// Two builds run on one store, each with its own bus. They share the lanes of the log, so each build receives events
-/// that the other wrote.
+/// Two builds run on one store, each with its own bus. The builds share the lanes of the log, so each build receives
+/// events that the other wrote.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rolling_forward_and_back_strands_no_saga() {
     let schema = postgres::Schema::new();

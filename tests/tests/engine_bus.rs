@@ -302,8 +302,8 @@ async fn message_sent_twice_by_a_relay_is_handled_once() {
     bus.add([sent("a", 0, 1), sent("b", 0, 2), sent("c", 1, 1), sent("a", 0, 1), sent("a", 0, 3), sent("b", 0, 2)]);
     noted(&store, "a", &[1, 3]).await;
     consuming.stop().await;
-    // A relay restarts from far behind. The consumer can know this only from its checkpoint, since no other messages
-    // come.
+    // A relay restarts from an old position. The consumer can know this only from its checkpoint, since no other
+    // messages come.
     let consuming = consume(&Handle(bus.clone()), &["source.events"], 1, &notes, store.clone()).await;
     bus.add([sent("a", 0, 1), sent("b", 0, 2), sent("a", 0, 3), sent("c", 1, 1), sent("c", 1, 2), sent("a", 0, 3)]);
     noted(&store, "c", &[1, 2]).await;

@@ -1,4 +1,4 @@
-//! A failure on the way forward never keeps a saga from compensating. The step fails with a reason, and the
+//! A failure of a forward step never keeps a saga from compensating. The step fails with a reason, and the
 //! compensations run. This holds for every answer of a participant and every mistake in the saga's own code.
 #![allow(clippy::unwrap_used)]
 

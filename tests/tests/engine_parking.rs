@@ -33,7 +33,7 @@ enum Trouble {
     NulInReason,
 }
 
-/// Appends each amount to a list in one document per key, unless a trouble is set for that amount.
+/// Appends each amount to a list in one document per key, unless a [`Trouble`] is set for that amount.
 #[derive(Clone, Default)]
 struct Fussy {
     troubles: Arc<Mutex<HashMap<i64, (Trouble, u32)>>>,

@@ -433,7 +433,7 @@ const KILL: &str = "ANNALS_OWED_KILL";
 #[tokio::test(flavor = "multi_thread")]
 async fn process_that_owes_work() {
     let Some(file) = env::var_os(FILE) else { return };
-    // The process ends together with the test, however the test ends.
+    // The process ends together with the test, no matter how the test ends.
     std::thread::spawn(|| {
         _ = std::io::stdin().read_to_end(&mut Vec::new());
         std::process::exit(1);

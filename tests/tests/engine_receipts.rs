@@ -1,4 +1,5 @@
-//! The relay's checkpoint never passes a message that the bus has not accepted, however many messages are in flight.
+//! The relay's checkpoint never passes a message that the bus has not accepted, no matter how many messages are in
+//! flight.
 #![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;

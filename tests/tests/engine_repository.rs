@@ -1,4 +1,4 @@
-//! Repositories: every command is executed once and in order, whatever other writers and the store do.
+//! Repositories execute every command once and in order, no matter what other writers and the store do.
 #![allow(clippy::unwrap_used)]
 
 use std::{convert::Infallible, sync::Arc};

@@ -93,7 +93,7 @@ async fn caller_waits_for_the_end_of_a_saga() {
         world.request("b", Uuid::new_v4(), None).await;
         let stream = annals::StreamId::new("saga.trip", "b").unwrap();
         assert_eq!(wait_for_end(&*world.store, &stream, PATIENT).await.unwrap().status, Status::Completed);
-        // The end of a saga is found at once, however long ago it was.
+        // The end of a saga is found at once, no matter how long ago the saga ended.
         assert_eq!(runner.wait_for_end("a", Duration::ZERO).await.unwrap().status, Status::Compensated);
         runtime.drain(DRAIN).await.unwrap();
         bank.drain(DRAIN).await.unwrap();

@@ -289,7 +289,7 @@ async fn message_too_large_for_the_topic_is_parked() {
     let topic = NewTopic::new(&name, 4, TopicReplication::Fixed(1)).set("max.message.bytes", TOPIC_BYTES_MAX);
     admin.create_topics([&topic], &options).await.unwrap()[0].as_ref().unwrap();
     let store = pair.source_store().await;
-    // All of these messages are in one page and, in the producer's accounting, in one batch.
+    // All of these messages are in one page, and the producer counts them as one batch.
     let commit = |appends| Commit { appends, puts: Vec::new() };
     add(&store, 0..20).await;
     store.commit(commit(vec![large("tally-3", 20)])).await.unwrap();

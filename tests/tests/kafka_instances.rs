@@ -83,8 +83,8 @@ async fn stopped_member_is_replaced_at_once() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn first_of_two_members_with_one_name_reports_its_end() {
-    // On one store, the two instances would detect each other by their heartbeats. With this setting, the Kafka group
-    // is the only place where they meet.
+    // On one store, the two instances would detect each other by their heartbeats. With this setting, they can notice
+    // each other only in the Kafka group.
     let pair = Pair::new().await.set("group.instance.id", "the only one");
     let (relay, mut sql) = (pair.relay().await, pair.sql().await);
     let first = pair.consumer().await;

@@ -1,5 +1,5 @@
 //! A fault of one message stops only that message's key. A fault that needs an operator is logged once, is counted, and
-//! shows in the health for as long as it lasts.
+//! appears in the health for as long as it lasts.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;

@@ -80,7 +80,7 @@ async fn ended_sessions_lose_and_duplicate_nothing() {
     }
 }
 
-/// Drops the tasks of the subscription wherever they are, as if the process had died.
+/// Drops the tasks of the subscription at any point of their work, as if the process had died.
 #[tokio::test(flavor = "multi_thread")]
 async fn dropped_tasks_lose_and_duplicate_nothing() {
     let mut bed = Bed::new().await;

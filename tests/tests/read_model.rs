@@ -39,7 +39,7 @@ struct Total {
     deposits: u64,
 }
 
-/// Totals by owner. `times` stands for a rule that changes from build to build.
+/// Totals by owner. `times` plays the role of a rule that changes from build to build.
 struct Totals {
     times: u64,
 }

@@ -458,7 +458,8 @@ async fn projection_survives_an_outage_that_health_shows() {
     .await;
 }
 
-/// Whatever happens to one commit of a rebuild, the live views are correct, and so are the views of the next rebuild.
+/// No matter what happens to one commit of a rebuild, the live views are correct, and so are the views of the next
+/// rebuild.
 #[tokio::test(flavor = "multi_thread")]
 async fn fault_at_any_commit_of_a_rebuild_leaves_correct_views() {
     let faults = [Fault::Unavailable, Fault::LostUnknown, Fault::AppliedUnknown, Fault::CrashBefore, Fault::CrashAfter];

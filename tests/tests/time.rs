@@ -270,7 +270,7 @@ fn patient() -> Saga<Trip> {
 #[test]
 fn instance_with_another_clock() {
     let Ok(location) = env::var(SHARED_STORE) else { return };
-    // The process ends together with the test, however the test ends.
+    // The process ends together with the test, no matter how the test ends.
     std::thread::spawn(|| {
         _ = std::io::stdin().read_to_end(&mut Vec::new());
         std::process::exit(1);

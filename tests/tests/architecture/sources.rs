@@ -1,5 +1,5 @@
-//! Reads the Rust sources of a package as far as the tests of the architecture need: the modules, the imports, and the
-//! names of the types.
+//! Reads the parts of a package's Rust sources that the tests of the architecture need: the modules, the imports, and
+//! the names of the types.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -379,13 +379,13 @@ impl Sql {
         found
     }
 
-    /// Returns the lag of each lane of a subscription of the source.
+    /// Returns the lag of each lane of a subscription in the publishing service.
     pub async fn lags(&mut self, subscription: &str) -> Vec<i64> {
         let sql = "SELECT lag::bigint FROM annals.checkpoints WHERE subscription = $1";
         sqlx::query_scalar(self.source.sql(sql)).bind(subscription).fetch_all(&mut self.connection).await.unwrap()
     }
 
-    /// Returns the offset from which the sink continues in each partition.
+    /// Returns the offset from which the copying service continues in each partition.
     pub async fn offsets(&mut self, subscription: &str) -> BTreeMap<String, i64> {
         let sql = "SELECT lane, position FROM annals.checkpoints WHERE subscription = $1 AND position > 0";
         let query = sqlx::query_as(self.sink.sql(sql)).bind(subscription);

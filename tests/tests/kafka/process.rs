@@ -72,7 +72,7 @@ pub struct Task {
 pub fn run() {
     let Some(task) = env::var_os(TASK) else { return };
     let task: Task = serde_json::from_str(task.to_str().unwrap()).unwrap();
-    // The process ends together with the test, however the test ends.
+    // The process ends together with the test, no matter how the test ends.
     std::thread::spawn(|| {
         _ = std::io::stdin().read_to_end(&mut Vec::new());
         std::process::exit(1);
