@@ -32,7 +32,8 @@ impl SagaState for Counting {
     }
 }
 
-/// Collects the books of the inventory and payment services; then the order service adds its own and closes.
+/// Collects the books of the inventory and payment services; then the order service adds its own books and completes
+/// the closing.
 pub fn counting() -> Saga<Counting> {
     Saga::<Counting>::named("closing")
         .retriable("count stock", |_| StepRequest::to("inventory", &InventoryStep::Count))

@@ -22,8 +22,8 @@ use super::{
 };
 use crate::order::{LINES_MAX, Line, request};
 
-/// The maximum length of an id, SKU or customer, in bytes. With a category before it, such a text still fits into a
-/// stream id.
+/// The maximum length of an id, SKU or customer, in bytes. A stream id has room for a category and a text of this
+/// length.
 pub const ID_BYTES_MAX: usize = 200;
 
 /// An id from a path.
