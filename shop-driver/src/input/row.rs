@@ -3,8 +3,8 @@ use rust_decimal::Decimal;
 
 use super::{columns::Columns, record::Record};
 
-/// The maximum length of an invoice number, SKU or customer id, in bytes. With a category before it, such a text still
-/// fits into a stream id.
+/// The maximum length of an invoice number, SKU or customer id, in bytes. A stream id has room for a category and a
+/// text of this length.
 const ID_BYTES_MAX: usize = 200;
 /// The maximum number of digits before the decimal point of a price. With a quantity of 32 bits, four decimals and
 /// [`LINES_MAX`](crate::order::LINES_MAX) lines, a total has at most 27 digits. A `Decimal` holds 28 digits, so no

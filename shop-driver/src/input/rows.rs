@@ -10,7 +10,7 @@ pub const MESSAGES_MAX: usize = 10;
 pub struct Tally {
     /// The number of invoices.
     pub invoices: u64,
-    /// The number of their rows.
+    /// The number of rows of these invoices.
     pub rows: u64,
 }
 
