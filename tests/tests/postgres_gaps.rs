@@ -225,8 +225,8 @@ async fn event_inserted_at_the_last_position_blocks_no_writer() {
     assert_eq!(numbers(&whole_log(&store).await), [1, 2, 3, 4, 5]);
 }
 
-/// A restore of the tables alone leaves the sequence behind the table. Opening the store and writing to it both detect
-/// and repair this state.
+/// After a restore of the tables alone, the sequence is lower than the last position in the table. Opening the store
+/// and writing to it both detect and repair this state.
 #[tokio::test(flavor = "multi_thread")]
 async fn sequence_that_is_behind_is_advanced() {
     let schema = Schema::new();

@@ -82,7 +82,7 @@ async fn execute(connection: &mut PgConnection, sql: sqlx::AssertSqlSafe<String>
 async fn replay_returns_the_same_events_as_the_log() {
     let bed = Bed::new().await;
     assert_eq!(bed.replayed(Replay::all()).await, []);
-    // More events than fit into a page, and into a batch of each kind.
+    // More events than fit into a page, or into a batch of any kind.
     bed.fill(45_000, 10).await;
     for (number, type_name) in ["it's", "100%", r"back\slash\", "naïve 🦀", "{after}"].into_iter().enumerate() {
         let mut commit = append(&format!("odd-{number}"), 0, 400);

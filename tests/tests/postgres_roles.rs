@@ -177,8 +177,8 @@ async fn store_works_within_the_permissions_of_its_role() {
     let store = open(&writer).await.unwrap();
     store.commit(append("a-1", 2, 2)).await.unwrap();
     store.commit(note(0)).await.unwrap();
-    // A restore can leave the sequence behind. Every role that writes moves the sequence forward, even if the role may
-    // not set it directly.
+    // After a restore, the sequence can be lower than the last position. Every role that writes moves the sequence
+    // forward, even if the role may not set it directly.
     let back = schema.sql("SELECT setval('annals.events_position', 1)");
     sqlx::query(back).execute(&mut schema.connection().await).await.unwrap();
     store.commit(append("a-1", 4, 1)).await.unwrap();
