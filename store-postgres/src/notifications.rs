@@ -2,7 +2,7 @@
 //! them through `NOTIFY`.
 //!
 //! The `NOTIFY` is not part of the transaction that appends the events. When a transaction with a `NOTIFY` commits, it
-//! takes a lock that is shared by the whole cluster, so all such transactions would have to commit one after another.
+//! takes a lock of the whole cluster, so all such transactions would have to commit one after another.
 
 use std::{
     sync::{

@@ -2,10 +2,10 @@
 -- single commit, it costs half as much as the function.
 --
 -- The statement first locks the gates of the streams, in the same order as the function `append`. A gate is an advisory
--- lock that all streams with the same hash share. The snapshot of the statement is older than these locks. That is
--- safe, because a group relies only on the versions of the streams to which it appends: if another writer is faster,
--- the unique key of the table rejects this statement. An INSERT locks the table before it runs, and so before it draws
--- a position.
+-- lock for all streams with the same hash. The snapshot of the statement is older than these locks. That is safe,
+-- because a group relies only on the versions of the streams to which it appends: if another writer is faster, the
+-- unique key of the table rejects this statement. An INSERT locks the table before it runs, and so before it draws a
+-- position.
 -- - binds of streams: $1 ids, $2 guessed versions, $3 whether the group locks the stream without writing to it (NULL:
 --   no lock), $13 ids of the events at the guessed versions (NULL: any event)
 -- - binds of events: $4 the number of events, $5 ranks in the group, $6 stream ids, $7 versions, $8 event ids, $9
